@@ -1,0 +1,5 @@
+"""`python -m prestage`."""
+
+from .cli import main
+
+main()

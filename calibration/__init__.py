@@ -1,0 +1,1 @@
+"""The only folder that needs a GPU: measurements, fits and execution; profiles/ holds their results."""

@@ -1,0 +1,1 @@
+"""Hardware profiles, one JSON file each."""

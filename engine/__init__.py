@@ -1,0 +1,1 @@
+"""Who decides what, and when: memory manager, replay, overlapped decoder, scenario, simulate."""

@@ -1,0 +1,1 @@
+"""What things cost, and that they are busy: lanes, links, memory, profile, timeline."""

@@ -1,0 +1,405 @@
+"""Lanes: things that do one piece of work at a time, in order: a copy engine, a compute stream, a predictor.
+
+A `FifoLane` that nothing else can slow down knows when its work will end as soon as it is submitted, so it
+answers at once with an integer and costs no event. A `CoupledLane` runs its work in SimPy's time, because another
+lane may start in the middle and slow it down; it answers with a `Pending`, which turns into an instant when the
+work is done. Whoever waits for either kind of answer handles both: see `Completion`.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import simpy
+from simpy.events import NORMAL, URGENT, Event, EventPriority
+
+from .timeline import Timeline, pack_span
+
+#: Before any work: an instant that no submission can precede.
+_NEVER = -1
+
+
+class Pending:
+    """The end of a piece of work, not known yet; `end_ns` is None until it is."""
+
+    __slots__ = ("_waiting", "end_ns")
+
+    def __init__(self) -> None:
+        self.end_ns: int | None = None
+        self._waiting: list[Callable[[], None]] = []
+
+    def then(self, call: Callable[[], None]) -> None:
+        """Call `call` once, as soon as the end is known (now, if it is)."""
+        if self.end_ns is None:
+            self._waiting.append(call)
+        else:
+            call()
+
+    def resolve(self, end_ns: int) -> None:
+        """Say when the work ended, and tell everyone who asked, in the order in which they asked."""
+        self.end_ns = end_ns
+        for call in self._waiting:
+            call()
+        self._waiting.clear()
+
+
+#: When something ends: an instant in ns, perhaps ahead, or a promise of one.
+Completion = int | Pending
+
+
+def wait_for(env: simpy.Environment, pending: Pending) -> Generator[Event, Any, int]:
+    """Let a SimPy process wait until the end of some work is known, and return it."""
+    if pending.end_ns is None:
+        known = env.event()
+
+        def tell() -> None:
+            known.succeed()
+
+        pending.then(tell)
+        yield known
+    assert pending.end_ns is not None
+    return pending.end_ns
+
+
+def after_all(completions: Sequence[Completion]) -> Completion:
+    """Return the completion of the last of several; 0 of none."""
+    last_ns = 0
+    unknown: list[Pending] = []
+    for completion in completions:
+        end_ns = completion if isinstance(completion, int) else completion.end_ns
+        if end_ns is None:
+            assert isinstance(completion, Pending)
+            unknown.append(completion)
+        elif end_ns > last_ns:
+            last_ns = end_ns
+    if not unknown:
+        return last_ns
+    if len(unknown) == 1 and not last_ns:
+        return unknown[0]
+    together = Pending()
+
+    def one_more() -> None:
+        if all(pending.end_ns is not None for pending in unknown):
+            together.resolve(max(last_ns, *(pending.end_ns or 0 for pending in unknown)))
+
+    for pending in unknown:
+        pending.then(one_more)
+    return together
+
+
+@dataclass(slots=True)
+class Work:
+    """One piece of work and everything that its span will say.
+
+    `ns` is its duration right behind other work, `alone_ns` on a lane that was idle; both without disturbance,
+    which stretches them by `slowdown`. It may start at `issued_ns`, and once `after` has ended.
+    """
+
+    ns: int
+    alone_ns: int
+    issued_ns: int
+    after: Completion
+    kind: int
+    expert: int
+    visit: int
+    copy: int
+    slowdown: float = 1.0
+    #: Priority lanes only: smaller goes first; the pieces still to do, which other work may come between.
+    rank: tuple[int, int] = (0, 0)
+    pieces: int = 1
+    done: Pending = field(default_factory=Pending)
+    started: bool = False
+    cancelled: bool = False
+
+    def ready_ns(self) -> int | None:
+        """Return when it may start at the earliest, or None while that is not known."""
+        end_ns = self.after if isinstance(self.after, int) else self.after.end_ns
+        return end_ns if end_ns is None else max(self.issued_ns, end_ns)
+
+    def when_ready_known(self, call: Callable[[], None]) -> None:
+        """Call `call` as soon as `ready_ns` has an answer."""
+        if isinstance(self.after, int):
+            call()
+        else:
+            self.after.then(call)
+
+
+class FifoLane:
+    """First in, first out, disturbed by nobody; consecutive pieces of work start `gap_ns` apart at least."""
+
+    def __init__(self, timeline: Timeline, number: int, gap_ns: int = 0) -> None:
+        self._timeline = timeline
+        self._extend = timeline.extend
+        self.number = number
+        self._gap_ns = gap_ns
+        self._next_ns = _NEVER  # the earliest start of the next piece of work
+        self._queue: deque[Work] = deque()  # only what waits for something not known yet
+
+    def submit(
+        self,
+        ns: int,
+        alone_ns: int,
+        issued_ns: int,
+        after: Completion,
+        kind: int,
+        expert: int = -1,
+        visit: int = -1,
+        copy: int = -1,
+        slowdown: float = 1.0,
+    ) -> Completion:
+        """Queue work (fields as in Work; `after` is one prerequisite, 0 for none) and return its end.
+
+        Nothing disturbs this lane, so `slowdown` has no effect.
+        """
+        if not isinstance(after, int) or self._queue:
+            return self._defer(Work(ns, alone_ns, issued_ns, after, kind, expert, visit, copy))
+        start_ns = self._next_ns
+        ready_ns = issued_ns if issued_ns > after else after
+        if ready_ns > start_ns:
+            start_ns = ready_ns
+            ns = alone_ns
+        end_ns = start_ns + ns
+        self._next_ns = end_ns + self._gap_ns
+        self._extend(pack_span(start_ns, end_ns, issued_ns, expert, visit, copy, self.number, kind))
+        return end_ns
+
+    def _defer(self, work: Work) -> Pending:
+        """Queue work until the end of what it waits for, or of what is queued before it, is known."""
+        self._queue.append(work)
+        if len(self._queue) == 1:
+            self._drain()
+        return work.done
+
+    def _drain(self) -> None:
+        """Finish what has become known at the head of the queue."""
+        queue = self._queue
+        while queue:
+            work = queue[0]
+            ready_ns = work.ready_ns()
+            if ready_ns is None:
+                work.when_ready_known(self._drain)
+                return
+            start_ns, ns = self._next_ns, work.ns
+            if ready_ns > start_ns:
+                start_ns, ns = ready_ns, work.alone_ns
+            end_ns = start_ns + ns
+            self._next_ns = end_ns + self._gap_ns
+            self._timeline.record(
+                start_ns, end_ns, work.issued_ns, work.expert, work.visit, work.copy, self.number, work.kind
+            )
+            queue.popleft()
+            work.done.resolve(end_ns)
+
+
+class CoupledLane:
+    """First in, first out, but slowed down while other lanes are busy.
+
+    While n of the lanes in `sharing` are busy too, work runs at 1/(n + 1) of its speed (one link, several
+    streams); while any lane in `disturbers` is, it takes `Work.slowdown` times as long (kernels beside a copy).
+    Work keeps what remains of it and is retimed whenever a neighbor starts or ends.
+    """
+
+    def __init__(self, env: simpy.Environment, timeline: Timeline, number: int, gap_ns: int = 0) -> None:
+        self._env = env
+        self._timeline = timeline
+        self.number = number
+        self._gap_ns = gap_ns
+        self._next_ns = _NEVER
+        self._queue: deque[Work] = deque()
+        self.sharing: list[CoupledLane] = []
+        self.disturbers: list[CoupledLane] = []
+        self._neighbors: list[CoupledLane] = []
+        self._active: Work | None = None
+        self._wake_ns = _NEVER
+        self._start_ns = self._since_ns = 0
+        self._left_ns = 0.0  # what remains of the active work, in undisturbed ns
+        self._stretch = 1.0
+        self._turn = 0  # tells the events of the active work's current schedule from those overtaken
+
+    def submit(
+        self,
+        ns: int,
+        alone_ns: int,
+        issued_ns: int,
+        after: Completion,
+        kind: int,
+        expert: int = -1,
+        visit: int = -1,
+        copy: int = -1,
+        slowdown: float = 1.0,
+    ) -> Completion:
+        """Queue work, as `FifoLane.submit` does; the end is not known before it has come."""
+        return self.submit_work(Work(ns, alone_ns, issued_ns, after, kind, expert, visit, copy, slowdown))
+
+    def submit_work(self, work: Work) -> Completion:
+        """Queue work and return the promise of its end."""
+        self._queue.append(work)
+        if self._active is None and len(self._queue) == 1:
+            self._start_next()
+        return work.done
+
+    @property
+    def busy(self) -> bool:
+        """Whether work is running now."""
+        return self._active is not None
+
+    def _head(self) -> Work | None:
+        """Return the work whose turn it is, without removing it."""
+        return self._queue[0] if self._queue else None
+
+    def _take(self, work: Work) -> None:
+        self._queue.popleft()
+
+    def _start_next(self) -> None:
+        if self._active is not None:
+            return
+        work = self._head()
+        if work is None:
+            return
+        ready_ns = work.ready_ns()
+        if ready_ns is None:
+            work.when_ready_known(self._start_next)
+            return
+        now_ns = int(self._env.now)
+        if (start_ns := max(ready_ns, self._next_ns)) > now_ns:
+            if start_ns != self._wake_ns:
+                self._wake_ns = start_ns
+                self._at(start_ns, NORMAL, self._start_next)
+            return
+        self._take(work)
+        self._active = work
+        self._start_ns = self._since_ns = now_ns
+        self._left_ns = float(work.alone_ns if ready_ns > self._next_ns else work.ns)
+        self._schedule_end()
+        for lane in self._neighbors:
+            lane._retime()
+
+    def _schedule_end(self) -> None:
+        work = self._active
+        assert work is not None
+        stretch = 1.0
+        for lane in self.sharing:
+            stretch += lane._active is not None
+        if work.slowdown != 1.0:
+            for lane in self.disturbers:
+                if lane._active is not None:
+                    stretch *= work.slowdown
+                    break
+        self._stretch = stretch
+        self._turn = turn = self._turn + 1
+        end_ns = int(self._env.now) + round(self._left_ns * stretch)
+        self._at(end_ns, URGENT, lambda: self._end(turn))
+
+    def _retime(self) -> None:
+        """Account for what was done at the old speed and schedule the rest at the new one."""
+        if self._active is None:
+            return
+        now_ns = int(self._env.now)
+        self._left_ns = max(0.0, self._left_ns - (now_ns - self._since_ns) / self._stretch)
+        self._since_ns = now_ns
+        self._schedule_end()
+
+    def _end(self, turn: int) -> None:
+        if turn != self._turn:
+            return  # retimed since
+        work = self._active
+        assert work is not None
+        now_ns = int(self._env.now)
+        self._active = None
+        self._next_ns = now_ns + self._gap_ns
+        self._timeline.record(
+            self._start_ns, now_ns, work.issued_ns, work.expert, work.visit, work.copy, self.number, work.kind
+        )
+        self._finish(work, now_ns)
+        for lane in self._neighbors:
+            lane._retime()
+        self._start_next()
+
+    def _finish(self, work: Work, now_ns: int) -> None:
+        work.done.resolve(now_ns)
+
+    def _at(self, at_ns: int, priority: EventPriority, call: Callable[[], None]) -> None:
+        """Run `call` at an instant; at equal instants URGENT (ends) comes before NORMAL (starts)."""
+        event = Event(self._env)
+        event._ok = True
+        event._value = None
+        assert event.callbacks is not None
+        event.callbacks.append(lambda _: call())
+        self._env.schedule(event, priority, at_ns - self._env.now)
+
+
+class PriorityLane(CoupledLane):
+    """A host-side queue before a copy engine: the smallest `Work.rank` goes next, however late it came.
+
+    Started work is not interrupted, but work in several pieces lets another in between them. Cancelled work is
+    marked and skipped when its turn comes.
+    """
+
+    def __init__(self, env: simpy.Environment, timeline: Timeline, number: int, gap_ns: int = 0) -> None:
+        super().__init__(env, timeline, number, gap_ns)
+        self._heap: list[tuple[tuple[int, int], int, Work]] = []
+        self._held: Work | None = None  # chosen, but waiting for a prerequisite: it holds up the lane
+        self._count = 0
+        #: Asked when work's turn comes; True drops it (a stale prefetch).
+        self.is_stale: Callable[[Work], bool] = lambda work: False
+
+    def submit_work(self, work: Work) -> Completion:
+        """Queue work by its rank, from the instant at which it is issued."""
+        if work.issued_ns > self._env.now:
+            self._at(work.issued_ns, NORMAL, lambda: self._insert(work))
+        else:
+            self._insert(work)
+        return work.done
+
+    def promote(self, work: Work, rank: tuple[int, int]) -> None:
+        """Give queued work a smaller rank; work that has started keeps its place."""
+        if rank < work.rank:
+            work.rank = rank
+            if work.done.end_ns is None and work is not self._active and work is not self._held:
+                self._insert(work)
+
+    def cancel(self, work: Work) -> bool:
+        """Take queued work out, unless it has started or holds the lane already; return whether it is out."""
+        if work.done.end_ns is None and work is not self._held and not work.started:
+            work.cancelled = True
+        return work.cancelled
+
+    def _insert(self, work: Work) -> None:
+        self._count += 1
+        heapq.heappush(self._heap, (work.rank, self._count, work))
+        self._start_next()
+
+    def _head(self) -> Work | None:
+        if self._held is not None:
+            return self._held
+        while self._heap:
+            rank, _, work = heapq.heappop(self._heap)
+            overtaken = rank != work.rank or work.done.end_ns is not None
+            if overtaken or work.cancelled or self.is_stale(work):
+                continue
+            self._held = work
+            return work
+        return None
+
+    def _take(self, work: Work) -> None:
+        self._held = None
+        work.started = True
+
+    def _finish(self, work: Work, now_ns: int) -> None:
+        if work.pieces > 1:
+            work.pieces -= 1
+            self._count += 1
+            heapq.heappush(self._heap, (work.rank, self._count, work))
+        else:
+            work.done.resolve(now_ns)
+
+
+def couple(lanes: Iterable[CoupledLane]) -> None:
+    """Tell each lane whom to retime when it starts or ends: those that it shares with or disturbs."""
+    lanes = list(lanes)
+    for lane in lanes:
+        lane._neighbors = [other for other in lanes if lane in other.sharing or lane in other.disturbers]

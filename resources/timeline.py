@@ -1,0 +1,89 @@
+"""The timeline: every interval that some lane was busy, recorded once; every metric of time derives from it.
+
+A span is 40 bytes in one growing buffer, so that recording is one `pack` and a million spans are 40 MB.
+Lanes are numbered in the order in which they are added; `spans()` hands everything out as one numpy array.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+#: What a span is, by its `kind` number.
+KINDS = ("dense", "expert", "head", "demand", "prefetch", "readback", "predict", "launch")
+DENSE, EXPERT, HEAD, DEMAND, PREFETCH, READBACK, PREDICT, LAUNCH = range(len(KINDS))
+
+#: What a lane is for: one of these roles.
+ROLES = ("compute", "h2d", "d2h", "predictor", "host")
+
+#: One span. Times are integer nanoseconds; `issued_ns` is when the host had asked for it; `expert`, `visit` and
+#: `copy` are -1 where they mean nothing. `copy` on an expert's kernel names the copy that brought its bytes.
+SPAN = np.dtype(
+    [
+        ("start_ns", "<i8"),
+        ("end_ns", "<i8"),
+        ("issued_ns", "<i8"),
+        ("expert", "<i4"),
+        ("visit", "<i4"),
+        ("copy", "<i4"),
+        ("lane", "<u2"),
+        ("kind", "<u2"),
+    ]
+)
+#: Packs the fields of one span, in the order of SPAN.
+pack_span = struct.Struct("<qqqiiiHH").pack
+
+
+@dataclass(frozen=True)
+class LaneName:
+    """A lane as people see it: `device` ("gpu0", "host"), `role` (one of ROLES) and a title for its track."""
+
+    device: str
+    role: str
+    title: str
+
+
+class Timeline:
+    """All spans of one run, in the order in which they were recorded."""
+
+    def __init__(self) -> None:
+        self.lanes: list[LaneName] = []
+        self._buffer = bytearray()
+        #: Adds packed spans; lanes that record many call it with `pack_span` themselves.
+        self.extend = self._buffer.extend
+
+    def add_lane(self, device: str, role: str, title: str) -> int:
+        """Return the number of a new lane; `role` must be one of ROLES."""
+        if role not in ROLES:
+            raise ValueError(f"role = {role!r}: choose one of {', '.join(ROLES)}")
+        self.lanes.append(LaneName(device, role, title))
+        return len(self.lanes) - 1
+
+    def record(
+        self,
+        start_ns: int,
+        end_ns: int,
+        issued_ns: int,
+        expert: int,
+        visit: int,
+        copy: int,
+        lane: int,
+        kind: int,
+    ) -> None:
+        """Add one span; the arguments are the fields of SPAN, in its order."""
+        self.extend(pack_span(start_ns, end_ns, issued_ns, expert, visit, copy, lane, kind))
+
+    def __len__(self) -> int:
+        return len(self._buffer) // SPAN.itemsize
+
+    def spans(self) -> npt.NDArray[Any]:
+        """Return all spans as a structured array of dtype SPAN, in recording order (a copy)."""
+        return np.frombuffer(bytes(self._buffer), dtype=SPAN)
+
+    def lanes_with(self, role: str) -> list[int]:
+        """Return the numbers of the lanes of one role."""
+        return [number for number, lane in enumerate(self.lanes) if lane.role == role]

@@ -1,0 +1,180 @@
+"""Lanes, worked by hand: when work starts and ends, on its own and beside a neighbor."""
+
+from collections.abc import Generator
+from typing import Any
+
+import simpy
+
+from prestage.resources.lane import (
+    Completion,
+    CoupledLane,
+    FifoLane,
+    Pending,
+    PriorityLane,
+    Work,
+    after_all,
+    couple,
+    wait_for,
+)
+from prestage.resources.timeline import DEMAND, EXPERT, PREFETCH, Timeline
+
+
+def intervals(timeline: Timeline) -> list[tuple[int, int]]:
+    return [(int(span["start_ns"]), int(span["end_ns"])) for span in timeline.spans()]
+
+
+def ends(*completions: Completion) -> list[int | None]:
+    return [completion if isinstance(completion, int) else completion.end_ns for completion in completions]
+
+
+def fifo(gap_ns: int = 0) -> tuple[FifoLane, Timeline]:
+    timeline = Timeline()
+    return FifoLane(timeline, timeline.add_lane("gpu0", "compute", "compute"), gap_ns), timeline
+
+
+def coupled(env: simpy.Environment, timeline: Timeline, role: str) -> CoupledLane:
+    return CoupledLane(env, timeline, timeline.add_lane("gpu0", role, role))
+
+
+def test_a_fifo_lane_knows_the_end_at_once_and_runs_work_in_order() -> None:
+    lane, timeline = fifo()
+    assert lane.submit(10, 10, 0, 0, EXPERT) == 10
+    assert lane.submit(5, 5, 0, 0, EXPERT) == 15  # queued behind the first
+    assert lane.submit(5, 5, 0, 40, EXPERT) == 45  # waits for what ends at 40
+    assert lane.submit(5, 5, 60, 0, EXPERT) == 65  # waits for its issue at 60
+    assert intervals(timeline) == [(0, 10), (10, 15), (40, 45), (60, 65)]
+
+
+def test_work_on_an_idle_lane_takes_its_alone_time_and_queued_work_keeps_the_gap() -> None:
+    lane, timeline = fifo(gap_ns=3)
+    # The first finds an idle lane (12 ns); the second is queued: 3 ns later, 10 ns. The third comes at 26, after the
+    # lane could have taken it (25 + 3 = 28), so it is still queued; the fourth at 50 finds the lane idle again.
+    work = [lane.submit(10, 12, issued_ns, 0, DEMAND) for issued_ns in (0, 0, 26, 50)]
+    assert work == [12, 25, 38, 62]
+    assert intervals(timeline) == [(0, 12), (15, 25), (28, 38), (50, 62)]
+
+
+def test_a_fifo_lane_waits_for_a_promise_and_holds_up_what_is_queued_behind() -> None:
+    lane, timeline = fifo()
+    promise = Pending()
+    first = lane.submit(10, 10, 0, promise, EXPERT)
+    second = lane.submit(10, 10, 0, 0, EXPERT)
+    assert ends(first, second) == [None, None]
+    promise.resolve(100)
+    assert ends(first, second) == [110, 120]
+    assert lane.submit(10, 10, 0, 0, EXPERT) == 130
+    assert intervals(timeline) == [(100, 110), (110, 120), (120, 130)]
+
+
+def test_after_all_is_the_last_of_known_and_promised_ends() -> None:
+    assert after_all([]) == 0
+    assert after_all([3, 9, 4]) == 9
+    early, late = Pending(), Pending()
+    together = after_all([5, early, late])
+    late.resolve(50)
+    assert ends(together) == [None]
+    early.resolve(20)
+    assert ends(together) == [50]
+    assert after_all([early, 60]) == 60
+
+
+def test_a_process_waits_for_a_promise() -> None:
+    env = simpy.Environment()
+    promise = Pending()
+    seen = []
+
+    def waiter() -> Generator[simpy.Event, Any, None]:
+        seen.append(((yield from wait_for(env, promise)), env.now))
+
+    def keeper() -> Generator[simpy.Event, Any, None]:
+        yield env.timeout(7)
+        promise.resolve(7)
+
+    env.process(waiter())
+    env.process(keeper())
+    env.run()
+    assert seen == [(7, 7)]
+
+
+def test_two_streams_share_one_link_fairly() -> None:
+    env, timeline = simpy.Environment(), Timeline()
+    a, b = coupled(env, timeline, "h2d"), coupled(env, timeline, "h2d")
+    a.sharing, b.sharing = [b], [a]
+    couple([a, b])
+    # a: 100 ns of work from 0; b: 30 ns of work from 20. Alone until 20 (a has 80 left); then both at half speed:
+    # b ends at 20 + 60 = 80 with a at 80 - 30 = 50 left; a runs alone again and ends at 80 + 50 = 130.
+    first, second = a.submit(100, 100, 0, 0, DEMAND), b.submit(30, 30, 20, 0, PREFETCH)
+    env.run()
+    assert ends(first, second) == [130, 80]
+
+
+def test_a_kernel_is_slowed_only_while_a_copy_runs() -> None:
+    env, timeline = simpy.Environment(), Timeline()
+    compute, h2d = coupled(env, timeline, "compute"), coupled(env, timeline, "h2d")
+    compute.disturbers = [h2d]
+    couple([compute, h2d])
+    # The kernel needs 100 ns; beside a copy it runs at half speed. The copy runs from 40 to 60: the kernel does 40,
+    # then 10 in the 20 ns beside the copy, then the 50 that are left, and ends at 110. The copy is not disturbed.
+    kernel = compute.submit(100, 100, 0, 0, EXPERT, slowdown=2.0)
+    copy = h2d.submit(20, 20, 40, 0, DEMAND)
+    env.run()
+    assert ends(kernel, copy) == [110, 60]
+
+
+def test_coupled_lanes_without_neighbors_equal_fifo_lanes() -> None:
+    env, timeline = simpy.Environment(), Timeline()
+    lane = CoupledLane(env, timeline, timeline.add_lane("gpu0", "h2d", "h2d"), gap_ns=3)
+    couple([lane])
+    work = [lane.submit(10, 12, issued_ns, 0, DEMAND) for issued_ns in (0, 0, 26, 50)]
+    env.run()
+    assert ends(*work) == [12, 25, 38, 62]
+
+
+def queued(lane: PriorityLane, rank: tuple[int, int], issued_ns: int = 0, pieces: int = 1) -> Work:
+    work = Work(10, 10, issued_ns, 0, DEMAND, -1, -1, -1, rank=rank, pieces=pieces)
+    lane.submit_work(work)
+    return work
+
+
+def priority() -> tuple[simpy.Environment, PriorityLane, Timeline]:
+    env, timeline = simpy.Environment(), Timeline()
+    lane = PriorityLane(env, timeline, timeline.add_lane("gpu0", "h2d", "h2d"))
+    couple([lane])
+    return env, lane, timeline
+
+
+def test_demand_overtakes_queued_prefetches_and_nearer_goes_before_farther() -> None:
+    env, lane, _ = priority()
+    started = queued(lane, (1, 9))  # runs at once: nothing else is there
+    far, near = queued(lane, (1, 8)), queued(lane, (1, 5))
+    demand = queued(lane, (0, 3), issued_ns=4)
+    env.run()
+    assert [w.done.end_ns for w in (started, demand, near, far)] == [10, 20, 30, 40]
+
+
+def test_a_promoted_prefetch_goes_like_a_demand() -> None:
+    env, lane, _ = priority()
+    queued(lane, (1, 1))
+    near, far = queued(lane, (1, 2)), queued(lane, (1, 3))
+    lane.promote(far, (0, 3))
+    env.run()
+    assert (far.done.end_ns, near.done.end_ns) == (20, 30)
+
+
+def test_chunks_let_a_demand_in_between_but_a_started_chunk_is_not_interrupted() -> None:
+    env, lane, timeline = priority()
+    # Three pieces of 10 ns; the demand comes at 5 and goes after the first piece.
+    prefetch, demand = queued(lane, (1, 7), pieces=3), queued(lane, (0, 2), issued_ns=5)
+    env.run()
+    assert (demand.done.end_ns, prefetch.done.end_ns) == (20, 40)
+    assert intervals(timeline) == [(0, 10), (10, 20), (20, 30), (30, 40)]
+
+
+def test_cancelled_work_is_skipped_and_started_work_cannot_be_cancelled() -> None:
+    env, lane, timeline = priority()
+    first, second, third = queued(lane, (1, 1)), queued(lane, (1, 2)), queued(lane, (1, 3))
+    assert lane.cancel(second)
+    assert not lane.cancel(first)
+    env.run()
+    assert second.done.end_ns is None and third.done.end_ns == 20
+    assert len(timeline) == 2

@@ -1,0 +1,292 @@
+"""Importers: routing logs that other engines wrote, read as RoutingTrace.
+
+Each format has one function from a path to a checked trace; IMPORTERS names them. To add one: write the
+function, add it to the table, describe it in tests/test_importers.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from os import PathLike
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from .trace import MAX_EXPERTS, RoutingTrace, TraceError
+
+#: No model comes near; a header that says more is damaged.
+MAX_LAYERS = 1 << 16
+_INT32_MAX = (1 << 31) - 1
+_INT64_MAX = (1 << 63) - 1
+_HEADER = re.compile(
+    r"#\s*model=(?P<model>.*?)\s+arch=(?P<arch>\S*)\s+n_layer=(?P<layers>\d+)\s+n_expert=(?P<experts>\d+)"
+    r"\s+n_expert_used=(?P<k>\d+)"
+)
+_LAYER = re.compile(r"#\s*layer=(?P<layer>\d+)\s+expert_bytes=(?P<expert>\d+)\s+dense_bytes=(?P<dense>\d+)")
+#: Columns that make a route trace. Its author promises names, not places: a later version may add columns.
+_KEYS = ("turn", "phase", "step", "layer", "slot")
+_REQUIRED = (*_KEYS, "expert")
+_PER_SLOT = ("residency", "dropped")
+
+
+class _Header(NamedTuple):
+    """What the comment lines of a route trace say; bytes by layer, where given."""
+
+    model: str
+    arch: str
+    layers: int
+    experts: int
+    k: int
+    expert_bytes: dict[int, int]
+    dense_bytes: dict[int, int]
+
+
+class _Rows(NamedTuple):
+    """The rows of a route trace: each column as float64 (rows,), and the line of the file each came from."""
+
+    columns: dict[str, npt.NDArray[np.float64]]
+    lines: npt.NDArray[np.int64]
+
+
+def import_trace(path: str | PathLike[str], format: str) -> RoutingTrace:
+    """Read a log written in one of the IMPORTERS' formats; the trace has been checked.
+
+    Raises TraceError (a ValueError) naming file, line, column and value, or listing the formats.
+    """
+    if format not in IMPORTERS:
+        raise TraceError(f"format = {format!r}: choose one of {', '.join(IMPORTERS)}")
+    path = Path(path)
+    try:
+        trace = IMPORTERS[format](path)
+    except OSError as error:
+        raise TraceError(f"{path}: cannot be read: {error.strerror or error}") from error
+    trace.check(str(path))
+    return trace
+
+
+def import_bigmoeonedge(path: Path) -> RoutingTrace:
+    """Read a `*.route.csv` of BigMoeOnEdge (`--route-trace`; described in docs/telemetry.md of that project).
+
+    One row per routed expert. A turn becomes a sequence and a step, which is an absolute context position, the
+    position; rows come out by turn, phase and step, though a prefill is logged layer by layer. Where a token was
+    not routed at a layer (only the last prompt token reaches the last one), `present` is False. Layers that the
+    log never routes and that hold no expert bytes are dense, and left out; `moe_layers` in meta numbers the others.
+
+    Extra arrays: `expert_bytes`, `dense_bytes` int64 (layers,); logged `residency` uint8 (tokens, layers, k), 0
+    miss, 1 hit, 2 first hit on a prefetch (and `dropped`, if logged). Weights are None where the log does not know
+    all of them.
+    """
+    text = path.read_bytes().decode("utf-8", "replace")
+    lines = text.split("\n")
+    header = _read_header(path, lines)
+    rows = _read_rows(path, lines)
+    _check_columns(path, header, rows)
+    return _assemble(path, header, rows)
+
+
+IMPORTERS: dict[str, Callable[[Path], RoutingTrace]] = {"bigmoeonedge": import_bigmoeonedge}
+
+
+#: Which importer reads a log, by how its name ends.
+_LOGS = {".route.csv": "bigmoeonedge"}
+
+
+def open_trace(path: str | PathLike[str]) -> RoutingTrace:
+    """Load a trace, or import a log whose name tells its format; the trace has been checked. Raises TraceError."""
+    for ending, format in _LOGS.items():
+        if str(path).endswith(ending):
+            return import_trace(path, format)
+    return RoutingTrace.load(path)
+
+
+def _read_header(path: Path, lines: list[str]) -> _Header:
+    facts: re.Match[str] | None = None
+    expert_bytes: dict[int, int] = {}
+    dense_bytes: dict[int, int] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.startswith("#"):
+            if line.strip():
+                break
+            continue
+        if match := _LAYER.match(line):
+            layer = int(match["layer"])
+            expert_bytes[layer], dense_bytes[layer] = int(match["expert"]), int(match["dense"])
+        elif match := _HEADER.match(line):
+            facts = match
+        elif line.startswith("# route_trace") and line.split()[2:3] != ["v1"]:
+            raise TraceError(f"{path}: line {number}: {line.strip()!r}: must be '# route_trace v1'")
+    if facts is None:
+        raise TraceError(
+            f"{path}: line 1: no header: must begin with comment lines, one of them "
+            "'# model=… arch=… n_layer=… n_expert=… n_expert_used=…'"
+        )
+    layers, experts, k = int(facts["layers"]), int(facts["experts"]), int(facts["k"])
+    if not (1 <= layers <= MAX_LAYERS and 1 <= k <= experts <= MAX_EXPERTS):
+        raise TraceError(
+            f"{path}: header: n_layer={layers} n_expert={experts} n_expert_used={k}: must be n_layer 1..{MAX_LAYERS}, "
+            f"n_expert 1..{MAX_EXPERTS}, n_expert_used 1..n_expert"
+        )
+    for layer, size in [*expert_bytes.items(), *dense_bytes.items()]:
+        if size > _INT64_MAX:
+            raise TraceError(f"{path}: header: layer={layer}: {size} bytes: must be at most {_INT64_MAX}")
+    return _Header(facts["model"], facts["arch"], layers, experts, k, expert_bytes, dense_bytes)
+
+
+def _read_rows(path: Path, lines: list[str]) -> _Rows:
+    numbered = [(n, line) for n, line in enumerate(lines, start=1) if line.strip() and line[0] != "#"]
+    if len(numbered) < 2:
+        raise TraceError(f"{path}: line {len(lines)}: no rows: must hold column names and a row per routed expert")
+    (named_at, names), *body = numbered
+    columns = [name.strip() for name in names.split(",")]
+    for name in _REQUIRED:
+        if columns.count(name) != 1:
+            raise TraceError(f"{path}: line {named_at}: column {name}: must be named once in {names.strip()!r}")
+    rows = [line for _, line in body]
+    try:
+        table = np.loadtxt(rows, delimiter=",", comments=None, dtype=np.float64, ndmin=2)
+        if table.shape != (len(rows), len(columns)):
+            raise ValueError(f"{table.shape[1]} columns")
+    except ValueError as error:
+        raise _blame(path, columns, body, error) from error
+    lines_of = np.array([n for n, _ in body], dtype=np.int64)
+    return _Rows({name: table[:, i] for i, name in enumerate(columns)}, lines_of)
+
+
+def _blame(path: Path, columns: list[str], body: list[tuple[int, str]], error: ValueError) -> TraceError:
+    """Find the line that made the fast reader stop."""
+    for number, line in body:
+        values = line.split(",")
+        if len(values) != len(columns):
+            return TraceError(
+                f"{path}: line {number}: {len(values)} values in {line.strip()!r}: "
+                f"must be {len(columns)}: {','.join(columns)}"
+            )
+        for name, value in zip(columns, values, strict=True):
+            try:
+                float(value)
+            except ValueError:
+                return TraceError(f"{path}: line {number}: {name} = {value.strip()!r}: must be a number")
+    return TraceError(f"{path}: {' '.join(str(error).split())}: must be a table of numbers")
+
+
+def _check_columns(path: Path, header: _Header, rows: _Rows) -> None:
+    limits: dict[str, int] = {
+        "turn": _INT32_MAX,
+        "phase": 1,
+        "step": _INT32_MAX,
+        "layer": header.layers - 1,
+        "slot": header.k - 1,
+        "expert": header.experts - 1,
+        "residency": 2,
+        "dropped": 1,
+    }
+    for name, high in limits.items():
+        if name in rows.columns:
+            value = rows.columns[name]
+            fine = (value >= 0) & (value <= high) & (value == np.floor(value))
+            _refuse(path, rows, name, fine, f"an integer 0..{high}")
+    if "weight" in rows.columns:
+        weight = rows.columns["weight"]
+        fine = np.isnan(weight) | ((weight >= 0) & (weight <= float(np.finfo(np.float16).max)))
+        _refuse(path, rows, "weight", fine, "at least 0, or nan where it is not known")
+
+
+def _refuse(path: Path, rows: _Rows, name: str, fine: npt.NDArray[np.bool_], wanted: str) -> None:
+    if not fine.all():
+        at = int(np.argmin(fine))
+        value = rows.columns[name][at]
+        raise TraceError(f"{path}: line {rows.lines[at]}: {name} = {value:.17g}: must be {wanted}")
+
+
+def _assemble(path: Path, header: _Header, rows: _Rows) -> RoutingTrace:
+    turn, phase, step, layer, slot = (rows.columns[name].astype(np.int64) for name in _KEYS)
+    routed = np.zeros(header.layers, dtype=np.bool_)
+    routed[layer] = True
+    kept = [at for at in range(header.layers) if routed[at] or header.expert_bytes.get(at, 0)]
+    place = np.full(header.layers, -1)
+    place[kept] = np.arange(len(kept))
+
+    # One token is one (turn, phase, step); np.unique sorts them so.
+    keys, token = np.unique(np.stack([turn, phase, step], axis=1), axis=0, return_inverse=True)
+    token = token.reshape(-1)
+    shape = (len(keys), len(kept), header.k)
+    cell = (token * len(kept) + place[layer]) * header.k + slot
+    filled = np.zeros(shape, dtype=np.bool_)
+    filled.reshape(-1)[cell] = True
+    _check_cells(path, header, rows, cell, filled)
+
+    def spread(name: str, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        array = np.zeros(shape, dtype=dtype)
+        array.reshape(-1)[cell] = rows.columns[name].astype(dtype)
+        return array
+
+    meta: dict[str, Any] = {
+        "model": PurePosixPath(header.model).name.removesuffix(".gguf"),
+        "arch": header.arch,
+        "num_experts": header.experts,
+        "source": f"imported from {path.name} (BigMoeOnEdge route_trace v1)",
+    }
+    if len(kept) < header.layers:
+        meta["moe_layers"] = kept
+    weights = None
+    if "weight" in rows.columns:
+        unknown = int(np.isnan(rows.columns["weight"]).sum())
+        if unknown:
+            meta["weights"] = f"left out: {unknown} of {len(cell)} not known to the log"
+        else:
+            weights = spread("weight", np.float16)
+    present: npt.NDArray[np.bool_] = filled[..., 0]  # all slots or none, by now
+    return RoutingTrace(
+        experts=spread("expert", np.uint8 if header.experts <= 256 else np.uint16),
+        num_experts=header.experts,
+        weights=weights,
+        sequence=keys[:, 0].astype(np.int32),
+        position=keys[:, 2].astype(np.int32),
+        phase=keys[:, 1].astype(np.uint8),
+        present=None if present.all() else present,
+        meta=meta,
+        extra={name: spread(name, np.uint8) for name in _PER_SLOT if name in rows.columns}
+        | _layer_bytes(path, header, kept),
+    )
+
+
+def _check_cells(
+    path: Path, header: _Header, rows: _Rows, cell: npt.NDArray[np.int64], filled: npt.NDArray[np.bool_]
+) -> None:
+    """Refuse a slot that is logged twice, and a (token, layer) that has only some of its slots."""
+    order = np.argsort(cell, kind="stable")
+    twice = np.flatnonzero(np.diff(cell[order]) == 0)
+    if len(twice):
+        again = int(order[twice + 1].min())
+        raise TraceError(
+            f"{path}: line {rows.lines[again]}: slot = {rows.columns['slot'][again]:.0f}: "
+            "logged before for the same turn, phase, step and layer: must appear once"
+        )
+    count = filled.sum(axis=2)
+    partial = (count > 0) & (count < header.k)
+    if partial.any():
+        at = int(np.flatnonzero(partial.reshape(-1)[cell // header.k])[0])
+        there = int(count.reshape(-1)[cell[at] // header.k])
+        where = ", ".join(f"{name} {rows.columns[name][at]:.0f}" for name in ("turn", "step", "layer"))
+        raise TraceError(
+            f"{path}: line {rows.lines[at]}: slot: {there} of {header.k} slots are logged for {where}: "
+            "must be all (is the file truncated?)"
+        )
+
+
+def _layer_bytes(path: Path, header: _Header, kept: list[int]) -> dict[str, npt.NDArray[np.int64]]:
+    if not header.expert_bytes:
+        return {}
+    for at in kept:
+        if not header.expert_bytes.get(at):
+            raise TraceError(
+                f"{path}: header: layer={at} is routed, but its expert_bytes is 0 or missing: "
+                f"must be '# layer={at} expert_bytes=… dense_bytes=…'"
+            )
+    return {
+        "expert_bytes": np.array([header.expert_bytes[at] for at in kept], dtype=np.int64),
+        "dense_bytes": np.array([header.dense_bytes[at] for at in kept], dtype=np.int64),
+    }

@@ -1,0 +1,1 @@
+"""Model presets, one TOML file each."""

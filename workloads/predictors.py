@@ -1,0 +1,429 @@
+"""Predictors: which experts the layers ahead will use, guessed by every token at every layer.
+
+Guesses are computed once, before the clock starts, and frozen, so that a policy under test can change neither what
+is guessed nor the luck. A guess uses only what is known when the router's choice it follows is known: all earlier
+steps, and the layers of its own step up to its own (the oracle alone looks ahead). To add one: write a class with
+`guess`, name it in PREDICTORS, describe it in tests/test_predictors.py.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from .batches import Step
+from .keyed_random import uniform
+from .trace import RoutingTrace
+
+Int16s = npt.NDArray[np.int16]
+Int64s = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+
+#: Greater than every expert, so that it stands last in a sorted list and shifts nothing.
+_NONE_TAKEN = np.iinfo(np.int16).max
+#: Work that is done for many cells at once is cut into pieces of about this many numbers, to stay in the caches.
+_PIECE = 1 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Guesses:
+    """Ranked guesses of every simulated token at every layer; the arrays are taken over and made read-only.
+
+    rows         int64 (rows,): the trace rows that the steps run, in order of step and place.
+    experts      int16 (rows, layers, horizons, n), best first, -1 = no guess. `experts[i, l, h - 1]` is guessed by
+                 token `rows[i]` once its choice at layer l is known, for layer (l + h) % layers of the token
+                 (l + h) // layers tokens on (0: itself), the next being its sequence's first in a later step.
+    confidences  float32, shaped as `experts`, 0 where there is no guess; None if the predictor has none.
+
+    There is no guess where no such token is simulated, nor by a token that made no choice (is not `present`) at l.
+    """
+
+    rows: Int64s
+    experts: Int16s
+    confidences: Floats | None = None
+
+    def __post_init__(self) -> None:
+        for array in (self.rows, self.experts, self.confidences):
+            if array is not None:
+                array.setflags(write=False)
+
+    @property
+    def horizons(self) -> int:
+        """How many layers ahead the farthest guesses are for."""
+        return int(self.experts.shape[2])
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of shapes and values, in hexadecimal: the same guesses have the same digest on every machine."""
+        sha = hashlib.sha256()
+        for array in (self.rows, self.experts, self.confidences):
+            if array is not None:
+                sha.update(f"{array.dtype.name}{array.shape}".encode())
+                sha.update(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
+        return sha.hexdigest()
+
+
+class Predictor(Protocol):
+    """What guesses; options such as a seed go to the constructor."""
+
+    def guess(self, trace: RoutingTrace, steps: Sequence[Step], horizons: int, n: int) -> Guesses:
+        """Return the n best guesses for each of the `horizons` layers ahead of every token of the steps.
+
+        Raises ValueError if `horizons` or `n` is not positive, a step names a row that the trace lacks, or the trace
+        holds too little for this predictor.
+        """
+
+
+class Oracle:
+    """Knows the future with a given recall, and is wrong by the same luck whatever the policy.
+
+    Each true expert is in the list with probability `recall`, at its rank of the router's order; the others' ranks,
+    and those beyond top-k, hold distinct wrong experts, uniform among all wrong ones; -1 if there are too few. Draws
+    are keyed by (seed, sequence, position, layer, horizon) of the target and the rank, so that a longer list begins
+    with the shorter one.
+    """
+
+    def __init__(self, recall: float = 1.0, seed: int = 0) -> None:
+        if not 0 <= recall <= 1:
+            raise ValueError(f"predictor recall = {recall}: must lie between 0 and 1")
+        self.recall = recall
+        self.seed = seed
+
+    def guess(self, trace: RoutingTrace, steps: Sequence[Step], horizons: int, n: int) -> Guesses:
+        """Return the truth, each expert of it kept with probability `recall`."""
+        run = _Run.of(trace, steps, horizons, n)
+        experts = run.no_guesses(n)
+        # Coin and choice of each rank.
+        draws = np.arange(2 * n)
+        for ahead, (token, layer) in enumerate(run.targets()):
+            for piece in run.pieces(run.layers * 2 * n):
+                target = run.rows[token[piece]][..., None]
+                luck = uniform(
+                    self.seed, trace.sequence[target], trace.position[target], layer[:, None], ahead + 1, draws
+                )
+                truth = run.chosen[token[piece], layer]
+                experts[piece, :, ahead] = _spoil(truth, luck, self.recall, n, trace.num_experts)
+        return run.guesses(experts)
+
+
+def _spoil(truth: Int16s, luck: npt.NDArray[np.float64], recall: float, n: int, num_experts: int) -> Int16s:
+    """Return the first n ranks of `truth` (…, k), each kept or replaced by `luck` (…, 2 n), its coin and choice."""
+    k = truth.shape[-1]
+    ranked = np.full((*truth.shape[:-1], n), -1, dtype=np.int16)
+    # What cannot be drawn any more, in ascending order: the true experts, then also the wrong ones in use.
+    barred = list(np.moveaxis(np.sort(truth, axis=-1), -1, 0))
+    free = np.full(truth.shape[:-1], num_experts - k, dtype=np.int16)
+    for rank in range(n):
+        wrong = (luck[..., 2 * rank + 1] * free).astype(np.int16)
+        for expert in barred:
+            wrong += wrong >= expert
+        replaced = free > 0
+        if rank < k:
+            kept = luck[..., 2 * rank] < recall
+            ranked[..., rank] = np.where(kept, truth[..., rank], ranked[..., rank])
+            replaced &= ~kept
+        ranked[..., rank] = np.where(replaced, wrong, ranked[..., rank])
+        free -= replaced
+        moving = np.where(replaced, wrong, _NONE_TAKEN)
+        for place, expert in enumerate(barred):
+            barred[place], moving = np.minimum(expert, moving), np.maximum(expert, moving)
+        barred.append(moving)
+    return ranked
+
+
+class PreviousToken:
+    """Guesses what the sequence's latest token used at the target layer, in the router's order.
+
+    That is this token itself where it has been through the target layer, else its sequence's last token of an earlier
+    step.
+    """
+
+    def guess(self, trace: RoutingTrace, steps: Sequence[Step], horizons: int, n: int) -> Guesses:
+        """Return the choices of the token before."""
+        run = _Run.of(trace, steps, horizons, n)
+        experts = run.no_guesses(n)
+        itself = np.arange(len(run.rows))
+        for ahead, (_, layer) in enumerate(run.targets()):
+            been_through = layer <= np.arange(run.layers)
+            latest = np.where(been_through, itself[:, None], run.previous[:, None])
+            experts[:, :, ahead, : run.k] = run.chosen[latest, layer, :n]
+        return run.guesses(experts)
+
+
+class Frequency:
+    """Guesses the experts that the target layer used most in all earlier steps; ties go to the lower index.
+
+    The confidence is the expert's share of the layer's uses.
+    """
+
+    def guess(self, trace: RoutingTrace, steps: Sequence[Step], horizons: int, n: int) -> Guesses:
+        """Return the most used experts so far."""
+        run = _Run.of(trace, steps, horizons, n)
+        experts, confidences = run.no_guesses(n), run.no_confidences(n)
+        layer = np.stack([layer for _, layer in run.targets()], axis=1)
+        before = np.zeros((run.layers, trace.num_experts), dtype=np.int64)
+        at_once = max(1, _PIECE // before.size)
+        for first in range(0, len(run.starts) - 1, at_once):
+            starts = run.starts[first : first + at_once + 1]
+            places = slice(int(starts[0]), int(starts[-1]))
+            step = run.step[places] - first
+            used = run.chosen[places]
+            cell = (step[:, None] * run.layers + np.arange(run.layers))[..., None] * trace.num_experts + used
+            uses = np.bincount(cell[used >= 0], minlength=(len(starts) - 1) * before.size)
+            uses = uses.reshape(-1, *before.shape)
+            after = before + np.cumsum(uses, axis=0)
+            best, share = _best(after - uses, n)
+            experts[places] = best[step[:, None, None], layer]
+            confidences[places] = share[step[:, None, None], layer]
+            before = after[-1]
+        return run.guesses(experts, confidences)
+
+
+class Transition:
+    """First-order transitions between layers, counted in finished steps, separately for every layer and horizon.
+
+    A candidate's score is how often it was used, so many layers on, by tokens that used one of this token's experts
+    here, summed over those experts; ties go to the lower index; never seen is not guessed. The confidence is the share
+    of the candidate in all scores. Across the token boundary the pairs are tokens that follow each other in a
+    sequence, also within a prompt. The counts take 4 * horizons * layers * experts**2 bytes.
+    """
+
+    def guess(self, trace: RoutingTrace, steps: Sequence[Step], horizons: int, n: int) -> Guesses:
+        """Return what followed most often."""
+        run = _Run.of(trace, steps, horizons, n)
+        experts, confidences = run.no_guesses(n), run.no_confidences(n)
+        e = trace.num_experts
+        counts = np.zeros((run.layers, horizons, e, e), dtype=np.int32)
+        here, ahead = np.indices((run.layers, horizons), sparse=True)
+        tokens_on, target_layer = np.divmod(here + ahead + 1, run.layers)
+        block = (here * horizons + ahead)[..., None, None] * e
+        ago = run.tokens_ago(int(tokens_on.max()))
+        cells = run.layers * horizons * max(e, run.k**2)
+        for start, end in zip(run.starts[:-1], run.starts[1:], strict=True):
+            for piece in run.pieces(cells, int(start), int(end)):
+                scores = np.zeros((len(run.rows[piece]), run.layers, horizons, e), dtype=np.int64)
+                for source in np.moveaxis(run.chosen[piece], -1, 0):
+                    scores += counts[here, ahead, source[..., None]]
+                experts[piece], confidences[piece] = _best(scores, n)
+            for piece in run.pieces(cells, int(start), int(end)):
+                source = run.chosen[ago[tokens_on, piece].transpose(2, 0, 1), here]
+                target = run.chosen[piece][:, target_layer]
+                pair = (block + source[..., :, None]) * e + target[..., None, :]
+                seen = (source >= 0)[..., :, None] & (target >= 0)[..., None, :]
+                np.add.at(counts.reshape(-1), pair[seen], 1)
+        return run.guesses(experts, confidences)
+
+
+def _best(scores: Int64s, n: int) -> tuple[Int16s, Floats]:
+    """Return the n experts with the highest scores (…, experts) above 0, ties to the lower index, and their shares."""
+    e = scores.shape[-1]
+    # One number that orders by score, then by falling index.
+    keys = scores * e + np.arange(e - 1, -1, -1)
+    if n < e:
+        keys = np.partition(keys, e - n, axis=-1)[..., e - n :]
+    score, index = np.divmod(np.sort(keys, axis=-1)[..., ::-1], e)
+    experts = np.full((*scores.shape[:-1], n), -1, dtype=np.int16)
+    experts[..., :e] = np.where(score > 0, e - 1 - index, -1)
+    shares = np.zeros(experts.shape, dtype=np.float32)
+    shares[..., :e] = score / np.maximum(scores.sum(axis=-1, keepdims=True), 1)
+    return experts, shares
+
+
+class Recorded:
+    """Repeats the trace's own `predictions`, such as a learned predictor's, and their `confidences` if it has them."""
+
+    def guess(self, trace: RoutingTrace, steps: Sequence[Step], horizons: int, n: int) -> Guesses:
+        """Return the first n recorded guesses of each horizon; -1 where fewer were recorded.
+
+        Raises ValueError if the trace has no predictions, or none so far ahead.
+        """
+        run = _Run.of(trace, steps, horizons, n)
+        if trace.predictions is None:
+            raise ValueError(
+                "predictor 'recorded': the trace has no array predictions; it must have one of shape (tokens, layers, "
+                f"horizons >= {horizons}, n)"
+            )
+        recorded = trace.predictions.shape[2]
+        if recorded < horizons:
+            raise ValueError(
+                f"predictor 'recorded': the trace's predictions reach {recorded} layers ahead, not {horizons}: "
+                f"record {horizons} or ask for at most {recorded}"
+            )
+        experts = run.no_guesses(n)
+        width = min(n, trace.predictions.shape[3])
+        experts[..., :width] = trace.predictions[run.rows, :, :horizons, :n]
+        if trace.confidences is None:
+            return run.guesses(experts)
+        confidences = run.no_confidences(n)
+        confidences[..., :width] = trace.confidences[run.rows, :, :horizons, :n]
+        return run.guesses(experts, confidences)
+
+
+def recall_at(guesses: Guesses, trace: RoutingTrace, steps: Sequence[Step]) -> npt.NDArray[np.float64]:
+    """Return the share of true experts that the guesses contain, float64 (horizons,), in order of horizon.
+
+    True experts are those that the targets used, once for each token that could guess them; 0 where there are none.
+    """
+    run = _Run.of(trace, steps, *guesses.experts.shape[2:])
+    recalls = np.zeros(guesses.horizons)
+    for ahead, (token, layer) in enumerate(run.targets()):
+        asked = run.can_guess(token)
+        truth = run.chosen[token, layer][asked]
+        listed = guesses.experts[:, :, ahead][asked]
+        true = int((truth >= 0).sum())
+        found = sum(int(((listed == expert[:, None]) & (listed >= 0)).any(axis=-1).sum()) for expert in truth.T)
+        recalls[ahead] = found / max(true, 1)
+    return recalls
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """The simulated rows and what follows what among them; a place is an index into `rows`, -1 is none."""
+
+    layers: int
+    k: int
+    horizons: int
+    rows: Int64s
+    #: The step of each place, and the first place of each step; the last entry closes the last step.
+    step: Int64s
+    starts: Int64s
+    #: The true experts (rows + 1, layers, k), -1 where absent; the last row is all absent, for place -1.
+    chosen: Int16s
+    #: The first place of the sequence's next step, the last place of its step before, and the place just before.
+    next: Int64s
+    previous: Int64s
+    before: Int64s
+
+    @classmethod
+    def of(cls, trace: RoutingTrace, steps: Sequence[Step], horizons: int, n: int) -> _Run:
+        """Look the steps up in the trace."""
+        for name, value in (("horizons", horizons), ("n", n)):
+            if value < 1:
+                raise ValueError(f"predictor {name} = {value}: must be at least 1")
+        if trace.num_experts > _NONE_TAKEN:
+            raise ValueError(f"num_experts = {trace.num_experts}: guesses hold at most {_NONE_TAKEN}")
+        rows = np.concatenate([np.empty(0, dtype=np.int64), *(step.rows for step in steps)])
+        outside = (rows < 0) | (rows >= trace.tokens)
+        if outside.any():
+            raise ValueError(f"steps name row {rows[outside][0]}: the trace has rows 0 to {trace.tokens - 1}")
+        widths = np.array([len(step.rows) for step in steps], dtype=np.int64)
+        step = np.repeat(np.arange(len(steps)), widths)
+        chosen = np.full((len(rows) + 1, trace.layers, trace.k), -1, dtype=np.int16)
+        chosen[:-1] = trace.experts[rows]
+        if trace.present is not None:
+            chosen[:-1][~trace.present[rows]] = -1
+        nxt, previous, before = _neighbors(trace.sequence[rows], step)
+        return cls(
+            layers=trace.layers,
+            k=trace.k,
+            horizons=horizons,
+            rows=rows,
+            step=step,
+            starts=np.concatenate([[0], np.cumsum(widths)]),
+            chosen=chosen,
+            next=nxt,
+            previous=previous,
+            before=before,
+        )
+
+    def targets(self) -> Iterator[tuple[Int64s, Int64s]]:
+        """Yield for each horizon the targets' places (rows, layers), -1 for none, and their layers (layers,)."""
+        tokens_on = [np.arange(len(self.rows))]
+        for ahead in range(1, self.horizons + 1):
+            on, layer = np.divmod(np.arange(self.layers) + ahead, self.layers)
+            while len(tokens_on) <= on[-1]:
+                tokens_on.append(_follow(self.next, tokens_on[-1]))
+            yield np.stack([tokens_on[tokens] for tokens in on], axis=1), layer
+
+    def tokens_ago(self, most: int) -> Int64s:
+        """Return the places 0 to `most` tokens earlier in the same sequence, (most + 1, rows), -1 for none."""
+        ago = [np.arange(len(self.rows))]
+        for _ in range(most):
+            ago.append(_follow(self.before, ago[-1]))
+        return np.stack(ago)
+
+    def can_guess(self, token: Int64s) -> npt.NDArray[np.bool_]:
+        """Return where (rows, layers) a token that made a choice has the target `token`."""
+        return (token >= 0) & (self.chosen[:-1, :, 0] >= 0)
+
+    def pieces(self, numbers: int, start: int = 0, end: int | None = None) -> Iterator[slice]:
+        """Cut places `start` to `end` so that `numbers` for each make about _PIECE together."""
+        end = len(self.rows) if end is None else end
+        size = max(1, _PIECE // numbers)
+        for first in range(start, end, size):
+            yield slice(first, min(first + size, end))
+
+    def no_guesses(self, n: int) -> Int16s:
+        """Return an array for the experts, all -1."""
+        return np.full((len(self.rows), self.layers, self.horizons, n), -1, dtype=np.int16)
+
+    def no_confidences(self, n: int) -> Floats:
+        """Return an array for the confidences, all 0."""
+        return np.zeros((len(self.rows), self.layers, self.horizons, n), dtype=np.float32)
+
+    def guesses(self, experts: Int16s, confidences: Floats | None = None) -> Guesses:
+        """Freeze the arrays, after taking out what nobody guesses or nobody will use."""
+        for ahead, (token, _) in enumerate(self.targets()):
+            experts[:, :, ahead][~self.can_guess(token)] = -1
+        if confidences is not None:
+            confidences[experts < 0] = 0
+        return Guesses(self.rows, experts, confidences)
+
+
+def _follow(link: Int64s, places: Int64s) -> Int64s:
+    return np.where(places >= 0, link[places], -1)
+
+
+def _neighbors(sequence: npt.NDArray[np.integer], step: Int64s) -> tuple[Int64s, Int64s, Int64s]:
+    """Return `next`, `previous` and `before` of a run."""
+    nxt, previous, before = (np.full(len(step), -1, dtype=np.int64) for _ in range(3))
+    order = np.argsort(sequence, kind="stable")
+    same = sequence[order][1:] == sequence[order][:-1]
+    before[order[1:][same]] = order[:-1][same]
+    # Runs of one sequence in one step: their bounds, and whether the next run is of the same sequence.
+    first = np.flatnonzero(np.concatenate([[True], ~same | (np.diff(step[order]) != 0)])[: len(order)])
+    last = np.append(first[1:], len(order)) - 1
+    run = np.repeat(np.arange(len(first)), last - first + 1)
+    if len(first) > 1:
+        linked = sequence[order[first[1:]]] == sequence[order[first[:-1]]]
+        nxt[order] = np.append(np.where(linked, order[first[1:]], -1), -1)[run]
+        previous[order] = np.append(-1, np.where(linked, order[last[:-1]], -1))[run]
+    return nxt, previous, before
+
+
+PREDICTORS: dict[str, Callable[..., Predictor]] = {
+    "oracle": Oracle,
+    "previous-token": PreviousToken,
+    "frequency": Frequency,
+    "transition": Transition,
+    "recorded": Recorded,
+}
+
+
+def make_predictor(name: str, *, seed: int = 0, **options: Any) -> Predictor:
+    """Return the predictor of that name in PREDICTORS, built with its options, and with the seed if it draws at all.
+
+    Raises ValueError if there is no such predictor, it has no such option, or the option's value is impossible.
+    """
+    if name not in PREDICTORS:
+        raise ValueError(_unknown("predictor.name", name, list(PREDICTORS)))
+    known = list(inspect.signature(PREDICTORS[name]).parameters)
+    seeds = {"seed": seed} if "seed" in known else {}
+    for option in options:
+        if option not in known:
+            own = [key for key in known if key != "seed"]
+            raise ValueError(_unknown(f"option of predictor {name!r}", option, own))
+    return PREDICTORS[name](**seeds, **options)
+
+
+def _unknown(key: str, given: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(given, known, 1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return f"{key} = {given!r}: choose one of {', '.join(known) or 'none, it has no options'}{hint}"

@@ -1,0 +1,217 @@
+"""Synthetic routing traces, with the three things that decide what a cache can do as parameters.
+
+Popularity skew (some experts are chosen more often by everybody), a working set (a sequence favors some experts),
+and lag-1 reuse (a token keeps experts of the token before). With skew 0, no working set and reuse 0, the choices
+are independent and uniform.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .batches import DECODE, PREFILL
+from .trace import MAX_EXPERTS, RoutingTrace
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+#: The working set's part of the probability of one draw, unless it has more by popularity alone.
+WORKING_SET_SHARE = 0.9
+#: Beyond this the least popular experts are never met, and numbers come near the end of the float range.
+MAX_SKEW = 20.0
+#: What each random generator is for; part of its key, so that none shares its luck with another.
+_RANKS, _WORKING_SETS, _DRAWS, _KEEPS, _WEIGHTS = range(5)
+#: How many random numbers are held at once.
+_CHUNK_NUMBERS = 1 << 20
+
+
+@dataclass(frozen=True)
+class SyntheticConfig:
+    """What to generate.
+
+    - `tokens`: rows in all, shared evenly among `sequences` (the first ones get one more where it does not divide).
+    - `layers`, `experts`, `top_k`: the model.
+    - `skew`: Zipf exponent of the popularity, over ranks that each layer deals out in its own order; 0 is uniform.
+    - `working_set`: experts that each sequence favors at each layer, drawn by popularity, top_k..experts; a fresh
+      draw falls into it with a probability of at least WORKING_SET_SHARE. None: no favorites.
+    - `reuse`: the probability that an expert of the previous token of the sequence is kept, each by itself. The other
+      places are drawn afresh, which may bring back an expert not kept, so that the measured
+      reuse is at least this.
+    - `prefill_tokens`: the first so many tokens of each sequence are prefill.
+
+    Raises ValueError naming the parameter, its value and its bounds.
+    """
+
+    tokens: int
+    layers: int
+    experts: int
+    top_k: int
+    skew: float = 0.0
+    working_set: int | None = None
+    reuse: float = 0.0
+    sequences: int = 1
+    prefill_tokens: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        bounds: dict[str, tuple[int, int | None]] = {
+            "tokens": (1, None),
+            "layers": (1, None),
+            "experts": (1, MAX_EXPERTS),
+            "top_k": (1, self.experts),
+            "sequences": (1, self.tokens),
+            "seed": (0, None),
+        }
+        for name, (low, high) in bounds.items():
+            _check_whole(name, getattr(self, name), low, high)
+        _check_whole("prefill_tokens", self.prefill_tokens, 0, self.tokens // self.sequences)
+        if self.working_set is not None:
+            _check_whole("working_set", self.working_set, self.top_k, self.experts)
+        for name, most in (("skew", MAX_SKEW), ("reuse", 1.0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
+                raise ValueError(f"{name} = {value!r}: must be a number 0..{most:g}")
+
+
+def _check_whole(name: str, value: object, low: int, high: int | None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+        allowed = f"at least {low}" if high is None else f"{low}..{high}"
+        raise ValueError(f"{name} = {value!r}: must be an integer, {allowed}")
+
+
+def synthesize(
+    tokens: int,
+    layers: int,
+    experts: int,
+    top_k: int,
+    *,
+    skew: float = 0.0,
+    working_set: int | None = None,
+    reuse: float = 0.0,
+    sequences: int = 1,
+    prefill_tokens: int = 0,
+    seed: int = 0,
+) -> RoutingTrace:
+    """Return a checked trace; the parameters are SyntheticConfig's, and are repeated in its meta.
+
+    Random numbers are keyed on (seed, sequence): a longer sequence begins like a shorter one, and the
+    first sequences do not change when more are asked for. `weights` are a softmax over k standard normal scores,
+    descending. Raises ValueError for a parameter out of bounds.
+    """
+    config = SyntheticConfig(
+        tokens=tokens,
+        layers=layers,
+        experts=experts,
+        top_k=top_k,
+        skew=skew,
+        working_set=working_set,
+        reuse=reuse,
+        sequences=sequences,
+        prefill_tokens=prefill_tokens,
+        seed=seed,
+    )
+    popularity = _popularity(config)
+    each, longer = divmod(tokens, sequences)
+    lengths = [each + (number < longer) for number in range(sequences)]
+    parts = [_route(config, popularity, number, length) for number, length in enumerate(lengths)]
+    position = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
+    trace = RoutingTrace(
+        experts=np.concatenate([chosen for chosen, _ in parts]),
+        num_experts=experts,
+        weights=np.concatenate([weights for _, weights in parts]),
+        sequence=np.repeat(np.arange(sequences, dtype=np.int32), lengths),
+        position=position,
+        phase=np.where(position < prefill_tokens, PREFILL, DECODE).astype(np.uint8),
+        meta={"model": "synthetic", "source": "synthetic", "synthetic": asdict(config)},
+    )
+    trace.check("synthetic trace")
+    return trace
+
+
+def _generator(config: SyntheticConfig, purpose: int, sequence: int = 0) -> np.random.Generator:
+    return np.random.default_rng([config.seed, purpose, sequence])
+
+
+def _popularity(config: SyntheticConfig) -> FloatArray:
+    """Return the probability that one draw takes an expert, (layers, experts): Zipf over each layer's own order."""
+    by_rank = np.arange(1, config.experts + 1, dtype=np.float64) ** -config.skew
+    generator = _generator(config, _RANKS)
+    ranks = np.stack([generator.permutation(config.experts) for _ in range(config.layers)])
+    return by_rank[ranks] / math.fsum(by_rank)
+
+
+def _favor(config: SyntheticConfig, popularity: FloatArray, sequence: int) -> FloatArray:
+    """Return the probabilities (layers, experts) of one sequence: its working set gets the share it is due."""
+    if config.working_set is None or config.working_set == config.experts:
+        return popularity
+    times = _generator(config, _WORKING_SETS, sequence).standard_exponential(popularity.shape)
+    chosen = _first_of_race(times / popularity, config.working_set)
+    inside = np.zeros(popularity.shape, dtype=np.bool_)
+    np.put_along_axis(inside, chosen, True, axis=-1)
+    natural = (popularity * inside).sum(axis=-1, keepdims=True)
+    outside = (popularity * ~inside).sum(axis=-1, keepdims=True)
+    share = np.maximum(natural, WORKING_SET_SHARE)
+    favored: FloatArray = np.where(inside, popularity * share / natural, popularity * (1 - share) / outside)
+    # (1 - share) may round to 0 where the set holds nearly everything; a probability must not.
+    return np.maximum(favored, np.finfo(np.float64).tiny * 1e100)
+
+
+def _first_of_race(times: FloatArray, count: int) -> IntArray:
+    """Return who arrives first along the last axis, in order, the `count` first.
+
+    If times are exponential over probability, this draws without replacement: Efraimidis, Spirakis, "Weighted
+    random sampling with a reservoir", Information Processing Letters 97(5), 2006.
+    """
+    if count < times.shape[-1]:
+        first = np.argpartition(times, count - 1, axis=-1)[..., :count]
+    else:
+        first = np.broadcast_to(np.arange(count), times.shape)
+    order = np.argsort(np.take_along_axis(times, first, axis=-1), axis=-1, kind="stable")
+    return np.take_along_axis(first, order, axis=-1)
+
+
+def _route(
+    config: SyntheticConfig, popularity: FloatArray, sequence: int, length: int
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.float16]]:
+    """Return the choices of one sequence and their weights, each (length, layers, k)."""
+    shape = (length, config.layers, config.top_k)
+    chosen = np.empty(shape, dtype=np.uint8 if config.experts <= 256 else np.uint16)
+    weights = np.empty(shape, dtype=np.float16)
+    probabilities = _favor(config, popularity, sequence)
+    draws, keeps, scores = (_generator(config, purpose, sequence) for purpose in (_DRAWS, _KEEPS, _WEIGHTS))
+    previous: IntArray | None = None
+    rows = max(1, _CHUNK_NUMBERS // (config.layers * config.experts))
+    for first in range(0, length, rows):
+        chunk = slice(first, min(first + rows, length))
+        size = (chunk.stop - chunk.start, config.layers)
+        fresh = _first_of_race(draws.standard_exponential((*size, config.experts)) / probabilities, config.top_k)
+        keep = keeps.random((*size, config.top_k)) < config.reuse
+        for row in range(size[0]):
+            previous = fresh[row] if previous is None else _keep_some(previous, keep[row], fresh[row])
+            chosen[first + row] = previous
+        weights[chunk] = _softmax(-np.sort(-scores.standard_normal((*size, config.top_k)), axis=-1))
+    return chosen, weights
+
+
+def _keep_some(previous: IntArray, keep: npt.NDArray[np.bool_], fresh: IntArray) -> IntArray:
+    """Return the next token's experts (layers, k): the kept ones, then as many fresh ones as there are places.
+
+    Of the k fresh ones at most as many are kept ones as are kept, so the others always fill the places.
+    """
+    repeated = ((fresh[:, :, None] == previous[:, None, :]) & keep[:, None, :]).any(axis=2)
+    both = np.concatenate([previous, fresh], axis=1)
+    # A stable sort by "not to be used" moves the usable ones to the front and keeps their order.
+    unusable = np.concatenate([~keep, repeated], axis=1)
+    order = np.argsort(unusable, axis=1, kind="stable")[:, : previous.shape[1]]
+    return np.take_along_axis(both, order, axis=1)
+
+
+def _softmax(scores: FloatArray) -> npt.NDArray[np.float16]:
+    powers = np.exp(scores - scores[..., :1])
+    weights: npt.NDArray[np.float16] = (powers / powers.sum(axis=-1, keepdims=True)).astype(np.float16)
+    return weights

@@ -1,0 +1,548 @@
+"""Routing traces: which experts a model's router chose, token by token and layer by layer.
+
+A trace is a handful of numpy arrays that share their first axis, the rows (one row, one token). Nothing is
+believed until `check()` has seen it: `load`, `save`, the importers and the generator all call it.
+
+Two file formats hold the same arrays: `.safetensors`, whose metadata has one JSON string under the key `meta`,
+and `.npz`, whose array `meta` is that string. Neither is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, Self
+
+import numpy as np
+import numpy.typing as npt
+import safetensors
+import safetensors.numpy
+
+from .batches import DECODE, PREFILL
+
+Array = npt.NDArray[Any]
+
+#: More experts than this do not fit the widest type of `experts`.
+MAX_EXPERTS = 1 << 16
+
+
+class TraceError(ValueError):
+    """A trace that cannot be right: one line naming file, array, row and what would be right."""
+
+
+class _Layout(NamedTuple):
+    """What an array must look like: its types, narrowest first, the name of each axis, and its values."""
+
+    dtypes: tuple[str, ...]
+    axes: tuple[str, ...]
+    low: int | None = None
+    high: int | None = None
+
+
+#: The arrays a trace may have. Any other array is kept in `extra`.
+_LAYOUT = {
+    "experts": _Layout(("uint8", "uint16"), ("row", "layer", "slot")),
+    "weights": _Layout(("float16",), ("row", "layer", "slot")),
+    "sequence": _Layout(("int32",), ("row",), low=0),
+    "position": _Layout(("int32",), ("row",), low=0),
+    "phase": _Layout(("uint8",), ("row",), low=PREFILL, high=DECODE),
+    "present": _Layout(("bool",), ("row", "layer")),
+    "predictions": _Layout(("int16",), ("row", "layer", "horizon", "rank")),
+    "confidences": _Layout(("float16", "float32"), ("row", "layer", "horizon", "rank")),
+}
+#: Extra arrays whose meaning is known; they are checked too.
+_KNOWN_EXTRA = {
+    "expert_bytes": _Layout((), ("layer",), low=1),
+    "dense_bytes": _Layout((), ("layer",), low=0),
+    "residency": _Layout((), ("row", "layer", "slot"), low=0, high=2),
+}
+_SIZES_IN_WORDS = {"row": "tokens", "layer": "layers", "slot": "k", "horizon": "horizons", "rank": "n"}
+
+
+def _not_given() -> Array:
+    return _NOT_GIVEN
+
+
+_NOT_GIVEN: Array = np.empty(0, dtype=np.int32)
+
+
+@dataclass(frozen=True, eq=False)
+class RoutingTrace:
+    """The choices of a router, and what else is known of them.
+
+    Arrays (integers of other widths are narrowed when no value changes; wider floats are rounded):
+
+    - `experts` (tokens, layers, k), uint8 or uint16, in the router's order, each 0..num_experts-1, distinct
+      within one (token, layer).
+    - `weights` float16, same shape, at least 0; or None.
+    - `sequence`, `position` int32 (tokens,) and `phase` uint8 (tokens,), 0 prefill and 1 decode: always filled.
+      Left out, all rows are decode tokens of sequence 0, and position counts the rows of a sequence.
+      Sequences may be interleaved, but within one, positions increase in file order.
+    - `present` bool (tokens, layers), False where the token was not routed at that layer (its experts and
+      weights then mean nothing, and are 0); None: all are.
+    - `predictions` int16 (tokens, layers, horizons, n): ranked guesses made at (token, layer) for the layer
+      1, 2, ... ahead, -1 for none; `confidences` float16 or float32, same shape; or None.
+
+    `meta` is any JSON object; it always names `num_experts`. `extra` holds all other arrays by name, among them
+    `residency` (tokens, layers, k), `expert_bytes` (layers,) and `dense_bytes` (layers,). Making a trace does
+    not check it: call `check()`.
+    """
+
+    experts: Array
+    num_experts: int
+    weights: Array | None = None
+    sequence: Array = field(default_factory=_not_given)
+    position: Array = field(default_factory=_not_given)
+    phase: Array = field(default_factory=_not_given)
+    present: Array | None = None
+    predictions: Array | None = None
+    confidences: Array | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Array] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        for name, layout in _LAYOUT.items():
+            value = getattr(self, name)
+            if value is not None and value is not _NOT_GIVEN:
+                put(name, _narrow(np.asarray(value), layout.dtypes))
+        num_experts: Any = self.num_experts
+        if isinstance(num_experts, np.integer):
+            put("num_experts", int(num_experts))
+        rows = len(self.experts) if self.experts.ndim else 0
+        if self.sequence is _NOT_GIVEN or self.sequence is None:
+            put("sequence", np.zeros(rows, dtype=np.int32))
+        if self.position is _NOT_GIVEN or self.position is None:
+            put("position", _count_within(self.sequence, rows))
+        if self.phase is _NOT_GIVEN or self.phase is None:
+            put("phase", np.full(rows, DECODE, dtype=np.uint8))
+        put("meta", {"num_experts": self.num_experts, **self.meta})
+        put("extra", {name: np.asarray(value) for name, value in self.extra.items()})
+
+    @property
+    def tokens(self) -> int:
+        """How many rows there are."""
+        return int(self.experts.shape[0])
+
+    @property
+    def layers(self) -> int:
+        """How many MoE layers each token passes."""
+        return int(self.experts.shape[1])
+
+    @property
+    def k(self) -> int:
+        """How many experts the router chooses at a layer."""
+        return int(self.experts.shape[2])
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], num_experts: int | None = None) -> Self:
+        """Read and check a `.safetensors` or `.npz` file; `num_experts` is needed where its meta lacks it.
+
+        Raises TraceError for whatever is wrong with the file or its content.
+        """
+        path = Path(path)
+        try:
+            arrays, text = _format(path).read(path)
+        except OSError as error:
+            raise TraceError(f"{path}: cannot be read: {error.strerror or error}") from error
+        meta = _parse_meta(path, text)
+        arrays_named = {item.name for item in fields(cls)} & _LAYOUT.keys()
+        if "experts" not in arrays:
+            found = ", ".join(sorted(arrays)) or "no arrays"
+            raise TraceError(f"{path}: experts: missing (found {found}): must be an array (tokens, layers, k)")
+        trace = cls(
+            num_experts=_agree_on_num_experts(path, meta.get("num_experts"), num_experts),
+            meta=meta,
+            extra={name: value for name, value in arrays.items() if name not in arrays_named},
+            **{name: value for name, value in arrays.items() if name in arrays_named},
+        )
+        trace.check(str(path))
+        return trace
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Check the trace and write it as `.safetensors` or `.npz`, whole or not at all; same trace, same bytes.
+
+        Raises TraceError if the trace is wrong, the folder is missing or the format cannot hold an extra array.
+        """
+        path = Path(path)
+        file_format = _format(path)
+        self.check(str(path))
+        if not path.parent.is_dir():
+            raise TraceError(f"{path}: the folder {path.parent} does not exist: make it first")
+        arrays = {name: value for name in _LAYOUT if (value := getattr(self, name)) is not None}
+        arrays |= {name: self.extra[name] for name in sorted(self.extra)}
+        plain = {name: _plain(value) for name, value in arrays.items()}
+        text = json.dumps(self.meta, sort_keys=True, allow_nan=False)
+        _replace(path, lambda stream: file_format.write(stream, path, plain, text))
+
+    def check(self, where: str = "trace") -> None:
+        """Raise TraceError, one line that begins with `where`, if anything in the trace cannot be right."""
+        _check_num_experts(where, self.num_experts)
+        shape = self.experts.shape
+        if len(shape) != 3 or 0 in shape:
+            raise TraceError(f"{where}: experts: shape {shape}: must be (tokens, layers, k), each at least 1")
+        sizes = dict(zip(("row", "layer", "slot"), shape, strict=True))
+        if self.predictions is not None and self.predictions.ndim == 4:
+            sizes |= {"horizon": self.predictions.shape[2], "rank": self.predictions.shape[3]}
+        elif self.predictions is None and self.confidences is not None:
+            raise TraceError(f"{where}: confidences: given without predictions: give both, or neither")
+        limits = {"experts": (0, self.num_experts - 1), "predictions": (-1, self.num_experts - 1)}
+        for name, layout in _LAYOUT.items():
+            value = getattr(self, name)
+            if value is not None:
+                low, high = limits.get(name, (layout.low, layout.high))
+                _check_array(where, name, value, layout._replace(low=low, high=high), sizes)
+        for name in ("weights", "confidences"):
+            value = getattr(self, name)
+            if value is not None:
+                _check_floats(where, name, value, 0 if name == "weights" else None)
+        self._check_distinct(where)
+        self._check_order(where)
+        self._check_extra(where, sizes)
+        self._check_meta(where)
+
+    def _check_distinct(self, where: str) -> None:
+        for apart in range(1, self.k):
+            # Comparing slots that lie `apart` from each other, for every distance, compares every pair.
+            same = (self.experts[..., apart:] == self.experts[..., :-apart]).any(axis=-1)
+            if self.present is not None:
+                same &= self.present
+            if same.any():
+                row, layer = _first(same)
+                chosen = self.experts[row, layer].tolist()
+                raise TraceError(
+                    f"{where}: experts at row {row}, layer {layer}: {chosen}: "
+                    "an expert appears twice: must be distinct within a token and layer"
+                )
+
+    def _check_order(self, where: str) -> None:
+        order = by_sequence(self.sequence)
+        sequence, position = self.sequence[order], self.position[order]
+        back = (np.diff(sequence) == 0) & (np.diff(position) <= 0)
+        if back.any():
+            at = int(np.flatnonzero(back)[0])
+            raise TraceError(
+                f"{where}: position at row {order[at + 1]}: {position[at + 1]} comes after {position[at]} "
+                f"(row {order[at]}) of the same sequence {sequence[at]}: must increase within a sequence"
+            )
+
+    def _check_extra(self, where: str, sizes: dict[str, int]) -> None:
+        for name, value in self.extra.items():
+            if name in _LAYOUT or name == "meta":
+                raise TraceError(f"{where}: extra array {name!r}: the trace's own name: choose another")
+            if value.dtype.kind not in "biufcSU":
+                raise TraceError(
+                    f"{where}: {name}: dtype {value.dtype}: must be plain numbers or strings, for nothing is pickled"
+                )
+            if name in _KNOWN_EXTRA:
+                _check_array(where, name, value, _KNOWN_EXTRA[name], sizes)
+
+    def _check_meta(self, where: str) -> None:
+        named = self.meta["num_experts"]
+        if named != self.num_experts:
+            raise TraceError(
+                f"{where}: meta: num_experts = {named!r}, but the trace has num_experts = {self.num_experts}: "
+                "must agree"
+            )
+        try:
+            json.dumps(self.meta, sort_keys=True, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise TraceError(f"{where}: meta: not JSON ({error}): must be a plain object") from error
+
+    def select(self, rows: npt.ArrayLike | slice) -> Self:
+        """Return the trace of these rows, given as an index array, a mask (tokens,) or a slice, in that order.
+
+        Extra arrays whose first axis has as many entries as there are tokens follow; `expert_bytes` and
+        `dense_bytes`, which are per layer, never do. Raises TraceError for a row that is not there.
+        """
+        if not isinstance(rows, slice):
+            rows = np.atleast_1d(np.asarray(rows))
+            rows = rows.astype(np.int64) if rows.size == 0 else rows
+        try:
+            index = np.arange(self.tokens)[rows]
+        except IndexError as error:
+            raise TraceError(f"rows: {error}: must choose among {self.tokens} rows") from error
+        chosen = {name: value[index] for name in _LAYOUT if (value := getattr(self, name)) is not None}
+        extra = {name: value[index] if self._follows_rows(name, value) else value for name, value in self.extra.items()}
+        return type(self)(num_experts=self.num_experts, meta=dict(self.meta), extra=extra, **chosen)
+
+    def _follows_rows(self, name: str, value: Array) -> bool:
+        if name in _KNOWN_EXTRA:
+            return _KNOWN_EXTRA[name].axes[0] == "row"
+        return value.ndim > 0 and len(value) == self.tokens
+
+    def slice(self, phase: int | None = None, sequences: Iterable[int] | None = None, first: int | None = None) -> Self:
+        """Return the rows of one phase (0 prefill, 1 decode), of these sequences, and of those the first ones.
+
+        Raises TraceError for an unknown phase or sequence, and where no row is left.
+        """
+        keep = np.ones(self.tokens, dtype=np.bool_)
+        if phase is not None:
+            if phase not in (PREFILL, DECODE):
+                raise TraceError(f"phase = {phase!r}: choose 0 (prefill) or 1 (decode)")
+            keep &= self.phase == phase
+        if sequences is not None:
+            wanted = sorted(set(sequences))
+            known = set(np.unique(self.sequence).tolist())
+            for name in wanted:
+                if name not in known:
+                    raise TraceError(
+                        f"sequences: {name!r} is not in the trace: it has {len(known)}, {min(known)} to {max(known)}"
+                    )
+            keep &= np.isin(self.sequence, wanted)
+        if first is not None and first < 1:
+            raise TraceError(f"first = {first}: must be at least 1")
+        rows = np.flatnonzero(keep)[:first]
+        if not len(rows):
+            raise TraceError(f"phase = {phase}, sequences = {sequences}: no row of the trace is left")
+        return self.select(rows)
+
+
+def by_sequence(sequence: Array) -> npt.NDArray[np.int64]:
+    """Return the row numbers (tokens,) sorted by sequence, rows of one sequence in file order."""
+    if (np.diff(sequence) >= 0).all():
+        return np.arange(len(sequence))
+    return np.argsort(sequence, kind="stable")
+
+
+def _count_within(sequence: Array, rows: int) -> Array:
+    """Return, for each row, how many rows of its sequence come before it."""
+    if sequence.shape != (rows,) or sequence.dtype.kind not in "iu":
+        return np.arange(rows, dtype=np.int32)  # check() will refuse the sequence
+    order = by_sequence(sequence)
+    ordered = sequence[order]
+    starts = np.flatnonzero(np.diff(ordered, prepend=ordered[:1] - 1))
+    lengths = np.diff(starts, append=rows)
+    position = np.empty(rows, dtype=np.int32)
+    position[order] = np.arange(rows) - np.repeat(starts, lengths)
+    return position
+
+
+def _narrow(value: Array, dtypes: tuple[str, ...]) -> Array:
+    """Return the array in the first of these types that keeps it; as it is if none may."""
+    if any(value.dtype == np.dtype(name) for name in dtypes):
+        return value
+    target = np.dtype(dtypes[0])
+    if target.kind == "f" and value.dtype.kind == "f":
+        with np.errstate(over="ignore"):  # too large becomes infinite, which check() refuses
+            return value.astype(np.dtype(dtypes[-1]))
+    if value.dtype.kind in ("biu" if target.kind == "b" else "iu") and target.kind != "f":
+        for name in dtypes:
+            narrowed = value.astype(name)
+            if np.array_equal(narrowed, value):
+                return narrowed
+    return value
+
+
+def _check_num_experts(where: str, num_experts: object) -> None:
+    if not isinstance(num_experts, int) or isinstance(num_experts, bool) or not 1 <= num_experts <= MAX_EXPERTS:
+        raise TraceError(f"{where}: num_experts = {num_experts!r}: must be an integer 1..{MAX_EXPERTS}")
+
+
+def _check_array(where: str, name: str, value: Array, layout: _Layout, sizes: dict[str, int]) -> None:
+    kinds = {"experts": "iu"}.get(name, "biu" if layout.dtypes == ("bool",) else "iu")
+    wanted = " or ".join(layout.dtypes) or "integers"
+    is_float = layout.dtypes[:1] == ("float16",)
+    if value.dtype.kind not in ("f" if is_float else kinds):
+        what = "Python objects" if value.dtype.kind == "O" else f"dtype {value.dtype}"
+        raise TraceError(f"{where}: {name}: {what}: must be {wanted}")
+    expected = tuple(sizes.get(axis, -1) for axis in layout.axes)
+    if value.shape != expected:
+        words = ", ".join(_SIZES_IN_WORDS[axis] for axis in layout.axes)
+        numbers = "" if -1 in expected else f" = {expected}"
+        raise TraceError(f"{where}: {name}: shape {value.shape}: must be ({words}){numbers}")
+    if value.size and not is_float and value.dtype.kind != "b":
+        low, high = layout.low, layout.high
+        if (low is not None and value.min() < low) or (high is not None and value.max() > high):
+            wrong = np.zeros(value.shape, dtype=np.bool_)
+            wrong |= False if low is None else value < low
+            wrong |= False if high is None else value > high
+            allowed = f"at least {low}" if high is None else f"{low}..{high}"
+            raise TraceError(f"{where}: {_at(name, layout, value, wrong)}: must be {allowed}")
+    if layout.dtypes and value.dtype.name not in layout.dtypes:
+        raise TraceError(f"{where}: {name}: dtype {value.dtype}: must be {wanted}")
+
+
+def _check_floats(where: str, name: str, value: Array, low: int | None) -> None:
+    fine = np.isfinite(value)
+    if low is not None:
+        fine &= value >= low
+    if not fine.all():
+        allowed = "a number" if low is None else f"a number, at least {low}"
+        raise TraceError(f"{where}: {_at(name, _LAYOUT[name], value, ~fine)}: must be {allowed}")
+
+
+def _first(wrong: Array) -> tuple[int, ...]:
+    return tuple(int(i) for i in np.unravel_index(int(np.argmax(wrong)), wrong.shape))
+
+
+def _at(name: str, layout: _Layout, value: Array, wrong: Array) -> str:
+    """Say where the first wrong value is: `experts at row 3, layer 0, slot 1: 200`."""
+    index = _first(wrong)
+    place = ", ".join(f"{axis} {number}" for axis, number in zip(layout.axes, index, strict=True))
+    return f"{name} at {place}: {value[index]}"
+
+
+def _agree_on_num_experts(path: Path, named: Any, given: int | None) -> int:
+    if named is None and given is None:
+        raise TraceError(
+            f"{path}: meta: names no num_experts: add it to the file's meta, a JSON string such as "
+            '{"num_experts": 64}, or give num_experts when loading'
+        )
+    if named is not None:
+        _check_num_experts(f"{path}: meta", named)
+        if given is not None and named != given:
+            raise TraceError(f"{path}: meta: num_experts = {named}, but {given} was given: leave it out")
+        return int(named)
+    assert given is not None
+    return given
+
+
+def _parse_meta(path: Path, text: str | None) -> dict[str, Any]:
+    if text is None:
+        return {}
+    try:
+        meta = json.loads(text)
+    except ValueError as error:
+        raise TraceError(f"{path}: meta: not JSON ({error}): must be one JSON object") from error
+    if not isinstance(meta, dict):
+        raise TraceError(f"{path}: meta: {text[:40]!r}: must be one JSON object")
+    return meta
+
+
+def _plain(value: Array) -> Array:
+    """Return the array contiguous and in the machine's byte order, as both formats want it."""
+    return np.asarray(value, dtype=value.dtype.newbyteorder("="), order="C")
+
+
+def _replace(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Write a file beside `path`, then put it in its place; whoever reads `path` never sees half of it."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("xb") as stream:
+            write(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+#: What reading a damaged `.npz` may raise, seen by cutting and flipping files.
+_NPZ_ERRORS = (
+    ValueError,
+    TypeError,
+    KeyError,
+    EOFError,
+    SyntaxError,
+    MemoryError,
+    OverflowError,
+    NotImplementedError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
+def _read_npz(path: Path) -> tuple[dict[str, Array], str | None]:
+    with path.open("rb") as stream:
+        if not zipfile.is_zipfile(stream):
+            raise TraceError(f"{path}: not a whole .npz archive: the file is truncated or of another kind")
+        arrays: dict[str, Array] = {}
+        try:
+            with zipfile.ZipFile(stream) as archive:
+                for member in archive.namelist():
+                    name = member.removesuffix(".npy")
+                    with archive.open(member) as content:
+                        arrays[name] = _read_member(path, name, content)
+        except TraceError:
+            raise
+        except _NPZ_ERRORS as error:
+            raise TraceError(f"{path}: damaged: {_one_line(error)}: write it again") from error
+    meta = arrays.pop("meta", None)
+    if meta is None:
+        return arrays, None
+    if meta.size != 1 or meta.dtype.kind not in "US":
+        raise TraceError(f"{path}: meta: dtype {meta.dtype}, shape {meta.shape}: must be one string of JSON")
+    text: str | bytes = meta.item()
+    return arrays, text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)
+
+
+def _read_member(path: Path, name: str, content: Any) -> Array:
+    try:
+        return np.lib.format.read_array(content, allow_pickle=False)
+    except ValueError as error:
+        if "Object arrays" in str(error):
+            raise TraceError(
+                f"{path}: {name}: holds Python objects: must be plain numbers, for nothing is unpickled"
+            ) from error
+        raise TraceError(f"{path}: {name}: damaged: {_one_line(error)}: write it again") from error
+
+
+def _write_npz(stream: BinaryIO, path: Path, arrays: dict[str, Array], text: str) -> None:
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
+        for name, value in [*arrays.items(), ("meta", np.array(text))]:
+            # Neither the clock nor the operating system may show in the bytes.
+            info = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
+            info.create_system = 3
+            info.external_attr = 0o644 << 16
+            with archive.open(info, "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, value, allow_pickle=False)
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Array], str | None]:
+    with path.open("rb"):
+        pass  # an OSError that says why, which safetensors would wrap
+    arrays: dict[str, Array] = {}
+    name = "header"
+    try:
+        with safetensors.safe_open(path, framework="numpy") as content:
+            text = (content.metadata() or {}).get("meta")
+            for name in content.keys():  # noqa: SIM118 (not a dict)
+                arrays[name] = content.get_tensor(name)
+    except safetensors.SafetensorError as error:
+        raise TraceError(f"{path}: damaged or truncated: {_one_line(error)}: write it again") from error
+    except (TypeError, AttributeError, ValueError, MemoryError) as error:
+        raise TraceError(f"{path}: {name}: of a type that numpy lacks ({_one_line(error)}): convert it") from error
+    return arrays, text
+
+
+def _write_safetensors(stream: BinaryIO, path: Path, arrays: dict[str, Array], text: str) -> None:
+    for name, value in arrays.items():
+        if value.dtype.kind in "SUc":
+            raise TraceError(f"{path}: {name}: dtype {value.dtype}: safetensors cannot hold it: save as .npz")
+    # More than one metadata key would come out in an order that varies.
+    stream.write(safetensors.numpy.save(arrays, metadata={"meta": text}))
+
+
+class _Format(NamedTuple):
+    read: Callable[[Path], tuple[dict[str, Array], str | None]]
+    write: Callable[[BinaryIO, Path, dict[str, Array], str], None]
+
+
+_FORMATS = {
+    ".npz": _Format(_read_npz, _write_npz),
+    ".safetensors": _Format(_read_safetensors, _write_safetensors),
+}
+
+
+def _format(path: Path) -> _Format:
+    try:
+        return _FORMATS[path.suffix.lower()]
+    except KeyError:
+        raise TraceError(
+            f"{path}: {path.suffix or 'no suffix'}: a trace's name must end in {' or '.join(_FORMATS)}"
+        ) from None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
