@@ -1,0 +1,44 @@
+"""Prestage: a calibrated discrete-event simulator of Mixture-of-Experts inference with expert offloading.
+
+What a notebook imports: `simulate(load_scenario(...))`, and what goes in and comes out of it. Names are loaded when
+they are first used, so that `import prestage` is quick.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .engine.replay import replay_trace as replay_trace
+    from .engine.scenario import Scenario as Scenario
+    from .engine.scenario import load_scenario as load_scenario
+    from .engine.scenario import make_scenario as make_scenario
+    from .engine.simulate import Result as Result
+    from .engine.simulate import simulate as simulate
+    from .resources.profile import load_profile as load_profile
+    from .workloads.importers import open_trace as open_trace
+    from .workloads.model import Model as Model
+    from .workloads.model import load_model as load_model
+    from .workloads.synthetic import synthesize as synthesize
+    from .workloads.trace import RoutingTrace as RoutingTrace
+
+_HOME = {
+    "Model": "workloads.model",
+    "Result": "engine.simulate",
+    "RoutingTrace": "workloads.trace",
+    "Scenario": "engine.scenario",
+    "load_model": "workloads.model",
+    "load_profile": "resources.profile",
+    "load_scenario": "engine.scenario",
+    "make_scenario": "engine.scenario",
+    "open_trace": "workloads.importers",
+    "replay_trace": "engine.replay",
+    "simulate": "engine.simulate",
+    "synthesize": "workloads.synthetic",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)

@@ -1,0 +1,389 @@
+"""The overlapped decoder: one host thread dispatches layer visits to the lanes of one GPU, in SimPy's time.
+
+The host thread is the story: it launches the dense part, learns the router's choice, enqueues copies and launches
+experts behind them, then prefetches. The lanes answer each submission with the instant at which it will end, or
+with a promise of it. Decisions come from `dispatch`, in order; nothing here changes them, except where a policy
+declares that it looks at the clock (dropping stale prefetches).
+"""
+
+from __future__ import annotations
+
+import gc
+from array import array
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import simpy
+
+from ..resources.lane import Completion, CoupledLane, FifoLane, PriorityLane, Work, after_all, couple, wait_for
+from ..resources.timeline import DEMAND, DENSE, EXPERT, HEAD, LAUNCH, PREDICT, PREFETCH, READBACK, Timeline
+from ..workloads.batches import Step
+from .costs import Costs, KernelCost
+from .dispatch import Visit
+from .memory_manager import Admission, MemoryManager
+from .scenario import Scenario
+
+#: One access: the visit, the copy that held the expert's bytes, and how many of the batch's tokens chose it.
+ACCESS = np.dtype([("visit", "<i4"), ("copy", "<i4"), ("tokens", "<i4")])
+#: One layer visit: when the choice was known to the host, and the expert bytes assigned once all was decided.
+VISIT = np.dtype([("choice_known_ns", "<i8"), ("assigned_bytes", "<i8")])
+
+_Lane = FifoLane | CoupledLane
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What a run recorded: the timeline, and arrays of dtype ACCESS and VISIT in order of dispatch."""
+
+    timeline: Timeline
+    accesses: npt.NDArray[Any]
+    visits: npt.NDArray[Any]
+
+
+def decode(
+    visits: Iterator[Visit],
+    steps: Sequence[Step],
+    layers: int,
+    manager: MemoryManager,
+    costs: Costs,
+    scenario: Scenario,
+    *,
+    prefetching: bool,
+) -> Decoded:
+    """Run the visits on one GPU's lanes and return what was recorded; `prefetching`: the predictor runs too."""
+    env = simpy.Environment()
+    decoder = _Decoder(env, visits, steps, layers, manager, costs, scenario, prefetching)
+    env.process(decoder.host())
+    with _collector_off():
+        env.run()
+    return decoder.recorded()
+
+
+@contextmanager
+def _collector_off() -> Iterator[None]:
+    """Switch the garbage collector off: a run makes no cycles, and walking its many small objects costs a third."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+class _Decoder:
+    def __init__(
+        self,
+        env: simpy.Environment,
+        visits: Iterator[Visit],
+        steps: Sequence[Step],
+        layers: int,
+        manager: MemoryManager,
+        costs: Costs,
+        scenario: Scenario,
+        prefetching: bool,
+    ) -> None:
+        self._env = env
+        self._visits = visits
+        self._steps = steps
+        self._layers = layers
+        self._manager = manager
+        self._costs = costs
+        self._scenario = scenario
+        self._timeline = Timeline()
+        self._access_counts, self._access_copies, self._access_tokens = array("i"), array("i"), array("i")
+        self._choice_known_ns, self._assigned_bytes = array("q"), array("q")
+        self._now_ns = 0  # the host thread's own clock; it meets SimPy's at every choice
+        self._launched: deque[tuple[Completion, int]] = deque()
+        self._launched_count = 0
+        # The last that touched the room of each copy: the copy itself, then the kernels that read it.
+        self._touched: dict[int, Completion] = {}
+        self._queued: dict[int, Work] = {}  # priority discipline only: copies by number
+        self._visit = -1  # the visit being dispatched
+        self._busy_since_ns = 0
+        self._experts = manager.experts
+        self._rooms_split = not manager.uniform
+        self._depth = scenario.dispatch.launch_queue_depth
+        self._resident_first = scenario.dispatch.expert_order == "resident_first"
+        self._prefetch_first = scenario.prefetch.issue == "before_launch"
+        # With a read-back at every visit the queue holds one visit's launches at most.
+        most = costs.most_launches(max((len(step.rows) for step in steps), default=0))
+        self._watch_queue = not scenario.dispatch.router_readback or most > self._depth
+        self._grouped = scenario.dispatch.expert_kernel == "grouped"
+        self._predicting = prefetching and costs.predict_ns > 0 and scenario.predictor.lane != "free"
+        self._launch_ns, self._enqueue_ns = costs.launch_ns, costs.enqueue_ns
+        self._copy_costs = costs.copies
+        self._copies_hold_host = costs.copies_hold_host
+        self._priority: PriorityLane | None = None
+        self._make_lanes()
+        self._submit_kernel = self._compute.submit
+        self._coupled = not (isinstance(self._h2d, FifoLane) and isinstance(self._compute, FifoLane))
+
+    def _make_lanes(self) -> None:
+        """Make one lane for each thing that is busy by itself, coupled where one slows another down."""
+        env, timeline, costs, copy = self._env, self._timeline, self._costs, self._scenario.copy_
+        number = {
+            "host": timeline.add_lane("host", "host", "host thread"),
+            "predictor": timeline.add_lane("gpu0", "predictor", "predictor (side stream)"),
+            "d2h": timeline.add_lane("gpu0", "d2h", "copy engine D2H"),
+            "h2d": timeline.add_lane("gpu0", "h2d", "copy engine H2D"),
+        }
+        if copy.discipline == "two_streams":
+            number["prefetch"] = timeline.add_lane("gpu0", "h2d", "copy engine H2D, prefetch stream")
+        number["compute"] = timeline.add_lane("gpu0", "compute", "compute stream")
+        gap_ns = costs.copy_gap_ns
+        self._host = number["host"]
+        self._side = FifoLane(timeline, number["predictor"])
+        self._d2h = FifoLane(timeline, number["d2h"])
+        self._compute: _Lane
+        self._h2d: _Lane
+        self._prefetch_lane: _Lane
+        contended = copy.contention and costs.slowed_beside_copies
+        if copy.discipline == "fifo" and not contended:
+            self._h2d = self._prefetch_lane = FifoLane(timeline, number["h2d"], gap_ns)
+            self._compute = FifoLane(timeline, number["compute"], costs.kernel_gap_ns)
+            return
+        if copy.discipline == "priority":
+            queue = PriorityLane(env, timeline, number["h2d"], gap_ns)
+            queue.is_stale = self._is_stale
+            self._priority = queue
+            copy_lanes: list[CoupledLane] = [queue]
+        else:
+            names = ["h2d", "prefetch"] if copy.discipline == "two_streams" else ["h2d"]
+            copy_lanes = [CoupledLane(env, timeline, number[name], gap_ns) for name in names]
+        for lane in copy_lanes:
+            lane.sharing = [other for other in copy_lanes if other is not lane]
+        self._h2d, self._prefetch_lane = copy_lanes[0], copy_lanes[-1]
+        if contended:
+            compute = CoupledLane(env, timeline, number["compute"], costs.kernel_gap_ns)
+            compute.disturbers = copy_lanes
+            couple([*copy_lanes, compute])
+            self._compute = compute
+        else:
+            couple(copy_lanes)
+            self._compute = FifoLane(timeline, number["compute"], costs.kernel_gap_ns)
+
+    def host(self) -> Generator[simpy.Event, Any, None]:
+        """Dispatch every step: the dense part, the choice, copies and experts of each layer, then the head."""
+        env, costs, settings = self._env, self._costs, self._scenario.dispatch
+        for step in self._steps:
+            tokens = len(step.rows)
+            for layer in range(self._layers):
+                self._visit += 1
+                dense = costs.dense(layer, tokens)
+                if self._watch_queue:
+                    yield from self._wait_for_queue(dense.launches)
+                chosen = self._launch(dense, DENSE)
+                if settings.router_readback:
+                    chosen = self._read_back(chosen)
+                    if not isinstance(chosen, int):
+                        chosen = yield from wait_for(env, chosen)
+                    known_ns = chosen if chosen > self._now_ns else self._now_ns
+                    self._now_ns = self._busy_since_ns = known_ns + costs.synchronize_ns
+                    if self._watch_queue:
+                        self._launched.clear()
+                        self._launched_count = 0
+                # Where a lane runs in SimPy's time, the two clocks meet before every decision; else once a step.
+                if (self._coupled or not layer) and self._now_ns > env.now:
+                    yield env.timeout(self._now_ns - env.now)
+                visit = next(self._visits)
+                self._choice_known_ns.append(self._now_ns)
+                self._assigned_bytes.append(visit.assigned_bytes)
+                self._access_counts.append(len(visit.accesses.experts))
+                yield from self._serve(visit, chosen)
+            head = costs.head(tokens)
+            if self._watch_queue:
+                yield from self._wait_for_queue(head.launches)
+            self._launch(head, HEAD)
+        self._end_busy()
+
+    def recorded(self) -> Decoded:
+        """Return what was recorded, once SimPy has run out of events."""
+        accesses = np.empty(len(self._access_copies), dtype=ACCESS)
+        accesses["visit"] = np.repeat(np.arange(len(self._access_counts)), self._access_counts)
+        accesses["copy"] = self._access_copies
+        accesses["tokens"] = self._access_tokens
+        visits = np.empty(len(self._choice_known_ns), dtype=VISIT)
+        visits["choice_known_ns"] = self._choice_known_ns
+        visits["assigned_bytes"] = self._assigned_bytes
+        return Decoded(self._timeline, accesses, visits)
+
+    # The host thread's calls, each of which takes its time.
+
+    def _launch(
+        self, cost: KernelCost, kind: int, after: Completion = 0, expert: int = -1, copy: int = -1
+    ) -> Completion:
+        """Launch a group of kernels; several count as one piece of work, as late as their last launch demands."""
+        ns, launches = cost.ns, cost.launches
+        issued_ns = self._now_ns + self._launch_ns
+        if launches > 1:
+            last_ns = self._now_ns + launches * self._launch_ns
+            self._now_ns = last_ns
+            issued_ns = max(issued_ns, last_ns - ns * (launches - 1) // launches)
+        else:
+            self._now_ns = issued_ns
+        end = self._submit_kernel(ns, ns, issued_ns, after, kind, expert, self._visit, copy, cost.slowdown)
+        if self._watch_queue:
+            self._launched.append((end, launches))
+            self._launched_count += launches
+        return end
+
+    def _wait_for_queue(self, launches: int) -> Generator[simpy.Event, Any, None]:
+        """Block while the launch queue has no place for `launches` more, as the CUDA driver does."""
+        while self._launched and self._launched_count + launches > self._depth:
+            end, count = self._launched.popleft()
+            self._launched_count -= count
+            end_ns = end if isinstance(end, int) else (yield from wait_for(self._env, end))
+            self._now_ns = max(self._now_ns, end_ns)
+
+    def _read_back(self, dense: Completion) -> Completion:
+        """Enqueue the copy of the router's choice to the host; the host is idle until it has come."""
+        self._now_ns += self._costs.enqueue_ns
+        self._end_busy()
+        ns = self._costs.readback_ns
+        return self._d2h.submit(ns, ns, self._now_ns, dense, READBACK, -1, self._visit)
+
+    def _end_busy(self) -> None:
+        """Record the host thread's work since it last began as one span."""
+        since_ns, now_ns = self._busy_since_ns, self._now_ns
+        if now_ns > since_ns:
+            self._timeline.record(since_ns, now_ns, since_ns, -1, self._visit, -1, self._host, LAUNCH)
+            self._busy_since_ns = now_ns
+
+    # One layer visit, once the choice is known.
+
+    def _serve(self, visit: Visit, chosen: Completion) -> Generator[simpy.Event, Any, None]:
+        """Enqueue the demand copies of each wave, launch its experts behind them, and prefetch."""
+        layer, touched, cost_of = visit.layer, self._touched, self._costs.expert
+        for wave in visit.waves:
+            copies = wave.found
+            if self._priority is not None:
+                self._promote(self._priority, copies, visit.number)
+            if wave.admitted:
+                copies = copies.copy()
+                for admission in wave.admitted:
+                    copies[admission.expert] = admission.copy
+                    end = self._copy(self._h2d, admission, DEMAND, 0, visit.number)
+                    if self._copies_hold_host:
+                        yield from self._hold(end)
+            if self._prefetch_first and wave is visit.waves[-1]:
+                yield from self._prefetch(visit, chosen)
+            if self._grouped:
+                yield from self._launch_grouped(visit, copies)
+                continue
+            served: Iterable[tuple[int, int]] = zip(visit.accesses.experts, visit.accesses.tokens, strict=True)
+            if self._resident_first and wave.admitted:
+                served = sorted(served, key=lambda access: access[0] not in wave.found)
+            for expert, tokens in served:
+                copy = copies.get(expert)
+                if copy is None:
+                    continue  # another wave's
+                cost = cost_of(layer, tokens)
+                if self._watch_queue:
+                    yield from self._wait_for_queue(cost.launches)
+                touched[copy] = self._launch(cost, EXPERT, touched.get(copy, 0), expert, copy)
+                self._access_copies.append(copy)
+                self._access_tokens.append(tokens)
+        if (visit.prefetches or self._predicting) and not (self._prefetch_first and visit.waves):
+            yield from self._prefetch(visit, chosen)
+
+    def _launch_grouped(self, visit: Visit, copies: dict[int, int]) -> Generator[simpy.Event, Any, None]:
+        """Launch one kernel for all experts of a wave, behind a wait for the bytes of all."""
+        accesses, touched = visit.accesses, self._touched
+        served = [
+            (copies[expert], tokens)
+            for expert, tokens in zip(accesses.experts, accesses.tokens, strict=True)
+            if expert in copies
+        ]
+        cost = self._costs.grouped(visit.layer, [tokens for _, tokens in served])
+        if self._watch_queue:
+            yield from self._wait_for_queue(cost.launches)
+        bytes_there = after_all([touched.get(copy, 0) for copy, _ in served])
+        end = self._launch(cost, EXPERT, bytes_there, -1, served[-1][0])
+        for copy, tokens in served:
+            touched[copy] = end
+            self._access_copies.append(copy)
+            self._access_tokens.append(tokens)
+
+    def _prefetch(self, visit: Visit, chosen: Completion) -> Generator[simpy.Event, Any, None]:
+        """Predict, then enqueue the prefetches behind the prediction."""
+        predicted = self._predict(chosen)
+        for admission, target in visit.prefetches:
+            end = self._copy(self._prefetch_lane, admission, PREFETCH, predicted, target)
+            if self._copies_hold_host:
+                yield from self._hold(end)
+
+    def _predict(self, chosen: Completion) -> Completion:
+        """Run the predictor on its lane and return when its guesses are there."""
+        if not self._predicting:
+            return 0
+        ns, lane = self._costs.predict_ns, self._scenario.predictor.lane
+        if lane == "compute":
+            return self._launch(KernelCost(ns, 1.0, 1), PREDICT)
+        if lane == "gpu":
+            return self._side.submit(ns, ns, self._now_ns, chosen, PREDICT, -1, self._visit)
+        self._end_busy()
+        start_ns = self._now_ns
+        self._now_ns = self._busy_since_ns = start_ns + ns
+        self._timeline.record(start_ns, self._now_ns, start_ns, -1, self._visit, -1, self._host, PREDICT)
+        return 0
+
+    def _copy(self, lane: _Lane, admission: Admission, kind: int, predicted: Completion, target: int) -> Completion:
+        """Enqueue a copy: behind the prediction that asked for it and the last reader of the room that it takes."""
+        expert, copy = admission.expert, admission.copy
+        cost = self._copy_costs[expert // self._experts]
+        self._now_ns += self._enqueue_ns
+        after = predicted
+        for other in admission.former:
+            free = self._touched.get(other, 0) if self._rooms_split else self._touched.pop(other, 0)
+            if self._priority is not None:
+                free = self._cancel(self._priority, other, free)
+            if isinstance(free, int) and isinstance(after, int):
+                after = free if free > after else after
+            else:
+                after = after_all([after, free])
+        if self._priority is None:
+            end = lane.submit(cost.queued_ns, cost.alone_ns, self._now_ns, after, kind, expert, self._visit, copy)
+        else:
+            work = Work(
+                cost.piece_queued_ns, cost.piece_alone_ns, self._now_ns, after, kind, expert, self._visit, copy,
+                rank=(int(kind == PREFETCH), target), pieces=cost.pieces,
+            )  # fmt: skip
+            self._queued[copy] = work
+            end = self._priority.submit_work(work)
+        self._touched[copy] = end
+        return end
+
+    def _hold(self, end: Completion) -> Generator[simpy.Event, Any, None]:
+        """Keep the host thread busy until a pageable copy has ended."""
+        end_ns = end if isinstance(end, int) else (yield from wait_for(self._env, end))
+        self._now_ns = max(self._now_ns, end_ns)
+
+    # The priority discipline's queue.
+
+    def _promote(self, queue: PriorityLane, found: dict[int, int], visit: int) -> None:
+        """Give queued prefetches that are demanded now a demand's rank."""
+        for copy in found.values():
+            work = self._queued.get(copy)
+            if work is not None and work.done.end_ns is None:
+                queue.promote(work, (0, visit))
+
+    def _cancel(self, queue: PriorityLane, copy: int, touched: Completion) -> Completion:
+        """Cancel the copy of an expert that was evicted before it started; return when its room may be written."""
+        work = self._queued.pop(copy, None)
+        return work.after if work is not None and queue.cancel(work) else touched
+
+    def _is_stale(self, work: Work) -> bool:
+        """Drop a queued prefetch whose target visit has been dispatched without it, if the scenario says so."""
+        is_demanded, target = work.rank[0] == 0, work.rank[1]
+        if not self._scenario.copy_.drop_stale or is_demanded or work.started or target >= self._visit:
+            return False
+        if self._manager.assigned.get(work.expert) == work.copy:
+            self._manager.cancel(work.expert)
+        work.cancelled = True
+        return True

@@ -1,0 +1,189 @@
+"""The order of dispatch: what the host decides at each layer visit, in the order in which it decides it.
+
+The replay, the SimPy engine and the execution on a GPU all draw the same stream of visits from here, so they make
+the same decisions. Only the order counts here; what o'clock it is, nobody asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ..workloads.batches import Step
+from ..workloads.predictors import Guesses
+from ..workloads.trace import RoutingTrace
+from .memory_manager import Admission, MemoryManager, Wave
+from .policies.prefetch import Prefetch
+
+#: When prefetches are enqueued: after the launch of the visit's experts, or before it.
+ISSUE = ("after_launch", "before_launch")
+#: What one access is: a unique expert of the batch, or every (token, expert) pair by itself.
+LOOKUPS = ("batch", "single")
+
+
+#: How many rows of guesses become lists at once.
+_ROWS_AT_ONCE = 256
+
+
+@dataclass(slots=True)
+class Accesses:
+    """The look-ups of one layer visit: unique experts in access order and the tokens that chose each.
+
+    `recency` holds the same experts in the order of their last appearance, `weights` their gate weights in that
+    order (1.0 where the trace has none).
+    """
+
+    experts: list[int]
+    tokens: list[int]
+    recency: list[int]
+    weights: list[float]
+
+
+@dataclass(slots=True)
+class Visit:
+    """One layer visit as dispatched: its look-ups, the waves that serve it and the prefetches that follow.
+
+    A prefetch is (admission, target visit number); `assigned_bytes` is the memory given out once all is decided.
+    """
+
+    number: int
+    step: int
+    layer: int
+    accesses: Accesses
+    waves: list[Wave]
+    prefetches: list[tuple[Admission, int]]
+    assigned_bytes: int
+
+
+def visits(
+    trace: RoutingTrace,
+    steps: Sequence[Step],
+    manager: MemoryManager,
+    prefetch: Prefetch,
+    guesses: Guesses | None,
+    *,
+    issue: str = "after_launch",
+) -> Iterator[Visit]:
+    """Yield every layer visit of the run, decided when it is asked for.
+
+    `guesses` may be None if the prefetch policy has no horizons.
+    """
+    if issue not in ISSUE:
+        raise ValueError(f"issue = {issue!r}: choose one of {', '.join(ISSUE)}")
+    layers, experts = trace.layers, trace.num_experts
+    ranked = _ranked_guesses(guesses, steps, experts) if guesses is not None and prefetch.horizons else None
+    following = _following_steps(trace, steps) if ranked is not None else []
+    assigned = manager.assigned
+    nothing: list[tuple[Admission, int]] = []
+    for index, step in enumerate(steps):
+        step_guesses = next(ranked) if ranked is not None else None
+        for layer, accesses in enumerate(step_accesses(trace, step)):
+            number = index * layers + layer
+            waves = manager.visit(number, layer, accesses.experts, accesses.recency, accesses.weights)
+            prefetches = nothing
+            if step_guesses is None:
+                manager.unpin()
+            else:
+                if issue == "after_launch":
+                    manager.unpin()
+                prefetches = []
+                for horizon, expert in prefetch.choose(step_guesses[layer]):
+                    if expert in assigned:
+                        continue
+                    ahead = layer + horizon
+                    target = number + horizon if ahead < layers else _target(following, index, ahead, layers)
+                    admission = manager.prefetch(expert, target)
+                    if admission is not None:
+                        prefetches.append((admission, target))
+                if issue == "before_launch":
+                    manager.unpin()
+            yield Visit(number, index, layer, accesses, waves, prefetches, manager.assigned_bytes)
+
+
+def step_accesses(trace: RoutingTrace, step: Step) -> Iterator[Accesses]:
+    """Yield the look-ups of each layer of one step; order: tokens in order, router's order within a token."""
+    rows = step.rows
+    offsets = np.arange(trace.layers, dtype=np.int64)[:, None] * trace.num_experts
+    if len(rows) == 1 and trace.present is None:
+        row = int(rows[0])
+        ones = [1] * trace.k
+        weights = [[1.0] * trace.k] * trace.layers if trace.weights is None else trace.weights[row].tolist()
+        for experts, weight in zip((trace.experts[row] + offsets).tolist(), weights, strict=True):
+            yield Accesses(experts, ones, experts, weight)
+        return
+    ids = trace.experts[rows].astype(np.int64) + offsets
+    for layer in range(trace.layers):
+        here = slice(None) if trace.present is None else trace.present[rows, layer]
+        pairs = ids[here, layer].ravel().tolist()
+        gate = [1.0] * len(pairs) if trace.weights is None else trace.weights[rows, layer][here].ravel().tolist()
+        yield _merge(pairs, gate)
+
+
+def single_accesses(trace: RoutingTrace, step: Step) -> Iterator[tuple[int, Accesses]]:
+    """Yield (layer, look-up) of every (token, expert) pair by itself, layers in order, tokens in order."""
+    for layer in range(trace.layers):
+        for row in step.rows.tolist():
+            if trace.present is not None and not trace.present[row, layer]:
+                continue
+            offset = layer * trace.num_experts
+            weights = [1.0] * trace.k if trace.weights is None else trace.weights[row, layer].tolist()
+            for index, weight in zip(trace.experts[row, layer].tolist(), weights, strict=True):
+                expert = [offset + index]
+                yield layer, Accesses(expert, [1], expert, [weight])
+
+
+def _merge(pairs: list[int], gate: list[float]) -> Accesses:
+    """Merge the (token, expert) pairs of a batch, in order, into one access per unique expert."""
+    tokens: dict[int, int] = {}
+    weight: dict[int, float] = {}
+    last: dict[int, None] = {}
+    for expert, share in zip(pairs, gate, strict=True):
+        tokens[expert] = tokens.get(expert, 0) + 1
+        weight[expert] = weight.get(expert, 0.0) + share
+        last.pop(expert, None)
+        last[expert] = None
+    recency = list(last)
+    return Accesses(list(tokens), list(tokens.values()), recency, [weight[expert] for expert in recency])
+
+
+def _ranked_guesses(guesses: Guesses, steps: Sequence[Step], experts: int) -> Iterator[list[list[list[int]]]]:
+    """Yield, step by step, the guessed experts of each layer and horizon: [layer][horizon - 1][rank by token]."""
+    _, layers, horizons, _ = guesses.experts.shape
+    ahead = np.arange(layers)[:, None] + np.arange(1, horizons + 1)
+    offset = (ahead % layers * experts)[:, :, None]
+    first = start = end = 0
+    for step in steps:
+        last = first + len(step.rows)
+        if last > end:  # turn many rows into lists at once: most steps have one
+            start, end = first, max(last, first + _ROWS_AT_ONCE)
+            index = guesses.experts[start:end].astype(np.int64)
+            ids: npt.NDArray[np.int64] = np.where(index < 0, -1, index + offset)
+            by_row = ids.tolist()
+        if last == first + 1:
+            yield by_row[first - start]
+        else:
+            together = np.moveaxis(ids[first - start : last - start], 0, -1)
+            yield together.reshape(layers, horizons, -1).tolist()
+        first = last
+
+
+def _following_steps(trace: RoutingTrace, steps: Sequence[Step]) -> list[int]:
+    """Return, for each step, the first later step that runs a token of one of its sequences (-1: none)."""
+    seen: dict[int, int] = {}
+    following = [-1] * len(steps)
+    for index in range(len(steps) - 1, -1, -1):
+        sequences = dict.fromkeys(trace.sequence[steps[index].rows].tolist())
+        following[index] = min((seen[s] for s in sequences if s in seen), default=-1)
+        seen.update(dict.fromkeys(sequences, index))
+    return following
+
+
+def _target(following: list[int], step: int, ahead: int, layers: int) -> int:
+    """Return the visit number of a guess that crosses the token boundary: layer `ahead` of step `step`."""
+    wraps, layer = divmod(ahead, layers)
+    for _ in range(wraps):
+        step = following[step]
+    return step * layers + layer

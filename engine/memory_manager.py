@@ -1,0 +1,292 @@
+"""The memory manager: which experts have room on the GPU, decided in the order of dispatch and nothing else.
+
+It knows two states, absent and assigned, and no clock: the replay, the SimPy engine and the execution on a GPU
+drive the same manager through the same calls and get the same decisions. Every admission is numbered; that number
+names the copy that brings the bytes, the room they lie in, and the stay of the expert until it is evicted.
+
+Room is bytes, not addresses: freed room is taken again in the order in which it was freed (a free list), and each
+admission says whose former room it took, because a copy must wait for the last kernel that still reads there.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from .policies.eviction import Eviction
+
+#: How room is divided: one pool for all layers, or an equal pool for each.
+SCOPES = ("global", "per-layer")
+#: Whether a prefetched expert is safe from other prefetches until the visit it is meant for.
+PROTECTION = ("until_target", "none")
+
+DEMANDED, PREFETCHED, PRELOADED = range(3)
+
+
+class BudgetError(ValueError):
+    """The expert budget cannot hold a single expert of some layer."""
+
+
+@dataclass(slots=True)
+class Admission:
+    """Room given to `expert` (copy number `copy`): the copies whose former room it took, in order."""
+
+    expert: int
+    copy: int
+    former: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class Wave:
+    """What one layer visit can hold at once, in access order: experts found (with their copies), experts given room."""
+
+    found: dict[int, int]
+    admitted: list[Admission]
+
+
+class _Pool:
+    """A budget of bytes, what lies in it, and what is free, in the order in which it became free."""
+
+    def __init__(self, budget_bytes: int, policy: Eviction, swaps: bool) -> None:
+        self.policy = policy
+        self.swaps = swaps  # all experts are of one size: when it is full, one out makes room for one in
+        self.free_bytes = budget_bytes
+        # (bytes, copy whose room it was; -1 for room never used)
+        self.free: deque[tuple[int, int]] = deque([(budget_bytes, -1)] if budget_bytes else ())
+
+    def take(self, size_bytes: int) -> tuple[int, ...]:
+        """Take `size_bytes` off the free list and return the copies whose former room that was."""
+        self.free_bytes -= size_bytes
+        extent_bytes, copy = self.free.popleft()
+        if extent_bytes == size_bytes:  # experts of one size reuse each other's room exactly
+            return (copy,) if copy >= 0 else ()
+        former: list[int] = []
+        while True:
+            if copy >= 0:
+                former.append(copy)
+            if extent_bytes > size_bytes:
+                self.free.appendleft((extent_bytes - size_bytes, copy))
+            size_bytes -= extent_bytes
+            if size_bytes <= 0:
+                return tuple(former)
+            extent_bytes, copy = self.free.popleft()
+
+    def give(self, size_bytes: int, copy: int) -> None:
+        """Put the room of a copy at the end of the free list."""
+        self.free_bytes += size_bytes
+        self.free.append((size_bytes, copy))
+
+
+class MemoryManager:
+    """Expert residency under a budget of bytes, in the order in which the host dispatches.
+
+    `expert_bytes` gives the bytes of one expert of each layer (layers,); experts are `layer * experts + index`.
+    `eviction` makes one policy per pool. Raises BudgetError if a pool cannot hold one expert of its layers.
+    """
+
+    def __init__(
+        self,
+        expert_bytes: Sequence[int],
+        experts: int,
+        budget_bytes: int,
+        eviction: Callable[[], Eviction],
+        *,
+        scope: str = "global",
+        protect: str = "until_target",
+        drop_after_visit: bool = False,
+    ) -> None:
+        if protect not in PROTECTION:
+            raise ValueError(f"protect = {protect!r}: choose one of {', '.join(PROTECTION)}")
+        self.experts = experts
+        self.uniform = min(expert_bytes) == max(expert_bytes)
+        self._expert_bytes = list(expert_bytes)
+        budgets = pool_budgets(expert_bytes, budget_bytes, scope)
+        one_size = scope == "per-layer" or min(expert_bytes) == max(expert_bytes)
+        pools = [_Pool(pool_bytes, eviction(), one_size) for pool_bytes in budgets]
+        self._pools = pools * len(expert_bytes) if scope == "global" else pools
+        self._protect = protect == "until_target"
+        self._drop_after_visit = drop_after_visit
+        self.budget_bytes = sum(budgets)
+        self.assigned_bytes = 0
+        #: The experts that have room, each with the number of the copy that holds or will hold its bytes.
+        self.assigned: dict[int, int] = {}
+        self._pinned: set[int] = set()
+        self._until: dict[int, int] = {}  # prefetched expert -> the visit that it is protected until
+        self._visit = -1
+        # Of every admission, by copy number: the expert and why it came; and the copies evicted, in order.
+        self.copy_expert = array("i")
+        self.copy_reason = bytearray()
+        self.evicted_copies = array("i")
+        self.dropped = 0
+
+    @property
+    def evicted(self) -> int:
+        """How many experts have lost their room."""
+        return len(self.evicted_copies)
+
+    def preload(self, experts: Iterable[int]) -> None:
+        """Give room to experts before the run starts, without a copy."""
+        for expert in experts:
+            layer = expert // self.experts
+            pool, size_bytes = self._pools[layer], self._expert_bytes[layer]
+            if size_bytes > pool.free_bytes:
+                raise BudgetError(f"expert {expert}: {size_bytes} bytes to preload, {pool.free_bytes} are free")
+            self._claim(expert, pool, PRELOADED, None)
+            pool.policy.admit(expert, False)
+
+    def visit(
+        self,
+        number: int,
+        layer: int,
+        experts: Sequence[int],
+        recency: Sequence[int],
+        weights: Sequence[float],
+    ) -> list[Wave]:
+        """Serve one layer visit; return its waves. What the last wave holds stays pinned until `unpin`.
+
+        `experts` are unique, in access order; `recency` are the same in the order of their last appearance, with
+        `weights` beside. What is found comes in the first wave; misses follow in order.
+        """
+        self._visit = number
+        pool = self._pools[layer]
+        assigned = self.assigned
+        found = {expert: assigned[expert] for expert in experts if expert in assigned}
+        self._pinned.update(found)
+        if len(found) == len(experts):  # nothing to fetch: the common case, kept short
+            use = pool.policy.use
+            for expert, weight in zip(recency, weights, strict=True):
+                use(expert, weight)
+            return [Wave(found, [])]
+        missing = [expert for expert in experts if expert not in assigned]
+        waves = []
+        while True:
+            admitted: list[Admission] = []
+            for expert in missing:
+                admission = self._claim(expert, pool, DEMANDED, None)
+                if admission is None:
+                    break
+                self._pinned.add(expert)
+                admitted.append(admission)
+            waves.append(Wave(found, admitted))
+            served = len(admitted) == len(missing)
+            self._note_use(pool.policy, waves[-1], recency, weights)
+            if served:
+                return waves
+            found, missing = {}, missing[len(admitted) :]
+            self.unpin()
+
+    def _note_use(self, policy: Eviction, wave: Wave, recency: Sequence[int], weights: Sequence[float]) -> None:
+        """Tell the policy what a wave used, in the order of last appearance; a miss is an admission, no use."""
+        found = wave.found
+        here = self._pinned
+        for expert, weight in zip(recency, weights, strict=True):
+            if expert in found:
+                policy.use(expert, weight)
+            elif expert in here:
+                policy.admit(expert, True)
+
+    def unpin(self) -> None:
+        """End the visit's hold on its experts; with `drop_after_visit` they leave now."""
+        if self._drop_after_visit:
+            for expert in [expert for expert in self.assigned if expert in self._pinned]:
+                self._evict(expert)
+        self._pinned.clear()
+
+    def prefetch(self, expert: int, target: int) -> Admission | None:
+        """Give room to an expert expected at visit number `target`; None if it is assigned or finds no room."""
+        if expert in self.assigned:
+            return None
+        pool = self._pools[expert // self.experts]
+        admission = self._claim(expert, pool, PREFETCHED, self._visit)
+        if admission is None:
+            self.dropped += 1
+            return None
+        pool.policy.admit(expert, False)
+        if self._protect:
+            self._until[expert] = target
+        return admission
+
+    def cancel(self, expert: int) -> None:
+        """Take back the room of a prefetch that was never copied (policies that use the clock only)."""
+        self._evict(expert)
+
+    def _claim(self, expert: int, pool: _Pool, reason: int, prefetch_at: int | None) -> Admission | None:
+        """Give an absent expert room, evicting what must go; None if that cannot be done, and nothing changes.
+
+        `prefetch_at` is the visit number of a prefetch, which respects protected experts; None is a demand.
+        """
+        former: tuple[int, ...]
+        if pool.swaps and not pool.free:  # full, and one expert out makes exactly room for one in
+            pinned, until = self._pinned, self._until
+            for victim in pool.policy.victims():
+                if victim not in pinned and (prefetch_at is None or until.get(victim, -1) <= prefetch_at):
+                    break
+            else:
+                return None
+            former = (self._forget(victim, pool),)
+        else:
+            size_bytes = self._expert_bytes[expert // self.experts]
+            if pool.free_bytes < size_bytes and not self._make_room(pool, size_bytes, prefetch_at):
+                return None
+            former = pool.take(size_bytes)
+            self.assigned_bytes += size_bytes
+        copies = self.copy_expert
+        copy = len(copies)
+        copies.append(expert)
+        self.copy_reason.append(reason)
+        self.assigned[expert] = copy
+        return Admission(expert, copy, former)
+
+    def _make_room(self, pool: _Pool, size_bytes: int, prefetch_at: int | None) -> bool:
+        """Evict until `size_bytes` are free; evict nothing and return False if that cannot be done."""
+        lacking = size_bytes - pool.free_bytes
+        pinned, until = self._pinned, self._until
+        victims: list[int] = []
+        for expert in pool.policy.victims():
+            if expert in pinned or (prefetch_at is not None and until.get(expert, -1) > prefetch_at):
+                continue
+            victims.append(expert)
+            lacking -= self._expert_bytes[expert // self.experts]
+            if lacking <= 0:
+                for victim in victims:
+                    self._evict(victim)
+                return True
+        return False
+
+    def _forget(self, expert: int, pool: _Pool) -> int:
+        """Make an expert absent; return the copy whose room it leaves, which the caller gives on."""
+        copy = self.assigned.pop(expert)
+        self._until.pop(expert, None)
+        pool.policy.evict(expert)
+        self.evicted_copies.append(copy)
+        return copy
+
+    def _evict(self, expert: int) -> None:
+        layer = expert // self.experts
+        pool, size_bytes = self._pools[layer], self._expert_bytes[layer]
+        pool.give(size_bytes, self._forget(expert, pool))
+        self.assigned_bytes -= size_bytes
+
+
+def pool_budgets(expert_bytes: Sequence[int], budget_bytes: int, scope: str) -> list[int]:
+    """Return the bytes of each pool: one for all layers, or one a layer; every layer's pool where there is one a layer.
+
+    Room that no whole expert can use is left out where all experts of a pool are of one size. Raises BudgetError if a
+    pool cannot hold one expert of its layers, ValueError if there is no such scope.
+    """
+    if scope not in SCOPES:
+        raise ValueError(f"scope = {scope!r}: choose one of {', '.join(SCOPES)}")
+    if scope == "global":
+        return [_usable("the expert budget", expert_bytes, budget_bytes)]
+    layers = len(expert_bytes)
+    where = f"a layer's share (1/{layers}) of the expert budget"
+    return [_usable(where, [size_bytes], budget_bytes // layers) for size_bytes in expert_bytes]
+
+
+def _usable(where: str, sizes: Sequence[int], budget_bytes: int) -> int:
+    """Return the bytes of a pool that experts of these sizes can use."""
+    if budget_bytes < max(sizes):
+        raise BudgetError(f"{where} is {budget_bytes} bytes: it must hold one expert, {max(sizes)} bytes")
+    return budget_bytes - budget_bytes % sizes[0] if min(sizes) == max(sizes) else budget_bytes

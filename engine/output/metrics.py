@@ -1,0 +1,328 @@
+"""The metrics of one run: every one a function of what was recorded; the README states each formula.
+
+Rates are fractions and None where undefined. Percentiles are numpy's linear ones. All counts are cumulative, over
+prefill and decode, unless the name says decode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...resources.timeline import EXPERT, HEAD, PREDICT
+from ...workloads.batches import DECODE, Step
+from ...workloads.trace import RoutingTrace
+from ..decoder import Decoded
+from ..memory_manager import DEMANDED, PREFETCHED, MemoryManager
+
+Array = npt.NDArray[Any]
+
+#: What an access can turn out to be, by number.
+OUTCOMES = ("prefetch_hit", "cache_hit", "late", "miss")
+PREFETCH_HIT, CACHE_HIT, LATE, MISS = range(len(OUTCOMES))
+#: How a prefetch can end, by number.
+FATES = ("useful", "late", "wasted", "unused", "cancelled")
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A run as recorded, with what its metrics need besides: the manager's books, the steps and the sizes."""
+
+    decoded: Decoded
+    manager: MemoryManager
+    trace: RoutingTrace
+    steps: Sequence[Step]
+    expert_bytes: Sequence[int]
+    kernel_gap_ns: int
+    _spans: Array = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_spans", self.decoded.timeline.spans())
+
+    @property
+    def spans(self) -> Array:
+        """All spans, dtype SPAN."""
+        return self._spans
+
+    @cached_property
+    def compute_spans(self) -> Array:
+        """The compute stream's spans in order of start."""
+        return self._lane_spans("compute")
+
+    @cached_property
+    def copy_spans(self) -> Array:
+        """The host-to-device copies in order of start."""
+        return self._lane_spans("h2d")
+
+    def _lane_spans(self, role: str) -> Array:
+        lanes = self.decoded.timeline.lanes_with(role)
+        spans = self._spans[np.isin(self._spans["lane"], lanes)]
+        return spans[np.argsort(spans["start_ns"], kind="stable")]
+
+    @cached_property
+    def makespan_ns(self) -> int:
+        """From 0 to the end of the last kernel."""
+        return int(self.compute_spans["end_ns"].max(initial=0))
+
+    @cached_property
+    def copy_reason(self) -> Array:
+        """Why each copy was ordered (copies,): DEMANDED, PREFETCHED or PRELOADED."""
+        return np.frombuffer(bytes(self.manager.copy_reason), dtype=np.uint8)
+
+    @cached_property
+    def copy_bytes(self) -> Array:
+        """Bytes of each copy (copies,)."""
+        layers = np.array(self.manager.copy_expert, dtype=np.int64) // self.manager.experts
+        sizes: Array = np.array(self.expert_bytes, dtype=np.int64)[layers]
+        return sizes
+
+    @cached_property
+    def copy_end_ns(self) -> Array:
+        """When each copy's bytes were all there (copies,); -1 for one that was never made, 0 for a preloaded one."""
+        end_ns: Array = np.where(self.copy_reason > PREFETCHED, 0, -1).astype(np.int64)
+        np.maximum.at(end_ns, self.copy_spans["copy"], self.copy_spans["end_ns"])
+        return end_ns
+
+    @cached_property
+    def first_access(self) -> Array:
+        """Index of the first access of each copy (copies,); -1 where there was none."""
+        copies, first = np.unique(self.decoded.accesses["copy"], return_index=True)
+        index = np.full(len(self.copy_reason), -1, dtype=np.int64)
+        index[copies] = first
+        return index
+
+    @cached_property
+    def wait_ns(self) -> Array:
+        """How long after the choice was known each access's bytes were there (accesses,), 0 if before."""
+        accesses = self.decoded.accesses
+        known_ns = self.decoded.visits["choice_known_ns"][accesses["visit"]]
+        waits_ns: Array = np.maximum(0, self.copy_end_ns[accesses["copy"]] - known_ns)
+        return waits_ns
+
+    @cached_property
+    def outcomes(self) -> Array:
+        """What each access turned out to be (accesses,): an index into OUTCOMES."""
+        copies = self.decoded.accesses["copy"]
+        first = self.first_access[copies] == np.arange(len(copies))
+        reason = self.copy_reason[copies]
+        found = np.where(first & (reason == PREFETCHED), PREFETCH_HIT, CACHE_HIT)
+        found = np.where(self.wait_ns > 0, LATE, found)
+        return np.where(first & (reason == DEMANDED), MISS, found)
+
+    @cached_property
+    def fates(self) -> dict[str, int]:
+        """How many prefetches ended as each of FATES."""
+        prefetched = self.copy_reason == PREFETCHED
+        used = self.first_access >= 0
+        late = used & (self.outcomes[np.maximum(self.first_access, 0)] == LATE) if len(self.outcomes) else used
+        evicted = np.zeros(len(used), dtype=bool)
+        evicted[self.manager.evicted_copies] = True
+        never_made = self.copy_end_ns < 0
+        masks = {
+            "useful": used & ~late,
+            "late": late,
+            "wasted": ~used & evicted & ~never_made,
+            "unused": ~used & ~evicted & ~never_made,
+            "cancelled": ~used & never_made,
+        }
+        return {fate: int((prefetched & masks[fate]).sum()) for fate in FATES}
+
+    @cached_property
+    def step_end_ns(self) -> Array:
+        """When each step's head had ended (steps,)."""
+        ends: Array = self.compute_spans["end_ns"][self.compute_spans["kind"] == HEAD]
+        return ends
+
+
+def metrics(recording: Recording) -> dict[str, Any]:
+    """Return the metrics that need this run alone, as plain data for JSON."""
+    outcomes = np.bincount(recording.outcomes, minlength=len(OUTCOMES)).tolist()
+    accesses = sum(outcomes)
+    counts = dict(zip(OUTCOMES, outcomes, strict=True))
+    prefetched = recording.copy_reason == PREFETCHED
+    late_ns = recording.wait_ns[recording.outcomes == LATE]
+    manager = recording.manager
+    return {
+        "makespan_ms": recording.makespan_ns / 1e6,
+        **step_metrics(recording),
+        "accesses": accesses,
+        "hit_rate": _ratio(counts["prefetch_hit"] + counts["cache_hit"], accesses),
+        "late_rate": _ratio(counts["late"], accesses),
+        "late_wait_ms": _mean_ms(late_ns),
+        "access_latency_ms": _mean_ms(recording.wait_ns),
+        "counts": {
+            **counts,
+            "prefetch": int(prefetched.sum()),
+            "dropped": manager.dropped,
+            "evict": manager.evicted,
+        },
+        "prefetch": recording.fates,
+        "bytes": _bytes(recording),
+        "time": (time := time_split(recording)),
+        "stall_ms": time["stall_ms"],
+        "overlap": overlap(recording),
+        "memory_utilization": memory_utilization(recording),
+        "layer_visits": len(recording.decoded.visits),
+    }
+
+
+def step_metrics(recording: Recording) -> dict[str, Any]:
+    """Return speed: decode tokens over the decode steps' time, their percentiles, and the time to the first token."""
+    end_ns = recording.step_end_ns
+    took_ns = np.diff(end_ns, prepend=0)
+    decode = np.array([step.phase == DECODE for step in recording.steps], dtype=bool)
+    tokens = np.array([len(step.rows) for step in recording.steps], dtype=np.int64)
+    decode_ns = int(took_ns[decode].sum())
+    per_token_ms = np.repeat(took_ns[decode], tokens[decode]) / 1e6
+    percentiles = np.percentile(per_token_ms, (50, 95, 99)).tolist() if len(per_token_ms) else [None] * 3
+    decoded = int(tokens[decode].sum())
+    return {
+        "decode_tokens": decoded,
+        "prefill_tokens": int(tokens[~decode].sum()),
+        "tokens_per_second": _ratio(decoded * 1e9, decode_ns),
+        "time_per_token_ms": dict(zip(("p50", "p95", "p99"), percentiles, strict=True)),
+        "time_to_first_token_ms": _first_token_ms(recording, end_ns, took_ns),
+    }
+
+
+def _first_token_ms(recording: Recording, end_ns: Array, took_ns: Array) -> float | None:
+    """Mean over sequences: from the start of its first step to the end of its prefill (or of its first decode step)."""
+    start: dict[int, int] = {}
+    first: dict[int, int] = {}
+    decoding: set[int] = set()
+    for index, step in enumerate(recording.steps):
+        for sequence in dict.fromkeys(recording.trace.sequence[step.rows].tolist()):
+            start.setdefault(sequence, int(end_ns[index] - took_ns[index]))
+            if step.phase != DECODE or (sequence not in first and sequence not in decoding):
+                first[sequence] = int(end_ns[index])
+            if step.phase == DECODE:
+                decoding.add(sequence)
+    if not first:
+        return None
+    return sum(first[sequence] - start[sequence] for sequence in first) / len(first) / 1e6
+
+
+def time_split(recording: Recording) -> dict[str, float]:
+    """Split the makespan: each idle gap before a kernel belongs to the last thing that the kernel waited for.
+
+    compute + stall (its bytes) + host (its launch, and the GPU's own gap between launches) + predictor (its kernels
+    on the compute stream, and its time on the host thread inside host gaps) + bubble + drain = makespan.
+    """
+    spans = recording.compute_spans
+    start_ns, end_ns, issued_ns = spans["start_ns"], spans["end_ns"], spans["issued_ns"]
+    free_ns = np.concatenate([[0], end_ns[:-1]]) if len(spans) else end_ns
+    gap_ns = start_ns - free_ns
+    has_copy = spans["copy"] >= 0
+    ready_ns = np.full(len(spans), -1, dtype=np.int64)
+    ready_ns[has_copy] = recording.copy_end_ns[spans["copy"][has_copy]]
+    # A grouped kernel waits for copies that its span does not name: neither its launch nor the lane held it up.
+    held_up = (start_ns > issued_ns) & (gap_ns > recording.kernel_gap_ns)
+    waits_for_bytes = (spans["kind"] == EXPERT) & (gap_ns > 0) & (held_up | (ready_ns == start_ns))
+    stall_ns = int(gap_ns[waits_for_bytes].sum())
+    host_gaps = gap_ns * ~waits_for_bytes
+    busy_ns = end_ns - start_ns
+    predicting = spans["kind"] == PREDICT
+    on_host = _host_prediction_within(recording, free_ns[host_gaps > 0], start_ns[host_gaps > 0])
+    parts_ns = {
+        "compute_ms": int(busy_ns[~predicting].sum()),
+        "stall_ms": stall_ns,
+        "host_ms": int(host_gaps.sum()) - on_host,
+        "predictor_ms": int(busy_ns[predicting].sum()) + on_host,
+        "bubble_ms": 0,
+        "drain_ms": 0,
+    }
+    return {name: ns / 1e6 for name, ns in parts_ns.items()}
+
+
+def _host_prediction_within(recording: Recording, from_ns: Array, to_ns: Array) -> int:
+    """Return how much of the host thread's predicting fell into the given gaps, in ns."""
+    lanes = recording.decoded.timeline.lanes_with("host")
+    spans = recording.spans
+    predicting = spans[np.isin(spans["lane"], lanes) & (spans["kind"] == PREDICT)]
+    if not len(predicting):
+        return 0
+    busy_until = _busy_before(predicting)
+    return int((busy_until(to_ns) - busy_until(from_ns)).sum())
+
+
+def _busy_before(spans: Array) -> Any:
+    """Return a function: how many ns of these spans (in order, not overlapping) lie before each instant."""
+    start_ns, end_ns = spans["start_ns"], spans["end_ns"]
+    before_ns = np.concatenate([[0], np.cumsum(end_ns - start_ns)])
+
+    def busy(at_ns: Array) -> Array:
+        ended = np.searchsorted(end_ns, at_ns, side="right")
+        running = np.minimum(ended, len(start_ns) - 1)
+        part_ns = np.where(ended < len(start_ns), np.maximum(0, at_ns - start_ns[running]), 0)
+        total_ns: Array = before_ns[ended] + part_ns
+        return total_ns
+
+    return busy
+
+
+def overlap(recording: Recording) -> float | None:
+    """Return the share of copy time under which the compute stream was busy; None without copies."""
+    copies = recording.copy_spans
+    total_ns = int((copies["end_ns"] - copies["start_ns"]).sum())
+    if not total_ns or not len(recording.compute_spans):
+        return None
+    busy = _busy_before(recording.compute_spans)
+    return float((busy(copies["end_ns"]) - busy(copies["start_ns"])).sum() / total_ns)
+
+
+def memory_steps(recording: Recording) -> tuple[Array, Array]:
+    """Return (time_ns, assigned_bytes): the expert memory given out, from each visit's dispatch to the next."""
+    visits = recording.decoded.visits
+    return visits["choice_known_ns"], visits["assigned_bytes"]
+
+
+def memory_utilization(recording: Recording) -> float | None:
+    """Return assigned bytes / expert budget, weighted by time over the makespan."""
+    time_ns, assigned_bytes = memory_steps(recording)
+    makespan_ns, budget_bytes = recording.makespan_ns, recording.manager.budget_bytes
+    if not makespan_ns:
+        return None
+    until_ns = np.minimum(np.concatenate([time_ns[1:], [makespan_ns]]), makespan_ns)
+    held = np.maximum(0, until_ns - time_ns).astype(np.float64) @ assigned_bytes
+    return float(held / (budget_bytes * makespan_ns))
+
+
+def pollution(recording: Recording, shadow_misses: Array) -> int:
+    """Return how many misses the same cache without prefetch would not have had.
+
+    `shadow_misses` are the (visit, expert) pairs that missed in that shadow run, as keys of `miss_keys`.
+    """
+    return int((~np.isin(miss_keys(recording), shadow_misses)).sum())
+
+
+def miss_keys(recording: Recording) -> Array:
+    """Return one integer per missed access: visit * experts of the model + expert."""
+    missed = recording.decoded.accesses[recording.outcomes == MISS]
+    experts = np.array(recording.manager.copy_expert, dtype=np.int64)
+    total = recording.manager.experts * len(recording.expert_bytes)
+    keys: Array = missed["visit"].astype(np.int64) * total + experts[missed["copy"]]
+    return keys
+
+
+def _bytes(recording: Recording) -> dict[str, int]:
+    made = recording.copy_end_ns > 0
+    sizes, reason = recording.copy_bytes, recording.copy_reason
+    unused = recording.first_access < 0
+    return {
+        "demand": int(sizes[made & (reason == DEMANDED)].sum()),
+        "prefetch": int(sizes[made & (reason == PREFETCHED)].sum()),
+        "prefetch_not_used": int(sizes[made & (reason == PREFETCHED) & unused].sum()),
+    }
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
+
+
+def _mean_ms(ns: Array) -> float | None:
+    return float(ns.mean()) / 1e6 if len(ns) else None

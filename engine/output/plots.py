@@ -1,0 +1,261 @@
+"""Pictures of a run: a window of its timeline with a row for each lane, and its expert memory over time.
+
+Every function returns a matplotlib Figure of its own, with no global state behind it; `save` writes one to a file,
+with the same bytes for the same picture. matplotlib is imported only here, and only when something is drawn.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...resources.timeline import DEMAND, DENSE, EXPERT, HEAD, KINDS, PREFETCH, Timeline
+from .export import layer_of_each, layers_of, replacing, track_order
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Array = npt.NDArray[Any]
+
+#: Color and legend of each kind, in the order of the legend. Colors of Okabe and Ito, "Color Universal Design" (2008),
+#: which people with any color vision tell apart; copies are warm, kernels cool, the host gray.
+COLORS = {
+    "launch": ("#8c8c8c", "host dispatches"),
+    "predict": ("#cc79a7", "predictor"),
+    "demand": ("#d55e00", "copy on demand"),
+    "prefetch": ("#f0a830", "prefetch"),
+    "readback": ("#5b3a8c", "choice to host"),
+    "dense": ("#0072b2", "dense part"),
+    "expert": ("#56b4e9", "expert"),
+    "head": ("#009e73", "head"),
+}
+#: Units of time by the length of what is shown: the first that is no longer.
+_TIME_UNITS = ((10 * 10**9, 10**9, "s"), (10**6, 10**6, "ms"), (0, 10**3, "µs"))
+_BYTE_UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "bytes"))
+
+_INK = "#333333"
+_WIDTH_INCHES = 12.0
+#: Pieces of the window below which a gap cannot be seen; the pieces on either side are drawn as one.
+_FINEST = 20_000
+#: Up to this many spans in a window are drawn with an edge, so that neighbors can be told apart.
+_EDGES = 400
+#: Metadata that would name a version or a date, by file format.
+_NO_METADATA: dict[str, dict[str, None]] = {
+    ".png": {"Software": None},
+    ".pdf": {"Creator": None, "Producer": None, "CreationDate": None},
+    ".svg": {"Creator": None, "Date": None},
+}
+
+
+def default_window(timeline: Timeline) -> tuple[int, int]:
+    """Return (start_ns, end_ns) of what shows most: two ordinary steps near the middle of the run.
+
+    A step ends with its head; steps that take much longer than the median (prefill) are passed over. A run of a
+    step or two is shown whole, and so is one without heads; an empty one gives (0, 0).
+    """
+    spans = timeline.spans()
+    last_ns = int(spans["end_ns"].max(initial=0))
+    ends_ns = np.unique(spans["end_ns"][spans["kind"] == HEAD])
+    if len(ends_ns) < 3:
+        return int(spans["start_ns"].min(initial=last_ns)), last_ns
+    starts_ns = np.concatenate([[0], ends_ns[:-2]])
+    took_ns = ends_ns[1:] - starts_ns
+    ordinary = np.flatnonzero(took_ns <= 1.25 * np.median(took_ns))
+    chosen = ordinary[np.argmin(np.abs(ordinary - len(took_ns) // 2))]
+    return int(starts_ns[chosen]), int(ends_ns[chosen + 1])
+
+
+def plot_timeline(
+    timeline: Timeline,
+    *,
+    start_ns: int = 0,
+    end_ns: int | None = None,
+    experts_per_layer: int,
+    title: str | None = None,
+) -> Figure:
+    """Draw what each lane did from `start_ns` to `end_ns` (None: the end), a row for each lane that is ever used.
+
+    Spans wide enough say their layer, or layer and expert. Raises ValueError if the window ends before it starts.
+    """
+    from matplotlib.figure import Figure
+
+    spans = timeline.spans()
+    if end_ns is None:
+        end_ns = max(start_ns, int(spans["end_ns"].max(initial=0)))
+    if end_ns < start_ns:
+        raise ValueError(f"end_ns = {end_ns}: the window starts at {start_ns}, so it must end there or later")
+    used = set(np.unique(spans["lane"]).tolist())
+    rows = [number for number in track_order(timeline) if number in used] or track_order(timeline)
+    layers = layers_of(spans, experts_per_layer)
+    spans = spans[(spans["start_ns"] < end_ns) & (spans["end_ns"] > start_ns)]
+    span_ns = max(1, end_ns - start_ns)
+    scale_ns, unit = _time_unit(span_ns)
+
+    figure = Figure(figsize=(_WIDTH_INCHES, 1.5 + 0.5 * max(1, len(rows))), layout="constrained")
+    axes = figure.add_subplot()
+    edge = {"edgecolor": "white", "linewidth": 0.4} if len(spans) <= _EDGES else {"linewidth": 0.0}
+    kinds = [kind for kind in COLORS if (spans["kind"] == KINDS.index(kind)).any()]
+    for row, lane in enumerate(rows):
+        here = spans[spans["lane"] == lane]
+        for kind in kinds:
+            bars = _bars(here[here["kind"] == KINDS.index(kind)], start_ns, end_ns)
+            if len(bars):
+                axes.broken_barh((bars / scale_ns).tolist(), (row - 0.38, 0.76), facecolors=COLORS[kind][0], **edge)
+    _label_bars(axes, spans, rows, (start_ns, end_ns), scale_ns, layer_of_each(spans, experts_per_layer, layers))
+
+    axes.set_xlim(start_ns / scale_ns, (start_ns + span_ns) / scale_ns)
+    axes.set_ylim(max(1, len(rows)) - 0.4, -0.6)
+    axes.set_yticks(range(len(rows)), _row_names(timeline, rows))
+    axes.set_xlabel(f"time since the start of the run ({unit})")
+    _style(axes)
+    axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+    axes.tick_params(axis="y", length=0)
+    if not len(spans):
+        axes.text(
+            0.5, 0.5, "nothing ran in this window", transform=axes.transAxes, ha="center", va="center", color=_INK
+        )
+    _set_title(axes, title)
+    if kinds:
+        from matplotlib.patches import Patch
+
+        handles = [Patch(facecolor=color, label=label) for kind, (color, label) in COLORS.items() if kind in kinds]
+        figure.legend(
+            handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, handlelength=1.2, fontsize=9
+        )
+    return figure
+
+
+def plot_memory(time_ns: Array, assigned_bytes: Array, budget_bytes: int, *, title: str | None = None) -> Figure:
+    """Draw the expert memory given out over time, with the budget as a line.
+
+    `time_ns` and `assigned_bytes` are (samples,), in order of time; a value holds until the next.
+    Raises ValueError if their lengths differ.
+    """
+    from matplotlib.figure import Figure
+
+    times_ns, sizes = np.asarray(time_ns), np.asarray(assigned_bytes)
+    if times_ns.shape != sizes.shape:
+        raise ValueError(f"assigned_bytes has {sizes.shape} values, time_ns {times_ns.shape}: give as many of each")
+    last_ns = int(times_ns[-1]) if len(times_ns) else 0
+    scale_ns, unit = _time_unit(last_ns)
+    most = max(budget_bytes, int(sizes.max(initial=0)), 1)
+    scale_bytes, bytes_unit = next((scale, name) for scale, name in _BYTE_UNITS if most >= scale)
+    if len(sizes):  # only changes, and the last value up to the end, are worth a point
+        changes = np.flatnonzero(np.append(True, sizes[1:] != sizes[:-1]))
+        times_ns = np.append(times_ns[changes], max(last_ns, int(times_ns[0]) + 1))
+        sizes = np.append(sizes[changes], sizes[-1])
+
+    figure = Figure(figsize=(_WIDTH_INCHES * 2 / 3, 3.4), layout="constrained")
+    axes = figure.add_subplot()
+    color = COLORS["dense"][0]
+    axes.fill_between(times_ns / scale_ns, sizes / scale_bytes, step="post", color=color, alpha=0.2, linewidth=0)
+    axes.step(times_ns / scale_ns, sizes / scale_bytes, where="post", color=color, linewidth=1.4, clip_on=False)
+    limit = budget_bytes / scale_bytes
+    axes.axhline(limit, color=COLORS["demand"][0], linewidth=1.4, linestyle=(0, (5, 3)))
+    axes.annotate(
+        f"limit {limit:,.4g} {bytes_unit}" if limit < 1000 else f"limit {limit:,.0f} {bytes_unit}",
+        (1, limit),
+        xycoords=("axes fraction", "data"),
+        xytext=(-4, 4),
+        textcoords="offset points",
+        ha="right",
+        va="bottom",
+        color=COLORS["demand"][0],
+        fontsize=9,
+    )
+    axes.set_xlim(0, max(last_ns, 1) / scale_ns)
+    axes.set_ylim(0, 1.15 * most / scale_bytes)
+    axes.set_xlabel(f"time since the start of the run ({unit})")
+    axes.set_ylabel(f"expert memory given out ({bytes_unit})")
+    _style(axes)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    _set_title(axes, title)
+    return figure
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Write a figure as .png, .pdf or .svg, whole or not at all; the same figure gives the same bytes.
+
+    Raises ValueError for another ending.
+    """
+    from matplotlib import rc_context
+
+    path = Path(path)
+    if path.suffix not in _NO_METADATA:
+        raise ValueError(f"{path}: a picture's file must end in one of {', '.join(_NO_METADATA)}")
+    with rc_context({"svg.hashsalt": "prestage"}), replacing(path) as stream:
+        figure.savefig(stream, format=path.suffix[1:], dpi=150, metadata=_NO_METADATA[path.suffix])
+
+
+def _bars(spans: Array, start_ns: int, end_ns: int) -> Array:
+    """Return (start, length) in ns of spans cut to the window; those with no visible gap between become one."""
+    order = np.argsort(spans["start_ns"], kind="stable")
+    starts_ns = np.maximum(spans["start_ns"][order], start_ns)
+    ends_ns = np.minimum(spans["end_ns"][order], end_ns)
+    if len(spans) > _EDGES:
+        finest_ns = (end_ns - start_ns) // _FINEST
+        parted = starts_ns[1:] - np.maximum.accumulate(ends_ns)[:-1] > finest_ns
+        first = np.flatnonzero(np.append(True, parted))
+        starts_ns, ends_ns = starts_ns[first], np.maximum.reduceat(ends_ns, first)
+    return np.column_stack([starts_ns, ends_ns - starts_ns])
+
+
+def _label_bars(
+    axes: Axes, spans: Array, rows: list[int], window_ns: tuple[int, int], scale_ns: int, layer_of: Array
+) -> None:
+    """Write the layer into kernels and copies that are wide enough for it."""
+    start_ns, end_ns = window_ns
+    row_of = {lane: row for row, lane in enumerate(rows)}
+    named = np.isin(spans["kind"], (DENSE, EXPERT, DEMAND, PREFETCH)) & (layer_of >= 0)
+    from_ns, to_ns = np.maximum(spans["start_ns"], start_ns), np.minimum(spans["end_ns"], end_ns)
+    inches = (to_ns - from_ns) / max(1, end_ns - start_ns) * (_WIDTH_INCHES - 2)
+    for at in np.flatnonzero(named & (inches > 0.22)).tolist():
+        label = f"L{layer_of[at]}"
+        if 0.06 * len(label) + 0.06 > inches[at]:
+            continue
+        middle = (int(from_ns[at]) + int(to_ns[at])) / 2 / scale_ns
+        dark = spans["kind"][at] in (DENSE, DEMAND)
+        axes.text(
+            middle,
+            row_of[int(spans["lane"][at])],
+            label,
+            ha="center",
+            va="center",
+            fontsize=7,
+            color="white" if dark else _INK,
+            clip_on=True,
+        )
+
+
+def _row_names(timeline: Timeline, rows: list[int]) -> list[str]:
+    """Return the titles of the lanes, with their device where there are several GPUs."""
+    lanes = [timeline.lanes[number] for number in rows]
+    several = len({lane.device for lane in timeline.lanes} - {"host"}) > 1
+    return [f"{lane.device}: {lane.title}" if several and lane.device != "host" else lane.title for lane in lanes]
+
+
+def _time_unit(span_ns: int) -> tuple[int, str]:
+    return next((scale_ns, name) for least_ns, scale_ns, name in _TIME_UNITS if span_ns >= least_ns)
+
+
+def _set_title(axes: Axes, title: str | None) -> None:
+    if title:
+        axes.set_title(title, loc="left", fontsize=11, color=_INK)
+
+
+def _style(axes: Axes) -> None:
+    """Plain numbers with thousands separators, no box, the grid behind the data."""
+    from matplotlib.ticker import FuncFormatter
+
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{round(value, 6):,.10g}"))
+    axes.yaxis.label.set_color(_INK)
+    axes.xaxis.label.set_color(_INK)
+    axes.tick_params(colors=_INK, labelsize=9)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color("#999999")

@@ -1,0 +1,118 @@
+"""Results as tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+
+def print_result(data: dict[str, Any]) -> None:
+    """Print what a simulated run came to."""
+    console = Console()
+    scenario, model = data["scenario"], data["model"]
+    trace = scenario["workload"]["trace"] or "a synthetic trace"
+    share = data["budget_bytes"] / data["expert_bytes_total"]
+    console.print(
+        Text(
+            f"{model['name']} ({model['layers']} x {model['experts']} experts, top-{model['top_k']}) on "
+            f"{scenario['machine']['profile']}, {trace}; room for {share:.1%} of the experts "
+            f"({data['budget_bytes'] / 2**30:.2f} GiB)"
+        )
+    )
+    _rows(console, "Speed", _speed_rows(data))
+    counts, accesses = data["counts"], data["accesses"]
+    outcomes = ("prefetch_hit", "cache_hit", "late", "miss")
+    _rows(
+        console,
+        f"{accesses:,} accesses",
+        [(name, f"{counts[name]:,}", _share(counts[name], accesses)) for name in outcomes],
+    )
+    issued = counts["prefetch"]
+    if issued or counts["dropped"]:
+        fates = [(name, f"{number:,}", _share(number, issued)) for name, number in data["prefetch"].items()]
+        _rows(console, f"{issued:,} prefetches ({counts['dropped']:,} more found no room)", fates)
+    makespan = data["makespan_ms"]
+    split = [(name.removesuffix("_ms"), f"{ms:,.3f} ms", _share(ms, makespan)) for name, ms in data["time"].items()]
+    _rows(console, f"Where {makespan:,.3f} ms went (compute stream)", split)
+    for warning in data["warnings"]:
+        console.print(Text(f"warning: {warning}", style="yellow"))
+
+
+def _speed_rows(data: dict[str, Any]) -> list[tuple[str, str, str]]:
+    token = data["time_per_token_ms"]
+    tail = f"p95 {_number(token['p95'], 3)}, p99 {_number(token['p99'], 3)}"
+    first = data["time_to_first_token_ms"]
+    rows = [
+        ("tokens per second", _number(data["tokens_per_second"], 2), f"{data['decode_tokens']:,} decode tokens"),
+        ("time per token", f"{_number(token['p50'], 3)} ms", tail),
+        ("time to first token", f"{_number(first, 3)} ms", f"{data['prefill_tokens']:,} prefill tokens"),
+        ("hit rate", _share(data["hit_rate"], 1), f"late ones wait {_number(data['late_wait_ms'], 3)} ms on average"),
+        ("overlap", _share(data["overlap"], 1), "of copy time has compute beside it"),
+        ("memory utilization", _share(data["memory_utilization"], 1), "of the expert budget"),
+    ]
+    if "speedup" in data:
+        rows += [
+            ("speedup", f"{data['speedup']:.2f}x", f"over no prefetch and no cache ({data['baseline_ms']:,.3f} ms)"),
+            (
+                "all resident",
+                f"{data['resident_ms']:,.3f} ms",
+                f"this run takes {data['makespan_ms'] / data['resident_ms']:.2f}x as long",
+            ),
+        ]
+    return rows
+
+
+def print_replay(data: dict[str, Any]) -> None:
+    """Print what a replay counted."""
+    console = Console()
+    read = data["bytes_read"]
+    decode = f"{data['hits_decode']:,} of {data['accesses_decode']:,}"
+    rows = [
+        ("all", f"{data['hits']:,} of {data['accesses']:,}", _share(data["hit_rate"], 1, 3)),
+        ("decode only", decode, _share(data["hit_rate_decode"], 1, 3)),
+        ("bytes read", "unknown" if read is None else f"{read / 2**20:,.1f} MiB", f"{data['evict']:,} evictions"),
+    ]
+    if data["residency_agreement"] is not None:
+        rows.append(("logged residency", "agrees on", _share(data["residency_agreement"], 1, 3)))
+    _rows(console, f"Found by {data['eviction']} ({data['scope']}, lookup {data['lookup']})", rows)
+    for warning in data["warnings"]:
+        console.print(Text(f"warning: {warning}", style="yellow"))
+
+
+def print_trace(data: dict[str, Any]) -> None:
+    """Print what a trace is like."""
+    console = Console()
+    reuse, skew = data["reuse"], data["skew"]
+    rows = [
+        ("tokens", f"{data['tokens']:,}", f"{data['prefill_tokens']:,} prefill, {data['decode_tokens']:,} decode"),
+        ("sequences", f"{data['sequences']:,}", ""),
+        ("accesses", f"{data['accesses']:,}", f"{data['layers']} layers, top-{data['k']} of {data['num_experts']}"),
+        ("reuse of the last token", _share(reuse["mean"], 1), f"by chance {_share(reuse['by_chance'], 1)}"),
+        ("popularity", _number(skew["gini"]["mean"], 3), "Gini coefficient, mean over layers"),
+        ("", _share(skew["top_10_percent_share"]["mean"], 1), "of all uses go to the top tenth of a layer's experts"),
+    ]
+    _rows(console, str(data["model"]), rows)
+    for scope, rates in data["lru_hit_rate"].items():
+        hits = [(f"{share} of the experts", _share(rate, 1), "") for share, rate in rates.items()]
+        _rows(console, f"LRU hit rate, {scope}", hits)
+
+
+def _rows(console: Console, title: str, rows: Iterable[tuple[str, ...]]) -> None:
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
+    for justify in ("left", "right", "left"):
+        table.add_column(justify=justify)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def _share(part: float | None, whole: float, digits: int = 1) -> str:
+    return "-" if part is None or not whole else f"{part / whole:.{digits}%}"

@@ -1,0 +1,301 @@
+"""The scenario: everything that names a run, as TOML, checked as a whole before anything runs.
+
+Sections and keys are those of the models below; a key left out has its default, an unknown key is an error that
+names the nearest known one. Any key can be set from outside with `section.key=value`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ..resources.suggest import unknown_name
+from ..workloads.batches import PREFILL_MODES
+from ..workloads.predictors import PREDICTORS
+from .dispatch import ISSUE
+from .memory_manager import PROTECTION, SCOPES
+from .policies.eviction import EVICTION
+from .policies.prefetch import PREFETCH
+
+#: How kernels reach the GPU, and what that costs the host: one launch a kernel, one a CUDA graph, or nothing.
+DISPATCH_MODES = ("eager", "graph", "free")
+#: In which order a visit's experts are launched.
+EXPERT_ORDERS = ("router", "resident_first")
+#: One kernel for each expert, or one for all of a wave, which waits for all their bytes.
+EXPERT_KERNELS = ("separate", "grouped")
+#: One stream; one for demand and one for prefetches; a host-side queue that puts demand first.
+DISCIPLINES = ("fifo", "two_streams", "priority")
+#: Which lane a prediction occupies: a side stream of the GPU, the compute stream, the host thread, or none.
+PREDICTOR_LANES = ("gpu", "compute", "host", "free")
+
+_UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_AMOUNT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(%|experts|" + "|".join(_UNITS) + r")\s*")
+
+
+class ScenarioError(ValueError):
+    """A scenario that cannot run; the message names the file, the key, the value and what would be right."""
+
+
+def _one_of(names: Iterable[str]) -> AfterValidator:
+    """Return a check that admits the members of a table only, and says which they are."""
+    known = list(names)
+
+    def check(value: str) -> str:
+        if value not in known:
+            raise ValueError(unknown_name("value", value, known).removeprefix("value = "))
+        return value
+
+    return AfterValidator(check)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
+
+
+class ModelSection(_Section):
+    """Which model, and what to change in it."""
+
+    preset: str = "mixtral-8x7b"
+    layers: int | None = Field(default=None, ge=1)
+    experts: int | None = Field(default=None, ge=1)
+    top_k: int | None = Field(default=None, ge=1)
+    dtype: str | None = None
+    expert_bytes: int | None = Field(default=None, ge=1)
+
+    def overrides(self) -> dict[str, Any]:
+        """Return what is set besides the preset."""
+        return self.model_dump(exclude={"preset"}, exclude_none=True)
+
+
+class MachineSection(_Section):
+    """Which machine: a shipped profile's name or a JSON file's path."""
+
+    profile: str = "h200-pcie5"
+
+
+class SyntheticSection(_Section):
+    """A trace drawn by the synthetic generator, in the shape of the model."""
+
+    tokens: int = Field(default=500, ge=1)
+    skew: float = Field(default=0.5, ge=0)
+    working_set: int | None = Field(default=None, ge=1)
+    reuse: float = Field(default=0.3, ge=0, le=1)
+    sequences: int = Field(default=1, ge=1)
+    prefill_tokens: int = Field(default=0, ge=0)
+
+
+class WorkloadSection(_Section):
+    """The routing trace and how its tokens are batched. Without a trace, one is drawn by `synthetic`."""
+
+    trace: str | None = None
+    synthetic: SyntheticSection | None = None
+    tokens: int | None = Field(default=None, ge=1)
+    batch: int = Field(default=1, ge=1)
+    prefill: Annotated[str, _one_of(PREFILL_MODES)] = "whole"
+    chunk_tokens: int = Field(default=512, ge=1)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> WorkloadSection:
+        if (self.trace is None) == (self.synthetic is None):
+            raise ValueError("give trace (a file) or [workload.synthetic]: one of the two")
+        return self
+
+
+class MemorySection(_Section):
+    """The GPU memory that experts may use, and who leaves it first."""
+
+    gpu_budget: str = "25%"
+    scope: Annotated[str, _one_of(SCOPES)] = "global"
+    eviction: Annotated[str, _one_of(EVICTION)] = "lru"
+
+    @model_validator(mode="after")
+    def _budget_reads(self) -> MemorySection:
+        if not _AMOUNT.fullmatch(self.gpu_budget):
+            raise ValueError(f"gpu_budget = {self.gpu_budget!r}: write it as '25%', '4GiB' or '512experts'")
+        return self
+
+    def budget_bytes(self, expert_bytes: Iterable[int], experts: int) -> int:
+        """Return the budget in bytes for a model with these bytes per expert (layers,) and experts per layer."""
+        return parse_budget(self.gpu_budget, expert_bytes, experts)
+
+
+class PredictorSection(_Section):
+    """Who guesses the experts of coming layers, how well, and what a guess costs on which lane."""
+
+    name: Annotated[str, _one_of(PREDICTORS)] = "oracle"
+    recall: float = Field(default=0.9, ge=0, le=1)
+    lane: Annotated[str, _one_of(PREDICTOR_LANES)] = "gpu"
+    latency_us: float = Field(default=0.0, ge=0)
+
+
+class PrefetchSection(_Section):
+    """What is fetched ahead of demand."""
+
+    policy: Annotated[str, _one_of(PREFETCH)] = "top-k"
+    k: int | None = Field(default=None, ge=1)
+    lookahead: int = Field(default=1, ge=0)
+    protect: Annotated[str, _one_of(PROTECTION)] = "until_target"
+    issue: Annotated[str, _one_of(ISSUE)] = "after_launch"
+
+
+class DispatchSection(_Section):
+    """How the host thread drives the GPU."""
+
+    mode: Annotated[str, _one_of(DISPATCH_MODES)] = "eager"
+    router_readback: bool = True
+    expert_order: Annotated[str, _one_of(EXPERT_ORDERS)] = "router"
+    expert_kernel: Annotated[str, _one_of(EXPERT_KERNELS)] = "separate"
+    launch_queue_depth: int = Field(default=1000, ge=1)
+
+
+class CopySection(_Section):
+    """How copies share the link. `chunk_bytes` 0 copies an expert in one piece."""
+
+    discipline: Annotated[str, _one_of(DISCIPLINES)] = "fifo"
+    chunk_bytes: int = Field(default=0, ge=0)
+    drop_stale: bool = False
+    host_memory: Literal["pinned", "pageable"] | None = None
+    contention: bool = True
+
+    @model_validator(mode="after")
+    def _stale_needs_queue(self) -> CopySection:
+        if self.drop_stale and self.discipline != "priority":
+            raise ValueError(f"drop_stale = true needs discipline = 'priority' (given {self.discipline!r})")
+        return self
+
+
+class Scenario(_Section):
+    """One run, whole. `model_dump()` gives it back as plain data."""
+
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    model: ModelSection = ModelSection()
+    machine: MachineSection = MachineSection()
+    workload: WorkloadSection
+    memory: MemorySection = MemorySection()
+    predictor: PredictorSection = PredictorSection()
+    prefetch: PrefetchSection = PrefetchSection()
+    dispatch: DispatchSection = DispatchSection()
+    copy_: CopySection = Field(default=CopySection(), alias="copy")
+
+    def plain(self) -> dict[str, Any]:
+        """Return the scenario as plain data, by the names that its TOML uses, all defaults filled in."""
+        return self.model_dump(by_alias=True)
+
+
+def parse_budget(text: str, expert_bytes: Iterable[int], experts: int) -> int:
+    """Return the bytes of '25%' (of all experts), '4GiB' or '512experts' (of the largest); ScenarioError else."""
+    match = _AMOUNT.fullmatch(text)
+    if match is None:
+        raise ScenarioError(f"budget {text!r}: write it as '25%', '4GiB' or '512experts'")
+    number, unit = match.groups()
+    sizes = list(expert_bytes)
+    whole, _, decimals = number.partition(".")
+    value, scale = int(whole + decimals), int(10 ** len(decimals))
+    factor: int = {"%": sum(sizes) * experts, "experts": max(sizes), **_UNITS}[unit]
+    return value * factor // (scale * (100 if unit == "%" else 1))
+
+
+def scenario_names() -> list[str]:
+    """Return the names of the shipped scenarios."""
+    folder = resources.files("prestage") / "engine" / "scenarios"
+    return sorted(entry.name[: -len(".toml")] for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def load_scenario(name: str | Path | None = None, settings: Iterable[str] = ()) -> Scenario:
+    """Return a scenario: a TOML file's, a shipped one's by name, or the embedded default's.
+
+    `settings` are `section.key=value` strings laid over it; a value is read as TOML, or as a bare string. A trace
+    named in a file is looked for beside that file; one named in a setting, in the current folder.
+    Raises ScenarioError.
+    """
+    source = "scenario 'default'" if name is None else f"scenario {str(name)!r}"
+    data = _read(name, source)
+    for setting in settings:
+        _apply(data, setting)
+    return make_scenario(data, source)
+
+
+def make_scenario(data: Mapping[str, Any], source: str = "scenario") -> Scenario:
+    """Return the scenario that plain data describes; ScenarioError names `source` and every bad key."""
+    try:
+        return Scenario.model_validate(data)
+    except ValidationError as error:
+        problems = [_explain(dict(problem)) for problem in error.errors()]
+        raise ScenarioError(f"{source}: " + "; ".join(problems)) from None
+
+
+def _read(name: str | Path | None, source: str) -> dict[str, Any]:
+    path = Path(name) if name is not None else None
+    if path is not None and (path.suffix == ".toml" or path.is_file()):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise ScenarioError(f"{source}: cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise ScenarioError(f"{source}: not UTF-8 text") from None
+        folder = path.parent
+    else:
+        shipped = "default" if name is None else str(name)
+        if shipped not in scenario_names():
+            raise ScenarioError(unknown_name("scenario", shipped, [*scenario_names(), "FILE.toml"]))
+        text = (resources.files("prestage") / "engine" / "scenarios" / f"{shipped}.toml").read_text("utf-8")
+        folder = None
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ScenarioError(f"{source}: not TOML: {error}") from None
+    trace = data["workload"].get("trace") if isinstance(data.get("workload"), dict) else None
+    if folder is not None and isinstance(trace, str):
+        data["workload"]["trace"] = str(folder / trace)
+    return data
+
+
+def _apply(data: dict[str, Any], setting: str) -> None:
+    """Lay one `section.key=value` over plain data."""
+    key, equals, text = setting.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ScenarioError(f"--set {setting!r}: write it as section.key=value")
+    try:
+        value = tomllib.loads(f"value = {text.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    if parts == ["workload", "trace"]:
+        data.setdefault("workload", {}).pop("synthetic", None)
+    for part in parts[:-1]:
+        data = data.setdefault(part, {})
+        if not isinstance(data, dict):
+            raise ScenarioError(f"--set {setting!r}: {part!r} is a value, not a section")
+    data[parts[-1]] = value
+
+
+def _explain(problem: Mapping[str, Any]) -> str:
+    """Return one line for one of pydantic's errors."""
+    key = ".".join(str(part) for part in problem["loc"]) or "scenario"
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(problem["loc"][:-1])
+        near = difflib.get_close_matches(str(problem["loc"][-1]), known, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"{key}: no such key; {hint}"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    given = problem["input"]
+    if isinstance(given, (str, int, float, bool)) and repr(given) not in message:
+        return f"{key} = {given!r}: {message}"
+    return f"{key} = {message}" if message.startswith(repr(given)) else f"{key}: {message}"
+
+
+def _known_keys(path: tuple[int | str, ...]) -> list[str]:
+    """Return the keys that the section at `path` knows."""
+    section: type[BaseModel] = Scenario
+    for part in path:
+        field = next(f for n, f in section.model_fields.items() if part in (n, f.alias))
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return [field.alias or name for name, field in section.model_fields.items()]

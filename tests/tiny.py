@@ -1,0 +1,172 @@
+"""A machine and a model whose every cost is a round number of ns, so that a reader can check a schedule by hand.
+
+One byte takes one ns to copy, and the dense part of d bytes takes d ns; an expert's kernel takes what the test says.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from prestage.engine.costs import Costs
+from prestage.engine.output.metrics import Recording
+from prestage.engine.scenario import Scenario, make_scenario
+from prestage.engine.simulate import Inputs, make_manager, make_prefetch, run
+from prestage.resources.profile import Profile
+from prestage.workloads.batches import plan_steps
+from prestage.workloads.model import Model
+from prestage.workloads.predictors import make_predictor
+from prestage.workloads.trace import RoutingTrace
+
+ASSUMED = {"source": "assumed"}
+HIDDEN = EXPERT_FF = 8
+
+
+def tiny_profile(
+    *,
+    expert_ns: int = 7,
+    beside_copy_ns: int | None = None,
+    launch_ns: int = 0,
+    enqueue_ns: int = 0,
+    synchronize_ns: int = 0,
+    readback_ns: int = 0,
+    copy_gap_ns: int = 0,
+    kernel_gap_ns: int = 0,
+    alone_latency_ns: int = 0,
+    memory: str = "pinned",
+) -> Profile:
+    """Return a profile of round numbers; what is not given costs nothing."""
+
+    def line(latency_ns: int) -> dict[str, Any]:
+        return {"latency_ns": latency_ns, "bytes_per_second": 10**9, **ASSUMED}
+
+    def fixed(ns: int) -> dict[str, Any]:
+        return {"ns": ns, **ASSUMED}
+
+    def copies(alone_ns: int, gap_ns: int) -> dict[str, Any]:
+        return {"alone": line(alone_ns), "queued": line(0), "gap": fixed(gap_ns)}
+
+    points = [
+        {
+            "hidden": HIDDEN,
+            "expert_ff": EXPERT_FF,
+            "dtype": "int8",
+            "tokens": tokens,
+            "dispatch": dispatch,
+            "ns": expert_ns,
+            "beside_copy_ns": expert_ns if beside_copy_ns is None else beside_copy_ns,
+            **ASSUMED,
+        }
+        for dispatch in ("eager", "graph")
+        for tokens in range(1, 9)
+    ]
+    return Profile.model_validate(
+        {
+            "name": "tiny",
+            "device": "a machine of round numbers",
+            "driver": "none",
+            "date": "never",
+            "source": "made for tests",
+            "gpu_memory_bytes": 10**9,
+            "h2d": {memory: copies(alone_latency_ns, copy_gap_ns)},
+            "d2h": copies(readback_ns, 0),
+            "compute": {
+                "experts": points,
+                "rule": {
+                    "constant_ns": 0,
+                    "bytes_per_second": 10**9,
+                    "flops_per_second": 10**18,
+                    "beside_copy_factor": 1.0,
+                    **ASSUMED,
+                },
+                "eager_gap": fixed(kernel_gap_ns),
+                "graph_gap": fixed(kernel_gap_ns),
+            },
+            "host": {
+                "launch": fixed(launch_ns),
+                "graph_launch": fixed(launch_ns),
+                "copy_enqueue": fixed(enqueue_ns),
+                "synchronize": fixed(synchronize_ns),
+            },
+        }
+    )
+
+
+def tiny_model(
+    layers: int,
+    experts: int = 4,
+    top_k: int = 1,
+    *,
+    dense_ns: int = 3,
+    copy_ns: int | list[int] = 20,
+    head_ns: int = 0,
+    dense_kernels: int = 1,
+    expert_kernels: int = 1,
+) -> Model:
+    """Return a model whose dense part, copy and head take these times on `tiny_profile`."""
+    sizes = [copy_ns] * layers if isinstance(copy_ns, int) else copy_ns
+    return Model(
+        name="tiny",
+        layers=layers,
+        experts=experts,
+        top_k=top_k,
+        hidden=HIDDEN,
+        expert_ff=EXPERT_FF,
+        expert_matrices=3,
+        expert_dtype="int8",
+        dense_dtype="int8",
+        expert_bytes=tuple(sizes),
+        dense_bytes=(dense_ns,) * layers,
+        head_bytes=head_ns,
+        dense_kernels=dense_kernels,
+        expert_kernels=expert_kernels,
+    )
+
+
+def tiny_trace(experts: list[list[list[int]]], num_experts: int = 4, **arrays: Any) -> RoutingTrace:
+    """Return a decode trace from experts[token][layer][rank]; other arrays as RoutingTrace takes them."""
+    trace = RoutingTrace(np.array(experts, dtype=np.uint8), num_experts, **arrays)
+    trace.check("tiny trace")
+    return trace
+
+
+def tiny_scenario(**sections: Any) -> Scenario:
+    """Return a scenario with these sections over: host free, no prefetch, room for 8 experts."""
+    data: dict[str, dict[str, Any]] = {
+        "workload": {"trace": "none"},
+        "memory": {"gpu_budget": "8experts"},
+        "predictor": {"recall": 1.0},
+        "prefetch": {"lookahead": 0},
+        "dispatch": {"mode": "free"},
+    }
+    for name, keys in sections.items():
+        data[name] = {**data.get(name, {}), **keys}
+    return make_scenario(data)
+
+
+def tiny_inputs(model: Model, profile: Profile, trace: RoutingTrace, scenario: Scenario) -> Inputs:
+    """Return what a scenario would have loaded from files."""
+    workload = scenario.workload
+    steps = plan_steps(
+        trace.sequence,
+        trace.phase,
+        batch=workload.batch,
+        prefill=workload.prefill,
+        chunk_tokens=workload.chunk_tokens,
+        tokens=workload.tokens,
+    )
+    policy = make_prefetch(scenario, model)
+    guesses = None
+    if policy.horizons:
+        options = {"recall": scenario.predictor.recall} if scenario.predictor.name == "oracle" else {}
+        predictor = make_predictor(scenario.predictor.name, seed=scenario.seed, **options)
+        guesses = predictor.guess(trace, steps, policy.horizons, policy.guesses)
+    budget_bytes = scenario.memory.budget_bytes(model.expert_bytes, model.experts)
+    return Inputs(scenario, model, profile, trace, steps, budget_bytes, guesses)
+
+
+def tiny_run(model: Model, profile: Profile, trace: RoutingTrace, scenario: Scenario) -> Recording:
+    """Run a scenario over hand-made inputs."""
+    inputs = tiny_inputs(model, profile, trace, scenario)
+    return run(inputs, Costs(model, profile, scenario), make_manager(inputs), make_prefetch(scenario, model))
