@@ -39,6 +39,7 @@ _BYTE_UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "bytes"))
 
 _INK = "#333333"
 _WIDTH_INCHES = 12.0
+_LABEL_POINTS = 7
 #: Pieces of the window below which a gap cannot be seen; the pieces on either side are drawn as one.
 _FINEST = 20_000
 #: Up to this many spans in a window are drawn with an edge, so that neighbors can be told apart.
@@ -97,15 +98,18 @@ def plot_timeline(
 
     figure = Figure(figsize=(_WIDTH_INCHES, 1.5 + 0.5 * max(1, len(rows))), layout="constrained")
     axes = figure.add_subplot()
-    edge = {"edgecolor": "white", "linewidth": 0.4} if len(spans) <= _EDGES else {"linewidth": 0.0}
+    look: dict[str, Any] = {"snap": False, "linewidth": 0.0}  # snapped to pixels, thin bars would vanish
+    if len(spans) <= _EDGES:
+        look.update(edgecolor="white", linewidth=0.4)
     kinds = [kind for kind in COLORS if (spans["kind"] == KINDS.index(kind)).any()]
     for row, lane in enumerate(rows):
         here = spans[spans["lane"] == lane]
         for kind in kinds:
             bars = _bars(here[here["kind"] == KINDS.index(kind)], start_ns, end_ns)
             if len(bars):
-                axes.broken_barh((bars / scale_ns).tolist(), (row - 0.38, 0.76), facecolors=COLORS[kind][0], **edge)
-    _label_bars(axes, spans, rows, (start_ns, end_ns), scale_ns, layer_of_each(spans, experts_per_layer, layers))
+                axes.broken_barh((bars / scale_ns).tolist(), (row - 0.38, 0.76), facecolors=COLORS[kind][0], **look)
+    layer_of = layer_of_each(spans, experts_per_layer, layers)
+    _label_bars(axes, spans, rows, (start_ns, end_ns), scale_ns, experts_per_layer, layer_of)
 
     axes.set_xlim(start_ns / scale_ns, (start_ns + span_ns) / scale_ns)
     axes.set_ylim(max(1, len(rows)) - 0.4, -0.6)
@@ -153,7 +157,7 @@ def plot_memory(time_ns: Array, assigned_bytes: Array, budget_bytes: int, *, tit
     axes = figure.add_subplot()
     color = COLORS["dense"][0]
     axes.fill_between(times_ns / scale_ns, sizes / scale_bytes, step="post", color=color, alpha=0.2, linewidth=0)
-    axes.step(times_ns / scale_ns, sizes / scale_bytes, where="post", color=color, linewidth=1.4, clip_on=False)
+    axes.step(times_ns / scale_ns, sizes / scale_bytes, where="post", color=color, linewidth=1.4)
     limit = budget_bytes / scale_bytes
     axes.axhline(limit, color=COLORS["demand"][0], linewidth=1.4, linestyle=(0, (5, 3)))
     axes.annotate(
@@ -166,6 +170,7 @@ def plot_memory(time_ns: Array, assigned_bytes: Array, budget_bytes: int, *, tit
         va="bottom",
         color=COLORS["demand"][0],
         fontsize=9,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
     )
     axes.set_xlim(0, max(last_ns, 1) / scale_ns)
     axes.set_ylim(0, 1.15 * most / scale_bytes)
@@ -205,30 +210,36 @@ def _bars(spans: Array, start_ns: int, end_ns: int) -> Array:
 
 
 def _label_bars(
-    axes: Axes, spans: Array, rows: list[int], window_ns: tuple[int, int], scale_ns: int, layer_of: Array
+    axes: Axes, spans: Array, rows: list[int], window_ns: tuple[int, int], scale_ns: int, experts: int, layer_of: Array
 ) -> None:
-    """Write the layer into kernels and copies that are wide enough for it."""
+    """Write "L3/E17", or else "L3", into the kernels and copies that are wide enough for it."""
     start_ns, end_ns = window_ns
     row_of = {lane: row for row, lane in enumerate(rows)}
-    named = np.isin(spans["kind"], (DENSE, EXPERT, DEMAND, PREFETCH)) & (layer_of >= 0)
     from_ns, to_ns = np.maximum(spans["start_ns"], start_ns), np.minimum(spans["end_ns"], end_ns)
     inches = (to_ns - from_ns) / max(1, end_ns - start_ns) * (_WIDTH_INCHES - 2)
-    for at in np.flatnonzero(named & (inches > 0.22)).tolist():
-        label = f"L{layer_of[at]}"
-        if 0.06 * len(label) + 0.06 > inches[at]:
+    named = np.isin(spans["kind"], (DENSE, EXPERT, DEMAND, PREFETCH)) & (layer_of >= 0)
+    for at in np.flatnonzero(named & (inches > _label_inches("L0"))).tolist():
+        expert, kind = int(spans["expert"][at]), int(spans["kind"][at])
+        label = f"L{layer_of[at]}" + (f"/E{expert % experts}" if expert >= 0 else "")
+        if _label_inches(label) > inches[at]:
+            label = f"L{layer_of[at]}"
+        if _label_inches(label) > inches[at]:
             continue
-        middle = (int(from_ns[at]) + int(to_ns[at])) / 2 / scale_ns
-        dark = spans["kind"][at] in (DENSE, DEMAND)
         axes.text(
-            middle,
+            (int(from_ns[at]) + int(to_ns[at])) / 2 / scale_ns,
             row_of[int(spans["lane"][at])],
             label,
             ha="center",
             va="center",
-            fontsize=7,
-            color="white" if dark else _INK,
+            fontsize=_LABEL_POINTS,
+            color="white" if kind in (DENSE, DEMAND) else _INK,
             clip_on=True,
         )
+
+
+def _label_inches(label: str) -> float:
+    """Return about how wide a label is, with a little room on either side."""
+    return (0.66 * len(label) + 1.0) * _LABEL_POINTS / 72
 
 
 def _row_names(timeline: Timeline, rows: list[int]) -> list[str]:

@@ -102,7 +102,8 @@ def print_trace(data: dict[str, Any]) -> None:
 
 
 def _rows(console: Console, title: str, rows: Iterable[tuple[str, ...]]) -> None:
-    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
+    console.print(Text(f"\n{title}", style="bold"))
+    table = Table(show_header=False, box=None, padding=(0, 2))
     for justify in ("left", "right", "left"):
         table.add_column(justify=justify)
     for row in rows:

@@ -1,0 +1,208 @@
+"""The command line. Each command imports what it needs when it runs, so that `--help` is quick.
+
+Whatever goes wrong with the input ends in one line on standard error and exit status 2; `--json` prints one JSON
+object on standard output and nothing else there.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from .workloads.trace import RoutingTrace
+
+app = typer.Typer(
+    help="Simulate Mixture-of-Experts inference with expert offloading and prefetching.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+trace_app = typer.Typer(help="Look at, import and draw routing traces.", no_args_is_help=True)
+app.add_typer(trace_app, name="trace")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else there.")]
+
+
+def main() -> None:
+    """Run the command line; bad input is one line and exit status 2."""
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        typer.echo(f"prestage: {' '.join(str(error).split())}", err=True)
+        sys.exit(2)
+
+
+@app.command()
+def run(
+    scenario: Annotated[
+        str | None, typer.Argument(help="A scenario's TOML file or the name of a shipped one; without it, the default.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a key, such as prefetch.k=4; repeat it.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write result.json, timeline.json.gz, timeline.png and memory.png there.")
+    ] = None,
+    all_spans: Annotated[bool, typer.Option(help="Write all spans to the timeline, not the first 200,000.")] = False,
+    baselines: Annotated[bool, typer.Option(help="Also run the two baselines (speedup, resident_ms).")] = True,
+    json: Json = False,
+) -> None:
+    """Simulate a scenario: how fast it decodes, what was hit, late or missed, and where the time went.
+
+    Try `prestage run --set prefetch.lookahead=0`, or `--set memory.gpu_budget=50%`.
+    """
+    from .engine.scenario import load_scenario
+    from .engine.simulate import simulate
+
+    with _progress() as progress:
+        result = simulate(load_scenario(scenario, settings or ()), baselines=baselines, progress=progress)
+        written = []
+        if out is not None:
+            from .engine.output.files import write_result
+
+            written = write_result(result, out, all_spans=all_spans)
+    if json:
+        _print_json(result.json_data())
+        return
+    from .engine.output.tables import print_result
+
+    print_result(result.json_data())
+    for line in written:
+        typer.echo(line)
+
+
+@app.command()
+def replay(
+    trace: Annotated[Path, typer.Argument(help="A trace (.safetensors, .npz) or a log that `trace import` reads.")],
+    budget: Annotated[str, typer.Option(help="Room for experts: 4000MiB, 512experts or 25%.")],
+    eviction: Annotated[str, typer.Option(help="The eviction policy.")] = "lru",
+    scope: Annotated[str, typer.Option(help="One pool for all layers (global) or one each (per-layer).")] = "global",
+    lookup: Annotated[str, typer.Option(help="Look up unique experts (batch) or every token's (single).")] = "batch",
+    batch: Annotated[int, typer.Option(help="How many sequences decode together.")] = 1,
+    model: Annotated[str | None, typer.Option(help="The model that gives the experts' bytes.")] = None,
+    expert_bytes: Annotated[int | None, typer.Option(help="Bytes of every expert.")] = None,
+    json: Json = False,
+) -> None:
+    """Replay a trace through the expert cache, without a clock: what is found, and how much is read."""
+    from .engine.replay import replay_trace
+
+    data = replay_trace(
+        _open_trace(trace),
+        budget,
+        eviction=eviction,
+        scope=scope,
+        lookup=lookup,
+        batch=batch,
+        model=model,
+        expert_bytes=expert_bytes,
+    )
+    if json:
+        _print_json(data)
+        return
+    from .engine.output.tables import print_replay
+
+    print_replay(data)
+
+
+@trace_app.command("info")
+def trace_info(
+    trace: Annotated[Path, typer.Argument(help="A trace (.safetensors, .npz) or a log that `trace import` reads.")],
+    json: Json = False,
+) -> None:
+    """Describe a trace: its shape, how skewed it is, how much is reused, and LRU hit rates by capacity."""
+    from .workloads.statistics import summary
+
+    data = summary(_open_trace(trace))
+    if json:
+        _print_json(data)
+        return
+    from .engine.output.tables import print_trace
+
+    print_trace(data)
+
+
+@trace_app.command("import")
+def trace_import(
+    log: Annotated[Path, typer.Argument(help="The log to read.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The trace to write: .safetensors or .npz.")],
+    format: Annotated[str, typer.Option(help="The log's format.")] = "bigmoeonedge",
+) -> None:
+    """Turn an engine's routing log into a trace."""
+    from .workloads.importers import import_trace
+
+    trace = import_trace(log, format)
+    trace.save(out)
+    typer.echo(f"{out}: {trace.tokens} tokens, {trace.layers} layers, top-{trace.k} of {trace.num_experts} experts")
+
+
+@trace_app.command("synth")
+def trace_synth(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The trace to write: .safetensors or .npz.")],
+    model: Annotated[str, typer.Option(help="The model whose layers, experts and top-k it has.")] = "mixtral-8x7b",
+    tokens: Annotated[int, typer.Option(help="Decode tokens, over all sequences.")] = 500,
+    skew: Annotated[float, typer.Option(help="Zipf exponent of the experts' popularity; 0 is even.")] = 0.5,
+    working_set: Annotated[
+        int | None, typer.Option(help="Experts a layer that a sequence favors; all without it.")
+    ] = None,
+    reuse: Annotated[float, typer.Option(help="Chance that a token keeps an expert of the last one.")] = 0.3,
+    sequences: Annotated[int, typer.Option(help="How many sequences.")] = 1,
+    prefill_tokens: Annotated[int, typer.Option(help="Prompt tokens of each sequence.")] = 0,
+    seed: Annotated[int, typer.Option(help="The seed.")] = 0,
+) -> None:
+    """Draw a synthetic trace in the shape of a model."""
+    from .workloads.model import load_model
+    from .workloads.synthetic import synthesize
+
+    shape = load_model(model)
+    trace = synthesize(
+        tokens,
+        shape.layers,
+        shape.experts,
+        shape.top_k,
+        skew=skew,
+        working_set=shape.experts if working_set is None else working_set,
+        reuse=reuse,
+        sequences=sequences,
+        prefill_tokens=prefill_tokens,
+        seed=seed,
+    )
+    trace.save(out)
+    typer.echo(f"{out}: {trace.tokens} tokens, {trace.layers} layers, top-{trace.k} of {trace.num_experts} experts")
+
+
+def _open_trace(path: Path) -> RoutingTrace:
+    from .workloads.importers import open_trace
+
+    return open_trace(path)
+
+
+def _print_json(data: dict[str, Any]) -> None:
+    import orjson
+
+    sys.stdout.write(orjson.dumps(data, option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY).decode() + "\n")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None] | None]:
+    """Show a progress bar on standard error where a person is looking; yield what moves it."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def move(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done)
+
+        yield move

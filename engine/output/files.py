@@ -1,0 +1,51 @@
+"""Writing a result to a folder: numbers, timeline and pictures. Each file appears whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import orjson
+
+from .export import SPAN_LIMIT, export_chrome, replacing
+from .metrics import memory_steps
+from .plots import default_window, plot_memory, plot_timeline, save
+
+if TYPE_CHECKING:
+    from ..simulate import Result
+
+
+def write_result(result: Result, folder: Path, *, all_spans: bool = False) -> list[str]:
+    """Write result.json, timeline.json.gz, timeline.png and memory.png; return a line about each.
+
+    The same scenario writes the same bytes: what differs between runs (wall_s) is left out.
+    Raises OSError if the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    experts = result.data["model"]["experts"]
+    name = f"{result.data['model']['name']} on {result.data['scenario']['machine']['profile']}"
+    time_ns, assigned_bytes = memory_steps(result.recording)
+    with replacing(folder / "result.json") as file:
+        file.write(orjson.dumps(result.data, option=orjson.OPT_INDENT_2) + b"\n")
+    exported = export_chrome(
+        result.timeline,
+        folder / "timeline.json.gz",
+        limit=None if all_spans else SPAN_LIMIT,
+        experts_per_layer=experts,
+        layers=result.data["model"]["layers"],
+        metadata={"scenario": result.data["scenario"], "versions": result.data["versions"]},
+        memory=(time_ns, assigned_bytes),
+    )
+    start_ns, end_ns = default_window(result.timeline)
+    picture = plot_timeline(result.timeline, start_ns=start_ns, end_ns=end_ns, experts_per_layer=experts, title=name)
+    save(picture, folder / "timeline.png")
+    save(plot_memory(time_ns, assigned_bytes, result.data["budget_bytes"], title=name), folder / "memory.png")
+    cut = ""
+    if exported.truncated:
+        cut = f": the first {exported.spans_written:,} of {exported.spans_total:,} spans (--all-spans writes all)"
+    return [
+        f"{folder / 'result.json'}",
+        f"{folder / 'timeline.json.gz'} (open in ui.perfetto.dev){cut}",
+        f"{folder / 'timeline.png'}",
+        f"{folder / 'memory.png'}",
+    ]

@@ -1,0 +1,136 @@
+"""The README's figures, each made here:
+
+    python tests/readme_tables.py [NAME …] [--write]
+
+prints the named tables (lookahead, scenario, speed; all without a name), or writes them into README.md between their
+marks. `lookahead` needs the real traces (PRESTAGE_TRACES).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from prestage.engine.scenario import Scenario, load_scenario
+from prestage.engine.simulate import simulate
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+
+
+def lookahead() -> str:
+    """What looking 0, 1 and 3 layers ahead does to gpt-oss-20b's real routing, in one stream and with a queue."""
+    trace = Path(os.environ["PRESTAGE_TRACES"]) / "gpt-oss-20b.npz"
+    columns = [
+        "lookahead",
+        "discipline",
+        "tokens/s",
+        "hit",
+        "late",
+        "miss",
+        "prefetches",
+        "wasted or cancelled",
+        "stall",
+    ]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for ahead, discipline in [(0, "fifo"), (1, "fifo"), (3, "fifo"), (1, "priority"), (3, "priority")]:
+        settings = [f"workload.trace={trace}", f"prefetch.lookahead={ahead}", f"copy.discipline={discipline}"]
+        if discipline == "priority":
+            settings += ["copy.chunk_bytes=4194304", "copy.drop_stale=true"]
+        data = simulate(load_scenario("gpt-oss-20b", settings), baselines=False).data
+        counts, fates, accesses = data["counts"], data["prefetch"], data["accesses"]
+        shares = [data["hit_rate"], counts["late"] / accesses, counts["miss"] / accesses]
+        lost = fates["wasted"] + fates["cancelled"]
+        cells = [
+            str(ahead),
+            discipline,
+            f"{data['tokens_per_second']:.1f}",
+            *(f"{share:.1%}" for share in shares),
+            f"{counts['prefetch']:,}",
+            f"{lost:,}",
+            f"{data['stall_ms'] / data['makespan_ms']:.0%}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def scenario() -> str:
+    """Every key of a scenario with its default, as TOML."""
+    example = Scenario.model_validate({"workload": {"trace": "t.safetensors"}})
+    lines = ["```toml", f"seed = {example.seed}"]
+    for section, keys in example.plain().items():
+        if not isinstance(keys, dict):
+            continue
+        described = getattr(example, "copy_" if section == "copy" else section).__doc__ or ""
+        lines += [f"[{section}]", f"# {described.splitlines()[0]}"]
+        lines += [
+            f"# {key} is not set" if value is None else f"{key} = {json.dumps(value)}" for key, value in keys.items()
+        ]
+    return "\n".join([*lines, "```"])
+
+
+def speed() -> str:
+    """The figures of `bench_speed.py`, from a run of it."""
+    output = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "bench_speed.py")], capture_output=True, text=True, check=True
+    ).stdout
+    data = json.loads(output)
+    plain, contended = data["timeouts_per_visit"], data["timeouts_per_visit_contended"]
+    replayed = data["replay_accesses_per_second"]
+    return "\n".join(
+        [
+            "| what | measured |",
+            "|---|---|",
+            f"| bare SimPy timeouts in the time of one layer visit, timeline recorded (scenario `speed`) | "
+            f"{plain['median']} (from {plain['min']} to {plain['max']}) |",
+            f"| the same where copies slow kernels down, so that lanes run in SimPy's time | {contended['median']} |",
+            f"| memory that a run keeps, per span of its timeline | {data['bytes_per_span']} bytes |",
+            f"| LRU replay, one core, half of the experts | {replayed['lru']['50%'] / 1e6:.0f} million accesses/s "
+            f"(reference implementation {replayed['reference']['50%'] / 1e6:.2f}) |",
+        ]
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {"lookahead": lookahead, "scenario": scenario, "speed": speed}
+
+
+def shown(name: str) -> str:
+    """Return what the README shows between the marks of a table."""
+    match = _marks(name).search(README.read_text(encoding="utf-8"))
+    if match is None:
+        raise SystemExit(f"README.md has no marks for {name}")
+    return match[2].strip()
+
+
+def write(name: str, text: str) -> None:
+    """Put a table between its marks in the README."""
+    whole = README.read_text(encoding="utf-8")
+    README.write_text(_marks(name).sub(lambda match: f"{match[1]}\n{text}\n{match[3]}", whole), encoding="utf-8")
+
+
+def _marks(name: str) -> re.Pattern[str]:
+    return re.compile(rf"(<!-- tests/readme_tables.py {name} -->)\n(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def main() -> None:
+    """Print or write the named tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", choices=[*TABLES, []])
+    parser.add_argument("--write", action="store_true")
+    arguments = parser.parse_args()
+    for name in arguments.names or TABLES:
+        text = TABLES[name]()
+        if arguments.write:
+            write(name, text)
+        else:
+            print(text, end="\n\n")
+
+
+if __name__ == "__main__":
+    main()
