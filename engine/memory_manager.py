@@ -13,9 +13,9 @@ from __future__ import annotations
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from .policies.eviction import Eviction
+from .policies.eviction import NO_SETTING, Eviction, Setting
 
 #: How room is divided: one pool for all layers, or an equal pool for each.
 SCOPES = ("global", "per-layer")
@@ -51,6 +51,9 @@ class _Pool:
 
     def __init__(self, budget_bytes: int, policy: Eviction, swaps: bool) -> None:
         self.policy = policy
+        # Hooks that most policies leave as they are cost nothing.
+        self.begins = type(policy).begin is not Eviction.begin
+        self.misses = type(policy).miss is not Eviction.miss
         self.swaps = swaps  # all experts are of one size: when it is full, one out makes room for one in
         self.free_bytes = budget_bytes
         # (bytes, copy whose room it was; -1 for room never used)
@@ -83,7 +86,8 @@ class MemoryManager:
     """Expert residency under a budget of bytes, in the order in which the host dispatches.
 
     `expert_bytes` gives the bytes of one expert of each layer (layers,); experts are `layer * experts + index`.
-    `eviction` makes one policy per pool. Raises BudgetError if a pool cannot hold one expert of its layers.
+    `eviction` makes one policy per pool out of `setting`, with the pool's capacity and layers filled in.
+    Raises BudgetError if a pool cannot hold one expert of its layers.
     """
 
     def __init__(
@@ -91,8 +95,9 @@ class MemoryManager:
         expert_bytes: Sequence[int],
         experts: int,
         budget_bytes: int,
-        eviction: Callable[[], Eviction],
+        eviction: Callable[[Setting], Eviction],
         *,
+        setting: Setting = NO_SETTING,
         scope: str = "global",
         protect: str = "until_target",
         drop_after_visit: bool = False,
@@ -103,9 +108,14 @@ class MemoryManager:
         self.uniform = min(expert_bytes) == max(expert_bytes)
         self._expert_bytes = list(expert_bytes)
         budgets = pool_budgets(expert_bytes, budget_bytes, scope)
-        one_size = scope == "per-layer" or min(expert_bytes) == max(expert_bytes)
-        pools = [_Pool(pool_bytes, eviction(), one_size) for pool_bytes in budgets]
-        self._pools = pools * len(expert_bytes) if scope == "global" else pools
+        layers = range(len(expert_bytes))
+        groups = [tuple(layers)] if scope == "global" else [(layer,) for layer in layers]
+        self._pools: list[_Pool] = []
+        for pool_bytes, group in zip(budgets, groups, strict=True):
+            sizes = [expert_bytes[layer] for layer in group]
+            known = replace(setting, capacity=pool_bytes // max(sizes), layers=group, experts=experts)
+            pool = _Pool(pool_bytes, eviction(known), min(sizes) == max(sizes))
+            self._pools += [pool] * len(group)
         self._protect = protect == "until_target"
         self._drop_after_visit = drop_after_visit
         self.budget_bytes = sum(budgets)
@@ -152,6 +162,8 @@ class MemoryManager:
         self._visit = number
         pool = self._pools[layer]
         assigned = self.assigned
+        if pool.begins:
+            pool.policy.begin(number, layer, recency, weights)
         found = {expert: assigned[expert] for expert in experts if expert in assigned}
         self._pinned.update(found)
         if len(found) == len(experts):  # nothing to fetch: the common case, kept short
@@ -218,6 +230,8 @@ class MemoryManager:
         `prefetch_at` is the visit number of a prefetch, which respects protected experts; None is a demand.
         """
         former: tuple[int, ...]
+        if pool.misses:
+            pool.policy.miss(expert, reason == DEMANDED)
         if pool.swaps and not pool.free:  # full, and one expert out makes exactly room for one in
             pinned, until = self._pinned, self._until
             for victim in pool.policy.victims():

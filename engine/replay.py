@@ -20,7 +20,7 @@ from ..workloads.trace import RoutingTrace
 from .compiled import COMPILED
 from .dispatch import LOOKUPS, Visit, single_accesses, step_accesses
 from .memory_manager import MemoryManager, pool_budgets
-from .policies.eviction import EVICTION
+from .policies.eviction import EVICTION, Setting
 from .scenario import parse_budget
 from .warnings import cliff_warning
 
@@ -153,7 +153,9 @@ def replay_trace(
         outcome, evict = COMPILED[eviction](trace, steps, pool_budgets(known, budget_bytes, scope), known, lookup)
         replayed = Replayed(trace, outcome, evict)
     else:
-        manager = MemoryManager(known, trace.num_experts, budget_bytes, EVICTION[eviction], scope=scope)
+        setting = Setting(trace=trace, steps=steps, single=lookup == "single")
+        policy = EVICTION[eviction]
+        manager = MemoryManager(known, trace.num_experts, budget_bytes, policy, setting=setting, scope=scope)
         replayed = replay(trace, steps, manager, lookup=lookup)
     hits, hits_decode = replayed.count(FOUND), replayed.count(FOUND, DECODE)
     cliff = None

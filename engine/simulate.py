@@ -29,7 +29,7 @@ from .decoder import Decoded, decode
 from .dispatch import Visit, visits
 from .memory_manager import MemoryManager
 from .output import metrics as measure
-from .policies.eviction import EVICTION
+from .policies.eviction import EVICTION, Setting
 from .policies.prefetch import PREFETCH, NoPrefetch, Prefetch
 from .scenario import Scenario, ScenarioError
 from .warnings import warnings_of
@@ -166,6 +166,7 @@ def make_manager(inputs: Inputs) -> MemoryManager:
         inputs.model.experts,
         inputs.budget_bytes,
         EVICTION[memory.eviction],
+        setting=Setting(seed=inputs.scenario.seed, trace=inputs.trace, steps=inputs.steps, guesses=inputs.guesses),
         scope=memory.scope,
         protect=inputs.scenario.prefetch.protect,
     )

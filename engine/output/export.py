@@ -89,13 +89,16 @@ def export_chrome(
     Beyond `limit` spans, in order of start, it is cut (None: never). `layers` turns the visit of a dense part into its
     layer; without it, that is read off the spans (see `layers_of`). `metadata` is plain data for "otherData".
     `memory` is (time_ns, assigned_bytes), both (samples,), in order of time: it becomes a counter track in MiB.
-    Raises ValueError for another ending, a limit below 0 and a span that starts before 0 or ends before it starts.
+    Raises ValueError for another ending, a limit below 0, no experts, and a span that starts before 0 or ends before
+    it starts.
     """
     path = Path(path)
     if not path.name.endswith((".json", ".json.gz")):
         raise ValueError(f"{path}: a timeline file must end in .json.gz or .json")
     if limit is not None and limit < 0:
         raise ValueError(f"limit = {limit}: give the number of spans to write, or None for all")
+    if experts_per_layer < 1:
+        raise ValueError(f"experts_per_layer = {experts_per_layer}: a layer has 1 or more")
     spans = timeline.spans()
     _check(spans)
     total = len(spans)

@@ -42,8 +42,11 @@ _WIDTH_INCHES = 12.0
 _LABEL_POINTS = 7
 #: Pieces of the window below which a gap cannot be seen; the pieces on either side are drawn as one.
 _FINEST = 20_000
-#: Up to this many spans in a window are drawn with an edge, so that neighbors can be told apart.
-_EDGES = 400
+#: Up to this many spans in a window each is drawn by itself, a pixel wide at least, so that none vanishes; of more, the
+#: density counts, so they keep their true width.
+_FEW = 2000
+#: The pixels across a window, about, and how many of them a bar must have for an edge that parts it from the next.
+_PIXELS, _EDGED = 1500, 4
 #: Metadata that would name a version or a date, by file format.
 _NO_METADATA: dict[str, dict[str, None]] = {
     ".png": {"Software": None},
@@ -93,21 +96,26 @@ def plot_timeline(
     rows = [number for number in track_order(timeline) if number in used] or track_order(timeline)
     layers = layers_of(spans, experts_per_layer)
     spans = spans[(spans["start_ns"] < end_ns) & (spans["end_ns"] > start_ns)]
-    span_ns = max(1, end_ns - start_ns)
+    span_ns = end_ns - start_ns or 1000
     scale_ns, unit = _time_unit(span_ns)
 
     figure = Figure(figsize=(_WIDTH_INCHES, 1.5 + 0.5 * max(1, len(rows))), layout="constrained")
     axes = figure.add_subplot()
-    look: dict[str, Any] = {"snap": False, "linewidth": 0.0}  # snapped to pixels, thin bars would vanish
-    if len(spans) <= _EDGES:
-        look.update(edgecolor="white", linewidth=0.4)
     kinds = [kind for kind in COLORS if (spans["kind"] == KINDS.index(kind)).any()]
     for row, lane in enumerate(rows):
         here = spans[spans["lane"] == lane]
         for kind in kinds:
-            bars = _bars(here[here["kind"] == KINDS.index(kind)], start_ns, end_ns)
+            bars = _bars(here[here["kind"] == KINDS.index(kind)], start_ns, end_ns, apart=len(spans) <= _FEW)
             if len(bars):
-                axes.broken_barh((bars / scale_ns).tolist(), (row - 0.38, 0.76), facecolors=COLORS[kind][0], **look)
+                edges = np.where(bars[:, 1] * _PIXELS > span_ns * _EDGED, 0.4, 0.0)
+                axes.broken_barh(
+                    (bars / scale_ns).tolist(),
+                    (row - 0.38, 0.76),
+                    facecolors=COLORS[kind][0],
+                    edgecolors="white",
+                    linewidths=edges.tolist(),
+                    snap=False,  # snapped to pixels, thin bars would vanish
+                )
     layer_of = layer_of_each(spans, experts_per_layer, layers)
     _label_bars(axes, spans, rows, (start_ns, end_ns), scale_ns, experts_per_layer, layer_of)
 
@@ -144,13 +152,13 @@ def plot_memory(time_ns: Array, assigned_bytes: Array, budget_bytes: int, *, tit
     times_ns, sizes = np.asarray(time_ns), np.asarray(assigned_bytes)
     if times_ns.shape != sizes.shape:
         raise ValueError(f"assigned_bytes has {sizes.shape} values, time_ns {times_ns.shape}: give as many of each")
-    last_ns = int(times_ns[-1]) if len(times_ns) else 0
+    last_ns = (int(times_ns[-1]) if len(times_ns) else 0) or 1000
     scale_ns, unit = _time_unit(last_ns)
     most = max(budget_bytes, int(sizes.max(initial=0)), 1)
     scale_bytes, bytes_unit = next((scale, name) for scale, name in _BYTE_UNITS if most >= scale)
     if len(sizes):  # only changes, and the last value up to the end, are worth a point
         changes = np.flatnonzero(np.append(True, sizes[1:] != sizes[:-1]))
-        times_ns = np.append(times_ns[changes], max(last_ns, int(times_ns[0]) + 1))
+        times_ns = np.append(times_ns[changes], last_ns)
         sizes = np.append(sizes[changes], sizes[-1])
 
     figure = Figure(figsize=(_WIDTH_INCHES * 2 / 3, 3.4), layout="constrained")
@@ -172,7 +180,7 @@ def plot_memory(time_ns: Array, assigned_bytes: Array, budget_bytes: int, *, tit
         fontsize=9,
         bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
     )
-    axes.set_xlim(0, max(last_ns, 1) / scale_ns)
+    axes.set_xlim(0, last_ns / scale_ns)
     axes.set_ylim(0, 1.15 * most / scale_bytes)
     axes.set_xlabel(f"time since the start of the run ({unit})")
     axes.set_ylabel(f"expert memory given out ({bytes_unit})")
@@ -196,12 +204,17 @@ def save(figure: Figure, path: str | Path) -> None:
         figure.savefig(stream, format=path.suffix[1:], dpi=150, metadata=_NO_METADATA[path.suffix])
 
 
-def _bars(spans: Array, start_ns: int, end_ns: int) -> Array:
-    """Return (start, length) in ns of spans cut to the window; those with no visible gap between become one."""
+def _bars(spans: Array, start_ns: int, end_ns: int, *, apart: bool) -> Array:
+    """Return (start, length) in ns of spans cut to the window.
+
+    `apart`: each by itself, no thinner than a pixel. Otherwise those with no visible gap between become one.
+    """
     order = np.argsort(spans["start_ns"], kind="stable")
     starts_ns = np.maximum(spans["start_ns"][order], start_ns)
     ends_ns = np.minimum(spans["end_ns"][order], end_ns)
-    if len(spans) > _EDGES:
+    if apart:
+        ends_ns = np.maximum(ends_ns, starts_ns + (end_ns - start_ns) // _PIXELS)
+    elif len(spans):
         finest_ns = (end_ns - start_ns) // _FINEST
         parted = starts_ns[1:] - np.maximum.accumulate(ends_ns)[:-1] > finest_ns
         first = np.flatnonzero(np.append(True, parted))
@@ -239,7 +252,7 @@ def _label_bars(
 
 def _label_inches(label: str) -> float:
     """Return about how wide a label is, with a little room on either side."""
-    return (0.66 * len(label) + 1.0) * _LABEL_POINTS / 72
+    return (0.62 * len(label) + 0.6) * _LABEL_POINTS / 72
 
 
 def _row_names(timeline: Timeline, rows: list[int]) -> list[str]:
