@@ -26,12 +26,13 @@ from ..workloads.batches import Step
 from .costs import Costs, KernelCost
 from .dispatch import Visit
 from .memory_manager import Admission, MemoryManager
+from .policies.prefetch import Gauge
 from .scenario import Scenario
 
 #: One access: the visit, the copy that held the expert's bytes, and how many of the batch's tokens chose it.
 ACCESS = np.dtype([("visit", "<i4"), ("copy", "<i4"), ("tokens", "<i4")])
-#: One layer visit: when the choice was known to the host, and the expert bytes assigned once all was decided.
-VISIT = np.dtype([("choice_known_ns", "<i8"), ("assigned_bytes", "<i8")])
+#: One layer visit: when the host knew the choice; the expert bytes assigned once all was decided, and the budget.
+VISIT = np.dtype([("choice_known_ns", "<i8"), ("assigned_bytes", "<i8"), ("budget_bytes", "<i8")])
 
 _Lane = FifoLane | CoupledLane
 
@@ -54,10 +55,17 @@ def decode(
     scenario: Scenario,
     *,
     prefetching: bool,
+    gauge: Gauge | None = None,
 ) -> Decoded:
-    """Run the visits on one GPU's lanes and return what was recorded; `prefetching`: the predictor runs too."""
+    """Run the visits on one GPU's lanes and return what was recorded.
+
+    `prefetching`: the predictor runs too. `gauge` is what policies read the clock and the link from.
+    """
     env = simpy.Environment()
     decoder = _Decoder(env, visits, steps, layers, manager, costs, scenario, prefetching)
+    if gauge is not None:
+        gauge.now_ns = lambda: decoder.now_ns
+        gauge.backlog_ns = decoder.backlog_ns
     env.process(decoder.host())
     with _collector_off():
         env.run()
@@ -97,8 +105,8 @@ class _Decoder:
         self._scenario = scenario
         self._timeline = Timeline()
         self._access_counts, self._access_copies, self._access_tokens = array("i"), array("i"), array("i")
-        self._choice_known_ns, self._assigned_bytes = array("q"), array("q")
-        self._now_ns = 0  # the host thread's own clock; it meets SimPy's at every choice
+        self._choice_known_ns, self._assigned_bytes, self._budget_bytes = array("q"), array("q"), array("q")
+        self.now_ns = 0  # the host thread's own clock; it meets SimPy's at every choice
         self._launched: deque[tuple[Completion, int]] = deque()
         self._launched_count = 0
         # The last that touched the room of each copy: the copy itself, then the kernels that read it.
@@ -183,17 +191,18 @@ class _Decoder:
                     chosen = self._read_back(chosen)
                     if not isinstance(chosen, int):
                         chosen = yield from wait_for(env, chosen)
-                    known_ns = chosen if chosen > self._now_ns else self._now_ns
-                    self._now_ns = self._busy_since_ns = known_ns + costs.synchronize_ns
+                    known_ns = chosen if chosen > self.now_ns else self.now_ns
+                    self.now_ns = self._busy_since_ns = known_ns + costs.synchronize_ns
                     if self._watch_queue:
                         self._launched.clear()
                         self._launched_count = 0
                 # Where a lane runs in SimPy's time, the two clocks meet before every decision; else once a step.
-                if (self._coupled or not layer) and self._now_ns > env.now:
-                    yield env.timeout(self._now_ns - env.now)
+                if (self._coupled or not layer) and self.now_ns > env.now:
+                    yield env.timeout(self.now_ns - env.now)
                 visit = next(self._visits)
-                self._choice_known_ns.append(self._now_ns)
+                self._choice_known_ns.append(self.now_ns)
                 self._assigned_bytes.append(visit.assigned_bytes)
+                self._budget_bytes.append(visit.budget_bytes)
                 self._access_counts.append(len(visit.accesses.experts))
                 yield from self._serve(visit, chosen)
             head = costs.head(tokens)
@@ -211,7 +220,13 @@ class _Decoder:
         visits = np.empty(len(self._choice_known_ns), dtype=VISIT)
         visits["choice_known_ns"] = self._choice_known_ns
         visits["assigned_bytes"] = self._assigned_bytes
+        visits["budget_bytes"] = self._budget_bytes
         return Decoded(self._timeline, accesses, visits)
+
+    def backlog_ns(self) -> int:
+        """Return the copy time that is queued on the link now, in ns."""
+        lanes = dict.fromkeys((self._h2d, self._prefetch_lane))
+        return sum(lane.backlog_ns(self.now_ns) for lane in lanes)
 
     # The host thread's calls, each of which takes its time.
 
@@ -220,13 +235,13 @@ class _Decoder:
     ) -> Completion:
         """Launch a group of kernels; several count as one piece of work, as late as their last launch demands."""
         ns, launches = cost.ns, cost.launches
-        issued_ns = self._now_ns + self._launch_ns
+        issued_ns = self.now_ns + self._launch_ns
         if launches > 1:
-            last_ns = self._now_ns + launches * self._launch_ns
-            self._now_ns = last_ns
+            last_ns = self.now_ns + launches * self._launch_ns
+            self.now_ns = last_ns
             issued_ns = max(issued_ns, last_ns - ns * (launches - 1) // launches)
         else:
-            self._now_ns = issued_ns
+            self.now_ns = issued_ns
         end = self._submit_kernel(ns, ns, issued_ns, after, kind, expert, self._visit, copy, cost.slowdown)
         if self._watch_queue:
             self._launched.append((end, launches))
@@ -239,18 +254,18 @@ class _Decoder:
             end, count = self._launched.popleft()
             self._launched_count -= count
             end_ns = end if isinstance(end, int) else (yield from wait_for(self._env, end))
-            self._now_ns = max(self._now_ns, end_ns)
+            self.now_ns = max(self.now_ns, end_ns)
 
     def _read_back(self, dense: Completion) -> Completion:
         """Enqueue the copy of the router's choice to the host; the host is idle until it has come."""
-        self._now_ns += self._costs.enqueue_ns
+        self.now_ns += self._costs.enqueue_ns
         self._end_busy()
         ns = self._costs.readback_ns
-        return self._d2h.submit(ns, ns, self._now_ns, dense, READBACK, -1, self._visit)
+        return self._d2h.submit(ns, ns, self.now_ns, dense, READBACK, -1, self._visit)
 
     def _end_busy(self) -> None:
         """Record the host thread's work since it last began as one span."""
-        since_ns, now_ns = self._busy_since_ns, self._now_ns
+        since_ns, now_ns = self._busy_since_ns, self.now_ns
         if now_ns > since_ns:
             self._timeline.record(since_ns, now_ns, since_ns, -1, self._visit, -1, self._host, LAUNCH)
             self._busy_since_ns = now_ns
@@ -300,6 +315,8 @@ class _Decoder:
             for expert, tokens in zip(accesses.experts, accesses.tokens, strict=True)
             if expert in copies
         ]
+        if not served:  # no token is routed at this layer
+            return
         cost = self._costs.grouped(visit.layer, [tokens for _, tokens in served])
         if self._watch_queue:
             yield from self._wait_for_queue(cost.launches)
@@ -326,32 +343,32 @@ class _Decoder:
         if lane == "compute":
             return self._launch(KernelCost(ns, 1.0, 1), PREDICT)
         if lane == "gpu":
-            return self._side.submit(ns, ns, self._now_ns, chosen, PREDICT, -1, self._visit)
+            return self._side.submit(ns, ns, self.now_ns, chosen, PREDICT, -1, self._visit)
         self._end_busy()
-        start_ns = self._now_ns
-        self._now_ns = self._busy_since_ns = start_ns + ns
-        self._timeline.record(start_ns, self._now_ns, start_ns, -1, self._visit, -1, self._host, PREDICT)
+        start_ns = self.now_ns
+        self.now_ns = self._busy_since_ns = start_ns + ns
+        self._timeline.record(start_ns, self.now_ns, start_ns, -1, self._visit, -1, self._host, PREDICT)
         return 0
 
     def _copy(self, lane: _Lane, admission: Admission, kind: int, predicted: Completion, target: int) -> Completion:
         """Enqueue a copy: behind the prediction that asked for it and the last reader of the room that it takes."""
         expert, copy = admission.expert, admission.copy
         cost = self._copy_costs[expert // self._experts]
-        self._now_ns += self._enqueue_ns
+        self.now_ns += self._enqueue_ns
         after = predicted
         for other in admission.former:
             free = self._touched.get(other, 0) if self._rooms_split else self._touched.pop(other, 0)
             if self._priority is not None:
-                free = self._cancel(self._priority, other, free)
+                free = self._give_up(self._priority, other, free)
             if isinstance(free, int) and isinstance(after, int):
                 after = free if free > after else after
             else:
                 after = after_all([after, free])
         if self._priority is None:
-            end = lane.submit(cost.queued_ns, cost.alone_ns, self._now_ns, after, kind, expert, self._visit, copy)
+            end = lane.submit(cost.queued_ns, cost.alone_ns, self.now_ns, after, kind, expert, self._visit, copy)
         else:
             work = Work(
-                cost.piece_queued_ns, cost.piece_alone_ns, self._now_ns, after, kind, expert, self._visit, copy,
+                cost.piece_queued_ns, cost.piece_alone_ns, self.now_ns, after, kind, expert, self._visit, copy,
                 rank=(int(kind == PREFETCH), target), pieces=cost.pieces,
             )  # fmt: skip
             self._queued[copy] = work
@@ -362,7 +379,7 @@ class _Decoder:
     def _hold(self, end: Completion) -> Generator[simpy.Event, Any, None]:
         """Keep the host thread busy until a pageable copy has ended."""
         end_ns = end if isinstance(end, int) else (yield from wait_for(self._env, end))
-        self._now_ns = max(self._now_ns, end_ns)
+        self.now_ns = max(self.now_ns, end_ns)
 
     # The priority discipline's queue.
 
@@ -373,10 +390,12 @@ class _Decoder:
             if work is not None and work.done.end_ns is None:
                 queue.promote(work, (0, visit))
 
-    def _cancel(self, queue: PriorityLane, copy: int, touched: Completion) -> Completion:
-        """Cancel the copy of an expert that was evicted before it started; return when its room may be written."""
-        work = self._queued.pop(copy, None)
-        return work.after if work is not None and queue.cancel(work) else touched
+    def _give_up(self, queue: PriorityLane, copy: int, touched: Completion) -> Completion:
+        """Copy no more of an expert that was evicted, if nobody reads it; return when its room may be written."""
+        work = self._queued.get(copy)
+        if work is None or touched is not work.done:
+            return touched  # a kernel that is launched already waits for the copy
+        return queue.give_up(work)
 
     def _is_stale(self, work: Work) -> bool:
         """Drop a queued prefetch whose target visit has been dispatched without it, if the scenario says so."""

@@ -6,6 +6,7 @@ the same decisions. Only the order counts here; what o'clock it is, nobody asks.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from ..workloads.batches import Step
 from ..workloads.predictors import Guesses
 from ..workloads.trace import RoutingTrace
 from .memory_manager import Admission, MemoryManager, Wave
-from .policies.prefetch import Prefetch
+from .policies.prefetch import Gauge, Moment, Prefetch
 
 #: When prefetches are enqueued: after the launch of the visit's experts, or before it.
 ISSUE = ("after_launch", "before_launch")
@@ -46,7 +47,7 @@ class Accesses:
 class Visit:
     """One layer visit as dispatched: its look-ups, the waves that serve it and the prefetches that follow.
 
-    A prefetch is (admission, target visit number); `assigned_bytes` is the memory given out once all is decided.
+    A prefetch is (admission, target visit number). At the end `assigned_bytes` of `budget_bytes` are given out.
     """
 
     number: int
@@ -56,6 +57,7 @@ class Visit:
     waves: list[Wave]
     prefetches: list[tuple[Admission, int]]
     assigned_bytes: int
+    budget_bytes: int
 
 
 def visits(
@@ -66,41 +68,64 @@ def visits(
     guesses: Guesses | None,
     *,
     issue: str = "after_launch",
+    gauge: Gauge | None = None,
+    budgets: Sequence[int] | None = None,
 ) -> Iterator[Visit]:
     """Yield every layer visit of the run, decided when it is asked for.
 
-    `guesses` may be None if the prefetch policy has no horizons.
+    `guesses` may be None if the prefetch policy wants none; `gauge` is the clock for policies that look at it.
+    `budgets` (steps,), in bytes, resizes the expert memory before each step.
     """
     if issue not in ISSUE:
         raise ValueError(f"issue = {issue!r}: choose one of {', '.join(ISSUE)}")
     layers, experts = trace.layers, trace.num_experts
-    ranked = _ranked_guesses(guesses, steps, experts) if guesses is not None and prefetch.horizons else None
-    following = _following_steps(trace, steps) if ranked is not None else []
+    prefetching = prefetch.horizons > 0
+    ranked = _ranked_guesses(guesses, steps, experts) if guesses is not None and prefetch.guesses else None
+    confident = _confidences(guesses, steps) if guesses is not None and prefetch.needs_confidences else None
+    later = _later_steps(trace, steps, (layers - 1 + prefetch.horizons) // layers) if prefetching else []
+    observes = type(prefetch).observe is not Prefetch.observe
+    moment = Moment(gauge=gauge or Gauge())
     assigned = manager.assigned
     nothing: list[tuple[Admission, int]] = []
+    no_guesses: list[list[list[int]]] = [[]] * layers
+    misses = 0
     for index, step in enumerate(steps):
-        step_guesses = next(ranked) if ranked is not None else None
+        if budgets is not None:
+            manager.resize(budgets[index])
+        step_guesses = next(ranked) if ranked is not None else no_guesses
+        step_confidences = next(confident) if confident is not None else None
         for layer, accesses in enumerate(step_accesses(trace, step)):
             number = index * layers + layer
             waves = manager.visit(number, layer, accesses.experts, accesses.recency, accesses.weights)
             prefetches = nothing
-            if step_guesses is None:
+            if not prefetching:
                 manager.unpin()
             else:
                 if issue == "after_launch":
                     manager.unpin()
+                if observes:
+                    prefetch.observe(accesses.experts, accesses.tokens)
+                if prefetch.reads_moment:
+                    misses += sum(len(wave.admitted) for wave in waves)
+                    moment.visit, moment.layer = number, layer
+                    moment.misses_per_visit = misses / (number + 1)
+                    moment.unused_share = manager.unused_bytes / manager.budget_bytes
+                    moment.confidences = step_confidences[layer] if step_confidences is not None else None
                 prefetches = []
-                for horizon, expert in prefetch.choose(step_guesses[layer]):
+                for horizon, expert in prefetch.choose(step_guesses[layer], moment):
                     if expert in assigned:
                         continue
-                    ahead = layer + horizon
-                    target = number + horizon if ahead < layers else _target(following, index, ahead, layers)
+                    wraps, target_layer = divmod(layer + horizon, layers)
+                    target_step = later[index][wraps]
+                    if target_step < 0:
+                        continue
+                    target = target_step * layers + target_layer
                     admission = manager.prefetch(expert, target)
                     if admission is not None:
                         prefetches.append((admission, target))
                 if issue == "before_launch":
                     manager.unpin()
-            yield Visit(number, index, layer, accesses, waves, prefetches, manager.assigned_bytes)
+            yield Visit(number, index, layer, accesses, waves, prefetches, manager.assigned_bytes, manager.budget_bytes)
 
 
 def step_accesses(trace: RoutingTrace, step: Step) -> Iterator[Accesses]:
@@ -170,20 +195,31 @@ def _ranked_guesses(guesses: Guesses, steps: Sequence[Step], experts: int) -> It
         first = last
 
 
-def _following_steps(trace: RoutingTrace, steps: Sequence[Step]) -> list[int]:
-    """Return, for each step, the first later step that runs a token of one of its sequences (-1: none)."""
-    seen: dict[int, int] = {}
-    following = [-1] * len(steps)
+def _confidences(guesses: Guesses, steps: Sequence[Step]) -> Iterator[list[list[list[float]]]]:
+    """Yield, step by step, the confidences of the guesses, laid out as `_ranked_guesses` lays out experts."""
+    assert guesses.confidences is not None
+    _, layers, horizons, _ = guesses.experts.shape
+    first = 0
+    for step in steps:
+        last = first + len(step.rows)
+        together = np.moveaxis(guesses.confidences[first:last], 0, -1)
+        yield together.reshape(layers, horizons, -1).tolist()
+        first = last
+
+
+def _later_steps(trace: RoutingTrace, steps: Sequence[Step], most: int) -> list[list[int]]:
+    """Return, for each step, itself and the first step that one of its sequences takes 1, 2, … `most` of its own later.
+
+    -1 where there is none: guesses that cross the token boundary so often have no visit to be for.
+    """
+    upcoming: dict[int, deque[int]] = {}
+    later = []
     for index in range(len(steps) - 1, -1, -1):
-        sequences = dict.fromkeys(trace.sequence[steps[index].rows].tolist())
-        following[index] = min((seen[s] for s in sequences if s in seen), default=-1)
-        seen.update(dict.fromkeys(sequences, index))
-    return following
-
-
-def _target(following: list[int], step: int, ahead: int, layers: int) -> int:
-    """Return the visit number of a guess that crosses the token boundary: layer `ahead` of step `step`."""
-    wraps, layer = divmod(ahead, layers)
-    for _ in range(wraps):
-        step = following[step]
-    return step * layers + layer
+        own = [
+            upcoming.setdefault(sequence, deque(maxlen=most))
+            for sequence in dict.fromkeys(trace.sequence[steps[index].rows].tolist())
+        ]
+        later.append([index, *(min((s[ahead] for s in own if ahead < len(s)), default=-1) for ahead in range(most))])
+        for following in own:
+            following.appendleft(index)
+    return later[::-1]

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from .policies.eviction import NO_SETTING, Eviction, Setting
+from .policies.prefetch_share import FixedShare
 
 #: How room is divided: one pool for all layers, or an equal pool for each.
 SCOPES = ("global", "per-layer")
@@ -55,6 +56,7 @@ class _Pool:
         self.begins = type(policy).begin is not Eviction.begin
         self.misses = type(policy).miss is not Eviction.miss
         self.swaps = swaps  # all experts are of one size: when it is full, one out makes room for one in
+        self.budget_bytes = budget_bytes
         self.free_bytes = budget_bytes
         # (bytes, copy whose room it was; -1 for room never used)
         self.free: deque[tuple[int, int]] = deque([(budget_bytes, -1)] if budget_bytes else ())
@@ -87,7 +89,9 @@ class MemoryManager:
 
     `expert_bytes` gives the bytes of one expert of each layer (layers,); experts are `layer * experts + index`.
     `eviction` makes one policy per pool out of `setting`, with the pool's capacity and layers filled in.
-    Raises BudgetError if a pool cannot hold one expert of its layers.
+    `pools` gives the bytes of each pool, one for all layers or one a layer, in place of `budget_bytes` and `scope`.
+    `prefetch_share` limits what prefetched experts hold before their first use; None does not. `watch_unused` keeps
+    `unused_bytes` even without it. Raises BudgetError if a pool cannot hold one expert of its layers.
     """
 
     def __init__(
@@ -99,17 +103,20 @@ class MemoryManager:
         *,
         setting: Setting = NO_SETTING,
         scope: str = "global",
+        pools: Sequence[int] | None = None,
         protect: str = "until_target",
         drop_after_visit: bool = False,
+        prefetch_share: FixedShare | None = None,
+        watch_unused: bool = False,
     ) -> None:
         if protect not in PROTECTION:
             raise ValueError(f"protect = {protect!r}: choose one of {', '.join(PROTECTION)}")
         self.experts = experts
         self.uniform = min(expert_bytes) == max(expert_bytes)
         self._expert_bytes = list(expert_bytes)
-        budgets = pool_budgets(expert_bytes, budget_bytes, scope)
+        budgets = pool_budgets(expert_bytes, budget_bytes, scope) if pools is None else pools
         layers = range(len(expert_bytes))
-        groups = [tuple(layers)] if scope == "global" else [(layer,) for layer in layers]
+        groups = [tuple(layers)] if len(budgets) == 1 else [(layer,) for layer in layers]
         self._pools: list[_Pool] = []
         for pool_bytes, group in zip(budgets, groups, strict=True):
             sizes = [expert_bytes[layer] for layer in group]
@@ -125,6 +132,10 @@ class MemoryManager:
         self._pinned: set[int] = set()
         self._until: dict[int, int] = {}  # prefetched expert -> the visit that it is protected until
         self._visit = -1
+        self._share = prefetch_share
+        self._watches_unused = watch_unused or prefetch_share is not None
+        self._unused: dict[int, None] = {}  # prefetched experts before their first use, if they are watched
+        self.unused_bytes = 0
         # Of every admission, by copy number: the expert and why it came; and the copies evicted, in order.
         self.copy_expert = array("i")
         self.copy_reason = bytearray()
@@ -166,12 +177,17 @@ class MemoryManager:
             pool.policy.begin(number, layer, recency, weights)
         found = {expert: assigned[expert] for expert in experts if expert in assigned}
         self._pinned.update(found)
+        if self._watches_unused:
+            self._note_first_uses(found)
         if len(found) == len(experts):  # nothing to fetch: the common case, kept short
             use = pool.policy.use
             for expert, weight in zip(recency, weights, strict=True):
                 use(expert, weight)
             return [Wave(found, [])]
         missing = [expert for expert in experts if expert not in assigned]
+        if self._share is not None:
+            for expert in missing:
+                self._share.missed(expert)
         waves = []
         while True:
             admitted: list[Admission] = []
@@ -188,6 +204,12 @@ class MemoryManager:
                 return waves
             found, missing = {}, missing[len(admitted) :]
             self.unpin()
+
+    def _note_first_uses(self, experts: Iterable[int]) -> None:
+        for expert in experts:
+            if expert in self._unused:
+                del self._unused[expert]
+                self.unused_bytes -= self._expert_bytes[expert // self.experts]
 
     def _note_use(self, policy: Eviction, wave: Wave, recency: Sequence[int], weights: Sequence[float]) -> None:
         """Tell the policy what a wave used, in the order of last appearance; a miss is an admission, no use."""
@@ -218,11 +240,34 @@ class MemoryManager:
         pool.policy.admit(expert, False)
         if self._protect:
             self._until[expert] = target
+        if self._watches_unused:
+            self._unused[expert] = None
+            self.unused_bytes += self._expert_bytes[expert // self.experts]
         return admission
 
     def cancel(self, expert: int) -> None:
         """Take back the room of a prefetch that was never copied (policies that use the clock only)."""
         self._evict(expert)
+
+    def resize(self, budget_bytes: int) -> None:
+        """Set a new budget; experts leave in the policy's order until what remains fits.
+
+        Raises BudgetError if a pool cannot hold one expert of its layers. Call it between visits.
+        """
+        pools = list(dict.fromkeys(self._pools))
+        scope = "global" if len(pools) == 1 else "per-layer"
+        budgets = pool_budgets(self._expert_bytes, budget_bytes, scope)
+        for pool, pool_bytes in zip(pools, budgets, strict=True):
+            more_bytes = pool_bytes - pool.budget_bytes
+            pool.budget_bytes = pool_bytes
+            if more_bytes > 0:
+                pool.give(more_bytes, -1)
+                continue
+            while pool.free_bytes < -more_bytes:
+                self._evict(next(pool.policy.victims()))
+            if more_bytes:
+                pool.take(-more_bytes)
+        self.budget_bytes = sum(budgets)
 
     def _claim(self, expert: int, pool: _Pool, reason: int, prefetch_at: int | None) -> Admission | None:
         """Give an absent expert room, evicting what must go; None if that cannot be done, and nothing changes.
@@ -234,15 +279,18 @@ class MemoryManager:
             pool.policy.miss(expert, reason == DEMANDED)
         if pool.swaps and not pool.free:  # full, and one expert out makes exactly room for one in
             pinned, until = self._pinned, self._until
+            only = self._unused if prefetch_at is not None and self._at_limit(expert) else None
             for victim in pool.policy.victims():
                 if victim not in pinned and (prefetch_at is None or until.get(victim, -1) <= prefetch_at):
+                    if only is not None and victim not in only:
+                        continue
                     break
             else:
                 return None
             former = (self._forget(victim, pool),)
         else:
             size_bytes = self._expert_bytes[expert // self.experts]
-            if pool.free_bytes < size_bytes and not self._make_room(pool, size_bytes, prefetch_at):
+            if pool.free_bytes < size_bytes and not self._make_room(pool, expert, prefetch_at):
                 return None
             former = pool.take(size_bytes)
             self.assigned_bytes += size_bytes
@@ -253,13 +301,24 @@ class MemoryManager:
         self.assigned[expert] = copy
         return Admission(expert, copy, former)
 
-    def _make_room(self, pool: _Pool, size_bytes: int, prefetch_at: int | None) -> bool:
-        """Evict until `size_bytes` are free; evict nothing and return False if that cannot be done."""
+    def _at_limit(self, expert: int) -> bool:
+        """Whether prefetched experts nobody has used would hold more than their share with this one."""
+        if self._share is None:
+            return False
+        size_bytes = self._expert_bytes[expert // self.experts]
+        return self.unused_bytes + size_bytes > self._share.share * self.budget_bytes
+
+    def _make_room(self, pool: _Pool, wanted: int, prefetch_at: int | None) -> bool:
+        """Evict until `wanted` has room; evict nothing and return False if that cannot be done."""
+        size_bytes = self._expert_bytes[wanted // self.experts]
         lacking = size_bytes - pool.free_bytes
         pinned, until = self._pinned, self._until
+        only = self._unused if prefetch_at is not None and self._at_limit(wanted) else None
         victims: list[int] = []
         for expert in pool.policy.victims():
             if expert in pinned or (prefetch_at is not None and until.get(expert, -1) > prefetch_at):
+                continue
+            if only is not None and expert not in only:
                 continue
             victims.append(expert)
             lacking -= self._expert_bytes[expert // self.experts]
@@ -275,6 +334,10 @@ class MemoryManager:
         self._until.pop(expert, None)
         pool.policy.evict(expert)
         self.evicted_copies.append(copy)
+        if self._watches_unused:
+            if self._share is not None:
+                self._share.evicted(expert, expert in self._unused)
+            self._note_first_uses((expert,))
         return copy
 
     def _evict(self, expert: int) -> None:

@@ -23,6 +23,7 @@ from .dispatch import ISSUE
 from .memory_manager import PROTECTION, SCOPES
 from .policies.eviction import EVICTION
 from .policies.prefetch import PREFETCH
+from .policies.prefetch_share import PREFETCH_SHARE
 
 #: How kernels reach the GPU, and what that costs the host: one launch a kernel, one a CUDA graph, or nothing.
 DISPATCH_MODES = ("eager", "graph", "free")
@@ -109,16 +110,29 @@ class WorkloadSection(_Section):
 
 
 class MemorySection(_Section):
-    """The GPU memory that experts may use, and who leaves it first."""
+    """The GPU memory that experts may use, and who leaves it first.
+
+    With `total_bytes`, experts get what the dense weights, the KV cache and the workspace leave of it, step by step,
+    and `gpu_budget` at most. `prefetch_limit` keeps prefetched experts that nobody has used yet within
+    `prefetch_share` of the budget (fixed), or within a share that starts there and follows the workload (adaptive).
+    """
 
     gpu_budget: str = "25%"
     scope: Annotated[str, _one_of(SCOPES)] = "global"
     eviction: Annotated[str, _one_of(EVICTION)] = "lru"
+    prefetch_limit: Annotated[str, _one_of(("none", *PREFETCH_SHARE))] = "none"
+    prefetch_share: float = Field(default=0.5, ge=0, le=1)
+    total_bytes: str | None = None
+    workspace_bytes: str = "0B"
 
     @model_validator(mode="after")
     def _budget_reads(self) -> MemorySection:
         if not _AMOUNT.fullmatch(self.gpu_budget):
             raise ValueError(f"gpu_budget = {self.gpu_budget!r}: write it as '25%', '4GiB' or '512experts'")
+        for key, value in (("total_bytes", self.total_bytes), ("workspace_bytes", self.workspace_bytes)):
+            match = _AMOUNT.fullmatch(value) if value is not None else None
+            if value is not None and (match is None or match[2] not in _UNITS):
+                raise ValueError(f"{key} = {value!r}: write it as '24GiB'")
         return self
 
     def budget_bytes(self, expert_bytes: Iterable[int], experts: int) -> int:
@@ -141,6 +155,8 @@ class PrefetchSection(_Section):
     policy: Annotated[str, _one_of(PREFETCH)] = "top-k"
     k: int | None = Field(default=None, ge=1)
     lookahead: int = Field(default=1, ge=0)
+    threshold: float = Field(default=0.5, ge=0, le=1)
+    decay: float = Field(default=0.7, gt=0, le=1)
     protect: Annotated[str, _one_of(PROTECTION)] = "until_target"
     issue: Annotated[str, _one_of(ISSUE)] = "after_launch"
 
@@ -200,6 +216,14 @@ def parse_budget(text: str, expert_bytes: Iterable[int], experts: int) -> int:
     value, scale = int(whole + decimals), int(10 ** len(decimals))
     factor: int = {"%": sum(sizes) * experts, "experts": max(sizes), **_UNITS}[unit]
     return value * factor // (scale * (100 if unit == "%" else 1))
+
+
+def parse_bytes(text: str) -> int:
+    """Return the bytes of '24GiB'; ScenarioError else."""
+    match = _AMOUNT.fullmatch(text)
+    if match is None or match[2] not in _UNITS:
+        raise ScenarioError(f"{text!r}: write bytes as '24GiB'")
+    return parse_budget(text, [1], 1)
 
 
 def scenario_names() -> list[str]:

@@ -27,11 +27,12 @@ from ..workloads.trace import RoutingTrace
 from .costs import Costs
 from .decoder import Decoded, decode
 from .dispatch import Visit, visits
-from .memory_manager import MemoryManager
+from .memory_manager import MemoryManager, pool_budgets
 from .output import metrics as measure
 from .policies.eviction import EVICTION, Setting
-from .policies.prefetch import PREFETCH, NoPrefetch, Prefetch
-from .scenario import Scenario, ScenarioError
+from .policies.prefetch import PREFETCH, Gauge, NoPrefetch, Options, Prefetch
+from .policies.prefetch_share import PREFETCH_SHARE
+from .scenario import Scenario, ScenarioError, parse_bytes
 from .warnings import warnings_of
 
 #: Called with what is running, and how many of how many layer visits are done.
@@ -51,6 +52,8 @@ class Inputs:
     steps: list[Step]
     budget_bytes: int
     guesses: Guesses | None
+    #: The expert budget before each step, where the KV cache takes its part of a total; None where it is constant.
+    budgets: list[int] | None = None
 
     @property
     def layer_visits(self) -> int:
@@ -101,14 +104,47 @@ def load_inputs(scenario: Scenario) -> Inputs:
     budget_bytes = scenario.memory.budget_bytes(model.expert_bytes, model.experts)
     policy = make_prefetch(scenario, model)
     guesses = None
-    if policy.horizons:
+    if policy.guesses:
         predictor = scenario.predictor
         options = {"recall": predictor.recall} if predictor.name == "oracle" else {}
         source = make_predictor(predictor.name, seed=scenario.seed, **options)
         guesses = source.guess(trace, steps, policy.horizons, policy.guesses)
-    inputs = Inputs(scenario, model, profile, trace, steps, budget_bytes, guesses)
+        if policy.needs_confidences and guesses.confidences is None:
+            raise ScenarioError(
+                f"prefetch.policy = {scenario.prefetch.policy!r} needs confidences, and predictor.name = "
+                f"{predictor.name!r} gives none: choose another of the two"
+            )
+    budgets = _budgets(scenario, model, trace, steps, budget_bytes)
+    if budgets is not None:
+        budget_bytes = max(budgets)
+        pool_budgets(model.expert_bytes, min(budgets), scenario.memory.scope)
+    inputs = Inputs(scenario, model, profile, trace, steps, budget_bytes, guesses, budgets)
     make_manager(inputs)  # refuses a budget that is too small before anything runs
     return inputs
+
+
+def _budgets(
+    scenario: Scenario, model: Model, trace: RoutingTrace, steps: list[Step], most_bytes: int
+) -> list[int] | None:
+    """Return the expert budget before each step: total - dense weights - KV cache - workspace, `most_bytes` at most.
+
+    The KV cache holds every position of the sequences that run; a sequence leaves it with its last step.
+    """
+    memory = scenario.memory
+    if memory.total_bytes is None:
+        return None
+    left_bytes = parse_bytes(memory.total_bytes) - parse_bytes(memory.workspace_bytes)
+    left_bytes -= sum(model.dense_bytes) + model.head_bytes
+    last_step = {int(name): index for index, step in enumerate(steps) for name in trace.sequence[step.rows]}
+    context: dict[int, int] = {}
+    budgets = []
+    for index, step in enumerate(steps):
+        for row in step.rows.tolist():
+            context[int(trace.sequence[row])] = int(trace.position[row]) + 1
+        kv_bytes = sum(context.values()) * model.kv_bytes_per_token
+        budgets.append(min(most_bytes, left_bytes - kv_bytes))
+        context = {name: tokens for name, tokens in context.items() if last_step[name] > index}
+    return budgets
 
 
 def simulate(scenario: Scenario, *, baselines: bool = True, progress: Progress | None = None) -> Result:
@@ -124,11 +160,11 @@ def simulate_inputs(inputs: Inputs, *, baselines: bool = True, progress: Progres
     scenario, model = inputs.scenario, inputs.model
     costs = Costs(model, inputs.profile, scenario)
     began = time.perf_counter()
-    prefetch = make_prefetch(scenario, model)
+    prefetch = make_prefetch(scenario, model, costs.copies[0].queued_ns)
     recording = run(inputs, costs, make_manager(inputs), prefetch, _watched(progress, "simulate", inputs.layer_visits))
-    data = measure.metrics(recording)
     wall_s = time.perf_counter() - began
-    data["pollution"] = _pollution(inputs, recording) if inputs.guesses is not None else 0
+    data = measure.metrics(recording, _shadow_misses(inputs, prefetch))
+    data["deduplication"] = _deduplication(inputs) if inputs.guesses is not None else None
     data.update(_baselines(inputs, costs, data, progress) if baselines else {})
     data["estimates"] = dict(sorted(costs.estimates.items()))
     data["warnings"] = warnings_of(inputs.trace, model, inputs.budget_bytes, scenario, data)
@@ -147,51 +183,86 @@ def simulate_inputs(inputs: Inputs, *, baselines: bool = True, progress: Progres
     return Result(data, recording, wall_s)
 
 
-def make_prefetch(scenario: Scenario, model: Model) -> Prefetch:
-    """Return the scenario's prefetch policy; `k` left out means the model's top-k, lookahead 0 no prefetch."""
+def make_prefetch(scenario: Scenario, model: Model, copy_ns: int = 0) -> Prefetch:
+    """Return the scenario's prefetch policy; `k` left out means the model's top-k, lookahead 0 no prefetch.
+
+    `copy_ns` is what the copy of one expert takes, for policies that weigh it.
+    """
     settings = scenario.prefetch
     if settings.lookahead == 0:
-        return NoPrefetch(0, 0)
+        return NoPrefetch()
     k = model.top_k if settings.k is None else settings.k
     if k > model.experts:
         raise ScenarioError(f"prefetch.k = {k}: a layer has {model.experts} experts")
-    return PREFETCH[settings.policy](k, settings.lookahead)
+    return PREFETCH[settings.policy](
+        Options(
+            k,
+            settings.lookahead,
+            threshold=settings.threshold,
+            decay=settings.decay,
+            layers=model.layers,
+            experts=model.experts,
+            copy_ns=copy_ns,
+        )
+    )
 
 
 def make_manager(inputs: Inputs) -> MemoryManager:
     """Return a fresh memory manager as the scenario wants it."""
-    memory = inputs.scenario.memory
+    memory, model = inputs.scenario.memory, inputs.model
+    share = None
+    if memory.prefetch_limit != "none":
+        capacity = inputs.budget_bytes // max(model.expert_bytes)
+        share = PREFETCH_SHARE[memory.prefetch_limit](memory.prefetch_share, capacity)
+    setting = Setting(seed=inputs.scenario.seed, trace=inputs.trace, steps=inputs.steps, guesses=inputs.guesses)
     return MemoryManager(
-        inputs.model.expert_bytes,
-        inputs.model.experts,
+        model.expert_bytes,
+        model.experts,
         inputs.budget_bytes,
         EVICTION[memory.eviction],
-        setting=Setting(seed=inputs.scenario.seed, trace=inputs.trace, steps=inputs.steps, guesses=inputs.guesses),
+        setting=setting,
         scope=memory.scope,
         protect=inputs.scenario.prefetch.protect,
+        prefetch_share=share,
+        watch_unused=inputs.scenario.prefetch.policy == "adaptive-memory",
     )
 
 
-def dispatched(inputs: Inputs, manager: MemoryManager, prefetch: Prefetch) -> Iterator[Visit]:
+def dispatched(
+    inputs: Inputs, manager: MemoryManager, prefetch: Prefetch, gauge: Gauge | None = None
+) -> Iterator[Visit]:
     """Return the visits of a run, decided one by one as they are asked for."""
-    return visits(inputs.trace, inputs.steps, manager, prefetch, inputs.guesses, issue=inputs.scenario.prefetch.issue)
+    return visits(
+        inputs.trace,
+        inputs.steps,
+        manager,
+        prefetch,
+        inputs.guesses,
+        issue=inputs.scenario.prefetch.issue,
+        gauge=gauge,
+        budgets=inputs.budgets,
+    )
 
 
 def run(
     inputs: Inputs, costs: Costs, manager: MemoryManager, prefetch: Prefetch, watch: Watch = iter
 ) -> measure.Recording:
     """Simulate one run with the given manager and prefetch policy, and return what was recorded."""
+    gauge = Gauge()
     decoded: Decoded = decode(
-        watch(dispatched(inputs, manager, prefetch)),
+        watch(dispatched(inputs, manager, prefetch, gauge)),
         inputs.steps,
         inputs.trace.layers,
         manager,
         costs,
         inputs.scenario,
-        prefetching=prefetch.horizons > 0,
+        prefetching=prefetch.guesses > 0,
+        gauge=gauge,
     )
+    in_pieces = inputs.scenario.copy_.discipline == "priority"
+    pieces = [cost.pieces if in_pieces else 1 for cost in costs.copies]
     return measure.Recording(
-        decoded, manager, inputs.trace, inputs.steps, inputs.model.expert_bytes, costs.kernel_gap_ns
+        decoded, manager, inputs.trace, inputs.steps, inputs.model.expert_bytes, pieces, costs.kernel_gap_ns
     )
 
 
@@ -219,7 +290,7 @@ def _baselines(inputs: Inputs, costs: Costs, data: dict[str, Any], progress: Pro
 
     def makespan_ms(what: str, manager: MemoryManager) -> float:
         watch = _watched(progress, what, inputs.layer_visits)
-        return run(inputs, costs, manager, NoPrefetch(0, 0), watch).makespan_ns / 1e6
+        return run(inputs, costs, manager, NoPrefetch(), watch).makespan_ns / 1e6
 
     resident = manager(model.total_expert_bytes, False)
     resident.preload(range(model.total_experts))
@@ -235,17 +306,34 @@ def _baselines(inputs: Inputs, costs: Costs, data: dict[str, Any], progress: Pro
     }
 
 
-def _pollution(inputs: Inputs, recording: measure.Recording) -> int:
-    """Return the misses that the same cache without prefetch would not have had."""
-    total = inputs.model.total_experts
-    shadow = [
-        visit.number * total + admission.expert
-        for visit in dispatched(inputs, make_manager(inputs), NoPrefetch(0, 0))
-        for wave in visit.waves
-        for admission in wave.admitted
-    ]
-    misses: npt.NDArray[np.int64] = np.array(shadow, dtype=np.int64)
-    return measure.pollution(recording, misses)
+def _shadow_misses(inputs: Inputs, prefetch: Prefetch) -> npt.NDArray[np.int64] | None:
+    """Return what the same cache without prefetch misses, as `measure.miss_keys`; None if nothing is prefetched."""
+    if not prefetch.horizons:
+        return None
+    shadow = dispatched(inputs, make_manager(inputs), NoPrefetch())
+    return measure.miss_keys(shadow, inputs.model.total_experts)
+
+
+def _deduplication(inputs: Inputs) -> dict[str, int]:
+    """Return how many guesses the batches' tokens share, and the bytes of copies that asking once for each saves."""
+    guessed = unique = saved_bytes = first = 0
+    assert inputs.guesses is not None
+    sizes = np.array(inputs.model.expert_bytes, dtype=np.int64)
+    layers, horizons = inputs.guesses.experts.shape[1:3]
+    target = (np.arange(layers)[:, None] + np.arange(1, horizons + 1)) % layers
+    for step in inputs.steps:
+        last = first + len(step.rows)
+        # (layer, horizon, every guess of the step's tokens), sorted: equal guesses lie side by side.
+        together = np.moveaxis(inputs.guesses.experts[first:last], 0, -1).reshape(layers, horizons, -1)
+        together = np.sort(together, axis=-1)
+        valid = together >= 0
+        again = np.zeros_like(valid)
+        again[..., 1:] = (together[..., 1:] == together[..., :-1]) & valid[..., 1:]
+        guessed += int(valid.sum())
+        unique += int((valid & ~again).sum())
+        saved_bytes += int((again.sum(axis=-1) * sizes[target]).sum())
+        first = last
+    return {"guessed": guessed, "unique": unique, "saved_bytes": saved_bytes}
 
 
 def _load_trace(scenario: Scenario, model: Model) -> RoutingTrace:

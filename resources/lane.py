@@ -108,8 +108,10 @@ class Work:
     visit: int
     copy: int
     slowdown: float = 1.0
-    #: Priority lanes only: smaller goes first; the pieces still to do, which other work may come between.
+    #: Priority lanes only: smaller goes first, then in the order of numbers; the pieces still to do, which other work
+    #: may come between.
     rank: tuple[int, int] = (0, 0)
+    number: int = 0
     pieces: int = 1
     done: Pending = field(default_factory=Pending)
     started: bool = False
@@ -166,6 +168,10 @@ class FifoLane:
         self._next_ns = end_ns + self._gap_ns
         self._extend(pack_span(start_ns, end_ns, issued_ns, expert, visit, copy, self.number, kind))
         return end_ns
+
+    def backlog_ns(self, now_ns: int) -> int:
+        """Return the work that is queued or running at an instant, in ns; what waits for a promise counts whole."""
+        return max(0, self._next_ns - now_ns) + sum(work.ns for work in self._queue)
 
     def _defer(self, work: Work) -> Pending:
         """Queue work until the end of what it waits for, or of what is queued before it, is known."""
@@ -241,6 +247,15 @@ class CoupledLane:
         if self._active is None and len(self._queue) == 1:
             self._start_next()
         return work.done
+
+    def backlog_ns(self, now_ns: int) -> int:
+        """Return the undisturbed work that is queued or running now, in ns."""
+        done_ns = (int(self._env.now) - self._since_ns) / self._stretch
+        running_ns = max(0, round(self._left_ns - done_ns)) if self._active is not None else 0
+        return running_ns + sum(work.ns * work.pieces for work in self._waiting())
+
+    def _waiting(self) -> Iterable[Work]:
+        return self._queue
 
     @property
     def busy(self) -> bool:
@@ -335,8 +350,8 @@ class CoupledLane:
 class PriorityLane(CoupledLane):
     """A host-side queue before a copy engine: the smallest `Work.rank` goes next, however late it came.
 
-    Started work is not interrupted, but work in several pieces lets another in between them. Cancelled work is
-    marked and skipped when its turn comes.
+    Started work is not interrupted, but work in several pieces lets another in between them; of equal ranks, what
+    came first goes on first. Cancelled work is marked and skipped when its turn comes.
     """
 
     def __init__(self, env: simpy.Environment, timeline: Timeline, number: int, gap_ns: int = 0) -> None:
@@ -349,6 +364,7 @@ class PriorityLane(CoupledLane):
 
     def submit_work(self, work: Work) -> Completion:
         """Queue work by its rank, from the instant at which it is issued."""
+        self._number(work)
         if work.issued_ns > self._env.now:
             self._at(work.issued_ns, NORMAL, lambda: self._insert(work))
         else:
@@ -356,22 +372,33 @@ class PriorityLane(CoupledLane):
         return work.done
 
     def promote(self, work: Work, rank: tuple[int, int]) -> None:
-        """Give queued work a smaller rank; work that has started keeps its place."""
+        """Give queued work a smaller rank, for all pieces that have not started yet."""
         if rank < work.rank:
             work.rank = rank
-            if work.done.end_ns is None and work is not self._active and work is not self._held:
+            self._number(work)
+            issued = work.issued_ns <= self._env.now  # else it is inserted, by its new rank, when it is
+            if issued and work.done.end_ns is None and work is not self._active and work is not self._held:
                 self._insert(work)
 
-    def cancel(self, work: Work) -> bool:
-        """Take queued work out, unless it has started or holds the lane already; return whether it is out."""
-        if work.done.end_ns is None and work is not self._held and not work.started:
+    def give_up(self, work: Work) -> Completion:
+        """Begin no further piece of work, unless the lane is at it already; return when the lane is done with it."""
+        if work.cancelled or (work.done.end_ns is None and work is not self._active and work is not self._held):
             work.cancelled = True
-        return work.cancelled
+            return int(self._env.now) if work.started else work.after
+        work.pieces = 1
+        return work.done
+
+    def _number(self, work: Work) -> None:
+        self._count += 1
+        work.number = self._count
 
     def _insert(self, work: Work) -> None:
-        self._count += 1
-        heapq.heappush(self._heap, (work.rank, self._count, work))
+        heapq.heappush(self._heap, (work.rank, work.number, work))
         self._start_next()
+
+    def _waiting(self) -> Iterable[Work]:
+        queued = {id(work): work for rank, _, work in self._heap if rank == work.rank and not work.cancelled}
+        return [work for work in queued.values() if work.done.end_ns is None]
 
     def _head(self) -> Work | None:
         if self._held is not None:
@@ -392,8 +419,7 @@ class PriorityLane(CoupledLane):
     def _finish(self, work: Work, now_ns: int) -> None:
         if work.pieces > 1:
             work.pieces -= 1
-            self._count += 1
-            heapq.heappush(self._heap, (work.rank, self._count, work))
+            heapq.heappush(self._heap, (work.rank, work.number, work))
         else:
             work.done.resolve(now_ns)
 

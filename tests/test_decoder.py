@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tiny import tiny_model, tiny_profile, tiny_run, tiny_scenario, tiny_trace
 
-from prestage.engine.output.metrics import OUTCOMES, Recording, metrics, time_split
+from prestage.engine.output.metrics import FATES, OUTCOMES, Recording, metrics, time_split
 from prestage.resources.timeline import KINDS
 
 TIMES = [(3, 20, 7), (30, 20, 7), (3, 5, 40), (10, 17, 7), (1, 1, 1), (1000, 999, 998)]
@@ -92,7 +92,7 @@ def test_lookahead_across_the_token_boundary_fetches_for_the_next_token() -> Non
     assert spans_of(recording, "expert") == [(23, 30), (43, 50)]
     assert outcomes_of(recording) == ["miss", "late"]
     assert recording.wait_ns.tolist() == [20, 10]
-    assert recording.fates == {"useful": 0, "late": 1, "wasted": 0, "unused": 0, "cancelled": 0}
+    assert [FATES[fate] for fate in recording.copy_fates if fate >= 0] == ["late"]
 
 
 def test_host_costs_delay_what_they_dispatch() -> None:

@@ -170,11 +170,44 @@ def test_chunks_let_a_demand_in_between_but_a_started_chunk_is_not_interrupted()
     assert intervals(timeline) == [(0, 10), (10, 20), (20, 30), (30, 40)]
 
 
-def test_cancelled_work_is_skipped_and_started_work_cannot_be_cancelled() -> None:
+def test_work_given_up_before_it_started_is_skipped_and_its_room_is_free_when_it_was() -> None:
     env, lane, timeline = priority()
     first, second, third = queued(lane, (1, 1)), queued(lane, (1, 2)), queued(lane, (1, 3))
-    assert lane.cancel(second)
-    assert not lane.cancel(first)
+    second.after = 7
+    assert lane.give_up(second) == 7
+    assert lane.give_up(first) is first.done  # in its only piece
     env.run()
     assert second.done.end_ns is None and third.done.end_ns == 20
     assert len(timeline) == 2
+
+
+def test_work_given_up_in_the_middle_ends_with_the_piece_that_it_is_in() -> None:
+    env, lane, timeline = priority()
+    work, demand = queued(lane, (1, 7), pieces=3), queued(lane, (0, 2), issued_ns=5)
+    # At 15 the demand runs: one piece is made, the others will not be. What waits for the room need not wait longer.
+    env.run(until=15)
+    assert lane.give_up(work) == 15
+    env.run()
+    assert (demand.done.end_ns, work.done.end_ns) == (20, None)
+    other = queued(lane, (1, 7), issued_ns=20, pieces=3)
+    env.run(until=25)
+    assert lane.give_up(other) is other.done  # in its first piece
+    env.run()
+    assert other.done.end_ns == 30
+    assert intervals(timeline) == [(0, 10), (10, 20), (20, 30)]
+
+
+def test_of_equal_ranks_what_came_first_makes_all_its_pieces_first() -> None:
+    # Else the second could hold the lane while it waits for a kernel that waits for the first.
+    env, lane, _ = priority()
+    first, second = queued(lane, (0, 1), pieces=2), queued(lane, (0, 1), pieces=2)
+    env.run()
+    assert (first.done.end_ns, second.done.end_ns) == (20, 40)
+
+
+def test_promoted_work_that_is_not_issued_yet_comes_when_it_is() -> None:
+    env, lane, _ = priority()
+    late, early = queued(lane, (1, 1), issued_ns=8), queued(lane, (1, 2), issued_ns=3)
+    lane.promote(late, (0, 0))
+    env.run()
+    assert (early.done.end_ns, late.done.end_ns) == (13, 23)

@@ -158,7 +158,7 @@ def tiny_inputs(model: Model, profile: Profile, trace: RoutingTrace, scenario: S
     )
     policy = make_prefetch(scenario, model)
     guesses = None
-    if policy.horizons:
+    if policy.guesses:
         options = {"recall": scenario.predictor.recall} if scenario.predictor.name == "oracle" else {}
         predictor = make_predictor(scenario.predictor.name, seed=scenario.seed, **options)
         guesses = predictor.guess(trace, steps, policy.horizons, policy.guesses)

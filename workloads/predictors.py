@@ -87,7 +87,7 @@ class Oracle:
     Each true expert is in the list with probability `recall`, at its rank of the router's order; the others' ranks,
     and those beyond top-k, hold distinct wrong experts, uniform among all wrong ones; -1 if there are too few. Draws
     are keyed by (seed, sequence, position, layer, horizon) of the target and the rank, so that a longer list begins
-    with the shorter one.
+    with the shorter one. It is as confident as it is right: `recall` within top-k, 0 beyond.
     """
 
     def __init__(self, recall: float = 1.0, seed: int = 0) -> None:
@@ -110,7 +110,9 @@ class Oracle:
                 )
                 truth = run.chosen[token[piece], layer]
                 experts[piece, :, ahead] = _spoil(truth, luck, self.recall, n, trace.num_experts)
-        return run.guesses(experts)
+        confidences = run.no_confidences(n)
+        confidences[..., : trace.k] = np.where(experts[..., : trace.k] >= 0, self.recall, 0.0)
+        return run.guesses(experts, confidences)
 
 
 def _spoil(truth: Int16s, luck: npt.NDArray[np.float64], recall: float, n: int, num_experts: int) -> Int16s:

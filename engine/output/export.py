@@ -55,7 +55,7 @@ TRACK_ORDER = ("host", "predictor", "h2d", "d2h", "compute")
 
 _NAMES = [NAMES[kind] for kind in KINDS]
 _CATEGORIES = [CATEGORIES[kind] for kind in KINDS]
-_CHUNK = 4096
+_CHUNK = 1024
 # Thread numbers start here: 0 is the idle task to Perfetto, and a thread numbered as its process is its main thread.
 _FIRST_THREAD = 1001
 

@@ -6,7 +6,7 @@ prefill and decode, unless the name says decode.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,7 @@ from ...resources.timeline import EXPERT, HEAD, PREDICT
 from ...workloads.batches import DECODE, Step
 from ...workloads.trace import RoutingTrace
 from ..decoder import Decoded
+from ..dispatch import Visit
 from ..memory_manager import DEMANDED, PREFETCHED, MemoryManager
 
 Array = npt.NDArray[Any]
@@ -27,17 +28,24 @@ OUTCOMES = ("prefetch_hit", "cache_hit", "late", "miss")
 PREFETCH_HIT, CACHE_HIT, LATE, MISS = range(len(OUTCOMES))
 #: How a prefetch can end, by number.
 FATES = ("useful", "late", "wasted", "unused", "cancelled")
+USEFUL, ARRIVED_LATE, WASTED, UNUSED, CANCELLED = range(len(FATES))
+#: Why an access missed: its expert was never used before; it would have been found without prefetching; neither.
+MISS_CAUSES = ("compulsory", "pollution", "capacity")
 
 
 @dataclass(frozen=True)
 class Recording:
-    """A run as recorded, with what its metrics need besides: the manager's books, the steps and the sizes."""
+    """A run as recorded, with what its metrics need besides: the manager's books, the steps and the sizes.
+
+    `expert_bytes` and `copy_pieces`, the spans that one whole copy has, are those of an expert of each layer (layers,).
+    """
 
     decoded: Decoded
     manager: MemoryManager
     trace: RoutingTrace
     steps: Sequence[Step]
     expert_bytes: Sequence[int]
+    copy_pieces: Sequence[int]
     kernel_gap_ns: int
     _spans: Array = field(init=False)
 
@@ -75,11 +83,13 @@ class Recording:
         return np.frombuffer(bytes(self.manager.copy_reason), dtype=np.uint8)
 
     @cached_property
-    def copy_bytes(self) -> Array:
-        """Bytes of each copy (copies,)."""
-        layers = np.array(self.manager.copy_expert, dtype=np.int64) // self.manager.experts
-        sizes: Array = np.array(self.expert_bytes, dtype=np.int64)[layers]
-        return sizes
+    def copied_bytes(self) -> Array:
+        """Bytes that each copy moved (copies,): all, those of the pieces that were made, or none."""
+        sizes = np.array(self.expert_bytes, dtype=np.int64)[self.copy_layer]
+        pieces = np.array(self.copy_pieces, dtype=np.int64)[self.copy_layer]
+        made = np.bincount(self.copy_spans["copy"], minlength=len(sizes))
+        moved: Array = np.minimum(sizes, made * -(-sizes // pieces))
+        return moved
 
     @cached_property
     def copy_end_ns(self) -> Array:
@@ -115,22 +125,34 @@ class Recording:
         return np.where(first & (reason == DEMANDED), MISS, found)
 
     @cached_property
-    def fates(self) -> dict[str, int]:
-        """How many prefetches ended as each of FATES."""
-        prefetched = self.copy_reason == PREFETCHED
+    def copy_fates(self) -> Array:
+        """How each prefetch ended (copies,): an index into FATES; -1 for a copy that was no prefetch."""
         used = self.first_access >= 0
-        late = used & (self.outcomes[np.maximum(self.first_access, 0)] == LATE) if len(self.outcomes) else used
+        outcome = np.full(len(used), -1)
+        outcome[used] = self.outcomes[self.first_access[used]]
         evicted = np.zeros(len(used), dtype=bool)
         evicted[self.manager.evicted_copies] = True
-        never_made = self.copy_end_ns < 0
-        masks = {
-            "useful": used & ~late,
-            "late": late,
-            "wasted": ~used & evicted & ~never_made,
-            "unused": ~used & ~evicted & ~never_made,
-            "cancelled": ~used & never_made,
-        }
-        return {fate: int((prefetched & masks[fate]).sum()) for fate in FATES}
+        unused = np.where(self.copy_end_ns < 0, CANCELLED, np.where(evicted, WASTED, UNUSED))
+        fate = np.where(used, np.where(outcome == LATE, ARRIVED_LATE, USEFUL), unused)
+        return np.where(self.copy_reason == PREFETCHED, fate, -1)
+
+    @cached_property
+    def copy_layer(self) -> Array:
+        """The layer of each copy's expert (copies,)."""
+        layers: Array = np.array(self.manager.copy_expert, dtype=np.int64) // self.manager.experts
+        return layers
+
+    @cached_property
+    def access_layer(self) -> Array:
+        """The layer of each access (accesses,)."""
+        layers: Array = self.decoded.accesses["visit"] % len(self.expert_bytes)
+        return layers
+
+    @cached_property
+    def access_expert(self) -> Array:
+        """The expert of each access (accesses,)."""
+        experts: Array = np.array(self.manager.copy_expert, dtype=np.int64)[self.decoded.accesses["copy"]]
+        return experts
 
     @cached_property
     def step_end_ns(self) -> Array:
@@ -139,11 +161,13 @@ class Recording:
         return ends
 
 
-def metrics(recording: Recording) -> dict[str, Any]:
-    """Return the metrics that need this run alone, as plain data for JSON."""
-    outcomes = np.bincount(recording.outcomes, minlength=len(OUTCOMES)).tolist()
-    accesses = sum(outcomes)
-    counts = dict(zip(OUTCOMES, outcomes, strict=True))
+def metrics(recording: Recording, shadow_misses: Array | None = None) -> dict[str, Any]:
+    """Return the metrics of one run, as plain data for JSON.
+
+    `shadow_misses` are the `miss_keys` of the same cache without prefetch; None if the run has no prefetch.
+    """
+    counts = _count(recording.outcomes, OUTCOMES)
+    accesses = sum(counts.values())
     prefetched = recording.copy_reason == PREFETCHED
     late_ns = recording.wait_ns[recording.outcomes == LATE]
     manager = recording.manager
@@ -161,8 +185,11 @@ def metrics(recording: Recording) -> dict[str, Any]:
             "dropped": manager.dropped,
             "evict": manager.evicted,
         },
-        "prefetch": recording.fates,
+        "prefetch": _count(recording.copy_fates, FATES),
+        "misses": (causes := _count(miss_causes(recording, shadow_misses), MISS_CAUSES)),
+        "pollution": causes["pollution"],
         "bytes": _bytes(recording),
+        "by_layer": by_layer(recording, shadow_misses),
         "time": (time := time_split(recording)),
         "stall_ms": time["stall_ms"],
         "overlap": overlap(recording),
@@ -284,39 +311,81 @@ def memory_steps(recording: Recording) -> tuple[Array, Array]:
 def memory_utilization(recording: Recording) -> float | None:
     """Return assigned bytes / expert budget, weighted by time over the makespan."""
     time_ns, assigned_bytes = memory_steps(recording)
-    makespan_ns, budget_bytes = recording.makespan_ns, recording.manager.budget_bytes
+    makespan_ns = recording.makespan_ns
     if not makespan_ns:
         return None
     until_ns = np.minimum(np.concatenate([time_ns[1:], [makespan_ns]]), makespan_ns)
-    held = np.maximum(0, until_ns - time_ns).astype(np.float64) @ assigned_bytes
-    return float(held / (budget_bytes * makespan_ns))
+    share = assigned_bytes / recording.decoded.visits["budget_bytes"]
+    return float(np.maximum(0, until_ns - time_ns).astype(np.float64) @ share / makespan_ns)
 
 
-def pollution(recording: Recording, shadow_misses: Array) -> int:
-    """Return how many misses the same cache without prefetch would not have had.
+def miss_causes(recording: Recording, shadow_misses: Array | None) -> Array:
+    """Return why each access missed (accesses,): an index into MISS_CAUSES; -1 for one that did not.
 
-    `shadow_misses` are the (visit, expert) pairs that missed in that shadow run, as keys of `miss_keys`.
+    Compulsory and capacity as in Hill & Smith (1989), "Evaluating associativity in CPU caches"; pollution is the
+    prefetcher's doing: the same cache without it, in a shadow run, had the expert.
     """
-    return int((~np.isin(miss_keys(recording), shadow_misses)).sum())
+    _, first = np.unique(recording.access_expert, return_index=True)
+    compulsory = np.zeros(len(recording.access_expert), dtype=bool)
+    compulsory[first] = True
+    polluted = np.zeros(len(compulsory), dtype=bool)
+    if shadow_misses is not None:
+        polluted = ~np.isin(_access_keys(recording), shadow_misses)
+    cause = np.where(compulsory, 0, np.where(polluted, 1, 2))
+    return np.where(recording.outcomes == MISS, cause, -1)
 
 
-def miss_keys(recording: Recording) -> Array:
-    """Return one integer per missed access: visit * experts of the model + expert."""
-    missed = recording.decoded.accesses[recording.outcomes == MISS]
-    experts = np.array(recording.manager.copy_expert, dtype=np.int64)
+def miss_keys(visits: Iterable[Visit], total_experts: int) -> Array:
+    """Return one integer per miss of dispatched visits: visit * experts of the model + expert."""
+    return np.array(
+        [
+            visit.number * total_experts + admission.expert
+            for visit in visits
+            for wave in visit.waves
+            for admission in wave.admitted
+        ],
+        dtype=np.int64,
+    )
+
+
+def _access_keys(recording: Recording) -> Array:
     total = recording.manager.experts * len(recording.expert_bytes)
-    keys: Array = missed["visit"].astype(np.int64) * total + experts[missed["copy"]]
+    keys: Array = recording.decoded.accesses["visit"].astype(np.int64) * total + recording.access_expert
     return keys
 
 
+def by_layer(recording: Recording, shadow_misses: Array | None) -> list[dict[str, int]]:
+    """Return, layer by layer, the outcomes of accesses, the causes of misses, the fates of prefetches and the bytes."""
+    layers = len(recording.expert_bytes)
+    columns: dict[str, Array] = {}
+
+    def tally(names: Sequence[str], what: Array, layer: Array, weight: Array | None = None) -> None:
+        for number, name in enumerate(names):
+            chosen = what == number
+            weights = None if weight is None else weight[chosen]
+            columns[name] = np.bincount(layer[chosen], weights=weights, minlength=layers)
+
+    tally(OUTCOMES, recording.outcomes, recording.access_layer)
+    tally([f"{cause}_miss" for cause in MISS_CAUSES], miss_causes(recording, shadow_misses), recording.access_layer)
+    tally([f"prefetch_{fate}" for fate in FATES], recording.copy_fates, recording.copy_layer)
+    tally(["demand_bytes", "prefetch_bytes"], recording.copy_reason, recording.copy_layer, recording.copied_bytes)
+    return [
+        {"layer": layer, **{name: int(column[layer]) for name, column in columns.items()}} for layer in range(layers)
+    ]
+
+
+def _count(numbers: Array, names: Sequence[str]) -> dict[str, int]:
+    counts = np.bincount(numbers[numbers >= 0], minlength=len(names)).tolist()
+    return dict(zip(names, counts, strict=True))
+
+
 def _bytes(recording: Recording) -> dict[str, int]:
-    made = recording.copy_end_ns > 0
-    sizes, reason = recording.copy_bytes, recording.copy_reason
+    moved, reason = recording.copied_bytes, recording.copy_reason
     unused = recording.first_access < 0
     return {
-        "demand": int(sizes[made & (reason == DEMANDED)].sum()),
-        "prefetch": int(sizes[made & (reason == PREFETCHED)].sum()),
-        "prefetch_not_used": int(sizes[made & (reason == PREFETCHED) & unused].sum()),
+        "demand": int(moved[reason == DEMANDED].sum()),
+        "prefetch": int(moved[reason == PREFETCHED].sum()),
+        "prefetch_not_used": int(moved[(reason == PREFETCHED) & unused].sum()),
     }
 
 
