@@ -27,7 +27,7 @@ from ..workloads.trace import RoutingTrace
 from .costs import Costs
 from .decoder import Decoded, decode
 from .dispatch import Visit, visits
-from .memory_manager import MemoryManager, pool_budgets
+from .memory_manager import BudgetError, MemoryManager, pool_budgets
 from .output import metrics as measure
 from .policies.eviction import EVICTION, Setting
 from .policies.prefetch import PREFETCH, Gauge, NoPrefetch, Options, Prefetch
@@ -114,16 +114,20 @@ def load_inputs(scenario: Scenario) -> Inputs:
                 f"prefetch.policy = {scenario.prefetch.policy!r} needs confidences, and predictor.name = "
                 f"{predictor.name!r} gives none: choose another of the two"
             )
-    budgets = _budgets(scenario, model, trace, steps, budget_bytes)
+    budgets = expert_budgets(scenario, model, trace, steps, budget_bytes)
     if budgets is not None:
         budget_bytes = max(budgets)
-        pool_budgets(model.expert_bytes, min(budgets), scenario.memory.scope)
+        try:
+            pool_budgets(model.expert_bytes, min(budgets), scenario.memory.scope)
+        except BudgetError as error:
+            given = f"memory.total_bytes = {scenario.memory.total_bytes!r}"
+            raise ScenarioError(f"{given}: less dense weights, KV cache and workspace, {error}") from None
     inputs = Inputs(scenario, model, profile, trace, steps, budget_bytes, guesses, budgets)
     make_manager(inputs)  # refuses a budget that is too small before anything runs
     return inputs
 
 
-def _budgets(
+def expert_budgets(
     scenario: Scenario, model: Model, trace: RoutingTrace, steps: list[Step], most_bytes: int
 ) -> list[int] | None:
     """Return the expert budget before each step: total - dense weights - KV cache - workspace, `most_bytes` at most.
@@ -171,7 +175,7 @@ def simulate_inputs(inputs: Inputs, *, baselines: bool = True, progress: Progres
     data["seed"] = scenario.seed
     data["predictions_sha256"] = inputs.guesses.digest if inputs.guesses is not None else None
     data["model"] = {"name": model.name, "layers": model.layers, "experts": model.experts, "top_k": model.top_k}
-    data["budget_bytes"] = recording.manager.budget_bytes
+    data["budget_bytes"] = int(recording.decoded.visits["budget_bytes"].max())
     data["expert_bytes_total"] = model.total_expert_bytes
     data["scenario"] = scenario.plain()
     data["versions"] = {

@@ -24,7 +24,7 @@ def write_result(result: Result, folder: Path, *, all_spans: bool = False) -> li
     folder.mkdir(parents=True, exist_ok=True)
     experts = result.data["model"]["experts"]
     name = f"{result.data['model']['name']} on {result.data['scenario']['machine']['profile']}"
-    time_ns, assigned_bytes = memory_steps(result.recording)
+    time_ns, assigned_bytes, budget_bytes = memory_steps(result.recording)
     with replacing(folder / "result.json") as file:
         file.write(orjson.dumps(result.data, option=orjson.OPT_INDENT_2) + b"\n")
     exported = export_chrome(
@@ -39,7 +39,7 @@ def write_result(result: Result, folder: Path, *, all_spans: bool = False) -> li
     start_ns, end_ns = default_window(result.timeline)
     picture = plot_timeline(result.timeline, start_ns=start_ns, end_ns=end_ns, experts_per_layer=experts, title=name)
     save(picture, folder / "timeline.png")
-    save(plot_memory(time_ns, assigned_bytes, result.data["budget_bytes"], title=name), folder / "memory.png")
+    save(plot_memory(time_ns, assigned_bytes, budget_bytes, title=name), folder / "memory.png")
     cut = ""
     if exported.truncated:
         cut = f": the first {exported.spans_written:,} of {exported.spans_total:,} spans (--all-spans writes all)"

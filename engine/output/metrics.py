@@ -302,20 +302,20 @@ def overlap(recording: Recording) -> float | None:
     return float((busy(copies["end_ns"]) - busy(copies["start_ns"])).sum() / total_ns)
 
 
-def memory_steps(recording: Recording) -> tuple[Array, Array]:
-    """Return (time_ns, assigned_bytes): the expert memory given out, from each visit's dispatch to the next."""
+def memory_steps(recording: Recording) -> tuple[Array, Array, Array]:
+    """Return (time_ns, assigned_bytes, budget_bytes) of the expert memory, from each visit's dispatch to the next."""
     visits = recording.decoded.visits
-    return visits["choice_known_ns"], visits["assigned_bytes"]
+    return visits["choice_known_ns"], visits["assigned_bytes"], visits["budget_bytes"]
 
 
 def memory_utilization(recording: Recording) -> float | None:
     """Return assigned bytes / expert budget, weighted by time over the makespan."""
-    time_ns, assigned_bytes = memory_steps(recording)
+    time_ns, assigned_bytes, budget_bytes = memory_steps(recording)
     makespan_ns = recording.makespan_ns
     if not makespan_ns:
         return None
     until_ns = np.minimum(np.concatenate([time_ns[1:], [makespan_ns]]), makespan_ns)
-    share = assigned_bytes / recording.decoded.visits["budget_bytes"]
+    share = assigned_bytes / budget_bytes
     return float(np.maximum(0, until_ns - time_ns).astype(np.float64) @ share / makespan_ns)
 
 

@@ -141,33 +141,42 @@ def plot_timeline(
     return figure
 
 
-def plot_memory(time_ns: Array, assigned_bytes: Array, budget_bytes: int, *, title: str | None = None) -> Figure:
+def plot_memory(
+    time_ns: Array, assigned_bytes: Array, budget_bytes: Array | int, *, title: str | None = None
+) -> Figure:
     """Draw the expert memory given out over time, with the budget as a line.
 
-    `time_ns` and `assigned_bytes` are (samples,), in order of time; a value holds until the next.
-    Raises ValueError if their lengths differ.
+    `time_ns`, `assigned_bytes` and `budget_bytes`, unless it is one number, are (samples,), in order of time; a value
+    holds until the next. Raises ValueError if their lengths differ.
     """
     from matplotlib.figure import Figure
 
-    times_ns, sizes = np.asarray(time_ns), np.asarray(assigned_bytes)
-    if times_ns.shape != sizes.shape:
-        raise ValueError(f"assigned_bytes has {sizes.shape} values, time_ns {times_ns.shape}: give as many of each")
+    times_ns, sizes, limits = np.asarray(time_ns), np.asarray(assigned_bytes), np.asarray(budget_bytes)
+    for name, values in (("assigned_bytes", sizes), ("budget_bytes", limits)):
+        if values.shape != times_ns.shape and values.ndim:
+            raise ValueError(f"{name} has {values.shape} values, time_ns {times_ns.shape}: give as many of each")
+    limits = np.broadcast_to(limits, (max(1, len(times_ns)),))
     last_ns = (int(times_ns[-1]) if len(times_ns) else 0) or 1000
     scale_ns, unit = _time_unit(last_ns)
-    most = max(budget_bytes, int(sizes.max(initial=0)), 1)
+    most = max(int(limits.max()), int(sizes.max(initial=0)), 1)
     scale_bytes, bytes_unit = next((scale, name) for scale, name in _BYTE_UNITS if most >= scale)
     if len(sizes):  # only changes, and the last value up to the end, are worth a point
-        changes = np.flatnonzero(np.append(True, sizes[1:] != sizes[:-1]))
+        changes = np.flatnonzero(np.append(True, (sizes[1:] != sizes[:-1]) | (limits[1:] != limits[:-1])))
         times_ns = np.append(times_ns[changes], last_ns)
         sizes = np.append(sizes[changes], sizes[-1])
+        limits = np.append(limits[changes], limits[-1])
 
     figure = Figure(figsize=(_WIDTH_INCHES * 2 / 3, 3.4), layout="constrained")
     axes = figure.add_subplot()
     color = COLORS["dense"][0]
     axes.fill_between(times_ns / scale_ns, sizes / scale_bytes, step="post", color=color, alpha=0.2, linewidth=0)
     axes.step(times_ns / scale_ns, sizes / scale_bytes, where="post", color=color, linewidth=1.4)
-    limit = budget_bytes / scale_bytes
-    axes.axhline(limit, color=COLORS["demand"][0], linewidth=1.4, linestyle=(0, (5, 3)))
+    limit = limits[-1] / scale_bytes
+    line: dict[str, Any] = {"color": COLORS["demand"][0], "linewidth": 1.4, "linestyle": (0, (5, 3))}
+    if (limits == limits[0]).all():
+        axes.axhline(limit, **line)
+    else:
+        axes.step(times_ns / scale_ns, limits / scale_bytes, where="post", **line)
     axes.annotate(
         f"limit {limit:,.4g} {bytes_unit}" if limit < 1000 else f"limit {limit:,.0f} {bytes_unit}",
         (1, limit),

@@ -31,10 +31,18 @@ def print_result(data: dict[str, Any]) -> None:
         f"{accesses:,} accesses",
         [(name, f"{counts[name]:,}", _share(counts[name], accesses)) for name in outcomes],
     )
+    if counts["miss"]:
+        causes = [(name, f"{number:,}", _share(number, counts["miss"])) for name, number in data["misses"].items()]
+        _rows(console, f"{counts['miss']:,} misses", causes)
     issued = counts["prefetch"]
     if issued or counts["dropped"]:
         fates = [(name, f"{number:,}", _share(number, issued)) for name, number in data["prefetch"].items()]
         _rows(console, f"{issued:,} prefetches ({counts['dropped']:,} more found no room)", fates)
+    moved = data["bytes"]
+    total = moved["demand"] + moved["prefetch"]
+    names = {"demand": "on demand", "prefetch": "prefetched", "prefetch_not_used": "of it not used"}
+    copies = [(name, f"{moved[key] / 2**20:,.1f} MiB", _share(moved[key], total)) for key, name in names.items()]
+    _rows(console, f"{total / 2**20:,.1f} MiB copied to the GPU", copies)
     makespan = data["makespan_ms"]
     split = [(name.removesuffix("_ms"), f"{ms:,.3f} ms", _share(ms, makespan)) for name, ms in data["time"].items()]
     _rows(console, f"Where {makespan:,.3f} ms went (compute stream)", split)
