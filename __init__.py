@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .engine.scenario import make_scenario as make_scenario
     from .engine.simulate import Result as Result
     from .engine.simulate import simulate as simulate
+    from .engine.virtual_memory import VirtualMemoryManager as VirtualMemoryManager
     from .resources.profile import load_profile as load_profile
     from .workloads.importers import open_trace as open_trace
     from .workloads.model import Model as Model
@@ -26,6 +27,7 @@ _HOME = {
     "Result": "engine.simulate",
     "RoutingTrace": "workloads.trace",
     "Scenario": "engine.scenario",
+    "VirtualMemoryManager": "engine.virtual_memory",
     "load_model": "workloads.model",
     "load_profile": "resources.profile",
     "load_scenario": "engine.scenario",

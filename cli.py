@@ -110,6 +110,26 @@ def replay(
     print_replay(data)
 
 
+@app.command()
+def reproduce(
+    table: Annotated[str, typer.Argument(help="The published table to run again.")] = "virtual-memory",
+    json: Json = False,
+) -> None:
+    """Run a published table again: ours beside theirs, with a verdict on every row."""
+    from .engine.reproduce import TABLES
+    from .resources.suggest import unknown_name
+
+    if table not in TABLES:
+        raise ValueError(unknown_name("TABLE", table, TABLES))
+    rows = TABLES[table]()
+    if json:
+        _print_json({"table": table, "rows": rows})
+        return
+    from .engine.output.tables import print_reproduction
+
+    print_reproduction(rows)
+
+
 @trace_app.command("info")
 def trace_info(
     trace: Annotated[Path, typer.Argument(help="A trace (.safetensors, .npz) or a log that `trace import` reads.")],

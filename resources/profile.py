@@ -145,6 +145,7 @@ class Profile(_Part):
     gpu_memory_bytes: int = Field(gt=0)
     h2d: dict[Literal["pinned", "pageable"], CopyCosts] = Field(min_length=1)
     d2h: CopyCosts
+    d2d: CopyCosts | None = None
     compute: ComputeCosts
     host: HostCosts
 

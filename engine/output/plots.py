@@ -1,4 +1,4 @@
-"""Pictures of a run: a window of its timeline with a row for each lane, and its expert memory over time.
+"""Pictures of a run: a window of its timeline with a row for each lane, its expert memory over time, and latencies.
 
 Every function returns a matplotlib Figure of its own, with no global state behind it; `save` writes one to a file,
 with the same bytes for the same picture. matplotlib is imported only here, and only when something is drawn.
@@ -6,6 +6,7 @@ with the same bytes for the same picture. matplotlib is imported only here, and 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -195,6 +196,37 @@ def plot_memory(
     axes.set_ylabel(f"expert memory given out ({bytes_unit})")
     _style(axes)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    _set_title(axes, title)
+    return figure
+
+
+def plot_latency(latencies_ms: Mapping[str, Sequence[float]], *, title: str | None = None) -> Figure:
+    """Draw a row for each kind of event: the median, half of the events in the box, 90 % between the whiskers.
+
+    `latencies_ms` are each kind's latencies in ms; a kind without any keeps an empty row.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH_INCHES * 2 / 3, 1.2 + 0.5 * max(1, len(latencies_ms))), layout="constrained")
+    axes = figure.add_subplot()
+    rows = [row for row, values in enumerate(latencies_ms.values()) if len(values)]
+    if rows:
+        spread = [np.percentile(values, (5, 25, 50, 75, 95)) for values in latencies_ms.values() if len(values)]
+        low, first, median, third, high = np.array(spread).T
+        axes.hlines(rows, low, high, color=COLORS["dense"][0], linewidth=1.4)
+        axes.barh(rows, third - first, 0.5, left=first, color=COLORS["expert"][0])
+        axes.vlines(median, np.array(rows) - 0.25, np.array(rows) + 0.25, color=COLORS["demand"][0], linewidth=2)
+    names = [
+        f"{name.replace('_', ' ')}\n{len(values):,} x {np.mean(values):.3g} ms" if len(values) else f"{name}\nnone"
+        for name, values in latencies_ms.items()
+    ]
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlim(0, 1.05 * max(high) or 1 if rows else 1)
+    axes.set_xlabel("latency (ms)")
+    _style(axes)
+    axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+    axes.tick_params(axis="y", length=0)
     _set_title(axes, title)
     return figure
 

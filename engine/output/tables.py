@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -107,6 +107,65 @@ def print_trace(data: dict[str, Any]) -> None:
     for scope, rates in data["lru_hit_rate"].items():
         hits = [(f"{share} of the experts", _share(rate, 1), "") for share, rate in rates.items()]
         _rows(console, f"LRU hit rate, {scope}", hits)
+
+
+def print_virtual_memory(data: dict[str, Any]) -> None:
+    """Print a run of the virtual memory manager: its counts, and its times in both accountings."""
+    console = Console()
+    counts, accesses, charged = data["event_counts"], data["accesses"], data["copies_charged"]
+    events = [(name.replace("_", " "), f"{count:,}") for name, count in counts.items()]
+    _rows(console, f"{accesses:,} accesses, hit rate {_share(data['hit_rate'], 1)}", events)
+    table = _table("", "prefetches hidden", "every copy charged")
+    for name, key, show in _PRICED:
+        table.add_row(name, show(data[key]), show(charged[key]))
+    console.print(table)
+
+
+#: What depends on which copies cost time: its name, its key, and how it is written.
+_PRICED: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
+    ("mean latency of an access", "avg_latency_ms", lambda value: f"{_number(value, 3)} ms"),
+    ("latency in all", "total_latency_ms", lambda value: f"{_number(value, 1)} ms"),
+    ("memory utilization", "memory_utilization", lambda value: _share(value, 1)),
+    ("speedup over no prefetch, no cache", "speedup", lambda value: f"{_number(value, 2)}x"),
+    ("speedup / memory utilization", "efficiency", lambda value: _number(value, 2)),
+)
+#: The figures of the guide's table: name, key with us, key in the overlapped engine, what it is shown in and how often
+#: that goes into ours, and what differences are shown in.
+_REPRODUCED = (
+    ("hit rate", "hit_rate", "hit_rate", "%", 100, "points"),
+    ("memory", "memory_utilization", "memory_utilization", "%", 100, "points"),
+    ("mean latency", "avg_latency_ms", "time_per_access_ms", "ms", 1, "ms"),
+)
+
+
+def print_reproduction(rows: Sequence[dict[str, Any]]) -> None:
+    """Print the guide's configurations: published, in its accounting, with copies charged, overlapped; and why."""
+    console = Console()
+    console.print("ours: the guide's accounting, prefetches hidden; charged: the same run, every copy charged;")
+    console.print("overlapped: the same decisions on one timeline, time per access with computation included")
+    for row in rows:
+        console.print(Text(f"\n{row['scenario']}", style="bold"))
+        table = _table("", "published", "ours", "charged", "overlapped", "verdict")
+        for name, key, overlapped, unit, scale, difference in _REPRODUCED:
+            ours, verdict = row["guide_accounting"], row["verdicts"][key]
+            figures = (ours[key], ours["copies_charged"].get(key, ours[key]), row["overlapped"][overlapped])
+            low, high = (bound * scale for bound in row["published"][key])
+            table.add_row(
+                name,
+                f"{low:g}-{high:g} {unit}",
+                *(f"{_number(figure * scale, 2)} {unit}" for figure in figures),
+                "inside" if verdict["inside"] else f"off by {verdict['off_by'] * scale:+.2f} {difference}",
+            )
+        console.print(table)
+        for name, key, *_ in _REPRODUCED:
+            console.print(Text(f"  {name}: {row['verdicts'][key]['why']}.", style="dim"))
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="right" if number else "left")
+    return table
 
 
 def _rows(console: Console, title: str, rows: Iterable[tuple[str, ...]]) -> None:
