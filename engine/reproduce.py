@@ -37,8 +37,9 @@ VIRTUAL_MEMORY = {
 def virtual_memory() -> list[dict[str, Any]]:
     """Return the guide's three configurations: in its own accounting, with copies charged, and overlapped.
 
-    The overlapped engine makes the same decisions as the virtual memory manager, and hides of the copies what fits
-    beside computation; its time per access is that of the whole run.
+    Experts belong to their layer; beside it stands what the guide's accounting gives if layers shared them. The
+    overlapped engine makes the same decisions as the virtual memory manager, and hides of the copies what fits beside
+    computation; its time per access is that of the whole run.
     """
     return [_configuration(name, published) for name, published in VIRTUAL_MEMORY.items()]
 
@@ -46,6 +47,7 @@ def virtual_memory() -> list[dict[str, Any]]:
 def _configuration(name: str, published: Published) -> dict[str, Any]:
     inputs = load_inputs(load_scenario(name))
     manager, metrics = run_virtual_memory(inputs)
+    _, shared = run_virtual_memory(inputs, share_across_layers=True)
     overlapped = simulate_inputs(inputs, baselines=False).data
     verdicts = {key: _verdict(metrics[key], *bounds) for key, bounds in vars(published).items()}
     reasons = _reasons(inputs, manager, metrics, published)
@@ -57,6 +59,7 @@ def _configuration(name: str, published: Published) -> dict[str, Any]:
         "gpu_memory_limit_mb": inputs.budget_bytes / _MIB,
         "published": {key: list(bounds) for key, bounds in vars(published).items()},
         "guide_accounting": metrics,
+        "shared_across_layers": shared,
         "overlapped": {
             "time_per_access_ms": overlapped["makespan_ms"] / overlapped["accesses"],
             **{
@@ -67,7 +70,9 @@ def _configuration(name: str, published: Published) -> dict[str, Any]:
     }
 
 
-def run_virtual_memory(inputs: Inputs) -> tuple[VirtualMemoryManager, dict[str, Any]]:
+def run_virtual_memory(
+    inputs: Inputs, *, share_across_layers: bool = False
+) -> tuple[VirtualMemoryManager, dict[str, Any]]:
     """Run what a scenario names through the guide's face: one sequence, one token at a time, experts of one size."""
     scenario, model = inputs.scenario, inputs.model
     manager = VirtualMemoryManager(
@@ -76,6 +81,7 @@ def run_virtual_memory(inputs: Inputs) -> tuple[VirtualMemoryManager, dict[str, 
         inputs.budget_bytes / _MIB,
         scenario.prefetch.k or model.top_k,
         num_layers=model.layers,
+        share_across_layers=share_across_layers,
         eviction=scenario.memory.eviction,
         seed=scenario.seed,
         profile=scenario.machine.profile,

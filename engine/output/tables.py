@@ -129,32 +129,39 @@ _PRICED: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
     ("speedup over no prefetch, no cache", "speedup", lambda value: f"{_number(value, 2)}x"),
     ("speedup / memory utilization", "efficiency", lambda value: _number(value, 2)),
 )
-#: The figures of the guide's table: name, key with us, key in the overlapped engine, what it is shown in and how often
-#: that goes into ours, and what differences are shown in.
+#: The figures of the guide's table: name, key with us, key in the overlapped engine, unit and units in one of ours,
+#: the unit of differences, digits.
 _REPRODUCED = (
-    ("hit rate", "hit_rate", "hit_rate", "%", 100, "points"),
-    ("memory", "memory_utilization", "memory_utilization", "%", 100, "points"),
-    ("mean latency", "avg_latency_ms", "time_per_access_ms", "ms", 1, "ms"),
+    ("hit rate", "hit_rate", "hit_rate", "%", 100, "points", 1),
+    ("memory", "memory_utilization", "memory_utilization", "%", 100, "points", 1),
+    ("mean latency", "avg_latency_ms", "time_per_access_ms", "ms", 1, "ms", 2),
 )
 
 
 def print_reproduction(rows: Sequence[dict[str, Any]]) -> None:
     """Print the guide's configurations: published, in its accounting, with copies charged, overlapped; and why."""
     console = Console()
-    console.print("ours: the guide's accounting, prefetches hidden; charged: the same run, every copy charged;")
-    console.print("overlapped: the same decisions on one timeline, time per access with computation included")
+    legend = (
+        "ours: the guide's accounting, prefetches hidden. shared: so, if layers shared experts of one index. "
+        "charged: ours with every copy charged. overlapped: ours on one timeline; its latency is the time per access, "
+        "computation included. verdict: inside the published range, "
+        "or how far outside."
+    )
+    console.print(Text(legend))
     for row in rows:
         console.print(Text(f"\n{row['scenario']}", style="bold"))
-        table = _table("", "published", "ours", "charged", "overlapped", "verdict")
-        for name, key, overlapped, unit, scale, difference in _REPRODUCED:
-            ours, verdict = row["guide_accounting"], row["verdicts"][key]
-            figures = (ours[key], ours["copies_charged"].get(key, ours[key]), row["overlapped"][overlapped])
+        table = _table("", "published", "ours", "shared", "charged", "overlapped", "verdict")
+        for name, key, overlapped, unit, scale, difference, digits in _REPRODUCED:
+            ours, shared, verdict = row["guide_accounting"], row["shared_across_layers"], row["verdicts"][key]
+            charged = ours["copies_charged"].get(key, ours[key])
+            figures = (ours[key], shared[key], charged, row["overlapped"][overlapped])
             low, high = (bound * scale for bound in row["published"][key])
+            off = f"{verdict['off_by'] * scale:+.{digits}f} {difference}"
             table.add_row(
                 name,
                 f"{low:g}-{high:g} {unit}",
-                *(f"{_number(figure * scale, 2)} {unit}" for figure in figures),
-                "inside" if verdict["inside"] else f"off by {verdict['off_by'] * scale:+.2f} {difference}",
+                *(f"{_number(figure * scale, digits)} {unit}" for figure in figures),
+                "inside" if verdict["inside"] else off,
             )
         console.print(table)
         for name, key, *_ in _REPRODUCED:
@@ -162,7 +169,7 @@ def print_reproduction(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _table(*columns: str) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0))
+    table = Table(box=None, padding=(0, 1, 0, 0))
     for number, name in enumerate(columns):
         table.add_column(name, justify="right" if number else "left")
     return table
