@@ -29,8 +29,6 @@ TRANSITIONS = {
     (CACHE, "evict"): CPU_MEMORY,
     (GPU_MEMORY, "evict"): CPU_MEMORY,
 }
-#: What an access is that finds its expert on the GPU.
-_FOUND = {GPU_MEMORY: "hit", CACHE: "cache_hit"}
 
 _MIB = 2**20
 
@@ -42,10 +40,10 @@ class TransitionError(RuntimeError):
 class MemoryEvent(NamedTuple):
     """One line of the log.
 
-    `event` is one of EVENTS, `expert` the index within its layer. `latency_ms` is the copy of a prefetch, and what an
-    access took: the device copy of a hit, the host copy of a miss. `memory_mb` (MiB) is in use after the event.
-    `time_ms` is when it began with prefetches hidden; `charged_time_ms` and `charged_latency_ms` with every copy
-    charged, where an access also waits for the prefetches ordered since the last one.
+    `event` is one of EVENTS, `expert` the index within its layer. With prefetches hidden it began at `time_ms`, and
+    `latency_ms` is the copy of a prefetch, or what an access took: the device copy of a hit, the host copy of a miss.
+    With every copy charged it began at `charged_time_ms`, and `charged_latency_ms` of an access includes its wait,
+    before that, for the prefetches ordered since the last access. `memory_mb` (MiB) is in use after the event.
     """
 
     time_ms: float
@@ -143,7 +141,7 @@ class MemoryLog:
         misses = 0
         for wave in waves:
             for expert in wave.found:
-                found = _FOUND[self._state[expert]]
+                found = "cache_hit" if self._state.get(expert) == CACHE else "hit"
                 accesses.append(self._access(found, expert, layer, token, prices.hit_ns, prices.hit_ns))
             for admission in wave.admitted:
                 self._tell_room_made(layer, token)

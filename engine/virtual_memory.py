@@ -245,10 +245,11 @@ class VirtualMemoryManager:
         }
 
     def _memory_over_time(self, charged: bool) -> tuple[Array, Array]:
-        """Return (time in ms, MiB in use from then on), each (events,)."""
+        """Return (time in ms, MiB in use from then on), each (instants,): what the last event at an instant left."""
         events = self.events
-        time_ms = [event.charged_time_ms if charged else event.time_ms for event in events]
-        return np.array(time_ms), np.array([event.memory_mb for event in events])
+        time_ms = np.array([event.charged_time_ms if charged else event.time_ms for event in events])
+        last = np.append(np.diff(time_ms) > 0, True)[: len(events)]
+        return time_ms[last], np.array([event.memory_mb for event in events])[last]
 
     def plot_memory(self, path: str | Path | None = None, *, charged: bool = False) -> Figure:
         """Draw the memory in use over time, with the limit; also write it to `path` (.png, .pdf or .svg)."""

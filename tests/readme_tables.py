@@ -2,8 +2,8 @@
 
     python tests/readme_tables.py [NAME …] [--write]
 
-prints the named tables (lookahead, scenario, speed; all without a name), or writes them into README.md between their
-marks. `lookahead` needs the real traces (PRESTAGE_TRACES).
+prints the named tables (lookahead, scenario, guide, speed; all without a name), or writes them into README.md between
+their marks. `lookahead` needs the real traces (PRESTAGE_TRACES).
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from prestage.engine.output.tables import GUIDE_FIGURES, guide_cells
+from prestage.engine.reproduce import virtual_memory
 from prestage.engine.scenario import Scenario, load_scenario
 from prestage.engine.simulate import simulate
 
@@ -97,7 +99,29 @@ def speed() -> str:
     )
 
 
-TABLES: dict[str, Callable[[], str]] = {"lookahead": lookahead, "scenario": scenario, "speed": speed}
+def guide() -> str:
+    """The guide's three configurations, published and ours, as `prestage reproduce virtual-memory` has them."""
+    columns = [
+        "configuration",
+        "figure",
+        "published",
+        "ours",
+        "experts shared by layers",
+        "copies charged",
+        "overlapped",
+    ]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for row in virtual_memory():
+        name = f"k={row['prefetch_k']}, {row['gpu_memory_limit_mb'] / 1024:g} GB"
+        for figure in GUIDE_FIGURES:
+            published, *ours, verdict = guide_cells(row, figure)
+            ours[0] += f" ({verdict})"
+            lines.append(f"| {' | '.join([name, figure.name, published, *ours])} |")
+            name = ""
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {"lookahead": lookahead, "scenario": scenario, "guide": guide, "speed": speed}
 
 
 def shown(name: str) -> str:

@@ -40,6 +40,7 @@ from prestage.engine.virtual_memory import VirtualMemoryError, guesses_for_targe
 from prestage.resources.profile import ProfileError
 from prestage.workloads.batches import plan_steps
 from prestage.workloads.predictors import Oracle
+from prestage.workloads.statistics import summary
 from prestage.workloads.trace import TraceError
 
 ALONE, QUEUED, HIT = 3.41, 4.146667, 0.07
@@ -513,3 +514,15 @@ def test_the_guides_scenarios_share_one_workload_and_predictor() -> None:
         assert (scenario.workload, scenario.predictor, scenario.seed) == (first.workload, first.predictor, first.seed)
     with pytest.raises(ScenarioError, match="did you mean 'guide-k5-1gb'"):
         load_scenario("guide-k5-1g")
+
+
+def test_their_skew_and_reuse_are_those_of_a_real_top_1_router(traces: Path) -> None:
+    real = summary(RoutingTrace.load(traces / "switch-base-8_encoder.npz"))
+    synthetic = load_scenario("guide-k10-2gb").workload.synthetic
+    assert synthetic is not None
+    drawn = [
+        summary(synthesize(215, 6, 8, 1, skew=synthetic.skew, reuse=synthetic.reuse, seed=seed)) for seed in range(20)
+    ]
+    gini = np.mean([run["skew"]["gini"]["mean"] for run in drawn])
+    assert gini == pytest.approx(real["skew"]["gini"]["mean"], abs=0.005)
+    assert np.mean([run["reuse"]["mean"] for run in drawn]) == pytest.approx(real["reuse"]["mean"], abs=0.005)

@@ -217,12 +217,12 @@ def plot_latency(latencies_ms: Mapping[str, Sequence[float]], *, title: str | No
         axes.barh(rows, third - first, 0.5, left=first, color=COLORS["expert"][0])
         axes.vlines(median, np.array(rows) - 0.25, np.array(rows) + 0.25, color=COLORS["demand"][0], linewidth=2)
     names = [
-        f"{name.replace('_', ' ')}\n{len(values):,} x {np.mean(values):.3g} ms" if len(values) else f"{name}\nnone"
+        f"{name.replace('_', ' ')}\n{f'{len(values):,} x {np.mean(values):.3g} ms' if len(values) else 'none'}"
         for name, values in latencies_ms.items()
     ]
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.set_xlim(0, 1.05 * max(high) or 1 if rows else 1)
+    axes.set_xlim(left=0)
     axes.set_xlabel("latency (ms)")
     _style(axes)
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -129,43 +129,63 @@ _PRICED: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
     ("speedup over no prefetch, no cache", "speedup", lambda value: f"{_number(value, 2)}x"),
     ("speedup / memory utilization", "efficiency", lambda value: _number(value, 2)),
 )
-#: The figures of the guide's table: name, key with us, key in the overlapped engine, unit and units in one of ours,
-#: the unit of differences, digits.
-_REPRODUCED = (
-    ("hit rate", "hit_rate", "hit_rate", "%", 100, "points", 1),
-    ("memory", "memory_utilization", "memory_utilization", "%", 100, "points", 1),
-    ("mean latency", "avg_latency_ms", "time_per_access_ms", "ms", 1, "ms", 2),
+
+
+class GuideFigure(NamedTuple):
+    """A figure of the guide's table: its key with us and in the overlapped engine, and how it is written."""
+
+    name: str
+    key: str
+    overlapped: str
+    unit: str
+    units_in_one: int
+    digits: int
+    difference: str
+
+
+GUIDE_FIGURES = (
+    GuideFigure("hit rate", "hit_rate", "hit_rate", "%", 100, 1, "points"),
+    GuideFigure("memory", "memory_utilization", "memory_utilization", "%", 100, 1, "points"),
+    GuideFigure("mean latency", "avg_latency_ms", "time_per_access_ms", "ms", 1, 2, "ms"),
+)
+_GUIDE_LEGEND = (
+    "ours: the guide's accounting, prefetches hidden. shared: so, if layers shared experts of one index. "
+    "charged: ours with every copy charged. overlapped: ours on one timeline; its latency is the time per access, "
+    "computation included. verdict: ours is inside the published range, or how far outside."
 )
 
 
 def print_reproduction(rows: Sequence[dict[str, Any]]) -> None:
     """Print the guide's configurations: published, in its accounting, with copies charged, overlapped; and why."""
     console = Console()
-    legend = (
-        "ours: the guide's accounting, prefetches hidden. shared: so, if layers shared experts of one index. "
-        "charged: ours with every copy charged. overlapped: ours on one timeline; its latency is the time per access, "
-        "computation included. verdict: inside the published range, "
-        "or how far outside."
-    )
-    console.print(Text(legend))
+    console.print(Text(_GUIDE_LEGEND))
     for row in rows:
         console.print(Text(f"\n{row['scenario']}", style="bold"))
         table = _table("", "published", "ours", "shared", "charged", "overlapped", "verdict")
-        for name, key, overlapped, unit, scale, difference, digits in _REPRODUCED:
-            ours, shared, verdict = row["guide_accounting"], row["shared_across_layers"], row["verdicts"][key]
-            charged = ours["copies_charged"].get(key, ours[key])
-            figures = (ours[key], shared[key], charged, row["overlapped"][overlapped])
-            low, high = (bound * scale for bound in row["published"][key])
-            off = f"{verdict['off_by'] * scale:+.{digits}f} {difference}"
-            table.add_row(
-                name,
-                f"{low:g}-{high:g} {unit}",
-                *(f"{_number(figure * scale, digits)} {unit}" for figure in figures),
-                "inside" if verdict["inside"] else off,
-            )
+        for figure in GUIDE_FIGURES:
+            table.add_row(figure.name, *guide_cells(row, figure))
         console.print(table)
-        for name, key, *_ in _REPRODUCED:
-            console.print(Text(f"  {name}: {row['verdicts'][key]['why']}.", style="dim"))
+        for figure in GUIDE_FIGURES:
+            console.print(Text(f"  {figure.name}: {row['verdicts'][figure.key]['why']}.", style="dim"))
+
+
+def guide_cells(row: dict[str, Any], figure: GuideFigure) -> list[str]:
+    """Return a figure: published, ours, if layers shared experts, with copies charged, overlapped; and the verdict."""
+    key, scale, digits = figure.key, figure.units_in_one, figure.digits
+    ours, verdict = row["guide_accounting"], row["verdicts"][key]
+    low, high = (bound * scale for bound in row["published"][key])
+    values = (
+        ours[key],
+        row["shared_across_layers"][key],
+        ours["copies_charged"].get(key, ours[key]),
+        row["overlapped"][figure.overlapped],
+    )
+    outside = f"{verdict['off_by'] * scale:+.{digits}f} {figure.difference}"
+    return [
+        f"{low:g}-{high:g} {figure.unit}",
+        *(f"{_number(value * scale, digits)} {figure.unit}" for value in values),
+        "inside" if verdict["inside"] else outside,
+    ]
 
 
 def _table(*columns: str) -> Table:
