@@ -149,8 +149,10 @@ class VirtualMemoryManager:
 
         What is on the GPU already, or finds no room, is not copied. Raises VirtualMemoryError on bad arguments.
         """
-        self._check_place(layer_id, token_id)
+        layer_id, token_id = self._place(layer_id, token_id)
         guesses = _guesses("predicted_experts", [predicted_experts], self.num_experts)
+        if guesses.ndim != 2:
+            raise VirtualMemoryError(f"predicted_experts: shape {guesses.shape[1:]}: must be one list of experts")
         ranked = _by_confidence(guesses, None if confidence_scores is None else [confidence_scores])
         wanted = [self._number(index, layer_id) for index in ranked[0, : self.prefetch_k].tolist() if index >= 0]
         return self._running().prefetch(wanted, layer_id, token_id) / 1e6
@@ -160,14 +162,16 @@ class VirtualMemoryManager:
 
         Raises VirtualMemoryError on bad arguments.
         """
-        self._check_place(layer_id, token_id)
+        layer_id, token_id = self._place(layer_id, token_id)
         _check_whole("expert_id", expert_id, 0, self.num_experts - 1)
-        (access,) = self._running().visit([self._number(expert_id, layer_id)], [1.0], layer_id, token_id)
+        (access,) = self._running().visit([self._number(int(expert_id), layer_id)], [1.0], layer_id, token_id)
         return access.latency_ms, access.event
 
-    def _check_place(self, layer_id: int, token_id: int) -> None:
+    def _place(self, layer_id: int, token_id: int) -> tuple[int, int]:
+        """Return a checked layer and token."""
         _check_whole("layer_id", layer_id, 0, self._layers - 1)
         _check_whole("token_id", token_id, 0)
+        return int(layer_id), int(token_id)
 
     def _number(self, index: int, layer: int) -> int:
         """Return the manager's number of an expert; layers that share experts are one layer to it."""

@@ -107,7 +107,7 @@ def test_ten_prefetches_cost_the_published_40_73_ms_and_a_hit_0_07() -> None:
     assert manager.prefetch_experts(range(10), None, 0, 0) == pytest.approx(40.73, abs=1e-5)
     assert manager.access_expert(3, 0, 0) == (HIT, "hit")
     assert manager.access_expert(3, 0, 1) == (HIT, "cache_hit")
-    assert manager.access_expert(99, 0, 2) == (ALONE, "miss")
+    assert manager.access_expert(np.int64(99), 0, 2) == (ALONE, "miss")  # type: ignore[arg-type]
     # The first access waits for all ten, the next ones for nothing.
     waits = [event.charged_latency_ms for event in manager.events if event.event != "prefetch"]
     assert waits == pytest.approx([40.73 + HIT, HIT, ALONE], abs=1e-5)
@@ -449,6 +449,7 @@ def test_single_calls_check_their_place() -> None:
         (lambda: manager.access_expert(0, 12, 0), r"layer_id = 12: must be an integer, 0\.\.11"),
         (lambda: manager.access_expert(0, 0, -1), r"token_id = -1"),
         (lambda: manager.prefetch_experts([128], None, 0, 0), r"predicted_experts at \(0, 0\): 128"),
+        (lambda: manager.prefetch_experts([[1]], None, 0, 0), r"predicted_experts: shape \(1, 1\)"),  # type: ignore
         (lambda: manager.prefetch_experts([1], [math.nan], 0, 0), r"confidence_scores at \(0, 0\): nan"),
         (lambda: manager.prefetch_experts([1], [1.0, 0.5], 0, 0), r"confidence_scores: shape \(1, 2\)"),
     ):
