@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -18,13 +18,24 @@ if TYPE_CHECKING:
     from .workloads.trace import RoutingTrace
 
 app = typer.Typer(
-    help="Simulate Mixture-of-Experts inference with expert offloading and prefetching.",
-    no_args_is_help=True,
+    help="""Simulate Mixture-of-Experts inference with expert offloading and prefetching.
+
+    Start with `prestage run --out prestage-out`; every command's --help has examples.
+    """,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-trace_app = typer.Typer(help="Look at, import and draw routing traces.", no_args_is_help=True)
+trace_app = typer.Typer(
+    help="""Look at, import and draw routing traces.
+
+    Such as `prestage trace synth -o trace.safetensors`, then `prestage trace info trace.safetensors`.
+    """
+)
 app.add_typer(trace_app, name="trace")
+
+# A missing argument, an unknown option and a bad value are all of the class that BadParameter is made from; typer
+# gives it no name of its own.
+_UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else there.")]
 
@@ -32,10 +43,16 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on sta
 def main() -> None:
     """Run the command line; bad input is one line and exit status 2."""
     try:
-        app()
-    except (ValueError, OSError) as error:
-        typer.echo(f"prestage: {' '.join(str(error).split())}", err=True)
-        sys.exit(2)
+        sys.exit(app(args=sys.argv[1:] or ["--help"], standalone_mode=False))
+    except _UsageError as error:
+        asked = error.ctx.command_path if error.ctx else "prestage"
+        message = f"{error.format_message().rstrip('.')}; `{asked} --help` tells more"
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    except ValueError as error:
+        message = str(error)
+    typer.echo(f"prestage: {' '.join(message.split())}", err=True)
+    sys.exit(2)
 
 
 @app.command()
@@ -55,18 +72,25 @@ def run(
 ) -> None:
     """Simulate a scenario: how fast it decodes, what was hit, late or missed, and where the time went.
 
-    Try `prestage run --set prefetch.lookahead=0`, or `--set memory.gpu_budget=50%`.
+    \b
+    Examples:
+      prestage run --out prestage-out
+      prestage run --set prefetch.lookahead=0 --set memory.gpu_budget=50%
+      prestage run gpt-oss-20b --set workload.trace=trace.npz --json
+      prestage run my-scenario.toml --no-baselines
+
+    The README lists every key; a key or name that does not exist is refused with those that do.
     """
+    from .engine.output.files import make_folder, write_result
     from .engine.scenario import load_scenario
-    from .engine.simulate import simulate
+    from .engine.simulate import load_inputs, simulate_inputs
 
+    inputs = load_inputs(load_scenario(scenario, settings or ()))
+    if out is not None:
+        make_folder(out)
     with _progress() as progress:
-        result = simulate(load_scenario(scenario, settings or ()), baselines=baselines, progress=progress)
-        written = []
-        if out is not None:
-            from .engine.output.files import write_result
-
-            written = write_result(result, out, all_spans=all_spans)
+        result = simulate_inputs(inputs, baselines=baselines, progress=progress)
+        written = [] if out is None else write_result(result, out, all_spans=all_spans)
     if json:
         _print_json(result.json_data())
         return
@@ -81,15 +105,22 @@ def run(
 def replay(
     trace: Annotated[Path, typer.Argument(help="A trace (.safetensors, .npz) or a log that `trace import` reads.")],
     budget: Annotated[str, typer.Option(help="Room for experts: 4000MiB, 512experts or 25%.")],
-    eviction: Annotated[str, typer.Option(help="The eviction policy.")] = "lru",
+    eviction: Annotated[str, typer.Option(help="The eviction policy; a wrong name lists them all.")] = "lru",
     scope: Annotated[str, typer.Option(help="One pool for all layers (global) or one each (per-layer).")] = "global",
     lookup: Annotated[str, typer.Option(help="Look up unique experts (batch) or every token's (single).")] = "batch",
     batch: Annotated[int, typer.Option(help="How many sequences decode together.")] = 1,
-    model: Annotated[str | None, typer.Option(help="The model that gives the experts' bytes.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model that gives their bytes: mixtral-8x7b …")] = None,
     expert_bytes: Annotated[int | None, typer.Option(help="Bytes of every expert.")] = None,
     json: Json = False,
 ) -> None:
-    """Replay a trace through the expert cache, without a clock: what is found, and how much is read."""
+    """Replay a trace through the expert cache, without a clock: what is found, and how much is read.
+
+    \b
+    Examples:
+      prestage replay trace.safetensors --budget 25% --model mixtral-8x7b
+      prestage replay log.route.csv --budget 4000MiB --json
+      prestage replay trace.npz --budget 512experts --scope per-layer --lookup single
+    """
     from .engine.replay import replay_trace
 
     data = replay_trace(
@@ -135,7 +166,13 @@ def trace_info(
     trace: Annotated[Path, typer.Argument(help="A trace (.safetensors, .npz) or a log that `trace import` reads.")],
     json: Json = False,
 ) -> None:
-    """Describe a trace: its shape, how skewed it is, how much is reused, and LRU hit rates by capacity."""
+    """Describe a trace: its shape, how skewed it is, how much is reused, and LRU hit rates by capacity.
+
+    \b
+    Examples:
+      prestage trace info trace.safetensors
+      prestage trace info log.route.csv --json
+    """
     from .workloads.statistics import summary
 
     data = summary(_open_trace(trace))
@@ -153,7 +190,12 @@ def trace_import(
     out: Annotated[Path, typer.Option("--out", "-o", help="The trace to write: .safetensors or .npz.")],
     format: Annotated[str, typer.Option(help="The log's format.")] = "bigmoeonedge",
 ) -> None:
-    """Turn an engine's routing log into a trace."""
+    """Turn an engine's routing log into a trace.
+
+    \b
+    Example:
+      prestage trace import log.route.csv -o trace.safetensors
+    """
     from .workloads.importers import import_trace
 
     trace = import_trace(log, format)
@@ -165,7 +207,7 @@ def trace_import(
 def trace_synth(
     out: Annotated[Path, typer.Option("--out", "-o", help="The trace to write: .safetensors or .npz.")],
     model: Annotated[str, typer.Option(help="The model whose layers, experts and top-k it has.")] = "mixtral-8x7b",
-    tokens: Annotated[int, typer.Option(help="Decode tokens, over all sequences.")] = 500,
+    tokens: Annotated[int, typer.Option(help="Tokens in all, those of the prompts included.")] = 500,
     skew: Annotated[float, typer.Option(help="Zipf exponent of the experts' popularity; 0 is even.")] = 0.5,
     working_set: Annotated[
         int | None, typer.Option(help="Experts a layer that a sequence favors; all without it.")
@@ -175,7 +217,13 @@ def trace_synth(
     prefill_tokens: Annotated[int, typer.Option(help="Prompt tokens of each sequence.")] = 0,
     seed: Annotated[int, typer.Option(help="The seed.")] = 0,
 ) -> None:
-    """Draw a synthetic trace in the shape of a model."""
+    """Draw a synthetic trace in the shape of a model.
+
+    \b
+    Examples:
+      prestage trace synth -o trace.safetensors
+      prestage trace synth --model gpt-oss-20b --tokens 200 --reuse 0.45 --working-set 16 -o trace.npz
+    """
     from .workloads.model import load_model
     from .workloads.synthetic import synthesize
 

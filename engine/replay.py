@@ -139,13 +139,13 @@ def replay_trace(
     if eviction not in EVICTION:
         raise ValueError(unknown_name("eviction", eviction, EVICTION))
     sizes = _expert_sizes(trace, model, expert_bytes)
+    known = sizes or [1] * trace.layers
+    budget_bytes = parse_budget(budget, known, trace.num_experts)
     if sizes is None and not budget.strip().endswith(("%", "experts")):
         raise ValueError(
             f"budget {budget!r}: the trace does not say how large an expert is; give --model or --expert-bytes, "
             f"or a budget in '%' or 'experts'"
         )
-    known = sizes or [1] * trace.layers
-    budget_bytes = parse_budget(budget, known, trace.num_experts)
     steps = plan_steps(trace.sequence, trace.phase, batch=batch)
     if lookup not in LOOKUPS:
         raise ValueError(unknown_name("lookup", lookup, LOOKUPS))

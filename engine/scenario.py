@@ -308,7 +308,9 @@ def _explain(problem: Mapping[str, Any]) -> str:
         near = difflib.get_close_matches(str(problem["loc"][-1]), known, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
         return f"{key}: no such key; {hint}"
-    message = str(problem["msg"]).removeprefix("Value error, ")
+    if problem["type"] in ("model_type", "dict_type"):
+        return f"{key} = {problem['input']!r}: must be a section, such as {key}.{_known_keys(problem['loc'])[0]}"
+    message = str(problem["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
     given = problem["input"]
     if isinstance(given, (str, int, float, bool)) and repr(given) not in message:
         return f"{key} = {given!r}: {message}"

@@ -162,7 +162,10 @@ def load_profile(name: str) -> Profile:
         path = Path(name)
         if not path.is_file():
             raise ProfileError(f"machine.profile = {name!r}: no such file")
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ProfileError(f"machine.profile = {name!r}: cannot be read: {error}") from None
     elif name in profile_names():
         text = (resources.files("prestage") / "calibration" / "profiles" / f"{name}.json").read_text("utf-8")
     else:
@@ -172,6 +175,13 @@ def load_profile(name: str) -> Profile:
     except json.JSONDecodeError as error:
         raise ProfileError(f"profile {name}: not JSON: {error}") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise ProfileError(f"profile {name}: {key}: {first['msg']} (given {first['input']!r})") from None
+        problems = [_explain(problem["loc"], problem["msg"], problem["input"]) for problem in error.errors()]
+        raise ProfileError(f"profile {name}: {'; '.join(problems)}") from None
+
+
+def _explain(place: tuple[int | str, ...], message: str, given: object) -> str:
+    """Return one of pydantic's problems as key, value and what would be right."""
+    key = ".".join(str(part) for part in place) or "profile"
+    message = message.removeprefix("Value error, ").replace("Input should be", "must be")
+    message = message.replace("Extra inputs are not permitted", "no such key")
+    return f"{key} = {given!r}: {message}" if isinstance(given, str | int | float) else f"{key}: {message}"

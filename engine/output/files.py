@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,13 +16,20 @@ if TYPE_CHECKING:
     from ..simulate import Result
 
 
+def make_folder(folder: Path) -> None:
+    """Make the folder that a result will be written to; OSError, before anything runs, if it takes no file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
 def write_result(result: Result, folder: Path, *, all_spans: bool = False) -> list[str]:
     """Write result.json, timeline.json.gz, timeline.png and memory.png; return a line about each.
 
     The same scenario writes the same bytes: what differs between runs (wall_s) is left out.
     Raises OSError if the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     experts = result.data["model"]["experts"]
     name = f"{result.data['model']['name']} on {result.data['scenario']['machine']['profile']}"
     time_ns, assigned_bytes, budget_bytes = memory_steps(result.recording)

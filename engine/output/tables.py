@@ -82,7 +82,11 @@ def print_replay(data: dict[str, Any]) -> None:
     rows = [
         ("all", f"{data['hits']:,} of {data['accesses']:,}", _share(data["hit_rate"], 1, 3)),
         ("decode only", decode, _share(data["hit_rate_decode"], 1, 3)),
-        ("bytes read", "unknown" if read is None else f"{read / 2**20:,.1f} MiB", f"{data['evict']:,} evictions"),
+        (
+            "bytes read",
+            "unknown (--model or --expert-bytes says)" if read is None else f"{read / 2**20:,.1f} MiB",
+            f"{data['evict']:,} evictions",
+        ),
     ]
     if data["residency_agreement"] is not None:
         rows.append(("logged residency", "agrees on", _share(data["residency_agreement"], 1, 3)))
