@@ -1,0 +1,165 @@
+"""The layout, read off the sources with `ast`: who may import whom, and what may be imported at module level."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+#: What each folder may import of the others; the modules at the top may import all.
+MAY_IMPORT = {
+    "workloads": set(),
+    "resources": set(),
+    "engine": {"workloads", "resources"},
+    "calibration": {"workloads", "resources", "engine"},
+}
+#: Slow to import: never at module level, so that `--help` and a run without pictures are quick.
+LAZY = {"torch", "matplotlib", "networkx"}
+#: Where the discrete-event kernel may be imported at all: decisions know no clock.
+CLOCKED = {"engine", "resources"}
+CLOCK_FREE = ["engine/memory_manager.py", "engine/replay.py", "engine/dispatch.py", "engine/compiled.py"]
+PACKAGES = [ROOT / name for name in MAY_IMPORT]
+MODULES = sorted([*ROOT.glob("*.py"), *(path for package in PACKAGES for path in package.rglob("*.py"))])
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def imports(path: Path, *, at_import: bool = False) -> list[tuple[int, str, str]]:
+    """(level, module, name) of every import; `at_import`: of those alone that run when the module is imported."""
+    found = []
+    waiting: list[ast.AST] = [tree_of(path)]
+    while waiting:
+        node = waiting.pop()
+        if at_import and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if at_import and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            waiting += node.orelse
+            continue
+        if isinstance(node, ast.Import):
+            found += [(0, alias.name, "") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found += [(node.level, node.module or "", alias.name) for alias in node.names]
+        waiting += ast.iter_child_nodes(node)
+    return found
+
+
+def target(path: Path, level: int, module: str, name: str) -> Path | None:
+    """The module of this project that an import loads; None for others'."""
+    if level == 0:
+        return None
+    folder = path.parents[level - 1]
+    for parts in ([*module.split("."), name] if module else [name], module.split(".") if module else []):
+        base = folder.joinpath(*parts)
+        for candidate in (base.with_suffix(".py"), base / "__init__.py"):
+            if candidate.is_file():
+                return candidate
+    raise AssertionError(f"{name_of(path)} imports {'.' * level}{module} {name}, which is not there")
+
+
+def folder_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).parts
+    return parts[0] if len(parts) > 1 else ""
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_a_folder_imports_only_those_below_it_even_inside_functions_and_for_types(path: Path) -> None:
+    home = folder_of(path)
+    loaded = [target(path, *found) for found in imports(path)]
+    others = {folder_of(module) for module in loaded if module is not None} - {home}
+    if home:
+        assert others <= MAY_IMPORT[home]
+    elif path.name != "cli.py":
+        assert "calibration" not in others  # of the modules at the top, the command line alone
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_inside_imports_are_relative(path: Path) -> None:
+    assert not [module for level, module, _ in imports(path) if level == 0 and module.split(".")[0] == "prestage"]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_what_is_slow_to_import_is_imported_where_it_is_used(path: Path) -> None:
+    loaded = {module.split(".")[0] for level, module, _ in imports(path, at_import=True) if level == 0}
+    assert not loaded & LAZY
+    anywhere = {module.split(".")[0] for level, module, _ in imports(path) if level == 0}
+    if "matplotlib" in anywhere:
+        assert name_of(path) == "engine/output/plots.py"
+    if "torch" in anywhere:
+        assert folder_of(path) in ("workloads", "calibration")
+    if "simpy" in anywhere:
+        assert folder_of(path) in CLOCKED
+
+
+@pytest.mark.parametrize("name", CLOCK_FREE)
+def test_what_decides_knows_no_clock(name: str) -> None:
+    seen, waiting = set(), [ROOT / name]
+    while waiting:  # nor anything that it loads
+        path = waiting.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        for level, module, imported in imports(path, at_import=True):
+            assert module.split(".")[0] != "simpy", f"{name} loads simpy by way of {name_of(path)}"
+            loaded = target(path, level, module, imported)
+            waiting += [loaded] if loaded else []
+
+
+@pytest.mark.parametrize("path", [ROOT / "__init__.py", ROOT / "cli.py"], ids=name_of)
+def test_the_front_door_imports_nothing_of_its_own_until_it_is_used(path: Path) -> None:
+    assert not [module for level, module, _ in imports(path, at_import=True) if level > 0]
+
+
+def test_no_circle() -> None:
+    graph = {path: {target(path, *found) for found in imports(path, at_import=True)} - {None} for path in MODULES}
+    assert len(list(TopologicalSorter(graph).static_order())) == len(MODULES)  # CycleError names a circle
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_every_module_opens_by_saying_what_it_is(path: Path) -> None:
+    said = ast.get_docstring(tree_of(path))
+    assert said is not None
+    assert said.splitlines()[0].endswith((".", ":", ",")), "the first line is a sentence"
+
+
+def test_every_package_is_listed_and_every_folder_of_modules_is_a_package() -> None:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    listed = config["options"]["packages"].split()
+    folders = {path.parent for path in MODULES}
+    assert all((folder / "__init__.py").is_file() for folder in folders)
+    assert sorted(listed) == sorted(".".join(["prestage", *folder.relative_to(ROOT).parts]) for folder in folders)
+
+
+def test_every_data_file_inside_a_package_is_shipped() -> None:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    shipped = config["options.package_data"]
+    for package in PACKAGES:
+        for path in package.rglob("*"):
+            if path.suffix in (".toml", ".json"):
+                name = ".".join(["prestage", *path.parent.relative_to(ROOT).parts])
+                assert f"*{path.suffix}" in shipped.get(name, ""), f"{name_of(path)} is not in package_data"
+
+
+def test_the_rules_can_tell(tmp_path: Path) -> None:
+    # The reader of imports itself: what runs at import, what does not, and what is only for types.
+    path = tmp_path / "module.py"
+    path.write_text(
+        "from typing import TYPE_CHECKING\nimport torch.nn\nif TYPE_CHECKING:\n    import a\nelse:\n    import b\n"
+        "try:\n    from . import c\nexcept ImportError:\n    pass\nclass K:\n    import d\n"
+        "    def f(self):\n        import e\n",
+        encoding="utf-8",
+    )
+    at_import = {(level, module or name) for level, module, name in imports(path, at_import=True)}
+    assert at_import == {(0, "typing"), (0, "torch.nn"), (0, "b"), (1, "c"), (0, "d")}
+    assert {module or name for _, module, name in imports(path)} == {"typing", "torch.nn", "a", "b", "c", "d", "e"}
