@@ -43,7 +43,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on sta
 def main() -> None:
     """Run the command line; bad input is one line and exit status 2."""
     try:
-        sys.exit(app(args=sys.argv[1:] or ["--help"], standalone_mode=False))
+        sys.exit(app(args=sys.argv[1:] or ["--help"], prog_name="prestage", standalone_mode=False))
     except _UsageError as error:
         asked = error.ctx.command_path if error.ctx else "prestage"
         message = f"{error.format_message().rstrip('.')}; `{asked} --help` tells more"
@@ -217,13 +217,15 @@ def trace_synth(
     prefill_tokens: Annotated[int, typer.Option(help="Prompt tokens of each sequence.")] = 0,
     seed: Annotated[int, typer.Option(help="The seed.")] = 0,
 ) -> None:
-    """Draw a synthetic trace in the shape of a model.
+    """Draw a synthetic trace in the shape of a model, whose experts' bytes it names.
 
     \b
     Examples:
       prestage trace synth -o trace.safetensors
       prestage trace synth --model gpt-oss-20b --tokens 200 --reuse 0.45 --working-set 16 -o trace.npz
     """
+    from dataclasses import replace
+
     from .workloads.model import load_model
     from .workloads.synthetic import synthesize
 
@@ -240,6 +242,7 @@ def trace_synth(
         prefill_tokens=prefill_tokens,
         seed=seed,
     )
+    trace = replace(trace, meta={**trace.meta, "model": shape.name}, extra={"expert_bytes": shape.expert_bytes})
     trace.save(out)
     typer.echo(f"{out}: {trace.tokens} tokens, {trace.layers} layers, top-{trace.k} of {trace.num_experts} experts")
 
