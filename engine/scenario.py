@@ -312,9 +312,9 @@ def _explain(problem: Mapping[str, Any]) -> str:
         return f"{key} = {problem['input']!r}: must be a section, such as {key}.{_known_keys(problem['loc'])[0]}"
     message = str(problem["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
     given = problem["input"]
-    if isinstance(given, (str, int, float, bool)) and repr(given) not in message:
-        return f"{key} = {given!r}: {message}"
-    return f"{key} = {message}" if message.startswith(repr(given)) else f"{key}: {message}"
+    if message.startswith(repr(given)):
+        return f"{key} = {message}"
+    return f"{key} = {given!r}: {message}" if isinstance(given, str | int | float) else f"{key}: {message}"
 
 
 def _known_keys(path: tuple[int | str, ...]) -> list[str]:

@@ -1,0 +1,294 @@
+"""The scenario: what is refused and how, budgets, `--set`, and that everything shipped is valid."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prestage.engine.scenario import (
+    Scenario,
+    ScenarioError,
+    load_scenario,
+    make_scenario,
+    parse_budget,
+    parse_bytes,
+    scenario_names,
+)
+from prestage.engine.simulate import load_inputs
+from prestage.resources.profile import profile_names
+from prestage.workloads.model import preset_names
+
+TRACE = '[workload]\ntrace = "t.npz"\n'
+MIB = 2**20
+
+
+def toml(folder: Path, text: str) -> Path:
+    path = folder / "s.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def leaves(sections: dict[str, Any], at: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
+    """Every key of a scenario with its value."""
+    found: list[tuple[tuple[str, ...], Any]] = []
+    for key, value in sections.items():
+        found += leaves(value, (*at, key)) if isinstance(value, dict) else [((*at, key), value)]
+    return found
+
+
+FULL = load_scenario("default").plain()
+KEYS = [path for path, _ in leaves(FULL)]
+SECTIONS = [*{path[:-1] for path in KEYS}]
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=".".join)
+def test_every_section_refuses_a_key_it_does_not_have(section: tuple[str, ...]) -> None:
+    setting = ".".join([*section, "zzz"]) + "=1"
+    with pytest.raises(ScenarioError, match=rf"^scenario 'default': {setting[:-2]}: no such key; known keys: \w+"):
+        load_scenario("default", [setting])
+
+
+@pytest.mark.parametrize("path", KEYS, ids=".".join)
+def test_every_key_misspelled_is_told_the_nearest(path: tuple[str, ...]) -> None:
+    wrong = path[-1] + "x"
+    with pytest.raises(ScenarioError) as error:
+        load_scenario("default", [f"{'.'.join([*path[:-1], wrong])}=1"])
+    assert f"{wrong}: no such key; did you mean {path[-1]!r}?" in str(error.value)
+
+
+@pytest.mark.parametrize("path", KEYS, ids=".".join)
+def test_every_key_refuses_a_value_of_another_type_naming_key_and_value(path: tuple[str, ...]) -> None:
+    name = ".".join(path)
+    with pytest.raises(ScenarioError) as error:
+        load_scenario("default", [f"{name}=[1]"])
+    assert str(error.value).startswith(f"scenario 'default': {name}: must be ")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("", "seed", -1, "seed = -1: must be greater than or equal to 0"),
+        ("", "seed", 2**63, "seed = 9223372036854775808: must be less than"),
+        ("", "seed", True, "seed = True: must be a valid integer"),
+        ("model", "layers", 0, "model.layers = 0: must be greater than or equal to 1"),
+        ("model", "top_k", 1.5, "model.top_k = 1.5: must be a valid integer"),
+        ("workload", "batch", 0, "workload.batch = 0: must be greater than or equal to 1"),
+        ("workload", "batch", "1", "workload.batch = '1': must be a valid integer"),
+        ("workload", "prefill", "some", "workload.prefill = 'some': choose one of skip, whole, chunked"),
+        ("workload", "tokens", 0, "workload.tokens = 0: must be greater than or equal to 1"),
+        ("memory", "scope", "layer", "memory.scope = 'layer': choose one of global, per-layer (did you mean 'per-l"),
+        ("memory", "eviction", "lrv", "memory.eviction = 'lrv': choose one of "),
+        ("memory", "gpu_budget", "25", "memory: gpu_budget = '25': write it as '25%', '4GiB' or '512experts'"),
+        ("memory", "gpu_budget", "4 gib", "memory: gpu_budget = '4 gib': write it as"),
+        ("memory", "gpu_budget", "-1%", "memory: gpu_budget = '-1%': write it as"),
+        ("memory", "gpu_budget", 4, "memory.gpu_budget = 4: must be a valid string"),
+        ("predictor", "name", "orcale", "predictor.name = 'orcale': choose one of "),
+        ("predictor", "name", "orcale", "(did you mean 'oracle'?)"),
+        ("predictor", "recall", 1.01, "predictor.recall = 1.01: must be less than or equal to 1"),
+        ("predictor", "recall", float("nan"), "predictor.recall = nan: must be a finite number"),
+        ("predictor", "latency_us", -0.5, "predictor.latency_us = -0.5: must be greater than or equal to 0"),
+        ("predictor", "lane", "cpu", "predictor.lane = 'cpu': choose one of gpu, compute, host, free"),
+        ("prefetch", "policy", "top", "prefetch.policy = 'top': choose one of "),
+        ("prefetch", "k", 0, "prefetch.k = 0: must be greater than or equal to 1"),
+        ("prefetch", "lookahead", -1, "prefetch.lookahead = -1: must be greater than or equal to 0"),
+        ("prefetch", "protect", "yes", "prefetch.protect = 'yes': choose one of "),
+        ("prefetch", "issue", "now", "prefetch.issue = 'now': choose one of "),
+        ("dispatch", "mode", "lazy", "dispatch.mode = 'lazy': choose one of eager, graph, free"),
+        ("dispatch", "router_readback", "no", "dispatch.router_readback = 'no': must be a valid boolean"),
+        ("dispatch", "expert_order", "id", "dispatch.expert_order = 'id': choose one of router, resident_first"),
+        ("dispatch", "expert_kernel", "one", "dispatch.expert_kernel = 'one': choose one of separate, grouped"),
+        ("dispatch", "launch_queue_depth", 0, "dispatch.launch_queue_depth = 0: must be greater than or equal to 1"),
+        ("copy", "discipline", "lifo", "copy.discipline = 'lifo': choose one of fifo, two_streams, priority (did you"),
+        ("copy", "chunk_bytes", -1, "copy.chunk_bytes = -1: must be greater than or equal to 0"),
+        ("copy", "drop_stale", True, "copy: drop_stale = true needs discipline = 'priority' (given 'fifo')"),
+        ("copy", "host_memory", "paged", "copy.host_memory = 'paged': must be 'pinned' or 'pageable'"),
+    ],
+)
+def test_a_bad_value_is_refused_saying_what_would_do(section: str, key: str, value: Any, message: str) -> None:
+    data: dict[str, Any] = {"workload": {"trace": "t.npz"}}
+    (data.setdefault(section, {}) if section else data)[key] = value
+    with pytest.raises(ScenarioError) as error:
+        make_scenario(data, "mine")
+    assert message in str(error.value)
+    assert str(error.value).startswith("mine: ") and "\n" not in str(error.value)
+
+
+def test_all_problems_are_told_at_once() -> None:
+    data = {"workload": {"trace": "t", "batch": 0}, "prefetch": {"polcy": "none"}, "sed": 1}
+    with pytest.raises(ScenarioError) as error:
+        make_scenario(data)
+    said = str(error.value)
+    assert all(part in said for part in ("workload.batch = 0", "prefetch.polcy: no such key", "sed: no such key"))
+
+
+@pytest.mark.parametrize(
+    "workload", ["", '[workload]\ntrace = "t"\n[workload.synthetic]\ntokens = 3\n', "[workload]\n"]
+)
+def test_a_workload_is_a_trace_or_a_synthetic_one(tmp_path: Path, workload: str) -> None:
+    with pytest.raises(ScenarioError, match="workload: "):
+        load_scenario(toml(tmp_path, workload))
+
+
+def test_a_file_that_is_not_there_or_not_text_or_not_toml_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ScenarioError, match=r"none\.toml': cannot be read: No such file or directory"):
+        load_scenario(tmp_path / "none.toml")
+    with pytest.raises(ScenarioError, match=r"s\.toml': not TOML: .* \(at line 2, column 8\)"):
+        load_scenario(toml(tmp_path, "# Mine.\nseed = x\n"))
+    (tmp_path / "s.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ScenarioError, match="not UTF-8 text"):
+        load_scenario(tmp_path / "s.toml")
+    with pytest.raises(ScenarioError, match=r"scenario = 'sped': choose one of .* \(did you mean 'speed'\?\)"):
+        load_scenario("sped")
+
+
+# Budgets.
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("25%", 8 * (30 + 10) // 4),  # of 8 experts in each of two layers, of 30 and of 10 bytes
+        ("100%", 320),
+        ("12.5%", 40),
+        ("0.1%", 0),  # rounded down: the manager refuses what holds no expert
+        ("3experts", 90),  # room for any three: of the largest
+        ("2.5experts", 75),
+        ("7B", 7),
+        ("1KiB", 1024),
+        ("1.5MiB", MIB + MIB // 2),
+        ("4GiB", 4 * 2**30),
+        ("1TiB", 2**40),
+        ("2KB", 2000),
+        ("3MB", 3 * 10**6),
+        ("4 GB", 4 * 10**9),
+        (" 25 % ", 80),
+    ],
+)
+def test_a_budget_reads(text: str, expected: int) -> None:
+    assert parse_budget(text, [30, 10], 8) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["", "25", "%", "-1%", "1e3B", "4Gib", "4 gigabytes", "1,5GiB", "25%%", "experts", ".5%"]
+)
+def test_a_budget_that_does_not_read_is_refused(text: str) -> None:
+    with pytest.raises(ScenarioError) as error:
+        parse_budget(text, [1], 1)
+    assert str(error.value) == f"budget {text!r}: write it as '25%', '4GiB' or '512experts'"
+
+
+@given(st.integers(0, 10**9), st.integers(0, 9), st.lists(st.integers(1, 10**12), min_size=1), st.integers(1, 512))
+def test_a_percentage_is_exact_at_any_size(whole: int, tenths: int, sizes: list[int], experts: int) -> None:
+    # In integers: floats would lose bytes of models beyond 2^53 bytes x percent.
+    assert parse_budget(f"{whole}.{tenths}%", sizes, experts) == (10 * whole + tenths) * sum(sizes) * experts // 1000
+
+
+def test_bytes_are_bytes_not_shares() -> None:
+    assert parse_bytes("24GiB") == 24 * 2**30
+    for text in ("25%", "3experts", "24"):
+        with pytest.raises(ScenarioError, match="write bytes as '24GiB'"):
+            parse_bytes(text)
+
+
+# --set.
+
+
+@pytest.mark.parametrize(
+    ("setting", "path", "value"),
+    [
+        ("seed=7", ("seed",), 7),
+        (" prefetch.lookahead = 3 ", ("prefetch", "lookahead"), 3),
+        ("memory.gpu_budget=50%", ("memory", "gpu_budget"), "50%"),
+        ("predictor.recall=1", ("predictor", "recall"), 1.0),
+        ("predictor.name=previous-token", ("predictor", "name"), "previous-token"),
+        ('predictor.name="oracle"', ("predictor", "name"), "oracle"),
+        ("dispatch.router_readback=false", ("dispatch", "router_readback"), False),
+        ("workload.synthetic.tokens=9", ("workload", "synthetic", "tokens"), 9),
+        ("copy.host_memory=pinned", ("copy", "host_memory"), "pinned"),
+        ("copy.chunk_bytes=4_194_304", ("copy", "chunk_bytes"), 4 * MIB),
+    ],
+)
+def test_a_setting_is_read_as_toml_or_else_as_a_bare_string(setting: str, path: tuple[str, ...], value: Any) -> None:
+    assert dict(leaves(load_scenario("default", [setting]).plain()))[path] == value
+
+
+def test_a_setting_changes_nothing_else() -> None:
+    changed = dict(leaves(load_scenario("default", ["prefetch.lookahead=3"]).plain()))
+    assert {path for path, value in leaves(FULL) if changed[path] != value} == {("prefetch", "lookahead")}
+
+
+def test_a_trace_set_from_outside_takes_the_place_of_the_synthetic_one() -> None:
+    workload = load_scenario("default", ["workload.trace=there/t.npz"]).workload
+    assert (workload.trace, workload.synthetic) == ("there/t.npz", None)
+
+
+@pytest.mark.parametrize("setting", ["seed", "=3", "a..b=3", ".seed=1"])
+def test_a_setting_that_does_not_read_is_refused(setting: str) -> None:
+    with pytest.raises(ScenarioError, match=r"write it as section\.key=value"):
+        load_scenario("default", [setting])
+
+
+def test_a_value_is_not_a_section() -> None:
+    with pytest.raises(ScenarioError, match=r"--set 'seed.x=3': 'seed' is a value, not a section"):
+        load_scenario(None, ["seed=1", "seed.x=3"])
+    with pytest.raises(ScenarioError, match=r"memory = 3: must be a section, such as memory\.gpu_budget"):
+        load_scenario(None, ["memory=3"])
+
+
+# Files.
+
+
+def test_a_trace_named_in_a_file_lies_beside_it(tmp_path: Path) -> None:
+    assert load_scenario(toml(tmp_path, TRACE)).workload.trace == str(tmp_path / "t.npz")
+    absolute = tmp_path / "elsewhere" / "t.npz"
+    assert load_scenario(toml(tmp_path, f"[workload]\ntrace = {str(absolute)!r}\n")).workload.trace == str(absolute)
+
+
+def test_what_a_scenario_says_of_itself_is_that_scenario() -> None:
+    for name in scenario_names():
+        scenario = load_scenario(name)
+        assert make_scenario(scenario.plain()) == scenario
+
+
+def test_what_is_left_out_has_its_default(tmp_path: Path) -> None:
+    scenario = load_scenario(toml(tmp_path, TRACE))
+    assert scenario == Scenario.model_validate({"workload": {"trace": str(tmp_path / "t.npz")}})
+    assert (scenario.memory.gpu_budget, scenario.prefetch.lookahead, scenario.copy_.discipline) == ("25%", 1, "fifo")
+
+
+def test_a_scenario_never_changes() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load_scenario().seed = 1  # type: ignore[misc]
+
+
+# Everything shipped.
+
+
+@pytest.mark.parametrize("name", scenario_names())
+def test_every_shipped_scenario_loads_and_fits_together(name: str) -> None:
+    inputs = load_inputs(load_scenario(name, ["workload.tokens=3"]))
+    assert inputs.layer_visits >= 3 * inputs.model.layers
+    assert inputs.budget_bytes >= max(inputs.model.expert_bytes)
+
+
+def test_without_a_name_the_default_is_loaded() -> None:
+    assert load_scenario() == load_scenario("default")
+    assert {"default", "gpt-oss-20b", "speed"} <= set(scenario_names())
+
+
+@pytest.mark.parametrize("profile", profile_names())
+@pytest.mark.parametrize("preset", preset_names())
+def test_every_model_runs_on_every_machine_as_far_as_its_inputs(preset: str, profile: str) -> None:
+    synthetic = ["workload.synthetic.tokens=2", "workload.synthetic.working_set=8"]
+    small = [*synthetic, "workload.synthetic.sequences=1", "workload.synthetic.prefill_tokens=0", "workload.tokens=2"]
+    settings = [*small, f"model.preset={preset}", f"machine.profile={profile}"]
+    inputs = load_inputs(load_scenario("default", settings))
+    assert (inputs.model.name, inputs.profile.name) == (preset, profile)
+    assert inputs.trace.experts.shape == (2, inputs.model.layers, inputs.model.top_k)
