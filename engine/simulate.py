@@ -123,7 +123,9 @@ def load_inputs(scenario: Scenario) -> Inputs:
             given = f"memory.total_bytes = {scenario.memory.total_bytes!r}"
             raise ScenarioError(f"{given}: less dense weights, KV cache and workspace, {error}") from None
     inputs = Inputs(scenario, model, profile, trace, steps, budget_bytes, guesses, budgets)
-    make_manager(inputs)  # refuses a budget that is too small before anything runs
+    # Before anything runs, these refuse a budget that is too small and host memory that the profile lacks.
+    make_manager(inputs)
+    Costs(model, profile, scenario)
     return inputs
 
 

@@ -282,6 +282,7 @@ BAD_RUN: list[tuple[list[str], str]] = [
     (["--set", "model=gpt-oss-20b"], "model = 'gpt-oss-20b': must be a section, such as model.preset"),
     (["--set", "machine.profile=rtx309"], "machine.profile = 'rtx309': choose one of h200-pcie5, rtx3090, FILE.json"),
     (["--set", "workload.trace=none.npz"], "none.npz: cannot be read: No such file or directory"),
+    (["--set", "machine.profile=rtx3090", "--set", "copy.host_memory=pinned"], "copy.host_memory = 'pinned': profile"),
     (["--set", "nothing"], "--set 'nothing': write it as section.key=value"),
     (["--set", "model.top_k=3", "--set", "workload.trace=top4.npz"], "model.top_k = 3 (gpt-oss-20b), but the trace"),
     (["--bogus"], "No such option: --bogus"),
