@@ -9,6 +9,7 @@ their marks. `lookahead` needs the real traces (PRESTAGE_TRACES).
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from prestage.engine.output.tables import GUIDE_FIGURES, guide_cells
 from prestage.engine.reproduce import virtual_memory
-from prestage.engine.scenario import Scenario, load_scenario
+from prestage.engine.scenario import Scenario, ScenarioError, SyntheticSection, load_scenario
 from prestage.engine.simulate import simulate
 
 ROOT = Path(__file__).parent.parent
@@ -63,18 +64,35 @@ def lookahead() -> str:
 
 
 def scenario() -> str:
-    """Every key of a scenario with its default, as TOML."""
+    """Every key of a scenario with its default and its choices, as TOML."""
     example = Scenario.model_validate({"workload": {"trace": "t.safetensors"}})
     lines = ["```toml", f"seed = {example.seed}"]
     for section, keys in example.plain().items():
-        if not isinstance(keys, dict):
-            continue
-        described = getattr(example, "copy_" if section == "copy" else section).__doc__ or ""
-        lines += [f"[{section}]", f"# {described.splitlines()[0]}"]
-        lines += [
-            f"# {key} is not set" if value is None else f"{key} = {json.dumps(value)}" for key, value in keys.items()
-        ]
+        if isinstance(keys, dict):
+            described = getattr(example, "copy_" if section == "copy" else section).__doc__
+            lines += [f"[{section}]", *_comment(described)]
+            lines += [_key(section, key, value) for key, value in keys.items() if key != "synthetic"]
+        if section == "workload":
+            synthetic = SyntheticSection()
+            lines += ["# Instead of trace:", "# [workload.synthetic]", *_comment(synthetic.__doc__)]
+            lines += [f"# {_key('workload.synthetic', *item)}" for item in synthetic.model_dump().items()]
     return "\n".join([*lines, "```"])
+
+
+def _comment(docstring: str | None) -> list[str]:
+    return [f"# {line}" for line in inspect.cleandoc(docstring or "").splitlines() if line]
+
+
+def _key(section: str, key: str, value: object) -> str:
+    """Return one line of TOML; the choices are those that the refusal of a wrong one names."""
+    line = f"{key} is not set" if value is None else f"{key} = {json.dumps(value)}"
+    try:
+        load_scenario(None, [f"{section}.{key}=?"])
+    except ScenarioError as error:
+        choices = re.search(r"choose one of (.*)|must be '(.*)'", str(error))
+        if choices:
+            line += f"  # {choices[1] or choices[2].replace(chr(39), '')}"
+    return f"# {line}" if value is None and "synthetic" not in section else line
 
 
 def speed() -> str:

@@ -255,4 +255,4 @@ def test_a_profile_that_is_not_there_or_not_json_is_refused(tmp_path: Path) -> N
 
 def test_a_profile_never_changes() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        load_profile("h200-pcie5").host.launch.ns = 0  # type: ignore[misc]
+        load_profile("h200-pcie5").host.launch.ns = 0

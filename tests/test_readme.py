@@ -1,0 +1,138 @@
+"""The README is tested: its commands run, its tables are what their makers print, and what it names exists.
+
+Left out: installing (`.ci/run` does that on a fresh environment) and running the tests themselves. `prestage run` is
+run as written, over fewer tokens.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import readme_tables
+
+from prestage.engine.scenario import load_scenario, make_scenario, scenario_names
+from prestage.engine.simulate import simulate
+from prestage.resources.profile import profile_names
+from prestage.workloads.model import preset_names
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS: list[tuple[str, str]] = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+#: `prestage` as the shell of a user knows it, but for the number of tokens.
+SHELL = f"""
+set -euo pipefail
+prestage() {{
+    if [ "$1" = run ]; then set -- "$@" --set workload.tokens=4; fi
+    {sys.executable!r} -m prestage "$@"
+}}
+"""
+
+
+def blocks(language: str) -> list[str]:
+    return [text for name, text in BLOCKS if name == language]
+
+
+INSTALLING = [block for block in blocks("bash") if "venv" in block]
+WITH_TRACES = [block for block in blocks("bash") if "$PRESTAGE_TRACES" in block]
+COMMANDS = [block for block in blocks("bash") if block not in INSTALLING + WITH_TRACES]
+
+
+def run_in(folder: Path, command: list[str]) -> str:
+    environment = {**os.environ, "MPLBACKEND": "Agg"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# Its commands.
+
+
+def test_two_commands_do_all_the_set_up() -> None:
+    first, second = INSTALLING
+    assert "pip install -c constraints.txt -e '.[test]' && prestage run --out prestage-out" in first
+    assert second.strip() == ". .venv/bin/activate && pytest"
+
+
+def test_there_are_commands_to_run() -> None:
+    assert len(COMMANDS) >= 1 and len(WITH_TRACES) >= 1 and len(blocks("python")) >= 1
+
+
+@pytest.mark.parametrize("block", COMMANDS)
+def test_its_commands_run(block: str, tmp_path: Path) -> None:
+    assert run_in(tmp_path, ["bash", "-c", SHELL + block])
+
+
+@pytest.mark.parametrize("block", WITH_TRACES)
+def test_its_commands_over_real_traces_run(block: str, tmp_path: Path, traces: Path) -> None:
+    assert run_in(tmp_path, ["bash", "-c", SHELL + block])
+
+
+def test_what_the_first_command_writes_is_what_it_says(tmp_path: Path) -> None:
+    run_in(tmp_path, ["bash", "-c", SHELL + "prestage run --no-baselines --out prestage-out"])
+    for path in (tmp_path / "prestage-out").iterdir():
+        assert f"`{path.name}`" in README
+
+
+@pytest.mark.parametrize("block", blocks("python"))
+def test_its_python_runs(block: str, tmp_path: Path) -> None:
+    assert "cache_hit" in run_in(tmp_path, [sys.executable, "-c", block])
+
+
+# Its tables.
+
+
+def test_every_number_table_has_a_maker_and_every_maker_a_place() -> None:
+    assert re.findall(r"<!-- tests/readme_tables\.py (\S+) -->", README) == [*readme_tables.TABLES]
+    rest = re.sub(r"<!-- tests/readme_tables\.py .*?<!-- end -->", "", README, flags=re.DOTALL)
+    for row in re.findall(r"^\|.*\|$", rest, re.MULTILINE):  # formulas are by hand, numbers never
+        assert not re.search(r"\d+\.\d|\d%", row), row
+
+
+def test_the_scenario_keys_shown_are_those_there_are() -> None:
+    assert readme_tables.shown("scenario") == readme_tables.scenario(), (
+        "renew it: python tests/readme_tables.py scenario --write"
+    )
+    (block,) = blocks("toml")
+    assert make_scenario(tomllib.loads(block)).plain()["workload"]["trace"] == "t.safetensors"
+
+
+def test_a_table_is_written_between_its_marks_and_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "README.md"
+    path.write_text(README, encoding="utf-8")
+    monkeypatch.setattr(readme_tables, "README", path)
+    readme_tables.write("speed", "NEW \\1")
+    assert readme_tables.shown("speed") == "NEW \\1"
+    readme_tables.write("speed", "")
+    without = re.sub(r"(readme_tables\.py speed -->\n).*?(<!-- end -->)", r"\1\n\2", README, flags=re.DOTALL)
+    assert path.read_text(encoding="utf-8") == without
+
+
+# What it names.
+
+
+def test_it_names_every_model_profile_and_scenario() -> None:
+    for name in [*preset_names(), *profile_names(), *scenario_names()]:
+        assert re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", README), name
+
+
+def test_it_names_every_file_by_a_path_that_is_there() -> None:
+    named = re.findall(r"\]\(((?!http)[^)]+)\)", README)
+    named += re.findall(r"`((?:workloads|calibration|engine|tests|docs)/[\w./-]*)`", README)
+    assert "docs/timeline.png" in named
+    for name in named:
+        assert (ROOT / name).exists(), name
+
+
+def test_the_numbers_it_explains_are_those_of_a_result() -> None:
+    data = simulate(load_scenario(None, ["model.layers=2", "workload.tokens=2"])).data
+    explained = re.findall(r"^\| (.*?) \|", README.split("| number | formula |")[1].split("\n\n")[0], re.MULTILINE)
+    keys = [key for cell in explained for key in re.findall(r"`(\w+)`", cell)]
+    assert len(keys) > 10
+    for key in keys:
+        assert key in data, key
