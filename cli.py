@@ -226,6 +226,8 @@ def trace_synth(
     """
     from dataclasses import replace
 
+    import numpy as np
+
     from .workloads.model import load_model
     from .workloads.synthetic import synthesize
 
@@ -242,7 +244,8 @@ def trace_synth(
         prefill_tokens=prefill_tokens,
         seed=seed,
     )
-    trace = replace(trace, meta={**trace.meta, "model": shape.name}, extra={"expert_bytes": shape.expert_bytes})
+    sizes = np.array(shape.expert_bytes)
+    trace = replace(trace, meta={**trace.meta, "model": shape.name}, extra={"expert_bytes": sizes})
     trace.save(out)
     typer.echo(f"{out}: {trace.tokens} tokens, {trace.layers} layers, top-{trace.k} of {trace.num_experts} experts")
 
