@@ -81,8 +81,11 @@ class Timeline:
         return len(self._buffer) // SPAN.itemsize
 
     def spans(self) -> npt.NDArray[Any]:
-        """Return all spans as a structured array of dtype SPAN, in recording order (a copy)."""
-        return np.frombuffer(bytes(self._buffer), dtype=SPAN)
+        """Return all spans as a structured array of dtype SPAN, in recording order.
+
+        It is a read-only view, so that a long timeline is not held twice: while it lives, nothing can be recorded.
+        """
+        return np.frombuffer(memoryview(self._buffer).toreadonly(), dtype=SPAN)
 
     def lanes_with(self, role: str) -> list[int]:
         """Return the numbers of the lanes of one role."""
