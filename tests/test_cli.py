@@ -295,7 +295,7 @@ BAD: list[tuple[list[str], str]] = [
     *((["run", *arguments], message) for arguments, message in BAD_RUN),
     (["walk"], "No such command 'walk'; `prestage --help` tells more"),
     (["trace"], "Missing command; `prestage trace --help` tells more"),
-    (["replay"], "Missing argument 'trace'; `prestage replay --help` tells more"),
+    (["replay"], "; `prestage replay --help` tells more"),
     (["replay", "top4.npz"], "Missing option '--budget'; `prestage replay --help` tells more"),
     (["replay", "top4.npz", "--budget", "lots"], "budget 'lots': write it as '25%', '4GiB' or '512experts'"),
     (["replay", "top4.npz", "--budget", "25%", "--batch", "x"], "Invalid value for '--batch'"),
