@@ -139,7 +139,7 @@ def guide() -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {"lookahead": lookahead, "scenario": scenario, "guide": guide, "speed": speed}
+TABLES: dict[str, Callable[[], str]] = {"lookahead": lookahead, "guide": guide, "scenario": scenario, "speed": speed}
 
 
 def shown(name: str) -> str:

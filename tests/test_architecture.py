@@ -34,15 +34,18 @@ def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
-def imports(path: Path, *, at_import: bool = False) -> list[tuple[int, str, str]]:
-    """(level, module, name) of every import; `at_import`: of those alone that run when the module is imported."""
+def imports(path: Path, *, runs: bool = False, at_import: bool = False) -> list[tuple[int, str, str]]:
+    """(level, module, name) of every import.
+
+    `runs`: without those for type checkers; `at_import`: of those alone that run when the module is imported.
+    """
     found = []
     waiting: list[ast.AST] = [tree_of(path)]
     while waiting:
         node = waiting.pop()
         if at_import and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             continue
-        if at_import and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        if (runs or at_import) and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             waiting += node.orelse
             continue
         if isinstance(node, ast.Import):
@@ -91,7 +94,7 @@ def test_inside_imports_are_relative(path: Path) -> None:
 def test_what_is_slow_to_import_is_imported_where_it_is_used(path: Path) -> None:
     loaded = {module.split(".")[0] for level, module, _ in imports(path, at_import=True) if level == 0}
     assert not loaded & LAZY
-    anywhere = {module.split(".")[0] for level, module, _ in imports(path) if level == 0}
+    anywhere = {module.split(".")[0] for level, module, _ in imports(path, runs=True) if level == 0}
     if "matplotlib" in anywhere:
         assert name_of(path) == "engine/output/plots.py"
     if "torch" in anywhere:
