@@ -147,7 +147,7 @@ class Ranking:
         if not heap:
             return
         yield heap[0][2]  # nearly always the last that is asked for
-        frontier = [(heap[place], place) for place in (1, 2) if place < len(heap)]
+        frontier = sorted((heap[place], place) for place in (1, 2) if place < len(heap))
         while frontier:
             (_, stamp, expert), place = heappop(frontier)
             for child in (2 * place + 1, 2 * place + 2):
