@@ -176,15 +176,15 @@ class S3Fifo(Eviction):
     As in the authors' libCacheSim, so do those that find the small queue full before anybody was evicted.
     """
 
-    SMALL, GHOSTS = 0.1, 0.9
+    SMALL_TENTHS, GHOST_TENTHS = 1, 9
     USES_TO_STAY, MOST_MARKS = 2, 3
 
     def __init__(self, setting: Setting = NO_SETTING) -> None:
         super().__init__(setting)
         capacity = setting.capacity
-        self._most_small = int(capacity * self.SMALL)
+        self._most_small = -(-capacity * self.SMALL_TENTHS // 10)
         self._most_main = capacity - self._most_small
-        self._most_ghosts = int(capacity * self.GHOSTS)
+        self._most_ghosts = capacity * self.GHOST_TENTHS // 10
         self._small, self._main = Chain(), Chain()
         self._uses: dict[int, int] = {}
         self._ghosts: OrderedDict[int, None] = OrderedDict()
@@ -226,27 +226,39 @@ class S3Fifo(Eviction):
 
     def victims(self) -> Iterator[int]:
         """Walk the main queue while it has more than its part, else the small one; who earned it moves and stays."""
-        small, main, uses = self._small, self._main, self._uses
-        passed = {id(small): small.END, id(main): main.END}  # the last in each queue that was walked over and stayed
+        small, main = self._small, self._main
+        passed_small, passed_main = small.END, main.END  # the last in each queue that was walked over
         while True:
-            in_small, in_main = small.after(passed[id(small)]), main.after(passed[id(main)])
-            if in_main != main.END and (len(main) > self._most_main or in_small == small.END):
-                if uses[in_main]:
-                    uses[in_main] = min(uses[in_main], self.MOST_MARKS) - 1
-                    main.remove(in_main)
-                    main.append(in_main)
-                else:
-                    passed[id(main)] = in_main
-                    yield in_main
-            elif in_small == small.END:
-                return
-            elif uses[in_small] >= self.USES_TO_STAY:
-                uses[in_small] = 0
-                small.remove(in_small)
-                main.append(in_small)
+            is_main_left = main.after(passed_main) != main.END
+            if is_main_left and (len(main) > self._most_main or small.after(passed_small) == small.END):
+                expert = passed_main = self._unmarked(passed_main)
             else:
-                passed[id(small)] = in_small
-                yield in_small
+                expert = self._unproven(passed_small)
+                if expert != small.END:
+                    passed_small = expert
+                elif main.after(passed_main) != main.END:
+                    continue
+                else:
+                    return
+            yield expert
+
+    def _unmarked(self, passed: int) -> int:
+        """Return the next of the main queue that has no uses left; who has some pays one to go to its end."""
+        main, uses = self._main, self._uses
+        while uses[expert := main.after(passed)]:
+            uses[expert] = min(uses[expert], self.MOST_MARKS) - 1
+            main.remove(expert)
+            main.append(expert)
+        return expert
+
+    def _unproven(self, passed: int) -> int:
+        """Return the next of the small queue that has not earned its stay (END: none); who has goes to the main one."""
+        small, main, uses = self._small, self._main, self._uses
+        while (expert := small.after(passed)) != small.END and uses[expert] >= self.USES_TO_STAY:
+            uses[expert] = 0
+            small.remove(expert)
+            main.append(expert)
+        return expert
 
 
 #: All of them, by name.
