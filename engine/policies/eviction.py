@@ -9,13 +9,15 @@ A demand miss is admitted and not used: policies that count uses count that admi
 
 from __future__ import annotations
 
+import random
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from itertools import chain, islice
 
-from .eviction_base import NO_SETTING, Chain, Ranking
+from .eviction_base import NO_SETTING, Chain, Ranking, add_decayed
 from .eviction_base import Eviction as Eviction
 from .eviction_base import Setting as Setting
-from .eviction_informed import Belady
+from .eviction_informed import ActivationAware, Belady, GateWeight, LeastStale, Predictive, Static
 
 
 class Fifo(Eviction):
@@ -261,14 +263,250 @@ class S3Fifo(Eviction):
         return expert
 
 
+class TwoQ(Eviction):
+    """Evict from a queue of newcomers; who is demanded again after that goes to a main LRU.
+
+    Johnson & Shasha, "2Q: a low overhead high performance buffer management replacement algorithm" (VLDB 1994), the
+    full version: newcomers (A1in) hold a quarter of the capacity, and half as many experts as the capacity are
+    remembered after they left it (A1out).
+    """
+
+    NEWCOMERS_IN, REMEMBERED_IN = 4, 2
+
+    def __init__(self, setting: Setting = NO_SETTING) -> None:
+        super().__init__(setting)
+        self._most_newcomers = setting.capacity // self.NEWCOMERS_IN
+        self._most_ghosts = setting.capacity // self.REMEMBERED_IN
+        self._newcomers: OrderedDict[int, None] = OrderedDict()
+        self._main: OrderedDict[int, None] = OrderedDict()
+        self._ghosts: OrderedDict[int, None] = OrderedDict()
+        self._returning: set[int] = set()
+
+    def miss(self, expert: int, demanded: bool) -> None:
+        """Recognize one that has left the newcomers; a prefetch does not prove that it is used."""
+        if demanded and expert in self._ghosts:
+            del self._ghosts[expert]
+            self._returning.add(expert)
+
+    def admit(self, expert: int, demanded: bool) -> None:
+        """Put who returns into the main LRU, others among the newcomers."""
+        if expert in self._returning:
+            self._returning.remove(expert)
+            self._main[expert] = None
+        else:
+            self._ghosts.pop(expert, None)
+            self._newcomers[expert] = None
+
+    def use(self, expert: int, weight: float) -> None:
+        """Renew its recency in the main LRU; among newcomers it counts for nothing (correlated references)."""
+        if expert in self._main:
+            self._main.move_to_end(expert)
+
+    def evict(self, expert: int) -> None:
+        """Take it out; remember a newcomer."""
+        if expert in self._main:
+            del self._main[expert]
+            return
+        del self._newcomers[expert]
+        self._ghosts[expert] = None
+        if len(self._ghosts) > self._most_ghosts:
+            self._ghosts.popitem(last=False)
+
+    def victims(self) -> Iterator[int]:
+        """Walk the newcomers beyond their part, then the main LRU, then the other newcomers."""
+        excess = max(0, len(self._newcomers) - self._most_newcomers)
+        return chain(islice(self._newcomers, excess), self._main, islice(self._newcomers, excess, None))
+
+
+class Arc(Eviction):
+    """Balance an LRU of experts used once against one of those used more, by which of them forgot too early.
+
+    Megiddo & Modha, "ARC: a self-tuning, low overhead replacement cache" (FAST 2003); the target for the first is a
+    real number, as in libCacheSim. A prefetch is no use: it changes no target, and the first use after it is the one.
+    """
+
+    def __init__(self, setting: Setting = NO_SETTING) -> None:
+        super().__init__(setting)
+        self._capacity = setting.capacity
+        self._once: OrderedDict[int, None] = OrderedDict()  # T1
+        self._more: OrderedDict[int, None] = OrderedDict()  # T2
+        self._once_ghosts: OrderedDict[int, None] = OrderedDict()  # B1
+        self._more_ghosts: OrderedDict[int, None] = OrderedDict()  # B2
+        self._target = 0.0  # p, for T1
+        self._unused: set[int] = set()  # prefetched, in T1
+        self._returning: dict[int, bool] = {}  # expert -> whether it was in B2
+        self._is_new, self._favors_more = True, False  # what is known of the one that wants room
+
+    def miss(self, expert: int, demanded: bool) -> None:
+        """Move the target towards the LRU that has forgotten this expert."""
+        once, more = len(self._once_ghosts), len(self._more_ghosts)
+        if demanded and expert in self._once_ghosts:
+            self._target = min(self._target + max(more / once, 1.0), self._capacity)
+            del self._once_ghosts[expert]
+            self._returning[expert] = False
+        elif demanded and expert in self._more_ghosts:
+            self._target = max(self._target - max(once / more, 1.0), 0.0)
+            del self._more_ghosts[expert]
+            self._returning[expert] = True
+        self._is_new = expert not in self._returning
+        self._favors_more = self._returning.get(expert, False)
+
+    def admit(self, expert: int, demanded: bool) -> None:
+        """Put who returns into the second LRU, others into the first."""
+        if expert in self._returning:
+            del self._returning[expert]
+            self._more[expert] = None
+            return
+        self._once[expert] = None
+        if not demanded:
+            self._unused.add(expert)
+            self._once_ghosts.pop(expert, None)
+            self._more_ghosts.pop(expert, None)
+        # A batch evicts for all its misses before it admits any, so the lists may have outgrown their bounds.
+        self._trim(0)
+
+    def use(self, expert: int, weight: float) -> None:
+        """Put it last in the second LRU; at the first use of a prefetched one, in the first."""
+        if expert in self._more:
+            self._more.move_to_end(expert)
+        elif expert in self._unused:
+            self._unused.remove(expert)
+            self._once.move_to_end(expert)
+        else:
+            del self._once[expert]
+            self._more[expert] = None
+
+    def evict(self, expert: int) -> None:
+        """Take it out and remember it, unless nobody has used it or the first LRU takes up all the capacity."""
+        is_full = len(self._once) >= self._capacity
+        if self._is_new:
+            self._trim(1)
+        if expert in self._more:
+            del self._more[expert]
+            self._more_ghosts[expert] = None
+            return
+        del self._once[expert]
+        if expert in self._unused:
+            self._unused.remove(expert)
+        elif not (self._is_new and is_full):
+            self._once_ghosts[expert] = None
+
+    def _trim(self, coming: int) -> None:
+        """Forget the oldest so that T1 + B1 hold the capacity and all four twice it, with so many more to come."""
+        once = len(self._once) + len(self._once_ghosts) + coming
+        if once > self._capacity:
+            if self._once_ghosts:
+                self._once_ghosts.popitem(last=False)
+        elif self._more_ghosts and once + len(self._more) + len(self._more_ghosts) > 2 * self._capacity:
+            self._more_ghosts.popitem(last=False)
+
+    def victims(self) -> Iterator[int]:
+        """Walk the first LRU while it exceeds its target, else the second; then what is left (REPLACE)."""
+        left = len(self._once)
+        more = iter(self._more)
+        for expert in self._once:
+            while left < self._target or (left == self._target and not self._favors_more):
+                other = next(more, None)
+                if other is None:
+                    break
+                yield other
+            left -= 1
+            yield expert
+        yield from more
+
+
+class Random(Eviction):
+    """Evict any expert, all equally likely; drawn from the seed, so that the same run meets the same evictions."""
+
+    def __init__(self, setting: Setting = NO_SETTING) -> None:
+        super().__init__(setting)
+        self._experts: list[int] = []
+        self._place: dict[int, int] = {}
+        self._random = random.Random(f"{setting.seed} {setting.layers}")
+
+    def admit(self, expert: int, demanded: bool) -> None:
+        """Add it."""
+        self._place[expert] = len(self._experts)
+        self._experts.append(expert)
+
+    def use(self, expert: int, weight: float) -> None:
+        """Do nothing."""
+
+    def evict(self, expert: int) -> None:
+        """Put the last one in its place."""
+        place, last = self._place.pop(expert), self._experts.pop()
+        if last != expert:
+            self._experts[place] = last
+            self._place[last] = place
+
+    def victims(self) -> Iterator[int]:
+        """Shuffle as far as it is walked (Fisher & Yates)."""
+        experts, place = self._experts, self._place
+        for first in range(len(experts)):
+            drawn = self._random.randrange(first, len(experts))
+            experts[first], experts[drawn] = experts[drawn], experts[first]
+            place[experts[first]], place[experts[drawn]] = first, drawn
+            yield experts[first]
+
+
+class Lrfu(Eviction):
+    """Evict the expert with the least combined recency and frequency: every use counts (1/2) ** (lambda * its age).
+
+    Lee et al., "LRFU: a spectrum of policies that subsumes the least recently used and least frequently used policies"
+    (IEEE Transactions on Computers, 2001); age in uses of the pool, and what is evicted starts anew. Lambda is
+    1 / (HALF_LIFE_IN_CAPACITIES * capacity): between LFU (0) and LRU (1), whatever the pool's size.
+    """
+
+    HALF_LIFE_IN_CAPACITIES = 4
+
+    def __init__(self, setting: Setting = NO_SETTING) -> None:
+        super().__init__(setting)
+        self._step = 1.0 / (self.HALF_LIFE_IN_CAPACITIES * max(1, setting.capacity))
+        self._now = 0.0  # in half-lives
+        self._value: dict[int, float] = {}
+        self._order = Ranking()
+
+    def admit(self, expert: int, demanded: bool) -> None:
+        """Count a demand as a use; who was prefetched goes first until it is used."""
+        self._value[expert] = float("-inf")
+        if demanded:
+            self.use(expert, 1.0)
+        else:
+            self._order.put(expert, self._value[expert])
+
+    def use(self, expert: int, weight: float) -> None:
+        """Count it."""
+        self._now += self._step
+        value = self._value[expert] = add_decayed(self._value[expert], self._now, 1.0)
+        self._order.put(expert, value)
+
+    def evict(self, expert: int) -> None:
+        """Forget it."""
+        self._order.remove(expert)
+        del self._value[expert]
+
+    def victims(self) -> Iterator[int]:
+        """Walk from the least value to the greatest."""
+        return iter(self._order)
+
+
 #: All of them, by name.
 EVICTION: dict[str, Callable[[Setting], Eviction]] = {
     "fifo": Fifo,
     "lru": Lru,
     "lfu": Lfu,
     "lfu-incache": LfuIncache,
+    "lrfu": Lrfu,
     "clock": Clock,
     "sieve": Sieve,
     "s3fifo": S3Fifo,
+    "arc": Arc,
+    "2q": TwoQ,
+    "random": Random,
+    "least-stale": LeastStale,
+    "static": Static,
+    "activation-aware": ActivationAware,
+    "gate-weight": GateWeight,
+    "predictive": Predictive,
     "belady": Belady,
 }

@@ -5,6 +5,7 @@ The policies themselves, and how to add one, are in eviction.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
@@ -35,6 +36,12 @@ class Setting:
     single: bool = False
     guesses: Guesses | None = None
 
+    def known_trace(self) -> RoutingTrace:
+        """Return the trace; ValueError if there is none, for policies that cannot do without."""
+        if self.trace is None:
+            raise ValueError("this eviction policy needs to know the trace and the steps: give them in its Setting")
+        return self.trace
+
 
 #: For policies that need to know nothing.
 NO_SETTING = Setting()
@@ -44,7 +51,10 @@ class Eviction:
     """What the memory manager asks of an eviction policy; experts are ints, `layer * experts + index`.
 
     The first four are every policy's; `begin` and `miss` are for those that keep more than the experts in memory.
+    One that `needs_guesses` makes the run ask the predictor even where no prefetch policy does.
     """
+
+    needs_guesses = False
 
     def __init__(self, setting: Setting = NO_SETTING) -> None:
         self.setting = setting
@@ -155,3 +165,12 @@ class Ranking:
                     heappush(frontier, (heap[child], child))
             if stamp_of.get(expert) == stamp:
                 yield expert
+
+
+def add_decayed(value: float, now: float, amount: float) -> float:
+    """Return a sum of exponentially decaying amounts with one more, in logarithms, so that time changes no order.
+
+    `value` is log2 of the sum as it stood at time 0, had it grown backwards (-inf: nothing yet); `now` is in half-lives.
+    """
+    total = amount + 2.0 ** (value - now)
+    return math.log2(total) + now if total > 0 else -math.inf

@@ -1,14 +1,317 @@
-"""Eviction policies that know more than what was used: the router's weights, sequences, guesses, or the future."""
+"""Eviction policies that know more than what was used: the router's weights, sequences, guesses, or the future.
+
+They read the run's trace and steps, so a `MemoryManager` that is made by hand needs a `Setting` with both.
+"""
 
 from __future__ import annotations
 
+import math
 from array import array
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from heapq import merge
 
 import numpy as np
 import numpy.typing as npt
 
-from .eviction_base import NO_SETTING, Eviction, Ranking, Setting
+from .eviction_base import NO_SETTING, Eviction, Ranking, Setting, add_decayed
+
+
+class Static(Eviction):
+    """Keep the most popular experts, whatever is used: what is demanded of the others takes turns in what is left.
+
+    As Fiddler (Kamahori et al., arXiv:2402.07033) places experts. Popularity is the trace's array `popularity`
+    (layers, experts), if it has one; else the uses in the first tenth of the steps. Ties go to who came first.
+    """
+
+    LEARNED_PART = 10
+
+    def __init__(self, setting: Setting = NO_SETTING) -> None:
+        super().__init__(setting)
+        self._popularity = _popularity(setting, -(-len(setting.steps) // self.LEARNED_PART))
+        self._order = Ranking()
+
+    def admit(self, expert: int, demanded: bool) -> None:
+        """Rank it by its popularity."""
+        self._order.put(expert, self._popularity[expert])
+
+    def use(self, expert: int, weight: float) -> None:
+        """Do nothing."""
+
+    def evict(self, expert: int) -> None:
+        """Take it out of the order."""
+        self._order.remove(expert)
+
+    def victims(self) -> Iterator[int]:
+        """Walk from the least to the most popular."""
+        return iter(self._order)
+
+
+def _popularity(setting: Setting, steps: int) -> list[float]:
+    """Return the popularity of every expert of the model: given by the trace, or learned in the first `steps`."""
+    trace = setting.known_trace()
+    experts = trace.layers * trace.num_experts
+    if "popularity" not in trace.extra:
+        used, _ = _accesses(replace(setting, steps=setting.steps[:steps]))
+        return np.bincount(used, minlength=experts).astype(float).tolist()
+    given = np.asarray(trace.extra["popularity"], dtype=float)
+    if given.shape != (trace.layers, trace.num_experts) or np.isnan(given).any():
+        raise ValueError(
+            f"trace array popularity {given.shape}: must be numbers (layers, experts) = "
+            f"({trace.layers}, {trace.num_experts})"
+        )
+    return (given.sum(axis=0) if setting.shared else given.reshape(-1)).tolist()  # type: ignore[no-any-return]
+
+
+class GateWeight(Eviction):
+    """Evict the expert with the least gate weight of late; weights fade by half every HALF_LIFE_STEPS forward passes.
+
+    After the score-aware caching of HybriMoE (Zhong et al., arXiv:2504.05897), S <- a s + (1 - a) S over a layer's
+    router scores s; a trace knows those of the chosen experts only. Absent experts keep their score.
+    """
+
+    HALF_LIFE_STEPS = 8.0
+
+    def __init__(self, setting: Setting = NO_SETTING) -> None:
+        super().__init__(setting)
+        self._clock = _StepClock(setting)
+        self._score: dict[int, float] = {}
+        self._order = Ranking()
+
+    def begin(self, visit: int, layer: int, experts: Sequence[int], weights: Sequence[float]) -> None:
+        """Add the visit's weights."""
+        now = self._clock.step_of(visit) / self.HALF_LIFE_STEPS
+        for expert, weight in zip(experts, weights, strict=True):
+            score = self._score[expert] = add_decayed(self._score.get(expert, -math.inf), now, weight)
+            if expert in self._order:
+                self._order.put(expert, score)
+
+    def admit(self, expert: int, demanded: bool) -> None:
+        """Rank it by its score."""
+        self._order.put(expert, self._score.get(expert, -math.inf))
+
+    def use(self, expert: int, weight: float) -> None:
+        """Do nothing: the visit's beginning has counted it."""
+
+    def evict(self, expert: int) -> None:
+        """Take it out of the order."""
+        self._order.remove(expert)
+
+    def victims(self) -> Iterator[int]:
+        """Walk from the least score to the greatest."""
+        return iter(self._order)
+
+
+class LeastStale(Eviction):
+    """Evict stale experts first, those that nothing has touched in this forward pass; among equals by layer.
+
+    Hoang et al., "SpecMD" (arXiv:2602.03921).
+    """
+
+    def __init__(self, setting: Setting = NO_SETTING) -> None:
+        super().__init__(setting)
+        self._clock = _StepClock(setting)
+        self._step = -1
+        self._layer = 0
+        self._layers = max(setting.layers, default=0) + 1
+        self._stale: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(self._layers)]
+        self._fresh: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(self._layers)]
+
+    def begin(self, visit: int, layer: int, experts: Sequence[int], weights: Sequence[float]) -> None:
+        """Make all stale when a forward pass begins."""
+        step = self._clock.step_of(visit)
+        self._layer = layer
+        if step != self._step:
+            self._step = step
+            for stale, fresh in zip(self._stale, self._fresh, strict=True):
+                stale.update(fresh)
+                fresh.clear()
+
+    def admit(self, expert: int, demanded: bool) -> None:
+        """Put it last among the fresh ones of its layer."""
+        self._fresh[expert // self.setting.experts][expert] = None
+
+    def use(self, expert: int, weight: float) -> None:
+        """Make it fresh."""
+        layer = expert // self.setting.experts
+        self._stale[layer].pop(expert, None)
+        self._fresh[layer][expert] = None
+
+    def evict(self, expert: int) -> None:
+        """Take it out."""
+        layer = expert // self.setting.experts
+        where = self._stale if expert in self._stale[layer] else self._fresh
+        del where[layer][expert]
+
+    ASC = True
+    def victims(self) -> Iterator[int]:
+        """Walk."""
+        order = range(self._layers) if self.ASC else [(self._layer - i) % self._layers for i in range(1, self._layers+1)]
+        for group in (self._stale, self._fresh):
+            for layer in order:
+                yield from group[layer]
+
+
+class ActivationAware(Eviction):
+    """Evict the expert least activated by the sequences in flight, and rather in late layers than in early ones.
+
+    MoE-Infinity (Xue et al., arXiv:2401.14361): a sequence's expert activation matrix counts the tokens that it sent
+    to each expert; an expert's priority is (its share of its layer's tokens + epsilon) * (1 - layer / layers), because
+    prefetching has least time for early layers. A sequence in flight has begun and not ended; their counts are summed.
+    """
+
+    EPSILON = 1e-3
+
+    def __init__(self, setting: Setting = NO_SETTING) -> None:
+        super().__init__(setting)
+        trace = setting.known_trace()
+        self._clock = _StepClock(setting)
+        self._last_step = {int(name): i for i, step in enumerate(setting.steps) for name in trace.sequence[step.rows]}
+        self._counted = (-1, -1)  # the latest step and layer whose tokens are counted
+        self._of: dict[int, Counter[int]] = {}  # sequence -> expert -> tokens
+        self._tokens: Counter[int] = Counter()  # expert -> tokens of all sequences in flight
+        self._of_layer = [0] * trace.layers
+        # A share's denominator is its layer's: within a layer the order is that of the counts.
+        self._order = [Ranking() for _ in range(trace.layers)]
+
+    def begin(self, visit: int, layer: int, experts: Sequence[int], weights: Sequence[float]) -> None:
+        """Count the tokens of the step at this layer; forget the sequences that have ended."""
+        step = self._clock.step_of(visit)
+        if self._counted == (step, layer):
+            return
+        if self._counted[0] != step:
+            for name in [name for name in self._of if self._last_step[name] < step]:
+                self._add(self._of.pop(name), -1)
+        self._counted = (step, layer)
+        for name, used in _chosen(self.setting, step, layer):
+            self._of.setdefault(name, Counter()).update(used)
+            self._add(Counter(used), 1)
+
+    def _add(self, tokens: Counter[int], sign: int) -> None:
+        experts = self.setting.experts
+        for expert, count in tokens.items():
+            layer = expert // experts
+            self._tokens[expert] += sign * count
+            self._of_layer[layer] += sign * count
+            if expert in self._order[layer]:
+                self._order[layer].put(expert, self._tokens[expert])
+
+    def admit(self, expert: int, demanded: bool) -> None:
+        """Rank it in its layer."""
+        self._order[expert // self.setting.experts].put(expert, self._tokens[expert])
+
+    def use(self, expert: int, weight: float) -> None:
+        """Do nothing: the visit's beginning has counted it."""
+
+    def evict(self, expert: int) -> None:
+        """Take it out of its layer's order."""
+        self._order[expert // self.setting.experts].remove(expert)
+
+    def victims(self) -> Iterator[int]:
+        """Walk from the lowest to the highest priority, ties to the earlier layer."""
+        for _, _, expert in merge(*map(self._by_priority, range(len(self._order)))):
+            yield expert
+
+    def _by_priority(self, layer: int) -> Iterator[tuple[float, int, int]]:
+        """Yield (priority, layer, expert) of a layer's experts in memory, lowest first."""
+        early = 1.0 - layer / len(self._order)
+        for expert in self._order[layer]:
+            share = self._tokens[expert] / max(1, self._of_layer[layer])
+            yield (share + self.EPSILON) * early, layer, expert
+
+
+def _chosen(setting: Setting, step: int, layer: int) -> Iterator[tuple[int, list[int]]]:
+    """Yield (sequence, its experts) for every token that a step routes at a layer."""
+    trace = setting.known_trace()
+    rows = setting.steps[step].rows
+    if trace.present is not None:
+        rows = rows[trace.present[rows, layer]]
+    offset = 0 if setting.shared else layer * setting.experts
+    chosen = trace.experts[rows, layer].astype(np.int64) + offset
+    return zip(trace.sequence[rows].tolist(), chosen.tolist(), strict=True)
+
+
+class Predictive(Eviction):
+    """Evict whom the predictor does not expect, least recently used first; then whom it expects latest.
+
+    Every visit's guesses say which experts the layers ahead will use; one that its layer's visit proves wrong is
+    dropped. The smart eviction of the memory management guide; after Song et al., "ExpertFlow" (arXiv:2410.17954).
+    Without guesses it is LRU.
+    """
+
+    needs_guesses = True
+
+    def __init__(self, setting: Setting = NO_SETTING) -> None:
+        super().__init__(setting)
+        self._layers = setting.known_trace().layers
+        self._clock = _StepClock(setting)
+        self._first_row = np.cumsum([0, *(len(step.rows) for step in setting.steps)]).tolist()
+        self._now = -1  # in layer visits, also where every pair is looked up by itself
+        self._uses = 0
+        self._expected: dict[int, int] = {}  # expert -> when
+        self._due: dict[int, list[int]] = {}  # when -> experts that may be expected then
+        self._last_use: dict[int, int] = {}  # of the experts in memory
+        self._order = Ranking()
+
+    def begin(self, visit: int, layer: int, experts: Sequence[int], weights: Sequence[float]) -> None:
+        """Drop the guesses for the layers up to here and take those made here."""
+        step = self._clock.step_of(visit)
+        now = step * self._layers + layer
+        if now == self._now:
+            return
+        for when in range(self._now + 1, now + 1) if len(self._due) > now - self._now else sorted(self._due):
+            if when <= now:
+                for expert in self._due.pop(when, ()):
+                    if self._expected.get(expert) == when:
+                        del self._expected[expert]
+                        self._rank(expert)
+        self._now = now
+        if self.setting.guesses is not None:
+            self._expect(step, layer)
+
+    def _expect(self, step: int, layer: int) -> None:
+        """Take the guesses that a step's tokens make at a layer, for layers of this pool."""
+        assert self.setting.guesses is not None
+        rows = slice(self._first_row[step], self._first_row[step + 1])
+        by_horizon = np.moveaxis(self.setting.guesses.experts[rows, layer], 1, 0)
+        for ahead, guessed in enumerate(by_horizon.reshape(len(by_horizon), -1).tolist(), 1):
+            target = (layer + ahead) % self._layers
+            if target not in self.setting.layers:
+                continue
+            offset = 0 if self.setting.shared else target * self.setting.experts
+            when = self._now + ahead
+            for index in guessed:
+                expert = offset + index
+                if index >= 0 and self._expected.get(expert, when + 1) > when:
+                    self._expected[expert] = when
+                    self._due.setdefault(when, []).append(expert)
+                    self._rank(expert)
+
+    def _rank(self, expert: int) -> None:
+        """Rank an expert, if it is in memory: by when it is expected, or by its last use."""
+        if expert in self._last_use:
+            when = self._expected.get(expert)
+            self._order.put(expert, (0, self._last_use[expert]) if when is None else (1, -when))
+
+    def admit(self, expert: int, demanded: bool) -> None:
+        """Rank it; a prefetch comes as the latest."""
+        self.use(expert, 1.0)
+
+    def use(self, expert: int, weight: float) -> None:
+        """Note its last use."""
+        self._uses += 1
+        self._last_use[expert] = self._uses
+        self._rank(expert)
+
+    def evict(self, expert: int) -> None:
+        """Take it out of the order; what is expected of it remains."""
+        self._order.remove(expert)
+        del self._last_use[expert]
+
+    def victims(self) -> Iterator[int]:
+        """Walk the unexpected, then from the latest expected to the next."""
+        return iter(self._order)
 
 
 class Belady(Eviction):
@@ -66,9 +369,7 @@ def _uses(setting: Setting) -> tuple[array[int], list[int], list[int]]:
 
 def _accesses(setting: Setting) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Return all (token, expert) pairs that the pool's layers will look up, in order: experts, and visits from 0."""
-    trace = setting.trace
-    if trace is None:
-        raise ValueError("this eviction policy reads the future: its setting needs the trace and the steps")
+    trace = setting.known_trace()
     rows = np.concatenate([np.empty(0, dtype=np.int64), *(step.rows for step in setting.steps)])
     step = np.repeat(np.arange(len(setting.steps)), [len(step.rows) for step in setting.steps])
     layers = np.array(setting.layers, dtype=np.int64)
@@ -82,3 +383,23 @@ def _accesses(setting: Setting) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.i
     experts = chosen.reshape(-1, trace.k)[order].reshape(-1)
     visits = np.arange(len(experts)) if setting.single else np.repeat(visit.reshape(-1)[order], trace.k)
     return experts, visits
+
+
+class _StepClock:
+    """Says which step a visit belongs to; visits are asked for in order."""
+
+    def __init__(self, setting: Setting) -> None:
+        trace = setting.known_trace()
+        if setting.single:  # a visit is a (token, expert) pair
+            routed = np.full(trace.tokens, trace.layers) if trace.present is None else trace.present.sum(axis=1)
+            visits = [int(routed[step.rows].sum()) * trace.k for step in setting.steps]
+        else:
+            visits = [trace.layers] * len(setting.steps)
+        self._ends = np.cumsum(visits).tolist()
+        self._step = 0
+
+    def step_of(self, visit: int) -> int:
+        """Return the step of a visit."""
+        while visit >= self._ends[self._step]:
+            self._step += 1
+        return self._step
