@@ -106,11 +106,16 @@ def replay(
     trace: Annotated[Path, typer.Argument(help="A trace (.safetensors, .npz) or a log that `trace import` reads.")],
     budget: Annotated[str, typer.Option(help="Room for experts: 4000MiB, 512experts or 25%.")],
     eviction: Annotated[str, typer.Option(help="The eviction policy; a wrong name lists them all.")] = "lru",
-    scope: Annotated[str, typer.Option(help="One pool for all layers (global) or one each (per-layer).")] = "global",
+    scope: Annotated[
+        str,
+        typer.Option(help="One pool for all layers (global), one each (per-layer, benefit), or layers share experts."),
+    ] = "global",
     lookup: Annotated[str, typer.Option(help="Look up unique experts (batch) or every token's (single).")] = "batch",
     batch: Annotated[int, typer.Option(help="How many sequences decode together.")] = 1,
     model: Annotated[str | None, typer.Option(help="The model that gives their bytes: mixtral-8x7b …")] = None,
     expert_bytes: Annotated[int | None, typer.Option(help="Bytes of every expert.")] = None,
+    predictor: Annotated[str, typer.Option(help="Whose guesses an eviction policy goes by.")] = "transition",
+    lookahead: Annotated[int | None, typer.Option(help="How many layers ahead it guesses; all without it.")] = None,
     json: Json = False,
 ) -> None:
     """Replay a trace through the expert cache, without a clock: what is found, and how much is read.
@@ -132,6 +137,8 @@ def replay(
         batch=batch,
         model=model,
         expert_bytes=expert_bytes,
+        predictor=predictor,
+        lookahead=lookahead,
     )
     if json:
         _print_json(data)

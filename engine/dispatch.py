@@ -42,6 +42,12 @@ class Accesses:
     recency: list[int]
     weights: list[float]
 
+    def by_index(self, experts: int) -> Accesses:
+        """Return them where all layers share the experts of the same index, `experts` in number."""
+        shared = [expert % experts for expert in self.experts]
+        recency = [expert % experts for expert in self.recency]
+        return Accesses(shared, self.tokens, recency, self.weights)
+
 
 @dataclass(slots=True)
 class Visit:
@@ -78,7 +84,7 @@ def visits(
     """
     if issue not in ISSUE:
         raise ValueError(f"issue = {issue!r}: choose one of {', '.join(ISSUE)}")
-    layers, experts = trace.layers, trace.num_experts
+    layers, experts, shared = trace.layers, trace.num_experts, manager.shared
     prefetching = prefetch.horizons > 0
     ranked = _ranked_guesses(guesses, steps, experts) if guesses is not None and prefetch.guesses else None
     confident = _confidences(guesses, steps) if guesses is not None and prefetch.needs_confidences else None
@@ -96,6 +102,9 @@ def visits(
         step_confidences = next(confident) if confident is not None else None
         for layer, accesses in enumerate(step_accesses(trace, step)):
             number = index * layers + layer
+            chosen = accesses.experts  # as the layer's own
+            if shared:
+                accesses = accesses.by_index(experts)
             waves = manager.visit(number, layer, accesses.experts, accesses.recency, accesses.weights)
             prefetches = nothing
             if not prefetching:
@@ -104,7 +113,7 @@ def visits(
                 if issue == "after_launch":
                     manager.unpin()
                 if observes:
-                    prefetch.observe(accesses.experts, accesses.tokens)
+                    prefetch.observe(chosen, accesses.tokens)
                 if prefetch.reads_moment:
                     misses += sum(len(wave.admitted) for wave in waves)
                     moment.visit, moment.layer = number, layer
@@ -113,6 +122,8 @@ def visits(
                     moment.confidences = step_confidences[layer] if step_confidences is not None else None
                 prefetches = []
                 for horizon, expert in prefetch.choose(step_guesses[layer], moment):
+                    if shared:
+                        expert %= experts
                     if expert in assigned:
                         continue
                     wraps, target_layer = divmod(layer + horizon, layers)

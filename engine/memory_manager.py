@@ -14,12 +14,14 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from .policies.eviction import NO_SETTING, Eviction, Setting
 from .policies.prefetch_share import FixedShare
 
-#: How room is divided: one pool for all layers, or an equal pool for each.
-SCOPES = ("global", "per-layer")
+#: How room is divided: one pool for all layers; an equal one for each; one for each, by the hits it brings; one for
+#: all, where layers share the experts of the same index.
+SCOPES = ("global", "per-layer", "benefit", "shared")
 #: Whether a prefetched expert is safe from other prefetches until the visit it is meant for.
 PROTECTION = ("until_target", "none")
 
@@ -87,9 +89,10 @@ class _Pool:
 class MemoryManager:
     """Expert residency under a budget of bytes, in the order in which the host dispatches.
 
-    `expert_bytes` gives the bytes of one expert of each layer (layers,); experts are `layer * experts + index`.
-    `eviction` makes one policy per pool out of `setting`, with the pool's capacity and layers filled in.
-    `pools` gives the bytes of each pool, one for all layers or one a layer, in place of `budget_bytes` and `scope`.
+    `expert_bytes` gives the bytes of one expert of each layer (layers,); experts are `layer * experts + index`, and
+    `index` alone if the scope is shared. `eviction` makes one policy per pool out of `setting`, with the pool's
+    capacity and layers filled in. `divide` turns a budget into the bytes of each pool, as `partition.divider` returns
+    it; without it, the scope cannot be benefit.
     `prefetch_share` limits what prefetched experts hold before their first use; None does not. `watch_unused` keeps
     `unused_bytes` even without it. Raises BudgetError if a pool cannot hold one expert of its layers.
     """
@@ -103,7 +106,7 @@ class MemoryManager:
         *,
         setting: Setting = NO_SETTING,
         scope: str = "global",
-        pools: Sequence[int] | None = None,
+        divide: Callable[[int], list[int]] | None = None,
         protect: str = "until_target",
         drop_after_visit: bool = False,
         prefetch_share: FixedShare | None = None,
@@ -112,15 +115,19 @@ class MemoryManager:
         if protect not in PROTECTION:
             raise ValueError(f"protect = {protect!r}: choose one of {', '.join(PROTECTION)}")
         self.experts = experts
+        self.shared = scope == "shared"
         self.uniform = min(expert_bytes) == max(expert_bytes)
         self._expert_bytes = list(expert_bytes)
-        budgets = pool_budgets(expert_bytes, budget_bytes, scope) if pools is None else pools
+        self._divide = divide or partial(pool_budgets, expert_bytes, scope=scope)
+        budgets = self._divide(budget_bytes)
         layers = range(len(expert_bytes))
         groups = [tuple(layers)] if len(budgets) == 1 else [(layer,) for layer in layers]
         self._pools: list[_Pool] = []
         for pool_bytes, group in zip(budgets, groups, strict=True):
             sizes = [expert_bytes[layer] for layer in group]
-            known = replace(setting, capacity=pool_bytes // max(sizes), layers=group, experts=experts)
+            known = replace(
+                setting, capacity=pool_bytes // max(sizes), layers=group, experts=experts, shared=self.shared
+            )
             pool = _Pool(pool_bytes, eviction(known), min(sizes) == max(sizes))
             self._pools += [pool] * len(group)
         self._protect = protect == "until_target"
@@ -255,8 +262,7 @@ class MemoryManager:
         Raises BudgetError if a pool cannot hold one expert of its layers. Call it between visits.
         """
         pools = list(dict.fromkeys(self._pools))
-        scope = "global" if len(pools) == 1 else "per-layer"
-        budgets = pool_budgets(self._expert_bytes, budget_bytes, scope)
+        budgets = self._divide(budget_bytes)
         for pool, pool_bytes in zip(pools, budgets, strict=True):
             more_bytes = pool_bytes - pool.budget_bytes
             pool.budget_bytes = pool_bytes
@@ -351,11 +357,16 @@ def pool_budgets(expert_bytes: Sequence[int], budget_bytes: int, scope: str) -> 
     """Return the bytes of each pool: one for all layers, or one a layer; every layer's pool where there is one a layer.
 
     Room that no whole expert can use is left out where all experts of a pool are of one size. Raises BudgetError if a
-    pool cannot hold one expert of its layers, ValueError if there is no such scope.
+    pool cannot hold one expert of its layers, ValueError if there is no such scope, it is benefit, which needs a trace
+    (see `partition.divider`), or it is shared by layers whose experts differ in size.
     """
     if scope not in SCOPES:
         raise ValueError(f"scope = {scope!r}: choose one of {', '.join(SCOPES)}")
-    if scope == "global":
+    if scope in ("benefit", "shared") and min(expert_bytes) != max(expert_bytes):
+        raise ValueError(f"scope = {scope!r} needs experts of one size in all layers: choose global or per-layer")
+    if scope == "benefit":
+        raise ValueError("scope = 'benefit' needs a trace to measure it on: give divide")
+    if scope in ("global", "shared"):
         return [_usable("the expert budget", expert_bytes, budget_bytes)]
     layers = len(expert_bytes)
     where = f"a layer's share (1/{layers}) of the expert budget"

@@ -16,10 +16,12 @@ import numpy.typing as npt
 from ..resources.suggest import unknown_name
 from ..workloads.batches import DECODE, Step, plan_steps
 from ..workloads.model import load_model
+from ..workloads.predictors import make_predictor
 from ..workloads.trace import RoutingTrace
 from .compiled import COMPILED
 from .dispatch import LOOKUPS, Visit, single_accesses, step_accesses
-from .memory_manager import MemoryManager, pool_budgets
+from .memory_manager import MemoryManager
+from .partition import divider
 from .policies.eviction import EVICTION, Setting
 from .scenario import parse_budget
 from .warnings import cliff_warning
@@ -74,6 +76,8 @@ def replay(trace: RoutingTrace, steps: Sequence[Step], manager: MemoryManager, *
         lookups = enumerate(step_accesses(trace, step)) if lookup == "batch" else single_accesses(trace, step)
         cells: Iterator[npt.NDArray[np.intp]] = _first_cells(trace, step, lookup)
         for layer, access in lookups:
+            if manager.shared:
+                access = access.by_index(manager.experts)
             found: list[int] = []
             for wave in manager.visit(number, layer, access.experts, access.recency, access.weights):
                 found += wave.found
@@ -130,32 +134,42 @@ def replay_trace(
     batch: int = 1,
     model: str | None = None,
     expert_bytes: int | None = None,
+    predictor: str = "transition",
+    lookahead: int | None = None,
 ) -> dict[str, Any]:
     """Replay a whole trace and return plain data for JSON: the counts, rates and warnings.
 
     The bytes of an expert are `expert_bytes`, else the model's, else the trace's own. Where none is given, a budget
-    in percent or experts still has a meaning, and `bytes_read` is None. Raises ValueError on bad input.
+    in percent or experts still has a meaning, and `bytes_read` is None. `predictor` and `lookahead` (all layers
+    without it) are for an eviction policy that goes by guesses. Raises ValueError on bad input.
     """
     if eviction not in EVICTION:
         raise ValueError(unknown_name("eviction", eviction, EVICTION))
     sizes = _expert_sizes(trace, model, expert_bytes)
     known = sizes or [1] * trace.layers
-    budget_bytes = parse_budget(budget, known, trace.num_experts)
+    budget_bytes = parse_budget(budget, known, trace.num_experts, scope)
     if sizes is None and not budget.strip().endswith(("%", "experts")):
         raise ValueError(
             f"budget {budget!r}: the trace does not say how large an expert is; give --model or --expert-bytes, "
             f"or a budget in '%' or 'experts'"
         )
+    divide = divider(scope, known, trace)
+    pools = divide(budget_bytes)
     steps = plan_steps(trace.sequence, trace.phase, batch=batch)
     if lookup not in LOOKUPS:
         raise ValueError(unknown_name("lookup", lookup, LOOKUPS))
-    if eviction in COMPILED:
-        outcome, evict = COMPILED[eviction](trace, steps, pool_budgets(known, budget_bytes, scope), known, lookup)
+    if eviction in COMPILED and scope != "shared":
+        outcome, evict = COMPILED[eviction](trace, steps, pools, known, lookup)
         replayed = Replayed(trace, outcome, evict)
     else:
-        setting = Setting(trace=trace, steps=steps, single=lookup == "single")
         policy = EVICTION[eviction]
-        manager = MemoryManager(known, trace.num_experts, budget_bytes, policy, setting=setting, scope=scope)
+        guesses = None
+        if getattr(policy, "needs_guesses", False):
+            guesses = make_predictor(predictor).guess(trace, steps, lookahead or trace.layers, trace.k)
+        setting = Setting(trace=trace, steps=steps, single=lookup == "single", guesses=guesses)
+        manager = MemoryManager(
+            known, trace.num_experts, budget_bytes, policy, setting=setting, scope=scope, divide=divide
+        )
         replayed = replay(trace, steps, manager, lookup=lookup)
     hits, hits_decode = replayed.count(FOUND), replayed.count(FOUND, DECODE)
     cliff = None
@@ -170,7 +184,7 @@ def replay_trace(
         "hit_rate_decode": replayed.hit_rate(DECODE),
         "bytes_read": replayed.bytes_read(known) if sizes else None,
         "evict": replayed.evict,
-        "budget_bytes": sum(pool_budgets(known, budget_bytes, scope)) if sizes else None,
+        "budget_bytes": sum(pools) if sizes else None,
         "residency_agreement": replayed.residency_agreement() if lookup == "batch" else None,
         "eviction": eviction,
         "scope": scope,

@@ -137,7 +137,7 @@ class MemorySection(_Section):
 
     def budget_bytes(self, expert_bytes: Iterable[int], experts: int) -> int:
         """Return the budget in bytes for a model with these bytes per expert (layers,) and experts per layer."""
-        return parse_budget(self.gpu_budget, expert_bytes, experts)
+        return parse_budget(self.gpu_budget, expert_bytes, experts, self.scope)
 
 
 class PredictorSection(_Section):
@@ -205,13 +205,16 @@ class Scenario(_Section):
         return self.model_dump(by_alias=True)
 
 
-def parse_budget(text: str, expert_bytes: Iterable[int], experts: int) -> int:
-    """Return the bytes of '25%' (of all experts), '4GiB' or '512experts' (of the largest); ScenarioError else."""
+def parse_budget(text: str, expert_bytes: Iterable[int], experts: int, scope: str = "global") -> int:
+    """Return the bytes of '25%' (of all experts), '4GiB' or '512experts' (of the largest); ScenarioError else.
+
+    With the scope shared, all experts are those of one layer.
+    """
     match = _AMOUNT.fullmatch(text)
     if match is None:
         raise ScenarioError(f"budget {text!r}: write it as '25%', '4GiB' or '512experts'")
     number, unit = match.groups()
-    sizes = list(expert_bytes)
+    sizes = list(expert_bytes)[: 1 if scope == "shared" else None]
     whole, _, decimals = number.partition(".")
     value, scale = int(whole + decimals), int(10 ** len(decimals))
     factor: int = {"%": sum(sizes) * experts, "experts": max(sizes), **_UNITS}[unit]

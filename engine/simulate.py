@@ -27,8 +27,9 @@ from ..workloads.trace import RoutingTrace
 from .costs import Costs
 from .decoder import Decoded, decode
 from .dispatch import Visit, visits
-from .memory_manager import BudgetError, MemoryManager, pool_budgets
+from .memory_manager import BudgetError, MemoryManager
 from .output import metrics as measure
+from .partition import divider
 from .policies.eviction import EVICTION, Setting
 from .policies.prefetch import PREFETCH, Gauge, NoPrefetch, Options, Prefetch
 from .policies.prefetch_share import PREFETCH_SHARE
@@ -103,22 +104,12 @@ def load_inputs(scenario: Scenario) -> Inputs:
         )
     budget_bytes = scenario.memory.budget_bytes(model.expert_bytes, model.experts)
     policy = make_prefetch(scenario, model)
-    guesses = None
-    if policy.guesses:
-        predictor = scenario.predictor
-        options = {"recall": predictor.recall} if predictor.name == "oracle" else {}
-        source = make_predictor(predictor.name, seed=scenario.seed, **options)
-        guesses = source.guess(trace, steps, policy.horizons, policy.guesses)
-        if policy.needs_confidences and guesses.confidences is None:
-            raise ScenarioError(
-                f"prefetch.policy = {scenario.prefetch.policy!r} needs confidences, and predictor.name = "
-                f"{predictor.name!r} gives none: choose another of the two"
-            )
+    guesses = _guesses(scenario, model, trace, steps, policy)
     budgets = expert_budgets(scenario, model, trace, steps, budget_bytes)
     if budgets is not None:
         budget_bytes = max(budgets)
         try:
-            pool_budgets(model.expert_bytes, min(budgets), scenario.memory.scope)
+            divider(scenario.memory.scope, model.expert_bytes, trace)(min(budgets))
         except BudgetError as error:
             given = f"memory.total_bytes = {scenario.memory.total_bytes!r}"
             raise ScenarioError(f"{given}: less dense weights, KV cache and workspace, {error}") from None
@@ -127,6 +118,27 @@ def load_inputs(scenario: Scenario) -> Inputs:
     make_manager(inputs)
     Costs(model, profile, scenario)
     return inputs
+
+
+def _guesses(
+    scenario: Scenario, model: Model, trace: RoutingTrace, steps: list[Step], policy: Prefetch
+) -> Guesses | None:
+    """Return what the scenario's predictor guesses; None if neither prefetch nor eviction goes by guesses."""
+    horizons, ranks = (policy.horizons, policy.guesses) if policy.guesses else (0, 0)
+    if not ranks and getattr(EVICTION[scenario.memory.eviction], "needs_guesses", False):
+        horizons, ranks = max(1, scenario.prefetch.lookahead), scenario.prefetch.k or model.top_k
+    if not ranks:
+        return None
+    predictor = scenario.predictor
+    options = {"recall": predictor.recall} if predictor.name == "oracle" else {}
+    source = make_predictor(predictor.name, seed=scenario.seed, **options)
+    guesses = source.guess(trace, steps, horizons, ranks)
+    if policy.needs_confidences and guesses.confidences is None:
+        raise ScenarioError(
+            f"prefetch.policy = {scenario.prefetch.policy!r} needs confidences, and predictor.name = "
+            f"{predictor.name!r} gives none: choose another of the two"
+        )
+    return guesses
 
 
 def expert_budgets(
@@ -228,6 +240,7 @@ def make_manager(inputs: Inputs) -> MemoryManager:
         EVICTION[memory.eviction],
         setting=setting,
         scope=memory.scope,
+        divide=divider(memory.scope, model.expert_bytes, inputs.trace),
         protect=inputs.scenario.prefetch.protect,
         prefetch_share=share,
         watch_unused=inputs.scenario.prefetch.policy == "adaptive-memory",

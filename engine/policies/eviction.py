@@ -14,7 +14,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from itertools import chain, islice
 
-from .eviction_base import NO_SETTING, Chain, Ranking, add_decayed
+from .eviction_base import NO_SETTING as NO_SETTING
+from .eviction_base import Chain, Ranking, add_decayed
 from .eviction_base import Eviction as Eviction
 from .eviction_base import Setting as Setting
 from .eviction_informed import ActivationAware, Belady, GateWeight, LeastStale, Predictive, Static
@@ -454,14 +455,12 @@ class Lrfu(Eviction):
 
     Lee et al., "LRFU: a spectrum of policies that subsumes the least recently used and least frequently used policies"
     (IEEE Transactions on Computers, 2001); age in uses of the pool, and what is evicted starts anew. Lambda is
-    1 / (HALF_LIFE_IN_CAPACITIES * capacity): between LFU (0) and LRU (1), whatever the pool's size.
+    1 / capacity, between LFU (0) and LRU (1): a use counts half after as many others as the pool holds experts.
     """
-
-    HALF_LIFE_IN_CAPACITIES = 4
 
     def __init__(self, setting: Setting = NO_SETTING) -> None:
         super().__init__(setting)
-        self._step = 1.0 / (self.HALF_LIFE_IN_CAPACITIES * max(1, setting.capacity))
+        self._lambda = 1.0 / max(1, setting.capacity)
         self._now = 0.0  # in half-lives
         self._value: dict[int, float] = {}
         self._order = Ranking()
@@ -476,7 +475,7 @@ class Lrfu(Eviction):
 
     def use(self, expert: int, weight: float) -> None:
         """Count it."""
-        self._now += self._step
+        self._now += self._lambda
         value = self._value[expert] = add_decayed(self._value[expert], self._now, 1.0)
         self._order.put(expert, value)
 

@@ -170,7 +170,7 @@ class Ranking:
 def add_decayed(value: float, now: float, amount: float) -> float:
     """Return a sum of exponentially decaying amounts with one more, in logarithms, so that time changes no order.
 
-    `value` is log2 of the sum as it stood at time 0, had it grown backwards (-inf: nothing yet); `now` is in half-lives.
+    `value` is log2 of the sum, grown instead of decayed since time 0 (-inf: nothing yet); `now` is in half-lives.
     """
     total = amount + 2.0 ** (value - now)
     return math.log2(total) + now if total > 0 else -math.inf

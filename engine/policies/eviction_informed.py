@@ -51,17 +51,19 @@ class Static(Eviction):
 def _popularity(setting: Setting, steps: int) -> list[float]:
     """Return the popularity of every expert of the model: given by the trace, or learned in the first `steps`."""
     trace = setting.known_trace()
-    experts = trace.layers * trace.num_experts
+    popularity: list[float]
     if "popularity" not in trace.extra:
         used, _ = _accesses(replace(setting, steps=setting.steps[:steps]))
-        return np.bincount(used, minlength=experts).astype(float).tolist()
+        popularity = np.bincount(used, minlength=trace.layers * trace.num_experts).tolist()
+        return popularity
     given = np.asarray(trace.extra["popularity"], dtype=float)
     if given.shape != (trace.layers, trace.num_experts) or np.isnan(given).any():
         raise ValueError(
             f"trace array popularity {given.shape}: must be numbers (layers, experts) = "
             f"({trace.layers}, {trace.num_experts})"
         )
-    return (given.sum(axis=0) if setting.shared else given.reshape(-1)).tolist()  # type: ignore[no-any-return]
+    popularity = (given.sum(axis=0) if setting.shared else given.reshape(-1)).tolist()
+    return popularity
 
 
 class GateWeight(Eviction):
@@ -104,9 +106,11 @@ class GateWeight(Eviction):
 
 
 class LeastStale(Eviction):
-    """Evict stale experts first, those that nothing has touched in this forward pass; among equals by layer.
+    """Evict stale experts first, which this forward pass has not touched; of those, the layers that come round last.
 
-    Hoang et al., "SpecMD" (arXiv:2602.03921).
+    Least-Stale of SpecMD (Hoang et al., arXiv:2602.03921), which puts experts of earlier passes before those of this
+    one and goes by the layers' fixed order. Within a layer the one touched longest ago goes first. Layers that come
+    round last are those just passed, which an LRU would keep while it evicts those about to run.
     """
 
     def __init__(self, setting: Setting = NO_SETTING) -> None:
@@ -114,14 +118,14 @@ class LeastStale(Eviction):
         self._clock = _StepClock(setting)
         self._step = -1
         self._layer = 0
-        self._layers = max(setting.layers, default=0) + 1
-        self._stale: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(self._layers)]
-        self._fresh: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(self._layers)]
+        layers = range(max(setting.layers) + 1)
+        self._stale: list[OrderedDict[int, None]] = [OrderedDict() for _ in layers]
+        self._fresh: list[OrderedDict[int, None]] = [OrderedDict() for _ in layers]
 
     def begin(self, visit: int, layer: int, experts: Sequence[int], weights: Sequence[float]) -> None:
         """Make all stale when a forward pass begins."""
-        step = self._clock.step_of(visit)
         self._layer = layer
+        step = self._clock.step_of(visit)
         if step != self._step:
             self._step = step
             for stale, fresh in zip(self._stale, self._fresh, strict=True):
@@ -133,23 +137,22 @@ class LeastStale(Eviction):
         self._fresh[expert // self.setting.experts][expert] = None
 
     def use(self, expert: int, weight: float) -> None:
-        """Make it fresh."""
+        """Make it fresh, and the last."""
         layer = expert // self.setting.experts
         self._stale[layer].pop(expert, None)
         self._fresh[layer][expert] = None
+        self._fresh[layer].move_to_end(expert)
 
     def evict(self, expert: int) -> None:
         """Take it out."""
         layer = expert // self.setting.experts
-        where = self._stale if expert in self._stale[layer] else self._fresh
-        del where[layer][expert]
+        group = self._stale if expert in self._stale[layer] else self._fresh
+        del group[layer][expert]
 
-    ASC = True
     def victims(self) -> Iterator[int]:
-        """Walk."""
-        order = range(self._layers) if self.ASC else [(self._layer - i) % self._layers for i in range(1, self._layers+1)]
+        """Walk the stale, then the fresh; layer by layer, back from the one before this."""
         for group in (self._stale, self._fresh):
-            for layer in order:
+            for layer in range(self._layer - 1, self._layer - 1 - len(group), -1):
                 yield from group[layer]
 
 
