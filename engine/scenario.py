@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -44,13 +44,12 @@ class ScenarioError(ValueError):
     """A scenario that cannot run; the message names the file, the key, the value and what would be right."""
 
 
-def _one_of(names: Iterable[str]) -> AfterValidator:
-    """Return a check that admits the members of a table only, and says which they are."""
-    known = list(names)
+def _one_of(names: Collection[str]) -> AfterValidator:
+    """Return a check that admits the members of a table only, also one added later, and says who they are."""
 
     def check(value: str) -> str:
-        if value not in known:
-            raise ValueError(unknown_name("value", value, known).removeprefix("value = "))
+        if value not in names:
+            raise ValueError(unknown_name("value", value, names).removeprefix("value = "))
         return value
 
     return AfterValidator(check)

@@ -20,6 +20,7 @@ from prestage.workloads.importers import open_trace
 from prestage.workloads.trace import RoutingTrace
 
 CURVE = Path("bigmoeonedge-qwen")
+POOLS = ("global", "per-layer")
 #: What the published curve calls an equal pool for each layer.
 PUBLISHED_LAYERS = {"layer": "lru", "layerlfu": "lfu"}
 
@@ -29,7 +30,9 @@ def policies() -> str:
     trace = open_trace(_traces() / "gpt-oss-20b.npz")
     rows = []
     for name in EVICTION:
-        rates = [replay_trace(trace, "25%", eviction=name, scope=scope)["hit_rate"] for scope in ("global", "per-layer")]
+        rates = [
+            replay_trace(trace, "25%", eviction=name, scope=scope)["hit_rate"] for scope in ("global", "per-layer")
+        ]
         rows.append([f"`{name}`", *(f"{rate:.2%}" for rate in rates)])
     return _table(["eviction", "global", "per-layer"], rows)
 
@@ -49,7 +52,9 @@ def layers() -> str:
             ours = replay_trace(trace, f"{row['budget_mib']}MiB", eviction=eviction, scope="per-layer")
             slots = next(slots for slots, rate in enumerate(rates, 1) if round(rate, 3) >= float(row["hit_pct_cum"]))
             cells = [name, row["budget_mib"], row["hit_pct_cum"], f"{100 * ours['hit_rate']:.3f}"]
-            rows.append([*cells, f"{ours['budget_bytes'] / 2**20:.1f}", f"{slots}", f"{slots * sum(sizes) / 2**20:.1f}"])
+            rows.append(
+                [*cells, f"{ours['budget_bytes'] / 2**20:.1f}", f"{slots}", f"{slots * sum(sizes) / 2**20:.1f}"]
+            )
     columns = ["published row", "budget, MiB", "its hits, %", "ours, %", "ours holds, MiB"]
     return _table([*columns, "slots a layer for its hits", "MiB for its hits"], rows)
 
