@@ -1,16 +1,25 @@
 """Eviction policies: what all of them owe the memory manager, and the order of each, worked by hand."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_cases import Case, cases, decide
+from random_cases import traces as random_traces
+from tiny import tiny_trace
 
 from prestage.engine.memory_manager import MemoryManager
-from prestage.engine.policies.eviction import EVICTION, Eviction, Lru
+from prestage.engine.policies.eviction import EVICTION, Eviction, Lru, Setting
+from prestage.engine.policies.eviction_base import Chain, Ranking
+from prestage.engine.replay import FOUND, replay, replay_trace
 from prestage.engine.simulate import dispatched, make_manager, make_prefetch
+from prestage.workloads.batches import plan_steps
+from prestage.workloads.predictors import make_predictor
+from prestage.workloads.trace import RoutingTrace
 
 EVERY = pytest.mark.parametrize("name", EVICTION)
 
@@ -107,7 +116,198 @@ def test_nobody_is_evicted_while_there_is_room(name: str, data: st.DataObject) -
         evicted = manager.evicted
 
 
-# The members, one by one.
+@settings(max_examples=60)
+@given(
+    trace=random_traces(3, 5, 2),
+    slots=st.integers(2, 14),
+    batch=st.integers(1, 3),
+    scope=st.sampled_from(["global", "shared"]),
+    lookup=st.sampled_from(["batch", "single"]),
+)
+def test_no_policy_beats_belady_on_demand(trace: RoutingTrace, slots: int, batch: int, scope: str, lookup: str) -> None:
+    # As long as a whole visit fits: in waves, who is found depends on the order.
+    steps = plan_steps(trace.sequence, trace.phase, batch=batch, prefill="chunked", chunk_tokens=batch)
+    if lookup == "batch" and slots < min(5, 2 * batch):
+        return
+    guesses = make_predictor("previous-token").guess(trace, steps, 3, 2)
+    setting = Setting(trace=trace, steps=steps, single=lookup == "single", guesses=guesses)
+    hits = {}
+    for name, policy in EVICTION.items():
+        manager = MemoryManager([1] * 3, 5, slots, policy, setting=setting, scope=scope)
+        hits[name] = replay(trace, steps, manager, lookup=lookup).count(FOUND)
+    assert max(hits.values()) == hits["belady"], hits
+
+
+# The two orders that most policies keep.
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.none() | st.integers(0, 3)), max_size=150))
+def test_a_ranking_walks_by_priority_then_by_when_it_was_put(changes: list[tuple[int, int | None]]) -> None:
+    ranking, plain = Ranking(), {}
+    for at, (expert, priority) in enumerate(changes):
+        if priority is not None:
+            ranking.put(expert, priority)
+            plain[expert] = (priority, at)
+        elif expert in plain:
+            ranking.remove(expert)
+            del plain[expert]
+        expected = sorted(plain, key=lambda expert: plain[expert])
+        assert list(ranking) == expected
+        assert list(itertools.islice(ranking, 2)) == expected[:2]  # whoever walks may stop anywhere
+        assert all((expert in ranking) == (expert in plain) for expert in range(10))
+
+
+@given(st.lists(st.integers(0, 6), max_size=60))
+def test_a_chain_keeps_the_order_in_which_it_was_appended_to(changes: list[int]) -> None:
+    chain, plain = Chain(), []
+    for item in changes:
+        if item in plain:
+            chain.remove(item)
+            plain.remove(item)
+        else:
+            chain.append(item)
+            plain.append(item)
+        walked, at = [], chain.after(chain.END)
+        while at != chain.END:
+            walked.append(at)
+            at = chain.after(at)
+        assert walked == plain
+        assert len(chain) == len(plain)
+
+
+# The members, one by one: a story of one expert a visit, lower case a prefetch, and who leaves, in order.
+
+
+def evicted(name: str, story: str, slots: int, **known: object) -> str:
+    """Return who leaves when the experts of a story are demanded one by one (capitals) or prefetched."""
+    experts = [ord(letter.upper()) - ord("A") for letter in story]
+    demanded = [expert for expert, letter in zip(experts, story, strict=True) if letter.isupper()]
+    trace = tiny_trace([[[expert]] for expert in demanded], num_experts=26, **known)  # type: ignore[arg-type]
+    setting = Setting(trace=trace, steps=plan_steps(trace.sequence, trace.phase))
+    manager = MemoryManager([1], 26, slots, EVICTION[name], setting=setting, protect="none")
+    number = 0
+    for expert, letter in zip(experts, story, strict=True):
+        if letter.islower():
+            manager.prefetch(expert, number)
+            continue
+        weights = [1.0] if trace.weights is None else trace.weights[number, 0].tolist()
+        manager.visit(number, 0, [expert], [expert], weights)
+        manager.unpin()
+        number += 1
+    return "".join(chr(ord("A") + manager.copy_expert[copy]) for copy in manager.evicted_copies)
+
+
+@pytest.mark.parametrize(
+    ("name", "slots", "story", "leave"),
+    [
+        # In order of arrival, used again or not.
+        ("fifo", 3, "ABCADE", "AB"),
+        # A is used again, so B and then C are the oldest.
+        ("lru", 3, "ABCADE", "BC"),
+        # A has 2 uses; of B and C with one each B is the older, then of C and D it is C. B has 2 by then, and D goes.
+        ("lfu", 3, "ABCADBE", "BCD"),
+        # A has 3 uses, B 2: B goes for C, and C for B, which has 3 now: of the two A is the older.
+        ("lfu", 2, "ABBAACBD", "BCA"),
+        # The same, but B starts anew when it returns.
+        ("lfu-incache", 2, "ABBAACBD", "BCB"),
+        # A prefetch is no use: C has none and goes first, though it came last.
+        ("lfu", 3, "ABcD", "C"),
+        ("lrfu", 3, "ABcD", "C"),
+        # Room for two, so a half-life of two uses: A's two are worth 2**-1 + 2**-0.5 = 1.2, and B's last one 1.
+        ("lrfu", 2, "AABC", "B"),
+        # A is marked when the hand comes, loses the mark and goes behind C: B leaves, then C, then A.
+        ("clock", 3, "ABCADEF", "BCA"),
+        # A is marked and stays in front; the hand is past it: B leaves, then C, and not A before the hand is round.
+        ("sieve", 3, "ABCADEF", "BCD"),
+        # Ten slots, the small queue holds one: A is there, B to J in the main queue. A leaves for K and is remembered,
+        # K (small) leaves for A, which comes to the main queue.
+        ("s3fifo", 10, "ABCDEFGHIJKA", "AK"),
+        # Four slots, one of them for newcomers. A leaves for E and is remembered, B for A, which goes to the main LRU.
+        ("2q", 4, "ABCDEA", "AB"),
+        # A and B were used twice and are in the second LRU; the first one's target is still 0, so C leaves.
+        ("arc", 3, "ABABCD", "C"),
+        # A is demanded of four in the first tenth (one step of ten): it is the popular one, the others take turns.
+        ("static", 2, "ABCDEFGHIJ", "BCDEFGHI"),
+        # B is used next, then A, then C never: for D, C goes; for E, D, which is never used again.
+        ("belady", 3, "ABCDBAE", "CD"),
+    ],
+)
+def test_by_hand(name: str, slots: int, story: str, leave: str) -> None:
+    assert evicted(name, story, slots) == leave
+
+
+def test_every_policy_has_a_case_by_hand() -> None:
+    ours = {mark.args[1][i][0] for mark in test_by_hand.pytestmark for i in range(len(mark.args[1]))}  # type: ignore[attr-defined]
+    apart = {"random", "least-stale", "activation-aware", "gate-weight", "predictive"}
+    assert ours | apart == set(EVICTION)
+
+
+def test_random_evicts_everyone_equally_often() -> None:
+    # 2,000 draws of one of five: each 400 times, with a standard deviation of sqrt(2000 * 0.2 * 0.8) = 18.
+    counts = np.zeros(5, dtype=int)
+    policy = EVICTION["random"](Setting(seed=1))
+    for expert in range(5):
+        policy.admit(expert, True)
+    for _ in range(2000):
+        victim = next(policy.victims())
+        policy.evict(victim)
+        policy.admit(victim, True)
+        counts[victim] += 1
+    assert np.abs(counts - 400).max() < 4 * 18
+
+
+def test_gate_weight_evicts_the_least_weight_of_late() -> None:
+    # A 0.9, B 0.1, C 0.5 each once, within a half-life of eight passes: B goes for D, then C (0.5) before D (0.6).
+    weights = np.array([0.9, 0.1, 0.5, 0.6, 0.7], dtype=np.float16).reshape(5, 1, 1)
+    assert evicted("gate-weight", "ABCDE", 3, weights=weights) == "BC"
+
+
+def test_least_stale_goes_back_from_the_layer_just_passed() -> None:
+    # Three layers of one expert each, room for two: in a circle LRU always evicts what comes next and never hits.
+    trace = tiny_trace([[[0], [0], [0]]] * 6)
+    hits = {name: replay_trace(trace, "2experts", eviction=name)["hits"] for name in ("lru", "least-stale")}
+    # Expert l of layer l. First pass: 0 and 1 are missed, and 2 takes the room of 1, just passed. From then on 0 hits,
+    # 1 takes the room of 2, which is stale, and 2 that of 1, just passed. So one hit in every pass after the first.
+    assert hits == {"lru": 0, "least-stale": 5}
+
+
+def test_activation_aware_goes_by_the_sequence_in_flight() -> None:
+    # Sequence 0 uses A often; sequence 1 begins and its map is empty but for its own B, C: now A is the first to go.
+    sequence = np.array([0, 0, 0, 1, 1, 1])
+    assert evicted("activation-aware", "AAABCD", 3, sequence=sequence) == "A"
+    assert evicted("activation-aware", "AAABCD", 3) == "B"
+
+
+def test_predictive_keeps_whom_the_predictor_expects() -> None:
+    # One layer, room for three. The oracle knows the next token's expert: at D's visit A is expected, so the least
+    # recently used of the others, B, leaves.
+    trace = tiny_trace([[[0]], [[1]], [[2]], [[3]], [[0]]])
+    steps = plan_steps(trace.sequence, trace.phase)
+    found = {}
+    for guesses in (None, make_predictor("oracle", recall=1.0).guess(trace, steps, 1, 1)):
+        setting = Setting(trace=trace, steps=steps, guesses=guesses)
+        manager = MemoryManager([1], 4, 3, EVICTION["predictive"], setting=setting)
+        found[guesses is not None] = replay(trace, steps, manager).count(FOUND)
+    assert found == {False: 0, True: 1}
+
+
+def test_popularity_can_be_given_with_the_trace() -> None:
+    popularity = np.zeros((1, 26))
+    popularity[0, 2] = 1.0  # C
+    assert evicted("static", "ABCDE", 2, extra={"popularity": popularity}) == "ABD"
+    with pytest.raises(
+        ValueError, match=r"trace array popularity \(2,\): must be numbers \(layers, experts\) = \(1, 26\)"
+    ):
+        evicted("static", "AB", 2, extra={"popularity": np.zeros(2)})
+
+
+@pytest.mark.parametrize("name", ["belady", "static", "gate-weight", "least-stale", "activation-aware", "predictive"])
+def test_an_informed_policy_without_a_trace_says_what_it_needs(name: str) -> None:
+    with pytest.raises(ValueError, match="needs to know the trace and the steps"):
+        MemoryManager([1], 4, 3, EVICTION[name])
+
+
+# LRU, the reference of the others, in more detail.
 
 
 def test_lru_evicts_the_expert_used_longest_ago() -> None:
