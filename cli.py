@@ -108,7 +108,7 @@ def replay(
     eviction: Annotated[str, typer.Option(help="The eviction policy; a wrong name lists them all.")] = "lru",
     scope: Annotated[
         str,
-        typer.Option(help="One pool for all layers (global), one each (per-layer, benefit), or layers share experts."),
+        typer.Option(help="One pool for all layers (global), one each (per-layer, benefit), or shared experts."),
     ] = "global",
     lookup: Annotated[str, typer.Option(help="Look up unique experts (batch) or every token's (single).")] = "batch",
     batch: Annotated[int, typer.Option(help="How many sequences decode together.")] = 1,

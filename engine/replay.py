@@ -16,7 +16,7 @@ import numpy.typing as npt
 from ..resources.suggest import unknown_name
 from ..workloads.batches import DECODE, Step, plan_steps
 from ..workloads.model import load_model
-from ..workloads.predictors import make_predictor
+from ..workloads.predictors import PREDICTORS, make_predictor
 from ..workloads.trace import RoutingTrace
 from .compiled import COMPILED
 from .dispatch import LOOKUPS, Visit, single_accesses, step_accesses
@@ -145,6 +145,8 @@ def replay_trace(
     """
     if eviction not in EVICTION:
         raise ValueError(unknown_name("eviction", eviction, EVICTION))
+    if predictor not in PREDICTORS:
+        raise ValueError(unknown_name("predictor", predictor, PREDICTORS))
     sizes = _expert_sizes(trace, model, expert_bytes)
     known = sizes or [1] * trace.layers
     budget_bytes = parse_budget(budget, known, trace.num_experts, scope)
@@ -165,7 +167,9 @@ def replay_trace(
         policy = EVICTION[eviction]
         guesses = None
         if getattr(policy, "needs_guesses", False):
-            guesses = make_predictor(predictor).guess(trace, steps, lookahead or trace.layers, trace.k)
+            guesses = make_predictor(predictor).guess(
+                trace, steps, trace.layers if lookahead is None else lookahead, trace.k
+            )
         setting = Setting(trace=trace, steps=steps, single=lookup == "single", guesses=guesses)
         manager = MemoryManager(
             known, trace.num_experts, budget_bytes, policy, setting=setting, scope=scope, divide=divide

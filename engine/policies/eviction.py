@@ -22,7 +22,7 @@ from .eviction_informed import ActivationAware, Belady, GateWeight, LeastStale, 
 
 
 class Fifo(Eviction):
-    """Evict the expert that came first."""
+    """Evict the expert that came first (Belady, "A study of replacement algorithms", IBM Systems Journal, 1966)."""
 
     def __init__(self, setting: Setting = NO_SETTING) -> None:
         super().__init__(setting)
@@ -45,7 +45,10 @@ class Fifo(Eviction):
 
 
 class Lru(Fifo):
-    """Evict the expert used longest ago (least recently used); a prefetch comes as the latest."""
+    """Evict the expert used longest ago; a prefetch comes as the latest.
+
+    Mattson, Gecsei, Slutz & Traiger, "Evaluation techniques for storage hierarchies" (IBM Systems Journal, 1970).
+    """
 
     def use(self, expert: int, weight: float) -> None:
         """Put it last again."""
@@ -417,7 +420,10 @@ class Arc(Eviction):
 
 
 class Random(Eviction):
-    """Evict any expert, all equally likely; drawn from the seed, so that the same run meets the same evictions."""
+    """Evict any expert, all equally likely (Belady, 1966).
+
+    Drawn from the seed, so that the same run meets the same evictions.
+    """
 
     def __init__(self, setting: Setting = NO_SETTING) -> None:
         super().__init__(setting)

@@ -108,9 +108,10 @@ class GateWeight(Eviction):
 class LeastStale(Eviction):
     """Evict stale experts first, which this forward pass has not touched; of those, the layers that come round last.
 
-    Least-Stale of SpecMD (Hoang et al., arXiv:2602.03921), which puts experts of earlier passes before those of this
-    one and goes by the layers' fixed order. Within a layer the one touched longest ago goes first. Layers that come
-    round last are those just passed, which an LRU would keep while it evicts those about to run.
+    Least-Stale of SpecMD (Hoang et al., arXiv:2602.03921): experts of earlier passes before those of this one, by the
+    layers' fixed order. The layers that come round last are those just passed, which an LRU keeps while it evicts those
+    about to run. Its code is not public; that the order runs back from the layer just passed, and within a layer from
+    the one touched longest ago, is our reading.
     """
 
     def __init__(self, setting: Setting = NO_SETTING) -> None:
@@ -239,8 +240,8 @@ class Predictive(Eviction):
     """Evict whom the predictor does not expect, least recently used first; then whom it expects latest.
 
     Every visit's guesses say which experts the layers ahead will use; one that its layer's visit proves wrong is
-    dropped. The smart eviction of the memory management guide; after Song et al., "ExpertFlow" (arXiv:2410.17954).
-    Without guesses it is LRU.
+    dropped. The guide's smart eviction; as the predictive caching of ExpertFlow (He et al., arXiv:2410.17954). Without
+    guesses it is LRU.
     """
 
     needs_guesses = True
@@ -263,12 +264,11 @@ class Predictive(Eviction):
         now = step * self._layers + layer
         if now == self._now:
             return
-        for when in range(self._now + 1, now + 1) if len(self._due) > now - self._now else sorted(self._due):
-            if when <= now:
-                for expert in self._due.pop(when, ()):
-                    if self._expected.get(expert) == when:
-                        del self._expected[expert]
-                        self._rank(expert)
+        for when in range(self._now + 1, now + 1):
+            for expert in self._due.pop(when, ()):
+                if self._expected.get(expert) == when:
+                    del self._expected[expert]
+                    self._rank(expert)
         self._now = now
         if self.setting.guesses is not None:
             self._expect(step, layer)
