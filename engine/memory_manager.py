@@ -362,8 +362,7 @@ def pool_budgets(expert_bytes: Sequence[int], budget_bytes: int, scope: str) -> 
     """
     if scope not in SCOPES:
         raise ValueError(f"scope = {scope!r}: choose one of {', '.join(SCOPES)}")
-    if scope in ("benefit", "shared") and min(expert_bytes) != max(expert_bytes):
-        raise ValueError(f"scope = {scope!r} needs experts of one size in all layers: choose global or per-layer")
+    check_sizes(expert_bytes, scope)
     if scope == "benefit":
         raise ValueError("scope = 'benefit' needs a trace to measure it on: give divide")
     if scope in ("global", "shared"):
@@ -371,6 +370,12 @@ def pool_budgets(expert_bytes: Sequence[int], budget_bytes: int, scope: str) -> 
     layers = len(expert_bytes)
     where = f"a layer's share (1/{layers}) of the expert budget"
     return [_usable(where, [size_bytes], budget_bytes // layers) for size_bytes in expert_bytes]
+
+
+def check_sizes(expert_bytes: Sequence[int], scope: str) -> None:
+    """Raise ValueError if the scope needs experts of one size in all layers, and these are not."""
+    if scope in ("benefit", "shared") and min(expert_bytes) != max(expert_bytes):
+        raise ValueError(f"scope = {scope!r} needs experts of one size in all layers: choose global or per-layer")
 
 
 def _usable(where: str, sizes: Sequence[int], budget_bytes: int) -> int:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from ..workloads.statistics import lru_depths
 from ..workloads.trace import RoutingTrace
-from .memory_manager import pool_budgets
+from .memory_manager import check_sizes, pool_budgets
 
 
 def divider(scope: str, expert_bytes: Sequence[int], trace: RoutingTrace) -> Callable[[int], list[int]]:
@@ -21,8 +21,7 @@ def divider(scope: str, expert_bytes: Sequence[int], trace: RoutingTrace) -> Cal
     """
     if scope != "benefit":
         return partial(pool_budgets, expert_bytes, scope=scope)
-    if min(expert_bytes) != max(expert_bytes):
-        raise ValueError("scope = 'benefit' needs experts of one size in all layers: choose global or per-layer")
+    check_sizes(expert_bytes, scope)
     hits, size_bytes = hits_by_slots(trace), expert_bytes[0]
 
     def divide(budget_bytes: int) -> list[int]:

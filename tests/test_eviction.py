@@ -159,7 +159,8 @@ def test_a_ranking_walks_by_priority_then_by_when_it_was_put(changes: list[tuple
 
 @given(st.lists(st.integers(0, 6), max_size=60))
 def test_a_chain_keeps_the_order_in_which_it_was_appended_to(changes: list[int]) -> None:
-    chain, plain = Chain(), []
+    chain = Chain()
+    plain: list[int] = []
     for item in changes:
         if item in plain:
             chain.remove(item)
@@ -182,7 +183,7 @@ def evicted(name: str, story: str, slots: int, **known: object) -> str:
     """Return who leaves when the experts of a story are demanded one by one (capitals) or prefetched."""
     experts = [ord(letter.upper()) - ord("A") for letter in story]
     demanded = [expert for expert, letter in zip(experts, story, strict=True) if letter.isupper()]
-    trace = tiny_trace([[[expert]] for expert in demanded], num_experts=26, **known)  # type: ignore[arg-type]
+    trace = tiny_trace([[[expert]] for expert in demanded], num_experts=26, **known)
     setting = Setting(trace=trace, steps=plan_steps(trace.sequence, trace.phase))
     manager = MemoryManager([1], 26, slots, EVICTION[name], setting=setting, protect="none")
     number = 0
