@@ -66,7 +66,7 @@ class Watched(Eviction):
 
 
 @EVERY
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(data=st.data(), look=st.booleans())
 def test_victims_walks_exactly_the_experts_in_memory_once(name: str, data: st.DataObject, look: bool) -> None:
     case = data.draw(cases(memory={"eviction": name}))
@@ -91,7 +91,7 @@ def test_victims_walks_exactly_the_experts_in_memory_once(name: str, data: st.Da
 
 
 @EVERY
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_the_same_run_meets_the_same_evictions(name: str, data: st.DataObject) -> None:
     case: Case = data.draw(cases(memory={"eviction": name}))
@@ -101,7 +101,7 @@ def test_the_same_run_meets_the_same_evictions(name: str, data: st.DataObject) -
 
 
 @EVERY
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_nobody_is_evicted_while_there_is_room(name: str, data: st.DataObject) -> None:
     case: Case = data.draw(cases(memory={"eviction": name, "scope": "global"}))
