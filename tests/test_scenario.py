@@ -83,7 +83,12 @@ def test_every_key_refuses_a_value_of_another_type_naming_key_and_value(path: tu
         ("workload", "batch", "1", "workload.batch = '1': must be a valid integer"),
         ("workload", "prefill", "some", "workload.prefill = 'some': choose one of skip, whole, chunked"),
         ("workload", "tokens", 0, "workload.tokens = 0: must be greater than or equal to 1"),
-        ("memory", "scope", "layer", "memory.scope = 'layer': choose one of global, per-layer (did you mean 'per-l"),
+        (
+            "memory",
+            "scope",
+            "layer",
+            "memory.scope = 'layer': choose one of global, per-layer, benefit, shared (did you mean 'per-l",
+        ),
         ("memory", "eviction", "lrv", "memory.eviction = 'lrv': choose one of "),
         ("memory", "gpu_budget", "25", "memory: gpu_budget = '25': write it as '25%', '4GiB' or '512experts'"),
         ("memory", "gpu_budget", "4 gib", "memory: gpu_budget = '4 gib': write it as"),
