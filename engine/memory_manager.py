@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -26,6 +26,9 @@ SCOPES = ("global", "per-layer", "benefit", "shared")
 PROTECTION = ("until_target", "none")
 
 DEMANDED, PREFETCHED, PRELOADED = range(3)
+
+#: No expert at all.
+_NONE: Set[int] = frozenset()
 
 
 class BudgetError(ValueError):
@@ -54,6 +57,7 @@ class _Pool:
 
     def __init__(self, budget_bytes: int, policy: Eviction, swaps: bool) -> None:
         self.policy = policy
+        self.use = policy.use
         # Hooks that most policies leave as they are cost nothing.
         self.begins = type(policy).begin is not Eviction.begin
         self.misses = type(policy).miss is not Eviction.miss
@@ -136,7 +140,7 @@ class MemoryManager:
         self.assigned_bytes = 0
         #: The experts that have room, each with the number of the copy that holds or will hold its bytes.
         self.assigned: dict[int, int] = {}
-        self._pinned: set[int] = set()
+        self._pinned: Set[int] = _NONE
         self._until: dict[int, int] = {}  # prefetched expert -> the visit that it is protected until
         self._visit = -1
         self._share = prefetch_share
@@ -182,14 +186,16 @@ class MemoryManager:
         assigned = self.assigned
         if pool.begins:
             pool.policy.begin(number, layer, recency, weights)
-        found = {expert: assigned[expert] for expert in experts if expert in assigned}
-        self._pinned.update(found)
+        found = {}
+        for expert in experts:
+            if expert in assigned:
+                found[expert] = assigned[expert]
+        self._pinned = found.keys()
         if self._watches_unused:
             self._note_first_uses(found)
         if len(found) == len(experts):  # nothing to fetch: the common case, kept short
-            use = pool.policy.use
-            for expert, weight in zip(recency, weights, strict=True):
-                use(expert, weight)
+            for _ in map(pool.use, recency, weights):  # a quarter of the time of zip(…, strict=True)
+                pass
             return [Wave(found, [])]
         missing = [expert for expert in experts if expert not in assigned]
         if self._share is not None:
@@ -197,12 +203,13 @@ class MemoryManager:
                 self._share.missed(expert)
         waves = []
         while True:
+            self._pinned = pinned = set(found)
             admitted: list[Admission] = []
             for expert in missing:
                 admission = self._claim(expert, pool, DEMANDED, None)
                 if admission is None:
                     break
-                self._pinned.add(expert)
+                pinned.add(expert)
                 admitted.append(admission)
             waves.append(Wave(found, admitted))
             served = len(admitted) == len(missing)
@@ -233,7 +240,7 @@ class MemoryManager:
         if self._drop_after_visit:
             for expert in [expert for expert in self.assigned if expert in self._pinned]:
                 self._evict(expert)
-        self._pinned.clear()
+        self._pinned = _NONE
 
     def prefetch(self, expert: int, target: int) -> Admission | None:
         """Give room to an expert expected at visit number `target`; None if it is assigned or finds no room."""
