@@ -1,166 +1,261 @@
-"""Compiled replay: the same decisions as the memory manager's, on demand only, at the speed of machine code.
+"""Compiled replays: the same decisions as the memory manager's, on demand only, at the speed of machine code.
 
-The order in which experts leave is a doubly linked list in arrays, one node an expert and one a pool. Every function
-here equals `replay.replay` to the last access; tests hold it to that.
+Each pool's look-ups, laid out flat, go through one loop that looks up, pins, makes room and serves in waves; a policy
+is what the loop asks of compiled_policies.py. LRU has a loop of its own for the common case. Every replay here equals
+`replay.replay` with the policy of the same name to the last access; tests hold it to that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numba
 import numpy as np
 import numpy.typing as npt
+from numba.cpython.unsafe.numbers import trailing_zeros
 
 from ..workloads.batches import Step
 from ..workloads.trace import RoutingTrace
+from .compiled_policies import BELADY, CLOCK, FIFO, LFU, LFU_INCACHE, LRU, S3FIFO, SIEVE
+from .compiled_policies import admit, begin, evict, make_state, marks, miss, use, victims
+from .lookups import Lookups, list_lookups
 
 Array = npt.NDArray[Any]
+Outcome = npt.NDArray[np.uint8]
+
+#: The policies that have a compiled replay, by their names in EVICTION.
+KINDS = {
+    "fifo": FIFO,
+    "lru": LRU,
+    "lfu": LFU,
+    "lfu-incache": LFU_INCACHE,
+    "clock": CLOCK,
+    "sieve": SIEVE,
+    "s3fifo": S3FIFO,
+    "belady": BELADY,
+}
 
 
-def replay_lru(
-    trace: RoutingTrace, steps: Sequence[Step], pool_bytes: Sequence[int], expert_bytes: Sequence[int], lookup: str
-) -> tuple[npt.NDArray[np.uint8], int]:
-    """Replay LRU on demand; return the outcome of each (token, layer, rank), as in `Replayed`, and the evictions.
+def replay_compiled(
+    eviction: str,
+    trace: RoutingTrace,
+    steps: Sequence[Step],
+    pool_bytes: Sequence[int],
+    expert_bytes: Sequence[int],
+    lookup: str,
+) -> tuple[Outcome, int]:
+    """Replay on demand; return the outcome of each (token, layer, rank), as in `Replayed`, and the evictions.
 
     `pool_bytes` has one entry for a global pool, or one a layer; `expert_bytes` (layers,).
     """
-    outcome = np.full(trace.experts.shape, 255, dtype=np.uint8)
-    present = np.ones((1, 1), dtype=bool) if trace.present is None else trace.present
-    rows = np.concatenate([step.rows for step in steps]) if steps else np.empty(0, dtype=np.int64)
-    starts = np.cumsum([0, *(len(step.rows) for step in steps)])
-    evicted = _lru(
-        trace.experts,
-        present,
-        trace.present is not None,
-        rows,
-        starts,
-        trace.num_experts,
-        np.array(expert_bytes, dtype=np.int64),
-        np.array(pool_bytes, dtype=np.int64),
-        lookup == "single",
-        outcome,
-    )
-    return outcome, int(evicted)
+    outcome = np.full(trace.experts.size, 255, dtype=np.uint8)
+    evicted = 0
+    for pool, room_bytes in enumerate(pool_bytes):
+        lookups = list_lookups(trace, steps, lookup, pool if len(pool_bytes) > 1 else None)
+        sizes = expert_bytes if len(pool_bytes) == 1 else [expert_bytes[pool]] * trace.layers
+        whole = lookups.cells is None
+        found = outcome if whole else np.empty(len(lookups.experts), dtype=np.uint8)
+        evicted += replay_pool(eviction, lookups, room_bytes, sizes, trace.num_experts, found)
+        if not whole:
+            outcome[lookups.cells] = found
+    return outcome.reshape(trace.experts.shape), evicted
 
 
-@numba.njit(cache=True)
-def _unlink(before: Array, after: Array, node: int) -> None:
-    """Take a node out of its list."""
-    before[after[node]] = before[node]
-    after[before[node]] = after[node]
-
-
-@numba.njit(cache=True)
-def _link(before: Array, after: Array, anchor: int, node: int) -> None:
-    """Put a node in front of another; in front of the pool's own node is last to go."""
-    last = before[anchor]
-    after[last] = node
-    before[node] = last
-    after[node] = anchor
-    before[anchor] = node
-
-
-@numba.njit(cache=True)
-def _lru(
-    experts: Array,
-    present: Array,
-    has_gaps: bool,
-    rows: Array,
-    starts: Array,
+def replay_pool(
+    eviction: str,
+    lookups: Lookups,
+    pool_bytes: int,
+    expert_bytes: Sequence[int],
     num_experts: int,
-    expert_bytes: Array,
-    pool_bytes: Array,
-    single: bool,
-    outcome: Array,
+    found: Outcome,
 ) -> int:
-    """Serve every step and layer: look up, pin, make room wave by wave, then renew recency by last appearance."""
-    layers, k = experts.shape[1], experts.shape[2]
-    total = layers * num_experts
-    free = pool_bytes.copy()
-    before = np.arange(total + len(pool_bytes))
-    after = np.arange(total + len(pool_bytes))
-    resident = np.zeros(total, dtype=np.bool_)
-    pinned = np.full(total, -1, dtype=np.int64)  # the wave that pins it
-    seen = np.full(total, -1, dtype=np.int64)  # the look-up that it was last seen in
-    most = np.max(np.diff(starts)) * k if len(starts) > 1 else 0
-    wanted = np.empty(most, dtype=np.int64)
-    missing = np.empty(most, dtype=np.int64)
-    wave = visit = evicted = 0
-    for step in range(len(starts) - 1):
-        pairs = (starts[step + 1] - starts[step]) * k
-        for layer in range(layers):
-            pool = layer if len(pool_bytes) > 1 else 0
-            head = total + pool
-            size = expert_bytes[layer]
-            first = 0
-            while first < pairs:
-                # One look-up: the whole batch, or one (token, expert) pair.
-                last = first + 1 if single else pairs
-                visit += 1
-                wave += 1
-                lacking = 0
-                for pair in range(first, last):
-                    row, rank = rows[starts[step] + pair // k], pair % k
-                    wanted[pair] = -1
-                    if has_gaps and not present[row, layer]:
-                        continue
-                    expert = layer * num_experts + experts[row, layer, rank]
-                    wanted[pair] = expert
-                    if seen[expert] == visit:
-                        continue
-                    seen[expert] = visit
+    """Replay one pool's look-ups: set `found` (n,) to 1 or 0 for each, and return the evictions.
+
+    `expert_bytes` (layers,) are the sizes of the experts that the pool may hold.
+    """
+    kind, capacity = KINDS[eviction], pool_bytes // max(expert_bytes)
+    experts = len(expert_bytes) * num_experts
+    if kind == LRU and min(expert_bytes) == max(expert_bytes) and capacity >= lookups.largest_visit:
+        if len(lookups.starts) > len(lookups.experts):
+            misses = _lru_one_by_one(lookups.experts, capacity, experts, found)
+        else:
+            misses = _lru_by_visits(lookups.experts, lookups.recency, lookups.starts, capacity, experts, found)
+        return max(0, int(misses) - capacity)
+    following = next_visits(lookups.experts, lookups.starts, experts) if kind == BELADY else np.empty(0, np.int32)
+    sizes = np.repeat(np.array(expert_bytes, dtype=np.int64), num_experts)
+    return int(
+        _replay(kind, lookups.experts, lookups.recency, lookups.starts, following, sizes, pool_bytes, capacity, found)
+    )
+
+
+@numba.njit(cache=True)
+def next_visits(experts: Array, starts: Array, num_experts: int) -> Array:
+    """Return the number of the visit that next looks the same expert up, int32 (n,); of the visits if none does."""
+    visits = len(starts) - 1
+    following = np.empty(len(experts), dtype=np.int32)
+    coming = np.full(num_experts, visits, dtype=np.int32)
+    for visit in range(visits - 1, -1, -1):
+        for at in range(starts[visit], starts[visit + 1]):
+            following[at] = coming[experts[at]]
+            coming[experts[at]] = visit
+    return following
+
+
+# LRU where all experts are of one size and every visit fits: no list of who was used when is kept, the past itself is
+# that list. Every use has a number; what is in memory are the experts last used at number `oldest` or later. `live` has
+# a bit for each use that is still its expert's last: the victim is the next one from `oldest` on. At first, as many
+# uses by nobody as there are places make the memory full, so that each miss costs one and nothing asks whether there
+# is room. A visit first takes the bits of all it asks for, then evicts, so nobody evicts what it pins.
+
+_WORD_BITS = 64
+
+
+@numba.njit(cache=True)
+def _all_live(uses: int) -> Array:
+    """Return the bits of that many uses, all set; they begin with the second word, the first is nobody's."""
+    return np.full(uses // _WORD_BITS + 2, np.uint64(0xFFFFFFFFFFFFFFFF), dtype=np.uint64)
+
+
+@numba.njit(cache=True)
+def _clear(live: Array, use_number: int) -> None:
+    """Say that a use is no longer its expert's last."""
+    live[use_number >> 6] &= ~(np.uint64(1) << np.uint64(use_number & 63))
+
+
+@numba.njit(cache=True)
+def _after_next_live(live: Array, oldest: int) -> int:
+    """Return the number after that of the first live use from `oldest` on."""
+    word = live[oldest >> 6] >> np.uint64(oldest & 63)
+    if word == 0:
+        at = (oldest >> 6) + 1
+        while live[at] == 0:
+            at += 1
+        oldest, word = at << 6, live[at]
+    return oldest + np.int64(trailing_zeros(word)) + 1
+
+
+@numba.njit(cache=True)
+def _lru_one_by_one(experts: Array, capacity: int, num_experts: int, found: Array) -> int:
+    """Replay LRU, every look-up a visit of its own, and return the misses: twice as fast as by visits."""
+    live = _all_live(len(experts) + capacity)
+    last = np.zeros(num_experts, dtype=np.int64)  # the number of its last use; 0: not used yet
+    oldest = _WORD_BITS
+    now = oldest + capacity
+    misses = 0
+    for at in range(len(experts)):
+        expert = experts[at]
+        before = last[expert]
+        _clear(live, before)
+        last[expert] = now
+        now += 1
+        if before >= oldest:
+            found[at] = 1
+        else:
+            found[at] = 0
+            misses += 1
+            oldest = _after_next_live(live, oldest)
+    return misses
+
+
+@numba.njit(cache=True)
+def _lru_by_visits(
+    experts: Array, recency: Array, starts: Array, capacity: int, num_experts: int, found: Array
+) -> int:
+    """Replay LRU visit by visit, and return the misses."""
+    live = _all_live(len(experts) + capacity)
+    last = np.zeros(num_experts, dtype=np.int64)
+    oldest = _WORD_BITS
+    now = oldest + capacity
+    misses = 0
+    for visit in range(len(starts) - 1):
+        lacking = 0
+        for at in range(starts[visit], starts[visit + 1]):
+            before = last[experts[at]]
+            _clear(live, before)
+            found[at] = before >= oldest
+            lacking += before < oldest
+        for at in range(starts[visit], starts[visit + 1]):
+            last[recency[at]] = now
+            now += 1
+        misses += lacking
+        for _ in range(lacking):
+            oldest = _after_next_live(live, oldest)
+    return misses
+
+
+@numba.njit(cache=True)
+def _replay(
+    kind: int,
+    experts: Array,
+    recency: Array,
+    starts: Array,
+    following: Array,
+    sizes: Array,
+    pool_bytes: int,
+    capacity: int,
+    found: Array,
+) -> int:
+    """Serve every visit: look up, pin, make room wave by wave, and tell the policy what was used; return evictions."""
+    state = make_state(kind, len(sizes), capacity)
+    resident = np.zeros(len(sizes), dtype=np.bool_)
+    pinned = np.full(len(sizes), -1, dtype=np.int64)  # the wave that pins it
+    missing = np.empty(len(sizes), dtype=np.int32)
+    leaving = np.empty(len(sizes), dtype=np.int32)
+    free_bytes = pool_bytes
+    wave = evicted = 0
+    for visit in range(len(starts) - 1):
+        first, last = starts[visit], starts[visit + 1]
+        wave += 1
+        lacking = 0
+        for at in range(first, last):
+            expert = experts[at]
+            if kind == BELADY:
+                begin(state, expert, following[at])
+            if resident[expert]:
+                found[at] = 1
+                pinned[expert] = wave
+            else:
+                found[at] = 0
+                missing[lacking] = expert
+                lacking += 1
+        size_bytes = sizes[experts[first]]  # a visit's experts are of one layer
+        held, most = last - first - lacking, pool_bytes // size_bytes
+        served = 0
+        while True:
+            while served < lacking:
+                expert = missing[served]
+                miss(kind, state, expert)
+                if held == most:
+                    if marks(kind):  # the walk for room is in vain, but it clears marks
+                        victims(kind, state, pinned, wave, sizes, pool_bytes + 1, leaving)
+                    break
+                if free_bytes < size_bytes:
+                    count = victims(kind, state, pinned, wave, sizes, size_bytes - free_bytes, leaving)
+                    for victim in leaving[:count]:
+                        evict(kind, state, victim)
+                        resident[victim] = False
+                        free_bytes += sizes[victim]
+                    evicted += count
+                free_bytes -= size_bytes
+                pinned[expert] = wave
+                held += 1
+                served += 1
+            for at in range(first, last):
+                expert = recency[at]
+                if pinned[expert] == wave:
                     if resident[expert]:
-                        outcome[row, layer, rank] = 1
-                        pinned[expert] = wave
+                        use(kind, state, expert)
                     else:
-                        outcome[row, layer, rank] = 0
-                        missing[lacking] = expert
-                        lacking += 1
-                served = 0
-                while True:
-                    while served < lacking:
-                        node = after[head]
-                        room = free[pool]
-                        while room < size and node != head:  # would evicting all that is unpinned be enough?
-                            if pinned[node] != wave:
-                                room += expert_bytes[node // num_experts]
-                            node = after[node]
-                        if room < size:
-                            break
-                        node = after[head]
-                        while free[pool] < size:
-                            following = after[node]
-                            if pinned[node] != wave:
-                                _unlink(before, after, node)
-                                resident[node] = False
-                                free[pool] += expert_bytes[node // num_experts]
-                                evicted += 1
-                            node = following
-                        free[pool] -= size
-                        pinned[missing[served]] = wave
-                        resident[missing[served]] = True
-                        after[missing[served]] = -1  # not in the list yet
-                        served += 1
-                    # Those of this wave, in the order of last appearance: walk back and put each before the others.
-                    anchor = head
-                    visit += 1
-                    for pair in range(last - 1, first - 1, -1):
-                        expert = wanted[pair]
-                        if expert < 0 or seen[expert] == visit or pinned[expert] != wave:
-                            continue
-                        seen[expert] = visit
-                        if after[expert] >= 0:
-                            _unlink(before, after, expert)
-                        _link(before, after, anchor, expert)
-                        anchor = expert
-                    if served == lacking:
-                        break
-                    wave += 1
-                first = last
+                        admit(kind, state, expert)
+                        resident[expert] = True
+            if served == lacking:
+                break
+            wave += 1
+            held = 0
     return evicted
 
 
-#: The policies that have a compiled replay, under the names of EVICTION.
-COMPILED: dict[str, Callable[..., tuple[npt.NDArray[np.uint8], int]]] = {"lru": replay_lru}
+#: The compiled replays by policy: (trace, steps, pool_bytes, expert_bytes, lookup) -> (outcome, evictions).
+COMPILED: dict[str, Callable[..., tuple[Outcome, int]]] = {name: partial(replay_compiled, name) for name in KINDS}
