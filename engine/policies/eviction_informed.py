@@ -329,7 +329,7 @@ class Belady(Eviction):
         super().__init__(setting)
         self._now = -1  # the pool's own visits, counted
         self._uses, self._next, self._end = _uses(setting)
-        self._never = len(self._uses) + 1
+        self._never = max(self._uses, default=0) + 1  # visits, which may be more than uses: some are of nobody
         self._order = Ranking()
 
     def begin(self, visit: int, layer: int, experts: Sequence[int], weights: Sequence[float]) -> None:
