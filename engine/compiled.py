@@ -18,8 +18,24 @@ from numba.cpython.unsafe.numbers import trailing_zeros
 
 from ..workloads.batches import Step
 from ..workloads.trace import RoutingTrace
-from .compiled_policies import BELADY, CLOCK, FIFO, LFU, LFU_INCACHE, LRU, S3FIFO, SIEVE
-from .compiled_policies import admit, begin, evict, make_state, marks, miss, use, victims
+from .compiled_policies import (
+    BELADY,
+    CLOCK,
+    FIFO,
+    LFU,
+    LFU_INCACHE,
+    LRU,
+    S3FIFO,
+    SIEVE,
+    admit,
+    begin,
+    evict,
+    make_state,
+    marks,
+    miss,
+    use,
+    victims,
+)
 from .lookups import Lookups, list_lookups
 
 Array = npt.NDArray[Any]
@@ -160,9 +176,7 @@ def _lru_one_by_one(experts: Array, capacity: int, num_experts: int, found: Arra
 
 
 @numba.njit(cache=True)
-def _lru_by_visits(
-    experts: Array, recency: Array, starts: Array, capacity: int, num_experts: int, found: Array
-) -> int:
+def _lru_by_visits(experts: Array, recency: Array, starts: Array, capacity: int, num_experts: int, found: Array) -> int:
     """Replay LRU visit by visit, and return the misses."""
     live = _all_live(len(experts) + capacity)
     last = np.zeros(num_experts, dtype=np.int64)
@@ -198,11 +212,11 @@ def _replay(
     found: Array,
 ) -> int:
     """Serve every visit: look up, pin, make room wave by wave, and tell the policy what was used; return evictions."""
-    state = make_state(kind, len(sizes), capacity)
+    state = make_state(len(sizes), capacity)
     resident = np.zeros(len(sizes), dtype=np.bool_)
     pinned = np.full(len(sizes), -1, dtype=np.int64)  # the wave that pins it
     missing = np.empty(len(sizes), dtype=np.int32)
-    leaving = np.empty(len(sizes), dtype=np.int32)
+    leaving = np.empty(2 * len(sizes), dtype=np.int32)  # front: who leaves; back: who a walk sets aside
     free_bytes = pool_bytes
     wave = evicted = 0
     for visit in range(len(starts) - 1):
@@ -233,7 +247,8 @@ def _replay(
                     break
                 if free_bytes < size_bytes:
                     count = victims(kind, state, pinned, wave, sizes, size_bytes - free_bytes, leaving)
-                    for victim in leaving[:count]:
+                    for at in range(count):  # a slice would cost a count of references
+                        victim = leaving[at]
                         evict(kind, state, victim)
                         resident[victim] = False
                         free_bytes += sizes[victim]

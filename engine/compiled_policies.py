@@ -6,7 +6,7 @@ is, is a number that every function branches on, so that one loop is compiled, o
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numba
 import numpy as np
@@ -16,108 +16,93 @@ Array = npt.NDArray[Any]
 
 FIFO, LRU, LFU, LFU_INCACHE, CLOCK, SIEVE, S3FIFO, BELADY = range(8)
 
-# What `node` says of each expert. A queue's own node stands before its first and after its last.
-BEFORE, AFTER, MARK, QUEUE, PLACE, NEXT = range(6)
-# What `scalar` holds: where Sieve's hand is, S3-FIFO's limits and lengths, and how many are in the heap.
-HAND, MOST_SMALL, MOST_MAIN, MOST_GHOSTS, SMALL_LENGTH, MAIN_LENGTH, GHOSTS_LENGTH, HAS_EVICTED, STAMP, RANKED = range(10)
-# Where S3-FIFO has an expert; the first three are queues, numbered like their nodes. The others have one queue, SMALL.
+# A policy's state is one int64 array, because a tuple of arrays costs a count of references at every call. It has a row
+# for each expert; one for each queue, which stands before its first expert and after its last; and one of numbers.
+# Columns of an expert's row, of which HEAP is that of whoever is at this place of the heap:
+BEFORE, AFTER, MARK, QUEUE, NEXT, PLACE, HEAP, KEY, RANKED = range(9)
+# Columns of the last row: where Sieve's hand is, S3-FIFO's limits and lengths, how many are in the heap.
+HAND, MOST_SMALL, MOST_MAIN, MOST_GHOSTS, IN_SMALL, IN_MAIN, IN_GHOSTS, HAS_EVICTED, STAMP, COUNT = range(10)
+# Where S3-FIFO has an expert; the first three are queues. The other policies have one, SMALL.
 SMALL, MAIN, GHOSTS, RETURNING, NOWHERE = range(5)
 
 _FAR = 2**31 - 1
 
 
-class State(NamedTuple):
-    """Everything that a policy knows: int32 `node` (experts + 3, 6), int64 `scalar`, and a heap of experts.
-
-    `heap` int32 (experts,) is ordered by `ranked` int64 (experts,), which lags behind `key` where that has grown.
-    """
-
-    node: Array
-    scalar: Array
-    heap: Array
-    ranked: Array
-    key: Array
-
-
 @numba.njit(cache=True)
-def make_state(kind: int, experts: int, capacity: int) -> State:
+def make_state(experts: int, capacity: int) -> Array:
     """Return what a policy knows at first; `capacity` is how many of the largest experts its pool holds."""
-    node = np.zeros((experts + 3, 6), dtype=np.int32)
+    state = np.zeros((experts + 4, 10), dtype=np.int64)
+    state[:experts, QUEUE] = NOWHERE
     for queue in range(experts, experts + 3):
-        node[queue, BEFORE] = node[queue, AFTER] = queue
-    node[:, QUEUE] = NOWHERE
-    scalar = np.zeros(10, dtype=np.int64)
-    scalar[HAND] = experts
-    scalar[MOST_SMALL] = int(capacity * 0.1)
-    scalar[MOST_MAIN] = capacity - scalar[MOST_SMALL]
-    scalar[MOST_GHOSTS] = int(capacity * 0.9)
-    heap = np.empty(experts, dtype=np.int32)
-    return State(node, scalar, heap, np.zeros(experts, dtype=np.int64), np.zeros(experts, dtype=np.int64))
+        state[queue, BEFORE] = state[queue, AFTER] = queue
+    state[-1, HAND] = experts
+    state[-1, MOST_SMALL] = int(capacity * 0.1)
+    state[-1, MOST_MAIN] = capacity - state[-1, MOST_SMALL]
+    state[-1, MOST_GHOSTS] = int(capacity * 0.9)
+    return state
 
 
 @numba.njit(cache=True)
 def marks(kind: int) -> bool:
     """Whether a walk for victims changes something even if nobody is evicted."""
-    return kind == CLOCK or kind == SIEVE or kind == S3FIFO
+    return kind in (CLOCK, SIEVE, S3FIFO)
 
 
 @numba.njit(cache=True)
-def begin(state: State, expert: int, following: int) -> None:
+def begin(state: Array, expert: int, following: int) -> None:
     """Take note of the visit that will use an expert next after this one."""
-    state.node[expert, NEXT] = following
+    state[expert, NEXT] = following
 
 
 @numba.njit(cache=True)
-def miss(kind: int, state: State, expert: int) -> None:
+def miss(kind: int, state: Array, expert: int) -> None:
     """Take note, before any victim is asked for, of an absent expert that wants room."""
-    if kind == S3FIFO and state.node[expert, QUEUE] == GHOSTS:
+    if kind == S3FIFO and state[expert, QUEUE] == GHOSTS:
         _move(state, expert, RETURNING)
 
 
 @numba.njit(cache=True)
-def use(kind: int, state: State, expert: int) -> None:
+def use(kind: int, state: Array, expert: int) -> None:
     """Take note of the use of an expert in memory."""
-    if kind == CLOCK or kind == SIEVE:
-        state.node[expert, MARK] = 1
+    if kind in (CLOCK, SIEVE):
+        state[expert, MARK] = 1
     elif kind == S3FIFO:
-        state.node[expert, MARK] += 1
+        state[expert, MARK] += 1
     elif kind == LRU:
-        _unlink(state.node, expert)
-        _append(state.node, _queue(state, SMALL), expert)
+        _unlink(state, expert)
+        _append(state, _queue(state, SMALL), expert)
     elif kind != FIFO:
         _rank(state, expert, _priority(kind, state, expert))
 
 
 @numba.njit(cache=True)
-def admit(kind: int, state: State, expert: int) -> None:
+def admit(kind: int, state: Array, expert: int) -> None:
     """Take note of an expert that was given room on demand, which is its use."""
     if kind == S3FIFO:
         _admit_to_queue(state, expert)
-    elif kind == LFU or kind == LFU_INCACHE or kind == BELADY:
+    elif kind in (LFU, LFU_INCACHE, BELADY):
         _push(state, expert, _priority(kind, state, expert))
     else:
-        state.node[expert, MARK] = 0
-        _append(state.node, _queue(state, SMALL), expert)
+        state[expert, MARK] = 0
+        _append(state, _queue(state, SMALL), expert)
 
 
 @numba.njit(cache=True)
-def evict(kind: int, state: State, expert: int) -> None:
+def evict(kind: int, state: Array, expert: int) -> None:
     """Forget an expert that lost its room; `victims` has taken it out of the heap, if it was in one."""
     if kind == S3FIFO:
         _evict_from_queue(state, expert)
     elif kind == LFU_INCACHE:
-        state.node[expert, MARK] = 0
+        state[expert, MARK] = 0
     elif kind != LFU and kind != BELADY:
-        if kind == SIEVE and state.scalar[HAND] == expert:
-            state.scalar[HAND] = state.node[expert, AFTER]
-        _unlink(state.node, expert)
+        if kind == SIEVE and state[-1, HAND] == expert:
+            state[-1, HAND] = state[expert, AFTER]
+        _unlink(state, expert)
 
 
 @numba.njit(cache=True)
-def victims(
-    kind: int, state: State, pinned: Array, wave: int, sizes: Array, lacking_bytes: int, leaving: Array
-) -> int:
-    """Put those into `leaving` that must go for `lacking_bytes` more, first to go first; return how many.
+def victims(kind: int, state: Array, pinned: Array, wave: int, sizes: Array, lacking_bytes: int, leaving: Array) -> int:
+    """Put those into `leaving` (2 x experts,) that must go for `lacking_bytes` more, in order; return how many.
 
     Who is pinned by this wave stays. If there are not enough to make the room, `leaving` is not to be used.
     """
@@ -127,63 +112,63 @@ def victims(
         return _walk_sieve(state, pinned, wave, sizes, lacking_bytes, leaving)
     if kind == S3FIFO:
         return _walk_queues(state, pinned, wave, sizes, lacking_bytes, leaving)
-    if kind == FIFO or kind == LRU:
+    if kind in (FIFO, LRU):
         return _walk_queue(state, pinned, wave, sizes, lacking_bytes, leaving)
     return _walk_heap(state, pinned, wave, sizes, lacking_bytes, leaving)
 
 
-# Queues: doubly linked lists through `node`.
+# Queues: doubly linked lists, columns BEFORE and AFTER.
 
 
 @numba.njit(cache=True)
-def _queue(state: State, queue: int) -> int:
+def _queue(state: Array, queue: int) -> int:
     """Return a queue's own node."""
-    return len(state.key) + queue
+    return len(state) - 4 + queue
 
 
 @numba.njit(cache=True)
-def _unlink(node: Array, expert: int) -> None:
-    before, after = node[expert, BEFORE], node[expert, AFTER]
-    node[before, AFTER] = after
-    node[after, BEFORE] = before
+def _unlink(state: Array, expert: int) -> None:
+    before, after = state[expert, BEFORE], state[expert, AFTER]
+    state[before, AFTER] = after
+    state[after, BEFORE] = before
 
 
 @numba.njit(cache=True)
-def _append(node: Array, queue: int, expert: int) -> None:
-    last = node[queue, BEFORE]
-    node[last, AFTER] = expert
-    node[expert, BEFORE] = last
-    node[expert, AFTER] = queue
-    node[queue, BEFORE] = expert
+def _append(state: Array, queue: int, expert: int) -> None:
+    last = state[queue, BEFORE]
+    state[last, AFTER] = expert
+    state[expert, BEFORE] = last
+    state[expert, AFTER] = queue
+    state[queue, BEFORE] = expert
 
 
 @numba.njit(cache=True)
-def _walk_queue(state: State, pinned: Array, wave: int, sizes: Array, lacking_bytes: int, leaving: Array) -> int:
+def _walk_queue(state: Array, pinned: Array, wave: int, sizes: Array, lacking_bytes: int, leaving: Array) -> int:
     """Walk from the first to the last."""
     queue = _queue(state, SMALL)
-    expert = state.node[queue, AFTER]
+    expert = state[queue, AFTER]
     count = 0
     while lacking_bytes > 0 and expert != queue:
         if pinned[expert] != wave:
             leaving[count] = expert
             count += 1
             lacking_bytes -= sizes[expert]
-        expert = state.node[expert, AFTER]
+        expert = state[expert, AFTER]
     return count
 
 
 @numba.njit(cache=True)
-def _walk_clock(state: State, pinned: Array, wave: int, sizes: Array, lacking_bytes: int, leaving: Array) -> int:
+def _walk_clock(state: Array, pinned: Array, wave: int, sizes: Array, lacking_bytes: int, leaving: Array) -> int:
     """Walk from the hand; who is marked loses the mark and is put behind the hand."""
-    node, queue = state.node, _queue(state, SMALL)
-    expert = node[queue, AFTER]
+    queue = _queue(state, SMALL)
+    expert = state[queue, AFTER]
     count = 0
     while lacking_bytes > 0 and expert != queue:
-        following = node[expert, AFTER]
-        if node[expert, MARK]:
-            node[expert, MARK] = 0
-            _unlink(node, expert)
-            _append(node, queue, expert)
+        following = state[expert, AFTER]
+        if state[expert, MARK]:
+            state[expert, MARK] = 0
+            _unlink(state, expert)
+            _append(state, queue, expert)
             if following == queue:
                 following = expert
         elif pinned[expert] != wave:
@@ -195,36 +180,36 @@ def _walk_clock(state: State, pinned: Array, wave: int, sizes: Array, lacking_by
 
 
 @numba.njit(cache=True)
-def _walk_sieve(state: State, pinned: Array, wave: int, sizes: Array, lacking_bytes: int, leaving: Array) -> int:
+def _walk_sieve(state: Array, pinned: Array, wave: int, sizes: Array, lacking_bytes: int, leaving: Array) -> int:
     """Walk from the hand to the newest, then from the oldest; who is marked loses the mark and comes last."""
-    node, scalar, queue = state.node, state.scalar, _queue(state, SMALL)
-    start = node[queue, AFTER] if scalar[HAND] == queue else scalar[HAND]
+    queue = _queue(state, SMALL)
+    start = state[queue, AFTER] if state[-1, HAND] == queue else state[-1, HAND]
     expert = start
     count = 0
-    end = spared = len(leaving)  # who is spared waits at the far end of `leaving`, backward
+    end = spared = len(leaving)  # who is spared waits at the back of `leaving`
     while lacking_bytes > 0 and expert != queue:
-        if node[expert, MARK]:
-            node[expert, MARK] = 0
+        if state[expert, MARK]:
+            state[expert, MARK] = 0
             spared -= 1
             leaving[spared] = expert
         elif pinned[expert] != wave:
-            scalar[HAND] = leaving[count] = expert
+            state[-1, HAND] = leaving[count] = expert
             count += 1
             lacking_bytes -= sizes[expert]
-        expert = node[expert, AFTER]
+        expert = state[expert, AFTER]
         if expert == queue:
-            expert = node[queue, AFTER]
+            expert = state[queue, AFTER]
         if expert == start:
             break
     while lacking_bytes > 0 and end > spared:
         end -= 1
         expert = leaving[end]
         if pinned[expert] != wave:
-            scalar[HAND] = leaving[count] = expert
+            state[-1, HAND] = leaving[count] = expert
             count += 1
             lacking_bytes -= sizes[expert]
     if lacking_bytes > 0:
-        scalar[HAND] = start
+        state[-1, HAND] = start
     return count
 
 
@@ -232,61 +217,58 @@ def _walk_sieve(state: State, pinned: Array, wave: int, sizes: Array, lacking_by
 
 
 @numba.njit(cache=True)
-def _move(state: State, expert: int, queue: int) -> None:
+def _move(state: Array, expert: int, queue: int) -> None:
     """Take an expert out of the queue that it is in, if it is in one, and put it last in another, or nowhere."""
-    old = state.node[expert, QUEUE]
+    old = state[expert, QUEUE]
     if old <= GHOSTS:
-        _unlink(state.node, expert)
-        state.scalar[SMALL_LENGTH + old] -= 1
-    state.node[expert, QUEUE] = queue
+        _unlink(state, expert)
+        state[-1, IN_SMALL + old] -= 1
+    state[expert, QUEUE] = queue
     if queue <= GHOSTS:
-        _append(state.node, _queue(state, queue), expert)
-        state.scalar[SMALL_LENGTH + queue] += 1
+        _append(state, _queue(state, queue), expert)
+        state[-1, IN_SMALL + queue] += 1
 
 
 @numba.njit(cache=True)
-def _admit_to_queue(state: State, expert: int) -> None:
+def _admit_to_queue(state: Array, expert: int) -> None:
     """Put it last in the queue where it belongs, with no uses."""
-    scalar = state.scalar
-    is_full = not scalar[HAS_EVICTED] and scalar[SMALL_LENGTH] >= scalar[MOST_SMALL]
-    state.node[expert, MARK] = 0
-    _move(state, expert, MAIN if is_full or state.node[expert, QUEUE] == RETURNING else SMALL)
+    is_full = not state[-1, HAS_EVICTED] and state[-1, IN_SMALL] >= state[-1, MOST_SMALL]
+    state[expert, MARK] = 0
+    _move(state, expert, MAIN if is_full or state[expert, QUEUE] == RETURNING else SMALL)
 
 
 @numba.njit(cache=True)
-def _evict_from_queue(state: State, expert: int) -> None:
+def _evict_from_queue(state: Array, expert: int) -> None:
     """Take it out of its queue; remember a newcomer."""
-    scalar = state.scalar
-    scalar[HAS_EVICTED] = 1
-    if state.node[expert, QUEUE] == MAIN:
+    state[-1, HAS_EVICTED] = 1
+    if state[expert, QUEUE] == MAIN:
         _move(state, expert, NOWHERE)
         return
     _move(state, expert, GHOSTS)
-    if scalar[GHOSTS_LENGTH] > scalar[MOST_GHOSTS]:
-        _move(state, state.node[_queue(state, GHOSTS), AFTER], NOWHERE)
+    if state[-1, IN_GHOSTS] > state[-1, MOST_GHOSTS]:
+        _move(state, state[_queue(state, GHOSTS), AFTER], NOWHERE)
 
 
 @numba.njit(cache=True)
-def _walk_queues(state: State, pinned: Array, wave: int, sizes: Array, lacking_bytes: int, leaving: Array) -> int:
+def _walk_queues(state: Array, pinned: Array, wave: int, sizes: Array, lacking_bytes: int, leaving: Array) -> int:
     """Walk the main queue while it has more than its part, else the small one; who earned it moves and stays."""
-    node, scalar = state.node, state.scalar
     small, main = _queue(state, SMALL), _queue(state, MAIN)
     in_small, in_main = small, main  # the last in each queue that was walked over and stayed
     count = 0
     while lacking_bytes > 0:
-        expert = node[in_main, AFTER]
-        if expert != main and (scalar[MAIN_LENGTH] > scalar[MOST_MAIN] or node[in_small, AFTER] == small):
-            if node[expert, MARK]:
-                node[expert, MARK] = min(node[expert, MARK], 3) - 1
+        expert = state[in_main, AFTER]
+        if expert != main and (state[-1, IN_MAIN] > state[-1, MOST_MAIN] or state[in_small, AFTER] == small):
+            if state[expert, MARK]:
+                state[expert, MARK] = min(state[expert, MARK], 3) - 1
                 _move(state, expert, MAIN)
                 continue
             in_main = expert
         else:
-            expert = node[in_small, AFTER]
+            expert = state[in_small, AFTER]
             if expert == small:
                 break
-            if node[expert, MARK] >= 2:
-                node[expert, MARK] = 0
+            if state[expert, MARK] >= 2:
+                state[expert, MARK] = 0
                 _move(state, expert, MAIN)
                 continue
             in_small = expert
@@ -302,88 +284,85 @@ def _walk_queues(state: State, pinned: Array, wave: int, sizes: Array, lacking_b
 
 
 @numba.njit(cache=True)
-def _priority(kind: int, state: State, expert: int) -> int:
+def _priority(kind: int, state: Array, expert: int) -> int:
     """Return the key of an expert just used: its uses, or how near its next one is; ties in the order of use."""
-    state.scalar[STAMP] += 1
+    state[-1, STAMP] += 1
     if kind == BELADY:
-        return ((_FAR - np.int64(state.node[expert, NEXT])) << 32) | state.scalar[STAMP]
-    state.node[expert, MARK] += 1
-    return (np.int64(state.node[expert, MARK]) << 32) | state.scalar[STAMP]
+        return ((_FAR - np.int64(state[expert, NEXT])) << 32) | state[-1, STAMP]
+    state[expert, MARK] += 1
+    return (np.int64(state[expert, MARK]) << 32) | state[-1, STAMP]
 
 
 @numba.njit(cache=True)
-def _rank(state: State, expert: int, key: int) -> None:
+def _rank(state: Array, expert: int, key: int) -> None:
     """Give an expert in the heap another key."""
-    state.key[expert] = key
-    if key < state.ranked[expert]:
-        state.ranked[expert] = key
-        _rise(state, expert, state.node[expert, PLACE])
+    state[expert, KEY] = key
+    if key < state[expert, RANKED]:
+        state[expert, RANKED] = key
+        _rise(state, expert, state[expert, PLACE])
 
 
 @numba.njit(cache=True)
-def _push(state: State, expert: int, key: int) -> None:
+def _push(state: Array, expert: int, key: int) -> None:
     """Put an expert into the heap."""
-    state.key[expert] = state.ranked[expert] = key
-    state.scalar[RANKED] += 1
-    _rise(state, expert, state.scalar[RANKED] - 1)
+    state[expert, KEY] = state[expert, RANKED] = key
+    state[-1, COUNT] += 1
+    _rise(state, expert, state[-1, COUNT] - 1)
 
 
 @numba.njit(cache=True)
-def _pop(state: State) -> int:
+def _pop(state: Array) -> int:
     """Take the expert with the lowest key out of the heap."""
-    heap, scalar = state.heap, state.scalar
-    while state.ranked[heap[0]] != state.key[heap[0]]:
-        state.ranked[heap[0]] = state.key[heap[0]]
-        _sink(state, heap[0])
-    first = heap[0]
-    scalar[RANKED] -= 1
-    if scalar[RANKED]:
-        _sink(state, heap[scalar[RANKED]])
+    while state[state[0, HEAP], RANKED] != state[state[0, HEAP], KEY]:
+        state[state[0, HEAP], RANKED] = state[state[0, HEAP], KEY]
+        _sink(state, state[0, HEAP])
+    first = state[0, HEAP]
+    state[-1, COUNT] -= 1
+    if state[-1, COUNT]:
+        _sink(state, state[state[-1, COUNT], HEAP])
     return first
 
 
 @numba.njit(cache=True)
-def _rise(state: State, expert: int, place: int) -> None:
+def _rise(state: Array, expert: int, place: int) -> None:
     """Put an expert at a place of the heap, or as far above as it belongs."""
-    node, heap, ranked = state.node, state.heap, state.ranked
     while place > 0:
         above = (place - 1) >> 1
-        other = heap[above]
-        if ranked[other] <= ranked[expert]:
+        other = state[above, HEAP]
+        if state[other, RANKED] <= state[expert, RANKED]:
             break
-        heap[place] = other
-        node[other, PLACE] = place
+        state[place, HEAP] = other
+        state[other, PLACE] = place
         place = above
-    heap[place] = expert
-    node[expert, PLACE] = place
+    state[place, HEAP] = expert
+    state[expert, PLACE] = place
 
 
 @numba.njit(cache=True)
-def _sink(state: State, expert: int) -> None:
+def _sink(state: Array, expert: int) -> None:
     """Put an expert at the top of the heap, or as far below as it belongs."""
-    node, heap, ranked = state.node, state.heap, state.ranked
-    size, place = state.scalar[RANKED], 0
+    size, place = state[-1, COUNT], 0
     while True:
         below = 2 * place + 1
         if below >= size:
             break
-        if below + 1 < size and ranked[heap[below + 1]] < ranked[heap[below]]:
+        if below + 1 < size and state[state[below + 1, HEAP], RANKED] < state[state[below, HEAP], RANKED]:
             below += 1
-        other = heap[below]
-        if ranked[expert] <= ranked[other]:
+        other = state[below, HEAP]
+        if state[expert, RANKED] <= state[other, RANKED]:
             break
-        heap[place] = other
-        node[other, PLACE] = place
+        state[place, HEAP] = other
+        state[other, PLACE] = place
         place = below
-    heap[place] = expert
-    node[expert, PLACE] = place
+    state[place, HEAP] = expert
+    state[expert, PLACE] = place
 
 
 @numba.njit(cache=True)
-def _walk_heap(state: State, pinned: Array, wave: int, sizes: Array, lacking_bytes: int, leaving: Array) -> int:
+def _walk_heap(state: Array, pinned: Array, wave: int, sizes: Array, lacking_bytes: int, leaving: Array) -> int:
     """Take the lowest out of the heap, one after the other; who is pinned is put back."""
     count = 0
-    end = aside = len(leaving)  # who is pinned waits at the far end of `leaving`
+    end = aside = len(leaving)  # who is pinned waits at the back of `leaving`
     while lacking_bytes > 0:
         expert = _pop(state)
         if pinned[expert] == wave:
@@ -393,6 +372,6 @@ def _walk_heap(state: State, pinned: Array, wave: int, sizes: Array, lacking_byt
             leaving[count] = expert
             count += 1
             lacking_bytes -= sizes[expert]
-    for expert in leaving[aside:end]:
-        _push(state, expert, state.key[expert])
+    for at in range(aside, end):
+        _push(state, leaving[at], state[leaving[at], KEY])
     return count
