@@ -29,6 +29,7 @@ from .compiled_policies import (
     SIEVE,
     admit,
     begin,
+    compiled,
     evict,
     make_state,
     marks,
@@ -101,9 +102,22 @@ def replay_pool(
         return max(0, int(misses) - capacity)
     following = next_visits(lookups.experts, lookups.starts, experts) if kind == BELADY else np.empty(0, np.int32)
     sizes = np.repeat(np.array(expert_bytes, dtype=np.int64), num_experts)
-    return int(
-        _replay(kind, lookups.experts, lookups.recency, lookups.starts, following, sizes, pool_bytes, capacity, found)
+    evicted = _replay(
+        kind,
+        lookups.experts,
+        lookups.recency,
+        lookups.starts,
+        following,
+        sizes,
+        pool_bytes,
+        make_state(experts, capacity),
+        np.zeros(experts, dtype=np.bool_),  # who is in memory, as the policy knows
+        np.full(experts, -1, dtype=np.int64),  # the wave that pins each
+        np.empty(experts, dtype=np.int32),  # room for a visit's misses
+        np.empty(2 * experts, dtype=np.int32),  # for victims, in front, and for whom a walk sets aside, at the back
+        found,
     )
+    return int(evicted)
 
 
 @numba.njit(cache=True)
@@ -199,7 +213,7 @@ def _lru_by_visits(experts: Array, recency: Array, starts: Array, capacity: int,
     return misses
 
 
-@numba.njit(cache=True)
+@compiled
 def _replay(
     kind: int,
     experts: Array,
@@ -208,15 +222,14 @@ def _replay(
     following: Array,
     sizes: Array,
     pool_bytes: int,
-    capacity: int,
+    state: Array,
+    resident: Array,
+    pinned: Array,
+    missing: Array,
+    leaving: Array,
     found: Array,
 ) -> int:
     """Serve every visit: look up, pin, make room wave by wave, and tell the policy what was used; return evictions."""
-    state = make_state(len(sizes), capacity)
-    resident = np.zeros(len(sizes), dtype=np.bool_)
-    pinned = np.full(len(sizes), -1, dtype=np.int64)  # the wave that pins it
-    missing = np.empty(len(sizes), dtype=np.int32)
-    leaving = np.empty(2 * len(sizes), dtype=np.int32)  # front: who leaves; back: who a walk sets aside
     free_bytes = pool_bytes
     wave = evicted = 0
     for visit in range(len(starts) - 1):
@@ -247,7 +260,7 @@ def _replay(
                     break
                 if free_bytes < size_bytes:
                     count = victims(kind, state, pinned, wave, sizes, size_bytes - free_bytes, leaving)
-                    for at in range(count):  # a slice would cost a count of references
+                    for at in range(count):
                         victim = leaving[at]
                         evict(kind, state, victim)
                         resident[victim] = False

@@ -14,10 +14,13 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
+#: Nothing that is compiled with this makes an array, so Numba need not count who holds which (`_nrt`, an internal option
+#: that its own kernels use). Without it, atomic counting at every call takes two thirds of the time.
+compiled = numba.njit(cache=True, _nrt=False)
+
 FIFO, LRU, LFU, LFU_INCACHE, CLOCK, SIEVE, S3FIFO, BELADY = range(8)
 
-# A policy's state is one int64 array, because a tuple of arrays costs a count of references at every call. It has a row
-# for each expert; one for each queue, which stands before its first expert and after its last; and one of numbers.
+# A policy's state is one int64 array. It has a row for each expert; one for each queue, which stands before its first expert and after its last; and one of numbers.
 # Columns of an expert's row, of which HEAP is that of whoever is at this place of the heap:
 BEFORE, AFTER, MARK, QUEUE, NEXT, PLACE, HEAP, KEY, RANKED = range(9)
 # Columns of the last row: where Sieve's hand is, S3-FIFO's limits and lengths, how many are in the heap.
@@ -28,7 +31,6 @@ SMALL, MAIN, GHOSTS, RETURNING, NOWHERE = range(5)
 _FAR = 2**31 - 1
 
 
-@numba.njit(cache=True)
 def make_state(experts: int, capacity: int) -> Array:
     """Return what a policy knows at first; `capacity` is how many of the largest experts its pool holds."""
     state = np.zeros((experts + 4, 10), dtype=np.int64)
@@ -42,26 +44,26 @@ def make_state(experts: int, capacity: int) -> Array:
     return state
 
 
-@numba.njit(cache=True)
+@compiled
 def marks(kind: int) -> bool:
     """Whether a walk for victims changes something even if nobody is evicted."""
     return kind in (CLOCK, SIEVE, S3FIFO)
 
 
-@numba.njit(cache=True)
+@compiled
 def begin(state: Array, expert: int, following: int) -> None:
     """Take note of the visit that will use an expert next after this one."""
     state[expert, NEXT] = following
 
 
-@numba.njit(cache=True)
+@compiled
 def miss(kind: int, state: Array, expert: int) -> None:
     """Take note, before any victim is asked for, of an absent expert that wants room."""
     if kind == S3FIFO and state[expert, QUEUE] == GHOSTS:
         _move(state, expert, RETURNING)
 
 
-@numba.njit(cache=True)
+@compiled
 def use(kind: int, state: Array, expert: int) -> None:
     """Take note of the use of an expert in memory."""
     if kind in (CLOCK, SIEVE):
@@ -75,7 +77,7 @@ def use(kind: int, state: Array, expert: int) -> None:
         _rank(state, expert, _priority(kind, state, expert))
 
 
-@numba.njit(cache=True)
+@compiled
 def admit(kind: int, state: Array, expert: int) -> None:
     """Take note of an expert that was given room on demand, which is its use."""
     if kind == S3FIFO:
@@ -87,7 +89,7 @@ def admit(kind: int, state: Array, expert: int) -> None:
         _append(state, _queue(state, SMALL), expert)
 
 
-@numba.njit(cache=True)
+@compiled
 def evict(kind: int, state: Array, expert: int) -> None:
     """Forget an expert that lost its room; `victims` has taken it out of the heap, if it was in one."""
     if kind == S3FIFO:
@@ -100,7 +102,7 @@ def evict(kind: int, state: Array, expert: int) -> None:
         _unlink(state, expert)
 
 
-@numba.njit(cache=True)
+@compiled
 def victims(kind: int, state: Array, pinned: Array, wave: int, sizes: Array, lacking_bytes: int, leaving: Array) -> int:
     """Put those into `leaving` (2 x experts,) that must go for `lacking_bytes` more, in order; return how many.
 
@@ -120,20 +122,20 @@ def victims(kind: int, state: Array, pinned: Array, wave: int, sizes: Array, lac
 # Queues: doubly linked lists, columns BEFORE and AFTER.
 
 
-@numba.njit(cache=True)
+@compiled
 def _queue(state: Array, queue: int) -> int:
     """Return a queue's own node."""
     return len(state) - 4 + queue
 
 
-@numba.njit(cache=True)
+@compiled
 def _unlink(state: Array, expert: int) -> None:
     before, after = state[expert, BEFORE], state[expert, AFTER]
     state[before, AFTER] = after
     state[after, BEFORE] = before
 
 
-@numba.njit(cache=True)
+@compiled
 def _append(state: Array, queue: int, expert: int) -> None:
     last = state[queue, BEFORE]
     state[last, AFTER] = expert
@@ -142,7 +144,7 @@ def _append(state: Array, queue: int, expert: int) -> None:
     state[queue, BEFORE] = expert
 
 
-@numba.njit(cache=True)
+@compiled
 def _walk_queue(state: Array, pinned: Array, wave: int, sizes: Array, lacking_bytes: int, leaving: Array) -> int:
     """Walk from the first to the last."""
     queue = _queue(state, SMALL)
@@ -157,7 +159,7 @@ def _walk_queue(state: Array, pinned: Array, wave: int, sizes: Array, lacking_by
     return count
 
 
-@numba.njit(cache=True)
+@compiled
 def _walk_clock(state: Array, pinned: Array, wave: int, sizes: Array, lacking_bytes: int, leaving: Array) -> int:
     """Walk from the hand; who is marked loses the mark and is put behind the hand."""
     queue = _queue(state, SMALL)
@@ -179,7 +181,7 @@ def _walk_clock(state: Array, pinned: Array, wave: int, sizes: Array, lacking_by
     return count
 
 
-@numba.njit(cache=True)
+@compiled
 def _walk_sieve(state: Array, pinned: Array, wave: int, sizes: Array, lacking_bytes: int, leaving: Array) -> int:
     """Walk from the hand to the newest, then from the oldest; who is marked loses the mark and comes last."""
     queue = _queue(state, SMALL)
@@ -216,7 +218,7 @@ def _walk_sieve(state: Array, pinned: Array, wave: int, sizes: Array, lacking_by
 # S3-FIFO: two queues of experts in memory, and one of those that were evicted from the small one.
 
 
-@numba.njit(cache=True)
+@compiled
 def _move(state: Array, expert: int, queue: int) -> None:
     """Take an expert out of the queue that it is in, if it is in one, and put it last in another, or nowhere."""
     old = state[expert, QUEUE]
@@ -229,7 +231,7 @@ def _move(state: Array, expert: int, queue: int) -> None:
         state[-1, IN_SMALL + queue] += 1
 
 
-@numba.njit(cache=True)
+@compiled
 def _admit_to_queue(state: Array, expert: int) -> None:
     """Put it last in the queue where it belongs, with no uses."""
     is_full = not state[-1, HAS_EVICTED] and state[-1, IN_SMALL] >= state[-1, MOST_SMALL]
@@ -237,7 +239,7 @@ def _admit_to_queue(state: Array, expert: int) -> None:
     _move(state, expert, MAIN if is_full or state[expert, QUEUE] == RETURNING else SMALL)
 
 
-@numba.njit(cache=True)
+@compiled
 def _evict_from_queue(state: Array, expert: int) -> None:
     """Take it out of its queue; remember a newcomer."""
     state[-1, HAS_EVICTED] = 1
@@ -249,7 +251,7 @@ def _evict_from_queue(state: Array, expert: int) -> None:
         _move(state, state[_queue(state, GHOSTS), AFTER], NOWHERE)
 
 
-@numba.njit(cache=True)
+@compiled
 def _walk_queues(state: Array, pinned: Array, wave: int, sizes: Array, lacking_bytes: int, leaving: Array) -> int:
     """Walk the main queue while it has more than its part, else the small one; who earned it moves and stays."""
     small, main = _queue(state, SMALL), _queue(state, MAIN)
@@ -283,7 +285,7 @@ def _walk_queues(state: Array, pinned: Array, wave: int, sizes: Array, lacking_b
 # to the top; one that falls (a later next use) rises at once.
 
 
-@numba.njit(cache=True)
+@compiled
 def _priority(kind: int, state: Array, expert: int) -> int:
     """Return the key of an expert just used: its uses, or how near its next one is; ties in the order of use."""
     state[-1, STAMP] += 1
@@ -293,7 +295,7 @@ def _priority(kind: int, state: Array, expert: int) -> int:
     return (np.int64(state[expert, MARK]) << 32) | state[-1, STAMP]
 
 
-@numba.njit(cache=True)
+@compiled
 def _rank(state: Array, expert: int, key: int) -> None:
     """Give an expert in the heap another key."""
     state[expert, KEY] = key
@@ -302,7 +304,7 @@ def _rank(state: Array, expert: int, key: int) -> None:
         _rise(state, expert, state[expert, PLACE])
 
 
-@numba.njit(cache=True)
+@compiled
 def _push(state: Array, expert: int, key: int) -> None:
     """Put an expert into the heap."""
     state[expert, KEY] = state[expert, RANKED] = key
@@ -310,7 +312,7 @@ def _push(state: Array, expert: int, key: int) -> None:
     _rise(state, expert, state[-1, COUNT] - 1)
 
 
-@numba.njit(cache=True)
+@compiled
 def _pop(state: Array) -> int:
     """Take the expert with the lowest key out of the heap."""
     while state[state[0, HEAP], RANKED] != state[state[0, HEAP], KEY]:
@@ -323,7 +325,7 @@ def _pop(state: Array) -> int:
     return first
 
 
-@numba.njit(cache=True)
+@compiled
 def _rise(state: Array, expert: int, place: int) -> None:
     """Put an expert at a place of the heap, or as far above as it belongs."""
     while place > 0:
@@ -338,7 +340,7 @@ def _rise(state: Array, expert: int, place: int) -> None:
     state[expert, PLACE] = place
 
 
-@numba.njit(cache=True)
+@compiled
 def _sink(state: Array, expert: int) -> None:
     """Put an expert at the top of the heap, or as far below as it belongs."""
     size, place = state[-1, COUNT], 0
@@ -358,7 +360,7 @@ def _sink(state: Array, expert: int) -> None:
     state[expert, PLACE] = place
 
 
-@numba.njit(cache=True)
+@compiled
 def _walk_heap(state: Array, pinned: Array, wave: int, sizes: Array, lacking_bytes: int, leaving: Array) -> int:
     """Take the lowest out of the heap, one after the other; who is pinned is put back."""
     count = 0
