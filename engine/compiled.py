@@ -17,6 +17,7 @@ import numpy.typing as npt
 from numba.cpython.unsafe.numbers import trailing_zeros
 
 from ..workloads.batches import Step
+from ..workloads.stacks import next_visits
 from ..workloads.trace import RoutingTrace
 from .compiled_policies import (
     BELADY,
@@ -118,19 +119,6 @@ def replay_pool(
         found,
     )
     return int(evicted)
-
-
-@numba.njit(cache=True)
-def next_visits(experts: Array, starts: Array, num_experts: int) -> Array:
-    """Return the number of the visit that next looks the same expert up, int32 (n,); of the visits if none does."""
-    visits = len(starts) - 1
-    following = np.empty(len(experts), dtype=np.int32)
-    coming = np.full(num_experts, visits, dtype=np.int32)
-    for visit in range(visits - 1, -1, -1):
-        for at in range(starts[visit], starts[visit + 1]):
-            following[at] = coming[experts[at]]
-            coming[experts[at]] = visit
-    return following
 
 
 # LRU where all experts are of one size and every visit fits: no list of who was used when is kept, the past itself is

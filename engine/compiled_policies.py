@@ -20,7 +20,8 @@ compiled = numba.njit(cache=True, _nrt=False)
 
 FIFO, LRU, LFU, LFU_INCACHE, CLOCK, SIEVE, S3FIFO, BELADY = range(8)
 
-# A policy's state is one int64 array. It has a row for each expert; one for each queue, which stands before its first expert and after its last; and one of numbers.
+# A policy's state is one int64 array. It has a row for each expert; one for each queue, which stands before its first
+# expert and after its last; and one of numbers.
 # Columns of an expert's row, of which HEAP is that of whoever is at this place of the heap:
 BEFORE, AFTER, MARK, QUEUE, NEXT, PLACE, HEAP, KEY, RANKED = range(9)
 # Columns of the last row: where Sieve's hand is, S3-FIFO's limits and lengths, how many are in the heap.

@@ -147,14 +147,9 @@ def replay_trace(
         raise ValueError(unknown_name("eviction", eviction, EVICTION))
     if predictor not in PREDICTORS:
         raise ValueError(unknown_name("predictor", predictor, PREDICTORS))
-    sizes = _expert_sizes(trace, model, expert_bytes)
+    sizes = expert_sizes(trace, model, expert_bytes, [budget])
     known = sizes or [1] * trace.layers
     budget_bytes = parse_budget(budget, known, trace.num_experts, scope)
-    if sizes is None and not budget.strip().endswith(("%", "experts")):
-        raise ValueError(
-            f"budget {budget!r}: the trace does not say how large an expert is; give --model or --expert-bytes, "
-            f"or a budget in '%' or 'experts'"
-        )
     divide = divider(scope, known, trace)
     pools = divide(budget_bytes)
     steps = plan_steps(trace.sequence, trace.phase, batch=batch)
@@ -197,8 +192,10 @@ def replay_trace(
     }
 
 
-def _expert_sizes(trace: RoutingTrace, model: str | None, expert_bytes: int | None) -> list[int] | None:
-    """Return the bytes of one expert of each layer, or None where nobody says."""
+def expert_sizes(
+    trace: RoutingTrace, model: str | None, expert_bytes: int | None, budgets: Sequence[str]
+) -> list[int] | None:
+    """Return the bytes of one expert of each layer, or None where nobody says and none of the budgets needs it."""
     if expert_bytes is not None:
         if expert_bytes < 1:
             raise ValueError(f"expert_bytes = {expert_bytes}: must be at least 1")
@@ -210,4 +207,10 @@ def _expert_sizes(trace: RoutingTrace, model: str | None, expert_bytes: int | No
         return list(shape.expert_bytes)
     if "expert_bytes" in trace.extra:
         return [int(size) for size in trace.extra["expert_bytes"]]
+    for budget in budgets:
+        if not budget.strip().endswith(("%", "experts")):
+            raise ValueError(
+                f"budget {budget!r}: the trace does not say how large an expert is; give --model or --expert-bytes, "
+                f"or a budget in '%' or 'experts'"
+            )
     return None

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from . import stacks
 from .batches import DECODE, PREFILL
 from .trace import RoutingTrace, by_sequence
 
@@ -110,9 +111,7 @@ def lru_depths(trace: RoutingTrace, scope: Scope = "global") -> IntArray:
     layers in order, the router's order within; one access per routed (token, layer, slot), layer by layer for
     "per-layer". Shape (accesses,).
 
-    Stack distances: Mattson, Gecsei, Slutz, Traiger, "Evaluation techniques for storage hierarchies", IBM Systems
-    Journal 9(2), 1970. Counted by merging, all blocks of a level at once, in O(n log n): n = 3.9 million takes
-    about a second.
+    Stack distances, as in stacks.py.
     """
     if scope not in SCOPES:
         raise ValueError(f"scope = {scope!r}: choose one of {', '.join(SCOPES)}")
@@ -123,58 +122,9 @@ def lru_depths(trace: RoutingTrace, scope: Scope = "global") -> IntArray:
     if scope == "per-layer":
         visits = visits.swapaxes(0, 1)
         routed = None if routed is None else routed.T
-    visits = visits.reshape(-1, trace.k) if routed is None else visits[routed]
-    return _depths(visits)
-
-
-def _depths(visits: IntArray) -> IntArray:
-    """Return the depths (visits * k,) of the accesses of these visits (visits, k)."""
-    k = visits.shape[1]
-    items = visits.reshape(-1)
-    n = len(items)
-    # A narrow type makes the stable sort a radix sort.
-    order = np.argsort(items.astype(np.uint16) if n and items.max() < 1 << 16 else items, kind="stable")
-    again = items[order[1:]] == items[order[:-1]]
-    earlier, later = order[:-1][again], order[1:][again]
-    previous = np.full(n, -1, dtype=np.int64)
-    previous[later] = earlier
-    following = np.full(n, -1, dtype=np.int64)
-    following[earlier] = later
-    # Positions by the value of `previous`: first accesses first, then whoever follows position 0, 1, 2, ...
-    by_previous = np.concatenate([np.flatnonzero(previous < 0), following[following >= 0]])
-    # Of the accesses before i whose previous use lies before previous[i], the first previous[i] + 1 are trivially
-    # so; the others are the first uses, since then, of distinct experts.
-    depths = _smaller_before(by_previous) - (previous + 1)
-    by_slot, depths_by_slot = previous.reshape(-1, k), depths.reshape(-1, k)
-    for apart in range(1, k):
-        depths_by_slot[:, apart:] -= by_slot[:, :-apart] < by_slot[:, apart:]
-    depths[previous < 0] = -1
-    return depths
-
-
-def _smaller_before(order: IntArray) -> IntArray:
-    """Return, for each position, how many earlier positions hold a smaller value.
-
-    `order` are the positions 0..n-1 sorted by value, which says all about the values. Starting from one block, each
-    pass splits every block into its left and right half, both still sorted by value: an element of the right half
-    has in front of it, and in no other pass, the smaller elements of its left half.
-    """
-    n = len(order)
-    levels = max(n - 1, 0).bit_length()
-    # Blocks of equal size make a pass a few whole-array operations; what is added comes last and disturbs nobody.
-    block = np.arange(1 << levels, dtype=np.int32)
-    block[:n] = order
-    smaller = np.zeros(1 << levels, dtype=np.int32)
-    for level in reversed(range(levels)):
-        half = 1 << level
-        is_right = (block & half).astype(np.bool_)
-        at = np.flatnonzero(is_right)
-        left, right = block[~is_right], block[at]
-        # Its place in the block less its place in its half is the number of left elements in front of it.
-        in_front = (at & (2 * half - 1)).reshape(-1, half) - np.arange(half)
-        smaller[right] += in_front.reshape(-1).astype(np.int32)
-        block = np.stack([left.reshape(-1, half), right.reshape(-1, half)], axis=1).reshape(-1)
-    return smaller[:n].astype(np.int64)
+    items = (visits if routed is None else visits[routed]).reshape(-1).astype(np.int32)
+    starts = np.arange(0, len(items) + 1, trace.k)
+    return stacks.lru_depths(items, items, starts, trace.layers * trace.num_experts).astype(np.int64)
 
 
 def capacity_in_experts(trace: RoutingTrace, capacity: float, scope: Scope = "global") -> int:
