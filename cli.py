@@ -168,6 +168,60 @@ def reproduce(
     print_reproduction(rows)
 
 
+@app.command()
+def mrc(
+    trace: Annotated[Path, typer.Argument(help="A trace (.safetensors, .npz) or a log that `trace import` reads.")],
+    capacities: Annotated[
+        str, typer.Option(help="Room for experts, with commas between: 10%,4GiB,512experts; evenly spaced without it.")
+    ] = "",
+    points: Annotated[int, typer.Option(help="How many evenly spaced capacities, up to all experts.")] = 50,
+    policies: Annotated[
+        str, typer.Option(help="Eviction policies, with commas between; the usual six without it.")
+    ] = "",
+    scope: Annotated[str, typer.Option(help="One pool for all layers (global) or one each (per-layer).")] = "global",
+    lookup: Annotated[str, typer.Option(help="Look up unique experts (batch) or every token's (single).")] = "batch",
+    batch: Annotated[int, typer.Option(help="How many sequences decode together.")] = 1,
+    model: Annotated[str | None, typer.Option(help="The model that gives the experts' bytes.")] = None,
+    expert_bytes: Annotated[int | None, typer.Option(help="Bytes of every expert.")] = None,
+    out: Annotated[
+        list[Path] | None, typer.Option("--out", "-o", help="Write a .csv, .png, .pdf or .svg; repeat it.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Draw miss-ratio curves: what share of look-ups misses, by how many experts have room and who is evicted.
+
+    Is it the policy, or the working set? `belady` is the fewest misses that any policy could have on demand.
+    """
+    from .engine.miss_ratio import DEFAULT_POLICIES, miss_ratio_curves
+    from .engine.output.files import check_miss_ratio_path, write_miss_ratios
+
+    for path in out or ():
+        check_miss_ratio_path(path)
+    with _progress() as progress:
+        data = miss_ratio_curves(
+            _open_trace(trace),
+            capacities=_listed(capacities),
+            points=points,
+            policies=_listed(policies) or DEFAULT_POLICIES,
+            scope=scope,
+            lookup=lookup,
+            batch=batch,
+            model=model,
+            expert_bytes=expert_bytes,
+            progress=progress,
+        )
+    for path in out or ():
+        write_miss_ratios(data, path)
+    if json:
+        _print_json(data)
+        return
+    from .engine.output.tables import print_miss_ratios
+
+    print_miss_ratios(data)
+    for path in out or ():
+        typer.echo(str(path))
+
+
 @trace_app.command("info")
 def trace_info(
     trace: Annotated[Path, typer.Argument(help="A trace (.safetensors, .npz) or a log that `trace import` reads.")],
@@ -255,6 +309,11 @@ def trace_synth(
     trace = replace(trace, meta={**trace.meta, "model": shape.name}, extra={"expert_bytes": sizes})
     trace.save(out)
     typer.echo(f"{out}: {trace.tokens} tokens, {trace.layers} layers, top-{trace.k} of {trace.num_experts} experts")
+
+
+def _listed(text: str) -> list[str]:
+    """Return the words of a comma-separated option."""
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def _open_trace(path: Path) -> RoutingTrace:

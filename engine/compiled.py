@@ -38,7 +38,7 @@ from .compiled_policies import (
     use,
     victims,
 )
-from .lookups import Lookups, list_lookups
+from .lookups import Lookups, in_file_order, list_lookups
 
 Array = npt.NDArray[Any]
 Outcome = npt.NDArray[np.uint8]
@@ -69,6 +69,12 @@ def replay_compiled(
     `pool_bytes` has one entry for a global pool, or one a layer; `expert_bytes` (layers,).
     """
     outcome = np.full(trace.experts.size, 255, dtype=np.uint8)
+    if eviction == "lru" and lookup == "single" and len(set(expert_bytes)) == len(pool_bytes) == 1:
+        if in_file_order(trace, steps):  # the commonest sweep: listing the look-ups first would take as long again
+            capacity = pool_bytes[0] // expert_bytes[0]
+            experts = trace.layers * trace.num_experts
+            misses = _lru_one_by_one(trace.experts, trace.num_experts, experts, capacity, outcome)
+            return outcome.reshape(trace.experts.shape), max(0, misses - capacity)
     evicted = 0
     for pool, room_bytes in enumerate(pool_bytes):
         lookups = list_lookups(trace, steps, lookup, pool if len(pool_bytes) > 1 else None)
@@ -96,11 +102,11 @@ def replay_pool(
     kind, capacity = KINDS[eviction], pool_bytes // max(expert_bytes)
     experts = len(expert_bytes) * num_experts
     if kind == LRU and min(expert_bytes) == max(expert_bytes) and capacity >= lookups.largest_visit:
-        if len(lookups.starts) > len(lookups.experts):
-            misses = _lru_one_by_one(lookups.experts, capacity, experts, found)
+        if lookups.largest_visit == 1:
+            misses = _lru_one_by_one(lookups.experts.reshape(1, 1, -1), 0, experts, capacity, found)
         else:
-            misses = _lru_by_visits(lookups.experts, lookups.recency, lookups.starts, capacity, experts, found)
-        return max(0, int(misses) - capacity)
+            misses = _lru_by_visits(lookups.experts, lookups.recency, lookups.starts, experts, capacity, found)
+        return max(0, misses - capacity)
     following = next_visits(lookups.experts, lookups.starts, experts) if kind == BELADY else np.empty(0, np.int32)
     sizes = np.repeat(np.array(expert_bytes, dtype=np.int64), num_experts)
     evicted = _replay(
@@ -155,25 +161,31 @@ def _after_next_live(live: Array, oldest: int) -> int:
 
 
 @numba.njit(cache=True)
-def _lru_one_by_one(experts: Array, capacity: int, num_experts: int, found: Array) -> int:
-    """Replay LRU, every look-up a visit of its own, and return the misses: twice as fast as by visits."""
-    live = _all_live(len(experts) + capacity)
-    last = np.zeros(num_experts, dtype=np.int64)  # the number of its last use; 0: not used yet
+def _lru_one_by_one(chosen: Array, num_experts: int, all_experts: int, capacity: int, found: Array) -> int:
+    """Replay LRU, every look-up a visit of its own, and return the misses: twice as fast as by visits.
+
+    `chosen` (tokens, layers, k) are looked up in order; a layer's experts begin at a multiple of `num_experts`.
+    """
+    live = _all_live(chosen.size + capacity)
+    last = np.zeros(all_experts, dtype=np.int32)  # the number of its last use; 0: not used yet
     oldest = _WORD_BITS
     now = oldest + capacity
-    misses = 0
-    for at in range(len(experts)):
-        expert = experts[at]
-        before = last[expert]
-        _clear(live, before)
-        last[expert] = now
-        now += 1
-        if before >= oldest:
-            found[at] = 1
-        else:
-            found[at] = 0
-            misses += 1
-            oldest = _after_next_live(live, oldest)
+    misses = at = 0
+    for token in range(chosen.shape[0]):
+        for layer in range(chosen.shape[1]):
+            for rank in range(chosen.shape[2]):
+                expert = layer * num_experts + chosen[token, layer, rank]
+                before = np.int64(last[expert])
+                _clear(live, before)
+                last[expert] = now
+                now += 1
+                if before >= oldest:
+                    found[at] = 1
+                else:
+                    found[at] = 0
+                    misses += 1
+                    oldest = _after_next_live(live, oldest)
+                at += 1
     return misses
 
 
@@ -181,14 +193,14 @@ def _lru_one_by_one(experts: Array, capacity: int, num_experts: int, found: Arra
 def _lru_by_visits(experts: Array, recency: Array, starts: Array, capacity: int, num_experts: int, found: Array) -> int:
     """Replay LRU visit by visit, and return the misses."""
     live = _all_live(len(experts) + capacity)
-    last = np.zeros(num_experts, dtype=np.int64)
+    last = np.zeros(all_experts, dtype=np.int32)
     oldest = _WORD_BITS
     now = oldest + capacity
     misses = 0
     for visit in range(len(starts) - 1):
         lacking = 0
         for at in range(starts[visit], starts[visit + 1]):
-            before = last[experts[at]]
+            before = np.int64(last[experts[at]])
             _clear(live, before)
             found[at] = before >= oldest
             lacking += before < oldest

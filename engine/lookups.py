@@ -26,29 +26,26 @@ class Lookups:
     `experts` int32 (n,) are `layer * experts + index`, unique within a visit, in access order; `recency` int32 (n,) the
     same of each visit in the order of their last appearance; visit i is `starts[i]` to `starts[i + 1]`, int64 (v + 1,).
     `cells` int64 (n,) is each one's place in the flattened trace (tokens, layers, k); None if they fill it in order.
+    The largest visit looks `largest_visit` experts up.
     """
 
     experts: npt.NDArray[np.int32]
     recency: npt.NDArray[np.int32]
     starts: npt.NDArray[np.int64]
     cells: npt.NDArray[np.int64] | None
-
-    @property
-    def largest_visit(self) -> int:
-        """How many experts the largest visit looks up."""
-        return int(np.diff(self.starts).max(initial=0))
+    largest_visit: int
 
 
 def list_lookups(trace: RoutingTrace, steps: Sequence[Step], lookup: str, layer: int | None = None) -> Lookups:
     """Lay the look-ups of a run out, of all layers or of one; `lookup` "single" makes each its own visit."""
-    rows = np.concatenate([step.rows for step in steps]) if steps else np.empty(0, dtype=np.int64)
     single = lookup == "single"
+    if layer is None and in_file_order(trace, steps):
+        experts = _number_in_order(trace.experts, trace.num_experts)
+        size = 1 if single else trace.k
+        return Lookups(experts, experts, np.arange(0, len(experts) + 1, size), None, size)
+    rows = _rows(steps)
     one_by_one = len(rows) == len(steps)
     layers = range(trace.layers) if layer is None else range(layer, layer + 1)
-    if one_by_one and trace.present is None and layer is None and _counts_up(rows, trace.tokens):
-        experts = _number_in_order(trace.experts, trace.num_experts)
-        starts = np.arange(0, len(experts) + 1, 1 if single else trace.k)
-        return Lookups(experts, experts, starts, None)
     ends = np.cumsum([0, *(len(step.rows) for step in steps)])
     present = np.ones((1, 1), dtype=bool) if trace.present is None else trace.present
     most = len(rows) * len(layers) * trace.k
@@ -72,12 +69,22 @@ def list_lookups(trace: RoutingTrace, steps: Sequence[Step], lookup: str, layer:
         cells,
         starts,
     )
-    n = starts[visits]
-    return Lookups(experts[:n], recency[:n], starts[: visits + 1], cells[:n])
+    n, starts = starts[visits], starts[: visits + 1]
+    largest = 1 if single else int(np.diff(starts).max(initial=0))
+    return Lookups(experts[:n], recency[:n], starts, cells[:n], largest)
 
 
-def _counts_up(rows: npt.NDArray[np.int64], tokens: int) -> bool:
-    return len(rows) == tokens and bool((rows == np.arange(tokens)).all())
+def in_file_order(trace: RoutingTrace, steps: Sequence[Step]) -> bool:
+    """Whether the run looks up all that is in the trace, one token after the other in the order of the file."""
+    if trace.present is not None or len(steps) != trace.tokens:
+        return False
+    rows = _rows(steps)
+    return len(rows) == trace.tokens and bool((rows == np.arange(trace.tokens)).all())
+
+
+def _rows(steps: Sequence[Step]) -> npt.NDArray[np.int64]:
+    """Return the rows of all steps, one step after the other."""
+    return np.concatenate([step.rows for step in steps]) if steps else np.empty(0, dtype=np.int64)
 
 
 @numba.njit(cache=True)

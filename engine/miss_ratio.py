@@ -53,6 +53,7 @@ def miss_ratio_curves(
     `capacities` are budgets such as '25%', '4GiB' or '512experts'; without any, `points` evenly spaced ones up to all
     experts. Raises ValueError on bad input.
     """
+    policies = list(dict.fromkeys(policies))
     for policy in policies:
         if policy not in KINDS:
             raise ValueError(unknown_name("policy", policy, KINDS))

@@ -354,11 +354,32 @@ def test_a_compiled_replay_equals_the_reference_to_the_last_access(
     assert evict == reference.evict
 
 
-@pytest.mark.parametrize("lookup", LOOKUPS)
-def test_a_compiled_replay_equals_the_reference_on_a_real_trace(qwen: RoutingTrace, lookup: str) -> None:
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_compiled_replay_equals_the_reference_on_a_real_trace_with_a_prompt(qwen: RoutingTrace, name: str) -> None:
+    # Experts of two sizes, and a prompt that is one visit of up to 128 experts a layer.
     sizes = [int(size) for size in qwen.extra["expert_bytes"]]
     steps = plan_steps(qwen.sequence, qwen.phase)
-    reference = replay(qwen, steps, MemoryManager(sizes, qwen.num_experts, 2000 << 20, Lru), lookup=lookup)
-    outcome, evict = COMPILED["lru"](qwen, steps, pool_budgets(sizes, 2000 << 20, "global"), sizes, lookup)
+    setting = Setting(trace=qwen, steps=steps)
+    manager = MemoryManager(sizes, qwen.num_experts, 2000 << 20, EVICTION[name], setting=setting)
+    reference = replay(qwen, steps, manager)
+    outcome, evict = COMPILED[name](qwen, steps, [2000 << 20], sizes, "batch")
     assert np.array_equal(outcome, reference.outcome)
     assert evict == reference.evict
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_compiled_replay_equals_the_reference_on_a_real_trace_pair_by_pair(traces: Path, name: str) -> None:
+    trace = open_trace(traces / "olmoe-1b-7b.npz")
+    steps = plan_steps(trace.sequence, trace.phase)
+    setting = Setting(trace=trace, steps=steps, single=True)
+    sizes, slots = [1] * trace.layers, 20 * trace.layers
+    manager = MemoryManager(sizes, trace.num_experts, slots, EVICTION[name], setting=setting, scope="per-layer")
+    reference = replay(trace, steps, manager, lookup="single")
+    outcome, evict = COMPILED[name](trace, steps, pool_budgets(sizes, slots, "per-layer"), sizes, "single")
+    assert np.array_equal(outcome, reference.outcome)
+    assert evict == reference.evict
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_compiled_replay_has_the_reference_s_name(name: str) -> None:
+    assert name in EVICTION

@@ -1,16 +1,18 @@
-"""Writing a result to a folder: numbers, timeline and pictures. Each file appears whole or not at all."""
+"""Writing results to files: numbers, timeline and pictures. Each file appears whole or not at all."""
 
 from __future__ import annotations
 
+import csv
+import io
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from .export import SPAN_LIMIT, export_chrome, replacing
 from .metrics import memory_steps
-from .plots import default_window, plot_memory, plot_timeline, save
+from .plots import default_window, plot_memory, plot_miss_ratios, plot_timeline, save
 
 if TYPE_CHECKING:
     from ..simulate import Result
@@ -57,3 +59,36 @@ def write_result(result: Result, folder: Path, *, all_spans: bool = False) -> li
         f"{folder / 'timeline.png'}",
         f"{folder / 'memory.png'}",
     ]
+
+
+#: How the file of miss-ratio curves may end: a table, or a picture.
+MISS_RATIO_FILES = (".csv", ".png", ".pdf", ".svg")
+
+
+def check_miss_ratio_path(path: Path) -> None:
+    """Raise ValueError unless miss-ratio curves can be written under this name: asked before they are computed."""
+    if path.suffix not in MISS_RATIO_FILES:
+        raise ValueError(f"{path}: the file of miss-ratio curves must end in one of {', '.join(MISS_RATIO_FILES)}")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: there is no folder {path.parent}")
+
+
+def write_miss_ratios(data: dict[str, Any], path: Path) -> None:
+    """Write miss-ratio curves as a table (.csv, a row for each policy and capacity) or a picture (.png, .pdf, .svg).
+
+    Raises ValueError or OSError if the file cannot be written.
+    """
+    check_miss_ratio_path(path)
+    if path.suffix != ".csv":
+        where = f"{data['scope']}, lookup {data['lookup']}, batch {data['batch']}"
+        save(plot_miss_ratios(data, title=f"{data['model'] or 'trace'} ({where})"), path)
+        return
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["policy", "capacity_share", "capacity_experts", "capacity_bytes", "accesses", "hits", "miss_ratio"])
+    for policy, curve in data["policies"].items():
+        for capacity, hits, ratio in zip(data["capacities"], curve["hits"], curve["miss_ratio"], strict=True):
+            room = [capacity["share"], capacity["experts"], capacity["bytes"]]
+            rows.writerow([policy, *room, data["accesses"], hits, ratio])
+    with replacing(path) as file:
+        file.write(text.getvalue().encode())

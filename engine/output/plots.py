@@ -34,6 +34,9 @@ COLORS = {
     "expert": ("#56b4e9", "expert"),
     "head": ("#009e73", "head"),
 }
+#: Of curves, in the order in which they are drawn; once the colors are used up, the next dashes.
+_CURVE_COLORS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#f0a830", "#333333", "#56b4e9", "#8c8c8c")
+_DASHES = ("-", "--", ":", "-.")
 #: Units of time by the length of what is shown: the first that is no longer.
 _TIME_UNITS = ((10 * 10**9, 10**9, "s"), (10**6, 10**6, "ms"), (0, 10**3, "µs"))
 _BYTE_UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "bytes"))
@@ -227,6 +230,33 @@ def plot_latency(latencies_ms: Mapping[str, Sequence[float]], *, title: str | No
     _style(axes)
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)
     axes.tick_params(axis="y", length=0)
+    _set_title(axes, title)
+    return figure
+
+
+def plot_miss_ratios(data: dict[str, Any], *, title: str | None = None) -> Figure:
+    """Draw the curves of `miss_ratio.miss_ratio_curves`: the share of look-ups that miss over that of experts held."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    figure = Figure(figsize=(_WIDTH_INCHES * 2 / 3, 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    shares = [capacity["share"] for capacity in data["capacities"]]
+    marker = "o" if len(shares) == 1 else None
+    for number, (policy, curve) in enumerate(data["policies"].items()):
+        color, dashes = _CURVE_COLORS[number % len(_CURVE_COLORS)], _DASHES[number // len(_CURVE_COLORS) % len(_DASHES)]
+        axes.plot(
+            shares, curve["miss_ratio"], color=color, linestyle=dashes, linewidth=1.6, marker=marker, label=policy
+        )
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1)
+    axes.set_xlabel("room, as a share of all experts")
+    axes.set_ylabel("miss ratio")
+    _style(axes)
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.legend(frameon=False, fontsize=9)
     _set_title(axes, title)
     return figure
 

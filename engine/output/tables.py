@@ -95,6 +95,21 @@ def print_replay(data: dict[str, Any]) -> None:
         console.print(Text(f"warning: {warning}", style="yellow"))
 
 
+def print_miss_ratios(data: dict[str, Any]) -> None:
+    """Print miss-ratio curves: a row for each capacity, a column for each policy."""
+    console = Console()
+    what = f"Miss ratios of {data['accesses']:,} look-ups ({data['scope']}, lookup {data['lookup']}"
+    console.print(Text(f"{what}, batch {data['batch']})", style="bold"))
+    table = Table(box=None, padding=(0, 1), collapse_padding=True, pad_edge=False)
+    for column in ("room", "experts", *data["policies"]):
+        table.add_column(column, justify="right", no_wrap=True)
+    for at, capacity in enumerate(data["capacities"]):
+        experts = capacity["experts"]
+        ratios = [_share(curve["miss_ratio"][at], 1) for curve in data["policies"].values()]
+        table.add_row(_share(capacity["share"], 1), "-" if experts is None else f"{experts:,}", *ratios)
+    console.print(table)
+
+
 def print_trace(data: dict[str, Any]) -> None:
     """Print what a trace is like."""
     console = Console()

@@ -1,0 +1,146 @@
+"""Miss-ratio curves: every point is what the replay counts there."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_cases import traces as random_traces
+from tiny import tiny_trace
+from typer.testing import CliRunner
+
+from prestage.cli import app
+from prestage.engine.compiled import KINDS
+from prestage.engine.dispatch import LOOKUPS
+from prestage.engine.miss_ratio import DEFAULT_POLICIES, miss_ratio_curves
+from prestage.engine.output.files import write_miss_ratios
+from prestage.engine.output.plots import plot_miss_ratios
+from prestage.engine.replay import replay_trace
+from prestage.workloads.importers import open_trace
+from prestage.workloads.trace import RoutingTrace
+
+LAYERS, EXPERTS = 3, 5
+
+
+def sized(trace: RoutingTrace, sizes: list[int]) -> RoutingTrace:
+    """The same trace, with bytes."""
+    extra = {"expert_bytes": np.array(sizes)}
+    return RoutingTrace(
+        trace.experts, EXPERTS, sequence=trace.sequence, phase=trace.phase, present=trace.present, extra=extra
+    )
+
+
+@settings(max_examples=100)
+@given(
+    trace=random_traces(LAYERS, EXPERTS, 2),
+    sizes=st.integers(1, 4).map(lambda size: [size] * LAYERS)
+    | st.lists(st.integers(1, 6), min_size=LAYERS, max_size=LAYERS),
+    batch=st.integers(1, 4),
+    scope=st.sampled_from(["global", "per-layer"]),
+    lookup=st.sampled_from(LOOKUPS),
+    points=st.integers(1, 20),
+)
+def test_every_point_is_what_the_replay_counts(
+    trace: RoutingTrace, sizes: list[int], batch: int, scope: str, lookup: str, points: int
+) -> None:
+    trace = sized(trace, sizes)
+    chosen: dict[str, Any] = {"batch": batch, "scope": scope, "lookup": lookup}
+    data = miss_ratio_curves(trace, points=points, policies=list(KINDS), **chosen)
+    if scope == "per-layer" and min(sizes) != max(sizes):
+        return  # what pools of several sizes keep of a budget is less, and no budget of its own: see the next test
+    for at, capacity in enumerate(data["capacities"]):
+        for policy, curve in data["policies"].items():
+            replayed = replay_trace(trace, f"{capacity['bytes']}B", eviction=policy, **chosen)
+            assert (curve["hits"][at], data["accesses"]) == (replayed["hits"], replayed["accesses"])
+            rate = replayed["hit_rate"]
+            assert curve["miss_ratio"][at] == (None if rate is None else pytest.approx(1 - rate))
+
+
+def test_given_capacities_are_those_of_the_replay_in_layers_of_several_sizes() -> None:
+    random = np.random.default_rng(0)
+    chosen = np.argsort(random.random((80, LAYERS, EXPERTS)), axis=2)[..., :2].astype(np.uint8)
+    trace, budgets = sized(RoutingTrace(chosen, EXPERTS), [3, 2, 5]), ["40%", "60%", "90%"]
+    data = miss_ratio_curves(trace, capacities=budgets, policies=["lru", "belady"], scope="per-layer")
+    for policy, curve in data["policies"].items():
+        expected = [replay_trace(trace, b, eviction=policy, scope="per-layer")["hits"] for b in budgets]
+        assert curve["hits"] == expected
+
+
+@pytest.mark.parametrize(("scope", "capacities"), [("global", ["3experts", "14%", "50%"]), ("per-layer", ["50%"])])
+def test_curves_of_a_real_trace_are_those_of_the_replay(traces: Path, scope: str, capacities: list[str]) -> None:
+    # Three places are less than the four experts of a token: served in waves.
+    trace = open_trace(traces / "gpt-oss-20b.npz")
+    data = miss_ratio_curves(trace, capacities=capacities, scope=scope)
+    assert list(data["policies"]) == list(DEFAULT_POLICIES)
+    for policy, curve in data["policies"].items():
+        replayed = [replay_trace(trace, capacity, eviction=policy, scope=scope) for capacity in capacities]
+        assert curve["hits"] == [each["hits"] for each in replayed]
+
+
+def test_belady_misses_least_and_with_room_for_all_only_first_uses_miss() -> None:
+    random = np.random.default_rng(1)
+    trace = RoutingTrace(random.integers(0, 6, (200, 2, 1)).astype(np.uint8), 6)
+    data = miss_ratio_curves(trace, points=12, policies=list(KINDS))
+    curves = {policy: curve["miss_ratio"] for policy, curve in data["policies"].items()}
+    for curve in curves.values():
+        assert all(best <= miss + 1e-12 for best, miss in zip(curves["belady"], curve, strict=True))
+        assert curve[-1] == pytest.approx(12 / 400)
+    assert curves["lru"] == sorted(curves["lru"], reverse=True)  # more room never hurts a stack algorithm
+
+
+def test_capacities_come_ascending_and_once() -> None:
+    trace = tiny_trace([[[0]], [[1]], [[2]], [[3]]])
+    data = miss_ratio_curves(trace, capacities=["75%", "1experts", "30%"], policies=["lru", "lru"])
+    assert [capacity["experts"] for capacity in data["capacities"]] == [1, 3]
+    assert [capacity["share"] for capacity in data["capacities"]] == [0.25, 0.75]
+    assert data["policies"] == {"lru": {"hits": [0, 0], "miss_ratio": [1.0, 1.0]}}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"policies": ["lrv"]}, "policy = 'lrv': choose one of fifo, lru"),
+        ({"lookup": "token"}, "lookup = 'token': choose one of batch, single"),
+        ({"scope": "world"}, "scope = 'world': choose one of global, per-layer"),
+        ({"points": 0}, "points = 0: must be at least 1"),
+        ({"capacities": ["4GiB"]}, "budget '4GiB': the trace does not say how large an expert is"),
+        ({"capacities": ["10%"]}, "the expert budget is 0 bytes: it must hold one expert, 1 bytes"),
+    ],
+)
+def test_bad_input_is_refused_in_one_clear_line(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        miss_ratio_curves(tiny_trace([[[0]], [[3]]]), **options)
+    assert message in str(error.value)
+
+
+def test_the_command_writes_a_table_and_a_picture_and_prints_json(tmp_path: Path) -> None:
+    trace = tiny_trace([[[0], [1]], [[1], [0]], [[0], [1]]])
+    file, table, picture = tmp_path / "t.npz", tmp_path / "m.csv", tmp_path / "m.png"
+    trace.save(file)
+    arguments = ["mrc", str(file), "--points", "4", "--policies", "lru, belady", "-o", str(table), "-o", str(picture)]
+    run = CliRunner().invoke(app, [*arguments, "--json"])
+    assert run.exit_code == 0
+    data = json.loads(run.stdout)
+    assert data == miss_ratio_curves(open_trace(file), points=4, policies=["lru", "belady"])
+    with table.open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [int(row["hits"]) for row in rows] == data["policies"]["lru"]["hits"] + data["policies"]["belady"]["hits"]
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert "belady" in CliRunner().invoke(app, arguments).stdout
+
+
+def test_curves_are_drawn_at_their_points() -> None:
+    data = miss_ratio_curves(tiny_trace([[[0]], [[1]], [[0]], [[1]]]), policies=["lru", "fifo"], points=2)
+    (axes,) = plot_miss_ratios(data).axes
+    assert [line.get_label() for line in axes.lines] == ["lru", "fifo"]
+    assert axes.lines[0].get_xydata().tolist() == [[0.5, 0.5], [1.0, 0.5]]
+
+
+@pytest.mark.parametrize("name", ["m.txt", "missing/m.csv"])
+def test_a_file_that_cannot_be_written_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=r"m\.(txt|csv): "):
+        write_miss_ratios({}, tmp_path / name)
