@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 from numba.cpython.unsafe.numbers import trailing_zeros
@@ -69,12 +68,12 @@ def replay_compiled(
     `pool_bytes` has one entry for a global pool, or one a layer; `expert_bytes` (layers,).
     """
     outcome = np.full(trace.experts.size, 255, dtype=np.uint8)
-    if eviction == "lru" and lookup == "single" and len(set(expert_bytes)) == len(pool_bytes) == 1:
-        if in_file_order(trace, steps):  # the commonest sweep: listing the look-ups first would take as long again
-            capacity = pool_bytes[0] // expert_bytes[0]
-            experts = trace.layers * trace.num_experts
-            misses = _lru_one_by_one(trace.experts, trace.num_experts, experts, capacity, outcome)
-            return outcome.reshape(trace.experts.shape), max(0, misses - capacity)
+    one_window = eviction == "lru" and lookup == "single" and len(set(expert_bytes)) == len(pool_bytes) == 1
+    if one_window and in_file_order(trace, steps):  # the loop is so fast that listing the look-ups would take as long
+        capacity = pool_bytes[0] // expert_bytes[0]
+        live, last = _past(outcome.size + capacity, trace.layers * trace.num_experts)
+        misses = int(_lru_one_by_one(trace.experts, trace.num_experts, capacity, live, last, outcome))
+        return outcome.reshape(trace.experts.shape), max(0, misses - capacity)
     evicted = 0
     for pool, room_bytes in enumerate(pool_bytes):
         lookups = list_lookups(trace, steps, lookup, pool if len(pool_bytes) > 1 else None)
@@ -102,10 +101,11 @@ def replay_pool(
     kind, capacity = KINDS[eviction], pool_bytes // max(expert_bytes)
     experts = len(expert_bytes) * num_experts
     if kind == LRU and min(expert_bytes) == max(expert_bytes) and capacity >= lookups.largest_visit:
+        live, last = _past(len(found) + capacity, experts)
         if lookups.largest_visit == 1:
-            misses = _lru_one_by_one(lookups.experts.reshape(1, 1, -1), 0, experts, capacity, found)
+            misses = int(_lru_one_by_one(lookups.experts.reshape(1, 1, -1), 0, capacity, live, last, found))
         else:
-            misses = _lru_by_visits(lookups.experts, lookups.recency, lookups.starts, experts, capacity, found)
+            misses = _lru_by_visits(lookups.experts, lookups.recency, lookups.starts, capacity, live, last, found)
         return max(0, misses - capacity)
     following = next_visits(lookups.experts, lookups.starts, experts) if kind == BELADY else np.empty(0, np.int32)
     sizes = np.repeat(np.array(expert_bytes, dtype=np.int64), num_experts)
@@ -133,80 +133,85 @@ def replay_pool(
 # uses by nobody as there are places make the memory full, so that each miss costs one and nothing asks whether there
 # is room. A visit first takes the bits of all it asks for, then evicts, so nobody evicts what it pins.
 
-_WORD_BITS = 64
+# Numbers are unsigned, because Numba asks of every signed index whether it counts from the end.
+
+_ONE, _WORD_BITS, _WORD_SHIFT, _BIT_MASK = np.uint64(1), np.uint64(64), np.uint64(6), np.uint64(63)
 
 
-@numba.njit(cache=True)
-def _all_live(uses: int) -> Array:
-    """Return the bits of that many uses, all set; they begin with the second word, the first is nobody's."""
-    return np.full(uses // _WORD_BITS + 2, np.uint64(0xFFFFFFFFFFFFFFFF), dtype=np.uint64)
+def _past(uses: int, experts: int) -> tuple[Array, Array]:
+    """Return `live`, of that many uses, the first word being nobody's, and each expert's last use, none so far: 0."""
+    live = np.full(uses // 64 + 2, np.iinfo(np.uint64).max, dtype=np.uint64)
+    return live, np.zeros(experts, dtype=np.uint32 if uses < 2**32 - 64 else np.uint64)
 
 
-@numba.njit(cache=True)
-def _clear(live: Array, use_number: int) -> None:
+@compiled
+def _clear(live: Array, use_number: np.uint64) -> None:
     """Say that a use is no longer its expert's last."""
-    live[use_number >> 6] &= ~(np.uint64(1) << np.uint64(use_number & 63))
+    live[use_number >> _WORD_SHIFT] &= ~(_ONE << (use_number & _BIT_MASK))
 
 
-@numba.njit(cache=True)
-def _after_next_live(live: Array, oldest: int) -> int:
+@compiled
+def _after_next_live(live: Array, oldest: np.uint64) -> np.uint64:
     """Return the number after that of the first live use from `oldest` on."""
-    word = live[oldest >> 6] >> np.uint64(oldest & 63)
+    at = oldest >> _WORD_SHIFT
+    word = live[at] >> (oldest & _BIT_MASK)
     if word == 0:
-        at = (oldest >> 6) + 1
+        at += _ONE
         while live[at] == 0:
-            at += 1
-        oldest, word = at << 6, live[at]
-    return oldest + np.int64(trailing_zeros(word)) + 1
+            at += _ONE
+        oldest, word = at << _WORD_SHIFT, live[at]
+    return oldest + np.uint64(trailing_zeros(word)) + _ONE  # type: ignore[call-arg]
 
 
-@numba.njit(cache=True)
-def _lru_one_by_one(chosen: Array, num_experts: int, all_experts: int, capacity: int, found: Array) -> int:
+@compiled
+def _lru_one_by_one(
+    chosen: Array, num_experts: int, capacity: int, live: Array, last: Array, found: Array
+) -> np.uint64:
     """Replay LRU, every look-up a visit of its own, and return the misses: twice as fast as by visits.
 
     `chosen` (tokens, layers, k) are looked up in order; a layer's experts begin at a multiple of `num_experts`.
     """
-    live = _all_live(chosen.size + capacity)
-    last = np.zeros(all_experts, dtype=np.int32)  # the number of its last use; 0: not used yet
     oldest = _WORD_BITS
-    now = oldest + capacity
-    misses = at = 0
+    now = oldest + np.uint64(capacity)
+    at = misses = np.uint64(0)
     for token in range(chosen.shape[0]):
+        first = np.uint64(0)
         for layer in range(chosen.shape[1]):
             for rank in range(chosen.shape[2]):
-                expert = layer * num_experts + chosen[token, layer, rank]
-                before = np.int64(last[expert])
+                expert = first + np.uint64(chosen[token, layer, rank])
+                before = np.uint64(last[expert])
                 _clear(live, before)
                 last[expert] = now
-                now += 1
+                now += _ONE
                 if before >= oldest:
                     found[at] = 1
                 else:
                     found[at] = 0
-                    misses += 1
+                    misses += _ONE
                     oldest = _after_next_live(live, oldest)
-                at += 1
+                at += _ONE
+            first += np.uint64(num_experts)
     return misses
 
 
-@numba.njit(cache=True)
-def _lru_by_visits(experts: Array, recency: Array, starts: Array, capacity: int, num_experts: int, found: Array) -> int:
+@compiled
+def _lru_by_visits(
+    experts: Array, recency: Array, starts: Array, capacity: int, live: Array, last: Array, found: Array
+) -> int:
     """Replay LRU visit by visit, and return the misses."""
-    live = _all_live(len(experts) + capacity)
-    last = np.zeros(all_experts, dtype=np.int32)
     oldest = _WORD_BITS
-    now = oldest + capacity
+    now = oldest + np.uint64(capacity)
     misses = 0
     for visit in range(len(starts) - 1):
         lacking = 0
         for at in range(starts[visit], starts[visit + 1]):
-            before = np.int64(last[experts[at]])
+            before = np.uint64(last[experts[at]])
             _clear(live, before)
             found[at] = before >= oldest
-            lacking += before < oldest
+            lacking += int(before < oldest)
         for at in range(starts[visit], starts[visit + 1]):
             last[recency[at]] = now
-            now += 1
+            now += _ONE
         misses += lacking
         for _ in range(lacking):
             oldest = _after_next_live(live, oldest)

@@ -6,17 +6,26 @@ is, is a number that every function branches on, so that one loop is compiled, o
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numba
 import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
+Function = TypeVar("Function", bound=Callable[..., Any])
 
-#: Nothing that is compiled with this makes an array, so Numba need not count who holds which (`_nrt`, an internal option
-#: that its own kernels use). Without it, atomic counting at every call takes two thirds of the time.
-compiled = numba.njit(cache=True, _nrt=False)
+
+def compiled(function: Function) -> Function:
+    """Compile a function that makes no array.
+
+    Numba then need not count who holds which array, atomically and at every call, which would take half of the time;
+    its option for that, `_nrt`, is internal.
+    """
+    fast: Function = numba.njit(cache=True, _nrt=False)(function)  # type: ignore[call-overload]
+    return fast
+
 
 FIFO, LRU, LFU, LFU_INCACHE, CLOCK, SIEVE, S3FIFO, BELADY = range(8)
 
@@ -291,9 +300,11 @@ def _priority(kind: int, state: Array, expert: int) -> int:
     """Return the key of an expert just used: its uses, or how near its next one is; ties in the order of use."""
     state[-1, STAMP] += 1
     if kind == BELADY:
-        return ((_FAR - np.int64(state[expert, NEXT])) << 32) | state[-1, STAMP]
-    state[expert, MARK] += 1
-    return (np.int64(state[expert, MARK]) << 32) | state[-1, STAMP]
+        rank = _FAR - state[expert, NEXT]
+    else:
+        rank = state[expert, MARK] = state[expert, MARK] + 1
+    key: int = (rank << 32) | state[-1, STAMP]
+    return key
 
 
 @compiled
@@ -319,7 +330,7 @@ def _pop(state: Array) -> int:
     while state[state[0, HEAP], RANKED] != state[state[0, HEAP], KEY]:
         state[state[0, HEAP], RANKED] = state[state[0, HEAP], KEY]
         _sink(state, state[0, HEAP])
-    first = state[0, HEAP]
+    first: int = state[0, HEAP]
     state[-1, COUNT] -= 1
     if state[-1, COUNT]:
         _sink(state, state[state[-1, COUNT], HEAP])

@@ -105,7 +105,7 @@ def pool_hits(
 ) -> npt.NDArray[np.int64]:
     """Return how many of a pool's look-ups are found with each of these budgets; `expert_bytes` (layers,)."""
     hits = np.zeros(len(room_bytes), dtype=np.int64)
-    replayed = range(len(room_bytes))
+    replayed = list(range(len(room_bytes)))
     if policy in STACKS and min(expert_bytes) == max(expert_bytes):
         slots = np.array(room_bytes, dtype=np.int64) // expert_bytes[0]
         depths = STACKS[policy](lookups, len(expert_bytes) * num_experts)

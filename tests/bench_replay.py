@@ -58,7 +58,7 @@ def compiled(trace: RoutingTrace) -> Replay:
 
 def libcachesim(experts: Experts, folder: Path) -> Replay:
     """Packed records of its "oracle general" format, memory-mapped, in one call."""
-    from libcachesim import LRU, TraceReader, TraceType
+    from libcachesim import LRU, TraceReader, TraceType  # type: ignore[import-untyped]
 
     records = np.zeros(len(experts), dtype=[("time", "<u4"), ("id", "<u8"), ("size", "<u4"), ("next", "<i8")])
     records["id"], records["size"], records["next"] = experts, 1, -1
@@ -67,7 +67,7 @@ def libcachesim(experts: Experts, folder: Path) -> Replay:
 
     def replay(places: int) -> int:
         reader = TraceReader(str(file), TraceType.ORACLE_GENERAL_TRACE)
-        miss_ratio, _ = LRU(places).process_trace(reader)
+        miss_ratio: float = LRU(places).process_trace(reader)[0]
         return round(miss_ratio * len(experts))
 
     return replay

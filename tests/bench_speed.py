@@ -19,7 +19,7 @@ from typing import Any
 
 import simpy
 
-from prestage.engine.compiled import replay_lru
+from prestage.engine.compiled import COMPILED
 from prestage.engine.costs import Costs
 from prestage.engine.memory_manager import MemoryManager, pool_budgets
 from prestage.engine.policies.eviction import Lru
@@ -79,7 +79,7 @@ def replayed_per_second(inputs: Inputs, share: float, compiled: bool) -> float:
     budget_bytes = int(inputs.model.total_expert_bytes * share)
     began = time.process_time()
     if compiled:
-        replay_lru(inputs.trace, inputs.steps, pool_budgets(sizes, budget_bytes, "global"), sizes, "batch")
+        COMPILED["lru"](inputs.trace, inputs.steps, pool_budgets(sizes, budget_bytes, "global"), sizes, "batch")
     else:
         replay(inputs.trace, inputs.steps, MemoryManager(sizes, experts, budget_bytes, Lru))
     return inputs.trace.experts.size / (time.process_time() - began)

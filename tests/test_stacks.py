@@ -1,5 +1,7 @@
 """Stack algorithms: by hand, and against lists that are searched and sorted anew at every look-up."""
 
+from itertools import pairwise
+
 import numpy as np
 import numpy.typing as npt
 from hypothesis import given
@@ -54,7 +56,8 @@ def test_an_lru_depth_is_the_place_in_a_list_that_moves_to_the_front(
     for visit, recency in visits:
         depths += [stack.index(expert) if expert in stack else -1 for expert in visit]
         stack = recency[::-1] + [expert for expert in stack if expert not in visit]
-    assert lru_depths(*flat(visits), EXPERTS).tolist() == depths
+    experts, recency_of_all, starts = flat(visits)
+    assert lru_depths(experts, recency_of_all, starts, EXPERTS).tolist() == depths
 
 
 @given(visits, st.integers(4, EXPERTS))
@@ -77,4 +80,4 @@ def test_below_the_capacity_in_belady_s_stack_is_what_evicting_the_farthest_find
     depths = belady_depths(experts, starts, EXPERTS)
     found = (depths >= 0) & (depths < capacity)
     # Who is used in one visit is the same to Belady, so how many of a visit are found counts, not who.
-    assert [int(found[first:end].sum()) for first, end in zip(starts[:-1], starts[1:], strict=True)] == hits
+    assert [int(found[first:end].sum()) for first, end in pairwise(starts.tolist())] == hits

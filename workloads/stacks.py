@@ -91,7 +91,7 @@ def _add(tree: Array, at: int, number: int) -> None:
 
 @numba.njit(cache=True)
 def next_visits(experts: Array, starts: Array, num_experts: int) -> Array:
-    """Return the number of the visit that next looks the same expert up, int32 (n,); that of the visits if none does."""
+    """Return the number of the visit that next looks the same expert up, int32 (n,); the visits' count if none."""
     visits = len(starts) - 1
     following = np.empty(len(experts), dtype=np.int32)
     coming = np.full(num_experts, visits, dtype=np.int32)
