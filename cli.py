@@ -178,7 +178,10 @@ def mrc(
     policies: Annotated[
         str, typer.Option(help="Eviction policies, with commas between; the usual six without it.")
     ] = "",
-    scope: Annotated[str, typer.Option(help="One pool for all layers (global) or one each (per-layer).")] = "global",
+    scope: Annotated[
+        str,
+        typer.Option(help="One pool for all layers (global), one each (per-layer, benefit), or layers share experts."),
+    ] = "global",
     lookup: Annotated[str, typer.Option(help="Look up unique experts (batch) or every token's (single).")] = "batch",
     batch: Annotated[int, typer.Option(help="How many sequences decode together.")] = 1,
     model: Annotated[str | None, typer.Option(help="The model that gives the experts' bytes.")] = None,

@@ -62,21 +62,27 @@ def replay_compiled(
     pool_bytes: Sequence[int],
     expert_bytes: Sequence[int],
     lookup: str,
+    *,
+    shared: bool = False,
 ) -> tuple[Outcome, int]:
     """Replay on demand; return the outcome of each (token, layer, rank), as in `Replayed`, and the evictions.
 
-    `pool_bytes` has one entry for a global pool, or one a layer; `expert_bytes` (layers,).
+    `pool_bytes` has one entry for a global pool, or one a layer; `expert_bytes` (layers,). With `shared`, layers share
+    the experts of the same index, and one pool.
     """
+    if shared:
+        expert_bytes = expert_bytes[:1]
     outcome = np.full(trace.experts.size, 255, dtype=np.uint8)
     one_window = eviction == "lru" and lookup == "single" and len(set(expert_bytes)) == len(pool_bytes) == 1
     if one_window and in_file_order(trace, steps):  # the loop is so fast that listing the look-ups would take as long
         capacity = pool_bytes[0] // expert_bytes[0]
-        live, last = _past(outcome.size + capacity, trace.layers * trace.num_experts)
-        misses = int(_lru_one_by_one(trace.experts, trace.num_experts, capacity, live, last, outcome))
+        live, last = _past(outcome.size + capacity, len(expert_bytes) * trace.num_experts)
+        stride = 0 if shared else trace.num_experts
+        misses = int(_lru_one_by_one(trace.experts, stride, capacity, live, last, outcome))
         return outcome.reshape(trace.experts.shape), max(0, misses - capacity)
     evicted = 0
     for pool, room_bytes in enumerate(pool_bytes):
-        lookups = list_lookups(trace, steps, lookup, pool if len(pool_bytes) > 1 else None)
+        lookups = list_lookups(trace, steps, lookup, pool if len(pool_bytes) > 1 else None, shared=shared)
         sizes = expert_bytes if len(pool_bytes) == 1 else [expert_bytes[pool]] * trace.layers
         whole = lookups.cells is None
         found = outcome if whole else np.empty(len(lookups.experts), dtype=np.uint8)
@@ -165,11 +171,11 @@ def _after_next_live(live: Array, oldest: np.uint64) -> np.uint64:
 
 @compiled
 def _lru_one_by_one(
-    chosen: Array, num_experts: int, capacity: int, live: Array, last: Array, found: Array
+    chosen: Array, stride: int, capacity: int, live: Array, last: Array, found: Array
 ) -> np.uint64:
     """Replay LRU, every look-up a visit of its own, and return the misses: twice as fast as by visits.
 
-    `chosen` (tokens, layers, k) are looked up in order; a layer's experts begin at a multiple of `num_experts`.
+    `chosen` (tokens, layers, k) are looked up in order; a layer's experts begin at its multiple of `stride`.
     """
     oldest = _WORD_BITS
     now = oldest + np.uint64(capacity)
@@ -190,7 +196,7 @@ def _lru_one_by_one(
                     misses += _ONE
                     oldest = _after_next_live(live, oldest)
                 at += _ONE
-            first += np.uint64(num_experts)
+            first += np.uint64(stride)
     return misses
 
 

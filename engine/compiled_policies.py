@@ -48,9 +48,9 @@ def make_state(experts: int, capacity: int) -> Array:
     for queue in range(experts, experts + 3):
         state[queue, BEFORE] = state[queue, AFTER] = queue
     state[-1, HAND] = experts
-    state[-1, MOST_SMALL] = int(capacity * 0.1)
+    state[-1, MOST_SMALL] = -(-capacity // 10)
     state[-1, MOST_MAIN] = capacity - state[-1, MOST_SMALL]
-    state[-1, MOST_GHOSTS] = int(capacity * 0.9)
+    state[-1, MOST_GHOSTS] = capacity * 9 // 10
     return state
 
 
@@ -270,18 +270,20 @@ def _walk_queues(state: Array, pinned: Array, wave: int, sizes: Array, lacking_b
     while lacking_bytes > 0:
         expert = state[in_main, AFTER]
         if expert != main and (state[-1, IN_MAIN] > state[-1, MOST_MAIN] or state[in_small, AFTER] == small):
-            if state[expert, MARK]:
+            while state[expert, MARK]:
                 state[expert, MARK] = min(state[expert, MARK], 3) - 1
                 _move(state, expert, MAIN)
-                continue
+                expert = state[in_main, AFTER]
             in_main = expert
         else:
             expert = state[in_small, AFTER]
-            if expert == small:
-                break
-            if state[expert, MARK] >= 2:
+            while expert != small and state[expert, MARK] >= 2:
                 state[expert, MARK] = 0
                 _move(state, expert, MAIN)
+                expert = state[in_small, AFTER]
+            if expert == small:
+                if state[in_main, AFTER] == main:
+                    break
                 continue
             in_small = expert
         if pinned[expert] != wave:

@@ -36,11 +36,17 @@ class Lookups:
     largest_visit: int
 
 
-def list_lookups(trace: RoutingTrace, steps: Sequence[Step], lookup: str, layer: int | None = None) -> Lookups:
-    """Lay the look-ups of a run out, of all layers or of one; `lookup` "single" makes each its own visit."""
+def list_lookups(
+    trace: RoutingTrace, steps: Sequence[Step], lookup: str, layer: int | None = None, *, shared: bool = False
+) -> Lookups:
+    """Lay the look-ups of a run out, of all layers or of one; `lookup` "single" makes each its own visit.
+
+    With `shared`, layers share the experts of the same index: all are those of layer 0.
+    """
+    stride = 0 if shared else trace.num_experts
     single = lookup == "single"
     if layer is None and in_file_order(trace, steps):
-        experts = _number_in_order(trace.experts, trace.num_experts)
+        experts = _number_in_order(trace.experts, stride)
         size = 1 if single else trace.k
         return Lookups(experts, experts, np.arange(0, len(experts) + 1, size), None, size)
     rows = _rows(steps)
@@ -62,6 +68,7 @@ def list_lookups(trace: RoutingTrace, steps: Sequence[Step], lookup: str, layer:
         layers.start,
         layers.stop,
         trace.num_experts,
+        stride,
         single,
         recency is not experts,
         experts,
@@ -88,15 +95,15 @@ def _rows(steps: Sequence[Step]) -> npt.NDArray[np.int64]:
 
 
 @numba.njit(cache=True)
-def _number_in_order(chosen: Array, num_experts: int) -> Array:
-    """Return `layer * num_experts + index` of every (token, layer, rank), flat, int32."""
+def _number_in_order(chosen: Array, stride: int) -> Array:
+    """Return `layer * stride + index` of every (token, layer, rank), flat, int32."""
     tokens, layers, k = chosen.shape
     experts = np.empty(tokens * layers * k, dtype=np.int32)
     n = 0
     for token in range(tokens):
         for layer in range(layers):
             for rank in range(k):
-                experts[n] = layer * num_experts + chosen[token, layer, rank]
+                experts[n] = layer * stride + chosen[token, layer, rank]
                 n += 1
     return experts
 
@@ -111,6 +118,7 @@ def _list(
     first_layer: int,
     last_layer: int,
     num_experts: int,
+    stride: int,
     single: bool,
     has_recency: bool,
     experts: Array,
@@ -136,7 +144,7 @@ def _list(
                         if first_seen[index] == visits:
                             continue
                         first_seen[index] = visits
-                    experts[n] = layer * num_experts + index
+                    experts[n] = layer * stride + index
                     cells[n] = (row * layers + layer) * k + rank
                     n += 1
                     if single:
@@ -154,7 +162,7 @@ def _list(
                     if last_seen[index] != visits:
                         last_seen[index] = visits
                         back -= 1
-                        recency[back] = layer * num_experts + index
+                        recency[back] = layer * stride + index
             visits += 1
             starts[visits] = n
     return visits

@@ -20,7 +20,7 @@ from ..workloads.trace import RoutingTrace
 from .compiled import KINDS, replay_pool
 from .dispatch import LOOKUPS
 from .lookups import Lookups, list_lookups
-from .memory_manager import pool_budgets
+from .partition import divider
 from .replay import expert_sizes
 from .scenario import parse_budget
 
@@ -63,19 +63,20 @@ def miss_ratio_curves(
     known = sizes or [1] * trace.layers
     steps = plan_steps(trace.sequence, trace.phase, batch=batch)
     pools = _capacities(trace, capacities, points, known, scope)
-    layers = [None] if scope == "global" else range(trace.layers)
+    shared = scope == "shared"
+    layers = [None] if scope in ("global", "shared") else range(trace.layers)
     hits = {policy: np.zeros(len(pools), dtype=np.int64) for policy in policies}
     accesses = 0
     for number, layer in enumerate(layers):
-        lookups = list_lookups(trace, steps, lookup, layer)
+        lookups = list_lookups(trace, steps, lookup, layer, shared=shared)
         accesses += len(lookups.experts)
-        pool_sizes = known if layer is None else [known[layer]] * trace.layers
+        pool_sizes = known[:1] if shared else known if layer is None else [known[layer]] * trace.layers
         room_bytes = [pool_bytes[number] for pool_bytes in pools]
         for done, policy in enumerate(policies):
             if progress is not None:
                 progress("curves", number * len(policies) + done, len(layers) * len(policies))
             hits[policy] += pool_hits(policy, lookups, room_bytes, pool_sizes, trace.num_experts)
-    total_bytes = sum(known) * trace.num_experts
+    total_bytes = parse_budget("100%", known, trace.num_experts, scope)
     return {
         "model": trace.meta.get("model"),
         "accesses": accesses,
@@ -123,12 +124,13 @@ def _capacities(
     trace: RoutingTrace, capacities: Sequence[str], points: int, expert_bytes: Sequence[int], scope: str
 ) -> list[list[int]]:
     """Return the bytes of each pool for each capacity, ascending, each once."""
+    divide = divider(scope, expert_bytes, trace)
     if capacities:
-        budgets = [parse_budget(capacity, expert_bytes, trace.num_experts) for capacity in capacities]
+        budgets = [parse_budget(capacity, expert_bytes, trace.num_experts, scope) for capacity in capacities]
     else:
         if points < 1:
             raise ValueError(f"points = {points}: must be at least 1")
-        total_bytes = sum(expert_bytes) * trace.num_experts
-        least_bytes = max(expert_bytes) * (1 if scope == "global" else trace.layers)
+        total_bytes = parse_budget("100%", expert_bytes, trace.num_experts, scope)
+        least_bytes = max(expert_bytes) * (1 if scope in ("global", "shared") else trace.layers)
         budgets = [max(least_bytes, total_bytes * point // points) for point in range(1, points + 1)]
-    return [list(pools) for pools in sorted({tuple(pool_budgets(expert_bytes, b, scope)) for b in budgets}, key=sum)]
+    return [list(pools) for pools in sorted({tuple(divide(budget)) for budget in budgets}, key=sum)]

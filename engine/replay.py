@@ -155,8 +155,8 @@ def replay_trace(
     steps = plan_steps(trace.sequence, trace.phase, batch=batch)
     if lookup not in LOOKUPS:
         raise ValueError(unknown_name("lookup", lookup, LOOKUPS))
-    if eviction in COMPILED and scope != "shared":
-        outcome, evict = COMPILED[eviction](trace, steps, pools, known, lookup)
+    if eviction in COMPILED:
+        outcome, evict = COMPILED[eviction](trace, steps, pools, known, lookup, shared=scope == "shared")
         replayed = Replayed(trace, outcome, evict)
     else:
         policy = EVICTION[eviction]
