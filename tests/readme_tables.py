@@ -2,8 +2,8 @@
 
     python tests/readme_tables.py [NAME …] [--write]
 
-prints the named tables (lookahead, scenario, guide, speed; all without a name), or writes them into README.md between
-their marks. `lookahead` needs the real traces (PRESTAGE_TRACES).
+prints the named tables of TABLES (all without a name), or writes them into README.md between their marks. `lookahead`
+needs the real traces (PRESTAGE_TRACES).
 """
 
 from __future__ import annotations
@@ -139,7 +139,30 @@ def guide() -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {"lookahead": lookahead, "guide": guide, "scenario": scenario, "speed": speed}
+def replay_speed() -> str:
+    """The figures of `bench_replay.py`, from a run of it."""
+    output = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "bench_replay.py")], capture_output=True, text=True, check=True
+    ).stdout
+    data = json.loads(output)
+    missing = data.pop("skipped, not installed")
+    others = list(next(iter(data.values()))["times_faster"])
+    lines = [f"| layers x experts, room | compiled LRU | {' | '.join(others)} |", "|---" * (2 + len(others)) + "|"]
+    for name, row in data.items():
+        rates, faster = row["million_accesses_per_second"], row["times_faster"]
+        cells = [f"{rates[other]:.1f} ({faster[other]:.1f}x)" for other in others]
+        lines.append(f"| {name} | {rates['compiled']:.0f} | {' | '.join(cells)} |")
+    return "\n".join([*lines, *(f"\nNot installed, not measured: {name}." for name in missing)])
+
+
+#: In the order of their places in the README.
+TABLES: dict[str, Callable[[], str]] = {
+    "lookahead": lookahead,
+    "guide": guide,
+    "scenario": scenario,
+    "speed": speed,
+    "replay-speed": replay_speed,
+}
 
 
 def shown(name: str) -> str:

@@ -40,13 +40,15 @@ def sized(trace: RoutingTrace, sizes: list[int]) -> RoutingTrace:
     sizes=st.integers(1, 4).map(lambda size: [size] * LAYERS)
     | st.lists(st.integers(1, 6), min_size=LAYERS, max_size=LAYERS),
     batch=st.integers(1, 4),
-    scope=st.sampled_from(["global", "per-layer"]),
+    scope=st.sampled_from(["global", "per-layer", "shared"]),
     lookup=st.sampled_from(LOOKUPS),
     points=st.integers(1, 20),
 )
 def test_every_point_is_what_the_replay_counts(
     trace: RoutingTrace, sizes: list[int], batch: int, scope: str, lookup: str, points: int
 ) -> None:
+    if scope == "shared":
+        sizes = sizes[:1] * LAYERS
     trace = sized(trace, sizes)
     chosen: dict[str, Any] = {"batch": batch, "scope": scope, "lookup": lookup}
     data = miss_ratio_curves(trace, points=points, policies=list(KINDS), **chosen)

@@ -338,18 +338,21 @@ def test_replay_finds_what_a_naive_replay_finds(
     sizes=st.integers(1, 4).map(lambda size: [size] * 3) | st.lists(st.integers(1, 6), min_size=3, max_size=3),
     spare=st.integers(0, 40),
     batch=st.integers(1, 4),
-    scope=st.sampled_from(["global", "per-layer"]),
+    scope=st.sampled_from(["global", "per-layer", "shared"]),
     lookup=st.sampled_from(LOOKUPS),
 )
 def test_a_compiled_replay_equals_the_reference_to_the_last_access(
     name: str, trace: RoutingTrace, sizes: list[int], spare: int, batch: int, scope: str, lookup: str
 ) -> None:
+    if scope == "shared":
+        sizes = sizes[:1] * 3
     budget = max(sizes) * (3 if scope == "per-layer" else 1) + spare
     steps = plan_steps(trace.sequence, trace.phase, batch=batch)
     setting = Setting(trace=trace, steps=steps, single=lookup == "single")
     manager = MemoryManager(sizes, 5, budget, EVICTION[name], setting=setting, scope=scope)
     reference = replay(trace, steps, manager, lookup=lookup)
-    outcome, evict = COMPILED[name](trace, steps, pool_budgets(sizes, budget, scope), sizes, lookup)
+    pools, shared = pool_budgets(sizes, budget, scope), scope == "shared"
+    outcome, evict = COMPILED[name](trace, steps, pools, sizes, lookup, shared=shared)
     assert np.array_equal(outcome, reference.outcome)
     assert evict == reference.evict
 
