@@ -170,9 +170,7 @@ def _after_next_live(live: Array, oldest: np.uint64) -> np.uint64:
 
 
 @compiled
-def _lru_one_by_one(
-    chosen: Array, stride: int, capacity: int, live: Array, last: Array, found: Array
-) -> np.uint64:
+def _lru_one_by_one(chosen: Array, stride: int, capacity: int, live: Array, last: Array, found: Array) -> np.uint64:
     """Replay LRU, every look-up a visit of its own, and return the misses: twice as fast as by visits.
 
     `chosen` (tokens, layers, k) are looked up in order; a layer's experts begin at its multiple of `stride`.

@@ -208,6 +208,7 @@ def expert_sizes(
     if "expert_bytes" in trace.extra:
         return [int(size) for size in trace.extra["expert_bytes"]]
     for budget in budgets:
+        parse_budget(budget, [1], 1)  # refuses what is no budget at all
         if not budget.strip().endswith(("%", "experts")):
             raise ValueError(
                 f"budget {budget!r}: the trace does not say how large an expert is; give --model or --expert-bytes, "

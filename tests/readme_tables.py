@@ -18,6 +18,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from eviction_tables import layers, policies
+
 from prestage.engine.output.tables import GUIDE_FIGURES, guide_cells
 from prestage.engine.reproduce import virtual_memory
 from prestage.engine.scenario import Scenario, ScenarioError, SyntheticSection, load_scenario
@@ -159,6 +161,8 @@ def replay_speed() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "lookahead": lookahead,
     "guide": guide,
+    "eviction": policies,
+    "per-layer": layers,
     "scenario": scenario,
     "speed": speed,
     "replay-speed": replay_speed,
