@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .workloads.importers import open_trace as open_trace
     from .workloads.model import Model as Model
     from .workloads.model import load_model as load_model
+    from .workloads.recorder import record as record
     from .workloads.synthetic import synthesize as synthesize
     from .workloads.trace import RoutingTrace as RoutingTrace
 
@@ -33,6 +34,7 @@ _HOME = {
     "load_scenario": "engine.scenario",
     "make_scenario": "engine.scenario",
     "open_trace": "workloads.importers",
+    "record": "workloads.recorder",
     "replay_trace": "engine.replay",
     "simulate": "engine.simulate",
     "synthesize": "workloads.synthetic",

@@ -26,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 trace_app = typer.Typer(
-    help="""Look at, import and draw routing traces.
+    help="""Record, import, look at, fit and draw routing traces.
 
     Such as `prestage trace synth -o trace.safetensors`, then `prestage trace info trace.safetensors`.
     """
@@ -264,7 +264,37 @@ def trace_import(
 
     trace = import_trace(log, format)
     trace.save(out)
-    typer.echo(f"{out}: {trace.tokens} tokens, {trace.layers} layers, top-{trace.k} of {trace.num_experts} experts")
+    _say_what_is_in(out, trace)
+
+
+@trace_app.command("record")
+def trace_record(
+    model: Annotated[str, typer.Option(help="A transformers model: a folder, or a name on the hub.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The trace to write: .safetensors or .npz.")],
+    text: Annotated[
+        list[Path] | None, typer.Option(help="A file of text to prefill and decode as it stands; repeat it.")
+    ] = None,
+    prompts: Annotated[
+        list[Path] | None, typer.Option(help="A file of prompts, one a line, that the model continues; repeat it.")
+    ] = None,
+    sequence_tokens: Annotated[int, typer.Option(help="Length of a sequence cut from text.")] = 256,
+    prompt_tokens: Annotated[int, typer.Option(help="How many of them are prefilled; the others are decoded.")] = 64,
+    new_tokens: Annotated[int, typer.Option(help="Tokens that the model adds to a prompt, at most.")] = 64,
+    batch: Annotated[int, typer.Option(help="How many sequences run together.")] = 8,
+    sequences: Annotated[int | None, typer.Option(help="How many sequences to run at most.")] = None,
+    guesses: Annotated[
+        int, typer.Option(help="Also record what the routers of so many next layers make of each hidden state.")
+    ] = 0,
+    device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, …")] = "auto",
+) -> None:
+    """Run a transformers MoE model over text or prompts and record its routing. Needs prestage[record]."""
+    from .workloads.run_model import RecordConfig, record_files
+
+    config = RecordConfig(sequence_tokens, prompt_tokens, new_tokens, batch, sequences, guesses, device)
+    with _progress() as progress:
+        trace = record_files(model, text or [], prompts or [], config, progress)
+    trace.save(out)
+    _say_what_is_in(out, trace)
 
 
 @trace_app.command("synth")
@@ -311,7 +341,11 @@ def trace_synth(
     sizes = np.array(shape.expert_bytes)
     trace = replace(trace, meta={**trace.meta, "model": shape.name}, extra={"expert_bytes": sizes})
     trace.save(out)
-    typer.echo(f"{out}: {trace.tokens} tokens, {trace.layers} layers, top-{trace.k} of {trace.num_experts} experts")
+    _say_what_is_in(out, trace)
+
+
+def _say_what_is_in(path: Path, trace: RoutingTrace) -> None:
+    typer.echo(f"{path}: {trace.tokens} tokens, {trace.layers} layers, top-{trace.k} of {trace.num_experts} experts")
 
 
 def _listed(text: str) -> list[str]:
