@@ -252,7 +252,10 @@ def trace_info(
 def trace_import(
     log: Annotated[Path, typer.Argument(help="The log to read.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The trace to write: .safetensors or .npz.")],
-    format: Annotated[str, typer.Option(help="The log's format.")] = "bigmoeonedge",
+    format: Annotated[
+        str, typer.Option(help="The log's format: bigmoeonedge, jsonl, topk-ids or guide.")
+    ] = "bigmoeonedge",
+    num_experts: Annotated[int | None, typer.Option(help="Experts a layer, where the log does not say it.")] = None,
 ) -> None:
     """Turn an engine's routing log into a trace.
 
@@ -262,7 +265,7 @@ def trace_import(
     """
     from .workloads.importers import import_trace
 
-    trace = import_trace(log, format)
+    trace = import_trace(log, format, num_experts)
     trace.save(out)
     _say_what_is_in(out, trace)
 

@@ -1,7 +1,7 @@
 """Importers: routing logs that other engines wrote, read as RoutingTrace.
 
-Each format has one function from a path to a checked trace; IMPORTERS names them. To add one: write the
-function, add it to the table, describe it in tests/test_importers.py.
+Each format has one function from a path, and the number of experts where the caller knows it, to a trace; IMPORTERS
+names them. To add one: write the function, add it to the table, describe it in tests/test_importers.py.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from .token_lists import import_guide, import_jsonl, import_topk_ids
 from .trace import MAX_EXPERTS, RoutingTrace, TraceError
 
 #: No model comes near; a header that says more is damaged.
@@ -51,23 +52,24 @@ class _Rows(NamedTuple):
     lines: npt.NDArray[np.int64]
 
 
-def import_trace(path: str | PathLike[str], format: str) -> RoutingTrace:
+def import_trace(path: str | PathLike[str], format: str, num_experts: int | None = None) -> RoutingTrace:
     """Read a log written in one of the IMPORTERS' formats; the trace has been checked.
 
+    `num_experts` is needed where the format does not say it, and must agree where it does.
     Raises TraceError (a ValueError) naming file, line, column and value, or listing the formats.
     """
     if format not in IMPORTERS:
         raise TraceError(f"format = {format!r}: choose one of {', '.join(IMPORTERS)}")
     path = Path(path)
     try:
-        trace = IMPORTERS[format](path)
+        trace = IMPORTERS[format](path, num_experts)
     except OSError as error:
         raise TraceError(f"{path}: cannot be read: {error.strerror or error}") from error
     trace.check(str(path))
     return trace
 
 
-def import_bigmoeonedge(path: Path) -> RoutingTrace:
+def import_bigmoeonedge(path: Path, num_experts: int | None = None) -> RoutingTrace:
     """Read a `*.route.csv` of BigMoeOnEdge (`--route-trace`; described in docs/telemetry.md of that project).
 
     One row per routed expert. A turn becomes a sequence and a step, which is an absolute context position, the
@@ -82,12 +84,19 @@ def import_bigmoeonedge(path: Path) -> RoutingTrace:
     text = path.read_bytes().decode("utf-8", "replace")
     lines = text.split("\n")
     header = _read_header(path, lines)
+    if num_experts not in (None, header.experts):
+        raise TraceError(f"{path}: header: n_expert={header.experts}, but {num_experts} was given: leave it out")
     rows = _read_rows(path, lines)
     _check_columns(path, header, rows)
     return _assemble(path, header, rows)
 
 
-IMPORTERS: dict[str, Callable[[Path], RoutingTrace]] = {"bigmoeonedge": import_bigmoeonedge}
+IMPORTERS: dict[str, Callable[[Path, int | None], RoutingTrace]] = {
+    "bigmoeonedge": import_bigmoeonedge,
+    "jsonl": import_jsonl,
+    "topk-ids": import_topk_ids,
+    "guide": import_guide,
+}
 
 
 #: Which importer reads a log, by how its name ends.

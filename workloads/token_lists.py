@@ -1,0 +1,232 @@
+"""Importers of logs that are lists of expert ids: tokens as JSON, or layer by layer as engines print `topk_ids`.
+
+None of these formats says how many experts there are, nor (all but one) which sequence a token belongs to: the number
+is asked for, and what is assumed of sequences stands with each format.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .batches import DECODE, PREFILL
+from .trace import MAX_EXPERTS, RoutingTrace, TraceError
+
+_PHASES = {"prefill": PREFILL, "decode": DECODE, PREFILL: PREFILL, DECODE: DECODE}
+_TOKEN_KEYS = ("experts", "weights", "sequence", "position", "phase")
+#: A printed `topk_ids`: the layer it names before it on its line or on the one above, and the brackets after it.
+_TOPK_IDS = re.compile(r"topk_ids\w*\W*?(?:=|:)?\s*(?:tensor|array)?\s*\(?\s*(\[\[.*?\]\s*\])", re.DOTALL)
+_LAYER = re.compile(r"layers?(?:_?id|_?idx)?[\s._=:\[#]*(\d+)", re.IGNORECASE)
+
+
+class _Token(NamedTuple):
+    """One token of a log: where it stands, its experts by layer (None: not routed there), and what else is said."""
+
+    where: str
+    layers: Sequence[Any]
+    phase: int = DECODE
+    sequence: int = 0
+    position: int | None = None
+    weights: Sequence[Any] | None = None
+
+
+def import_guide(path: Path, num_experts: int | None) -> RoutingTrace:
+    """Read one JSON list of tokens, each a list with the expert id (or the list of ids) of every layer.
+
+    All tokens are decode tokens of one sequence.
+    """
+    tokens = _parse(path, "file", _read(path))
+    if not isinstance(tokens, list) or not tokens:
+        raise TraceError(f"{path}: must be a list of tokens, each a list of expert ids, one a layer")
+    return _assemble(
+        path, [_Token(f"token {n}", _list(path, f"token {n}", t)) for n, t in enumerate(tokens)], num_experts
+    )
+
+
+def import_jsonl(path: Path, num_experts: int | None) -> RoutingTrace:
+    """Read one JSON value a line, each a token: a list by layer of ids, or an object with that list as `experts`.
+
+    The object may add `weights` (in the same shape), `sequence`, `position` and `phase` (prefill or decode, or 0 or
+    1). A list by layer may have null where the token was not routed. A first line that is an object without `experts`
+    goes into meta; its `num_experts` counts.
+    """
+    meta: dict[str, Any] = {}
+    tokens = []
+    for number, line in enumerate(_read(path).splitlines(), start=1):
+        where = f"line {number}"
+        if not line.strip():
+            continue
+        value = _parse(path, where, line)
+        if isinstance(value, dict) and "experts" not in value and not tokens and not meta:
+            meta = value
+        else:
+            tokens.append(_jsonl_token(path, where, value))
+    return _assemble(path, tokens, num_experts, meta)
+
+
+def _jsonl_token(path: Path, where: str, value: Any) -> _Token:
+    if isinstance(value, list):
+        return _Token(where, value)
+    if not isinstance(value, dict) or "experts" not in value:
+        raise TraceError(f"{path}: {where}: must be a list by layer, or an object with experts")
+    unknown = [key for key in value if key not in _TOKEN_KEYS]
+    if unknown:
+        raise TraceError(f"{path}: {where}: {unknown[0]}: choose from {', '.join(_TOKEN_KEYS)}")
+    phase = value.get("phase", DECODE)
+    if not isinstance(phase, (str, int)) or phase not in _PHASES:
+        raise TraceError(f"{path}: {where}: phase = {phase!r}: choose prefill or decode")
+    for key in ("sequence", "position"):
+        given = value.get(key, 0)
+        if not isinstance(given, int) or not 0 <= given < 1 << 31:
+            raise TraceError(f"{path}: {where}: {key} = {given!r}: must be an integer, at least 0")
+    weights = value.get("weights")
+    return _Token(
+        where,
+        _list(path, where, value["experts"]),
+        _PHASES[phase],
+        value.get("sequence", 0),
+        value.get("position"),
+        None if weights is None else _list(path, where, weights),
+    )
+
+
+def import_topk_ids(path: Path, num_experts: int | None) -> RoutingTrace:
+    """Read printed `topk_ids` tensors (tokens, k), as a `print` in the MoE layer of vLLM or SGLang leaves them.
+
+    Each must name its layer before it, on the same line or after the tensor before (`layer 3 topk_ids: tensor([[…]])`,
+    `model.layers.3.mlp.experts topk_ids=[[…]]`); whatever else the log holds is passed over. A layer number that is
+    not above the last one begins the next step. The log is taken to be of one request at a time: a step of
+    one token is decode, one of more is prefill, and a prefill that follows a decode begins the next sequence.
+    Rows of -1 are padding.
+    """
+    steps: list[dict[int, Any]] = []
+    last, end = -1, 0
+    text = _read(path)
+    for match in _TOPK_IDS.finditer(text):
+        where = f"line {text.count(chr(10), 0, match.start()) + 1}"
+        named = _LAYER.findall(text, end, match.start())
+        if not named:
+            raise TraceError(f"{path}: {where}: topk_ids: no layer is named before it: print 'layer N' with it")
+        if "..." in match[1]:
+            raise TraceError(
+                f"{path}: {where}: topk_ids: left out with '...': print it whole "
+                "(torch.set_printoptions(profile='full'))"
+            )
+        layer, end = int(named[-1]), match.end()
+        if layer <= last or not steps:
+            steps.append({})
+        steps[-1][layer] = (where, _parse(path, where, match[1]))
+        last = layer
+    if not steps:
+        raise TraceError(f"{path}: no topk_ids found: must hold lines such as 'layer 0 topk_ids: tensor([[3, 1]])'")
+    layers = sorted({layer for step in steps for layer in step})
+    return _assemble(path, list(_tokens_of(path, steps, layers)), num_experts, {"moe_layers": layers})
+
+
+def _tokens_of(path: Path, steps: list[dict[int, Any]], layers: list[int]) -> Iterator[_Token]:
+    """Turn what was printed layer by layer into tokens; a layer that a step lacks routed none of its tokens."""
+    sequence, decoded = 0, False
+    for step in steps:
+        where, first = next(iter(step.values()))
+        rows = len(first)
+        for at, printed in step.values():
+            if len(printed) != rows:
+                raise TraceError(f"{path}: {at}: topk_ids: {len(printed)} tokens: must be {rows}, as on {where}")
+        if rows > 1 and decoded:
+            sequence += 1
+        decoded = rows == 1
+        for row in range(rows):
+            ids = [step[layer][1][row] if layer in step else None for layer in layers]
+            ids = [None if each is None or _is_padding(each) else each for each in ids]
+            if any(each is not None for each in ids):
+                yield _Token(where, ids, DECODE if decoded else PREFILL, sequence)
+
+
+def _is_padding(ids: Any) -> bool:
+    return isinstance(ids, list) and all(each == -1 for each in ids)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise TraceError(f"{path}: byte {error.start}: not UTF-8 text") from error
+
+
+def _parse(path: Path, where: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise TraceError(f"{path}: {where}: not JSON ({' '.join(str(error).split())})") from error
+
+
+def _list(path: Path, where: str, value: Any) -> list[Any]:
+    if not isinstance(value, list) or not value:
+        raise TraceError(f"{path}: {where}: {str(value)[:40]}: must be a list, one entry a layer")
+    return value
+
+
+def _assemble(
+    path: Path, tokens: list[_Token], num_experts: int | None, meta: dict[str, Any] | None = None
+) -> RoutingTrace:
+    meta = {"source": f"imported from {path.name}", **(meta or {})}
+    if not tokens:
+        raise TraceError(f"{path}: no tokens: must hold at least one")
+    num_experts = _agreed(path, meta.get("num_experts"), num_experts)
+    k = next((len(ids) if isinstance(ids, list) else 1 for ids in tokens[0].layers if ids is not None), 1)
+    shape = (len(tokens), len(tokens[0].layers), k)
+    experts = np.zeros(shape, dtype=np.int64)
+    weights = np.zeros(shape, dtype=np.float64) if tokens[0].weights is not None else None
+    present = np.ones(shape[:2], dtype=np.bool_)
+    for row, token in enumerate(tokens):
+        present[row] = [ids is not None for ids in token.layers] + [False] * (shape[1] - len(token.layers))
+        _fill(path, token, "experts", token.layers, experts[row], num_experts)
+        if (weights is None) != (token.weights is None):
+            raise TraceError(f"{path}: {token.where}: weights: give them for all tokens or for none")
+        if weights is not None:
+            _fill(path, token, "weights", token.weights or [], weights[row], None)
+    positions = [token.position for token in tokens]
+    return RoutingTrace(
+        experts=experts,
+        num_experts=num_experts,
+        weights=weights,
+        sequence=np.array([token.sequence for token in tokens], dtype=np.int32),
+        phase=np.array([token.phase for token in tokens], dtype=np.uint8),
+        present=None if present.all() else present,
+        meta=meta,
+        **({"position": np.array(positions, dtype=np.int32)} if None not in positions else {}),
+    )
+
+
+def _agreed(path: Path, named: Any, given: int | None) -> int:
+    """Return the number of experts that the log names or the caller gives."""
+    count = given if named is None else named
+    if count is None:
+        raise TraceError(f"{path}: num_experts: this format does not say it: give it (--num-experts 64)")
+    if not isinstance(count, int) or not 1 <= count <= MAX_EXPERTS or given not in (None, count):
+        raise TraceError(f"{path}: num_experts = {count!r}: must be 1..{MAX_EXPERTS}, and {given} was given")
+    return count
+
+
+def _fill(
+    path: Path, token: _Token, name: str, layers: Sequence[Any], row: np.ndarray[Any, Any], most: int | None
+) -> None:
+    """Put a token's numbers (layers, k) in their row; TraceError naming token and layer for any other shape."""
+    if len(layers) != len(row):
+        raise TraceError(f"{path}: {token.where}: {name}: {len(layers)} layers: must be {len(row)}, as before")
+    for layer, numbers in enumerate(layers):
+        if token.layers[layer] is None:
+            continue
+        numbers = numbers if isinstance(numbers, list) else [numbers]
+        kinds = (int,) if most else (int, float)
+        if len(numbers) != row.shape[1] or not all(type(each) in kinds for each in numbers):
+            wanted = f"{row.shape[1]} {'ids' if most else 'numbers'}, as before"
+            raise TraceError(f"{path}: {token.where}: {name} at layer {layer}: {str(numbers)[:60]}: must be {wanted}")
+        if most and not all(0 <= each < most for each in numbers):
+            raise TraceError(f"{path}: {token.where}: {name} at layer {layer}: {numbers}: must be 0..{most - 1}")
+        row[layer] = numbers
