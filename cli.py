@@ -300,10 +300,44 @@ def trace_record(
     _say_what_is_in(out, trace)
 
 
+@trace_app.command("fit")
+def trace_fit(
+    trace: Annotated[Path, typer.Argument(help="A trace (.safetensors, .npz) or a log that `trace import` reads.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Write the generator (.json) or a trace drawn by it (.safetensors or .npz)."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The seed of the trace that is drawn and compared.")] = 0,
+    json: Json = False,
+) -> None:
+    """Fit the synthetic generator to a trace, and show how near what it draws comes to it.
+
+    A scenario uses the generator as `fit` in [workload.synthetic], `trace synth` with --fit.
+    """
+    from .workloads.fit import compare, draw_like, fit_routing
+
+    real = _open_trace(trace)
+    with _progress() as progress:
+        fitted = fit_routing(real, progress)
+    drawn = draw_like(fitted, real, seed)
+    if out is not None:
+        (fitted if out.suffix == ".json" else drawn[0]).save(out)
+    data = {"model": fitted.model, "seed": seed, "draws": len(drawn), "difference": compare(real, drawn)}
+    if json:
+        _print_json(data)
+        return
+    from .engine.output.tables import print_fit
+
+    print_fit(data)
+
+
 @trace_app.command("synth")
 def trace_synth(
     out: Annotated[Path, typer.Option("--out", "-o", help="The trace to write: .safetensors or .npz.")],
     model: Annotated[str, typer.Option(help="The model whose layers, experts and top-k it has.")] = "mixtral-8x7b",
+    fit: Annotated[
+        Path | None, typer.Option(help="What `trace fit` wrote; then model, skew, working set and reuse mean nothing.")
+    ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens in all, those of the prompts included.")] = 500,
     skew: Annotated[float, typer.Option(help="Zipf exponent of the experts' popularity; 0 is even.")] = 0.5,
     working_set: Annotated[
@@ -321,6 +355,14 @@ def trace_synth(
       prestage trace synth -o trace.safetensors
       prestage trace synth --model gpt-oss-20b --tokens 200 --reuse 0.45 --working-set 16 -o trace.npz
     """
+    if fit is not None:
+        from .workloads.fitted import FittedRouting
+
+        fitted = FittedRouting.load(fit)
+        trace = fitted.synthesize(tokens, sequences=sequences, prefill_tokens=prefill_tokens, seed=seed)
+        trace.save(out)
+        _say_what_is_in(out, trace)
+        return
     from dataclasses import replace
 
     import numpy as np

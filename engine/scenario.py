@@ -81,14 +81,25 @@ class MachineSection(_Section):
 
 
 class SyntheticSection(_Section):
-    """A trace drawn by the synthetic generator, in the shape of the model."""
+    """A trace drawn by the synthetic generator, in the shape of the model, or by what was fitted to a real one.
 
+    `fit` is a file that `prestage trace fit` wrote; it takes the place of skew, working_set and reuse.
+    """
+
+    fit: str | None = None
     tokens: int = Field(default=500, ge=1)
     skew: float = Field(default=0.5, ge=0)
     working_set: int | None = Field(default=None, ge=1)
     reuse: float = Field(default=0.3, ge=0, le=1)
     sequences: int = Field(default=1, ge=1)
     prefill_tokens: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _fit_stands_alone(self) -> SyntheticSection:
+        without_meaning = {"skew", "working_set", "reuse"} & self.model_fields_set
+        if self.fit is not None and without_meaning:
+            raise ValueError(f"{', '.join(sorted(without_meaning))}: no meaning with fit, which says it: leave out")
+        return self
 
 
 class WorkloadSection(_Section):
@@ -237,8 +248,8 @@ def scenario_names() -> list[str]:
 def load_scenario(name: str | Path | None = None, settings: Iterable[str] = ()) -> Scenario:
     """Return a scenario: a TOML file's, a shipped one's by name, or the embedded default's.
 
-    `settings` are `section.key=value` strings laid over it; a value is read as TOML, or as a bare string. A trace
-    named in a file is looked for beside that file; one named in a setting, in the current folder.
+    `settings` are `section.key=value` strings laid over it; a value is read as TOML, or as a bare string. A trace or
+    a fit named in a file is looked for beside that file; one named in a setting, in the current folder.
     Raises ScenarioError.
     """
     source = "scenario 'default'" if name is None else f"scenario {str(name)!r}"
@@ -277,10 +288,17 @@ def _read(name: str | Path | None, source: str) -> dict[str, Any]:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ScenarioError(f"{source}: not TOML: {error}") from None
-    trace = data["workload"].get("trace") if isinstance(data.get("workload"), dict) else None
-    if folder is not None and isinstance(trace, str):
-        data["workload"]["trace"] = str(folder / trace)
+    if folder is not None:
+        workload = data.get("workload")
+        _find_beside(folder, workload, "trace")
+        _find_beside(folder, workload.get("synthetic") if isinstance(workload, dict) else None, "fit")
     return data
+
+
+def _find_beside(folder: Path, section: Any, key: str) -> None:
+    """Make a file that a section names relative to the folder of the scenario."""
+    if isinstance(section, dict) and isinstance(section.get(key), str):
+        section[key] = str(folder / section[key])
 
 
 def _apply(data: dict[str, Any], setting: str) -> None:

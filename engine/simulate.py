@@ -19,6 +19,7 @@ import numpy.typing as npt
 from ..resources.profile import Profile, load_profile
 from ..resources.timeline import Timeline
 from ..workloads.batches import Step, plan_steps
+from ..workloads.fitted import FittedRouting
 from ..workloads.importers import open_trace
 from ..workloads.model import Model, load_model
 from ..workloads.predictors import Guesses, make_predictor
@@ -361,7 +362,14 @@ def _load_trace(scenario: Scenario, model: Model) -> RoutingTrace:
         return open_trace(workload.trace)
     assert workload.synthetic is not None
     synthetic = workload.synthetic
-    options = synthetic.model_dump(exclude={"tokens", "working_set"})
+    if synthetic.fit is not None:
+        return FittedRouting.load(synthetic.fit).synthesize(
+            synthetic.tokens,
+            sequences=synthetic.sequences,
+            prefill_tokens=synthetic.prefill_tokens,
+            seed=scenario.seed,
+        )
+    options = synthetic.model_dump(exclude={"fit", "tokens", "working_set"})
     return synthesize(
         synthetic.tokens,
         model.layers,

@@ -39,6 +39,12 @@ def _chosen(trace: RoutingTrace, layer: int) -> npt.NDArray[Any]:
     return chosen if trace.present is None else chosen[trace.present[:, layer]]
 
 
+def tokens_by_sequence(trace: RoutingTrace) -> list[int]:
+    """Return how many tokens each sequence has, in order of their numbers."""
+    lengths: list[int] = np.unique(trace.sequence, return_counts=True)[1].tolist()
+    return lengths
+
+
 def gini(counts: npt.ArrayLike) -> FloatArray:
     """Return the Gini coefficient along the last axis: 0 all equal, (n - 1) / n all in one; nan where all are 0.
 

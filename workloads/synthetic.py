@@ -8,6 +8,7 @@ are independent and uniform.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -68,17 +69,18 @@ class SyntheticConfig:
             "seed": (0, None),
         }
         for name, (low, high) in bounds.items():
-            _check_whole(name, getattr(self, name), low, high)
-        _check_whole("prefill_tokens", self.prefill_tokens, 0, self.tokens // self.sequences)
+            check_whole(name, getattr(self, name), low, high)
+        check_whole("prefill_tokens", self.prefill_tokens, 0, self.tokens // self.sequences)
         if self.working_set is not None:
-            _check_whole("working_set", self.working_set, self.top_k, self.experts)
+            check_whole("working_set", self.working_set, self.top_k, self.experts)
         for name, most in (("skew", MAX_SKEW), ("reuse", 1.0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
                 raise ValueError(f"{name} = {value!r}: must be a number 0..{most:g}")
 
 
-def _check_whole(name: str, value: object, low: int, high: int | None) -> None:
+def check_whole(name: str, value: object, low: int, high: int | None) -> None:
+    """Raise ValueError naming the parameter, its value and its bounds unless it is an integer low..high."""
     if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
         allowed = f"at least {low}" if high is None else f"{low}..{high}"
         raise ValueError(f"{name} = {value!r}: must be an integer, {allowed}")
@@ -116,18 +118,34 @@ def synthesize(
         seed=seed,
     )
     popularity = _popularity(config)
-    each, longer = divmod(tokens, sequences)
-    lengths = [each + (number < longer) for number in range(sequences)]
+    lengths = share_evenly(tokens, sequences)
     parts = [_route(config, popularity, number, length) for number, length in enumerate(lengths)]
+    return join_sequences(parts, experts, prefill_tokens, {"model": "synthetic", "synthetic": asdict(config)})
+
+
+def share_evenly(tokens: int, sequences: int) -> list[int]:
+    """Return the length of each sequence; the first ones get one more where it does not divide."""
+    each, longer = divmod(tokens, sequences)
+    return [each + (number < longer) for number in range(sequences)]
+
+
+def join_sequences(
+    parts: Sequence[tuple[npt.NDArray[Any], npt.NDArray[np.float16]]],
+    experts: int,
+    prefill_tokens: int,
+    meta: dict[str, Any],
+) -> RoutingTrace:
+    """Return the checked trace of sequences given as choices and weights, each (length, layers, k)."""
+    lengths = [len(chosen) for chosen, _ in parts]
     position = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
     trace = RoutingTrace(
         experts=np.concatenate([chosen for chosen, _ in parts]),
         num_experts=experts,
         weights=np.concatenate([weights for _, weights in parts]),
-        sequence=np.repeat(np.arange(sequences, dtype=np.int32), lengths),
+        sequence=np.repeat(np.arange(len(lengths), dtype=np.int32), lengths),
         position=position,
         phase=np.where(position < prefill_tokens, PREFILL, DECODE).astype(np.uint8),
-        meta={"model": "synthetic", "source": "synthetic", "synthetic": asdict(config)},
+        meta={"source": "synthetic", **meta},
     )
     trace.check("synthetic trace")
     return trace
@@ -194,7 +212,7 @@ def _route(
         for row in range(size[0]):
             previous = fresh[row] if previous is None else _keep_some(previous, keep[row], fresh[row])
             chosen[first + row] = previous
-        weights[chunk] = _softmax(-np.sort(-scores.standard_normal((*size, config.top_k)), axis=-1))
+        weights[chunk] = draw_weights(scores, (*size, config.top_k))
     return chosen, weights
 
 
@@ -211,7 +229,9 @@ def _keep_some(previous: IntArray, keep: npt.NDArray[np.bool_], fresh: IntArray)
     return np.take_along_axis(both, order, axis=1)
 
 
-def _softmax(scores: FloatArray) -> npt.NDArray[np.float16]:
+def draw_weights(generator: np.random.Generator, shape: tuple[int, ...]) -> npt.NDArray[np.float16]:
+    """Return the softmax over the last axis of standard normal scores, descending."""
+    scores = -np.sort(-generator.standard_normal(shape), axis=-1)
     powers = np.exp(scores - scores[..., :1])
     weights: npt.NDArray[np.float16] = (powers / powers.sum(axis=-1, keepdims=True)).astype(np.float16)
     return weights

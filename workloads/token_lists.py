@@ -56,7 +56,7 @@ def import_jsonl(path: Path, num_experts: int | None) -> RoutingTrace:
     goes into meta; its `num_experts` counts.
     """
     meta: dict[str, Any] = {}
-    tokens = []
+    tokens: list[_Token] = []
     for number, line in enumerate(_read(path).splitlines(), start=1):
         where = f"line {number}"
         if not line.strip():
@@ -190,7 +190,8 @@ def _assemble(
             raise TraceError(f"{path}: {token.where}: weights: give them for all tokens or for none")
         if weights is not None:
             _fill(path, token, "weights", token.weights or [], weights[row], None)
-    positions = [token.position for token in tokens]
+    positions = [token.position for token in tokens if token.position is not None]
+    placed: dict[str, Any] = {"position": np.array(positions, dtype=np.int32)} if len(positions) == len(tokens) else {}
     return RoutingTrace(
         experts=experts,
         num_experts=num_experts,
@@ -199,7 +200,7 @@ def _assemble(
         phase=np.array([token.phase for token in tokens], dtype=np.uint8),
         present=None if present.all() else present,
         meta=meta,
-        **({"position": np.array(positions, dtype=np.int32)} if None not in positions else {}),
+        **placed,
     )
 
 

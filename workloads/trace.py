@@ -181,7 +181,7 @@ class RoutingTrace:
         arrays |= {name: self.extra[name] for name in sorted(self.extra)}
         plain = {name: _plain(value) for name, value in arrays.items()}
         text = json.dumps(self.meta, sort_keys=True, allow_nan=False)
-        _replace(path, lambda stream: file_format.write(stream, path, plain, text))
+        replace_file(path, lambda stream: file_format.write(stream, path, plain, text))
 
     def check(self, where: str = "trace") -> None:
         """Raise TraceError, one line that begins with `where`, if anything in the trace cannot be right."""
@@ -423,7 +423,7 @@ def _plain(value: Array) -> Array:
     return np.asarray(value, dtype=value.dtype.newbyteorder("="), order="C")
 
 
-def _replace(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file beside `path`, then put it in its place; whoever reads `path` never sees half of it."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:

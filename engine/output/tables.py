@@ -214,6 +214,17 @@ def _table(*columns: str) -> Table:
     return table
 
 
+def print_fit(data: dict[str, Any]) -> None:
+    """Print how near a fitted generator's trace comes to the one that it was fitted to."""
+    console = Console()
+    for name, curve in data["difference"].items():
+        rows = [(key, _share(value, 1), _share(curve["synthetic"][key], 1)) for key, value in curve["trace"].items()]
+        rows.append(("largest difference", f"{100 * curve['max_difference']:.1f} points", ""))
+        if data["draws"] > 1:
+            rows.append(("of a single draw", f"{100 * curve['max_difference_of_a_draw']:.1f} points", ""))
+        _rows(console, f"{name.replace('_', ' ')}: trace, and the mean of {data['draws']} drawn", rows)
+
+
 def _rows(console: Console, title: str, rows: Iterable[tuple[str, ...]]) -> None:
     console.print(Text(f"\n{title}", style="bold"))
     table = Table(show_header=False, box=None, padding=(0, 2))
