@@ -1,5 +1,6 @@
 """The recorder against the models themselves: tiny, randomly initialized ones of every family, no download."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -279,10 +280,22 @@ def test_nothing_is_left_on_the_model() -> None:
 def test_a_model_without_routers_is_refused_in_one_line() -> None:
     gpt2 = transformers.AutoConfig.for_model("gpt2", n_layer=1, n_head=1, n_embd=8, vocab_size=9)
     with pytest.raises(RecordError, match=r"^model type 'gpt2' has no routers .*: choose a model of mixtral, "):
-        next(iter(record(transformers.AutoModelForCausalLM.from_config(gpt2)).gen))
+        record(transformers.AutoModelForCausalLM.from_config(gpt2)).__enter__()
+    with pytest.raises(RecordError, match=r"^model type None has no routers"):
+        record(torch.nn.Linear(2, 2)).__enter__()
     dense = tiny("qwen3_moe", mlp_only_layers=[0, 1, 2])
     with pytest.raises(RecordError, match="'qwen3_moe': no layer of this model has a router"), record(dense):
         pass
+
+
+def test_without_transformers_the_command_says_what_to_install(
+    tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text("a", encoding="utf-8")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    options = ["--model", "m", "--text", tmp_path / "text.txt", "-o", tmp_path / "t.npz"]
+    assert run("trace", "record", *options) == 2
+    assert capsys.readouterr().err == "prestage: recording needs transformers: pip install 'prestage[record]'\n"
 
 
 @pytest.fixture(scope="module")
@@ -336,6 +349,10 @@ def test_the_command_records_text_and_prompts(folder: Path, tmp_path: Path, run:
     with torch.no_grad(), record(model) as whole:
         model(input_ids=torch.tensor([numbers[:12]]))
     np.testing.assert_array_equal(trace.slice(sequences=[0]).experts, whole.experts)
+    # The end token in a text is a token like others.
+    (tmp_path / "text.txt").write_text(words(numbers[:8]) + " </s> " + words(numbers[9:12]), encoding="utf-8")
+    config = RecordConfig(sequence_tokens=12, prompt_tokens=5)
+    assert record_files(str(folder), [tmp_path / "text.txt"], config=config).tokens == 12
     # The prompts are followed by what the model says, at most 4 tokens of it.
     text = model.generate(input_ids=torch.tensor([[7, 8, 9]]), max_new_tokens=5, do_sample=False)
     with torch.no_grad(), record(model) as whole:

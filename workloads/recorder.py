@@ -71,7 +71,7 @@ def family_of(config: Any) -> _Family:
 
 
 @contextmanager
-def record(model: Any, *, guesses: int = 0) -> Iterator[RoutingTrace]:
+def record(model: Any, *, guesses: int = 0, until_end: bool = True) -> Iterator[RoutingTrace]:
     """Record every token that `model`, a transformers model of one of the FAMILIES, routes inside the block.
 
     Yields a trace that is empty until the block ends, and then holds one row per token that is not padding:
@@ -81,8 +81,8 @@ def record(model: Any, *, guesses: int = 0) -> Iterator[RoutingTrace]:
     - `sequence`: each row of each batch is one, numbered as they come. `position` counts its tokens; those of a
       decoder follow those of its encoder.
     - `phase`: a step of one token that continues a cache is decode, so is all that a decoder beside an encoder does;
-      everything else is prefill. A row that is fed an end-of-sequence token in decode has ended, and so has
-      what `generate` feeds it while others go on.
+      everything else is prefill. A row that is fed an end-of-sequence token in decode has ended, and what `generate`
+      feeds it while others go on is left out; `until_end` = False records it.
     - with `guesses` = H, `predictions` (tokens, layers, H, 16): the router of the layer h ahead applied to what this
       layer's router saw, its own choice first, the others by logit; -1 where there is no such layer. This costs H
       more router calls a layer.
@@ -92,7 +92,7 @@ def record(model: Any, *, guesses: int = 0) -> Iterator[RoutingTrace]:
     """
     if guesses < 0:
         raise RecordError(f"guesses = {guesses}: must be at least 0")
-    recorder = _Recorder(model, guesses)
+    recorder = _Recorder(model, guesses, until_end)
     trace = recorder.empty_trace()
     handles = recorder.attach()
     try:
@@ -137,9 +137,9 @@ class _Chunk(NamedTuple):
 class _Recorder:
     """The hooks and what they have seen."""
 
-    def __init__(self, model: Any, guesses: int) -> None:
+    def __init__(self, model: Any, guesses: int, until_end: bool) -> None:
         self._model, self._guesses = model, guesses
-        self._family = family_of(model.config)
+        self._family = family_of(getattr(model, "config", None))
         self._stacks = _stacks(model)
         self._routers = [self._routers_of(stack) for stack in self._stacks]
         self._names = [name for stack in self._routers for name, _ in stack]
@@ -150,7 +150,7 @@ class _Recorder:
         router = next(router for stack in self._routers for _, router in stack)
         self._experts = int(router.num_experts)  # type: ignore[arg-type]
         self._k = int(getattr(router, "top_k", 1))
-        self._eos = _end_tokens(model)
+        self._ends = _end_tokens(model) if until_end else []
         self._batch: _Batch | None = None
         self._step: _Step | None = None
         self._routed: list[tuple[Tensor, Tensor, list[Tensor]] | None] = []
@@ -205,7 +205,7 @@ class _Recorder:
         is_decoder = stack > 0
         phase = DECODE if is_decoder or (before and shape[1] == 1) else PREFILL
         if before and shape[1] == 1 and ids is not None:
-            batch.ended |= np.isin(_array(ids[:, 0]), self._eos)
+            batch.ended |= np.isin(_array(ids[:, 0]), self._ends)
         real &= ~batch.ended[:, None]
         batch.columns[stack] = before + shape[1]
         position = batch.tokens[:, None] + np.cumsum(real, axis=1) - 1

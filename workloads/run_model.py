@@ -83,7 +83,8 @@ def record_files(
         sequences += [_Sequence(tokenizer(line).input_ids, None) for line in lines]
     sequences = sequences[: config.sequences]
     model = loader.model(config.device)
-    with record(model, guesses=config.guesses) as trace:
+    # Whether a row has ended is for _run to say: text may hold the end token anywhere.
+    with record(model, guesses=config.guesses, until_end=False) as trace:
         _run_all(model, sequences, config, progress)
     trace.meta["text"] = [
         {"file": path.name, "sha256": hashlib.sha256(content.encode()).hexdigest()}
