@@ -253,7 +253,7 @@ def trace_import(
     log: Annotated[Path, typer.Argument(help="The log to read.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The trace to write: .safetensors or .npz.")],
     format: Annotated[
-        str, typer.Option(help="The log's format: bigmoeonedge, jsonl, topk-ids or guide.")
+        str, typer.Option(help="The log's format, such as jsonl; any other name lists them all.")
     ] = "bigmoeonedge",
     num_experts: Annotated[int | None, typer.Option(help="Experts a layer, where the log does not say it.")] = None,
 ) -> None:
