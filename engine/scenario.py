@@ -35,6 +35,8 @@ EXPERT_KERNELS = ("separate", "grouped")
 DISCIPLINES = ("fifo", "two_streams", "priority")
 #: Which lane a prediction occupies: a side stream of the GPU, the compute stream, the host thread, or none.
 PREDICTOR_LANES = ("gpu", "compute", "host", "free")
+#: Keys of [workload.synthetic] that a fit takes the place of.
+_FIT_REPLACES = ("skew", "working_set", "reuse")
 
 _UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _AMOUNT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(%|experts|" + "|".join(_UNITS) + r")\s*")
@@ -96,7 +98,7 @@ class SyntheticSection(_Section):
 
     @model_validator(mode="after")
     def _fit_stands_alone(self) -> SyntheticSection:
-        without_meaning = {"skew", "working_set", "reuse"} & self.model_fields_set
+        without_meaning = set(_FIT_REPLACES) & self.model_fields_set
         if self.fit is not None and without_meaning:
             raise ValueError(f"{', '.join(sorted(without_meaning))}: no meaning with fit, which says it: leave out")
         return self
@@ -313,6 +315,9 @@ def _apply(data: dict[str, Any], setting: str) -> None:
         value = text.strip()
     if parts == ["workload", "trace"]:
         data.setdefault("workload", {}).pop("synthetic", None)
+    if parts == ["workload", "synthetic", "fit"]:
+        for key in _FIT_REPLACES:
+            data.get("workload", {}).get("synthetic", {}).pop(key, None)
     for part in parts[:-1]:
         data = data.setdefault(part, {})
         if not isinstance(data, dict):

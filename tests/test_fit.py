@@ -206,6 +206,13 @@ def test_a_fit_and_what_it_replaces_are_not_given_together() -> None:
         make_scenario(small_scenario({"fit": "x.json", "skew": 0.5, "reuse": 0.5}))
 
 
+def test_a_setting_puts_a_fit_in_the_place_of_the_default_scenarios_parameters() -> None:
+    synthetic = load_scenario(None, ["workload.synthetic.fit=x.json"]).workload.synthetic
+    assert synthetic is not None
+    assert synthetic.fit == "x.json"
+    assert "skew" not in synthetic.model_fields_set
+
+
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     monkeypatch.setattr("sys.argv", ["prestage", *map(str, arguments)])
     with pytest.raises(SystemExit) as caught:
