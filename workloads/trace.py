@@ -179,6 +179,9 @@ class RoutingTrace:
             raise TraceError(f"{path}: the folder {path.parent} does not exist: make it first")
         arrays = {name: value for name in _LAYOUT if (value := getattr(self, name)) is not None}
         arrays |= {name: self.extra[name] for name in sorted(self.extra)}
+        if self.predictions is not None and self.num_experts <= 1 << 7:
+            # Guesses are most of a file; -1 and up to 128 experts fit a byte, and reading widens them again.
+            arrays["predictions"] = self.predictions.astype(np.int8)
         plain = {name: _plain(value) for name, value in arrays.items()}
         text = json.dumps(self.meta, sort_keys=True, allow_nan=False)
         replace_file(path, lambda stream: file_format.write(stream, path, plain, text))
