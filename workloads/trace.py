@@ -170,6 +170,8 @@ class RoutingTrace:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Check the trace and write it as `.safetensors` or `.npz`, whole or not at all; same trace, same bytes.
 
+        Predictions of up to 128 experts are written as int8, and are int16 again when loaded.
+
         Raises TraceError if the trace is wrong, the folder is missing or the format cannot hold an extra array.
         """
         path = Path(path)
@@ -180,7 +182,7 @@ class RoutingTrace:
         arrays = {name: value for name in _LAYOUT if (value := getattr(self, name)) is not None}
         arrays |= {name: self.extra[name] for name in sorted(self.extra)}
         if self.predictions is not None and self.num_experts <= 1 << 7:
-            # Guesses are most of a file; -1 and up to 128 experts fit a byte, and reading widens them again.
+            # Guesses are most of a file.
             arrays["predictions"] = self.predictions.astype(np.int8)
         plain = {name: _plain(value) for name, value in arrays.items()}
         text = json.dumps(self.meta, sort_keys=True, allow_nan=False)

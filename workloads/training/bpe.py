@@ -15,6 +15,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -42,7 +43,7 @@ def learn(texts: Iterable[str], vocabulary: int) -> list[Pair]:
     frequency: Counter[Pair] = Counter()
     found_in: defaultdict[Pair, set[int]] = defaultdict(set)
     for number, word in enumerate(words):
-        for pair in zip(word, word[1:], strict=False):
+        for pair in pairwise(word):
             frequency[pair] += counts[number]
             found_in[pair].add(number)
     heap = [(-count, pair) for pair, count in frequency.items()]
@@ -59,10 +60,10 @@ def learn(texts: Iterable[str], vocabulary: int) -> list[Pair]:
         for number in found_in.pop(pair):
             before, after = words[number], _join(words[number], pair, token)
             for sign, tokens in ((-1, before), (1, after)):
-                for each in zip(tokens, tokens[1:], strict=False):
+                for each in pairwise(tokens):
                     frequency[each] += sign * counts[number]
                     changed.add(each)
-            for each in zip(after, after[1:], strict=False):
+            for each in pairwise(after):
                 found_in[each].add(number)
             words[number] = after
         for each in changed:
@@ -98,7 +99,7 @@ class Encoder:
         def encode_word(word: str) -> list[int]:
             tokens = list(word.encode())
             while len(tokens) > 1:
-                first = min(zip(tokens, tokens[1:], strict=False), key=lambda pair: rank.get(pair, len(rank)))
+                first = min(pairwise(tokens), key=lambda pair: rank.get(pair, len(rank)))
                 if first not in rank:
                     break
                 tokens = _join(tokens, first, FIRST_MERGE + rank[first])

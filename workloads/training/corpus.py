@@ -280,7 +280,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     corpus.save(given.out)
     for source in corpus.meta["sources"]:
-        print("{domain:12} {training_tokens:>9,} {held_out_tokens:>8,}  {package} {version}, {licence}".format(**source))
+        print(
+            "{domain:12} {training_tokens:>9,} {held_out_tokens:>8,}  {package} {version}, {licence}".format(**source)
+        )
     print(f"{len(corpus.tokens):,} tokens, vocabulary {corpus.vocabulary}, SHA-256 {corpus.digest}")
 
 

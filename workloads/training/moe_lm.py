@@ -1,8 +1,8 @@
 """A small Mixture-of-Experts language model: pre-norm transformer blocks, each with attention and routed experts.
 
-All experts of a layer run as one batched product: tokens are sorted by expert into slots, `capacity` for each expert,
-and what does not fit is dropped, as in Switch Transformer; when the model is evaluated there is room for all. Both ways of
-moving tokens are written as reads, backward too, so that no sum depends on the order in which threads arrive.
+All experts of a layer run as one batched product: tokens are sorted by expert into slots, and in training what finds
+no slot is dropped, as in Switch Transformer; when the model is evaluated there is room for all. Tokens are moved by
+reads alone, backward too, so that no sum depends on the order in which threads arrive.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -161,7 +161,7 @@ class _Attention(nn.Module):
         return out
 
 
-class _Experts(nn.Module):
+class Experts(nn.Module):
     """A router and its experts, each of three matrices (Shazeer, "GLU Variants Improve Transformer", 2020)."""
 
     bias: Tensor
@@ -210,10 +210,14 @@ class _Experts(nn.Module):
         if self.training:
             self.load.copy_(routing.load)
             self.dropped.copy_(1 - plan.kept.float().mean())
-        inputs: Tensor = _Dispatch.apply(_as_multiplied(self.norm(state)), plan.slot, plan.kept, plan.pair)
+        inputs: Tensor = _Dispatch.apply(  # type: ignore[no-untyped-call]
+            _as_multiplied(self.norm(state)), plan.slot, plan.kept, plan.pair
+        )
         gate, up = torch.bmm(inputs.view(self.config.experts, capacity, -1), self.inner).chunk(2, dim=-1)
         outputs = torch.bmm(F.silu(gate) * up, self.outer).flatten(0, 1)
-        combined: Tensor = _Combine.apply(outputs, routing.weights, plan.slot, plan.kept, plan.pair)
+        combined: Tensor = _Combine.apply(  # type: ignore[no-untyped-call]
+            outputs, routing.weights, plan.slot, plan.kept, plan.pair
+        )
         return combined
 
     def _capacity(self, tokens: int) -> int:
@@ -232,7 +236,7 @@ class _Block(nn.Module):
         super().__init__()
         self.norm = nn.RMSNorm(config.width)
         self.attention = _Attention(config)
-        self.experts = _Experts(config)
+        self.experts = Experts(config)
 
 
 class MoeLm(nn.Module):
@@ -257,7 +261,7 @@ class MoeLm(nn.Module):
         """Return the logits of the next tokens (batch, length, vocabulary) and the balance loss."""
         x = self.embedding(tokens)
         balance_loss = x.new_zeros(())
-        for layer, block in enumerate(self.blocks):
+        for layer, block in enumerate(self._blocks):
             x = x + block.attention(block.norm(x))
             state = x.flatten(0, 1)
             routing = block.experts.route(state)
@@ -267,11 +271,20 @@ class MoeLm(nn.Module):
             x = x + block.experts(state, routing).view_as(x)
         return F.linear(self.norm(x), self.embedding.weight), balance_loss
 
+    @property
+    def _blocks(self) -> list[_Block]:
+        return cast(list[_Block], list(self.blocks))
+
+    @property
+    def experts(self) -> list[Experts]:
+        """The routers with their experts, by layer."""
+        return [block.experts for block in self._blocks]
+
     def rebalance(self) -> None:
         """Move every router's bias against its load; call it after each training step."""
-        for block in self.blocks:
-            block.experts.rebalance()
+        for each in self.experts:
+            each.rebalance()
 
     def dropped(self) -> Tensor:
         """Return which part of all choices found no slot in the last training step, a number on the device."""
-        return torch.stack([block.experts.dropped for block in self.blocks]).mean()
+        return torch.stack([each.dropped for each in self.experts]).mean()

@@ -43,7 +43,7 @@ class _Watch:
     """Collects what the routers say of one batch, and asks the next ones."""
 
     def __init__(self, model: MoeLm) -> None:
-        self._experts = [block.experts for block in model.blocks]
+        self._experts = model.experts
         self.experts: list[Tensor] = []
         self.weights: list[Tensor] = []
         self.guesses: list[Tensor] = []
@@ -90,7 +90,9 @@ def record(model: MoeLm, corpus: Corpus, per_domain: int, meta: dict[str, Any]) 
         watch = _Watch(model)
         with torch.autocast(batch.device.type, dtype=torch.bfloat16, enabled=batch.device.type == "cuda"):
             logits, _ = model(batch[:, :-1], watch)
-        losses.append(F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten(), reduction="none").cpu().numpy())
+        losses.append(
+            F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten(), reduction="none").cpu().numpy()
+        )
         parts.append((
             torch.stack(watch.experts, 1).to(torch.int16).cpu().numpy(),
             torch.stack(watch.weights, 1).to(torch.float16).cpu().numpy(),

@@ -1,6 +1,6 @@
 """Training and recording one of our models: seeded, resumable, and bounded in time.
 
-    python -m prestage.workloads.training.train --model guide --corpus corpus.safetensors --out DIR [--steps N] [--resume]
+    python -m prestage.workloads.training.train --model guide --corpus FILE --out DIR [--steps N] [--resume]
 
 Each batch is drawn by (seed, step), and the learning rate depends on the step alone, so that weights, Adam's moments
 and the step are all there is to a run: a resumed one ends in the same bits as one that was never interrupted (on a
