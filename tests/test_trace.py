@@ -287,6 +287,18 @@ def test_bfloat16_weights_are_refused_by_name(tmp_path: Path) -> None:
         RoutingTrace.load(path)
 
 
+@pytest.mark.parametrize(("num_experts", "on_disk"), [(128, np.int8), (129, np.int16)])
+def test_guesses_of_up_to_128_experts_take_a_byte_in_the_file_and_come_back_as_they_were(
+    num_experts: int, on_disk: type, tmp_path: Path
+) -> None:
+    guesses = np.array([[[[num_experts - 1, 0, -1]]]], dtype=np.int16)
+    path = tmp_path / "t.safetensors"
+    RoutingTrace(np.zeros((1, 1, 1), dtype=np.uint8), num_experts, predictions=guesses).save(path)
+    assert safetensors.numpy.load_file(path)["predictions"].dtype == on_disk
+    loaded = RoutingTrace.load(path).predictions
+    assert loaded is not None and loaded.dtype == np.int16 and np.array_equal(loaded, guesses)
+
+
 def test_a_missing_folder_and_strings_in_safetensors_are_refused_on_saving(tmp_path: Path) -> None:
     with pytest.raises(TraceError, match="does not exist: make it first"):
         small().save(tmp_path / "no" / "t.npz")

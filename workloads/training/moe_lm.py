@@ -129,7 +129,7 @@ class _Combine(torch.autograd.Function):
         (grad,) = grads
         of_slot = F.pad(weights.reshape(-1), (0, 1))[pair]
         token = (pair // slot.shape[1]).clamp(max=len(grad) - 1)
-        grad_weights = (outputs[slot] * grad.unsqueeze(1)).sum(-1).float() * kept
+        grad_weights = (outputs[slot] * grad.unsqueeze(1)).sum(-1) * kept
         return grad[token] * of_slot.unsqueeze(-1), grad_weights, None, None, None
 
 
@@ -183,7 +183,7 @@ class Experts(nn.Module):
         """Say which experts a hidden state (tokens, width) goes to; it may be another layer's."""
         config = self.config
         with torch.autocast(state.device.type, enabled=False):
-            logits = F.linear(self.norm(state.float()), self.gate.weight.float())
+            logits = F.linear(self.norm(state), self.gate.weight)
             if config.balance == "bias":
                 affinity = logits.sigmoid()
                 scores = affinity + self.bias
@@ -231,7 +231,9 @@ class Experts(nn.Module):
             self.bias += self.config.balance_rate * torch.sign(load.mean() - load)
 
 
-class _Block(nn.Module):
+class Block(nn.Module):
+    """Attention, then experts, each after a norm of its own."""
+
     def __init__(self, config: MoeConfig) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(config.width)
@@ -250,7 +252,7 @@ class MoeLm(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocabulary, config.width)
-        self.blocks = nn.ModuleList(_Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width)
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
@@ -272,8 +274,8 @@ class MoeLm(nn.Module):
         return F.linear(self.norm(x), self.embedding.weight), balance_loss
 
     @property
-    def _blocks(self) -> list[_Block]:
-        return cast(list[_Block], list(self.blocks))
+    def _blocks(self) -> list[Block]:
+        return cast(list[Block], list(self.blocks))
 
     @property
     def experts(self) -> list[Experts]:
