@@ -3,7 +3,7 @@
 import gzip
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from prestage.workloads.trace import RoutingTrace
 from prestage.workloads.training import corpus as corpus_module
+from prestage.workloads.training import run_command
 from prestage.workloads.training import train as train_module
 from prestage.workloads.training.bpe import END_OF_DOCUMENT, FIRST_MERGE, Encoder, learn
 from prestage.workloads.training.corpus import SOURCES, Corpus, CorpusError, build
@@ -300,6 +301,14 @@ def test_a_checkpoint_of_another_run_is_refused(text: Corpus, tmp_path: Path) ->
         other.load(tmp_path / "none.safetensors")
 
 
+def test_bad_input_is_one_line_and_exit_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model", "guide", "--corpus", str(tmp_path / "no.safetensors"), "--out", str(tmp_path)]
+    with pytest.raises(SystemExit) as stopped:
+        run_command(lambda: train_module.main(options))
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_training_stops_when_its_time_is_up(text: Corpus) -> None:
     run = Run(SMALL, Training(steps=10), CPU)
     assert list(train(run, Batches(text, SMALL.context, CPU), time_limit_s=0.0)) == []
@@ -373,7 +382,9 @@ def test_one_command_trains_records_and_resumes(text: Corpus, tmp_path: Path, mo
     whole, guesses = (RoutingTrace.load(tmp_path / name) for name in names)
     assert whole.predictions is None and whole.tokens == 4 * SMALL.context
     assert guesses.predictions is not None and guesses.tokens == 3 * SMALL.context
+    # The resumed run had nothing left to do and tells what the first one told.
     facts = json.loads((tmp_path / "guide-training.json").read_text())
+    assert [line["step"] for line in facts["curve"]] == [4]
     assert facts["model"] == asdict(replace(SMALL, vocabulary=text.vocabulary))
     assert facts["steps_done"] == 4
 

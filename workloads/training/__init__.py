@@ -8,3 +8,15 @@ Run it as modules, in this order (docs/our-models.md has the commands and what c
 
 Nothing here is needed to simulate. Only `moe_lm`, `record` and `train` import torch, and nobody else imports them.
 """
+
+import sys
+from collections.abc import Callable
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a module's command; bad input is one line and exit status 2, as with `prestage`."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)

@@ -25,6 +25,8 @@ import numpy.typing as npt
 import safetensors
 import safetensors.numpy
 
+from ..trace import write_whole
+from . import run_command
 from .bpe import END_OF_DOCUMENT, Encoder, learn
 
 #: Longer files are cut at line ends into documents of about so many characters: two sections of one book may part.
@@ -116,8 +118,9 @@ class Corpus:
         return {name: getattr(self, name) for name in ("tokens", "starts", "domain", "held_out", "merges")}
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the corpus as safetensors."""
-        Path(path).write_bytes(safetensors.numpy.save(self._arrays(), metadata={"meta": json.dumps(self.meta)}))
+        """Write the corpus as safetensors, whole or not at all."""
+        content = safetensors.numpy.save(self._arrays(), metadata={"meta": json.dumps(self.meta)})
+        write_whole(Path(path), lambda stream: stream.write(content))
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Corpus:
@@ -287,4 +290,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -22,7 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..statistics import SUMMARY_SHARES, lru_hit_rates, normalized_entropy, popularity, reuse
-from ..trace import RoutingTrace, by_sequence
+from ..trace import RoutingTrace, by_sequence, write_whole
+from . import run_command
 
 Report = dict[str, Any]
 
@@ -137,6 +138,12 @@ def _rounded(values: npt.ArrayLike) -> list[float]:
     return [round(float(value), 4) for value in np.asarray(values)]
 
 
+def write_json(path: Path, value: Report) -> None:
+    """Write a report, whole or not at all."""
+    content = (json.dumps(value, indent=1) + "\n").encode()
+    write_whole(path, lambda stream: stream.write(content))
+
+
 def shipped_reports() -> dict[str, Report]:
     """Return the reports of the shipped traces, by model."""
     folder = resources.files("prestage") / "workloads" / "data"
@@ -247,7 +254,8 @@ def write_tables(page: Path) -> None:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"{page}: must have the marks {BEGIN} and {END}")
-    page.write_text(f"{before}{BEGIN}\n{tables(shipped_reports())}\n{END}{after}", encoding="utf-8")
+    filled = f"{before}{BEGIN}\n{tables(shipped_reports())}\n{END}{after}"
+    write_whole(page, lambda stream: stream.write(filled.encode()))
 
 
 def ship(recorded: Path, data: Path) -> None:
@@ -256,7 +264,7 @@ def ship(recorded: Path, data: Path) -> None:
         facts = json.loads((recorded / f"{name}-training.json").read_text(encoding="utf-8"))
         with_guesses = RoutingTrace.load(recorded / f"{name}-guesses.safetensors")
         report = describe(RoutingTrace.load(recorded / f"{name}.safetensors"), with_guesses, facts)
-        (data / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(data / f"{name}.json", report)
         compact(with_guesses, part, facts).save(data / f"{name}.safetensors")
 
 
@@ -276,4 +284,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

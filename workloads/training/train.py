@@ -15,7 +15,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import run_command
 from .corpus import Corpus
 from .moe_lm import MoeConfig, MoeLm
 from .record import record
+from .report import Report, write_json
 
 #: The models by name: the guide's 12 layers of 128 experts, and the many small experts of later models.
 MODELS = {
@@ -109,6 +111,8 @@ class Run:
             fused=device.type == "cuda",
         )
         self.step = 0
+        #: What `train` told of so far: step, loss, dropped, seconds.
+        self.curve: list[dict[str, float]] = []
 
     def advance(self, batches: Batches) -> dict[str, Tensor]:
         """Train one step; return its loss and the share of choices dropped, on the device."""
@@ -139,7 +143,7 @@ class Run:
     def save(self, path: Path) -> None:
         """Write a checkpoint, whole or not at all."""
         temporary = path.with_suffix(".tmp")
-        meta = json.dumps({"step": self.step, **self._identity()})
+        meta = json.dumps({"step": self.step, "curve": self.curve, **self._identity()})
         safetensors.torch.save_file(self.state(), temporary, metadata={"meta": meta})
         temporary.replace(path)
 
@@ -159,7 +163,7 @@ class Run:
         for name, parameter in self.model.named_parameters():
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 self.optimizer.state[parameter][key] = state[f"optimizer.{key}.{name}"]
-        self.step = meta["step"]
+        self.step, self.curve = meta["step"], meta["curve"]
 
     def _identity(self) -> dict[str, Any]:
         return {"model": asdict(self.config), "training": asdict(self.training)}
@@ -171,56 +175,52 @@ def train(
     *,
     log_every: int = 50,
     time_limit_s: float = math.inf,
-    checkpoint: Callable[[], None] = lambda: None,
-    checkpoint_every: int = 0,
+    checkpoint: Path | None = None,
+    checkpoint_every: int = 500,
 ) -> Iterator[dict[str, float]]:
-    """Train until all steps are done or the time is up; yield step, loss, dropped and seconds now and then."""
+    """Train until all steps are done or the time is up; yield what is added to the run's curve.
+
+    With a `checkpoint`, it is written every so many steps and at the end. The seconds of a resumed run go on from
+    those of the curve.
+    """
     began = time.perf_counter()
+    before = run.curve[-1]["seconds"] if run.curve else 0.0
     while run.step < run.training.steps and time.perf_counter() - began < time_limit_s:
         values = run.advance(batches)
         if run.step % log_every == 0 or run.step == run.training.steps:
             # Reading a value waits for the device, which also keeps the time limit honest.
-            yield {"step": run.step, **{name: float(value) for name, value in values.items()},
-                   "seconds": time.perf_counter() - began}  # fmt: skip
-        if checkpoint_every and run.step % checkpoint_every == 0:
-            checkpoint()
+            line = {"step": run.step, **{name: float(value) for name, value in values.items()}}
+            line["seconds"] = before + time.perf_counter() - began
+            run.curve.append(line)
+            yield line
+        if checkpoint and run.step % checkpoint_every == 0:
+            run.save(checkpoint)
+    if checkpoint:
+        run.save(checkpoint)
 
 
 def _describe_device(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
 
 
-def train_and_record(name: str, run: Run, corpus: Corpus, out: Path, given: argparse.Namespace) -> dict[str, Any]:
-    """Train, record and write NAME.safetensors, NAME-guesses.safetensors and NAME-training.json; return the last."""
-    checkpoint = out / f"{name}-checkpoint.safetensors"
-    if given.resume:
-        run.load(checkpoint)
-    curve = []
-    batches = Batches(corpus, run.config.context, run.device)
-    for line in train(
-        run,
-        batches,
-        log_every=given.log_every,
-        time_limit_s=given.time_limit_s,
-        checkpoint=lambda: run.save(checkpoint),
-        checkpoint_every=given.checkpoint_every,
-    ):
-        curve.append(line)
-        print(name, json.dumps(line), flush=True)
-    if given.checkpoint_every:
-        run.save(checkpoint)
+def record_run(name: str, run: Run, corpus: Corpus, out: Path, per_domain: int, guess_sequences: int) -> Report:
+    """Record a trained model; write NAME(-guesses).safetensors and NAME-training.json, which is returned.
+
+    The first holds `per_domain` held-out sequences of each domain, without predictions, which would be most of it; the
+    second the first `guess_sequences` of them with predictions.
+    """
     meta = {
         "model": f"prestage-{name}",
         "source": "recorded from a model of this project's own, trained by prestage.workloads.training; held-out text",
         "licence": "Apache-2.0 for the numbers; the text is not included",
         "corpus_sha256": corpus.digest,
     }
-    began = time.perf_counter()
-    recording = record(run.model, corpus, given.sequences_per_domain, meta)
+    recording = record(run.model, corpus, per_domain, meta)
     trace = recording.trace
     replace(trace, predictions=None).save(out / f"{name}.safetensors")
-    with_guesses = np.unique(trace.sequence)[: given.guess_sequences]
-    trace.slice(sequences=with_guesses.tolist()).save(out / f"{name}-guesses.safetensors")
+    trace.slice(sequences=np.unique(trace.sequence)[:guess_sequences].tolist()).save(
+        out / f"{name}-guesses.safetensors"
+    )
     facts = {
         "name": name,
         "model": asdict(run.config),
@@ -228,9 +228,8 @@ def train_and_record(name: str, run: Run, corpus: Corpus, out: Path, given: argp
         "training": asdict(run.training),
         "steps_done": run.step,
         "tokens_seen": run.step * run.training.batch * run.config.context,
-        "training_seconds": curve[-1]["seconds"] if curve else 0.0,
-        "recording_seconds": time.perf_counter() - began,
-        "curve": curve,
+        "training_seconds": run.curve[-1]["seconds"] if run.curve else 0.0,
+        "curve": run.curve,
         "held_out_loss_nats": dict(zip(corpus.domains, recording.loss_nats.tolist(), strict=True)),
         "held_out_bits_per_byte": dict(zip(corpus.domains, recording.bits_per_byte.tolist(), strict=True)),
         "corpus": {"sha256": corpus.digest, "vocabulary": corpus.vocabulary, **corpus.meta},
@@ -238,7 +237,7 @@ def train_and_record(name: str, run: Run, corpus: Corpus, out: Path, given: argp
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
-    (out / f"{name}-training.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    write_json(out / f"{name}-training.json", facts)
     return facts
 
 
@@ -264,10 +263,23 @@ def main(arguments: list[str] | None = None) -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     config = replace(MODELS[given.model], vocabulary=corpus.vocabulary)
     training = Training(given.steps, given.batch, given.learning_rate, min(100, given.steps // 10 + 1), given.seed)
-    facts = train_and_record(given.model, Run(config, training, torch.device(given.device)), corpus, given.out, given)
-    print(json.dumps({key: facts[key] for key in ("parameters", "steps_done", "tokens_seen", "training_seconds",
-                                                  "recording_seconds", "held_out_loss_nats", "device")}))  # fmt: skip
+    run = Run(config, training, torch.device(given.device))
+    checkpoint = given.out / f"{given.model}-checkpoint.safetensors"
+    if given.resume:
+        run.load(checkpoint)
+    for line in train(
+        run,
+        Batches(corpus, config.context, run.device),
+        log_every=given.log_every,
+        time_limit_s=given.time_limit_s,
+        checkpoint=checkpoint if given.checkpoint_every else None,
+        checkpoint_every=given.checkpoint_every,
+    ):
+        print(given.model, json.dumps(line), flush=True)
+    facts = record_run(given.model, run, corpus, given.out, given.sequences_per_domain, given.guess_sequences)
+    shown = ("parameters", "steps_done", "tokens_seen", "training_seconds", "held_out_loss_nats", "device")
+    print(json.dumps({key: facts[key] for key in shown}))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
