@@ -20,7 +20,7 @@ from prestage.workloads.training import corpus as corpus_module
 from prestage.workloads.training import run_command
 from prestage.workloads.training import train as train_module
 from prestage.workloads.training.bpe import END_OF_DOCUMENT, FIRST_MERGE, Encoder, learn
-from prestage.workloads.training.corpus import SOURCES, Corpus, CorpusError, build
+from prestage.workloads.training.corpus import SOURCES, Corpus, CorpusError, build, repeated_share
 from prestage.workloads.training.moe_lm import Block, Experts, MoeConfig, MoeLm, Routing
 from prestage.workloads.training.record import GUESSES, HORIZONS, held_out_windows, record
 from prestage.workloads.training.report import (
@@ -131,6 +131,20 @@ def test_a_page_is_read_as_its_text_and_a_long_line_counts_once(tmp_path: Path) 
     seen: set[str] = set()
     assert corpus_module._unseen(f"{long}\nshort\n{long}\nshort\n", seen) == f"{long}\nshort\nshort\n"
     assert corpus_module._unseen(f"{long}\nother\n", seen) == "other\n"
+
+
+def test_held_out_runs_that_training_has_too_are_counted() -> None:
+    # Runs of 3: domain a holds out 012 and 123, of which 012 is trained on; domain b 124 and 245, of which none is.
+    documents = [[0, 1, 2, 8], [0, 1, 2, 3], [9, 8, 7, 6], [1, 2, 4, 5]]
+    corpus = Corpus(
+        tokens=np.array(documents, dtype=np.uint16).ravel(),
+        starts=np.arange(0, 17, 4),
+        domain=np.array([0, 0, 1, 1], dtype=np.uint8),
+        held_out=np.array([False, True, False, True]),
+        merges=np.zeros((0, 2), dtype=np.uint16),
+        meta={"domains": ["a", "b"]},
+    )
+    assert repeated_share(corpus, 3) == [0.5, 0.0]
 
 
 def test_a_missing_package_is_named(tmp_path: Path) -> None:
