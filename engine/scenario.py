@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from ..resources.suggest import unknown_name
 from ..workloads.batches import PREFILL_MODES
+from ..workloads.importers import shipped_traces
 from ..workloads.predictors import PREDICTORS
 from .dispatch import ISSUE
 from .memory_manager import PROTECTION, SCOPES
@@ -298,9 +299,10 @@ def _read(name: str | Path | None, source: str) -> dict[str, Any]:
 
 
 def _find_beside(folder: Path, section: Any, key: str) -> None:
-    """Make a file that a section names relative to the folder of the scenario."""
-    if isinstance(section, dict) and isinstance(section.get(key), str):
-        section[key] = str(folder / section[key])
+    """Make a file that a section names relative to the folder of the scenario, unless it is one that ships."""
+    named = section.get(key) if isinstance(section, dict) else None
+    if isinstance(named, str) and named not in shipped_traces():
+        section[key] = str(folder / named)
 
 
 def _apply(data: dict[str, Any], setting: str) -> None:

@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prestage.workloads.importers import IMPORTERS, import_trace
+from prestage.workloads.importers import IMPORTERS, import_trace, open_trace, shipped_traces
 from prestage.workloads.trace import RoutingTrace, TraceError
 
 #: Two layers, two of four experts: a prompt of two tokens, of which only the last reaches layer 1, and one
@@ -214,3 +214,20 @@ def test_the_imported_run_agrees_with_its_published_conversion(traces: Path) -> 
     sizes, layers = np.unique(imported.extra["expert_bytes"], return_counts=True)
     assert sizes.tolist() == [2654208, 3059712]
     assert layers.sum() == 48
+
+
+# Shipped traces.
+
+
+@pytest.mark.parametrize("name", shipped_traces())
+def test_a_shipped_trace_opens_by_its_name_and_says_where_it_is_from(name: str) -> None:
+    trace = open_trace(name)
+    assert trace.tokens > 1000 and trace.predictions is not None
+    assert {"source", "licence", "device", "seed"} <= trace.meta.keys()
+
+
+def test_a_file_of_a_shipped_name_comes_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "guide").mkdir()
+    with pytest.raises(TraceError, match="guide"):
+        open_trace("guide")

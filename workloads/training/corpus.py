@@ -25,7 +25,7 @@ import numpy.typing as npt
 import safetensors
 import safetensors.numpy
 
-from ..trace import write_whole
+from ..trace import replace_file
 from . import run_command
 from .bpe import END_OF_DOCUMENT, Encoder, learn
 
@@ -120,7 +120,7 @@ class Corpus:
     def save(self, path: str | PathLike[str]) -> None:
         """Write the corpus as safetensors, whole or not at all."""
         content = safetensors.numpy.save(self._arrays(), metadata={"meta": json.dumps(self.meta)})
-        write_whole(Path(path), lambda stream: stream.write(content))
+        replace_file(Path(path), lambda stream: stream.write(content))
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Corpus:

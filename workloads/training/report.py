@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..statistics import SUMMARY_SHARES, lru_hit_rates, normalized_entropy, popularity, reuse
-from ..trace import RoutingTrace, by_sequence, write_whole
+from ..trace import RoutingTrace, by_sequence, replace_file
 from . import run_command
 
 Report = dict[str, Any]
@@ -141,7 +141,7 @@ def _rounded(values: npt.ArrayLike) -> list[float]:
 def write_json(path: Path, value: Report) -> None:
     """Write a report, whole or not at all."""
     content = (json.dumps(value, indent=1) + "\n").encode()
-    write_whole(path, lambda stream: stream.write(content))
+    replace_file(path, lambda stream: stream.write(content))
 
 
 def shipped_reports() -> dict[str, Report]:
@@ -255,7 +255,7 @@ def write_tables(page: Path) -> None:
     if not begin or not end:
         raise ValueError(f"{page}: must have the marks {BEGIN} and {END}")
     filled = f"{before}{BEGIN}\n{tables(shipped_reports())}\n{END}{after}"
-    write_whole(page, lambda stream: stream.write(filled.encode()))
+    replace_file(page, lambda stream: stream.write(filled.encode()))
 
 
 def ship(recorded: Path, data: Path) -> None:
