@@ -112,6 +112,8 @@ def visits(
             else:
                 if issue == "after_launch":
                     manager.unpin()
+                    if manager.drop_after_visit:
+                        manager.drop_prefetched(number)
                 if observes:
                     prefetch.observe(chosen, accesses.tokens)
                 if prefetch.reads_moment:

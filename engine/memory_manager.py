@@ -135,7 +135,7 @@ class MemoryManager:
             pool = _Pool(pool_bytes, eviction(known), min(sizes) == max(sizes))
             self._pools += [pool] * len(group)
         self._protect = protect == "until_target"
-        self._drop_after_visit = drop_after_visit
+        self.drop_after_visit = drop_after_visit
         self.budget_bytes = sum(budgets)
         self.assigned_bytes = 0
         #: The experts that have room, each with the number of the copy that holds or will hold its bytes.
@@ -237,7 +237,7 @@ class MemoryManager:
 
     def unpin(self) -> None:
         """End the visit's hold on its experts; with `drop_after_visit` they leave now."""
-        if self._drop_after_visit:
+        if self.drop_after_visit:
             for expert in [expert for expert in self.assigned if expert in self._pinned]:
                 self._evict(expert)
         self._pinned = _NONE
@@ -258,6 +258,14 @@ class MemoryManager:
             self._unused[expert] = None
             self.unused_bytes += self._expert_bytes[expert // self.experts]
         return admission
+
+    def drop_prefetched(self, number: int) -> None:
+        """Let go of what was prefetched for visits up to `number` and is still protected: wrong guesses.
+
+        Ends a visit whose `drop_after_visit` has taken out what it used. Needs protection until the target.
+        """
+        for expert in [expert for expert, target in self._until.items() if target <= number]:
+            self._evict(expert)
 
     def cancel(self, expert: int) -> None:
         """Take back the room of a prefetch that was never copied (policies that use the clock only)."""

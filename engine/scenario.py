@@ -128,6 +128,7 @@ class MemorySection(_Section):
     With `total_bytes`, experts get what the dense weights, the KV cache and the workspace leave of it, step by step,
     and `gpu_budget` at most. `prefetch_limit` keeps prefetched experts that nobody has used yet within
     `prefetch_share` of the budget (fixed), or within a share that starts there and follows the workload (adaptive).
+    Without `caching`, what was brought for a visit leaves after it.
     """
 
     gpu_budget: str = "25%"
@@ -135,6 +136,7 @@ class MemorySection(_Section):
     eviction: Annotated[str, _one_of(EVICTION)] = "lru"
     prefetch_limit: Annotated[str, _one_of(("none", *PREFETCH_SHARE))] = "none"
     prefetch_share: float = Field(default=0.5, ge=0, le=1)
+    caching: bool = True
     total_bytes: str | None = None
     workspace_bytes: str = "0B"
 
@@ -158,6 +160,7 @@ class PredictorSection(_Section):
 
     name: Annotated[str, _one_of(PREDICTORS)] = "oracle"
     recall: float = Field(default=0.9, ge=0, le=1)
+    context: int = Field(default=3, ge=1)
     lane: Annotated[str, _one_of(PREDICTOR_LANES)] = "gpu"
     latency_us: float = Field(default=0.0, ge=0)
 
@@ -212,6 +215,13 @@ class Scenario(_Section):
     prefetch: PrefetchSection = PrefetchSection()
     dispatch: DispatchSection = DispatchSection()
     copy_: CopySection = Field(default=CopySection(), alias="copy")
+
+    @model_validator(mode="after")
+    def _dropping_knows_the_visit(self) -> Scenario:
+        prefetch = self.prefetch
+        if not self.memory.caching and (prefetch.protect, prefetch.issue) != ("until_target", "after_launch"):
+            raise ValueError("memory.caching = false: needs prefetch.protect = 'until_target', issue = 'after_launch'")
+        return self
 
     def plain(self) -> dict[str, Any]:
         """Return the scenario as plain data, by the names that its TOML uses, all defaults filled in."""

@@ -37,6 +37,8 @@ from .policies.prefetch_share import PREFETCH_SHARE
 from .scenario import Scenario, ScenarioError, parse_bytes
 from .warnings import warnings_of
 
+#: The keys of the scenario's predictor that are options of these.
+_OPTIONS = {"oracle": ("recall",), "context": ("context",)}
 #: Called with what is running, and how many of how many layer visits are done.
 Progress = Callable[[str, int, int], None]
 #: Passes visits on, perhaps counting them.
@@ -81,14 +83,14 @@ class Result:
         return {**self.data, "wall_s": self.wall_s}
 
 
-def load_inputs(scenario: Scenario) -> Inputs:
-    """Load the model, profile and trace of a scenario and compute its predictions.
+def load_inputs(scenario: Scenario, trace: RoutingTrace | None = None) -> Inputs:
+    """Load the model, profile and trace of a scenario and compute its predictions; a `trace` given is used instead.
 
     Raises ValueError (ScenarioError, ModelError, ProfileError, TraceError) if something is missing or does not fit.
     """
     model = load_model(scenario.model.preset, **scenario.model.overrides())
     profile = load_profile(scenario.machine.profile)
-    trace = _load_trace(scenario, model)
+    trace = _load_trace(scenario, model) if trace is None else trace
     _check_fit(trace, model)
     workload = scenario.workload
     steps = plan_steps(
@@ -131,7 +133,7 @@ def _guesses(
     if not ranks:
         return None
     predictor = scenario.predictor
-    options = {"recall": predictor.recall} if predictor.name == "oracle" else {}
+    options = {key: getattr(predictor, key) for key in _OPTIONS.get(predictor.name, ())}
     source = make_predictor(predictor.name, seed=scenario.seed, **options)
     guesses = source.guess(trace, steps, horizons, ranks)
     if policy.needs_confidences and guesses.confidences is None:
@@ -243,6 +245,7 @@ def make_manager(inputs: Inputs) -> MemoryManager:
         scope=memory.scope,
         divide=divider(memory.scope, model.expert_bytes, inputs.trace),
         protect=inputs.scenario.prefetch.protect,
+        drop_after_visit=not memory.caching,
         prefetch_share=share,
         watch_unused=inputs.scenario.prefetch.policy == "adaptive-memory",
     )

@@ -30,6 +30,10 @@ Floats = npt.NDArray[np.float32]
 _NONE_TAKEN = np.iinfo(np.int16).max
 #: Work that is done for many cells at once is cut into pieces of about this many numbers, to stay in the caches.
 _PIECE = 1 << 20
+#: The unit in which shares of one are counted and ranked, far below what tells two apart.
+_SHARE = 2.0**-32
+#: Divides nothing by something.
+_TINY = float(np.finfo(np.float64).tiny)
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,6 +227,116 @@ class Transition:
         return run.guesses(experts, confidences)
 
 
+class Context:
+    """A mixture of what followed each part of a context of `context` tokens, counted in finished steps.
+
+    The parts are nothing at all, this token's choice here, and what the sequence chose at the target layer 1 to
+    `context` tokens before (the last ones known here). Each gives the distribution of what was used in its place,
+    layer by layer and horizon by horizon, and weighs as much as it explained so far: interpolated Markov sources with
+    online expectation maximization (Jelinek & Mercer, "Interpolated estimation of Markov source parameters from sparse
+    data", 1980). The confidence is the mixture's probability. The counts take
+    4 * horizons * layers * (context + 2) * experts**2 bytes.
+    """
+
+    def __init__(self, context: int = 3) -> None:
+        if context < 1:
+            raise ValueError(f"predictor context = {context}: must be at least 1")
+        self.context = context
+
+    def guess(self, trace: RoutingTrace, steps: Sequence[Step], horizons: int, n: int) -> Guesses:
+        """Return the likeliest experts of the mixture."""
+        run = _Run.of(trace, steps, horizons, n)
+        experts, confidences = run.no_guesses(n), run.no_confidences(n)
+        mixture = _Mixture(run.layers, horizons, self.context + 2, trace.num_experts)
+        known = run.known_tokens(self.context)
+        tokens_on = (np.arange(run.layers)[:, None] + np.arange(1, horizons + 1)) // run.layers
+        target_layer = (np.arange(run.layers)[:, None] + np.arange(1, horizons + 1)) % run.layers
+        ago = run.tokens_ago(int(tokens_on.max()))
+        cells = run.layers * horizons * (self.context + 2) * run.k * trace.num_experts
+        for start, end in zip(run.starts[:-1], run.starts[1:], strict=True):
+            for piece in run.pieces(cells, int(start), int(end)):
+                scores = mixture.scores(self._parts(run, known, np.arange(piece.start, piece.stop)[:, None, None]))
+                experts[piece], confidences[piece] = _best(np.rint(scores / _SHARE).astype(np.int64), n)
+            lessons = []
+            for piece in run.pieces(cells, int(start), int(end)):
+                source = ago[tokens_on, piece].transpose(2, 0, 1)
+                lessons.append((self._parts(run, known, source), run.chosen[piece][:, target_layer]))
+            mixture.learn(lessons)
+        return run.guesses(experts, confidences)
+
+    def _parts(self, run: _Run, known: Int64s, place: Int64s) -> Int16s:
+        """Return the context of guesses by these places (rows, layers or 1, horizons or 1).
+
+        Shape (rows, layers, horizons, parts, k), -1 where there is nothing.
+        """
+        layers, horizons = run.layers, run.horizons
+        here, ahead = np.indices((layers, horizons))
+        target = (here + ahead + 1) % layers
+        place = np.broadcast_to(place, (len(place), layers, horizons))
+        parts = np.full((*place.shape, self.context + 2, run.k), -1, dtype=np.int16)
+        parts[..., 0, 0] = np.where(place >= 0, 0, -1)
+        parts[..., 1, :] = run.chosen[place, here]
+        # The token itself counts among the last ones where it has been through the target layer.
+        passed = target <= here
+        for ago in range(self.context):
+            token = np.where(passed, known[place, ago], known[place, ago + 1])
+            parts[..., 2 + ago, :] = run.chosen[np.where(place >= 0, token, -1), target]
+        return parts
+
+
+class _Mixture:
+    """What was used after each part of a context, by layer and horizon, and how much each part explained."""
+
+    def __init__(self, layers: int, horizons: int, parts: int, experts: int) -> None:
+        self._uses = np.zeros((layers, horizons, parts, experts, experts), dtype=np.int32)
+        self._all_uses = np.zeros(self._uses.shape[:-1], dtype=np.int64)
+        self._explained = np.full((layers, horizons, parts), round(1 / _SHARE), dtype=np.int64)
+        self._at = np.indices((layers, horizons, parts, 1), sparse=True)[:3]
+
+    def scores(self, parts: Int16s) -> npt.NDArray[np.float64]:
+        """Return the mixture's distribution (rows, layers, horizons, experts) in contexts (…, parts, k)."""
+        total = np.maximum(self._all_uses[*self._at, parts], 1)
+        given = np.where(parts >= 0, 1 / total, 0.0)
+        weight = self._weights(parts)
+        scores = np.zeros((*parts.shape[:3], self._uses.shape[-1]))
+        for part in range(parts.shape[3]):
+            for rank in range(parts.shape[4]):
+                at = (self._at[0][..., 0, 0], self._at[1][..., 0, 0], part, parts[..., part, rank])
+                scores += self._uses[at] * (weight[..., part] * given[..., part, rank])[..., None]
+        return scores
+
+    def _weights(self, parts: Int16s) -> npt.NDArray[np.float64]:
+        """Return how much each part of a context counts, for one of its experts (rows, layers, horizons, parts)."""
+        seen = (parts >= 0) & (self._all_uses[*self._at, parts] > 0)
+        weight = np.where(seen.any(axis=-1), self._explained, 0.0)
+        weight /= np.maximum(weight.sum(axis=-1, keepdims=True), _TINY)
+        return weight / np.maximum(seen.sum(axis=-1), 1)
+
+    def learn(self, lessons: Sequence[tuple[Int16s, Int16s]]) -> None:
+        """Learn from contexts (rows, layers, horizons, parts, k) and what was used, (rows, layers, horizons, k)."""
+        self._explained += sum(self._shares(parts, used) for parts, used in lessons)
+        for parts, used in lessons:
+            at, counted = self._pairs(parts, used)
+            places = np.broadcast_arrays(*at)
+            np.add.at(self._uses, tuple(place[counted] for place in places), 1)
+            np.add.at(self._all_uses, tuple(place[counted] for place in places[:-1]), 1)
+
+    def _shares(self, parts: Int16s, used: Int16s) -> Int64s:
+        """Return how many of the uses each part explains, in units of _SHARE: whole ones add up alike in any order."""
+        at, counted = self._pairs(parts, used)
+        chance = np.where(counted, self._uses[at] / np.maximum(self._all_uses[at[:-1]], 1), 0.0)
+        chance = (chance * self._weights(parts)[..., None, None]).sum(axis=4)
+        share = chance / np.maximum(chance.sum(axis=3, keepdims=True), _TINY)
+        explained: Int64s = np.rint(share / _SHARE).astype(np.int64).sum(axis=(0, 4))
+        return explained
+
+    def _pairs(self, parts: Int16s, used: Int16s) -> tuple[tuple[Any, ...], npt.NDArray[np.bool_]]:
+        """Return where in `_uses` the pairs (rows, layers, horizons, parts, k, k) are counted, and whether they are."""
+        source, target = parts[..., None], used[..., None, None, :]
+        at = (*(index[..., None] for index in self._at), source, target)
+        return at, (source >= 0) & (target >= 0)
+
+
 def _best(scores: Int64s, n: int) -> tuple[Int16s, Floats]:
     """Return the n experts with the highest scores (…, experts) above 0, ties to the lower index, and their shares."""
     e = scores.shape[-1]
@@ -351,6 +465,16 @@ class _Run:
             ago.append(_follow(self.before, ago[-1]))
         return np.stack(ago)
 
+    def known_tokens(self, most: int) -> Int64s:
+        """Return the places of the token itself and of the `most` last ones of its sequence's earlier steps.
+
+        Shape (rows, most + 1), latest first, -1 for none.
+        """
+        known = [np.arange(len(self.rows)), self.previous]
+        while len(known) <= most:
+            known.append(_follow(self.before, known[-1]))
+        return np.stack(known[: most + 1], axis=1)
+
     def can_guess(self, token: Int64s) -> npt.NDArray[np.bool_]:
         """Return where (rows, layers) a token that made a choice has the target `token`."""
         return (token >= 0) & (self.chosen[:-1, :, 0] >= 0)
@@ -405,6 +529,7 @@ PREDICTORS: dict[str, Callable[..., Predictor]] = {
     "previous-token": PreviousToken,
     "frequency": Frequency,
     "transition": Transition,
+    "context": Context,
     "recorded": Recorded,
 }
 
