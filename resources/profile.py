@@ -133,6 +133,13 @@ class HostCosts(_Part):
     synchronize: Duration
 
 
+class Allocation(_Part):
+    """The host's time to get room: from the driver (raw), or from the caching allocator's free blocks."""
+
+    raw: Duration
+    cached: Duration
+
+
 class Profile(_Part):
     """One machine: its identity and its costs. `h2d` maps the kind of host memory (pinned, pageable) to costs."""
 
@@ -148,6 +155,7 @@ class Profile(_Part):
     d2d: CopyCosts | None = None
     compute: ComputeCosts
     host: HostCosts
+    allocation: Allocation | None = None
 
 
 def profile_names() -> list[str]:
