@@ -8,6 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .engine.inference import InferenceConfig as InferenceConfig
+    from .engine.inference import InferenceSimulator as InferenceSimulator
     from .engine.replay import replay_trace as replay_trace
     from .engine.scenario import Scenario as Scenario
     from .engine.scenario import load_scenario as load_scenario
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from .workloads.trace import RoutingTrace as RoutingTrace
 
 _HOME = {
+    "InferenceConfig": "engine.inference",
+    "InferenceSimulator": "engine.inference",
     "Model": "workloads.model",
     "Result": "engine.simulate",
     "RoutingTrace": "workloads.trace",

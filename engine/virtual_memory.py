@@ -70,12 +70,12 @@ class VirtualMemoryManager:
         profile: str = "rtx3090",
         charge_hits: bool = True,
     ) -> None:
-        _check_whole("num_experts", num_experts, 1, _MAX_EXPERTS)
-        _check_whole("prefetch_k", prefetch_k, 0, num_experts, " (num_experts)")
+        check_whole("num_experts", num_experts, 1, _MAX_EXPERTS)
+        check_whole("prefetch_k", prefetch_k, 0, num_experts, " (num_experts)")
         if num_layers is not None:
-            _check_whole("num_layers", num_layers, 1)
-        _check_size("expert_size_mb", expert_size_mb, 1 / _MIB, "more than 0")
-        _check_size("gpu_memory_limit_mb", gpu_memory_limit_mb, expert_size_mb, f"room for one of {expert_size_mb} MiB")
+            check_whole("num_layers", num_layers, 1)
+        check_size("expert_size_mb", expert_size_mb, 1 / _MIB, "more than 0")
+        check_size("gpu_memory_limit_mb", gpu_memory_limit_mb, expert_size_mb, f"room for one of {expert_size_mb} MiB")
         if eviction not in EVICTION:
             raise VirtualMemoryError(unknown_name("eviction", eviction, EVICTION))
         self.num_experts = int(num_experts)
@@ -163,14 +163,14 @@ class VirtualMemoryManager:
         Raises VirtualMemoryError on bad arguments.
         """
         layer_id, token_id = self._place(layer_id, token_id)
-        _check_whole("expert_id", expert_id, 0, self.num_experts - 1)
+        check_whole("expert_id", expert_id, 0, self.num_experts - 1)
         (access,) = self._running().visit([self._number(int(expert_id), layer_id)], [1.0], layer_id, token_id)
         return access.latency_ms, access.event
 
     def _place(self, layer_id: int, token_id: int) -> tuple[int, int]:
         """Return a checked layer and token."""
-        _check_whole("layer_id", layer_id, 0, self._layers - 1)
-        _check_whole("token_id", token_id, 0)
+        check_whole("layer_id", layer_id, 0, self._layers - 1)
+        check_whole("token_id", token_id, 0)
         return int(layer_id), int(token_id)
 
     def _number(self, index: int, layer: int) -> int:
@@ -220,6 +220,7 @@ class VirtualMemoryManager:
             "miss_rate": _ratio(counts["miss"], accesses),
             "prediction_accuracy": _ratio(log.foretold, accesses),
             **self._priced(log, accesses, charged=False),
+            "baseline_latency_ms": log.baseline_ns / 1e6,
             "total_prefetch_time_ms": _total_ms(log, "prefetch"),
             "total_miss_penalty_ms": _total_ms(log, "miss"),
             "peak_memory_mb": max((event.memory_mb for event in log.events), default=0.0),
@@ -343,14 +344,16 @@ def _ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
 
 
-def _check_whole(name: str, value: object, low: int, high: int | None = None, note: str = "") -> None:
+def check_whole(name: str, value: object, low: int, high: int | None = None, note: str = "") -> None:
+    """Raise VirtualMemoryError unless an argument is an integer within its bounds."""
     whole = isinstance(value, Integral) and not isinstance(value, bool)
     if not (whole and low <= int(value) and (high is None or int(value) <= high)):  # type: ignore[call-overload]
         allowed = f"at least {low}" if high is None else f"{low}..{high}{note}"
         raise VirtualMemoryError(f"{name} = {value!r}: must be an integer, {allowed}")
 
 
-def _check_size(name: str, value: object, least: float, wanted: str) -> None:
+def check_size(name: str, value: object, least: float, wanted: str) -> None:
+    """Raise VirtualMemoryError unless an argument is a size in MiB, `least` or more."""
     number = isinstance(value, Real) and not isinstance(value, bool)
     if not (number and least <= float(value) < math.inf):  # type: ignore[arg-type]
         raise VirtualMemoryError(f"{name} = {value!r}: must be a size in MiB, {wanted}")

@@ -261,6 +261,66 @@ def plot_miss_ratios(data: dict[str, Any], *, title: str | None = None) -> Figur
     return figure
 
 
+def plot_over_tokens(latencies_ms: Mapping[str, Array], *, title: str | None = None) -> Figure:
+    """Draw what each token took, a line for each name, over the token's number.
+
+    `latencies_ms` are (tokens,) in ms each; the scale is logarithmic where all are above 0.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
+
+    figure = Figure(figsize=(_WIDTH_INCHES * 2 / 3, 3.4), layout="constrained")
+    axes = figure.add_subplot()
+    colors = [color for color, _ in (COLORS["expert"], COLORS["demand"], COLORS["dense"], COLORS["predict"])]
+    for number, (name, values) in enumerate(latencies_ms.items()):
+        mean = f"{np.mean(values):,.3g} ms on average" if len(values) else "none"
+        axes.plot(values, color=colors[number % len(colors)], linewidth=1.0, label=f"{name}: {mean}")
+    _style(axes)
+    if all(np.min(values, initial=np.inf) > 0 for values in latencies_ms.values()):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axes.margins(x=0)
+    axes.set_xlabel("token")
+    axes.set_ylabel("latency (ms)")
+    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    figure.legend(loc="outside lower center", ncols=max(1, len(latencies_ms)), frameon=False, fontsize=8)
+    _set_title(axes, title)
+    return figure
+
+
+def plot_split(counts: Mapping[str, Mapping[str, int]], *, title: str | None = None) -> Figure:
+    """Draw how many accesses came out how, a stacked bar of shares for each name; empty ones keep an empty row.
+
+    `counts` are by name, then by outcome; all names have the same outcomes.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH_INCHES * 2 / 3, 1.6 + 0.5 * max(1, len(counts))), layout="constrained")
+    axes = figure.add_subplot()
+    outcomes = list(next(iter(counts.values()), {}))
+    colors = [COLORS[kind][0] for kind in ("head", "expert", "prefetch", "demand", "predict")]
+    left = np.zeros(len(counts))
+    totals = [max(1, sum(split.values())) for split in counts.values()]
+    for number, outcome in enumerate(outcomes):
+        shares = np.array([split[outcome] for split in counts.values()]) / totals * 100
+        label = outcome.replace("_", " ")
+        axes.barh(range(len(counts)), shares, 0.6, left=left, color=colors[number % len(colors)], label=label)
+        for row, share in enumerate(shares):
+            if share >= 4:  # narrower bars have no room for a label
+                axes.text(left[row] + share / 2, row, f"{share:.1f}%", ha="center", va="center", fontsize=8)
+        left += shares
+    axes.set_yticks(range(len(counts)), list(counts))
+    axes.set_ylim(max(1, len(counts)) - 0.5, -0.5)
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("share of accesses (%)")
+    _style(axes)
+    axes.tick_params(axis="y", length=0)
+    if outcomes:
+        figure.legend(loc="outside lower center", ncols=len(outcomes), frameon=False, fontsize=9)
+    _set_title(axes, title)
+    return figure
+
+
 def save(figure: Figure, path: str | Path) -> None:
     """Write a figure as .png, .pdf or .svg, whole or not at all; the same figure gives the same bytes.
 

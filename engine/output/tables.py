@@ -150,6 +150,62 @@ _PRICED: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
 )
 
 
+def print_inference(data: dict[str, Any]) -> None:
+    """Print a run of the inference simulator: in the guide's accounting, with copies charged, and overlapped."""
+    console = Console()
+    charged, overlapped, accesses = data["copies_charged"], data["overlapped"], data["accesses"]
+    console.print(Text(_in_words(overlapped)))
+    table = _table("", "prefetches hidden", "every copy charged", "overlapped")
+    times = (data, charged, {"total_latency_ms": overlapped["makespan_ms"]})
+    baselines = (data["baseline_latency_ms"], data["baseline_latency_ms"], overlapped["baseline_ms"])
+    tokens = overlapped["decode_tokens"]
+    rows: tuple[tuple[str, Iterable[float], Callable[[float], str]], ...] = (
+        ("speedup", (run["speedup"] for run in (data, charged, overlapped)), _times),
+        ("no prefetch, no cache", baselines, _ms),
+        ("in all", (run["total_latency_ms"] for run in times), _ms),
+        ("a token", (run["total_latency_ms"] / tokens for run in times), _ms),
+        ("an access", (run["total_latency_ms"] / accesses for run in times), _ms),
+        ("memory utilization", (run["memory_utilization"] for run in (data, charged, overlapped)), _percent),
+        ("hit rate", (data["hit_rate"], data["hit_rate"], overlapped["hit_rate"]), _percent),
+        ("  by prefetching", _shares(data, overlapped, "hit", "prefetch_hit"), _percent),
+        ("  by caching", _shares(data, overlapped, "cache_hit", "cache_hit"), _percent),
+        ("late", (0.0, 0.0, overlapped["late_rate"]), _percent),
+        ("miss", _shares(data, overlapped, "miss", "miss"), _percent),
+    )
+    for name, values, show in rows:
+        table.add_row(name, *map(show, values))
+    console.print(table)
+    console.print(Text(f"prefetched before the access: {_share(data['prediction_accuracy'], 1, 2)} of the experts used"))
+
+
+def _in_words(data: dict[str, Any]) -> str:
+    """Return in a line what an inference simulation was of."""
+    model, scenario = data["model"], data["scenario"]
+    trace = scenario["workload"]["trace"] or "a synthetic trace"
+    return (
+        f"{model['layers']} x {model['experts']} experts, top-{model['top_k']}, on {scenario['machine']['profile']}; "
+        f"{data['decode_tokens']:,} tokens of {trace}; predictor {scenario['predictor']['name']}, "
+        f"k = {scenario['prefetch']['k'] or 0}; room for {data['budget_bytes'] / 2**20:,.0f} MiB of experts"
+    )
+
+
+def _shares(data: dict[str, Any], overlapped: dict[str, Any], event: str, outcome: str) -> list[float]:
+    guide = data["event_counts"][event] / data["accesses"]
+    return [guide, guide, overlapped["counts"][outcome] / overlapped["accesses"]]
+
+
+def _ms(value: float) -> str:
+    return f"{value:,.3f} ms"
+
+
+def _times(value: float) -> str:
+    return f"{value:.2f}x"
+
+
+def _percent(value: float) -> str:
+    return f"{value:.1%}"
+
+
 class GuideFigure(NamedTuple):
     """A figure of the guide's table: its key with us and in the overlapped engine, and how it is written."""
 
