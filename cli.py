@@ -150,22 +150,29 @@ def replay(
 
 @app.command()
 def reproduce(
-    table: Annotated[str, typer.Argument(help="The published table to run again.")] = "virtual-memory",
+    tables: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[TABLE]...", help="The published tables to run again; without one, all of them."),
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Run a published table again: ours beside theirs, with a verdict on every row."""
-    from .engine.reproduce import TABLES
-    from .resources.suggest import unknown_name
+    """Run published tables again: ours beside theirs, with a verdict on every row and what contradicts itself.
 
-    if table not in TABLES:
-        raise ValueError(unknown_name("TABLE", table, TABLES))
-    rows = TABLES[table]()
+    \b
+    Examples:
+      prestage reproduce
+      prestage reproduce inference caching
+      prestage reproduce virtual-memory --json
+    """
+    from .engine import reproduce as published
+
+    data = published.reproduce(tables or ())
     if json:
-        _print_json({"table": table, "rows": rows})
+        _print_json({"tables": data})
         return
     from .engine.output.tables import print_reproduction
 
-    print_reproduction(rows)
+    print_reproduction(data)
 
 
 @app.command()

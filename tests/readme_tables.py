@@ -20,7 +20,8 @@ from pathlib import Path
 
 from eviction_tables import layers, policies
 
-from prestage.engine.output.tables import GUIDE_FIGURES, guide_cells
+from prestage.engine.output.tables import GUIDE_FIGURES, figure_cells, figure_columns, guide_cells
+from prestage.engine.reproduce import TABLES as PUBLISHED
 from prestage.engine.reproduce import virtual_memory
 from prestage.engine.scenario import Scenario, ScenarioError, SyntheticSection, load_scenario
 from prestage.engine.simulate import simulate
@@ -141,6 +142,19 @@ def guide() -> str:
     return "\n".join(lines)
 
 
+def reproduce() -> str:
+    """The guide's other tables, published and ours, as `prestage reproduce` has them."""
+    lines = []
+    for name in PUBLISHED:
+        if name == "virtual-memory":
+            continue
+        rows = PUBLISHED[name]()
+        columns = [name.replace("-", " "), *figure_columns(rows)[1:]]
+        lines += ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+        lines += [f"| {' | '.join([row['name'], *figure_cells(row)])} |" for row in rows]
+    return "\n".join(lines[1:])
+
+
 def replay_speed() -> str:
     """The figures of `bench_replay.py`, from a run of it."""
     output = subprocess.run(
@@ -161,6 +175,7 @@ def replay_speed() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "lookahead": lookahead,
     "guide": guide,
+    "reproduce": reproduce,
     "eviction": policies,
     "per-layer": layers,
     "scenario": scenario,

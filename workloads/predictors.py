@@ -309,8 +309,9 @@ class _Mixture:
         """Return how much each part of a context counts, for one of its experts (rows, layers, horizons, parts)."""
         seen = (parts >= 0) & (self._all_uses[*self._at, parts] > 0)
         weight = np.where(seen.any(axis=-1), self._explained, 0.0)
-        weight /= np.maximum(weight.sum(axis=-1, keepdims=True), _TINY)
-        return weight / np.maximum(seen.sum(axis=-1), 1)
+        weight = weight / np.maximum(weight.sum(axis=-1, keepdims=True), _TINY)
+        shared: npt.NDArray[np.float64] = weight / np.maximum(seen.sum(axis=-1), 1)
+        return shared
 
     def learn(self, lessons: Sequence[tuple[Int16s, Int16s]]) -> None:
         """Learn from contexts (rows, layers, horizons, parts, k) and what was used, (rows, layers, horizons, k)."""

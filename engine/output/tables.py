@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -175,7 +175,8 @@ def print_inference(data: dict[str, Any]) -> None:
     for name, values, show in rows:
         table.add_row(name, *map(show, values))
     console.print(table)
-    console.print(Text(f"prefetched before the access: {_share(data['prediction_accuracy'], 1, 2)} of the experts used"))
+    foretold = _share(data["prediction_accuracy"], 1, 2)
+    console.print(Text(f"{foretold} of the experts used were among the guesses prefetched for them"))
 
 
 def _in_words(data: dict[str, Any]) -> str:
@@ -223,17 +224,75 @@ GUIDE_FIGURES = (
     GuideFigure("memory", "memory_utilization", "memory_utilization", "%", 100, 1, "points"),
     GuideFigure("mean latency", "avg_latency_ms", "time_per_access_ms", "ms", 1, 2, "ms"),
 )
-_GUIDE_LEGEND = (
+_LEGEND = (
     "ours: the guide's accounting, prefetches hidden. shared: so, if layers shared experts of one index. "
     "charged: ours with every copy charged. overlapped: ours on one timeline; its latency is the time per access, "
     "computation included. verdict: ours is inside the published range, or how far outside."
 )
 
 
-def print_reproduction(rows: Sequence[dict[str, Any]]) -> None:
-    """Print the guide's configurations: published, in its accounting, with copies charged, overlapped; and why."""
+def print_reproduction(tables: Mapping[str, Sequence[dict[str, Any]]]) -> None:
+    """Print published tables by name, each row beside ours, and why it differs."""
     console = Console()
-    console.print(Text(_GUIDE_LEGEND))
+    console.print(Text(_LEGEND))
+    for name, rows in tables.items():
+        console.print(Text(f"\n{name.replace('-', ' ')}", style="bold underline"))
+        if name == "virtual-memory":
+            _print_configurations(console, rows)
+        else:
+            _print_figures(console, rows)
+
+
+def _print_figures(console: Console, rows: Sequence[dict[str, Any]]) -> None:
+    """Print rows of `reproduce.Row`, or those that have two statements."""
+    table = _table(*figure_columns(rows))
+    for row in rows:
+        table.add_row(row["name"], *figure_cells(row))
+    console.print(table)
+    for row in rows:
+        console.print(Text(f"  {row['name']}: {row['why']}.", style="dim"))
+
+
+def figure_columns(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the columns of a table of figures, the first one's being the name's."""
+    if "statements" in rows[0]:
+        return ["", "stated", "also stated", "apart", "ours"]
+    return ["", "published", "ours", "charged", "overlapped", "verdict"]
+
+
+def figure_cells(row: dict[str, Any]) -> list[str]:
+    """Return a figure: published, ours, with copies charged, overlapped and the verdict; or statements and ours."""
+    unit = row["unit"]
+    if "statements" in row:
+        return [
+            *(_quantity(value, unit) for value in row["statements"]),
+            f"{row['apart']:.3g}x",
+            _quantity(row["ours"], unit),
+        ]
+    published, verdict = row["published"], row["verdict"]
+    ends = dict.fromkeys(_plain(bound, unit, digits=6) for bound in published or ())
+    told = _with_unit("-".join(ends), unit) if ends else "-"
+    values = [_quantity(row[key], unit) for key in ("ours", "charged", "overlapped")]
+    if verdict is None:
+        return [told, *values, "-"]
+    return [told, *values, "inside" if verdict["inside"] else _quantity(verdict["off_by"], unit, "+")]
+
+
+def _quantity(value: float | None, unit: str, sign: str = "") -> str:
+    """Return four digits of a value and its unit; shares are fractions written in percent."""
+    return "-" if value is None else _with_unit(_plain(value, unit, sign), unit)
+
+
+def _plain(value: float, unit: str, sign: str = "", digits: int = 4) -> str:
+    return f"{value * (100 if unit == '%' else 1):{sign}.{digits}g}"
+
+
+def _with_unit(number: str, unit: str) -> str:
+    return f"{number}{'' if unit == 'x' else ' '}{unit}"
+
+
+def _print_configurations(console: Console, rows: Sequence[dict[str, Any]]) -> None:
+    """Print the guide's configurations: published, in its accounting, with copies charged, overlapped; and why."""
     for row in rows:
         console.print(Text(f"\n{row['scenario']}", style="bold"))
         table = _table("", "published", "ours", "shared", "charged", "overlapped", "verdict")
