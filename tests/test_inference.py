@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.patches import Rectangle
 
 import prestage
 from prestage import InferenceConfig, InferenceSimulator, RoutingTrace, synthesize
@@ -178,11 +179,12 @@ def test_the_summary_has_all_three_speedups(capsys: pytest.CaptureFixture[str]) 
 def test_the_pictures_show_every_token_the_memory_and_every_access(tmp_path: Path) -> None:
     simulator = InferenceSimulator(tiny([[0], [1], [0], [2]], slots=2))
     (axes,) = simulator.plot_latency(tmp_path / "latency.png").axes
-    drawn = {line.get_label().split(":")[0]: line.get_ydata() for line in axes.lines}
+    drawn = {str(line.get_label()).split(":")[0]: line.get_ydata() for line in axes.lines}
     for name, values in simulator.token_latencies_ms().items():
         assert np.array_equal(drawn[name], values)
     (axes,) = simulator.plot_hits(tmp_path / "hits.svg").axes
-    widths = [bar.get_width() for bar in axes.patches]  # outcome by outcome, the guide's accounting first
+    # Outcome by outcome, the guide's accounting first.
+    widths = [bar.get_width() for bar in axes.patches if isinstance(bar, Rectangle)]
     split = hit_split(simulator.metrics())
     assert widths == pytest.approx([split[row][outcome] / 4 * 100 for outcome in split["overlapped"] for row in split])
     simulator.plot_memory(tmp_path / "memory.png")

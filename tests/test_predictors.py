@@ -503,6 +503,45 @@ def test_transition_learns_within_a_prompt() -> None:
     assert experts.tolist() == [[-1, -1]] * 5 + [[1, -1], [-1, -1]]
 
 
+def test_context_mixes_what_followed_each_part_by_what_it_explained() -> None:
+    # One layer, top-1, one token back. The parts are nothing, this token's choice, and the last one known at the target
+    # layer, which is the same: the token itself has been through it.
+    trace = decoding([[0], [1], [0], [2], [0], [1], [0], [3]], 4)
+    guesses = make_predictor("context", context=1).guess(trace, plan(trace), 1, 3)
+    experts, shares = guesses.experts[:, 0, 0], guesses.confidences
+    assert shares is not None
+    # Token 1 knows of no finished pair, token 2 of 0 -> 1, token 3 also of 1 -> 0 but of nothing after 2.
+    assert experts[1:4].tolist() == [[-1, -1, -1], [1, -1, -1], [0, 1, -1]]
+    # Token 4, 0: after nothing came 1, 0 and 2, after 0 came 1 and 2. No part foresaw any, so all three weigh 1.
+    assert experts[4].tolist() == [1, 2, 0]
+    assert shares[4, 0, 0] == pytest.approx([4 / 9, 4 / 9, 1 / 9])
+    # That token, 0, was foreseen with 1/3 after nothing alone, for 2 was new: it weighs 2. Then came 1, foreseen with
+    # 1/4 after nothing and 1/2 after 0: 2 x 1/4 and 1 x 1/2 twice, so that each part explains a third of it.
+    assert experts[6].tolist() == [1, 2, 0]
+    mixed = [(7 / 3 * alone + 8 / 3 * after) / 5 for alone, after in ((2 / 5, 2 / 3), (1 / 5, 1 / 3), (2 / 5, 0))]
+    assert shares[6, 0, 0] == pytest.approx(mixed)
+
+
+def test_context_looks_as_far_back_as_it_is_told() -> None:
+    # Seven tokens in ten repeat the one three before; the others, and all else, are chance: 1 of 8.
+    random = np.random.default_rng(0)
+    experts = random.integers(0, 8, 600)
+    for token in np.flatnonzero(random.random(600) < 0.7):
+        experts[token] = experts[token - 3] if token >= 3 else experts[token]
+    trace = decoding(experts[:, None], 8)
+    steps = plan(trace)
+    recalls = [
+        recall_at(make_predictor("context", context=context).guess(trace, steps, 1, 1), trace, steps)[0]
+        for context in (1, 2, 3)
+    ]
+    assert max(recalls[:2]) < 0.25 < 0.6 < recalls[2]
+
+
+def test_context_of_no_tokens_is_refused() -> None:
+    with pytest.raises(ValueError, match="predictor context = 0: must be at least 1"):
+        make_predictor("context", context=0)
+
+
 def test_recorded_repeats_the_traces_predictions() -> None:
     trace, steps = ragged(8)
     trace = replace(trace, present=None)
@@ -571,5 +610,5 @@ def test_real_routing_is_more_predictable_than_chance(traces: Path) -> None:
     # 4 guesses among 32 experts find an eighth by chance.
     trace = RoutingTrace.load(traces / "gpt-oss-20b.npz")
     steps = plan_steps(trace.sequence, trace.phase, tokens=500)
-    for name in ("previous-token", "frequency", "transition"):
+    for name in ("previous-token", "frequency", "transition", "context"):
         assert (recall_at(guess(name, trace, steps, 3, 4), trace, steps) > 1.25 / 8).all()
