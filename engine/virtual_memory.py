@@ -206,8 +206,9 @@ class VirtualMemoryManager:
 
         hit_rate = (prefetch hits + cache hits) / accesses. avg_latency_ms = mean latency of an access.
         memory_utilization = memory in use / limit, weighted by time. prediction_accuracy = accesses whose expert was
-        among the guesses prefetched for them / accesses. speedup = baseline / total latency, the baseline being every
-        access a miss; efficiency = speedup / memory_utilization. `copies_charged` prices the same run, no copy hidden.
+        among the guesses prefetched for them / accesses. speedup = baseline_latency_ms / total latency, the baseline
+        being every access a miss; efficiency = speedup / memory_utilization. `copies_charged` prices the same run, no
+        copy hidden.
         """
         log = self._running()
         counts = Counter(event.event for event in log.events)

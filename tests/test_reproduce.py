@@ -126,13 +126,16 @@ def test_a_trained_predictors_scores_are_read_where_they_are(
     scores = {
         str(n): {"horizons": [{"top1": top1, "recall": {"4": 0.8}}]} for n, top1 in ((1, 0.2), (3, 0.4), (6, 0.3))
     }
-    report = {"gpt-oss-20b contexts": {"context": scores}, "guide": {"training": {"memory_bytes": 2**20}}}
+    sizes = [{"name": "frequency", "memory_bytes": None}, {"name": "learned", "memory_bytes": 2**20}]
+    report = {"gpt-oss-20b contexts": {"context": scores}, "guide": {"predictors": sizes}}
     monkeypatch.setattr(reproduce, "_evaluation", lambda: report)
     rows = named("context-length")
     assert rows["top-1, trained, context 3"]["ours"] == 0.4
     assert rows["best context, trained"]["verdict"]["inside"]
     # 12 x 128 experts of 27 MiB.
-    assert named("memory-overhead")["memory of predictor trained"]["ours"] == pytest.approx(1 / (12 * 128 * 27))
+    overheads = named("memory-overhead")
+    assert overheads["memory of predictor learned"]["ours"] == pytest.approx(1 / (12 * 128 * 27))
+    assert "memory of predictor frequency" not in overheads
 
 
 def test_what_caching_adds_is_one_speedup_over_the_other(

@@ -141,6 +141,13 @@ def test_a_workload_is_a_trace_or_a_synthetic_one(tmp_path: Path, workload: str)
         load_scenario(toml(tmp_path, workload))
 
 
+@pytest.mark.parametrize("setting", ["prefetch.protect=none", "prefetch.issue=before_launch"])
+def test_dropping_what_a_visit_brought_needs_to_know_the_visit(setting: str) -> None:
+    load_scenario("default", ["memory.caching=false"])
+    with pytest.raises(ScenarioError, match=r"memory\.caching = false: needs prefetch\.protect = 'until_target'"):
+        load_scenario("default", ["memory.caching=false", setting])
+
+
 def test_a_file_that_is_not_there_or_not_text_or_not_toml_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ScenarioError, match=r"none\.toml': cannot be read: No such file or directory"):
         load_scenario(tmp_path / "none.toml")
