@@ -105,7 +105,7 @@ class InferenceConfig:
         load_profile(self.profile)
 
     def open_trace(self) -> RoutingTrace | None:
-        """Return the decode tokens to simulate, (num_simulation_tokens, num_layers, k); None if they are to be drawn.
+        """Return the trace, checked against the rest of the configuration; None if it is to be drawn.
 
         Raises TraceError for a file that cannot be read, VirtualMemoryError for a trace of another shape.
         """
@@ -116,27 +116,27 @@ class InferenceConfig:
         for name, given in (("num_layers", trace.layers), ("num_experts", trace.num_experts)):
             if getattr(self, name) != given:
                 raise VirtualMemoryError(f"{name} = {getattr(self, name)}: the trace has {given}: set {name} = {given}")
-        rows = np.flatnonzero(trace.phase == DECODE)
-        if len(rows) < self.num_simulation_tokens:
+        decoded = int((trace.phase == DECODE).sum())
+        if decoded < self.num_simulation_tokens:
             raise VirtualMemoryError(
-                f"num_simulation_tokens = {self.num_simulation_tokens}: the trace has {len(rows)} decode tokens"
+                f"num_simulation_tokens = {self.num_simulation_tokens}: the trace has {decoded} decode tokens"
             )
         return trace
 
     def scenario(self, top_k: int = 1) -> Scenario:
         """Return the scenario of the overlapped run, for a router that takes `top_k` experts."""
         data = load_scenario(_BASE).plain()
-        workload = data["workload"]
+        workload, tokens = data["workload"], int(self.num_simulation_tokens)
         if self.trace is not None:
             path = "a RoutingTrace" if isinstance(self.trace, RoutingTrace) else str(self.trace)
             workload |= {"trace": path, "synthetic": None}
         elif workload["synthetic"] is not None:
-            workload["synthetic"]["tokens"] = self.num_simulation_tokens
-        workload |= {"tokens": self.num_simulation_tokens, "prefill": "skip", "batch": 1}
+            workload["synthetic"]["tokens"] = tokens
+        workload |= {"tokens": tokens, "prefill": "skip", "batch": 1}
         data["model"] = {
             "preset": self.model,
-            "layers": self.num_layers,
-            "experts": self.num_experts,
+            "layers": int(self.num_layers),
+            "experts": int(self.num_experts),
             "top_k": top_k,
             "expert_bytes": round(self.expert_size_mb * _MIB),
         }
@@ -147,17 +147,17 @@ class InferenceConfig:
             "caching": self.enable_caching,
         }
         data["predictor"] |= self._predictor()
-        data["prefetch"] |= {"policy": "top-k", "k": self.prefetch_k, "lookahead": 1}
+        data["prefetch"] |= {"policy": "top-k", "k": int(self.prefetch_k), "lookahead": 1}
         if not self.prefetch_k:
             data["prefetch"] |= {"policy": "none", "k": None}
-        return make_scenario({**data, "seed": self.seed}, "InferenceConfig")
+        return make_scenario({**data, "seed": int(self.seed)}, "InferenceConfig")
 
     def _predictor(self) -> dict[str, Any]:
         keys: dict[str, Any] = {"lane": self.predictor_lane}
         if self.predictor_latency_us is not None:
             keys["latency_us"] = float(self.predictor_latency_us)
         if self.predictor in PREDICTORS:
-            recall, context = float(self.prediction_accuracy), self.context_length
+            recall, context = float(self.prediction_accuracy), int(self.context_length)
             return {**keys, "name": self.predictor, "recall": recall, "context": context}
         return {**keys, "name": "learned", "weights": str(self.predictor)}
 
