@@ -198,8 +198,11 @@ def test_the_pictures_show_every_token_the_memory_and_every_access(tmp_path: Pat
 
 
 def test_numbers_of_numpy_are_numbers() -> None:
-    config = InferenceConfig(num_simulation_tokens=np.int64(5), prefetch_k=np.int32(3), expert_size_mb=np.float64(27))
-    assert config.scenario() == InferenceConfig(num_simulation_tokens=5, prefetch_k=3).scenario()
+    options: dict[str, Any] = {"num_simulation_tokens": np.int64(5), "prefetch_k": np.int32(3)}
+    assert (
+        InferenceConfig(**options, expert_size_mb=np.float64(27)).scenario()
+        == InferenceConfig(num_simulation_tokens=5, prefetch_k=3).scenario()
+    )
 
 
 def test_it_is_imported_from_the_package() -> None:
