@@ -207,7 +207,7 @@ def inference() -> list[dict[str, Any]]:
     profile = load_profile(_PROFILE)
     rows = []
     workloads = [*_workloads()]
-    if _shipped("guide-predictor.safetensors") is not None:
+    if _ships("guide-predictor"):
         workload, config = workloads[-1]
         workloads.append((workload, replace(config, predictor="guide-predictor")))
     for workload, config in workloads:
@@ -351,15 +351,13 @@ def contradictions() -> list[dict[str, Any]]:
 def _workloads() -> Iterator[tuple[str, InferenceConfig]]:
     """Yield the workloads of the inference tables: the guide scenarios', and routing recorded from our own model."""
     yield "the synthetic trace", InferenceConfig(prediction_accuracy=ACCURACY)
-    recorded = _shipped("guide.safetensors")
-    if recorded is not None:
-        yield "recorded routing", InferenceConfig(prediction_accuracy=ACCURACY, trace=recorded)
+    if _ships("guide"):
+        yield "recorded routing", InferenceConfig(prediction_accuracy=ACCURACY, trace="guide")
 
 
-def _shipped(name: str) -> str | None:
-    """Return the path of a file of workloads/data; None where it is not there."""
-    path = resources.files("prestage") / "workloads" / "data" / name
-    return str(path) if path.is_file() else None
+def _ships(name: str) -> bool:
+    """Whether a trace or weights of this name come with the package."""
+    return (resources.files("prestage") / "workloads" / "data" / f"{name}.safetensors").is_file()
 
 
 def _ran(config: InferenceConfig) -> dict[str, Any]:
