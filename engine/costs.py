@@ -1,47 +1,90 @@
 """What each piece of one run takes, in ns: the machine's profile applied to a model's shapes.
 
-Measured points are used as they stand. A shape or a number of tokens that was not measured is estimated by the
-profile's rule, and every estimate in use is named in `estimates`, which goes into the result.
+Measured points are used as they stand, and straight lines between them. A shape that was not measured, or more
+tokens than were, is estimated by the profile's rule, and every estimate in use is named in `estimates`, which goes into
+the result.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import NamedTuple
 
-from ..resources.profile import ExpertPoint, Profile, ProfileError, TransferCost
+from ..resources.lane import Lags
+from ..resources.profile import ComputeCosts, CopyCosts, ExpertPoint, HostCosts, KernelPoint, Profile, ProfileError
 from ..workloads.model import Model
 from .scenario import Scenario
 
 
 @dataclass(frozen=True, slots=True)
 class KernelCost:
-    """One launch group: its duration on a quiet GPU, the factor beside a copy, and how many launches it takes."""
+    """One launch group: its duration on a quiet GPU, the factor beside a copy, its launches and the host's time.
+
+    `latency_ns` is from the return of the host's last call to the start on an idle lane; it may be below 0.
+    """
 
     ns: int
     slowdown: float
     launches: int
+    host_ns: int
+    latency_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class CopyCost:
-    """One expert's copy, in `pieces` equal pieces: its duration queued and on an idle engine, whole and by piece."""
+    """One expert's copy, in `pieces` equal pieces: its duration queued and on an idle engine, whole and by piece.
+
+    `host_ns` is what enqueuing all of it takes the host.
+    """
 
     queued_ns: int
     alone_ns: int
     piece_queued_ns: int
     piece_alone_ns: int
     pieces: int
+    host_ns: int
+
+
+class ByTokens(dict[int, KernelCost]):
+    """What something costs over so many tokens, asked for once."""
+
+    def __init__(self, cost: Callable[[int], KernelCost]) -> None:
+        super().__init__()
+        self._cost = cost
+
+    def __missing__(self, tokens: int) -> KernelCost:
+        cost = self[tokens] = self._cost(tokens)
+        return cost
+
+
+#: Matrix products of a layer's dense part as it is measured; the rest of its kernels are small.
+DENSE_PRODUCTS = 4
+
+
+class _Point(NamedTuple):
+    """A measured kernel group at so many tokens."""
+
+    tokens: int
+    ns: int
+    beside_copy_ns: int
+    latency_ns: int
 
 
 class Costs:
-    """The costs of one run; every method is a table look-up after the first call."""
+    """The costs of one run; every method is a table look-up after the first call.
 
-    def __init__(self, model: Model, profile: Profile, scenario: Scenario) -> None:
+    `timed`: every kernel group and copy is timed, as in an execution: the host puts an event before it too.
+    """
+
+    def __init__(self, model: Model, profile: Profile, scenario: Scenario, *, timed: bool = False) -> None:
         self._model = model
         self._rule = profile.compute.rule
         self._mode = scenario.dispatch.mode
         self._chunk_bytes = scenario.copy_.chunk_bytes
+        self._by_priority = scenario.copy_.discipline == "priority"
         # By layer and tokens; the head stands behind the dense part of the last layer.
         self._experts: list[dict[int, KernelCost]] = [{} for _ in range(model.layers)]
         self._dense: list[dict[int, KernelCost]] = [{} for _ in range(model.layers + 1)]
@@ -52,32 +95,109 @@ class Costs:
             raise ProfileError(f"copy.host_memory = {memory!r}: profile {profile.name} has {known} only")
         h2d = profile.h2d[memory]
         self.copies_hold_host = memory == "pageable"
-        self.copy_gap_ns = h2d.gap.ns
-        self.copies = [self._copy(h2d.alone, h2d.queued, size) for size in model.expert_bytes]
-        self.readback_ns = profile.d2h.alone.ns(0)
+        self.copy_slowdown = profile.contention.copy_beside_compute.factor if profile.contention else 1.0
+        self.copies_take_turns = profile.contention is not None and profile.contention.copies_take_turns
         self.predict_ns = round(scenario.predictor.latency_us * 1000)
-        free = self._mode == "free"
-        graph = self._mode == "graph"
-        self.kernel_gap_ns = 0 if free else (profile.compute.graph_gap if graph else profile.compute.eager_gap).ns
-        self.launch_ns = 0 if free else (profile.host.graph_launch if graph else profile.host.launch).ns
-        self.enqueue_ns = 0 if free else profile.host.copy_enqueue.ns
-        self.synchronize_ns = 0 if free else profile.host.synchronize.ns
-        self._point_mode: Literal["eager", "graph"] = "eager" if self._mode == "eager" else "graph"
-        self._points = {(p.hidden, p.expert_ff, p.dtype, p.dispatch, p.tokens): p for p in profile.compute.experts}
+        self._set_host_costs(profile.host, records=2 if timed else 1)
+        self.copies: Sequence[CopyCost] = [self._copy(h2d, size) for size in model.expert_bytes]
+        self._set_lags(profile, h2d)
+        self._set_readback(profile)
+        self.copy_latency_ns = 0 if self._mode == "free" else h2d.launch_latency.ns
+        self._set_measured(profile.compute)
 
-    def _copy(self, alone: TransferCost, queued: TransferCost, size_bytes: int) -> CopyCost:
-        pieces = -(-size_bytes // self._chunk_bytes) if self._chunk_bytes else 1
+    def _set_lags(self, profile: Profile, h2d: CopyCosts) -> None:
+        """Set how long the lanes take from a cause to a start; where dispatch is free, only copies have gaps."""
+        compute, gap_ns = profile.compute, h2d.gap.ns
+        if self._mode == "free":
+            self.kernel_lags, self.copy_lags = Lags(), Lags(gap_ns, gap_ns)
+            return
+        gap = compute.graph_gap if self._mode == "graph" else compute.eager_gap
+        wait, latency = compute.event_wait_gap, compute.launch_latency
+        longer_ns = 0 if latency.beside_copy_ns is None else latency.beside_copy_ns - latency.ns
+        self.kernel_lags = Lags(gap.ns, gap.disturbed_ns, wait.ns, wait.disturbed_ns, longer_ns)
+        if self._by_priority:  # the host enqueues a copy when it has noticed the end of the one before
+            gap_ns = max(0, self.synchronize_ns + self._enqueue_ns + self._records_ns + h2d.launch_latency.ns)
+        self.copy_lags = Lags(gap_ns, gap_ns, h2d.event_wait_gap.ns, h2d.event_wait_gap.ns)
+
+    def _set_readback(self, profile: Profile) -> None:
+        """Set what the choice takes to the host, quiet and beside copies, and where it is asked for late."""
+        readback, late = profile.host.readback, profile.host.readback_late
+        self.readback_ns = profile.d2h.alone.ns(0) if readback is None else readback.ns
+        self.readback_slowdown = 1.0
+        if readback is not None and readback.ns:
+            self.readback_slowdown = readback.disturbed_ns / readback.ns
+        self.readback_latency_ns = 0 if late is None or self._mode == "free" else late.ns - self.readback_ns
+
+    def _set_host_costs(self, host: HostCosts, records: int) -> None:
+        """Set what the host thread's calls take; `records` events go with every kernel group and every copy."""
+        free, eager = self._mode == "free", self._mode == "eager"
+        launch = host.launch if eager else host.graph_launch
+        self.launch_ns = 0 if free else launch.ns
+        self._product_launch_ns = {
+            dtype: 0 if free else product.ns for dtype, product in host.product_launches.items() if eager
+        }
+        self._records_ns = 0 if free else records * host.event_record.ns
+        self.wait_ns = 0 if free else host.event_wait.ns
+        self._enqueue_ns = 0 if free else host.copy_enqueue.ns
+        readback = host.readback_enqueue or host.copy_enqueue
+        self.readback_enqueue_ns = 0 if free else readback.ns + host.event_record.ns
+        self.resume_ns = 0 if free else host.resume.ns
+        self.copy_resume_ns = 0 if free else host.copy_resume.ns
+        self.synchronize_ns = 0 if free else host.synchronize.ns
+        self.synchronize_beside_copy_ns = 0 if free else host.synchronize.disturbed_ns
+
+    def _set_measured(self, compute: ComputeCosts) -> None:
+        """Pick out the measured points of this model's shapes, by their size: inner width, or weight bytes."""
+        model = self._model
+        self._latency_ns = 0 if self._mode == "free" else compute.launch_latency.ns
+        dispatch = "eager" if self._mode == "eager" else "graph"
+        self._expert_points: dict[int, list[_Point]] = {}
+        for expert in compute.experts:
+            if (expert.hidden, expert.dtype, expert.dispatch) == (model.hidden, model.expert_dtype, dispatch):
+                self._expert_points.setdefault(expert.expert_ff, []).append(self._point(expert))
+        self._dense_points = self._of_weights(compute.dense, dispatch, model.dense_kernels)
+        self._head_points = self._of_weights(compute.heads, dispatch, 1)
+        for table in (self._expert_points, self._dense_points, self._head_points):
+            for points in table.values():
+                points.sort()
+
+    def _of_weights(self, measured: Iterable[KernelPoint], dispatch: str, kernels: int) -> dict[int, list[_Point]]:
+        shape = (self._model.hidden, self._model.dense_dtype, dispatch, kernels)
+        points: dict[int, list[_Point]] = {}
+        for kernel in measured:
+            # What attention adds with the context is measured, but no cost here grows with it yet.
+            if (kernel.hidden, kernel.dtype, kernel.dispatch, kernel.kernels) == shape and not kernel.context:
+                points.setdefault(kernel.weight_bytes, []).append(self._point(kernel))
+        return points
+
+    def _point(self, kernel: ExpertPoint | KernelPoint) -> _Point:
+        latency_ns = self._latency_ns if kernel.launch_latency_ns is None else kernel.launch_latency_ns
+        return _Point(kernel.tokens, kernel.ns, kernel.beside_copy_ns, 0 if self._mode == "free" else latency_ns)
+
+    def _copy(self, h2d: CopyCosts, size_bytes: int) -> CopyCost:
+        pieces = pieces_of(size_bytes, self._chunk_bytes)
         piece_bytes = -(-size_bytes // pieces)
-        queued_ns, alone_ns = queued.ns(piece_bytes), alone.ns(piece_bytes)
-        rest_ns = (pieces - 1) * (queued_ns + self.copy_gap_ns)
-        return CopyCost(queued_ns + rest_ns, alone_ns + rest_ns, queued_ns, alone_ns, pieces)
+        alone_ns = h2d.alone.ns(piece_bytes)
+        queued_ns = alone_ns if self._by_priority else h2d.queued.ns(piece_bytes)
+        rest_ns = (pieces - 1) * (queued_ns + h2d.gap.ns)
+        # By priority, every piece is enqueued by itself and has its own events.
+        records = pieces if self._by_priority else 1
+        host_ns = pieces * self._enqueue_ns + records * self._records_ns
+        return CopyCost(queued_ns + rest_ns, alone_ns + rest_ns, queued_ns, alone_ns, pieces, host_ns)
+
+    def by_layer(self) -> tuple[list[ByTokens], list[ByTokens]]:
+        """Return what each layer's dense part, and an expert of it, takes by tokens."""
+        layers = range(self._model.layers)
+        dense = [ByTokens(partial(self.dense, layer)) for layer in layers]
+        return dense, [ByTokens(partial(self.expert, layer)) for layer in layers]
 
     def dense(self, layer: int, tokens: int) -> KernelCost:
         """Return the dense part of one layer over `tokens` tokens."""
         cost = self._dense[layer].get(tokens)
         if cost is None:
-            model = self._model
-            cost = self._by_rule("dense part", model.dense_bytes[layer], tokens, model.dense_kernels)
+            size, kernels = self._model.dense_bytes[layer], self._model.dense_kernels
+            products = min(DENSE_PRODUCTS, kernels)
+            cost = self._kernel("dense part", self._dense_points.get(size, ()), size, tokens, kernels, products)
             self._dense[layer][tokens] = cost
         return cost
 
@@ -85,14 +205,20 @@ class Costs:
         """Return the head over `tokens` tokens."""
         cost = self._dense[-1].get(tokens)
         if cost is None:
-            cost = self._dense[-1][tokens] = self._by_rule("head", self._model.head_bytes, tokens, 1)
+            size = self._model.head_bytes
+            cost = self._kernel("head", self._head_points.get(size, ()), size, tokens, 1, 1)
+            self._dense[-1][tokens] = cost
         return cost
 
     def expert(self, layer: int, tokens: int) -> KernelCost:
         """Return one expert's kernels over `tokens` tokens."""
         cost = self._experts[layer].get(tokens)
         if cost is None:
-            cost = self._experts[layer][tokens] = self._expert(layer, tokens)
+            model = self._model
+            size, kernels = model.expert_bytes[layer], model.expert_kernels
+            products = min(model.expert_matrices, kernels)
+            points = self._expert_points.get(model.expert_ff, ())
+            cost = self._experts[layer][tokens] = self._kernel("expert", points, size, tokens, kernels, products)
         return cost
 
     def most_launches(self, tokens: int) -> int:
@@ -101,50 +227,84 @@ class Costs:
         experts = min(model.experts, tokens * model.top_k)
         return self._launches(model.dense_kernels) + experts * self._launches(model.expert_kernels) + 2
 
-    def _expert(self, layer: int, tokens: int) -> KernelCost:
-        model = self._model
-        launches = self._launches(model.expert_kernels)
-        point = self._point(tokens)
-        if point is not None:
-            return KernelCost(point.ns, point.beside_copy_ns / point.ns, launches)
-        rule = self._by_rule("expert", model.expert_bytes[layer], tokens, model.expert_kernels)
-        one = self._point(1)
-        if one is None:
-            return rule
-        # Measured at one token only: keep the measurement and add what the rule says more tokens cost.
-        more_ns = rule.ns - self._by_rule("expert", model.expert_bytes[layer], 1, model.expert_kernels).ns
-        return KernelCost(one.ns + more_ns, one.beside_copy_ns / one.ns, launches)
-
     def grouped(self, layer: int, tokens: list[int]) -> KernelCost:
         """Return one grouped kernel over several experts: their sum, with the rule's constant paid once."""
         costs = [self.expert(layer, count) for count in tokens]
         ns = sum(cost.ns for cost in costs) - (len(costs) - 1) * self._rule.constant_ns
         ns = max(ns, max(cost.ns for cost in costs))
         self.estimates["grouped expert kernel"] = "the experts' sum, the rule's constant paid once"
-        return KernelCost(ns, max(cost.slowdown for cost in costs), costs[0].launches)
+        return KernelCost(ns, max(cost.slowdown for cost in costs), costs[0].launches, costs[0].host_ns)
 
     @property
     def slowed_beside_copies(self) -> bool:
-        """Whether this machine's kernels take longer beside a copy."""
-        return self._rule.beside_copy_factor > 1 or any(p.beside_copy_ns > p.ns for p in self._points.values())
+        """Whether this machine's kernels take longer beside a copy, or start later."""
+        tables = (self._expert_points, self._dense_points, self._head_points)
+        measured = (point for table in tables for points in table.values() for point in points)
+        return (
+            self._rule.beside_copy_factor > 1
+            or self.kernel_lags.gap_disturbed_ns > self.kernel_lags.gap_ns
+            or any(point.beside_copy_ns > point.ns for point in measured)
+        )
 
-    def _point(self, tokens: int) -> ExpertPoint | None:
-        model = self._model
-        return self._points.get((model.hidden, model.expert_ff, model.expert_dtype, self._point_mode, tokens))
+    def _kernel(
+        self, what: str, points: Sequence[_Point], size: int, tokens: int, kernels: int, products: int
+    ) -> KernelCost:
+        """Return a group of `kernels`, of which `products` multiply `size` bytes of weights.
 
-    def _by_rule(self, what: str, weight_bytes: int, tokens: int, kernels: int) -> KernelCost:
+        Measured, or between two measured; fewer tokens than were measured cost as much as the fewest, more cost what
+        the rule says they add. A graph is one for each power of two of tokens, and runs at the next one.
+        """
+        if self._mode == "graph":
+            tokens = token_bucket(tokens)
+        latency_ns = self._latency_ns
+        if not points:
+            ns, beside_ns = self._by_rule(what, size, tokens)
+        elif tokens > points[-1].tokens:
+            last = points[-1]
+            more_ns = self._by_rule(what, size, tokens)[0] - self._by_rule(what, size, last.tokens)[0]
+            ns, latency_ns = last.ns + more_ns, last.latency_ns
+            beside_ns = ns * last.beside_copy_ns / last.ns
+        else:
+            ns, beside_ns, latency_ns = _between(points, tokens)
+        launches, host_ns = 1, self.launch_ns + self._records_ns
+        if self._mode == "eager":
+            dtype = self._model.expert_dtype if what == "expert" else self._model.dense_dtype
+            product_ns = self._product_launch_ns.get(dtype, self.launch_ns)
+            launches = kernels
+            host_ns = self._records_ns + products * product_ns + (kernels - products) * self.launch_ns
+        return KernelCost(round(ns), beside_ns / ns if ns else 1.0, launches, host_ns, latency_ns)
+
+    def _by_rule(self, what: str, weight_bytes: int, tokens: int) -> tuple[float, float]:
+        """Return what the profile's rule says of kernels, quiet and beside a copy, in ns; and name the estimate."""
         rule = self._rule
         dtype_bits = self._model.dtype_bits("expert" if what == "expert" else "dense")
         flops = 2 * tokens * (weight_bytes * 8 / dtype_bits)
-        moved_ns = weight_bytes * 1e9 / rule.bytes_per_second
-        part_ns = max(moved_ns, flops * 1e9 / rule.flops_per_second)
-        ns = rule.constant_ns + round(part_ns)
-        beside_ns = rule.constant_ns + part_ns * rule.beside_copy_factor
+        part_ns = max(weight_bytes * 1e9 / rule.bytes_per_second, flops * 1e9 / rule.flops_per_second)
         self.estimates[what] = (
             f"{rule.constant_ns} ns + max(weight bytes / {rule.bytes_per_second} B/s, "
             f"2 x weights x tokens / {rule.flops_per_second} FLOP/s) ({rule.source})"
         )
-        return KernelCost(ns, beside_ns / ns if ns else 1.0, self._launches(kernels))
+        return rule.constant_ns + part_ns, rule.constant_ns + part_ns * rule.beside_copy_factor
 
     def _launches(self, kernels: int) -> int:
         return kernels if self._mode == "eager" else 1
+
+
+def token_bucket(tokens: int) -> int:
+    """Return the tokens of the CUDA graph that serves so many: the next power of two."""
+    return 1 << (tokens - 1).bit_length()
+
+
+def pieces_of(size_bytes: int, chunk_bytes: int) -> int:
+    """Return in how many pieces of at most `chunk_bytes` a copy is made; 0 stands for one piece of any size."""
+    return -(-size_bytes // chunk_bytes) if chunk_bytes else 1
+
+
+def _between(points: Sequence[_Point], tokens: int) -> tuple[float, float, int]:
+    """Return duration, duration beside a copy and latency, in ns, on a straight line between the measured neighbors."""
+    at = bisect_left(points, (tokens,))
+    after = points[at]
+    before = points[at - 1] if at else after
+    share = (tokens - before.tokens) / (after.tokens - before.tokens) if at else 0.0
+    _, ns, beside_ns, latency_ns = (low + share * (high - low) for low, high in zip(before, after, strict=True))
+    return ns, beside_ns, round(latency_ns)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 from array import array
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,7 @@ from ..resources.lane import Completion, CoupledLane, FifoLane, PriorityLane, Wo
 from ..resources.timeline import DEMAND, DENSE, EXPERT, HEAD, LAUNCH, PREDICT, PREFETCH, READBACK, Timeline
 from ..workloads.batches import Step
 from .costs import Costs, KernelCost
-from .dispatch import Visit
+from .dispatch import Visit, launch_order
 from .memory_manager import Admission, MemoryManager
 from .policies.prefetch import Gauge
 from .scenario import Scenario
@@ -67,13 +67,13 @@ def decode(
         gauge.now_ns = lambda: decoder.now_ns
         gauge.backlog_ns = decoder.backlog_ns
     env.process(decoder.host())
-    with _collector_off():
+    with collector_off():
         env.run()
     return decoder.recorded()
 
 
 @contextmanager
-def _collector_off() -> Iterator[None]:
+def collector_off() -> Iterator[None]:
     """Switch the garbage collector off: a run makes no cycles, and walking its many small objects costs a third."""
     was_on = gc.isenabled()
     gc.disable()
@@ -84,7 +84,69 @@ def _collector_off() -> Iterator[None]:
             gc.enable()
 
 
+def add_lanes(timeline: Timeline, discipline: str) -> dict[str, int]:
+    """Add the lanes of one GPU under a copy discipline and return their numbers by name."""
+    number = {
+        "host": timeline.add_lane("host", "host", "host thread"),
+        "predictor": timeline.add_lane("gpu0", "predictor", "predictor (side stream)"),
+        "d2h": timeline.add_lane("gpu0", "d2h", "copy engine D2H"),
+        "h2d": timeline.add_lane("gpu0", "h2d", "copy engine H2D"),
+    }
+    if discipline == "two_streams":
+        number["prefetch"] = timeline.add_lane("gpu0", "h2d", "copy engine H2D, prefetch stream")
+    number["compute"] = timeline.add_lane("gpu0", "compute", "compute stream")
+    return number
+
+
 class _Decoder:
+    # Python keeps thirty attributes of an object at hand; there are more, and the loop reads them all the time.
+    __slots__ = (
+        "_access_copies",
+        "_access_counts",
+        "_access_tokens",
+        "_arriving",
+        "_assigned_bytes",
+        "_budget_bytes",
+        "_busy_since_ns",
+        "_choice_known_ns",
+        "_compute",
+        "_copies_hold_host",
+        "_copy_costs",
+        "_copy_slowdown",
+        "_costs",
+        "_coupled",
+        "_d2h",
+        "_dense_costs",
+        "_depth",
+        "_env",
+        "_expert_costs",
+        "_experts",
+        "_grouped",
+        "_h2d",
+        "_host",
+        "_launched",
+        "_launched_count",
+        "_manager",
+        "_predicting",
+        "_prefetch_first",
+        "_prefetch_lane",
+        "_priority",
+        "_queued",
+        "_read",
+        "_resident_first",
+        "_rooms_split",
+        "_scenario",
+        "_side",
+        "_steps",
+        "_submit_kernel",
+        "_timeline",
+        "_visit",
+        "_visits",
+        "_wait_ns",
+        "_watch_queue",
+        "now_ns",
+    )  # fmt: skip
+
     def __init__(
         self,
         env: simpy.Environment,
@@ -99,9 +161,9 @@ class _Decoder:
         self._env = env
         self._visits = visits
         self._steps = steps
-        self._layers = layers
         self._manager = manager
         self._costs = costs
+        self._dense_costs, self._expert_costs = costs.by_layer()
         self._scenario = scenario
         self._timeline = Timeline()
         self._access_counts, self._access_copies, self._access_tokens = array("i"), array("i"), array("i")
@@ -109,8 +171,9 @@ class _Decoder:
         self.now_ns = 0  # the host thread's own clock; it meets SimPy's at every choice
         self._launched: deque[tuple[Completion, int]] = deque()
         self._launched_count = 0
-        # The last that touched the room of each copy: the copy itself, then the kernels that read it.
-        self._touched: dict[int, Completion] = {}
+        # The end of each copy, until a kernel reads it; then that of its last reader.
+        self._arriving: dict[int, Completion] = {}
+        self._read: dict[int, Completion] = {}
         self._queued: dict[int, Work] = {}  # priority discipline only: copies by number
         self._visit = -1  # the visit being dispatched
         self._busy_since_ns = 0
@@ -124,7 +187,7 @@ class _Decoder:
         self._watch_queue = not scenario.dispatch.router_readback or most > self._depth
         self._grouped = scenario.dispatch.expert_kernel == "grouped"
         self._predicting = prefetching and costs.predict_ns > 0 and scenario.predictor.lane != "free"
-        self._launch_ns, self._enqueue_ns = costs.launch_ns, costs.enqueue_ns
+        self._wait_ns = costs.wait_ns
         self._copy_costs = costs.copies
         self._copies_hold_host = costs.copies_hold_host
         self._priority: PriorityLane | None = None
@@ -135,55 +198,54 @@ class _Decoder:
     def _make_lanes(self) -> None:
         """Make one lane for each thing that is busy by itself, coupled where one slows another down."""
         env, timeline, costs, copy = self._env, self._timeline, self._costs, self._scenario.copy_
-        number = {
-            "host": timeline.add_lane("host", "host", "host thread"),
-            "predictor": timeline.add_lane("gpu0", "predictor", "predictor (side stream)"),
-            "d2h": timeline.add_lane("gpu0", "d2h", "copy engine D2H"),
-            "h2d": timeline.add_lane("gpu0", "h2d", "copy engine H2D"),
-        }
-        if copy.discipline == "two_streams":
-            number["prefetch"] = timeline.add_lane("gpu0", "h2d", "copy engine H2D, prefetch stream")
-        number["compute"] = timeline.add_lane("gpu0", "compute", "compute stream")
-        gap_ns = costs.copy_gap_ns
+        number = add_lanes(timeline, copy.discipline)
+        kernels, copies = costs.kernel_lags, costs.copy_lags
         self._host = number["host"]
         self._side = FifoLane(timeline, number["predictor"])
-        self._d2h = FifoLane(timeline, number["d2h"])
+        self._d2h: _Lane = FifoLane(timeline, number["d2h"])
         self._compute: _Lane
         self._h2d: _Lane
         self._prefetch_lane: _Lane
-        contended = copy.contention and costs.slowed_beside_copies
+        self._copy_slowdown = costs.copy_slowdown if copy.contention else 1.0
+        contended = copy.contention and (costs.slowed_beside_copies or self._copy_slowdown > 1)
         if copy.discipline == "fifo" and not contended:
-            self._h2d = self._prefetch_lane = FifoLane(timeline, number["h2d"], gap_ns)
-            self._compute = FifoLane(timeline, number["compute"], costs.kernel_gap_ns)
+            self._h2d = self._prefetch_lane = FifoLane(timeline, number["h2d"], copies)
+            self._compute = FifoLane(timeline, number["compute"], kernels)
             return
         if copy.discipline == "priority":
-            queue = PriorityLane(env, timeline, number["h2d"], gap_ns)
+            queue = PriorityLane(env, timeline, number["h2d"], copies)
             queue.is_stale = self._is_stale
             self._priority = queue
             copy_lanes: list[CoupledLane] = [queue]
         else:
             names = ["h2d", "prefetch"] if copy.discipline == "two_streams" else ["h2d"]
-            copy_lanes = [CoupledLane(env, timeline, number[name], gap_ns) for name in names]
+            copy_lanes = [CoupledLane(env, timeline, number[name], copies) for name in names]
         for lane in copy_lanes:
-            lane.sharing = [other for other in copy_lanes if other is not lane]
+            others = [other for other in copy_lanes if other is not lane]
+            lane.turns, lane.sharing = (others, []) if costs.copies_take_turns else ([], others)
         self._h2d, self._prefetch_lane = copy_lanes[0], copy_lanes[-1]
         if contended:
-            compute = CoupledLane(env, timeline, number["compute"], costs.kernel_gap_ns)
+            compute = CoupledLane(env, timeline, number["compute"], kernels)
             compute.disturbers = copy_lanes
-            couple([*copy_lanes, compute])
+            for lane in copy_lanes:
+                lane.disturbers = [compute]
+            readbacks = CoupledLane(env, timeline, number["d2h"])
+            readbacks.disturbers = copy_lanes
+            self._d2h = readbacks
+            couple([*copy_lanes, compute, readbacks])
             self._compute = compute
         else:
             couple(copy_lanes)
-            self._compute = FifoLane(timeline, number["compute"], costs.kernel_gap_ns)
+            self._compute = FifoLane(timeline, number["compute"], kernels)
 
     def host(self) -> Generator[simpy.Event, Any, None]:
         """Dispatch every step: the dense part, the choice, copies and experts of each layer, then the head."""
         env, costs, settings = self._env, self._costs, self._scenario.dispatch
         for step in self._steps:
             tokens = len(step.rows)
-            for layer in range(self._layers):
+            for layer, dense_costs in enumerate(self._dense_costs):
                 self._visit += 1
-                dense = costs.dense(layer, tokens)
+                dense = dense_costs[tokens]
                 if self._watch_queue:
                     yield from self._wait_for_queue(dense.launches)
                 chosen = self._launch(dense, DENSE)
@@ -192,7 +254,9 @@ class _Decoder:
                     if not isinstance(chosen, int):
                         chosen = yield from wait_for(env, chosen)
                     known_ns = chosen if chosen > self.now_ns else self.now_ns
-                    self.now_ns = self._busy_since_ns = known_ns + costs.synchronize_ns
+                    self.now_ns = self._busy_since_ns = known_ns + (
+                        self._synchronize_ns() if self._coupled else costs.synchronize_ns
+                    )
                     if self._watch_queue:
                         self._launched.clear()
                         self._launched_count = 0
@@ -201,6 +265,9 @@ class _Decoder:
                     yield env.timeout(self.now_ns - env.now)
                 visit = next(self._visits)
                 self._choice_known_ns.append(self.now_ns)
+                if settings.router_readback:
+                    copies_first = visit.waves and visit.waves[0].admitted
+                    self.now_ns += costs.copy_resume_ns if copies_first else costs.resume_ns
                 self._assigned_bytes.append(visit.assigned_bytes)
                 self._budget_bytes.append(visit.budget_bytes)
                 self._access_counts.append(len(visit.accesses.experts))
@@ -235,13 +302,14 @@ class _Decoder:
     ) -> Completion:
         """Launch a group of kernels; several count as one piece of work, as late as their last launch demands."""
         ns, launches = cost.ns, cost.launches
-        issued_ns = self.now_ns + self._launch_ns
+        issued_ns = self.now_ns + cost.host_ns
         if launches > 1:
-            last_ns = self.now_ns + launches * self._launch_ns
-            self.now_ns = last_ns
-            issued_ns = max(issued_ns, last_ns - ns * (launches - 1) // launches)
+            first_ns = self.now_ns + cost.host_ns // launches
+            self.now_ns = issued_ns
+            issued_ns = max(first_ns, issued_ns - ns * (launches - 1) // launches)
         else:
             self.now_ns = issued_ns
+        issued_ns += cost.latency_ns
         end = self._submit_kernel(ns, ns, issued_ns, after, kind, expert, self._visit, copy, cost.slowdown)
         if self._watch_queue:
             self._launched.append((end, launches))
@@ -258,10 +326,17 @@ class _Decoder:
 
     def _read_back(self, dense: Completion) -> Completion:
         """Enqueue the copy of the router's choice to the host; the host is idle until it has come."""
-        self.now_ns += self._costs.enqueue_ns
+        costs = self._costs
+        self.now_ns += costs.readback_enqueue_ns
         self._end_busy()
-        ns = self._costs.readback_ns
-        return self._d2h.submit(ns, ns, self.now_ns, dense, READBACK, -1, self._visit)
+        ns, issued_ns = costs.readback_ns, self.now_ns + costs.readback_latency_ns
+        return self._d2h.submit(ns, ns, issued_ns, dense, READBACK, -1, self._visit, slowdown=costs.readback_slowdown)
+
+    def _synchronize_ns(self) -> int:
+        """Return how long the host takes to notice that the choice has come, which just has."""
+        if isinstance(self._d2h, CoupledLane) and self._d2h.disturbed:
+            return self._costs.synchronize_beside_copy_ns
+        return self._costs.synchronize_ns
 
     def _end_busy(self) -> None:
         """Record the host thread's work since it last began as one span."""
@@ -274,62 +349,53 @@ class _Decoder:
 
     def _serve(self, visit: Visit, chosen: Completion) -> Generator[simpy.Event, Any, None]:
         """Enqueue the demand copies of each wave, launch its experts behind them, and prefetch."""
-        layer, touched, cost_of = visit.layer, self._touched, self._costs.expert
+        arriving, read, costs = self._arriving, self._read, self._expert_costs[visit.layer]
         for wave in visit.waves:
-            copies = wave.found
             if self._priority is not None:
-                self._promote(self._priority, copies, visit.number)
-            if wave.admitted:
-                copies = copies.copy()
-                for admission in wave.admitted:
-                    copies[admission.expert] = admission.copy
-                    end = self._copy(self._h2d, admission, DEMAND, 0, visit.number)
-                    if self._copies_hold_host:
-                        yield from self._hold(end)
+                self._promote(self._priority, wave.found, visit.number)
+            for admission in wave.admitted:
+                end = self._copy(self._h2d, admission, DEMAND, 0, visit.number)
+                if self._copies_hold_host:
+                    yield from self._hold(end)
             if self._prefetch_first and wave is visit.waves[-1]:
                 yield from self._prefetch(visit, chosen)
+            served = launch_order(visit, wave, self._resident_first)
             if self._grouped:
-                yield from self._launch_grouped(visit, copies)
+                yield from self._launch_grouped(visit.layer, served)
                 continue
-            served: Iterable[tuple[int, int]] = zip(visit.accesses.experts, visit.accesses.tokens, strict=True)
-            if self._resident_first and wave.admitted:
-                served = sorted(served, key=lambda access: access[0] not in wave.found)
-            for expert, tokens in served:
-                copy = copies.get(expert)
-                if copy is None:
-                    continue  # another wave's
-                cost = cost_of(layer, tokens)
+            for expert, tokens, copy in served:
+                cost = costs[tokens]
                 if self._watch_queue:
                     yield from self._wait_for_queue(cost.launches)
-                touched[copy] = self._launch(cost, EXPERT, touched.get(copy, 0), expert, copy)
+                bytes_there = self._wait_for_bytes(copy) if copy in arriving else 0
+                read[copy] = self._launch(cost, EXPERT, bytes_there, expert, copy)
                 self._access_copies.append(copy)
                 self._access_tokens.append(tokens)
         if (visit.prefetches or self._predicting) and not (self._prefetch_first and visit.waves):
             yield from self._prefetch(visit, chosen)
 
-    def _launch_grouped(self, visit: Visit, copies: dict[int, int]) -> Generator[simpy.Event, Any, None]:
-        """Launch one kernel for all experts of a wave, behind a wait for the bytes of all."""
-        accesses, touched = visit.accesses, self._touched
-        served = [
-            (copies[expert], tokens)
-            for expert, tokens in zip(accesses.experts, accesses.tokens, strict=True)
-            if expert in copies
-        ]
+    def _wait_for_bytes(self, copy: int) -> Completion:
+        """Let the compute stream wait for a copy where its bytes are first read; later readers follow in order."""
+        self.now_ns += self._wait_ns
+        return self._arriving.pop(copy)
+
+    def _launch_grouped(self, layer: int, served: list[tuple[int, int, int]]) -> Generator[simpy.Event, Any, None]:
+        """Launch one kernel for all experts of a wave, (expert, tokens, copy), behind a wait for the bytes of all."""
         if not served:  # no token is routed at this layer
             return
-        cost = self._costs.grouped(visit.layer, [tokens for _, tokens in served])
+        cost = self._costs.grouped(layer, [tokens for _, tokens, _ in served])
         if self._watch_queue:
             yield from self._wait_for_queue(cost.launches)
-        bytes_there = after_all([touched.get(copy, 0) for copy, _ in served])
-        end = self._launch(cost, EXPERT, bytes_there, -1, served[-1][0])
-        for copy, tokens in served:
-            touched[copy] = end
+        bytes_there = after_all([self._wait_for_bytes(copy) for _, _, copy in served if copy in self._arriving])
+        end = self._launch(cost, EXPERT, bytes_there, -1, served[-1][2])
+        for _, tokens, copy in served:
+            self._read[copy] = end
             self._access_copies.append(copy)
             self._access_tokens.append(tokens)
 
     def _prefetch(self, visit: Visit, chosen: Completion) -> Generator[simpy.Event, Any, None]:
         """Predict, then enqueue the prefetches behind the prediction."""
-        predicted = self._predict(chosen)
+        predicted = self._predict(chosen) if self._predicting else 0
         for admission, target in visit.prefetches:
             end = self._copy(self._prefetch_lane, admission, PREFETCH, predicted, target)
             if self._copies_hold_host:
@@ -337,11 +403,9 @@ class _Decoder:
 
     def _predict(self, chosen: Completion) -> Completion:
         """Run the predictor on its lane and return when its guesses are there."""
-        if not self._predicting:
-            return 0
         ns, lane = self._costs.predict_ns, self._scenario.predictor.lane
         if lane == "compute":
-            return self._launch(KernelCost(ns, 1.0, 1), PREDICT)
+            return self._launch(KernelCost(ns, 1.0, 1, self._costs.launch_ns), PREDICT)
         if lane == "gpu":
             return self._side.submit(ns, ns, self.now_ns, chosen, PREDICT, -1, self._visit)
         self._end_busy()
@@ -353,11 +417,14 @@ class _Decoder:
     def _copy(self, lane: _Lane, admission: Admission, kind: int, predicted: Completion, target: int) -> Completion:
         """Enqueue a copy: behind the prediction that asked for it and the last reader of the room that it takes."""
         expert, copy = admission.expert, admission.copy
-        cost = self._copy_costs[expert // self._experts]
-        self.now_ns += self._enqueue_ns
+        cost, slowdown = self._copy_costs[expert // self._experts], self._copy_slowdown
+        self.now_ns += cost.host_ns
+        if admission.former:
+            self.now_ns += self._wait_ns
+        issued_ns = self.now_ns + self._costs.copy_latency_ns
         after = predicted
         for other in admission.former:
-            free = self._touched.get(other, 0) if self._rooms_split else self._touched.pop(other, 0)
+            free = self._last_use(other)
             if self._priority is not None:
                 free = self._give_up(self._priority, other, free)
             if isinstance(free, int) and isinstance(after, int):
@@ -365,16 +432,23 @@ class _Decoder:
             else:
                 after = after_all([after, free])
         if self._priority is None:
-            end = lane.submit(cost.queued_ns, cost.alone_ns, self.now_ns, after, kind, expert, self._visit, copy)
+            end = lane.submit(
+                cost.queued_ns, cost.alone_ns, issued_ns, after, kind, expert, self._visit, copy, slowdown
+            )
         else:
             work = Work(
-                cost.piece_queued_ns, cost.piece_alone_ns, self.now_ns, after, kind, expert, self._visit, copy,
-                rank=(int(kind == PREFETCH), target), pieces=cost.pieces,
+                cost.piece_queued_ns, cost.piece_alone_ns, issued_ns, after, kind, expert, self._visit, copy,
+                slowdown, rank=(int(kind == PREFETCH), target), pieces=cost.pieces,
             )  # fmt: skip
             self._queued[copy] = work
             end = self._priority.submit_work(work)
-        self._touched[copy] = end
+        self._arriving[copy] = end
         return end
+
+    def _last_use(self, copy: int) -> Completion:
+        """Return the end of a copy's last reader or, if nobody has read it, its own; rooms that split ask again."""
+        ends = self._read if copy in self._read else self._arriving
+        return ends.get(copy, 0) if self._rooms_split else ends.pop(copy, 0)
 
     def _hold(self, end: Completion) -> Generator[simpy.Event, Any, None]:
         """Keep the host thread busy until a pageable copy has ended."""

@@ -141,6 +141,24 @@ def visits(
             yield Visit(number, index, layer, accesses, waves, prefetches, manager.assigned_bytes, manager.budget_bytes)
 
 
+def launch_order(visit: Visit, wave: Wave, resident_first: bool) -> list[tuple[int, int, int]]:
+    """Return (expert, tokens, copy) of the experts of one wave, in the order of their launch.
+
+    That is the order of access, or first those that were found (`resident_first`).
+    """
+    experts, tokens, copies = visit.accesses.experts, visit.accesses.tokens, wave.found
+    if wave.admitted:
+        copies = {**copies, **{admission.expert: admission.copy for admission in wave.admitted}}
+    order = [
+        (expert, tokens[place], copies[expert])
+        for place, expert in enumerate(experts)
+        if expert in copies  # else another wave's
+    ]
+    if resident_first and wave.admitted:
+        order.sort(key=lambda access: access[0] not in wave.found)
+    return order
+
+
 def step_accesses(trace: RoutingTrace, step: Step) -> Iterator[Accesses]:
     """Yield the look-ups of each layer of one step; order: tokens in order, router's order within a token."""
     rows = step.rows

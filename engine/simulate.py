@@ -34,6 +34,7 @@ from .partition import divider
 from .policies.eviction import EVICTION, Setting
 from .policies.prefetch import PREFETCH, Gauge, NoPrefetch, Options, Prefetch
 from .policies.prefetch_share import PREFETCH_SHARE
+from .replicates import replicate_costs, summary, without_uncertainty
 from .scenario import Scenario, ScenarioError, parse_bytes
 from .warnings import warnings_of
 
@@ -168,15 +169,20 @@ def expert_budgets(
     return budgets
 
 
-def simulate(scenario: Scenario, *, baselines: bool = True, progress: Progress | None = None) -> Result:
+def simulate(
+    scenario: Scenario, *, baselines: bool = True, replicates: int = 0, progress: Progress | None = None
+) -> Result:
     """Run a scenario; `baselines=False` leaves out the two runs that speedup and resident_ms need.
 
+    `replicates` more runs, with costs drawn from their uncertainty, give percentiles of makespan and tokens/s.
     `progress` is called with (what, done, total) layer visits. Raises ValueError if the scenario cannot run.
     """
-    return simulate_inputs(load_inputs(scenario), baselines=baselines, progress=progress)
+    return simulate_inputs(load_inputs(scenario), baselines=baselines, replicates=replicates, progress=progress)
 
 
-def simulate_inputs(inputs: Inputs, *, baselines: bool = True, progress: Progress | None = None) -> Result:
+def simulate_inputs(
+    inputs: Inputs, *, baselines: bool = True, replicates: int = 0, progress: Progress | None = None
+) -> Result:
     """Run what `load_inputs` loaded."""
     scenario, model = inputs.scenario, inputs.model
     costs = Costs(model, inputs.profile, scenario)
@@ -187,8 +193,15 @@ def simulate_inputs(inputs: Inputs, *, baselines: bool = True, progress: Progres
     data = measure.metrics(recording, _shadow_misses(inputs, prefetch))
     data["deduplication"] = _deduplication(inputs) if inputs.guesses is not None else None
     data.update(_baselines(inputs, costs, data, progress) if baselines else {})
+    if replicates:
+        data["replicates"] = summary(_replicates(inputs, replicates, progress))
     data["estimates"] = dict(sorted(costs.estimates.items()))
     data["warnings"] = warnings_of(inputs.trace, model, inputs.budget_bytes, scenario, data)
+    if replicates and (missing := without_uncertainty(inputs.profile)):
+        data["warnings"].append(
+            f"the percentiles are too narrow: profile {inputs.profile.name} does not say how far {', '.join(missing)} "
+            f"can be off; calibrate this machine"
+        )
     data["seed"] = scenario.seed
     data["predictions_sha256"] = inputs.guesses.digest if inputs.guesses is not None else None
     data["model"] = {"name": model.name, "layers": model.layers, "experts": model.experts, "top_k": model.top_k}
@@ -285,7 +298,7 @@ def run(
     in_pieces = inputs.scenario.copy_.discipline == "priority"
     pieces = [cost.pieces if in_pieces else 1 for cost in costs.copies]
     return measure.Recording(
-        decoded, manager, inputs.trace, inputs.steps, inputs.model.expert_bytes, pieces, costs.kernel_gap_ns
+        decoded, manager, inputs.trace, inputs.steps, inputs.model.expert_bytes, pieces, costs.kernel_lags
     )
 
 
@@ -327,6 +340,19 @@ def _baselines(inputs: Inputs, costs: Costs, data: dict[str, Any], progress: Pro
         "speedup": speedup,
         "efficiency": speedup / used if used else None,
     }
+
+
+def _replicates(inputs: Inputs, count: int, progress: Progress | None) -> list[dict[str, Any]]:
+    """Return makespan and tokens/s of each replicate."""
+    results = []
+    for number, costs in enumerate(replicate_costs(inputs.model, inputs.profile, inputs.scenario, count), 1):
+        prefetch = make_prefetch(inputs.scenario, inputs.model, costs.copies[0].queued_ns)
+        recording = run(inputs, costs, make_manager(inputs), prefetch)
+        speed = measure.step_metrics(recording)
+        results.append({"makespan_ms": recording.makespan_ns / 1e6, "tokens_per_second": speed["tokens_per_second"]})
+        if progress is not None:
+            progress("replicates", number, count)
+    return results
 
 
 def _shadow_misses(inputs: Inputs, prefetch: Prefetch) -> npt.NDArray[np.int64] | None:

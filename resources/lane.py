@@ -19,8 +19,27 @@ from simpy.events import NORMAL, URGENT, Event, EventPriority
 
 from .timeline import Timeline, pack_span
 
-#: Before any work: an instant that no submission can precede.
-_NEVER = -1
+#: Before any work: an instant that no submission can precede, however long the lags.
+_NEVER = -(10**18)
+
+
+@dataclass(frozen=True, slots=True)
+class Lags:
+    """What passes on a lane between two pieces of work, and between the cause of one and its start, in ns.
+
+    `gap_ns`: from the end of one to the start of the next. `after_other_ns`: from the end of what work waits for.
+    Both have another value while a lane that disturbs this one is busy; `after_issue_disturbed_ns` then comes on top of
+    the instant at which work is issued.
+    """
+
+    gap_ns: int = 0
+    gap_disturbed_ns: int = 0
+    after_other_ns: int = 0
+    after_other_disturbed_ns: int = 0
+    after_issue_disturbed_ns: int = 0
+
+
+_NO_LAGS = Lags()
 
 
 class Pending:
@@ -117,10 +136,14 @@ class Work:
     started: bool = False
     cancelled: bool = False
 
-    def ready_ns(self) -> int | None:
-        """Return when it may start at the earliest, or None while that is not known."""
+    def ready_ns(self, after_other_ns: int, after_issue_ns: int = 0) -> int | None:
+        """Return when it may start at the earliest, so long behind its cause; None while that is not known."""
         end_ns = self.after if isinstance(self.after, int) else self.after.end_ns
-        return end_ns if end_ns is None else max(self.issued_ns, end_ns)
+        if end_ns is None:
+            return None
+        issued_ns = self.issued_ns + after_issue_ns
+        # 0 stands for nothing to wait for.
+        return max(issued_ns, end_ns + after_other_ns) if end_ns else issued_ns
 
     def when_ready_known(self, call: Callable[[], None]) -> None:
         """Call `call` as soon as `ready_ns` has an answer."""
@@ -131,13 +154,13 @@ class Work:
 
 
 class FifoLane:
-    """First in, first out, disturbed by nobody; consecutive pieces of work start `gap_ns` apart at least."""
+    """First in, first out, disturbed by nobody."""
 
-    def __init__(self, timeline: Timeline, number: int, gap_ns: int = 0) -> None:
+    def __init__(self, timeline: Timeline, number: int, lags: Lags = _NO_LAGS) -> None:
         self._timeline = timeline
         self._extend = timeline.extend
         self.number = number
-        self._gap_ns = gap_ns
+        self._gap_ns, self._after_other_ns = lags.gap_ns, lags.after_other_ns
         self._next_ns = _NEVER  # the earliest start of the next piece of work
         self._queue: deque[Work] = deque()  # only what waits for something not known yet
 
@@ -160,7 +183,9 @@ class FifoLane:
         if not isinstance(after, int) or self._queue:
             return self._defer(Work(ns, alone_ns, issued_ns, after, kind, expert, visit, copy))
         start_ns = self._next_ns
-        ready_ns = issued_ns if issued_ns > after else after
+        ready_ns = issued_ns
+        if after and after + self._after_other_ns > ready_ns:
+            ready_ns = after + self._after_other_ns
         if ready_ns > start_ns:
             start_ns = ready_ns
             ns = alone_ns
@@ -185,7 +210,7 @@ class FifoLane:
         queue = self._queue
         while queue:
             work = queue[0]
-            ready_ns = work.ready_ns()
+            ready_ns = work.ready_ns(self._after_other_ns)
             if ready_ns is None:
                 work.when_ready_known(self._drain)
                 return
@@ -206,20 +231,24 @@ class CoupledLane:
 
     While n of the lanes in `sharing` are busy too, work runs at 1/(n + 1) of its speed (one link, several
     streams); while any lane in `disturbers` is, it takes `Work.slowdown` times as long (kernels beside a copy).
-    Work keeps what remains of it and is retimed whenever a neighbor starts or ends.
+    Work keeps what remains of it and is retimed whenever a neighbor starts or ends. Work does not start while one of
+    the lanes in `turns` is busy (one engine, several streams), and the engine stays with a lane as long as that has
+    ready work: so it was seen on an H200, without exception, whichever stream had asked first.
     """
 
-    def __init__(self, env: simpy.Environment, timeline: Timeline, number: int, gap_ns: int = 0) -> None:
+    def __init__(self, env: simpy.Environment, timeline: Timeline, number: int, lags: Lags = _NO_LAGS) -> None:
         self._env = env
         self._timeline = timeline
         self.number = number
-        self._gap_ns = gap_ns
-        self._next_ns = _NEVER
+        self._lags = lags
+        self._free_ns = _NEVER  # the end of the last work
         self._queue: deque[Work] = deque()
         self.sharing: list[CoupledLane] = []
+        self.turns: list[CoupledLane] = []
         self.disturbers: list[CoupledLane] = []
         self._neighbors: list[CoupledLane] = []
         self._active: Work | None = None
+        self._goes_on = False  # between two pieces of work that the engine does not leave this lane for
         self._wake_ns = _NEVER
         self._start_ns = self._since_ns = 0
         self._left_ns = 0.0  # what remains of the active work, in undisturbed ns
@@ -275,23 +304,35 @@ class CoupledLane:
         work = self._head()
         if work is None:
             return
-        ready_ns = work.ready_ns()
+        if any(lane._active is not None or lane._goes_on for lane in self.turns):
+            return
+        lags = self._lags
+        if self.disturbers and self.disturbed:
+            gap_ns = lags.gap_disturbed_ns
+            ready_ns = work.ready_ns(lags.after_other_disturbed_ns, lags.after_issue_disturbed_ns)
+        else:
+            gap_ns, ready_ns = lags.gap_ns, work.ready_ns(lags.after_other_ns)
         if ready_ns is None:
             work.when_ready_known(self._start_next)
             return
-        now_ns = int(self._env.now)
-        if (start_ns := max(ready_ns, self._next_ns)) > now_ns:
+        now_ns, next_ns = int(self._env.now), self._free_ns + gap_ns
+        if (start_ns := max(ready_ns, next_ns)) > now_ns:
             if start_ns != self._wake_ns:
                 self._wake_ns = start_ns
                 self._at(start_ns, NORMAL, self._start_next)
             return
         self._take(work)
-        self._active = work
+        self._active, self._goes_on = work, False
         self._start_ns = self._since_ns = now_ns
-        self._left_ns = float(work.alone_ns if ready_ns > self._next_ns else work.ns)
+        self._left_ns = float(work.alone_ns if ready_ns > next_ns else work.ns)
         self._schedule_end()
         for lane in self._neighbors:
             lane._retime()
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether one of the disturbers is busy now."""
+        return any(lane._active is not None for lane in self.disturbers)
 
     def _schedule_end(self) -> None:
         work = self._active
@@ -312,6 +353,8 @@ class CoupledLane:
     def _retime(self) -> None:
         """Account for what was done at the old speed and schedule the rest at the new one."""
         if self._active is None:
+            if self.turns:
+                self._start_next()
             return
         now_ns = int(self._env.now)
         self._left_ns = max(0.0, self._left_ns - (now_ns - self._since_ns) / self._stretch)
@@ -325,7 +368,9 @@ class CoupledLane:
         assert work is not None
         now_ns = int(self._env.now)
         self._active = None
-        self._next_ns = now_ns + self._gap_ns
+        for lane in (self, *self.turns):
+            lane._free_ns = now_ns
+        self._goes_on = bool(self.turns) and self._is_ready(now_ns)
         self._timeline.record(
             self._start_ns, now_ns, work.issued_ns, work.expert, work.visit, work.copy, self.number, work.kind
         )
@@ -336,6 +381,12 @@ class CoupledLane:
 
     def _finish(self, work: Work, now_ns: int) -> None:
         work.done.resolve(now_ns)
+
+    def _is_ready(self, now_ns: int) -> bool:
+        """Whether the next work may start as soon as the lane's gap has passed."""
+        work = self._head()
+        ready_ns = work.ready_ns(self._lags.after_other_ns) if work is not None else None
+        return ready_ns is not None and ready_ns <= now_ns + self._lags.gap_ns
 
     def _at(self, at_ns: int, priority: EventPriority, call: Callable[[], None]) -> None:
         """Run `call` at an instant; at equal instants URGENT (ends) comes before NORMAL (starts)."""
@@ -354,8 +405,8 @@ class PriorityLane(CoupledLane):
     came first goes on first. Cancelled work is marked and skipped when its turn comes.
     """
 
-    def __init__(self, env: simpy.Environment, timeline: Timeline, number: int, gap_ns: int = 0) -> None:
-        super().__init__(env, timeline, number, gap_ns)
+    def __init__(self, env: simpy.Environment, timeline: Timeline, number: int, lags: Lags = _NO_LAGS) -> None:
+        super().__init__(env, timeline, number, lags)
         self._heap: list[tuple[tuple[int, int], int, Work]] = []
         self._held: Work | None = None  # chosen, but waiting for a prerequisite: it holds up the lane
         self._count = 0
@@ -425,7 +476,9 @@ class PriorityLane(CoupledLane):
 
 
 def couple(lanes: Iterable[CoupledLane]) -> None:
-    """Tell each lane whom to retime when it starts or ends: those that it shares with or disturbs."""
+    """Tell each lane whom to retime when it starts or ends: those that it shares or takes turns with, or disturbs."""
     lanes = list(lanes)
     for lane in lanes:
-        lane._neighbors = [other for other in lanes if lane in other.sharing or lane in other.disturbers]
+        lane._neighbors = [
+            other for other in lanes if any(lane in some for some in (other.sharing, other.turns, other.disturbers))
+        ]

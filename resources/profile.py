@@ -36,16 +36,58 @@ class Samples(_Part):
     iqr_ns: float = Field(ge=0)
 
 
+class Uncertainty(_Part):
+    """How far a cost can be off, as relative standard deviations.
+
+    `run_spread`: of the medians of whole runs; `scatter`: of single events about their run's median;
+    `held_back_error`: how far the fit was off, root mean square, on samples that it was not made from.
+    """
+
+    run_spread: float = Field(ge=0)
+    scatter: float = Field(ge=0)
+    held_back_error: float = Field(ge=0)
+
+
 class _Cost(_Part):
     source: Source
     note: str = ""
     samples: Samples | None = None
+    uncertainty: Uncertainty | None = None
 
 
 class Duration(_Cost):
     """A cost that does not depend on size."""
 
     ns: int = Field(ge=0)
+
+
+class DurationBesideCopy(Duration):
+    """A duration that may be longer beside a copy to the GPU; without `beside_copy_ns` it is not."""
+
+    beside_copy_ns: int | None = Field(default=None, ge=0)
+
+    @property
+    def disturbed_ns(self) -> int:
+        """What it is beside a copy."""
+        return self.ns if self.beside_copy_ns is None else self.beside_copy_ns
+
+
+class Latency(_Cost):
+    """From the return of the host's last call to the start of the work on an idle lane.
+
+    Below 0 the work begins before the last call, which records an event behind it, has returned. Beside a copy it may
+    be longer; without `beside_copy_ns` it is not.
+    """
+
+    ns: int
+    beside_copy_ns: int | None = None
+
+
+#: What a profile from before this cost was measured says of it: other costs of that profile hold it.
+_WITHIN = "not measured by itself: within this profile's other costs"
+_NO_TIME = Duration(ns=0, source="assumed", note=_WITHIN)
+_NO_GAP = DurationBesideCopy(ns=0, source="assumed", note=_WITHIN)
+_NO_LATENCY = Latency(ns=0, source="assumed", note=_WITHIN)
 
 
 class TransferCost(_Cost):
@@ -83,15 +125,24 @@ class TransferCost(_Cost):
 
 
 class CopyCosts(_Part):
-    """One direction of copies: a copy on an idle engine, one queued right behind another, and the gap between."""
+    """One direction of copies: a copy on an idle engine, one queued right behind another, and the gap between.
+
+    `event_wait_gap` is from the end of the kernel that a copy waited for to its start.
+    """
 
     alone: TransferCost
     queued: TransferCost
     gap: Duration
+    event_wait_gap: Duration = _NO_TIME
+    launch_latency: Latency = _NO_LATENCY
 
 
 class ExpertPoint(_Cost):
-    """One expert's kernels, measured: its shape, weights, tokens and dispatch; alone on the GPU and beside a copy."""
+    """One expert's kernels, measured: its shape, weights, tokens and dispatch; on a quiet GPU and beside a copy.
+
+    `ns` is inside a schedule, behind other kernels; `alone_ns`, where known, by itself on an idle GPU;
+    `launch_latency_ns`, where known, is this group's own.
+    """
 
     hidden: int = Field(gt=0)
     expert_ff: int = Field(gt=0)
@@ -100,6 +151,48 @@ class ExpertPoint(_Cost):
     dispatch: Literal["eager", "graph"]
     ns: int = Field(gt=0)
     beside_copy_ns: int = Field(gt=0)
+    alone_ns: int | None = Field(default=None, gt=0)
+    launch_latency_ns: int | None = None
+
+
+class KernelPoint(_Cost):
+    """The kernels of a layer's dense part or of the head, measured; what they are is told by their weights and number.
+
+    `context` is the number of cached positions that each token attends to; the rest is as of an ExpertPoint.
+    """
+
+    hidden: int = Field(gt=0)
+    weight_bytes: int = Field(gt=0)
+    dtype: str
+    kernels: int = Field(gt=0)
+    tokens: int = Field(gt=0)
+    context: int = Field(default=0, ge=0)
+    dispatch: Literal["eager", "graph"]
+    ns: int = Field(gt=0)
+    beside_copy_ns: int = Field(gt=0)
+    alone_ns: int | None = Field(default=None, gt=0)
+    launch_latency_ns: int | None = None
+
+
+class CpuExpertPoint(_Cost):
+    """One expert computed by the CPU, measured; `beside_copy_ns` while host memory also feeds a copy to the GPU."""
+
+    hidden: int = Field(gt=0)
+    expert_ff: int = Field(gt=0)
+    dtype: str
+    tokens: int = Field(gt=0)
+    threads: int = Field(gt=0)
+    ns: int = Field(gt=0)
+    beside_copy_ns: int = Field(gt=0)
+
+
+class PredictorPoint(_Cost):
+    """One inference of a linear predictor, hidden state in and a score for each expert out, with its top-k."""
+
+    hidden: int = Field(gt=0)
+    experts: int = Field(gt=0)
+    tokens: int = Field(gt=0)
+    ns: int = Field(gt=0)
 
 
 class KernelRule(_Cost):
@@ -116,21 +209,67 @@ class KernelRule(_Cost):
 
 
 class ComputeCosts(_Part):
-    """The compute stream: measured experts, the rule for all else, and the gap between consecutive launches."""
+    """The compute stream: measured kernels, the rule for all else, and the gap between consecutive launches.
+
+    `event_wait_gap` is from the end of a copy to the start of a kernel that waited for it.
+    """
 
     experts: tuple[ExpertPoint, ...] = ()
+    dense: tuple[KernelPoint, ...] = ()
+    heads: tuple[KernelPoint, ...] = ()
+    cpu_experts: tuple[CpuExpertPoint, ...] = ()
+    predictors: tuple[PredictorPoint, ...] = ()
     rule: KernelRule
-    eager_gap: Duration
-    graph_gap: Duration
+    eager_gap: DurationBesideCopy
+    graph_gap: DurationBesideCopy
+    event_wait_gap: DurationBesideCopy = _NO_GAP
+    launch_latency: Latency = _NO_LATENCY
 
 
 class HostCosts(_Part):
-    """The dispatching thread's time for each call; `synchronize` is from the end of a copy to the host knowing."""
+    """The dispatching thread's time for each call.
+
+    `launch` is that of a small kernel and `product_launches` that of a matrix product by dtype (else as any kernel's);
+    `copy_enqueue` that of a copy to the GPU and `readback_enqueue` that of the choice's (None: as any copy's).
+    `event_record` and `event_wait` put an event, or a wait for one, on a stream. `readback` is from the end of the
+    dense part to the choice being in host memory; `readback_late`, where the host asked for it only after that, from
+    its asking (both None: what the profile's D2H copies say). `synchronize` is from there to the host knowing, and
+    `resume` what the host's first calls after that wait take longer, `copy_resume` if these enqueue a copy.
+    """
 
     launch: Duration
     graph_launch: Duration
     copy_enqueue: Duration
-    synchronize: Duration
+    synchronize: DurationBesideCopy
+    product_launches: dict[str, Duration] = {}
+    readback_enqueue: Duration | None = None
+    event_record: Duration = _NO_TIME
+    event_wait: Duration = _NO_TIME
+    readback: DurationBesideCopy | None = None
+    readback_late: Duration | None = None
+    resume: Duration = _NO_TIME
+    copy_resume: Duration = _NO_TIME
+
+
+class Factor(_Cost):
+    """How many times as long something takes beside something else."""
+
+    factor: float = Field(ge=0.5, le=20)
+
+
+class Contention(_Part):
+    """What slows copies to the GPU down, and what they slow down; kernels beside copies are in their own points.
+
+    `copies_sharing` is for two streams of one direction: how long both take together, over one after the other.
+    `copies_take_turns`: whether one copy of a direction waits for another stream's to end, or both share the link.
+    """
+
+    copy_beside_compute: Factor
+    copy_beside_d2h: Factor
+    copies_sharing: Factor
+    copies_take_turns: bool = False
+    copy_beside_cpu_experts: Factor | None = None
+    copy_beside_all_gpus: Factor | None = None
 
 
 class Allocation(_Part):
@@ -153,8 +292,10 @@ class Profile(_Part):
     h2d: dict[Literal["pinned", "pageable"], CopyCosts] = Field(min_length=1)
     d2h: CopyCosts
     d2d: CopyCosts | None = None
+    peer: CopyCosts | None = None
     compute: ComputeCosts
     host: HostCosts
+    contention: Contention | None = None
     allocation: Allocation | None = None
 
 
@@ -179,12 +320,18 @@ def load_profile(name: str) -> Profile:
     else:
         raise ProfileError(unknown_name("machine.profile", name, [*profile_names(), "FILE.json"]))
     try:
-        return Profile.model_validate(json.loads(text))
+        return make_profile(json.loads(text), f"profile {name}")
     except json.JSONDecodeError as error:
         raise ProfileError(f"profile {name}: not JSON: {error}") from None
+
+
+def make_profile(data: object, source: str) -> Profile:
+    """Return the profile that plain data describes; ProfileError names `source` and the first bad key."""
+    try:
+        return Profile.model_validate(data)
     except ValidationError as error:
         problems = [_explain(problem["loc"], problem["msg"], problem["input"]) for problem in error.errors()]
-        raise ProfileError(f"profile {name}: {'; '.join(problems)}") from None
+        raise ProfileError(f"{source}: {'; '.join(problems)}") from None
 
 
 def _explain(place: tuple[int | str, ...], message: str, given: object) -> str:

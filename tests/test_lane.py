@@ -9,6 +9,7 @@ from prestage.resources.lane import (
     Completion,
     CoupledLane,
     FifoLane,
+    Lags,
     Pending,
     PriorityLane,
     Work,
@@ -29,7 +30,7 @@ def ends(*completions: Completion) -> list[int | None]:
 
 def fifo(gap_ns: int = 0) -> tuple[FifoLane, Timeline]:
     timeline = Timeline()
-    return FifoLane(timeline, timeline.add_lane("gpu0", "compute", "compute"), gap_ns), timeline
+    return FifoLane(timeline, timeline.add_lane("gpu0", "compute", "compute"), Lags(gap_ns)), timeline
 
 
 def coupled(env: simpy.Environment, timeline: Timeline, role: str) -> CoupledLane:
@@ -123,7 +124,7 @@ def test_a_kernel_is_slowed_only_while_a_copy_runs() -> None:
 
 def test_coupled_lanes_without_neighbors_equal_fifo_lanes() -> None:
     env, timeline = simpy.Environment(), Timeline()
-    lane = CoupledLane(env, timeline, timeline.add_lane("gpu0", "h2d", "h2d"), gap_ns=3)
+    lane = CoupledLane(env, timeline, timeline.add_lane("gpu0", "h2d", "h2d"), Lags(3, 3))
     couple([lane])
     work = [lane.submit(10, 12, issued_ns, 0, DEMAND) for issued_ns in (0, 0, 26, 50)]
     env.run()
@@ -211,3 +212,20 @@ def test_promoted_work_that_is_not_issued_yet_comes_when_it_is() -> None:
     lane.promote(late, (0, 0))
     env.run()
     assert (early.done.end_ns, late.done.end_ns) == (13, 23)
+
+
+def test_an_engine_stays_with_the_stream_that_it_serves_as_long_as_that_has_ready_work() -> None:
+    # The first stream's two copies run back to back although the second stream asked before the second of them; then
+    # the second stream has its turn, and the first, whose third copy is asked for at 25 only, waits.
+    env, timeline = simpy.Environment(), Timeline()
+    first, second = (coupled(env, timeline, "h2d") for _ in range(2))
+    first.turns, second.turns = [second], [first]
+    couple([first, second])
+    work = [
+        first.submit(10, 10, 0, 0, DEMAND),
+        second.submit(10, 10, 0, 0, PREFETCH),
+        first.submit(10, 10, 0, 0, DEMAND),
+        first.submit(10, 10, 25, 0, DEMAND),
+    ]
+    env.run()
+    assert ends(*work) == [10, 30, 20, 40]

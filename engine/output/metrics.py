@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ...resources.lane import Lags
 from ...resources.timeline import EXPERT, HEAD, PREDICT
 from ...workloads.batches import DECODE, Step
 from ...workloads.trace import RoutingTrace
@@ -46,7 +47,7 @@ class Recording:
     steps: Sequence[Step]
     expert_bytes: Sequence[int]
     copy_pieces: Sequence[int]
-    kernel_gap_ns: int
+    kernel_lags: Lags
     _spans: Array = field(init=False)
 
     def __post_init__(self) -> None:
@@ -248,8 +249,10 @@ def time_split(recording: Recording) -> dict[str, float]:
     ready_ns = np.full(len(spans), -1, dtype=np.int64)
     ready_ns[has_copy] = recording.copy_end_ns[spans["copy"][has_copy]]
     # A grouped kernel waits for copies that its span does not name: neither its launch nor the lane held it up.
-    held_up = (start_ns > issued_ns) & (gap_ns > recording.kernel_gap_ns)
-    waits_for_bytes = (spans["kind"] == EXPERT) & (gap_ns > 0) & (held_up | (ready_ns == start_ns))
+    lags = recording.kernel_lags
+    held_up = (start_ns > issued_ns) & (gap_ns > max(lags.gap_ns, lags.gap_disturbed_ns))
+    came_last = np.isin(start_ns - ready_ns, (lags.after_other_ns, lags.after_other_disturbed_ns))
+    waits_for_bytes = (spans["kind"] == EXPERT) & (gap_ns > 0) & (held_up | came_last)
     stall_ns = int(gap_ns[waits_for_bytes].sum())
     host_gaps = gap_ns * ~waits_for_bytes
     busy_ns = end_ns - start_ns

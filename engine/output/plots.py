@@ -42,6 +42,7 @@ _TIME_UNITS = ((10 * 10**9, 10**9, "s"), (10**6, 10**6, "ms"), (0, 10**3, "µs")
 _BYTE_UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "bytes"))
 
 _INK = "#333333"
+_COLOR_SPREAD, _COLOR_BOUND = "#f6d99a", "#b0b0b0"
 _WIDTH_INCHES = 12.0
 _LABEL_POINTS = 7
 #: Pieces of the window below which a gap cannot be seen; the pieces on either side are drawn as one.
@@ -231,6 +232,64 @@ def plot_latency(latencies_ms: Mapping[str, Sequence[float]], *, title: str | No
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)
     axes.tick_params(axis="y", length=0)
     _set_title(axes, title)
+    return figure
+
+
+def plot_transfer(report: Mapping[str, Any]) -> Figure:
+    """Draw the throughput of one copy over its size, a line for each way; the guide's beside them.
+
+    `report` is what the transfer benchmark returns.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH_INCHES * 2 / 3, 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    curves = {name: curve for name, curve in report["curves_bytes_gb_per_s"].items() if curve}
+    for color, (name, curve) in zip(_CURVE_COLORS, curves.items(), strict=False):
+        axes.plot(*zip(*curve, strict=True), marker=".", color=color, label=name)
+    guide = report["guide"]
+    for entry in (entry for entry in guide["rows"] if "->" in entry["what"]):
+        speed = guide["bytes"] / entry["single_ms"] / 1e6
+        axes.plot(guide["bytes"], speed, "x", color=_INK)
+        axes.annotate(
+            f"{entry['what']}, {guide['machine']}", (guide["bytes"], speed), xytext=(0, -10),
+            textcoords="offset points", ha="center", fontsize=_LABEL_POINTS, color=_INK,
+        )  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel="size of the copy", ylabel="GB/s, one copy on an idle engine")
+    axes.set_xticks(
+        [2 ** (12 + 4 * step) for step in range(5)], labels=["4 KiB", "64 KiB", "1 MiB", "16 MiB", "256 MiB"]
+    )
+    axes.minorticks_off()
+    axes.legend(frameon=False, fontsize=9)
+    _style(axes)
+    _set_title(axes, report["machine"])
+    return figure
+
+
+def plot_errors(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw by how much makespans are off, in percent: simulated ones, and what the busiest lane alone would take.
+
+    Each row has a `scenario`, `makespan_error`, `bound_error` and the machine's own `spread`, which lies about 0.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH_INCHES, 1.2 + 0.24 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    places = range(len(rows))
+    spread = np.array([100 * row["spread"] for row in rows])
+    axes.barh(places, 2 * spread, left=-spread, height=0.7, color=_COLOR_SPREAD, label="the machine's own spread")
+    for key, color, label in (
+        ("bound_error", _COLOR_BOUND, "busiest lane alone"),
+        ("makespan_error", COLORS["dense"][0], "simulated"),
+    ):
+        axes.scatter([100 * row[key] for row in rows], places, s=18, color=color, label=label, zorder=2)
+    axes.axvline(0, color="#999999", linewidth=0.8)
+    axes.set_xscale("symlog", linthresh=1.0)
+    axes.set_xlabel("error of the makespan in %: simulated / measured - 1, linear from -1 to 1")
+    axes.set_yticks(places, [row["scenario"] for row in rows], fontsize=_LABEL_POINTS)
+    axes.invert_yaxis()
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    _style(axes)
     return figure
 
 

@@ -62,6 +62,11 @@ def _speed_rows(data: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("overlap", _share(data["overlap"], 1), "of copy time has compute beside it"),
         ("memory utilization", _share(data["memory_utilization"], 1), "of the expert budget"),
     ]
+    if "replicates" in data:
+        rows += [
+            _replicate_row(data["replicates"], "makespan_ms", 3),
+            _replicate_row(data["replicates"], "tokens_per_second", 2),
+        ]
     if "speedup" in data:
         rows += [
             ("speedup", f"{data['speedup']:.2f}x", f"over no prefetch and no cache ({data['baseline_ms']:,.3f} ms)"),
@@ -72,6 +77,11 @@ def _speed_rows(data: dict[str, Any]) -> list[tuple[str, str, str]]:
             ),
         ]
     return rows
+
+
+def _replicate_row(replicates: dict[str, Any], name: str, digits: int) -> tuple[str, str, str]:
+    low, middle, high = (_number(replicates[name][percentile], digits) for percentile in ("p5", "p50", "p95"))
+    return f"{name.replace('_', ' ')}, p50", middle, f"p5 {low}, p95 {high} of {replicates['count']} replicates"
 
 
 def print_replay(data: dict[str, Any]) -> None:
@@ -126,6 +136,53 @@ def print_trace(data: dict[str, Any]) -> None:
     for scope, rates in data["lru_hit_rate"].items():
         hits = [(f"{share} of the experts", _share(rate, 1), "") for share, rate in rates.items()]
         _rows(console, f"LRU hit rate, {scope}", hits)
+
+
+def print_transfer(data: dict[str, Any]) -> None:
+    """Print the transfer benchmark: one copy, ten in a row and their throughput, by way and size; and allocations."""
+    console = Console()
+    guide = data["guide"]
+    console.print(Text(data["machine"], style="bold"))
+    table = _table("", "MiB", "single", "ten", "throughput of ten", "an expert of")
+    for row in data["rows"]:
+        times = (f"{row[name]:,.3f} ms" for name in ("single_ms", "ten_ms"))
+        table.add_row(row["way"], _mib(row["bytes"]), *times, f"{row['gb_per_s']:,.1f} GB/s", ", ".join(row["models"]))
+    for row in data["allocations"]:
+        times = (f"{row[name]:,.3f} ms" for name in ("single_ms", "ten_ms"))
+        table.add_row(f"allocation, {row['how']}", _mib(row["bytes"]), *times, "", "")
+    for row in guide["rows"]:
+        speed = "" if row["what"] == "allocation" else f"{10 * guide['bytes'] / row['ten_ms'] / 1e6:,.1f} GB/s"
+        times = (f"{row[name]:,.3f} ms" for name in ("single_ms", "ten_ms"))
+        table.add_row(f"{row['what']} ({guide['machine']})", _mib(guide["bytes"]), *times, speed, "")
+    console.print(table)
+
+
+def _mib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**20:,.2f}"
+
+
+def print_calibration(data: dict[str, Any]) -> None:
+    """Print how each cost was fitted, and how far it can be off."""
+    console = Console()
+    table = _table("cost", "form", "samples", "between runs", "within a run", "held back")
+    for term in data["terms"]:
+        shares = (f"{term[name]:.2%}" for name in ("run_spread", "scatter", "held_back_error"))
+        table.add_row(term["name"], term["form"], f"{term['n']:,}", *shares)
+    console.print(Text(f"{data['name']}: {data['device']}", style="bold"))
+    console.print(table)
+    if data["noisy"]:
+        worst = max(data["noisy"], key=lambda row: float(row["iqr_over_median"]))
+        console.print(
+            Text(
+                f"warning: {len(data['noisy'])} series are noisier than 10 %, worst {_described(worst)}", style="yellow"
+            )
+        )
+
+
+def _described(row: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{key} {value:.2f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
+    )
 
 
 def print_virtual_memory(data: dict[str, Any]) -> None:
@@ -325,7 +382,7 @@ def guide_cells(row: dict[str, Any], figure: GuideFigure) -> list[str]:
 def _table(*columns: str) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0))
     for number, name in enumerate(columns):
-        table.add_column(name, justify="right" if number else "left")
+        table.add_column(name, justify="right" if number else "left", no_wrap=not number)
     return table
 
 
