@@ -32,6 +32,11 @@ trace_app = typer.Typer(
     """
 )
 app.add_typer(trace_app, name="trace")
+calibrate_app = typer.Typer(help="Measure a GPU, fit its profile, and prove it.", no_args_is_help=True)
+app.add_typer(calibrate_app, name="calibrate")
+
+benchmark_app = typer.Typer(help="Benchmark this machine, or show what was measured on another.", no_args_is_help=True)
+app.add_typer(benchmark_app, name="benchmark")
 
 # A missing argument, an unknown option and a bad value are all of the class that BadParameter is made from; typer
 # gives it no name of its own.
@@ -68,6 +73,9 @@ def run(
     ] = None,
     all_spans: Annotated[bool, typer.Option(help="Write all spans to the timeline, not the first 200,000.")] = False,
     baselines: Annotated[bool, typer.Option(help="Also run the two baselines (speedup, resident_ms).")] = True,
+    replicates: Annotated[
+        int, typer.Option(min=0, help="Run so many more times, costs drawn from their uncertainty: p5, p50, p95.")
+    ] = 0,
     json: Json = False,
 ) -> None:
     """Simulate a scenario: how fast it decodes, what was hit, late or missed, and where the time went.
@@ -89,7 +97,7 @@ def run(
     if out is not None:
         make_folder(out)
     with _progress() as progress:
-        result = simulate_inputs(inputs, baselines=baselines, progress=progress)
+        result = simulate_inputs(inputs, baselines=baselines, replicates=replicates, progress=progress)
         written = [] if out is None else write_result(result, out, all_spans=all_spans)
     if json:
         _print_json(result.json_data())
@@ -403,6 +411,193 @@ def _say_what_is_in(path: Path, trace: RoutingTrace) -> None:
 def _listed(text: str) -> list[str]:
     """Return the words of a comma-separated option."""
     return [word.strip() for word in text.split(",") if word.strip()]
+
+
+@calibrate_app.command("measure")
+def calibrate_measure(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file of samples to write.")] = Path("samples.json"),
+    device: Annotated[int, typer.Option(help="Which CUDA GPU.")] = 0,
+    quick: Annotated[bool, typer.Option(help="Fewer sizes, one model and two rounds: a minute, not four.")] = False,
+) -> None:
+    """Measure what copies, kernels and calls take on a CUDA GPU, and keep every sample."""
+    from .calibration.cuda import Gpu
+    from .calibration.evidence import sample_rows
+    from .calibration.measure import FULL, QUICK, measure
+
+    gpu = Gpu(device)
+    with _progress() as progress:
+        samples = measure(gpu, QUICK if quick else FULL, progress)
+    samples.save(out)
+    noisy = sum(row.noisy for row in sample_rows([samples]))
+    typer.echo(
+        f"{out}: {len(samples.series)} series, {noisy} of them with an interquartile range over 10 % of the median; "
+        f"next: prestage calibrate fit {out} -o PROFILE.json"
+    )
+
+
+@calibrate_app.command("fit")
+def calibrate_fit(
+    samples: Annotated[
+        list[Path],
+        typer.Argument(help="The samples that `calibrate measure` wrote; further files give what the first lacks."),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The profile to write; its name is the file's.")],
+    in_schedule: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Measured runs, folders of them, or rows (.rows.json): costs as they are inside schedules; repeat it."
+        ),
+    ] = None,
+    rows_out: Annotated[
+        Path | None, typer.Option(help="Also write what the runs show as rows (.rows.json), far smaller than the runs.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Fit a profile to samples: each cost with how well it predicts the samples that were held back."""
+    from .calibration.evidence import load_schedule, save_rows
+    from .calibration.fit import fit, fit_data, write_profile
+    from .calibration.samples import load_samples
+
+    rows = load_schedule(in_schedule or ())
+    if rows_out is not None:
+        save_rows(rows, rows_out)
+    first, *more = (load_samples(path) for path in samples)
+    fitted = fit(first, out.name.removesuffix(".json"), rows, more)
+    write_profile(fitted.profile, out)
+    if json:
+        _print_json(fit_data(fitted))
+        return
+    from .engine.output.tables import print_calibration
+
+    print_calibration(fit_data(fitted))
+    typer.echo(str(out))
+
+
+@calibrate_app.command("execute")
+def calibrate_execute(
+    scenarios: Annotated[
+        list[str],
+        typer.Argument(
+            help="Scenarios: TOML files, shipped names, or `validation` or `fit` or a scenario of these sets."
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="The file to write (.json, .json.gz), or a folder for several scenarios."),
+    ],
+    device: Annotated[int, typer.Option(help="Which CUDA GPU.")] = 0,
+    repeats: Annotated[int, typer.Option(min=1, help="How many repeats; the median one is written.")] = 5,
+    all_repeats: Annotated[bool, typer.Option(help="Write the times of all repeats.")] = False,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a key, such as prefetch.k=4; repeat it.")
+    ] = None,
+) -> None:
+    """Execute scenarios on a CUDA GPU, with the decisions that a simulation makes, timed by CUDA events."""
+    from .calibration.execute import chosen_scenarios, execute_all
+
+    chosen = chosen_scenarios(scenarios, settings or ())
+    single = out.name.endswith((".json", ".json.gz"))
+    if single and len(chosen) > 1:
+        raise ValueError(f"--out {out}: {len(chosen)} scenarios need a folder")
+    if not single:
+        out.mkdir(parents=True, exist_ok=True)
+    with _progress() as progress:
+        runs = execute_all(chosen, device=device, repeats=repeats, keep_all=all_repeats, progress=progress)
+        for run in runs:
+            path = out if single else out / f"{run.name}.json.gz"
+            run.save(path)
+            typer.echo(f"{path}: {run.makespan_ns / 1e6:.3f} ms, spread {run.spread:.2%}, {run.disturbed} disturbed")
+
+
+@calibrate_app.command("validate")
+def calibrate_validate(
+    profile: Annotated[str, typer.Option("--profile", help="The profile: a shipped one's name or a JSON file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder for validation.json, .md and .png.")],
+    scenarios: Annotated[
+        list[str] | None, typer.Argument(help="Scenarios, as `execute` takes them; without any, the set `validation`.")
+    ] = None,
+    measured: Annotated[
+        list[Path] | None, typer.Option(help="Measured runs or folders of them, in place of executing; repeat it.")
+    ] = None,
+    device: Annotated[int, typer.Option(help="Which CUDA GPU executes the scenarios.")] = 0,
+    repeats: Annotated[int, typer.Option(min=1, help="How many repeats are executed.")] = 5,
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="Largest error of a makespan, unless the machine's own spread is larger.")
+    ] = 0.05,
+    ablate: Annotated[bool, typer.Option(help="Also simulate with each term of the costs left out.")] = False,
+    replicates: Annotated[
+        int, typer.Option(min=0, help="Also simulate so many times with costs drawn from their uncertainty.")
+    ] = 0,
+) -> None:
+    """Compare simulated with measured makespans; exit status 1 if one is off by more than the tolerance.
+
+    With --measured no GPU is needed.
+    """
+    from .calibration.execute import chosen_scenarios, execute_all
+    from .calibration.measured import load_all
+    from .calibration.report import markdown, write_report
+    from .calibration.validate import failures, validate
+    from .resources.profile import load_profile
+
+    costs = load_profile(profile)
+    with _progress() as progress:
+        if measured:
+            runs = load_all(measured, scenarios or ())
+        else:
+            chosen = chosen_scenarios(scenarios or ["validation"])
+            runs = list(execute_all(chosen, device=device, repeats=repeats, progress=progress))
+        report = validate(runs, costs, ablate=ablate, replicates=replicates, progress=progress)
+    written = write_report(report, out)
+    typer.echo(markdown(report, every_row=True))
+    for path in written:
+        typer.echo(path)
+    failed = failures(report["rows"], tolerance)
+    for line in failed:
+        typer.echo(line, err=True)
+    if failed:
+        raise typer.Exit(1)
+
+
+@benchmark_app.command("transfer")
+def benchmark_transfer(
+    samples: Annotated[Path | None, typer.Option(help="Samples that `calibrate measure` wrote.")] = None,
+    profile: Annotated[str | None, typer.Option(help="A profile: a shipped one's name or a JSON file.")] = None,
+    device: Annotated[int | None, typer.Option(help="Measure this CUDA GPU now (without all three: 0).")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="A picture of throughput over size to write.")] = None,
+    json: Json = False,
+) -> None:
+    """Copies and allocations as the guide's table has them: one, ten in a row, throughput; for many models' experts."""
+    from .calibration import transfer
+
+    if sum(source is not None for source in (samples, profile, device)) > 1:
+        raise ValueError("--samples, --profile, --device: give one of them")
+    if samples is not None:
+        from .calibration.samples import load_samples
+
+        report = transfer.from_samples(load_samples(samples))
+    elif profile is not None:
+        from .resources.profile import load_profile
+
+        report = transfer.from_profile(load_profile(profile))
+    else:
+        from .calibration.cuda import Gpu
+        from .calibration.measure import FULL, TRANSFERS, measure
+
+        gpu = Gpu(device or 0)
+        with _progress() as progress:
+            report = transfer.from_samples(measure(gpu, FULL, progress, TRANSFERS))
+    if out is not None:
+        from .engine.output.plots import plot_transfer, save
+
+        save(plot_transfer(report), out)
+    if json:
+        _print_json(report)
+        return
+    from .engine.output.tables import print_transfer
+
+    print_transfer(report)
+    if out is not None:
+        typer.echo(str(out))
 
 
 def _open_trace(path: Path) -> RoutingTrace:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from eviction_tables import layers, policies
 
+from prestage.calibration.report import markdown
 from prestage.engine.output.tables import GUIDE_FIGURES, figure_cells, figure_columns, guide_cells
 from prestage.engine.reproduce import TABLES as PUBLISHED
 from prestage.engine.reproduce import virtual_memory
@@ -172,6 +173,12 @@ def replay_speed() -> str:
 
 
 #: In the order of their places in the README.
+def reality() -> str:
+    """How well simulated makespans match those measured on a GPU, from the committed report of `calibrate validate`."""
+    report = json.loads((ROOT / "calibration" / "validation" / "h200.json").read_text(encoding="utf-8"))
+    return markdown(report, every_row=False)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "lookahead": lookahead,
     "guide": guide,
@@ -179,6 +186,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "eviction": policies,
     "per-layer": layers,
     "scenario": scenario,
+    "reality": reality,
     "speed": speed,
     "replay-speed": replay_speed,
 }

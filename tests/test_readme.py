@@ -65,6 +65,7 @@ def test_there_are_commands_to_run() -> None:
 
 @pytest.mark.parametrize("block", COMMANDS)
 def test_its_commands_run(block: str, tmp_path: Path) -> None:
+    (tmp_path / "calibration").symlink_to(ROOT / "calibration")  # as in a clone
     assert run_in(tmp_path, ["bash", "-c", SHELL + block])
 
 
@@ -92,6 +93,12 @@ def test_every_number_table_has_a_maker_and_every_maker_a_place() -> None:
     rest = re.sub(r"<!-- tests/readme_tables\.py .*?<!-- end -->", "", README, flags=re.DOTALL)
     for row in re.findall(r"^\|.*\|$", rest, re.MULTILINE):  # formulas are by hand, numbers never
         assert not re.search(r"\d+\.\d|\d%", row), row
+
+
+def test_the_match_with_reality_that_is_shown_is_the_reports() -> None:
+    assert readme_tables.shown("reality") == readme_tables.reality(), (
+        "renew it: python tests/readme_tables.py reality --write"
+    )
 
 
 def test_the_scenario_keys_shown_are_those_there_are() -> None:

@@ -1,0 +1,345 @@
+"""Fitting: from samples to a profile, each cost with its residuals and with how well it predicts what was held back.
+
+A straight line where one fits, a monotone table where it does not. Where a cost was also seen inside schedules (rows
+of `in_schedule.samples`), it is taken from there; microbenchmarks then give the sizes and tokens that no schedule had,
+times the ratio at the nearest that one had.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..engine.output.export import replacing
+from ..resources.profile import Profile, ProfileError, TransferCost, make_profile
+from .evidence import (
+    SCHEDULE,
+    Evidence,
+    Points,
+    Row,
+    Term,
+    latency_of,
+    sample_rows,
+    together,
+    uncertainty,
+    weighted_mean_ns,
+)
+from .fit_kernels import KernelFitter
+from .samples import Samples
+
+#: The largest residual of a line, as a share of what was measured; a table is kept where it would be larger.
+LINE_RESIDUAL = 0.015
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted profile, the report of each cost, and the series that were noisy."""
+
+    profile: Profile
+    terms: list[Term]
+    noisy: list[Row]
+
+
+def fit(samples: Samples, name: str, schedule: Iterable[Row] = (), more: Sequence[Samples] = ()) -> Fit:
+    """Return the profile of the machine that the samples are of; `more` samples give what these do not have.
+
+    Raises ProfileError if something needed is missing.
+    """
+    evidence = Evidence(sample_rows([samples, *more]), schedule)
+    fitter = _Fitter(evidence)
+    host = fitter.host()
+    data: dict[str, Any] = {
+        "name": name,
+        "device": samples.device,
+        "driver": samples.driver,
+        "date": samples.date,
+        "versions": samples.versions,
+        "source": f"CUDA event timings on an {samples.device}: microbenchmarks, and costs as they are inside executed "
+        "schedules where there were any (prestage calibrate measure, execute, fit)",
+        "gpu_memory_bytes": samples.gpu_memory_bytes,
+        "h2d": {memory: fitter.copies("h2d", memory) for memory in ("pinned", "pageable")},
+        "d2h": fitter.copies("d2h", "pinned"),
+        "d2d": fitter.copies("d2d", "device"),
+        "compute": fitter.compute(),
+        "host": host,
+        "contention": fitter.contention(),
+        "allocation": fitter.allocation(),
+    }
+    if evidence.micro("copy", direction="peer"):
+        data["peer"] = fitter.copies("peer", "device")
+    return Fit(make_profile(data, f"fit of {name}"), fitter.terms, evidence.noisy())
+
+
+def fit_data(fitted: Fit) -> dict[str, Any]:
+    """Return the report of a fit as plain data; fractions."""
+    return {
+        "name": fitted.profile.name,
+        "device": fitted.profile.device,
+        "terms": [{"name": term.name, "form": term.form, "n": term.n, **term.uncertainty} for term in fitted.terms],
+        "noisy": [{"cost": row.cost, **row.key, "iqr_over_median": row.iqr_ns / row.median_ns} for row in fitted.noisy],
+    }
+
+
+def write_profile(profile: Profile, path: Path) -> None:
+    """Write a profile as JSON, what is not set left out."""
+    with replacing(path) as file:
+        file.write(json.dumps(profile.model_dump(exclude_none=True, exclude_defaults=True), indent=1).encode() + b"\n")
+
+
+def fit_transfer(points: Points) -> dict[str, Any]:
+    """Return a line (latency_ns, bytes_per_second) through (bytes, ns), or a monotone table where none fits.
+
+    Least squares of the relative residuals, so that small copies count as much as large ones. A table is made to grow
+    by taking the least of each size and all larger ones: what disturbs a copy makes it longer, never shorter.
+    """
+    sizes, times = np.array(sorted(points), dtype=np.float64).T
+    if len(sizes) > 2:
+        weights = np.stack([1 / times, sizes / times], axis=1)
+        latency_ns, ns_per_byte = np.linalg.lstsq(weights, np.ones(len(times)), rcond=None)[0].tolist()
+        residuals = (latency_ns + ns_per_byte * sizes) / times - 1
+        if latency_ns >= 0 and ns_per_byte > 0 and np.abs(residuals).max() <= LINE_RESIDUAL:
+            return {"latency_ns": round(latency_ns), "bytes_per_second": round(1e9 / ns_per_byte)}
+    grown = np.minimum.accumulate(times[::-1])[::-1]
+    table = [(int(size), round(ns)) for size, ns in zip(sizes.tolist(), grown.tolist(), strict=True)]
+    if len(table) == 1:  # in proportion
+        table = [(0, 0), *table]
+    return {"points": table}
+
+
+def _transfer(points: Points) -> Callable[[int], float]:
+    """Return the function from bytes to ns that `fit_transfer` gives."""
+    return TransferCost.model_validate({**fit_transfer(points), "source": "measured"}).ns
+
+
+#: Two streams' copies that are under way together for less than this, on average, take turns.
+_AT_ONCE_NS = 1000
+#: How one duration is made of the rows of it.
+_FORMS: dict[str, Callable[[Sequence[Row]], float]] = {
+    "median": lambda rows: float(np.average([row.median_ns for row in rows], weights=[row.n for row in rows])),
+    "mean": weighted_mean_ns,
+}
+
+
+class _Fitter:
+    """Makes each part of a profile from the evidence and keeps the report of every cost."""
+
+    def __init__(self, evidence: Evidence) -> None:
+        self._evidence = evidence
+        self.terms: list[Term] = []
+
+    # Copies.
+
+    def copies(self, direction: str, memory: str) -> dict[str, Any]:
+        """Return the costs of copies in one direction."""
+        evidence, ours = self._evidence, {"direction": direction, "memory": memory}
+        where = f"{direction}.{memory}"
+        # Schedules copy experts from pinned memory only. What starting an idle engine takes lies before a copy's first
+        # event there, so that a copy alone takes what a queued one does.
+        in_schedule = evidence.schedule if where == "h2d.pinned" else lambda *_, **__: []
+        costs = {}
+        for mode in ("alone", "queued"):
+            rows = {row.key["bytes"]: row for row in evidence.micro("copy", **ours, mode=mode, beside="none")}
+            self._need(rows, f"copy, {where}, {mode}")
+            rows |= {row.key["bytes"]: row for row in in_schedule("copy_queued")}
+            costs[mode] = self._transfer_cost(f"{where}.{mode}", list(rows.values()))
+        gaps = in_schedule("copy_gap") or evidence.micro("copy_gap", **ours)
+        costs["gap"] = self._duration(f"{where}.gap", gaps)
+        if waits := in_schedule("copy_wait_gap") or (
+            evidence.micro("event_wait_gap", waits="copy") if where == "h2d.pinned" else []
+        ):
+            costs["event_wait_gap"] = self._duration(f"{where}.event_wait_gap", waits)
+        if tails := in_schedule("copy_alone"):
+            alone = TransferCost.model_validate(costs["alone"]).ns
+            latencies = [(row.n, row.median_ns - alone(row.key["bytes"])) for row in tails]
+            costs["launch_latency"] = latency_of(
+                latencies, f"{SCHEDULE}: end less the return of the call, less the copy"
+            )
+        return costs
+
+    def _transfer_cost(self, name: str, rows: Sequence[Row]) -> dict[str, Any]:
+        form = fit_transfer([(row.key["bytes"], row.median_ns) for row in rows])
+        unsure = uncertainty(rows, _transfer, "bytes")
+        self.terms.append(Term(name, "table" if "points" in form else "line", sum(row.n for row in rows), unsure))
+        return {**form, **_measured(rows), "uncertainty": unsure}
+
+    # Single durations.
+
+    def _duration(self, name: str, rows: Sequence[Row], form: str = "median") -> dict[str, Any]:
+        """Return a duration from rows that are the same thing: their median, or the mean of all."""
+        self._need(rows, name)
+        unsure = uncertainty(rows)
+        self.terms.append(Term(name, form, sum(row.n for row in rows), unsure))
+        ns = max(0, round(_FORMS[form](rows)))
+        return {"ns": ns, **_measured(rows), "uncertainty": unsure}
+
+    def _beside_copy(self, name: str, cost: str, micro: Sequence[Row], **key: Any) -> dict[str, Any]:
+        """Return a duration that may be longer beside a copy: the mean inside schedules, else the microbenchmark's."""
+        quiet = self._evidence.schedule(cost, beside_copy=False, **key)
+        beside = self._evidence.schedule(cost, beside_copy=True, **key)
+        if not quiet:
+            return self._duration(name, micro)
+        costs = self._duration(name, quiet, "mean")
+        if beside:
+            costs["beside_copy_ns"] = self._duration(f"{name}, beside a copy", beside, "mean")["ns"]
+        return costs
+
+    # The compute stream.
+
+    def compute(self) -> dict[str, Any]:
+        """Return the costs of the compute stream."""
+        evidence = self._evidence
+        kernels = KernelFitter(evidence)
+        parts = {part: kernels.points(part) for part in ("expert", "dense", "head")}
+        self.terms += kernels.terms
+        gaps = {}
+        for dispatch in ("eager", "graph"):
+            micro = evidence.micro("kernel_gap", dispatch=dispatch, beside="none")
+            gaps[dispatch] = self._beside_copy(f"{dispatch}_gap", "kernel_gap", micro, dispatch=dispatch)
+        wait = self._beside_copy("event_wait_gap", "event_wait_gap", evidence.micro("event_wait_gap", waits="kernel"))
+        return {
+            "experts": parts["expert"],
+            "dense": parts["dense"],
+            "heads": parts["head"],
+            "cpu_experts": list(self._cpu_experts()),
+            "predictors": list(self._predictors()),
+            "rule": kernels.rule(),
+            "eager_gap": gaps["eager"],
+            "graph_gap": gaps["graph"],
+            "event_wait_gap": wait,
+            "launch_latency": kernels.launch_latency(),
+        }
+
+    def _cpu_experts(self) -> Iterable[dict[str, Any]]:
+        for row in self._evidence.micro("cpu_expert", beside="none"):
+            key = {name: value for name, value in row.key.items() if name != "beside"}
+            beside = self._evidence.micro("cpu_expert", beside="h2d", **key)
+            size = key.pop("size")
+            yield {
+                **key, "expert_ff": size, "ns": round(row.median_ns), **_measured([row]),
+                "beside_copy_ns": round(beside[0].median_ns if beside else row.median_ns),
+            }  # fmt: skip
+
+    def _predictors(self) -> Iterable[dict[str, Any]]:
+        for row in self._evidence.micro("predictor"):
+            yield {**row.key, "ns": round(row.median_ns), **_measured([row])}
+
+    # The host.
+
+    def host(self) -> dict[str, Any]:
+        """Return the costs of the host thread: of its calls inside schedules, solved for; else of each call alone."""
+        evidence = self._evidence
+        calls = {str(row.key["call"]): row for row in evidence.micro("host")}
+        self._need(calls, "host calls")
+        costs: dict[str, Any] = {name: self._duration(f"host.{name}", [row]) for name, row in calls.items()}
+        costs["product_launches"] = dict.fromkeys(("bfloat16", "float32"), costs.pop("product_launch"))
+        entries = evidence.schedule_like("host:")
+        note = f"{SCHEDULE}: the calls of whole entries, solved for"
+        known = {"source": "measured", "note": note, "uncertainty": uncertainty(entries)}
+        for name, ns in solve_host(entries, calls["event_record"].calm_ns).items():
+            call, _, dtype = name.partition(":")
+            if dtype:
+                costs["product_launches"][dtype] = {"ns": ns, **known}
+            else:
+                costs[call] = {"ns": ns, **known}
+        # Of all runs, calm or not: host and GPU clocks are set against each other once a run, to some microseconds, and
+        # what one of the following costs loses by that another gains.
+        costs["synchronize"] = self._beside_copy("host.synchronize", "synchronize", evidence.micro("synchronize"))
+        costs["readback"] = self._beside_copy("host.readback", "readback", evidence.micro("readback"))
+        if late := evidence.schedule("readback_late"):
+            costs["readback_late"] = self._duration("host.readback_late", late)
+        return costs
+
+    # What slows what.
+
+    def contention(self) -> dict[str, Any]:
+        """Return the factors by which copies to the GPU are slowed."""
+        factors = {
+            f"copy_beside_{load}": self._factor("h2d", load)
+            for load in ("compute", "d2h", "cpu_experts", "all_gpus")
+            if self._evidence.micro("copy", direction="h2d", beside=load)
+        }
+        one, two = (self._evidence.micro("copy_streams", streams=streams) for streams in (1, 2))
+        self._need(two, "copy_streams")
+        note = "16 copies over two streams, over the same in one"
+        sharing = _factor(two[0].median_ns / one[0].median_ns, [*one, *two], note)
+        return {**factors, "copies_sharing": sharing, "copies_take_turns": self._take_turns()}
+
+    def _take_turns(self) -> bool:
+        """Whether two streams' copies were seen, and were hardly ever under way at once."""
+        overlaps = self._evidence.schedule("copies_at_once")
+        return bool(overlaps) and weighted_mean_ns(overlaps) < _AT_ONCE_NS
+
+    def _factor(self, direction: str, load: str) -> dict[str, Any]:
+        rows = self._evidence.micro("copy", direction=direction, beside=load)
+        ratios = []
+        for row in rows:
+            quiet = self._evidence.micro("copy", **{**row.key, "beside": "none"})
+            ratios += [row.median_ns / alone.median_ns for alone in quiet]
+        self._need(ratios, f"copies {direction} of the same size, quiet")
+        return _factor(float(np.median(ratios)), rows, f"queued copies of {rows[0].key['bytes']} bytes")
+
+    def allocation(self) -> dict[str, Any]:
+        """Return the host's time for one block of the smallest size measured."""
+        costs = {}
+        for how in ("raw", "cached"):
+            rows = self._evidence.micro("allocation", how=how, blocks=1)
+            self._need(rows, f"allocation, {how}")
+            costs[how] = self._duration(f"allocation.{how}", [min(rows, key=lambda row: row.key["bytes"])])
+        return costs
+
+    def _need(self, rows: Any, what: str) -> None:
+        if not rows:
+            raise ProfileError(f"samples: no series of {what}: measure again with this version")
+
+
+def _measured(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return where a cost is from: what its note says, and the samples of its rows in short."""
+    note = ", ".join(dict.fromkeys(row.where for row in rows))
+    return {"source": "measured", "note": note, "samples": together(rows)}
+
+
+def _factor(factor: float, rows: Sequence[Row], note: str) -> dict[str, Any]:
+    return {"factor": round(factor, 4), "source": "measured", "note": note, "uncertainty": uncertainty(rows)}
+
+
+def solve_host(rows: Sequence[Row], record_ns: float) -> dict[str, int]:
+    """Return what each call takes, solved from what whole entries take inside schedules; nothing without these.
+
+    Entries are those of calm runs, and an event's record is the microbenchmark's. The rest is least squares, each entry
+    weighted by its share of the time.
+    """
+    equations: list[tuple[dict[str, int], float, float, int]] = []
+    for row in rows:
+        counted = _calls_of(row)
+        records = counted.pop("event_record")
+        equations.append((counted, row.calm_ns - records * record_ns, row.calm_ns, row.n))
+    names = sorted({name for counted, _, _, _ in equations for name in counted})
+    if not names:
+        return {}
+    weights = np.array([math.sqrt(n / whole_ns) for _, _, whole_ns, n in equations])
+    left = np.array([[counted.get(name, 0) for name in names] for counted, _, _, _ in equations]) * weights[:, None]
+    right = np.array([ns for _, ns, _, _ in equations]) * weights
+    solution = np.linalg.lstsq(left, right, rcond=None)[0]
+    return {name: max(0, round(ns)) for name, ns in zip(names, solution.tolist(), strict=True)}
+
+
+def _calls_of(row: Row) -> dict[str, int]:
+    """Return how many calls of each kind an entry makes; the first one behind a wait also resumes."""
+    entry, key = row.cost.partition(":")[2], row.key
+    if key.get("first"):
+        resume = "copy_resume" if entry.startswith("copy") else "resume"
+        return {**_calls_of(replace(row, key={**key, "first": False})), resume: 1}
+    if entry == "readback":
+        return {"readback_enqueue": 1, "event_record": 1}
+    if entry.startswith("copy"):
+        return {"copy_enqueue": 1, "event_record": 2, **({"event_wait": 1} if entry == "copy_reuse" else {})}
+    counted = {"event_record": 2, **({"event_wait": 1} if entry == "expert_first_use" else {})}
+    if key["dispatch"] == "graph":
+        return {**counted, "graph_launch": 1}
+    return {**counted, "launch": key["kernels"] - key["products"], f"product_launches:{key['dtype']}": key["products"]}

@@ -1,0 +1,111 @@
+"""A validation's report for people: Markdown tables, and one picture of all errors beside the machine's own spread."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from ..engine.output.export import replacing
+from ..engine.output.plots import plot_errors, save
+
+
+def write_report(report: dict[str, Any], folder: Path) -> list[Path]:
+    """Write validation.json, validation.md and validation.png to a folder and return their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"validation.{ending}" for ending in ("json", "md", "png")]
+    with replacing(paths[0]) as file:
+        file.write(orjson.dumps(report, option=orjson.OPT_INDENT_2) + b"\n")
+    with replacing(paths[1]) as file:
+        file.write(markdown(report, every_row=True).encode() + b"\n")
+    save(plot_errors(report["rows"]), paths[2])
+    return paths
+
+
+def markdown(report: dict[str, Any], *, every_row: bool) -> str:
+    """Return the report as Markdown: sizes of the errors, dispatch modes, ablations, and each scenario if asked."""
+    machine = report["machine"]
+    parts = [
+        f"{len(report['rows'])} schedules executed {report['repeats']} times each on one {machine['device']} "
+        f"(driver {machine['driver']}, torch {machine['versions']['torch']}, {machine['date']}) and simulated with the "
+        f"profile `{report['profile']}`; errors are of the makespan, simulated / measured - 1.",
+        _summary_table(report["summary"]),
+    ]
+    if report["replicates"]:
+        inside = report["summary"]["all"]["inside"]
+        parts.append(
+            f"{inside} of {len(report['rows'])} measured makespans lie between the 5th and the 95th percentile of "
+            f"{report['replicates']} simulations with costs drawn from their uncertainty."
+        )
+    if report["dispatch"]:
+        parts.append(_pairs_table(report["dispatch"]))
+    if report["ablation"]:
+        parts.append(_ablation_table(report["ablation"]))
+    if every_row:
+        parts.append(_rows_table(report["rows"]))
+    return "\n\n".join(parts)
+
+
+def _summary_table(summary: dict[str, Any]) -> str:
+    rows = [
+        (
+            name,
+            sizes["n"],
+            f"{sizes['median']:.2%}",
+            f"{sizes['p90']:.2%}",
+            f"{sizes['worst']:.2%}",
+            f"{sizes['spread_median']:.2%}",
+            f"{sizes['bound_median']:.1%}",
+            sizes["no_lane_decides"],
+            f"{sizes['counts_equal']} of {sizes['n']}",
+        )
+        for name, sizes in summary.items()
+    ]
+    columns = (
+        "schedules", "n", "median error", "90th percentile", "worst", "machine's own spread (median)",
+        "busiest lane alone (median error)", "no lane busy over 80 %", "counts equal",
+    )  # fmt: skip
+    return table(columns, rows)
+
+
+def _pairs_table(pairs: Sequence[dict[str, Any]]) -> str:
+    rows = [
+        (
+            pair["scenario"].replace("-graph", ""),
+            f"{pair['measured']:.3f}",
+            f"{pair['simulated']:.3f}",
+            f"{pair['error']:+.1%}",
+        )
+        for pair in pairs
+    ]
+    return table(("eager over graphs", "measured", "simulated", "error"), rows)
+
+
+def _ablation_table(ablation: dict[str, dict[str, float]]) -> str:
+    rows = [(name, f"{sizes['median']:.2%}", f"{sizes['worst']:.1%}") for name, sizes in ablation.items()]
+    return table(("costs with", "median error", "worst"), rows)
+
+
+def _rows_table(rows: Sequence[dict[str, Any]]) -> str:
+    columns = ("schedule", "measured", "simulated", "error", "spread", "busiest lane alone", "busy")
+    cells = [
+        (
+            row["scenario"],
+            f"{row['measured_ms']:.2f} ms",
+            f"{row['simulated_ms']:.2f} ms",
+            f"{row['makespan_error']:+.2%}",
+            f"{row['spread']:.2%}",
+            f"{row['bound']} {row['bound_error']:+.1%}",
+            f"{row['busiest_share']:.0%}",
+        )
+        for row in rows
+    ]
+    return table(columns, cells)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Return a Markdown table."""
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(str(cell) for cell in row)} |" for row in rows)])

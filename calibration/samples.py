@@ -1,0 +1,116 @@
+"""Samples: what `prestage calibrate measure` saw on one machine, raw, as a JSON file that is checked when it is read.
+
+A series holds all samples of one thing, in ns, round by round: a round goes once through everything that is measured,
+so that rounds lie apart in time and tell how far the machine differs from itself. `TERMS` says what there is to
+measure and what each depends on.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+#: What is measured, with the keys that tell its series apart.
+TERMS: dict[str, tuple[str, ...]] = {
+    # One copy: alone on an idle engine, queued behind another of its size, or one of a flood with nothing between;
+    # beside other work, or not ("none").
+    "copy": ("direction", "memory", "bytes", "mode", "beside"),
+    # From the end of one copy to the start of the next.
+    "copy_gap": ("direction", "memory"),
+    # Several copies in a row with nothing between them, all together.
+    "copy_batch": ("direction", "memory", "bytes", "copies"),
+    # So many copies over two streams of one direction, all together.
+    "copy_streams": ("direction", "bytes", "copies", "streams"),
+    # Getting room: from the driver (raw) or from the caching allocator (cached); all together, host time.
+    "allocation": ("how", "bytes", "blocks"),
+    # The kernels of a dense part, an expert or the head; alone, queued behind others, or beside copies. `size` is an
+    # expert's inner width, otherwise the weight bytes.
+    "kernel": ("part", "hidden", "size", "dtype", "kernels", "tokens", "context", "dispatch", "where"),
+    # From the end of one group of kernels to the start of the next, which was queued.
+    "kernel_gap": ("dispatch", "beside"),
+    # From the end of what a stream waits for to the start of what waits.
+    "event_wait_gap": ("waits",),
+    # Host time of one call.
+    "host": ("call",),
+    # From the return of the last call to the start of the work, on an idle GPU.
+    "launch_latency": (),
+    # From the end of the dense part to the end of the choice's copy to the host; from there to the host's knowing.
+    "readback": (),
+    "synchronize": (),
+    # One inference of a linear predictor with its top-k.
+    "predictor": ("hidden", "experts", "tokens"),
+    # One expert on the CPU; beside copies to the GPU ("h2d"), or not ("none").
+    "cpu_expert": ("hidden", "size", "dtype", "tokens", "threads", "beside"),
+}
+
+Key = dict[str, int | str]
+
+
+class SamplesError(ValueError):
+    """A file that holds no samples."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Series(_Part):
+    """All samples of one thing: its term, the keys that TERMS asks for, and the samples of each round, in ns."""
+
+    term: str
+    key: Key
+    rounds_ns: tuple[tuple[int, ...], ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _known(self) -> Series:
+        if self.term not in TERMS:
+            raise ValueError(f"term = {self.term!r}: choose one of {', '.join(TERMS)}")
+        if set(self.key) != set(TERMS[self.term]):
+            raise ValueError(f"{self.term}: key must have {', '.join(TERMS[self.term])} (given {', '.join(self.key)})")
+        if not all(self.rounds_ns) or min(min(samples) for samples in self.rounds_ns) < 0:
+            raise ValueError(f"{self.term} {self.key}: every round must have samples, none below 0")
+        return self
+
+
+class Samples(_Part):
+    """Everything measured on one machine in one go.
+
+    `launch_queue_depth` is how many launches the driver takes before one blocks, once for each try.
+    """
+
+    format: Literal["prestage samples 1"] = "prestage samples 1"
+    device: str
+    gpus: int = Field(ge=1)
+    gpu_memory_bytes: int = Field(gt=0)
+    driver: str
+    date: str
+    versions: dict[str, str]
+    cpu_threads: int = Field(ge=1)
+    launch_queue_depth: tuple[int, ...] = Field(min_length=1)
+    series: tuple[Series, ...] = Field(min_length=1)
+
+    def save(self, path: Path) -> None:
+        """Write the samples as compact JSON."""
+        from ..engine.output.export import replacing
+
+        with replacing(path) as file:
+            file.write(json.dumps(self.model_dump(), separators=(",", ":")).encode() + b"\n")
+
+
+def load_samples(path: Path) -> Samples:
+    """Read samples; SamplesError, naming file and key, if they are not what `save` writes."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise SamplesError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise SamplesError(f"{path}: not UTF-8 text") from None
+    try:
+        return Samples.model_validate_json(text)
+    except ValidationError as error:
+        first: Any = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "file"
+        raise SamplesError(f"{path}: {key}: {str(first['msg']).removeprefix('Value error, ')}") from None

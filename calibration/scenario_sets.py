@@ -1,0 +1,144 @@
+"""The scenarios that profiles are fitted on, and the others that they are validated on: one line of a table each.
+
+Each has the shapes of a real model, with few enough layers to fit on a GPU and to last some tens of milliseconds, and a
+budget at which neither copies nor kernels alone decide how long it takes. No scenario of one set is in the other, nor
+is its trace: seeds differ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..engine.scenario import Scenario, make_scenario
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """A model's preset, how many of its layers run, for how many tokens, over how skewed a trace."""
+
+    preset: str
+    layers: int
+    tokens: int
+    skew: float
+    working_set: int
+    reuse: float
+    budget: str
+    #: Experts prefetched a layer where guesses may be wrong: fewer than are chosen, so that they do not fill the link.
+    prefetched: int
+
+
+_SHAPES = {
+    "mixtral": _Shape("mixtral-8x7b", 2, 150, 0.5, 8, 0.3, "15experts", 1),
+    "qwen": _Shape("qwen3-30b-a3b", 4, 40, 0.5, 24, 0.5, "100experts", 3),
+    "switch": _Shape("switch-base-128", 6, 60, 0.5, 24, 0.5, "120experts", 1),
+    "deepseek": _Shape("deepseek-v2-lite", 4, 40, 0.5, 16, 0.5, "72experts", 2),
+}
+
+
+@dataclass(frozen=True)
+class _Line:
+    """One scenario: its shape, what the host does, how far and how well it looks ahead, and what else is set."""
+
+    shape: str
+    mode: str
+    lookahead: int
+    recall: float = 1.0
+    readback: bool = True
+    sections: tuple[tuple[str, Any], ...] = ()
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        parts = [self.shape, self.mode, f"ahead{self.lookahead}"]
+        if self.lookahead:
+            parts.append(f"recall{round(self.recall * 100)}")
+        if not self.readback:
+            parts.append("blind")
+        return "-".join(parts + ([self.note] if self.note else []))
+
+
+def _set(**keys: Any) -> tuple[tuple[str, Any], ...]:
+    """Return settings as `section__key=value`."""
+    return tuple(keys.items())
+
+
+_BATCH = _set(workload__batch=4, workload__synthetic__sequences=4)
+_PROMPT = _set(
+    workload__prefill="whole", workload__synthetic__prefill_tokens=32, workload__synthetic__sequences=2,
+    workload__synthetic__tokens=104,
+)  # fmt: skip
+_TWO = _set(copy__discipline="two_streams")
+_QUEUE = _set(copy__discipline="priority")
+_PIECES = _set(copy__discipline="priority", copy__chunk_bytes=16 * 2**20)
+
+_EVERYWHERE = ("mixtral", "qwen", "switch", "deepseek")
+
+FIT = [
+    *(_Line(shape, mode, 0) for shape in _EVERYWHERE for mode in ("graph", "eager")),
+    *(_Line(shape, mode, 1, 0.9) for shape in _EVERYWHERE for mode in ("graph", "eager")),
+    *(_Line(shape, "graph", 1, 0.9, False) for shape in _EVERYWHERE),
+    *(_Line(shape, "eager", 0, readback=False) for shape in _EVERYWHERE),
+    *(_Line(shape, "graph", 0, sections=_BATCH, note="batch4") for shape in ("mixtral", "qwen")),
+    *(_Line("deepseek", mode, 0, sections=_PROMPT, note="prefill") for mode in ("graph", "eager")),
+    _Line("qwen", "eager", 1, 0.9, sections=_BATCH, note="batch4"),
+    _Line("qwen", "graph", 1, 0.9, sections=_TWO, note="two-streams"),
+]
+
+VALIDATION = [
+    *(_Line(shape, mode, 0) for shape in _EVERYWHERE for mode in ("graph", "eager")),
+    *(_Line(shape, mode, 1, 0.8) for shape in _EVERYWHERE for mode in ("graph", "eager")),
+    *(_Line(shape, "graph", 3, 1.0) for shape in _EVERYWHERE),
+    *(_Line(shape, "graph", 1, 0.6, False) for shape in ("mixtral", "qwen")),
+    *(_Line(shape, "eager", 3, 0.6) for shape in ("mixtral", "switch")),
+    *(_Line(shape, "eager", 1, 1.0, False) for shape in ("qwen", "deepseek")),
+    _Line("qwen", "graph", 1, 0.8, sections=_TWO, note="two-streams"),
+    _Line("switch", "graph", 1, 0.8, sections=_TWO, note="two-streams"),
+    _Line("deepseek", "graph", 3, 0.6, sections=_QUEUE, note="priority"),
+    _Line("mixtral", "graph", 1, 0.8, sections=_PIECES, note="priority-pieces"),
+    _Line("qwen", "graph", 1, 0.8, sections=(*_BATCH, *_set(memory__gpu_budget="320experts")), note="batch4"),
+    _Line("mixtral", "eager", 0, sections=_BATCH, note="batch4"),
+    _Line("deepseek", "graph", 1, 0.8, sections=_PROMPT, note="prefill"),
+    _Line("qwen", "graph", 0, sections=(*_BATCH, *_set(memory__gpu_budget="24experts")), note="waves"),
+    _Line("deepseek", "graph", 0, sections=_set(dispatch__expert_order="resident_first"), note="resident-first"),
+]
+
+#: The sets by name, each with the seed of its traces and what its scenarios' names begin with.
+SETS = {"fit": (FIT, 11, "fit-"), "validation": (VALIDATION, 23, "")}
+
+
+def scenarios(set_name: str) -> dict[str, Scenario]:
+    """Return the scenarios of a set ("fit" or "validation") by name."""
+    lines, seed, prefix = SETS[set_name]
+    return {prefix + line.name: _scenario(line, seed) for line in lines}
+
+
+def _how_many(line: _Line, shape: _Shape) -> dict[str, int]:
+    return {"k": shape.prefetched} if line.recall < 1 else {}
+
+
+def _scenario(line: _Line, seed: int) -> Scenario:
+    shape = _SHAPES[line.shape]
+    data: dict[str, Any] = {
+        "seed": seed,
+        "model": {"preset": shape.preset, "layers": shape.layers},
+        "workload": {
+            "synthetic": {
+                "tokens": shape.tokens,
+                "skew": shape.skew,
+                "working_set": shape.working_set,
+                "reuse": shape.reuse,
+            }
+        },
+        "memory": {"gpu_budget": shape.budget},
+        "predictor": {"recall": line.recall},
+        "prefetch": {"lookahead": line.lookahead, **_how_many(line, shape)},
+        "dispatch": {"mode": line.mode, "router_readback": line.readback},
+    }
+    for path, value in line.sections:
+        *sections, key = path.split("__")
+        section = data
+        for name in sections:
+            section = section.setdefault(name, {})
+        section[key] = value
+    return make_scenario(data, f"scenario {line.name}")

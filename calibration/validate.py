@@ -1,0 +1,316 @@
+"""Validation: simulated against measured, scenario by scenario, with the machine's own spread beside every error.
+
+It needs no GPU: a measured run says what was executed and when, and the same scenario is simulated with a profile. An
+ablation simulates once more with one term of the costs left out, so that each shows what it is for.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from ..engine.costs import Costs
+from ..engine.decoder import Decoded
+from ..engine.memory_manager import DEMANDED, PREFETCHED
+from ..engine.output.metrics import LATE, Recording, time_split
+from ..engine.replicates import replicate_costs
+from ..engine.scenario import Scenario
+from ..engine.simulate import Inputs, load_inputs, make_manager, make_prefetch, run
+from ..resources.profile import Duration, DurationBesideCopy, Profile, TransferCost
+from ..resources.timeline import LAUNCH, PREFETCH
+from .measured import Measured
+
+#: Lanes that a bound is taken from, by role.
+ROLES = ("compute", "h2d", "d2h", "host")
+#: A bound that errs by so much does not do; a lane that is busy for a larger share decides alone.
+BOUND_FAILS, DECIDES = 0.05, 0.8
+
+#: What an ablation changes: the profile, or the scenario.
+Ablation = Callable[[Profile, Scenario], tuple[Profile, Scenario]]
+
+
+def compare(measured: Measured, profile: Profile) -> dict[str, Any]:
+    """Simulate what was measured and return the comparison, as plain data; errors are simulated / measured - 1.
+
+    Raises ValueError if the scenario cannot run on the profile.
+    """
+    simulated = simulate_measured(measured, profile)
+    executed = _as_recording(measured, simulated)
+    real_ns, made_ns = measured.makespan_ns, simulated.makespan_ns
+    busy_real, busy_made = _busy(executed), _busy(simulated)
+    bound = max(ROLES, key=lambda role: busy_made[role])
+    scenario = measured.scenario
+    return {
+        "scenario": measured.name,
+        "model": scenario.model.preset,
+        "dispatch": scenario.dispatch.mode,
+        "measured_ms": real_ns / 1e6,
+        "simulated_ms": made_ns / 1e6,
+        "makespan_error": made_ns / real_ns - 1,
+        "spread": measured.spread,
+        "bound": bound,
+        "bound_ms": busy_made[bound] / 1e6,
+        "bound_error": busy_made[bound] / real_ns - 1,
+        "busiest_share": max(busy_real.values()) / real_ns,
+        "counts_equal": measured.counts == _counts(simulated) and _same_spans(executed, simulated, scenario),
+        "busy_ms": {role: _pair(busy_real[role] / 1e6, busy_made[role] / 1e6) for role in ROLES},
+        "stall_ms": _pair(*(time_split(recording)["stall_ms"] for recording in (executed, simulated))),
+        "late": _pair(*(int((recording.outcomes == LATE).sum()) for recording in (executed, simulated))),
+        "start_error_us": _start_errors(executed, simulated),
+    }
+
+
+def simulate_measured(measured: Measured, profile: Profile, ablation: Ablation | None = None) -> Recording:
+    """Simulate the scenario of a measured run on a profile, with the events that the execution is timed by."""
+    scenario = measured.scenario
+    if ablation is not None:
+        profile, scenario = ablation(profile, scenario)
+    inputs = replace(load_inputs(scenario), profile=profile)
+    return _simulate(inputs, Costs(inputs.model, profile, scenario, timed=True))
+
+
+def _simulate(inputs: Inputs, costs: Costs) -> Recording:
+    return run(inputs, costs, make_manager(inputs), make_prefetch(inputs.scenario, inputs.model))
+
+
+def predicted_ms(measured: Measured, profile: Profile, replicates: int) -> dict[str, float]:
+    """Return percentiles (p5, p50, p95) of the makespan over `replicates` draws of the costs from their uncertainty."""
+    inputs = replace(load_inputs(measured.scenario), profile=profile)
+    drawn = replicate_costs(inputs.model, profile, inputs.scenario, replicates, timed=True)
+    makespans_ms = [_simulate(inputs, costs).makespan_ns / 1e6 for costs in drawn]
+    return dict(zip(("p5", "p50", "p95"), np.percentile(makespans_ms, (5, 50, 95)).tolist(), strict=True))
+
+
+def _as_recording(measured: Measured, simulated: Recording) -> Recording:
+    """Return a measured run with the books of its simulation, whose decisions are the same."""
+    visits = simulated.decoded.visits.copy()
+    visits["choice_known_ns"] = measured.times.choice_known_ns
+    return replace(simulated, decoded=Decoded(measured.timeline(), simulated.decoded.accesses, visits))
+
+
+def _counts(recording: Recording) -> dict[str, int]:
+    manager, reasons = recording.manager, Counter(recording.copy_reason.tolist())
+    miss, prefetch = reasons[DEMANDED], reasons[PREFETCHED]
+    found = len(recording.decoded.accesses) - miss
+    return {"found": found, "miss": miss, "prefetch": prefetch, "dropped": manager.dropped, "evict": manager.evicted}
+
+
+def _identities(recording: Recording) -> Any:
+    """Return what the spans are (not when), the host's own left out."""
+    spans = recording.spans[recording.spans["kind"] != LAUNCH]
+    return spans[["kind", "visit", "expert", "copy"]], spans
+
+
+def _same_spans(executed: Recording, simulated: Recording, scenario: Scenario) -> bool:
+    """Whether the same kernels and copies were made; which queued prefetches are given up is a matter of time."""
+    queued = scenario.copy_.discipline == "priority"
+    counts = []
+    for recording in (executed, simulated):
+        what, _ = _identities(recording)
+        kinds = what.tolist()
+        counts.append(Counter(row for row in kinds if row[0] != PREFETCH or not queued))
+    return counts[0] == counts[1]
+
+
+def _busy(recording: Recording) -> dict[str, int]:
+    """Return for how long lanes of each role were busy, any of them, in ns."""
+    spans, timeline = recording.spans, recording.decoded.timeline
+    busy = {}
+    for role in ROLES:
+        here = spans[np.isin(spans["lane"], timeline.lanes_with(role))]
+        here = here[np.argsort(here["start_ns"], kind="stable")]
+        reached = np.maximum.accumulate(here["end_ns"]) if len(here) else here["end_ns"]
+        before = np.concatenate([[0], reached[:-1]]) if len(here) else reached
+        busy[role] = int(np.maximum(0, reached - np.maximum(here["start_ns"], before)).sum())
+    return busy
+
+
+def _start_errors(executed: Recording, simulated: Recording) -> dict[str, float]:
+    """Return by how much spans start earlier or later than measured, in us: median and 90th percentile of |error|."""
+    ordered = []
+    for recording in (executed, simulated):
+        what, spans = _identities(recording)
+        first: dict[Any, int] = {}
+        for name, start_ns in zip(what.tolist(), spans["start_ns"].tolist(), strict=True):
+            first[name] = min(start_ns, first.get(name, start_ns))
+        ordered.append(first)
+    errors = [abs(ordered[1][name] - start_ns) / 1e3 for name, start_ns in ordered[0].items() if name in ordered[1]]
+    median, high = np.percentile(errors, (50, 90)).tolist()
+    return {"p50": median, "p90": high}
+
+
+def _pair(measured: float, simulated: float) -> dict[str, float | None]:
+    error = simulated / measured - 1 if measured else None
+    return {"measured": measured, "simulated": simulated, "error": error}
+
+
+# Ablations.
+
+_NOTHING = DurationBesideCopy(ns=0, source="assumed", note="left out")
+
+
+def _without_host(profile: Profile, scenario: Scenario) -> tuple[Profile, Scenario]:
+    fields = [name for name, value in profile.host if isinstance(value, Duration)]
+    free = {**dict.fromkeys(fields, _NOTHING), "product_launches": {}}
+    return profile.model_copy(update={"host": profile.host.model_copy(update=free)}), scenario
+
+
+def _without_contention(profile: Profile, scenario: Scenario) -> tuple[Profile, Scenario]:
+    copy = scenario.copy_.model_copy(update={"contention": False})
+    return profile, scenario.model_copy(update={"copy_": copy})
+
+
+def _without_table(profile: Profile, scenario: Scenario) -> tuple[Profile, Scenario]:
+    h2d = {
+        memory: costs.model_copy(update={name: _line(getattr(costs, name)) for name in ("alone", "queued")})
+        for memory, costs in profile.h2d.items()
+    }
+    return profile.model_copy(update={"h2d": h2d}), scenario
+
+
+def _line(cost: TransferCost) -> TransferCost:
+    """Return bytes over bandwidth alone, the bandwidth that of the largest copy measured."""
+    size_bytes = cost.points[-1][0] if cost.points else 2**30
+    rate = round(size_bytes * 1e9 / cost.ns(size_bytes))
+    return TransferCost(latency_ns=0, bytes_per_second=rate, source=cost.source)
+
+
+def _alone(profile: Profile, scenario: Scenario) -> tuple[Profile, Scenario]:
+    def swap(points: Iterable[Any]) -> tuple[Any, ...]:
+        return tuple(
+            point
+            if point.alone_ns is None
+            else point.model_copy(
+                update={
+                    "ns": point.alone_ns,
+                    "beside_copy_ns": max(1, round(point.alone_ns * point.beside_copy_ns / point.ns)),
+                }
+            )
+            for point in points
+        )
+
+    compute = profile.compute
+    tables = {name: swap(getattr(compute, name)) for name in ("experts", "dense", "heads")}
+    return profile.model_copy(update={"compute": compute.model_copy(update=tables)}), scenario
+
+
+#: What can be left out, by name.
+ABLATIONS: dict[str, Ablation] = {
+    "no host costs": _without_host,
+    "no contention": _without_contention,
+    "no table for small copies": _without_table,
+    "kernels timed alone": _alone,
+}
+
+
+# All scenarios together.
+
+
+def validate(
+    runs: Sequence[Measured],
+    profile: Profile,
+    *,
+    ablate: bool = False,
+    replicates: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Compare all runs and return the report as plain data: rows, their summary, pairs of dispatch modes, ablations.
+
+    With `replicates`, each row says between which percentiles of so many draws of the costs the measured makespan is.
+    """
+    rows = []
+    for done, measured in enumerate(runs):
+        if progress is not None:
+            progress("compare", done, len(runs))
+        row = compare(measured, profile)
+        if ablate:
+            row["ablation"] = {
+                name: simulate_measured(measured, profile, change).makespan_ns / measured.makespan_ns - 1
+                for name, change in ABLATIONS.items()
+            }
+        if replicates:
+            row["predicted_ms"] = predicted_ms(measured, profile, replicates)
+            row["inside"] = row["predicted_ms"]["p5"] <= row["measured_ms"] <= row["predicted_ms"]["p95"]
+        rows.append(row)
+    machine = dict(runs[0].machine)
+    return {
+        "profile": profile.name,
+        "machine": machine,
+        "repeats": len(runs[0].makespans_ns),
+        "replicates": replicates,
+        "summary": summary(rows),
+        "dispatch": dispatch_pairs(rows),
+        "ablation": ablation_summary(rows) if ablate else None,
+        "rows": rows,
+    }  # fmt: skip
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return, for each dispatch mode and for those that a bound does not predict, the sizes of the errors."""
+    groups = {
+        "graph": [row for row in rows if row["dispatch"] == "graph"],
+        "graph, bound off by 5 %": [row for row in rows if row["dispatch"] == "graph" and _bound_fails(row)],
+        "eager": [row for row in rows if row["dispatch"] == "eager"],
+        "all": list(rows),
+    }
+    return {name: _sizes(members) for name, members in groups.items() if members}
+
+
+def _bound_fails(row: dict[str, Any]) -> bool:
+    return bool(abs(row["bound_error"]) >= BOUND_FAILS)
+
+
+def _sizes(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    errors = np.abs([row["makespan_error"] for row in rows])
+    bounds = np.abs([row["bound_error"] for row in rows])
+    return {
+        "n": len(rows),
+        "median": float(np.median(errors)),
+        "p90": float(np.percentile(errors, 90)),
+        "worst": float(errors.max()),
+        "within_spread": int(sum(error <= row["spread"] for error, row in zip(errors, rows, strict=True))),
+        "spread_median": float(np.median([row["spread"] for row in rows])),
+        "bound_median": float(np.median(bounds)),
+        "bound_worst": float(bounds.max()),
+        "no_lane_decides": int(sum(row["busiest_share"] <= DECIDES for row in rows)),
+        "counts_equal": int(sum(row["counts_equal"] for row in rows)),
+        "inside": int(sum(row["inside"] for row in rows)) if "inside" in rows[0] else None,
+    }
+
+
+def dispatch_pairs(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return how many times as long eager dispatch takes as graphs, for scenarios that ran with both."""
+    by_name = {row["scenario"]: row for row in rows}
+    pairs = []
+    for name, row in by_name.items():
+        other = by_name.get(name.replace("-graph-", "-eager-"))
+        if row["dispatch"] != "graph" or other is None:
+            continue
+        real, made = (other[key] / row[key] for key in ("measured_ms", "simulated_ms"))
+        pairs.append({"scenario": name, "measured": real, "simulated": made, "error": made / real - 1})
+    return pairs
+
+
+def ablation_summary(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return the median and the worst |makespan error| with everything, and with each term left out."""
+    cases = {"everything": [row["makespan_error"] for row in rows]}
+    cases |= {name: [row["ablation"][name] for row in rows] for name in ABLATIONS}
+    return {
+        name: {"median": float(np.median(np.abs(errors))), "worst": float(np.max(np.abs(errors)))}
+        for name, errors in cases.items()
+    }
+
+
+def failures(rows: Iterable[dict[str, Any]], tolerance: float) -> list[str]:
+    """Return a line for each row that is off by more than `tolerance` and the machine's spread, or counts otherwise."""
+    lines = []
+    for row in rows:
+        if abs(row["makespan_error"]) > max(tolerance, row["spread"]):
+            lines.append(f"{row['scenario']}: off by {row['makespan_error']:+.2%}, spread {row['spread']:.2%}")
+        if not row["counts_equal"]:
+            lines.append(f"{row['scenario']}: counts differ")
+    return lines

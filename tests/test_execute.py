@@ -1,0 +1,277 @@
+"""An execution, all but the CUDA calls: on a device that does on the CPU what a GPU would do, with real products.
+
+Slots, order, waits, the priority queue and the timeline are those of a GPU's run; a wait for an event that is not
+recorded yet fails here, where CUDA would go on without a word.
+"""
+
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cpu_device import CpuDevice
+from tiny import tiny_inputs, tiny_profile, tiny_scenario
+
+from prestage.calibration.cuda import CudaError, Gpu, Workload, expert_matrices
+from prestage.calibration.execute import Execution, Shared, chosen_scenarios, execute, undisturbed
+from prestage.calibration.host import Cores
+from prestage.calibration.measured import MeasuredError, load_measured, makespan_ns
+from prestage.calibration.plan import ExecutionError, decision_counts, make_plan
+from prestage.calibration.scenario_sets import scenarios
+from prestage.engine.costs import Costs
+from prestage.engine.scenario import ScenarioError
+from prestage.engine.simulate import Inputs, make_manager, make_prefetch, run
+from prestage.resources.timeline import DEMAND, EXPERT, KINDS, PREFETCH, READBACK
+from prestage.workloads.model import Model
+from prestage.workloads.synthetic import synthesize
+
+LAYERS, EXPERTS, TOP_K, HIDDEN, FF = 3, 6, 2, 16, 32
+EXPERT_BYTES = 3 * HIDDEN * FF * 4
+
+
+def small_model() -> Model:
+    return Model(
+        name="small", layers=LAYERS, experts=EXPERTS, top_k=TOP_K, hidden=HIDDEN, expert_ff=FF, expert_matrices=3,
+        expert_dtype="float32", dense_dtype="float32", expert_bytes=(EXPERT_BYTES,) * LAYERS,
+        dense_bytes=(4 * HIDDEN * 32 * 4,) * LAYERS, head_bytes=HIDDEN * 64 * 4, dense_kernels=7, expert_kernels=5,
+    )  # fmt: skip
+
+
+def small_inputs(model: Model | None = None, tokens: int = 12, **sections: Any) -> Inputs:
+    """A run of a few tokens over half the experts, mispredicted often enough to evict and to miss."""
+    trace = synthesize(tokens, LAYERS, EXPERTS, TOP_K, skew=0.3, working_set=EXPERTS, reuse=0.3, sequences=3, seed=4)
+    chosen = {
+        "memory": {"gpu_budget": "9experts"},
+        "predictor": {"recall": 0.7},
+        "prefetch": {"lookahead": 1},
+        "dispatch": {"mode": "eager"},
+    } | sections
+    inputs: Inputs = tiny_inputs(model or small_model(), tiny_profile(), trace, tiny_scenario(**chosen))
+    return inputs
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "eager": {},
+    "graph": {"dispatch": {"mode": "graph"}},
+    "no prefetch": {"prefetch": {"lookahead": 0}},
+    "no read-back": {"dispatch": {"mode": "graph", "router_readback": False}},
+    "far ahead": {"prefetch": {"lookahead": 3}},
+    "before launch": {"prefetch": {"lookahead": 1, "issue": "before_launch"}},
+    "resident first": {"dispatch": {"mode": "eager", "expert_order": "resident_first"}},
+    "batch": {"workload": {"batch": 3, "trace": "none"}},
+    "batch in graphs": {"workload": {"batch": 3, "trace": "none"}, "dispatch": {"mode": "graph"}},
+    "waves": {"memory": {"gpu_budget": "2experts"}, "workload": {"batch": 3, "trace": "none"}},
+    "two streams": {"copy": {"discipline": "two_streams"}, "prefetch": {"lookahead": 3}},
+    "chunks": {"copy": {"chunk_bytes": 1000}},
+    "priority": {"copy": {"discipline": "priority"}, "prefetch": {"lookahead": 3}},
+    "priority in chunks": {"copy": {"discipline": "priority", "chunk_bytes": 1000}, "prefetch": {"lookahead": 3}},
+    "priority, no read-back": {
+        "copy": {"discipline": "priority"},
+        "dispatch": {"router_readback": False, "mode": "graph"},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def shared() -> Shared:
+    return Shared(CpuDevice(), LAYERS * EXPERTS * EXPERT_BYTES)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_execution_makes_the_spans_that_the_simulation_makes(variant: str, shared: Shared) -> None:
+    inputs = small_inputs(**VARIANTS[variant])
+    measured = execute(CpuDevice(), inputs, variant, shared, repeats=3)
+    costs = Costs(inputs.model, inputs.profile, inputs.scenario)
+    simulated = run(inputs, costs, make_manager(inputs), make_prefetch(inputs.scenario, inputs.model))
+    assert measured.counts["miss"] + measured.counts["prefetch"] == len(simulated.copy_reason)
+    assert measured.counts["evict"] == simulated.manager.evicted
+    wanted, made = (
+        Counter((KINDS[span["kind"]], span["visit"], span["expert"], span["copy"]) for span in spans.tolist_named())
+        for spans in (_Spans(simulated.spans), _Spans(measured.timeline().spans()))
+    )
+    if inputs.scenario.copy_.discipline == "priority":  # which prefetches are cancelled is a matter of time
+        for spans in (wanted, made):
+            for span in [span for span in spans if span[0] == "prefetch"]:
+                del spans[span]
+    assert made == wanted
+
+
+class _Spans:
+    def __init__(self, spans: Any) -> None:
+        self.spans = spans[spans["kind"] != KINDS.index("launch")]
+
+    def tolist_named(self) -> list[dict[str, Any]]:
+        return [dict(zip(self.spans.dtype.names, row, strict=True)) for row in self.spans.tolist()]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_expert_computes_with_its_own_weights(variant: str, shared: Shared) -> None:
+    # The group of each expert is wrapped: right behind it, its output must be that of the host's weights.
+    inputs = small_inputs(**VARIANTS[variant])
+    execution = Execution(CpuDevice(), inputs, shared)
+    host = shared.buffers(LAYERS * EXPERTS, EXPERT_BYTES)
+    seen = []
+
+    def check(expert: int, tokens: int) -> None:
+        first, second, last = expert_matrices(inputs.model, host[expert])
+        x = execution.workload._expert_x[:tokens]
+        wanted = ((x @ first.t()).relu() * (x @ second.t())) @ last.t()
+        torch.testing.assert_close(execution.workload.output[:tokens], wanted)
+        seen.append(expert)
+
+    for entry, step in zip(execution.plan.entries, execution._stamp_of, strict=True):
+        if entry.kind == EXPERT:
+            execution._program[step] += ((check, (entry.expert, entry.tokens)),)
+    execution.run()
+    assert seen == [entry.expert for entry in execution.plan.entries if entry.kind == EXPERT]
+    assert all(execution.holds_right_bytes(expert, slot) for expert, slot in execution.plan.resident.items())
+
+
+def test_a_slot_with_other_bytes_is_noticed(shared: Shared) -> None:
+    execution = Execution(CpuDevice(), small_inputs(), shared)
+    execution.run()
+    expert, slot = next(iter(execution.plan.resident.items()))
+    execution.slots[slot][-1] ^= 1
+    assert not execution.holds_right_bytes(expert, slot)
+
+
+def test_slots_never_exceed_the_budget_and_no_two_residents_share_one() -> None:
+    for sections in VARIANTS.values():
+        inputs = small_inputs(**sections)
+        plan = make_plan(inputs)
+        assert plan.slots <= inputs.budget_bytes // EXPERT_BYTES
+        assert len(set(plan.resident.values())) == len(plan.resident)
+
+
+def test_a_copy_into_a_used_slot_waits_for_its_last_reader_and_a_first_use_for_its_copy() -> None:
+    plan = make_plan(small_inputs())
+    in_slot: dict[int, int] = {}  # slot -> the entry of its last reader
+    used: set[int] = set()
+    for number, entry in enumerate(plan.entries):
+        if entry.kind in (DEMAND, PREFETCH):
+            reader = in_slot.pop(entry.slot, -1)
+            assert entry.waits == (() if reader < 0 else (reader,))
+        elif entry.kind == EXPERT:
+            assert bool(entry.waits) == (entry.copy not in used)
+            used.add(entry.copy)
+            in_slot[entry.slot] = number
+
+
+def test_counts_are_those_of_the_manager() -> None:
+    plan = make_plan(small_inputs())
+    counts = decision_counts(plan.visits, plan.manager)
+    kinds = Counter(entry.kind for entry in plan.entries)
+    assert (kinds[DEMAND], kinds[PREFETCH]) == (counts["miss"], counts["prefetch"])
+    assert counts["found"] + counts["miss"] == kinds[EXPERT]
+
+
+def test_graphs_run_at_the_next_power_of_two_of_tokens() -> None:
+    batch = {"batch": 3, "trace": "none"}
+    eager = make_plan(small_inputs(workload=batch))
+    graph = make_plan(small_inputs(workload=batch, dispatch={"mode": "graph"}))
+    for exact, bucket in zip(eager.entries, graph.entries, strict=True):
+        assert bucket.tokens in (0, 1, 2, 4) and bucket.tokens // 2 < exact.tokens + (not exact.tokens) <= 4
+        assert exact.tokens <= bucket.tokens
+
+
+def test_a_measured_file_gives_the_run_back(tmp_path: Path, shared: Shared) -> None:
+    measured = execute(CpuDevice(), small_inputs(), "again", shared, repeats=3, keep_all=True)
+    for name in ("run.json", "run.json.gz"):
+        measured.save(tmp_path / name)
+        again = load_measured(tmp_path / name)
+        assert again.makespans_ns == measured.makespans_ns and again.scenario == measured.scenario
+        assert len(again.repeats) == 3 and again.makespan_ns == sorted(measured.makespans_ns)[1]
+        assert [makespan_ns(again.spans, times) for times in again.repeats] == list(measured.makespans_ns)
+        np.testing.assert_array_equal(again.timeline().spans(), measured.timeline().spans())
+
+
+@pytest.mark.parametrize(("content", "says"), [("{}", "KeyError"), ('{"format": "x"}', "format"), ("[", "JSON")])
+def test_a_file_that_is_no_measured_run_is_refused(content: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.json").write_text(content)
+    with pytest.raises(MeasuredError, match=rf"bad\.json.*{says}"):
+        load_measured(tmp_path / "bad.json")
+
+
+def test_the_timeline_has_its_causes_before_its_effects(shared: Shared) -> None:
+    spans = execute(CpuDevice(), small_inputs(), "causes", shared, repeats=1).timeline().spans()
+    copy_end = {int(span["copy"]): int(span["end_ns"]) for span in spans if span["kind"] in (DEMAND, PREFETCH)}
+    assert (spans["end_ns"] >= spans["start_ns"]).all()
+    assert all(copy_end[int(span["copy"])] <= span["start_ns"] for span in spans if span["kind"] == EXPERT)
+    assert (spans["kind"] == READBACK).sum() == 12 * LAYERS
+
+
+@pytest.mark.parametrize(
+    ("sections", "says"),
+    [
+        ({"dispatch": {"mode": "free"}}, "eager or graph"),
+        ({"dispatch": {"mode": "eager", "expert_kernel": "grouped"}}, "separate"),
+        ({"copy": {"discipline": "priority", "drop_stale": True}}, "drop_stale"),
+        ({"predictor": {"latency_us": 3.0}}, "latency_us"),
+    ],
+)
+def test_what_cannot_be_executed_is_refused_by_its_key(sections: dict[str, Any], says: str) -> None:
+    with pytest.raises(ExecutionError, match=says):
+        make_plan(small_inputs(**sections))
+
+
+def test_a_group_has_as_many_kernels_as_the_model_says() -> None:
+    model = small_model()
+    workload = Workload(
+        CpuDevice(), model, torch.zeros(2, EXPERT_BYTES, dtype=torch.uint8), most_tokens=4, graphs=False
+    )
+    assert (len(workload.dense(0, 2)), len(workload.expert(1, 2)), len(workload.head(2))) == (7, 5, 1)
+
+
+def test_more_experts_than_the_gpu_holds_are_refused_by_the_budgets_key(shared: Shared) -> None:
+    device = CpuDevice()
+    device.free_bytes = lambda: 9 * EXPERT_BYTES - 1
+    with pytest.raises(CudaError, match=r"memory\.gpu_budget = '9experts'"):
+        Execution(device, small_inputs(), shared)
+
+
+def test_without_a_gpu_one_line_names_the_shipped_profiles() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(CudaError, match=r"no CUDA GPU.*h200.*rtx3090"):
+        Gpu()
+
+
+def test_a_set_and_its_scenarios_have_names_and_are_not_changed() -> None:
+    assert len(chosen_scenarios(["validation"])) == len(scenarios("validation"))
+    assert list(chosen_scenarios(["qwen-graph-ahead0", "default"])) == ["qwen-graph-ahead0", "default"]
+    with pytest.raises(ScenarioError, match="--set 'seed=1'"):
+        chosen_scenarios(["qwen-graph-ahead0"], ["seed=1"])
+
+
+def test_a_run_stays_on_one_core_and_leaves_it_again() -> None:
+    cores = Cores()
+    with cores.quietest():
+        assert not cores.can_pin or len(os.sched_getaffinity(0)) == 1
+        assert cores.slowdown() > 0
+    assert not cores.can_pin or sorted(os.sched_getaffinity(0)) == cores.numbers
+
+
+class Scripted(Cores):
+    """Cores that are as slow as they are told."""
+
+    def __init__(self, *slowdowns: float) -> None:
+        super().__init__()
+        self._slowdowns = iter(slowdowns)
+
+    def slowdown(self) -> float:
+        return next(self._slowdowns)
+
+
+@pytest.mark.parametrize(
+    ("slowdowns", "disturbed"),
+    [((1.0, 1.0), 0), ((1.0, 1.5, 1.6, 1.1), 2), ((1.4, 1.3, 1.2, 1.0, 1.9, 1.8, 1.7, 1.6), 6)],
+)
+def test_repeats_on_a_disturbed_core_do_not_count_unless_there_are_no_others(
+    slowdowns: tuple[float, ...], disturbed: int, shared: Shared
+) -> None:
+    execution = Execution(CpuDevice(), small_inputs(), shared)
+    times, others = undisturbed(execution, 2, Scripted(*slowdowns))
+    assert (len(times), others) == (2, disturbed)

@@ -1,0 +1,215 @@
+"""What a measured profile says beyond the simplest one: tables over tokens, host calls, lags, and how sure all is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import simpy
+from tiny import ASSUMED, EXPERT_FF, HIDDEN, tiny_inputs, tiny_model, tiny_profile, tiny_run, tiny_scenario, tiny_trace
+
+from prestage.engine.costs import Costs, token_bucket
+from prestage.engine.simulate import simulate_inputs
+from prestage.resources.lane import CoupledLane, FifoLane, Lags, couple
+from prestage.resources.profile import Profile, make_profile
+from prestage.resources.timeline import DEMAND, EXPERT, Timeline
+
+ONE_TOKEN = tiny_trace([[[0], [1]]])
+
+
+def changed(profile: Profile, **sections: dict[str, Any]) -> Profile:
+    """Return a profile with keys of its sections replaced."""
+    data = profile.model_dump()
+    for section, keys in sections.items():
+        data[section].update(keys)
+    return make_profile(data, "changed")
+
+
+def fixed(ns: int, beside_copy_ns: int | None = None) -> dict[str, Any]:
+    return {"ns": ns, **({} if beside_copy_ns is None else {"beside_copy_ns": beside_copy_ns}), **ASSUMED}
+
+
+def expert_point(tokens: int, ns: int, dispatch: str = "eager", **more: Any) -> dict[str, Any]:
+    shape = {"hidden": HIDDEN, "expert_ff": EXPERT_FF, "dtype": "int8", "dispatch": dispatch}
+    return {**shape, "tokens": tokens, "ns": ns, "beside_copy_ns": ns, **more, **ASSUMED}
+
+
+def dense_point(weight_bytes: int, ns: int, dispatch: str = "eager", **more: Any) -> dict[str, Any]:
+    shape = {"hidden": HIDDEN, "weight_bytes": weight_bytes, "dtype": "int8", "kernels": 1, "tokens": 1}
+    return {**shape, "dispatch": dispatch, "ns": ns, "beside_copy_ns": ns, **more, **ASSUMED}
+
+
+# Tables over tokens.
+
+
+def test_between_measured_tokens_a_cost_runs_straight_and_beyond_them_the_rule_adds() -> None:
+    # The tiny rule: 1 ns a weight byte and nothing for the arithmetic, so more tokens add nothing but the flag.
+    points = [expert_point(2, 100), expert_point(4, 200)]
+    profile = changed(tiny_profile(), compute={"experts": points})
+    costs = Costs(tiny_model(1), profile, tiny_scenario(dispatch={"mode": "eager"}))
+    assert [costs.expert(0, tokens).ns for tokens in (1, 2, 3, 4)] == [100, 100, 150, 200]
+    assert costs.estimates == {}
+    assert costs.expert(0, 9).ns == 200
+    assert list(costs.estimates) == ["expert"]
+
+
+def test_a_graph_serves_the_next_power_of_two_of_tokens_and_eager_kernels_their_own() -> None:
+    assert [token_bucket(tokens) for tokens in (1, 2, 3, 4, 5, 4096)] == [1, 2, 4, 4, 8, 4096]
+    points = [expert_point(tokens, 10 * tokens, mode) for tokens in (2, 4) for mode in ("eager", "graph")]
+    profile = changed(tiny_profile(), compute={"experts": points})
+    for mode, ns in (("eager", 30), ("graph", 40)):
+        assert Costs(tiny_model(1), profile, tiny_scenario(dispatch={"mode": mode})).expert(0, 3).ns == ns
+
+
+def test_a_dense_part_is_known_by_its_weights_and_everything_measured_needs_no_estimate() -> None:
+    profile = changed(
+        tiny_profile(), compute={"dense": [dense_point(3, 50)], "heads": [dense_point(5, 60)], "experts": []}
+    )
+    costs = Costs(tiny_model(1, dense_ns=3, head_ns=5), profile, tiny_scenario(dispatch={"mode": "eager"}))
+    assert (costs.dense(0, 1).ns, costs.head(1).ns, costs.estimates) == (50, 60, {})
+    other = Costs(tiny_model(1, dense_ns=4, head_ns=5), profile, tiny_scenario(dispatch={"mode": "eager"}))
+    assert other.dense(0, 1).ns == 4  # by the rule
+    assert list(other.estimates) == ["dense part"]
+
+
+# The host's calls.
+
+
+def test_the_host_pays_for_products_small_kernels_events_and_waits() -> None:
+    # Eager. A dense part of 6 kernels: 4 products of 10 and 2 of 3, and an event of 1: 47, so it ends at 48 at the
+    # earliest: its last kernel takes 6 / 6 = 1 ns. Copy: enqueue 5 and an event: 53, its bytes at 73. An expert waits
+    # for them (2), has 3 products and 2 small ones (36) and an event: the last call returns at 92, and so its 10 ns in
+    # 5 kernels end at 94.
+    host = {
+        "launch": fixed(3),
+        "product_launches": {"int8": fixed(10)},
+        "copy_enqueue": fixed(5),
+        "event_record": fixed(1),
+        "event_wait": fixed(2),
+    }
+    profile = changed(tiny_profile(expert_ns=10), host=host)
+    model = tiny_model(1, dense_ns=6, dense_kernels=6, expert_kernels=5)
+    scenario = tiny_scenario(dispatch={"mode": "eager", "router_readback": False})
+    recording = tiny_run(model, profile, tiny_trace([[[0]]]), scenario)
+    spans = {int(span["kind"]): span for span in recording.spans}
+    assert spans[DEMAND]["start_ns"] == 47 + 5 + 1
+    assert spans[EXPERT]["end_ns"] == 47 + 6 + 2 + 3 * 10 + 2 * 3 + 1 + 10 // 5
+    costs = Costs(model, profile, scenario)
+    timed = Costs(model, profile, scenario, timed=True)
+    assert timed.dense(0, 1).host_ns - costs.dense(0, 1).host_ns == 1  # an event before it as well
+
+
+def test_a_read_back_that_is_asked_for_late_takes_less_and_the_host_resumes_slowly() -> None:
+    # Graphs. Dense part: launched at 7, takes 3, ends at 10. Read-back: asked for at 7 + 8 = 15, so the choice is there
+    # at 15 + 2 = 17, and not at 10 + 6; known 5 later at 22. Resuming takes 9, enqueuing the copy 1.
+    host = {
+        "graph_launch": fixed(7),
+        "readback_enqueue": fixed(8),
+        "readback": fixed(6),
+        "readback_late": fixed(2),
+        "synchronize": fixed(5),
+        "copy_resume": fixed(9),
+        "copy_enqueue": fixed(1),
+    }
+    profile = changed(tiny_profile(), host=host)
+    recording = tiny_run(tiny_model(1), profile, tiny_trace([[[0]]]), tiny_scenario(dispatch={"mode": "graph"}))
+    assert recording.decoded.visits["choice_known_ns"].tolist() == [22]
+    assert recording.copy_spans["issued_ns"].tolist() == [22 + 9 + 1]
+
+
+def test_a_launch_may_begin_before_its_last_call_returns() -> None:
+    points = {"experts": [expert_point(1, 7, "graph")], "dense": [dense_point(3, 30, "graph", launch_latency_ns=-4)]}
+    profile = changed(tiny_profile(launch_ns=10), compute=points)
+    recording = tiny_run(tiny_model(1), profile, tiny_trace([[[0]]]), tiny_scenario(dispatch={"mode": "graph"}))
+    assert recording.compute_spans["start_ns"][0] == 10 - 4
+
+
+# Lags of lanes.
+
+
+def test_a_fifo_lane_starts_so_long_after_what_it_waits_for() -> None:
+    timeline = Timeline()
+    lane = FifoLane(timeline, timeline.add_lane("gpu0", "compute", "compute"), Lags(gap_ns=2, after_other_ns=5))
+    assert lane.submit(10, 10, 0, 20, EXPERT) == 35  # 5 behind the end at 20
+    assert lane.submit(10, 10, 0, 20, EXPERT) == 47  # 2 behind the one before: what it waited for is long over
+    assert lane.submit(10, 10, 60, 0, EXPERT) == 70  # waits for nothing: no lag
+
+
+@pytest.mark.parametrize(("copy_ns", "starts"), [(0, [0, 12]), (100, [3, 28])])
+def test_beside_a_disturber_gaps_and_launches_take_longer(copy_ns: int, starts: list[int]) -> None:
+    # Alone: 0-10, a gap of 2, 12-22. Beside a copy all along: issued at 0 but starting 3 later, twice as long, 3-23,
+    # then a gap of 5.
+    env, timeline = simpy.Environment(), Timeline()
+    compute = CoupledLane(env, timeline, timeline.add_lane("gpu0", "compute", "compute"), Lags(2, 5, 1, 4, 3))
+    h2d = CoupledLane(env, timeline, timeline.add_lane("gpu0", "h2d", "h2d"))
+    compute.disturbers = [h2d]
+    couple([compute, h2d])
+    if copy_ns:
+        h2d.submit(copy_ns, copy_ns, 0, 0, DEMAND)
+    for _ in range(2):
+        compute.submit(10, 10, 0, 0, EXPERT, slowdown=2.0)
+    env.run()
+    spans = timeline.spans()
+    assert spans["start_ns"][spans["kind"] == EXPERT].tolist() == starts
+
+
+# Uncertainty.
+
+
+def unsure(run_spread: float, scatter: float) -> dict[str, float]:
+    return {"run_spread": run_spread, "scatter": scatter, "held_back_error": 0.0}
+
+
+def copying(uncertainty: dict[str, float] | None) -> Profile:
+    line = {"latency_ns": 0, "bytes_per_second": 10**9, "uncertainty": uncertainty, **ASSUMED}
+    return changed(tiny_profile(), h2d={"pinned": {"alone": line, "queued": line, "gap": fixed(0)}})
+
+
+def replicated(profile: Profile, count: int = 200, seed: int = 0) -> dict[str, Any]:
+    # One visit: a dense part of 3 ns, a copy of 10 us, a kernel of 7 ns.
+    scenario = tiny_scenario().model_copy(update={"seed": seed})
+    inputs = tiny_inputs(tiny_model(1, copy_ns=10_000), profile, tiny_trace([[[0]]]), scenario)
+    return simulate_inputs(inputs, baselines=False, replicates=count).data
+
+
+def test_replicates_spread_as_their_costs_do() -> None:
+    # The copy is nearly all of the makespan: with a factor of exp(0.1 z), 90 % of the runs lie within 10.01 us times
+    # exp(-0.1645) to exp(0.1645).
+    makespan = replicated(copying(unsure(0.1, 0.0)), 400)["replicates"]["makespan_ms"]
+    assert makespan["p50"] == pytest.approx(0.01001, rel=0.02)
+    assert makespan["p5"] == pytest.approx(0.01001 * 0.8483, rel=0.03)
+    assert makespan["p95"] == pytest.approx(0.01001 * 1.1788, rel=0.03)
+
+
+def test_the_scatter_of_single_events_averages_out() -> None:
+    # A hundred copies that scatter by 10 % each scatter by 1 % together.
+    tokens = [[[token % 4]] for token in range(100)]
+    scenario = tiny_scenario(memory={"gpu_budget": "1experts"})
+    profile = copying(unsure(0.0, 0.1))
+    inputs = tiny_inputs(tiny_model(1, copy_ns=10_000), profile, tiny_trace(tokens), scenario)
+    makespan = simulate_inputs(inputs, baselines=False, replicates=200).data["replicates"]["makespan_ms"]
+    assert (makespan["p95"] - makespan["p5"]) / makespan["p50"] == pytest.approx(2 * 1.645 * 0.01, rel=0.25)
+
+
+def test_every_kernel_scatters_by_itself() -> None:
+    # A hundred dense parts of 10 us, and nothing else that takes time: 1 % together if each is drawn anew, 10 % if not.
+    points = [dense_point(3, 10_000, mode, uncertainty=unsure(0.0, 0.1)) for mode in ("eager", "graph")]
+    profile = changed(copying(None), compute={"dense": points})
+    tokens = [[[0]] for _ in range(100)]
+    inputs = tiny_inputs(tiny_model(1), profile, tiny_trace(tokens), tiny_scenario())
+    makespan = simulate_inputs(inputs, baselines=False, replicates=200).data["replicates"]["makespan_ms"]
+    assert (makespan["p95"] - makespan["p5"]) / makespan["p50"] == pytest.approx(2 * 1.645 * 0.01, rel=0.25)
+
+
+def test_the_same_seed_draws_the_same_and_another_draws_other_numbers() -> None:
+    profile = copying(unsure(0.1, 0.1))
+    first, second, other = (replicated(profile, 20, seed)["replicates"] for seed in (1, 1, 2))
+    assert first == second
+    assert first != other
+
+
+def test_a_profile_that_is_silent_about_uncertainty_has_no_spread_and_a_warning_says_why() -> None:
+    data = replicated(copying(None), 5)
+    makespan = data["replicates"]["makespan_ms"]
+    assert makespan["p5"] == makespan["p50"] == makespan["p95"] == data["makespan_ms"]
+    assert any("percentiles are too narrow" in warning for warning in data["warnings"])

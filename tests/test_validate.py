@@ -1,0 +1,216 @@
+"""Validation and in-schedule samples, on runs whose truth is known: simulations written down as if measured."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from prestage.calibration.in_schedule import samples
+from prestage.calibration.measured import SPAN_COLUMNS, Measured, Times
+from prestage.calibration.plan import decision_counts, make_plan
+from prestage.calibration.report import markdown, write_report
+from prestage.calibration.scenario_sets import SETS, scenarios
+from prestage.calibration.validate import (
+    ABLATIONS,
+    compare,
+    dispatch_pairs,
+    failures,
+    simulate_measured,
+    summary,
+    validate,
+)
+from prestage.engine.costs import Costs
+from prestage.engine.scenario import Scenario, make_scenario
+from prestage.engine.simulate import load_inputs, make_manager, make_prefetch, run
+from prestage.resources.profile import Profile, load_profile
+from prestage.resources.timeline import LAUNCH, READBACK
+
+
+def small(**sections: Any) -> Scenario:
+    data: dict[str, Any] = {
+        "model": {"preset": "qwen3-30b-a3b", "layers": 3},
+        "workload": {"synthetic": {"tokens": 6, "working_set": 24, "reuse": 0.5}},
+        "memory": {"gpu_budget": "40experts"},
+        "prefetch": {"lookahead": 1, "k": 3},
+        "dispatch": {"mode": "graph"},
+    }
+    for name, keys in sections.items():
+        data[name] = {**data.get(name, {}), **keys}
+    return make_scenario(data)
+
+
+def as_if_measured(scenario: Scenario, profile: Profile, name: str = "small-graph-x", stretch: float = 1.0) -> Measured:
+    """Write a simulation down as a measured run, all its times `stretch` times as long."""
+    inputs = replace(load_inputs(scenario), profile=profile)
+    recording = run(
+        inputs,
+        Costs(inputs.model, profile, scenario, timed=True),
+        make_manager(inputs),
+        make_prefetch(scenario, inputs.model),
+    )
+    plan = make_plan(inputs)
+    found: dict[Any, Iterator[Any]] = {}
+    spans = recording.spans[recording.spans["kind"] != LAUNCH]
+    keys = spans[["kind", "visit", "expert", "copy"]].tolist()
+    for key in set(keys):
+        found[key] = iter(spans[[other == key for other in keys]])
+    rows = [next(found[entry.kind, entry.visit, entry.expert, entry.copy]) for entry in plan.entries]
+
+    def times(column: Any) -> Any:
+        return np.round(np.array(column, dtype=float) * stretch).astype(np.int64)
+
+    known_ns = recording.decoded.visits["choice_known_ns"]
+    host = recording.spans[recording.spans["kind"] == LAUNCH]
+    waits_ns = np.full(len(known_ns), -1)
+    if scenario.dispatch.router_readback:
+        waits_ns = times([row["issued_ns"] for row in rows if row["kind"] == READBACK])
+    when = Times(
+        start_ns=times([row["start_ns"] for row in rows]),
+        end_ns=times([row["end_ns"] for row in rows]),
+        issued_ns=times([row["issued_ns"] for row in rows]),
+        waits_from_ns=waits_ns,
+        choice_known_ns=times(known_ns),
+        host_end_ns=times(host["end_ns"][-1:]),
+    )
+    return Measured(
+        name=name,
+        scenario=scenario,
+        machine={"device": "a simulation", "driver": "none", "date": "never", "versions": {"torch": "none"}},
+        makespans_ns=tuple(round(recording.makespan_ns * stretch) for _ in range(3)),
+        spans={column: np.array([getattr(entry, column) for entry in plan.entries]) for column in SPAN_COLUMNS},
+        repeats=(when,),
+        counts=decision_counts(plan.visits, plan.manager),
+        verified=len(plan.resident),
+        disturbed=0,
+    )
+
+
+@pytest.fixture(scope="module")
+def profile() -> Profile:
+    return load_profile("h200-pcie5")
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "graph": {},
+    "eager": {"dispatch": {"mode": "eager"}},
+    "blind": {"dispatch": {"router_readback": False}},
+    "two streams": {"copy": {"discipline": "two_streams"}},
+    "batch": {"workload": {"batch": 2, "synthetic": {"tokens": 8, "sequences": 2}}},
+    "prompt": {"workload": {"synthetic": {"tokens": 12, "sequences": 2, "prefill_tokens": 4}}},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_that_is_its_simulation_has_no_error(case: str, profile: Profile) -> None:
+    row = compare(as_if_measured(small(**CASES[case]), profile), profile)
+    assert row["makespan_error"] == 0 and row["spread"] == 0
+    assert row["counts_equal"]
+    assert row["start_error_us"] == {"p50": 0, "p90": 0}
+    assert row["late"]["measured"] == row["late"]["simulated"]
+    for role in ("compute", "h2d"):
+        assert row["busy_ms"][role]["error"] == pytest.approx(0, abs=1e-9)
+    assert row["stall_ms"]["measured"] == pytest.approx(row["stall_ms"]["simulated"])
+
+
+def test_a_run_twice_as_slow_is_simulated_at_half_its_makespan(profile: Profile) -> None:
+    row = compare(as_if_measured(small(), profile, stretch=2.0), profile)
+    assert row["makespan_error"] == pytest.approx(-0.5, abs=1e-6)
+    assert row["busy_ms"]["h2d"]["error"] == pytest.approx(-0.5, abs=1e-6)
+    assert row["bound_error"] < -0.5
+    assert failures([row], tolerance=0.4) == ["small-graph-x: off by -50.00%, spread 0.00%"]
+    assert failures([row], tolerance=0.51) == []
+
+
+def test_a_run_of_other_decisions_does_not_count_as_equal(profile: Profile) -> None:
+    measured = as_if_measured(small(), profile)
+    other = replace(measured, counts={**measured.counts, "miss": measured.counts["miss"] + 1})
+    moved = measured.spans["expert"].copy()
+    moved[moved >= 0] += 1
+    for wrong in (other, replace(measured, spans={**measured.spans, "expert": moved})):
+        row = compare(wrong, profile)
+        assert not row["counts_equal"]
+        assert "counts differ" in failures([row], tolerance=1.0)[-1]
+
+
+def test_leaving_a_cost_out_makes_the_simulation_faster(profile: Profile) -> None:
+    measured = as_if_measured(small(dispatch={"mode": "eager"}), profile)
+    made_ns = {name: simulate_measured(measured, profile, change).makespan_ns for name, change in ABLATIONS.items()}
+    assert made_ns["no host costs"] < 0.8 * measured.makespan_ns  # eager dispatch is bound by the host
+    assert made_ns["no table for small copies"] <= measured.makespan_ns
+
+
+def test_samples_of_a_simulated_run_are_the_costs_that_it_was_simulated_with(profile: Profile) -> None:
+    scenario = small(copy={"contention": False})
+    inputs = replace(load_inputs(scenario), profile=profile)
+    costs = Costs(inputs.model, profile, scenario, timed=True)
+    rows = {}
+    for row in samples([as_if_measured(scenario, profile)]):
+        rows[row["cost"], row["key"].get("beside_copy")] = row
+    for cost, ns in (("expert", costs.expert(0, 1).ns), ("dense", costs.dense(0, 1).ns), ("head", costs.head(1).ns)):
+        assert rows[cost, False]["median_ns"] == ns
+    assert rows["kernel_gap", False]["median_ns"] == costs.kernel_lags.gap_ns
+    assert rows["copy_queued", None]["median_ns"] == costs.copies[0].queued_ns
+    assert rows["copy_gap", None]["median_ns"] == profile.h2d["pinned"].gap.ns
+    assert rows["host:expert_again", None]["median_ns"] == costs.expert(0, 1).host_ns
+    assert rows["host:dense", None]["median_ns"] == costs.dense(0, 1).host_ns
+
+
+def test_sizes_of_errors_are_told_by_mode_and_by_whether_a_bound_would_do() -> None:
+    def row(name: str, dispatch: str, error: float, bound_error: float) -> dict[str, Any]:
+        return {
+            "scenario": name, "dispatch": dispatch, "makespan_error": error, "bound_error": bound_error, "spread": 0.01,
+            "busiest_share": 0.7, "counts_equal": True, "measured_ms": 10.0, "simulated_ms": 10.0 * (1 + error),
+        }  # fmt: skip
+
+    rows = [
+        row("a-graph-1", "graph", -0.02, -0.3),
+        row("b-graph-1", "graph", 0.004, 0.01),
+        row("a-eager-1", "eager", 0.1, 0),
+    ]
+    sizes = summary(rows)
+    assert sizes["graph"]["median"] == pytest.approx(0.012) and sizes["graph"]["n"] == 2
+    assert sizes["graph, bound off by 5 %"]["n"] == 1
+    assert sizes["all"]["within_spread"] == 1 and sizes["all"]["worst"] == pytest.approx(0.1)
+    (pair,) = dispatch_pairs(rows)
+    assert pair["scenario"] == "a-graph-1" and pair["simulated"] / pair["measured"] == pytest.approx(1.1 / 0.98)
+
+
+def test_a_report_is_written_whole_and_the_same_twice(tmp_path: Path, profile: Profile) -> None:
+    runs = [
+        as_if_measured(small(), profile),
+        as_if_measured(small(dispatch={"mode": "eager"}), profile, "small-eager-x"),
+    ]
+    report = validate(runs, profile, ablate=True, replicates=3)
+    written = [path.read_bytes() for path in write_report(report, tmp_path)]
+    assert [path.read_bytes() for path in write_report(report, tmp_path)] == written
+    assert [row["scenario"] for row in json.loads(written[0])["rows"]] == ["small-graph-x", "small-eager-x"]
+    text = markdown(report, every_row=True)
+    assert "2 of 2 measured makespans" in text  # this profile does not say how unsure it is
+    assert "eager over graphs" in text and "no contention" in text and "small-eager-x" in text
+
+
+def test_no_scenario_is_fitted_and_validated_on() -> None:
+    fit, validation = (scenarios(name) for name in SETS)
+    assert len(validation) >= 24
+    assert not [one for one in fit.values() if one in validation.values()]
+    assert {one.seed for one in fit.values()}.isdisjoint(one.seed for one in validation.values())
+
+
+def test_the_validation_set_covers_what_it_should() -> None:
+    chosen = scenarios("validation").values()
+    assert {one.model.preset for one in chosen} == {
+        "mixtral-8x7b",
+        "qwen3-30b-a3b",
+        "switch-base-128",
+        "deepseek-v2-lite",
+    }
+    assert {one.prefetch.lookahead for one in chosen} >= {0, 1, 3}
+    assert {one.predictor.recall for one in chosen} >= {0.6, 0.8, 1.0}
+    assert {one.dispatch.router_readback for one in chosen} == {True, False}
+    assert {one.dispatch.mode for one in chosen} == {"graph", "eager"}
+    assert {one.copy_.discipline for one in chosen} == {"fifo", "two_streams", "priority"}
+    assert max(one.workload.batch for one in chosen) > 1
