@@ -79,8 +79,7 @@ def check_executable(inputs: Inputs) -> None:
 
 
 def _predicts(inputs: Inputs) -> bool:
-    predictor = inputs.scenario.predictor
-    return inputs.guesses is not None and predictor.latency_us > 0 and predictor.lane != "free"
+    return inputs.guesses is not None and inputs.predictor.latency_us > 0 and inputs.scenario.predictor.lane != "free"
 
 
 def make_plan(inputs: Inputs) -> Plan:

@@ -97,7 +97,7 @@ class Costs:
         self.copies_hold_host = memory == "pageable"
         self.copy_slowdown = profile.contention.copy_beside_compute.factor if profile.contention else 1.0
         self.copies_take_turns = profile.contention is not None and profile.contention.copies_take_turns
-        self.predict_ns = round(scenario.predictor.latency_us * 1000)
+        self.predict_ns = round((scenario.predictor.latency_us or 0.0) * 1000)
         self._set_host_costs(profile.host, records=2 if timed else 1)
         self.copies: Sequence[CopyCost] = [self._copy(h2d, size) for size in model.expert_bytes]
         self._set_lags(profile, h2d)

@@ -19,6 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from ..resources.suggest import unknown_name
 from ..workloads.batches import PREFILL_MODES
 from ..workloads.importers import shipped_traces
+from ..workloads.learned import shipped_weights
 from ..workloads.predictors import PREDICTORS
 from .dispatch import ISSUE
 from .memory_manager import PROTECTION, SCOPES
@@ -156,13 +157,25 @@ class MemorySection(_Section):
 
 
 class PredictorSection(_Section):
-    """Who guesses the experts of coming layers, how well, and what a guess costs on which lane."""
+    """Who guesses the experts of coming layers, how well, and what a guess costs on which lane.
+
+    `weights` are those of "learned": a folder, a file or a shipped name. Without `latency_us` a guess takes what was
+    measured for the weights, and nothing for a predictor that has none.
+    """
 
     name: Annotated[str, _one_of(PREDICTORS)] = "oracle"
     recall: float = Field(default=0.9, ge=0, le=1)
     context: int = Field(default=3, ge=1)
     lane: Annotated[str, _one_of(PREDICTOR_LANES)] = "gpu"
-    latency_us: float = Field(default=0.0, ge=0)
+    latency_us: float | None = Field(default=None, ge=0)
+    weights: str | None = None
+
+    @model_validator(mode="after")
+    def _weights_are_of_learned(self) -> PredictorSection:
+        if (self.weights is not None) != (self.name == "learned"):
+            given = f"name = {self.name!r} and weights = {self.weights!r}"
+            raise ValueError(f"{given}: weights (a folder of `prestage predictor train`) go with name = 'learned'")
+        return self
 
 
 class PrefetchSection(_Section):
@@ -261,8 +274,8 @@ def scenario_names() -> list[str]:
 def load_scenario(name: str | Path | None = None, settings: Iterable[str] = ()) -> Scenario:
     """Return a scenario: a TOML file's, a shipped one's by name, or the embedded default's.
 
-    `settings` are `section.key=value` strings laid over it; a value is read as TOML, or as a bare string. A trace or
-    a fit named in a file is looked for beside that file; one named in a setting, in the current folder.
+    `settings` are `section.key=value` strings laid over it; a value is read as TOML, or as a bare string. A trace, a
+    fit or weights named in a file are looked for beside that file; named in a setting, in the current folder.
     Raises ScenarioError.
     """
     source = "scenario 'default'" if name is None else f"scenario {str(name)!r}"
@@ -305,13 +318,14 @@ def _read(name: str | Path | None, source: str) -> dict[str, Any]:
         workload = data.get("workload")
         _find_beside(folder, workload, "trace")
         _find_beside(folder, workload.get("synthetic") if isinstance(workload, dict) else None, "fit")
+        _find_beside(folder, data.get("predictor"), "weights")
     return data
 
 
 def _find_beside(folder: Path, section: Any, key: str) -> None:
     """Make a file that a section names relative to the folder of the scenario, unless it is one that ships."""
     named = section.get(key) if isinstance(section, dict) else None
-    if isinstance(named, str) and named not in shipped_traces():
+    if isinstance(named, str) and named not in (*shipped_traces(), *shipped_weights()):
         section[key] = str(folder / named)
 
 
@@ -325,16 +339,28 @@ def _apply(data: dict[str, Any], setting: str) -> None:
         value = tomllib.loads(f"value = {text.strip()}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
-    if parts == ["workload", "trace"]:
-        data.setdefault("workload", {}).pop("synthetic", None)
-    if parts == ["workload", "synthetic", "fit"]:
-        for key in _FIT_REPLACES:
-            data.get("workload", {}).get("synthetic", {}).pop(key, None)
+    _drop_replaced(data, parts, value)
     for part in parts[:-1]:
         data = data.setdefault(part, {})
         if not isinstance(data, dict):
             raise ScenarioError(f"--set {setting!r}: {part!r} is a value, not a section")
     data[parts[-1]] = value
+
+
+def _drop_replaced(data: dict[str, Any], parts: list[str], value: Any) -> None:
+    """Take out what a setting replaces: a trace and a synthetic one, and weights of another predictor."""
+    workload, predictor = (data.get(section) for section in ("workload", "predictor"))
+    if parts[:1] == ["workload"] and isinstance(workload, dict):
+        if parts[1:] == ["trace"]:
+            workload.pop("synthetic", None)
+        elif parts[1:2] == ["synthetic"]:
+            workload.pop("trace", None)
+        synthetic = workload.get("synthetic")
+        if parts[1:] == ["synthetic", "fit"] and isinstance(synthetic, dict):
+            for key in _FIT_REPLACES:
+                synthetic.pop(key, None)
+    if parts == ["predictor", "name"] and value != "learned" and isinstance(predictor, dict):
+        predictor.pop("weights", None)
 
 
 def _explain(problem: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..workloads.batches import Step, plan_steps
 from ..workloads.fitted import FittedRouting
 from ..workloads.importers import open_trace
 from ..workloads.model import Model, load_model
-from ..workloads.predictors import Guesses, make_predictor
+from ..workloads.predictors import Guesses
 from ..workloads.synthetic import synthesize
 from ..workloads.trace import RoutingTrace
 from .costs import Costs
@@ -34,12 +34,11 @@ from .partition import divider
 from .policies.eviction import EVICTION, Setting
 from .policies.prefetch import PREFETCH, Gauge, NoPrefetch, Options, Prefetch
 from .policies.prefetch_share import PREFETCH_SHARE
+from .predicting import FREE, PredictorCost, predictor_cost, scenario_predictor, with_latency
 from .replicates import replicate_costs, summary, without_uncertainty
 from .scenario import Scenario, ScenarioError, parse_bytes
 from .warnings import warnings_of
 
-#: The keys of the scenario's predictor that are options of these.
-_OPTIONS = {"oracle": ("recall",), "context": ("context",)}
 #: Called with what is running, and how many of how many layer visits are done.
 Progress = Callable[[str, int, int], None]
 #: Passes visits on, perhaps counting them.
@@ -59,6 +58,7 @@ class Inputs:
     guesses: Guesses | None
     #: The expert budget before each step, where the KV cache takes its part of a total; None where it is constant.
     budgets: list[int] | None = None
+    predictor: PredictorCost = FREE
 
     @property
     def layer_visits(self) -> int:
@@ -109,15 +109,16 @@ def load_inputs(scenario: Scenario, trace: RoutingTrace | None = None) -> Inputs
     budget_bytes = scenario.memory.budget_bytes(model.expert_bytes, model.experts)
     policy = make_prefetch(scenario, model)
     guesses = _guesses(scenario, model, trace, steps, policy)
-    budgets = expert_budgets(scenario, model, trace, steps, budget_bytes)
+    predictor = predictor_cost(scenario.predictor) if guesses is not None else FREE
+    budgets = expert_budgets(scenario, model, trace, steps, budget_bytes, predictor.gpu_memory_bytes)
     if budgets is not None:
         budget_bytes = max(budgets)
         try:
             divider(scenario.memory.scope, model.expert_bytes, trace)(min(budgets))
         except BudgetError as error:
             given = f"memory.total_bytes = {scenario.memory.total_bytes!r}"
-            raise ScenarioError(f"{given}: less dense weights, KV cache and workspace, {error}") from None
-    inputs = Inputs(scenario, model, profile, trace, steps, budget_bytes, guesses, budgets)
+            raise ScenarioError(f"{given}: less dense weights, KV cache, workspace and predictor, {error}") from None
+    inputs = Inputs(scenario, model, profile, trace, steps, budget_bytes, guesses, budgets, predictor)
     # Before anything runs, these refuse a budget that is too small and host memory that the profile lacks.
     make_manager(inputs)
     Costs(model, profile, scenario)
@@ -133,30 +134,28 @@ def _guesses(
         horizons, ranks = max(1, scenario.prefetch.lookahead), scenario.prefetch.k or model.top_k
     if not ranks:
         return None
-    predictor = scenario.predictor
-    options = {key: getattr(predictor, key) for key in _OPTIONS.get(predictor.name, ())}
-    source = make_predictor(predictor.name, seed=scenario.seed, **options)
-    guesses = source.guess(trace, steps, horizons, ranks)
+    guesses = scenario_predictor(scenario).guess(trace, steps, horizons, ranks)
     if policy.needs_confidences and guesses.confidences is None:
         raise ScenarioError(
             f"prefetch.policy = {scenario.prefetch.policy!r} needs confidences, and predictor.name = "
-            f"{predictor.name!r} gives none: choose another of the two"
+            f"{scenario.predictor.name!r} gives none: choose another of the two"
         )
     return guesses
 
 
 def expert_budgets(
-    scenario: Scenario, model: Model, trace: RoutingTrace, steps: list[Step], most_bytes: int
+    scenario: Scenario, model: Model, trace: RoutingTrace, steps: list[Step], most_bytes: int, predictor_bytes: int = 0
 ) -> list[int] | None:
-    """Return the expert budget before each step: total - dense weights - KV cache - workspace, `most_bytes` at most.
+    """Return the expert budget before each step, `most_bytes` at most.
 
+    It is what dense weights, KV cache, workspace and `predictor_bytes` leave of the total; None without a total.
     The KV cache holds every position of the sequences that run; a sequence leaves it with its last step.
     """
     memory = scenario.memory
     if memory.total_bytes is None:
         return None
     left_bytes = parse_bytes(memory.total_bytes) - parse_bytes(memory.workspace_bytes)
-    left_bytes -= sum(model.dense_bytes) + model.head_bytes
+    left_bytes -= sum(model.dense_bytes) + model.head_bytes + predictor_bytes
     last_step = {int(name): index for index, step in enumerate(steps) for name in trace.sequence[step.rows]}
     context: dict[int, int] = {}
     budgets = []
@@ -185,7 +184,7 @@ def simulate_inputs(
 ) -> Result:
     """Run what `load_inputs` loaded."""
     scenario, model = inputs.scenario, inputs.model
-    costs = Costs(model, inputs.profile, scenario)
+    costs = Costs(model, inputs.profile, with_latency(scenario, inputs.predictor))
     began = time.perf_counter()
     prefetch = make_prefetch(scenario, model, costs.copies[0].queued_ns)
     recording = run(inputs, costs, make_manager(inputs), prefetch, _watched(progress, "simulate", inputs.layer_visits))
@@ -196,13 +195,14 @@ def simulate_inputs(
     if replicates:
         data["replicates"] = summary(_replicates(inputs, replicates, progress))
     data["estimates"] = dict(sorted(costs.estimates.items()))
+    data["seed"] = scenario.seed
+    data["predictor"] = asdict(inputs.predictor)
     data["warnings"] = warnings_of(inputs.trace, model, inputs.budget_bytes, scenario, data)
     if replicates and (missing := without_uncertainty(inputs.profile)):
         data["warnings"].append(
             f"the percentiles are too narrow: profile {inputs.profile.name} does not say how far {', '.join(missing)} "
             f"can be off; calibrate this machine"
         )
-    data["seed"] = scenario.seed
     data["predictions_sha256"] = inputs.guesses.digest if inputs.guesses is not None else None
     data["model"] = {"name": model.name, "layers": model.layers, "experts": model.experts, "top_k": model.top_k}
     data["budget_bytes"] = int(recording.decoded.visits["budget_bytes"].max())
@@ -345,7 +345,8 @@ def _baselines(inputs: Inputs, costs: Costs, data: dict[str, Any], progress: Pro
 def _replicates(inputs: Inputs, count: int, progress: Progress | None) -> list[dict[str, Any]]:
     """Return makespan and tokens/s of each replicate."""
     results = []
-    for number, costs in enumerate(replicate_costs(inputs.model, inputs.profile, inputs.scenario, count), 1):
+    scenario = with_latency(inputs.scenario, inputs.predictor)
+    for number, costs in enumerate(replicate_costs(inputs.model, inputs.profile, scenario, count), 1):
         prefetch = make_prefetch(inputs.scenario, inputs.model, costs.copies[0].queued_ns)
         recording = run(inputs, costs, make_manager(inputs), prefetch)
         speed = measure.step_metrics(recording)

@@ -41,6 +41,11 @@ def warnings_of(
             f"estimated cost in use: {', '.join(data['estimates'])} by the profile's rule, not measured; "
             f"calibrate this machine, or read the rule under estimates"
         )
-    if data["prefetch"]["useful"] and not scenario.predictor.latency_us:
+    if data["prefetch"]["useful"] and not data["predictor"]["latency_us"]:
         warnings.append("prediction is free: predictor.latency_us = 0; set it to what your predictor takes")
+    if scenario.predictor.lane in ("gpu", "compute") and data["predictor"]["latency_source"] == "measured on cpu":
+        warnings.append(
+            f"the predictor's latency, {data['predictor']['latency_us']:.0f} us, was measured on a CPU and its lane is "
+            "on the GPU: train it where there is one, or set predictor.latency_us"
+        )
     return warnings

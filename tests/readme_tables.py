@@ -3,7 +3,8 @@
     python tests/readme_tables.py [NAME …] [--write]
 
 prints the named tables of TABLES (all without a name), or writes them into README.md between their marks. `lookahead`
-needs the real traces (PRESTAGE_TRACES).
+needs the real traces (PRESTAGE_TRACES); `predictors` and `contexts` are read from docs/predictors.json, which
+`predictor_report.py` makes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from eviction_tables import layers, policies
+from predictor_report import contexts_table, predictors_table
 
 from prestage.calibration.report import markdown
 from prestage.engine.output.tables import GUIDE_FIGURES, figure_cells, figure_columns, guide_cells
@@ -91,7 +93,7 @@ def _key(section: str, key: str, value: object) -> str:
     """Return one line of TOML; the choices are those that the refusal of a wrong one names."""
     line = f"{key} is not set" if value is None else f"{key} = {json.dumps(value)}"
     try:
-        load_scenario(None, [f"{section}.{key}=?"])
+        load_scenario("synthetic", [f"{section}.{key}=?"])
     except ScenarioError as error:
         choices = re.search(r"choose one of (.*)|must be '(.*)'", str(error))
         if choices:
@@ -172,14 +174,16 @@ def replay_speed() -> str:
     return "\n".join([*lines, *(f"\nNot installed, not measured: {name}." for name in missing)])
 
 
-#: In the order of their places in the README.
 def reality() -> str:
     """How well simulated makespans match those measured on a GPU, from the committed report of `calibrate validate`."""
     report = json.loads((ROOT / "calibration" / "validation" / "h200.json").read_text(encoding="utf-8"))
     return markdown(report, every_row=False)
 
 
+#: In the order of their places in the README.
 TABLES: dict[str, Callable[[], str]] = {
+    "predictors": predictors_table,
+    "contexts": contexts_table,
     "lookahead": lookahead,
     "guide": guide,
     "reproduce": reproduce,

@@ -24,9 +24,9 @@ from prestage.cli import main
 from prestage.engine.output import files
 from prestage.workloads.trace import RoutingTrace
 
-#: The default scenario, small.
+#: The shipped synthetic scenario, small.
 SMALL = ["model.layers=4", "workload.tokens=8", "workload.synthetic.tokens=24", "workload.synthetic.prefill_tokens=3"]
-SMALL_RUN = ["run", *(part for setting in SMALL for part in ("--set", setting))]
+SMALL_RUN = ["run", "synthetic", *(part for setting in SMALL for part in ("--set", setting))]
 COMMANDS = [[], ["run"], ["replay"], ["trace"], ["trace", "info"], ["trace", "import"], ["trace", "synth"]]
 LOG = """\
 # route_trace v1
@@ -86,12 +86,12 @@ def prestage_outside(*arguments: str, cwd: Path, **environment: str) -> Ran:
 
 
 def test_run_without_a_scenario_runs_the_default_and_prints_tables(tmp_path: Path) -> None:
-    ran = prestage_outside("run", "--set", "workload.tokens=3", cwd=tmp_path, COLUMNS="200")
+    ran = prestage_outside("run", "--set", "workload.tokens=80", cwd=tmp_path, COLUMNS="200")
     assert (ran.status, ran.err) == (0, "")
-    assert ran.out.startswith("gpt-oss-20b (24 x 32 experts, top-4) on h200-pcie5, a synthetic trace; room for 25.0%")
+    assert ran.out.startswith("switch-base-128 (12 x 128 experts, top-1) on h200, guide; room for 50.0%")
     for said in ("tokens per second", "hit rate", "prefetch_hit", "cache_hit", "late", "miss", "useful", "wasted"):
         assert re.search(rf"^ *{said} ", ran.out, re.MULTILINE), said
-    for said in ("Where ", "stall", "speedup", "all resident", "memory utilization", "warning: prediction is free"):
+    for said in ("Where ", "stall", "speedup", "all resident", "memory utilization"):
         assert said in ran.out
     assert not [*tmp_path.iterdir()]
 
@@ -270,7 +270,7 @@ def test_import_makes_a_trace_that_replays_as_its_log_does(prestage: Prestage, t
 # Bad input: one line on standard error, exit status 2, nothing on standard output, nothing written.
 
 BAD_RUN: list[tuple[list[str], str]] = [
-    (["defalt"], "guide-k5-1gb, speed, FILE.toml (did you mean 'default'?)"),
+    (["defalt"], "speed, synthetic, FILE.toml (did you mean 'default'?)"),
     (["none.toml"], "scenario 'none.toml': cannot be read: No such file or directory"),
     (["--set", "prefetch.lookahed=2"], "prefetch.lookahed: no such key; did you mean 'lookahead'?"),
     (["--set", "workload.synthetic.skw=2"], "workload.synthetic.skw: no such key; did you mean 'skew'?"),
@@ -292,7 +292,10 @@ BAD_RUN: list[tuple[list[str], str]] = [
     (["default", "speed"], "Got unexpected extra argument"),
 ]
 BAD: list[tuple[list[str], str]] = [
-    *((["run", *arguments], message) for arguments, message in BAD_RUN),
+    *(
+        (["run", *(["synthetic"] if arguments[0] == "--set" else []), *arguments], message)
+        for arguments, message in BAD_RUN
+    ),
     (["walk"], "No such command 'walk'; `prestage --help` tells more"),
     (["trace"], "Missing command; `prestage trace --help` tells more"),
     (["replay"], "; `prestage replay --help` tells more"),

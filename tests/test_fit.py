@@ -207,7 +207,7 @@ def test_a_fit_and_what_it_replaces_are_not_given_together() -> None:
 
 
 def test_a_setting_puts_a_fit_in_the_place_of_the_default_scenarios_parameters() -> None:
-    synthetic = load_scenario(None, ["workload.synthetic.fit=x.json"]).workload.synthetic
+    synthetic = load_scenario("synthetic", ["workload.synthetic.fit=x.json"]).workload.synthetic
     assert synthetic is not None
     assert synthetic.fit == "x.json"
     assert "skew" not in synthetic.model_fields_set

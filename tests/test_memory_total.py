@@ -72,6 +72,6 @@ def test_a_total_that_cannot_hold_an_expert_to_the_end_is_refused_before_the_run
         }
     )
     with pytest.raises(
-        ScenarioError, match=r"^memory\.total_bytes = '2GiB': less dense weights, KV cache and workspace"
+        ScenarioError, match=r"^memory\.total_bytes = '2GiB': less dense weights, KV cache, workspace and predictor"
     ):
         load_inputs(scenario)

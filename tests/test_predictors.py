@@ -16,13 +16,15 @@ from hypothesis import strategies as st
 
 from prestage.workloads import predictors
 from prestage.workloads.batches import DECODE, PREFILL, Step, plan_steps
-from prestage.workloads.predictors import PREDICTORS, Guesses, Oracle, make_predictor, recall_at
+from prestage.workloads.learned import Weights
+from prestage.workloads.network import Shape, initial_weights
+from prestage.workloads.predictors import PREDICTORS, Activation, Guesses, Oracle, make_predictor, recall_at
 from prestage.workloads.trace import RoutingTrace
 
 #: Predictors that may use the future: it is what they are for.
 LOOKS_AHEAD = {"oracle"}
 #: Options under which each predictor is put to the common tests.
-OPTIONS: dict[str, dict[str, Any]] = {"oracle": {"recall": 0.6}}
+OPTIONS: dict[str, dict[str, Any]] = {"oracle": {"recall": 0.6}, "activation": {"capacity": 2}}
 
 HORIZONS, N = 5, 3
 
@@ -68,6 +70,16 @@ def ragged(seed: int, layers: int = 3, k: int = 2, num_experts: int = 6) -> tupl
 
 def guess(name: str, trace: RoutingTrace, steps: Sequence[Step], horizons: int = HORIZONS, n: int = N) -> Guesses:
     return make_predictor(name, seed=3, **OPTIONS.get(name, {})).guess(trace, steps, horizons, n)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def weights_for_ragged_traces(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Untrained weights are as good as any for what all predictors have in common."""
+    shape = Shape(layers=3, experts=6, top_k=2, horizons=HORIZONS, context=2, width=8, heads=2)
+    arrays = {name: array.astype(np.float16) for name, array in initial_weights(shape, seed=1).items()}
+    folder = tmp_path_factory.mktemp("weights")
+    Weights(shape, arrays, {"latency_us": {"cpu": 1.0}}).save(folder)
+    OPTIONS["learned"] = {"weights": str(folder)}
 
 
 def plan(trace: RoutingTrace, batch: int = 1) -> list[Step]:
@@ -540,6 +552,38 @@ def test_context_looks_as_far_back_as_it_is_told() -> None:
 def test_context_of_no_tokens_is_refused() -> None:
     with pytest.raises(ValueError, match="predictor context = 0: must be at least 1"):
         make_predictor("context", context=0)
+
+
+def test_activation_follows_the_most_similar_finished_sequence() -> None:
+    # Two layers, top-1. Sequence 0 uses experts 0 and 1, sequence 1 uses 2 and 3, then each once more something else,
+    # so that its matrix's layer 1 has {1: 2, 5: 1} and {3: 2, 4: 1}.
+    first, second = [[0, 1], [0, 1], [0, 5]], [[2, 3], [2, 3], [2, 4]]
+    trace = decoding([*first, *second, [2, 3], [0, 1]], 6, sequence=[0, 0, 0, 1, 1, 1, 2, 2])
+    guesses = guess("activation", trace, plan(trace), 1, 2)
+    experts, shares = guesses.experts[:, :, 0], guesses.confidences
+    assert shares is not None
+    # While sequence 0 runs nothing is finished; sequence 1 has only sequence 0 to match.
+    assert (experts[:3] == -1).all()
+    assert experts[3, 0].tolist() == [1, 5]
+    assert shares[3, 0, 0] == pytest.approx([2 / 3, 1 / 3])
+    # Sequence 2 begins like sequence 1: at once at layer 0, and at layer 1 for the next token's layer 0.
+    assert experts[6].tolist() == [[3, 4], [2, -1]]
+    # Its second token uses 0: at layer 0 the matrix {2: 1, 0: 1} is as similar to both there, 1 / sqrt(2); layer 1
+    # still is sequence 1's.
+    assert experts[7, 0].tolist() == [3, 4]
+
+
+def test_activation_replaces_the_most_similar_matrix_when_there_is_no_room() -> None:
+    # One layer, top-1, room for two: 0 0, 1 1 and then 0 2 end; the last is nearest to 0 0 and takes its place.
+    trace = decoding([[0], [0], [1], [1], [0], [2], [0], [3]], 4, sequence=[0, 0, 1, 1, 2, 2, 3, 3])
+    assert guess("activation", trace, plan(trace), 1, 3).experts[6, 0, 0].tolist() == [0, 2, -1]
+    roomy = Activation(capacity=3).guess(trace, plan(trace), 1, 3)
+    assert roomy.experts[6, 0, 0].tolist() == [0, -1, -1]
+
+
+def test_activation_needs_room_for_one_matrix() -> None:
+    with pytest.raises(ValueError, match="predictor capacity = 0: must be at least 1"):
+        Activation(capacity=0)
 
 
 def test_recorded_repeats_the_traces_predictions() -> None:

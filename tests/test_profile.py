@@ -111,14 +111,16 @@ def test_an_h200s_copies_take_what_was_measured() -> None:
 def test_an_expert_that_was_measured_takes_what_was_measured_and_is_no_estimate(
     preset: str, dispatch: str, us: float
 ) -> None:
-    costs = Costs(load_model(preset), load_profile("h200-pcie5"), load_scenario(None, [f"dispatch.mode={dispatch}"]))
+    costs = Costs(
+        load_model(preset), load_profile("h200-pcie5"), load_scenario("synthetic", [f"dispatch.mode={dispatch}"])
+    )
     assert costs.expert(0, 1).ns == us * 1000
     assert costs.estimates == {}
 
 
 def test_an_expert_that_was_not_measured_is_estimated_by_the_stated_rule_and_said_to_be() -> None:
     model = load_model("gpt-oss-20b")
-    costs = Costs(model, load_profile("h200-pcie5"), load_scenario())
+    costs = Costs(model, load_profile("h200-pcie5"), load_scenario("synthetic"))
     # 13.5 us + 13,236,480 bytes / 4.2 TB/s = 13.5 + 3.15 us.
     assert model.expert_bytes[0] == 13_236_480
     assert costs.expert(0, 1).ns == 13_500 + 3_152

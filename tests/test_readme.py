@@ -137,7 +137,7 @@ def test_it_names_every_file_by_a_path_that_is_there() -> None:
 
 
 def test_the_numbers_it_explains_are_those_of_a_result() -> None:
-    data = simulate(load_scenario(None, ["model.layers=2", "workload.tokens=2"])).data
+    data = simulate(load_scenario("synthetic", ["model.layers=2", "workload.tokens=2"])).data
     explained = re.findall(r"^\| (.*?) \|", README.split("| number | formula |")[1].split("\n\n")[0], re.MULTILINE)
     keys = [key for cell in explained for key in re.findall(r"`(\w+)`", cell)]
     assert len(keys) > 10

@@ -64,7 +64,7 @@ WAYS: dict[str, tuple[str, ...]] = {
     **{f"prefill {name}": (f"workload.prefill={name}",) for name in PREFILL_MODES},
     **{f"eviction {name}": (f"memory.eviction={name}",) for name in EVICTION},
     # The recorded predictor needs a trace that holds predictions: it has a test of its own.
-    **{f"predictor {name}": (f"predictor.name={name}",) for name in PREDICTORS if name != "recorded"},
+    **{f"predictor {name}": (f"predictor.name={name}",) for name in PREDICTORS if name not in ("recorded", "learned")},
     **{f"policy {name}": ("predictor.name=transition", f"prefetch.policy={name}") for name in PREFETCH},
 }
 
@@ -72,7 +72,7 @@ WAYS: dict[str, tuple[str, ...]] = {
 @cache
 def result_of(*settings: str) -> Result:
     """The result of the small scenario with these settings; runs are shared between tests, and never changed."""
-    return simulate(load_scenario(None, [*SMALL, *settings]))
+    return simulate(load_scenario("synthetic", [*SMALL, *settings]))
 
 
 def data_of(*settings: str) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def test_baselines_do_not_depend_on_prefetch_or_cache() -> None:
 
 
 def test_without_baselines_everything_else_is_the_same() -> None:
-    bare = simulate(load_scenario(None, SMALL), baselines=False).data
+    bare = simulate(load_scenario("synthetic", SMALL), baselines=False).data
     given = ("baseline_ms", "resident_ms", "speedup", "efficiency")
     assert bare == {key: value for key, value in data_of().items() if key not in given}
 
@@ -245,7 +245,7 @@ def test_two_processes_that_hash_differently_write_the_same_bytes(tmp_path: Path
     settings = [part for setting in (*SMALL, *WAYS["stale dropped"]) for part in ("--set", setting)]
     for seed in ("1", "2"):
         environment = {**os.environ, "PYTHONHASHSEED": seed, "MPLBACKEND": "Agg"}
-        command = [sys.executable, "-m", "prestage", "run", *settings, "--out", str(tmp_path / seed)]
+        command = [sys.executable, "-m", "prestage", "run", "synthetic", *settings, "--out", str(tmp_path / seed)]
         subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
     first, second = ({path.name: path.read_bytes() for path in (tmp_path / seed).iterdir()} for seed in ("1", "2"))
     assert first == second
@@ -268,7 +268,7 @@ def test_policies_meet_the_same_guesses() -> None:
 
 def test_progress_tells_every_run_and_ends_at_its_end() -> None:
     told: list[tuple[str, int, int]] = []
-    simulate(load_scenario(None, SMALL), progress=lambda *what: told.append(what))
+    simulate(load_scenario("synthetic", SMALL), progress=lambda *what: told.append(what))
     runs = list(dict.fromkeys(what for what, _, _ in told))
     assert runs == ["simulate", "all resident", "no prefetch, no cache"]
     for run in runs:
@@ -279,18 +279,18 @@ def test_progress_tells_every_run_and_ends_at_its_end() -> None:
 
 def test_recorded_predictions_run_from_the_trace(tmp_path: Path) -> None:
     # Every guess for the next layer right, none across the token boundary, and no confidences.
-    trace = load_inputs(load_scenario(None, SMALL)).trace
+    trace = load_inputs(load_scenario("synthetic", SMALL)).trace
     ahead = np.concatenate([trace.experts[:, 1:].astype(np.int16), np.full((30, 1, 4), -1, dtype=np.int16)], axis=1)
     recorded = replace(trace, predictions=ahead[:, :, None, :])
     recorded.save(tmp_path / "t.npz")
     settings = [*SMALL[:2], f"workload.trace={tmp_path / 't.npz'}", "memory.gpu_budget=100%", "predictor.name=recorded"]
-    data = simulate(load_scenario(None, settings), baselines=False).data
+    data = simulate(load_scenario("synthetic", settings), baselines=False).data
     # With room for all, whatever was fetched is used, and the first layer alone ever misses.
     assert data["prefetch"]["wasted"] == data["prefetch"]["unused"] == 0 < data["counts"]["prefetch"]
     missed = [layer["miss"] for layer in data["by_layer"]]
     assert missed[0] > 0 and missed[1:] == [0] * 5
     with pytest.raises(ScenarioError, match=r"'threshold' needs confidences, and predictor\.name = 'recorded' gives"):
-        load_inputs(load_scenario(None, [*settings, "prefetch.policy=threshold"]))
+        load_inputs(load_scenario("synthetic", [*settings, "prefetch.policy=threshold"]))
 
 
 @pytest.mark.parametrize(
@@ -304,13 +304,13 @@ def test_recorded_predictions_run_from_the_trace(tmp_path: Path) -> None:
 )
 def test_what_cannot_run_is_refused_before_it_runs(settings: list[str], message: str) -> None:
     with pytest.raises(ValueError) as error:
-        load_inputs(load_scenario(None, [*SMALL, *settings]))
+        load_inputs(load_scenario("synthetic", [*SMALL, *settings]))
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(("key", "wanted"), [("layers", 5), ("experts", 16), ("top_k", 2)])
 def test_a_trace_of_another_model_is_refused_naming_the_key(tmp_path: Path, key: str, wanted: int) -> None:
-    load_inputs(load_scenario(None, SMALL)).trace.save(tmp_path / "t.npz")
+    load_inputs(load_scenario("synthetic", SMALL)).trace.save(tmp_path / "t.npz")
     settings = ["model.layers=6", f"workload.trace={tmp_path / 't.npz'}", f"model.{key}={wanted}"]
     with pytest.raises(ScenarioError, match=rf"model\.{key} = {wanted} \(gpt-oss-20b\), but the trace has "):
-        load_inputs(load_scenario(None, settings))
+        load_inputs(load_scenario("synthetic", settings))

@@ -11,6 +11,7 @@ import numpy as np
 
 from prestage.engine.costs import Costs
 from prestage.engine.output.metrics import Recording
+from prestage.engine.predicting import predictor_cost
 from prestage.engine.scenario import Scenario, make_scenario
 from prestage.engine.simulate import Inputs, make_manager, make_prefetch, run
 from prestage.resources.profile import Profile
@@ -163,7 +164,8 @@ def tiny_inputs(model: Model, profile: Profile, trace: RoutingTrace, scenario: S
         predictor = make_predictor(scenario.predictor.name, seed=scenario.seed, **options)
         guesses = predictor.guess(trace, steps, policy.horizons, policy.guesses)
     budget_bytes = scenario.memory.budget_bytes(model.expert_bytes, model.experts)
-    return Inputs(scenario, model, profile, trace, steps, budget_bytes, guesses)
+    cost = predictor_cost(scenario.predictor)
+    return Inputs(scenario, model, profile, trace, steps, budget_bytes, guesses, predictor=cost)
 
 
 def tiny_run(model: Model, profile: Profile, trace: RoutingTrace, scenario: Scenario) -> Recording:

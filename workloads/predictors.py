@@ -25,6 +25,7 @@ from .trace import RoutingTrace
 Int16s = npt.NDArray[np.int16]
 Int64s = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
+Floats64 = npt.NDArray[np.float64]
 
 #: Greater than every expert, so that it stands last in a sorted list and shifts nothing.
 _NONE_TAKEN = np.iinfo(np.int16).max
@@ -102,7 +103,7 @@ class Oracle:
 
     def guess(self, trace: RoutingTrace, steps: Sequence[Step], horizons: int, n: int) -> Guesses:
         """Return the truth, each expert of it kept with probability `recall`."""
-        run = _Run.of(trace, steps, horizons, n)
+        run = Run.of(trace, steps, horizons, n)
         experts = run.no_guesses(n)
         # Coin and choice of each rank.
         draws = np.arange(2 * n)
@@ -153,13 +154,10 @@ class PreviousToken:
 
     def guess(self, trace: RoutingTrace, steps: Sequence[Step], horizons: int, n: int) -> Guesses:
         """Return the choices of the token before."""
-        run = _Run.of(trace, steps, horizons, n)
+        run = Run.of(trace, steps, horizons, n)
         experts = run.no_guesses(n)
-        itself = np.arange(len(run.rows))
-        for ahead, (_, layer) in enumerate(run.targets()):
-            been_through = layer <= np.arange(run.layers)
-            latest = np.where(been_through, itself[:, None], run.previous[:, None])
-            experts[:, :, ahead, : run.k] = run.chosen[latest, layer, :n]
+        for ahead in range(horizons):
+            experts[:, :, ahead, : run.k] = run.latest(ahead + 1)[..., :n]
         return run.guesses(experts)
 
 
@@ -171,7 +169,7 @@ class Frequency:
 
     def guess(self, trace: RoutingTrace, steps: Sequence[Step], horizons: int, n: int) -> Guesses:
         """Return the most used experts so far."""
-        run = _Run.of(trace, steps, horizons, n)
+        run = Run.of(trace, steps, horizons, n)
         experts, confidences = run.no_guesses(n), run.no_confidences(n)
         layer = np.stack([layer for _, layer in run.targets()], axis=1)
         before = np.zeros((run.layers, trace.num_experts), dtype=np.int64)
@@ -185,7 +183,7 @@ class Frequency:
             uses = np.bincount(cell[used >= 0], minlength=(len(starts) - 1) * before.size)
             uses = uses.reshape(-1, *before.shape)
             after = before + np.cumsum(uses, axis=0)
-            best, share = _best(after - uses, n)
+            best, share = best_of(after - uses, n)
             experts[places] = best[step[:, None, None], layer]
             confidences[places] = share[step[:, None, None], layer]
             before = after[-1]
@@ -203,7 +201,7 @@ class Transition:
 
     def guess(self, trace: RoutingTrace, steps: Sequence[Step], horizons: int, n: int) -> Guesses:
         """Return what followed most often."""
-        run = _Run.of(trace, steps, horizons, n)
+        run = Run.of(trace, steps, horizons, n)
         experts, confidences = run.no_guesses(n), run.no_confidences(n)
         e = trace.num_experts
         counts = np.zeros((run.layers, horizons, e, e), dtype=np.int32)
@@ -217,7 +215,7 @@ class Transition:
                 scores = np.zeros((len(run.rows[piece]), run.layers, horizons, e), dtype=np.int64)
                 for source in np.moveaxis(run.chosen[piece], -1, 0):
                     scores += counts[here, ahead, source[..., None]]
-                experts[piece], confidences[piece] = _best(scores, n)
+                experts[piece], confidences[piece] = best_of(scores, n)
             for piece in run.pieces(cells, int(start), int(end)):
                 source = run.chosen[ago[tokens_on, piece].transpose(2, 0, 1), here]
                 target = run.chosen[piece][:, target_layer]
@@ -245,7 +243,7 @@ class Context:
 
     def guess(self, trace: RoutingTrace, steps: Sequence[Step], horizons: int, n: int) -> Guesses:
         """Return the likeliest experts of the mixture."""
-        run = _Run.of(trace, steps, horizons, n)
+        run = Run.of(trace, steps, horizons, n)
         experts, confidences = run.no_guesses(n), run.no_confidences(n)
         mixture = _Mixture(run.layers, horizons, self.context + 2, trace.num_experts)
         known = run.known_tokens(self.context)
@@ -256,7 +254,7 @@ class Context:
         for start, end in zip(run.starts[:-1], run.starts[1:], strict=True):
             for piece in run.pieces(cells, int(start), int(end)):
                 scores = mixture.scores(self._parts(run, known, np.arange(piece.start, piece.stop)[:, None, None]))
-                experts[piece], confidences[piece] = _best(np.rint(scores / _SHARE).astype(np.int64), n)
+                experts[piece], confidences[piece] = best_of(np.rint(scores / _SHARE).astype(np.int64), n)
             lessons = []
             for piece in run.pieces(cells, int(start), int(end)):
                 source = ago[tokens_on, piece].transpose(2, 0, 1)
@@ -264,7 +262,7 @@ class Context:
             mixture.learn(lessons)
         return run.guesses(experts, confidences)
 
-    def _parts(self, run: _Run, known: Int64s, place: Int64s) -> Int16s:
+    def _parts(self, run: Run, known: Int64s, place: Int64s) -> Int16s:
         """Return the context of guesses by these places (rows, layers or 1, horizons or 1).
 
         Shape (rows, layers, horizons, parts, k), -1 where there is nothing.
@@ -338,8 +336,11 @@ class _Mixture:
         return at, (source >= 0) & (target >= 0)
 
 
-def _best(scores: Int64s, n: int) -> tuple[Int16s, Floats]:
-    """Return the n experts with the highest scores (…, experts) above 0, ties to the lower index, and their shares."""
+def best_of(scores: Int64s, n: int) -> tuple[Int16s, Floats]:
+    """Return the n experts with the highest scores (…, experts) above 0, ties to the lower index, and their shares.
+
+    Shapes (…, n); -1 and 0 where there are fewer.
+    """
     e = scores.shape[-1]
     # One number that orders by score, then by falling index.
     keys = scores * e + np.arange(e - 1, -1, -1)
@@ -353,6 +354,104 @@ def _best(scores: Int64s, n: int) -> tuple[Int16s, Floats]:
     return experts, shares
 
 
+class Activation:
+    """Matches the sequence so far with finished ones, and guesses what the most similar of them used most.
+
+    A sequence is described by its activation matrix: how many of its tokens used each expert of each layer. Two are
+    as similar as the cosine between their rows, summed over layers. Finished sequences are collected, `capacity` at
+    most; a newcomer then replaces the one most similar to it. While none is finished there is no guess; ties go to the
+    lower index, an expert that the match never used is not guessed. The confidence is the expert's share of the
+    match's uses of the layer.
+
+    Source: Xue et al., "MoE-Infinity: Efficient MoE Inference on Personal Machines with Sparsity-Aware Expert Cache",
+    arXiv:2401.14361, section 4; there the matrices are collected beforehand, here as sequences end.
+    """
+
+    def __init__(self, capacity: int = 100) -> None:
+        if capacity < 1:
+            raise ValueError(f"predictor capacity = {capacity}: must be at least 1")
+        self.capacity = capacity
+
+    def guess(self, trace: RoutingTrace, steps: Sequence[Step], horizons: int, n: int) -> Guesses:
+        """Return the most used experts of the most similar finished sequence."""
+        run = Run.of(trace, steps, horizons, n)
+        experts, confidences = run.no_guesses(n), run.no_confidences(n)
+        collected = _Collection(self.capacity, run.layers, trace.num_experts, n)
+        target_layer = np.stack([layer for _, layer in run.targets()], axis=1)
+        sequence = trace.sequence[run.rows]
+        last_step = dict(zip(sequence.tolist(), run.step.tolist(), strict=True))
+        none_used = np.zeros((run.layers, trace.num_experts))
+        used: dict[int, Floats64] = {}
+        for step, (start, end) in enumerate(zip(run.starts[:-1], run.starts[1:], strict=True)):
+            ended = []
+            for name in dict.fromkeys(sequence[start:end].tolist()):
+                places = start + np.flatnonzero(sequence[start:end] == name)
+                before = used.get(name, none_used)
+                used[name] = after = before + _uses(run.chosen[places], trace.num_experts)
+                if collected.held:
+                    match = collected.most_similar(before, after)[:, None]
+                    experts[places] = collected.ranked[match, target_layer]
+                    confidences[places] = collected.shares[match, target_layer]
+                if last_step[name] == step:
+                    ended.append(used.pop(name))
+            for matrix in ended:
+                collected.add(matrix)
+        return run.guesses(experts, confidences)
+
+
+class _Collection:
+    """Activation matrices of finished sequences, and what each of them would guess."""
+
+    def __init__(self, capacity: int, layers: int, experts: int, n: int) -> None:
+        self._capacity = capacity
+        # By layer first, so that one product over all layers compares with every matrix.
+        self._matrices = np.zeros((layers, 0, experts))
+        self._squares = np.zeros((layers, 0))
+        self.ranked = np.zeros((0, layers, n), dtype=np.int16)
+        self.shares = np.zeros((0, layers, n), dtype=np.float32)
+        self._n = n
+
+    @property
+    def held(self) -> int:
+        """How many matrices there are."""
+        return len(self.ranked)
+
+    def most_similar(self, before: Floats64, after: Floats64) -> Int64s:
+        """Return for each layer which matrix is most similar to `after` up to it, and to `before` beyond it."""
+        then, now = self._cosines(before), self._cosines(after)
+        similarity = then.sum(axis=0) + np.cumsum(now - then, axis=0)
+        match: Int64s = np.argmax(similarity, axis=-1)
+        return match
+
+    def add(self, matrix: Floats64) -> None:
+        """Collect a matrix, in place of the most similar one if there is no room."""
+        ranked, shares = best_of(matrix.astype(np.int64), self._n)
+        squares = np.square(matrix).sum(axis=-1)
+        if self.held < self._capacity:
+            self._matrices = np.concatenate([self._matrices, matrix[:, None]], axis=1)
+            self._squares = np.concatenate([self._squares, squares[:, None]], axis=1)
+            self.ranked = np.concatenate([self.ranked, ranked[None]])
+            self.shares = np.concatenate([self.shares, shares[None]])
+            return
+        place = int(np.argmax(self._cosines(matrix).sum(axis=0)))
+        self._matrices[:, place], self._squares[:, place] = matrix, squares
+        self.ranked[place], self.shares[place] = ranked, shares
+
+    def _cosines(self, matrix: Floats64) -> Floats64:
+        """Return the cosine of every row with that of every matrix held (layers, held), 0 if one is empty."""
+        products = (self._matrices @ matrix[..., None])[..., 0]
+        squares = self._squares * np.square(matrix).sum(axis=-1)[:, None]
+        cosines: Floats64 = products / np.sqrt(np.maximum(squares, 1))
+        return cosines
+
+
+def _uses(chosen: Int16s, num_experts: int) -> Floats64:
+    """Return how often each expert of each layer (layers, experts) is among the choices (tokens, layers, k)."""
+    layers = chosen.shape[1]
+    cell = np.arange(layers)[:, None] * num_experts + chosen
+    return np.bincount(cell[chosen >= 0], minlength=layers * num_experts).reshape(layers, -1).astype(np.float64)
+
+
 class Recorded:
     """Repeats the trace's own `predictions`, such as a learned predictor's, and their `confidences` if it has them."""
 
@@ -361,7 +460,7 @@ class Recorded:
 
         Raises ValueError if the trace has no predictions, or none so far ahead.
         """
-        run = _Run.of(trace, steps, horizons, n)
+        run = Run.of(trace, steps, horizons, n)
         if trace.predictions is None:
             raise ValueError(
                 "predictor 'recorded': the trace has no array predictions; it must have one of shape (tokens, layers, "
@@ -388,21 +487,28 @@ def recall_at(guesses: Guesses, trace: RoutingTrace, steps: Sequence[Step]) -> n
 
     True experts are those that the targets used, once for each token that could guess them; 0 where there are none.
     """
-    run = _Run.of(trace, steps, *guesses.experts.shape[2:])
+    run = Run.of(trace, steps, *guesses.experts.shape[2:])
     recalls = np.zeros(guesses.horizons)
-    for ahead, (token, layer) in enumerate(run.targets()):
-        asked = run.can_guess(token)
-        truth = run.chosen[token, layer][asked]
-        listed = guesses.experts[:, :, ahead][asked]
-        true = int((truth >= 0).sum())
-        found = sum(int(((listed == expert[:, None]) & (listed >= 0)).any(axis=-1).sum()) for expert in truth.T)
-        recalls[ahead] = found / max(true, 1)
+    for ahead, truth in enumerate(np.moveaxis(run.truth(), 2, 0)):
+        found = int(found_in(truth, guesses.experts[:, :, ahead]).sum())
+        recalls[ahead] = found / max(int((truth >= 0).sum()), 1)
     return recalls
 
 
+def found_in(truth: Int16s, listed: Int16s) -> npt.NDArray[np.bool_]:
+    """Return which of the guesses `listed` (…, n) are among the true experts `truth` (…, k); -1 never is."""
+    found = np.zeros(listed.shape, dtype=np.bool_)
+    for expert in np.moveaxis(truth, -1, 0):
+        found |= listed == expert[..., None]
+    return found & (listed >= 0)
+
+
 @dataclass(frozen=True, eq=False)
-class _Run:
-    """The simulated rows and what follows what among them; a place is an index into `rows`, -1 is none."""
+class Run:
+    """What predictors look at: the simulated rows and what follows what among them.
+
+    A place is an index into `rows`, -1 is none.
+    """
 
     layers: int
     k: int
@@ -419,8 +525,8 @@ class _Run:
     before: Int64s
 
     @classmethod
-    def of(cls, trace: RoutingTrace, steps: Sequence[Step], horizons: int, n: int) -> _Run:
-        """Look the steps up in the trace."""
+    def of(cls, trace: RoutingTrace, steps: Sequence[Step], horizons: int, n: int) -> Run:
+        """Look the steps up in the trace; ValueError as `Predictor.guess` raises it."""
         for name, value in (("horizons", horizons), ("n", n)):
             if value < 1:
                 raise ValueError(f"predictor {name} = {value}: must be at least 1")
@@ -458,6 +564,20 @@ class _Run:
             while len(tokens_on) <= on[-1]:
                 tokens_on.append(_follow(self.next, tokens_on[-1]))
             yield np.stack([tokens_on[tokens] for tokens in on], axis=1), layer
+
+    def truth(self) -> Int16s:
+        """Return the true experts (rows, layers, horizons, k) of all that is to be guessed, -1 where nothing is."""
+        truth = [
+            np.where(self.can_guess(token)[..., None], self.chosen[token, layer], -1) for token, layer in self.targets()
+        ]
+        return np.stack(truth, axis=2)
+
+    def latest(self, ahead: int) -> Int16s:
+        """Return the sequence's last choice at the layer so far ahead (rows, layers, k) that each visit knows of."""
+        here = np.arange(self.layers)
+        layer = (here + ahead) % self.layers
+        token = np.where(layer <= here, np.arange(len(self.rows))[:, None], self.previous[:, None])
+        return self.chosen[token, layer]
 
     def tokens_ago(self, most: int) -> Int64s:
         """Return the places 0 to `most` tokens earlier in the same sequence, (most + 1, rows), -1 for none."""
@@ -525,20 +645,29 @@ def _neighbors(sequence: npt.NDArray[np.integer], step: Int64s) -> tuple[Int64s,
     return nxt, previous, before
 
 
+def _learned(weights: str) -> Predictor:
+    """Return the trained predictor with these weights; loaded here, for it needs this module."""
+    from .learned import Learned, load_weights
+
+    return Learned(load_weights(weights))
+
+
 PREDICTORS: dict[str, Callable[..., Predictor]] = {
     "oracle": Oracle,
     "previous-token": PreviousToken,
     "frequency": Frequency,
     "transition": Transition,
     "context": Context,
+    "activation": Activation,
     "recorded": Recorded,
+    "learned": _learned,
 }
 
 
 def make_predictor(name: str, *, seed: int = 0, **options: Any) -> Predictor:
     """Return the predictor of that name in PREDICTORS, built with its options, and with the seed if it draws at all.
 
-    Raises ValueError if there is no such predictor, it has no such option, or the option's value is impossible.
+    Raises ValueError if there is no such predictor, it has no such option or lacks one, or a value is impossible.
     """
     if name not in PREDICTORS:
         raise ValueError(_unknown("predictor.name", name, list(PREDICTORS)))
@@ -548,6 +677,10 @@ def make_predictor(name: str, *, seed: int = 0, **options: Any) -> Predictor:
         if option not in known:
             own = [key for key in known if key != "seed"]
             raise ValueError(_unknown(f"option of predictor {name!r}", option, own))
+    try:
+        inspect.signature(PREDICTORS[name]).bind(**seeds, **options)
+    except TypeError as error:
+        raise ValueError(f"predictor {name!r}: {error}") from None
     return PREDICTORS[name](**seeds, **options)
 
 

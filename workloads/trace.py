@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import uuid
 import zipfile
 import zlib
@@ -309,6 +310,20 @@ class RoutingTrace:
         if not len(rows):
             raise TraceError(f"phase = {phase}, sequences = {sequences}: no row of the trace is left")
         return self.select(rows)
+
+    def sequences_in(self, span: str) -> list[int]:
+        """Return the sequences at these places in file order, first inclusive, last exclusive: '61:', ':10' or '3:5'.
+
+        Raises TraceError if the span is not written like that or names no sequence of the trace.
+        """
+        names = list(dict.fromkeys(self.sequence.tolist()))
+        match = re.fullmatch(r"([0-9]*):([0-9]*)", span.strip())
+        chosen = names[int(match[1] or 0) : int(match[2] or len(names))] if match else []
+        if not chosen:
+            raise TraceError(
+                f"sequences {span!r}: write FIRST:LAST, such as 3:5 or 61:, within the {len(names)} there are"
+            )
+        return chosen
 
 
 def by_sequence(sequence: Array) -> npt.NDArray[np.int64]:

@@ -185,6 +185,42 @@ def _described(row: dict[str, Any]) -> str:
     )
 
 
+def print_predictors(data: dict[str, Any], *, layers: bool = False) -> None:
+    """Print how good predictors are: a table by horizon, bounds on top-1, and every target layer if asked for."""
+    console = Console()
+    lengths = list(data["predictors"][0]["horizons"][0]["recall"])
+    shape = f"{data['layers']} layers, top-{data['k']} of {data['num_experts']} experts"
+    console.print(
+        Text(f"{data['model'] or 'trace'}: {shape}; {data['tokens']:,} tokens of {data['sequences']} sequences")
+    )
+    heads = ["predictor", "ahead", "top-1", *(f"recall@{n}" for n in lengths), "miscalibration"]
+    if layers:
+        heads.insert(2, "layer")
+    table = Table(box=None, padding=(0, 1))
+    for head in heads:
+        # On a narrow terminal only names of weights, which are paths, are folded.
+        table.add_column(head, min_width=max(len(head), 14 if head == "predictor" else 0), overflow="fold")
+    for entry in data["predictors"]:
+        for at in entry["horizons"]:
+            named = (entry["name"], str(at["horizon"]))
+            every = ["all"] if layers else []
+            recalls = [_share(at["recall"][n], 1) for n in lengths]
+            table.add_row(*named, *every, _share(at["top1"], 1), *recalls, _number(at["calibration_error"], 3))
+            for layer, top1 in enumerate(at["layers"]["top1"] if layers else ()):
+                recalls = [_share(at["layers"]["recall"][n][layer], 1) for n in lengths]
+                table.add_row(*named, str(layer), _share(top1, 1), *recalls, "")
+    console.print(table)
+    for entry in data["predictors"]:
+        if entry["memory_bytes"] is not None:
+            latency = ", ".join(f"{us:,.0f} us on {device}" for device, us in entry["latency_us"].items())
+            console.print(Text(f"{entry['name']}: {entry['memory_bytes']:,} bytes; one guess takes {latency}"))
+    bounds = Table("no top-1 above, one layer ahead, knowing", "entropy", "Fano", "hindsight", box=None, padding=(0, 1))
+    for knows, bound in data["top1_bounds"][0]["knowing"].items():
+        entropy = f"{_number(bound['entropy_bits'], 2)} bits"
+        bounds.add_row(knows, entropy, _share(bound["fano"], 1), _share(bound["hindsight"], 1))
+    console.print(bounds)
+
+
 def print_virtual_memory(data: dict[str, Any]) -> None:
     """Print a run of the virtual memory manager: its counts, and its times in both accountings."""
     console = Console()
