@@ -8,14 +8,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .engine.breakeven import break_even as break_even
+    from .engine.compare import compare as compare
     from .engine.inference import InferenceConfig as InferenceConfig
     from .engine.inference import InferenceSimulator as InferenceSimulator
+    from .engine.journal import read_rows as read_rows
     from .engine.replay import replay_trace as replay_trace
     from .engine.scenario import Scenario as Scenario
     from .engine.scenario import load_scenario as load_scenario
     from .engine.scenario import make_scenario as make_scenario
     from .engine.simulate import Result as Result
     from .engine.simulate import simulate as simulate
+    from .engine.sweep import sweep as sweep
     from .engine.virtual_memory import VirtualMemoryManager as VirtualMemoryManager
     from .resources.profile import load_profile as load_profile
     from .workloads.importers import open_trace as open_trace
@@ -33,14 +37,18 @@ _HOME = {
     "RoutingTrace": "workloads.trace",
     "Scenario": "engine.scenario",
     "VirtualMemoryManager": "engine.virtual_memory",
+    "break_even": "engine.breakeven",
+    "compare": "engine.compare",
     "load_model": "workloads.model",
     "load_profile": "resources.profile",
     "load_scenario": "engine.scenario",
     "make_scenario": "engine.scenario",
     "open_trace": "workloads.importers",
+    "read_rows": "engine.journal",
     "record": "workloads.recorder",
     "replay_trace": "engine.replay",
     "simulate": "engine.simulate",
+    "sweep": "engine.sweep",
     "synthesize": "workloads.synthetic",
 }
 __all__ = sorted(_HOME)

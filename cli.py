@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
@@ -37,7 +38,12 @@ app.add_typer(calibrate_app, name="calibrate")
 
 benchmark_app = typer.Typer(help="Benchmark this machine, or show what was measured on another.", no_args_is_help=True)
 app.add_typer(benchmark_app, name="benchmark")
-predictor_app = typer.Typer(help="Train, measure and evaluate predictors of expert choices.", no_args_is_help=True)
+predictor_app = typer.Typer(
+    help="""Train, measure and evaluate predictors of expert choices.
+
+    Such as `prestage predictor train trace.safetensors -o my-predictor`.
+    """
+)
 app.add_typer(predictor_app, name="predictor")
 
 # A missing argument, an unknown option and a bad value are all of the class that BadParameter is made from; typer
@@ -75,6 +81,10 @@ def run(
     ] = None,
     all_spans: Annotated[bool, typer.Option(help="Write all spans to the timeline, not the first 200,000.")] = False,
     baselines: Annotated[bool, typer.Option(help="Also run the two baselines (speedup, resident_ms).")] = True,
+    check_prefetch: Annotated[
+        bool,
+        typer.Option("--check-prefetch", help="Also run the same cache without prefetch, and warn if it is faster."),
+    ] = False,
     replicates: Annotated[
         int, typer.Option(min=0, help="Run so many more times, costs drawn from their uncertainty: p5, p50, p95.")
     ] = 0,
@@ -87,7 +97,7 @@ def run(
       prestage run --out prestage-out
       prestage run --set prefetch.lookahead=0 --set memory.gpu_budget=50%
       prestage run gpt-oss-20b --set workload.trace=trace.npz --json
-      prestage run my-scenario.toml --no-baselines
+      prestage run my-scenario.toml --no-baselines --check-prefetch
 
     The README lists every key; a key or name that does not exist is refused with those that do.
     """
@@ -99,7 +109,9 @@ def run(
     if out is not None:
         make_folder(out)
     with _progress() as progress:
-        result = simulate_inputs(inputs, baselines=baselines, replicates=replicates, progress=progress)
+        result = simulate_inputs(
+            inputs, baselines=baselines, check_prefetch=check_prefetch, replicates=replicates, progress=progress
+        )
         written = [] if out is None else write_result(result, out, all_spans=all_spans)
     if json:
         _print_json(result.json_data())
@@ -109,6 +121,198 @@ def run(
     print_result(result.json_data())
     for line in written:
         typer.echo(line)
+
+
+@app.command()
+def sweep(
+    scenario: Annotated[
+        str | None, typer.Argument(help="A scenario or a sweep: a TOML file or a shipped one's name; else the default.")
+    ] = None,
+    grid: Annotated[
+        list[str] | None, typer.Option("--grid", metavar="KEY=V1,V2,…", help="Try these values of a key; repeat it.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a key in all of them; repeat it.")
+    ] = None,
+    sample: Annotated[int | None, typer.Option(help="Run so many of the combinations, drawn by the seed.")] = None,
+    workers: Annotated[int | None, typer.Option(help="How many processes; all cores without it.")] = None,
+    cluster: Annotated[str | None, typer.Option(help="The address of a Dask scheduler whose workers run it.")] = None,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="The journal (.jsonl), or a .csv or .parquet made of one beside it.")
+    ] = Path("sweep.jsonl"),
+    baselines: Annotated[bool, typer.Option(help="Also run the baselines, once for all rows that share one.")] = True,
+    json: Json = False,
+) -> None:
+    """Run every combination of some keys' values, over all cores or a cluster; a killed sweep goes on where it was.
+
+    \b
+    Examples:
+      prestage sweep --grid prefetch.k=1,2,4 --grid memory.gpu_budget=25%,50%
+      prestage sweep gpt-oss-20b --grid prefetch.lookahead=0,1,2 --sample 2 --workers 2 -o sweep.csv
+      prestage sweep guide-insights -o insights.jsonl
+
+    A combination that cannot run is a row with its error. Draw the rows with `prestage plot`, run one of them again
+    with `prestage run sweep.jsonl#KEY`. On several machines: `dask scheduler` on one, `dask worker ADDRESS --nthreads 1
+    --nworkers N` on each, then --cluster ADDRESS.
+    """
+    from .engine.grid import parse_grid
+    from .engine.sweep import sweep as run_sweep
+
+    try:
+        with _progress(log_every_s=30) as progress:
+            rows = run_sweep(
+                scenario,
+                parse_grid(grid or ()),
+                out=out,
+                settings=settings or (),
+                sample=sample,
+                workers=workers,
+                cluster=cluster,
+                baselines=baselines,
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; {out.with_suffix('.jsonl')} has what is done, and the same command goes on", err=True)
+        raise typer.Exit(130) from None
+    failed = [row["error"] for row in rows.errors]
+    if json:
+        _print_json({"rows": len(rows), "errors": len(failed), "file": str(out)})
+    else:
+        from .engine.output.tables import print_sweep
+
+        print_sweep(rows)
+        typer.echo(f"{out}: {len(rows):,} rows" + (f", {len(failed):,} of them with an error" if failed else ""))
+    if failed and len(failed) == len(rows):
+        raise ValueError(f"every scenario failed, the first with: {failed[0]}")
+
+
+@app.command()
+def plot(
+    kind: Annotated[str, typer.Argument(help="The picture: lines, heatmap, pareto or tornado.")],
+    result: Annotated[Path, typer.Argument(help="A sweep's journal (.jsonl).")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The .png, .pdf or .svg to write.")],
+    x: Annotated[str | None, typer.Option(help="The key of the grid across; that with most values without it.")] = None,
+    by: Annotated[str | None, typer.Option(help="The key of the lines, or of the heat map's rows.")] = None,
+    figure: Annotated[str, typer.Option(help="What is drawn, by its name in a row, such as counts.miss.")] = (
+        "tokens_per_second"
+    ),
+) -> None:
+    """Draw a sweep: lines, a heat map, the front of speed against memory, or which setting matters most.
+
+    \b
+    Examples:
+      prestage plot lines sweep.jsonl --x prefetch.k --by memory.gpu_budget -o lines.png
+      prestage plot heatmap sweep.jsonl --figure hit_rate -o heatmap.svg
+      prestage plot pareto sweep.jsonl -o pareto.png
+      prestage plot tornado sweep.jsonl -o tornado.png
+    """
+    from .engine.journal import read_rows
+    from .engine.output.charts import plot_sweep
+    from .engine.output.plots import check_picture, save
+
+    check_picture(out)
+    save(plot_sweep(kind, read_rows(result), x=x, by=by, figure=figure), out)
+    typer.echo(str(out))
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            help="Results (result.json, or its folder) or scenarios, which may carry settings: NAME,KEY=VALUE"
+        ),
+    ],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a key in all scenarios; repeat it.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the waterfall to this .png, .pdf or .svg.")] = None,
+    json: Json = False,
+) -> None:
+    """Set runs side by side: figures, ratios to the first, and where the time between them arises.
+
+    \b
+    Examples:
+      prestage compare default default,prefetch.lookahead=0
+      prestage compare gpt-oss-20b gpt-oss-20b,copy.discipline=priority --set workload.tokens=50 --plot waterfall.png
+    """
+    from .engine.compare import compare as compare_runs
+    from .engine.compare import load_run, waterfall
+    from .engine.output.plots import check_picture
+
+    if plot is not None:
+        check_picture(plot)
+    loaded = {name: load_run(name, settings or ()) for name in runs}
+    data = compare_runs(loaded)
+    if plot is not None:
+        from .engine.output.charts import plot_waterfall
+        from .engine.output.plots import save
+
+        first, *others = loaded
+        save(plot_waterfall({name: waterfall(loaded[first], loaded[name]) for name in others}, first), plot)
+    if json:
+        _print_json(data)
+        return
+    from .engine.output.tables import print_comparison
+
+    print_comparison(data)
+    if plot is not None:
+        typer.echo(str(plot))
+
+
+@app.command()
+def breakeven(
+    scenario: Annotated[str | None, typer.Argument(help="A scenario's TOML file or a shipped one's name.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a key, such as prefetch.k=4; repeat it.")
+    ] = None,
+    budgets: Annotated[str, typer.Option(help="Budgets to try: 10%,25%,4GiB; the scenario's without it.")] = "",
+    lookaheads: Annotated[str, typer.Option(help="Lookaheads to try: 1,2,3; the scenario's without it.")] = "",
+    workers: Annotated[int | None, typer.Option(help="How many processes; all cores without it.")] = None,
+    cluster: Annotated[str | None, typer.Option(help="The address of a Dask scheduler whose workers run it.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw it to this .png, .pdf or .svg.")] = None,
+    json: Json = False,
+) -> None:
+    """Find the least recall of a predictor at which prefetching pays, against the same cache without it.
+
+    \b
+    Examples:
+      prestage breakeven --set workload.tokens=50
+      prestage breakeven gpt-oss-20b --budgets 25%,50% --set workload.tokens=20 --plot breakeven.png
+
+    The predictor is the oracle, whatever the scenario's; its time (predictor.latency_us, lane) counts.
+    """
+    from .engine.breakeven import break_even
+    from .engine.grid import parse_grid
+    from .engine.output.plots import check_picture
+    from .engine.scenario import load_scenario
+
+    if plot is not None:
+        check_picture(plot)
+    options = {"memory.gpu_budget": budgets, "prefetch.lookahead": lookaheads}
+    tried = parse_grid(f"{key}={values}" for key, values in options.items() if values)
+    with _progress() as progress:
+        data = break_even(
+            load_scenario(scenario, settings or ()),
+            budgets=tried.get("memory.gpu_budget", ()),
+            lookaheads=tried.get("prefetch.lookahead", ()),
+            workers=workers,
+            cluster=cluster,
+            progress=progress,
+        )
+    if plot is not None:
+        from .engine.output.charts import plot_break_even
+        from .engine.output.plots import save
+
+        save(plot_break_even(data), plot)
+    if json:
+        _print_json(data)
+        return
+    from .engine.output.tables import print_break_even
+
+    print_break_even(data)
+    if plot is not None:
+        typer.echo(str(plot))
 
 
 @app.command()
@@ -722,10 +926,13 @@ def _print_json(data: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None] | None]:
-    """Show a progress bar on standard error where a person is looking; yield what moves it."""
+def _progress(log_every_s: float | None = None) -> Iterator[Callable[[str, int, int], None] | None]:
+    """Show on standard error how far things are; yield what moves it.
+
+    A person at a terminal sees a bar with an estimate. Elsewhere a line is written every `log_every_s`, or nothing.
+    """
     if not sys.stderr.isatty():
-        yield None
+        yield None if log_every_s is None else _logged(log_every_s)
         return
     from rich.console import Console
     from rich.progress import Progress
@@ -739,3 +946,20 @@ def _progress() -> Iterator[Callable[[str, int, int], None] | None]:
             bars.update(tasks[what], completed=done)
 
         yield move
+
+
+def _logged(every_s: float) -> Callable[[str, int, int], None]:
+    """Return what writes a line on standard error now and then, with an estimate of the time that is left."""
+    began: dict[str, tuple[float, int]] = {}
+    told = monotonic()
+
+    def move(what: str, done: int, total: int) -> None:
+        nonlocal told
+        now = monotonic()
+        since, before = began.setdefault(what, (now, done))
+        if now - told >= every_s and done > before:
+            told = now
+            left_s = (now - since) / (done - before) * (total - done)
+            typer.echo(f"{what}: {done:,} of {total:,}, about {left_s / 60:,.1f} min left", err=True)
+
+    return move

@@ -22,8 +22,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..engine.decoder import collector_off
+from ..engine.inputs import Inputs
 from ..engine.scenario import Scenario, ScenarioError, load_scenario
-from ..engine.simulate import Inputs, Progress, load_inputs
+from ..engine.simulate import Progress, load_inputs
 from ..resources.timeline import DENSE, EXPERT, HEAD, PREFETCH, READBACK
 from .cuda import Call, Calls, CudaError, Gpu, Workload, run
 from .host import DISTURBED, Cores

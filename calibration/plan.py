@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from ..engine.costs import pieces_of, token_bucket
 from ..engine.dispatch import Visit, launch_order
+from ..engine.inputs import Inputs
 from ..engine.memory_manager import Admission, MemoryManager
-from ..engine.simulate import Inputs, dispatched, make_manager, make_prefetch
+from ..engine.simulate import dispatched, make_manager, make_prefetch
 from ..resources.timeline import DEMAND, DENSE, EXPERT, HEAD, PREFETCH, READBACK
 
 #: The kinds of entries that copy an expert.

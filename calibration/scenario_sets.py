@@ -131,7 +131,7 @@ def _scenario(line: _Line, seed: int) -> Scenario:
             }
         },
         "memory": {"gpu_budget": shape.budget},
-        "predictor": {"recall": line.recall},
+        "predictor": {"recall": line.recall, "latency_us": 0.0},
         "prefetch": {"lookahead": line.lookahead, **_how_many(line, shape)},
         "dispatch": {"mode": line.mode, "router_readback": line.readback},
     }

@@ -15,11 +15,12 @@ import numpy as np
 
 from ..engine.costs import Costs
 from ..engine.decoder import Decoded
+from ..engine.inputs import Inputs
 from ..engine.memory_manager import DEMANDED, PREFETCHED
 from ..engine.output.metrics import LATE, Recording, time_split
 from ..engine.replicates import replicate_costs
 from ..engine.scenario import Scenario
-from ..engine.simulate import Inputs, load_inputs, make_manager, make_prefetch, run
+from ..engine.simulate import load_inputs, make_manager, make_prefetch, run
 from ..resources.profile import Duration, DurationBesideCopy, Profile, TransferCost
 from ..resources.timeline import LAUNCH, PREFETCH
 from .measured import Measured

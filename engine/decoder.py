@@ -3,7 +3,7 @@
 The host thread is the story: it launches the dense part, learns the router's choice, enqueues copies and launches
 experts behind them, then prefetches. The lanes answer each submission with the instant at which it will end, or
 with a promise of it. Decisions come from `dispatch`, in order; nothing here changes them, except where a policy
-declares that it looks at the clock (dropping stale prefetches).
+declares that it looks at the clock (`uses_clock`), or stale prefetches are dropped.
 """
 
 from __future__ import annotations
@@ -466,10 +466,13 @@ class _Decoder:
 
     def _give_up(self, queue: PriorityLane, copy: int, touched: Completion) -> Completion:
         """Copy no more of an expert that was evicted, if nobody reads it; return when its room may be written."""
-        work = self._queued.get(copy)
+        work = self._queued.pop(copy, None)
         if work is None or touched is not work.done:
             return touched  # a kernel that is launched already waits for the copy
-        return queue.give_up(work)
+        free = queue.give_up(work)
+        if self._rooms_split:
+            self._arriving[copy] = free  # another part of its room may be asked for
+        return free
 
     def _is_stale(self, work: Work) -> bool:
         """Drop a queued prefetch whose target visit has been dispatched without it, if the scenario says so."""

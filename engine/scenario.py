@@ -22,6 +22,7 @@ from ..workloads.importers import shipped_traces
 from ..workloads.learned import shipped_weights
 from ..workloads.predictors import PREDICTORS
 from .dispatch import ISSUE
+from .journal import find_row
 from .memory_manager import PROTECTION, SCOPES
 from .policies.eviction import EVICTION
 from .policies.prefetch import PREFETCH
@@ -272,7 +273,9 @@ def scenario_names() -> list[str]:
 
 
 def load_scenario(name: str | Path | None = None, settings: Iterable[str] = ()) -> Scenario:
-    """Return a scenario: a TOML file's, a shipped one's by name, or the embedded default's.
+    """Return a scenario: a TOML file's, a shipped one's by name, the embedded default's, or a sweep's row's.
+
+    A row is named by its journal and the beginning of its key, `results.jsonl#1f3a`.
 
     `settings` are `section.key=value` strings laid over it; a value is read as TOML, or as a bare string. A trace, a
     fit or weights named in a file are looked for beside that file; named in a setting, in the current folder.
@@ -281,7 +284,7 @@ def load_scenario(name: str | Path | None = None, settings: Iterable[str] = ()) 
     source = "scenario 'default'" if name is None else f"scenario {str(name)!r}"
     data = _read(name, source)
     for setting in settings:
-        _apply(data, setting)
+        apply_setting(data, setting)
     return make_scenario(data, source)
 
 
@@ -296,6 +299,10 @@ def make_scenario(data: Mapping[str, Any], source: str = "scenario") -> Scenario
 
 def _read(name: str | Path | None, source: str) -> dict[str, Any]:
     path = Path(name) if name is not None else None
+    if path is not None and ".jsonl#" in path.name:
+        file, _, key = str(path).rpartition("#")
+        data: dict[str, Any] = find_row(file, key)["scenario"]
+        return data
     if path is not None and (path.suffix == ".toml" or path.is_file()):
         try:
             text = path.read_text(encoding="utf-8")
@@ -329,21 +336,30 @@ def _find_beside(folder: Path, section: Any, key: str) -> None:
         section[key] = str(folder / named)
 
 
-def _apply(data: dict[str, Any], setting: str) -> None:
+def apply_setting(data: dict[str, Any], setting: str) -> None:
     """Lay one `section.key=value` over plain data."""
     key, equals, text = setting.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
+    if not equals or not all(key.strip().split(".")):
         raise ScenarioError(f"--set {setting!r}: write it as section.key=value")
+    lay(data, key.strip(), parse_value(text))
+
+
+def parse_value(text: str) -> Any:
+    """Return what a value means that is given outside a file: TOML, or else the bare string."""
     try:
-        value = tomllib.loads(f"value = {text.strip()}")["value"]
+        return tomllib.loads(f"value = {text.strip()}")["value"]
     except tomllib.TOMLDecodeError:
-        value = text.strip()
+        return text.strip()
+
+
+def lay(data: dict[str, Any], key: str, value: Any) -> None:
+    """Lay a value over plain data under `section.key`. Raises ScenarioError."""
+    parts = key.split(".")
     _drop_replaced(data, parts, value)
     for part in parts[:-1]:
         data = data.setdefault(part, {})
         if not isinstance(data, dict):
-            raise ScenarioError(f"--set {setting!r}: {part!r} is a value, not a section")
+            raise ScenarioError(f"{key}: {part!r} is a value, not a section")
     data[parts[-1]] = value
 
 

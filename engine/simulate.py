@@ -1,22 +1,22 @@
 """From a scenario to a result: load what it names, check that it fits together, run it, measure it.
 
-`simulate` runs the scenario and, for comparison, two baselines of it: everything resident, and no prefetch with
-every expert dropped after its visit.
+`simulate` runs the scenario and, for comparison, baselines of it: everything resident, no prefetch with every expert
+dropped after its visit, and, when asked, the same cache without prefetch.
 """
 
 from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..resources.profile import Profile, load_profile
+from ..resources.profile import load_profile
 from ..resources.timeline import Timeline
 from ..workloads.batches import Step, plan_steps
 from ..workloads.fitted import FittedRouting
@@ -28,42 +28,28 @@ from ..workloads.trace import RoutingTrace
 from .costs import Costs
 from .decoder import Decoded, decode
 from .dispatch import Visit, visits
+from .inputs import Inputs
 from .memory_manager import BudgetError, MemoryManager
 from .output import metrics as measure
 from .partition import divider
 from .policies.eviction import EVICTION, Setting
 from .policies.prefetch import PREFETCH, Gauge, NoPrefetch, Options, Prefetch
 from .policies.prefetch_share import PREFETCH_SHARE
-from .predicting import FREE, PredictorCost, predictor_cost, scenario_predictor, with_latency
+from .predicting import FREE, predictor_cost, scenario_predictor, with_latency
 from .replicates import replicate_costs, summary, without_uncertainty
-from .scenario import Scenario, ScenarioError, parse_bytes
+from .scenario import MemorySection, PredictorSection, PrefetchSection, Scenario, ScenarioError, parse_bytes
 from .warnings import warnings_of
 
 #: Called with what is running, and how many of how many layer visits are done.
 Progress = Callable[[str, int, int], None]
 #: Passes visits on, perhaps counting them.
 Watch = Callable[[Iterator[Visit]], Iterator[Visit]]
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a scenario names, loaded and checked: it can be run as it is, any number of times."""
-
-    scenario: Scenario
-    model: Model
-    profile: Profile
-    trace: RoutingTrace
-    steps: list[Step]
-    budget_bytes: int
-    guesses: Guesses | None
-    #: The expert budget before each step, where the KV cache takes its part of a total; None where it is constant.
-    budgets: list[int] | None = None
-    predictor: PredictorCost = FREE
-
-    @property
-    def layer_visits(self) -> int:
-        """How many layer visits a run has."""
-        return len(self.steps) * self.trace.layers
+#: What a run is compared with, and what progress calls it.
+BASELINES = {
+    "resident": "all resident",
+    "baseline": "no prefetch, no cache",
+    "no_prefetch": "same cache, no prefetch",
+}
 
 
 @dataclass(frozen=True)
@@ -169,20 +155,38 @@ def expert_budgets(
 
 
 def simulate(
-    scenario: Scenario, *, baselines: bool = True, replicates: int = 0, progress: Progress | None = None
+    scenario: Scenario,
+    *,
+    baselines: bool | Mapping[str, float] = True,
+    check_prefetch: bool = False,
+    replicates: int = 0,
+    progress: Progress | None = None,
 ) -> Result:
     """Run a scenario; `baselines=False` leaves out the two runs that speedup and resident_ms need.
 
-    `replicates` more runs, with costs drawn from their uncertainty, give percentiles of makespan and tokens/s.
-    `progress` is called with (what, done, total) layer visits. Raises ValueError if the scenario cannot run.
+    `baselines` may also be makespans in ms that are known, by their names in BASELINES. `check_prefetch` also runs the
+    same cache without prefetch. `replicates` more runs, with costs drawn from their uncertainty, give percentiles of
+    makespan and tokens/s. `progress` is called with (what, done, total) layer visits. Raises ValueError if the
+    scenario cannot run.
     """
-    return simulate_inputs(load_inputs(scenario), baselines=baselines, replicates=replicates, progress=progress)
+    return simulate_inputs(
+        load_inputs(scenario),
+        baselines=baselines,
+        check_prefetch=check_prefetch,
+        replicates=replicates,
+        progress=progress,
+    )
 
 
 def simulate_inputs(
-    inputs: Inputs, *, baselines: bool = True, replicates: int = 0, progress: Progress | None = None
+    inputs: Inputs,
+    *,
+    baselines: bool | Mapping[str, float] = True,
+    check_prefetch: bool = False,
+    replicates: int = 0,
+    progress: Progress | None = None,
 ) -> Result:
-    """Run what `load_inputs` loaded."""
+    """Run what `load_inputs` loaded, as `simulate` does."""
     scenario, model = inputs.scenario, inputs.model
     costs = Costs(model, inputs.profile, with_latency(scenario, inputs.predictor))
     began = time.perf_counter()
@@ -191,13 +195,20 @@ def simulate_inputs(
     wall_s = time.perf_counter() - began
     data = measure.metrics(recording, _shadow_misses(inputs, prefetch))
     data["deduplication"] = _deduplication(inputs) if inputs.guesses is not None else None
-    data.update(_baselines(inputs, costs, data, progress) if baselines else {})
+    known = dict(baselines) if isinstance(baselines, Mapping) else {}
+    wanted = ["resident", "baseline"] if baselines is True else []
+    if check_prefetch:
+        wanted.append("no_prefetch")
+        if not prefetch.horizons:
+            known["no_prefetch"] = data["makespan_ms"]
+    known.update((name, run_baseline(name, inputs, costs, progress)) for name in wanted if name not in known)
+    data.update(_compared(known, data))
     if replicates:
         data["replicates"] = summary(_replicates(inputs, replicates, progress))
     data["estimates"] = dict(sorted(costs.estimates.items()))
     data["seed"] = scenario.seed
     data["predictor"] = asdict(inputs.predictor)
-    data["warnings"] = warnings_of(inputs.trace, model, inputs.budget_bytes, scenario, data)
+    data["warnings"] = warnings_of(inputs, data)
     if replicates and (missing := without_uncertainty(inputs.profile)):
         data["warnings"].append(
             f"the percentiles are too narrow: profile {inputs.profile.name} does not say how far {', '.join(missing)} "
@@ -208,13 +219,18 @@ def simulate_inputs(
     data["budget_bytes"] = int(recording.decoded.visits["budget_bytes"].max())
     data["expert_bytes_total"] = model.total_expert_bytes
     data["scenario"] = scenario.plain()
-    data["versions"] = {
+    data["versions"] = versions()
+    return Result(data, recording, wall_s)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what makes a result."""
+    return {
         "prestage": version("prestage"),
         "python": platform.python_version(),
         "simpy": version("simpy"),
         "numpy": version("numpy"),
     }
-    return Result(data, recording, wall_s)
 
 
 def make_prefetch(scenario: Scenario, model: Model, copy_ns: int = 0) -> Prefetch:
@@ -317,29 +333,50 @@ def _watched(progress: Progress | None, what: str, total: int) -> Watch:
     return watch
 
 
-def _baselines(inputs: Inputs, costs: Costs, data: dict[str, Any], progress: Progress | None) -> dict[str, Any]:
-    """Return the makespans of the two baselines and what compares the run with them."""
+def run_baseline(name: str, inputs: Inputs, costs: Costs, progress: Progress | None = None) -> float:
+    """Return the makespan in ms of one of BASELINES."""
     model = inputs.model
+    if name == "no_prefetch":
+        manager = make_manager(inputs)
+    else:
+        resident = name == "resident"
+        inputs = replace(inputs, budgets=None) if resident else inputs
+        manager = MemoryManager(
+            model.expert_bytes,
+            model.experts,
+            model.total_expert_bytes if resident else inputs.budget_bytes,
+            EVICTION["lru"],
+            drop_after_visit=not resident,
+        )
+        if resident:
+            manager.preload(range(model.total_experts))
+    watch = _watched(progress, BASELINES[name], inputs.layer_visits)
+    return run(inputs, costs, manager, NoPrefetch(), watch).makespan_ns / 1e6
 
-    def manager(budget_bytes: int, drop: bool) -> MemoryManager:
-        return MemoryManager(model.expert_bytes, model.experts, budget_bytes, EVICTION["lru"], drop_after_visit=drop)
 
-    def makespan_ms(what: str, manager: MemoryManager) -> float:
-        watch = _watched(progress, what, inputs.layer_visits)
-        return run(inputs, costs, manager, NoPrefetch(), watch).makespan_ns / 1e6
+def baseline_scenario(name: str, scenario: Scenario) -> Scenario:
+    """Return the scenario with all that one of BASELINES does not depend on at its default: equal ones share it."""
+    changes: dict[str, Any] = {"prefetch": PrefetchSection(lookahead=0)}
+    if name == "resident":
+        changes["memory"] = MemorySection(gpu_budget="100%")
+    elif name == "baseline":
+        kept = {"gpu_budget", "scope", "total_bytes", "workspace_bytes"}  # the scope says what a share is of
+        changes["memory"] = MemorySection(**scenario.memory.model_dump(include=kept))
+    if name != "no_prefetch" or not getattr(EVICTION[scenario.memory.eviction], "needs_guesses", False):
+        changes["predictor"] = PredictorSection()
+    return scenario.model_copy(update=changes)
 
-    resident = manager(model.total_expert_bytes, False)
-    resident.preload(range(model.total_experts))
-    resident_ms = makespan_ms("all resident", resident)
-    baseline_ms = makespan_ms("no prefetch, no cache", manager(inputs.budget_bytes, True))
-    speedup = baseline_ms / data["makespan_ms"]
-    used = data["memory_utilization"]
-    return {
-        "baseline_ms": baseline_ms,
-        "resident_ms": resident_ms,
-        "speedup": speedup,
-        "efficiency": speedup / used if used else None,
-    }
+
+def _compared(known: Mapping[str, float], data: dict[str, Any]) -> dict[str, float | None]:
+    """Return the makespans of the baselines that are known and what compares the run with them."""
+    compared: dict[str, float | None] = {f"{name}_ms": known[name] for name in sorted(known)}
+    if "baseline" in known:
+        compared["speedup"] = speedup = known["baseline"] / data["makespan_ms"]
+        used = data["memory_utilization"]
+        compared["efficiency"] = speedup / used if used else None
+    if "no_prefetch" in known:
+        compared["prefetch_speedup"] = known["no_prefetch"] / data["makespan_ms"]
+    return compared
 
 
 def _replicates(inputs: Inputs, count: int, progress: Progress | None) -> list[dict[str, Any]]:
@@ -366,7 +403,7 @@ def _shadow_misses(inputs: Inputs, prefetch: Prefetch) -> npt.NDArray[np.int64] 
 
 def _deduplication(inputs: Inputs) -> dict[str, int]:
     """Return how many guesses the batches' tokens share, and the bytes of copies that asking once for each saves."""
-    guessed = unique = saved_bytes = first = 0
+    guessed = unique = shared_bytes = first = 0
     assert inputs.guesses is not None
     sizes = np.array(inputs.model.expert_bytes, dtype=np.int64)
     layers, horizons = inputs.guesses.experts.shape[1:3]
@@ -381,9 +418,9 @@ def _deduplication(inputs: Inputs) -> dict[str, int]:
         again[..., 1:] = (together[..., 1:] == together[..., :-1]) & valid[..., 1:]
         guessed += int(valid.sum())
         unique += int((valid & ~again).sum())
-        saved_bytes += int((again.sum(axis=-1) * sizes[target]).sum())
+        shared_bytes += int((again.sum(axis=-1) * sizes[target]).sum())
         first = last
-    return {"guessed": guessed, "unique": unique, "saved_bytes": saved_bytes}
+    return {"guessed": guessed, "unique": unique, "shared_bytes": shared_bytes}
 
 
 def _load_trace(scenario: Scenario, model: Model) -> RoutingTrace:

@@ -1,13 +1,26 @@
-"""Warnings that go into the result: what makes a setting work badly, why, and what would help."""
+"""Warnings that go into the result: what makes a setting work badly, why, and what would help.
+
+Each is a function of a finished run that returns one line, `name: reason; remedy`, or None. To add one: write the
+function, name it in WARNINGS, describe it in tests/test_warnings.py.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
-from ..workloads.model import Model
-from ..workloads.trace import RoutingTrace
-from .scenario import Scenario
+from pydantic import BaseModel
+
+if TYPE_CHECKING:
+    from .inputs import Inputs
+
+#: Given what a run was made from and its metrics, what to warn of.
+Warn = Callable[["Inputs", dict[str, Any]], str | None]
+
+#: The link counts as saturated from this share of the makespan on, and the host as the bottleneck from that share.
+SATURATED, HOST_BOUND = 0.9, 1 / 3
+#: Beyond this share of the makespan, prefill rules what is counted over the whole run.
+PREFILL_DOMINATES = 0.5
 
 
 def cliff_warning(budget_bytes: int, expert_bytes: Sequence[int], k: int, scope: str, eviction: str) -> str | None:
@@ -20,32 +33,174 @@ def cliff_warning(budget_bytes: int, expert_bytes: Sequence[int], k: int, scope:
     if scope != "global" or eviction != "lru" or budget_bytes >= least_bytes:
         return None
     layers = len(expert_bytes)
+    instead = "scope = per-layer, or " if budget_bytes >= layers * max(expert_bytes) else ""
     return (
         f"cliff: this global LRU evicts every expert before it is used again, because one token uses "
         f"{(layers - 1) * k} experts of other layers in between ((layers - 1) x top-k): its decode hit rate at batch 1 "
-        f"is exactly 0; use scope = per-layer, or a budget of at least {least_bytes / 2**20:,.1f} MiB"
+        f"is exactly 0 without prefetching; use {instead}a budget of at least {least_bytes / 2**20:,.1f} MiB"
     )
 
 
-def warnings_of(
-    trace: RoutingTrace, model: Model, budget_bytes: int, scenario: Scenario, data: dict[str, Any]
-) -> list[str]:
+def _cliff(inputs: Inputs, data: dict[str, Any]) -> str | None:
+    memory, model = inputs.scenario.memory, inputs.model
+    if inputs.scenario.workload.batch != 1 or not memory.caching:
+        return None
+    return cliff_warning(inputs.budget_bytes, model.expert_bytes, inputs.trace.k, memory.scope, memory.eviction)
+
+
+def _saturated_link(inputs: Inputs, data: dict[str, Any]) -> str | None:
+    busy, moved = data["link_utilization"], data["bytes"]
+    if busy is None or busy < SATURATED or not data["counts"]["prefetch"]:
+        return None
+    unused = moved["prefetch_not_used"] / (moved["demand"] + moved["prefetch"])
+    return (
+        f"saturated link: copies keep it busy for {busy:.0%} of the run and {unused:.0%} of their bytes are prefetched "
+        f"and never used, so that demand waits behind guesses; lower prefetch.k or lookahead, use a larger budget, or "
+        f"copy.discipline = priority with chunk_bytes and drop_stale"
+    )
+
+
+def _turnover(inputs: Inputs, data: dict[str, Any]) -> str | None:
+    alone = data["hit_rate_without_prefetch"]
+    if alone is None or data["hit_rate"] >= alone:
+        return None
+    model, scenario = inputs.model, inputs.scenario
+    tokens = scenario.workload.batch
+    ranks = scenario.prefetch.k or model.top_k
+    ahead = scenario.prefetch.lookahead * min(model.experts, ranks * tokens)
+    wanted = ahead + min(model.experts, model.top_k * tokens)
+    room = inputs.budget_bytes // max(model.expert_bytes)
+    if wanted <= room:
+        return None
+    return (
+        f"turnover: prefetching evicts what the cache would have kept: the experts of one layer and {ahead} guessed "
+        f"ahead need room for {wanted} and there is room for {room}, so the hit rate falls from {alone:.1%} without "
+        f"prefetch to {data['hit_rate']:.1%}; lower prefetch.k or lookahead, or give more budget"
+    )
+
+
+def _host_bound(inputs: Inputs, data: dict[str, Any]) -> str | None:
+    share = data["time"]["host_ms"] / data["makespan_ms"] if data["makespan_ms"] else 0.0
+    if share < HOST_BOUND:
+        return None
+    if _host_memory(inputs) == "pageable":
+        return (
+            f"host-bound: the GPU waits for the host for {share:.0%} of the run, because a pageable copy holds the "
+            f"host's thread throughout, so that a prefetch delays the launches behind it; use copy.host_memory = pinned"
+        )
+    return (
+        f"host-bound: the GPU waits for the host's launches and read-backs for {share:.0%} of the run, which no cache "
+        f"or prefetch shortens; use dispatch.mode = graph, expert_kernel = grouped or a larger batch"
+    )
+
+
+def _prefill_dominates(inputs: Inputs, data: dict[str, Any]) -> str | None:
+    if not (data["tokens_per_second"] and data["prefill_tokens"]):
+        return None
+    decode_ms = data["decode_tokens"] / data["tokens_per_second"] * 1e3
+    share = 1 - decode_ms / data["makespan_ms"]
+    if share <= PREFILL_DOMINATES:
+        return None
+    return (
+        f"prefill dominates: {share:.0%} of the run is prefill, so hit rates and stall say little of decoding; "
+        f" set workload.prefill = skip, or run more decode tokens"
+    )
+
+
+def _below_break_even(inputs: Inputs, data: dict[str, Any]) -> str | None:
+    without_ms = data.get("no_prefetch_ms")
+    if without_ms is None or data["makespan_ms"] <= without_ms:
+        return None
+    name, scenario = inputs.scenario.predictor.name, inputs.scenario
+    guesses = f"recall {scenario.predictor.recall:g}" if name == "oracle" else f"predictor {name}"
+    return (
+        f"recall below break-even: with {guesses} prefetching takes {data['makespan_ms']:,.3f} ms and the same cache "
+        f"without it {without_ms:,.3f} ms, because wrong and late guesses cost more link time than right ones save; "
+        f"set prefetch.policy = none, or see `prestage breakeven` for the recall that pays"
+    )
+
+
+def _estimated(inputs: Inputs, data: dict[str, Any]) -> str | None:
+    if not data["estimates"]:
+        return None
+    return (
+        f"estimated cost in use: {', '.join(data['estimates'])} by the profile's rule, not measured; "
+        f"calibrate this machine, or read the rule under estimates"
+    )
+
+
+def _uncalibrated(inputs: Inputs, data: dict[str, Any]) -> str | None:
+    used = [f"{place} ({source})" for place, source in _not_measured(inputs.profile) if _in_use(place, inputs)]
+    if not used:
+        return None
+    return (
+        f"uncalibrated cost in use: {', '.join(used)} of profile {inputs.profile.name}; trust comparisons more than "
+        f"absolute times, or calibrate this machine"
+    )
+
+
+def _free_prediction(inputs: Inputs, data: dict[str, Any]) -> str | None:
+    if inputs.guesses is None or (data["predictor"]["latency_us"] and inputs.scenario.predictor.lane != "free"):
+        return None
+    return "prediction is free: its time is not charged; set predictor.latency_us and lane to what your predictor takes"
+
+
+def _latency_of_a_cpu(inputs: Inputs, data: dict[str, Any]) -> str | None:
+    predictor, lane = data["predictor"], inputs.scenario.predictor.lane
+    if lane not in ("gpu", "compute") or predictor["latency_source"] != "measured on cpu":
+        return None
+    return (
+        f"latency of a CPU: the {predictor['latency_us']:.0f} us of a guess were measured on a CPU, but its lane is on "
+        f"the GPU; run `prestage predictor measure` where there is one, or set predictor.latency_us"
+    )
+
+
+def _not_measured(part: BaseModel, place: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (place, source) of every cost within a part of a profile that was not measured on the machine."""
+    source = getattr(part, "source", None)
+    # A duration of 0 is no cost: a profile has it within others.
+    if place and source not in (None, "measured") and getattr(part, "ns", None) != 0:
+        yield place, str(source)
+    for name in type(part).model_fields:
+        value = getattr(part, name)
+        inside = value.items() if isinstance(value, dict) else [("", value)]
+        for key, entry in inside:
+            if isinstance(entry, BaseModel):
+                yield from _not_measured(entry, ".".join(filter(None, (place, name, key))))
+
+
+def _in_use(place: str, inputs: Inputs) -> bool:
+    """Whether a run pays this cost of its profile; kernels by the rule are told as estimates."""
+    scenario = inputs.scenario
+    mode = scenario.dispatch.mode
+    used = [f"h2d.{_host_memory(inputs)}."]
+    used += ["d2h.alone"] if scenario.dispatch.router_readback else []
+    if mode != "free":
+        used += ["host.copy_enqueue", "host.synchronize", f"compute.{mode}_gap"]
+        used.append("host.graph_launch" if mode == "graph" else "host.launch")
+    return place.startswith(tuple(used))
+
+
+def _host_memory(inputs: Inputs) -> str:
+    """Return the kind of host memory that experts are copied from."""
+    return inputs.scenario.copy_.host_memory or ("pinned" if "pinned" in inputs.profile.h2d else "pageable")
+
+
+#: In the order in which they are told: first what makes the setting bad, then what makes the numbers doubtful.
+WARNINGS: tuple[Warn, ...] = (
+    _cliff,
+    _turnover,
+    _saturated_link,
+    _below_break_even,
+    _host_bound,
+    _prefill_dominates,
+    _estimated,
+    _uncalibrated,
+    _free_prediction,
+    _latency_of_a_cpu,
+)
+
+
+def warnings_of(inputs: Inputs, data: dict[str, Any]) -> list[str]:
     """Return the warnings of one run, given its metrics."""
-    warnings = []
-    if scenario.workload.batch == 1:
-        memory = scenario.memory
-        cliff = cliff_warning(budget_bytes, model.expert_bytes, trace.k, memory.scope, memory.eviction)
-        warnings += [cliff] if cliff else []
-    if data["estimates"]:
-        warnings.append(
-            f"estimated cost in use: {', '.join(data['estimates'])} by the profile's rule, not measured; "
-            f"calibrate this machine, or read the rule under estimates"
-        )
-    if data["prefetch"]["useful"] and not data["predictor"]["latency_us"]:
-        warnings.append("prediction is free: predictor.latency_us = 0; set it to what your predictor takes")
-    if scenario.predictor.lane in ("gpu", "compute") and data["predictor"]["latency_source"] == "measured on cpu":
-        warnings.append(
-            f"the predictor's latency, {data['predictor']['latency_us']:.0f} us, was measured on a CPU and its lane is "
-            "on the GPU: train it where there is one, or set predictor.latency_us"
-        )
-    return warnings
+    return [said for warning in WARNINGS if (said := warning(inputs, data)) is not None]

@@ -447,8 +447,15 @@ class PriorityLane(CoupledLane):
         heapq.heappush(self._heap, (work.rank, work.number, work))
         self._start_next()
 
+    def backlog_ns(self, now_ns: int) -> int:
+        """Return the undisturbed work that is queued or running now, in ns; all pieces that are still to be made."""
+        active = self._active
+        return super().backlog_ns(now_ns) + (active.ns * (active.pieces - 1) if active is not None else 0)
+
     def _waiting(self) -> Iterable[Work]:
         queued = {id(work): work for rank, _, work in self._heap if rank == work.rank and not work.cancelled}
+        if self._held is not None:
+            queued[id(self._held)] = self._held
         return [work for work in queued.values() if work.done.end_ns is None]
 
     def _head(self) -> Work | None:

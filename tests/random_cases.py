@@ -11,6 +11,7 @@ from tiny import tiny_inputs, tiny_model, tiny_profile
 
 from prestage.engine.costs import Costs
 from prestage.engine.dispatch import Visit
+from prestage.engine.inputs import Inputs
 from prestage.engine.memory_manager import MemoryManager
 from prestage.engine.output.metrics import Recording
 from prestage.engine.scenario import (
@@ -22,7 +23,7 @@ from prestage.engine.scenario import (
     Scenario,
     make_scenario,
 )
-from prestage.engine.simulate import Inputs, dispatched, make_manager, make_prefetch, run
+from prestage.engine.simulate import dispatched, make_manager, make_prefetch, run
 from prestage.resources.profile import Profile
 from prestage.workloads.batches import PREFILL_MODES
 from prestage.workloads.model import Model

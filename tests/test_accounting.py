@@ -16,10 +16,15 @@ from prestage.workloads.predictors import Guesses
 
 
 def run(
-    experts: list[list[list[int]]], layers: int, budget: str, guesses: Any = None, **sections: Any
+    experts: list[list[list[int]]],
+    layers: int,
+    budget: str,
+    guesses: Any = None,
+    scope: str = "global",
+    **sections: Any,
 ) -> dict[str, Any]:
     trace = tiny_trace(experts)
-    scenario = tiny_scenario(memory={"gpu_budget": budget}, **sections)
+    scenario = tiny_scenario(memory={"gpu_budget": budget, "scope": scope}, **sections)
     inputs = tiny_inputs(tiny_model(layers), tiny_profile(), trace, scenario)
     if guesses is not None:
         rows = np.concatenate([step.rows for step in inputs.steps])
@@ -57,6 +62,14 @@ def test_layers_are_told_apart() -> None:
     assert (first["prefetch_late"], second["prefetch_late"]) == (1, 1)
     assert (first["demand_bytes"], first["prefetch_bytes"]) == (20, 20)
     assert (second["demand_bytes"], second["prefetch_bytes"]) == (0, 20)
+
+
+def test_where_layers_share_experts_copies_belong_to_the_layer_that_used_them() -> None:
+    # Two layers share experts 0 and 1, with room for one: token 0 uses 0 and 1, token 1 uses 1 (found) and 0.
+    data = run([[[0], [1]], [[1], [0]]], 2, "1experts", scope="shared")
+    first, second = data["by_layer"]
+    assert (first["miss"], first["cache_hit"], second["miss"]) == (1, 1, 2)
+    assert (first["demand_bytes"], second["demand_bytes"]) == (20, 40)
 
 
 @settings(max_examples=100)

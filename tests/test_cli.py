@@ -27,7 +27,23 @@ from prestage.workloads.trace import RoutingTrace
 #: The shipped synthetic scenario, small.
 SMALL = ["model.layers=4", "workload.tokens=8", "workload.synthetic.tokens=24", "workload.synthetic.prefill_tokens=3"]
 SMALL_RUN = ["run", "synthetic", *(part for setting in SMALL for part in ("--set", setting))]
-COMMANDS = [[], ["run"], ["replay"], ["trace"], ["trace", "info"], ["trace", "import"], ["trace", "synth"]]
+COMMANDS = [
+    [],
+    ["run"],
+    ["sweep"],
+    ["plot"],
+    ["compare"],
+    ["breakeven"],
+    ["replay"],
+    ["trace"],
+    ["trace", "info"],
+    ["trace", "import"],
+    ["trace", "synth"],
+    ["predictor"],
+    ["predictor", "train"],
+    ["predictor", "evaluate"],
+    ["predictor", "measure"],
+]
 LOG = """\
 # route_trace v1
 # model=tiny.gguf arch=tinymoe n_layer=2 n_expert=4 n_expert_used=1
@@ -296,6 +312,16 @@ BAD: list[tuple[list[str], str]] = [
         (["run", *(["synthetic"] if arguments[0] == "--set" else []), *arguments], message)
         for arguments, message in BAD_RUN
     ),
+    (["sweep"], "the grid is empty: give at least one key=value,value"),
+    (["sweep", "--grid", "prefetch.lookahed=1,2"], "prefetch.lookahed: no such key; did you mean 'lookahead'?"),
+    (["sweep", "--grid", "prefetch.k=1", "-o", "rows.txt"], "a sweep's file must end in one of .jsonl, .csv, .parquet"),
+    (["sweep", "guide-insigths"], "did you mean 'guide-insights'?"),
+    (["plot", "lines", "none.jsonl", "-o", "x.png"], "none.jsonl: No such file or directory"),
+    (["plot", "lines", "none.jsonl", "-o", "x.bmp"], "a picture's file must end in one of .png"),
+    (["compare", "default"], "give at least two different runs to compare"),
+    (["compare", "none.json", "default"], "none.json: cannot be read: No such file or directory"),
+    (["breakeven", "--set", "prefetch.lookahead=0"], "prefetch.lookahead = 0: nothing is prefetched"),
+    (["breakeven", "--budgets", "lots"], "gpu_budget = 'lots': write it as"),
     (["walk"], "No such command 'walk'; `prestage --help` tells more"),
     (["trace"], "Missing command; `prestage trace --help` tells more"),
     (["replay"], "; `prestage replay --help` tells more"),
@@ -401,7 +427,10 @@ def test_the_examples_of_the_help_run(prestage: Prestage, tmp_path: Path, exampl
     assert prestage("trace", "synth", *shape, "-o", "trace.npz").status == 0
     (tmp_path / "log.route.csv").write_text(LOG)
     (tmp_path / "my-scenario.toml").write_text("[workload.synthetic]\ntokens = 3\n")
-    smaller = ["--set", "workload.tokens=2"] if example.startswith("run ") else []
+    smaller = ["--set", "workload.tokens=2"] if example.split()[0] in ("run", "sweep", "compare", "breakeven") else []
+    if example.startswith("plot "):
+        grid = ["--grid", "prefetch.k=1,2", "--grid", "memory.gpu_budget=25%,50%"]
+        assert prestage("sweep", *grid, "--set", "workload.tokens=2", "--workers", "1").status == 0
     ran = prestage(*shlex.split(example), *smaller)
     assert (ran.status, ran.err) == (0, "")
     assert ran.out

@@ -15,11 +15,12 @@ from random_cases import Case, cases, decide, play
 
 from prestage.engine.costs import Costs
 from prestage.engine.dispatch import Visit
+from prestage.engine.inputs import Inputs
 from prestage.engine.memory_manager import DEMANDED, PREFETCHED, MemoryManager
 from prestage.engine.output.metrics import FATES, OUTCOMES, Recording, metrics, overlap, time_split
 from prestage.engine.policies.eviction import Lru
 from prestage.engine.scenario import Scenario
-from prestage.engine.simulate import Inputs, make_prefetch, run, simulate_inputs
+from prestage.engine.simulate import make_prefetch, run, simulate_inputs
 from prestage.resources.timeline import (
     DEMAND,
     DENSE,

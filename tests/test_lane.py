@@ -229,3 +229,15 @@ def test_an_engine_stays_with_the_stream_that_it_serves_as_long_as_that_has_read
     ]
     env.run()
     assert ends(*work) == [10, 30, 20, 40]
+
+
+def test_the_backlog_counts_what_is_left_of_work_in_pieces_and_what_holds_the_lane() -> None:
+    env, lane, _ = priority()
+    queued(lane, (1, 1), pieces=3)
+    promise = Pending()
+    held = queued(lane, (1, 2))
+    held.after = promise
+    env.run(until=5)
+    assert lane.backlog_ns(5) == 5 + 2 * 10 + 10  # the rest of a piece, two more, and the other
+    env.run(until=31)
+    assert lane.backlog_ns(31) == 10  # the first is done; the second holds the lane and waits

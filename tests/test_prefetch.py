@@ -184,4 +184,4 @@ def test_guesses_that_the_tokens_of_a_batch_share_are_copied_once_and_the_saving
     trace = tiny_trace([[[1]], [[2]], [[0]], [[3]], [[2]], [[1]]], sequence=np.array([0, 0, 0, 1, 1, 1]))
     scenario = tiny_scenario(workload={"batch": 2}, prefetch={"lookahead": 1})
     data = simulate_inputs(tiny_inputs(tiny_model(1), tiny_profile(), trace, scenario), baselines=False).data
-    assert data["deduplication"] == {"guessed": 4, "unique": 3, "saved_bytes": 20}
+    assert data["deduplication"] == {"guessed": 4, "unique": 3, "shared_bytes": 20}

@@ -101,7 +101,9 @@ def test_a_global_lru_of_a_whole_round_of_other_layers_never_hits(traces: Path, 
     (warning,) = data["warnings"]
     assert warning.startswith("cliff: this global LRU evicts every expert before it is used again")
     assert f" {slots} experts of other layers" in warning
-    assert "its decode hit rate at batch 1 is exactly 0; use scope = per-layer, or a budget of at least" in warning
+    assert "its decode hit rate at batch 1 is exactly 0 without prefetching; use " in warning
+    assert ("scope = per-layer, or " in warning) == (slots >= trace.layers)
+    assert "a budget of at least" in warning
     # One more expert, and there is nothing to warn of; nor with a pool for each layer, or a batch.
     assert replay_trace(trace, f"{slots + 1}experts", expert_bytes=1)["warnings"] == []
     layered = replay_trace(trace, f"{trace.layers * trace.k}experts", expert_bytes=1, scope="per-layer")

@@ -248,7 +248,7 @@ def test_a_setting_that_does_not_read_is_refused(setting: str) -> None:
 
 
 def test_a_value_is_not_a_section() -> None:
-    with pytest.raises(ScenarioError, match=r"--set 'seed.x=3': 'seed' is a value, not a section"):
+    with pytest.raises(ScenarioError, match=r"seed.x: 'seed' is a value, not a section"):
         load_scenario("synthetic", ["seed=1", "seed.x=3"])
     with pytest.raises(ScenarioError, match=r"memory = 3: must be a section, such as memory\.gpu_budget"):
         load_scenario("synthetic", ["memory=3"])

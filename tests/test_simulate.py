@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
-from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_scenario, tiny_trace
+from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_run, tiny_scenario, tiny_trace
 
 from prestage.engine.output.files import write_result
+from prestage.engine.output.metrics import link_utilization
 from prestage.engine.policies.eviction import EVICTION
 from prestage.engine.policies.prefetch import PREFETCH
 from prestage.engine.scenario import (
@@ -179,6 +180,26 @@ def test_baselines_do_not_depend_on_prefetch_or_cache() -> None:
     first, *others = (data_of(*WAYS[way]) for way in ("default", "no prefetch", "three ahead", "per layer"))
     for other in others:
         assert (other["baseline_ms"], other["resident_ms"]) == (first["baseline_ms"], first["resident_ms"])
+
+
+def test_a_run_without_prefetch_or_caching_is_its_own_baseline() -> None:
+    data = simulate(load_scenario("synthetic", settings=[*SMALL, "memory.caching=false", "prefetch.lookahead=0"])).data
+    assert data["makespan_ms"] == data["baseline_ms"]
+    assert data["counts"]["miss"] == data["accesses"]
+
+
+def test_the_same_cache_without_prefetch_is_what_such_a_scenario_runs() -> None:
+    checked = simulate(load_scenario("synthetic", settings=SMALL), baselines=False, check_prefetch=True).data
+    without = simulate(load_scenario("synthetic", settings=[*SMALL, "prefetch.lookahead=0"]), check_prefetch=True).data
+    assert checked["no_prefetch_ms"] == without["makespan_ms"] == without["no_prefetch_ms"]
+    assert checked["prefetch_speedup"] == without["makespan_ms"] / checked["makespan_ms"]
+    assert checked["hit_rate_without_prefetch"] == without["hit_rate"]
+
+
+def test_the_link_is_busy_while_a_copy_is_on_it() -> None:
+    # Two tokens, one layer, each another expert: dense 3, copy 20, expert 7, twice; 40 of 60 ns have a copy.
+    recording = tiny_run(tiny_model(1), tiny_profile(), tiny_trace([[[0]], [[1]]]), tiny_scenario())
+    assert link_utilization(recording) == 40 / 60
 
 
 def test_without_baselines_everything_else_is_the_same() -> None:

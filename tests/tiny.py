@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from prestage.engine.costs import Costs
+from prestage.engine.inputs import Inputs
 from prestage.engine.output.metrics import Recording
 from prestage.engine.predicting import predictor_cost
 from prestage.engine.scenario import Scenario, make_scenario
-from prestage.engine.simulate import Inputs, make_manager, make_prefetch, run
+from prestage.engine.simulate import make_manager, make_prefetch, run
 from prestage.resources.profile import Profile
 from prestage.workloads.batches import plan_steps
 from prestage.workloads.model import Model

@@ -249,8 +249,9 @@ def _as_graph(guess: Callable[[], object]) -> Callable[[], object]:
     """Return what replays a computation on the current GPU as one CUDA graph and waits for its end."""
     import torch
 
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):  # a graph cannot allocate what the first calls of a library do
+    cuda: Any = torch.cuda
+    side = cuda.Stream()
+    with cuda.stream(side):  # a graph cannot allocate what the first calls of a library do
         for _ in range(3):
             guess()
     torch.cuda.synchronize()

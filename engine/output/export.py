@@ -164,9 +164,15 @@ def layers_of(spans: Array, experts_per_layer: int) -> int | None:
 
 
 def layer_of_each(spans: Array, experts_per_layer: int, layers: int | None) -> Array:
-    """Return the layer of each span (spans,): that of its expert, else that of its visit; -1 if neither tells."""
-    of_visit = np.where(spans["visit"] >= 0, spans["visit"] % layers, -1) if layers else np.full(len(spans), -1)
-    layer: Array = np.where(spans["expert"] >= 0, spans["expert"] // experts_per_layer, of_visit)
+    """Return the layer of each span (spans,): a prefetch's is that of its expert, all others' that of their visit.
+
+    Where layers share experts, a prefetch names none. -1 if neither tells.
+    """
+    of_expert = np.where(spans["expert"] >= 0, spans["expert"] // experts_per_layer, -1)
+    if not layers:
+        return of_expert
+    of_visit = np.where(spans["visit"] >= 0, spans["visit"] % layers, -1)
+    layer: Array = np.where((spans["kind"] == PREFETCH) | (of_visit < 0), of_expert, of_visit)
     return layer
 
 

@@ -139,8 +139,13 @@ class Recording:
 
     @cached_property
     def copy_layer(self) -> Array:
-        """The layer of each copy's expert (copies,)."""
+        """The layer of each copy's expert (copies,); where layers share experts, of its first use or of who asked."""
         layers: Array = np.array(self.manager.copy_expert, dtype=np.int64) // self.manager.experts
+        if self.manager.shared and len(self.decoded.accesses):
+            asked = np.zeros(len(layers), dtype=np.int64)
+            asked[self.copy_spans["copy"]] = self.copy_spans["visit"]
+            used = self.decoded.accesses["visit"][self.first_access]
+            layers = np.where(self.first_access >= 0, used, asked) % len(self.expert_bytes)
         return layers
 
     @cached_property
@@ -177,6 +182,7 @@ def metrics(recording: Recording, shadow_misses: Array | None = None) -> dict[st
         **step_metrics(recording),
         "accesses": accesses,
         "hit_rate": _ratio(counts["prefetch_hit"] + counts["cache_hit"], accesses),
+        "hit_rate_without_prefetch": None if shadow_misses is None else _ratio(accesses - len(shadow_misses), accesses),
         "late_rate": _ratio(counts["late"], accesses),
         "late_wait_ms": _mean_ms(late_ns),
         "access_latency_ms": _mean_ms(recording.wait_ns),
@@ -194,6 +200,7 @@ def metrics(recording: Recording, shadow_misses: Array | None = None) -> dict[st
         "time": (time := time_split(recording)),
         "stall_ms": time["stall_ms"],
         "overlap": overlap(recording),
+        "link_utilization": link_utilization(recording),
         "memory_utilization": memory_utilization(recording),
         "layer_visits": len(recording.decoded.visits),
     }
@@ -305,6 +312,18 @@ def overlap(recording: Recording) -> float | None:
     return float((busy(copies["end_ns"]) - busy(copies["start_ns"])).sum() / total_ns)
 
 
+def link_utilization(recording: Recording) -> float | None:
+    """Return the share of the makespan during which the link to the GPU carries a copy."""
+    copies = recording.copy_spans
+    if not recording.makespan_ns:
+        return None
+    # Two streams share the link: what an earlier copy covers counts once.
+    ends_ns = np.maximum.accumulate(copies["end_ns"])
+    earlier_ns = np.concatenate([[0], ends_ns[:-1]]) if len(copies) else ends_ns
+    busy_ns = np.maximum(0, ends_ns - np.maximum(copies["start_ns"], earlier_ns)).sum()
+    return float(busy_ns / max(recording.makespan_ns, int(ends_ns.max(initial=0))))
+
+
 def memory_steps(recording: Recording) -> tuple[Array, Array, Array]:
     """Return (time_ns, assigned_bytes, budget_bytes) of the expert memory, from each visit's dispatch to the next."""
     visits = recording.decoded.visits
@@ -319,7 +338,8 @@ def memory_utilization(recording: Recording) -> float | None:
         return None
     until_ns = np.minimum(np.concatenate([time_ns[1:], [makespan_ns]]), makespan_ns)
     share = assigned_bytes / budget_bytes
-    return float(np.maximum(0, until_ns - time_ns).astype(np.float64) @ share / makespan_ns)
+    # Not a dot product, which BLAS adds up in an order that depends on how many threads it has.
+    return float((np.maximum(0, until_ns - time_ns) * share).sum() / makespan_ns)
 
 
 def miss_causes(recording: Recording, shadow_misses: Array | None) -> Array:

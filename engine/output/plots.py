@@ -388,10 +388,17 @@ def save(figure: Figure, path: str | Path) -> None:
     from matplotlib import rc_context
 
     path = Path(path)
-    if path.suffix not in _NO_METADATA:
-        raise ValueError(f"{path}: a picture's file must end in one of {', '.join(_NO_METADATA)}")
+    check_picture(path)
     with rc_context({"svg.hashsalt": "prestage"}), replacing(path) as stream:
         figure.savefig(stream, format=path.suffix[1:], dpi=150, metadata=_NO_METADATA[path.suffix])
+
+
+def check_picture(path: Path) -> None:
+    """Raise ValueError unless a picture can be written under this name: asked before anything runs."""
+    if path.suffix not in _NO_METADATA:
+        raise ValueError(f"{path}: a picture's file must end in one of {', '.join(_NO_METADATA)}")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: there is no folder {path.parent}")
 
 
 def _bars(spans: Array, start_ns: int, end_ns: int, *, apart: bool) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -77,6 +78,92 @@ def _speed_rows(data: dict[str, Any]) -> list[tuple[str, str, str]]:
             ),
         ]
     return rows
+
+
+#: What the table of a sweep shows of each row: its key and how it is written.
+SWEEP_COLUMNS: dict[str, tuple[str, Callable[[float | None], str]]] = {
+    "tokens/s": ("tokens_per_second", lambda value: _number(value, 2)),
+    "hit": ("hit_rate", lambda value: _share(value, 1)),
+    "late": ("late_rate", lambda value: _share(value, 1)),
+    "memory": ("memory_utilization", lambda value: _share(value, 1)),
+    "stall": ("stall_ms", lambda value: f"{_number(value, 1)} ms"),
+    "over no cache": ("speedup", lambda value: f"{_number(value, 2)}x"),
+    "over same cache": ("prefetch_speedup", lambda value: f"{_number(value, 2)}x"),
+}
+#: The best rows that the table of a sweep shows.
+_BEST_ROWS = 10
+
+
+def print_sweep(rows: Iterable[dict[str, Any]]) -> None:
+    """Print the fastest rows of a sweep."""
+    console = Console()
+    best = heapq.nlargest(_BEST_ROWS, rows, key=lambda row: row.get("tokens_per_second") or 0.0)
+    table = _table(*(key for key in best[0]["settings"]), *SWEEP_COLUMNS, "key")
+    for row in best:
+        figures = [show(row.get(key)) for key, show in SWEEP_COLUMNS.values()]
+        table.add_row(*(str(value) for value in row["settings"].values()), *figures, row["key"][:8])
+    console.print(Text(f"The {len(best)} fastest", style="bold"))
+    console.print(table)
+
+
+#: The columns of where a difference arises.
+_DIFFERENCE = ("from_ms", "to_ms", "difference_ms")
+
+
+def print_comparison(data: dict[str, Any]) -> None:
+    """Print runs side by side, and where the time between them arises."""
+    console = Console()
+    names = data["runs"]
+    if not data["same_work"]:
+        console.print(Text("warning: these runs decode different numbers of tokens", style="yellow"))
+    console.print(Text("Settings that differ", style="bold"))
+    settings = _table("", *names)
+    for key, values in data["settings"].items():
+        settings.add_row(key, *(str(value) for value in values))
+    console.print(settings)
+    console.print(Text("\nFigures, and their ratio to the first", style="bold"))
+    figures = _table("", *names)
+    for key, values in data["figures"].items():
+        ratios = [None, *data["ratios"][key][1:]]
+        shares = ["" if ratio is None else f" ({ratio:.2f}x)" for ratio in ratios]
+        figures.add_row(key, *(_number(value, 3) + share for value, share in zip(values, shares, strict=True)))
+    console.print(figures)
+    for name, gpus in data["where"].items():
+        for gpu, parts in gpus.items():
+            table = _table("", names[0], name, "difference")
+            parts = {**parts, "makespan": {key: sum(part[key] for part in parts.values()) for key in _DIFFERENCE}}
+            for part, ms in parts.items():
+                table.add_row(
+                    part, *(f"{ms[key]:,.3f} ms" for key in _DIFFERENCE[:2]), f"{ms['difference_ms']:+,.3f} ms"
+                )
+            console.print(Text(f"\nWhere {name} differs ({gpu})", style="bold"))
+            console.print(table)
+
+
+def print_break_even(data: dict[str, Any]) -> None:
+    """Print the least recall that pays, by budget and lookahead."""
+    console = Console()
+    table = _table("budget", "lookahead", "pays from recall", "same cache alone", "with recall 1")
+    for cell in data["cells"]:
+        best, alone = cell["with_recall_1_ms"], cell["without_ms"]
+        table.add_row(
+            cell["budget"],
+            str(cell["lookahead"]),
+            break_even_words(cell),
+            f"{alone:,.1f} ms",
+            f"{best:,.1f} ms ({alone / best:.2f}x)",
+        )
+    console.print(table)
+
+
+def break_even_words(cell: dict[str, Any]) -> str:
+    """Return a break-even in words: a recall, an interval where luck decides, always or never."""
+    recall, below = cell["recall"], cell["not_below"]
+    if recall is None:
+        return "never"
+    if below is None:
+        return "0 (always)" if recall == 0 else f"luck decides up to {recall:.2f}"
+    return f"{recall:.2f}" if recall - below < 0.015 else f"{recall:.2f} (luck decides from {below:.2f})"
 
 
 def _replicate_row(replicates: dict[str, Any], name: str, digits: int) -> tuple[str, str, str]:

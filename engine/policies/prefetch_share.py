@@ -1,7 +1,7 @@
 """How much of the memory prefetched experts may hold that nobody has used yet; the rest stays with cached ones.
 
-At its limit a prefetch may only take the room of another unused prefetch. To add one: write a class with these
-methods and name it in PREFETCH_SHARE.
+Once memory is full, a prefetch at this limit may only take the room of another unused prefetch. To add one: write a
+class with these methods and name it in PREFETCH_SHARE.
 """
 
 from __future__ import annotations

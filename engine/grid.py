@@ -1,0 +1,184 @@
+"""Grids: the scenarios of a sweep, as values by key over one scenario, checked before anything runs.
+
+A value that the scenario takes neither alone nor beside any one other value of the grid is refused. A combination
+that does not fit together is left to the sweep, which makes it a row with its error.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ..resources.suggest import unknown_name
+from .scenario import (
+    Scenario,
+    ScenarioError,
+    apply_setting,
+    lay,
+    load_scenario,
+    make_scenario,
+    parse_value,
+    scenario_names,
+)
+
+#: One combination: the value of each of the grid's keys.
+Point = dict[str, Any]
+
+
+class GridError(ScenarioError):
+    """A grid that names no sweep; the message says which key or value, and what would be right."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All combinations of `values` (by key, in order, the last key fastest) over `base`, a scenario's plain data.
+
+    With `sample`, that many of them, drawn without repetition by the scenario's seed, in the same order.
+    """
+
+    base: Mapping[str, Any]
+    values: Mapping[str, Sequence[Any]]
+    sample: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.values:
+            raise GridError("the grid is empty: give at least one key=value,value,…")
+        for key, values in self.values.items():
+            if not values:
+                raise GridError(f"grid {key}: no values; write {key}=value,value,…")
+        if self.sample is not None and self.sample < 1:
+            raise GridError(f"sample = {self.sample}: must be at least 1")
+        for key, values in self.values.items():
+            for value in values:
+                self._check(key, value)
+
+    def __len__(self) -> int:
+        return self.combinations if self.sample is None else min(self.sample, self.combinations)
+
+    @property
+    def combinations(self) -> int:
+        """How many combinations there are, sampled or not."""
+        return math.prod(len(values) for values in self.values.values())
+
+    def points(self) -> Iterator[Point]:
+        """Yield the combinations, one by one as they are asked for."""
+        numbers: Iterable[int] = range(self.combinations)
+        if len(self) < self.combinations:
+            seed = self.base.get("seed", 0)
+            numbers = sorted(random.Random(seed).sample(range(self.combinations), len(self)))
+        for number in numbers:
+            point = {}
+            for key, values in reversed(list(self.values.items())):
+                number, at = divmod(number, len(values))
+                point[key] = values[at]
+            yield {key: point[key] for key in self.values}
+
+    def data(self, point: Point) -> dict[str, Any]:
+        """Return the plain data of a combination's scenario, not checked."""
+        data: dict[str, Any] = deepcopy(dict(self.base))
+        for key, value in point.items():
+            lay(data, key, value)
+        return data
+
+    def scenario(self, point: Point) -> Scenario:
+        """Return the scenario of a combination; ScenarioError if its values do not fit together."""
+        return make_scenario(self.data(point), "grid")
+
+    def _check(self, key: str, value: Any) -> None:
+        """Refuse a value that no pair of the grid's values, nor the value alone, makes a scenario with."""
+        others = [{other: one} for other, values in self.values.items() if other != key for one in values]
+        first: ScenarioError | None = None
+        for beside in [{}, *others]:
+            try:
+                self.scenario({**beside, key: value})
+            except ScenarioError as error:
+                first = first or error
+            else:
+                return
+        assert first is not None
+        raise GridError(str(first))
+
+
+def parse_grid(options: Iterable[str]) -> dict[str, list[Any]]:
+    """Return the values by key of `section.key=value,value,…` options; a TOML array may stand for the list.
+
+    Raises GridError for a key that comes twice and for a list without values.
+    """
+    values: dict[str, list[Any]] = {}
+    for option in options:
+        key, equals, text = (part.strip() for part in option.partition("="))
+        if not equals or not all(key.split(".")):
+            raise GridError(f"--grid {option!r}: write it as section.key=value,value,…")
+        if key in values:
+            raise GridError(f"--grid {option!r}: {key} has its values already; give them all at once")
+        parsed = parse_value(text) if text.startswith("[") else None
+        if not isinstance(parsed, list):
+            parsed = [parse_value(part) for part in text.split(",") if part.strip()]
+        values[key] = parsed
+    return values
+
+
+def sweep_names() -> list[str]:
+    """Return the names of the shipped sweeps."""
+    folder = resources.files("prestage") / "engine" / "sweeps"
+    return sorted(entry.name[: -len(".toml")] for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def make_grid(
+    scenario: Scenario | str | Path | None = None,
+    values: Mapping[str, Sequence[Any]] | None = None,
+    *,
+    settings: Iterable[str] = (),
+    sample: int | None = None,
+) -> Grid:
+    """Return the grid of a sweep: `values` by key over a scenario or its name, or over a sweep's file or name.
+
+    A sweep's own grid has its values unless `values` has others for the key. `settings` are `section.key=value`
+    strings. Values that come twice count once. Raises GridError and ScenarioError.
+    """
+    wanted = dict(values or {})
+    if not isinstance(scenario, Scenario):
+        scenario, own = _open(scenario, settings)
+        wanted = {**own, **wanted}
+    distinct = {key: list({repr(value): value for value in listed}.values()) for key, listed in wanted.items()}
+    return Grid(scenario.plain(), distinct, sample)
+
+
+def _open(name: str | Path | None, settings: Iterable[str]) -> tuple[Scenario, dict[str, list[Any]]]:
+    """Return the scenario and the grid that a name stands for: a sweep's, or a scenario's with no grid."""
+    path = Path(name) if name is not None else None
+    if str(name) in sweep_names():
+        text = (resources.files("prestage") / "engine" / "sweeps" / f"{name}.toml").read_text("utf-8")
+    elif path is not None and path.suffix == ".toml" and path.is_file():
+        text = path.read_text(encoding="utf-8")
+    else:
+        if path is not None and path.suffix not in (".toml", ".jsonl") and str(name) not in scenario_names():
+            known = [*sweep_names(), *scenario_names(), "FILE.toml"]
+            raise GridError(unknown_name("sweep or scenario", str(name), known))
+        return load_scenario(name, settings), {}
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise GridError(f"sweep {str(name)!r}: not TOML: {error}") from None
+    if "grid" not in data:
+        return load_scenario(name, settings), {}
+    unknown = sorted(data.keys() - {"scenario", "set", "grid"})
+    if unknown:
+        raise GridError(f"sweep {str(name)!r}: {unknown[0]}: no such key; known keys: scenario, set, grid")
+    scenario = data.get("scenario")
+    if isinstance(scenario, str) and scenario.endswith(".toml") and path is not None:
+        scenario = path.parent / scenario
+    base = load_scenario(scenario).plain()
+    for key, value in data.get("set", {}).items():
+        lay(base, key, value)
+    for setting in settings:
+        apply_setting(base, setting)
+    own = {key: listed if isinstance(listed, list) else [listed] for key, listed in data["grid"].items()}
+    return make_scenario(base, f"sweep {str(name)!r}"), own

@@ -1,0 +1,34 @@
+"""What a scenario names, loaded and checked: what every run, baseline and warning starts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..resources.profile import Profile
+from ..workloads.batches import Step
+from ..workloads.model import Model
+from ..workloads.predictors import Guesses
+from ..workloads.trace import RoutingTrace
+from .predicting import FREE, PredictorCost
+from .scenario import Scenario
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a scenario names, loaded and checked: it can be run as it is, any number of times."""
+
+    scenario: Scenario
+    model: Model
+    profile: Profile
+    trace: RoutingTrace
+    steps: list[Step]
+    budget_bytes: int
+    guesses: Guesses | None
+    #: The expert budget before each step, where the KV cache takes its part of a total; None where it is constant.
+    budgets: list[int] | None = None
+    predictor: PredictorCost = FREE
+
+    @property
+    def layer_visits(self) -> int:
+        """How many layer visits a run has."""
+        return len(self.steps) * self.trace.layers

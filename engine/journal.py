@@ -1,0 +1,236 @@
+"""The journal of a sweep: JSONL, one finished scenario a line, no header; and its export as csv or parquet.
+
+A line is written whole, as soon as its scenario has finished, so that whatever dies next loses nothing that is there.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import orjson
+
+from .output.export import replacing
+
+try:
+    import fcntl
+except ImportError:  # Windows locks no files this way: there, two sweeps into one journal are the user's to avoid
+    fcntl = None  # type: ignore[assignment]
+
+#: A row of a sweep: a finished scenario as plain data.
+Row = dict[str, Any]
+#: Rows that go into a parquet file at a time.
+_BATCH = 1000
+
+
+class JournalError(ValueError):
+    """A journal that cannot be read or written; the message names the file, the line and what would be right."""
+
+
+class Journal:
+    """A journal open for writing, and nobody else's meanwhile; `done` are the keys of the rows that it holds.
+
+    Opening drops what a killed sweep left half-written, and the rows with an error, which run again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.done: set[bytes] = set()
+        self._file = _locked(path)
+        try:
+            if any(self._keep(row) is None for row in _parsed(path)):
+                self.done.clear()
+                self._rewrite()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def rows(self) -> Iterator[Row]:
+        """Yield the rows."""
+        return read_rows(self.path)
+
+    def append(self, key: str, line: bytes) -> None:
+        """Add a row, given as one line of JSON."""
+        self.done.add(bytes.fromhex(key))
+        self._file.write(line + b"\n")
+
+    def _keep(self, row: Row | None) -> bytes | None:
+        """Note a row as done and return its key; None for a row that runs again or is there already."""
+        key = bytes.fromhex(row["key"]) if row is not None else b""
+        if row is None or row["error"] is not None or key in self.done:
+            return None
+        self.done.add(key)
+        return key
+
+    def _rewrite(self) -> None:
+        with replacing(self.path) as file:
+            for row in _parsed(self.path):
+                if self._keep(row) is not None:
+                    file.write(orjson.dumps(row) + b"\n")
+        self._file.close()
+        self._file = _locked(self.path)
+
+
+def read_rows(path: str | Path) -> Iterator[Row]:
+    """Yield the rows of a sweep's journal, in the order in which they finished. Raises JournalError and OSError."""
+    return (row for row in _parsed(Path(path)) if row is not None)
+
+
+def find_row(path: str | Path, key: str) -> Row:
+    """Return the row whose key begins with `key`. Raises JournalError if there is none, or several."""
+    found = [row for row in read_rows(path) if row["key"].startswith(key)]
+    if len(found) != 1:
+        raise JournalError(f"{path}: {len(found)} rows have a key that begins with {key!r}: give more, or another")
+    return found[0]
+
+
+class Rows:
+    """The rows of a finished sweep, in the order of its grid; each is read from the journal when it is asked for."""
+
+    def __init__(self, path: Path, keys: Iterable[str]) -> None:
+        self.path = path
+        where, at = {}, 0
+        with path.open("rb") as file:
+            for line in file:
+                where[bytes.fromhex(orjson.loads(line)["key"])] = at
+                at += len(line)
+        # Two points of a grid can make one scenario, whose row then counts once.
+        self._offsets = array("q", dict.fromkeys(where[bytes.fromhex(key)] for key in keys))
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __iter__(self) -> Iterator[Row]:
+        with self.path.open("rb") as file:
+            for offset in self._offsets:
+                file.seek(offset)
+                yield orjson.loads(file.readline())
+
+    @property
+    def errors(self) -> Iterator[Row]:
+        """The rows of scenarios that failed."""
+        return (row for row in self if row["error"] is not None)
+
+
+def flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a row as one level: nested keys joined by dots, lists as JSON; the settings by their own keys."""
+    flattened: dict[str, Any] = {}
+    for name, value in row.items():
+        if isinstance(value, Mapping):
+            flattened.update(flat(value, "" if name == "settings" else f"{prefix}{name}."))
+        else:
+            flattened[prefix + name] = orjson.dumps(value).decode() if isinstance(value, list) else value
+    return flattened
+
+
+def check_export(path: Path) -> None:
+    """Refuse, before anything runs, a file that rows cannot be exported to. Raises JournalError and OSError."""
+    if path.suffix not in EXPORTS:
+        raise JournalError(f"{path}: a sweep's file must end in one of {', '.join(EXPORTS)}")
+    if not path.parent.is_dir():
+        raise JournalError(f"{path}: there is no folder {path.parent}")
+    if path.suffix == ".parquet":
+        try:
+            import pyarrow  # noqa: F401
+        except ImportError:
+            raise JournalError(f"{path}: needs pyarrow; install the extra: pip install 'prestage[parquet]'") from None
+
+
+def export(rows: Iterable[Row], path: Path) -> None:
+    """Write rows as .csv or .parquet, whole or not at all; `rows` is gone through twice, for the columns first."""
+    EXPORTS[path.suffix](rows, path)
+
+
+def _write_csv(rows: Iterable[Row], path: Path) -> None:
+    columns = list(_columns(rows))
+    with replacing(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
+        table = csv.DictWriter(text, columns, lineterminator="\n")
+        table.writeheader()
+        table.writerows(flat(row) for row in rows)
+        text.detach()
+
+
+def _write_parquet(rows: Iterable[Row], path: Path) -> None:
+    import pyarrow
+    from pyarrow.parquet import ParquetWriter
+
+    arrow = {bool: pyarrow.bool_(), int: pyarrow.int64(), float: pyarrow.float64(), str: pyarrow.string()}
+    columns = _columns(rows)
+    schema = pyarrow.schema([(name, arrow[kind]) for name, kind in columns.items()])
+    batch: list[dict[str, Any]] = []
+    with replacing(path) as file, ParquetWriter(file, schema) as table:
+
+        def write() -> None:
+            table.write_table(pyarrow.Table.from_pylist(batch, schema))
+            batch.clear()
+
+        for row in rows:
+            values = flat(row)
+            batch.append({name: kind(values[name]) for name, kind in columns.items() if values.get(name) is not None})
+            if len(batch) == _BATCH:
+                write()
+        write()
+
+
+def _columns(rows: Iterable[Row]) -> dict[str, type]:
+    """Return the columns of all rows, in order of appearance, with the type that holds every value of each."""
+    columns: dict[str, type] = {}
+    for row in rows:
+        for name, value in flat(row).items():
+            kind, known = type(value), columns.get(name)
+            if value is None or kind is known:
+                columns.setdefault(name, type(None))
+            elif known in (None, type(None)):
+                columns[name] = kind
+            else:
+                columns[name] = float if {kind, known} == {int, float} else str
+    return {name: str if kind is type(None) else kind for name, kind in columns.items()}
+
+
+def _nothing(rows: Iterable[Row], path: Path) -> None:
+    """Leave the journal as what it is."""
+
+
+#: How rows are exported, by the ending of the file; a journal is JSONL already.
+EXPORTS = {".jsonl": _nothing, ".csv": _write_csv, ".parquet": _write_parquet}
+
+
+def _parsed(path: Path) -> Iterator[Row | None]:
+    """Yield each line's row, None for a last line that is not whole. Raises JournalError for a line of another kind."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                yield None
+                return
+            try:
+                row = orjson.loads(line)
+            except orjson.JSONDecodeError:
+                row = None
+            if not isinstance(row, dict) or not {"key", "error", "scenario"} <= row.keys():
+                raise JournalError(f"{path}: line {number} is no row of a sweep; give another file, or move it away")
+            yield row
+
+
+def _locked(path: Path) -> BinaryIO:
+    """Open a journal to append to, unbuffered: a row is in the file once it is written."""
+    file = path.open("ab", buffering=0)
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise JournalError(
+                f"{path}: another sweep is writing it; wait for that one, or give another file"
+            ) from None
+    return file

@@ -1,0 +1,206 @@
+"""Comparisons and break-even: what differs adds up exactly, and the recall that pays does."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from prestage.engine.breakeven import PROBES, STEPS, bracket, break_even
+from prestage.engine.compare import PARTS, CompareError, compare, load_run, waterfall
+from prestage.engine.output.charts import plot_break_even, plot_waterfall
+from prestage.engine.output.tables import break_even_words
+from prestage.engine.scenario import Scenario, ScenarioError, load_scenario
+from prestage.engine.simulate import simulate
+
+SMALL = ["model.layers=6", "workload.tokens=12", "workload.synthetic.tokens=12", "workload.synthetic.sequences=1"]
+SMALL += ["workload.synthetic.prefill_tokens=0"]
+
+
+@pytest.fixture(scope="module")
+def runs() -> dict[str, dict[str, Any]]:
+    """Three runs that differ in lookahead, the last also in what the predictor costs."""
+    names = ["synthetic", "synthetic,prefetch.lookahead=0", "synthetic,predictor.latency_us=30,predictor.lane=compute"]
+    return {name: load_run(name, SMALL) for name in names}
+
+
+def test_the_parts_of_a_difference_add_up_to_it_to_the_nanosecond(runs: dict[str, dict[str, Any]]) -> None:
+    first, *others = runs
+    where = compare(runs)["where"]
+    assert list(where) == others
+    for name in others:
+        parts = where[name]["gpu0"]
+        assert list(parts) == list(PARTS)
+        in_ns = [round(part["difference_ms"] * 1e6) for part in parts.values()]
+        assert sum(in_ns) == round(runs[name]["makespan_ms"] * 1e6) - round(runs[first]["makespan_ms"] * 1e6)
+        assert any(in_ns)
+
+
+def test_a_waterfall_leads_from_one_makespan_to_the_other_without_a_gap(runs: dict[str, dict[str, Any]]) -> None:
+    first, _, last = runs.values()
+    steps = waterfall(first, last)
+    assert (steps[0].start_ns, steps[0].end_ns) == (0, round(first["makespan_ms"] * 1e6))
+    assert (steps[-1].start_ns, steps[-1].end_ns) == (0, round(last["makespan_ms"] * 1e6))
+    for before, after in pairwise(steps[:-1]):
+        assert after.start_ns == before.end_ns
+    assert steps[-2].end_ns == steps[-1].end_ns
+    predictor = next(step for step in steps if step.name == "predictor")
+    assert predictor.end_ns > predictor.start_ns  # it now takes time on the compute stream
+
+
+def test_the_waterfall_is_drawn_as_it_is(runs: dict[str, dict[str, Any]]) -> None:
+    first, *others = runs
+    falls = {name: waterfall(runs[first], runs[name]) for name in others}
+    for axes, steps in zip(plot_waterfall(falls, first).axes, falls.values(), strict=True):
+        bars: list[Any] = list(axes.patches)
+        drawn = [(bar.get_y(), bar.get_y() + bar.get_height()) for bar in bars]
+        assert drawn == [pytest.approx((step.start_ns / 1e6, step.end_ns / 1e6)) for step in steps]
+
+
+def test_settings_that_differ_and_ratios_to_the_first_are_told(runs: dict[str, dict[str, Any]]) -> None:
+    data = compare(runs)
+    assert data["settings"] == {
+        "predictor.lane": ["gpu", "gpu", "compute"],
+        "predictor.latency_us": [None, None, 30],
+        "prefetch.lookahead": [1, 0, 1],
+    }
+    makespans = [run["makespan_ms"] for run in runs.values()]
+    assert data["figures"]["makespan_ms"] == makespans
+    assert data["ratios"]["makespan_ms"] == [1.0, makespans[1] / makespans[0], makespans[2] / makespans[0]]
+    assert data["ratios"]["counts.prefetch"][1] == 0
+    assert "speedup" not in data["figures"]  # none of them has one
+    assert data["same_work"]
+
+
+def test_a_result_on_disk_is_taken_as_it_is(tmp_path: Path, runs: dict[str, dict[str, Any]]) -> None:
+    (tmp_path / "result.json").write_bytes(orjson.dumps(runs["synthetic"]))
+    assert load_run(str(tmp_path)) == load_run(str(tmp_path / "result.json")) == runs["synthetic"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not JSON"),
+        ("{}", "is no result of `prestage run --out`"),
+        ("[]", "is no result of `prestage run --out`"),
+        (None, "cannot be read: No such file"),
+    ],
+)
+def test_a_file_that_is_no_result_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / "result.json").write_text(text)
+    with pytest.raises(CompareError, match=f"result.json: {message}"):
+        load_run(str(tmp_path / "result.json"))
+
+
+def test_one_run_and_parts_that_do_not_add_up_are_refused(runs: dict[str, dict[str, Any]]) -> None:
+    with pytest.raises(CompareError, match="at least two"):
+        compare({"a": runs["synthetic"]})
+    broken = {**runs["synthetic"], "makespan_ms": 1.0}
+    with pytest.raises(CompareError, match="the parts of time come to"):
+        compare({"a": runs["synthetic"], "b": broken})
+
+
+# Break-even.
+
+
+@pytest.mark.parametrize("least", [0, 1, 2, 37, 63, 99, 100])
+def test_where_recall_only_ever_helps_the_bracket_is_one_step(least: int) -> None:
+    asked: list[int] = []
+
+    def pays(step: int) -> bool:
+        asked.append(step)
+        return step >= least
+
+    assert bracket(pays) == (least, least - 1 if least else None)
+    assert len(asked) == len(set(asked)) <= 2 + 7 + 2 * len(PROBES)
+
+
+def test_where_nothing_pays_there_is_no_recall_and_one_run_says_so() -> None:
+    asked: list[int] = []
+
+    def pays(step: int) -> bool:
+        asked.append(step)
+        return False
+
+    assert bracket(pays) == (None, STEPS)
+    assert asked == [STEPS]
+
+
+def test_where_luck_decides_the_answer_is_the_interval() -> None:
+    # From 60 on it pays, but not at 62; below 60 it does not, but at 57 it does. Bisection ends between 62 and 63; the
+    # tests 2, 5 and 10 steps below find that 60 and 57 pay and 52 does not.
+    assert bracket(lambda step: (step >= 60 and step != 62) or step == 57) == (63, 52)
+
+
+@pytest.mark.parametrize(
+    ("recall", "not_below", "words"),
+    [
+        (None, 1.0, "never"),
+        (0.0, None, "0 (always)"),
+        (0.37, 0.36, "0.37"),
+        (0.63, 0.52, "0.63 (luck decides from 0.52)"),
+        (0.05, None, "luck decides up to 0.05"),
+    ],
+)
+def test_a_break_even_in_words(recall: float | None, not_below: float | None, words: str) -> None:
+    assert break_even_words({"recall": recall, "not_below": not_below}) == words
+
+
+@pytest.fixture(scope="module")
+def scenario() -> Scenario:
+    return load_scenario("synthetic", settings=[*SMALL, "memory.gpu_budget=50%"])
+
+
+def test_the_recall_found_pays_against_the_same_cache_and_the_one_below_does_not(scenario: Scenario) -> None:
+    def makespan_ms(**changes: Any) -> float:
+        predictor = scenario.predictor.model_copy(update={"recall": changes.get("recall", 0.0)})
+        prefetch = scenario.prefetch.model_copy(update={"lookahead": changes.get("lookahead", 1)})
+        changed = scenario.model_copy(update={"predictor": predictor, "prefetch": prefetch})
+        return float(simulate(changed, baselines=False).data["makespan_ms"])
+
+    (cell,) = break_even(scenario)["cells"]
+    assert 0 < cell["not_below"] < cell["recall"] <= 1
+    assert cell["without_ms"] == makespan_ms(lookahead=0)
+    assert makespan_ms(recall=cell["recall"]) < cell["without_ms"] <= makespan_ms(recall=cell["not_below"])
+    assert cell["with_recall_1_ms"] == makespan_ms(recall=1.0)
+
+
+def test_every_budget_and_lookahead_has_its_cell_whoever_searches_it(scenario: Scenario) -> None:
+    alone = break_even(scenario, budgets=["25%", "50%"], lookaheads=[1, 2], workers=1)
+    assert [(cell["budget"], cell["lookahead"]) for cell in alone["cells"]] == [
+        (budget, ahead) for budget in ("25%", "50%") for ahead in (1, 2)
+    ]
+    assert alone == break_even(scenario, budgets=["25%", "50%"], lookaheads=[1, 2], workers=2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "message"),
+    [
+        (["prefetch.lookahead=0"], {}, "prefetch.lookahead = 0: nothing is prefetched"),
+        ([], {"lookaheads": [0, 1]}, "lookahead 0: nothing is prefetched"),
+        (["prefetch.policy=popularity"], {}, "prefetch.policy = 'popularity' asks no predictor"),
+        ([], {"budgets": ["1B"]}, "budget 1B, lookahead 1: the expert budget is 1 bytes"),
+        ([], {"budgets": ["lots"]}, "gpu_budget = 'lots'"),
+    ],
+)
+def test_what_has_no_break_even_is_refused(settings: list[str], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ScenarioError, match=message):
+        break_even(load_scenario("synthetic", settings=[*SMALL, *settings]), **options)
+
+
+def test_the_picture_has_a_line_for_each_lookahead_and_a_cross_where_no_recall_pays() -> None:
+    def cell(budget: str, ahead: int, recall: float | None) -> dict[str, Any]:
+        return {"budget": budget, "lookahead": ahead, "recall": recall}
+
+    cells = [cell("25%", 1, 0.5), cell("25%", 2, None), cell("50%", 1, 0.4), cell("50%", 2, 0.9)]
+    (axes,) = plot_break_even({"cells": cells}).axes
+    lines: list[Any] = list(axes.lines)
+    one, no_cross, two, cross, _ = (list(zip(*line.get_data(), strict=True)) for line in lines)
+    assert one == [(0, 0.5), (1, 0.4)]
+    assert no_cross == []
+    assert two[1] == (1, 0.9)
+    assert cross == [(0.04, 1.05)]

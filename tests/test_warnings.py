@@ -1,0 +1,80 @@
+"""Warnings: each is said where its reason holds, with figures and a remedy, and is not said where it does not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from prestage.engine.scenario import load_scenario
+from prestage.engine.simulate import simulate
+from prestage.engine.warnings import WARNINGS
+
+SMALL = ["workload.tokens=12", "workload.synthetic.tokens=12", "workload.synthetic.sequences=1"]
+SMALL += ["workload.synthetic.prefill_tokens=0"]
+#: For each warning, by its first words: settings with which it is said, and settings with which it is not (None: some
+#: kernel of every shipped model is estimated on every shipped profile).
+CASES: dict[str, tuple[list[str], list[str] | None]] = {
+    "cliff": (["memory.gpu_budget=92experts"], ["memory.gpu_budget=93experts"]),
+    "saturated link": (["prefetch.lookahead=2"], ["prefetch.lookahead=0"]),
+    "turnover": (["prefetch.lookahead=6", "prefetch.k=16", "memory.gpu_budget=95experts"], ["memory.gpu_budget=50%"]),
+    "host-bound": (["dispatch.mode=eager", "memory.gpu_budget=100%"], ["dispatch.mode=graph"]),
+    "prefill dominates": (
+        ["workload.synthetic.tokens=60", "workload.synthetic.prefill_tokens=56", "workload.tokens=60"],
+        ["workload.synthetic.prefill_tokens=2"],
+    ),
+    "recall below break-even": (["predictor.recall=0.1"], ["predictor.recall=1.0"]),
+    "estimated cost in use": ([], None),
+    "uncalibrated cost in use": ([], ["dispatch.mode=free", "dispatch.router_readback=false"]),
+    "prediction is free": ([], ["predictor.latency_us=5"]),
+}
+
+
+def warned(settings: list[str]) -> dict[str, str]:
+    """What a run of the default scenario with these settings warns of, by the words before the colon."""
+    data = simulate(load_scenario("synthetic", settings=[*SMALL, *settings]), baselines=False, check_prefetch=True).data
+    return {said.partition(":")[0]: said for said in data["warnings"]}
+
+
+def test_every_warning_has_its_cases() -> None:
+    assert len(CASES) == len(WARNINGS) - 1  # that of a trained predictor without a GPU: see test_learned
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_warning_is_said_with_its_reason_and_a_remedy(name: str) -> None:
+    said = warned(CASES[name][0])[name]
+    assert len(said.splitlines()) == 1
+    reason, _, remedy = said.partition("; ")
+    assert len(reason) > len(name) + 20
+    assert any(word in remedy for word in ("use ", "set ", "lower ", "calibrate ", "trust "))
+
+
+@pytest.mark.parametrize("name", [name for name, (_, without) in CASES.items() if without is not None])
+def test_a_warning_is_not_said_where_its_reason_does_not_hold(name: str) -> None:
+    assert name not in warned(CASES[name][1] or [])
+
+
+def test_what_is_measured_is_not_told_as_uncalibrated() -> None:
+    said = warned([])["uncalibrated cost in use"]
+    assert "host.graph_launch (assumed)" in said and "of profile h200-pcie5" in said
+    assert "h2d.pinned" not in said  # measured
+    assert "pageable" not in said and "host.launch (" not in said and "eager" not in said  # not in use
+    assert "h2d.pageable.queued (assumed)" in warned(["copy.host_memory=pageable"])["uncalibrated cost in use"]
+
+
+def test_pageable_copies_are_told_as_what_holds_the_host() -> None:
+    said = warned(["copy.host_memory=pageable"])["host-bound"]
+    assert "a pageable copy holds the host's thread" in said and "copy.host_memory = pinned" in said
+
+
+def test_recall_is_judged_only_when_asked() -> None:
+    scenario = load_scenario("synthetic", settings=[*SMALL, "predictor.recall=0.1"])
+    data: dict[str, Any] = simulate(scenario, baselines=False).data
+    assert "no_prefetch_ms" not in data
+    assert not [said for said in data["warnings"] if said.startswith("recall below break-even")]
+
+
+def test_the_turnover_names_the_room_that_it_takes() -> None:
+    said = warned(CASES["turnover"][0])["turnover"]
+    # 6 layers ahead, 16 guesses each, and the 4 experts of the layer itself.
+    assert "96 guessed ahead need room for 100 and there is room for 95" in said
