@@ -266,8 +266,7 @@ class _Decoder:
                 visit = next(self._visits)
                 self._choice_known_ns.append(self.now_ns)
                 if settings.router_readback:
-                    copies_first = visit.waves and visit.waves[0].admitted
-                    self.now_ns += costs.copy_resume_ns if copies_first else costs.resume_ns
+                    self.now_ns += costs.copy_resume_ns if visit.waves[0].admitted else costs.resume_ns
                 self._assigned_bytes.append(visit.assigned_bytes)
                 self._budget_bytes.append(visit.budget_bytes)
                 self._access_counts.append(len(visit.accesses.experts))
@@ -371,7 +370,7 @@ class _Decoder:
                 read[copy] = self._launch(cost, EXPERT, bytes_there, expert, copy)
                 self._access_copies.append(copy)
                 self._access_tokens.append(tokens)
-        if (visit.prefetches or self._predicting) and not (self._prefetch_first and visit.waves):
+        if not self._prefetch_first and (visit.prefetches or self._predicting):
             yield from self._prefetch(visit, chosen)
 
     def _wait_for_bytes(self, copy: int) -> Completion:

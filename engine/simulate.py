@@ -402,7 +402,10 @@ def _shadow_misses(inputs: Inputs, prefetch: Prefetch) -> npt.NDArray[np.int64] 
 
 
 def _deduplication(inputs: Inputs) -> dict[str, int]:
-    """Return how many guesses the batches' tokens share, and the bytes of copies that asking once for each saves."""
+    """Return how many guesses there are, how many differ, and the bytes of experts that tokens of a batch guess again.
+
+    Asking once for each saves at most these bytes: a copy of what is assigned already would not be made anyway.
+    """
     guessed = unique = shared_bytes = first = 0
     assert inputs.guesses is not None
     sizes = np.array(inputs.model.expert_bytes, dtype=np.int64)

@@ -1,3 +1,5 @@
+"""Logs of other engines become traces: what they hold, and what is refused; the traces that ship."""
+
 from pathlib import Path
 
 import numpy as np

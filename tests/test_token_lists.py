@@ -1,3 +1,5 @@
+"""Plain token lists become traces: JSON lines, printed `topk_ids` and the guide's form."""
+
 import json
 from pathlib import Path
 from typing import Any

@@ -1,3 +1,5 @@
+"""Routing traces: what is checked, loaded, saved and sliced."""
+
 import json
 import os
 import re
