@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from ..engine.decoder import add_lanes
+from ..engine.gpu import add_lanes
 from ..engine.output.export import replacing
 from ..engine.scenario import Scenario, make_scenario
 from ..resources.timeline import DEMAND, DENSE, EXPERT, HEAD, LAUNCH, PREFETCH, READBACK, Timeline

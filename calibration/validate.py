@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..engine.costs import Costs
-from ..engine.decoder import Decoded
+from ..engine.gpu import Decoded
 from ..engine.inputs import Inputs
 from ..engine.memory_manager import DEMANDED, PREFETCHED
 from ..engine.output.metrics import LATE, Recording, time_split

@@ -26,8 +26,9 @@ from ..workloads.predictors import Guesses
 from ..workloads.synthetic import synthesize
 from ..workloads.trace import RoutingTrace
 from .costs import Costs
-from .decoder import Decoded, decode
+from .decoder import decode
 from .dispatch import Visit, visits
+from .gpu import Decoded
 from .inputs import Inputs
 from .memory_manager import BudgetError, MemoryManager
 from .output import metrics as measure
@@ -304,7 +305,6 @@ def run(
     decoded: Decoded = decode(
         watch(dispatched(inputs, manager, prefetch, gauge)),
         inputs.steps,
-        inputs.trace.layers,
         manager,
         costs,
         inputs.scenario,

@@ -14,11 +14,15 @@ import numpy as np
 import numpy.typing as npt
 
 #: What a span is, by its `kind` number.
-KINDS = ("dense", "expert", "head", "demand", "prefetch", "readback", "predict", "launch")
-DENSE, EXPERT, HEAD, DEMAND, PREFETCH, READBACK, PREDICT, LAUNCH = range(len(KINDS))
+KINDS = (
+    *("dense", "expert", "head", "demand", "prefetch", "readback", "predict", "launch"),
+    *("activation", "dispatch", "combine", "peer", "cpu_expert", "decompress", "read"),
+)
+DENSE, EXPERT, HEAD, DEMAND, PREFETCH, READBACK, PREDICT, LAUNCH = range(8)
+ACTIVATION, DISPATCH, COMBINE, PEER, CPU_EXPERT, DECOMPRESS, READ = range(8, len(KINDS))
 
 #: What a lane is for: one of these roles.
-ROLES = ("compute", "h2d", "d2h", "predictor", "host")
+ROLES = ("compute", "h2d", "d2h", "predictor", "host", "peer", "cpu", "nvme")
 
 #: One span. Times are integer nanoseconds; `issued_ns` is when the host had asked for it; `expert`, `visit` and
 #: `copy` are -1 where they mean nothing. `copy` on an expert's kernel names the copy that brought its bytes.

@@ -38,6 +38,13 @@ NAMES = {
     "readback": "choice to host",
     "predict": "predict{at}",
     "launch": "launch",
+    "activation": "activations{at}",
+    "dispatch": "all-to-all{at} (dispatch)",
+    "combine": "all-to-all{at} (combine)",
+    "peer": "copy{at} (from a peer)",
+    "cpu_expert": "expert{at} (CPU)",
+    "decompress": "decompress{at}",
+    "read": "read{at} (NVMe)",
 }
 #: The category of each kind, by which viewers filter and color.
 CATEGORIES = {
@@ -49,9 +56,16 @@ CATEGORIES = {
     "readback": "copy,readback",
     "predict": "predictor",
     "launch": "host",
+    "activation": "copy,activation",
+    "dispatch": "copy,all-to-all",
+    "combine": "copy,all-to-all",
+    "peer": "copy,peer",
+    "cpu_expert": "compute,cpu",
+    "decompress": "compute,decompress",
+    "read": "copy,read",
 }
 #: Roles in the order in which tracks are shown, from the top: the way that a decision takes.
-TRACK_ORDER = ("host", "predictor", "h2d", "d2h", "compute")
+TRACK_ORDER = ("host", "cpu", "nvme", "predictor", "h2d", "d2h", "peer", "compute")
 
 _NAMES = [NAMES[kind] for kind in KINDS]
 _CATEGORIES = [CATEGORIES[kind] for kind in KINDS]

@@ -18,8 +18,8 @@ from ...resources.lane import Lags
 from ...resources.timeline import EXPERT, HEAD, PREDICT
 from ...workloads.batches import DECODE, Step
 from ...workloads.trace import RoutingTrace
-from ..decoder import Decoded
 from ..dispatch import Visit
+from ..gpu import Decoded
 from ..memory_manager import DEMANDED, PREFETCHED, MemoryManager
 
 Array = npt.NDArray[Any]

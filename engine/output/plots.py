@@ -33,6 +33,13 @@ COLORS = {
     "dense": ("#0072b2", "dense part"),
     "expert": ("#56b4e9", "expert"),
     "head": ("#009e73", "head"),
+    "activation": ("#b8860b", "activations"),
+    "dispatch": ("#a0522d", "all-to-all, dispatch"),
+    "combine": ("#7f4f24", "all-to-all, combine"),
+    "peer": ("#e377c2", "copy from a peer"),
+    "cpu_expert": ("#117733", "expert on the CPU"),
+    "decompress": ("#88ccee", "decompression"),
+    "read": ("#882255", "read from NVMe"),
 }
 #: Of curves, in the order in which they are drawn; once the colors are used up, the next dashes.
 _CURVE_COLORS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#f0a830", "#333333", "#56b4e9", "#8c8c8c")

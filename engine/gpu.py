@@ -1,0 +1,428 @@
+"""One GPU as its host thread sees it: its lanes, and the calls that launch, copy, wait and serve a layer visit.
+
+Every call takes the host's time, on `now_ns`, the clock of the thread that makes it. The lanes answer each
+submission with the instant at which it will end, or with a promise of it. Decisions come from `dispatch`, in order;
+nothing here changes them, except where a policy declares that it looks at the clock (`uses_clock`), or stale
+prefetches are dropped.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import deque
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import simpy
+
+from ..resources.lane import Completion, CoupledLane, FifoLane, PriorityLane, Work, after_all, couple, wait_for
+from ..resources.timeline import DEMAND, EXPERT, LAUNCH, PREDICT, PREFETCH, READBACK, Timeline
+from .costs import Costs, KernelCost
+from .dispatch import Visit, launch_order
+from .memory_manager import Admission, MemoryManager
+from .scenario import Scenario
+
+#: One access: the visit, the copy that held the expert's bytes, and how many of the batch's tokens chose it.
+ACCESS = np.dtype([("visit", "<i4"), ("copy", "<i4"), ("tokens", "<i4")])
+#: One layer visit: when the host knew the choice; the expert bytes assigned once all was decided, and the budget.
+VISIT = np.dtype([("choice_known_ns", "<i8"), ("assigned_bytes", "<i8"), ("budget_bytes", "<i8")])
+
+_Lane = FifoLane | CoupledLane
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What a run recorded: the timeline, and arrays of dtype ACCESS and VISIT in order of dispatch."""
+
+    timeline: Timeline
+    accesses: npt.NDArray[Any]
+    visits: npt.NDArray[Any]
+
+
+def add_lanes(timeline: Timeline, discipline: str, device: str = "gpu0", host: str = "host") -> dict[str, int]:
+    """Add the lanes of one GPU and its host thread under a copy discipline and return their numbers by name."""
+    number = {
+        "host": timeline.add_lane(host, "host", "host thread"),
+        "predictor": timeline.add_lane(device, "predictor", "predictor (side stream)"),
+        "d2h": timeline.add_lane(device, "d2h", "copy engine D2H"),
+        "h2d": timeline.add_lane(device, "h2d", "copy engine H2D"),
+    }
+    if discipline == "two_streams":
+        number["prefetch"] = timeline.add_lane(device, "h2d", "copy engine H2D, prefetch stream")
+    number["compute"] = timeline.add_lane(device, "compute", "compute stream")
+    return number
+
+
+class Gpu:
+    """The lanes of one GPU, and the calls that a host thread makes on them; `now_ns` is the clock of that thread.
+
+    A host loop (see `decoder`) drives it: for each layer visit `launch` the dense part, `read_back` the choice, `begin`
+    and `serve` the visit as it was decided; `recorded` at the end.
+    """
+
+    # Python keeps thirty attributes of an object at hand; there are more, and the loop reads them all the time.
+    __slots__ = (
+        "_access_copies",
+        "_access_counts",
+        "_access_tokens",
+        "_arriving",
+        "_assigned_bytes",
+        "_budget_bytes",
+        "_busy_since_ns",
+        "_choice_known_ns",
+        "_compute",
+        "_copies_hold_host",
+        "_copy_costs",
+        "_copy_slowdown",
+        "_d2h",
+        "_depth",
+        "_expert_costs",
+        "_experts",
+        "_grouped",
+        "_h2d",
+        "_host",
+        "_launched",
+        "_launched_count",
+        "_manager",
+        "_predicting",
+        "_prefetch_first",
+        "_prefetch_lane",
+        "_priority",
+        "_queued",
+        "_read",
+        "_resident_first",
+        "_rooms_split",
+        "_scenario",
+        "_side",
+        "_submit_kernel",
+        "_wait_ns",
+        "costs",
+        "coupled",
+        "dense_costs",
+        "env",
+        "now_ns",
+        "reads_back",
+        "timeline",
+        "visit",
+        "watch_queue",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        env: simpy.Environment,
+        manager: MemoryManager,
+        costs: Costs,
+        scenario: Scenario,
+        *,
+        prefetching: bool,
+        most_tokens: int,
+        device: str = "gpu0",
+        host: str = "host",
+    ) -> None:
+        """Make the lanes of `device`, driven by a thread of `host`.
+
+        `prefetching`: the predictor runs too. `most_tokens`: of the largest step, which says whether the launch queue
+        can ever be full.
+        """
+        self.env = env
+        self._manager = manager
+        self.costs = costs
+        self.dense_costs, self._expert_costs = costs.by_layer()
+        self._scenario = scenario
+        self.timeline = Timeline()
+        self._access_counts, self._access_copies, self._access_tokens = array("i"), array("i"), array("i")
+        self._choice_known_ns, self._assigned_bytes, self._budget_bytes = array("q"), array("q"), array("q")
+        self.now_ns = 0
+        self._launched: deque[tuple[Completion, int]] = deque()
+        self._launched_count = 0
+        # The end of each copy, until a kernel reads it; then that of its last reader.
+        self._arriving: dict[int, Completion] = {}
+        self._read: dict[int, Completion] = {}
+        self._queued: dict[int, Work] = {}  # priority discipline only: copies by number
+        self.visit = -1  # the number of the visit being dispatched
+        self._busy_since_ns = 0
+        self._experts = manager.experts
+        self._rooms_split = not manager.uniform
+        self._depth = scenario.dispatch.launch_queue_depth
+        self._resident_first = scenario.dispatch.expert_order == "resident_first"
+        self._prefetch_first = scenario.prefetch.issue == "before_launch"
+        self.reads_back = scenario.dispatch.router_readback
+        # With a read-back at every visit the queue holds one visit's launches at most.
+        self.watch_queue = not self.reads_back or costs.most_launches(most_tokens) > self._depth
+        self._grouped = scenario.dispatch.expert_kernel == "grouped"
+        self._predicting = prefetching and costs.predict_ns > 0 and scenario.predictor.lane != "free"
+        self._wait_ns = costs.wait_ns
+        self._copy_costs = costs.copies
+        self._copies_hold_host = costs.copies_hold_host
+        self._priority: PriorityLane | None = None
+        self._make_lanes(add_lanes(self.timeline, scenario.copy_.discipline, device, host))
+        self._submit_kernel = self._compute.submit
+        self.coupled = not (isinstance(self._h2d, FifoLane) and isinstance(self._compute, FifoLane))
+
+    def _make_lanes(self, number: dict[str, int]) -> None:
+        """Make one lane for each thing that is busy by itself, coupled where one slows another down."""
+        env, timeline, costs, copy = self.env, self.timeline, self.costs, self._scenario.copy_
+        kernels, copies = costs.kernel_lags, costs.copy_lags
+        self._host = number["host"]
+        self._side = FifoLane(timeline, number["predictor"])
+        self._d2h: _Lane = FifoLane(timeline, number["d2h"])
+        self._compute: _Lane
+        self._h2d: _Lane
+        self._prefetch_lane: _Lane
+        self._copy_slowdown = costs.copy_slowdown if copy.contention else 1.0
+        contended = copy.contention and (costs.slowed_beside_copies or self._copy_slowdown > 1)
+        if copy.discipline == "fifo" and not contended:
+            self._h2d = self._prefetch_lane = FifoLane(timeline, number["h2d"], copies)
+            self._compute = FifoLane(timeline, number["compute"], kernels)
+            return
+        if copy.discipline == "priority":
+            queue = PriorityLane(env, timeline, number["h2d"], copies)
+            queue.is_stale = self._is_stale
+            self._priority = queue
+            copy_lanes: list[CoupledLane] = [queue]
+        else:
+            names = ["h2d", "prefetch"] if copy.discipline == "two_streams" else ["h2d"]
+            copy_lanes = [CoupledLane(env, timeline, number[name], copies) for name in names]
+        for lane in copy_lanes:
+            others = [other for other in copy_lanes if other is not lane]
+            lane.turns, lane.sharing = (others, []) if costs.copies_take_turns else ([], others)
+        self._h2d, self._prefetch_lane = copy_lanes[0], copy_lanes[-1]
+        if contended:
+            compute = CoupledLane(env, timeline, number["compute"], kernels)
+            compute.disturbers = copy_lanes
+            for lane in copy_lanes:
+                lane.disturbers = [compute]
+            readbacks = CoupledLane(env, timeline, number["d2h"])
+            readbacks.disturbers = copy_lanes
+            self._d2h = readbacks
+            couple([*copy_lanes, compute, readbacks])
+            self._compute = compute
+        else:
+            couple(copy_lanes)
+            self._compute = FifoLane(timeline, number["compute"], kernels)
+
+    def notice(self, chosen_ns: int) -> None:
+        """Go on once the router's choice, in host memory at `chosen_ns`, has been noticed."""
+        known_ns = chosen_ns if chosen_ns > self.now_ns else self.now_ns
+        self.now_ns = self._busy_since_ns = known_ns + (
+            self._synchronize_ns() if self.coupled else self.costs.synchronize_ns
+        )
+        if self.watch_queue:
+            self._launched.clear()
+            self._launched_count = 0
+
+    def begin(self, visit: Visit) -> None:
+        """Note when the choice was known, and what was decided by it."""
+        self._choice_known_ns.append(self.now_ns)
+        if self.reads_back:
+            self.now_ns += self.costs.copy_resume_ns if visit.waves[0].admitted else self.costs.resume_ns
+        self._assigned_bytes.append(visit.assigned_bytes)
+        self._budget_bytes.append(visit.budget_bytes)
+        self._access_counts.append(len(visit.accesses.experts))
+
+    def recorded(self) -> Decoded:
+        """Return what was recorded, once SimPy has run out of events."""
+        accesses = np.empty(len(self._access_copies), dtype=ACCESS)
+        accesses["visit"] = np.repeat(np.arange(len(self._access_counts)), self._access_counts)
+        accesses["copy"] = self._access_copies
+        accesses["tokens"] = self._access_tokens
+        visits = np.empty(len(self._choice_known_ns), dtype=VISIT)
+        visits["choice_known_ns"] = self._choice_known_ns
+        visits["assigned_bytes"] = self._assigned_bytes
+        visits["budget_bytes"] = self._budget_bytes
+        return Decoded(self.timeline, accesses, visits)
+
+    def backlog_ns(self) -> int:
+        """Return the copy time that is queued on the link now, in ns."""
+        lanes = dict.fromkeys((self._h2d, self._prefetch_lane))
+        return sum(lane.backlog_ns(self.now_ns) for lane in lanes)
+
+    # The host thread's calls, each of which takes its time.
+
+    def launch(
+        self, cost: KernelCost, kind: int, after: Completion = 0, expert: int = -1, copy: int = -1
+    ) -> Completion:
+        """Launch a group of kernels; several count as one piece of work, as late as their last launch demands."""
+        ns, launches = cost.ns, cost.launches
+        issued_ns = self.now_ns + cost.host_ns
+        if launches > 1:
+            first_ns = self.now_ns + cost.host_ns // launches
+            self.now_ns = issued_ns
+            issued_ns = max(first_ns, issued_ns - ns * (launches - 1) // launches)
+        else:
+            self.now_ns = issued_ns
+        issued_ns += cost.latency_ns
+        end = self._submit_kernel(ns, ns, issued_ns, after, kind, expert, self.visit, copy, cost.slowdown)
+        if self.watch_queue:
+            self._launched.append((end, launches))
+            self._launched_count += launches
+        return end
+
+    def wait_for_queue(self, launches: int) -> Generator[simpy.Event, Any, None]:
+        """Block while the launch queue has no place for `launches` more, as the CUDA driver does."""
+        while self._launched and self._launched_count + launches > self._depth:
+            end, count = self._launched.popleft()
+            self._launched_count -= count
+            end_ns = end if isinstance(end, int) else (yield from wait_for(self.env, end))
+            self.now_ns = max(self.now_ns, end_ns)
+
+    def read_back(self, dense: Completion) -> Completion:
+        """Enqueue the copy of the router's choice to the host; the host is idle until it has come."""
+        costs = self.costs
+        self.now_ns += costs.readback_enqueue_ns
+        self.end_busy()
+        ns, issued_ns = costs.readback_ns, self.now_ns + costs.readback_latency_ns
+        return self._d2h.submit(ns, ns, issued_ns, dense, READBACK, -1, self.visit, slowdown=costs.readback_slowdown)
+
+    def _synchronize_ns(self) -> int:
+        """Return how long the host takes to notice that the choice has come, which just has."""
+        if isinstance(self._d2h, CoupledLane) and self._d2h.disturbed:
+            return self.costs.synchronize_beside_copy_ns
+        return self.costs.synchronize_ns
+
+    def end_busy(self) -> None:
+        """Record the host thread's work since it last began as one span."""
+        since_ns, now_ns = self._busy_since_ns, self.now_ns
+        if now_ns > since_ns:
+            self.timeline.record(since_ns, now_ns, since_ns, -1, self.visit, -1, self._host, LAUNCH)
+            self._busy_since_ns = now_ns
+
+    # One layer visit, once the choice is known.
+
+    def serve(self, visit: Visit, chosen: Completion) -> Generator[simpy.Event, Any, None]:
+        """Enqueue the demand copies of each wave, launch its experts behind them, and prefetch."""
+        arriving, read, costs = self._arriving, self._read, self._expert_costs[visit.layer]
+        for wave in visit.waves:
+            if self._priority is not None:
+                self._promote(self._priority, wave.found, visit.number)
+            for admission in wave.admitted:
+                end = self._copy(self._h2d, admission, DEMAND, 0, visit.number)
+                if self._copies_hold_host:
+                    yield from self._hold(end)
+            if self._prefetch_first and wave is visit.waves[-1]:
+                yield from self._prefetch(visit, chosen)
+            served = launch_order(visit, wave, self._resident_first)
+            if self._grouped:
+                yield from self._launch_grouped(visit.layer, served)
+                continue
+            for expert, tokens, copy in served:
+                cost = costs[tokens]
+                if self.watch_queue:
+                    yield from self.wait_for_queue(cost.launches)
+                bytes_there = self._wait_for_bytes(copy) if copy in arriving else 0
+                read[copy] = self.launch(cost, EXPERT, bytes_there, expert, copy)
+                self._access_copies.append(copy)
+                self._access_tokens.append(tokens)
+        if not self._prefetch_first and (visit.prefetches or self._predicting):
+            yield from self._prefetch(visit, chosen)
+
+    def _wait_for_bytes(self, copy: int) -> Completion:
+        """Let the compute stream wait for a copy where its bytes are first read; later readers follow in order."""
+        self.now_ns += self._wait_ns
+        return self._arriving.pop(copy)
+
+    def _launch_grouped(self, layer: int, served: list[tuple[int, int, int]]) -> Generator[simpy.Event, Any, None]:
+        """Launch one kernel for all experts of a wave, (expert, tokens, copy), behind a wait for the bytes of all."""
+        if not served:  # no token is routed at this layer
+            return
+        cost = self.costs.grouped(layer, [tokens for _, tokens, _ in served])
+        if self.watch_queue:
+            yield from self.wait_for_queue(cost.launches)
+        bytes_there = after_all([self._wait_for_bytes(copy) for _, _, copy in served if copy in self._arriving])
+        end = self.launch(cost, EXPERT, bytes_there, -1, served[-1][2])
+        for _, tokens, copy in served:
+            self._read[copy] = end
+            self._access_copies.append(copy)
+            self._access_tokens.append(tokens)
+
+    def _prefetch(self, visit: Visit, chosen: Completion) -> Generator[simpy.Event, Any, None]:
+        """Predict, then enqueue the prefetches behind the prediction."""
+        predicted = self._predict(chosen) if self._predicting else 0
+        for admission, target in visit.prefetches:
+            end = self._copy(self._prefetch_lane, admission, PREFETCH, predicted, target)
+            if self._copies_hold_host:
+                yield from self._hold(end)
+
+    def _predict(self, chosen: Completion) -> Completion:
+        """Run the predictor on its lane and return when its guesses are there."""
+        ns, lane = self.costs.predict_ns, self._scenario.predictor.lane
+        if lane == "compute":
+            return self.launch(KernelCost(ns, 1.0, 1, self.costs.launch_ns), PREDICT)
+        if lane == "gpu":
+            return self._side.submit(ns, ns, self.now_ns, chosen, PREDICT, -1, self.visit)
+        self.end_busy()
+        start_ns = self.now_ns
+        self.now_ns = self._busy_since_ns = start_ns + ns
+        self.timeline.record(start_ns, self.now_ns, start_ns, -1, self.visit, -1, self._host, PREDICT)
+        return 0
+
+    def _copy(self, lane: _Lane, admission: Admission, kind: int, predicted: Completion, target: int) -> Completion:
+        """Enqueue a copy: behind the prediction that asked for it and the last reader of the room that it takes."""
+        expert, copy = admission.expert, admission.copy
+        cost, slowdown = self._copy_costs[expert // self._experts], self._copy_slowdown
+        self.now_ns += cost.host_ns
+        if admission.former:
+            self.now_ns += self._wait_ns
+        issued_ns = self.now_ns + self.costs.copy_latency_ns
+        after = predicted
+        for other in admission.former:
+            free = self._last_use(other)
+            if self._priority is not None:
+                free = self._give_up(self._priority, other, free)
+            if isinstance(free, int) and isinstance(after, int):
+                after = free if free > after else after
+            else:
+                after = after_all([after, free])
+        if self._priority is None:
+            end = lane.submit(cost.queued_ns, cost.alone_ns, issued_ns, after, kind, expert, self.visit, copy, slowdown)
+        else:
+            work = Work(
+                cost.piece_queued_ns, cost.piece_alone_ns, issued_ns, after, kind, expert, self.visit, copy,
+                slowdown, rank=(int(kind == PREFETCH), target), pieces=cost.pieces,
+            )  # fmt: skip
+            self._queued[copy] = work
+            end = self._priority.submit_work(work)
+        self._arriving[copy] = end
+        return end
+
+    def _last_use(self, copy: int) -> Completion:
+        """Return the end of a copy's last reader or, if nobody has read it, its own; rooms that split ask again."""
+        ends = self._read if copy in self._read else self._arriving
+        return ends.get(copy, 0) if self._rooms_split else ends.pop(copy, 0)
+
+    def _hold(self, end: Completion) -> Generator[simpy.Event, Any, None]:
+        """Keep the host thread busy until a pageable copy has ended."""
+        end_ns = end if isinstance(end, int) else (yield from wait_for(self.env, end))
+        self.now_ns = max(self.now_ns, end_ns)
+
+    # The priority discipline's queue.
+
+    def _promote(self, queue: PriorityLane, found: dict[int, int], visit: int) -> None:
+        """Give queued prefetches that are demanded now a demand's rank."""
+        for copy in found.values():
+            work = self._queued.get(copy)
+            if work is not None and work.done.end_ns is None:
+                queue.promote(work, (0, visit))
+
+    def _give_up(self, queue: PriorityLane, copy: int, touched: Completion) -> Completion:
+        """Copy no more of an expert that was evicted, if nobody reads it; return when its room may be written."""
+        work = self._queued.pop(copy, None)
+        if work is None or touched is not work.done:
+            return touched  # a kernel that is launched already waits for the copy
+        free = queue.give_up(work)
+        if self._rooms_split:
+            self._arriving[copy] = free  # another part of its room may be asked for
+        return free
+
+    def _is_stale(self, work: Work) -> bool:
+        """Drop a queued prefetch whose target visit has been dispatched without it, if the scenario says so."""
+        is_demanded, target = work.rank[0] == 0, work.rank[1]
+        if not self._scenario.copy_.drop_stale or is_demanded or work.started or target >= self.visit:
+            return False
+        if self._manager.assigned.get(work.expert) == work.copy:
+            self._manager.cancel(work.expert)
+        work.cancelled = True
+        return True
