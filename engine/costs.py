@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -24,6 +24,8 @@ class KernelCost:
     """One launch group: its duration on a quiet GPU, the factor beside a copy, its launches and the host's time.
 
     `latency_ns` is from the return of the host's last call to the start on an idle lane; it may be below 0.
+    `issue_ns` is from the host's first call to the start on an idle lane: several launches count as one piece of work,
+    as late as its last launch demands.
     """
 
     ns: int
@@ -31,6 +33,12 @@ class KernelCost:
     launches: int
     host_ns: int
     latency_ns: int = 0
+    issue_ns: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        first_ns, before_last_ns = self.host_ns // self.launches, self.ns * (self.launches - 1) // self.launches
+        issue_ns = self.latency_ns + max(first_ns, self.host_ns - before_last_ns)
+        object.__setattr__(self, "issue_ns", issue_ns)
 
 
 @dataclass(frozen=True, slots=True)

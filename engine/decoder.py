@@ -13,8 +13,7 @@ from typing import Any
 
 import simpy
 
-from ..resources.lane import wait_for
-from ..resources.timeline import DENSE, HEAD
+from ..resources.timeline import HEAD
 from ..workloads.batches import Step
 from .costs import Costs
 from .dispatch import Visit
@@ -22,6 +21,7 @@ from .gpu import Decoded, Gpu
 from .memory_manager import MemoryManager
 from .policies.prefetch import Gauge
 from .scenario import Scenario
+from .undisturbed import UndisturbedGpu, undisturbed
 
 
 def decode(
@@ -40,7 +40,10 @@ def decode(
     """
     env = simpy.Environment()
     most_tokens = max((len(step.rows) for step in steps), default=0)
-    gpu = Gpu(env, manager, costs, scenario, prefetching=prefetching, most_tokens=most_tokens)
+    quick = gauge is None and undisturbed(manager, costs, scenario, most_tokens)
+    gpu = (UndisturbedGpu if quick else Gpu)(
+        env, manager, costs, scenario, prefetching=prefetching, most_tokens=most_tokens
+    )
     if gauge is not None:
         gauge.now_ns = lambda: gpu.now_ns
         gauge.backlog_ns = gpu.backlog_ns
@@ -64,28 +67,13 @@ def collector_off() -> Iterator[None]:
 
 def host(gpu: Gpu, visits: Iterator[Visit], steps: Sequence[Step]) -> Generator[simpy.Event, Any, None]:
     """Dispatch every step: the dense part, the choice, copies and experts of each layer, then the head."""
-    env, reads_back, watch_queue = gpu.env, gpu.reads_back, gpu.watch_queue
     for step in steps:
         tokens = len(step.rows)
-        for layer, dense_costs in enumerate(gpu.dense_costs):
-            gpu.visit += 1
-            dense = dense_costs[tokens]
-            if watch_queue:
-                yield from gpu.wait_for_queue(dense.launches)
-            chosen = gpu.launch(dense, DENSE)
-            if reads_back:
-                chosen = gpu.read_back(chosen)
-                if not isinstance(chosen, int):
-                    chosen = yield from wait_for(env, chosen)
-                gpu.notice(chosen)
-            # Where a lane runs in SimPy's time, the two clocks meet before every decision; else once a step.
-            if (gpu.coupled or not layer) and gpu.now_ns > env.now:
-                yield env.timeout(gpu.now_ns - env.now)
-            visit = next(visits)
-            gpu.begin(visit)
-            yield from gpu.serve(visit, chosen)
+        yield from gpu.forward(tokens, visits)
+        # Where no lane runs in SimPy's time, the host's clock and SimPy's meet once a step.
+        if gpu.now_ns > gpu.env.now:
+            yield gpu.env.timeout(gpu.now_ns - gpu.env.now)
         head = gpu.costs.head(tokens)
-        if watch_queue:
-            yield from gpu.wait_for_queue(head.launches)
+        yield from gpu.wait_for_queue(head.launches)
         gpu.launch(head, HEAD)
     gpu.end_busy()

@@ -7,8 +7,9 @@ the same decisions. Only the order counts here; what o'clock it is, nobody asks.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 import numpy.typing as npt
@@ -89,7 +90,8 @@ def visits(
     ranked = _ranked_guesses(guesses, steps, experts) if guesses is not None and prefetch.guesses else None
     confident = _confidences(guesses, steps) if guesses is not None and prefetch.needs_confidences else None
     later = _later_steps(trace, steps, (layers - 1 + prefetch.horizons) // layers) if prefetching else []
-    observes = type(prefetch).observe is not Prefetch.observe
+    observes, reads_moment = type(prefetch).observe is not Prefetch.observe, prefetch.reads_moment
+    unpin_first, drops = issue == "after_launch", manager.drop_after_visit
     moment = Moment(gauge=gauge or Gauge())
     assigned = manager.assigned
     nothing: list[tuple[Admission, int]] = []
@@ -100,8 +102,9 @@ def visits(
             manager.resize(budgets[index])
         step_guesses = next(ranked) if ranked is not None else no_guesses
         step_confidences = next(confident) if confident is not None else None
+        first = index * layers
         for layer, accesses in enumerate(step_accesses(trace, step)):
-            number = index * layers + layer
+            number = first + layer
             chosen = accesses.experts  # as the layer's own
             if shared:
                 accesses = accesses.by_index(experts)
@@ -110,43 +113,48 @@ def visits(
             if not prefetching:
                 manager.unpin()
             else:
-                if issue == "after_launch":
+                if unpin_first:
                     manager.unpin()
-                    if manager.drop_after_visit:
+                    if drops:
                         manager.drop_prefetched(number)
                 if observes:
                     prefetch.observe(chosen, accesses.tokens)
-                if prefetch.reads_moment:
+                if reads_moment:
                     misses += sum(len(wave.admitted) for wave in waves)
                     moment.visit, moment.layer = number, layer
                     moment.misses_per_visit = misses / (number + 1)
                     moment.unused_share = manager.unused_bytes / manager.budget_bytes
                     moment.confidences = step_confidences[layer] if step_confidences is not None else None
                 prefetches = []
-                for horizon, expert in prefetch.choose(step_guesses[layer], moment):
-                    if shared:
-                        expert %= experts
-                    if expert in assigned:
-                        continue
-                    wraps, target_layer = divmod(layer + horizon, layers)
-                    target_step = later[index][wraps]
-                    if target_step < 0:
-                        continue
-                    target = target_step * layers + target_layer
-                    admission = manager.prefetch(expert, target)
-                    if admission is not None:
-                        prefetches.append((admission, target))
-                if issue == "before_launch":
+                for ahead, wanted in enumerate(prefetch.choose(step_guesses[layer], moment), layer + 1):
+                    for expert in wanted:
+                        if expert < 0:
+                            continue
+                        if shared:
+                            expert %= experts
+                        if expert in assigned:
+                            continue
+                        wraps, target_layer = divmod(ahead, layers)
+                        target_step = later[index][wraps]
+                        if target_step < 0:
+                            break
+                        target = target_step * layers + target_layer
+                        admission = manager.prefetch(expert, target)
+                        if admission is not None:
+                            prefetches.append((admission, target))
+                if not unpin_first:
                     manager.unpin()
             yield Visit(number, index, layer, accesses, waves, prefetches, manager.assigned_bytes, manager.budget_bytes)
 
 
-def launch_order(visit: Visit, wave: Wave, resident_first: bool) -> list[tuple[int, int, int]]:
-    """Return (expert, tokens, copy) of the experts of one wave, in the order of their launch.
+def launch_order(visit: Visit, wave: Wave, resident_first: bool) -> Iterable[tuple[int, int, int]]:
+    """Yield (expert, tokens, copy) of the experts of one wave, in the order of their launch.
 
     That is the order of access, or first those that were found (`resident_first`).
     """
     experts, tokens, copies = visit.accesses.experts, visit.accesses.tokens, wave.found
+    if len(copies) == len(experts):  # found, all of them, in order of access
+        return zip(experts, tokens, copies.values())  # noqa: B905 - a check of lengths would cost more than all the rest
     if wave.admitted:
         copies = {**copies, **{admission.expert: admission.copy for admission in wave.admitted}}
     order = [
@@ -165,12 +173,14 @@ def step_accesses(trace: RoutingTrace, step: Step) -> Iterator[Accesses]:
     offsets = np.arange(trace.layers, dtype=np.int64)[:, None] * trace.num_experts
     if len(rows) == 1 and trace.present is None:
         row = int(rows[0])
-        ones = [1] * trace.k
-        weights = [[1.0] * trace.k] * trace.layers if trace.weights is None else trace.weights[row].tolist()
-        for experts, weight in zip((trace.experts[row] + offsets).tolist(), weights, strict=True):
-            yield Accesses(experts, ones, experts, weight)
-        return
-    ids = trace.experts[rows].astype(np.int64) + offsets
+        experts: list[list[int]] = (trace.experts[row] + offsets).tolist()
+        weights = repeat([1.0] * trace.k) if trace.weights is None else trace.weights[row].tolist()
+        return map(Accesses, experts, repeat([1] * trace.k), experts, weights)
+    return _batch_accesses(trace, rows, trace.experts[rows].astype(np.int64) + offsets)
+
+
+def _batch_accesses(trace: RoutingTrace, rows: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]) -> Iterator[Accesses]:
+    """Yield the look-ups of each layer, of several tokens or of one that is not everywhere; `ids` (rows, layers, k)."""
     for layer in range(trace.layers):
         here = slice(None) if trace.present is None else trace.present[rows, layer]
         pairs = ids[here, layer].ravel().tolist()

@@ -8,9 +8,9 @@ prefetches are dropped.
 
 from __future__ import annotations
 
-from array import array
+import struct
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy.typing as npt
 import simpy
 
 from ..resources.lane import Completion, CoupledLane, FifoLane, PriorityLane, Work, after_all, couple, wait_for
-from ..resources.timeline import DEMAND, EXPERT, LAUNCH, PREDICT, PREFETCH, READBACK, Timeline
+from ..resources.timeline import DEMAND, DENSE, EXPERT, LAUNCH, PREDICT, PREFETCH, READBACK, Timeline
 from .costs import Costs, KernelCost
 from .dispatch import Visit, launch_order
 from .memory_manager import Admission, MemoryManager
@@ -29,6 +29,10 @@ from .scenario import Scenario
 ACCESS = np.dtype([("visit", "<i4"), ("copy", "<i4"), ("tokens", "<i4")])
 #: One layer visit: when the host knew the choice; the expert bytes assigned once all was decided, and the budget.
 VISIT = np.dtype([("choice_known_ns", "<i8"), ("assigned_bytes", "<i8"), ("budget_bytes", "<i8")])
+
+#: Pack the fields of one record, in the order of ACCESS and of VISIT.
+pack_access = struct.Struct("<iii").pack
+pack_visit = struct.Struct("<qqq").pack
 
 _Lane = FifoLane | CoupledLane
 
@@ -40,6 +44,11 @@ class Decoded:
     timeline: Timeline
     accesses: npt.NDArray[Any]
     visits: npt.NDArray[Any]
+
+
+def contended(costs: Costs, scenario: Scenario) -> bool:
+    """Whether copies and kernels slow each other down in a run."""
+    return scenario.copy_.contention and (costs.slowed_beside_copies or costs.copy_slowdown > 1)
 
 
 def add_lanes(timeline: Timeline, discipline: str, device: str = "gpu0", host: str = "host") -> dict[str, int]:
@@ -59,25 +68,21 @@ def add_lanes(timeline: Timeline, discipline: str, device: str = "gpu0", host: s
 class Gpu:
     """The lanes of one GPU, and the calls that a host thread makes on them; `now_ns` is the clock of that thread.
 
-    A host loop (see `decoder`) drives it: for each layer visit `launch` the dense part, `read_back` the choice, `begin`
-    and `serve` the visit as it was decided; `recorded` at the end.
+    A host loop (see `decoder`) drives it: `forward` dispatches the layer visits of a step, `launch` the head, and
+    `recorded` is asked for at the end. A loop that has to come between uses the calls that `forward` is made of.
     """
 
     # Python keeps thirty attributes of an object at hand; there are more, and the loop reads them all the time.
     __slots__ = (
-        "_access_copies",
-        "_access_counts",
-        "_access_tokens",
+        "_accesses",
         "_arriving",
-        "_assigned_bytes",
-        "_budget_bytes",
         "_busy_since_ns",
-        "_choice_known_ns",
         "_compute",
         "_copies_hold_host",
         "_copy_costs",
         "_copy_slowdown",
         "_d2h",
+        "_decided",
         "_depth",
         "_expert_costs",
         "_experts",
@@ -133,8 +138,7 @@ class Gpu:
         self.dense_costs, self._expert_costs = costs.by_layer()
         self._scenario = scenario
         self.timeline = Timeline()
-        self._access_counts, self._access_copies, self._access_tokens = array("i"), array("i"), array("i")
-        self._choice_known_ns, self._assigned_bytes, self._budget_bytes = array("q"), array("q"), array("q")
+        self._accesses, self._decided = bytearray(), bytearray()  # records of dtype ACCESS and VISIT
         self.now_ns = 0
         self._launched: deque[tuple[Completion, int]] = deque()
         self._launched_count = 0
@@ -173,8 +177,8 @@ class Gpu:
         self._h2d: _Lane
         self._prefetch_lane: _Lane
         self._copy_slowdown = costs.copy_slowdown if copy.contention else 1.0
-        contended = copy.contention and (costs.slowed_beside_copies or self._copy_slowdown > 1)
-        if copy.discipline == "fifo" and not contended:
+        disturbed = contended(costs, self._scenario)
+        if copy.discipline == "fifo" and not disturbed:
             self._h2d = self._prefetch_lane = FifoLane(timeline, number["h2d"], copies)
             self._compute = FifoLane(timeline, number["compute"], kernels)
             return
@@ -190,7 +194,7 @@ class Gpu:
             others = [other for other in copy_lanes if other is not lane]
             lane.turns, lane.sharing = (others, []) if costs.copies_take_turns else ([], others)
         self._h2d, self._prefetch_lane = copy_lanes[0], copy_lanes[-1]
-        if contended:
+        if disturbed:
             compute = CoupledLane(env, timeline, number["compute"], kernels)
             compute.disturbers = copy_lanes
             for lane in copy_lanes:
@@ -216,23 +220,14 @@ class Gpu:
 
     def begin(self, visit: Visit) -> None:
         """Note when the choice was known, and what was decided by it."""
-        self._choice_known_ns.append(self.now_ns)
+        self._decided += pack_visit(self.now_ns, visit.assigned_bytes, visit.budget_bytes)
         if self.reads_back:
             self.now_ns += self.costs.copy_resume_ns if visit.waves[0].admitted else self.costs.resume_ns
-        self._assigned_bytes.append(visit.assigned_bytes)
-        self._budget_bytes.append(visit.budget_bytes)
-        self._access_counts.append(len(visit.accesses.experts))
 
     def recorded(self) -> Decoded:
         """Return what was recorded, once SimPy has run out of events."""
-        accesses = np.empty(len(self._access_copies), dtype=ACCESS)
-        accesses["visit"] = np.repeat(np.arange(len(self._access_counts)), self._access_counts)
-        accesses["copy"] = self._access_copies
-        accesses["tokens"] = self._access_tokens
-        visits = np.empty(len(self._choice_known_ns), dtype=VISIT)
-        visits["choice_known_ns"] = self._choice_known_ns
-        visits["assigned_bytes"] = self._assigned_bytes
-        visits["budget_bytes"] = self._budget_bytes
+        accesses = np.frombuffer(memoryview(self._accesses).toreadonly(), dtype=ACCESS)
+        visits = np.frombuffer(memoryview(self._decided).toreadonly(), dtype=VISIT)
         return Decoded(self.timeline, accesses, visits)
 
     def backlog_ns(self) -> int:
@@ -245,20 +240,13 @@ class Gpu:
     def launch(
         self, cost: KernelCost, kind: int, after: Completion = 0, expert: int = -1, copy: int = -1
     ) -> Completion:
-        """Launch a group of kernels; several count as one piece of work, as late as their last launch demands."""
-        ns, launches = cost.ns, cost.launches
-        issued_ns = self.now_ns + cost.host_ns
-        if launches > 1:
-            first_ns = self.now_ns + cost.host_ns // launches
-            self.now_ns = issued_ns
-            issued_ns = max(first_ns, issued_ns - ns * (launches - 1) // launches)
-        else:
-            self.now_ns = issued_ns
-        issued_ns += cost.latency_ns
-        end = self._submit_kernel(ns, ns, issued_ns, after, kind, expert, self.visit, copy, cost.slowdown)
+        """Launch a group of kernels, which counts as one piece of work, and return its end."""
+        issued_ns = self.now_ns + cost.issue_ns
+        self.now_ns += cost.host_ns
+        end = self._submit_kernel(cost.ns, cost.ns, issued_ns, after, kind, expert, self.visit, copy, cost.slowdown)
         if self.watch_queue:
-            self._launched.append((end, launches))
-            self._launched_count += launches
+            self._launched.append((end, cost.launches))
+            self._launched_count += cost.launches
         return end
 
     def wait_for_queue(self, launches: int) -> Generator[simpy.Event, Any, None]:
@@ -290,7 +278,30 @@ class Gpu:
             self.timeline.record(since_ns, now_ns, since_ns, -1, self.visit, -1, self._host, LAUNCH)
             self._busy_since_ns = now_ns
 
-    # One layer visit, once the choice is known.
+    # One step through the layers.
+
+    def forward(self, tokens: int, visits: Iterator[Visit], after: Completion = 0) -> Iterable[simpy.Event]:
+        """Dispatch the layer visits of one step of so many tokens, each decided as its choice is known.
+
+        The first dense part waits for `after`.
+        """
+        for dense_costs in self.dense_costs:
+            self.visit += 1
+            dense = dense_costs[tokens]
+            if self.watch_queue:
+                yield from self.wait_for_queue(dense.launches)
+            chosen = self.launch(dense, DENSE, after)
+            after = 0
+            if self.reads_back:
+                chosen = self.read_back(chosen)
+                chosen_ns = chosen if isinstance(chosen, int) else (yield from wait_for(self.env, chosen))
+                self.notice(chosen_ns)
+            # Where a lane runs in SimPy's time, the two clocks meet before every decision.
+            if self.coupled and self.now_ns > self.env.now:
+                yield self.env.timeout(self.now_ns - self.env.now)
+            visit = next(visits)
+            self.begin(visit)
+            yield from self.serve(visit, chosen)
 
     def serve(self, visit: Visit, chosen: Completion) -> Generator[simpy.Event, Any, None]:
         """Enqueue the demand copies of each wave, launch its experts behind them, and prefetch."""
@@ -306,7 +317,7 @@ class Gpu:
                 yield from self._prefetch(visit, chosen)
             served = launch_order(visit, wave, self._resident_first)
             if self._grouped:
-                yield from self._launch_grouped(visit.layer, served)
+                yield from self._launch_grouped(visit.layer, list(served))
                 continue
             for expert, tokens, copy in served:
                 cost = costs[tokens]
@@ -314,8 +325,7 @@ class Gpu:
                     yield from self.wait_for_queue(cost.launches)
                 bytes_there = self._wait_for_bytes(copy) if copy in arriving else 0
                 read[copy] = self.launch(cost, EXPERT, bytes_there, expert, copy)
-                self._access_copies.append(copy)
-                self._access_tokens.append(tokens)
+                self._accesses += pack_access(self.visit, copy, tokens)
         if not self._prefetch_first and (visit.prefetches or self._predicting):
             yield from self._prefetch(visit, chosen)
 
@@ -335,8 +345,7 @@ class Gpu:
         end = self.launch(cost, EXPERT, bytes_there, -1, served[-1][2])
         for _, tokens, copy in served:
             self._read[copy] = end
-            self._access_copies.append(copy)
-            self._access_tokens.append(tokens)
+            self._accesses += pack_access(self.visit, copy, tokens)
 
     def _prefetch(self, visit: Visit, chosen: Completion) -> Generator[simpy.Event, Any, None]:
         """Predict, then enqueue the prefetches behind the prediction."""

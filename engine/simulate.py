@@ -309,7 +309,7 @@ def run(
         costs,
         inputs.scenario,
         prefetching=prefetch.guesses > 0,
-        gauge=gauge,
+        gauge=gauge if prefetch.uses_clock else None,
     )
     in_pieces = inputs.scenario.copy_.discipline == "priority"
     pieces = [cost.pieces if in_pieces else 1 for cost in costs.copies]

@@ -20,7 +20,7 @@ from simpy.events import NORMAL, URGENT, Event, EventPriority
 from .timeline import Timeline, pack_span
 
 #: Before any work: an instant that no submission can precede, however long the lags.
-_NEVER = -(10**18)
+NEVER = -(10**18)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +161,7 @@ class FifoLane:
         self._extend = timeline.extend
         self.number = number
         self._gap_ns, self._after_other_ns = lags.gap_ns, lags.after_other_ns
-        self._next_ns = _NEVER  # the earliest start of the next piece of work
+        self._next_ns = NEVER  # the earliest start of the next piece of work
         self._queue: deque[Work] = deque()  # only what waits for something not known yet
 
     def submit(
@@ -241,7 +241,7 @@ class CoupledLane:
         self._timeline = timeline
         self.number = number
         self._lags = lags
-        self._free_ns = _NEVER  # the end of the last work
+        self._free_ns = NEVER  # the end of the last work
         self._queue: deque[Work] = deque()
         self.sharing: list[CoupledLane] = []
         self.turns: list[CoupledLane] = []
@@ -249,7 +249,7 @@ class CoupledLane:
         self._neighbors: list[CoupledLane] = []
         self._active: Work | None = None
         self._goes_on = False  # between two pieces of work that the engine does not leave this lane for
-        self._wake_ns = _NEVER
+        self._wake_ns = NEVER
         self._start_ns = self._since_ns = 0
         self._left_ns = 0.0  # what remains of the active work, in undisturbed ns
         self._stretch = 1.0

@@ -1,13 +1,13 @@
 """Prefetch policies: which of the predictor's guesses to fetch, and in which order.
 
-A policy sees the ranked guesses of one layer visit, one list per horizon, nearest first, and yields what to fetch;
+A policy sees the ranked guesses of one layer visit, one list per horizon, nearest first, and says what to fetch;
 the dispatcher asks the memory manager for room and drops what finds none. To add one: write a class with `choose`,
 name it in PREFETCH, describe it in tests/test_prefetch.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -71,11 +71,12 @@ class Prefetch:
         self.horizons = options.lookahead
         self.guesses = options.k if self.needs_guesses else 0
 
-    def choose(self, ranked: Sequence[Sequence[int]], moment: Moment) -> Iterator[tuple[int, int]]:
-        """Yield (horizon, expert) in the order of fetching.
+    def choose(self, ranked: Sequence[Sequence[int]], moment: Moment) -> Sequence[Sequence[int]]:
+        """Return what to fetch for each layer ahead, nearest first, the experts of each in the order of fetching.
 
         `ranked[h - 1]` holds the experts guessed for h layers ahead, best first; those of the batch's tokens lie
-        rank by rank; -1 means no guess. An expert may come twice: fetching what is assigned does nothing.
+        rank by rank; -1 means no guess, here and in what is returned. An expert may come twice: fetching what is
+        assigned does nothing.
         """
         raise NotImplementedError
 
@@ -92,9 +93,9 @@ class NoPrefetch(Prefetch):
     def __init__(self, options: Options | None = None) -> None:
         super().__init__(Options(0, 0))
 
-    def choose(self, ranked: Sequence[Sequence[int]], moment: Moment) -> Iterator[tuple[int, int]]:
-        """Yield nothing."""
-        return iter(())
+    def choose(self, ranked: Sequence[Sequence[int]], moment: Moment) -> Sequence[Sequence[int]]:
+        """Return nothing."""
+        return ()
 
 
 class TopK(Prefetch):
@@ -102,12 +103,9 @@ class TopK(Prefetch):
 
     reads_moment = False
 
-    def choose(self, ranked: Sequence[Sequence[int]], moment: Moment) -> Iterator[tuple[int, int]]:
-        """Yield the nearest layer first, then by rank."""
-        for horizon, experts in enumerate(ranked, 1):
-            for expert in experts:
-                if expert >= 0:
-                    yield horizon, expert
+    def choose(self, ranked: Sequence[Sequence[int]], moment: Moment) -> Sequence[Sequence[int]]:
+        """Return all guesses."""
+        return ranked
 
 
 class MultiStep(Prefetch):
@@ -118,15 +116,15 @@ class MultiStep(Prefetch):
 
     needs_confidences = True
 
-    def choose(self, ranked: Sequence[Sequence[int]], moment: Moment) -> Iterator[tuple[int, int]]:
-        """Yield the nearest layer first, then by rank."""
+    def choose(self, ranked: Sequence[Sequence[int]], moment: Moment) -> Sequence[Sequence[int]]:
+        """Return the guesses of enough confidence."""
         assert moment.confidences is not None
         least = self.options.threshold
-        for horizon, (experts, confidences) in enumerate(zip(ranked, moment.confidences, strict=True), 1):
-            for expert, confidence in zip(experts, confidences, strict=True):
-                if expert >= 0 and confidence >= least:
-                    yield horizon, expert
+        chosen = []
+        for experts, confidences in zip(ranked, moment.confidences, strict=True):
+            chosen.append([expert for expert, sure in zip(experts, confidences, strict=True) if sure >= least])
             least /= self.options.decay
+        return chosen
 
 
 class Threshold(MultiStep):
@@ -141,8 +139,8 @@ class AdaptiveMemory(TopK):
 
     reads_moment = True
 
-    def choose(self, ranked: Sequence[Sequence[int]], moment: Moment) -> Iterator[tuple[int, int]]:
-        """Yield the first ceil(k (1 - share held unused)) ranks."""
+    def choose(self, ranked: Sequence[Sequence[int]], moment: Moment) -> Sequence[Sequence[int]]:
+        """Return the first ceil(k (1 - share held unused)) ranks."""
         return super().choose(_first(ranked, self.options.k, 1.0 - moment.unused_share), moment)
 
 
@@ -152,8 +150,8 @@ class AdaptiveLink(TopK):
     uses_clock = True
     reads_moment = True
 
-    def choose(self, ranked: Sequence[Sequence[int]], moment: Moment) -> Iterator[tuple[int, int]]:
-        """Yield the first ceil(k - copies waiting) ranks."""
+    def choose(self, ranked: Sequence[Sequence[int]], moment: Moment) -> Sequence[Sequence[int]]:
+        """Return the first ceil(k - copies waiting) ranks."""
         options = self.options
         waiting = moment.gauge.backlog_ns() / options.copy_ns if options.copy_ns else 0.0
         return super().choose(_first(ranked, options.k, 1.0 - waiting / options.k), moment)
@@ -164,13 +162,12 @@ class NextLayer(Prefetch):
 
     needs_guesses = False
 
-    def choose(self, ranked: Sequence[Sequence[int]], moment: Moment) -> Iterator[tuple[int, int]]:
-        """Yield the layers in order, experts by index."""
+    def choose(self, ranked: Sequence[Sequence[int]], moment: Moment) -> Sequence[Sequence[int]]:
+        """Return all experts of the layers, by index."""
         options = self.options
-        for horizon in range(1, options.lookahead + 1):
-            first = (moment.layer + horizon) % options.layers * options.experts
-            for expert in range(first, first + options.experts):
-                yield horizon, expert
+        ahead = range(moment.layer + 1, moment.layer + options.lookahead + 1)
+        firsts = [layer % options.layers * options.experts for layer in ahead]
+        return [range(first, first + options.experts) for first in firsts]
 
 
 class Popularity(Prefetch):
@@ -186,15 +183,16 @@ class Popularity(Prefetch):
         """Count the tokens of each expert."""
         np.add.at(self._chosen.reshape(-1), experts, tokens)
 
-    def choose(self, ranked: Sequence[Sequence[int]], moment: Moment) -> Iterator[tuple[int, int]]:
-        """Yield the layers in order, most popular first; an expert never chosen is not fetched."""
+    def choose(self, ranked: Sequence[Sequence[int]], moment: Moment) -> Sequence[Sequence[int]]:
+        """Return the most popular first; an expert never chosen is not fetched."""
         options = self.options
-        for horizon in range(1, options.lookahead + 1):
-            layer = (moment.layer + horizon) % options.layers
+        popular = []
+        for ahead in range(1, options.lookahead + 1):
+            layer = (moment.layer + ahead) % options.layers
             chosen = self._chosen[layer]
-            for index in np.argsort(-chosen, kind="stable")[: options.k].tolist():
-                if chosen[index]:
-                    yield horizon, layer * options.experts + index
+            order = np.argsort(-chosen, kind="stable")[: options.k]
+            popular.append((layer * options.experts + order[chosen[order] > 0]).tolist())
+        return popular
 
 
 class CostAware(Prefetch):
@@ -209,19 +207,22 @@ class CostAware(Prefetch):
     uses_clock = True
     needs_confidences = True
 
-    def choose(self, ranked: Sequence[Sequence[int]], moment: Moment) -> Iterator[tuple[int, int]]:
-        """Yield the nearest layer first, then by rank."""
+    def choose(self, ranked: Sequence[Sequence[int]], moment: Moment) -> Sequence[Sequence[int]]:
+        """Return the guesses whose copy pays."""
         assert moment.confidences is not None
         copy_ns = self.options.copy_ns
         backlog_ns = moment.gauge.backlog_ns()
         visit_ns = moment.gauge.now_ns() / max(1, moment.visit)
         harm_ns = min(1.0, moment.misses_per_visit) * copy_ns
+        chosen: list[list[int]] = []
         for horizon, (experts, confidences) in enumerate(zip(ranked, moment.confidences, strict=True), 1):
+            chosen.append([])
             for expert, confidence in zip(experts, confidences, strict=True):
                 hidden_ns = min(copy_ns, max(0.0, horizon * visit_ns - backlog_ns))
                 if expert >= 0 and confidence * hidden_ns > (1.0 - confidence) * harm_ns:
                     backlog_ns += copy_ns
-                    yield horizon, expert
+                    chosen[-1].append(expert)
+        return chosen
 
 
 def _first(ranked: Sequence[Sequence[int]], k: int, share: float) -> list[Sequence[int]]:
