@@ -17,6 +17,7 @@ from typing import Any
 import simpy
 from simpy.events import NORMAL, URGENT, Event, EventPriority
 
+from .network import Share, Transfer
 from .timeline import Timeline, pack_span
 
 #: Before any work: an instant that no submission can precede, however long the lags.
@@ -115,7 +116,8 @@ class Work:
     """One piece of work and everything that its span will say.
 
     `ns` is its duration right behind other work, `alone_ns` on a lane that was idle; both without disturbance,
-    which stretches them by `slowdown`. It may start at `issued_ns`, and once `after` has ended.
+    which stretches them by `slowdown`. It may start at `issued_ns`, and once `after` has ended. `transfer` is what it
+    moves over the links of a network, if its lane has a share of one.
     """
 
     ns: int
@@ -127,6 +129,7 @@ class Work:
     visit: int
     copy: int
     slowdown: float = 1.0
+    transfer: Transfer | None = None
     #: Priority lanes only: smaller goes first, then in the order of numbers; the pieces still to do, which other work
     #: may come between.
     rank: tuple[int, int] = (0, 0)
@@ -175,10 +178,11 @@ class FifoLane:
         visit: int = -1,
         copy: int = -1,
         slowdown: float = 1.0,
+        transfer: Transfer | None = None,
     ) -> Completion:
         """Queue work (fields as in Work; `after` is one prerequisite, 0 for none) and return its end.
 
-        Nothing disturbs this lane, so `slowdown` has no effect.
+        Nothing disturbs this lane, so `slowdown` and `transfer` have no effect.
         """
         if not isinstance(after, int) or self._queue:
             return self._defer(Work(ns, alone_ns, issued_ns, after, kind, expert, visit, copy))
@@ -231,6 +235,7 @@ class CoupledLane:
 
     While n of the lanes in `sharing` are busy too, work runs at 1/(n + 1) of its speed (one link, several
     streams); while any lane in `disturbers` is, it takes `Work.slowdown` times as long (kernels beside a copy).
+    With a `share` of a network, a transfer takes as many times as long as the links that it passes are shared.
     Work keeps what remains of it and is retimed whenever a neighbor starts or ends. Work does not start while one of
     the lanes in `turns` is busy (one engine, several streams), and the engine stays with a lane as long as that has
     ready work: so it was seen on an H200, without exception, whichever stream had asked first.
@@ -246,6 +251,7 @@ class CoupledLane:
         self.sharing: list[CoupledLane] = []
         self.turns: list[CoupledLane] = []
         self.disturbers: list[CoupledLane] = []
+        self._share: Share | None = None
         self._neighbors: list[CoupledLane] = []
         self._active: Work | None = None
         self._goes_on = False  # between two pieces of work that the engine does not leave this lane for
@@ -266,9 +272,15 @@ class CoupledLane:
         visit: int = -1,
         copy: int = -1,
         slowdown: float = 1.0,
+        transfer: Transfer | None = None,
     ) -> Completion:
         """Queue work, as `FifoLane.submit` does; the end is not known before it has come."""
-        return self.submit_work(Work(ns, alone_ns, issued_ns, after, kind, expert, visit, copy, slowdown))
+        return self.submit_work(Work(ns, alone_ns, issued_ns, after, kind, expert, visit, copy, slowdown, transfer))
+
+    def join(self, share: Share) -> None:
+        """Let this lane's transfers take their part of a network."""
+        self._share = share
+        share.changed = self._retime
 
     def submit_work(self, work: Work) -> Completion:
         """Queue work and return the promise of its end."""
@@ -324,7 +336,10 @@ class CoupledLane:
         self._take(work)
         self._active, self._goes_on = work, False
         self._start_ns = self._since_ns = now_ns
-        self._left_ns = float(work.alone_ns if ready_ns > next_ns else work.ns)
+        ns = work.alone_ns if ready_ns > next_ns else work.ns
+        self._left_ns = float(ns)
+        if self._share is not None and work.transfer is not None:
+            self._share.begin(work.transfer, ns)
         self._schedule_end()
         for lane in self._neighbors:
             lane._retime()
@@ -340,6 +355,8 @@ class CoupledLane:
         stretch = 1.0
         for lane in self.sharing:
             stretch += lane._active is not None
+        if self._share is not None:
+            stretch *= self._share.stretch
         if work.slowdown != 1.0:
             for lane in self.disturbers:
                 if lane._active is not None:
@@ -368,6 +385,8 @@ class CoupledLane:
         assert work is not None
         now_ns = int(self._env.now)
         self._active = None
+        if self._share is not None:
+            self._share.end()
         for lane in (self, *self.turns):
             lane._free_ns = now_ns
         self._goes_on = bool(self.turns) and self._is_ready(now_ns)

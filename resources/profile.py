@@ -11,24 +11,20 @@ import json
 from bisect import bisect_left
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from .facts import Fact, Part
 from .suggest import unknown_name
-
-Source = Literal["measured", "published", "datasheet", "assumed"]
+from .topology import Topology
 
 
 class ProfileError(ValueError):
     """A profile that cannot be found, read or believed."""
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Samples(_Part):
+class Samples(Part):
     """What a measured number was made from: how many samples, their median and interquartile range."""
 
     n: int = Field(gt=0)
@@ -36,7 +32,7 @@ class Samples(_Part):
     iqr_ns: float = Field(ge=0)
 
 
-class Uncertainty(_Part):
+class Uncertainty(Part):
     """How far a cost can be off, as relative standard deviations.
 
     `run_spread`: of the medians of whole runs; `scatter`: of single events about their run's median;
@@ -48,9 +44,7 @@ class Uncertainty(_Part):
     held_back_error: float = Field(ge=0)
 
 
-class _Cost(_Part):
-    source: Source
-    note: str = ""
+class _Cost(Fact):
     samples: Samples | None = None
     uncertainty: Uncertainty | None = None
 
@@ -124,7 +118,7 @@ class TransferCost(_Cost):
         return max(0, ns_a - (-(size_bytes - bytes_a) * (ns_b - ns_a) // (bytes_b - bytes_a)))
 
 
-class CopyCosts(_Part):
+class CopyCosts(Part):
     """One direction of copies: a copy on an idle engine, one queued right behind another, and the gap between.
 
     `event_wait_gap` is from the end of the kernel that a copy waited for to its start.
@@ -208,7 +202,7 @@ class KernelRule(_Cost):
     beside_copy_factor: float = Field(ge=1, le=10)
 
 
-class ComputeCosts(_Part):
+class ComputeCosts(Part):
     """The compute stream: measured kernels, the rule for all else, and the gap between consecutive launches.
 
     `event_wait_gap` is from the end of a copy to the start of a kernel that waited for it.
@@ -226,7 +220,7 @@ class ComputeCosts(_Part):
     launch_latency: Latency = _NO_LATENCY
 
 
-class HostCosts(_Part):
+class HostCosts(Part):
     """The dispatching thread's time for each call.
 
     `launch` is that of a small kernel and `product_launches` that of a matrix product by dtype (else as any kernel's);
@@ -257,7 +251,7 @@ class Factor(_Cost):
     factor: float = Field(ge=0.5, le=20)
 
 
-class Contention(_Part):
+class Contention(Part):
     """What slows copies to the GPU down, and what they slow down; kernels beside copies are in their own points.
 
     `copies_sharing` is for two streams of one direction: how long both take together, over one after the other.
@@ -272,15 +266,18 @@ class Contention(_Part):
     copy_beside_all_gpus: Factor | None = None
 
 
-class Allocation(_Part):
+class Allocation(Part):
     """The host's time to get room: from the driver (raw), or from the caching allocator's free blocks."""
 
     raw: Duration
     cached: Duration
 
 
-class Profile(_Part):
-    """One machine: its identity and its costs. `h2d` maps the kind of host memory (pinned, pageable) to costs."""
+class Profile(Part):
+    """One machine: its identity and its costs. `h2d` maps the kind of host memory (pinned, pageable) to costs.
+
+    Costs are those of one GPU, all being alike. Without a `topology` there is one, behind a link of its own.
+    """
 
     name: str
     device: str
@@ -297,6 +294,7 @@ class Profile(_Part):
     host: HostCosts
     contention: Contention | None = None
     allocation: Allocation | None = None
+    topology: Topology | None = None
 
 
 def profile_names() -> list[str]:
@@ -306,23 +304,54 @@ def profile_names() -> list[str]:
 
 
 def load_profile(name: str) -> Profile:
-    """Return a shipped profile by its name, or one from a JSON file by its path; raise ProfileError if it is bad."""
+    """Return a shipped profile by its name, or one from a JSON file by its path; raise ProfileError if it is bad.
+
+    A profile that `extends` another (by its name, or a path from its own folder) is that one with the keys it gives
+    merged in, as a JSON merge patch (RFC 7396): null takes a key out.
+    """
+    return make_profile(_plain(name, Path(), ()), f"profile {name}")
+
+
+def _plain(name: str, folder: Path, extending: tuple[str, ...]) -> object:
+    """Return a profile as plain data, merged into what it extends."""
+    if name in extending:
+        raise ProfileError(f"profile {name}: extends itself by way of {', '.join(extending)}")
+    key = f"profile {extending[-1]}: extends" if extending else "machine.profile"
+    path = folder / name
     if name.endswith(".json"):
-        path = Path(name)
         if not path.is_file():
-            raise ProfileError(f"machine.profile = {name!r}: no such file")
+            raise ProfileError(f"{key} = {name!r}: no such file")
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ProfileError(f"machine.profile = {name!r}: cannot be read: {error}") from None
+            raise ProfileError(f"{key} = {name!r}: cannot be read: {error}") from None
     elif name in profile_names():
         text = (resources.files("prestage") / "calibration" / "profiles" / f"{name}.json").read_text("utf-8")
     else:
-        raise ProfileError(unknown_name("machine.profile", name, [*profile_names(), "FILE.json"]))
+        raise ProfileError(unknown_name(key, name, [*profile_names(), "FILE.json"]))
     try:
-        return make_profile(json.loads(text), f"profile {name}")
+        data = json.loads(text)
     except json.JSONDecodeError as error:
         raise ProfileError(f"profile {name}: not JSON: {error}") from None
+    if not isinstance(data, dict) or "extends" not in data:
+        return data
+    base = data.pop("extends")
+    if not isinstance(base, str):
+        raise ProfileError(f"profile {name}: extends = {base!r}: give the name of a profile")
+    return _merged(_plain(base, path.parent, (*extending, name)), data)
+
+
+def _merged(base: object, patch: object) -> object:
+    """Return `base` with `patch` merged in, by RFC 7396."""
+    if not isinstance(patch, dict):
+        return patch
+    merged: dict[str, Any] = dict(base) if isinstance(base, dict) else {}
+    for key, value in patch.items():
+        if value is None:
+            merged.pop(key, None)
+        else:
+            merged[key] = _merged(merged.get(key), value)
+    return merged
 
 
 def make_profile(data: object, source: str) -> Profile:

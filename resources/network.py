@@ -1,0 +1,203 @@
+"""Links that copies share: max-min fair rates, what they mean for copies in progress, and what each link carried.
+
+A copy by itself takes what the profile says. The network only stretches it, while other copies want more of a link
+that it passes than that carries: so nothing moves on a machine with one GPU. The bytes of each link are read off the
+timeline afterwards, as everything else is.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .topology import Route, Topology
+
+#: How many sets of transfers' rates are kept; a run has few sizes of copies, and meets the same sets again and again.
+_KEPT = 1 << 16
+
+
+def max_min(
+    flows: Sequence[Sequence[str]],
+    capacities: Mapping[str, int | Fraction],
+    demands: Sequence[int | Fraction | None] | None = None,
+) -> list[Fraction]:
+    """Return the max-min fair rate of each flow, exactly: none can have more unless one with no more gets less.
+
+    Each flow takes its rate of every link that it names, as often as it names it; `capacities` and rates have one
+    unit. A flow never gets more than its demand (None: all it can). Progressive filling: all rates rise together
+    until a link is full or a demand met, which settles the flows concerned (Bertsekas and Gallager, Data Networks,
+    2nd edition, 1992, section 6.5.2). Raises ValueError for a flow that nothing bounds.
+    """
+    wanted = list(demands) if demands is not None else [None] * len(flows)
+    uses = [Counter(flow) for flow in flows]
+    left = {link: Fraction(capacities[link]) for flow in uses for link in flow}
+    rates = [Fraction(0)] * len(flows)
+    rising = list(range(len(flows)))
+    while rising:
+        weight: Counter[str] = Counter()
+        for flow in rising:
+            weight.update(uses[flow])
+        level_of = {link: left[link] / times for link, times in weight.items()}
+        bounds = [*level_of.values(), *(Fraction(want) for flow in rising if (want := wanted[flow]) is not None)]
+        if not bounds:
+            raise ValueError(f"flow {rising[0]} passes no link and has no demand: nothing bounds its rate")
+        level = min(bounds)
+        settled = [flow for flow in rising if wanted[flow] == level or any(level_of[n] == level for n in uses[flow])]
+        for flow in settled:
+            rates[flow] = level
+            for link, times in uses[flow].items():
+                left[link] -= times * level
+        rising = [flow for flow in rising if flow not in settled]
+    return rates
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Transfer:
+    """So many bytes over a route. Make one for each size and route, and submit it as often as it is copied."""
+
+    route: Route
+    size_bytes: int
+
+
+class Share:
+    """One lane's part of a network: one transfer at a time, and how many times as long it takes now.
+
+    `changed` is called when that changes for a transfer in progress.
+    """
+
+    __slots__ = ("_network", "_slot", "changed", "stretch")
+
+    def __init__(self, network: Network, slot: int) -> None:
+        self._network = network
+        self._slot = slot
+        self.stretch = 1.0
+        self.changed: Callable[[], None] = _nobody
+
+    def begin(self, transfer: Transfer, ns: int) -> None:
+        """Take part with a transfer that would take `ns` by itself; `stretch` is right when this returns."""
+        self._network._occupy(self._slot, (transfer, ns))
+
+    def end(self) -> None:
+        """Take no part any more."""
+        self._network._occupy(self._slot, None)
+
+
+class Network:
+    """The links of a machine while copies run: whenever one begins or ends, all others get their new fair rate.
+
+    A transfer of n bytes that takes t by itself asks for n / t of each link on its route and gets its max-min fair
+    rate; it takes as many times as long as it asks for more than it gets.
+    """
+
+    def __init__(self, topology: Topology) -> None:
+        self._capacities = topology.capacities()
+        self._shares: list[Share] = []
+        self._running: list[tuple[Transfer, int] | None] = []
+        self._known: dict[tuple[tuple[Transfer, int] | None, ...], list[float]] = {}
+
+    def share(self) -> Share:
+        """Return the part of one more lane (see `CoupledLane.join`)."""
+        share = Share(self, len(self._shares))
+        self._shares.append(share)
+        self._running.append(None)
+        return share
+
+    def _occupy(self, slot: int, running: tuple[Transfer, int] | None) -> None:
+        """Note what runs on a lane, and tell those others whose rate this changes."""
+        self._running[slot] = running
+        key = tuple(self._running)
+        stretches = self._known.get(key)
+        if stretches is None:
+            if len(self._known) >= _KEPT:
+                self._known.clear()
+            stretches = self._known[key] = self._stretches()
+        shares = self._shares
+        shares[slot].stretch = stretches[slot]
+        for other, stretch in enumerate(stretches):
+            if shares[other].stretch != stretch:
+                shares[other].stretch = stretch
+                shares[other].changed()
+
+    def _stretches(self) -> list[float]:
+        """Return how many times as long each lane's transfer takes; 1 where there is none, or it moves nothing."""
+        stretches = [1.0] * len(self._running)
+        moving = [(slot, *running) for slot, running in enumerate(self._running) if running is not None]
+        moving = [(slot, transfer, ns) for slot, transfer, ns in moving if transfer.size_bytes and ns]
+        asked = [Fraction(transfer.size_bytes * 10**9, ns) for _, transfer, ns in moving]
+        rates = max_min([transfer.route.links for _, transfer, _ in moving], self._capacities, asked)
+        for (slot, _, _), want, rate in zip(moving, asked, rates, strict=True):
+            stretches[slot] = float(want / rate)
+        return stretches
+
+
+def _nobody() -> None:
+    """Nobody has joined yet, so there is nobody to tell."""
+
+
+def contended(asked: Iterable[tuple[Route, int]], topology: Topology) -> bool:
+    """Whether copies over these routes, each asking for so many bytes a second, can slow one another down.
+
+    Where they cannot, lanes need no share of a network, and may be of the quicker kind that nothing disturbs.
+    """
+    total: Counter[str] = Counter()
+    for route, bytes_per_second in asked:
+        for link in route.links:
+            total[link] += bytes_per_second
+    capacities = topology.capacities()
+    return any(rate > capacities[link] for link, rate in total.items())
+
+
+@dataclass(frozen=True)
+class Carried:
+    """Copies over one route, from a timeline: arrays of equal length (bytes may be one number for all)."""
+
+    route: Route
+    size_bytes: npt.NDArray[Any] | int
+    start_ns: npt.NDArray[Any]
+    end_ns: npt.NDArray[Any]
+
+
+def link_loads(carried: Iterable[Carried], topology: Topology, makespan_ns: int) -> list[dict[str, Any]]:
+    """Return what each link of a machine carried, in the order of the links.
+
+    `bytes`: of all copies that passed it (twice, if it was passed twice); `busy_ms`: while there was one at least;
+    `utilization`: bytes / (bytes_per_second x makespan), None for a run that took no time. A half-duplex link is one
+    entry for both directions.
+    """
+    by_link: dict[str, list[Carried]] = {}
+    for copies in carried:
+        for link in copies.route.links:
+            by_link.setdefault(link, []).append(copies)
+    loads = []
+    for link, bytes_per_second in topology.capacities().items():
+        passing = by_link.get(link, [])
+        moved = sum(int(np.sum(np.broadcast_to(c.size_bytes, c.start_ns.shape), dtype=np.int64)) for c in passing)
+        most = bytes_per_second * makespan_ns / 1e9
+        loads.append(
+            {
+                "link": link,
+                "bytes": moved,
+                "busy_ms": _union_ns(passing) / 1e6,
+                "utilization": moved / most if most else None,
+            }
+        )
+    return loads
+
+
+def _union_ns(passing: Sequence[Carried]) -> int:
+    """Return for how long at least one of the copies ran."""
+    if not passing:
+        return 0
+    start_ns = np.concatenate([copies.start_ns for copies in passing]).astype(np.int64)
+    end_ns = np.concatenate([copies.end_ns for copies in passing]).astype(np.int64)
+    order = np.argsort(start_ns, kind="stable")
+    start_ns, latest_ns = start_ns[order], np.maximum.accumulate(end_ns[order])
+    # What each copy adds beyond the latest end before it.
+    covered_ns = np.maximum(start_ns[1:], latest_ns[:-1])
+    return int(latest_ns[:1].sum() - start_ns[:1].sum() + np.maximum(0, latest_ns[1:] - covered_ns).sum())
