@@ -216,6 +216,41 @@ def plot(
 
 
 @app.command()
+def topology(
+    machine: Annotated[
+        str, typer.Argument(help="A scenario (a TOML file or a shipped one's name) or a profile (a name, a JSON file).")
+    ],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Draw it to this .png, .pdf or .svg.")] = None,
+    result: Annotated[
+        Path | None,
+        typer.Option(help="The result.json of a run on it, or its folder: also show what the links carried."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Show a machine as a graph: its links, how fast they are, the routes over them, and what a run moved over each.
+
+    \b
+    Examples:
+      prestage topology h200-hgx-x8 -o hgx.png
+      prestage topology rtx4090-x4 --json
+    """
+    from .engine.output.machine import describe, load_links, machine_of, plot_machine, print_machine
+    from .engine.output.plots import check_picture, save
+
+    if out is not None:
+        check_picture(out)
+    data = describe(machine_of(machine), load_links(result) if result is not None else ())
+    if out is not None:
+        save(plot_machine(data), out)
+    if json:
+        _print_json(data)
+        return
+    print_machine(data)
+    if out is not None:
+        typer.echo(str(out))
+
+
+@app.command()
 def compare(
     runs: Annotated[
         list[str],

@@ -32,6 +32,7 @@ COMMANDS = [
     ["run"],
     ["sweep"],
     ["plot"],
+    ["topology"],
     ["compare"],
     ["breakeven"],
     ["replay"],
