@@ -222,8 +222,7 @@ def topology(
     ],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Draw it to this .png, .pdf or .svg.")] = None,
     result: Annotated[
-        Path | None,
-        typer.Option(help="The result.json of a run on it, or its folder: also show what the links carried."),
+        str | None, typer.Option(help="A run on it (a result.json or its folder): also show what the links carried.")
     ] = None,
     json: Json = False,
 ) -> None:
@@ -234,13 +233,15 @@ def topology(
       prestage topology h200-hgx-x8 -o hgx.png
       prestage topology rtx4090-x4 --json
     """
-    from .engine.output.machine import describe, load_links, machine_of, plot_machine, print_machine
+    from .engine.output.machine import describe, load_links, machine_of, print_machine
     from .engine.output.plots import check_picture, save
 
     if out is not None:
         check_picture(out)
     data = describe(machine_of(machine), load_links(result) if result is not None else ())
     if out is not None:
+        from .engine.output.machine_plot import plot_machine
+
         save(plot_machine(data), out)
     if json:
         _print_json(data)
