@@ -25,6 +25,7 @@ LinkKind = Literal["pcie", "nvlink", "c2c", "upi", "dram", "nvme", "ethernet", "
 
 #: Nodes that bytes can lie in; all others only pass them on. `host` is the memory of one NUMA node.
 MEMORIES: frozenset[NodeKind] = frozenset({"gpu", "host", "nvme"})
+_ENDS = MEMORIES | {"cpu"}
 _INNER: frozenset[NodeKind] = frozenset({"cpu", "root_port", "switch", "nic"})
 _PCIE: frozenset[NodeKind] = frozenset({"cpu", "root_port", "switch", "gpu", "nvme", "nic"})
 #: What each kind of link may end at.
@@ -217,14 +218,15 @@ class Topology(Part):
     def route(self, source: str, target: str) -> Route:
         """Return the widest way from one memory to another and, of equally wide ones, that of fewest hops.
 
-        Only processors, switches, root ports and network cards pass bytes on. Between GPUs that share no such way, or
+        A processor may be an end too: it reads a host memory to compute. Only processors, switches, root ports and network cards pass bytes on. Between GPUs that share no such way, or
         only one over PCIe that the driver does not let them use, a copy is staged through the host memory that makes
         it fastest. Raises TopologyError.
         """
         for name in (source, target):
-            if self.node(name).kind not in MEMORIES:
+            if self.node(name).kind not in _ENDS:
+                kind = self.node(name).kind
                 raise TopologyError(
-                    f"topology: no copy starts or ends at {name}, a {self.node(name).kind}: give a {_listed(MEMORIES)}"
+                    f"topology: no copy starts or ends at {name}, a {kind}: give one of {_listed(_ENDS)}"
                 )
         if source == target:
             raise TopologyError(f"topology: a copy from {source} to itself passes no link")

@@ -75,6 +75,10 @@ def test_a_route_names_its_links_its_bottleneck_and_the_sum_of_latencies() -> No
     assert route.ns(81) == 125 + 11  # 10.125 ns, rounded up
 
 
+def test_a_processor_reads_host_memory_over_its_dram_link() -> None:
+    assert made(pair()).route("host0", "cpu0").links == ("host0<->cpu0",)
+
+
 def test_a_direction_has_its_own_speed_and_a_half_duplex_link_one_name_for_both() -> None:
     route = made(pair()).route("gpu1", "host0")
     assert route.links == ("gpu1->switch0", "switch0->cpu0", "host0<->cpu0")
@@ -156,8 +160,8 @@ def test_a_route_that_does_not_exist_is_refused_naming_its_ends() -> None:
     topology = made(pair())
     with pytest.raises(TopologyError, match=r"node = 'gpu2': choose one of .* \(did you mean 'gpu1'\?\)"):
         topology.route("host0", "gpu2")
-    with pytest.raises(TopologyError, match="no copy starts or ends at cpu0, a cpu: give a gpu, host, nvme"):
-        topology.route("cpu0", "gpu0")
+    with pytest.raises(TopologyError, match="no copy starts or ends at switch0, a switch: give one of cpu, gpu, h"):
+        topology.route("switch0", "gpu0")
     with pytest.raises(TopologyError, match="a copy from gpu0 to itself passes no link"):
         topology.route("gpu0", "gpu0")
     data = pair()
@@ -381,6 +385,8 @@ def test_what_a_run_moved_over_each_link_is_told_beside_it(tmp_path: Path) -> No
     with pytest.raises(ValueError, match="its links are not those of profile gb200"):
         describe(load_profile("gb200"), loads)
     (tmp_path / "result.json").write_text(json.dumps(run))
+    with pytest.raises(ValueError, match=r"--result out: there is no such folder; give a result\.json"):
+        load_links("out")
     with pytest.raises(ValueError, match="tells no links: only runs on a profile with a topology do"):
         load_links(str(tmp_path))
 
@@ -392,3 +398,5 @@ def test_a_machine_is_named_by_its_profile_or_by_a_scenario(tmp_path: Path) -> N
     assert machine_of(str(scenario)).name == "rtx4090-x4"
     with pytest.raises(ProfileError, match="profile rtx3090 is one GPU behind one link: it has no topology; gb200, h2"):
         machine_of("rtx3090")
+    with pytest.raises(ProfileError, match=r"MACHINE = 'gb300': choose one of .* \(did you mean 'gb200'\?\)"):
+        machine_of("gb300")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import permutations
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -16,9 +17,10 @@ from rich.table import Table
 from rich.text import Text
 
 from ...resources.profile import Profile, ProfileError, load_profile, profile_names
+from ...resources.suggest import unknown_name
 from ...resources.topology import Route, Topology
 from ..compare import load_run
-from ..scenario import load_scenario
+from ..scenario import load_scenario, scenario_names
 
 #: Up to so many routes of a kind are named in a row; of more their number is given.
 _NAMED = 4
@@ -27,6 +29,9 @@ _NAMED = 4
 def machine_of(name: str) -> Profile:
     """Return the profile of this name, or that of the scenario of this name; it has a topology, or ProfileError."""
     if name not in profile_names() and not name.endswith(".json"):
+        if not name.endswith(".toml") and name not in scenario_names():
+            known = [*profile_names(), "FILE.json", *scenario_names(), "FILE.toml"]
+            raise ProfileError(unknown_name("MACHINE", name, known))
         name = load_scenario(name).machine.profile
     profile = load_profile(name)
     if profile.topology is None:
@@ -44,7 +49,10 @@ def shown_routes(topology: Topology) -> list[Route]:
 
 
 def load_links(result: str) -> list[dict[str, Any]]:
-    """Return the loads of links that a run tells (named as `compare.load_run` does); ValueError if it tells none."""
+    """Return the loads of links that a run's result.json, or the folder that holds it, tells; ValueError if none."""
+    path = Path(result)
+    if path.suffix != ".json" and not path.is_dir():
+        raise ValueError(f"--result {result}: there is no such folder; give a result.json, or the folder that holds it")
     links: list[dict[str, Any]] | None = load_run(result).get("links")
     if not links:
         raise ValueError(f"{result}: tells no links: only runs on a profile with a topology do")
