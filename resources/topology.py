@@ -218,9 +218,9 @@ class Topology(Part):
     def route(self, source: str, target: str) -> Route:
         """Return the widest way from one memory to another and, of equally wide ones, that of fewest hops.
 
-        A processor may be an end too: it reads a host memory to compute. Only processors, switches, root ports and network cards pass bytes on. Between GPUs that share no such way, or
-        only one over PCIe that the driver does not let them use, a copy is staged through the host memory that makes
-        it fastest. Raises TopologyError.
+        A processor may be an end too: it reads a host memory to compute. Only processors, switches, root ports and
+        network cards pass bytes on. Between GPUs that share no such way, or only one over PCIe that the driver does not
+        let them use, a copy is staged through the host memory that makes it fastest. Raises TopologyError.
         """
         for name in (source, target):
             if self.node(name).kind not in _ENDS:
