@@ -730,6 +730,9 @@ def calibrate_execute(
     device: Annotated[int, typer.Option(help="Which CUDA GPU.")] = 0,
     repeats: Annotated[int, typer.Option(min=1, help="How many repeats; the median one is written.")] = 5,
     all_repeats: Annotated[bool, typer.Option(help="Write the times of all repeats.")] = False,
+    profiler: Annotated[
+        Path | None, typer.Option(help="Also run once under PyTorch's profiler and write its trace (.json, .json.gz).")
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a key, such as prefetch.k=4; repeat it.")
     ] = None,
@@ -743,8 +746,12 @@ def calibrate_execute(
         raise ValueError(f"--out {out}: {len(chosen)} scenarios need a folder")
     if not single:
         out.mkdir(parents=True, exist_ok=True)
+    if profiler is not None and len(chosen) > 1:
+        raise ValueError(f"--profiler {profiler}: one trace holds one scenario, and {len(chosen)} are to be executed")
     with _progress() as progress:
-        runs = execute_all(chosen, device=device, repeats=repeats, keep_all=all_repeats, progress=progress)
+        runs = execute_all(
+            chosen, device=device, repeats=repeats, keep_all=all_repeats, profile=profiler, progress=progress
+        )
         for run in runs:
             path = out if single else out / f"{run.name}.json.gz"
             run.save(path)

@@ -30,6 +30,7 @@ from .cuda import Call, Calls, CudaError, Gpu, Workload, run
 from .host import DISTURBED, Cores
 from .measured import SPAN_COLUMNS, Measured, Times, makespan_ns
 from .plan import COPIES, Entry, Plan, check_executable, decision_counts, make_plan
+from .profiler import record_profile
 from .scenario_sets import SETS, scenarios
 
 #: Bytes of pinned host memory that the experts' host copies alias if they need more.
@@ -321,9 +322,18 @@ class _CopyQueue:
 
 
 def execute(
-    gpu: Any, inputs: Inputs, name: str, shared: Shared, *, repeats: int = 5, keep_all: bool = False
+    gpu: Any,
+    inputs: Inputs,
+    name: str,
+    shared: Shared,
+    *,
+    repeats: int = 5,
+    keep_all: bool = False,
+    profile: Path | None = None,
 ) -> Measured:
     """Execute a scenario `repeats` times behind a warm-up; keep the median repeat's times, or those of all.
+
+    `profile` is a file for the trace of one more run, under PyTorch's profiler.
 
     Raises ExecutionError or CudaError if it cannot be executed, CudaError also if a slot held the wrong bytes.
     """
@@ -332,6 +342,8 @@ def execute(
     for _ in range(WARM_UP):
         execution.run()
     times, disturbed = undisturbed(execution, repeats, shared.cores)
+    if profile is not None:
+        record_profile(execution.run, profile)
     wrong = [expert for expert, slot in plan.resident.items() if not execution.holds_right_bytes(expert, slot)]
     if wrong:
         raise CudaError(f"{name}: experts {wrong} are not where the memory manager has put them")
@@ -382,6 +394,7 @@ def execute_all(
     device: int = 0,
     repeats: int = 5,
     keep_all: bool = False,
+    profile: Path | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Measured]:
     """Execute scenarios one after the other on a CUDA GPU, as `execute` does, sharing memory.
@@ -399,7 +412,7 @@ def execute_all(
         pinned = ready.scenario.copy_.host_memory != "pageable"
         if pinned not in shared:
             shared[pinned] = Shared(gpu, pinned=pinned)
-        yield execute(gpu, ready, name, shared[pinned], repeats=repeats, keep_all=keep_all)
+        yield execute(gpu, ready, name, shared[pinned], repeats=repeats, keep_all=keep_all, profile=profile)
         gc.collect()  # an execution's calls refer to each other
         gpu.release()
 

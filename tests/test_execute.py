@@ -4,6 +4,8 @@ Slots, order, waits, the priority queue and the timeline are those of a GPU's ru
 recorded yet fails here, where CUDA would go on without a word.
 """
 
+import gzip
+import json
 import os
 from collections import Counter
 from pathlib import Path
@@ -25,7 +27,7 @@ from prestage.engine.costs import Costs
 from prestage.engine.inputs import Inputs
 from prestage.engine.scenario import ScenarioError
 from prestage.engine.simulate import make_manager, make_prefetch, run
-from prestage.resources.timeline import DEMAND, EXPERT, KINDS, PREFETCH, READBACK
+from prestage.resources.timeline import DEMAND, DENSE, EXPERT, HEAD, KINDS, PREFETCH, READBACK
 from prestage.workloads.model import Model
 from prestage.workloads.synthetic import synthesize
 
@@ -129,6 +131,18 @@ def test_every_expert_computes_with_its_own_weights(variant: str, shared: Shared
     execution.run()
     assert seen == [entry.expert for entry in execution.plan.entries if entry.kind == EXPERT]
     assert all(execution.holds_right_bytes(expert, slot) for expert, slot in execution.plan.resident.items())
+
+
+def test_one_more_run_is_made_under_the_profiler_which_sees_its_calls(shared: Shared, tmp_path: Path) -> None:
+    path = tmp_path / "trace.json.gz"
+    measured = execute(CpuDevice(), small_inputs(), "profiled", shared, repeats=2, profile=path)
+    assert len(measured.makespans_ns) == 2
+    trace = json.loads(gzip.decompress(path.read_bytes()))
+    made = Counter(event["name"] for event in trace["traceEvents"] if event.get("cat") == "cpu_op")
+    kinds = measured.spans["kind"]
+    # An expert's group has three products, a dense part's four, the head one: see small_model.
+    assert made["aten::mm"] == 3 * sum(kinds == EXPERT) + 4 * sum(kinds == DENSE) + sum(kinds == HEAD)
+    assert "traceName" not in trace  # a path on this machine
 
 
 def test_a_slot_with_other_bytes_is_noticed(shared: Shared) -> None:

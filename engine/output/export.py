@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -132,13 +132,8 @@ def export_chrome(
         if memory is not None:
             yield from _counters(*memory, tracks.memory_pid, until_ns)
 
-    with replacing(path) as raw:
-        if path.suffix == ".gz":
-            # No name and no time in the header: they would differ where the content does not.
-            with gzip.GzipFile("", "wb", 6, raw, mtime=0) as packed:
-                _write(packed, other, events())
-        else:
-            _write(raw, other, events())
+    with replacing(path) as raw, packing(raw, path) as stream:
+        _write(stream, other, events())
     return summary
 
 
@@ -152,6 +147,17 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def packing(stream: BinaryIO, path: Path) -> Iterator[BinaryIO]:
+    """Yield what writes to `stream`, compressed if `path` ends in .gz; the same content gives the same bytes."""
+    if path.suffix != ".gz":
+        yield stream
+        return
+    # No name and no time in the header: they would differ where the content does not.
+    with gzip.GzipFile("", "wb", 6, stream, mtime=0) as packed:
+        yield cast(BinaryIO, packed)
 
 
 def track_order(timeline: Timeline) -> list[int]:
@@ -338,7 +344,7 @@ def _us(ns: int) -> orjson.Fragment:
     return orjson.Fragment(b"%b%d.%03d" % (sign, *divmod(abs(ns), 1000)))
 
 
-def _write(stream: BinaryIO | gzip.GzipFile, other: Mapping[str, Any], events: Iterator[dict[str, Any]]) -> None:
+def _write(stream: BinaryIO, other: Mapping[str, Any], events: Iterator[dict[str, Any]]) -> None:
     """Write the whole object, an event a line, a chunk at a time."""
     stream.write(b'{"displayTimeUnit":"ns","otherData":' + orjson.dumps(other) + b',"traceEvents":[')
     between = b"\n"
