@@ -20,7 +20,7 @@ _WARM_UP = 1
 
 
 def record_profile(run: Callable[[], object], path: Path) -> None:
-    """Call `run` under torch.profiler, all activities that it supports here, and write its trace (.json, .json.gz).
+    """Call `run` under torch.profiler, the CPU's and the GPU's activities, and write its trace (.json, .json.gz).
 
     The trace's own name is left out: it is a path on the machine that recorded it.
     """
@@ -30,7 +30,7 @@ def record_profile(run: Callable[[], object], path: Path) -> None:
         # Some versions warn that only the last of several cycles is kept; there is one.
         warnings.filterwarnings("ignore", "(?s).*clears events at the end of each cycle", UserWarning)
         for _ in range(_WARM_UP + 1):
-            with profiler.profile(activities=profiler.supported_activities()) as seen:
+            with profiler.profile() as seen:
                 run()
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "trace.json"

@@ -13,13 +13,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-#: What a span is, by its `kind` number.
+#: What a span is, by its `kind` number. The last three are those of imported timelines, whose kernels and copies might
+#: be for anything.
 KINDS = (
     *("dense", "expert", "head", "demand", "prefetch", "readback", "predict", "launch"),
     *("activation", "dispatch", "combine", "peer", "cpu_expert", "decompress", "read"),
+    *("kernel", "copy", "collective"),
 )
 DENSE, EXPERT, HEAD, DEMAND, PREFETCH, READBACK, PREDICT, LAUNCH = range(8)
-ACTIVATION, DISPATCH, COMBINE, PEER, CPU_EXPERT, DECOMPRESS, READ = range(8, len(KINDS))
+ACTIVATION, DISPATCH, COMBINE, PEER, CPU_EXPERT, DECOMPRESS, READ = range(8, 15)
+KERNEL, COPY, COLLECTIVE = range(15, len(KINDS))
 
 #: What a lane is for: one of these roles.
 ROLES = ("compute", "h2d", "d2h", "predictor", "host", "peer", "cpu", "nvme")

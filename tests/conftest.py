@@ -2,12 +2,22 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
 
 settings.register_profile("prestage", derandomize=True, deadline=None)
 settings.load_profile("prestage")
+
+
+@pytest.fixture(scope="session")
+def default_run() -> Any:
+    """The default scenario's Result, without its baselines."""
+    from prestage.engine.scenario import load_scenario
+    from prestage.engine.simulate import simulate
+
+    return simulate(load_scenario(), baselines=False)
 
 
 @pytest.fixture(scope="session")

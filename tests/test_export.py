@@ -20,7 +20,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prestage.engine.output.export import CATEGORIES, NAMES, ExportSummary, export_chrome, layers_of, track_order
+from prestage.engine.output.export import (
+    CATEGORIES,
+    NAMES,
+    About,
+    ExportSummary,
+    export_timeline,
+    layers_of,
+    track_order,
+)
 from prestage.resources.timeline import (
     DEMAND,
     DENSE,
@@ -36,6 +44,7 @@ from prestage.resources.timeline import (
 )
 
 EXPERTS = 8
+PROCESS = ("process_name", "process_labels", "process_sort_index")
 Event = dict[str, Any]
 
 
@@ -90,8 +99,8 @@ def made_run(seed: int, steps: int, layers: int = 4, top_k: int = 2, *, prefill_
     return timeline
 
 
-def export(timeline: Timeline, path: Path, **options: Any) -> ExportSummary:
-    return export_chrome(timeline, path, **{"experts_per_layer": EXPERTS, "metadata": {}, **options})
+def export(timeline: Timeline, path: Path, *, limit: int | None = 200_000, **about: Any) -> ExportSummary:
+    return export_timeline(timeline, path, About(**{"experts_per_layer": EXPERTS, **about}), limit=limit)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -109,7 +118,13 @@ def events_of(timeline: Timeline, folder: Path, **options: Any) -> list[Event]:
 
 
 def slices_of(events: list[Event]) -> list[Event]:
-    return [event for event in events if event["ph"] == "X"]
+    """The slices of spans; those of calls are left out."""
+    return [event for event in events if event["ph"] == "X" and event["cat"] != "cuda_runtime"]
+
+
+def calls_of(events: list[Event]) -> list[Event]:
+    """The calls on the host's thread, in the order of the file."""
+    return [event for event in events if event.get("cat") == "cuda_runtime"]
 
 
 def ns(microseconds: Decimal) -> int:
@@ -125,23 +140,28 @@ def interval(event: Event) -> tuple[int, int]:
 def tracks_of(events: list[Event]) -> dict[tuple[int, int], list[Event]]:
     """The slices of each track, in the order of the file."""
     tracks = defaultdict(list)
-    for event in slices_of(events):
-        tracks[event["pid"], event["tid"]].append(event)
+    for event in events:
+        if event["ph"] == "X":
+            tracks[event["pid"], event["tid"]].append(event)
     return tracks
 
 
-def arrows_of(events: list[Event]) -> Iterator[tuple[Event, Event]]:
-    """Each arrow as (slice it leaves, slice it reaches), found as a viewer finds them: on the track, at the time."""
+def arrows_of(events: list[Event], name: str) -> Iterator[tuple[Event, Event]]:
+    """Each arrow of a name as (slice it leaves, slice it reaches), as a viewer finds them: on the track, at the time.
+
+    Of several slices there it is the one that was opened last, before the arrow's end in the file.
+    """
 
     def at(end: Event) -> Event:
-        here = tracks[end["pid"], end["tid"]]
-        (found,) = [event for event in here if interval(event)[0] <= ns(end["ts"]) < max(interval(event)[1], 1)]
-        return found
+        here = [event for event in tracks[end["pid"], end["tid"]] if place[id(event)] < place[id(end)]]
+        low, high = interval(here[-1])
+        assert low <= ns(end["ts"]) < max(high, low + 1)
+        return here[-1]
 
-    tracks = tracks_of(events)
-    starts = {event["id"]: event for event in events if event["ph"] == "s"}
-    finishes = {event["id"]: event for event in events if event["ph"] == "f"}
-    assert len(starts) + len(finishes) == sum(event["ph"] in "stf" for event in events)
+    tracks, place = tracks_of(events), {id(event): number for number, event in enumerate(events)}
+    starts = {event["id"]: event for event in events if event["ph"] == "s" and event["name"] == name}
+    finishes = {event["id"]: event for event in events if event["ph"] == "f" and event["name"] == name}
+    assert len(starts) + len(finishes) == sum(event["ph"] in "stf" and event["name"] == name for event in events)
     assert starts.keys() == finishes.keys()
     for arrow, start in starts.items():
         finish = finishes[arrow]
@@ -150,7 +170,7 @@ def arrows_of(events: list[Event]) -> Iterator[tuple[Event, Event]]:
         yield at(start), at(finish)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(st.integers(0, 2**32), st.integers(1, 6), st.booleans())
 def test_on_every_track_slices_are_in_order_and_never_overlap_and_times_are_exact(
     seed: int, steps: int, packed: bool
@@ -163,46 +183,120 @@ def test_on_every_track_slices_are_in_order_and_never_overlap_and_times_are_exac
     spans = timeline.spans()
     written = sorted(interval(event) for event in slices_of(events))
     assert written == sorted(zip(spans["start_ns"].tolist(), spans["end_ns"].tolist(), strict=True))
-    for track in tracks_of(events).values():
-        intervals = [interval(event) for event in track]
-        for (start_ns, end_ns), (next_ns, _) in pairwise(intervals):
-            assert start_ns <= end_ns <= next_ns
+    for of_one_level in (slices_of(events), calls_of(events)):
+        for track in tracks_of(of_one_level).values():
+            for (start_ns, end_ns), (next_ns, _) in pairwise(map(interval, track)):
+                assert start_ns <= end_ns <= next_ns
     assert len(tracks_of(events)) == len(set(spans["lane"].tolist()))
 
 
-@settings(max_examples=60)
-@given(st.integers(0, 2**32), st.integers(1, 8), st.integers(0, 200) | st.none())
-def test_every_arrow_joins_a_copy_to_a_kernel_of_its_expert_that_started_as_it_ended(
+@settings(max_examples=40)
+@given(st.integers(0, 2**32), st.integers(1, 6), st.integers(0, 100) | st.none())
+def test_every_kernel_and_copy_is_tied_to_a_call_that_ends_as_it_was_issued(
     seed: int, steps: int, limit: int | None
 ) -> None:
-    # Zero-length kernels share their instant with the next, so that no reader can tell them apart by time.
-    timeline = stretched(made_run(seed, steps))
+    timeline = made_run(seed, steps)
     with TemporaryDirectory() as folder:
         events = events_of(timeline, Path(folder), limit=limit)
-    arrows = list(arrows_of(events))
+    spans = timeline.spans()
+    spans = spans[np.lexsort((spans["end_ns"], spans["start_ns"]))][:limit]
+    on_gpu = [event for event in slices_of(events) if event["cat"] != "cpu_op"]
+    calls = {event["args"]["correlation"]: event for event in calls_of(events)}
+    assert sorted(calls) == sorted(event["args"]["correlation"] for event in on_gpu)
+    ends = sorted(interval(calls[event["args"]["correlation"]])[1] for event in on_gpu)
+    host = timeline.lanes_with("host")[0]
+    assert ends == sorted(spans["issued_ns"][spans["lane"] != host].tolist())
+    assert [call["args"]["correlation"] for call in calls.values()] == list(range(1, len(calls) + 1))
+    for event in on_gpu:
+        copies = event["name"].startswith("Memcpy")
+        assert event["cat"] == ("gpu_memcpy" if copies else "kernel")
+        name = "cudaMemcpyAsync" if copies else "cudaLaunchKernel"
+        assert calls[event["args"]["correlation"]]["name"] == name
+    work = [interval(event) for event in slices_of(events) if event["cat"] == "cpu_op"]
+    for call in calls.values():  # nested in the host's work, or of no length
+        start_ns, end_ns = interval(call)
+        assert start_ns == end_ns or any(low <= start_ns and end_ns <= high for low, high in work)
+    for call, event in arrows_of(events, "ac2g"):
+        assert call["args"]["correlation"] == event["args"]["correlation"]
+    assert len(list(arrows_of(events, "ac2g"))) == len(on_gpu)
+
+
+def test_a_call_begins_where_the_one_before_it_ended_or_where_the_hosts_work_began(tmp_path: Path) -> None:
+    timeline = Timeline()
+    host = timeline.add_lane("host", "host", "host thread")
+    compute = timeline.add_lane("gpu0", "compute", "kernels")
+    for start_ns, end_ns in ((0, 100), (150, 300)):
+        timeline.record(start_ns, end_ns, start_ns, -1, 0, -1, host, LAUNCH)
+    for issued_ns in (40, 40, 90, 120, 150, 200, 340):
+        timeline.record(1000 + issued_ns, 1000 + issued_ns, issued_ns, -1, 0, -1, compute, DENSE)
+    calls = calls_of(events_of(timeline, tmp_path))
+    # 120 and 340 lie outside the host's work (its latency carries a launch there), 150 at its very beginning.
+    assert [interval(call) for call in calls] == [
+        (0, 40), (40, 40), (40, 90), (120, 120), (150, 150), (150, 200), (340, 340)
+    ]  # fmt: skip
+    assert {(call["pid"], call["tid"]) for call in calls} == {(1000, 1000)}
+
+
+def test_each_host_thread_makes_the_calls_of_its_own_gpu(tmp_path: Path) -> None:
+    timeline = Timeline()
+    for number in (0, 1):
+        host = timeline.add_lane(f"host{number}", "host", "host thread")
+        compute = timeline.add_lane(f"gpu{number}", "compute", "kernels")
+        timeline.record(0, 100 + number, 0, -1, 0, -1, host, LAUNCH)
+        timeline.record(200, 210, 50 + number, -1, 0, -1, compute, DENSE)
+    events = events_of(timeline, tmp_path)
+    assert [(call["pid"], interval(call)) for call in calls_of(events)] == [(1000, (0, 50)), (2000, (0, 51))]
+    assert [(call["pid"], kernel["pid"]) for call, kernel in arrows_of(events, "ac2g")] == [(1000, 0), (2000, 1)]
+
+
+def test_graphs_launch_kernels_as_graphs_and_the_rest_as_before(tmp_path: Path) -> None:
+    timeline = made_run(5, 1)
+    events = events_of(timeline, tmp_path, graphs=True, pinned=False)
+    call_of = {call["args"]["correlation"]: call["name"] for call in calls_of(events)}
+    names = {event["args"]["kind"]: call_of.get(event["args"].get("correlation")) for event in slices_of(events)}
+    assert names == {
+        "dense": "cudaGraphLaunch",
+        "expert": "cudaGraphLaunch",
+        "head": "cudaGraphLaunch",
+        "predict": "cudaLaunchKernel",
+        "readback": "cudaMemcpyAsync",
+        "demand": "cudaMemcpyAsync",
+        "prefetch": "cudaMemcpyAsync",
+        "launch": None,
+    }
+    copies = {event["name"] for event in slices_of(events) if event["cat"] == "gpu_memcpy"}
+    assert copies == {"Memcpy HtoD (Pageable -> Device)", "Memcpy DtoH (Device -> Pinned)"}
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 2**32), st.integers(1, 8), st.integers(0, 200) | st.none())
+def test_every_arrow_of_bytes_joins_a_copy_to_the_kernel_of_its_expert_that_waited_for_it_last(
+    seed: int, steps: int, limit: int | None
+) -> None:
+    with TemporaryDirectory() as folder:
+        events = events_of(made_run(seed, steps), Path(folder), limit=limit)
+    arrows = list(arrows_of(events, "bytes there"))
     for source, kernel in arrows:
         assert source["args"]["kind"] in ("demand", "prefetch")
         assert kernel["args"]["kind"] == "expert"
         assert source["args"]["copy"] == kernel["args"]["copy"]
-        assert interval(source)[1] == interval(kernel)[0]
-    # And none is missing: recount them from the spans that were written.
+        assert interval(source)[1] <= interval(kernel)[0]
+    # And none is missing: recount them from what was written.
     end_ns: dict[int, int] = {}
     for event in slices_of(events):
         if event["args"]["kind"] in ("demand", "prefetch"):
             copy = event["args"]["copy"]
             end_ns[copy] = max(end_ns.get(copy, 0), interval(event)[1])
-    kernels = [event for event in slices_of(events) if event["args"]["kind"] == "expert"]
-    waited = [event for event in kernels if end_ns.get(event["args"]["copy"]) == interval(event)[0]]
-    assert len(arrows) == len(waited)
-
-
-def stretched(timeline: Timeline) -> Timeline:
-    """The same run without its spans of 0 ns."""
-    longer = Timeline()
-    longer.lanes = timeline.lanes
-    spans = timeline.spans()
-    longer.extend(spans[spans["end_ns"] > spans["start_ns"]].tobytes())
-    return longer
+    issued_ns = {call["args"]["correlation"]: interval(call)[1] for call in calls_of(events)}
+    waited = 0
+    for track in tracks_of(slices_of(events)).values():
+        free_ns = 0
+        for event in track:
+            there_ns = end_ns.get(event["args"].get("copy"), -1)
+            if event["args"]["kind"] == "expert" and there_ns <= interval(event)[0]:
+                waited += there_ns >= max(free_ns, issued_ns[event["args"]["correlation"]])
+            free_ns = interval(event)[1]
+    assert len(arrows) == waited
 
 
 def test_an_arrow_leaves_the_last_piece_of_the_copy_that_a_kernel_waited_for_and_no_other(tmp_path: Path) -> None:
@@ -214,6 +308,7 @@ def test_an_arrow_leaves_the_last_piece_of_the_copy_that_a_kernel_waited_for_and
         (0, 10, 3, 0, DEMAND),
         (10, 30, 4, 1, PREFETCH),
         (30, 40, 3, 0, DEMAND),
+        (41, 51, 6, 2, DEMAND),
     ):
         timeline.record(start_ns, end_ns, 0, expert, 0, copy, h2d, kind)
     for start_ns, end_ns, expert, copy, kind in (
@@ -222,15 +317,16 @@ def test_an_arrow_leaves_the_last_piece_of_the_copy_that_a_kernel_waited_for_and
         (30, 35, 4, 1, EXPERT),  # starts as copy 1 ends: it waited for the prefetch
         (40, 45, 3, 0, EXPERT),  # starts as the second piece of copy 0 ends
         (45, 50, 4, 1, EXPERT),  # its bytes had come long before
+        (53, 60, 6, 2, EXPERT),  # starts 2 after copy 2 has ended, which it waited for
     ):
         timeline.record(start_ns, end_ns, 0, expert, 0, copy, compute, kind)
     summary = export(timeline, tmp_path / "t.json")
     events = read(tmp_path / "t.json")["traceEvents"]
-    arrows = [(interval(source), interval(kernel)) for source, kernel in arrows_of(events)]
-    assert arrows == [((10, 30), (30, 35)), ((30, 40), (40, 45))]
-    assert summary == ExportSummary(spans_written=8, spans_total=8, arrows=2)
-    ends = [(event["ph"], ns(event["ts"])) for event in events if event["ph"] in "sf"]
-    assert sorted(ends) == [("f", 30), ("f", 40), ("s", 29), ("s", 39)]
+    arrows = [(interval(source), interval(kernel)) for source, kernel in arrows_of(events, "bytes there")]
+    assert arrows == [((10, 30), (30, 35)), ((30, 40), (40, 45)), ((41, 51), (53, 60))]
+    assert summary == ExportSummary(spans_written=10, spans_total=10, arrows=3)
+    ends = [(event["ph"], ns(event["ts"])) for event in events if event.get("name") == "bytes there"]
+    assert sorted(ends) == [("f", 30), ("f", 40), ("f", 53), ("s", 29), ("s", 39), ("s", 50)]
 
 
 def test_slices_say_what_they_are(tmp_path: Path) -> None:
@@ -239,35 +335,52 @@ def test_slices_say_what_they_are(tmp_path: Path) -> None:
     expert = 3 * EXPERTS + 5
     visit = 4 * 6 + 3  # the seventh step of four layers
     of_an_expert = ((EXPERT, expert), (DEMAND, expert), (PREFETCH, expert))
-    of_none = ((DENSE, -1), (EXPERT, -1), (HEAD, -1), (READBACK, -1), (PREDICT, -1), (LAUNCH, -1))
+    of_none = ((DENSE, -1), (EXPERT, -1), (HEAD, -1), (READBACK, -1), (PREDICT, -1))
     for start_ns, (kind, number) in enumerate(of_an_expert + of_none):
         timeline.record(start_ns * 1000, start_ns * 1000 + 999, 1, number, visit, -1 if number < 0 else 2, lane, kind)
-    slices = slices_of(events_of(timeline, tmp_path, layers=4))
+    sizes = np.array([0, 49950, 0, 0, 0, 0, 0, 0])
+    outcomes = np.array([2, 0, 1, 0, 0, 0, 0, 0])
+    options = {"layers": 4, "span_bytes": sizes, "span_outcomes": outcomes, "outcome_names": ("", "late", "miss")}
+    slices = slices_of(events_of(timeline, tmp_path, **options))
     assert [event["name"] for event in slices] == [
         "expert L3/E5",
-        "copy L3/E5 (demand)",
-        "copy L3/E5 (prefetch)",
+        "Memcpy HtoD (Pinned -> Device)",
+        "Memcpy HtoD (Pinned -> Device)",
         "dense L3",
         "experts L3",
         "head",
-        "choice to host",
+        "Memcpy DtoH (Device -> Pinned)",
         "predict L3",
-        "launch",
     ]
-    assert slices[0]["args"] == {
-        "kind": "expert",
-        "visit": visit,
-        "layer": 3,
-        "expert": 5,
-        "copy": 2,
-        "issued_us": Decimal("0.001"),
-    }
-    assert slices[3]["args"].keys() == {"kind", "visit", "layer", "issued_us"}
-    assert slices[1]["cat"] == "copy,demand"
+    ours = {"visit": visit, "layer": 3, "expert": 5, "expert_id": expert, "copy": 2}
+    theirs = {"device": 0, "context": 1, "stream": slices[0]["tid"]}
+    assert slices[0]["args"] == {**theirs, "correlation": 1, "kind": "expert", **ours, "outcome": "miss"}
+    bandwidth = {"bytes": 49950, "memory bandwidth (GB/s)": Decimal("50.0")}
+    assert slices[1]["args"] == {**theirs, "correlation": 2, **bandwidth, "kind": "demand", **ours}
+    assert slices[2]["args"]["outcome"] == "late"
+    assert slices[3]["args"] == {**theirs, "correlation": 4, "kind": "dense", "visit": visit, "layer": 3}
+
+
+def test_the_head_of_the_file_tells_readers_the_gpus_and_the_rank(tmp_path: Path) -> None:
+    timeline = Timeline()
+    for device in ("gpu0", "gpu1"):
+        timeline.add_lane(device, "compute", "kernels")
+    export(timeline, tmp_path / "t.json", gpus={"name": "NVIDIA H200 (simulated)"})
+    content = (tmp_path / "t.json").read_text()
+    document = json.loads(content)
+    assert [(gpu["id"], gpu["name"]) for gpu in document["deviceProperties"]] == [
+        (0, "NVIDIA H200 (simulated)"),
+        (1, "NVIDIA H200 (simulated)"),
+    ]
+    assert '"rank": 0,' in content  # with the space: HolisticTraceAnalysis looks for it so
+    assert document["distributedInfo"]["rank"] == 0
 
 
 def test_every_kind_has_a_name_and_a_category_and_every_role_a_place() -> None:
     assert list(NAMES) == list(CATEGORIES) == list(KINDS)
+    assert set(CATEGORIES.values()) == {"kernel", "gpu_memcpy", "cpu_op"}  # what readers of profilers' traces know
+    for kind, category in CATEGORIES.items():
+        assert NAMES[kind].startswith("Memcpy") == (category == "gpu_memcpy"), kind
     timeline = Timeline()
     for role in ROLES:
         timeline.add_lane("gpu0", role, role)
@@ -278,8 +391,8 @@ def test_a_device_is_a_process_and_a_lane_a_thread_host_first_compute_last(tmp_p
     timeline = Timeline()
     for device, role in (("gpu1", "compute"), ("gpu0", "compute"), ("gpu0", "d2h"), ("gpu0", "h2d"), ("host", "host")):
         timeline.add_lane(device, role, f"{device} {role}")
-    for lane in range(5):
-        timeline.record(lane, lane + 1, 0, -1, 0, -1, lane, LAUNCH)
+    for lane, kind in enumerate((DENSE, DENSE, READBACK, DEMAND, LAUNCH)):
+        timeline.record(lane, lane + 1, 0, -1, 0, -1, lane, kind)
     events = events_of(timeline, tmp_path)
     names = {(event["name"], event["pid"], event["tid"]): event["args"] for event in events if event["ph"] == "M"}
     processes = {pid: args["name"] for (what, pid, _), args in names.items() if what == "process_name"}
@@ -289,11 +402,18 @@ def test_a_device_is_a_process_and_a_lane_a_thread_host_first_compute_last(tmp_p
         (args["sort_index"], pid, tid) for (what, pid, tid), args in names.items() if what == "thread_sort_index"
     )
     titles = ["host host", "gpu1 compute", "gpu0 h2d", "gpu0 d2h", "gpu0 compute"]
-    assert [threads[pid, tid] for _, pid, tid in by_index] == titles
-    assert [threads[key] for key in sorted(threads, key=lambda key: key[1])] == titles  # for viewers that go by number
-    for event, title in zip(slices_of(events), (lane.title for lane in timeline.lanes), strict=True):
-        assert threads[event["pid"], event["tid"]] == title
+    shown = {key: name.split(": ")[-1] for key, name in threads.items()}
+    assert [shown[pid, tid] for _, pid, tid in by_index] == titles
+    on_gpus = sorted((key for key in shown if key[0] != 1000), key=lambda key: key[1])
+    assert [shown[key] for key in on_gpus] == titles[1:]  # for viewers that go by number
+    in_time = sorted(slices_of(events), key=lambda event: ns(event["ts"]))
+    for event, title in zip(in_time, (lane.title for lane in timeline.lanes), strict=True):
+        assert shown[event["pid"], event["tid"]] == title
         assert title.startswith(processes[event["pid"]])
+        if event["pid"] != 1000:  # a GPU's process has the GPU's number, and a thread its stream's
+            assert event["args"]["device"] == event["pid"] == int(title[3])
+            assert event["args"]["stream"] == event["tid"] > 0
+            assert threads[event["pid"], event["tid"]].startswith(f"stream {event['tid']}: ")
 
 
 def test_a_cut_timeline_holds_the_spans_that_start_first_and_says_so(tmp_path: Path) -> None:
@@ -303,13 +423,20 @@ def test_a_cut_timeline_holds_the_spans_that_start_first_and_says_so(tmp_path: P
     summary = export(timeline, tmp_path / "t.json", limit=50, metadata={"seed": 3})
     assert (summary.spans_written, summary.spans_total, summary.truncated) == (50, len(spans), True)
     document = read(tmp_path / "t.json")
-    assert document["otherData"] == {"seed": 3, "spans_written": 50, "spans_total": len(spans)}
+    other = {key: document["otherData"][key] for key in ("seed", "spans_written", "spans_total")}
+    assert other == {"seed": 3, "spans_written": 50, "spans_total": len(spans)}
     slices = slices_of(document["traceEvents"])
-    assert [ns(event["ts"]) for event in slices] == starts_ns[:50].tolist()
+    assert sorted(ns(event["ts"]) for event in slices) == starts_ns[:50].tolist()
     for limit in (len(spans), len(spans) + 1, None):
         whole = export(timeline, tmp_path / "t.json", limit=limit)
         assert (whole.spans_written, whole.truncated) == (len(spans), False)
     assert export(timeline, tmp_path / "t.json", limit=0).spans_written == 0
+
+
+def counted(events: list[Event], name: str) -> list[tuple[int, dict[str, float]]]:
+    """The values of a counter of GPU 0, (time in ns, values by series)."""
+    counters = [event for event in events if event["ph"] == "C" and (event["name"], event["pid"]) == (name, 0)]
+    return [(ns(event["ts"]), {key: float(value) for key, value in event["args"].items()}) for event in counters]
 
 
 def test_memory_becomes_a_counter_that_speaks_when_it_changes_and_ends_with_the_spans(tmp_path: Path) -> None:
@@ -317,24 +444,40 @@ def test_memory_becomes_a_counter_that_speaks_when_it_changes_and_ends_with_the_
     lane = timeline.add_lane("gpu0", "compute", "kernels")
     for start_ns in (0, 100, 200):
         timeline.record(start_ns, start_ns + 50, 0, -1, 0, -1, lane, DENSE)
-    memory = (np.array([0, 100, 120, 200]), np.array([2**20, 2**20, 3 * 2**19, 2**21]))
+    mib = 2**20
+    memory = (np.array([0, 100, 120, 200]), np.array([mib, mib, 3 * mib // 2, 2 * mib]), np.array([0, 0, mib, 0]))
+    wanted = [
+        (0, {"resident": 1.0, "arriving": 0.0}),
+        (120, {"resident": 1.5, "arriving": 1.0}),
+        (200, {"resident": 2.0, "arriving": 0.0}),
+    ]
+    for limit, samples in ((None, 3), (2, 2)):  # the second span ends at 150
+        events = events_of(timeline, tmp_path, memory={"gpu0": memory}, limit=limit)
+        assert counted(events, "expert memory (MiB)") == wanted[:samples]
 
-    def counted(limit: int | None) -> list[tuple[int, Any]]:
-        events = events_of(timeline, tmp_path, memory=memory, limit=limit)
-        counters = [event for event in events if event["ph"] == "C"]
-        assert {event["name"] for event in counters} <= {"expert memory (MiB)"}
-        assert {event["pid"] for event in counters} <= {event["pid"] for event in slices_of(events)}
-        return [(ns(event["ts"]), float(event["args"]["assigned"])) for event in counters]
 
-    assert counted(None) == [(0, 1.0), (120, 1.5), (200, 2.0)]
-    assert counted(2) == [(0, 1.0), (120, 1.5)]  # the second span ends at 150
+def test_the_queues_hold_what_is_launched_and_has_not_started(tmp_path: Path) -> None:
+    timeline = Timeline()
+    compute, h2d = timeline.add_lane("gpu0", "compute", "kernels"), timeline.add_lane("gpu0", "h2d", "copies")
+    other = timeline.add_lane("gpu1", "compute", "kernels")
+    # Two kernels launched at 10 and 20, of which the second waits for the first; one that starts as it is launched.
+    for issued_ns, start_ns, end_ns in ((10, 10, 100), (20, 100, 150), (150, 150, 160)):
+        timeline.record(start_ns, end_ns, issued_ns, -1, 0, -1, compute, DENSE)
+    timeline.record(30, 90, 5, 1, 0, 0, h2d, DEMAND)
+    timeline.record(40, 50, 45, -1, 0, -1, other, DENSE)  # seen to start before its launch had returned
+    assert counted(events_of(timeline, tmp_path), "queue depth") == [
+        (5, {"kernels": 0, "copies": 1}),
+        (20, {"kernels": 1, "copies": 1}),
+        (30, {"kernels": 1, "copies": 0}),
+        (100, {"kernels": 0, "copies": 0}),
+    ]
 
 
 def test_the_same_run_gives_the_same_bytes_in_any_process_and_place(tmp_path: Path) -> None:
     program = (
         "import sys, pathlib, numpy, test_export as t\n"
-        "memory = (numpy.arange(9) * 1000, numpy.arange(9) * 12345)\n"
-        "t.export(t.made_run(7, 20), pathlib.Path(sys.argv[1]), metadata={'b': 1, 'a': [2]}, memory=memory)\n"
+        "memory = (numpy.arange(9) * 1000, numpy.arange(9) * 12345, numpy.arange(9) * 54321)\n"
+        "t.export(t.made_run(7, 20), pathlib.Path(sys.argv[1]), metadata={'b': 1, 'a': [2]}, memory={'gpu0': memory})\n"
     )
     contents = set()
     for seed in ("0", "1"):
@@ -363,16 +506,16 @@ def test_it_takes_far_less_memory_than_its_events(tmp_path: Path) -> None:
     peak = peak_bytes(lambda: export(large, tmp_path / "large.json.gz"))
     assert len(large) > 60_000
     assert peak < event_bytes * len(large) / 5
-    # A few chunks of events, and the spans in order beside a copy of them; nothing else grows with the run.
-    assert peak < event_bytes * 4096 + 4 * 40 * len(large)
+    # A few chunks of events, and some numbers a span (40 bytes, in order beside a copy); nothing else grows with it.
+    assert peak < event_bytes * 4096 + 6 * 40 * len(large)
 
 
 def test_a_run_without_spans_or_with_one_is_still_a_file(tmp_path: Path) -> None:
     nothing = Timeline()
     assert export(nothing, tmp_path / "t.json.gz") == ExportSummary(0, 0, 0)
-    assert read(tmp_path / "t.json.gz")["traceEvents"] == []
+    assert {event["name"] for event in read(tmp_path / "t.json.gz")["traceEvents"]} == set(PROCESS)
     nothing.add_lane("gpu0", "compute", "kernels")
-    assert slices_of(events_of(nothing, tmp_path, memory=(np.zeros(0, int), np.zeros(0, int)))) == []
+    assert slices_of(events_of(nothing, tmp_path, memory={"gpu0": (np.zeros(0, int),) * 3})) == []
     nothing.record(5, 5, 0, -1, -1, -1, 0, DENSE)
     (event,) = slices_of(events_of(nothing, tmp_path))
     assert (event["name"], interval(event)) == ("dense", (5, 5))  # no head and no expert: the layer cannot be known
@@ -390,10 +533,16 @@ def test_times_of_many_days_keep_their_nanoseconds(tmp_path: Path) -> None:
     timeline = Timeline()
     lane = timeline.add_lane("gpu0", "compute", "kernels")
     start_ns = 10**17 + 1  # three years: no float of microseconds tells this from its neighbors
-    timeline.record(start_ns, start_ns + 3, -7, -1, 0, -1, lane, DENSE)
-    (event,) = slices_of(events_of(timeline, tmp_path))
-    assert interval(event) == (start_ns, start_ns + 3)
-    assert event["args"]["issued_us"] == Decimal("-0.007")
+    timeline.record(start_ns, start_ns + 3, start_ns - 1, -1, 0, -1, lane, DENSE)
+    events = events_of(timeline, tmp_path)
+    assert [interval(event) for event in slices_of(events)] == [(start_ns, start_ns + 3)]
+    assert [interval(call) for call in calls_of(events)] == [(start_ns - 1, start_ns - 1)]
+
+
+def test_what_was_asked_for_before_the_run_is_launched_as_it_starts(tmp_path: Path) -> None:
+    timeline = Timeline()
+    timeline.record(5, 6, -7, -1, 0, -1, timeline.add_lane("gpu0", "compute", "kernels"), DENSE)
+    assert [interval(call) for call in calls_of(events_of(timeline, tmp_path))] == [(0, 0)]
 
 
 def test_the_layers_are_read_off_the_first_head_or_else_off_the_experts() -> None:

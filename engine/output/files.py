@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from .export import SPAN_LIMIT, export_chrome, replacing
+from .about import about_run
+from .export import SPAN_LIMIT, export_timeline, replacing
 from .metrics import memory_steps
 from .plots import default_window, plot_memory, plot_miss_ratios, plot_timeline, save
 
@@ -37,14 +38,11 @@ def write_result(result: Result, folder: Path, *, all_spans: bool = False) -> li
     time_ns, assigned_bytes, budget_bytes = memory_steps(result.recording)
     with replacing(folder / "result.json") as file:
         file.write(orjson.dumps(result.data, option=orjson.OPT_INDENT_2) + b"\n")
-    exported = export_chrome(
+    exported = export_timeline(
         result.timeline,
         folder / "timeline.json.gz",
+        about_run(result),
         limit=None if all_spans else SPAN_LIMIT,
-        experts_per_layer=experts,
-        layers=result.data["model"]["layers"],
-        metadata={"scenario": result.data["scenario"], "versions": result.data["versions"]},
-        memory=(time_ns, assigned_bytes),
     )
     start_ns, end_ns = default_window(result.timeline)
     picture = plot_timeline(result.timeline, start_ns=start_ns, end_ns=end_ns, experts_per_layer=experts, title=name)

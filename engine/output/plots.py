@@ -40,6 +40,9 @@ COLORS = {
     "cpu_expert": ("#117733", "expert on the CPU"),
     "decompress": ("#88ccee", "decompression"),
     "read": ("#882255", "read from NVMe"),
+    "kernel": ("#4477aa", "kernel"),
+    "copy": ("#ee7733", "copy"),
+    "collective": ("#aa4499", "communication"),
 }
 #: Of curves, in the order in which they are drawn; once the colors are used up, the next dashes.
 _CURVE_COLORS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#f0a830", "#333333", "#56b4e9", "#8c8c8c")
