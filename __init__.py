@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from .engine.inference import InferenceConfig as InferenceConfig
     from .engine.inference import InferenceSimulator as InferenceSimulator
     from .engine.journal import read_rows as read_rows
+    from .engine.output.profiler_trace import load_timeline as load_timeline
+    from .engine.output.summary import timeline_summary as timeline_summary
     from .engine.replay import replay_trace as replay_trace
     from .engine.scenario import Scenario as Scenario
     from .engine.scenario import load_scenario as load_scenario
@@ -42,6 +44,7 @@ _HOME = {
     "load_model": "workloads.model",
     "load_profile": "resources.profile",
     "load_scenario": "engine.scenario",
+    "load_timeline": "engine.output.profiler_trace",
     "make_scenario": "engine.scenario",
     "open_trace": "workloads.importers",
     "read_rows": "engine.journal",
@@ -50,6 +53,7 @@ _HOME = {
     "simulate": "engine.simulate",
     "sweep": "engine.sweep",
     "synthesize": "workloads.synthetic",
+    "timeline_summary": "engine.output.summary",
 }
 __all__ = sorted(_HOME)
 

@@ -46,6 +46,14 @@ predictor_app = typer.Typer(
 )
 app.add_typer(predictor_app, name="predictor")
 
+timeline_app = typer.Typer(
+    help="""Read the timelines of runs, simulated and profiled.
+
+    Such as `prestage timeline summary prestage-out/timeline.json.gz profiler-trace.json`.
+    """
+)
+app.add_typer(timeline_app, name="timeline")
+
 # A missing argument, an unknown option and a bad value are all of the class that BadParameter is made from; typer
 # gives it no name of its own.
 _UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
@@ -954,6 +962,69 @@ def predictor_evaluate(
     from .engine.output.tables import print_predictors
 
     print_predictors(data, layers=layers)
+
+
+@timeline_app.command("import")
+def timeline_import(
+    trace: Annotated[Path, typer.Argument(help="A trace of PyTorch's profiler, or a timeline.json.gz of ours.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="A timeline (.json, .json.gz) or a picture (.png, .pdf, .svg) to write."),
+    ] = None,
+    kernels: Annotated[bool, typer.Option(help="Also show what each kernel and copy took.")] = False,
+    json: Json = False,
+) -> None:
+    """Read a profiler's trace as a timeline: lanes from streams and threads, spans from kernels, copies and calls.
+
+    \b
+    Examples:
+      prestage timeline import trace.json.gz --kernels
+      prestage timeline import trace.json.gz -o timeline.json.gz
+      prestage timeline import trace.json.gz -o timeline.pdf
+
+    The median, interquartile range and number of each kernel (--json: as `samples`) are what a profile's costs carry.
+    """
+    from .engine.output.profiler_trace import load_timeline, write_imported
+    from .engine.output.summary import kernel_costs, timeline_summary
+
+    imported = load_timeline(trace)
+    summary = timeline_summary(imported.timeline)
+    costs = kernel_costs(imported) if kernels or json else []
+    if out is not None:
+        write_imported(imported, out, title=trace.name)
+    if json:
+        _print_json({**summary, "kernels": costs})
+        return
+    from .engine.output.tables import print_kernels, print_timelines
+
+    print_timelines({trace.name: summary})
+    if kernels:
+        print_kernels(costs)
+    if out is not None:
+        typer.echo(str(out))
+
+
+@timeline_app.command("summary")
+def timeline_summaries(
+    traces: Annotated[list[Path], typer.Argument(help="Traces of PyTorch's profiler, or timelines of ours.")],
+    json: Json = False,
+) -> None:
+    """Show how busy each GPU and host was in one timeline or several, simulated or profiled, side by side.
+
+    Such as `prestage timeline summary prestage-out/timeline.json.gz trace.json.gz`.
+    """
+    from .engine.output.profiler_trace import load_timeline
+    from .engine.output.summary import timeline_summary
+
+    named = {path.name for path in traces}
+    names = [path.name if len(named) == len(traces) else str(path) for path in traces]
+    summaries = {name: timeline_summary(load_timeline(path).timeline) for name, path in zip(names, traces, strict=True)}
+    if json:
+        _print_json(summaries)
+        return
+    from .engine.output.tables import print_timelines
+
+    print_timelines(summaries)
 
 
 def _open_trace(path: Path) -> RoutingTrace:

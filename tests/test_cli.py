@@ -40,11 +40,16 @@ COMMANDS = [
     ["trace", "info"],
     ["trace", "import"],
     ["trace", "synth"],
+    ["timeline"],
+    ["timeline", "import"],
+    ["timeline", "summary"],
     ["predictor"],
     ["predictor", "train"],
     ["predictor", "evaluate"],
     ["predictor", "measure"],
 ]
+#: What PyTorch's profiler saw of an execution on an H100.
+PROFILED = Path(__file__).with_name("profiled-h100-graph.json.gz")
 LOG = """\
 # route_trace v1
 # model=tiny.gguf arch=tinymoe n_layer=2 n_expert=4 n_expert_used=1
@@ -335,6 +340,14 @@ BAD: list[tuple[list[str], str]] = [
     (["trace", "info", "trace.txt"], "trace.txt: .txt: a trace's name must end in .npz or .safetensors"),
     (["trace", "import", "bad.npz", "-o", "new.npz"], "bad.npz: line 1"),
     (["trace", "import", "bad.npz", "-o", "new.npz", "--format", "x"], "format = 'x': choose one of bigmoeonedge"),
+    (["timeline", "import", "none.json"], "none.json: No such file or directory"),
+    (["timeline", "import", "bad.npz"], "bad.npz: not JSON: Expecting value"),
+    (
+        ["timeline", "import", "trace.json.gz", "-o", "new.txt"],
+        "new.txt: must end in .json.gz or .json (a",
+    ),
+    (["timeline", "summary"], "Missing argument 'traces'; `prestage timeline summary --help` tells more"),
+    (["timeline", "summary", "trace.json.gz", "none.json"], "none.json: No such file or directory"),
     (["trace", "synth", "-o", "new.txt"], "new.txt: .txt: a trace's name must end in .npz or .safetensors"),
     (["trace", "synth", "-o", "none/new.npz"], "none/new.npz: the folder none does not exist"),
     (["trace", "synth", "-o", "new.npz", "--reuse", "2"], "reuse = 2.0: must be a number 0..1"),
@@ -357,6 +370,7 @@ def test_bad_input_is_one_line_and_status_2(
     chosen = np.broadcast_to(np.arange(4, dtype=np.uint8), (2, 24, 4))
     RoutingTrace(chosen, 32).save(tmp_path / "top4.npz")
     (tmp_path / "bad.npz").write_text("this is no archive\n")
+    (tmp_path / "trace.json.gz").write_bytes(PROFILED.read_bytes())
     before = sorted(tmp_path.iterdir())
     out = ["--out", "new"] if arguments[0] == "run" else []
     assert message in problem(prestage(*arguments, *out))
@@ -398,6 +412,28 @@ def test_an_error_outside_is_one_line_too(tmp_path: Path) -> None:
     assert said == "prestage: scenario 'default': prefetch.polcy: no such key; did you mean 'policy'?\n"
 
 
+# timeline
+
+
+def test_profiled_and_simulated_timelines_stand_side_by_side(prestage: Prestage, tmp_path: Path) -> None:
+    assert prestage(*SMALL_RUN, "--no-baselines", "--out", "run").status == 0
+    shown = prestage("timeline", "summary", str(PROFILED), "run/timeline.json.gz").out
+    assert "profiled-h100-graph.json.gz" in shown and " timeline.json.gz" in shown
+    assert re.search(r"gpu0: kernels +4\.802 ms +5\.2% +[0-9.]+ ms", shown)
+    both = prestage("timeline", "summary", str(PROFILED), "run/timeline.json.gz", "--json").json()
+    assert [summary["gpus"]["gpu0"]["compute_ms"] > 0 for summary in both.values()] == [True, True]
+
+
+def test_import_shows_kernels_and_writes_timelines_and_pictures(prestage: Prestage, tmp_path: Path) -> None:
+    shown = prestage("timeline", "import", str(PROFILED), "--kernels").out
+    assert "gpu0, stream 21, copies to the GPU" in shown
+    assert re.search(r"14 +89\.508 +6,390\.8 +15\.1 +6,390\.8 +336\.00 Memcpy HtoD \(Pinned -> Device\)", shown)
+    data = prestage("timeline", "import", str(PROFILED), "-o", "again.json.gz", "--json").json()
+    assert data["kernels"][0]["samples"]["n"] == 14
+    assert prestage("timeline", "import", "again.json.gz", "-o", "again.png", "--json").json()["gpus"] == data["gpus"]
+    assert (tmp_path / "again.png").read_bytes().startswith(b"\x89PNG")
+
+
 # Help.
 
 
@@ -427,6 +463,7 @@ def test_the_examples_of_the_help_run(prestage: Prestage, tmp_path: Path, exampl
     shape = ["--model", "gpt-oss-20b", "--tokens", "40"]
     assert prestage("trace", "synth", *shape, "-o", "trace.npz").status == 0
     (tmp_path / "log.route.csv").write_text(LOG)
+    (tmp_path / "trace.json.gz").write_bytes(PROFILED.read_bytes())
     (tmp_path / "my-scenario.toml").write_text("[workload.synthetic]\ntokens = 3\n")
     smaller = ["--set", "workload.tokens=2"] if example.split()[0] in ("run", "sweep", "compare", "breakeven") else []
     if example.startswith("plot "):

@@ -502,6 +502,63 @@ def guide_cells(row: dict[str, Any], figure: GuideFigure) -> list[str]:
     ]
 
 
+#: What the table of timelines shows of each GPU: the key and its words; all but the first also as a share of it.
+_GPU_ROWS = {
+    "span_ms": "first work to last",
+    "compute_ms": "kernels",
+    "not_compute_ms": "copies and communication alone",
+    "idle_ms": "idle",
+}
+
+
+def print_timelines(summaries: Mapping[str, dict[str, Any]]) -> None:
+    """Print the summaries of timelines, by name, side by side; what a timeline has not stays empty."""
+    table = _table("", *summaries)
+
+    def add(name: str, cells: Iterable[str]) -> None:
+        table.add_row(name, *cells)
+
+    add("spans", (f"{summary['spans']:,}" for summary in summaries.values()))
+    for device in dict.fromkeys(device for summary in summaries.values() for device in summary["gpus"]):
+        gpus = [summary["gpus"].get(device) for summary in summaries.values()]
+        for key, words in _GPU_ROWS.items():
+            add(f"{device}: {words}", ("" if gpu is None else _ms_and_share(gpu[key], gpu["span_ms"]) for gpu in gpus))
+        add(f"{device}: overlap", ("" if gpu is None else _share(gpu["overlap"], 1) for gpu in gpus))
+    for role in dict.fromkeys(role for summary in summaries.values() for role in summary["roles"]):
+        parts = [(summary["roles"].get(role), summary["span_ms"]) for summary in summaries.values()]
+        add(f"{role}, busy", ("" if part is None else _ms_and_share(part["busy_ms"], whole) for part, whole in parts))
+    console = Console()
+    console.print(table)
+    console.print(
+        "A GPU's shares are of its time from first work to last; overlap: of copy time, with kernels beside it."
+    )
+
+
+def _ms_and_share(ms: float, whole_ms: float) -> str:
+    return f"{ms:,.3f} ms" if ms == whole_ms else f"{ms:,.3f} ms {_share(ms, whole_ms):>6}"
+
+
+def print_kernels(rows: Sequence[dict[str, Any]]) -> None:
+    """Print what each kind of work of a timeline took, a table a lane: quiet is beside no copy to the GPU."""
+    console = Console()
+    for lane in dict.fromkeys((row["device"], row["lane"]) for row in rows):
+        table = _table("n", "total ms", "median us", "IQR us", "quiet us", "beside copies", "MiB", "work")
+        for column in table.columns[:-1]:
+            column.no_wrap = True
+        table.columns[-1].justify = "left"
+        for row in rows:
+            if (row["device"], row["lane"]) == lane:
+                parts = [row["samples"]["median_ns"], row["samples"]["iqr_ns"]]
+                parts += [part and part["median_ns"] for part in (row["quiet"], row["beside_copy"])]
+                took = ("" if ns is None else f"{ns / 1e3:,.1f}" for ns in parts)
+                size = _mib(row["bytes"]) if row["bytes"] else ""
+                # A kernel's name can be as long as a page.
+                name = Text(row["name"].removeprefix("void "), no_wrap=True, overflow="ellipsis")
+                table.add_row(f"{row['n']:,}", f"{row['total_ms']:,.3f}", *took, size, name)
+        console.print(Text(", ".join(lane), style="bold"))
+        console.print(table)
+
+
 def _table(*columns: str) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0))
     for number, name in enumerate(columns):
