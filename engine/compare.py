@@ -113,14 +113,22 @@ def waterfall(first: Mapping[str, Any], second: Mapping[str, Any], gpu: str = "g
 
 def _parts_ns(run: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     """Return the parts of a run's makespan on each GPU, in ns, which add up to it."""
-    parts = {part: round(run["time"][f"{part}_ms"] * 1e6) for part in PARTS}
     makespan_ns = round(run["makespan_ms"] * 1e6)
-    if sum(parts.values()) != makespan_ns:
-        raise CompareError(f"the parts of time come to {sum(parts.values())} ns and makespan_ms to {makespan_ns} ns")
-    return {"gpu0": parts}
+    parts_ns = {}
+    # A result from before there were several GPUs has one.
+    for gpu in run.get("gpus") or [{"device": "gpu0", "time": run["time"]}]:
+        parts = {part: round(gpu["time"][f"{part}_ms"] * 1e6) for part in PARTS}
+        if sum(parts.values()) != makespan_ns:
+            raise CompareError(
+                f"{gpu['device']}: the parts of time come to {sum(parts.values())} ns and makespan_ms to "
+                f"{makespan_ns} ns"
+            )
+        parts_ns[gpu["device"]] = parts
+    return parts_ns
 
 
 def _where(first: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+    """Return where two runs differ, on each GPU that both have."""
     before, after = _parts_ns(first), _parts_ns(other)
     return {
         gpu: {
@@ -132,6 +140,7 @@ def _where(first: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, dict
             for part in PARTS
         }
         for gpu, parts in before.items()
+        if gpu in after
     }
 
 

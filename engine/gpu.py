@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import struct
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,8 @@ from .scenario import Scenario
 ACCESS = np.dtype([("visit", "<i4"), ("copy", "<i4"), ("tokens", "<i4")])
 #: One layer visit: when the host knew the choice; the expert bytes assigned once all was decided, and the budget.
 VISIT = np.dtype([("choice_known_ns", "<i8"), ("assigned_bytes", "<i8"), ("budget_bytes", "<i8")])
+#: When what another GPU sent had come, and what waited for it: the first kernel of a kind in a visit.
+ARRIVAL = np.dtype([("visit", "<i4"), ("kind", "<i4"), ("arrived_ns", "<i8")])
 
 #: Pack the fields of one record, in the order of ACCESS and of VISIT.
 pack_access = struct.Struct("<iii").pack
@@ -39,11 +41,12 @@ _Lane = FifoLane | CoupledLane
 
 @dataclass(frozen=True)
 class Decoded:
-    """What a run recorded: the timeline, and arrays of dtype ACCESS and VISIT in order of dispatch."""
+    """What a run recorded: the timeline, and arrays of dtype ACCESS, VISIT and ARRIVAL in order of dispatch."""
 
     timeline: Timeline
     accesses: npt.NDArray[Any]
     visits: npt.NDArray[Any]
+    arrivals: npt.NDArray[Any] = field(default_factory=lambda: np.empty(0, dtype=ARRIVAL))
 
 
 def contended(costs: Costs, scenario: Scenario) -> bool:
@@ -75,6 +78,7 @@ class Gpu:
     # Python keeps thirty attributes of an object at hand; there are more, and the loop reads them all the time.
     __slots__ = (
         "_accesses",
+        "_arrivals",
         "_arriving",
         "_busy_since_ns",
         "_compute",
@@ -144,6 +148,7 @@ class Gpu:
         self._launched_count = 0
         # The end of each copy, until a kernel reads it; then that of its last reader.
         self._arriving: dict[int, Completion] = {}
+        self._arrivals: list[tuple[int, int, Completion]] = []
         self._read: dict[int, Completion] = {}
         self._queued: dict[int, Work] = {}  # priority discipline only: copies by number
         self.visit = -1  # the number of the visit being dispatched
@@ -224,11 +229,23 @@ class Gpu:
         if self.reads_back:
             self.now_ns += self.costs.copy_resume_ns if visit.waves[0].admitted else self.costs.resume_ns
 
+    def take_over(self, now_ns: int) -> None:
+        """Let a host thread that has worked elsewhere until `now_ns` go on here."""
+        self.now_ns = self._busy_since_ns = now_ns
+
+    def expect(self, kind: int, arrival: Completion) -> None:
+        """Make a stream wait for what another GPU sends; the visit's first kernel of this kind is behind it."""
+        self.now_ns += self._wait_ns
+        self._arrivals.append((self.visit, kind, arrival))
+
     def recorded(self) -> Decoded:
         """Return what was recorded, once SimPy has run out of events."""
         accesses = np.frombuffer(memoryview(self._accesses).toreadonly(), dtype=ACCESS)
         visits = np.frombuffer(memoryview(self._decided).toreadonly(), dtype=VISIT)
-        return Decoded(self.timeline, accesses, visits)
+        arrived = [
+            (visit, kind, come if isinstance(come, int) else come.end_ns) for visit, kind, come in self._arrivals
+        ]
+        return Decoded(self.timeline, accesses, visits, np.array(arrived, dtype=ARRIVAL))
 
     def backlog_ns(self) -> int:
         """Return the copy time that is queued on the link now, in ns."""
@@ -280,17 +297,23 @@ class Gpu:
 
     # One step through the layers.
 
-    def forward(self, tokens: int, visits: Iterator[Visit], after: Completion = 0) -> Iterable[simpy.Event]:
+    def forward(
+        self, tokens: int, visits: Iterator[Visit], after: Completion = 0
+    ) -> Generator[simpy.Event, Any, Completion]:
         """Dispatch the layer visits of one step of so many tokens, each decided as its choice is known.
 
-        The first dense part waits for `after`.
+        The first dense part waits for `after`, which comes from another GPU. Return the end of the last kernel that
+        serves the step.
         """
+        end: Completion = 0
         for dense_costs in self.dense_costs:
             self.visit += 1
             dense = dense_costs[tokens]
             if self.watch_queue:
                 yield from self.wait_for_queue(dense.launches)
-            chosen = self.launch(dense, DENSE, after)
+            if after:
+                self.expect(DENSE, after)
+            end = chosen = self.launch(dense, DENSE, after)
             after = 0
             if self.reads_back:
                 chosen = self.read_back(chosen)
@@ -301,43 +324,54 @@ class Gpu:
                 yield self.env.timeout(self.now_ns - self.env.now)
             visit = next(visits)
             self.begin(visit)
-            yield from self.serve(visit, chosen)
+            end = (yield from self.serve(visit, chosen)) or end
+        return end
 
-    def serve(self, visit: Visit, chosen: Completion) -> Generator[simpy.Event, Any, None]:
-        """Enqueue the demand copies of each wave, launch its experts behind them, and prefetch."""
+    def serve(self, visit: Visit, chosen: Completion) -> Generator[simpy.Event, Any, Completion]:
+        """Enqueue the demand copies of each wave, launch its experts behind them, and prefetch.
+
+        Return the end of the last expert; 0 if no token is routed at this layer.
+        """
         arriving, read, costs = self._arriving, self._read, self._expert_costs[visit.layer]
+        end: Completion = 0
         for wave in visit.waves:
             if self._priority is not None:
                 self._promote(self._priority, wave.found, visit.number)
             for admission in wave.admitted:
-                end = self._copy(self._h2d, admission, DEMAND, 0, visit.number)
+                there = self._copy(self._h2d, admission, DEMAND, 0, visit.number)
                 if self._copies_hold_host:
-                    yield from self._hold(end)
+                    yield from self._hold(there)
             if self._prefetch_first and wave is visit.waves[-1]:
                 yield from self._prefetch(visit, chosen)
             served = launch_order(visit, wave, self._resident_first)
             if self._grouped:
-                yield from self._launch_grouped(visit.layer, list(served))
+                end = (yield from self._launch_grouped(visit.layer, list(served))) or end
                 continue
             for expert, tokens, copy in served:
                 cost = costs[tokens]
                 if self.watch_queue:
                     yield from self.wait_for_queue(cost.launches)
                 bytes_there = self._wait_for_bytes(copy) if copy in arriving else 0
-                read[copy] = self.launch(cost, EXPERT, bytes_there, expert, copy)
+                read[copy] = end = self.launch(cost, EXPERT, bytes_there, expert, copy)
                 self._accesses += pack_access(self.visit, copy, tokens)
         if not self._prefetch_first and (visit.prefetches or self._predicting):
             yield from self._prefetch(visit, chosen)
+        return end
 
     def _wait_for_bytes(self, copy: int) -> Completion:
         """Let the compute stream wait for a copy where its bytes are first read; later readers follow in order."""
         self.now_ns += self._wait_ns
         return self._arriving.pop(copy)
 
-    def _launch_grouped(self, layer: int, served: list[tuple[int, int, int]]) -> Generator[simpy.Event, Any, None]:
-        """Launch one kernel for all experts of a wave, (expert, tokens, copy), behind a wait for the bytes of all."""
+    def _launch_grouped(
+        self, layer: int, served: list[tuple[int, int, int]]
+    ) -> Generator[simpy.Event, Any, Completion]:
+        """Launch one kernel for all experts of a wave, (expert, tokens, copy), behind a wait for the bytes of all.
+
+        Return its end; 0 if there are none.
+        """
         if not served:  # no token is routed at this layer
-            return
+            return 0
         cost = self.costs.grouped(layer, [tokens for _, tokens, _ in served])
         if self.watch_queue:
             yield from self.wait_for_queue(cost.launches)
@@ -346,6 +380,7 @@ class Gpu:
         for _, tokens, copy in served:
             self._read[copy] = end
             self._accesses += pack_access(self.visit, copy, tokens)
+        return end
 
     def _prefetch(self, visit: Visit, chosen: Completion) -> Generator[simpy.Event, Any, None]:
         """Predict, then enqueue the prefetches behind the prediction."""

@@ -27,6 +27,16 @@ class Inputs:
     #: The expert budget before each step, where the KV cache takes its part of a total; None where it is constant.
     budgets: list[int] | None = None
     predictor: PredictorCost = FREE
+    #: Which GPU runs it, and the model's first layer there: `model` and `trace` have its layers only, from 0.
+    device: str = "gpu0"
+    first_layer: int = 0
+    #: The inputs of each stage of a pipeline, in order; empty where one GPU runs the model.
+    stages: tuple[Inputs, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Inputs, ...]:
+        """The inputs of every GPU: of the stages, or these."""
+        return self.stages or (self,)
 
     @property
     def layer_visits(self) -> int:

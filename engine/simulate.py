@@ -10,6 +10,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
@@ -32,6 +33,7 @@ from .gpu import Decoded
 from .inputs import Inputs
 from .memory_manager import BudgetError, MemoryManager
 from .output import metrics as measure
+from .output.merge import merged_timeline, run_metrics
 from .partition import divider
 from .policies.eviction import EVICTION, Setting
 from .policies.prefetch import PREFETCH, Gauge, NoPrefetch, Options, Prefetch
@@ -55,16 +57,22 @@ BASELINES = {
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run: `data` is plain data for JSON (without `wall_s`), `recording` all that was recorded."""
+    """A finished run: `data` is plain data for JSON (without `wall_s`), `recordings` all that each GPU recorded."""
 
     data: dict[str, Any]
-    recording: measure.Recording
+    recordings: list[measure.Recording]
     wall_s: float
 
     @property
+    def recording(self) -> measure.Recording:
+        """The recording of a run on one GPU; ValueError if there are several."""
+        (only,) = self.recordings
+        return only
+
+    @cached_property
     def timeline(self) -> Timeline:
-        """The timeline of the run."""
-        return self.recording.decoded.timeline
+        """The timeline of the run, all GPUs on it."""
+        return merged_timeline(self.recordings)
 
     def json_data(self) -> dict[str, Any]:
         """Return `data` with `wall_s`, the one number that differs between runs of one scenario."""
@@ -194,7 +202,7 @@ def simulate_inputs(
     prefetch = make_prefetch(scenario, model, costs.copies[0].queued_ns)
     recording = run(inputs, costs, make_manager(inputs), prefetch, _watched(progress, "simulate", inputs.layer_visits))
     wall_s = time.perf_counter() - began
-    data = measure.metrics(recording, _shadow_misses(inputs, prefetch))
+    data = run_metrics([recording], [_shadow_misses(inputs, prefetch)])
     data["deduplication"] = _deduplication(inputs) if inputs.guesses is not None else None
     known = dict(baselines) if isinstance(baselines, Mapping) else {}
     wanted = ["resident", "baseline"] if baselines is True else []
@@ -217,11 +225,11 @@ def simulate_inputs(
         )
     data["predictions_sha256"] = inputs.guesses.digest if inputs.guesses is not None else None
     data["model"] = {"name": model.name, "layers": model.layers, "experts": model.experts, "top_k": model.top_k}
-    data["budget_bytes"] = int(recording.decoded.visits["budget_bytes"].max())
+    data["budget_bytes"] = sum(gpu["budget_bytes"] for gpu in data["gpus"])
     data["expert_bytes_total"] = model.total_expert_bytes
     data["scenario"] = scenario.plain()
     data["versions"] = versions()
-    return Result(data, recording, wall_s)
+    return Result(data, [recording], wall_s)
 
 
 def versions() -> dict[str, str]:

@@ -12,7 +12,7 @@ import orjson
 
 from .about import about_run
 from .export import SPAN_LIMIT, export_timeline, replacing
-from .metrics import memory_steps
+from .merge import memory_steps
 from .plots import default_window, plot_memory, plot_miss_ratios, plot_timeline, save
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def write_result(result: Result, folder: Path, *, all_spans: bool = False) -> li
     make_folder(folder)
     experts = result.data["model"]["experts"]
     name = f"{result.data['model']['name']} on {result.data['scenario']['machine']['profile']}"
-    time_ns, assigned_bytes, budget_bytes = memory_steps(result.recording)
+    time_ns, assigned_bytes, budget_bytes = memory_steps(result.recordings)
     with replacing(folder / "result.json") as file:
         file.write(orjson.dumps(result.data, option=orjson.OPT_INDENT_2) + b"\n")
     exported = export_timeline(

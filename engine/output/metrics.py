@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...resources.lane import Lags
-from ...resources.timeline import EXPERT, HEAD, PREDICT
+from ...resources.timeline import EXPERT, HEAD, KINDS, PREDICT
 from ...workloads.batches import DECODE, Step
 from ...workloads.trace import RoutingTrace
 from ..dispatch import Visit
@@ -36,9 +36,10 @@ MISS_CAUSES = ("compulsory", "pollution", "capacity")
 
 @dataclass(frozen=True)
 class Recording:
-    """A run as recorded, with what its metrics need besides: the manager's books, the steps and the sizes.
+    """What one GPU of a run did, with what its metrics need besides: the manager's books, the steps and the sizes.
 
     `expert_bytes` and `copy_pieces`, the spans that one whole copy has, are those of an expert of each layer (layers,).
+    Layers are those of this GPU, `device`, from 0; its first is the model's `first_layer`.
     """
 
     decoded: Decoded
@@ -48,6 +49,8 @@ class Recording:
     expert_bytes: Sequence[int]
     copy_pieces: Sequence[int]
     kernel_lags: Lags
+    device: str = "gpu0"
+    first_layer: int = 0
     _spans: Array = field(init=False)
 
     def __post_init__(self) -> None:
@@ -172,20 +175,27 @@ def metrics(recording: Recording, shadow_misses: Array | None = None) -> dict[st
 
     `shadow_misses` are the `miss_keys` of the same cache without prefetch; None if the run has no prefetch.
     """
+    return {
+        "makespan_ms": recording.makespan_ns / 1e6,
+        **step_metrics(recording),
+        **gpu_metrics(recording, recording.makespan_ns, shadow_misses),
+    }
+
+
+def gpu_metrics(recording: Recording, run_ns: int, shadow_misses: Array | None = None) -> dict[str, Any]:
+    """Return what one GPU did in a run whose last kernel on any GPU ends at `run_ns`; see `metrics`."""
     counts = _count(recording.outcomes, OUTCOMES)
     accesses = sum(counts.values())
     prefetched = recording.copy_reason == PREFETCHED
     late_ns = recording.wait_ns[recording.outcomes == LATE]
     manager = recording.manager
     return {
-        "makespan_ms": recording.makespan_ns / 1e6,
-        **step_metrics(recording),
         "accesses": accesses,
-        "hit_rate": _ratio(counts["prefetch_hit"] + counts["cache_hit"], accesses),
-        "hit_rate_without_prefetch": None if shadow_misses is None else _ratio(accesses - len(shadow_misses), accesses),
-        "late_rate": _ratio(counts["late"], accesses),
-        "late_wait_ms": _mean_ms(late_ns),
-        "access_latency_ms": _mean_ms(recording.wait_ns),
+        "hit_rate": ratio(counts["prefetch_hit"] + counts["cache_hit"], accesses),
+        "hit_rate_without_prefetch": None if shadow_misses is None else ratio(accesses - len(shadow_misses), accesses),
+        "late_rate": ratio(counts["late"], accesses),
+        "late_wait_ms": mean_ms(late_ns),
+        "access_latency_ms": mean_ms(recording.wait_ns),
         "counts": {
             **counts,
             "prefetch": int(prefetched.sum()),
@@ -197,31 +207,36 @@ def metrics(recording: Recording, shadow_misses: Array | None = None) -> dict[st
         "pollution": causes["pollution"],
         "bytes": _bytes(recording),
         "by_layer": by_layer(recording, shadow_misses),
-        "time": (time := time_split(recording)),
+        "time": (time := time_split(recording, run_ns)),
         "stall_ms": time["stall_ms"],
         "overlap": overlap(recording),
-        "link_utilization": link_utilization(recording),
-        "memory_utilization": memory_utilization(recording),
+        "link_utilization": link_utilization(recording, run_ns),
+        "memory_utilization": memory_utilization(recording, run_ns),
         "layer_visits": len(recording.decoded.visits),
     }
 
 
-def step_metrics(recording: Recording) -> dict[str, Any]:
-    """Return speed: decode tokens over the decode steps' time, their percentiles, and the time to the first token."""
-    end_ns = recording.step_end_ns
+def step_metrics(recording: Recording, end_ns: Array | None = None, latency_ns: Array | None = None) -> dict[str, Any]:
+    """Return speed: decode tokens over the decode steps' time, their percentiles, and the time to the first token.
+
+    `end_ns` (steps,) is when the tokens of each step were there, and `latency_ns` (steps,) how long they took; without
+    them, the ends of this GPU's heads, and what passed from one to the next.
+    """
+    end_ns = recording.step_end_ns if end_ns is None else end_ns
     took_ns = np.diff(end_ns, prepend=0)
+    latency_ns = took_ns if latency_ns is None else latency_ns
     decode = np.array([step.phase == DECODE for step in recording.steps], dtype=bool)
     tokens = np.array([len(step.rows) for step in recording.steps], dtype=np.int64)
     decode_ns = int(took_ns[decode].sum())
-    per_token_ms = np.repeat(took_ns[decode], tokens[decode]) / 1e6
+    per_token_ms = np.repeat(latency_ns[decode], tokens[decode]) / 1e6
     percentiles = np.percentile(per_token_ms, (50, 95, 99)).tolist() if len(per_token_ms) else [None] * 3
     decoded = int(tokens[decode].sum())
     return {
         "decode_tokens": decoded,
         "prefill_tokens": int(tokens[~decode].sum()),
-        "tokens_per_second": _ratio(decoded * 1e9, decode_ns),
+        "tokens_per_second": ratio(decoded * 1e9, decode_ns),
         "time_per_token_ms": dict(zip(("p50", "p95", "p99"), percentiles, strict=True)),
-        "time_to_first_token_ms": _first_token_ms(recording, end_ns, took_ns),
+        "time_to_first_token_ms": _first_token_ms(recording, end_ns, latency_ns),
     }
 
 
@@ -242,11 +257,12 @@ def _first_token_ms(recording: Recording, end_ns: Array, took_ns: Array) -> floa
     return sum(first[sequence] - start[sequence] for sequence in first) / len(first) / 1e6
 
 
-def time_split(recording: Recording) -> dict[str, float]:
+def time_split(recording: Recording, run_ns: int | None = None) -> dict[str, float]:
     """Split the makespan: each idle gap before a kernel belongs to the last thing that the kernel waited for.
 
     compute + stall (its bytes) + host (its launch, and the GPU's own gap between launches) + predictor (its kernels
-    on the compute stream, and its time on the host thread inside host gaps) + bubble + drain = makespan.
+    on the compute stream, and its time on the host thread inside host gaps) + bubble (what another GPU sends) + drain
+    (after its last kernel, until the run ends at `run_ns` on another GPU) = makespan.
     """
     spans = recording.compute_spans
     start_ns, end_ns, issued_ns = spans["start_ns"], spans["end_ns"], spans["issued_ns"]
@@ -257,23 +273,44 @@ def time_split(recording: Recording) -> dict[str, float]:
     ready_ns[has_copy] = recording.copy_end_ns[spans["copy"][has_copy]]
     # A grouped kernel waits for copies that its span does not name: neither its launch nor the lane held it up.
     lags = recording.kernel_lags
+    after_other_ns = (lags.after_other_ns, lags.after_other_disturbed_ns)
     held_up = (start_ns > issued_ns) & (gap_ns > max(lags.gap_ns, lags.gap_disturbed_ns))
-    came_last = np.isin(start_ns - ready_ns, (lags.after_other_ns, lags.after_other_disturbed_ns))
+    came_last = np.isin(start_ns - ready_ns, after_other_ns)
     waits_for_bytes = (spans["kind"] == EXPERT) & (gap_ns > 0) & (held_up | came_last)
-    stall_ns = int(gap_ns[waits_for_bytes].sum())
-    host_gaps = gap_ns * ~waits_for_bytes
+    waits_for_gpu = _waits_for_gpu(recording) & (gap_ns > 0)
+    host_gaps = gap_ns * ~(waits_for_bytes | waits_for_gpu)
     busy_ns = end_ns - start_ns
     predicting = spans["kind"] == PREDICT
     on_host = _host_prediction_within(recording, free_ns[host_gaps > 0], start_ns[host_gaps > 0])
     parts_ns = {
         "compute_ms": int(busy_ns[~predicting].sum()),
-        "stall_ms": stall_ns,
+        "stall_ms": int(gap_ns[waits_for_bytes].sum()),
         "host_ms": int(host_gaps.sum()) - on_host,
         "predictor_ms": int(busy_ns[predicting].sum()) + on_host,
-        "bubble_ms": 0,
-        "drain_ms": 0,
+        "bubble_ms": int(gap_ns[waits_for_gpu].sum()),
+        "drain_ms": 0 if run_ns is None else run_ns - recording.makespan_ns,
     }
     return {name: ns / 1e6 for name, ns in parts_ns.items()}
+
+
+def _waits_for_gpu(recording: Recording) -> Array:
+    """Return which kernels started as soon as something had come from another GPU, and not as soon as launched."""
+    spans, arrivals, lags = recording.compute_spans, recording.decoded.arrivals, recording.kernel_lags
+    waits = np.zeros(len(spans), dtype=bool)
+    if not len(arrivals):
+        return waits
+    kernels, first = np.unique(_visit_and_kind(spans), return_index=True)
+    at = first[np.searchsorted(kernels, _visit_and_kind(arrivals))]
+    since_ns = spans["start_ns"][at] - arrivals["arrived_ns"]
+    came_last = np.isin(since_ns, (lags.after_other_ns, lags.after_other_disturbed_ns))
+    waits[at] = came_last & (spans["start_ns"][at] > spans["issued_ns"][at])
+    return waits
+
+
+def _visit_and_kind(of: Array) -> Array:
+    """Return one number for the visit and the kind of each span or arrival."""
+    numbers: Array = of["visit"].astype(np.int64) * len(KINDS) + of["kind"]
+    return numbers
 
 
 def _host_prediction_within(recording: Recording, from_ns: Array, to_ns: Array) -> int:
@@ -304,24 +341,30 @@ def _busy_before(spans: Array) -> Any:
 
 def overlap(recording: Recording) -> float | None:
     """Return the share of copy time under which the compute stream was busy; None without copies."""
+    return ratio(*overlapped_ns(recording))
+
+
+def overlapped_ns(recording: Recording) -> tuple[int, int]:
+    """Return the copy time under which the compute stream was busy, and all copy time, in ns."""
     copies = recording.copy_spans
     total_ns = int((copies["end_ns"] - copies["start_ns"]).sum())
-    if not total_ns or not len(recording.compute_spans):
-        return None
+    if not len(recording.compute_spans):
+        return 0, 0
     busy = _busy_before(recording.compute_spans)
-    return float((busy(copies["end_ns"]) - busy(copies["start_ns"])).sum() / total_ns)
+    return int((busy(copies["end_ns"]) - busy(copies["start_ns"])).sum()), total_ns
 
 
-def link_utilization(recording: Recording) -> float | None:
-    """Return the share of the makespan during which the link to the GPU carries a copy."""
+def link_utilization(recording: Recording, run_ns: int | None = None) -> float | None:
+    """Return the share of the makespan (`run_ns`; None: this GPU's) during which the link to the GPU carries a copy."""
     copies = recording.copy_spans
-    if not recording.makespan_ns:
+    run_ns = recording.makespan_ns if run_ns is None else run_ns
+    if not run_ns:
         return None
     # Two streams share the link: what an earlier copy covers counts once.
     ends_ns = np.maximum.accumulate(copies["end_ns"])
     earlier_ns = np.concatenate([[0], ends_ns[:-1]]) if len(copies) else ends_ns
     busy_ns = np.maximum(0, ends_ns - np.maximum(copies["start_ns"], earlier_ns)).sum()
-    return float(busy_ns / max(recording.makespan_ns, int(ends_ns.max(initial=0))))
+    return float(busy_ns / max(run_ns, int(ends_ns.max(initial=0))))
 
 
 def memory_steps(recording: Recording) -> tuple[Array, Array, Array]:
@@ -330,16 +373,16 @@ def memory_steps(recording: Recording) -> tuple[Array, Array, Array]:
     return visits["choice_known_ns"], visits["assigned_bytes"], visits["budget_bytes"]
 
 
-def memory_utilization(recording: Recording) -> float | None:
-    """Return assigned bytes / expert budget, weighted by time over the makespan."""
+def memory_utilization(recording: Recording, run_ns: int | None = None) -> float | None:
+    """Return assigned bytes / expert budget, weighted by time over the makespan (`run_ns`; None: this GPU's)."""
     time_ns, assigned_bytes, budget_bytes = memory_steps(recording)
-    makespan_ns = recording.makespan_ns
-    if not makespan_ns:
+    run_ns = recording.makespan_ns if run_ns is None else run_ns
+    if not run_ns:
         return None
-    until_ns = np.minimum(np.concatenate([time_ns[1:], [makespan_ns]]), makespan_ns)
+    until_ns = np.minimum(np.concatenate([time_ns[1:], [run_ns]]), run_ns)
     share = assigned_bytes / budget_bytes
     # Not a dot product, which BLAS adds up in an order that depends on how many threads it has.
-    return float((np.maximum(0, until_ns - time_ns) * share).sum() / makespan_ns)
+    return float((np.maximum(0, until_ns - time_ns) * share).sum() / run_ns)
 
 
 def miss_causes(recording: Recording, shadow_misses: Array | None) -> Array:
@@ -412,9 +455,11 @@ def _bytes(recording: Recording) -> dict[str, int]:
     }
 
 
-def _ratio(part: float, whole: float) -> float | None:
+def ratio(part: float, whole: float) -> float | None:
+    """Return part / whole; None of nothing."""
     return part / whole if whole else None
 
 
-def _mean_ms(ns: Array) -> float | None:
+def mean_ms(ns: Array) -> float | None:
+    """Return the mean of durations, in ms; None of none."""
     return float(ns.mean()) / 1e6 if len(ns) else None

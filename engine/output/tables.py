@@ -44,11 +44,34 @@ def print_result(data: dict[str, Any]) -> None:
     names = {"demand": "on demand", "prefetch": "prefetched", "prefetch_not_used": "of it not used"}
     copies = [(name, f"{moved[key] / 2**20:,.1f} MiB", _share(moved[key], total)) for key, name in names.items()]
     _rows(console, f"{total / 2**20:,.1f} MiB copied to the GPU", copies)
-    makespan = data["makespan_ms"]
+    makespan, gpus = data["makespan_ms"], data["gpus"]
     split = [(name.removesuffix("_ms"), f"{ms:,.3f} ms", _share(ms, makespan)) for name, ms in data["time"].items()]
-    _rows(console, f"Where {makespan:,.3f} ms went (compute stream)", split)
+    streams = "compute stream" if len(gpus) == 1 else f"mean of {len(gpus)} compute streams"
+    _rows(console, f"Where {makespan:,.3f} ms went ({streams})", split)
+    if len(gpus) > 1:
+        _print_gpus(console, gpus, makespan)
     for warning in data["warnings"]:
         console.print(Text(f"warning: {warning}", style="yellow"))
+
+
+def _print_gpus(console: Console, gpus: Sequence[Mapping[str, Any]], makespan_ms: float) -> None:
+    """Print what each GPU did: its layers, where its time went, its copies and its memory."""
+    parts = list(gpus[0]["time"])
+    names = [part.removesuffix("_ms") for part in parts]
+    table = _table("GPU", "layers", *names, "hit rate", "copied", "budget", "of it used")
+    for gpu in gpus:
+        copied = gpu["bytes"]["demand"] + gpu["bytes"]["prefetch"]
+        table.add_row(
+            gpu["device"],
+            gpu["layers"],
+            *(_share(gpu["time"][part], makespan_ms) for part in parts),
+            _share(gpu["hit_rate"], 1),
+            f"{copied / 2**20:,.1f} MiB",
+            f"{gpu['budget_bytes'] / 2**30:.2f} GiB",
+            _share(gpu["memory_utilization"], 1),
+        )
+    console.print(Text("\nEach GPU", style="bold"))
+    console.print(table)
 
 
 def _speed_rows(data: dict[str, Any]) -> list[tuple[str, str, str]]:

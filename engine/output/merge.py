@@ -1,0 +1,195 @@
+"""The recordings of a run's GPUs as one: metrics, the timeline, the memory. A run on one GPU passes through unchanged.
+
+Counts and bytes add up; the makespan is the end of the last kernel on any GPU; rates are computed anew. A recording
+numbers layers, visits, experts and copies for itself; here they become the model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...resources.timeline import DENSE, LaneName, Timeline
+from . import metrics as measure
+from .metrics import Recording
+
+Array = npt.NDArray[Any]
+
+
+def run_metrics(
+    recordings: Sequence[Recording],
+    shadow_misses: Sequence[Array | None],
+    previous: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """Return the metrics of a run as plain data for JSON, with what each GPU did under `gpus`.
+
+    `shadow_misses` are those of each GPU, as `metrics.metrics` takes them; `previous` as `step_metrics` takes it. Of
+    several GPUs, `time`, its `stall_ms` and `link_utilization` are means, so that the parts still add up to the
+    makespan, and `memory_utilization` is that of all their budgets together.
+    """
+    run_ns = makespan_ns(recordings)
+    each = [
+        measure.gpu_metrics(recording, run_ns, misses)
+        for recording, misses in zip(recordings, shadow_misses, strict=True)
+    ]
+    merged = each[0] if len(each) == 1 else _merged(recordings, each, shadow_misses)
+    gpus = [_gpu_entry(recording, data) for recording, data in zip(recordings, each, strict=True)]
+    return {"makespan_ms": run_ns / 1e6, **step_metrics(recordings, previous), **merged, "gpus": gpus}
+
+
+def makespan_ns(recordings: Iterable[Recording]) -> int:
+    """Return the end of the last kernel on any GPU."""
+    return max(recording.makespan_ns for recording in recordings)
+
+
+def step_metrics(recordings: Sequence[Recording], previous: Sequence[int] | None = None) -> dict[str, Any]:
+    """Return speed as `metrics.step_metrics` does; a step has ended once its heads have, on whichever GPUs they run.
+
+    `previous` (steps,), for steps that overlap, is the step whose tokens each of them goes on from, -1 for none: a
+    step takes from the end of that one, or from its own first kernel, to its end.
+    """
+    ends = [recording.step_end_ns for recording in recordings if len(recording.step_end_ns)]
+    end_ns: Array = np.maximum.reduce(ends) if ends else np.empty(0, dtype=np.int64)
+    if previous is None:
+        return measure.step_metrics(recordings[0], end_ns)
+    before = np.asarray(previous, dtype=np.int64)
+    since_ns = np.where(before >= 0, end_ns[before], _step_start_ns(recordings[0]))
+    return measure.step_metrics(recordings[0], end_ns, end_ns - since_ns)
+
+
+def merged_timeline(recordings: Sequence[Recording]) -> Timeline:
+    """Return all spans on one timeline, with the numbers of the model; lanes of the same name become one."""
+    if len(recordings) == 1:
+        return recordings[0].decoded.timeline
+    layers = _layers(recordings)
+    timeline = Timeline()
+    numbers: dict[LaneName, int] = {}
+    copies = 0
+    for recording in recordings:
+        spans = recording.spans.copy()
+        lanes = recording.decoded.timeline.lanes
+        for lane in lanes:
+            if lane not in numbers:
+                numbers[lane] = timeline.add_lane(lane.device, lane.role, lane.title)
+        spans["lane"] = np.array([numbers[lane] for lane in lanes], dtype=np.uint16)[spans["lane"]]
+        own = len(recording.expert_bytes)
+        step, layer = np.divmod(spans["visit"], own)
+        spans["visit"] = np.where(spans["visit"] < 0, -1, step * layers + recording.first_layer + layer)
+        if not recording.manager.shared:
+            first = recording.first_layer * recording.manager.experts
+            spans["expert"] = np.where(spans["expert"] < 0, -1, spans["expert"] + first)
+        spans["copy"] = np.where(spans["copy"] < 0, -1, spans["copy"] + copies)
+        copies += len(recording.manager.copy_expert)
+        timeline.extend(spans.tobytes())
+    return timeline
+
+
+def memory_steps(recordings: Sequence[Recording]) -> tuple[Array, Array, Array]:
+    """Return (time_ns, assigned_bytes, budget_bytes) of the expert memory of all GPUs together, in order of time."""
+    each = [measure.memory_steps(recording) for recording in recordings]
+    if len(each) == 1:
+        return each[0]
+    at_ns = np.unique(np.concatenate([time_ns for time_ns, _, _ in each]))
+    assigned, budget = np.zeros(len(at_ns), dtype=np.int64), np.zeros(len(at_ns), dtype=np.int64)
+    for time_ns, assigned_bytes, budget_bytes in each:
+        if len(time_ns):
+            place = np.searchsorted(time_ns, at_ns, side="right") - 1  # -1: before this GPU's first visit
+            assigned += np.where(place < 0, 0, assigned_bytes[place])
+            budget += budget_bytes[np.maximum(place, 0)]
+    return at_ns, assigned, budget
+
+
+def budget_bytes(recording: Recording) -> int:
+    """Return the most expert memory that a GPU has in a run."""
+    return int(recording.decoded.visits["budget_bytes"].max(initial=0))
+
+
+def _step_start_ns(recording: Recording) -> Array:
+    """Return when the first kernel of each step started (steps,)."""
+    spans = recording.compute_spans
+    first = (spans["kind"] == DENSE) & (spans["visit"] % len(recording.expert_bytes) == 0)
+    starts: Array = spans["start_ns"][first]
+    return starts
+
+
+def _layers(recordings: Iterable[Recording]) -> int:
+    """Return the layers of the model that these GPUs hold together."""
+    return max(recording.first_layer + len(recording.expert_bytes) for recording in recordings)
+
+
+def _gpu_entry(recording: Recording, data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the result says of one GPU."""
+    first = recording.first_layer
+    last = first + len(recording.expert_bytes) - 1
+    names = ("accesses", "hit_rate", "counts", "bytes", "time", "stall_ms", "overlap", "link_utilization")
+    return {
+        "device": recording.device,
+        "layers": f"{first}-{last}" if last > first else str(first),
+        **{name: data[name] for name in names},
+        "memory_utilization": data["memory_utilization"],
+        "budget_bytes": budget_bytes(recording),
+    }
+
+
+def _merged(
+    recordings: Sequence[Recording], each: Sequence[dict[str, Any]], shadow_misses: Sequence[Array | None]
+) -> dict[str, Any]:
+    """Return the metrics of several GPUs as those of one, in the same order."""
+    counts = _sums(data["counts"] for data in each)
+    causes = _sums(data["misses"] for data in each)
+    accesses = sum(data["accesses"] for data in each)
+    waits_ns = [recording.wait_ns for recording in recordings]
+    late_ns = [recording.wait_ns[recording.outcomes == measure.LATE] for recording in recordings]
+    without = None
+    if any(misses is not None for misses in shadow_misses):
+        missed = sum(len(misses) for misses in shadow_misses if misses is not None)
+        without = measure.ratio(accesses - missed, accesses)
+    time = {part: ms / len(each) for part, ms in _sums(data["time"] for data in each).items()}
+    return {
+        "accesses": accesses,
+        "hit_rate": measure.ratio(counts["prefetch_hit"] + counts["cache_hit"], accesses),
+        "hit_rate_without_prefetch": without,
+        "late_rate": measure.ratio(counts["late"], accesses),
+        "late_wait_ms": measure.mean_ms(np.concatenate(late_ns)),
+        "access_latency_ms": measure.mean_ms(np.concatenate(waits_ns)),
+        "counts": counts,
+        "prefetch": _sums(data["prefetch"] for data in each),
+        "misses": causes,
+        "pollution": causes["pollution"],
+        "bytes": _sums(data["bytes"] for data in each),
+        "by_layer": _by_layer(recordings, each),
+        "time": time,
+        "stall_ms": time["stall_ms"],
+        "overlap": measure.ratio(*map(sum, zip(*map(measure.overlapped_ns, recordings), strict=True))),
+        "link_utilization": _mean(each, "link_utilization", lambda _: 1),
+        "memory_utilization": _mean(each, "memory_utilization", lambda at: budget_bytes(recordings[at])),
+        # GPUs that hold the same layers visit them together.
+        "layer_visits": sum({r.first_layer: len(r.decoded.visits) for r in recordings}.values()),
+    }
+
+
+def _sums(dicts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the sum of each number over dicts of the same keys."""
+    total: dict[str, Any] = {}
+    for numbers in dicts:
+        for name, number in numbers.items():
+            total[name] = total.get(name, 0) + number
+    return total
+
+
+def _by_layer(recordings: Sequence[Recording], each: Sequence[dict[str, Any]]) -> list[dict[str, int]]:
+    """Return what happened at each of the model's layers, on all GPUs that hold it."""
+    rows: dict[int, list[dict[str, int]]] = {}
+    for recording, data in zip(recordings, each, strict=True):
+        for row in data["by_layer"]:
+            rows.setdefault(recording.first_layer + row["layer"], []).append(row)
+    return [{**_sums(rows[layer]), "layer": layer} for layer in sorted(rows)]
+
+
+def _mean(each: Sequence[dict[str, Any]], name: str, weight: Callable[[int], int]) -> float | None:
+    """Return the mean of a figure over the GPUs that have it, weighted; None if none has."""
+    known = [(data[name], weight(at)) for at, data in enumerate(each) if data[name] is not None]
+    return measure.ratio(sum(value * share for value, share in known), sum(share for _, share in known))
