@@ -13,8 +13,9 @@ from typing import Any
 
 from .costs import Costs
 from .grid import make_grid
+from .output.merge import makespan_ns as run_ns
 from .scenario import Scenario, ScenarioError, make_scenario
-from .simulate import baseline_scenario, make_manager, make_prefetch, run, run_baseline
+from .simulate import baseline_scenario, make_prefetch, part_costs, prepared, run_all, run_baseline
 from .sweep import Hashes, Plan, Progress, worker_inputs
 from .workers import Workers
 
@@ -93,7 +94,7 @@ def _search(scenario: Scenario, hashes: Hashes) -> dict[str, Any]:
     inputs = worker_inputs(baseline_scenario("no_prefetch", scenario), hashes)
     if not make_prefetch(scenario, inputs.model).guesses:
         raise ScenarioError(f"prefetch.policy = {scenario.prefetch.policy!r} asks no predictor: recall changes nothing")
-    without_ms = run_baseline("no_prefetch", inputs, Costs(inputs.model, inputs.profile, inputs.scenario))
+    without_ms = run_baseline("no_prefetch", inputs, part_costs(inputs))
     tested: dict[int, float] = {}
 
     def pays(step: int) -> bool:
@@ -143,6 +144,5 @@ def _makespan_ms(scenario: Scenario, recall: float, hashes: Hashes) -> float:
     predictor = scenario.predictor.model_copy(update={"name": "oracle", "recall": recall})
     scenario = scenario.model_copy(update={"predictor": predictor})
     inputs = worker_inputs(scenario, hashes)
-    costs = Costs(inputs.model, inputs.profile, scenario)
-    prefetch = make_prefetch(scenario, inputs.model, costs.copies[0].queued_ns)
-    return run(inputs, costs, make_manager(inputs), prefetch).makespan_ns / 1e6
+    costs = [Costs(part.model, part.profile, part.scenario) for part in inputs.parts]
+    return run_ns(run_all(inputs, prepared(inputs, costs))) / 1e6

@@ -89,10 +89,11 @@ class Costs:
 
     def __init__(self, model: Model, profile: Profile, scenario: Scenario, *, timed: bool = False) -> None:
         self._model = model
+        self.expert_bytes: Sequence[int] = model.expert_bytes
         self._rule = profile.compute.rule
         self._mode = scenario.dispatch.mode
         self._chunk_bytes = scenario.copy_.chunk_bytes
-        self._by_priority = scenario.copy_.discipline == "priority"
+        self.by_priority = scenario.copy_.discipline == "priority"
         # By layer and tokens; the head stands behind the dense part of the last layer.
         self._experts: list[dict[int, KernelCost]] = [{} for _ in range(model.layers)]
         self._dense: list[dict[int, KernelCost]] = [{} for _ in range(model.layers + 1)]
@@ -123,7 +124,7 @@ class Costs:
         wait, latency = compute.event_wait_gap, compute.launch_latency
         longer_ns = 0 if latency.beside_copy_ns is None else latency.beside_copy_ns - latency.ns
         self.kernel_lags = Lags(gap.ns, gap.disturbed_ns, wait.ns, wait.disturbed_ns, longer_ns)
-        if self._by_priority:  # the host enqueues a copy when it has noticed the end of the one before
+        if self.by_priority:  # the host enqueues a copy when it has noticed the end of the one before
             gap_ns = max(0, self.synchronize_ns + self._enqueue_ns + self._records_ns + h2d.launch_latency.ns)
         self.copy_lags = Lags(gap_ns, gap_ns, h2d.event_wait_gap.ns, h2d.event_wait_gap.ns)
 
@@ -186,10 +187,10 @@ class Costs:
         pieces = pieces_of(size_bytes, self._chunk_bytes)
         piece_bytes = -(-size_bytes // pieces)
         alone_ns = h2d.alone.ns(piece_bytes)
-        queued_ns = alone_ns if self._by_priority else h2d.queued.ns(piece_bytes)
+        queued_ns = alone_ns if self.by_priority else h2d.queued.ns(piece_bytes)
         rest_ns = (pieces - 1) * (queued_ns + h2d.gap.ns)
         # By priority, every piece is enqueued by itself and has its own events.
-        records = pieces if self._by_priority else 1
+        records = pieces if self.by_priority else 1
         host_ns = pieces * self._enqueue_ns + records * self._records_ns
         return CopyCost(queued_ns + rest_ns, alone_ns + rest_ns, queued_ns, alone_ns, pieces, host_ns)
 

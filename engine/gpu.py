@@ -22,6 +22,7 @@ from ..resources.lane import Completion, CoupledLane, FifoLane, PriorityLane, Wo
 from ..resources.timeline import DEMAND, DENSE, EXPERT, LAUNCH, PREDICT, PREFETCH, READBACK, Timeline
 from .costs import Costs, KernelCost
 from .dispatch import Visit, launch_order
+from .links import HostLink
 from .memory_manager import Admission, MemoryManager
 from .scenario import Scenario
 
@@ -107,6 +108,7 @@ class Gpu:
         "_scenario",
         "_side",
         "_submit_kernel",
+        "_transfers",
         "_wait_ns",
         "costs",
         "coupled",
@@ -130,11 +132,12 @@ class Gpu:
         most_tokens: int,
         device: str = "gpu0",
         host: str = "host",
+        link: HostLink | None = None,
     ) -> None:
         """Make the lanes of `device`, driven by a thread of `host`.
 
         `prefetching`: the predictor runs too. `most_tokens`: of the largest step, which says whether the launch queue
-        can ever be full.
+        can ever be full. `link`: the way of its copies, where other GPUs' copies share it.
         """
         self.env = env
         self._manager = manager
@@ -167,11 +170,12 @@ class Gpu:
         self._copy_costs = costs.copies
         self._copies_hold_host = costs.copies_hold_host
         self._priority: PriorityLane | None = None
-        self._make_lanes(add_lanes(self.timeline, scenario.copy_.discipline, device, host))
+        self._transfers = None if link is None else link.transfers
+        self._make_lanes(add_lanes(self.timeline, scenario.copy_.discipline, device, host), link)
         self._submit_kernel = self._compute.submit
         self.coupled = not (isinstance(self._h2d, FifoLane) and isinstance(self._compute, FifoLane))
 
-    def _make_lanes(self, number: dict[str, int]) -> None:
+    def _make_lanes(self, number: dict[str, int], link: HostLink | None) -> None:
         """Make one lane for each thing that is busy by itself, coupled where one slows another down."""
         env, timeline, costs, copy = self.env, self.timeline, self.costs, self._scenario.copy_
         kernels, copies = costs.kernel_lags, costs.copy_lags
@@ -183,7 +187,7 @@ class Gpu:
         self._prefetch_lane: _Lane
         self._copy_slowdown = costs.copy_slowdown if copy.contention else 1.0
         disturbed = contended(costs, self._scenario)
-        if copy.discipline == "fifo" and not disturbed:
+        if copy.discipline == "fifo" and not disturbed and link is None:
             self._h2d = self._prefetch_lane = FifoLane(timeline, number["h2d"], copies)
             self._compute = FifoLane(timeline, number["compute"], kernels)
             return
@@ -198,6 +202,9 @@ class Gpu:
         for lane in copy_lanes:
             others = [other for other in copy_lanes if other is not lane]
             lane.turns, lane.sharing = (others, []) if costs.copies_take_turns else ([], others)
+            if link is not None:
+                lane.join(link.network.share())
+                lane.sharing = []  # the network shares the link out
         self._h2d, self._prefetch_lane = copy_lanes[0], copy_lanes[-1]
         if disturbed:
             compute = CoupledLane(env, timeline, number["compute"], kernels)
@@ -406,7 +413,9 @@ class Gpu:
     def _copy(self, lane: _Lane, admission: Admission, kind: int, predicted: Completion, target: int) -> Completion:
         """Enqueue a copy: behind the prediction that asked for it and the last reader of the room that it takes."""
         expert, copy = admission.expert, admission.copy
-        cost, slowdown = self._copy_costs[expert // self._experts], self._copy_slowdown
+        layer, slowdown = expert // self._experts, self._copy_slowdown
+        cost = self._copy_costs[layer]
+        transfer = None if self._transfers is None else self._transfers[layer]
         self.now_ns += cost.host_ns
         if admission.former:
             self.now_ns += self._wait_ns
@@ -421,11 +430,13 @@ class Gpu:
             else:
                 after = after_all([after, free])
         if self._priority is None:
-            end = lane.submit(cost.queued_ns, cost.alone_ns, issued_ns, after, kind, expert, self.visit, copy, slowdown)
+            end = lane.submit(
+                cost.queued_ns, cost.alone_ns, issued_ns, after, kind, expert, self.visit, copy, slowdown, transfer
+            )
         else:
             work = Work(
                 cost.piece_queued_ns, cost.piece_alone_ns, issued_ns, after, kind, expert, self.visit, copy,
-                slowdown, rank=(int(kind == PREFETCH), target), pieces=cost.pieces,
+                slowdown, transfer, rank=(int(kind == PREFETCH), target), pieces=cost.pieces,
             )  # fmt: skip
             self._queued[copy] = work
             end = self._priority.submit_work(work)

@@ -9,6 +9,7 @@ from ..workloads.batches import Step
 from ..workloads.model import Model
 from ..workloads.predictors import Guesses
 from ..workloads.trace import RoutingTrace
+from .links import Links
 from .predicting import FREE, PredictorCost
 from .scenario import Scenario
 
@@ -30,12 +31,13 @@ class Inputs:
     #: Which GPU runs it, and the model's first layer there: `model` and `trace` have its layers only, from 0.
     device: str = "gpu0"
     first_layer: int = 0
-    #: The inputs of each stage of a pipeline, in order; empty where one GPU runs the model.
+    #: The inputs of each stage of a pipeline, in order, and the links between their GPUs, None for one stage.
     stages: tuple[Inputs, ...] = ()
+    links: Links | None = None
 
     @property
     def parts(self) -> tuple[Inputs, ...]:
-        """The inputs of every GPU: of the stages, or these."""
+        """The inputs of each GPU by itself: of the stages, or these."""
         return self.stages or (self,)
 
     @property

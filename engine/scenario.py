@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..resources.suggest import unknown_name
 from ..workloads.batches import PREFILL_MODES
@@ -27,6 +27,7 @@ from .memory_manager import PROTECTION, SCOPES
 from .policies.eviction import EVICTION
 from .policies.prefetch import PREFETCH
 from .policies.prefetch_share import PREFETCH_SHARE
+from .policies.split import SPLITS
 
 #: How kernels reach the GPU, and what that costs the host: one launch a kernel, one a CUDA graph, or nothing.
 DISPATCH_MODES = ("eager", "graph", "free")
@@ -38,6 +39,8 @@ EXPERT_KERNELS = ("separate", "grouped")
 DISCIPLINES = ("fifo", "two_streams", "priority")
 #: Which lane a prediction occupies: a side stream of the GPU, the compute stream, the host thread, or none.
 PREDICTOR_LANES = ("gpu", "compute", "host", "free")
+#: One host thread that serves all stages, step by step, or one for each GPU.
+DISPATCH_THREADS = ("per-gpu", "one")
 #: Keys of [workload.synthetic] that a fit takes the place of.
 _FIT_REPLACES = ("skew", "working_set", "reuse")
 
@@ -217,6 +220,33 @@ class CopySection(_Section):
         return self
 
 
+class ParallelSection(_Section):
+    """How a run is spread over several GPUs: stages of a pipeline, each with the memory that [memory] gives to one GPU.
+
+    `split` is one of SPLITS, or the layers of each stage. A batch is divided into `micro_batches`, which are in
+    different stages at once.
+    """
+
+    stages: int = Field(default=1, ge=1)
+    split: str | list[int] = "equal"
+    micro_batches: int = Field(default=1, ge=1)
+    dispatch_threads: Annotated[str, _one_of(DISPATCH_THREADS)] = "per-gpu"
+
+    @field_validator("split", mode="before")
+    @classmethod
+    def _split_reads(cls, value: object) -> object:
+        counts = isinstance(value, list) and all(type(count) is int and count > 0 for count in value)
+        if not (isinstance(value, str) and value in SPLITS) and not counts:
+            raise ValueError(f"choose one of {', '.join(SPLITS)}, or give the layers of each stage, such as [16, 16]")
+        return value
+
+    @model_validator(mode="after")
+    def _split_is_of_stages(self) -> ParallelSection:
+        if isinstance(self.split, list) and len(self.split) != self.stages:
+            raise ValueError(f"split = {self.split}: give one number for each of {self.stages} stages")
+        return self
+
+
 class Scenario(_Section):
     """One run, whole. `model_dump()` gives it back as plain data."""
 
@@ -229,12 +259,22 @@ class Scenario(_Section):
     prefetch: PrefetchSection = PrefetchSection()
     dispatch: DispatchSection = DispatchSection()
     copy_: CopySection = Field(default=CopySection(), alias="copy")
+    parallel: ParallelSection = ParallelSection()
 
     @model_validator(mode="after")
     def _dropping_knows_the_visit(self) -> Scenario:
         prefetch = self.prefetch
         if not self.memory.caching and (prefetch.protect, prefetch.issue) != ("until_target", "after_launch"):
             raise ValueError("memory.caching = false: needs prefetch.protect = 'until_target', issue = 'after_launch'")
+        return self
+
+    @model_validator(mode="after")
+    def _micro_batches_have_places(self) -> Scenario:
+        if self.parallel.micro_batches > self.workload.batch:
+            raise ValueError(
+                f"parallel.micro_batches = {self.parallel.micro_batches}: must be at most workload.batch = "
+                f"{self.workload.batch}, whose places they divide"
+            )
         return self
 
     def plain(self) -> dict[str, Any]:

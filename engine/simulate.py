@@ -6,9 +6,11 @@ dropped after its visit, and, when asked, the same cache without prefetch.
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -19,7 +21,7 @@ import numpy.typing as npt
 
 from ..resources.profile import load_profile
 from ..resources.timeline import Timeline
-from ..workloads.batches import Step, plan_steps
+from ..workloads.batches import Step, continued_steps, plan_steps
 from ..workloads.fitted import FittedRouting
 from ..workloads.importers import open_trace
 from ..workloads.model import Model, load_model
@@ -31,16 +33,20 @@ from .decoder import decode
 from .dispatch import Visit, visits
 from .gpu import Decoded
 from .inputs import Inputs
+from .links import Links
 from .memory_manager import BudgetError, MemoryManager
 from .output import metrics as measure
-from .output.merge import merged_timeline, run_metrics
+from .output.merge import link_usage, merged_timeline, run_metrics, step_metrics
+from .output.merge import makespan_ns as run_ns
 from .partition import divider
+from .pipeline import StageRun, decode_stages, flow_of, pipeline_routes, sent
 from .policies.eviction import EVICTION, Setting
 from .policies.prefetch import PREFETCH, Gauge, NoPrefetch, Options, Prefetch
 from .policies.prefetch_share import PREFETCH_SHARE
 from .predicting import FREE, predictor_cost, scenario_predictor, with_latency
 from .replicates import replicate_costs, summary, without_uncertainty
 from .scenario import MemorySection, PredictorSection, PrefetchSection, Scenario, ScenarioError, parse_bytes
+from .stages import OF_WHOLE_MODEL, SAMPLE_STEPS, stage_inputs, stage_layers
 from .warnings import warnings_of
 
 #: Called with what is running, and how many of how many layer visits are done.
@@ -96,14 +102,29 @@ def load_inputs(scenario: Scenario, trace: RoutingTrace | None = None) -> Inputs
         prefill=workload.prefill,
         chunk_tokens=workload.chunk_tokens,
         tokens=workload.tokens,
+        micro_batches=scenario.parallel.micro_batches,
     )
     if not steps:
         raise ScenarioError(
             f"workload.trace: no token is left to run: {trace.tokens} tokens, workload.prefill = {workload.prefill!r}"
         )
+    return completed(Inputs(scenario, model, profile, trace, steps, budget_bytes=0, guesses=None))
+
+
+def completed(bare: Inputs) -> Inputs:
+    """Return inputs with the guesses and budgets that the scenario wants, and its stages; ValueError if it cannot run.
+
+    `bare` inputs have neither; guesses that they do have are kept.
+    """
+    parallel = bare.scenario.parallel
+    return _in_stages(bare) if max(parallel.stages, parallel.micro_batches) > 1 else _on_one_gpu(bare)
+
+
+def _on_one_gpu(bare: Inputs) -> Inputs:
+    """Return the inputs of a whole model, or of one stage."""
+    scenario, model, trace, steps = bare.scenario, bare.model, bare.trace, bare.steps
+    guesses = bare.guesses or _guesses(scenario, model, trace, steps)
     budget_bytes = scenario.memory.budget_bytes(model.expert_bytes, model.experts)
-    policy = make_prefetch(scenario, model)
-    guesses = _guesses(scenario, model, trace, steps, policy)
     predictor = predictor_cost(scenario.predictor) if guesses is not None else FREE
     budgets = expert_budgets(scenario, model, trace, steps, budget_bytes, predictor.gpu_memory_bytes)
     if budgets is not None:
@@ -113,17 +134,49 @@ def load_inputs(scenario: Scenario, trace: RoutingTrace | None = None) -> Inputs
         except BudgetError as error:
             given = f"memory.total_bytes = {scenario.memory.total_bytes!r}"
             raise ScenarioError(f"{given}: less dense weights, KV cache, workspace and predictor, {error}") from None
-    inputs = Inputs(scenario, model, profile, trace, steps, budget_bytes, guesses, budgets, predictor)
+    inputs = replace(bare, budget_bytes=budget_bytes, guesses=guesses, budgets=budgets, predictor=predictor)
     # Before anything runs, these refuse a budget that is too small and host memory that the profile lacks.
     make_manager(inputs)
-    Costs(model, profile, scenario)
+    Costs(model, bare.profile, scenario)
     return inputs
 
 
-def _guesses(
-    scenario: Scenario, model: Model, trace: RoutingTrace, steps: list[Step], policy: Prefetch
-) -> Guesses | None:
+def _in_stages(whole: Inputs) -> Inputs:
+    """Return inputs with those of each stage of a pipeline; raise if a stage cannot run, or a link is not there."""
+    scenario, stages = whole.scenario, whole.scenario.parallel.stages
+    if stages > 1:
+        links = Links(whole.profile, scenario, stages, "parallel.stages")
+        pipeline_routes(links)
+        whole = replace(whole, links=links)
+    if scenario.predictor.name in OF_WHOLE_MODEL:
+        whole = replace(whole, guesses=_guesses(scenario, whole.model, whole.trace, whole.steps))
+
+    def cut(counts: Sequence[int], steps: list[Step]) -> Inputs:
+        parts = []
+        for bare in stage_inputs(replace(whole, steps=steps), counts):
+            try:
+                parts.append(_on_one_gpu(bare))
+            except BudgetError as error:
+                raise ScenarioError(f"the stage of {bare.model.layers} layers on {bare.device}: {error}") from None
+        budget_bytes = sum(part.budget_bytes for part in parts)
+        return replace(
+            whole, steps=steps, stages=tuple(parts), budget_bytes=budget_bytes, guesses=None,
+            predictor=parts[0].predictor,
+        )  # fmt: skip
+
+    def makespan_ns(counts: Sequence[int]) -> int | None:
+        try:
+            first = cut(counts, whole.steps[:SAMPLE_STEPS])
+        except ScenarioError:
+            return None
+        return run_ns(run_all(first, prepared(first, part_costs(first))))
+
+    return cut(stage_layers(whole, makespan_ns), whole.steps)
+
+
+def _guesses(scenario: Scenario, model: Model, trace: RoutingTrace, steps: list[Step]) -> Guesses | None:
     """Return what the scenario's predictor guesses; None if neither prefetch nor eviction goes by guesses."""
+    policy = make_prefetch(scenario, model)
     horizons, ranks = (policy.horizons, policy.guesses) if policy.guesses else (0, 0)
     if not ranks and getattr(EVICTION[scenario.memory.eviction], "needs_guesses", False):
         horizons, ranks = max(1, scenario.prefetch.lookahead), scenario.prefetch.k or model.top_k
@@ -197,24 +250,28 @@ def simulate_inputs(
 ) -> Result:
     """Run what `load_inputs` loaded, as `simulate` does."""
     scenario, model = inputs.scenario, inputs.model
-    costs = Costs(model, inputs.profile, with_latency(scenario, inputs.predictor))
+    costs = part_costs(inputs)
     began = time.perf_counter()
-    prefetch = make_prefetch(scenario, model, costs.copies[0].queued_ns)
-    recording = run(inputs, costs, make_manager(inputs), prefetch, _watched(progress, "simulate", inputs.layer_visits))
+    ready = prepared(inputs, costs)
+    recordings = run_all(inputs, ready, _watched(progress, "simulate", inputs.layer_visits))
     wall_s = time.perf_counter() - began
-    data = run_metrics([recording], [_shadow_misses(inputs, prefetch)])
-    data["deduplication"] = _deduplication(inputs) if inputs.guesses is not None else None
+    data = run_metrics(recordings, [_shadow_misses(gpu.inputs, gpu.prefetch) for gpu in ready], previous_steps(inputs))
+    data["deduplication"] = _deduplication(inputs)
+    if inputs.links is not None:
+        flow = flow_of(model, inputs.trace, inputs.steps)
+        data["links"] = link_usage(recordings, inputs.links, sent(recordings, flow, inputs.links))
     known = dict(baselines) if isinstance(baselines, Mapping) else {}
     wanted = ["resident", "baseline"] if baselines is True else []
     if check_prefetch:
         wanted.append("no_prefetch")
-        if not prefetch.horizons:
+        if not any(gpu.prefetch.horizons for gpu in ready):
             known["no_prefetch"] = data["makespan_ms"]
     known.update((name, run_baseline(name, inputs, costs, progress)) for name in wanted if name not in known)
     data.update(_compared(known, data))
     if replicates:
         data["replicates"] = summary(_replicates(inputs, replicates, progress))
-    data["estimates"] = dict(sorted(costs.estimates.items()))
+    estimates = [own.estimates for own in costs] + ([inputs.links.estimates] if inputs.links is not None else [])
+    data["estimates"] = dict(sorted((what, rule) for known in estimates for what, rule in known.items()))
     data["seed"] = scenario.seed
     data["predictor"] = asdict(inputs.predictor)
     data["warnings"] = warnings_of(inputs, data)
@@ -223,13 +280,13 @@ def simulate_inputs(
             f"the percentiles are too narrow: profile {inputs.profile.name} does not say how far {', '.join(missing)} "
             f"can be off; calibrate this machine"
         )
-    data["predictions_sha256"] = inputs.guesses.digest if inputs.guesses is not None else None
+    data["predictions_sha256"] = _digest(inputs)
     data["model"] = {"name": model.name, "layers": model.layers, "experts": model.experts, "top_k": model.top_k}
     data["budget_bytes"] = sum(gpu["budget_bytes"] for gpu in data["gpus"])
     data["expert_bytes_total"] = model.total_expert_bytes
     data["scenario"] = scenario.plain()
     data["versions"] = versions()
-    return Result(data, [recording], wall_s)
+    return Result(data, recordings, wall_s)
 
 
 def versions() -> dict[str, str]:
@@ -305,10 +362,52 @@ def dispatched(
     )
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What one GPU runs, ready to run: its inputs, costs, memory manager and prefetch policy."""
+
+    inputs: Inputs
+    costs: Costs
+    manager: MemoryManager
+    prefetch: Prefetch
+
+
+def part_costs(inputs: Inputs) -> list[Costs]:
+    """Return the costs of each GPU of a run."""
+    return [Costs(part.model, part.profile, with_latency(part.scenario, part.predictor)) for part in inputs.parts]
+
+
+def prepared(inputs: Inputs, costs: Sequence[Costs]) -> list[Prepared]:
+    """Return what each GPU of a run needs, as the scenario wants it."""
+    return [
+        Prepared(part, own, make_manager(part), make_prefetch(part.scenario, part.model, own.copies[0].queued_ns))
+        for part, own in zip(inputs.parts, costs, strict=True)
+    ]
+
+
+def run_all(inputs: Inputs, ready: Sequence[Prepared], watch: Watch = iter) -> list[measure.Recording]:
+    """Simulate one run and return what was recorded on each GPU."""
+    if not inputs.stages:
+        (gpu,) = ready
+        return [run(gpu.inputs, gpu.costs, gpu.manager, gpu.prefetch, watch)]
+    runs = []
+    for gpu in ready:
+        gauge, prefetching = Gauge(), gpu.prefetch.guesses > 0
+        visits = watch(dispatched(gpu.inputs, gpu.manager, gpu.prefetch, gauge))
+        runs.append(StageRun(visits, gpu.manager, gpu.costs, gpu.inputs.scenario, prefetching, gauge))
+    decoded = decode_stages(
+        runs,
+        flow_of(inputs.model, inputs.trace, inputs.steps),
+        inputs.links,
+        one_thread=inputs.scenario.parallel.dispatch_threads == "one",
+    )
+    return [_recording(gpu, found) for gpu, found in zip(ready, decoded, strict=True)]
+
+
 def run(
     inputs: Inputs, costs: Costs, manager: MemoryManager, prefetch: Prefetch, watch: Watch = iter
 ) -> measure.Recording:
-    """Simulate one run with the given manager and prefetch policy, and return what was recorded."""
+    """Simulate a run on one GPU with the given manager and prefetch policy, and return what was recorded."""
     gauge = Gauge()
     decoded: Decoded = decode(
         watch(dispatched(inputs, manager, prefetch, gauge)),
@@ -319,11 +418,24 @@ def run(
         prefetching=prefetch.guesses > 0,
         gauge=gauge if prefetch.uses_clock else None,
     )
-    in_pieces = inputs.scenario.copy_.discipline == "priority"
-    pieces = [cost.pieces if in_pieces else 1 for cost in costs.copies]
+    return _recording(Prepared(inputs, costs, manager, prefetch), decoded)
+
+
+def _recording(gpu: Prepared, decoded: Decoded) -> measure.Recording:
+    """Return what one GPU recorded, with what its metrics need."""
+    inputs, costs = gpu.inputs, gpu.costs
+    pieces = [cost.pieces if costs.by_priority else 1 for cost in costs.copies]
     return measure.Recording(
-        decoded, manager, inputs.trace, inputs.steps, inputs.model.expert_bytes, pieces, costs.kernel_lags
-    )
+        decoded, gpu.manager, inputs.trace, inputs.steps, inputs.model.expert_bytes, pieces, costs.kernel_lags,
+        inputs.device, inputs.first_layer,
+    )  # fmt: skip
+
+
+def previous_steps(inputs: Inputs) -> list[int] | None:
+    """Return the step that each step of a pipeline goes on from, as `merge.step_metrics` takes them."""
+    if not inputs.stages:
+        return None
+    return [max(before, default=-1) for before in continued_steps(inputs.steps, inputs.trace.sequence)]
 
 
 def _watched(progress: Progress | None, what: str, total: int) -> Watch:
@@ -331,9 +443,11 @@ def _watched(progress: Progress | None, what: str, total: int) -> Watch:
     if progress is None:
         return iter
     every = max(1, total // 100)
+    counter = itertools.count(1)  # over all GPUs
 
     def watch(visits: Iterator[Visit]) -> Iterator[Visit]:
-        for done, visit in enumerate(visits, 1):
+        for visit in visits:
+            done = next(counter)
             if done % every == 0 or done == total:
                 progress(what, done, total)
             yield visit
@@ -341,25 +455,32 @@ def _watched(progress: Progress | None, what: str, total: int) -> Watch:
     return watch
 
 
-def run_baseline(name: str, inputs: Inputs, costs: Costs, progress: Progress | None = None) -> float:
-    """Return the makespan in ms of one of BASELINES."""
-    model = inputs.model
+def run_baseline(name: str, inputs: Inputs, costs: Sequence[Costs], progress: Progress | None = None) -> float:
+    """Return the makespan in ms of one of BASELINES, given the costs of each GPU."""
+    if name == "resident":
+        inputs = replace(inputs, budgets=None, stages=tuple(replace(stage, budgets=None) for stage in inputs.stages))
+    ready = [
+        Prepared(part, own, _baseline_manager(name, part), NoPrefetch())
+        for part, own in zip(inputs.parts, costs, strict=True)
+    ]
+    return run_ns(run_all(inputs, ready, _watched(progress, BASELINES[name], inputs.layer_visits))) / 1e6
+
+
+def _baseline_manager(name: str, inputs: Inputs) -> MemoryManager:
+    """Return the memory manager of one of BASELINES on one GPU."""
     if name == "no_prefetch":
-        manager = make_manager(inputs)
-    else:
-        resident = name == "resident"
-        inputs = replace(inputs, budgets=None) if resident else inputs
-        manager = MemoryManager(
-            model.expert_bytes,
-            model.experts,
-            model.total_expert_bytes if resident else inputs.budget_bytes,
-            EVICTION["lru"],
-            drop_after_visit=not resident,
-        )
-        if resident:
-            manager.preload(range(model.total_experts))
-    watch = _watched(progress, BASELINES[name], inputs.layer_visits)
-    return run(inputs, costs, manager, NoPrefetch(), watch).makespan_ns / 1e6
+        return make_manager(inputs)
+    model, resident = inputs.model, name == "resident"
+    manager = MemoryManager(
+        model.expert_bytes,
+        model.experts,
+        model.total_expert_bytes if resident else inputs.budget_bytes,
+        EVICTION["lru"],
+        drop_after_visit=not resident,
+    )
+    if resident:
+        manager.preload(range(model.total_experts))
+    return manager
 
 
 def baseline_scenario(name: str, scenario: Scenario) -> Scenario:
@@ -390,12 +511,13 @@ def _compared(known: Mapping[str, float], data: dict[str, Any]) -> dict[str, flo
 def _replicates(inputs: Inputs, count: int, progress: Progress | None) -> list[dict[str, Any]]:
     """Return makespan and tokens/s of each replicate."""
     results = []
-    scenario = with_latency(inputs.scenario, inputs.predictor)
-    for number, costs in enumerate(replicate_costs(inputs.model, inputs.profile, scenario, count), 1):
-        prefetch = make_prefetch(inputs.scenario, inputs.model, costs.copies[0].queued_ns)
-        recording = run(inputs, costs, make_manager(inputs), prefetch)
-        speed = measure.step_metrics(recording)
-        results.append({"makespan_ms": recording.makespan_ns / 1e6, "tokens_per_second": speed["tokens_per_second"]})
+    scenario, profile = with_latency(inputs.scenario, inputs.predictor), inputs.profile
+    # The same seed for all GPUs: what is drawn is how far the profile is off, and they share it.
+    drawn = zip(*(replicate_costs(part.model, profile, scenario, count) for part in inputs.parts), strict=True)
+    for number, costs in enumerate(drawn, 1):
+        recordings = run_all(inputs, prepared(inputs, costs))
+        speed = step_metrics(recordings, previous_steps(inputs))
+        results.append({"makespan_ms": run_ns(recordings) / 1e6, "tokens_per_second": speed["tokens_per_second"]})
         if progress is not None:
             progress("replicates", number, count)
     return results
@@ -409,20 +531,34 @@ def _shadow_misses(inputs: Inputs, prefetch: Prefetch) -> npt.NDArray[np.int64] 
     return measure.miss_keys(shadow, inputs.model.total_experts)
 
 
-def _deduplication(inputs: Inputs) -> dict[str, int]:
+def _digest(inputs: Inputs) -> str | None:
+    """Return what identifies the guesses of a run, those of all GPUs together; None if there are none."""
+    digests = [part.guesses.digest for part in inputs.parts if part.guesses is not None]
+    if len(digests) < 2:
+        return digests[0] if digests else None
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _deduplication(inputs: Inputs) -> dict[str, int] | None:
     """Return how many guesses there are, how many differ, and the bytes of experts that tokens of a batch guess again.
 
-    Asking once for each saves at most these bytes: a copy of what is assigned already would not be made anyway.
+    Asking once for each saves at most these bytes: a copy of what is assigned already would not be made anyway. None
+    where nobody guesses.
     """
+    counted = [_guess_counts(part, part.guesses) for part in inputs.parts if part.guesses is not None]
+    return {name: sum(counts[name] for counts in counted) for name in counted[0]} if counted else None
+
+
+def _guess_counts(inputs: Inputs, guesses: Guesses) -> dict[str, int]:
+    """Return what `_deduplication` tells of one GPU."""
     guessed = unique = shared_bytes = first = 0
-    assert inputs.guesses is not None
     sizes = np.array(inputs.model.expert_bytes, dtype=np.int64)
-    layers, horizons = inputs.guesses.experts.shape[1:3]
+    layers, horizons = guesses.experts.shape[1:3]
     target = (np.arange(layers)[:, None] + np.arange(1, horizons + 1)) % layers
     for step in inputs.steps:
         last = first + len(step.rows)
         # (layer, horizon, every guess of the step's tokens), sorted: equal guesses lie side by side.
-        together = np.moveaxis(inputs.guesses.experts[first:last], 0, -1).reshape(layers, horizons, -1)
+        together = np.moveaxis(guesses.experts[first:last], 0, -1).reshape(layers, horizons, -1)
         together = np.sort(together, axis=-1)
         valid = together >= 0
         again = np.zeros_like(valid)

@@ -23,12 +23,11 @@ from ..workloads.fitted import FittedRouting
 from ..workloads.importers import open_trace
 from ..workloads.model import load_model
 from ..workloads.trace import RoutingTrace, TraceError
-from .costs import Costs
 from .grid import Grid, Point, make_grid
 from .inputs import Inputs
 from .journal import Journal, Rows, check_export, export
 from .scenario import Scenario, ScenarioError, make_scenario
-from .simulate import BASELINES, baseline_scenario, load_inputs, run_baseline, simulate_inputs, versions
+from .simulate import BASELINES, baseline_scenario, load_inputs, part_costs, run_baseline, simulate_inputs, versions
 from .workers import Workers
 
 #: Called with what is running, and how many of how many are done.
@@ -234,7 +233,7 @@ def run_shared(shared: Baseline) -> float | None:
     """Run a baseline and return its makespan in ms; None if it cannot run, which its rows then say themselves."""
     with suppress(Exception):
         inputs = worker_inputs(make_scenario(shared.scenario), shared.hashes)
-        return run_baseline(shared.name, inputs, Costs(inputs.model, inputs.profile, inputs.scenario))
+        return run_baseline(shared.name, inputs, part_costs(inputs))
     return None
 
 

@@ -11,10 +11,13 @@ import numpy as np
 
 from prestage.engine.costs import Costs
 from prestage.engine.inputs import Inputs
+from prestage.engine.memory_manager import MemoryManager
 from prestage.engine.output.metrics import Recording
+from prestage.engine.policies.eviction import EVICTION
+from prestage.engine.policies.prefetch import NoPrefetch
 from prestage.engine.predicting import predictor_cost
 from prestage.engine.scenario import Scenario, make_scenario
-from prestage.engine.simulate import make_manager, make_prefetch, run
+from prestage.engine.simulate import Prepared, completed, make_manager, make_prefetch, part_costs, run, run_all
 from prestage.resources.profile import Profile
 from prestage.workloads.batches import plan_steps
 from prestage.workloads.model import Model
@@ -37,8 +40,14 @@ def tiny_profile(
     kernel_gap_ns: int = 0,
     alone_latency_ns: int = 0,
     memory: str = "pinned",
+    gpus: int = 1,
+    peer_latency_ns: int | None = None,
 ) -> Profile:
-    """Return a profile of round numbers; what is not given costs nothing."""
+    """Return a profile of round numbers; what is not given costs nothing.
+
+    Several `gpus` have wide links of their own to the host and to each other; copies between them take
+    `peer_latency_ns` and one ns a byte, or nothing.
+    """
 
     def line(latency_ns: int) -> dict[str, Any]:
         return {"latency_ns": latency_ns, "bytes_per_second": 10**9, **ASSUMED}
@@ -91,8 +100,33 @@ def tiny_profile(
                 "copy_enqueue": fixed(enqueue_ns),
                 "synchronize": fixed(synchronize_ns),
             },
+            "peer": None if gpus == 1 else peers(peer_latency_ns),
+            "topology": None if gpus == 1 else tiny_topology(gpus),
         }
     )
+
+
+def peers(latency_ns: int | None) -> dict[str, Any]:
+    """Return the costs of copies between GPUs."""
+    free = {"points": [[0, 0], [1, 0]], **ASSUMED}
+    line = {"latency_ns": latency_ns, "bytes_per_second": 10**9, **ASSUMED} if latency_ns is not None else free
+    return {"alone": line, "queued": line, "gap": {"ns": 0, **ASSUMED}}
+
+
+def tiny_topology(gpus: int, host_bytes_per_second: int = 10**15) -> dict[str, Any]:
+    """Return a host and so many GPUs, all linked with each other by wide links of their own."""
+    nodes = [{"name": "host0", "kind": "host", "capacity_bytes": 10**12}, {"name": "cpu0", "kind": "cpu"}]
+    nodes += [{"name": f"gpu{number}", "kind": "gpu", "capacity_bytes": 10**9} for number in range(gpus)]
+    pairs = [("host0", "cpu0", "dram", host_bytes_per_second)]
+    pairs += [("cpu0", f"gpu{number}", "pcie", 10**15) for number in range(gpus)]
+    pairs += [(f"gpu{a}", f"gpu{b}", "nvlink", 10**15) for a in range(gpus) for b in range(a)]
+    return {
+        "nodes": [{**node, **ASSUMED} for node in nodes],
+        "links": [
+            {"ends": [a, b], "kind": kind, "bytes_per_second": rate, "latency_ns": 0, **ASSUMED}
+            for a, b, kind, rate in pairs
+        ],
+    }
 
 
 def tiny_model(
@@ -167,6 +201,32 @@ def tiny_inputs(model: Model, profile: Profile, trace: RoutingTrace, scenario: S
     budget_bytes = scenario.memory.budget_bytes(model.expert_bytes, model.experts)
     cost = predictor_cost(scenario.predictor)
     return Inputs(scenario, model, profile, trace, steps, budget_bytes, guesses, predictor=cost)
+
+
+def tiny_pipeline(model: Model, profile: Profile, trace: RoutingTrace, scenario: Scenario) -> Inputs:
+    """Return what a scenario of several stages or micro-batches would have loaded from files."""
+    workload = scenario.workload
+    steps = plan_steps(
+        trace.sequence,
+        trace.phase,
+        batch=workload.batch,
+        prefill=workload.prefill,
+        chunk_tokens=workload.chunk_tokens,
+        tokens=workload.tokens,
+        micro_batches=scenario.parallel.micro_batches,
+    )
+    return completed(Inputs(scenario, model, profile, trace, steps, budget_bytes=0, guesses=None))
+
+
+def run_resident(inputs: Inputs) -> list[Recording]:
+    """Run inputs with every expert in memory from the start, on all GPUs."""
+    ready = []
+    for part, costs in zip(inputs.parts, part_costs(inputs), strict=True):
+        model = part.model
+        manager = MemoryManager(model.expert_bytes, model.experts, model.total_expert_bytes, EVICTION["lru"])
+        manager.preload(range(model.total_experts))
+        ready.append(Prepared(part, costs, manager, NoPrefetch()))
+    return run_all(inputs, ready)
 
 
 def tiny_run(model: Model, profile: Profile, trace: RoutingTrace, scenario: Scenario) -> Recording:

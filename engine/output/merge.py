@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ...resources.network import Carried, link_loads
 from ...resources.timeline import DENSE, LaneName, Timeline
+from ..links import Links
 from . import metrics as measure
 from .metrics import Recording
 
@@ -100,6 +102,18 @@ def memory_steps(recordings: Sequence[Recording]) -> tuple[Array, Array, Array]:
             assigned += np.where(place < 0, 0, assigned_bytes[place])
             budget += budget_bytes[np.maximum(place, 0)]
     return at_ns, assigned, budget
+
+
+def link_usage(recordings: Sequence[Recording], links: Links, sent: Iterable[Carried]) -> list[dict[str, Any]]:
+    """Return what each link of the machine carried, as `network.link_loads` does.
+
+    That is the copies from the host, and what GPUs have `sent` each other; read-backs, of a few bytes, are left out.
+    """
+    fetched = [
+        Carried(route, recording.copy_span_bytes, recording.copy_spans["start_ns"], recording.copy_spans["end_ns"])
+        for route, recording in zip(links.host_routes, recordings, strict=True)
+    ]
+    return link_loads([*fetched, *sent], links.topology, makespan_ns(recordings))
 
 
 def budget_bytes(recording: Recording) -> int:

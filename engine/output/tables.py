@@ -55,21 +55,16 @@ def print_result(data: dict[str, Any]) -> None:
 
 
 def _print_gpus(console: Console, gpus: Sequence[Mapping[str, Any]], makespan_ms: float) -> None:
-    """Print what each GPU did: its layers, where its time went, its copies and its memory."""
-    parts = list(gpus[0]["time"])
-    names = [part.removesuffix("_ms") for part in parts]
-    table = _table("GPU", "layers", *names, "hit rate", "copied", "budget", "of it used")
-    for gpu in gpus:
-        copied = gpu["bytes"]["demand"] + gpu["bytes"]["prefetch"]
-        table.add_row(
-            gpu["device"],
-            gpu["layers"],
-            *(_share(gpu["time"][part], makespan_ms) for part in parts),
-            _share(gpu["hit_rate"], 1),
-            f"{copied / 2**20:,.1f} MiB",
-            f"{gpu['budget_bytes'] / 2**30:.2f} GiB",
-            _share(gpu["memory_utilization"], 1),
-        )
+    """Print what each GPU did, one beside the other: its layers, where its time went, its copies and its memory."""
+    table = _table("", *(gpu["device"] for gpu in gpus))
+    table.add_row("layers", *(gpu["layers"] for gpu in gpus))
+    for part in gpus[0]["time"]:
+        table.add_row(part.removesuffix("_ms"), *(_share(gpu["time"][part], makespan_ms) for gpu in gpus))
+    table.add_row("hit rate", *(_share(gpu["hit_rate"], 1) for gpu in gpus))
+    copied = (gpu["bytes"]["demand"] + gpu["bytes"]["prefetch"] for gpu in gpus)
+    table.add_row("copied (MiB)", *(f"{size_bytes / 2**20:,.0f}" for size_bytes in copied))
+    table.add_row("budget (MiB)", *(f"{gpu['budget_bytes'] / 2**20:,.0f}" for gpu in gpus))
+    table.add_row("of it used", *(_share(gpu["memory_utilization"], 1) for gpu in gpus))
     console.print(Text("\nEach GPU", style="bold"))
     console.print(table)
 

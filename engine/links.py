@@ -1,0 +1,136 @@
+"""The links of a run on several GPUs: the way of each copy over the machine's graph; what copies between GPUs take.
+
+What a copy takes by itself is the profile's; where it has no cost for a way between GPUs, the graph's bandwidth and
+latency stand in, and are named in `estimates`. Copies that run at once and want more of a link than it carries share it
+out, through one network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import simpy
+
+from ..resources.lane import CoupledLane, FifoLane, Lags
+from ..resources.network import Network, Transfer, contended
+from ..resources.profile import Profile
+from ..resources.timeline import Timeline
+from ..resources.topology import Route, Topology
+from .costs import Costs
+from .scenario import Scenario, ScenarioError
+
+
+@dataclass(frozen=True)
+class HostLink:
+    """The way of one GPU's copies from the host, where others share it: the network, the route and their sizes.
+
+    `transfers` (layers,): what one copy moves, or one piece of it where it goes in pieces of its own.
+    """
+
+    network: Network
+    transfers: Sequence[Transfer]
+
+
+class PeerCosts:
+    """What copies from one GPU to another take: their time by size, their host's calls and the lags of their lane."""
+
+    def __init__(self, route: Route, profile: Profile, scenario: Scenario, estimates: dict[str, str]) -> None:
+        free = scenario.dispatch.mode == "free"
+        # Nobody has measured copies that are staged through host memory: they are no faster than the graph says.
+        measured = None if route.staged else profile.peer
+        if measured is None:
+            estimates["copies between GPUs"] = (
+                "the latencies and the narrowest link of their route over the machine's graph; calls and gaps as of "
+                "copies from the host"
+            )
+        copies = measured or profile.h2d.get("pinned") or next(iter(profile.h2d.values()))
+        self.route = route
+        self._costs = measured
+        self.latency_ns = 0 if free else copies.launch_latency.ns
+        self.host_ns = 0 if free else profile.host.copy_enqueue.ns + profile.host.event_record.ns
+        gap_ns, wait_ns = copies.gap.ns, 0 if free else copies.event_wait_gap.ns
+        self.lags = Lags(gap_ns, gap_ns, wait_ns, wait_ns)
+        self._transfers: dict[int, Transfer] = {}
+
+    def alone_ns(self, size_bytes: int) -> int:
+        """Return what a copy of so many bytes takes on an idle lane."""
+        return self.route.ns(size_bytes) if self._costs is None else self._costs.alone.ns(size_bytes)
+
+    def queued_ns(self, size_bytes: int) -> int:
+        """Return what it takes right behind another."""
+        return self.route.ns(size_bytes) if self._costs is None else self._costs.queued.ns(size_bytes)
+
+    def transfer(self, size_bytes: int) -> Transfer:
+        """Return what such a copy moves over the links, always the same for the same size."""
+        return self._transfers.setdefault(size_bytes, Transfer(self.route, size_bytes))
+
+
+class Links:
+    """The links of a machine with so many GPUs at work, for as many runs as there are.
+
+    Raises ScenarioError naming the `key` that asks for them if the profile's machine has fewer GPUs.
+    """
+
+    def __init__(self, profile: Profile, scenario: Scenario, gpus: int, key: str) -> None:
+        topology = profile.topology
+        have = len(topology.gpus) if topology is not None else 1
+        if topology is None or have < gpus:
+            known = "no topology, so 1 GPU" if topology is None else f"{have} GPU{'s' * (have > 1)}"
+            raise ScenarioError(
+                f"{key} = {gpus}: profile {profile.name} has {known}: choose a machine.profile with {gpus}"
+            )
+        self.gpus = topology.gpus[:gpus]
+        self.topology: Topology = topology
+        self.host_routes = [topology.route(topology.host_of(gpu), gpu) for gpu in self.gpus]
+        #: What stands in for costs that the profile lacks, as of `Costs`.
+        self.estimates: dict[str, str] = {}
+        self._profile, self._scenario, self._key = profile, scenario, key
+        self._peers: dict[tuple[int, int], PeerCosts] = {}
+
+    def peer(self, source: int, target: int) -> PeerCosts:
+        """Return what copies from one GPU to another take; TopologyError if there is no route."""
+        if (source, target) not in self._peers:
+            route = self.topology.route(self.gpus[source], self.gpus[target])
+            self._peers[source, target] = PeerCosts(route, self._profile, self._scenario, self.estimates)
+        return self._peers[source, target]
+
+    def with_profile(self, profile: Profile) -> Links:
+        """Return these links at the costs of another profile."""
+        return Links(profile, self._scenario, len(self.gpus), self._key)
+
+    def network(self, costs: Sequence[Costs]) -> Network | None:
+        """Return a network for one run, given each GPU's costs; None if its copies can never slow one another down.
+
+        Copies between GPUs count where `peer` was asked for them.
+        """
+        if not self._scenario.copy_.contention:
+            return None
+        asked = []
+        for route, own in zip(self.host_routes, costs, strict=True):
+            copies = zip(own.expert_bytes, own.copies, strict=True)
+            asked.append((route, max(size * 10**9 // max(1, copy.queued_ns) for size, copy in copies)))
+        long = 1 << 30
+        asked += [(peer.route, long * 10**9 // max(1, peer.queued_ns(long))) for peer in self._peers.values()]
+        return Network(self.topology) if contended(asked, self.topology) else None
+
+    def host_link(self, gpu: int, costs: Costs, network: Network | None) -> HostLink | None:
+        """Return the way from the host to one GPU, for its copies to share; None where they never have to."""
+        if network is None:
+            return None
+        pieces = [copy.pieces if costs.by_priority else 1 for copy in costs.copies]
+        sizes = [-(-size // count) for size, count in zip(costs.expert_bytes, pieces, strict=True)]
+        transfer_of = {size: Transfer(self.host_routes[gpu], size) for size in sizes}
+        return HostLink(network, [transfer_of[size] for size in sizes])
+
+
+def peer_lane(
+    env: simpy.Environment, timeline: Timeline, device: str, title: str, lags: Lags, network: Network | None
+) -> FifoLane | CoupledLane:
+    """Add a lane for the copies that one GPU sends to others, in order, and return it."""
+    number = timeline.add_lane(device, "peer", title)
+    if network is None:
+        return FifoLane(timeline, number, lags)
+    lane = CoupledLane(env, timeline, number, lags)
+    lane.join(network.share())
+    return lane

@@ -1,0 +1,254 @@
+"""Pipeline parallelism: several GPUs, each with a stage of the layers, that steps pass one after the other.
+
+Every stage serves all steps in the same order, as `decoder` serves them on one GPU. Its first kernel of a step waits,
+in stream order, for the activations that the stage before sends; on the first stage, a decode step waits for the tokens
+that the last one sampled for the same sequences. What is decided at a stage depends on that stage's order alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import simpy
+
+from ..resources.lane import Completion, CoupledLane, FifoLane, Pending
+from ..resources.network import Carried, Network
+from ..resources.timeline import ACTIVATION, HEAD
+from ..workloads.batches import Step, continued_steps
+from ..workloads.model import Model
+from ..workloads.trace import RoutingTrace
+from .costs import Costs
+from .decoder import collector_off
+from .dispatch import Visit
+from .gpu import Decoded, Gpu
+from .links import Links, PeerCosts, peer_lane
+from .memory_manager import MemoryManager
+from .output.metrics import Recording
+from .policies.prefetch import Gauge
+from .scenario import Scenario
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """What one stage runs: its visits, as they are decided; `prefetching`: its predictor runs too."""
+
+    visits: Iterator[Visit]
+    manager: MemoryManager
+    costs: Costs
+    scenario: Scenario
+    prefetching: bool
+    gauge: Gauge
+
+
+@dataclass(frozen=True)
+class Flow:
+    """The steps that pass the stages, and what passes between them.
+
+    `continued` (steps,) are the steps whose sampled tokens each one goes on from (see `batches.continued_steps`);
+    `activation_bytes` (steps,) go from a stage to the next, `token_bytes` (steps,) from the last to the first, 0 where
+    no later step needs them.
+    """
+
+    steps: Sequence[Step]
+    continued: Sequence[tuple[int, ...]]
+    activation_bytes: Sequence[int]
+    token_bytes: Sequence[int]
+
+
+#: What one hidden state's number takes on its way: kernels compute in 16 bits, unless the weights have more.
+_ACTIVATION_BYTES = {"float32": 4}
+#: A sampled token's id, an int64 as torch makes it.
+_TOKEN_BYTES = 8
+
+
+def flow_of(model: Model, trace: RoutingTrace, steps: Sequence[Step]) -> Flow:
+    """Return what passes between the stages of a model: a hidden state for each token, an id for each sequence."""
+    continued = continued_steps(steps, trace.sequence)
+    needed = {step for before in continued for step in before}
+    width_bytes = model.hidden * _ACTIVATION_BYTES.get(model.dense_dtype, 2)
+    token_bytes = [
+        _TOKEN_BYTES * len(np.unique(trace.sequence[step.rows])) if number in needed else 0
+        for number, step in enumerate(steps)
+    ]
+    return Flow(steps, continued, [len(step.rows) * width_bytes for step in steps], token_bytes)
+
+
+class _Arrivals:
+    """When what one stage sends for each step is at another: promised before it is known, if it is asked for."""
+
+    def __init__(self, env: simpy.Environment, steps: int) -> None:
+        self._env = env
+        self._of: list[Completion | None] = [None] * steps
+
+    def of(self, step: int) -> Completion:
+        """Return when it is there, or a promise of it."""
+        found = self._of[step]
+        if found is None:
+            found = self._of[step] = Pending()
+        return found if isinstance(found, int) or found.end_ns is None else found.end_ns
+
+    def set(self, step: int, end: Completion) -> None:
+        """Say when it is there."""
+        promised = self._of[step]
+        if promised is None and isinstance(end, int):
+            self._of[step] = end
+            return
+        if promised is None:
+            promised = self._of[step] = Pending()
+        assert isinstance(promised, Pending)
+        if isinstance(end, int):
+            self._tell(promised, end)
+        else:
+            end.then(lambda: self._tell(promised, end.end_ns or 0))
+
+    def _tell(self, promised: Pending, end_ns: int) -> None:
+        """Keep a promise in an event of its own: stages wait for each other, and would call each other ever deeper."""
+        event = self._env.event()
+        event.callbacks.append(lambda _: promised.resolve(end_ns))
+        event.succeed()
+
+
+@dataclass(frozen=True)
+class _Way:
+    """What goes from one stage to another: by which lane, what it costs, its bytes at each step, and its arrivals."""
+
+    lane: FifoLane | CoupledLane
+    costs: PeerCosts
+    size_bytes: Sequence[int]
+    arrivals: _Arrivals
+
+    def send(self, gpu: Gpu, step: int, end: Completion) -> None:
+        """Let the host thread of a GPU enqueue the copy of what a kernel leaves that ends at `end`."""
+        costs, size_bytes = self.costs, self.size_bytes[step]
+        if not size_bytes:
+            return
+        gpu.now_ns += gpu.costs.wait_ns + costs.host_ns
+        arrived = self.lane.submit(
+            costs.queued_ns(size_bytes),
+            costs.alone_ns(size_bytes),
+            gpu.now_ns + costs.latency_ns,
+            end,
+            ACTIVATION,
+            visit=gpu.visit,
+            transfer=costs.transfer(size_bytes),
+        )
+        self.arrivals.set(step, arrived)
+
+
+@dataclass
+class _Stage:
+    """One stage at work: its GPU, its visits, and the steps that it serves, each of so many `tokens` (steps,).
+
+    `receives` are the arrivals that its steps wait for, `waits_for` (steps,) which of them, -1 for none.
+    """
+
+    gpu: Gpu
+    visits: Iterator[Visit]
+    tokens: Sequence[int]
+    has_head: bool
+    receives: _Arrivals | None = None
+    waits_for: Sequence[int] = ()
+    sends: _Way | None = None
+
+    def serve(self, step: int) -> Generator[simpy.Event, Any, None]:
+        """Dispatch one step: its layers here, as `decoder.host` does, then the head, or what the next stage needs."""
+        gpu, tokens = self.gpu, self.tokens[step]
+        last = yield from gpu.forward(tokens, self.visits, self._arrival(step))
+        # Where no lane runs in SimPy's time, the host's clock and SimPy's meet once a step.
+        if gpu.now_ns > gpu.env.now:
+            yield gpu.env.timeout(gpu.now_ns - gpu.env.now)
+        if self.has_head:
+            head = gpu.costs.head(tokens)
+            yield from gpu.wait_for_queue(head.launches)
+            last = gpu.launch(head, HEAD)
+        if self.sends is not None:
+            self.sends.send(gpu, step, last)
+
+    def _arrival(self, step: int) -> Completion:
+        """Return when what this step waits for comes from another GPU; 0 if it waits for nothing."""
+        if self.receives is None or self.waits_for[step] < 0:
+            return 0
+        return self.receives.of(self.waits_for[step])
+
+
+def decode_stages(stages: Sequence[StageRun], flow: Flow, links: Links | None, *, one_thread: bool) -> list[Decoded]:
+    """Run the stages of a pipeline, each on a GPU of its own, and return what was recorded on each.
+
+    `links` are those between the GPUs; None for one stage. `one_thread` serves all stages of a step before the next;
+    otherwise each GPU has a thread of its own.
+    """
+    env = simpy.Environment()
+    network = None
+    if links is not None:
+        pipeline_routes(links)
+        network = links.network([stage.costs for stage in stages])
+    tokens = [len(step.rows) for step in flow.steps]
+    working = []
+    for number, run in enumerate(stages):
+        gpu = Gpu(
+            env, run.manager, run.costs, run.scenario, prefetching=run.prefetching, most_tokens=max(tokens),
+            device=f"gpu{number}", host="host" if one_thread or len(stages) == 1 else f"host{number}",
+            link=None if links is None else links.host_link(number, run.costs, network),
+        )  # fmt: skip
+        run.gauge.now_ns, run.gauge.backlog_ns = _clock(gpu), gpu.backlog_ns
+        working.append(_Stage(gpu, run.visits, tokens, has_head=run is stages[-1]))
+    if links is not None:
+        _connect(env, working, flow, links, network)
+    groups = [working] if one_thread else [[stage] for stage in working]
+    for served in groups:
+        env.process(_thread(served, len(tokens)))
+    with collector_off():
+        env.run()
+    return [stage.gpu.recorded() for stage in working]
+
+
+def pipeline_routes(links: Links) -> list[PeerCosts]:
+    """Return what copies from each stage to the next take, and from the last to the first; raise if a route lacks."""
+    gpus = len(links.gpus)
+    return [links.peer(number, (number + 1) % gpus) for number in range(gpus)]
+
+
+def sent(recordings: Sequence[Recording], flow: Flow, links: Links) -> list[Carried]:
+    """Return what each stage of a finished run has sent to the next, and the last one to the first."""
+    carried = []
+    for number, (recording, costs) in enumerate(zip(recordings, pipeline_routes(links), strict=True)):
+        copies = recording.spans[recording.spans["kind"] == ACTIVATION]
+        to_next = number < len(recordings) - 1
+        size_bytes = np.array(flow.activation_bytes if to_next else flow.token_bytes, dtype=np.int64)
+        step = copies["visit"] // len(recording.expert_bytes)
+        carried.append(Carried(costs.route, size_bytes[step], copies["start_ns"], copies["end_ns"]))
+    return carried
+
+
+def _clock(gpu: Gpu) -> Callable[[], int]:
+    return lambda: gpu.now_ns
+
+
+def _connect(
+    env: simpy.Environment, stages: Sequence[_Stage], flow: Flow, links: Links, network: Network | None
+) -> None:
+    """Let each stage send its activations to the next, and the last one its tokens to the first."""
+    steps = range(len(flow.steps))
+    for number, (stage, costs) in enumerate(zip(stages, pipeline_routes(links), strict=True)):
+        to = (number + 1) % len(stages)
+        arrivals = _Arrivals(env, len(steps))
+        lane = peer_lane(env, stage.gpu.timeline, f"gpu{number}", f"copy engine to gpu{to}", costs.lags, network)
+        stage.sends = _Way(lane, costs, flow.activation_bytes if to else flow.token_bytes, arrivals)
+        stages[to].receives = arrivals
+        stages[to].waits_for = steps if to else [before[-1] if before else -1 for before in flow.continued]
+
+
+def _thread(stages: Sequence[_Stage], steps: int) -> Generator[simpy.Event, Any, None]:
+    """Serve every step at these stages, one after the other, with one host thread."""
+    gpu = stages[0].gpu
+    for step in range(steps):
+        for stage in stages:
+            if stage.gpu is not gpu:
+                gpu.end_busy()
+                stage.gpu.take_over(gpu.now_ns)
+                gpu = stage.gpu
+            yield from stage.serve(step)
+    gpu.end_busy()

@@ -1,0 +1,138 @@
+"""Stages of a pipeline: what each has of the model, its trace and its guesses.
+
+A stage is a run of its own: a model of its layers only, numbered from 0, with the trace's choices there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+from ..resources.profile import Profile
+from ..workloads.batches import Step
+from ..workloads.model import Model
+from ..workloads.predictors import Guesses
+from ..workloads.trace import RoutingTrace
+from .costs import Costs
+from .dispatch import step_accesses
+from .inputs import Inputs
+from .policies.split import Layers, divide
+
+#: Predictors that know the whole model's layers; all others guess from what a stage sees of the trace.
+OF_WHOLE_MODEL = ("learned", "recorded")
+#: The steps at the beginning of a run that layers are weighed by, and that a search for a split simulates.
+SAMPLE_STEPS = 64
+_SEEDS = 2**63
+
+
+def stage_inputs(whole: Inputs, counts: Sequence[int]) -> list[Inputs]:
+    """Return the inputs of stages with so many layers each, from those of the whole model; without budgets.
+
+    Each draws its luck from a seed of its own: the scenario's and the number of the stage. Guesses are those of the
+    whole model cut out, where it has some.
+    """
+    stages = []
+    for number, (first, count) in enumerate(zip(first_layers(counts), counts, strict=True)):
+        scenario = whole.scenario.model_copy(update={"seed": (whole.scenario.seed + number) % _SEEDS})
+        stages.append(
+            Inputs(
+                scenario,
+                stage_model(whole.model, first, count),
+                whole.profile,
+                stage_trace(whole.trace, first, count),
+                whole.steps,
+                budget_bytes=0,
+                guesses=None if whole.guesses is None else stage_guesses(whole.guesses, first, count),
+                device=f"gpu{number}",
+                first_layer=first,
+            )
+        )
+    return stages
+
+
+def stage_layers(whole: Inputs, makespan_ns: Callable[[tuple[int, ...]], int | None]) -> tuple[int, ...]:
+    """Return how many layers each stage takes, as the scenario divides them; SplitError if that cannot be.
+
+    `makespan_ns` as of `Layers`.
+    """
+    costs = Costs(whole.model, whole.profile, whole.scenario)
+    weights = partial(compute_ns, costs, whole.model, whole.trace, whole.steps[:SAMPLE_STEPS])
+    parallel = whole.scenario.parallel
+    return divide(parallel.split, Layers(parallel.stages, whole.model.expert_bytes, weights, makespan_ns))
+
+
+def with_profile(inputs: Inputs, profile: Profile) -> Inputs:
+    """Return inputs that run at the costs of another profile of the same machine, on all its GPUs."""
+    links = inputs.links
+    return replace(
+        inputs,
+        profile=profile,
+        stages=tuple(replace(stage, profile=profile) for stage in inputs.stages),
+        links=None if links is None else links.with_profile(profile),
+    )
+
+
+def compute_ns(costs: Costs, model: Model, trace: RoutingTrace, steps: Sequence[Step]) -> list[int]:
+    """Return the kernels' time of each layer over some steps, in ns (layers,); the head's is with the last layer."""
+    total = [0] * model.layers
+    for step in steps:
+        tokens = len(step.rows)
+        for layer, accesses in enumerate(step_accesses(trace, step)):
+            total[layer] += costs.dense(layer, tokens).ns
+            total[layer] += sum(costs.expert(layer, count).ns for count in accesses.tokens)
+        total[-1] += costs.head(tokens).ns
+    return total
+
+
+def stage_model(model: Model, first: int, count: int) -> Model:
+    """Return the model of `count` layers from `first` on; the head, and what it reads, is with the last layer only."""
+    last = first + count
+    cached = model.kv_bytes_per_token
+    return replace(
+        model,
+        layers=count,
+        expert_bytes=model.expert_bytes[first:last],
+        dense_bytes=model.dense_bytes[first:last],
+        head_bytes=model.head_bytes if last == model.layers else 0,
+        # An equal share of each layer, rounded so that the stages' add up to the model's.
+        kv_bytes_per_token=cached * last // model.layers - cached * first // model.layers,
+        parameters=None,
+    )
+
+
+def stage_trace(trace: RoutingTrace, first: int, count: int) -> RoutingTrace:
+    """Return what the trace holds of `count` layers from `first` on; guesses are not kept, see `stage_guesses`."""
+    here = slice(first, first + count)
+
+    def of_layers(array: Any) -> Any:
+        return None if array is None else array[:, here]
+
+    extra = {name: value[:, here] for name, value in trace.extra.items() if name == "residency"}
+    return replace(
+        trace,
+        experts=trace.experts[:, here],
+        weights=of_layers(trace.weights),
+        present=of_layers(trace.present),
+        predictions=None,
+        confidences=None,
+        extra=extra,
+    )
+
+
+def stage_guesses(guesses: Guesses, first: int, count: int) -> Guesses:
+    """Return the guesses that the whole model's predictor makes in a stage for layers of that stage, and no others."""
+    experts = guesses.experts[:, first : first + count].copy()
+    confidences = None if guesses.confidences is None else guesses.confidences[:, first : first + count].copy()
+    for ahead in range(1, guesses.horizons + 1):
+        experts[:, max(0, count - ahead) :, ahead - 1] = -1
+        if confidences is not None:
+            confidences[:, max(0, count - ahead) :, ahead - 1] = 0
+    return Guesses(guesses.rows, experts, confidences)
+
+
+def first_layers(counts: Iterable[int]) -> list[int]:
+    """Return the first layer of each stage."""
+    return [0, *accumulate(counts)][:-1]

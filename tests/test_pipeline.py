@@ -1,0 +1,244 @@
+"""Pipeline parallelism against closed forms and schedules worked by hand, to the nanosecond.
+
+A stage of two layers takes t = 20 ns over any batch: twice a dense part (3) and one expert's kernel (7). Nothing else
+takes time unless the test says so: experts are in memory, the host is free, and so are copies between GPUs.
+"""
+
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from random_cases import Case, cases, decide, play
+from tiny import peers, run_resident, tiny_model, tiny_pipeline, tiny_profile, tiny_scenario, tiny_topology, tiny_trace
+
+from prestage.engine.costs import Costs
+from prestage.engine.inputs import Inputs
+from prestage.engine.output.merge import makespan_ns, merged_timeline, run_metrics
+from prestage.engine.output.metrics import Recording, time_split
+from prestage.engine.scenario import DISPATCH_THREADS, make_scenario
+from prestage.engine.simulate import part_costs, prepared, previous_steps, run_all, simulate_inputs
+from prestage.resources.profile import make_profile
+from prestage.resources.timeline import ACTIVATION, DENSE, EXPERT, KINDS
+from prestage.workloads.batches import Step, continued_steps
+from prestage.workloads.trace import RoutingTrace
+
+T_NS = 20
+
+
+def sequences(count: int, tokens: int, layers: int, expert: int = 0) -> RoutingTrace:
+    """So many sequences of so many decode tokens that all use one expert."""
+    experts = [[[expert]] * layers] * (count * tokens)
+    return tiny_trace(experts, sequence=np.repeat(np.arange(count, dtype=np.int32), tokens))
+
+
+def staged(stages: int, micro_batches: int, batch: int, **sections: Any) -> Any:
+    parallel = {"stages": stages, "micro_batches": micro_batches, **sections.pop("parallel", {})}
+    return tiny_scenario(workload={"batch": batch}, parallel=parallel, **sections)
+
+
+def spans_of(recording: Recording, *kinds: str) -> list[tuple[int, int]]:
+    spans = recording.spans[np.isin(recording.spans["kind"], [KINDS.index(kind) for kind in kinds])]
+    return sorted((int(span["start_ns"]), int(span["end_ns"])) for span in spans)
+
+
+@pytest.mark.parametrize("stages", [2, 3, 4])
+@pytest.mark.parametrize("micro_batches", [1, 2, 4, 5])
+def test_one_pass_of_m_micro_batches_over_s_stages_takes_m_plus_s_less_1_times_t(
+    stages: int, micro_batches: int
+) -> None:
+    layers, batch = 2 * stages, 2 * micro_batches
+    scenario = staged(stages, micro_batches, batch)
+    inputs = tiny_pipeline(tiny_model(layers), tiny_profile(gpus=stages), sequences(batch, 1, layers), scenario)
+    assert makespan_ns(run_resident(inputs)) == (micro_batches + stages - 1) * T_NS
+
+
+@pytest.mark.parametrize("stages", [2, 3, 4])
+@pytest.mark.parametrize("micro_batches", [1, 2, 3, 4, 6])
+def test_decode_takes_its_steps_times_the_larger_of_m_and_s_and_the_smaller_to_fill(
+    stages: int, micro_batches: int
+) -> None:
+    # With M < S a micro-batch comes back before the next step can begin; with M > S it waits for its turn.
+    steps, layers = 5, 2 * stages
+    scenario = staged(stages, micro_batches, micro_batches)
+    trace = sequences(micro_batches, steps, layers)
+    inputs = tiny_pipeline(tiny_model(layers), tiny_profile(gpus=stages), trace, scenario)
+    recordings = run_resident(inputs)
+    most, least = max(micro_batches, stages), min(micro_batches, stages)
+    assert makespan_ns(recordings) == (steps * most + least - 1) * T_NS
+    data = run_metrics(recordings, [None] * stages, previous_steps(inputs))
+    # Every token but the first comes one round after the last.
+    assert data["time_per_token_ms"]["p50"] == most * T_NS / 1e6
+
+
+def test_activations_and_tokens_take_their_way_between_the_stages() -> None:
+    # One sequence of two tokens on two stages. A hidden state is 8 numbers of 2 bytes, 16 ns after 5 of latency; a
+    # token's id 8 bytes. Step 0: stage 0 at 0-20, activations 20-41, stage 1 at 41-61, the id goes back at 61-74.
+    # Step 1: 74-94, activations 94-115, stage 1 at 115-135. Nobody needs the last id.
+    inputs = tiny_pipeline(tiny_model(4), tiny_profile(gpus=2, peer_latency_ns=5), sequences(1, 2, 4), staged(2, 1, 1))
+    first, second = run_resident(inputs)
+    assert spans_of(first, "activation") == [(20, 41), (94, 115)]
+    assert spans_of(second, "activation") == [(61, 74)]
+    assert spans_of(first, "dense", "expert")[-1] == (87, 94)
+    assert spans_of(second, "dense", "expert")[0] == (41, 44)
+    assert spans_of(second, "dense", "expert")[-1] == (128, 135)
+    # The first stage waits from 20 to 74 for the id, and is done at 94; the second waits till 41 and from 61 to 115.
+    parts = {"compute_ms": 40e-6, "stall_ms": 0, "host_ms": 0, "predictor_ms": 0}
+    assert time_split(first, 135) == {**parts, "bubble_ms": 54e-6, "drain_ms": 41e-6}
+    assert time_split(second, 135) == {**parts, "bubble_ms": 95e-6, "drain_ms": 0}
+
+
+def test_an_offloaded_stage_fetches_while_the_other_computes() -> None:
+    # Two stages of one layer, room for one expert each, two micro-batches of one token; copies take 20 ns.
+    # Stage 0: dense 0-3, copy 3-23, expert 23-30. Micro-batch 1 wants another expert: dense 30-33, its copy may
+    # overwrite the first one's room: 33-53, expert 53-60. Stage 1: dense 30-33, copy 33-53, expert 53-60 meanwhile;
+    # micro-batch 1: dense 60-63, copy 63-83, expert 83-90.
+    trace = tiny_trace([[[0], [1]], [[2], [3]]], sequence=[0, 1])
+    scenario = staged(2, 2, 2, memory={"gpu_budget": "1experts"})
+    inputs = tiny_pipeline(tiny_model(2), tiny_profile(gpus=2), trace, scenario)
+    first, second = run_all(inputs, prepared(inputs, part_costs(inputs)))
+    assert spans_of(first, "demand") == [(3, 23), (33, 53)]
+    assert spans_of(first, "expert") == [(23, 30), (53, 60)]
+    assert spans_of(second, "demand") == [(33, 53), (63, 83)]
+    assert spans_of(second, "expert") == [(53, 60), (83, 90)]
+    data = run_metrics([first, second], [None, None], previous_steps(inputs))
+    assert data["bytes"]["demand"] == 4 * 20
+    assert [gpu["bytes"]["demand"] for gpu in data["gpus"]] == [40, 40]
+
+
+def test_prefill_chunks_follow_each_other_without_waiting_for_the_head() -> None:
+    # A prompt of two chunks, then a token. The chunks pass the stages one behind the other; the token waits for the
+    # second chunk to leave the head.
+    trace = tiny_trace([[[0]] * 4] * 5, phase=[0, 0, 0, 0, 1])
+    scenario = tiny_scenario(
+        workload={"prefill": "chunked", "chunk_tokens": 2}, parallel={"stages": 2, "split": [2, 2]}
+    )
+    inputs = tiny_pipeline(tiny_model(4), tiny_profile(gpus=2), trace, scenario)
+    recordings = run_resident(inputs)
+    assert spans_of(recordings[0], "dense")[::2] == [(0, 3), (20, 23), (60, 63)]
+    assert makespan_ns(recordings) == 100
+    data = run_metrics(recordings, [None, None], previous_steps(inputs))
+    assert data["time_to_first_token_ms"] == 60e-6
+    assert data["tokens_per_second"] == 1e9 / 40
+
+
+def test_one_thread_serves_a_step_at_every_stage_before_the_next() -> None:
+    # With the choice read back, the thread waits at each layer. It is done with micro-batch 0 when it knows its last
+    # choice, at 33, and only then begins micro-batch 1, beside one expert of micro-batch 0: 33-53 and 53-73.
+    inputs = tiny_pipeline(
+        tiny_model(4), tiny_profile(gpus=2), sequences(2, 1, 4), staged(2, 2, 2, parallel={"dispatch_threads": "one"})
+    )
+    recordings = run_resident(inputs)
+    assert spans_of(recordings[0], "dense") == [(0, 3), (10, 13), (33, 36), (43, 46)]
+    assert makespan_ns(recordings) == 73
+    # A host that knows the choices runs ahead, and the stages overlap as with a thread each.
+    ahead = {"parallel": {"dispatch_threads": "one"}, "dispatch": {"router_readback": False}}
+    inputs = tiny_pipeline(tiny_model(4), tiny_profile(gpus=2), sequences(2, 1, 4), staged(2, 2, 2, **ahead))
+    assert makespan_ns(run_resident(inputs)) == 3 * T_NS
+
+
+def test_hosts_that_run_ahead_by_thousands_of_steps_do_not_call_each_other_ever_deeper() -> None:
+    steps = 2000
+    scenario = staged(2, 2, 2, dispatch={"router_readback": False, "launch_queue_depth": 10**6})
+    inputs = tiny_pipeline(tiny_model(2), tiny_profile(gpus=2), sequences(2, steps, 2), scenario)
+    assert makespan_ns(run_resident(inputs)) == (2 * steps + 1) * T_NS / 2
+
+
+@given(case=cases())
+def test_a_pipeline_of_one_stage_is_a_run_on_one_gpu_to_the_byte_of_its_timeline(case: Case) -> None:
+    inputs = case.inputs()
+    as_stage = replace(inputs, stages=(inputs,))
+    (stage,) = run_all(as_stage, prepared(as_stage, [Costs(case.model, case.profile, case.scenario)]))
+    alone = play(inputs)
+    assert stage.decoded.timeline.lanes == alone.decoded.timeline.lanes
+    assert stage.spans.tobytes() == alone.spans.tobytes()
+
+
+@st.composite
+def pipelines(draw: st.DrawFn) -> Inputs:
+    """Draw a run whose layers are divided among GPUs, the links to which may be too narrow for all at once."""
+    case = draw(cases())
+    stages = draw(st.integers(1, case.model.layers))
+    parallel = {
+        "stages": stages,
+        "micro_batches": draw(st.integers(1, case.scenario.workload.batch)),
+        "split": draw(st.sampled_from(["equal", "compute", "memory"])),
+        "dispatch_threads": draw(st.sampled_from(DISPATCH_THREADS)),
+    }
+    host_bytes_per_second = draw(st.sampled_from([10**9, 3 * 10**9, 10**15]))
+    peer = draw(st.sampled_from([None, *(peers(latency_ns) for latency_ns in (None, 0, 7))]))
+    machine = {"topology": tiny_topology(stages, host_bytes_per_second), "peer": peer}
+    profile = make_profile({**case.profile.model_dump(), **machine}, "a machine of several GPUs")
+    scenario = make_scenario({**case.scenario.plain(), "parallel": parallel})
+    return tiny_pipeline(case.model, profile, case.trace, scenario)
+
+
+@given(inputs=pipelines())
+def test_every_stage_decides_what_a_run_of_its_layers_alone_decides(inputs: Inputs) -> None:
+    recordings = run_all(inputs, prepared(inputs, part_costs(inputs)))
+    for part, recording in zip(inputs.parts, recordings, strict=True):
+        visits, manager = decide(part)
+        assert len(recording.decoded.visits) == len(visits) == part.layer_visits
+        if inputs.scenario.copy_.drop_stale:
+            continue
+        assert bytes(recording.manager.copy_reason) == bytes(manager.copy_reason)
+        assert recording.manager.copy_expert == manager.copy_expert
+        assert recording.manager.evicted_copies == manager.evicted_copies
+        assert recording.manager.dropped == manager.dropped
+
+
+@given(inputs=pipelines())
+def test_nothing_happens_before_its_cause_and_the_parts_of_time_come_to_the_makespan(inputs: Inputs) -> None:
+    recordings = run_all(inputs, prepared(inputs, part_costs(inputs)))
+    run_ns = makespan_ns(recordings)
+    for recording in recordings:
+        assert sum(round(ms * 1e6) for ms in time_split(recording, run_ns).values()) == run_ns
+    timeline = merged_timeline(recordings)
+    spans = timeline.spans()
+    assert len(spans) == sum(len(recording.spans) for recording in recordings)
+    for lane in range(len(timeline.lanes)):
+        own = np.sort(spans[spans["lane"] == lane], order=["start_ns", "end_ns"])
+        assert (own["start_ns"][1:] >= own["end_ns"][:-1]).all(), timeline.lanes[lane]
+    if len(recordings) == 1:
+        return
+    for sender, receiver in pairwise(recordings):
+        sent = sender.spans[sender.spans["kind"] == ACTIVATION]
+        own, others = len(sender.expert_bytes), len(receiver.expert_bytes)
+        for step, copy in enumerate(np.sort(sent, order="start_ns")):
+            kernels = sender.compute_spans[np.isin(sender.compute_spans["kind"], (DENSE, EXPERT))]
+            assert copy["start_ns"] >= kernels["end_ns"][kernels["visit"] // own == step].max()
+            first = receiver.compute_spans[receiver.compute_spans["visit"] == step * others]
+            assert first["start_ns"].min() >= copy["end_ns"]
+    # A decode step begins once the tokens that it goes on from have left the last stage's head.
+    starts = recordings[0].compute_spans
+    starts = starts[(starts["kind"] == DENSE) & (starts["visit"] % len(recordings[0].expert_bytes) == 0)]["start_ns"]
+    for step, before in enumerate(continued_steps(inputs.steps, inputs.trace.sequence)):
+        for other in before:
+            assert starts[step] >= recordings[-1].step_end_ns[other]
+
+
+@given(inputs=pipelines())
+def test_bytes_are_the_same_on_the_gpus_in_the_totals_and_on_the_links(inputs: Inputs) -> None:
+    data = simulate_inputs(inputs, baselines=False).data
+    total = data["bytes"]["demand"] + data["bytes"]["prefetch"]
+    assert total == sum(gpu["bytes"]["demand"] + gpu["bytes"]["prefetch"] for gpu in data["gpus"])
+    assert total == sum(row["demand_bytes"] + row["prefetch_bytes"] for row in data["by_layer"])
+    assert [row["layer"] for row in data["by_layer"]] == list(range(inputs.model.layers))
+    assert data["layer_visits"] == inputs.layer_visits
+    if inputs.links is not None:
+        loads = {load["link"]: load["bytes"] for load in data["links"]}
+        assert loads["host0->cpu0"] == total
+        steps = inputs.steps
+        sent = sum(16 * len(step.rows) for step in steps) * (len(inputs.stages) - 1)
+        back = sum(8 * len(set(inputs.trace.sequence[step.rows].tolist())) for step in needed(inputs))
+        between = [size for link, size in loads.items() if link.startswith("gpu") and "cpu" not in link]
+        assert sum(between) == sent + back
+
+
+def needed(inputs: Inputs) -> list[Step]:
+    """The steps whose tokens a later one goes on from."""
+    continued = continued_steps(inputs.steps, inputs.trace.sequence)
+    return [inputs.steps[step] for step in sorted({step for before in continued for step in before})]
