@@ -221,10 +221,11 @@ class CopySection(_Section):
 
 
 class ParallelSection(_Section):
-    """How a run is spread over several GPUs: stages of a pipeline, each with the memory that [memory] gives to one GPU.
+    """How a run is spread over several GPUs: stages of a pipeline, each on a GPU with what [memory] gives to one.
 
-    `split` is one of SPLITS, or the layers of each stage. A batch is divided into `micro_batches`, which are in
-    different stages at once.
+    `split` divides the layers: as many to each stage (equal), so that kernels (compute) or experts (memory) weigh the
+    same, by simulating the first steps (searched), or by a list of counts. `micro_batches` are parts of the batch that
+    are in different stages at once. Dispatch threads: one for each GPU, or one that serves all stages of a step.
     """
 
     stages: int = Field(default=1, ge=1)
@@ -243,7 +244,7 @@ class ParallelSection(_Section):
     @model_validator(mode="after")
     def _split_is_of_stages(self) -> ParallelSection:
         if isinstance(self.split, list) and len(self.split) != self.stages:
-            raise ValueError(f"split = {self.split}: give one number for each of {self.stages} stages")
+            raise ValueError(f"split = {self.split}: give one number for each of the {self.stages} stages")
         return self
 
 

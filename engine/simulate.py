@@ -156,8 +156,9 @@ def _in_stages(whole: Inputs) -> Inputs:
         for bare in stage_inputs(replace(whole, steps=steps), counts):
             try:
                 parts.append(_on_one_gpu(bare))
-            except BudgetError as error:
-                raise ScenarioError(f"the stage of {bare.model.layers} layers on {bare.device}: {error}") from None
+            except (BudgetError, ScenarioError) as error:
+                layers = f"{bare.first_layer}-{bare.first_layer + bare.model.layers - 1}"
+                raise ScenarioError(f"the stage on {bare.device}, layers {layers}: {error}") from None
         budget_bytes = sum(part.budget_bytes for part in parts)
         return replace(
             whole, steps=steps, stages=tuple(parts), budget_bytes=budget_bytes, guesses=None,

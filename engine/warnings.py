@@ -19,6 +19,8 @@ Warn = Callable[["Inputs", dict[str, Any]], str | None]
 
 #: The link counts as saturated from this share of the makespan on, and the host as the bottleneck from that share.
 SATURATED, HOST_BOUND = 0.9, 1 / 3
+#: From this share of the makespan on, which GPUs spend waiting for each other, the pipeline is poorly filled.
+BUBBLES = 0.25
 #: Beyond this share of the makespan, prefill rules what is counted over the whole run.
 PREFILL_DOMINATES = 0.5
 
@@ -42,10 +44,14 @@ def cliff_warning(budget_bytes: int, expert_bytes: Sequence[int], k: int, scope:
 
 
 def _cliff(inputs: Inputs, data: dict[str, Any]) -> str | None:
-    memory, model = inputs.scenario.memory, inputs.model
+    memory = inputs.scenario.memory
     if inputs.scenario.workload.batch != 1 or not memory.caching:
         return None
-    return cliff_warning(inputs.budget_bytes, model.expert_bytes, inputs.trace.k, memory.scope, memory.eviction)
+    for part in inputs.parts:
+        said = cliff_warning(part.budget_bytes, part.model.expert_bytes, part.trace.k, memory.scope, memory.eviction)
+        if said is not None:
+            return said
+    return None
 
 
 def _saturated_link(inputs: Inputs, data: dict[str, Any]) -> str | None:
@@ -65,11 +71,11 @@ def _turnover(inputs: Inputs, data: dict[str, Any]) -> str | None:
     if alone is None or data["hit_rate"] >= alone:
         return None
     model, scenario = inputs.model, inputs.scenario
-    tokens = scenario.workload.batch
+    tokens = -(-scenario.workload.batch // scenario.parallel.micro_batches)
     ranks = scenario.prefetch.k or model.top_k
     ahead = scenario.prefetch.lookahead * min(model.experts, ranks * tokens)
     wanted = ahead + min(model.experts, model.top_k * tokens)
-    room = inputs.budget_bytes // max(model.expert_bytes)
+    room = min(part.budget_bytes // max(part.model.expert_bytes) for part in inputs.parts)
     if wanted <= room:
         return None
     return (
@@ -92,6 +98,18 @@ def _host_bound(inputs: Inputs, data: dict[str, Any]) -> str | None:
         f"host-bound: the GPU waits for the host's launches and read-backs for {share:.0%} of the run, which no cache "
         f"or prefetch shortens; use dispatch.mode = graph, expert_kernel = grouped or a larger batch"
     )
+
+
+def _bubbles(inputs: Inputs, data: dict[str, Any]) -> str | None:
+    parallel = inputs.scenario.parallel
+    share = data["time"]["bubble_ms"] / data["makespan_ms"] if data["makespan_ms"] else 0.0
+    if share < BUBBLES:
+        return None
+    why, remedy = "their stages take unequal times", "use another parallel.split or more micro_batches"
+    if parallel.micro_batches < parallel.stages:
+        why = f"{parallel.micro_batches} micro-batches cannot keep {parallel.stages} stages busy"
+        remedy = f"use parallel.micro_batches = {parallel.stages} or more, with as large a batch"
+    return f"bubbles: GPUs wait for each other for {share:.0%} of the run, because {why}; {remedy}"
 
 
 def _prefill_dominates(inputs: Inputs, data: dict[str, Any]) -> str | None:
@@ -140,7 +158,9 @@ def _uncalibrated(inputs: Inputs, data: dict[str, Any]) -> str | None:
 
 
 def _free_prediction(inputs: Inputs, data: dict[str, Any]) -> str | None:
-    if inputs.guesses is None or (data["predictor"]["latency_us"] and inputs.scenario.predictor.lane != "free"):
+    if all(part.guesses is None for part in inputs.parts) or (
+        data["predictor"]["latency_us"] and inputs.scenario.predictor.lane != "free"
+    ):
         return None
     return "prediction is free: its time is not charged; set predictor.latency_us and lane to what your predictor takes"
 
@@ -174,6 +194,7 @@ def _in_use(place: str, inputs: Inputs) -> bool:
     scenario = inputs.scenario
     mode = scenario.dispatch.mode
     used = [f"h2d.{_host_memory(inputs)}."]
+    used += ["peer."] if inputs.links is not None else []
     used += ["d2h.alone"] if scenario.dispatch.router_readback else []
     if mode != "free":
         used += ["host.copy_enqueue", "host.synchronize", f"compute.{mode}_gap"]
@@ -193,6 +214,7 @@ WARNINGS: tuple[Warn, ...] = (
     _saturated_link,
     _below_break_even,
     _host_bound,
+    _bubbles,
     _prefill_dominates,
     _estimated,
     _uncalibrated,

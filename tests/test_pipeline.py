@@ -32,7 +32,8 @@ T_NS = 20
 def sequences(count: int, tokens: int, layers: int, expert: int = 0) -> RoutingTrace:
     """So many sequences of so many decode tokens that all use one expert."""
     experts = [[[expert]] * layers] * (count * tokens)
-    return tiny_trace(experts, sequence=np.repeat(np.arange(count, dtype=np.int32), tokens))
+    trace: RoutingTrace = tiny_trace(experts, sequence=np.repeat(np.arange(count, dtype=np.int32), tokens))
+    return trace
 
 
 def staged(stages: int, micro_batches: int, batch: int, **sections: Any) -> Any:
@@ -173,7 +174,8 @@ def pipelines(draw: st.DrawFn) -> Inputs:
     machine = {"topology": tiny_topology(stages, host_bytes_per_second), "peer": peer}
     profile = make_profile({**case.profile.model_dump(), **machine}, "a machine of several GPUs")
     scenario = make_scenario({**case.scenario.plain(), "parallel": parallel})
-    return tiny_pipeline(case.model, profile, case.trace, scenario)
+    inputs: Inputs = tiny_pipeline(case.model, profile, case.trace, scenario)
+    return inputs
 
 
 @given(inputs=pipelines())
@@ -200,8 +202,8 @@ def test_nothing_happens_before_its_cause_and_the_parts_of_time_come_to_the_make
     spans = timeline.spans()
     assert len(spans) == sum(len(recording.spans) for recording in recordings)
     for lane in range(len(timeline.lanes)):
-        own = np.sort(spans[spans["lane"] == lane], order=["start_ns", "end_ns"])
-        assert (own["start_ns"][1:] >= own["end_ns"][:-1]).all(), timeline.lanes[lane]
+        busy = np.sort(spans[spans["lane"] == lane], order=["start_ns", "end_ns"])
+        assert (busy["start_ns"][1:] >= busy["end_ns"][:-1]).all(), timeline.lanes[lane]
     if len(recordings) == 1:
         return
     for sender, receiver in pairwise(recordings):
@@ -213,11 +215,12 @@ def test_nothing_happens_before_its_cause_and_the_parts_of_time_come_to_the_make
             first = receiver.compute_spans[receiver.compute_spans["visit"] == step * others]
             assert first["start_ns"].min() >= copy["end_ns"]
     # A decode step begins once the tokens that it goes on from have left the last stage's head.
-    starts = recordings[0].compute_spans
-    starts = starts[(starts["kind"] == DENSE) & (starts["visit"] % len(recordings[0].expert_bytes) == 0)]["start_ns"]
-    for step, before in enumerate(continued_steps(inputs.steps, inputs.trace.sequence)):
-        for other in before:
-            assert starts[step] >= recordings[-1].step_end_ns[other]
+    kernels = recordings[0].compute_spans
+    first = (kernels["kind"] == DENSE) & (kernels["visit"] % len(recordings[0].expert_bytes) == 0)
+    start_ns = kernels["start_ns"][first]
+    continued = continued_steps(inputs.steps, inputs.trace.sequence)
+    for starts_ns, before in zip(start_ns, continued, strict=True):
+        assert (starts_ns >= recordings[-1].step_end_ns[list(before)]).all()
 
 
 @given(inputs=pipelines())

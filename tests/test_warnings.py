@@ -12,6 +12,7 @@ from prestage.engine.warnings import WARNINGS
 
 SMALL = ["workload.tokens=12", "workload.synthetic.tokens=12", "workload.synthetic.sequences=1"]
 SMALL += ["workload.synthetic.prefill_tokens=0"]
+PIPELINE = ["machine.profile=h200-x2", "parallel.stages=2", "workload.synthetic.sequences=4"]
 #: For each warning, by its first words: settings with which it is said, and settings with which it is not (None: some
 #: kernel of every shipped model is estimated on every shipped profile).
 CASES: dict[str, tuple[list[str], list[str] | None]] = {
@@ -19,6 +20,7 @@ CASES: dict[str, tuple[list[str], list[str] | None]] = {
     "saturated link": (["prefetch.lookahead=2"], ["prefetch.lookahead=0"]),
     "turnover": (["prefetch.lookahead=6", "prefetch.k=16", "memory.gpu_budget=95experts"], ["memory.gpu_budget=50%"]),
     "host-bound": (["dispatch.mode=eager", "memory.gpu_budget=100%"], ["dispatch.mode=graph"]),
+    "bubbles": (PIPELINE, [*PIPELINE, "workload.batch=4", "parallel.micro_batches=4"]),
     "prefill dominates": (
         ["workload.synthetic.tokens=60", "workload.synthetic.prefill_tokens=56", "workload.tokens=60"],
         ["workload.synthetic.prefill_tokens=2"],

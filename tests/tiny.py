@@ -115,7 +115,10 @@ def peers(latency_ns: int | None) -> dict[str, Any]:
 
 def tiny_topology(gpus: int, host_bytes_per_second: int = 10**15) -> dict[str, Any]:
     """Return a host and so many GPUs, all linked with each other by wide links of their own."""
-    nodes = [{"name": "host0", "kind": "host", "capacity_bytes": 10**12}, {"name": "cpu0", "kind": "cpu"}]
+    nodes: list[dict[str, Any]] = [
+        {"name": "host0", "kind": "host", "capacity_bytes": 10**12},
+        {"name": "cpu0", "kind": "cpu"},
+    ]
     nodes += [{"name": f"gpu{number}", "kind": "gpu", "capacity_bytes": 10**9} for number in range(gpus)]
     pairs = [("host0", "cpu0", "dram", host_bytes_per_second)]
     pairs += [("cpu0", f"gpu{number}", "pcie", 10**15) for number in range(gpus)]

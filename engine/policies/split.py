@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 
 from ...workloads.batches import evenly
@@ -36,7 +37,7 @@ def divide(split: str | list[int], layers: Layers) -> tuple[int, ...]:
     """Return the layers of each stage (stages,). Raises SplitError if they do not fit the model."""
     count = len(layers.expert_bytes)
     if layers.stages > count:
-        raise SplitError(f"parallel.stages = {layers.stages}: the model has {count} layers: choose {count} at most")
+        raise SplitError(f"parallel.stages = {layers.stages}: choose at most {count}, the layers of the model")
     if isinstance(split, str):
         return SPLITS[split](layers)
     if sum(split) != count:
@@ -58,10 +59,11 @@ def _by_memory(layers: Layers) -> tuple[int, ...]:
 
 def _searched(layers: Layers) -> tuple[int, ...]:
     """Move one layer over one border at a time, from the division by compute, as long as the run gets shorter."""
+    makespan_ns = cache(layers.makespan_ns)
     best = _by_compute(layers)
-    best_ns = layers.makespan_ns(best)
+    best_ns = makespan_ns(best)
     while True:
-        tried = [(ns, counts) for counts in _moved(best) if (ns := layers.makespan_ns(counts)) is not None]
+        tried = [(ns, counts) for counts in _moved(best) if (ns := makespan_ns(counts)) is not None]
         if not tried or (best_ns is not None and min(tried)[0] >= best_ns):
             return best
         best_ns, best = min(tried)
