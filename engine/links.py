@@ -33,9 +33,14 @@ class HostLink:
 
 
 class PeerCosts:
-    """What copies from one GPU to another take: their time by size, their host's calls and the lags of their lane."""
+    """What copies from one GPU to another take: their time by size, their host's calls and the lags of their lane.
 
-    def __init__(self, route: Route, profile: Profile, scenario: Scenario, estimates: dict[str, str]) -> None:
+    `timed` as of `Costs`. What stands in for a cost that the profile lacks is added to `estimates`.
+    """
+
+    def __init__(
+        self, route: Route, profile: Profile, scenario: Scenario, estimates: dict[str, str], *, timed: bool = False
+    ) -> None:
         free = scenario.dispatch.mode == "free"
         # Nobody has measured copies that are staged through host memory: they are no faster than the graph says.
         measured = None if route.staged else profile.peer
@@ -48,7 +53,8 @@ class PeerCosts:
         self.route = route
         self._costs = measured
         self.latency_ns = 0 if free else copies.launch_latency.ns
-        self.host_ns = 0 if free else profile.host.copy_enqueue.ns + profile.host.event_record.ns
+        records = 2 if timed else 1
+        self.host_ns = 0 if free else profile.host.copy_enqueue.ns + records * profile.host.event_record.ns
         gap_ns, wait_ns = copies.gap.ns, 0 if free else copies.event_wait_gap.ns
         self.lags = Lags(gap_ns, gap_ns, wait_ns, wait_ns)
         self._transfers: dict[int, Transfer] = {}
@@ -67,16 +73,16 @@ class PeerCosts:
 
 
 class Links:
-    """The links of a machine with so many GPUs at work, for as many runs as there are.
+    """The links of a machine with so many GPUs at work, for as many runs as there are; `timed` as of `Costs`.
 
     Raises ScenarioError naming the `key` that asks for them if the profile's machine has fewer GPUs.
     """
 
-    def __init__(self, profile: Profile, scenario: Scenario, gpus: int, key: str) -> None:
+    def __init__(self, profile: Profile, scenario: Scenario, gpus: int, key: str, *, timed: bool = False) -> None:
         topology = profile.topology
         have = len(topology.gpus) if topology is not None else 1
         if topology is None or have < gpus:
-            known = "no topology, so 1 GPU" if topology is None else f"{have} GPU{'s' * (have > 1)}"
+            known = f"{have} GPUs" if have > 1 else "1 GPU" if topology is not None else "no topology, so 1 GPU"
             raise ScenarioError(
                 f"{key} = {gpus}: profile {profile.name} has {known}: choose a machine.profile with {gpus}"
             )
@@ -85,24 +91,26 @@ class Links:
         self.host_routes = [topology.route(topology.host_of(gpu), gpu) for gpu in self.gpus]
         #: What stands in for costs that the profile lacks, as of `Costs`.
         self.estimates: dict[str, str] = {}
-        self._profile, self._scenario, self._key = profile, scenario, key
+        self._profile, self._scenario, self._key, self._timed = profile, scenario, key, timed
         self._peers: dict[tuple[int, int], PeerCosts] = {}
 
     def peer(self, source: int, target: int) -> PeerCosts:
         """Return what copies from one GPU to another take; TopologyError if there is no route."""
         if (source, target) not in self._peers:
             route = self.topology.route(self.gpus[source], self.gpus[target])
-            self._peers[source, target] = PeerCosts(route, self._profile, self._scenario, self.estimates)
+            self._peers[source, target] = PeerCosts(
+                route, self._profile, self._scenario, self.estimates, timed=self._timed
+            )
         return self._peers[source, target]
 
-    def with_profile(self, profile: Profile) -> Links:
+    def with_profile(self, profile: Profile, *, timed: bool = False) -> Links:
         """Return these links at the costs of another profile."""
-        return Links(profile, self._scenario, len(self.gpus), self._key)
+        return Links(profile, self._scenario, len(self.gpus), self._key, timed=timed)
 
     def network(self, costs: Sequence[Costs]) -> Network | None:
         """Return a network for one run, given each GPU's costs; None if its copies can never slow one another down.
 
-        Copies between GPUs count where `peer` was asked for them.
+        Copies between GPUs count for what `peer` was asked before.
         """
         if not self._scenario.copy_.contention:
             return None

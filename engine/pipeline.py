@@ -92,23 +92,22 @@ class _Arrivals:
 
     def set(self, step: int, end: Completion) -> None:
         """Say when it is there."""
-        promised = self._of[step]
-        if promised is None and isinstance(end, int):
+        if isinstance(end, int) and self._of[step] is None:
             self._of[step] = end
             return
-        if promised is None:
-            promised = self._of[step] = Pending()
-        assert isinstance(promised, Pending)
-        if isinstance(end, int):
-            self._tell(promised, end)
-        else:
-            end.then(lambda: self._tell(promised, end.end_ns or 0))
+        promised = self.of(step)
+        assert isinstance(promised, Pending)  # nobody else has kept it
 
-    def _tell(self, promised: Pending, end_ns: int) -> None:
-        """Keep a promise in an event of its own: stages wait for each other, and would call each other ever deeper."""
-        event = self._env.event()
-        event.callbacks.append(lambda _: promised.resolve(end_ns))
-        event.succeed()
+        def keep() -> None:
+            # In an event of its own: stages wait for each other, and would call each other ever deeper.
+            event = self._env.event()
+            event.callbacks.append(lambda _: promised.resolve(end if isinstance(end, int) else end.end_ns or 0))
+            event.succeed()
+
+        if isinstance(end, int):
+            keep()
+        else:
+            end.then(keep)
 
 
 @dataclass(frozen=True)

@@ -64,14 +64,17 @@ def stage_layers(whole: Inputs, makespan_ns: Callable[[tuple[int, ...]], int | N
     return divide(parallel.split, Layers(parallel.stages, whole.model.expert_bytes, weights, makespan_ns))
 
 
-def with_profile(inputs: Inputs, profile: Profile) -> Inputs:
-    """Return inputs that run at the costs of another profile of the same machine, on all its GPUs."""
+def with_profile(inputs: Inputs, profile: Profile, *, timed: bool = False) -> Inputs:
+    """Return inputs that run at the costs of another profile of the same machine, on all its GPUs.
+
+    `timed`: the copies between them are timed, as `Costs` takes it.
+    """
     links = inputs.links
     return replace(
         inputs,
         profile=profile,
         stages=tuple(replace(stage, profile=profile) for stage in inputs.stages),
-        links=None if links is None else links.with_profile(profile),
+        links=None if links is None else links.with_profile(profile, timed=timed),
     )
 
 

@@ -94,6 +94,11 @@ def _host_bound(inputs: Inputs, data: dict[str, Any]) -> str | None:
             f"host-bound: the GPU waits for the host for {share:.0%} of the run, because a pageable copy holds the "
             f"host's thread throughout, so that a prefetch delays the launches behind it; use copy.host_memory = pinned"
         )
+    if inputs.links is not None and inputs.scenario.parallel.dispatch_threads == "one":
+        return (
+            f"host-bound: the GPUs wait for the host for {share:.0%} of the run, because one thread serves them all in "
+            f"turn; use parallel.dispatch_threads = per-gpu"
+        )
     return (
         f"host-bound: the GPU waits for the host's launches and read-backs for {share:.0%} of the run, which no cache "
         f"or prefetch shortens; use dispatch.mode = graph, expert_kernel = grouped or a larger batch"

@@ -5,7 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prestage.workloads.batches import DECODE, PREFILL, Step, decode_tokens, plan_steps, rows_by_sequence
+from prestage.workloads.batches import (
+    DECODE,
+    PREFILL,
+    Step,
+    continued_steps,
+    decode_tokens,
+    plan_steps,
+    rows_by_sequence,
+)
 
 P, D = PREFILL, DECODE
 Plan = list[tuple[int, list[int]]]
@@ -148,3 +156,31 @@ def test_every_token_runs_once_in_the_order_of_its_sequence(
         else:
             assert len(set(of.tolist())) == 1
             assert prefill != "chunked" or len(of) <= chunk_tokens
+
+
+def test_micro_batches_advance_in_steps_of_their_own_and_keep_their_places() -> None:
+    # Three places: A and B are one micro-batch, C the other. B ends first, and D takes its place beside A.
+    rows = "Ad Ad Ad Bd Cd Cd Cd Dd"
+    steps = [(D, [0, 3]), (D, [4]), (D, [1, 7]), (D, [5]), (D, [2]), (D, [6])]
+    assert plan(rows, batch=3, micro_batches=2) == steps
+    assert plan(rows, batch=3, micro_batches=2, tokens=4) == [(D, [0, 3]), (D, [4]), (D, [1])]
+    with pytest.raises(ValueError, match="micro_batches = 4: must be at most batch = 3"):
+        plan(rows, batch=3, micro_batches=4)
+
+
+def test_a_micro_batch_is_prefilled_just_before_its_first_step() -> None:
+    rows = "Ap Ad Bp Bp Bd Bd"
+    chunks = {"prefill": "chunked", "chunk_tokens": 1}
+    steps = [(P, [0]), (D, [1]), (P, [2]), (P, [3]), (D, [4]), (D, [5])]
+    assert plan(rows, batch=2, micro_batches=2, **chunks) == steps
+
+
+def test_a_decode_step_goes_on_from_the_last_steps_of_its_sequences_and_a_prompt_from_none() -> None:
+    # Steps: the prompt of A (0); A and B decode (1); A and C (2), C having no step before; A (3); a prompt of A (4).
+    rows = "Ap Ad Ad Ad Ap Bd Cd"
+    sequence, _ = arrays(rows)
+    steps = [Step(P, np.array([0])), Step(D, np.array([1, 5])), Step(D, np.array([2, 6])), Step(D, np.array([3]))]
+    steps.append(Step(P, np.array([4])))
+    assert continued_steps(steps, sequence) == [(), (0,), (1,), (2,), ()]
+    # C decodes on from its own first step, however long ago that was.
+    assert continued_steps([steps[2], steps[3], Step(D, np.array([3, 6]))], sequence) == [(), (0,), (0, 1)]

@@ -10,9 +10,11 @@ import orjson
 import pytest
 from tiny import tiny_model, tiny_pipeline, tiny_profile, tiny_scenario, tiny_topology, tiny_trace
 
+from prestage.engine.compare import compare, load_run
 from prestage.engine.inputs import Inputs
 from prestage.engine.output.files import write_result
 from prestage.engine.output.merge import makespan_ns
+from prestage.engine.output.tables import print_result
 from prestage.engine.scenario import load_scenario
 from prestage.engine.simulate import load_inputs, part_costs, prepared, run_all, simulate
 from prestage.engine.stages import stage_guesses, stage_model, stage_trace
@@ -186,3 +188,21 @@ def test_replicates_of_a_pipeline_draw_the_costs_of_all_gpus() -> None:
     inputs = load_scenario("synthetic", SMALL)
     makespan_ms = simulate(inputs, baselines=False, replicates=3).data["replicates"]["makespan_ms"]
     assert makespan_ms["p5"] < makespan_ms["p50"] < makespan_ms["p95"]
+
+
+def test_the_table_of_a_pipeline_shows_each_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    print_result(simulate(load_scenario("synthetic", SMALL), baselines=False).json_data())
+    shown = capsys.readouterr().out
+    assert "mean of 2 compute streams" in shown
+    rows = [line.split() for line in shown[shown.index("Each GPU") :].splitlines()]
+    assert rows[1] == ["gpu0", "gpu1"] and rows[2] == ["layers", "0-11", "12-23"]
+    assert [row[0] for row in rows[3:9]] == ["compute", "stall", "host", "predictor", "bubble", "drain"]
+
+
+def test_pipelines_are_compared_gpu_by_gpu() -> None:
+    runs = {name: load_run(f"synthetic,{name}", SMALL) for name in ("parallel.micro_batches=1", "prefetch.lookahead=0")}
+    where = compare(runs)["where"]["prefetch.lookahead=0"]
+    difference_ns = [round(run["makespan_ms"] * 1e6) for run in runs.values()]
+    for gpu in ("gpu0", "gpu1"):
+        in_ns = [round(part["difference_ms"] * 1e6) for part in where[gpu].values()]
+        assert sum(in_ns) == difference_ns[1] - difference_ns[0]

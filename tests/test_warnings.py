@@ -80,3 +80,10 @@ def test_the_turnover_names_the_room_that_it_takes() -> None:
     said = warned(CASES["turnover"][0])["turnover"]
     # 6 layers ahead, 16 guesses each, and the 4 experts of the layer itself.
     assert "96 guessed ahead need room for 100 and there is room for 95" in said
+
+
+def test_one_thread_for_all_gpus_is_told_as_what_holds_them_up() -> None:
+    settings = [*PIPELINE, "workload.batch=4", "parallel.micro_batches=4", *CASES["host-bound"][0]]
+    said = warned([*settings, "parallel.dispatch_threads=one"])["host-bound"]
+    assert "one thread serves them all in turn" in said and "use parallel.dispatch_threads = per-gpu" in said
+    assert "one thread" not in warned(settings)["host-bound"]

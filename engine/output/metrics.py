@@ -287,11 +287,11 @@ def time_split(recording: Recording, run_ns: int | None = None) -> dict[str, flo
     ready_ns[has_copy] = recording.copy_end_ns[spans["copy"][has_copy]]
     # A grouped kernel waits for copies that its span does not name: neither its launch nor the lane held it up.
     lags = recording.kernel_lags
-    after_other_ns = (lags.after_other_ns, lags.after_other_disturbed_ns)
-    held_up = (start_ns > issued_ns) & (gap_ns > max(lags.gap_ns, lags.gap_disturbed_ns))
-    came_last = np.isin(start_ns - ready_ns, after_other_ns)
+    came_last = np.isin(start_ns - ready_ns, (lags.after_other_ns, lags.after_other_disturbed_ns))
+    gpu_came_last = _behind_arrivals(recording)
+    held_up = (start_ns > issued_ns) & (gap_ns > max(lags.gap_ns, lags.gap_disturbed_ns)) & ~gpu_came_last
     waits_for_bytes = (spans["kind"] == EXPERT) & (gap_ns > 0) & (held_up | came_last)
-    waits_for_gpu = _waits_for_gpu(recording) & (gap_ns > 0)
+    waits_for_gpu = gpu_came_last & (gap_ns > 0) & ~waits_for_bytes
     host_gaps = gap_ns * ~(waits_for_bytes | waits_for_gpu)
     busy_ns = end_ns - start_ns
     predicting = spans["kind"] == PREDICT
@@ -307,7 +307,7 @@ def time_split(recording: Recording, run_ns: int | None = None) -> dict[str, flo
     return {name: ns / 1e6 for name, ns in parts_ns.items()}
 
 
-def _waits_for_gpu(recording: Recording) -> Array:
+def _behind_arrivals(recording: Recording) -> Array:
     """Return which kernels started as soon as something had come from another GPU, and not as soon as launched."""
     spans, arrivals, lags = recording.compute_spans, recording.decoded.arrivals, recording.kernel_lags
     waits = np.zeros(len(spans), dtype=bool)
