@@ -126,7 +126,12 @@ def stage_trace(trace: RoutingTrace, first: int, count: int) -> RoutingTrace:
 
 
 def stage_guesses(guesses: Guesses, first: int, count: int) -> Guesses:
-    """Return the guesses that the whole model's predictor makes in a stage for layers of that stage, and no others."""
+    """Return the guesses that the whole model's predictor makes in a stage for layers of that stage, and no others.
+
+    All of them, if the stage is the whole model.
+    """
+    if count == guesses.experts.shape[1]:
+        return guesses
     experts = guesses.experts[:, first : first + count].copy()
     confidences = None if guesses.confidences is None else guesses.confidences[:, first : first + count].copy()
     for ahead in range(1, guesses.horizons + 1):

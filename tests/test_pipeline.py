@@ -110,6 +110,21 @@ def test_an_offloaded_stage_fetches_while_the_other_computes() -> None:
     assert [gpu["bytes"]["demand"] for gpu in data["gpus"]] == [40, 40]
 
 
+def test_stages_that_load_at_once_share_the_hosts_link() -> None:
+    # As above, but the host gives one byte a ns to both GPUs together. The copies that both want at 33 take twice as
+    # long, to 73, experts 73-80; the last one has the link for itself: dense 80-83, copy 83-103, expert 103-110.
+    trace = tiny_trace([[[0], [1]], [[2], [3]]], sequence=[0, 1])
+    machine = {**tiny_profile(gpus=2).model_dump(), "topology": tiny_topology(2, host_bytes_per_second=10**9)}
+    profile = make_profile(machine, "one link")
+    for contention, second_copy, makespan in ((True, (33, 73), 110), (False, (33, 53), 90)):
+        scenario = staged(2, 2, 2, memory={"gpu_budget": "1experts"}, copy={"contention": contention})
+        inputs = tiny_pipeline(tiny_model(2), profile, trace, scenario)
+        recordings = run_all(inputs, prepared(inputs, part_costs(inputs)))
+        assert spans_of(recordings[0], "demand") == [(3, 23), second_copy]
+        assert spans_of(recordings[1], "demand")[0] == second_copy
+        assert makespan_ns(recordings) == makespan
+
+
 def test_prefill_chunks_follow_each_other_without_waiting_for_the_head() -> None:
     # A prompt of two chunks, then a token. The chunks pass the stages one behind the other; the token waits for the
     # second chunk to leave the head.

@@ -65,6 +65,8 @@ def test_of_a_whole_models_guesses_a_stage_keeps_those_for_its_own_layers() -> N
     guesses = stage_guesses(Guesses(np.array([0]), experts, experts.astype(np.float32)), 1, 2)
     assert guesses.experts[0, :, :, 0].tolist() == [[2, -1], [-1, -1]]
     assert guesses.confidences is not None and guesses.confidences[0, :, :, 0].tolist() == [[2, 0], [0, 0]]
+    # A stage of all layers goes on with the next token, as the model does.
+    assert stage_guesses(Guesses(np.array([0]), experts), 0, 4).experts.tolist() == experts.tolist()
 
 
 def test_a_budget_is_each_gpus_own() -> None:
