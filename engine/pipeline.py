@@ -182,7 +182,7 @@ def decode_stages(stages: Sequence[StageRun], flow: Flow, links: Links | None, *
     env = simpy.Environment()
     network = None
     if links is not None:
-        pipeline_routes(links)
+        pipeline_routes(links)  # what is sent over them counts on the network
         network = links.network([stage.costs for stage in stages])
     tokens = [len(step.rows) for step in flow.steps]
     working = []
@@ -204,6 +204,18 @@ def decode_stages(stages: Sequence[StageRun], flow: Flow, links: Links | None, *
     return [stage.gpu.recorded() for stage in working]
 
 
+def received_steps(flow: Flow, stage: int) -> list[int]:
+    """Return the step whose data from the stage before each step waits for at a stage (steps,); -1 for none."""
+    if stage:
+        return list(range(len(flow.steps)))
+    return [before[-1] if before else -1 for before in flow.continued]
+
+
+def sent_bytes(flow: Flow, stage: int, stages: int) -> Sequence[int]:
+    """Return what a stage sends to the next one at each step, or the last one to the first (steps,)."""
+    return flow.activation_bytes if stage < stages - 1 else flow.token_bytes
+
+
 def pipeline_routes(links: Links) -> list[PeerCosts]:
     """Return what copies from each stage to the next take, and from the last to the first; raise if a route lacks."""
     gpus = len(links.gpus)
@@ -215,8 +227,7 @@ def sent(recordings: Sequence[Recording], flow: Flow, links: Links) -> list[Carr
     carried = []
     for number, (recording, costs) in enumerate(zip(recordings, pipeline_routes(links), strict=True)):
         copies = recording.spans[recording.spans["kind"] == ACTIVATION]
-        to_next = number < len(recordings) - 1
-        size_bytes = np.array(flow.activation_bytes if to_next else flow.token_bytes, dtype=np.int64)
+        size_bytes = np.array(sent_bytes(flow, number, len(recordings)), dtype=np.int64)
         step = copies["visit"] // len(recording.expert_bytes)
         carried.append(Carried(costs.route, size_bytes[step], copies["start_ns"], copies["end_ns"]))
     return carried
@@ -230,14 +241,14 @@ def _connect(
     env: simpy.Environment, stages: Sequence[_Stage], flow: Flow, links: Links, network: Network | None
 ) -> None:
     """Let each stage send its activations to the next, and the last one its tokens to the first."""
-    steps = range(len(flow.steps))
+    steps = len(flow.steps)
     for number, (stage, costs) in enumerate(zip(stages, pipeline_routes(links), strict=True)):
         to = (number + 1) % len(stages)
-        arrivals = _Arrivals(env, len(steps))
+        arrivals = _Arrivals(env, steps)
         lane = peer_lane(env, stage.gpu.timeline, f"gpu{number}", f"copy engine to gpu{to}", costs.lags, network)
-        stage.sends = _Way(lane, costs, flow.activation_bytes if to else flow.token_bytes, arrivals)
+        stage.sends = _Way(lane, costs, sent_bytes(flow, number, len(stages)), arrivals)
         stages[to].receives = arrivals
-        stages[to].waits_for = steps if to else [before[-1] if before else -1 for before in flow.continued]
+        stages[to].waits_for = received_steps(flow, to)
 
 
 def _thread(stages: Sequence[_Stage], steps: int) -> Generator[simpy.Event, Any, None]:

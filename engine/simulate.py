@@ -146,7 +146,7 @@ def _in_stages(whole: Inputs) -> Inputs:
     scenario, stages = whole.scenario, whole.scenario.parallel.stages
     if stages > 1:
         links = Links(whole.profile, scenario, stages, "parallel.stages")
-        pipeline_routes(links)
+        pipeline_routes(links)  # refuses GPUs that no copy can go between
         whole = replace(whole, links=links)
     if scenario.predictor.name in OF_WHOLE_MODEL:
         whole = replace(whole, guesses=_guesses(scenario, whole.model, whole.trace, whole.steps))
