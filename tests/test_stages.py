@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,9 @@ def test_the_files_of_a_pipeline_show_both_gpus(tmp_path: Path) -> None:
     data = orjson.loads((tmp_path / "result.json").read_bytes())
     assert [(gpu["device"], gpu["layers"]) for gpu in data["gpus"]] == [("gpu0", "0-11"), ("gpu1", "12-23")]
     assert data["budget_bytes"] == sum(gpu["budget_bytes"] for gpu in data["gpus"])
+    events = orjson.loads(gzip.decompress((tmp_path / "timeline.json.gz").read_bytes()))["traceEvents"]
+    for name, phase in (("expert memory (MiB)", "C"), ("Memcpy PtoP (Device -> Device)", "X")):
+        assert {event["pid"] for event in events if (event["name"], event["ph"]) == (name, phase)} == {0, 1}
     assert (tmp_path / "timeline.png").stat().st_size and (tmp_path / "memory.png").stat().st_size
     spans = result.timeline.spans()
     assert int(spans["expert"].max()) // 32 == 23 and int(spans["visit"].max()) == result.data["layer_visits"] - 1

@@ -25,7 +25,7 @@ _CHOICE_BYTES = 4
 
 def about_run(result: Result) -> About:
     """Return what `export_timeline` takes beside a finished run's timeline."""
-    data, recordings = result.data, [result.recording]
+    data, recordings = result.data, result.recordings
     scenario = data["scenario"]
     profile = load_profile(scenario["machine"]["profile"])
     return About(
@@ -38,14 +38,8 @@ def about_run(result: Result) -> About:
         span_bytes=np.concatenate([span_bytes(recording) for recording in recordings]),
         span_outcomes=np.concatenate([span_outcomes(recording) for recording in recordings]),
         outcome_names=SPAN_OUTCOMES,
-        memory={_gpu(recording): resident_steps(recording) for recording in recordings},
+        memory={recording.device: resident_steps(recording) for recording in recordings},
     )
-
-
-def _gpu(recording: Recording) -> str:
-    """Return the device of the GPU that a recording is of."""
-    timeline = recording.decoded.timeline
-    return timeline.lanes[timeline.lanes_with("compute")[0]].device
 
 
 def span_bytes(recording: Recording) -> Array:

@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ...resources.network import Carried, link_loads
-from ...resources.timeline import DENSE, LaneName, Timeline
+from ...resources.timeline import DEMAND, DENSE, PREFETCH, LaneName, Timeline
 from ..links import Links
 from . import metrics as measure
+from .about import span_bytes
 from .metrics import Recording
 
 Array = npt.NDArray[Any]
@@ -63,7 +64,10 @@ def step_metrics(recordings: Sequence[Recording], previous: Sequence[int] | None
 
 
 def merged_timeline(recordings: Sequence[Recording]) -> Timeline:
-    """Return all spans on one timeline, with the numbers of the model; lanes of the same name become one."""
+    """Return all spans on one timeline, those of each GPU in turn; lanes of the same name become one.
+
+    Numbers become those of the model, and of the run.
+    """
     if len(recordings) == 1:
         return recordings[0].decoded.timeline
     layers = _layers(recordings)
@@ -109,10 +113,11 @@ def link_usage(recordings: Sequence[Recording], links: Links, sent: Iterable[Car
 
     That is the copies from the host, and what GPUs have `sent` each other; read-backs, of a few bytes, are left out.
     """
-    fetched = [
-        Carried(route, recording.copy_span_bytes, recording.copy_spans["start_ns"], recording.copy_spans["end_ns"])
-        for route, recording in zip(links.host_routes, recordings, strict=True)
-    ]
+    fetched = []
+    for route, recording in zip(links.host_routes, recordings, strict=True):
+        copies = np.isin(recording.spans["kind"], (DEMAND, PREFETCH))
+        times = recording.spans[copies]
+        fetched.append(Carried(route, span_bytes(recording)[copies], times["start_ns"], times["end_ns"]))
     return link_loads([*fetched, *sent], links.topology, makespan_ns(recordings))
 
 

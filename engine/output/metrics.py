@@ -96,20 +96,6 @@ class Recording:
         return moved
 
     @cached_property
-    def copy_span_bytes(self) -> Array:
-        """Bytes that each of `copy_spans` moved: a whole copy's or a piece's, of which the last may be smaller."""
-        copies = self.copy_spans["copy"]
-        layers = self.copy_layer[copies]
-        sizes = np.array(self.expert_bytes, dtype=np.int64)[layers]
-        piece_bytes = -(-sizes // np.array(self.copy_pieces, dtype=np.int64)[layers])
-        order = np.argsort(copies, kind="stable")
-        _, first, made = np.unique(copies[order], return_index=True, return_counts=True)
-        earlier = np.empty(len(copies), dtype=np.int64)  # pieces of the same copy
-        earlier[order] = np.arange(len(copies)) - np.repeat(first, made)
-        moved: Array = np.minimum(piece_bytes, sizes - earlier * piece_bytes)
-        return moved
-
-    @cached_property
     def copy_end_ns(self) -> Array:
         """When each copy's bytes were all there (copies,); -1 for one that was never made, 0 for a preloaded one."""
         end_ns: Array = np.where(self.copy_reason > PREFETCHED, 0, -1).astype(np.int64)
