@@ -723,6 +723,52 @@ def calibrate_fit(
     typer.echo(str(out))
 
 
+@calibrate_app.command("fit-run")
+def calibrate_fit_run(
+    scenario: Annotated[str, typer.Argument(help="The run's scenario: a TOML file, or a shipped one's name.")],
+    log: Annotated[Path, typer.Argument(help="The run's log, token by token (BigMoeOnEdge's --csv).")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The profile to write; its name is the file's.")],
+    tokens: Annotated[int, typer.Option(help="Fit to so many tokens from the first; no other is looked at.")],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a key, such as prefetch.k=4; repeat it.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Fit a drive, its lanes and the compute to the beginning of a published run."""
+    from .calibration.fit import write_profile
+    from .calibration.published_run import fit_run, fit_text, load_log
+    from .engine.scenario import load_scenario
+
+    fitted = fit_run(load_scenario(scenario, settings or ()), load_log(log), tokens, out.name.removesuffix(".json"))
+    write_profile(fitted.profile, out)
+    if json:
+        _print_json(fitted.terms)
+        return
+    typer.echo(fit_text(fitted, tokens))
+    typer.echo(str(out))
+
+
+@calibrate_app.command("check-run")
+def calibrate_check_run(
+    scenario: Annotated[str, typer.Argument(help="The run's scenario: a TOML file, or a shipped one's name.")],
+    log: Annotated[Path, typer.Argument(help="The run's log, token by token (BigMoeOnEdge's --csv).")],
+    after: Annotated[int, typer.Option(help="Compare the tokens after so many, which the profile was fitted to.")],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a key, such as prefetch.k=4; repeat it.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Simulate a published run and compare its tokens with the log, and with a straight line in bytes read."""
+    from .calibration.published_run import check_run, check_text, load_log
+    from .engine.scenario import load_scenario
+
+    report = check_run(load_scenario(scenario, settings or ()), load_log(log), after)
+    if json:
+        _print_json(report)
+        return
+    typer.echo(check_text(report))
+
+
 @calibrate_app.command("execute")
 def calibrate_execute(
     scenarios: Annotated[

@@ -73,6 +73,7 @@ def check_executable(inputs: Inputs) -> None:
         (scenario.copy_.drop_stale, "copy.drop_stale = true: it decides by the clock; set it to false"),
         (_predicts(inputs), "predictor.latency_us: no predictor runs; set it to 0, or predictor.lane = 'free'"),
         (not model.uniform, f"model {model.name}: experts of several sizes; only equal slots are executed"),
+        (scenario.tiers.host_budget != "all", "tiers.host_budget: no drive is read; set it to 'all'"),
         (inputs.budgets is not None, "memory.total_bytes: slots are preallocated; give memory.gpu_budget alone"),
     ):
         if wrong:

@@ -56,6 +56,23 @@ class CopyCost:
     host_ns: int
 
 
+@dataclass(frozen=True, slots=True)
+class ReadCost:
+    """One expert's read from the drive: so many equal requests, what each takes on its lane, and the host's time."""
+
+    requests: int
+    request_ns: int
+    host_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReadCosts:
+    """What reads take: the I/O lanes, and the cost of an expert of each layer (layers,)."""
+
+    lanes: int
+    by_layer: Sequence[ReadCost]
+
+
 class ByTokens(dict[int, KernelCost]):
     """What something costs over so many tokens, asked for once."""
 
@@ -106,9 +123,11 @@ class Costs:
         self.copies_hold_host = memory == "pageable"
         self.copy_slowdown = profile.contention.copy_beside_compute.factor if profile.contention else 1.0
         self.copies_take_turns = profile.contention is not None and profile.contention.copies_take_turns
+        self.interruptions = profile.compute.interruptions
         self.predict_ns = round((scenario.predictor.latency_us or 0.0) * 1000)
         self._set_host_costs(profile.host, records=2 if timed else 1)
         self.copies: Sequence[CopyCost] = [self._copy(h2d, size) for size in model.expert_bytes]
+        self.reads = self._reads(profile, scenario)
         self._set_lags(profile, h2d)
         self._set_readback(profile)
         self.copy_latency_ns = 0 if self._mode == "free" else h2d.launch_latency.ns
@@ -193,6 +212,26 @@ class Costs:
         records = pieces if self.by_priority else 1
         host_ns = pieces * self._enqueue_ns + records * self._records_ns
         return CopyCost(queued_ns + rest_ns, alone_ns + rest_ns, queued_ns, alone_ns, pieces, host_ns)
+
+    def _reads(self, profile: Profile, scenario: Scenario) -> ReadCosts | None:
+        """Return what reads from the drive take; None where host memory holds every expert."""
+        tiers, nvme = scenario.tiers, profile.nvme
+        if tiers.host_budget == "all":
+            return None
+        if nvme is None:
+            raise ProfileError(
+                f"tiers.host_budget = {tiers.host_budget!r}: profile {profile.name} has no nvme to read the other "
+                f"experts from: choose one that has, or set tiers.host_budget = 'all'"
+            )
+        lanes = tiers.io_lanes or nvme.lanes
+        costs = []
+        for size_bytes in self._model.expert_bytes:
+            requests = pieces_of(size_bytes, tiers.chunk_bytes)
+            alone_ns = nvme.read.ns(-(-size_bytes // requests))
+            # More lanes than the drive has speed for share what it gives.
+            request_ns = -(-alone_ns * lanes // nvme.lanes) if lanes > nvme.lanes else alone_ns
+            costs.append(ReadCost(requests, request_ns, 0 if self._mode == "free" else nvme.order.ns))
+        return ReadCosts(lanes, costs)
 
     def by_layer(self) -> tuple[list[ByTokens], list[ByTokens]]:
         """Return what each layer's dense part, and an expert of it, takes by tokens."""

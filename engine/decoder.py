@@ -21,6 +21,7 @@ from .gpu import Decoded, Gpu
 from .memory_manager import MemoryManager
 from .policies.prefetch import Gauge
 from .scenario import Scenario
+from .tiers import HostMemory
 from .undisturbed import UndisturbedGpu, undisturbed
 
 
@@ -33,16 +34,18 @@ def decode(
     *,
     prefetching: bool,
     gauge: Gauge | None = None,
+    host_memory: HostMemory | None = None,
 ) -> Decoded:
     """Run the visits on one GPU's lanes and return what was recorded.
 
     `prefetching`: the predictor runs too. `gauge` is what policies read the clock and the link from.
+    `host_memory` is what decided the tiers below the GPU for these visits, where there are any.
     """
     env = simpy.Environment()
     most_tokens = max((len(step.rows) for step in steps), default=0)
     quick = gauge is None and undisturbed(manager, costs, scenario, most_tokens)
     gpu = (UndisturbedGpu if quick else Gpu)(
-        env, manager, costs, scenario, prefetching=prefetching, most_tokens=most_tokens
+        env, manager, costs, scenario, prefetching=prefetching, most_tokens=most_tokens, host_memory=host_memory
     )
     if gauge is not None:
         gauge.now_ns = lambda: gpu.now_ns

@@ -54,7 +54,8 @@ class Accesses:
 class Visit:
     """One layer visit as dispatched: its look-ups, the waves that serve it and the prefetches that follow.
 
-    A prefetch is (admission, target visit number). At the end `assigned_bytes` of `budget_bytes` are given out.
+    A prefetch is (admission, target visit number); `staged` are experts to prefetch into host memory alone. At the end
+    `assigned_bytes` of `budget_bytes` are given out.
     """
 
     number: int
@@ -65,6 +66,7 @@ class Visit:
     prefetches: list[tuple[Admission, int]]
     assigned_bytes: int
     budget_bytes: int
+    staged: Sequence[int] = ()
 
 
 def visits(
@@ -77,11 +79,13 @@ def visits(
     issue: str = "after_launch",
     gauge: Gauge | None = None,
     budgets: Sequence[int] | None = None,
+    to_host: bool = False,
 ) -> Iterator[Visit]:
     """Yield every layer visit of the run, decided when it is asked for.
 
     `guesses` may be None if the prefetch policy wants none; `gauge` is the clock for policies that look at it.
-    `budgets` (steps,), in bytes, resizes the expert memory before each step.
+    `budgets` (steps,), in bytes, resizes the expert memory before each step. With `to_host`, what the policy prefetches
+    takes no room here, but is staged in host memory.
     """
     if issue not in ISSUE:
         raise ValueError(f"issue = {issue!r}: choose one of {', '.join(ISSUE)}")
@@ -95,6 +99,7 @@ def visits(
     moment = Moment(gauge=gauge or Gauge())
     assigned = manager.assigned
     nothing: list[tuple[Admission, int]] = []
+    nobody: list[int] = []
     no_guesses: list[list[list[int]]] = [[]] * layers
     misses = 0
     for index, step in enumerate(steps):
@@ -109,7 +114,7 @@ def visits(
             if shared:
                 accesses = accesses.by_index(experts)
             waves = manager.visit(number, layer, accesses.experts, accesses.recency, accesses.weights)
-            prefetches = nothing
+            prefetches, staged = nothing, nobody
             if not prefetching:
                 manager.unpin()
             else:
@@ -125,7 +130,7 @@ def visits(
                     moment.misses_per_visit = misses / (number + 1)
                     moment.unused_share = manager.unused_bytes / manager.budget_bytes
                     moment.confidences = step_confidences[layer] if step_confidences is not None else None
-                prefetches = []
+                prefetches, staged = [], []
                 for ahead, wanted in enumerate(prefetch.choose(step_guesses[layer], moment), layer + 1):
                     for expert in wanted:
                         if expert < 0:
@@ -138,13 +143,17 @@ def visits(
                         target_step = later[index][wraps]
                         if target_step < 0:
                             break
+                        if to_host:
+                            staged.append(expert)
+                            continue
                         target = target_step * layers + target_layer
                         admission = manager.prefetch(expert, target)
                         if admission is not None:
                             prefetches.append((admission, target))
                 if not unpin_first:
                     manager.unpin()
-            yield Visit(number, index, layer, accesses, waves, prefetches, manager.assigned_bytes, manager.budget_bytes)
+            assigned_bytes, budget_bytes = manager.assigned_bytes, manager.budget_bytes
+            yield Visit(number, index, layer, accesses, waves, prefetches, assigned_bytes, budget_bytes, staged)
 
 
 def launch_order(visit: Visit, wave: Wave, resident_first: bool) -> Iterable[tuple[int, int, int]]:

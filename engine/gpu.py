@@ -11,7 +11,7 @@ from __future__ import annotations
 import struct
 from collections import deque
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from .dispatch import Visit, launch_order
 from .links import HostLink
 from .memory_manager import Admission, MemoryManager
 from .scenario import Scenario
+from .tiers import Drive, HostMemory
 
 #: One access: the visit, the copy that held the expert's bytes, and how many of the batch's tokens chose it.
 ACCESS = np.dtype([("visit", "<i4"), ("copy", "<i4"), ("tokens", "<i4")])
@@ -89,11 +90,13 @@ class Gpu:
         "_d2h",
         "_decided",
         "_depth",
+        "_drive",
         "_expert_costs",
         "_experts",
         "_grouped",
         "_h2d",
         "_host",
+        "_interrupted_ns",
         "_launched",
         "_launched_count",
         "_manager",
@@ -133,11 +136,13 @@ class Gpu:
         device: str = "gpu0",
         host: str = "host",
         link: HostLink | None = None,
+        host_memory: HostMemory | None = None,
     ) -> None:
         """Make the lanes of `device`, driven by a thread of `host`.
 
         `prefetching`: the predictor runs too. `most_tokens`: of the largest step, which says whether the launch queue
-        can ever be full. `link`: the way of its copies, where other GPUs' copies share it.
+        can ever be full. `link`: the way of its copies, where other GPUs' copies share it. `host_memory` decides the
+        tiers below the GPU; without it, every expert is in host memory.
         """
         self.env = env
         self._manager = manager
@@ -166,6 +171,7 @@ class Gpu:
         self.watch_queue = not self.reads_back or costs.most_launches(most_tokens) > self._depth
         self._grouped = scenario.dispatch.expert_kernel == "grouped"
         self._predicting = prefetching and costs.predict_ns > 0 and scenario.predictor.lane != "free"
+        self._interrupted_ns = 0  # when other work last took the compute stream
         self._wait_ns = costs.wait_ns
         self._copy_costs = costs.copies
         self._copies_hold_host = costs.copies_hold_host
@@ -173,6 +179,11 @@ class Gpu:
         self._transfers = None if link is None else link.transfers
         self._make_lanes(add_lanes(self.timeline, scenario.copy_.discipline, device, host), link)
         self._submit_kernel = self._compute.submit
+        self._drive: Drive | None = None
+        if costs.reads is not None:
+            assert host_memory is not None  # whoever makes a GPU of such a scenario decides for its tiers
+            cancels = self._priority is not None
+            self._drive = Drive(env, self.timeline, host_memory, costs.reads, cancels=cancels)
         self.coupled = not (isinstance(self._h2d, FifoLane) and isinstance(self._compute, FifoLane))
 
     def _make_lanes(self, number: dict[str, int], link: HostLink | None) -> None:
@@ -219,6 +230,15 @@ class Gpu:
         else:
             couple(copy_lanes)
             self._compute = FifoLane(timeline, number["compute"], kernels)
+
+    def _interruption_ns(self) -> int:
+        """Return how long other work takes the compute stream, before a forward pass that begins now."""
+        interruptions = self.costs.interruptions
+        if interruptions is None:
+            return 0
+        due = (self.now_ns - self._interrupted_ns) // interruptions.every_ns
+        self._interrupted_ns += due * interruptions.every_ns
+        return due * interruptions.ns
 
     def notice(self, chosen_ns: int) -> None:
         """Go on once the router's choice, in host memory at `chosen_ns`, has been noticed."""
@@ -313,9 +333,12 @@ class Gpu:
         serves the step.
         """
         end: Completion = 0
+        held_ns = self._interruption_ns()
         for dense_costs in self.dense_costs:
             self.visit += 1
             dense = dense_costs[tokens]
+            if held_ns:  # other work comes first
+                dense, held_ns = replace(dense, ns=dense.ns + held_ns), 0
             if self.watch_queue:
                 yield from self.wait_for_queue(dense.launches)
             if after:
@@ -361,7 +384,7 @@ class Gpu:
                 bytes_there = self._wait_for_bytes(copy) if copy in arriving else 0
                 read[copy] = end = self.launch(cost, EXPERT, bytes_there, expert, copy)
                 self._accesses += pack_access(self.visit, copy, tokens)
-        if not self._prefetch_first and (visit.prefetches or self._predicting):
+        if not self._prefetch_first and (visit.prefetches or visit.staged or self._predicting):
             yield from self._prefetch(visit, chosen)
         return end
 
@@ -396,6 +419,8 @@ class Gpu:
             end = self._copy(self._prefetch_lane, admission, PREFETCH, predicted, target)
             if self._copies_hold_host:
                 yield from self._hold(end)
+        if visit.staged and self._drive is not None:
+            self.now_ns = self._drive.stage(self.now_ns, self.visit, predicted)
 
     def _predict(self, chosen: Completion) -> Completion:
         """Run the predictor on its lane and return when its guesses are there."""
@@ -411,16 +436,19 @@ class Gpu:
         return 0
 
     def _copy(self, lane: _Lane, admission: Admission, kind: int, predicted: Completion, target: int) -> Completion:
-        """Enqueue a copy: behind the prediction that asked for it and the last reader of the room that it takes."""
+        """Enqueue a copy: behind the prediction that asked for it, its read, and the last reader of its room."""
         expert, copy = admission.expert, admission.copy
         layer, slowdown = expert // self._experts, self._copy_slowdown
         cost = self._copy_costs[layer]
         transfer = None if self._transfers is None else self._transfers[layer]
+        read: Completion = 0
+        if self._drive is not None:
+            self.now_ns, read = self._drive.bring(expert, copy, self.now_ns, self.visit, predicted)
         self.now_ns += cost.host_ns
         if admission.former:
             self.now_ns += self._wait_ns
         issued_ns = self.now_ns + self.costs.copy_latency_ns
-        after = predicted
+        after = predicted if self._drive is None else read
         for other in admission.former:
             free = self._last_use(other)
             if self._priority is not None:
@@ -437,10 +465,13 @@ class Gpu:
             work = Work(
                 cost.piece_queued_ns, cost.piece_alone_ns, issued_ns, after, kind, expert, self.visit, copy,
                 slowdown, transfer, rank=(int(kind == PREFETCH), target), pieces=cost.pieces,
+                held_back=self._drive is not None,
             )  # fmt: skip
             self._queued[copy] = work
             end = self._priority.submit_work(work)
         self._arriving[copy] = end
+        if self._drive is not None:
+            self._drive.copied(copy, end)
         return end
 
     def _last_use(self, copy: int) -> Completion:
@@ -468,6 +499,8 @@ class Gpu:
         if work is None or touched is not work.done:
             return touched  # a kernel that is launched already waits for the copy
         free = queue.give_up(work)
+        if self._drive is not None and work.cancelled:
+            self._drive.give_up(copy)
         if self._rooms_split:
             self._arriving[copy] = free  # another part of its room may be asked for
         return free
@@ -480,4 +513,6 @@ class Gpu:
         if self._manager.assigned.get(work.expert) == work.copy:
             self._manager.cancel(work.expert)
         work.cancelled = True
+        if self._drive is not None:
+            self._drive.give_up(work.copy)
         return True

@@ -259,6 +259,28 @@ class MemoryManager:
             self.unused_bytes += self._expert_bytes[expert // self.experts]
         return admission
 
+    def begin(self, number: int, layer: int, recency: Sequence[int], weights: Sequence[float]) -> None:
+        """Begin a visit (as `visit`) whose experts are looked up one by one, and only those that a tier above lacks."""
+        self._visit = number
+        pool = self._pools[layer]
+        if pool.begins:
+            pool.policy.begin(number, layer, recency, weights)
+
+    def look_up(self, expert: int, weight: float | None) -> Admission | None:
+        """Use an expert, with its gate weight, and give it room if it has none; None if it has.
+
+        Without a weight it is a prefetch, which uses nothing. Nothing may be pinned; nothing is protected.
+        """
+        pool = self._pools[expert // self.experts]
+        if expert in self.assigned:
+            if weight is not None:
+                pool.use(expert, weight)
+            return None
+        admission = self._claim(expert, pool, PREFETCHED if weight is None else DEMANDED, None)
+        assert admission is not None  # a pool holds one expert at least
+        pool.policy.admit(expert, weight is not None)
+        return admission
+
     def drop_prefetched(self, number: int) -> None:
         """Let go of what was prefetched for visits up to `number` and is still protected: wrong guesses.
 

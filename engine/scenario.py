@@ -68,7 +68,7 @@ class _Section(BaseModel):
 
 
 class ModelSection(_Section):
-    """Which model, and what to change in it."""
+    """Which model, and what to change in it; with sizes = "trace", layers are as large as the trace says."""
 
     preset: str = "mixtral-8x7b"
     layers: int | None = Field(default=None, ge=1)
@@ -76,10 +76,11 @@ class ModelSection(_Section):
     top_k: int | None = Field(default=None, ge=1)
     dtype: str | None = None
     expert_bytes: int | None = Field(default=None, ge=1)
+    sizes: Literal["preset", "trace"] = "preset"
 
     def overrides(self) -> dict[str, Any]:
         """Return what is set besides the preset."""
-        return self.model_dump(exclude={"preset"}, exclude_none=True)
+        return self.model_dump(exclude={"preset", "sizes"}, exclude_none=True)
 
 
 class MachineSection(_Section):
@@ -248,6 +249,30 @@ class ParallelSection(_Section):
         return self
 
 
+class TiersSection(_Section):
+    """What lies under the GPU's memory: host memory of `host_budget`, and below it a drive that holds every expert.
+
+    With "all", host memory holds every expert and nothing is read. Else it is a cache, empty at first, from which
+    `host_policy` says who goes; an expert that it lacks is read in requests of at most `chunk_bytes` (0: in one),
+    which `io_lanes` serve (left out: as many as the profile was measured with). What is prefetched goes through host
+    memory to the GPU, or as far as host memory (`prefetch` = "host").
+    """
+
+    host_budget: str = "all"
+    host_policy: Annotated[str, _one_of(EVICTION)] = "lru"
+    io_lanes: int | None = Field(default=None, ge=1, le=1024)
+    chunk_bytes: int = Field(default=0, ge=0)
+    prefetch: Literal["gpu", "host"] = "gpu"
+
+    @model_validator(mode="after")
+    def _budget_reads(self) -> TiersSection:
+        if self.prefetch == "host" and self.host_budget == "all":
+            raise ValueError("prefetch = 'host': host memory has every expert; give a host_budget, or prefetch = 'gpu'")
+        if self.host_budget != "all" and not _AMOUNT.fullmatch(self.host_budget):
+            raise ValueError(f"host_budget = {self.host_budget!r}: write it as 'all', '50%', '16GiB' or '512experts'")
+        return self
+
+
 class Scenario(_Section):
     """One run, whole. `model_dump()` gives it back as plain data."""
 
@@ -261,12 +286,22 @@ class Scenario(_Section):
     dispatch: DispatchSection = DispatchSection()
     copy_: CopySection = Field(default=CopySection(), alias="copy")
     parallel: ParallelSection = ParallelSection()
+    tiers: TiersSection = TiersSection()
 
     @model_validator(mode="after")
     def _dropping_knows_the_visit(self) -> Scenario:
         prefetch = self.prefetch
         if not self.memory.caching and (prefetch.protect, prefetch.issue) != ("until_target", "after_launch"):
             raise ValueError("memory.caching = false: needs prefetch.protect = 'until_target', issue = 'after_launch'")
+        return self
+
+    @model_validator(mode="after")
+    def _host_cache_serves_one_gpu(self) -> Scenario:
+        if self.tiers.host_budget != "all" and (self.parallel.stages > 1 or self.parallel.micro_batches > 1):
+            raise ValueError(
+                f"tiers.host_budget = {self.tiers.host_budget!r}: host memory as a cache serves one GPU without "
+                "micro-batches; give 'all', or parallel.stages = 1 and parallel.micro_batches = 1"
+            )
         return self
 
     @model_validator(mode="after")

@@ -45,8 +45,18 @@ from .policies.prefetch import PREFETCH, Gauge, NoPrefetch, Options, Prefetch
 from .policies.prefetch_share import PREFETCH_SHARE
 from .predicting import FREE, predictor_cost, scenario_predictor, with_latency
 from .replicates import replicate_costs, summary, without_uncertainty
-from .scenario import MemorySection, PredictorSection, PrefetchSection, Scenario, ScenarioError, parse_bytes
+from .scenario import (
+    MemorySection,
+    PredictorSection,
+    PrefetchSection,
+    Scenario,
+    ScenarioError,
+    TiersSection,
+    parse_budget,
+    parse_bytes,
+)
 from .stages import OF_WHOLE_MODEL, SAMPLE_STEPS, stage_inputs, stage_layers
+from .tiers import HostMemory
 from .warnings import warnings_of
 
 #: Called with what is running, and how many of how many layer visits are done.
@@ -94,6 +104,8 @@ def load_inputs(scenario: Scenario, trace: RoutingTrace | None = None) -> Inputs
     profile = load_profile(scenario.machine.profile)
     trace = _load_trace(scenario, model) if trace is None else trace
     _check_fit(trace, model)
+    if scenario.model.sizes == "trace":
+        model = _sized(model, trace)
     workload = scenario.workload
     steps = plan_steps(
         trace.sequence,
@@ -137,6 +149,7 @@ def _on_one_gpu(bare: Inputs) -> Inputs:
     inputs = replace(bare, budget_bytes=budget_bytes, guesses=guesses, budgets=budgets, predictor=predictor)
     # Before anything runs, these refuse a budget that is too small and host memory that the profile lacks.
     make_manager(inputs)
+    make_host_memory(inputs)
     Costs(model, bare.profile, scenario)
     return inputs
 
@@ -179,7 +192,7 @@ def _guesses(scenario: Scenario, model: Model, trace: RoutingTrace, steps: list[
     """Return what the scenario's predictor guesses; None if neither prefetch nor eviction goes by guesses."""
     policy = make_prefetch(scenario, model)
     horizons, ranks = (policy.horizons, policy.guesses) if policy.guesses else (0, 0)
-    if not ranks and getattr(EVICTION[scenario.memory.eviction], "needs_guesses", False):
+    if not ranks and _evicts_by_guesses(scenario):
         horizons, ranks = max(1, scenario.prefetch.lookahead), scenario.prefetch.k or model.top_k
     if not ranks:
         return None
@@ -190,6 +203,11 @@ def _guesses(scenario: Scenario, model: Model, trace: RoutingTrace, steps: list[
             f"{scenario.predictor.name!r} gives none: choose another of the two"
         )
     return guesses
+
+
+def _evicts_by_guesses(scenario: Scenario) -> bool:
+    policies = (EVICTION[name] for name in (scenario.memory.eviction, scenario.tiers.host_policy))
+    return any(getattr(policy, "needs_guesses", False) for policy in policies)
 
 
 def expert_budgets(
@@ -347,11 +365,40 @@ def make_manager(inputs: Inputs) -> MemoryManager:
     )
 
 
+def make_host_memory(inputs: Inputs) -> HostMemory | None:
+    """Return a fresh, empty cache in host memory as the scenario wants it; None if host memory holds every expert."""
+    model, tiers, scope = inputs.model, inputs.scenario.tiers, inputs.scenario.memory.scope
+    if tiers.host_budget == "all":
+        return None
+    scope = "shared" if scope == "shared" else "global"
+    budget_bytes = parse_budget(tiers.host_budget, model.expert_bytes, model.experts, scope)
+    topology = inputs.profile.topology
+    if topology is not None:
+        there_bytes = sum(node.capacity_bytes or 0 for node in topology.nodes if node.kind == "host")
+        if budget_bytes > there_bytes:
+            raise ScenarioError(
+                f"tiers.host_budget = {tiers.host_budget!r}: {budget_bytes / 2**30:.1f} GiB, but profile "
+                f"{inputs.profile.name} has {there_bytes / 2**30:.1f} GiB of host memory"
+            )
+    setting = Setting(seed=inputs.scenario.seed, trace=inputs.trace, steps=inputs.steps, guesses=inputs.guesses)
+    try:
+        manager = MemoryManager(
+            model.expert_bytes, model.experts, budget_bytes, EVICTION[tiers.host_policy], setting=setting, scope=scope
+        )
+    except BudgetError as error:
+        raise ScenarioError(f"tiers.host_budget = {tiers.host_budget!r}: {error}") from None
+    return HostMemory(manager, model.expert_bytes)
+
+
 def dispatched(
-    inputs: Inputs, manager: MemoryManager, prefetch: Prefetch, gauge: Gauge | None = None
+    inputs: Inputs,
+    manager: MemoryManager,
+    prefetch: Prefetch,
+    gauge: Gauge | None = None,
+    host_memory: HostMemory | None = None,
 ) -> Iterator[Visit]:
-    """Return the visits of a run, decided one by one as they are asked for."""
-    return visits(
+    """Return the visits of a run, decided one by one as they are asked for, those of host memory with them."""
+    decided = visits(
         inputs.trace,
         inputs.steps,
         manager,
@@ -360,7 +407,9 @@ def dispatched(
         issue=inputs.scenario.prefetch.issue,
         gauge=gauge,
         budgets=inputs.budgets,
+        to_host=inputs.scenario.tiers.prefetch == "host",
     )
+    return decided if host_memory is None else host_memory.through(decided)
 
 
 @dataclass(frozen=True)
@@ -410,25 +459,27 @@ def run(
 ) -> measure.Recording:
     """Simulate a run on one GPU with the given manager and prefetch policy, and return what was recorded."""
     gauge = Gauge()
+    host_memory = make_host_memory(inputs)
     decoded: Decoded = decode(
-        watch(dispatched(inputs, manager, prefetch, gauge)),
+        watch(dispatched(inputs, manager, prefetch, gauge, host_memory)),
         inputs.steps,
         manager,
         costs,
         inputs.scenario,
         prefetching=prefetch.guesses > 0,
         gauge=gauge if prefetch.uses_clock else None,
+        host_memory=host_memory,
     )
-    return _recording(Prepared(inputs, costs, manager, prefetch), decoded)
+    return _recording(Prepared(inputs, costs, manager, prefetch), decoded, host_memory)
 
 
-def _recording(gpu: Prepared, decoded: Decoded) -> measure.Recording:
+def _recording(gpu: Prepared, decoded: Decoded, host_memory: HostMemory | None = None) -> measure.Recording:
     """Return what one GPU recorded, with what its metrics need."""
     inputs, costs = gpu.inputs, gpu.costs
     pieces = [cost.pieces if costs.by_priority else 1 for cost in costs.copies]
     return measure.Recording(
         decoded, gpu.manager, inputs.trace, inputs.steps, inputs.model.expert_bytes, pieces, costs.kernel_lags,
-        inputs.device, inputs.first_layer,
+        inputs.device, inputs.first_layer, host_memory,
     )  # fmt: skip
 
 
@@ -488,7 +539,7 @@ def baseline_scenario(name: str, scenario: Scenario) -> Scenario:
     """Return the scenario with all that one of BASELINES does not depend on at its default: equal ones share it."""
     changes: dict[str, Any] = {"prefetch": PrefetchSection(lookahead=0)}
     if name == "resident":
-        changes["memory"] = MemorySection(gpu_budget="100%")
+        changes["memory"], changes["tiers"] = MemorySection(gpu_budget="100%"), TiersSection()
     elif name == "baseline":
         kept = {"gpu_budget", "scope", "total_bytes", "workspace_bytes"}  # the scope says what a share is of
         changes["memory"] = MemorySection(**scenario.memory.model_dump(include=kept))
@@ -594,6 +645,15 @@ def _load_trace(scenario: Scenario, model: Model) -> RoutingTrace:
         seed=scenario.seed,
         **options,
     )
+
+
+def _sized(model: Model, trace: RoutingTrace) -> Model:
+    """Return the model with the bytes of experts, and of dense parts where they are known, that a trace's log gives."""
+    if "expert_bytes" not in trace.extra:
+        raise ScenarioError("model.sizes = 'trace': the trace does not say how large its experts are: choose 'preset'")
+    expert_bytes = tuple(trace.extra["expert_bytes"].tolist())
+    dense_bytes = tuple(trace.extra["dense_bytes"].tolist()) if "dense_bytes" in trace.extra else model.dense_bytes
+    return replace(model, expert_bytes=expert_bytes, dense_bytes=dense_bytes)
 
 
 def _check_fit(trace: RoutingTrace, model: Model) -> None:

@@ -27,6 +27,8 @@ def undisturbed(manager: MemoryManager, costs: Costs, scenario: Scenario, most_t
         scenario.copy_.discipline == "fifo"
         and not contended(costs, scenario)
         and not costs.copies_hold_host
+        and costs.reads is None
+        and costs.interruptions is None
         and manager.uniform
         and dispatch.router_readback
         and costs.most_launches(most_tokens) <= dispatch.launch_queue_depth

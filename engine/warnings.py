@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 #: Given what a run was made from and its metrics, what to warn of.
 Warn = Callable[["Inputs", dict[str, Any]], str | None]
 
-#: The link counts as saturated from this share of the makespan on, and the host as the bottleneck from that share.
+#: The link, or a drive, counts as saturated from this share of the makespan on, the host as the bottleneck from that.
 SATURATED, HOST_BOUND = 0.9, 1 / 3
 #: From this share of the makespan on, which GPUs spend waiting for each other, the pipeline is poorly filled.
 BUBBLES = 0.25
@@ -63,6 +63,18 @@ def _saturated_link(inputs: Inputs, data: dict[str, Any]) -> str | None:
         f"saturated link: copies keep it busy for {busy:.0%} of the run and {unused:.0%} of their bytes are prefetched "
         f"and never used, so that demand waits behind guesses; lower prefetch.k or lookahead, use a larger budget, or "
         f"copy.discipline = priority with chunk_bytes and drop_stale"
+    )
+
+
+def _saturated_drive(inputs: Inputs, data: dict[str, Any]) -> str | None:
+    tiers = data["tiers"]
+    if tiers is None or (tiers["read_utilization"] or 0.0) < SATURATED:
+        return None
+    copies = tiers["host_hits"] + tiers["host_misses"]
+    return (
+        f"saturated drive: its I/O lanes ({tiers['io_lanes']}) read for {tiers['read_utilization']:.0%} of the run, "
+        f"because {tiers['host_misses'] / copies:.0%} of the copies to the GPU find their expert not in host memory; "
+        f"use a larger tiers.host_budget or memory.gpu_budget, a smaller dtype, or lower prefetch.k or lookahead"
     )
 
 
@@ -181,10 +193,10 @@ def _latency_of_a_cpu(inputs: Inputs, data: dict[str, Any]) -> str | None:
 
 
 def _not_measured(part: BaseModel, place: str = "") -> Iterator[tuple[str, str]]:
-    """Yield (place, source) of every cost within a part of a profile that was not measured on the machine."""
+    """Yield (place, source) of every cost within a part of a profile that was neither measured on it nor fitted."""
     source = getattr(part, "source", None)
     # A duration of 0 is no cost: a profile has it within others.
-    if place and source not in (None, "measured") and getattr(part, "ns", None) != 0:
+    if place and source not in (None, "measured", "fitted") and getattr(part, "ns", None) != 0:
         yield place, str(source)
     for name in type(part).model_fields:
         value = getattr(part, name)
@@ -201,6 +213,7 @@ def _in_use(place: str, inputs: Inputs) -> bool:
     used = [f"h2d.{_host_memory(inputs)}."]
     used += ["peer."] if inputs.links is not None else []
     used += ["d2h.alone"] if scenario.dispatch.router_readback else []
+    used += ["nvme.read"] if scenario.tiers.host_budget != "all" else []
     if mode != "free":
         used += ["host.copy_enqueue", "host.synchronize", f"compute.{mode}_gap"]
         used.append("host.graph_launch" if mode == "graph" else "host.launch")
@@ -217,6 +230,7 @@ WARNINGS: tuple[Warn, ...] = (
     _cliff,
     _turnover,
     _saturated_link,
+    _saturated_drive,
     _below_break_even,
     _host_bound,
     _bubbles,

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-Source = Literal["measured", "published", "datasheet", "assumed"]
+Source = Literal["measured", "published", "datasheet", "fitted", "assumed"]
 
 
 class Part(BaseModel):

@@ -131,10 +131,11 @@ class Work:
     slowdown: float = 1.0
     transfer: Transfer | None = None
     #: Priority lanes only: smaller goes first, then in the order of numbers; the pieces still to do, which other work
-    #: may come between.
+    #: may come between; and whether it enters the queue only once it could start, lest it hold up what it waits for.
     rank: tuple[int, int] = (0, 0)
     number: int = 0
     pieces: int = 1
+    held_back: bool = False
     done: Pending = field(default_factory=Pending)
     started: bool = False
     cancelled: bool = False
@@ -147,6 +148,10 @@ class Work:
         issued_ns = self.issued_ns + after_issue_ns
         # 0 stands for nothing to wait for.
         return max(issued_ns, end_ns + after_other_ns) if end_ns else issued_ns
+
+    def enters_ns(self) -> int | None:
+        """Return when it enters a priority queue; None while that is not known."""
+        return self.ready_ns(0) if self.held_back else self.issued_ns
 
     def when_ready_known(self, call: Callable[[], None]) -> None:
         """Call `call` as soon as `ready_ns` has an answer."""
@@ -433,12 +438,12 @@ class PriorityLane(CoupledLane):
         self.is_stale: Callable[[Work], bool] = lambda work: False
 
     def submit_work(self, work: Work) -> Completion:
-        """Queue work by its rank, from the instant at which it is issued."""
+        """Queue work by its rank, from the instant at which it is issued or, if held back, at which it is ready."""
         self._number(work)
-        if work.issued_ns > self._env.now:
-            self._at(work.issued_ns, NORMAL, lambda: self._insert(work))
+        if work.held_back:
+            work.when_ready_known(lambda: self._enter(work))
         else:
-            self._insert(work)
+            self._enter(work)
         return work.done
 
     def promote(self, work: Work, rank: tuple[int, int]) -> None:
@@ -446,8 +451,11 @@ class PriorityLane(CoupledLane):
         if rank < work.rank:
             work.rank = rank
             self._number(work)
-            issued = work.issued_ns <= self._env.now  # else it is inserted, by its new rank, when it is
-            if issued and work.done.end_ns is None and work is not self._active and work is not self._held:
+            entered_ns = work.enters_ns()
+            entered = (
+                entered_ns is not None and entered_ns <= self._env.now
+            )  # else it is, by its new rank, when it does
+            if entered and work.done.end_ns is None and work is not self._active and work is not self._held:
                 self._insert(work)
 
     def give_up(self, work: Work) -> Completion:
@@ -461,6 +469,15 @@ class PriorityLane(CoupledLane):
     def _number(self, work: Work) -> None:
         self._count += 1
         work.number = self._count
+
+    def _enter(self, work: Work) -> None:
+        """Insert work when it may enter the queue, which is known now."""
+        entered_ns = work.enters_ns()
+        assert entered_ns is not None
+        if entered_ns > self._env.now:
+            self._at(entered_ns, NORMAL, lambda: self._insert(work))
+        else:
+            self._insert(work)
 
     def _insert(self, work: Work) -> None:
         heapq.heappush(self._heap, (work.rank, work.number, work))

@@ -1,7 +1,7 @@
 """The profile: the measured costs of one machine, as a JSON file that says where each number came from.
 
-Every cost carries a `source` (measured, published, datasheet or assumed) and a `note`; every key carries its unit.
-A profile knows nothing of models: what a kernel of a given size costs on it is a table of measured points and a
+Every cost carries a `source` (measured, published, datasheet, fitted or assumed) and a `note`; every key carries its
+unit. A profile knows nothing of models: what a kernel of a given size costs on it is a table of measured points and a
 stated rule for the rest.
 """
 
@@ -202,6 +202,17 @@ class KernelRule(_Cost):
     beside_copy_factor: float = Field(ge=1, le=10)
 
 
+class Interruptions(_Cost):
+    """Other work that takes the compute stream for `ns`, each time `every_ns` after the last: a machine's noise.
+
+    As fixed-frequency noise in Hoefler, Schneider & Lumsdaine, "Characterizing the influence of system noise on
+    large-scale applications by simulation" (SC 2010). One that is due comes when the host begins a forward pass.
+    """
+
+    every_ns: int = Field(gt=0)
+    ns: int = Field(gt=0)
+
+
 class ComputeCosts(Part):
     """The compute stream: measured kernels, the rule for all else, and the gap between consecutive launches.
 
@@ -217,6 +228,7 @@ class ComputeCosts(Part):
     eager_gap: DurationBesideCopy
     graph_gap: DurationBesideCopy
     event_wait_gap: DurationBesideCopy = _NO_GAP
+    interruptions: Interruptions | None = None
     launch_latency: Latency = _NO_LATENCY
 
 
@@ -266,6 +278,18 @@ class Contention(Part):
     copy_beside_all_gpus: Factor | None = None
 
 
+class NvmeCosts(Part):
+    """A drive under the host's memory: what reading from it takes, request by request.
+
+    `read` is one request on one of `lanes` that all read, which together get all that the drive gives; more lanes
+    share that. `order` is the host thread's time to order the read of one expert, room for it included.
+    """
+
+    read: TransferCost
+    lanes: int = Field(gt=0)
+    order: Duration = _NO_TIME
+
+
 class Allocation(Part):
     """The host's time to get room: from the driver (raw), or from the caching allocator's free blocks."""
 
@@ -293,6 +317,7 @@ class Profile(Part):
     compute: ComputeCosts
     host: HostCosts
     contention: Contention | None = None
+    nvme: NvmeCosts | None = None
     allocation: Allocation | None = None
     topology: Topology | None = None
 

@@ -28,7 +28,8 @@ KERNEL, COPY, COLLECTIVE = range(15, len(KINDS))
 ROLES = ("compute", "h2d", "d2h", "predictor", "host", "peer", "cpu", "nvme")
 
 #: One span. Times are integer nanoseconds; `issued_ns` is when the host had asked for it; `expert`, `visit` and
-#: `copy` are -1 where they mean nothing. `copy` on an expert's kernel names the copy that brought its bytes.
+#: `copy` are -1 where they mean nothing. `copy` on an expert's kernel names the copy that brought its bytes; on a
+#: read from a drive it is the number of that read.
 SPAN = np.dtype(
     [
         ("start_ns", "<i8"),

@@ -140,7 +140,7 @@ def naive_counts(inputs: Inputs) -> VisitCounts:
             missed += sum(len(admitted) for _, admitted in waves)
             if scenario.prefetch.issue == "after_launch":
                 manager.unpin()
-            if inputs.guesses is not None:
+            if inputs.guesses is not None and scenario.tiers.prefetch == "gpu":
                 _, _, horizons, ranks = inputs.guesses.experts.shape
                 for ahead in range(1, horizons + 1):
                     target_layer = (layer + ahead) % layers

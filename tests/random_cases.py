@@ -14,6 +14,7 @@ from prestage.engine.dispatch import Visit
 from prestage.engine.inputs import Inputs
 from prestage.engine.memory_manager import MemoryManager
 from prestage.engine.output.metrics import Recording
+from prestage.engine.policies.eviction import EVICTION
 from prestage.engine.scenario import (
     DISCIPLINES,
     DISPATCH_MODES,
@@ -107,6 +108,9 @@ def cases(draw: st.DrawFn, /, **fixed: Any) -> Case:
         kernel_gap_ns=draw(st.integers(0, 3)),
         alone_latency_ns=draw(st.integers(0, 5)),
         memory=draw(st.sampled_from(["pinned", "pinned", "pageable"])),
+        io_lanes=draw(st.integers(1, 3)),
+        read_latency_ns=draw(st.integers(0, 9)),
+        order_ns=draw(st.integers(0, 3)),
     )
     return Case(model, profile, trace, scenario)
 
@@ -186,7 +190,15 @@ def scenarios(draw: st.DrawFn, model: Model, fixed: dict[str, dict[str, Any]]) -
             "chunk_bytes": draw(st.sampled_from([0, 0, 4, 11])),
             "contention": draw(st.booleans()),
         },
+        "tiers": {
+            "host_budget": draw(st.just("all") | st.integers(max(model.expert_bytes), 90).map("{}B".format)),
+            "host_policy": draw(st.sampled_from(sorted(EVICTION))),
+            "io_lanes": draw(st.none() | st.integers(1, 4)),
+            "chunk_bytes": draw(st.sampled_from([0, 0, 3, 8])),
+        },
     }
     for name, keys in fixed.items():
         sections[name].update(keys)
+    if sections["tiers"]["host_budget"] != "all":
+        sections["tiers"].setdefault("prefetch", draw(st.sampled_from(["gpu", "gpu", "host"])))
     return make_scenario({"seed": draw(st.integers(0, 9)), **sections})

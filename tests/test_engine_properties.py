@@ -31,6 +31,7 @@ from prestage.resources.timeline import (
     LAUNCH,
     PREDICT,
     PREFETCH,
+    READ,
     READBACK,
 )
 
@@ -97,6 +98,7 @@ def test_each_kind_of_work_runs_on_its_lane(case: Case) -> None:
         PREFETCH: {"h2d"},
         READBACK: {"d2h"},
         LAUNCH: {"host"},
+        READ: {"nvme"},
         PREDICT: {{"gpu": "predictor"}.get(lane := case.scenario.predictor.lane, lane)},
     }
     for span in recording.spans:

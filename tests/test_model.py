@@ -20,6 +20,7 @@ MIB = 2**20
 PUBLISHED_BILLIONS = {
     "mixtral-8x7b": ("46.7", 32, 8, 2),
     "qwen3-30b-a3b": ("30.5", 48, 128, 8),
+    "qwen3-30b-a3b-q4": ("30.5", 48, 128, 8),
     "olmoe-1b-7b": ("6.9", 16, 64, 8),
     "deepseek-v2-lite": ("15.7", 26, 64, 6),
     "deepseek-v3": ("671", 58, 256, 8),
@@ -90,7 +91,7 @@ def dropped(text: str, table: str) -> str:
 # --- Presets --------------------------------------------------------------------------------------------------------
 
 
-def test_the_eight_presets_are_shipped() -> None:
+def test_the_nine_presets_are_shipped() -> None:
     assert preset_names() == sorted([*PUBLISHED_BILLIONS, "switch-base-128"])
 
 

@@ -163,7 +163,7 @@ def test_hosts_that_run_ahead_by_thousands_of_steps_do_not_call_each_other_ever_
     assert makespan_ns(run_resident(inputs)) == (2 * steps + 1) * T_NS / 2
 
 
-@given(case=cases())
+@given(case=cases(tiers={"host_budget": "all"}))
 def test_a_pipeline_of_one_stage_is_a_run_on_one_gpu_to_the_byte_of_its_timeline(case: Case) -> None:
     inputs = case.inputs()
     as_stage = replace(inputs, stages=(inputs,))
@@ -176,7 +176,7 @@ def test_a_pipeline_of_one_stage_is_a_run_on_one_gpu_to_the_byte_of_its_timeline
 @st.composite
 def pipelines(draw: st.DrawFn) -> Inputs:
     """Draw a run whose layers are divided among GPUs, the links to which may be too narrow for all at once."""
-    case = draw(cases())
+    case = draw(cases(tiers={"host_budget": "all"}))
     stages = draw(st.integers(1, case.model.layers))
     parallel = {
         "stages": stages,

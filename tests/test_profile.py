@@ -21,7 +21,7 @@ from prestage.workloads.model import load_model
 
 MIB = 2**20
 GUIDE_BYTES = 27 * MIB
-SOURCES = {"measured", "published", "datasheet", "assumed"}
+SOURCES = {"measured", "published", "datasheet", "fitted", "assumed"}
 
 
 def line(latency_ns: int, bytes_per_second: int) -> TransferCost:

@@ -18,6 +18,10 @@ PIPELINE = ["machine.profile=h200-x2", "parallel.stages=2", "workload.synthetic.
 CASES: dict[str, tuple[list[str], list[str] | None]] = {
     "cliff": (["memory.gpu_budget=92experts"], ["memory.gpu_budget=93experts"]),
     "saturated link": (["prefetch.lookahead=2"], ["prefetch.lookahead=0"]),
+    "saturated drive": (
+        ["machine.profile=rtx3090-nvme", "tiers.host_budget=5%", "tiers.io_lanes=1"],
+        ["machine.profile=rtx3090-nvme", "tiers.host_budget=all"],
+    ),
     "turnover": (["prefetch.lookahead=6", "prefetch.k=16", "memory.gpu_budget=95experts"], ["memory.gpu_budget=50%"]),
     "host-bound": (["dispatch.mode=eager", "memory.gpu_budget=100%"], ["dispatch.mode=graph"]),
     "bubbles": (PIPELINE, [*PIPELINE, "workload.batch=4", "parallel.micro_batches=4"]),

@@ -42,8 +42,11 @@ def tiny_profile(
     memory: str = "pinned",
     gpus: int = 1,
     peer_latency_ns: int | None = None,
+    io_lanes: int = 1,
+    read_latency_ns: int = 0,
+    order_ns: int = 0,
 ) -> Profile:
-    """Return a profile of round numbers; what is not given costs nothing.
+    """Return a profile of round numbers; what is not given costs nothing. A drive reads a byte in a ns, as a copy.
 
     Several `gpus` have wide links of their own to the host and to each other; copies between them take
     `peer_latency_ns` and one ns a byte, or nothing.
@@ -102,6 +105,7 @@ def tiny_profile(
             },
             "peer": None if gpus == 1 else peers(peer_latency_ns),
             "topology": None if gpus == 1 else tiny_topology(gpus),
+            "nvme": {"read": line(read_latency_ns), "lanes": io_lanes, "order": fixed(order_ns)},
         }
     )
 

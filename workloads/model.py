@@ -27,7 +27,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 #: Bits per weight, exact. mxfp4 holds 4 bits and shares one 8-bit scale among 32 weights (OCP Microscaling Formats
 #: 1.0, 2023). The others hold the weights alone: DeepSeek-V3's float8 scales, one float32 per 128 x 128 block, would
-#: add 0.02 %.
+#: add 0.02 %. q4_k and q6_k are llama.cpp's: 144 and 210 bytes for 256 weights, scales included (ggml-common.h).
 DTYPES: dict[str, Fraction] = {
     "float32": Fraction(32),
     "bfloat16": Fraction(16),
@@ -35,6 +35,8 @@ DTYPES: dict[str, Fraction] = {
     "float8": Fraction(8),
     "int8": Fraction(8),
     "mxfp4": Fraction(17, 4),
+    "q6_k": Fraction(105, 16),
+    "q4_k": Fraction(9, 2),
     "int4": Fraction(4),
 }
 

@@ -187,6 +187,7 @@ def _merged(
         "memory_utilization": _mean(each, "memory_utilization", lambda at: budget_bytes(recordings[at])),
         # GPUs that hold the same layers visit them together.
         "layer_visits": sum({r.first_layer: len(r.decoded.visits) for r in recordings}.values()),
+        "tiers": None,  # host memory as a cache serves one GPU
     }
 
 

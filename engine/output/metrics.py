@@ -21,6 +21,7 @@ from ...workloads.trace import RoutingTrace
 from ..dispatch import Visit
 from ..gpu import Decoded
 from ..memory_manager import DEMANDED, PREFETCHED, MemoryManager
+from ..tiers import HostMemory
 
 Array = npt.NDArray[Any]
 
@@ -51,6 +52,7 @@ class Recording:
     kernel_lags: Lags
     device: str = "gpu0"
     first_layer: int = 0
+    host_memory: HostMemory | None = None
     _spans: Array = field(init=False)
 
     def __post_init__(self) -> None:
@@ -213,6 +215,7 @@ def gpu_metrics(recording: Recording, run_ns: int, shadow_misses: Array | None =
         "link_utilization": link_utilization(recording, run_ns),
         "memory_utilization": memory_utilization(recording, run_ns),
         "layer_visits": len(recording.decoded.visits),
+        "tiers": tiers(recording),
     }
 
 
@@ -365,6 +368,36 @@ def link_utilization(recording: Recording, run_ns: int | None = None) -> float |
     earlier_ns = np.concatenate([[0], ends_ns[:-1]]) if len(copies) else ends_ns
     busy_ns = np.maximum(0, ends_ns - np.maximum(copies["start_ns"], earlier_ns)).sum()
     return float(busy_ns / max(run_ns, int(ends_ns.max(initial=0))))
+
+
+def tiers(recording: Recording) -> dict[str, Any] | None:
+    """Return what copies to the GPU found in host memory and what was read; None where it holds every expert.
+
+    A hit is a copy whose expert was in host memory, or on its way there; a staged read is a prefetch into host memory
+    alone. Utilization is the time that the lanes were busy over that of all of them, until the makespan (or the last
+    read's end, if that is later).
+    """
+    host = recording.host_memory
+    if host is None:
+        return None
+    spans = recording.spans
+    lanes = recording.decoded.timeline.lanes_with("nvme")
+    reads = spans[np.isin(spans["lane"], lanes)]
+    busy_ns = int((reads["end_ns"] - reads["start_ns"]).sum())
+    until_ns = max(recording.makespan_ns, int(reads["end_ns"].max(initial=0)))
+    return {
+        "host_budget_bytes": host.manager.budget_bytes,
+        "host_hits": host.hits,
+        "host_misses": host.misses,
+        "host_hit_rate": ratio(host.hits, host.hits + host.misses),
+        "host_evict": host.manager.evicted,
+        "staged_reads": host.staged_reads,
+        "read_bytes": host.read_bytes,
+        "read_requests": len(reads),
+        "io_lanes": len(lanes),
+        "read_busy_ms": busy_ns / 1e6,
+        "read_utilization": ratio(busy_ns, until_ns * len(lanes)),
+    }
 
 
 def memory_steps(recording: Recording) -> tuple[Array, Array, Array]:

@@ -44,6 +44,8 @@ def print_result(data: dict[str, Any]) -> None:
     names = {"demand": "on demand", "prefetch": "prefetched", "prefetch_not_used": "of it not used"}
     copies = [(name, f"{moved[key] / 2**20:,.1f} MiB", _share(moved[key], total)) for key, name in names.items()]
     _rows(console, f"{total / 2**20:,.1f} MiB copied to the GPU", copies)
+    if data.get("tiers") is not None:
+        _rows(console, *_tier_rows(data["tiers"]))
     makespan, gpus = data["makespan_ms"], data["gpus"]
     split = [(name.removesuffix("_ms"), f"{ms:,.3f} ms", _share(ms, makespan)) for name, ms in data["time"].items()]
     streams = "compute stream" if len(gpus) == 1 else f"mean of {len(gpus)} compute streams"
@@ -67,6 +69,18 @@ def _print_gpus(console: Console, gpus: Sequence[Mapping[str, Any]], makespan_ms
     table.add_row("of it used", *(_share(gpu["memory_utilization"], 1) for gpu in gpus))
     console.print(Text("\nEach GPU", style="bold"))
     console.print(table)
+
+
+def _tier_rows(tiers: Mapping[str, Any]) -> tuple[str, list[tuple[str, str, str]]]:
+    """Return the title and rows of what host memory held and the drive below it did."""
+    copies = tiers["host_hits"] + tiers["host_misses"]
+    busy = f"{tiers['io_lanes']} I/O lanes busy {_share(tiers['read_utilization'], 1)}"
+    return f"{copies:,} copies from host memory ({tiers['host_budget_bytes'] / 2**30:.2f} GiB of experts)", [
+        ("found there", f"{tiers['host_hits']:,}", _share(tiers["host_hits"], copies)),
+        ("read first", f"{tiers['host_misses']:,}", _share(tiers["host_misses"], copies)),
+        ("read ahead", f"{tiers['staged_reads']:,}", "into host memory alone"),
+        ("read", f"{tiers['read_bytes'] / 2**20:,.1f} MiB", busy),
+    ]
 
 
 def _speed_rows(data: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -1,0 +1,169 @@
+"""Tiers: host memory as a cache under the GPU's, and a drive below it that holds every expert.
+
+`HostMemory` decides, without a clock, what each copy to the GPU finds in host memory, in the order in which the copies
+are ordered; so the replay and the engine count the same. `Drive` is its time: reads on I/O lanes, a copy to the GPU
+behind the read that it needs, and a read behind the last copy out of the room that it takes.
+
+Host memory keeps what it has handed to the GPU (inclusive): experts are read-only, so nobody writes one back, and to
+keep only what the GPU lacks would cost a copy back over the link for each expert that leaves the GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import simpy
+
+from ..resources.lane import Completion, FifoLane, Pending, after_all
+from ..resources.timeline import READ, Timeline
+from .costs import ReadCosts
+from .dispatch import Visit
+from .memory_manager import Admission, MemoryManager
+
+
+class HostMemory:
+    """Which experts lie in host memory, decided by `manager`, whose copies are reads from the drive.
+
+    Every copy to the GPU uses its expert here, which is read first where it is absent; a prefetch renews nothing, as
+    on the GPU.
+    """
+
+    def __init__(self, manager: MemoryManager, expert_bytes: Sequence[int]) -> None:
+        self.manager = manager
+        self._expert_bytes = expert_bytes
+        self.hits = self.misses = 0
+        self.read_bytes = 0
+        #: Of each copy to the GPU that was decided and not yet ordered: the read that brings, or brought, its bytes;
+        #: and, where that read has to be made, the reads whose former room it takes.
+        self.decided: dict[int, tuple[int, tuple[int, ...] | None]] = {}
+        #: Reads that a visit orders for nobody yet: prefetches into host memory.
+        self.staged: list[Admission] = []
+
+    @property
+    def staged_reads(self) -> int:
+        """How many reads were ordered for no copy."""
+        return len(self.manager.copy_expert) - self.misses
+
+    def through(self, visits: Iterator[Visit]) -> Iterator[Visit]:
+        """Pass visits on, each with its copies decided."""
+        for visit in visits:
+            self.decide(visit)
+            yield visit
+
+    def decide(self, visit: Visit) -> None:
+        """Look up what a visit copies to the GPU, in the order of the copies."""
+        accesses, manager = visit.accesses, self.manager
+        manager.begin(visit.number, visit.layer, accesses.recency, accesses.weights)
+        demanded = [admission for wave in visit.waves for admission in wave.admitted]
+        weights = dict(zip(accesses.recency, accesses.weights, strict=True)) if demanded else {}
+        for admission in demanded:
+            self._look_up(admission.expert, admission.copy, weights[admission.expert])
+        for admission, _ in visit.prefetches:
+            self._look_up(admission.expert, admission.copy, None)
+        self.staged = [read for expert in visit.staged if (read := self._admit(expert, None)) is not None]
+
+    def _look_up(self, expert: int, copy: int, weight: float | None) -> None:
+        admission = self._admit(expert, weight)
+        if admission is None:
+            self.hits += 1
+            self.decided[copy] = self.manager.assigned[expert], None
+        else:
+            self.misses += 1
+            self.decided[copy] = admission.copy, admission.former
+
+    def _admit(self, expert: int, weight: float | None) -> Admission | None:
+        admission = self.manager.look_up(expert, weight)
+        if admission is not None:
+            self.read_bytes += self._expert_bytes[expert // self.manager.experts]
+        return admission
+
+
+class Drive:
+    """The I/O lanes of a drive, and when the rooms of host memory are filled and free.
+
+    A request goes to the lane with the least to do, which is the one that is free first. `give_up` is called for
+    copies to the GPU that are not made after all; only a priority queue has such (`cancels`).
+    """
+
+    def __init__(
+        self, env: simpy.Environment, timeline: Timeline, host: HostMemory, costs: ReadCosts, *, cancels: bool
+    ) -> None:
+        self._env = env
+        self._lanes = [
+            FifoLane(timeline, timeline.add_lane("nvme0", "nvme", f"I/O lane {number}"))
+            for number in range(costs.lanes)
+        ]
+        self._costs = costs.by_layer
+        self._experts, self._splits = host.manager.experts, not host.manager.uniform
+        self._host = host
+        self._cancels = cancels
+        self._filled: dict[int, Completion] = {}  # read -> when its bytes are in host memory
+        self._left: dict[int, Completion] = {}  # read -> when the last copy to the GPU has left its room
+        self._leaving: dict[int, Pending] = {}  # copies to the GPU that may yet be given up
+
+    def bring(self, expert: int, copy: int, now_ns: int, visit: int, after: Completion) -> tuple[int, Completion]:
+        """Order what brings a copy's bytes to host memory, behind `after`; return the host's time and when they come.
+
+        `copied` follows.
+        """
+        read, former = self._host.decided[copy]
+        if former is None:
+            return now_ns, _both(after, self._filled[read])
+        return self._read(Admission(expert, read, former), now_ns, visit, after)
+
+    def stage(self, now_ns: int, visit: int, after: Completion) -> int:
+        """Order the reads of a visit that no copy asked for, behind `after`; return the host's time."""
+        for admission in self._host.staged:
+            now_ns, _ = self._read(admission, now_ns, visit, after)
+        return now_ns
+
+    def copied(self, copy: int, end: Completion) -> None:
+        """Take note that a copy to the GPU reads its room in host memory until `end`."""
+        read, _ = self._host.decided.pop(copy)
+        if self._cancels and isinstance(end, Pending):
+            end = self._until_given_up(copy, end)
+        self._left[read] = _both(self._left.get(read, 0), end)
+
+    def give_up(self, copy: int) -> None:
+        """Take note that a copy to the GPU is not made, or not further."""
+        left = self._leaving.pop(copy, None)
+        if left is not None:
+            left.resolve(int(self._env.now))
+
+    def _read(self, admission: Admission, now_ns: int, visit: int, after: Completion) -> tuple[int, Completion]:
+        """Order a read's requests, behind what leaves its room."""
+        expert, read = admission.expert, admission.copy
+        cost = self._costs[expert // self._experts]
+        now_ns += cost.host_ns
+        for other in admission.former:
+            after = _both(after, self._free(other))
+        ends = [self._request(cost.request_ns, now_ns, after, expert, visit, read) for _ in range(cost.requests)]
+        filled = self._filled[read] = after_all(ends)
+        return now_ns, filled
+
+    def _request(self, ns: int, now_ns: int, after: Completion, expert: int, visit: int, read: int) -> Completion:
+        lane = min(self._lanes, key=lambda lane: lane.backlog_ns(now_ns))
+        return lane.submit(ns, ns, now_ns, after, READ, expert, visit, read)
+
+    def _free(self, read: int) -> Completion:
+        """Return when the room of a read may be written; rooms that split are asked again."""
+        take = dict.get if self._splits else dict.pop
+        return _both(take(self._filled, read, 0), take(self._left, read, 0))
+
+    def _until_given_up(self, copy: int, end: Pending) -> Pending:
+        left = self._leaving[copy] = Pending()
+
+        def ended() -> None:
+            assert end.end_ns is not None
+            if self._leaving.pop(copy, None) is not None:
+                left.resolve(end.end_ns)
+
+        end.then(ended)
+        return left
+
+
+def _both(one: Completion, other: Completion) -> Completion:
+    """Return the later of two completions."""
+    if isinstance(one, int) and isinstance(other, int):
+        return one if one > other else other
+    return after_all([one, other])
