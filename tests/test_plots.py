@@ -11,7 +11,8 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from test_export import EXPERTS, made_run  # type: ignore[import-not-found]
 
-from prestage.engine.output.plots import COLORS, default_window, plot_memory, plot_timeline, save
+from prestage.engine.output.palette import COLORS
+from prestage.engine.output.plots import default_window, plot_memory, plot_timeline, save
 from prestage.resources.timeline import DEMAND, DENSE, EXPERT, HEAD, KINDS, LAUNCH, PREFETCH, Timeline
 
 GIB = 2**30

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from ...resources.suggest import unknown_name
 from ..compare import Step
 from ..insights import InsightError, check_key, effects, finished, front, table, values_of, varying
-from .plots import _INK, _WIDTH_INCHES, COLORS, _set_title, _style
+from .palette import COLORS
+from .plots import _INK, _WIDTH_INCHES, _set_title, _style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

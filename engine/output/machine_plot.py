@@ -12,7 +12,8 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from .machine import share, size
-from .plots import _INK, COLORS
+from .palette import COLORS
+from .plots import _INK
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from ...resources.timeline import DEMAND, DENSE, EXPERT, HEAD, KINDS, PREFETCH, Timeline
 from .export import layer_of_each, layers_of, replacing, track_order
+from .palette import COLORS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,28 +23,6 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 
-#: Color and legend of each kind, in the order of the legend. Colors of Okabe and Ito, "Color Universal Design" (2008),
-#: which people with any color vision tell apart; copies are warm, kernels cool, the host gray.
-COLORS = {
-    "launch": ("#8c8c8c", "host dispatches"),
-    "predict": ("#cc79a7", "predictor"),
-    "demand": ("#d55e00", "copy on demand"),
-    "prefetch": ("#f0a830", "prefetch"),
-    "readback": ("#5b3a8c", "choice to host"),
-    "dense": ("#0072b2", "dense part"),
-    "expert": ("#56b4e9", "expert"),
-    "head": ("#009e73", "head"),
-    "activation": ("#b8860b", "activations"),
-    "dispatch": ("#a0522d", "all-to-all, dispatch"),
-    "combine": ("#7f4f24", "all-to-all, combine"),
-    "peer": ("#e377c2", "copy from a peer"),
-    "cpu_expert": ("#117733", "expert on the CPU"),
-    "decompress": ("#88ccee", "decompression"),
-    "read": ("#882255", "read from NVMe"),
-    "kernel": ("#4477aa", "kernel"),
-    "copy": ("#ee7733", "copy"),
-    "collective": ("#aa4499", "communication"),
-}
 #: Of curves, in the order in which they are drawn; once the colors are used up, the next dashes.
 _CURVE_COLORS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#f0a830", "#333333", "#56b4e9", "#8c8c8c")
 _DASHES = ("-", "--", ":", "-.")
@@ -107,8 +86,7 @@ def plot_timeline(
         end_ns = max(start_ns, int(spans["end_ns"].max(initial=0)))
     if end_ns < start_ns:
         raise ValueError(f"end_ns = {end_ns}: the window starts at {start_ns}, so it must end there or later")
-    used = set(np.unique(spans["lane"]).tolist())
-    rows = [number for number in track_order(timeline) if number in used] or track_order(timeline)
+    rows = used_lanes(timeline) or track_order(timeline)
     layers = layers_of(spans, experts_per_layer)
     spans = spans[(spans["start_ns"] < end_ns) & (spans["end_ns"] > start_ns)]
     span_ns = end_ns - start_ns or 1000
@@ -136,7 +114,7 @@ def plot_timeline(
 
     axes.set_xlim(start_ns / scale_ns, (start_ns + span_ns) / scale_ns)
     axes.set_ylim(max(1, len(rows)) - 0.4, -0.6)
-    axes.set_yticks(range(len(rows)), _row_names(timeline, rows))
+    axes.set_yticks(range(len(rows)), row_names(timeline, rows))
     axes.set_xlabel(f"time since the start of the run ({unit})")
     _style(axes)
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)
@@ -170,19 +148,29 @@ def plot_memory(
     for name, values in (("assigned_bytes", sizes), ("budget_bytes", limits)):
         if values.shape != times_ns.shape and values.ndim:
             raise ValueError(f"{name} has {values.shape} values, time_ns {times_ns.shape}: give as many of each")
-    limits = np.broadcast_to(limits, (max(1, len(times_ns)),))
+    figure = Figure(figsize=(_WIDTH_INCHES * 2 / 3, 3.4), layout="constrained")
+    axes = figure.add_subplot()
+    draw_memory(axes, *at_changes(times_ns, sizes, np.broadcast_to(limits, (max(1, len(times_ns)),))))
+    _set_title(axes, title)
+    return figure
+
+
+def at_changes(times_ns: Array, sizes: Array, limits: Array) -> tuple[Array, Array, Array]:
+    """Return those of the samples, each (samples,), at which a value changes, and the last: all that show."""
+    if not len(times_ns):
+        return times_ns, sizes, limits
+    kept = np.append(True, (sizes[1:] != sizes[:-1]) | (limits[1:] != limits[:-1]))
+    kept[-1] = True
+    return times_ns[kept], sizes[kept], limits[kept]
+
+
+def draw_memory(axes: Axes, times_ns: Array, sizes: Array, limits: Array) -> None:
+    """Draw bytes over time and their limit, each (samples,) in order of time."""
     last_ns = (int(times_ns[-1]) if len(times_ns) else 0) or 1000
     scale_ns, unit = _time_unit(last_ns)
     most = max(int(limits.max()), int(sizes.max(initial=0)), 1)
-    scale_bytes, bytes_unit = next((scale, name) for scale, name in _BYTE_UNITS if most >= scale)
-    if len(sizes):  # only changes, and the last value up to the end, are worth a point
-        changes = np.flatnonzero(np.append(True, (sizes[1:] != sizes[:-1]) | (limits[1:] != limits[:-1])))
-        times_ns = np.append(times_ns[changes], last_ns)
-        sizes = np.append(sizes[changes], sizes[-1])
-        limits = np.append(limits[changes], limits[-1])
+    scale_bytes, unit_of_bytes = bytes_unit(most)
 
-    figure = Figure(figsize=(_WIDTH_INCHES * 2 / 3, 3.4), layout="constrained")
-    axes = figure.add_subplot()
     color = COLORS["dense"][0]
     axes.fill_between(times_ns / scale_ns, sizes / scale_bytes, step="post", color=color, alpha=0.2, linewidth=0)
     axes.step(times_ns / scale_ns, sizes / scale_bytes, where="post", color=color, linewidth=1.4)
@@ -193,7 +181,7 @@ def plot_memory(
     else:
         axes.step(times_ns / scale_ns, limits / scale_bytes, where="post", **line)
     axes.annotate(
-        f"limit {limit:,.4g} {bytes_unit}" if limit < 1000 else f"limit {limit:,.0f} {bytes_unit}",
+        f"limit {few_digits(limit)} {unit_of_bytes}",
         (1, limit),
         xycoords=("axes fraction", "data"),
         xytext=(-4, 4),
@@ -207,11 +195,9 @@ def plot_memory(
     axes.set_xlim(0, last_ns / scale_ns)
     axes.set_ylim(0, 1.15 * most / scale_bytes)
     axes.set_xlabel(f"time since the start of the run ({unit})")
-    axes.set_ylabel(f"expert memory given out ({bytes_unit})")
+    axes.set_ylabel(f"expert memory given out ({unit_of_bytes})")
     _style(axes)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-    _set_title(axes, title)
-    return figure
 
 
 def plot_latency(latencies_ms: Mapping[str, Sequence[float]], *, title: str | None = None) -> Figure:
@@ -462,11 +448,27 @@ def _label_inches(label: str) -> float:
     return (0.62 * len(label) + 0.6) * _LABEL_POINTS / 72
 
 
-def _row_names(timeline: Timeline, rows: list[int]) -> list[str]:
+def used_lanes(timeline: Timeline) -> list[int]:
+    """Return the numbers of the lanes that have a span, in the order in which they are shown."""
+    used = set(np.unique(timeline.spans()["lane"]).tolist())
+    return [number for number in track_order(timeline) if number in used]
+
+
+def row_names(timeline: Timeline, rows: list[int]) -> list[str]:
     """Return the titles of the lanes, with their device where there are several GPUs."""
     lanes = [timeline.lanes[number] for number in rows]
     several = len({lane.device for lane in timeline.lanes} - {"host"}) > 1
     return [f"{lane.device}: {lane.title}" if several and lane.device != "host" else lane.title for lane in lanes]
+
+
+def few_digits(number: float) -> str:
+    """Return a number as a label says it: four digits of it, or all before the point."""
+    return f"{number:,.4g}" if abs(number) < 1000 else f"{number:,.0f}"
+
+
+def bytes_unit(most: int) -> tuple[int, str]:
+    """Return the bytes of the unit in which to show numbers of up to `most` bytes, and its name."""
+    return next((scale, name) for scale, name in _BYTE_UNITS if max(most, 1) >= scale)
 
 
 def _time_unit(span_ns: int) -> tuple[int, str]:
