@@ -73,11 +73,15 @@ BASELINES = {
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run: `data` is plain data for JSON (without `wall_s`), `recordings` all that each GPU recorded."""
+    """A finished run: `data` is plain data for JSON (without `wall_s`), `recordings` all that each GPU recorded.
+
+    `previous` is what `merge.step_metrics` takes.
+    """
 
     data: dict[str, Any]
     recordings: list[measure.Recording]
     wall_s: float
+    previous: Sequence[int] | None = None
 
     @property
     def recording(self) -> measure.Recording:
@@ -274,7 +278,8 @@ def simulate_inputs(
     ready = prepared(inputs, costs)
     recordings = run_all(inputs, ready, _watched(progress, "simulate", inputs.layer_visits))
     wall_s = time.perf_counter() - began
-    data = run_metrics(recordings, [_shadow_misses(gpu.inputs, gpu.prefetch) for gpu in ready], previous_steps(inputs))
+    previous = previous_steps(inputs)
+    data = run_metrics(recordings, [_shadow_misses(gpu.inputs, gpu.prefetch) for gpu in ready], previous)
     data["deduplication"] = _deduplication(inputs)
     if inputs.links is not None:
         flow = flow_of(model, inputs.trace, inputs.steps)
@@ -305,7 +310,7 @@ def simulate_inputs(
     data["expert_bytes_total"] = model.total_expert_bytes
     data["scenario"] = scenario.plain()
     data["versions"] = versions()
-    return Result(data, recordings, wall_s)
+    return Result(data, recordings, wall_s, previous)
 
 
 def versions() -> dict[str, str]:

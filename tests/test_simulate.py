@@ -270,7 +270,7 @@ def test_two_processes_that_hash_differently_write_the_same_bytes(tmp_path: Path
         subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
     first, second = ({path.name: path.read_bytes() for path in (tmp_path / seed).iterdir()} for seed in ("1", "2"))
     assert first == second
-    assert sorted(first) == ["memory.png", "result.json", "timeline.json.gz", "timeline.png"]
+    assert sorted(first) == ["memory.png", "result.json", "run.safetensors", "timeline.json.gz", "timeline.png"]
     assert first == written(result_of(*WAYS["stale dropped"]), tmp_path / "here")
 
 

@@ -14,6 +14,7 @@ from .about import about_run
 from .export import SPAN_LIMIT, export_timeline, replacing
 from .merge import memory_steps
 from .plots import default_window, plot_memory, plot_miss_ratios, plot_timeline, save
+from .saved import RUN_FILE, run_of, save_run
 
 if TYPE_CHECKING:
     from ..simulate import Result
@@ -27,7 +28,7 @@ def make_folder(folder: Path) -> None:
 
 
 def write_result(result: Result, folder: Path, *, all_spans: bool = False) -> list[str]:
-    """Write result.json, timeline.json.gz, timeline.png and memory.png; return a line about each.
+    """Write result.json, run.safetensors, timeline.json.gz, timeline.png and memory.png; return a line about each.
 
     The same scenario writes the same bytes: what differs between runs (wall_s) is left out.
     Raises OSError if the folder cannot be written.
@@ -38,6 +39,7 @@ def write_result(result: Result, folder: Path, *, all_spans: bool = False) -> li
     time_ns, assigned_bytes, budget_bytes = memory_steps(result.recordings)
     with replacing(folder / "result.json") as file:
         file.write(orjson.dumps(result.data, option=orjson.OPT_INDENT_2) + b"\n")
+    save_run(run_of(result), folder / RUN_FILE)
     exported = export_timeline(
         result.timeline,
         folder / "timeline.json.gz",
@@ -53,6 +55,7 @@ def write_result(result: Result, folder: Path, *, all_spans: bool = False) -> li
         cut = f": the first {exported.spans_written:,} of {exported.spans_total:,} spans (--all-spans writes all)"
     return [
         f"{folder / 'result.json'}",
+        f"{folder / RUN_FILE} (`prestage report {folder}` makes a page of it)",
         f"{folder / 'timeline.json.gz'} (open in ui.perfetto.dev){cut}",
         f"{folder / 'timeline.png'}",
         f"{folder / 'memory.png'}",

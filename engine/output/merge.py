@@ -54,13 +54,22 @@ def step_metrics(recordings: Sequence[Recording], previous: Sequence[int] | None
     `previous` (steps,), for steps that overlap, is the step whose tokens each of them goes on from, -1 for none: a
     step takes from the end of that one, or from its own first kernel, to its end.
     """
+    return measure.step_metrics(recordings[0], *_step_times_ns(recordings, previous))
+
+
+def token_times_ns(recordings: Sequence[Recording], previous: Sequence[int] | None = None) -> Array:
+    """Return what the step of each decode token took (decode tokens,); `previous` as for `step_metrics`."""
+    return measure.token_times_ns(recordings[0].steps, _step_times_ns(recordings, previous)[1])
+
+
+def _step_times_ns(recordings: Sequence[Recording], previous: Sequence[int] | None) -> tuple[Array, Array]:
+    """Return when each step ended and what it took, both (steps,)."""
     ends = [recording.step_end_ns for recording in recordings if len(recording.step_end_ns)]
     end_ns: Array = np.maximum.reduce(ends) if ends else np.empty(0, dtype=np.int64)
     if previous is None:
-        return measure.step_metrics(recordings[0], end_ns)
+        return end_ns, np.diff(end_ns, prepend=0)
     before = np.asarray(previous, dtype=np.int64)
-    since_ns = np.where(before >= 0, end_ns[before], _step_start_ns(recordings[0]))
-    return measure.step_metrics(recordings[0], end_ns, end_ns - since_ns)
+    return end_ns, end_ns - np.where(before >= 0, end_ns[before], _step_start_ns(recordings[0]))
 
 
 def merged_timeline(recordings: Sequence[Recording]) -> Timeline:

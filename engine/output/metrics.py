@@ -6,7 +6,7 @@ prefill and decode, unless the name says decode.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -231,7 +231,7 @@ def step_metrics(recording: Recording, end_ns: Array | None = None, latency_ns: 
     decode = np.array([step.phase == DECODE for step in recording.steps], dtype=bool)
     tokens = np.array([len(step.rows) for step in recording.steps], dtype=np.int64)
     decode_ns = int(took_ns[decode].sum())
-    per_token_ms = np.repeat(latency_ns[decode], tokens[decode]) / 1e6
+    per_token_ms = token_times_ns(recording.steps, latency_ns) / 1e6
     percentiles = np.percentile(per_token_ms, (50, 95, 99)).tolist() if len(per_token_ms) else [None] * 3
     decoded = int(tokens[decode].sum())
     return {
@@ -241,6 +241,12 @@ def step_metrics(recording: Recording, end_ns: Array | None = None, latency_ns: 
         "time_per_token_ms": dict(zip(("p50", "p95", "p99"), percentiles, strict=True)),
         "time_to_first_token_ms": _first_token_ms(recording, end_ns, latency_ns),
     }
+
+
+def token_times_ns(steps: Sequence[Step], took_ns: Array) -> Array:
+    """Return what the step of each decode token took (decode tokens,), of what each step took (steps,)."""
+    times_ns: Array = np.repeat(took_ns, [len(step.rows) if step.phase == DECODE else 0 for step in steps])
+    return times_ns
 
 
 def _first_token_ms(recording: Recording, end_ns: Array, took_ns: Array) -> float | None:
@@ -323,11 +329,11 @@ def _host_prediction_within(recording: Recording, from_ns: Array, to_ns: Array) 
     predicting = spans[np.isin(spans["lane"], lanes) & (spans["kind"] == PREDICT)]
     if not len(predicting):
         return 0
-    busy_until = _busy_before(predicting)
+    busy_until = busy_before(predicting)
     return int((busy_until(to_ns) - busy_until(from_ns)).sum())
 
 
-def _busy_before(spans: Array) -> Any:
+def busy_before(spans: Array) -> Callable[[Array], Array]:
     """Return a function: how many ns of these spans (in order, not overlapping) lie before each instant."""
     start_ns, end_ns = spans["start_ns"], spans["end_ns"]
     before_ns = np.concatenate([[0], np.cumsum(end_ns - start_ns)])
@@ -353,7 +359,7 @@ def overlapped_ns(recording: Recording) -> tuple[int, int]:
     total_ns = int((copies["end_ns"] - copies["start_ns"]).sum())
     if not len(recording.compute_spans):
         return 0, 0
-    busy = _busy_before(recording.compute_spans)
+    busy = busy_before(recording.compute_spans)
     return int((busy(copies["end_ns"]) - busy(copies["start_ns"])).sum()), total_ns
 
 

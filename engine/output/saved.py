@@ -1,0 +1,207 @@
+"""A finished run as figures need it: its data, its timeline, and what became of every access, copy and decode token.
+
+`run_of` makes one of a Result, `load_result` of a folder that `prestage run --out` wrote: both hold the same numbers.
+The folder's `run.safetensors` has an array for each field of TABLES, named "table.field"; the metadata names the lanes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+import safetensors
+import safetensors.numpy
+
+from ...resources.timeline import SPAN, Timeline
+from ..compare import load_run
+from .export import replacing
+from .merge import token_times_ns
+from .metrics import Recording, memory_steps
+
+if TYPE_CHECKING:
+    from ..simulate import Result
+
+Array = npt.NDArray[Any]
+
+#: The file beside result.json.
+RUN_FILE = "run.safetensors"
+#: The tables of a run, a row for each: span; access, with an index into OUTCOMES and how long after its choice was
+#: known its bytes came; copy, with why it was ordered, an index into FATES (-1: no prefetch) and the bytes that it
+#: moved; layer visit, with the expert memory of its GPU (in order of `gpu_names`); decode token, with its step's time.
+TABLES = {
+    "span": SPAN,
+    "access": np.dtype(
+        [("visit", "<i4"), ("layer", "<u2"), ("expert", "<i4"), ("outcome", "u1"), ("wait_ns", "<i8")],
+    ),
+    "copy": np.dtype([("layer", "<u2"), ("reason", "u1"), ("fate", "i1"), ("bytes", "<i8")]),
+    "memory": np.dtype([("time_ns", "<i8"), ("assigned_bytes", "<i8"), ("budget_bytes", "<i8"), ("gpu", "<u2")]),
+    "token": np.dtype([("took_ns", "<i8")]),
+}
+
+
+class SavedRunError(ValueError):
+    """A folder that holds no result; the message names the file and what would be right."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run by name: `data` as in result.json, and structured arrays of the dtypes of TABLES."""
+
+    name: str
+    data: dict[str, Any]
+    timeline: Timeline
+    accesses: Array
+    copies: Array
+    memory: Array
+    tokens: Array
+
+    @property
+    def title(self) -> str:
+        """What ran on what."""
+        return f"{self.data['model']['name']} on {self.data['scenario']['machine']['profile']}"
+
+    @property
+    def gpu_names(self) -> list[str]:
+        """The devices with a compute stream, in the order of their lanes."""
+        lanes = self.timeline.lanes
+        return list(dict.fromkeys(lanes[number].device for number in self.timeline.lanes_with("compute")))
+
+    @property
+    def makespan_ns(self) -> int:
+        """From 0 to the end of the last kernel."""
+        makespan_ns: int = round(self.data["makespan_ms"] * 1e6)
+        return makespan_ns
+
+
+def run_of(result: Result, name: str = "run") -> Run:
+    """Return a finished run as figures need it."""
+    recordings, layers = result.recordings, result.data["model"]["layers"]
+    return Run(
+        name,
+        result.data,
+        result.timeline,
+        np.concatenate([_accesses(recording, layers) for recording in recordings]),
+        np.concatenate([_copies(recording) for recording in recordings]),
+        np.concatenate([_memory(recording, gpu) for gpu, recording in enumerate(recordings)]),
+        _table("token", took_ns=token_times_ns(recordings, result.previous)),
+    )
+
+
+def _accesses(recording: Recording, layers: int) -> Array:
+    """Return the accesses of a GPU, with the numbers that visits, layers and experts have in the whole model."""
+    first = recording.first_layer
+    step, layer = np.divmod(recording.decoded.accesses["visit"], len(recording.expert_bytes))
+    return _table(
+        "access",
+        visit=step * layers + first + layer,
+        layer=recording.access_layer + first,
+        expert=recording.access_expert + (0 if recording.manager.shared else first * recording.manager.experts),
+        outcome=recording.outcomes,
+        wait_ns=recording.wait_ns,
+    )
+
+
+def _copies(recording: Recording) -> Array:
+    return _table(
+        "copy",
+        layer=recording.copy_layer + recording.first_layer,
+        reason=recording.copy_reason,
+        fate=recording.copy_fates,
+        bytes=recording.copied_bytes,
+    )
+
+
+def _memory(recording: Recording, gpu: int) -> Array:
+    time_ns, assigned_bytes, budget_bytes = memory_steps(recording)
+    gpus = np.full(len(time_ns), gpu)
+    return _table("memory", time_ns=time_ns, assigned_bytes=assigned_bytes, budget_bytes=budget_bytes, gpu=gpus)
+
+
+def save_run(run: Run, path: Path) -> None:
+    """Write what result.json lacks of a run, whole or not at all; the same run gives the same bytes."""
+    tables = {
+        "span": run.timeline.spans(),
+        "access": run.accesses,
+        "copy": run.copies,
+        "memory": run.memory,
+        "token": run.tokens,
+    }
+    arrays = {
+        f"{name}.{field}": np.ascontiguousarray(table[field])
+        for name, table in tables.items()
+        for field in table.dtype.names or ()
+    }
+    lanes = [[lane.device, lane.role, lane.title] for lane in run.timeline.lanes]
+    meta = orjson.dumps({"lanes": lanes, "makespan_ns": run.makespan_ns}).decode()
+    with replacing(path) as stream:
+        stream.write(safetensors.numpy.save(arrays, metadata={"meta": meta}))
+
+
+def load_result(where: str | Path, name: str | None = None) -> Run:
+    """Return the run that `prestage run --out` wrote into a folder; `where` may also be its result.json.
+
+    `name` is what figures call it: the folder's name without it. Raises ValueError (SavedRunError, CompareError).
+    """
+    where = Path(where)
+    folder = where.parent if where.name == "result.json" else where
+    if not folder.is_dir():
+        raise SavedRunError(f"{where}: there is no such folder; `prestage run --out {folder}` writes one")
+    data = load_run(str(folder))
+    path = folder / RUN_FILE
+    timeline, makespan_ns, tables = _read(path)
+    run = Run(
+        name or folder.resolve().name,
+        data,
+        timeline,
+        tables["access"],
+        tables["copy"],
+        tables["memory"],
+        tables["token"],
+    )
+    if run.makespan_ns != makespan_ns:
+        raise SavedRunError(f"{path}: is of another run than the result.json beside it; run `prestage run --out` again")
+    return run
+
+
+def load_results(places: Sequence[Path]) -> list[Run]:
+    """Return the runs of several folders, as `load_result` does, with names that tell them apart: paths if need be."""
+    runs = [load_result(place) for place in places]
+    if len({run.name for run in runs}) == len(runs):
+        return runs
+    return [replace(run, name=str(place)) for run, place in zip(runs, places, strict=True)]
+
+
+def _table(name: str, **columns: Array) -> Array:
+    """Return columns as a structured array of a dtype of TABLES. Raises ValueError if they differ in length."""
+    table = np.empty(len(next(iter(columns.values()))), dtype=TABLES[name])
+    for field, values in columns.items():
+        if len(values) != len(table):
+            raise ValueError(f"{name}.{field} has {len(values)} rows, other fields of {name} have {len(table)}")
+        table[field] = values
+    return table
+
+
+def _read(path: Path) -> tuple[Timeline, int, dict[str, Array]]:
+    """Return the timeline, the makespan and the tables of a file that `save_run` wrote."""
+    if not path.is_file():
+        raise SavedRunError(f"{path}: is not there; `prestage run --out {path.parent}` writes it beside result.json")
+    try:
+        with safetensors.safe_open(path, framework="numpy") as content:
+            meta = orjson.loads((content.metadata() or {})["meta"])
+            arrays = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+        timeline, makespan_ns = Timeline(), int(meta["makespan_ns"])
+        for device, role, title in meta["lanes"]:
+            timeline.add_lane(device, role, title)
+        tables = {
+            name: _table(name, **{field: arrays[f"{name}.{field}"] for field in dtype.names or ()})
+            for name, dtype in TABLES.items()
+        }
+        timeline.extend(tables["span"].tobytes())
+    except (safetensors.SafetensorError, orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise SavedRunError(f"{path}: is not what `prestage run --out` writes: {error}") from None
+    return timeline, makespan_ns, tables
