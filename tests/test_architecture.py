@@ -18,7 +18,9 @@ MAY_IMPORT = {
     "calibration": {"workloads", "resources", "engine"},
 }
 #: Slow to import: never at module level, so that `--help` and a run without pictures are quick.
-LAZY = {"torch", "matplotlib", "networkx"}
+LAZY = {"torch", "matplotlib", "networkx", "bokeh"}
+#: Written in Bokeh's terms from end to end, and loaded by nobody until a page is written.
+BOKEH = "engine/output/figures_html.py"
 #: Written in torch from end to end, and run by themselves: nothing outside their folder loads them.
 TORCH_PROGRAMS = "workloads/training"
 #: Where the discrete-event kernel may be imported at all: decisions know no clock.
@@ -104,10 +106,15 @@ def test_inside_imports_are_relative(path: Path) -> None:
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_what_is_slow_to_import_is_imported_where_it_is_used(path: Path) -> None:
     loaded = {module.split(".")[0] for level, module, _ in imports(path, at_import=True) if level == 0}
-    assert not loaded & LAZY or (name_of(path).startswith(TORCH_PROGRAMS) and loaded & LAZY == {"torch"})
+    whole = {"torch"} if name_of(path).startswith(TORCH_PROGRAMS) else {"bokeh"} if name_of(path) == BOKEH else set()
+    assert loaded & LAZY <= whole
+    assert ROOT / BOKEH not in [target(path, *found) for found in imports(path, at_import=True)]
     anywhere = {module.split(".")[0] for level, module, _ in imports(path, runs=True) if level == 0}
     if "matplotlib" in anywhere:
-        assert name_of(path) in (f"engine/output/{name}.py" for name in ("plots", "charts", "machine_plot"))
+        drawing = ("plots", "charts", "machine_plot", "figures_static")
+        assert name_of(path) in (f"engine/output/{name}.py" for name in drawing)
+    if "bokeh" in anywhere:
+        assert name_of(path) in (BOKEH, "engine/output/page.py")
     if "torch" in anywhere:
         assert folder_of(path) in ("workloads", "calibration")
     if "simpy" in anywhere:
@@ -160,7 +167,7 @@ def test_every_data_file_inside_a_package_is_shipped() -> None:
     shipped = config["options.package_data"]
     for package in PACKAGES:
         for path in package.rglob("*"):
-            if path.suffix in (".toml", ".json") and name_of(path.parent) not in EVIDENCE:
+            if path.suffix in (".toml", ".json", ".css", ".js") and name_of(path.parent) not in EVIDENCE:
                 name = ".".join(["prestage", *path.parent.relative_to(ROOT).parts])
                 assert f"*{path.suffix}" in shipped.get(name, ""), f"{name_of(path)} is not in package_data"
 

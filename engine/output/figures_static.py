@@ -1,0 +1,150 @@
+"""The figures of a run, printed: `draw` makes one by name with matplotlib, for papers.
+
+Every form of data has one function here; what it draws, and in which colors, is `figures`' to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .charts import plot_waterfall
+from .figures import LABELED, Bars, Curves, Data, Fall, Grid, Memory, Spans, figure_data
+from .palette import ink_on
+from .plots import _INK, _WIDTH_INCHES, _set_title, _style, draw_memory, few_digits, plot_timeline
+from .saved import Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def draw(name: str, runs: Sequence[Run]) -> Figure:
+    """Draw a figure of FIGURES by name. Raises FigureError for an unknown name and the wrong number of runs."""
+    data = figure_data(name, runs)
+    return DRAW[type(data)](data, " and ".join(dict.fromkeys(run.title for run in runs)))
+
+
+def _bars(data: Bars, title: str) -> Figure:
+    picture, axes = _axes(1.5 + 0.4 * len(data.rows) if data.across else 3.6)
+    places, stacked = np.arange(len(data.rows)), np.zeros(len(data.rows))
+    total = np.sum([part.values for part in data.parts], axis=0) if data.parts else stacked
+    for part in data.parts:
+        if data.across:
+            bars = axes.barh(
+                places, part.values, 0.66, left=stacked, color=part.color, alpha=part.alpha, label=part.label
+            )
+            shares = part.values / np.maximum(total, 1e-300)
+            wide = (part.values > LABELED * total.max(initial=0)) & (part.alpha == 1)
+            says = [f"{share:.1%}" if shown else "" for share, shown in zip(shares, wide, strict=True)]
+            axes.bar_label(bars, says, label_type="center", fontsize=8, color=ink_on(part.color))
+        else:
+            axes.bar(places, part.values, 0.8, bottom=stacked, color=part.color, label=part.label)
+        stacked = stacked + part.values
+    if data.across:
+        axes.set_yticks(places, data.rows)
+        axes.set_ylim(len(data.rows) - 0.4, -0.6)
+        axes.set_xlabel(data.axis)
+        axes.tick_params(axis="y", length=0)
+    else:
+        _number_columns(axes, data.rows)
+        axes.set_xlabel("layer")
+        axes.set_ylabel(data.axis)
+    axes.grid(axis="x" if data.across else "y", color="#dddddd", linewidth=0.6)
+    if data.parts:
+        picture.legend(loc="outside lower center", ncols=min(4, len(data.parts)), frameon=False, fontsize=9)
+    else:
+        axes.text(0.5, 0.5, "nothing to show", transform=axes.transAxes, ha="center", va="center", color=_INK)
+    _set_title(axes, title)
+    return picture
+
+
+def _grid(data: Grid, title: str) -> Figure:
+    from matplotlib.ticker import PercentFormatter
+
+    picture, axes = _axes(1.4 + 0.4 * len(data.rows))
+    image = axes.imshow(data.shares, aspect="auto", cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
+    picture.colorbar(image, ax=axes, label=data.axis, format=PercentFormatter(1))
+    axes.set_yticks(range(len(data.rows)), data.rows)
+    _number_columns(axes, data.columns)
+    axes.set_xlabel(data.across)
+    axes.tick_params(length=0)
+    _set_title(axes, title)
+    return picture
+
+
+def _memory(data: Memory, title: str) -> Figure:
+    from matplotlib.figure import Figure
+
+    picture = Figure(figsize=(_WIDTH_INCHES * 2 / 3, 3.4 * len(data.gpus)), layout="constrained")
+    for row, (name, series) in enumerate(data.gpus.items(), 1):
+        axes = picture.add_subplot(len(data.gpus), 1, row)
+        draw_memory(axes, *series)
+        _set_title(axes, title if len(data.gpus) == 1 else f"{name}: {title}")
+    return picture
+
+
+def _curves(data: Curves, title: str) -> Figure:
+    from matplotlib.ticker import PercentFormatter
+
+    picture, axes = _axes(3.6)
+    for curve in data.curves:
+        how = "steps-post" if data.steps else "default"
+        axes.plot(curve.x, curve.y, color=curve.color, linewidth=1.5, drawstyle=how, label=curve.label)
+    for name, at in data.marks.items():
+        axes.axvline(at, color="#999999", linewidth=0.8, linestyle=(0, (5, 3)))
+        axes.annotate(
+            f"{name} {few_digits(at)} {data.unit}", (at, 0.02), xytext=(3, 0), textcoords="offset points", fontsize=8
+        )
+    axes.set_xlim(left=0)
+    axes.set_ylim(0, 1.02)
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.set_xlabel(data.x_axis)
+    axes.set_ylabel(data.y_axis)
+    axes.grid(color="#dddddd", linewidth=0.6)
+    if len(data.curves) > 1:
+        picture.legend(loc="outside lower center", ncols=len(data.curves), frameon=False, fontsize=9)
+    _set_title(axes, title)
+    return picture
+
+
+def _spans(data: Spans, title: str) -> Figure:
+    return plot_timeline(
+        data.timeline,
+        start_ns=data.start_ns,
+        end_ns=data.end_ns,
+        experts_per_layer=data.experts_per_layer,
+        title=title,
+    )
+
+
+def _fall(data: Fall, title: str) -> Figure:
+    return plot_waterfall({data.second: data.steps}, data.first)
+
+
+#: What draws each form.
+DRAW: dict[type[Data], Callable[[Any, str], Figure]] = {
+    Bars: _bars,
+    Grid: _grid,
+    Memory: _memory,
+    Curves: _curves,
+    Spans: _spans,
+    Fall: _fall,
+}
+
+
+def _axes(height_inches: float) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    picture = Figure(figsize=(_WIDTH_INCHES * 2 / 3, height_inches), layout="constrained")
+    axes = picture.add_subplot()
+    _style(axes)
+    return picture, axes
+
+
+def _number_columns(axes: Axes, names: Sequence[str]) -> None:
+    """Name about a dozen columns evenly, so that names do not overlap."""
+    every = -(-len(names) // 16)
+    axes.set_xticks(range(0, len(names), every), names[::every])
