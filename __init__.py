@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from .engine.inference import InferenceSimulator as InferenceSimulator
     from .engine.journal import read_rows as read_rows
     from .engine.output.profiler_trace import load_timeline as load_timeline
+    from .engine.output.report import write_report as write_report
+    from .engine.output.saved import load_result as load_result
+    from .engine.output.saved import run_of as run_of
     from .engine.output.summary import timeline_summary as timeline_summary
     from .engine.replay import replay_trace as replay_trace
     from .engine.scenario import Scenario as Scenario
@@ -43,6 +46,7 @@ _HOME = {
     "compare": "engine.compare",
     "load_model": "workloads.model",
     "load_profile": "resources.profile",
+    "load_result": "engine.output.saved",
     "load_scenario": "engine.scenario",
     "load_timeline": "engine.output.profiler_trace",
     "make_scenario": "engine.scenario",
@@ -50,10 +54,12 @@ _HOME = {
     "read_rows": "engine.journal",
     "record": "workloads.recorder",
     "replay_trace": "engine.replay",
+    "run_of": "engine.output.saved",
     "simulate": "engine.simulate",
     "sweep": "engine.sweep",
     "synthesize": "workloads.synthetic",
     "timeline_summary": "engine.output.summary",
+    "write_report": "engine.output.report",
 }
 __all__ = sorted(_HOME)
 

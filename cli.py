@@ -85,7 +85,7 @@ def run(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a key, such as prefetch.k=4; repeat it.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Write result.json, timeline.json.gz, timeline.png and memory.png there.")
+        Path | None, typer.Option(help="Write result.json, run.safetensors, timeline.json.gz and two pictures there.")
     ] = None,
     all_spans: Annotated[bool, typer.Option(help="Write all spans to the timeline, not the first 200,000.")] = False,
     baselines: Annotated[bool, typer.Option(help="Also run the two baselines (speedup, resident_ms).")] = True,
@@ -196,31 +196,82 @@ def sweep(
 
 @app.command()
 def plot(
-    kind: Annotated[str, typer.Argument(help="The picture: lines, heatmap, pareto or tornado.")],
-    result: Annotated[Path, typer.Argument(help="A sweep's journal (.jsonl).")],
+    kind: Annotated[
+        str,
+        typer.Argument(
+            help="Of a sweep: lines, heatmap, pareto, tornado. Of a run: time, lanes, timeline, busy, outcomes, "
+            "wasted, memory, latency, tokens. Of two runs: waterfall."
+        ),
+    ],
+    results: Annotated[
+        list[Path], typer.Argument(help="A sweep's journal (.jsonl), or a folder of `prestage run --out`, or two.")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The .png, .pdf or .svg to write.")],
     x: Annotated[str | None, typer.Option(help="The key of the grid across; that with most values without it.")] = None,
     by: Annotated[str | None, typer.Option(help="The key of the lines, or of the heat map's rows.")] = None,
-    figure: Annotated[str, typer.Option(help="What is drawn, by its name in a row, such as counts.miss.")] = (
-        "tokens_per_second"
-    ),
+    figure: Annotated[
+        str | None,
+        typer.Option(help="What of a sweep is drawn, by its name in a row: counts.miss; tokens_per_second without it."),
+    ] = None,
 ) -> None:
-    """Draw a sweep: lines, a heat map, the front of speed against memory, or which setting matters most.
+    """Draw a run, as a report does, for print; or a sweep: lines, a heat map, speed against memory, what matters most.
 
     \b
     Examples:
+      prestage plot timeline prestage-out -o timeline.pdf
+      prestage plot outcomes prestage-out -o outcomes.pdf
       prestage plot lines sweep.jsonl --x prefetch.k --by memory.gpu_budget -o lines.png
       prestage plot heatmap sweep.jsonl --figure hit_rate -o heatmap.svg
       prestage plot pareto sweep.jsonl -o pareto.png
       prestage plot tornado sweep.jsonl -o tornado.png
     """
     from .engine.journal import read_rows
-    from .engine.output.charts import plot_sweep
+    from .engine.output.charts import CHARTS, plot_sweep
+    from .engine.output.figures import FIGURES
+    from .engine.output.figures_static import draw
     from .engine.output.plots import check_picture, save
+    from .engine.output.saved import load_results
+    from .resources.suggest import unknown_name
 
     check_picture(out)
-    save(plot_sweep(kind, read_rows(result), x=x, by=by, figure=figure), out)
+    if kind in CHARTS:
+        if len(results) != 1:
+            raise ValueError(f"{kind} is drawn from one journal, and {len(results)} are given")
+        picture = plot_sweep(kind, read_rows(results[0]), x=x, by=by, figure=figure or "tokens_per_second")
+    elif kind in FIGURES:
+        if x or by or figure:
+            raise ValueError(f"{kind} is a picture of a run: --x, --by and --figure are for those of a sweep")
+        picture = draw(kind, load_results(results))
+    else:
+        raise ValueError(unknown_name("KIND", kind, [*CHARTS, *FIGURES]))
+    save(picture, out)
     typer.echo(str(out))
+
+
+@app.command()
+def report(
+    results: Annotated[
+        list[Path], typer.Argument(help="A folder that `prestage run --out` wrote, or two to set side by side.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The .html to write.")] = Path("report.html"),
+    all_spans: Annotated[bool, typer.Option(help="Draw all spans of a timeline, not 250,000 in its middle.")] = False,
+) -> None:
+    """Write a report of a run, or of two side by side: one HTML file that needs no network.
+
+    \b
+    Examples:
+      prestage report prestage-out -o report.html
+      prestage report prestage-out other-out -o comparison.html
+
+    `prestage plot KIND` draws each of its figures for print.
+    """
+    from .engine.output.page import check_page
+    from .engine.output.report import write_report
+    from .engine.output.saved import load_results
+
+    check_page(out)
+    write_report(load_results(results), out, all_spans=all_spans)
+    typer.echo(f"{out} (open it in a browser)")
 
 
 @app.command()

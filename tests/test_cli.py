@@ -32,6 +32,7 @@ COMMANDS = [
     ["run"],
     ["sweep"],
     ["plot"],
+    ["report"],
     ["topology"],
     ["compare"],
     ["breakeven"],
@@ -149,7 +150,7 @@ def test_out_holds_result_timeline_and_pictures_and_is_said(prestage: Prestage, 
     out = tmp_path / "a" / "b"
     ran = prestage(*SMALL_RUN, "--out", str(out))
     assert (ran.status, ran.err) == (0, "")
-    names = ["memory.png", "result.json", "timeline.json.gz", "timeline.png"]
+    names = ["memory.png", "result.json", "run.safetensors", "timeline.json.gz", "timeline.png"]
     assert sorted(path.name for path in out.iterdir()) == names
     assert all(f"{out / name}" in ran.out for name in names)
     printed = prestage(*SMALL_RUN, "--json").json()
@@ -324,6 +325,16 @@ BAD: list[tuple[list[str], str]] = [
     (["sweep", "guide-insigths"], "did you mean 'guide-insights'?"),
     (["plot", "lines", "none.jsonl", "-o", "x.png"], "none.jsonl: No such file or directory"),
     (["plot", "lines", "none.jsonl", "-o", "x.bmp"], "a picture's file must end in one of .png"),
+    (["plot", "heatmp", "none.jsonl", "-o", "x.png"], "KIND = 'heatmp': choose one of lines, heatmap, pareto, tornado"),
+    (["plot", "lines", "a.jsonl", "b.jsonl", "-o", "x.png"], "lines is drawn from one journal, and 2 are given"),
+    (["plot", "memory", "none", "-o", "x.png"], "none: there is no such folder; `prestage run --out none` writes one"),
+    (
+        ["plot", "memory", "none", "--x", "seed", "-o", "x.png"],
+        "memory is a picture of a run: --x, --by and --figure are",
+    ),
+    (["report", "none", "-o", "x.html"], "none: there is no such folder; `prestage run --out none` writes one"),
+    (["report", "none", "-o", "x.pdf"], "x.pdf: a report's file must end in .html"),
+    (["report"], "Missing argument 'results'; `prestage report --help` tells more"),
     (["compare", "default"], "give at least two different runs to compare"),
     (["compare", "none.json", "default"], "none.json: cannot be read: No such file or directory"),
     (["breakeven", "--set", "prefetch.lookahead=0"], "prefetch.lookahead = 0: nothing is prefetched"),
@@ -400,10 +411,10 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_run(
 
 def test_what_fails_while_writing_leaves_what_was_there(prestage: Prestage, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "timeline.json.gz").mkdir()  # a folder in the way of the second file
+    (tmp_path / "out" / "timeline.json.gz").mkdir()  # a folder in the way of the third file
     assert "timeline.json.gz" in problem(prestage(*SMALL_RUN, "--no-baselines", "--out", "out"))
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == ["result.json", "timeline.json.gz"]  # no temporary file, and result.json is whole
+    assert names == ["result.json", "run.safetensors", "timeline.json.gz"]  # no temporary file; both are whole
     assert json.loads((tmp_path / "out" / "result.json").read_text())["accesses"] > 0
 
 
@@ -466,9 +477,12 @@ def test_the_examples_of_the_help_run(prestage: Prestage, tmp_path: Path, exampl
     (tmp_path / "trace.json.gz").write_bytes(PROFILED.read_bytes())
     (tmp_path / "my-scenario.toml").write_text("[workload.synthetic]\ntokens = 3\n")
     smaller = ["--set", "workload.tokens=2"] if example.split()[0] in ("run", "sweep", "compare", "breakeven") else []
-    if example.startswith("plot "):
+    if example.startswith("plot ") and ".jsonl" in example:
         grid = ["--grid", "prefetch.k=1,2", "--grid", "memory.gpu_budget=25%,50%"]
         assert prestage("sweep", *grid, "--set", "workload.tokens=2", "--workers", "1").status == 0
+    if "-out " in example and example.startswith(("plot ", "report ")):
+        for number, out in enumerate(("prestage-out", "other-out")):
+            assert prestage(*SMALL_RUN, "--set", f"seed={number}", "--no-baselines", "--out", out).status == 0
     ran = prestage(*shlex.split(example), *smaller)
     assert (ran.status, ran.err) == (0, "")
     assert ran.out
@@ -476,12 +490,12 @@ def test_the_examples_of_the_help_run(prestage: Prestage, tmp_path: Path, exampl
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_help_loads_nothing_heavy(tmp_path: Path, command: list[str]) -> None:
-    heavy = ["torch", "numpy", "simpy", "matplotlib", "numba", "networkx", "safetensors", "orjson"]
+    heavy = ["torch", "numpy", "simpy", "matplotlib", "bokeh", "numba", "networkx", "safetensors", "orjson"]
     assert not loaded_by(heavy, [*command, "--help"], tmp_path)
 
 
 def test_a_run_without_pictures_loads_no_torch_and_no_matplotlib(tmp_path: Path) -> None:
-    heavy = ["torch", "matplotlib", "networkx", "simpy"]
+    heavy = ["torch", "matplotlib", "bokeh", "networkx", "simpy"]
     assert loaded_by(heavy, SMALL_RUN, tmp_path) == ["simpy"]  # that it is there shows that this can tell
 
 

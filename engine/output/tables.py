@@ -14,17 +14,8 @@ from rich.text import Text
 def print_result(data: dict[str, Any]) -> None:
     """Print what a simulated run came to."""
     console = Console()
-    scenario, model = data["scenario"], data["model"]
-    trace = scenario["workload"]["trace"] or "a synthetic trace"
-    share = data["budget_bytes"] / data["expert_bytes_total"]
-    console.print(
-        Text(
-            f"{model['name']} ({model['layers']} x {model['experts']} experts, top-{model['top_k']}) on "
-            f"{scenario['machine']['profile']}, {trace}; room for {share:.1%} of the experts "
-            f"({data['budget_bytes'] / 2**30:.2f} GiB)"
-        )
-    )
-    _rows(console, "Speed", _speed_rows(data))
+    console.print(Text(headline(data)))
+    _rows(console, "Speed", speed_rows(data))
     counts, accesses = data["counts"], data["accesses"]
     outcomes = ("prefetch_hit", "cache_hit", "late", "miss")
     _rows(
@@ -56,6 +47,18 @@ def print_result(data: dict[str, Any]) -> None:
         console.print(Text(f"warning: {warning}", style="yellow"))
 
 
+def headline(data: Mapping[str, Any]) -> str:
+    """Return in a line what ran: model, machine, trace and room."""
+    scenario, model = data["scenario"], data["model"]
+    trace = scenario["workload"]["trace"] or "a synthetic trace"
+    share = data["budget_bytes"] / data["expert_bytes_total"]
+    return (
+        f"{model['name']} ({model['layers']} x {model['experts']} experts, top-{model['top_k']}) on "
+        f"{scenario['machine']['profile']}, {trace}; room for {share:.1%} of the experts "
+        f"({data['budget_bytes'] / 2**30:.2f} GiB)"
+    )
+
+
 def _print_gpus(console: Console, gpus: Sequence[Mapping[str, Any]], makespan_ms: float) -> None:
     """Print what each GPU did, one beside the other: its layers, where its time went, its copies and its memory."""
     table = _table("", *(gpu["device"] for gpu in gpus))
@@ -83,7 +86,8 @@ def _tier_rows(tiers: Mapping[str, Any]) -> tuple[str, list[tuple[str, str, str]
     ]
 
 
-def _speed_rows(data: dict[str, Any]) -> list[tuple[str, str, str]]:
+def speed_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Return the figures that a user wants first: name, value and a note."""
     token = data["time_per_token_ms"]
     tail = f"p95 {_number(token['p95'], 3)}, p99 {_number(token['p99'], 3)}"
     first = data["time_to_first_token_ms"]
