@@ -195,6 +195,62 @@ def sweep(
 
 
 @app.command()
+def suite(
+    name: Annotated[str, typer.Argument(metavar="[SUITE]", help="A suite's TOML file or a shipped one's name.")] = (
+        "default"
+    ),
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer tokens and fewer published tables.")] = False,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder that keeps it all.")] = Path("prestage-suite"),
+    workers: Annotated[int | None, typer.Option(help="How many processes; all cores without it.")] = None,
+    device: Annotated[int | None, typer.Option(help="The CUDA GPU whose transfers are measured, if any: 0.")] = None,
+    json: Json = False,
+) -> None:
+    """Run the comprehensive benchmark suite into one report; a killed suite goes on where it was.
+
+    \b
+    Examples:
+      prestage suite --quick
+      prestage suite -o results
+      prestage suite my-suite.toml --workers 4 --json
+
+    Transfers (by profiles, and measured where there is a GPU), published tables run again, and sweeps over prefetch,
+    budget, predictor, eviction, lookahead and context, with the best configuration by each metric. The folder then has
+    report.html, suite.json, suite.md, figures and a journal of rows for each sweep, which `prestage plot` also draws.
+    """
+    from .calibration.transfer import from_profile, measurement
+    from .engine.output.files import make_folder
+    from .engine.output.suite_report import write_suite
+    from .engine.suite import load_suite, run_suite
+    from .resources.profile import load_profile
+
+    definition = load_suite(name)
+    make_folder(out)
+    try:
+        with _progress(log_every_s=30) as progress:
+            finished = run_suite(
+                definition,
+                out,
+                quick=quick,
+                transfers={profile: from_profile(load_profile(profile)) for profile in definition.transfers},
+                measured=measurement(device, quick=quick, progress=progress),
+                workers=workers,
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; {out} has what is done, and the same command goes on", err=True)
+        raise typer.Exit(130) from None
+    written = write_suite(finished, out)
+    if json:
+        _print_json(finished.data)
+        return
+    from .engine.output.tables import print_suite
+
+    print_suite(finished.data)
+    for path in written:
+        typer.echo(str(path))
+
+
+@app.command()
 def plot(
     kind: Annotated[
         str,

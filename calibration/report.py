@@ -9,6 +9,7 @@ from typing import Any
 import orjson
 
 from ..engine.output.export import replacing
+from ..engine.output.markdown import table
 from ..engine.output.plots import plot_errors, save
 
 
@@ -103,9 +104,3 @@ def _rows_table(rows: Sequence[dict[str, Any]]) -> str:
         for row in rows
     ]
     return table(columns, cells)
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Return a Markdown table."""
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    return "\n".join([*lines, *(f"| {' | '.join(str(cell) for cell in row)} |" for row in rows)])

@@ -6,12 +6,15 @@ an RTX 3090 and one size, 27.00 MiB, and stands beside it. Throughput is that of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from ..engine.simulate import Progress
 from ..resources.profile import CopyCosts, Profile
 from ..workloads.model import Model, load_model, preset_names
+from .cuda import CudaError, Gpu
 from .evidence import Evidence, sample_rows
+from .measure import FULL, QUICK, TRANSFERS, measure
 from .samples import Samples
 
 #: How many experts a batch has.
@@ -52,6 +55,23 @@ def from_samples(samples: Samples) -> dict[str, Any]:
         for (direction, memory), name in WAYS.items()
     }
     return _report(f"{samples.device}, measured {samples.date}", rows, allocations, curves)
+
+
+def measurement(
+    device: int | None = None, *, quick: bool = False, progress: Progress | None = None
+) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Return by name what measures the benchmark on a CUDA GPU (the first without `device`); nothing without a GPU.
+
+    Raises CudaError if `device` is given and is none.
+    """
+    try:
+        gpu = Gpu(device or 0)
+    except CudaError:
+        if device is not None:
+            raise
+        return {}
+    extent = QUICK if quick else FULL
+    return {f"gpu{gpu.index}": lambda: from_samples(measure(gpu, extent, progress, TRANSFERS))}
 
 
 def from_profile(profile: Profile) -> dict[str, Any]:

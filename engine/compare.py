@@ -62,7 +62,7 @@ def load_run(name: str, settings: Iterable[str] = ()) -> dict[str, Any]:
     path = Path(name)
     if path.is_dir():
         path = path / "result.json"
-    if path.suffix != ".json":
+    if path.suffix != ".json" or ("," in name and not path.is_file()):  # a setting may end in .json
         scenario, *own = name.split(",")
         return simulate(load_scenario(scenario or None, [*settings, *own]), baselines=False).data
     try:

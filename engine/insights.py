@@ -109,3 +109,8 @@ def effects(rows: Sequence[Row], figure: str) -> list[Effect]:
         low_at, high_at = min(medians, key=medians.__getitem__), max(medians, key=medians.__getitem__)
         found.append(Effect(key, low_at, medians[low_at], high_at, medians[high_at]))
     return sorted(found, key=lambda effect: effect.low - effect.high)
+
+
+def best(rows: Sequence[Row], figure: str, memory: str, *, most: bool) -> Row:
+    """Return the row with most, or least, of a figure; of equals that with the least memory, and of those the first."""
+    return min(rows, key=lambda row: (-row[figure] if most else row[figure], row[memory]))

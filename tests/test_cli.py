@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_suite import DEFINITION as SMALL_SUITE
 
 from prestage import cli
 from prestage.cli import main
@@ -31,6 +32,7 @@ COMMANDS = [
     [],
     ["run"],
     ["sweep"],
+    ["suite"],
     ["plot"],
     ["report"],
     ["topology"],
@@ -476,7 +478,10 @@ def test_the_examples_of_the_help_run(prestage: Prestage, tmp_path: Path, exampl
     (tmp_path / "log.route.csv").write_text(LOG)
     (tmp_path / "trace.json.gz").write_bytes(PROFILED.read_bytes())
     (tmp_path / "my-scenario.toml").write_text("[workload.synthetic]\ntokens = 3\n")
+    (tmp_path / "my-suite.toml").write_text(SMALL_SUITE)
     smaller = ["--set", "workload.tokens=2"] if example.split()[0] in ("run", "sweep", "compare", "breakeven") else []
+    if example.startswith("suite ") and "my-suite.toml" not in example:
+        smaller = ["my-suite.toml"]
     if example.startswith("plot ") and ".jsonl" in example:
         grid = ["--grid", "prefetch.k=1,2", "--grid", "memory.gpu_budget=25%,50%"]
         assert prestage("sweep", *grid, "--set", "workload.tokens=2", "--workers", "1").status == 0

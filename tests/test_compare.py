@@ -15,6 +15,7 @@ from prestage.engine.output.charts import plot_break_even, plot_waterfall
 from prestage.engine.output.tables import break_even_words
 from prestage.engine.scenario import Scenario, ScenarioError, load_scenario
 from prestage.engine.simulate import simulate
+from prestage.resources.profile import load_profile
 
 SMALL = ["model.layers=6", "workload.tokens=12", "workload.synthetic.tokens=12", "workload.synthetic.sequences=1"]
 SMALL += ["workload.synthetic.prefill_tokens=0"]
@@ -78,6 +79,13 @@ def test_settings_that_differ_and_ratios_to_the_first_are_told(runs: dict[str, d
 def test_a_result_on_disk_is_taken_as_it_is(tmp_path: Path, runs: dict[str, dict[str, Any]]) -> None:
     (tmp_path / "result.json").write_bytes(orjson.dumps(runs["synthetic"]))
     assert load_run(str(tmp_path)) == load_run(str(tmp_path / "result.json")) == runs["synthetic"]
+
+
+def test_a_scenario_whose_last_setting_names_a_json_file_is_a_scenario(tmp_path: Path) -> None:
+    profile = tmp_path / "mine.json"
+    profile.write_text(load_profile("rtx3090").model_dump_json())
+    data = load_run(f"synthetic,machine.profile={profile}", SMALL)
+    assert data["scenario"]["machine"]["profile"] == str(profile)
 
 
 @pytest.mark.parametrize(

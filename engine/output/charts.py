@@ -109,7 +109,7 @@ def plot_pareto(rows: Sequence[dict[str, Any]], x: str, by: str | None, figure: 
     )
     keys = varying(rows)
     for spot in best[:_MOST_LABELS]:
-        said = "\n".join(f"{key.rpartition('.')[2]}={spot.settings[key]}" for key in keys)
+        said = "\n".join(f"{key.rpartition('.')[2]}={spot.settings[key]}" for key in keys if key in spot.settings)
         axes.annotate(
             said,
             (spot.memory / scale, spot.speed),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -142,6 +142,41 @@ def print_sweep(rows: Iterable[dict[str, Any]]) -> None:
     console.print(table)
 
 
+#: The columns of the best configurations of a suite's studies.
+BEST_COLUMNS = ("study", "best by", "value", "where it starts", "changed")
+
+
+def print_suite(data: dict[str, Any]) -> None:
+    """Print the best configuration of each study of a suite by each metric, and how many could not run."""
+    console = Console()
+    table = _table(*BEST_COLUMNS)
+    for study in data["studies"]:
+        for cells in best_cells(study):
+            table.add_row(*cells)
+    console.print(table)
+    for study in data["studies"]:
+        if study["errors"]:
+            console.print(
+                Text(f"{study['name']}: {len(study['errors'])} could not run, see the report", style="yellow")
+            )
+
+
+def best_cells(study: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Yield the best configurations of a study in BEST_COLUMNS."""
+    for found in study["best"]:
+        values = (_digits(found[key]) for key in ("value", "start"))
+        yield [study["name"], found["name"], *values, setting_words(found["settings"])]
+
+
+def setting_words(settings: Mapping[str, Any]) -> str:
+    """Return settings in words; nothing where there are none."""
+    return ", ".join(f"{key} = {value}" for key, value in settings.items()) or "nothing"
+
+
+def _digits(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.4g}"
+
+
 #: The columns of where a difference arises.
 _DIFFERENCE = ("from_ms", "to_ms", "difference_ms")
 
@@ -255,29 +290,42 @@ def print_trace(data: dict[str, Any]) -> None:
         ("popularity", _number(skew["gini"]["mean"], 3), "Gini coefficient, mean over layers"),
         ("", _share(skew["top_10_percent_share"]["mean"], 1), "of all uses go to the top tenth of a layer's experts"),
     ]
-    _rows(console, str(data["model"]), rows)
+    _rows(console, data["model"] or "a model that the trace does not name", rows)
     for scope, rates in data["lru_hit_rate"].items():
         hits = [(f"{share} of the experts", _share(rate, 1), "") for share, rate in rates.items()]
         _rows(console, f"LRU hit rate, {scope}", hits)
 
 
+#: The columns of the transfer benchmark.
+TRANSFER_COLUMNS = ("", "MiB", "single", "ten", "throughput of ten", "an expert of")
+
+
 def print_transfer(data: dict[str, Any]) -> None:
     """Print the transfer benchmark: one copy, ten in a row and their throughput, by way and size; and allocations."""
     console = Console()
-    guide = data["guide"]
     console.print(Text(data["machine"], style="bold"))
-    table = _table("", "MiB", "single", "ten", "throughput of ten", "an expert of")
-    for row in data["rows"]:
-        times = (f"{row[name]:,.3f} ms" for name in ("single_ms", "ten_ms"))
-        table.add_row(row["way"], _mib(row["bytes"]), *times, f"{row['gb_per_s']:,.1f} GB/s", ", ".join(row["models"]))
-    for row in data["allocations"]:
-        times = (f"{row[name]:,.3f} ms" for name in ("single_ms", "ten_ms"))
-        table.add_row(f"allocation, {row['how']}", _mib(row["bytes"]), *times, "", "")
-    for row in guide["rows"]:
-        speed = "" if row["what"] == "allocation" else f"{10 * guide['bytes'] / row['ten_ms'] / 1e6:,.1f} GB/s"
-        times = (f"{row[name]:,.3f} ms" for name in ("single_ms", "ten_ms"))
-        table.add_row(f"{row['what']} ({guide['machine']})", _mib(guide["bytes"]), *times, speed, "")
+    table = _table(*TRANSFER_COLUMNS)
+    for cells in transfer_cells(data):
+        table.add_row(*cells)
     console.print(table)
+
+
+def transfer_cells(data: dict[str, Any]) -> Iterator[list[str]]:
+    """Yield the transfer benchmark's rows in TRANSFER_COLUMNS, the guide's last."""
+    guide = data["guide"]
+
+    def row(name: str, size_bytes: int, times: dict[str, Any], *more: str) -> list[str]:
+        return [name, _mib(size_bytes), *(f"{times[key]:,.3f} ms" for key in ("single_ms", "ten_ms")), *more]
+
+    for copied in data["rows"]:
+        yield row(
+            copied["way"], copied["bytes"], copied, f"{copied['gb_per_s']:,.1f} GB/s", ", ".join(copied["models"])
+        )
+    for allocated in data["allocations"]:
+        yield row(f"allocation, {allocated['how']}", allocated["bytes"], allocated, "", "")
+    for said in guide["rows"]:
+        speed = "" if said["what"] == "allocation" else f"{10 * guide['bytes'] / said['ten_ms'] / 1e6:,.1f} GB/s"
+        yield row(f"{said['what']} ({guide['machine']})", guide["bytes"], said, speed, "")
 
 
 def _mib(size_bytes: int) -> str:
