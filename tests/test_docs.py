@@ -1,26 +1,81 @@
-"""The documentation's code runs as it stands there, a page's Python blocks one after the other in one module."""
+"""The documentation: its code runs and prints what the page shows; the site builds without loading from elsewhere."""
+
+from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+from browser import browsing
+from docs_pages import DOCS, ROOT, RUNS, blocks, make_folder, with_outputs, without_keys
 
 from prestage.engine.policies.eviction import EVICTION
+from prestage.workloads.importers import IMPORTERS
+from prestage.workloads.predictors import PREDICTORS
 
-DOCS = Path(__file__).parent.parent / "docs"
-BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-PAGES = sorted(page for page in DOCS.glob("*.md") if BLOCK.search(page.read_text(encoding="utf-8")))
+PAGES = sorted(DOCS.glob("*.md"))
+WITH_CODE = [page for page in PAGES if any(block.runs for block in blocks(page.read_text(encoding="utf-8")))]
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.name)
+def test_the_code_of_a_page_runs_and_prints_what_the_page_shows(page: Path, tmp_path: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    with patch.dict(EVICTION), patch.dict(PREDICTORS), patch.dict(IMPORTERS):  # what a page adds is gone after it
+        again = with_outputs(text, make_folder(tmp_path))
+    assert without_keys(again) == without_keys(text), f"renew it: python tests/docs_pages.py docs/{page.name}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_code_of_a_page_runs(page: Path) -> None:
-    blocks = BLOCK.findall(page.read_text(encoding="utf-8"))
-    with patch.dict(EVICTION):  # what a page adds is gone after it
-        exec(compile("\n".join(blocks), page.name, "exec"), {"__name__": page.stem})
+def test_code_that_is_not_run_says_why(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert text.count("\n```") == 2 * len(blocks(text)), "every block is whole"
+    for block in blocks(text):
+        if block.language in RUNS and not block.runs:
+            assert block.reason and len(block.reason.split()) >= 3, block.text
 
 
-def test_the_page_on_policies_adds_one_that_was_not_there() -> None:
-    (page,) = [page for page in PAGES if page.name == "add-a-policy.md"]
-    assert 'EVICTION["mru"] = Mru' in page.read_text(encoding="utf-8")
-    assert "mru" not in EVICTION
+@pytest.mark.parametrize(
+    ("name", "table", "key"),
+    [
+        ("add-a-policy", EVICTION, "mru"),
+        ("add-a-predictor", PREDICTORS, "hot"),
+        ("add-an-importer", IMPORTERS, "pipes"),
+    ],
+)
+def test_a_page_that_adds_something_adds_what_was_not_there(name: str, table: dict[str, object], key: str) -> None:
+    assert f'["{key}"] = ' in (DOCS / f"{name}.md").read_text(encoding="utf-8")
+    assert key not in table
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built site. A warning fails: a link that leads nowhere, an anchor that is not there, a page in no menu."""
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed (the extra `docs`)")
+    folder = tmp_path_factory.mktemp("site")
+    # Without --quiet, which would also keep warnings from being counted.
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_the_site_has_every_page_and_names_nothing_to_load_from_elsewhere(site: Path) -> None:
+    loaded = re.compile(r"""<(?:script|link|img|iframe)\b[^>]*?(?:src|href)=["']((?:https?:)?//[^"']+)""")
+    built = sorted(site.rglob("*.html"))
+    assert {f"{page.stem}.html" for page in PAGES} <= {page.name for page in built}
+    for page in built:
+        assert not loaded.findall(page.read_text(encoding="utf-8")), page.name
+    for style in site.rglob("*.css"):
+        assert not re.search(r"(?:@import|url\()\s*[\"']?(?:https?:)?//", style.read_text(encoding="utf-8")), style.name
+
+
+def test_the_site_is_read_in_a_browser_without_a_network(site: Path) -> None:
+    with browsing(site) as opened:
+        for name in ("index", "tutorial", "suite"):
+            opened.page.goto(f"{opened.url}/{name}.html")
+            assert opened.page.locator("h1").count() == 1
+        assert all(opened.page.evaluate("[...document.images].map(image => image.naturalWidth)"))
+    assert (opened.console_errors, opened.refused) == ([], [])
