@@ -1,10 +1,9 @@
-"""The README's figures, each made here:
+"""The figures of README.md and of docs/, each made here:
 
     python tests/readme_tables.py [NAME …] [--write]
 
-prints the named tables of TABLES (all without a name), or writes them into README.md between their marks. `lookahead`
-needs the real traces (PRESTAGE_TRACES); `predictors` and `contexts` are read from docs/predictors.json, which
-`predictor_report.py` makes.
+prints the named tables of TABLES (all without a name), or writes each into its pages between its marks. `lookahead`,
+`eviction` and `per-layer` need the real traces (PRESTAGE_TRACES); `new-user` installs everything anew.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from eviction_tables import layers, policies
-from predictor_report import contexts_table, predictors_table
+from new_user import path_table
 
 from prestage.calibration.report import markdown
 from prestage.engine.output.tables import GUIDE_FIGURES, figure_cells, figure_columns, guide_cells
@@ -34,6 +33,8 @@ from prestage.engine.sweep import sweep
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+#: Where tables can be.
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def lookahead() -> str:
@@ -213,10 +214,15 @@ def reality() -> str:
     return markdown(report, every_row=False)
 
 
-#: In the order of their places in the README.
+def reality_rows() -> str:
+    """Every schedule of the same report."""
+    report = json.loads((ROOT / "calibration" / "validation" / "h200.json").read_text(encoding="utf-8"))
+    return markdown(report, every_row=True).rpartition("\n\n")[2]
+
+
+#: Each stands in one page or several.
 TABLES: dict[str, Callable[[], str]] = {
-    "predictors": predictors_table,
-    "contexts": contexts_table,
+    "new-user": path_table,
     "lookahead": lookahead,
     "guide": guide,
     "reproduce": reproduce,
@@ -225,23 +231,31 @@ TABLES: dict[str, Callable[[], str]] = {
     "per-layer": layers,
     "scenario": scenario,
     "reality": reality,
+    "reality-rows": reality_rows,
     "speed": speed,
     "replay-speed": replay_speed,
 }
 
 
-def shown(name: str) -> str:
-    """Return what the README shows between the marks of a table."""
-    match = _marks(name).search(README.read_text(encoding="utf-8"))
-    if match is None:
-        raise SystemExit(f"README.md has no marks for {name}")
-    return match[2].strip()
+def pages_of(name: str) -> list[Path]:
+    """Return the pages that have the marks of a table."""
+    found = [page for page in PAGES if _marks(name).search(page.read_text(encoding="utf-8"))]
+    if not found:
+        raise SystemExit(f"no page has marks for {name}")
+    return found
+
+
+def shown(name: str) -> list[str]:
+    """Return what each page shows between the marks of a table."""
+    matches = (_marks(name).search(page.read_text(encoding="utf-8")) for page in pages_of(name))
+    return [match[2].strip() for match in matches if match is not None]
 
 
 def write(name: str, text: str) -> None:
-    """Put a table between its marks in the README."""
-    whole = README.read_text(encoding="utf-8")
-    README.write_text(_marks(name).sub(lambda match: f"{match[1]}\n{text}\n{match[3]}", whole), encoding="utf-8")
+    """Put a table between its marks, wherever they are."""
+    for page in pages_of(name):
+        whole = page.read_text(encoding="utf-8")
+        page.write_text(_marks(name).sub(lambda match: f"{match[1]}\n{text}\n{match[3]}", whole), encoding="utf-8")
 
 
 def _marks(name: str) -> re.Pattern[str]:
