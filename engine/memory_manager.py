@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -94,9 +94,10 @@ class MemoryManager:
     """Expert residency under a budget of bytes, in the order in which the host dispatches.
 
     `expert_bytes` gives the bytes of one expert of each layer (layers,); experts are `layer * experts + index`, and
-    `index` alone if the scope is shared. `eviction` makes one policy per pool out of `setting`, with the pool's
-    capacity and layers filled in. `divide` turns a budget into the bytes of each pool, as `partition.divider` returns
-    it; without it, the scope cannot be benefit.
+    `index` alone if the scope is shared. Where they differ within a layer, `size_of` gives the bytes of every expert
+    (layers * experts,). `eviction` makes one policy per pool out of `setting`, with the pool's capacity and layers
+    filled in. `divide` turns a budget into the bytes of each pool, as `partition.divider` returns it; without it, the
+    scope cannot be benefit.
     `prefetch_share` limits what prefetched experts hold before their first use; None does not. `watch_unused` keeps
     `unused_bytes` even without it. Raises BudgetError if a pool cannot hold one expert of its layers.
     """
@@ -115,20 +116,23 @@ class MemoryManager:
         drop_after_visit: bool = False,
         prefetch_share: FixedShare | None = None,
         watch_unused: bool = False,
+        size_of: Sequence[int] | None = None,
     ) -> None:
         if protect not in PROTECTION:
             raise ValueError(f"protect = {protect!r}: choose one of {', '.join(PROTECTION)}")
         self.experts = experts
         self.shared = scope == "shared"
-        self.uniform = min(expert_bytes) == max(expert_bytes)
-        self._expert_bytes = list(expert_bytes)
+        if size_of is None:
+            size_of = [size_bytes for size_bytes in expert_bytes for _ in range(experts)]
+        self.size_of = size_of
+        self.uniform = min(size_of) == max(size_of)
         self._divide = divide or partial(pool_budgets, expert_bytes, scope=scope)
         budgets = self._divide(budget_bytes)
         layers = range(len(expert_bytes))
         groups = [tuple(layers)] if len(budgets) == 1 else [(layer,) for layer in layers]
         self._pools: list[_Pool] = []
         for pool_bytes, group in zip(budgets, groups, strict=True):
-            sizes = [expert_bytes[layer] for layer in group]
+            sizes = size_of[group[0] * experts : (group[-1] + 1) * experts]
             known = replace(
                 setting, capacity=pool_bytes // max(sizes), layers=group, experts=experts, shared=self.shared
             )
@@ -161,8 +165,7 @@ class MemoryManager:
     def preload(self, experts: Iterable[int]) -> None:
         """Give room to experts before the run starts, without a copy."""
         for expert in experts:
-            layer = expert // self.experts
-            pool, size_bytes = self._pools[layer], self._expert_bytes[layer]
+            pool, size_bytes = self._pools[expert // self.experts], self.size_of[expert]
             if size_bytes > pool.free_bytes:
                 raise BudgetError(f"expert {expert}: {size_bytes} bytes to preload, {pool.free_bytes} are free")
             self._claim(expert, pool, PRELOADED, None)
@@ -175,11 +178,13 @@ class MemoryManager:
         experts: Sequence[int],
         recency: Sequence[int],
         weights: Sequence[float],
+        elsewhere: Collection[int] = (),
     ) -> list[Wave]:
         """Serve one layer visit; return its waves. What the last wave holds stays pinned until `unpin`.
 
         `experts` are unique, in access order; `recency` are the same in the order of their last appearance, with
-        `weights` beside. What is found comes in the first wave; misses follow in order.
+        `weights` beside. What is found comes in the first wave; misses follow in order, but for those of `elsewhere`,
+        which are not fetched.
         """
         self._visit = number
         pool = self._pools[layer]
@@ -197,7 +202,7 @@ class MemoryManager:
             for _ in map(pool.use, recency, weights):  # a quarter of the time of zip(…, strict=True)
                 pass
             return [Wave(found, [])]
-        missing = [expert for expert in experts if expert not in assigned]
+        missing = [expert for expert in experts if expert not in assigned and expert not in elsewhere]
         if self._share is not None:
             for expert in missing:
                 self._share.missed(expert)
@@ -223,7 +228,7 @@ class MemoryManager:
         for expert in experts:
             if expert in self._unused:
                 del self._unused[expert]
-                self.unused_bytes -= self._expert_bytes[expert // self.experts]
+                self.unused_bytes -= self.size_of[expert]
 
     def _note_use(self, policy: Eviction, wave: Wave, recency: Sequence[int], weights: Sequence[float]) -> None:
         """Tell the policy what a wave used, in the order of last appearance; a miss is an admission, no use."""
@@ -256,7 +261,7 @@ class MemoryManager:
             self._until[expert] = target
         if self._watches_unused:
             self._unused[expert] = None
-            self.unused_bytes += self._expert_bytes[expert // self.experts]
+            self.unused_bytes += self.size_of[expert]
         return admission
 
     def begin(self, number: int, layer: int, recency: Sequence[int], weights: Sequence[float]) -> None:
@@ -332,7 +337,7 @@ class MemoryManager:
                 return None
             former = (self._forget(victim, pool),)
         else:
-            size_bytes = self._expert_bytes[expert // self.experts]
+            size_bytes = self.size_of[expert]
             if pool.free_bytes < size_bytes and not self._make_room(pool, expert, prefetch_at):
                 return None
             former = pool.take(size_bytes)
@@ -348,12 +353,12 @@ class MemoryManager:
         """Whether prefetched experts nobody has used would hold more than their share with this one."""
         if self._share is None:
             return False
-        size_bytes = self._expert_bytes[expert // self.experts]
+        size_bytes = self.size_of[expert]
         return self.unused_bytes + size_bytes > self._share.share * self.budget_bytes
 
     def _make_room(self, pool: _Pool, wanted: int, prefetch_at: int | None) -> bool:
         """Evict until `wanted` has room; evict nothing and return False if that cannot be done."""
-        size_bytes = self._expert_bytes[wanted // self.experts]
+        size_bytes = self.size_of[wanted]
         lacking = size_bytes - pool.free_bytes
         pinned, until = self._pinned, self._until
         only = self._unused if prefetch_at is not None and self._at_limit(wanted) else None
@@ -364,7 +369,7 @@ class MemoryManager:
             if only is not None and expert not in only:
                 continue
             victims.append(expert)
-            lacking -= self._expert_bytes[expert // self.experts]
+            lacking -= self.size_of[expert]
             if lacking <= 0:
                 for victim in victims:
                     self._evict(victim)
@@ -384,8 +389,7 @@ class MemoryManager:
         return copy
 
     def _evict(self, expert: int) -> None:
-        layer = expert // self.experts
-        pool, size_bytes = self._pools[layer], self._expert_bytes[layer]
+        pool, size_bytes = self._pools[expert // self.experts], self.size_of[expert]
         pool.give(size_bytes, self._forget(expert, pool))
         self.assigned_bytes -= size_bytes
 
