@@ -74,6 +74,8 @@ def check_executable(inputs: Inputs) -> None:
         (_predicts(inputs), "predictor.latency_us: no predictor runs; set it to 0, or predictor.lane = 'free'"),
         (not model.uniform, f"model {model.name}: experts of several sizes; only equal slots are executed"),
         (scenario.tiers.host_budget != "all", "tiers.host_budget: no drive is read; set it to 'all'"),
+        (not scenario.only_fetches, "miss.policy and [compression]: experts are copied as they are; leave both out"),
+        (scenario.memory.preload != "none", "memory.preload: slots begin empty; set it to none"),
         (inputs.budgets is not None, "memory.total_bytes: slots are preallocated; give memory.gpu_budget alone"),
     ):
         if wrong:

@@ -105,8 +105,10 @@ class Costs:
     """
 
     def __init__(self, model: Model, profile: Profile, scenario: Scenario, *, timed: bool = False) -> None:
-        self._model = model
-        self.expert_bytes: Sequence[int] = model.expert_bytes
+        self.model = model
+        self.profile = profile
+        #: What the copy of an expert of each layer moves.
+        self.expert_bytes: Sequence[int] = [scenario.compression.copied_bytes(size) for size in model.expert_bytes]
         self._rule = profile.compute.rule
         self._mode = scenario.dispatch.mode
         self._chunk_bytes = scenario.copy_.chunk_bytes
@@ -119,14 +121,14 @@ class Costs:
         if memory not in profile.h2d:
             known = ", ".join(profile.h2d)
             raise ProfileError(f"copy.host_memory = {memory!r}: profile {profile.name} has {known} only")
-        h2d = profile.h2d[memory]
+        self.h2d = h2d = profile.h2d[memory]
         self.copies_hold_host = memory == "pageable"
         self.copy_slowdown = profile.contention.copy_beside_compute.factor if profile.contention else 1.0
         self.copies_take_turns = profile.contention is not None and profile.contention.copies_take_turns
         self.interruptions = profile.compute.interruptions
         self.predict_ns = round((scenario.predictor.latency_us or 0.0) * 1000)
         self._set_host_costs(profile.host, records=2 if timed else 1)
-        self.copies: Sequence[CopyCost] = [self._copy(h2d, size) for size in model.expert_bytes]
+        self.copies: Sequence[CopyCost] = [self.copy(size_bytes) for size_bytes in self.expert_bytes]
         self.reads = self._reads(profile, scenario)
         self._set_lags(profile, h2d)
         self._set_readback(profile)
@@ -144,7 +146,7 @@ class Costs:
         longer_ns = 0 if latency.beside_copy_ns is None else latency.beside_copy_ns - latency.ns
         self.kernel_lags = Lags(gap.ns, gap.disturbed_ns, wait.ns, wait.disturbed_ns, longer_ns)
         if self.by_priority:  # the host enqueues a copy when it has noticed the end of the one before
-            gap_ns = max(0, self.synchronize_ns + self._enqueue_ns + self._records_ns + h2d.launch_latency.ns)
+            gap_ns = max(0, self.synchronize_ns + self.enqueue_ns + self.records_ns + h2d.launch_latency.ns)
         self.copy_lags = Lags(gap_ns, gap_ns, h2d.event_wait_gap.ns, h2d.event_wait_gap.ns)
 
     def _set_readback(self, profile: Profile) -> None:
@@ -164,9 +166,9 @@ class Costs:
         self._product_launch_ns = {
             dtype: 0 if free else product.ns for dtype, product in host.product_launches.items() if eager
         }
-        self._records_ns = 0 if free else records * host.event_record.ns
+        self.records_ns = 0 if free else records * host.event_record.ns
         self.wait_ns = 0 if free else host.event_wait.ns
-        self._enqueue_ns = 0 if free else host.copy_enqueue.ns
+        self.enqueue_ns = 0 if free else host.copy_enqueue.ns
         readback = host.readback_enqueue or host.copy_enqueue
         self.readback_enqueue_ns = 0 if free else readback.ns + host.event_record.ns
         self.resume_ns = 0 if free else host.resume.ns
@@ -176,7 +178,7 @@ class Costs:
 
     def _set_measured(self, compute: ComputeCosts) -> None:
         """Pick out the measured points of this model's shapes, by their size: inner width, or weight bytes."""
-        model = self._model
+        model = self.model
         self._latency_ns = 0 if self._mode == "free" else compute.launch_latency.ns
         dispatch = "eager" if self._mode == "eager" else "graph"
         self._expert_points: dict[int, list[_Point]] = {}
@@ -190,7 +192,7 @@ class Costs:
                 points.sort()
 
     def _of_weights(self, measured: Iterable[KernelPoint], dispatch: str, kernels: int) -> dict[int, list[_Point]]:
-        shape = (self._model.hidden, self._model.dense_dtype, dispatch, kernels)
+        shape = (self.model.hidden, self.model.dense_dtype, dispatch, kernels)
         points: dict[int, list[_Point]] = {}
         for kernel in measured:
             # What attention adds with the context is measured, but no cost here grows with it yet.
@@ -202,7 +204,9 @@ class Costs:
         latency_ns = self._latency_ns if kernel.launch_latency_ns is None else kernel.launch_latency_ns
         return _Point(kernel.tokens, kernel.ns, kernel.beside_copy_ns, 0 if self._mode == "free" else latency_ns)
 
-    def _copy(self, h2d: CopyCosts, size_bytes: int) -> CopyCost:
+    def copy(self, size_bytes: int) -> CopyCost:
+        """Return the copy of an expert of so many bytes to the GPU."""
+        h2d = self.h2d
         pieces = pieces_of(size_bytes, self._chunk_bytes)
         piece_bytes = -(-size_bytes // pieces)
         alone_ns = h2d.alone.ns(piece_bytes)
@@ -210,7 +214,7 @@ class Costs:
         rest_ns = (pieces - 1) * (queued_ns + h2d.gap.ns)
         # By priority, every piece is enqueued by itself and has its own events.
         records = pieces if self.by_priority else 1
-        host_ns = pieces * self._enqueue_ns + records * self._records_ns
+        host_ns = pieces * self.enqueue_ns + records * self.records_ns
         return CopyCost(queued_ns + rest_ns, alone_ns + rest_ns, queued_ns, alone_ns, pieces, host_ns)
 
     def _reads(self, profile: Profile, scenario: Scenario) -> ReadCosts | None:
@@ -225,7 +229,7 @@ class Costs:
             )
         lanes = tiers.io_lanes or nvme.lanes
         costs = []
-        for size_bytes in self._model.expert_bytes:
+        for size_bytes in self.model.expert_bytes:
             requests = pieces_of(size_bytes, tiers.chunk_bytes)
             alone_ns = nvme.read.ns(-(-size_bytes // requests))
             # More lanes than the drive has speed for share what it gives.
@@ -235,7 +239,7 @@ class Costs:
 
     def by_layer(self) -> tuple[list[ByTokens], list[ByTokens]]:
         """Return what each layer's dense part, and an expert of it, takes by tokens."""
-        layers = range(self._model.layers)
+        layers = range(self.model.layers)
         dense = [ByTokens(partial(self.dense, layer)) for layer in layers]
         return dense, [ByTokens(partial(self.expert, layer)) for layer in layers]
 
@@ -243,7 +247,7 @@ class Costs:
         """Return the dense part of one layer over `tokens` tokens."""
         cost = self._dense[layer].get(tokens)
         if cost is None:
-            size, kernels = self._model.dense_bytes[layer], self._model.dense_kernels
+            size, kernels = self.model.dense_bytes[layer], self.model.dense_kernels
             products = min(DENSE_PRODUCTS, kernels)
             cost = self._kernel("dense part", self._dense_points.get(size, ()), size, tokens, kernels, products)
             self._dense[layer][tokens] = cost
@@ -253,7 +257,7 @@ class Costs:
         """Return the head over `tokens` tokens."""
         cost = self._dense[-1].get(tokens)
         if cost is None:
-            size = self._model.head_bytes
+            size = self.model.head_bytes
             cost = self._kernel("head", self._head_points.get(size, ()), size, tokens, 1, 1)
             self._dense[-1][tokens] = cost
         return cost
@@ -262,7 +266,7 @@ class Costs:
         """Return one expert's kernels over `tokens` tokens."""
         cost = self._experts[layer].get(tokens)
         if cost is None:
-            model = self._model
+            model = self.model
             size, kernels = model.expert_bytes[layer], model.expert_kernels
             products = min(model.expert_matrices, kernels)
             points = self._expert_points.get(model.expert_ff, ())
@@ -271,7 +275,7 @@ class Costs:
 
     def most_launches(self, tokens: int) -> int:
         """Return the most launches of one layer visit with so many tokens, the head and a prediction included."""
-        model = self._model
+        model = self.model
         experts = min(model.experts, tokens * model.top_k)
         return self._launches(model.dense_kernels) + experts * self._launches(model.expert_kernels) + 2
 
@@ -314,18 +318,18 @@ class Costs:
             beside_ns = ns * last.beside_copy_ns / last.ns
         else:
             ns, beside_ns, latency_ns = _between(points, tokens)
-        launches, host_ns = 1, self.launch_ns + self._records_ns
+        launches, host_ns = 1, self.launch_ns + self.records_ns
         if self._mode == "eager":
-            dtype = self._model.expert_dtype if what == "expert" else self._model.dense_dtype
+            dtype = self.model.expert_dtype if what == "expert" else self.model.dense_dtype
             product_ns = self._product_launch_ns.get(dtype, self.launch_ns)
             launches = kernels
-            host_ns = self._records_ns + products * product_ns + (kernels - products) * self.launch_ns
+            host_ns = self.records_ns + products * product_ns + (kernels - products) * self.launch_ns
         return KernelCost(round(ns), beside_ns / ns if ns else 1.0, launches, host_ns, latency_ns)
 
     def _by_rule(self, what: str, weight_bytes: int, tokens: int) -> tuple[float, float]:
         """Return what the profile's rule says of kernels, quiet and beside a copy, in ns; and name the estimate."""
         rule = self._rule
-        dtype_bits = self._model.dtype_bits("expert" if what == "expert" else "dense")
+        dtype_bits = self.model.dtype_bits("expert" if what == "expert" else "dense")
         flops = 2 * tokens * (weight_bytes * 8 / dtype_bits)
         part_ns = max(weight_bytes * 1e9 / rule.bytes_per_second, flops * 1e9 / rule.flops_per_second)
         self.estimates[what] = (
@@ -336,6 +340,15 @@ class Costs:
 
     def _launches(self, kernels: int) -> int:
         return kernels if self._mode == "eager" else 1
+
+
+#: Bytes of one number of a hidden state on its way: kernels compute in 16 bits, unless the weights have more.
+_ACTIVATION_BYTES = {"float32": 4}
+
+
+def activation_bytes(model: Model, tokens: int) -> int:
+    """Return the bytes of so many tokens' hidden states."""
+    return tokens * model.hidden * _ACTIVATION_BYTES.get(model.dense_dtype, 2)
 
 
 def token_bucket(tokens: int) -> int:

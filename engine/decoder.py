@@ -19,6 +19,7 @@ from .costs import Costs
 from .dispatch import Visit
 from .gpu import Decoded, Gpu
 from .memory_manager import MemoryManager
+from .offloaded import OffloadedGpu
 from .policies.prefetch import Gauge
 from .scenario import Scenario
 from .tiers import HostMemory
@@ -43,8 +44,7 @@ def decode(
     """
     env = simpy.Environment()
     most_tokens = max((len(step.rows) for step in steps), default=0)
-    quick = gauge is None and undisturbed(manager, costs, scenario, most_tokens)
-    gpu = (UndisturbedGpu if quick else Gpu)(
+    gpu = gpu_class(manager, costs, scenario, most_tokens, gauge)(
         env, manager, costs, scenario, prefetching=prefetching, most_tokens=most_tokens, host_memory=host_memory
     )
     if gauge is not None:
@@ -54,6 +54,15 @@ def decode(
     with collector_off():
         env.run()
     return gpu.recorded()
+
+
+def gpu_class(
+    manager: MemoryManager, costs: Costs, scenario: Scenario, most_tokens: int, gauge: Gauge | None
+) -> type[Gpu]:
+    """Return the quickest kind of `Gpu` that does all that a run wants of it."""
+    if not scenario.only_fetches:
+        return OffloadedGpu
+    return UndisturbedGpu if gauge is None and undisturbed(manager, costs, scenario, most_tokens) else Gpu
 
 
 @contextmanager

@@ -7,9 +7,10 @@ the same decisions. Only the order counts here; what o'clock it is, nobody asks.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ from ..workloads.batches import Step
 from ..workloads.predictors import Guesses
 from ..workloads.trace import RoutingTrace
 from .memory_manager import Admission, MemoryManager, Wave
+from .policies.miss import CPU, LOW_PRECISION, Absent, Miss, Resolved
 from .policies.prefetch import Gauge, Moment, Prefetch
 
 #: When prefetches are enqueued: after the launch of the visit's experts, or before it.
@@ -49,13 +51,43 @@ class Accesses:
         recency = [expert % experts for expert in self.recency]
         return Accesses(shared, self.tokens, recency, self.weights)
 
+    def without(self, resolved: Sequence[Resolved]) -> Accesses:
+        """Return what is left to the GPU's experts: fewer tokens, and none of those that were whole accesses."""
+        if not resolved:
+            return self
+        gone = {access.expert: access.tokens for access in resolved}
+        whole = {access.expert for access in resolved if access.whole}
+        left = [pair for pair in zip(self.experts, self.tokens, strict=True) if pair[0] not in whole]
+        recent = [pair for pair in zip(self.recency, self.weights, strict=True) if pair[0] not in whole]
+        return Accesses(
+            [expert for expert, _ in left],
+            [tokens - gone.get(expert, 0) for expert, tokens in left],
+            [expert for expert, _ in recent],
+            [weight for _, weight in recent],
+        )
+
+
+class Resolution(NamedTuple):
+    """The accesses of a visit, or some of their tokens, that need no expert of the GPU's.
+
+    `cpu_tokens`: for how many different tokens the CPU computes something.
+    """
+
+    accesses: Sequence[Resolved] = ()
+    cpu_tokens: int = 0
+
+
+#: All is the GPU's.
+NOTHING_RESOLVED = Resolution()
+
 
 @dataclass(slots=True)
 class Visit:
     """One layer visit as dispatched: its look-ups, the waves that serve it and the prefetches that follow.
 
     A prefetch is (admission, target visit number); `staged` are experts to prefetch into host memory alone. At the end
-    `assigned_bytes` of `budget_bytes` are given out.
+    `assigned_bytes` of `budget_bytes` are given out. What a miss policy has found another way for, its `resolution`, is
+    not in `accesses`.
     """
 
     number: int
@@ -67,6 +99,16 @@ class Visit:
     assigned_bytes: int
     budget_bytes: int
     staged: Sequence[int] = ()
+    resolution: Resolution = NOTHING_RESOLVED
+
+    def missed(self) -> Iterator[int]:
+        """Yield the experts that were absent: those that were fetched, and those that need not be."""
+        for wave in self.waves:
+            for admission in wave.admitted:
+                yield admission.expert
+        for access in self.resolution.accesses:
+            if access.whole:
+                yield access.expert
 
 
 def visits(
@@ -80,12 +122,14 @@ def visits(
     gauge: Gauge | None = None,
     budgets: Sequence[int] | None = None,
     to_host: bool = False,
+    miss: Miss | None = None,
 ) -> Iterator[Visit]:
     """Yield every layer visit of the run, decided when it is asked for.
 
     `guesses` may be None if the prefetch policy wants none; `gauge` is the clock for policies that look at it.
     `budgets` (steps,), in bytes, resizes the expert memory before each step. With `to_host`, what the policy prefetches
-    takes no room here, but is staged in host memory.
+    takes no room here, but is staged in host memory. `miss` finds other ways for what is absent
+    (None: all is fetched).
     """
     if issue not in ISSUE:
         raise ValueError(f"issue = {issue!r}: choose one of {', '.join(ISSUE)}")
@@ -101,6 +145,7 @@ def visits(
     nothing: list[tuple[Admission, int]] = []
     nobody: list[int] = []
     no_guesses: list[list[list[int]]] = [[]] * layers
+    elsewhere: Collection[int] = ()
     misses = 0
     for index, step in enumerate(steps):
         if budgets is not None:
@@ -110,10 +155,15 @@ def visits(
         first = index * layers
         for layer, accesses in enumerate(step_accesses(trace, step)):
             number = first + layer
-            chosen = accesses.experts  # as the layer's own
+            asked = accesses  # as the layer's own
             if shared:
                 accesses = accesses.by_index(experts)
-            waves = manager.visit(number, layer, accesses.experts, accesses.recency, accesses.weights)
+            if miss is None:
+                waves = manager.visit(number, layer, accesses.experts, accesses.recency, accesses.weights)
+            else:
+                resolution = _resolve(miss, trace, step, layer, accesses.experts, assigned)
+                elsewhere = {access.expert for access in resolution.accesses if access.whole}
+                waves = manager.visit(number, layer, accesses.experts, accesses.recency, accesses.weights, elsewhere)
             prefetches, staged = nothing, nobody
             if not prefetching:
                 manager.unpin()
@@ -123,9 +173,9 @@ def visits(
                     if drops:
                         manager.drop_prefetched(number)
                 if observes:
-                    prefetch.observe(chosen, accesses.tokens)
+                    prefetch.observe(asked.experts, asked.tokens)
                 if reads_moment:
-                    misses += sum(len(wave.admitted) for wave in waves)
+                    misses += sum(len(wave.admitted) for wave in waves) + len(elsewhere)
                     moment.visit, moment.layer = number, layer
                     moment.misses_per_visit = misses / (number + 1)
                     moment.unused_share = manager.unused_bytes / manager.budget_bytes
@@ -152,8 +202,53 @@ def visits(
                             prefetches.append((admission, target))
                 if not unpin_first:
                     manager.unpin()
+            if miss is not None and miss.terms.fetch_behind:
+                prefetches = [*prefetches, *_fetched_behind(manager, resolution.accesses, number + layers)]
             assigned_bytes, budget_bytes = manager.assigned_bytes, manager.budget_bytes
-            yield Visit(number, index, layer, accesses, waves, prefetches, assigned_bytes, budget_bytes, staged)
+            visit = Visit(number, index, layer, accesses, waves, prefetches, assigned_bytes, budget_bytes, staged)
+            if miss is not None:
+                visit.resolution, visit.accesses = resolution, accesses.without(resolution.accesses)
+            yield visit
+
+
+def _resolve(
+    miss: Miss, trace: RoutingTrace, step: Step, layer: int, experts: Sequence[int], assigned: Collection[int]
+) -> Resolution:
+    """Return what a policy makes of a visit's experts that are absent."""
+    absent = [expert for expert in experts if expert not in assigned]
+    resolved = miss.resolve(layer, _absent(trace, step, layer, absent)) if absent else []
+    on_cpu = [access.expert for access in resolved if access.way == CPU]
+    return Resolution(resolved, _tokens_of(trace, step, layer, on_cpu) if on_cpu else 0)
+
+
+def _absent(trace: RoutingTrace, step: Step, layer: int, experts: list[int]) -> list[Absent]:
+    """Return what was asked of the absent experts of a layer visit: the gate weights (1.0 where there are none)."""
+    gates: dict[int, list[float]] = {expert: [] for expert in experts}
+    rows = step.rows if trace.present is None else step.rows[trace.present[step.rows, layer]]
+    chosen = (trace.experts[rows, layer].astype(np.int64) + layer * trace.num_experts).ravel().tolist()
+    weights = [1.0] * len(chosen) if trace.weights is None else trace.weights[rows, layer].ravel().tolist()
+    for expert, gate in zip(chosen, weights, strict=True):
+        if expert in gates:
+            gates[expert].append(gate)
+    return [Absent(expert, gates[expert]) for expert in experts]
+
+
+def _tokens_of(trace: RoutingTrace, step: Step, layer: int, experts: list[int]) -> int:
+    """Return how many tokens of a layer visit chose at least one of the experts."""
+    rows = step.rows if trace.present is None else step.rows[trace.present[step.rows, layer]]
+    index = np.array(experts, dtype=np.int64) - layer * trace.num_experts
+    return int(np.isin(trace.experts[rows, layer], index).any(axis=1).sum())
+
+
+def _fetched_behind(
+    manager: MemoryManager, resolved: Sequence[Resolved], target: int
+) -> Iterator[tuple[Admission, int]]:
+    """Prefetch what a visit used in low precision, for the next visit of its layer."""
+    for access in resolved:
+        if access.way == LOW_PRECISION:
+            admission = manager.prefetch(access.expert, target)
+            if admission is not None:
+                yield admission, target
 
 
 def launch_order(visit: Visit, wave: Wave, resident_first: bool) -> Iterable[tuple[int, int, int]]:

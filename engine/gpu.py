@@ -29,26 +29,37 @@ from .tiers import Drive, HostMemory
 
 #: One access: the visit, the copy that held the expert's bytes, and how many of the batch's tokens chose it.
 ACCESS = np.dtype([("visit", "<i4"), ("copy", "<i4"), ("tokens", "<i4")])
+#: One access, or some tokens of it, that needed no copy: its way, a number of `policies.miss.WAYS`; how many tokens of
+#: what gate weight; whether these were all of its tokens.
+RESOLVED = np.dtype(
+    [("visit", "<i4"), ("expert", "<i4"), ("way", "<i4"), ("tokens", "<i4"), ("gate", "<f8"), ("whole", "?")]
+)
 #: One layer visit: when the host knew the choice; the expert bytes assigned once all was decided, and the budget.
 VISIT = np.dtype([("choice_known_ns", "<i8"), ("assigned_bytes", "<i8"), ("budget_bytes", "<i8")])
 #: When what another GPU sent had come, and what waited for it: the first kernel of a kind in a visit.
 ARRIVAL = np.dtype([("visit", "<i4"), ("kind", "<i4"), ("arrived_ns", "<i8")])
 
-#: Pack the fields of one record, in the order of ACCESS and of VISIT.
+#: Pack the fields of one record, in the order of ACCESS, of VISIT and of RESOLVED.
 pack_access = struct.Struct("<iii").pack
 pack_visit = struct.Struct("<qqq").pack
+pack_resolved = struct.Struct("<iiiid?").pack
 
-_Lane = FifoLane | CoupledLane
+#: A lane of either kind.
+Lane = FifoLane | CoupledLane
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """What a run recorded: the timeline, and arrays of dtype ACCESS, VISIT and ARRIVAL in order of dispatch."""
+    """What a run recorded: the timeline, and arrays of dtype ACCESS, VISIT and ARRIVAL in order of dispatch.
+
+    `resolved` is what a miss policy found another way for, an array of dtype RESOLVED, if there is one.
+    """
 
     timeline: Timeline
     accesses: npt.NDArray[Any]
     visits: npt.NDArray[Any]
     arrivals: npt.NDArray[Any] = field(default_factory=lambda: np.empty(0, dtype=ARRIVAL))
+    resolved: npt.NDArray[Any] | None = None
 
 
 def contended(costs: Costs, scenario: Scenario) -> bool:
@@ -192,13 +203,13 @@ class Gpu:
         kernels, copies = costs.kernel_lags, costs.copy_lags
         self._host = number["host"]
         self._side = FifoLane(timeline, number["predictor"])
-        self._d2h: _Lane = FifoLane(timeline, number["d2h"])
-        self._compute: _Lane
-        self._h2d: _Lane
-        self._prefetch_lane: _Lane
+        self._d2h: Lane = FifoLane(timeline, number["d2h"])
+        self._compute: Lane
+        self._h2d: Lane
+        self._prefetch_lane: Lane
         self._copy_slowdown = costs.copy_slowdown if copy.contention else 1.0
         disturbed = contended(costs, self._scenario)
-        if copy.discipline == "fifo" and not disturbed and link is None:
+        if copy.discipline == "fifo" and not (disturbed or link is not None or self._couples_copies()):
             self._h2d = self._prefetch_lane = FifoLane(timeline, number["h2d"], copies)
             self._compute = FifoLane(timeline, number["compute"], kernels)
             return
@@ -239,6 +250,10 @@ class Gpu:
         due = (self.now_ns - self._interrupted_ns) // interruptions.every_ns
         self._interrupted_ns += due * interruptions.every_ns
         return due * interruptions.ns
+
+    def _couples_copies(self) -> bool:
+        """Whether copies run in SimPy's time even where no kernel slows them down."""
+        return False
 
     def notice(self, chosen_ns: int) -> None:
         """Go on once the router's choice, in host memory at `chosen_ns`, has been noticed."""
@@ -435,7 +450,7 @@ class Gpu:
         self.timeline.record(start_ns, self.now_ns, start_ns, -1, self.visit, -1, self._host, PREDICT)
         return 0
 
-    def _copy(self, lane: _Lane, admission: Admission, kind: int, predicted: Completion, target: int) -> Completion:
+    def _copy(self, lane: Lane, admission: Admission, kind: int, predicted: Completion, target: int) -> Completion:
         """Enqueue a copy: behind the prediction that asked for it, its read, and the last reader of its room."""
         expert, copy = admission.expert, admission.copy
         layer, slowdown = expert // self._experts, self._copy_slowdown

@@ -162,6 +162,17 @@ class MemoryManager:
         """How many experts have lost their room."""
         return len(self.evicted_copies)
 
+    def fitting(self, experts: Iterable[int]) -> list[int]:
+        """Return those, in order, that all have room now, each where the ones before it have theirs."""
+        free = {id(pool): pool.free_bytes for pool in self._pools}
+        fit = []
+        for expert in experts:
+            pool = id(self._pools[expert // self.experts])
+            if self.size_of[expert] <= free[pool]:
+                free[pool] -= self.size_of[expert]
+                fit.append(expert)
+        return fit
+
     def preload(self, experts: Iterable[int]) -> None:
         """Give room to experts before the run starts, without a copy."""
         for expert in experts:

@@ -20,7 +20,7 @@ from ..resources.timeline import ACTIVATION, HEAD
 from ..workloads.batches import Step, continued_steps
 from ..workloads.model import Model
 from ..workloads.trace import RoutingTrace
-from .costs import Costs
+from .costs import Costs, activation_bytes
 from .decoder import collector_off
 from .dispatch import Visit
 from .gpu import Decoded, Gpu
@@ -58,8 +58,6 @@ class Flow:
     token_bytes: Sequence[int]
 
 
-#: What one hidden state's number takes on its way: kernels compute in 16 bits, unless the weights have more.
-_ACTIVATION_BYTES = {"float32": 4}
 #: A sampled token's id, an int64 as torch makes it.
 _TOKEN_BYTES = 8
 
@@ -68,12 +66,11 @@ def flow_of(model: Model, trace: RoutingTrace, steps: Sequence[Step]) -> Flow:
     """Return what passes between the stages of a model: a hidden state for each token, an id for each sequence."""
     continued = continued_steps(steps, trace.sequence)
     needed = {step for before in continued for step in before}
-    width_bytes = model.hidden * _ACTIVATION_BYTES.get(model.dense_dtype, 2)
     token_bytes = [
         _TOKEN_BYTES * len(np.unique(trace.sequence[step.rows])) if number in needed else 0
         for number, step in enumerate(steps)
     ]
-    return Flow(steps, continued, [len(step.rows) * width_bytes for step in steps], token_bytes)
+    return Flow(steps, continued, [activation_bytes(model, len(step.rows)) for step in steps], token_bytes)
 
 
 class _Arrivals:

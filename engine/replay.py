@@ -118,8 +118,8 @@ def count_visits(visits: Iterable[Visit], manager: MemoryManager) -> VisitCounts
     """Replay dispatched visits, prefetches included, and count them."""
     accesses = miss = prefetch = 0
     for visit in visits:
-        accesses += len(visit.accesses.experts)
-        miss += sum(len(wave.admitted) for wave in visit.waves)
+        accesses += len(visit.accesses.experts) + sum(access.whole for access in visit.resolution.accesses)
+        miss += len(list(visit.missed()))
         prefetch += len(visit.prefetches)
     return VisitCounts(accesses, accesses - miss, miss, prefetch, manager.dropped, manager.evicted)
 

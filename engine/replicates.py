@@ -138,7 +138,7 @@ class _ScatteredCosts(Costs):
 
     def by_layer(self) -> tuple[list[ByTokens], list[ByTokens]]:
         """Return what gives every kernel a cost of its own."""
-        layers = range(self._model.layers)
+        layers = range(self.model.layers)
         dense: list[ByTokens] = [_Anew(partial(self.dense, layer)) for layer in layers]
         return dense, [_Anew(partial(self.expert, layer)) for layer in layers]
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from fractions import Fraction
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,8 +26,10 @@ from .dispatch import ISSUE
 from .journal import find_row
 from .memory_manager import PROTECTION, SCOPES
 from .policies.eviction import EVICTION
+from .policies.miss import MISS
 from .policies.prefetch import PREFETCH
 from .policies.prefetch_share import PREFETCH_SHARE
+from .policies.preload import PRELOAD
 from .policies.split import SPLITS
 
 #: How kernels reach the GPU, and what that costs the host: one launch a kernel, one a CUDA graph, or nothing.
@@ -41,6 +44,10 @@ DISCIPLINES = ("fifo", "two_streams", "priority")
 PREDICTOR_LANES = ("gpu", "compute", "host", "free")
 #: One host thread that serves all stages, step by step, or one for each GPU.
 DISPATCH_THREADS = ("per-gpu", "one")
+#: Where experts lie compressed: nowhere; in host memory, so that copies are shorter; in GPU memory too.
+COMPRESSED = ("none", "host", "gpu")
+#: What decompresses: the compute stream, in the way of the kernels, or the GPU's side stream.
+DECOMPRESS_LANES = ("compute", "side")
 #: Keys of [workload.synthetic] that a fit takes the place of.
 _FIT_REPLACES = ("skew", "working_set", "reuse")
 
@@ -134,7 +141,9 @@ class MemorySection(_Section):
     With `total_bytes`, experts get what the dense weights, the KV cache and the workspace leave of it, step by step,
     and `gpu_budget` at most. `prefetch_limit` keeps prefetched experts that nobody has used yet within
     `prefetch_share` of the budget (fixed), or within a share that starts there and follows the workload (adaptive).
-    Without `caching`, what was brought for a visit leaves after it.
+    Without `caching`, what was brought for a visit leaves after it. `preload` is what lies there before the run:
+    nothing, the most popular experts, or whole layers from the last one back; with `cpu_layers`, all but those of the
+    first so many layers.
     """
 
     gpu_budget: str = "25%"
@@ -145,6 +154,16 @@ class MemorySection(_Section):
     caching: bool = True
     total_bytes: str | None = None
     workspace_bytes: str = "0B"
+    preload: Annotated[str, _one_of(PRELOAD)] = "none"
+    cpu_layers: int | None = Field(default=None, ge=0)
+
+    @model_validator(mode="after")
+    def _preloaded_stays(self) -> MemorySection:
+        if self.preload != "none" and not self.caching:
+            raise ValueError(f"preload = {self.preload!r} needs caching = true: else it leaves after its first use")
+        if self.cpu_layers is not None and self.preload != "layers":
+            raise ValueError(f"cpu_layers = {self.cpu_layers} needs preload = 'layers' (given {self.preload!r})")
+        return self
 
     @model_validator(mode="after")
     def _budget_reads(self) -> MemorySection:
@@ -273,6 +292,82 @@ class TiersSection(_Section):
         return self
 
 
+class MissSection(_Section):
+    """What becomes of an access whose expert is absent.
+
+    `fetch` copies it; `cpu` computes it on the CPU, `cost` does whichever of the two the profile says is shorter and
+    `balanced` whichever is done first by what the visit has given to each so far; an expert that more than
+    `cpu_max_tokens` tokens chose is fetched. `low_precision` uses a copy of it at `low_ratio` of its bytes, if it has
+    one: such copies, the most popular first, have `low_share` of the budget at most; with `fetch_behind` the expert
+    itself is copied behind. `skip` leaves it out for tokens whose gate weight is under `threshold`, and fetches for the
+    others. The CPU's time is the profile's, for `cpu_threads` (not set: as many as were measured), or for a shape that
+    was not measured an estimate; `cpu_gb_per_s`, what the CPU reads of host memory, takes the place of both.
+    """
+
+    policy: Annotated[str, _one_of(MISS)] = "fetch"
+    threshold: float = Field(default=0.05, ge=0)
+    cpu_threads: int | None = Field(default=None, ge=1)
+    cpu_max_tokens: int | None = Field(default=None, ge=0)
+    cpu_gb_per_s: float | None = Field(default=None, gt=0)
+    low_ratio: float = Field(default=0.25, gt=0, lt=1)
+    low_share: float = Field(default=0.5, gt=0, lt=1)
+    fetch_behind: bool = True
+
+
+class CompressionSection(_Section):
+    """Experts in fewer bytes: `ratio` of what they are, compressed in host memory or in GPU memory too.
+
+    Compressed in host memory, a copy is decompressed once, behind its arrival; in GPU memory, at every use.
+    Decompressing takes `decompress_us` (not set: the constant of the profile's kernel rule) and the expert's bytes at
+    `decompress_gb_per_s`, on `lane`. `mixed` instead stores the experts of every layer in several precisions, by
+    popularity: [share of the experts, ratio] pairs, the most popular first; they are used as they are.
+    """
+
+    where: Annotated[str, _one_of(COMPRESSED)] = "none"
+    ratio: float = Field(default=0.5, gt=0, le=1)
+    decompress_gb_per_s: float | None = Field(default=None, gt=0)
+    decompress_us: float | None = Field(default=None, ge=0)
+    lane: Annotated[str, _one_of(DECOMPRESS_LANES)] = "side"
+    mixed: list[list[float]] | None = None
+
+    @field_validator("mixed", mode="before")
+    @classmethod
+    def _pairs(cls, mixed: object) -> object:
+        if mixed is not None and not _are_pairs(mixed):
+            raise ValueError("must be [share of the experts, ratio of their bytes] pairs whose shares come to 1")
+        return mixed
+
+    @model_validator(mode="after")
+    def _says_what_it_takes(self) -> CompressionSection:
+        if self.where != "none" and self.decompress_gb_per_s is None:
+            raise ValueError(f"where = {self.where!r}: say what decompressing takes, decompress_gb_per_s")
+        if self.where != "none" and self.mixed is not None:
+            raise ValueError(f"where = {self.where!r} and mixed: give one of the two")
+        return self
+
+    def copied_bytes(self, size_bytes: int) -> int:
+        """Return what a copy of an expert moves."""
+        return size_bytes if self.where == "none" else shrunk(size_bytes, self.ratio)
+
+    def kept_bytes(self, size_bytes: int) -> int:
+        """Return the room that an expert takes in GPU memory."""
+        return size_bytes if self.where != "gpu" else shrunk(size_bytes, self.ratio)
+
+
+def _are_pairs(mixed: object) -> bool:
+    """Whether they are pairs of a share and a ratio, each over 0 and at most 1, whose shares come to 1."""
+    if not isinstance(mixed, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in mixed):
+        return False
+    numbers = [number for pair in mixed for number in pair]
+    within = all(type(number) in (int, float) and 0 < number <= 1 for number in numbers)
+    return within and abs(sum(numbers[::2]) - 1) < 1e-9
+
+
+def shrunk(size_bytes: int, ratio: float) -> int:
+    """Return so many times the bytes, rounded up to a whole one."""
+    return -int(-size_bytes * Fraction(str(ratio)) // 1)
+
+
 class Scenario(_Section):
     """One run, whole. `model_dump()` gives it back as plain data."""
 
@@ -287,6 +382,21 @@ class Scenario(_Section):
     copy_: CopySection = Field(default=CopySection(), alias="copy")
     parallel: ParallelSection = ParallelSection()
     tiers: TiersSection = TiersSection()
+    miss: MissSection = MissSection()
+    compression: CompressionSection = CompressionSection()
+
+    @model_validator(mode="after")
+    def _offloading_fits(self) -> Scenario:
+        for wrong, text in _unfit(self):
+            if wrong:
+                raise ValueError(text)
+        return self
+
+    @property
+    def only_fetches(self) -> bool:
+        """Whether all that happens to experts is that they are copied, as they are, when they are absent."""
+        compression = self.compression
+        return self.miss.policy == "fetch" and compression.where == "none" and compression.mixed is None
 
     @model_validator(mode="after")
     def _dropping_knows_the_visit(self) -> Scenario:
@@ -316,6 +426,34 @@ class Scenario(_Section):
     def plain(self) -> dict[str, Any]:
         """Return the scenario as plain data, by the names that its TOML uses, all defaults filled in."""
         return self.model_dump(by_alias=True)
+
+
+def _unfit(scenario: Scenario) -> Iterator[tuple[bool, str]]:
+    """Yield (whether it is so, what to say) of what does not go together with misses that are not fetched."""
+    memory, miss, compression = scenario.memory, scenario.miss, scenario.compression
+    policy, packed, mixed = miss.policy, compression.where != "none", compression.mixed is not None
+    low = policy == "low_precision"
+    shared, grouped = memory.scope == "shared", scenario.dispatch.expert_kernel == "grouped"
+    yield shared and not scenario.only_fetches, "memory.scope = 'shared': needs miss.policy = 'fetch', no compression"
+    yield shared and memory.preload != "none", "memory.scope = 'shared': needs memory.preload = 'none'"
+    yield mixed and memory.scope != "global", f"compression.mixed: needs memory.scope = 'global' (not {memory.scope!r})"
+    several = max(scenario.parallel.stages, scenario.parallel.micro_batches) > 1
+    yield several and not scenario.only_fetches, "[parallel]: needs miss.policy = 'fetch', no compression"
+    tiered = scenario.tiers.host_budget != "all"
+    yield tiered and not scenario.only_fetches, "tiers.host_budget: needs miss.policy = 'fetch', no compression"
+    yield several and memory.cpu_layers is not None, "[parallel]: needs memory.cpu_layers not set"
+    yield low and (mixed or packed), "miss.policy = 'low_precision': needs compression.where = 'none' and no mixed"
+    one_by_one = "needs dispatch.expert_kernel = 'separate': what a group of such kernels takes is not known"
+    yield grouped and low, f"miss.policy = 'low_precision': {one_by_one}"
+    yield grouped and (mixed or packed), f"[compression]: {one_by_one}"
+    yield (
+        low and memory.total_bytes is not None,
+        "miss.policy = 'low_precision': give memory.gpu_budget alone, no total",
+    )
+    yield (
+        low and miss.fetch_behind and not memory.caching,
+        "miss.fetch_behind = true: needs memory.caching = true, else what it fetches leaves before it is used",
+    )
 
 
 def parse_budget(text: str, expert_bytes: Iterable[int], experts: int, scope: str = "global") -> int:

@@ -35,9 +35,11 @@ from .gpu import Decoded
 from .inputs import Inputs
 from .links import Links
 from .memory_manager import BudgetError, MemoryManager
+from .offloading import kept_bytes, low_precision, make_miss, plain, preload
 from .output import metrics as measure
 from .output.merge import link_usage, merged_timeline, run_metrics, step_metrics
 from .output.merge import makespan_ns as run_ns
+from .output.misses import offloading_metrics
 from .partition import divider
 from .pipeline import StageRun, decode_stages, flow_of, pipeline_routes, sent
 from .policies.eviction import EVICTION, Setting
@@ -151,9 +153,10 @@ def _on_one_gpu(bare: Inputs) -> Inputs:
             given = f"memory.total_bytes = {scenario.memory.total_bytes!r}"
             raise ScenarioError(f"{given}: less dense weights, KV cache, workspace and predictor, {error}") from None
     inputs = replace(bare, budget_bytes=budget_bytes, guesses=guesses, budgets=budgets, predictor=predictor)
-    # Before anything runs, these refuse a budget that is too small and host memory that the profile lacks.
+    # Before anything runs, these refuse a budget that is too small and what the profile or the trace lacks.
     make_manager(inputs)
     make_host_memory(inputs)
+    make_miss(inputs)
     Costs(model, bare.profile, scenario)
     return inputs
 
@@ -294,6 +297,9 @@ def simulate_inputs(
     data.update(_compared(known, data))
     if replicates:
         data["replicates"] = summary(_replicates(inputs, replicates, progress))
+    low_bytes = low_precision(inputs)[1]
+    if not inputs.stages:
+        data.update(offloading_metrics(recordings[0], costs[0], scenario, low_bytes))
     estimates = [own.estimates for own in costs] + ([inputs.links.estimates] if inputs.links is not None else [])
     data["estimates"] = dict(sorted((what, rule) for known in estimates for what, rule in known.items()))
     data["seed"] = scenario.seed
@@ -306,7 +312,7 @@ def simulate_inputs(
         )
     data["predictions_sha256"] = _digest(inputs)
     data["model"] = {"name": model.name, "layers": model.layers, "experts": model.experts, "top_k": model.top_k}
-    data["budget_bytes"] = sum(gpu["budget_bytes"] for gpu in data["gpus"])
+    data["budget_bytes"] = sum(gpu["budget_bytes"] for gpu in data["gpus"]) + low_bytes
     data["expert_bytes_total"] = model.total_expert_bytes
     data["scenario"] = scenario.plain()
     data["versions"] = versions()
@@ -350,24 +356,27 @@ def make_prefetch(scenario: Scenario, model: Model, copy_ns: int = 0) -> Prefetc
 def make_manager(inputs: Inputs) -> MemoryManager:
     """Return a fresh memory manager as the scenario wants it."""
     memory, model = inputs.scenario.memory, inputs.model
+    sizes, size_of = kept_bytes(inputs)
     share = None
     if memory.prefetch_limit != "none":
-        capacity = inputs.budget_bytes // max(model.expert_bytes)
-        share = PREFETCH_SHARE[memory.prefetch_limit](memory.prefetch_share, capacity)
+        share = PREFETCH_SHARE[memory.prefetch_limit](memory.prefetch_share, inputs.budget_bytes // max(sizes))
     setting = Setting(seed=inputs.scenario.seed, trace=inputs.trace, steps=inputs.steps, guesses=inputs.guesses)
-    return MemoryManager(
-        model.expert_bytes,
+    manager = MemoryManager(
+        sizes,
         model.experts,
-        inputs.budget_bytes,
+        inputs.budget_bytes - low_precision(inputs)[1],
         EVICTION[memory.eviction],
         setting=setting,
         scope=memory.scope,
-        divide=divider(memory.scope, model.expert_bytes, inputs.trace),
+        divide=divider(memory.scope, size_of or sizes, inputs.trace),
         protect=inputs.scenario.prefetch.protect,
         drop_after_visit=not memory.caching,
         prefetch_share=share,
         watch_unused=inputs.scenario.prefetch.policy == "adaptive-memory",
+        size_of=size_of,
     )
+    preload(manager, inputs)
+    return manager
 
 
 def make_host_memory(inputs: Inputs) -> HostMemory | None:
@@ -413,6 +422,7 @@ def dispatched(
         gauge=gauge,
         budgets=inputs.budgets,
         to_host=inputs.scenario.tiers.prefetch == "host",
+        miss=make_miss(inputs),
     )
     return decided if host_memory is None else host_memory.through(decided)
 
@@ -480,11 +490,14 @@ def run(
 
 def _recording(gpu: Prepared, decoded: Decoded, host_memory: HostMemory | None = None) -> measure.Recording:
     """Return what one GPU recorded, with what its metrics need."""
-    inputs, costs = gpu.inputs, gpu.costs
+    inputs, costs, sizes = gpu.inputs, gpu.costs, gpu.manager.size_of
     pieces = [cost.pieces if costs.by_priority else 1 for cost in costs.copies]
+    moved = None
+    if inputs.scenario.compression.mixed is not None:
+        moved = (sizes, [costs.copy(size_bytes).pieces if costs.by_priority else 1 for size_bytes in sizes])
     return measure.Recording(
-        decoded, gpu.manager, inputs.trace, inputs.steps, inputs.model.expert_bytes, pieces, costs.kernel_lags,
-        inputs.device, inputs.first_layer, host_memory,
+        decoded, gpu.manager, inputs.trace, inputs.steps, costs.expert_bytes, pieces, costs.kernel_lags,
+        inputs.device, inputs.first_layer, host_memory, moved,
     )  # fmt: skip
 
 
@@ -514,6 +527,9 @@ def _watched(progress: Progress | None, what: str, total: int) -> Watch:
 
 def run_baseline(name: str, inputs: Inputs, costs: Sequence[Costs], progress: Progress | None = None) -> float:
     """Return the makespan in ms of one of BASELINES, given the costs of each GPU."""
+    if name != "no_prefetch" and not inputs.scenario.only_fetches:
+        inputs = replace(inputs, scenario=plain(inputs.scenario))
+        costs = part_costs(inputs)
     if name == "resident":
         inputs = replace(inputs, budgets=None, stages=tuple(replace(stage, budgets=None) for stage in inputs.stages))
     ready = [
@@ -548,6 +564,8 @@ def baseline_scenario(name: str, scenario: Scenario) -> Scenario:
     elif name == "baseline":
         kept = {"gpu_budget", "scope", "total_bytes", "workspace_bytes"}  # the scope says what a share is of
         changes["memory"] = MemorySection(**scenario.memory.model_dump(include=kept))
+    if name != "no_prefetch":
+        scenario = plain(scenario)
     if name != "no_prefetch" or not getattr(EVICTION[scenario.memory.eviction], "needs_guesses", False):
         changes["predictor"] = PredictorSection()
     return scenario.model_copy(update=changes)

@@ -239,7 +239,8 @@ class CoupledLane:
     """First in, first out, but slowed down while other lanes are busy.
 
     While n of the lanes in `sharing` are busy too, work runs at 1/(n + 1) of its speed (one link, several
-    streams); while any lane in `disturbers` is, it takes `Work.slowdown` times as long (kernels beside a copy).
+    streams); while any lane in `disturbers` is, it takes `Work.slowdown` times as long (kernels beside a copy), and for
+    each busy one in `slowed_by` the factor beside it (copies beside experts on the CPU, which read the same memory).
     With a `share` of a network, a transfer takes as many times as long as the links that it passes are shared.
     Work keeps what remains of it and is retimed whenever a neighbor starts or ends. Work does not start while one of
     the lanes in `turns` is busy (one engine, several streams), and the engine stays with a lane as long as that has
@@ -257,6 +258,7 @@ class CoupledLane:
         self.turns: list[CoupledLane] = []
         self.disturbers: list[CoupledLane] = []
         self._share: Share | None = None
+        self.slowed_by: list[tuple[CoupledLane, float]] = []
         self._neighbors: list[CoupledLane] = []
         self._active: Work | None = None
         self._goes_on = False  # between two pieces of work that the engine does not leave this lane for
@@ -349,6 +351,10 @@ class CoupledLane:
         for lane in self._neighbors:
             lane._retime()
 
+    def _heeds(self) -> list[CoupledLane]:
+        """Return the lanes that change how this one's work goes."""
+        return [*self.sharing, *self.turns, *self.disturbers, *(lane for lane, _ in self.slowed_by)]
+
     @property
     def disturbed(self) -> bool:
         """Whether one of the disturbers is busy now."""
@@ -367,6 +373,9 @@ class CoupledLane:
                 if lane._active is not None:
                     stretch *= work.slowdown
                     break
+        for lane, factor in self.slowed_by:
+            if lane._active is not None:
+                stretch *= factor
         self._stretch = stretch
         self._turn = turn = self._turn + 1
         end_ns = int(self._env.now) + round(self._left_ns * stretch)
@@ -506,6 +515,10 @@ class PriorityLane(CoupledLane):
             return work
         return None
 
+    def _is_ready(self, now_ns: int) -> bool:
+        # The host enqueues one copy at a time: between two, the engine is free for others.
+        return False
+
     def _take(self, work: Work) -> None:
         self._held = None
         work.started = True
@@ -522,6 +535,4 @@ def couple(lanes: Iterable[CoupledLane]) -> None:
     """Tell each lane whom to retime when it starts or ends: those that it shares or takes turns with, or disturbs."""
     lanes = list(lanes)
     for lane in lanes:
-        lane._neighbors = [
-            other for other in lanes if any(lane in some for some in (other.sharing, other.turns, other.disturbers))
-        ]
+        lane._neighbors = [other for other in lanes if lane in other._heeds()]

@@ -25,7 +25,7 @@ ACTIVATION, DISPATCH, COMBINE, PEER, CPU_EXPERT, DECOMPRESS, READ = range(8, 15)
 KERNEL, COPY, COLLECTIVE = range(15, len(KINDS))
 
 #: What a lane is for: one of these roles.
-ROLES = ("compute", "h2d", "d2h", "predictor", "host", "peer", "cpu", "nvme")
+ROLES = ("compute", "h2d", "d2h", "predictor", "host", "peer", "cpu", "nvme", "side")
 
 #: One span. Times are integer nanoseconds; `issued_ns` is when the host had asked for it; `expert`, `visit` and
 #: `copy` are -1 where they mean nothing. `copy` on an expert's kernel names the copy that brought its bytes; on a

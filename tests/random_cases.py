@@ -198,7 +198,7 @@ def scenarios(draw: st.DrawFn, model: Model, fixed: dict[str, dict[str, Any]]) -
         },
     }
     for name, keys in fixed.items():
-        sections[name].update(keys)
+        sections.setdefault(name, {}).update(keys)
     if sections["tiers"]["host_budget"] != "all":
         sections["tiers"].setdefault("prefetch", draw(st.sampled_from(["gpu", "gpu", "host"])))
     return make_scenario({"seed": draw(st.integers(0, 9)), **sections})

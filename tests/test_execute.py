@@ -225,6 +225,9 @@ def test_the_timeline_has_its_causes_before_its_effects(shared: Shared) -> None:
         ({"dispatch": {"mode": "eager", "expert_kernel": "grouped"}}, "separate"),
         ({"copy": {"discipline": "priority", "drop_stale": True}}, "drop_stale"),
         ({"predictor": {"latency_us": 3.0}}, "latency_us"),
+        ({"miss": {"policy": "low_precision"}}, "miss.policy"),
+        ({"compression": {"mixed": [[1.0, 0.5]]}}, r"\[compression\]"),
+        ({"memory": {"preload": "popular"}}, "memory.preload"),
     ],
 )
 def test_what_cannot_be_executed_is_refused_by_its_key(sections: dict[str, Any], says: str) -> None:

@@ -40,6 +40,9 @@ def tiny_profile(
     kernel_gap_ns: int = 0,
     alone_latency_ns: int = 0,
     memory: str = "pinned",
+    cpu_ns: int = 30,
+    cpu_beside_copy_ns: int | None = None,
+    copy_beside_cpu: float = 1.0,
     gpus: int = 1,
     peer_latency_ns: int | None = None,
     io_lanes: int = 1,
@@ -50,6 +53,8 @@ def tiny_profile(
 
     Several `gpus` have wide links of their own to the host and to each other; copies between them take
     `peer_latency_ns` and one ns a byte, or nothing.
+
+    An expert takes the CPU `cpu_ns` for up to four tokens, and in proportion for more.
     """
 
     def line(latency_ns: int) -> dict[str, Any]:
@@ -75,6 +80,18 @@ def tiny_profile(
         for dispatch in ("eager", "graph")
         for tokens in range(1, 9)
     ]
+    cpu_point = {
+        "hidden": HIDDEN,
+        "expert_ff": EXPERT_FF,
+        "dtype": "int8",
+        "tokens": 4,
+        "threads": 2,
+        "ns": cpu_ns,
+        "beside_copy_ns": cpu_ns if cpu_beside_copy_ns is None else cpu_beside_copy_ns,
+        **ASSUMED,
+    }
+    factors = {"copy_beside_compute": 1.0, "copy_beside_d2h": 1.0, "copies_sharing": 1.0}
+    factors["copy_beside_cpu_experts"] = copy_beside_cpu
     return Profile.model_validate(
         {
             "name": "tiny",
@@ -87,6 +104,7 @@ def tiny_profile(
             "d2h": copies(readback_ns, 0),
             "compute": {
                 "experts": points,
+                "cpu_experts": [cpu_point],
                 "rule": {
                     "constant_ns": 0,
                     "bytes_per_second": 10**9,
@@ -106,6 +124,7 @@ def tiny_profile(
             "peer": None if gpus == 1 else peers(peer_latency_ns),
             "topology": None if gpus == 1 else tiny_topology(gpus),
             "nvme": {"read": line(read_latency_ns), "lanes": io_lanes, "order": fixed(order_ns)},
+            "contention": {name: {"factor": factor, **ASSUMED} for name, factor in factors.items()},
         }
     )
 

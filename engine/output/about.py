@@ -10,7 +10,7 @@ import numpy.typing as npt
 from ...resources.profile import load_profile
 from ...resources.timeline import DEMAND, EXPERT, PREFETCH, READBACK
 from .export import About
-from .metrics import FATES, OUTCOMES, Recording, memory_steps
+from .metrics import FATES, MISS, OUTCOMES, Recording, memory_steps
 
 if TYPE_CHECKING:
     from ..simulate import Result
@@ -49,8 +49,7 @@ def span_bytes(recording: Recording) -> Array:
     copies = np.flatnonzero(np.isin(spans["kind"], (DEMAND, PREFETCH)) & (spans["copy"] >= 0))
     copies = copies[np.lexsort((spans["start_ns"][copies], spans["copy"][copies]))]
     numbers = spans["copy"][copies]
-    layer = recording.copy_layer[numbers]
-    sizes, pieces = (np.array(of, dtype=np.int64)[layer] for of in (recording.expert_bytes, recording.copy_pieces))
+    sizes, pieces = (of_each[numbers] for of_each in recording.whole_copies)
     piece = np.arange(len(copies)) - np.searchsorted(numbers, numbers)
     piece_bytes = -(-sizes // pieces)
     moved[copies] = np.minimum(piece_bytes, sizes - piece * piece_bytes)
@@ -69,7 +68,9 @@ def span_outcomes(recording: Recording) -> Array:
     fates = recording.copy_fates[spans["copy"][prefetches]]
     numbers[prefetches] = np.where(fates >= 0, SPAN_OUTCOMES.index(FATES[0], 1 + len(OUTCOMES)) + fates, 0)
     copies = len(recording.copy_reason)
-    kernels = np.flatnonzero((spans["kind"] == EXPERT) & (spans["expert"] >= 0))
+    of_one = (spans["kind"] == EXPERT) & (spans["expert"] >= 0)
+    numbers[of_one & (spans["copy"] < 0)] = 1 + MISS  # in low precision
+    kernels = np.flatnonzero(of_one & (spans["copy"] >= 0))
     if len(kernels):
         keys = accesses["visit"].astype(np.int64) * copies + accesses["copy"]
         order = np.argsort(keys, kind="stable")
@@ -88,7 +89,8 @@ def resident_steps(recording: Recording) -> tuple[Array, Array, Array]:
     visit_ns, assigned_bytes, _ = memory_steps(recording)
     spans = recording.copy_spans
     numbers, first = np.unique(spans["copy"], return_index=True)
-    sizes = np.array(recording.expert_bytes, dtype=np.int64)[recording.copy_layer[numbers]]
+    manager = recording.manager
+    sizes = np.array(manager.size_of, dtype=np.int64)[np.array(manager.copy_expert, dtype=np.int64)[numbers]]
     ordered_ns = visit_ns[spans["visit"][first]]
     change_ns = np.concatenate([ordered_ns, recording.copy_end_ns[numbers]])
     order = np.argsort(change_ns, kind="stable")

@@ -29,7 +29,21 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from ...resources.timeline import COLLECTIVE, COMBINE, DEMAND, DENSE, DISPATCH, EXPERT, HEAD, KINDS, PREFETCH, Timeline
+from ...resources.timeline import (
+    ACTIVATION,
+    COLLECTIVE,
+    COMBINE,
+    DECOMPRESS,
+    DEMAND,
+    DENSE,
+    DISPATCH,
+    EXPERT,
+    HEAD,
+    KINDS,
+    PREFETCH,
+    READBACK,
+    Timeline,
+)  # fmt: skip
 
 Array = npt.NDArray[Any]
 
@@ -83,8 +97,10 @@ CATEGORIES = {
 COLLECTIVES = (DISPATCH, COMBINE, COLLECTIVE)
 #: The kinds that one CUDA graph launches as a whole, where the host launches graphs.
 GRAPHED = (DENSE, EXPERT, HEAD)
+#: Activations between a GPU and its host, for experts that the CPU computes, are called as other copies of their lanes.
+_ACTIVATIONS = {"d2h": READBACK, "h2d": DEMAND}
 #: Roles in the order in which tracks are shown, from the top: the way that a decision takes.
-TRACK_ORDER = ("host", "cpu", "nvme", "predictor", "h2d", "d2h", "peer", "compute")
+TRACK_ORDER = ("host", "cpu", "nvme", "predictor", "h2d", "d2h", "peer", "side", "compute")
 
 _NAMES = [NAMES[kind] for kind in KINDS]
 _CATEGORIES = [CATEGORIES[kind] for kind in KINDS]
@@ -211,15 +227,15 @@ def layers_of(spans: Array, experts_per_layer: int) -> int | None:
 
 
 def layer_of_each(spans: Array, experts_per_layer: int, layers: int | None) -> Array:
-    """Return the layer of each span (spans,): a prefetch's is that of its expert, all others' that of their visit.
+    """Return the layer of each span (spans,): that of its visit, or of its expert if it may be ahead of the visit.
 
-    Where layers share experts, a prefetch names none. -1 if neither tells.
+    Prefetches and decompressions may. Where layers share experts, a prefetch names none. -1 if neither tells.
     """
     of_expert = np.where(spans["expert"] >= 0, spans["expert"] // experts_per_layer, -1)
     if not layers:
         return of_expert
     of_visit = np.where(spans["visit"] >= 0, spans["visit"] % layers, -1)
-    layer: Array = np.where((spans["kind"] == PREFETCH) | (of_visit < 0), of_expert, of_visit)
+    layer: Array = np.where(np.isin(spans["kind"], (PREFETCH, DECOMPRESS)) | (of_visit < 0), of_expert, of_visit)
     return layer
 
 
@@ -467,6 +483,7 @@ class _Events:
         for start_ns, end_ns, expert, visit, copy, lane, kind, layer, size_bytes, outcome, correlation, name in rows:
             index = expert % per_layer if expert >= 0 else -1
             own = self._own_names[name] if self._own_names else None
+            called = _ACTIVATIONS.get(tracks.lanes[lane].role, kind) if kind == ACTIVATION else kind
             args: dict[str, Any] = {}
             if correlation:
                 args = {"device": tracks.pid[lane], "context": 1, "stream": tracks.tid[lane]}
@@ -483,7 +500,7 @@ class _Events:
             yield {
                 "ph": "X",
                 "cat": _CATEGORIES[kind] if tracks.on_gpu[lane] else "cpu_op",
-                "name": own or span_name(kind, layer, index, pinned=self._about.pinned),
+                "name": own or span_name(called, layer, index, pinned=self._about.pinned),
                 "pid": tracks.pid[lane],
                 "tid": tracks.tid[lane],
                 "ts": _us(start_ns),

@@ -15,12 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ...resources.lane import Lags
-from ...resources.timeline import EXPERT, HEAD, KINDS, PREDICT
+from ...resources.timeline import DECOMPRESS, DENSE, EXPERT, HEAD, KINDS, PREDICT
 from ...workloads.batches import DECODE, Step
 from ...workloads.trace import RoutingTrace
 from ..dispatch import Visit
-from ..gpu import Decoded
+from ..gpu import RESOLVED, Decoded
 from ..memory_manager import DEMANDED, PREFETCHED, MemoryManager
+from ..policies.miss import CPU
 from ..tiers import HostMemory
 
 Array = npt.NDArray[Any]
@@ -39,7 +40,8 @@ MISS_CAUSES = ("compulsory", "pollution", "capacity")
 class Recording:
     """What one GPU of a run did, with what its metrics need besides: the manager's books, the steps and the sizes.
 
-    `expert_bytes` and `copy_pieces`, the spans that one whole copy has, are those of an expert of each layer (layers,).
+    `expert_bytes`, what a copy moves, and `copy_pieces`, the spans that a whole one has, are those of an expert of each
+    layer (layers,). Where they differ within a layer, `moved` has both of every expert (layers * experts,).
     Layers are those of this GPU, `device`, from 0; its first is the model's `first_layer`.
     """
 
@@ -53,6 +55,7 @@ class Recording:
     device: str = "gpu0"
     first_layer: int = 0
     host_memory: HostMemory | None = None
+    moved: tuple[Sequence[int], Sequence[int]] | None = None
     _spans: Array = field(init=False)
 
     def __post_init__(self) -> None:
@@ -70,8 +73,34 @@ class Recording:
 
     @cached_property
     def copy_spans(self) -> Array:
-        """The host-to-device copies in order of start."""
+        """The copies of experts to the GPU in order of start."""
+        copies: Array = self.link_spans[self.link_spans["copy"] >= 0]
+        return copies
+
+    @cached_property
+    def link_spans(self) -> Array:
+        """All copies to the GPU in order of start, the CPU's results among them."""
         return self._lane_spans("h2d")
+
+    @cached_property
+    def results_ns(self) -> Array:
+        """When the CPU's results of each visit were on the GPU (visits,); -1 where it computed nothing."""
+        ends_ns = np.full(len(self.decoded.visits), -1, dtype=np.int64)
+        results = self.link_spans[self.link_spans["copy"] < 0]
+        np.maximum.at(ends_ns, results["visit"], results["end_ns"])
+        return ends_ns
+
+    @cached_property
+    def resolved(self) -> Array:
+        """What a miss policy found another way for, of dtype RESOLVED."""
+        resolved = self.decoded.resolved
+        return np.empty(0, dtype=RESOLVED) if resolved is None else resolved
+
+    @cached_property
+    def resolved_accesses(self) -> Array:
+        """Those of `resolved` that are whole accesses, and thereby misses."""
+        whole: Array = self.resolved[self.resolved["whole"]]
+        return whole
 
     def _lane_spans(self, role: str) -> Array:
         lanes = self.decoded.timeline.lanes_with(role)
@@ -89,10 +118,16 @@ class Recording:
         return np.frombuffer(bytes(self.manager.copy_reason), dtype=np.uint8)
 
     @cached_property
+    def whole_copies(self) -> tuple[Array, Array]:
+        """The bytes that each copy moves, and the spans that it has, if it is made whole (copies,)."""
+        which = self.copy_layer if self.moved is None else np.array(self.manager.copy_expert, dtype=np.int64)
+        sizes, pieces = self.moved or (self.expert_bytes, self.copy_pieces)
+        return np.array(sizes, dtype=np.int64)[which], np.array(pieces, dtype=np.int64)[which]
+
+    @cached_property
     def copied_bytes(self) -> Array:
         """Bytes that each copy moved (copies,): all, those of the pieces that were made, or none."""
-        sizes = np.array(self.expert_bytes, dtype=np.int64)[self.copy_layer]
-        pieces = np.array(self.copy_pieces, dtype=np.int64)[self.copy_layer]
+        sizes, pieces = self.whole_copies
         made = np.bincount(self.copy_spans["copy"], minlength=len(sizes))
         moved: Array = np.minimum(sizes, made * -(-sizes // pieces))
         return moved
@@ -112,13 +147,23 @@ class Recording:
         index[copies] = first
         return index
 
+    # Of every access: first those that have a copy, in order, then those that a miss policy resolved without one.
+
     @cached_property
     def wait_ns(self) -> Array:
-        """How long after the choice was known each access's bytes were there (accesses,), 0 if before."""
-        accesses = self.decoded.accesses
-        known_ns = self.decoded.visits["choice_known_ns"][accesses["visit"]]
-        waits_ns: Array = np.maximum(0, self.copy_end_ns[accesses["copy"]] - known_ns)
+        """How long after the choice was known each access's bytes, or results, were there (accesses,), 0 if before."""
+        there_ns = self.copy_end_ns[self.decoded.accesses["copy"]]
+        if len(self.resolved_accesses):
+            on_cpu = self.resolved_accesses["way"] == CPU
+            there_ns = np.append(there_ns, np.where(on_cpu, self.results_ns[self.resolved_accesses["visit"]], 0))
+        waits_ns: Array = np.maximum(0, there_ns - self.decoded.visits["choice_known_ns"][self.access_visit])
         return waits_ns
+
+    @cached_property
+    def access_visit(self) -> Array:
+        """The visit of each access (accesses,)."""
+        visits = self.decoded.accesses["visit"]
+        return np.append(visits, self.resolved_accesses["visit"]) if len(self.resolved_accesses) else visits
 
     @cached_property
     def outcomes(self) -> Array:
@@ -127,8 +172,9 @@ class Recording:
         first = self.first_access[copies] == np.arange(len(copies))
         reason = self.copy_reason[copies]
         found = np.where(first & (reason == PREFETCHED), PREFETCH_HIT, CACHE_HIT)
-        found = np.where(self.wait_ns > 0, LATE, found)
-        return np.where(first & (reason == DEMANDED), MISS, found)
+        found = np.where(self.wait_ns[: len(found)] > 0, LATE, found)
+        outcomes = np.where(first & (reason == DEMANDED), MISS, found)
+        return np.append(outcomes, np.full(len(self.resolved_accesses), MISS)) if len(self.resolved) else outcomes
 
     @cached_property
     def copy_fates(self) -> Array:
@@ -156,14 +202,14 @@ class Recording:
     @cached_property
     def access_layer(self) -> Array:
         """The layer of each access (accesses,)."""
-        layers: Array = self.decoded.accesses["visit"] % len(self.expert_bytes)
+        layers: Array = self.access_visit % len(self.expert_bytes)
         return layers
 
     @cached_property
     def access_expert(self) -> Array:
         """The expert of each access (accesses,)."""
         experts: Array = np.array(self.manager.copy_expert, dtype=np.int64)[self.decoded.accesses["copy"]]
-        return experts
+        return np.append(experts, self.resolved_accesses["expert"]) if len(self.resolved_accesses) else experts
 
     @cached_property
     def step_end_ns(self) -> Array:
@@ -269,23 +315,16 @@ def _first_token_ms(recording: Recording, end_ns: Array, took_ns: Array) -> floa
 def time_split(recording: Recording, run_ns: int | None = None) -> dict[str, float]:
     """Split the makespan: each idle gap before a kernel belongs to the last thing that the kernel waited for.
 
-    compute + stall (its bytes) + host (its launch, and the GPU's own gap between launches) + predictor (its kernels
-    on the compute stream, and its time on the host thread inside host gaps) + bubble (what another GPU sends) + drain
-    (after its last kernel, until the run ends at `run_ns` on another GPU) = makespan.
+    compute + stall (its bytes, or the CPU's results) + host (its launch, and the GPU's own gap between launches) +
+    predictor (its kernels on the compute stream, and its time on the host thread inside host gaps) + bubble (what
+    another GPU sends) + drain (after its last kernel, until the run ends at `run_ns` on another GPU) = makespan.
     """
     spans = recording.compute_spans
-    start_ns, end_ns, issued_ns = spans["start_ns"], spans["end_ns"], spans["issued_ns"]
-    free_ns = np.concatenate([[0], end_ns[:-1]]) if len(spans) else end_ns
-    gap_ns = start_ns - free_ns
-    has_copy = spans["copy"] >= 0
-    ready_ns = np.full(len(spans), -1, dtype=np.int64)
-    ready_ns[has_copy] = recording.copy_end_ns[spans["copy"][has_copy]]
-    # A grouped kernel waits for copies that its span does not name: neither its launch nor the lane held it up.
-    lags = recording.kernel_lags
-    came_last = np.isin(start_ns - ready_ns, (lags.after_other_ns, lags.after_other_disturbed_ns))
+    start_ns, end_ns = spans["start_ns"], spans["end_ns"]
+    gap_ns = _gaps_ns(recording)
+    free_ns = start_ns - gap_ns
     gpu_came_last = _behind_arrivals(recording)
-    held_up = (start_ns > issued_ns) & (gap_ns > max(lags.gap_ns, lags.gap_disturbed_ns)) & ~gpu_came_last
-    waits_for_bytes = (spans["kind"] == EXPERT) & (gap_ns > 0) & (held_up | came_last)
+    waits_for_bytes = _waiting_for_bytes(recording, gpu_came_last)
     waits_for_gpu = gpu_came_last & (gap_ns > 0) & ~waits_for_bytes
     host_gaps = gap_ns * ~(waits_for_bytes | waits_for_gpu)
     busy_ns = end_ns - start_ns
@@ -300,6 +339,57 @@ def time_split(recording: Recording, run_ns: int | None = None) -> dict[str, flo
         "drain_ms": 0 if run_ns is None else run_ns - recording.makespan_ns,
     }
     return {name: ns / 1e6 for name, ns in parts_ns.items()}
+
+
+def _gaps_ns(recording: Recording) -> Array:
+    """Return how long the compute stream was idle before each of its spans."""
+    ends_ns = recording.compute_spans["end_ns"]
+    gaps_ns: Array = recording.compute_spans["start_ns"] - (
+        np.concatenate([[0], ends_ns[:-1]]) if len(ends_ns) else ends_ns
+    )
+    return gaps_ns
+
+
+def _waiting_for_bytes(recording: Recording, gpu_came_last: Array) -> Array:
+    """Return which spans of the compute stream waited, last of all, for an expert's bytes or the CPU's results.
+
+    `gpu_came_last` (spans,): what another GPU sent came no earlier than that.
+    """
+    spans, gap_ns = recording.compute_spans, _gaps_ns(recording)
+    has_copy = spans["copy"] >= 0
+    ready_ns = np.full(len(spans), -1, dtype=np.int64)
+    ready_ns[has_copy] = recording.copy_end_ns[spans["copy"][has_copy]]
+    needs_bytes = np.isin(spans["kind"], (EXPERT, DECOMPRESS))
+    if len(recording.resolved):
+        results_ns = _results_before(recording)
+        ready_ns, needs_bytes = np.maximum(ready_ns, results_ns), needs_bytes | (results_ns >= 0)
+    # A grouped kernel waits for copies that its span does not name: neither its launch nor the lane held it up.
+    lags = recording.kernel_lags
+    held_up = (spans["start_ns"] > spans["issued_ns"]) & (gap_ns > max(lags.gap_ns, lags.gap_disturbed_ns))
+    held_up &= ~gpu_came_last
+    came_last = np.isin(spans["start_ns"] - ready_ns, (lags.after_other_ns, lags.after_other_disturbed_ns))
+    waiting: Array = needs_bytes & (gap_ns > 0) & (held_up | came_last)
+    return waiting
+
+
+def _results_before(recording: Recording) -> Array:
+    """Return when the CPU's results were there that each span of the compute stream waited for; -1 for none.
+
+    They are wanted by what follows the visit's experts: the next layer's dense part, or the head.
+    """
+    spans, layers = recording.compute_spans, len(recording.expert_bytes)
+    next_layer = (spans["kind"] == DENSE) & (spans["visit"] % layers > 0)
+    visits = np.where(next_layer, spans["visit"] - 1, spans["visit"])
+    wanted = next_layer | (spans["kind"] == HEAD)
+    results_ns: Array = np.where(wanted, recording.results_ns[visits], -1)
+    return results_ns
+
+
+def cpu_stall_ns(recording: Recording) -> int:
+    """Return how much of the stall is for the CPU's results."""
+    waiting = _waiting_for_bytes(recording, _behind_arrivals(recording))
+    waiting &= np.isin(recording.compute_spans["kind"], (DENSE, HEAD))
+    return int(_gaps_ns(recording)[waiting].sum())
 
 
 def _behind_arrivals(recording: Recording) -> Array:
@@ -365,7 +455,7 @@ def overlapped_ns(recording: Recording) -> tuple[int, int]:
 
 def link_utilization(recording: Recording, run_ns: int | None = None) -> float | None:
     """Return the share of the makespan (`run_ns`; None: this GPU's) during which the link to the GPU carries a copy."""
-    copies = recording.copy_spans
+    copies = recording.link_spans
     run_ns = recording.makespan_ns if run_ns is None else run_ns
     if not run_ns:
         return None
@@ -430,9 +520,10 @@ def miss_causes(recording: Recording, shadow_misses: Array | None) -> Array:
     Compulsory and capacity as in Hill & Smith (1989), "Evaluating associativity in CPU caches"; pollution is the
     prefetcher's doing: the same cache without it, in a shadow run, had the expert.
     """
-    _, first = np.unique(recording.access_expert, return_index=True)
+    in_order = np.argsort(recording.access_visit, kind="stable")
+    _, first = np.unique(recording.access_expert[in_order], return_index=True)
     compulsory = np.zeros(len(recording.access_expert), dtype=bool)
-    compulsory[first] = True
+    compulsory[in_order[first]] = True
     polluted = np.zeros(len(compulsory), dtype=bool)
     if shadow_misses is not None:
         polluted = ~np.isin(_access_keys(recording), shadow_misses)
@@ -443,19 +534,14 @@ def miss_causes(recording: Recording, shadow_misses: Array | None) -> Array:
 def miss_keys(visits: Iterable[Visit], total_experts: int) -> Array:
     """Return one integer per miss of dispatched visits: visit * experts of the model + expert."""
     return np.array(
-        [
-            visit.number * total_experts + admission.expert
-            for visit in visits
-            for wave in visit.waves
-            for admission in wave.admitted
-        ],
+        [visit.number * total_experts + expert for visit in visits for expert in visit.missed()],
         dtype=np.int64,
     )
 
 
 def _access_keys(recording: Recording) -> Array:
     total = recording.manager.experts * len(recording.expert_bytes)
-    keys: Array = recording.decoded.accesses["visit"].astype(np.int64) * total + recording.access_expert
+    keys: Array = recording.access_visit.astype(np.int64) * total + recording.access_expert
     return keys
 
 

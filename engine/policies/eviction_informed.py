@@ -25,11 +25,9 @@ class Static(Eviction):
     (layers, experts), if it has one; else the uses in the first tenth of the steps. Ties go to who came first.
     """
 
-    LEARNED_PART = 10
-
     def __init__(self, setting: Setting = NO_SETTING) -> None:
         super().__init__(setting)
-        self._popularity = _popularity(setting, -(-len(setting.steps) // self.LEARNED_PART))
+        self._popularity = popularity(setting)
         self._order = Ranking()
 
     def admit(self, expert: int, demanded: bool) -> None:
@@ -48,22 +46,27 @@ class Static(Eviction):
         return iter(self._order)
 
 
-def _popularity(setting: Setting, steps: int) -> list[float]:
-    """Return the popularity of every expert of the model: given by the trace, or learned in the first `steps`."""
+#: Popularity that no trace states is learned in the first of so many parts of the steps.
+LEARNED_PART = 10
+
+
+def popularity(setting: Setting) -> list[float]:
+    """Return the popularity of every expert of the model: given by the trace, or learned in a part of the steps."""
     trace = setting.known_trace()
-    popularity: list[float]
+    popular: list[float]
     if "popularity" not in trace.extra:
-        used, _ = _accesses(replace(setting, steps=setting.steps[:steps]))
-        popularity = np.bincount(used, minlength=trace.layers * trace.num_experts).tolist()
-        return popularity
+        learned = setting.steps[: -(-len(setting.steps) // LEARNED_PART)]
+        used, _ = _accesses(replace(setting, steps=learned))
+        popular = np.bincount(used, minlength=trace.layers * trace.num_experts).tolist()
+        return popular
     given = np.asarray(trace.extra["popularity"], dtype=float)
     if given.shape != (trace.layers, trace.num_experts) or np.isnan(given).any():
         raise ValueError(
             f"trace array popularity {given.shape}: must be numbers (layers, experts) = "
             f"({trace.layers}, {trace.num_experts})"
         )
-    popularity = (given.sum(axis=0) if setting.shared else given.reshape(-1)).tolist()
-    return popularity
+    popular = (given.sum(axis=0) if setting.shared else given.reshape(-1)).tolist()
+    return popular
 
 
 class GateWeight(Eviction):

@@ -1,0 +1,195 @@
+"""Miss policies: what becomes of an access whose expert is absent, where it is not simply fetched.
+
+A policy sees the absent experts of one layer visit and says which of their tokens need no copy, and why; it knows costs
+and token counts but no clock, so the replay and the engine decide the same. What it does not name is fetched. To add
+one: write a class with `resolve`, name it in MISS, describe it in tests/test_miss.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+#: What can become of an access whose expert is absent, by number.
+WAYS = ("fetched", "cpu", "low_precision", "skipped")
+FETCHED, CPU, LOW_PRECISION, SKIPPED = range(len(WAYS))
+
+#: What something takes over so many tokens at a layer, in ns: called with (layer, tokens).
+Takes = Callable[[int, int], int]
+
+
+@dataclass(slots=True)
+class Absent:
+    """An access whose expert is absent: the gate weights of the tokens that chose it, in their order."""
+
+    expert: int
+    gates: Sequence[float]
+
+
+@dataclass(slots=True)
+class Resolved:
+    """`tokens` tokens of an access that need no copy of the expert, by one of WAYS; `gate` is their gate weight.
+
+    Where they are all of the access's tokens (`whole`), nobody of this visit waits for the expert.
+    """
+
+    expert: int
+    way: int
+    tokens: int
+    gate: float
+    whole: bool = True
+
+
+def _nothing(layer: int, tokens: int) -> int:
+    return 0
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What policies go by, each by what it needs.
+
+    `cpu_ns`: what an expert takes on the CPU, and `there_and_back_ns` its activations to the host and its result back;
+    `copy_ns`: its copy to the GPU; `kernel_ns`: its kernels there. `low`: the experts with a copy in low precision;
+    with `fetch_behind`, what is used so is prefetched for the layer's next visit.
+    """
+
+    cpu_ns: Takes = _nothing
+    there_and_back_ns: Takes = _nothing
+    copy_ns: Takes = _nothing
+    kernel_ns: Takes = _nothing
+    cpu_max_tokens: int | None = None
+    low: Collection[int] = ()
+    fetch_behind: bool = False
+    threshold: float = 0.0
+
+
+class Miss:
+    """What the dispatcher asks of a miss policy."""
+
+    #: Whether it cannot do without the gate weights of a trace; whether it uses the CPU.
+    needs_gates = False
+    uses_cpu = False
+
+    def __init__(self, terms: Terms) -> None:
+        self.terms = terms
+
+    def resolve(self, layer: int, absent: Sequence[Absent]) -> list[Resolved]:
+        """Return what needs no copy, in the order of the absent."""
+        raise NotImplementedError
+
+
+class Fetch(Miss):
+    """Copy it."""
+
+    def resolve(self, layer: int, absent: Sequence[Absent]) -> list[Resolved]:
+        """Leave all to be copied."""
+        return []
+
+
+class Cpu(Miss):
+    """Compute it on the CPU, as llama.cpp and KTransformers do, unless more tokens chose it than `cpu_max_tokens`."""
+
+    uses_cpu = True
+
+    def resolve(self, layer: int, absent: Sequence[Absent]) -> list[Resolved]:
+        """Send whom the CPU may have."""
+        return [to_cpu(access) for access in absent if self._may_have(access)]
+
+    def _may_have(self, access: Absent) -> bool:
+        most = self.terms.cpu_max_tokens
+        return most is None or len(access.gates) <= most
+
+
+class Cost(Cpu):
+    """Fetch it or compute it on the CPU, whichever takes less by itself, given its tokens.
+
+    Fiddler (Kamahori et al. 2024, arXiv:2402.07033, algorithm 1): a copy costs the same whatever the tokens, the CPU
+    more with each of them.
+    """
+
+    def resolve(self, layer: int, absent: Sequence[Absent]) -> list[Resolved]:
+        """Send what the CPU does sooner; ties to the copy."""
+        return [to_cpu(access) for access in absent if self._may_have(access) and self._sooner(layer, access)]
+
+    def _sooner(self, layer: int, access: Absent) -> bool:
+        terms, tokens = self.terms, len(access.gates)
+        on_cpu_ns = terms.cpu_ns(layer, tokens) + terms.there_and_back_ns(layer, tokens)
+        return on_cpu_ns < terms.copy_ns(layer, tokens) + terms.kernel_ns(layer, tokens)
+
+
+class Balanced(Cpu):
+    """Give each to the CPU or the link, whichever would be done with it first after what it has of this visit.
+
+    The greedy rule of HybriMoE's hybrid scheduling (Zhong et al. 2025, arXiv:2504.05897), without its queues of other
+    layers: in the order of access, both lanes begin the visit empty.
+    """
+
+    def resolve(self, layer: int, absent: Sequence[Absent]) -> list[Resolved]:
+        """Deal them out; ties to the copy."""
+        terms = self.terms
+        link_ns = cpu_ns = 0
+        sent = []
+        for access in absent:
+            tokens = len(access.gates)
+            copied_ns = link_ns + terms.copy_ns(layer, tokens)
+            computed_ns = cpu_ns + terms.cpu_ns(layer, tokens)
+            back_ns = computed_ns + terms.there_and_back_ns(layer, tokens)
+            if self._may_have(access) and back_ns < copied_ns + terms.kernel_ns(layer, tokens):
+                cpu_ns = computed_ns
+                sent.append(to_cpu(access))
+            else:
+                link_ns = copied_ns
+        return sent
+
+
+class LowPrecision(Miss):
+    """Use the expert's copy in low precision, if it has one in GPU memory.
+
+    After HOBBIT (Tang et al. 2024, arXiv:2411.01433), which loads the low-precision version when an unimportant expert
+    misses; here it is there already, so nothing waits.
+    """
+
+    def resolve(self, layer: int, absent: Sequence[Absent]) -> list[Resolved]:
+        """Use all low-precision copies there are."""
+        low = self.terms.low
+        return [
+            Resolved(access.expert, LOW_PRECISION, len(access.gates), sum(access.gates))
+            for access in absent
+            if access.expert in low
+        ]
+
+
+class Skip(Miss):
+    """Leave it out for the tokens whose gate weight is under the threshold; the others need it fetched.
+
+    As the score-based skipping of AdapMoE (Zhong et al. 2024, arXiv:2408.10284) and "Not all experts are equal" (Lu et
+    al. 2024, arXiv:2402.14800), but of absent experts only.
+    """
+
+    needs_gates = True
+
+    def resolve(self, layer: int, absent: Sequence[Absent]) -> list[Resolved]:
+        """Skip token by token."""
+        skipped = []
+        for access in absent:
+            small = [gate for gate in access.gates if gate < self.terms.threshold]
+            if small:
+                whole = len(small) == len(access.gates)
+                skipped.append(Resolved(access.expert, SKIPPED, len(small), sum(small), whole))
+        return skipped
+
+
+def to_cpu(access: Absent) -> Resolved:
+    """Return that the CPU computes all of an access."""
+    return Resolved(access.expert, CPU, len(access.gates), sum(access.gates))
+
+
+#: By the names that a scenario uses.
+MISS: dict[str, Callable[[Terms], Miss]] = {
+    "fetch": Fetch,
+    "cpu": Cpu,
+    "cost": Cost,
+    "balanced": Balanced,
+    "low_precision": LowPrecision,
+    "skip": Skip,
+}

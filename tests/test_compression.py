@@ -1,0 +1,226 @@
+"""Experts in fewer bytes: compressed on the way or for good, and mixed precision. Schedules by hand, and properties.
+
+A copy of b bytes takes b ns here; decompressing an expert of 20 bytes takes 4 + 20 / 2 = 14 ns.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_cases import Case, cases, decide
+from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_run, tiny_scenario, tiny_trace
+
+from prestage.engine.output.metrics import Recording, metrics
+from prestage.engine.output.misses import precision_mass
+from prestage.engine.replay import count_visits
+from prestage.engine.scenario import COMPRESSED, DECOMPRESS_LANES, Scenario, ScenarioError, load_scenario, shrunk
+from prestage.engine.simulate import load_inputs, make_manager, simulate, simulate_inputs
+from prestage.resources.timeline import DECOMPRESS, DEMAND, EXPERT
+
+TAKES = {"ratio": 0.5, "decompress_us": 0.004, "decompress_gb_per_s": 2.0}
+EXAMPLES = 30
+
+
+def compressed(where: str, lane: str = "side", **sections: Any) -> Scenario:
+    scenario: Scenario = tiny_scenario(compression={"where": where, "lane": lane, **TAKES}, **sections)
+    return scenario
+
+
+def spans_of(recording: Recording, kind: int) -> list[tuple[int, int]]:
+    """(start, end) of the spans of a kind, in the order in which they were recorded."""
+    spans = recording.spans[recording.spans["kind"] == kind]
+    return list(zip(spans["start_ns"].tolist(), spans["end_ns"].tolist(), strict=True))
+
+
+def stall_ns(recording: Recording) -> int:
+    ns: int = round(metrics(recording)["stall_ms"] * 1e6)
+    return ns
+
+
+# By hand.
+
+
+def test_a_copy_moves_the_compressed_bytes_and_its_kernel_waits_for_the_decompression() -> None:
+    # dense 3, copy 20 / 2 = 10, decompress 14, kernel 7; what is in memory is whole, and used again as it is.
+    recording = tiny_run(tiny_model(1), tiny_profile(), tiny_trace([[[0]], [[0]]]), compressed("host"))
+    assert spans_of(recording, DEMAND) == [(3, 13)]
+    assert spans_of(recording, DECOMPRESS) == [(13, 27)]
+    assert spans_of(recording, EXPERT) == [(27, 34), (37, 44)]
+    assert stall_ns(recording) == 24
+    assert metrics(recording)["bytes"]["demand"] == 10
+    assert recording.decoded.visits["assigned_bytes"].tolist() == [20, 20]
+
+
+def test_the_side_stream_decompresses_beside_kernels_and_the_compute_stream_in_their_way() -> None:
+    # Copies until 13 and 23. Aside: decompressed until 27 and 41; kernels 27-34 and 41-48. On the compute stream:
+    # decompressed 13-27, kernel 27-34, decompressed 34-48, kernel 48-55.
+    for lane, decompressed, kernels, waiting in (
+        ("side", [(13, 27), (27, 41)], [(27, 34), (41, 48)], 24 + 7),
+        ("compute", [(13, 27), (34, 48)], [(27, 34), (48, 55)], 10),
+    ):
+        trace = tiny_trace([[[0, 1]]])
+        recording = tiny_run(tiny_model(1, top_k=2), tiny_profile(), trace, compressed("host", lane))
+        assert spans_of(recording, DEMAND) == [(3, 13), (13, 23)]
+        assert spans_of(recording, DECOMPRESS) == decompressed, lane
+        assert spans_of(recording, EXPERT) == kernels, lane
+        assert stall_ns(recording) == waiting, lane
+
+
+@pytest.mark.parametrize("lane", DECOMPRESS_LANES)
+def test_what_is_kept_compressed_takes_half_the_room_and_is_decompressed_at_every_use(lane: str) -> None:
+    # Room for one whole expert holds two at half: experts 0 and 1 stay. dense 3, copy 10, decompress 14, kernel 7.
+    scenario = compressed("gpu", lane, memory={"gpu_budget": "1experts"})
+    recording = tiny_run(tiny_model(1), tiny_profile(), tiny_trace([[[0]], [[1]], [[0]]]), scenario)
+    assert spans_of(recording, EXPERT) == [(27, 34), (61, 68), (85, 92)]
+    assert spans_of(recording, DECOMPRESS) == [(13, 27), (47, 61), (71, 85)]
+    counts = metrics(recording)["counts"]
+    assert (counts["cache_hit"], counts["miss"], counts["evict"]) == (1, 2, 0)
+    assert recording.decoded.visits["assigned_bytes"].tolist() == [10, 20, 20]
+
+
+def test_the_popular_experts_of_a_layer_are_kept_whole_and_the_others_are_smaller() -> None:
+    # Of 4 experts the most popular, 2, is whole: a copy of 20, a kernel of 7. The others have 5 of its 20 bytes: a copy
+    # of 5, and a kernel that reads a quarter, 1.75: 2 ns.
+    trace = tiny_trace([[[2]], [[0]]], extra={"popularity": np.array([[1.0, 2.0, 3.0, 0.0]])})
+    scenario = tiny_scenario(compression={"mixed": [[0.25, 1.0], [0.75, 0.25]]}, memory={"gpu_budget": "25B"})
+    inputs = tiny_inputs(tiny_model(1), tiny_profile(), trace, scenario)
+    assert list(make_manager(inputs).size_of) == [5, 5, 20, 5]
+    recording = tiny_run(tiny_model(1), tiny_profile(), trace, scenario)
+    assert spans_of(recording, DEMAND) == [(3, 23), (33, 38)]
+    assert spans_of(recording, EXPERT) == [(23, 30), (38, 40)]
+    assert metrics(recording)["bytes"]["demand"] == 25
+    assert recording.decoded.visits["assigned_bytes"].tolist() == [20, 25]  # both fit
+
+
+def test_shares_of_popularity_are_of_every_layer() -> None:
+    popularity = np.array([[9.0, 8.0, 7.0, 6.0], [0.0, 1.0, 2.0, 3.0]])
+    trace = tiny_trace([[[0], [0]]], extra={"popularity": popularity})
+    scenario = tiny_scenario(compression={"mixed": [[0.5, 1.0], [0.25, 0.5], [0.25, 0.2]]})
+    manager = make_manager(tiny_inputs(tiny_model(2), tiny_profile(), trace, scenario))
+    assert list(manager.size_of) == [20, 20, 10, 4, 4, 10, 20, 20]
+
+
+def test_the_gate_weight_that_each_precision_computed_is_told() -> None:
+    # Of the weights 0.75 + 0.25 + 0.5 + 0.5 the whole expert 2 has 0.75, the others 1.25.
+    weights = np.array([[[0.75, 0.25]], [[0.5, 0.5]]], dtype=np.float16)
+    trace = tiny_trace([[[2, 0]], [[1, 3]]], weights=weights, extra={"popularity": np.array([[1.0, 2.0, 3.0, 0.0]])})
+    scenario = tiny_scenario(compression={"mixed": [[0.25, 1.0], [0.75, 0.25]]})
+    model = tiny_model(1, top_k=2)
+    recording = tiny_run(model, tiny_profile(), trace, scenario)
+    assert precision_mass(recording, model, [[0.25, 1.0], [0.75, 0.25]]) == {"1": 0.375, "0.25": 0.625}
+
+
+def test_bytes_are_rounded_up_from_the_decimal_ratio() -> None:
+    assert [shrunk(30, 0.1), shrunk(31, 0.1), shrunk(7, 1.0), shrunk(10, 0.35)] == [3, 4, 7, 4]
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("compression", "other", "said"),
+    [
+        ({"where": "host"}, {}, "say what decompressing takes, decompress_gb_per_s"),
+        ({"where": "disk"}, {}, "choose one of none, host, gpu"),
+        ({"where": "host", **TAKES, "mixed": [[1.0, 0.5]]}, {}, "give one of the two"),
+        ({"mixed": [[0.5, 0.5]]}, {}, "pairs whose shares come to 1"),
+        ({"mixed": [[1.0, 2.0]]}, {}, "pairs whose shares come to 1"),
+        ({"mixed": [[1.0, 0.5]]}, {"memory": {"scope": "per-layer"}}, "needs memory.scope = 'global'"),
+        ({"where": "gpu", **TAKES}, {"dispatch": {"expert_kernel": "grouped"}}, "needs dispatch.expert_kernel"),
+        ({"where": "gpu", **TAKES}, {"memory": {"scope": "shared"}}, "memory.scope = 'shared'"),
+        ({"where": "gpu", **TAKES}, {"miss": {"policy": "low_precision"}}, "needs compression.where = 'none'"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_one_line(
+    compression: dict[str, Any], other: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ScenarioError) as error:
+        tiny_scenario(compression=compression, **other)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+# Whatever the run.
+
+
+def random_case(data: st.DataObject) -> Case:
+    """A random run with experts in fewer bytes, in one of the ways."""
+    where = data.draw(st.sampled_from(COMPRESSED))
+    fixed: dict[str, dict[str, Any]] = {
+        "dispatch": {"expert_kernel": "separate"},
+        "memory": {"scope": "global"},
+        "tiers": {"host_budget": "all", "prefetch": "gpu"},
+        "compression": {"where": where, "lane": data.draw(st.sampled_from(DECOMPRESS_LANES)), **TAKES},
+    }
+    if where == "none":
+        fixed["compression"] = {"mixed": [[0.25, 1.0], [0.5, 0.5], [0.25, 0.2]]}
+    if data.draw(st.booleans()):
+        fixed["copy"] = {"discipline": "priority", "drop_stale": data.draw(st.booleans())}
+    case: Case = data.draw(cases(**fixed))
+    return case
+
+
+@settings(max_examples=3 * EXAMPLES)
+@given(data=st.data())
+def test_bytes_are_conserved_and_every_kernel_has_its_expert_decompressed(data: st.DataObject) -> None:
+    case = random_case(data)
+    inputs = case.inputs()
+    result = simulate_inputs(inputs, baselines=False)
+    recording, compression = result.recording, case.scenario.compression
+    assert result.data["layer_visits"] == inputs.layer_visits  # it came to its end
+    if not case.scenario.copy_.drop_stale:  # which decides by the clock
+        counts = count_visits(*decide(inputs))
+        found = sum(result.data["counts"][outcome] for outcome in ("prefetch_hit", "cache_hit", "late"))
+        assert (found, result.data["counts"]["miss"]) == (counts.found, counts.miss)
+    assert sum(round(ms * 1e6) for ms in result.data["time"].values()) == recording.makespan_ns
+    # Memory never holds more than the budget; the sum of what is there is what is assigned.
+    manager = recording.manager
+    assert sum(manager.size_of[expert] for expert in manager.assigned) == manager.assigned_bytes
+    assert (recording.decoded.visits["assigned_bytes"] <= recording.decoded.visits["budget_bytes"]).all()
+    # Every copy that was used moved the bytes that its expert has on the link.
+    used = recording.first_access >= 0
+    for expert, moved in zip(np.array(manager.copy_expert)[used], recording.copied_bytes[used], strict=True):
+        whole = case.model.expert_bytes[expert // case.model.experts]
+        assert moved == (manager.size_of[expert] if compression.mixed else compression.copied_bytes(whole))
+    check_decompressed(recording, compression.where)
+
+
+def check_decompressed(recording: Recording, where: str) -> None:
+    """Kept compressed, each use has a decompression of its own before it; on the way only, each copy that is used."""
+    spans = recording.spans
+    kernels, unpacked = spans[spans["kind"] == EXPERT], spans[spans["kind"] == DECOMPRESS]
+    if where == "none":
+        assert not len(unpacked)
+        return
+    if where == "gpu":
+        assert len(unpacked) == len(kernels)
+    first_end: dict[int, int] = {}
+    for span in unpacked:
+        first_end.setdefault(int(span["copy"]), int(span["end_ns"]))
+        assert span["start_ns"] >= recording.copy_end_ns[span["copy"]]
+    for kernel in kernels:
+        assert first_end[int(kernel["copy"])] <= kernel["start_ns"]
+
+
+def test_half_the_bytes_and_free_decompression_are_a_link_twice_as_fast() -> None:
+    # On the default's real trace, with all else as it is.
+    settings = ["workload.tokens=20", "compression.where=host", "compression.ratio=0.5"]
+    settings += ["compression.decompress_gb_per_s=1e6", "compression.decompress_us=0"]
+    packed, plain = simulate(load_scenario(None, settings)), simulate(load_scenario(None, settings[:1]))
+    assert packed.data["counts"]["miss"] == plain.data["counts"]["miss"]
+    assert 2 * packed.data["bytes"]["demand"] == plain.data["bytes"]["demand"]
+    assert packed.data["makespan_ms"] < plain.data["makespan_ms"]
+    # What it is compared with is the plain run, however the experts are kept.
+    assert packed.data["resident_ms"] == plain.data["resident_ms"]
+    assert packed.data["baseline_ms"] == plain.data["baseline_ms"]
+
+
+def test_the_constant_of_decompression_is_the_rules_where_it_is_not_given() -> None:
+    settings = ["workload.tokens=2", "compression.where=host", "compression.decompress_gb_per_s=500"]
+    data = simulate(load_scenario(None, settings), baselines=False).data
+    rule = load_inputs(load_scenario(None, settings)).profile.compute.rule
+    assert data["estimates"]["decompression"].startswith(f"{rule.constant_ns} ns, the profile's rule")
+    assert data["decompress_ms"] > 0
