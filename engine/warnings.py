@@ -21,6 +21,8 @@ Warn = Callable[["Inputs", dict[str, Any]], str | None]
 SATURATED, HOST_BOUND = 0.9, 1 / 3
 #: From this share of the makespan on, which GPUs spend waiting for each other, the pipeline is poorly filled.
 BUBBLES = 0.25
+#: Beyond this share of all gate weight, what is skipped is told.
+SKIPPED_MASS = 0.1
 #: Beyond this share of the makespan, prefill rules what is counted over the whole run.
 PREFILL_DOMINATES = 0.5
 
@@ -44,11 +46,13 @@ def cliff_warning(budget_bytes: int, expert_bytes: Sequence[int], k: int, scope:
 
 
 def _cliff(inputs: Inputs, data: dict[str, Any]) -> str | None:
-    memory = inputs.scenario.memory
-    if inputs.scenario.workload.batch != 1 or not memory.caching:
+    scenario, memory = inputs.scenario, inputs.scenario.memory
+    compression = scenario.compression
+    if scenario.workload.batch != 1 or not memory.caching or scenario.miss.policy != "fetch" or compression.mixed:
         return None
     for part in inputs.parts:
-        said = cliff_warning(part.budget_bytes, part.model.expert_bytes, part.trace.k, memory.scope, memory.eviction)
+        sizes = [compression.kept_bytes(size_bytes) for size_bytes in part.model.expert_bytes]
+        said = cliff_warning(part.budget_bytes, sizes, part.trace.k, memory.scope, memory.eviction)
         if said is not None:
             return said
     return None
@@ -155,6 +159,36 @@ def _below_break_even(inputs: Inputs, data: dict[str, Any]) -> str | None:
     )
 
 
+def _slower_on_cpu(inputs: Inputs, data: dict[str, Any]) -> str | None:
+    on_cpu = data.get("miss", {}).get("cpu")
+    if on_cpu is None or on_cpu["fetch_is_shorter"] < data["miss"]["ways"]["cpu"] or data["miss"]["policy"] != "cpu":
+        return None
+    return (
+        f"slower on the CPU: every expert that the CPU computed would have been copied and computed on the GPU sooner "
+        f"({on_cpu['cpu_ms']:,.0f} ms against {on_cpu['fetch_ms']:,.0f} ms, each by itself); set miss.policy = cost or "
+        f"balanced, or fetch"
+    )
+
+
+def _empty_memory(inputs: Inputs, data: dict[str, Any]) -> str | None:
+    if inputs.scenario.miss.policy == "fetch" or data["memory_utilization"]:
+        return None
+    return (
+        "empty memory: nothing is ever brought to the GPU, because nothing is preloaded and no miss is fetched; set "
+        "memory.preload = popular, or prefetch"
+    )
+
+
+def _much_skipped(inputs: Inputs, data: dict[str, Any]) -> str | None:
+    mass = (data.get("miss", {}).get("gate_mass") or {}).get("skipped", 0.0)
+    if mass <= SKIPPED_MASS:
+        return None
+    return (
+        f"much is skipped: experts of {mass:.0%} of all gate weight are left out, and nothing here says what that does "
+        f"to the model's answers; lower miss.threshold, or give more budget"
+    )
+
+
 def _estimated(inputs: Inputs, data: dict[str, Any]) -> str | None:
     if not data["estimates"]:
         return None
@@ -235,6 +269,9 @@ WARNINGS: tuple[Warn, ...] = (
     _host_bound,
     _bubbles,
     _prefill_dominates,
+    _slower_on_cpu,
+    _empty_memory,
+    _much_skipped,
     _estimated,
     _uncalibrated,
     _free_prediction,

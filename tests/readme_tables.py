@@ -89,6 +89,55 @@ def scenario() -> str:
     return "\n".join([*lines, "```"])
 
 
+#: What can become of misses, and the shipped scenario that does it; `balanced` that fetches is a plain LRU cache.
+WAYS = {
+    "fetched": "balanced",
+    "on the CPU, whole layers": "llama-cpp-n-cpu-moe",
+    "on the CPU, the least popular": "cpu-experts",
+    "fetched or on the CPU, by cost": "fiddler",
+    "dealt out to both": "balanced",
+    "in low precision": "low-precision",
+    "skipped under a gate weight": "skip",
+    "fetched compressed": "compressed-host",
+    "kept compressed": "compressed-gpu",
+    "in mixed precision": "mixed-precision",
+}
+#: The machines of that table; the second's CPU is assumed to read 40 GB/s.
+WAY_MACHINES = {"H200": [], "RTX 3090": ["machine.profile=rtx3090", "miss.cpu_gb_per_s=40"]}
+
+
+def misses() -> str:
+    """The same workload and memory under every way to do with misses, on two machines."""
+    columns = ["a miss is", "scenario", "found", "not in full", "MiB copied a token"]
+    columns += [f"tokens/s, {machine}" for machine in WAY_MACHINES]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for way, name in WAYS.items():
+        settings = ["miss.policy=fetch"] if way == "fetched" else []
+        runs = [
+            simulate(load_scenario(name, [*settings, *machine]), baselines=False).data
+            for machine in WAY_MACHINES.values()
+        ]
+        copied = [sum(data["bytes"][why] for why in ("demand", "prefetch")) / data["decode_tokens"] for data in runs]
+        cells = [
+            way,
+            "" if settings else f"`{name}`",
+            " / ".join(dict.fromkeys(f"{data['hit_rate']:.0%}" for data in runs)),
+            f"{_not_in_full(runs[0]):.1%}",
+            " / ".join(dict.fromkeys(f"{moved / 2**20:,.0f}" for moved in copied)),
+            *(f"{data['tokens_per_second']:.1f}" for data in runs),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _not_in_full(data: dict[str, Any]) -> float:
+    """Return the share of gate weight that was skipped, or computed in less than full precision."""
+    if "precision_mass" in data:
+        return 1.0 - float(data["precision_mass"]["1"])
+    mass = data.get("miss", {}).get("gate_mass") or {}
+    return float(mass.get("low_precision", 0.0) + mass.get("skipped", 0.0))
+
+
 def _comment(docstring: str | None) -> list[str]:
     return [f"# {line}" for line in inspect.cleandoc(docstring or "").splitlines() if line]
 
@@ -229,6 +278,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "insights": insights,
     "eviction": policies,
     "per-layer": layers,
+    "misses": misses,
     "scenario": scenario,
     "reality": reality,
     "reality-rows": reality_rows,

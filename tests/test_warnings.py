@@ -13,6 +13,9 @@ from prestage.engine.warnings import WARNINGS
 SMALL = ["workload.tokens=12", "workload.synthetic.tokens=12", "workload.synthetic.sequences=1"]
 SMALL += ["workload.synthetic.prefill_tokens=0"]
 PIPELINE = ["machine.profile=h200-x2", "parallel.stages=2", "workload.synthetic.sequences=4"]
+#: A machine that was measured with its CPU; a trace with gate weights.
+CPU = ["machine.profile=h200", "miss.policy=cpu"]
+SKIP = ["model.preset=deepseek-v2-lite", "model.layers=24", "workload.trace=topk", "miss.policy=skip"]
 #: For each warning, by its first words: settings with which it is said, and settings with which it is not (None: some
 #: kernel of every shipped model is estimated on every shipped profile).
 CASES: dict[str, tuple[list[str], list[str] | None]] = {
@@ -30,6 +33,9 @@ CASES: dict[str, tuple[list[str], list[str] | None]] = {
         ["workload.synthetic.prefill_tokens=2"],
     ),
     "recall below break-even": (["predictor.recall=0.1"], ["predictor.recall=1.0"]),
+    "slower on the CPU": ([*CPU, "memory.preload=popular"], [*CPU, "miss.cpu_gb_per_s=500"]),
+    "empty memory": ([*CPU, "prefetch.lookahead=0"], [*CPU, "prefetch.lookahead=0", "memory.preload=popular"]),
+    "much is skipped": ([*SKIP, "prefetch.lookahead=0", "miss.threshold=1"], [*SKIP, "miss.threshold=0.01"]),
     "estimated cost in use": ([], None),
     "uncalibrated cost in use": ([], ["dispatch.mode=free", "dispatch.router_readback=false"]),
     "prediction is free": ([], ["predictor.latency_us=5"]),

@@ -26,6 +26,8 @@ def print_result(data: dict[str, Any]) -> None:
     if counts["miss"]:
         causes = [(name, f"{number:,}", _share(number, counts["miss"])) for name, number in data["misses"].items()]
         _rows(console, f"{counts['miss']:,} misses", causes)
+    if "miss" in data:
+        _rows(console, f"What became of the {counts['miss']:,} misses ({data['miss']['policy']})", _way_rows(data))
     issued = counts["prefetch"]
     if issued or counts["dropped"]:
         fates = [(name, f"{number:,}", _share(number, issued)) for name, number in data["prefetch"].items()]
@@ -57,6 +59,20 @@ def headline(data: Mapping[str, Any]) -> str:
         f"{scenario['machine']['profile']}, {trace}; room for {share:.1%} of the experts "
         f"({data['budget_bytes'] / 2**30:.2f} GiB)"
     )
+
+
+def _way_rows(data: dict[str, Any]) -> list[tuple[str, str, str]]:
+    miss, misses = data["miss"], data["counts"]["miss"]
+    rows = [(way.replace("_", " "), f"{number:,}", _share(number, misses)) for way, number in miss["ways"].items()]
+    mass = miss["gate_mass"] or {}
+    rows += [
+        (f"gate weight, {way.replace('_', ' ')}", _share(share, 1), "of all that was routed")
+        for way, share in mass.items()
+        if share
+    ]
+    if "cpu" in miss:
+        rows.append(("CPU busy", f"{miss['cpu']['busy_ms']:,.3f} ms", f"GPU waits {miss['cpu']['stall_ms']:,.3f} ms"))
+    return rows
 
 
 def _print_gpus(console: Console, gpus: Sequence[Mapping[str, Any]], makespan_ms: float) -> None:
