@@ -86,12 +86,12 @@ class CpuCosts:
         """Estimate a shape: a line through the measured shapes of one token, in proportion beyond the most tokens."""
         single = [point for point in self._of_threads if point.tokens == 1]
         sizes, times = [_weight_bytes(point) for point in single], [point.ns for point in single]
-        if len(set(sizes)) < 2:
+        slope, constant_ns = np.polyfit(sizes, times, 1).tolist() if len(set(sizes)) > 1 else (0.0, 0.0)
+        if slope <= 0:
             raise ProfileError(
-                f"miss.policy uses the CPU: profile {self._costs.profile.name} has too few compute.cpu_experts of one "
-                f"token to estimate model {self._model.name}'s; set miss.cpu_gb_per_s"
+                f"miss.policy uses the CPU: profile {self._costs.profile.name} has no compute.cpu_experts of one token "
+                f"that say how model {self._model.name}'s, of another shape, go with their size; set miss.cpu_gb_per_s"
             )
-        slope, constant_ns = np.polyfit(sizes, times, 1).tolist()
         constant_ns = max(0.0, constant_ns)
         most = max(point.tokens for point in self._of_threads)
         slowdown = sum(point.beside_copy_ns for point in single) / sum(times)

@@ -109,6 +109,7 @@ def _with_costs(terms: Terms, inputs: Inputs) -> Terms:
     """Add what the profile says of the CPU, the link and the GPU; the same whatever a replicate draws."""
     costs = Costs(inputs.model, inputs.profile, inputs.scenario)
     cpu = CpuCosts(costs, inputs.scenario)
+    cpu.expert(0, 1)  # refuses a shape that cannot be estimated before anything runs
     return Terms(
         cpu_ns=lambda layer, tokens: cpu.expert(layer, tokens).ns,
         there_and_back_ns=lambda layer, tokens: (

@@ -292,6 +292,13 @@ def test_a_shape_that_was_not_measured_is_estimated_by_its_bytes_and_named() -> 
     assert "GB/s" in costs.estimates["expert on the CPU"]
 
 
+def test_one_measured_shape_says_nothing_of_another() -> None:
+    profile, scenario = tiny_profile(), tiny_scenario(miss={"policy": "cpu"})
+    model = replace(tiny_model(1), expert_ff=16)
+    with pytest.raises(ProfileError, match=r"no compute.cpu_experts of one token that say how model tiny's"):
+        CpuCosts(Costs(model, profile, scenario), scenario).expert(0, 1)
+
+
 def test_a_bandwidth_takes_the_place_of_the_profile() -> None:
     cpu, costs = cpu_costs("gpt-oss-20b", cpu_gb_per_s=50.0)
     size_bytes = costs.model.expert_bytes[0]
