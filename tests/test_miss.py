@@ -22,8 +22,9 @@ from prestage.engine.costs import Costs
 from prestage.engine.offload_costs import CpuCosts
 from prestage.engine.offloading import make_miss
 from prestage.engine.output.files import write_result
-from prestage.engine.output.metrics import Recording, metrics
+from prestage.engine.output.metrics import OUTCOMES, Recording, metrics
 from prestage.engine.output.misses import miss_metrics
+from prestage.engine.output.saved import load_result
 from prestage.engine.policies.miss import CPU, MISS, SKIPPED, Absent, Resolved, Terms
 from prestage.engine.replay import count_visits
 from prestage.engine.scenario import Scenario, ScenarioError, load_scenario, make_scenario
@@ -479,6 +480,15 @@ def test_the_parts_of_time_come_to_the_makespan_also_when_the_gpu_waits_for_the_
 
 
 # In the files of a run.
+
+
+@pytest.mark.parametrize("name", ["low-precision", "skip", "compressed-host", "mixed-precision"])
+def test_a_run_is_written_and_read_with_all_its_accesses(name: str, tmp_path: Path) -> None:
+    result = simulate_inputs(load_inputs(load_scenario(name, ["workload.tokens=2"])), baselines=False)
+    write_result(result, tmp_path)
+    outcomes = np.bincount(load_result(tmp_path).accesses["outcome"], minlength=len(OUTCOMES))
+    counts = result.data["counts"]
+    assert outcomes.tolist() == [counts[outcome] for outcome in OUTCOMES]
 
 
 def test_a_timelines_file_calls_the_ways_to_the_cpu_and_back_copies(tmp_path: Path) -> None:

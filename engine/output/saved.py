@@ -95,7 +95,7 @@ def run_of(result: Result, name: str = "run") -> Run:
 def _accesses(recording: Recording, layers: int) -> Array:
     """Return the accesses of a GPU, with the numbers that visits, layers and experts have in the whole model."""
     first = recording.first_layer
-    step, layer = np.divmod(recording.decoded.accesses["visit"], len(recording.expert_bytes))
+    step, layer = np.divmod(recording.access_visit, len(recording.expert_bytes))
     return _table(
         "access",
         visit=step * layers + first + layer,
