@@ -257,6 +257,24 @@ def replay_speed() -> str:
     return "\n".join([*lines, *(f"\nNot installed, not measured: {name}." for name in missing)])
 
 
+def timeline_speed() -> str:
+    """The figures of `bench_timeline.py`, from a run of it."""
+    output = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "bench_timeline.py")], capture_output=True, text=True, check=True
+    ).stdout
+    data = json.loads(output)
+    ours = data["ours"]
+    lines = ["| a million spans, written by | seconds | peak memory | file |", "|---" * 4 + "|"]
+    for name in ("ours", "ours, .gz", "json.dumps", "json.dump"):
+        row = data[name]
+        times = {key: f" ({row[key] / ours[key]:.2f}x)" if "json" in name else "" for key in ("seconds", "peak_mib")}
+        lines.append(
+            f"| {name} | {row['seconds']:.1f}{times['seconds']} | {row['peak_mib']:,.0f} MiB{times['peak_mib']} | "
+            f"{row['file_mib']:.0f} MiB |"
+        )
+    return "\n".join(lines)
+
+
 def reality() -> str:
     """How well simulated makespans match those measured on a GPU, from the committed report of `calibrate validate`."""
     report = json.loads((ROOT / "calibration" / "validation" / "h200.json").read_text(encoding="utf-8"))
@@ -284,6 +302,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "reality-rows": reality_rows,
     "speed": speed,
     "replay-speed": replay_speed,
+    "timeline-speed": timeline_speed,
 }
 
 
