@@ -3,7 +3,7 @@
     python tests/readme_tables.py [NAME …] [--write]
 
 prints the named tables of TABLES (all without a name), or writes each into its pages between its marks. `lookahead`,
-`eviction` and `per-layer` need the real traces (PRESTAGE_TRACES); `new-user` installs everything anew.
+`eviction`, `per-layer` and `phone` need the real traces (PRESTAGE_TRACES); `new-user` installs everything anew.
 """
 
 from __future__ import annotations
@@ -136,6 +136,73 @@ def _not_in_full(data: dict[str, Any]) -> float:
         return 1.0 - float(data["precision_mass"]["1"])
     mass = data.get("miss", {}).get("gate_mass") or {}
     return float(mass.get("low_precision", 0.0) + mass.get("skipped", 0.0))
+
+
+def pipelines() -> str:
+    """Tokens per second of scenario pipeline-2: micro-batches by host threads, under two budgets."""
+    threads = {"a thread for each GPU": "per-gpu", "one thread": "one"}
+    columns = [(budget, name) for budget in ("75%", "100%") for name in threads]
+    lines = [f"| micro-batches | {' | '.join(f'{budget}, {name}' for budget, name in columns)} |", "|---" * 5 + "|"]
+    for micro_batches in (1, 2, 4, 8):
+        cells = [str(micro_batches)]
+        for budget, name in columns:
+            settings = [
+                "workload.prefill=skip",
+                f"memory.gpu_budget={budget}",
+                f"parallel.micro_batches={micro_batches}",
+                f"parallel.dispatch_threads={threads[name]}",
+            ]
+            cells.append(
+                f"{simulate(load_scenario('pipeline-2', settings), baselines=False).data['tokens_per_second']:.1f}"
+            )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+#: What scenario `nvme` is varied by in its table.
+DRIVES = {
+    "no prefetching": ["prefetch.lookahead=0"],
+    "prefetched to the GPU": [],
+    "prefetched to host memory only": ["tiers.prefetch=host"],
+    "no prefetching, host memory by LFU": ["prefetch.lookahead=0", "tiers.host_policy=lfu"],
+    "no prefetching, host memory by Belady": ["prefetch.lookahead=0", "tiers.host_policy=belady"],
+    "no prefetching, every expert in host memory": ["prefetch.lookahead=0", "tiers.host_budget=all"],
+}
+
+
+def drives() -> str:
+    """Scenario nvme, by what is prefetched and which experts host memory keeps."""
+    lines = [
+        "| scenario `nvme` | tokens/s | copies that host memory had | read a token | I/O lanes busy |",
+        "|---" * 5 + "|",
+    ]
+    for name, settings in DRIVES.items():
+        data = simulate(load_scenario("nvme", settings), baselines=False).data
+        tiers = data["tiers"]
+        cells = [name, f"{data['tokens_per_second']:.2f}"]
+        if tiers is None:
+            cells += ["all", "0 MiB", "0%"]
+        else:
+            read_mib = tiers["read_bytes"] / data["decode_tokens"] / 2**20
+            cells += [f"{tiers['host_hit_rate']:.0%}", f"{read_mib:,.0f} MiB", f"{tiers['read_utilization']:.0%}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def phone() -> str:
+    """How well the second half of a published phone run is predicted by costs fitted on the first."""
+    folder = Path(os.environ["PRESTAGE_TRACES"]) / "bigmoeonedge-qwen"
+    settings = [f"workload.trace={folder / 'qwen.route.csv'}", "model.sizes=trace"]
+    command = [sys.executable, "-m", "prestage", "calibrate", "check-run", "phone", str(folder / "qwen.metrics")]
+    command += ["--after", "64", "--json", *(word for setting in settings for word in ("--set", setting))]
+    data = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    lines = ["| wall time of tokens 65 to 128 | median error of a token | error of the mean |", "|---" * 3 + "|"]
+    for name, row in (("simulated", data), ("a straight line in bytes read", data["line"])):
+        lines.append(f"| {name} | {row['median_abs_error']:.1%} | {row['mean_error']:+.1%} |")
+    parts = (
+        f"{name} {logged:.1f} ms logged, {ours:.1f} simulated" for name, (logged, ours) in data["parts_ms"].items()
+    )
+    return "\n".join([*lines, "", f"A token, on average: {'; '.join(parts)}."])
 
 
 def _comment(docstring: str | None) -> list[str]:
@@ -297,6 +364,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "eviction": policies,
     "per-layer": layers,
     "misses": misses,
+    "pipelines": pipelines,
+    "drives": drives,
+    "phone": phone,
     "scenario": scenario,
     "reality": reality,
     "reality-rows": reality_rows,
