@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
+from ..resources.from_peer import from_peer
 from ..resources.lane import Lags
 from ..resources.profile import ComputeCosts, CopyCosts, ExpertPoint, HostCosts, KernelPoint, Profile, ProfileError
 from ..workloads.model import Model
@@ -105,6 +106,8 @@ class Costs:
     """
 
     def __init__(self, model: Model, profile: Profile, scenario: Scenario, *, timed: bool = False) -> None:
+        if scenario.copy_.source == "peer":
+            profile = from_peer(profile)
         self.model = model
         self.profile = profile
         #: What the copy of an expert of each layer moves.
@@ -171,6 +174,7 @@ class Costs:
         self.enqueue_ns = 0 if free else host.copy_enqueue.ns
         readback = host.readback_enqueue or host.copy_enqueue
         self.readback_enqueue_ns = 0 if free else readback.ns + host.event_record.ns
+        self.turn_ns = 0 if free else host.turn.ns
         self.resume_ns = 0 if free else host.resume.ns
         self.copy_resume_ns = 0 if free else host.copy_resume.ns
         self.synchronize_ns = 0 if free else host.synchronize.ns

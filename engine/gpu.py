@@ -289,6 +289,12 @@ class Gpu:
         ]
         return Decoded(self.timeline, accesses, visits, np.array(arrived, dtype=ARRIVAL))
 
+    @property
+    def disturbing(self) -> list[CoupledLane]:
+        """The lanes of copies from the host that slow others down, if they do."""
+        lanes = dict.fromkeys((self._h2d, self._prefetch_lane))
+        return [lane for lane in lanes if isinstance(lane, CoupledLane)]
+
     def backlog_ns(self) -> int:
         """Return the copy time that is queued on the link now, in ns."""
         lanes = dict.fromkeys((self._h2d, self._prefetch_lane))

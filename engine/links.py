@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import simpy
 
-from ..resources.lane import CoupledLane, FifoLane, Lags
+from ..resources.lane import CoupledLane, FifoLane, Lags, disturb
 from ..resources.network import Network, Transfer, contended
-from ..resources.profile import Profile
+from ..resources.profile import DurationBesideCopy, Profile
 from ..resources.timeline import Timeline
 from ..resources.topology import Route, Topology
 from .costs import Costs
@@ -54,9 +54,16 @@ class PeerCosts:
         self._costs = measured
         self.latency_ns = 0 if free else copies.launch_latency.ns
         records = 2 if timed else 1
-        self.host_ns = 0 if free else profile.host.copy_enqueue.ns + records * profile.host.event_record.ns
-        gap_ns, wait_ns = copies.gap.ns, 0 if free else copies.event_wait_gap.ns
-        self.lags = Lags(gap_ns, gap_ns, wait_ns, wait_ns)
+        enqueue = profile.host.peer_enqueue or profile.host.copy_enqueue
+        self.host_ns = 0 if free else enqueue.ns + records * profile.host.event_record.ns
+        gap_ns, wait = copies.gap.ns, copies.event_wait_gap
+        beside = scenario.copy_.contention
+        wait_ns, beside_ns = (0, 0) if free else (wait.ns, wait.disturbed_ns if beside else wait.ns)
+        self.lags = Lags(gap_ns, gap_ns, wait_ns, beside_ns)
+        longer = profile.contention.peer_beside_copy if beside and profile.contention else None
+        self._longer_ns = longer.ns if longer else 0
+        #: How much later a kernel of the other GPU starts behind such a copy than behind one from the host.
+        self.arrival_ns = 0 if free else _more(profile.compute.peer_wait_gap, profile.compute.event_wait_gap)
         self._transfers: dict[int, Transfer] = {}
 
     def alone_ns(self, size_bytes: int) -> int:
@@ -67,9 +74,24 @@ class PeerCosts:
         """Return what it takes right behind another."""
         return self.route.ns(size_bytes) if self._costs is None else self._costs.queued.ns(size_bytes)
 
+    @property
+    def slowed(self) -> bool:
+        """Whether copies from the host slow these down."""
+        return self._longer_ns > 0 or self.lags.after_other_disturbed_ns > self.lags.after_other_ns
+
+    def slowdown(self, size_bytes: int) -> float:
+        """Return how many times as long it takes beside copies from the host."""
+        ns = self.alone_ns(size_bytes)
+        return 1 + self._longer_ns / ns if ns else 1.0
+
     def transfer(self, size_bytes: int) -> Transfer:
         """Return what such a copy moves over the links, always the same for the same size."""
         return self._transfers.setdefault(size_bytes, Transfer(self.route, size_bytes))
+
+
+def _more(cost: DurationBesideCopy | None, than: DurationBesideCopy) -> int:
+    """Return what a duration, if there is one, has more than another."""
+    return max(0, cost.ns - than.ns) if cost is not None else 0
 
 
 class Links:
@@ -133,12 +155,20 @@ class Links:
 
 
 def peer_lane(
-    env: simpy.Environment, timeline: Timeline, device: str, title: str, lags: Lags, network: Network | None
+    env: simpy.Environment,
+    timeline: Timeline,
+    device: str,
+    title: str,
+    lags: Lags,
+    network: Network | None,
+    disturbers: Sequence[CoupledLane] = (),
 ) -> FifoLane | CoupledLane:
-    """Add a lane for the copies that one GPU sends to others, in order, and return it."""
+    """Add a lane for the copies that one GPU sends to others, in order, and return it; `disturbers` slow it down."""
     number = timeline.add_lane(device, "peer", title)
-    if network is None:
+    if network is None and not disturbers:
         return FifoLane(timeline, number, lags)
     lane = CoupledLane(env, timeline, number, lags)
-    lane.join(network.share())
+    if network is not None:
+        lane.join(network.share())
+    disturb(lane, disturbers)
     return lane

@@ -76,8 +76,9 @@ def flow_of(model: Model, trace: RoutingTrace, steps: Sequence[Step]) -> Flow:
 class _Arrivals:
     """When what one stage sends for each step is at another: promised before it is known, if it is asked for."""
 
-    def __init__(self, env: simpy.Environment, steps: int) -> None:
-        self._env = env
+    def __init__(self, env: simpy.Environment, steps: int, lag_ns: int) -> None:
+        """Let what waits for it begin so much later than what waits for a copy from the host."""
+        self._env, self._lag_ns = env, lag_ns
         self._of: list[Completion | None] = [None] * steps
 
     def of(self, step: int) -> Completion:
@@ -90,7 +91,7 @@ class _Arrivals:
     def set(self, step: int, end: Completion) -> None:
         """Say when it is there."""
         if isinstance(end, int) and self._of[step] is None:
-            self._of[step] = end
+            self._of[step] = end + self._lag_ns
             return
         promised = self.of(step)
         assert isinstance(promised, Pending)  # nobody else has kept it
@@ -98,7 +99,8 @@ class _Arrivals:
         def keep() -> None:
             # In an event of its own: stages wait for each other, and would call each other ever deeper.
             event = self._env.event()
-            event.callbacks.append(lambda _: promised.resolve(end if isinstance(end, int) else end.end_ns or 0))
+            end_ns = end if isinstance(end, int) else end.end_ns or 0
+            event.callbacks.append(lambda _: promised.resolve(end_ns + self._lag_ns))
             event.succeed()
 
         if isinstance(end, int):
@@ -129,6 +131,7 @@ class _Way:
             end,
             ACTIVATION,
             visit=gpu.visit,
+            slowdown=costs.slowdown(size_bytes),
             transfer=costs.transfer(size_bytes),
         )
         self.arrivals.set(step, arrived)
@@ -241,8 +244,11 @@ def _connect(
     steps = len(flow.steps)
     for number, (stage, costs) in enumerate(zip(stages, pipeline_routes(links), strict=True)):
         to = (number + 1) % len(stages)
-        arrivals = _Arrivals(env, steps)
-        lane = peer_lane(env, stage.gpu.timeline, f"gpu{number}", f"copy engine to gpu{to}", costs.lags, network)
+        arrivals = _Arrivals(env, steps, costs.arrival_ns)
+        gpu = stage.gpu
+        disturbers = gpu.disturbing if costs.slowed else []
+        title = f"copy engine to gpu{to}"
+        lane = peer_lane(env, gpu.timeline, f"gpu{number}", title, costs.lags, network, disturbers)
         stage.sends = _Way(lane, costs, sent_bytes(flow, number, len(stages)), arrivals)
         stages[to].receives = arrivals
         stages[to].waits_for = received_steps(flow, to)
@@ -257,5 +263,6 @@ def _thread(stages: Sequence[_Stage], steps: int) -> Generator[simpy.Event, Any,
                 gpu.end_busy()
                 stage.gpu.take_over(gpu.now_ns)
                 gpu = stage.gpu
+                gpu.now_ns += gpu.costs.turn_ns
             yield from stage.serve(step)
     gpu.end_busy()

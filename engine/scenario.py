@@ -225,13 +225,23 @@ class DispatchSection(_Section):
 
 
 class CopySection(_Section):
-    """How copies share the link. `chunk_bytes` 0 copies an expert in one piece."""
+    """How copies share the link. `chunk_bytes` 0 copies an expert in one piece.
 
+    `source` is where the experts lie: in host memory, or in that of another GPU, which does nothing else.
+    """
+
+    source: Literal["host", "peer"] = "host"
     discipline: Annotated[str, _one_of(DISCIPLINES)] = "fifo"
     chunk_bytes: int = Field(default=0, ge=0)
     drop_stale: bool = False
     host_memory: Literal["pinned", "pageable"] | None = None
     contention: bool = True
+
+    @model_validator(mode="after")
+    def _peers_have_no_host_memory(self) -> CopySection:
+        if self.source == "peer" and self.host_memory is not None:
+            raise ValueError(f"source = 'peer' copies from no host_memory (given {self.host_memory!r})")
+        return self
 
     @model_validator(mode="after")
     def _stale_needs_queue(self) -> CopySection:
@@ -412,6 +422,14 @@ class Scenario(_Section):
                 f"tiers.host_budget = {self.tiers.host_budget!r}: host memory as a cache serves one GPU without "
                 "micro-batches; give 'all', or parallel.stages = 1 and parallel.micro_batches = 1"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _a_peer_holds_all_experts_and_does_nothing_else(self) -> Scenario:
+        if self.copy_.source == "peer" and self.parallel.stages > 1:
+            raise ValueError("copy.source = 'peer': a GPU that holds experts has no stage: set parallel.stages = 1")
+        if self.copy_.source == "peer" and self.tiers.host_budget != "all":
+            raise ValueError("copy.source = 'peer': no expert lies in host memory: set tiers.host_budget = 'all'")
         return self
 
     @model_validator(mode="after")

@@ -536,3 +536,10 @@ def couple(lanes: Iterable[CoupledLane]) -> None:
     lanes = list(lanes)
     for lane in lanes:
         lane._neighbors = [other for other in lanes if lane in other._heeds()]
+
+
+def disturb(lane: CoupledLane, by: Sequence[CoupledLane]) -> None:
+    """Let a lane be slowed by others that are coupled already, and do nothing to them."""
+    lane.disturbers = list(by)
+    for other in by:
+        other._neighbors.append(lane)

@@ -121,13 +121,14 @@ class TransferCost(_Cost):
 class CopyCosts(Part):
     """One direction of copies: a copy on an idle engine, one queued right behind another, and the gap between.
 
-    `event_wait_gap` is from the end of the kernel that a copy waited for to its start.
+    `event_wait_gap` is from the end of the kernel that a copy waited for to its start; it may be longer beside a copy
+    from the host, which is then another copy than this.
     """
 
     alone: TransferCost
     queued: TransferCost
     gap: Duration
-    event_wait_gap: Duration = _NO_TIME
+    event_wait_gap: DurationBesideCopy = _NO_GAP
     launch_latency: Latency = _NO_LATENCY
 
 
@@ -216,7 +217,8 @@ class Interruptions(_Cost):
 class ComputeCosts(Part):
     """The compute stream: measured kernels, the rule for all else, and the gap between consecutive launches.
 
-    `event_wait_gap` is from the end of a copy to the start of a kernel that waited for it.
+    `event_wait_gap` is from the end of a copy to the start of a kernel that waited for it; `peer_wait_gap` the same
+    where the copy came from another GPU (None: as from the host).
     """
 
     experts: tuple[ExpertPoint, ...] = ()
@@ -229,6 +231,7 @@ class ComputeCosts(Part):
     graph_gap: DurationBesideCopy
     event_wait_gap: DurationBesideCopy = _NO_GAP
     interruptions: Interruptions | None = None
+    peer_wait_gap: DurationBesideCopy | None = None
     launch_latency: Latency = _NO_LATENCY
 
 
@@ -241,6 +244,7 @@ class HostCosts(Part):
     dense part to the choice being in host memory; `readback_late`, where the host asked for it only after that, from
     its asking (both None: what the profile's D2H copies say). `synchronize` is from there to the host knowing, and
     `resume` what the host's first calls after that wait take longer, `copy_resume` if these enqueue a copy.
+    `peer_enqueue` is that of a copy to or from another GPU (None: as any copy's), `turn` a thread's turning to another.
     """
 
     launch: Duration
@@ -255,6 +259,8 @@ class HostCosts(Part):
     readback_late: Duration | None = None
     resume: Duration = _NO_TIME
     copy_resume: Duration = _NO_TIME
+    peer_enqueue: Duration | None = None
+    turn: Duration = _NO_TIME
 
 
 class Factor(_Cost):
@@ -268,6 +274,8 @@ class Contention(Part):
 
     `copies_sharing` is for two streams of one direction: how long both take together, over one after the other.
     `copies_take_turns`: whether one copy of a direction waits for another stream's to end, or both share the link.
+    `compute_beside_peer` is for kernels beside copies from another GPU (None: as beside copies from the host), and
+    `peer_beside_copy` how much longer a copy between GPUs takes beside copies from the host.
     """
 
     copy_beside_compute: Factor
@@ -276,6 +284,8 @@ class Contention(Part):
     copies_take_turns: bool = False
     copy_beside_cpu_experts: Factor | None = None
     copy_beside_all_gpus: Factor | None = None
+    compute_beside_peer: Factor | None = None
+    peer_beside_copy: Duration | None = None
 
 
 class NvmeCosts(Part):
