@@ -2,13 +2,14 @@
 
 The file describes itself, so that it can be compared with a simulation anywhere and at any time later: every span's
 kind, visit, expert and copy stand beside its times. Times are kept of the repeat whose makespan is the median, or of
-all; the makespans of all repeats are always kept.
+all; the makespans of all repeats are always kept. A run on several GPUs has spans and times of each, whose visits,
+experts and copies are its own, from 0.
 """
 
 from __future__ import annotations
 
 import gzip
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import median_low
@@ -21,13 +22,16 @@ import orjson
 from ..engine.gpu import add_lanes
 from ..engine.output.export import replacing
 from ..engine.scenario import Scenario, make_scenario
-from ..resources.timeline import DEMAND, DENSE, EXPERT, HEAD, LAUNCH, PREFETCH, READBACK, Timeline
+from ..resources.timeline import ACTIVATION, DEMAND, DENSE, EXPERT, HEAD, LAUNCH, PREFETCH, READBACK, Timeline
 
 FORMAT = "prestage measured run 1"
 
 #: What is kept of every span, in the order in which the host asked for them.
 SPAN_COLUMNS = ("kind", "visit", "expert", "copy", "slot", "tokens")
-_LANES = {DENSE: "compute", EXPERT: "compute", HEAD: "compute", DEMAND: "h2d", PREFETCH: "h2d", READBACK: "d2h"}
+_LANES = {
+    DENSE: "compute", EXPERT: "compute", HEAD: "compute", DEMAND: "h2d", PREFETCH: "h2d", READBACK: "d2h",
+    ACTIVATION: "peer",
+}  # fmt: skip
 
 Numbers = npt.NDArray[np.int64]
 
@@ -52,23 +56,49 @@ class Times:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One execution of a scenario: its name, the machine, the makespans of all repeats, the spans and their times.
+class MeasuredGpu:
+    """What one GPU did: its spans, SPAN_COLUMNS to arrays (spans,), and their times in the repeats that are kept.
 
-    `spans` maps SPAN_COLUMNS to arrays (spans,). `repeats` are the times of those that are kept, one at least.
-    `counts` are those of the memory manager; `verified` is how many slots held the right bytes at the end: all.
-    `disturbed` repeats do not count: others on the machine slowed the host down meanwhile.
+    `counts` are those of its memory manager; `verified` is how many slots held the right bytes at the end: all.
+    """
+
+    spans: Mapping[str, Numbers]
+    repeats: tuple[Times, ...]
+    counts: Mapping[str, int]
+    verified: int
+
+    def work(self, repeat: int, mode: str) -> Iterator[tuple[int, int, int, int, int, int, int]]:
+        """Yield (start, end, asked for, expert, visit, copy, kind) of every span that was made.
+
+        On an idle stream the event before some work comes before the host has even asked for the work: then that is
+        when it starts. Not so for a group of several launches (`mode` eager), which starts with its first.
+        """
+        times = self.repeats[repeat]
+        asked_ns = np.minimum(times.issued_ns, times.end_ns)
+        several = (mode == "eager") & np.isin(self.spans["kind"], (DENSE, EXPERT))
+        starts_ns = np.where(several, times.start_ns, np.maximum(times.start_ns, asked_ns))
+        when = (column.tolist() for column in (starts_ns, times.end_ns, times.issued_ns))
+        what = (self.spans[name].tolist() for name in ("expert", "visit", "copy", "kind"))
+        for span in zip(*when, *what, times.start_ns.tolist(), strict=True):
+            if span[-1] >= 0:
+                yield span[:-1]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One execution of a scenario: its name, the machine, the makespans of all repeats, and what each GPU did.
+
+    `disturbed` repeats do not count: others on the machine slowed the host down meanwhile. `clocks_within_ns`: how far
+    the clocks of several GPUs may be off against each other.
     """
 
     name: str
     scenario: Scenario
     machine: Mapping[str, Any]
     makespans_ns: tuple[int, ...]
-    spans: Mapping[str, Numbers]
-    repeats: tuple[Times, ...]
-    counts: Mapping[str, int]
-    verified: int
+    gpus: tuple[MeasuredGpu, ...]
     disturbed: int
+    clocks_within_ns: int = 0
 
     @property
     def makespan_ns(self) -> int:
@@ -81,36 +111,47 @@ class Measured:
         return (max(self.makespans_ns) - min(self.makespans_ns)) / self.makespan_ns
 
     @property
-    def times(self) -> Times:
-        """The times of the repeat with the median makespan."""
-        return next(times for times in self.repeats if makespan_ns(self.spans, times) == self.makespan_ns)
+    def median(self) -> int:
+        """Which of the repeats that are kept has the median makespan."""
+        spans = [gpu.spans for gpu in self.gpus]
+        kept = zip(*(gpu.repeats for gpu in self.gpus), strict=True)
+        return next(number for number, times in enumerate(kept) if makespan_ns(spans, times) == self.makespan_ns)
 
-    def timeline(self) -> Timeline:
-        """Return the median repeat as the simulator records a run, the host's work between two waits as one span.
+    @property
+    def times(self) -> list[Times]:
+        """The times of each GPU in the repeat with the median makespan."""
+        return [gpu.repeats[self.median] for gpu in self.gpus]
 
-        On an idle stream the event before some work comes before the host has even asked for the work: then that is
-        when it starts. Not so for a group of several launches, which starts with its first.
-        """
-        times, timeline = self.times, Timeline()
-        asked_ns = np.minimum(times.issued_ns, times.end_ns)
-        several = (self.scenario.dispatch.mode == "eager") & np.isin(self.spans["kind"], (DENSE, EXPERT))
-        starts_ns = np.where(several, times.start_ns, np.maximum(times.start_ns, asked_ns))
-        lanes = add_lanes(timeline, self.scenario.copy_.discipline)
-        what = (self.spans[name].tolist() for name in ("kind", "visit", "expert", "copy"))
-        when = (column.tolist() for column in (starts_ns, times.end_ns, times.issued_ns))
-        for kind, visit, expert, copy, start_ns, end_ns, issued_ns in zip(*what, *when, strict=True):
-            if start_ns >= 0:
-                lane = "prefetch" if kind == PREFETCH and "prefetch" in lanes else _LANES[kind]
-                timeline.record(start_ns, end_ns, issued_ns, expert, visit, copy, lanes[lane], kind)
-        began_ns = 0
-        waits = zip(times.waits_from_ns.tolist(), times.choice_known_ns.tolist(), strict=True)
-        for visit, (from_ns, to_ns) in enumerate(waits):
-            if from_ns >= 0:
-                timeline.record(began_ns, from_ns, began_ns, -1, visit, -1, lanes["host"], LAUNCH)
-                began_ns = to_ns
-        last = len(times.choice_known_ns) - 1
-        timeline.record(began_ns, times.host_end_ns.item(), began_ns, -1, last, -1, lanes["host"], LAUNCH)
-        return timeline
+    def timelines(self) -> list[Timeline]:
+        """Return the median repeat as the simulator records a run, the host's work between two waits as one span."""
+        timelines, lanes = [], []
+        median, mode, discipline = self.median, self.scenario.dispatch.mode, self.scenario.copy_.discipline
+        for number, gpu in enumerate(self.gpus):
+            timeline = Timeline()
+            host = "host" if self.threads == 1 else f"host{number}"
+            lanes.append(add_lanes(timeline, discipline, f"gpu{number}", host))
+            if len(self.gpus) > 1:
+                to = (number + 1) % len(self.gpus)
+                lanes[-1]["peer"] = timeline.add_lane(f"gpu{number}", "peer", f"copy engine to gpu{to}")
+            for start_ns, end_ns, issued_ns, expert, visit, copied, kind in gpu.work(median, mode):
+                lane = lanes[-1]["prefetch" if kind == PREFETCH and "prefetch" in lanes[-1] else _LANES[kind]]
+                timeline.record(start_ns, end_ns, issued_ns, expert, visit, copied, lane, kind)
+            timelines.append(timeline)
+        numbers = list(range(len(timelines)))
+        for served in [numbers] if self.threads == 1 else [[number] for number in numbers]:
+            for number, visit, began_ns, end_ns in _host_work({each: self.gpus[each] for each in served}, median):
+                timelines[number].record(began_ns, end_ns, began_ns, -1, visit, -1, lanes[number]["host"], LAUNCH)
+        return timelines
+
+    @property
+    def gpus_used(self) -> int:
+        """How many GPUs it took, with one that only holds experts."""
+        return len(self.gpus) + (self.scenario.copy_.source == "peer")
+
+    @property
+    def threads(self) -> int:
+        """How many threads dispatched."""
+        return 1 if self.scenario.parallel.dispatch_threads == "one" else len(self.gpus)
 
     def save(self, path: Path) -> None:
         """Write the run as JSON, compressed if the name ends in .gz; the same run gives the same bytes."""
@@ -120,14 +161,14 @@ class Measured:
             "scenario": self.scenario.plain(),
             "machine": dict(self.machine),
             "makespans_ns": list(self.makespans_ns),
-            "counts": dict(self.counts),
-            "verified": self.verified,
             "disturbed": self.disturbed,
-            "spans": {name: self.spans[name].tolist() for name in SPAN_COLUMNS},
-            "repeats": [
-                {field.name: _packed(getattr(times, field.name)) for field in fields(Times)} for times in self.repeats
-            ],
         }
+        if self.clocks_within_ns:
+            data["clocks_within_ns"] = self.clocks_within_ns
+        if len(self.gpus) > 1:
+            data["gpus"] = [_plain(gpu) for gpu in self.gpus]
+        else:
+            data |= _plain(self.gpus[0])
         text = orjson.dumps(data)
         with replacing(path) as file:
             file.write(gzip.compress(text, mtime=0) if path.name.endswith(".gz") else text)
@@ -148,14 +189,9 @@ def load_measured(path: Path) -> Measured:
             scenario=make_scenario(data["scenario"], f"{path}: scenario"),
             machine=data["machine"],
             makespans_ns=tuple(data["makespans_ns"]),
-            spans={name: np.array(data["spans"][name], dtype=np.int64) for name in SPAN_COLUMNS},
-            repeats=tuple(
-                Times(**{field.name: _unpacked(times[field.name]) for field in fields(Times)})
-                for times in data["repeats"]
-            ),
-            counts=data["counts"],
-            verified=data["verified"],
+            gpus=tuple(map(_measured_gpu, data.get("gpus", [data]))),
             disturbed=data["disturbed"],
+            clocks_within_ns=data.get("clocks_within_ns", 0),
         )
     except (KeyError, TypeError, IndexError, orjson.JSONDecodeError, gzip.BadGzipFile, EOFError) as error:
         raise MeasuredError(f"{path}: not a measured run ({type(error).__name__}: {error})") from None
@@ -175,9 +211,59 @@ def load_all(paths: Collection[Path], names: Collection[str] = ()) -> list[Measu
     return runs
 
 
-def makespan_ns(spans: Mapping[str, Numbers], times: Times) -> int:
-    """Return the end of the last kernel of one repeat."""
-    return int(times.end_ns[np.isin(spans["kind"], (DENSE, EXPERT, HEAD))].max())
+def makespan_ns(spans: Sequence[Mapping[str, Numbers]], times: Sequence[Times]) -> int:
+    """Return the end of the last kernel of one repeat, given the spans and times of each GPU."""
+    return max(
+        int(its.end_ns[np.isin(what["kind"], (DENSE, EXPERT, HEAD))].max())
+        for what, its in zip(spans, times, strict=True)
+    )
+
+
+def _host_work(gpus: Mapping[int, MeasuredGpu], repeat: int) -> Iterator[tuple[int, int, int, int]]:
+    """Yield (gpu, visit, start, end) of what one host thread did for its GPUs, from one wait or GPU to the next."""
+    moments = []  # (when, GPU, visit, when the host goes on)
+    for number, gpu in gpus.items():
+        times, visits = gpu.repeats[repeat], gpu.spans["visit"]
+        made = np.flatnonzero(times.start_ns >= 0)
+        moments += [(int(times.issued_ns[at]), number, int(visits[at]), -1) for at in made]
+        waits = zip(times.waits_from_ns.tolist(), times.choice_known_ns.tolist(), strict=True)
+        moments += [(from_ns, number, visit, to_ns) for visit, (from_ns, to_ns) in enumerate(waits) if from_ns >= 0]
+        moments.append((times.host_end_ns.item(), number, len(times.choice_known_ns) - 1, -1))
+    began_ns = last_ns = last_visit = 0
+    here = next(iter(gpus))
+    for at_ns, number, visit, goes_on_ns in sorted(moments):
+        if number != here:
+            yield here, last_visit, began_ns, last_ns
+            here, began_ns = number, last_ns
+        last_ns, last_visit = at_ns, visit
+        if goes_on_ns >= 0:
+            yield here, visit, began_ns, at_ns
+            began_ns = last_ns = goes_on_ns
+    yield here, last_visit, began_ns, last_ns
+
+
+def _plain(gpu: MeasuredGpu) -> dict[str, Any]:
+    """Return what one GPU did as plain data."""
+    return {
+        "counts": dict(gpu.counts),
+        "verified": gpu.verified,
+        "spans": {name: gpu.spans[name].tolist() for name in SPAN_COLUMNS},
+        "repeats": [
+            {field.name: _packed(getattr(times, field.name)) for field in fields(Times)} for times in gpu.repeats
+        ],
+    }
+
+
+def _measured_gpu(data: Mapping[str, Any]) -> MeasuredGpu:
+    """Return what `_plain` made plain."""
+    return MeasuredGpu(
+        spans={name: np.array(data["spans"][name], dtype=np.int64) for name in SPAN_COLUMNS},
+        repeats=tuple(
+            Times(**{field.name: _unpacked(times[field.name]) for field in fields(Times)}) for times in data["repeats"]
+        ),
+        counts=data["counts"],
+        verified=data["verified"],
+    )
 
 
 def _packed(values: Numbers) -> list[int]:

@@ -2,20 +2,22 @@
 
 The decisions come from the visits that the simulator draws too; here they become entries (a kernel group, a copy, a
 read-back) with the expert slots they use and the entries whose end they wait for. What one stream orders by itself
-needs no wait.
+needs no wait. Each stage of a pipeline has a plan of its own, whose entries also say what passes between the stages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..engine.costs import pieces_of, token_bucket
 from ..engine.dispatch import Visit, launch_order
 from ..engine.inputs import Inputs
 from ..engine.memory_manager import Admission, MemoryManager
+from ..engine.pipeline import flow_of, received_steps, sent_bytes
+from ..engine.scenario import Scenario
 from ..engine.simulate import dispatched, make_manager, make_prefetch
-from ..resources.timeline import DEMAND, DENSE, EXPERT, HEAD, PREFETCH, READBACK
+from ..resources.timeline import ACTIVATION, DEMAND, DENSE, EXPERT, HEAD, PREFETCH, READBACK
 
 #: The kinds of entries that copy an expert.
 COPIES = (DEMAND, PREFETCH)
@@ -32,6 +34,8 @@ class Entry:
     `marks` are how many spans it leaves, numbered from `mark`: one, or one a piece of a copy in a priority queue.
     In a priority queue, `overtakes` is a copy into the same room that nobody has used (-1: none): if it is still queued
     it need not be made; and `promotes` are copies that may still be queued and are demanded from here on.
+    In a pipeline, `receives` is the step whose data from the stage before its stream waits for (-1: none), and
+    `size_bytes` is what is sent to the next stage.
     """
 
     kind: int
@@ -48,6 +52,8 @@ class Entry:
     promotes: tuple[int, ...] = ()
     mark: int = 0
     marks: int = 1
+    receives: int = -1
+    size_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,17 @@ class Plan:
     pieces: int
     #: Where the experts lie at the end: expert -> slot.
     resident: dict[int, int]
+    #: How many entries there are up to the end of each step (steps,).
+    step_ends: list[int]
+
+
+@dataclass(frozen=True)
+class Passing:
+    """What one stage of a pipeline waits for at each step, and sends: as of `Entry` (steps,); whether it has a head."""
+
+    receives: Sequence[int]
+    sends_bytes: Sequence[int]
+    has_head: bool
 
 
 def check_executable(inputs: Inputs) -> None:
@@ -77,33 +94,62 @@ def check_executable(inputs: Inputs) -> None:
         (not scenario.only_fetches, "miss.policy and [compression]: experts are copied as they are; leave both out"),
         (scenario.memory.preload != "none", "memory.preload: slots begin empty; set it to none"),
         (inputs.budgets is not None, "memory.total_bytes: slots are preallocated; give memory.gpu_budget alone"),
+        (_queues_in_stages(scenario), "copy.discipline = 'priority' and parallel.stages: choose fifo or two_streams"),
     ):
         if wrong:
             raise ExecutionError(f"{text} (execution on a GPU)")
+
+
+def _queues_in_stages(scenario: Scenario) -> bool:
+    return scenario.copy_.discipline == "priority" and scenario.parallel.stages > 1
 
 
 def _predicts(inputs: Inputs) -> bool:
     return inputs.guesses is not None and inputs.predictor.latency_us > 0 and inputs.scenario.predictor.lane != "free"
 
 
-def make_plan(inputs: Inputs) -> Plan:
-    """Decide all visits of a scenario and lay out what the host calls for them; ExecutionError if it cannot be."""
+def make_plans(inputs: Inputs) -> list[Plan]:
+    """Decide all visits of a scenario and lay out what the host calls for them, for each GPU by itself.
+
+    Raises ExecutionError if it cannot be executed.
+    """
+    if inputs.links is None:
+        return [make_plan(part) for part in inputs.parts]
+    return [make_plan(part, passing) for part, passing in zip(inputs.stages, passings(inputs), strict=True)]
+
+
+def passings(inputs: Inputs) -> list[Passing]:
+    """Return what passes at each of several stages."""
+    flow, stages = flow_of(inputs.model, inputs.trace, inputs.steps), len(inputs.stages)
+    return [
+        Passing(received_steps(flow, stage), sent_bytes(flow, stage, stages), stage == stages - 1)
+        for stage in range(stages)
+    ]
+
+
+def make_plan(inputs: Inputs, passing: Passing | None = None) -> Plan:
+    """Return the plan of one GPU, as `make_plans` does; `passing`: it is a stage among others."""
     check_executable(inputs)
     manager, prefetch = make_manager(inputs), make_prefetch(inputs.scenario, inputs.model)
     if prefetch.uses_clock:
         raise ExecutionError(f"prefetch.policy = {inputs.scenario.prefetch.policy!r} decides by the clock")
     visits = list(dispatched(inputs, manager, prefetch))
-    planner = _Planner(inputs)
+    planner = _Planner(inputs, passing)
     for visit in visits:
         planner.visit(visit)
     resident = {expert: planner.slot_of[copy] for expert, copy in manager.assigned.items()}
-    return Plan(planner.entries, visits, manager, planner.slots, planner.marks, planner.pieces, resident)
+    return Plan(
+        planner.entries, visits, manager, planner.slots, planner.marks, planner.pieces, resident, planner.step_ends
+    )
 
 
 class _Planner:
-    def __init__(self, inputs: Inputs) -> None:
+    def __init__(self, inputs: Inputs, passing: Passing | None) -> None:
         scenario = inputs.scenario
         self.entries: list[Entry] = []
+        self.step_ends: list[int] = []
+        self._passing = passing
+        self._last_kernel = -1  # its entry
         self.slots = self.marks = 0
         self.slot_of: dict[int, int] = {}  # by copy
         self._scenario = scenario
@@ -121,7 +167,8 @@ class _Planner:
         """Add one layer visit, and behind the last layer the head of its step."""
         number, layer, settings = visit.number, visit.layer, self._scenario
         tokens = self._tokens(self._step_tokens[visit.step])
-        self._add(Entry(DENSE, number, layer, tokens, "compute"))
+        receives = -1 if self._passing is None or layer else self._passing.receives[visit.step]
+        self._add(Entry(DENSE, number, layer, tokens, "compute", receives=receives))
         if settings.dispatch.router_readback:
             self._add(Entry(READBACK, number, layer, tokens, "d2h"))
         for wave in visit.waves:
@@ -138,7 +185,17 @@ class _Planner:
         if settings.prefetch.issue == "after_launch":
             self._prefetches(visit)
         if layer == self._layers - 1:
+            self._end_step(visit, tokens)
+
+    def _end_step(self, visit: Visit, tokens: int) -> None:
+        """Add the head, and what goes to the next stage behind the last kernel."""
+        passing, number, layer = self._passing, visit.number, visit.layer
+        if passing is None or passing.has_head:
             self._add(Entry(HEAD, number, layer, tokens, "compute"))
+        if passing is not None and (size_bytes := passing.sends_bytes[visit.step]):
+            waits = (self._last_kernel,)
+            self._add(Entry(ACTIVATION, number, layer, tokens, "peer", waits=waits, size_bytes=size_bytes))
+        self.step_ends.append(len(self.entries))
 
     def _tokens(self, tokens: int) -> int:
         return token_bucket(tokens) if self._graph else tokens
@@ -147,7 +204,10 @@ class _Planner:
         entry.mark, entry.promotes, self._promotes = self.marks, self._promotes, ()
         self.marks += entry.marks
         self.entries.append(entry)
-        return len(self.entries) - 1
+        number = len(self.entries) - 1
+        if entry.lane == "compute":
+            self._last_kernel = number
+        return number
 
     def _prefetches(self, visit: Visit) -> None:
         for admission, target in visit.prefetches:

@@ -1,8 +1,9 @@
 """The scenarios that profiles are fitted on, and the others that they are validated on: one line of a table each.
 
 Each has the shapes of a real model, with few enough layers to fit on a GPU and to last some tens of milliseconds, and a
-budget at which neither copies nor kernels alone decide how long it takes. No scenario of one set is in the other, nor
-is its trace: seeds differ.
+budget at which neither copies nor kernels alone decide how long it takes. No scenario of one set is in another, nor
+is its trace: seeds differ. Those of two GPUs are pipelines of two stages, and one GPU whose experts lie in the other's
+memory.
 """
 
 from __future__ import annotations
@@ -72,6 +73,29 @@ _TWO = _set(copy__discipline="two_streams")
 _QUEUE = _set(copy__discipline="priority")
 _PIECES = _set(copy__discipline="priority", copy__chunk_bytes=16 * 2**20)
 
+
+def _stages(micro_batches: int, threads: str = "one", **keys: Any) -> tuple[tuple[str, Any], ...]:
+    """Return settings of a pipeline of two stages over eight sequences, which `micro_batches` divide."""
+    return _set(
+        machine__profile="h200-x2", workload__batch=8, workload__synthetic__sequences=8, parallel__stages=2,
+        parallel__micro_batches=micro_batches, parallel__dispatch_threads=threads, **keys,
+    )  # fmt: skip
+
+
+def _pipe(
+    shape: str, mode: str, lookahead: int, micro_batches: int, recall: float = 1.0, readback: bool = True,
+    threads: str = "one", **keys: Any,
+) -> _Line:  # fmt: skip
+    """Return a pipeline's scenario; a stage has the budget of `_STAGE_BUDGETS` if `keys` give no other."""
+    keys = {"memory__gpu_budget": _STAGE_BUDGETS[shape], **keys}
+    note = f"m{micro_batches}" + ("-threads" if threads != "one" else "")
+    return _Line(shape, mode, lookahead, recall, readback, _stages(micro_batches, threads, **keys), note)
+
+
+#: Room for a part of a stage's experts.
+_STAGE_BUDGETS = {"mixtral": "4experts", "qwen": "60experts", "switch": "60experts", "deepseek": "40experts"}
+_PEER = _set(machine__profile="h200-x2", copy__source="peer")
+
 _EVERYWHERE = ("mixtral", "qwen", "switch", "deepseek")
 
 FIT = [
@@ -103,12 +127,50 @@ VALIDATION = [
     _Line("deepseek", "graph", 0, sections=_set(dispatch__expert_order="resident_first"), note="resident-first"),
 ]
 
+FIT_TWO_GPUS = [
+    _pipe("qwen", "graph", 1, 2, 0.9),
+    _pipe("deepseek", "graph", 0, 4),
+    _pipe("switch", "graph", 0, 2),
+    _pipe("mixtral", "graph", 0, 2, readback=False, workload__synthetic__tokens=56),
+    _pipe("qwen", "graph", 0, 4, readback=False),
+    _pipe("deepseek", "graph", 1, 2, 0.9, readback=False),
+    _pipe("deepseek", "eager", 0, 4),
+    _pipe("switch", "graph", 0, 4, threads="per-gpu"),
+    *(_Line(shape, "graph", 0, sections=_PEER, note="peer") for shape in _EVERYWHERE),
+    *(_Line(shape, "graph", 1, 0.9, sections=_PEER, note="peer") for shape in _EVERYWHERE),
+    _Line("deepseek", "eager", 0, sections=_PEER, note="peer"),
+]
+
+TWO_GPUS = [
+    *(_pipe("qwen", "graph", 0, micro_batches) for micro_batches in (1, 2, 4, 8)),
+    *(_pipe("qwen", "graph", 1, micro_batches, 0.8, readback=False) for micro_batches in (1, 2, 4, 8)),
+    _pipe("deepseek", "graph", 1, 2, 0.8),
+    _pipe("deepseek", "graph", 0, 4, readback=False),
+    _pipe("switch", "graph", 1, 8, 0.8, readback=False),
+    _pipe("deepseek", "eager", 0, 2),
+    *(
+        _pipe("mixtral", "graph", 0, micro_batches, readback=False, workload__synthetic__tokens=48)
+        for micro_batches in (4, 8)
+    ),
+    _pipe("mixtral", "graph", 1, 4, 0.8, readback=False, workload__synthetic__tokens=48),
+    _pipe("qwen", "graph", 0, 4, threads="per-gpu"),
+    _pipe("deepseek", "graph", 0, 2, threads="per-gpu"),
+    *(_Line(shape, "graph", 0, sections=_PEER, note="peer") for shape in ("mixtral", "deepseek")),
+    *(_Line(shape, "graph", 1, 0.8, sections=_PEER, note="peer") for shape in ("qwen", "switch")),
+    _Line("qwen", "graph", 1, 0.8, False, sections=_PEER, note="peer"),
+]
+
 #: The sets by name, each with the seed of its traces and what its scenarios' names begin with.
-SETS = {"fit": (FIT, 11, "fit-"), "validation": (VALIDATION, 23, "")}
+SETS = {
+    "fit": (FIT, 11, "fit-"),
+    "validation": (VALIDATION, 23, ""),
+    "fit-two-gpus": (FIT_TWO_GPUS, 37, "fit-two-"),
+    "two-gpus": (TWO_GPUS, 41, "two-"),
+}
 
 
 def scenarios(set_name: str) -> dict[str, Scenario]:
-    """Return the scenarios of a set ("fit" or "validation") by name."""
+    """Return the scenarios of one of SETS by name."""
     lines, seed, prefix = SETS[set_name]
     return {prefix + line.name: _scenario(line, seed) for line in lines}
 

@@ -53,9 +53,10 @@ class CpuGraph:
 
 
 class CpuDevice:
-    """The surface of `prestage.calibration.cuda.Gpu`."""
+    """The surface of `prestage.calibration.cuda.Gpu`; several stand for several GPUs."""
 
-    def __init__(self) -> None:
+    def __init__(self, index: int = 0) -> None:
+        self.index = index
         self.current: CpuStream | None = None
 
     def empty(self, *shape: int, dtype: str = "uint8") -> torch.Tensor:

@@ -18,9 +18,10 @@ from cpu_device import CpuDevice
 from tiny import tiny_inputs, tiny_profile, tiny_scenario
 
 from prestage.calibration.cuda import CudaError, Gpu, Workload, expert_matrices
-from prestage.calibration.execute import Execution, Shared, chosen_scenarios, execute, undisturbed
+from prestage.calibration.execute import Execution, chosen_scenarios, execute, undisturbed
 from prestage.calibration.host import Cores
 from prestage.calibration.measured import MeasuredError, load_measured, makespan_ns
+from prestage.calibration.part import Shared
 from prestage.calibration.plan import ExecutionError, decision_counts, make_plan
 from prestage.calibration.scenario_sets import scenarios
 from prestage.engine.costs import Costs
@@ -86,14 +87,15 @@ def shared() -> Shared:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_an_execution_makes_the_spans_that_the_simulation_makes(variant: str, shared: Shared) -> None:
     inputs = small_inputs(**VARIANTS[variant])
-    measured = execute(CpuDevice(), inputs, variant, shared, repeats=3)
+    measured = execute([CpuDevice()], inputs, variant, shared, repeats=3)
+    (gpu,), (timeline,) = measured.gpus, measured.timelines()
     costs = Costs(inputs.model, inputs.profile, inputs.scenario)
     simulated = run(inputs, costs, make_manager(inputs), make_prefetch(inputs.scenario, inputs.model))
-    assert measured.counts["miss"] + measured.counts["prefetch"] == len(simulated.copy_reason)
-    assert measured.counts["evict"] == simulated.manager.evicted
+    assert gpu.counts["miss"] + gpu.counts["prefetch"] == len(simulated.copy_reason)
+    assert gpu.counts["evict"] == simulated.manager.evicted
     wanted, made = (
         Counter((KINDS[span["kind"]], span["visit"], span["expert"], span["copy"]) for span in spans.tolist_named())
-        for spans in (_Spans(simulated.spans), _Spans(measured.timeline().spans()))
+        for spans in (_Spans(simulated.spans), _Spans(timeline.spans()))
     )
     if inputs.scenario.copy_.discipline == "priority":  # which prefetches are cancelled is a matter of time
         for spans in (wanted, made):
@@ -114,43 +116,45 @@ class _Spans:
 def test_every_expert_computes_with_its_own_weights(variant: str, shared: Shared) -> None:
     # The group of each expert is wrapped: right behind it, its output must be that of the host's weights.
     inputs = small_inputs(**VARIANTS[variant])
-    execution = Execution(CpuDevice(), inputs, shared)
+    execution = Execution([CpuDevice()], inputs, shared)
+    (part,) = execution.parts
     host = shared.buffers(LAYERS * EXPERTS, EXPERT_BYTES)
     seen = []
 
     def check(expert: int, tokens: int) -> None:
         first, second, last = expert_matrices(inputs.model, host[expert])
-        x = execution.workload._expert_x[:tokens]
+        x = part.workload._expert_x[:tokens]
         wanted = ((x @ first.t()).relu() * (x @ second.t())) @ last.t()
-        torch.testing.assert_close(execution.workload.output[:tokens], wanted)
+        torch.testing.assert_close(part.workload.output[:tokens], wanted)
         seen.append(expert)
 
-    for entry, step in zip(execution.plan.entries, execution._stamp_of, strict=True):
+    for entry, step in zip(part.plan.entries, part._stamp_of, strict=True):
         if entry.kind == EXPERT:
-            execution._program[step] += ((check, (entry.expert, entry.tokens)),)
+            part.program[step] += ((check, (entry.expert, entry.tokens)),)
     execution.run()
-    assert seen == [entry.expert for entry in execution.plan.entries if entry.kind == EXPERT]
-    assert all(execution.holds_right_bytes(expert, slot) for expert, slot in execution.plan.resident.items())
+    assert seen == [entry.expert for entry in part.plan.entries if entry.kind == EXPERT]
+    assert all(part.holds_right_bytes(expert, slot) for expert, slot in part.plan.resident.items())
 
 
 def test_one_more_run_is_made_under_the_profiler_which_sees_its_calls(shared: Shared, tmp_path: Path) -> None:
     path = tmp_path / "trace.json.gz"
-    measured = execute(CpuDevice(), small_inputs(), "profiled", shared, repeats=2, profile=path)
+    measured = execute([CpuDevice()], small_inputs(), "profiled", shared, repeats=2, profile=path)
     assert len(measured.makespans_ns) == 2
     trace = json.loads(gzip.decompress(path.read_bytes()))
     made = Counter(event["name"] for event in trace["traceEvents"] if event.get("cat") == "cpu_op")
-    kinds = measured.spans["kind"]
+    kinds = measured.gpus[0].spans["kind"]
     # An expert's group has three products, a dense part's four, the head one: see small_model.
     assert made["aten::mm"] == 3 * sum(kinds == EXPERT) + 4 * sum(kinds == DENSE) + sum(kinds == HEAD)
     assert "traceName" not in trace  # a path on this machine
 
 
 def test_a_slot_with_other_bytes_is_noticed(shared: Shared) -> None:
-    execution = Execution(CpuDevice(), small_inputs(), shared)
+    execution = Execution([CpuDevice()], small_inputs(), shared)
     execution.run()
-    expert, slot = next(iter(execution.plan.resident.items()))
-    execution.slots[slot][-1] ^= 1
-    assert not execution.holds_right_bytes(expert, slot)
+    (part,) = execution.parts
+    expert, slot = next(iter(part.plan.resident.items()))
+    part.slots[slot][-1] ^= 1
+    assert not part.holds_right_bytes(expert, slot)
 
 
 def test_slots_never_exceed_the_budget_and_no_two_residents_share_one() -> None:
@@ -193,14 +197,15 @@ def test_graphs_run_at_the_next_power_of_two_of_tokens() -> None:
 
 
 def test_a_measured_file_gives_the_run_back(tmp_path: Path, shared: Shared) -> None:
-    measured = execute(CpuDevice(), small_inputs(), "again", shared, repeats=3, keep_all=True)
+    measured = execute([CpuDevice()], small_inputs(), "again", shared, repeats=3, keep_all=True)
     for name in ("run.json", "run.json.gz"):
         measured.save(tmp_path / name)
         again = load_measured(tmp_path / name)
         assert again.makespans_ns == measured.makespans_ns and again.scenario == measured.scenario
-        assert len(again.repeats) == 3 and again.makespan_ns == sorted(measured.makespans_ns)[1]
-        assert [makespan_ns(again.spans, times) for times in again.repeats] == list(measured.makespans_ns)
-        np.testing.assert_array_equal(again.timeline().spans(), measured.timeline().spans())
+        (gpu,) = again.gpus
+        assert len(gpu.repeats) == 3 and again.makespan_ns == sorted(measured.makespans_ns)[1]
+        assert [makespan_ns([gpu.spans], [times]) for times in gpu.repeats] == list(measured.makespans_ns)
+        np.testing.assert_array_equal(again.timelines()[0].spans(), measured.timelines()[0].spans())
 
 
 @pytest.mark.parametrize(("content", "says"), [("{}", "KeyError"), ('{"format": "x"}', "format"), ("[", "JSON")])
@@ -211,7 +216,8 @@ def test_a_file_that_is_no_measured_run_is_refused(content: str, says: str, tmp_
 
 
 def test_the_timeline_has_its_causes_before_its_effects(shared: Shared) -> None:
-    spans = execute(CpuDevice(), small_inputs(), "causes", shared, repeats=1).timeline().spans()
+    (timeline,) = execute([CpuDevice()], small_inputs(), "causes", shared, repeats=1).timelines()
+    spans = timeline.spans()
     copy_end = {int(span["copy"]): int(span["end_ns"]) for span in spans if span["kind"] in (DEMAND, PREFETCH)}
     assert (spans["end_ns"] >= spans["start_ns"]).all()
     assert all(copy_end[int(span["copy"])] <= span["start_ns"] for span in spans if span["kind"] == EXPERT)
@@ -247,7 +253,7 @@ def test_more_experts_than_the_gpu_holds_are_refused_by_the_budgets_key(shared: 
     device = CpuDevice()
     device.free_bytes = lambda: 9 * EXPERT_BYTES - 1
     with pytest.raises(CudaError, match=r"memory\.gpu_budget = '9experts'"):
-        Execution(device, small_inputs(), shared)
+        Execution([device], small_inputs(), shared)
 
 
 def test_without_a_gpu_one_line_names_the_shipped_profiles() -> None:
@@ -290,6 +296,6 @@ class Scripted(Cores):
 def test_repeats_on_a_disturbed_core_do_not_count_unless_there_are_no_others(
     slowdowns: tuple[float, ...], disturbed: int, shared: Shared
 ) -> None:
-    execution = Execution(CpuDevice(), small_inputs(), shared)
+    execution = Execution([CpuDevice()], small_inputs(), shared)
     times, others = undisturbed(execution, 2, Scripted(*slowdowns))
     assert (len(times), others) == (2, disturbed)
