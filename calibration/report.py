@@ -28,8 +28,9 @@ def write_report(report: dict[str, Any], folder: Path) -> list[Path]:
 def markdown(report: dict[str, Any], *, every_row: bool) -> str:
     """Return the report as Markdown: sizes of the errors, dispatch modes, ablations, and each scenario if asked."""
     machine = report["machine"]
+    gpus = {1: "one", 2: "two"}.get(report["gpus"], report["gpus"])
     parts = [
-        f"{len(report['rows'])} schedules executed {report['repeats']} times each on one {machine['device']} "
+        f"{len(report['rows'])} schedules executed {report['repeats']} times each on {gpus} {machine['device']} "
         f"(driver {machine['driver']}, torch {machine['versions']['torch']}, {machine['date']}) and simulated with the "
         f"profile `{report['profile']}`; errors are of the makespan, simulated / measured - 1.",
         _summary_table(report["summary"]),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,12 @@ from ..engine.costs import Costs
 from ..engine.gpu import Decoded
 from ..engine.inputs import Inputs
 from ..engine.memory_manager import DEMANDED, PREFETCHED
+from ..engine.output.merge import makespan_ns as run_ns
 from ..engine.output.metrics import LATE, Recording, time_split
 from ..engine.replicates import replicate_costs
 from ..engine.scenario import Scenario
-from ..engine.simulate import load_inputs, make_manager, make_prefetch, run
+from ..engine.simulate import load_inputs, prepared, run_all
+from ..engine.stages import with_profile
 from ..resources.profile import Duration, DurationBesideCopy, Profile, TransferCost
 from ..resources.timeline import LAUNCH, PREFETCH
 from .measured import Measured
@@ -40,11 +43,16 @@ def compare(measured: Measured, profile: Profile) -> dict[str, Any]:
     Raises ValueError if the scenario cannot run on the profile.
     """
     simulated = simulate_measured(measured, profile)
-    executed = _as_recording(measured, simulated)
-    real_ns, made_ns = measured.makespan_ns, simulated.makespan_ns
+    executed = _as_recordings(measured, simulated)
+    real_ns, made_ns = measured.makespan_ns, run_ns(simulated)
     busy_real, busy_made = _busy(executed), _busy(simulated)
-    bound = max(ROLES, key=lambda role: busy_made[role])
+    bound = max(busy_made, key=lambda lane: busy_made[lane])
     scenario = measured.scenario
+    equal = all(
+        gpu.counts == _counts(mine) and _same_spans(real, mine, scenario)
+        for gpu, real, mine in zip(measured.gpus, executed, simulated, strict=True)
+    )
+    sides = (executed, simulated)
     return {
         "scenario": measured.name,
         "model": scenario.model.preset,
@@ -57,40 +65,44 @@ def compare(measured: Measured, profile: Profile) -> dict[str, Any]:
         "bound_ms": busy_made[bound] / 1e6,
         "bound_error": busy_made[bound] / real_ns - 1,
         "busiest_share": max(busy_real.values()) / real_ns,
-        "counts_equal": measured.counts == _counts(simulated) and _same_spans(executed, simulated, scenario),
-        "busy_ms": {role: _pair(busy_real[role] / 1e6, busy_made[role] / 1e6) for role in ROLES},
-        "stall_ms": _pair(*(time_split(recording)["stall_ms"] for recording in (executed, simulated))),
-        "late": _pair(*(int((recording.outcomes == LATE).sum()) for recording in (executed, simulated))),
+        "counts_equal": equal,
+        "busy_ms": {lane: _pair(busy_real[lane] / 1e6, busy_made[lane] / 1e6) for lane in busy_made},
+        "stall_ms": _pair(*(sum(time_split(gpu)["stall_ms"] for gpu in side) for side in sides)),
+        "late": _pair(*(sum(int((gpu.outcomes == LATE).sum()) for gpu in side) for side in sides)),
         "start_error_us": _start_errors(executed, simulated),
     }
 
 
-def simulate_measured(measured: Measured, profile: Profile, ablation: Ablation | None = None) -> Recording:
+def simulate_measured(measured: Measured, profile: Profile, ablation: Ablation | None = None) -> list[Recording]:
     """Simulate the scenario of a measured run on a profile, with the events that the execution is timed by."""
     scenario = measured.scenario
     if ablation is not None:
         profile, scenario = ablation(profile, scenario)
-    inputs = replace(load_inputs(scenario), profile=profile)
-    return _simulate(inputs, Costs(inputs.model, profile, scenario, timed=True))
+    inputs = with_profile(load_inputs(scenario), profile, timed=True)
+    return _simulate(inputs, [Costs(part.model, profile, part.scenario, timed=True) for part in inputs.parts])
 
 
-def _simulate(inputs: Inputs, costs: Costs) -> Recording:
-    return run(inputs, costs, make_manager(inputs), make_prefetch(inputs.scenario, inputs.model))
+def _simulate(inputs: Inputs, costs: Sequence[Costs]) -> list[Recording]:
+    return run_all(inputs, prepared(inputs, costs))
 
 
 def predicted_ms(measured: Measured, profile: Profile, replicates: int) -> dict[str, float]:
     """Return percentiles (p5, p50, p95) of the makespan over `replicates` draws of the costs from their uncertainty."""
-    inputs = replace(load_inputs(measured.scenario), profile=profile)
-    drawn = replicate_costs(inputs.model, profile, inputs.scenario, replicates, timed=True)
-    makespans_ms = [_simulate(inputs, costs).makespan_ns / 1e6 for costs in drawn]
+    inputs = with_profile(load_inputs(measured.scenario), profile, timed=True)
+    # The same seed for all GPUs: what is drawn is how far the profile is off, and they share it.
+    drawn = (replicate_costs(part.model, profile, part.scenario, replicates, timed=True) for part in inputs.parts)
+    makespans_ms = [run_ns(_simulate(inputs, costs)) / 1e6 for costs in zip(*drawn, strict=True)]
     return dict(zip(("p5", "p50", "p95"), np.percentile(makespans_ms, (5, 50, 95)).tolist(), strict=True))
 
 
-def _as_recording(measured: Measured, simulated: Recording) -> Recording:
+def _as_recordings(measured: Measured, simulated: Sequence[Recording]) -> list[Recording]:
     """Return a measured run with the books of its simulation, whose decisions are the same."""
-    visits = simulated.decoded.visits.copy()
-    visits["choice_known_ns"] = measured.times.choice_known_ns
-    return replace(simulated, decoded=Decoded(measured.timeline(), simulated.decoded.accesses, visits))
+    executed = []
+    for mine, times, timeline in zip(simulated, measured.times, measured.timelines(), strict=True):
+        visits = mine.decoded.visits.copy()
+        visits["choice_known_ns"] = times.choice_known_ns
+        executed.append(replace(mine, decoded=Decoded(timeline, mine.decoded.accesses, visits, mine.decoded.arrivals)))
+    return executed
 
 
 def _counts(recording: Recording) -> dict[str, int]:
@@ -117,29 +129,39 @@ def _same_spans(executed: Recording, simulated: Recording, scenario: Scenario) -
     return counts[0] == counts[1]
 
 
-def _busy(recording: Recording) -> dict[str, int]:
-    """Return for how long lanes of each role were busy, any of them, in ns."""
-    spans, timeline = recording.spans, recording.decoded.timeline
-    busy = {}
-    for role in ROLES:
-        here = spans[np.isin(spans["lane"], timeline.lanes_with(role))]
-        here = here[np.argsort(here["start_ns"], kind="stable")]
-        reached = np.maximum.accumulate(here["end_ns"]) if len(here) else here["end_ns"]
-        before = np.concatenate([[0], reached[:-1]]) if len(here) else reached
-        busy[role] = int(np.maximum(0, reached - np.maximum(here["start_ns"], before)).sum())
-    return busy
+def _busy(recordings: Sequence[Recording]) -> dict[str, int]:
+    """Return for how long lanes of each role were busy, any of them, in ns: of each GPU, and of each host thread."""
+    intervals: dict[str, list[Any]] = {}
+    for role, recording in product(ROLES, recordings):
+        spans, timeline = recording.spans, recording.decoded.timeline
+        for number in timeline.lanes_with(role):
+            device = timeline.lanes[number].device
+            name = role if len(recordings) == 1 or device == role else f"{device} {role}"
+            intervals.setdefault(name, []).append(spans[spans["lane"] == number])
+    return {name: _union_ns(np.concatenate(parts)) for name, parts in intervals.items()}
 
 
-def _start_errors(executed: Recording, simulated: Recording) -> dict[str, float]:
+def _union_ns(spans: Any) -> int:
+    """Return how long any of some spans was under way."""
+    spans = spans[np.argsort(spans["start_ns"], kind="stable")]
+    reached = np.maximum.accumulate(spans["end_ns"]) if len(spans) else spans["end_ns"]
+    before = np.concatenate([[0], reached[:-1]]) if len(spans) else reached
+    return int(np.maximum(0, reached - np.maximum(spans["start_ns"], before)).sum())
+
+
+def _start_errors(executed: Sequence[Recording], simulated: Sequence[Recording]) -> dict[str, float]:
     """Return by how much spans start earlier or later than measured, in us: median and 90th percentile of |error|."""
-    ordered = []
-    for recording in (executed, simulated):
-        what, spans = _identities(recording)
-        first: dict[Any, int] = {}
-        for name, start_ns in zip(what.tolist(), spans["start_ns"].tolist(), strict=True):
-            first[name] = min(start_ns, first.get(name, start_ns))
-        ordered.append(first)
-    errors = [abs(ordered[1][name] - start_ns) / 1e3 for name, start_ns in ordered[0].items() if name in ordered[1]]
+    errors: list[float] = []
+    for pair in zip(executed, simulated, strict=True):
+        ordered = []
+        for recording in pair:
+            what, spans = _identities(recording)
+            first: dict[Any, int] = {}
+            for name, start_ns in zip(what.tolist(), spans["start_ns"].tolist(), strict=True):
+                first[name] = min(start_ns, first.get(name, start_ns))
+            ordered.append(first)
+        real, made = ordered
+        errors += [abs(made[name] - start_ns) / 1e3 for name, start_ns in real.items() if name in made]
     median, high = np.percentile(errors, (50, 90)).tolist()
     return {"p50": median, "p90": high}
 
@@ -230,7 +252,7 @@ def validate(
         row = compare(measured, profile)
         if ablate:
             row["ablation"] = {
-                name: simulate_measured(measured, profile, change).makespan_ns / measured.makespan_ns - 1
+                name: run_ns(simulate_measured(measured, profile, change)) / measured.makespan_ns - 1
                 for name, change in ABLATIONS.items()
             }
         if replicates:
@@ -241,6 +263,7 @@ def validate(
     return {
         "profile": profile.name,
         "machine": machine,
+        "gpus": max(run.gpus_used for run in runs),
         "repeats": len(runs[0].makespans_ns),
         "replicates": replicates,
         "summary": summary(rows),

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import numpy as np
 import pytest
 
 from prestage.calibration.in_schedule import samples
-from prestage.calibration.measured import SPAN_COLUMNS, Measured, Times
-from prestage.calibration.plan import decision_counts, make_plan
+from prestage.calibration.measured import SPAN_COLUMNS, Measured, MeasuredGpu, Times
+from prestage.calibration.plan import Plan, decision_counts, make_plans
 from prestage.calibration.report import markdown, write_report
 from prestage.calibration.scenario_sets import SETS, scenarios
 from prestage.calibration.validate import (
@@ -24,8 +25,11 @@ from prestage.calibration.validate import (
     validate,
 )
 from prestage.engine.costs import Costs
+from prestage.engine.output.merge import makespan_ns
+from prestage.engine.output.metrics import Recording
 from prestage.engine.scenario import Scenario, make_scenario
-from prestage.engine.simulate import load_inputs, make_manager, make_prefetch, run
+from prestage.engine.simulate import load_inputs, prepared, run_all
+from prestage.engine.stages import with_profile
 from prestage.resources.profile import Profile, load_profile
 from prestage.resources.timeline import LAUNCH, READBACK
 
@@ -45,14 +49,28 @@ def small(**sections: Any) -> Scenario:
 
 def as_if_measured(scenario: Scenario, profile: Profile, name: str = "small-graph-x", stretch: float = 1.0) -> Measured:
     """Write a simulation down as a measured run, all its times `stretch` times as long."""
-    inputs = replace(load_inputs(scenario), profile=profile)
-    recording = run(
-        inputs,
-        Costs(inputs.model, profile, scenario, timed=True),
-        make_manager(inputs),
-        make_prefetch(scenario, inputs.model),
+    inputs = with_profile(load_inputs(scenario), profile, timed=True)
+    costs = [Costs(part.model, profile, part.scenario, timed=True) for part in inputs.parts]
+    recordings = run_all(inputs, prepared(inputs, costs))
+    return Measured(
+        name=name,
+        scenario=scenario,
+        machine={"device": "a simulation", "driver": "none", "date": "never", "versions": {"torch": "none"}},
+        makespans_ns=tuple(round(makespan_ns(recordings) * stretch) for _ in range(3)),
+        gpus=tuple(
+            MeasuredGpu(
+                spans={column: np.array([getattr(entry, column) for entry in plan.entries]) for column in SPAN_COLUMNS},
+                repeats=(stretched_times(plan, recording, scenario, stretch),),
+                counts=decision_counts(plan.visits, plan.manager),
+                verified=len(plan.resident),
+            )
+            for plan, recording in zip(make_plans(inputs), recordings, strict=True)
+        ),
+        disturbed=0,
     )
-    plan = make_plan(inputs)
+
+
+def stretched_times(plan: Plan, recording: Recording, scenario: Scenario, stretch: float) -> Times:
     found: dict[Any, Iterator[Any]] = {}
     spans = recording.spans[recording.spans["kind"] != LAUNCH]
     keys = spans[["kind", "visit", "expert", "copy"]].tolist()
@@ -68,24 +86,13 @@ def as_if_measured(scenario: Scenario, profile: Profile, name: str = "small-grap
     waits_ns = np.full(len(known_ns), -1)
     if scenario.dispatch.router_readback:
         waits_ns = times([row["issued_ns"] for row in rows if row["kind"] == READBACK])
-    when = Times(
+    return Times(
         start_ns=times([row["start_ns"] for row in rows]),
         end_ns=times([row["end_ns"] for row in rows]),
         issued_ns=times([row["issued_ns"] for row in rows]),
         waits_from_ns=waits_ns,
         choice_known_ns=times(known_ns),
         host_end_ns=times(host["end_ns"][-1:]),
-    )
-    return Measured(
-        name=name,
-        scenario=scenario,
-        machine={"device": "a simulation", "driver": "none", "date": "never", "versions": {"torch": "none"}},
-        makespans_ns=tuple(round(recording.makespan_ns * stretch) for _ in range(3)),
-        spans={column: np.array([getattr(entry, column) for entry in plan.entries]) for column in SPAN_COLUMNS},
-        repeats=(when,),
-        counts=decision_counts(plan.visits, plan.manager),
-        verified=len(plan.resident),
-        disturbed=0,
     )
 
 
@@ -116,6 +123,36 @@ def test_a_run_that_is_its_simulation_has_no_error(case: str, profile: Profile) 
     assert row["stall_ms"]["measured"] == pytest.approx(row["stall_ms"]["simulated"])
 
 
+def staged(**sections: Any) -> Scenario:
+    """Two stages, of two layers and one, over two sequences in micro-batches of one."""
+    parallel = {"stages": 2, "split": [2, 1], "micro_batches": 2, "dispatch_threads": "one"}
+    workload = {"batch": 2, "synthetic": {"tokens": 12, "sequences": 2}}
+    return small(machine={"profile": "h100-x2"}, parallel=parallel, workload=workload, **sections)
+
+
+@pytest.mark.parametrize("readback", [True, False])
+def test_a_pipeline_that_is_its_simulation_has_no_error(readback: bool) -> None:
+    profile = load_profile("h100-x2")
+    row = compare(as_if_measured(staged(dispatch={"router_readback": readback}), profile), profile)
+    assert row["makespan_error"] == 0 and row["counts_equal"]
+    assert row["start_error_us"] == {"p50": 0, "p90": 0}
+    for lane in ("gpu0 compute", "gpu1 compute", "gpu0 h2d", "gpu1 h2d"):
+        assert row["busy_ms"][lane]["error"] == pytest.approx(0, abs=1e-9)
+    assert row["stall_ms"]["measured"] == pytest.approx(row["stall_ms"]["simulated"])
+
+
+def test_samples_of_a_simulated_pipeline_are_the_costs_between_its_gpus() -> None:
+    profile = load_profile("h100-x2")
+    scenario = staged(dispatch={"router_readback": False}, copy={"contention": False}, memory={"gpu_budget": "100%"})
+    rows = {(row["cost"], row["key"].get("bytes")): row for row in samples([as_if_measured(scenario, profile)])}
+    peer, compute = profile.peer, profile.compute
+    assert peer is not None and compute.peer_wait_gap is not None
+    activation_bytes = 2 * 2048  # one token's hidden state in bfloat16
+    assert rows["send", activation_bytes]["median_ns"] == peer.alone.ns(activation_bytes)
+    assert rows["send_wait_gap", None]["median_ns"] == peer.event_wait_gap.ns
+    assert rows["arrival_gap", None]["median_ns"] == compute.peer_wait_gap.ns
+
+
 def test_a_run_twice_as_slow_is_simulated_at_half_its_makespan(profile: Profile) -> None:
     row = compare(as_if_measured(small(), profile, stretch=2.0), profile)
     assert row["makespan_error"] == pytest.approx(-0.5, abs=1e-6)
@@ -127,18 +164,19 @@ def test_a_run_twice_as_slow_is_simulated_at_half_its_makespan(profile: Profile)
 
 def test_a_run_of_other_decisions_does_not_count_as_equal(profile: Profile) -> None:
     measured = as_if_measured(small(), profile)
-    other = replace(measured, counts={**measured.counts, "miss": measured.counts["miss"] + 1})
-    moved = measured.spans["expert"].copy()
+    (gpu,) = measured.gpus
+    other = replace(gpu, counts={**gpu.counts, "miss": gpu.counts["miss"] + 1})
+    moved = gpu.spans["expert"].copy()
     moved[moved >= 0] += 1
-    for wrong in (other, replace(measured, spans={**measured.spans, "expert": moved})):
-        row = compare(wrong, profile)
+    for wrong in (other, replace(gpu, spans={**gpu.spans, "expert": moved})):
+        row = compare(replace(measured, gpus=(wrong,)), profile)
         assert not row["counts_equal"]
         assert "counts differ" in failures([row], tolerance=1.0)[-1]
 
 
 def test_leaving_a_cost_out_makes_the_simulation_faster(profile: Profile) -> None:
     measured = as_if_measured(small(dispatch={"mode": "eager"}), profile)
-    made_ns = {name: simulate_measured(measured, profile, change).makespan_ns for name, change in ABLATIONS.items()}
+    made_ns = {name: makespan_ns(simulate_measured(measured, profile, change)) for name, change in ABLATIONS.items()}
     assert made_ns["no host costs"] < 0.8 * measured.makespan_ns  # eager dispatch is bound by the host
     assert made_ns["no table for small copies"] <= measured.makespan_ns
 
@@ -194,10 +232,11 @@ def test_a_report_is_written_whole_and_the_same_twice(tmp_path: Path, profile: P
 
 
 def test_no_scenario_is_fitted_and_validated_on() -> None:
-    fit, validation = (scenarios(name) for name in SETS)
-    assert len(validation) >= 24
-    assert not [one for one in fit.values() if one in validation.values()]
-    assert {one.seed for one in fit.values()}.isdisjoint(one.seed for one in validation.values())
+    sets = {name: scenarios(name) for name in SETS}
+    assert len(sets["validation"]) >= 24 and len(sets["two-gpus"]) >= 10
+    for one, other in combinations(sets.values(), 2):
+        assert not [scenario for scenario in one.values() if scenario in other.values()]
+        assert {scenario.seed for scenario in one.values()}.isdisjoint(scenario.seed for scenario in other.values())
 
 
 def test_the_validation_set_covers_what_it_should() -> None:
