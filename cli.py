@@ -775,15 +775,18 @@ def calibrate_measure(
     out: Annotated[Path, typer.Option("--out", "-o", help="The file of samples to write.")] = Path("samples.json"),
     device: Annotated[int, typer.Option(help="Which CUDA GPU.")] = 0,
     quick: Annotated[bool, typer.Option(help="Fewer sizes, one model and two rounds: a minute, not four.")] = False,
+    links: Annotated[bool, typer.Option(help="Only what several GPUs of one machine add.")] = False,
 ) -> None:
     """Measure what copies, kernels and calls take on a CUDA GPU, and keep every sample."""
     from .calibration.cuda import Gpu
     from .calibration.evidence import sample_rows
-    from .calibration.measure import FULL, QUICK, measure
+    from .calibration.measure import FULL, LINKS, PROBES, QUICK, measure
 
     gpu = Gpu(device)
+    if links and gpu.count() < 2:
+        raise ValueError("--links: torch finds one GPU only")
     with _progress() as progress:
-        samples = measure(gpu, QUICK if quick else FULL, progress)
+        samples = measure(gpu, QUICK if quick else FULL, progress, LINKS if links else PROBES)
     samples.save(out)
     noisy = sum(row.noisy for row in sample_rows([samples]))
     typer.echo(
@@ -805,6 +808,10 @@ def calibrate_fit(
             help="Measured runs, folders of them, or rows (.rows.json): costs as they are inside schedules; repeat it."
         ),
     ] = None,
+    topology: Annotated[
+        str | None,
+        typer.Option(help="A profile whose graph of several GPUs is this machine's: how fast its links are is fitted."),
+    ] = None,
     rows_out: Annotated[
         Path | None, typer.Option(help="Also write what the runs show as rows (.rows.json), far smaller than the runs.")
     ] = None,
@@ -814,12 +821,16 @@ def calibrate_fit(
     from .calibration.evidence import load_schedule, save_rows
     from .calibration.fit import fit, fit_data, write_profile
     from .calibration.samples import load_samples
+    from .resources.profile import load_profile
 
     rows = load_schedule(in_schedule or ())
     if rows_out is not None:
         save_rows(rows, rows_out)
     first, *more = (load_samples(path) for path in samples)
-    fitted = fit(first, out.name.removesuffix(".json"), rows, more)
+    graph = None if topology is None else load_profile(topology).topology
+    if topology is not None and graph is None:
+        raise ValueError(f"--topology {topology}: that profile has no topology")
+    fitted = fit(first, out.name.removesuffix(".json"), rows, more, graph)
     write_profile(fitted.profile, out)
     if json:
         _print_json(fit_data(fitted))
@@ -881,7 +892,7 @@ def calibrate_execute(
     scenarios: Annotated[
         list[str],
         typer.Argument(
-            help="Scenarios: TOML files, shipped names, or `validation` or `fit` or a scenario of these sets."
+            help="TOML files, shipped names, sets (`validation`, `fit`, `two-gpus`, `fit-two-gpus`) or one of a set."
         ),
     ],
     out: Annotated[

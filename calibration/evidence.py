@@ -63,6 +63,11 @@ class Row:
         return float(np.percentile(self.run_means_ns, _CALM))
 
     @property
+    def typical_ns(self) -> float:
+        """The mean of a typical run: the median of all."""
+        return float(np.median(self.run_means_ns))
+
+    @property
     def noisy(self) -> bool:
         """Whether the interquartile range is more than NOISY of the median."""
         return self.iqr_ns > NOISY * self.median_ns

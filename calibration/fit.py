@@ -18,6 +18,7 @@ import numpy as np
 
 from ..engine.output.export import replacing
 from ..resources.profile import Profile, ProfileError, TransferCost, make_profile
+from ..resources.topology import Topology
 from .evidence import (
     SCHEDULE,
     Evidence,
@@ -46,13 +47,20 @@ class Fit:
     noisy: list[Row]
 
 
-def fit(samples: Samples, name: str, schedule: Iterable[Row] = (), more: Sequence[Samples] = ()) -> Fit:
+def fit(
+    samples: Samples,
+    name: str,
+    schedule: Iterable[Row] = (),
+    more: Sequence[Samples] = (),
+    topology: Topology | None = None,
+) -> Fit:
     """Return the profile of the machine that the samples are of; `more` samples give what these do not have.
 
-    Raises ProfileError if something needed is missing.
+    `topology` is the machine's graph, whose links between the GPUs and to the host are measured here. Raises
+    ProfileError if something needed is missing.
     """
     evidence = Evidence(sample_rows([samples, *more]), schedule)
-    fitter = _Fitter(evidence)
+    fitter = _Fitter(evidence, typical_copies=topology is not None)
     host = fitter.host()
     data: dict[str, Any] = {
         "name": name,
@@ -73,6 +81,8 @@ def fit(samples: Samples, name: str, schedule: Iterable[Row] = (), more: Sequenc
     }
     if evidence.micro("copy", direction="peer"):
         data["peer"] = fitter.copies("peer", "device")
+    if topology is not None:
+        data["topology"] = fitter.topology(topology, data)
     return Fit(make_profile(data, f"fit of {name}"), fitter.terms, evidence.noisy())
 
 
@@ -127,10 +137,14 @@ _FORMS: dict[str, Callable[[Sequence[Row]], float]] = {
 
 
 class _Fitter:
-    """Makes each part of a profile from the evidence and keeps the report of every cost."""
+    """Makes each part of a profile from the evidence and keeps the report of every cost.
 
-    def __init__(self, evidence: Evidence) -> None:
-        self._evidence = evidence
+    A copy inside schedules takes its median. With `typical_copies` it takes the mean of a typical run: where several
+    GPUs load, many copies are a little slower, and a few by much.
+    """
+
+    def __init__(self, evidence: Evidence, *, typical_copies: bool = False) -> None:
+        self._evidence, self._typical_copies = evidence, typical_copies
         self.terms: list[Term] = []
 
     # Copies.
@@ -141,16 +155,24 @@ class _Fitter:
         where = f"{direction}.{memory}"
         # Schedules copy experts from pinned memory only. What starting an idle engine takes lies before a copy's first
         # event there, so that a copy alone takes what a queued one does.
-        in_schedule = evidence.schedule if where == "h2d.pinned" else lambda *_, **__: []
+        before = {"h2d.pinned": "", "peer.device": "peer:"}.get(where)
+
+        def in_schedule(cost: str) -> list[Row]:
+            return [] if before is None else evidence.schedule(before + cost)
+
+        sends = evidence.schedule("send", beside_copy=False) if direction == "peer" else []
         costs = {}
         for mode in ("alone", "queued"):
             rows = {row.key["bytes"]: row for row in evidence.micro("copy", **ours, mode=mode, beside="none")}
             self._need(rows, f"copy, {where}, {mode}")
-            rows |= {row.key["bytes"]: row for row in in_schedule("copy_queued")}
+            rows |= {row.key["bytes"]: row for row in [*in_schedule("copy_queued"), *sends]}
             costs[mode] = self._transfer_cost(f"{where}.{mode}", list(rows.values()))
         gaps = in_schedule("copy_gap") or evidence.micro("copy_gap", **ours)
         costs["gap"] = self._duration(f"{where}.gap", gaps)
-        if waits := in_schedule("copy_wait_gap") or (
+        if direction == "peer":
+            if waits := evidence.micro("peer_wait"):
+                costs["event_wait_gap"] = self._beside_copy(f"{where}.event_wait_gap", "send_wait_gap", waits)
+        elif waits := in_schedule("copy_wait_gap") or (
             evidence.micro("event_wait_gap", waits="copy") if where == "h2d.pinned" else []
         ):
             costs["event_wait_gap"] = self._duration(f"{where}.event_wait_gap", waits)
@@ -163,7 +185,11 @@ class _Fitter:
         return costs
 
     def _transfer_cost(self, name: str, rows: Sequence[Row]) -> dict[str, Any]:
-        form = fit_transfer([(row.key["bytes"], row.median_ns) for row in rows])
+        typical = [self._typical_copies and row.where == SCHEDULE for row in rows]
+        taken_ns = [
+            row.typical_ns if is_typical else row.median_ns for row, is_typical in zip(rows, typical, strict=True)
+        ]
+        form = fit_transfer([(row.key["bytes"], ns) for row, ns in zip(rows, taken_ns, strict=True)])
         unsure = uncertainty(rows, _transfer, "bytes")
         self.terms.append(Term(name, "table" if "points" in form else "line", sum(row.n for row in rows), unsure))
         return {**form, **_measured(rows), "uncertainty": unsure}
@@ -202,6 +228,9 @@ class _Fitter:
             micro = evidence.micro("kernel_gap", dispatch=dispatch, beside="none")
             gaps[dispatch] = self._beside_copy(f"{dispatch}_gap", "kernel_gap", micro, dispatch=dispatch)
         wait = self._beside_copy("event_wait_gap", "event_wait_gap", evidence.micro("event_wait_gap", waits="kernel"))
+        peer = {}
+        if hops := evidence.micro("peer_wait"):
+            peer["peer_wait_gap"] = self._beside_copy("peer_wait_gap", "arrival_gap", hops)
         return {
             "experts": parts["expert"],
             "dense": parts["dense"],
@@ -212,6 +241,7 @@ class _Fitter:
             "eager_gap": gaps["eager"],
             "graph_gap": gaps["graph"],
             "event_wait_gap": wait,
+            **peer,
             "launch_latency": kernels.launch_latency(),
         }
 
@@ -237,8 +267,10 @@ class _Fitter:
         calls = {str(row.key["call"]): row for row in evidence.micro("host")}
         self._need(calls, "host calls")
         costs: dict[str, Any] = {name: self._duration(f"host.{name}", [row]) for name, row in calls.items()}
+        if "turn" in costs:  # to another GPU and back
+            costs["turn"]["ns"] //= 2
         costs["product_launches"] = dict.fromkeys(("bfloat16", "float32"), costs.pop("product_launch"))
-        entries = evidence.schedule_like("host:")
+        entries = evidence.schedule_like("host:") + evidence.schedule_like("peer:host:")
         note = f"{SCHEDULE}: the calls of whole entries, solved for"
         known = {"source": "measured", "note": note, "uncertainty": uncertainty(entries)}
         for name, ns in solve_host(entries, calls["event_record"].calm_ns).items():
@@ -268,7 +300,41 @@ class _Fitter:
         self._need(two, "copy_streams")
         note = "16 copies over two streams, over the same in one"
         sharing = _factor(two[0].median_ns / one[0].median_ns, [*one, *two], note)
-        return {**factors, "copies_sharing": sharing, "copies_take_turns": self._take_turns()}
+        return {
+            **factors, **self._beside_peers(), "copies_sharing": sharing, "copies_take_turns": self._take_turns()
+        }  # fmt: skip
+
+    def _beside_peers(self) -> dict[str, Any]:
+        """Return what kernels and copies from another GPU do to each other, and the host's copies to those."""
+        evidence, costs = self._evidence, {}
+        pairs = [
+            (row, quiet)
+            for part in ("expert", "dense", "head")
+            for row in evidence.schedule(f"peer:{part}", beside_copy=True)
+            for quiet in evidence.schedule(part, **{**row.key, "beside_copy": False})
+        ]
+        pairs = pairs or [
+            (row, quiet)
+            for row in evidence.micro("kernel", where="beside_peer")
+            for quiet in evidence.micro("kernel", **{**row.key, "where": "queued"})
+        ]
+        if pairs:
+            rows, ratios = [row for row, _ in pairs], [row.median_ns / quiet.median_ns for row, quiet in pairs]
+            factor = float(np.average(ratios, weights=[row.n for row in rows]))
+            costs["compute_beside_peer"] = _factor(max(1.0, factor), rows, rows[0].where)
+        if beside := evidence.schedule("send", beside_copy=True):
+            quiet = {row.key["bytes"]: row.median_ns for row in evidence.schedule("send", beside_copy=False)}
+            longer = (
+                [
+                    (row.n, row.median_ns - quiet[min(quiet, key=lambda size: abs(size - row.key["bytes"]))])
+                    for row in beside
+                ]
+                if quiet
+                else []
+            )
+            if longer:
+                costs["peer_beside_copy"] = latency_of(longer, f"{SCHEDULE}: copies between stages, less quiet ones")
+        return costs
 
     def _take_turns(self) -> bool:
         """Whether two streams' copies were seen, and were hardly ever under way at once."""
@@ -284,6 +350,46 @@ class _Fitter:
         self._need(ratios, f"copies {direction} of the same size, quiet")
         return _factor(float(np.median(ratios)), rows, f"queued copies of {rows[0].key['bytes']} bytes")
 
+    # The machine's graph.
+
+    def topology(self, graph: Topology, costs: dict[str, Any]) -> dict[str, Any]:
+        """Return a graph with the speeds of its links as these costs have them, and the capacity of its GPUs."""
+        if "peer" not in costs:
+            raise ProfileError("samples: no series of copies between GPUs: measure on a machine with several")
+        fastest = "the fastest copies"
+        rates = {
+            "pcie": (max(map(_fastest, (*costs["h2d"].values(), costs["d2h"]))), fastest),
+            "nvlink": (_fastest(costs["peer"]), fastest),
+            "dram": (len(graph.gpus) * self._each_while_all_load(), "what all GPUs together get while all load"),
+        }
+        data = graph.model_dump(mode="json", exclude_none=True)
+        for part in data["links"]:
+            if part["kind"] in rates:
+                rate, what = rates[part["kind"]]
+                part |= {
+                    "bytes_per_second": math.ceil(rate),
+                    "source": "measured",
+                    "note": f"{what}; the latency is assumed",
+                }
+        for part in data["nodes"]:
+            if part["kind"] == "gpu":
+                part["capacity_bytes"] = costs["gpu_memory_bytes"]
+        return data
+
+    def _each_while_all_load(self) -> float:
+        """Return the bytes a second that a GPU gets while all load: in typical schedules, else of the longest copy."""
+        rows = self._evidence.schedule("copy_beside_all_gpus") or [self._longest("h2d", "all_gpus")]
+        rates = [row.key["bytes"] * 1e9 / row.typical_ns for row in rows]
+        return float(np.average(rates, weights=[row.n for row in rows]))
+
+    def _longest(self, direction: str, beside: str) -> Row:
+        """Return the row of the longest copies of a direction that were queued."""
+        memory = "device" if direction == "peer" else "pinned"
+        key = {"direction": direction, "memory": memory, "mode": "queued", "beside": beside}
+        rows = self._evidence.micro("copy", **key)
+        self._need(rows, f"copy, {direction}, beside {beside}")
+        return max(rows, key=lambda row: row.key["bytes"])
+
     def allocation(self) -> dict[str, Any]:
         """Return the host's time for one block of the smallest size measured."""
         costs = {}
@@ -296,6 +402,15 @@ class _Fitter:
     def _need(self, rows: Any, what: str) -> None:
         if not rows:
             raise ProfileError(f"samples: no series of {what}: measure again with this version")
+
+
+def _fastest(costs: dict[str, Any]) -> float:
+    """Return the most bytes a second of any copy in one direction."""
+    rates = []
+    for mode in ("alone", "queued"):
+        points = costs[mode].get("points", ())
+        rates += [size_bytes * 1e9 / ns for size_bytes, ns in points if ns] or [costs[mode]["bytes_per_second"]]
+    return float(max(rates))
 
 
 def _measured(rows: Sequence[Row]) -> dict[str, Any]:
@@ -331,14 +446,20 @@ def solve_host(rows: Sequence[Row], record_ns: float) -> dict[str, int]:
 
 def _calls_of(row: Row) -> dict[str, int]:
     """Return how many calls of each kind an entry makes; the first one behind a wait also resumes."""
-    entry, key = row.cost.partition(":")[2], row.key
+    entry, key = row.cost.removeprefix("peer:").partition(":")[2], row.key
     if key.get("first"):
         resume = "copy_resume" if entry.startswith("copy") else "resume"
         return {**_calls_of(replace(row, key={**key, "first": False})), resume: 1}
     if entry == "readback":
         return {"readback_enqueue": 1, "event_record": 1}
     if entry.startswith("copy"):
-        return {"copy_enqueue": 1, "event_record": 2, **({"event_wait": 1} if entry == "copy_reuse" else {})}
+        enqueue = "peer_enqueue" if row.cost.startswith("peer:") else "copy_enqueue"
+        return {enqueue: 1, "event_record": 2, **({"event_wait": 1} if entry == "copy_reuse" else {})}
+    if entry == "send":
+        return {"peer_enqueue": 1, "event_record": 2, "event_wait": 1}
+    if entry == "turn":
+        dense = _calls_of(replace(row, cost="host:dense"))
+        return {**dense, "turn": 1, **({"event_wait": 1} if key["receives"] else {})}
     counted = {"event_record": 2, **({"event_wait": 1} if entry == "expert_first_use" else {})}
     if key["dispatch"] == "graph":
         return {**counted, "graph_launch": 1}

@@ -36,7 +36,8 @@ class Extent:
     """How much is measured.
 
     `models` maps presets (or files) to how many of their layers, among which are all different dense parts; `batches`
-    are how many experts are copied together; `rotated_bytes` of experts take turns, so that no cache holds them.
+    are how many experts are copied together; `shared_bytes` the copies that are made while all GPUs load;
+    `rotated_bytes` of experts take turns, so that no cache holds them.
     """
 
     models: Mapping[str, int]
@@ -47,6 +48,7 @@ class Extent:
     cpu_tokens: Sequence[int]
     allocation_bytes: Sequence[int]
     rounds: int
+    shared_bytes: Sequence[int] = (16 * MIB, 336 * MIB)
     rotated_bytes: int = 160 * MIB
     flood_bytes: int = 32 * MIB
 
@@ -87,7 +89,10 @@ _LAST_ROUND_S = 200.0
 #: Probes at the start of a round that are taken twice, and count the second time.
 _SETTLING = 20
 _FLOOD_COPIES = 16
+_BESIDE_COPIES = 12
 _HOST_CALLS = 100
+#: What goes back through a pipeline: a sampled token's id.
+_TOKEN_BYTES = 8
 #: Calls in one queue: fewer than the driver takes before it blocks.
 _MOST_CALLS = 450
 
@@ -136,6 +141,11 @@ class Bench:
         """Return the call that replays all of these as one CUDA graph; what they use is kept for as long as this."""
         self._kept.append(calls)
         return ((self.gpu.capture(calls, self._pool).replay, ()),)
+
+    @cached_property
+    def other_gpus(self) -> list[Any]:
+        """All other GPUs of this machine."""
+        return [self.gpu.sibling(index) for index in range(self.gpu.count()) if index != self.gpu.index]
 
     @cached_property
     def models(self) -> list[Kernels]:
@@ -292,7 +302,7 @@ def contention_probes(bench: Bench) -> Iterator[Probe]:
     size_bytes = bench.extent.flood_bytes // 2
     kernels = bench.models[0].groups("expert", max(bench.extent.tokens) // 8, "graph")
     load = Beside(bench.compute, tuple(call for _, calls in kernels for call in calls) * 8)
-    loads = {"compute": [load], "d2h": [bench.flood("d2h")], **_other_gpus(bench)}
+    loads = {"compute": [load], "d2h": [bench.flood("d2h")]}
     for name, beside in loads.items():
         yield partial(_look_beside, bench, "h2d", size_bytes, name, beside)
     yield partial(_look_beside, bench, "d2h", size_bytes, "h2d", [bench.flood("h2d")])
@@ -300,7 +310,7 @@ def contention_probes(bench: Bench) -> Iterator[Probe]:
 
 
 def _look_beside(bench: Bench, direction: str, size_bytes: int, name: str, beside: Sequence[Beside]) -> Iterator[Seen]:
-    groups = bench.copies(direction, "pinned", size_bytes, 12)
+    groups = bench.copies(direction, "pinned", size_bytes, _BESIDE_COPIES)
     key: Key = {"direction": direction, "memory": "pinned", "bytes": size_bytes, "mode": "queued"}
     yield "copy", {**key, "beside": name}, bench.timer.queued(bench.copying, groups, beside).durations_ns[1:]
     yield "copy", {**key, "beside": "none"}, bench.timer.queued(bench.copying, groups).durations_ns[1:]
@@ -323,27 +333,68 @@ def _look_at_streams(bench: Bench, size_bytes: int) -> Iterator[Seen]:
     yield "copy_streams", {**key, "streams": 2}, [bench.timer.queued(bench.copying, [calls]).total_ns]
 
 
-def _other_gpus(bench: Bench) -> dict[str, list[Beside]]:
-    """Return what keeps all other GPUs loading; nothing where there are none."""
-    others = [bench.gpu.sibling(index) for index in range(bench.gpu.count()) if index != bench.gpu.index]
+# Several GPUs.
+
+
+def link_probes(bench: Bench) -> Iterator[Probe]:
+    """Copies from the host while all other GPUs load too; kernels beside copies from another GPU."""
+    others = bench.other_gpus
     if not others:
-        return {}
+        return
+    for size_bytes in bench.extent.shared_bytes:
+        yield partial(
+            _look_beside, bench, "h2d", size_bytes, "all_gpus", _all_loading(bench, _BESIDE_COPIES * size_bytes)
+        )
+    flood = _from_peer(bench, others[0])
+    for kernels in bench.models:
+        for part in ("expert", "dense"):
+            yield partial(_look_beside_peer, bench, kernels, part, flood)
+
+
+def _all_loading(bench: Bench, least_bytes: int) -> list[Beside]:
+    """Return what keeps all other GPUs loading for so many bytes at least, from memory that no cache holds."""
     beside = []
-    for other in others:
-        stream, target = other.stream(), other.empty(bench.extent.flood_bytes)
-        call = (target.copy_, (bench.pinned[: bench.extent.flood_bytes], True))
-        beside.append(Beside(stream, (call,) * _FLOOD_COPIES, same_gpu=False))
-    return {"all_gpus": beside}
+    for other in bench.other_gpus:
+        size_bytes = bench.extent.flood_bytes
+        target, places = other.empty(size_bytes), len(bench.pinned) // size_bytes
+        starts = [number % places * size_bytes for number in range(max(_FLOOD_COPIES, 2 * least_bytes // size_bytes))]
+        calls = tuple((target.copy_, (bench.pinned[at : at + size_bytes], True)) for at in starts)
+        beside.append(Beside(other.stream(), calls, same_gpu=False))
+    return beside
+
+
+def _from_peer(bench: Bench, other: Any) -> Beside:
+    """Return copies of experts' size from another GPU to this one, for longer than a queue of kernels takes."""
+    size_bytes = bench.extent.flood_bytes
+    source = other.empty(size_bytes)
+    behind = bench.gpu.use(bench.other)  # torch orders such copies behind the current stream of this GPU
+    stream = other.stream()
+    call = (bench.target[:size_bytes].copy_, (source, True))
+    return Beside(stream, (behind, other.use(stream), *(call,) * (8 * _FLOOD_COPIES)), same_gpu=False)
+
+
+def _look_beside_peer(bench: Bench, kernels: Kernels, part: str, flood: Beside) -> Iterator[Seen]:
+    groups = kernels.groups(part, 1, "graph")
+    queue = bench.timer.queued(bench.compute, [group for _, group in groups], [flood])
+    for (size, _), took_ns in list(zip(groups, queue.durations_ns, strict=True))[1:]:
+        yield "kernel", kernels.key(part, size, 1, "graph", "beside_peer"), [took_ns]
 
 
 def peer_probes(bench: Bench) -> Iterator[Probe]:
-    """Copies to another GPU, where there is one."""
-    if bench.gpu.count() < 2:
+    """Copies to another GPU, where there is one; what waits for one, and what the host takes for both."""
+    if not bench.other_gpus:
         return
-    index = next(index for index in range(bench.gpu.count()) if index != bench.gpu.index)
-    target = bench.gpu.sibling(index).empty(bench.extent.most_bytes)
-    for size_bytes in bench.extent.copy_bytes:
-        yield partial(_look_at_peer, bench, target, size_bytes)
+    other = bench.other_gpus[0]
+    target, behind = other.empty(bench.extent.most_bytes), other.stream()
+    for size_bytes in sorted({_TOKEN_BYTES, *bench.extent.copy_bytes, *bench.extent.expert_bytes}):
+        if size_bytes <= bench.extent.most_bytes:
+            yield partial(_look_at_peer, bench, target, size_bytes)
+    yield partial(_look_at_peer_wait, bench, behind)
+    gpu, compute, copying = bench.gpu, bench.compute, bench.copying
+    copy = (target[:_TOKEN_BYTES].copy_, (bench.device[:_TOKEN_BYTES], True))
+    enqueue = (other.use(behind), gpu.use(copying), copy, gpu.use(compute))
+    yield partial(_look_at_host, bench, "peer_enqueue", copying, enqueue)
+    yield partial(_look_at_host, bench, "turn", compute, (other.use(behind), gpu.use(compute)))
 
 
 def _look_at_peer(bench: Bench, target: Any, size_bytes: int) -> Iterator[Seen]:
@@ -353,6 +404,10 @@ def _look_at_peer(bench: Bench, target: Any, size_bytes: int) -> Iterator[Seen]:
     yield "copy", {**key, "mode": "alone"}, bench.timer.alone(bench.copying, calls, 3)
     yield "copy", {**key, "mode": "queued"}, queue.durations_ns[1:]
     yield "copy_gap", {"direction": "peer", "memory": "device"}, [max(0, gap) for gap in queue.gaps_ns]
+
+
+def _look_at_peer_wait(bench: Bench, behind: Any) -> Iterator[Seen]:
+    yield "peer_wait", {}, [bench.timer.there_and_back(bench.copying, behind) // 2 for _ in range(10)]
 
 
 def allocation_probes(bench: Bench) -> Iterator[Probe]:
@@ -589,6 +644,7 @@ PROBES: tuple[MakeProbes, ...] = (
     copy_probes,
     batch_probes,
     contention_probes,
+    link_probes,
     peer_probes,
     kernel_probes,
     predictor_probes,
@@ -597,5 +653,7 @@ PROBES: tuple[MakeProbes, ...] = (
     cpu_probes,
     allocation_probes,
 )
+#: What several GPUs of one machine add.
+LINKS: tuple[MakeProbes, ...] = (link_probes, peer_probes)
 #: What the transfer benchmark needs.
 TRANSFERS: tuple[MakeProbes, ...] = (copy_probes, batch_probes, allocation_probes)

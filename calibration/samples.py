@@ -26,14 +26,16 @@ TERMS: dict[str, tuple[str, ...]] = {
     "copy_streams": ("direction", "bytes", "copies", "streams"),
     # Getting room: from the driver (raw) or from the caching allocator (cached); all together, host time.
     "allocation": ("how", "bytes", "blocks"),
-    # The kernels of a dense part, an expert or the head; alone, queued behind others, or beside copies. `size` is an
-    # expert's inner width, otherwise the weight bytes.
+    # The kernels of a dense part, an expert or the head; alone, queued behind others, or beside copies from the host or
+    # from another GPU. `size` is an expert's inner width, otherwise the weight bytes.
     "kernel": ("part", "hidden", "size", "dtype", "kernels", "tokens", "context", "dispatch", "where"),
     # From the end of one group of kernels to the start of the next, which was queued.
     "kernel_gap": ("dispatch", "beside"),
     # From the end of what a stream waits for to the start of what waits.
     "event_wait_gap": ("waits",),
-    # Host time of one call.
+    # From an event on one GPU to one on another that waits for it: half of the way there and back.
+    "peer_wait": (),
+    # Host time of one call; of `turn`, to another GPU and back.
     "host": ("call",),
     # From the return of the last call to the start of the work, on an idle GPU.
     "launch_latency": (),

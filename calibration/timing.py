@@ -115,6 +115,22 @@ class Timer:
         self._gpu.synchronize()
         return elapsed_ns(done, begun)
 
+    def there_and_back(self, here: Any, there: Any) -> int:
+        """Return the ns from an event of one stream to one of the same that waits for another stream, and that for it.
+
+        The streams may be of different GPUs.
+        """
+        begun, back = self._events(2)
+        turned = self._gpu.event()  # it belongs to the GPU that it is recorded on first
+        self._open_gate(here, 4 * _GATE_NS)
+        begun.record(here)
+        begun.wait(there)
+        turned.record(there)
+        turned.wait(here)
+        back.record(here)
+        self._gpu.synchronize()
+        return elapsed_ns(begun, back)
+
     def launched_idle(self, stream: Any, calls: Calls, groups: int) -> list[tuple[int, int]]:
         """Launch on an idle GPU and wait, `groups` times; each: ns from the return to the end, and on to knowing."""
         zero, start, end = self._events(3)

@@ -9,13 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cpu_device import CpuDevice, CpuEvent
 
 from prestage.calibration.evidence import Row, load_schedule, save_rows, uncertainty
 from prestage.calibration.fit import Fit, fit, fit_transfer, solve_host, write_profile
-from prestage.calibration.measure import Extent, measure
+from prestage.calibration.measure import LINKS, Extent, measure
 from prestage.calibration.samples import TERMS, Key, Samples, SamplesError, Series, load_samples
 from prestage.calibration.transfer import from_profile, from_samples
 from prestage.engine.output.plots import plot_transfer
@@ -65,10 +66,9 @@ class _GateEvent(CpuEvent):  # type: ignore[misc]  # mypy sees tests without the
 class GatedDevice(CpuDevice):  # type: ignore[misc]
     """The CPU stand-in with what measuring needs besides: a gate that opens when everything is waited for."""
 
-    index = 0
-
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, index: int = 0, gpus: int = 1) -> None:
+        super().__init__(index)
+        self._gpus = gpus
         self.spinning = False
 
     def event(self) -> CpuEvent:
@@ -81,18 +81,21 @@ class GatedDevice(CpuDevice):  # type: ignore[misc]
         self.spinning = False
 
     def count(self) -> int:
-        return 1
+        return self._gpus
+
+    def sibling(self, index: int) -> GatedDevice:
+        return GatedDevice(index, self._gpus)
 
     def release(self) -> None:
         pass
 
 
 @pytest.fixture(scope="module")
-def samples(tmp_path_factory: pytest.TempPathFactory) -> Samples:
+def extent(tmp_path_factory: pytest.TempPathFactory) -> Extent:
     model = tmp_path_factory.mktemp("model") / "tiny.toml"
     model.write_text(TINY_MODEL)
     torch.set_num_threads(1)
-    extent = Extent(
+    return Extent(
         models={str(model): 2},
         copy_bytes=(64, 4096, 65536),
         batches=(1, 2),
@@ -103,13 +106,51 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Samples:
         rounds=2,
         rotated_bytes=1,
         flood_bytes=1024,
+        shared_bytes=(1024, 4096),
     )
+
+
+@pytest.fixture(scope="module")
+def samples(extent: Extent) -> Samples:
     return measure(GatedDevice(), extent)
 
 
-def test_everything_that_there_is_to_measure_is_measured_in_every_round(samples: Samples) -> None:
-    assert {series.term for series in samples.series} == set(TERMS)
-    assert {len(series.rounds_ns) for series in samples.series} == {2}
+@pytest.fixture(scope="module")
+def samples_of_two(extent: Extent) -> Samples:
+    return measure(GatedDevice(gpus=2), extent)
+
+
+def test_what_several_gpus_add_is_measured_by_itself_too(extent: Extent) -> None:
+    links = measure(GatedDevice(gpus=2), extent, what=LINKS)
+    seen = {(series.term, series.key.get("direction"), series.key.get("beside")) for series in links.series}
+    assert {("copy", "peer", "none"), ("copy", "h2d", "all_gpus"), ("peer_wait", None, None)} <= seen
+    assert {series.key["call"] for series in links.series if series.term == "host"} == {"peer_enqueue", "turn"}
+    assert not any(series.term in ("predictor", "allocation") for series in links.series)
+
+
+def test_everything_that_there_is_to_measure_is_measured_in_every_round(
+    samples: Samples, samples_of_two: Samples
+) -> None:
+    assert {series.term for series in samples_of_two.series} == set(TERMS)
+    assert {series.term for series in samples.series} == set(TERMS) - {"peer_wait"}
+    assert {len(series.rounds_ns) for series in samples_of_two.series} == {2}
+
+
+def test_what_two_gpus_add_is_fitted_and_so_are_the_links_of_their_graph(samples_of_two: Samples) -> None:
+    graph = load_profile("h200-x2").topology
+    assert graph is not None
+    profile = fit(samples_of_two, "tiny-x2", topology=graph).profile
+    assert profile.peer is not None and profile.compute.peer_wait_gap is not None
+    assert profile.host.peer_enqueue is not None
+    turns = [ns for s in samples_of_two.series if s.key.get("call") == "turn" for taken in s.rounds_ns for ns in taken]
+    assert profile.host.turn.ns == pytest.approx(np.median(turns) / 2, abs=1)  # there and back was measured
+    assert profile.topology is not None
+    speeds: dict[str, int] = {link.kind: link.bytes_per_second for link in profile.topology.links}
+    sizes = (64, 4096, 65536)
+    for kind, costs in (("nvlink", [profile.peer]), ("pcie", [*profile.h2d.values(), profile.d2h])):
+        seen = [size * 1e9 / one.ns(size) for cost in costs for one in (cost.alone, cost.queued) for size in sizes]
+        assert max(seen) <= speeds[kind]
+    assert profile.topology.node("gpu1").capacity_bytes == samples_of_two.gpu_memory_bytes
 
 
 def test_a_profile_is_fitted_from_what_was_measured(samples: Samples) -> None:
