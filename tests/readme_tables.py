@@ -354,6 +354,12 @@ def reality_rows() -> str:
     return markdown(report, every_row=True).rpartition("\n\n")[2]
 
 
+def two_gpus() -> str:
+    """The same on two GPUs, each schedule by itself."""
+    report = json.loads((ROOT / "calibration" / "validation" / "h100-x2.json").read_text(encoding="utf-8"))
+    return markdown(report, every_row=True)
+
+
 #: Each stands in one page or several.
 TABLES: dict[str, Callable[[], str]] = {
     "new-user": path_table,
@@ -370,6 +376,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "scenario": scenario,
     "reality": reality,
     "reality-rows": reality_rows,
+    "two-gpus": two_gpus,
     "speed": speed,
     "replay-speed": replay_speed,
     "timeline-speed": timeline_speed,

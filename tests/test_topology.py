@@ -396,7 +396,7 @@ def test_a_machine_is_named_by_its_profile_or_by_a_scenario(tmp_path: Path) -> N
     scenario = tmp_path / "mine.toml"
     scenario.write_text('[machine]\nprofile = "rtx4090-x4"\n[workload.synthetic]\ntokens = 3\n')
     assert machine_of(str(scenario)).name == "rtx4090-x4"
-    with pytest.raises(ProfileError, match="profile rtx3090 is one GPU behind one link: it has no topology; gb200, h2"):
+    with pytest.raises(ProfileError, match="profile rtx3090 is one GPU behind one link: it has no topology; gb200, h1"):
         machine_of("rtx3090")
     with pytest.raises(ProfileError, match=r"MACHINE = 'gb300': choose one of .* \(did you mean 'gb200'\?\)"):
         machine_of("gb300")
