@@ -430,6 +430,8 @@ class Scenario(_Section):
             raise ValueError("copy.source = 'peer': a GPU that holds experts has no stage: set parallel.stages = 1")
         if self.copy_.source == "peer" and self.tiers.host_budget != "all":
             raise ValueError("copy.source = 'peer': no expert lies in host memory: set tiers.host_budget = 'all'")
+        if self.copy_.source == "peer" and not self.only_fetches:
+            raise ValueError("copy.source = 'peer': no expert lies in host memory: leave out [miss] and [compression]")
         return self
 
     @model_validator(mode="after")

@@ -70,6 +70,7 @@ def test_what_cannot_be_is_refused() -> None:
         ({"parallel": {"stages": 2}}, "set parallel.stages = 1"),
         ({"copy": {"source": "peer", "host_memory": "pinned"}}, "source = 'peer' copies from no host_memory"),
         ({"tiers": {"host_budget": "50%"}}, "tiers.host_budget"),
+        ({"miss": {"policy": "cpu"}}, r"leave out \[miss\]"),
     ):
         with pytest.raises(ScenarioError, match=says):
             make_scenario({"copy": {"source": "peer"}, **data, **keys})
