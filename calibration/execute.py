@@ -69,17 +69,20 @@ class Execution:
             part.make_ready()
         programs = [_in_turn(self.parts)] if self.threads == 1 else [_alone(part) for part in self.parts]
         stamps = [array("q", bytes(8 * len(calls))) for calls, _ in programs]
+        failed: list[Exception] = []
         others = [
-            Thread(target=_dispatch, args=(calls, into))
+            Thread(target=self._try_to_dispatch, args=(calls, into, failed), daemon=True)
             for (calls, _), into in zip(programs[1:], stamps[1:], strict=True)
         ]
         with collector_off(), _often(self.threads):
             self.clocks.set()
             for thread in others:
                 thread.start()
-            _dispatch(programs[0][0], stamps[0])
+            self._try_to_dispatch(programs[0][0], stamps[0], failed)
             for thread in others:
                 thread.join()
+        if failed:
+            raise failed[0]
         for part in self.parts:
             part.synchronize()
         zero_ns = self.clocks.host_zero_ns
@@ -89,6 +92,15 @@ class Execution:
             part.times(taken[thread][steps], self.clocks)
             for part, (thread, steps) in zip(self.parts, places, strict=True)
         ]
+
+    def _try_to_dispatch(self, calls: Sequence[Calls], stamps: array[int], failed: list[Exception]) -> None:
+        """Dispatch, or say what failed and let nobody wait for this thread any more."""
+        try:
+            _dispatch(calls, stamps)
+        except Exception as error:
+            failed.append(error)
+            for part in self.parts:
+                part.let_go()
 
 
 #: What a thread calls, and which steps of it are of each of its parts.

@@ -68,9 +68,9 @@ class Shared:
 class Way:
     """The way from one GPU to another: memory on both, the events behind each step's copy, and the streams.
 
-    torch orders a copy between GPUs behind the current streams of both: `stream` makes it, and `behind` is one of the
-    other GPU that has nothing else to do. Between two threads, `made` says of each step whether the copy is enqueued:
-    only then can a stream wait for its event.
+    torch orders a copy between GPUs behind the current streams of both: that of the first makes it, and `behind` is one
+    of the second that has nothing else to do. Between two threads, `made` says of each step whether the copy is
+    enqueued: only then can a stream wait for its event.
     """
 
     source: Any
@@ -254,6 +254,12 @@ class Part:
     def synchronize(self) -> None:
         """Wait for all that was launched."""
         self._gpu.synchronize()
+
+    def let_go(self) -> None:
+        """Let no thread wait for what others have not enqueued."""
+        if self._receives is not None:
+            for made in self._receives.made:
+                made.set()
 
     def make_ready(self) -> None:
         """Forget the last run, let the GPU become idle, and turn to it."""

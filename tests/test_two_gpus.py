@@ -17,7 +17,7 @@ from test_execute import EXPERT_BYTES, EXPERTS, LAYERS, small_inputs, small_mode
 from tiny import tiny_pipeline, tiny_profile, tiny_scenario
 
 from prestage.calibration.clocks import Clocks
-from prestage.calibration.cuda import expert_matrices
+from prestage.calibration.cuda import CudaError, expert_matrices
 from prestage.calibration.execute import Execution, execute, gpus_needed
 from prestage.calibration.measured import load_measured
 from prestage.calibration.part import Shared
@@ -154,6 +154,17 @@ def test_one_thread_is_at_one_gpu_at_a_time_and_its_work_is_on_that_gpus_timelin
     assert all(len(mine) for mine in spans)
     together = np.sort(np.concatenate(spans), order="start_ns")
     assert (together["start_ns"][1:] >= together["end_ns"][:-1]).all()
+
+
+def test_a_thread_that_fails_stops_the_run_and_says_why(shared: Shared) -> None:
+    execution = Execution(gpus(), staged(parallel={"dispatch_threads": "per-gpu"}), shared)
+
+    def fail() -> None:
+        raise CudaError("the second GPU is gone")
+
+    execution.parts[1].program[0] = ((fail, ()),)
+    with pytest.raises(CudaError, match="the second GPU is gone"):
+        execution.run()
 
 
 def test_a_queue_on_the_host_is_refused_in_a_pipeline() -> None:
