@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..workloads.batches import Step
-from ..workloads.predictors import Guesses
+from ..workloads.guesses import Guesses
 from ..workloads.trace import RoutingTrace
 from .memory_manager import Admission, MemoryManager, Wave
 from .policies.miss import CPU, LOW_PRECISION, Absent, Miss, Resolved

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from ..resources.profile import Profile
 from ..workloads.batches import Step
+from ..workloads.guesses import Guesses
 from ..workloads.model import Model
-from ..workloads.predictors import Guesses
 from ..workloads.trace import RoutingTrace
 from .links import Links
 from .predicting import FREE, PredictorCost

@@ -23,9 +23,9 @@ from ..resources.profile import load_profile
 from ..resources.timeline import Timeline
 from ..workloads.batches import Step, continued_steps, plan_steps
 from ..workloads.fitted import FittedRouting
+from ..workloads.guesses import Guesses
 from ..workloads.importers import open_trace
 from ..workloads.model import Model, load_model
-from ..workloads.predictors import Guesses
 from ..workloads.synthetic import synthesize
 from ..workloads.trace import RoutingTrace
 from .costs import Costs

@@ -13,8 +13,8 @@ from typing import Any
 
 from ..resources.profile import Profile
 from ..workloads.batches import Step
+from ..workloads.guesses import Guesses
 from ..workloads.model import Model
-from ..workloads.predictors import Guesses
 from ..workloads.trace import RoutingTrace
 from .costs import Costs
 from .dispatch import step_accesses

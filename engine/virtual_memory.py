@@ -20,7 +20,7 @@ import numpy.typing as npt
 from ..resources.profile import Profile, load_profile
 from ..resources.suggest import unknown_name
 from ..workloads.batches import DECODE, Step
-from ..workloads.predictors import Guesses
+from ..workloads.guesses import Guesses
 from ..workloads.trace import RoutingTrace
 from .dispatch import step_accesses
 from .memory_log import EVENTS, MemoryEvent, MemoryLog, Prices

@@ -12,7 +12,7 @@ from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_scenario, tiny_trac
 
 from prestage.engine.output.metrics import FATES, MISS_CAUSES, OUTCOMES
 from prestage.engine.simulate import simulate_inputs
-from prestage.workloads.predictors import Guesses
+from prestage.workloads.guesses import Guesses
 
 
 def run(

@@ -14,7 +14,7 @@ from prestage.engine.dispatch import Visit, single_accesses, step_accesses, visi
 from prestage.engine.memory_manager import MemoryManager
 from prestage.engine.simulate import dispatched, make_manager, make_prefetch
 from prestage.workloads.batches import DECODE, PREFILL, Step, plan_steps
-from prestage.workloads.predictors import Guesses
+from prestage.workloads.guesses import Guesses
 from prestage.workloads.trace import RoutingTrace
 
 

@@ -18,6 +18,7 @@ from prestage.engine.predicting import FREE, PredictorCost, predictor_cost, scen
 from prestage.engine.scenario import PredictorSection, ScenarioError, load_scenario
 from prestage.engine.simulate import load_inputs, simulate
 from prestage.workloads.batches import plan_steps
+from prestage.workloads.guesses import Guesses
 from prestage.workloads.learned import (
     WEIGHTS_FILE,
     Learned,
@@ -29,7 +30,7 @@ from prestage.workloads.learned import (
 )
 from prestage.workloads.network import Shape, initial_weights, logits
 from prestage.workloads.predictor_training import Settings, train
-from prestage.workloads.predictors import Guesses, make_predictor, recall_at
+from prestage.workloads.predictors import make_predictor, recall_at
 from prestage.workloads.synthetic import synthesize
 from prestage.workloads.trace import RoutingTrace, TraceError
 

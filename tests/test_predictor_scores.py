@@ -13,6 +13,7 @@ import pytest
 
 from prestage.engine.output.tables import print_predictors
 from prestage.workloads.batches import plan_steps
+from prestage.workloads.guesses import Guesses, Run
 from prestage.workloads.predictor_scores import (
     BOUND_KNOWLEDGE,
     ONLINE,
@@ -22,7 +23,7 @@ from prestage.workloads.predictor_scores import (
     predictability,
     scores,
 )
-from prestage.workloads.predictors import Guesses, Run, make_predictor
+from prestage.workloads.predictors import make_predictor
 from prestage.workloads.trace import RoutingTrace, TraceError
 
 REPORT = Path(__file__).parent.parent / "docs" / "predictors.json"

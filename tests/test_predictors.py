@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from prestage.workloads import predictors
 from prestage.workloads.batches import DECODE, PREFILL, Step, plan_steps
+from prestage.workloads.guesses import Guesses
 from prestage.workloads.learned import Weights
 from prestage.workloads.network import Shape, initial_weights
-from prestage.workloads.predictors import PREDICTORS, Activation, Guesses, Oracle, make_predictor, recall_at
+from prestage.workloads.predictors import PREDICTORS, Activation, Oracle, make_predictor, recall_at
 from prestage.workloads.trace import RoutingTrace
 
 #: Predictors that may use the future: it is what they are for.

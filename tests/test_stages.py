@@ -20,8 +20,8 @@ from prestage.engine.scenario import load_scenario
 from prestage.engine.simulate import load_inputs, part_costs, prepared, run_all, simulate
 from prestage.engine.stages import stage_guesses, stage_model, stage_trace
 from prestage.resources.profile import load_profile, make_profile
+from prestage.workloads.guesses import Guesses
 from prestage.workloads.model import load_model, preset_names
-from prestage.workloads.predictors import Guesses
 
 SMALL = ["workload.tokens=6", "workload.synthetic.tokens=12", "workload.synthetic.sequences=2", "workload.batch=2"]
 SMALL += ["workload.synthetic.prefill_tokens=2", "machine.profile=h200-x2", "parallel.stages=2"]

@@ -22,8 +22,8 @@ import safetensors
 import safetensors.numpy
 
 from .batches import Step
+from .guesses import Guesses, Int64s, Run, best_of
 from .network import Shape, logits
-from .predictors import Guesses, Int64s, Run, best_of
 from .trace import RoutingTrace, replace_file
 
 if TYPE_CHECKING:

@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from .batches import DECODE, plan_steps
+from .guesses import Guesses, Int64s, Run, found_in
 from .learned import Learned, measure_latency
-from .predictors import Guesses, Int64s, Predictor, Run, found_in
+from .predictors import Predictor
 from .trace import RoutingTrace
 
 Floats64 = npt.NDArray[np.float64]

@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from .batches import DECODE, plan_steps, rows_by_sequence
+from .guesses import Int64s, Run
 from .learned import Weights, gather, measured
 from .network import Shape, initial_weights, logits
-from .predictors import Int64s, Run
 from .trace import RoutingTrace, TraceError
 
 if TYPE_CHECKING:

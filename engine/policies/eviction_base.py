@@ -12,7 +12,7 @@ from heapq import heapify, heappop, heappush
 from typing import Any
 
 from ...workloads.batches import Step
-from ...workloads.predictors import Guesses
+from ...workloads.guesses import Guesses
 from ...workloads.trace import RoutingTrace
 
 
