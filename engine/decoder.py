@@ -88,4 +88,5 @@ def host(gpu: Gpu, visits: Iterator[Visit], steps: Sequence[Step]) -> Generator[
         head = gpu.costs.head(tokens)
         yield from gpu.wait_for_queue(head.launches)
         gpu.launch(head, HEAD)
+        gpu.spool.flush()
     gpu.end_busy()

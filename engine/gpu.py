@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import simpy
 
-from ..resources.lane import Completion, CoupledLane, FifoLane, PriorityLane, Work, after_all, couple, wait_for
-from ..resources.timeline import DEMAND, DENSE, EXPERT, LAUNCH, PREDICT, PREFETCH, READBACK, Timeline
+from ..resources.lane import Completion, CoupledLane, FifoLane, Pending, PriorityLane, Work, after_all, couple, wait_for
+from ..resources.timeline import DEMAND, DENSE, EXPERT, LAUNCH, PREDICT, PREFETCH, READBACK, SPAN, Timeline
 from .costs import Costs, KernelCost
 from .dispatch import Visit, launch_order
 from .links import HostLink
@@ -39,9 +39,11 @@ VISIT = np.dtype([("choice_known_ns", "<i8"), ("assigned_bytes", "<i8"), ("budge
 #: When what another GPU sent had come, and what waited for it: the first kernel of a kind in a visit.
 ARRIVAL = np.dtype([("visit", "<i4"), ("kind", "<i4"), ("arrived_ns", "<i8")])
 
-#: Pack the fields of one record, in the order of ACCESS, of VISIT and of RESOLVED.
+_RECORDS = {"accesses": ACCESS, "visits": VISIT, "arrivals": ARRIVAL}
+#: Pack the fields of one record, in the order of ACCESS, of VISIT, of ARRIVAL and of RESOLVED.
 pack_access = struct.Struct("<iii").pack
 pack_visit = struct.Struct("<qqq").pack
+pack_arrival = struct.Struct("<iiq").pack
 pack_resolved = struct.Struct("<iiiid?").pack
 
 #: A lane of either kind.
@@ -60,6 +62,8 @@ class Decoded:
     visits: npt.NDArray[Any]
     arrivals: npt.NDArray[Any] = field(default_factory=lambda: np.empty(0, dtype=ARRIVAL))
     resolved: npt.NDArray[Any] | None = None
+    #: Of GPUs that share experts: the tokens sent to each of them (exchanges, GPUs), in order.
+    sent: npt.NDArray[Any] = field(default_factory=lambda: np.empty((0, 0), dtype=np.int32))
 
 
 def contended(costs: Costs, scenario: Scenario) -> bool:
@@ -91,9 +95,10 @@ class Gpu:
     # Python keeps thirty attributes of an object at hand; there are more, and the loop reads them all the time.
     __slots__ = (
         "_accesses",
-        "_arrivals",
+        "_arrived",
         "_arriving",
         "_busy_since_ns",
+        "_columns",
         "_compute",
         "_copies_hold_host",
         "_copy_costs",
@@ -115,6 +120,7 @@ class Gpu:
         "_prefetch_first",
         "_prefetch_lane",
         "_priority",
+        "_promised",
         "_queued",
         "_read",
         "_resident_first",
@@ -130,6 +136,7 @@ class Gpu:
         "env",
         "now_ns",
         "reads_back",
+        "spool",
         "timeline",
         "visit",
         "watch_queue",
@@ -160,14 +167,17 @@ class Gpu:
         self.costs = costs
         self.dense_costs, self._expert_costs = costs.by_layer()
         self._scenario = scenario
-        self.timeline = Timeline()
-        self._accesses, self._decided = bytearray(), bytearray()  # records of dtype ACCESS and VISIT
+        #: Keeps what is recorded; a host loop flushes it now and then.
+        self.spool = spool = manager.spool
+        self.timeline = Timeline(spool.column("spans", SPAN))
+        self._columns = [spool.column(name, dtype) for name, dtype in _RECORDS.items()]
+        self._accesses, self._decided, self._arrived = (column.buffer for column in self._columns)
         self.now_ns = 0
         self._launched: deque[tuple[Completion, int]] = deque()
         self._launched_count = 0
         # The end of each copy, until a kernel reads it; then that of its last reader.
         self._arriving: dict[int, Completion] = {}
-        self._arrivals: list[tuple[int, int, Completion]] = []
+        self._promised: list[tuple[int, int, Pending]] = []  # arrivals that are not known yet
         self._read: dict[int, Completion] = {}
         self._queued: dict[int, Work] = {}  # priority discipline only: copies by number
         self.visit = -1  # the number of the visit being dispatched
@@ -278,16 +288,16 @@ class Gpu:
     def expect(self, kind: int, arrival: Completion) -> None:
         """Make a stream wait for what another GPU sends; the visit's first kernel of this kind is behind it."""
         self.now_ns += self._wait_ns
-        self._arrivals.append((self.visit, kind, arrival))
+        if isinstance(arrival, int):
+            self._arrived += pack_arrival(self.visit, kind, arrival)
+        else:
+            self._promised.append((self.visit, kind, arrival))
 
     def recorded(self) -> Decoded:
         """Return what was recorded, once SimPy has run out of events."""
-        accesses = np.frombuffer(memoryview(self._accesses).toreadonly(), dtype=ACCESS)
-        visits = np.frombuffer(memoryview(self._decided).toreadonly(), dtype=VISIT)
-        arrived = [
-            (visit, kind, come if isinstance(come, int) else come.end_ns) for visit, kind, come in self._arrivals
-        ]
-        return Decoded(self.timeline, accesses, visits, np.array(arrived, dtype=ARRIVAL))
+        for visit, kind, promise in self._promised:
+            self._arrived += pack_arrival(visit, kind, promise.end_ns)
+        return Decoded(self.timeline, *(column.array() for column in self._columns))
 
     @property
     def disturbing(self) -> list[CoupledLane]:
@@ -469,15 +479,7 @@ class Gpu:
         if admission.former:
             self.now_ns += self._wait_ns
         issued_ns = self.now_ns + self.costs.copy_latency_ns
-        after = predicted if self._drive is None else read
-        for other in admission.former:
-            free = self._last_use(other)
-            if self._priority is not None:
-                free = self._give_up(self._priority, other, free)
-            if isinstance(free, int) and isinstance(after, int):
-                after = free if free > after else after
-            else:
-                after = after_all([after, free])
+        after = self._after_former(admission.former, predicted if self._drive is None else read)
         if self._priority is None:
             end = lane.submit(
                 cost.queued_ns, cost.alone_ns, issued_ns, after, kind, expert, self.visit, copy, slowdown, transfer
@@ -494,6 +496,18 @@ class Gpu:
         if self._drive is not None:
             self._drive.copied(copy, end)
         return end
+
+    def _after_former(self, former: tuple[int, ...], after: Completion) -> Completion:
+        """Return when a room is free, by the copies whose room it was, and something else has ended too."""
+        for copy in former:
+            free = self._last_use(copy)
+            if self._priority is not None:
+                free = self._give_up(self._priority, copy, free)
+            if isinstance(free, int) and isinstance(after, int):
+                after = free if free > after else after
+            else:
+                after = after_all([after, free])
+        return after
 
     def _last_use(self, copy: int) -> Completion:
         """Return the end of a copy's last reader or, if nobody has read it, its own; rooms that split ask again."""

@@ -192,7 +192,7 @@ class MemoryLog:
         first = self._evictions_told
         self._evictions_told += count
         for copy in self._manager.evicted_copies[first : self._evictions_told]:
-            expert = self._manager.copy_expert[copy]
+            expert = int(self._manager.copy_expert[copy])
             self._move("evict", expert)
             self.unused.pop(expert, None)
             own = layer if self._shared else expert // self._manager.experts

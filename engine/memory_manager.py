@@ -10,12 +10,16 @@ admission says whose former room it took, because a copy must wait for the last 
 
 from __future__ import annotations
 
-from array import array
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from ..resources.spool import Spool
 from .policies.eviction import NO_SETTING, Eviction, Setting
 from .policies.prefetch_share import FixedShare
 
@@ -99,7 +103,8 @@ class MemoryManager:
     filled in. `divide` turns a budget into the bytes of each pool, as `partition.divider` returns it; without it, the
     scope cannot be benefit.
     `prefetch_share` limits what prefetched experts hold before their first use; None does not. `watch_unused` keeps
-    `unused_bytes` even without it. Raises BudgetError if a pool cannot hold one expert of its layers.
+    `unused_bytes` even without it. `spool` keeps the records of a run; None is in memory. Raises BudgetError if a pool
+    cannot hold one expert of its layers.
     """
 
     def __init__(
@@ -117,6 +122,7 @@ class MemoryManager:
         prefetch_share: FixedShare | None = None,
         watch_unused: bool = False,
         size_of: Sequence[int] | None = None,
+        spool: Spool | None = None,
     ) -> None:
         if protect not in PROTECTION:
             raise ValueError(f"protect = {protect!r}: choose one of {', '.join(PROTECTION)}")
@@ -152,15 +158,33 @@ class MemoryManager:
         self._unused: dict[int, None] = {}  # prefetched experts before their first use, if they are watched
         self.unused_bytes = 0
         # Of every admission, by copy number: the expert and why it came; and the copies evicted, in order.
-        self.copy_expert = array("i")
-        self.copy_reason = bytearray()
-        self.evicted_copies = array("i")
+        #: Where the records of a run are kept.
+        self.spool = spool or Spool()
+        self._copy_experts = self.spool.column("copy_expert", np.int32)
+        self._copy_reasons = self.spool.column("copy_reason", np.uint8)
+        self._evictions = self.spool.column("evicted_copies", np.int32)
+        self._copies = 0
         self.dropped = 0
 
     @property
     def evicted(self) -> int:
         """How many experts have lost their room."""
-        return len(self.evicted_copies)
+        return len(self._evictions)
+
+    @property
+    def copy_expert(self) -> npt.NDArray[Any]:
+        """The expert of each copy (copies,)."""
+        return self._copy_experts.array()
+
+    @property
+    def copy_reason(self) -> npt.NDArray[Any]:
+        """Why each copy came (copies,): DEMANDED, PREFETCHED or PRELOADED."""
+        return self._copy_reasons.array()
+
+    @property
+    def evicted_copies(self) -> npt.NDArray[Any]:
+        """The copies evicted, in order."""
+        return self._evictions.array()
 
     def fitting(self, experts: Iterable[int]) -> list[int]:
         """Return those, in order, that all have room now, each where the ones before it have theirs."""
@@ -353,10 +377,10 @@ class MemoryManager:
                 return None
             former = pool.take(size_bytes)
             self.assigned_bytes += size_bytes
-        copies = self.copy_expert
-        copy = len(copies)
-        copies.append(expert)
-        self.copy_reason.append(reason)
+        copy = self._copies
+        self._copies = copy + 1
+        self._copy_experts.buffer.append(expert)
+        self._copy_reasons.buffer.append(reason)
         self.assigned[expert] = copy
         return Admission(expert, copy, former)
 
@@ -392,7 +416,7 @@ class MemoryManager:
         copy = self.assigned.pop(expert)
         self._until.pop(expert, None)
         pool.policy.evict(expert)
-        self.evicted_copies.append(copy)
+        self._evictions.buffer.append(copy)
         if self._watches_unused:
             if self._share is not None:
                 self._share.evicted(expert, expert in self._unused)

@@ -165,6 +165,7 @@ class _Stage:
             last = gpu.launch(head, HEAD)
         if self.sends is not None:
             self.sends.send(gpu, step, last)
+        gpu.spool.flush()
 
     def _arrival(self, step: int) -> Completion:
         """Return when what this step waits for comes from another GPU; 0 if it waits for nothing."""

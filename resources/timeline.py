@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .spool import Column
+
 #: What a span is, by its `kind` number. The last three are those of imported timelines, whose kernels and copies might
 #: be for anything.
 KINDS = (
@@ -58,11 +60,12 @@ class LaneName:
 class Timeline:
     """All spans of one run, in the order in which they were recorded."""
 
-    def __init__(self) -> None:
+    def __init__(self, column: Column | None = None) -> None:
+        """Keep the spans in a column of dtype SPAN; without one, in memory."""
         self.lanes: list[LaneName] = []
-        self._buffer = bytearray()
+        self._spans = Column(SPAN) if column is None else column
         #: Adds packed spans; lanes that record many call it with `pack_span` themselves.
-        self.extend = self._buffer.extend
+        self.extend = self._spans.buffer.extend
 
     def add_lane(self, device: str, role: str, title: str) -> int:
         """Return the number of a new lane; `role` must be one of ROLES."""
@@ -86,14 +89,14 @@ class Timeline:
         self.extend(pack_span(start_ns, end_ns, issued_ns, expert, visit, copy, lane, kind))
 
     def __len__(self) -> int:
-        return len(self._buffer) // SPAN.itemsize
+        return len(self._spans)
 
     def spans(self) -> npt.NDArray[Any]:
         """Return all spans as a structured array of dtype SPAN, in recording order.
 
         It is a read-only view, so that a long timeline is not held twice: while it lives, nothing can be recorded.
         """
-        return np.frombuffer(memoryview(self._buffer).toreadonly(), dtype=SPAN)
+        return self._spans.array()
 
     def lanes_with(self, role: str) -> list[int]:
         """Return the numbers of the lanes of one role."""

@@ -97,7 +97,7 @@ def test_the_same_run_meets_the_same_evictions(name: str, data: st.DataObject) -
     case: Case = data.draw(cases(memory={"eviction": name}))
     first, second = decide(case.inputs()), decide(case.inputs())
     assert first[0] == second[0]
-    assert first[1].evicted_copies == second[1].evicted_copies
+    assert first[1].evicted_copies.tolist() == second[1].evicted_copies.tolist()
 
 
 @EVERY

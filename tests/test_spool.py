@@ -1,0 +1,78 @@
+"""Columns that grow in memory or in files hold the same records, and files take them out of memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from prestage.resources.spool import HELD_BACK_BYTES, Column, Spool
+from prestage.resources.timeline import EXPERT, SPAN, Timeline
+
+PAIR = np.dtype([("a", "<i4"), ("b", "<i8")])
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+def test_a_column_is_what_was_appended_in_order(tmp_path: Path, in_file: bool) -> None:
+    column = Column(PAIR, tmp_path / "pairs.npy" if in_file else None)
+    assert column.array().tolist() == []
+    for a in range(5):
+        column.buffer += np.array((a, a * a), dtype=PAIR).tobytes()
+        if a % 2:
+            column.flush()
+    assert len(column) == 5
+    assert column.array().tolist() == [(a, a * a) for a in range(5)]
+
+
+def test_whole_numbers_are_appended_one_by_one(tmp_path: Path) -> None:
+    column = Column(np.int32, tmp_path / "numbers.npy")
+    append = column.buffer.append  # as hot loops do: the buffer is always the same object
+    for number in (7, -1, 2**31 - 1):
+        append(number)
+        column.flush()
+    assert column.array().tolist() == [7, -1, 2**31 - 1]
+    assert np.load(tmp_path / "numbers.npy", mmap_mode="r").tolist() == [7, -1, 2**31 - 1]
+
+
+def test_what_is_flushed_is_in_the_file_and_not_in_memory(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "run")
+    column = spool.column("bytes", np.uint8)
+    column.buffer += b"x" * HELD_BACK_BYTES
+    spool.flush()
+    assert len(column.buffer) == HELD_BACK_BYTES, "small pieces wait"
+    column.buffer += b"y"
+    spool.flush()
+    assert len(column.buffer) == 0 and len(column) == HELD_BACK_BYTES + 1
+    assert len(np.load(tmp_path / "run" / "bytes.npy", mmap_mode="r")) == HELD_BACK_BYTES + 1
+
+
+def test_without_a_folder_nothing_is_flushed() -> None:
+    spool = Spool()
+    column = spool.column("bytes", np.uint8)
+    column.buffer += b"x" * (HELD_BACK_BYTES + 1)
+    spool.flush()
+    assert len(column.buffer) == HELD_BACK_BYTES + 1
+
+
+def test_what_is_not_kept_is_removed(tmp_path: Path) -> None:
+    spool = Spool(tmp_path, keep=False)
+    column = spool.column("bytes", np.uint8)
+    column.buffer += b"abc"
+    assert column.array().tolist() == [97, 98, 99]
+    (inside,) = tmp_path.iterdir()
+    assert (inside / "bytes.npy").is_file()
+    spool.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_timeline_in_a_file_is_that_in_memory(tmp_path: Path) -> None:
+    column = Column(SPAN, tmp_path / "spans.npy")
+    kept, streamed = Timeline(), Timeline(column)
+    for timeline in (kept, streamed):
+        lane = timeline.add_lane("gpu0", "compute", "compute stream")
+        for start_ns in range(0, 100, 10):
+            timeline.record(start_ns, start_ns + 7, start_ns, 3, 1, 2, lane, EXPERT)
+            column.flush()
+    assert len(kept) == len(streamed) == 10
+    assert (kept.spans() == streamed.spans()).all()
