@@ -7,7 +7,7 @@ the same decisions. Only the order counts here; what o'clock it is, nobody asks.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from itertools import repeat
 from typing import NamedTuple
@@ -111,6 +111,29 @@ class Visit:
                 yield access.expert
 
 
+@dataclass(frozen=True)
+class Part:
+    """What one GPU gets of each step: its look-ups by layer, and the guesses and confidences it prefetches by, if any.
+
+    Those are laid out [layer][horizon - 1][rank by token].
+    """
+
+    accesses: Iterator[Iterable[Accesses]]
+    ranked: Iterator[list[list[list[int]]]] | None = None
+    confidences: Iterator[list[list[list[float]]]] | None = None
+    #: The experts that it may prefetch; None for all.
+    owned: Set[int] | None = None
+
+
+def whole(trace: RoutingTrace, steps: Sequence[Step], guesses: Guesses | None, prefetch: Prefetch) -> Part:
+    """Return all that there is of each step; guesses only as far as the policy wants them."""
+    return Part(
+        (step_accesses(trace, step) for step in steps),
+        _ranked_guesses(guesses, steps, trace.num_experts) if guesses is not None and prefetch.guesses else None,
+        _confidences(guesses, steps) if guesses is not None and prefetch.needs_confidences else None,
+    )
+
+
 def visits(
     trace: RoutingTrace,
     steps: Sequence[Step],
@@ -123,20 +146,22 @@ def visits(
     budgets: Sequence[int] | None = None,
     to_host: bool = False,
     miss: Miss | None = None,
+    part: Part | None = None,
 ) -> Iterator[Visit]:
     """Yield every layer visit of the run, decided when it is asked for.
 
     `guesses` may be None if the prefetch policy wants none; `gauge` is the clock for policies that look at it.
     `budgets` (steps,), in bytes, resizes the expert memory before each step. With `to_host`, what the policy prefetches
-    takes no room here, but is staged in host memory. `miss` finds other ways for what is absent
-    (None: all is fetched).
+    takes no room here, but is staged in host memory. `miss` finds other ways for what is absent (None: all is fetched).
+    With a `part`, the look-ups and guesses are those that one of several GPUs gets of each step.
     """
     if issue not in ISSUE:
         raise ValueError(f"issue = {issue!r}: choose one of {', '.join(ISSUE)}")
     layers, experts, shared = trace.layers, trace.num_experts, manager.shared
     prefetching = prefetch.horizons > 0
-    ranked = _ranked_guesses(guesses, steps, experts) if guesses is not None and prefetch.guesses else None
-    confident = _confidences(guesses, steps) if guesses is not None and prefetch.needs_confidences else None
+    if part is None:
+        part = whole(trace, steps, guesses, prefetch)
+    ranked, confident, owned = part.ranked, part.confidences, part.owned
     later = _later_steps(trace, steps, (layers - 1 + prefetch.horizons) // layers) if prefetching else []
     observes, reads_moment = type(prefetch).observe is not Prefetch.observe, prefetch.reads_moment
     unpin_first, drops = issue == "after_launch", manager.drop_after_visit
@@ -153,7 +178,7 @@ def visits(
         step_guesses = next(ranked) if ranked is not None else no_guesses
         step_confidences = next(confident) if confident is not None else None
         first = index * layers
-        for layer, accesses in enumerate(step_accesses(trace, step)):
+        for layer, accesses in enumerate(next(part.accesses)):
             number = first + layer
             asked = accesses  # as the layer's own
             if shared:
@@ -187,7 +212,7 @@ def visits(
                             continue
                         if shared:
                             expert %= experts
-                        if expert in assigned:
+                        if expert in assigned or (owned is not None and expert not in owned):
                             continue
                         wraps, target_layer = divmod(ahead, layers)
                         target_step = later[index][wraps]
@@ -289,7 +314,7 @@ def _batch_accesses(trace: RoutingTrace, rows: npt.NDArray[np.int64], ids: npt.N
         here = slice(None) if trace.present is None else trace.present[rows, layer]
         pairs = ids[here, layer].ravel().tolist()
         gate = [1.0] * len(pairs) if trace.weights is None else trace.weights[rows, layer][here].ravel().tolist()
-        yield _merge(pairs, gate)
+        yield merge(pairs, gate)
 
 
 def single_accesses(trace: RoutingTrace, step: Step) -> Iterator[tuple[int, Accesses]]:
@@ -305,7 +330,7 @@ def single_accesses(trace: RoutingTrace, step: Step) -> Iterator[tuple[int, Acce
                 yield layer, Accesses(expert, [1], expert, [weight])
 
 
-def _merge(pairs: list[int], gate: list[float]) -> Accesses:
+def merge(pairs: list[int], gate: list[float]) -> Accesses:
     """Merge the (token, expert) pairs of a batch, in order, into one access per unique expert."""
     tokens: dict[int, int] = {}
     weight: dict[int, float] = {}
@@ -327,7 +352,7 @@ def _ranked_guesses(guesses: Guesses, steps: Sequence[Step], experts: int) -> It
     first = start = end = 0
     for step in steps:
         last = first + len(step.rows)
-        if last > end:  # turn many rows into lists at once: most steps have one
+        if last > end or not end:  # turn many rows into lists at once: most steps have one
             start, end = first, max(last, first + _ROWS_AT_ONCE)
             index = guesses.experts[start:end].astype(np.int64)
             ids: npt.NDArray[np.int64] = np.where(index < 0, -1, index + offset)

@@ -1,0 +1,496 @@
+"""The order of dispatch over several GPUs that share a layer's experts: who serves what, and where bytes come from.
+
+Attention is data-parallel: every sequence lives on one GPU, its home, which runs the dense part of its tokens. Each GPU
+has its own memory manager and prefetcher, driven by `dispatch.visits` as a single one's are, GPU 0 first in every
+visit. A choice of an expert that its home does not own is served by one of REMOTE. Nothing here knows a clock, so the
+replay and the engine decide the same.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..workloads.batches import Step
+from ..workloads.predictors import Guesses
+from ..workloads.trace import RoutingTrace
+from .dispatch import Accesses, Part, Visit, merge, step_accesses, visits, whole
+from .memory_manager import Admission, MemoryManager
+from .policies.placement import Owners
+from .policies.prefetch import Gauge, Prefetch
+
+Array = npt.NDArray[Any]
+
+#: How a choice of an expert that its token's home does not own is served: the token moves to the owner and back; the
+#: expert's bytes come from the memory of a GPU that has them, else from the host; they come from the host; or whatever
+#: costs least by the profile.
+REMOTE = ("tokens", "peer", "host", "cost")
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What `remote = "cost"` compares, in ns: a token's way there and back, and a copy of an expert of each layer."""
+
+    token_ns: float
+    host_ns: Sequence[int]
+    peer_ns: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """How a run is laid out: the owners of each expert, and the GPU that each row of each step lives on (rows,)."""
+
+    gpus: int
+    owners: Owners
+    homes: Sequence[Array]
+    remote: str = "tokens"
+    prices: Prices | None = None
+    #: Spare room of each GPU for experts that another one evicts (`remote = "tokens"` only).
+    spare_experts: int = 0
+
+    @property
+    def moves_tokens(self) -> bool:
+        """Whether tokens may go to another GPU."""
+        return self.remote in ("tokens", "cost")
+
+
+@dataclass(slots=True)
+class PlacedVisit:
+    """One layer visit of all GPUs: what each serves, the tokens that move, and copies from one GPU to another.
+
+    `traffic[a, b]` tokens of GPU a have experts served on GPU b (0 for a = b); None where tokens never move. `sources`
+    gives, for each GPU, its copies (by number) that come from another: that GPU, and its number of what is copied: of
+    its own copy, or of what it stores in spare memory. `stores` gives its evicted copies that go to spare memory.
+    """
+
+    number: int
+    step: int
+    layer: int
+    visits: list[Visit]
+    traffic: Array | None
+    sources: list[dict[int, tuple[int, int]]]
+    stores: list[dict[int, Store]]
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """Spare room for an evicted expert: on which GPU, its number there, and what lay there before (-1: nothing)."""
+
+    expert: int
+    gpu: int
+    number: int
+    former: int
+
+
+def homes(trace: RoutingTrace, steps: Sequence[Step], gpus: int) -> list[Array]:
+    """Return the GPU of each row of each step: a sequence stays where its KV cache is.
+
+    A new one goes to the GPU with the fewest sequences that have not ended, as routers of data-parallel engines do;
+    ties to the first.
+    """
+    names = [trace.sequence[step.rows] for step in steps]
+    last = {name: index for index, row in enumerate(names) for name in row.tolist()}
+    ending: dict[int, list[int]] = {}
+    for name, index in last.items():
+        ending.setdefault(index, []).append(name)
+    live = [0] * gpus
+    home: dict[int, int] = {}
+    found = []
+    for index, row in enumerate(names):
+        for name in row.tolist():
+            if name not in home:
+                home[name] = gpu = live.index(min(live))
+                live[gpu] += 1
+        found.append(np.array([home[name] for name in row.tolist()], dtype=np.int64))
+        for name in ending.get(index, ()):
+            live[home[name]] -= 1
+    return found
+
+
+def own_steps(steps: Sequence[Step], homes: Sequence[Array], gpu: int) -> list[Step]:
+    """Return the steps with the rows of one GPU alone; some may have none."""
+    return [Step(step.phase, step.rows[home == gpu]) for step, home in zip(steps, homes, strict=True)]
+
+
+@dataclass(frozen=True)
+class Worker:
+    """What one GPU decides with: its manager and prefetch policy, and its steps and guesses.
+
+    Where tokens move, those are the whole run's; else its own tokens' alone (`own_steps`, `own_guesses`).
+    """
+
+    manager: MemoryManager
+    prefetch: Prefetch
+    steps: Sequence[Step]
+    guesses: Guesses | None = None
+    gauge: Gauge | None = None
+
+
+def placed_visits(
+    placed: Placed, trace: RoutingTrace, workers: Sequence[Worker], *, issue: str = "after_launch"
+) -> Iterator[PlacedVisit]:
+    """Yield every layer visit of the run, decided when it is asked for, GPU 0 first.
+
+    With spare memory all experts must be of one size, and what is evicted must make room at once.
+    """
+    managers = [worker.manager for worker in workers]
+    sharing: _Sharing | None = None
+    if placed.moves_tokens:
+        kind = _ByCost if placed.remote == "cost" else _ByOwner
+        sharing = kind(placed, trace, workers[0].steps, managers, workers[0].guesses, workers[0].prefetch)
+    streams = [
+        visits(
+            trace,
+            worker.steps,
+            worker.manager,
+            worker.prefetch,
+            worker.guesses,
+            issue=issue,
+            gauge=worker.gauge,
+            part=None if sharing is None else sharing.part(gpu),
+        )
+        for gpu, worker in enumerate(workers)
+    ]
+    sources: Callable[[int, Visit], dict[int, tuple[int, int]]] | None = None
+    if placed.remote in ("peer", "cost"):
+        sources = partial(_from_peers, placed, managers)
+    spare = _Spare(placed) if placed.spare_experts else None
+    nothing: list[dict[int, Any]] = [{} for _ in workers]
+    for number in range(len(placed.homes) * trace.layers):
+        index, layer = divmod(number, trace.layers)
+        traffic = sharing.turn(index, layer) if sharing is not None else None
+        visit = PlacedVisit(number, index, layer, [], traffic, nothing, nothing)
+        if sources is not None or spare is not None:
+            visit.sources, visit.stores = [], []
+        for gpu, stream in enumerate(streams):
+            own_visit = next(stream)
+            visit.visits.append(own_visit)
+            if sources is not None:
+                visit.sources.append(sources(gpu, own_visit))
+                visit.stores.append({})
+            elif spare is not None:
+                fetched, stored = spare.moves(gpu, own_visit)
+                visit.sources.append(fetched)
+                visit.stores.append(stored)
+        yield visit
+
+
+def own_guesses(guesses: Guesses | None, homes: Sequence[Array], gpu: int) -> Guesses | None:
+    """Return the guesses of one GPU's tokens."""
+    if guesses is None:
+        return None
+    own = np.concatenate(homes) == gpu
+    confidences = guesses.confidences
+    return Guesses(guesses.rows[own], guesses.experts[own], None if confidences is None else confidences[own])
+
+
+def admissions(visit: Visit) -> Iterator[Admission]:
+    """Yield the admissions of a visit in the order in which they were decided."""
+    for wave in visit.waves:
+        yield from wave.admitted
+    for admission, _ in visit.prefetches:
+        yield admission
+
+
+def _from_peers(
+    placed: Placed, managers: Sequence[MemoryManager], gpu: int, visit: Visit
+) -> dict[int, tuple[int, int]]:
+    """Return the copies of a visit that come from another GPU, which has the expert: an owner of it before others."""
+    found = {}
+    prices = placed.prices
+    for admission in admissions(visit):
+        layer, index = divmod(admission.expert, managers[gpu].experts)
+        if prices is not None and prices.host_ns[layer] < prices.peer_ns[layer]:
+            continue
+        holder = _holder(admission.expert, placed.owners[layer][index], managers, gpu)
+        if holder is not None:
+            found[admission.copy] = (holder, managers[holder].assigned[admission.expert])
+    return found
+
+
+def _holder(expert: int, owners: Sequence[int], managers: Sequence[MemoryManager], gpu: int) -> int | None:
+    """Return the first GPU but one that has room for an expert, owners first; None if there is none."""
+    others: Iterable[int] = (*owners, *range(len(managers)))
+    for other in others:
+        if other != gpu and expert in managers[other].assigned:
+            return other
+    return None
+
+
+class _Spare:
+    """The GPUs' spare memory: experts that another GPU has evicted, until that GPU fetches them back.
+
+    A victim cache: Jouppi, "Improving direct-mapped cache performance by the addition of a small fully-associative
+    cache and prefetch buffers" (ISCA 1990). What lies there longest makes room.
+    """
+
+    def __init__(self, placed: Placed) -> None:
+        self._owners = [gpus for layer in placed.owners for gpus in layer]
+        self._expert_of: list[dict[int, int]] = [{} for _ in range(placed.gpus)]  # by GPU and copy
+        # By GPU: what is stored, oldest first (expert -> number), and free rooms (what lay there; -1: nothing).
+        self._stored: list[dict[int, int]] = [{} for _ in range(placed.gpus)]
+        self._free: list[deque[int]] = [deque([-1] * placed.spare_experts) for _ in range(placed.gpus)]
+        self._where: dict[int, int] = {}
+        self._count = 0
+
+    def moves(self, gpu: int, visit: Visit) -> tuple[dict[int, tuple[int, int]], dict[int, Store]]:
+        """Return the visit's copies that come out of spare memory, and where its evicted experts are stored.
+
+        An expert is stored before the one that takes its room is fetched, so that neither waits for the other.
+        """
+        fetched: dict[int, tuple[int, int]] = {}
+        stored: dict[int, Store] = {}
+        expert_of = self._expert_of[gpu]
+        for admission in admissions(visit):
+            expert_of[admission.copy] = admission.expert
+            for copy in admission.former:
+                store = self._store(expert_of.pop(copy), admission.expert)
+                if store is not None:
+                    stored[copy] = store
+            other = self._where.pop(admission.expert, None)
+            if other is not None:
+                number = self._stored[other].pop(admission.expert)
+                self._free[other].append(number)
+                fetched[admission.copy] = (other, number)
+        return fetched, stored
+
+    def _store(self, expert: int, keep: int) -> Store | None:
+        """Find room for an expert on a GPU that does not own it, the freest first; `keep` must stay where it is."""
+        others = [gpu for gpu in range(len(self._free)) if gpu not in self._owners[expert]]
+        if expert in self._where or not others:
+            return None
+        other = max(others, key=lambda gpu: len(self._free[gpu]))
+        if not self._free[other]:
+            oldest = {gpu: next((old for old in self._stored[gpu] if old != keep), None) for gpu in others}
+            ages = {gpu: self._stored[gpu][old] for gpu, old in oldest.items() if old is not None}
+            if not ages:
+                return None
+            other = min(ages, key=ages.__getitem__)
+            leaver = oldest[other]
+            assert leaver is not None
+            del self._where[leaver]
+            self._free[other].append(self._stored[other].pop(leaver))
+        former = self._free[other].popleft()
+        number = self._stored[other][expert] = self._count
+        self._count += 1
+        self._where[expert] = other
+        return Store(expert, other, number, former)
+
+
+class _Sharing:
+    """What each GPU gets of each visit where tokens move, and of each step's guesses: those of experts that it owns."""
+
+    def __init__(
+        self,
+        placed: Placed,
+        trace: RoutingTrace,
+        steps: Sequence[Step],
+        managers: Sequence[MemoryManager],
+        guesses: Guesses | None,
+        prefetch: Prefetch,
+    ) -> None:
+        self._placed, self._trace, self._steps, self._managers = placed, trace, steps, managers
+        self._owners = [gpus for layer in placed.owners for gpus in layer]
+        self._prefetch = prefetch
+        whole_step = whole(trace, steps, guesses, prefetch)
+        self._ranked, self._confidences = whole_step.ranked, whole_step.confidences
+        self._now: list[Accesses] = []
+        self._guesses: list[list[list[list[int]]]] = []
+        self._confident: list[list[list[list[float]]]] = []
+
+    def part(self, gpu: int) -> Part:
+        """Return what one GPU gets, to be asked for after `turn` in every visit."""
+        layers = range(self._trace.layers)
+        return Part(
+            ((self._now[gpu] for _ in layers) for _ in self._steps),
+            None if self._ranked is None else (self._guesses[gpu] for _ in self._steps),
+            None if self._confidences is None else (self._confident[gpu] for _ in self._steps),
+            None if self._prefetch.guesses else self._owned(gpu),
+        )
+
+    def _owned(self, gpu: int) -> frozenset[int]:
+        return frozenset(expert for expert, gpus in enumerate(self._owners) if gpu in gpus)
+
+    def turn(self, index: int, layer: int) -> Array:
+        """Decide who serves what of the next visit and return its traffic (GPUs, GPUs), in tokens."""
+        if not layer:
+            self._begin(index)
+        return self._share(layer)
+
+    def _begin(self, index: int) -> None:
+        """Take up a step: its guesses by owner."""
+        if self._ranked is not None:
+            ranked = next(self._ranked)
+            confident = next(self._confidences) if self._confidences is not None else None
+            self._guesses, self._confident = self._by_owner(ranked, confident)
+
+    def _by_owner(
+        self, ranked: list[list[list[int]]], confident: list[list[list[float]]] | None
+    ) -> tuple[list[list[list[list[int]]]], list[list[list[list[float]]]]]:
+        """Return the guesses, and confidences if any, [layer][horizon - 1][rank by token], for each GPU its own."""
+        owners, gpus = self._owners, range(self._placed.gpus)
+        guesses: list[list[list[list[int]]]] = [[[[] for _ in layer] for layer in ranked] for _ in gpus]
+        confidences: list[list[list[list[float]]]] = [[[[] for _ in layer] for layer in ranked] for _ in gpus]
+        for layer, of_layer in enumerate(ranked):
+            for horizon, experts in enumerate(of_layer):
+                lists = [guesses[gpu][layer][horizon] for gpu in gpus]
+                for place, expert in enumerate(experts):
+                    if expert < 0:
+                        continue
+                    for gpu in owners[expert]:
+                        lists[gpu].append(expert)
+                        if confident is not None:
+                            confidences[gpu][layer][horizon].append(confident[layer][horizon][place])
+        return guesses, confidences
+
+    def _share(self, layer: int) -> Array:
+        raise NotImplementedError
+
+
+class _ByOwner(_Sharing):
+    """Every choice is served by an owner of the expert; of several, by the one with the fewest tokens in the visit.
+
+    Experts with one owner count first, then the others in order of access; ties go to the first GPU.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        #: By expert: the only owner; -1 if there are more.
+        self._server = [gpus[0] if len(gpus) == 1 else -1 for gpus in self._owners]
+        self._only = np.array(self._server, dtype=np.int64).reshape(self._trace.layers, -1)
+        self._replicated = -1 in self._server
+
+    def _begin(self, index: int) -> None:
+        super()._begin(index)
+        step, self._home = self._steps[index], self._placed.homes[index]
+        self._looked_up = step_accesses(self._trace, step)
+        self._chosen = self._trace.experts[step.rows]
+        self._present = None if self._trace.present is None else self._trace.present[step.rows]
+        if not self._replicated:
+            layers = np.arange(self._trace.layers)[:, None]
+            servers = self._only[layers, self._chosen]
+            self._traffic = traffic(servers, self._home, self._present, self._placed.gpus)
+
+    def _share(self, layer: int) -> Array:
+        accesses = next(self._looked_up)
+        if not self._replicated:
+            self._now = _split(accesses, self._server, self._placed.gpus)
+            of_layer: Array = self._traffic[layer]
+            return of_layer
+        server = self._serve(accesses)
+        self._now = _split(accesses, server, self._placed.gpus)
+        table = self._only[layer].copy()
+        first = layer * self._trace.num_experts
+        for expert in accesses.experts:
+            table[expert - first] = server[expert]
+        present = None if self._present is None else self._present[:, layer : layer + 1]
+        moved: Array = traffic(table[self._chosen[:, layer : layer + 1]], self._home, present, self._placed.gpus)[0]
+        return moved
+
+    def _serve(self, accesses: Accesses) -> dict[int, int]:
+        """Return the GPU that serves each expert of a visit."""
+        load = [0] * self._placed.gpus
+        server = {}
+        for expert, tokens in zip(accesses.experts, accesses.tokens, strict=True):
+            gpu = server[expert] = self._server[expert]
+            if gpu >= 0:
+                load[gpu] += tokens
+        for expert, tokens in zip(accesses.experts, accesses.tokens, strict=True):
+            if server[expert] < 0:
+                gpu = server[expert] = min(self._owners[expert], key=load.__getitem__)
+                load[gpu] += tokens
+        return server
+
+
+class _ByCost(_Sharing):
+    """Every choice is served where that costs least now, home by home, in order of access.
+
+    Nothing, if the home has the expert; else the least of moving the home's tokens to a GPU that has it, or gets it in
+    this visit, of copying it from there, and, if nobody has it, of copying it from the host. Ties in that order.
+    """
+
+    def _share(self, layer: int) -> Array:
+        step, home = self._step, self._home
+        rows = np.arange(len(step.rows))
+        if self._trace.present is not None:
+            rows = rows[self._trace.present[step.rows, layer]]
+        ids = (self._trace.experts[step.rows[rows], layer].astype(np.int64) + layer * self._trace.num_experts).tolist()
+        weights = self._trace.weights
+        gate = None if weights is None else weights[step.rows[rows], layer].tolist()
+        homes = home[rows].tolist()
+        server = self._serve(layer, ids, homes)
+        pairs: list[list[int]] = [[] for _ in range(self._placed.gpus)]
+        gates: list[list[float]] = [[] for _ in range(self._placed.gpus)]
+        servers = []
+        for place, (experts, own) in enumerate(zip(ids, homes, strict=True)):
+            for rank, expert in enumerate(experts):
+                gpu = server[own, expert]
+                servers.append(gpu)
+                pairs[gpu].append(expert)
+                gates[gpu].append(1.0 if gate is None else gate[place][rank])
+        self._now = [merge(own_pairs, own_gate) for own_pairs, own_gate in zip(pairs, gates, strict=True)]
+        shape = (len(rows), 1, self._trace.k)
+        moved: Array = traffic(np.array(servers, dtype=np.int64).reshape(shape), home[rows], None, self._placed.gpus)[0]
+        return moved
+
+    def _begin(self, index: int) -> None:
+        super()._begin(index)
+        self._step, self._home = self._steps[index], self._placed.homes[index]
+
+    def _serve(self, layer: int, ids: list[list[int]], homes: list[int]) -> dict[tuple[int, int], int]:
+        """Return the GPU that serves each (home, expert) of a visit."""
+        tokens: dict[tuple[int, int], int] = {}
+        for experts, home in zip(ids, homes, strict=True):
+            for expert in experts:
+                tokens[home, expert] = tokens.get((home, expert), 0) + 1
+        prices, managers = self._placed.prices, self._managers
+        assert prices is not None
+        coming: dict[int, int] = {}  # experts that nobody had, and who gets them
+        server: dict[tuple[int, int], int] = {}
+        for (home, expert), count in sorted(tokens.items(), key=lambda item: item[0][0]):
+            server[home, expert] = home
+            if expert in managers[home].assigned:
+                continue
+            holder = _holder(expert, self._owners[expert], managers, home)
+            if holder is None:
+                holder = coming.setdefault(expert, home)
+            if count * prices.token_ns <= min(prices.peer_ns[layer], prices.host_ns[layer]):
+                server[home, expert] = holder
+        return server
+
+
+def _split(accesses: Accesses, server: Sequence[int] | dict[int, int], gpus: int) -> list[Accesses]:
+    """Return what each GPU serves of a visit's look-ups."""
+    parts = [Accesses([], [], [], []) for _ in range(gpus)]
+    for expert, tokens in zip(accesses.experts, accesses.tokens, strict=True):
+        part = parts[server[expert]]
+        part.experts.append(expert)
+        part.tokens.append(tokens)
+    for expert, weight in zip(accesses.recency, accesses.weights, strict=True):
+        part = parts[server[expert]]
+        part.recency.append(expert)
+        part.weights.append(weight)
+    return parts
+
+
+def traffic(servers: Array, home: Array, present: Array | None, gpus: int) -> Array:
+    """Return how many tokens of each GPU have experts on each other one, by layer (layers, GPUs, GPUs).
+
+    `servers` (rows, layers, k) serve the choices of rows that live on `home` (rows,); `present` (rows, layers) leaves
+    some out. A token goes once to each GPU that has any of its experts, as in DeepEP.
+    """
+    rows, layers, _ = servers.shape
+    goes = np.zeros((rows, layers, gpus), dtype=np.int64)
+    np.put_along_axis(goes, servers, 1, axis=2)
+    if present is not None:
+        goes *= present[:, :, None]
+    lives = (home == np.arange(gpus)[:, None]).astype(np.int64)
+    sent: Array = (lives @ goes.reshape(rows, layers * gpus)).reshape(gpus, layers, gpus).transpose(1, 0, 2)
+    sent[:, range(gpus), range(gpus)] = 0
+    return sent
