@@ -88,6 +88,9 @@ def run(
         Path | None, typer.Option(help="Write result.json, run.safetensors, timeline.json.gz and two pictures there.")
     ] = None,
     all_spans: Annotated[bool, typer.Option(help="Write all spans to the timeline, not the first 200,000.")] = False,
+    stream: Annotated[
+        Path | None, typer.Option(help="Keep the timeline in files there while it grows, and not in memory.")
+    ] = None,
     baselines: Annotated[bool, typer.Option(help="Also run the two baselines (speedup, resident_ms).")] = True,
     check_prefetch: Annotated[
         bool,
@@ -114,11 +117,17 @@ def run(
     from .engine.simulate import load_inputs, simulate_inputs
 
     inputs = load_inputs(load_scenario(scenario, settings or ()))
-    if out is not None:
-        make_folder(out)
+    for folder in (out, stream):
+        if folder is not None:
+            make_folder(folder)
     with _progress() as progress:
         result = simulate_inputs(
-            inputs, baselines=baselines, check_prefetch=check_prefetch, replicates=replicates, progress=progress
+            inputs,
+            baselines=baselines,
+            check_prefetch=check_prefetch,
+            replicates=replicates,
+            progress=progress,
+            stream=stream,
         )
         written = [] if out is None else write_result(result, out, all_spans=all_spans)
     if json:

@@ -94,6 +94,7 @@ def check_executable(inputs: Inputs) -> None:
         (not scenario.only_fetches, "miss.policy and [compression]: experts are copied as they are; leave both out"),
         (scenario.memory.preload != "none", "memory.preload: slots begin empty; set it to none"),
         (inputs.budgets is not None, "memory.total_bytes: slots are preallocated; give memory.gpu_budget alone"),
+        (scenario.parallel.gpus > 1, "parallel.gpus: no tokens are exchanged; leave it out, or use parallel.stages"),
         (_queues_in_stages(scenario), "copy.discipline = 'priority' and parallel.stages: choose fifo or two_streams"),
     ):
         if wrong:

@@ -10,6 +10,7 @@ from ..workloads.guesses import Guesses
 from ..workloads.model import Model
 from ..workloads.trace import RoutingTrace
 from .links import Links
+from .placed import Placed
 from .predicting import FREE, PredictorCost
 from .scenario import Scenario
 
@@ -34,10 +35,18 @@ class Inputs:
     #: The inputs of each stage of a pipeline, in order, and the links between their GPUs, None for one stage.
     stages: tuple[Inputs, ...] = ()
     links: Links | None = None
+    #: The inputs of each of the GPUs that share the experts of all layers, in order, and how the experts lie on them.
+    gpus: tuple[Inputs, ...] = ()
+    placed: Placed | None = None
 
     @property
     def parts(self) -> tuple[Inputs, ...]:
-        """The inputs of each GPU by itself: of the stages, or these."""
+        """The inputs of each GPU by itself: of the stages, of those that share the experts, or these."""
+        return self.stages or self.gpus or (self,)
+
+    @property
+    def guessers(self) -> tuple[Inputs, ...]:
+        """The inputs that have the run's guesses, each of them once."""
         return self.stages or (self,)
 
     @property

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..workloads.batches import Step
-from ..workloads.predictors import Guesses
+from ..workloads.guesses import Guesses
 from ..workloads.trace import RoutingTrace
 from .dispatch import Accesses, Part, Visit, merge, step_accesses, visits, whole
 from .memory_manager import Admission, MemoryManager

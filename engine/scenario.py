@@ -25,8 +25,10 @@ from ..workloads.predictors import PREDICTORS
 from .dispatch import ISSUE
 from .journal import find_row
 from .memory_manager import PROTECTION, SCOPES
+from .placed import REMOTE
 from .policies.eviction import EVICTION
 from .policies.miss import MISS
+from .policies.placement import OBJECTIVES, PLACEMENT
 from .policies.prefetch import PREFETCH
 from .policies.prefetch_share import PREFETCH_SHARE
 from .policies.preload import PRELOAD
@@ -255,13 +257,30 @@ class ParallelSection(_Section):
 
     `split` divides the layers: as many to each stage (equal), so that kernels (compute) or experts (memory) weigh the
     same, by simulating the first steps (searched), or by a list of counts. `micro_batches` are parts of the batch that
-    are in different stages at once. Dispatch threads: one for each GPU, or one that serves all stages of a step.
+    are in different stages at once. Dispatch threads: one for each GPU, or one that serves all of them, in order.
+
+    Or `gpus` that share the experts of every layer, by a `placement` (one of PLACEMENT), each with what [memory] gives
+    to one; in percent, of the experts that it owns. `replicas`, `replica_bytes` a GPU and `objective` are as of
+    `placement.Request`. `remote` says how a choice of another GPU's expert is served (one of REMOTE). In `spare_bytes`
+    each GPU keeps what others evict.
     """
 
     stages: int = Field(default=1, ge=1)
     split: str | list[int] = "equal"
     micro_batches: int = Field(default=1, ge=1)
     dispatch_threads: Annotated[str, _one_of(DISPATCH_THREADS)] = "per-gpu"
+    gpus: int = Field(default=1, ge=1)
+    placement: Annotated[str, _one_of(PLACEMENT)] = "round-robin"
+    replicas: int = Field(default=2, ge=1)
+    replica_bytes: str = "0B"
+    objective: Annotated[str, _one_of(OBJECTIVES)] = "load"
+    remote: Annotated[str, _one_of(REMOTE)] = "tokens"
+    spare_bytes: str = "0B"
+
+    @property
+    def lends(self) -> bool:
+        """Whether GPUs copy experts from one another."""
+        return self.remote in ("peer", "cost") or parse_bytes(self.spare_bytes) > 0
 
     @field_validator("split", mode="before")
     @classmethod
@@ -270,6 +289,23 @@ class ParallelSection(_Section):
         if not (isinstance(value, str) and value in SPLITS) and not counts:
             raise ValueError(f"choose one of {', '.join(SPLITS)}, or give the layers of each stage, such as [16, 16]")
         return value
+
+    @field_validator("replica_bytes", "spare_bytes")
+    @classmethod
+    def _bytes_read(cls, value: str) -> str:
+        parse_bytes(value)
+        return value
+
+    @model_validator(mode="after")
+    def _one_way_to_use_gpus(self) -> ParallelSection:
+        if self.gpus > 1 and max(self.stages, self.micro_batches) > 1:
+            raise ValueError(
+                f"gpus = {self.gpus} with stages = {self.stages}, micro_batches = {self.micro_batches}: share the "
+                f"experts of all layers, or divide the layers: one of the two"
+            )
+        if self.remote != "tokens" and parse_bytes(self.spare_bytes):
+            raise ValueError(f"spare_bytes = {self.spare_bytes!r}: needs remote = 'tokens' (given {self.remote!r})")
+        return self
 
     @model_validator(mode="after")
     def _split_is_of_stages(self) -> ParallelSection:
@@ -409,6 +445,30 @@ class Scenario(_Section):
         return self.miss.policy == "fetch" and compression.where == "none" and compression.mixed is None
 
     @model_validator(mode="after")
+    def _sharing_is_known(self) -> Scenario:
+        """Refuse what GPUs that share the experts cannot do."""
+        if self.parallel.gpus == 1:
+            return self
+        if self.memory.scope not in ("global", "per-layer"):
+            raise ValueError(f"memory.scope = {self.memory.scope!r}: with parallel.gpus, choose global or per-layer")
+        if self.memory.total_bytes is not None:
+            raise ValueError("memory.total_bytes: with parallel.gpus, give memory.gpu_budget alone")
+        if self.memory.preload != "none":
+            raise ValueError(f"memory.preload = {self.memory.preload!r}: with parallel.gpus, choose none")
+        if not self.dispatch.router_readback:
+            raise ValueError(
+                "dispatch.router_readback = false: with parallel.gpus, hosts meet at every choice: set true"
+            )
+        if parse_bytes(self.parallel.spare_bytes) and not self.memory.caching:
+            raise ValueError("memory.caching = false: with parallel.spare_bytes, evicted experts are kept: set true")
+        if self.copy_.discipline == "priority" and self.parallel.lends:
+            raise ValueError(
+                "copy.discipline = 'priority': where GPUs copy experts from one another, one may be waiting for what "
+                "another puts off: choose fifo or two_streams"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _dropping_knows_the_visit(self) -> Scenario:
         prefetch = self.prefetch
         if not self.memory.caching and (prefetch.protect, prefetch.issue) != ("until_target", "after_launch"):
@@ -417,17 +477,21 @@ class Scenario(_Section):
 
     @model_validator(mode="after")
     def _host_cache_serves_one_gpu(self) -> Scenario:
-        if self.tiers.host_budget != "all" and (self.parallel.stages > 1 or self.parallel.micro_batches > 1):
+        parallel = self.parallel
+        if self.tiers.host_budget != "all" and max(parallel.stages, parallel.micro_batches, parallel.gpus) > 1:
             raise ValueError(
                 f"tiers.host_budget = {self.tiers.host_budget!r}: host memory as a cache serves one GPU without "
-                "micro-batches; give 'all', or parallel.stages = 1 and parallel.micro_batches = 1"
+                "micro-batches; give 'all', or parallel.stages, parallel.micro_batches and parallel.gpus = 1"
             )
         return self
 
     @model_validator(mode="after")
     def _a_peer_holds_all_experts_and_does_nothing_else(self) -> Scenario:
-        if self.copy_.source == "peer" and self.parallel.stages > 1:
-            raise ValueError("copy.source = 'peer': a GPU that holds experts has no stage: set parallel.stages = 1")
+        if self.copy_.source == "peer" and max(self.parallel.stages, self.parallel.gpus) > 1:
+            raise ValueError(
+                "copy.source = 'peer': a GPU that holds experts has no stage and no share of them: set parallel.stages "
+                "and parallel.gpus = 1"
+            )
         if self.copy_.source == "peer" and self.tiers.host_budget != "all":
             raise ValueError("copy.source = 'peer': no expert lies in host memory: set tiers.host_budget = 'all'")
         if self.copy_.source == "peer" and not self.only_fetches:
@@ -457,7 +521,7 @@ def _unfit(scenario: Scenario) -> Iterator[tuple[bool, str]]:
     yield shared and not scenario.only_fetches, "memory.scope = 'shared': needs miss.policy = 'fetch', no compression"
     yield shared and memory.preload != "none", "memory.scope = 'shared': needs memory.preload = 'none'"
     yield mixed and memory.scope != "global", f"compression.mixed: needs memory.scope = 'global' (not {memory.scope!r})"
-    several = max(scenario.parallel.stages, scenario.parallel.micro_batches) > 1
+    several = max(scenario.parallel.stages, scenario.parallel.micro_batches, scenario.parallel.gpus) > 1
     yield several and not scenario.only_fetches, "[parallel]: needs miss.policy = 'fetch', no compression"
     tiered = scenario.tiers.host_budget != "all"
     yield tiered and not scenario.only_fetches, "tiers.host_budget: needs miss.policy = 'fetch', no compression"

@@ -14,12 +14,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ..resources.network import Carried
 from ..resources.profile import load_profile
+from ..resources.spool import Spool
 from ..resources.timeline import Timeline
 from ..workloads.batches import Step, continued_steps, plan_steps
 from ..workloads.fitted import FittedRouting
@@ -31,6 +34,7 @@ from ..workloads.trace import RoutingTrace
 from .costs import Costs
 from .decoder import decode
 from .dispatch import Visit, visits
+from .expert_parallel import held, place, run_placed, sent_tokens_and_experts, shadow_misses, sharing_metrics
 from .gpu import Decoded
 from .inputs import Inputs
 from .links import Links
@@ -135,6 +139,10 @@ def completed(bare: Inputs) -> Inputs:
     `bare` inputs have neither; guesses that they do have are kept.
     """
     parallel = bare.scenario.parallel
+    if parallel.gpus > 1:
+        guesses = bare.guesses or _guesses(bare.scenario, bare.model, bare.trace, bare.steps)
+        predictor = predictor_cost(bare.scenario.predictor) if guesses is not None else FREE
+        return place(replace(bare, guesses=guesses, predictor=predictor), make_manager)
     return _in_stages(bare) if max(parallel.stages, parallel.micro_batches) > 1 else _on_one_gpu(bare)
 
 
@@ -249,13 +257,15 @@ def simulate(
     check_prefetch: bool = False,
     replicates: int = 0,
     progress: Progress | None = None,
+    stream: Path | None = None,
 ) -> Result:
     """Run a scenario; `baselines=False` leaves out the two runs that speedup and resident_ms need.
 
     `baselines` may also be makespans in ms that are known, by their names in BASELINES. `check_prefetch` also runs the
     same cache without prefetch. `replicates` more runs, with costs drawn from their uncertainty, give percentiles of
-    makespan and tokens/s. `progress` is called with (what, done, total) layer visits. Raises ValueError if the
-    scenario cannot run.
+    makespan and tokens/s. `progress` is called with (what, done, total) layer visits. With a folder to
+    `stream` to, the timeline and all else that grows with the run is kept in files there, a folder for each GPU, and
+    not in memory. Raises ValueError if the scenario cannot run.
     """
     return simulate_inputs(
         load_inputs(scenario),
@@ -263,6 +273,7 @@ def simulate(
         check_prefetch=check_prefetch,
         replicates=replicates,
         progress=progress,
+        stream=stream,
     )
 
 
@@ -273,27 +284,29 @@ def simulate_inputs(
     check_prefetch: bool = False,
     replicates: int = 0,
     progress: Progress | None = None,
+    stream: Path | None = None,
 ) -> Result:
     """Run what `load_inputs` loaded, as `simulate` does."""
     scenario, model = inputs.scenario, inputs.model
     costs = part_costs(inputs)
     began = time.perf_counter()
-    ready = prepared(inputs, costs)
+    ready = prepared(inputs, costs, stream)
     recordings = run_all(inputs, ready, _watched(progress, "simulate", inputs.layer_visits))
     wall_s = time.perf_counter() - began
     previous = previous_steps(inputs)
-    data = run_metrics(recordings, [_shadow_misses(gpu.inputs, gpu.prefetch) for gpu in ready], previous)
+    data = run_metrics(recordings, _shadow_misses(inputs, ready, stream), previous)
     data["deduplication"] = _deduplication(inputs)
     if inputs.links is not None:
-        flow = flow_of(model, inputs.trace, inputs.steps)
-        data["links"] = link_usage(recordings, inputs.links, sent(recordings, flow, inputs.links))
+        data["links"] = link_usage(recordings, inputs.links, _sent(inputs, recordings, inputs.links))
+    if inputs.placed is not None:
+        data["sharing"] = sharing_metrics(inputs, recordings)
     known = dict(baselines) if isinstance(baselines, Mapping) else {}
     wanted = ["resident", "baseline"] if baselines is True else []
     if check_prefetch:
         wanted.append("no_prefetch")
         if not any(gpu.prefetch.horizons for gpu in ready):
             known["no_prefetch"] = data["makespan_ms"]
-    known.update((name, run_baseline(name, inputs, costs, progress)) for name in wanted if name not in known)
+    known.update((name, run_baseline(name, inputs, costs, progress, stream)) for name in wanted if name not in known)
     data.update(_compared(known, data))
     if replicates:
         data["replicates"] = summary(_replicates(inputs, replicates, progress))
@@ -353,8 +366,8 @@ def make_prefetch(scenario: Scenario, model: Model, copy_ns: int = 0) -> Prefetc
     )
 
 
-def make_manager(inputs: Inputs) -> MemoryManager:
-    """Return a fresh memory manager as the scenario wants it."""
+def make_manager(inputs: Inputs, spool: Spool | None = None) -> MemoryManager:
+    """Return a fresh memory manager as the scenario wants it; `spool` keeps its records, and its GPU's."""
     memory, model = inputs.scenario.memory, inputs.model
     sizes, size_of = kept_bytes(inputs)
     share = None
@@ -374,6 +387,7 @@ def make_manager(inputs: Inputs) -> MemoryManager:
         prefetch_share=share,
         watch_unused=inputs.scenario.prefetch.policy == "adaptive-memory",
         size_of=size_of,
+        spool=spool,
     )
     preload(manager, inputs)
     return manager
@@ -442,16 +456,22 @@ def part_costs(inputs: Inputs) -> list[Costs]:
     return [Costs(part.model, part.profile, with_latency(part.scenario, part.predictor)) for part in inputs.parts]
 
 
-def prepared(inputs: Inputs, costs: Sequence[Costs]) -> list[Prepared]:
-    """Return what each GPU of a run needs, as the scenario wants it."""
-    return [
-        Prepared(part, own, make_manager(part), make_prefetch(part.scenario, part.model, own.copies[0].queued_ns))
-        for part, own in zip(inputs.parts, costs, strict=True)
-    ]
+def prepared(inputs: Inputs, costs: Sequence[Costs], stream: Path | None = None) -> list[Prepared]:
+    """Return what each GPU of a run needs, as the scenario wants it; `stream` is a folder for what is recorded."""
+    ready = []
+    for part, own in zip(inputs.parts, costs, strict=True):
+        manager = make_manager(part, Spool(None if stream is None else stream / part.device))
+        prefetch = make_prefetch(part.scenario, part.model, own.copies[0].queued_ns)
+        ready.append(Prepared(part, own, manager, prefetch))
+    return ready
 
 
 def run_all(inputs: Inputs, ready: Sequence[Prepared], watch: Watch = iter) -> list[measure.Recording]:
     """Simulate one run and return what was recorded on each GPU."""
+    if inputs.placed is not None:
+        each = [(gpu.costs, gpu.manager, gpu.prefetch) for gpu in ready]
+        all_steps = [replace(gpu, inputs=replace(gpu.inputs, steps=inputs.steps)) for gpu in ready]
+        return [_recording(gpu, found) for gpu, found in zip(all_steps, run_placed(inputs, each, watch), strict=True)]
     if not inputs.stages:
         (gpu,) = ready
         return [run(gpu.inputs, gpu.costs, gpu.manager, gpu.prefetch, watch)]
@@ -525,24 +545,31 @@ def _watched(progress: Progress | None, what: str, total: int) -> Watch:
     return watch
 
 
-def run_baseline(name: str, inputs: Inputs, costs: Sequence[Costs], progress: Progress | None = None) -> float:
-    """Return the makespan in ms of one of BASELINES, given the costs of each GPU."""
+def run_baseline(
+    name: str, inputs: Inputs, costs: Sequence[Costs], progress: Progress | None = None, stream: Path | None = None
+) -> float:
+    """Return the makespan in ms of one of BASELINES, given the costs of each GPU; `stream` as `simulate` takes it."""
     if name != "no_prefetch" and not inputs.scenario.only_fetches:
         inputs = replace(inputs, scenario=plain(inputs.scenario))
         costs = part_costs(inputs)
     if name == "resident":
         inputs = replace(inputs, budgets=None, stages=tuple(replace(stage, budgets=None) for stage in inputs.stages))
+    if name != "no_prefetch" and inputs.placed is not None:
+        inputs = replace(inputs, placed=replace(inputs.placed, spare_experts=0))
     ready = [
-        Prepared(part, own, _baseline_manager(name, part), NoPrefetch())
+        Prepared(part, own, _baseline_manager(name, part, Spool(stream, keep=False)), NoPrefetch())
         for part, own in zip(inputs.parts, costs, strict=True)
     ]
-    return run_ns(run_all(inputs, ready, _watched(progress, BASELINES[name], inputs.layer_visits))) / 1e6
+    makespan_ns = run_ns(run_all(inputs, ready, _watched(progress, BASELINES[name], inputs.layer_visits)))
+    for gpu in ready:
+        gpu.manager.spool.remove()
+    return makespan_ns / 1e6
 
 
-def _baseline_manager(name: str, inputs: Inputs) -> MemoryManager:
+def _baseline_manager(name: str, inputs: Inputs, spool: Spool) -> MemoryManager:
     """Return the memory manager of one of BASELINES on one GPU."""
     if name == "no_prefetch":
-        return make_manager(inputs)
+        return make_manager(inputs, spool)
     model, resident = inputs.model, name == "resident"
     manager = MemoryManager(
         model.expert_bytes,
@@ -550,9 +577,10 @@ def _baseline_manager(name: str, inputs: Inputs) -> MemoryManager:
         model.total_expert_bytes if resident else inputs.budget_bytes,
         EVICTION["lru"],
         drop_after_visit=not resident,
+        spool=spool,
     )
     if resident:
-        manager.preload(range(model.total_experts))
+        manager.preload(range(model.total_experts) if inputs.placed is None else held(inputs.placed, inputs.device))
     return manager
 
 
@@ -598,17 +626,35 @@ def _replicates(inputs: Inputs, count: int, progress: Progress | None) -> list[d
     return results
 
 
-def _shadow_misses(inputs: Inputs, prefetch: Prefetch) -> npt.NDArray[np.int64] | None:
-    """Return what the same cache without prefetch misses, as `measure.miss_keys`; None if nothing is prefetched."""
-    if not prefetch.horizons:
-        return None
-    shadow = dispatched(inputs, make_manager(inputs), NoPrefetch())
-    return measure.miss_keys(shadow, inputs.model.total_experts)
+def _shadow_misses(
+    inputs: Inputs, ready: Sequence[Prepared], stream: Path | None
+) -> list[npt.NDArray[np.int64] | None]:
+    """Return what the same caches without prefetch miss, as `measure.miss_keys`; None if nothing is prefetched."""
+    if not any(gpu.prefetch.horizons for gpu in ready):
+        return [None] * len(ready)
+    managers = [make_manager(part, Spool(stream, keep=False)) for part in inputs.parts]
+    if inputs.placed is not None:
+        missed = shadow_misses(inputs, managers)
+    else:
+        shadows = [dispatched(part, own, NoPrefetch()) for part, own in zip(inputs.parts, managers, strict=True)]
+        missed = [
+            measure.miss_keys(own, part.model.total_experts) for own, part in zip(shadows, inputs.parts, strict=True)
+        ]
+    for manager in managers:  # what is mapped stays readable
+        manager.spool.remove()
+    return list(missed)
+
+
+def _sent(inputs: Inputs, recordings: Sequence[measure.Recording], links: Links) -> list[Carried]:
+    """Return what GPUs have sent each other."""
+    if inputs.placed is not None:
+        return sent_tokens_and_experts(inputs, recordings, links)
+    return sent(recordings, flow_of(inputs.model, inputs.trace, inputs.steps), links)
 
 
 def _digest(inputs: Inputs) -> str | None:
     """Return what identifies the guesses of a run, those of all GPUs together; None if there are none."""
-    digests = [part.guesses.digest for part in inputs.parts if part.guesses is not None]
+    digests = [part.guesses.digest for part in inputs.guessers if part.guesses is not None]
     if len(digests) < 2:
         return digests[0] if digests else None
     return hashlib.sha256("".join(digests).encode()).hexdigest()
@@ -620,7 +666,7 @@ def _deduplication(inputs: Inputs) -> dict[str, int] | None:
     Asking once for each saves at most these bytes: a copy of what is assigned already would not be made anyway. None
     where nobody guesses.
     """
-    counted = [_guess_counts(part, part.guesses) for part in inputs.parts if part.guesses is not None]
+    counted = [_guess_counts(part, part.guesses) for part in inputs.guessers if part.guesses is not None]
     return {name: sum(counts[name] for counts in counted) for name in counted[0]} if counted else None
 
 

@@ -74,6 +74,7 @@ def with_profile(inputs: Inputs, profile: Profile, *, timed: bool = False) -> In
         inputs,
         profile=profile,
         stages=tuple(replace(stage, profile=profile) for stage in inputs.stages),
+        gpus=tuple(replace(gpu, profile=profile) for gpu in inputs.gpus),
         links=None if links is None else links.with_profile(profile, timed=timed),
     )
 

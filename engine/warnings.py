@@ -127,7 +127,10 @@ def _bubbles(inputs: Inputs, data: dict[str, Any]) -> str | None:
     if share < BUBBLES:
         return None
     why, remedy = "their stages take unequal times", "use another parallel.split or more micro_batches"
-    if parallel.micro_batches < parallel.stages:
+    if parallel.gpus > 1:
+        why = "the one with most to copy or to compute holds up the others at every layer"
+        remedy = "use another parallel.placement, or a larger memory.gpu_budget"
+    elif parallel.micro_batches < parallel.stages:
         why = f"{parallel.micro_batches} micro-batches cannot keep {parallel.stages} stages busy"
         remedy = f"use parallel.micro_batches = {parallel.stages} or more, with as large a batch"
     return f"bubbles: GPUs wait for each other for {share:.0%} of the run, because {why}; {remedy}"

@@ -203,6 +203,10 @@ class FifoLane:
         self._extend(pack_span(start_ns, end_ns, issued_ns, expert, visit, copy, self.number, kind))
         return end_ns
 
+    def hold(self, until_ns: int) -> None:
+        """Start nothing that is submitted from now on before something else has ended, at `until_ns`."""
+        self._next_ns = max(self._next_ns, until_ns + self._after_other_ns)
+
     def backlog_ns(self, now_ns: int) -> int:
         """Return the work that is queued or running at an instant, in ns; what waits for a promise counts whole."""
         return max(0, self._next_ns - now_ns) + sum(work.ns for work in self._queue)

@@ -164,6 +164,14 @@ def test_out_holds_result_timeline_and_pictures_and_is_said(prestage: Prestage, 
     assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in names if name.endswith(".png"))
 
 
+def test_a_timeline_that_is_streamed_lies_in_files_and_changes_nothing(prestage: Prestage, tmp_path: Path) -> None:
+    kept, streamed = (prestage(*SMALL_RUN, "--json", *more).json() for more in ((), ("--stream", str(tmp_path / "s"))))
+    assert {**streamed, "wall_s": 0} == {**kept, "wall_s": 0}
+    spans = np.load(tmp_path / "s" / "gpu0" / "spans.npy", mmap_mode="r")
+    assert spans["end_ns"].max() >= kept["makespan_ms"] * 1e6
+    assert [path.name for path in (tmp_path / "s").iterdir()] == ["gpu0"]
+
+
 def test_a_long_timeline_is_cut_and_says_so_unless_all_is_asked_for(
     prestage: Prestage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -234,6 +234,7 @@ def test_the_timeline_has_its_causes_before_its_effects(shared: Shared) -> None:
         ({"miss": {"policy": "low_precision"}}, "miss.policy"),
         ({"compression": {"mixed": [[1.0, 0.5]]}}, r"\[compression\]"),
         ({"memory": {"preload": "popular"}}, "memory.preload"),
+        ({"parallel": {"gpus": 2}}, "parallel.gpus"),
     ],
 )
 def test_what_cannot_be_executed_is_refused_by_its_key(sections: dict[str, Any], says: str) -> None:

@@ -174,6 +174,9 @@ def test_spare_memory_keeps_what_came_last_and_room_for_two_lets_them_pass() -> 
 
 # What holds in all cases.
 
+#: Host memory holds every expert: as a cache it serves one GPU.
+WHOLE = {"host_budget": "all", "prefetch": "gpu"}
+
 
 def over(inputs: Inputs, gpus: int, remote: str, placement: str = "round-robin", **options: Any) -> list[PlacedVisit]:
     """Decide a random run over several GPUs, each with the whole budget."""
@@ -194,7 +197,7 @@ def over(inputs: Inputs, gpus: int, remote: str, placement: str = "round-robin",
 
 
 @settings(max_examples=40)
-@given(case=cases(), gpus=st.integers(1, 3), placement=st.sampled_from(list(PLACEMENT)))
+@given(case=cases(tiers=WHOLE), gpus=st.integers(1, 3), placement=st.sampled_from(list(PLACEMENT)))
 @pytest.mark.parametrize("remote", REMOTE)
 def test_every_choice_is_served_once_and_where_it_may_be(remote: str, case: Case, gpus: int, placement: str) -> None:
     inputs = case.inputs()
@@ -232,7 +235,7 @@ def test_every_choice_is_served_once_and_where_it_may_be(remote: str, case: Case
 
 
 @settings(max_examples=40)
-@given(case=cases())
+@given(case=cases(tiers=WHOLE))
 @pytest.mark.parametrize("remote", REMOTE)
 def test_on_one_gpu_everything_is_as_without_the_others(remote: str, case: Case) -> None:
     inputs = case.inputs()
@@ -244,7 +247,7 @@ def test_on_one_gpu_everything_is_as_without_the_others(remote: str, case: Case)
 
 
 @settings(max_examples=40)
-@given(case=cases(memory={"scope": "global"}), gpus=st.integers(2, 3), spare=st.integers(1, 3))
+@given(case=cases(tiers=WHOLE, memory={"scope": "global"}), gpus=st.integers(2, 3), spare=st.integers(1, 3))
 def test_spare_memory_changes_where_bytes_come_from_and_nothing_else(case: Case, gpus: int, spare: int) -> None:
     inputs = case.inputs()
     size = inputs.model.expert_bytes[0]

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...resources.profile import load_profile
-from ...resources.timeline import DEMAND, EXPERT, PREFETCH, READBACK
+from ...resources.timeline import DEMAND, EXPERT, PEER, PREFETCH, READBACK
 from .export import About
 from .metrics import FATES, MISS, OUTCOMES, Recording, memory_steps
 
@@ -53,6 +53,10 @@ def span_bytes(recording: Recording) -> Array:
     piece = np.arange(len(copies)) - np.searchsorted(numbers, numbers)
     piece_bytes = -(-sizes // pieces)
     moved[copies] = np.minimum(piece_bytes, sizes - piece * piece_bytes)
+    between = spans["kind"] == PEER
+    moved[between] = np.array(recording.expert_bytes, dtype=np.int64)[
+        spans["expert"][between] // recording.manager.experts
+    ]
     readbacks = spans["kind"] == READBACK
     tokens = np.array([len(step.rows) for step in recording.steps], dtype=np.int64)
     step = spans["visit"][readbacks] // len(recording.expert_bytes)

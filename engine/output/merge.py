@@ -6,14 +6,14 @@ numbers layers, visits, experts and copies for itself; here they become the mode
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ...resources.network import Carried, link_loads
-from ...resources.timeline import DEMAND, DENSE, PREFETCH, LaneName, Timeline
+from ...resources.timeline import DEMAND, DENSE, HEAD, PREFETCH, LaneName, Timeline
 from ..links import Links
 from . import metrics as measure
 from .about import span_bytes
@@ -36,16 +36,23 @@ def run_metrics(
     run_ns = makespan_ns(recordings)
     each = [
         measure.gpu_metrics(recording, run_ns, misses)
-        for recording, misses in zip(recordings, shadow_misses, strict=True)
+        for recording, misses in zip(one_by_one(recordings), shadow_misses, strict=True)
     ]
     merged = each[0] if len(each) == 1 else _merged(recordings, each, shadow_misses)
     gpus = [_gpu_entry(recording, data) for recording, data in zip(recordings, each, strict=True)]
     return {"makespan_ms": run_ns / 1e6, **step_metrics(recordings, previous), **merged, "gpus": gpus}
 
 
+def one_by_one(recordings: Iterable[Recording]) -> Iterator[Recording]:
+    """Yield recordings; what lies in files is brought into memory for one of them at a time."""
+    for recording in recordings:
+        yield recording
+        recording.forget()
+
+
 def makespan_ns(recordings: Iterable[Recording]) -> int:
     """Return the end of the last kernel on any GPU."""
-    return max(recording.makespan_ns for recording in recordings)
+    return max(recording.makespan_ns for recording in one_by_one(recordings))
 
 
 def step_metrics(recordings: Sequence[Recording], previous: Sequence[int] | None = None) -> dict[str, Any]:
@@ -64,8 +71,10 @@ def token_times_ns(recordings: Sequence[Recording], previous: Sequence[int] | No
 
 def _step_times_ns(recordings: Sequence[Recording], previous: Sequence[int] | None) -> tuple[Array, Array]:
     """Return when each step ended and what it took, both (steps,)."""
-    ends = [recording.step_end_ns for recording in recordings if len(recording.step_end_ns)]
-    end_ns: Array = np.maximum.reduce(ends) if ends else np.empty(0, dtype=np.int64)
+    end_ns = np.zeros(len(recordings[0].steps), dtype=np.int64)
+    for recording in one_by_one(recordings):  # a GPU may have no tokens in a step
+        heads = recording.compute_spans[recording.compute_spans["kind"] == HEAD]
+        np.maximum.at(end_ns, heads["visit"] // len(recording.expert_bytes), heads["end_ns"])
     if previous is None:
         return end_ns, np.diff(end_ns, prepend=0)
     before = np.asarray(previous, dtype=np.int64)
@@ -123,10 +132,10 @@ def link_usage(recordings: Sequence[Recording], links: Links, sent: Iterable[Car
     That is the copies from the host, and what GPUs have `sent` each other; read-backs, of a few bytes, are left out.
     """
     fetched = []
-    for route, recording in zip(links.host_routes, recordings, strict=True):
+    for route, recording in zip(links.host_routes, one_by_one(recordings), strict=True):
         copies = np.isin(recording.spans["kind"], (DEMAND, PREFETCH))
         times = recording.spans[copies]
-        fetched.append(Carried(route, span_bytes(recording)[copies], times["start_ns"], times["end_ns"]))
+        fetched.append(Carried(route, span_bytes(recording)[copies], times["start_ns"].copy(), times["end_ns"].copy()))
     return link_loads([*fetched, *sent], links.topology, makespan_ns(recordings))
 
 
@@ -169,8 +178,10 @@ def _merged(
     counts = _sums(data["counts"] for data in each)
     causes = _sums(data["misses"] for data in each)
     accesses = sum(data["accesses"] for data in each)
-    waits_ns = [recording.wait_ns for recording in recordings]
-    late_ns = [recording.wait_ns[recording.outcomes == measure.LATE] for recording in recordings]
+    waited_ns = late_ns = 0
+    for recording in one_by_one(recordings):
+        waited_ns += int(recording.wait_ns.sum())
+        late_ns += int(recording.wait_ns[recording.outcomes == measure.LATE].sum())
     without = None
     if any(misses is not None for misses in shadow_misses):
         missed = sum(len(misses) for misses in shadow_misses if misses is not None)
@@ -181,8 +192,8 @@ def _merged(
         "hit_rate": measure.ratio(counts["prefetch_hit"] + counts["cache_hit"], accesses),
         "hit_rate_without_prefetch": without,
         "late_rate": measure.ratio(counts["late"], accesses),
-        "late_wait_ms": measure.mean_ms(np.concatenate(late_ns)),
-        "access_latency_ms": measure.mean_ms(np.concatenate(waits_ns)),
+        "late_wait_ms": measure.ratio(late_ns / 1e6, counts["late"]),
+        "access_latency_ms": measure.ratio(waited_ns / 1e6, accesses),
         "counts": counts,
         "prefetch": _sums(data["prefetch"] for data in each),
         "misses": causes,
@@ -191,7 +202,7 @@ def _merged(
         "by_layer": _by_layer(recordings, each),
         "time": time,
         "stall_ms": time["stall_ms"],
-        "overlap": measure.ratio(*map(sum, zip(*map(measure.overlapped_ns, recordings), strict=True))),
+        "overlap": measure.ratio(*map(sum, zip(*map(measure.overlapped_ns, one_by_one(recordings)), strict=True))),
         "link_utilization": _mean(each, "link_utilization", lambda _: 1),
         "memory_utilization": _mean(each, "memory_utilization", lambda at: budget_bytes(recordings[at])),
         # GPUs that hold the same layers visit them together.

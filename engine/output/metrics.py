@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...resources.lane import Lags
-from ...resources.timeline import DECOMPRESS, DENSE, EXPERT, HEAD, KINDS, PREDICT
+from ...resources.timeline import DECOMPRESS, DENSE, EXPERT, HEAD, KINDS, PEER, PREDICT
 from ...workloads.batches import DECODE, Step
 from ...workloads.trace import RoutingTrace
 from ..dispatch import Visit
@@ -66,21 +66,29 @@ class Recording:
         """All spans, dtype SPAN."""
         return self._spans
 
+    def forget(self) -> None:
+        """Let go of all arrays that were derived, if the records lie in files; they are derived anew when asked for."""
+        if isinstance(self._spans, np.memmap):
+            derived = [name for name in vars(self) if isinstance(getattr(Recording, name, None), cached_property)]
+            for name in derived:
+                if isinstance(vars(self)[name], np.ndarray):
+                    del vars(self)[name]
+
     @cached_property
     def compute_spans(self) -> Array:
         """The compute stream's spans in order of start."""
-        return self._lane_spans("compute")
+        return self._in_order(self._on_lanes("compute"))
 
     @cached_property
     def copy_spans(self) -> Array:
-        """The copies of experts to the GPU in order of start."""
-        copies: Array = self.link_spans[self.link_spans["copy"] >= 0]
-        return copies
+        """The copies of experts to this GPU, from the host or from another GPU, in order of start."""
+        copied = (self._on_lanes("h2d") | (self._spans["kind"] == PEER)) & (self._spans["copy"] >= 0)
+        return self._in_order(copied)
 
     @cached_property
     def link_spans(self) -> Array:
-        """All copies to the GPU in order of start, the CPU's results among them."""
-        return self._lane_spans("h2d")
+        """All copies from the host to the GPU in order of start, the CPU's results among them."""
+        return self._in_order(self._on_lanes("h2d"))
 
     @cached_property
     def results_ns(self) -> Array:
@@ -102,9 +110,14 @@ class Recording:
         whole: Array = self.resolved[self.resolved["whole"]]
         return whole
 
-    def _lane_spans(self, role: str) -> Array:
-        lanes = self.decoded.timeline.lanes_with(role)
-        spans = self._spans[np.isin(self._spans["lane"], lanes)]
+    def _on_lanes(self, role: str) -> Array:
+        which: Array = np.isin(self._spans["lane"], self.decoded.timeline.lanes_with(role))
+        return which
+
+    def _in_order(self, which: Array) -> Array:
+        spans = self._spans[which]
+        if (np.diff(spans["start_ns"]) >= 0).all():  # on first-in first-out lanes they are
+            return spans
         return spans[np.argsort(spans["start_ns"], kind="stable")]
 
     @cached_property
@@ -115,7 +128,8 @@ class Recording:
     @cached_property
     def copy_reason(self) -> Array:
         """Why each copy was ordered (copies,): DEMANDED, PREFETCHED or PRELOADED."""
-        return np.frombuffer(bytes(self.manager.copy_reason), dtype=np.uint8)
+        reason: Array = self.manager.copy_reason
+        return reason
 
     @cached_property
     def whole_copies(self) -> tuple[Array, Array]:
@@ -130,6 +144,8 @@ class Recording:
         sizes, pieces = self.whole_copies
         made = np.bincount(self.copy_spans["copy"], minlength=len(sizes))
         moved: Array = np.minimum(sizes, made * -(-sizes // pieces))
+        whole = self.copy_spans["copy"][self.copy_spans["kind"] == PEER]
+        moved[whole] = sizes[whole]
         return moved
 
     @cached_property

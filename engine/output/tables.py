@@ -39,6 +39,8 @@ def print_result(data: dict[str, Any]) -> None:
     _rows(console, f"{total / 2**20:,.1f} MiB copied to the GPU", copies)
     if data.get("tiers") is not None:
         _rows(console, *_tier_rows(data["tiers"]))
+    if "sharing" in data:
+        _rows(console, *_sharing_rows(data))
     makespan, gpus = data["makespan_ms"], data["gpus"]
     split = [(name.removesuffix("_ms"), f"{ms:,.3f} ms", _share(ms, makespan)) for name, ms in data["time"].items()]
     streams = "compute stream" if len(gpus) == 1 else f"mean of {len(gpus)} compute streams"
@@ -88,6 +90,17 @@ def _print_gpus(console: Console, gpus: Sequence[Mapping[str, Any]], makespan_ms
     table.add_row("of it used", *(_share(gpu["memory_utilization"], 1) for gpu in gpus))
     console.print(Text("\nEach GPU", style="bold"))
     console.print(table)
+
+
+def _sharing_rows(data: Mapping[str, Any]) -> tuple[str, list[tuple[str, str, str]]]:
+    """Return the title and rows of what GPUs that share the experts sent each other."""
+    sharing, parallel = data["sharing"], data["scenario"]["parallel"]
+    return f"{len(data['gpus'])} GPUs share the experts: {parallel['placement']}, {parallel['remote']}", [
+        ("tokens sent", f"{sharing['tokens_sent']:,}", "and as many back"),
+        ("all-to-all", f"{sharing['all_to_all_ms']:,.3f} ms", _share(sharing["all_to_all_ms"], data["makespan_ms"])),
+        ("experts copied", f"{sharing['copied_bytes'] / 2**20:,.1f} MiB", "from one GPU to another"),
+        ("imbalance", _number(sharing["imbalance"], 3), "tokens of the busiest GPU / mean"),
+    ]
 
 
 def _tier_rows(tiers: Mapping[str, Any]) -> tuple[str, list[tuple[str, str, str]]]:

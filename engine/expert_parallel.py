@@ -1,0 +1,226 @@
+"""Expert parallelism from a scenario: its GPUs, who owns which experts, and runs of it.
+
+`[parallel] gpus` spreads every layer's experts over so many GPUs, by a `placement`; each has the expert memory that
+[memory] gives to one: a share in percent is of the experts that it owns.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import simpy
+
+from ..resources.network import Carried
+from ..resources.timeline import COMBINE, DISPATCH, PEER
+from ..resources.topology import Route, TopologyError
+from .costs import Costs, activation_bytes
+from .gpu import Decoded
+from .inputs import Inputs
+from .links import Links
+from .lockstep import COPIES_FROM, AllToAll, LendingGpu, PlacedGpu, decode_placed
+from .memory_manager import BudgetError, MemoryManager
+from .output.metrics import Recording, miss_keys, ratio
+from .placed import Placed, PlacedVisit, Prices, Worker, homes, own_guesses, own_steps, placed_visits
+from .policies.placement import PLACEMENT, Owners, Request
+from .policies.prefetch import Gauge, NoPrefetch, Prefetch
+from .scenario import ScenarioError, parse_budget, parse_bytes
+
+
+def place(whole: Inputs, make_manager: Callable[[Inputs], MemoryManager]) -> Inputs:
+    """Return inputs with those of each GPU, and how the experts lie; raise ScenarioError if they cannot run.
+
+    `whole` has the guesses of the whole run. `make_manager` refuses what a GPU cannot hold.
+    """
+    scenario, model, parallel = whole.scenario, whole.model, whole.scenario.parallel
+    links = Links(whole.profile, scenario, parallel.gpus, "parallel.gpus")
+    if parallel.lends:
+        ask_peers(links)
+    routes(links)
+    owners = PLACEMENT[parallel.placement](
+        Request(
+            parallel.gpus,
+            whole.trace,
+            model.expert_bytes,
+            batch=scenario.workload.batch,
+            replicas=parallel.replicas,
+            replica_bytes=parse_bytes(parallel.replica_bytes),
+            objective=parallel.objective,
+        )
+    )
+    spare_experts = parse_bytes(parallel.spare_bytes) // max(model.expert_bytes)
+    if spare_experts and not model.uniform:
+        raise ScenarioError("parallel.spare_bytes: needs experts of one size in all layers")
+    lives = homes(whole.trace, whole.steps, parallel.gpus)
+    placed = Placed(parallel.gpus, owners, lives, parallel.remote, spare_experts=spare_experts)
+    if parallel.remote == "cost":
+        placed = replace(
+            placed, prices=prices(links, Costs(model, whole.profile, scenario), activation_bytes(model, 1))
+        )
+    gpus = []
+    for number in range(parallel.gpus):
+        part = replace(whole, device=f"gpu{number}", placed=placed, budget_bytes=_budget_bytes(whole, owners, number))
+        if not placed.moves_tokens:
+            own = own_steps(whole.steps, lives, number)
+            part = replace(part, steps=own, guesses=own_guesses(whole.guesses, lives, number))
+        try:
+            make_manager(part)
+        except BudgetError as error:
+            raise ScenarioError(f"gpu{number} of parallel.gpus = {parallel.gpus}: {error}") from None
+        gpus.append(part)
+    budget_bytes = sum(part.budget_bytes for part in gpus)
+    return replace(whole, gpus=tuple(gpus), placed=placed, links=links, budget_bytes=budget_bytes)
+
+
+def _budget_bytes(whole: Inputs, owners: Owners, gpu: int) -> int:
+    """Return the expert memory of one GPU: a share of the experts that it owns, or so many bytes or experts."""
+    budget, sizes = whole.scenario.memory.gpu_budget, whole.model.expert_bytes
+    if budget.rstrip().endswith("%"):
+        return parse_budget(budget, [owned_bytes(owners, sizes, gpu)], 1)
+    return parse_budget(budget, sizes, whole.model.experts)
+
+
+def owned_bytes(owners: Owners, expert_bytes: Sequence[int], gpu: int) -> int:
+    """Return the bytes of all experts that a GPU owns."""
+    return sum(
+        size_bytes * sum(gpu in gpus for gpus in of_layer)
+        for size_bytes, of_layer in zip(expert_bytes, owners, strict=True)
+    )
+
+
+def routes(links: Links) -> dict[tuple[int, int], Route]:
+    """Return the way from each GPU to each other one; raise ScenarioError if there is none."""
+    gpus = range(len(links.gpus))
+    try:
+        return {(a, b): links.topology.route(links.gpus[a], links.gpus[b]) for a in gpus for b in gpus if a != b}
+    except TopologyError as error:
+        raise ScenarioError(f"parallel.gpus = {len(links.gpus)}: {error}") from None
+
+
+def ask_peers(links: Links) -> None:
+    """Let copies between all GPUs count where links are shared."""
+    for source, target in routes(links):
+        links.peer(source, target)
+
+
+def prices(links: Links, costs: Costs, token_bytes: int) -> Prices:
+    """Return what `remote = "cost"` compares: a token there and back on the slowest way, and copies behind others."""
+    ways = routes(links)
+    slowest = min(route.bytes_per_second for route in ways.values())
+    return Prices(
+        2 * token_bytes * 1e9 / slowest,
+        [copy.queued_ns for copy in costs.copies],
+        [max(links.peer(*pair).queued_ns(size_bytes) for pair in ways) for size_bytes in costs.expert_bytes],
+    )
+
+
+def held(placed: Placed, device: str) -> list[int]:
+    """Return the experts that a GPU holds if everything is resident: what it owns, or all if no token moves."""
+    flat = [gpus for of_layer in placed.owners for gpus in of_layer]
+    number = int(device.removeprefix("gpu"))
+    return [expert for expert, gpus in enumerate(flat) if not placed.moves_tokens or number in gpus]
+
+
+def sent_tokens_and_experts(inputs: Inputs, recordings: Sequence[Recording], links: Links) -> list[Carried]:
+    """Return what the GPUs of a finished run have sent each other: tokens there and back, and experts."""
+    token_bytes, sizes = activation_bytes(inputs.model, 1), np.array(inputs.model.expert_bytes, dtype=np.int64)
+    ways, carried = routes(links), []
+    for kind in (DISPATCH, COMBINE):
+        exchanges = recordings[0].spans[recordings[0].spans["kind"] == kind]  # all GPUs' are at once
+        start_ns, end_ns = exchanges["start_ns"].copy(), exchanges["end_ns"].copy()
+        for (source, target), route in ways.items():
+            home, server = (source, target) if kind == DISPATCH else (target, source)
+            tokens = recordings[home].decoded.sent[:, server].astype(np.int64)
+            carried.append(Carried(route, tokens * token_bytes, start_ns, end_ns))
+    for target, recording in enumerate(recordings):
+        for number, lane in enumerate(recording.decoded.timeline.lanes):
+            found = re.fullmatch(COPIES_FROM.format(r"gpu(\d+)"), lane.title)
+            if found is not None:
+                copies = recording.spans[recording.spans["lane"] == number]
+                size_bytes = sizes[copies["expert"] // recording.manager.experts]
+                route = ways[int(found[1]), target]
+                carried.append(Carried(route, size_bytes, copies["start_ns"], copies["end_ns"]))
+    return carried
+
+
+def sharing_metrics(inputs: Inputs, recordings: Sequence[Recording]) -> dict[str, Any]:
+    """Return what sharing the experts took, as plain data for JSON.
+
+    `tokens_sent`: one way, a token once to each GPU that serves it; `all_to_all_ms`: there and back, together;
+    `copied_bytes`: experts from one GPU to another, those that spare memory takes included; `imbalance`: the (token,
+    expert) pairs of the GPU that serves the most / their mean (None: there are none).
+    """
+    sizes = np.array(inputs.model.expert_bytes, dtype=np.int64)
+    exchanges = recordings[0].spans[np.isin(recordings[0].spans["kind"], (DISPATCH, COMBINE))]
+    copied_bytes = 0
+    for recording in recordings:
+        copies = recording.spans["expert"][recording.spans["kind"] == PEER]
+        copied_bytes += int(sizes[copies // inputs.model.experts].sum())
+    served = [int(recording.decoded.accesses["tokens"].sum(dtype=np.int64)) for recording in recordings]
+    return {
+        "tokens_sent": sum(int(recording.decoded.sent.sum(dtype=np.int64)) for recording in recordings),
+        "all_to_all_ms": int((exchanges["end_ns"] - exchanges["start_ns"]).sum()) / 1e6,
+        "copied_bytes": copied_bytes,
+        "imbalance": ratio(max(served) * len(served), sum(served)),
+    }
+
+
+def decided(
+    inputs: Inputs, managers: Sequence[MemoryManager], prefetches: Sequence[Prefetch], gauges: Sequence[Gauge] = ()
+) -> Iterator[PlacedVisit]:
+    """Return the visits of a run over several GPUs, decided one by one as they are asked for."""
+    assert inputs.placed is not None
+    workers = [
+        Worker(manager, prefetch, part.steps, part.guesses, gauges[number] if gauges else None)
+        for number, (part, manager, prefetch) in enumerate(zip(inputs.gpus, managers, prefetches, strict=True))
+    ]
+    return placed_visits(inputs.placed, inputs.trace, workers, issue=inputs.scenario.prefetch.issue)
+
+
+def shadow_misses(inputs: Inputs, managers: Sequence[MemoryManager]) -> list[npt.NDArray[np.int64]]:
+    """Return what each GPU's cache (`managers`, fresh ones) misses without prefetch, as `metrics.miss_keys`."""
+    missed = [manager.spool.column("missed", np.int64) for manager in managers]
+    for visit in decided(inputs, managers, [NoPrefetch() for _ in managers]):
+        for manager, keys, own in zip(managers, missed, visit.visits, strict=True):
+            keys.buffer += miss_keys([own], inputs.model.total_experts).tobytes()
+            if not visit.layer:
+                manager.spool.flush()
+    return [keys.array() for keys in missed]
+
+
+def run_placed(
+    inputs: Inputs,
+    each: Sequence[tuple[Costs, MemoryManager, Prefetch]],
+    watch: Callable[[Iterator[Any]], Iterator[Any]] = iter,
+) -> list[Decoded]:
+    """Simulate one run over several GPUs, given each one's costs, manager and policy; return what each recorded."""
+    costs, managers, prefetches = zip(*each, strict=True)
+    links, placed, scenario, model = inputs.links, inputs.placed, inputs.scenario, inputs.model
+    parallel = scenario.parallel
+    assert links is not None and placed is not None
+    env = simpy.Environment()
+    network = links.network(costs)
+    one_thread = parallel.dispatch_threads == "one"
+    most_tokens = max((len(step.rows) for step in inputs.steps), default=0)
+    gpus = [
+        (LendingGpu if parallel.lends else PlacedGpu)(
+            env, manager, own, scenario,
+            prefetching=prefetch.guesses > 0, most_tokens=most_tokens, device=f"gpu{number}",
+            host="host" if one_thread else f"host{number}", link=links.host_link(number, own, network),
+            number=number, gpus=parallel.gpus, expert_bytes=model.expert_bytes,
+        )
+        for number, (own, manager, prefetch) in enumerate(zip(costs, managers, prefetches, strict=True))
+    ]  # fmt: skip
+    lenders = [gpu for gpu in gpus if isinstance(gpu, LendingGpu)]
+    for gpu in lenders:
+        gpu.lend(lenders, links, network)
+    gauges = [gpu.gauge() for gpu in gpus]
+    exchange = AllToAll(routes(links), links.topology, activation_bytes(model, 1))
+    if placed.moves_tokens:
+        links.estimates["all-to-all"] = exchange.rule
+    visits = watch(decided(inputs, managers, prefetches, gauges))
+    return decode_placed(visits, placed.homes, gpus, exchange, one_thread=one_thread)

@@ -1,0 +1,399 @@
+"""GPUs that share the experts of every layer, in time: small schedules by hand, and what holds in all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_cases import Case, cases, play
+from tiny import (
+    ASSUMED,
+    HIDDEN,
+    peers,
+    tiny_model,
+    tiny_pipeline,
+    tiny_profile,
+    tiny_scenario,
+    tiny_topology,
+    tiny_trace,
+)
+
+from prestage.engine.expert_parallel import decided, place, routes
+from prestage.engine.inputs import Inputs
+from prestage.engine.links import Links
+from prestage.engine.lockstep import AllToAll
+from prestage.engine.output.merge import makespan_ns, merged_timeline
+from prestage.engine.output.metrics import Recording, time_split
+from prestage.engine.placed import REMOTE
+from prestage.engine.policies.placement import PLACEMENT
+from prestage.engine.scenario import DISPATCH_THREADS, Scenario, ScenarioError, load_scenario, make_scenario
+from prestage.engine.simulate import (
+    load_inputs,
+    make_manager,
+    make_prefetch,
+    part_costs,
+    prepared,
+    run_all,
+    simulate_inputs,
+)
+from prestage.resources.profile import Profile, make_profile
+from prestage.resources.timeline import COMBINE, DEMAND, DENSE, DISPATCH, EXPERT, PEER, SPAN
+
+TOKEN_BYTES = 2 * HIDDEN  # int8 weights: hidden states are of 16 bits
+#: Copies between GPUs that take 5 ns for the 20 bytes of an expert.
+QUICK_PEERS = {
+    **peers(0),
+    **{name: {"latency_ns": 0, "bytes_per_second": 4 * 10**9, **ASSUMED} for name in ("alone", "queued")},
+}
+
+
+def switched(gpus: int, latency_ns: int = 1) -> dict[str, Any]:
+    """A host, and so many GPUs with a port of one byte a ns each to a switch that blocks nothing."""
+    topology: dict[str, Any] = tiny_topology(gpus)
+    topology["pcie_peer"] = False
+    topology["nodes"].append({"name": "nvswitch0", "kind": "switch", **ASSUMED})
+    topology["links"] = [link for link in topology["links"] if link["kind"] != "nvlink"] + [
+        {
+            "ends": [f"gpu{gpu}", "nvswitch0"],
+            "kind": "nvlink",
+            "bytes_per_second": 10**9,
+            "latency_ns": latency_ns,
+            **ASSUMED,
+        }
+        for gpu in range(gpus)
+    ]
+    return topology
+
+
+def machine(gpus: int, **changes: Any) -> Profile:
+    plain = {**tiny_profile().model_dump(), "topology": switched(gpus), "peer": QUICK_PEERS, **changes}
+    return make_profile(plain, "a machine of several GPUs")
+
+
+def shared(gpus: int, batch: int, memory: str = "4experts", **parallel: Any) -> Scenario:
+    """On demand, dispatch free, copies as they are alone."""
+    scenario: Scenario = tiny_scenario(
+        workload={"batch": batch},
+        memory={"gpu_budget": memory},
+        copy={"contention": False},
+        parallel={"gpus": gpus, **parallel},
+    )
+    return scenario
+
+
+def run(inputs: Inputs, stream: Path | None = None) -> list[Recording]:
+    return run_all(inputs, prepared(inputs, part_costs(inputs), stream))
+
+
+def intervals(recording: Recording, *kinds: int) -> list[tuple[int, int]]:
+    spans = recording.spans[np.isin(recording.spans["kind"], kinds)]
+    return [(int(span["start_ns"]), int(span["end_ns"])) for span in np.sort(spans, order="start_ns")]
+
+
+# All-to-all.
+
+
+def all_to_all(topology: dict[str, Any], gpus: int) -> AllToAll:
+    profile = machine(gpus, topology=topology)
+    links = Links(profile, shared(gpus, 1), gpus, "parallel.gpus")
+    return AllToAll(routes(links), links.topology, TOKEN_BYTES)
+
+
+@settings(max_examples=50)
+@given(data=st.data(), gpus=st.integers(2, 5), latency_ns=st.integers(0, 9))
+def test_an_exchange_takes_the_latency_and_the_most_that_one_gpu_sends_or_receives(
+    data: st.DataObject, gpus: int, latency_ns: int
+) -> None:
+    traffic = np.array(data.draw(st.lists(st.integers(0, 50), min_size=gpus * gpus, max_size=gpus * gpus)))
+    traffic = traffic.reshape(gpus, gpus) * (1 - np.eye(gpus, dtype=np.int64))
+    most = max(int(traffic.sum(axis=0).max()), int(traffic.sum(axis=1).max()))
+    expected = 2 * latency_ns + most * TOKEN_BYTES if most else 0  # two hops; a byte takes a ns
+    assert all_to_all(switched(gpus, latency_ns), gpus).ns(traffic) == expected
+    assert all_to_all(switched(gpus, latency_ns), gpus).ns(traffic.T) == expected, "there as back"
+
+
+def test_a_link_that_several_routes_pass_carries_all_of_them() -> None:
+    # No link but PCIe: all six ways between three GPUs pass the processor, each GPU's own link in its direction.
+    topology = tiny_topology(3)
+    topology["links"] = [link for link in topology["links"] if link["kind"] != "nvlink"]
+    for link in topology["links"]:
+        link["bytes_per_second"] = 10**9
+    traffic = np.array([[0, 2, 1], [0, 0, 4], [0, 0, 0]])
+    assert all_to_all(topology, 3).ns(traffic) == 5 * TOKEN_BYTES  # what gpu2 receives
+
+
+# Schedules by hand. A dense part takes 3 ns, an expert 7, its copy from the host 20; a token 16 bytes, 18 ns a way.
+
+
+def test_tokens_go_to_their_experts_and_back_in_lockstep() -> None:
+    # Round-robin: experts 0 and 2 of layer 0 on GPU 0, 1 and 3 on GPU 1, and of layer 1 as well. Each GPU has a token.
+    # Layer 0: both choose experts of GPU 1, so one token moves. Dense 0-3, dispatch 3-21, copies 3-23 and 23-43,
+    # experts 23-30 and 43-50, combine 50-68. Layer 1: at home, nothing moves: dense 68-71, copies 71-91, experts 91-98.
+    trace = tiny_trace([[[1], [0]], [[3], [1]]], sequence=np.array([0, 1], dtype=np.int32))
+    inputs = tiny_pipeline(tiny_model(2), machine(2), trace, shared(2, 2))
+    first, second = run(inputs)
+    assert intervals(first, DENSE) == intervals(second, DENSE) == [(0, 3), (68, 71)]
+    assert intervals(first, DISPATCH) == intervals(second, DISPATCH) == [(3, 21)]
+    assert intervals(first, COMBINE) == intervals(second, COMBINE) == [(50, 68)]
+    assert intervals(first, DEMAND) == [(71, 91)]
+    assert intervals(second, DEMAND) == [(3, 23), (23, 43), (71, 91)]
+    assert intervals(first, EXPERT) == [(91, 98)]
+    assert intervals(second, EXPERT) == [(23, 30), (43, 50), (91, 98)]
+    # GPU 0 waits for GPU 1 from 3 to 68 and for its copy from 71 to 91; GPU 1 waits for copies alone until 50.
+    assert time_split(first, 98) == {
+        "compute_ms": 13e-6, "stall_ms": 20e-6, "host_ms": 0, "predictor_ms": 0, "bubble_ms": 65e-6, "drain_ms": 0,
+    }  # fmt: skip
+    assert time_split(second, 98) == {
+        "compute_ms": 27e-6, "stall_ms": 53e-6, "host_ms": 0, "predictor_ms": 0, "bubble_ms": 18e-6, "drain_ms": 0,
+    }  # fmt: skip
+
+
+def test_a_gpu_without_tokens_serves_those_of_others() -> None:
+    # One token, at home on GPU 0, whose expert is on GPU 1: no dense part there, and the expert waits for the token.
+    trace = tiny_trace([[[1]]])
+    first, second = run(tiny_pipeline(tiny_model(1), machine(2), trace, shared(2, 1)))
+    assert (intervals(first, DENSE), intervals(second, DENSE)) == ([(0, 3)], [])
+    assert intervals(second, DISPATCH) == [(3, 21)]
+    assert intervals(second, EXPERT) == [(23, 30)]
+    assert intervals(first, COMBINE) == [(30, 48)]
+
+
+def test_bytes_come_from_a_peer_once_they_are_there() -> None:
+    # Both tokens choose expert 0. GPU 0 copies it from the host, 3-23; GPU 1 from GPU 0, 5 ns once it is there.
+    trace = tiny_trace([[[0]], [[0]]], sequence=np.array([0, 1], dtype=np.int32))
+    first, second = run(tiny_pipeline(tiny_model(1), machine(2), trace, shared(2, 2, remote="peer")))
+    assert (intervals(first, DEMAND), intervals(first, EXPERT)) == ([(3, 23)], [(23, 30)])
+    assert (intervals(second, PEER), intervals(second, EXPERT)) == ([(23, 28)], [(28, 35)])
+    assert not intervals(first, DISPATCH, COMBINE)
+
+
+def test_room_that_another_gpu_reads_is_written_after_that() -> None:
+    # Room for one expert each. First GPU 0 brings 0 and GPU 1 brings 1: copies 3-23, experts 23-30, dense 30-33. Then
+    # GPU 0 needs 1, and copies it from GPU 1 into the room of 0, 33-38. GPU 1 needs 3 in the room of 1: 38-58.
+    trace = tiny_trace([[[0]], [[1]], [[1]], [[3]]], sequence=np.array([0, 1, 0, 1], dtype=np.int32))
+    inputs = tiny_pipeline(tiny_model(1), machine(2), trace, shared(2, 2, "1experts", remote="peer"))
+    first, second = run(inputs)
+    assert intervals(first, DEMAND) == [(3, 23)]
+    assert intervals(first, PEER) == [(33, 38)]
+    assert intervals(second, DEMAND) == [(3, 23), (38, 58)]
+
+
+def test_two_that_copy_from_one_gpu_share_its_port() -> None:
+    # GPUs 1 and 2 want the 20 bytes that GPU 0 has from 23 on. Alone, each copy would take 5 ns; the port of GPU 0 lets
+    # one byte a ns through, of which each gets half: 40 ns.
+    trace = tiny_trace([[[0]]] * 3, sequence=np.array([0, 1, 2], dtype=np.int32))
+    for contention, end_ns in ((True, 63), (False, 28)):
+        plain = shared(3, 3, remote="peer").plain()
+        scenario = make_scenario({**plain, "copy": {**plain["copy"], "contention": contention}})
+        _, second, third = run(tiny_pipeline(tiny_model(1, 3), machine(3), trace, scenario))
+        assert intervals(second, PEER) == intervals(third, PEER) == [(23, end_ns)]
+
+
+def test_what_is_evicted_is_stored_before_its_room_is_written_and_comes_back_from_there() -> None:
+    # One token; GPU 0 owns 0 and 2 and has room for one, GPU 1 spare room for one. Expert 0: copy 3-23, kernel 23-30.
+    # Expert 2: dense 30-33; 0 is stored on GPU 1, 33-38; copy 38-58, kernel 58-65. Expert 0 again: dense 65-68; it is
+    # in the only spare room, so 2 is not stored; it comes back, 68-73.
+    trace = tiny_trace([[[0]], [[2]], [[0]]])
+    scenario = shared(2, 1, "1experts", spare_bytes="20B")
+    first, second = run(tiny_pipeline(tiny_model(1), machine(2), trace, scenario))
+    assert intervals(first, DEMAND) == [(3, 23), (38, 58)]
+    assert intervals(second, PEER) == [(33, 38)]
+    assert intervals(first, PEER) == [(68, 73)]
+    assert intervals(first, EXPERT) == [(23, 30), (58, 65), (73, 80)]
+
+
+def test_one_host_thread_serves_one_gpu_after_the_other() -> None:
+    # A launch takes 2 ns. By a thread each, both dense parts are launched by 2; by one thread, the second by 4.
+    trace = tiny_trace([[[0]], [[1]]], sequence=np.array([0, 1], dtype=np.int32))
+    profile = machine(2, host={**tiny_profile(launch_ns=2).host.model_dump()})
+    for threads, starts in (("per-gpu", (2, 2)), ("one", (2, 4))):
+        scenario = make_scenario({**shared(2, 2, dispatch_threads=threads).plain(), "dispatch": {"mode": "graph"}})
+        inputs = tiny_pipeline(tiny_model(1), profile, trace, scenario)
+        assert tuple(intervals(recording, DENSE)[0][0] for recording in run(inputs)) == starts
+
+
+# What holds in all schedules.
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A random run over several GPUs, with all that is random in it as its repr."""
+
+    case: Case
+    inputs: Inputs
+
+    def __repr__(self) -> str:
+        return f"{self.case!r} over {self.inputs.scenario.parallel!r}"
+
+
+@st.composite
+def spread(draw: st.DrawFn, most: int = 3, /, **fixed: Any) -> Spread:
+    """Draw a run over several GPUs."""
+    remote = draw(st.sampled_from(REMOTE if most > 1 else ("tokens", "peer", "host")))
+    fixed = {**fixed, "dispatch": {"router_readback": True}, "tiers": {"host_budget": "all", "prefetch": "gpu"}}
+    if remote in ("peer", "cost"):
+        fixed["copy"] = {"discipline": draw(st.sampled_from(["fifo", "two_streams"]))}
+    case: Case = draw(cases(**fixed))
+    count = draw(st.integers(min(2, most), most))
+    parallel = {
+        "gpus": count,
+        "placement": draw(st.sampled_from(list(PLACEMENT))),
+        "replica_bytes": f"{draw(st.integers(0, 60))}B",
+        "remote": remote,
+        "dispatch_threads": draw(st.sampled_from(DISPATCH_THREADS)),
+    }
+    topology = tiny_topology(count, draw(st.sampled_from([10**9, 3 * 10**9, 10**15])))
+    if count > 1 and draw(st.booleans()):
+        topology = switched(count)
+    changes = {"topology": topology, "peer": draw(st.sampled_from([None, peers(None), peers(7), QUICK_PEERS]))}
+    profile = make_profile({**case.profile.model_dump(), **changes}, "a machine of several GPUs")
+    scenario = make_scenario({**case.scenario.plain(), "parallel": parallel})
+    return Spread(case, tiny_pipeline(case.model, profile, case.trace, scenario))
+
+
+@settings(max_examples=60)
+@given(drawn=spread())
+def test_the_engine_decides_what_is_decided_without_a_clock(drawn: Spread) -> None:
+    inputs = drawn.inputs
+    recordings = run(inputs)
+    managers = [make_manager(part) for part in inputs.parts]
+    policies = [make_prefetch(part.scenario, part.model) for part in inputs.parts]
+    found = list(decided(inputs, managers, policies))
+    assert len(found) == inputs.layer_visits
+    for gpu, (recording, manager) in enumerate(zip(recordings, managers, strict=True)):
+        assert recording.manager.copy_expert.tolist() == manager.copy_expert.tolist()
+        assert recording.manager.copy_reason.tolist() == manager.copy_reason.tolist()
+        assert recording.manager.evicted_copies.tolist() == manager.evicted_copies.tolist()
+        assert recording.manager.dropped == manager.dropped
+        fetched = recording.copy_spans["copy"][recording.copy_spans["kind"] == PEER]
+        assert sorted(fetched.tolist()) == sorted(copy for visit in found for copy in visit.sources[gpu])
+    for part, manager in zip(inputs.parts, managers, strict=True):
+        assert manager.assigned_bytes <= part.budget_bytes
+
+
+@settings(max_examples=60)
+@given(drawn=spread())
+def test_nothing_happens_before_its_cause_and_the_parts_of_time_come_to_the_makespan(drawn: Spread) -> None:
+    inputs = drawn.inputs
+    recordings = run(inputs)
+    run_ns = makespan_ns(recordings)
+    for recording in recordings:
+        assert sum(round(ms * 1e6) for ms in time_split(recording, run_ns).values()) == run_ns
+    timeline = merged_timeline(recordings)
+    spans = timeline.spans()
+    assert len(spans) == sum(len(recording.spans) for recording in recordings)
+    for lane in range(len(timeline.lanes)):
+        busy = np.sort(spans[spans["lane"] == lane], order=["start_ns", "end_ns"])
+        assert (busy["start_ns"][1:] >= busy["end_ns"][:-1]).all(), timeline.lanes[lane]
+    exchanges = [intervals(recording, DISPATCH, COMBINE) for recording in recordings]
+    assert all(own == exchanges[0] for own in exchanges), "all GPUs exchange tokens at once"
+    kernels = spans[np.isin(spans["kind"], (DENSE, EXPERT))]
+    for exchange in recordings[0].spans[np.isin(recordings[0].spans["kind"], (DISPATCH, COMBINE))]:
+        before, after = (DENSE, EXPERT) if exchange["kind"] == DISPATCH else (EXPERT, DENSE)
+        at = exchange["visit"]
+        ended = kernels[(kernels["visit"] == at) & (kernels["kind"] == before)]
+        begun = kernels[(kernels["visit"] == at + (after == DENSE)) & (kernels["kind"] == after)]
+        assert ended["end_ns"].max(initial=0) <= exchange["start_ns"]
+        if after == EXPERT or at % inputs.model.layers != inputs.model.layers - 1:
+            assert (begun["start_ns"] >= exchange["end_ns"]).all()
+    for recording in recordings:
+        used = recording.compute_spans[recording.compute_spans["copy"] >= 0]
+        assert (used["start_ns"] >= recording.copy_end_ns[used["copy"]]).all()
+
+
+@settings(max_examples=40)
+@given(drawn=spread())
+def test_bytes_are_the_same_on_the_gpus_in_the_totals_and_on_the_links(drawn: Spread) -> None:
+    inputs = drawn.inputs
+    result = simulate_inputs(inputs, baselines=False)
+    data = result.data
+    total = data["bytes"]["demand"] + data["bytes"]["prefetch"]
+    assert total == sum(gpu["bytes"]["demand"] + gpu["bytes"]["prefetch"] for gpu in data["gpus"])
+    assert total == sum(row["demand_bytes"] + row["prefetch_bytes"] for row in data["by_layer"])
+    assert data["layer_visits"] == inputs.layer_visits
+    sizes = np.array(inputs.model.expert_bytes)
+    between = tokens = 0
+    for recording in result.recordings:
+        copies = recording.spans[recording.spans["kind"] == PEER]
+        between += int(sizes[copies["expert"] // inputs.model.experts].sum())
+        tokens += int(recording.decoded.sent.sum())
+    assert (data["sharing"]["copied_bytes"], data["sharing"]["tokens_sent"]) == (between, tokens)
+    pairs = sum(int(recording.decoded.accesses["tokens"].sum()) for recording in result.recordings)
+    routed = inputs.trace.present if inputs.trace.present is not None else np.ones(inputs.trace.experts.shape[:2], bool)
+    rows = np.concatenate([step.rows for step in inputs.steps])
+    assert pairs == routed[rows].sum() * inputs.model.top_k, "every choice is served once"
+    loads = {load["link"]: load["bytes"] for load in data["links"]}
+    assert loads["host0->cpu0"] == total - between
+    ways = [size for link, size in loads.items() if link.startswith("gpu") and "cpu" not in link and "->" in link]
+    assert sum(ways) == between + 2 * tokens * TOKEN_BYTES  # there and back
+
+
+@settings(max_examples=60)
+@given(drawn=spread(1))
+def test_on_one_gpu_it_is_the_decoder_of_one_to_the_nanosecond(drawn: Spread) -> None:
+    inputs = drawn.inputs
+    alone = play(inputs)
+    (recording,) = run(place(inputs, make_manager))
+    kept = recording.spans[recording.spans["lane"] < len(alone.decoded.timeline.lanes)]
+    order = list(SPAN.names or ())
+    assert np.sort(kept, order=order).tolist() == np.sort(alone.spans, order=order).tolist()
+
+
+@settings(max_examples=10)
+@given(drawn=spread())
+def test_streamed_to_files_a_run_is_the_same(drawn: Spread) -> None:
+    kept = simulate_inputs(drawn.inputs)
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        streamed = simulate_inputs(drawn.inputs, stream=folder)
+        assert streamed.data == kept.data
+        for own, other in zip(kept.recordings, streamed.recordings, strict=True):
+            assert own.spans.tobytes() == other.spans.tobytes()
+            if len(own.spans):
+                assert isinstance(other.spans, np.memmap)
+                assert np.load(folder / own.device / "spans.npy", mmap_mode="r").tobytes() == own.spans.tobytes()
+        assert sorted(path.name for path in folder.iterdir()) == [recording.device for recording in kept.recordings]
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize(
+    ("settings_given", "said"),
+    [
+        (["machine.profile=h200-x2"], "parallel.gpus = 8: profile h200-x2 has 2 GPUs"),
+        (["machine.profile=h200-pcie5"], "parallel.gpus = 8: profile h200-pcie5 has no topology"),
+        (["memory.gpu_budget=1MiB"], "gpu0 of parallel.gpus = 8: the expert budget is 1048576 bytes: it must hold one"),
+        (["parallel.placement=best"], "parallel.placement = 'best'"),
+        (["parallel.stages=2"], "gpus = 8 with stages = 2"),
+        (["parallel.remote=peer", "parallel.spare_bytes=1GiB"], "needs remote = 'tokens'"),
+        (["parallel.remote=peer", "copy.discipline=priority"], "choose fifo or two_streams"),
+        (["dispatch.router_readback=false"], "hosts meet at every choice"),
+        (["memory.scope=shared"], "choose global or per-layer"),
+        (["parallel.spare_bytes=many"], "parallel.spare_bytes = 'many'"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_it_runs_naming_what_would_do(settings_given: list[str], said: str) -> None:
+    quick = ["workload.synthetic.tokens=32", "workload.tokens=32"]
+    with pytest.raises(ScenarioError) as refused:
+        load_inputs(load_scenario("placement-8", [*quick, *settings_given]))
+    assert said in str(refused.value)
+
+
+def test_a_route_that_does_not_exist_is_named() -> None:
+    topology = tiny_topology(2)
+    topology["nodes"].append({"name": "host1", "kind": "host", "capacity_bytes": 10**12, **ASSUMED})
+    topology["nodes"].append({"name": "cpu1", "kind": "cpu", **ASSUMED})
+    for link in topology["links"]:
+        if link["ends"] == ["cpu0", "gpu1"]:
+            link["ends"] = ["cpu1", "gpu1"]
+    topology["links"] = [link for link in topology["links"] if link["kind"] != "nvlink"]
+    topology["links"].append({**topology["links"][0], "ends": ["host1", "cpu1"]})
+    with pytest.raises(ScenarioError, match=r"parallel.gpus = 2: topology: there is no route from gpu0 to gpu1"):
+        tiny_pipeline(tiny_model(1), machine(2, topology=topology), tiny_trace([[[0]]]), shared(2, 1))
