@@ -159,6 +159,46 @@ def pipelines() -> str:
     return "\n".join(lines)
 
 
+#: What scenario `placement-8` is varied by in its table.
+SHARINGS = {
+    "`round-robin`": [],
+    "`balanced`": ["parallel.placement=balanced"],
+    "`searched`, load": ["parallel.placement=searched"],
+    "`searched`, bytes": ["parallel.placement=searched", "parallel.objective=bytes"],
+    "`co-activated`": ["parallel.placement=co-activated"],
+    "`replicated`, 20 GiB": ["parallel.placement=replicated", "parallel.replica_bytes=20GiB"],
+    "bytes from a peer": ["parallel.remote=peer"],
+    "bytes from the host": ["parallel.remote=host"],
+    "whatever costs least": ["parallel.remote=cost"],
+    "40 GiB of spare memory each": ["parallel.spare_bytes=40GiB"],
+}
+
+
+def sharings() -> str:
+    """Scenario placement-8, by who owns which expert and what moves."""
+    lines = ["| scenario `placement-8` | tokens/s | hidden states sent | busiest GPU over the mean |", "|---" * 4 + "|"]
+    for name, settings in SHARINGS.items():
+        data = simulate(load_scenario("placement-8", settings), baselines=False).data
+        sharing = data["sharing"]
+        cells = [name, f"{data['tokens_per_second']:.1f}", f"{sharing['tokens_sent']:,}", f"{sharing['imbalance']:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def parallel_speed() -> str:
+    """The figures of `bench_parallel.py` at full scale, from a run of it."""
+    command = [sys.executable, str(ROOT / "tests" / "bench_parallel.py"), "--steps", "1000"]
+    data = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    seconds = data["cpu_s"]
+    rows = {
+        "layer visits, accesses": f"{data['layer_visits']:,}, {data['accesses']:,}",
+        "processor seconds on one core": f"{seconds:.1f}",
+        "a layer visit": f"{seconds / data['layer_visits'] * 1e3:.3f} ms",
+        "an access": f"{seconds / data['accesses'] * 1e6:.1f} us",
+    }
+    return "\n".join(["| what | measured |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
 #: What scenario `nvme` is varied by in its table.
 DRIVES = {
     "no prefetching": ["prefetch.lookahead=0"],
@@ -371,6 +411,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "per-layer": layers,
     "misses": misses,
     "pipelines": pipelines,
+    "sharings": sharings,
+    "parallel-speed": parallel_speed,
     "drives": drives,
     "phone": phone,
     "scenario": scenario,
