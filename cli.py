@@ -112,9 +112,10 @@ def run(
 
     The README lists every key; a key or name that does not exist is refused with those that do.
     """
+    from .engine.loading import load_inputs
     from .engine.output.files import make_folder, write_result
     from .engine.scenario import load_scenario
-    from .engine.simulate import load_inputs, simulate_inputs
+    from .engine.simulate import simulate_inputs
 
     inputs = load_inputs(load_scenario(scenario, settings or ()))
     for folder in (out, stream):

@@ -24,9 +24,10 @@ import numpy.typing as npt
 
 from ..engine.decoder import collector_off
 from ..engine.inputs import Inputs
+from ..engine.loading import load_inputs
 from ..engine.pipeline import flow_of, sent_bytes
+from ..engine.run import Progress
 from ..engine.scenario import Scenario, ScenarioError, load_scenario
-from ..engine.simulate import Progress, load_inputs
 from .clocks import Clocks
 from .cuda import Calls, CudaError, Gpu
 from .host import DISTURBED, Cores

@@ -15,7 +15,7 @@ from functools import cached_property, partial
 from itertools import product
 from typing import Any
 
-from ..engine.simulate import Progress
+from ..engine.run import Progress
 from ..workloads.model import Model, load_model
 from .cuda import Calls, Workload, run
 from .samples import Key, Samples, Series

@@ -15,8 +15,8 @@ from ..engine.dispatch import Visit, launch_order
 from ..engine.inputs import Inputs
 from ..engine.memory_manager import Admission, MemoryManager
 from ..engine.pipeline import flow_of, received_steps, sent_bytes
+from ..engine.run import dispatched, make_manager, make_prefetch
 from ..engine.scenario import Scenario
-from ..engine.simulate import dispatched, make_manager, make_prefetch
 from ..resources.timeline import ACTIVATION, DEMAND, DENSE, EXPERT, HEAD, PREFETCH, READBACK
 
 #: The kinds of entries that copy an expert.

@@ -19,9 +19,10 @@ import numpy.typing as npt
 
 from ..engine.costs import Costs
 from ..engine.inputs import Inputs
+from ..engine.loading import load_inputs
 from ..engine.output.metrics import Recording
+from ..engine.run import make_manager, make_prefetch, run
 from ..engine.scenario import Scenario, ScenarioError
-from ..engine.simulate import load_inputs, make_manager, make_prefetch, run
 from ..resources.profile import Profile
 from ..workloads.batches import DECODE
 

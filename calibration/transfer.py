@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ..engine.simulate import Progress
+from ..engine.run import Progress
 from ..resources.profile import CopyCosts, Profile
 from ..workloads.model import Model, load_model, preset_names
 from .cuda import CudaError, Gpu

@@ -17,12 +17,13 @@ import numpy as np
 from ..engine.costs import Costs
 from ..engine.gpu import Decoded
 from ..engine.inputs import Inputs
+from ..engine.loading import load_inputs
 from ..engine.memory_manager import DEMANDED, PREFETCHED
 from ..engine.output.merge import makespan_ns as run_ns
 from ..engine.output.metrics import LATE, Recording, time_split
 from ..engine.replicates import replicate_costs
+from ..engine.run import prepared, run_all
 from ..engine.scenario import Scenario
-from ..engine.simulate import load_inputs, prepared, run_all
 from ..engine.stages import with_profile
 from ..resources.profile import Duration, DurationBesideCopy, Profile, TransferCost
 from ..resources.timeline import LAUNCH, PREFETCH

@@ -14,8 +14,9 @@ from typing import Any
 from .costs import Costs
 from .grid import make_grid
 from .output.merge import makespan_ns as run_ns
+from .run import make_prefetch, part_costs, prepared, run_all
 from .scenario import Scenario, ScenarioError, make_scenario
-from .simulate import baseline_scenario, make_prefetch, part_costs, prepared, run_all, run_baseline
+from .simulate import baseline_scenario, run_baseline
 from .sweep import Hashes, Plan, Progress, worker_inputs
 from .workers import Workers
 

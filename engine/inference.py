@@ -24,10 +24,11 @@ from ..workloads.model import load_model
 from ..workloads.predictors import PREDICTORS
 from ..workloads.trace import RoutingTrace
 from .inputs import Inputs
+from .loading import load_inputs
 from .output import metrics as measure
 from .policies.eviction import EVICTION
 from .scenario import PREDICTOR_LANES, Scenario, load_scenario, make_scenario
-from .simulate import Result, load_inputs, simulate_inputs
+from .simulate import Result, simulate_inputs
 from .virtual_memory import VirtualMemoryError, VirtualMemoryManager, check_size, check_whole, guesses_for_targets
 
 if TYPE_CHECKING:

@@ -17,8 +17,9 @@ from ..resources.suggest import unknown_name
 from ..workloads.model import load_model
 from .inference import InferenceConfig, InferenceSimulator, in_guides_accounting
 from .inputs import Inputs
+from .loading import load_inputs
 from .scenario import load_scenario
-from .simulate import load_inputs, simulate, simulate_inputs
+from .simulate import simulate, simulate_inputs
 from .virtual_memory import VirtualMemoryManager
 
 _MIB = 2**20

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -21,54 +21,37 @@ import numpy as np
 import numpy.typing as npt
 
 from ..resources.network import Carried
-from ..resources.profile import load_profile
 from ..resources.spool import Spool
 from ..resources.timeline import Timeline
-from ..workloads.batches import Step, continued_steps, plan_steps
-from ..workloads.fitted import FittedRouting
+from ..workloads.batches import continued_steps
 from ..workloads.guesses import Guesses
-from ..workloads.importers import open_trace
-from ..workloads.model import Model, load_model
-from ..workloads.synthetic import synthesize
-from ..workloads.trace import RoutingTrace
 from .costs import Costs
-from .decoder import decode
-from .dispatch import Visit, visits
-from .expert_parallel import held, place, run_placed, sent_tokens_and_experts, shadow_misses, sharing_metrics
-from .gpu import Decoded
+from .dispatch import Visit
+from .expert_parallel import held, sent_tokens_and_experts, shadow_misses, sharing_metrics
 from .inputs import Inputs
 from .links import Links
-from .memory_manager import BudgetError, MemoryManager
-from .offloading import kept_bytes, low_precision, make_miss, plain, preload
+from .loading import load_inputs
+from .memory_manager import MemoryManager
+from .offloading import low_precision, plain
 from .output import metrics as measure
 from .output.merge import link_usage, merged_timeline, run_metrics, step_metrics
 from .output.merge import makespan_ns as run_ns
 from .output.misses import offloading_metrics
-from .partition import divider
-from .pipeline import StageRun, decode_stages, flow_of, pipeline_routes, sent
-from .policies.eviction import EVICTION, Setting
-from .policies.prefetch import PREFETCH, Gauge, NoPrefetch, Options, Prefetch
-from .policies.prefetch_share import PREFETCH_SHARE
-from .predicting import FREE, predictor_cost, scenario_predictor, with_latency
+from .pipeline import flow_of, sent
+from .policies.eviction import EVICTION
+from .policies.prefetch import NoPrefetch
+from .predicting import with_latency
 from .replicates import replicate_costs, summary, without_uncertainty
+from .run import Prepared, Progress, Watch, dispatched, make_manager, part_costs, prepared, run_all
 from .scenario import (
     MemorySection,
     PredictorSection,
     PrefetchSection,
     Scenario,
-    ScenarioError,
     TiersSection,
-    parse_budget,
-    parse_bytes,
 )
-from .stages import OF_WHOLE_MODEL, SAMPLE_STEPS, stage_inputs, stage_layers
-from .tiers import HostMemory
 from .warnings import warnings_of
 
-#: Called with what is running, and how many of how many layer visits are done.
-Progress = Callable[[str, int, int], None]
-#: Passes visits on, perhaps counting them.
-Watch = Callable[[Iterator[Visit]], Iterator[Visit]]
 #: What a run is compared with, and what progress calls it.
 BASELINES = {
     "resident": "all resident",
@@ -103,151 +86,6 @@ class Result:
     def json_data(self) -> dict[str, Any]:
         """Return `data` with `wall_s`, the one number that differs between runs of one scenario."""
         return {**self.data, "wall_s": self.wall_s}
-
-
-def load_inputs(scenario: Scenario, trace: RoutingTrace | None = None) -> Inputs:
-    """Load the model, profile and trace of a scenario and compute its predictions; a `trace` given is used instead.
-
-    Raises ValueError (ScenarioError, ModelError, ProfileError, TraceError) if something is missing or does not fit.
-    """
-    model = load_model(scenario.model.preset, **scenario.model.overrides())
-    profile = load_profile(scenario.machine.profile)
-    trace = _load_trace(scenario, model) if trace is None else trace
-    _check_fit(trace, model)
-    if scenario.model.sizes == "trace":
-        model = _sized(model, trace)
-    workload = scenario.workload
-    steps = plan_steps(
-        trace.sequence,
-        trace.phase,
-        batch=workload.batch,
-        prefill=workload.prefill,
-        chunk_tokens=workload.chunk_tokens,
-        tokens=workload.tokens,
-        micro_batches=scenario.parallel.micro_batches,
-    )
-    if not steps:
-        raise ScenarioError(
-            f"workload.trace: no token is left to run: {trace.tokens} tokens, workload.prefill = {workload.prefill!r}"
-        )
-    return completed(Inputs(scenario, model, profile, trace, steps, budget_bytes=0, guesses=None))
-
-
-def completed(bare: Inputs) -> Inputs:
-    """Return inputs with the guesses and budgets that the scenario wants, and its stages; ValueError if it cannot run.
-
-    `bare` inputs have neither; guesses that they do have are kept.
-    """
-    parallel = bare.scenario.parallel
-    if parallel.gpus > 1:
-        guesses = bare.guesses or _guesses(bare.scenario, bare.model, bare.trace, bare.steps)
-        predictor = predictor_cost(bare.scenario.predictor) if guesses is not None else FREE
-        return place(replace(bare, guesses=guesses, predictor=predictor), make_manager)
-    return _in_stages(bare) if max(parallel.stages, parallel.micro_batches) > 1 else _on_one_gpu(bare)
-
-
-def _on_one_gpu(bare: Inputs) -> Inputs:
-    """Return the inputs of a whole model, or of one stage."""
-    scenario, model, trace, steps = bare.scenario, bare.model, bare.trace, bare.steps
-    guesses = bare.guesses or _guesses(scenario, model, trace, steps)
-    budget_bytes = scenario.memory.budget_bytes(model.expert_bytes, model.experts)
-    predictor = predictor_cost(scenario.predictor) if guesses is not None else FREE
-    budgets = expert_budgets(scenario, model, trace, steps, budget_bytes, predictor.gpu_memory_bytes)
-    if budgets is not None:
-        budget_bytes = max(budgets)
-        try:
-            divider(scenario.memory.scope, model.expert_bytes, trace)(min(budgets))
-        except BudgetError as error:
-            given = f"memory.total_bytes = {scenario.memory.total_bytes!r}"
-            raise ScenarioError(f"{given}: less dense weights, KV cache, workspace and predictor, {error}") from None
-    inputs = replace(bare, budget_bytes=budget_bytes, guesses=guesses, budgets=budgets, predictor=predictor)
-    # Before anything runs, these refuse a budget that is too small and what the profile or the trace lacks.
-    make_manager(inputs)
-    make_host_memory(inputs)
-    make_miss(inputs)
-    Costs(model, bare.profile, scenario)
-    return inputs
-
-
-def _in_stages(whole: Inputs) -> Inputs:
-    """Return inputs with those of each stage of a pipeline; raise if a stage cannot run, or a link is not there."""
-    scenario, stages = whole.scenario, whole.scenario.parallel.stages
-    if stages > 1:
-        links = Links(whole.profile, scenario, stages, "parallel.stages")
-        pipeline_routes(links)  # refuses GPUs that no copy can go between
-        whole = replace(whole, links=links)
-    if scenario.predictor.name in OF_WHOLE_MODEL:
-        whole = replace(whole, guesses=_guesses(scenario, whole.model, whole.trace, whole.steps))
-
-    def cut(counts: Sequence[int], steps: list[Step]) -> Inputs:
-        parts = []
-        for bare in stage_inputs(replace(whole, steps=steps), counts):
-            try:
-                parts.append(_on_one_gpu(bare))
-            except (BudgetError, ScenarioError) as error:
-                layers = f"{bare.first_layer}-{bare.first_layer + bare.model.layers - 1}"
-                raise ScenarioError(f"the stage on {bare.device}, layers {layers}: {error}") from None
-        budget_bytes = sum(part.budget_bytes for part in parts)
-        return replace(
-            whole, steps=steps, stages=tuple(parts), budget_bytes=budget_bytes, guesses=None,
-            predictor=parts[0].predictor,
-        )  # fmt: skip
-
-    def makespan_ns(counts: Sequence[int]) -> int | None:
-        try:
-            first = cut(counts, whole.steps[:SAMPLE_STEPS])
-        except ScenarioError:
-            return None
-        return run_ns(run_all(first, prepared(first, part_costs(first))))
-
-    return cut(stage_layers(whole, makespan_ns), whole.steps)
-
-
-def _guesses(scenario: Scenario, model: Model, trace: RoutingTrace, steps: list[Step]) -> Guesses | None:
-    """Return what the scenario's predictor guesses; None if neither prefetch nor eviction goes by guesses."""
-    policy = make_prefetch(scenario, model)
-    horizons, ranks = (policy.horizons, policy.guesses) if policy.guesses else (0, 0)
-    if not ranks and _evicts_by_guesses(scenario):
-        horizons, ranks = max(1, scenario.prefetch.lookahead), scenario.prefetch.k or model.top_k
-    if not ranks:
-        return None
-    guesses = scenario_predictor(scenario).guess(trace, steps, horizons, ranks)
-    if policy.needs_confidences and guesses.confidences is None:
-        raise ScenarioError(
-            f"prefetch.policy = {scenario.prefetch.policy!r} needs confidences, and predictor.name = "
-            f"{scenario.predictor.name!r} gives none: choose another of the two"
-        )
-    return guesses
-
-
-def _evicts_by_guesses(scenario: Scenario) -> bool:
-    policies = (EVICTION[name] for name in (scenario.memory.eviction, scenario.tiers.host_policy))
-    return any(getattr(policy, "needs_guesses", False) for policy in policies)
-
-
-def expert_budgets(
-    scenario: Scenario, model: Model, trace: RoutingTrace, steps: list[Step], most_bytes: int, predictor_bytes: int = 0
-) -> list[int] | None:
-    """Return the expert budget before each step, `most_bytes` at most.
-
-    It is what dense weights, KV cache, workspace and `predictor_bytes` leave of the total; None without a total.
-    The KV cache holds every position of the sequences that run; a sequence leaves it with its last step.
-    """
-    memory = scenario.memory
-    if memory.total_bytes is None:
-        return None
-    left_bytes = parse_bytes(memory.total_bytes) - parse_bytes(memory.workspace_bytes)
-    left_bytes -= sum(model.dense_bytes) + model.head_bytes + predictor_bytes
-    last_step = {int(name): index for index, step in enumerate(steps) for name in trace.sequence[step.rows]}
-    context: dict[int, int] = {}
-    budgets = []
-    for index, step in enumerate(steps):
-        for row in step.rows.tolist():
-            context[int(trace.sequence[row])] = int(trace.position[row]) + 1
-        kv_bytes = sum(context.values()) * model.kv_bytes_per_token
-        budgets.append(min(most_bytes, left_bytes - kv_bytes))
-        context = {name: tokens for name, tokens in context.items() if last_step[name] > index}
-    return budgets
 
 
 def simulate(
@@ -340,185 +178,6 @@ def versions() -> dict[str, str]:
         "simpy": version("simpy"),
         "numpy": version("numpy"),
     }
-
-
-def make_prefetch(scenario: Scenario, model: Model, copy_ns: int = 0) -> Prefetch:
-    """Return the scenario's prefetch policy; `k` left out means the model's top-k, lookahead 0 no prefetch.
-
-    `copy_ns` is what the copy of one expert takes, for policies that weigh it.
-    """
-    settings = scenario.prefetch
-    if settings.lookahead == 0:
-        return NoPrefetch()
-    k = model.top_k if settings.k is None else settings.k
-    if k > model.experts:
-        raise ScenarioError(f"prefetch.k = {k}: a layer has {model.experts} experts")
-    return PREFETCH[settings.policy](
-        Options(
-            k,
-            settings.lookahead,
-            threshold=settings.threshold,
-            decay=settings.decay,
-            layers=model.layers,
-            experts=model.experts,
-            copy_ns=copy_ns,
-        )
-    )
-
-
-def make_manager(inputs: Inputs, spool: Spool | None = None) -> MemoryManager:
-    """Return a fresh memory manager as the scenario wants it; `spool` keeps its records, and its GPU's."""
-    memory, model = inputs.scenario.memory, inputs.model
-    sizes, size_of = kept_bytes(inputs)
-    share = None
-    if memory.prefetch_limit != "none":
-        share = PREFETCH_SHARE[memory.prefetch_limit](memory.prefetch_share, inputs.budget_bytes // max(sizes))
-    setting = Setting(seed=inputs.scenario.seed, trace=inputs.trace, steps=inputs.steps, guesses=inputs.guesses)
-    manager = MemoryManager(
-        sizes,
-        model.experts,
-        inputs.budget_bytes - low_precision(inputs)[1],
-        EVICTION[memory.eviction],
-        setting=setting,
-        scope=memory.scope,
-        divide=divider(memory.scope, size_of or sizes, inputs.trace),
-        protect=inputs.scenario.prefetch.protect,
-        drop_after_visit=not memory.caching,
-        prefetch_share=share,
-        watch_unused=inputs.scenario.prefetch.policy == "adaptive-memory",
-        size_of=size_of,
-        spool=spool,
-    )
-    preload(manager, inputs)
-    return manager
-
-
-def make_host_memory(inputs: Inputs) -> HostMemory | None:
-    """Return a fresh, empty cache in host memory as the scenario wants it; None if host memory holds every expert."""
-    model, tiers, scope = inputs.model, inputs.scenario.tiers, inputs.scenario.memory.scope
-    if tiers.host_budget == "all":
-        return None
-    scope = "shared" if scope == "shared" else "global"
-    budget_bytes = parse_budget(tiers.host_budget, model.expert_bytes, model.experts, scope)
-    topology = inputs.profile.topology
-    if topology is not None:
-        there_bytes = sum(node.capacity_bytes or 0 for node in topology.nodes if node.kind == "host")
-        if budget_bytes > there_bytes:
-            raise ScenarioError(
-                f"tiers.host_budget = {tiers.host_budget!r}: {budget_bytes / 2**30:.1f} GiB, but profile "
-                f"{inputs.profile.name} has {there_bytes / 2**30:.1f} GiB of host memory"
-            )
-    setting = Setting(seed=inputs.scenario.seed, trace=inputs.trace, steps=inputs.steps, guesses=inputs.guesses)
-    try:
-        manager = MemoryManager(
-            model.expert_bytes, model.experts, budget_bytes, EVICTION[tiers.host_policy], setting=setting, scope=scope
-        )
-    except BudgetError as error:
-        raise ScenarioError(f"tiers.host_budget = {tiers.host_budget!r}: {error}") from None
-    return HostMemory(manager, model.expert_bytes)
-
-
-def dispatched(
-    inputs: Inputs,
-    manager: MemoryManager,
-    prefetch: Prefetch,
-    gauge: Gauge | None = None,
-    host_memory: HostMemory | None = None,
-) -> Iterator[Visit]:
-    """Return the visits of a run, decided one by one as they are asked for, those of host memory with them."""
-    decided = visits(
-        inputs.trace,
-        inputs.steps,
-        manager,
-        prefetch,
-        inputs.guesses,
-        issue=inputs.scenario.prefetch.issue,
-        gauge=gauge,
-        budgets=inputs.budgets,
-        to_host=inputs.scenario.tiers.prefetch == "host",
-        miss=make_miss(inputs),
-    )
-    return decided if host_memory is None else host_memory.through(decided)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What one GPU runs, ready to run: its inputs, costs, memory manager and prefetch policy."""
-
-    inputs: Inputs
-    costs: Costs
-    manager: MemoryManager
-    prefetch: Prefetch
-
-
-def part_costs(inputs: Inputs) -> list[Costs]:
-    """Return the costs of each GPU of a run."""
-    return [Costs(part.model, part.profile, with_latency(part.scenario, part.predictor)) for part in inputs.parts]
-
-
-def prepared(inputs: Inputs, costs: Sequence[Costs], stream: Path | None = None) -> list[Prepared]:
-    """Return what each GPU of a run needs, as the scenario wants it; `stream` is a folder for what is recorded."""
-    ready = []
-    for part, own in zip(inputs.parts, costs, strict=True):
-        manager = make_manager(part, Spool(None if stream is None else stream / part.device))
-        prefetch = make_prefetch(part.scenario, part.model, own.copies[0].queued_ns)
-        ready.append(Prepared(part, own, manager, prefetch))
-    return ready
-
-
-def run_all(inputs: Inputs, ready: Sequence[Prepared], watch: Watch = iter) -> list[measure.Recording]:
-    """Simulate one run and return what was recorded on each GPU."""
-    if inputs.placed is not None:
-        each = [(gpu.costs, gpu.manager, gpu.prefetch) for gpu in ready]
-        all_steps = [replace(gpu, inputs=replace(gpu.inputs, steps=inputs.steps)) for gpu in ready]
-        return [_recording(gpu, found) for gpu, found in zip(all_steps, run_placed(inputs, each, watch), strict=True)]
-    if not inputs.stages:
-        (gpu,) = ready
-        return [run(gpu.inputs, gpu.costs, gpu.manager, gpu.prefetch, watch)]
-    runs = []
-    for gpu in ready:
-        gauge, prefetching = Gauge(), gpu.prefetch.guesses > 0
-        visits = watch(dispatched(gpu.inputs, gpu.manager, gpu.prefetch, gauge))
-        runs.append(StageRun(visits, gpu.manager, gpu.costs, gpu.inputs.scenario, prefetching, gauge))
-    decoded = decode_stages(
-        runs,
-        flow_of(inputs.model, inputs.trace, inputs.steps),
-        inputs.links,
-        one_thread=inputs.scenario.parallel.dispatch_threads == "one",
-    )
-    return [_recording(gpu, found) for gpu, found in zip(ready, decoded, strict=True)]
-
-
-def run(
-    inputs: Inputs, costs: Costs, manager: MemoryManager, prefetch: Prefetch, watch: Watch = iter
-) -> measure.Recording:
-    """Simulate a run on one GPU with the given manager and prefetch policy, and return what was recorded."""
-    gauge = Gauge()
-    host_memory = make_host_memory(inputs)
-    decoded: Decoded = decode(
-        watch(dispatched(inputs, manager, prefetch, gauge, host_memory)),
-        inputs.steps,
-        manager,
-        costs,
-        inputs.scenario,
-        prefetching=prefetch.guesses > 0,
-        gauge=gauge if prefetch.uses_clock else None,
-        host_memory=host_memory,
-    )
-    return _recording(Prepared(inputs, costs, manager, prefetch), decoded, host_memory)
-
-
-def _recording(gpu: Prepared, decoded: Decoded, host_memory: HostMemory | None = None) -> measure.Recording:
-    """Return what one GPU recorded, with what its metrics need."""
-    inputs, costs, sizes = gpu.inputs, gpu.costs, gpu.manager.size_of
-    pieces = [cost.pieces if costs.by_priority else 1 for cost in costs.copies]
-    moved = None
-    if inputs.scenario.compression.mixed is not None:
-        moved = (sizes, [costs.copy(size_bytes).pieces if costs.by_priority else 1 for size_bytes in sizes])
-    return measure.Recording(
-        decoded, gpu.manager, inputs.trace, inputs.steps, costs.expert_bytes, pieces, costs.kernel_lags,
-        inputs.device, inputs.first_layer, host_memory, moved,
-    )  # fmt: skip
 
 
 def previous_steps(inputs: Inputs) -> list[int] | None:
@@ -689,50 +348,3 @@ def _guess_counts(inputs: Inputs, guesses: Guesses) -> dict[str, int]:
         shared_bytes += int((again.sum(axis=-1) * sizes[target]).sum())
         first = last
     return {"guessed": guessed, "unique": unique, "shared_bytes": shared_bytes}
-
-
-def _load_trace(scenario: Scenario, model: Model) -> RoutingTrace:
-    workload = scenario.workload
-    if workload.trace is not None:
-        return open_trace(workload.trace)
-    assert workload.synthetic is not None
-    synthetic = workload.synthetic
-    if synthetic.fit is not None:
-        return FittedRouting.load(synthetic.fit).synthesize(
-            synthetic.tokens,
-            sequences=synthetic.sequences,
-            prefill_tokens=synthetic.prefill_tokens,
-            seed=scenario.seed,
-        )
-    options = synthetic.model_dump(exclude={"fit", "tokens", "working_set"})
-    return synthesize(
-        synthetic.tokens,
-        model.layers,
-        model.experts,
-        model.top_k,
-        working_set=synthetic.working_set or model.experts,
-        seed=scenario.seed,
-        **options,
-    )
-
-
-def _sized(model: Model, trace: RoutingTrace) -> Model:
-    """Return the model with the bytes of experts, and of dense parts where they are known, that a trace's log gives."""
-    if "expert_bytes" not in trace.extra:
-        raise ScenarioError("model.sizes = 'trace': the trace does not say how large its experts are: choose 'preset'")
-    expert_bytes = tuple(trace.extra["expert_bytes"].tolist())
-    dense_bytes = tuple(trace.extra["dense_bytes"].tolist()) if "dense_bytes" in trace.extra else model.dense_bytes
-    return replace(model, expert_bytes=expert_bytes, dense_bytes=dense_bytes)
-
-
-def _check_fit(trace: RoutingTrace, model: Model) -> None:
-    """Refuse a trace that is not of this model."""
-    for key, given, wanted in (
-        ("model.layers", trace.layers, model.layers),
-        ("model.experts", trace.num_experts, model.experts),
-        ("model.top_k", trace.k, model.top_k),
-    ):
-        if given != wanted:
-            raise ScenarioError(
-                f"{key} = {wanted} ({model.name}), but the trace has {given}: choose its model, or set {key} = {given}"
-            )

@@ -26,8 +26,10 @@ from ..workloads.trace import RoutingTrace, TraceError
 from .grid import Grid, Point, make_grid
 from .inputs import Inputs
 from .journal import Journal, Rows, check_export, export
+from .loading import load_inputs
+from .run import part_costs
 from .scenario import Scenario, ScenarioError, make_scenario
-from .simulate import BASELINES, baseline_scenario, load_inputs, part_costs, run_baseline, simulate_inputs, versions
+from .simulate import BASELINES, baseline_scenario, run_baseline, simulate_inputs, versions
 from .workers import Workers
 
 #: Called with what is running, and how many of how many are done.

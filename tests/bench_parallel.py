@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from prestage.engine.inputs import Inputs
+from prestage.engine.loading import completed
+from prestage.engine.run import part_costs, prepared, run_all
 from prestage.engine.scenario import load_scenario
-from prestage.engine.simulate import completed, part_costs, prepared, run_all, simulate_inputs
+from prestage.engine.simulate import simulate_inputs
 from prestage.resources.profile import load_profile
 from prestage.workloads.batches import plan_steps
 from prestage.workloads.model import load_model

@@ -15,6 +15,7 @@ from prestage.engine.inputs import Inputs
 from prestage.engine.memory_manager import MemoryManager
 from prestage.engine.output.metrics import Recording
 from prestage.engine.policies.eviction import EVICTION
+from prestage.engine.run import dispatched, make_manager, make_prefetch, run
 from prestage.engine.scenario import (
     DISCIPLINES,
     DISPATCH_MODES,
@@ -24,7 +25,6 @@ from prestage.engine.scenario import (
     Scenario,
     make_scenario,
 )
-from prestage.engine.simulate import dispatched, make_manager, make_prefetch, run
 from prestage.resources.profile import Profile
 from prestage.workloads.batches import PREFILL_MODES
 from prestage.workloads.model import Model

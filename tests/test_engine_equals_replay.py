@@ -17,11 +17,13 @@ from naive import naive_counts
 from random_cases import Case, cases, decide
 
 from prestage.engine.inputs import Inputs
+from prestage.engine.loading import load_inputs
 from prestage.engine.policies.eviction import EVICTION
 from prestage.engine.policies.prefetch import PREFETCH
 from prestage.engine.replay import VisitCounts, count_visits, replay
+from prestage.engine.run import make_manager
 from prestage.engine.scenario import make_scenario
-from prestage.engine.simulate import load_inputs, make_manager, simulate_inputs
+from prestage.engine.simulate import simulate_inputs
 
 EXAMPLES = 300
 

@@ -20,8 +20,9 @@ from prestage.engine.inputs import Inputs
 from prestage.engine.memory_manager import DEMANDED, PREFETCHED, MemoryManager
 from prestage.engine.output.metrics import FATES, OUTCOMES, Recording, metrics, overlap, time_split
 from prestage.engine.policies.eviction import Lru
+from prestage.engine.run import make_prefetch, run
 from prestage.engine.scenario import Scenario
-from prestage.engine.simulate import make_prefetch, run, simulate_inputs
+from prestage.engine.simulate import simulate_inputs
 from prestage.resources.timeline import (
     DEMAND,
     DENSE,
@@ -521,7 +522,7 @@ def test_two_simulations_in_one_process_do_not_meet(case: Case) -> None:
                 assert play(inputs).spans.tobytes() == alone.spans.tobytes()
             yield visit
 
-    from prestage.engine.simulate import make_manager
+    from prestage.engine.run import make_manager
 
     beside = run(inputs, costs, make_manager(inputs), policy, disturbed)
     assert beside.spans.tobytes() == alone.spans.tobytes()

@@ -16,7 +16,7 @@ from prestage.engine.memory_manager import MemoryManager
 from prestage.engine.policies.eviction import EVICTION, Eviction, Lru, Setting
 from prestage.engine.policies.eviction_base import Chain, Ranking
 from prestage.engine.replay import FOUND, replay, replay_trace
-from prestage.engine.simulate import dispatched, make_manager, make_prefetch
+from prestage.engine.run import dispatched, make_manager, make_prefetch
 from prestage.workloads.batches import plan_steps
 from prestage.workloads.predictors import make_predictor
 from prestage.workloads.trace import RoutingTrace

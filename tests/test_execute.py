@@ -26,8 +26,8 @@ from prestage.calibration.plan import ExecutionError, decision_counts, make_plan
 from prestage.calibration.scenario_sets import scenarios
 from prestage.engine.costs import Costs
 from prestage.engine.inputs import Inputs
+from prestage.engine.run import make_manager, make_prefetch, run
 from prestage.engine.scenario import ScenarioError
-from prestage.engine.simulate import make_manager, make_prefetch, run
 from prestage.resources.timeline import DEMAND, DENSE, EXPERT, HEAD, KINDS, PREFETCH, READBACK
 from prestage.workloads.model import Model
 from prestage.workloads.synthetic import synthesize

@@ -8,8 +8,8 @@ from tiny import tiny_inputs, tiny_model, tiny_pipeline, tiny_profile, tiny_scen
 from prestage.engine.costs import Costs
 from prestage.engine.inputs import Inputs
 from prestage.engine.output.metrics import Recording
+from prestage.engine.run import part_costs, prepared, run_all
 from prestage.engine.scenario import ScenarioError, make_scenario
-from prestage.engine.simulate import part_costs, prepared, run_all
 from prestage.resources.from_peer import from_peer
 from prestage.resources.profile import Profile, ProfileError, load_profile
 from prestage.resources.timeline import KINDS

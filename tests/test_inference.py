@@ -13,8 +13,9 @@ from matplotlib.patches import Rectangle
 import prestage
 from prestage import InferenceConfig, InferenceSimulator, RoutingTrace, synthesize
 from prestage.engine.inference import hit_split, in_guides_accounting
+from prestage.engine.loading import load_inputs
 from prestage.engine.scenario import load_scenario
-from prestage.engine.simulate import load_inputs, simulate
+from prestage.engine.simulate import simulate
 from prestage.workloads.batches import DECODE, PREFILL
 from prestage.workloads.predictors import PREDICTORS
 

@@ -14,9 +14,10 @@ import safetensors.numpy
 import torch
 from tiny import tiny_scenario
 
+from prestage.engine.loading import load_inputs
 from prestage.engine.predicting import FREE, PredictorCost, predictor_cost, scenario_predictor
 from prestage.engine.scenario import PredictorSection, ScenarioError, load_scenario
-from prestage.engine.simulate import load_inputs, simulate
+from prestage.engine.simulate import simulate
 from prestage.workloads.batches import plan_steps
 from prestage.workloads.guesses import Guesses
 from prestage.workloads.learned import (

@@ -7,10 +7,11 @@ import pytest
 from tiny import tiny_model, tiny_profile, tiny_scenario, tiny_trace
 
 from prestage.engine.inputs import Inputs
+from prestage.engine.loading import expert_budgets, load_inputs
 from prestage.engine.memory_manager import MemoryManager
 from prestage.engine.policies.eviction import Lru
 from prestage.engine.scenario import ScenarioError, make_scenario
-from prestage.engine.simulate import expert_budgets, load_inputs, simulate_inputs
+from prestage.engine.simulate import simulate_inputs
 from prestage.workloads.batches import plan_steps
 
 # One layer of four experts of 20 bytes; 3 bytes of dense weights, 2 of head, 10 bytes of KV cache a token.

@@ -19,8 +19,9 @@ from prestage.engine.costs import Costs
 from prestage.engine.inputs import Inputs
 from prestage.engine.output.merge import makespan_ns, merged_timeline, run_metrics
 from prestage.engine.output.metrics import Recording, time_split
+from prestage.engine.run import part_costs, prepared, run_all
 from prestage.engine.scenario import DISPATCH_THREADS, make_scenario
-from prestage.engine.simulate import part_costs, prepared, previous_steps, run_all, simulate_inputs
+from prestage.engine.simulate import previous_steps, simulate_inputs
 from prestage.resources.profile import make_profile
 from prestage.resources.timeline import ACTIVATION, DENSE, EXPERT, KINDS
 from prestage.workloads.batches import Step, continued_steps

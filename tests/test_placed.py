@@ -33,7 +33,7 @@ from prestage.engine.placed import (
 from prestage.engine.policies.eviction import EVICTION
 from prestage.engine.policies.placement import PLACEMENT, Owners, Request
 from prestage.engine.policies.prefetch import NoPrefetch
-from prestage.engine.simulate import make_manager, make_prefetch
+from prestage.engine.run import make_manager, make_prefetch
 from prestage.workloads.batches import DECODE, Step
 from prestage.workloads.trace import RoutingTrace
 

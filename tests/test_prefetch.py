@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_scenario, tiny_trace
 
 from prestage.engine.policies.prefetch import PREFETCH, Gauge, Moment, Options, Prefetch
+from prestage.engine.run import make_prefetch
 from prestage.engine.scenario import ScenarioError
-from prestage.engine.simulate import make_prefetch, simulate_inputs
+from prestage.engine.simulate import simulate_inputs
 
 EVERY = pytest.mark.parametrize("name", PREFETCH)
 

@@ -11,8 +11,9 @@ from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_run, tiny_scenario,
 from prestage.engine.inputs import Inputs
 from prestage.engine.output.metrics import Recording, metrics
 from prestage.engine.policies.preload import PRELOAD
+from prestage.engine.run import make_manager
 from prestage.engine.scenario import ScenarioError, load_scenario
-from prestage.engine.simulate import make_manager, simulate
+from prestage.engine.simulate import simulate
 
 #: Two layers of four experts, each of 20 bytes; the most popular are 3 and 1 of the first layer, then 0 of the second.
 POPULARITY = np.array([[1.0, 8.0, 0.0, 9.0], [7.0, 2.0, 3.0, 4.0]])

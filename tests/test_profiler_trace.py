@@ -85,7 +85,8 @@ def test_an_export_comes_back_span_for_span(seed: int, steps: int, packed: bool)
 
 
 def test_a_run_and_its_file_have_one_summary_and_its_bytes(default_run: Any, tmp_path: Path) -> None:
-    from prestage.engine.output.about import about_run, span_bytes
+    from prestage.engine.output.about import about_run
+    from prestage.engine.output.metrics import span_bytes
 
     export_timeline(default_run.timeline, tmp_path / "t.json.gz", about_run(default_run))
     imported = load_timeline(tmp_path / "t.json.gz")

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prestage.engine.loading import load_inputs
 from prestage.engine.scenario import (
     Scenario,
     ScenarioError,
@@ -18,7 +19,6 @@ from prestage.engine.scenario import (
     parse_bytes,
     scenario_names,
 )
-from prestage.engine.simulate import load_inputs
 from prestage.resources.profile import profile_names
 from prestage.workloads.model import preset_names
 

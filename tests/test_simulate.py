@@ -15,6 +15,7 @@ import orjson
 import pytest
 from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_run, tiny_scenario, tiny_trace
 
+from prestage.engine.loading import load_inputs
 from prestage.engine.output.files import write_result
 from prestage.engine.output.metrics import link_utilization
 from prestage.engine.policies.eviction import EVICTION
@@ -29,7 +30,7 @@ from prestage.engine.scenario import (
     load_scenario,
     make_scenario,
 )
-from prestage.engine.simulate import Result, load_inputs, simulate, simulate_inputs
+from prestage.engine.simulate import Result, simulate, simulate_inputs
 from prestage.workloads.batches import PREFILL_MODES
 from prestage.workloads.predictors import PREDICTORS
 

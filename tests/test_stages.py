@@ -13,11 +13,13 @@ from tiny import tiny_model, tiny_pipeline, tiny_profile, tiny_scenario, tiny_to
 
 from prestage.engine.compare import compare, load_run
 from prestage.engine.inputs import Inputs
+from prestage.engine.loading import load_inputs
 from prestage.engine.output.files import write_result
 from prestage.engine.output.merge import makespan_ns
 from prestage.engine.output.tables import print_result
+from prestage.engine.run import part_costs, prepared, run_all
 from prestage.engine.scenario import load_scenario
-from prestage.engine.simulate import load_inputs, part_costs, prepared, run_all, simulate
+from prestage.engine.simulate import simulate
 from prestage.engine.stages import stage_guesses, stage_model, stage_trace
 from prestage.resources.profile import load_profile, make_profile
 from prestage.workloads.guesses import Guesses

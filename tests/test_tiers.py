@@ -19,18 +19,12 @@ from prestage.calibration.plan import ExecutionError, check_executable
 from prestage.engine.costs import Costs
 from prestage.engine.dispatch import Visit
 from prestage.engine.inputs import Inputs
+from prestage.engine.loading import load_inputs
 from prestage.engine.output.metrics import Recording, tiers
 from prestage.engine.policies.eviction import EVICTION
+from prestage.engine.run import dispatched, make_host_memory, make_manager, make_prefetch
 from prestage.engine.scenario import ScenarioError, load_scenario, make_scenario
-from prestage.engine.simulate import (
-    dispatched,
-    load_inputs,
-    make_host_memory,
-    make_manager,
-    make_prefetch,
-    simulate,
-    simulate_inputs,
-)
+from prestage.engine.simulate import simulate, simulate_inputs
 from prestage.engine.tiers import HostMemory
 from prestage.resources.profile import Interruptions, ProfileError, load_profile, profile_names
 from prestage.resources.timeline import DEMAND, PREFETCH, READ

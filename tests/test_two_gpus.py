@@ -23,7 +23,7 @@ from prestage.calibration.measured import load_measured
 from prestage.calibration.part import Shared
 from prestage.calibration.plan import ExecutionError, make_plans
 from prestage.engine.inputs import Inputs
-from prestage.engine.simulate import part_costs, prepared, run_all
+from prestage.engine.run import part_costs, prepared, run_all
 from prestage.resources.timeline import ACTIVATION, DENSE, EXPERT, HEAD, KINDS, LAUNCH
 from prestage.workloads.synthetic import synthesize
 

@@ -25,10 +25,11 @@ from prestage.calibration.validate import (
     validate,
 )
 from prestage.engine.costs import Costs
+from prestage.engine.loading import load_inputs
 from prestage.engine.output.merge import makespan_ns
 from prestage.engine.output.metrics import Recording
+from prestage.engine.run import prepared, run_all
 from prestage.engine.scenario import Scenario, make_scenario
-from prestage.engine.simulate import load_inputs, prepared, run_all
 from prestage.engine.stages import with_profile
 from prestage.resources.profile import Profile, load_profile
 from prestage.resources.timeline import LAUNCH, READBACK

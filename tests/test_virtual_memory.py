@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from prestage import RoutingTrace, VirtualMemoryManager, load_scenario, simulate, synthesize
 from prestage.engine.dispatch import visits
+from prestage.engine.loading import load_inputs
 from prestage.engine.memory_log import (
     CACHE,
     COMPUTATION,
@@ -35,7 +36,6 @@ from prestage.engine.policies.prefetch import PREFETCH as PREFETCH_POLICIES
 from prestage.engine.policies.prefetch import Options
 from prestage.engine.replay import count_visits
 from prestage.engine.scenario import ScenarioError
-from prestage.engine.simulate import load_inputs
 from prestage.engine.virtual_memory import VirtualMemoryError, guesses_for_targets
 from prestage.resources.profile import ProfileError
 from prestage.workloads.batches import plan_steps

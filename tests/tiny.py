@@ -11,13 +11,14 @@ import numpy as np
 
 from prestage.engine.costs import Costs
 from prestage.engine.inputs import Inputs
+from prestage.engine.loading import completed
 from prestage.engine.memory_manager import MemoryManager
 from prestage.engine.output.metrics import Recording
 from prestage.engine.policies.eviction import EVICTION
 from prestage.engine.policies.prefetch import NoPrefetch
 from prestage.engine.predicting import predictor_cost
+from prestage.engine.run import Prepared, make_manager, make_prefetch, part_costs, run, run_all
 from prestage.engine.scenario import Scenario, make_scenario
-from prestage.engine.simulate import Prepared, completed, make_manager, make_prefetch, part_costs, run, run_all
 from prestage.resources.profile import Profile
 from prestage.workloads.batches import plan_steps
 from prestage.workloads.model import Model

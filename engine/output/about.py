@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ...resources.profile import load_profile
-from ...resources.timeline import DEMAND, EXPERT, PEER, PREFETCH, READBACK
+from ...resources.timeline import EXPERT, PREFETCH
 from .export import About
-from .metrics import FATES, MISS, OUTCOMES, Recording, memory_steps
+from .metrics import FATES, MISS, OUTCOMES, Recording, memory_steps, span_bytes
 
 if TYPE_CHECKING:
     from ..simulate import Result
@@ -19,8 +19,6 @@ Array = npt.NDArray[Any]
 
 #: What an expert's kernel says of its access, and a prefetch of its fate, by number; 0 is nothing.
 SPAN_OUTCOMES = ("", *OUTCOMES, *FATES)
-#: Bytes of one chosen expert's number, as the choice is copied to the host: a 32-bit integer.
-_CHOICE_BYTES = 4
 
 
 def about_run(result: Result) -> About:
@@ -40,28 +38,6 @@ def about_run(result: Result) -> About:
         outcome_names=SPAN_OUTCOMES,
         memory={recording.device: resident_steps(recording) for recording in recordings},
     )
-
-
-def span_bytes(recording: Recording) -> Array:
-    """Return the bytes that each span moved (spans,); 0 for what moves none. The last piece of a copy has the rest."""
-    spans = recording.spans
-    moved = np.zeros(len(spans), dtype=np.int64)
-    copies = np.flatnonzero(np.isin(spans["kind"], (DEMAND, PREFETCH)) & (spans["copy"] >= 0))
-    copies = copies[np.lexsort((spans["start_ns"][copies], spans["copy"][copies]))]
-    numbers = spans["copy"][copies]
-    sizes, pieces = (of_each[numbers] for of_each in recording.whole_copies)
-    piece = np.arange(len(copies)) - np.searchsorted(numbers, numbers)
-    piece_bytes = -(-sizes // pieces)
-    moved[copies] = np.minimum(piece_bytes, sizes - piece * piece_bytes)
-    between = spans["kind"] == PEER
-    moved[between] = np.array(recording.expert_bytes, dtype=np.int64)[
-        spans["expert"][between] // recording.manager.experts
-    ]
-    readbacks = spans["kind"] == READBACK
-    tokens = np.array([len(step.rows) for step in recording.steps], dtype=np.int64)
-    step = spans["visit"][readbacks] // len(recording.expert_bytes)
-    moved[readbacks] = tokens[step] * recording.trace.k * _CHOICE_BYTES
-    return moved
 
 
 def span_outcomes(recording: Recording) -> Array:

@@ -16,8 +16,7 @@ from ...resources.network import Carried, link_loads
 from ...resources.timeline import DEMAND, DENSE, HEAD, PREFETCH, LaneName, Timeline
 from ..links import Links
 from . import metrics as measure
-from .about import span_bytes
-from .metrics import Recording
+from .metrics import Recording, span_bytes
 
 Array = npt.NDArray[Any]
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...resources.lane import Lags
-from ...resources.timeline import DECOMPRESS, DENSE, EXPERT, HEAD, KINDS, PEER, PREDICT
+from ...resources.timeline import DECOMPRESS, DEMAND, DENSE, EXPERT, HEAD, KINDS, PEER, PREDICT, PREFETCH, READBACK
 from ...workloads.batches import DECODE, Step
 from ...workloads.trace import RoutingTrace
 from ..dispatch import Visit
@@ -34,6 +34,10 @@ FATES = ("useful", "late", "wasted", "unused", "cancelled")
 USEFUL, ARRIVED_LATE, WASTED, UNUSED, CANCELLED = range(len(FATES))
 #: Why an access missed: its expert was never used before; it would have been found without prefetching; neither.
 MISS_CAUSES = ("compulsory", "pollution", "capacity")
+
+
+#: Bytes of one chosen expert's number, as the choice is copied to the host: a 32-bit integer.
+_CHOICE_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -579,6 +583,28 @@ def by_layer(recording: Recording, shadow_misses: Array | None) -> list[dict[str
     return [
         {"layer": layer, **{name: int(column[layer]) for name, column in columns.items()}} for layer in range(layers)
     ]
+
+
+def span_bytes(recording: Recording) -> Array:
+    """Return the bytes that each span moved (spans,); 0 for what moves none. The last piece of a copy has the rest."""
+    spans = recording.spans
+    moved = np.zeros(len(spans), dtype=np.int64)
+    copies = np.flatnonzero(np.isin(spans["kind"], (DEMAND, PREFETCH)) & (spans["copy"] >= 0))
+    copies = copies[np.lexsort((spans["start_ns"][copies], spans["copy"][copies]))]
+    numbers = spans["copy"][copies]
+    sizes, pieces = (of_each[numbers] for of_each in recording.whole_copies)
+    piece = np.arange(len(copies)) - np.searchsorted(numbers, numbers)
+    piece_bytes = -(-sizes // pieces)
+    moved[copies] = np.minimum(piece_bytes, sizes - piece * piece_bytes)
+    between = spans["kind"] == PEER
+    moved[between] = np.array(recording.expert_bytes, dtype=np.int64)[
+        spans["expert"][between] // recording.manager.experts
+    ]
+    readbacks = spans["kind"] == READBACK
+    tokens = np.array([len(step.rows) for step in recording.steps], dtype=np.int64)
+    step = spans["visit"][readbacks] // len(recording.expert_bytes)
+    moved[readbacks] = tokens[step] * recording.trace.k * _CHOICE_BYTES
+    return moved
 
 
 def _count(numbers: Array, names: Sequence[str]) -> dict[str, int]:

@@ -1,0 +1,221 @@
+"""One run: who decides in it, what it costs, and what is recorded on each GPU.
+
+`run` and `run_all` take inputs that are loaded and checked; `simulate` makes results of what they record, and `loading`
+tries a split of a pipeline by them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..resources.spool import Spool
+from ..workloads.model import Model
+from .costs import Costs
+from .decoder import decode
+from .dispatch import Visit, visits
+from .expert_parallel import run_placed
+from .gpu import Decoded
+from .inputs import Inputs
+from .memory_manager import BudgetError, MemoryManager
+from .offloading import kept_bytes, low_precision, make_miss, preload
+from .output import metrics as measure
+from .partition import divider
+from .pipeline import StageRun, decode_stages, flow_of
+from .policies.eviction import EVICTION, Setting
+from .policies.prefetch import PREFETCH, Gauge, NoPrefetch, Options, Prefetch
+from .policies.prefetch_share import PREFETCH_SHARE
+from .predicting import with_latency
+from .scenario import (
+    Scenario,
+    ScenarioError,
+    parse_budget,
+)
+from .tiers import HostMemory
+
+#: Called with what is running, and how many of how many layer visits are done.
+Progress = Callable[[str, int, int], None]
+
+
+#: Passes visits on, perhaps counting them.
+Watch = Callable[[Iterator[Visit]], Iterator[Visit]]
+
+
+def make_prefetch(scenario: Scenario, model: Model, copy_ns: int = 0) -> Prefetch:
+    """Return the scenario's prefetch policy; `k` left out means the model's top-k, lookahead 0 no prefetch.
+
+    `copy_ns` is what the copy of one expert takes, for policies that weigh it.
+    """
+    settings = scenario.prefetch
+    if settings.lookahead == 0:
+        return NoPrefetch()
+    k = model.top_k if settings.k is None else settings.k
+    if k > model.experts:
+        raise ScenarioError(f"prefetch.k = {k}: a layer has {model.experts} experts")
+    return PREFETCH[settings.policy](
+        Options(
+            k,
+            settings.lookahead,
+            threshold=settings.threshold,
+            decay=settings.decay,
+            layers=model.layers,
+            experts=model.experts,
+            copy_ns=copy_ns,
+        )
+    )
+
+
+def make_manager(inputs: Inputs, spool: Spool | None = None) -> MemoryManager:
+    """Return a fresh memory manager as the scenario wants it; `spool` keeps its records, and its GPU's."""
+    memory, model = inputs.scenario.memory, inputs.model
+    sizes, size_of = kept_bytes(inputs)
+    share = None
+    if memory.prefetch_limit != "none":
+        share = PREFETCH_SHARE[memory.prefetch_limit](memory.prefetch_share, inputs.budget_bytes // max(sizes))
+    setting = Setting(seed=inputs.scenario.seed, trace=inputs.trace, steps=inputs.steps, guesses=inputs.guesses)
+    manager = MemoryManager(
+        sizes,
+        model.experts,
+        inputs.budget_bytes - low_precision(inputs)[1],
+        EVICTION[memory.eviction],
+        setting=setting,
+        scope=memory.scope,
+        divide=divider(memory.scope, size_of or sizes, inputs.trace),
+        protect=inputs.scenario.prefetch.protect,
+        drop_after_visit=not memory.caching,
+        prefetch_share=share,
+        watch_unused=inputs.scenario.prefetch.policy == "adaptive-memory",
+        size_of=size_of,
+        spool=spool,
+    )
+    preload(manager, inputs)
+    return manager
+
+
+def make_host_memory(inputs: Inputs) -> HostMemory | None:
+    """Return a fresh, empty cache in host memory as the scenario wants it; None if host memory holds every expert."""
+    model, tiers, scope = inputs.model, inputs.scenario.tiers, inputs.scenario.memory.scope
+    if tiers.host_budget == "all":
+        return None
+    scope = "shared" if scope == "shared" else "global"
+    budget_bytes = parse_budget(tiers.host_budget, model.expert_bytes, model.experts, scope)
+    topology = inputs.profile.topology
+    if topology is not None:
+        there_bytes = sum(node.capacity_bytes or 0 for node in topology.nodes if node.kind == "host")
+        if budget_bytes > there_bytes:
+            raise ScenarioError(
+                f"tiers.host_budget = {tiers.host_budget!r}: {budget_bytes / 2**30:.1f} GiB, but profile "
+                f"{inputs.profile.name} has {there_bytes / 2**30:.1f} GiB of host memory"
+            )
+    setting = Setting(seed=inputs.scenario.seed, trace=inputs.trace, steps=inputs.steps, guesses=inputs.guesses)
+    try:
+        manager = MemoryManager(
+            model.expert_bytes, model.experts, budget_bytes, EVICTION[tiers.host_policy], setting=setting, scope=scope
+        )
+    except BudgetError as error:
+        raise ScenarioError(f"tiers.host_budget = {tiers.host_budget!r}: {error}") from None
+    return HostMemory(manager, model.expert_bytes)
+
+
+def dispatched(
+    inputs: Inputs,
+    manager: MemoryManager,
+    prefetch: Prefetch,
+    gauge: Gauge | None = None,
+    host_memory: HostMemory | None = None,
+) -> Iterator[Visit]:
+    """Return the visits of a run, decided one by one as they are asked for, those of host memory with them."""
+    decided = visits(
+        inputs.trace,
+        inputs.steps,
+        manager,
+        prefetch,
+        inputs.guesses,
+        issue=inputs.scenario.prefetch.issue,
+        gauge=gauge,
+        budgets=inputs.budgets,
+        to_host=inputs.scenario.tiers.prefetch == "host",
+        miss=make_miss(inputs),
+    )
+    return decided if host_memory is None else host_memory.through(decided)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What one GPU runs, ready to run: its inputs, costs, memory manager and prefetch policy."""
+
+    inputs: Inputs
+    costs: Costs
+    manager: MemoryManager
+    prefetch: Prefetch
+
+
+def part_costs(inputs: Inputs) -> list[Costs]:
+    """Return the costs of each GPU of a run."""
+    return [Costs(part.model, part.profile, with_latency(part.scenario, part.predictor)) for part in inputs.parts]
+
+
+def prepared(inputs: Inputs, costs: Sequence[Costs], stream: Path | None = None) -> list[Prepared]:
+    """Return what each GPU of a run needs, as the scenario wants it; `stream` is a folder for what is recorded."""
+    ready = []
+    for part, own in zip(inputs.parts, costs, strict=True):
+        manager = make_manager(part, Spool(None if stream is None else stream / part.device))
+        prefetch = make_prefetch(part.scenario, part.model, own.copies[0].queued_ns)
+        ready.append(Prepared(part, own, manager, prefetch))
+    return ready
+
+
+def run_all(inputs: Inputs, ready: Sequence[Prepared], watch: Watch = iter) -> list[measure.Recording]:
+    """Simulate one run and return what was recorded on each GPU."""
+    if inputs.placed is not None:
+        each = [(gpu.costs, gpu.manager, gpu.prefetch) for gpu in ready]
+        all_steps = [replace(gpu, inputs=replace(gpu.inputs, steps=inputs.steps)) for gpu in ready]
+        return [_recording(gpu, found) for gpu, found in zip(all_steps, run_placed(inputs, each, watch), strict=True)]
+    if not inputs.stages:
+        (gpu,) = ready
+        return [run(gpu.inputs, gpu.costs, gpu.manager, gpu.prefetch, watch)]
+    runs = []
+    for gpu in ready:
+        gauge, prefetching = Gauge(), gpu.prefetch.guesses > 0
+        visits = watch(dispatched(gpu.inputs, gpu.manager, gpu.prefetch, gauge))
+        runs.append(StageRun(visits, gpu.manager, gpu.costs, gpu.inputs.scenario, prefetching, gauge))
+    decoded = decode_stages(
+        runs,
+        flow_of(inputs.model, inputs.trace, inputs.steps),
+        inputs.links,
+        one_thread=inputs.scenario.parallel.dispatch_threads == "one",
+    )
+    return [_recording(gpu, found) for gpu, found in zip(ready, decoded, strict=True)]
+
+
+def run(
+    inputs: Inputs, costs: Costs, manager: MemoryManager, prefetch: Prefetch, watch: Watch = iter
+) -> measure.Recording:
+    """Simulate a run on one GPU with the given manager and prefetch policy, and return what was recorded."""
+    gauge = Gauge()
+    host_memory = make_host_memory(inputs)
+    decoded: Decoded = decode(
+        watch(dispatched(inputs, manager, prefetch, gauge, host_memory)),
+        inputs.steps,
+        manager,
+        costs,
+        inputs.scenario,
+        prefetching=prefetch.guesses > 0,
+        gauge=gauge if prefetch.uses_clock else None,
+        host_memory=host_memory,
+    )
+    return _recording(Prepared(inputs, costs, manager, prefetch), decoded, host_memory)
+
+
+def _recording(gpu: Prepared, decoded: Decoded, host_memory: HostMemory | None = None) -> measure.Recording:
+    """Return what one GPU recorded, with what its metrics need."""
+    inputs, costs, sizes = gpu.inputs, gpu.costs, gpu.manager.size_of
+    pieces = [cost.pieces if costs.by_priority else 1 for cost in costs.copies]
+    moved = None
+    if inputs.scenario.compression.mixed is not None:
+        moved = (sizes, [costs.copy(size_bytes).pieces if costs.by_priority else 1 for size_bytes in sizes])
+    return measure.Recording(
+        decoded, gpu.manager, inputs.trace, inputs.steps, costs.expert_bytes, pieces, costs.kernel_lags,
+        inputs.device, inputs.first_layer, host_memory, moved,
+    )  # fmt: skip
