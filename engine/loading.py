@@ -195,15 +195,18 @@ def _load_trace(scenario: Scenario, model: Model) -> RoutingTrace:
             seed=scenario.seed,
         )
     options = synthetic.model_dump(exclude={"fit", "tokens", "working_set"})
-    return synthesize(
-        synthetic.tokens,
-        model.layers,
-        model.experts,
-        model.top_k,
-        working_set=synthetic.working_set or model.experts,
-        seed=scenario.seed,
-        **options,
-    )
+    try:
+        return synthesize(
+            synthetic.tokens,
+            model.layers,
+            model.experts,
+            model.top_k,
+            working_set=synthetic.working_set or model.experts,
+            seed=scenario.seed,
+            **options,
+        )
+    except ValueError as error:
+        raise ScenarioError(f"workload.synthetic.{error}") from None
 
 
 def _sized(model: Model, trace: RoutingTrace) -> Model:

@@ -19,6 +19,8 @@ Warn = Callable[["Inputs", dict[str, Any]], str | None]
 
 #: The link, or a drive, counts as saturated from this share of the makespan on, the host as the bottleneck from that.
 SATURATED, HOST_BOUND = 0.9, 1 / 3
+#: A link that is used for more than this share of what it carries has not been shared (rounding apart).
+OVERLOADED = 1.01
 #: From this share of the makespan on, which GPUs spend waiting for each other, the pipeline is poorly filled.
 BUBBLES = 0.25
 #: Beyond this share of all gate weight, what is skipped is told.
@@ -134,6 +136,17 @@ def _bubbles(inputs: Inputs, data: dict[str, Any]) -> str | None:
         why = f"{parallel.micro_batches} micro-batches cannot keep {parallel.stages} stages busy"
         remedy = f"use parallel.micro_batches = {parallel.stages} or more, with as large a batch"
     return f"bubbles: GPUs wait for each other for {share:.0%} of the run, because {why}; {remedy}"
+
+
+def _overloaded_link(inputs: Inputs, data: dict[str, Any]) -> str | None:
+    used = {link["link"]: link["utilization"] or 0.0 for link in data.get("links") or ()}
+    worst = max(used, key=lambda link: used[link], default=None)
+    if worst is None or used[worst] <= OVERLOADED:
+        return None
+    return (
+        f"overloaded link: copies move {used[worst]:.0%} of what {worst} carries, because with copy.contention = false "
+        "they do not share links; set it to true"
+    )
 
 
 def _prefill_dominates(inputs: Inputs, data: dict[str, Any]) -> str | None:
@@ -268,6 +281,7 @@ WARNINGS: tuple[Warn, ...] = (
     _turnover,
     _saturated_link,
     _saturated_drive,
+    _overloaded_link,
     _below_break_even,
     _host_bound,
     _bubbles,

@@ -1,6 +1,6 @@
 """Speed and memory of eight GPUs that share the experts of every layer, in the shape of DeepSeek-V3.
 
-    python tests/bench_parallel.py [--steps 1000] [--layers 61] [--stream DIR] [--metrics]
+    python tests/bench_parallel.py [--steps 1000] [--layers 61] [--contention] [--stream DIR] [--metrics]
 
 Prints, as JSON: layer visits and accesses (all GPUs' together), CPU seconds on one core by phase, microseconds an
 access and milliseconds a layer visit of the run itself, and the most memory of the process by its end. Every
@@ -68,12 +68,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--layers", type=int, default=61)
     parser.add_argument("--experts", type=int, default=256)
+    parser.add_argument("--contention", action="store_true", help="copies share links and slow kernels down")
     parser.add_argument("--stream", type=Path, help="keep records in files there")
     parser.add_argument("--metrics", action="store_true", help="compute all metrics too")
     parser.add_argument("--set", action="append", default=[], help="section.key=value over placement-8")
     given = parser.parse_args()
     began_s = time.process_time()
-    inputs = inputs_of(given.steps, given.layers, given.experts, given.set)
+    settings = [f"copy.contention={str(given.contention).lower()}", *given.set]
+    inputs = inputs_of(given.steps, given.layers, given.experts, settings)
     loaded_s = time.process_time() - began_s
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
     report = {

@@ -186,17 +186,23 @@ def sharings() -> str:
 
 
 def parallel_speed() -> str:
-    """The figures of `bench_parallel.py` at full scale, from a run of it."""
-    command = [sys.executable, str(ROOT / "tests" / "bench_parallel.py"), "--steps", "1000"]
-    data = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    seconds = data["cpu_s"]
+    """The figures of `bench_parallel.py` at full scale, from runs of it: long without contention, a tenth with it."""
+    columns = {"no contention": ["--steps", "1000"], "links shared, kernels slowed": ["--steps", "100", "--contention"]}
+    command = [sys.executable, str(ROOT / "tests" / "bench_parallel.py")]
+    runs = [
+        json.loads(subprocess.run([*command, *options], capture_output=True, text=True, check=True).stdout)
+        for options in columns.values()
+    ]
     rows = {
-        "layer visits, accesses": f"{data['layer_visits']:,}, {data['accesses']:,}",
-        "processor seconds on one core": f"{seconds:.1f}",
-        "a layer visit": f"{seconds / data['layer_visits'] * 1e3:.3f} ms",
-        "an access": f"{seconds / data['accesses'] * 1e6:.1f} us",
+        "steps": [f"{run['steps']:,}" for run in runs],
+        "layer visits": [f"{run['layer_visits']:,}" for run in runs],
+        "accesses": [f"{run['accesses']:,}" for run in runs],
+        "processor seconds on one core": [f"{run['cpu_s']:.1f}" for run in runs],
+        "a layer visit": [f"{run['ms_per_visit']:.2f} ms" for run in runs],
+        "an access": [f"{run['us_per_access']:.1f} us" for run in runs],
     }
-    return "\n".join(["| what | measured |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+    lines = [f"| what | {' | '.join(columns)} |", "|---" * 3 + "|"]
+    return "\n".join([*lines, *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items())])
 
 
 #: What scenario `nvme` is varied by in its table.

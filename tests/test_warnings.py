@@ -13,6 +13,8 @@ from prestage.engine.warnings import WARNINGS
 SMALL = ["workload.tokens=12", "workload.synthetic.tokens=12", "workload.synthetic.sequences=1"]
 SMALL += ["workload.synthetic.prefill_tokens=0"]
 PIPELINE = ["machine.profile=h200-x2", "parallel.stages=2", "workload.synthetic.sequences=4"]
+SHARED_UPLINK = ["machine.profile=rtx4090-x4", "parallel.gpus=4", "memory.gpu_budget=12%", "workload.batch=4"]
+SHARED_UPLINK += ["workload.synthetic.sequences=4"]
 #: A machine that was measured with its CPU; a trace with gate weights.
 CPU = ["machine.profile=h200", "miss.policy=cpu"]
 SKIP = ["model.preset=deepseek-v2-lite", "model.layers=24", "workload.trace=topk", "miss.policy=skip"]
@@ -27,6 +29,7 @@ CASES: dict[str, tuple[list[str], list[str] | None]] = {
     ),
     "turnover": (["prefetch.lookahead=6", "prefetch.k=16", "memory.gpu_budget=95experts"], ["memory.gpu_budget=50%"]),
     "host-bound": (["dispatch.mode=eager", "memory.gpu_budget=100%"], ["dispatch.mode=graph"]),
+    "overloaded link": ([*SHARED_UPLINK, "copy.contention=false"], SHARED_UPLINK),
     "bubbles": (PIPELINE, [*PIPELINE, "workload.batch=4", "parallel.micro_batches=4"]),
     "prefill dominates": (
         ["workload.synthetic.tokens=60", "workload.synthetic.prefill_tokens=56", "workload.tokens=60"],
