@@ -67,7 +67,7 @@ def test_what_cannot_be_is_refused() -> None:
         Costs(tiny_model(1), tiny_profile(), scenario)
     data = {"workload": {"synthetic": {"tokens": 4}}}
     for keys, says in (
-        ({"parallel": {"stages": 2}}, "set parallel.stages = 1"),
+        ({"parallel": {"stages": 2}}, "set parallel.stages and parallel.gpus = 1"),
         ({"copy": {"source": "peer", "host_memory": "pinned"}}, "source = 'peer' copies from no host_memory"),
         ({"tiers": {"host_budget": "50%"}}, "tiers.host_budget"),
         ({"miss": {"policy": "cpu"}}, r"leave out \[miss\]"),
