@@ -177,7 +177,7 @@ class Gpu:
         self._launched_count = 0
         # The end of each copy, until a kernel reads it; then that of its last reader.
         self._arriving: dict[int, Completion] = {}
-        self._promised: list[tuple[int, int, Pending]] = []  # arrivals that are not known yet
+        self._promised: deque[tuple[int, int, Pending]] = deque()  # arrivals that are not known yet
         self._read: dict[int, Completion] = {}
         self._queued: dict[int, Work] = {}  # priority discipline only: copies by number
         self.visit = -1  # the number of the visit being dispatched
@@ -292,11 +292,19 @@ class Gpu:
             self._arrived += pack_arrival(self.visit, kind, arrival)
         else:
             self._promised.append((self.visit, kind, arrival))
+            self._record_arrivals()
+
+    def _record_arrivals(self) -> None:
+        """Record promised arrivals up to the first that is still to come: a long run must not keep them all."""
+        promised = self._promised
+        while promised and (arrived_ns := promised[0][2].end_ns) is not None:
+            visit, kind, _ = promised.popleft()
+            self._arrived += pack_arrival(visit, kind, arrived_ns)
 
     def recorded(self) -> Decoded:
         """Return what was recorded, once SimPy has run out of events."""
-        for visit, kind, promise in self._promised:
-            self._arrived += pack_arrival(visit, kind, promise.end_ns)
+        self._record_arrivals()
+        assert not self._promised, "whatever a kernel waits for has come once SimPy has run out of events"
         return Decoded(self.timeline, *(column.array() for column in self._columns))
 
     @property
