@@ -124,6 +124,13 @@ def fit_run(scenario: Scenario, log: RunLog, tokens: int, name: str) -> FittedRu
     reads, read_bytes = reads[warm], read_bytes[warm]
     far = interrupted(column["compute_ms"])
     quiet_ms = float(column["compute_ms"][~far].mean())
+    totals = {"compute_ms": quiet_ms, **{key: column[key].sum() for key in ("read_bytes", "io_ms")}}
+    for key, total in totals.items():
+        if not total:
+            raise PublishedRunError(
+                f"{log.path}: {key}: 0 from token {warm.start + 1} to {tokens}, interruptions aside: "
+                "must be more, a rate is fitted to it"
+            )
     excess_ms = column["compute_ms"][far] - quiet_ms
     costs: dict[str, Any] = {
         "lane_bytes_per_second": round(read_bytes.sum() / column["io_ms"].sum() * 1e3),

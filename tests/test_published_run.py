@@ -229,6 +229,13 @@ def test_a_bad_log_is_named(made: RunLog, tmp_path: Path, change: Callable[[str]
     assert says in str(caught.value) and str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize("column", ["io_ms", "compute_ms"])
+def test_a_log_without_the_times_that_rates_are_fitted_to_is_refused(phone: Phone, made: RunLog, column: str) -> None:
+    empty = replace(made, columns={**made.columns, column: np.zeros(TOKENS)})
+    with pytest.raises(PublishedRunError, match=rf"{column}: 0 from token \d+ to 30"):
+        fit_run(phone(), empty, 30, "mine")
+
+
 def test_what_does_not_fit_together_is_refused(phone: Phone, made: RunLog) -> None:
     with pytest.raises(PublishedRunError, match="99 tokens asked for: must be 10 to the 60"):
         fit_run(phone(), made, 99, "mine")
