@@ -518,14 +518,19 @@ def _unfit(scenario: Scenario) -> Iterator[tuple[bool, str]]:
     policy, packed, mixed = miss.policy, compression.where != "none", compression.mixed is not None
     low = policy == "low_precision"
     shared, grouped = memory.scope == "shared", scenario.dispatch.expert_kernel == "grouped"
-    yield shared and not scenario.only_fetches, "memory.scope = 'shared': needs miss.policy = 'fetch', no compression"
+    chosen = f"miss.policy = {policy!r}" if policy != "fetch" else "[compression]"
+    beyond = not scenario.only_fetches
+    yield shared and beyond, f"{chosen}: with memory.scope = 'shared', choose miss.policy = 'fetch' and no compression"
     yield shared and memory.preload != "none", "memory.scope = 'shared': needs memory.preload = 'none'"
     yield mixed and memory.scope != "global", f"compression.mixed: needs memory.scope = 'global' (not {memory.scope!r})"
     several = max(scenario.parallel.stages, scenario.parallel.micro_batches, scenario.parallel.gpus) > 1
-    yield several and not scenario.only_fetches, "[parallel]: needs miss.policy = 'fetch', no compression"
+    yield several and beyond, f"{chosen}: with [parallel], choose miss.policy = 'fetch' and no compression"
     tiered = scenario.tiers.host_budget != "all"
-    yield tiered and not scenario.only_fetches, "tiers.host_budget: needs miss.policy = 'fetch', no compression"
-    yield several and memory.cpu_layers is not None, "[parallel]: needs memory.cpu_layers not set"
+    yield tiered and beyond, f"{chosen}: with tiers.host_budget, choose miss.policy = 'fetch' and no compression"
+    yield (
+        several and memory.cpu_layers is not None,
+        f"memory.cpu_layers = {memory.cpu_layers}: with [parallel], leave it out",
+    )
     yield low and (mixed or packed), "miss.policy = 'low_precision': needs compression.where = 'none' and no mixed"
     one_by_one = "needs dispatch.expert_kernel = 'separate': what a group of such kernels takes is not known"
     yield grouped and low, f"miss.policy = 'low_precision': {one_by_one}"
