@@ -227,7 +227,7 @@ def visits(
                             prefetches.append((admission, target))
                 if not unpin_first:
                     manager.unpin()
-            if miss is not None and miss.terms.fetch_behind:
+            if miss is not None and miss.terms.fetch_behind and index + 1 < len(steps):
                 prefetches = [*prefetches, *_fetched_behind(manager, resolution.accesses, number + layers)]
             assigned_bytes, budget_bytes = manager.assigned_bytes, manager.budget_bytes
             visit = Visit(number, index, layer, accesses, waves, prefetches, assigned_bytes, budget_bytes, staged)

@@ -215,6 +215,12 @@ def test_what_was_used_in_low_precision_is_fetched_behind() -> None:
     assert (counts["miss"], counts["late"], counts["prefetch"]) == (1, 1, 1)
 
 
+def test_in_the_last_step_nothing_is_fetched_behind() -> None:
+    scenario = tiny_scenario(miss={"policy": "low_precision"}, memory={"gpu_budget": "4experts"})
+    recording = tiny_run(tiny_model(1), tiny_profile(), tiny_trace([[[0]]]), scenario)
+    assert spans_of(recording, KINDS.index("prefetch")) == []
+
+
 def test_popular_experts_have_their_low_precision_copy_first() -> None:
     # Half of 2 experts' room is 20 bytes: 4 copies of 5, for the four most popular of eight.
     trace = tiny_trace([[[0]]], 8, **popular([0, 5, 4, 3, 2, 1, 0, 0]))
