@@ -54,6 +54,24 @@ timeline_app = typer.Typer(
 )
 app.add_typer(timeline_app, name="timeline")
 
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(version("prestage"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
+
+
 # A missing argument, an unknown option and a bad value are all of the class that BadParameter is made from; typer
 # gives it no name of its own.
 _UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)

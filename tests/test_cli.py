@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,11 @@ def prestage_outside(*arguments: str, cwd: Path, **environment: str) -> Ran:
     command = [sys.executable, "-m", "prestage", *arguments]
     done = subprocess.run(command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True)
     return Ran(done.returncode, done.stdout, done.stderr)
+
+
+def test_version_is_that_of_the_distribution(prestage: Prestage) -> None:
+    ran = prestage("--version")
+    assert (ran.status, ran.out) == (0, f"{version('prestage')}\n")
 
 
 # run
