@@ -168,7 +168,7 @@ def _shown(name: str, value: float | None) -> str:
         return f"{value / 2**30:,.2f} GiB"
     if "_ms" in name:
         return f"{value:,.3f} ms"
-    if name.startswith("counts."):
+    if name.startswith(("counts.", "miss.ways.")):
         return f"{value:,}"
     return f"{value:,.2f}" if name in ("tokens_per_second", "speedup") else f"{value:.1%}"
 
