@@ -103,7 +103,10 @@ def run(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a key, such as prefetch.k=4; repeat it.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Write result.json, run.safetensors, timeline.json.gz and two pictures there.")
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="Write result.json, run.safetensors, timeline.json.gz and two pictures there."
+        ),
     ] = None,
     all_spans: Annotated[bool, typer.Option(help="Write all spans to the timeline, not the first 200,000.")] = False,
     stream: Annotated[
