@@ -76,6 +76,9 @@ def _options(
 # gives it no name of its own.
 _UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
 
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a key, such as prefetch.k=4; repeat it.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else there.")]
 
 
@@ -99,9 +102,7 @@ def run(
     scenario: Annotated[
         str | None, typer.Argument(help="A scenario's TOML file or the name of a shipped one; without it, the default.")
     ] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a key, such as prefetch.k=4; repeat it.")
-    ] = None,
+    settings: Settings = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -445,9 +446,7 @@ def compare(
 @app.command()
 def breakeven(
     scenario: Annotated[str | None, typer.Argument(help="A scenario's TOML file or a shipped one's name.")] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a key, such as prefetch.k=4; repeat it.")
-    ] = None,
+    settings: Settings = None,
     budgets: Annotated[str, typer.Option(help="Budgets to try: 10%,25%,4GiB; the scenario's without it.")] = "",
     lookaheads: Annotated[str, typer.Option(help="Lookaheads to try: 1,2,3; the scenario's without it.")] = "",
     workers: Annotated[int | None, typer.Option(help="How many processes; all cores without it.")] = None,
@@ -878,9 +877,7 @@ def calibrate_fit_run(
     log: Annotated[Path, typer.Argument(help="The run's log, token by token (BigMoeOnEdge's --csv).")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The profile to write; its name is the file's.")],
     tokens: Annotated[int, typer.Option(help="Fit to so many tokens from the first; no other is looked at.")],
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a key, such as prefetch.k=4; repeat it.")
-    ] = None,
+    settings: Settings = None,
     json: Json = False,
 ) -> None:
     """Fit a drive, its lanes and the compute to the beginning of a published run."""
@@ -902,9 +899,7 @@ def calibrate_check_run(
     scenario: Annotated[str, typer.Argument(help="The run's scenario: a TOML file, or a shipped one's name.")],
     log: Annotated[Path, typer.Argument(help="The run's log, token by token (BigMoeOnEdge's --csv).")],
     after: Annotated[int, typer.Option(help="Compare the tokens after so many, which the profile was fitted to.")],
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a key, such as prefetch.k=4; repeat it.")
-    ] = None,
+    settings: Settings = None,
     json: Json = False,
 ) -> None:
     """Simulate a published run and compare its tokens with the log, and with a straight line in bytes read."""
@@ -936,9 +931,7 @@ def calibrate_execute(
     profiler: Annotated[
         Path | None, typer.Option(help="Also run once under PyTorch's profiler and write its trace (.json, .json.gz).")
     ] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a key, such as prefetch.k=4; repeat it.")
-    ] = None,
+    settings: Settings = None,
 ) -> None:
     """Execute scenarios on a CUDA GPU, with the decisions that a simulation makes, timed by CUDA events."""
     from .calibration.execute import chosen_scenarios, execute_all

@@ -20,11 +20,10 @@ import numpy.typing as npt
 from ..engine.costs import Costs
 from ..engine.inputs import Inputs
 from ..engine.loading import load_inputs
-from ..engine.output.metrics import Recording
+from ..engine.output.metrics import Recording, token_times_ns
 from ..engine.run import make_manager, make_prefetch, run
 from ..engine.scenario import Scenario, ScenarioError
 from ..resources.profile import Profile
-from ..workloads.batches import DECODE
 
 Array = npt.NDArray[np.float64]
 
@@ -293,10 +292,8 @@ def _play(inputs: Inputs, profile: Profile | None = None) -> Recording:
 
 
 def _step_ms(recording: Recording) -> Array:
-    """Return what each decode step took, from the end of the one before (tokens,)."""
-    took_ns = np.diff(recording.step_end_ns, prepend=0)
-    decode = np.array([step.phase == DECODE for step in recording.steps])
-    took_ms: Array = took_ns[decode] / 1e6
+    """Return what each decode step, of one token, took from the end of the one before (tokens,)."""
+    took_ms: Array = token_times_ns(recording.steps, np.diff(recording.step_end_ns, prepend=0)) / 1e6
     return took_ms
 
 

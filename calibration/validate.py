@@ -26,7 +26,7 @@ from ..engine.run import prepared, run_all
 from ..engine.scenario import Scenario
 from ..engine.stages import with_profile
 from ..resources.profile import Duration, DurationBesideCopy, Profile, TransferCost
-from ..resources.timeline import LAUNCH, PREFETCH
+from ..resources.timeline import LAUNCH, PREFETCH, covered_ns
 from .measured import Measured
 
 #: Lanes that a bound is taken from, by role.
@@ -139,15 +139,8 @@ def _busy(recordings: Sequence[Recording]) -> dict[str, int]:
             device = timeline.lanes[number].device
             name = role if len(recordings) == 1 or device == role else f"{device} {role}"
             intervals.setdefault(name, []).append(spans[spans["lane"] == number])
-    return {name: _union_ns(np.concatenate(parts)) for name, parts in intervals.items()}
-
-
-def _union_ns(spans: Any) -> int:
-    """Return how long any of some spans was under way."""
-    spans = spans[np.argsort(spans["start_ns"], kind="stable")]
-    reached = np.maximum.accumulate(spans["end_ns"]) if len(spans) else spans["end_ns"]
-    before = np.concatenate([[0], reached[:-1]]) if len(spans) else reached
-    return int(np.maximum(0, reached - np.maximum(spans["start_ns"], before)).sum())
+    busy = {name: np.concatenate(parts) for name, parts in intervals.items()}
+    return {name: covered_ns(spans["start_ns"], spans["end_ns"]) for name, spans in busy.items()}
 
 
 def _start_errors(executed: Sequence[Recording], simulated: Sequence[Recording]) -> dict[str, float]:

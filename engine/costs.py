@@ -335,7 +335,7 @@ class Costs:
         rule = self._rule
         dtype_bits = self.model.dtype_bits("expert" if what == "expert" else "dense")
         flops = 2 * tokens * (weight_bytes * 8 / dtype_bits)
-        part_ns = max(weight_bytes * 1e9 / rule.bytes_per_second, flops * 1e9 / rule.flops_per_second)
+        part_ns = rule.part_ns(weight_bytes, flops)
         self.estimates[what] = (
             f"{rule.constant_ns} ns + max(weight bytes / {rule.bytes_per_second} B/s, "
             f"2 x weights x tokens / {rule.flops_per_second} FLOP/s) ({rule.source})"

@@ -13,7 +13,6 @@ from typing import Any
 
 import simpy
 
-from ..resources.timeline import HEAD
 from ..workloads.batches import Step
 from .costs import Costs
 from .dispatch import Visit
@@ -48,8 +47,7 @@ def decode(
         env, manager, costs, scenario, prefetching=prefetching, most_tokens=most_tokens, host_memory=host_memory
     )
     if gauge is not None:
-        gauge.now_ns = lambda: gpu.now_ns
-        gauge.backlog_ns = gpu.backlog_ns
+        gpu.show(gauge)
     env.process(host(gpu, visits, steps))
     with collector_off():
         env.run()
@@ -80,13 +78,8 @@ def collector_off() -> Iterator[None]:
 def host(gpu: Gpu, visits: Iterator[Visit], steps: Sequence[Step]) -> Generator[simpy.Event, Any, None]:
     """Dispatch every step: the dense part, the choice, copies and experts of each layer, then the head."""
     for step in steps:
-        tokens = len(step.rows)
-        yield from gpu.forward(tokens, visits)
-        # Where no lane runs in SimPy's time, the host's clock and SimPy's meet once a step.
-        if gpu.now_ns > gpu.env.now:
-            yield gpu.env.timeout(gpu.now_ns - gpu.env.now)
-        head = gpu.costs.head(tokens)
-        yield from gpu.wait_for_queue(head.launches)
-        gpu.launch(head, HEAD)
+        yield from gpu.forward(len(step.rows), visits)
+        yield from gpu.catch_up()  # once a step at least, also where no lane runs in SimPy's time
+        yield from gpu.head(len(step.rows))
         gpu.spool.flush()
     gpu.end_busy()

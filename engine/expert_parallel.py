@@ -127,8 +127,7 @@ def held(placed: Placed, device: str) -> list[int]:
 
 def sent_tokens_and_experts(inputs: Inputs, recordings: Sequence[Recording], links: Links) -> list[Carried]:
     """Return what the GPUs of a finished run have sent each other: tokens there and back, and experts."""
-    token_bytes, sizes = activation_bytes(inputs.model, 1), np.array(inputs.model.expert_bytes, dtype=np.int64)
-    ways, carried = routes(links), []
+    token_bytes, ways, carried = activation_bytes(inputs.model, 1), routes(links), []
     for kind in (DISPATCH, COMBINE):
         exchanges = recordings[0].spans[recordings[0].spans["kind"] == kind]  # all GPUs' are at once
         start_ns, end_ns = exchanges["start_ns"].copy(), exchanges["end_ns"].copy()
@@ -141,25 +140,23 @@ def sent_tokens_and_experts(inputs: Inputs, recordings: Sequence[Recording], lin
             found = re.fullmatch(COPIES_FROM.format(r"gpu(\d+)"), lane.title)
             if found is not None:
                 copies = recording.spans[recording.spans["lane"] == number]
-                size_bytes = sizes[copies["expert"] // recording.manager.experts]
-                route = ways[int(found[1]), target]
+                route, size_bytes = ways[int(found[1]), target], recording.bytes_of(copies["expert"])
                 carried.append(Carried(route, size_bytes, copies["start_ns"], copies["end_ns"]))
     return carried
 
 
-def sharing_metrics(inputs: Inputs, recordings: Sequence[Recording]) -> dict[str, Any]:
+def sharing_metrics(recordings: Sequence[Recording]) -> dict[str, Any]:
     """Return what sharing the experts took, as plain data for JSON.
 
     `tokens_sent`: one way, a token once to each GPU that serves it; `all_to_all_ms`: there and back, together;
     `copied_bytes`: experts from one GPU to another, those that spare memory takes included; `imbalance`: the (token,
     expert) pairs of the GPU that serves the most / their mean (None: there are none).
     """
-    sizes = np.array(inputs.model.expert_bytes, dtype=np.int64)
     exchanges = recordings[0].spans[np.isin(recordings[0].spans["kind"], (DISPATCH, COMBINE))]
     copied_bytes = 0
     for recording in recordings:
-        copies = recording.spans["expert"][recording.spans["kind"] == PEER]
-        copied_bytes += int(sizes[copies // inputs.model.experts].sum())
+        copied = recording.spans["expert"][recording.spans["kind"] == PEER]
+        copied_bytes += int(recording.bytes_of(copied).sum())
     served = [int(recording.decoded.accesses["tokens"].sum(dtype=np.int64)) for recording in recordings]
     return {
         "tokens_sent": sum(int(recording.decoded.sent.sum(dtype=np.int64)) for recording in recordings),
@@ -216,9 +213,11 @@ def run_placed(
         for number, (own, manager, prefetch) in enumerate(zip(costs, managers, prefetches, strict=True))
     ]  # fmt: skip
     lenders = [gpu for gpu in gpus if isinstance(gpu, LendingGpu)]
-    for gpu in lenders:
-        gpu.lend(lenders, links, network)
-    gauges = [gpu.gauge() for gpu in gpus]
+    for lender in lenders:
+        lender.lend(lenders, links, network)
+    gauges = [Gauge() for _ in gpus]
+    for gpu, gauge in zip(gpus, gauges, strict=True):
+        gpu.show(gauge)
     exchange = AllToAll(routes(links), links.topology, activation_bytes(model, 1))
     if placed.moves_tokens:
         links.estimates["all-to-all"] = exchange.rule

@@ -18,12 +18,24 @@ import numpy as np
 import numpy.typing as npt
 import simpy
 
-from ..resources.lane import Completion, CoupledLane, FifoLane, Pending, PriorityLane, Work, after_all, couple, wait_for
-from ..resources.timeline import DEMAND, DENSE, EXPERT, LAUNCH, PREDICT, PREFETCH, READBACK, SPAN, Timeline
+from ..resources.lane import (
+    Completion,
+    CoupledLane,
+    FifoLane,
+    Pending,
+    PriorityLane,
+    Work,
+    after_all,
+    couple,
+    later,
+    wait_for,
+)
+from ..resources.timeline import DEMAND, DENSE, EXPERT, HEAD, LAUNCH, PREDICT, PREFETCH, READBACK, SPAN, Timeline
 from .costs import Costs, KernelCost
 from .dispatch import Visit, launch_order
 from .links import HostLink
 from .memory_manager import Admission, MemoryManager
+from .policies.prefetch import Gauge
 from .scenario import Scenario
 from .tiers import Drive, HostMemory
 
@@ -88,7 +100,7 @@ def add_lanes(timeline: Timeline, discipline: str, device: str = "gpu0", host: s
 class Gpu:
     """The lanes of one GPU, and the calls that a host thread makes on them; `now_ns` is the clock of that thread.
 
-    A host loop (see `decoder`) drives it: `forward` dispatches the layer visits of a step, `launch` the head, and
+    A host loop (see `decoder`) drives it: `forward` dispatches the layer visits of a step, `head` what ends it, and
     `recorded` is asked for at the end. A loop that has to come between uses the calls that `forward` is made of.
     """
 
@@ -313,6 +325,10 @@ class Gpu:
         lanes = dict.fromkeys((self._h2d, self._prefetch_lane))
         return [lane for lane in lanes if isinstance(lane, CoupledLane)]
 
+    def show(self, gauge: Gauge) -> None:
+        """Let policies read this GPU's clock and link off a gauge."""
+        gauge.now_ns, gauge.backlog_ns = lambda: self.now_ns, self.backlog_ns
+
     def backlog_ns(self) -> int:
         """Return the copy time that is queued on the link now, in ns."""
         lanes = dict.fromkeys((self._h2d, self._prefetch_lane))
@@ -361,6 +377,17 @@ class Gpu:
             self.timeline.record(since_ns, now_ns, since_ns, -1, self.visit, -1, self._host, LAUNCH)
             self._busy_since_ns = now_ns
 
+    def head(self, tokens: int) -> Generator[simpy.Event, Any, Completion]:
+        """End a step of so many tokens: launch the head behind its layers, and return its end."""
+        head = self.costs.head(tokens)
+        yield from self.wait_for_queue(head.launches)
+        return self.launch(head, HEAD)
+
+    def catch_up(self) -> Generator[simpy.Event, Any, None]:
+        """Let SimPy's clock come up to the host's."""
+        if self.now_ns > self.env.now:
+            yield self.env.timeout(self.now_ns - self.env.now)
+
     # One step through the layers.
 
     def forward(
@@ -389,8 +416,8 @@ class Gpu:
                 chosen_ns = chosen if isinstance(chosen, int) else (yield from wait_for(self.env, chosen))
                 self.notice(chosen_ns)
             # Where a lane runs in SimPy's time, the two clocks meet before every decision.
-            if self.coupled and self.now_ns > self.env.now:
-                yield self.env.timeout(self.now_ns - self.env.now)
+            if self.coupled:
+                yield from self.catch_up()
             visit = next(visits)
             self.begin(visit)
             end = (yield from self.serve(visit, chosen)) or end
@@ -511,10 +538,7 @@ class Gpu:
             free = self._last_use(copy)
             if self._priority is not None:
                 free = self._give_up(self._priority, copy, free)
-            if isinstance(free, int) and isinstance(after, int):
-                after = free if free > after else after
-            else:
-                after = after_all([after, free])
+            after = later(after, free)
         return after
 
     def _last_use(self, copy: int) -> Completion:

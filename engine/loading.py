@@ -28,11 +28,7 @@ from .pipeline import pipeline_routes
 from .policies.eviction import EVICTION
 from .predicting import FREE, predictor_cost, scenario_predictor
 from .run import make_host_memory, make_manager, make_prefetch, part_costs, prepared, run_all
-from .scenario import (
-    Scenario,
-    ScenarioError,
-    parse_bytes,
-)
+from .scenario import Scenario, ScenarioError, parse_bytes
 from .stages import OF_WHOLE_MODEL, SAMPLE_STEPS, stage_inputs, stage_layers
 
 
@@ -47,8 +43,19 @@ def load_inputs(scenario: Scenario, trace: RoutingTrace | None = None) -> Inputs
     _check_fit(trace, model)
     if scenario.model.sizes == "trace":
         model = _sized(model, trace)
+    steps = steps_of(scenario, trace)
+    if not steps:
+        prefill = scenario.workload.prefill
+        raise ScenarioError(
+            f"workload.trace: no token is left to run: {trace.tokens} tokens, workload.prefill = {prefill!r}"
+        )
+    return completed(Inputs(scenario, model, profile, trace, steps, budget_bytes=0, guesses=None))
+
+
+def steps_of(scenario: Scenario, trace: RoutingTrace) -> list[Step]:
+    """Return the steps that a scenario makes of a trace."""
     workload = scenario.workload
-    steps = plan_steps(
+    return plan_steps(
         trace.sequence,
         trace.phase,
         batch=workload.batch,
@@ -57,11 +64,6 @@ def load_inputs(scenario: Scenario, trace: RoutingTrace | None = None) -> Inputs
         tokens=workload.tokens,
         micro_batches=scenario.parallel.micro_batches,
     )
-    if not steps:
-        raise ScenarioError(
-            f"workload.trace: no token is left to run: {trace.tokens} tokens, workload.prefill = {workload.prefill!r}"
-        )
-    return completed(Inputs(scenario, model, profile, trace, steps, budget_bytes=0, guesses=None))
 
 
 def completed(bare: Inputs) -> Inputs:

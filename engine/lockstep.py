@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import simpy
 
-from ..resources.lane import Completion, CoupledLane, FifoLane, after_all, wait_for
+from ..resources.lane import Completion, CoupledLane, FifoLane, after_all, later, wait_for
 from ..resources.network import Network
 from ..resources.timeline import COMBINE, DENSE, DISPATCH, EXPERT, HEAD, PEER
 from ..resources.topology import Route, Topology
@@ -25,7 +25,6 @@ from .gpu import Decoded, Gpu
 from .links import Links, PeerCosts, peer_lane
 from .memory_manager import Admission
 from .placed import PlacedVisit, Store
-from .policies.prefetch import Gauge
 
 #: The title of the lane of copies from another GPU.
 COPIES_FROM = "copy engine from {}"
@@ -80,12 +79,6 @@ class PlacedGpu(Gpu):
         if self.coupled:
             self._submit_kernel = self._submit_held
 
-    def gauge(self) -> Gauge:
-        """Return what policies read this GPU's clock and link from."""
-        gauge = Gauge()
-        gauge.now_ns, gauge.backlog_ns = lambda: self.now_ns, self.backlog_ns
-        return gauge
-
     def recorded(self) -> Decoded:
         """Return what was recorded, tokens sent included."""
         return replace(super().recorded(), sent=self._moved.array().reshape(-1, self._gpus))
@@ -109,7 +102,7 @@ class PlacedGpu(Gpu):
     def _submit_held(self, ns: int, alone_ns: int, issued_ns: int, after: Completion, *rest: Any, **named: Any) -> Any:
         """Submit a kernel, the first one behind what the stream waits for."""
         if self._held:
-            after, self._held = after_all([after, self._held]), 0
+            after, self._held = later(after, self._held), 0
         return self._compute.submit(ns, alone_ns, issued_ns, after, *rest, **named)
 
     def serve_placed(self, visit: PlacedVisit, chosen: Completion) -> Generator[simpy.Event, Any, Completion]:
@@ -172,7 +165,7 @@ class LendingGpu(PlacedGpu):
         if ends is other._shelf:
             ends[number] = end
         else:
-            other._lent[number] = after_all([end, other._lent.get(number, 0)])
+            other._lent[number] = later(end, other._lent.get(number, 0))
         self._arriving[admission.copy] = end
         return end
 
@@ -202,7 +195,7 @@ class LendingGpu(PlacedGpu):
         end = super()._last_use(copy)
         self._landed.pop(copy, None)
         lent = self._lent.get(copy, 0) if self._rooms_split else self._lent.pop(copy, 0)
-        return after_all([end, lent]) if lent else end
+        return later(end, lent) if lent else end
 
 
 def decode_placed(

@@ -106,6 +106,10 @@ class CpuCosts:
         """Return the copy of so many tokens' activations to the host."""
         return self._costs.profile.d2h.alone.ns(activation_bytes(self._model, tokens))
 
+    def there_and_back_ns(self, tokens: int) -> int:
+        """Return the way of so many tokens to the host, which has to notice that they came, and of their results."""
+        return self.activations_ns(tokens) + self._costs.synchronize_ns + self.results_ns(tokens)
+
     def results_ns(self, tokens: int) -> int:
         """Return the copy of so many tokens' results to the GPU."""
         return self._costs.h2d.alone.ns(activation_bytes(self._model, tokens))
@@ -134,12 +138,9 @@ class ShrunkCosts:
         self._costs.estimates["expert in low precision"] = "the expert's own, as much less as the profile's rule says"
         counted = token_bucket(tokens) if self._graph else tokens
         flops = 2 * counted * (whole_bytes * 8 / self._model.dtype_bits("expert"))
-        whole_ns, ns = self._rule_ns(whole_bytes, flops), self._rule_ns(size_bytes, flops)
-        return replace(cost, ns=round(cost.ns * ns / whole_ns)) if whole_ns else cost
-
-    def _rule_ns(self, weight_bytes: int, flops: float) -> float:
         rule = self._rule
-        return rule.constant_ns + max(weight_bytes * 1e9 / rule.bytes_per_second, flops * 1e9 / rule.flops_per_second)
+        whole_ns, ns = (rule.constant_ns + rule.part_ns(each, flops) for each in (whole_bytes, size_bytes))
+        return replace(cost, ns=round(cost.ns * ns / whole_ns)) if whole_ns else cost
 
     def decompress(self, layer: int) -> KernelCost:
         """Return decompressing one expert: the constant, and its whole bytes at the rate that the scenario gives."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import simpy
 
-from ..resources.lane import Completion, CoupledLane, FifoLane, Lags, Pending, PriorityLane, after_all, couple
+from ..resources.lane import Completion, CoupledLane, FifoLane, Lags, Pending, PriorityLane, couple, later
 from ..resources.timeline import ACTIVATION, CPU_EXPERT, DECOMPRESS, DENSE, EXPERT, HEAD
 from .costs import Costs, KernelCost
 from .dispatch import Visit
@@ -105,7 +105,7 @@ class OffloadedGpu(Gpu):
                 cost = self._shrunk.expert(layer, self._tokens_of[expert], size_bytes)
         elif kind in (DENSE, HEAD) and self._results:
             self.now_ns += self._wait_ns
-            after, self._results = after_all([after, self._results]), 0
+            after, self._results = later(after, self._results), 0
         return super().launch(cost, kind, after, expert, copy)
 
     def serve(self, visit: Visit, chosen: Completion) -> Generator[simpy.Event, Any, Completion]:

@@ -112,9 +112,7 @@ def _with_costs(terms: Terms, inputs: Inputs) -> Terms:
     cpu.expert(0, 1)  # refuses a shape that cannot be estimated before anything runs
     return Terms(
         cpu_ns=lambda layer, tokens: cpu.expert(layer, tokens).ns,
-        there_and_back_ns=lambda layer, tokens: (
-            cpu.activations_ns(tokens) + costs.synchronize_ns + cpu.results_ns(tokens)
-        ),
+        there_and_back_ns=lambda layer, tokens: cpu.there_and_back_ns(tokens),
         copy_ns=lambda layer, tokens: costs.copies[layer].queued_ns,
         kernel_ns=lambda layer, tokens: costs.expert(layer, tokens).ns,
         cpu_max_tokens=terms.cpu_max_tokens,

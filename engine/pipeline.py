@@ -7,7 +7,7 @@ that the last one sampled for the same sequences. What is decided at a stage dep
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import simpy
 
 from ..resources.lane import Completion, CoupledLane, FifoLane, Pending
 from ..resources.network import Carried, Network
-from ..resources.timeline import ACTIVATION, HEAD
+from ..resources.timeline import ACTIVATION
 from ..workloads.batches import Step, continued_steps
 from ..workloads.model import Model
 from ..workloads.trace import RoutingTrace
@@ -156,13 +156,9 @@ class _Stage:
         """Dispatch one step: its layers here, as `decoder.host` does, then the head, or what the next stage needs."""
         gpu, tokens = self.gpu, self.tokens[step]
         last = yield from gpu.forward(tokens, self.visits, self._arrival(step))
-        # Where no lane runs in SimPy's time, the host's clock and SimPy's meet once a step.
-        if gpu.now_ns > gpu.env.now:
-            yield gpu.env.timeout(gpu.now_ns - gpu.env.now)
+        yield from gpu.catch_up()  # once a step at least, also where no lane runs in SimPy's time
         if self.has_head:
-            head = gpu.costs.head(tokens)
-            yield from gpu.wait_for_queue(head.launches)
-            last = gpu.launch(head, HEAD)
+            last = yield from gpu.head(tokens)
         if self.sends is not None:
             self.sends.send(gpu, step, last)
         gpu.spool.flush()
@@ -193,7 +189,7 @@ def decode_stages(stages: Sequence[StageRun], flow: Flow, links: Links | None, *
             device=f"gpu{number}", host="host" if one_thread or len(stages) == 1 else f"host{number}",
             link=None if links is None else links.host_link(number, run.costs, network),
         )  # fmt: skip
-        run.gauge.now_ns, run.gauge.backlog_ns = _clock(gpu), gpu.backlog_ns
+        gpu.show(run.gauge)
         working.append(_Stage(gpu, run.visits, tokens, has_head=run is stages[-1]))
     if links is not None:
         _connect(env, working, flow, links, network)
@@ -232,10 +228,6 @@ def sent(recordings: Sequence[Recording], flow: Flow, links: Links) -> list[Carr
         step = copies["visit"] // len(recording.expert_bytes)
         carried.append(Carried(costs.route, size_bytes[step], copies["start_ns"], copies["end_ns"]))
     return carried
-
-
-def _clock(gpu: Gpu) -> Callable[[], int]:
-    return lambda: gpu.now_ns
 
 
 def _connect(

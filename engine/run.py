@@ -27,17 +27,11 @@ from .policies.eviction import EVICTION, Setting
 from .policies.prefetch import PREFETCH, Gauge, NoPrefetch, Options, Prefetch
 from .policies.prefetch_share import PREFETCH_SHARE
 from .predicting import with_latency
-from .scenario import (
-    Scenario,
-    ScenarioError,
-    parse_budget,
-)
+from .scenario import Scenario, ScenarioError, parse_budget
 from .tiers import HostMemory
 
 #: Called with what is running, and how many of how many layer visits are done.
 Progress = Callable[[str, int, int], None]
-
-
 #: Passes visits on, perhaps counting them.
 Watch = Callable[[Iterator[Visit]], Iterator[Visit]]
 

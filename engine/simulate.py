@@ -43,13 +43,7 @@ from .policies.prefetch import NoPrefetch
 from .predicting import with_latency
 from .replicates import replicate_costs, summary, without_uncertainty
 from .run import Prepared, Progress, Watch, dispatched, make_manager, part_costs, prepared, run_all
-from .scenario import (
-    MemorySection,
-    PredictorSection,
-    PrefetchSection,
-    Scenario,
-    TiersSection,
-)
+from .scenario import MemorySection, PredictorSection, PrefetchSection, Scenario, TiersSection
 from .warnings import warnings_of
 
 #: What a run is compared with, and what progress calls it.
@@ -137,7 +131,7 @@ def simulate_inputs(
     if inputs.links is not None:
         data["links"] = link_usage(recordings, inputs.links, _sent(inputs, recordings, inputs.links))
     if inputs.placed is not None:
-        data["sharing"] = sharing_metrics(inputs, recordings)
+        data["sharing"] = sharing_metrics(recordings)
     known = dict(baselines) if isinstance(baselines, Mapping) else {}
     wanted = ["resident", "baseline"] if baselines is True else []
     if check_prefetch:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 
 import simpy
 
-from ..resources.lane import Completion, FifoLane, Pending, after_all
+from ..resources.lane import Completion, FifoLane, Pending, after_all, later
 from ..resources.timeline import READ, Timeline
 from .costs import ReadCosts
 from .dispatch import Visit
@@ -108,7 +108,7 @@ class Drive:
         """
         read, former = self._host.decided[copy]
         if former is None:
-            return now_ns, _both(after, self._filled[read])
+            return now_ns, later(after, self._filled[read])
         return self._read(Admission(expert, read, former), now_ns, visit, after)
 
     def stage(self, now_ns: int, visit: int, after: Completion) -> int:
@@ -122,7 +122,7 @@ class Drive:
         read, _ = self._host.decided.pop(copy)
         if self._cancels and isinstance(end, Pending):
             end = self._until_given_up(copy, end)
-        self._left[read] = _both(self._left.get(read, 0), end)
+        self._left[read] = later(self._left.get(read, 0), end)
 
     def give_up(self, copy: int) -> None:
         """Take note that a copy to the GPU is not made, or not further."""
@@ -136,7 +136,7 @@ class Drive:
         cost = self._costs[expert // self._experts]
         now_ns += cost.host_ns
         for other in admission.former:
-            after = _both(after, self._free(other))
+            after = later(after, self._free(other))
         ends = [self._request(cost.request_ns, now_ns, after, expert, visit, read) for _ in range(cost.requests)]
         filled = self._filled[read] = after_all(ends)
         return now_ns, filled
@@ -148,7 +148,7 @@ class Drive:
     def _free(self, read: int) -> Completion:
         """Return when the room of a read may be written; rooms that split are asked again."""
         take = dict.get if self._splits else dict.pop
-        return _both(take(self._filled, read, 0), take(self._left, read, 0))
+        return later(take(self._filled, read, 0), take(self._left, read, 0))
 
     def _until_given_up(self, copy: int, end: Pending) -> Pending:
         left = self._leaving[copy] = Pending()
@@ -160,10 +160,3 @@ class Drive:
 
         end.then(ended)
         return left
-
-
-def _both(one: Completion, other: Completion) -> Completion:
-    """Return the later of two completions."""
-    if isinstance(one, int) and isinstance(other, int):
-        return one if one > other else other
-    return after_all([one, other])

@@ -40,7 +40,7 @@ def undisturbed(manager: MemoryManager, costs: Costs, scenario: Scenario, most_t
 class UndisturbedGpu(Gpu):
     """A `Gpu` whose lanes are free of each other, whose host never waits for a copy or a full queue of launches.
 
-    Drive it by `forward`, and `launch` the head.
+    Drive it by `forward` and `head` alone.
     """
 
     __slots__ = (
@@ -90,12 +90,8 @@ class UndisturbedGpu(Gpu):
         """Dispatch the layer visits of one step, as `Gpu.forward` does; nothing waits."""
         costs, record, lane, readback_lane = self.costs, self._record, self._compute_lane, self._readback_lane
         record_access, record_visit = self._accesses.extend, self._decided.extend
-        arriving, read, gap_ns, wait_gap_ns = (
-            self._arriving_ns,
-            self._read_ns,
-            self._kernel_gap_ns,
-            self._kernel_wait_gap_ns,
-        )
+        arriving, read = self._arriving_ns, self._read_ns
+        gap_ns, wait_gap_ns = self._kernel_gap_ns, self._kernel_wait_gap_ns
         number, now_ns, free_ns = self.visit, self.now_ns, self._compute_next_ns
         for dense_costs, expert_costs in zip(self.dense_costs, self._expert_costs, strict=True):
             self.visit = number = number + 1

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .timeline import covered_ns
 from .topology import Route, Topology
 
 #: How many sets of transfers' rates are kept; a run has few sizes of copies, and meets the same sets again and again.
@@ -183,21 +184,16 @@ def link_loads(carried: Iterable[Carried], topology: Topology, makespan_ns: int)
             {
                 "link": link,
                 "bytes": moved,
-                "busy_ms": _union_ns(passing) / 1e6,
+                "busy_ms": _busy_ns(passing) / 1e6,
                 "utilization": moved / most if most else None,
             }
         )
     return loads
 
 
-def _union_ns(passing: Sequence[Carried]) -> int:
+def _busy_ns(passing: Sequence[Carried]) -> int:
     """Return for how long at least one of the copies ran."""
     if not passing:
         return 0
-    start_ns = np.concatenate([copies.start_ns for copies in passing]).astype(np.int64)
-    end_ns = np.concatenate([copies.end_ns for copies in passing]).astype(np.int64)
-    order = np.argsort(start_ns, kind="stable")
-    start_ns, latest_ns = start_ns[order], np.maximum.accumulate(end_ns[order])
-    # What each copy adds beyond the latest end before it.
-    covered_ns = np.maximum(start_ns[1:], latest_ns[:-1])
-    return int(latest_ns[:1].sum() - start_ns[:1].sum() + np.maximum(0, latest_ns[1:] - covered_ns).sum())
+    starts_ns, ends_ns = ([getattr(copies, name) for copies in passing] for name in ("start_ns", "end_ns"))
+    return covered_ns(np.concatenate(starts_ns), np.concatenate(ends_ns))

@@ -202,6 +202,10 @@ class KernelRule(_Cost):
     flops_per_second: int = Field(gt=0)
     beside_copy_factor: float = Field(ge=1, le=10)
 
+    def part_ns(self, weight_bytes: int, flops: float) -> float:
+        """Return what comes on top of the constant, in ns, on a quiet GPU."""
+        return max(weight_bytes * 1e9 / self.bytes_per_second, flops * 1e9 / self.flops_per_second)
+
 
 class Interruptions(_Cost):
     """Other work that takes the compute stream for `ns`, each time `every_ns` after the last: a machine's noise.

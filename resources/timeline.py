@@ -48,6 +48,22 @@ SPAN = np.dtype(
 pack_span = struct.Struct("<qqqiiiHH").pack
 
 
+def union(start_ns: npt.NDArray[Any], end_ns: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Return (start_ns, end_ns) of the disjoint intervals that intervals, in any order, cover together; in order."""
+    order = np.argsort(start_ns, kind="stable")
+    start_ns, until_ns = start_ns[order], np.maximum.accumulate(end_ns[order])
+    first = np.ones(len(start_ns), dtype=bool)
+    first[1:] = start_ns[1:] > until_ns[:-1]
+    last = np.append(first[1:], True)[: len(first)]
+    return start_ns[first], until_ns[last]
+
+
+def covered_ns(start_ns: npt.NDArray[Any], end_ns: npt.NDArray[Any]) -> int:
+    """Return how long at least one of some intervals lasts, in ns."""
+    starts_ns, ends_ns = union(start_ns, end_ns)
+    return int((ends_ns - starts_ns).sum())
+
+
 @dataclass(frozen=True)
 class LaneName:
     """A lane as people see it: `device` ("gpu0", "host"), `role` (one of ROLES) and a title for its track."""

@@ -18,8 +18,8 @@ from test_export import EXPERTS, made_run  # type: ignore[import-not-found]
 
 from prestage.engine.output.export import About, export_timeline
 from prestage.engine.output.profiler_trace import Imported, TraceFileError, load_timeline, write_imported
-from prestage.engine.output.summary import kernel_costs, timeline_summary, union
-from prestage.resources.timeline import COLLECTIVE, COPY, KERNEL, LAUNCH, SPAN, Timeline
+from prestage.engine.output.summary import kernel_costs, timeline_summary
+from prestage.resources.timeline import COLLECTIVE, COPY, KERNEL, LAUNCH, SPAN, Timeline, union
 
 H100 = {mode: Path(__file__).with_name(f"profiled-h100-{mode}.json.gz") for mode in ("eager", "graph")}
 
@@ -247,7 +247,8 @@ def test_a_union_covers_what_any_of_its_intervals_covers(intervals: list[tuple[i
     lane = timeline.add_lane("gpu0", "compute", "kernels")
     for start_ns, took_ns in intervals:
         timeline.record(start_ns, start_ns + took_ns, 0, -1, 0, -1, lane, KERNEL)
-    starts_ns, ends_ns = union(timeline.spans())
+    spans = timeline.spans()
+    starts_ns, ends_ns = union(spans["start_ns"], spans["end_ns"])
     covered = {at for start_ns, took_ns in intervals for at in range(start_ns, start_ns + took_ns)}
     pieces = list(zip(starts_ns.tolist(), ends_ns.tolist(), strict=True))
     assert {at for low, high in pieces for at in range(low, high)} == covered

@@ -15,7 +15,19 @@ import numpy as np
 import numpy.typing as npt
 
 from ...resources.lane import Lags
-from ...resources.timeline import DECOMPRESS, DEMAND, DENSE, EXPERT, HEAD, KINDS, PEER, PREDICT, PREFETCH, READBACK
+from ...resources.timeline import (
+    DECOMPRESS,
+    DEMAND,
+    DENSE,
+    EXPERT,
+    HEAD,
+    KINDS,
+    PEER,
+    PREDICT,
+    PREFETCH,
+    READBACK,
+    covered_ns,
+)  # fmt: skip
 from ...workloads.batches import DECODE, Step
 from ...workloads.trace import RoutingTrace
 from ..dispatch import Visit
@@ -123,6 +135,11 @@ class Recording:
         if (np.diff(spans["start_ns"]) >= 0).all():  # on first-in first-out lanes they are
             return spans
         return spans[np.argsort(spans["start_ns"], kind="stable")]
+
+    def bytes_of(self, experts: Array) -> Array:
+        """Return the bytes that a whole copy of each of these experts moves, of one size within a layer."""
+        sizes: Array = np.array(self.expert_bytes, dtype=np.int64)[experts // self.manager.experts]
+        return sizes
 
     @cached_property
     def makespan_ns(self) -> int:
@@ -479,11 +496,9 @@ def link_utilization(recording: Recording, run_ns: int | None = None) -> float |
     run_ns = recording.makespan_ns if run_ns is None else run_ns
     if not run_ns:
         return None
-    # Two streams share the link: what an earlier copy covers counts once.
-    ends_ns = np.maximum.accumulate(copies["end_ns"])
-    earlier_ns = np.concatenate([[0], ends_ns[:-1]]) if len(copies) else ends_ns
-    busy_ns = np.maximum(0, ends_ns - np.maximum(copies["start_ns"], earlier_ns)).sum()
-    return float(busy_ns / max(run_ns, int(ends_ns.max(initial=0))))
+    # Two streams share the link: what several copies cover counts once.
+    busy_ns = covered_ns(copies["start_ns"], copies["end_ns"])
+    return busy_ns / max(run_ns, int(copies["end_ns"].max(initial=0)))
 
 
 def tiers(recording: Recording) -> dict[str, Any] | None:
@@ -597,9 +612,7 @@ def span_bytes(recording: Recording) -> Array:
     piece_bytes = -(-sizes // pieces)
     moved[copies] = np.minimum(piece_bytes, sizes - piece * piece_bytes)
     between = spans["kind"] == PEER
-    moved[between] = np.array(recording.expert_bytes, dtype=np.int64)[
-        spans["expert"][between] // recording.manager.experts
-    ]
+    moved[between] = recording.bytes_of(spans["expert"][between])
     readbacks = spans["kind"] == READBACK
     tokens = np.array([len(step.rows) for step in recording.steps], dtype=np.int64)
     step = spans["visit"][readbacks] // len(recording.expert_bytes)

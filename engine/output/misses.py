@@ -139,8 +139,7 @@ def _cpu(recording: Recording, cpu: CpuCosts, costs: Costs) -> dict[str, Any]:
     layers = (rows["visit"] % len(recording.expert_bytes)).tolist()
     cpu_ns = fetch_ns = shorter = 0
     for (layer, tokens), count in Counter(zip(layers, rows["tokens"].tolist(), strict=True)).items():
-        back_ns = cpu.activations_ns(tokens) + costs.synchronize_ns + cpu.results_ns(tokens)
-        on_cpu_ns = cpu.expert(layer, tokens).ns + back_ns
+        on_cpu_ns = cpu.expert(layer, tokens).ns + cpu.there_and_back_ns(tokens)
         fetched_ns = costs.copies[layer].queued_ns + costs.expert(layer, tokens).ns
         cpu_ns += count * on_cpu_ns
         fetch_ns += count * fetched_ns

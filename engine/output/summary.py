@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ...resources.timeline import KINDS, Timeline
+from ...resources.timeline import KINDS, Timeline, covered_ns, union
 from .export import CATEGORIES, COLLECTIVES
 
 if TYPE_CHECKING:
@@ -94,20 +94,8 @@ def kernel_costs(imported: Imported) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -float(row["total_ms"]))
 
 
-def union(spans: Array) -> tuple[Array, Array]:
-    """Return (start_ns, end_ns) of the disjoint intervals that spans cover together, in order."""
-    spans = spans[np.argsort(spans["start_ns"], kind="stable")]
-    if not len(spans):
-        return spans["start_ns"], spans["end_ns"]
-    until_ns = np.maximum.accumulate(spans["end_ns"])
-    first = np.append(True, spans["start_ns"][1:] > until_ns[:-1])
-    last = np.append(first[1:], True)
-    return spans["start_ns"][first], until_ns[last]
-
-
 def _busy_ns(spans: Array) -> int:
-    start_ns, end_ns = union(spans)
-    return int((end_ns - start_ns).sum())
+    return covered_ns(spans["start_ns"], spans["end_ns"])
 
 
 def _gpu(spans: Array) -> dict[str, float | None]:
@@ -131,7 +119,8 @@ def _beside_copies(timeline: Timeline, spans: Array) -> Array:
     for device in dict.fromkeys(lane.device for lane in timeline.lanes):
         of_device = [number for number, lane in enumerate(timeline.lanes) if lane.device == device]
         to_gpu = [number for number in of_device if timeline.lanes[number].role == "h2d"]
-        start_ns, end_ns = union(spans[np.isin(spans["lane"], to_gpu)])
+        copies = spans[np.isin(spans["lane"], to_gpu)]
+        start_ns, end_ns = union(copies["start_ns"], copies["end_ns"])
         others = np.isin(spans["lane"], of_device) & ~np.isin(spans["lane"], to_gpu)
         if len(start_ns):
             at = np.minimum(np.searchsorted(end_ns, spans["start_ns"], side="right"), len(end_ns) - 1)
