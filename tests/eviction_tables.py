@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from prestage.engine.output.markdown import table
 from prestage.engine.policies.eviction import EVICTION
 from prestage.engine.replay import replay_trace
 from prestage.workloads.importers import open_trace
@@ -34,7 +35,7 @@ def policies() -> str:
             replay_trace(trace, "25%", eviction=name, scope=scope)["hit_rate"] for scope in ("global", "per-layer")
         ]
         rows.append([f"`{name}`", *(f"{rate:.2%}" for rate in rates)])
-    return _table(["eviction", "global", "per-layer"], rows)
+    return table(["eviction", "global", "per-layer"], rows)
 
 
 def layers() -> str:
@@ -56,7 +57,7 @@ def layers() -> str:
                 [*cells, f"{ours['budget_bytes'] / 2**20:.1f}", f"{slots}", f"{slots * sum(sizes) / 2**20:.1f}"]
             )
     columns = ["published row", "budget, MiB", "its hits, %", "ours, %", "ours holds, MiB"]
-    return _table([*columns, "slots a layer for its hits", "MiB for its hits"], rows)
+    return table([*columns, "slots a layer for its hits", "MiB for its hits"], rows)
 
 
 def rate_with_slots(trace: RoutingTrace, eviction: str, slots: int) -> float:
@@ -68,11 +69,6 @@ def rate_with_slots(trace: RoutingTrace, eviction: str, slots: int) -> float:
 
 def _traces() -> Path:
     return Path(os.environ["PRESTAGE_TRACES"])
-
-
-def _table(columns: list[str], rows: list[list[str]]) -> str:
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
-    return "\n".join(lines)
 
 
 TABLES: dict[str, Callable[[], str]] = {"policies": policies, "layers": layers}

@@ -24,6 +24,7 @@ from eviction_tables import layers, policies
 from new_user import path_table
 
 from prestage.calibration.report import markdown
+from prestage.engine.output.markdown import table
 from prestage.engine.output.tables import GUIDE_FIGURES, figure_cells, figure_columns, guide_cells
 from prestage.engine.reproduce import TABLES as PUBLISHED
 from prestage.engine.reproduce import virtual_memory
@@ -35,6 +36,12 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 #: Where tables can be.
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def bench(name: str, *arguments: str) -> Any:
+    """Run a benchmark beside this file and return what it prints, as data."""
+    command = [sys.executable, str(ROOT / "tests" / f"{name}.py"), *arguments]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def lookahead() -> str:
@@ -51,7 +58,7 @@ def lookahead() -> str:
         "wasted or cancelled",
         "stall",
     ]
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    rows = []
     for ahead, discipline in [(0, "fifo"), (1, "fifo"), (3, "fifo"), (1, "priority"), (3, "priority")]:
         settings = [f"workload.trace={trace}", f"prefetch.lookahead={ahead}", f"copy.discipline={discipline}"]
         if discipline == "priority":
@@ -69,8 +76,8 @@ def lookahead() -> str:
             f"{lost:,}",
             f"{data['stall_ms'] / data['makespan_ms']:.0%}",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return table(columns, rows)
 
 
 def scenario() -> str:
@@ -110,7 +117,7 @@ def misses() -> str:
     """The same workload and memory under every way to do with misses, on two machines."""
     columns = ["a miss is", "scenario", "found", "not in full", "MiB copied a token"]
     columns += [f"tokens/s, {machine}" for machine in WAY_MACHINES]
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    rows = []
     for way, name in WAYS.items():
         settings = ["miss.policy=fetch"] if way == "fetched" else []
         runs = [
@@ -126,8 +133,8 @@ def misses() -> str:
             " / ".join(dict.fromkeys(f"{moved / 2**20:,.0f}" for moved in copied)),
             *(f"{data['tokens_per_second']:.1f}" for data in runs),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return table(columns, rows)
 
 
 def _not_in_full(data: dict[str, Any]) -> float:
@@ -142,7 +149,7 @@ def pipelines() -> str:
     """Tokens per second of scenario pipeline-2: micro-batches by host threads, under two budgets."""
     threads = {"a thread for each GPU": "per-gpu", "one thread": "one"}
     columns = [(budget, name) for budget in ("75%", "100%") for name in threads]
-    lines = [f"| micro-batches | {' | '.join(f'{budget}, {name}' for budget, name in columns)} |", "|---" * 5 + "|"]
+    rows = []
     for micro_batches in (1, 2, 4, 8):
         cells = [str(micro_batches)]
         for budget, name in columns:
@@ -155,8 +162,8 @@ def pipelines() -> str:
             cells.append(
                 f"{simulate(load_scenario('pipeline-2', settings), baselines=False).data['tokens_per_second']:.1f}"
             )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return table(["micro-batches", *(f"{budget}, {name}" for budget, name in columns)], rows)
 
 
 #: What scenario `placement-8` is varied by in its table.
@@ -176,23 +183,20 @@ SHARINGS = {
 
 def sharings() -> str:
     """Scenario placement-8, by who owns which expert and what moves."""
-    lines = ["| scenario `placement-8` | tokens/s | hidden states sent | busiest GPU over the mean |", "|---" * 4 + "|"]
+    columns = ["scenario `placement-8`", "tokens/s", "hidden states sent", "busiest GPU over the mean"]
+    rows = []
     for name, settings in SHARINGS.items():
         data = simulate(load_scenario("placement-8", settings), baselines=False).data
         sharing = data["sharing"]
         cells = [name, f"{data['tokens_per_second']:.1f}", f"{sharing['tokens_sent']:,}", f"{sharing['imbalance']:.2f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return table(columns, rows)
 
 
 def parallel_speed() -> str:
     """The figures of `bench_parallel.py` at full scale, from runs of it: long without contention, a tenth with it."""
     columns = {"no contention": ["--steps", "1000"], "links shared, kernels slowed": ["--steps", "100", "--contention"]}
-    command = [sys.executable, str(ROOT / "tests" / "bench_parallel.py")]
-    runs = [
-        json.loads(subprocess.run([*command, *options], capture_output=True, text=True, check=True).stdout)
-        for options in columns.values()
-    ]
+    runs = [bench("bench_parallel", *options) for options in columns.values()]
     rows = {
         "steps": [f"{run['steps']:,}" for run in runs],
         "layer visits": [f"{run['layer_visits']:,}" for run in runs],
@@ -201,8 +205,7 @@ def parallel_speed() -> str:
         "a layer visit": [f"{run['ms_per_visit']:.2f} ms" for run in runs],
         "an access": [f"{run['us_per_access']:.1f} us" for run in runs],
     }
-    lines = [f"| what | {' | '.join(columns)} |", "|---" * 3 + "|"]
-    return "\n".join([*lines, *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items())])
+    return table(["what", *columns], [[name, *cells] for name, cells in rows.items()])
 
 
 #: What scenario `nvme` is varied by in its table.
@@ -218,10 +221,8 @@ DRIVES = {
 
 def drives() -> str:
     """Scenario nvme, by what is prefetched and which experts host memory keeps."""
-    lines = [
-        "| scenario `nvme` | tokens/s | copies that host memory had | read a token | I/O lanes busy |",
-        "|---" * 5 + "|",
-    ]
+    columns = ["scenario `nvme`", "tokens/s", "copies that host memory had", "read a token", "I/O lanes busy"]
+    rows = []
     for name, settings in DRIVES.items():
         data = simulate(load_scenario("nvme", settings), baselines=False).data
         tiers = data["tiers"]
@@ -231,8 +232,8 @@ def drives() -> str:
         else:
             read_mib = tiers["read_bytes"] / data["decode_tokens"] / 2**20
             cells += [f"{tiers['host_hit_rate']:.0%}", f"{read_mib:,.0f} MiB", f"{tiers['read_utilization']:.0%}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return table(columns, rows)
 
 
 def phone() -> str:
@@ -242,13 +243,15 @@ def phone() -> str:
     command = [sys.executable, "-m", "prestage", "calibrate", "check-run", "phone", str(folder / "qwen.metrics")]
     command += ["--after", "64", "--json", *(word for setting in settings for word in ("--set", setting))]
     data = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    lines = ["| wall time of tokens 65 to 128 | median error of a token | error of the mean |", "|---" * 3 + "|"]
-    for name, row in (("simulated", data), ("a straight line in bytes read", data["line"])):
-        lines.append(f"| {name} | {row['median_abs_error']:.1%} | {row['mean_error']:+.1%} |")
+    columns = ["wall time of tokens 65 to 128", "median error of a token", "error of the mean"]
+    rows = [
+        [name, f"{row['median_abs_error']:.1%}", f"{row['mean_error']:+.1%}"]
+        for name, row in (("simulated", data), ("a straight line in bytes read", data["line"]))
+    ]
     parts = (
         f"{name} {logged:.1f} ms logged, {ours:.1f} simulated" for name, (logged, ours) in data["parts_ms"].items()
     )
-    return "\n".join([*lines, "", f"A token, on average: {'; '.join(parts)}."])
+    return f"{table(columns, rows)}\n\nA token, on average: {'; '.join(parts)}."
 
 
 def _comment(docstring: str | None) -> list[str]:
@@ -269,10 +272,7 @@ def _key(section: str, key: str, value: object) -> str:
 
 def speed() -> str:
     """The figures of `bench_speed.py`, from a run of it."""
-    output = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "bench_speed.py")], capture_output=True, text=True, check=True
-    ).stdout
-    data = json.loads(output)
+    data = bench("bench_speed")
     plain, contended = data["timeouts_per_visit"], data["timeouts_per_visit_contended"]
     replayed = data["replay_accesses_per_second"]
     return "\n".join(
@@ -300,26 +300,26 @@ def guide() -> str:
         "copies charged",
         "overlapped",
     ]
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    rows = []
     for row in virtual_memory():
         name = f"k={row['prefetch_k']}, {row['gpu_memory_limit_mb'] / 1024:g} GB"
         for figure in GUIDE_FIGURES:
             published, *ours, verdict = guide_cells(row, figure)
             ours[0] += f" ({verdict})"
-            lines.append(f"| {' | '.join([name, figure.name, published, *ours])} |")
+            rows.append([name, figure.name, published, *ours])
             name = ""
-    return "\n".join(lines)
+    return table(columns, rows)
 
 
 def insights() -> str:
     """The guide's configuration insights: the shipped sweeps, one setting changed at a time."""
     usual: dict[str, Any] = {"prefetch.k": 10, "memory.gpu_budget": "2GiB", "memory.caching": True}
     columns = ["changed", "hit rate", "of it without prefetch", "ms a token", "over no cache", "over the same cache"]
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        rows = list(sweep("guide-insights", out=Path(folder) / "insights.jsonl"))
+        changed = list(sweep("guide-insights", out=Path(folder) / "insights.jsonl"))
         contexts = list(sweep("guide-context", out=Path(folder) / "context.jsonl"))
-    changes = [(row, [key for key in usual if row["settings"][key] != usual[key]]) for row in rows]
+    changes = [(row, [key for key in usual if row["settings"][key] != usual[key]]) for row in changed]
     chosen = [("nothing", row) for row, keys in changes if not keys]
     chosen += [
         (f"{key} = {json.dumps(row['settings'][key])}", row) for key in usual for row, keys in changes if keys == [key]
@@ -337,55 +337,43 @@ def insights() -> str:
             f"{row['speedup']:.2f}x",
             f"{row['prefetch_speedup']:.2f}x",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return table(columns, rows)
 
 
 def reproduce() -> str:
     """The guide's other tables, published and ours, as `prestage reproduce` has them."""
-    lines = []
-    for name in PUBLISHED:
-        if name == "virtual-memory":
-            continue
-        rows = PUBLISHED[name]()
-        columns = [name.replace("-", " "), *figure_columns(rows)[1:]]
-        lines += ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-        lines += [f"| {' | '.join([row['name'], *figure_cells(row)])} |" for row in rows]
-    return "\n".join(lines[1:])
+    made = {name: rows() for name, rows in PUBLISHED.items() if name != "virtual-memory"}
+    return "\n\n".join(
+        table([name.replace("-", " "), *figure_columns(rows)[1:]], [[row["name"], *figure_cells(row)] for row in rows])
+        for name, rows in made.items()
+    )
 
 
 def replay_speed() -> str:
     """The figures of `bench_replay.py`, from a run of it."""
-    output = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "bench_replay.py")], capture_output=True, text=True, check=True
-    ).stdout
-    data = json.loads(output)
+    data = bench("bench_replay")
     missing = data.pop("skipped, not installed")
     others = list(next(iter(data.values()))["times_faster"])
-    lines = [f"| layers x experts, room | compiled LRU | {' | '.join(others)} |", "|---" * (2 + len(others)) + "|"]
+    columns, rows = ["layers x experts, room", "compiled LRU", *others], []
     for name, row in data.items():
         rates, faster = row["million_accesses_per_second"], row["times_faster"]
         cells = [f"{rates[other]:.1f} ({faster[other]:.1f}x)" for other in others]
-        lines.append(f"| {name} | {rates['compiled']:.0f} | {' | '.join(cells)} |")
-    return "\n".join([*lines, *(f"\nNot installed, not measured: {name}." for name in missing)])
+        rows.append([name, f"{rates['compiled']:.0f}", *cells])
+    return "\n".join([table(columns, rows), *(f"\nNot installed, not measured: {name}." for name in missing)])
 
 
 def timeline_speed() -> str:
     """The figures of `bench_timeline.py`, from a run of it."""
-    output = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "bench_timeline.py")], capture_output=True, text=True, check=True
-    ).stdout
-    data = json.loads(output)
+    data = bench("bench_timeline")
     ours = data["ours"]
-    lines = ["| a million spans, written by | seconds | peak memory | file |", "|---" * 4 + "|"]
+    rows = []
     for name in ("ours", "ours, .gz", "json.dumps", "json.dump"):
         row = data[name]
         times = {key: f" ({row[key] / ours[key]:.2f}x)" if "json" in name else "" for key in ("seconds", "peak_mib")}
-        lines.append(
-            f"| {name} | {row['seconds']:.1f}{times['seconds']} | {row['peak_mib']:,.0f} MiB{times['peak_mib']} | "
-            f"{row['file_mib']:.0f} MiB |"
-        )
-    return "\n".join(lines)
+        seconds, peak = f"{row['seconds']:.1f}{times['seconds']}", f"{row['peak_mib']:,.0f} MiB{times['peak_mib']}"
+        rows.append([name, seconds, peak, f"{row['file_mib']:.0f} MiB"])
+    return table(["a million spans, written by", "seconds", "peak memory", "file"], rows)
 
 
 def reality() -> str:

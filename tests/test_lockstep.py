@@ -15,6 +15,7 @@ from random_cases import Case, cases, play
 from tiny import (
     ASSUMED,
     HIDDEN,
+    check_books,
     peers,
     tiny_model,
     tiny_pipeline,
@@ -29,7 +30,6 @@ from prestage.engine.inputs import Inputs
 from prestage.engine.links import Links
 from prestage.engine.loading import load_inputs
 from prestage.engine.lockstep import AllToAll
-from prestage.engine.output.merge import makespan_ns, merged_timeline
 from prestage.engine.output.metrics import Recording, time_split
 from prestage.engine.placed import REMOTE
 from prestage.engine.policies.placement import PLACEMENT
@@ -276,15 +276,7 @@ def test_the_engine_decides_what_is_decided_without_a_clock(drawn: Spread) -> No
 def test_nothing_happens_before_its_cause_and_the_parts_of_time_come_to_the_makespan(drawn: Spread) -> None:
     inputs = drawn.inputs
     recordings = run(inputs)
-    run_ns = makespan_ns(recordings)
-    for recording in recordings:
-        assert sum(round(ms * 1e6) for ms in time_split(recording, run_ns).values()) == run_ns
-    timeline = merged_timeline(recordings)
-    spans = timeline.spans()
-    assert len(spans) == sum(len(recording.spans) for recording in recordings)
-    for lane in range(len(timeline.lanes)):
-        busy = np.sort(spans[spans["lane"] == lane], order=["start_ns", "end_ns"])
-        assert (busy["start_ns"][1:] >= busy["end_ns"][:-1]).all(), timeline.lanes[lane]
+    spans = check_books(recordings)
     exchanges = [intervals(recording, DISPATCH, COMBINE) for recording in recordings]
     assert all(own == exchanges[0] for own in exchanges), "all GPUs exchange tokens at once"
     kernels = spans[np.isin(spans["kind"], (DENSE, EXPERT))]

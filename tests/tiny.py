@@ -8,19 +8,20 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from prestage.engine.costs import Costs
 from prestage.engine.inputs import Inputs
-from prestage.engine.loading import completed
+from prestage.engine.loading import completed, steps_of
 from prestage.engine.memory_manager import MemoryManager
-from prestage.engine.output.metrics import Recording
+from prestage.engine.output.merge import makespan_ns, merged_timeline
+from prestage.engine.output.metrics import Recording, time_split
 from prestage.engine.policies.eviction import EVICTION
 from prestage.engine.policies.prefetch import NoPrefetch
 from prestage.engine.predicting import predictor_cost
 from prestage.engine.run import Prepared, make_manager, make_prefetch, part_costs, run, run_all
 from prestage.engine.scenario import Scenario, make_scenario
 from prestage.resources.profile import Profile
-from prestage.workloads.batches import plan_steps
 from prestage.workloads.model import Model
 from prestage.workloads.predictors import make_predictor
 from prestage.workloads.trace import RoutingTrace
@@ -210,17 +211,8 @@ def tiny_scenario(**sections: Any) -> Scenario:
 
 def tiny_inputs(model: Model, profile: Profile, trace: RoutingTrace, scenario: Scenario) -> Inputs:
     """Return what a scenario would have loaded from files."""
-    workload = scenario.workload
-    steps = plan_steps(
-        trace.sequence,
-        trace.phase,
-        batch=workload.batch,
-        prefill=workload.prefill,
-        chunk_tokens=workload.chunk_tokens,
-        tokens=workload.tokens,
-    )
     policy = make_prefetch(scenario, model)
-    guesses = None
+    steps, guesses = steps_of(scenario, trace), None
     if policy.guesses:
         options = {"recall": scenario.predictor.recall} if scenario.predictor.name == "oracle" else {}
         predictor = make_predictor(scenario.predictor.name, seed=scenario.seed, **options)
@@ -232,16 +224,7 @@ def tiny_inputs(model: Model, profile: Profile, trace: RoutingTrace, scenario: S
 
 def tiny_pipeline(model: Model, profile: Profile, trace: RoutingTrace, scenario: Scenario) -> Inputs:
     """Return what a scenario of several stages or micro-batches would have loaded from files."""
-    workload = scenario.workload
-    steps = plan_steps(
-        trace.sequence,
-        trace.phase,
-        batch=workload.batch,
-        prefill=workload.prefill,
-        chunk_tokens=workload.chunk_tokens,
-        tokens=workload.tokens,
-        micro_batches=scenario.parallel.micro_batches,
-    )
+    steps = steps_of(scenario, trace)
     return completed(Inputs(scenario, model, profile, trace, steps, budget_bytes=0, guesses=None))
 
 
@@ -260,3 +243,17 @@ def tiny_run(model: Model, profile: Profile, trace: RoutingTrace, scenario: Scen
     """Run a scenario over hand-made inputs."""
     inputs = tiny_inputs(model, profile, trace, scenario)
     return run(inputs, Costs(model, profile, scenario), make_manager(inputs), make_prefetch(scenario, model))
+
+
+def check_books(recordings: list[Recording]) -> npt.NDArray[Any]:
+    """Check that every GPU's time comes to the makespan and no lane overlaps itself; return all spans, merged."""
+    run_ns = makespan_ns(recordings)
+    for recording in recordings:
+        assert sum(round(ms * 1e6) for ms in time_split(recording, run_ns).values()) == run_ns
+    timeline = merged_timeline(recordings)
+    spans = timeline.spans()
+    assert len(spans) == sum(len(recording.spans) for recording in recordings)
+    for lane in range(len(timeline.lanes)):
+        busy = np.sort(spans[spans["lane"] == lane], order=["start_ns", "end_ns"])
+        assert (busy["start_ns"][1:] >= busy["end_ns"][:-1]).all(), timeline.lanes[lane]
+    return spans
