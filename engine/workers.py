@@ -7,6 +7,7 @@ that kills its worker is found out and the rest goes on.
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -106,7 +107,7 @@ class Workers:
     def _parallel(self, calls: Iterable[Any]) -> Iterator[Any]:
         if self._client is None:
             results = Parallel(
-                self._count, "loky", "generator_unordered", initializer=_end_with, initargs=(os.getpid(),)
+                self._count, "loky", "generator_unordered", initializer=_follow, initargs=(os.getpid(),)
             )(calls)
         else:
             with parallel_config("dask", client=self._client, n_jobs=-1):
@@ -121,8 +122,9 @@ def _numbered(work: Callable[[Task], Done], number: int, task: Task) -> tuple[in
     return number, work(task)
 
 
-def _end_with(parent: int) -> None:
-    """Make this process end soon after its parent, which may be killed and then cannot end it."""
+def _follow(parent: int) -> None:
+    """Leave it to the parent to end this process: on Ctrl-C it does; if it is killed, this one ends soon after it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to every process, and each would say so
 
     def watch() -> None:
         while os.getppid() == parent:
