@@ -73,7 +73,7 @@ def completed(bare: Inputs) -> Inputs:
     """
     parallel = bare.scenario.parallel
     if parallel.gpus > 1:
-        guesses = bare.guesses or _guesses(bare.scenario, bare.model, bare.trace, bare.steps)
+        guesses = bare.guesses or _guesses(bare)
         predictor = predictor_cost(bare.scenario.predictor) if guesses is not None else FREE
         return place(replace(bare, guesses=guesses, predictor=predictor), make_manager)
     return _in_stages(bare) if max(parallel.stages, parallel.micro_batches) > 1 else _on_one_gpu(bare)
@@ -82,7 +82,7 @@ def completed(bare: Inputs) -> Inputs:
 def _on_one_gpu(bare: Inputs) -> Inputs:
     """Return the inputs of a whole model, or of one stage."""
     scenario, model, trace, steps = bare.scenario, bare.model, bare.trace, bare.steps
-    guesses = bare.guesses or _guesses(scenario, model, trace, steps)
+    guesses = bare.guesses or _guesses(bare)
     budget_bytes = scenario.memory.budget_bytes(model.expert_bytes, model.experts)
     predictor = predictor_cost(scenario.predictor) if guesses is not None else FREE
     budgets = expert_budgets(scenario, model, trace, steps, budget_bytes, predictor.gpu_memory_bytes)
@@ -110,7 +110,7 @@ def _in_stages(whole: Inputs) -> Inputs:
         pipeline_routes(links)  # refuses GPUs that no copy can go between
         whole = replace(whole, links=links)
     if scenario.predictor.name in OF_WHOLE_MODEL:
-        whole = replace(whole, guesses=_guesses(scenario, whole.model, whole.trace, whole.steps))
+        whole = replace(whole, guesses=_guesses(whole))
 
     def cut(counts: Sequence[int], steps: list[Step]) -> Inputs:
         parts = []
@@ -136,15 +136,16 @@ def _in_stages(whole: Inputs) -> Inputs:
     return cut(stage_layers(whole, makespan_ns), whole.steps)
 
 
-def _guesses(scenario: Scenario, model: Model, trace: RoutingTrace, steps: list[Step]) -> Guesses | None:
+def _guesses(bare: Inputs) -> Guesses | None:
     """Return what the scenario's predictor guesses; None if neither prefetch nor eviction goes by guesses."""
-    policy = make_prefetch(scenario, model)
+    scenario = bare.scenario
+    policy = make_prefetch(scenario, bare.model)
     horizons, ranks = (policy.horizons, policy.guesses) if policy.guesses else (0, 0)
     if not ranks and _evicts_by_guesses(scenario):
-        horizons, ranks = max(1, scenario.prefetch.lookahead), scenario.prefetch.k or model.top_k
+        horizons, ranks = max(1, scenario.prefetch.lookahead), scenario.prefetch.k or bare.model.top_k
     if not ranks:
         return None
-    guesses = scenario_predictor(scenario).guess(trace, steps, horizons, ranks)
+    guesses = scenario_predictor(scenario, bare.first_layer).guess(bare.trace, bare.steps, horizons, ranks)
     if policy.needs_confidences and guesses.confidences is None:
         raise ScenarioError(
             f"prefetch.policy = {scenario.prefetch.policy!r} needs confidences, and predictor.name = "

@@ -26,11 +26,14 @@ class PredictorCost:
 FREE = PredictorCost()
 
 
-def scenario_predictor(scenario: Scenario) -> Predictor:
-    """Return the predictor that a scenario names; ValueError if its weights cannot be used."""
+def scenario_predictor(scenario: Scenario, first_layer: int = 0) -> Predictor:
+    """Return the predictor that a scenario names, for the model's layers from `first_layer` on.
+
+    Raises ValueError if its weights cannot be used.
+    """
     section = scenario.predictor
     options: dict[str, dict[str, Any]] = {
-        "oracle": {"recall": section.recall},
+        "oracle": {"recall": section.recall, "first_layer": first_layer},
         "context": {"context": section.context},
         "learned": {"weights": section.weights},
     }

@@ -25,21 +25,18 @@ from .policies.split import Layers, divide
 OF_WHOLE_MODEL = ("learned", "recorded")
 #: The steps at the beginning of a run that layers are weighed by, and that a search for a split simulates.
 SAMPLE_STEPS = 64
-_SEEDS = 2**63
 
 
 def stage_inputs(whole: Inputs, counts: Sequence[int]) -> list[Inputs]:
     """Return the inputs of stages with so many layers each, from those of the whole model; without budgets.
 
-    Each draws its luck from a seed of its own: the scenario's and the number of the stage. Guesses are those of the
-    whole model cut out, where it has some.
+    Guesses are those of the whole model cut out, where it has some.
     """
     stages = []
     for number, (first, count) in enumerate(zip(first_layers(counts), counts, strict=True)):
-        scenario = whole.scenario.model_copy(update={"seed": (whole.scenario.seed + number) % _SEEDS})
         stages.append(
             Inputs(
-                scenario,
+                whole.scenario,
                 stage_model(whole.model, first, count),
                 whole.profile,
                 stage_trace(whole.trace, first, count),

@@ -52,13 +52,17 @@ class Oracle:
     and those beyond top-k, hold distinct wrong experts, uniform among all wrong ones; -1 if there are too few. Draws
     are keyed by (seed, sequence, position, layer, horizon) of the target and the rank, so that a longer list begins
     with the shorter one. It is as confident as it is right: `recall` within top-k, 0 beyond.
+
+    `first_layer` is the model's layer that is layer 0 of the trace, where that holds a part of the model: a part meets
+    the luck of the whole.
     """
 
-    def __init__(self, recall: float = 1.0, seed: int = 0) -> None:
+    def __init__(self, recall: float = 1.0, seed: int = 0, first_layer: int = 0) -> None:
         if not 0 <= recall <= 1:
             raise ValueError(f"predictor recall = {recall}: must lie between 0 and 1")
         self.recall = recall
         self.seed = seed
+        self.first_layer = first_layer
 
     def guess(self, trace: RoutingTrace, steps: Sequence[Step], horizons: int, n: int) -> Guesses:
         """Return the truth, each expert of it kept with probability `recall`."""
@@ -69,9 +73,8 @@ class Oracle:
         for ahead, (token, layer) in enumerate(run.targets()):
             for piece in run.pieces(run.layers * 2 * n):
                 target = run.rows[token[piece]][..., None]
-                luck = uniform(
-                    self.seed, trace.sequence[target], trace.position[target], layer[:, None], ahead + 1, draws
-                )
+                of_model = self.first_layer + layer[:, None]
+                luck = uniform(self.seed, trace.sequence[target], trace.position[target], of_model, ahead + 1, draws)
                 truth = run.chosen[token[piece], layer]
                 experts[piece, :, ahead] = _spoil(truth, luck, self.recall, n, trace.num_experts)
         confidences = run.no_confidences(n)
