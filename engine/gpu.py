@@ -136,7 +136,6 @@ class Gpu:
         "_queued",
         "_read",
         "_resident_first",
-        "_rooms_split",
         "_scenario",
         "_side",
         "_submit_kernel",
@@ -195,7 +194,6 @@ class Gpu:
         self.visit = -1  # the number of the visit being dispatched
         self._busy_since_ns = 0
         self._experts = manager.experts
-        self._rooms_split = not manager.uniform
         self._depth = scenario.dispatch.launch_queue_depth
         self._resident_first = scenario.dispatch.expert_order == "resident_first"
         self._prefetch_first = scenario.prefetch.issue == "before_launch"
@@ -509,12 +507,12 @@ class Gpu:
         transfer = None if self._transfers is None else self._transfers[layer]
         read: Completion = 0
         if self._drive is not None:
-            self.now_ns, read = self._drive.bring(expert, copy, self.now_ns, self.visit, predicted)
+            self.now_ns, read = self._drive.bring(copy, self.now_ns, self.visit, predicted)
         self.now_ns += cost.host_ns
         if admission.former:
             self.now_ns += self._wait_ns
         issued_ns = self.now_ns + self.costs.copy_latency_ns
-        after = self._after_former(admission.former, predicted if self._drive is None else read)
+        after = self._after_former(admission, predicted if self._drive is None else read)
         if self._priority is None:
             end = lane.submit(
                 cost.queued_ns, cost.alone_ns, issued_ns, after, kind, expert, self.visit, copy, slowdown, transfer
@@ -532,19 +530,20 @@ class Gpu:
             self._drive.copied(copy, end)
         return end
 
-    def _after_former(self, former: tuple[int, ...], after: Completion) -> Completion:
+    def _after_former(self, admission: Admission, after: Completion) -> Completion:
         """Return when a room is free, by the copies whose room it was, and something else has ended too."""
-        for copy in former:
+        for copy in admission.former:
             free = self._last_use(copy)
             if self._priority is not None:
                 free = self._give_up(self._priority, copy, free)
+            if copy == admission.partly:
+                self._read[copy] = free
             after = later(after, free)
         return after
 
     def _last_use(self, copy: int) -> Completion:
-        """Return the end of a copy's last reader or, if nobody has read it, its own; rooms that split ask again."""
-        ends = self._read if copy in self._read else self._arriving
-        return ends.get(copy, 0) if self._rooms_split else ends.pop(copy, 0)
+        """Forget a copy that was evicted; return the end of its last reader or, if nobody has read it, its own."""
+        return (self._read if copy in self._read else self._arriving).pop(copy, 0)
 
     def _hold(self, end: Completion) -> Generator[simpy.Event, Any, None]:
         """Keep the host thread busy until a pageable copy has ended."""
@@ -568,8 +567,6 @@ class Gpu:
         free = queue.give_up(work)
         if self._drive is not None and work.cancelled:
             self._drive.give_up(copy)
-        if self._rooms_split:
-            self._arriving[copy] = free  # another part of its room may be asked for
         return free
 
     def _is_stale(self, work: Work) -> bool:

@@ -159,7 +159,7 @@ class LendingGpu(PlacedGpu):
         """Copy an expert from another GPU: what it stores in spare memory, or what its own copy brought."""
         if admission.former:
             self.now_ns += self._wait_ns
-        free = self._after_former(admission.former, predicted)
+        free = self._after_former(admission, predicted)
         ends = other._shelf if number in other._shelf else other._landed
         end = self._move(other, self, admission.expert, admission.copy, [free, ends.get(number, 0)])
         if ends is other._shelf:
@@ -191,10 +191,10 @@ class LendingGpu(PlacedGpu):
         return self._peers[source.number]
 
     def _last_use(self, copy: int) -> Completion:
-        """Return the end of a copy's last reader, which may be a copy to another GPU."""
+        """Forget an evicted copy and return the end of its last reader, which may be a copy to another GPU."""
         end = super()._last_use(copy)
         self._landed.pop(copy, None)
-        lent = self._lent.get(copy, 0) if self._rooms_split else self._lent.pop(copy, 0)
+        lent = self._lent.pop(copy, 0)
         return later(end, lent) if lent else end
 
 

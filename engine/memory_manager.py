@@ -41,11 +41,15 @@ class BudgetError(ValueError):
 
 @dataclass(slots=True)
 class Admission:
-    """Room given to `expert` (copy number `copy`): the copies whose former room it took, in order."""
+    """Room given to `expert` (copy number `copy`): the copies whose former room it took, in order.
+
+    `partly` is the last of them, if some of its room is still free, so that a later admission names it again; or -1.
+    """
 
     expert: int
     copy: int
     former: tuple[int, ...]
+    partly: int = -1
 
 
 @dataclass(slots=True)
@@ -358,6 +362,7 @@ class MemoryManager:
         `prefetch_at` is the visit number of a prefetch, which respects protected experts; None is a demand.
         """
         former: tuple[int, ...]
+        partly = -1
         if pool.misses:
             pool.policy.miss(expert, reason == DEMANDED)
         if pool.swaps and not pool.free:  # full, and one expert out makes exactly room for one in
@@ -376,13 +381,15 @@ class MemoryManager:
             if pool.free_bytes < size_bytes and not self._make_room(pool, expert, prefetch_at):
                 return None
             former = pool.take(size_bytes)
+            if former and pool.free and pool.free[0][1] == former[-1]:
+                partly = former[-1]
             self.assigned_bytes += size_bytes
         copy = self._copies
         self._copies = copy + 1
         self._copy_experts.buffer.append(expert)
         self._copy_reasons.buffer.append(reason)
         self.assigned[expert] = copy
-        return Admission(expert, copy, former)
+        return Admission(expert, copy, former, partly)
 
     def _at_limit(self, expert: int) -> bool:
         """Whether prefetched experts nobody has used would hold more than their share with this one."""

@@ -208,11 +208,7 @@ class OffloadedGpu(Gpu):
         if unpacked is None or work is None or touched is not unpacked:
             return super()._give_up(queue, copy, touched)
         free = super()._give_up(queue, copy, work.done)
-        if free is not work.done:
-            return free
-        if self._rooms_split:
-            self._arriving[copy] = unpacked
-        return unpacked
+        return unpacked if free is work.done else free
 
 
 def uses_cpu(scenario: Scenario) -> bool:

@@ -34,8 +34,8 @@ class HostMemory:
         self.hits = self.misses = 0
         self.read_bytes = 0
         #: Of each copy to the GPU that was decided and not yet ordered: the read that brings, or brought, its bytes;
-        #: and, where that read has to be made, the reads whose former room it takes.
-        self.decided: dict[int, tuple[int, tuple[int, ...] | None]] = {}
+        #: and, where that read has to be made, the room it is given.
+        self.decided: dict[int, tuple[int, Admission | None]] = {}
         #: Reads that a visit orders for nobody yet: prefetches into host memory.
         self.staged: list[Admission] = []
 
@@ -69,7 +69,7 @@ class HostMemory:
             self.decided[copy] = self.manager.assigned[expert], None
         else:
             self.misses += 1
-            self.decided[copy] = admission.copy, admission.former
+            self.decided[copy] = admission.copy, admission
 
     def _admit(self, expert: int, weight: float | None) -> Admission | None:
         admission = self.manager.look_up(expert, weight)
@@ -94,22 +94,22 @@ class Drive:
             for number in range(costs.lanes)
         ]
         self._costs = costs.by_layer
-        self._experts, self._splits = host.manager.experts, not host.manager.uniform
+        self._experts = host.manager.experts
         self._host = host
         self._cancels = cancels
         self._filled: dict[int, Completion] = {}  # read -> when its bytes are in host memory
         self._left: dict[int, Completion] = {}  # read -> when the last copy to the GPU has left its room
         self._leaving: dict[int, Pending] = {}  # copies to the GPU that may yet be given up
 
-    def bring(self, expert: int, copy: int, now_ns: int, visit: int, after: Completion) -> tuple[int, Completion]:
+    def bring(self, copy: int, now_ns: int, visit: int, after: Completion) -> tuple[int, Completion]:
         """Order what brings a copy's bytes to host memory, behind `after`; return the host's time and when they come.
 
         `copied` follows.
         """
-        read, former = self._host.decided[copy]
-        if former is None:
+        read, admission = self._host.decided[copy]
+        if admission is None:
             return now_ns, later(after, self._filled[read])
-        return self._read(Admission(expert, read, former), now_ns, visit, after)
+        return self._read(admission, now_ns, visit, after)
 
     def stage(self, now_ns: int, visit: int, after: Completion) -> int:
         """Order the reads of a visit that no copy asked for, behind `after`; return the host's time."""
@@ -136,7 +136,10 @@ class Drive:
         cost = self._costs[expert // self._experts]
         now_ns += cost.host_ns
         for other in admission.former:
-            after = later(after, self._free(other))
+            free = self._free(other)
+            if other == admission.partly:
+                self._left[other] = free
+            after = later(after, free)
         ends = [self._request(cost.request_ns, now_ns, after, expert, visit, read) for _ in range(cost.requests)]
         filled = self._filled[read] = after_all(ends)
         return now_ns, filled
@@ -146,9 +149,8 @@ class Drive:
         return lane.submit(ns, ns, now_ns, after, READ, expert, visit, read)
 
     def _free(self, read: int) -> Completion:
-        """Return when the room of a read may be written; rooms that split are asked again."""
-        take = dict.get if self._splits else dict.pop
-        return later(take(self._filled, read, 0), take(self._left, read, 0))
+        """Forget a read whose expert was evicted; return when its room may be written."""
+        return later(self._filled.pop(read, 0), self._left.pop(read, 0))
 
     def _until_given_up(self, copy: int, end: Pending) -> Pending:
         left = self._leaving[copy] = Pending()

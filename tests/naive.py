@@ -28,7 +28,10 @@ class NaivePool:
 
 
 class NaiveManager:
-    """LRU residency over bytes; `log` is what happened: ("in", expert, copy, former copies), ("out", expert, copy)."""
+    """LRU residency over bytes; `log` is what happened, in order.
+
+    ("in", expert, copy, former copies, the one of them that still has free room or -1) and ("out", expert, copy).
+    """
 
     def __init__(
         self,
@@ -77,7 +80,8 @@ class NaiveManager:
         former = tuple(copy for copy in dict.fromkeys(taken) if copy >= 0)
         self.copy[expert] = self.copies
         pool.order.append(expert)
-        self.log.append(("in", expert, self.copies, former))
+        partly = next((copy for copy in former if copy in pool.free), -1)
+        self.log.append(("in", expert, self.copies, former, partly))
         self.copies += 1
         return True
 

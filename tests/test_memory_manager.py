@@ -223,11 +223,11 @@ def test_experts_of_unequal_sizes_take_and_leave_rooms_in_parts() -> None:
     # Expert 1 needs 2 bytes and 1 is free: the oldest (expert 0) leaves its 2. It takes the byte never used and one
     # that copy 0 has left.
     (wave,) = visit(manager, 2, 1)
-    assert wave.admitted == [Admission(1, 2, (0,))]
+    assert wave.admitted == [Admission(1, 2, (0,), partly=0)]
     manager.unpin()
     # Expert 11 needs 3; 1 (of copy 0) is free: expert 10 leaves 3. It takes the byte of copy 0 and two of copy 1.
     (wave,) = visit(manager, 3, 11)
-    assert wave.admitted == [Admission(11, 3, (0, 1))]
+    assert wave.admitted == [Admission(11, 3, (0, 1), partly=1)]
     manager.unpin()
     # Expert 12 needs 3; 1 (of copy 1) is free, expert 1 leaves 2: the byte of copy 1, then the two of copy 2.
     (wave,) = visit(manager, 4, 12)
@@ -381,7 +381,7 @@ def test_decisions_rooms_and_books_are_those_of_a_naive_manager(
         admission = manager.prefetch(expert, now + ahead)
         assert naive.prefetch(expert, now, now + ahead) == (admission is not None)
         if admission is not None:
-            log.append(("in", admission.expert, admission.copy, admission.former))
+            log.append(("in", admission.expert, admission.copy, admission.former, admission.partly))
 
     for event in events:
         if event[0] == "visit":
@@ -393,7 +393,7 @@ def test_decisions_rooms_and_books_are_those_of_a_naive_manager(
             assert [(list(wave.found), [a.expert for a in wave.admitted]) for wave in waves] == naive.visit(
                 experts, recency
             )
-            log += [("in", a.expert, a.copy, a.former) for wave in waves for a in wave.admitted]
+            log += [("in", a.expert, a.copy, a.former, a.partly) for wave in waves for a in wave.admitted]
             if not before:
                 unpin()
             held = set(manager.assigned)

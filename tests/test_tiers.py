@@ -288,7 +288,7 @@ def host_decisions(inputs: Inputs) -> Iterator[tuple[int, int, tuple[int, ...]]]
     host = make_host_memory(inputs)
     assert host is not None
     for _ in dispatched(inputs, make_manager(inputs), make_prefetch(inputs.scenario, inputs.model), None, host):
-        yield from ((copy, read, former or ()) for copy, (read, former) in host.decided.items())
+        yield from ((copy, read, room.former if room else ()) for copy, (read, room) in host.decided.items())
         yield from ((-1, read.copy, read.former) for read in host.staged)
         host.decided.clear()
 
