@@ -9,7 +9,9 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
+import simpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_cases import Case, cases, play
@@ -17,13 +19,15 @@ from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_run, tiny_scenario,
 
 from prestage.calibration.plan import ExecutionError, check_executable
 from prestage.engine.costs import Costs
+from prestage.engine.decoder import host
 from prestage.engine.dispatch import Visit
+from prestage.engine.gpu import Gpu
 from prestage.engine.inputs import Inputs
 from prestage.engine.loading import load_inputs
 from prestage.engine.output.metrics import Recording, tiers
 from prestage.engine.policies.eviction import EVICTION
 from prestage.engine.run import dispatched, make_host_memory, make_manager, make_prefetch
-from prestage.engine.scenario import ScenarioError, load_scenario, make_scenario
+from prestage.engine.scenario import DISCIPLINES, ScenarioError, load_scenario, make_scenario
 from prestage.engine.simulate import simulate, simulate_inputs
 from prestage.engine.tiers import HostMemory
 from prestage.resources.profile import Interruptions, ProfileError, load_profile, profile_names
@@ -281,6 +285,32 @@ def test_a_copy_starts_once_its_expert_is_read_and_a_read_once_its_room_is_free(
         if copy in copied_ns:
             assert copied_ns[copy] >= last_ns[read]
             room_left_ns[read] = max(room_left_ns.get(read, 0), left_ns[copy])
+
+
+@pytest.mark.parametrize("discipline", DISCIPLINES)
+def test_a_long_run_remembers_the_last_use_of_no_more_experts_than_have_room_or_have_left_some(discipline: str) -> None:
+    # Rooms of 2, 3 and 5 bytes split: parts of one are given to several experts. 900 visits, three experts each.
+    model, profile = tiny_model(3, 8, 3, copy_ns=[2, 3, 5]), tiny_profile(io_lanes=2)
+    chosen = np.argsort(np.random.default_rng(0).random((300, 3, 8)), axis=2)[..., :3]
+    scenario = tiny_scenario(
+        memory={"gpu_budget": "40B"}, tiers={"host_budget": "60B"}, copy={"discipline": discipline},
+        predictor={"recall": 0.5}, prefetch={"policy": "top-k", "lookahead": 1},
+    )  # fmt: skip
+    inputs = tiny_inputs(model, profile, tiny_trace(chosen.tolist(), 8), scenario)
+    manager, host_memory = make_manager(inputs), make_host_memory(inputs)
+    assert host_memory is not None
+    prefetch = make_prefetch(scenario, model)
+    costs, env = Costs(model, profile, scenario), simpy.Environment()
+    gpu = Gpu(env, manager, costs, scenario, prefetching=True, most_tokens=1, host_memory=host_memory)
+    env.process(host(gpu, dispatched(inputs, manager, prefetch, None, host_memory), inputs.steps))
+    env.run()
+    copies, reads = len(manager.copy_expert), len(host_memory.manager.copy_expert)
+    assert min(copies, reads) > 900
+    drive = gpu._drive
+    assert drive is not None
+    # The smallest has 2 bytes; one room more may be left over in part.
+    assert 0 < len(gpu._read.keys() | gpu._arriving.keys()) <= 40 // 2 + 1
+    assert 0 < len(drive._filled.keys() | drive._left.keys()) <= 60 // 2 + 1
 
 
 def host_decisions(inputs: Inputs) -> Iterator[tuple[int, int, tuple[int, ...]]]:
