@@ -136,10 +136,7 @@ class Drive:
         cost = self._costs[expert // self._experts]
         now_ns += cost.host_ns
         for other in admission.former:
-            free = self._free(other)
-            if other == admission.partly:
-                self._left[other] = free
-            after = later(after, free)
+            after = later(after, self._free(other, again=other == admission.partly))
         ends = [self._request(cost.request_ns, now_ns, after, expert, visit, read) for _ in range(cost.requests)]
         filled = self._filled[read] = after_all(ends)
         return now_ns, filled
@@ -148,9 +145,10 @@ class Drive:
         lane = min(self._lanes, key=lambda lane: lane.backlog_ns(now_ns))
         return lane.submit(ns, ns, now_ns, after, READ, expert, visit, read)
 
-    def _free(self, read: int) -> Completion:
-        """Forget a read whose expert was evicted; return when its room may be written."""
-        return later(self._filled.pop(read, 0), self._left.pop(read, 0))
+    def _free(self, read: int, *, again: bool) -> Completion:
+        """Return when the room of a read may be written, and forget the read unless some of that is asked `again`."""
+        take = dict.get if again else dict.pop
+        return later(take(self._filled, read, 0), take(self._left, read, 0))
 
     def _until_given_up(self, copy: int, end: Pending) -> Pending:
         left = self._leaving[copy] = Pending()
