@@ -12,7 +12,7 @@ import pytest
 from prestage.engine.breakeven import PROBES, STEPS, bracket, break_even
 from prestage.engine.compare import PARTS, CompareError, compare, load_run, waterfall
 from prestage.engine.output.charts import plot_break_even, plot_waterfall
-from prestage.engine.output.tables import break_even_words
+from prestage.engine.output.tables import break_even_words, comparison_figure
 from prestage.engine.scenario import Scenario, ScenarioError, load_scenario
 from prestage.engine.simulate import simulate
 from prestage.resources.profile import load_profile
@@ -74,6 +74,22 @@ def test_settings_that_differ_and_ratios_to_the_first_are_told(runs: dict[str, d
     assert data["ratios"]["counts.prefetch"][1] == 0
     assert "speedup" not in data["figures"]  # none of them has one
     assert data["same_work"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("counts.miss", 1864, "1,864"),
+        ("miss.ways.cpu", 1864, "1,864"),
+        ("miss.gate_mass.skipped", 0.027, "2.7%"),
+        ("bytes.demand", 3 * 2**29, "1.50 GiB"),
+        ("time_per_token_ms.p50", 10.25, "10.250 ms"),
+        ("tokens_per_second", 84.373, "84.37"),
+        ("hit_rate", None, "-"),
+    ],
+)
+def test_a_figure_is_shown_in_its_unit_and_a_count_whole(name: str, value: float | None, shown: str) -> None:
+    assert comparison_figure(name, value) == shown
 
 
 def test_a_result_on_disk_is_taken_as_it_is(tmp_path: Path, runs: dict[str, dict[str, Any]]) -> None:

@@ -23,7 +23,7 @@ from prestage.engine import output
 from prestage.engine.output.figures import FIGURES
 from prestage.engine.output.files import write_result
 from prestage.engine.output.page import PageError, Section, html_picture, html_table, html_tiles, write_page
-from prestage.engine.output.report import _shown, write_report
+from prestage.engine.output.report import write_report
 from prestage.engine.output.saved import RUN_FILE, Run, SavedRunError, load_result, load_results, run_of
 from prestage.engine.scenario import load_scenario
 from prestage.engine.simulate import Result, simulate
@@ -206,14 +206,6 @@ def test_a_comparison_says_which_is_better_and_what_differs(pages: Path, two: li
     first, second = (run.data["tokens_per_second"] for run in two)
     judged = re.search(r"tokens per second</td>.*?(better|worse)</td>", page)
     assert judged is not None and judged[1] == ("better" if second > first else "worse")
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "shown"),
-    [("miss.ways.cpu", 1864, "1,864"), ("miss.gate_mass.skipped", 0.027, "2.7%"), ("counts.miss", 1864, "1,864")],
-)
-def test_a_comparison_shows_counts_as_counts_and_shares_as_shares(name: str, value: float, shown: str) -> None:
-    assert _shown(name, value) == shown
 
 
 def test_the_same_run_gives_the_same_page(folder: Path, tmp_path: Path) -> None:

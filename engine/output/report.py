@@ -18,7 +18,7 @@ from .metrics import OUTCOMES
 from .page import PageError, Section, check_page, html_table, html_tiles, write_page
 from .palette import OUTCOME_COLORS
 from .saved import Run
-from .tables import headline, speed_rows
+from .tables import comparison_figure, headline, speed_rows
 
 #: Which of a run's figures stand in half a row.
 _HALF = ("wasted", "memory", "latency", "tokens")
@@ -126,8 +126,8 @@ def _notes(data: Mapping[str, Any]) -> str:
 def _side_by_side(data: Mapping[str, Any], runs: Sequence[Run]) -> Section:
     """The figures of both runs, their ratio and whether that is better, and what to know about each."""
     rows = [
-        (_name(name), _shown(name, before), _shown(name, after), _judged(name, data["ratios"][name][1]))
-        for name, (before, after) in data["figures"].items()
+        (_name(name), *(comparison_figure(name, value) for value in values), _judged(name, data["ratios"][name][1]))
+        for name, values in data["figures"].items()
     ]
     html = html_table(["", *data["runs"], "ratio"], rows)
     if not data["same_work"]:
@@ -158,19 +158,6 @@ def _judged(name: str, ratio: float | None) -> str | tuple[str, str]:
 def _name(key: str) -> str:
     """Return what a figure of the comparison is called: its key in words."""
     return key.removesuffix("_ms").replace("_ms.", " ").replace(".", ": ").replace("_", " ")
-
-
-def _shown(name: str, value: float | None) -> str:
-    """Return a figure of the comparison with its unit, which its name gives."""
-    if value is None:
-        return "-"
-    if "bytes" in name:
-        return f"{value / 2**30:,.2f} GiB"
-    if "_ms" in name:
-        return f"{value:,.3f} ms"
-    if name.startswith(("counts.", "miss.ways.")):
-        return f"{value:,}"
-    return f"{value:,.2f}" if name in ("tokens_per_second", "speedup") else f"{value:.1%}"
 
 
 def _figure_section(name: str, groups: Sequence[Sequence[Run]], limit: int | None) -> Section:

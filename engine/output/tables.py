@@ -226,7 +226,9 @@ def print_comparison(data: dict[str, Any]) -> None:
     for key, values in data["figures"].items():
         ratios = [None, *data["ratios"][key][1:]]
         shares = ["" if ratio is None else f" ({ratio:.2f}x)" for ratio in ratios]
-        figures.add_row(key, *(_number(value, 3) + share for value, share in zip(values, shares, strict=True)))
+        figures.add_row(
+            key, *(comparison_figure(key, value) + share for value, share in zip(values, shares, strict=True))
+        )
     console.print(figures)
     for name, gpus in data["where"].items():
         for gpu, parts in gpus.items():
@@ -238,6 +240,19 @@ def print_comparison(data: dict[str, Any]) -> None:
                 )
             console.print(Text(f"\nWhere {name} differs ({gpu})", style="bold"))
             console.print(table)
+
+
+def comparison_figure(name: str, value: float | None) -> str:
+    """Return a figure of a comparison with its unit, which its name gives; counts are whole."""
+    if value is None:
+        return "-"
+    if "bytes" in name:
+        return f"{value / 2**30:,.2f} GiB"
+    if "_ms" in name:
+        return f"{value:,.3f} ms"
+    if name.startswith(("counts.", "miss.ways.")):
+        return f"{value:,}"
+    return f"{value:,.2f}" if name in ("tokens_per_second", "speedup") else f"{value:.1%}"
 
 
 def print_break_even(data: dict[str, Any]) -> None:
