@@ -87,8 +87,11 @@ def make_manager(inputs: Inputs, spool: Spool | None = None) -> MemoryManager:
     return manager
 
 
-def make_host_memory(inputs: Inputs) -> HostMemory | None:
-    """Return a fresh, empty cache in host memory as the scenario wants it; None if host memory holds every expert."""
+def make_host_memory(inputs: Inputs, spool: Spool | None = None) -> HostMemory | None:
+    """Return a fresh, empty cache in host memory as the scenario wants it; None if host memory holds every expert.
+
+    `spool` is of the GPU's records; its own are kept within.
+    """
     model, tiers, scope = inputs.model, inputs.scenario.tiers, inputs.scenario.memory.scope
     if tiers.host_budget == "all":
         return None
@@ -105,7 +108,13 @@ def make_host_memory(inputs: Inputs) -> HostMemory | None:
     setting = Setting(seed=inputs.scenario.seed, trace=inputs.trace, steps=inputs.steps, guesses=inputs.guesses)
     try:
         manager = MemoryManager(
-            model.expert_bytes, model.experts, budget_bytes, EVICTION[tiers.host_policy], setting=setting, scope=scope
+            model.expert_bytes,
+            model.experts,
+            budget_bytes,
+            EVICTION[tiers.host_policy],
+            setting=setting,
+            scope=scope,
+            spool=None if spool is None else spool.within("host"),
         )
     except BudgetError as error:
         raise ScenarioError(f"tiers.host_budget = {tiers.host_budget!r}: {error}") from None
@@ -188,7 +197,7 @@ def run(
 ) -> measure.Recording:
     """Simulate a run on one GPU with the given manager and prefetch policy, and return what was recorded."""
     gauge = Gauge()
-    host_memory = make_host_memory(inputs)
+    host_memory = make_host_memory(inputs, manager.spool)
     decoded: Decoded = decode(
         watch(dispatched(inputs, manager, prefetch, gauge, host_memory)),
         inputs.steps,

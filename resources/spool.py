@@ -91,6 +91,12 @@ class Spool:
         self._columns.append(column)
         return column
 
+    def within(self, name: str) -> Spool:
+        """Return a spool of columns that are flushed and removed with these, in a folder inside theirs."""
+        inner = Spool(None if self._folder is None else self._folder / name)
+        inner._columns = self._columns
+        return inner
+
     def flush(self) -> None:
         """Move what has grown large to the files."""
         if self._folder is not None:

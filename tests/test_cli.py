@@ -178,6 +178,12 @@ def test_a_timeline_that_is_streamed_lies_in_files_and_changes_nothing(prestage:
     assert [path.name for path in (tmp_path / "s").iterdir()] == ["gpu0"]
 
 
+def test_a_streamed_run_keeps_what_host_memory_read_in_files_too(prestage: Prestage, tmp_path: Path) -> None:
+    data = prestage("run", "nvme", "--set", "workload.tokens=4", "--json", "--stream", str(tmp_path)).json()
+    reads = np.load(tmp_path / "gpu0" / "host" / "copy_expert.npy", mmap_mode="r")
+    assert len(reads) == data["tiers"]["host_misses"] > 0
+
+
 def test_a_long_timeline_is_cut_and_says_so_unless_all_is_asked_for(
     prestage: Prestage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

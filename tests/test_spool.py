@@ -66,6 +66,16 @@ def test_what_is_not_kept_is_removed(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_spool_within_another_is_flushed_with_it_into_a_folder_inside(tmp_path: Path) -> None:
+    outer = Spool(tmp_path)
+    column = outer.within("inner").column("bytes", np.uint8)
+    column.buffer += bytes(HELD_BACK_BYTES + 1)
+    outer.flush()
+    assert not column.buffer
+    assert len(np.load(tmp_path / "inner" / "bytes.npy")) == HELD_BACK_BYTES + 1
+    assert Spool().within("inner").column("bytes", np.uint8).array().size == 0
+
+
 def test_a_timeline_in_a_file_is_that_in_memory(tmp_path: Path) -> None:
     column = Column(SPAN, tmp_path / "spans.npy")
     kept, streamed = Timeline(), Timeline(column)

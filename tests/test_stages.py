@@ -12,7 +12,6 @@ import pytest
 from tiny import tiny_model, tiny_pipeline, tiny_profile, tiny_scenario, tiny_topology, tiny_trace
 
 from prestage.engine.compare import compare, load_run
-from prestage.engine.inputs import Inputs
 from prestage.engine.loading import load_inputs
 from prestage.engine.output.files import write_result
 from prestage.engine.output.merge import makespan_ns
