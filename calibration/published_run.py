@@ -79,6 +79,8 @@ def load_log(path: Path) -> RunLog:
                 raise PublishedRunError(f"{path}: token {number}: {name} = {row[name]!r}: must be a number") from None
             if not 0 <= column[-1] < np.inf:
                 raise PublishedRunError(f"{path}: token {number}: {name} = {row[name]!r}: must be at least 0")
+            if name == "wall_ms" and not column[-1]:
+                raise PublishedRunError(f"{path}: token {number}: wall_ms = {row[name]!r}: must be above 0")
     return RunLog(path, {name: np.array(column) for name, column in columns.items()})
 
 

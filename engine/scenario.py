@@ -346,8 +346,9 @@ class MissSection(_Section):
     `cpu_max_tokens` tokens chose is fetched. `low_precision` uses a copy of it at `low_ratio` of its bytes, if it has
     one: such copies, the most popular first, have `low_share` of the budget at most; with `fetch_behind` the expert
     itself is copied behind. `skip` leaves it out for tokens whose gate weight is under `threshold`, and fetches for the
-    others. The CPU's time is the profile's, for `cpu_threads` (not set: as many as were measured), or for a shape that
-    was not measured an estimate; `cpu_gb_per_s`, what the CPU reads of host memory, takes the place of both.
+    others; weights are the trace's, as its router gave them. The CPU's time is the profile's, for `cpu_threads` (not
+    set: as many as were measured), or for a shape that was not measured an estimate; `cpu_gb_per_s`, what the CPU reads
+    of host memory, takes the place of both.
     """
 
     policy: Annotated[str, _one_of(MISS)] = "fetch"
@@ -684,7 +685,7 @@ def _drop_replaced(data: dict[str, Any], parts: list[str], value: Any) -> None:
 
 def _explain(problem: Mapping[str, Any]) -> str:
     """Return one line for one of pydantic's errors."""
-    key = ".".join(str(part) for part in problem["loc"]) or "scenario"
+    key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         known = _known_keys(problem["loc"][:-1])
         near = difflib.get_close_matches(str(problem["loc"][-1]), known, 1)
@@ -694,6 +695,8 @@ def _explain(problem: Mapping[str, Any]) -> str:
         return f"{key} = {problem['input']!r}: must be a section, such as {key}.{_known_keys(problem['loc'])[0]}"
     message = str(problem["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
     given = problem["input"]
+    if not key:  # of the whole scenario: it names its keys
+        return message
     if message.startswith(repr(given)):
         return f"{key} = {message}"
     return f"{key} = {given!r}: {message}" if isinstance(given, str | int | float) else f"{key}: {message}"

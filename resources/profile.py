@@ -404,7 +404,9 @@ def make_profile(data: object, source: str) -> Profile:
 
 def _explain(place: tuple[int | str, ...], message: str, given: object) -> str:
     """Return one of pydantic's problems as key, value and what would be right."""
-    key = ".".join(str(part) for part in place) or "profile"
+    key = ".".join(str(part) for part in place)
     message = message.removeprefix("Value error, ").replace("Input should be", "must be")
     message = message.replace("Extra inputs are not permitted", "no such key")
+    if not key:  # of the whole profile: it names its keys
+        return message
     return f"{key} = {given!r}: {message}" if isinstance(given, str | int | float) else f"{key}: {message}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -219,6 +220,7 @@ def test_the_commands_fit_and_check(quiet: str, made: RunLog, tmp_path: Path) ->
         (lambda text: text.replace("io_ms", "oi_ms"), "column io_ms: missing"),
         (lambda text: text.replace("\n1,", "\n1,x"), "token 2: wall_ms = 'x"),
         (lambda text: text.replace("\n1,", "\n1,-"), "must be at least 0"),
+        (lambda text: re.sub(r"\n1,[^,]*", "\n1,0", text), "token 2: wall_ms = '0': must be above 0"),
     ],
 )
 def test_a_bad_log_is_named(made: RunLog, tmp_path: Path, change: Callable[[str], str], says: str) -> None:

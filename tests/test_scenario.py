@@ -143,6 +143,12 @@ def test_a_bad_value_is_refused_saying_what_would_do(section: str, key: str, val
     assert str(error.value).startswith("mine: ") and "\n" not in str(error.value)
 
 
+def test_what_is_wrong_between_sections_names_its_keys_and_the_scenario_once() -> None:
+    with pytest.raises(ScenarioError) as error:
+        make_scenario({"parallel": {"micro_batches": 5}, "workload": {"trace": "none"}}, "mine.toml")
+    assert str(error.value).startswith("mine.toml: parallel.micro_batches = 5: must be at most workload.batch = 1")
+
+
 def test_all_problems_are_told_at_once() -> None:
     data = {"workload": {"trace": "t", "batch": 0}, "prefetch": {"polcy": "none"}, "sed": 1}
     with pytest.raises(ScenarioError) as error:

@@ -263,7 +263,7 @@ FIGURES = {
     ),
     "outcomes": Figure(
         "Hit, late and miss by layer",
-        "Of each layer's accesses: found in time, still on the way, or fetched on demand.",
+        "Of each layer's accesses: found in time, still on the way, or absent.",
         outcomes_by_layer,
     ),
     "wasted": Figure(

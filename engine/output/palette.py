@@ -48,7 +48,7 @@ FATE_COLORS: Palette = {
 #: Of the parts of a makespan.
 PART_COLORS: Palette = {
     "compute": ("#0072b2", "compute"),
-    "stall": ("#d55e00", "stall: bytes missing"),
+    "stall": ("#d55e00", "stall: an expert missing"),
     "host": ("#8c8c8c", "host"),
     "predictor": ("#cc79a7", "predictor"),
     "bubble": ("#b8860b", "bubble: another stage"),
