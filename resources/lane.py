@@ -246,6 +246,16 @@ class FifoLane:
             work.done.resolve(end_ns)
 
 
+class _Call(Event):
+    """A call at an instant: an event that has triggered when it is made, for it is made millions of times."""
+
+    def __init__(self, env: simpy.Environment, call: Callable[[Event], None]) -> None:
+        self.env = env
+        self.callbacks = [call]
+        self._ok = True
+        self._value = None
+
+
 class CoupledLane:
     """First in, first out, but slowed down while other lanes are busy.
 
@@ -334,7 +344,7 @@ class CoupledLane:
         work = self._head()
         if work is None:
             return
-        if any(lane._active is not None or lane._goes_on for lane in self.turns):
+        if self.turns and any(lane._active is not None or lane._goes_on for lane in self.turns):
             return
         lags = self._lags
         if self.disturbers and self.disturbed:
@@ -349,7 +359,7 @@ class CoupledLane:
         if (start_ns := max(ready_ns, next_ns)) > now_ns:
             if start_ns != self._wake_ns:
                 self._wake_ns = start_ns
-                self._at(start_ns, NORMAL, self._start_next)
+                self._at(start_ns, NORMAL, lambda _: self._start_next())
             return
         self._take(work)
         self._active, self._goes_on = work, False
@@ -390,7 +400,7 @@ class CoupledLane:
         self._stretch = stretch
         self._turn = turn = self._turn + 1
         end_ns = int(self._env.now) + round(self._left_ns * stretch)
-        self._at(end_ns, URGENT, lambda: self._end(turn))
+        self._at(end_ns, URGENT, lambda _: self._end(turn))
 
     def _retime(self) -> None:
         """Account for what was done at the old speed and schedule the rest at the new one."""
@@ -432,14 +442,9 @@ class CoupledLane:
         ready_ns = work.ready_ns(self._lags.after_other_ns) if work is not None else None
         return ready_ns is not None and ready_ns <= now_ns + self._lags.gap_ns
 
-    def _at(self, at_ns: int, priority: EventPriority, call: Callable[[], None]) -> None:
+    def _at(self, at_ns: int, priority: EventPriority, call: Callable[[Event], None]) -> None:
         """Run `call` at an instant; at equal instants URGENT (ends) comes before NORMAL (starts)."""
-        event = Event(self._env)
-        event._ok = True
-        event._value = None
-        assert event.callbacks is not None
-        event.callbacks.append(lambda _: call())
-        self._env.schedule(event, priority, at_ns - self._env.now)
+        self._env.schedule(_Call(self._env, call), priority, at_ns - self._env.now)
 
 
 class PriorityLane(CoupledLane):
@@ -495,7 +500,7 @@ class PriorityLane(CoupledLane):
         entered_ns = work.enters_ns()
         assert entered_ns is not None
         if entered_ns > self._env.now:
-            self._at(entered_ns, NORMAL, lambda: self._insert(work))
+            self._at(entered_ns, NORMAL, lambda _: self._insert(work))
         else:
             self._insert(work)
 
