@@ -12,6 +12,7 @@ import heapq
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import simpy
@@ -255,6 +256,15 @@ class _Call(Event):
         self._ok = True
         self._value = None
 
+    def at(self, at_ns: int, priority: EventPriority, number: int) -> None:
+        """Schedule it as `Environment.schedule` would have when it gave out this number: events of one instant and
+        priority come in the order of their numbers.
+        """
+        heapq.heappush(self.env._queue, (at_ns, priority, number, self))
+
+
+_is_busy = attrgetter("_active")
+
 
 class CoupledLane:
     """First in, first out, but slowed down while other lanes are busy.
@@ -287,7 +297,9 @@ class CoupledLane:
         self._start_ns = self._since_ns = 0
         self._left_ns = 0.0  # what remains of the active work, in undisturbed ns
         self._stretch = 1.0
-        self._turn = 0  # tells the events of the active work's current schedule from those overtaken
+        # When the active work ends as things are, and the number of that end among SimPy's events; and of the event
+        # that will look whether it has: that may come too early, for work is put off, but never too late.
+        self._end_ns = self._end_number = self._look_ns = self._look_number = -1
 
     def submit(
         self,
@@ -379,7 +391,7 @@ class CoupledLane:
     @property
     def disturbed(self) -> bool:
         """Whether one of the disturbers is busy now."""
-        return any(lane._active is not None for lane in self.disturbers)
+        return any(map(_is_busy, self.disturbers))
 
     def _schedule_end(self) -> None:
         work = self._active
@@ -389,18 +401,21 @@ class CoupledLane:
             stretch += lane._active is not None
         if self._share is not None:
             stretch *= self._share.stretch
-        if work.slowdown != 1.0:
-            for lane in self.disturbers:
-                if lane._active is not None:
-                    stretch *= work.slowdown
-                    break
+        if work.slowdown != 1.0 and self.disturbed:
+            stretch *= work.slowdown
         for lane, factor in self.slowed_by:
             if lane._active is not None:
                 stretch *= factor
         self._stretch = stretch
-        self._turn = turn = self._turn + 1
-        end_ns = int(self._env.now) + round(self._left_ns * stretch)
-        self._at(end_ns, URGENT, lambda _: self._end(turn))
+        self._end_ns = self._since_ns + round(self._left_ns * stretch)
+        self._end_number = next(self._env._eid)
+        if self._look_number < 0 or self._end_ns < self._look_ns:
+            self._look_for_end()
+
+    def _look_for_end(self) -> None:
+        self._look_ns = self._end_ns
+        number = self._look_number = self._end_number
+        _Call(self._env, lambda _: self._end(number)).at(self._end_ns, URGENT, number)
 
     def _retime(self) -> None:
         """Account for what was done at the old speed and schedule the rest at the new one."""
@@ -413,9 +428,14 @@ class CoupledLane:
         self._since_ns = now_ns
         self._schedule_end()
 
-    def _end(self, turn: int) -> None:
-        if turn != self._turn:
-            return  # retimed since
+    def _end(self, number: int) -> None:
+        """End the active work, unless the event of this number has been overtaken or comes too early."""
+        if number != self._look_number:
+            return
+        if number != self._end_number:
+            self._look_for_end()
+            return
+        self._look_number = -1
         work = self._active
         assert work is not None
         now_ns = int(self._env.now)
@@ -444,7 +464,7 @@ class CoupledLane:
 
     def _at(self, at_ns: int, priority: EventPriority, call: Callable[[Event], None]) -> None:
         """Run `call` at an instant; at equal instants URGENT (ends) comes before NORMAL (starts)."""
-        self._env.schedule(_Call(self._env, call), priority, at_ns - self._env.now)
+        _Call(self._env, call).at(at_ns, priority, next(self._env._eid))
 
 
 class PriorityLane(CoupledLane):

@@ -118,12 +118,11 @@ class Network:
             if len(self._known) >= _KEPT:
                 self._known.clear()
             stretches = self._known[key] = self._stretches()
-        shares = self._shares
-        shares[slot].stretch = stretches[slot]
-        for other, stretch in enumerate(stretches):
-            if shares[other].stretch != stretch:
-                shares[other].stretch = stretch
-                shares[other].changed()
+        self._shares[slot].stretch = stretches[slot]
+        for share, stretch in zip(self._shares, stretches, strict=True):
+            if share.stretch != stretch:
+                share.stretch = stretch
+                share.changed()
 
     def _stretches(self) -> list[float]:
         """Return how many times as long each lane's transfer takes; 1 where there is none, or it moves nothing."""
