@@ -246,10 +246,14 @@ def tiny_run(model: Model, profile: Profile, trace: RoutingTrace, scenario: Scen
 
 
 def check_books(recordings: list[Recording]) -> npt.NDArray[Any]:
-    """Check that every GPU's time comes to the makespan and no lane overlaps itself; return all spans, merged."""
+    """Check that every GPU's time comes to the makespan, that a visit's kernels of one kind wait for another GPU once,
+    and that no lane overlaps itself; return all spans, merged.
+    """
     run_ns = makespan_ns(recordings)
     for recording in recordings:
         assert sum(round(ms * 1e6) for ms in time_split(recording, run_ns).values()) == run_ns
+        arrivals = recording.decoded.arrivals[["visit", "kind"]]
+        assert len(np.unique(arrivals)) == len(arrivals)  # `time_split` looks for one each
     timeline = merged_timeline(recordings)
     spans = timeline.spans()
     assert len(spans) == sum(len(recording.spans) for recording in recordings)
