@@ -536,7 +536,7 @@ class Gpu:
             free = self._last_use(copy)
             if self._priority is not None:
                 free = self._give_up(self._priority, copy, free)
-            if copy == admission.partly:
+            if copy == admission.partly:  # asked for again with the rest of its room, whoever freed it
                 self._read[copy] = free
             after = later(after, free)
         return after

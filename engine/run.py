@@ -67,7 +67,7 @@ def make_manager(inputs: Inputs, spool: Spool | None = None) -> MemoryManager:
     share = None
     if memory.prefetch_limit != "none":
         share = PREFETCH_SHARE[memory.prefetch_limit](memory.prefetch_share, inputs.budget_bytes // max(sizes))
-    setting = Setting(seed=inputs.scenario.seed, trace=inputs.trace, steps=inputs.steps, guesses=inputs.guesses)
+    setting = _setting(inputs)
     manager = MemoryManager(
         sizes,
         model.experts,
@@ -85,6 +85,17 @@ def make_manager(inputs: Inputs, spool: Spool | None = None) -> MemoryManager:
     )
     preload(manager, inputs)
     return manager
+
+
+def _setting(inputs: Inputs) -> Setting:
+    """Return what eviction policies may know of a run; the memory manager adds the rest."""
+    return Setting(
+        seed=inputs.scenario.seed,
+        first_layer=inputs.first_layer,
+        trace=inputs.trace,
+        steps=inputs.steps,
+        guesses=inputs.guesses,
+    )
 
 
 def make_host_memory(inputs: Inputs, spool: Spool | None = None) -> HostMemory | None:
@@ -105,7 +116,7 @@ def make_host_memory(inputs: Inputs, spool: Spool | None = None) -> HostMemory |
                 f"tiers.host_budget = {tiers.host_budget!r}: {budget_bytes / 2**30:.1f} GiB, but profile "
                 f"{inputs.profile.name} has {there_bytes / 2**30:.1f} GiB of host memory"
             )
-    setting = Setting(seed=inputs.scenario.seed, trace=inputs.trace, steps=inputs.steps, guesses=inputs.guesses)
+    setting = _setting(inputs)
     try:
         manager = MemoryManager(
             model.expert_bytes,

@@ -686,6 +686,10 @@ def _drop_replaced(data: dict[str, Any], parts: list[str], value: Any) -> None:
 def _explain(problem: Mapping[str, Any]) -> str:
     """Return one line for one of pydantic's errors."""
     key = ".".join(str(part) for part in problem["loc"])
+    message = str(problem["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
+    given = problem["input"]
+    if not key:  # of the whole scenario: what is between sections names its keys
+        return message if isinstance(given, Mapping) else f"{given!r}: must be a table of sections"
     if problem["type"] == "extra_forbidden":
         known = _known_keys(problem["loc"][:-1])
         near = difflib.get_close_matches(str(problem["loc"][-1]), known, 1)
@@ -693,10 +697,6 @@ def _explain(problem: Mapping[str, Any]) -> str:
         return f"{key}: no such key; {hint}"
     if problem["type"] in ("model_type", "dict_type"):
         return f"{key} = {problem['input']!r}: must be a section, such as {key}.{_known_keys(problem['loc'])[0]}"
-    message = str(problem["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
-    given = problem["input"]
-    if not key:  # of the whole scenario: it names its keys
-        return message
     if message.startswith(repr(given)):
         return f"{key} = {message}"
     return f"{key} = {given!r}: {message}" if isinstance(given, str | int | float) else f"{key}: {message}"

@@ -248,7 +248,10 @@ class FifoLane:
 
 
 class _Call(Event):
-    """A call at an instant: an event that has triggered when it is made, for it is made millions of times."""
+    """A call at an instant: an event that has triggered when it is made, for it is made millions of times.
+
+    It does what SimPy's events and `Environment.schedule` do, by their private fields, for its number may be older.
+    """
 
     def __init__(self, env: simpy.Environment, call: Callable[[Event], None]) -> None:
         self.env = env
@@ -257,13 +260,12 @@ class _Call(Event):
         self._value = None
 
     def at(self, at_ns: int, priority: EventPriority, number: int) -> None:
-        """Schedule it as `Environment.schedule` would have when it gave out this number: events of one instant and
-        priority come in the order of their numbers.
-        """
+        """Schedule it: of one instant and priority, events come in the order of their numbers (`Environment._eid`)."""
         heapq.heappush(self.env._queue, (at_ns, priority, number, self))
 
 
-_is_busy = attrgetter("_active")
+#: What lanes are asked for most of all, at the speed of C.
+_active_work = attrgetter("_active")
 
 
 class CoupledLane:
@@ -297,9 +299,10 @@ class CoupledLane:
         self._start_ns = self._since_ns = 0
         self._left_ns = 0.0  # what remains of the active work, in undisturbed ns
         self._stretch = 1.0
-        # When the active work ends as things are, and the number of that end among SimPy's events; and of the event
-        # that will look whether it has: that may come too early, for work is put off, but never too late.
-        self._end_ns = self._end_number = self._look_ns = self._look_number = -1
+        # When the active work ends as things are, and the number of that end among SimPy's events.
+        self._end_ns = self._end_number = -1
+        # The event that looks whether it has ended, no number being none: early if work was put off, but never late.
+        self._look_ns = self._look_number = -1
 
     def submit(
         self,
@@ -391,7 +394,7 @@ class CoupledLane:
     @property
     def disturbed(self) -> bool:
         """Whether one of the disturbers is busy now."""
-        return any(map(_is_busy, self.disturbers))
+        return any(map(_active_work, self.disturbers))
 
     def _schedule_end(self) -> None:
         work = self._active
@@ -413,6 +416,7 @@ class CoupledLane:
             self._look_for_end()
 
     def _look_for_end(self) -> None:
+        """Look when the work ends as things are, by the number that this end was given: so ends keep their order."""
         self._look_ns = self._end_ns
         number = self._look_number = self._end_number
         _Call(self._env, lambda _: self._end(number)).at(self._end_ns, URGENT, number)

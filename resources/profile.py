@@ -407,6 +407,6 @@ def _explain(place: tuple[int | str, ...], message: str, given: object) -> str:
     key = ".".join(str(part) for part in place)
     message = message.removeprefix("Value error, ").replace("Input should be", "must be")
     message = message.replace("Extra inputs are not permitted", "no such key")
-    if not key:  # of the whole profile: it names its keys
-        return message
+    if not key:
+        return f"{given!r}: must be an object"
     return f"{key} = {given!r}: {message}" if isinstance(given, str | int | float) else f"{key}: {message}"

@@ -1,9 +1,12 @@
 """Lanes, worked by hand: when work starts and ends, on its own and beside a neighbor."""
 
 from collections.abc import Generator
+from functools import partial
 from typing import Any
 
 import simpy
+from hypothesis import given
+from hypothesis import strategies as st
 
 from prestage.resources.lane import (
     Completion,
@@ -142,6 +145,45 @@ def priority() -> tuple[simpy.Environment, PriorityLane, Timeline]:
     lane = PriorityLane(env, timeline, timeline.add_lane("gpu0", "h2d", "h2d"))
     couple([lane])
     return env, lane, timeline
+
+
+class Anew(CoupledLane):
+    """Schedules the end of its work anew whenever a neighbor moves it, and ignores ends that were overtaken."""
+
+    def _schedule_end(self) -> None:
+        self._look_number = -1
+        super()._schedule_end()
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 2), st.integers(0, 20), st.integers(0, 30), st.none() | st.integers(0, 20)),
+        min_size=10,
+        max_size=30,
+    )
+)
+def test_work_that_is_put_off_ends_when_and_in_the_order_that_scheduling_it_anew_makes(
+    works: list[tuple[int, int, int, int | None]],
+) -> None:
+    def played(kind: type[CoupledLane]) -> tuple[list[tuple[int, int | float]], list[Any]]:
+        env, timeline = simpy.Environment(), Timeline()
+        lanes = [kind(env, timeline, timeline.add_lane("gpu0", role, role)) for role in ("h2d", "peer", "compute")]
+        one, two, compute = lanes
+        one.sharing, two.sharing, compute.disturbers, two.slowed_by = [two], [one], [one, two], [(compute, 1.25)]
+        couple(lanes)
+        ended: list[tuple[int, int | float]] = []
+        promises: list[Completion] = []
+        for number, (lane, ns, issued_ns, after) in enumerate(works):
+            cause = promises[after] if after is not None and after < number else 0
+            end = lanes[lane].submit(ns, ns, issued_ns, cause, EXPERT, number, slowdown=1.5)
+            assert isinstance(end, Pending)
+            end.then(partial(lambda number: ended.append((number, env.now)), number))
+            promises.append(end)
+        env.run()
+        assert len(ended) == len(works)
+        return ended, timeline.spans().tolist()
+
+    assert played(CoupledLane) == played(Anew)
 
 
 def test_demand_overtakes_queued_prefetches_and_nearer_goes_before_farther() -> None:

@@ -16,7 +16,15 @@ from tiny import tiny_profile
 
 from prestage.engine.costs import Costs
 from prestage.engine.scenario import load_scenario
-from prestage.resources.profile import Profile, ProfileError, Samples, TransferCost, load_profile, profile_names
+from prestage.resources.profile import (
+    Profile,
+    ProfileError,
+    Samples,
+    TransferCost,
+    load_profile,
+    make_profile,
+    profile_names,
+)
 from prestage.workloads.model import load_model
 
 MIB = 2**20
@@ -258,3 +266,8 @@ def test_a_profile_that_is_not_there_or_not_json_is_refused(tmp_path: Path) -> N
 def test_a_profile_never_changes() -> None:
     with pytest.raises(ValueError, match="frozen"):
         load_profile("h200-pcie5").host.launch.ns = 0
+
+
+def test_what_is_no_profile_at_all_is_refused() -> None:
+    with pytest.raises(ProfileError, match=r"^mine.json: \[3\]: must be an object$"):
+        make_profile([3], "mine.json")

@@ -149,6 +149,12 @@ def test_what_is_wrong_between_sections_names_its_keys_and_the_scenario_once() -
     assert str(error.value).startswith("mine.toml: parallel.micro_batches = 5: must be at most workload.batch = 1")
 
 
+@pytest.mark.parametrize("data", [[], None, 3])
+def test_what_is_no_scenario_at_all_is_refused(data: Any) -> None:
+    with pytest.raises(ScenarioError, match=r"^mine.toml: .*: must be a table of sections$"):
+        make_scenario(data, "mine.toml")
+
+
 def test_all_problems_are_told_at_once() -> None:
     data = {"workload": {"trace": "t", "batch": 0}, "prefetch": {"polcy": "none"}, "sed": 1}
     with pytest.raises(ScenarioError) as error:

@@ -76,6 +76,13 @@ def test_a_spool_within_another_is_flushed_with_it_into_a_folder_inside(tmp_path
     assert Spool().within("inner").column("bytes", np.uint8).array().size == 0
 
 
+def test_a_spool_within_one_that_is_not_kept_goes_with_it(tmp_path: Path) -> None:
+    outer = Spool(tmp_path, keep=False)
+    outer.within("inner").column("bytes", np.uint8)
+    outer.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_timeline_in_a_file_is_that_in_memory(tmp_path: Path) -> None:
     column = Column(SPAN, tmp_path / "spans.npy")
     kept, streamed = Timeline(), Timeline(column)

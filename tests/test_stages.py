@@ -16,7 +16,8 @@ from prestage.engine.loading import load_inputs
 from prestage.engine.output.files import write_result
 from prestage.engine.output.merge import makespan_ns
 from prestage.engine.output.tables import print_result
-from prestage.engine.run import part_costs, prepared, run_all
+from prestage.engine.policies.prefetch import NoPrefetch
+from prestage.engine.run import dispatched, make_manager, part_costs, prepared, run_all
 from prestage.engine.scenario import load_scenario
 from prestage.engine.simulate import simulate
 from prestage.engine.stages import stage_guesses, stage_model, stage_trace
@@ -103,6 +104,18 @@ def test_an_oracle_is_wrong_in_a_stage_where_it_is_wrong_in_the_whole_model(spli
         within = own.experts != -1  # at its last layers a stage guesses for its own first ones instead
         assert within[:, : layers - 2].all()
         assert (stage.guesses.experts[within] == own.experts[within]).all()
+
+
+def test_equal_stages_evict_by_luck_of_their_own() -> None:
+    trace = tiny_trace([[[token % 7]] * 4 for token in range(60)], num_experts=7)
+    scenario = tiny_scenario(parallel={"stages": 2}, memory={"gpu_budget": "8experts", "eviction": "random"})
+    evicted = []
+    for stage in tiny_pipeline(tiny_model(4, 7), tiny_profile(gpus=2), trace, scenario).stages:
+        manager = make_manager(stage)
+        for _ in dispatched(stage, manager, NoPrefetch()):
+            pass
+        evicted.append(manager.evicted_copies.tolist())
+    assert len(evicted[0]) > 20 and evicted[0] != evicted[1]
 
 
 # What cannot run.

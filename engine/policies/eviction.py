@@ -422,14 +422,15 @@ class Arc(Eviction):
 class Random(Eviction):
     """Evict any expert, all equally likely (Belady, 1966).
 
-    Drawn from the seed, so that the same run meets the same evictions.
+    Drawn from the seed and the model's layers, so that the same run meets the same evictions and each pool its own.
     """
 
     def __init__(self, setting: Setting = NO_SETTING) -> None:
         super().__init__(setting)
         self._experts: list[int] = []
         self._place: dict[int, int] = {}
-        self._random = random.Random(f"{setting.seed} {setting.layers}")
+        layers = tuple(setting.first_layer + layer for layer in setting.layers)
+        self._random = random.Random(f"{setting.seed} {layers}")
 
     def admit(self, expert: int, demanded: bool) -> None:
         """Add it."""

@@ -21,15 +21,17 @@ class Setting:
     """What a policy may know before the run; most need none of it.
 
     `capacity` is how many experts of the largest size its pool holds, `layers` the layers that the pool serves,
-    `experts` the experts of one layer. `shared` says that layers share the experts of the same index: all experts are
-    then those of layer 0. `trace`, `steps` and `single` (every (token, expert) pair is a visit of its own) say what
-    will be asked of it, for bounds and for what is learned beforehand; `guesses` are the predictor's.
+    `first_layer` the model's layer that is layer 0 here, `experts` the experts of one layer. `shared` says that layers
+    share the experts of the same index: all experts are then those of layer 0. `trace`, `steps` and `single` (every
+    (token, expert) pair is a visit of its own) say what will be asked of it, for bounds and for what is learned
+    beforehand; `guesses` are the predictor's.
     """
 
     capacity: int = 0
     layers: tuple[int, ...] = ()
     experts: int = 0
     seed: int = 0
+    first_layer: int = 0
     shared: bool = False
     trace: RoutingTrace | None = None
     steps: Sequence[Step] = ()
