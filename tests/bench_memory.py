@@ -13,15 +13,11 @@ import resource
 from dataclasses import replace
 from pathlib import Path
 
-from bench_parallel import measure
+from bench_parallel import measure, synthetic
 
 from prestage.engine.inputs import Inputs
-from prestage.engine.loading import completed
 from prestage.engine.scenario import load_scenario
-from prestage.resources.profile import load_profile
-from prestage.workloads.batches import plan_steps
 from prestage.workloads.model import load_model
-from prestage.workloads.synthetic import synthesize
 
 BATCH = 8
 #: How large the experts of three layers in a row are, over those of the model.
@@ -33,12 +29,8 @@ def inputs_of(steps: int) -> Inputs:
     scenario = load_scenario("nvme")
     model = load_model(scenario.model.preset)
     sized = tuple(int(size * SIZES[layer % len(SIZES)]) for layer, size in enumerate(model.expert_bytes))
-    model = replace(model, expert_bytes=sized)
-    shape = (model.layers, model.experts, model.top_k)
-    trace = synthesize(steps * BATCH, *shape, sequences=BATCH, skew=0.5, reuse=0.3)
-    planned = plan_steps(trace.sequence, trace.phase, batch=BATCH)
-    profile = load_profile(scenario.machine.profile)
-    return completed(Inputs(scenario, model, profile, trace, planned, budget_bytes=0, guesses=None))
+    inputs: Inputs = synthetic(scenario, replace(model, expert_bytes=sized), steps, BATCH)
+    return inputs
 
 
 def main() -> None:

@@ -20,11 +20,11 @@ from typing import Any
 from prestage.engine.inputs import Inputs
 from prestage.engine.loading import completed
 from prestage.engine.run import part_costs, prepared, run_all
-from prestage.engine.scenario import load_scenario
+from prestage.engine.scenario import Scenario, load_scenario
 from prestage.engine.simulate import simulate_inputs
 from prestage.resources.profile import load_profile
 from prestage.workloads.batches import plan_steps
-from prestage.workloads.model import load_model
+from prestage.workloads.model import Model, load_model
 from prestage.workloads.synthetic import synthesize
 
 
@@ -34,8 +34,13 @@ def inputs_of(steps: int, layers: int, experts: int, settings: list[str]) -> Inp
     base = load_model(scenario.model.preset)
     expert_bytes, dense_bytes = base.expert_bytes[:1] * layers, base.dense_bytes[1:2] * layers
     model = replace(base, layers=layers, experts=experts, expert_bytes=expert_bytes, dense_bytes=dense_bytes)
-    batch = scenario.workload.batch
-    trace = synthesize(steps * batch, layers, experts, model.top_k, sequences=batch, skew=0.5, reuse=0.3)
+    return synthetic(scenario, model, steps, scenario.workload.batch)
+
+
+def synthetic(scenario: Scenario, model: Model, steps: int, batch: int) -> Inputs:
+    """Return what a scenario runs with this model and so many decode steps of a batch of synthetic sequences."""
+    shape = (model.layers, model.experts, model.top_k)
+    trace = synthesize(steps * batch, *shape, sequences=batch, skew=0.5, reuse=0.3)
     planned = plan_steps(trace.sequence, trace.phase, batch=batch)
     bare = Inputs(scenario, model, load_profile(scenario.machine.profile), trace, planned, budget_bytes=0, guesses=None)
     return completed(bare)
