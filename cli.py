@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from .errors import InputError
+
 if TYPE_CHECKING:
     from .workloads.trace import RoutingTrace
 
@@ -91,7 +93,7 @@ def main() -> None:
         message = f"{error.format_message().rstrip('.')}; `{asked} --help` tells more"
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    except ValueError as error:
+    except InputError as error:
         message = str(error)
     typer.echo(f"prestage: {' '.join(message.split())}", err=True)
     sys.exit(2)
@@ -223,7 +225,7 @@ def sweep(
         print_sweep(rows)
         typer.echo(f"{out}: {len(rows):,} rows" + (f", {len(failed):,} of them with an error" if failed else ""))
     if failed and len(failed) == len(rows):
-        raise ValueError(f"every scenario failed, the first with: {failed[0]}")
+        raise InputError(f"every scenario failed, the first with: {failed[0]}")
 
 
 @app.command()
@@ -319,19 +321,19 @@ def plot(
     from .engine.output.figures_static import draw
     from .engine.output.plots import check_picture, save
     from .engine.output.saved import load_results
-    from .resources.suggest import unknown_name
+    from .words import unknown_name
 
     check_picture(out)
     if kind in CHARTS:
         if len(results) != 1:
-            raise ValueError(f"{kind} is drawn from one journal, and {len(results)} are given")
+            raise InputError(f"{kind} is drawn from one journal, and {len(results)} are given")
         picture = plot_sweep(kind, read_rows(results[0]), x=x, by=by, figure=figure or "tokens_per_second")
     elif kind in FIGURES:
         if x or by or figure:
-            raise ValueError(f"{kind} is a picture of a run: --x, --by and --figure are for those of a sweep")
+            raise InputError(f"{kind} is a picture of a run: --x, --by and --figure are for those of a sweep")
         picture = draw(kind, load_results(results))
     else:
-        raise ValueError(unknown_name("KIND", kind, [*CHARTS, *FIGURES]))
+        raise InputError(unknown_name("KIND", kind, [*CHARTS, *FIGURES]))
     save(picture, out)
     typer.echo(str(out))
 
@@ -814,7 +816,7 @@ def calibrate_measure(
 
     gpu = Gpu(device)
     if links and gpu.count() < 2:
-        raise ValueError("--links: torch finds one GPU only")
+        raise InputError("--links: torch finds one GPU only")
     with _progress() as progress:
         samples = measure(gpu, QUICK if quick else FULL, progress, LINKS if links else PROBES)
     samples.save(out)
@@ -859,7 +861,7 @@ def calibrate_fit(
     first, *more = (load_samples(path) for path in samples)
     graph = None if topology is None else load_profile(topology).topology
     if topology is not None and graph is None:
-        raise ValueError(f"--topology {topology}: that profile has no topology")
+        raise InputError(f"--topology {topology}: that profile has no topology")
     fitted = fit(first, out.name.removesuffix(".json"), rows, more, graph)
     write_profile(fitted.profile, out)
     if json:
@@ -939,11 +941,11 @@ def calibrate_execute(
     chosen = chosen_scenarios(scenarios, settings or ())
     single = out.name.endswith((".json", ".json.gz"))
     if single and len(chosen) > 1:
-        raise ValueError(f"--out {out}: {len(chosen)} scenarios need a folder")
+        raise InputError(f"--out {out}: {len(chosen)} scenarios need a folder")
     if not single:
         out.mkdir(parents=True, exist_ok=True)
     if profiler is not None and len(chosen) > 1:
-        raise ValueError(f"--profiler {profiler}: one trace holds one scenario, and {len(chosen)} are to be executed")
+        raise InputError(f"--profiler {profiler}: one trace holds one scenario, and {len(chosen)} are to be executed")
     with _progress() as progress:
         runs = execute_all(
             chosen, device=device, repeats=repeats, keep_all=all_repeats, profile=profiler, progress=progress
@@ -1015,7 +1017,7 @@ def benchmark_transfer(
     from .calibration import transfer
 
     if sum(source is not None for source in (samples, profile, device)) > 1:
-        raise ValueError("--samples, --profile, --device: give one of them")
+        raise InputError("--samples, --profile, --device: give one of them")
     if samples is not None:
         from .calibration.samples import load_samples
 

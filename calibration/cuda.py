@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.costs import DENSE_PRODUCTS
+from ..errors import InputError
 from ..workloads.model import DTYPES, Model
 
 #: Something to call, and with what.
@@ -25,7 +26,7 @@ EXECUTABLE_DTYPES = ("float32", "bfloat16", "float16")
 NO_CUDA = "no CUDA GPU: run it where torch finds one, or simulate with a shipped profile ({profiles})"
 
 
-class CudaError(ValueError):
+class CudaError(InputError):
     """There is no GPU to run on, or the model has parts that cannot be run there."""
 
 

@@ -22,6 +22,7 @@ import orjson
 from ..engine.gpu import add_lanes
 from ..engine.output.export import replacing
 from ..engine.scenario import Scenario, make_scenario
+from ..errors import InputError
 from ..resources.timeline import ACTIVATION, DEMAND, DENSE, EXPERT, HEAD, LAUNCH, PREFETCH, READBACK, Timeline
 
 FORMAT = "prestage measured run 1"
@@ -36,7 +37,7 @@ _LANES = {
 Numbers = npt.NDArray[np.int64]
 
 
-class MeasuredError(ValueError):
+class MeasuredError(InputError):
     """A file that is no measured run."""
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..engine.inputs import Inputs
+from ..errors import InputError
 from ..resources.timeline import ACTIVATION, DENSE, EXPERT, HEAD, PREFETCH, READBACK
 from .clocks import Clocks
 from .cuda import Call, Calls, CudaError, Workload, run
@@ -59,7 +60,7 @@ class Shared:
         """Return a buffer of `size_bytes` for each of `count` experts; they repeat where the pool is too small."""
         different = len(self.bytes) // size_bytes
         if not different:
-            raise ValueError(f"an expert of {size_bytes} bytes is larger than the pool of {len(self.bytes)} bytes")
+            raise InputError(f"an expert of {size_bytes} bytes is larger than the pool of {len(self.bytes)} bytes")
         views = [self.bytes[at * size_bytes : (at + 1) * size_bytes] for at in range(min(count, different))]
         return [views[number % different] for number in range(count)]
 

@@ -17,13 +17,14 @@ from ..engine.memory_manager import Admission, MemoryManager
 from ..engine.pipeline import flow_of, received_steps, sent_bytes
 from ..engine.run import dispatched, make_manager, make_prefetch
 from ..engine.scenario import Scenario
+from ..errors import InputError
 from ..resources.timeline import ACTIVATION, DEMAND, DENSE, EXPERT, HEAD, PREFETCH, READBACK
 
 #: The kinds of entries that copy an expert.
 COPIES = (DEMAND, PREFETCH)
 
 
-class ExecutionError(ValueError):
+class ExecutionError(InputError):
     """A scenario that can be simulated but not executed; the message names the key and what would be right."""
 
 

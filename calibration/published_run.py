@@ -23,6 +23,7 @@ from ..engine.loading import load_inputs
 from ..engine.output.metrics import Recording, token_times_ns
 from ..engine.run import make_manager, make_prefetch, run
 from ..engine.scenario import Scenario, ScenarioError
+from ..errors import InputError
 from ..resources.profile import Profile
 
 Array = npt.NDArray[np.float64]
@@ -37,7 +38,7 @@ BYTES_TOLERANCE = 0.01
 LONGEST_WAKE_NS, WAKE_STEP_NS = 2_000_000, 100
 
 
-class PublishedRunError(ValueError):
+class PublishedRunError(InputError):
     """A log that cannot be read, or that is not of this scenario."""
 
 

@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ..errors import InputError
+
 #: What is measured, with the keys that tell its series apart.
 TERMS: dict[str, tuple[str, ...]] = {
     # One copy: alone on an idle engine, queued behind another of its size, or one of a flood with nothing between;
@@ -51,7 +53,7 @@ TERMS: dict[str, tuple[str, ...]] = {
 Key = dict[str, int | str]
 
 
-class SamplesError(ValueError):
+class SamplesError(InputError):
     """A file that holds no samples."""
 
 
@@ -69,11 +71,11 @@ class Series(_Part):
     @model_validator(mode="after")
     def _known(self) -> Series:
         if self.term not in TERMS:
-            raise ValueError(f"term = {self.term!r}: choose one of {', '.join(TERMS)}")
+            raise InputError(f"term = {self.term!r}: choose one of {', '.join(TERMS)}")
         if set(self.key) != set(TERMS[self.term]):
-            raise ValueError(f"{self.term}: key must have {', '.join(TERMS[self.term])} (given {', '.join(self.key)})")
+            raise InputError(f"{self.term}: key must have {', '.join(TERMS[self.term])} (given {', '.join(self.key)})")
         if not all(self.rounds_ns) or min(min(samples) for samples in self.rounds_ns) < 0:
-            raise ValueError(f"{self.term} {self.key}: every round must have samples, none below 0")
+            raise InputError(f"{self.term} {self.key}: every round must have samples, none below 0")
         return self
 
 

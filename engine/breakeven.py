@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import InputError
 from .costs import Costs
 from .grid import make_grid
 from .output.merge import makespan_ns as run_ns
@@ -87,7 +88,7 @@ def search(cell: Cell) -> dict[str, Any]:
     """Search one cell, in whatever process this is; a scenario that cannot run gives `error`."""
     try:
         return _search(make_scenario(cell.scenario), cell.hashes)
-    except ValueError as error:
+    except InputError as error:
         return {"error": str(error)}
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from ..errors import InputError
 from .journal import flat
 from .scenario import load_scenario
 from .simulate import simulate
@@ -46,7 +47,7 @@ FIGURES = (
 )
 
 
-class CompareError(ValueError):
+class CompareError(InputError):
     """Runs that cannot be compared."""
 
 

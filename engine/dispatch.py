@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import InputError
 from ..workloads.batches import Step
 from ..workloads.guesses import Guesses
 from ..workloads.trace import RoutingTrace
@@ -156,7 +157,7 @@ def visits(
     With a `part`, the look-ups and guesses are those that one of several GPUs gets of each step.
     """
     if issue not in ISSUE:
-        raise ValueError(f"issue = {issue!r}: choose one of {', '.join(ISSUE)}")
+        raise InputError(f"issue = {issue!r}: choose one of {', '.join(ISSUE)}")
     layers, experts, shared = trace.layers, trace.num_experts, manager.shared
     prefetching = prefetch.horizons > 0
     if part is None:

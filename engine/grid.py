@@ -16,7 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..resources.suggest import unknown_name
+from ..words import unknown_name
 from .scenario import (
     Scenario,
     ScenarioError,

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import InputError
 from ..resources.profile import load_profile
-from ..resources.suggest import unknown_name
+from ..words import unknown_name
 from ..workloads.batches import DECODE
 from ..workloads.importers import open_trace
 from ..workloads.model import load_model
@@ -268,7 +269,7 @@ def in_guides_accounting(
     """
     scenario, model = inputs.scenario, inputs.model
     if any(len(step.rows) != 1 for step in inputs.steps) or len(set(model.expert_bytes)) != 1:
-        raise ValueError("the guide's accounting needs workload.batch = 1, decode tokens only, and experts of one size")
+        raise InputError("the guide's accounting needs workload.batch = 1, decode tokens only, and experts of one size")
     manager = VirtualMemoryManager(
         model.experts,
         model.expert_bytes[0] / _MIB,

@@ -6,11 +6,12 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from ..resources.suggest import unknown_name
+from ..errors import InputError
+from ..words import unknown_name
 from .journal import Row, flat
 
 
-class InsightError(ValueError):
+class InsightError(InputError):
     """Rows that do not say what was asked of them."""
 
 

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 import orjson
 
+from ..errors import InputError
 from .output.export import replacing
 
 try:
@@ -27,7 +28,7 @@ Row = dict[str, Any]
 _BATCH = 1000
 
 
-class JournalError(ValueError):
+class JournalError(InputError):
     """A journal that cannot be read or written; the message names the file, the line and what would be right."""
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from ..errors import InputError
 from ..resources.profile import load_profile
 from ..workloads.batches import Step, plan_steps
 from ..workloads.fitted import FittedRouting
@@ -208,7 +209,7 @@ def _load_trace(scenario: Scenario, model: Model) -> RoutingTrace:
             seed=scenario.seed,
             **options,
         )
-    except ValueError as error:
+    except InputError as error:
         raise ScenarioError(f"workload.synthetic.{error}") from None
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import InputError
 from ..resources.spool import Spool
 from .policies.eviction import NO_SETTING, Eviction, Setting
 from .policies.prefetch_share import FixedShare
@@ -35,7 +36,7 @@ DEMANDED, PREFETCHED, PRELOADED = range(3)
 _NONE: Set[int] = frozenset()
 
 
-class BudgetError(ValueError):
+class BudgetError(InputError):
     """The expert budget cannot hold a single expert of some layer."""
 
 
@@ -129,7 +130,7 @@ class MemoryManager:
         spool: Spool | None = None,
     ) -> None:
         if protect not in PROTECTION:
-            raise ValueError(f"protect = {protect!r}: choose one of {', '.join(PROTECTION)}")
+            raise InputError(f"protect = {protect!r}: choose one of {', '.join(PROTECTION)}")
         self.experts = experts
         self.shared = scope == "shared"
         if size_of is None:
@@ -444,10 +445,10 @@ def pool_budgets(expert_bytes: Sequence[int], budget_bytes: int, scope: str) -> 
     (see `partition.divider`), or it is shared by layers whose experts differ in size.
     """
     if scope not in SCOPES:
-        raise ValueError(f"scope = {scope!r}: choose one of {', '.join(SCOPES)}")
+        raise InputError(f"scope = {scope!r}: choose one of {', '.join(SCOPES)}")
     check_sizes(expert_bytes, scope)
     if scope == "benefit":
-        raise ValueError("scope = 'benefit' needs a trace to measure it on: give divide")
+        raise InputError("scope = 'benefit' needs a trace to measure it on: give divide")
     if scope in ("global", "shared"):
         return [_usable("the expert budget", expert_bytes, budget_bytes)]
     layers = len(expert_bytes)
@@ -458,7 +459,7 @@ def pool_budgets(expert_bytes: Sequence[int], budget_bytes: int, scope: str) -> 
 def check_sizes(expert_bytes: Sequence[int], scope: str) -> None:
     """Raise ValueError if the scope needs experts of one size in all layers, and these are not."""
     if scope in ("benefit", "shared") and min(expert_bytes) != max(expert_bytes):
-        raise ValueError(f"scope = {scope!r} needs experts of one size in all layers: choose global or per-layer")
+        raise InputError(f"scope = {scope!r} needs experts of one size in all layers: choose global or per-layer")
 
 
 def _usable(where: str, sizes: Sequence[int], budget_bytes: int) -> int:

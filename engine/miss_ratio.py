@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..resources.suggest import unknown_name
+from ..errors import InputError
+from ..words import unknown_name
 from ..workloads.batches import plan_steps
 from ..workloads.stacks import belady_depths, lru_depths
 from ..workloads.trace import RoutingTrace
@@ -56,9 +57,9 @@ def miss_ratio_curves(
     policies = list(dict.fromkeys(policies))
     for policy in policies:
         if policy not in KINDS:
-            raise ValueError(unknown_name("policy", policy, KINDS))
+            raise InputError(unknown_name("policy", policy, KINDS))
     if lookup not in LOOKUPS:
-        raise ValueError(unknown_name("lookup", lookup, LOOKUPS))
+        raise InputError(unknown_name("lookup", lookup, LOOKUPS))
     sizes = expert_sizes(trace, model, expert_bytes, capacities)
     known = sizes or [1] * trace.layers
     steps = plan_steps(trace.sequence, trace.phase, batch=batch)
@@ -129,7 +130,7 @@ def _capacities(
         budgets = [parse_budget(capacity, expert_bytes, trace.num_experts, scope) for capacity in capacities]
     else:
         if points < 1:
-            raise ValueError(f"points = {points}: must be at least 1")
+            raise InputError(f"points = {points}: must be at least 1")
         total_bytes = parse_budget("100%", expert_bytes, trace.num_experts, scope)
         least_bytes = max(expert_bytes) * (1 if scope in ("global", "shared") else trace.layers)
         budgets = [max(least_bytes, total_bytes * point // points) for point in range(1, points + 1)]

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..resources.suggest import unknown_name
+from ..errors import InputError
+from ..words import unknown_name
 from ..workloads.batches import DECODE, Step, plan_steps
 from ..workloads.model import load_model
 from ..workloads.predictors import PREDICTORS, make_predictor
@@ -69,7 +70,7 @@ class Replayed:
 def replay(trace: RoutingTrace, steps: Sequence[Step], manager: MemoryManager, *, lookup: str = "batch") -> Replayed:
     """Replay the steps of a trace through a memory manager, on demand only: the reference for every other replay."""
     if lookup not in LOOKUPS:
-        raise ValueError(unknown_name("lookup", lookup, LOOKUPS))
+        raise InputError(unknown_name("lookup", lookup, LOOKUPS))
     outcome = np.full(trace.experts.shape, NOT_LOOKED_UP, dtype=np.uint8)
     number = 0
     for step in steps:
@@ -144,9 +145,9 @@ def replay_trace(
     without it) are for an eviction policy that goes by guesses. Raises ValueError on bad input.
     """
     if eviction not in EVICTION:
-        raise ValueError(unknown_name("eviction", eviction, EVICTION))
+        raise InputError(unknown_name("eviction", eviction, EVICTION))
     if predictor not in PREDICTORS:
-        raise ValueError(unknown_name("predictor", predictor, PREDICTORS))
+        raise InputError(unknown_name("predictor", predictor, PREDICTORS))
     sizes = expert_sizes(trace, model, expert_bytes, [budget])
     known = sizes or [1] * trace.layers
     budget_bytes = parse_budget(budget, known, trace.num_experts, scope)
@@ -154,7 +155,7 @@ def replay_trace(
     pools = divide(budget_bytes)
     steps = plan_steps(trace.sequence, trace.phase, batch=batch)
     if lookup not in LOOKUPS:
-        raise ValueError(unknown_name("lookup", lookup, LOOKUPS))
+        raise InputError(unknown_name("lookup", lookup, LOOKUPS))
     if eviction in COMPILED:
         outcome, evict = COMPILED[eviction](trace, steps, pools, known, lookup, shared=scope == "shared")
         replayed = Replayed(trace, outcome, evict)
@@ -198,19 +199,19 @@ def expert_sizes(
     """Return the bytes of one expert of each layer, or None where nobody says and none of the budgets needs it."""
     if expert_bytes is not None:
         if expert_bytes < 1:
-            raise ValueError(f"expert_bytes = {expert_bytes}: must be at least 1")
+            raise InputError(f"expert_bytes = {expert_bytes}: must be at least 1")
         return [expert_bytes] * trace.layers
     if model is not None:
         shape = load_model(model)
         if shape.layers != trace.layers:
-            raise ValueError(f"model {model!r} has {shape.layers} MoE layers, but the trace has {trace.layers}")
+            raise InputError(f"model {model!r} has {shape.layers} MoE layers, but the trace has {trace.layers}")
         return list(shape.expert_bytes)
     if "expert_bytes" in trace.extra:
         return [int(size) for size in trace.extra["expert_bytes"]]
     for budget in budgets:
         parse_budget(budget, [1], 1)  # refuses what is no budget at all
         if not budget.strip().endswith(("%", "experts")):
-            raise ValueError(
+            raise InputError(
                 f"budget {budget!r}: the trace does not say how large an expert is; give --model or --expert-bytes, "
                 f"or a budget in '%' or 'experts'"
             )

@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from typing import Any
 
+from ..errors import InputError
 from ..resources.profile import Profile, load_profile
-from ..resources.suggest import unknown_name
+from ..words import unknown_name
 from ..workloads.model import load_model
 from .inference import InferenceConfig, InferenceSimulator, in_guides_accounting
 from .inputs import Inputs
@@ -414,5 +415,5 @@ def reproduce(names: Sequence[str] = ()) -> dict[str, list[dict[str, Any]]]:
     """Return the rows of published tables by name, all of them without a name; ValueError for an unknown one."""
     for name in names:
         if name not in TABLES:
-            raise ValueError(unknown_name("TABLE", name, TABLES))
+            raise InputError(unknown_name("TABLE", name, TABLES))
     return {name: TABLES[name]() for name in names or TABLES}

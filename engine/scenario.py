@@ -17,7 +17,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ..resources.suggest import unknown_name
+from ..errors import InputError
+from ..words import unknown_name
 from ..workloads.batches import PREFILL_MODES
 from ..workloads.importers import shipped_traces
 from ..workloads.learned import shipped_weights
@@ -57,7 +58,7 @@ _UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 
 _AMOUNT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(%|experts|" + "|".join(_UNITS) + r")\s*")
 
 
-class ScenarioError(ValueError):
+class ScenarioError(InputError):
     """A scenario that cannot run; the message names the file, the key, the value and what would be right."""
 
 
@@ -66,7 +67,7 @@ def _one_of(names: Collection[str]) -> AfterValidator:
 
     def check(value: str) -> str:
         if value not in names:
-            raise ValueError(unknown_name("value", value, names).removeprefix("value = "))
+            raise InputError(unknown_name("value", value, names).removeprefix("value = "))
         return value
 
     return AfterValidator(check)
@@ -116,7 +117,7 @@ class SyntheticSection(_Section):
     def _fit_stands_alone(self) -> SyntheticSection:
         without_meaning = set(_FIT_REPLACES) & self.model_fields_set
         if self.fit is not None and without_meaning:
-            raise ValueError(f"{', '.join(sorted(without_meaning))}: no meaning with fit, which says it: leave out")
+            raise InputError(f"{', '.join(sorted(without_meaning))}: no meaning with fit, which says it: leave out")
         return self
 
 
@@ -133,7 +134,7 @@ class WorkloadSection(_Section):
     @model_validator(mode="after")
     def _one_source(self) -> WorkloadSection:
         if (self.trace is None) == (self.synthetic is None):
-            raise ValueError("give trace (a file) or [workload.synthetic]: one of the two")
+            raise InputError("give trace (a file) or [workload.synthetic]: one of the two")
         return self
 
 
@@ -162,19 +163,19 @@ class MemorySection(_Section):
     @model_validator(mode="after")
     def _preloaded_stays(self) -> MemorySection:
         if self.preload != "none" and not self.caching:
-            raise ValueError(f"preload = {self.preload!r} needs caching = true: else it leaves after its first use")
+            raise InputError(f"preload = {self.preload!r} needs caching = true: else it leaves after its first use")
         if self.cpu_layers is not None and self.preload != "layers":
-            raise ValueError(f"cpu_layers = {self.cpu_layers} needs preload = 'layers' (given {self.preload!r})")
+            raise InputError(f"cpu_layers = {self.cpu_layers} needs preload = 'layers' (given {self.preload!r})")
         return self
 
     @model_validator(mode="after")
     def _budget_reads(self) -> MemorySection:
         if not _AMOUNT.fullmatch(self.gpu_budget):
-            raise ValueError(f"gpu_budget = {self.gpu_budget!r}: write it as '25%', '4GiB' or '512experts'")
+            raise InputError(f"gpu_budget = {self.gpu_budget!r}: write it as '25%', '4GiB' or '512experts'")
         for key, value in (("total_bytes", self.total_bytes), ("workspace_bytes", self.workspace_bytes)):
             match = _AMOUNT.fullmatch(value) if value is not None else None
             if value is not None and (match is None or match[2] not in _UNITS):
-                raise ValueError(f"{key} = {value!r}: write it as '24GiB'")
+                raise InputError(f"{key} = {value!r}: write it as '24GiB'")
         return self
 
     def budget_bytes(self, expert_bytes: Iterable[int], experts: int) -> int:
@@ -200,7 +201,7 @@ class PredictorSection(_Section):
     def _weights_are_of_learned(self) -> PredictorSection:
         if (self.weights is not None) != (self.name == "learned"):
             given = f"name = {self.name!r} and weights = {self.weights!r}"
-            raise ValueError(f"{given}: weights (a folder of `prestage predictor train`) go with name = 'learned'")
+            raise InputError(f"{given}: weights (a folder of `prestage predictor train`) go with name = 'learned'")
         return self
 
 
@@ -242,13 +243,13 @@ class CopySection(_Section):
     @model_validator(mode="after")
     def _peers_have_no_host_memory(self) -> CopySection:
         if self.source == "peer" and self.host_memory is not None:
-            raise ValueError(f"source = 'peer' copies from no host_memory (given {self.host_memory!r})")
+            raise InputError(f"source = 'peer' copies from no host_memory (given {self.host_memory!r})")
         return self
 
     @model_validator(mode="after")
     def _stale_needs_queue(self) -> CopySection:
         if self.drop_stale and self.discipline != "priority":
-            raise ValueError(f"drop_stale = true needs discipline = 'priority' (given {self.discipline!r})")
+            raise InputError(f"drop_stale = true needs discipline = 'priority' (given {self.discipline!r})")
         return self
 
 
@@ -287,7 +288,7 @@ class ParallelSection(_Section):
     def _split_reads(cls, value: object) -> object:
         counts = isinstance(value, list) and all(type(count) is int and count > 0 for count in value)
         if not (isinstance(value, str) and value in SPLITS) and not counts:
-            raise ValueError(f"choose one of {', '.join(SPLITS)}, or give the layers of each stage, such as [16, 16]")
+            raise InputError(f"choose one of {', '.join(SPLITS)}, or give the layers of each stage, such as [16, 16]")
         return value
 
     @field_validator("replica_bytes", "spare_bytes")
@@ -299,18 +300,18 @@ class ParallelSection(_Section):
     @model_validator(mode="after")
     def _one_way_to_use_gpus(self) -> ParallelSection:
         if self.gpus > 1 and max(self.stages, self.micro_batches) > 1:
-            raise ValueError(
+            raise InputError(
                 f"gpus = {self.gpus} with stages = {self.stages}, micro_batches = {self.micro_batches}: share the "
                 f"experts of all layers, or divide the layers: one of the two"
             )
         if self.remote != "tokens" and parse_bytes(self.spare_bytes):
-            raise ValueError(f"spare_bytes = {self.spare_bytes!r}: needs remote = 'tokens' (given {self.remote!r})")
+            raise InputError(f"spare_bytes = {self.spare_bytes!r}: needs remote = 'tokens' (given {self.remote!r})")
         return self
 
     @model_validator(mode="after")
     def _split_is_of_stages(self) -> ParallelSection:
         if isinstance(self.split, list) and len(self.split) != self.stages:
-            raise ValueError(f"split = {self.split}: give one number for each of the {self.stages} stages")
+            raise InputError(f"split = {self.split}: give one number for each of the {self.stages} stages")
         return self
 
 
@@ -332,9 +333,9 @@ class TiersSection(_Section):
     @model_validator(mode="after")
     def _budget_reads(self) -> TiersSection:
         if self.prefetch == "host" and self.host_budget == "all":
-            raise ValueError("prefetch = 'host': host memory has every expert; give a host_budget, or prefetch = 'gpu'")
+            raise InputError("prefetch = 'host': host memory has every expert; give a host_budget, or prefetch = 'gpu'")
         if self.host_budget != "all" and not _AMOUNT.fullmatch(self.host_budget):
-            raise ValueError(f"host_budget = {self.host_budget!r}: write it as 'all', '50%', '16GiB' or '512experts'")
+            raise InputError(f"host_budget = {self.host_budget!r}: write it as 'all', '50%', '16GiB' or '512experts'")
         return self
 
 
@@ -381,15 +382,15 @@ class CompressionSection(_Section):
     @classmethod
     def _pairs(cls, mixed: object) -> object:
         if mixed is not None and not _are_pairs(mixed):
-            raise ValueError("must be [share of the experts, ratio of their bytes] pairs whose shares come to 1")
+            raise InputError("must be [share of the experts, ratio of their bytes] pairs whose shares come to 1")
         return mixed
 
     @model_validator(mode="after")
     def _says_what_it_takes(self) -> CompressionSection:
         if self.where != "none" and self.decompress_gb_per_s is None:
-            raise ValueError(f"where = {self.where!r}: say what decompressing takes, decompress_gb_per_s")
+            raise InputError(f"where = {self.where!r}: say what decompressing takes, decompress_gb_per_s")
         if self.where != "none" and self.mixed is not None:
-            raise ValueError(f"where = {self.where!r} and mixed: give one of the two")
+            raise InputError(f"where = {self.where!r} and mixed: give one of the two")
         return self
 
     def copied_bytes(self, size_bytes: int) -> int:
@@ -436,7 +437,7 @@ class Scenario(_Section):
     def _offloading_fits(self) -> Scenario:
         for wrong, text in _unfit(self):
             if wrong:
-                raise ValueError(text)
+                raise InputError(text)
         return self
 
     @property
@@ -451,19 +452,19 @@ class Scenario(_Section):
         if self.parallel.gpus == 1:
             return self
         if self.memory.scope not in ("global", "per-layer"):
-            raise ValueError(f"memory.scope = {self.memory.scope!r}: with parallel.gpus, choose global or per-layer")
+            raise InputError(f"memory.scope = {self.memory.scope!r}: with parallel.gpus, choose global or per-layer")
         if self.memory.total_bytes is not None:
-            raise ValueError("memory.total_bytes: with parallel.gpus, give memory.gpu_budget alone")
+            raise InputError("memory.total_bytes: with parallel.gpus, give memory.gpu_budget alone")
         if self.memory.preload != "none":
-            raise ValueError(f"memory.preload = {self.memory.preload!r}: with parallel.gpus, choose none")
+            raise InputError(f"memory.preload = {self.memory.preload!r}: with parallel.gpus, choose none")
         if not self.dispatch.router_readback:
-            raise ValueError(
+            raise InputError(
                 "dispatch.router_readback = false: with parallel.gpus, hosts meet at every choice: set true"
             )
         if parse_bytes(self.parallel.spare_bytes) and not self.memory.caching:
-            raise ValueError("memory.caching = false: with parallel.spare_bytes, evicted experts are kept: set true")
+            raise InputError("memory.caching = false: with parallel.spare_bytes, evicted experts are kept: set true")
         if self.copy_.discipline == "priority" and self.parallel.lends:
-            raise ValueError(
+            raise InputError(
                 "copy.discipline = 'priority': where GPUs copy experts from one another, one may be waiting for what "
                 "another puts off: choose fifo or two_streams"
             )
@@ -473,14 +474,14 @@ class Scenario(_Section):
     def _dropping_knows_the_visit(self) -> Scenario:
         prefetch = self.prefetch
         if not self.memory.caching and (prefetch.protect, prefetch.issue) != ("until_target", "after_launch"):
-            raise ValueError("memory.caching = false: needs prefetch.protect = 'until_target', issue = 'after_launch'")
+            raise InputError("memory.caching = false: needs prefetch.protect = 'until_target', issue = 'after_launch'")
         return self
 
     @model_validator(mode="after")
     def _host_cache_serves_one_gpu(self) -> Scenario:
         parallel = self.parallel
         if self.tiers.host_budget != "all" and max(parallel.stages, parallel.micro_batches, parallel.gpus) > 1:
-            raise ValueError(
+            raise InputError(
                 f"tiers.host_budget = {self.tiers.host_budget!r}: host memory as a cache serves one GPU without "
                 "micro-batches; give 'all', or parallel.stages, parallel.micro_batches and parallel.gpus = 1"
             )
@@ -489,20 +490,20 @@ class Scenario(_Section):
     @model_validator(mode="after")
     def _a_peer_holds_all_experts_and_does_nothing_else(self) -> Scenario:
         if self.copy_.source == "peer" and max(self.parallel.stages, self.parallel.gpus) > 1:
-            raise ValueError(
+            raise InputError(
                 "copy.source = 'peer': a GPU that holds experts has no stage and no share of them: set parallel.stages "
                 "and parallel.gpus = 1"
             )
         if self.copy_.source == "peer" and self.tiers.host_budget != "all":
-            raise ValueError("copy.source = 'peer': no expert lies in host memory: set tiers.host_budget = 'all'")
+            raise InputError("copy.source = 'peer': no expert lies in host memory: set tiers.host_budget = 'all'")
         if self.copy_.source == "peer" and not self.only_fetches:
-            raise ValueError("copy.source = 'peer': no expert lies in host memory: leave out [miss] and [compression]")
+            raise InputError("copy.source = 'peer': no expert lies in host memory: leave out [miss] and [compression]")
         return self
 
     @model_validator(mode="after")
     def _micro_batches_have_places(self) -> Scenario:
         if self.parallel.micro_batches > self.workload.batch:
-            raise ValueError(
+            raise InputError(
                 f"parallel.micro_batches = {self.parallel.micro_batches}: must be at most workload.batch = "
                 f"{self.workload.batch}, whose places they divide"
             )

@@ -17,7 +17,8 @@ from typing import Any, Literal
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from ..resources.suggest import unknown_name
+from ..errors import InputError
+from ..words import unknown_name
 from .grid import make_grid
 from .insights import best, finished, front
 from .journal import Row, Rows, flat
@@ -37,7 +38,7 @@ SPEED = "tokens_per_second"
 BASE = "base"
 
 
-class SuiteError(ValueError):
+class SuiteError(InputError):
     """A suite that cannot run; the message names the suite, the key and what would be right."""
 
 
@@ -113,7 +114,7 @@ class Suite(_Part):
 
 def _one_of(what: str, name: str, known: Mapping[str, Any]) -> str:
     if name not in known:
-        raise ValueError(unknown_name(what, name, known))
+        raise InputError(unknown_name(what, name, known))
     return name
 
 

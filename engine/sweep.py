@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import orjson
 
+from ..errors import InputError
 from ..resources.profile import load_profile
 from ..workloads.fitted import FittedRouting
 from ..workloads.importers import open_trace
@@ -208,7 +209,7 @@ def run_task(task: Task) -> bytes:
         else:
             complete = task.baselines.keys() >= BASELINES.keys() - {"no_prefetch"}
             result = simulate_inputs(inputs, baselines=task.baselines if complete else True, check_prefetch=True)
-    except ValueError as error:
+    except InputError as error:
         return failed_row(task, " ".join(str(error).split()))
     except Exception as error:  # whatever it is, it is this scenario's, and the others go on
         return failed_row(task, f"{type(error).__name__}: {' '.join(str(error).split())}")

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import InputError
 from ..resources.profile import Profile, load_profile
-from ..resources.suggest import unknown_name
+from ..words import unknown_name
 from ..workloads.batches import DECODE, Step
 from ..workloads.guesses import Guesses
 from ..workloads.trace import RoutingTrace
@@ -39,7 +40,7 @@ _MAX_EXPERTS = 1 << 15
 _MIB = 2**20
 
 
-class VirtualMemoryError(ValueError):
+class VirtualMemoryError(InputError):
     """An argument that cannot be right: its name, its value and what would be right."""
 
 

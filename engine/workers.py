@@ -17,6 +17,8 @@ from joblib import Parallel, delayed, parallel_config
 from joblib.externals.loky import get_reusable_executor
 from joblib.externals.loky.process_executor import BrokenProcessPool
 
+from ..errors import InputError
+
 Task = TypeVar("Task")
 Done = TypeVar("Done")
 
@@ -26,7 +28,7 @@ CONNECT_S = 10
 _LOOK_S = 1
 
 
-class WorkerError(ValueError):
+class WorkerError(InputError):
     """Workers that cannot be had."""
 
 

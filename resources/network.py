@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import InputError
 from .timeline import covered_ns
 from .topology import Route, Topology
 
@@ -47,7 +48,7 @@ def max_min(
         level_of = {link: left[link] / times for link, times in weight.items()}
         bounds = [*level_of.values(), *(Fraction(want) for flow in rising if (want := wanted[flow]) is not None)]
         if not bounds:
-            raise ValueError(f"flow {rising[0]} passes no link and has no demand: nothing bounds its rate")
+            raise InputError(f"flow {rising[0]} passes no link and has no demand: nothing bounds its rate")
         level = min(bounds)
         settled = [flow for flow in rising if wanted[flow] == level or any(level_of[n] == level for n in uses[flow])]
         for flow in settled:

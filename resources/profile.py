@@ -15,12 +15,13 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from ..errors import InputError
+from ..words import unknown_name
 from .facts import Fact, Part
-from .suggest import unknown_name
 from .topology import Topology
 
 
-class ProfileError(ValueError):
+class ProfileError(InputError):
     """A profile that cannot be found, read or believed."""
 
 
@@ -98,13 +99,13 @@ class TransferCost(_Cost):
     def _one_form(self) -> TransferCost:
         line = self.latency_ns is not None and self.bytes_per_second is not None
         if line == (self.points is not None):
-            raise ValueError("give latency_ns and bytes_per_second, or points: one of the two")
+            raise InputError("give latency_ns and bytes_per_second, or points: one of the two")
         if self.points is not None:
             if len(self.points) < 2:
-                raise ValueError("points: give at least two")
+                raise InputError("points: give at least two")
             for (bytes_a, ns_a), (bytes_b, ns_b) in zip(self.points, self.points[1:], strict=False):
                 if bytes_b <= bytes_a or ns_b < ns_a or bytes_a < 0 or ns_a < 0:
-                    raise ValueError(f"points: ({bytes_b}, {ns_b}) after ({bytes_a}, {ns_a}) must grow")
+                    raise InputError(f"points: ({bytes_b}, {ns_b}) after ({bytes_a}, {ns_a}) must grow")
         return self
 
     def ns(self, size_bytes: int) -> int:

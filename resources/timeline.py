@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import InputError
 from .spool import Column
 
 #: What a span is, by its `kind` number. The last three are those of imported timelines, whose kernels and copies might
@@ -86,7 +87,7 @@ class Timeline:
     def add_lane(self, device: str, role: str, title: str) -> int:
         """Return the number of a new lane; `role` must be one of ROLES."""
         if role not in ROLES:
-            raise ValueError(f"role = {role!r}: choose one of {', '.join(ROLES)}")
+            raise InputError(f"role = {role!r}: choose one of {', '.join(ROLES)}")
         self.lanes.append(LaneName(device, role, title))
         return len(self.lanes) - 1
 

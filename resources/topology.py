@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
+from ..errors import InputError
+from ..words import unknown_name
 from .facts import Fact, Part
-from .suggest import unknown_name
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -41,7 +42,7 @@ LINK_ENDS: dict[LinkKind, frozenset[NodeKind]] = {
 }
 
 
-class TopologyError(ValueError):
+class TopologyError(InputError):
     """A route that does not exist, or ends at a node that does not."""
 
 
@@ -61,12 +62,12 @@ class Node(Fact):
     @model_validator(mode="after")
     def _fits_its_kind(self) -> Node:
         if self.kind in MEMORIES and self.capacity_bytes is None:
-            raise ValueError(f"{self.name}: a {self.kind} needs capacity_bytes")
+            raise InputError(f"{self.name}: a {self.kind} needs capacity_bytes")
         if self.kind not in MEMORIES and self.capacity_bytes is not None:
-            raise ValueError(f"{self.name}: a {self.kind} holds nothing: capacity_bytes is of {_listed(MEMORIES)}")
+            raise InputError(f"{self.name}: a {self.kind} holds nothing: capacity_bytes is of {_listed(MEMORIES)}")
         computes = self.flops_per_second is not None or self.memory_bytes_per_second is not None
         if computes and self.kind not in ("gpu", "cpu"):
-            raise ValueError(f"{self.name}: a {self.kind} computes nothing: give flops_per_second to a gpu or cpu")
+            raise InputError(f"{self.name}: a {self.kind} computes nothing: give flops_per_second to a gpu or cpu")
         return self
 
 
@@ -87,9 +88,9 @@ class Link(Fact):
     @model_validator(mode="after")
     def _is_one_or_two(self) -> Link:
         if self.ends[0] == self.ends[1]:
-            raise ValueError(f"ends: {self.ends[0]} is linked to itself")
+            raise InputError(f"ends: {self.ends[0]} is linked to itself")
         if self.duplex == "half" and self.back_bytes_per_second is not None:
-            raise ValueError("back_bytes_per_second: both directions of a half-duplex link share bytes_per_second")
+            raise InputError("back_bytes_per_second: both directions of a half-duplex link share bytes_per_second")
         return self
 
     def directions(self) -> Iterator[tuple[str, str, str, int]]:
@@ -148,7 +149,7 @@ class Topology(Part):
             try:
                 self.host_of(gpu)
             except TopologyError:
-                raise ValueError(
+                raise InputError(
                     f"{gpu} has no host link: no host memory reaches it; link it to a cpu, root_port or switch"
                 ) from None
         return self
@@ -156,12 +157,12 @@ class Topology(Part):
     def _check_nodes(self) -> None:
         for name, times in Counter(node.name for node in self.nodes).items():
             if times > 1:
-                raise ValueError(f"nodes: {name} is given {times} times; give each node a name of its own")
+                raise InputError(f"nodes: {name} is given {times} times; give each node a name of its own")
         if not self.hosts:
-            raise ValueError("nodes: there is no host: give the memory of one NUMA node at least")
+            raise InputError("nodes: there is no host: give the memory of one NUMA node at least")
         expected = tuple(f"gpu{number}" for number in range(len(self.gpus)))
         if not expected or self.gpus != expected:
-            raise ValueError(f"nodes: GPUs {_listed(self.gpus)}: name them gpu0, gpu1, … in this order")
+            raise InputError(f"nodes: GPUs {_listed(self.gpus)}: name them gpu0, gpu1, … in this order")
 
     def _check_links(self) -> None:
         kinds = {node.name: node.kind for node in self.nodes}
@@ -169,13 +170,13 @@ class Topology(Part):
         for number, link in enumerate(self.links):
             for end in link.ends:
                 if end not in kinds:
-                    raise ValueError(unknown_name(f"links.{number}.ends", end, kinds))
+                    raise InputError(unknown_name(f"links.{number}.ends", end, kinds))
                 if kinds[end] not in LINK_ENDS[link.kind]:
                     allowed = _listed(LINK_ENDS[link.kind])
-                    raise ValueError(f"links.{number}: {end} is a {kinds[end]}; {link.kind} links join {allowed}")
+                    raise InputError(f"links.{number}: {end} is a {kinds[end]}; {link.kind} links join {allowed}")
             if frozenset(link.ends) in seen:
                 a, b = link.ends
-                raise ValueError(f"links.{number}: {a} and {b} are linked twice; give one link with the sum")
+                raise InputError(f"links.{number}: {a} and {b} are linked twice; give one link with the sum")
             seen.add(frozenset(link.ends))
 
     @property

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-#: What each folder may import of the others; the modules at the top may import all.
+#: Modules at the top that are below all: every folder may import them, and they import nothing of ours.
+BELOW_ALL = {"errors.py", "files.py", "words.py"}
+#: What each folder may import of the others; the other modules at the top may import all.
 MAY_IMPORT = {
     "workloads": set(),
     "resources": set(),
@@ -90,8 +92,10 @@ def folder_of(path: Path) -> str:
 def test_a_folder_imports_only_those_below_it_even_inside_functions_and_for_types(path: Path) -> None:
     home = folder_of(path)
     loaded = [target(path, *found) for found in imports(path)]
-    others = {folder_of(module) for module in loaded if module is not None} - {home}
-    if home:
+    others = {folder_of(module) for module in loaded if module and name_of(module) not in BELOW_ALL} - {home}
+    if name_of(path) in BELOW_ALL:
+        assert {name_of(module) for module in loaded if module is not None} <= BELOW_ALL
+    elif home:
         assert others <= MAY_IMPORT[home]
     elif path.name != "cli.py":
         assert "calibration" not in others  # of the modules at the top, the command line alone
@@ -143,7 +147,7 @@ def test_what_decides_knows_no_clock(name: str) -> None:
 
 @pytest.mark.parametrize("path", [ROOT / "__init__.py", ROOT / "cli.py"], ids=name_of)
 def test_the_front_door_imports_nothing_of_its_own_until_it_is_used(path: Path) -> None:
-    assert not [module for level, module, _ in imports(path, at_import=True) if level > 0]
+    assert not [module for level, module, _ in imports(path, at_import=True) if level > 0 and module != "errors"]
 
 
 def test_no_circle() -> None:

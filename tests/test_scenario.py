@@ -44,7 +44,7 @@ FULL = load_scenario("synthetic").plain()
 KEYS = [path for path, _ in leaves(FULL)]
 #: Keys that may have a list.
 LISTS = [("parallel", "split")]
-SECTIONS = [*{path[:-1] for path in KEYS}]
+SECTIONS = sorted({path[:-1] for path in KEYS})
 
 
 # What is refused.

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import InputError
+
 PREFILL, DECODE = 0, 1
 #: What happens to prompt tokens: left out, one step a sequence, or steps of `chunk_tokens`.
 PREFILL_MODES = ("skip", "whole", "chunked")
@@ -46,11 +48,11 @@ def plan_steps(
     numbers = {"batch": batch, "chunk_tokens": chunk_tokens, "tokens": tokens, "micro_batches": micro_batches}
     for name, value in numbers.items():
         if value is not None and value < 1:
-            raise ValueError(f"{name} = {value}: must be at least 1")
+            raise InputError(f"{name} = {value}: must be at least 1")
     if micro_batches > batch:
-        raise ValueError(f"micro_batches = {micro_batches}: must be at most batch = {batch}")
+        raise InputError(f"micro_batches = {micro_batches}: must be at most batch = {batch}")
     if prefill not in PREFILL_MODES:
-        raise ValueError(f"prefill = {prefill!r}: choose one of {', '.join(PREFILL_MODES)}")
+        raise InputError(f"prefill = {prefill!r}: choose one of {', '.join(PREFILL_MODES)}")
     most = {"skip": 0, "whole": len(phase), "chunked": chunk_tokens}[prefill]
     waiting = deque(rows_by_sequence(sequence))
     sizes = evenly(batch, micro_batches)

@@ -28,6 +28,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import InputError
 from .synthetic import check_whole, draw_weights, join_sequences, share_evenly
 from .trace import MAX_EXPERTS, RoutingTrace, replace_file
 
@@ -49,7 +50,7 @@ _CHUNK_NUMBERS = 1 << 20
 _FORMAT = "prestage fitted routing 1"
 
 
-class FitError(ValueError):
+class FitError(InputError):
     """A trace that cannot be fitted, or a file that holds no fit: one line."""
 
 
@@ -103,11 +104,11 @@ class FittedRouting:
         _check_numbers("echo", self.echo, ECHO_TOKENS)
         classes = len(class_ends(self.num_experts, self.top_k))
         if not self.layers:
-            raise ValueError("layers: must be at least one")
+            raise InputError("layers: must be at least one")
         for number, layer in enumerate(self.layers):
             parts = (layer.common, layer.popularity, layer.drift)
             if not all(isinstance(part, (int, float)) and part >= 0 for part in parts) or sum(parts) > 1 + 1e-9:
-                raise ValueError(f"layer {number}: parts {parts}: must be at least 0, and at most 1 together")
+                raise InputError(f"layer {number}: parts {parts}: must be at least 0, and at most 1 together")
             _check_numbers(f"layer {number}: recency", layer.recency, classes)
 
     def synthesize(self, tokens: int, *, sequences: int = 1, prefill_tokens: int = 0, seed: int = 0) -> RoutingTrace:
@@ -131,7 +132,7 @@ class FittedRouting:
 
 def _check_numbers(name: str, numbers: Sequence[Any], count: int) -> None:
     if len(numbers) != count or not all(isinstance(each, (int, float)) and math.isfinite(each) for each in numbers):
-        raise ValueError(f"{name}: must be {count} numbers")
+        raise InputError(f"{name}: must be {count} numbers")
 
 
 class _Sequence:

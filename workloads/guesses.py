@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import InputError
 from .batches import Step
 from .trace import RoutingTrace
 
@@ -89,13 +90,13 @@ class Run:
         """Look the steps up in the trace; ValueError as `Predictor.guess` raises it."""
         for name, value in (("horizons", horizons), ("n", n)):
             if value < 1:
-                raise ValueError(f"predictor {name} = {value}: must be at least 1")
+                raise InputError(f"predictor {name} = {value}: must be at least 1")
         if trace.num_experts > _NONE_TAKEN:
-            raise ValueError(f"num_experts = {trace.num_experts}: guesses hold at most {_NONE_TAKEN}")
+            raise InputError(f"num_experts = {trace.num_experts}: guesses hold at most {_NONE_TAKEN}")
         rows = np.concatenate([np.empty(0, dtype=np.int64), *(step.rows for step in steps)])
         outside = (rows < 0) | (rows >= trace.tokens)
         if outside.any():
-            raise ValueError(f"steps name row {rows[outside][0]}: the trace has rows 0 to {trace.tokens - 1}")
+            raise InputError(f"steps name row {rows[outside][0]}: the trace has rows 0 to {trace.tokens - 1}")
         widths = np.array([len(step.rows) for step in steps], dtype=np.int64)
         step = np.repeat(np.arange(len(steps)), widths)
         chosen = np.full((len(rows) + 1, trace.layers, trace.k), -1, dtype=np.int16)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import InputError
 from .token_lists import import_guide, import_jsonl, import_topk_ids
 from .trace import MAX_EXPERTS, RoutingTrace, TraceError
 
@@ -170,7 +171,7 @@ def _read_rows(path: Path, lines: list[str]) -> _Rows:
     try:
         table = np.loadtxt(rows, delimiter=",", comments=None, dtype=np.float64, ndmin=2)
         if table.shape != (len(rows), len(columns)):
-            raise ValueError(f"{table.shape[1]} columns")
+            raise InputError(f"{table.shape[1]} columns")
     except ValueError as error:
         raise _blame(path, columns, body, error) from error
     lines_of = np.array([n for n, _ in body], dtype=np.int64)

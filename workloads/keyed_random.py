@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import InputError
+
 #: What `uniform` takes: one integer, or many.
 Key = int | np.integer[Any] | Sequence[int] | npt.NDArray[np.integer[Any]]
 
@@ -35,7 +37,7 @@ def uniform(*keys: Key) -> npt.NDArray[np.float64]:
     Stafford's variant 13 of the finalizer, as in java.util.SplittableRandom.
     """
     if not keys:
-        raise ValueError("uniform() takes at least one key")
+        raise InputError("uniform() takes at least one key")
     words = [_words(key) for key in keys]
     shape = np.broadcast_shapes(*(word.shape for word in words))
     # At least one dimension throughout: numpy's arrays wrap around silently, its scalars warn.
@@ -50,7 +52,7 @@ def _words(key: Key) -> npt.NDArray[np.uint64]:
         return np.array(key & _WORD, dtype=np.uint64)
     array = np.asarray(key)
     if array.dtype.kind not in "iub":
-        raise ValueError(f"a key of uniform() is {array.dtype}: keys must be integers")
+        raise InputError(f"a key of uniform() is {array.dtype}: keys must be integers")
     return array.astype(np.uint64)
 
 

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import safetensors
 import safetensors.numpy
 
+from ..errors import InputError
 from .batches import Step
 from .guesses import Guesses, Int64s, Run, best_of
 from .network import Shape, logits
@@ -42,7 +43,7 @@ _TOKENS_AT_ONCE = 16
 _LATENCY_ROUNDS = 50
 
 
-class WeightsError(ValueError):
+class WeightsError(InputError):
     """Weights that cannot be used: one line naming the file and what would be right."""
 
 
@@ -141,7 +142,7 @@ def _read(path: Path, source: str) -> Weights:
     try:
         meta = json.loads(text)
         if meta["format"] != FORMAT:
-            raise ValueError(f"format {meta['format']!r}")
+            raise InputError(f"format {meta['format']!r}")
         shape = Shape(**meta["shape"])
         made = dict(meta["made"])
     except (ValueError, TypeError, KeyError) as error:

@@ -25,6 +25,8 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ..errors import InputError
+
 #: Bits per weight, exact. mxfp4 holds 4 bits and shares one 8-bit scale among 32 weights (OCP Microscaling Formats
 #: 1.0, 2023). The others hold the weights alone: DeepSeek-V3's float8 scales, one float32 per 128 x 128 block, would
 #: add 0.02 %. q4_k and q6_k are llama.cpp's: 144 and 210 bytes for 256 weights, scales included (ggml-common.h).
@@ -41,7 +43,7 @@ DTYPES: dict[str, Fraction] = {
 }
 
 
-class ModelError(ValueError):
+class ModelError(InputError):
     """A model that cannot be; the message names the file, the key, the value and what would be right."""
 
 
@@ -234,7 +236,7 @@ class _Table(BaseModel):
 
 def _known_dtype(name: str) -> str:
     if name not in DTYPES:
-        raise ValueError(_CHOOSE_DTYPE)
+        raise InputError(_CHOOSE_DTYPE)
     return name
 
 
@@ -282,7 +284,7 @@ class _GroupedQuery(_Table):
     @model_validator(mode="after")
     def _divides(self) -> Self:
         if self.heads % self.kv_heads:
-            raise ValueError(f"kv_heads = {self.kv_heads}: must divide heads = {self.heads}")
+            raise InputError(f"kv_heads = {self.kv_heads}: must divide heads = {self.heads}")
         return self
 
     @property
@@ -342,7 +344,7 @@ class _Moe(_Table):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.top_k > self.experts:
-            raise ValueError(f"top_k = {self.top_k}: must be 1 to experts = {self.experts}")
+            raise InputError(f"top_k = {self.top_k}: must be 1 to experts = {self.experts}")
         return self
 
     def expert_weights(self, hidden: int) -> _Weights:
@@ -380,7 +382,7 @@ class _Stack(_Table):
     @model_validator(mode="after")
     def _caches_its_own(self) -> Self:
         if self.caches is not None and self.caches > self.attentions:
-            raise ValueError(f"caches = {self.caches}: must be 0 to attentions = {self.attentions}")
+            raise InputError(f"caches = {self.caches}: must be 0 to attentions = {self.attentions}")
         return self
 
     @property
@@ -413,11 +415,11 @@ class _Shapes(_Table):
     @model_validator(mode="after")
     def _agrees(self) -> Self:
         if not self.moe_layers:
-            raise ValueError("stacks: no block is MoE: moe_first must be less than blocks in one of them")
+            raise InputError("stacks: no block is MoE: moe_first must be less than blocks in one of them")
         if self.dense is None and self.moe_layers < sum(stack.blocks for stack in self.stacks):
-            raise ValueError("dense: missing: some blocks are not MoE, so [dense] must say ff")
+            raise InputError("dense: missing: some blocks are not MoE, so [dense] must say ff")
         if self.dense is not None and self.moe_layers == sum(stack.blocks for stack in self.stacks):
-            raise ValueError("dense: every block is MoE, so [dense] must be left out")
+            raise InputError("dense: every block is MoE, so [dense] must be left out")
         return self
 
     @property

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import InputError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -41,9 +43,9 @@ class Shape:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} = {value!r}: must be an integer, at least 1")
+                raise InputError(f"{name} = {value!r}: must be an integer, at least 1")
         if self.width % self.heads:
-            raise ValueError(f"width = {self.width}: must be a multiple of heads = {self.heads}")
+            raise InputError(f"width = {self.width}: must be a multiple of heads = {self.heads}")
 
     @property
     def span(self) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import InputError
 from .batches import DECODE, plan_steps
 from .guesses import Guesses, Int64s, Run, found_in
 from .learned import Learned, measure_latency
@@ -58,7 +59,7 @@ def evaluate(
     truth = run.truth()
     truth[~asked] = -1
     if any(length < 1 for length in lengths):
-        raise ValueError(f"recall@{min(lengths)}: a list has at least 1 guess")
+        raise InputError(f"recall@{min(lengths)}: a list has at least 1 guess")
     lengths = sorted(set(lengths or ((1, 5, 10) if trace.k == 1 else (1, trace.k, 2 * trace.k))))
     entries = []
     for done, (name, predictor) in enumerate(predictors.items()):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import InputError
 from .batches import DECODE, plan_steps, rows_by_sequence
 from .guesses import Int64s, Run
 from .learned import Weights, gather, measured
@@ -57,9 +58,9 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("epochs", "patience"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
+                raise InputError(f"{name} = {getattr(self, name)}: must be at least 1")
         if not 0 < self.held_out < 1:
-            raise ValueError(f"held_out = {self.held_out}: must be above 0 and below 1")
+            raise InputError(f"held_out = {self.held_out}: must be above 0 and below 1")
 
 
 def train(trace: RoutingTrace, settings: Settings, progress: Progress | None = None) -> Weights:

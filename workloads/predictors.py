@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import InputError
 from .batches import Step
 from .guesses import Guesses, Int16s, Int64s, Run, best_of, found_in
 from .keyed_random import uniform
@@ -59,7 +60,7 @@ class Oracle:
 
     def __init__(self, recall: float = 1.0, seed: int = 0, first_layer: int = 0) -> None:
         if not 0 <= recall <= 1:
-            raise ValueError(f"predictor recall = {recall}: must lie between 0 and 1")
+            raise InputError(f"predictor recall = {recall}: must lie between 0 and 1")
         self.recall = recall
         self.seed = seed
         self.first_layer = first_layer
@@ -200,7 +201,7 @@ class Context:
 
     def __init__(self, context: int = 3) -> None:
         if context < 1:
-            raise ValueError(f"predictor context = {context}: must be at least 1")
+            raise InputError(f"predictor context = {context}: must be at least 1")
         self.context = context
 
     def guess(self, trace: RoutingTrace, steps: Sequence[Step], horizons: int, n: int) -> Guesses:
@@ -313,7 +314,7 @@ class Activation:
 
     def __init__(self, capacity: int = 100) -> None:
         if capacity < 1:
-            raise ValueError(f"predictor capacity = {capacity}: must be at least 1")
+            raise InputError(f"predictor capacity = {capacity}: must be at least 1")
         self.capacity = capacity
 
     def guess(self, trace: RoutingTrace, steps: Sequence[Step], horizons: int, n: int) -> Guesses:
@@ -406,13 +407,13 @@ class Recorded:
         """
         run = Run.of(trace, steps, horizons, n)
         if trace.predictions is None:
-            raise ValueError(
+            raise InputError(
                 "predictor 'recorded': the trace has no array predictions; it must have one of shape (tokens, layers, "
                 f"horizons >= {horizons}, n)"
             )
         recorded = trace.predictions.shape[2]
         if recorded < horizons:
-            raise ValueError(
+            raise InputError(
                 f"predictor 'recorded': the trace's predictions reach {recorded} layers ahead, not {horizons}: "
                 f"record {horizons} or ask for at most {recorded}"
             )
@@ -461,17 +462,17 @@ def make_predictor(name: str, *, seed: int = 0, **options: Any) -> Predictor:
     Raises ValueError if there is no such predictor, it has no such option or lacks one, or a value is impossible.
     """
     if name not in PREDICTORS:
-        raise ValueError(_unknown("predictor.name", name, list(PREDICTORS)))
+        raise InputError(_unknown("predictor.name", name, list(PREDICTORS)))
     known = list(inspect.signature(PREDICTORS[name]).parameters)
     seeds = {"seed": seed} if "seed" in known else {}
     for option in options:
         if option not in known:
             own = [key for key in known if key != "seed"]
-            raise ValueError(_unknown(f"option of predictor {name!r}", option, own))
+            raise InputError(_unknown(f"option of predictor {name!r}", option, own))
     try:
         inspect.signature(PREDICTORS[name]).bind(**seeds, **options)
     except TypeError as error:
-        raise ValueError(f"predictor {name!r}: {error}") from None
+        raise InputError(f"predictor {name!r}: {error}") from None
     return PREDICTORS[name](**seeds, **options)
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import InputError
 from .batches import DECODE, PREFILL
 from .trace import RoutingTrace, by_sequence
 
@@ -31,7 +32,7 @@ _TRANSFORMERS = ">=5.24"
 GUESSES = 16
 
 
-class RecordError(ValueError):
+class RecordError(InputError):
     """A model or a run that cannot be recorded: one line naming what was met and what would do."""
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import InputError
 from . import stacks
 from .batches import DECODE, PREFILL
 from .trace import RoutingTrace, by_sequence
@@ -64,7 +65,7 @@ def top_share(counts: npt.ArrayLike, share: float = 0.1) -> FloatArray:
     uniform counts give exactly `share` for any number of experts. nan where all counts are 0.
     """
     if not 0 < share <= 1:
-        raise ValueError(f"share = {share!r}: must be a fraction above 0, at most 1")
+        raise InputError(f"share = {share!r}: must be a fraction above 0, at most 1")
     ordered = -np.sort(-np.asarray(counts, dtype=np.float64), axis=-1)
     taken = np.clip(share * ordered.shape[-1] - np.arange(ordered.shape[-1]), 0, 1)
     return _divide((ordered * taken).sum(axis=-1), ordered.sum(axis=-1))
@@ -88,7 +89,7 @@ def reuse(trace: RoutingTrace, lag: int = 1) -> FloatArray:
     Choices drawn uniformly and independently give k / num_experts. Raises ValueError if `lag` is below 1.
     """
     if lag < 1:
-        raise ValueError(f"lag = {lag}: must be at least 1")
+        raise InputError(f"lag = {lag}: must be at least 1")
     order = by_sequence(trace.sequence)
     # Sequence and position as one number: ascending in this order, so that "lag before" is found by bisection.
     key = (trace.sequence[order].astype(np.int64) << 32) | trace.position[order]
@@ -120,7 +121,7 @@ def lru_depths(trace: RoutingTrace, scope: Scope = "global") -> IntArray:
     Stack distances, as in stacks.py.
     """
     if scope not in SCOPES:
-        raise ValueError(f"scope = {scope!r}: choose one of {', '.join(SCOPES)}")
+        raise InputError(f"scope = {scope!r}: choose one of {', '.join(SCOPES)}")
     layer = np.arange(trace.layers, dtype=np.int64)[:, None] * trace.num_experts
     # Layers never share an expert, so one after the other their streams do not disturb each other.
     visits = trace.experts + layer
@@ -145,7 +146,7 @@ def capacity_in_experts(trace: RoutingTrace, capacity: float, scope: Scope = "gl
     if isinstance(capacity, (float, np.floating)) and 0 <= capacity <= 1:
         # 0.1 * 30 is a little less than 3.
         return math.floor(capacity * everything + 1e-9)
-    raise ValueError(f"capacity = {capacity!r}: must be a share 0.0..1.0 of all experts, or an int of experts")
+    raise InputError(f"capacity = {capacity!r}: must be a share 0.0..1.0 of all experts, or an int of experts")
 
 
 def lru_hit_rates(trace: RoutingTrace, capacities: Sequence[float], scope: Scope = "global") -> FloatArray:

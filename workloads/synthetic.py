@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import InputError
 from .batches import DECODE, PREFILL
 from .trace import MAX_EXPERTS, RoutingTrace
 
@@ -76,14 +77,14 @@ class SyntheticConfig:
         for name, most in (("skew", MAX_SKEW), ("reuse", 1.0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
-                raise ValueError(f"{name} = {value!r}: must be a number 0..{most:g}")
+                raise InputError(f"{name} = {value!r}: must be a number 0..{most:g}")
 
 
 def check_whole(name: str, value: object, low: int, high: int | None) -> None:
     """Raise ValueError naming the parameter, its value and its bounds unless it is an integer low..high."""
     if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
         allowed = f"at least {low}" if high is None else f"{low}..{high}"
-        raise ValueError(f"{name} = {value!r}: must be an integer, {allowed}")
+        raise InputError(f"{name} = {value!r}: must be an integer, {allowed}")
 
 
 def synthesize(

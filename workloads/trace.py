@@ -25,6 +25,7 @@ import numpy.typing as npt
 import safetensors
 import safetensors.numpy
 
+from ..errors import InputError
 from .batches import DECODE, PREFILL
 
 Array = npt.NDArray[Any]
@@ -33,7 +34,7 @@ Array = npt.NDArray[Any]
 MAX_EXPERTS = 1 << 16
 
 
-class TraceError(ValueError):
+class TraceError(InputError):
     """A trace that cannot be right: one line naming file, array, row and what would be right."""
 
 

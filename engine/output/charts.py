@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ...resources.suggest import unknown_name
+from ...words import unknown_name
 from ..compare import Step
 from ..insights import InsightError, check_key, effects, finished, front, table, values_of, varying
 from .palette import COLORS

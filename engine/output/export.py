@@ -29,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
+from ...errors import InputError
 from ...resources.timeline import (
     ACTIVATION,
     COLLECTIVE,
@@ -165,11 +166,11 @@ def export_timeline(
     """
     path = Path(path)
     if not path.name.endswith((".json", ".json.gz")):
-        raise ValueError(f"{path}: a timeline file must end in .json.gz or .json")
+        raise InputError(f"{path}: a timeline file must end in .json.gz or .json")
     if limit is not None and limit < 0:
-        raise ValueError(f"limit = {limit}: give the number of spans to write, or None for all")
+        raise InputError(f"limit = {limit}: give the number of spans to write, or None for all")
     if about.experts_per_layer < 1:
-        raise ValueError(f"experts_per_layer = {about.experts_per_layer}: a layer has 1 or more")
+        raise InputError(f"experts_per_layer = {about.experts_per_layer}: a layer has 1 or more")
     spans = timeline.spans()
     _check(spans)
     chosen = np.lexsort((spans["end_ns"], spans["start_ns"]))[:limit]
@@ -258,7 +259,7 @@ def _check(spans: Array) -> None:
     wrong = np.flatnonzero((spans["start_ns"] < 0) | (spans["end_ns"] < spans["start_ns"]))
     if len(wrong):
         span = spans[wrong[0]]
-        raise ValueError(
+        raise InputError(
             f"span {wrong[0]} ({KINDS[span['kind']]}) is from {span['start_ns']} to {span['end_ns']} ns: "
             "a span starts at 0 or later and ends no earlier than that"
         )

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...resources.suggest import unknown_name
+from ...errors import InputError
 from ...resources.timeline import KINDS, Timeline
+from ...words import unknown_name
 from ..compare import PARTS, Step, waterfall
 from .metrics import FATES, LATE, MISS, OUTCOMES, busy_before
 from .palette import COLORS, FATE_COLORS, IDLE_COLOR, OUTCOME_COLORS, PART_COLORS
@@ -38,7 +39,7 @@ _INTERVALS = 200
 _ALL_COLOR = "#7a7a7a"
 
 
-class FigureError(ValueError):
+class FigureError(InputError):
     """A figure that cannot be drawn; the message says which, and what would be right."""
 
 

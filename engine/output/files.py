@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from ...errors import InputError
 from .about import about_run
 from .export import SPAN_LIMIT, export_timeline, replacing
 from .merge import memory_steps
@@ -69,9 +70,9 @@ MISS_RATIO_FILES = (".csv", ".png", ".pdf", ".svg")
 def check_miss_ratio_path(path: Path) -> None:
     """Raise ValueError unless miss-ratio curves can be written under this name: asked before they are computed."""
     if path.suffix not in MISS_RATIO_FILES:
-        raise ValueError(f"{path}: the file of miss-ratio curves must end in one of {', '.join(MISS_RATIO_FILES)}")
+        raise InputError(f"{path}: the file of miss-ratio curves must end in one of {', '.join(MISS_RATIO_FILES)}")
     if not path.parent.is_dir():
-        raise ValueError(f"{path}: there is no folder {path.parent}")
+        raise InputError(f"{path}: there is no folder {path.parent}")
 
 
 def write_miss_ratios(data: dict[str, Any], path: Path) -> None:

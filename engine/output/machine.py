@@ -16,9 +16,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ...errors import InputError
 from ...resources.profile import Profile, ProfileError, load_profile, profile_names
-from ...resources.suggest import unknown_name
 from ...resources.topology import Route, Topology
+from ...words import unknown_name
 from ..compare import load_run
 from ..scenario import load_scenario, scenario_names
 
@@ -52,10 +53,10 @@ def load_links(result: str) -> list[dict[str, Any]]:
     """Return the loads of links that a run's result.json, or the folder that holds it, tells; ValueError if none."""
     path = Path(result)
     if path.suffix != ".json" and not path.is_dir():
-        raise ValueError(f"--result {result}: there is no such folder; give a result.json, or the folder that holds it")
+        raise InputError(f"--result {result}: there is no such folder; give a result.json, or the folder that holds it")
     links: list[dict[str, Any]] | None = load_run(result).get("links")
     if not links:
-        raise ValueError(f"{result}: tells no links: only runs on a profile with a topology do")
+        raise InputError(f"{result}: tells no links: only runs on a profile with a topology do")
     return links
 
 
@@ -78,7 +79,7 @@ def describe(profile: Profile, loads: Sequence[Mapping[str, Any]] = ()) -> dict[
             more = {"from": a, "to": b, "bytes_per_second": bytes_per_second, "routes": over[name]}
             links.setdefault(name, {"link": name, **more, **facts})
     if loads and {load["link"] for load in loads} != set(links):
-        raise ValueError(f"the result is of another machine: its links are not those of profile {profile.name}")
+        raise InputError(f"the result is of another machine: its links are not those of profile {profile.name}")
     for load in loads:
         links[load["link"]] |= load
     return {

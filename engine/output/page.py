@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from ...errors import InputError
 from .export import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class PageError(ValueError):
+class PageError(InputError):
     """A page that cannot be written; the message says why, and what would be right."""
 
 

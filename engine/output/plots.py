@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from ...errors import InputError
 from ...resources.timeline import DEMAND, DENSE, EXPERT, HEAD, KINDS, PREFETCH, Timeline
 from .export import layer_of_each, layers_of, replacing, track_order
 from .palette import COLORS
@@ -85,7 +86,7 @@ def plot_timeline(
     if end_ns is None:
         end_ns = max(start_ns, int(spans["end_ns"].max(initial=0)))
     if end_ns < start_ns:
-        raise ValueError(f"end_ns = {end_ns}: the window starts at {start_ns}, so it must end there or later")
+        raise InputError(f"end_ns = {end_ns}: the window starts at {start_ns}, so it must end there or later")
     rows = used_lanes(timeline) or track_order(timeline)
     layers = layers_of(spans, experts_per_layer)
     spans = spans[(spans["start_ns"] < end_ns) & (spans["end_ns"] > start_ns)]
@@ -147,7 +148,7 @@ def plot_memory(
     times_ns, sizes, limits = np.asarray(time_ns), np.asarray(assigned_bytes), np.asarray(budget_bytes)
     for name, values in (("assigned_bytes", sizes), ("budget_bytes", limits)):
         if values.shape != times_ns.shape and values.ndim:
-            raise ValueError(f"{name} has {values.shape} values, time_ns {times_ns.shape}: give as many of each")
+            raise InputError(f"{name} has {values.shape} values, time_ns {times_ns.shape}: give as many of each")
     figure = Figure(figsize=(_WIDTH_INCHES * 2 / 3, 3.4), layout="constrained")
     axes = figure.add_subplot()
     draw_memory(axes, *at_changes(times_ns, sizes, np.broadcast_to(limits, (max(1, len(times_ns)),))))
@@ -392,9 +393,9 @@ def save(figure: Figure, path: str | Path) -> None:
 def check_picture(path: Path) -> None:
     """Raise ValueError unless a picture can be written under this name: asked before anything runs."""
     if path.suffix not in _NO_METADATA:
-        raise ValueError(f"{path}: a picture's file must end in one of {', '.join(_NO_METADATA)}")
+        raise InputError(f"{path}: a picture's file must end in one of {', '.join(_NO_METADATA)}")
     if not path.parent.is_dir():
-        raise ValueError(f"{path}: there is no folder {path.parent}")
+        raise InputError(f"{path}: there is no folder {path.parent}")
 
 
 def _bars(spans: Array, start_ns: int, end_ns: int, *, apart: bool) -> Array:

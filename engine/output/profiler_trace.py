@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
+from ...errors import InputError
 from ...resources.timeline import COLLECTIVE, COPY, KERNEL, KINDS, LAUNCH, Timeline
 from .export import About, export_timeline
 
@@ -40,7 +41,7 @@ _DIRECTIONS = {"HtoD": "h2d", "DtoH": "d2h", "PtoP": "peer"}
 _NO_EXPERT = (-1, -1, -1)
 
 
-class TraceFileError(ValueError):
+class TraceFileError(InputError):
     """A file that is no profiler's trace; the message names the file, the event and what would be right."""
 
 
@@ -109,7 +110,7 @@ def write_imported(imported: Imported, path: Path, *, title: str | None = None) 
     Raises ValueError for another ending, OSError if the file cannot be written.
     """
     if not path.name.endswith((".json", ".json.gz", *PICTURES)):
-        raise ValueError(f"{path}: must end in .json.gz or .json (a timeline), or {', '.join(PICTURES)} (a picture)")
+        raise InputError(f"{path}: must end in .json.gz or .json (a timeline), or {', '.join(PICTURES)} (a picture)")
     if path.suffix in PICTURES:
         from .plots import plot_timeline, save
 

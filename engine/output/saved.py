@@ -17,6 +17,7 @@ import orjson
 import safetensors
 import safetensors.numpy
 
+from ...errors import InputError
 from ...resources.timeline import SPAN, Timeline
 from ..compare import load_run
 from .export import replacing
@@ -44,7 +45,7 @@ TABLES = {
 }
 
 
-class SavedRunError(ValueError):
+class SavedRunError(InputError):
     """A folder that holds no result; the message names the file and what would be right."""
 
 
@@ -181,7 +182,7 @@ def _table(name: str, **columns: Array) -> Array:
     table = np.empty(len(next(iter(columns.values()))), dtype=TABLES[name])
     for field, values in columns.items():
         if len(values) != len(table):
-            raise ValueError(f"{name}.{field} has {len(values)} rows, other fields of {name} have {len(table)}")
+            raise InputError(f"{name}.{field} has {len(values)} rows, other fields of {name} have {len(table)}")
         table[field] = values
     return table
 

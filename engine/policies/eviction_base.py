@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from typing import Any
 
+from ...errors import InputError
 from ...workloads.batches import Step
 from ...workloads.guesses import Guesses
 from ...workloads.trace import RoutingTrace
@@ -41,7 +42,7 @@ class Setting:
     def known_trace(self) -> RoutingTrace:
         """Return the trace; ValueError if there is none, for policies that cannot do without."""
         if self.trace is None:
-            raise ValueError("this eviction policy needs to know the trace and the steps: give them in its Setting")
+            raise InputError("this eviction policy needs to know the trace and the steps: give them in its Setting")
         return self.trace
 
 

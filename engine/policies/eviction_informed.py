@@ -15,6 +15,7 @@ from heapq import merge
 import numpy as np
 import numpy.typing as npt
 
+from ...errors import InputError
 from .eviction_base import NO_SETTING, Eviction, Ranking, Setting, add_decayed
 
 
@@ -61,7 +62,7 @@ def popularity(setting: Setting) -> list[float]:
         return popular
     given = np.asarray(trace.extra["popularity"], dtype=float)
     if given.shape != (trace.layers, trace.num_experts) or np.isnan(given).any():
-        raise ValueError(
+        raise InputError(
             f"trace array popularity {given.shape}: must be numbers (layers, experts) = "
             f"({trace.layers}, {trace.num_experts})"
         )

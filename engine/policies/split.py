@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 
+from ...errors import InputError
 from ...workloads.batches import evenly
 
 
-class SplitError(ValueError):
+class SplitError(InputError):
     """Layers that cannot be divided so."""
 
 

@@ -20,6 +20,8 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
+from ...errors import InputError
+
 Pair = tuple[int, int]
 
 END_OF_DOCUMENT = 256
@@ -36,7 +38,7 @@ def learn(texts: Iterable[str], vocabulary: int) -> list[Pair]:
     for a vocabulary that has no room for the bytes and the end of a document, or does not fit 16 bits.
     """
     if not FIRST_MERGE <= vocabulary <= 1 << 16:
-        raise ValueError(f"vocabulary = {vocabulary}: must be {FIRST_MERGE}..{1 << 16}")
+        raise InputError(f"vocabulary = {vocabulary}: must be {FIRST_MERGE}..{1 << 16}")
     counted = Counter(word for text in texts for word in _WORD.findall(text))
     kept = [(list(word.encode()), count) for word, count in sorted(counted.items()) if count > 1]
     words, counts = [word for word, _ in kept], [count for _, count in kept]

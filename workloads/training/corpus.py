@@ -25,6 +25,7 @@ import numpy.typing as npt
 import safetensors
 import safetensors.numpy
 
+from ...errors import InputError
 from ..trace import replace_file
 from . import run_command
 from .bpe import END_OF_DOCUMENT, Encoder, learn
@@ -39,7 +40,7 @@ REPEATED_CHARACTERS = 60
 LEARNED_CHARACTERS = 2_000_000
 
 
-class CorpusError(ValueError):
+class CorpusError(InputError):
     """A package that is missing or a corpus file that cannot be right, in one line."""
 
 

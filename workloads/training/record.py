@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...errors import InputError
 from ..trace import RoutingTrace
 from .corpus import Corpus
 from .moe_lm import MoeLm, Routing
@@ -66,7 +67,7 @@ def held_out_windows(corpus: Corpus, length: int, per_domain: int) -> npt.NDArra
     for domain, name in enumerate(corpus.domains):
         text = corpus.stream(domain, held_out=True)
         if len(text) <= per_domain * length:
-            raise ValueError(
+            raise InputError(
                 f"held-out text of {name}: {len(text)} tokens: {per_domain} sequences of {length} need one more than "
                 f"{per_domain * length}"
             )

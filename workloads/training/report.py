@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ...errors import InputError
 from ..statistics import SUMMARY_SHARES, lru_hit_rates, normalized_entropy, popularity, reuse
 from ..trace import RoutingTrace, by_sequence, replace_file
 from . import run_command
@@ -71,7 +72,7 @@ def guess_recall(trace: RoutingTrace) -> dict[str, dict[str, list[float]]]:
     Raises ValueError for a trace without predictions.
     """
     if trace.predictions is None:
-        raise ValueError("the trace has no predictions: nothing was guessed")
+        raise InputError("the trace has no predictions: nothing was guessed")
     order = by_sequence(trace.sequence)
     layers, horizons, listed = trace.predictions.shape[1:]
     visits = trace.experts[order].reshape(-1, trace.k)
@@ -112,7 +113,7 @@ def describe(trace: RoutingTrace, with_guesses: RoutingTrace, facts: Report) -> 
 def compact(trace: RoutingTrace, part: Part, facts: Report) -> RoutingTrace:
     """Return the shipped part of a recorded trace with predictions, its origin in `meta`."""
     if trace.predictions is None:
-        raise ValueError("the trace has no predictions: nothing was guessed")
+        raise InputError("the trace has no predictions: nothing was guessed")
     sequences = np.unique(trace.sequence)[: part.sequences]
     kept = trace.select(np.isin(trace.sequence, sequences) & (trace.position < part.tokens_each))
     assert kept.predictions is not None
@@ -253,7 +254,7 @@ def write_tables(page: Path) -> None:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"{page}: must have the marks {BEGIN} and {END}")
+        raise InputError(f"{page}: must have the marks {BEGIN} and {END}")
     filled = f"{before}{BEGIN}\n{tables(shipped_reports())}\n{END}{after}"
     replace_file(page, lambda stream: stream.write(filled.encode()))
 

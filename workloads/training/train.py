@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...errors import InputError
 from . import run_command
 from .corpus import Corpus
 from .moe_lm import MoeConfig, MoeLm
@@ -45,7 +46,7 @@ MODELS = {
 }  # fmt: skip
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError):
     """A checkpoint that is missing, damaged, or another run's, in one line."""
 
 
@@ -79,7 +80,7 @@ class Batches:
         streams = [corpus.stream(domain, held_out=False) for domain in range(len(corpus.domains))]
         for name, stream in zip(corpus.domains, streams, strict=True):
             if len(stream) <= length:
-                raise ValueError(f"text of {name}: {len(stream)} tokens: needs more than the context, {length}")
+                raise InputError(f"text of {name}: {len(stream)} tokens: needs more than the context, {length}")
         self._sizes = np.array([len(stream) for stream in streams])
         self._starts = np.cumsum(self._sizes) - self._sizes
         self._tokens = torch.from_numpy(np.concatenate(streams).astype(np.int32)).to(device)
