@@ -620,6 +620,14 @@ def span_bytes(recording: Recording) -> Array:
     return moved
 
 
+def saved_bytes(recording: Recording) -> int:
+    """Return the bytes of the copies that were saved by asking once for all guesses of a visit."""
+    sizes, layer_of = (
+        (recording.expert_bytes, recording.manager.experts) if recording.moved is None else (recording.moved[0], 1)
+    )
+    return sum(sizes[expert // layer_of] * copies for expert, copies in recording.manager.saved_copies.items())
+
+
 def _count(numbers: Array, names: Sequence[str]) -> dict[str, int]:
     counts = np.bincount(numbers[numbers >= 0], minlength=len(names)).tolist()
     return dict(zip(names, counts, strict=True))
