@@ -21,6 +21,7 @@ from prestage.engine.scenario import (
     DISPATCH_MODES,
     EXPERT_KERNELS,
     EXPERT_ORDERS,
+    ON_GPU,
     PREDICTOR_LANES,
     Scenario,
     make_scenario,
@@ -97,6 +98,7 @@ def cases(draw: st.DrawFn, /, **fixed: Any) -> Case:
     prompts = trace.phase == 0
     if scenario.workload.prefill == "skip" and prompts.all():
         trace.phase[0] = 1  # leave something to run
+    by_host = scenario.prefetch.issued_by == "host"
     profile = tiny_profile(
         expert_ns=(expert_ns := draw(st.integers(1, 30))),
         beside_copy_ns=expert_ns + draw(st.integers(0, 10)),
@@ -107,7 +109,7 @@ def cases(draw: st.DrawFn, /, **fixed: Any) -> Case:
         copy_gap_ns=draw(st.integers(0, 3)),
         kernel_gap_ns=draw(st.integers(0, 3)),
         alone_latency_ns=draw(st.integers(0, 5)),
-        memory=draw(st.sampled_from(["pinned", "pinned", "pageable"])),
+        memory=draw(st.sampled_from(["pinned", "pinned", "pageable" if by_host else "pinned"])),
         io_lanes=draw(st.integers(1, 3)),
         read_latency_ns=draw(st.integers(0, 9)),
         order_ns=draw(st.integers(0, 3)),
@@ -199,6 +201,9 @@ def scenarios(draw: st.DrawFn, model: Model, fixed: dict[str, dict[str, Any]]) -
     }
     for name, keys in fixed.items():
         sections.setdefault(name, {}).update(keys)
+    host_orders = sections["copy"]["discipline"] == "priority" or sections["tiers"]["host_budget"] != "all"
+    if sections["predictor"].get("lane") in ON_GPU and not host_orders and "miss" not in sections:
+        sections["prefetch"].setdefault("issued_by", draw(st.sampled_from(["host", "host", "gpu"])))
     if sections["tiers"]["host_budget"] != "all":
         sections["tiers"].setdefault("prefetch", draw(st.sampled_from(["gpu", "gpu", "host"])))
     return make_scenario({"seed": draw(st.integers(0, 9)), **sections})

@@ -21,12 +21,13 @@ from prestage.engine.memory_manager import DEMANDED, PREFETCHED, MemoryManager
 from prestage.engine.output.metrics import FATES, OUTCOMES, Recording, metrics, overlap, time_split
 from prestage.engine.policies.eviction import Lru
 from prestage.engine.run import make_prefetch, run
-from prestage.engine.scenario import Scenario
+from prestage.engine.scenario import ON_GPU, Scenario
 from prestage.engine.simulate import simulate_inputs
 from prestage.resources.timeline import (
     DEMAND,
     DENSE,
     EXPERT,
+    GUESSES,
     HEAD,
     KINDS,
     LAUNCH,
@@ -98,6 +99,7 @@ def test_each_kind_of_work_runs_on_its_lane(case: Case) -> None:
         DEMAND: {"h2d"},
         PREFETCH: {"h2d"},
         READBACK: {"d2h"},
+        GUESSES: {"d2h"},
         LAUNCH: {"host"},
         READ: {"nvme"},
         PREDICT: {{"gpu": "predictor"}.get(lane := case.scenario.predictor.lane, lane)},
@@ -211,6 +213,15 @@ def test_prefetches_wait_for_the_prediction_that_asks_for_them(case: Case) -> No
         assert (prefetches["start_ns"] >= end_ns[prefetches["visit"]]).all()
     else:
         assert len(predictions) == 0
+    guesses = spans_of(recording, GUESSES)
+    if len(predictions) and predictor.lane in ON_GPU and inputs.scenario.prefetch.issued_by == "host":
+        # The host has what was predicted on the GPU before it asks for a copy, and before it goes on.
+        assert guesses["visit"].tolist() == list(range(inputs.layer_visits))
+        assert (guesses["start_ns"] >= end_ns).all()
+        assert (prefetches["issued_ns"] >= guesses["end_ns"][prefetches["visit"]]).all()
+        assert (spans_of(recording, DENSE)["issued_ns"][1:] >= guesses["end_ns"][:-1]).all()
+    else:
+        assert len(guesses) == 0
 
 
 @every_run

@@ -157,7 +157,7 @@ def test_a_prefetch_as_far_as_host_memory_leaves_the_copy_to_the_demand() -> Non
 
 
 def test_what_several_tokens_guess_is_read_ahead_once() -> None:
-    # Three tokens at once guess experts 0, 1 and 0 of layer 1, and host memory holds one: 0 is read, then 1 in its room.
+    # Three tokens at once guess experts 0, 1 and 0 of layer 1, and host memory holds one: 0 is read, then 1 instead.
     trace = tiny_trace([[[0], [0]], [[0], [1]], [[0], [0]]], sequence=np.array([0, 1, 2]))
     scenario = tiny_scenario(
         memory={"gpu_budget": "1experts"}, workload={"batch": 3}, prefetch={"lookahead": 1},
