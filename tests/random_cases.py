@@ -21,7 +21,6 @@ from prestage.engine.scenario import (
     DISPATCH_MODES,
     EXPERT_KERNELS,
     EXPERT_ORDERS,
-    ON_GPU,
     PREDICTOR_LANES,
     Scenario,
     make_scenario,
@@ -201,9 +200,6 @@ def scenarios(draw: st.DrawFn, model: Model, fixed: dict[str, dict[str, Any]]) -
     }
     for name, keys in fixed.items():
         sections.setdefault(name, {}).update(keys)
-    host_orders = sections["copy"]["discipline"] == "priority" or sections["tiers"]["host_budget"] != "all"
-    if sections["predictor"].get("lane") in ON_GPU and not host_orders and "miss" not in sections:
-        sections["prefetch"].setdefault("issued_by", draw(st.sampled_from(["host", "host", "gpu"])))
     if sections["tiers"]["host_budget"] != "all":
         sections["tiers"].setdefault("prefetch", draw(st.sampled_from(["gpu", "gpu", "host"])))
     return make_scenario({"seed": draw(st.integers(0, 9)), **sections})

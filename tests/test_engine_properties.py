@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from random_cases import Case, cases, decide, play
 
 from prestage.engine.costs import Costs
@@ -39,6 +40,15 @@ from prestage.resources.timeline import (
 
 every_run = settings(max_examples=120)
 few_runs = settings(max_examples=60)
+
+
+#: Runs whose GPU issues its prefetches itself, among others.
+any_issuer = cases() | st.sampled_from(ON_GPU).flatmap(
+    lambda lane: cases(
+        predictor={"lane": lane}, prefetch={"issued_by": "gpu"}, copy={"discipline": "fifo"},
+        tiers={"host_budget": "all", "prefetch": "gpu"},
+    )
+)  # fmt: skip
 
 
 def spans_of(recording: Recording, *kinds: int) -> Any:
@@ -158,7 +168,7 @@ def test_two_streams_share_one_link_and_make_it_no_faster(case: Case) -> None:
 
 
 @every_run
-@given(case=cases())
+@given(case=any_issuer)
 def test_nothing_starts_before_the_host_has_asked_for_it(case: Case) -> None:
     recording = play(case.inputs())
     spans = recording.spans
@@ -199,7 +209,7 @@ def test_with_the_readback_on_nothing_of_a_visit_is_asked_for_before_its_choice_
 
 
 @every_run
-@given(case=cases())
+@given(case=any_issuer)
 def test_prefetches_wait_for_the_prediction_that_asks_for_them(case: Case) -> None:
     inputs = case.inputs()
     recording = play(inputs)
@@ -394,7 +404,7 @@ def test_outcomes_add_up_to_accesses_and_fates_to_prefetches(case: Case) -> None
 
 
 @every_run
-@given(case=cases())
+@given(case=any_issuer)
 def test_the_parts_of_time_add_up_to_the_makespan_to_the_nanosecond(case: Case) -> None:
     recording = play(case.inputs())
     parts_ns = {name: round(part * 1e6) for name, part in time_split(recording).items()}
