@@ -90,6 +90,10 @@ def check_executable(inputs: Inputs) -> None:
         (scenario.dispatch.expert_kernel != "separate", "dispatch.expert_kernel = 'grouped': choose separate"),
         (scenario.copy_.drop_stale, "copy.drop_stale = true: it decides by the clock; set it to false"),
         (_predicts(inputs), "predictor.latency_us: no predictor runs; set it to 0, or predictor.lane = 'free'"),
+        (
+            scenario.prefetch.issued_by == "gpu",
+            "prefetch.issued_by = 'gpu': the host issues copies; set it to host",
+        ),
         (not model.uniform, f"model {model.name}: experts of several sizes; only equal slots are executed"),
         (scenario.tiers.host_budget != "all", "tiers.host_budget: no drive is read; set it to 'all'"),
         (not scenario.only_fetches, "miss.policy and [compression]: experts are copied as they are; leave both out"),

@@ -41,6 +41,9 @@ Ablation = Callable[[Profile, Scenario], tuple[Profile, Scenario]]
 def compare(measured: Measured, profile: Profile) -> dict[str, Any]:
     """Simulate what was measured and return the comparison, as plain data; errors are simulated / measured - 1.
 
+    `counts_equal` is false where it was executed with other decisions than today's; what is read off them (`stall_ms`,
+    `late`, `start_error_us`) is None then.
+
     Raises ValueError if the scenario cannot run on the profile.
     """
     simulated = simulate_measured(measured, profile)
@@ -68,9 +71,9 @@ def compare(measured: Measured, profile: Profile) -> dict[str, Any]:
         "busiest_share": max(busy_real.values()) / real_ns,
         "counts_equal": equal,
         "busy_ms": {lane: _pair(busy_real[lane] / 1e6, busy_made[lane] / 1e6) for lane in busy_made},
-        "stall_ms": _pair(*(sum(time_split(gpu)["stall_ms"] for gpu in side) for side in sides)),
-        "late": _pair(*(sum(int((gpu.outcomes == LATE).sum()) for gpu in side) for side in sides)),
-        "start_error_us": _start_errors(executed, simulated),
+        "stall_ms": _pair(*(sum(time_split(gpu)["stall_ms"] for gpu in side) for side in sides)) if equal else None,
+        "late": _pair(*(sum(int((gpu.outcomes == LATE).sum()) for gpu in side) for side in sides)) if equal else None,
+        "start_error_us": _start_errors(executed, simulated) if equal else None,
     }
 
 

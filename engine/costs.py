@@ -137,6 +137,11 @@ class Costs:
         self._set_readback(profile)
         self.copy_latency_ns = 0 if self._mode == "free" else h2d.launch_latency.ns
         self._set_measured(profile.compute)
+        self.predict = KernelCost(self.predict_ns, 1.0, 1, self.launch_ns + self.records_ns, self._latency_ns)
+        if self.copies_hold_host and scenario.prefetch.issued_by == "gpu":
+            raise ProfileError(
+                f"prefetch.issued_by = 'gpu': profile {profile.name} has pageable memory only: set 'host'"
+            )
 
     def _set_lags(self, profile: Profile, h2d: CopyCosts) -> None:
         """Set how long the lanes take from a cause to a start; where dispatch is free, only copies have gaps."""

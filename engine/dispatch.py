@@ -7,7 +7,7 @@ the same decisions. Only the order counts here; what o'clock it is, nobody asks.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import repeat
 from typing import NamedTuple
@@ -126,11 +126,17 @@ class Part:
     owned: Set[int] | None = None
 
 
-def whole(trace: RoutingTrace, steps: Sequence[Step], guesses: Guesses | None, prefetch: Prefetch) -> Part:
-    """Return all that there is of each step; guesses only as far as the policy wants them."""
+def whole(
+    trace: RoutingTrace, steps: Sequence[Step], guesses: Guesses | None, prefetch: Prefetch, *, shared: bool = False
+) -> Part:
+    """Return all that there is of each step; guesses only as far as the policy wants them.
+
+    With `shared`, where all layers share the experts of the same index, guesses are those indices.
+    """
+    apart = 0 if shared else trace.num_experts
     return Part(
         (step_accesses(trace, step) for step in steps),
-        _ranked_guesses(guesses, steps, trace.num_experts) if guesses is not None and prefetch.guesses else None,
+        _ranked_guesses(guesses, steps, apart) if guesses is not None and prefetch.guesses else None,
         _confidences(guesses, steps) if guesses is not None and prefetch.needs_confidences else None,
     )
 
@@ -161,17 +167,18 @@ def visits(
     layers, experts, shared = trace.layers, trace.num_experts, manager.shared
     prefetching = prefetch.horizons > 0
     if part is None:
-        part = whole(trace, steps, guesses, prefetch)
+        part = whole(trace, steps, guesses, prefetch, shared=shared)
     ranked, confident, owned = part.ranked, part.confidences, part.owned
     later = _later_steps(trace, steps, (layers - 1 + prefetch.horizons) // layers) if prefetching else []
     observes, reads_moment = type(prefetch).observe is not Prefetch.observe, prefetch.reads_moment
     unpin_first, drops = issue == "after_launch", manager.drop_after_visit
-    moment = Moment(gauge=gauge or Gauge())
     assigned = manager.assigned
+    moment = Moment(gauge=gauge or Gauge(), assigned=assigned)
     nothing: list[tuple[Admission, int]] = []
     nobody: list[int] = []
     no_guesses: list[list[list[int]]] = [[]] * layers
     elsewhere: Collection[int] = ()
+    asked_for: Mapping[int, tuple[int, int]] = {}
     misses = 0
     for index, step in enumerate(steps):
         if budgets is not None:
@@ -207,34 +214,56 @@ def visits(
                     moment.unused_share = manager.unused_bytes / manager.budget_bytes
                     moment.confidences = step_confidences[layer] if step_confidences is not None else None
                 prefetches, staged = [], []
-                for ahead, wanted in enumerate(prefetch.choose(step_guesses[layer], moment), layer + 1):
-                    for expert in wanted:
-                        if expert < 0:
-                            continue
-                        if shared:
-                            expert %= experts
-                        if expert in assigned or (owned is not None and expert not in owned):
-                            continue
-                        wraps, target_layer = divmod(ahead, layers)
-                        target_step = later[index][wraps]
-                        if target_step < 0:
-                            break
-                        if to_host:
-                            staged.append(expert)
-                            continue
-                        target = target_step * layers + target_layer
-                        admission = manager.prefetch(expert, target)
-                        if admission is not None:
-                            prefetches.append((admission, target))
+                chosen = prefetch.choose(step_guesses[layer], moment)
+                asked_for = _merge_guesses(chosen, layer, layers, later[index], experts if shared else 0)
+                for expert, (target, times) in asked_for.items():
+                    if owned is not None and expert not in owned:
+                        continue
+                    manager.guessed += times
+                    manager.unique_guesses += 1
+                    if expert in assigned:
+                        continue
+                    if to_host:
+                        staged.append(expert)
+                        continue
+                    admission = manager.prefetch(expert, target, times)
+                    if admission is not None:
+                        prefetches.append((admission, target))
                 if not unpin_first:
                     manager.unpin()
             if miss is not None and miss.terms.fetch_behind and index + 1 < len(steps):
-                prefetches = [*prefetches, *_fetched_behind(manager, resolution.accesses, number + layers)]
+                behind = [access for access in resolution.accesses if access.expert not in asked_for]
+                prefetches = [*prefetches, *_fetched_behind(manager, behind, number + layers)]
             assigned_bytes, budget_bytes = manager.assigned_bytes, manager.budget_bytes
             visit = Visit(number, index, layer, accesses, waves, prefetches, assigned_bytes, budget_bytes, staged)
             if miss is not None:
                 visit.resolution, visit.accesses = resolution, accesses.without(resolution.accesses)
             yield visit
+
+
+def _merge_guesses(
+    chosen: Iterable[Iterable[int]], layer: int, layers: int, later: Sequence[int], shared: int
+) -> dict[int, tuple[int, int]]:
+    """Return what a policy wants at one visit of `layer`, each expert once: the visit it is for, and how often named.
+
+    The nearest layer comes first, then the best rank; an expert that is wanted for several visits is for the first of
+    them. What is for no step of the run is left out; `later` as of `_later_steps`. Where all layers share the experts
+    of the same index, `shared` is their number; else 0.
+    """
+    merged: dict[int, tuple[int, int]] = {}
+    for ahead, wanted in enumerate(chosen, layer + 1):
+        wraps, target_layer = divmod(ahead, layers)
+        if later[wraps] < 0:
+            break
+        visit = later[wraps] * layers + target_layer
+        for expert in wanted:
+            if expert < 0:
+                continue
+            if shared:
+                expert %= shared
+            first = merged.get(expert)
+            merged[expert] = (visit, 1) if first is None else (first[0], first[1] + 1)
+    return merged
 
 
 def _resolve(
@@ -346,7 +375,10 @@ def merge(pairs: list[int], gate: list[float]) -> Accesses:
 
 
 def _ranked_guesses(guesses: Guesses, steps: Sequence[Step], experts: int) -> Iterator[list[list[list[int]]]]:
-    """Yield, step by step, the guessed experts of each layer and horizon: [layer][horizon - 1][rank by token]."""
+    """Yield, step by step, the guessed experts of each layer and horizon: [layer][horizon - 1][rank by token].
+
+    A layer's experts are numbered `experts` after those of the layer before.
+    """
     _, layers, horizons, _ = guesses.experts.shape
     ahead = np.arange(layers)[:, None] + np.arange(1, horizons + 1)
     offset = (ahead % layers * experts)[:, :, None]

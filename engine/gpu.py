@@ -30,13 +30,25 @@ from ..resources.lane import (
     later,
     wait_for,
 )
-from ..resources.timeline import DEMAND, DENSE, EXPERT, HEAD, LAUNCH, PREDICT, PREFETCH, READBACK, SPAN, Timeline
+from ..resources.timeline import (
+    DEMAND,
+    DENSE,
+    EXPERT,
+    GUESSES,
+    HEAD,
+    LAUNCH,
+    PREDICT,
+    PREFETCH,
+    READBACK,
+    SPAN,
+    Timeline,
+)
 from .costs import Costs, KernelCost
 from .dispatch import Visit, launch_order
 from .links import HostLink
 from .memory_manager import Admission, MemoryManager
 from .policies.prefetch import Gauge
-from .scenario import Scenario
+from .scenario import ON_GPU, Scenario
 from .tiers import Drive, HostMemory
 
 #: One access: the visit, the copy that held the expert's bytes, and how many of the batch's tokens chose it.
@@ -121,6 +133,7 @@ class Gpu:
         "_drive",
         "_expert_costs",
         "_experts",
+        "_gpu_issues",
         "_grouped",
         "_h2d",
         "_host",
@@ -141,6 +154,7 @@ class Gpu:
         "_submit_kernel",
         "_transfers",
         "_wait_ns",
+        "awaits_guesses",
         "costs",
         "coupled",
         "dense_costs",
@@ -202,6 +216,9 @@ class Gpu:
         self.watch_queue = not self.reads_back or costs.most_launches(most_tokens) > self._depth
         self._grouped = scenario.dispatch.expert_kernel == "grouped"
         self._predicting = prefetching and costs.predict_ns > 0 and scenario.predictor.lane != "free"
+        self._gpu_issues = scenario.prefetch.issued_by == "gpu"
+        #: Whether the host thread waits for what is predicted on the GPU, at every visit.
+        self.awaits_guesses = self._predicting and scenario.predictor.lane in ON_GPU and not self._gpu_issues
         self._interrupted_ns = 0  # when other work last took the compute stream
         self._wait_ns = costs.wait_ns
         self._copy_costs = costs.copies
@@ -277,13 +294,17 @@ class Gpu:
 
     def notice(self, chosen_ns: int) -> None:
         """Go on once the router's choice, in host memory at `chosen_ns`, has been noticed."""
-        known_ns = chosen_ns if chosen_ns > self.now_ns else self.now_ns
-        self.now_ns = self._busy_since_ns = known_ns + (
-            self._synchronize_ns() if self.coupled else self.costs.synchronize_ns
-        )
+        self._wake(chosen_ns)
         if self.watch_queue:
             self._launched.clear()
             self._launched_count = 0
+
+    def _wake(self, there_ns: int) -> None:
+        """Let the host, idle since it asked, notice what is in its memory at `there_ns`."""
+        known_ns = there_ns if there_ns > self.now_ns else self.now_ns
+        self.now_ns = self._busy_since_ns = known_ns + (
+            self._synchronize_ns() if self.coupled else self.costs.synchronize_ns
+        )
 
     def begin(self, visit: Visit) -> None:
         """Note when the choice was known, and what was decided by it."""
@@ -354,13 +375,13 @@ class Gpu:
             end_ns = end if isinstance(end, int) else (yield from wait_for(self.env, end))
             self.now_ns = max(self.now_ns, end_ns)
 
-    def read_back(self, dense: Completion) -> Completion:
-        """Enqueue the copy of the router's choice to the host; the host is idle until it has come."""
+    def read_back(self, after: Completion, kind: int = READBACK) -> Completion:
+        """Enqueue the copy of the router's choice, or of guesses, to the host, which is idle until it has come."""
         costs = self.costs
         self.now_ns += costs.readback_enqueue_ns
         self.end_busy()
         ns, issued_ns = costs.readback_ns, self.now_ns + costs.readback_latency_ns
-        return self._d2h.submit(ns, ns, issued_ns, dense, READBACK, -1, self.visit, slowdown=costs.readback_slowdown)
+        return self._d2h.submit(ns, ns, issued_ns, after, kind, -1, self.visit, slowdown=costs.readback_slowdown)
 
     def _synchronize_ns(self) -> int:
         """Return how long the host takes to notice that the choice has come, which just has."""
@@ -477,8 +498,16 @@ class Gpu:
         return end
 
     def _prefetch(self, visit: Visit, chosen: Completion) -> Generator[simpy.Event, Any, None]:
-        """Predict, then enqueue the prefetches behind the prediction."""
-        predicted = self._predict(chosen) if self._predicting else 0
+        """Predict, then enqueue the prefetches, once whoever issues them has the guesses."""
+        predicted: Completion = chosen if self._gpu_issues else 0
+        if self._predicting:
+            if self.watch_queue and self._scenario.predictor.lane == "compute":
+                yield from self.wait_for_queue(self.costs.predict.launches)
+            predicted = self._predict(chosen)
+        if self.awaits_guesses:
+            there = self.read_back(predicted, GUESSES)
+            self.learn(visit, there if isinstance(there, int) else (yield from wait_for(self.env, there)))
+            predicted = 0
         for admission, target in visit.prefetches:
             end = self._copy(self._prefetch_lane, admission, PREFETCH, predicted, target)
             if self._copies_hold_host:
@@ -486,13 +515,23 @@ class Gpu:
         if visit.staged and self._drive is not None:
             self.now_ns = self._drive.stage(self.now_ns, self.visit, predicted)
 
+    def learn(self, visit: Visit, there_ns: int) -> None:
+        """Go on once the guesses, in host memory at `there_ns`, have been noticed."""
+        self._wake(there_ns)
+        self.now_ns += self.costs.copy_resume_ns if visit.prefetches else self.costs.resume_ns
+
     def _predict(self, chosen: Completion) -> Completion:
         """Run the predictor on its lane and return when its guesses are there."""
-        ns, lane = self.costs.predict_ns, self._scenario.predictor.lane
+        cost, lane = self.costs.predict, self._scenario.predictor.lane
+        ns = cost.ns
         if lane == "compute":
-            return self.launch(KernelCost(ns, 1.0, 1, self.costs.launch_ns), PREDICT)
+            return self.launch(cost, PREDICT)
         if lane == "gpu":
-            return self._side.submit(ns, ns, self.now_ns, chosen, PREDICT, -1, self.visit)
+            if not self.reads_back:  # else the choice is there already
+                self.now_ns += self._wait_ns
+            issued_ns = self.now_ns + cost.issue_ns
+            self.now_ns += cost.host_ns
+            return self._side.submit(ns, ns, issued_ns, chosen, PREDICT, -1, self.visit)
         self.end_busy()
         start_ns = self.now_ns
         self.now_ns = self._busy_since_ns = start_ns + ns
@@ -508,9 +547,10 @@ class Gpu:
         read: Completion = 0
         if self._drive is not None:
             self.now_ns, read = self._drive.bring(copy, self.now_ns, self.visit, predicted)
-        self.now_ns += cost.host_ns
-        if admission.former:
-            self.now_ns += self._wait_ns
+        if not (self._gpu_issues and kind == PREFETCH):
+            self.now_ns += cost.host_ns
+            if admission.former:
+                self.now_ns += self._wait_ns
         issued_ns = self.now_ns + self.costs.copy_latency_ns
         after = self._after_former(admission, predicted if self._drive is None else read)
         if self._priority is None:

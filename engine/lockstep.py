@@ -316,6 +316,11 @@ class _Lockstep:
     def _serve(self, visit: PlacedVisit, chosen_ns: int) -> Generator[simpy.Event, Any, list[Completion]]:
         """Serve every GPU's part and return when its last expert ends."""
         ends: list[Completion] = []
+        if not self._one and any(gpu.awaits_guesses for gpu in self._gpus):
+            # Each has a thread of its own: none waits for another's guesses.
+            threads = [self._env.process(gpu.serve_placed(visit, chosen_ns)) for gpu in self._gpus]
+            done: Any = yield self._env.all_of(threads)
+            return [done[thread] for thread in threads]
         for gpu in self._turns():
             ends.append((yield from gpu.serve_placed(visit, chosen_ns)))
         return ends

@@ -111,10 +111,10 @@ class MemoryLog:
         return self._manager.dropped
 
     def prefetch(self, guesses: Sequence[int], layer: int, token: int) -> int:
-        """Prefetch experts (-1: none) for the next visit; return what their copies take, in ns."""
+        """Prefetch experts (-1: none) for the next visit, each once; return what their copies take, in ns."""
         total_ns = 0
         for expert in guesses:
-            if expert < 0:
+            if expert < 0 or expert in self._guessed:
                 continue
             self._guessed.add(expert)
             if self._manager.prefetch(expert, self._visits) is None:

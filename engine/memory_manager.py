@@ -10,7 +10,7 @@ admission says whose former room it took, because a copy must wait for the last 
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
@@ -169,7 +169,12 @@ class MemoryManager:
         self._copy_reasons = self.spool.column("copy_reason", np.uint8)
         self._evictions = self.spool.column("evicted_copies", np.int32)
         self._copies = 0
+        #: How many experts found no room when they were to be prefetched.
         self.dropped = 0
+        #: How many guesses prefetching went by, and how many were left once those of a visit were merged.
+        self.guessed = self.unique_guesses = 0
+        #: The copies that merging saved, by expert: those of the guesses that named one beside the first.
+        self.saved_copies: Counter[int] = Counter()
 
     @property
     def evicted(self) -> int:
@@ -287,8 +292,11 @@ class MemoryManager:
                 self._evict(expert)
         self._pinned = _NONE
 
-    def prefetch(self, expert: int, target: int) -> Admission | None:
-        """Give room to an expert expected at visit number `target`; None if it is assigned or finds no room."""
+    def prefetch(self, expert: int, target: int, guesses: int = 1) -> Admission | None:
+        """Give room to an expert expected at visit number `target`; None if it is assigned or finds no room.
+
+        So many `guesses` of one visit have named it; ask once for all of them.
+        """
         if expert in self.assigned:
             return None
         pool = self._pools[expert // self.experts]
@@ -296,6 +304,8 @@ class MemoryManager:
         if admission is None:
             self.dropped += 1
             return None
+        if guesses > 1:
+            self.saved_copies[expert] += guesses - 1
         pool.policy.admit(expert, False)
         if self._protect:
             self._until[expert] = target

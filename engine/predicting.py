@@ -7,10 +7,7 @@ from typing import Any
 
 from ..workloads.learned import load_weights
 from ..workloads.predictors import Predictor, make_predictor
-from .scenario import PredictorSection, Scenario, ScenarioError
-
-#: Lanes on which a predictor's weights lie in the GPU's memory.
-_ON_GPU = ("gpu", "compute")
+from .scenario import ON_GPU, PredictorSection, Scenario, ScenarioError
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ def predictor_cost(section: PredictorSection) -> PredictorCost:
     if section.weights is None:
         return FREE if given is None else PredictorCost(given, "scenario")
     weights = load_weights(section.weights)
-    on_gpu = section.lane in _ON_GPU
+    on_gpu = section.lane in ON_GPU
     gpu_memory_bytes = weights.memory_bytes if on_gpu else 0
     if given is not None or section.lane == "free":
         return PredictorCost(given or 0.0, "scenario", weights.memory_bytes, gpu_memory_bytes)

@@ -45,6 +45,10 @@ EXPERT_KERNELS = ("separate", "grouped")
 DISCIPLINES = ("fifo", "two_streams", "priority")
 #: Which lane a prediction occupies: a side stream of the GPU, the compute stream, the host thread, or none.
 PREDICTOR_LANES = ("gpu", "compute", "host", "free")
+#: Those on which a prediction is in the GPU's memory when it is done.
+ON_GPU = ("gpu", "compute")
+#: Who enqueues the copies of a prefetch: the host, which must know the guesses first, or the GPU that made them.
+ISSUERS = ("host", "gpu")
 #: One host thread that serves all stages, step by step, or one for each GPU.
 DISPATCH_THREADS = ("per-gpu", "one")
 #: Where experts lie compressed: nowhere; in host memory, so that copies are shorter; in GPU memory too.
@@ -206,7 +210,11 @@ class PredictorSection(_Section):
 
 
 class PrefetchSection(_Section):
-    """What is fetched ahead of demand."""
+    """What is fetched ahead of demand.
+
+    What is predicted on the GPU is read back to the host, which waits for it before it enqueues the copies; or, with
+    `issued_by` = "gpu", the GPU issues them itself behind the prediction, and they take the host no time.
+    """
 
     policy: Annotated[str, _one_of(PREFETCH)] = "top-k"
     k: int | None = Field(default=None, ge=1)
@@ -215,6 +223,7 @@ class PrefetchSection(_Section):
     decay: float = Field(default=0.7, gt=0, le=1)
     protect: Annotated[str, _one_of(PROTECTION)] = "until_target"
     issue: Annotated[str, _one_of(ISSUE)] = "after_launch"
+    issued_by: Annotated[str, _one_of(ISSUERS)] = "host"
 
 
 class DispatchSection(_Section):
@@ -475,6 +484,25 @@ class Scenario(_Section):
         prefetch = self.prefetch
         if not self.memory.caching and (prefetch.protect, prefetch.issue) != ("until_target", "after_launch"):
             raise InputError("memory.caching = false: needs prefetch.protect = 'until_target', issue = 'after_launch'")
+        return self
+
+    @model_validator(mode="after")
+    def _the_gpu_can_issue_copies(self) -> Scenario:
+        if self.prefetch.issued_by != "gpu":
+            return self
+        copy, lane = self.copy_, self.predictor.lane
+        for wrong, text in (
+            (lane not in ON_GPU, f"predictor.lane = {lane!r}, where the host has the guesses: choose gpu or compute"),
+            (copy.discipline == "priority", "copy.discipline = 'priority', a queue of the host's: choose another"),
+            (copy.host_memory == "pageable", "copy.host_memory = 'pageable', which the host copies: choose pinned"),
+            (self.tiers.host_budget != "all", "tiers.host_budget, for reads that the host orders: set it to 'all'"),
+            (not self.only_fetches, "[miss] or [compression], whose work the host orders: leave them out"),
+            (self.parallel.lends, "copies between GPUs, which the host orders: choose another parallel.remote"),
+        ):
+            if wrong:
+                raise InputError(
+                    f"prefetch.issued_by = 'gpu' does not go with {text}, or set prefetch.issued_by = 'host'"
+                )
         return self
 
     @model_validator(mode="after")

@@ -24,7 +24,6 @@ from ..resources.network import Carried
 from ..resources.spool import Spool
 from ..resources.timeline import Timeline
 from ..workloads.batches import continued_steps
-from ..workloads.guesses import Guesses
 from .costs import Costs
 from .dispatch import Visit
 from .expert_parallel import held, sent_tokens_and_experts, shadow_misses, sharing_metrics
@@ -127,7 +126,7 @@ def simulate_inputs(
     wall_s = time.perf_counter() - began
     previous = previous_steps(inputs)
     data = run_metrics(recordings, _shadow_misses(inputs, ready, stream), previous)
-    data["deduplication"] = _deduplication(inputs)
+    data["deduplication"] = _deduplication(inputs, recordings)
     if inputs.links is not None:
         data["links"] = link_usage(recordings, inputs.links, _sent(inputs, recordings, inputs.links))
     if inputs.placed is not None:
@@ -313,32 +312,18 @@ def _digest(inputs: Inputs) -> str | None:
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def _deduplication(inputs: Inputs) -> dict[str, int] | None:
-    """Return how many guesses there are, how many differ, and the bytes of experts that tokens of a batch guess again.
+def _deduplication(inputs: Inputs, recordings: Sequence[measure.Recording]) -> dict[str, int] | None:
+    """Return how many guesses prefetching went by, how many were left once merged, and the bytes that this saved.
 
-    Asking once for each saves at most these bytes: a copy of what is assigned already would not be made anyway. None
+    Those are of the experts that were prefetched: a copy for every guess of a visit but the first that named one. None
     where nobody guesses.
     """
-    counted = [_guess_counts(part, part.guesses) for part in inputs.guessers if part.guesses is not None]
-    return {name: sum(counts[name] for counts in counted) for name in counted[0]} if counted else None
-
-
-def _guess_counts(inputs: Inputs, guesses: Guesses) -> dict[str, int]:
-    """Return what `_deduplication` tells of one GPU."""
-    guessed = unique = shared_bytes = first = 0
-    sizes = np.array(inputs.model.expert_bytes, dtype=np.int64)
-    layers, horizons = guesses.experts.shape[1:3]
-    target = (np.arange(layers)[:, None] + np.arange(1, horizons + 1)) % layers
-    for step in inputs.steps:
-        last = first + len(step.rows)
-        # (layer, horizon, every guess of the step's tokens), sorted: equal guesses lie side by side.
-        together = np.moveaxis(guesses.experts[first:last], 0, -1).reshape(layers, horizons, -1)
-        together = np.sort(together, axis=-1)
-        valid = together >= 0
-        again = np.zeros_like(valid)
-        again[..., 1:] = (together[..., 1:] == together[..., :-1]) & valid[..., 1:]
-        guessed += int(valid.sum())
-        unique += int((valid & ~again).sum())
-        shared_bytes += int((again.sum(axis=-1) * sizes[target]).sum())
-        first = last
-    return {"guessed": guessed, "unique": unique, "shared_bytes": shared_bytes}
+    if all(part.guesses is None for part in inputs.guessers):
+        return None
+    managers = [recording.manager for recording in recordings]
+    return {
+        "guessed": sum(manager.guessed for manager in managers),
+        "unique": sum(manager.unique_guesses for manager in managers),
+        "saved_copies": sum(manager.saved_copies.total() for manager in managers),
+        "saved_bytes": sum(map(measure.saved_bytes, recordings)),
+    }

@@ -12,7 +12,7 @@ from typing import Any, cast
 import simpy
 
 from ..resources.lane import NEVER
-from ..resources.timeline import DEMAND, DENSE, EXPERT, LAUNCH, PREFETCH, READBACK, pack_span
+from ..resources.timeline import DEMAND, DENSE, EXPERT, GUESSES, LAUNCH, PREFETCH, READBACK, pack_span
 from .costs import Costs, KernelCost
 from .dispatch import Visit, launch_order
 from .gpu import Gpu, contended, pack_access, pack_visit
@@ -34,6 +34,7 @@ def undisturbed(manager: MemoryManager, costs: Costs, scenario: Scenario, most_t
         and costs.most_launches(most_tokens) <= dispatch.launch_queue_depth
         and dispatch.expert_kernel == "separate"
         and scenario.prefetch.issue == "after_launch"
+        and scenario.prefetch.issued_by == "host"
     )
 
 
@@ -114,10 +115,10 @@ class UndisturbedGpu(Gpu):
                 start_ns = chosen_ns
             if self._readback_next_ns > start_ns:
                 start_ns = self._readback_next_ns
-            self._readback_next_ns = end_ns = start_ns + costs.readback_ns
-            record(pack_span(start_ns, end_ns, issued_ns, -1, number, -1, readback_lane, READBACK))
-            if end_ns > now_ns:
-                now_ns = end_ns
+            self._readback_next_ns = known_ns = start_ns + costs.readback_ns
+            record(pack_span(start_ns, known_ns, issued_ns, -1, number, -1, readback_lane, READBACK))
+            if known_ns > now_ns:
+                now_ns = known_ns
             self._busy_since_ns = now_ns = now_ns + costs.synchronize_ns
             visit = next(visits)
             record_visit(pack_visit(now_ns, visit.assigned_bytes, visit.budget_bytes))
@@ -144,12 +145,26 @@ class UndisturbedGpu(Gpu):
             predicted = 0
             if self._predicting:
                 self.now_ns, self._compute_next_ns = now_ns, free_ns
-                predicted = cast(int, self._predict(chosen_ns))
+                predicted = cast(int, self._predict(known_ns))
+                if self.awaits_guesses:
+                    self.learn(visit, self.read_back(predicted, GUESSES))
+                    predicted = 0
                 now_ns, free_ns = self.now_ns, self._compute_next_ns
             for admission, _ in visit.prefetches:
                 now_ns = self._enqueue(admission, PREFETCH, predicted, now_ns)
         self.now_ns, self._compute_next_ns = now_ns, free_ns
         return ()
+
+    def read_back(self, after: int, kind: int = READBACK) -> int:  # type: ignore[override]
+        """Enqueue a copy to the host, as `Gpu.read_back` does, and return its end."""
+        costs = self.costs
+        self.now_ns += costs.readback_enqueue_ns
+        self.end_busy()
+        issued_ns = self.now_ns + costs.readback_latency_ns
+        start_ns = max(issued_ns, after, self._readback_next_ns)
+        self._readback_next_ns = end_ns = start_ns + costs.readback_ns
+        self._record(pack_span(start_ns, end_ns, issued_ns, -1, self.visit, -1, self._readback_lane, kind))
+        return end_ns
 
     def _enqueue(self, admission: Admission, kind: int, after: int, now_ns: int) -> int:
         """Enqueue a copy at `now_ns`, as `Gpu._copy` does where experts are of one size; return when that is done."""

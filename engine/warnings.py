@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
+from .scenario import ON_GPU
+
 if TYPE_CHECKING:
     from .inputs import Inputs
 
@@ -234,7 +236,7 @@ def _free_prediction(inputs: Inputs, data: dict[str, Any]) -> str | None:
 
 def _latency_of_a_cpu(inputs: Inputs, data: dict[str, Any]) -> str | None:
     predictor, lane = data["predictor"], inputs.scenario.predictor.lane
-    if lane not in ("gpu", "compute") or predictor["latency_source"] != "measured on cpu":
+    if lane not in ON_GPU or predictor["latency_source"] != "measured on cpu":
         return None
     return (
         f"latency of a CPU: the {predictor['latency_us']:.0f} us of a guess were measured on a CPU, but its lane is on "
@@ -262,7 +264,10 @@ def _in_use(place: str, inputs: Inputs) -> bool:
     mode = scenario.dispatch.mode
     used = [f"h2d.{_host_memory(inputs)}."]
     used += ["peer."] if inputs.links is not None else []
-    used += ["d2h.alone"] if scenario.dispatch.router_readback else []
+    guesses_come = (
+        inputs.predictor.latency_us and scenario.predictor.lane in ON_GPU and scenario.prefetch.issued_by == "host"
+    )
+    used += ["d2h.alone"] if scenario.dispatch.router_readback or guesses_come else []
     used += ["nvme.read"] if scenario.tiers.host_budget != "all" else []
     if mode != "free":
         used += ["host.copy_enqueue", "host.synchronize", f"compute.{mode}_gap"]

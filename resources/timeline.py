@@ -16,16 +16,18 @@ import numpy.typing as npt
 from ..errors import InputError
 from .spool import Column
 
-#: What a span is, by its `kind` number. The last three are those of imported timelines, whose kernels and copies might
-#: be for anything.
+#: What a span is, by its `kind` number. Kernels, copies and collectives are those of imported timelines, which might be
+#: for anything.
 KINDS = (
     *("dense", "expert", "head", "demand", "prefetch", "readback", "predict", "launch"),
     *("activation", "dispatch", "combine", "peer", "cpu_expert", "decompress", "read"),
     *("kernel", "copy", "collective"),
+    "guesses",
 )
 DENSE, EXPERT, HEAD, DEMAND, PREFETCH, READBACK, PREDICT, LAUNCH = range(8)
 ACTIVATION, DISPATCH, COMBINE, PEER, CPU_EXPERT, DECOMPRESS, READ = range(8, 15)
-KERNEL, COPY, COLLECTIVE = range(15, len(KINDS))
+KERNEL, COPY, COLLECTIVE = range(15, 18)
+GUESSES = 18
 
 #: What a lane is for: one of these roles.
 ROLES = ("compute", "h2d", "d2h", "predictor", "host", "peer", "cpu", "nvme", "side")

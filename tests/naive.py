@@ -145,6 +145,7 @@ def naive_counts(inputs: Inputs) -> VisitCounts:
             if scenario.prefetch.issue == "after_launch":
                 manager.unpin()
             if inputs.guesses is not None and scenario.tiers.prefetch == "gpu":
+                asked: list[int] = []
                 _, _, horizons, ranks = inputs.guesses.experts.shape
                 for ahead in range(1, horizons + 1):
                     target_layer = (layer + ahead) % layers
@@ -152,11 +153,11 @@ def naive_counts(inputs: Inputs) -> VisitCounts:
                     for rank in range(ranks):
                         for token in range(len(step.rows)):
                             guess = int(inputs.guesses.experts[first_row + token, layer, ahead - 1, rank])
-                            if guess >= 0:
+                            expert = target_layer * experts + guess
+                            if guess >= 0 and target_step >= 0 and expert not in asked:
+                                asked.append(expert)
                                 prefetched += manager.prefetch(
-                                    target_layer * experts + guess,
-                                    index * layers + layer,
-                                    target_step * layers + target_layer,
+                                    expert, index * layers + layer, target_step * layers + target_layer
                                 )
             manager.unpin()
         first_row += len(step.rows)

@@ -97,6 +97,7 @@ def cases(draw: st.DrawFn, /, **fixed: Any) -> Case:
     prompts = trace.phase == 0
     if scenario.workload.prefill == "skip" and prompts.all():
         trace.phase[0] = 1  # leave something to run
+    by_host = scenario.prefetch.issued_by == "host"
     profile = tiny_profile(
         expert_ns=(expert_ns := draw(st.integers(1, 30))),
         beside_copy_ns=expert_ns + draw(st.integers(0, 10)),
@@ -107,7 +108,7 @@ def cases(draw: st.DrawFn, /, **fixed: Any) -> Case:
         copy_gap_ns=draw(st.integers(0, 3)),
         kernel_gap_ns=draw(st.integers(0, 3)),
         alone_latency_ns=draw(st.integers(0, 5)),
-        memory=draw(st.sampled_from(["pinned", "pinned", "pageable"])),
+        memory=draw(st.sampled_from(["pinned", "pinned", "pageable" if by_host else "pinned"])),
         io_lanes=draw(st.integers(1, 3)),
         read_latency_ns=draw(st.integers(0, 9)),
         order_ns=draw(st.integers(0, 3)),

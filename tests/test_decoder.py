@@ -195,6 +195,51 @@ def test_the_predictor_delays_prefetches_on_its_own_lane_and_the_host_on_the_hos
     assert ends["free"] == ([(23, 43)], 50)
 
 
+@pytest.mark.parametrize(
+    ("lane", "issued_by", "predicted", "guesses", "prefetch"),
+    [
+        # Beside the copy that was demanded the prediction runs 21-31. It is asked for at 26, is on the host at 35, and
+        # known at 36; the copy is enqueued until 41.
+        ("gpu", "host", (21, 31), (31, 35), (41, 61)),
+        # Behind expert 0's kernel: 44-54, on the host at 58.
+        ("compute", "host", (44, 54), (54, 58), (64, 84)),
+        # Where the GPU issues the copy, it begins behind the one before it.
+        ("gpu", "gpu", (21, 31), None, (37, 57)),
+        ("compute", "gpu", (44, 54), None, (54, 74)),
+    ],
+)
+def test_guesses_of_the_gpu_reach_the_host_before_it_enqueues_copies_or_the_gpu_issues_them(
+    lane: str, issued_by: str, predicted: tuple[int, int], guesses: tuple[int, int] | None, prefetch: tuple[int, int]
+) -> None:
+    # A launch takes the host 2 ns, an enqueue 5, a synchronization 1; a read-back 4. Dense 0 is launched at 2 and ends
+    # at 5; its choice is enqueued at 7, there at 11, known at 12. The demand copy is enqueued until 17, 17-37; kernel
+    # 0 is launched at 19, 37-44, and the prediction of 10 ns at 21.
+    scenario = tiny_scenario(
+        prefetch={"lookahead": 1, "issued_by": issued_by}, predictor={"latency_us": 0.01, "lane": lane},
+        dispatch={"mode": "graph"},
+    )  # fmt: skip
+    profile = tiny_profile(launch_ns=2, enqueue_ns=5, synchronize_ns=1, readback_ns=4)
+    recording = tiny_run(tiny_model(2), profile, one_token(2), scenario)
+    assert spans_of(recording, "demand") == [(17, 37)]
+    assert spans_of(recording, "predict")[0] == predicted
+    assert spans_of(recording, "guesses")[:1] == ([] if guesses is None else [guesses])
+    assert spans_of(recording, "prefetch") == [prefetch]
+
+
+def test_what_the_host_waits_for_guesses_is_the_predictors_time() -> None:
+    # As above on the compute stream. The host has the guesses at 58 and launches dense 1 at 66, until 69; its choice is
+    # known at 76; kernel 1 waits for its bytes, 84-91; the second prediction runs 91-101 and is on the host at 105; the
+    # head is launched at 108. Idle: 0-2, 54-66 and 101-108 for the host, of which the guesses take 54-58 and 101-105;
+    # 5-37 and 69-84 for bytes.
+    scenario = tiny_scenario(
+        prefetch={"lookahead": 1}, predictor={"latency_us": 0.01, "lane": "compute"}, dispatch={"mode": "graph"}
+    )
+    profile = tiny_profile(launch_ns=2, enqueue_ns=5, synchronize_ns=1, readback_ns=4)
+    parts = time_split(tiny_run(tiny_model(2), profile, one_token(2), scenario))
+    parts_ns = [round(parts[f"{name}_ms"] * 1e6) for name in ("compute", "stall", "host", "predictor")]
+    assert parts_ns == [3 + 7 + 3 + 7, 32 + 15, 2 + 8 + 3, 10 + 4 + 10 + 4]
+
+
 def test_a_prefetch_in_a_second_stream_shares_the_link_with_demand() -> None:
     # Choice at 3: the demand copy and the prefetch for layer 1 start together in two streams and share the link: both
     # end at 43. (In one stream the demand copy would have ended at 23.) Kernel 0 43-50, dense 50-53, kernel 1 53-60.

@@ -205,6 +205,46 @@ def test_without_protection_a_later_prefetch_takes_the_room_of_an_earlier_one() 
     assert (manager.dropped, manager.evicted) == (0, 4)  # 0, 5 and 6, then 7 for the demand of 5
 
 
+def test_the_guesses_of_a_visit_are_merged_before_any_asks_for_room() -> None:
+    # Three tokens in one step of two layers, one slot. First ranks name 1, 2 and 1, second ranks 3, 1 and 2: the
+    # candidates for layer 1 are 1, 2 and 3 (experts 5, 6 and 7), named three times, twice and once.
+    trace = tiny_trace([[[0], [0]]] * 3, sequence=np.array([0, 1, 2]))
+    nothing = [[-1, -1]]
+    told = [[[[1, 3]], nothing], [[[2, 1]], nothing], [[[1, 2]], nothing]]
+    run, manager = play(trace, 1, told, batch=3)
+    assert prefetched(run[0]) == [(5, 1)]  # protected: 6 and 7 find no room, and each is dropped once
+    assert (manager.dropped, manager.guessed, manager.unique_guesses) == (2, 6, 3)
+    assert manager.saved_copies == {5: 2}  # 6 was named twice, but not copied
+    # Without protection each takes the room of the one before, and none comes back.
+    run, manager = play(trace, 1, told, batch=3, protect="none")
+    assert prefetched(run[0]) == [(5, 1), (6, 1), (7, 1)]
+    assert (manager.dropped, manager.saved_copies) == (0, {5: 2, 6: 1})
+
+
+def test_an_expert_that_is_wanted_for_several_visits_is_a_candidate_for_the_first() -> None:
+    # One layer, three tokens: at visit 0 expert 1 is guessed for visits 1 and 2, behind expert 2 for visit 1.
+    trace = tiny_trace([[[0]], [[2]], [[1]]])
+    nothing = [[[-1, -1], [-1, -1]]]
+    run, manager = play(trace, 3, [[[[2, 1], [1, -1]]], nothing, nothing])
+    assert prefetched(run[0]) == [(2, 1), (1, 1)]
+    assert (manager.guessed, manager.unique_guesses, manager.saved_copies) == (3, 2, {1: 1})
+    run, manager = play(trace, 1, [[[[2, 1], [1, -1]]], nothing, nothing])
+    assert (prefetched(run[0]), manager.dropped) == ([(2, 1)], 1)
+
+
+def test_where_layers_share_experts_one_index_is_one_candidate() -> None:
+    # Layers 1 and 2 are both guessed to take index 1, which is one expert: one candidate, for layer 1.
+    trace = tiny_trace([[[0], [1], [1]]])
+    told = np.array([[[[1], [1]], [[-1], [-1]], [[-1], [-1]]]], dtype=np.int16)
+    scenario = tiny_scenario(memory={"gpu_budget": "2experts", "scope": "shared"}, prefetch={"lookahead": 2, "k": 1})
+    inputs = tiny_inputs(tiny_model(3), tiny_profile(), trace, scenario)
+    inputs = replace(inputs, guesses=Guesses(np.zeros(1, dtype=np.int64), told))
+    manager = make_manager(inputs)
+    run = list(dispatched(inputs, manager, make_prefetch(scenario, inputs.model)))
+    assert prefetched(run[0]) == [(1, 1)]
+    assert (manager.guessed, manager.unique_guesses, manager.dropped) == (2, 1, 0)
+
+
 def test_an_unknown_time_of_issue_is_refused() -> None:
     model, scenario = tiny_model(1), tiny_scenario()
     inputs = tiny_inputs(model, tiny_profile(), tiny_trace([[[0]]]), scenario)

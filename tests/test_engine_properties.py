@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from random_cases import Case, cases, decide, play
 
 from prestage.engine.costs import Costs
@@ -21,12 +22,13 @@ from prestage.engine.memory_manager import DEMANDED, PREFETCHED, MemoryManager
 from prestage.engine.output.metrics import FATES, OUTCOMES, Recording, metrics, overlap, time_split
 from prestage.engine.policies.eviction import Lru
 from prestage.engine.run import make_prefetch, run
-from prestage.engine.scenario import Scenario
+from prestage.engine.scenario import ON_GPU, Scenario
 from prestage.engine.simulate import simulate_inputs
 from prestage.resources.timeline import (
     DEMAND,
     DENSE,
     EXPERT,
+    GUESSES,
     HEAD,
     KINDS,
     LAUNCH,
@@ -38,6 +40,15 @@ from prestage.resources.timeline import (
 
 every_run = settings(max_examples=120)
 few_runs = settings(max_examples=60)
+
+
+#: Runs whose GPU issues its prefetches itself, among others.
+any_issuer = cases() | st.sampled_from(ON_GPU).flatmap(
+    lambda lane: cases(
+        predictor={"lane": lane}, prefetch={"issued_by": "gpu"}, copy={"discipline": "fifo"},
+        tiers={"host_budget": "all", "prefetch": "gpu"},
+    )
+)  # fmt: skip
 
 
 def spans_of(recording: Recording, *kinds: int) -> Any:
@@ -98,6 +109,7 @@ def test_each_kind_of_work_runs_on_its_lane(case: Case) -> None:
         DEMAND: {"h2d"},
         PREFETCH: {"h2d"},
         READBACK: {"d2h"},
+        GUESSES: {"d2h"},
         LAUNCH: {"host"},
         READ: {"nvme"},
         PREDICT: {{"gpu": "predictor"}.get(lane := case.scenario.predictor.lane, lane)},
@@ -156,7 +168,7 @@ def test_two_streams_share_one_link_and_make_it_no_faster(case: Case) -> None:
 
 
 @every_run
-@given(case=cases())
+@given(case=any_issuer)
 def test_nothing_starts_before_the_host_has_asked_for_it(case: Case) -> None:
     recording = play(case.inputs())
     spans = recording.spans
@@ -197,7 +209,7 @@ def test_with_the_readback_on_nothing_of_a_visit_is_asked_for_before_its_choice_
 
 
 @every_run
-@given(case=cases())
+@given(case=any_issuer)
 def test_prefetches_wait_for_the_prediction_that_asks_for_them(case: Case) -> None:
     inputs = case.inputs()
     recording = play(inputs)
@@ -211,6 +223,15 @@ def test_prefetches_wait_for_the_prediction_that_asks_for_them(case: Case) -> No
         assert (prefetches["start_ns"] >= end_ns[prefetches["visit"]]).all()
     else:
         assert len(predictions) == 0
+    guesses = spans_of(recording, GUESSES)
+    if len(predictions) and predictor.lane in ON_GPU and inputs.scenario.prefetch.issued_by == "host":
+        # The host has what was predicted on the GPU before it asks for a copy, and before it goes on.
+        assert guesses["visit"].tolist() == list(range(inputs.layer_visits))
+        assert (guesses["start_ns"] >= end_ns).all()
+        assert (prefetches["issued_ns"] >= guesses["end_ns"][prefetches["visit"]]).all()
+        assert (spans_of(recording, DENSE)["issued_ns"][1:] >= guesses["end_ns"][:-1]).all()
+    else:
+        assert len(guesses) == 0
 
 
 @every_run
@@ -383,7 +404,7 @@ def test_outcomes_add_up_to_accesses_and_fates_to_prefetches(case: Case) -> None
 
 
 @every_run
-@given(case=cases())
+@given(case=any_issuer)
 def test_the_parts_of_time_add_up_to_the_makespan_to_the_nanosecond(case: Case) -> None:
     recording = play(case.inputs())
     parts_ns = {name: round(part * 1e6) for name, part in time_split(recording).items()}

@@ -231,6 +231,7 @@ def test_the_timeline_has_its_causes_before_its_effects(shared: Shared) -> None:
         ({"dispatch": {"mode": "eager", "expert_kernel": "grouped"}}, "separate"),
         ({"copy": {"discipline": "priority", "drop_stale": True}}, "drop_stale"),
         ({"predictor": {"latency_us": 3.0}}, "latency_us"),
+        ({"prefetch": {"issued_by": "gpu"}}, "issued_by"),
         ({"miss": {"policy": "low_precision"}}, "miss.policy"),
         ({"compression": {"mixed": [[1.0, 0.5]]}}, r"\[compression\]"),
         ({"memory": {"preload": "popular"}}, "memory.preload"),

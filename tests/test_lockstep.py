@@ -37,7 +37,7 @@ from prestage.engine.run import make_manager, make_prefetch, part_costs, prepare
 from prestage.engine.scenario import DISPATCH_THREADS, Scenario, ScenarioError, load_scenario, make_scenario
 from prestage.engine.simulate import simulate_inputs
 from prestage.resources.profile import Profile, make_profile
-from prestage.resources.timeline import COMBINE, DEMAND, DENSE, DISPATCH, EXPERT, PEER, SPAN
+from prestage.resources.timeline import COMBINE, DEMAND, DENSE, DISPATCH, EXPERT, PEER, PREDICT, SPAN
 
 TOKEN_BYTES = 2 * HIDDEN  # int8 weights: hidden states are of 16 bits
 #: Copies between GPUs that take 5 ns for the 20 bytes of an expert.
@@ -146,6 +146,23 @@ def test_tokens_go_to_their_experts_and_back_in_lockstep() -> None:
     assert time_split(second, 98) == {
         "compute_ms": 27e-6, "stall_ms": 53e-6, "host_ms": 0, "predictor_ms": 0, "bubble_ms": 18e-6, "drain_ms": 0,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("threads", "second_copy"), [("per-gpu", (3, 23)), ("one", (53, 73))])
+def test_a_thread_waits_for_the_guesses_of_its_own_gpus_only(threads: str, second_copy: tuple[int, int]) -> None:
+    # Each GPU has a token of its own experts: dense 0-3, its copy from 3 on. GPU 0 predicts 3-53, and the thread that
+    # serves it waits for that. Contention, which slows nothing here, puts read-backs into SimPy's time.
+    trace = tiny_trace([[[0]], [[1]]], sequence=np.array([0, 1], dtype=np.int32))
+    scenario = shared(2, 2, dispatch_threads=threads)
+    plain = {**scenario.plain(), "prefetch": {"lookahead": 1}, "predictor": {"latency_us": 0.05, "lane": "gpu"}}
+    profile = make_profile(
+        {**tiny_profile(beside_copy_ns=14).model_dump(), "topology": switched(2), "peer": QUICK_PEERS}, "two GPUs"
+    )
+    inputs = tiny_pipeline(tiny_model(1), profile, trace, make_scenario({**plain, "copy": {"contention": True}}))
+    first, second = run(inputs)
+    assert intervals(first, DEMAND) == [(3, 23)]
+    assert intervals(first, PREDICT) == [(3, 53)]
+    assert intervals(second, DEMAND) == [second_copy]
 
 
 def test_a_gpu_without_tokens_serves_those_of_others() -> None:

@@ -215,6 +215,18 @@ def test_what_was_used_in_low_precision_is_fetched_behind() -> None:
     assert (counts["miss"], counts["late"], counts["prefetch"]) == (1, 1, 1)
 
 
+def test_what_found_no_room_as_a_guess_is_not_asked_for_again_behind() -> None:
+    # Two tokens at once use experts 0 and 1 in low precision, and will again. Of the 40 bytes 20 are for low-precision
+    # copies: the guess of 0 takes the room that is left, 1 is dropped, once, though it was also used.
+    trace = tiny_trace([[[0]], [[0]], [[1]], [[1]]], sequence=np.array([0, 0, 1, 1]))
+    scenario = tiny_scenario(
+        miss={"policy": "low_precision"}, memory={"gpu_budget": "2experts"}, workload={"batch": 2},
+        prefetch={"lookahead": 1},
+    )  # fmt: skip
+    counts = metrics(tiny_run(tiny_model(1), tiny_profile(), trace, scenario))["counts"]
+    assert (counts["prefetch"], counts["dropped"]) == (1, 1)
+
+
 def test_in_the_last_step_nothing_is_fetched_behind() -> None:
     scenario = tiny_scenario(miss={"policy": "low_precision"}, memory={"gpu_budget": "4experts"})
     recording = tiny_run(tiny_model(1), tiny_profile(), tiny_trace([[[0]]]), scenario)

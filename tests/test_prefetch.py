@@ -158,6 +158,16 @@ def test_cost_aware_weighs_the_stall_saved_against_the_stall_caused() -> None:
     assert fetched([0.9, 0.9]) == [5]
 
 
+def test_cost_aware_counts_only_copies_that_would_be_made() -> None:
+    # As above, but two copies can be hidden: 20 ns until the target visit, 10 ns a copy. Experts 5 and 8 are in memory
+    # and 6 is guessed by both tokens: they cost one copy together, so 7 is worth one too, and 9 none. Counting a copy
+    # for every guess, that of 5 and the first of 6 would have been all.
+    policy = policy_of("cost-aware", k=3, lookahead=1, copy_ns=10)
+    moment = Moment(visit=5, confidences=[[0.9] * 6], misses_per_visit=0.5, gauge=gauge_of(100), assigned={5, 8})
+    chosen = in_order(policy.choose([[5, 6, 6, 8, 7, 9]], moment))
+    assert list(dict.fromkeys(expert for _, expert in chosen)) == [6, 7]
+
+
 # Through a scenario.
 
 
@@ -191,4 +201,8 @@ def test_guesses_that_the_tokens_of_a_batch_share_are_copied_once_and_the_saving
     trace = tiny_trace([[[1]], [[2]], [[0]], [[3]], [[2]], [[1]]], sequence=np.array([0, 0, 0, 1, 1, 1]))
     scenario = tiny_scenario(workload={"batch": 2}, prefetch={"lookahead": 1})
     data = simulate_inputs(tiny_inputs(tiny_model(1), tiny_profile(), trace, scenario), baselines=False).data
-    assert data["deduplication"] == {"guessed": 4, "unique": 3, "shared_bytes": 20}
+    assert data["deduplication"] == {"guessed": 4, "unique": 3, "saved_copies": 1, "saved_bytes": 20}
+    # Had expert 2 been in memory, nothing would have been copied for either guess, and nothing is saved.
+    trace = tiny_trace([[[2]], [[2]], [[0]], [[3]], [[2]], [[1]]], sequence=np.array([0, 0, 0, 1, 1, 1]))
+    data = simulate_inputs(tiny_inputs(tiny_model(1), tiny_profile(), trace, scenario), baselines=False).data
+    assert data["deduplication"] == {"guessed": 4, "unique": 3, "saved_copies": 0, "saved_bytes": 0}

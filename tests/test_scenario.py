@@ -155,6 +155,33 @@ def test_what_is_no_scenario_at_all_is_refused(data: Any) -> None:
         make_scenario(data, "mine.toml")
 
 
+@pytest.mark.parametrize(
+    ("sections", "says"),
+    [
+        (
+            {"predictor": {"lane": "host"}},
+            "predictor.lane = 'host', where the host has the guesses: choose gpu or compute",
+        ),
+        ({"copy": {"discipline": "priority"}}, "copy.discipline = 'priority', a queue of the host's: choose another"),
+        ({"copy": {"host_memory": "pageable"}}, "copy.host_memory = 'pageable', which the host copies: choose pinned"),
+        ({"tiers": {"host_budget": "50%"}}, "tiers.host_budget, for reads that the host orders: set it to 'all'"),
+        ({"miss": {"policy": "cpu"}}, "[miss] or [compression], whose work the host orders: leave them out"),
+        (
+            {"parallel": {"gpus": 2, "remote": "peer"}},
+            "copies between GPUs, which the host orders: choose another parallel.remote",
+        ),
+    ],
+)
+def test_the_gpu_issues_no_copies_that_take_the_host(sections: dict[str, Any], says: str) -> None:
+    data = {"workload": {"trace": "none"}, "prefetch": {"issued_by": "gpu"}}
+    make_scenario(data)
+    with pytest.raises(ScenarioError) as error:
+        make_scenario({**data, **sections})
+    assert str(error.value) == (
+        f"scenario: prefetch.issued_by = 'gpu' does not go with {says}, or set prefetch.issued_by = 'host'"
+    )
+
+
 def test_all_problems_are_told_at_once() -> None:
     data = {"workload": {"trace": "t", "batch": 0}, "prefetch": {"polcy": "none"}, "sed": 1}
     with pytest.raises(ScenarioError) as error:

@@ -156,6 +156,17 @@ def test_a_prefetch_as_far_as_host_memory_leaves_the_copy_to_the_demand() -> Non
         assert recording.makespan_ns == copied_ns + X
 
 
+def test_what_several_tokens_guess_is_read_ahead_once() -> None:
+    # Three tokens at once guess experts 0, 1 and 0 of layer 1, and host memory holds one: 0 is read, then 1 instead.
+    trace = tiny_trace([[[0], [0]], [[0], [1]], [[0], [0]]], sequence=np.array([0, 1, 2]))
+    scenario = tiny_scenario(
+        memory={"gpu_budget": "1experts"}, workload={"batch": 3}, prefetch={"lookahead": 1},
+        tiers={"host_budget": "1experts", "prefetch": "host"},
+    )  # fmt: skip
+    data = tiers(tiny_run(tiny_model(2), tiny_profile(), trace, scenario))
+    assert data is not None and data["staged_reads"] == 2
+
+
 @pytest.mark.parametrize(("memory", "second_read_ns"), [("pinned", D), ("pageable", D + R + P)])
 def test_a_pageable_copy_holds_the_host_also_while_its_expert_is_read(memory: str, second_read_ns: int) -> None:
     # Two misses, two lanes: pinned, both are read at once; pageable, the second is ordered once the first is there.

@@ -169,9 +169,12 @@ def test_a_run_of_other_decisions_does_not_count_as_equal(profile: Profile) -> N
     other = replace(gpu, counts={**gpu.counts, "miss": gpu.counts["miss"] + 1})
     moved = gpu.spans["expert"].copy()
     moved[moved >= 0] += 1
-    for wrong in (other, replace(gpu, spans={**gpu.spans, "expert": moved})):
+    more = gpu.spans["copy"] * 2  # numbers of copies that today's decisions do not make
+    for wrong in (other, *(replace(gpu, spans={**gpu.spans, **what}) for what in ({"expert": moved}, {"copy": more}))):
         row = compare(replace(measured, gpus=(wrong,)), profile)
         assert not row["counts_equal"]
+        assert row["makespan_error"] == 0  # of the spans alone; what needs the books of both is not told
+        assert (row["stall_ms"], row["late"], row["start_error_us"]) == (None, None, None)
         assert "counts differ" in failures([row], tolerance=1.0)[-1]
 
 

@@ -147,6 +147,15 @@ def test_a_prefetch_does_not_evict_what_was_prefetched_for_the_same_access() -> 
     assert (metrics["event_counts"]["prefetch"], metrics["prefetch"]["dropped"]) == (2, 1)
 
 
+def test_an_expert_that_is_guessed_twice_for_one_access_is_prefetched_or_dropped_once() -> None:
+    metrics = small(1, k=4).simulate_inference([[0]], [[[0, 1, 0, 1]]])
+    assert (metrics["event_counts"]["prefetch"], metrics["prefetch"]["dropped"]) == (1, 1)
+    manager = small(1, k=2)  # also in two calls
+    for _ in range(2):
+        manager.prefetch_experts([0, 1], None, layer_id=0, token_id=0)
+    assert manager.metrics()["prefetch"]["dropped"] == 1
+
+
 def test_the_experts_of_a_token_that_do_not_fit_together_are_served_in_turn() -> None:
     # Top-3 with room for two: 0 and 1 are computed and make room for 2; only one has to leave. Copies on demand of one
     # visit queue behind each other.

@@ -72,6 +72,7 @@ NAMES = {
     "kernel": "kernel",
     "copy": "Memcpy",
     "collective": "ncclDevKernel",
+    "guesses": "Memcpy DtoH (Device -> Pinned)",
 }
 #: The category of each kind on a GPU's stream; on any other lane all is `cpu_op`.
 CATEGORIES = {
@@ -93,6 +94,7 @@ CATEGORIES = {
     "kernel": "kernel",
     "copy": "gpu_memcpy",
     "collective": "kernel",
+    "guesses": "gpu_memcpy",
 }
 #: The kinds that are communication between GPUs, though kernels.
 COLLECTIVES = (DISPATCH, COMBINE, COLLECTIVE)

@@ -20,6 +20,7 @@ from ...resources.timeline import (
     DEMAND,
     DENSE,
     EXPERT,
+    GUESSES,
     HEAD,
     KINDS,
     PEER,
@@ -353,8 +354,9 @@ def time_split(recording: Recording, run_ns: int | None = None) -> dict[str, flo
     """Split the makespan: each idle gap before a kernel belongs to the last thing that the kernel waited for.
 
     compute + stall (its bytes, or the CPU's results) + host (its launch, and the GPU's own gap between launches) +
-    predictor (its kernels on the compute stream, and its time on the host thread inside host gaps) + bubble (what
-    another GPU sends) + drain (after its last kernel, until the run ends at `run_ns` on another GPU) = makespan.
+    predictor (its kernels on the compute stream, and inside host gaps its time on the host thread, or the host's wait
+    for its guesses) + bubble (what another GPU sends) + drain (after its last kernel, until the run ends at `run_ns` on
+    another GPU) = makespan.
     """
     spans = recording.compute_spans
     start_ns, end_ns = spans["start_ns"], spans["end_ns"]
@@ -366,7 +368,7 @@ def time_split(recording: Recording, run_ns: int | None = None) -> dict[str, flo
     host_gaps = gap_ns * ~(waits_for_bytes | waits_for_gpu)
     busy_ns = end_ns - start_ns
     predicting = spans["kind"] == PREDICT
-    on_host = _host_prediction_within(recording, free_ns[host_gaps > 0], start_ns[host_gaps > 0])
+    on_host = _waiting_for_guesses_within(recording, free_ns[host_gaps > 0], start_ns[host_gaps > 0])
     parts_ns = {
         "compute_ms": int(busy_ns[~predicting].sum()),
         "stall_ms": int(gap_ns[waits_for_bytes].sum()),
@@ -449,11 +451,14 @@ def _visit_and_kind(of: Array) -> Array:
     return numbers
 
 
-def _host_prediction_within(recording: Recording, from_ns: Array, to_ns: Array) -> int:
-    """Return how much of the host thread's predicting fell into the given gaps, in ns."""
+def _waiting_for_guesses_within(recording: Recording, from_ns: Array, to_ns: Array) -> int:
+    """Return how much of the host thread's predicting, or waiting for guesses, fell into the given gaps, in ns."""
     lanes = recording.decoded.timeline.lanes_with("host")
     spans = recording.spans
     predicting = spans[np.isin(spans["lane"], lanes) & (spans["kind"] == PREDICT)]
+    if not len(predicting):
+        predicting = spans[spans["kind"] == GUESSES]
+        predicting["start_ns"] = predicting["issued_ns"]  # the host has waited since it asked
     if not len(predicting):
         return 0
     busy_until = busy_before(predicting)
@@ -618,6 +623,14 @@ def span_bytes(recording: Recording) -> Array:
     step = spans["visit"][readbacks] // len(recording.expert_bytes)
     moved[readbacks] = tokens[step] * recording.trace.k * _CHOICE_BYTES
     return moved
+
+
+def saved_bytes(recording: Recording) -> int:
+    """Return the bytes of the copies that were saved by asking once for all guesses of a visit."""
+    sizes, layer_of = (
+        (recording.expert_bytes, recording.manager.experts) if recording.moved is None else (recording.moved[0], 1)
+    )
+    return sum(sizes[expert // layer_of] * copies for expert, copies in recording.manager.saved_copies.items())
 
 
 def _count(numbers: Array, names: Sequence[str]) -> dict[str, int]:

@@ -16,6 +16,7 @@ COLORS: Palette = {
     "demand": ("#d55e00", "copy on demand"),
     "prefetch": ("#f0a830", "prefetch"),
     "readback": ("#8060c0", "choice to host"),
+    "guesses": ("#b39ddb", "guesses to host"),
     "dense": ("#0072b2", "dense part"),
     "expert": ("#56b4e9", "expert"),
     "head": ("#009e73", "head"),

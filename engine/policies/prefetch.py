@@ -7,7 +7,7 @@ name it in PREFETCH, describe it in tests/test_prefetch.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,6 +28,7 @@ class Moment:
 
     `confidences` lie beside the guesses, or are None where the predictor gives none. `unused_share` is the share of
     the expert budget that prefetched experts hold which nobody has used yet. `misses_per_visit` is cumulative.
+    `assigned` are the experts in memory or on their way there: a guess of one of them makes no copy.
     """
 
     visit: int = 0
@@ -36,6 +37,7 @@ class Moment:
     unused_share: float = 0.0
     misses_per_visit: float = 0.0
     gauge: Gauge = field(default_factory=Gauge)
+    assigned: Collection[int] = ()
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,8 @@ class Prefetch:
         """Return what to fetch for each layer ahead, nearest first, the experts of each in the order of fetching.
 
         `ranked[h - 1]` holds the experts guessed for h layers ahead, best first; those of the batch's tokens lie
-        rank by rank; -1 means no guess, here and in what is returned. An expert may come twice: fetching what is
-        assigned does nothing.
+        rank by rank; -1 means no guess, here and in what is returned. An expert may come twice, or be in memory: the
+        dispatcher merges what is chosen and fetches what is absent.
         """
         raise NotImplementedError
 
@@ -201,7 +203,8 @@ class CostAware(Prefetch):
     With confidence c, b ns of copies queued, a copy of p ns and t ns until the target visit (horizon times the mean
     time of a visit so far): a right guess saves min(p, max(0, t - b)), what of its copy is hidden; a wrong one holds up
     the demand copies behind it by p, and a visit makes m demand copies on average (at most one waits for this one).
-    So it is fetched if c min(p, max(0, t - b)) > (1 - c) min(1, m) p; what is fetched adds p to the queue.
+    So it is fetched if c min(p, max(0, t - b)) > (1 - c) min(1, m) p; what is fetched adds p to the queue, once: other
+    guesses of it are free. A guess of what is in memory makes no copy and is passed over.
     """
 
     uses_clock = True
@@ -214,13 +217,19 @@ class CostAware(Prefetch):
         backlog_ns = moment.gauge.backlog_ns()
         visit_ns = moment.gauge.now_ns() / max(1, moment.visit)
         harm_ns = min(1.0, moment.misses_per_visit) * copy_ns
+        fetched: set[int] = set()
         chosen: list[list[int]] = []
         for horizon, (experts, confidences) in enumerate(zip(ranked, moment.confidences, strict=True), 1):
             chosen.append([])
             for expert, confidence in zip(experts, confidences, strict=True):
+                if expert in fetched:
+                    chosen[-1].append(expert)
+                if expert < 0 or expert in moment.assigned or expert in fetched:
+                    continue
                 hidden_ns = min(copy_ns, max(0.0, horizon * visit_ns - backlog_ns))
-                if expert >= 0 and confidence * hidden_ns > (1.0 - confidence) * harm_ns:
+                if confidence * hidden_ns > (1.0 - confidence) * harm_ns:
                     backlog_ns += copy_ns
+                    fetched.add(expert)
                     chosen[-1].append(expert)
         return chosen
 
