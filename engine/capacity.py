@@ -20,7 +20,6 @@ from ..workloads.trace import RoutingTrace
 from .expert_parallel import held
 from .inputs import Inputs
 from .offloading import kept_bytes, low_precision
-from .placed import own_steps
 from .run import make_manager, make_prefetch
 from .scenario import Scenario, ScenarioError, parse_budget, parse_bytes
 
@@ -113,7 +112,7 @@ def memories(inputs: Inputs) -> list[Memory]:
 def gpu_parts(part: Inputs) -> dict[str, int]:
     """Return what one GPU's memory keeps when its KV cache is largest, in bytes by name."""
     scenario, model = part.scenario, part.model
-    cached = kv_cache_bytes(model, part.trace, _steps_of(part))
+    cached = kv_cache_bytes(model, part.trace, part.steps, _lives_here(part))
     fullest = int(np.argmax(cached))
     budget_bytes = part.budget_bytes if part.budgets is None else part.budgets[fullest]
     low_bytes = low_precision(part)[1]
@@ -156,15 +155,20 @@ def host_parts(inputs: Inputs) -> dict[str, int]:
     return {name: size_bytes for name, size_bytes in parts.items() if size_bytes}
 
 
-def kv_cache_bytes(model: Model, trace: RoutingTrace, steps: Sequence[Step]) -> npt.NDArray[np.int64]:
+def kv_cache_bytes(
+    model: Model, trace: RoutingTrace, steps: Sequence[Step], here: npt.NDArray[np.bool_] | None = None
+) -> npt.NDArray[np.int64]:
     """Return the bytes of the KV cache at each step (steps,).
 
-    It holds every position of the sequences that run; a sequence leaves it with its last step.
+    It holds every position of the sequences that run; a sequence leaves it with its last step. `here` says which of all
+    steps' rows count (None: all).
     """
     rows = np.concatenate([step.rows for step in steps])
     step_of = np.repeat(np.arange(len(steps)), [len(step.rows) for step in steps])
+    if here is not None:
+        rows, step_of = rows[here], step_of[here]
     sequence, tokens = trace.sequence[rows], trace.position[rows].astype(np.int64) + 1
-    order = np.lexsort((np.arange(len(rows)), step_of, sequence))
+    order = np.argsort(sequence, kind="stable")  # within a sequence, by step
     sequence, step_of, tokens = sequence[order], step_of[order], tokens[order]
     # The last row of a sequence in a step says how much of it is cached from then on.
     last = np.ones(len(rows), dtype=bool)
@@ -234,11 +238,12 @@ def _resident(part: Inputs, memory: Memory) -> Memory:
     return replace(memory, parts=rest | {EXPERTS: held_bytes})
 
 
-def _steps_of(part: Inputs) -> Sequence[Step]:
-    """Return the steps of the sequences whose KV cache one GPU keeps."""
+def _lives_here(part: Inputs) -> npt.NDArray[np.bool_] | None:
+    """Return which rows of a GPU's steps are of sequences whose KV cache it keeps; None if all are."""
     if part.placed is None or not part.placed.moves_tokens:
-        return part.steps
-    return own_steps(part.steps, part.placed.homes, int(part.device.removeprefix("gpu")))
+        return None
+    here: npt.NDArray[np.bool_] = np.concatenate(part.placed.homes) == int(part.device.removeprefix("gpu"))
+    return here
 
 
 def _all_experts(model: Model, scenario: Scenario) -> int:
