@@ -30,7 +30,14 @@ from .output import metrics as measure
 from .policies.eviction import EVICTION
 from .scenario import PREDICTOR_LANES, Scenario, load_scenario, make_scenario
 from .simulate import Result, simulate_inputs
-from .virtual_memory import VirtualMemoryError, VirtualMemoryManager, check_size, check_whole, guesses_for_targets
+from .virtual_memory import (
+    VirtualMemoryError,
+    VirtualMemoryManager,
+    check_held,
+    check_size,
+    check_whole,
+    guesses_for_targets,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,8 +54,9 @@ class InferenceConfig:
     """What to simulate: by default the guide's run, 500 tokens at 33.86 % prediction accuracy.
 
     Every one of `num_layers` layers has `num_experts` of `expert_size_mb` (MiB); `gpu_memory_limit_mb` (MiB) is for
-    experts alone. The `prefetch_k` best guesses are prefetched one layer ahead; 0 prefetches nothing. Without
-    `enable_caching`, what was brought for a layer leaves after it. `eviction` names a policy.
+    experts alone, and with the model's dense parts must fit the profile's GPU. The `prefetch_k` best guesses are
+    prefetched one layer ahead; 0 prefetches nothing. Without `enable_caching`, what was brought for a layer leaves
+    after it. `eviction` names a policy.
 
     `predictor` is a name of PREDICTORS, or the weights of a trained one. `prediction_accuracy` is the oracle's chance
     to name a true expert, `context_length` how many tokens back "context" looks; a trained one has its own context.
@@ -105,7 +113,7 @@ class InferenceConfig:
         ):
             if getattr(self, name) not in known:
                 raise VirtualMemoryError(unknown_name(name, getattr(self, name), known))
-        load_profile(self.profile)
+        check_held(self.gpu_memory_limit_mb, load_profile(self.profile))
 
     def open_trace(self) -> RoutingTrace | None:
         """Return the trace, checked against the rest of the configuration; None if it is to be drawn.

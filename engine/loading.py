@@ -17,6 +17,7 @@ from ..workloads.importers import open_trace
 from ..workloads.model import Model, load_model
 from ..workloads.synthetic import synthesize
 from ..workloads.trace import RoutingTrace
+from .capacity import check, fixed_parts, gib, kv_cache_bytes
 from .costs import Costs
 from .expert_parallel import place
 from .inputs import Inputs
@@ -76,8 +77,11 @@ def completed(bare: Inputs) -> Inputs:
     if parallel.gpus > 1:
         guesses = bare.guesses or _guesses(bare)
         predictor = predictor_cost(bare.scenario.predictor) if guesses is not None else FREE
-        return place(replace(bare, guesses=guesses, predictor=predictor), make_manager)
-    return _in_stages(bare) if max(parallel.stages, parallel.micro_batches) > 1 else _on_one_gpu(bare)
+        inputs = place(replace(bare, guesses=guesses, predictor=predictor), make_manager)
+    else:
+        inputs = _in_stages(bare) if max(parallel.stages, parallel.micro_batches) > 1 else _on_one_gpu(bare)
+    check(inputs)
+    return inputs
 
 
 def _on_one_gpu(bare: Inputs) -> Inputs:
@@ -93,7 +97,10 @@ def _on_one_gpu(bare: Inputs) -> Inputs:
             divider(scenario.memory.scope, model.expert_bytes, trace)(min(budgets))
         except BudgetError as error:
             given = f"memory.total_bytes = {scenario.memory.total_bytes!r}"
-            raise ScenarioError(f"{given}: less dense weights, KV cache, workspace and predictor, {error}") from None
+            rest = fixed_parts(scenario, model, predictor.gpu_memory_bytes)
+            rest["KV cache"] = int(kv_cache_bytes(model, trace, steps).max())
+            parts = " + ".join(f"{name} {gib(size_bytes)}" for name, size_bytes in rest.items() if size_bytes)
+            raise ScenarioError(f"{given}: less {parts}, too little is left: {error}") from None
     inputs = replace(bare, budget_bytes=budget_bytes, guesses=guesses, budgets=budgets, predictor=predictor)
     # Before anything runs, these refuse a budget that is too small and what the profile or the trace lacks.
     make_manager(inputs)
@@ -130,6 +137,8 @@ def _in_stages(whole: Inputs) -> Inputs:
     def makespan_ns(counts: Sequence[int]) -> int | None:
         try:
             first = cut(counts, whole.steps[:SAMPLE_STEPS])
+            if scenario.memory.total_bytes is None:  # a total is kept, whatever the split
+                check(replace(first, stages=tuple(replace(stage, steps=whole.steps) for stage in first.stages)))
         except ScenarioError:
             return None
         return run_ns(run_all(first, prepared(first, part_costs(first))))
@@ -165,24 +174,14 @@ def expert_budgets(
 ) -> list[int] | None:
     """Return the expert budget before each step, `most_bytes` at most.
 
-    It is what dense weights, KV cache, workspace and `predictor_bytes` leave of the total; None without a total.
-    The KV cache holds every position of the sequences that run; a sequence leaves it with its last step.
+    It is what the KV cache and all else (`fixed_parts`) leave of the total; None without a total.
     """
-    memory = scenario.memory
-    if memory.total_bytes is None:
+    total = scenario.memory.total_bytes
+    if total is None:
         return None
-    left_bytes = parse_bytes(memory.total_bytes) - parse_bytes(memory.workspace_bytes)
-    left_bytes -= sum(model.dense_bytes) + model.head_bytes + predictor_bytes
-    last_step = {int(name): index for index, step in enumerate(steps) for name in trace.sequence[step.rows]}
-    context: dict[int, int] = {}
-    budgets = []
-    for index, step in enumerate(steps):
-        for row in step.rows.tolist():
-            context[int(trace.sequence[row])] = int(trace.position[row]) + 1
-        kv_bytes = sum(context.values()) * model.kv_bytes_per_token
-        budgets.append(min(most_bytes, left_bytes - kv_bytes))
-        context = {name: tokens for name, tokens in context.items() if last_step[name] > index}
-    return budgets
+    left_bytes = parse_bytes(total) - sum(fixed_parts(scenario, model, predictor_bytes).values())
+    kv_bytes = kv_cache_bytes(model, trace, steps).tolist()
+    return [min(most_bytes, left_bytes - size_bytes) for size_bytes in kv_bytes]
 
 
 def _load_trace(scenario: Scenario, model: Model) -> RoutingTrace:

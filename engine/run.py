@@ -103,19 +103,11 @@ def make_host_memory(inputs: Inputs, spool: Spool | None = None) -> HostMemory |
 
     `spool` is of the GPU's records; its own are kept within.
     """
-    model, tiers, scope = inputs.model, inputs.scenario.tiers, inputs.scenario.memory.scope
+    model, tiers = inputs.model, inputs.scenario.tiers
     if tiers.host_budget == "all":
         return None
-    scope = "shared" if scope == "shared" else "global"
+    scope = "shared" if inputs.scenario.memory.scope == "shared" else "global"
     budget_bytes = parse_budget(tiers.host_budget, model.expert_bytes, model.experts, scope)
-    topology = inputs.profile.topology
-    if topology is not None:
-        there_bytes = sum(node.capacity_bytes or 0 for node in topology.nodes if node.kind == "host")
-        if budget_bytes > there_bytes:
-            raise ScenarioError(
-                f"tiers.host_budget = {tiers.host_budget!r}: {budget_bytes / 2**30:.1f} GiB, but profile "
-                f"{inputs.profile.name} has {there_bytes / 2**30:.1f} GiB of host memory"
-            )
     setting = _setting(inputs)
     try:
         manager = MemoryManager(

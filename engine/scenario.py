@@ -145,12 +145,13 @@ class WorkloadSection(_Section):
 class MemorySection(_Section):
     """The GPU memory that experts may use, and who leaves it first.
 
-    With `total_bytes`, experts get what the dense weights, the KV cache and the workspace leave of it, step by step,
-    and `gpu_budget` at most. `prefetch_limit` keeps prefetched experts that nobody has used yet within
-    `prefetch_share` of the budget (fixed), or within a share that starts there and follows the workload (adaptive).
-    Without `caching`, what was brought for a visit leaves after it. `preload` is what lies there before the run:
-    nothing, the most popular experts, or whole layers from the last one back; with `cpu_layers`, all but those of the
-    first so many layers.
+    With `total_bytes`, experts get what dense weights, embeddings, KV cache, workspace and predictor leave of it, step
+    by step: all of that, or `gpu_budget` at most if it is given too. `prefetch_limit` keeps prefetched experts that
+    nobody has used yet within `prefetch_share` of the budget (fixed), or within a share that starts there and follows
+    the workload (adaptive). Without `caching`, what was brought for a visit leaves after it. `preload` is what lies
+    there before the run: nothing, the most popular experts, or whole layers from the last one back; with `cpu_layers`,
+    all but those of the first so many layers. What every memory of the machine keeps is added up before the run, and
+    more than it holds is refused, unless `capacity` is "ignore".
     """
 
     gpu_budget: str = "25%"
@@ -161,8 +162,17 @@ class MemorySection(_Section):
     caching: bool = True
     total_bytes: str | None = None
     workspace_bytes: str = "0B"
+    capacity: Literal["check", "ignore"] = "check"
     preload: Annotated[str, _one_of(PRELOAD)] = "none"
     cpu_layers: int | None = Field(default=None, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_total_alone_is_for_all_experts(cls, given: Any) -> Any:
+        """Let experts have all that a total leaves where no budget is given."""
+        if isinstance(given, Mapping) and given.get("total_bytes") is not None and "gpu_budget" not in given:
+            return {**given, "gpu_budget": "100%"}
+        return given
 
     @model_validator(mode="after")
     def _preloaded_stays(self) -> MemorySection:

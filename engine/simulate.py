@@ -24,6 +24,7 @@ from ..resources.network import Carried
 from ..resources.spool import Spool
 from ..resources.timeline import Timeline
 from ..workloads.batches import continued_steps
+from .capacity import described
 from .costs import Costs
 from .dispatch import Visit
 from .expert_parallel import held, sent_tokens_and_experts, shadow_misses, sharing_metrics
@@ -148,6 +149,7 @@ def simulate_inputs(
     data["estimates"] = dict(sorted((what, rule) for known in estimates for what, rule in known.items()))
     data["seed"] = scenario.seed
     data["predictor"] = asdict(inputs.predictor)
+    data["capacity"] = described(inputs)
     data["warnings"] = warnings_of(inputs, data)
     if replicates and (missing := without_uncertainty(inputs.profile)):
         data["warnings"].append(
@@ -240,10 +242,10 @@ def baseline_scenario(name: str, scenario: Scenario) -> Scenario:
     """Return the scenario with all that one of BASELINES does not depend on at its default: equal ones share it."""
     changes: dict[str, Any] = {"prefetch": PrefetchSection(lookahead=0)}
     if name == "resident":
-        changes["memory"], changes["tiers"] = MemorySection(gpu_budget="100%"), TiersSection()
+        changes["memory"], changes["tiers"] = MemorySection(gpu_budget="100%", capacity="ignore"), TiersSection()
     elif name == "baseline":
         kept = {"gpu_budget", "scope", "total_bytes", "workspace_bytes"}  # the scope says what a share is of
-        changes["memory"] = MemorySection(**scenario.memory.model_dump(include=kept))
+        changes["memory"] = MemorySection(**scenario.memory.model_dump(include=kept), capacity="ignore")
     if name != "no_prefetch":
         scenario = plain(scenario)
     if name != "no_prefetch" or not getattr(EVICTION[scenario.memory.eviction], "needs_guesses", False):

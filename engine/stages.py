@@ -89,7 +89,10 @@ def compute_ns(costs: Costs, model: Model, trace: RoutingTrace, steps: Sequence[
 
 
 def stage_model(model: Model, first: int, count: int) -> Model:
-    """Return the model of `count` layers from `first` on; the head, and what it reads, is with the last layer only."""
+    """Return the model of `count` layers from `first` on; the head, and what it reads, is with the last layer only.
+
+    The input embedding is with the first one; a stage that has both shares a tied one.
+    """
     last = first + count
     cached = model.kv_bytes_per_token
     return replace(
@@ -101,6 +104,8 @@ def stage_model(model: Model, first: int, count: int) -> Model:
         # An equal share of each layer, rounded so that the stages' add up to the model's.
         kv_bytes_per_token=cached * last // model.layers - cached * first // model.layers,
         parameters=None,
+        embedding_bytes=model.embedding_bytes if first == 0 else 0,
+        tied_embeddings=model.tied_embeddings and count == model.layers,
     )
 
 

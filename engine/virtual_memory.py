@@ -53,7 +53,8 @@ class VirtualMemoryManager:
     makes experts of one index one expert in all layers. `eviction` names a policy of EVICTION, `seed` is its luck.
     `profile` prices copies (a shipped profile's name or a JSON file's path); with `charge_hits` a hit costs a copy
     within the GPU, as in the guide, else nothing.
-    Raises VirtualMemoryError for an argument out of bounds, ProfileError for a profile that cannot be read.
+    Raises VirtualMemoryError for an argument out of bounds, such as a limit beyond the profile's GPU, ProfileError for
+    a profile that cannot be read.
     """
 
     def __init__(
@@ -88,7 +89,9 @@ class VirtualMemoryManager:
         self.seed = seed
         self._expert_bytes = round(expert_size_mb * _MIB)
         self._limit_bytes = round(gpu_memory_limit_mb * _MIB)
-        self._prices = _prices(load_profile(profile), self._expert_bytes, charge_hits)
+        costs = load_profile(profile)
+        check_held(gpu_memory_limit_mb, costs)
+        self._prices = _prices(costs, self._expert_bytes, charge_hits)
         self._layers = GUIDE_LAYERS if num_layers is None else int(num_layers)
         self._log: MemoryLog | None = None
 
@@ -359,6 +362,14 @@ def check_size(name: str, value: object, least: float, wanted: str) -> None:
     number = isinstance(value, Real) and not isinstance(value, bool)
     if not (number and least <= float(value) < math.inf):  # type: ignore[arg-type]
         raise VirtualMemoryError(f"{name} = {value!r}: must be a size in MiB, {wanted}")
+
+
+def check_held(gpu_memory_limit_mb: float, profile: Profile) -> None:
+    """Raise VirtualMemoryError if a limit in MiB is beyond all that the profile's GPU has."""
+    held_mb = profile.gpu_memory_bytes / _MIB
+    if gpu_memory_limit_mb > held_mb:
+        given = f"gpu_memory_limit_mb = {gpu_memory_limit_mb!r}"
+        raise VirtualMemoryError(f"{given}: the GPU of profile {profile.name} has {held_mb:,.0f} MiB in all")
 
 
 def _as_trace(given: RoutingTrace | npt.ArrayLike, num_experts: int) -> RoutingTrace:

@@ -62,6 +62,36 @@ def _cliff(inputs: Inputs, data: dict[str, Any]) -> str | None:
     return None
 
 
+def _over_capacity(inputs: Inputs, data: dict[str, Any]) -> str | None:
+    over = [memory for memory in data["capacity"]["memories"] if memory["fits"] is False]
+    if not over:
+        return None
+    sums = ", ".join(
+        f"{memory['memory']} {memory['sum_bytes'] / 2**30:,.2f} of {memory['capacity_bytes'] / 2**30:,.2f} GiB"
+        for memory in over
+    )
+    return (
+        f"over capacity: no such machine could run this, which memory.capacity = ignore lets pass ({sums}); lower "
+        f"memory.gpu_budget, or use a smaller model.dtype"
+    )
+
+
+def _idle_total(inputs: Inputs, data: dict[str, Any]) -> str | None:
+    memory = inputs.scenario.memory
+    if memory.total_bytes is None:
+        return None
+    idle_bytes = min(gpu["idle_bytes"] for gpu in data["capacity"]["memories"] if gpu["kind"] == "gpu")
+    room_bytes = min(part.budget_bytes for part in inputs.parts)
+    short_bytes = min(part.model.total_expert_bytes for part in inputs.parts) - room_bytes
+    if min(idle_bytes, short_bytes) < max(inputs.model.expert_bytes):
+        return None
+    return (
+        f"idle memory: memory.gpu_budget = {memory.gpu_budget} leaves {idle_bytes / 2**30:,.2f} GiB of "
+        f"memory.total_bytes = {memory.total_bytes} to nobody; set memory.gpu_budget = 100% to give experts all that "
+        f"is left"
+    )
+
+
 def _saturated_link(inputs: Inputs, data: dict[str, Any]) -> str | None:
     busy, moved = data["link_utilization"], data["bytes"]
     if busy is None or busy < SATURATED or not data["counts"]["prefetch"]:
@@ -282,6 +312,8 @@ def _host_memory(inputs: Inputs) -> str:
 
 #: In the order in which they are told: first what makes the setting bad, then what makes the numbers doubtful.
 WARNINGS: tuple[Warn, ...] = (
+    _over_capacity,
+    _idle_total,
     _cliff,
     _turnover,
     _saturated_link,

@@ -293,16 +293,24 @@ class Contention(Part):
     peer_beside_copy: Duration | None = None
 
 
+class Capacity(Fact):
+    """What a memory holds."""
+
+    capacity_bytes: int = Field(gt=0)
+
+
 class NvmeCosts(Part):
     """A drive under the host's memory: what reading from it takes, request by request.
 
     `read` is one request on one of `lanes` that all read, which together get all that the drive gives; more lanes
-    share that. `order` is the host thread's time to order the read of one expert, room for it included.
+    share that. `order` is the host thread's time to order the read of one expert, room for it included. `drive` says
+    what it holds, where that is known and there is no topology to say it.
     """
 
     read: TransferCost
     lanes: int = Field(gt=0)
     order: Duration = _NO_TIME
+    drive: Capacity | None = None
 
 
 class Allocation(Part):
@@ -315,7 +323,9 @@ class Allocation(Part):
 class Profile(Part):
     """One machine: its identity and its costs. `h2d` maps the kind of host memory (pinned, pageable) to costs.
 
-    Costs are those of one GPU, all being alike. Without a `topology` there is one, behind a link of its own.
+    Costs are those of one GPU, all being alike. Without a `topology` there is one, behind a link of its own, and
+    `host_memory` says what the host holds, where that is known. With `unified_memory` the host has no memory but the
+    GPU's, whose `gpu_memory_bytes` they share.
     """
 
     name: str
@@ -335,6 +345,41 @@ class Profile(Part):
     nvme: NvmeCosts | None = None
     allocation: Allocation | None = None
     topology: Topology | None = None
+    host_memory: Capacity | None = None
+    unified_memory: bool = False
+
+    @model_validator(mode="after")
+    def _memories_are_stated_once(self) -> Profile:
+        stated = {
+            "host_memory": self.host_memory is not None,
+            "unified_memory": self.unified_memory,
+            "nvme.drive": self.nvme is not None and self.nvme.drive is not None,
+        }
+        given = [key for key, there in stated.items() if there]
+        if self.topology is not None and given:
+            raise InputError(f"{', '.join(given)}: the topology's nodes say what each memory holds: leave out")
+        if self.unified_memory and self.host_memory is not None:
+            raise InputError("host_memory: with unified_memory = true the host has none of its own: leave out")
+        return self
+
+    def capacity(self, kind: Literal["gpu", "host", "nvme"], name: str) -> tuple[int | None, str]:
+        """Return the bytes that a memory holds (None: not stated), and which key of the profile says so, or would.
+
+        Host memory is that of all NUMA nodes, a drive all drives together; a GPU is known by its `name`.
+        """
+        nodes = [node for node in self.topology.nodes if node.kind == kind] if self.topology is not None else []
+        if kind == "gpu":
+            nodes = [node for node in nodes if node.name == name]
+        if nodes:
+            sources = ", ".join(dict.fromkeys(node.source for node in nodes))
+            names = ", ".join(node.name for node in nodes)
+            return sum(node.capacity_bytes or 0 for node in nodes), f"topology, {names} ({sources})"
+        if kind == "gpu":
+            return self.gpu_memory_bytes, "gpu_memory_bytes"
+        stated, key = self.host_memory, "host_memory"
+        if kind == "nvme":
+            stated, key = self.nvme.drive if self.nvme is not None else None, "nvme.drive"
+        return (None, key) if stated is None else (stated.capacity_bytes, f"{key} ({stated.source})")
 
 
 def profile_names() -> list[str]:
@@ -408,6 +453,6 @@ def _explain(place: tuple[int | str, ...], message: str, given: object) -> str:
     key = ".".join(str(part) for part in place)
     message = message.removeprefix("Value error, ").replace("Input should be", "must be")
     message = message.replace("Extra inputs are not permitted", "no such key")
-    if not key:
-        return f"{given!r}: must be an object"
+    if not key:  # of the whole profile: what is between its parts names its keys
+        return message if isinstance(given, dict) else f"{given!r}: must be an object"
     return f"{key} = {given!r}: {message}" if isinstance(given, str | int | float) else f"{key}: {message}"

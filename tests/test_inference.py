@@ -229,6 +229,7 @@ def test_it_is_imported_from_the_package() -> None:
             {"gpu_memory_limit_mb": 26},
             r"gpu_memory_limit_mb = 26: must be a size in MiB, room for one expert of 27.0 MiB",
         ),
+        ({"gpu_memory_limit_mb": 40960}, r"gpu_memory_limit_mb = 40960: the GPU of profile rtx3090 has 24,576 MiB"),
         ({"gpu_memory_limit_mb": "2GiB"}, r"gpu_memory_limit_mb = '2GiB': must be a size in MiB"),
         ({"prediction_accuracy": 33.86}, r"prediction_accuracy = 33.86: must be a number, 0 to 1"),
         ({"prediction_accuracy": float("nan")}, r"prediction_accuracy = nan: must be a number, 0 to 1"),

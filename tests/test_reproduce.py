@@ -139,8 +139,8 @@ def test_a_trained_predictors_scores_are_read_where_they_are(
 def test_what_caching_adds_is_one_speedup_over_the_other(
     monkeypatch: pytest.MonkeyPatch, short: InferenceConfig
 ) -> None:
-    # Room for all experts, so that caching must add something.
-    config = replace(short, gpu_memory_limit_mb=27.0 * 12 * 128)
+    # Room for all experts of six layers, so that caching must add something.
+    config = replace(short, num_layers=6, gpu_memory_limit_mb=27.0 * 6 * 128)
     monkeypatch.setattr(reproduce, "_workloads", lambda: iter([("ample memory", config)]))
     (row,) = TABLES["caching"]()
     with_, without = (

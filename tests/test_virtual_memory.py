@@ -395,6 +395,10 @@ GUESSES = [[[0, 1], [1, 2]], [[2, 0], [3, 1]]]
         ({"gpu_memory_limit_mb": -1}, r"gpu_memory_limit_mb = -1: must be a size in MiB, room for one of 27\.0 MiB"),
         ({"gpu_memory_limit_mb": 26}, r"gpu_memory_limit_mb = 26: .* room for one"),
         ({"gpu_memory_limit_mb": math.inf}, r"gpu_memory_limit_mb = inf"),
+        (
+            {"gpu_memory_limit_mb": 24577},
+            r"gpu_memory_limit_mb = 24577: the GPU of profile rtx3090 has 24,576 MiB in all",
+        ),
         ({"prefetch_k": 129}, r"prefetch_k = 129: must be an integer, 0\.\.128 \(num_experts\)"),
         ({"prefetch_k": -1}, r"prefetch_k = -1"),
         ({"num_layers": 0}, r"num_layers = 0: must be an integer, at least 1"),

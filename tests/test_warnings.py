@@ -21,6 +21,11 @@ SKIP = ["model.preset=deepseek-v2-lite", "model.layers=24", "workload.trace=topk
 #: For each warning, by its first words: settings with which it is said, and settings with which it is not (None: some
 #: kernel of every shipped model is estimated on every shipped profile).
 CASES: dict[str, tuple[list[str], list[str] | None]] = {
+    "over capacity": (
+        ["machine.profile=rtx3090", "memory.gpu_budget=24GiB", "memory.capacity=ignore"],
+        ["machine.profile=rtx3090", "memory.capacity=ignore"],
+    ),
+    "idle memory": (["memory.total_bytes=9GiB"], ["memory.total_bytes=9GiB", "memory.gpu_budget=100%"]),
     "cliff": (["memory.gpu_budget=92experts"], ["memory.gpu_budget=93experts"]),
     "saturated link": (["prefetch.lookahead=2"], ["prefetch.lookahead=0"]),
     "saturated drive": (

@@ -57,6 +57,7 @@ class Model:
     - `expert_bytes` (layers,): bytes to move for one expert of that layer, biases included.
     - `dense_bytes` (layers,): weight bytes read by the dense part of that layer; no embedding table.
     - `head_bytes`: final norm and language-model head, with any block after the last MoE layer.
+    - `embedding_bytes`: the table of input embeddings; with `tied_embeddings` it is the head's matrix too.
     - `dense_kernels`, `expert_kernels`: GPU kernels that an eager PyTorch implementation launches for a layer's dense
       part and for one expert. Assumptions, counted by reading the implementation.
     - `kv_bytes_per_token`: what one token adds to the KV cache, over all layers.
@@ -82,11 +83,13 @@ class Model:
     kv_bytes_per_token: int = 0
     source: str = ""
     parameters: int | None = None
+    embedding_bytes: int = 0
+    tied_embeddings: bool = False
 
     def __post_init__(self) -> None:
         for field in _AT_LEAST_ONE:
             self._check(field, getattr(self, field), 1)
-        for field in ("head_bytes", "kv_bytes_per_token"):
+        for field in ("head_bytes", "kv_bytes_per_token", "embedding_bytes"):
             self._check(field, getattr(self, field), 0)
         if self.top_k > self.experts:
             raise ModelError(f"model {self.name}: top_k = {self.top_k}: must be 1 to experts = {self.experts}")
@@ -116,6 +119,11 @@ class Model:
     def total_expert_bytes(self) -> int:
         """Bytes of all routed experts."""
         return self.experts * sum(self.expert_bytes)
+
+    @property
+    def embedding_beside_head_bytes(self) -> int:
+        """Bytes that the input embedding takes beside the head: none where it is the head's own matrix."""
+        return 0 if self.tied_embeddings else self.embedding_bytes
 
     @cached_property
     def uniform(self) -> bool:
@@ -481,6 +489,8 @@ def _derive(shapes: _Shapes, layers: int) -> Model:
         kv_bytes_per_token=_bytes(sum(part.cached_values for part in kept), dtypes.of_kv),
         source=shapes.source,
         parameters=sum(part.weights.total for part in kept) + layers * moe.experts * expert.total + tables * head.total,
+        embedding_bytes=head.bytes(dtypes, dtypes.dense),
+        tied_embeddings=shapes.tied_embeddings,
     )
 
 

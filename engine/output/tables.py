@@ -15,6 +15,7 @@ def print_result(data: dict[str, Any]) -> None:
     """Print what a simulated run came to."""
     console = Console()
     console.print(Text(headline(data)))
+    _rows(console, "What each memory keeps, at its fullest", capacity_rows(data))
     _rows(console, "Speed", speed_rows(data))
     counts, accesses = data["counts"], data["accesses"]
     outcomes = ("prefetch_hit", "cache_hit", "late", "miss")
@@ -59,8 +60,42 @@ def headline(data: Mapping[str, Any]) -> str:
     return (
         f"{model['name']} ({model['layers']} x {model['experts']} experts, top-{model['top_k']}) on "
         f"{scenario['machine']['profile']}, {trace}; room for {share:.1%} of the experts "
-        f"({data['budget_bytes'] / 2**30:.2f} GiB)"
+        f"({data['budget_bytes'] / 2**30:.2f} GiB{_share_of_gpus(data)})"
     )
+
+
+def _share_of_gpus(data: Mapping[str, Any]) -> str:
+    """Return what share of the GPUs' memory the expert budget is, in words; nothing in a result that does not say."""
+    gpus = [memory for memory in data.get("capacity", {"memories": []})["memories"] if memory["kind"] == "gpu"]
+    holds_bytes = sum(memory["capacity_bytes"] for memory in gpus)
+    whose = "the GPU's memory" if len(gpus) == 1 else f"the memory of {len(gpus)} GPUs"
+    return f", {data['budget_bytes'] / holds_bytes:.1%} of {whose}" if gpus else ""
+
+
+def capacity_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Return what each memory keeps against what it holds: name, sum and parts. Of several GPUs, the fullest."""
+    memories = data["capacity"]["memories"]
+    gpus = [memory for memory in memories if memory["kind"] == "gpu"]
+    fullest = max(gpus, key=lambda memory: memory["sum_bytes"])
+    shown = {**fullest, "memory": f"{fullest['memory']}, the fullest of {len(gpus)}"} if len(gpus) > 1 else fullest
+    return [_memory_row(memory) for memory in (shown, *(memory for memory in memories if memory["kind"] != "gpu"))]
+
+
+def _memory_row(memory: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Return the row of one memory; parts of less than a hundredth of it all are told together."""
+    name, sum_bytes = memory["memory"], memory["sum_bytes"]
+    named = {part: size_bytes for part, size_bytes in memory["parts"].items() if 100 * size_bytes >= sum_bytes}
+    told = sorted(named.items(), key=lambda part: -part[1])
+    told.append(("all else", sum_bytes - sum(named.values())))
+    words = ", ".join(f"{part} {_gib(size_bytes)}" for part, size_bytes in told if 1000 * size_bytes >= sum_bytes)
+    if memory["capacity_bytes"] is None:
+        return name, f"{_gib(sum_bytes)} GiB", f"not checked, no capacity is stated: {words}"
+    used = f"{_gib(sum_bytes)} of {_gib(memory['capacity_bytes'])} GiB ({memory['share']:.1%})"
+    return name, used, words if memory["fits"] else f"more than it holds: {words}"
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:,.2f}"
 
 
 def _way_rows(data: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -139,10 +174,19 @@ def speed_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             (
                 "all resident",
                 f"{data['resident_ms']:,.3f} ms",
-                f"this run takes {data['makespan_ms'] / data['resident_ms']:.2f}x as long",
+                f"this run takes {data['makespan_ms'] / data['resident_ms']:.2f}x as long{_would_not_fit(data)}",
             ),
         ]
     return rows
+
+
+def _would_not_fit(data: Mapping[str, Any]) -> str:
+    """Say so if a GPU does not hold all experts, so that what is compared with cannot be."""
+    resident = data["capacity"]["resident"] if "capacity" in data else {"fits": True}
+    if resident["fits"] is not False:
+        return ""
+    held = f"{_gib(resident['sum_bytes'])} GiB in {_gib(resident['capacity_bytes'])}"
+    return f"; it would not fit, {held}"
 
 
 #: What the table of a sweep shows of each row: its key and how it is written.
