@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..engine.costs import Costs
 from ..engine.inputs import Inputs
 from ..engine.loading import load_inputs
 from ..engine.output.metrics import Recording, token_times_ns
-from ..engine.run import make_manager, make_prefetch, run
+from ..engine.run import part_costs, prepared, run_all
 from ..engine.scenario import Scenario, ScenarioError
 from ..errors import InputError
 from ..resources.profile import Profile
@@ -288,10 +287,12 @@ def _with_tokens(scenario: Scenario, tokens: int) -> Scenario:
 
 def _play(inputs: Inputs, profile: Profile | None = None) -> Recording:
     """Simulate, with another profile's costs if one is given."""
-    costs = Costs(inputs.model, profile or inputs.profile, inputs.scenario)
-    if costs.reads is None:
+    inputs = replace(inputs, profile=profile or inputs.profile)
+    costs = part_costs(inputs)
+    if costs[0].reads is None:
         raise ScenarioError("tiers.host_budget = 'all': a run that reads experts from a drive has less of it")
-    return run(inputs, costs, make_manager(inputs), make_prefetch(inputs.scenario, inputs.model))
+    (recording,) = run_all(inputs, prepared(inputs, costs))
+    return recording
 
 
 def _step_ms(recording: Recording) -> Array:

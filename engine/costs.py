@@ -11,13 +11,16 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..resources.from_peer import from_peer
 from ..resources.lane import Lags
 from ..resources.profile import ComputeCosts, CopyCosts, ExpertPoint, HostCosts, KernelPoint, Profile, ProfileError
 from ..workloads.model import Model
 from .scenario import Scenario
+
+if TYPE_CHECKING:
+    from .inputs import Inputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +103,15 @@ class _Point(NamedTuple):
 
 
 class Costs:
-    """The costs of one run; every method is a table look-up after the first call.
+    """The costs of one run on one GPU; every method is a table look-up after the first call.
 
-    `timed`: every kernel group and copy is timed, as in an execution: the host puts an event before it too.
+    They are made of what the run was loaded as, for a scenario alone does not say what its predictor takes: that may
+    have been measured with its weights. `timed`: every kernel group and copy is timed, as in an execution: the host
+    puts an event before it too. Raises ProfileError if the profile lacks what the scenario needs.
     """
 
-    def __init__(self, model: Model, profile: Profile, scenario: Scenario, *, timed: bool = False) -> None:
+    def __init__(self, inputs: Inputs, *, timed: bool = False) -> None:
+        model, profile, scenario = inputs.model, inputs.profile, inputs.scenario
         if scenario.copy_.source == "peer":
             profile = from_peer(profile)
         self.model = model
@@ -129,7 +135,7 @@ class Costs:
         self.copy_slowdown = profile.contention.copy_beside_compute.factor if profile.contention else 1.0
         self.copies_take_turns = profile.contention is not None and profile.contention.copies_take_turns
         self.interruptions = profile.compute.interruptions
-        self.predict_ns = round((scenario.predictor.latency_us or 0.0) * 1000)
+        self.predict_ns = round(inputs.predictor.latency_us * 1000)
         self._set_host_costs(profile.host, records=2 if timed else 1)
         self.copies: Sequence[CopyCost] = [self.copy(size_bytes) for size_bytes in self.expert_bytes]
         self.reads = self._reads(profile, scenario)

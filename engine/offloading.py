@@ -107,7 +107,7 @@ def make_miss(inputs: Inputs) -> Miss | None:
 
 def _with_costs(terms: Terms, inputs: Inputs) -> Terms:
     """Add what the profile says of the CPU, the link and the GPU; the same whatever a replicate draws."""
-    costs = Costs(inputs.model, inputs.profile, inputs.scenario)
+    costs = Costs(inputs)
     cpu = CpuCosts(costs, inputs.scenario)
     cpu.expert(0, 1)  # refuses a shape that cannot be estimated before anything runs
     return Terms(

@@ -19,9 +19,8 @@ import numpy.typing as npt
 
 from ..resources.profile import Profile, make_profile
 from ..workloads.keyed_random import uniform
-from ..workloads.model import Model
 from .costs import ByTokens, CopyCost, Costs, KernelCost
-from .scenario import Scenario
+from .inputs import Inputs
 
 #: What of a cost grows with its factor, and what shrinks.
 _TIMES = ("ns", "beside_copy_ns", "alone_ns", "latency_ns", "constant_ns")
@@ -35,14 +34,12 @@ PERCENTILES = (5, 50, 95)
 _BLOCK = 4096
 
 
-def replicate_costs(
-    model: Model, profile: Profile, scenario: Scenario, count: int, *, timed: bool = False
-) -> Iterator[Costs]:
-    """Yield the costs of each replicate; `timed` as `Costs` takes it."""
-    plain = profile.model_dump()
+def replicate_costs(inputs: Inputs, count: int, *, timed: bool = False) -> Iterator[Costs]:
+    """Yield the costs of each replicate of a run on one GPU; `timed` as `Costs` takes it."""
+    plain, seed, name = inputs.profile.model_dump(), inputs.scenario.seed, inputs.profile.name
     for number in range(count):
-        drawn = make_profile(_drawn(plain, "profile", (scenario.seed, number)), f"replicate {number} of {profile.name}")
-        yield _ScatteredCosts(model, drawn, scenario, number, timed)
+        drawn = make_profile(_drawn(plain, "profile", (seed, number)), f"replicate {number} of {name}")
+        yield _ScatteredCosts(replace(inputs, profile=drawn), number, timed)
 
 
 def summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -119,8 +116,9 @@ class _Anew(ByTokens):
 class _ScatteredCosts(Costs):
     """Costs of which every kernel, launch and copy is drawn anew when it is asked for."""
 
-    def __init__(self, model: Model, profile: Profile, scenario: Scenario, replicate: int, timed: bool) -> None:
-        super().__init__(model, profile, scenario, timed=timed)
+    def __init__(self, inputs: Inputs, replicate: int, timed: bool) -> None:
+        super().__init__(inputs, timed=timed)
+        model, profile, scenario = inputs.model, inputs.profile, inputs.scenario
 
         def factors(what: str, scatter: float) -> Callable[[], float]:
             return _factors((scenario.seed, replicate, _number(what)), scatter)

@@ -40,7 +40,6 @@ from .output.misses import offloading_metrics
 from .pipeline import flow_of, sent
 from .policies.eviction import EVICTION
 from .policies.prefetch import NoPrefetch
-from .predicting import with_latency
 from .replicates import replicate_costs, summary, without_uncertainty
 from .run import Prepared, Progress, Watch, dispatched, make_manager, part_costs, prepared, run_all
 from .scenario import MemorySection, PredictorSection, PrefetchSection, Scenario, TiersSection
@@ -267,9 +266,8 @@ def _compared(known: Mapping[str, float], data: dict[str, Any]) -> dict[str, flo
 def _replicates(inputs: Inputs, count: int, progress: Progress | None) -> list[dict[str, Any]]:
     """Return makespan and tokens/s of each replicate."""
     results = []
-    scenario, profile = with_latency(inputs.scenario, inputs.predictor), inputs.profile
     # The same seed for all GPUs: what is drawn is how far the profile is off, and they share it.
-    drawn = zip(*(replicate_costs(part.model, profile, scenario, count) for part in inputs.parts), strict=True)
+    drawn = zip(*(replicate_costs(part, count) for part in inputs.parts), strict=True)
     for number, costs in enumerate(drawn, 1):
         recordings = run_all(inputs, prepared(inputs, costs))
         speed = step_metrics(recordings, previous_steps(inputs))

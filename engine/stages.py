@@ -55,7 +55,7 @@ def stage_layers(whole: Inputs, makespan_ns: Callable[[tuple[int, ...]], int | N
 
     `makespan_ns` as of `Layers`.
     """
-    costs = Costs(whole.model, whole.profile, whole.scenario)
+    costs = Costs(whole)
     weights = partial(compute_ns, costs, whole.model, whole.trace, whole.steps[:SAMPLE_STEPS])
     parallel = whole.scenario.parallel
     return divide(parallel.split, Layers(parallel.stages, whole.model.expert_bytes, weights, makespan_ns))

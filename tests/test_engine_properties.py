@@ -111,7 +111,7 @@ def test_each_kind_of_work_runs_on_its_lane(case: Case) -> None:
 def test_undisturbed_work_takes_what_it_costs(case: Case) -> None:
     inputs = case.inputs()
     recording = play(inputs)
-    costs = Costs(inputs.model, inputs.profile, inputs.scenario)
+    costs = Costs(inputs)
     tokens = [len(step.rows) for step in inputs.steps]
     layers = inputs.model.layers
     for span in spans_of(recording, DENSE):
@@ -138,7 +138,7 @@ def test_undisturbed_work_takes_what_it_costs(case: Case) -> None:
 def test_two_streams_share_one_link_and_make_it_no_faster(case: Case) -> None:
     inputs = case.inputs()
     recording = play(inputs)
-    costs = Costs(inputs.model, inputs.profile, inputs.scenario)
+    costs = Costs(inputs)
     copies = spans_of(recording, DEMAND, PREFETCH)
     least = [costs.copies[int(span["expert"]) // inputs.model.experts].queued_ns for span in copies]
     assert (copies["end_ns"] - copies["start_ns"] >= least).all()
@@ -339,7 +339,7 @@ def test_bytes_are_conserved_each_copy_is_made_once_or_given_up_unused(case: Cas
     inputs = case.inputs()
     data = simulate_inputs(inputs, baselines=False)
     recording = data.recording
-    costs = Costs(inputs.model, inputs.profile, inputs.scenario)
+    costs = Costs(inputs)
     by_priority = inputs.scenario.copy_.discipline == "priority"
     made = Counter(recording.copy_spans["copy"].tolist())
     layer_of = [expert // inputs.model.experts for expert in recording.manager.copy_expert]
@@ -453,7 +453,7 @@ def resident(inputs: Inputs) -> Recording:
     model = inputs.model
     manager = MemoryManager(model.expert_bytes, model.experts, model.total_expert_bytes, Lru)
     manager.preload(range(model.total_experts))
-    costs = Costs(model, inputs.profile, scenario)
+    costs = Costs(inputs)
     return run(inputs, costs, manager, make_prefetch(scenario, model))
 
 
@@ -513,7 +513,7 @@ def test_two_simulations_in_one_process_do_not_meet(case: Case) -> None:
     # One starts while the other is under way: its visits are drawn one by one.
     inputs = case.inputs()
     alone = play(inputs)
-    costs = Costs(inputs.model, inputs.profile, inputs.scenario)
+    costs = Costs(inputs)
     policy = make_prefetch(inputs.scenario, inputs.model)
 
     def disturbed(visits: Iterator[Visit]) -> Iterator[Visit]:

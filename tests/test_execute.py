@@ -89,7 +89,7 @@ def test_an_execution_makes_the_spans_that_the_simulation_makes(variant: str, sh
     inputs = small_inputs(**VARIANTS[variant])
     measured = execute([CpuDevice()], inputs, variant, shared, repeats=3)
     (gpu,), (timeline,) = measured.gpus, measured.timelines()
-    costs = Costs(inputs.model, inputs.profile, inputs.scenario)
+    costs = Costs(inputs)
     simulated = run(inputs, costs, make_manager(inputs), make_prefetch(inputs.scenario, inputs.model))
     assert gpu.counts["miss"] + gpu.counts["prefetch"] == len(simulated.copy_reason)
     assert gpu.counts["evict"] == simulated.manager.evicted

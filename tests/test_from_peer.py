@@ -3,9 +3,8 @@
 from typing import Any
 
 import pytest
-from tiny import tiny_inputs, tiny_model, tiny_pipeline, tiny_profile, tiny_scenario, tiny_trace
+from tiny import tiny_costs, tiny_inputs, tiny_model, tiny_pipeline, tiny_profile, tiny_scenario, tiny_trace
 
-from prestage.engine.costs import Costs
 from prestage.engine.inputs import Inputs
 from prestage.engine.output.metrics import Recording
 from prestage.engine.run import part_costs, prepared, run_all
@@ -64,7 +63,7 @@ def test_kernels_beside_copies_from_a_peer_take_as_many_times_as_long_as_the_pro
 def test_what_cannot_be_is_refused() -> None:
     scenario = tiny_scenario(copy={"source": "peer"})
     with pytest.raises(ProfileError, match="tiny has no costs of copies between GPUs"):
-        Costs(tiny_model(1), tiny_profile(), scenario)
+        tiny_costs(tiny_model(1), tiny_profile(), scenario)
     data = {"workload": {"synthetic": {"tokens": 4}}}
     for keys, says in (
         ({"parallel": {"stages": 2}}, "set parallel.stages and parallel.gpus = 1"),

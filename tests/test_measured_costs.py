@@ -6,9 +6,20 @@ from typing import Any
 
 import pytest
 import simpy
-from tiny import ASSUMED, EXPERT_FF, HIDDEN, tiny_inputs, tiny_model, tiny_profile, tiny_run, tiny_scenario, tiny_trace
+from tiny import (
+    ASSUMED,
+    EXPERT_FF,
+    HIDDEN,
+    tiny_costs,
+    tiny_inputs,
+    tiny_model,
+    tiny_profile,
+    tiny_run,
+    tiny_scenario,
+    tiny_trace,
+)
 
-from prestage.engine.costs import Costs, token_bucket
+from prestage.engine.costs import token_bucket
 from prestage.engine.simulate import simulate_inputs
 from prestage.resources.lane import CoupledLane, FifoLane, Lags, couple
 from prestage.resources.profile import Profile, make_profile
@@ -46,7 +57,7 @@ def test_between_measured_tokens_a_cost_runs_straight_and_beyond_them_the_rule_a
     # The tiny rule: 1 ns a weight byte and nothing for the arithmetic, so more tokens add nothing but the flag.
     points = [expert_point(2, 100), expert_point(4, 200)]
     profile = changed(tiny_profile(), compute={"experts": points})
-    costs = Costs(tiny_model(1), profile, tiny_scenario(dispatch={"mode": "eager"}))
+    costs = tiny_costs(tiny_model(1), profile, tiny_scenario(dispatch={"mode": "eager"}))
     assert [costs.expert(0, tokens).ns for tokens in (1, 2, 3, 4)] == [100, 100, 150, 200]
     assert costs.estimates == {}
     assert costs.expert(0, 9).ns == 200
@@ -58,16 +69,16 @@ def test_a_graph_serves_the_next_power_of_two_of_tokens_and_eager_kernels_their_
     points = [expert_point(tokens, 10 * tokens, mode) for tokens in (2, 4) for mode in ("eager", "graph")]
     profile = changed(tiny_profile(), compute={"experts": points})
     for mode, ns in (("eager", 30), ("graph", 40)):
-        assert Costs(tiny_model(1), profile, tiny_scenario(dispatch={"mode": mode})).expert(0, 3).ns == ns
+        assert tiny_costs(tiny_model(1), profile, tiny_scenario(dispatch={"mode": mode})).expert(0, 3).ns == ns
 
 
 def test_a_dense_part_is_known_by_its_weights_and_everything_measured_needs_no_estimate() -> None:
     profile = changed(
         tiny_profile(), compute={"dense": [dense_point(3, 50)], "heads": [dense_point(5, 60)], "experts": []}
     )
-    costs = Costs(tiny_model(1, dense_ns=3, head_ns=5), profile, tiny_scenario(dispatch={"mode": "eager"}))
+    costs = tiny_costs(tiny_model(1, dense_ns=3, head_ns=5), profile, tiny_scenario(dispatch={"mode": "eager"}))
     assert (costs.dense(0, 1).ns, costs.head(1).ns, costs.estimates) == (50, 60, {})
-    other = Costs(tiny_model(1, dense_ns=4, head_ns=5), profile, tiny_scenario(dispatch={"mode": "eager"}))
+    other = tiny_costs(tiny_model(1, dense_ns=4, head_ns=5), profile, tiny_scenario(dispatch={"mode": "eager"}))
     assert other.dense(0, 1).ns == 4  # by the rule
     assert list(other.estimates) == ["dense part"]
 
@@ -94,8 +105,8 @@ def test_the_host_pays_for_products_small_kernels_events_and_waits() -> None:
     spans = {int(span["kind"]): span for span in recording.spans}
     assert spans[DEMAND]["start_ns"] == 47 + 5 + 1
     assert spans[EXPERT]["end_ns"] == 47 + 6 + 2 + 3 * 10 + 2 * 3 + 1 + 10 // 5
-    costs = Costs(model, profile, scenario)
-    timed = Costs(model, profile, scenario, timed=True)
+    costs = tiny_costs(model, profile, scenario)
+    timed = tiny_costs(model, profile, scenario, timed=True)
     assert timed.dense(0, 1).host_ns - costs.dense(0, 1).host_ns == 1  # an event before it as well
 
 

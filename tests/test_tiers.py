@@ -15,7 +15,7 @@ import simpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_cases import Case, cases, play
-from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_run, tiny_scenario, tiny_trace
+from tiny import tiny_costs, tiny_inputs, tiny_model, tiny_profile, tiny_run, tiny_scenario, tiny_trace
 
 from prestage.calibration.plan import ExecutionError, check_executable
 from prestage.engine.costs import Costs
@@ -300,7 +300,7 @@ def test_a_long_run_remembers_the_last_use_of_no_more_experts_than_have_room_or_
     manager, host_memory = make_manager(inputs), make_host_memory(inputs)
     assert host_memory is not None
     prefetch = make_prefetch(scenario, model)
-    costs, env = Costs(model, profile, scenario), simpy.Environment()
+    costs, env = tiny_costs(model, profile, scenario), simpy.Environment()
     gpu = Gpu(env, manager, costs, scenario, prefetching=True, most_tokens=1, host_memory=host_memory)
     env.process(host(gpu, dispatched(inputs, manager, prefetch, None, host_memory), inputs.steps))
     env.run()
@@ -339,7 +339,7 @@ def by_copy(spans: Any) -> tuple[dict[int, int], dict[int, int]]:
 def test_every_read_is_made_once_in_all_its_requests(case: Case) -> None:
     inputs = case.inputs()
     recording = play(inputs)
-    costs = Costs(inputs.model, inputs.profile, inputs.scenario).reads
+    costs = Costs(inputs).reads
     host, data = recording.host_memory, tiers(recording)
     assert costs is not None and host is not None and data is not None
     layers = [expert // inputs.model.experts for expert in host.manager.copy_expert]
