@@ -19,6 +19,7 @@ from ..engine.run import dispatched, make_manager, make_prefetch
 from ..engine.scenario import Scenario
 from ..errors import InputError
 from ..resources.timeline import ACTIVATION, DEMAND, DENSE, EXPERT, HEAD, PREFETCH, READBACK
+from ..workloads.batches import DECODE, Step
 
 #: The kinds of entries that copy an expert.
 COPIES = (DEMAND, PREFETCH)
@@ -156,7 +157,7 @@ class _Planner:
         self.slot_of: dict[int, int] = {}  # by copy
         self._scenario = scenario
         self._layers, self._experts = inputs.model.layers, inputs.model.experts
-        self._step_tokens = [len(step.rows) for step in inputs.steps]
+        self._steps = inputs.steps
         self._touched: dict[int, int] = {}  # by copy: the entry of the last kernel that reads it, or of the copy
         self._copy_entry: dict[int, int] = {}
         self._promotes: tuple[int, ...] = ()
@@ -168,7 +169,8 @@ class _Planner:
     def visit(self, visit: Visit) -> None:
         """Add one layer visit, and behind the last layer the head of its step."""
         number, layer, settings = visit.number, visit.layer, self._scenario
-        tokens = self._tokens(self._step_tokens[visit.step])
+        step = self._steps[visit.step]
+        tokens = self._tokens(len(step.rows), step)
         receives = -1 if self._passing is None or layer else self._passing.receives[visit.step]
         self._add(Entry(DENSE, number, layer, tokens, "compute", receives=receives))
         if settings.dispatch.router_readback:
@@ -187,20 +189,20 @@ class _Planner:
         if settings.prefetch.issue == "after_launch":
             self._prefetches(visit)
         if layer == self._layers - 1:
-            self._end_step(visit, tokens)
+            self._end_step(visit, step, tokens)
 
-    def _end_step(self, visit: Visit, tokens: int) -> None:
-        """Add the head, and what goes to the next stage behind the last kernel."""
+    def _end_step(self, visit: Visit, step: Step, tokens: int) -> None:
+        """Add the head, over the positions that need it, and what goes to the next stage behind the last kernel."""
         passing, number, layer = self._passing, visit.number, visit.layer
         if passing is None or passing.has_head:
-            self._add(Entry(HEAD, number, layer, tokens, "compute"))
+            self._add(Entry(HEAD, number, layer, self._tokens(step.sampled, step), "compute"))
         if passing is not None and (size_bytes := passing.sends_bytes[visit.step]):
             waits = (self._last_kernel,)
             self._add(Entry(ACTIVATION, number, layer, tokens, "peer", waits=waits, size_bytes=size_bytes))
         self.step_ends.append(len(self.entries))
 
-    def _tokens(self, tokens: int) -> int:
-        return token_bucket(tokens) if self._graph else tokens
+    def _tokens(self, tokens: int, step: Step) -> int:
+        return token_bucket(tokens) if self._graph and step.phase == DECODE else tokens
 
     def _add(self, entry: Entry) -> int:
         entry.mark, entry.promotes, self._promotes = self.marks, self._promotes, ()
@@ -236,7 +238,7 @@ class _Planner:
         """Add an expert's kernels; the first use of a copy waits for it, later ones follow on the same stream."""
         copied = self._copy_entry.pop(copy, -1)
         waits = (copied,) if copied >= 0 else ()
-        tokens, slot = self._tokens(tokens), self.slot_of[copy]
+        tokens, slot = self._tokens(tokens, self._steps[visit.step]), self.slot_of[copy]
         entry = Entry(EXPERT, visit.number, visit.layer, tokens, "compute", expert, copy, slot, waits=waits)
         self._touched[copy] = self._add(entry)
 

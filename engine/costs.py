@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ..resources.from_peer import from_peer
 from ..resources.lane import Lags
 from ..resources.profile import ComputeCosts, CopyCosts, ExpertPoint, HostCosts, KernelPoint, Profile, ProfileError
+from ..workloads.batches import DECODE
 from ..workloads.model import Model
 from .scenario import Scenario
 
@@ -247,14 +248,19 @@ class Costs:
             costs.append(ReadCost(requests, request_ns, 0 if self._mode == "free" else nvme.order.ns))
         return ReadCosts(lanes, costs)
 
-    def by_layer(self) -> tuple[list[ByTokens], list[ByTokens]]:
-        """Return what each layer's dense part, and an expert of it, takes by tokens."""
+    def by_layer(self, phase: int = DECODE) -> tuple[list[ByTokens], list[ByTokens]]:
+        """Return what each layer's dense part, and an expert of it, takes by tokens in a step of a phase."""
         layers = range(self.model.layers)
-        dense = [ByTokens(partial(self.dense, layer)) for layer in layers]
-        return dense, [ByTokens(partial(self.expert, layer)) for layer in layers]
+        dense = [ByTokens(partial(self.dense, layer, phase=phase)) for layer in layers]
+        return dense, [ByTokens(partial(self.expert, layer, phase=phase)) for layer in layers]
 
-    def dense(self, layer: int, tokens: int) -> KernelCost:
-        """Return the dense part of one layer over `tokens` tokens."""
+    def run_tokens(self, tokens: int, phase: int) -> int:
+        """Return over how many tokens kernels run that serve so many: a graph of a decode step is padded."""
+        return token_bucket(tokens) if self._mode == "graph" and phase == DECODE else tokens
+
+    def dense(self, layer: int, tokens: int, phase: int = DECODE) -> KernelCost:
+        """Return the dense part of one layer over `tokens` tokens of a step of a phase."""
+        tokens = self.run_tokens(tokens, phase)
         cost = self._dense[layer].get(tokens)
         if cost is None:
             size, kernels = self.model.dense_bytes[layer], self.model.dense_kernels
@@ -264,7 +270,8 @@ class Costs:
         return cost
 
     def head(self, tokens: int) -> KernelCost:
-        """Return the head over `tokens` tokens."""
+        """Return the head over `tokens` positions, one for each sequence of a step (`Step.sampled`)."""
+        tokens = self.run_tokens(tokens, DECODE)  # a prefill step has one position: there is nothing to pad
         cost = self._dense[-1].get(tokens)
         if cost is None:
             size = self.model.head_bytes
@@ -272,8 +279,9 @@ class Costs:
             self._dense[-1][tokens] = cost
         return cost
 
-    def expert(self, layer: int, tokens: int) -> KernelCost:
-        """Return one expert's kernels over `tokens` tokens."""
+    def expert(self, layer: int, tokens: int, phase: int = DECODE) -> KernelCost:
+        """Return one expert's kernels over `tokens` tokens of a step of a phase."""
+        tokens = self.run_tokens(tokens, phase)
         cost = self._experts[layer].get(tokens)
         if cost is None:
             model = self.model
@@ -289,9 +297,9 @@ class Costs:
         experts = min(model.experts, tokens * model.top_k)
         return self._launches(model.dense_kernels) + experts * self._launches(model.expert_kernels) + 2
 
-    def grouped(self, layer: int, tokens: list[int]) -> KernelCost:
+    def grouped(self, layer: int, tokens: list[int], phase: int = DECODE) -> KernelCost:
         """Return one grouped kernel over several experts: their sum, with the rule's constant paid once."""
-        costs = [self.expert(layer, count) for count in tokens]
+        costs = [self.expert(layer, count, phase) for count in tokens]
         ns = sum(cost.ns for cost in costs) - (len(costs) - 1) * self._rule.constant_ns
         ns = max(ns, max(cost.ns for cost in costs))
         self.estimates["grouped expert kernel"] = "the experts' sum, the rule's constant paid once"
@@ -314,10 +322,8 @@ class Costs:
         """Return a group of `kernels`, of which `products` multiply `size` bytes of weights.
 
         Measured, or between two measured; fewer tokens than were measured cost as much as the fewest, more cost what
-        the rule says they add. A graph is one for each power of two of tokens, and runs at the next one.
+        the rule says they add.
         """
-        if self._mode == "graph":
-            tokens = token_bucket(tokens)
         latency_ns = self._latency_ns
         if not points:
             ns, beside_ns = self._by_rule(what, size, tokens)
@@ -362,7 +368,10 @@ def activation_bytes(model: Model, tokens: int) -> int:
 
 
 def token_bucket(tokens: int) -> int:
-    """Return the tokens of the CUDA graph that serves so many: the next power of two."""
+    """Return the tokens of the CUDA graph that serves a decode step of so many: the next power of two.
+
+    Serving engines capture graphs for batch sizes; a prompt runs over the tokens that it has.
+    """
     return 1 << (tokens - 1).bit_length()
 
 

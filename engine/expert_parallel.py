@@ -220,4 +220,4 @@ def run_placed(
     if placed.moves_tokens:
         links.estimates["all-to-all"] = exchange.rule
     visits = watch(decided(inputs, managers, prefetches, gauges))
-    return decode_placed(visits, placed.homes, gpus, exchange, one_thread=one_thread)
+    return decode_placed(visits, inputs.steps, placed.homes, gpus, exchange, one_thread=one_thread)

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..resources.profile import Profile, make_profile
+from ..workloads.batches import DECODE
 from ..workloads.keyed_random import uniform
 from .costs import ByTokens, CopyCost, Costs, KernelCost
 from .inputs import Inputs
@@ -134,23 +135,23 @@ class _ScatteredCosts(Costs):
         copy_factor = factors("copy", queued.uncertainty.scatter if queued.uncertainty else 0.0)
         self.copies = _ScatteredCopies(self.copies, copy_factor)
 
-    def by_layer(self) -> tuple[list[ByTokens], list[ByTokens]]:
+    def by_layer(self, phase: int = DECODE) -> tuple[list[ByTokens], list[ByTokens]]:
         """Return what gives every kernel a cost of its own."""
         layers = range(self.model.layers)
-        dense: list[ByTokens] = [_Anew(partial(self.dense, layer)) for layer in layers]
-        return dense, [_Anew(partial(self.expert, layer)) for layer in layers]
+        dense: list[ByTokens] = [_Anew(partial(self.dense, layer, phase=phase)) for layer in layers]
+        return dense, [_Anew(partial(self.expert, layer, phase=phase)) for layer in layers]
 
-    def dense(self, layer: int, tokens: int) -> KernelCost:
+    def dense(self, layer: int, tokens: int, phase: int = DECODE) -> KernelCost:
         """Return the dense part of one layer, drawn."""
-        return self._scattered("dense", super().dense(layer, tokens))
+        return self._scattered("dense", super().dense(layer, tokens, phase))
 
     def head(self, tokens: int) -> KernelCost:
         """Return the head, drawn."""
         return self._scattered("head", super().head(tokens))
 
-    def expert(self, layer: int, tokens: int) -> KernelCost:
+    def expert(self, layer: int, tokens: int, phase: int = DECODE) -> KernelCost:
         """Return one expert's kernels, drawn."""
-        return self._scattered("expert", super().expert(layer, tokens))
+        return self._scattered("expert", super().expert(layer, tokens, phase))
 
     def _scattered(self, part: str, cost: KernelCost) -> KernelCost:
         ns, host_ns = cost.ns * self._kernel_factor[part](), cost.host_ns * self._host_factor()

@@ -218,7 +218,11 @@ class PrefetchSection(_Section):
 
 
 class DispatchSection(_Section):
-    """How the host thread drives the GPU."""
+    """How the host thread drives the GPU.
+
+    With `mode` = "graph" each group of kernels is a CUDA graph. Graphs are made for batches: a decode step runs at the
+    next power of two of its tokens, a prompt over the tokens that it has.
+    """
 
     mode: Annotated[str, _one_of(DISPATCH_MODES)] = "eager"
     router_readback: bool = True

@@ -82,9 +82,9 @@ def compute_ns(costs: Costs, model: Model, trace: RoutingTrace, steps: Sequence[
     for step in steps:
         tokens = len(step.rows)
         for layer, accesses in enumerate(step_accesses(trace, step)):
-            total[layer] += costs.dense(layer, tokens).ns
-            total[layer] += sum(costs.expert(layer, count).ns for count in accesses.tokens)
-        total[-1] += costs.head(tokens).ns
+            total[layer] += costs.dense(layer, tokens, step.phase).ns
+            total[layer] += sum(costs.expert(layer, count, step.phase).ns for count in accesses.tokens)
+        total[-1] += costs.head(step.sampled).ns
     return total
 
 

@@ -116,9 +116,9 @@ def test_undisturbed_work_takes_what_it_costs(case: Case) -> None:
     layers = inputs.model.layers
     for span in spans_of(recording, DENSE):
         step, layer = divmod(int(span["visit"]), layers)
-        assert span["end_ns"] - span["start_ns"] == costs.dense(layer, tokens[step]).ns
-    for count, span in zip(tokens, spans_of(recording, HEAD), strict=True):
-        assert span["end_ns"] - span["start_ns"] == costs.head(count).ns
+        assert span["end_ns"] - span["start_ns"] == costs.dense(layer, tokens[step], inputs.steps[step].phase).ns
+    for step, span in zip(inputs.steps, spans_of(recording, HEAD), strict=True):
+        assert span["end_ns"] - span["start_ns"] == costs.head(step.sampled).ns
     if inputs.scenario.copy_.discipline != "two_streams":
         for span in spans_of(recording, DEMAND, PREFETCH):
             cost = costs.copies[int(span["expert"]) // inputs.model.experts]
@@ -129,7 +129,8 @@ def test_undisturbed_work_takes_what_it_costs(case: Case) -> None:
         tokens_of = {(int(a["visit"]), int(a["copy"])): int(a["tokens"]) for a in recording.decoded.accesses}
         for span in spans_of(recording, EXPERT):
             visit = int(span["visit"])
-            cost_ns = costs.expert(visit % layers, tokens_of[visit, int(span["copy"])]).ns
+            phase = inputs.steps[visit // layers].phase
+            cost_ns = costs.expert(visit % layers, tokens_of[visit, int(span["copy"])], phase).ns
             assert span["end_ns"] - span["start_ns"] == cost_ns
 
 

@@ -31,6 +31,7 @@ from prestage.engine.scenario import ScenarioError
 from prestage.resources.timeline import DEMAND, DENSE, EXPERT, HEAD, KINDS, PREFETCH, READBACK
 from prestage.workloads.model import Model
 from prestage.workloads.synthetic import synthesize
+from prestage.workloads.trace import RoutingTrace
 
 LAYERS, EXPERTS, TOP_K, HIDDEN, FF = 3, 6, 2, 16, 32
 EXPERT_BYTES = 3 * HIDDEN * FF * 4
@@ -177,6 +178,18 @@ def test_a_copy_into_a_used_slot_waits_for_its_last_reader_and_a_first_use_for_i
             assert bool(entry.waits) == (entry.copy not in used)
             used.add(entry.copy)
             in_slot[entry.slot] = number
+
+
+def test_a_plan_pads_decode_steps_in_graphs_and_computes_the_head_for_one_position_of_a_prompt() -> None:
+    # Five tokens of a prompt, then one; another sequence alike beside it. All choose both experts.
+    phase, sequence = np.array([0, 0, 0, 0, 0, 1] * 3, np.uint8), np.repeat(np.arange(3, dtype=np.int32), 6)
+    trace = RoutingTrace(np.tile(np.array([0, 1], np.uint8), (18, LAYERS, 1)), EXPERTS, phase=phase, sequence=sequence)
+    scenario = tiny_scenario(workload={"batch": 3, "prefill": "whole"}, dispatch={"mode": "graph"})
+    plan = make_plan(tiny_inputs(small_model(), tiny_profile(), trace, scenario))
+    tokens = {kind: [entry.tokens for entry in plan.entries if entry.kind == kind] for kind in (DENSE, EXPERT, HEAD)}
+    assert tokens[DENSE] == [5] * 3 * LAYERS + [4] * LAYERS
+    assert tokens[EXPERT] == [5] * 3 * 2 * LAYERS + [4] * 2 * LAYERS
+    assert tokens[HEAD] == [1, 1, 1, 4]
 
 
 def test_counts_are_those_of_the_manager() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import simpy
 from tiny import (
@@ -13,6 +15,7 @@ from tiny import (
     tiny_costs,
     tiny_inputs,
     tiny_model,
+    tiny_pipeline,
     tiny_profile,
     tiny_run,
     tiny_scenario,
@@ -20,10 +23,13 @@ from tiny import (
 )
 
 from prestage.engine.costs import token_bucket
+from prestage.engine.output.metrics import Recording
+from prestage.engine.run import part_costs, prepared, run_all
 from prestage.engine.simulate import simulate_inputs
 from prestage.resources.lane import CoupledLane, FifoLane, Lags, couple
 from prestage.resources.profile import Profile, make_profile
-from prestage.resources.timeline import DEMAND, EXPERT, Timeline
+from prestage.resources.timeline import DEMAND, DENSE, EXPERT, HEAD, Timeline
+from prestage.workloads.batches import plan_steps
 
 ONE_TOKEN = tiny_trace([[[0], [1]]])
 
@@ -70,6 +76,61 @@ def test_a_graph_serves_the_next_power_of_two_of_tokens_and_eager_kernels_their_
     profile = changed(tiny_profile(), compute={"experts": points})
     for mode, ns in (("eager", 30), ("graph", 40)):
         assert tiny_costs(tiny_model(1), profile, tiny_scenario(dispatch={"mode": mode})).expert(0, 3).ns == ns
+
+
+#: Three prompts of five tokens, then a token each: all of them choose expert 0.
+PROMPTS = tiny_trace(
+    [[[0]]] * 18, phase=np.array([0] * 5 + [1] + [0] * 5 + [1] + [0] * 5 + [1], np.uint8),
+    sequence=np.repeat(np.arange(3, dtype=np.int32), 6),
+)  # fmt: skip
+
+
+def took(recordings: list[Recording], kind: int) -> list[int]:
+    """How long the kernels of a kind took on all GPUs, the longest last."""
+    spans = np.concatenate([recording.spans[recording.spans["kind"] == kind] for recording in recordings])
+    return sorted(int(ns) for ns in spans["end_ns"] - spans["start_ns"])
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"copy": {"discipline": "two_streams"}},
+        {"dispatch": {"expert_kernel": "grouped"}},
+        {"dispatch": {"router_readback": False}},
+        {"miss": {"policy": "cpu", "cpu_max_tokens": 1}},
+        {"compression": {"mixed": [[1.0, 0.5]]}},
+        {"parallel": {"micro_batches": 1, "stages": 2}},
+        {"parallel": {"gpus": 2}},
+    ],
+)
+def test_only_decode_steps_are_padded_and_a_prompt_has_its_head_computed_for_one_position(
+    sections: dict[str, Any], mode: str
+) -> None:
+    # 2 ns for each byte of weights and token: a dense part of 3 bytes takes 6 a token, an expert 40, the head 10. The
+    # three prompts run over their 5 tokens, graph or not; then 3 tokens are decoded, in a graph of 4 (where GPUs share
+    # them: 2 and 1).
+    rule = {**tiny_profile().compute.rule.model_dump(), "flops_per_second": 10**9}
+    profile = changed(tiny_profile(gpus=2), compute={"experts": [], "rule": rule})
+    layers = 2 if "stages" in sections.get("parallel", {}) else 1
+    dispatch = {"mode": mode, **sections.get("dispatch", {})}
+    scenario = tiny_scenario(**{**sections, "dispatch": dispatch, "workload": {"batch": 3, "prefill": "whole"}})
+    experts = np.repeat(PROMPTS.experts, layers, axis=1)
+    trace = replace(PROMPTS, experts=experts)
+    inputs = tiny_pipeline(tiny_model(layers, head_ns=5), profile, trace, scenario)
+    recordings = run_all(inputs, prepared(inputs, part_costs(inputs)))
+    decoded = [2, 1] if "gpus" in sections.get("parallel", {}) else [4 if mode == "graph" else 3]
+    assert took(recordings, DENSE) == sorted([6 * tokens for tokens in decoded + [5] * 3] * layers)
+    assert took(recordings, HEAD) == sorted([10 * tokens for tokens in decoded + [1] * 3])
+    assert took(recordings, EXPERT) == sorted(
+        [40 * tokens for tokens in [4 if mode == "graph" else 3] + [5] * 3] * layers
+    )
+
+
+def test_a_prompt_in_chunks_has_its_head_computed_for_one_position_of_each() -> None:
+    steps = plan_steps(PROMPTS.sequence, PROMPTS.phase, prefill="chunked", chunk_tokens=2)
+    assert [(len(step.rows), step.sampled) for step in steps[:4]] == [(2, 1), (2, 1), (1, 1), (1, 1)]
 
 
 def test_a_dense_part_is_known_by_its_weights_and_everything_measured_needs_no_estimate() -> None:
