@@ -113,8 +113,9 @@ class FittedRun:
 def fit_run(scenario: Scenario, log: RunLog, tokens: int, name: str) -> FittedRun:
     """Fit the costs of the scenario's machine to the first `tokens` tokens of a log, and call the profile `name`.
 
-    What is not fitted (the link between the tiers, free launches, the number of lanes) stays as the scenario's profile
-    has it. Raises ValueError, PublishedRunError among them, if scenario and log are not of one run.
+    What is not fitted (the link between the tiers, free launches) stays as the scenario's profile has it; its lanes are
+    those that the scenario reads with. Raises ValueError, PublishedRunError among them, if scenario and log are not of
+    one run.
     """
     log = log.first(tokens)
     inputs = load_inputs(_with_tokens(scenario, tokens))
@@ -133,7 +134,9 @@ def fit_run(scenario: Scenario, log: RunLog, tokens: int, name: str) -> FittedRu
                 "must be more, a rate is fitted to it"
             )
     excess_ms = column["compute_ms"][far] - quiet_ms
+    assert inputs.profile.nvme is not None  # else it does not load
     costs: dict[str, Any] = {
+        "lanes": inputs.scenario.tiers.io_lanes or inputs.profile.nvme.lanes,
         "lane_bytes_per_second": round(read_bytes.sum() / column["io_ms"].sum() * 1e3),
         "order_ns": round(column["mgmt_ms"].sum() / reads.sum() * 1e6),
         "weight_bytes_per_second": round(_weight_bytes(inputs) / quiet_ms * 1e3),
@@ -186,6 +189,8 @@ def _profile(base: Profile, costs: Mapping[str, Any], name: str) -> Profile:
             every_ns=costs["every_ns"],
             ns=costs["interruption_ns"],
         )
+    nvme.pop("queue_depth", None)  # what so many lanes share is in the rate of one
+    nvme["lanes"] = costs["lanes"]
     nvme["read"] = fitted(
         "bytes read / time that the lanes were busy; requests are all about as large, so none of it shows as latency",
         latency_ns=0,

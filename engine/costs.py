@@ -63,7 +63,7 @@ class CopyCost:
 
 @dataclass(frozen=True, slots=True)
 class ReadCost:
-    """One expert's read from the drive: so many equal requests, what each takes on its lane, and the host's time."""
+    """One expert's read from the drive: so many equal requests, what each takes alone, and the host's time."""
 
     requests: int
     request_ns: int
@@ -72,10 +72,18 @@ class ReadCost:
 
 @dataclass(frozen=True, slots=True)
 class ReadCosts:
-    """What reads take: the I/O lanes, and the cost of an expert of each layer (layers,)."""
+    """What reads take: the cost of an expert of each layer (layers,), and what those in flight on the lanes share.
 
-    lanes: int
+    `times_as_long` (lanes,): how many times as long as alone a request takes while 1, 2, … lanes read.
+    """
+
     by_layer: Sequence[ReadCost]
+    times_as_long: Sequence[float]
+
+    @property
+    def shared(self) -> bool:
+        """Whether requests in flight at once slow each other down, or speed each other up."""
+        return any(times != 1 for times in self.times_as_long)
 
 
 class ByTokens(dict[int, KernelCost]):
@@ -134,6 +142,10 @@ class Costs:
         self.h2d = h2d = profile.h2d[memory]
         self.copies_hold_host = memory == "pageable"
         self.copy_slowdown = profile.contention.copy_beside_compute.factor if profile.contention else 1.0
+        #: How many times as long copies of several streams that share a link take together as one after the other.
+        self.copies_sharing = 1.0
+        if scenario.copy_.contention and profile.contention and profile.contention.copies_sharing:
+            self.copies_sharing = profile.contention.copies_sharing.factor
         self.copies_take_turns = profile.contention is not None and profile.contention.copies_take_turns
         self.interruptions = profile.compute.interruptions
         self.predict_ns = round(inputs.predictor.latency_us * 1000)
@@ -149,15 +161,17 @@ class Costs:
         """Set how long the lanes take from a cause to a start; where dispatch is free, only copies have gaps."""
         compute, gap_ns = profile.compute, h2d.gap.ns
         if self._mode == "free":
-            self.kernel_lags, self.copy_lags = Lags(), Lags(gap_ns, gap_ns)
+            self.kernel_lags, self.copy_lags = Lags(), Lags(gap_ns)
             return
         gap = compute.graph_gap if self._mode == "graph" else compute.eager_gap
         wait, latency = compute.event_wait_gap, compute.launch_latency
-        longer_ns = 0 if latency.beside_copy_ns is None else latency.beside_copy_ns - latency.ns
-        self.kernel_lags = Lags(gap.ns, gap.disturbed_ns, wait.ns, wait.disturbed_ns, longer_ns)
+        issue_longer_ns = 0 if latency.beside_copy_ns is None else latency.beside_copy_ns - latency.ns
+        self.kernel_lags = Lags(
+            gap.ns, gap.disturbed_ns - gap.ns, wait.ns, wait.disturbed_ns - wait.ns, issue_longer_ns
+        )
         if self.by_priority:  # the host enqueues a copy when it has noticed the end of the one before
             gap_ns = max(0, self.synchronize_ns + self.enqueue_ns + self.records_ns + h2d.launch_latency.ns)
-        self.copy_lags = Lags(gap_ns, gap_ns, h2d.event_wait_gap.ns, h2d.event_wait_gap.ns)
+        self.copy_lags = Lags(gap_ns, 0, h2d.event_wait_gap.ns)
 
     def _set_readback(self, profile: Profile) -> None:
         """Set what the choice takes to the host, quiet and beside copies, and where it is asked for late."""
@@ -242,11 +256,9 @@ class Costs:
         costs = []
         for size_bytes in self.model.expert_bytes:
             requests = pieces_of(size_bytes, tiers.chunk_bytes)
-            alone_ns = nvme.read.ns(-(-size_bytes // requests))
-            # More lanes than the drive has speed for share what it gives.
-            request_ns = -(-alone_ns * lanes // nvme.lanes) if lanes > nvme.lanes else alone_ns
+            request_ns = nvme.read.ns(-(-size_bytes // requests))
             costs.append(ReadCost(requests, request_ns, 0 if self._mode == "free" else nvme.order.ns))
-        return ReadCosts(lanes, costs)
+        return ReadCosts(costs, [nvme.times_as_long(reads) for reads in range(1, lanes + 1)])
 
     def by_layer(self, phase: int = DECODE) -> tuple[list[ByTokens], list[ByTokens]]:
         """Return what each layer's dense part, and an expert of it, takes by tokens in a step of a phase."""
@@ -312,7 +324,7 @@ class Costs:
         measured = (point for table in tables for points in table.values() for point in points)
         return (
             self._rule.beside_copy_factor > 1
-            or self.kernel_lags.gap_disturbed_ns > self.kernel_lags.gap_ns
+            or self.kernel_lags.gap_longer_ns > 0
             or any(point.beside_copy_ns > point.ns for point in measured)
         )
 

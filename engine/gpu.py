@@ -220,6 +220,7 @@ class Gpu:
             cancels = self._priority is not None
             self._drive = Drive(env, self.timeline, host_memory, costs.reads, cancels=cancels)
         self.coupled = not (isinstance(self._h2d, FifoLane) and isinstance(self._compute, FifoLane))
+        self.coupled = self.coupled or (self._drive is not None and self._drive.coupled)
 
     def _make_lanes(self, number: dict[str, int], link: HostLink | None) -> None:
         """Make one lane for each thing that is busy by itself, coupled where one slows another down."""
@@ -248,6 +249,7 @@ class Gpu:
         for lane in copy_lanes:
             others = [other for other in copy_lanes if other is not lane]
             lane.turns, lane.sharing = (others, []) if costs.copies_take_turns else ([], others)
+            lane.sharing_factor = costs.copies_sharing
             if link is not None:
                 lane.join(link.network.share())
                 lane.sharing = []  # the network shares the link out

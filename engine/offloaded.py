@@ -75,7 +75,7 @@ class OffloadedGpu(Gpu):
         for lane in copies:
             (lane.turns if costs.copies_take_turns else lane.sharing).append(self._back)
         (self._back.turns if costs.copies_take_turns else self._back.sharing).extend(copies)
-        self._back.disturbers = copies[0].disturbers
+        self._back.disturbers, self._back.sharing_factor = copies[0].disturbers, costs.copies_sharing
         copies.append(self._back)
         for lane in others:
             lane.disturbers = copies

@@ -212,7 +212,7 @@ def test_beside_a_disturber_gaps_and_launches_take_longer(copy_ns: int, starts: 
     # Alone: 0-10, a gap of 2, 12-22. Beside a copy all along: issued at 0 but starting 3 later, twice as long, 3-23,
     # then a gap of 5.
     env, timeline = simpy.Environment(), Timeline()
-    compute = CoupledLane(env, timeline, timeline.add_lane("gpu0", "compute", "compute"), Lags(2, 5, 1, 4, 3))
+    compute = CoupledLane(env, timeline, timeline.add_lane("gpu0", "compute", "compute"), Lags(2, 3, 1, 3, 3))
     h2d = CoupledLane(env, timeline, timeline.add_lane("gpu0", "h2d", "h2d"))
     compute.disturbers = [h2d]
     couple([compute, h2d])
