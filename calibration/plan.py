@@ -20,6 +20,7 @@ from ..engine.scenario import Scenario
 from ..errors import InputError
 from ..resources.timeline import ACTIVATION, DEMAND, DENSE, EXPERT, HEAD, PREFETCH, READBACK
 from ..workloads.batches import DECODE, Step
+from .cuda import without_kernels
 
 #: The kinds of entries that copy an expert.
 COPIES = (DEMAND, PREFETCH)
@@ -84,9 +85,10 @@ class Passing:
 
 
 def check_executable(inputs: Inputs) -> None:
-    """Refuse what depends on the clock or has no counterpart among the CUDA calls that are made."""
+    """Refuse what depends on the clock or has no counterpart among the CUDA calls that are made, all of it at once."""
     scenario, model = inputs.scenario, inputs.model
-    for wrong, text in (
+    by_clock = make_prefetch(scenario, model).uses_clock
+    checks = (
         (scenario.dispatch.mode == "free", "dispatch.mode = 'free': a real host is not free: choose eager or graph"),
         (scenario.dispatch.expert_kernel != "separate", "dispatch.expert_kernel = 'grouped': choose separate"),
         (scenario.copy_.drop_stale, "copy.drop_stale = true: it decides by the clock; set it to false"),
@@ -98,9 +100,11 @@ def check_executable(inputs: Inputs) -> None:
         (inputs.budgets is not None, "memory.total_bytes: slots are preallocated; give memory.gpu_budget alone"),
         (scenario.parallel.gpus > 1, "parallel.gpus: no tokens are exchanged; leave it out, or use parallel.stages"),
         (_queues_in_stages(scenario), "copy.discipline = 'priority' and parallel.stages: choose fifo or two_streams"),
-    ):
-        if wrong:
-            raise ExecutionError(f"{text} (execution on a GPU)")
+        (by_clock, f"prefetch.policy = {scenario.prefetch.policy!r} decides by the clock: choose another"),
+    )
+    wrongs = [text for wrong, text in checks if wrong] + without_kernels(model)
+    if wrongs:
+        raise ExecutionError(f"{'; '.join(wrongs)} (execution on a GPU)")
 
 
 def _queues_in_stages(scenario: Scenario) -> bool:
@@ -134,8 +138,6 @@ def make_plan(inputs: Inputs, passing: Passing | None = None) -> Plan:
     """Return the plan of one GPU, as `make_plans` does; `passing`: it is a stage among others."""
     check_executable(inputs)
     manager, prefetch = make_manager(inputs), make_prefetch(inputs.scenario, inputs.model)
-    if prefetch.uses_clock:
-        raise ExecutionError(f"prefetch.policy = {inputs.scenario.prefetch.policy!r} decides by the clock")
     visits = list(dispatched(inputs, manager, prefetch))
     planner = _Planner(inputs, passing)
     for visit in visits:
