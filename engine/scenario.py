@@ -324,8 +324,8 @@ class TiersSection(_Section):
 
     With "all", host memory holds every expert and nothing is read. Else it is a cache, empty at first, from which
     `host_policy` says who goes; an expert that it lacks is read in requests of at most `chunk_bytes` (0: in one),
-    which `io_lanes` serve (left out: as many as the profile was measured with). What is prefetched goes through host
-    memory to the GPU, or as far as host memory (`prefetch` = "host").
+    which `io_lanes` serve, each one at a time (left out: as many as the profile was measured with). What is
+    prefetched goes through host memory to the GPU, or as far as host memory (`prefetch` = "host").
     """
 
     host_budget: str = "all"
