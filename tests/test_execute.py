@@ -18,6 +18,7 @@ import torch
 from cpu_device import CpuDevice
 from tiny import tiny_inputs, tiny_profile, tiny_scenario
 
+from prestage import cli
 from prestage.calibration.cuda import CudaError, Gpu, Workload, expert_matrices
 from prestage.calibration.execute import (
     Execution,
@@ -314,6 +315,19 @@ def test_of_a_set_all_that_cannot_be_executed_are_named_before_the_first_runs() 
     assert list(load_executable({"fine": chosen["fine"]})) == ["fine"]
     with pytest.raises(ProfileError, match="nowhere"):
         load_executable({"nowhere": chosen["nowhere"]})
+
+
+def test_an_execution_that_is_refused_leaves_no_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "runs"
+    words = ["calibrate", "execute", "default", "speed", "-o", str(out), "--set", "dispatch.mode=free"]
+    monkeypatch.setattr("sys.argv", ["prestage", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert "2 of 2 scenarios cannot be executed, and none was: default: dispatch.mode" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_of_a_set_all_that_have_no_room_on_the_gpu_are_named() -> None:

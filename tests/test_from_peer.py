@@ -53,6 +53,7 @@ def test_kernels_beside_copies_from_a_peer_take_as_many_times_as_long_as_the_pro
         assert expert.beside_copy_ns == round(expert.ns * factor)
     for kernel in (*seen.compute.dense, *seen.compute.heads):
         assert kernel.beside_copy_ns == round(kernel.ns * factor)
+    assert seen.contention is not None and seen.contention.copies_sharing is None  # that was of another link
     # Copies from a peer delay no event, as those from the host do.
     assert profile.compute.graph_gap.disturbed_ns > 2 * profile.compute.graph_gap.ns
     assert seen.compute.graph_gap.disturbed_ns == seen.compute.graph_gap.ns

@@ -28,7 +28,7 @@ from prestage.engine.run import part_costs, prepared, run_all
 from prestage.engine.simulate import simulate_inputs
 from prestage.resources.lane import CoupledLane, FifoLane, Lags, couple
 from prestage.resources.profile import Profile, make_profile
-from prestage.resources.timeline import DEMAND, DENSE, EXPERT, HEAD, Timeline
+from prestage.resources.timeline import DEMAND, DENSE, EXPERT, HEAD, PREFETCH, Timeline
 from prestage.workloads.batches import plan_steps
 
 ONE_TOKEN = tiny_trace([[[0], [1]]])
@@ -223,6 +223,37 @@ def test_beside_a_disturber_gaps_and_launches_take_longer(copy_ns: int, starts: 
     env.run()
     spans = timeline.spans()
     assert spans["start_ns"][spans["kind"] == EXPERT].tolist() == starts
+
+
+@pytest.mark.parametrize(
+    ("sharing", "takes_turns", "contention", "copies"),
+    [
+        (1.25, False, True, [(3, 53), (3, 53)]),  # 20 each, at half the speed and a quarter longer
+        (1.0, False, True, [(3, 43), (3, 43)]),
+        (None, False, True, [(3, 43), (3, 43)]),  # not measured: the link is divided and loses nothing
+        (1.25, False, False, [(3, 43), (3, 43)]),
+        (1.25, True, True, [(3, 23), (23, 43)]),  # never both at once
+    ],
+)
+def test_copies_of_two_streams_take_together_what_the_profile_says(
+    sharing: float | None, takes_turns: bool, contention: bool, copies: list[tuple[int, int]]
+) -> None:
+    # Layer 0's expert is copied on demand and layer 1's ahead, both from 3 on.
+    factor = None if sharing is None else {"factor": sharing, **ASSUMED}
+    profile = changed(tiny_profile(), contention={"copies_sharing": factor, "copies_take_turns": takes_turns})
+    scenario = tiny_scenario(
+        copy={"discipline": "two_streams", "contention": contention}, prefetch={"lookahead": 1, "k": 1}
+    )
+    recording = tiny_run(tiny_model(2), profile, ONE_TOKEN, scenario)
+    spans = recording.spans[np.isin(recording.spans["kind"], [DEMAND, PREFETCH])]
+    assert sorted(zip(spans["start_ns"].tolist(), spans["end_ns"].tolist(), strict=True))[:2] == copies
+
+
+def test_a_profile_need_not_say_what_no_run_reads() -> None:
+    data = tiny_profile().model_dump()
+    data["contention"] = {"copy_beside_compute": {"factor": 1.0, **ASSUMED}}
+    contention = make_profile(data, "small").contention
+    assert contention is not None and contention.copies_sharing is contention.copy_beside_d2h is None
 
 
 # Uncertainty.
