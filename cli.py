@@ -942,14 +942,14 @@ def calibrate_execute(
     single = out.name.endswith((".json", ".json.gz"))
     if single and len(chosen) > 1:
         raise InputError(f"--out {out}: {len(chosen)} scenarios need a folder")
-    if not single:
-        out.mkdir(parents=True, exist_ok=True)
     if profiler is not None and len(chosen) > 1:
         raise InputError(f"--profiler {profiler}: one trace holds one scenario, and {len(chosen)} are to be executed")
     with _progress() as progress:
         runs = execute_all(
             chosen, device=device, repeats=repeats, keep_all=all_repeats, profile=profiler, progress=progress
         )
+        if not single:
+            out.mkdir(parents=True, exist_ok=True)
         for run in runs:
             path = out if single else out / f"{run.name}.json.gz"
             run.save(path)

@@ -193,13 +193,8 @@ class Workload:
         shared: dict[Any, Any] | None = None,
     ) -> None:
         self._gpu, self._model, self._slots, self._graphs = gpu, model, slots, graphs
-        for key, dtype in (("expert_dtype", model.expert_dtype), ("dense_dtype", model.dense_dtype)):
-            if dtype not in EXECUTABLE_DTYPES:
-                raise CudaError(
-                    f"model {model.name}: {key} = {dtype!r}: only {', '.join(EXECUTABLE_DTYPES)} can be executed"
-                )
-        if expert_weights_bytes(model) > min(model.expert_bytes):
-            raise CudaError(f"model {model.name}: {min(model.expert_bytes)} bytes an expert do not hold its matrices")
+        if wrongs := without_kernels(model):
+            raise CudaError("; ".join(wrongs))
         self._pool = gpu.graph_pool() if graphs else None
         hidden, dtype = model.hidden, model.dense_dtype
         self._width = dense_width(model)
@@ -307,6 +302,18 @@ def expert_matrices(model: Model, slot: Any) -> list[Any]:
 def expert_weights_bytes(model: Model) -> int:
     """Return the bytes of an expert's matrices alone."""
     return model.expert_matrices * model.hidden * model.expert_ff * itemsize(model.expert_dtype)
+
+
+def without_kernels(model: Model) -> list[str]:
+    """Return what is wrong with a model whose products cannot be made; nothing if they can."""
+    wrongs = [
+        f"model {model.name}: {key} = {dtype!r}: only {', '.join(EXECUTABLE_DTYPES)} can be executed"
+        for key, dtype in (("expert_dtype", model.expert_dtype), ("dense_dtype", model.dense_dtype))
+        if dtype not in EXECUTABLE_DTYPES
+    ]
+    if model.expert_dtype in EXECUTABLE_DTYPES and expert_weights_bytes(model) > min(model.expert_bytes):
+        wrongs.append(f"model {model.name}: {min(model.expert_bytes)} bytes an expert do not hold its matrices")
+    return wrongs
 
 
 def dense_width(model: Model) -> list[int]:

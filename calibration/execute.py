@@ -28,12 +28,13 @@ from ..engine.loading import load_inputs
 from ..engine.pipeline import flow_of, sent_bytes
 from ..engine.run import Progress
 from ..engine.scenario import Scenario, ScenarioError, load_scenario
+from ..errors import InputError
 from .clocks import Clocks
 from .cuda import Calls, CudaError, Gpu
 from .host import DISTURBED, Cores
 from .measured import SPAN_COLUMNS, Measured, MeasuredGpu, Times, makespan_ns
-from .part import Part, Shared, Way
-from .plan import Plan, check_executable, decision_counts, make_plans
+from .part import Part, Shared, Way, check_slots
+from .plan import ExecutionError, Plan, check_executable, decision_counts, make_plans
 from .profiler import record_profile
 from .scenario_sets import SETS, scenarios
 
@@ -245,22 +246,69 @@ def execute_all(
 ) -> Iterator[Measured]:
     """Execute scenarios one after the other on CUDA GPUs from `device` on, as `execute` does, sharing memory.
 
-    All scenarios are loaded and checked before the first runs. Raises CudaError without as many GPUs.
+    All scenarios have been loaded and checked when this returns; each runs when it is asked for. Raises InputError
+    naming all that cannot be executed, CudaError also without as many GPUs.
     """
-    inputs = {name: load_inputs(scenario) for name, scenario in chosen.items()}
-    for ready in inputs.values():
-        for part in ready.parts:
-            check_executable(part)
+    inputs = load_executable(chosen)
     first = Gpu(device)
     gpus = [first, *(first.sibling(device + more) for more in range(1, max(map(gpus_needed, inputs.values()))))]
-    shared: dict[str, Shared] = {}
-    for done, (name, ready) in enumerate(inputs.items()):
-        if progress is not None:
-            progress("execute", done, len(inputs))
-        ours = _shared_by(shared, gpus, ready)
-        yield execute(gpus, ready, name, ours, repeats=repeats, keep_all=keep_all, profile=profile)
-        gc.collect()  # an execution's calls refer to each other
-        first.release()
+    check_room(gpus, inputs)
+
+    def one_by_one() -> Iterator[Measured]:
+        shared: dict[str, Shared] = {}
+        for done, (name, ready) in enumerate(inputs.items()):
+            if progress is not None:
+                progress("execute", done, len(inputs))
+            ours = _shared_by(shared, gpus, ready)
+            yield execute(gpus, ready, name, ours, repeats=repeats, keep_all=keep_all, profile=profile)
+            gc.collect()  # an execution's calls refer to each other
+            first.release()
+
+    return one_by_one()
+
+
+def load_executable(chosen: Mapping[str, Scenario]) -> dict[str, Inputs]:
+    """Return the inputs of scenarios, by name; raise InputError naming all that cannot be executed, and why."""
+    ready: dict[str, Inputs] = {}
+    refused: dict[str, InputError] = {}
+    for name, scenario in chosen.items():
+        try:
+            inputs = load_inputs(scenario)
+            for part in inputs.parts:
+                check_executable(part)
+        except InputError as error:
+            refused[name] = error
+        else:
+            ready[name] = inputs
+    _refuse(refused, len(chosen), ExecutionError)
+    return ready
+
+
+def check_room(gpus: Sequence[Any], inputs: Mapping[str, Inputs]) -> None:
+    """Raise CudaError naming all scenarios whose experts do not fit what is free of the GPUs, or the pool."""
+    refused: dict[str, InputError] = {}
+    for name, ready in inputs.items():
+        for number, part in enumerate(ready.parts):
+            size_bytes, free_bytes = part.model.expert_bytes[0], gpus[number].free_bytes()
+            most = min(part.budget_bytes // size_bytes, part.model.total_experts)
+            if most * size_bytes > free_bytes:
+                most = make_plans(ready)[number].slots
+            try:
+                check_slots(part, most, free_bytes)
+            except CudaError as error:
+                refused[name] = error
+                break
+    _refuse(refused, len(inputs), CudaError)
+
+
+def _refuse(refused: Mapping[str, InputError], scenarios: int, kind: type[InputError]) -> None:
+    """Raise what is wrong with a scenario, or with all of several by their names; nothing if there are none."""
+    if not refused:
+        return
+    if scenarios == 1:
+        raise next(iter(refused.values()))
+    whys = "; ".join(f"{name}: {error}" for name, error in refused.items())
+    raise kind(f"{len(refused)} of {scenarios} scenarios cannot be executed, and none was: {whys}")
 
 
 def gpus_needed(inputs: Inputs) -> int:
@@ -292,6 +340,8 @@ def chosen_scenarios(names: Sequence[str], settings: Sequence[str] = ()) -> dict
             chosen |= scenarios(name)
         elif name in in_sets:
             chosen[name] = in_sets[name]
+        elif Path(name).stem in chosen:
+            raise ScenarioError(f"{name}: another scenario is called {Path(name).stem} too: rename one of the files")
         else:
             chosen[Path(name).stem] = load_scenario(name, settings)
     return chosen

@@ -81,6 +81,21 @@ class Way:
     made: Sequence[Event]
 
 
+def check_slots(inputs: Inputs, slots: int, free_bytes: int) -> None:
+    """Raise CudaError if so many experts take more than is free of a GPU, or one takes more than the pool."""
+    size_bytes = inputs.model.expert_bytes[0]
+    if size_bytes > POOL_BYTES:
+        raise CudaError(
+            f"model {inputs.model.name}: an expert takes {size_bytes / 2**30:.1f} GiB, and the pool that experts are "
+            f"copied from {POOL_BYTES / 2**30:.1f} GiB"
+        )
+    if slots * size_bytes > free_bytes:
+        raise CudaError(
+            f"memory.gpu_budget = {inputs.scenario.memory.gpu_budget!r}: {slots} experts take "
+            f"{slots * size_bytes / 2**30:.1f} GiB, and {free_bytes / 2**30:.1f} GiB of the GPU are free"
+        )
+
+
 class Part:
     """One GPU's part of a scenario, ready to run: `program` are the calls, step by step.
 
@@ -103,11 +118,7 @@ class Part:
         self._receives, self._sends = receives, sends
         model, scenario = inputs.model, inputs.scenario
         size_bytes = model.expert_bytes[0]
-        if plan.slots * size_bytes > (free_bytes := gpu.free_bytes()):
-            raise CudaError(
-                f"memory.gpu_budget = {scenario.memory.gpu_budget!r}: {plan.slots} experts take "
-                f"{plan.slots * size_bytes / 2**30:.1f} GiB, and {free_bytes / 2**30:.1f} GiB of the GPU are free"
-            )
+        check_slots(inputs, plan.slots, gpu.free_bytes())
         self._host = shared.buffers(model.total_experts, size_bytes)
         self.slots = gpu.empty(max(1, plan.slots), size_bytes)
         # As many tokens for all small runs: then their workloads share the same memory.

@@ -19,6 +19,8 @@ from ..engine.run import dispatched, make_manager, make_prefetch
 from ..engine.scenario import Scenario
 from ..errors import InputError
 from ..resources.timeline import ACTIVATION, DEMAND, DENSE, EXPERT, HEAD, PREFETCH, READBACK
+from ..workloads.batches import DECODE, Step
+from .cuda import without_kernels
 
 #: The kinds of entries that copy an expert.
 COPIES = (DEMAND, PREFETCH)
@@ -83,9 +85,10 @@ class Passing:
 
 
 def check_executable(inputs: Inputs) -> None:
-    """Refuse what depends on the clock or has no counterpart among the CUDA calls that are made."""
+    """Refuse what depends on the clock or has no counterpart among the CUDA calls that are made, all of it at once."""
     scenario, model = inputs.scenario, inputs.model
-    for wrong, text in (
+    by_clock = make_prefetch(scenario, model).uses_clock
+    checks = (
         (scenario.dispatch.mode == "free", "dispatch.mode = 'free': a real host is not free: choose eager or graph"),
         (scenario.dispatch.expert_kernel != "separate", "dispatch.expert_kernel = 'grouped': choose separate"),
         (scenario.copy_.drop_stale, "copy.drop_stale = true: it decides by the clock; set it to false"),
@@ -101,9 +104,11 @@ def check_executable(inputs: Inputs) -> None:
         (inputs.budgets is not None, "memory.total_bytes: slots are preallocated; give memory.gpu_budget alone"),
         (scenario.parallel.gpus > 1, "parallel.gpus: no tokens are exchanged; leave it out, or use parallel.stages"),
         (_queues_in_stages(scenario), "copy.discipline = 'priority' and parallel.stages: choose fifo or two_streams"),
-    ):
-        if wrong:
-            raise ExecutionError(f"{text} (execution on a GPU)")
+        (by_clock, f"prefetch.policy = {scenario.prefetch.policy!r} decides by the clock: choose another"),
+    )
+    wrongs = [text for wrong, text in checks if wrong] + without_kernels(model)
+    if wrongs:
+        raise ExecutionError(f"{'; '.join(wrongs)} (execution on a GPU)")
 
 
 def _queues_in_stages(scenario: Scenario) -> bool:
@@ -137,8 +142,6 @@ def make_plan(inputs: Inputs, passing: Passing | None = None) -> Plan:
     """Return the plan of one GPU, as `make_plans` does; `passing`: it is a stage among others."""
     check_executable(inputs)
     manager, prefetch = make_manager(inputs), make_prefetch(inputs.scenario, inputs.model)
-    if prefetch.uses_clock:
-        raise ExecutionError(f"prefetch.policy = {inputs.scenario.prefetch.policy!r} decides by the clock")
     visits = list(dispatched(inputs, manager, prefetch))
     planner = _Planner(inputs, passing)
     for visit in visits:
@@ -160,7 +163,7 @@ class _Planner:
         self.slot_of: dict[int, int] = {}  # by copy
         self._scenario = scenario
         self._layers, self._experts = inputs.model.layers, inputs.model.experts
-        self._step_tokens = [len(step.rows) for step in inputs.steps]
+        self._steps = inputs.steps
         self._touched: dict[int, int] = {}  # by copy: the entry of the last kernel that reads it, or of the copy
         self._copy_entry: dict[int, int] = {}
         self._promotes: tuple[int, ...] = ()
@@ -172,7 +175,8 @@ class _Planner:
     def visit(self, visit: Visit) -> None:
         """Add one layer visit, and behind the last layer the head of its step."""
         number, layer, settings = visit.number, visit.layer, self._scenario
-        tokens = self._tokens(self._step_tokens[visit.step])
+        step = self._steps[visit.step]
+        tokens = self._tokens(len(step.rows), step)
         receives = -1 if self._passing is None or layer else self._passing.receives[visit.step]
         self._add(Entry(DENSE, number, layer, tokens, "compute", receives=receives))
         if settings.dispatch.router_readback:
@@ -191,20 +195,20 @@ class _Planner:
         if settings.prefetch.issue == "after_launch":
             self._prefetches(visit)
         if layer == self._layers - 1:
-            self._end_step(visit, tokens)
+            self._end_step(visit, step, tokens)
 
-    def _end_step(self, visit: Visit, tokens: int) -> None:
-        """Add the head, and what goes to the next stage behind the last kernel."""
+    def _end_step(self, visit: Visit, step: Step, tokens: int) -> None:
+        """Add the head, over the positions that need it, and what goes to the next stage behind the last kernel."""
         passing, number, layer = self._passing, visit.number, visit.layer
         if passing is None or passing.has_head:
-            self._add(Entry(HEAD, number, layer, tokens, "compute"))
+            self._add(Entry(HEAD, number, layer, self._tokens(step.sampled, step), "compute"))
         if passing is not None and (size_bytes := passing.sends_bytes[visit.step]):
             waits = (self._last_kernel,)
             self._add(Entry(ACTIVATION, number, layer, tokens, "peer", waits=waits, size_bytes=size_bytes))
         self.step_ends.append(len(self.entries))
 
-    def _tokens(self, tokens: int) -> int:
-        return token_bucket(tokens) if self._graph else tokens
+    def _tokens(self, tokens: int, step: Step) -> int:
+        return token_bucket(tokens) if self._graph and step.phase == DECODE else tokens
 
     def _add(self, entry: Entry) -> int:
         entry.mark, entry.promotes, self._promotes = self.marks, self._promotes, ()
@@ -240,7 +244,7 @@ class _Planner:
         """Add an expert's kernels; the first use of a copy waits for it, later ones follow on the same stream."""
         copied = self._copy_entry.pop(copy, -1)
         waits = (copied,) if copied >= 0 else ()
-        tokens, slot = self._tokens(tokens), self.slot_of[copy]
+        tokens, slot = self._tokens(tokens, self._steps[visit.step]), self.slot_of[copy]
         entry = Entry(EXPERT, visit.number, visit.layer, tokens, "compute", expert, copy, slot, waits=waits)
         self._touched[copy] = self._add(entry)
 

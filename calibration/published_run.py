@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..engine.costs import Costs
 from ..engine.inputs import Inputs
 from ..engine.loading import load_inputs
 from ..engine.output.metrics import Recording, token_times_ns
-from ..engine.run import make_manager, make_prefetch, run
+from ..engine.run import part_costs, prepared, run_all
 from ..engine.scenario import Scenario, ScenarioError
 from ..errors import InputError
 from ..resources.profile import Profile
@@ -114,8 +113,9 @@ class FittedRun:
 def fit_run(scenario: Scenario, log: RunLog, tokens: int, name: str) -> FittedRun:
     """Fit the costs of the scenario's machine to the first `tokens` tokens of a log, and call the profile `name`.
 
-    What is not fitted (the link between the tiers, free launches, the number of lanes) stays as the scenario's profile
-    has it. Raises ValueError, PublishedRunError among them, if scenario and log are not of one run.
+    What is not fitted (the link between the tiers, free launches) stays as the scenario's profile has it; its lanes are
+    those that the scenario reads with. Raises ValueError, PublishedRunError among them, if scenario and log are not of
+    one run.
     """
     log = log.first(tokens)
     inputs = load_inputs(_with_tokens(scenario, tokens))
@@ -134,7 +134,9 @@ def fit_run(scenario: Scenario, log: RunLog, tokens: int, name: str) -> FittedRu
                 "must be more, a rate is fitted to it"
             )
     excess_ms = column["compute_ms"][far] - quiet_ms
+    assert inputs.profile.nvme is not None  # else it does not load
     costs: dict[str, Any] = {
+        "lanes": inputs.scenario.tiers.io_lanes or inputs.profile.nvme.lanes,
         "lane_bytes_per_second": round(read_bytes.sum() / column["io_ms"].sum() * 1e3),
         "order_ns": round(column["mgmt_ms"].sum() / reads.sum() * 1e6),
         "weight_bytes_per_second": round(_weight_bytes(inputs) / quiet_ms * 1e3),
@@ -187,6 +189,8 @@ def _profile(base: Profile, costs: Mapping[str, Any], name: str) -> Profile:
             every_ns=costs["every_ns"],
             ns=costs["interruption_ns"],
         )
+    nvme.pop("queue_depth", None)  # what so many lanes share is in the rate of one
+    nvme["lanes"] = costs["lanes"]
     nvme["read"] = fitted(
         "bytes read / time that the lanes were busy; requests are all about as large, so none of it shows as latency",
         latency_ns=0,
@@ -288,10 +292,12 @@ def _with_tokens(scenario: Scenario, tokens: int) -> Scenario:
 
 def _play(inputs: Inputs, profile: Profile | None = None) -> Recording:
     """Simulate, with another profile's costs if one is given."""
-    costs = Costs(inputs.model, profile or inputs.profile, inputs.scenario)
-    if costs.reads is None:
+    inputs = replace(inputs, profile=profile or inputs.profile)
+    costs = part_costs(inputs)
+    if costs[0].reads is None:
         raise ScenarioError("tiers.host_budget = 'all': a run that reads experts from a drive has less of it")
-    return run(inputs, costs, make_manager(inputs), make_prefetch(inputs.scenario, inputs.model))
+    (recording,) = run_all(inputs, prepared(inputs, costs))
+    return recording
 
 
 def _step_ms(recording: Recording) -> Array:

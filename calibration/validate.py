@@ -22,7 +22,7 @@ from ..engine.memory_manager import DEMANDED, PREFETCHED
 from ..engine.output.merge import makespan_ns as run_ns
 from ..engine.output.metrics import LATE, Recording, time_split
 from ..engine.replicates import replicate_costs
-from ..engine.run import prepared, run_all
+from ..engine.run import part_costs, prepared, run_all
 from ..engine.scenario import Scenario
 from ..engine.stages import with_profile
 from ..resources.profile import Duration, DurationBesideCopy, Profile, TransferCost
@@ -83,7 +83,7 @@ def simulate_measured(measured: Measured, profile: Profile, ablation: Ablation |
     if ablation is not None:
         profile, scenario = ablation(profile, scenario)
     inputs = with_profile(load_inputs(scenario), profile, timed=True)
-    return _simulate(inputs, [Costs(part.model, profile, part.scenario, timed=True) for part in inputs.parts])
+    return _simulate(inputs, part_costs(inputs, timed=True))
 
 
 def _simulate(inputs: Inputs, costs: Sequence[Costs]) -> list[Recording]:
@@ -94,7 +94,7 @@ def predicted_ms(measured: Measured, profile: Profile, replicates: int) -> dict[
     """Return percentiles (p5, p50, p95) of the makespan over `replicates` draws of the costs from their uncertainty."""
     inputs = with_profile(load_inputs(measured.scenario), profile, timed=True)
     # The same seed for all GPUs: what is drawn is how far the profile is off, and they share it.
-    drawn = (replicate_costs(part.model, profile, part.scenario, replicates, timed=True) for part in inputs.parts)
+    drawn = (replicate_costs(part, replicates, timed=True) for part in inputs.parts)
     makespans_ms = [run_ns(_simulate(inputs, costs)) / 1e6 for costs in zip(*drawn, strict=True)]
     return dict(zip(("p5", "p50", "p95"), np.percentile(makespans_ms, (5, 50, 95)).tolist(), strict=True))
 

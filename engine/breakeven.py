@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import InputError
-from .costs import Costs
 from .grid import make_grid
 from .output.merge import makespan_ns as run_ns
 from .run import make_prefetch, part_costs, prepared, run_all
@@ -146,5 +145,4 @@ def _makespan_ms(scenario: Scenario, recall: float, hashes: Hashes) -> float:
     predictor = scenario.predictor.model_copy(update={"name": "oracle", "recall": recall})
     scenario = scenario.model_copy(update={"predictor": predictor})
     inputs = worker_inputs(scenario, hashes)
-    costs = [Costs(part.model, part.profile, part.scenario) for part in inputs.parts]
-    return run_ns(run_all(inputs, prepared(inputs, costs))) / 1e6
+    return run_ns(run_all(inputs, prepared(inputs, part_costs(inputs)))) / 1e6

@@ -11,13 +11,17 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..resources.from_peer import from_peer
 from ..resources.lane import Lags
 from ..resources.profile import ComputeCosts, CopyCosts, ExpertPoint, HostCosts, KernelPoint, Profile, ProfileError
+from ..workloads.batches import DECODE
 from ..workloads.model import Model
 from .scenario import Scenario
+
+if TYPE_CHECKING:
+    from .inputs import Inputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +63,7 @@ class CopyCost:
 
 @dataclass(frozen=True, slots=True)
 class ReadCost:
-    """One expert's read from the drive: so many equal requests, what each takes on its lane, and the host's time."""
+    """One expert's read from the drive: so many equal requests, what each takes alone, and the host's time."""
 
     requests: int
     request_ns: int
@@ -68,10 +72,18 @@ class ReadCost:
 
 @dataclass(frozen=True, slots=True)
 class ReadCosts:
-    """What reads take: the I/O lanes, and the cost of an expert of each layer (layers,)."""
+    """What reads take: the cost of an expert of each layer (layers,), and what those in flight on the lanes share.
 
-    lanes: int
+    `times_as_long` (lanes,): how many times as long as alone a request takes while 1, 2, … lanes read.
+    """
+
     by_layer: Sequence[ReadCost]
+    times_as_long: Sequence[float]
+
+    @property
+    def shared(self) -> bool:
+        """Whether requests in flight at once slow each other down, or speed each other up."""
+        return any(times != 1 for times in self.times_as_long)
 
 
 class ByTokens(dict[int, KernelCost]):
@@ -100,12 +112,15 @@ class _Point(NamedTuple):
 
 
 class Costs:
-    """The costs of one run; every method is a table look-up after the first call.
+    """The costs of one run on one GPU; every method is a table look-up after the first call.
 
-    `timed`: every kernel group and copy is timed, as in an execution: the host puts an event before it too.
+    They are made of what the run was loaded as, for a scenario alone does not say what its predictor takes: that may
+    have been measured with its weights. `timed`: every kernel group and copy is timed, as in an execution: the host
+    puts an event before it too. Raises ProfileError if the profile lacks what the scenario needs.
     """
 
-    def __init__(self, model: Model, profile: Profile, scenario: Scenario, *, timed: bool = False) -> None:
+    def __init__(self, inputs: Inputs, *, timed: bool = False) -> None:
+        model, profile, scenario = inputs.model, inputs.profile, inputs.scenario
         if scenario.copy_.source == "peer":
             profile = from_peer(profile)
         self.model = model
@@ -127,9 +142,13 @@ class Costs:
         self.h2d = h2d = profile.h2d[memory]
         self.copies_hold_host = memory == "pageable"
         self.copy_slowdown = profile.contention.copy_beside_compute.factor if profile.contention else 1.0
+        #: How many times as long copies of several streams that share a link take together as one after the other.
+        self.copies_sharing = 1.0
+        if scenario.copy_.contention and profile.contention and profile.contention.copies_sharing:
+            self.copies_sharing = profile.contention.copies_sharing.factor
         self.copies_take_turns = profile.contention is not None and profile.contention.copies_take_turns
         self.interruptions = profile.compute.interruptions
-        self.predict_ns = round((scenario.predictor.latency_us or 0.0) * 1000)
+        self.predict_ns = round(inputs.predictor.latency_us * 1000)
         self._set_host_costs(profile.host, records=2 if timed else 1)
         self.copies: Sequence[CopyCost] = [self.copy(size_bytes) for size_bytes in self.expert_bytes]
         self.reads = self._reads(profile, scenario)
@@ -147,15 +166,17 @@ class Costs:
         """Set how long the lanes take from a cause to a start; where dispatch is free, only copies have gaps."""
         compute, gap_ns = profile.compute, h2d.gap.ns
         if self._mode == "free":
-            self.kernel_lags, self.copy_lags = Lags(), Lags(gap_ns, gap_ns)
+            self.kernel_lags, self.copy_lags = Lags(), Lags(gap_ns)
             return
         gap = compute.graph_gap if self._mode == "graph" else compute.eager_gap
         wait, latency = compute.event_wait_gap, compute.launch_latency
-        longer_ns = 0 if latency.beside_copy_ns is None else latency.beside_copy_ns - latency.ns
-        self.kernel_lags = Lags(gap.ns, gap.disturbed_ns, wait.ns, wait.disturbed_ns, longer_ns)
+        issue_longer_ns = 0 if latency.beside_copy_ns is None else latency.beside_copy_ns - latency.ns
+        self.kernel_lags = Lags(
+            gap.ns, gap.disturbed_ns - gap.ns, wait.ns, wait.disturbed_ns - wait.ns, issue_longer_ns
+        )
         if self.by_priority:  # the host enqueues a copy when it has noticed the end of the one before
             gap_ns = max(0, self.synchronize_ns + self.enqueue_ns + self.records_ns + h2d.launch_latency.ns)
-        self.copy_lags = Lags(gap_ns, gap_ns, h2d.event_wait_gap.ns, h2d.event_wait_gap.ns)
+        self.copy_lags = Lags(gap_ns, 0, h2d.event_wait_gap.ns)
 
     def _set_readback(self, profile: Profile) -> None:
         """Set what the choice takes to the host, quiet and beside copies, and where it is asked for late."""
@@ -240,20 +261,23 @@ class Costs:
         costs = []
         for size_bytes in self.model.expert_bytes:
             requests = pieces_of(size_bytes, tiers.chunk_bytes)
-            alone_ns = nvme.read.ns(-(-size_bytes // requests))
-            # More lanes than the drive has speed for share what it gives.
-            request_ns = -(-alone_ns * lanes // nvme.lanes) if lanes > nvme.lanes else alone_ns
+            request_ns = nvme.read.ns(-(-size_bytes // requests))
             costs.append(ReadCost(requests, request_ns, 0 if self._mode == "free" else nvme.order.ns))
-        return ReadCosts(lanes, costs)
+        return ReadCosts(costs, [nvme.times_as_long(reads) for reads in range(1, lanes + 1)])
 
-    def by_layer(self) -> tuple[list[ByTokens], list[ByTokens]]:
-        """Return what each layer's dense part, and an expert of it, takes by tokens."""
+    def by_layer(self, phase: int = DECODE) -> tuple[list[ByTokens], list[ByTokens]]:
+        """Return what each layer's dense part, and an expert of it, takes by tokens in a step of a phase."""
         layers = range(self.model.layers)
-        dense = [ByTokens(partial(self.dense, layer)) for layer in layers]
-        return dense, [ByTokens(partial(self.expert, layer)) for layer in layers]
+        dense = [ByTokens(partial(self.dense, layer, phase=phase)) for layer in layers]
+        return dense, [ByTokens(partial(self.expert, layer, phase=phase)) for layer in layers]
 
-    def dense(self, layer: int, tokens: int) -> KernelCost:
-        """Return the dense part of one layer over `tokens` tokens."""
+    def run_tokens(self, tokens: int, phase: int) -> int:
+        """Return over how many tokens kernels run that serve so many: a graph of a decode step is padded."""
+        return token_bucket(tokens) if self._mode == "graph" and phase == DECODE else tokens
+
+    def dense(self, layer: int, tokens: int, phase: int = DECODE) -> KernelCost:
+        """Return the dense part of one layer over `tokens` tokens of a step of a phase."""
+        tokens = self.run_tokens(tokens, phase)
         cost = self._dense[layer].get(tokens)
         if cost is None:
             size, kernels = self.model.dense_bytes[layer], self.model.dense_kernels
@@ -263,7 +287,8 @@ class Costs:
         return cost
 
     def head(self, tokens: int) -> KernelCost:
-        """Return the head over `tokens` tokens."""
+        """Return the head over `tokens` positions, one for each sequence of a step (`Step.sampled`)."""
+        tokens = self.run_tokens(tokens, DECODE)  # a prefill step has one position: there is nothing to pad
         cost = self._dense[-1].get(tokens)
         if cost is None:
             size = self.model.head_bytes
@@ -271,8 +296,9 @@ class Costs:
             self._dense[-1][tokens] = cost
         return cost
 
-    def expert(self, layer: int, tokens: int) -> KernelCost:
-        """Return one expert's kernels over `tokens` tokens."""
+    def expert(self, layer: int, tokens: int, phase: int = DECODE) -> KernelCost:
+        """Return one expert's kernels over `tokens` tokens of a step of a phase."""
+        tokens = self.run_tokens(tokens, phase)
         cost = self._experts[layer].get(tokens)
         if cost is None:
             model = self.model
@@ -288,9 +314,9 @@ class Costs:
         experts = min(model.experts, tokens * model.top_k)
         return self._launches(model.dense_kernels) + experts * self._launches(model.expert_kernels) + 2
 
-    def grouped(self, layer: int, tokens: list[int]) -> KernelCost:
+    def grouped(self, layer: int, tokens: list[int], phase: int = DECODE) -> KernelCost:
         """Return one grouped kernel over several experts: their sum, with the rule's constant paid once."""
-        costs = [self.expert(layer, count) for count in tokens]
+        costs = [self.expert(layer, count, phase) for count in tokens]
         ns = sum(cost.ns for cost in costs) - (len(costs) - 1) * self._rule.constant_ns
         ns = max(ns, max(cost.ns for cost in costs))
         self.estimates["grouped expert kernel"] = "the experts' sum, the rule's constant paid once"
@@ -303,7 +329,7 @@ class Costs:
         measured = (point for table in tables for points in table.values() for point in points)
         return (
             self._rule.beside_copy_factor > 1
-            or self.kernel_lags.gap_disturbed_ns > self.kernel_lags.gap_ns
+            or self.kernel_lags.gap_longer_ns > 0
             or any(point.beside_copy_ns > point.ns for point in measured)
         )
 
@@ -313,10 +339,8 @@ class Costs:
         """Return a group of `kernels`, of which `products` multiply `size` bytes of weights.
 
         Measured, or between two measured; fewer tokens than were measured cost as much as the fewest, more cost what
-        the rule says they add. A graph is one for each power of two of tokens, and runs at the next one.
+        the rule says they add.
         """
-        if self._mode == "graph":
-            tokens = token_bucket(tokens)
         latency_ns = self._latency_ns
         if not points:
             ns, beside_ns = self._by_rule(what, size, tokens)
@@ -361,7 +385,10 @@ def activation_bytes(model: Model, tokens: int) -> int:
 
 
 def token_bucket(tokens: int) -> int:
-    """Return the tokens of the CUDA graph that serves so many: the next power of two."""
+    """Return the tokens of the CUDA graph that serves a decode step of so many: the next power of two.
+
+    Serving engines capture graphs for batch sizes; a prompt runs over the tokens that it has.
+    """
     return 1 << (tokens - 1).bit_length()
 
 

@@ -78,8 +78,8 @@ def collector_off() -> Iterator[None]:
 def host(gpu: Gpu, visits: Iterator[Visit], steps: Sequence[Step]) -> Generator[simpy.Event, Any, None]:
     """Dispatch every step: the dense part, the choice, copies and experts of each layer, then the head."""
     for step in steps:
-        yield from gpu.forward(len(step.rows), visits)
+        yield from gpu.forward(step, visits)
         yield from gpu.catch_up()  # once a step at least, also where no lane runs in SimPy's time
-        yield from gpu.head(len(step.rows))
+        yield from gpu.head(step)
         gpu.spool.flush()
     gpu.end_busy()

@@ -58,9 +58,7 @@ def place(whole: Inputs, make_manager: Callable[[Inputs], MemoryManager]) -> Inp
     lives = homes(whole.trace, whole.steps, parallel.gpus)
     placed = Placed(parallel.gpus, owners, lives, parallel.remote, spare_experts=spare_experts)
     if parallel.remote == "cost":
-        placed = replace(
-            placed, prices=prices(links, Costs(model, whole.profile, scenario), activation_bytes(model, 1))
-        )
+        placed = replace(placed, prices=prices(links, Costs(whole), activation_bytes(model, 1)))
     gpus = []
     for number in range(parallel.gpus):
         part = replace(whole, device=f"gpu{number}", placed=placed, budget_bytes=_budget_bytes(whole, owners, number))
@@ -222,4 +220,4 @@ def run_placed(
     if placed.moves_tokens:
         links.estimates["all-to-all"] = exchange.rule
     visits = watch(decided(inputs, managers, prefetches, gauges))
-    return decode_placed(visits, placed.homes, gpus, exchange, one_thread=one_thread)
+    return decode_placed(visits, inputs.steps, placed.homes, gpus, exchange, one_thread=one_thread)

@@ -43,6 +43,7 @@ from ..resources.timeline import (
     SPAN,
     Timeline,
 )
+from ..workloads.batches import DECODE, PREFILL, Step
 from .costs import Costs, KernelCost
 from .dispatch import Visit, launch_order
 from .links import HostLink
@@ -141,6 +142,7 @@ class Gpu:
         "_launched",
         "_launched_count",
         "_manager",
+        "_phase",
         "_predicting",
         "_prefetch_first",
         "_prefetch_lane",
@@ -152,6 +154,7 @@ class Gpu:
         "_scenario",
         "_side",
         "_submit_kernel",
+        "_tables",
         "_transfers",
         "_wait_ns",
         "awaits_guesses",
@@ -190,7 +193,8 @@ class Gpu:
         self.env = env
         self._manager = manager
         self.costs = costs
-        self.dense_costs, self._expert_costs = costs.by_layer()
+        self._tables = {phase: costs.by_layer(phase) for phase in (DECODE, PREFILL)}
+        self.begin_step(DECODE)
         self._scenario = scenario
         #: Keeps what is recorded; a host loop flushes it now and then.
         self.spool = spool = manager.spool
@@ -233,6 +237,7 @@ class Gpu:
             cancels = self._priority is not None
             self._drive = Drive(env, self.timeline, host_memory, costs.reads, cancels=cancels)
         self.coupled = not (isinstance(self._h2d, FifoLane) and isinstance(self._compute, FifoLane))
+        self.coupled = self.coupled or (self._drive is not None and self._drive.coupled)
 
     def _make_lanes(self, number: dict[str, int], link: HostLink | None) -> None:
         """Make one lane for each thing that is busy by itself, coupled where one slows another down."""
@@ -261,6 +266,7 @@ class Gpu:
         for lane in copy_lanes:
             others = [other for other in copy_lanes if other is not lane]
             lane.turns, lane.sharing = (others, []) if costs.copies_take_turns else ([], others)
+            lane.sharing_factor = costs.copies_sharing
             if link is not None:
                 lane.join(link.network.share())
                 lane.sharing = []  # the network shares the link out
@@ -396,9 +402,9 @@ class Gpu:
             self.timeline.record(since_ns, now_ns, since_ns, -1, self.visit, -1, self._host, LAUNCH)
             self._busy_since_ns = now_ns
 
-    def head(self, tokens: int) -> Generator[simpy.Event, Any, Completion]:
-        """End a step of so many tokens: launch the head behind its layers, and return its end."""
-        head = self.costs.head(tokens)
+    def head(self, step: Step) -> Generator[simpy.Event, Any, Completion]:
+        """End a step: launch the head behind its layers, for the positions that need it, and return its end."""
+        head = self.costs.head(step.sampled)
         yield from self.wait_for_queue(head.launches)
         return self.launch(head, HEAD)
 
@@ -409,14 +415,21 @@ class Gpu:
 
     # One step through the layers.
 
+    def begin_step(self, phase: int) -> None:
+        """Take what kernels cost in steps of a phase."""
+        self._phase = phase
+        self.dense_costs, self._expert_costs = self._tables[phase]
+
     def forward(
-        self, tokens: int, visits: Iterator[Visit], after: Completion = 0
+        self, step: Step, visits: Iterator[Visit], after: Completion = 0
     ) -> Generator[simpy.Event, Any, Completion]:
-        """Dispatch the layer visits of one step of so many tokens, each decided as its choice is known.
+        """Dispatch the layer visits of one step, each decided as its choice is known.
 
         The first dense part waits for `after`, which comes from another GPU. Return the end of the last kernel that
         serves the step.
         """
+        self.begin_step(step.phase)
+        tokens = len(step.rows)
         end: Completion = 0
         held_ns = self._interruption_ns()
         for dense_costs in self.dense_costs:
@@ -487,7 +500,7 @@ class Gpu:
         """
         if not served:  # no token is routed at this layer
             return 0
-        cost = self.costs.grouped(layer, [tokens for _, tokens, _ in served])
+        cost = self.costs.grouped(layer, [tokens for _, tokens, _ in served], self._phase)
         if self.watch_queue:
             yield from self.wait_for_queue(cost.launches)
         bytes_there = after_all([self._wait_for_bytes(copy) for _, _, copy in served if copy in self._arriving])

@@ -58,8 +58,8 @@ class PeerCosts:
         self.host_ns = 0 if free else enqueue.ns + records * profile.host.event_record.ns
         gap_ns, wait = copies.gap.ns, copies.event_wait_gap
         beside = scenario.copy_.contention
-        wait_ns, beside_ns = (0, 0) if free else (wait.ns, wait.disturbed_ns if beside else wait.ns)
-        self.lags = Lags(gap_ns, gap_ns, wait_ns, beside_ns)
+        wait_longer_ns = wait.disturbed_ns - wait.ns if beside else 0
+        self.lags = Lags(gap_ns) if free else Lags(gap_ns, 0, wait.ns, wait_longer_ns)
         longer = profile.contention.peer_beside_copy if beside and profile.contention else None
         self._longer_ns = longer.ns if longer else 0
         #: How much later a kernel of the other GPU starts behind such a copy than behind one from the host.
@@ -77,7 +77,7 @@ class PeerCosts:
     @property
     def slowed(self) -> bool:
         """Whether copies from the host slow these down."""
-        return self._longer_ns > 0 or self.lags.after_other_disturbed_ns > self.lags.after_other_ns
+        return self._longer_ns > 0 or self.lags.after_other_longer_ns > 0
 
     def slowdown(self, size_bytes: int) -> float:
         """Return how many times as long it takes beside copies from the host."""

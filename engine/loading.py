@@ -106,7 +106,7 @@ def _on_one_gpu(bare: Inputs) -> Inputs:
     make_manager(inputs)
     make_host_memory(inputs)
     make_miss(inputs)
-    Costs(model, bare.profile, scenario)
+    Costs(inputs)
     return inputs
 
 

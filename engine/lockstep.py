@@ -19,6 +19,7 @@ from ..resources.lane import Completion, CoupledLane, FifoLane, after_all, later
 from ..resources.network import Network
 from ..resources.timeline import COMBINE, DENSE, DISPATCH, EXPERT, HEAD, PEER
 from ..resources.topology import Route, Topology
+from ..workloads.batches import Step
 from .costs import KernelCost
 from .decoder import collector_off
 from .gpu import Decoded, Gpu
@@ -200,19 +201,20 @@ class LendingGpu(PlacedGpu):
 
 def decode_placed(
     visits: Iterator[PlacedVisit],
+    steps: Sequence[Step],
     homes: Sequence[npt.NDArray[Any]],
     gpus: Sequence[PlacedGpu],
     exchange: AllToAll,
     *,
     one_thread: bool = False,
 ) -> list[Decoded]:
-    """Run the visits on the lanes of several GPUs and return what each recorded; `homes` as `Placed` has them.
+    """Run the visits of steps on the lanes of several GPUs and return what each recorded; `homes` as of `Placed`.
 
     `one_thread`: one host thread dispatches to all of them, GPU by GPU; else each has its own, and they meet at every
     choice, when the last of them knows it.
     """
     env = gpus[0].env
-    env.process(_Lockstep(gpus, exchange, one_thread).run(visits, homes))
+    env.process(_Lockstep(gpus, exchange, one_thread).run(visits, steps, homes))
     with collector_off():
         env.run()
     return [gpu.recorded() for gpu in gpus]
@@ -229,12 +231,14 @@ class _Lockstep:
         self._back: list[Completion] = [0] * len(gpus)  # when each has its tokens back; 0 if none went
 
     def run(
-        self, visits: Iterator[PlacedVisit], homes: Sequence[npt.NDArray[Any]]
+        self, visits: Iterator[PlacedVisit], steps: Sequence[Step], homes: Sequence[npt.NDArray[Any]]
     ) -> Generator[simpy.Event, Any, None]:
         """Dispatch every step: dense parts, the choice, tokens there and back, experts, then the heads."""
         layers = range(len(self._gpus[0].dense_costs))
-        for home in homes:
+        for step, home in zip(steps, homes, strict=True):
             tokens = np.bincount(home, minlength=len(self._gpus)).tolist()
+            for gpu in self._gpus:
+                gpu.begin_step(step.phase)
             for layer in layers:
                 dense = yield from self._dense(layer, tokens)
                 chosen = yield from self._know(dense)
@@ -244,7 +248,7 @@ class _Lockstep:
                 self._send(visit, moves_ns, dense)
                 ends = yield from self._serve(visit, chosen)
                 self._back = self._meet(COMBINE, moves_ns, ends) if moves_ns else [0] * len(self._gpus)
-            yield from self._heads(tokens)
+            yield from self._heads([min(count, step.sampled) for count in tokens])
             for gpu in self._gpus:
                 gpu.spool.flush()
         for gpu in self._gpus:
@@ -326,6 +330,7 @@ class _Lockstep:
         return ends
 
     def _heads(self, tokens: list[int]) -> Generator[simpy.Event, Any, None]:
+        """Launch the head of each GPU over so many positions."""
         for gpu, count, back in zip(self._turns(), tokens, self._back, strict=True):
             if count:
                 yield from self._launch(gpu, gpu.costs.head(count), HEAD, back)

@@ -11,8 +11,9 @@ from dataclasses import replace
 import numpy as np
 
 from ..resources.profile import CpuExpertPoint, ProfileError
+from ..workloads.batches import DECODE
 from ..workloads.model import DTYPES
-from .costs import Costs, KernelCost, activation_bytes, token_bucket
+from .costs import Costs, KernelCost, activation_bytes
 from .scenario import Scenario
 
 #: Matrices of an expert as the CPU's are measured (gate, up, down).
@@ -124,20 +125,18 @@ class ShrunkCosts:
 
     def __init__(self, costs: Costs, scenario: Scenario) -> None:
         self._costs, self._model, self._rule = costs, costs.model, costs.profile.compute.rule
-        self._graph = scenario.dispatch.mode == "graph"
         self._compression = scenario.compression
 
-    def expert(self, layer: int, tokens: int, size_bytes: int) -> KernelCost:
+    def expert(self, layer: int, tokens: int, size_bytes: int, phase: int = DECODE) -> KernelCost:
         """Return an expert's kernels if its weights are `size_bytes`: as much less as the profile's rule says.
 
         Fewer bytes are read; there are as many operations.
         """
-        cost, whole_bytes = self._costs.expert(layer, tokens), self._model.expert_bytes[layer]
+        cost, whole_bytes = self._costs.expert(layer, tokens, phase), self._model.expert_bytes[layer]
         if size_bytes == whole_bytes:
             return cost
         self._costs.estimates["expert in low precision"] = "the expert's own, as much less as the profile's rule says"
-        counted = token_bucket(tokens) if self._graph else tokens
-        flops = 2 * counted * (whole_bytes * 8 / self._model.dtype_bits("expert"))
+        flops = 2 * self._costs.run_tokens(tokens, phase) * (whole_bytes * 8 / self._model.dtype_bits("expert"))
         rule = self._rule
         whole_ns, ns = (rule.constant_ns + rule.part_ns(each, flops) for each in (whole_bytes, size_bytes))
         return replace(cost, ns=round(cost.ns * ns / whole_ns)) if whole_ns else cost

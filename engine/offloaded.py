@@ -75,7 +75,7 @@ class OffloadedGpu(Gpu):
         for lane in copies:
             (lane.turns if costs.copies_take_turns else lane.sharing).append(self._back)
         (self._back.turns if costs.copies_take_turns else self._back.sharing).extend(copies)
-        self._back.disturbers = copies[0].disturbers
+        self._back.disturbers, self._back.sharing_factor = copies[0].disturbers, costs.copies_sharing
         copies.append(self._back)
         for lane in others:
             lane.disturbers = copies
@@ -102,7 +102,7 @@ class OffloadedGpu(Gpu):
             after = self._unpacked(expert, copy, after)
             if self._mixed:
                 layer, size_bytes = expert // self._manager.experts, self._manager.size_of[expert]
-                cost = self._shrunk.expert(layer, self._tokens_of[expert], size_bytes)
+                cost = self._shrunk.expert(layer, self._tokens_of[expert], size_bytes, self._phase)
         elif kind in (DENSE, HEAD) and self._results:
             self.now_ns += self._wait_ns
             after, self._results = later(after, self._results), 0
@@ -126,7 +126,7 @@ class OffloadedGpu(Gpu):
                 to_cpu.append(access)
             elif access.way == LOW_PRECISION:
                 size_bytes = shrunk(self.costs.model.expert_bytes[visit.layer], self._low_ratio)
-                cost = self._shrunk.expert(visit.layer, access.tokens, size_bytes)
+                cost = self._shrunk.expert(visit.layer, access.tokens, size_bytes, self._phase)
                 if self.watch_queue:
                     yield from self.wait_for_queue(cost.launches)
                 self.launch(cost, EXPERT, 0, access.expert)

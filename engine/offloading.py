@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from itertools import accumulate
 
+from ..workloads.batches import DECODE, PREFILL
 from .costs import Costs
 from .inputs import Inputs
 from .memory_manager import MemoryManager
@@ -107,14 +108,19 @@ def make_miss(inputs: Inputs) -> Miss | None:
 
 def _with_costs(terms: Terms, inputs: Inputs) -> Terms:
     """Add what the profile says of the CPU, the link and the GPU; the same whatever a replicate draws."""
-    costs = Costs(inputs.model, inputs.profile, inputs.scenario)
+    costs = Costs(inputs)
     cpu = CpuCosts(costs, inputs.scenario)
     cpu.expert(0, 1)  # refuses a shape that cannot be estimated before anything runs
+    batch = inputs.scenario.workload.batch
+
+    def kernel_ns(layer: int, tokens: int) -> int:
+        return costs.expert(layer, tokens, DECODE if tokens <= batch else PREFILL).ns
+
     return Terms(
         cpu_ns=lambda layer, tokens: cpu.expert(layer, tokens).ns,
         there_and_back_ns=lambda layer, tokens: cpu.there_and_back_ns(tokens),
         copy_ns=lambda layer, tokens: costs.copies[layer].queued_ns,
-        kernel_ns=lambda layer, tokens: costs.expert(layer, tokens).ns,
+        kernel_ns=kernel_ns,
         cpu_max_tokens=terms.cpu_max_tokens,
     )
 

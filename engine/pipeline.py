@@ -139,14 +139,14 @@ class _Way:
 
 @dataclass
 class _Stage:
-    """One stage at work: its GPU, its visits, and the steps that it serves, each of so many `tokens` (steps,).
+    """One stage at work: its GPU, its visits, and the steps that it serves.
 
     `receives` are the arrivals that its steps wait for, `waits_for` (steps,) which of them, -1 for none.
     """
 
     gpu: Gpu
     visits: Iterator[Visit]
-    tokens: Sequence[int]
+    steps: Sequence[Step]
     has_head: bool
     receives: _Arrivals | None = None
     waits_for: Sequence[int] = ()
@@ -154,11 +154,11 @@ class _Stage:
 
     def serve(self, step: int) -> Generator[simpy.Event, Any, None]:
         """Dispatch one step: its layers here, as `decoder.host` does, then the head, or what the next stage needs."""
-        gpu, tokens = self.gpu, self.tokens[step]
-        last = yield from gpu.forward(tokens, self.visits, self._arrival(step))
+        gpu, served = self.gpu, self.steps[step]
+        last = yield from gpu.forward(served, self.visits, self._arrival(step))
         yield from gpu.catch_up()  # once a step at least, also where no lane runs in SimPy's time
         if self.has_head:
-            last = yield from gpu.head(tokens)
+            last = yield from gpu.head(served)
         if self.sends is not None:
             self.sends.send(gpu, step, last)
         gpu.spool.flush()
@@ -181,21 +181,21 @@ def decode_stages(stages: Sequence[StageRun], flow: Flow, links: Links | None, *
     if links is not None:
         pipeline_routes(links)  # what is sent over them counts on the network
         network = links.network([stage.costs for stage in stages])
-    tokens = [len(step.rows) for step in flow.steps]
+    most_tokens = max(len(step.rows) for step in flow.steps)
     working = []
     for number, run in enumerate(stages):
         gpu = Gpu(
-            env, run.manager, run.costs, run.scenario, prefetching=run.prefetching, most_tokens=max(tokens),
+            env, run.manager, run.costs, run.scenario, prefetching=run.prefetching, most_tokens=most_tokens,
             device=f"gpu{number}", host="host" if one_thread or len(stages) == 1 else f"host{number}",
             link=None if links is None else links.host_link(number, run.costs, network),
         )  # fmt: skip
         gpu.show(run.gauge)
-        working.append(_Stage(gpu, run.visits, tokens, has_head=run is stages[-1]))
+        working.append(_Stage(gpu, run.visits, flow.steps, has_head=run is stages[-1]))
     if links is not None:
         _connect(env, working, flow, links, network)
     groups = [working] if one_thread else [[stage] for stage in working]
     for served in groups:
-        env.process(_thread(served, len(tokens)))
+        env.process(_thread(served, len(flow.steps)))
     with collector_off():
         env.run()
     return [stage.gpu.recorded() for stage in working]

@@ -59,9 +59,3 @@ def predictor_cost(section: PredictorSection) -> PredictorCost:
         f"predictor.weights = {section.weights!r}: no latency was measured for lane {section.lane!r}: set "
         "predictor.latency_us"
     )
-
-
-def with_latency(scenario: Scenario, cost: PredictorCost) -> Scenario:
-    """Return the scenario with the latency that is charged written into it, as `Costs` wants it."""
-    section = scenario.predictor.model_copy(update={"latency_us": cost.latency_us})
-    return scenario.model_copy(update={"predictor": section})

@@ -18,10 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ..resources.profile import Profile, make_profile
+from ..workloads.batches import DECODE
 from ..workloads.keyed_random import uniform
-from ..workloads.model import Model
 from .costs import ByTokens, CopyCost, Costs, KernelCost
-from .scenario import Scenario
+from .inputs import Inputs
 
 #: What of a cost grows with its factor, and what shrinks.
 _TIMES = ("ns", "beside_copy_ns", "alone_ns", "latency_ns", "constant_ns")
@@ -35,14 +35,12 @@ PERCENTILES = (5, 50, 95)
 _BLOCK = 4096
 
 
-def replicate_costs(
-    model: Model, profile: Profile, scenario: Scenario, count: int, *, timed: bool = False
-) -> Iterator[Costs]:
-    """Yield the costs of each replicate; `timed` as `Costs` takes it."""
-    plain = profile.model_dump()
+def replicate_costs(inputs: Inputs, count: int, *, timed: bool = False) -> Iterator[Costs]:
+    """Yield the costs of each replicate of a run on one GPU; `timed` as `Costs` takes it."""
+    plain, seed, name = inputs.profile.model_dump(), inputs.scenario.seed, inputs.profile.name
     for number in range(count):
-        drawn = make_profile(_drawn(plain, "profile", (scenario.seed, number)), f"replicate {number} of {profile.name}")
-        yield _ScatteredCosts(model, drawn, scenario, number, timed)
+        drawn = make_profile(_drawn(plain, "profile", (seed, number)), f"replicate {number} of {name}")
+        yield _ScatteredCosts(replace(inputs, profile=drawn), number, timed)
 
 
 def summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -119,8 +117,9 @@ class _Anew(ByTokens):
 class _ScatteredCosts(Costs):
     """Costs of which every kernel, launch and copy is drawn anew when it is asked for."""
 
-    def __init__(self, model: Model, profile: Profile, scenario: Scenario, replicate: int, timed: bool) -> None:
-        super().__init__(model, profile, scenario, timed=timed)
+    def __init__(self, inputs: Inputs, replicate: int, timed: bool) -> None:
+        super().__init__(inputs, timed=timed)
+        model, profile, scenario = inputs.model, inputs.profile, inputs.scenario
 
         def factors(what: str, scatter: float) -> Callable[[], float]:
             return _factors((scenario.seed, replicate, _number(what)), scatter)
@@ -136,23 +135,23 @@ class _ScatteredCosts(Costs):
         copy_factor = factors("copy", queued.uncertainty.scatter if queued.uncertainty else 0.0)
         self.copies = _ScatteredCopies(self.copies, copy_factor)
 
-    def by_layer(self) -> tuple[list[ByTokens], list[ByTokens]]:
+    def by_layer(self, phase: int = DECODE) -> tuple[list[ByTokens], list[ByTokens]]:
         """Return what gives every kernel a cost of its own."""
         layers = range(self.model.layers)
-        dense: list[ByTokens] = [_Anew(partial(self.dense, layer)) for layer in layers]
-        return dense, [_Anew(partial(self.expert, layer)) for layer in layers]
+        dense: list[ByTokens] = [_Anew(partial(self.dense, layer, phase=phase)) for layer in layers]
+        return dense, [_Anew(partial(self.expert, layer, phase=phase)) for layer in layers]
 
-    def dense(self, layer: int, tokens: int) -> KernelCost:
+    def dense(self, layer: int, tokens: int, phase: int = DECODE) -> KernelCost:
         """Return the dense part of one layer, drawn."""
-        return self._scattered("dense", super().dense(layer, tokens))
+        return self._scattered("dense", super().dense(layer, tokens, phase))
 
     def head(self, tokens: int) -> KernelCost:
         """Return the head, drawn."""
         return self._scattered("head", super().head(tokens))
 
-    def expert(self, layer: int, tokens: int) -> KernelCost:
+    def expert(self, layer: int, tokens: int, phase: int = DECODE) -> KernelCost:
         """Return one expert's kernels, drawn."""
-        return self._scattered("expert", super().expert(layer, tokens))
+        return self._scattered("expert", super().expert(layer, tokens, phase))
 
     def _scattered(self, part: str, cost: KernelCost) -> KernelCost:
         ns, host_ns = cost.ns * self._kernel_factor[part](), cost.host_ns * self._host_factor()

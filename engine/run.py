@@ -26,7 +26,6 @@ from .pipeline import StageRun, decode_stages, flow_of
 from .policies.eviction import EVICTION, Setting
 from .policies.prefetch import PREFETCH, Gauge, NoPrefetch, Options, Prefetch
 from .policies.prefetch_share import PREFETCH_SHARE
-from .predicting import with_latency
 from .scenario import Scenario, ScenarioError, parse_budget
 from .tiers import HostMemory
 
@@ -157,9 +156,9 @@ class Prepared:
     prefetch: Prefetch
 
 
-def part_costs(inputs: Inputs) -> list[Costs]:
-    """Return the costs of each GPU of a run."""
-    return [Costs(part.model, part.profile, with_latency(part.scenario, part.predictor)) for part in inputs.parts]
+def part_costs(inputs: Inputs, *, timed: bool = False) -> list[Costs]:
+    """Return the costs of each GPU of a run; `timed` as `Costs` takes it."""
+    return [Costs(part, timed=timed) for part in inputs.parts]
 
 
 def prepared(inputs: Inputs, costs: Sequence[Costs], stream: Path | None = None) -> list[Prepared]:

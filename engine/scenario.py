@@ -237,7 +237,11 @@ class PrefetchSection(_Section):
 
 
 class DispatchSection(_Section):
-    """How the host thread drives the GPU."""
+    """How the host thread drives the GPU.
+
+    With `mode` = "graph" each group of kernels is a CUDA graph. Graphs are made for batches: a decode step runs at the
+    next power of two of its tokens, a prompt over the tokens that it has.
+    """
 
     mode: Annotated[str, _one_of(DISPATCH_MODES)] = "eager"
     router_readback: bool = True
@@ -339,8 +343,8 @@ class TiersSection(_Section):
 
     With "all", host memory holds every expert and nothing is read. Else it is a cache, empty at first, from which
     `host_policy` says who goes; an expert that it lacks is read in requests of at most `chunk_bytes` (0: in one),
-    which `io_lanes` serve (left out: as many as the profile was measured with). What is prefetched goes through host
-    memory to the GPU, or as far as host memory (`prefetch` = "host").
+    which `io_lanes` serve, each one at a time (left out: as many as the profile was measured with). What is
+    prefetched goes through host memory to the GPU, or as far as host memory (`prefetch` = "host").
     """
 
     host_budget: str = "all"

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -31,16 +31,16 @@ from .expert_parallel import held, sent_tokens_and_experts, shadow_misses, shari
 from .inputs import Inputs
 from .links import Links
 from .loading import load_inputs
-from .memory_manager import MemoryManager
+from .memory_manager import BudgetError, MemoryManager
 from .offloading import low_precision, plain
 from .output import metrics as measure
 from .output.merge import link_usage, merged_timeline, run_metrics, step_metrics
 from .output.merge import makespan_ns as run_ns
 from .output.misses import offloading_metrics
+from .partition import divider
 from .pipeline import flow_of, sent
 from .policies.eviction import EVICTION
 from .policies.prefetch import NoPrefetch
-from .predicting import with_latency
 from .replicates import replicate_costs, summary, without_uncertainty
 from .run import Prepared, Progress, Watch, dispatched, make_manager, part_costs, prepared, run_all
 from .scenario import MemorySection, PredictorSection, PrefetchSection, Scenario, TiersSection
@@ -224,18 +224,28 @@ def _baseline_manager(name: str, inputs: Inputs, spool: Spool) -> MemoryManager:
     """Return the memory manager of one of BASELINES on one GPU."""
     if name == "no_prefetch":
         return make_manager(inputs, spool)
-    model, resident = inputs.model, name == "resident"
-    manager = MemoryManager(
-        model.expert_bytes,
-        model.experts,
-        model.total_expert_bytes if resident else inputs.budget_bytes,
-        EVICTION["lru"],
-        drop_after_visit=not resident,
-        spool=spool,
-    )
-    if resident:
+    model, scope = inputs.model, inputs.scenario.memory.scope
+    sizes, lru = model.expert_bytes, EVICTION["lru"]
+    if name == "resident":
+        manager = MemoryManager(sizes, model.experts, model.total_expert_bytes, lru, spool=spool)
         manager.preload(range(model.total_experts) if inputs.placed is None else held(inputs.placed, inputs.device))
-    return manager
+        return manager
+    divide = _with_room_for_one(divider(scope, sizes, inputs.trace), sizes)
+    return MemoryManager(
+        sizes, model.experts, inputs.budget_bytes, lru, scope=scope, divide=divide, drop_after_visit=True, spool=spool
+    )
+
+
+def _with_room_for_one(divide: Callable[[int], list[int]], sizes: Sequence[int]) -> Callable[[int], list[int]]:
+    """Return `divide` for experts that are not compressed any more: where a pool cannot hold one, all can."""
+
+    def divided(budget_bytes: int) -> list[int]:
+        try:
+            return divide(budget_bytes)
+        except BudgetError:
+            return divide(len(sizes) * max(sizes))
+
+    return divided
 
 
 def baseline_scenario(name: str, scenario: Scenario) -> Scenario:
@@ -268,9 +278,8 @@ def _compared(known: Mapping[str, float], data: dict[str, Any]) -> dict[str, flo
 def _replicates(inputs: Inputs, count: int, progress: Progress | None) -> list[dict[str, Any]]:
     """Return makespan and tokens/s of each replicate."""
     results = []
-    scenario, profile = with_latency(inputs.scenario, inputs.predictor), inputs.profile
     # The same seed for all GPUs: what is drawn is how far the profile is off, and they share it.
-    drawn = zip(*(replicate_costs(part.model, profile, scenario, count) for part in inputs.parts), strict=True)
+    drawn = zip(*(replicate_costs(part, count) for part in inputs.parts), strict=True)
     for number, costs in enumerate(drawn, 1):
         recordings = run_all(inputs, prepared(inputs, costs))
         speed = step_metrics(recordings, previous_steps(inputs))

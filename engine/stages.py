@@ -55,7 +55,7 @@ def stage_layers(whole: Inputs, makespan_ns: Callable[[tuple[int, ...]], int | N
 
     `makespan_ns` as of `Layers`.
     """
-    costs = Costs(whole.model, whole.profile, whole.scenario)
+    costs = Costs(whole)
     weights = partial(compute_ns, costs, whole.model, whole.trace, whole.steps[:SAMPLE_STEPS])
     parallel = whole.scenario.parallel
     return divide(parallel.split, Layers(parallel.stages, whole.model.expert_bytes, weights, makespan_ns))
@@ -82,9 +82,9 @@ def compute_ns(costs: Costs, model: Model, trace: RoutingTrace, steps: Sequence[
     for step in steps:
         tokens = len(step.rows)
         for layer, accesses in enumerate(step_accesses(trace, step)):
-            total[layer] += costs.dense(layer, tokens).ns
-            total[layer] += sum(costs.expert(layer, count).ns for count in accesses.tokens)
-        total[-1] += costs.head(tokens).ns
+            total[layer] += costs.dense(layer, tokens, step.phase).ns
+            total[layer] += sum(costs.expert(layer, count, step.phase).ns for count in accesses.tokens)
+        total[-1] += costs.head(step.sampled).ns
     return total
 
 

@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 
 import simpy
 
-from ..resources.lane import Completion, FifoLane, Pending, after_all, later
+from ..resources.lane import Completion, CoupledLane, FifoLane, Pending, after_all, later
+from ..resources.network import Crowd
 from ..resources.timeline import READ, Timeline
 from .costs import ReadCosts
 from .dispatch import Visit
@@ -81,18 +82,26 @@ class HostMemory:
 class Drive:
     """The I/O lanes of a drive, and when the rooms of host memory are filled and free.
 
-    A request goes to the lane with the least to do, which is the one that is free first. `give_up` is called for
-    copies to the GPU that are not made after all; only a priority queue has such (`cancels`).
+    A request goes to the lane with the least to do, which is the one that is free first. Only what is in flight shares
+    the drive: where its speed depends on how much that is, the lanes run in SimPy's time (`coupled`). `give_up` is
+    called for copies to the GPU that are not made after all; only a priority queue has such (`cancels`).
     """
 
     def __init__(
         self, env: simpy.Environment, timeline: Timeline, host: HostMemory, costs: ReadCosts, *, cancels: bool
     ) -> None:
         self._env = env
-        self._lanes = [
-            FifoLane(timeline, timeline.add_lane("nvme0", "nvme", f"I/O lane {number}"))
-            for number in range(costs.lanes)
-        ]
+        times = costs.times_as_long
+        numbers = [timeline.add_lane("nvme0", "nvme", f"I/O lane {number}") for number in range(len(times))]
+        self.coupled = costs.shared
+        self._lanes: Sequence[FifoLane | CoupledLane]
+        if self.coupled:
+            lanes, crowd = [CoupledLane(env, timeline, number) for number in numbers], Crowd(times)
+            for lane in lanes:
+                lane.join(crowd.share())
+            self._lanes = lanes
+        else:
+            self._lanes = [FifoLane(timeline, number) for number in numbers]
         self._costs = costs.by_layer
         self._experts = host.manager.experts
         self._host = host

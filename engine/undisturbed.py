@@ -13,6 +13,7 @@ import simpy
 
 from ..resources.lane import NEVER
 from ..resources.timeline import DEMAND, DENSE, EXPERT, GUESSES, LAUNCH, PREFETCH, READBACK, pack_span
+from ..workloads.batches import Step
 from .costs import Costs, KernelCost
 from .dispatch import Visit, launch_order
 from .gpu import Gpu, contended, pack_access, pack_visit
@@ -87,8 +88,10 @@ class UndisturbedGpu(Gpu):
         self._record(pack_span(start_ns, end_ns, issued_ns, expert, self.visit, copy, self._compute_lane, kind))
         return end_ns
 
-    def forward(self, tokens: int, visits: Iterator[Visit], after: int = 0) -> Iterable[simpy.Event]:  # type: ignore[override]
+    def forward(self, step: Step, visits: Iterator[Visit], after: int = 0) -> Iterable[simpy.Event]:  # type: ignore[override]
         """Dispatch the layer visits of one step, as `Gpu.forward` does; nothing waits."""
+        self.begin_step(step.phase)
+        tokens = len(step.rows)
         costs, record, lane, readback_lane = self.costs, self._record, self._compute_lane, self._readback_lane
         record_access, record_visit = self._accesses.extend, self._decided.extend
         arriving, read = self._arriving_ns, self._read_ns

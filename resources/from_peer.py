@@ -21,6 +21,8 @@ def from_peer(profile: Profile) -> Profile:
         "host": host.model_copy(update={"copy_enqueue": host.peer_enqueue or host.copy_enqueue}),
         "compute": compute.model_copy(update={"event_wait_gap": compute.peer_wait_gap or compute.event_wait_gap}),
     }
+    if profile.contention:  # what several streams from the host get together says nothing of another link
+        changed["contention"] = profile.contention.model_copy(update={"copies_sharing": None})
     slowed = profile.contention and profile.contention.compute_beside_peer
     if slowed:
         changed["compute"] = _beside(changed["compute"], slowed.factor)

@@ -18,7 +18,7 @@ from typing import Any
 import simpy
 from simpy.events import NORMAL, URGENT, Event, EventPriority
 
-from .network import Share, Transfer
+from .network import CrowdShare, Share, Transfer
 from .timeline import Timeline, pack_span
 
 #: Before any work: an instant that no submission can precede, however long the lags.
@@ -29,16 +29,31 @@ NEVER = -(10**18)
 class Lags:
     """What passes on a lane between two pieces of work, and between the cause of one and its start, in ns.
 
-    `gap_ns`: from the end of one to the start of the next. `after_other_ns`: from the end of what work waits for.
-    Both have another value while a lane that disturbs this one is busy; `after_issue_disturbed_ns` then comes on top of
-    the instant at which work is issued.
+    `gap_ns`: from the end of one to the start of the next. `after_other_ns`: from the end of what work waits for. All
+    are so much longer, as is the time from the instant at which work is issued, where a lane that disturbs this one was
+    busy meanwhile: at some instant between the last cause and the start that the work would have without.
     """
 
     gap_ns: int = 0
-    gap_disturbed_ns: int = 0
+    gap_longer_ns: int = 0
     after_other_ns: int = 0
-    after_other_disturbed_ns: int = 0
-    after_issue_disturbed_ns: int = 0
+    after_other_longer_ns: int = 0
+    after_issue_longer_ns: int = 0
+
+    @property
+    def gap_disturbed_ns(self) -> int:
+        """The gap beside a disturber."""
+        return self.gap_ns + self.gap_longer_ns
+
+    @property
+    def after_other_disturbed_ns(self) -> int:
+        """What passes behind what work waits for, beside a disturber."""
+        return self.after_other_ns + self.after_other_longer_ns
+
+    @property
+    def longer(self) -> bool:
+        """Whether any is longer beside a disturber."""
+        return bool(self.gap_longer_ns or self.after_other_longer_ns or self.after_issue_longer_ns)
 
 
 _NO_LAGS = Lags()
@@ -271,10 +286,12 @@ _active_work = attrgetter("_active")
 class CoupledLane:
     """First in, first out, but slowed down while other lanes are busy.
 
-    While n of the lanes in `sharing` are busy too, work runs at 1/(n + 1) of its speed (one link, several
-    streams); while any lane in `disturbers` is, it takes `Work.slowdown` times as long (kernels beside a copy), and for
-    each busy one in `slowed_by` the factor beside it (copies beside experts on the CPU, which read the same memory).
-    With a `share` of a network, a transfer takes as many times as long as the links that it passes are shared.
+    While n of the lanes in `sharing` are busy too, work takes n + 1 times as long, and `sharing_factor` times that (one
+    link, several streams). While any lane in `disturbers` is, it takes `Work.slowdown` times as long (kernels
+    beside a copy), and for each busy one in `slowed_by` the factor beside it (copies beside experts on the CPU, which
+    read the same memory).
+    With a `share` of a network, a transfer takes as many times as long as the links that it passes are shared; with one
+    of a crowd, all work as many times as long as so many who are busy take.
     Work keeps what remains of it and is retimed whenever a neighbor starts or ends. Work does not start while one of
     the lanes in `turns` is busy (one engine, several streams), and the engine stays with a lane as long as that has
     ready work: so it was seen on an H200, without exception, whichever stream had asked first.
@@ -285,12 +302,14 @@ class CoupledLane:
         self._timeline = timeline
         self.number = number
         self._lags = lags
+        self._lags_vary = lags.longer
         self._free_ns = NEVER  # the end of the last work
         self._queue: deque[Work] = deque()
         self.sharing: list[CoupledLane] = []
+        self.sharing_factor = 1.0
         self.turns: list[CoupledLane] = []
         self.disturbers: list[CoupledLane] = []
-        self._share: Share | None = None
+        self._share: Share | CrowdShare | None = None
         self.slowed_by: list[tuple[CoupledLane, float]] = []
         self._neighbors: list[CoupledLane] = []
         self._active: Work | None = None
@@ -320,8 +339,8 @@ class CoupledLane:
         """Queue work, as `FifoLane.submit` does; the end is not known before it has come."""
         return self.submit_work(Work(ns, alone_ns, issued_ns, after, kind, expert, visit, copy, slowdown, transfer))
 
-    def join(self, share: Share) -> None:
-        """Let this lane's transfers take their part of a network."""
+    def join(self, share: Share | CrowdShare) -> None:
+        """Let this lane's work take its part of a network, or of what a crowd shares."""
         self._share = share
         share.changed = self._retime
 
@@ -362,16 +381,17 @@ class CoupledLane:
         if self.turns and any(lane._active is not None or lane._goes_on for lane in self.turns):
             return
         lags = self._lags
-        if self.disturbers and self.disturbed:
-            gap_ns = lags.gap_disturbed_ns
-            ready_ns = work.ready_ns(lags.after_other_disturbed_ns, lags.after_issue_disturbed_ns)
-        else:
-            gap_ns, ready_ns = lags.gap_ns, work.ready_ns(lags.after_other_ns)
+        ready_ns = work.ready_ns(lags.after_other_ns)
         if ready_ns is None:
             work.when_ready_known(self._start_next)
             return
-        now_ns, next_ns = int(self._env.now), self._free_ns + gap_ns
-        if (start_ns := max(ready_ns, next_ns)) > now_ns:
+        now_ns, next_ns = int(self._env.now), self._free_ns + lags.gap_ns
+        start_ns = max(ready_ns, next_ns)
+        if self._lags_vary and self.disturbers and self._was_disturbed(work, now_ns):
+            ready_ns = work.ready_ns(lags.after_other_disturbed_ns, lags.after_issue_longer_ns) or 0
+            next_ns = self._free_ns + lags.gap_disturbed_ns
+            start_ns = max(start_ns, ready_ns, next_ns)
+        if start_ns > now_ns:
             if start_ns != self._wake_ns:
                 self._wake_ns = start_ns
                 self._at(start_ns, NORMAL, lambda _: self._start_next())
@@ -381,7 +401,7 @@ class CoupledLane:
         self._start_ns = self._since_ns = now_ns
         ns = work.alone_ns if ready_ns > next_ns else work.ns
         self._left_ns = float(ns)
-        if self._share is not None and work.transfer is not None:
+        if self._share is not None:
             self._share.begin(work.transfer, ns)
         self._schedule_end()
         for lane in self._neighbors:
@@ -396,12 +416,26 @@ class CoupledLane:
         """Whether one of the disturbers is busy now."""
         return any(map(_active_work, self.disturbers))
 
+    def _was_disturbed(self, work: Work, now_ns: int) -> bool:
+        """Whether a disturber was busy between the last cause of the next work and now.
+
+        It is asked at the latest when the work would start undisturbed, so the answer is the same whenever the work was
+        submitted.
+        """
+        caused_ns = max(work.ready_ns(0) or 0, self._free_ns)
+        return caused_ns <= now_ns and any(
+            lane._free_ns > caused_ns or (lane._active is not None and lane._end_ns > caused_ns)
+            for lane in self.disturbers
+        )
+
     def _schedule_end(self) -> None:
         work = self._active
         assert work is not None
         stretch = 1.0
         for lane in self.sharing:
             stretch += lane._active is not None
+        if stretch != 1.0:
+            stretch *= self.sharing_factor
         if self._share is not None:
             stretch *= self._share.stretch
         if work.slowdown != 1.0 and self.disturbed:

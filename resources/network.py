@@ -81,9 +81,9 @@ class Share:
         self.stretch = 1.0
         self.changed: Callable[[], None] = _nobody
 
-    def begin(self, transfer: Transfer, ns: int) -> None:
-        """Take part with a transfer that would take `ns` by itself; `stretch` is right when this returns."""
-        self._network._occupy(self._slot, (transfer, ns))
+    def begin(self, transfer: Transfer | None, ns: int) -> None:
+        """Take part with a transfer, if there is one, that would take `ns` by itself; `stretch` is then right."""
+        self._network._occupy(self._slot, None if transfer is None else (transfer, ns))
 
     def end(self) -> None:
         """Take no part any more."""
@@ -135,6 +135,59 @@ class Network:
         for (slot, _, _), want, rate in zip(moving, asked, rates, strict=True):
             stretches[slot] = float(want / rate)
         return stretches
+
+
+class CrowdShare:
+    """One lane's part of what a crowd shares, as `Share` is of a network."""
+
+    __slots__ = ("_crowd", "changed")
+
+    def __init__(self, crowd: Crowd) -> None:
+        self._crowd = crowd
+        self.changed: Callable[[], None] = _nobody
+
+    @property
+    def stretch(self) -> float:
+        """How many times as long it takes now."""
+        return self._crowd.stretch
+
+    def begin(self, transfer: Transfer | None, ns: int) -> None:
+        """Take part with any work; `stretch` is right when this returns."""
+        self._crowd._count(self, 1)
+
+    def end(self) -> None:
+        """Take no part any more."""
+        self._crowd._count(self, -1)
+
+
+class Crowd:
+    """Something that lanes share alike, each of which takes as many times as long as is known of so many at once.
+
+    `times_as_long`: of 1, 2, … lanes that are busy together.
+    """
+
+    def __init__(self, times_as_long: Sequence[float]) -> None:
+        self._times_as_long = times_as_long
+        self._busy: dict[CrowdShare, None] = {}  # in the order in which they began
+        self.stretch = 1.0
+
+    def share(self) -> CrowdShare:
+        """Return the part of one more lane (see `CoupledLane.join`)."""
+        return CrowdShare(self)
+
+    def _count(self, share: CrowdShare, more: int) -> None:
+        """Count one in or out, and tell the others if that changes what they get."""
+        before = self.stretch
+        if more > 0:
+            self._busy[share] = None
+        else:
+            del self._busy[share]
+        if self._busy:
+            self.stretch = self._times_as_long[len(self._busy) - 1]
+        if self.stretch != before:
+            for other in self._busy:
+                if other is not share:
+                    other.changed()
 
 
 def _nobody() -> None:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 from bisect import bisect_left
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+import numpy as np
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ..errors import InputError
 from ..words import unknown_name
@@ -277,15 +279,17 @@ class Factor(_Cost):
 class Contention(Part):
     """What slows copies to the GPU down, and what they slow down; kernels beside copies are in their own points.
 
-    `copies_sharing` is for two streams of one direction: how long both take together, over one after the other.
-    `copies_take_turns`: whether one copy of a direction waits for another stream's to end, or both share the link.
+    `copies_sharing` is for copies of several streams of one direction that share the link: how long they take together,
+    over one after the other without gaps (None: as long). `copies_take_turns`: whether one copy of a direction waits
+    for another stream's to end, or both share the link. `copy_beside_d2h` and `copy_beside_all_gpus` are kept as
+    measured: no run copies much to the host, and what several GPUs share is in the topology.
     `compute_beside_peer` is for kernels beside copies from another GPU (None: as beside copies from the host), and
     `peer_beside_copy` how much longer a copy between GPUs takes beside copies from the host.
     """
 
     copy_beside_compute: Factor
-    copy_beside_d2h: Factor
-    copies_sharing: Factor
+    copy_beside_d2h: Factor | None = None
+    copies_sharing: Factor | None = None
     copies_take_turns: bool = False
     copy_beside_cpu_experts: Factor | None = None
     copy_beside_all_gpus: Factor | None = None
@@ -299,18 +303,54 @@ class Capacity(Fact):
     capacity_bytes: int = Field(gt=0)
 
 
+class QueueDepth(_Cost):
+    """What a drive gives to so many reads in flight together: (reads, bytes per second) points, from one read on.
+
+    Between the points it runs straight; more reads than the last get what those get.
+    """
+
+    bytes_per_second_by_reads: tuple[tuple[int, int], ...] = Field(min_length=2)
+
+    @field_validator("bytes_per_second_by_reads")
+    @classmethod
+    def _in_order(cls, points: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+        if points[0][0] != 1:
+            raise InputError(f"the first is of {points[0][0]} reads: begin with one read alone, [1, bytes per second]")
+        for (before, _), (reads, rate) in pairwise([(0, 1), *points]):
+            if reads <= before or rate <= 0:
+                raise InputError(
+                    f"[{reads}, {rate}] after {before} reads: give more reads each time, and a rate above 0"
+                )
+        return points
+
+    def bytes_per_second(self, reads: int) -> float:
+        """Return what so many reads get together."""
+        counts, rates = zip(*self.bytes_per_second_by_reads, strict=True)
+        return float(np.interp(reads, counts, rates))
+
+
 class NvmeCosts(Part):
     """A drive under the host's memory: what reading from it takes, request by request.
 
-    `read` is one request on one of `lanes` that all read, which together get all that the drive gives; more lanes
-    share that. `order` is the host thread's time to order the read of one expert, room for it included. `drive` says
-    what it holds, where that is known and there is no topology to say it.
+    `read` is one request while at most `lanes` are in flight, each of which gets that, and together all that the drive
+    gives; more in flight share it. What was measured over `queue_depth` takes the place of this rule: `read` is then
+    one request alone, and each of several in flight takes as many times as long as its part of the rate is smaller.
+    A scenario that does not say how many I/O lanes there are has `lanes`. `order` is the host thread's time to order
+    the read of one expert, room for it included. `drive` says what it holds, where that is known and there is no
+    topology to say it.
     """
 
     read: TransferCost
-    lanes: int = Field(gt=0)
+    lanes: int = Field(gt=0, le=1024)
+    queue_depth: QueueDepth | None = None
     order: Duration = _NO_TIME
     drive: Capacity | None = None
+
+    def times_as_long(self, reads: int) -> float:
+        """Return how many times as long as alone a request takes while so many are in flight, itself included."""
+        if self.queue_depth is None:
+            return max(1.0, reads / self.lanes)
+        return reads * self.queue_depth.bytes_per_second(1) / self.queue_depth.bytes_per_second(reads)
 
 
 class Allocation(Part):

@@ -46,7 +46,7 @@ def timeouts_per_second(count: int = 300_000) -> float:
 
 def visits_per_second(inputs: Inputs) -> float:
     """Return how many layer visits the overlapped decoder gets through in a second, timeline recorded."""
-    costs = Costs(inputs.model, inputs.profile, inputs.scenario)
+    costs = Costs(inputs)
     manager, prefetch = make_manager(inputs), make_prefetch(inputs.scenario, inputs.model)
     began = time.process_time()
     run(inputs, costs, manager, prefetch)
@@ -67,7 +67,7 @@ def timeouts_per_visit(inputs: Inputs, repeats: int) -> dict[str, float]:
 
 def bytes_per_span(inputs: Inputs) -> float:
     """Return the memory that a run keeps for its timeline, per span."""
-    costs = Costs(inputs.model, inputs.profile, inputs.scenario)
+    costs = Costs(inputs)
     tracemalloc.start()
     recording = run(inputs, costs, make_manager(inputs), make_prefetch(inputs.scenario, inputs.model))
     kept, _ = tracemalloc.get_traced_memory()

@@ -66,7 +66,7 @@ class Case:
 
 def play(inputs: Inputs) -> Recording:
     """Simulate it."""
-    costs = Costs(inputs.model, inputs.profile, inputs.scenario)
+    costs = Costs(inputs)
     return run(inputs, costs, make_manager(inputs), make_prefetch(inputs.scenario, inputs.model))
 
 

@@ -123,14 +123,14 @@ def test_each_kind_of_work_runs_on_its_lane(case: Case) -> None:
 def test_undisturbed_work_takes_what_it_costs(case: Case) -> None:
     inputs = case.inputs()
     recording = play(inputs)
-    costs = Costs(inputs.model, inputs.profile, inputs.scenario)
+    costs = Costs(inputs)
     tokens = [len(step.rows) for step in inputs.steps]
     layers = inputs.model.layers
     for span in spans_of(recording, DENSE):
         step, layer = divmod(int(span["visit"]), layers)
-        assert span["end_ns"] - span["start_ns"] == costs.dense(layer, tokens[step]).ns
-    for count, span in zip(tokens, spans_of(recording, HEAD), strict=True):
-        assert span["end_ns"] - span["start_ns"] == costs.head(count).ns
+        assert span["end_ns"] - span["start_ns"] == costs.dense(layer, tokens[step], inputs.steps[step].phase).ns
+    for step, span in zip(inputs.steps, spans_of(recording, HEAD), strict=True):
+        assert span["end_ns"] - span["start_ns"] == costs.head(step.sampled).ns
     if inputs.scenario.copy_.discipline != "two_streams":
         for span in spans_of(recording, DEMAND, PREFETCH):
             cost = costs.copies[int(span["expert"]) // inputs.model.experts]
@@ -141,7 +141,8 @@ def test_undisturbed_work_takes_what_it_costs(case: Case) -> None:
         tokens_of = {(int(a["visit"]), int(a["copy"])): int(a["tokens"]) for a in recording.decoded.accesses}
         for span in spans_of(recording, EXPERT):
             visit = int(span["visit"])
-            cost_ns = costs.expert(visit % layers, tokens_of[visit, int(span["copy"])]).ns
+            phase = inputs.steps[visit // layers].phase
+            cost_ns = costs.expert(visit % layers, tokens_of[visit, int(span["copy"])], phase).ns
             assert span["end_ns"] - span["start_ns"] == cost_ns
 
 
@@ -150,7 +151,7 @@ def test_undisturbed_work_takes_what_it_costs(case: Case) -> None:
 def test_two_streams_share_one_link_and_make_it_no_faster(case: Case) -> None:
     inputs = case.inputs()
     recording = play(inputs)
-    costs = Costs(inputs.model, inputs.profile, inputs.scenario)
+    costs = Costs(inputs)
     copies = spans_of(recording, DEMAND, PREFETCH)
     least = [costs.copies[int(span["expert"]) // inputs.model.experts].queued_ns for span in copies]
     assert (copies["end_ns"] - copies["start_ns"] >= least).all()
@@ -360,7 +361,7 @@ def test_bytes_are_conserved_each_copy_is_made_once_or_given_up_unused(case: Cas
     inputs = case.inputs()
     data = simulate_inputs(inputs, baselines=False)
     recording = data.recording
-    costs = Costs(inputs.model, inputs.profile, inputs.scenario)
+    costs = Costs(inputs)
     by_priority = inputs.scenario.copy_.discipline == "priority"
     made = Counter(recording.copy_spans["copy"].tolist())
     layer_of = [expert // inputs.model.experts for expert in recording.manager.copy_expert]
@@ -474,7 +475,7 @@ def resident(inputs: Inputs) -> Recording:
     model = inputs.model
     manager = MemoryManager(model.expert_bytes, model.experts, model.total_expert_bytes, Lru)
     manager.preload(range(model.total_experts))
-    costs = Costs(model, inputs.profile, scenario)
+    costs = Costs(inputs)
     return run(inputs, costs, manager, make_prefetch(scenario, model))
 
 
@@ -534,7 +535,7 @@ def test_two_simulations_in_one_process_do_not_meet(case: Case) -> None:
     # One starts while the other is under way: its visits are drawn one by one.
     inputs = case.inputs()
     alone = play(inputs)
-    costs = Costs(inputs.model, inputs.profile, inputs.scenario)
+    costs = Costs(inputs)
     policy = make_prefetch(inputs.scenario, inputs.model)
 
     def disturbed(visits: Iterator[Visit]) -> Iterator[Visit]:

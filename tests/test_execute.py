@@ -8,6 +8,7 @@ import gzip
 import json
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,17 @@ import torch
 from cpu_device import CpuDevice
 from tiny import tiny_inputs, tiny_profile, tiny_scenario
 
+from prestage import cli
 from prestage.calibration.cuda import CudaError, Gpu, Workload, expert_matrices
-from prestage.calibration.execute import Execution, chosen_scenarios, execute, undisturbed
+from prestage.calibration.execute import (
+    Execution,
+    check_room,
+    chosen_scenarios,
+    execute,
+    execute_all,
+    load_executable,
+    undisturbed,
+)
 from prestage.calibration.host import Cores
 from prestage.calibration.measured import MeasuredError, load_measured, makespan_ns
 from prestage.calibration.part import Shared
@@ -27,10 +37,12 @@ from prestage.calibration.scenario_sets import scenarios
 from prestage.engine.costs import Costs
 from prestage.engine.inputs import Inputs
 from prestage.engine.run import make_manager, make_prefetch, run
-from prestage.engine.scenario import ScenarioError
+from prestage.engine.scenario import ScenarioError, load_scenario
+from prestage.resources.profile import ProfileError
 from prestage.resources.timeline import DEMAND, DENSE, EXPERT, HEAD, KINDS, PREFETCH, READBACK
 from prestage.workloads.model import Model
 from prestage.workloads.synthetic import synthesize
+from prestage.workloads.trace import RoutingTrace
 
 LAYERS, EXPERTS, TOP_K, HIDDEN, FF = 3, 6, 2, 16, 32
 EXPERT_BYTES = 3 * HIDDEN * FF * 4
@@ -89,7 +101,7 @@ def test_an_execution_makes_the_spans_that_the_simulation_makes(variant: str, sh
     inputs = small_inputs(**VARIANTS[variant])
     measured = execute([CpuDevice()], inputs, variant, shared, repeats=3)
     (gpu,), (timeline,) = measured.gpus, measured.timelines()
-    costs = Costs(inputs.model, inputs.profile, inputs.scenario)
+    costs = Costs(inputs)
     simulated = run(inputs, costs, make_manager(inputs), make_prefetch(inputs.scenario, inputs.model))
     assert gpu.counts["miss"] + gpu.counts["prefetch"] == len(simulated.copy_reason)
     assert gpu.counts["evict"] == simulated.manager.evicted
@@ -179,6 +191,18 @@ def test_a_copy_into_a_used_slot_waits_for_its_last_reader_and_a_first_use_for_i
             in_slot[entry.slot] = number
 
 
+def test_a_plan_pads_decode_steps_in_graphs_and_computes_the_head_for_one_position_of_a_prompt() -> None:
+    # Five tokens of a prompt, then one; another sequence alike beside it. All choose both experts.
+    phase, sequence = np.array([0, 0, 0, 0, 0, 1] * 3, np.uint8), np.repeat(np.arange(3, dtype=np.int32), 6)
+    trace = RoutingTrace(np.tile(np.array([0, 1], np.uint8), (18, LAYERS, 1)), EXPERTS, phase=phase, sequence=sequence)
+    scenario = tiny_scenario(workload={"batch": 3, "prefill": "whole"}, dispatch={"mode": "graph"})
+    plan = make_plan(tiny_inputs(small_model(), tiny_profile(), trace, scenario))
+    tokens = {kind: [entry.tokens for entry in plan.entries if entry.kind == kind] for kind in (DENSE, EXPERT, HEAD)}
+    assert tokens[DENSE] == [5] * 3 * LAYERS + [4] * LAYERS
+    assert tokens[EXPERT] == [5] * 3 * 2 * LAYERS + [4] * 2 * LAYERS
+    assert tokens[HEAD] == [1, 1, 1, 4]
+
+
 def test_counts_are_those_of_the_manager() -> None:
     plan = make_plan(small_inputs())
     counts = decision_counts(plan.visits, plan.manager)
@@ -236,11 +260,96 @@ def test_the_timeline_has_its_causes_before_its_effects(shared: Shared) -> None:
         ({"compression": {"mixed": [[1.0, 0.5]]}}, r"\[compression\]"),
         ({"memory": {"preload": "popular"}}, "memory.preload"),
         ({"parallel": {"gpus": 2}}, "parallel.gpus"),
+        ({"prefetch": {"policy": "adaptive-link", "lookahead": 1}}, "prefetch.policy = 'adaptive-link' decides by"),
     ],
 )
 def test_what_cannot_be_executed_is_refused_by_its_key(sections: dict[str, Any], says: str) -> None:
     with pytest.raises(ExecutionError, match=says):
         make_plan(small_inputs(**sections))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            {"expert_dtype": "mxfp4"},
+            "model small: expert_dtype = 'mxfp4': only float32, bfloat16, float16 can be executed",
+        ),
+        ({"dense_dtype": "int8"}, "model small: dense_dtype = 'int8': only"),
+        ({"expert_bytes": (100,) * LAYERS}, "model small: 100 bytes an expert do not hold its matrices"),
+    ],
+)
+def test_a_model_whose_products_cannot_be_made_is_refused_before_anything_runs(
+    change: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ExecutionError, match=says):
+        make_plan(small_inputs(replace(small_model(), **change)))
+
+
+def test_all_reasons_of_a_scenario_are_named_at_once() -> None:
+    with pytest.raises(ExecutionError, match=r"drop_stale.*memory\.preload.*dense_dtype = 'int8'"):
+        make_plan(
+            small_inputs(
+                replace(small_model(), dense_dtype="int8"),
+                copy={"discipline": "priority", "drop_stale": True},
+                memory={"preload": "popular", "gpu_budget": "9experts"},
+            )
+        )
+
+
+def test_of_a_set_all_that_cannot_be_executed_are_named_before_the_first_runs() -> None:
+    few = ["workload.synthetic.tokens=2", "workload.synthetic.sequences=1", "workload.synthetic.prefill_tokens=0"]
+    few += ["model.layers=1", "memory.gpu_budget=50%"]
+    chosen = {
+        "fine": load_scenario("synthetic", [*few, "model.preset=olmoe-1b-7b"]),
+        "four-bits": load_scenario("synthetic", [*few, "model.preset=gpt-oss-20b"]),
+        "clocked": load_scenario("synthetic", [*few, "model.preset=olmoe-1b-7b", "prefetch.policy=cost-aware"]),
+        "nowhere": load_scenario("synthetic", [*few, "model.preset=olmoe-1b-7b", "machine.profile=nowhere"]),
+    }
+    with pytest.raises(ExecutionError) as caught:
+        execute_all(chosen)  # no run is asked for
+    says = str(caught.value)
+    assert says.startswith("3 of 4 scenarios cannot be executed, and none was: four-bits: model gpt-oss-20b: ")
+    assert "; clocked: prefetch.policy = 'cost-aware' decides by the clock" in says
+    assert "; nowhere: machine.profile = 'nowhere'" in says
+    assert "fine" not in says
+    assert list(load_executable({"fine": chosen["fine"]})) == ["fine"]
+    with pytest.raises(ProfileError, match="nowhere"):
+        load_executable({"nowhere": chosen["nowhere"]})
+
+
+def test_an_execution_that_is_refused_leaves_no_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "runs"
+    words = ["calibrate", "execute", "default", "speed", "-o", str(out), "--set", "dispatch.mode=free"]
+    monkeypatch.setattr("sys.argv", ["prestage", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert "2 of 2 scenarios cannot be executed, and none was: default: dispatch.mode" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_of_a_set_all_that_have_no_room_on_the_gpu_are_named() -> None:
+    device = CpuDevice()
+    device.free_bytes = lambda: 8 * EXPERT_BYTES
+    nine, eight = small_inputs(), small_inputs(memory={"gpu_budget": "8experts"})
+    # A budget for more experts than are ever used takes no more room than these.
+    workload = {"trace": "none", "tokens": 1, "prefill": "skip"}
+    one = small_inputs(memory={"gpu_budget": "12experts"}, prefetch={"lookahead": 0}, workload=workload)
+    check_room([device], {"eight": eight, "one": one})
+    with pytest.raises(CudaError, match=r"2 of 4 scenarios .*: nine: memory.*; again: memory"):
+        check_room([device], {"nine": nine, "eight": eight, "one": one, "again": nine})
+
+
+def test_two_scenarios_of_one_name_are_refused(tmp_path: Path) -> None:
+    files = [tmp_path / folder / "mine.toml" for folder in ("a", "b")]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text("seed = 1\n[workload.synthetic]\ntokens = 2\n", encoding="utf-8")
+    with pytest.raises(ScenarioError, match=r"b/mine\.toml: another scenario is called mine too"):
+        chosen_scenarios([str(file) for file in files])
 
 
 def test_a_group_has_as_many_kernels_as_the_model_says() -> None:

@@ -3,9 +3,8 @@
 from typing import Any
 
 import pytest
-from tiny import tiny_inputs, tiny_model, tiny_pipeline, tiny_profile, tiny_scenario, tiny_trace
+from tiny import tiny_costs, tiny_inputs, tiny_model, tiny_pipeline, tiny_profile, tiny_scenario, tiny_trace
 
-from prestage.engine.costs import Costs
 from prestage.engine.inputs import Inputs
 from prestage.engine.output.metrics import Recording
 from prestage.engine.run import part_costs, prepared, run_all
@@ -54,6 +53,7 @@ def test_kernels_beside_copies_from_a_peer_take_as_many_times_as_long_as_the_pro
         assert expert.beside_copy_ns == round(expert.ns * factor)
     for kernel in (*seen.compute.dense, *seen.compute.heads):
         assert kernel.beside_copy_ns == round(kernel.ns * factor)
+    assert seen.contention is not None and seen.contention.copies_sharing is None  # that was of another link
     # Copies from a peer delay no event, as those from the host do.
     assert profile.compute.graph_gap.disturbed_ns > 2 * profile.compute.graph_gap.ns
     assert seen.compute.graph_gap.disturbed_ns == seen.compute.graph_gap.ns
@@ -64,7 +64,7 @@ def test_kernels_beside_copies_from_a_peer_take_as_many_times_as_long_as_the_pro
 def test_what_cannot_be_is_refused() -> None:
     scenario = tiny_scenario(copy={"source": "peer"})
     with pytest.raises(ProfileError, match="tiny has no costs of copies between GPUs"):
-        Costs(tiny_model(1), tiny_profile(), scenario)
+        tiny_costs(tiny_model(1), tiny_profile(), scenario)
     data = {"workload": {"synthetic": {"tokens": 4}}}
     for keys, says in (
         ({"parallel": {"stages": 2}}, "set parallel.stages and parallel.gpus = 1"),

@@ -4,6 +4,7 @@ from collections.abc import Generator
 from functools import partial
 from typing import Any
 
+import pytest
 import simpy
 from hypothesis import given
 from hypothesis import strategies as st
@@ -112,6 +113,86 @@ def test_two_streams_share_one_link_fairly() -> None:
     assert ends(first, second) == [130, 80]
 
 
+def test_streams_that_get_less_together_than_one_takes_all_of_take_so_much_longer() -> None:
+    env, timeline = simpy.Environment(), Timeline()
+    a, b = coupled(env, timeline, "h2d"), coupled(env, timeline, "h2d")
+    a.sharing, b.sharing = [b], [a]
+    a.sharing_factor = b.sharing_factor = 1.25
+    couple([a, b])
+    # b: 20 ns of work from 20, which takes 2 x 1.25 times as long: until 70. a has done 20 by then and 20 beside b, and
+    # ends 60 later, alone.
+    first, second = a.submit(100, 100, 0, 0, DEMAND), b.submit(20, 20, 20, 0, PREFETCH)
+    env.run()
+    assert ends(first, second) == [130, 70]
+
+
+def behind_a_copy(submitted_ns: int, issued_ns: int, other: tuple[int, int] | None, lags: Lags) -> int:
+    """When a kernel starts that waits for a copy from 0 to 20, another copy running from `other` on for so long."""
+    env, timeline = simpy.Environment(), Timeline()
+    compute = CoupledLane(env, timeline, timeline.add_lane("gpu0", "compute", "compute"), lags)
+    h2d = coupled(env, timeline, "h2d")
+    compute.disturbers = [h2d]
+    couple([compute, h2d])
+    copied = h2d.submit(20, 20, 0, 0, DEMAND)
+    if other is not None:
+        h2d.submit(other[1], other[1], other[0], 0, PREFETCH)
+
+    def host() -> Generator[simpy.Event, Any, None]:
+        yield env.timeout(submitted_ns)
+        compute.submit(10, 10, issued_ns, copied, EXPERT)
+
+    env.process(host())
+    env.run()
+    spans = timeline.spans()
+    (start_ns,) = spans["start_ns"][spans["kind"] == EXPERT].tolist()
+    return int(start_ns)
+
+
+@pytest.mark.parametrize("submitted_ns", [0, 10, 19, 20, 21, 23, 25])
+@pytest.mark.parametrize(
+    ("other", "start_ns"),
+    [
+        (None, 26),  # 6 behind the copy that it waits for
+        ((21, 100), 36),  # 16, for another copy runs meanwhile
+        ((21, 2), 36),  # also one that is over by then
+        ((20, 4), 36),  # or follows at once
+        ((27, 5), 26),  # but none that comes only later
+    ],
+)
+def test_how_long_a_kernel_starts_behind_a_copy_does_not_depend_on_when_it_was_submitted(
+    submitted_ns: int, other: tuple[int, int] | None, start_ns: int
+) -> None:
+    lags = Lags(after_other_ns=6, after_other_longer_ns=10)
+    assert behind_a_copy(submitted_ns, 0, other, lags) == start_ns
+
+
+@pytest.mark.parametrize(
+    ("issued_ns", "start_ns"),
+    [(20, 36), (22, 36), (23, 26), (24, 26), (30, 30)],  # the other copy runs from 21 to 23
+)
+def test_what_is_issued_once_the_disturber_is_idle_again_starts_undisturbed(issued_ns: int, start_ns: int) -> None:
+    lags = Lags(after_other_ns=6, after_other_longer_ns=10)
+    assert behind_a_copy(issued_ns, issued_ns, (21, 2), lags) == start_ns
+
+
+@pytest.mark.parametrize(("copy", "start_ns"), [((3, 7), 12), ((3, 8), 15), ((11, 20), 15), ((13, 20), 12)])
+def test_a_gap_is_longer_if_a_disturber_was_busy_in_it(copy: tuple[int, int], start_ns: int) -> None:
+    # Two kernels queued, the first from 0 to 10; the gap is 2, or 5 beside a copy, which runs from then on for so long.
+    env, timeline = simpy.Environment(), Timeline()
+    compute = CoupledLane(env, timeline, timeline.add_lane("gpu0", "compute", "compute"), Lags(2, 3))
+    h2d = coupled(env, timeline, "h2d")
+    compute.disturbers = [h2d]
+    couple([compute, h2d])
+    h2d.submit(copy[1], copy[1], copy[0], 0, DEMAND)
+    works = [compute.submit(10, 10, 0, 0, EXPERT) for _ in range(2)]
+    env.run()
+    assert ends(*works) == [10, start_ns + 10]
+
+
+def test_a_lag_that_was_not_said_to_be_longer_beside_a_disturber_is_as_long() -> None:
+    assert behind_a_copy(0, 0, (20, 100), Lags(after_other_ns=6)) == 26
+
+
 def test_a_kernel_is_slowed_only_while_a_copy_runs() -> None:
     env, timeline = simpy.Environment(), Timeline()
     compute, h2d = coupled(env, timeline, "compute"), coupled(env, timeline, "h2d")
@@ -127,7 +208,7 @@ def test_a_kernel_is_slowed_only_while_a_copy_runs() -> None:
 
 def test_coupled_lanes_without_neighbors_equal_fifo_lanes() -> None:
     env, timeline = simpy.Environment(), Timeline()
-    lane = CoupledLane(env, timeline, timeline.add_lane("gpu0", "h2d", "h2d"), Lags(3, 3))
+    lane = CoupledLane(env, timeline, timeline.add_lane("gpu0", "h2d", "h2d"), Lags(3))
     couple([lane])
     work = [lane.submit(10, 12, issued_ns, 0, DEMAND) for issued_ns in (0, 0, 26, 50)]
     env.run()

@@ -14,6 +14,7 @@ import safetensors.numpy
 import torch
 from tiny import tiny_scenario
 
+from prestage.engine.breakeven import break_even
 from prestage.engine.loading import load_inputs
 from prestage.engine.predicting import FREE, PredictorCost, predictor_cost, scenario_predictor
 from prestage.engine.scenario import PredictorSection, ScenarioError, load_scenario
@@ -350,6 +351,32 @@ def test_a_run_with_trained_weights_pays_for_them(tmp_path: Path) -> None:
     assert free["makespan_ms"] < data["makespan_ms"]
     with pytest.raises(WeightsError, match="trained to guess 2 layers ahead, not 3"):
         load_inputs(load_scenario("synthetic", settings=[*settings, "prefetch.lookahead=3"]))
+
+
+def test_break_even_prices_every_recall_with_the_latency_that_was_measured_for_the_weights(tmp_path: Path) -> None:
+    # The search puts an oracle in the predictor's place, which takes what the weights take: 9 ms a visit.
+    trace = synthesize(12, 24, 4, 2, skew=0.5, working_set=4, reuse=0.5, sequences=3, prefill_tokens=0, seed=0)
+    trace.save(tmp_path / "trace.safetensors")
+    shape = Shape(24, 4, 2, horizons=1, context=1, width=8, heads=1, blocks=1)
+    arrays = {name: array.astype(np.float16) for name, array in initial_weights(shape, 0).items()}
+    Weights(shape, arrays, {"latency_us": {"cuda": 9000.0}}).save(tmp_path)
+    settings = [
+        f"workload.trace={tmp_path / 'trace.safetensors'}",
+        "workload.tokens=3",
+        "model.experts=4",
+        "model.top_k=2",
+        "memory.gpu_budget=50%",
+    ]
+    learned = load_scenario(
+        "synthetic", settings=[*settings, "predictor.name=learned", f"predictor.weights={tmp_path}"]
+    )
+    oracle = [*settings, "predictor.name=oracle", "predictor.recall=1"]
+    charged, free = (
+        simulate(load_scenario("synthetic", settings=[*oracle, f"predictor.latency_us={us}"]), baselines=False).data
+        for us in (9000, 0)
+    )
+    (cell,) = break_even(learned)["cells"]
+    assert cell["with_recall_1_ms"] == charged["makespan_ms"] > free["makespan_ms"]
 
 
 def test_weights_on_the_gpu_leave_less_of_a_total_to_experts(tmp_path: Path) -> None:

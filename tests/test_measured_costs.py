@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import simpy
-from tiny import ASSUMED, EXPERT_FF, HIDDEN, tiny_inputs, tiny_model, tiny_profile, tiny_run, tiny_scenario, tiny_trace
+from tiny import (
+    ASSUMED,
+    EXPERT_FF,
+    HIDDEN,
+    tiny_costs,
+    tiny_inputs,
+    tiny_model,
+    tiny_pipeline,
+    tiny_profile,
+    tiny_run,
+    tiny_scenario,
+    tiny_trace,
+)
 
-from prestage.engine.costs import Costs, token_bucket
+from prestage.engine.costs import token_bucket
+from prestage.engine.output.metrics import Recording
+from prestage.engine.run import part_costs, prepared, run_all
 from prestage.engine.simulate import simulate_inputs
 from prestage.resources.lane import CoupledLane, FifoLane, Lags, couple
 from prestage.resources.profile import Profile, make_profile
-from prestage.resources.timeline import DEMAND, EXPERT, Timeline
+from prestage.resources.timeline import DEMAND, DENSE, EXPERT, HEAD, PREFETCH, Timeline
+from prestage.workloads.batches import plan_steps
 
 ONE_TOKEN = tiny_trace([[[0], [1]]])
 
@@ -46,7 +63,7 @@ def test_between_measured_tokens_a_cost_runs_straight_and_beyond_them_the_rule_a
     # The tiny rule: 1 ns a weight byte and nothing for the arithmetic, so more tokens add nothing but the flag.
     points = [expert_point(2, 100), expert_point(4, 200)]
     profile = changed(tiny_profile(), compute={"experts": points})
-    costs = Costs(tiny_model(1), profile, tiny_scenario(dispatch={"mode": "eager"}))
+    costs = tiny_costs(tiny_model(1), profile, tiny_scenario(dispatch={"mode": "eager"}))
     assert [costs.expert(0, tokens).ns for tokens in (1, 2, 3, 4)] == [100, 100, 150, 200]
     assert costs.estimates == {}
     assert costs.expert(0, 9).ns == 200
@@ -58,16 +75,71 @@ def test_a_graph_serves_the_next_power_of_two_of_tokens_and_eager_kernels_their_
     points = [expert_point(tokens, 10 * tokens, mode) for tokens in (2, 4) for mode in ("eager", "graph")]
     profile = changed(tiny_profile(), compute={"experts": points})
     for mode, ns in (("eager", 30), ("graph", 40)):
-        assert Costs(tiny_model(1), profile, tiny_scenario(dispatch={"mode": mode})).expert(0, 3).ns == ns
+        assert tiny_costs(tiny_model(1), profile, tiny_scenario(dispatch={"mode": mode})).expert(0, 3).ns == ns
+
+
+#: Three prompts of five tokens, then a token each: all of them choose expert 0.
+PROMPTS = tiny_trace(
+    [[[0]]] * 18, phase=np.array([0] * 5 + [1] + [0] * 5 + [1] + [0] * 5 + [1], np.uint8),
+    sequence=np.repeat(np.arange(3, dtype=np.int32), 6),
+)  # fmt: skip
+
+
+def took(recordings: list[Recording], kind: int) -> list[int]:
+    """How long the kernels of a kind took on all GPUs, the longest last."""
+    spans = np.concatenate([recording.spans[recording.spans["kind"] == kind] for recording in recordings])
+    return sorted(int(ns) for ns in spans["end_ns"] - spans["start_ns"])
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"copy": {"discipline": "two_streams"}},
+        {"dispatch": {"expert_kernel": "grouped"}},
+        {"dispatch": {"router_readback": False}},
+        {"miss": {"policy": "cpu", "cpu_max_tokens": 1}},
+        {"compression": {"mixed": [[1.0, 0.5]]}},
+        {"parallel": {"micro_batches": 1, "stages": 2}},
+        {"parallel": {"gpus": 2}},
+    ],
+)
+def test_only_decode_steps_are_padded_and_a_prompt_has_its_head_computed_for_one_position(
+    sections: dict[str, Any], mode: str
+) -> None:
+    # 2 ns for each byte of weights and token: a dense part of 3 bytes takes 6 a token, an expert 40, the head 10. The
+    # three prompts run over their 5 tokens, graph or not; then 3 tokens are decoded, in a graph of 4 (where GPUs share
+    # them: 2 and 1).
+    rule = {**tiny_profile().compute.rule.model_dump(), "flops_per_second": 10**9}
+    profile = changed(tiny_profile(gpus=2), compute={"experts": [], "rule": rule})
+    layers = 2 if "stages" in sections.get("parallel", {}) else 1
+    dispatch = {"mode": mode, **sections.get("dispatch", {})}
+    scenario = tiny_scenario(**{**sections, "dispatch": dispatch, "workload": {"batch": 3, "prefill": "whole"}})
+    experts = np.repeat(PROMPTS.experts, layers, axis=1)
+    trace = replace(PROMPTS, experts=experts)
+    inputs = tiny_pipeline(tiny_model(layers, head_ns=5), profile, trace, scenario)
+    recordings = run_all(inputs, prepared(inputs, part_costs(inputs)))
+    decoded = [2, 1] if "gpus" in sections.get("parallel", {}) else [4 if mode == "graph" else 3]
+    assert took(recordings, DENSE) == sorted([6 * tokens for tokens in decoded + [5] * 3] * layers)
+    assert took(recordings, HEAD) == sorted([10 * tokens for tokens in decoded + [1] * 3])
+    assert took(recordings, EXPERT) == sorted(
+        [40 * tokens for tokens in [4 if mode == "graph" else 3] + [5] * 3] * layers
+    )
+
+
+def test_a_prompt_in_chunks_has_its_head_computed_for_one_position_of_each() -> None:
+    steps = plan_steps(PROMPTS.sequence, PROMPTS.phase, prefill="chunked", chunk_tokens=2)
+    assert [(len(step.rows), step.sampled) for step in steps[:4]] == [(2, 1), (2, 1), (1, 1), (1, 1)]
 
 
 def test_a_dense_part_is_known_by_its_weights_and_everything_measured_needs_no_estimate() -> None:
     profile = changed(
         tiny_profile(), compute={"dense": [dense_point(3, 50)], "heads": [dense_point(5, 60)], "experts": []}
     )
-    costs = Costs(tiny_model(1, dense_ns=3, head_ns=5), profile, tiny_scenario(dispatch={"mode": "eager"}))
+    costs = tiny_costs(tiny_model(1, dense_ns=3, head_ns=5), profile, tiny_scenario(dispatch={"mode": "eager"}))
     assert (costs.dense(0, 1).ns, costs.head(1).ns, costs.estimates) == (50, 60, {})
-    other = Costs(tiny_model(1, dense_ns=4, head_ns=5), profile, tiny_scenario(dispatch={"mode": "eager"}))
+    other = tiny_costs(tiny_model(1, dense_ns=4, head_ns=5), profile, tiny_scenario(dispatch={"mode": "eager"}))
     assert other.dense(0, 1).ns == 4  # by the rule
     assert list(other.estimates) == ["dense part"]
 
@@ -94,8 +166,8 @@ def test_the_host_pays_for_products_small_kernels_events_and_waits() -> None:
     spans = {int(span["kind"]): span for span in recording.spans}
     assert spans[DEMAND]["start_ns"] == 47 + 5 + 1
     assert spans[EXPERT]["end_ns"] == 47 + 6 + 2 + 3 * 10 + 2 * 3 + 1 + 10 // 5
-    costs = Costs(model, profile, scenario)
-    timed = Costs(model, profile, scenario, timed=True)
+    costs = tiny_costs(model, profile, scenario)
+    timed = tiny_costs(model, profile, scenario, timed=True)
     assert timed.dense(0, 1).host_ns - costs.dense(0, 1).host_ns == 1  # an event before it as well
 
 
@@ -140,7 +212,7 @@ def test_beside_a_disturber_gaps_and_launches_take_longer(copy_ns: int, starts: 
     # Alone: 0-10, a gap of 2, 12-22. Beside a copy all along: issued at 0 but starting 3 later, twice as long, 3-23,
     # then a gap of 5.
     env, timeline = simpy.Environment(), Timeline()
-    compute = CoupledLane(env, timeline, timeline.add_lane("gpu0", "compute", "compute"), Lags(2, 5, 1, 4, 3))
+    compute = CoupledLane(env, timeline, timeline.add_lane("gpu0", "compute", "compute"), Lags(2, 3, 1, 3, 3))
     h2d = CoupledLane(env, timeline, timeline.add_lane("gpu0", "h2d", "h2d"))
     compute.disturbers = [h2d]
     couple([compute, h2d])
@@ -151,6 +223,37 @@ def test_beside_a_disturber_gaps_and_launches_take_longer(copy_ns: int, starts: 
     env.run()
     spans = timeline.spans()
     assert spans["start_ns"][spans["kind"] == EXPERT].tolist() == starts
+
+
+@pytest.mark.parametrize(
+    ("sharing", "takes_turns", "contention", "copies"),
+    [
+        (1.25, False, True, [(3, 53), (3, 53)]),  # 20 each, at half the speed and a quarter longer
+        (1.0, False, True, [(3, 43), (3, 43)]),
+        (None, False, True, [(3, 43), (3, 43)]),  # not measured: the link is divided and loses nothing
+        (1.25, False, False, [(3, 43), (3, 43)]),
+        (1.25, True, True, [(3, 23), (23, 43)]),  # never both at once
+    ],
+)
+def test_copies_of_two_streams_take_together_what_the_profile_says(
+    sharing: float | None, takes_turns: bool, contention: bool, copies: list[tuple[int, int]]
+) -> None:
+    # Layer 0's expert is copied on demand and layer 1's ahead, both from 3 on.
+    factor = None if sharing is None else {"factor": sharing, **ASSUMED}
+    profile = changed(tiny_profile(), contention={"copies_sharing": factor, "copies_take_turns": takes_turns})
+    scenario = tiny_scenario(
+        copy={"discipline": "two_streams", "contention": contention}, prefetch={"lookahead": 1, "k": 1}
+    )
+    recording = tiny_run(tiny_model(2), profile, ONE_TOKEN, scenario)
+    spans = recording.spans[np.isin(recording.spans["kind"], [DEMAND, PREFETCH])]
+    assert sorted(zip(spans["start_ns"].tolist(), spans["end_ns"].tolist(), strict=True))[:2] == copies
+
+
+def test_a_profile_need_not_say_what_no_run_reads() -> None:
+    data = tiny_profile().model_dump()
+    data["contention"] = {"copy_beside_compute": {"factor": 1.0, **ASSUMED}}
+    contention = make_profile(data, "small").contention
+    assert contention is not None and contention.copies_sharing is contention.copy_beside_d2h is None
 
 
 # Uncertainty.

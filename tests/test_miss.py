@@ -16,7 +16,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from random_cases import Case, cases, decide
-from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_run, tiny_scenario, tiny_trace
+from tiny import tiny_costs, tiny_inputs, tiny_model, tiny_profile, tiny_run, tiny_scenario, tiny_trace
 
 from prestage.engine.costs import Costs
 from prestage.engine.loading import load_inputs
@@ -253,7 +253,7 @@ def test_what_is_skipped_takes_nothing() -> None:
     # dense 3, copy 20, expert 7; then dense 3, copies 20 and 20, of which the second is followed by its expert's 7.
     assert recording.makespan_ns == 30 + 3 + 40 + 7
     assert metrics(recording)["bytes"]["demand"] == 3 * 20
-    data = miss_metrics(recording, Costs(model, tiny_profile(), scenario), scenario)
+    data = miss_metrics(recording, tiny_costs(model, tiny_profile(), scenario), scenario)
     assert data["ways"] == {"fetched": 3, "cpu": 0, "low_precision": 0, "skipped": 1}
     assert data["gate_mass"]["skipped"] == 0.25 / 2
     assert data["by_layer"] == [
@@ -280,7 +280,7 @@ def test_only_the_tokens_under_the_threshold_are_skipped() -> None:
 
 def cpu_costs(model: str, **miss: Any) -> tuple[CpuCosts, Costs]:
     scenario = make_scenario({"workload": {"trace": "none"}, "miss": {"policy": "cpu", **miss}})
-    costs = Costs(load_model(model), load_profile("h200"), scenario)
+    costs = tiny_costs(load_model(model), load_profile("h200"), scenario)
     return CpuCosts(costs, scenario), costs
 
 
@@ -316,7 +316,7 @@ def test_one_measured_shape_says_nothing_of_another() -> None:
     profile, scenario = tiny_profile(), tiny_scenario(miss={"policy": "cpu"})
     model = replace(tiny_model(1), expert_ff=16)
     with pytest.raises(ProfileError, match=r"no compute.cpu_experts of one token that say how model tiny's"):
-        CpuCosts(Costs(model, profile, scenario), scenario).expert(0, 1)
+        CpuCosts(tiny_costs(model, profile, scenario), scenario).expert(0, 1)
 
 
 def test_a_bandwidth_takes_the_place_of_the_profile() -> None:

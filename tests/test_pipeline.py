@@ -18,6 +18,7 @@ from tiny import (
     check_books,
     peers,
     run_resident,
+    tiny_costs,
     tiny_model,
     tiny_pipeline,
     tiny_profile,
@@ -26,7 +27,6 @@ from tiny import (
     tiny_trace,
 )
 
-from prestage.engine.costs import Costs
 from prestage.engine.gpu import Gpu
 from prestage.engine.inputs import Inputs
 from prestage.engine.memory_manager import MemoryManager
@@ -182,7 +182,7 @@ def test_hosts_that_run_ahead_by_thousands_of_steps_do_not_call_each_other_ever_
 def test_a_promised_arrival_is_kept_no_longer_than_until_all_before_it_are_known() -> None:
     model, profile, scenario = tiny_model(2), tiny_profile(), tiny_scenario()
     manager = MemoryManager(model.expert_bytes, model.experts, model.total_expert_bytes, EVICTION["lru"])
-    costs = Costs(model, profile, scenario)
+    costs = tiny_costs(model, profile, scenario)
     gpu = Gpu(simpy.Environment(), manager, costs, scenario, prefetching=False, most_tokens=1)
     promises = [Pending() for _ in range(4)]
     for gpu.visit, promise in enumerate(promises[:3]):
@@ -201,7 +201,7 @@ def test_a_promised_arrival_is_kept_no_longer_than_until_all_before_it_are_known
 def test_a_pipeline_of_one_stage_is_a_run_on_one_gpu_to_the_byte_of_its_timeline(case: Case) -> None:
     inputs = case.inputs()
     as_stage = replace(inputs, stages=(inputs,))
-    (stage,) = run_all(as_stage, prepared(as_stage, [Costs(case.model, case.profile, case.scenario)]))
+    (stage,) = run_all(as_stage, prepared(as_stage, part_costs(as_stage)))
     alone = play(inputs)
     assert stage.decoded.timeline.lanes == alone.decoded.timeline.lanes
     assert stage.spans.tobytes() == alone.spans.tobytes()

@@ -12,9 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
-from tiny import tiny_profile
+from tiny import tiny_costs, tiny_profile
 
-from prestage.engine.costs import Costs
 from prestage.engine.scenario import load_scenario
 from prestage.resources.profile import (
     Profile,
@@ -119,7 +118,7 @@ def test_an_h200s_copies_take_what_was_measured() -> None:
 def test_an_expert_that_was_measured_takes_what_was_measured_and_is_no_estimate(
     preset: str, dispatch: str, us: float
 ) -> None:
-    costs = Costs(
+    costs = tiny_costs(
         load_model(preset), load_profile("h200-pcie5"), load_scenario("synthetic", [f"dispatch.mode={dispatch}"])
     )
     assert costs.expert(0, 1).ns == us * 1000
@@ -128,7 +127,7 @@ def test_an_expert_that_was_measured_takes_what_was_measured_and_is_no_estimate(
 
 def test_an_expert_that_was_not_measured_is_estimated_by_the_stated_rule_and_said_to_be() -> None:
     model = load_model("gpt-oss-20b")
-    costs = Costs(model, load_profile("h200-pcie5"), load_scenario("synthetic"))
+    costs = tiny_costs(model, load_profile("h200-pcie5"), load_scenario("synthetic"))
     # 13.5 us + 13,236,480 bytes / 4.2 TB/s = 13.5 + 3.15 us.
     assert model.expert_bytes[0] == 13_236_480
     assert costs.expert(0, 1).ns == 13_500 + 3_152

@@ -128,6 +128,21 @@ def test_what_it_fitted_says_so_and_the_rest_stays_as_it_was(phone: Phone, quiet
     assert (fitted.h2d, fitted.host, fitted.gpu_memory_bytes) == (base.h2d, base.host, base.gpu_memory_bytes)
 
 
+def test_the_fitted_rate_is_of_the_lanes_that_read_and_holds_what_they_share(
+    phone: Phone, quiet: str, made: RunLog, tmp_path: Path
+) -> None:
+    # The phone read with four lanes, each of which got its rate: a drive measured otherwise says nothing beside that.
+    data = as_data(load_profile(quiet))
+    data["nvme"]["lanes"] = 2
+    rates = [[1, 10**9], [4, 2 * 10**9]]
+    data["nvme"]["queue_depth"] = {"bytes_per_second_by_reads": rates, "source": "measured"}
+    path = tmp_path / "deep.json"
+    path.write_text(json.dumps(data), encoding="utf-8")
+    fitted = fit_run(phone(f"machine.profile={path}", "tiers.io_lanes=4"), made, TOKENS, "mine").profile
+    assert fitted.nvme == fit_run(phone(), made, TOKENS, "mine").profile.nvme
+    assert fitted.nvme is not None and fitted.nvme.lanes == 4 and fitted.nvme.queue_depth is None
+
+
 def test_nothing_of_later_tokens_is_looked_at(phone: Phone, made: RunLog, tmp_path: Path) -> None:
     # From token 30 on, times and bytes are nonsense and every token takes other experts.
     half = TOKENS // 2

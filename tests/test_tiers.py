@@ -15,7 +15,7 @@ import simpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_cases import Case, cases, play
-from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_run, tiny_scenario, tiny_trace
+from tiny import tiny_costs, tiny_inputs, tiny_model, tiny_profile, tiny_run, tiny_scenario, tiny_trace
 
 from prestage.calibration.plan import ExecutionError, check_executable
 from prestage.engine.costs import Costs
@@ -30,8 +30,8 @@ from prestage.engine.run import dispatched, make_host_memory, make_manager, make
 from prestage.engine.scenario import DISCIPLINES, ScenarioError, load_scenario, make_scenario
 from prestage.engine.simulate import simulate, simulate_inputs
 from prestage.engine.tiers import HostMemory
-from prestage.resources.profile import Interruptions, ProfileError, load_profile, profile_names
-from prestage.resources.timeline import DEMAND, PREFETCH, READ
+from prestage.resources.profile import Interruptions, Profile, ProfileError, load_profile, make_profile, profile_names
+from prestage.resources.timeline import DEMAND, PREFETCH, READ, covered_ns
 
 D, P, X = 3, 20, 7  # dense part, copy, expert
 LATENCY = 30
@@ -97,6 +97,89 @@ def test_more_lanes_than_the_drive_has_speed_for_share_what_it_gives() -> None:
     # Measured with 2 lanes: four reads at once on 4 lanes take twice as long each.
     recording = small("4experts", [[[0, 1, 2, 3]]], io_lanes=2, tiers={"host_budget": "4experts", "io_lanes": 4})
     assert spans(recording, READ) == [(D, D + 2 * R)] * 4
+
+
+@pytest.mark.parametrize("discipline", DISCIPLINES)
+@pytest.mark.parametrize("io_lanes", [2, 3, 8, 64])
+def test_a_lane_that_is_idle_slows_no_read(io_lanes: int, discipline: str) -> None:
+    # Top-1, so that one read is in flight at a time: it takes as long however many lanes might share the drive.
+    for measured in (1, 2):
+        recording = small(
+            "1experts", [[[0], [1], [2]]], io_lanes=measured, copy={"discipline": discipline},
+            tiers={"host_budget": "1experts", "io_lanes": io_lanes},
+        )  # fmt: skip
+        assert [end - start for start, end in spans(recording, READ)] == [R] * 3
+        assert recording.makespan_ns == 3 * (D + R + P + X)
+
+
+def test_reads_share_the_drive_while_both_are_in_flight_and_no_longer() -> None:
+    # Measured with one lane, read by two. The host orders a read in 10: they start at 13 and 23. The first has 40 of
+    # its 50 left at 23, and takes 80 for it beside the second; that has 10 left at 103, alone again.
+    profile = tiny_profile(expert_ns=X, io_lanes=1, read_latency_ns=LATENCY, order_ns=10)
+    scenario = tiny_scenario(
+        dispatch={"mode": "graph"}, memory={"gpu_budget": "2experts"}, tiers={"host_budget": "2experts", "io_lanes": 2}
+    )
+    recording = tiny_run(tiny_model(1, top_k=2, dense_ns=D, copy_ns=P), profile, tiny_trace([[[0, 1]]]), scenario)
+    assert sorted(spans(recording, READ)) == [(D + 10, 103), (D + 20, 113)]
+
+
+def deep(profile: Profile, *points: tuple[int, int]) -> Profile:
+    """The machine with what its drive gives to so many reads in flight."""
+    data = profile.model_dump()
+    data["nvme"]["queue_depth"] = {"bytes_per_second_by_reads": points, "source": "measured"}
+    return make_profile(data, "deep")
+
+
+@pytest.mark.parametrize(("reads", "read_ns"), [(1, R), (2, 80), (3, 120), (4, 200)])
+def test_a_measured_curve_says_what_so_many_reads_in_flight_get_together(reads: int, read_ns: int) -> None:
+    # 1 GB/s alone, 1.25 together from two on and 1 again with four: two take 2 / 1.25 times as long, four 4 times.
+    tiny = tiny_profile(expert_ns=X, io_lanes=1, read_latency_ns=LATENCY)
+    profile = deep(tiny, (1, 10**9), (2, 125 * 10**7), (3, 125 * 10**7), (4, 10**9))
+    scenario = tiny_scenario(memory={"gpu_budget": "4experts"}, tiers={"host_budget": "4experts", "io_lanes": 4})
+    chosen = tiny_trace([[list(range(reads))]])
+    recording = tiny_run(tiny_model(1, top_k=reads, dense_ns=D, copy_ns=P), profile, chosen, scenario)
+    assert spans(recording, READ) == [(D, D + read_ns)] * reads
+
+
+def test_a_curve_runs_straight_between_its_points_and_is_flat_beyond() -> None:
+    nvme = deep(tiny_profile(), (1, 1900), (2, 2580), (4, 2580), (16, 2340)).nvme
+    assert nvme is not None
+    rates = [reads * 1900 / nvme.times_as_long(reads) for reads in (1, 2, 3, 10, 16, 40)]
+    assert rates == pytest.approx([1900, 2580, 2580, 2460, 2340, 2340])
+
+
+@pytest.mark.parametrize(
+    ("points", "says"),
+    [
+        ([[2, 10], [4, 20]], "the first is of 2 reads: begin with one read alone"),
+        ([[1, 10], [1, 20]], "[1, 20] after 1 reads: give more reads each time"),
+        ([[1, 10], [4, 0]], "[4, 0] after 1 reads: give more reads each time, and a rate above 0"),
+        ([[1, 10]], "at least 2 items"),
+        ([[1, 10], [2.5, 20]], "valid integer"),
+        ([], "at least 2 items"),
+    ],
+)
+def test_a_curve_that_cannot_be_is_refused_naming_its_key(points: Any, says: str) -> None:
+    data = tiny_profile().model_dump()
+    data["nvme"]["queue_depth"] = {"bytes_per_second_by_reads": points, "source": "measured"}
+    with pytest.raises(ProfileError) as caught:
+        make_profile(data, "mine.json")
+    assert str(caught.value).startswith("mine.json: nvme.queue_depth.bytes_per_second_by_reads")
+    assert says in str(caught.value)
+
+
+@given(case=cases(tiers={"host_budget": "2experts"}))
+def test_a_drive_that_is_shared_by_more_lanes_than_it_can_serve_reads_no_faster(case: Case) -> None:
+    # Whatever is in flight, the reads of n lanes' worth take at least their time on n lanes.
+    inputs = case.inputs()
+    nvme = inputs.profile.nvme
+    assert nvme is not None
+    recording = play(inputs)
+    reads = recording.spans[recording.spans["kind"] == READ]
+    requests = Costs(inputs).reads
+    assert requests is not None
+    alone_ns = sum(requests.by_layer[int(span["expert"]) // inputs.model.experts].request_ns for span in reads)
+    assert covered_ns(reads["start_ns"], reads["end_ns"]) >= (alone_ns - len(reads)) / nvme.lanes
 
 
 def test_what_host_memory_holds_costs_what_it_costs_today() -> None:
@@ -311,7 +394,7 @@ def test_a_long_run_remembers_the_last_use_of_no_more_experts_than_have_room_or_
     manager, host_memory = make_manager(inputs), make_host_memory(inputs)
     assert host_memory is not None
     prefetch = make_prefetch(scenario, model)
-    costs, env = Costs(model, profile, scenario), simpy.Environment()
+    costs, env = tiny_costs(model, profile, scenario), simpy.Environment()
     gpu = Gpu(env, manager, costs, scenario, prefetching=True, most_tokens=1, host_memory=host_memory)
     env.process(host(gpu, dispatched(inputs, manager, prefetch, None, host_memory), inputs.steps))
     env.run()
@@ -350,7 +433,7 @@ def by_copy(spans: Any) -> tuple[dict[int, int], dict[int, int]]:
 def test_every_read_is_made_once_in_all_its_requests(case: Case) -> None:
     inputs = case.inputs()
     recording = play(inputs)
-    costs = Costs(inputs.model, inputs.profile, inputs.scenario).reads
+    costs = Costs(inputs).reads
     host, data = recording.host_memory, tiers(recording)
     assert costs is not None and host is not None and data is not None
     layers = [expert // inputs.model.experts for expert in host.manager.copy_expert]
@@ -416,6 +499,9 @@ def test_the_lanes_of_a_profile_together_read_no_faster_than_the_link_to_its_dri
     (link,) = [link for link in profile.topology.links if link.kind == "nvme"]
     size_bytes = 1 << 30
     assert profile.nvme.lanes * size_bytes * 1e9 / profile.nvme.read.ns(size_bytes) <= link.bytes_per_second
+    if profile.nvme.queue_depth is not None:
+        rates = [rate for _, rate in profile.nvme.queue_depth.bytes_per_second_by_reads]
+        assert max(rates) <= link.bytes_per_second
 
 
 def test_sizes_of_the_trace_need_a_trace_that_has_them() -> None:

@@ -28,7 +28,7 @@ from prestage.engine.costs import Costs
 from prestage.engine.loading import load_inputs
 from prestage.engine.output.merge import makespan_ns
 from prestage.engine.output.metrics import Recording
-from prestage.engine.run import prepared, run_all
+from prestage.engine.run import part_costs, prepared, run_all
 from prestage.engine.scenario import Scenario, make_scenario
 from prestage.engine.stages import with_profile
 from prestage.resources.profile import Profile, load_profile
@@ -51,8 +51,7 @@ def small(**sections: Any) -> Scenario:
 def as_if_measured(scenario: Scenario, profile: Profile, name: str = "small-graph-x", stretch: float = 1.0) -> Measured:
     """Write a simulation down as a measured run, all its times `stretch` times as long."""
     inputs = with_profile(load_inputs(scenario), profile, timed=True)
-    costs = [Costs(part.model, profile, part.scenario, timed=True) for part in inputs.parts]
-    recordings = run_all(inputs, prepared(inputs, costs))
+    recordings = run_all(inputs, prepared(inputs, part_costs(inputs, timed=True)))
     return Measured(
         name=name,
         scenario=scenario,
@@ -188,7 +187,7 @@ def test_leaving_a_cost_out_makes_the_simulation_faster(profile: Profile) -> Non
 def test_samples_of_a_simulated_run_are_the_costs_that_it_was_simulated_with(profile: Profile) -> None:
     scenario = small(copy={"contention": False})
     inputs = replace(load_inputs(scenario), profile=profile)
-    costs = Costs(inputs.model, profile, scenario, timed=True)
+    costs = Costs(inputs, timed=True)
     rows = {}
     for row in samples([as_if_measured(scenario, profile)]):
         rows[row["cost"], row["key"].get("beside_copy")] = row

@@ -242,7 +242,13 @@ def run_resident(inputs: Inputs) -> list[Recording]:
 def tiny_run(model: Model, profile: Profile, trace: RoutingTrace, scenario: Scenario) -> Recording:
     """Run a scenario over hand-made inputs."""
     inputs = tiny_inputs(model, profile, trace, scenario)
-    return run(inputs, Costs(model, profile, scenario), make_manager(inputs), make_prefetch(scenario, model))
+    return run(inputs, Costs(inputs), make_manager(inputs), make_prefetch(scenario, model))
+
+
+def tiny_costs(model: Model, profile: Profile, scenario: Scenario, *, timed: bool = False) -> Costs:
+    """Return what a scenario's costs are where nothing is run."""
+    nothing = RoutingTrace(np.zeros((0, model.layers, model.top_k), dtype=np.uint8), model.experts)
+    return Costs(Inputs(scenario, model, profile, nothing, [], budget_bytes=0, guesses=None), timed=timed)
 
 
 def check_books(recordings: list[Recording]) -> npt.NDArray[Any]:

@@ -28,6 +28,11 @@ class Step:
     phase: int
     rows: npt.NDArray[np.int64]
 
+    @property
+    def sampled(self) -> int:
+        """How many positions get logits: the last one of each sequence, of which a prefill step has one."""
+        return len(self.rows) if self.phase == DECODE else min(1, len(self.rows))
+
 
 def plan_steps(
     sequence: npt.NDArray[np.integer],
