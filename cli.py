@@ -510,7 +510,7 @@ def replay(
     lookup: Annotated[str, typer.Option(help="Look up unique experts (batch) or every token's (single).")] = "batch",
     batch: Annotated[int, typer.Option(help="How many sequences decode together.")] = 1,
     model: Annotated[str | None, typer.Option(help="The model that gives their bytes: mixtral-8x7b …")] = None,
-    expert_bytes: Annotated[int | None, typer.Option(help="Bytes of every expert.")] = None,
+    expert_bytes: Annotated[str | None, typer.Option(help="Bytes of every expert: 28311552 or 27MiB.")] = None,
     predictor: Annotated[str, typer.Option(help="Whose guesses an eviction policy goes by.")] = "transition",
     lookahead: Annotated[int | None, typer.Option(help="How many layers ahead it guesses; all without it.")] = None,
     json: Json = False,
@@ -533,7 +533,7 @@ def replay(
         lookup=lookup,
         batch=batch,
         model=model,
-        expert_bytes=expert_bytes,
+        expert_bytes=_bytes(expert_bytes),
         predictor=predictor,
         lookahead=lookahead,
     )
@@ -589,7 +589,7 @@ def mrc(
     lookup: Annotated[str, typer.Option(help="Look up unique experts (batch) or every token's (single).")] = "batch",
     batch: Annotated[int, typer.Option(help="How many sequences decode together.")] = 1,
     model: Annotated[str | None, typer.Option(help="The model that gives the experts' bytes.")] = None,
-    expert_bytes: Annotated[int | None, typer.Option(help="Bytes of every expert.")] = None,
+    expert_bytes: Annotated[str | None, typer.Option(help="Bytes of every expert: 28311552 or 27MiB.")] = None,
     out: Annotated[
         list[Path] | None, typer.Option("--out", "-o", help="Write a .csv, .png, .pdf or .svg; repeat it.")
     ] = None,
@@ -614,7 +614,7 @@ def mrc(
             lookup=lookup,
             batch=batch,
             model=model,
-            expert_bytes=expert_bytes,
+            expert_bytes=_bytes(expert_bytes),
             progress=progress,
         )
     for path in out or ():
@@ -1215,6 +1215,13 @@ def timeline_summaries(
     from .engine.output.tables import print_timelines
 
     print_timelines(summaries)
+
+
+def _bytes(size: str | None) -> int | None:
+    """Return the bytes that an option gives, with a unit or without."""
+    from .units import option_bytes
+
+    return None if size is None else option_bytes("--expert-bytes", size)
 
 
 def _open_trace(path: Path) -> RoutingTrace:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.costs import DENSE_PRODUCTS
+from ..dtypes import DTYPES
 from ..errors import InputError
-from ..workloads.model import DTYPES, Model
+from ..workloads.model import Model
 
 #: Something to call, and with what.
 Call = tuple[Callable[..., Any], tuple[Any, ...]]

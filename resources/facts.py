@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
+
+from ..dtypes import dtype_of
+from ..units import whole_bytes, whole_flops, whole_rate
 
 Source = Literal["measured", "published", "datasheet", "fitted", "assumed"]
+Dtype = Annotated[str, AfterValidator(dtype_of)]
+Bytes = Annotated[int, BeforeValidator(whole_bytes)]
+BytesPerSecond = Annotated[int, BeforeValidator(whole_rate)]
+FlopsPerSecond = Annotated[int, BeforeValidator(whole_flops)]
 
 
 class Part(BaseModel):
@@ -16,7 +24,28 @@ class Part(BaseModel):
 
 
 class Fact(Part):
-    """A part that holds numbers."""
+    """A part that holds numbers. `device` is what they are of, where that is another device than the profile's."""
 
     source: Source
     note: str = ""
+    device: str | None = None
+
+    @property
+    def provenance(self) -> str:
+        """The source and, if it is not the profile's own, the device, in words."""
+        return self.source if self.device is None else f"{self.source}, of {self.device}"
+
+
+def known_keys(part: Any, path: Sequence[int | str]) -> list[str]:
+    """Return the keys that the part of a profile at `path` knows, given the type of the whole."""
+    for step in path:
+        inside = [inner for inner in _inner(part) if isinstance(inner, type) and issubclass(inner, BaseModel)]
+        fields = {name: field for each in inside for name, field in each.model_fields.items()}
+        part = fields[str(step)].annotation if str(step) in fields else part
+    inside = [inner for inner in _inner(part) if isinstance(inner, type) and issubclass(inner, BaseModel)]
+    return [name for each in inside for name in each.model_fields]
+
+
+def _inner(annotation: Any) -> list[Any]:
+    """Return a type and all that it is made of."""
+    return [annotation, *(inner for argument in get_args(annotation) for inner in _inner(argument))]

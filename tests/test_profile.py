@@ -210,6 +210,18 @@ def changed(**changes: Any) -> dict[str, Any]:
         ({"d2h__alone__bytes_per_second": 0}, "d2h.alone.bytes_per_second = 0: must be greater than 0"),
         ({"d2h__alone__latency_ns": None}, "d2h.alone: give latency_ns and bytes_per_second, or points: one of the"),
         ({"d2h__alone__points": [[0, 0], [1, 1]]}, "or points: one of the two"),
+        ({"d2h__alone__gb_per_s": 25}, "d2h.alone.gb_per_s = 25: no such key; known keys: source, note, device, "),
+        ({"d2h__alone__byte_per_second": 25}, "no such key; did you mean 'bytes_per_second'?"),
+        (
+            {"gpu_memory_bytes": "24 gigs"},
+            "gpu_memory_bytes = '24 gigs': write it as a whole number of bytes, or as '2",
+        ),
+        ({"d2h__alone__bytes_per_second": 25.5}, "d2h.alone.bytes_per_second = 25.5: must be a valid integer"),
+        ({"host__product_launches": {"bf17": {"ns": 1, "source": "assumed"}}}, "(did you mean 'bfloat16'?)"),
+        (
+            {"host__product_launches": dict.fromkeys(("bf16", "bfloat16"), {"ns": 1, "source": "assumed"})},
+            "bfloat16: given already, as bfloat16: give each dtype once",
+        ),
         ({"compute__rule__beside_copy_factor": 0.5}, "compute.rule.beside_copy_factor = 0.5: must be greater than or"),
         ({"compute__rule__constant_ns": float("inf")}, "compute.rule.constant_ns = inf: must be a finite number"),
     ],
