@@ -1173,12 +1173,13 @@ def timeline_import(
       prestage timeline import trace.json.gz -o timeline.pdf
 
     The median, interquartile range and number of each kernel (--json: as `samples`) are what a profile's costs carry.
+    What is odd in the file is read as far as it can be; how much was repaired or left out is said (--json: `reading`).
     """
     from .engine.output.profiler_trace import load_timeline, write_imported
     from .engine.output.summary import kernel_costs, timeline_summary
 
     imported = load_timeline(trace)
-    summary = timeline_summary(imported.timeline)
+    summary = {**timeline_summary(imported.timeline), "reading": imported.reading.plain()}
     costs = kernel_costs(imported) if kernels or json else []
     if out is not None:
         write_imported(imported, out, title=trace.name)
@@ -1208,7 +1209,10 @@ def timeline_summaries(
 
     named = {path.name for path in traces}
     names = [path.name if len(named) == len(traces) else str(path) for path in traces]
-    summaries = {name: timeline_summary(load_timeline(path).timeline) for name, path in zip(names, traces, strict=True)}
+    summaries = {}
+    for name, path in zip(names, traces, strict=True):
+        imported = load_timeline(path)
+        summaries[name] = {**timeline_summary(imported.timeline), "reading": imported.reading.plain()}
     if json:
         _print_json(summaries)
         return

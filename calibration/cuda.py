@@ -12,8 +12,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from ..engine.costs import DENSE_PRODUCTS
 from ..dtypes import DTYPES
+from ..engine.costs import DENSE_PRODUCTS
 from ..errors import InputError
 from ..workloads.model import Model
 

@@ -251,15 +251,18 @@ def _latency_of_a_cpu(inputs: Inputs, data: dict[str, Any]) -> str | None:
 def _not_measured(part: BaseModel, place: str = "") -> Iterator[tuple[str, Fact]]:
     """Yield (place, cost) of every cost within a part of a profile that was neither measured on it nor fitted."""
     # A duration of 0 is no cost: a profile has it within others.
-    if isinstance(part, Fact) and getattr(part, "ns", None) != 0:
-        if part.device is not None or part.source not in ("measured", "fitted"):
-            yield place, part
+    if isinstance(part, Fact) and getattr(part, "ns", None) != 0 and not _is_own_measurement(part):
+        yield place, part
     for name in type(part).model_fields:
         value = getattr(part, name)
         inside = value.items() if isinstance(value, dict) else [("", value)]
         for key, entry in inside:
             if isinstance(entry, BaseModel):
                 yield from _not_measured(entry, ".".join(filter(None, (place, name, key))))
+
+
+def _is_own_measurement(cost: Fact) -> bool:
+    return cost.device is None and cost.source in ("measured", "fitted")
 
 
 def _family(place: str) -> str:

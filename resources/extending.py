@@ -1,4 +1,4 @@
-"""A profile that extends another, as plain data: a JSON merge patch (RFC 7396) that keeps apart what is of which device.
+"""A profile that extends another, as plain data: a JSON merge patch (RFC 7396) that tells apart what is whose.
 
 Costs that a profile takes over from a profile of another device stay that device's: each carries its name. A cost that
 the patch changes is the patch's: what was said of the old numbers goes with them.
@@ -29,7 +29,8 @@ def extended(base: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
             base["source"] = f"costs of {device}, where nothing else is said"
             for cost in _costs(list(base.values())):
                 cost.setdefault("device", device)
-    return _merged(base, patch, top=True)
+    merged: dict[str, Any] = _merged(base, patch, top=True)
+    return merged
 
 
 def own(data: dict[str, Any], devices: Collection[str]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import ASSUMED, EXPERT_FF, HIDDEN, tiny_model, tiny_profile, tiny_scenario  # type: ignore[import-not-found]
+from tiny import ASSUMED, EXPERT_FF, HIDDEN, tiny_model, tiny_profile, tiny_scenario
 
 from prestage.calibration.transfer import from_profile
 from prestage.engine.costs import Costs
@@ -89,7 +89,7 @@ def test_the_run_names_all_that_is_another_machines(tmp_path: Path) -> None:
     lanes = "compute.event_wait_gap, compute.launch_latency"
     assert f"h2d.pinned, compute.graph_gap, {lanes}, host, contention (of {H200})" in uncalibrated
     # Its own rule goes before another machine's points: as if they were emptied too.
-    empty = {"experts": [], "dense": [], "heads": []}
+    empty: dict[str, Any] = {"experts": [], "dense": [], "heads": []}
     extending(tmp_path, compute={**empty, "rule": RULE}, gpu_memory_bytes=10**12)
     assert run(tmp_path / "mine.json")["makespan_ms"] == data["makespan_ms"]
 

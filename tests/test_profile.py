@@ -219,7 +219,7 @@ def changed(**changes: Any) -> dict[str, Any]:
         ({"d2h__alone__bytes_per_second": 25.5}, "d2h.alone.bytes_per_second = 25.5: must be a valid integer"),
         ({"host__product_launches": {"bf17": {"ns": 1, "source": "assumed"}}}, "(did you mean 'bfloat16'?)"),
         (
-            {"host__product_launches": dict.fromkeys(("bf16", "bfloat16"), {"ns": 1, "source": "assumed"})},
+            {"host__product_launches": {name: {"ns": 1, "source": "assumed"} for name in ("bf16", "bfloat16")}},
             "bfloat16: given already, as bfloat16: give each dtype once",
         ),
         ({"compute__rule__beside_copy_factor": 0.5}, "compute.rule.beside_copy_factor = 0.5: must be greater than or"),
