@@ -175,9 +175,7 @@ def _issued_ns(event: Slice, returned_ns: dict[int, int]) -> int:
 # Files that export_timeline wrote.
 
 
-def _declared(
-    builder: _Builder, other: dict[str, Any], work: Sequence[Slice], returned_ns: dict[int, int]
-) -> Imported:
+def _declared(builder: _Builder, other: dict[str, Any], work: Sequence[Slice], returned_ns: dict[int, int]) -> Imported:
     """Return the timeline whose lanes, with their tracks, the file itself declares."""
     per_layer, layers = other.get("experts_per_layer"), other.get("layers")
     try:

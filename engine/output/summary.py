@@ -137,13 +137,15 @@ def _gpus(spans: Array, device: Array, devices: Sequence[str]) -> dict[str, dict
     kernels, copies = (np.isin(spans["kind"], kinds) for kinds in (_KERNELS, _COPIES))
     either = kernels | copies
     busy_ns = _busy_ns(device, spans, count)
-    compute_ns, copy_ns, either_ns = (
-        _busy_ns(device[mask], spans[mask], count) for mask in (kernels, copies, either)
-    )
+    compute_ns, copy_ns, either_ns = (_busy_ns(device[mask], spans[mask], count) for mask in (kernels, copies, either))
     first_ns, last_ns = np.full(count, 2**62), np.full(count, -(2**62))
     np.minimum.at(first_ns, device, spans["start_ns"])
     np.maximum.at(last_ns, device, spans["end_ns"])
-    rows = zip(devices, *(column.tolist() for column in (first_ns, last_ns, busy_ns, compute_ns, copy_ns, either_ns)), strict=True)
+    rows = zip(
+        devices,
+        *(column.tolist() for column in (first_ns, last_ns, busy_ns, compute_ns, copy_ns, either_ns)),
+        strict=True,
+    )
     return {name: _gpu(*times_ns) for name, *times_ns in rows if times_ns[0] <= times_ns[1]}
 
 

@@ -294,9 +294,7 @@ class _Maker:
         for _, number, event in (left for lefts in begun.values() for left in lefts):
             self._left_out.add("that begin and never end", _place(number, event.get("name")))
 
-    def _made(
-        self, event: dict[str, Any], number: int, category: str, start_ns: int, took_ns: int
-    ) -> Slice | None:
+    def _made(self, event: dict[str, Any], number: int, category: str, start_ns: int, took_ns: int) -> Slice | None:
         name = self.name(event.get("name", ""))
         if took_ns < 0:
             self._repaired.add("negative durations, read as 0", _place(number, name))
