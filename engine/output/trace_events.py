@@ -30,6 +30,8 @@ _OLD_NAMES = {
 }
 #: Calls of other accelerators, such as xpu_runtime and privateuse1_driver.
 _OTHER_CALLS = re.compile(r"\w+_(runtime|driver)")
+#: What profilers write beside work, to mark it.
+_MARKS = ("user_annotation", "gpu_user_annotation", "python_function", "overhead", "trace", "cpu_instant_event")
 #: What of an event's args is kept; the first is text or a number, all others are whole numbers.
 _ARGS = ("kind", "device", "stream", "correlation", "bytes", "expert_id", "visit", "copy")
 _NUMBERS = frozenset(_ARGS[3:])
@@ -123,10 +125,11 @@ class TraceEvents:
                 continue
             phase = event.get("ph")
             if phase == "M" and event.get("name") == "thread_name" and isinstance(event.get("args"), dict):
-                track = tuple(make.track(event.get(key), number) for key in ("pid", "tid"))
-                self.thread_names[track] = make.name(event["args"].get("name", "")).strip()
-            slice_ = make.slice(event, number) if phase == "X" else make.half(event, number, phase)
-            if slice_ is not None:
+                pid, tid = (make.track(event.get(key), number) for key in ("pid", "tid"))
+                self.thread_names[pid, tid] = make.name(event["args"].get("name", "")).strip()
+            if phase != "X":
+                make.half(event, number, phase)
+            elif (slice_ := make.slice(event, number)) is not None:
                 self.slices.append(slice_)
         self.slices += make.pairs()
         self.beside = text.beside
@@ -353,6 +356,7 @@ class _Maker:
         category = self._categories[given]
         if category is None:
             what = f"of category {self.name(given)[:40]}" if given else "without a category"
+            what += ", which marks work and is none" if given.lower() in _MARKS else ""
             self._left_out.add(what, _place(number, event.get("name")))
         elif given.lower() in _OLD_NAMES or (given != category and given.lower() == category):
             self._repaired.add("categories by the names of earlier versions", given)
