@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, model_validator
 
 from ..dtypes import dtype_of
+from ..errors import InputError
 from ..units import whole_bytes, whole_flops, whole_rate
 
 Source = Literal["measured", "published", "datasheet", "fitted", "assumed"]
+#: No duration of a profile is longer, 1,000 s, and no number larger: simulated times are 64-bit numbers of ns.
+_LONGEST_NS, _LARGEST = 10**12, 2**63 - 1
 Dtype = Annotated[str, AfterValidator(dtype_of)]
 Bytes = Annotated[int, BeforeValidator(whole_bytes)]
 BytesPerSecond = Annotated[int, BeforeValidator(whole_rate)]
@@ -21,6 +24,15 @@ class Part(BaseModel):
     """A part of a profile: no key that is not known, no number that is not finite, never changed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _is_of_this_world(self) -> Self:
+        for name, value in vars(self).items():
+            most = _LONGEST_NS if name == "ns" or name.endswith("_ns") else _LARGEST
+            if isinstance(value, int | float) and abs(value) > most:
+                digits = f"{value:.3g}" if abs(value) < 1e300 else "a number of over 300 digits"
+                raise InputError(f"{name} = {digits}: must be at most {most:.3g}")
+        return self
 
 
 class Fact(Part):

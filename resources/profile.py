@@ -471,5 +471,5 @@ def _explain(place: tuple[int | str, ...], message: str, given: object) -> str:
     if message == "Extra inputs are not permitted":
         message = no_such_key(str(place[-1]), known_keys(Profile, place[:-1]))
     if not key:
-        return f"{given!r}: must be an object"
+        return message if isinstance(given, dict) else f"{given!r}: must be an object"
     return f"{key} = {given!r}: {message}" if isinstance(given, str | int | float) else f"{key}: {message}"

@@ -175,11 +175,11 @@ class _Text:
             elif self._text[at : at + 1] == "{":
                 yield from self._within(at + 1)
             else:
-                raise _Broken(f"character {at:,}: neither an object nor a list")
+                self._value(at)
         except _Broken as error:
             if not self.found:
                 raise TraceFileError(f"{self._path}: not JSON: {error}") from None
-            self._ends(f"not readable from {error} on")
+            self._ends(f"not readable further: {error}")
 
     def _within(self, at: int) -> Iterator[Any]:
         """Yield the events of the object whose keys begin at `at`."""
@@ -192,7 +192,7 @@ class _Text:
             key, at = self._value(at)
             at = self._past(at)
             if self._text[at : at + 1] != ":" or not isinstance(key, str):
-                raise _Broken(f"character {at:,}")
+                raise _Broken(f"Expecting a key and ':' at character {at:,} of {len(self._text):,}")
             at = self._past(at + 1)
             if key == "traceEvents" and self._text[at : at + 1] == "[":
                 at = yield from self._listed(at + 1)
@@ -224,9 +224,9 @@ class _Text:
             return self._decoder.raw_decode(self._text, at)
         except json.JSONDecodeError as error:
             if self._mended:
-                raise _Broken(f"character {error.pos:,} of {len(self._text):,}") from None
+                raise _Broken(f"{error.msg} at character {error.pos:,} of {len(self._text):,}") from None
         except (ValueError, RecursionError) as error:  # too many digits, or brackets in brackets
-            raise _Broken(f"character {at:,} of {len(self._text):,} ({error})") from None
+            raise _Broken(f"{error} at character {at:,} of {len(self._text):,}") from None
         self._mended = True
         self._text = self._text[:at] + _ODD_NUMBER.sub(self._mend, self._text[at:])
         return self._value(at)
