@@ -510,7 +510,7 @@ def replay(
     lookup: Annotated[str, typer.Option(help="Look up unique experts (batch) or every token's (single).")] = "batch",
     batch: Annotated[int, typer.Option(help="How many sequences decode together.")] = 1,
     model: Annotated[str | None, typer.Option(help="The model that gives their bytes: mixtral-8x7b …")] = None,
-    expert_bytes: Annotated[int | None, typer.Option(help="Bytes of every expert.")] = None,
+    expert_bytes: Annotated[str | None, typer.Option(help="Bytes of every expert: 28311552 or 27MiB.")] = None,
     predictor: Annotated[str, typer.Option(help="Whose guesses an eviction policy goes by.")] = "transition",
     lookahead: Annotated[int | None, typer.Option(help="How many layers ahead it guesses; all without it.")] = None,
     json: Json = False,
@@ -533,7 +533,7 @@ def replay(
         lookup=lookup,
         batch=batch,
         model=model,
-        expert_bytes=expert_bytes,
+        expert_bytes=_bytes(expert_bytes),
         predictor=predictor,
         lookahead=lookahead,
     )
@@ -589,7 +589,7 @@ def mrc(
     lookup: Annotated[str, typer.Option(help="Look up unique experts (batch) or every token's (single).")] = "batch",
     batch: Annotated[int, typer.Option(help="How many sequences decode together.")] = 1,
     model: Annotated[str | None, typer.Option(help="The model that gives the experts' bytes.")] = None,
-    expert_bytes: Annotated[int | None, typer.Option(help="Bytes of every expert.")] = None,
+    expert_bytes: Annotated[str | None, typer.Option(help="Bytes of every expert: 28311552 or 27MiB.")] = None,
     out: Annotated[
         list[Path] | None, typer.Option("--out", "-o", help="Write a .csv, .png, .pdf or .svg; repeat it.")
     ] = None,
@@ -614,7 +614,7 @@ def mrc(
             lookup=lookup,
             batch=batch,
             model=model,
-            expert_bytes=expert_bytes,
+            expert_bytes=_bytes(expert_bytes),
             progress=progress,
         )
     for path in out or ():
@@ -1173,12 +1173,13 @@ def timeline_import(
       prestage timeline import trace.json.gz -o timeline.pdf
 
     The median, interquartile range and number of each kernel (--json: as `samples`) are what a profile's costs carry.
+    What is odd in the file is read as far as it can be; how much was repaired or left out is said (--json: `reading`).
     """
     from .engine.output.profiler_trace import load_timeline, write_imported
     from .engine.output.summary import kernel_costs, timeline_summary
 
     imported = load_timeline(trace)
-    summary = timeline_summary(imported.timeline)
+    summary = {**timeline_summary(imported.timeline), "reading": imported.reading.plain()}
     costs = kernel_costs(imported) if kernels or json else []
     if out is not None:
         write_imported(imported, out, title=trace.name)
@@ -1208,13 +1209,23 @@ def timeline_summaries(
 
     named = {path.name for path in traces}
     names = [path.name if len(named) == len(traces) else str(path) for path in traces]
-    summaries = {name: timeline_summary(load_timeline(path).timeline) for name, path in zip(names, traces, strict=True)}
+    summaries = {}
+    for name, path in zip(names, traces, strict=True):
+        imported = load_timeline(path)
+        summaries[name] = {**timeline_summary(imported.timeline), "reading": imported.reading.plain()}
     if json:
         _print_json(summaries)
         return
     from .engine.output.tables import print_timelines
 
     print_timelines(summaries)
+
+
+def _bytes(size: str | None) -> int | None:
+    """Return the bytes that an option gives, with a unit or without."""
+    from .units import option_bytes
+
+    return None if size is None else option_bytes("--expert-bytes", size)
 
 
 def _open_trace(path: Path) -> RoutingTrace:

@@ -12,9 +12,10 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from ..dtypes import DTYPES
 from ..engine.costs import DENSE_PRODUCTS
 from ..errors import InputError
-from ..workloads.model import DTYPES, Model
+from ..workloads.model import Model
 
 #: Something to call, and with what.
 Call = tuple[Callable[..., Any], tuple[Any, ...]]

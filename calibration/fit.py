@@ -374,6 +374,7 @@ class _Fitter:
                     "bytes_per_second": math.ceil(rate),
                     "source": "measured",
                     "note": f"{what}; the latency is assumed",
+                    "device": None,
                 }
         for part in data["nodes"]:
             if part["kind"] == "gpu":

@@ -167,7 +167,7 @@ def _profile(base: Profile, costs: Mapping[str, Any], name: str) -> Profile:
     """Return the profile with the fitted costs in place of its own."""
 
     def fitted(note: str, **values: Any) -> dict[str, Any]:
-        return {**values, "source": "fitted", "note": note}
+        return {**values, "source": "fitted", "note": note, "device": None}
 
     data = base.model_dump(exclude_none=True)
     data["name"] = name

@@ -90,7 +90,14 @@ def from_profile(profile: Profile) -> dict[str, Any]:
     if profile.allocation is not None:
         for how, cost in (("raw", profile.allocation.raw), ("cached", profile.allocation.cached)):
             allocations.append(_allocation(how, GUIDE_BYTES, cost.ns, BATCH * cost.ns))
-    return _report(f"{profile.device}, profile {profile.name}", rows, allocations, curves)
+    return _report(f"{profile.device}, profile {profile.name}{_borrowed(profile)}", rows, allocations, curves)
+
+
+def _borrowed(profile: Profile) -> str:
+    """Return, in words, of which other devices some of the copies' costs are; nothing if there are none."""
+    parts = [cost for _, _, costs in _copies(profile) for cost in (costs.alone, costs.queued, costs.gap)]
+    devices = dict.fromkeys(cost.device for cost in parts if cost.device is not None)
+    return f" (in part as measured on {', '.join(devices)})" if devices else ""
 
 
 def _copies(profile: Profile) -> Iterator[tuple[str, str, CopyCosts]]:

@@ -2,7 +2,7 @@
 
 Measured points are used as they stand, and straight lines between them. A shape that was not measured, or more
 tokens than were, is estimated by the profile's rule, and every estimate in use is named in `estimates`, which goes into
-the result.
+the result. Points of another device are estimates too, and a rule of this machine's own goes before them.
 """
 
 from __future__ import annotations
@@ -103,12 +103,13 @@ DENSE_PRODUCTS = 4
 
 
 class _Point(NamedTuple):
-    """A measured kernel group at so many tokens."""
+    """A measured kernel group at so many tokens; `device` is another's that it was measured on, or empty."""
 
     tokens: int
     ns: int
     beside_copy_ns: int
     latency_ns: int
+    device: str = ""
 
 
 class Costs:
@@ -218,8 +219,13 @@ class Costs:
         self._dense_points = self._of_weights(compute.dense, dispatch, model.dense_kernels)
         self._head_points = self._of_weights(compute.heads, dispatch, 1)
         for table in (self._expert_points, self._dense_points, self._head_points):
-            for points in table.values():
-                points.sort()
+            for shape, points in table.items():
+                table[shape] = sorted(self._standing_in(points))
+
+    def _standing_in(self, points: list[_Point]) -> list[_Point]:
+        """Return the points of this machine; if there are none, nor a rule of its own, those of another."""
+        ours = [point for point in points if not point.device]
+        return ours if ours or self._rule.device is None else points
 
     def _of_weights(self, measured: Iterable[KernelPoint], dispatch: str, kernels: int) -> dict[int, list[_Point]]:
         shape = (self.model.hidden, self.model.dense_dtype, dispatch, kernels)
@@ -232,7 +238,8 @@ class Costs:
 
     def _point(self, kernel: ExpertPoint | KernelPoint) -> _Point:
         latency_ns = self._latency_ns if kernel.launch_latency_ns is None else kernel.launch_latency_ns
-        return _Point(kernel.tokens, kernel.ns, kernel.beside_copy_ns, 0 if self._mode == "free" else latency_ns)
+        latency_ns = 0 if self._mode == "free" else latency_ns
+        return _Point(kernel.tokens, kernel.ns, kernel.beside_copy_ns, latency_ns, kernel.device or "")
 
     def copy(self, size_bytes: int) -> CopyCost:
         """Return the copy of an expert of so many bytes to the GPU."""
@@ -351,6 +358,9 @@ class Costs:
             beside_ns = ns * last.beside_copy_ns / last.ns
         else:
             ns, beside_ns, latency_ns = _between(points, tokens)
+        if points and points[0].device:
+            beyond = " and, beyond their tokens, by its rule" if tokens > points[-1].tokens else ""
+            self.estimates[what] = f"as measured on {points[0].device}{beyond}, not on this machine"
         launches, host_ns = 1, self.launch_ns + self.records_ns
         if self._mode == "eager":
             dtype = self.model.expert_dtype if what == "expert" else self.model.dense_dtype
@@ -367,7 +377,7 @@ class Costs:
         part_ns = rule.part_ns(weight_bytes, flops)
         self.estimates[what] = (
             f"{rule.constant_ns} ns + max(weight bytes / {rule.bytes_per_second} B/s, "
-            f"2 x weights x tokens / {rule.flops_per_second} FLOP/s) ({rule.source})"
+            f"2 x weights x tokens / {rule.flops_per_second} FLOP/s) ({rule.provenance})"
         )
         return rule.constant_ns + part_ns, rule.constant_ns + part_ns * rule.beside_copy_factor
 
@@ -403,5 +413,5 @@ def _between(points: Sequence[_Point], tokens: int) -> tuple[float, float, int]:
     after = points[at]
     before = points[at - 1] if at else after
     share = (tokens - before.tokens) / (after.tokens - before.tokens) if at else 0.0
-    _, ns, beside_ns, latency_ns = (low + share * (high - low) for low, high in zip(before, after, strict=True))
+    ns, beside_ns, latency_ns = (low + share * (high - low) for low, high in zip(before[1:4], after[1:4], strict=True))
     return ns, beside_ns, round(latency_ns)

@@ -10,9 +10,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from ..dtypes import DTYPES
 from ..resources.profile import CpuExpertPoint, ProfileError
 from ..workloads.batches import DECODE
-from ..workloads.model import DTYPES
 from .costs import Costs, KernelCost, activation_bytes
 from .scenario import Scenario
 
@@ -42,7 +42,9 @@ class CpuCosts:
     def _choose_points(self, threads: int | None) -> None:
         """Pick out the measured points of so many threads, and those of this model's shape."""
         model, profile = self._model, self._costs.profile
-        known = sorted({point.threads for point in profile.compute.cpu_experts})
+        measured = [point for point in profile.compute.cpu_experts if point.device is None]
+        measured = measured or list(profile.compute.cpu_experts)
+        known = sorted({point.threads for point in measured})
         if not known:
             raise ProfileError(
                 f"miss.policy uses the CPU, and profile {profile.name} has no compute.cpu_experts: set "
@@ -51,7 +53,8 @@ class CpuCosts:
         threads = known[-1] if threads is None else threads
         if threads not in known:
             raise ProfileError(f"miss.cpu_threads = {threads}: profile {profile.name} has {', '.join(map(str, known))}")
-        self._of_threads = [point for point in profile.compute.cpu_experts if point.threads == threads]
+        self._of_threads = [point for point in measured if point.threads == threads]
+        self._device = measured[0].device
         shape = (model.hidden, model.expert_ff, model.expert_dtype)
         points = [point for point in self._of_threads if (point.hidden, point.expert_ff, point.dtype) == shape]
         self._points = sorted(points, key=lambda point: point.tokens)
@@ -75,8 +78,11 @@ class CpuCosts:
         if not self._points:
             return self._by_line(weight_bytes, tokens)
         last = self._points[-1]
-        if tokens > last.tokens:
-            estimates["expert on the CPU"] = f"in proportion beyond the {last.tokens} tokens that were measured"
+        beyond_them = (
+            f"in proportion beyond the {last.tokens} tokens that were measured" if tokens > last.tokens else ""
+        )
+        if beyond_them or self._device is not None:
+            estimates["expert on the CPU"] = self._of_device(beyond_them)
         counts = [point.tokens for point in self._points]
         beyond = max(1.0, tokens / last.tokens)
         ns = float(np.interp(tokens, counts, [point.ns for point in self._points])) * beyond
@@ -96,12 +102,17 @@ class CpuCosts:
         constant_ns = max(0.0, constant_ns)
         most = max(point.tokens for point in self._of_threads)
         slowdown = sum(point.beside_copy_ns for point in single) / sum(times)
-        self._costs.estimates["expert on the CPU"] = (
+        self._costs.estimates["expert on the CPU"] = self._of_device(
             f"{constant_ns:.0f} ns + weight bytes / {1 / slope:.1f} GB/s, a line through the profile's "
             f"{len(single)} shapes of one token; in proportion beyond {most} tokens"
         )
         ns = (constant_ns + slope * weight_bytes) * max(1.0, tokens / most)
         return KernelCost(round(ns), max(1.0, slowdown), 1, 0)
+
+    def _of_device(self, estimate: str) -> str:
+        """Return an estimate, in words, and whose measurements it rests on if they are another machine's."""
+        of = None if self._device is None else f"as measured on {self._device}, not on this machine"
+        return "; ".join(filter(None, (of, estimate)))
 
     def activations_ns(self, tokens: int) -> int:
         """Return the copy of so many tokens' activations to the host."""

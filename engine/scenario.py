@@ -6,7 +6,6 @@ names the nearest known one. Any key can be set from outside with `section.key=v
 
 from __future__ import annotations
 
-import difflib
 import re
 import tomllib
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -15,10 +14,20 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from ..errors import InputError
-from ..words import unknown_name
+from ..units import BYTES, NUMBER, gb_per_s, whole_bytes, written_bytes
+from ..words import no_such_key, unknown_name
 from ..workloads.batches import PREFILL_MODES
 from ..workloads.importers import shipped_traces
 from ..workloads.learned import shipped_weights
@@ -58,8 +67,13 @@ DECOMPRESS_LANES = ("compute", "side")
 #: Keys of [workload.synthetic] that a fit takes the place of.
 _FIT_REPLACES = ("skew", "working_set", "reuse")
 
-_UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-_AMOUNT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(%|experts|" + "|".join(_UNITS) + r")\s*")
+_AMOUNT = re.compile(rf"\s*({NUMBER})\s*(%|experts|{'|'.join(BYTES)})\s*")
+
+#: A number of bytes, or one with a unit; kept as a number.
+_Bytes = Annotated[int, BeforeValidator(whole_bytes)]
+#: The same, kept as it was written.
+_Written = Annotated[str, BeforeValidator(written_bytes)]
+_GbPerS = Annotated[float, BeforeValidator(gb_per_s)]
 
 
 class ScenarioError(InputError):
@@ -77,6 +91,13 @@ def _one_of(names: Collection[str]) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _budget(value: object, how: str) -> object:
+    """Return a budget that is a text; a number by itself could be of bytes, of experts or a share."""
+    if not isinstance(value, str):
+        raise InputError(f"must be a valid string with its unit: write it as {how}")
+    return value
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
@@ -89,7 +110,7 @@ class ModelSection(_Section):
     experts: int | None = Field(default=None, ge=1)
     top_k: int | None = Field(default=None, ge=1)
     dtype: str | None = None
-    expert_bytes: int | None = Field(default=None, ge=1)
+    expert_bytes: _Bytes | None = Field(default=None, ge=1)
     sizes: Literal["preset", "trace"] = "preset"
 
     def overrides(self) -> dict[str, Any]:
@@ -160,8 +181,8 @@ class MemorySection(_Section):
     prefetch_limit: Annotated[str, _one_of(("none", *PREFETCH_SHARE))] = "none"
     prefetch_share: float = Field(default=0.5, ge=0, le=1)
     caching: bool = True
-    total_bytes: str | None = None
-    workspace_bytes: str = "0B"
+    total_bytes: _Written | None = None
+    workspace_bytes: _Written = "0B"
     capacity: Literal["check", "ignore"] = "check"
     preload: Annotated[str, _one_of(PRELOAD)] = "none"
     cpu_layers: int | None = Field(default=None, ge=0)
@@ -182,13 +203,18 @@ class MemorySection(_Section):
             raise InputError(f"cpu_layers = {self.cpu_layers} needs preload = 'layers' (given {self.preload!r})")
         return self
 
+    @field_validator("gpu_budget", mode="before")
+    @classmethod
+    def _has_a_unit(cls, budget: object) -> object:
+        return _budget(budget, "'25%', '4GiB' or '512experts'")
+
     @model_validator(mode="after")
     def _budget_reads(self) -> MemorySection:
         if not _AMOUNT.fullmatch(self.gpu_budget):
             raise InputError(f"gpu_budget = {self.gpu_budget!r}: write it as '25%', '4GiB' or '512experts'")
         for key, value in (("total_bytes", self.total_bytes), ("workspace_bytes", self.workspace_bytes)):
             match = _AMOUNT.fullmatch(value) if value is not None else None
-            if value is not None and (match is None or match[2] not in _UNITS):
+            if value is not None and (match is None or match[2] not in BYTES):
                 raise InputError(f"{key} = {value!r}: write it as '24GiB'")
         return self
 
@@ -258,7 +284,7 @@ class CopySection(_Section):
 
     source: Literal["host", "peer"] = "host"
     discipline: Annotated[str, _one_of(DISCIPLINES)] = "fifo"
-    chunk_bytes: int = Field(default=0, ge=0)
+    chunk_bytes: _Bytes = Field(default=0, ge=0)
     drop_stale: bool = False
     host_memory: Literal["pinned", "pageable"] | None = None
     contention: bool = True
@@ -296,10 +322,10 @@ class ParallelSection(_Section):
     gpus: int = Field(default=1, ge=1)
     placement: Annotated[str, _one_of(PLACEMENT)] = "round-robin"
     replicas: int = Field(default=2, ge=1)
-    replica_bytes: str = "0B"
+    replica_bytes: _Written = "0B"
     objective: Annotated[str, _one_of(OBJECTIVES)] = "load"
     remote: Annotated[str, _one_of(REMOTE)] = "tokens"
-    spare_bytes: str = "0B"
+    spare_bytes: _Written = "0B"
 
     @property
     def lends(self) -> bool:
@@ -350,8 +376,13 @@ class TiersSection(_Section):
     host_budget: str = "all"
     host_policy: Annotated[str, _one_of(EVICTION)] = "lru"
     io_lanes: int | None = Field(default=None, ge=1, le=1024)
-    chunk_bytes: int = Field(default=0, ge=0)
+    chunk_bytes: _Bytes = Field(default=0, ge=0)
     prefetch: Literal["gpu", "host"] = "gpu"
+
+    @field_validator("host_budget", mode="before")
+    @classmethod
+    def _has_a_unit(cls, budget: object) -> object:
+        return _budget(budget, "'all', '50%', '16GiB' or '512experts'")
 
     @model_validator(mode="after")
     def _budget_reads(self) -> TiersSection:
@@ -379,7 +410,7 @@ class MissSection(_Section):
     threshold: float = Field(default=0.05, ge=0)
     cpu_threads: int | None = Field(default=None, ge=1)
     cpu_max_tokens: int | None = Field(default=None, ge=0)
-    cpu_gb_per_s: float | None = Field(default=None, gt=0)
+    cpu_gb_per_s: _GbPerS | None = Field(default=None, gt=0)
     low_ratio: float = Field(default=0.25, gt=0, lt=1)
     low_share: float = Field(default=0.5, gt=0, lt=1)
     fetch_behind: bool = True
@@ -396,7 +427,7 @@ class CompressionSection(_Section):
 
     where: Annotated[str, _one_of(COMPRESSED)] = "none"
     ratio: float = Field(default=0.5, gt=0, le=1)
-    decompress_gb_per_s: float | None = Field(default=None, gt=0)
+    decompress_gb_per_s: _GbPerS | None = Field(default=None, gt=0)
     decompress_us: float | None = Field(default=None, ge=0)
     lane: Annotated[str, _one_of(DECOMPRESS_LANES)] = "side"
     mixed: list[list[float]] | None = None
@@ -601,14 +632,14 @@ def parse_budget(text: str, expert_bytes: Iterable[int], experts: int, scope: st
     sizes = list(expert_bytes)[: 1 if scope == "shared" else None]
     whole, _, decimals = number.partition(".")
     value, scale = int(whole + decimals), int(10 ** len(decimals))
-    factor: int = {"%": sum(sizes) * experts, "experts": max(sizes), **_UNITS}[unit]
+    factor: int = {"%": sum(sizes) * experts, "experts": max(sizes), **BYTES}[unit]
     return value * factor // (scale * (100 if unit == "%" else 1))
 
 
 def parse_bytes(text: str) -> int:
     """Return the bytes of '24GiB'; ScenarioError else."""
     match = _AMOUNT.fullmatch(text)
-    if match is None or match[2] not in _UNITS:
+    if match is None or match[2] not in BYTES:
         raise ScenarioError(f"{text!r}: write bytes as '24GiB'")
     return parse_budget(text, [1], 1)
 
@@ -695,7 +726,7 @@ def parse_value(text: str) -> Any:
     """Return what a value means that is given outside a file: TOML, or else the bare string."""
     try:
         return tomllib.loads(f"value = {text.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
+    except ValueError:  # no TOML, or a number of more digits than Python reads
         return text.strip()
 
 
@@ -734,10 +765,7 @@ def _explain(problem: Mapping[str, Any]) -> str:
     if not key:  # of the whole scenario: what is between sections names its keys
         return message if isinstance(given, Mapping) else f"{given!r}: must be a table of sections"
     if problem["type"] == "extra_forbidden":
-        known = _known_keys(problem["loc"][:-1])
-        near = difflib.get_close_matches(str(problem["loc"][-1]), known, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-        return f"{key}: no such key; {hint}"
+        return f"{key}: {no_such_key(str(problem['loc'][-1]), _known_keys(problem['loc'][:-1]))}"
     if problem["type"] in ("model_type", "dict_type"):
         return f"{key} = {problem['input']!r}: must be a section, such as {key}.{_known_keys(problem['loc'])[0]}"
     if message.startswith(repr(given)):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
+from ..resources.facts import Fact
 from .scenario import ON_GPU
 
 if TYPE_CHECKING:
@@ -241,17 +242,21 @@ def _estimated(inputs: Inputs, data: dict[str, Any]) -> str | None:
     if not data["estimates"]:
         return None
     return (
-        f"estimated cost in use: {', '.join(data['estimates'])} by the profile's rule, not measured; "
-        f"calibrate this machine, or read the rule under estimates"
+        f"estimated cost in use: {', '.join(data['estimates'])}, not measured on this machine; calibrate it, or read "
+        f"under estimates how each was made"
     )
 
 
 def _uncalibrated(inputs: Inputs, data: dict[str, Any]) -> str | None:
-    used = [f"{place} ({source})" for place, source in _not_measured(inputs.profile) if _in_use(place, inputs)]
+    used = [(place, cost) for place, cost in _not_measured(inputs.profile) if _in_use(place, inputs)]
     if not used:
         return None
+    said = [f"{place} ({cost.source})" for place, cost in used if cost.device is None]
+    for device in dict.fromkeys(cost.device for _, cost in used if cost.device is not None):
+        families = dict.fromkeys(_family(place) for place, cost in used if cost.device == device)
+        said.append(f"{', '.join(families)} (of {device})")
     return (
-        f"uncalibrated cost in use: {', '.join(used)} of profile {inputs.profile.name}; trust comparisons more than "
+        f"uncalibrated cost in use: {', '.join(said)} of profile {inputs.profile.name}; trust comparisons more than "
         f"absolute times, or calibrate this machine"
     )
 
@@ -274,12 +279,11 @@ def _latency_of_a_cpu(inputs: Inputs, data: dict[str, Any]) -> str | None:
     )
 
 
-def _not_measured(part: BaseModel, place: str = "") -> Iterator[tuple[str, str]]:
-    """Yield (place, source) of every cost within a part of a profile that was neither measured on it nor fitted."""
-    source = getattr(part, "source", None)
+def _not_measured(part: BaseModel, place: str = "") -> Iterator[tuple[str, Fact]]:
+    """Yield (place, cost) of every cost within a part of a profile that was neither measured on it nor fitted."""
     # A duration of 0 is no cost: a profile has it within others.
-    if place and source not in (None, "measured", "fitted") and getattr(part, "ns", None) != 0:
-        yield place, str(source)
+    if isinstance(part, Fact) and getattr(part, "ns", None) != 0 and not _is_own_measurement(part):
+        yield place, part
     for name in type(part).model_fields:
         value = getattr(part, name)
         inside = value.items() if isinstance(value, dict) else [("", value)]
@@ -288,20 +292,35 @@ def _not_measured(part: BaseModel, place: str = "") -> Iterator[tuple[str, str]]
                 yield from _not_measured(entry, ".".join(filter(None, (place, name, key))))
 
 
+def _is_own_measurement(cost: Fact) -> bool:
+    return cost.device is None and cost.source in ("measured", "fitted")
+
+
+def _family(place: str) -> str:
+    """Return what a cost is one of: copies by memory, the compute stream's lags one by one, the host, contention, …"""
+    parts = place.split(".")
+    return ".".join(parts[: 2 if parts[0] in ("h2d", "compute") else 1])
+
+
 def _in_use(place: str, inputs: Inputs) -> bool:
-    """Whether a run pays this cost of its profile; kernels by the rule are told as estimates."""
+    """Whether a run pays this cost of its profile; kernels, by the rule or by points, are told as estimates."""
     scenario = inputs.scenario
-    mode = scenario.dispatch.mode
-    used = [f"h2d.{_host_memory(inputs)}."]
+    mode, peer = scenario.dispatch.mode, scenario.copy_.source == "peer"
+    used = ["peer."] if peer else [f"h2d.{_host_memory(inputs)}."]
     used += ["peer."] if inputs.links is not None else []
     guesses_come = (
         inputs.predictor.latency_us and scenario.predictor.lane in ON_GPU and scenario.prefetch.issued_by == "host"
     )
-    used += ["d2h.alone"] if scenario.dispatch.router_readback or guesses_come else []
-    used += ["nvme.read"] if scenario.tiers.host_budget != "all" else []
+    if scenario.dispatch.router_readback or guesses_come:
+        used += ["d2h.alone"] if inputs.profile.host.readback is None else ["host.readback"]
+    used += ["nvme."] if scenario.tiers.host_budget != "all" else []
+    used += ["contention.copy_beside_compute"] if scenario.copy_.contention else []
+    if scenario.miss.policy in ("cpu", "cost", "balanced"):
+        used += ["d2h.alone", *(["contention.copy_beside_cpu_experts"] if scenario.copy_.contention else [])]
     if mode != "free":
-        used += ["host.copy_enqueue", "host.synchronize", f"compute.{mode}_gap"]
-        used.append("host.graph_launch" if mode == "graph" else "host.launch")
+        used += ["host.copy_enqueue", "host.synchronize", "host.event_", "host.resume", "host.copy_resume"]
+        used += [f"compute.{mode}_gap", "compute.event_wait_gap", "compute.launch_latency"]
+        used += ["host.graph_launch"] if mode == "graph" else ["host.launch", "host.product_launches."]
     return place.startswith(tuple(used))
 
 

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, model_validator
+
+from ..dtypes import dtype_of
+from ..errors import InputError
+from ..units import whole_bytes, whole_flops, whole_rate
 
 Source = Literal["measured", "published", "datasheet", "fitted", "assumed"]
+#: No duration of a profile is longer, 1,000 s, and no number larger: simulated times are 64-bit numbers of ns.
+_LONGEST_NS, _LARGEST = 10**12, 2**63 - 1
+Dtype = Annotated[str, AfterValidator(dtype_of)]
+Bytes = Annotated[int, BeforeValidator(whole_bytes)]
+BytesPerSecond = Annotated[int, BeforeValidator(whole_rate)]
+FlopsPerSecond = Annotated[int, BeforeValidator(whole_flops)]
 
 
 class Part(BaseModel):
@@ -14,9 +25,39 @@ class Part(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    @model_validator(mode="after")
+    def _is_of_this_world(self) -> Self:
+        for name, value in vars(self).items():
+            most = _LONGEST_NS if name == "ns" or name.endswith("_ns") else _LARGEST
+            if isinstance(value, int | float) and abs(value) > most:
+                digits = f"{value:.3g}" if abs(value) < 1e300 else "a number of over 300 digits"
+                raise InputError(f"{name} = {digits}: must be at most {most:.3g}")
+        return self
+
 
 class Fact(Part):
-    """A part that holds numbers."""
+    """A part that holds numbers. `device` is what they are of, where that is another device than the profile's."""
 
     source: Source
     note: str = ""
+    device: str | None = None
+
+    @property
+    def provenance(self) -> str:
+        """The source and, if it is not the profile's own, the device, in words."""
+        return self.source if self.device is None else f"{self.source}, of {self.device}"
+
+
+def known_keys(part: Any, path: Sequence[int | str]) -> list[str]:
+    """Return the keys that the part of a profile at `path` knows, given the type of the whole."""
+    for step in path:
+        inside = [inner for inner in _inner(part) if isinstance(inner, type) and issubclass(inner, BaseModel)]
+        fields = {name: field for each in inside for name, field in each.model_fields.items()}
+        part = fields[str(step)].annotation if str(step) in fields else part
+    inside = [inner for inner in _inner(part) if isinstance(inner, type) and issubclass(inner, BaseModel)]
+    return [name for each in inside for name in each.model_fields]
+
+
+def _inner(annotation: Any) -> list[Any]:
+    """Return a type and all that it is made of."""
+    return [annotation, *(inner for argument in get_args(annotation) for inner in _inner(argument))]

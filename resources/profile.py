@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
+from collections.abc import Sequence
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
@@ -17,9 +18,11 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from ..dtypes import dtype_of
 from ..errors import InputError
-from ..words import unknown_name
-from .facts import Fact, Part
+from ..words import no_such_key, unknown_name
+from .extending import extended, own
+from .facts import Bytes, BytesPerSecond, Dtype, Fact, FlopsPerSecond, Part, known_keys
 from .topology import Topology
 
 
@@ -94,14 +97,15 @@ class TransferCost(_Cost):
     """
 
     latency_ns: int | None = Field(default=None, ge=0)
-    bytes_per_second: int | None = Field(default=None, gt=0)
+    bytes_per_second: BytesPerSecond | None = Field(default=None, gt=0)
     points: tuple[tuple[int, int], ...] | None = None
 
     @model_validator(mode="after")
     def _one_form(self) -> TransferCost:
-        line = self.latency_ns is not None and self.bytes_per_second is not None
-        if line == (self.points is not None):
-            raise InputError("give latency_ns and bytes_per_second, or points: one of the two")
+        given = [name for name in ("latency_ns", "bytes_per_second", "points") if getattr(self, name) is not None]
+        if given not in (["latency_ns", "bytes_per_second"], ["points"]):
+            both = "give latency_ns and bytes_per_second, or points: one of the two"
+            raise InputError(f"{both} (given: {', '.join(given) or 'neither'})")
         if self.points is not None:
             if len(self.points) < 2:
                 raise InputError("points: give at least two")
@@ -144,7 +148,7 @@ class ExpertPoint(_Cost):
 
     hidden: int = Field(gt=0)
     expert_ff: int = Field(gt=0)
-    dtype: str
+    dtype: Dtype
     tokens: int = Field(gt=0)
     dispatch: Literal["eager", "graph"]
     ns: int = Field(gt=0)
@@ -160,8 +164,8 @@ class KernelPoint(_Cost):
     """
 
     hidden: int = Field(gt=0)
-    weight_bytes: int = Field(gt=0)
-    dtype: str
+    weight_bytes: Bytes = Field(gt=0)
+    dtype: Dtype
     kernels: int = Field(gt=0)
     tokens: int = Field(gt=0)
     context: int = Field(default=0, ge=0)
@@ -177,7 +181,7 @@ class CpuExpertPoint(_Cost):
 
     hidden: int = Field(gt=0)
     expert_ff: int = Field(gt=0)
-    dtype: str
+    dtype: Dtype
     tokens: int = Field(gt=0)
     threads: int = Field(gt=0)
     ns: int = Field(gt=0)
@@ -201,8 +205,8 @@ class KernelRule(_Cost):
     """
 
     constant_ns: int = Field(ge=0)
-    bytes_per_second: int = Field(gt=0)
-    flops_per_second: int = Field(gt=0)
+    bytes_per_second: BytesPerSecond = Field(gt=0)
+    flops_per_second: FlopsPerSecond = Field(gt=0)
     beside_copy_factor: float = Field(ge=1, le=10)
 
     def part_ns(self, weight_bytes: int, flops: float) -> float:
@@ -219,6 +223,13 @@ class Interruptions(_Cost):
 
     every_ns: int = Field(gt=0)
     ns: int = Field(gt=0)
+
+
+#: What tells measured points apart.
+_SHAPE = (
+    *("hidden", "expert_ff", "weight_bytes", "experts", "dtype", "kernels", "tokens", "context"),
+    *("dispatch", "threads"),
+)
 
 
 class ComputeCosts(Part):
@@ -240,6 +251,20 @@ class ComputeCosts(Part):
     interruptions: Interruptions | None = None
     peer_wait_gap: DurationBesideCopy | None = None
     launch_latency: Latency = _NO_LATENCY
+
+    @model_validator(mode="after")
+    def _points_differ(self) -> ComputeCosts:
+        for name in ("experts", "dense", "heads", "cpu_experts", "predictors"):
+            seen: dict[tuple[Any, ...], int] = {}
+            points: Sequence[Any] = getattr(self, name)
+            keys = [key for key in _SHAPE if points and hasattr(points[0], key)]
+            for number, point in enumerate(points):
+                shape = tuple(getattr(point, key) for key in keys)
+                if seen.setdefault(shape, number) != number:
+                    raise InputError(
+                        f"{name}.{number}: measured already, as {name}.{seen[shape]}: give each shape once"
+                    )
+        return self
 
 
 class HostCosts(Part):
@@ -268,6 +293,22 @@ class HostCosts(Part):
     copy_resume: Duration = _NO_TIME
     peer_enqueue: Duration | None = None
     turn: Duration = _NO_TIME
+
+    @field_validator("product_launches", mode="before")
+    @classmethod
+    def _of_known_dtypes(cls, launches: object) -> object:
+        if not isinstance(launches, dict):
+            return launches
+        named: dict[str, Any] = {}
+        for name, cost in launches.items():
+            try:
+                dtype = dtype_of(str(name))
+            except InputError as error:
+                raise InputError(f"{name!r}: {error}") from None
+            if dtype in named:
+                raise InputError(f"{name}: given already, as {dtype}: give each dtype once")
+            named[dtype] = cost
+        return named
 
 
 class Factor(_Cost):
@@ -365,16 +406,18 @@ class Profile(Part):
 
     Costs are those of one GPU, all being alike. Without a `topology` there is one, behind a link of its own, and
     `host_memory` says what the host holds, where that is known. With `unified_memory` the host has no memory but the
-    GPU's, whose `gpu_memory_bytes` they share.
+    GPU's, whose `gpu_memory_bytes` they share. Costs of another `device` carry its name and are no measurements of this
+    one; `same_device_as` names devices that are the same under another name, such as one of several GPUs of a machine.
     """
 
     name: str
     device: str
+    same_device_as: tuple[str, ...] = ()
     driver: str
     date: str
     versions: dict[str, str] = {}
     source: str
-    gpu_memory_bytes: int = Field(gt=0)
+    gpu_memory_bytes: Bytes = Field(gt=0)
     h2d: dict[Literal["pinned", "pageable"], CopyCosts] = Field(min_length=1)
     d2h: CopyCosts
     d2d: CopyCosts | None = None
@@ -421,6 +464,15 @@ class Profile(Part):
             stated, key = self.nvme.drive if self.nvme is not None else None, "nvme.drive"
         return (None, key) if stated is None else (stated.capacity_bytes, f"{key} ({stated.source})")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _own_costs_name_no_device(cls, data: object) -> object:
+        if not isinstance(data, dict):
+            return data
+        same = data.get("same_device_as")
+        devices = [data.get("device"), *(same if isinstance(same, list | tuple) else ())]
+        return own(data, [name for name in devices if isinstance(name, str)])
+
 
 def profile_names() -> list[str]:
     """Return the names of the shipped profiles."""
@@ -432,51 +484,59 @@ def load_profile(name: str) -> Profile:
     """Return a shipped profile by its name, or one from a JSON file by its path; raise ProfileError if it is bad.
 
     A profile that `extends` another (by its name, or a path from its own folder) is that one with the keys it gives
-    merged in, as a JSON merge patch (RFC 7396): null takes a key out.
+    merged in, as a JSON merge patch (RFC 7396): null takes a key out, and one form of a cost replaces the other.
     """
-    return make_profile(_plain(name, Path(), ()), f"profile {name}")
-
-
-def _plain(name: str, folder: Path, extending: tuple[str, ...]) -> object:
-    """Return a profile as plain data, merged into what it extends."""
-    if name in extending:
-        raise ProfileError(f"profile {name}: extends itself by way of {', '.join(extending)}")
-    key = f"profile {extending[-1]}: extends" if extending else "machine.profile"
-    path = folder / name
-    if name.endswith(".json"):
-        if not path.is_file():
-            raise ProfileError(f"{key} = {name!r}: no such file")
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ProfileError(f"{key} = {name!r}: cannot be read: {error}") from None
-    elif name in profile_names():
-        text = (resources.files("prestage") / "calibration" / "profiles" / f"{name}.json").read_text("utf-8")
-    else:
-        raise ProfileError(unknown_name(key, name, [*profile_names(), "FILE.json"]))
     try:
-        data = json.loads(text)
+        return make_profile(_plain(name), f"profile {name}")
+    except RecursionError:
+        raise ProfileError(f"profile {name}: nested too deeply: no profile is") from None
+
+
+def _plain(name: str) -> object:
+    """Return a profile as plain data, merged into what it extends."""
+    patches: list[dict[str, Any]] = []
+    extending: dict[str | Path, str] = {}  # by what is the same under any name
+    folder, key = Path(), "machine.profile"
+    while True:
+        path = (folder / name).resolve() if name.endswith(".json") else None
+        if (path or name) in extending:
+            way = ", ".join(extending.values())
+            raise ProfileError(f"profile {name}: extends itself by way of {way}")
+        extending[path or name] = name
+        data = _read(name, folder / name, key)
+        if not isinstance(data, dict) or "extends" not in data:
+            break
+        key = f"profile {name}: extends"
+        folder = (folder / name).parent if path is not None else Path()
+        patches.append({entry: value for entry, value in data.items() if entry != "extends"})
+        if not isinstance(data["extends"], str):
+            raise ProfileError(f"{key} = {data['extends']!r}: give the name of a profile")
+        name = data["extends"]
+    if patches and not isinstance(data, dict):
+        raise ProfileError(f"profile {name}: {type(data).__name__}: must be an object")
+    for patch in reversed(patches):
+        data = extended(data, patch)
+    return data
+
+
+def _read(name: str, path: Path, key: str) -> Any:
+    """Return what a file, or a shipped profile, holds; ProfileError names the `key` that named it."""
+    if not name.endswith(".json"):
+        if name not in profile_names():
+            raise ProfileError(unknown_name(key, name, [*profile_names(), "FILE.json"]))
+        return json.loads(
+            (resources.files("prestage") / "calibration" / "profiles" / f"{name}.json").read_text("utf-8")
+        )
+    if not path.is_file():
+        raise ProfileError(f"{key} = {name!r}: no such file")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ProfileError(f"{key} = {name!r}: cannot be read: {error}") from None
     except json.JSONDecodeError as error:
         raise ProfileError(f"profile {name}: not JSON: {error}") from None
-    if not isinstance(data, dict) or "extends" not in data:
-        return data
-    base = data.pop("extends")
-    if not isinstance(base, str):
-        raise ProfileError(f"profile {name}: extends = {base!r}: give the name of a profile")
-    return _merged(_plain(base, path.parent, (*extending, name)), data)
-
-
-def _merged(base: object, patch: object) -> object:
-    """Return `base` with `patch` merged in, by RFC 7396."""
-    if not isinstance(patch, dict):
-        return patch
-    merged: dict[str, Any] = dict(base) if isinstance(base, dict) else {}
-    for key, value in patch.items():
-        if value is None:
-            merged.pop(key, None)
-        else:
-            merged[key] = _merged(merged.get(key), value)
-    return merged
+    except ValueError as error:  # a number of more digits than Python reads
+        raise ProfileError(f"profile {name}: cannot be read: {error}") from None
 
 
 def make_profile(data: object, source: str) -> Profile:
@@ -492,7 +552,8 @@ def _explain(place: tuple[int | str, ...], message: str, given: object) -> str:
     """Return one of pydantic's problems as key, value and what would be right."""
     key = ".".join(str(part) for part in place)
     message = message.removeprefix("Value error, ").replace("Input should be", "must be")
-    message = message.replace("Extra inputs are not permitted", "no such key")
+    if message == "Extra inputs are not permitted":
+        message = no_such_key(str(place[-1]), known_keys(Profile, place[:-1]))
     if not key:  # of the whole profile: what is between its parts names its keys
         return message if isinstance(given, dict) else f"{given!r}: must be an object"
     return f"{key} = {given!r}: {message}" if isinstance(given, str | int | float) else f"{key}: {message}"

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from ..errors import InputError
 from ..words import unknown_name
-from .facts import Fact, Part
+from .facts import Bytes, BytesPerSecond, Fact, FlopsPerSecond, Part
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -55,9 +55,9 @@ class Node(Fact):
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     kind: NodeKind
-    capacity_bytes: int | None = Field(default=None, gt=0)
-    flops_per_second: int | None = Field(default=None, gt=0)
-    memory_bytes_per_second: int | None = Field(default=None, gt=0)
+    capacity_bytes: Bytes | None = Field(default=None, gt=0)
+    flops_per_second: FlopsPerSecond | None = Field(default=None, gt=0)
+    memory_bytes_per_second: BytesPerSecond | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _fits_its_kind(self) -> Node:
@@ -80,8 +80,8 @@ class Link(Fact):
 
     ends: tuple[str, str]
     kind: LinkKind
-    bytes_per_second: int = Field(gt=0)
-    back_bytes_per_second: int | None = Field(default=None, gt=0)
+    bytes_per_second: BytesPerSecond = Field(gt=0)
+    back_bytes_per_second: BytesPerSecond | None = Field(default=None, gt=0)
     latency_ns: int = Field(ge=0)
     duplex: Literal["full", "half"] = "full"
 

@@ -534,3 +534,29 @@ def loaded_by(modules: list[str], arguments: list[str], cwd: Path) -> list[str]:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=True)
     return done.stdout.splitlines()[-1].split()[1:]
+
+
+def test_timeline_commands_say_what_was_left_out_and_repaired(prestage: Prestage, tmp_path: Path) -> None:
+    work = {"ph": "X", "cat": "kernel", "name": "k", "pid": 0, "tid": 7, "ts": 10, "dur": 5, "args": {"device": 0}}
+    events = [work, {**work, "ts": "20"}, {**work, "cat": "hpu_op"}]
+    path = tmp_path / "t.json"
+    path.write_text(json.dumps({"traceEvents": events})[:-2])  # and it breaks off
+    for command in ("import", "summary"):
+        said = " ".join(prestage("timeline", command, str(path)).out.split())
+        assert "t.json: 1 of 3 events are left out: 1 of category hpu_op (traceEvents[2] 'k')" in said
+        assert "t.json: 1 values repaired: 1 times given as text (traceEvents[1] 'k')" in said
+        assert "t.json: breaks off after 3 events: the text ends within the list of events" in said
+        data = prestage("timeline", command, str(path), "--json").json()
+        reading = (data if command == "import" else data["t.json"])["reading"]
+        assert reading["events"] == 3
+        assert reading["left_out"] == {"of category hpu_op": {"events": 1, "first": "traceEvents[2] 'k'"}}
+        assert reading["repaired"]["times given as text"]["events"] == 1
+
+
+def test_bytes_of_experts_take_a_unit(prestage: Prestage, tmp_path: Path) -> None:
+    (tmp_path / "log.route.csv").write_text(LOG)
+    options = ["--budget", "2experts", "--expert-bytes"]
+    plain, unit = (prestage("replay", "log.route.csv", *options, size, "--json").json() for size in ("2048", "2KiB"))
+    assert plain == unit
+    refused = prestage("replay", "log.route.csv", *options, "2kb")
+    assert refused.status == 2 and "--expert-bytes = '2kb': write it as a whole number of bytes" in refused.err

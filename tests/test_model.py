@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prestage.workloads.model import DTYPES, Model, ModelError, load_model, preset_names
+from prestage.dtypes import DTYPES
+from prestage.workloads.model import Model, ModelError, load_model, preset_names
 
 MIB = 2**20
 
@@ -371,7 +372,7 @@ def test_a_file_that_is_not_there_or_not_text_or_not_toml_is_refused(load: Load,
         (changed(TINY, "hidden = 8", "hidden = 0"), r"hidden = 0: input should be greater than or equal to 1"),
         (changed(TINY, 'name = "tiny"', 'name = ""'), r"name = '': .*at least 1 character"),
         (changed(TINY, 'name = "tiny"', "name = 3"), r"name = 3: input should be a valid string"),
-        (changed(TINY, 'expert = "bfloat16"', 'expert = "bf16"'), r"dtypes\.expert = 'bf16': choose one of float32"),
+        (changed(TINY, 'expert = "bfloat16"', 'expert = "bf17"'), r"dtypes\.expert = 'bf17': choose one of float32"),
         (changed(TINY, 'kind = "gqa"', 'kind = "mha"'), r"attention: kind must be one of gqa, mla"),
         (changed(TINY, 'kind = "gqa"\n', ""), r"attention: kind is missing; choose one of gqa, mla"),
         (changed(TINY, 'kind = "gqa"', 'kind = "mla"'), r"attention\.kv_lora_rank: missing"),

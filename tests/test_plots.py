@@ -321,3 +321,12 @@ def test_matplotlib_is_loaded_only_to_draw_and_its_global_state_never(tmp_path: 
     )
     subprocess.run([sys.executable, "-c", program, tmp_path / "t.png"], check=True)
     assert (tmp_path / "t.png").stat().st_size > 0
+
+
+def test_a_timeline_of_very_many_lanes_is_drawn_in_part_and_says_so() -> None:
+    timeline = Timeline()
+    for number in range(203):
+        timeline.record(0, 10, 0, -1, 0, -1, timeline.add_lane("gpu0", "compute", f"stream {number}"), EXPERT)
+    (axes,) = plot_timeline(timeline, experts_per_layer=1).axes
+    assert len(axes.get_yticks()) == 200
+    assert axes.get_xlabel().endswith("; 3 more lanes are not drawn")

@@ -361,3 +361,49 @@ def test_every_model_runs_on_every_machine_as_far_as_its_inputs(preset: str, pro
     inputs = load_inputs(load_scenario("synthetic", settings))
     assert (inputs.model.name, inputs.profile.name) == (preset, profile)
     assert inputs.trace.experts.shape == (2, inputs.model.layers, inputs.model.top_k)
+
+
+@pytest.mark.parametrize(
+    ("setting", "kept"),
+    [
+        ("copy.chunk_bytes=4MiB", 4 * 2**20),
+        ("copy.chunk_bytes=4194304", 4 * 2**20),
+        ("copy.chunk_bytes=1e6", 10**6),
+        ("tiers.chunk_bytes=1.5KiB", 1536),
+        ("model.expert_bytes=27MiB", 27 * 2**20),
+        ("memory.total_bytes=1024", "1024B"),
+        ("memory.workspace_bytes=2TB", "2TB"),
+        ("parallel.replica_bytes=8", "8B"),
+        ("parallel.spare_bytes=1GiB", "1GiB"),
+        ("miss.cpu_gb_per_s=60GB/s", 60.0),
+        ("compression.decompress_gb_per_s=2000MB/s", 2.0),
+    ],
+)
+def test_every_size_and_rate_takes_a_unit_or_a_plain_number(setting: str, kept: object) -> None:
+    section, _, key = setting.partition("=")[0].partition(".")
+    assert load_scenario("synthetic", [setting]).plain()[section][key] == kept
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("copy.chunk_bytes=4Mb", "copy.chunk_bytes = '4Mb': write it as a whole number of bytes, or as '24GiB'"),
+        ("copy.chunk_bytes=1.5", "copy.chunk_bytes = 1.5: must be a valid integer"),
+        ("tiers.chunk_bytes=25%", "tiers.chunk_bytes = '25%': write it as a whole number of bytes"),
+        (
+            "memory.gpu_budget=4294967296",
+            "gpu_budget = 4294967296: must be a valid string with its unit: write it as '25%', '4GiB'",
+        ),
+        (
+            "tiers.host_budget=16",
+            "tiers.host_budget = 16: must be a valid string with its unit: write it as 'all', '50%'",
+        ),
+        ("memory.total_bytes=-1", "memory.total_bytes = -1: must be a valid string"),
+        ("miss.cpu_gb_per_s=60GB", "miss.cpu_gb_per_s = '60GB': write it as a number of GB/s, or as '55.3GB/s'"),
+        ("memory.gpu_budget=" + "9" * 5000 + "GiB", "write it as '25%', '4GiB' or '512experts'"),
+    ],
+)
+def test_a_size_that_does_not_read_is_refused_with_one_that_would(setting: str, message: str) -> None:
+    with pytest.raises(ScenarioError) as error:
+        load_scenario("synthetic", [setting])
+    assert message in str(error.value)

@@ -248,7 +248,8 @@ def test_a_profile_extends_another_as_a_merge_patch(tmp_path: Path) -> None:
     change = {"d2d": None, "host": {"launch": {"ns": 1}}}
     mine = load_profile(write(tmp_path, "mine.json", extends="rtx3090", name="mine", **change))
     assert (mine.name, mine.d2d, mine.host.launch.ns) == ("mine", None, 1)
-    assert mine.host.launch.note == base.host.launch.note
+    assert mine.host.graph_launch.note == base.host.graph_launch.note
+    assert mine.host.launch.note == ""  # it told of the old number
     assert mine.compute == base.compute
     # A path counts from the file's own folder.
     assert load_profile(write(tmp_path, "next.json", extends="mine.json", name="next")).d2d is None

@@ -5,8 +5,8 @@ part of layer l: attention, norms, router, shared experts, and any dense-only bl
 first MoE layer belong to the dense part of layer 0, those after the last one to the head.
 
 A model is described by its published shapes in a TOML file (`models/` holds the presets); no file states a byte count.
-The formulas that turn shapes into weights are the `weights` methods below; `DTYPES` turns weights into bytes. To add a
-model, write one more TOML file and add its published size to tests/test_model.py.
+The formulas that turn shapes into weights are the `weights` methods below; `dtypes.DTYPES` turns weights into bytes.
+To add a model, write one more TOML file and add its published size to tests/test_model.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import os
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -25,22 +24,8 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ..dtypes import DTYPES, dtype_of
 from ..errors import InputError
-
-#: Bits per weight, exact. mxfp4 holds 4 bits and shares one 8-bit scale among 32 weights (OCP Microscaling Formats
-#: 1.0, 2023). The others hold the weights alone: DeepSeek-V3's float8 scales, one float32 per 128 x 128 block, would
-#: add 0.02 %. q4_k and q6_k are llama.cpp's: 144 and 210 bytes for 256 weights, scales included (ggml-common.h).
-DTYPES: dict[str, Fraction] = {
-    "float32": Fraction(32),
-    "bfloat16": Fraction(16),
-    "float16": Fraction(16),
-    "float8": Fraction(8),
-    "int8": Fraction(8),
-    "mxfp4": Fraction(17, 4),
-    "q6_k": Fraction(105, 16),
-    "q4_k": Fraction(9, 2),
-    "int4": Fraction(4),
-}
 
 
 class ModelError(InputError):
@@ -180,8 +165,10 @@ def load_model(
     for key, value in changes.items():
         if value is not None and (type(value) is not int or value < 1):
             raise ModelError(f"model.{key} = {value!r}: must be an integer of at least 1")
-    if dtype is not None and dtype not in DTYPES:
-        raise ModelError(f"model.dtype = {dtype!r}: {_CHOOSE_DTYPE}")
+    try:
+        dtype = None if dtype is None else dtype_of(dtype)
+    except InputError as error:
+        raise ModelError(f"model.dtype = {dtype!r}: {error}") from None
     known = shapes.moe_layers
     if layers is not None and layers > known:
         raise ModelError(f"model.layers = {layers}: {shapes.name} has {known} MoE layers; give 1 to {known}")
@@ -242,17 +229,11 @@ class _Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-def _known_dtype(name: str) -> str:
-    if name not in DTYPES:
-        raise InputError(_CHOOSE_DTYPE)
-    return name
-
-
 _Count = Annotated[int, Field(ge=1)]
 _CountOrNone = Annotated[int, Field(ge=0)]
 _Matrices = Literal[2, 3]
 _Text = Annotated[str, Field(min_length=1)]
-_Dtype = Annotated[str, AfterValidator(_known_dtype)]
+_Dtype = Annotated[str, AfterValidator(dtype_of)]
 
 
 class _Dtypes(_Table):

@@ -208,11 +208,12 @@ def packing(stream: BinaryIO, path: Path) -> Iterator[BinaryIO]:
 
 def track_order(timeline: Timeline) -> list[int]:
     """Return all lane numbers in the order in which they are shown: the host, then each device by TRACK_ORDER."""
-    devices = list(dict.fromkeys(lane.device for lane in timeline.lanes))
+    names = dict.fromkeys(lane.device for lane in timeline.lanes)
+    devices = {device: place for place, device in enumerate(names)}
 
     def place(number: int) -> tuple[bool, int, int, int]:
         lane = timeline.lanes[number]
-        return lane.device != "host", devices.index(lane.device), TRACK_ORDER.index(lane.role), number
+        return lane.device != "host", devices[lane.device], TRACK_ORDER.index(lane.role), number
 
     return sorted(range(len(timeline.lanes)), key=place)
 
@@ -306,7 +307,7 @@ class _Tracks:
         self.lanes = timeline.lanes
         order = track_order(timeline)
         devices = list(dict.fromkeys(timeline.lanes[number].device for number in order))
-        numbers = [re.fullmatch(r"gpu(\d+)", device) for device in devices]
+        numbers = [re.fullmatch(r"gpu(\d{1,9})", device) for device in devices]
         #: GPUs by number; the others are processes of the host.
         self.gpus = {device: int(found[1]) for device, found in zip(devices, numbers, strict=True) if found}
         others = [device for device in devices if device not in self.gpus] or ["host"]
@@ -409,8 +410,10 @@ class _Events:
             yield from self._calling_thread(caller)
         yield from self._other_threads()
         until_ns = int(self._spans["end_ns"].max(initial=0)) if len(self._spans) < self._total else None
+        launched = self._launched_by_device()
         for device, pid in self._tracks.gpus.items():
-            yield from _counter("queue depth", ("kernels", "copies"), self._queued(device), pid)
+            spans = self._spans[launched[device]]
+            yield from _counter("queue depth", ("kernels", "copies"), _queued(spans), pid)
             if device in self._about.memory:
                 time_ns, *sizes = self._about.memory[device]
                 mib = np.round(np.stack(sizes, axis=1) / 2**20, 3)
@@ -511,15 +514,24 @@ class _Events:
                 "args": args,
             }
 
-    def _queued(self, device: str) -> tuple[Array, Array]:
-        """Return (time_ns, (samples, 2)) of one GPU: how many kernels and copies are launched and have not started."""
-        lanes = [number for number, lane in enumerate(self._tracks.lanes) if lane.device == device]
-        spans = self._spans[(self._correlation > 0) & np.isin(self._spans["lane"], lanes)]
-        start_ns = spans["start_ns"]
-        issued_ns = np.clip(spans["issued_ns"], 0, start_ns)
-        is_copy = np.array([category == "gpu_memcpy" for category in _CATEGORIES])[spans["kind"]]
-        one = np.stack([~is_copy, is_copy], axis=1).astype(np.int8)
-        return _running(np.concatenate([issued_ns, start_ns]), np.concatenate([one, -one]))
+    def _launched_by_device(self) -> dict[str, Array]:
+        """Return the positions of the spans of each device that the host launched."""
+        devices = {device: number for number, device in enumerate(self._tracks.processes)}
+        device_of = np.array([devices[lane.device] for lane in self._tracks.lanes], dtype=np.int64)
+        at = np.flatnonzero(self._correlation > 0)
+        device = device_of[self._spans["lane"][at]]
+        order = np.argsort(device, kind="stable")
+        ends = np.cumsum(np.bincount(device, minlength=len(devices)))
+        return dict(zip(devices, np.split(at[order], ends[:-1]), strict=True))
+
+
+def _queued(spans: Array) -> tuple[Array, Array]:
+    """Return (time_ns, (samples, 2)) of some spans: how many kernels and copies are launched and have not started."""
+    start_ns = spans["start_ns"]
+    issued_ns = np.clip(spans["issued_ns"], 0, start_ns)
+    is_copy = np.array([category == "gpu_memcpy" for category in _CATEGORIES])[spans["kind"]]
+    one = np.stack([~is_copy, is_copy], axis=1).astype(np.int8)
+    return _running(np.concatenate([issued_ns, start_ns]), np.concatenate([one, -one]))
 
 
 def _call_starts(end_ns: Array, work_start_ns: Array, work_end_ns: Array) -> Array:

@@ -74,7 +74,8 @@ def describe(profile: Profile, loads: Sequence[Mapping[str, Any]] = ()) -> dict[
             over[name].append(f"{route.source}->{route.target}")
     links: dict[str, dict[str, Any]] = {}
     for link in topology.links:
-        facts = link.model_dump(include={"kind", "latency_ns", "duplex", "source", "note"})
+        told = {"kind", "latency_ns", "duplex", "source", "note"} | ({"device"} if link.device else set())
+        facts = link.model_dump(include=told)
         for name, a, b, bytes_per_second in link.directions():
             more = {"from": a, "to": b, "bytes_per_second": bytes_per_second, "routes": over[name]}
             links.setdefault(name, {"link": name, **more, **facts})
@@ -110,7 +111,7 @@ def print_machine(data: Mapping[str, Any]) -> None:
     for number, column in enumerate(("node", "kind", "capacity", "source")):
         nodes.add_column(column, justify="right" if number == 2 else "left", no_wrap=True)
     for node in data["nodes"]:
-        nodes.add_row(node["name"], node["kind"], size(node.get("capacity_bytes")), node["source"])
+        nodes.add_row(node["name"], node["kind"], size(node.get("capacity_bytes")), _provenance(node))
     console.print(nodes)
     kinds = {node["name"]: node["kind"] for node in data["nodes"]}
     loaded = any("bytes" in link for link in data["links"])
@@ -120,12 +121,16 @@ def print_machine(data: Mapping[str, Any]) -> None:
         left = column in ("link", "kind", "source", "routes")
         links.add_column(column, justify="left" if left else "right", no_wrap=column != "routes")
     for link in data["links"]:
-        more = [f"{link['latency_ns'] / 1e3:,.1f} µs", link["source"]]
+        more = [f"{link['latency_ns'] / 1e3:,.1f} µs", _provenance(link)]
         if loaded:
             more = [size(link["bytes"]), f"{link['busy_ms']:,.1f} ms", share(link["utilization"], 1)]
         rate, routes = f"{link['bytes_per_second'] / 1e9:,.1f}", _summary(link["routes"], kinds)
         links.add_row(link["link"], link["kind"], rate, *more, routes)
     console.print(links)
+
+
+def _provenance(part: Mapping[str, Any]) -> str:
+    return f"{part['source']}, of {part['device']}" if part.get("device") else str(part["source"])
 
 
 def _summary(routes: Iterable[str], kinds: Mapping[str, str]) -> str:

@@ -29,6 +29,8 @@ _CURVE_COLORS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#f0a830", "#333333
 _DASHES = ("-", "--", ":", "-.")
 #: Units of time by the length of what is shown: the first that is no longer.
 _TIME_UNITS = ((10 * 10**9, 10**9, "s"), (10**6, 10**6, "ms"), (0, 10**3, "µs"))
+#: Rows that a timeline's picture has room for.
+_MOST_ROWS = 200
 _BYTE_UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "bytes"))
 
 _INK = "#333333"
@@ -78,7 +80,8 @@ def plot_timeline(
 ) -> Figure:
     """Draw what each lane did from `start_ns` to `end_ns` (None: the end), a row for each lane that is ever used.
 
-    Spans wide enough say their layer, or layer and expert. Raises ValueError if the window ends before it starts.
+    Spans wide enough say their layer, or layer and expert. Of more than 200 lanes the first are drawn, and the picture
+    says so. Raises ValueError if the window ends before it starts.
     """
     from matplotlib.figure import Figure
 
@@ -87,9 +90,11 @@ def plot_timeline(
         end_ns = max(start_ns, int(spans["end_ns"].max(initial=0)))
     if end_ns < start_ns:
         raise InputError(f"end_ns = {end_ns}: the window starts at {start_ns}, so it must end there or later")
-    rows = used_lanes(timeline) or track_order(timeline)
+    lanes = used_lanes(timeline) or track_order(timeline)
+    rows, left_out = lanes[:_MOST_ROWS], max(0, len(lanes) - _MOST_ROWS)
     layers = layers_of(spans, experts_per_layer)
     spans = spans[(spans["start_ns"] < end_ns) & (spans["end_ns"] > start_ns)]
+    spans = spans[np.isin(spans["lane"], rows)] if left_out else spans
     span_ns = end_ns - start_ns or 1000
     scale_ns, unit = _time_unit(span_ns)
 
@@ -116,7 +121,8 @@ def plot_timeline(
     axes.set_xlim(start_ns / scale_ns, (start_ns + span_ns) / scale_ns)
     axes.set_ylim(max(1, len(rows)) - 0.4, -0.6)
     axes.set_yticks(range(len(rows)), row_names(timeline, rows))
-    axes.set_xlabel(f"time since the start of the run ({unit})")
+    more = f"; {left_out:,} more lanes are not drawn" if left_out else ""
+    axes.set_xlabel(f"time since the start of the run ({unit}){more}")
     _style(axes)
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)
     axes.tick_params(axis="y", length=0)

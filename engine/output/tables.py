@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -683,27 +684,62 @@ _GPU_ROWS = {
 }
 
 
+#: So many GPUs, roles, lanes and rows of one are printed; of more it is said, and --json has them.
+_MOST_PRINTED = 64
+
+
 def print_timelines(summaries: Mapping[str, dict[str, Any]]) -> None:
-    """Print the summaries of timelines, by name, side by side; what a timeline has not stays empty."""
+    """Print the summaries of timelines, by name, side by side; what a timeline has not stays empty.
+
+    Below stands what of each file was repaired or left out, by its `reading`.
+    """
     table = _table("", *summaries)
 
     def add(name: str, cells: Iterable[str]) -> None:
         table.add_row(name, *cells)
 
     add("spans", (f"{summary['spans']:,}" for summary in summaries.values()))
-    for device in dict.fromkeys(device for summary in summaries.values() for device in summary["gpus"]):
+    devices = dict.fromkeys(device for summary in summaries.values() for device in summary["gpus"])
+    for device in islice(devices, _MOST_PRINTED):
         gpus = [summary["gpus"].get(device) for summary in summaries.values()]
         for key, words in _GPU_ROWS.items():
             add(f"{device}: {words}", ("" if gpu is None else _ms_and_share(gpu[key], gpu["span_ms"]) for gpu in gpus))
         add(f"{device}: overlap", ("" if gpu is None else _share(gpu["overlap"], 1) for gpu in gpus))
-    for role in dict.fromkeys(role for summary in summaries.values() for role in summary["roles"]):
-        parts = [(summary["roles"].get(role), summary["span_ms"]) for summary in summaries.values()]
-        add(f"{role}, busy", ("" if part is None else _ms_and_share(part["busy_ms"], whole) for part, whole in parts))
+    roles = dict.fromkeys(role for summary in summaries.values() for role in summary["roles"])
+    for role in islice(roles, _MOST_PRINTED):
+        parts = [summary["roles"].get(role) for summary in summaries.values()]
+        add(f"{role}, busy", ("" if part is None else _ms_and_share(part["busy_ms"], part["of_ms"]) for part in parts))
     console = Console()
     console.print(table)
+    _say_more(console, {"GPUs": len(devices), "roles": len(roles)})
     console.print(
-        "A GPU's shares are of its time from first work to last; overlap: of copy time, with kernels beside it."
+        "A GPU's shares are of its time from first work to last, all others of the whole timeline; overlap: of copy "
+        "time, with kernels beside it."
     )
+    for name, summary in summaries.items():
+        for line in _reading_lines(summary.get("reading")):
+            console.print(Text(f"{name}: {line}", style="yellow"))
+
+
+def _say_more(console: Console, numbers: Mapping[str, int]) -> None:
+    for what, number in numbers.items():
+        if number > _MOST_PRINTED:
+            console.print(f"{number - _MOST_PRINTED:,} more {what} are not shown: see --json.")
+
+
+def _reading_lines(reading: Mapping[str, Any] | None) -> Iterator[str]:
+    """Yield what is to be said of how a file was read: nothing if all was read as it stands."""
+    if reading is None:
+        return
+    for key, words in (("left_out", f"of {reading['events']:,} events are left out"), ("repaired", "values repaired")):
+        reasons = list(reading[key].items())
+        if reasons:
+            total = sum(told["events"] for _, told in reasons)
+            said = [f"{told['events']:,} {reason} ({told['first']})" for reason, told in reasons[:8]]
+            said += [f"{len(reasons) - 8:,} reasons more (see --json)"] if len(reasons) > 8 else []
+            yield f"{total:,} {words}: {'; '.join(said)}"
+    if reading["breaks_off"]:
+        yield f"breaks off after {reading['events']:,} events: {reading['breaks_off']}; what comes behind is left out"
 
 
 def _ms_and_share(ms: float, whole_ms: float) -> str:
@@ -713,22 +749,26 @@ def _ms_and_share(ms: float, whole_ms: float) -> str:
 def print_kernels(rows: Sequence[dict[str, Any]]) -> None:
     """Print what each kind of work of a timeline took, a table a lane: quiet is beside no copy to the GPU."""
     console = Console()
-    for lane in dict.fromkeys((row["device"], row["lane"]) for row in rows):
+    lanes: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        lanes.setdefault((row["device"], row["lane"]), []).append(row)
+    for lane, here in islice(lanes.items(), _MOST_PRINTED):
         table = _table("n", "total ms", "median us", "IQR us", "quiet us", "beside copies", "MiB", "work")
         for column in table.columns[:-1]:
             column.no_wrap = True
         table.columns[-1].justify = "left"
-        for row in rows:
-            if (row["device"], row["lane"]) == lane:
-                parts = [row["samples"]["median_ns"], row["samples"]["iqr_ns"]]
-                parts += [part and part["median_ns"] for part in (row["quiet"], row["beside_copy"])]
-                took = ("" if ns is None else f"{ns / 1e3:,.1f}" for ns in parts)
-                size = _mib(row["bytes"]) if row["bytes"] else ""
-                # A kernel's name can be as long as a page.
-                name = Text(row["name"].removeprefix("void "), no_wrap=True, overflow="ellipsis")
-                table.add_row(f"{row['n']:,}", f"{row['total_ms']:,.3f}", *took, size, name)
+        for row in here[:_MOST_PRINTED]:
+            parts = [row["samples"]["median_ns"], row["samples"]["iqr_ns"]]
+            parts += [part and part["median_ns"] for part in (row["quiet"], row["beside_copy"])]
+            took = ("" if ns is None else f"{ns / 1e3:,.1f}" for ns in parts)
+            size = _mib(row["bytes"]) if row["bytes"] else ""
+            # A kernel's name can be as long as a page.
+            name = Text(row["name"].removeprefix("void "), no_wrap=True, overflow="ellipsis")
+            table.add_row(f"{row['n']:,}", f"{row['total_ms']:,.3f}", *took, size, name)
         console.print(Text(", ".join(lane), style="bold"))
         console.print(table)
+        _say_more(console, {"kinds of work": len(here)})
+    _say_more(console, {"lanes": len(lanes)})
 
 
 def _table(*columns: str) -> Table:
