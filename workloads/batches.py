@@ -7,6 +7,7 @@ steps of their own, one micro-batch after the other.
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from ..errors import InputError
 PREFILL, DECODE = 0, 1
 #: What happens to prompt tokens: left out, one step a sequence, or steps of `chunk_tokens`.
 PREFILL_MODES = ("skip", "whole", "chunked")
+#: How a warmup is written: so many decode tokens, or steps of either phase.
+_WARMUP = re.compile(r"\s*([0-9]{1,15})\s*(tokens|steps)\s*")
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,32 @@ def continued_steps(steps: Sequence[Step], sequence: npt.NDArray[np.integer]) ->
         continued.append(tuple(sorted(before)))
         last.update(dict.fromkeys(names, number))
     return continued
+
+
+def parse_warmup(text: str) -> tuple[int, str]:
+    """Return the number and the unit, "tokens" or "steps", of a warmup; raise InputError for what is none."""
+    match = _WARMUP.fullmatch(text)
+    if match is None:
+        raise InputError(f"{text!r}: write it as '100tokens' or '20steps'")
+    return int(match[1]), match[2]
+
+
+def warmup_steps(steps: Sequence[Step], warmup: str) -> int:
+    """Return how many steps at the beginning are the warmup: as few as have so many decode tokens, or so many.
+
+    Raises InputError if no decode step is left behind them.
+    """
+    number, unit = parse_warmup(warmup)
+    if not number:
+        return 0
+    decoded = np.cumsum([len(step.rows) if step.phase == DECODE else 0 for step in steps], dtype=np.int64)
+    left_out = number if unit == "steps" else int(np.searchsorted(decoded, number)) + 1
+    if left_out >= len(steps) or decoded[left_out - 1] == decoded[-1]:
+        raise InputError(
+            f"warmup = {warmup!r}: no token is left to measure behind it: the run has {decoded[-1]} decode tokens in "
+            f"{len(steps)} steps; give less, or run more tokens"
+        )
+    return left_out
 
 
 def rows_by_sequence(sequence: npt.NDArray[np.integer]) -> list[list[int]]:

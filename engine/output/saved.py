@@ -89,7 +89,7 @@ def run_of(result: Result, name: str = "run") -> Run:
         np.concatenate([_accesses(recording, layers) for recording in recordings]),
         np.concatenate([_copies(recording) for recording in recordings]),
         np.concatenate([_memory(recording, gpu) for gpu, recording in enumerate(recordings)]),
-        _table("token", took_ns=token_times_ns(recordings, result.previous)),
+        _table("token", took_ns=token_times_ns(recordings, result.serving)),
     )
 
 
