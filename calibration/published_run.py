@@ -20,8 +20,9 @@ import numpy.typing as npt
 from ..engine.costs import Costs
 from ..engine.inputs import Inputs
 from ..engine.loading import load_inputs
-from ..engine.output.merge import token_times_ns
+from ..engine.output.merge import served
 from ..engine.output.metrics import Recording
+from ..engine.output.speed import Serving, decode_times_ns
 from ..engine.run import make_manager, make_prefetch, run
 from ..engine.scenario import Scenario, ScenarioError
 from ..errors import InputError
@@ -297,7 +298,7 @@ def _play(inputs: Inputs, profile: Profile | None = None) -> Recording:
 
 def _step_ms(recording: Recording) -> Array:
     """Return what each decode step, of one token, took from the end of the one before (tokens,)."""
-    took_ms: Array = token_times_ns([recording]) / 1e6
+    took_ms: Array = decode_times_ns(served([recording], Serving())) / 1e6
     return took_ms
 
 

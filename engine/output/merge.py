@@ -17,7 +17,7 @@ from ...resources.timeline import DEMAND, DENSE, HEAD, PREFETCH, LaneName, Timel
 from ..links import Links
 from . import metrics as measure
 from .metrics import Recording, span_bytes
-from .speed import Served, Serving, decode_times_ns, speed_metrics
+from .speed import Served, Serving, speed_metrics
 
 Array = npt.NDArray[Any]
 
@@ -78,11 +78,6 @@ def step_metrics(recordings: Sequence[Recording], serving: Serving | None = None
     """Return speed as `speed.speed_metrics` does."""
     serving = serving or Serving()
     return speed_metrics(served(recordings, serving), serving.warmup_steps)
-
-
-def token_times_ns(recordings: Sequence[Recording], serving: Serving | None = None) -> Array:
-    """Return what the step of each decode token took (decode tokens,)."""
-    return decode_times_ns(served(recordings, serving or Serving()))
 
 
 def served(recordings: Sequence[Recording], serving: Serving) -> Served:

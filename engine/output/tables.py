@@ -20,7 +20,7 @@ def print_result(data: dict[str, Any]) -> None:
     outcomes = ("prefetch_hit", "cache_hit", "late", "miss")
     _rows(
         console,
-        f"{accesses:,} accesses",
+        f"{accesses:,} accesses" + (", those of the warmup too" if data["cold"] is not None else ""),
         [(name, f"{counts[name]:,}", _share(counts[name], accesses)) for name in outcomes],
     )
     if counts["miss"]:
@@ -163,7 +163,9 @@ def _rate_rows(data: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     if rate != sustained:
         yield "sustained", _number(sustained, 2), "decode tokens per second of all time"
     if data["cold"] is not None:
-        yield "from a cold start", _number(data["cold"]["tokens_per_second"], 2), f"all {decoded:,} decode tokens"
+        yield "from a cold start", _number(data["cold"]["tokens_per_second"], 2), (
+            f"all {decoded:,} tokens, hit rate {_share(data['cold']['hit_rate'], 1)}"
+        )
 
 
 def _wait_rows(data: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
