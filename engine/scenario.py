@@ -136,9 +136,9 @@ class WorkloadSection(_Section):
     chunk_tokens: int = Field(default=512, ge=1)
     warmup: str = "0tokens"
 
-    @field_validator("warmup")
+    @field_validator("warmup", mode="before")
     @classmethod
-    def _warmup_reads(cls, value: str) -> str:
+    def _warmup_reads(cls, value: object) -> object:
         parse_warmup(value)
         return value
 

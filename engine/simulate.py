@@ -177,10 +177,10 @@ def versions() -> dict[str, str]:
 
 def serving_of(inputs: Inputs) -> Serving:
     """Return what the speed of a run is measured by; of a pipeline, with the step that each step goes on from."""
-    workload, previous = inputs.scenario.workload, None
+    previous = None
     if inputs.stages:
         previous = [max(before, default=-1) for before in continued_steps(inputs.steps, inputs.trace.sequence)]
-    return Serving(workload.batch, warmup_steps(inputs.steps, workload.warmup), previous)
+    return Serving(warmup_steps(inputs.steps, inputs.scenario.workload.warmup), previous)
 
 
 def _watched(progress: Progress | None, what: str, total: int) -> Watch:
@@ -242,7 +242,9 @@ def _baseline_manager(name: str, inputs: Inputs, spool: Spool) -> MemoryManager:
 def baseline_scenario(name: str, scenario: Scenario) -> Scenario:
     """Return the scenario with all that one of BASELINES does not depend on at its default: equal ones share it."""
     changes: dict[str, Any] = {"prefetch": PrefetchSection(lookahead=0)}
-    changes["workload"] = scenario.workload.model_copy(update={"warmup": WorkloadSection.model_fields["warmup"].default})
+    changes["workload"] = scenario.workload.model_copy(
+        update={"warmup": WorkloadSection.model_fields["warmup"].default}
+    )
     if name == "resident":
         changes["memory"], changes["tiers"] = MemorySection(gpu_budget="100%"), TiersSection()
     elif name == "baseline":

@@ -129,7 +129,9 @@ def test_run_without_a_scenario_runs_the_default_and_prints_tables(tmp_path: Pat
 
 def test_json_is_one_object_with_every_key(prestage: Prestage) -> None:
     data = prestage(*SMALL_RUN, "--json").json()
-    keys = "makespan_ms tokens_per_second inter_token_latency_ms time_to_first_token_ms accesses hit_rate stall_ms overlap"
+    keys = (
+        "makespan_ms tokens_per_second inter_token_latency_ms time_to_first_token_ms accesses hit_rate stall_ms overlap"
+    )
     keys += " memory_utilization speedup resident_ms seed layer_visits wall_s scenario versions warnings"
     assert set(keys.split()) <= set(data)
     assert set(data["counts"]) == {"prefetch_hit", "cache_hit", "late", "miss", "prefetch", "dropped", "evict"}

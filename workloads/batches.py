@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -26,10 +26,23 @@ _WARMUP = re.compile(r"\s*([0-9]{1,15})\s*(tokens|steps)\s*")
 
 @dataclass(frozen=True)
 class Step:
-    """One forward pass: its phase (PREFILL or DECODE) and the trace rows it runs, int64, in order of place."""
+    """One forward pass: its phase (PREFILL or DECODE) and the trace rows it runs, int64, in order of place.
+
+    `came` are the sequences that have taken a place since the step before, each with the step whose end had left that
+    place free (-1: none, it was never taken).
+    """
 
     phase: int
     rows: npt.NDArray[np.int64]
+    came: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass
+class _Place:
+    """What is left to run of the sequence in a place, and the step that the one before it ended with (-1: none)."""
+
+    rows: deque[int] = field(default_factory=deque)
+    free_after: int = -1
 
 
 def plan_steps(
@@ -57,11 +70,11 @@ def plan_steps(
     if prefill not in PREFILL_MODES:
         raise InputError(f"prefill = {prefill!r}: choose one of {', '.join(PREFILL_MODES)}")
     most = {"skip": 0, "whole": len(phase), "chunked": chunk_tokens}[prefill]
-    waiting = deque(rows_by_sequence(sequence))
-    sizes = evenly(batch, micro_batches)
-    places: list[list[deque[int]]] = [[deque() for _ in range(size)] for size in sizes]
+    waiting = deque((int(sequence[rows[0]]), rows) for rows in rows_by_sequence(sequence))
+    places = [[_Place() for _ in range(size)] for size in evenly(batch, micro_batches)]
     is_prompt = (phase == PREFILL).tolist()
     steps: list[Step] = []
+    came: list[tuple[int, int]] = []
     left = len(phase) if tokens is None else tokens
     ran = True
     while left > 0 and ran:
@@ -70,30 +83,46 @@ def plan_steps(
             if not left:
                 break
             for place in group:
-                _prefill(place, waiting, is_prompt, most, steps)
-            together = [place.popleft() for place in group if place][:left]
-            if together:
-                steps.append(Step(DECODE, np.array(together, dtype=np.int64)))
-                left -= len(together)
+                _prefill(place, waiting, is_prompt, most, steps, came)
+            decoding = [place for place in group if place.rows][:left]
+            if decoding:
+                _add(steps, DECODE, [place.rows.popleft() for place in decoding], came)
+                for place in decoding:
+                    place.free_after = len(steps) - 1  # if it was its last
+                left -= len(decoding)
                 ran = True
     return steps
 
 
+def _add(steps: list[Step], phase: int, rows: list[int], came: list[tuple[int, int]]) -> None:
+    steps.append(Step(phase, np.array(rows, dtype=np.int64), tuple(came)))
+    came.clear()
+
+
 def _prefill(
-    place: deque[int], waiting: deque[list[int]], is_prompt: Sequence[bool], most: int, steps: list[Step]
+    place: _Place,
+    waiting: deque[tuple[int, list[int]]],
+    is_prompt: Sequence[bool],
+    most: int,
+    steps: list[Step],
+    came: list[tuple[int, int]],
 ) -> None:
     """Bring a place to its next token to decode: run the prompt before it, at most `most` tokens a step (0: none)."""
+    rows = place.rows
     while True:
-        if not place:
+        if not rows:
             if not waiting:
                 return
-            place.extend(waiting.popleft())
+            name, own = waiting.popleft()
+            rows.extend(own)
+            came.append((name, place.free_after))
         prompt = []
-        while place and is_prompt[place[0]]:
-            prompt.append(place.popleft())
+        while rows and is_prompt[rows[0]]:
+            prompt.append(rows.popleft())
         for first in range(0, len(prompt), most) if most else ():
-            steps.append(Step(PREFILL, np.array(prompt[first : first + most], dtype=np.int64)))
-        if place:
+            _add(steps, PREFILL, prompt[first : first + most], came)
+            place.free_after = len(steps) - 1
+        if rows:
             return
 
 
@@ -118,9 +147,9 @@ def continued_steps(steps: Sequence[Step], sequence: npt.NDArray[np.integer]) ->
     return continued
 
 
-def parse_warmup(text: str) -> tuple[int, str]:
+def parse_warmup(text: object) -> tuple[int, str]:
     """Return the number and the unit, "tokens" or "steps", of a warmup; raise InputError for what is none."""
-    match = _WARMUP.fullmatch(text)
+    match = _WARMUP.fullmatch(text) if isinstance(text, str) else None
     if match is None:
         raise InputError(f"{text!r}: write it as '100tokens' or '20steps'")
     return int(match[1]), match[2]

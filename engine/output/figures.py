@@ -214,9 +214,7 @@ def token_latency(run: Run) -> Curves:
         ("inter-token latency", "dense"): tokens["gap_ns"][tokens["gap_ns"] >= 0],
         ("decode step", "expert"): tokens["took_ns"],
     }
-    curves = [
-        Curve(label, COLORS[kind][0], *_cumulative(ns / 1e6)) for (label, kind), ns in spread.items() if len(ns)
-    ]
+    curves = [Curve(label, COLORS[kind][0], *_cumulative(ns / 1e6)) for (label, kind), ns in spread.items() if len(ns)]
     latency = run.data["inter_token_latency_ms"]
     marks = {name: latency[name] for name in ("p50", "p95", "p99") if latency[name] is not None}
     return Curves(curves, "time of a decode token (ms)", "share that takes no longer", "ms", marks)

@@ -259,7 +259,7 @@ class Recording:
 
 
 def metrics(recording: Recording, shadow_misses: Array | None = None) -> dict[str, Any]:
-    """Return the metrics of a run on one GPU, of a batch of 1 and without a warmup; `merge.run_metrics` has all others.
+    """Return the metrics of a run on one GPU, without a warmup; `merge.run_metrics` has all others.
 
     `shadow_misses` are as of `gpu_metrics`.
     """

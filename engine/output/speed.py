@@ -2,7 +2,8 @@
 
 A request is a prompt and the tokens after it; a further prompt of the same sequence begins another one. Its output
 tokens are those of its decode steps and, where its prompt runs, the first one, which the prefill ends with. Requests
-come in a closed loop of as many users as the batch has places: the first ones at 0, another as soon as a place is free.
+come in a closed loop of as many users as the batch has places: the first ones at 0, another as soon as a place is free,
+and a sequence's further ones as soon as the answer to the one before is whole.
 
 What follows a warmup leaves out its steps: their tokens and time from the rates, and the waits for their tokens. A wait
 for a later token counts whole, also where it began in the warmup.
@@ -10,7 +11,6 @@ for a later token counts whole, also where it began in the warmup.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,13 +28,12 @@ PERCENTILES = (50, 95, 99)
 
 @dataclass(frozen=True)
 class Serving:
-    """What of a scenario its speed depends on: the places of the batch, and the steps at its beginning to leave out.
+    """By what the speed of a run is measured: the steps at its beginning to leave out, and which steps overlap.
 
     `previous` (steps,), for steps that overlap, is the step whose tokens each of them goes on from, -1 for none: a
     step takes from the end of that one, or from its own first kernel, to its end.
     """
 
-    batch: int = 1
     warmup_steps: int = 0
     previous: Sequence[int] | None = None
 
@@ -43,7 +42,7 @@ class Serving:
 class Served:
     """The steps of a run in time: when the tokens of each were there, and how long it took, both (steps,).
 
-    `sequence` (tokens,) is the trace's, `batch` the number of places, `run_ns` the end of the last kernel.
+    `sequence` (tokens,) is the trace's, `run_ns` the end of the last kernel.
     """
 
     steps: Sequence[Step]
@@ -51,7 +50,6 @@ class Served:
     end_ns: Array
     took_ns: Array
     run_ns: int
-    batch: int = 1
 
     @cached_property
     def decodes(self) -> Array:
@@ -200,27 +198,7 @@ def _requests(served: Served) -> Requests:
     ends = np.append(turns[1:], True)[: len(turns)]
     end_ns = served.end_ns[step]
     arrival_ns = np.concatenate([[0], end_ns[ends][:-1]]) if len(order) else end_ns
-    new = begins[turns]
-    spans = np.flatnonzero(begins)
-    lasts = np.append(spans[1:], len(order))[: len(spans)] - 1
-    arrival_ns[new] = _free_places_ns(served.batch, order[spans], order[lasts], prompt[lasts], end_ns[lasts])
+    free_after = {name: after for step in served.steps for name, after in step.came}
+    came_after = np.array([free_after.get(name, -1) for name in sequence[begins].tolist()], dtype=np.int64)
+    arrival_ns[begins[turns]] = np.where(came_after >= 0, served.end_ns[came_after], 0)
     return Requests(request[is_token], step[is_token], order[is_token], end_ns[is_token], arrival_ns)
-
-
-def _free_places_ns(batch: int, first: Array, last: Array, ends_in_prompt: Array, end_ns: Array) -> Array:
-    """Return when the place that each sequence takes became free (sequences,).
-
-    `first` and `last` are the first and the last token that it runs, `end_ns` when that had run. Places are taken as
-    `batches.plan_steps` does: in the order in which they became free, but that of a sequence that ends with its prompt
-    is taken at once.
-    """
-    free = deque([0] * batch)
-    taken_ns = np.zeros(len(first), dtype=np.int64)
-    ended = iter(np.argsort(last).tolist())
-    waiting = next(ended, None)
-    for sequence in np.argsort(first).tolist():
-        while waiting is not None and last[waiting] < first[sequence]:
-            (free.appendleft if ends_in_prompt[waiting] else free.append)(int(end_ns[waiting]))
-            waiting = next(ended, None)
-        taken_ns[sequence] = free.popleft() if free else 0
-    return taken_ns

@@ -55,10 +55,10 @@ def headline(data: Mapping[str, Any]) -> str:
     """Return in a line what ran: model, machine, trace, batch and room."""
     scenario, model = data["scenario"], data["model"]
     trace = scenario["workload"]["trace"] or "a synthetic trace"
-    share = data["budget_bytes"] / data["expert_bytes_total"]
+    share, batch = data["budget_bytes"] / data["expert_bytes_total"], scenario["workload"]["batch"]
     return (
         f"{model['name']} ({model['layers']} x {model['experts']} experts, top-{model['top_k']}) on "
-        f"{scenario['machine']['profile']}, {trace}, batch {scenario['workload']['batch']}; room for {share:.1%} of the experts "
+        f"{scenario['machine']['profile']}, {trace}, batch {batch}; room for {share:.1%} of the experts "
         f"({data['budget_bytes'] / 2**30:.2f} GiB)"
     )
 
@@ -163,8 +163,10 @@ def _rate_rows(data: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     if rate != sustained:
         yield "sustained", _number(sustained, 2), "decode tokens per second of all time"
     if data["cold"] is not None:
-        yield "from a cold start", _number(data["cold"]["tokens_per_second"], 2), (
-            f"all {decoded:,} tokens, hit rate {_share(data['cold']['hit_rate'], 1)}"
+        yield (
+            "from a cold start",
+            _number(data["cold"]["tokens_per_second"], 2),
+            (f"all {decoded:,} tokens, hit rate {_share(data['cold']['hit_rate'], 1)}"),
         )
 
 
@@ -352,6 +354,9 @@ def print_miss_ratios(data: dict[str, Any]) -> None:
         ratios = [_share(curve["miss_ratio"][at], 1) for curve in data["policies"].values()]
         table.add_row(_share(capacity["share"], 1), "-" if experts is None else f"{experts:,}", *ratios)
     console.print(table)
+    sizes_differ = any(capacity["experts"] is None for capacity in data["capacities"])
+    if "belady" in data["policies"] and sizes_differ and data["scope"] == "global":
+        console.print("Experts differ in size: belady is no bound here, another policy may miss less.")
 
 
 def print_trace(data: dict[str, Any]) -> None:
