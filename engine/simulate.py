@@ -11,7 +11,7 @@ import itertools
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -65,7 +65,7 @@ class Result:
     data: dict[str, Any]
     recordings: list[measure.Recording]
     wall_s: float
-    serving: Serving = Serving()
+    serving: Serving = field(default_factory=Serving)
 
     @property
     def recording(self) -> measure.Recording:

@@ -124,7 +124,7 @@ def test_nobody_is_evicted_while_there_is_room(name: str, data: st.DataObject) -
     scope=st.sampled_from(["global", "shared"]),
     lookup=st.sampled_from(["batch", "single"]),
 )
-def test_no_policy_beats_belady_on_demand_where_experts_are_of_one_size(
+def test_of_experts_of_one_size_no_policy_misses_fewer_than_belady(
     trace: RoutingTrace, slots: int, batch: int, scope: str, lookup: str
 ) -> None:
     # As long as a whole visit fits: in waves, who is found depends on the order.

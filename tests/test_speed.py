@@ -144,11 +144,12 @@ def test_rates_behind_a_warmup_are_those_of_its_visits_on_every_gpu_and_without_
 
 
 def test_speed_behind_a_warmup_hardly_depends_on_how_long_the_run_is() -> None:
-    runs = [
-        simulate(load_scenario("default", [f"workload.tokens={tokens}", "workload.warmup=100tokens"]), baselines=False)
-        for tokens in (200, 400)
-    ]
-    warm, cold = ([of["tokens_per_second"] for of in each] for each in zip(*((r.data, r.data["cold"]) for r in runs)))
+    warm, cold = [], []
+    for tokens in (200, 400):
+        settings = [f"workload.tokens={tokens}", "workload.warmup=100tokens"]
+        data = simulate(load_scenario("default", settings), baselines=False).data
+        warm.append(data["tokens_per_second"])
+        cold.append(data["cold"]["tokens_per_second"])
     assert max(warm) / min(warm) < 1.05 < max(cold) / min(cold)
 
 

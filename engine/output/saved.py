@@ -34,8 +34,8 @@ Array = npt.NDArray[Any]
 RUN_FILE = "run.safetensors"
 #: The tables of a run, a row for each: span; access, with an index into OUTCOMES and how long after its choice was
 #: known its bytes came; copy, with why it was ordered, an index into FATES (-1: no prefetch) and the bytes that it
-#: moved; layer visit, with the expert memory of its GPU (in order of `gpu_names`); decode token, with its step's time and
-#: how long after its sequence's last token it was there (-1: it is the first).
+#: moved; layer visit, with the expert memory of its GPU (in order of `gpu_names`); decode token, with its step's time
+#: and how long after its sequence's last token it was there (-1: it is the first).
 TABLES = {
     "span": SPAN,
     "access": np.dtype(
