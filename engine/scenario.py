@@ -139,7 +139,8 @@ class WorkloadSection(_Section):
     @field_validator("warmup", mode="before")
     @classmethod
     def _warmup_reads(cls, value: object) -> object:
-        parse_warmup(value)
+        if isinstance(value, str | int | float):  # a number, without its unit, is told how to write it too
+            parse_warmup(value)
         return value
 
     @model_validator(mode="after")
