@@ -597,7 +597,8 @@ def mrc(
 ) -> None:
     """Draw miss-ratio curves: what share of look-ups misses, by how many experts have room and who is evicted.
 
-    Is it the policy, or the working set? `belady` is the fewest misses that any policy could have on demand.
+    Is it the policy, or the working set? Where experts are of one size, and those of a visit fit, `belady` is the
+    fewest misses that any policy could have on demand; where sizes differ, another one may have fewer.
     """
     from .engine.miss_ratio import DEFAULT_POLICIES, miss_ratio_curves
     from .engine.output.files import check_miss_ratio_path, write_miss_ratios

@@ -19,7 +19,9 @@ import numpy.typing as npt
 
 from ..engine.inputs import Inputs
 from ..engine.loading import load_inputs
-from ..engine.output.metrics import Recording, token_times_ns
+from ..engine.output.merge import served
+from ..engine.output.metrics import Recording
+from ..engine.output.speed import Serving, decode_times_ns
 from ..engine.run import part_costs, prepared, run_all
 from ..engine.scenario import Scenario, ScenarioError
 from ..errors import InputError
@@ -302,7 +304,7 @@ def _play(inputs: Inputs, profile: Profile | None = None) -> Recording:
 
 def _step_ms(recording: Recording) -> Array:
     """Return what each decode step, of one token, took from the end of the one before (tokens,)."""
-    took_ms: Array = token_times_ns(recording.steps, np.diff(recording.step_end_ns, prepend=0)) / 1e6
+    took_ms: Array = decode_times_ns(served([recording], Serving())) / 1e6
     return took_ms
 
 

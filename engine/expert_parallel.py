@@ -148,20 +148,32 @@ def sharing_metrics(recordings: Sequence[Recording]) -> dict[str, Any]:
 
     `tokens_sent`: one way, a token once to each GPU that serves it; `all_to_all_ms`: there and back, together;
     `copied_bytes`: experts from one GPU to another, those that spare memory takes included; `imbalance`: the (token,
-    expert) pairs of the GPU that serves the most / their mean (None: there are none).
+    expert) pairs of the GPU that serves the most in a layer visit, over all visits / those of the mean GPU (None: there
+    are none). All GPUs wait for the busiest of a visit, and it is another one each time.
     """
     exchanges = recordings[0].spans[np.isin(recordings[0].spans["kind"], (DISPATCH, COMBINE))]
     copied_bytes = 0
     for recording in recordings:
         copied = recording.spans["expert"][recording.spans["kind"] == PEER]
         copied_bytes += int(recording.bytes_of(copied).sum())
-    served = [int(recording.decoded.accesses["tokens"].sum(dtype=np.int64)) for recording in recordings]
+    busiest, total = _served(recordings)
     return {
         "tokens_sent": sum(int(recording.decoded.sent.sum(dtype=np.int64)) for recording in recordings),
         "all_to_all_ms": int((exchanges["end_ns"] - exchanges["start_ns"]).sum()) / 1e6,
         "copied_bytes": copied_bytes,
-        "imbalance": ratio(max(served) * len(served), sum(served)),
+        "imbalance": ratio(busiest * len(recordings), total),
     }
+
+
+def _served(recordings: Sequence[Recording]) -> tuple[int, int]:
+    """Return the (token, expert) pairs that the busiest GPU of each layer visit serves, and all GPUs' pairs."""
+    busiest = np.zeros(len(recordings[0].decoded.visits), dtype=np.int64)
+    total = 0
+    for recording in recordings:
+        accesses = recording.decoded.accesses
+        pairs = np.bincount(accesses["visit"], weights=accesses["tokens"], minlength=len(busiest)).astype(np.int64)
+        busiest, total = np.maximum(busiest, pairs), total + int(pairs.sum())
+    return int(busiest.sum()), total
 
 
 def decided(

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from ..errors import InputError
 from ..resources.profile import load_profile
-from ..workloads.batches import Step, plan_steps
+from ..workloads.batches import Step, plan_steps, warmup_steps
 from ..workloads.fitted import FittedRouting
 from ..workloads.guesses import Guesses
 from ..workloads.importers import open_trace
@@ -51,6 +51,10 @@ def load_inputs(scenario: Scenario, trace: RoutingTrace | None = None) -> Inputs
         raise ScenarioError(
             f"workload.trace: no token is left to run: {trace.tokens} tokens, workload.prefill = {prefill!r}"
         )
+    try:
+        warmup_steps(steps, scenario.workload.warmup)
+    except InputError as error:
+        raise ScenarioError(f"workload.{error}") from None
     return completed(Inputs(scenario, model, profile, trace, steps, budget_bytes=0, guesses=None))
 
 

@@ -222,5 +222,5 @@ def _recording(gpu: Prepared, decoded: Decoded, host_memory: HostMemory | None =
         moved = (sizes, [costs.copy(size_bytes).pieces if costs.by_priority else 1 for size_bytes in sizes])
     return measure.Recording(
         decoded, gpu.manager, inputs.trace, inputs.steps, costs.expert_bytes, pieces, costs.kernel_lags,
-        inputs.device, inputs.first_layer, host_memory, moved,
+        inputs.device, inputs.first_layer, host_memory, costs.copies_hold_host, moved,
     )  # fmt: skip

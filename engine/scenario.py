@@ -28,7 +28,7 @@ from pydantic import (
 from ..errors import InputError
 from ..units import BYTES, NUMBER, gb_per_s, whole_bytes, written_bytes
 from ..words import no_such_key, unknown_name
-from ..workloads.batches import PREFILL_MODES
+from ..workloads.batches import PREFILL_MODES, parse_warmup
 from ..workloads.importers import shipped_traces
 from ..workloads.learned import shipped_weights
 from ..workloads.predictors import PREDICTORS
@@ -147,7 +147,11 @@ class SyntheticSection(_Section):
 
 
 class WorkloadSection(_Section):
-    """The routing trace and how its tokens are batched. Without a trace, one is drawn by `synthetic`."""
+    """The routing trace and how its tokens are batched. Without a trace, one is drawn by `synthetic`.
+
+    `warmup` is what speed and rates leave out at the beginning, while the memory fills: so many decode tokens, or steps
+    of either phase ("20steps"). It changes nothing of what runs.
+    """
 
     trace: str | None = None
     synthetic: SyntheticSection | None = None
@@ -155,6 +159,14 @@ class WorkloadSection(_Section):
     batch: int = Field(default=1, ge=1)
     prefill: Annotated[str, _one_of(PREFILL_MODES)] = "whole"
     chunk_tokens: int = Field(default=512, ge=1)
+    warmup: str = "0tokens"
+
+    @field_validator("warmup", mode="before")
+    @classmethod
+    def _warmup_reads(cls, value: object) -> object:
+        if isinstance(value, str | int | float):  # a number, without its unit, is told how to write it too
+            parse_warmup(value)
+        return value
 
     @model_validator(mode="after")
     def _one_source(self) -> WorkloadSection:

@@ -11,7 +11,7 @@ import itertools
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +23,7 @@ import numpy.typing as npt
 from ..resources.network import Carried
 from ..resources.spool import Spool
 from ..resources.timeline import Timeline
-from ..workloads.batches import continued_steps
+from ..workloads.batches import continued_steps, warmup_steps
 from .capacity import described
 from .costs import Costs
 from .dispatch import Visit
@@ -37,13 +37,14 @@ from .output import metrics as measure
 from .output.merge import link_usage, merged_timeline, run_metrics, step_metrics
 from .output.merge import makespan_ns as run_ns
 from .output.misses import offloading_metrics
+from .output.speed import Serving
 from .partition import divider
 from .pipeline import flow_of, sent
 from .policies.eviction import EVICTION
 from .policies.prefetch import NoPrefetch
 from .replicates import replicate_costs, summary, without_uncertainty
 from .run import Prepared, Progress, Watch, dispatched, make_manager, part_costs, prepared, run_all
-from .scenario import MemorySection, PredictorSection, PrefetchSection, Scenario, TiersSection
+from .scenario import MemorySection, PredictorSection, PrefetchSection, Scenario, TiersSection, WorkloadSection
 from .warnings import warnings_of
 
 #: What a run is compared with, and what progress calls it.
@@ -58,13 +59,13 @@ BASELINES = {
 class Result:
     """A finished run: `data` is plain data for JSON (without `wall_s`), `recordings` all that each GPU recorded.
 
-    `previous` is what `merge.step_metrics` takes.
+    `serving` is what its speed was measured by.
     """
 
     data: dict[str, Any]
     recordings: list[measure.Recording]
     wall_s: float
-    previous: Sequence[int] | None = None
+    serving: Serving = field(default_factory=Serving)
 
     @property
     def recording(self) -> measure.Recording:
@@ -125,8 +126,8 @@ def simulate_inputs(
     ready = prepared(inputs, costs, stream)
     recordings = run_all(inputs, ready, _watched(progress, "simulate", inputs.layer_visits))
     wall_s = time.perf_counter() - began
-    previous = previous_steps(inputs)
-    data = run_metrics(recordings, _shadow_misses(inputs, ready, stream), previous)
+    serving = serving_of(inputs)
+    data = run_metrics(recordings, _shadow_misses(inputs, ready, stream), serving)
     data["deduplication"] = _deduplication(inputs, recordings)
     if inputs.links is not None:
         data["links"] = link_usage(recordings, inputs.links, _sent(inputs, recordings, inputs.links))
@@ -162,7 +163,7 @@ def simulate_inputs(
     data["expert_bytes_total"] = model.total_expert_bytes
     data["scenario"] = scenario.plain()
     data["versions"] = versions()
-    return Result(data, recordings, wall_s, previous)
+    return Result(data, recordings, wall_s, serving)
 
 
 def versions() -> dict[str, str]:
@@ -175,11 +176,12 @@ def versions() -> dict[str, str]:
     }
 
 
-def previous_steps(inputs: Inputs) -> list[int] | None:
-    """Return the step that each step of a pipeline goes on from, as `merge.step_metrics` takes them."""
-    if not inputs.stages:
-        return None
-    return [max(before, default=-1) for before in continued_steps(inputs.steps, inputs.trace.sequence)]
+def serving_of(inputs: Inputs) -> Serving:
+    """Return what the speed of a run is measured by; of a pipeline, with the step that each step goes on from."""
+    previous = None
+    if inputs.stages:
+        previous = [max(before, default=-1) for before in continued_steps(inputs.steps, inputs.trace.sequence)]
+    return Serving(warmup_steps(inputs.steps, inputs.scenario.workload.warmup), previous)
 
 
 def _watched(progress: Progress | None, what: str, total: int) -> Watch:
@@ -251,6 +253,9 @@ def _with_room_for_one(divide: Callable[[int], list[int]], sizes: Sequence[int])
 def baseline_scenario(name: str, scenario: Scenario) -> Scenario:
     """Return the scenario with all that one of BASELINES does not depend on at its default: equal ones share it."""
     changes: dict[str, Any] = {"prefetch": PrefetchSection(lookahead=0)}
+    changes["workload"] = scenario.workload.model_copy(
+        update={"warmup": WorkloadSection.model_fields["warmup"].default}
+    )
     if name == "resident":
         changes["memory"], changes["tiers"] = MemorySection(gpu_budget="100%", capacity="ignore"), TiersSection()
     elif name == "baseline":
@@ -282,7 +287,7 @@ def _replicates(inputs: Inputs, count: int, progress: Progress | None) -> list[d
     drawn = zip(*(replicate_costs(part, count) for part in inputs.parts), strict=True)
     for number, costs in enumerate(drawn, 1):
         recordings = run_all(inputs, prepared(inputs, costs))
-        speed = step_metrics(recordings, previous_steps(inputs))
+        speed = step_metrics(recordings, serving_of(inputs))
         results.append({"makespan_ms": run_ns(recordings) / 1e6, "tokens_per_second": speed["tokens_per_second"]})
         if progress is not None:
             progress("replicates", number, count)

@@ -137,10 +137,11 @@ def _turnover(inputs: Inputs, data: dict[str, Any]) -> str | None:
 
 
 def _host_bound(inputs: Inputs, data: dict[str, Any]) -> str | None:
-    share = data["time"]["host_ms"] / data["makespan_ms"] if data["makespan_ms"] else 0.0
+    busy_ms = data["time"]["host_ms"] + data["host_held_ms"]
+    share = busy_ms / data["makespan_ms"] if data["makespan_ms"] else 0.0
     if share < HOST_BOUND:
         return None
-    if _host_memory(inputs) == "pageable":
+    if data["host_held_ms"]:
         return (
             f"host-bound: the GPU waits for the host for {share:.0%} of the run, because a pageable copy holds the "
             f"host's thread throughout, so that a prefetch delays the launches behind it; use copy.host_memory = pinned"
@@ -185,7 +186,7 @@ def _overloaded_link(inputs: Inputs, data: dict[str, Any]) -> str | None:
 def _prefill_dominates(inputs: Inputs, data: dict[str, Any]) -> str | None:
     if not (data["tokens_per_second"] and data["prefill_tokens"]):
         return None
-    decode_ms = data["decode_tokens"] / data["tokens_per_second"] * 1e3
+    decode_ms = data["decode_tokens"] / (data["cold"] or data)["tokens_per_second"] * 1e3
     share = 1 - decode_ms / data["makespan_ms"]
     if share <= PREFILL_DOMINATES:
         return None

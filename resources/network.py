@@ -221,8 +221,9 @@ def link_loads(carried: Iterable[Carried], topology: Topology, makespan_ns: int)
     """Return what each link of a machine carried, in the order of the links.
 
     `bytes`: of all copies that passed it (twice, if it was passed twice); `busy_ms`: while there was one at least;
-    `utilization`: bytes / (bytes_per_second x makespan), None for a run that took no time. A half-duplex link is one
-    entry for both directions.
+    `utilization`: the bytes within the makespan (of a copy that ends after it, in proportion to time) /
+    (bytes_per_second x makespan), None for a run that took no time. A half-duplex link is one entry for both
+    directions.
     """
     by_link: dict[str, list[Carried]] = {}
     for copies in carried:
@@ -232,16 +233,25 @@ def link_loads(carried: Iterable[Carried], topology: Topology, makespan_ns: int)
     for link, bytes_per_second in topology.capacities().items():
         passing = by_link.get(link, [])
         moved = sum(int(np.sum(np.broadcast_to(c.size_bytes, c.start_ns.shape), dtype=np.int64)) for c in passing)
+        in_time = sum(_bytes_until(copies, makespan_ns) for copies in passing)
         most = bytes_per_second * makespan_ns / 1e9
         loads.append(
             {
                 "link": link,
                 "bytes": moved,
                 "busy_ms": _busy_ns(passing) / 1e6,
-                "utilization": moved / most if most else None,
+                "utilization": in_time / most if most else None,
             }
         )
     return loads
+
+
+def _bytes_until(copies: Carried, end_ns: int) -> float:
+    """Return the bytes that copies have moved at an instant: all, or so much of each as of its time has passed."""
+    took_ns = np.maximum(copies.end_ns - copies.start_ns, 1)
+    left_ns = np.clip(copies.end_ns - end_ns, 0, took_ns)
+    sizes = np.broadcast_to(copies.size_bytes, copies.start_ns.shape)
+    return float(sizes.sum(dtype=np.int64)) - float((sizes * (left_ns / took_ns)).sum())
 
 
 def _busy_ns(passing: Sequence[Carried]) -> int:

@@ -333,7 +333,7 @@ def insights() -> str:
             name,
             f"{row['hit_rate']:.1%}",
             f"{row['hit_rate_without_prefetch']:.1%}",
-            f"{row['time_per_token_ms']['p50']:.1f}",
+            f"{row['inter_token_latency_ms']['p50']:.1f}",
             f"{row['speedup']:.2f}x",
             f"{row['prefetch_speedup']:.2f}x",
         ]

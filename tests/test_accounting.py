@@ -50,6 +50,14 @@ def test_a_miss_that_the_same_cache_without_prefetch_would_have_found_is_polluti
     assert data["bytes"] == {"demand": 80, "prefetch": 20, "prefetch_not_used": 20}
 
 
+def test_the_link_is_used_within_the_makespan_only() -> None:
+    # Dense 0-3, copy 3-23, expert 23-30; dense 30-33, copy 33-53, expert 53-60; dense 60-63, expert 63-70, the end. A
+    # wrong guess for the last token is copied 53-73: 17 of its 20 ns are within the run.
+    data = run([[[0]], [[1]], [[0]]], 1, "8experts", [[[[-1]]], [[[3]]], [[[-1]]]], prefetch={"lookahead": 1})
+    assert data["makespan_ms"] == 70 / 1e6
+    assert data["link_utilization"] == (20 + 20 + 17) / 70
+
+
 def test_layers_are_told_apart() -> None:
     # Two layers, all in room; layer 1 is prefetched from layer 0 in the first token (3 ns dense after it: late), and
     # layer 0 across the boundary from layer 1.

@@ -119,7 +119,7 @@ def test_version_is_that_of_the_distribution(prestage: Prestage) -> None:
 def test_run_without_a_scenario_runs_the_default_and_prints_tables(tmp_path: Path) -> None:
     ran = prestage_outside("run", "--set", "workload.tokens=80", cwd=tmp_path, COLUMNS="200")
     assert (ran.status, ran.err) == (0, "")
-    assert ran.out.startswith("switch-base-128 (12 x 128 experts, top-1) on h200, guide; room for 50.0%")
+    assert ran.out.startswith("switch-base-128 (12 x 128 experts, top-1) on h200, guide, batch 4; room for 50.0%")
     for said in ("tokens per second", "hit rate", "prefetch_hit", "cache_hit", "late", "miss", "useful", "wasted"):
         assert re.search(rf"^ *{said} ", ran.out, re.MULTILINE), said
     for said in ("Where ", "stall", "speedup", "all resident", "memory utilization"):
@@ -129,14 +129,16 @@ def test_run_without_a_scenario_runs_the_default_and_prints_tables(tmp_path: Pat
 
 def test_json_is_one_object_with_every_key(prestage: Prestage) -> None:
     data = prestage(*SMALL_RUN, "--json").json()
-    keys = "makespan_ms tokens_per_second time_per_token_ms time_to_first_token_ms accesses hit_rate stall_ms overlap"
+    keys = (
+        "makespan_ms tokens_per_second inter_token_latency_ms time_to_first_token_ms accesses hit_rate stall_ms overlap"
+    )
     keys += " memory_utilization speedup resident_ms seed layer_visits wall_s scenario versions warnings"
     assert set(keys.split()) <= set(data)
     assert set(data["counts"]) == {"prefetch_hit", "cache_hit", "late", "miss", "prefetch", "dropped", "evict"}
     assert set(data["prefetch"]) == {"useful", "late", "wasted", "unused", "cancelled"}
     parts = ("compute", "stall", "host", "predictor", "bubble", "drain")
     assert set(data["time"]) == {f"{part}_ms" for part in parts}
-    assert set(data["time_per_token_ms"]) == {"p50", "p95", "p99"}
+    assert set(data["inter_token_latency_ms"]) == {"mean", "p50", "p95", "p99"}
     assert data["wall_s"] > 0
 
 

@@ -134,6 +134,23 @@ def test_a_pageable_copy_holds_the_host_thread() -> None:
     assert outcomes_of(recording) == ["miss", "prefetch_hit"]
 
 
+def test_what_waits_for_a_copy_that_holds_the_host_is_stall() -> None:
+    # As above. The GPU waits 3-23 for bytes, and 30-43 for a launch that the prefetch of layer 1 holds up.
+    profile, ahead = tiny_profile(memory="pageable"), tiny_scenario(prefetch={"lookahead": 1})
+    data = metrics(tiny_run(tiny_model(2), profile, one_token(2), ahead))
+    assert {part: round(ms * 1e6) for part, ms in data["time"].items() if ms} == {"compute_ms": 20, "stall_ms": 33}
+    eager = tiny_scenario(dispatch={"mode": "eager"})
+    # Launches of 1 ns come after the copy that held the host: dense launched 0-1, runs 1-4; copy 4-24; the expert's
+    # launch is 24-25. All of 4-24 is stall, though the kernel waits for its launch last; 0-1 and 24-25 are host.
+    data = metrics(tiny_run(tiny_model(1), tiny_profile(memory="pageable", launch_ns=1), one_token(1), eager))
+    assert {part: round(ms * 1e6) for part, ms in data["time"].items() if ms} == {
+        "compute_ms": 10, "stall_ms": 20, "host_ms": 2,
+    }  # fmt: skip
+    assert data["host_held_ms"] == 20 / 1e6
+    pinned = metrics(tiny_run(tiny_model(1), tiny_profile(launch_ns=1), one_token(1), eager))
+    assert (pinned["stall_ms"], pinned["host_held_ms"]) == (20 / 1e6, 0)
+
+
 def test_resident_first_computes_what_is_there_while_the_rest_is_copied() -> None:
     # Token 0 brings experts 0 and 1; token 1 wants 2 (absent) and 0 (there). In router order kernel 2 waits for its
     # copy and holds up kernel 0; resident first runs kernel 0 meanwhile.

@@ -124,7 +124,9 @@ def test_nobody_is_evicted_while_there_is_room(name: str, data: st.DataObject) -
     scope=st.sampled_from(["global", "shared"]),
     lookup=st.sampled_from(["batch", "single"]),
 )
-def test_no_policy_beats_belady_on_demand(trace: RoutingTrace, slots: int, batch: int, scope: str, lookup: str) -> None:
+def test_of_experts_of_one_size_no_policy_misses_fewer_than_belady(
+    trace: RoutingTrace, slots: int, batch: int, scope: str, lookup: str
+) -> None:
     # As long as a whole visit fits: in waves, who is found depends on the order.
     steps = plan_steps(trace.sequence, trace.phase, batch=batch, prefill="chunked", chunk_tokens=batch)
     if lookup == "batch" and slots < min(5, 2 * batch):
@@ -136,6 +138,20 @@ def test_no_policy_beats_belady_on_demand(trace: RoutingTrace, slots: int, batch
         manager = MemoryManager([1] * 3, 5, slots, policy, setting=setting, scope=scope)
         hits[name] = replay(trace, steps, manager, lookup=lookup).count(FOUND)
     assert max(hits.values()) == hits["belady"], hits
+
+
+def test_where_sizes_differ_belady_is_no_bound() -> None:
+    # Room for 4: a takes 1, x and y 3 each. Asked for: a x a y x a y. Both find the second a. Then y wants 3 bytes. LFU
+    # evicts x, keeps a and finds it again. Belady's rule evicts a, which is farthest, and then x too, and finds none.
+    experts = np.array([[1, 0], [1, 1], [0, 0], [1, 1]], dtype=np.uint8)[:, :, None]
+    present = np.array([[True, True], [True, True], [False, True], [True, True]])
+    trace = RoutingTrace(experts, 2, present=present)
+    steps = plan_steps(trace.sequence, trace.phase)
+    hits = {}
+    for name in ("lfu", "belady"):
+        manager = MemoryManager([1, 3], 2, 4, EVICTION[name], setting=Setting(trace=trace, steps=steps))
+        hits[name] = replay(trace, steps, manager).count(FOUND)
+    assert hits == {"lfu": 2, "belady": 1}
 
 
 # The two orders that most policies keep.

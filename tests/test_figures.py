@@ -85,7 +85,8 @@ def made_run(**changes: Any) -> Run:
         "time": split,
         "gpus": [{"device": "gpu0", "time": split}],
         "by_layer": [{"layer": 0, **NONE, "cache_hit": 3, "miss": 1}, {"layer": 1, **NONE}],
-        "time_per_token_ms": {"p50": 20.0, "p95": 20.0, "p99": None},
+        "inter_token_latency_ms": {"mean": 20.0, "p50": 20.0, "p95": 20.0, "p99": None},
+        "warmup": {"steps": 0, "decode_tokens": 0, "ms": 0.0},
         "model": {"name": "made", "layers": 2, "experts": 8, "top_k": 1},
         "scenario": {"machine": {"profile": "nowhere"}},
     }
@@ -96,7 +97,7 @@ def made_run(**changes: Any) -> Run:
         rows("access", (0, 0, 5, MISS, 7 * MS), (0, 0, 6, 1, 0), (1, 1, 9, LATE, 2 * MS), (1, 1, 9, 1, 0)),
         rows("copy", (0, 0, -1, 5 * MIB), (1, 1, FATES.index("useful"), 3 * MIB), (1, 1, FATES.index("wasted"), MIB)),
         rows("memory", (3 * MS, MIB, 8 * MIB, 0), (10 * MS, MIB, 8 * MIB, 0), (12 * MS, 4 * MIB, 8 * MIB, 0)),
-        rows("token", (20 * MS,), (30 * MS,)),
+        rows("token", (20 * MS, -1), (30 * MS, 40 * MS)),
     )
     return replace(run, **changes)
 
@@ -201,9 +202,11 @@ def test_a_distribution_of_many_keeps_its_ends_and_its_shares() -> None:
     assert (miss.x[0], miss.x[-1]) == (0, 0.01)
 
 
-def test_time_per_token_has_its_percentiles_where_there_are_some() -> None:
+def test_time_between_tokens_has_its_percentiles_where_there_are_some_and_the_steps_beside() -> None:
     curves = token_latency(made_run())
-    assert (curves.curves[0].x.tolist(), curves.curves[0].y.tolist()) == ([20, 20, 30], [0, 0.5, 1])
+    gaps, steps = curves.curves
+    assert (gaps.x.tolist(), gaps.y.tolist()) == ([40, 40], [0, 1])  # a first token follows none
+    assert (steps.x.tolist(), steps.y.tolist()) == ([20, 20, 30], [0, 0.5, 1])
     assert curves.marks == {"p50": 20.0, "p95": 20.0}
     assert token_latency(made_run(tokens=rows("token"))).curves == []
 
@@ -357,7 +360,7 @@ def test_a_legend_names_only_what_is_there() -> None:
 def test_two_plots_of_one_kind_share_their_axes_unless_their_units_differ() -> None:
     first, second = (
         draw_html(token_latency(made_run())),
-        draw_html(token_latency(made_run(tokens=rows("token", (60 * MS,))))),
+        draw_html(token_latency(made_run(tokens=rows("token", (60 * MS, -1))))),
     )
     link(first, second)
     assert first.x_range is second.x_range and first.x_range.end == pytest.approx(61.2)

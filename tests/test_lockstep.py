@@ -175,6 +175,16 @@ def test_a_gpu_without_tokens_serves_those_of_others() -> None:
     assert intervals(first, COMBINE) == [(30, 48)]
 
 
+def test_gpus_that_are_busy_in_turns_are_out_of_balance_at_every_visit() -> None:
+    # Two tokens a step. At the first both choose an expert of GPU 0, at the second one of GPU 1: either serves as many
+    # in all, but each time one of them serves 2 and the other none, where the mean is 1.
+    sequence = np.array([0, 1, 0, 1], dtype=np.int32)
+    for chosen, imbalance in (([0, 0, 1, 1], 2.0), ([0, 1, 1, 0], 1.0), ([0, 0, 0, 1], 3 / 2)):
+        trace = tiny_trace([[[expert]] for expert in chosen], sequence=sequence)
+        data = simulate_inputs(tiny_pipeline(tiny_model(1), machine(2), trace, shared(2, 2)), baselines=False).data
+        assert data["sharing"]["imbalance"] == imbalance, chosen
+
+
 def test_bytes_come_from_a_peer_once_they_are_there() -> None:
     # Both tokens choose expert 0. GPU 0 copies it from the host, 3-23; GPU 1 from GPU 0, 5 ns once it is there.
     trace = tiny_trace([[[0]], [[0]]], sequence=np.array([0, 1], dtype=np.int32))

@@ -19,6 +19,7 @@ from prestage.engine.dispatch import LOOKUPS
 from prestage.engine.miss_ratio import DEFAULT_POLICIES, miss_ratio_curves
 from prestage.engine.output.files import write_miss_ratios
 from prestage.engine.output.plots import plot_miss_ratios
+from prestage.engine.output.tables import print_miss_ratios
 from prestage.engine.replay import replay_trace
 from prestage.workloads.importers import open_trace
 from prestage.workloads.trace import RoutingTrace
@@ -133,6 +134,15 @@ def test_the_command_writes_a_table_and_a_picture_and_prints_json(tmp_path: Path
     assert [int(row["hits"]) for row in rows] == data["policies"]["lru"]["hits"] + data["policies"]["belady"]["hits"]
     assert picture.read_bytes()[:4] == b"\x89PNG"
     assert "belady" in CliRunner().invoke(app, arguments).stdout
+
+
+def test_where_sizes_differ_the_table_says_that_belady_is_no_bound(capsys: pytest.CaptureFixture[str]) -> None:
+    # Layer 0 has experts of one byte, layer 1 of three; see test_eviction for what another policy finds.
+    for sizes, said in (([1, 3], True), ([3, 3], False)):
+        trace = tiny_trace([[[0], [1]], [[1], [0]]], extra={"expert_bytes": np.array(sizes)})
+        for scope in ("global", "per-layer"):
+            print_miss_ratios(miss_ratio_curves(trace, points=2, policies=["lru", "belady"], scope=scope))
+            assert ("belady is no bound" in capsys.readouterr().out) == (said and scope == "global")
 
 
 def test_curves_are_drawn_at_their_points() -> None:

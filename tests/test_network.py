@@ -283,6 +283,15 @@ def test_a_link_is_busy_while_any_copy_passes_it() -> None:
     assert link_loads([], topology, 0)[0]["utilization"] is None
 
 
+def test_a_link_is_used_within_the_makespan_only() -> None:
+    # To 350: all of the first, half of the second (300 to 400) and nothing of what starts then.
+    topology = fan(1)
+    carried = [Carried(topology.route("host0", "gpu0"), 50, np.array([0, 300, 350]), np.array([100, 400, 360]))]
+    loads = {load["link"]: load for load in link_loads(carried, topology, 350)}
+    assert loads["cpu0->switch0"]["utilization"] == 75 / 350
+    assert loads["cpu0->switch0"]["bytes"] == 150
+
+
 def test_lanes_need_a_network_only_where_their_copies_can_meet() -> None:
     topology = fan(3, uplink=2 * GB)
     routes = [topology.route("host0", f"gpu{number}") for number in range(3)]

@@ -35,7 +35,7 @@ from prestage.engine.output.metrics import Recording, time_split
 from prestage.engine.policies.eviction import EVICTION
 from prestage.engine.run import part_costs, prepared, run_all
 from prestage.engine.scenario import DISPATCH_THREADS, make_scenario
-from prestage.engine.simulate import previous_steps, simulate_inputs
+from prestage.engine.simulate import serving_of, simulate_inputs
 from prestage.resources.lane import Pending
 from prestage.resources.profile import make_profile
 from prestage.resources.timeline import ACTIVATION, DENSE, EXPERT, KINDS
@@ -86,9 +86,9 @@ def test_decode_takes_its_steps_times_the_larger_of_m_and_s_and_the_smaller_to_f
     recordings = run_resident(inputs)
     most, least = max(micro_batches, stages), min(micro_batches, stages)
     assert makespan_ns(recordings) == (steps * most + least - 1) * T_NS
-    data = run_metrics(recordings, [None] * stages, previous_steps(inputs))
+    data = run_metrics(recordings, [None] * stages, serving_of(inputs))
     # Every token but the first comes one round after the last.
-    assert data["time_per_token_ms"]["p50"] == most * T_NS / 1e6
+    assert data["inter_token_latency_ms"]["p50"] == most * T_NS / 1e6
 
 
 def test_activations_and_tokens_take_their_way_between_the_stages() -> None:
@@ -121,7 +121,7 @@ def test_an_offloaded_stage_fetches_while_the_other_computes() -> None:
     assert spans_of(first, "expert") == [(23, 30), (53, 60)]
     assert spans_of(second, "demand") == [(33, 53), (63, 83)]
     assert spans_of(second, "expert") == [(53, 60), (83, 90)]
-    data = run_metrics([first, second], [None, None], previous_steps(inputs))
+    data = run_metrics([first, second], [None, None], serving_of(inputs))
     assert data["bytes"]["demand"] == 4 * 20
     assert [gpu["bytes"]["demand"] for gpu in data["gpus"]] == [40, 40]
 
@@ -152,8 +152,8 @@ def test_prefill_chunks_follow_each_other_without_waiting_for_the_head() -> None
     recordings = run_resident(inputs)
     assert spans_of(recordings[0], "dense")[::2] == [(0, 3), (20, 23), (60, 63)]
     assert makespan_ns(recordings) == 100
-    data = run_metrics(recordings, [None, None], previous_steps(inputs))
-    assert data["time_to_first_token_ms"] == 60e-6
+    data = run_metrics(recordings, [None, None], serving_of(inputs))
+    assert data["time_to_first_token_ms"]["mean"] == 60e-6
     assert data["tokens_per_second"] == 1e9 / 40
 
 

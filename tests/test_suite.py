@@ -41,7 +41,7 @@ best = "most"
 
 [[metrics]]
 name = "tail"
-figure = "time_per_token_ms.p99"
+figure = "inter_token_latency_ms.p99"
 best = "least"
 
 [[studies]]
@@ -193,7 +193,7 @@ def test_the_best_by_a_metric_is_the_best_row_that_does_not_know_the_future(fini
     assert len(honest) == study["choices"] < len(distinct)
     throughput, tail = study["best"]
     assert throughput["value"] == max(row["tokens_per_second"] for row in honest)
-    assert tail["value"] == min(row["time_per_token_ms"]["p99"] for row in honest)
+    assert tail["value"] == min(row["inter_token_latency_ms"]["p99"] for row in honest)
     assert throughput["start"] == rows[BASE][0]["tokens_per_second"]
 
 

@@ -7,9 +7,10 @@ steps of their own, one micro-batch after the other.
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -19,14 +20,29 @@ from ..errors import InputError
 PREFILL, DECODE = 0, 1
 #: What happens to prompt tokens: left out, one step a sequence, or steps of `chunk_tokens`.
 PREFILL_MODES = ("skip", "whole", "chunked")
+#: How a warmup is written: so many decode tokens, or steps of either phase.
+_WARMUP = re.compile(r"\s*([0-9]{1,15})\s*(tokens|steps)\s*")
 
 
 @dataclass(frozen=True)
 class Step:
-    """One forward pass: its phase (PREFILL or DECODE) and the trace rows it runs, int64, in order of place."""
+    """One forward pass: its phase (PREFILL or DECODE) and the trace rows it runs, int64, in order of place.
+
+    `came` are the sequences that have taken a place since the step before, each with the step whose end had left that
+    place free (-1: none, it was never taken).
+    """
 
     phase: int
     rows: npt.NDArray[np.int64]
+    came: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass
+class _Place:
+    """What is left to run of the sequence in a place, and the step that the one before it ended with (-1: none)."""
+
+    rows: deque[int] = field(default_factory=deque)
+    free_after: int = -1
 
     @property
     def sampled(self) -> int:
@@ -59,11 +75,11 @@ def plan_steps(
     if prefill not in PREFILL_MODES:
         raise InputError(f"prefill = {prefill!r}: choose one of {', '.join(PREFILL_MODES)}")
     most = {"skip": 0, "whole": len(phase), "chunked": chunk_tokens}[prefill]
-    waiting = deque(rows_by_sequence(sequence))
-    sizes = evenly(batch, micro_batches)
-    places: list[list[deque[int]]] = [[deque() for _ in range(size)] for size in sizes]
+    waiting = deque((int(sequence[rows[0]]), rows) for rows in rows_by_sequence(sequence))
+    places = [[_Place() for _ in range(size)] for size in evenly(batch, micro_batches)]
     is_prompt = (phase == PREFILL).tolist()
     steps: list[Step] = []
+    came: list[tuple[int, int]] = []
     left = len(phase) if tokens is None else tokens
     ran = True
     while left > 0 and ran:
@@ -72,30 +88,46 @@ def plan_steps(
             if not left:
                 break
             for place in group:
-                _prefill(place, waiting, is_prompt, most, steps)
-            together = [place.popleft() for place in group if place][:left]
-            if together:
-                steps.append(Step(DECODE, np.array(together, dtype=np.int64)))
-                left -= len(together)
+                _prefill(place, waiting, is_prompt, most, steps, came)
+            decoding = [place for place in group if place.rows][:left]
+            if decoding:
+                _add(steps, DECODE, [place.rows.popleft() for place in decoding], came)
+                for place in decoding:
+                    place.free_after = len(steps) - 1  # if it was its last
+                left -= len(decoding)
                 ran = True
     return steps
 
 
+def _add(steps: list[Step], phase: int, rows: list[int], came: list[tuple[int, int]]) -> None:
+    steps.append(Step(phase, np.array(rows, dtype=np.int64), tuple(came)))
+    came.clear()
+
+
 def _prefill(
-    place: deque[int], waiting: deque[list[int]], is_prompt: Sequence[bool], most: int, steps: list[Step]
+    place: _Place,
+    waiting: deque[tuple[int, list[int]]],
+    is_prompt: Sequence[bool],
+    most: int,
+    steps: list[Step],
+    came: list[tuple[int, int]],
 ) -> None:
     """Bring a place to its next token to decode: run the prompt before it, at most `most` tokens a step (0: none)."""
+    rows = place.rows
     while True:
-        if not place:
+        if not rows:
             if not waiting:
                 return
-            place.extend(waiting.popleft())
+            name, own = waiting.popleft()
+            rows.extend(own)
+            came.append((name, place.free_after))
         prompt = []
-        while place and is_prompt[place[0]]:
-            prompt.append(place.popleft())
+        while rows and is_prompt[rows[0]]:
+            prompt.append(rows.popleft())
         for first in range(0, len(prompt), most) if most else ():
-            steps.append(Step(PREFILL, np.array(prompt[first : first + most], dtype=np.int64)))
-        if place:
+            _add(steps, PREFILL, prompt[first : first + most], came)
+            place.free_after = len(steps) - 1
+        if rows:
             return
 
 
@@ -118,6 +150,32 @@ def continued_steps(steps: Sequence[Step], sequence: npt.NDArray[np.integer]) ->
         continued.append(tuple(sorted(before)))
         last.update(dict.fromkeys(names, number))
     return continued
+
+
+def parse_warmup(text: object) -> tuple[int, str]:
+    """Return the number and the unit, "tokens" or "steps", of a warmup; raise InputError for what is none."""
+    match = _WARMUP.fullmatch(text) if isinstance(text, str) else None
+    if match is None:
+        raise InputError(f"{text!r}: write it as '100tokens' or '20steps'")
+    return int(match[1]), match[2]
+
+
+def warmup_steps(steps: Sequence[Step], warmup: str) -> int:
+    """Return how many steps at the beginning are the warmup: as few as have so many decode tokens, or so many.
+
+    Raises InputError if no decode step is left behind them.
+    """
+    number, unit = parse_warmup(warmup)
+    if not number:
+        return 0
+    decoded = np.cumsum([len(step.rows) if step.phase == DECODE else 0 for step in steps], dtype=np.int64)
+    left_out = number if unit == "steps" else int(np.searchsorted(decoded, number)) + 1
+    if left_out >= len(steps) or decoded[left_out - 1] == decoded[-1]:
+        raise InputError(
+            f"warmup = {warmup!r}: no token is left to measure behind it: the run has {decoded[-1]} decode tokens in "
+            f"{len(steps)} steps; give less, or run more tokens"
+        )
+    return left_out
 
 
 def rows_by_sequence(sequence: npt.NDArray[np.integer]) -> list[list[int]]:

@@ -205,10 +205,18 @@ def access_latency(run: Run) -> Curves:
 
 
 def token_latency(run: Run) -> Curves:
-    """Return how the times of decode tokens are spread, with their percentiles."""
-    color, label = COLORS["dense"][0], "decode tokens"
-    curves = [Curve(label, color, *_cumulative(run.tokens["took_ns"] / 1e6))] if len(run.tokens) else []
-    marks = {name: ms for name, ms in run.data["time_per_token_ms"].items() if ms is not None}
+    """Return how gaps between a sequence's tokens are spread, with their percentiles, and what the steps took.
+
+    A warmup's tokens are left out, as they are of the percentiles.
+    """
+    tokens = run.tokens[run.data["warmup"]["decode_tokens"] :]
+    spread = {
+        ("inter-token latency", "dense"): tokens["gap_ns"][tokens["gap_ns"] >= 0],
+        ("decode step", "expert"): tokens["took_ns"],
+    }
+    curves = [Curve(label, COLORS[kind][0], *_cumulative(ns / 1e6)) for (label, kind), ns in spread.items() if len(ns)]
+    latency = run.data["inter_token_latency_ms"]
+    marks = {name: latency[name] for name in ("p50", "p95", "p99") if latency[name] is not None}
     return Curves(curves, "time of a decode token (ms)", "share that takes no longer", "ms", marks)
 
 
@@ -281,7 +289,10 @@ FIGURES = {
         access_latency,
     ),
     "tokens": Figure(
-        "Time per token", "Each decode token's step, with the 50th, 95th and 99th percentile.", token_latency
+        "Time between tokens",
+        "From one token of a sequence to its next, with the 50th, 95th and 99th percentile, and what the steps took: "
+        "where the first is longer, a sequence waited for another one's prompt.",
+        token_latency,
     ),
     "waterfall": Figure(
         "Where the difference arises",

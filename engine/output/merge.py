@@ -17,6 +17,7 @@ from ...resources.timeline import DEMAND, DENSE, HEAD, PREFETCH, LaneName, Timel
 from ..links import Links
 from . import metrics as measure
 from .metrics import Recording, span_bytes
+from .speed import Served, Serving, speed_metrics
 
 Array = npt.NDArray[Any]
 
@@ -24,22 +25,41 @@ Array = npt.NDArray[Any]
 def run_metrics(
     recordings: Sequence[Recording],
     shadow_misses: Sequence[Array | None],
-    previous: Sequence[int] | None = None,
+    serving: Serving | None = None,
 ) -> dict[str, Any]:
     """Return the metrics of a run as plain data for JSON, with what each GPU did under `gpus`.
 
-    `shadow_misses` are those of each GPU, as `metrics.metrics` takes them; `previous` as `step_metrics` takes it. Of
-    several GPUs, `time`, its `stall_ms` and `link_utilization` are means, so that the parts still add up to the
-    makespan, and `memory_utilization` is that of all their budgets together.
+    `shadow_misses` are those of each GPU, as `metrics.gpu_metrics` takes them. Of several GPUs, `time`, its `stall_ms`
+    with `host_held_ms` and `link_utilization` are means, so that the parts still add up to the makespan, and
+    `memory_utilization` is that of all their budgets together. Behind a warmup (see `serving`) are speed and the rates
+    of accesses; `cold` has those of the whole run.
     """
-    run_ns = makespan_ns(recordings)
+    serving = serving or Serving()
+    run_ns, warm = makespan_ns(recordings), serving.warmup_steps
     each = [
-        measure.gpu_metrics(recording, run_ns, misses)
+        measure.gpu_metrics(recording, run_ns, misses, warm)
         for recording, misses in zip(one_by_one(recordings), shadow_misses, strict=True)
     ]
-    merged = each[0] if len(each) == 1 else _merged(recordings, each, shadow_misses)
+    merged = each[0] if len(each) == 1 else _merged(recordings, each)
+    if len(each) > 1:
+        merged.update(_access_rates(recordings, shadow_misses, warm))
     gpus = [_gpu_entry(recording, data) for recording, data in zip(recordings, each, strict=True)]
-    return {"makespan_ms": run_ns / 1e6, **step_metrics(recordings, previous), **merged, "gpus": gpus}
+    data = {"makespan_ms": run_ns / 1e6, **step_metrics(recordings, serving), **merged, "gpus": gpus}
+    if data["cold"] is not None:
+        data["cold"].update(_access_rates(recordings, shadow_misses, 0))
+    return data
+
+
+def _access_rates(
+    recordings: Sequence[Recording], shadow_misses: Sequence[Array | None], first_step: int
+) -> dict[str, float | None]:
+    """Return the rates of all GPUs' accesses from a step on."""
+    return measure.access_rates(
+        [
+            measure.accesses_from(recording, misses, first_step)
+            for recording, misses in zip(one_by_one(recordings), shadow_misses, strict=True)
+        ]
+    )
 
 
 def one_by_one(recordings: Iterable[Recording]) -> Iterator[Recording]:
@@ -54,18 +74,17 @@ def makespan_ns(recordings: Iterable[Recording]) -> int:
     return max(recording.makespan_ns for recording in one_by_one(recordings))
 
 
-def step_metrics(recordings: Sequence[Recording], previous: Sequence[int] | None = None) -> dict[str, Any]:
-    """Return speed as `metrics.step_metrics` does; a step has ended once its heads have, on whichever GPUs they run.
-
-    `previous` (steps,), for steps that overlap, is the step whose tokens each of them goes on from, -1 for none: a
-    step takes from the end of that one, or from its own first kernel, to its end.
-    """
-    return measure.step_metrics(recordings[0], *_step_times_ns(recordings, previous))
+def step_metrics(recordings: Sequence[Recording], serving: Serving | None = None) -> dict[str, Any]:
+    """Return speed as `speed.speed_metrics` does."""
+    serving = serving or Serving()
+    return speed_metrics(served(recordings, serving), serving.warmup_steps)
 
 
-def token_times_ns(recordings: Sequence[Recording], previous: Sequence[int] | None = None) -> Array:
-    """Return what the step of each decode token took (decode tokens,); `previous` as for `step_metrics`."""
-    return measure.token_times_ns(recordings[0].steps, _step_times_ns(recordings, previous)[1])
+def served(recordings: Sequence[Recording], serving: Serving) -> Served:
+    """Return the steps of a run in time: each has ended once its heads have, on whichever GPUs they run."""
+    first = recordings[0]
+    end_ns, took_ns = _step_times_ns(recordings, serving.previous)
+    return Served(first.steps, first.trace.sequence, end_ns, took_ns, makespan_ns(recordings))
 
 
 def _step_times_ns(recordings: Sequence[Recording], previous: Sequence[int] | None) -> tuple[Array, Array]:
@@ -160,40 +179,25 @@ def _gpu_entry(recording: Recording, data: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the result says of one GPU."""
     first = recording.first_layer
     last = first + len(recording.expert_bytes) - 1
-    names = ("accesses", "hit_rate", "counts", "bytes", "time", "stall_ms", "overlap", "link_utilization")
+    names = ("accesses", "hit_rate", "counts", "bytes", "time", "stall_ms", "host_held_ms", "overlap")
     return {
         "device": recording.device,
         "layers": f"{first}-{last}" if last > first else str(first),
         **{name: data[name] for name in names},
+        "link_utilization": data["link_utilization"],
         "memory_utilization": data["memory_utilization"],
         "budget_bytes": budget_bytes(recording),
     }
 
 
-def _merged(
-    recordings: Sequence[Recording], each: Sequence[dict[str, Any]], shadow_misses: Sequence[Array | None]
-) -> dict[str, Any]:
-    """Return the metrics of several GPUs as those of one, in the same order."""
-    counts = _sums(data["counts"] for data in each)
+def _merged(recordings: Sequence[Recording], each: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the metrics of several GPUs as those of one, in the same order; `_access_rates` has the rates."""
     causes = _sums(data["misses"] for data in each)
-    accesses = sum(data["accesses"] for data in each)
-    waited_ns = late_ns = 0
-    for recording in one_by_one(recordings):
-        waited_ns += int(recording.wait_ns.sum())
-        late_ns += int(recording.wait_ns[recording.outcomes == measure.LATE].sum())
-    without = None
-    if any(misses is not None for misses in shadow_misses):
-        missed = sum(len(misses) for misses in shadow_misses if misses is not None)
-        without = measure.ratio(accesses - missed, accesses)
     time = {part: ms / len(each) for part, ms in _sums(data["time"] for data in each).items()}
     return {
-        "accesses": accesses,
-        "hit_rate": measure.ratio(counts["prefetch_hit"] + counts["cache_hit"], accesses),
-        "hit_rate_without_prefetch": without,
-        "late_rate": measure.ratio(counts["late"], accesses),
-        "late_wait_ms": measure.ratio(late_ns / 1e6, counts["late"]),
-        "access_latency_ms": measure.ratio(waited_ns / 1e6, accesses),
-        "counts": counts,
+        "accesses": sum(data["accesses"] for data in each),
+        **dict.fromkeys(measure.ACCESS_RATES),
+        "counts": _sums(data["counts"] for data in each),
         "prefetch": _sums(data["prefetch"] for data in each),
         "misses": causes,
         "pollution": causes["pollution"],
@@ -201,6 +205,7 @@ def _merged(
         "by_layer": _by_layer(recordings, each),
         "time": time,
         "stall_ms": time["stall_ms"],
+        "host_held_ms": sum(data["host_held_ms"] for data in each) / len(each),
         "overlap": measure.ratio(*map(sum, zip(*map(measure.overlapped_ns, one_by_one(recordings)), strict=True))),
         "link_utilization": _mean(each, "link_utilization", lambda _: 1),
         "memory_utilization": _mean(each, "memory_utilization", lambda at: budget_bytes(recordings[at])),

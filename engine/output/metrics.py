@@ -1,7 +1,7 @@
-"""The metrics of one run: every one a function of what was recorded; the README states each formula.
+"""What one GPU of a run recorded and what it comes to: every number a function of it; docs/numbers.md has the formulas.
 
-Rates are fractions and None where undefined. Percentiles are numpy's linear ones. All counts are cumulative, over
-prefill and decode, unless the name says decode.
+Rates are fractions and None where undefined. All counts are cumulative, over prefill and decode. How fast it was is
+`speed`'s to say.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ from ...resources.timeline import (
     READBACK,
     covered_ns,
 )  # fmt: skip
-from ...workloads.batches import DECODE, Step
+from ...workloads.batches import Step
 from ...workloads.trace import RoutingTrace
 from ..dispatch import Visit
 from ..gpu import RESOLVED, Decoded
 from ..memory_manager import DEMANDED, PREFETCHED, MemoryManager
 from ..policies.miss import CPU
 from ..tiers import HostMemory
+from .speed import Served, speed_metrics
 
 Array = npt.NDArray[Any]
 
@@ -59,6 +60,7 @@ class Recording:
 
     `expert_bytes`, what a copy moves, and `copy_pieces`, the spans that a whole one has, are those of an expert of each
     layer (layers,). Where they differ within a layer, `moved` has both of every expert (layers * experts,).
+    `copies_hold_host`: pageable copies, until whose end the host's thread does nothing else.
     Layers are those of this GPU, `device`, from 0; its first is the model's `first_layer`.
     """
 
@@ -72,6 +74,7 @@ class Recording:
     device: str = "gpu0"
     first_layer: int = 0
     host_memory: HostMemory | None = None
+    copies_hold_host: bool = False
     moved: tuple[Sequence[int], Sequence[int]] | None = None
     _spans: Array = field(init=False)
 
@@ -257,31 +260,33 @@ class Recording:
 
 
 def metrics(recording: Recording, shadow_misses: Array | None = None) -> dict[str, Any]:
-    """Return the metrics of one run, as plain data for JSON.
+    """Return the metrics of a run on one GPU, without a warmup; `merge.run_metrics` has all others.
 
-    `shadow_misses` are the `miss_keys` of the same cache without prefetch; None if the run has no prefetch.
+    `shadow_misses` are as of `gpu_metrics`.
     """
+    end_ns, run_ns = recording.step_end_ns, recording.makespan_ns
+    served = Served(recording.steps, recording.trace.sequence, end_ns, np.diff(end_ns, prepend=0), run_ns)
     return {
-        "makespan_ms": recording.makespan_ns / 1e6,
-        **step_metrics(recording),
-        **gpu_metrics(recording, recording.makespan_ns, shadow_misses),
+        "makespan_ms": run_ns / 1e6,
+        **speed_metrics(served),
+        **gpu_metrics(recording, run_ns, shadow_misses),
     }
 
 
-def gpu_metrics(recording: Recording, run_ns: int, shadow_misses: Array | None = None) -> dict[str, Any]:
-    """Return what one GPU did in a run whose last kernel on any GPU ends at `run_ns`; see `metrics`."""
+def gpu_metrics(
+    recording: Recording, run_ns: int, shadow_misses: Array | None = None, first_step: int = 0
+) -> dict[str, Any]:
+    """Return what one GPU did in a run whose last kernel on any GPU ends at `run_ns`, as plain data for JSON.
+
+    `shadow_misses` are the `miss_keys` of the same cache without prefetch; None if the run has no prefetch. Rates and
+    waits of accesses (ACCESS_RATES) are from `first_step` on, all else is of the whole run.
+    """
     counts = _count(recording.outcomes, OUTCOMES)
-    accesses = sum(counts.values())
     prefetched = recording.copy_reason == PREFETCHED
-    late_ns = recording.wait_ns[recording.outcomes == LATE]
     manager = recording.manager
     return {
-        "accesses": accesses,
-        "hit_rate": ratio(counts["prefetch_hit"] + counts["cache_hit"], accesses),
-        "hit_rate_without_prefetch": None if shadow_misses is None else ratio(accesses - len(shadow_misses), accesses),
-        "late_rate": ratio(counts["late"], accesses),
-        "late_wait_ms": mean_ms(late_ns),
-        "access_latency_ms": mean_ms(recording.wait_ns),
+        "accesses": sum(counts.values()),
+        **access_rates([accesses_from(recording, shadow_misses, first_step)]),
         "counts": {
             **counts,
             "prefetch": int(prefetched.sum()),
@@ -295,6 +300,7 @@ def gpu_metrics(recording: Recording, run_ns: int, shadow_misses: Array | None =
         "by_layer": by_layer(recording, shadow_misses),
         "time": (time := time_split(recording, run_ns)),
         "stall_ms": time["stall_ms"],
+        "host_held_ms": host_held_ns(recording) / 1e6,
         "overlap": overlap(recording),
         "link_utilization": link_utilization(recording, run_ns),
         "memory_utilization": memory_utilization(recording, run_ns),
@@ -303,81 +309,108 @@ def gpu_metrics(recording: Recording, run_ns: int, shadow_misses: Array | None =
     }
 
 
-def step_metrics(recording: Recording, end_ns: Array | None = None, latency_ns: Array | None = None) -> dict[str, Any]:
-    """Return speed: decode tokens over the decode steps' time, their percentiles, and the time to the first token.
+@dataclass(frozen=True)
+class AccessSums:
+    """What rates of accesses are made of: how many there were, hit and came late, and what all and late ones waited.
 
-    `end_ns` (steps,) is when the tokens of each step were there, and `latency_ns` (steps,) how long they took; without
-    them, the ends of this GPU's heads, and what passed from one to the next.
+    `missed_alone` is what the same cache without prefetch misses; None where nothing is prefetched.
     """
-    end_ns = recording.step_end_ns if end_ns is None else end_ns
-    took_ns = np.diff(end_ns, prepend=0)
-    latency_ns = took_ns if latency_ns is None else latency_ns
-    decode = np.array([step.phase == DECODE for step in recording.steps], dtype=bool)
-    tokens = np.array([len(step.rows) for step in recording.steps], dtype=np.int64)
-    decode_ns = int(took_ns[decode].sum())
-    per_token_ms = token_times_ns(recording.steps, latency_ns) / 1e6
-    percentiles = np.percentile(per_token_ms, (50, 95, 99)).tolist() if len(per_token_ms) else [None] * 3
-    decoded = int(tokens[decode].sum())
-    return {
-        "decode_tokens": decoded,
-        "prefill_tokens": int(tokens[~decode].sum()),
-        "tokens_per_second": ratio(decoded * 1e9, decode_ns),
-        "time_per_token_ms": dict(zip(("p50", "p95", "p99"), percentiles, strict=True)),
-        "time_to_first_token_ms": _first_token_ms(recording, end_ns, latency_ns),
-    }
+
+    accesses: int
+    hits: int
+    late: int
+    waited_ns: int
+    late_ns: int
+    missed_alone: int | None
 
 
-def token_times_ns(steps: Sequence[Step], took_ns: Array) -> Array:
-    """Return what the step of each decode token took (decode tokens,), of what each step took (steps,)."""
-    times_ns: Array = np.repeat(took_ns, [len(step.rows) if step.phase == DECODE else 0 for step in steps])
-    return times_ns
+def accesses_from(recording: Recording, shadow_misses: Array | None, first_step: int = 0) -> AccessSums:
+    """Return the sums over one GPU's accesses from a step on; `shadow_misses` as `gpu_metrics` takes them."""
+    layers = len(recording.expert_bytes)
+    outcomes, waits_ns = recording.outcomes, recording.wait_ns
+    if first_step:
+        there = recording.access_visit >= first_step * layers
+        outcomes, waits_ns = outcomes[there], waits_ns[there]
+    missed = None
+    if shadow_misses is not None:
+        first_key = first_step * layers * recording.manager.experts * layers
+        missed = int(np.count_nonzero(shadow_misses >= first_key))
+    late = outcomes == LATE
+    return AccessSums(
+        len(outcomes),
+        int(np.count_nonzero(outcomes <= CACHE_HIT)),
+        int(np.count_nonzero(late)),
+        int(waits_ns.sum()),
+        int(waits_ns[late].sum()),
+        missed,
+    )
 
 
-def _first_token_ms(recording: Recording, end_ns: Array, took_ns: Array) -> float | None:
-    """Mean over sequences: from the start of its first step to the end of its prefill (or of its first decode step)."""
-    start: dict[int, int] = {}
-    first: dict[int, int] = {}
-    decoding: set[int] = set()
-    for index, step in enumerate(recording.steps):
-        for sequence in dict.fromkeys(recording.trace.sequence[step.rows].tolist()):
-            start.setdefault(sequence, int(end_ns[index] - took_ns[index]))
-            if step.phase != DECODE or (sequence not in first and sequence not in decoding):
-                first[sequence] = int(end_ns[index])
-            if step.phase == DECODE:
-                decoding.add(sequence)
-    if not first:
-        return None
-    return sum(first[sequence] - start[sequence] for sequence in first) / len(first) / 1e6
+#: The names of what `access_rates` returns.
+ACCESS_RATES = ("hit_rate", "hit_rate_without_prefetch", "late_rate", "late_wait_ms", "access_latency_ms")
+
+
+def access_rates(each: Sequence[AccessSums]) -> dict[str, float | None]:
+    """Return the rates and mean waits of all GPUs' accesses together, by ACCESS_RATES."""
+    accesses, late = sum(gpu.accesses for gpu in each), sum(gpu.late for gpu in each)
+    alone = [gpu.missed_alone for gpu in each if gpu.missed_alone is not None]
+    values = (
+        ratio(sum(gpu.hits for gpu in each), accesses),
+        ratio(accesses - sum(alone), accesses) if alone else None,
+        ratio(late, accesses),
+        ratio(sum(gpu.late_ns for gpu in each) / 1e6, late),
+        ratio(sum(gpu.waited_ns for gpu in each) / 1e6, accesses),
+    )
+    return dict(zip(ACCESS_RATES, values, strict=True))
 
 
 def time_split(recording: Recording, run_ns: int | None = None) -> dict[str, float]:
     """Split the makespan: each idle gap before a kernel belongs to the last thing that the kernel waited for.
 
-    compute + stall (its bytes, or the CPU's results) + host (its launch, and the GPU's own gap between launches) +
-    predictor (its kernels on the compute stream, and inside host gaps its time on the host thread, or the host's wait
-    for its guesses) + bubble (what another GPU sends) + drain (after its last kernel, until the run ends at `run_ns` on
-    another GPU) = makespan.
+    compute + stall (its bytes, the CPU's results, or, inside host gaps, pageable copies that hold the host's thread) +
+    host (its launch, and the GPU's own gap between launches) + predictor (its kernels on the compute stream, and
+    inside host gaps its time on the host thread, or the host's wait for its guesses) + bubble (what another GPU sends)
+    + drain (after its last kernel, until the run ends at `run_ns` on another GPU) = makespan.
     """
-    spans = recording.compute_spans
-    start_ns, end_ns = spans["start_ns"], spans["end_ns"]
-    gap_ns = _gaps_ns(recording)
-    free_ns = start_ns - gap_ns
-    gpu_came_last = _behind_arrivals(recording)
-    waits_for_bytes = _waiting_for_bytes(recording, gpu_came_last)
-    waits_for_gpu = gpu_came_last & (gap_ns > 0) & ~waits_for_bytes
-    host_gaps = gap_ns * ~(waits_for_bytes | waits_for_gpu)
-    busy_ns = end_ns - start_ns
+    spans, gaps = recording.compute_spans, _Gaps(recording)
+    busy_ns = spans["end_ns"] - spans["start_ns"]
     predicting = spans["kind"] == PREDICT
-    on_host = _waiting_for_guesses_within(recording, free_ns[host_gaps > 0], start_ns[host_gaps > 0])
+    on_host, held = gaps.within_host(_host_predictions(recording)), gaps.within_host(_held_host(recording))
     parts_ns = {
         "compute_ms": int(busy_ns[~predicting].sum()),
-        "stall_ms": int(gap_ns[waits_for_bytes].sum()),
-        "host_ms": int(host_gaps.sum()) - on_host,
+        "stall_ms": int(gaps.ns[gaps.for_bytes].sum()) + held,
+        "host_ms": int(gaps.of_host_ns.sum()) - on_host - held,
         "predictor_ms": int(busy_ns[predicting].sum()) + on_host,
-        "bubble_ms": int(gap_ns[waits_for_gpu].sum()),
+        "bubble_ms": int(gaps.ns[gaps.for_gpu].sum()),
         "drain_ms": 0 if run_ns is None else run_ns - recording.makespan_ns,
     }
     return {name: ns / 1e6 for name, ns in parts_ns.items()}
+
+
+def host_held_ns(recording: Recording) -> int:
+    """Return how much of the stall it is that pageable copies hold the host's thread, which then launches nothing."""
+    held = _held_host(recording)
+    return _Gaps(recording).within_host(held) if len(held) else 0
+
+
+class _Gaps:
+    """The idle time before each kernel of a GPU, and what it is put down to."""
+
+    def __init__(self, recording: Recording) -> None:
+        self._start_ns = recording.compute_spans["start_ns"]
+        self.ns = _gaps_ns(recording)
+        gpu_came_last = _behind_arrivals(recording)
+        self.for_bytes = _waiting_for_bytes(recording, gpu_came_last)
+        self.for_gpu = gpu_came_last & (self.ns > 0) & ~self.for_bytes
+        self.of_host_ns = self.ns * ~(self.for_bytes | self.for_gpu)
+
+    def within_host(self, busy: Array) -> int:
+        """Return how much of these spans (in order, not overlapping) lies in gaps that are the host's, in ns."""
+        if not len(busy):
+            return 0
+        chosen = self.of_host_ns > 0
+        until_ns, before = self._start_ns[chosen], busy_before(busy)
+        return int((before(until_ns) - before(until_ns - self.ns[chosen])).sum())
 
 
 def _gaps_ns(recording: Recording) -> Array:
@@ -451,18 +484,28 @@ def _visit_and_kind(of: Array) -> Array:
     return numbers
 
 
-def _waiting_for_guesses_within(recording: Recording, from_ns: Array, to_ns: Array) -> int:
-    """Return how much of the host thread's predicting, or waiting for guesses, fell into the given gaps, in ns."""
-    lanes = recording.decoded.timeline.lanes_with("host")
+def _host_predictions(recording: Recording) -> Array:
+    """Return the spans of the host thread's predicting or, where the GPU predicts, of its waiting for guesses."""
     spans = recording.spans
-    predicting = spans[np.isin(spans["lane"], lanes) & (spans["kind"] == PREDICT)]
-    if not len(predicting):
-        predicting = spans[spans["kind"] == GUESSES]
-        predicting["start_ns"] = predicting["issued_ns"]  # the host has waited since it asked
-    if not len(predicting):
-        return 0
-    busy_until = busy_before(predicting)
-    return int((busy_until(to_ns) - busy_until(from_ns)).sum())
+    lanes = recording.decoded.timeline.lanes_with("host")
+    predictions: Array = spans[np.isin(spans["lane"], lanes) & (spans["kind"] == PREDICT)]
+    if not len(predictions):
+        predictions = spans[spans["kind"] == GUESSES]
+        predictions["start_ns"] = predictions["issued_ns"]  # the host has waited since it asked
+    return predictions
+
+
+def _held_host(recording: Recording) -> Array:
+    """Return the intervals in which a copy held the host's thread, from its order to the end of its last piece."""
+    copies = recording.copy_spans if recording.copies_hold_host else recording.copy_spans[:0]
+    held = np.empty(len(np.unique(copies["copy"])), dtype=[("start_ns", "<i8"), ("end_ns", "<i8")])
+    if len(held):
+        _, number = np.unique(copies["copy"], return_inverse=True)
+        held["start_ns"], held["end_ns"] = np.iinfo(np.int64).max, 0
+        np.minimum.at(held["start_ns"], number, copies["issued_ns"])
+        np.maximum.at(held["end_ns"], number, copies["end_ns"])
+        held = held[np.argsort(held["start_ns"], kind="stable")]
+    return held
 
 
 def busy_before(spans: Array) -> Callable[[Array], Array]:
@@ -496,22 +539,21 @@ def overlapped_ns(recording: Recording) -> tuple[int, int]:
 
 
 def link_utilization(recording: Recording, run_ns: int | None = None) -> float | None:
-    """Return the share of the makespan (`run_ns`; None: this GPU's) during which the link to the GPU carries a copy."""
+    """Return the share of the makespan (`run_ns`; None: this GPU's) during which the link to the GPU carries a copy.
+
+    Two streams share the link: what several copies cover counts once. What is copied after the end does not count.
+    """
     copies = recording.link_spans
     run_ns = recording.makespan_ns if run_ns is None else run_ns
-    if not run_ns:
-        return None
-    # Two streams share the link: what several copies cover counts once.
-    busy_ns = covered_ns(copies["start_ns"], copies["end_ns"])
-    return busy_ns / max(run_ns, int(copies["end_ns"].max(initial=0)))
+    return ratio(covered_ns(*(np.minimum(copies[side], run_ns) for side in ("start_ns", "end_ns"))), run_ns)
 
 
 def tiers(recording: Recording) -> dict[str, Any] | None:
     """Return what copies to the GPU found in host memory and what was read; None where it holds every expert.
 
     A hit is a copy whose expert was in host memory, or on its way there; a staged read is a prefetch into host memory
-    alone. Utilization is the time that the lanes were busy over that of all of them, until the makespan (or the last
-    read's end, if that is later).
+    alone. Utilization is the share of the makespan that the lanes were busy, on average; what is read after the end
+    does not count.
     """
     host = recording.host_memory
     if host is None:
@@ -520,7 +562,8 @@ def tiers(recording: Recording) -> dict[str, Any] | None:
     lanes = recording.decoded.timeline.lanes_with("nvme")
     reads = spans[np.isin(spans["lane"], lanes)]
     busy_ns = int((reads["end_ns"] - reads["start_ns"]).sum())
-    until_ns = max(recording.makespan_ns, int(reads["end_ns"].max(initial=0)))
+    within = {side: np.minimum(reads[side], recording.makespan_ns) for side in ("start_ns", "end_ns")}
+    within_ns = int((within["end_ns"] - within["start_ns"]).sum())
     return {
         "host_budget_bytes": host.manager.budget_bytes,
         "host_hits": host.hits,
@@ -532,7 +575,7 @@ def tiers(recording: Recording) -> dict[str, Any] | None:
         "read_requests": len(reads),
         "io_lanes": len(lanes),
         "read_busy_ms": busy_ns / 1e6,
-        "read_utilization": ratio(busy_ns, until_ns * len(lanes)),
+        "read_utilization": ratio(within_ns, recording.makespan_ns * len(lanes)),
     }
 
 
@@ -651,8 +694,3 @@ def _bytes(recording: Recording) -> dict[str, int]:
 def ratio(part: float, whole: float) -> float | None:
     """Return part / whole; None of nothing."""
     return part / whole if whole else None
-
-
-def mean_ms(ns: Array) -> float | None:
-    """Return the mean of durations, in ms; None of none."""
-    return float(ns.mean()) / 1e6 if len(ns) else None

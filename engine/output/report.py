@@ -27,14 +27,21 @@ _STACKED = ("time", "lanes", "timeline")
 #: What a figure of the comparison is better for: more of it, or less; nothing is said of the others.
 _BETTER = {
     "tokens_per_second": 1,
+    "sustained_tokens_per_second": 1,
+    "cold.tokens_per_second": 1,
     "makespan_ms": -1,
-    "time_per_token_ms.p50": -1,
-    "time_per_token_ms.p95": -1,
-    "time_per_token_ms.p99": -1,
-    "time_to_first_token_ms": -1,
+    "time_to_first_token_ms.mean": -1,
+    "time_to_first_token_ms.p99": -1,
+    "inter_token_latency_ms.p50": -1,
+    "inter_token_latency_ms.p95": -1,
+    "inter_token_latency_ms.p99": -1,
+    "time_per_output_token_ms.mean": -1,
+    "decode_step_ms.p50": -1,
+    "decode_step_ms.p99": -1,
     "hit_rate": 1,
     "access_latency_ms": -1,
     "counts.miss": -1,
+    "sharing.imbalance": -1,
     "speedup": 1,
 }
 #: What a run's differences are below which are no more than rounding.

@@ -21,8 +21,9 @@ from ...errors import InputError
 from ...resources.timeline import SPAN, Timeline
 from ..compare import load_run
 from .export import replacing
-from .merge import token_times_ns
+from .merge import served
 from .metrics import Recording, memory_steps
+from .speed import Served, decode_times_ns
 
 if TYPE_CHECKING:
     from ..simulate import Result
@@ -33,7 +34,8 @@ Array = npt.NDArray[Any]
 RUN_FILE = "run.safetensors"
 #: The tables of a run, a row for each: span; access, with an index into OUTCOMES and how long after its choice was
 #: known its bytes came; copy, with why it was ordered, an index into FATES (-1: no prefetch) and the bytes that it
-#: moved; layer visit, with the expert memory of its GPU (in order of `gpu_names`); decode token, with its step's time.
+#: moved; layer visit, with the expert memory of its GPU (in order of `gpu_names`); decode token, with its step's time
+#: and how long after its sequence's last token it was there (-1: it is the first).
 TABLES = {
     "span": SPAN,
     "access": np.dtype(
@@ -41,7 +43,7 @@ TABLES = {
     ),
     "copy": np.dtype([("layer", "<u2"), ("reason", "u1"), ("fate", "i1"), ("bytes", "<i8")]),
     "memory": np.dtype([("time_ns", "<i8"), ("assigned_bytes", "<i8"), ("budget_bytes", "<i8"), ("gpu", "<u2")]),
-    "token": np.dtype([("took_ns", "<i8")]),
+    "token": np.dtype([("took_ns", "<i8"), ("gap_ns", "<i8")]),
 }
 
 
@@ -89,7 +91,7 @@ def run_of(result: Result, name: str = "run") -> Run:
         np.concatenate([_accesses(recording, layers) for recording in recordings]),
         np.concatenate([_copies(recording) for recording in recordings]),
         np.concatenate([_memory(recording, gpu) for gpu, recording in enumerate(recordings)]),
-        _table("token", took_ns=token_times_ns(recordings, result.previous)),
+        _tokens(served(recordings, result.serving)),
     )
 
 
@@ -121,6 +123,10 @@ def _memory(recording: Recording, gpu: int) -> Array:
     time_ns, assigned_bytes, budget_bytes = memory_steps(recording)
     gpus = np.full(len(time_ns), gpu)
     return _table("memory", time_ns=time_ns, assigned_bytes=assigned_bytes, budget_bytes=budget_bytes, gpu=gpus)
+
+
+def _tokens(run: Served) -> Array:
+    return _table("token", took_ns=decode_times_ns(run), gap_ns=run.gaps_ns)
 
 
 def save_run(run: Run, path: Path) -> None:

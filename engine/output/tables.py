@@ -22,7 +22,7 @@ def print_result(data: dict[str, Any]) -> None:
     outcomes = ("prefetch_hit", "cache_hit", "late", "miss")
     _rows(
         console,
-        f"{accesses:,} accesses",
+        f"{accesses:,} accesses" + (", those of the warmup too" if data["cold"] is not None else ""),
         [(name, f"{counts[name]:,}", _share(counts[name], accesses)) for name in outcomes],
     )
     if counts["miss"]:
@@ -54,13 +54,13 @@ def print_result(data: dict[str, Any]) -> None:
 
 
 def headline(data: Mapping[str, Any]) -> str:
-    """Return in a line what ran: model, machine, trace and room."""
+    """Return in a line what ran: model, machine, trace, batch and room."""
     scenario, model = data["scenario"], data["model"]
     trace = scenario["workload"]["trace"] or "a synthetic trace"
-    share = data["budget_bytes"] / data["expert_bytes_total"]
+    share, batch = data["budget_bytes"] / data["expert_bytes_total"], scenario["workload"]["batch"]
     return (
         f"{model['name']} ({model['layers']} x {model['experts']} experts, top-{model['top_k']}) on "
-        f"{scenario['machine']['profile']}, {trace}; room for {share:.1%} of the experts "
+        f"{scenario['machine']['profile']}, {trace}, batch {batch}; room for {share:.1%} of the experts "
         f"({data['budget_bytes'] / 2**30:.2f} GiB{_share_of_gpus(data)})"
     )
 
@@ -135,7 +135,7 @@ def _sharing_rows(data: Mapping[str, Any]) -> tuple[str, list[tuple[str, str, st
         ("tokens sent", f"{sharing['tokens_sent']:,}", "and as many back"),
         ("all-to-all", f"{sharing['all_to_all_ms']:,.3f} ms", _share(sharing["all_to_all_ms"], data["makespan_ms"])),
         ("experts copied", f"{sharing['copied_bytes'] / 2**20:,.1f} MiB", "from one GPU to another"),
-        ("imbalance", _number(sharing["imbalance"], 3), "tokens of the busiest GPU / mean"),
+        ("imbalance", _number(sharing["imbalance"], 3), "tokens of each visit's busiest GPU / mean"),
     ]
 
 
@@ -152,15 +152,12 @@ def _tier_rows(tiers: Mapping[str, Any]) -> tuple[str, list[tuple[str, str, str]
 
 
 def speed_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Return the figures that a user wants first: name, value and a note."""
-    token = data["time_per_token_ms"]
-    tail = f"p95 {_number(token['p95'], 3)}, p99 {_number(token['p99'], 3)}"
-    first = data["time_to_first_token_ms"]
+    """Return the figures that a user wants first: name, value and a note; behind the warmup where there is one."""
+    late = "" if data["late_wait_ms"] is None else f"late ones wait {data['late_wait_ms']:,.3f} ms on average"
     rows = [
-        ("tokens per second", _number(data["tokens_per_second"], 2), f"{data['decode_tokens']:,} decode tokens"),
-        ("time per token", f"{_number(token['p50'], 3)} ms", tail),
-        ("time to first token", f"{_number(first, 3)} ms", f"{data['prefill_tokens']:,} prefill tokens"),
-        ("hit rate", _share(data["hit_rate"], 1), f"late ones wait {_number(data['late_wait_ms'], 3)} ms on average"),
+        *_rate_rows(data),
+        *_wait_rows(data),
+        ("hit rate", _share(data["hit_rate"], 1), late),
         ("overlap", _share(data["overlap"], 1), "of copy time has compute beside it"),
         ("memory utilization", _share(data["memory_utilization"], 1), "of the expert budget"),
     ]
@@ -188,6 +185,43 @@ def _would_not_fit(data: Mapping[str, Any]) -> str:
         return ""
     held = f"{_gib(resident['sum_bytes'])} GiB in {_gib(resident['capacity_bytes'])}"
     return f"; it would not fit, {held}"
+
+
+#: What each wait of a token is called.
+_WAITS = {
+    "time_to_first_token_ms": "TTFT (first token)",
+    "inter_token_latency_ms": "ITL (next token)",
+    "time_per_output_token_ms": "TPOT (per token)",
+    "decode_step_ms": "decode step",
+}
+_BESIDE_MEDIAN = ("mean", "p95", "p99")
+
+
+def _rate_rows(data: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Yield tokens per second while decoding, over all time if that is another figure, and with the warmup."""
+    decoded, warm, scenario = data["decode_tokens"], data["warmup"]["decode_tokens"], data["scenario"]
+    rate, sustained = data["tokens_per_second"], data["sustained_tokens_per_second"]
+    which = f"{decoded:,} tokens" + (" from a cold start" if scenario["memory"]["preload"] == "none" else "")
+    if data["cold"] is not None:
+        which = f"decode tokens {warm + 1:,} to {decoded:,}"
+    yield "tokens per second", _number(rate, 2), f"batch {scenario['workload']['batch']}, {which}"
+    if rate != sustained:
+        yield "sustained", _number(sustained, 2), "decode tokens per second of all time"
+    if data["cold"] is not None:
+        yield (
+            "from a cold start",
+            _number(data["cold"]["tokens_per_second"], 2),
+            (f"all {decoded:,} tokens, hit rate {_share(data['cold']['hit_rate'], 1)}"),
+        )
+
+
+def _wait_rows(data: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Yield the median of each wait that there was, with its mean and high percentiles."""
+    for key, name in _WAITS.items():
+        wait = data[key]
+        if wait["p50"] is not None:
+            others = (f"{which} {_number(wait[which], 3 if wait[which] < 100 else 1)}" for which in _BESIDE_MEDIAN)
+            yield name, f"{_number(wait['p50'], 3)} ms", f"p50; {', '.join(others)}"
 
 
 #: What the table of a sweep shows of each row: its key and how it is written.
@@ -297,7 +331,7 @@ def comparison_figure(name: str, value: float | None) -> str:
         return f"{value:,.3f} ms"
     if name.startswith(("counts.", "miss.ways.")):
         return f"{value:,}"
-    return f"{value:,.2f}" if name in ("tokens_per_second", "speedup") else f"{value:.1%}"
+    return f"{value:,.2f}" if name.endswith(("tokens_per_second", "speedup", "imbalance")) else f"{value:.1%}"
 
 
 def print_break_even(data: dict[str, Any]) -> None:
@@ -365,6 +399,9 @@ def print_miss_ratios(data: dict[str, Any]) -> None:
         ratios = [_share(curve["miss_ratio"][at], 1) for curve in data["policies"].values()]
         table.add_row(_share(capacity["share"], 1), "-" if experts is None else f"{experts:,}", *ratios)
     console.print(table)
+    sizes_differ = any(capacity["experts"] is None for capacity in data["capacities"])
+    if "belady" in data["policies"] and sizes_differ and data["scope"] == "global":
+        console.print("Experts differ in size: belady is no bound here, another policy may miss less.")
 
 
 def print_trace(data: dict[str, Any]) -> None:

@@ -324,6 +324,8 @@ class Predictive(Eviction):
 class Belady(Eviction):
     """Evict the expert whose next use is farthest away: the fewest misses on demand, where experts are of one size.
 
+    Where sizes differ that is no bound: two small ones may be worth more than the large one that comes sooner.
+
     Belady, "A study of replacement algorithms for a virtual-storage computer" (1966). It reads the future off the
     trace, so it needs a setting with trace and steps. Experts never used again go first, ties to who was put there
     first. A prefetched expert's next use is the one after the visit that fetched it.
