@@ -660,16 +660,21 @@ def trace_import(
         str, typer.Option(help="The log's format, such as jsonl; any other name lists them all.")
     ] = "bigmoeonedge",
     num_experts: Annotated[int | None, typer.Option(help="Experts a layer, where the log does not say it.")] = None,
+    layers: Annotated[
+        int | None,
+        typer.Option(help="MoE layers. A list of plain ids is then all ids of one layer, and not one id a layer."),
+    ] = None,
 ) -> None:
     """Turn an engine's routing log into a trace.
 
     \b
-    Example:
+    Examples:
       prestage trace import log.route.csv -o trace.safetensors
+      prestage trace import ids.jsonl --format jsonl --num-experts 16 --layers 3 -o trace.npz
     """
     from .workloads.importers import import_trace
 
-    trace = import_trace(log, format, num_experts)
+    trace = import_trace(log, format, num_experts, layers)
     trace.save(out)
     _say_what_is_in(out, trace)
 
@@ -795,6 +800,8 @@ def trace_synth(
 
 def _say_what_is_in(path: Path, trace: RoutingTrace) -> None:
     typer.echo(f"{path}: {trace.tokens} tokens, {trace.layers} layers, top-{trace.k} of {trace.num_experts} experts")
+    if "reading" in trace.meta:
+        typer.echo(f"{path}: taken so: {trace.meta['reading']} (--layers)")
 
 
 def _listed(text: str) -> list[str]:

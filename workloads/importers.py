@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable
 from importlib import resources
+from inspect import signature
 from os import PathLike
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -61,20 +62,30 @@ class _Rows(NamedTuple):
     lines: npt.NDArray[np.int64]
 
 
-def import_trace(path: str | PathLike[str], format: str, num_experts: int | None = None) -> RoutingTrace:
+def import_trace(
+    path: str | PathLike[str], format: str, num_experts: int | None = None, layers: int | None = None
+) -> RoutingTrace:
     """Read a log written in one of the IMPORTERS' formats; the trace has been checked.
 
-    `num_experts` is needed where the format does not say it, and must agree where it does.
+    `num_experts` is needed where the format does not say it, and must agree where it does. So must `layers`, the number
+    of MoE layers; where a log has lists of plain ids, it says that each list is of one layer.
     Raises TraceError (a ValueError) naming file, line, column and value, or listing the formats.
     """
     if format not in IMPORTERS:
         raise TraceError(f"format = {format!r}: choose one of {', '.join(IMPORTERS)}")
+    if layers is not None and not 1 <= layers <= MAX_LAYERS:
+        raise TraceError(f"layers = {layers}: must be 1..{MAX_LAYERS}")
     path = Path(path)
     try:
-        trace = IMPORTERS[format](path, num_experts)
+        if "layers" in signature(IMPORTERS[format]).parameters:
+            trace = IMPORTERS[format](path, num_experts, layers=layers)
+        else:
+            trace = IMPORTERS[format](path, num_experts)
     except OSError as error:
         raise TraceError(f"{path}: cannot be read: {error.strerror or error}") from error
     trace.check(str(path))
+    if layers not in (None, trace.layers):
+        raise TraceError(f"{path}: {trace.layers} MoE layers, but layers = {layers} was given: leave it out")
     return trace
 
 
@@ -100,7 +111,8 @@ def import_bigmoeonedge(path: Path, num_experts: int | None = None) -> RoutingTr
     return _assemble(path, header, rows)
 
 
-IMPORTERS: dict[str, Callable[[Path, int | None], RoutingTrace]] = {
+#: Each is called with the path and the number of experts; one that has a parameter `layers` also with their number.
+IMPORTERS: dict[str, Callable[..., RoutingTrace]] = {
     "bigmoeonedge": import_bigmoeonedge,
     "jsonl": import_jsonl,
     "topk-ids": import_topk_ids,
