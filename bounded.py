@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import re
 import stat
 import tomllib
@@ -27,6 +28,8 @@ from .errors import InputError
 LEAST_ALLOWED_BYTES, ALLOWED_TIMES = 512 << 20, 128
 #: The same for what is packed in it, before anything is made of that. Real traces and timelines pack 3 to 30 times.
 LEAST_UNPACKED_BYTES, UNPACKED_TIMES = 64 << 20, 40
+#: What one number in a scenario, a grid or an option may ask for.
+MOST_ASKED_BYTES = 8 << 30
 #: What is no regular file (a pipe, a device) has no size; so much of it is read.
 MOST_STREAMED_BYTES = 256 << 20
 #: What people write by hand is far smaller: a longer TOML file, or a key of more parts, is something else. `tomllib`
@@ -35,6 +38,7 @@ MOST_TOML_BYTES, MOST_KEY_PARTS = 1 << 20, 64
 #: Upper bounds of what each of these characters of JSON becomes in Python, beside its own byte.
 _JSON_BYTES = {b"[": 72, b"{": 200, b",": 40, b":": 40, b'"': 16}
 _GZIP = b"\x1f\x8b"
+_UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 _PIECE_BYTES = 1 << 20
 #: Where one key or value of TOML ends and another may begin.
 _TOML_ENDS = re.compile(r"[=,\[\]{}\n]")
@@ -59,16 +63,34 @@ def check_need(
         )
 
 
+def check_memory(what: str, need_bytes: int, error: type[InputError] = InputError) -> None:
+    """Refuse what somebody asks for, such as so many tokens, if it takes more memory than anybody has for it."""
+    most_bytes = min(MOST_ASKED_BYTES, _memory_bytes())
+    if need_bytes > most_bytes:
+        raise error(
+            f"{what}: would take {in_words(need_bytes)} of memory, and at most {in_words(most_bytes)} may be taken: "
+            "ask for less"
+        )
+
+
+def _memory_bytes() -> int:
+    """Return the memory of this machine, or what this process may take of it if that is less."""
+    try:
+        import resource
+
+        limit_bytes = resource.getrlimit(resource.RLIMIT_AS)[0]
+        bytes_here: int = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ImportError, ValueError, OSError):  # not a Unix
+        return MOST_ASKED_BYTES
+    return bytes_here if limit_bytes < 0 else min(bytes_here, limit_bytes)
+
+
 def in_words(size_bytes: int) -> str:
     """Return bytes as people write them: '4.4 GiB'."""
-    size: float = size_bytes
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            break
-        size /= 1024
-    else:
-        unit = "TiB"
-    return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:,.1f} {unit}"
+    if size_bytes < 1024:
+        return f"{size_bytes:,} bytes"
+    power = min((size_bytes.bit_length() - 1) // 10, len(_UNITS))
+    return f"{size_bytes * 10 // 1024**power / 10:,.1f} {_UNITS[power - 1]}"
 
 
 def read(path: Path, error: type[InputError] = InputError) -> bytes:

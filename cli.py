@@ -121,7 +121,10 @@ def run(
         typer.Option("--check-prefetch", help="Also run the same cache without prefetch, and warn if it is faster."),
     ] = False,
     replicates: Annotated[
-        int, typer.Option(min=0, help="Run so many more times, costs drawn from their uncertainty: p5, p50, p95.")
+        int,
+        typer.Option(
+            min=0, max=10_000, help="Run so many more times, costs drawn from their uncertainty: p5, p50, p95."
+        ),
     ] = 0,
     json: Json = False,
 ) -> None:
@@ -315,7 +318,7 @@ def plot(
       prestage plot pareto sweep.jsonl -o pareto.png
       prestage plot tornado sweep.jsonl -o tornado.png
     """
-    from .engine.journal import read_rows
+    from .engine.journal import sweep_rows
     from .engine.output.charts import CHARTS, plot_sweep
     from .engine.output.figures import FIGURES
     from .engine.output.figures_static import draw
@@ -327,7 +330,7 @@ def plot(
     if kind in CHARTS:
         if len(results) != 1:
             raise InputError(f"{kind} is drawn from one journal, and {len(results)} are given")
-        picture = plot_sweep(kind, read_rows(results[0]), x=x, by=by, figure=figure or "tokens_per_second")
+        picture = plot_sweep(kind, sweep_rows(results[0]), x=x, by=by, figure=figure or "tokens_per_second")
     elif kind in FIGURES:
         if x or by or figure:
             raise InputError(f"{kind} is a picture of a run: --x, --by and --figure are for those of a sweep")
@@ -935,7 +938,7 @@ def calibrate_execute(
         typer.Option("--out", "-o", help="The file to write (.json, .json.gz), or a folder for several scenarios."),
     ],
     device: Annotated[int, typer.Option(help="Which CUDA GPU.")] = 0,
-    repeats: Annotated[int, typer.Option(min=1, help="How many repeats; the median one is written.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, max=10_000, help="How many repeats; the median one is written.")] = 5,
     all_repeats: Annotated[bool, typer.Option(help="Write the times of all repeats.")] = False,
     profiler: Annotated[
         Path | None, typer.Option(help="Also run once under PyTorch's profiler and write its trace (.json, .json.gz).")
@@ -974,13 +977,14 @@ def calibrate_validate(
         list[Path] | None, typer.Option(help="Measured runs or folders of them, in place of executing; repeat it.")
     ] = None,
     device: Annotated[int, typer.Option(help="Which CUDA GPU executes the scenarios.")] = 0,
-    repeats: Annotated[int, typer.Option(min=1, help="How many repeats are executed.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, max=10_000, help="How many repeats are executed.")] = 5,
     tolerance: Annotated[
         float, typer.Option(min=0, help="Largest error of a makespan, unless the machine's own spread is larger.")
     ] = 0.05,
     ablate: Annotated[bool, typer.Option(help="Also simulate with each term of the costs left out.")] = False,
     replicates: Annotated[
-        int, typer.Option(min=0, help="Also simulate so many times with costs drawn from their uncertainty.")
+        int,
+        typer.Option(min=0, max=10_000, help="Also simulate so many times with costs drawn from their uncertainty."),
     ] = 0,
 ) -> None:
     """Compare simulated with measured makespans; exit status 1 if one is off by more than the tolerance.

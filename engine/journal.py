@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,6 +24,8 @@ except ImportError:  # Windows locks no files this way: there, two sweeps into o
 
 #: A row of a sweep: a finished scenario as plain data.
 Row = dict[str, Any]
+#: A kind of file and a name, whose contents a row notes.
+Content = tuple[str, str]
 #: Rows that go into a parquet file at a time.
 _BATCH = 1000
 
@@ -35,14 +37,17 @@ class JournalError(InputError):
 class Journal:
     """A journal open for writing, and nobody else's meanwhile; `done` are the keys of the rows that it holds.
 
-    Opening drops what a killed sweep left half-written, and the rows with an error, which run again.
+    Opening drops what a killed sweep left half-written, and the rows with an error, which run again; before that,
+    `check` may refuse the rows that are there.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, check: Callable[[Iterator[Row]], None] | None = None) -> None:
         self.path = path
         self.done: set[bytes] = set()
         self._file = _locked(path)
         try:
+            if check is not None:
+                check(read_rows(path))
             if any(self._keep(row) is None for row in _parsed(path)):
                 self.done.clear()
                 self._rewrite()
@@ -80,6 +85,80 @@ class Journal:
                     file.write(orjson.dumps(row) + b"\n")
         self._file.close()
         self._file = _locked(self.path)
+
+
+def check_one_sweep(
+    rows: Iterable[Row], path: str | Path, first: Row, keys: Iterable[str], digests: Mapping[Content, str] | None = None
+) -> None:
+    """Refuse rows that are not of one sweep with `first`: what is no key of its grid must be the same in all of them.
+
+    So must be the version that ran them, and the contents of files of one name; `digests` are those known beforehand.
+    """
+    varied = frozenset(keys)
+    base, known = _of_base(first, varied), dict(digests or {})
+    for row in rows:
+        other = _of_base(row, varied)
+        contents = _contents(row)
+        changed = next((each for each in contents if known.setdefault(each, contents[each]) != contents[each]), None)
+        key = next((key for key, value in base.items() if key in other and other[key] != value), None)
+        if changed is not None:
+            what = f"the {changed[0]} {changed[1]!r} had other contents"
+        elif key is not None:
+            what = f"{key} = {other[key]!r}, and here it is {base[key]!r}"
+        else:
+            continue
+        raise JournalError(
+            f"{path}: has rows of another sweep: in row {row['key'][:8]} {what}: give another file, or move this one away"
+        )
+
+
+def sweep_rows(path: str | Path) -> Iterator[Row]:
+    """Yield the rows of a journal like `read_rows`, after a look whether they are of one sweep; JournalError else."""
+    first = next(read_rows(path), None)
+    if first is not None:
+        keys = {key for row in read_rows(path) for key in row.get("settings", ())}
+        check_one_sweep(read_rows(path), path, first, keys)
+    return read_rows(path)
+
+
+#: Keys that settle others: a trace takes the place of a synthetic one, and weights are of one predictor.
+_SETTLED = {
+    "workload.trace": ("workload.synthetic",),
+    "workload.synthetic": ("workload.trace",),
+    "workload.synthetic.fit": ("workload.synthetic.skew", "workload.synthetic.working_set", "workload.synthetic.reuse"),
+    "predictor.name": ("predictor.weights",),
+}
+#: Where a scenario names each kind of file whose contents a row notes.
+_NAMED = {
+    "profile": "machine.profile",
+    "model": "model.preset",
+    "trace": "workload.trace",
+    "fit": "workload.synthetic.fit",
+}
+
+
+def _of_base(row: Row, varied: frozenset[str]) -> dict[str, Any]:
+    """Return what a row says of its sweep, by key: all of its scenario but what is varied, and the version."""
+    settled = (
+        other for key, others in _SETTLED.items() if any(_within(one, key) for one in varied) for other in others
+    )
+    outside = (*varied, *settled)
+    base = {
+        key: value
+        for key, value in flat(row["scenario"]).items()
+        if not any(_within(key, one) or _within(one, key) for one in outside)
+    }
+    return base if row["error"] is not None else base | {"version": row.get("versions", {}).get("prestage")}
+
+
+def _contents(row: Row) -> dict[Content, str]:
+    """Return the digests of the files that a row's scenario names, by kind and name."""
+    named, digests = flat(row["scenario"]), row.get("sha256", {})
+    return {(what, named[key]): digests[what] for what, key in _NAMED.items() if named.get(key) and digests.get(what)}
+
+
+def _within(key: str, section: str) -> bool:
+    return key == section or key.startswith(f"{section}.")
 
 
 def read_rows(path: str | Path) -> Iterator[Row]:

@@ -17,7 +17,7 @@ from ..workloads.importers import open_trace
 from ..workloads.model import Model, load_model
 from ..workloads.synthetic import synthesize
 from ..workloads.trace import RoutingTrace
-from .costs import Costs
+from .costs import Costs, pieces_of
 from .expert_parallel import place
 from .inputs import Inputs
 from .links import Links
@@ -32,6 +32,9 @@ from .run import make_host_memory, make_manager, make_prefetch, part_costs, prep
 from .scenario import Scenario, ScenarioError, parse_bytes
 from .stages import OF_WHOLE_MODEL, SAMPLE_STEPS, stage_inputs, stage_layers
 
+#: In so many pieces an expert is copied at most: 4 KiB each of a quarter of a GiB.
+MOST_PIECES = 1 << 16
+
 
 def load_inputs(scenario: Scenario, trace: RoutingTrace | None = None) -> Inputs:
     """Load the model, profile and trace of a scenario and compute its predictions; a `trace` given is used instead.
@@ -44,6 +47,7 @@ def load_inputs(scenario: Scenario, trace: RoutingTrace | None = None) -> Inputs
     _check_fit(trace, model)
     if scenario.model.sizes == "trace":
         model = _sized(model, trace)
+    _check_pieces(scenario, model)
     steps = steps_of(scenario, trace)
     if not steps:
         prefill = scenario.workload.prefill
@@ -183,6 +187,21 @@ def expert_budgets(
         budgets.append(min(most_bytes, left_bytes - kv_bytes))
         context = {name: tokens for name, tokens in context.items() if last_step[name] > index}
     return budgets
+
+
+def _check_pieces(scenario: Scenario, model: Model) -> None:
+    """Refuse chunks so small that one expert's copy or read would be made in pieces without end."""
+    largest_bytes = max(model.expert_bytes)
+    for key, chunk_bytes in (
+        ("copy.chunk_bytes", scenario.copy_.chunk_bytes),
+        ("tiers.chunk_bytes", scenario.tiers.chunk_bytes),
+    ):
+        pieces = pieces_of(largest_bytes, chunk_bytes)
+        if pieces > MOST_PIECES:
+            raise ScenarioError(
+                f"{key} = {chunk_bytes}: an expert of {largest_bytes:,} bytes would go in {pieces:,} pieces: must be "
+                f"at least {-(-largest_bytes // MOST_PIECES):,}, for {MOST_PIECES:,} pieces, or 0 for one"
+            )
 
 
 def _load_trace(scenario: Scenario, model: Model) -> RoutingTrace:

@@ -275,8 +275,31 @@ def _host_memory(inputs: Inputs) -> str:
     return inputs.scenario.copy_.host_memory or ("pinned" if "pinned" in inputs.profile.h2d else "pageable")
 
 
+def _short_trace(inputs: Inputs, data: dict[str, Any]) -> str | None:
+    asked, there = inputs.scenario.workload.tokens, data["decode_tokens"]
+    if asked is None or asked <= there:
+        return None
+    longer = "workload.trace" if inputs.scenario.workload.trace is not None else "workload.synthetic.tokens"
+    return (
+        f"short trace: workload.tokens = {asked:,}, and the trace has {there:,} tokens to decode, which is what was "
+        f"run; give a longer one ({longer})"
+    )
+
+
+def _empty_places(inputs: Inputs, data: dict[str, Any]) -> str | None:
+    batch, sequences = inputs.scenario.workload.batch, len(set(inputs.trace.sequence.tolist()))
+    if batch <= sequences:
+        return None
+    return (
+        f"empty places: workload.batch = {batch:,}, and the trace has {sequences:,} sequences, so that no more ever "
+        f"decode together; give a trace of more sequences (workload.synthetic.sequences)"
+    )
+
+
 #: In the order in which they are told: first what makes the setting bad, then what makes the numbers doubtful.
 WARNINGS: tuple[Warn, ...] = (
+    _short_trace,
+    _empty_places,
     _cliff,
     _turnover,
     _saturated_link,

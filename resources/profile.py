@@ -301,7 +301,7 @@ class NvmeCosts(Part):
     """
 
     read: TransferCost
-    lanes: int = Field(gt=0)
+    lanes: int = Field(gt=0, le=1024)
     order: Duration = _NO_TIME
 
 

@@ -55,7 +55,8 @@ def plan_steps(
         raise InputError(f"prefill = {prefill!r}: choose one of {', '.join(PREFILL_MODES)}")
     most = {"skip": 0, "whole": len(phase), "chunked": chunk_tokens}[prefill]
     waiting = deque(rows_by_sequence(sequence))
-    sizes = evenly(batch, micro_batches)
+    # More places than sequences stay empty: nobody would wait for them.
+    sizes = [min(size, len(waiting)) for size in evenly(batch, micro_batches)]
     places: list[list[deque[int]]] = [[deque() for _ in range(size)] for size in sizes]
     is_prompt = (phase == PREFILL).tolist()
     steps: list[Step] = []

@@ -32,9 +32,7 @@ _HEADER = re.compile(
     r"\sarch=(?P<arch>\S*)\s+n_layer=(?P<layers>\d+)\s+n_expert=(?P<experts>\d+)"
     r"\s+n_expert_used=(?P<k>\d+)"
 )
-_LAYER = re.compile(
-    r"#\s*layer=(?P<layer>\d+)\s+expert_bytes=(?P<expert>\d+)\s+dense_bytes=(?P<dense>\d+)(?!\d)"
-)
+_LAYER = re.compile(r"#\s*layer=(?P<layer>\d+)\s+expert_bytes=(?P<expert>\d+)\s+dense_bytes=(?P<dense>\d+)(?!\d)")
 #: What a (token, layer, slot) takes while a route trace is put together.
 _CELL_BYTES = 8
 #: Columns that make a route trace. Its author promises names, not places: a later version may add columns.

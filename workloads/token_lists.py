@@ -305,7 +305,7 @@ def _filled(
 
 
 def _at_once(lists: list[Sequence[Any]], shape: tuple[int, int, int], kinds: tuple[type, ...]) -> Numbers | None:
-    """Return all lists (layers, or layers of k) as one array; None if they are not all of this shape, of these kinds."""
+    """Return all lists (layers, or layers of k) as one array; None if one is of another shape, or of no such kind."""
     if set(map(len, lists)) != {shape[1]}:
         return None
     cells = list(chain.from_iterable(lists))

@@ -8,10 +8,8 @@ Times are rebased to the earliest, except in files that `export_timeline` wrote:
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -22,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
+from ...bounded import read_json
 from ...errors import InputError
 from ...resources.timeline import COLLECTIVE, COPY, KERNEL, KINDS, LAUNCH, Timeline
 from .export import About, export_timeline
@@ -171,16 +170,12 @@ class _Builder:
 
 
 def _read(path: Path) -> Any:
-    content = path.read_bytes()
+    content = read_json(path, TraceFileError)
     try:
-        if content[:2] == b"\x1f\x8b":
-            content = gzip.decompress(content)
         try:
             return orjson.loads(content)
         except orjson.JSONDecodeError:
             return json.loads(content)  # profilers write NaN and Infinity, which JSON has not
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise TraceFileError(f"{path}: a broken .gz file: {error}") from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise TraceFileError(f"{path}: not JSON: {error}") from None
 
