@@ -79,7 +79,10 @@ def _options(
 _UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
 
 Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a key, such as prefetch.k=4; repeat it.")
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Set a key, such as prefetch.k=4, or take it out (KEY=); repeat it."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else there.")]
 
@@ -145,6 +148,8 @@ def run(
     from .engine.simulate import simulate_inputs
 
     inputs = load_inputs(load_scenario(scenario, settings or ()))
+    if out is not None and (out / "result.json").exists():
+        _say_replaced(out, "run")
     for folder in (out, stream):
         if folder is not None:
             make_folder(folder)
@@ -705,6 +710,8 @@ def trace_record(
     """Run a transformers MoE model over text or prompts and record its routing. Needs prestage[record]."""
     from .workloads.run_model import RecordConfig, record_files
 
+    if out.exists():
+        _say_replaced(out, "trace")
     config = RecordConfig(sequence_tokens, prompt_tokens, new_tokens, batch, sequences, guesses, device)
     with _progress() as progress:
         trace = record_files(model, text or [], prompts or [], config, progress)
@@ -801,6 +808,11 @@ def trace_synth(
     _say_what_is_in(out, trace)
 
 
+def _say_replaced(path: Path, what: str) -> None:
+    """Tell, on standard error, that what was made before is lost."""
+    typer.echo(f"{path}: has a {what} already, which this one replaces", err=True)
+
+
 def _say_what_is_in(path: Path, trace: RoutingTrace) -> None:
     typer.echo(f"{path}: {trace.tokens} tokens, {trace.layers} layers, top-{trace.k} of {trace.num_experts} experts")
     if "reading" in trace.meta:
@@ -824,6 +836,8 @@ def calibrate_measure(
     from .calibration.evidence import sample_rows
     from .calibration.measure import FULL, LINKS, PROBES, QUICK, measure
 
+    if out.exists():
+        _say_replaced(out, "file")
     gpu = Gpu(device)
     if links and gpu.count() < 2:
         raise InputError("--links: torch finds one GPU only")
@@ -1084,11 +1098,14 @@ def predictor_train(
       prestage predictor train trace.safetensors -o my-predictor
       prestage predictor train trace.npz -o my-predictor --sequences :61 --context 4
     """
+    from .workloads.learned import WEIGHTS_FILE
     from .workloads.predictor_training import Settings, train
 
     settings = Settings(horizons=horizons, context=context, epochs=epochs, held_out=held_out, seed=seed)
     given = _open_trace(trace)
     lessons = given.slice(sequences=given.sequences_in(sequences))
+    if (out / WEIGHTS_FILE).exists() or out.is_file():
+        _say_replaced(out, "predictor")
     with _progress() as progress:
         weights = train(lessons, settings, progress)
     file = weights.save(out)

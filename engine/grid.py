@@ -57,7 +57,7 @@ class Grid:
             if not values:
                 raise GridError(f"grid {key}: no values; write {key}=value,value,…")
         if self.sample is not None and not 1 <= self.sample <= MOST_ROWS:
-            raise GridError(f"sample = {self.sample:,}: must be 1 to {MOST_ROWS:,}")
+            raise GridError(f"sample = {self.sample}: must be at least 1, and at most {MOST_ROWS:,}")
         count = sum(map(len, self.values.values()))
         if count > MOST_VALUES:
             raise GridError(f"grid: {count:,} values: must be at most {MOST_VALUES:,}")

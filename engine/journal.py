@@ -108,7 +108,8 @@ def check_one_sweep(
         else:
             continue
         raise JournalError(
-            f"{path}: has rows of another sweep: in row {row['key'][:8]} {what}: give another file, or move this one away"
+            f"{path}: has rows of another sweep: in row {row['key'][:8]} {what}: give another file, or move this one "
+            "away"
         )
 
 

@@ -134,7 +134,7 @@ def _capacities(
         budgets = [parse_budget(capacity, expert_bytes, trace.num_experts, scope) for capacity in capacities]
     else:
         if not 1 <= points <= MOST_POINTS:
-            raise InputError(f"points = {points:,}: must be 1 to {MOST_POINTS:,}")
+            raise InputError(f"points = {points}: must be at least 1, and at most {MOST_POINTS:,}")
         total_bytes = parse_budget("100%", expert_bytes, trace.num_experts, scope)
         least_bytes = max(expert_bytes) * (1 if scope in ("global", "shared") else trace.layers)
         budgets = [max(least_bytes, total_bytes * point // points) for point in range(1, points + 1)]

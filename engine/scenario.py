@@ -675,7 +675,9 @@ def lay(data: dict[str, Any], key: str, value: Any) -> None:
         return
     _drop_replaced(data, parts, value)
     for part in parts[:-1]:
-        data = data.setdefault(part, {})
+        if data.get(part) is None:
+            data[part] = {}
+        data = data[part]
         if not isinstance(data, dict):
             raise ScenarioError(f"{key}: {part!r} is a value, not a section")
     data[parts[-1]] = value

@@ -279,10 +279,9 @@ def _short_trace(inputs: Inputs, data: dict[str, Any]) -> str | None:
     asked, there = inputs.scenario.workload.tokens, data["decode_tokens"]
     if asked is None or asked <= there:
         return None
-    longer = "workload.trace" if inputs.scenario.workload.trace is not None else "workload.synthetic.tokens"
     return (
-        f"short trace: workload.tokens = {asked:,}, and the trace has {there:,} tokens to decode, which is what was "
-        f"run; give a longer one ({longer})"
+        f"short trace: workload.tokens = {asked:,}, and the trace has {there:,} tokens to decode, which is what was run; "
+        f"use a longer trace, or set workload.synthetic.tokens"
     )
 
 
@@ -291,8 +290,8 @@ def _empty_places(inputs: Inputs, data: dict[str, Any]) -> str | None:
     if batch <= sequences:
         return None
     return (
-        f"empty places: workload.batch = {batch:,}, and the trace has {sequences:,} sequences, so that no more ever "
-        f"decode together; give a trace of more sequences (workload.synthetic.sequences)"
+        f"empty places: workload.batch = {batch:,}, and the trace has {sequences:,} sequences, so that never more decode "
+        f"together; use a trace of more sequences, or set workload.synthetic.sequences"
     )
 
 

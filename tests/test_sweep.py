@@ -455,7 +455,7 @@ def test_another_base_scenario_is_refused_and_the_journal_left_as_it_is(tmp_path
     with pytest.raises(JournalError, match=r"another sweep: in row \w{8} workload.batch = 1, and here it is 2: give"):
         sweep("synthetic", {"prefetch.lookahead": [0, 1]}, settings=[*SMALL, "workload.batch=2"], out=path, workers=1)
     # Nor one whose grid lacks what the rows vary: their values would be drawn as if they were the scenario's.
-    with pytest.raises(JournalError, match="prefetch.lookahead = 0, and here it is 1"):
+    with pytest.raises(JournalError, match=r"prefetch.lookahead = 0, and here it is 1"):
         small_sweep(path, {"prefetch.k": [1, 2]})
     assert path.read_bytes() == before
 
@@ -502,6 +502,6 @@ def test_rows_of_two_sweeps_in_one_file_are_not_drawn(tmp_path: Path) -> None:
         )
     both = tmp_path / "both.jsonl"
     both.write_bytes((tmp_path / "1.jsonl").read_bytes() + (tmp_path / "2.jsonl").read_bytes())
-    with pytest.raises(JournalError, match="has rows of another sweep: .* workload.batch = 2, and here it is 1"):
+    with pytest.raises(JournalError, match=r"has rows of another sweep: .* workload.batch = 2, and here it is 1"):
         sweep_rows(both)
     assert len(list(read_rows(both))) == 4

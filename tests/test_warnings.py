@@ -21,6 +21,8 @@ SKIP = ["model.preset=deepseek-v2-lite", "model.layers=24", "workload.trace=topk
 #: For each warning, by its first words: settings with which it is said, and settings with which it is not (None: some
 #: kernel of every shipped model is estimated on every shipped profile).
 CASES: dict[str, tuple[list[str], list[str] | None]] = {
+    "short trace": (["workload.tokens=13"], ["workload.tokens=12"]),
+    "empty places": (["workload.batch=2"], ["workload.batch=2", "workload.synthetic.sequences=2"]),
     "cliff": (["memory.gpu_budget=92experts"], ["memory.gpu_budget=93experts"]),
     "saturated link": (["prefetch.lookahead=2"], ["prefetch.lookahead=0"]),
     "saturated drive": (

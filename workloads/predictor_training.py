@@ -59,7 +59,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("epochs", "patience"):
             if not 1 <= getattr(self, name) <= _MOST_EPOCHS:
-                raise InputError(f"{name} = {getattr(self, name):,}: must be 1 to {_MOST_EPOCHS:,}")
+                raise InputError(f"{name} = {getattr(self, name)}: must be at least 1, and at most {_MOST_EPOCHS:,}")
         if not 0 < self.held_out < 1:
             raise InputError(f"held_out = {self.held_out}: must be above 0 and below 1")
 

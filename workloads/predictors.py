@@ -208,7 +208,7 @@ class Context:
 
     def __init__(self, context: int = 3) -> None:
         if not 1 <= context <= MOST_HORIZONS:
-            raise InputError(f"predictor context = {context}: must be 1 to {MOST_HORIZONS:,}")
+            raise InputError(f"predictor context = {context}: must be at least 1, and at most {MOST_HORIZONS:,}")
         self.context = context
 
     def guess(self, trace: RoutingTrace, steps: Sequence[Step], horizons: int, n: int) -> Guesses:
