@@ -80,9 +80,7 @@ _UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
 
 Settings = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="Set a key, such as prefetch.k=4, or take it out (KEY=); repeat it."
-    ),
+    typer.Option("--set", metavar="KEY=VALUE", help="Set a key, such as prefetch.k=4; KEY= takes it out; repeat it."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else there.")]
 

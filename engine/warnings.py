@@ -280,8 +280,8 @@ def _short_trace(inputs: Inputs, data: dict[str, Any]) -> str | None:
     if asked is None or asked <= there:
         return None
     return (
-        f"short trace: workload.tokens = {asked:,}, and the trace has {there:,} tokens to decode, which is what was run; "
-        f"use a longer trace, or set workload.synthetic.tokens"
+        f"short trace: workload.tokens = {asked:,}, and the trace has {there:,} tokens to decode, all of which were "
+        f"run; use a longer trace, or set workload.synthetic.tokens"
     )
 
 
@@ -290,8 +290,8 @@ def _empty_places(inputs: Inputs, data: dict[str, Any]) -> str | None:
     if batch <= sequences:
         return None
     return (
-        f"empty places: workload.batch = {batch:,}, and the trace has {sequences:,} sequences, so that never more decode "
-        f"together; use a trace of more sequences, or set workload.synthetic.sequences"
+        f"empty places: workload.batch = {batch:,}, and the trace has {sequences:,} sequences, so that never "
+        f"more decode together; use a trace of more sequences, or set workload.synthetic.sequences"
     )
 
 
