@@ -145,7 +145,7 @@ def parse_toml(text: str, where: object, error: type[InputError] = InputError) -
     for part in _TOML_ENDS.split(text):
         dots = _TOML_QUOTED.sub("", part.partition("#")[0]).count(".") if part.count(".") > MOST_KEY_PARTS else 0
         if dots > MOST_KEY_PARTS:
-            raise error(f"{where}: {part.strip()[:40]}…: a key of {dots + 1} parts: write it as section.key")
+            raise error(f"{where}: {part.strip()[:40]}…: a key of {dots + 1:,} parts: write it as section.key")
     try:
         return tomllib.loads(text)
     except RecursionError:

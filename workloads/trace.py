@@ -35,7 +35,7 @@ MAX_EXPERTS = 1 << 16
 #: No model comes near either; a file that says more is damaged. Much is kept for every expert of every layer.
 MAX_LAYERS, MAX_TOP_K, MAX_TOTAL_EXPERTS = 1 << 16, 512, 1 << 18
 #: What a row takes beside its choices, while it is checked and run: its sequence, position, phase, and their order.
-_ROW_BYTES = 64
+_ROW_BYTES = 256
 #: From so many choices on, comparing every pair takes longer than sorting.
 _SORTED_FROM = 32
 
