@@ -94,10 +94,10 @@ def check_one_sweep(
 
     So must be the version that ran them, and the contents of files of one name; `digests` are those known beforehand.
     """
-    varied = frozenset(keys)
-    base, known = _of_base(first, varied), dict(digests or {})
+    outside = _outside(keys)
+    base, known = _of_base(first, outside), dict(digests or {})
     for row in rows:
-        other = _of_base(row, varied)
+        other = _of_base(row, outside)
         contents = _contents(row)
         changed = next((each for each in contents if known.setdefault(each, contents[each]) != contents[each]), None)
         key = next((key for key, value in base.items() if key in other and other[key] != value), None)
@@ -138,17 +138,25 @@ _NAMED = {
 }
 
 
-def _of_base(row: Row, varied: frozenset[str]) -> dict[str, Any]:
-    """Return what a row says of its sweep, by key: all of its scenario but what is varied, and the version."""
-    settled = (
-        other for key, others in _SETTLED.items() if any(_within(one, key) for one in varied) for other in others
-    )
-    outside = (*varied, *settled)
-    base = {
-        key: value
-        for key, value in flat(row["scenario"]).items()
-        if not any(_within(key, one) or _within(one, key) for one in outside)
+def _outside(varied: Iterable[str]) -> Callable[[str], bool]:
+    """Return whether a key is varied or settled by what is: the key, a section that it lies in, or one in it."""
+    given = set(varied)
+    given |= {
+        other for key, others in _SETTLED.items() if any(key in _sections(one) for one in given) for other in others
     }
+    holding = {section for key in given for section in _sections(key)}
+    return lambda key: key in holding or not given.isdisjoint(_sections(key))
+
+
+def _sections(key: str) -> list[str]:
+    """Return a key and the sections that it lies in: a.b.c, a.b, a."""
+    parts = key.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+
+
+def _of_base(row: Row, outside: Callable[[str], bool]) -> dict[str, Any]:
+    """Return what a row says of its sweep, by key: all of its scenario but what is varied, and the version."""
+    base = {key: value for key, value in flat(row["scenario"]).items() if not outside(key)}
     return base if row["error"] is not None else base | {"version": row.get("versions", {}).get("prestage")}
 
 
@@ -156,10 +164,6 @@ def _contents(row: Row) -> dict[Content, str]:
     """Return the digests of the files that a row's scenario names, by kind and name."""
     named, digests = flat(row["scenario"]), row.get("sha256", {})
     return {(what, named[key]): digests[what] for what, key in _NAMED.items() if named.get(key) and digests.get(what)}
-
-
-def _within(key: str, section: str) -> bool:
-    return key == section or key.startswith(f"{section}.")
 
 
 def read_rows(path: str | Path) -> Iterator[Row]:
