@@ -26,6 +26,8 @@ except ImportError:  # Windows locks no files this way: there, two sweeps into o
 Row = dict[str, Any]
 #: A kind of file and a name, whose contents a row notes.
 Content = tuple[str, str]
+#: More keys than any scenario has.
+MOST_KEYS = 256
 #: Rows that go into a parquet file at a time.
 _BATCH = 1000
 
@@ -118,6 +120,8 @@ def sweep_rows(path: str | Path) -> Iterator[Row]:
     first = next(read_rows(path), None)
     if first is not None:
         keys = {key for row in read_rows(path) for key in row.get("settings", ())}
+        if len(keys) > MOST_KEYS:
+            raise JournalError(f"{path}: its rows vary {len(keys):,} keys, and a scenario has not so many: no sweep")
         check_one_sweep(read_rows(path), path, first, keys)
     return read_rows(path)
 

@@ -96,6 +96,7 @@ SPARSE_ROUTE += "".join(f"# layer={layer} expert_bytes=1 dense_bytes=0\n" for la
 SPARSE_ROUTE += COLUMNS + "".join(f"0,1,{step},{step % 40_000},0,0\n" for step in range(80_000))
 #: Weights whose shape names a thousand million blocks.
 SHAPE = {"layers": 1, "experts": 2, "top_k": 1, "horizons": 1, "context": 1, "width": 4, "heads": 1, "blocks": 10**9}
+ROW = {"key": "0" * 32, "error": None, "scenario": {}, "tokens_per_second": 1.0}
 IMPORT = ["trace", "import", "{file}", "-o", "out.npz", "--num-experts", "64", "--format"]
 INFO = ["trace", "info", "{file}"]
 #: The file's name, what makes it, the command, and what it says; None where it is read, or refused in other words.
@@ -224,6 +225,18 @@ FILES: dict[str, tuple[str, Make, list[str], str | None]] = {
         text("".join(f"k{n} = 1\n" for n in range(50_000))),
         ["run", "{file}"],
         "and 49,981 more",
+    ),
+    "a journal of 15,000 keys": (
+        "s.jsonl",
+        text("".join(json.dumps({**ROW, "settings": {f"k{n}": n}}) + "\n" for n in range(15_000))),
+        ["plot", "tornado", "{file}", "-o", "x.png"],
+        "its rows vary 15,000 keys",
+    ),
+    "a journal of 15,000 lines to draw": (
+        "s.jsonl",
+        text("".join(json.dumps({**ROW, "settings": {"a": n, "b": n}}) + "\n" for n in range(15_000))),
+        ["plot", "lines", "{file}", "-o", "x.png"],
+        "b has 15,000 values: at most 200",
     ),
     "a fit of many layers": (
         "f.json",
