@@ -35,11 +35,11 @@ from prestage.errors import InputError
 MOST_FILE_BYTES, MOST_BYTES, MOST_S = 4_000_000, 1 << 30, 10
 #: How many millions of bytes a bomb may have.
 MB = 1_000_000
-Make = Callable[[Path], None]
+Make = Callable[[Path], object]
 
 
 def text(content: str) -> Make:
-    return lambda path: path.write_text(content, encoding="utf-8") and None
+    return lambda path: path.write_text(content, encoding="utf-8")
 
 
 def npz(**arrays: np.ndarray) -> Make:
@@ -62,7 +62,7 @@ def npy_that_says(shape: tuple[int, ...], content: bytes = b"") -> Make:
 
 
 def safetensors_of(meta: dict[str, object], **arrays: np.ndarray) -> Make:
-    return lambda path: path.write_bytes(safetensors.numpy.save(arrays, metadata={"meta": json.dumps(meta)})) and None
+    return lambda path: path.write_bytes(safetensors.numpy.save(arrays, metadata={"meta": json.dumps(meta)}))
 
 
 def header_of(shape: list[int]) -> Make:
@@ -73,11 +73,11 @@ def header_of(shape: list[int]) -> Make:
             "experts": {"dtype": "U8", "shape": shape, "data_offsets": [0, 0]},
         }
     ).encode()
-    return lambda path: path.write_bytes(struct.pack("<Q", len(head)) + head) and None
+    return lambda path: path.write_bytes(struct.pack("<Q", len(head)) + head)
 
 
 def gz(content: bytes) -> Make:
-    return lambda path: path.write_bytes(gzip.compress(content, 6)) and None
+    return lambda path: path.write_bytes(gzip.compress(content, 6))
 
 
 def model(old: str, new: str) -> Make:
@@ -96,7 +96,7 @@ SPARSE_ROUTE += "".join(f"# layer={layer} expert_bytes=1 dense_bytes=0\n" for la
 SPARSE_ROUTE += COLUMNS + "".join(f"0,1,{step},{step % 40_000},0,0\n" for step in range(80_000))
 #: Weights whose shape names a thousand million blocks.
 SHAPE = {"layers": 1, "experts": 2, "top_k": 1, "horizons": 1, "context": 1, "width": 4, "heads": 1, "blocks": 10**9}
-ROW = {"key": "0" * 32, "error": None, "scenario": {}, "tokens_per_second": 1.0}
+ROW: dict[str, object] = {"key": "0" * 32, "error": None, "scenario": {}, "tokens_per_second": 1.0}
 IMPORT = ["trace", "import", "{file}", "-o", "out.npz", "--num-experts", "64", "--format"]
 INFO = ["trace", "info", "{file}"]
 #: The file's name, what makes it, the command, and what it says; None where it is read, or refused in other words.
