@@ -79,7 +79,8 @@ def _options(
 _UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
 
 Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a key, such as prefetch.k=4; repeat it.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Set a key, such as prefetch.k=4; KEY= takes it out; repeat it."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else there.")]
 
@@ -121,7 +122,10 @@ def run(
         typer.Option("--check-prefetch", help="Also run the same cache without prefetch, and warn if it is faster."),
     ] = False,
     replicates: Annotated[
-        int, typer.Option(min=0, help="Run so many more times, costs drawn from their uncertainty: p5, p50, p95.")
+        int,
+        typer.Option(
+            min=0, max=10_000, help="Run so many more times, costs drawn from their uncertainty: p5, p50, p95."
+        ),
     ] = 0,
     json: Json = False,
 ) -> None:
@@ -142,6 +146,8 @@ def run(
     from .engine.simulate import simulate_inputs
 
     inputs = load_inputs(load_scenario(scenario, settings or ()))
+    if out is not None and (out / "result.json").exists():
+        _say_replaced(out, "run")
     for folder in (out, stream):
         if folder is not None:
             make_folder(folder)
@@ -315,7 +321,7 @@ def plot(
       prestage plot pareto sweep.jsonl -o pareto.png
       prestage plot tornado sweep.jsonl -o tornado.png
     """
-    from .engine.journal import read_rows
+    from .engine.journal import sweep_rows
     from .engine.output.charts import CHARTS, plot_sweep
     from .engine.output.figures import FIGURES
     from .engine.output.figures_static import draw
@@ -327,7 +333,7 @@ def plot(
     if kind in CHARTS:
         if len(results) != 1:
             raise InputError(f"{kind} is drawn from one journal, and {len(results)} are given")
-        picture = plot_sweep(kind, read_rows(results[0]), x=x, by=by, figure=figure or "tokens_per_second")
+        picture = plot_sweep(kind, sweep_rows(results[0]), x=x, by=by, figure=figure or "tokens_per_second")
     elif kind in FIGURES:
         if x or by or figure:
             raise InputError(f"{kind} is a picture of a run: --x, --by and --figure are for those of a sweep")
@@ -661,16 +667,21 @@ def trace_import(
         str, typer.Option(help="The log's format, such as jsonl; any other name lists them all.")
     ] = "bigmoeonedge",
     num_experts: Annotated[int | None, typer.Option(help="Experts a layer, where the log does not say it.")] = None,
+    layers: Annotated[
+        int | None,
+        typer.Option(help="MoE layers. A list of plain ids is then all ids of one layer, and not one id a layer."),
+    ] = None,
 ) -> None:
     """Turn an engine's routing log into a trace.
 
     \b
-    Example:
+    Examples:
       prestage trace import log.route.csv -o trace.safetensors
+      prestage trace import ids.jsonl --format jsonl --num-experts 16 --layers 3 -o trace.npz
     """
     from .workloads.importers import import_trace
 
-    trace = import_trace(log, format, num_experts)
+    trace = import_trace(log, format, num_experts, layers)
     trace.save(out)
     _say_what_is_in(out, trace)
 
@@ -698,6 +709,8 @@ def trace_record(
     """Run a transformers MoE model over text or prompts and record its routing. Needs prestage[record]."""
     from .workloads.run_model import RecordConfig, record_files
 
+    if out.exists():
+        _say_replaced(out, "trace")
     config = RecordConfig(sequence_tokens, prompt_tokens, new_tokens, batch, sequences, guesses, device)
     with _progress() as progress:
         trace = record_files(model, text or [], prompts or [], config, progress)
@@ -794,8 +807,15 @@ def trace_synth(
     _say_what_is_in(out, trace)
 
 
+def _say_replaced(path: Path, what: str) -> None:
+    """Tell, on standard error, that what was made before is lost."""
+    typer.echo(f"{path}: has a {what} already, which this one replaces", err=True)
+
+
 def _say_what_is_in(path: Path, trace: RoutingTrace) -> None:
     typer.echo(f"{path}: {trace.tokens} tokens, {trace.layers} layers, top-{trace.k} of {trace.num_experts} experts")
+    if "reading" in trace.meta:
+        typer.echo(f"{path}: taken so: {trace.meta['reading']} (--layers)")
 
 
 def _listed(text: str) -> list[str]:
@@ -815,6 +835,8 @@ def calibrate_measure(
     from .calibration.evidence import sample_rows
     from .calibration.measure import FULL, LINKS, PROBES, QUICK, measure
 
+    if out.exists():
+        _say_replaced(out, "file")
     gpu = Gpu(device)
     if links and gpu.count() < 2:
         raise InputError("--links: torch finds one GPU only")
@@ -929,7 +951,7 @@ def calibrate_execute(
         typer.Option("--out", "-o", help="The file to write (.json, .json.gz), or a folder for several scenarios."),
     ],
     device: Annotated[int, typer.Option(help="Which CUDA GPU.")] = 0,
-    repeats: Annotated[int, typer.Option(min=1, help="How many repeats; the median one is written.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, max=10_000, help="How many repeats; the median one is written.")] = 5,
     all_repeats: Annotated[bool, typer.Option(help="Write the times of all repeats.")] = False,
     profiler: Annotated[
         Path | None, typer.Option(help="Also run once under PyTorch's profiler and write its trace (.json, .json.gz).")
@@ -968,13 +990,14 @@ def calibrate_validate(
         list[Path] | None, typer.Option(help="Measured runs or folders of them, in place of executing; repeat it.")
     ] = None,
     device: Annotated[int, typer.Option(help="Which CUDA GPU executes the scenarios.")] = 0,
-    repeats: Annotated[int, typer.Option(min=1, help="How many repeats are executed.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, max=10_000, help="How many repeats are executed.")] = 5,
     tolerance: Annotated[
         float, typer.Option(min=0, help="Largest error of a makespan, unless the machine's own spread is larger.")
     ] = 0.05,
     ablate: Annotated[bool, typer.Option(help="Also simulate with each term of the costs left out.")] = False,
     replicates: Annotated[
-        int, typer.Option(min=0, help="Also simulate so many times with costs drawn from their uncertainty.")
+        int,
+        typer.Option(min=0, max=10_000, help="Also simulate so many times with costs drawn from their uncertainty."),
     ] = 0,
 ) -> None:
     """Compare simulated with measured makespans; exit status 1 if one is off by more than the tolerance.
@@ -1074,11 +1097,14 @@ def predictor_train(
       prestage predictor train trace.safetensors -o my-predictor
       prestage predictor train trace.npz -o my-predictor --sequences :61 --context 4
     """
+    from .workloads.learned import WEIGHTS_FILE
     from .workloads.predictor_training import Settings, train
 
     settings = Settings(horizons=horizons, context=context, epochs=epochs, held_out=held_out, seed=seed)
     given = _open_trace(trace)
     lessons = given.slice(sequences=given.sequences_in(sequences))
+    if (out / WEIGHTS_FILE).exists() or out.is_file():
+        _say_replaced(out, "predictor")
     with _progress() as progress:
         weights = train(lessons, settings, progress)
     file = weights.save(out)

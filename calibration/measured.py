@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
+from ..bounded import read_json
 from ..engine.gpu import add_lanes
 from ..engine.output.export import replacing
 from ..engine.scenario import Scenario, make_scenario
@@ -178,11 +179,11 @@ class Measured:
 def load_measured(path: Path) -> Measured:
     """Read a file that `Measured.save` wrote; MeasuredError if it is none."""
     try:
-        content = path.read_bytes()
+        content = read_json(path, MeasuredError)
     except OSError as error:
         raise MeasuredError(f"{path}: cannot be read: {error.strerror}") from None
     try:
-        data = orjson.loads(gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content)
+        data = orjson.loads(content)
         if data["format"] != FORMAT:
             raise MeasuredError(f"{path}: format = {data['format']!r}: must be {FORMAT!r}")
         return Measured(
@@ -194,7 +195,7 @@ def load_measured(path: Path) -> Measured:
             disturbed=data["disturbed"],
             clocks_within_ns=data.get("clocks_within_ns", 0),
         )
-    except (KeyError, TypeError, IndexError, orjson.JSONDecodeError, gzip.BadGzipFile, EOFError) as error:
+    except (KeyError, TypeError, IndexError, orjson.JSONDecodeError) as error:
         raise MeasuredError(f"{path}: not a measured run ({type(error).__name__}: {error})") from None
 
 

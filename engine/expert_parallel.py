@@ -18,6 +18,7 @@ import simpy
 from ..resources.network import Carried
 from ..resources.timeline import COMBINE, DISPATCH, PEER
 from ..resources.topology import Route, TopologyError
+from ..workloads.trace import MAX_TOTAL_EXPERTS
 from .costs import Costs, activation_bytes
 from .gpu import Decoded
 from .inputs import Inputs
@@ -52,7 +53,7 @@ def place(whole: Inputs, make_manager: Callable[[Inputs], MemoryManager]) -> Inp
             objective=parallel.objective,
         )
     )
-    spare_experts = parse_bytes(parallel.spare_bytes) // max(model.expert_bytes)
+    spare_experts = min(parse_bytes(parallel.spare_bytes) // max(model.expert_bytes), MAX_TOTAL_EXPERTS)
     if spare_experts and not model.uniform:
         raise ScenarioError("parallel.spare_bytes: needs experts of one size in all layers")
     lives = homes(whole.trace, whole.steps, parallel.gpus)

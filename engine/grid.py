@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-import tomllib
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from ..bounded import parse_toml
 from ..words import unknown_name
 from .scenario import (
     Scenario,
@@ -28,6 +29,8 @@ from .scenario import (
     scenario_names,
 )
 
+#: What a grid may have of values, and a sweep of rows: enough for any study, and not a key pressed too long.
+MOST_VALUES, MOST_ROWS = 10_000, 1_000_000
 #: One combination: the value of each of the grid's keys.
 Point = dict[str, Any]
 
@@ -53,11 +56,20 @@ class Grid:
         for key, values in self.values.items():
             if not values:
                 raise GridError(f"grid {key}: no values; write {key}=value,value,…")
-        if self.sample is not None and self.sample < 1:
-            raise GridError(f"sample = {self.sample}: must be at least 1")
+        if self.sample is not None and not 1 <= self.sample <= MOST_ROWS:
+            raise GridError(f"sample = {self.sample}: must be at least 1, and at most {MOST_ROWS:,}")
+        count = sum(map(len, self.values.values()))
+        if count > MOST_VALUES:
+            raise GridError(f"grid: {count:,} values: must be at most {MOST_VALUES:,}")
+        if min(self.combinations, self.sample or self.combinations) > MOST_ROWS or self.combinations > sys.maxsize:
+            raise GridError(
+                f"grid: {self.combinations:,} combinations: at most {MOST_ROWS:,} are run: sample them (--sample 999), "
+                "or try fewer values"
+            )
+        beside: Point = {}
         for key, values in self.values.items():
             for value in values:
-                self._check(key, value)
+                beside = self._check(key, value, beside)
 
     def __len__(self) -> int:
         return self.combinations if self.sample is None else min(self.sample, self.combinations)
@@ -91,17 +103,20 @@ class Grid:
         """Return the scenario of a combination; ScenarioError if its values do not fit together."""
         return make_scenario(self.data(point), "grid")
 
-    def _check(self, key: str, value: Any) -> None:
-        """Refuse a value that no pair of the grid's values, nor the value alone, makes a scenario with."""
+    def _check(self, key: str, value: Any, last: Point) -> Point:
+        """Refuse a value that no pair of the grid's values, nor the value alone, makes a scenario with.
+
+        Return what it was found to go with, which is tried first for the next one, given as `last`.
+        """
         others = [{other: one} for other, values in self.values.items() if other != key for one in values]
         first: ScenarioError | None = None
-        for beside in [{}, *others]:
+        for beside in [{}, last, *others]:
             try:
                 self.scenario({**beside, key: value})
             except ScenarioError as error:
                 first = first or error
             else:
-                return
+                return beside
         assert first is not None
         raise GridError(str(first))
 
@@ -163,10 +178,7 @@ def _open(name: str | Path | None, settings: Iterable[str]) -> tuple[Scenario, d
             known = [*sweep_names(), *scenario_names(), "FILE.toml"]
             raise GridError(unknown_name("sweep or scenario", str(name), known))
         return load_scenario(name, settings), {}
-    try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise GridError(f"sweep {str(name)!r}: not TOML: {error}") from None
+    data = parse_toml(text, f"sweep {str(name)!r}", GridError)
     if "grid" not in data:
         return load_scenario(name, settings), {}
     unknown = sorted(data.keys() - {"scenario", "set", "grid"})

@@ -10,6 +10,9 @@ from ..errors import InputError
 from ..words import unknown_name
 from .journal import Row, flat
 
+#: So many lines, or names along an axis, are drawn.
+MOST_LINES = 200
+
 
 class InsightError(InputError):
     """Rows that do not say what was asked of them."""
@@ -85,11 +88,18 @@ def table(rows: Sequence[Row], x: str, by: str | None, figure: str) -> dict[Any,
         line.setdefault(settings.get(x), []).append(row[figure])
     across = values_of(rows, x)
     down = values_of(rows, by) if by else [None]
+    check_few(by, down)
     return {
         name: {value: statistics.median(groups[name][value]) for value in across if value in groups[name]}
         for name in down
         if name in groups
     }
+
+
+def check_few(key: str | None, values: Sequence[Any]) -> None:
+    """Raise InsightError if a key has more values than lines, or names along an axis, can be told apart."""
+    if len(values) > MOST_LINES:
+        raise InsightError(f"{key} has {len(values):,} values: at most {MOST_LINES} are told apart: choose another key")
 
 
 def front(rows: Sequence[Row], speed: str, memory: str) -> list[Spot]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,6 +24,10 @@ except ImportError:  # Windows locks no files this way: there, two sweeps into o
 
 #: A row of a sweep: a finished scenario as plain data.
 Row = dict[str, Any]
+#: A kind of file and a name, whose contents a row notes.
+Content = tuple[str, str]
+#: More keys than any scenario has.
+MOST_KEYS = 256
 #: Rows that go into a parquet file at a time.
 _BATCH = 1000
 
@@ -35,14 +39,17 @@ class JournalError(InputError):
 class Journal:
     """A journal open for writing, and nobody else's meanwhile; `done` are the keys of the rows that it holds.
 
-    Opening drops what a killed sweep left half-written, and the rows with an error, which run again.
+    Opening drops what a killed sweep left half-written, and the rows with an error, which run again; before that,
+    `check` may refuse the rows that are there.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, check: Callable[[Iterator[Row]], None] | None = None) -> None:
         self.path = path
         self.done: set[bytes] = set()
         self._file = _locked(path)
         try:
+            if check is not None:
+                check(read_rows(path))
             if any(self._keep(row) is None for row in _parsed(path)):
                 self.done.clear()
                 self._rewrite()
@@ -80,6 +87,87 @@ class Journal:
                     file.write(orjson.dumps(row) + b"\n")
         self._file.close()
         self._file = _locked(self.path)
+
+
+def check_one_sweep(
+    rows: Iterable[Row], path: str | Path, first: Row, keys: Iterable[str], digests: Mapping[Content, str] | None = None
+) -> None:
+    """Refuse rows that are not of one sweep with `first`: what is no key of its grid must be the same in all of them.
+
+    So must be the version that ran them, and the contents of files of one name; `digests` are those known beforehand.
+    """
+    outside = _outside(keys)
+    base, known = _of_base(first, outside), dict(digests or {})
+    for row in rows:
+        other = _of_base(row, outside)
+        contents = _contents(row)
+        changed = next((each for each in contents if known.setdefault(each, contents[each]) != contents[each]), None)
+        key = next((key for key, value in base.items() if key in other and other[key] != value), None)
+        if changed is not None:
+            what = f"the {changed[0]} {changed[1]!r} had other contents"
+        elif key is not None:
+            what = f"{key} = {other[key]!r}, and here it is {base[key]!r}"
+        else:
+            continue
+        raise JournalError(
+            f"{path}: has rows of another sweep: in row {row['key'][:8]} {what}: give another file, or move this one "
+            "away"
+        )
+
+
+def sweep_rows(path: str | Path) -> Iterator[Row]:
+    """Yield the rows of a journal like `read_rows`, after a look whether they are of one sweep; JournalError else."""
+    first = next(read_rows(path), None)
+    if first is not None:
+        keys = {key for row in read_rows(path) for key in row.get("settings", ())}
+        if len(keys) > MOST_KEYS:
+            raise JournalError(f"{path}: its rows vary {len(keys):,} keys, and a scenario has not so many: no sweep")
+        check_one_sweep(read_rows(path), path, first, keys)
+    return read_rows(path)
+
+
+#: Keys that settle others: a trace takes the place of a synthetic one, and weights are of one predictor.
+_SETTLED = {
+    "workload.trace": ("workload.synthetic",),
+    "workload.synthetic": ("workload.trace",),
+    "workload.synthetic.fit": ("workload.synthetic.skew", "workload.synthetic.working_set", "workload.synthetic.reuse"),
+    "predictor.name": ("predictor.weights",),
+}
+#: Where a scenario names each kind of file whose contents a row notes.
+_NAMED = {
+    "profile": "machine.profile",
+    "model": "model.preset",
+    "trace": "workload.trace",
+    "fit": "workload.synthetic.fit",
+}
+
+
+def _outside(varied: Iterable[str]) -> Callable[[str], bool]:
+    """Return whether a key is varied or settled by what is: the key, a section that it lies in, or one in it."""
+    given = set(varied)
+    given |= {
+        other for key, others in _SETTLED.items() if any(key in _sections(one) for one in given) for other in others
+    }
+    holding = {section for key in given for section in _sections(key)}
+    return lambda key: key in holding or not given.isdisjoint(_sections(key))
+
+
+def _sections(key: str) -> list[str]:
+    """Return a key and the sections that it lies in: a.b.c, a.b, a."""
+    parts = key.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+
+
+def _of_base(row: Row, outside: Callable[[str], bool]) -> dict[str, Any]:
+    """Return what a row says of its sweep, by key: all of its scenario but what is varied, and the version."""
+    base = {key: value for key, value in flat(row["scenario"]).items() if not outside(key)}
+    return base if row["error"] is not None else base | {"version": row.get("versions", {}).get("prestage")}
+
+
+def _contents(row: Row) -> dict[Content, str]:
+    """Return the digests of the files that a row's scenario names, by kind and name."""
+    named, digests = flat(row["scenario"]), row.get("sha256", {})
+    return {(what, named[key]): digests[what] for what, key in _NAMED.items() if named.get(key) and digests.get(what)}
 
 
 def read_rows(path: str | Path) -> Iterator[Row]:

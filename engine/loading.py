@@ -18,7 +18,7 @@ from ..workloads.model import Model, load_model
 from ..workloads.synthetic import synthesize
 from ..workloads.trace import RoutingTrace
 from .capacity import check, fixed_parts, gib, kv_cache_bytes
-from .costs import Costs
+from .costs import Costs, pieces_of
 from .expert_parallel import place
 from .inputs import Inputs
 from .links import Links
@@ -33,6 +33,9 @@ from .run import make_host_memory, make_manager, make_prefetch, part_costs, prep
 from .scenario import Scenario, ScenarioError, parse_bytes
 from .stages import OF_WHOLE_MODEL, SAMPLE_STEPS, stage_inputs, stage_layers
 
+#: In so many pieces an expert is copied at most: 4 KiB each of a quarter of a GiB.
+MOST_PIECES = 1 << 16
+
 
 def load_inputs(scenario: Scenario, trace: RoutingTrace | None = None) -> Inputs:
     """Load the model, profile and trace of a scenario and compute its predictions; a `trace` given is used instead.
@@ -45,6 +48,7 @@ def load_inputs(scenario: Scenario, trace: RoutingTrace | None = None) -> Inputs
     _check_fit(trace, model)
     if scenario.model.sizes == "trace":
         model = _sized(model, trace)
+    _check_pieces(scenario, model)
     steps = steps_of(scenario, trace)
     if not steps:
         prefill = scenario.workload.prefill
@@ -186,6 +190,21 @@ def expert_budgets(
     left_bytes = parse_bytes(total) - sum(fixed_parts(scenario, model, predictor_bytes).values())
     kv_bytes = kv_cache_bytes(model, trace, steps).tolist()
     return [min(most_bytes, left_bytes - size_bytes) for size_bytes in kv_bytes]
+
+
+def _check_pieces(scenario: Scenario, model: Model) -> None:
+    """Refuse chunks so small that one expert's copy or read would be made in pieces without end."""
+    largest_bytes = max(model.expert_bytes)
+    for key, chunk_bytes in (
+        ("copy.chunk_bytes", scenario.copy_.chunk_bytes),
+        ("tiers.chunk_bytes", scenario.tiers.chunk_bytes),
+    ):
+        pieces = pieces_of(largest_bytes, chunk_bytes)
+        if pieces > MOST_PIECES:
+            raise ScenarioError(
+                f"{key} = {chunk_bytes}: an expert of {largest_bytes:,} bytes would go in {pieces:,} pieces: must be "
+                f"at least {-(-largest_bytes // MOST_PIECES):,}, for {MOST_PIECES:,} pieces, or 0 for one"
+            )
 
 
 def _load_trace(scenario: Scenario, model: Model) -> RoutingTrace:

@@ -30,6 +30,8 @@ STACKS: dict[str, Callable[[Lookups, int], npt.NDArray[np.int32]]] = {
     "lru": lambda lookups, experts: lru_depths(lookups.experts, lookups.recency, lookups.starts, experts),
     "belady": lambda lookups, experts: belady_depths(lookups.experts, lookups.starts, experts),
 }
+#: More points than this no curve shows.
+MOST_POINTS = 10_000
 #: What is drawn where nothing else is asked for.
 DEFAULT_POLICIES = ("fifo", "lru", "lfu", "clock", "s3fifo", "belady")
 
@@ -127,10 +129,12 @@ def _capacities(
     """Return the bytes of each pool for each capacity, ascending, each once."""
     divide = divider(scope, expert_bytes, trace)
     if capacities:
+        if len(capacities) > MOST_POINTS:
+            raise InputError(f"capacities: {len(capacities):,} are given: must be at most {MOST_POINTS:,}")
         budgets = [parse_budget(capacity, expert_bytes, trace.num_experts, scope) for capacity in capacities]
     else:
-        if points < 1:
-            raise InputError(f"points = {points}: must be at least 1")
+        if not 1 <= points <= MOST_POINTS:
+            raise InputError(f"points = {points}: must be at least 1, and at most {MOST_POINTS:,}")
         total_bytes = parse_budget("100%", expert_bytes, trace.num_experts, scope)
         least_bytes = max(expert_bytes) * (1 if scope in ("global", "shared") else trace.layers)
         budgets = [max(least_bytes, total_bytes * point // points) for point in range(1, points + 1)]

@@ -7,8 +7,7 @@ names the nearest known one. Any key can be set from outside with `section.key=v
 from __future__ import annotations
 
 import re
-import tomllib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from importlib import resources
 from pathlib import Path
@@ -24,11 +23,14 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
+from ..bounded import parse_toml, read
 from ..errors import InputError
 from ..units import BYTES, NUMBER, gb_per_s, whole_bytes, written_bytes
 from ..words import no_such_key, unknown_name
 from ..workloads.batches import PREFILL_MODES, parse_warmup
+from ..workloads.guesses import MOST_HORIZONS
 from ..workloads.importers import shipped_traces
 from ..workloads.learned import shipped_weights
 from ..workloads.predictors import PREDICTORS
@@ -64,9 +66,13 @@ DISPATCH_THREADS = ("per-gpu", "one")
 COMPRESSED = ("none", "host", "gpu")
 #: What decompresses: the compute stream, in the way of the kernels, or the GPU's side stream.
 DECOMPRESS_LANES = ("compute", "side")
+#: More GPUs than one machine has, stages of them, or parts of a batch between them.
+MOST_GPUS = 1024
 #: Keys of [workload.synthetic] that a fit takes the place of.
 _FIT_REPLACES = ("skew", "working_set", "reuse")
 
+#: How many of a scenario's faults are told.
+_MOST_PROBLEMS = 20
 _AMOUNT = re.compile(rf"\s*({NUMBER})\s*(%|experts|{'|'.join(BYTES)})\s*")
 
 #: A number of bytes, or one with a unit; kept as a number.
@@ -244,7 +250,7 @@ class PredictorSection(_Section):
 
     name: Annotated[str, _one_of(PREDICTORS)] = "oracle"
     recall: float = Field(default=0.9, ge=0, le=1)
-    context: int = Field(default=3, ge=1)
+    context: int = Field(default=3, ge=1, le=MOST_HORIZONS)
     lane: Annotated[str, _one_of(PREDICTOR_LANES)] = "gpu"
     latency_us: float | None = Field(default=None, ge=0)
     weights: str | None = None
@@ -266,7 +272,7 @@ class PrefetchSection(_Section):
 
     policy: Annotated[str, _one_of(PREFETCH)] = "top-k"
     k: int | None = Field(default=None, ge=1)
-    lookahead: int = Field(default=1, ge=0)
+    lookahead: int = Field(default=1, ge=0, le=MOST_HORIZONS)
     threshold: float = Field(default=0.5, ge=0, le=1)
     decay: float = Field(default=0.7, gt=0, le=1)
     protect: Annotated[str, _one_of(PROTECTION)] = "until_target"
@@ -327,13 +333,13 @@ class ParallelSection(_Section):
     each GPU keeps what others evict.
     """
 
-    stages: int = Field(default=1, ge=1)
+    stages: int = Field(default=1, ge=1, le=MOST_GPUS)
     split: str | list[int] = "equal"
-    micro_batches: int = Field(default=1, ge=1)
+    micro_batches: int = Field(default=1, ge=1, le=MOST_GPUS)
     dispatch_threads: Annotated[str, _one_of(DISPATCH_THREADS)] = "per-gpu"
-    gpus: int = Field(default=1, ge=1)
+    gpus: int = Field(default=1, ge=1, le=MOST_GPUS)
     placement: Annotated[str, _one_of(PLACEMENT)] = "round-robin"
-    replicas: int = Field(default=2, ge=1)
+    replicas: int = Field(default=2, ge=1, le=MOST_GPUS)
     replica_bytes: _Written = "0B"
     objective: Annotated[str, _one_of(OBJECTIVES)] = "load"
     remote: Annotated[str, _one_of(REMOTE)] = "tokens"
@@ -667,9 +673,9 @@ def load_scenario(name: str | Path | None = None, settings: Iterable[str] = ()) 
 
     A row is named by its journal and the beginning of its key, `results.jsonl#1f3a`.
 
-    `settings` are `section.key=value` strings laid over it; a value is read as TOML, or as a bare string. A trace, a
-    fit or weights named in a file are looked for beside that file; named in a setting, in the current folder.
-    Raises ScenarioError.
+    `settings` are `section.key=value` strings laid over it; a value is read as TOML, or as a bare string; without one
+    (`section.key=`) the key is taken out, and has its default again. A trace, a fit or weights named in a file are
+    looked for beside that file; named in a setting, in the current folder. Raises ScenarioError.
     """
     source = "scenario 'default'" if name is None else f"scenario {str(name)!r}"
     data = _read(name, source)
@@ -683,7 +689,9 @@ def make_scenario(data: Mapping[str, Any], source: str = "scenario") -> Scenario
     try:
         return Scenario.model_validate(data)
     except ValidationError as error:
-        problems = [_explain(dict(problem)) for problem in error.errors()]
+        problems = [_explain(dict(problem)) for problem in error.errors()[:_MOST_PROBLEMS]]
+        if error.error_count() > _MOST_PROBLEMS:
+            problems.append(f"and {error.error_count() - _MOST_PROBLEMS:,} more")
         raise ScenarioError(f"{source}: " + "; ".join(problems)) from None
 
 
@@ -695,7 +703,7 @@ def _read(name: str | Path | None, source: str) -> dict[str, Any]:
         return data
     if path is not None and (path.suffix == ".toml" or path.is_file()):
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read(path, ScenarioError).decode("utf-8")
         except OSError as error:
             raise ScenarioError(f"{source}: cannot be read: {error.strerror}") from None
         except UnicodeDecodeError:
@@ -707,10 +715,7 @@ def _read(name: str | Path | None, source: str) -> dict[str, Any]:
             raise ScenarioError(unknown_name("scenario", shipped, [*scenario_names(), "FILE.toml"]))
         text = (resources.files("prestage") / "engine" / "scenarios" / f"{shipped}.toml").read_text("utf-8")
         folder = None
-    try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ScenarioError(f"{source}: not TOML: {error}") from None
+    data = parse_toml(text, source, ScenarioError)
     if folder is not None:
         workload = data.get("workload")
         _find_beside(folder, workload, "trace")
@@ -737,20 +742,59 @@ def apply_setting(data: dict[str, Any], setting: str) -> None:
 def parse_value(text: str) -> Any:
     """Return what a value means that is given outside a file: TOML, or else the bare string."""
     try:
-        return tomllib.loads(f"value = {text.strip()}")["value"]
-    except ValueError:  # no TOML, or a number of more digits than Python reads
+        return parse_toml(f"value = {text.strip()}", "value")["value"]
+    except InputError:
         return text.strip()
 
 
 def lay(data: dict[str, Any], key: str, value: Any) -> None:
-    """Lay a value over plain data under `section.key`. Raises ScenarioError."""
+    """Lay a value over plain data under `section.key`. Raises ScenarioError.
+
+    An empty value takes the key out, so that it has its default again; so does 'none', of a key that may be left out
+    and has no default.
+    """
     parts = key.split(".")
+    field = _field(parts)
+    if field is not None and (value in ("", None) or (value == "none" and _may_be_missing(field))):
+        _take_out(data, parts)
+        return
     _drop_replaced(data, parts, value)
     for part in parts[:-1]:
-        data = data.setdefault(part, {})
+        if data.get(part) is None:
+            data[part] = {}
+        data = data[part]
         if not isinstance(data, dict):
             raise ScenarioError(f"{key}: {part!r} is a value, not a section")
     data[parts[-1]] = value
+
+
+def _field(parts: Sequence[str]) -> FieldInfo | None:
+    """Return what the scenario says of a section or a key; None if it has no such."""
+    section: type[BaseModel] | None = Scenario
+    field = None
+    for part in parts:
+        named = section.model_fields.items() if section is not None else ()
+        field = next((field for name, field in named if part == (field.alias or name)), None)
+        if field is None:
+            return None
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+    return field
+
+
+def _may_be_missing(field: FieldInfo) -> bool:
+    return field.default is None
+
+
+def _take_out(data: dict[str, Any], parts: Sequence[str]) -> None:
+    """Take a key out of plain data. Without its trace, a workload is drawn."""
+    section: Any = data
+    for part in parts[:-1]:
+        section = section.get(part) if isinstance(section, dict) else None
+    if isinstance(section, dict):
+        section.pop(parts[-1], None)
+        if list(parts) == ["workload", "trace"] and section.get("synthetic") is None:
+            section["synthetic"] = {}
 
 
 def _drop_replaced(data: dict[str, Any], parts: list[str], value: Any) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import InputError
 from ..resources.network import Carried
 from ..resources.spool import Spool
 from ..resources.timeline import Timeline
@@ -47,6 +48,8 @@ from .run import Prepared, Progress, Watch, dispatched, make_manager, part_costs
 from .scenario import MemorySection, PredictorSection, PrefetchSection, Scenario, TiersSection, WorkloadSection
 from .warnings import warnings_of
 
+#: Enough for percentiles of any kind.
+MOST_REPLICATES = 10_000
 #: What a run is compared with, and what progress calls it.
 BASELINES = {
     "resident": "all resident",
@@ -120,6 +123,8 @@ def simulate_inputs(
     stream: Path | None = None,
 ) -> Result:
     """Run what `load_inputs` loaded, as `simulate` does."""
+    if not 0 <= replicates <= MOST_REPLICATES:
+        raise InputError(f"replicates = {replicates:,}: must be 0 to {MOST_REPLICATES:,}")
     scenario, model = inputs.scenario, inputs.model
     costs = part_costs(inputs)
     began = time.perf_counter()

@@ -7,7 +7,6 @@ journals and the rest in parts.json, so that a suite that was killed goes on whe
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -17,6 +16,7 @@ from typing import Any, Literal
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from ..bounded import parse_toml, read
 from ..errors import InputError
 from ..words import unknown_name
 from .grid import make_grid
@@ -129,16 +129,14 @@ def load_suite(name: str | Path = "default") -> Suite:
     if str(name) in suite_names():
         text = (resources.files("prestage") / "engine" / "suites" / f"{name}.toml").read_text("utf-8")
     elif str(name).endswith(".toml"):
-        text = Path(name).read_text(encoding="utf-8")
+        text = _text(Path(name))
     else:
         raise SuiteError(unknown_name("suite", str(name), [*suite_names(), "FILE.toml"]))
     try:
-        suite = Suite.model_validate(tomllib.loads(text))
+        suite = Suite.model_validate(parse_toml(text, f"suite {str(name)!r}", SuiteError))
     except ValidationError as error:
         problems = (f"{'.'.join(map(str, one['loc']))}: {_said(dict(one))}" for one in error.errors())
         raise SuiteError(f"suite {str(name)!r}: {'; '.join(problems)}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SuiteError(f"suite {str(name)!r}: not TOML: {error}") from None
     # A scenario's file is looked for beside the suite's.
     beside = [
         study.model_copy(update={"scenario": str(Path(name).parent / study.scenario)})
@@ -147,6 +145,13 @@ def load_suite(name: str | Path = "default") -> Suite:
         for study in suite.studies
     ]
     return suite.model_copy(update={"studies": beside})
+
+
+def _text(path: Path) -> str:
+    try:
+        return read(path, SuiteError).decode("utf-8")
+    except UnicodeDecodeError:
+        raise SuiteError(f"suite {str(path)!r}: not UTF-8 text") from None
 
 
 def _said(problem: Mapping[str, Any]) -> str:

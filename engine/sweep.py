@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from ..workloads.model import load_model
 from ..workloads.trace import RoutingTrace, TraceError
 from .grid import Grid, Point, make_grid
 from .inputs import Inputs
-from .journal import Journal, Rows, check_export, export
+from .journal import Journal, Row, Rows, check_export, check_one_sweep, export
 from .loading import load_inputs
 from .run import part_costs
 from .scenario import Scenario, ScenarioError, make_scenario
@@ -87,8 +88,8 @@ def sweep(
     """
     path = Path(out)
     check_export(path)
-    plan = Plan(make_grid(scenario, grid, settings=settings, sample=sample), baselines)
-    with Workers(workers, cluster) as crew, Journal(path.with_suffix(".jsonl")) as journal:
+    plan = Plan(make_grid(scenario, grid, settings=settings, sample=sample), baselines, path.with_suffix(".jsonl"))
+    with Workers(workers, cluster) as crew, Journal(path.with_suffix(".jsonl"), plan.check_rows) as journal:
         if baselines:
             _run_baselines(plan, crew, journal, progress)
         done = len(plan.grid) - sum(1 for _ in plan.tasks(journal.done))
@@ -110,6 +111,8 @@ class Plan:
 
     grid: Grid
     baselines: bool
+    #: The journal, for what is said of it.
+    path: Path = Path()
     #: Makespans in ms of baselines, by their key.
     known: dict[str, float] = field(default_factory=dict)
     _hashes: dict[tuple[str, str], str] = field(default_factory=dict)
@@ -121,6 +124,19 @@ class Plan:
             for value in self.grid.values.get(key, [self.grid.base[section][name]]):
                 if value is not None:
                     self._hash(what, value)
+
+    def check_rows(self, rows: Iterator[Row]) -> None:
+        """Refuse rows of another scenario than this grid's, or of one whose files have changed. Raises JournalError."""
+        row = next(rows, None)
+        if row is None:
+            return
+        found = (each for each in self.points() if isinstance(each[2], Scenario))
+        _, point, scenario = next(found, (None, next(self.grid.points()), None))
+        first: Row = {"scenario": self.grid.data(point), "error": "cannot run"}
+        if isinstance(scenario, Scenario):
+            self.hashes(scenario)
+            first = {"scenario": scenario.plain(), "error": None, "versions": versions()}
+        check_one_sweep(chain([row], rows), self.path, first, self.grid.values, self._hashes)
 
     def points(self) -> Iterator[tuple[str, Point, Scenario | ScenarioError]]:
         """Yield (key, point, its scenario, or why it is none)."""

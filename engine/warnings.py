@@ -330,10 +330,32 @@ def _host_memory(inputs: Inputs) -> str:
     return inputs.scenario.copy_.host_memory or ("pinned" if "pinned" in inputs.profile.h2d else "pageable")
 
 
+def _short_trace(inputs: Inputs, data: dict[str, Any]) -> str | None:
+    asked, there = inputs.scenario.workload.tokens, data["decode_tokens"]
+    if asked is None or asked <= there:
+        return None
+    return (
+        f"short trace: workload.tokens = {asked:,}, and the trace has {there:,} tokens to decode, all of which were "
+        f"run; use a longer trace, or set workload.synthetic.tokens"
+    )
+
+
+def _empty_places(inputs: Inputs, data: dict[str, Any]) -> str | None:
+    batch, sequences = inputs.scenario.workload.batch, len(set(inputs.trace.sequence.tolist()))
+    if batch <= sequences:
+        return None
+    return (
+        f"empty places: workload.batch = {batch:,}, and the trace has {sequences:,} sequences, so that never "
+        f"more decode together; use a trace of more sequences, or set workload.synthetic.sequences"
+    )
+
+
 #: In the order in which they are told: first what makes the setting bad, then what makes the numbers doubtful.
 WARNINGS: tuple[Warn, ...] = (
     _over_capacity,
     _idle_total,
+    _short_trace,
+    _empty_places,
     _cliff,
     _turnover,
     _saturated_link,

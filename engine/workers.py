@@ -28,6 +28,10 @@ CONNECT_S = 10
 _LOOK_S = 1
 
 
+#: So many processes may be asked for, or four times the cores if that is more: each takes memory of its own.
+MOST_WORKERS = 64
+
+
 class WorkerError(InputError):
     """Workers that cannot be had."""
 
@@ -41,8 +45,9 @@ class Workers:
     """`count` processes on this machine (all cores without it; 1 is this process), or those of a Dask cluster."""
 
     def __init__(self, count: int | None = None, cluster: str | None = None) -> None:
-        if count is not None and count < 1:
-            raise WorkerError(f"workers = {count}: must be at least 1")
+        most = max(MOST_WORKERS, 4 * default_workers())
+        if count is not None and not 1 <= count <= most:
+            raise WorkerError(f"workers = {count:,}: must be at least 1, and at most {most} here")
         if count is not None and cluster is not None:
             raise WorkerError("give workers or a cluster: a cluster brings its own workers")
         self._count = count or default_workers()

@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prestage.engine.grid import make_grid
 from prestage.engine.loading import load_inputs
 from prestage.engine.scenario import (
     Scenario,
     ScenarioError,
+    SyntheticSection,
     load_scenario,
     make_scenario,
     parse_budget,
@@ -407,3 +409,51 @@ def test_a_size_that_does_not_read_is_refused_with_one_that_would(setting: str, 
     with pytest.raises(ScenarioError) as error:
         load_scenario("synthetic", [setting])
     assert message in str(error.value)
+
+
+# Taking keys out.
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "value"),
+    [
+        (["prefetch.k=3", "prefetch.k="], "prefetch.k", None),
+        (["prefetch.k=3", "prefetch.k=none"], "prefetch.k", None),
+        (["seed=7", "seed="], "seed", 0),
+        (["memory.eviction=lfu", 'memory.eviction=""'], "memory.eviction", "lru"),
+        (["workload.tokens=9", "workload.tokens=none"], "workload.tokens", None),
+        (["prefetch.policy=none"], "prefetch.policy", "none"),  # a name of its own
+        (["compression.mixed=none"], "compression.mixed", None),
+        (["copy.chunk_bytes=4096", "copy="], "copy.chunk_bytes", 0),
+        (["parallel.stages="], "parallel.stages", 1),
+    ],
+)
+def test_a_key_without_a_value_has_its_default_again(settings: list[str], key: str, value: Any) -> None:
+    section: Any = load_scenario("synthetic", settings).plain()
+    for part in key.split("."):
+        section = section[part]
+    assert section == value
+
+
+@pytest.mark.parametrize("nothing", ["", "none"])
+def test_without_its_trace_a_workload_is_drawn(nothing: str) -> None:
+    assert load_scenario(None).workload.trace == "guide"
+    workload = load_scenario(None, [f"workload.trace={nothing}"]).workload
+    assert (workload.trace, workload.synthetic) == (None, SyntheticSection())
+    kept = load_scenario("synthetic", [f"workload.trace={nothing}"]).workload.synthetic
+    assert kept == load_scenario("synthetic").workload.synthetic
+
+
+@pytest.mark.parametrize("setting", ["workload.trcae=", "wrkload.trace=none", "prefetch.policy.x="])
+def test_a_key_that_does_not_exist_cannot_be_taken_out(setting: str) -> None:
+    with pytest.raises(ScenarioError, match=r"no such key|is a value, not a section"):
+        load_scenario("synthetic", [setting])
+
+
+def test_a_grid_may_take_a_key_out() -> None:
+    grid = make_grid("synthetic", {"workload.tokens": ["none", 5]})
+    assert [grid.scenario(point).workload.tokens for point in grid.points()] == [None, 5]
+    over = make_grid(None, {"workload.synthetic.tokens": [10, 20]})  # in place of the default's trace
+    assert [grid.scenario(point).workload.synthetic for grid, point in [(over, next(over.points()))]] == [
+        SyntheticSection(tokens=10)
+    ]

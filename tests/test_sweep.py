@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import math
 import os
 import signal
 import socket
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 
 from prestage.engine.grid import Grid, make_grid, parse_grid
-from prestage.engine.journal import Journal, JournalError, read_rows
+from prestage.engine.journal import Journal, JournalError, read_rows, sweep_rows
 from prestage.engine.scenario import load_scenario, make_scenario
 from prestage.engine.simulate import simulate
 from prestage.engine.sweep import sweep
@@ -442,3 +443,65 @@ def test_a_cluster_that_does_not_answer_is_refused(tmp_path: Path, monkeypatch: 
     with pytest.raises(WorkerError, match=r"127.0.0.1:9.: no scheduler answers there"):
         sweep("synthetic", GRID, settings=SMALL, out=tmp_path / "rows.jsonl", cluster="tcp://127.0.0.1:9")
     assert not list(tmp_path.iterdir())
+
+
+# One journal, one sweep.
+
+
+def test_another_base_scenario_is_refused_and_the_journal_left_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.jsonl"
+    small_sweep(path, {"prefetch.lookahead": [0, 1]})
+    before = path.read_bytes()
+    with pytest.raises(JournalError, match=r"another sweep: in row \w{8} workload.batch = 1, and here it is 2: give"):
+        sweep("synthetic", {"prefetch.lookahead": [0, 1]}, settings=[*SMALL, "workload.batch=2"], out=path, workers=1)
+    # Nor one whose grid lacks what the rows vary: their values would be drawn as if they were the scenario's.
+    with pytest.raises(JournalError, match=r"prefetch.lookahead = 0, and here it is 1"):
+        small_sweep(path, {"prefetch.k": [1, 2]})
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("grid", "settings"),
+    [
+        ({"workload.synthetic.reuse": [0.1, 0.5]}, []),
+        ({"workload.trace": ["a.npz", "b.npz"]}, []),
+        ({"predictor.name": ["oracle", "frequency"]}, []),
+        ({"workload.synthetic.tokens": [12, 14]}, ["workload.trace=a.npz"]),
+        ({"copy.drop_stale": [True, False], "copy.discipline": ["fifo", "priority"]}, []),
+        ({"compression.mixed": [[[1.0, 1.0]], [[0.5, 1.0], [0.5, 0.5]]]}, []),
+    ],
+)
+def test_the_same_sweep_goes_on_whatever_its_grid_settles_beside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grid: dict[str, list[Any]], settings: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    drawn = simulate(load_scenario("synthetic", settings=SMALL), baselines=False).recording.trace
+    drawn.save("a.npz")
+    drawn.save("b.npz")
+    for _ in range(2):
+        rows = sweep("synthetic", grid, settings=[*SMALL, *settings], out="rows.jsonl", workers=1, baselines=False)
+    assert len(rows) == len(list(sweep_rows("rows.jsonl"))) == math.prod(map(len, grid.values()))
+
+
+def test_rows_made_of_a_file_that_has_changed_are_refused(tmp_path: Path) -> None:
+    grid = {"workload.trace": [str(tmp_path / "t.npz")]}
+    drawn = simulate(load_scenario("synthetic", settings=SMALL), baselines=False).recording.trace
+    drawn.save(tmp_path / "t.npz")
+    sweep("synthetic", grid, settings=["model.layers=3"], out=tmp_path / "rows.jsonl", workers=1)
+    drawn.slice(first=5).save(tmp_path / "t.npz")
+    with pytest.raises(JournalError, match=r"the trace '.*t.npz' had other contents: give another file"):
+        sweep("synthetic", grid, settings=["model.layers=3"], out=tmp_path / "rows.jsonl", workers=1)
+
+
+def test_rows_of_two_sweeps_in_one_file_are_not_drawn(tmp_path: Path) -> None:
+    # As an older version left them: drawn together, they would be a median over both.
+    for batch in (1, 2):
+        settings = [*SMALL, "workload.synthetic.sequences=2", f"workload.batch={batch}"]
+        sweep(
+            "synthetic", {"prefetch.lookahead": [0, 1]}, settings=settings, out=tmp_path / f"{batch}.jsonl", workers=1
+        )
+    both = tmp_path / "both.jsonl"
+    both.write_bytes((tmp_path / "1.jsonl").read_bytes() + (tmp_path / "2.jsonl").read_bytes())
+    with pytest.raises(JournalError, match=r"has rows of another sweep: .* workload.batch = 2, and here it is 1"):
+        sweep_rows(both)
+    assert len(list(read_rows(both))) == 4

@@ -170,3 +170,73 @@ def test_a_damaged_npz_is_one_line_and_exit_status_2(
     error = capsys.readouterr().err
     assert ("truncated" if kind == "truncated" else "experts: holds Python objects") in error
     assert error.count("\n") == 1
+
+
+#: Six tokens, three layers, four of sixteen experts: a line for each token and layer.
+FLAT = """\
+[4, 9, 13, 12]
+[2, 4, 1, 7]
+[14, 7, 10, 6]
+[6, 1, 7, 0]
+[12, 6, 9, 15]
+[0, 11, 7, 4]
+"""
+
+
+def test_a_list_of_plain_ids_says_how_it_was_taken_and_how_to_get_the_other(tmp_path: Path) -> None:
+    log = write(tmp_path, FLAT)
+    by_layer = import_trace(log, "jsonl", 16)
+    assert by_layer.experts.shape == (6, 4, 1)
+    assert by_layer.meta["reading"].startswith(
+        "a list of 4 ids is one id for each of 4 layers; if it is the 4 ids of one"
+    )
+    of_one = import_trace(log, "jsonl", 16, layers=3)
+    assert of_one.experts.tolist() == [
+        [[4, 9, 13, 12], [2, 4, 1, 7], [14, 7, 10, 6]],
+        [[6, 1, 7, 0], [12, 6, 9, 15], [0, 11, 7, 4]],
+    ]
+    assert of_one.meta["reading"].startswith("a list of 4 ids is the 4 ids of one layer, and 3 lists are a token")
+    with pytest.raises(TraceError, match="6 lists of ids: no multiple of 4 layers, each of which has one list a token"):
+        import_trace(log, "jsonl", 16, layers=4)
+    guide = write(tmp_path, "[" + ",".join(FLAT.split("\n")[:-1]) + "]")
+    assert import_trace(guide, "guide", 16, layers=3).experts.tolist() == of_one.experts.tolist()
+
+
+def test_a_list_of_plain_ids_with_one_twice_can_only_be_one_a_layer(tmp_path: Path) -> None:
+    assert "reading" not in import_trace(write(tmp_path, "[1, 2]\n[3, 3]\n"), "jsonl", 4).meta
+    assert "reading" not in import_trace(write(tmp_path, "[[1, 2]]\n[[3, 0]]\n"), "jsonl", 4).meta
+
+
+def test_lists_of_one_layer_bring_what_their_objects_say(tmp_path: Path) -> None:
+    lines = [
+        {"experts": [0, 1], "weights": [0.75, 0.25], "sequence": 3, "phase": "prefill"},
+        {"experts": [2, 3], "weights": [0.5, 0.5], "sequence": 3, "phase": "prefill"},
+        {"experts": [1, 0], "weights": [1, 0], "sequence": 3},
+        {"experts": [3, 2], "weights": [0.25, 0.75], "sequence": 3},
+    ]
+    trace = import_trace(write(tmp_path, "\n".join(map(json.dumps, lines))), "jsonl", 4, layers=2)
+    assert trace.experts.tolist() == [[[0, 1], [2, 3]], [[1, 0], [3, 2]]]
+    assert trace.weights is not None and trace.weights.tolist()[1] == [[1, 0], [0.25, 0.75]]
+    assert (trace.sequence.tolist(), trace.phase.tolist()) == ([3, 3], [0, 1])
+    lines[1]["sequence"] = 4
+    with pytest.raises(TraceError, match="line 2: sequence = 4: must be 3, as in line 1: 2 layers make one token"):
+        import_trace(write(tmp_path, "\n".join(map(json.dumps, lines))), "jsonl", 4, layers=2)
+
+
+def test_the_number_of_layers_must_be_the_logs(tmp_path: Path) -> None:
+    with pytest.raises(TraceError, match="2 MoE layers, but layers = 3 was given: leave it out"):
+        import_trace(write(tmp_path, PRINTED), "topk-ids", 4, layers=3)
+    assert import_trace(write(tmp_path, PRINTED), "topk-ids", 4, layers=2).layers == 2
+    with pytest.raises(TraceError, match=r"layers = 0: must be 1\.\.65536"):
+        import_trace(write(tmp_path, FLAT), "jsonl", 16, layers=0)
+
+
+def test_the_command_says_how_a_list_of_plain_ids_was_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log, out = write(tmp_path, FLAT), tmp_path / "t.npz"
+    options = ["--format", "jsonl", "--num-experts", 16, "-o", out]
+    assert run(monkeypatch, "trace", "import", log, *options) == 0
+    assert "a list of 4 ids is one id for each of 4 layers" in capsys.readouterr().out
+    assert run(monkeypatch, "trace", "import", log, *options, "--layers", 3) == 0
+    assert "2 tokens, 3 layers, top-4 of 16 experts" in capsys.readouterr().out

@@ -76,7 +76,9 @@ def plan_steps(
         raise InputError(f"prefill = {prefill!r}: choose one of {', '.join(PREFILL_MODES)}")
     most = {"skip": 0, "whole": len(phase), "chunked": chunk_tokens}[prefill]
     waiting = deque((int(sequence[rows[0]]), rows) for rows in rows_by_sequence(sequence))
-    places = [[_Place() for _ in range(size)] for size in evenly(batch, micro_batches)]
+    # More places than sequences stay empty: nobody would wait for them.
+    sizes = [min(size, len(waiting)) for size in evenly(batch, micro_batches)]
+    places = [[_Place() for _ in range(size)] for size in sizes]
     is_prompt = (phase == PREFILL).tolist()
     steps: list[Step] = []
     came: list[tuple[int, int]] = []

@@ -28,9 +28,10 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from ..bounded import read
 from ..errors import InputError
-from .synthetic import check_whole, draw_weights, join_sequences, share_evenly
-from .trace import MAX_EXPERTS, RoutingTrace, replace_file
+from .synthetic import check_drawn, check_whole, draw_weights, join_sequences, share_evenly
+from .trace import MAX_EXPERTS, MAX_TOP_K, RoutingTrace, check_total_experts, replace_file
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -83,7 +84,7 @@ class FittedRouting:
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Read what `save` wrote; FitError for anything else."""
         try:
-            data = json.loads(Path(path).read_bytes().decode("utf-8"))
+            data = json.loads(read(Path(path), FitError).decode("utf-8"))
         except OSError as error:
             raise FitError(f"{path}: cannot be read: {error.strerror or error}") from error
         except (UnicodeDecodeError, ValueError) as error:
@@ -100,7 +101,8 @@ class FittedRouting:
 
     def _check(self) -> None:
         check_whole("num_experts", self.num_experts, 1, MAX_EXPERTS)
-        check_whole("top_k", self.top_k, 1, self.num_experts)
+        check_whole("top_k", self.top_k, 1, min(self.num_experts, MAX_TOP_K))
+        check_total_experts("layers", len(self.layers), self.num_experts, FitError)
         _check_numbers("echo", self.echo, ECHO_TOKENS)
         classes = len(class_ends(self.num_experts, self.top_k))
         if not self.layers:
@@ -121,6 +123,7 @@ class FittedRouting:
         check_whole("sequences", sequences, 1, tokens)
         check_whole("prefill_tokens", prefill_tokens, 0, tokens // sequences)
         check_whole("seed", seed, 0, None)
+        check_drawn(tokens, len(self.layers), self.top_k, sequences)
         return self.draw(share_evenly(tokens, sequences), seed, prefill_tokens)
 
     def draw(self, lengths: Sequence[int], seed: int, prefill_tokens: int = 0) -> RoutingTrace:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from ..bounded import check_memory
 from ..errors import InputError
 from .batches import Step
 from .trace import RoutingTrace
@@ -20,6 +21,10 @@ Int16s = npt.NDArray[np.int16]
 Int64s = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
+#: How many layers ahead anybody looks.
+MOST_HORIZONS = 1024
+#: What a guess takes while guesses are made: expert, confidence, and what they are ranked by.
+_GUESS_BYTES = 16
 #: Greater than every expert, so that it stands last in a sorted list and shifts nothing.
 _NONE_TAKEN = np.iinfo(np.int16).max
 #: Work that is done for many cells at once is cut into pieces of about this many numbers, to stay in the caches.
@@ -91,9 +96,13 @@ class Run:
         for name, value in (("horizons", horizons), ("n", n)):
             if value < 1:
                 raise InputError(f"predictor {name} = {value}: must be at least 1")
+        if horizons > MOST_HORIZONS:
+            raise InputError(f"predictor horizons = {horizons:,}: must be at most {MOST_HORIZONS:,} layers ahead")
         if trace.num_experts > _NONE_TAKEN:
             raise InputError(f"num_experts = {trace.num_experts}: guesses hold at most {_NONE_TAKEN}")
         rows = np.concatenate([np.empty(0, dtype=np.int64), *(step.rows for step in steps)])
+        asked = f"{n:,} guesses for {horizons:,} layers ahead by {len(rows):,} tokens at {trace.layers:,} layers"
+        check_memory(asked, len(rows) * trace.layers * horizons * n * _GUESS_BYTES)
         outside = (rows < 0) | (rows >= trace.tokens)
         if outside.any():
             raise InputError(f"steps name row {rows[outside][0]}: the trace has rows 0 to {trace.tokens - 1}")

@@ -6,9 +6,11 @@ names them. To add one: write the function, add it to the table, describe it in 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from importlib import resources
+from inspect import signature
 from os import PathLike
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -16,19 +18,23 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ..bounded import check_need
+from ..bounded import read as read_bounded
 from ..errors import InputError
 from .token_lists import import_guide, import_jsonl, import_topk_ids
-from .trace import MAX_EXPERTS, RoutingTrace, TraceError
+from .trace import MAX_EXPERTS, MAX_LAYERS, MAX_TOP_K, RoutingTrace, TraceError
 
-#: No model comes near; a header that says more is damaged.
-MAX_LAYERS = 1 << 16
 _INT32_MAX = (1 << 31) - 1
 _INT64_MAX = (1 << 63) - 1
+#: The model's name, which may hold spaces, is what stands between the two.
+_MODEL = re.compile(r"#\s*model=")
 _HEADER = re.compile(
-    r"#\s*model=(?P<model>.*?)\s+arch=(?P<arch>\S*)\s+n_layer=(?P<layers>\d+)\s+n_expert=(?P<experts>\d+)"
+    r"\sarch=(?P<arch>\S*)\s+n_layer=(?P<layers>\d+)\s+n_expert=(?P<experts>\d+)"
     r"\s+n_expert_used=(?P<k>\d+)"
 )
-_LAYER = re.compile(r"#\s*layer=(?P<layer>\d+)\s+expert_bytes=(?P<expert>\d+)\s+dense_bytes=(?P<dense>\d+)")
+_LAYER = re.compile(r"#\s*layer=(?P<layer>\d+)\s+expert_bytes=(?P<expert>\d+)\s+dense_bytes=(?P<dense>\d+)(?!\d)")
+#: What a (token, layer, slot) takes while a route trace is put together.
+_CELL_BYTES = 8
 #: Columns that make a route trace. Its author promises names, not places: a later version may add columns.
 _KEYS = ("turn", "phase", "step", "layer", "slot")
 _REQUIRED = (*_KEYS, "expert")
@@ -54,20 +60,30 @@ class _Rows(NamedTuple):
     lines: npt.NDArray[np.int64]
 
 
-def import_trace(path: str | PathLike[str], format: str, num_experts: int | None = None) -> RoutingTrace:
+def import_trace(
+    path: str | PathLike[str], format: str, num_experts: int | None = None, layers: int | None = None
+) -> RoutingTrace:
     """Read a log written in one of the IMPORTERS' formats; the trace has been checked.
 
-    `num_experts` is needed where the format does not say it, and must agree where it does.
+    `num_experts` is needed where the format does not say it, and must agree where it does. So must `layers`, the number
+    of MoE layers; where a log has lists of plain ids, it says that each list is of one layer.
     Raises TraceError (a ValueError) naming file, line, column and value, or listing the formats.
     """
     if format not in IMPORTERS:
         raise TraceError(f"format = {format!r}: choose one of {', '.join(IMPORTERS)}")
+    if layers is not None and not 1 <= layers <= MAX_LAYERS:
+        raise TraceError(f"layers = {layers}: must be 1..{MAX_LAYERS}")
     path = Path(path)
     try:
-        trace = IMPORTERS[format](path, num_experts)
+        if "layers" in signature(IMPORTERS[format]).parameters:
+            trace = IMPORTERS[format](path, num_experts, layers=layers)
+        else:
+            trace = IMPORTERS[format](path, num_experts)
     except OSError as error:
         raise TraceError(f"{path}: cannot be read: {error.strerror or error}") from error
     trace.check(str(path))
+    if layers not in (None, trace.layers):
+        raise TraceError(f"{path}: {trace.layers} MoE layers, but layers = {layers} was given: leave it out")
     return trace
 
 
@@ -83,7 +99,7 @@ def import_bigmoeonedge(path: Path, num_experts: int | None = None) -> RoutingTr
     miss, 1 hit, 2 first hit on a prefetch (and `dropped`, if logged). Weights are None where the log does not know
     all of them.
     """
-    text = path.read_bytes().decode("utf-8", "replace")
+    text = read_bounded(path, TraceError).decode("utf-8", "replace")
     lines = text.split("\n")
     header = _read_header(path, lines)
     if num_experts not in (None, header.experts):
@@ -93,7 +109,8 @@ def import_bigmoeonedge(path: Path, num_experts: int | None = None) -> RoutingTr
     return _assemble(path, header, rows)
 
 
-IMPORTERS: dict[str, Callable[[Path, int | None], RoutingTrace]] = {
+#: Each is called with the path and the number of experts; one that has a parameter `layers` also with their number.
+IMPORTERS: dict[str, Callable[..., RoutingTrace]] = {
     "bigmoeonedge": import_bigmoeonedge,
     "jsonl": import_jsonl,
     "topk-ids": import_topk_ids,
@@ -127,6 +144,7 @@ def open_trace(path: str | PathLike[str]) -> RoutingTrace:
 
 def _read_header(path: Path, lines: list[str]) -> _Header:
     facts: re.Match[str] | None = None
+    model = ""
     expert_bytes: dict[int, int] = {}
     dense_bytes: dict[int, int] = {}
     for number, line in enumerate(lines, start=1):
@@ -135,10 +153,10 @@ def _read_header(path: Path, lines: list[str]) -> _Header:
                 break
             continue
         if match := _LAYER.match(line):
-            layer = int(match["layer"])
-            expert_bytes[layer], dense_bytes[layer] = int(match["expert"]), int(match["dense"])
-        elif match := _HEADER.match(line):
-            facts = match
+            layer = _whole(match["layer"])
+            expert_bytes[layer], dense_bytes[layer] = _whole(match["expert"]), _whole(match["dense"])
+        elif (named := _MODEL.match(line)) and (match := _HEADER.search(line, named.end())):
+            facts, model = match, line[named.end() : match.start()].strip()
         elif line.startswith("# route_trace") and line.split()[2:3] != ["v1"]:
             raise TraceError(f"{path}: line {number}: {line.strip()!r}: must be '# route_trace v1'")
     if facts is None:
@@ -146,16 +164,21 @@ def _read_header(path: Path, lines: list[str]) -> _Header:
             f"{path}: line 1: no header: must begin with comment lines, one of them "
             "'# model=… arch=… n_layer=… n_expert=… n_expert_used=…'"
         )
-    layers, experts, k = int(facts["layers"]), int(facts["experts"]), int(facts["k"])
-    if not (1 <= layers <= MAX_LAYERS and 1 <= k <= experts <= MAX_EXPERTS):
+    layers, experts, k = (_whole(facts[name]) for name in ("layers", "experts", "k"))
+    if not (1 <= layers <= MAX_LAYERS and 1 <= k <= experts <= MAX_EXPERTS and k <= MAX_TOP_K):
         raise TraceError(
             f"{path}: header: n_layer={layers} n_expert={experts} n_expert_used={k}: must be n_layer 1..{MAX_LAYERS}, "
-            f"n_expert 1..{MAX_EXPERTS}, n_expert_used 1..n_expert"
+            f"n_expert 1..{MAX_EXPERTS}, n_expert_used 1..n_expert, and at most {MAX_TOP_K}"
         )
     for layer, size in [*expert_bytes.items(), *dense_bytes.items()]:
         if size > _INT64_MAX:
             raise TraceError(f"{path}: header: layer={layer}: {size} bytes: must be at most {_INT64_MAX}")
-    return _Header(facts["model"], facts["arch"], layers, experts, k, expert_bytes, dense_bytes)
+    return _Header(model, facts["arch"], layers, experts, k, expert_bytes, dense_bytes)
+
+
+def _whole(digits: str) -> int:
+    """Return a number of any length; of a very long one the beginning, which is out of every range too."""
+    return int(digits.lstrip("0")[:40] or "0")
 
 
 def _read_rows(path: Path, lines: list[str]) -> _Rows:
@@ -236,6 +259,8 @@ def _assemble(path: Path, header: _Header, rows: _Rows) -> RoutingTrace:
     keys, token = np.unique(np.stack([turn, phase, step], axis=1), axis=0, return_inverse=True)
     token = token.reshape(-1)
     shape = (len(keys), len(kept), header.k)
+    what = f"{shape[0]:,} tokens x {shape[1]:,} layers x {shape[2]:,} slots"
+    check_need(path, what, math.prod(shape) * _CELL_BYTES, path.stat().st_size, TraceError)
     cell = (token * len(kept) + place[layer]) * header.k + slot
     filled = np.zeros(shape, dtype=np.bool_)
     filled.reshape(-1)[cell] = True

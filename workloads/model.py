@@ -14,7 +14,6 @@ from __future__ import annotations
 import difflib
 import operator
 import os
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,8 +23,10 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ..bounded import parse_toml, read
 from ..dtypes import DTYPES, dtype_of
 from ..errors import InputError
+from .trace import MAX_LAYERS, check_total_experts
 
 
 class ModelError(InputError):
@@ -78,6 +79,7 @@ class Model:
             self._check(field, getattr(self, field), 0)
         if self.top_k > self.experts:
             raise ModelError(f"model {self.name}: top_k = {self.top_k}: must be 1 to experts = {self.experts}")
+        check_total_experts(f"model {self.name}", self.layers, self.experts, ModelError)
         for field in ("expert_dtype", "dense_dtype"):
             if getattr(self, field) not in DTYPES:
                 raise ModelError(f"model {self.name}: {field} = {getattr(self, field)!r}: {_CHOOSE_DTYPE}")
@@ -362,7 +364,7 @@ class _Stack(_Table):
     the KV cache, left out as all.
     """
 
-    blocks: _Count
+    blocks: Annotated[int, Field(ge=1, le=MAX_LAYERS)]
     moe_first: _CountOrNone = 0
     moe_every: _Count = 1
     attentions: _Count = 1
@@ -373,6 +375,10 @@ class _Stack(_Table):
         if self.caches is not None and self.caches > self.attentions:
             raise InputError(f"caches = {self.caches}: must be 0 to attentions = {self.attentions}")
         return self
+
+    @property
+    def moe_blocks(self) -> int:
+        return len(range(self.moe_first, self.blocks, self.moe_every))
 
     @property
     def moe(self) -> list[bool]:
@@ -403,6 +409,9 @@ class _Shapes(_Table):
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
+        blocks = sum(stack.blocks for stack in self.stacks)
+        if blocks > MAX_LAYERS:
+            raise InputError(f"stacks: {blocks:,} blocks in all: must be at most {MAX_LAYERS:,}")
         if not self.moe_layers:
             raise InputError("stacks: no block is MoE: moe_first must be less than blocks in one of them")
         if self.dense is None and self.moe_layers < sum(stack.blocks for stack in self.stacks):
@@ -413,7 +422,7 @@ class _Shapes(_Table):
 
     @property
     def moe_layers(self) -> int:
-        return sum(sum(stack.moe) for stack in self.stacks)
+        return sum(stack.moe_blocks for stack in self.stacks)
 
 
 class _Part(NamedTuple):
@@ -489,10 +498,7 @@ def _read(name: str) -> _Shapes:
             raise ModelError(f"model {name!r}: {hint}choose one of {', '.join(presets)}, or FILE.toml")
         label = f"{name}.toml"
         text = (resources.files(f"{__package__}.models") / label).read_text(encoding="utf-8")
-    try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ModelError(f"{label}: not TOML: {' '.join(str(error).split())}") from None
+    data = parse_toml(text, label, ModelError)
     try:
         return _Shapes.model_validate(data)
     except ValidationError as error:
@@ -502,7 +508,7 @@ def _read(name: str) -> _Shapes:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read(path, ModelError).decode("utf-8")
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:

@@ -12,17 +12,23 @@ Weights are a plain dictionary of arrays; torch is imported where it computes.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ..bounded import check_memory
 from ..errors import InputError
+from .trace import MAX_TOP_K, check_total_experts
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+#: Far beyond what anybody trains; what is larger is a mistake, and would be made of arrays without end.
+_MOST = {"top_k": MAX_TOP_K, "horizons": 1024, "context": 1024, "width": 1 << 14, "blocks": 256}
+_MOST_CHOICES = 1 << 22
 #: Attention to what is out of reach.
 _NEVER = -1e9
 
@@ -44,6 +50,14 @@ class Shape:
         for name, value in vars(self).items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"{name} = {value!r}: must be an integer, at least 1")
+            if name in _MOST and value > _MOST[name]:
+                raise InputError(f"{name} = {value:,}: must be at most {_MOST[name]:,}")
+        check_total_experts("network", self.layers, self.experts, InputError)
+        if self.top_k > self.experts or self.span * self.top_k > _MOST_CHOICES:
+            raise InputError(
+                f"context = {self.context} of {self.layers} layers, top-{self.top_k} of {self.experts} experts: must "
+                f"be at most {_MOST_CHOICES:,} choices in reach, and of a layer no more than it has experts"
+            )
         if self.width % self.heads:
             raise InputError(f"width = {self.width}: must be a multiple of heads = {self.heads}")
 
@@ -85,7 +99,10 @@ def initial_weights(shape: Shape, seed: int) -> dict[str, npt.NDArray[np.float32
     """Return untrained weights: matrices keep the variance of what goes through them, biases are 0, norms are 1."""
     random = np.random.default_rng(seed)
     weights = {}
-    for name, size in shape.arrays().items():
+    sizes = shape.arrays()
+    # The gradients and the optimizer's two moments of each, and the best of the epochs so far.
+    check_memory("a network of this shape", 5 * 4 * sum(math.prod(size) for size in sizes.values()))
+    for name, size in sizes.items():
         array = np.zeros(size, dtype=np.float32)
         if name.endswith("norm"):
             array[0] = 1

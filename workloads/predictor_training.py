@@ -35,6 +35,7 @@ _LEARNING_RATE, _WEIGHT_DECAY, _BETAS = 3e-3, 0.01, (0.9, 0.98)
 #: Steps over which the learning rate rises, a tenth of all at most, and the share that is left after its cosine.
 _WARM_UP_STEPS, _LAST_SHARE = 100, 0.02
 _LARGEST_GRADIENT = 1.0
+_MOST_EPOCHS = 10_000
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "patience"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} = {getattr(self, name)}: must be at least 1")
+            if not 1 <= getattr(self, name) <= _MOST_EPOCHS:
+                raise InputError(f"{name} = {getattr(self, name)}: must be at least 1, and at most {_MOST_EPOCHS:,}")
         if not 0 < self.held_out < 1:
             raise InputError(f"held_out = {self.held_out}: must be above 0 and below 1")
 

@@ -16,9 +16,10 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ..bounded import check_memory
 from ..errors import InputError
 from .batches import Step
-from .guesses import Guesses, Int16s, Int64s, Run, best_of, found_in
+from .guesses import MOST_HORIZONS, Guesses, Int16s, Int64s, Run, best_of, found_in
 from .keyed_random import uniform
 from .learned import Learned, load_weights
 from .trace import RoutingTrace
@@ -167,6 +168,7 @@ class Transition:
         run = Run.of(trace, steps, horizons, n)
         experts, confidences = run.no_guesses(n), run.no_confidences(n)
         e = trace.num_experts
+        _check_counts("transition", run.layers * horizons * e**2)
         counts = np.zeros((run.layers, horizons, e, e), dtype=np.int32)
         here, ahead = np.indices((run.layers, horizons), sparse=True)
         tokens_on, target_layer = np.divmod(here + ahead + 1, run.layers)
@@ -188,6 +190,11 @@ class Transition:
         return run.guesses(experts, confidences)
 
 
+def _check_counts(name: str, pairs: int) -> None:
+    """Refuse counts of more pairs of experts than memory has room for."""
+    check_memory(f"predictor {name!r}: {pairs:,} counts", 4 * pairs)
+
+
 class Context:
     """A mixture of what followed each part of a context of `context` tokens, counted in finished steps.
 
@@ -200,14 +207,15 @@ class Context:
     """
 
     def __init__(self, context: int = 3) -> None:
-        if context < 1:
-            raise InputError(f"predictor context = {context}: must be at least 1")
+        if not 1 <= context <= MOST_HORIZONS:
+            raise InputError(f"predictor context = {context}: must be at least 1, and at most {MOST_HORIZONS:,}")
         self.context = context
 
     def guess(self, trace: RoutingTrace, steps: Sequence[Step], horizons: int, n: int) -> Guesses:
         """Return the likeliest experts of the mixture."""
         run = Run.of(trace, steps, horizons, n)
         experts, confidences = run.no_guesses(n), run.no_confidences(n)
+        _check_counts("context", run.layers * horizons * (self.context + 2) * trace.num_experts**2)
         mixture = _Mixture(run.layers, horizons, self.context + 2, trace.num_experts)
         known = run.known_tokens(self.context)
         tokens_on = (np.arange(run.layers)[:, None] + np.arange(1, horizons + 1)) // run.layers

@@ -97,10 +97,9 @@ def reuse(trace: RoutingTrace, lag: int = 1) -> FloatArray:
     there = key[found] == key - lag
     now, before = order[there], order[found[there]]
     chosen, earlier = trace.experts[now], trace.experts[before]
-    shared = np.zeros(chosen.shape[:2], dtype=np.uint16)
-    for slot in range(trace.k):
-        for other in range(trace.k):
-            shared += chosen[..., slot] == earlier[..., other]
+    # Both are distinct each, so that what they share stands side by side once they are sorted together.
+    together = np.sort(np.concatenate([chosen, earlier], axis=-1), axis=-1)
+    shared = (together[..., 1:] == together[..., :-1]).sum(axis=-1, dtype=np.uint16)
     if trace.present is None:
         counted = np.full(trace.layers, len(now), dtype=np.int64)
     else:

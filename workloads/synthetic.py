@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..bounded import check_memory
 from ..errors import InputError
 from .batches import DECODE, PREFILL
-from .trace import MAX_EXPERTS, RoutingTrace
+from .trace import MAX_EXPERTS, MAX_TOP_K, RoutingTrace, check_total_experts
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -28,6 +29,8 @@ WORKING_SET_SHARE = 0.9
 MAX_SKEW = 20.0
 #: What each random generator is for; part of its key, so that none shares its luck with another.
 _RANKS, _WORKING_SETS, _DRAWS, _KEEPS, _WEIGHTS = range(5)
+#: What a choice, a token and a sequence take, from drawing them to running them; about, and rather more.
+_CHOICE_BYTES, _TOKEN_BYTES, _SEQUENCE_BYTES = 16, 500, 1000
 #: How many random numbers are held at once.
 _CHUNK_NUMBERS = 1 << 20
 
@@ -65,12 +68,14 @@ class SyntheticConfig:
             "tokens": (1, None),
             "layers": (1, None),
             "experts": (1, MAX_EXPERTS),
-            "top_k": (1, self.experts),
+            "top_k": (1, min(self.experts, MAX_TOP_K)),
             "sequences": (1, self.tokens),
             "seed": (0, None),
         }
         for name, (low, high) in bounds.items():
             check_whole(name, getattr(self, name), low, high)
+        check_total_experts("synthetic", self.layers, self.experts, InputError)
+        check_drawn(self.tokens, self.layers, self.top_k, self.sequences)
         check_whole("prefill_tokens", self.prefill_tokens, 0, self.tokens // self.sequences)
         if self.working_set is not None:
             check_whole("working_set", self.working_set, self.top_k, self.experts)
@@ -78,6 +83,12 @@ class SyntheticConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
                 raise InputError(f"{name} = {value!r}: must be a number 0..{most:g}")
+
+
+def check_drawn(tokens: int, layers: int, top_k: int, sequences: int) -> None:
+    """Refuse more tokens than memory has room for while they are drawn and run."""
+    need_bytes = tokens * (layers * top_k * _CHOICE_BYTES + _TOKEN_BYTES) + sequences * _SEQUENCE_BYTES
+    check_memory(f"tokens = {tokens:,} (layers {layers:,}, top-{top_k}, sequences {sequences:,})", need_bytes)
 
 
 def check_whole(name: str, value: object, low: int, high: int | None) -> None:

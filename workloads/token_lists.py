@@ -7,21 +7,34 @@ is asked for, and what is assumed of sequences stands with each format.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
+from ..bounded import check_need, read
 from .batches import DECODE, PREFILL
 from .trace import MAX_EXPERTS, RoutingTrace, TraceError
 
+Numbers = npt.NDArray[Any]
+
 _PHASES = {"prefill": PREFILL, "decode": DECODE, PREFILL: PREFILL, DECODE: DECODE}
 _TOKEN_KEYS = ("experts", "weights", "sequence", "position", "phase")
-#: A printed `topk_ids`: the layer it names before it on its line or on the one above, and the brackets after it.
-_TOPK_IDS = re.compile(r"topk_ids\w*\W*?(?:=|:)?\s*(?:tensor|array)?\s*\(?\s*(\[\[.*?\]\s*\])", re.DOTALL)
+#: A printed `topk_ids`: its name, the signs up to its brackets or to what calls itself tensor or array, and how the
+#: brackets end. Each is looked for where the last one ended, so that a log is gone through once.
+_NAME, _SIGNS = re.compile(r"topk_ids\w*"), re.compile(r"\W*")
+_CALL, _END = re.compile(r"(?:tensor|array)\s*(?:\(\s*)?(?=\[\[)"), re.compile(r"\]\s*\]")
+#: The layer that is named before it, on its line or on the one above.
 _LAYER = re.compile(r"layers?(?:_?id|_?idx)?[\s._=:\[#]*(\d+)", re.IGNORECASE)
+#: `json.loads` takes three times as long for a short line.
+_DECODER = json.JSONDecoder()
+#: What a (token, layer, slot) takes while a trace is put together, and a (token, layer).
+_CELL_BYTES, _LAYER_BYTES, _LAYER_DIGITS = 24, 32, 9
 
 
 class _Token(NamedTuple):
@@ -35,25 +48,28 @@ class _Token(NamedTuple):
     weights: Sequence[Any] | None = None
 
 
-def import_guide(path: Path, num_experts: int | None) -> RoutingTrace:
+def import_guide(path: Path, num_experts: int | None, layers: int | None = None) -> RoutingTrace:
     """Read one JSON list of tokens, each a list with the expert id (or the list of ids) of every layer.
 
-    All tokens are decode tokens of one sequence.
+    All tokens are decode tokens of one sequence. With `layers`, a list of plain ids is as in `import_jsonl`.
     """
     tokens = _parse(path, "file", _read(path))
     if not isinstance(tokens, list) or not tokens:
         raise TraceError(f"{path}: must be a list of tokens, each a list of expert ids, one a layer")
-    return _assemble(
-        path, [_Token(f"token {n}", _list(path, f"token {n}", t)) for n, t in enumerate(tokens)], num_experts
-    )
+    listed = [_Token(f"token {n}", _list(path, f"token {n}", t)) for n, t in enumerate(tokens)]
+    listed, reading = _by_layer(path, listed, layers)
+    return _assemble(path, listed, num_experts, reading)
 
 
-def import_jsonl(path: Path, num_experts: int | None) -> RoutingTrace:
+def import_jsonl(path: Path, num_experts: int | None, layers: int | None = None) -> RoutingTrace:
     """Read one JSON value a line, each a token: a list by layer of ids, or an object with that list as `experts`.
 
     The object may add `weights` (in the same shape), `sequence`, `position` and `phase` (prefill or decode, or 0 or
     1). A list by layer may have null where the token was not routed. A first line that is an object without `experts`
     goes into meta; its `num_experts` counts.
+
+    A list of plain ids has one for each layer; with `layers` it is all ids of one layer, and so many of them in a row
+    are a token. `reading` in meta says which was taken, where it could be either.
     """
     meta: dict[str, Any] = {}
     tokens: list[_Token] = []
@@ -66,7 +82,44 @@ def import_jsonl(path: Path, num_experts: int | None) -> RoutingTrace:
             meta = value
         else:
             tokens.append(_jsonl_token(path, where, value))
-    return _assemble(path, tokens, num_experts, meta)
+    tokens, reading = _by_layer(path, tokens, layers)
+    return _assemble(path, tokens, num_experts, meta | reading)
+
+
+def _by_layer(path: Path, tokens: list[_Token], layers: int | None) -> tuple[list[_Token], dict[str, str]]:
+    """Return tokens whose lists are by layer, and how lists of plain ids were read, if there are such."""
+    if not tokens or not all(type(each) is int for token in tokens for each in token.layers):
+        return tokens, {}
+    count = len(tokens[0].layers)
+    if layers is None:
+        if any(len(set(token.layers)) < len(token.layers) for token in tokens):
+            return tokens, {}  # the same id twice: not the choices of one layer
+        reading = f"a list of {count} ids is one id for each of {count} layers"
+        return tokens, {"reading": f"{reading}; if it is the {count} ids of one layer, give the number of layers"}
+    if len(tokens) % layers:
+        raise TraceError(
+            f"{path}: {len(tokens)} lists of ids: no multiple of {layers} layers, each of which has one list a token: "
+            "give another number of layers, or none if a list has one id for each layer"
+        )
+    grouped = [_grouped(path, tokens[first : first + layers]) for first in range(0, len(tokens), layers)]
+    reading = f"a list of {count} ids is the {count} ids of one layer, and {layers} lists are a token"
+    return grouped, {"reading": f"{reading}; if it is one id for each layer, leave the number of layers out"}
+
+
+def _grouped(path: Path, parts: list[_Token]) -> _Token:
+    """Return the token whose layers these are, one after the other; TraceError if they differ in what it is."""
+    first = parts[0]
+    for part in parts:
+        for key in ("phase", "sequence", "position"):
+            if getattr(part, key) != getattr(first, key):
+                raise TraceError(
+                    f"{path}: {part.where}: {key} = {getattr(part, key)}: must be {getattr(first, key)}, as in "
+                    f"{first.where}: {len(parts)} layers make one token"
+                )
+        if (part.weights is None) != (first.weights is None):
+            raise TraceError(f"{path}: {part.where}: weights: give them for all tokens or for none")
+    weights = None if first.weights is None else [part.weights for part in parts]
+    return first._replace(layers=[part.layers for part in parts], weights=weights)
 
 
 def _jsonl_token(path: Path, where: str, value: Any) -> _Token:
@@ -105,27 +158,53 @@ def import_topk_ids(path: Path, num_experts: int | None) -> RoutingTrace:
     Rows of -1 are padding.
     """
     steps: list[dict[int, Any]] = []
-    last, end = -1, 0
+    last, end, line = -1, 0, 1
     text = _read(path)
-    for match in _TOPK_IDS.finditer(text):
-        where = f"line {text.count(chr(10), 0, match.start()) + 1}"
-        named = _LAYER.findall(text, end, match.start())
+    for start, opens, closes in _printed(text):
+        line += text.count("\n", end, start)
+        where = f"line {line}"
+        named = _LAYER.findall(text, end, start)
         if not named:
             raise TraceError(f"{path}: {where}: topk_ids: no layer is named before it: print 'layer N' with it")
-        if "..." in match[1]:
+        if text.find("...", opens, closes) >= 0:
             raise TraceError(
                 f"{path}: {where}: topk_ids: left out with '...': print it whole "
                 "(torch.set_printoptions(profile='full'))"
             )
-        layer, end = int(named[-1]), match.end()
+        if len(named[-1]) > _LAYER_DIGITS:
+            raise TraceError(f"{path}: {where}: topk_ids: layer {named[-1][:20]}…: no model has so many")
+        line += text.count("\n", start, closes)
+        layer, end = int(named[-1]), closes
         if layer <= last or not steps:
             steps.append({})
-        steps[-1][layer] = (where, _parse(path, where, match[1]))
+        steps[-1][layer] = (where, _parse(path, where, text[opens:closes]))
         last = layer
     if not steps:
         raise TraceError(f"{path}: no topk_ids found: must hold lines such as 'layer 0 topk_ids: tensor([[3, 1]])'")
-    layers = sorted({layer for step in steps for layer in step})
-    return _assemble(path, list(_tokens_of(path, steps, layers)), num_experts, {"moe_layers": layers})
+    numbers = sorted({layer for step in steps for layer in step})
+    rows = sum(len(next(iter(step.values()))[1]) for step in steps)
+    what = f"{rows:,} tokens x {len(numbers):,} layers"
+    check_need(path, what, rows * len(numbers) * _LAYER_BYTES, path.stat().st_size, TraceError)
+    return _assemble(path, list(_tokens_of(path, steps, numbers)), num_experts, {"moe_layers": numbers})
+
+
+def _printed(text: str) -> Iterator[tuple[int, int, int]]:
+    """Yield of each printed topk_ids where its name begins, where its brackets open, and where they are closed."""
+    at = 0
+    while name := _NAME.search(text, at):
+        signs = _SIGNS.match(text, name.end())
+        at = signs.end() if signs else name.end()
+        opens = text.find("[[", name.end(), at)
+        if opens < 0:
+            call = _CALL.match(text, at)
+            if call is None:
+                continue
+            opens = call.end()
+        end = _END.search(text, opens)
+        if end is None:
+            return  # nor does any later one end
+        at = end.end()
+        yield name.start(), opens, at
 
 
 def _tokens_of(path: Path, steps: list[dict[int, Any]], layers: list[int]) -> Iterator[_Token]:
@@ -153,14 +232,16 @@ def _is_padding(ids: Any) -> bool:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8")
+        return read(path, TraceError).decode("utf-8")
     except UnicodeDecodeError as error:
         raise TraceError(f"{path}: byte {error.start}: not UTF-8 text") from error
 
 
 def _parse(path: Path, where: str, text: str) -> Any:
+    text = text.strip()
     try:
-        return json.loads(text)
+        value, end = _DECODER.raw_decode(text)
+        return value if end == len(text) else json.loads(text)
     except (ValueError, RecursionError) as error:
         raise TraceError(f"{path}: {where}: not JSON ({' '.join(str(error).split())})") from error
 
@@ -180,16 +261,9 @@ def _assemble(
     num_experts = _agreed(path, meta.get("num_experts"), num_experts)
     k = next((len(ids) if isinstance(ids, list) else 1 for ids in tokens[0].layers if ids is not None), 1)
     shape = (len(tokens), len(tokens[0].layers), k)
-    experts = np.zeros(shape, dtype=np.int64)
-    weights = np.zeros(shape, dtype=np.float64) if tokens[0].weights is not None else None
-    present = np.ones(shape[:2], dtype=np.bool_)
-    for row, token in enumerate(tokens):
-        present[row] = [ids is not None for ids in token.layers] + [False] * (shape[1] - len(token.layers))
-        _fill(path, token, "experts", token.layers, experts[row], num_experts)
-        if (weights is None) != (token.weights is None):
-            raise TraceError(f"{path}: {token.where}: weights: give them for all tokens or for none")
-        if weights is not None:
-            _fill(path, token, "weights", token.weights or [], weights[row], None)
+    what = f"{shape[0]:,} tokens x {shape[1]:,} layers x {k:,} ids"
+    check_need(path, what, math.prod(shape) * _CELL_BYTES, path.stat().st_size, TraceError)
+    experts, weights, present = _filled(path, tokens, shape, num_experts)
     positions = [token.position for token in tokens if token.position is not None]
     placed: dict[str, Any] = {"position": np.array(positions, dtype=np.int32)} if len(positions) == len(tokens) else {}
     return RoutingTrace(
@@ -202,6 +276,49 @@ def _assemble(
         meta=meta,
         **placed,
     )
+
+
+def _filled(
+    path: Path, tokens: list[_Token], shape: tuple[int, int, int], num_experts: int
+) -> tuple[Numbers, Numbers | None, Numbers]:
+    """Return the experts and weights of tokens in arrays of this shape, and where they are present."""
+    present = np.ones(shape[:2], dtype=np.bool_)
+    whole = _at_once([token.layers for token in tokens], shape, (int,))
+    given = sum(token.weights is not None for token in tokens)
+    if whole is not None and given in (0, len(tokens)) and whole.min() >= 0 and whole.max() < num_experts:
+        if not given:
+            return whole, None, present
+        weighed = _at_once([token.weights or [] for token in tokens], shape, (int, float))
+        if weighed is not None:
+            return whole, weighed, present
+    # One by one: some are not there, or one is wrong and is named.
+    experts = np.zeros(shape, dtype=np.int64)
+    weights = np.zeros(shape, dtype=np.float64) if tokens[0].weights is not None else None
+    for row, token in enumerate(tokens):
+        present[row] = [ids is not None for ids in token.layers] + [False] * (shape[1] - len(token.layers))
+        _fill(path, token, "experts", token.layers, experts[row], num_experts)
+        if (weights is None) != (token.weights is None):
+            raise TraceError(f"{path}: {token.where}: weights: give them for all tokens or for none")
+        if weights is not None:
+            _fill(path, token, "weights", token.weights or [], weights[row], None)
+    return experts, weights, present
+
+
+def _at_once(lists: list[Sequence[Any]], shape: tuple[int, int, int], kinds: tuple[type, ...]) -> Numbers | None:
+    """Return all lists (layers, or layers of k) as one array; None if one is of another shape, or of no such kind."""
+    if set(map(len, lists)) != {shape[1]}:
+        return None
+    cells = list(chain.from_iterable(lists))
+    if set(map(type, cells)) == {list}:
+        if set(map(len, cells)) != {shape[2]}:
+            return None
+        cells = list(chain.from_iterable(cells))
+    if not set(map(type, cells)) <= set(kinds) or len(cells) != math.prod(shape):
+        return None
+    try:
+        return np.array(cells, dtype=np.int64 if kinds == (int,) else np.float64).reshape(shape)
+    except OverflowError:
+        return None
 
 
 def _agreed(path: Path, named: Any, given: int | None) -> int:
@@ -220,12 +337,12 @@ def _fill(
     """Put a token's numbers (layers, k) in their row; TraceError naming token and layer for any other shape."""
     if len(layers) != len(row):
         raise TraceError(f"{path}: {token.where}: {name}: {len(layers)} layers: must be {len(row)}, as before")
+    kinds = {int} if most else {int, float}
     for layer, numbers in enumerate(layers):
         if token.layers[layer] is None:
             continue
         numbers = numbers if isinstance(numbers, list) else [numbers]
-        kinds = (int,) if most else (int, float)
-        if len(numbers) != row.shape[1] or not all(type(each) in kinds for each in numbers):
+        if len(numbers) != row.shape[1] or not set(map(type, numbers)) <= kinds:
             wanted = f"{row.shape[1]} {'ids' if most else 'numbers'}, as before"
             raise TraceError(f"{path}: {token.where}: {name} at layer {layer}: {str(numbers)[:60]}: must be {wanted}")
         if most and not all(0 <= each < most for each in numbers):

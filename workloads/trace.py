@@ -14,7 +14,6 @@ import os
 import re
 import uuid
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -25,6 +24,7 @@ import numpy.typing as npt
 import safetensors
 import safetensors.numpy
 
+from ..bounded import check_need, read_npz
 from ..errors import InputError
 from .batches import DECODE, PREFILL
 
@@ -32,6 +32,12 @@ Array = npt.NDArray[Any]
 
 #: More experts than this do not fit the widest type of `experts`.
 MAX_EXPERTS = 1 << 16
+#: No model comes near either; a file that says more is damaged. Much is kept for every expert of every layer.
+MAX_LAYERS, MAX_TOP_K, MAX_TOTAL_EXPERTS = 1 << 16, 512, 1 << 18
+#: What a row takes beside its choices, while it is checked and run: its sequence, position, phase, and their order.
+_ROW_BYTES = 256
+#: From so many choices on, comparing every pair takes longer than sorting.
+_SORTED_FROM = 32
 
 
 class TraceError(InputError):
@@ -119,7 +125,8 @@ class RoutingTrace:
         num_experts: Any = self.num_experts
         if isinstance(num_experts, np.integer):
             put("num_experts", int(num_experts))
-        rows = len(self.experts) if self.experts.ndim else 0
+        # Of an empty array a length means nothing, and may be any: check() refuses it.
+        rows = len(self.experts) if self.experts.size and self.experts.ndim else 0
         if self.sequence is _NOT_GIVEN or self.sequence is None:
             put("sequence", np.zeros(rows, dtype=np.int32))
         if self.position is _NOT_GIVEN or self.position is None:
@@ -156,6 +163,9 @@ class RoutingTrace:
         except OSError as error:
             raise TraceError(f"{path}: cannot be read: {error.strerror or error}") from error
         meta = _parse_meta(path, text)
+        if "experts" in arrays and arrays["experts"].ndim:
+            rows = len(arrays["experts"]) if arrays["experts"].size else 0
+            check_need(path, f"{rows:,} tokens", rows * _ROW_BYTES, path.stat().st_size, TraceError)
         arrays_named = {item.name for item in fields(cls)} & _LAYOUT.keys()
         if "experts" not in arrays:
             found = ", ".join(sorted(arrays)) or "no arrays"
@@ -196,6 +206,9 @@ class RoutingTrace:
         shape = self.experts.shape
         if len(shape) != 3 or 0 in shape:
             raise TraceError(f"{where}: experts: shape {shape}: must be (tokens, layers, k), each at least 1")
+        if self.k > MAX_TOP_K:
+            raise TraceError(f"{where}: experts: k = {self.k:,}: must be at most {MAX_TOP_K}: no router chooses more")
+        check_total_experts(where, self.layers, self.num_experts)
         sizes = dict(zip(("row", "layer", "slot"), shape, strict=True))
         if self.predictions is not None and self.predictions.ndim == 4:
             sizes |= {"horizon": self.predictions.shape[2], "rank": self.predictions.shape[3]}
@@ -217,9 +230,11 @@ class RoutingTrace:
         self._check_meta(where)
 
     def _check_distinct(self, where: str) -> None:
-        for apart in range(1, self.k):
-            # Comparing slots that lie `apart` from each other, for every distance, compares every pair.
-            same = (self.experts[..., apart:] == self.experts[..., :-apart]).any(axis=-1)
+        experts = self.experts if self.k < _SORTED_FROM else np.sort(self.experts, axis=-1)
+        for apart in range(1, self.k if self.k < _SORTED_FROM else 2):
+            # Comparing slots that lie `apart` from each other, for every distance, compares every pair; of sorted ones,
+            # the neighbors are enough.
+            same = (experts[..., apart:] == experts[..., :-apart]).any(axis=-1)
             if self.present is not None:
                 same &= self.present
             if same.any():
@@ -368,6 +383,15 @@ def _check_num_experts(where: str, num_experts: object) -> None:
         raise TraceError(f"{where}: num_experts = {num_experts!r}: must be an integer 1..{MAX_EXPERTS}")
 
 
+def check_total_experts(where: str, layers: int, experts: int, error: type[InputError] = TraceError) -> None:
+    """Refuse more layers, or more experts in all of them, than any model has."""
+    if layers > MAX_LAYERS or layers * experts > MAX_TOTAL_EXPERTS:
+        raise error(
+            f"{where}: {layers:,} layers of {experts:,} experts: must be at most {MAX_LAYERS:,} layers, and "
+            f"{MAX_TOTAL_EXPERTS:,} experts in all of them"
+        )
+
+
 def _check_array(where: str, name: str, value: Array, layout: _Layout, sizes: dict[str, int]) -> None:
     kinds = {"experts": "iu"}.get(name, "biu" if layout.dtypes == ("bool",) else "iu")
     wanted = " or ".join(layout.dtypes) or "integers"
@@ -458,37 +482,8 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
         raise
 
 
-#: What reading a damaged `.npz` may raise, seen by cutting and flipping files.
-_NPZ_ERRORS = (
-    ValueError,
-    TypeError,
-    KeyError,
-    EOFError,
-    SyntaxError,
-    MemoryError,
-    OverflowError,
-    NotImplementedError,
-    RuntimeError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
-
-
 def _read_npz(path: Path) -> tuple[dict[str, Array], str | None]:
-    with path.open("rb") as stream:
-        if not zipfile.is_zipfile(stream):
-            raise TraceError(f"{path}: not a whole .npz archive: the file is truncated or of another kind")
-        arrays: dict[str, Array] = {}
-        try:
-            with zipfile.ZipFile(stream) as archive:
-                for member in archive.namelist():
-                    name = member.removesuffix(".npy")
-                    with archive.open(member) as content:
-                        arrays[name] = _read_member(path, name, content)
-        except TraceError:
-            raise
-        except _NPZ_ERRORS as error:
-            raise TraceError(f"{path}: damaged: {_one_line(error)}: write it again") from error
+    arrays = read_npz(path, TraceError)
     meta = arrays.pop("meta", None)
     if meta is None:
         return arrays, None
@@ -496,17 +491,6 @@ def _read_npz(path: Path) -> tuple[dict[str, Array], str | None]:
         raise TraceError(f"{path}: meta: dtype {meta.dtype}, shape {meta.shape}: must be one string of JSON")
     text: str | bytes = meta.item()
     return arrays, text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)
-
-
-def _read_member(path: Path, name: str, content: Any) -> Array:
-    try:
-        return np.lib.format.read_array(content, allow_pickle=False)
-    except ValueError as error:
-        if "Object arrays" in str(error):
-            raise TraceError(
-                f"{path}: {name}: holds Python objects: must be plain numbers, for nothing is unpickled"
-            ) from error
-        raise TraceError(f"{path}: {name}: damaged: {_one_line(error)}: write it again") from error
 
 
 def _write_npz(stream: BinaryIO, path: Path, arrays: dict[str, Array], text: str) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...words import unknown_name
 from ..compare import Step
-from ..insights import InsightError, check_key, effects, finished, front, table, values_of, varying
+from ..insights import InsightError, check_few, check_key, effects, finished, front, table, values_of, varying
 from .palette import COLORS
 from .plots import _INK, _WIDTH_INCHES, _set_title, _style
 
@@ -76,6 +76,7 @@ def plot_heat_map(rows: Sequence[dict[str, Any]], x: str, by: str | None, figure
         raise InsightError("a heat map needs two keys of the grid with more than one value")
     cells = table(rows, x, by, figure)
     across, down = values_of(rows, x), list(cells)
+    check_few(x, across)
     picture, axes = _axes(1.6 + 0.45 * len(down))
     grid = [[cells[name].get(value, float("nan")) for value in across] for name in down]
     image = axes.imshow(grid, aspect="auto", cmap="cividis")

