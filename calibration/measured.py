@@ -20,9 +20,9 @@ import numpy.typing as npt
 import orjson
 
 from ..engine.gpu import add_lanes
-from ..engine.output.export import replacing
 from ..engine.scenario import Scenario, make_scenario
 from ..errors import InputError
+from ..files import replacing
 from ..resources.timeline import ACTIVATION, DEMAND, DENSE, EXPERT, HEAD, LAUNCH, PREFETCH, READBACK, Timeline
 
 FORMAT = "prestage measured run 1"

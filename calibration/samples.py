@@ -98,7 +98,7 @@ class Samples(_Part):
 
     def save(self, path: Path) -> None:
         """Write the samples as compact JSON."""
-        from ..engine.output.export import replacing
+        from ..files import replacing
 
         with replacing(path) as file:
             file.write(json.dumps(self.model_dump(), separators=(",", ":")).encode() + b"\n")

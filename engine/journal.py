@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import orjson
 
 from ..errors import InputError
-from .output.export import replacing
+from ..files import replacing
 
 try:
     import fcntl

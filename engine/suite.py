@@ -18,12 +18,12 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ..errors import InputError
+from ..files import replacing
 from ..words import unknown_name
 from .grid import make_grid
 from .insights import best, finished, front
 from .journal import Row, Rows, flat
 from .output.charts import CHARTS, MEMORY
-from .output.export import replacing
 from .reproduce import TABLES
 from .scenario import load_scenario
 from .simulate import versions

@@ -145,6 +145,22 @@ def test_what_decides_knows_no_clock(name: str) -> None:
             waiting += [loaded] if loaded else []
 
 
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_files_are_written_by_the_one_writer(path: Path) -> None:
+    # Growing records and journals are written little by little.
+    if name_of(path) in ("files.py", "resources/spool.py", "engine/journal.py"):
+        return
+    for call in (node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)):
+        name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+        modes = [node.value for node in [*call.args[:2], *(key.value for key in call.keywords if key.arg == "mode")]
+                 if isinstance(node, ast.Constant)]  # fmt: skip
+        assert name not in ("write_text", "write_bytes", "save_file", "mkdtemp", "NamedTemporaryFile"), name
+        if name == "open" and "archive" not in ast.unparse(call.func):  # a member of an archive is no file
+            assert not {"w", "x", "a", "+"} & set(
+                "".join(mode for mode in modes if isinstance(mode, str) and len(mode) < 4)
+            )
+
+
 @pytest.mark.parametrize("path", [ROOT / "__init__.py", ROOT / "cli.py"], ids=name_of)
 def test_the_front_door_imports_nothing_of_its_own_until_it_is_used(path: Path) -> None:
     assert not [module for level, module, _ in imports(path, at_import=True) if level > 0 and module != "errors"]

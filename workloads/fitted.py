@@ -29,8 +29,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import InputError
+from ..files import write_file
 from .synthetic import check_whole, draw_weights, join_sequences, share_evenly
-from .trace import MAX_EXPERTS, RoutingTrace, replace_file
+from .trace import MAX_EXPERTS, RoutingTrace
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -77,7 +78,7 @@ class FittedRouting:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the parameters as JSON, whole or not at all."""
         content = json.dumps({"format": _FORMAT, **asdict(self)}, indent=1).encode() + b"\n"
-        replace_file(Path(path), lambda stream: stream.write(content))
+        write_file(path, content)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:

@@ -22,10 +22,11 @@ import safetensors
 import safetensors.numpy
 
 from ..errors import InputError
+from ..files import write_file
 from .batches import Step
 from .guesses import Guesses, Int64s, Run, best_of
 from .network import Shape, logits
-from .trace import RoutingTrace, replace_file
+from .trace import RoutingTrace
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,7 +94,7 @@ class Weights:
         path.parent.mkdir(parents=True, exist_ok=True)
         meta = {"format": FORMAT, "shape": asdict(self.shape), "made": self.made}
         content = safetensors.numpy.save(self.arrays, metadata={"meta": json.dumps(meta, sort_keys=True)})
-        replace_file(path, lambda stream: stream.write(content))
+        write_file(path, content)
         return path
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable
@@ -26,6 +25,7 @@ import safetensors
 import safetensors.numpy
 
 from ..errors import InputError
+from ..files import replacing
 from .batches import DECODE, PREFILL
 
 Array = npt.NDArray[Any]
@@ -188,7 +188,8 @@ class RoutingTrace:
             arrays["predictions"] = self.predictions.astype(np.int8)
         plain = {name: _plain(value) for name, value in arrays.items()}
         text = json.dumps(self.meta, sort_keys=True, allow_nan=False)
-        replace_file(path, lambda stream: file_format.write(stream, path, plain, text))
+        with replacing(path) as stream:
+            file_format.write(stream, path, plain, text)
 
     def check(self, where: str = "trace") -> None:
         """Raise TraceError, one line that begins with `where`, if anything in the trace cannot be right."""
@@ -442,20 +443,6 @@ def _parse_meta(path: Path, text: str | None) -> dict[str, Any]:
 def _plain(value: Array) -> Array:
     """Return the array contiguous and in the machine's byte order, as both formats want it."""
     return np.asarray(value, dtype=value.dtype.newbyteorder("="), order="C")
-
-
-def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file beside `path`, then put it in its place; whoever reads `path` never sees half of it."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("xb") as stream:
-            write(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 #: What reading a damaged `.npz` may raise, seen by cutting and flipping files.

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from ...errors import InputError
+from ...files import replacing
 from .about import about_run
-from .export import SPAN_LIMIT, export_timeline, replacing
+from .export import SPAN_LIMIT, export_timeline
 from .merge import memory_steps
 from .plots import default_window, plot_memory, plot_miss_ratios, plot_timeline, save
 from .saved import RUN_FILE, run_of, save_run

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from ...errors import InputError
-from .export import replacing
+from ...files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import InputError
+from ...files import replacing
 from ...resources.timeline import DEMAND, DENSE, EXPERT, HEAD, KINDS, PREFETCH, Timeline
-from .export import layer_of_each, layers_of, replacing, track_order
+from .export import layer_of_each, layers_of, track_order
 from .palette import COLORS
 
 if TYPE_CHECKING:

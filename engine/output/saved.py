@@ -18,9 +18,9 @@ import safetensors
 import safetensors.numpy
 
 from ...errors import InputError
+from ...files import replacing
 from ...resources.timeline import SPAN, Timeline
 from ..compare import load_run
-from .export import replacing
 from .merge import token_times_ns
 from .metrics import Recording, memory_steps
 

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from ...files import replacing
 from ..insights import InsightError
 from ..suite import SPEED, Finished, Study, SuiteSweep
 from . import markdown
 from .charts import plot_sweep
-from .export import replacing
 from .plots import plot_transfer, save
 from .tables import (
     BEST_COLUMNS,
