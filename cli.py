@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -85,18 +85,45 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on sta
 
 
 def main() -> None:
-    """Run the command line; bad input is one line and exit status 2."""
+    """Run the command line; what is refused is one line and exit status 2 (terminal.py has the others)."""
+    from . import terminal
+
+    terminal.prepare()
+    sys.exit(terminal.flushed(_status(sys.argv[1:] or ["--help"])))
+
+
+def _status(arguments: list[str]) -> int:
+    """Run a command and return its exit status."""
+    from . import terminal
+
     try:
-        sys.exit(app(args=sys.argv[1:] or ["--help"], prog_name="prestage", standalone_mode=False))
+        for argument in arguments:
+            if any("\ud800" <= character <= "\udfff" for character in argument):
+                raise InputError(f"{argument!r}: not UTF-8: results and messages are, so give it another name")
+        return int(app(args=arguments, prog_name="prestage", standalone_mode=False) or 0)
     except _UsageError as error:
         asked = error.ctx.command_path if error.ctx else "prestage"
-        message = f"{error.format_message().rstrip('.')}; `{asked} --help` tells more"
-    except OSError as error:
-        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        return terminal.refuse(f"{error.format_message().rstrip('.')}; `{asked} --help` tells more")
     except InputError as error:
-        message = str(error)
-    typer.echo(f"prestage: {' '.join(message.split())}", err=True)
-    sys.exit(2)
+        return terminal.refuse(str(error))
+    except BrokenPipeError:
+        return terminal.BROKEN_PIPE
+    except OSError as error:
+        return terminal.refuse(terminal.os_words(error))
+    except MemoryError as error:
+        return terminal.refuse(f"out of memory: {str(error) or 'ask for less, or use a larger machine'}")
+    except SystemExit as left:
+        # Typer makes one of a pipe that nobody reads.
+        return terminal.BROKEN_PIPE if isinstance(left.__context__, BrokenPipeError) else _code(left)
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except Exception:
+        return terminal.report_fault()
+
+
+def _code(left: KeyboardInterrupt | SystemExit) -> int:
+    """Return the exit status of who was told to stop."""
+    return left.code if isinstance(left, SystemExit) and isinstance(left.code, int) else 130
 
 
 @app.command()
@@ -137,15 +164,15 @@ def run(
     The README lists every key; a key or name that does not exist is refused with those that do.
     """
     from .engine.loading import load_inputs
-    from .engine.output.files import make_folder, write_result
+    from .engine.output.files import write_result
     from .engine.scenario import load_scenario
     from .engine.simulate import simulate_inputs
+    from .files import check_folder, made_folder
 
     inputs = load_inputs(load_scenario(scenario, settings or ()))
-    for folder in (out, stream):
-        if folder is not None:
-            make_folder(folder)
-    with _progress() as progress:
+    if out is not None:
+        check_folder(out)
+    with nullcontext() if stream is None else made_folder(stream, keep=False), _progress() as progress:
         result = simulate_inputs(
             inputs,
             baselines=baselines,
@@ -213,9 +240,9 @@ def sweep(
                 baselines=baselines,
                 progress=progress,
             )
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as left:
         typer.echo(f"stopped; {out.with_suffix('.jsonl')} has what is done, and the same command goes on", err=True)
-        raise typer.Exit(130) from None
+        raise typer.Exit(_code(left)) from None
     failed = [row["error"] for row in rows.errors]
     if json:
         _print_json({"rows": len(rows), "errors": len(failed), "file": str(out)})
@@ -252,13 +279,13 @@ def suite(
     report.html, suite.json, suite.md, figures and a journal of rows for each sweep, which `prestage plot` also draws.
     """
     from .calibration.transfer import from_profile, measurement
-    from .engine.output.files import make_folder
     from .engine.output.suite_report import write_suite
     from .engine.suite import load_suite, run_suite
+    from .files import check_folder
     from .resources.profile import load_profile
 
     definition = load_suite(name)
-    make_folder(out)
+    check_folder(out)
     try:
         with _progress(log_every_s=30) as progress:
             finished = run_suite(
@@ -270,9 +297,9 @@ def suite(
                 workers=workers,
                 progress=progress,
             )
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as left:
         typer.echo(f"stopped; {out} has what is done, and the same command goes on", err=True)
-        raise typer.Exit(130) from None
+        raise typer.Exit(_code(left)) from None
     written = write_suite(finished, out)
     if json:
         _print_json(finished.data)
@@ -694,7 +721,7 @@ def trace_record(
     ] = 0,
     device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, …")] = "auto",
 ) -> None:
-    """Run a transformers MoE model over text or prompts and record its routing. Needs prestage[record]."""
+    """Run a transformers MoE model over text or prompts and record its routing. Needs prestage\\[record]."""
     from .workloads.run_model import RecordConfig, record_files
 
     config = RecordConfig(sequence_tokens, prompt_tokens, new_tokens, batch, sequences, guesses, device)
@@ -716,7 +743,7 @@ def trace_fit(
 ) -> None:
     """Fit the synthetic generator to a trace, and show how near what it draws comes to it.
 
-    A scenario uses the generator as `fit` in [workload.synthetic], `trace synth` with --fit.
+    A scenario uses the generator as `fit` in \\[workload.synthetic], `trace synth` with --fit.
     """
     from .workloads.fit import compare, draw_like, fit_routing
 
@@ -937,16 +964,15 @@ def calibrate_execute(
 ) -> None:
     """Execute scenarios on a CUDA GPU, with the decisions that a simulation makes, timed by CUDA events."""
     from .calibration.execute import chosen_scenarios, execute_all
+    from .files import made_folder
 
     chosen = chosen_scenarios(scenarios, settings or ())
     single = out.name.endswith((".json", ".json.gz"))
     if single and len(chosen) > 1:
         raise InputError(f"--out {out}: {len(chosen)} scenarios need a folder")
-    if not single:
-        out.mkdir(parents=True, exist_ok=True)
     if profiler is not None and len(chosen) > 1:
         raise InputError(f"--profiler {profiler}: one trace holds one scenario, and {len(chosen)} are to be executed")
-    with _progress() as progress:
+    with nullcontext() if single else made_folder(out), _progress() as progress:
         runs = execute_all(
             chosen, device=device, repeats=repeats, keep_all=all_repeats, profile=profiler, progress=progress
         )
@@ -1226,7 +1252,9 @@ def _open_trace(path: Path) -> RoutingTrace:
 def _print_json(data: dict[str, Any]) -> None:
     import orjson
 
-    sys.stdout.write(orjson.dumps(data, option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY).decode() + "\n")
+    from .terminal import write_bytes
+
+    write_bytes(orjson.dumps(data, option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY) + b"\n")
 
 
 @contextmanager

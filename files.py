@@ -70,11 +70,12 @@ def replacing_folder(folder: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def made_folder(folder: str | Path) -> Iterator[Path]:
+def made_folder(folder: str | Path, *, keep: bool = True) -> Iterator[Path]:
     """Make a folder that is filled little by little; after any exception, remove it again if nothing is in it.
 
-    For what goes on where it was: journals, and files that are whole each by itself. Raises OSError, before anything is
-    done, if the folder cannot be made or takes no file.
+    For what goes on where it was: journals, and files that are whole each by itself. Without `keep`, a folder that was
+    not there is removed with all that is in it. Raises OSError, before anything is done, if the folder cannot be made
+    or takes no file.
     """
     folder = Path(folder)
     made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
@@ -83,6 +84,8 @@ def made_folder(folder: str | Path) -> Iterator[Path]:
         check_folder(folder)
         yield folder
     except BaseException:
+        if made and not keep:
+            shutil.rmtree(folder, ignore_errors=True)
         for path in made:
             try:
                 path.rmdir()

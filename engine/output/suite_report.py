@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from ...files import replacing
+from ...files import replacing_folder, write_file
 from ..insights import InsightError
 from ..suite import SPEED, Finished, Study, SuiteSweep
 from . import markdown
@@ -66,21 +66,21 @@ class Part:
 
 
 def write_suite(finished: Finished, out: Path) -> list[Path]:
-    """Write suite.json, suite.md, figures/NAME.svg and report.html into the suite's folder; return the paths."""
+    """Write suite.json, suite.md, figures/NAME.svg and report.html, all or none, into the suite's folder.
+
+    Return their paths.
+    """
     data, parts = finished.data, [*_parts(finished)]
-    paths = [out / "suite.json", out / "suite.md", out / "report.html"]
-    (out / "figures").mkdir(parents=True, exist_ok=True)
-    with replacing(paths[0]) as file:
-        file.write(orjson.dumps(data, option=orjson.OPT_INDENT_2) + b"\n")
-    for part in parts:
-        for block in part.blocks:
-            if isinstance(block, Picture):
-                paths.append(out / "figures" / f"{block.name}.svg")
-                save(block.figure, paths[-1])
-    with replacing(paths[1]) as file:
-        file.write(_as_markdown(data, parts).encode())
-    _write_page(data, parts, paths[2])
-    return paths
+    pictures = [block for part in parts for block in part.blocks if isinstance(block, Picture)]
+    figures = [Path("figures") / f"{picture.name}.svg" for picture in pictures]
+    with replacing_folder(out) as folder:
+        write_file(folder / "suite.json", orjson.dumps(data, option=orjson.OPT_INDENT_2) + b"\n")
+        (folder / "figures").mkdir()
+        for picture, path in zip(pictures, figures, strict=True):
+            save(picture.figure, folder / path)
+        write_file(folder / "suite.md", _as_markdown(data, parts).encode())
+        _write_page(data, parts, folder / "report.html")
+    return [out / name for name in ("suite.json", "suite.md", "report.html", *figures)]
 
 
 def _as_markdown(data: Mapping[str, Any], parts: Sequence[Part]) -> str:
