@@ -738,7 +738,7 @@ def trace_fit(
         Path | None,
         typer.Option("--out", "-o", help="Write the generator (.json) or a trace drawn by it (.safetensors or .npz)."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="The seed of the trace that is drawn and compared.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="The seed of the trace that is drawn and compared.")] = 0,
     json: Json = False,
 ) -> None:
     """Fit the synthetic generator to a trace, and show how near what it draws comes to it.
@@ -1267,6 +1267,7 @@ def _progress(log_every_s: float | None = None) -> Iterator[Callable[[str, int, 
         yield None if log_every_s is None else _logged(log_every_s)
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True) as bars:
@@ -1274,7 +1275,7 @@ def _progress(log_every_s: float | None = None) -> Iterator[Callable[[str, int, 
 
         def move(what: str, done: int, total: int) -> None:
             if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
+                tasks[what] = bars.add_task(escape(what), total=total)
             bars.update(tasks[what], completed=done)
 
         yield move

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import orjson
 
 from ..errors import InputError
-from ..files import replacing
+from ..files import naming, replacing
 
 try:
     import fcntl
@@ -53,7 +53,9 @@ class Journal:
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and self.path.stat().st_size == 0:
+            self.path.unlink()  # nothing came of it
         self._file.close()
 
     def rows(self) -> Iterator[Row]:
@@ -63,7 +65,8 @@ class Journal:
     def append(self, key: str, line: bytes) -> None:
         """Add a row, given as one line of JSON."""
         self.done.add(bytes.fromhex(key))
-        self._file.write(line + b"\n")
+        with naming(self.path):
+            self._file.write(line + b"\n")
 
     def _keep(self, row: Row | None) -> bytes | None:
         """Note a row as done and return its key; None for a row that runs again or is there already."""

@@ -121,6 +121,19 @@ def test_a_command_that_is_told_to_end_leaves_nothing_half_written(tmp_path: Pat
     assert [*tmp_path.iterdir()] == []
 
 
+def test_no_name_is_eaten_as_markup(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "[red]:key:.toml").write_text("[workload.synthetic]\ntokens = 5\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "250")
+    monkeypatch.setattr(sys, "argv", ["prestage", "compare", "[red]:key:.toml", "[red]:key:.toml,prefetch.lookahead=0"])
+    with pytest.raises(SystemExit):
+        main()
+    said = capsys.readouterr().out
+    assert "[red]:key:.toml,prefetch.lookahead=0" in said
+
+
 def commands() -> list[list[str]]:
     """All commands, as typer knows them."""
     import typer.main
