@@ -6,7 +6,6 @@ names the nearest known one. Any key can be set from outside with `section.key=v
 
 from __future__ import annotations
 
-import difflib
 import re
 import tomllib
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -18,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..errors import InputError
-from ..words import unknown_name
+from ..words import problems, unknown_name
 from ..workloads.batches import PREFILL_MODES
 from ..workloads.importers import shipped_traces
 from ..workloads.learned import shipped_weights
@@ -598,8 +597,7 @@ def make_scenario(data: Mapping[str, Any], source: str = "scenario") -> Scenario
     try:
         return Scenario.model_validate(data)
     except ValidationError as error:
-        problems = [_explain(dict(problem)) for problem in error.errors()]
-        raise ScenarioError(f"{source}: " + "; ".join(problems)) from None
+        raise ScenarioError(f"{source}: {problems(error, Scenario, data)}") from None
 
 
 def _read(name: str | Path | None, source: str) -> dict[str, Any]:
@@ -682,32 +680,3 @@ def _drop_replaced(data: dict[str, Any], parts: list[str], value: Any) -> None:
                 synthetic.pop(key, None)
     if parts == ["predictor", "name"] and value != "learned" and isinstance(predictor, dict):
         predictor.pop("weights", None)
-
-
-def _explain(problem: Mapping[str, Any]) -> str:
-    """Return one line for one of pydantic's errors."""
-    key = ".".join(str(part) for part in problem["loc"])
-    message = str(problem["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
-    given = problem["input"]
-    if not key:  # of the whole scenario: what is between sections names its keys
-        return message if isinstance(given, Mapping) else f"{given!r}: must be a table of sections"
-    if problem["type"] == "extra_forbidden":
-        known = _known_keys(problem["loc"][:-1])
-        near = difflib.get_close_matches(str(problem["loc"][-1]), known, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-        return f"{key}: no such key; {hint}"
-    if problem["type"] in ("model_type", "dict_type"):
-        return f"{key} = {problem['input']!r}: must be a section, such as {key}.{_known_keys(problem['loc'])[0]}"
-    if message.startswith(repr(given)):
-        return f"{key} = {message}"
-    return f"{key} = {given!r}: {message}" if isinstance(given, str | int | float) else f"{key}: {message}"
-
-
-def _known_keys(path: tuple[int | str, ...]) -> list[str]:
-    """Return the keys that the section at `path` knows."""
-    section: type[BaseModel] = Scenario
-    for part in path:
-        field = next(f for n, f in section.model_fields.items() if part in (n, f.alias))
-        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
-    return [field.alias or name for name, field in section.model_fields.items()]

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from ..errors import InputError
-from ..words import unknown_name
+from ..words import problems, unknown_name
 from .facts import Fact, Part
 from .topology import Topology
 
@@ -395,19 +395,8 @@ def _merged(base: object, patch: object) -> object:
 
 
 def make_profile(data: object, source: str) -> Profile:
-    """Return the profile that plain data describes; ProfileError names `source` and the first bad key."""
+    """Return the profile that plain data describes; ProfileError names `source` and the bad keys."""
     try:
         return Profile.model_validate(data)
     except ValidationError as error:
-        problems = [_explain(problem["loc"], problem["msg"], problem["input"]) for problem in error.errors()]
-        raise ProfileError(f"{source}: {'; '.join(problems)}") from None
-
-
-def _explain(place: tuple[int | str, ...], message: str, given: object) -> str:
-    """Return one of pydantic's problems as key, value and what would be right."""
-    key = ".".join(str(part) for part in place)
-    message = message.removeprefix("Value error, ").replace("Input should be", "must be")
-    message = message.replace("Extra inputs are not permitted", "no such key")
-    if not key:
-        return f"{given!r}: must be an object"
-    return f"{key} = {given!r}: {message}" if isinstance(given, str | int | float) else f"{key}: {message}"
+        raise ProfileError(f"{source}: {problems(error, Profile, data)}") from None

@@ -15,7 +15,7 @@ import orjson
 
 from ...files import replacing_folder, write_file
 from ..insights import InsightError
-from ..suite import SPEED, Finished, Study, SuiteSweep
+from ..suite import SPEED, Finished, Study, SuiteSweep, picture_name, transfer_name
 from . import markdown
 from .charts import plot_sweep
 from .plots import plot_transfer, save
@@ -127,7 +127,9 @@ def _parts(finished: Finished) -> Iterator[Part]:
     )
     for name, report in data["transfers"].items():
         picture = Picture(
-            f"transfer-{name}", f"Throughput of one copy by its size: {report['machine']}", plot_transfer(report)
+            f"transfer-{transfer_name(name)}",
+            f"Throughput of one copy by its size: {report['machine']}",
+            plot_transfer(report),
         )
         yield Part(f"Transfers: {report['machine']}", "", [Table(TRANSFER_COLUMNS, [*transfer_cells(report)]), picture])
     if data["published"]:
@@ -160,7 +162,7 @@ def _trade_offs(finished: Finished, study: Study, found: Mapping[str, Any]) -> P
     blocks: list[Table | Picture] = [Table(("expert budget (GiB)", "tokens/s", "changed"), front)]
     caption = f"{study.title}: speed against memory, and the front of runs that none beats with less memory"
     rows = finished.of_study(study)
-    blocks.append(Picture(f"{study.name}-front", caption, plot_sweep("pareto", rows, figure=SPEED)))
+    blocks.append(Picture(picture_name(study, None), caption, plot_sweep("pareto", rows, figure=SPEED)))
     text = f"Scenario {study.scenario}, {found['choices']:,} runs to choose from. No run is faster with less memory."
     fastest = found["best"][0]
     text += f" The best by {fastest['name']} again, with its timeline: prestage run {fastest['row']} --out best."
@@ -182,7 +184,7 @@ def _sweep_part(finished: Finished, study: Study, part: SuiteSweep) -> Part:
     ]
     blocks: list[Table | Picture] = [Table([*part.grid, *SWEEP_COLUMNS], shown)]
     for number, chart in enumerate(part.charts):
-        name = f"{study.name}-{part.name}" + (f"-{number + 1}" if number else "")
+        name = picture_name(study, part, number)
         caption = f"{part.question}: {chart.figure}, {study.name}"
         try:
             figure = plot_sweep(chart.kind, rows, x=chart.x, by=chart.by, figure=chart.figure)
