@@ -24,12 +24,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import InputError
 from ..files import write_file
+from ..machine_code import compiled
 from .synthetic import check_whole, draw_weights, join_sequences, share_evenly
 from .trace import MAX_EXPERTS, RoutingTrace
 
@@ -190,7 +190,7 @@ class _Sequence:
         return chosen.astype(np.uint8 if self._fitted.num_experts <= 256 else np.uint16), weights
 
 
-@numba.njit(cache=True)
+@compiled
 def _choose(
     base: FloatArray,
     drift: FloatArray,
@@ -238,7 +238,7 @@ def _choose(
             _move_to_front(places[layer], chosen[row, layer])
 
 
-@numba.njit(cache=True)
+@compiled
 def _move_to_front(places: IntArray, chosen: IntArray) -> None:
     """Renew a layer's LRU stack: the chosen experts come first, the last of them foremost."""
     k = len(chosen)
