@@ -1108,7 +1108,8 @@ def predictor_train(
         weights = train(lessons, settings, progress)
     file = weights.save(out)
     if json:
-        _print_json({"file": str(file), "memory_bytes": weights.memory_bytes, **weights.made})
+        about = {"memory_bytes": weights.memory_bytes, "latency_us": weights.latency_us}
+        _print_json({"file": str(file), **about, **weights.made})
         return
     losses = ", ".join(f"{loss:.4f}" for loss in weights.made["held_out_loss_nats"])
     typer.echo(f"{file}: {weights.memory_bytes:,} bytes; loss on held-out sequences after each epoch: {losses}")
@@ -1118,7 +1119,7 @@ def predictor_train(
 def predictor_measure(
     weights: Annotated[Path, typer.Argument(help="Trained weights: a folder or a file.")], json: Json = False
 ) -> None:
-    """Measure what one guess takes on this machine, CPU and GPU, and note it in the weights; runs charge it.
+    """Measure what one guess takes on this machine, CPU and GPU, and note it beside the weights; runs charge it.
 
     Such as `prestage predictor measure my-predictor`, after training on another machine.
     """

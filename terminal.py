@@ -41,9 +41,10 @@ def prepare() -> None:
         elif isinstance(stream, io.TextIOWrapper) and name != "stdin":
             stream.reconfigure(errors=_HANDLER)
     if threading.current_thread() is threading.main_thread():
-        for number in (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")):
-            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
-                signal.signal(number, _end)
+        for name in ("SIGTERM", "SIGHUP"):
+            ending = getattr(signal, name, None)  # a system may have no SIGHUP
+            if ending is not None and signal.getsignal(ending) is signal.SIG_DFL:
+                signal.signal(ending, _end)
 
 
 def refuse(message: str) -> int:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -139,7 +140,7 @@ def commands() -> list[list[str]]:
     import typer.main
 
     found: list[list[str]] = []
-    waiting = [([], typer.main.get_command(app))]
+    waiting: list[tuple[list[str], Any]] = [([], typer.main.get_command(app))]
     while waiting:
         names, command = waiting.pop()
         found.append(names)

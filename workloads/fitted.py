@@ -78,7 +78,7 @@ class FittedRouting:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the parameters as JSON, whole or not at all."""
         content = json.dumps({"format": _FORMAT, **asdict(self)}, indent=1).encode() + b"\n"
-        write_file(path, content)
+        write_file(Path(path), content)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:

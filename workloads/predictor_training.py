@@ -66,7 +66,7 @@ class Settings:
 
 
 def train(trace: RoutingTrace, settings: Settings, progress: Progress | None = None) -> Weights:
-    """Train a predictor. The same trace, settings, torch and number of threads give the same arrays.
+    """Train a predictor. The same trace, settings, torch and number of threads give the same file of weights.
 
     Raises ValueError for impossible settings and TraceError where there is no second token to stop by.
     """

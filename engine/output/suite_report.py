@@ -80,7 +80,7 @@ def write_suite(finished: Finished, out: Path) -> list[Path]:
             save(picture.figure, folder / path)
         write_file(folder / "suite.md", _as_markdown(data, parts).encode())
         _write_page(data, parts, folder / "report.html")
-    return [out / name for name in ("suite.json", "suite.md", "report.html", *figures)]
+    return [*(out / name for name in ("suite.json", "suite.md", "report.html")), *(out / path for path in figures)]
 
 
 def _as_markdown(data: Mapping[str, Any], parts: Sequence[Part]) -> str:

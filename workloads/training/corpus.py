@@ -121,7 +121,7 @@ class Corpus:
     def save(self, path: str | PathLike[str]) -> None:
         """Write the corpus as safetensors, whole or not at all."""
         content = safetensors.numpy.save(self._arrays(), metadata={"meta": json.dumps(self.meta)})
-        write_file(path, content)
+        write_file(Path(path), content)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Corpus:
