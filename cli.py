@@ -695,7 +695,9 @@ def trace_import(
       prestage trace import log.route.csv -o trace.safetensors
     """
     from .workloads.importers import import_trace
+    from .workloads.trace import check_trace_file
 
+    check_trace_file(out)
     trace = import_trace(log, format, num_experts)
     trace.save(out)
     _say_what_is_in(out, trace)
@@ -723,7 +725,9 @@ def trace_record(
 ) -> None:
     """Run a transformers MoE model over text or prompts and record its routing. Needs prestage\\[record]."""
     from .workloads.run_model import RecordConfig, record_files
+    from .workloads.trace import check_trace_file
 
+    check_trace_file(out)
     config = RecordConfig(sequence_tokens, prompt_tokens, new_tokens, batch, sequences, guesses, device)
     with _progress() as progress:
         trace = record_files(model, text or [], prompts or [], config, progress)
@@ -745,8 +749,12 @@ def trace_fit(
 
     A scenario uses the generator as `fit` in \\[workload.synthetic], `trace synth` with --fit.
     """
+    from .files import check_file
     from .workloads.fit import compare, draw_like, fit_routing
+    from .workloads.trace import check_trace_file
 
+    if out is not None:
+        (check_file if out.suffix == ".json" else check_trace_file)(out)
     real = _open_trace(trace)
     with _progress() as progress:
         fitted = fit_routing(real, progress)
@@ -786,6 +794,9 @@ def trace_synth(
       prestage trace synth -o trace.safetensors
       prestage trace synth --model gpt-oss-20b --tokens 200 --reuse 0.45 --working-set 16 -o trace.npz
     """
+    from .workloads.trace import check_trace_file
+
+    check_trace_file(out)
     if fit is not None:
         from .workloads.fitted import FittedRouting
 
@@ -840,7 +851,9 @@ def calibrate_measure(
     from .calibration.cuda import Gpu
     from .calibration.evidence import sample_rows
     from .calibration.measure import FULL, LINKS, PROBES, QUICK, measure
+    from .files import check_file
 
+    check_file(out)
     gpu = Gpu(device)
     if links and gpu.count() < 2:
         raise InputError("--links: torch finds one GPU only")
@@ -880,16 +893,19 @@ def calibrate_fit(
     from .calibration.evidence import load_schedule, save_rows
     from .calibration.fit import fit, fit_data, write_profile
     from .calibration.samples import load_samples
+    from .files import check_file
     from .resources.profile import load_profile
 
+    for path in filter(None, (out, rows_out)):
+        check_file(path)
     rows = load_schedule(in_schedule or ())
-    if rows_out is not None:
-        save_rows(rows, rows_out)
     first, *more = (load_samples(path) for path in samples)
     graph = None if topology is None else load_profile(topology).topology
     if topology is not None and graph is None:
         raise InputError(f"--topology {topology}: that profile has no topology")
     fitted = fit(first, out.name.removesuffix(".json"), rows, more, graph)
+    if rows_out is not None:
+        save_rows(rows, rows_out)
     write_profile(fitted.profile, out)
     if json:
         _print_json(fit_data(fitted))
@@ -913,7 +929,9 @@ def calibrate_fit_run(
     from .calibration.fit import write_profile
     from .calibration.published_run import fit_run, fit_text, load_log
     from .engine.scenario import load_scenario
+    from .files import check_file
 
+    check_file(out)
     fitted = fit_run(load_scenario(scenario, settings or ()), load_log(log), tokens, out.name.removesuffix(".json"))
     write_profile(fitted.profile, out)
     if json:
@@ -964,7 +982,7 @@ def calibrate_execute(
 ) -> None:
     """Execute scenarios on a CUDA GPU, with the decisions that a simulation makes, timed by CUDA events."""
     from .calibration.execute import chosen_scenarios, execute_all
-    from .files import made_folder
+    from .files import check_file, made_folder
 
     chosen = chosen_scenarios(scenarios, settings or ())
     single = out.name.endswith((".json", ".json.gz"))
@@ -972,6 +990,8 @@ def calibrate_execute(
         raise InputError(f"--out {out}: {len(chosen)} scenarios need a folder")
     if profiler is not None and len(chosen) > 1:
         raise InputError(f"--profiler {profiler}: one trace holds one scenario, and {len(chosen)} are to be executed")
+    for path in filter(None, (out if single else None, profiler)):
+        check_file(path)
     with nullcontext() if single else made_folder(out), _progress() as progress:
         runs = execute_all(
             chosen, device=device, repeats=repeats, keep_all=all_repeats, profile=profiler, progress=progress
@@ -1099,8 +1119,10 @@ def predictor_train(
       prestage predictor train trace.safetensors -o my-predictor
       prestage predictor train trace.npz -o my-predictor --sequences :61 --context 4
     """
+    from .files import check_file, check_folder
     from .workloads.predictor_training import Settings, train
 
+    (check_file if out.suffix == ".safetensors" else check_folder)(out)
     settings = Settings(horizons=horizons, context=context, epochs=epochs, held_out=held_out, seed=seed)
     given = _open_trace(trace)
     lessons = given.slice(sequences=given.sequences_in(sequences))
@@ -1203,7 +1225,10 @@ def timeline_import(
     """
     from .engine.output.profiler_trace import load_timeline, write_imported
     from .engine.output.summary import kernel_costs, timeline_summary
+    from .files import check_file
 
+    if out is not None:
+        check_file(out)
     imported = load_timeline(trace)
     summary = timeline_summary(imported.timeline)
     costs = kernel_costs(imported) if kernels or json else []
@@ -1253,9 +1278,9 @@ def _open_trace(path: Path) -> RoutingTrace:
 def _print_json(data: dict[str, Any]) -> None:
     import orjson
 
-    from .terminal import write_bytes
+    from .terminal import print_bytes
 
-    write_bytes(orjson.dumps(data, option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY) + b"\n")
+    print_bytes(orjson.dumps(data, option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY) + b"\n")
 
 
 @contextmanager

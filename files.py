@@ -16,6 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from .errors import InputError
+
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
@@ -102,6 +104,17 @@ def check_folder(folder: str | Path) -> None:
             pass
     except OSError as error:
         raise _error(error.errno or errno.EIO, folder) from None
+
+
+def check_file(path: str | Path) -> None:
+    """Refuse a file that cannot be written, before anything runs. Raises InputError and OSError, which name it."""
+    place = Path(os.path.realpath(path))
+    if not place.parent.is_dir():
+        raise InputError(f"{path}: there is no folder {Path(path).parent}")
+    if place.is_dir():
+        raise _error(errno.EISDIR, path)
+    with naming(path, place.parent):
+        check_folder(place.parent)
 
 
 @contextmanager

@@ -79,7 +79,7 @@ def os_words(error: OSError) -> str:
     return f"standard output: {error.strerror}" if error.errno in _OF_OUTPUT else str(error)
 
 
-def write_bytes(content: bytes) -> None:
+def print_bytes(content: bytes) -> None:
     """Write bytes to standard output, whatever its encoding."""
     sys.stdout.flush()
     binary: Any = getattr(sys.stdout, "buffer", None)

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import orjson
 
 from ..errors import InputError
-from ..files import naming, replacing
+from ..files import check_file, naming, replacing
 
 try:
     import fcntl
@@ -141,8 +141,7 @@ def check_export(path: Path) -> None:
     """Refuse, before anything runs, a file that rows cannot be exported to. Raises JournalError and OSError."""
     if path.suffix not in EXPORTS:
         raise JournalError(f"{path}: a sweep's file must end in one of {', '.join(EXPORTS)}")
-    if not path.parent.is_dir():
-        raise JournalError(f"{path}: there is no folder {path.parent}")
+    check_file(path)
     if path.suffix == ".parquet":
         try:
             import pyarrow  # noqa: F401

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from prestage.files import check_folder, made_folder, naming, replacing, replacing_folder, write_file
+from prestage.errors import InputError
+from prestage.files import check_file, check_folder, made_folder, naming, replacing, replacing_folder, write_file
 
 
 @contextmanager
@@ -127,6 +128,19 @@ def test_a_folder_that_cannot_be_is_refused_before_anything_runs(tmp_path: Path,
     assert raised.value.filename == str(tmp_path / name)
     check_folder(tmp_path / "a" / "b")
     assert everything_in(tmp_path) == ["file"]
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    check_file(tmp_path / "a")
+    with pytest.raises(InputError, match=r"none/a: there is no folder .*none$"):
+        check_file(tmp_path / "none" / "a")
+    with pytest.raises(IsADirectoryError) as raised:
+        check_file(tmp_path)
+    assert raised.value.filename == str(tmp_path)
+    with pytest.raises(OSError) as raised:
+        check_file("/proc/a")
+    assert raised.value.filename == "/proc/a"
+    assert everything_in(tmp_path) == []
 
 
 def test_errors_that_name_another_file_are_left_alone(tmp_path: Path) -> None:

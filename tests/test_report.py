@@ -28,6 +28,7 @@ from prestage.engine.output.report import write_report
 from prestage.engine.output.saved import RUN_FILE, Run, SavedRunError, load_result, load_results, run_of
 from prestage.engine.scenario import load_scenario
 from prestage.engine.simulate import Result, simulate
+from prestage.errors import InputError
 from prestage.resources.timeline import DENSE, EXPERT, HEAD, Timeline
 
 
@@ -234,7 +235,7 @@ def test_the_same_run_gives_the_same_page(folder: Path, tmp_path: Path) -> None:
 def test_what_cannot_be_written_is_refused(
     runs: list[int], path: str, said: str, two: list[Run], tmp_path: Path
 ) -> None:
-    with pytest.raises(PageError, match=said):
+    with pytest.raises(InputError, match=said):
         write_report([two[number] for number in runs], tmp_path / path)
     assert list(tmp_path.iterdir()) == []
 

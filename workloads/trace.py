@@ -25,7 +25,7 @@ import safetensors
 import safetensors.numpy
 
 from ..errors import InputError
-from ..files import replacing
+from ..files import check_file, replacing
 from .batches import DECODE, PREFILL
 
 Array = npt.NDArray[Any]
@@ -541,6 +541,12 @@ _FORMATS = {
     ".npz": _Format(_read_npz, _write_npz),
     ".safetensors": _Format(_read_safetensors, _write_safetensors),
 }
+
+
+def check_trace_file(path: Path) -> None:
+    """Refuse a file that no trace can be saved to, before one is made. Raises TraceError, InputError and OSError."""
+    _format(path)
+    check_file(path)
 
 
 def _format(path: Path) -> _Format:

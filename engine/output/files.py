@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from ...errors import InputError
-from ...files import replacing_folder, write_file
+from ...files import check_file, replacing_folder, write_file
 from .about import about_run
 from .export import SPAN_LIMIT, ExportSummary, export_timeline
 from .merge import memory_steps
@@ -68,8 +68,7 @@ def check_miss_ratio_path(path: Path) -> None:
     """Raise ValueError unless miss-ratio curves can be written under this name: asked before they are computed."""
     if path.suffix not in MISS_RATIO_FILES:
         raise InputError(f"{path}: the file of miss-ratio curves must end in one of {', '.join(MISS_RATIO_FILES)}")
-    if not path.parent.is_dir():
-        raise InputError(f"{path}: there is no folder {path.parent}")
+    check_file(path)
 
 
 def write_miss_ratios(data: dict[str, Any], path: Path) -> None:

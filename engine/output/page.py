@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from ...errors import InputError
-from ...files import write_file
+from ...files import check_file, write_file
 from .plots import render
 
 if TYPE_CHECKING:
@@ -65,8 +65,7 @@ def check_page(path: Path) -> None:
     """Raise PageError unless a page can be written under this name: asked before anything is read or drawn."""
     if path.suffix != ".html":
         raise PageError(f"{path}: a report's file must end in .html")
-    if not path.parent.is_dir():
-        raise PageError(f"{path}: there is no folder {path.parent}")
+    check_file(path)
 
 
 def html_table(header: Sequence[str], rows: Sequence[Sequence[str | tuple[str, str]]]) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import InputError
-from ...files import replacing
+from ...files import check_file, replacing
 from ...resources.timeline import DEMAND, DENSE, EXPERT, HEAD, KINDS, PREFETCH, Timeline
 from .export import layer_of_each, layers_of, track_order
 from .palette import COLORS
@@ -415,8 +415,7 @@ def check_picture(path: Path) -> None:
     """Raise ValueError unless a picture can be written under this name: asked before anything runs."""
     if path.suffix not in _NO_METADATA:
         raise InputError(f"{path}: a picture's file must end in one of {', '.join(_NO_METADATA)}")
-    if not path.parent.is_dir():
-        raise InputError(f"{path}: there is no folder {path.parent}")
+    check_file(path)
 
 
 def _bars(spans: Array, start_ns: int, end_ns: int, *, apart: bool) -> Array:
