@@ -137,9 +137,9 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_runs(tmp_path:
     with pytest.raises(IsADirectoryError) as raised:
         check_file(tmp_path)
     assert raised.value.filename == str(tmp_path)
-    with pytest.raises(OSError) as raised:
+    with pytest.raises(OSError) as refused:
         check_file("/proc/a")
-    assert raised.value.filename == "/proc/a"
+    assert refused.value.filename == "/proc/a"
     assert everything_in(tmp_path) == []
 
 
