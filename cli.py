@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -86,18 +86,45 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on sta
 
 
 def main() -> None:
-    """Run the command line; bad input is one line and exit status 2."""
+    """Run the command line; what is refused is one line and exit status 2 (terminal.py has the others)."""
+    from . import terminal
+
+    terminal.prepare()
+    sys.exit(terminal.flushed(_status(sys.argv[1:] or ["--help"])))
+
+
+def _status(arguments: list[str]) -> int:
+    """Run a command and return its exit status."""
+    from . import terminal
+
     try:
-        sys.exit(app(args=sys.argv[1:] or ["--help"], prog_name="prestage", standalone_mode=False))
+        for argument in arguments:
+            if any("\ud800" <= character <= "\udfff" for character in argument):
+                raise InputError(f"{argument!r}: not UTF-8: results and messages are, so give it another name")
+        return int(app(args=arguments, prog_name="prestage", standalone_mode=False) or 0)
     except _UsageError as error:
         asked = error.ctx.command_path if error.ctx else "prestage"
-        message = f"{error.format_message().rstrip('.')}; `{asked} --help` tells more"
-    except OSError as error:
-        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        return terminal.refuse(f"{error.format_message().rstrip('.')}; `{asked} --help` tells more")
     except InputError as error:
-        message = str(error)
-    typer.echo(f"prestage: {' '.join(message.split())}", err=True)
-    sys.exit(2)
+        return terminal.refuse(str(error))
+    except BrokenPipeError:
+        return terminal.BROKEN_PIPE
+    except OSError as error:
+        return terminal.refuse(terminal.os_words(error))
+    except MemoryError as error:
+        return terminal.refuse(f"out of memory: {str(error) or 'ask for less, or use a larger machine'}")
+    except SystemExit as left:
+        # Typer makes one of a pipe that nobody reads.
+        return terminal.BROKEN_PIPE if isinstance(left.__context__, BrokenPipeError) else _code(left)
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except Exception:
+        return terminal.report_fault()
+
+
+def _code(left: KeyboardInterrupt | SystemExit) -> int:
+    """Return the exit status of who was told to stop."""
+    return left.code if isinstance(left, SystemExit) and isinstance(left.code, int) else 130
 
 
 @app.command()
@@ -141,17 +168,17 @@ def run(
     The README lists every key; a key or name that does not exist is refused with those that do.
     """
     from .engine.loading import load_inputs
-    from .engine.output.files import make_folder, write_result
+    from .engine.output.files import write_result
     from .engine.scenario import load_scenario
     from .engine.simulate import simulate_inputs
+    from .files import check_folder, made_folder
 
     inputs = load_inputs(load_scenario(scenario, settings or ()))
-    if out is not None and (out / "result.json").exists():
-        _say_replaced(out, "run")
-    for folder in (out, stream):
-        if folder is not None:
-            make_folder(folder)
-    with _progress() as progress:
+    if out is not None:
+        check_folder(out)
+        if (out / "result.json").exists():
+            _say_replaced(out, "run")
+    with nullcontext() if stream is None else made_folder(stream, keep=False), _progress() as progress:
         result = simulate_inputs(
             inputs,
             baselines=baselines,
@@ -219,9 +246,9 @@ def sweep(
                 baselines=baselines,
                 progress=progress,
             )
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as left:
         typer.echo(f"stopped; {out.with_suffix('.jsonl')} has what is done, and the same command goes on", err=True)
-        raise typer.Exit(130) from None
+        raise typer.Exit(_code(left)) from None
     failed = [row["error"] for row in rows.errors]
     if json:
         _print_json({"rows": len(rows), "errors": len(failed), "file": str(out)})
@@ -258,13 +285,13 @@ def suite(
     report.html, suite.json, suite.md, figures and a journal of rows for each sweep, which `prestage plot` also draws.
     """
     from .calibration.transfer import from_profile, measurement
-    from .engine.output.files import make_folder
     from .engine.output.suite_report import write_suite
     from .engine.suite import load_suite, run_suite
+    from .files import check_folder
     from .resources.profile import load_profile
 
     definition = load_suite(name)
-    make_folder(out)
+    check_folder(out)
     try:
         with _progress(log_every_s=30) as progress:
             finished = run_suite(
@@ -276,9 +303,9 @@ def suite(
                 workers=workers,
                 progress=progress,
             )
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as left:
         typer.echo(f"stopped; {out} has what is done, and the same command goes on", err=True)
-        raise typer.Exit(130) from None
+        raise typer.Exit(_code(left)) from None
     written = write_suite(finished, out)
     if json:
         _print_json(finished.data)
@@ -680,7 +707,9 @@ def trace_import(
       prestage trace import ids.jsonl --format jsonl --num-experts 16 --layers 3 -o trace.npz
     """
     from .workloads.importers import import_trace
+    from .workloads.trace import check_trace_file
 
+    check_trace_file(out)
     trace = import_trace(log, format, num_experts, layers)
     trace.save(out)
     _say_what_is_in(out, trace)
@@ -706,9 +735,11 @@ def trace_record(
     ] = 0,
     device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, …")] = "auto",
 ) -> None:
-    """Run a transformers MoE model over text or prompts and record its routing. Needs prestage[record]."""
+    """Run a transformers MoE model over text or prompts and record its routing. Needs prestage\\[record]."""
     from .workloads.run_model import RecordConfig, record_files
+    from .workloads.trace import check_trace_file
 
+    check_trace_file(out)
     if out.exists():
         _say_replaced(out, "trace")
     config = RecordConfig(sequence_tokens, prompt_tokens, new_tokens, batch, sequences, guesses, device)
@@ -725,15 +756,19 @@ def trace_fit(
         Path | None,
         typer.Option("--out", "-o", help="Write the generator (.json) or a trace drawn by it (.safetensors or .npz)."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="The seed of the trace that is drawn and compared.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="The seed of the trace that is drawn and compared.")] = 0,
     json: Json = False,
 ) -> None:
     """Fit the synthetic generator to a trace, and show how near what it draws comes to it.
 
-    A scenario uses the generator as `fit` in [workload.synthetic], `trace synth` with --fit.
+    A scenario uses the generator as `fit` in \\[workload.synthetic], `trace synth` with --fit.
     """
+    from .files import check_file
     from .workloads.fit import compare, draw_like, fit_routing
+    from .workloads.trace import check_trace_file
 
+    if out is not None:
+        (check_file if out.suffix == ".json" else check_trace_file)(out)
     real = _open_trace(trace)
     with _progress() as progress:
         fitted = fit_routing(real, progress)
@@ -773,6 +808,9 @@ def trace_synth(
       prestage trace synth -o trace.safetensors
       prestage trace synth --model gpt-oss-20b --tokens 200 --reuse 0.45 --working-set 16 -o trace.npz
     """
+    from .workloads.trace import check_trace_file
+
+    check_trace_file(out)
     if fit is not None:
         from .workloads.fitted import FittedRouting
 
@@ -834,7 +872,9 @@ def calibrate_measure(
     from .calibration.cuda import Gpu
     from .calibration.evidence import sample_rows
     from .calibration.measure import FULL, LINKS, PROBES, QUICK, measure
+    from .files import check_file
 
+    check_file(out)
     if out.exists():
         _say_replaced(out, "file")
     gpu = Gpu(device)
@@ -876,16 +916,19 @@ def calibrate_fit(
     from .calibration.evidence import load_schedule, save_rows
     from .calibration.fit import fit, fit_data, write_profile
     from .calibration.samples import load_samples
+    from .files import check_file
     from .resources.profile import load_profile
 
+    for path in filter(None, (out, rows_out)):
+        check_file(path)
     rows = load_schedule(in_schedule or ())
-    if rows_out is not None:
-        save_rows(rows, rows_out)
     first, *more = (load_samples(path) for path in samples)
     graph = None if topology is None else load_profile(topology).topology
     if topology is not None and graph is None:
         raise InputError(f"--topology {topology}: that profile has no topology")
     fitted = fit(first, out.name.removesuffix(".json"), rows, more, graph)
+    if rows_out is not None:
+        save_rows(rows, rows_out)
     write_profile(fitted.profile, out)
     if json:
         _print_json(fit_data(fitted))
@@ -909,7 +952,9 @@ def calibrate_fit_run(
     from .calibration.fit import write_profile
     from .calibration.published_run import fit_run, fit_text, load_log
     from .engine.scenario import load_scenario
+    from .files import check_file
 
+    check_file(out)
     fitted = fit_run(load_scenario(scenario, settings or ()), load_log(log), tokens, out.name.removesuffix(".json"))
     write_profile(fitted.profile, out)
     if json:
@@ -960,6 +1005,7 @@ def calibrate_execute(
 ) -> None:
     """Execute scenarios on a CUDA GPU, with the decisions that a simulation makes, timed by CUDA events."""
     from .calibration.execute import chosen_scenarios, execute_all
+    from .files import check_file, made_folder
 
     chosen = chosen_scenarios(scenarios, settings or ())
     single = out.name.endswith((".json", ".json.gz"))
@@ -967,7 +1013,9 @@ def calibrate_execute(
         raise InputError(f"--out {out}: {len(chosen)} scenarios need a folder")
     if profiler is not None and len(chosen) > 1:
         raise InputError(f"--profiler {profiler}: one trace holds one scenario, and {len(chosen)} are to be executed")
-    with _progress() as progress:
+    for path in filter(None, (out if single else None, profiler)):
+        check_file(path)
+    with nullcontext() if single else made_folder(out), _progress() as progress:
         runs = execute_all(
             chosen, device=device, repeats=repeats, keep_all=all_repeats, profile=profiler, progress=progress
         )
@@ -1097,9 +1145,11 @@ def predictor_train(
       prestage predictor train trace.safetensors -o my-predictor
       prestage predictor train trace.npz -o my-predictor --sequences :61 --context 4
     """
+    from .files import check_file, check_folder
     from .workloads.learned import WEIGHTS_FILE
     from .workloads.predictor_training import Settings, train
 
+    (check_file if out.suffix == ".safetensors" else check_folder)(out)
     settings = Settings(horizons=horizons, context=context, epochs=epochs, held_out=held_out, seed=seed)
     given = _open_trace(trace)
     lessons = given.slice(sequences=given.sequences_in(sequences))
@@ -1109,7 +1159,8 @@ def predictor_train(
         weights = train(lessons, settings, progress)
     file = weights.save(out)
     if json:
-        _print_json({"file": str(file), "memory_bytes": weights.memory_bytes, **weights.made})
+        about = {"memory_bytes": weights.memory_bytes, "latency_us": weights.latency_us}
+        _print_json({"file": str(file), **about, **weights.made})
         return
     losses = ", ".join(f"{loss:.4f}" for loss in weights.made["held_out_loss_nats"])
     typer.echo(f"{file}: {weights.memory_bytes:,} bytes; loss on held-out sequences after each epoch: {losses}")
@@ -1119,7 +1170,7 @@ def predictor_train(
 def predictor_measure(
     weights: Annotated[Path, typer.Argument(help="Trained weights: a folder or a file.")], json: Json = False
 ) -> None:
-    """Measure what one guess takes on this machine, CPU and GPU, and note it in the weights; runs charge it.
+    """Measure what one guess takes on this machine, CPU and GPU, and note it beside the weights; runs charge it.
 
     Such as `prestage predictor measure my-predictor`, after training on another machine.
     """
@@ -1204,7 +1255,10 @@ def timeline_import(
     """
     from .engine.output.profiler_trace import load_timeline, write_imported
     from .engine.output.summary import kernel_costs, timeline_summary
+    from .files import check_file
 
+    if out is not None:
+        check_file(out)
     imported = load_timeline(trace)
     summary = {**timeline_summary(imported.timeline), "reading": imported.reading.plain()}
     costs = kernel_costs(imported) if kernels or json else []
@@ -1264,7 +1318,9 @@ def _open_trace(path: Path) -> RoutingTrace:
 def _print_json(data: dict[str, Any]) -> None:
     import orjson
 
-    sys.stdout.write(orjson.dumps(data, option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY).decode() + "\n")
+    from .terminal import print_bytes
+
+    print_bytes(orjson.dumps(data, option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY) + b"\n")
 
 
 @contextmanager
@@ -1277,6 +1333,7 @@ def _progress(log_every_s: float | None = None) -> Iterator[Callable[[str, int, 
         yield None if log_every_s is None else _logged(log_every_s)
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True) as bars:
@@ -1284,7 +1341,7 @@ def _progress(log_every_s: float | None = None) -> Iterator[Callable[[str, int, 
 
         def move(what: str, done: int, total: int) -> None:
             if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
+                tasks[what] = bars.add_task(escape(what), total=total)
             bars.update(tasks[what], completed=done)
 
         yield move

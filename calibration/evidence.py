@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..engine.output.export import replacing
+from ..files import replacing
 from . import in_schedule
 from .measured import load_all
 from .samples import Samples, SamplesError

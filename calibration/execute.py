@@ -340,8 +340,8 @@ def chosen_scenarios(names: Sequence[str], settings: Sequence[str] = ()) -> dict
             chosen |= scenarios(name)
         elif name in in_sets:
             chosen[name] = in_sets[name]
-        elif Path(name).stem in chosen:
-            raise ScenarioError(f"{name}: another scenario is called {Path(name).stem} too: rename one of the files")
+        elif (stem := Path(name).stem) in chosen:
+            raise ScenarioError(f"{name}: another scenario is called {stem!r}, and their files would be one: rename it")
         else:
-            chosen[Path(name).stem] = load_scenario(name, settings)
+            chosen[stem] = load_scenario(name, settings)
     return chosen

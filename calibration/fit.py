@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..engine.output.export import replacing
+from ..files import replacing
 from ..resources.profile import Profile, ProfileError, TransferCost, make_profile
 from ..resources.topology import Topology
 from .evidence import (

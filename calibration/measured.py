@@ -21,9 +21,9 @@ import orjson
 
 from ..bounded import read_json
 from ..engine.gpu import add_lanes
-from ..engine.output.export import replacing
 from ..engine.scenario import Scenario, make_scenario
 from ..errors import InputError
+from ..files import replacing
 from ..resources.timeline import ACTIVATION, DEMAND, DENSE, EXPERT, HEAD, LAUNCH, PREFETCH, READBACK, Timeline
 
 FORMAT = "prestage measured run 1"

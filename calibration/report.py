@@ -8,21 +8,19 @@ from typing import Any
 
 import orjson
 
-from ..engine.output.export import replacing
 from ..engine.output.markdown import table
 from ..engine.output.plots import plot_errors, save
+from ..files import replacing_folder, write_file
 
 
 def write_report(report: dict[str, Any], folder: Path) -> list[Path]:
-    """Write validation.json, validation.md and validation.png to a folder and return their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"validation.{ending}" for ending in ("json", "md", "png")]
-    with replacing(paths[0]) as file:
-        file.write(orjson.dumps(report, option=orjson.OPT_INDENT_2) + b"\n")
-    with replacing(paths[1]) as file:
-        file.write(markdown(report, every_row=True).encode() + b"\n")
-    save(plot_errors(report["rows"]), paths[2])
-    return paths
+    """Write validation.json, validation.md and validation.png, all or none, to a folder and return their paths."""
+    names = [f"validation.{ending}" for ending in ("json", "md", "png")]
+    with replacing_folder(folder) as place:
+        write_file(place / names[0], orjson.dumps(report, option=orjson.OPT_INDENT_2) + b"\n")
+        write_file(place / names[1], markdown(report, every_row=True).encode() + b"\n")
+        save(plot_errors(report["rows"]), place / names[2])
+    return [folder / name for name in names]
 
 
 def markdown(report: dict[str, Any], *, every_row: bool) -> str:

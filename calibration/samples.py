@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import InputError
+from ..words import problems
 
 #: What is measured, with the keys that tell its series apart.
 TERMS: dict[str, tuple[str, ...]] = {
@@ -98,7 +99,7 @@ class Samples(_Part):
 
     def save(self, path: Path) -> None:
         """Write the samples as compact JSON."""
-        from ..engine.output.export import replacing
+        from ..files import replacing
 
         with replacing(path) as file:
             file.write(json.dumps(self.model_dump(), separators=(",", ":")).encode() + b"\n")
@@ -113,8 +114,10 @@ def load_samples(path: Path) -> Samples:
     except UnicodeDecodeError:
         raise SamplesError(f"{path}: not UTF-8 text") from None
     try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SamplesError(f"{path}: not JSON: {error}") from None
+    try:
         return Samples.model_validate_json(text)
     except ValidationError as error:
-        first: Any = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "file"
-        raise SamplesError(f"{path}: {key}: {str(first['msg']).removeprefix('Value error, ')}") from None
+        raise SamplesError(f"{path}: {problems(error, Samples, data)}") from None

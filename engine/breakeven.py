@@ -67,7 +67,11 @@ def break_even(
             raise one
         cells.append(Cell(one.memory.gpu_budget, one.prefetch.lookahead, one.plain(), plan.hashes(one)))
     found: dict[tuple[str, int], dict[str, Any]] = {}
-    with Workers(workers if cluster or len(cells) > 1 else 1, cluster) as crew:
+    if workers is not None:
+        workers = min(workers, len(cells))
+    elif cluster is None and len(cells) == 1:
+        workers = 1
+    with Workers(workers, cluster) as crew:
         for cell, result in crew.run(search, cells):
             if result is None or "error" in result:
                 why = "a worker died" if result is None else result["error"]

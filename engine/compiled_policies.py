@@ -6,15 +6,15 @@ is, is a number that every function branches on, so that one loop is compiled, o
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
+from .. import machine_code
+from ..machine_code import Function
+
 Array = npt.NDArray[Any]
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def compiled(function: Function) -> Function:
@@ -23,8 +23,7 @@ def compiled(function: Function) -> Function:
     Numba then need not count who holds which array, atomically and at every call, which would take half of the time;
     its option for that, `_nrt`, is internal.
     """
-    fast: Function = numba.njit(cache=True, _nrt=False)(function)  # type: ignore[call-overload]
-    return fast
+    return machine_code.compiled(function, _nrt=False)
 
 
 FIFO, LRU, LFU, LFU_INCACHE, CLOCK, SIEVE, S3FIFO, BELADY = range(8)

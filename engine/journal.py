@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import orjson
 
 from ..errors import InputError
-from .output.export import replacing
+from ..files import check_file, naming, replacing
 
 try:
     import fcntl
@@ -60,7 +60,9 @@ class Journal:
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and self.path.stat().st_size == 0:
+            self.path.unlink()  # nothing came of it
         self._file.close()
 
     def rows(self) -> Iterator[Row]:
@@ -70,7 +72,8 @@ class Journal:
     def append(self, key: str, line: bytes) -> None:
         """Add a row, given as one line of JSON."""
         self.done.add(bytes.fromhex(key))
-        self._file.write(line + b"\n")
+        with naming(self.path):
+            self._file.write(line + b"\n")
 
     def _keep(self, row: Row | None) -> bytes | None:
         """Note a row as done and return its key; None for a row that runs again or is there already."""
@@ -226,8 +229,7 @@ def check_export(path: Path) -> None:
     """Refuse, before anything runs, a file that rows cannot be exported to. Raises JournalError and OSError."""
     if path.suffix not in EXPORTS:
         raise JournalError(f"{path}: a sweep's file must end in one of {', '.join(EXPORTS)}")
-    if not path.parent.is_dir():
-        raise JournalError(f"{path}: there is no folder {path.parent}")
+    check_file(path)
     if path.suffix == ".parquet":
         try:
             import pyarrow  # noqa: F401

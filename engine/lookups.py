@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
+from ..machine_code import compiled
 from ..workloads.batches import Step
 from ..workloads.trace import RoutingTrace
 
@@ -94,7 +94,7 @@ def _rows(steps: Sequence[Step]) -> npt.NDArray[np.int64]:
     return np.concatenate([step.rows for step in steps]) if steps else np.empty(0, dtype=np.int64)
 
 
-@numba.njit(cache=True)
+@compiled
 def _number_in_order(chosen: Array, stride: int) -> Array:
     """Return `layer * stride + index` of every (token, layer, rank), flat, int32."""
     tokens, layers, k = chosen.shape
@@ -108,7 +108,7 @@ def _number_in_order(chosen: Array, stride: int) -> Array:
     return experts
 
 
-@numba.njit(cache=True)
+@compiled
 def _list(
     chosen: Array,
     present: Array,

@@ -28,7 +28,7 @@ from pydantic.fields import FieldInfo
 from ..bounded import parse_toml, read
 from ..errors import InputError
 from ..units import BYTES, NUMBER, gb_per_s, whole_bytes, written_bytes
-from ..words import no_such_key, unknown_name
+from ..words import problems, unknown_name
 from ..workloads.batches import PREFILL_MODES, parse_warmup
 from ..workloads.guesses import MOST_HORIZONS
 from ..workloads.importers import shipped_traces
@@ -689,10 +689,7 @@ def make_scenario(data: Mapping[str, Any], source: str = "scenario") -> Scenario
     try:
         return Scenario.model_validate(data)
     except ValidationError as error:
-        problems = [_explain(dict(problem)) for problem in error.errors()[:_MOST_PROBLEMS]]
-        if error.error_count() > _MOST_PROBLEMS:
-            problems.append(f"and {error.error_count() - _MOST_PROBLEMS:,} more")
-        raise ScenarioError(f"{source}: " + "; ".join(problems)) from None
+        raise ScenarioError(f"{source}: {problems(error, Scenario, data)}") from None
 
 
 def _read(name: str | Path | None, source: str) -> dict[str, Any]:
@@ -811,29 +808,3 @@ def _drop_replaced(data: dict[str, Any], parts: list[str], value: Any) -> None:
                 synthetic.pop(key, None)
     if parts == ["predictor", "name"] and value != "learned" and isinstance(predictor, dict):
         predictor.pop("weights", None)
-
-
-def _explain(problem: Mapping[str, Any]) -> str:
-    """Return one line for one of pydantic's errors."""
-    key = ".".join(str(part) for part in problem["loc"])
-    message = str(problem["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
-    given = problem["input"]
-    if not key:  # of the whole scenario: what is between sections names its keys
-        return message if isinstance(given, Mapping) else f"{given!r}: must be a table of sections"
-    if problem["type"] == "extra_forbidden":
-        return f"{key}: {no_such_key(str(problem['loc'][-1]), _known_keys(problem['loc'][:-1]))}"
-    if problem["type"] in ("model_type", "dict_type"):
-        return f"{key} = {problem['input']!r}: must be a section, such as {key}.{_known_keys(problem['loc'])[0]}"
-    if message.startswith(repr(given)):
-        return f"{key} = {message}"
-    return f"{key} = {given!r}: {message}" if isinstance(given, str | int | float) else f"{key}: {message}"
-
-
-def _known_keys(path: tuple[int | str, ...]) -> list[str]:
-    """Return the keys that the section at `path` knows."""
-    section: type[BaseModel] = Scenario
-    for part in path:
-        field = next(f for n, f in section.model_fields.items() if part in (n, f.alias))
-        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
-    return [field.alias or name for name, field in section.model_fields.items()]

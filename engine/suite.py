@@ -7,23 +7,23 @@ journals and the rest in parts.json, so that a suite that was killed goes on whe
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ..bounded import parse_toml, read
 from ..errors import InputError
-from ..words import unknown_name
+from ..files import made_folder, write_file
+from ..words import file_name, problems, unknown_name
 from .grid import make_grid
 from .insights import best, finished, front
 from .journal import Row, Rows, flat
 from .output.charts import CHARTS, MEMORY
-from .output.export import replacing
 from .reproduce import TABLES
 from .scenario import load_scenario
 from .simulate import versions
@@ -46,6 +46,10 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+#: A name that is part of a file's.
+FileName = Annotated[str, AfterValidator(file_name)]
+
+
 class Chart(_Part):
     """One picture of a sweep, as `prestage plot` draws it."""
 
@@ -63,7 +67,7 @@ class Chart(_Part):
 class SuiteSweep(_Part):
     """A grid over a study's scenario, with settings of its own."""
 
-    name: str
+    name: FileName
     question: str
     settings: dict[str, Any] = Field(default={}, alias="set")
     grid: dict[str, list[Any]]
@@ -73,7 +77,7 @@ class SuiteSweep(_Part):
 class Study(_Part):
     """One scenario, the settings laid over it (`quick` ones with --quick), and the sweeps that change it."""
 
-    name: str
+    name: FileName
     title: str
     scenario: str
     settings: dict[str, Any] = Field(default={}, alias="set")
@@ -106,10 +110,23 @@ class Suite(_Part):
     metrics: list[Metric] = Field(min_length=1)
     studies: list[Study]
 
+    @field_validator("transfers")
+    @classmethod
+    def _profiles(cls, names: list[str]) -> list[str]:
+        stems = [file_name(transfer_name(name)) for name in names]
+        for name in {name for name, stem in zip(names, stems, strict=True) if stems.count(stem) > 1}:
+            raise InputError(f"{name!r}: given twice, or another file has its name: rename one")
+        return names
+
     @field_validator("published", "quick_published")
     @classmethod
     def _tables(cls, names: list[str]) -> list[str]:
         return [_one_of("table", name, TABLES) for name in names]
+
+
+def transfer_name(profile: str) -> str:
+    """Return what the files about a profile's transfers are called after: a profile's name, or its file's."""
+    return Path(profile).name.removesuffix(".json")
 
 
 def _one_of(what: str, name: str, known: Mapping[str, Any]) -> str:
@@ -132,11 +149,11 @@ def load_suite(name: str | Path = "default") -> Suite:
         text = _text(Path(name))
     else:
         raise SuiteError(unknown_name("suite", str(name), [*suite_names(), "FILE.toml"]))
+    data = parse_toml(text, f"suite {str(name)!r}", SuiteError)
     try:
-        suite = Suite.model_validate(parse_toml(text, f"suite {str(name)!r}", SuiteError))
+        suite = Suite.model_validate(data)
     except ValidationError as error:
-        problems = (f"{'.'.join(map(str, one['loc']))}: {_said(dict(one))}" for one in error.errors())
-        raise SuiteError(f"suite {str(name)!r}: {'; '.join(problems)}") from None
+        raise SuiteError(f"suite {str(name)!r}: {problems(error, Suite, data)}") from None
     # A scenario's file is looked for beside the suite's.
     beside = [
         study.model_copy(update={"scenario": str(Path(name).parent / study.scenario)})
@@ -152,12 +169,6 @@ def _text(path: Path) -> str:
         return read(path, SuiteError).decode("utf-8")
     except UnicodeDecodeError:
         raise SuiteError(f"suite {str(path)!r}: not UTF-8 text") from None
-
-
-def _said(problem: Mapping[str, Any]) -> str:
-    if problem["type"] == "extra_forbidden":
-        return "no such key"
-    return str(problem["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
 
 
 @dataclass(frozen=True)
@@ -191,25 +202,25 @@ def run_suite(
     Raises ValueError (SuiteError, GridError, …) and OSError, for what the suite's definition says before anything runs.
     """
     jobs = _jobs(suite, quick)
-    (out / "rows").mkdir(parents=True, exist_ok=True)
-    parts = _Parts(out / "parts.json")
-    copies = {**(transfers or {})}
-    copies |= {name: parts.get(f"transfer {name}", measure) for name, measure in (measured or {}).items()}
-    published = _published(suite.quick_published if quick else suite.published, parts, workers, progress)
-    rows: dict[tuple[str, str], Rows] = {}
-    done, total = 0, sum(job.size for job in jobs)
-    for job in jobs:
-        rows[job.study.name, job.name] = sweep(
-            job.study.scenario,
-            job.grid,
-            settings=job.settings,
-            out=out / "rows" / f"{job.study.name}-{job.name}.jsonl",
-            workers=workers,
-            progress=_counted(progress, done, total),
-        )
-        done += job.size
-        for row in rows[job.study.name, job.name].errors if job.name == BASE else ():
-            raise SuiteError(f"study {job.study.name!r}: its scenario cannot run: {row['error']}")
+    with made_folder(out / "rows"):
+        parts = _Parts(out / "parts.json")
+        copies = {**(transfers or {})}
+        copies |= {name: parts.get(f"transfer {name}", measure) for name, measure in (measured or {}).items()}
+        published = _published(suite.quick_published if quick else suite.published, parts, workers, progress)
+        rows: dict[tuple[str, str], Rows] = {}
+        done, total = 0, sum(job.size for job in jobs)
+        for job in jobs:
+            rows[job.study.name, job.name] = sweep(
+                job.study.scenario,
+                job.grid,
+                settings=job.settings,
+                out=out / "rows" / f"{job.study.name}-{job.name}.jsonl",
+                workers=workers,
+                progress=_counted(progress, done, total),
+            )
+            done += job.size
+            for row in rows[job.study.name, job.name].errors if job.name == BASE else ():
+                raise SuiteError(f"study {job.study.name!r}: its scenario cannot run: {row['error']}")
     studies = [_study(suite, study, rows) for study in suite.studies]
     data = {"title": suite.title, "quick": quick, "versions": versions(), "transfers": copies, "published": published}
     return Finished(suite, {**data, "studies": studies}, rows)
@@ -229,16 +240,42 @@ class _Job:
 def _jobs(suite: Suite, quick: bool) -> list[_Job]:
     """Return the sweeps of a suite: of each study its scenario alone (BASE) and its own, checked before any runs."""
     jobs: dict[tuple[str, str], _Job] = {}
+    _check_files(suite)
     for study in suite.studies:
         seed = load_scenario(study.scenario, study.with_settings(None, quick)).seed
         for name, part in ((BASE, None), *((part.name, part) for part in study.sweeps)):
-            if (study.name, name) in jobs:
-                raise SuiteError(f"suite {suite.title!r}: {study.name}: two sweeps are named {name!r}: rename one")
             grid = {"seed": [seed]} if part is None else part.grid
             settings = study.with_settings(part, quick)
             size = len(make_grid(study.scenario, grid, settings=settings))
             jobs[study.name, name] = _Job(study, name, grid, settings, size)
     return list(jobs.values())
+
+
+def picture_name(study: Study, part: SuiteSweep | None, number: int = 0) -> str:
+    """Return what a sweep's chart of this number is called, without an ending; without a sweep, the study's front."""
+    return f"{study.name}-{'front' if part is None else part.name}" + (f"-{number + 1}" if number else "")
+
+
+def _check_files(suite: Suite) -> None:
+    """Raise SuiteError if two sweeps, or two charts, would be one file, on a system that does not tell cases apart."""
+    seen: dict[tuple[str, str], str] = {}
+    for what, name, whose in _files(suite):
+        first = seen.setdefault((what, name.lower()), whose)
+        if first is not whose:
+            raise SuiteError(
+                f"suite {suite.title!r}: two {what} are named {name!r}, of {first} and of {whose}: rename one"
+            )
+
+
+def _files(suite: Suite) -> Iterator[tuple[str, str, str]]:
+    """Yield what each file of a suite is: of sweeps or charts, its name, and whose it is."""
+    for study in suite.studies:
+        for part in (None, *study.sweeps):
+            name = BASE if part is None else part.name
+            whose = f"study {study.name!r}, sweep {name!r}"
+            yield "sweeps", f"{study.name}-{name}", whose
+            for number in range(1 if part is None else len(part.charts)):
+                yield "charts", picture_name(study, part, number), whose
 
 
 def _counted(progress: Progress | None, before: int, total: int) -> Progress | None:
@@ -260,9 +297,12 @@ class _Parts:
         self._path = path
         self._made: dict[str, Any] = {}
         if path.is_file():
-            kept = orjson.loads(path.read_bytes())
-            if kept["versions"] == versions():
-                self._made = kept["parts"]
+            try:
+                kept = orjson.loads(path.read_bytes())
+                if kept["versions"] == versions():
+                    self._made = {**kept["parts"]}
+            except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+                raise SuiteError(f"{path}: is not what a suite keeps; remove it, or give another folder") from error
 
     def __contains__(self, name: str) -> bool:
         return name in self._made
@@ -276,8 +316,7 @@ class _Parts:
     def keep(self, name: str, part: Any) -> None:
         """Write a part to the file."""
         self._made[name] = part
-        with replacing(self._path) as file:
-            file.write(orjson.dumps({"versions": versions(), "parts": self._made}, option=orjson.OPT_INDENT_2))
+        write_file(self._path, orjson.dumps({"versions": versions(), "parts": self._made}, option=orjson.OPT_INDENT_2))
 
 
 def _published(

@@ -228,7 +228,8 @@ def run_task(task: Task) -> bytes:
     except InputError as error:
         return failed_row(task, " ".join(str(error).split()))
     except Exception as error:  # whatever it is, it is this scenario's, and the others go on
-        return failed_row(task, f"{type(error).__name__}: {' '.join(str(error).split())}")
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return failed_row(task, f"a fault of Prestage, please report it: {what}")
     head = {"key": task.key, "settings": task.point, "error": None, "sha256": task.hashes}
     return orjson.dumps({**head, **{name: value for name, value in result.data.items() if name != "by_layer"}})
 

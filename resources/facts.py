@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, model_validator
 
@@ -46,18 +45,3 @@ class Fact(Part):
     def provenance(self) -> str:
         """The source and, if it is not the profile's own, the device, in words."""
         return self.source if self.device is None else f"{self.source}, of {self.device}"
-
-
-def known_keys(part: Any, path: Sequence[int | str]) -> list[str]:
-    """Return the keys that the part of a profile at `path` knows, given the type of the whole."""
-    for step in path:
-        inside = [inner for inner in _inner(part) if isinstance(inner, type) and issubclass(inner, BaseModel)]
-        fields = {name: field for each in inside for name, field in each.model_fields.items()}
-        part = fields[str(step)].annotation if str(step) in fields else part
-    inside = [inner for inner in _inner(part) if isinstance(inner, type) and issubclass(inner, BaseModel)]
-    return [name for each in inside for name in each.model_fields]
-
-
-def _inner(annotation: Any) -> list[Any]:
-    """Return a type and all that it is made of."""
-    return [annotation, *(inner for argument in get_args(annotation) for inner in _inner(argument))]

@@ -20,9 +20,9 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ..dtypes import dtype_of
 from ..errors import InputError
-from ..words import no_such_key, unknown_name
+from ..words import problems, unknown_name
 from .extending import extended, own
-from .facts import Bytes, BytesPerSecond, Dtype, Fact, FlopsPerSecond, Part, known_keys
+from .facts import Bytes, BytesPerSecond, Dtype, Fact, FlopsPerSecond, Part
 from .topology import Topology
 
 
@@ -540,20 +540,8 @@ def _read(name: str, path: Path, key: str) -> Any:
 
 
 def make_profile(data: object, source: str) -> Profile:
-    """Return the profile that plain data describes; ProfileError names `source` and the first bad key."""
+    """Return the profile that plain data describes; ProfileError names `source` and the bad keys."""
     try:
         return Profile.model_validate(data)
     except ValidationError as error:
-        problems = [_explain(problem["loc"], problem["msg"], problem["input"]) for problem in error.errors()]
-        raise ProfileError(f"{source}: {'; '.join(problems)}") from None
-
-
-def _explain(place: tuple[int | str, ...], message: str, given: object) -> str:
-    """Return one of pydantic's problems as key, value and what would be right."""
-    key = ".".join(str(part) for part in place)
-    message = message.removeprefix("Value error, ").replace("Input should be", "must be")
-    if message == "Extra inputs are not permitted":
-        message = no_such_key(str(place[-1]), known_keys(Profile, place[:-1]))
-    if not key:  # of the whole profile: what is between its parts names its keys
-        return message if isinstance(given, dict) else f"{given!r}: must be an object"
-    return f"{key} = {given!r}: {message}" if isinstance(given, str | int | float) else f"{key}: {message}"
+        raise ProfileError(f"{source}: {problems(error, Profile, data)}") from None

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 #: Modules at the top that are below all: every folder may import them, and they import nothing of ours.
-BELOW_ALL = {"bounded.py", "dtypes.py", "errors.py", "files.py", "units.py", "words.py"}
+BELOW_ALL = {"bounded.py", "dtypes.py", "errors.py", "files.py", "machine_code.py", "units.py", "words.py"}
 #: What each folder may import of the others; the other modules at the top may import all.
 MAY_IMPORT = {
     "workloads": set(),
@@ -143,6 +143,22 @@ def test_what_decides_knows_no_clock(name: str) -> None:
             assert module.split(".")[0] != "simpy", f"{name} loads simpy by way of {name_of(path)}"
             loaded = target(path, level, module, imported)
             waiting += [loaded] if loaded else []
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_files_are_written_by_the_one_writer(path: Path) -> None:
+    # Growing records and journals are written little by little.
+    if name_of(path) in ("files.py", "resources/spool.py", "engine/journal.py"):
+        return
+    for call in (node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)):
+        name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+        modes = [node.value for node in [*call.args[:2], *(key.value for key in call.keywords if key.arg == "mode")]
+                 if isinstance(node, ast.Constant)]  # fmt: skip
+        assert name not in ("write_text", "write_bytes", "save_file", "mkdtemp", "NamedTemporaryFile"), name
+        if name == "open" and "archive" not in ast.unparse(call.func):  # a member of an archive is no file
+            assert not {"w", "x", "a", "+"} & set(
+                "".join(mode for mode in modes if isinstance(mode, str) and len(mode) < 4)
+            )
 
 
 @pytest.mark.parametrize("path", [ROOT / "__init__.py", ROOT / "cli.py"], ids=name_of)

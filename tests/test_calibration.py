@@ -244,7 +244,7 @@ def test_rows_come_back_from_their_file(tmp_path: Path) -> None:
         ({"term": "kopy"}, "series.0: term = 'kopy': choose one of copy, "),
         ({"key": {"direction": "h2d"}}, "series.0: copy_gap: key must have direction, memory (given direction)"),
         ({"rounds_ns": [[1], []]}, "every round must have samples"),
-        ({"rounds_ns": [["x"]]}, "series.0.rounds_ns.0.0: Input should be a valid integer"),
+        ({"rounds_ns": [["x"]]}, "series.0.rounds_ns.0.0 = 'x': must be a valid integer"),
     ],
 )
 def test_bad_samples_are_refused_by_file_and_key(

@@ -384,7 +384,7 @@ BAD: list[tuple[list[str], str]] = [
     (["timeline", "summary"], "Missing argument 'traces'; `prestage timeline summary --help` tells more"),
     (["timeline", "summary", "trace.json.gz", "none.json"], "none.json: No such file or directory"),
     (["trace", "synth", "-o", "new.txt"], "new.txt: .txt: a trace's name must end in .npz or .safetensors"),
-    (["trace", "synth", "-o", "none/new.npz"], "none/new.npz: the folder none does not exist"),
+    (["trace", "synth", "-o", "none/new.npz"], "none/new.npz: there is no folder none"),
     (["trace", "synth", "-o", "new.npz", "--reuse", "2"], "reuse = 2.0: must be a number 0..1"),
     (["trace", "synth", "-o", "new.npz", "--model", "mixtral"], "model 'mixtral': did you mean mixtral-8x7b?"),
 ]

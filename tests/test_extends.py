@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import ASSUMED, EXPERT_FF, HIDDEN, tiny_model, tiny_profile, tiny_scenario
+from tiny import ASSUMED, EXPERT_FF, HIDDEN, tiny_costs, tiny_model, tiny_profile, tiny_scenario
 
 from prestage.calibration.transfer import from_profile
-from prestage.engine.costs import Costs
 from prestage.engine.offload_costs import CpuCosts
 from prestage.engine.output.machine import describe
 from prestage.engine.scenario import load_scenario
@@ -96,7 +95,7 @@ def test_the_run_names_all_that_is_another_machines(tmp_path: Path) -> None:
 
 def test_another_machines_points_stand_in_where_the_rule_is_its_too_and_are_estimates(tmp_path: Path) -> None:
     model, scenario = load_model("mixtral-8x7b"), load_scenario("synthetic", ["dispatch.mode=graph"])
-    measured, taken = (Costs(model, profile, scenario) for profile in (load_profile("h200"), extending(tmp_path)))
+    measured, taken = (tiny_costs(model, profile, scenario) for profile in (load_profile("h200"), extending(tmp_path)))
     assert taken.expert(0, 1) == measured.expert(0, 1)
     assert measured.estimates == {}
     assert taken.estimates == {"expert": f"as measured on {H200}, not on this machine"}
@@ -107,7 +106,7 @@ def test_a_machines_own_points_go_before_another_machines() -> None:
     data["compute"]["rule"]["device"] = "another"
     borrowed = {**data["compute"]["experts"][0], "tokens": 16, "ns": 99, "beside_copy_ns": 99, "device": "another"}
     data["compute"]["experts"] = [*data["compute"]["experts"], borrowed]
-    costs = Costs(tiny_model(1), make_profile(data, "mine"), tiny_scenario())
+    costs = tiny_costs(tiny_model(1), make_profile(data, "mine"), tiny_scenario())
     assert costs.expert(0, 8).ns == 7
     assert costs.estimates == {}
     costs.expert(0, 16)  # beyond its own points by the rule, which is another's
@@ -118,7 +117,7 @@ def test_another_machines_cpu_is_an_estimate() -> None:
     data = tiny_profile(cpu_ns=30).model_dump()
     for point in data["compute"]["cpu_experts"]:
         point["device"] = "another"
-    costs = Costs(tiny_model(1), make_profile(data, "mine"), tiny_scenario())
+    costs = tiny_costs(tiny_model(1), make_profile(data, "mine"), tiny_scenario())
     cpu = CpuCosts(costs, tiny_scenario(miss={"policy": "cpu"}, memory={"preload": "popular"}))
     assert cpu.expert(0, 1).ns == 30
     assert costs.estimates["expert on the CPU"] == "as measured on another, not on this machine"

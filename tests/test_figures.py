@@ -258,6 +258,15 @@ def test_every_figure_of_the_default_run_is_printed(name: str, default_runs: lis
 
 
 @pytest.mark.parametrize("name", FIGURES)
+def test_names_are_no_formulas(name: str, tmp_path: Path) -> None:
+    # Balanced, and no formula that matplotlib knows: the words of a name, which are drawn as they are.
+    made = made_run(name="$\\frac{$ run")
+    made = replace(made, data={**made.data, "model": {**made.data["model"], "name": "$\\nosuch$"}})
+    runs = [made, replace(made, name="$_$")]
+    save(draw(name, of_figure(name, runs)), tmp_path / "f.svg")
+
+
+@pytest.mark.parametrize("name", FIGURES)
 def test_every_figure_of_the_default_run_is_a_plot_of_its_data(name: str, default_runs: list[Run]) -> None:
     plot = figure_html(name, of_figure(name, default_runs))
     assert plot.sizing_mode == "stretch_width"

@@ -26,6 +26,7 @@ from prestage.workloads.learned import (
     Learned,
     Weights,
     WeightsError,
+    latency_file,
     load_weights,
     measured,
     shipped_weights,
@@ -204,8 +205,29 @@ def test_saved_weights_come_back_and_guess_the_same(trained: Weights, tmp_path: 
     assert trained.memory_bytes == sum(array.nbytes for array in safetensors.numpy.load_file(file).values())
 
 
+def test_training_again_gives_the_same_file_whatever_a_guess_took(tmp_path: Path) -> None:
+    first, again = (train(cycling(), replace(SMALL, epochs=1)) for _ in range(2))
+    files = [weights.save(tmp_path / name) for weights, name in ((first, "a"), (again, "b"))]
+    assert first.latency_us["cpu"] > 0
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_latency_is_of_the_weights_that_it_was_measured_with(trained: Weights, tmp_path: Path) -> None:
+    file = replace(trained, latency_us={"cpu": 300.0}).save(tmp_path)
+    assert load_weights(tmp_path).latency_us == {"cpu": 300.0}
+    others = replace(trained, made={"seed": 99}, latency_us={"cpu": 7.0}).save(tmp_path / "others")
+    file.write_bytes(others.read_bytes())
+    assert load_weights(tmp_path).latency_us == {}
+    replace(trained, latency_us={}).save(tmp_path)
+    assert not latency_file(file).exists()
+    for broken in ("{", "[]", '{"latency_us": {"cpu": -1}, "weights_sha256": ""}', '{"latency_us": {"cpu": "x"}}'):
+        latency_file(file).write_text(broken)
+        with pytest.raises(WeightsError, match=r"predictor\.latency\.json: "):
+            load_weights(tmp_path)
+
+
 def test_what_a_guess_takes_is_measured_and_noted(trained: Weights, tmp_path: Path) -> None:
-    file = replace(trained, made={"seed": 3, "latency_us": {"another device": 5.0}}).save(tmp_path / "w.safetensors")
+    file = replace(trained, made={"seed": 3}, latency_us={"another device": 5.0}).save(tmp_path / "w.safetensors")
     again = load_weights(measured(load_weights(file)).save(file))
     assert again.made["seed"] == 3
     assert again.latency_us["another device"] == 5.0
@@ -302,8 +324,7 @@ def test_weights_named_in_a_file_lie_beside_it(trained: Weights, tmp_path: Path)
 
 
 def test_the_measured_latency_and_memory_are_charged_where_the_lane_is(trained: Weights, tmp_path: Path) -> None:
-    made = {"latency_us": {"cpu": 300.0, "cuda": 40.0}}
-    file = replace(trained, made=made).save(tmp_path)
+    file = replace(trained, latency_us={"cpu": 300.0, "cuda": 40.0}).save(tmp_path)
 
     def cost(**keys: Any) -> PredictorCost:
         return predictor_cost(PredictorSection(name="learned", weights=str(file), **keys))
@@ -312,11 +333,11 @@ def test_the_measured_latency_and_memory_are_charged_where_the_lane_is(trained: 
     assert cost(lane="gpu") == PredictorCost(40.0, "measured on cuda", size, size)
     assert cost(lane="host") == PredictorCost(300.0, "measured on cpu", size, 0)
     assert cost(lane="compute", latency_us=7.0) == PredictorCost(7.0, "scenario", size, size)
-    replace(trained, made={"latency_us": {"cpu": 300.0}}).save(tmp_path)
+    replace(trained, latency_us={"cpu": 300.0}).save(tmp_path)
     assert cost(lane="gpu") == PredictorCost(300.0, "measured on cpu", size, size)
     assert cost(lane="free") == PredictorCost(0.0, "scenario", size, 0)
     assert predictor_cost(PredictorSection()) == FREE
-    replace(trained, made={}).save(tmp_path)
+    replace(trained, latency_us={}).save(tmp_path)
     with pytest.raises(ScenarioError, match=r"no latency was measured for lane 'gpu': set predictor\.latency_us"):
         cost(lane="gpu")
 
@@ -326,7 +347,7 @@ def test_a_run_with_trained_weights_pays_for_them(tmp_path: Path) -> None:
     trace = synthesize(48, 24, 4, 2, skew=0.5, working_set=4, reuse=0.5, sequences=3, prefill_tokens=0, seed=0)
     trace.save(tmp_path / "trace.safetensors")
     weights = train(trace, replace(SMALL, epochs=1))
-    replace(weights, made={"latency_us": {"cuda": 9000.0}}).save(tmp_path)
+    replace(weights, latency_us={"cuda": 9000.0}).save(tmp_path)
     settings = [
         f"workload.trace={tmp_path / 'trace.safetensors'}",
         "workload.tokens=12",
@@ -384,7 +405,7 @@ def test_weights_on_the_gpu_leave_less_of_a_total_to_experts(tmp_path: Path) -> 
     trace.save(tmp_path / "trace.safetensors")
     shape = Shape(24, 32, 4, horizons=1, context=1, width=8, heads=1, blocks=1)
     arrays = {name: array.astype(np.float16) for name, array in initial_weights(shape, 0).items()}
-    weights = Weights(shape, arrays, {"latency_us": {"cpu": 1.0}})
+    weights = Weights(shape, arrays, {}, latency_us={"cpu": 1.0})
     weights.save(tmp_path)
     settings = [
         f"workload.trace={tmp_path / 'trace.safetensors'}",

@@ -1,5 +1,6 @@
 """The pictures: what they show is read back from the figure, as drawn."""
 
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,21 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from test_export import EXPERTS, made_run  # type: ignore[import-not-found]
 
+from prestage.calibration.transfer import from_profile
+from prestage.engine.output.charts import CHARTS, plot_sweep
+from prestage.engine.output.machine import describe, machine_of
+from prestage.engine.output.machine_plot import plot_machine
 from prestage.engine.output.palette import COLORS
-from prestage.engine.output.plots import default_window, plot_memory, plot_timeline, save
+from prestage.engine.output.plots import (
+    default_window,
+    plot_latency,
+    plot_memory,
+    plot_timeline,
+    plot_transfer,
+    render,
+    save,
+)
+from prestage.resources.profile import load_profile
 from prestage.resources.timeline import DEMAND, DENSE, EXPERT, HEAD, KINDS, LAUNCH, PREFETCH, Timeline
 
 GIB = 2**30
@@ -278,6 +292,32 @@ def test_memory_without_samples_or_with_one_is_a_picture(samples: int, tmp_path:
 def test_memory_needs_as_many_times_as_values() -> None:
     with pytest.raises(ValueError, match=r"assigned_bytes has \(2,\) values, time_ns \(3,\)"):
         plot_memory(np.zeros(3), np.zeros(2), 10)
+
+
+#: What matplotlib would take for a formula that ends too early, one that has no such command, and no formula.
+NOT_FORMULAS = "$\\frac{$ $\\nosuch$ a$ _b"
+
+
+@pytest.mark.parametrize("ending", [".png", ".pdf", ".svg"])
+def test_names_are_no_formulas(ending: str, tmp_path: Path) -> None:
+    timeline = Timeline()
+    timeline.record(0, 9, 0, 3, 0, -1, timeline.add_lane("gpu0", "compute", NOT_FORMULAS), EXPERT)
+    save(picture(timeline, title=NOT_FORMULAS), tmp_path / f"a{ending}")
+    rows = [{"settings": {"x": name, "y": 1}, "error": None, "speed": 1.5} for name in (NOT_FORMULAS, "b")]
+    rows += [{"settings": {"x": name, "y": 2}, "error": None, "speed": 2.5} for name in (NOT_FORMULAS, "b")]
+    rows = [{**row, "budget_bytes": 1} for row in rows]
+    for kind in CHARTS:
+        save(plot_sweep(kind, rows, figure="speed"), tmp_path / f"{kind}{ending}")
+    machine = {**describe(machine_of("h100-x2")), "device": NOT_FORMULAS}
+    save(plot_machine(machine), tmp_path / f"machine{ending}")
+    save(plot_latency({NOT_FORMULAS: [1.0, 2.0]}, title=NOT_FORMULAS), tmp_path / f"latency{ending}")
+
+
+def test_powers_of_ten_are_formulas_still() -> None:
+    figure = plot_transfer(from_profile(load_profile("h200")))
+    render(figure, io.BytesIO())
+    labels = figure.axes[0].yaxis.get_majorticklabels()
+    assert any(label.get_text().startswith("$") and label.get_parse_math() for label in labels)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".pdf", ".svg"])

@@ -79,7 +79,7 @@ def weights_for_ragged_traces(tmp_path_factory: pytest.TempPathFactory) -> None:
     shape = Shape(layers=3, experts=6, top_k=2, horizons=HORIZONS, context=2, width=8, heads=2)
     arrays = {name: array.astype(np.float16) for name, array in initial_weights(shape, seed=1).items()}
     folder = tmp_path_factory.mktemp("weights")
-    Weights(shape, arrays, {"latency_us": {"cpu": 1.0}}).save(folder)
+    Weights(shape, arrays, {}, latency_us={"cpu": 1.0}).save(folder)
     OPTIONS["learned"] = {"weights": str(folder)}
 
 

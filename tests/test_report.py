@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from prestage.engine.output.report import write_report
 from prestage.engine.output.saved import RUN_FILE, Run, SavedRunError, load_result, load_results, run_of
 from prestage.engine.scenario import load_scenario
 from prestage.engine.simulate import Result, simulate
+from prestage.errors import InputError
 from prestage.resources.timeline import DENSE, EXPERT, HEAD, Timeline
 
 
@@ -235,9 +237,22 @@ def test_the_same_run_gives_the_same_page(folder: Path, tmp_path: Path) -> None:
 def test_what_cannot_be_written_is_refused(
     runs: list[int], path: str, said: str, two: list[Run], tmp_path: Path
 ) -> None:
-    with pytest.raises(PageError, match=said):
+    with pytest.raises(InputError, match=said):
         write_report([two[number] for number in runs], tmp_path / path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_in_a_figure_opens_a_tag(two: list[Run], tmp_path: Path) -> None:
+    # `<!--<script>` would make a browser look for two ends of the script that holds the figures, and show none.
+    timeline = Timeline()
+    for lane in two[0].timeline.lanes:
+        timeline.add_lane(lane.device, lane.role, f"<!--<script>{lane.title}")
+    timeline.extend(two[0].timeline.spans().tobytes())
+    write_report([replace(two[0], timeline=timeline)], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    figures = page.partition('<script type="application/json" id="figures">')[2].partition("</script>")[0]
+    assert "<" not in figures
+    assert "<!--<script>" in json.dumps(json.loads(figures))
 
 
 def test_a_report_that_fails_halfway_leaves_the_old_one(two: list[Run], tmp_path: Path) -> None:

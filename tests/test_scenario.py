@@ -153,7 +153,7 @@ def test_what_is_wrong_between_sections_names_its_keys_and_the_scenario_once() -
 
 @pytest.mark.parametrize("data", [[], None, 3])
 def test_what_is_no_scenario_at_all_is_refused(data: Any) -> None:
-    with pytest.raises(ScenarioError, match=r"^mine.toml: .*: must be a table of sections$"):
+    with pytest.raises(ScenarioError, match=r"^mine.toml: .*: must be a table of keys, such as seed$"):
         make_scenario(data, "mine.toml")
 
 

@@ -23,6 +23,7 @@ from prestage.engine.scenario import load_scenario, make_scenario
 from prestage.engine.simulate import simulate
 from prestage.engine.sweep import sweep
 from prestage.engine.workers import WorkerError, Workers
+from prestage.errors import InputError
 from prestage.workloads.importers import open_trace
 from prestage.workloads.trace import RoutingTrace
 
@@ -112,7 +113,7 @@ def test_a_bad_grid_is_refused_before_anything_runs(tmp_path: Path, options: lis
 
 @pytest.mark.parametrize("name", ["rows.txt", "none/rows.jsonl"])
 def test_a_file_that_cannot_take_rows_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(JournalError, match="rows"):
+    with pytest.raises(InputError, match="rows"):
         small_sweep(tmp_path / name)
 
 

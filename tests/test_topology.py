@@ -199,7 +199,7 @@ def test_a_gpu_without_a_host_link_is_refused() -> None:
             "topology.nodes.2: switch0: a switch computes ",
         ),
         ({"nodes": {2: node("switch0", "router")}}, "topology.nodes.2.kind = 'router': must be 'gpu', 'host', "),
-        ({"nodes": {2: node("a->b", "switch")}}, "topology.nodes.2.name = 'a->b': String should match pattern"),
+        ({"nodes": {2: node("a->b", "switch")}}, "topology.nodes.2.name = 'a->b': must match pattern"),
         (
             {"links": {"+": link("cpu0", "gpu7", "pcie")}},
             "topology: links.4.ends = 'gpu7': choose one of host0, cpu0, ",
@@ -220,7 +220,7 @@ def test_a_gpu_without_a_host_link_is_refused() -> None:
             {"links": {1: link("cpu0", "switch0", "pcie", duplex="half", back_bytes_per_second=5)}},
             "topology.links.1: back_bytes_per_second: both directions of a half-duplex link share bytes_per_second",
         ),
-        ({"links": {1: link("cpu0", "switch0", "pcie") | {"speed": 5}}}, "topology.links.1.speed = 5: no such key"),
+        ({"links": {1: link("cpu0", "switch0", "pcie") | {"speed": 5}}}, "topology.links.1.speed: no such key"),
     ],
 )
 def test_a_bad_graph_is_refused_naming_key_and_value(change: dict[str, dict[Any, Any]], message: str) -> None:

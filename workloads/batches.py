@@ -36,6 +36,11 @@ class Step:
     rows: npt.NDArray[np.int64]
     came: tuple[tuple[int, int], ...] = ()
 
+    @property
+    def sampled(self) -> int:
+        """How many positions get logits: the last one of each sequence, of which a prefill step has one."""
+        return len(self.rows) if self.phase == DECODE else min(1, len(self.rows))
+
 
 @dataclass
 class _Place:
@@ -43,11 +48,6 @@ class _Place:
 
     rows: deque[int] = field(default_factory=deque)
     free_after: int = -1
-
-    @property
-    def sampled(self) -> int:
-        """How many positions get logits: the last one of each sequence, of which a prefill step has one."""
-        return len(self.rows) if self.phase == DECODE else min(1, len(self.rows))
 
 
 def plan_steps(

@@ -24,14 +24,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
 from ..bounded import read
 from ..errors import InputError
+from ..files import write_file
+from ..machine_code import compiled
 from .synthetic import check_drawn, check_whole, draw_weights, join_sequences, share_evenly
-from .trace import MAX_EXPERTS, MAX_TOP_K, RoutingTrace, check_total_experts, replace_file
+from .trace import MAX_EXPERTS, MAX_TOP_K, RoutingTrace, check_total_experts
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -78,7 +79,7 @@ class FittedRouting:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the parameters as JSON, whole or not at all."""
         content = json.dumps({"format": _FORMAT, **asdict(self)}, indent=1).encode() + b"\n"
-        replace_file(Path(path), lambda stream: stream.write(content))
+        write_file(Path(path), content)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -192,7 +193,7 @@ class _Sequence:
         return chosen.astype(np.uint8 if self._fitted.num_experts <= 256 else np.uint16), weights
 
 
-@numba.njit(cache=True)
+@compiled
 def _choose(
     base: FloatArray,
     drift: FloatArray,
@@ -240,7 +241,7 @@ def _choose(
             _move_to_front(places[layer], chosen[row, layer])
 
 
-@numba.njit(cache=True)
+@compiled
 def _move_to_front(places: IntArray, chosen: IntArray) -> None:
     """Renew a layer's LRU stack: the chosen experts come first, the last of them foremost."""
     k = len(chosen)

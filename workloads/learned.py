@@ -7,10 +7,12 @@ double precision and rounded before they are ranked, so that they are the same o
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -22,10 +24,11 @@ import safetensors
 import safetensors.numpy
 
 from ..errors import InputError
+from ..files import made_folder, write_file
 from .batches import Step
 from .guesses import Guesses, Int64s, Run, best_of
 from .network import Shape, logits
-from .trace import RoutingTrace, replace_file
+from .trace import RoutingTrace
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,22 +52,21 @@ class WeightsError(InputError):
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """A trained network: its shape, its arrays (float16) by name, and how it was made (plain JSON data)."""
+    """A trained network: its shape, its arrays (float16) by name, and how it was made (plain JSON data).
+
+    `latency_us` is what one guess took when it was measured, by device type (cpu, cuda).
+    """
 
     shape: Shape
     arrays: dict[str, npt.NDArray[np.float16]]
     made: dict[str, Any]
     source: str = "weights"
+    latency_us: dict[str, float] = field(default_factory=dict)
 
     @property
     def memory_bytes(self) -> int:
         """The bytes of all arrays."""
         return sum(array.nbytes for array in self.arrays.values())
-
-    @property
-    def latency_us(self) -> dict[str, float]:
-        """What one guess took when it was measured, by device type (cpu, cuda)."""
-        return dict(self.made.get("latency_us", {}))
 
     def tensors(self, dtype: str = "float64", device: str = "cpu") -> dict[str, Tensor]:
         """Return the arrays as torch tensors of this type."""
@@ -86,15 +88,24 @@ class Weights:
     def save(self, where: str | Path) -> Path:
         """Write the weights to a .safetensors file or into a folder, made if missing; return the file.
 
-        The same weights give the same bytes.
+        The same weights give the same bytes; what a guess took is in a file of its own beside them, if it was measured.
         """
         path = Path(where)
         path = path if path.suffix == ".safetensors" else path / WEIGHTS_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
         meta = {"format": FORMAT, "shape": asdict(self.shape), "made": self.made}
         content = safetensors.numpy.save(self.arrays, metadata={"meta": json.dumps(meta, sort_keys=True)})
-        replace_file(path, lambda stream: stream.write(content))
+        with made_folder(path.parent):
+            write_file(path, content)
+            latency_file(path).unlink(missing_ok=True)
+            if self.latency_us:
+                data = {"weights_sha256": hashlib.sha256(content).hexdigest(), "latency_us": self.latency_us}
+                write_file(latency_file(path), json.dumps(data, indent=2, sort_keys=True).encode() + b"\n")
         return path
+
+
+def latency_file(weights: Path) -> Path:
+    """Return where it is noted what a guess by a file of weights takes."""
+    return weights.with_suffix(".latency.json")
 
 
 def _in_words(shape: tuple[int, int, int]) -> str:
@@ -121,8 +132,8 @@ def load_weights(source: str | Path) -> Weights:
     Raises WeightsError for whatever is wrong with the file or its content.
     """
     if str(source) in shipped_weights():
-        with resources.as_file(_shipped() / f"{source}.safetensors") as path:
-            return _read(path, str(source))
+        with resources.as_file(_shipped()) as folder:
+            return _read(folder / f"{source}.safetensors", str(source))
     path = Path(source)
     if path.is_dir():
         path = path / WEIGHTS_FILE
@@ -153,7 +164,26 @@ def _read(path: Path, source: str) -> Weights:
             raise WeightsError(f"{source}: array {name} is {given}: must be float16 {wanted}: train them again")
         if not np.isfinite(arrays[name]).all():
             raise WeightsError(f"{source}: array {name} holds numbers that are not finite: train them again")
-    return Weights(shape, {name: arrays[name] for name in shape.arrays()}, made, source)
+    latency_us = made.pop("latency_us", None)  # where the weights of older versions have it
+    if latency_us is None:
+        latency_us = _read_latency(path)
+    return Weights(shape, {name: arrays[name] for name in shape.arrays()}, made, source, latency_us)
+
+
+def _read_latency(weights: Path) -> dict[str, float]:
+    """Return what was noted of these very weights; nothing if that was of others. Raises WeightsError."""
+    path = latency_file(weights)
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_bytes())
+        latency_us = {str(device): float(us) for device, us in data["latency_us"].items()}
+        of_these = data["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise WeightsError(f"{path}: is not what `prestage predictor measure` writes ({error}): remove it") from error
+    if not all(math.isfinite(us) and us >= 0 for us in latency_us.values()):
+        raise WeightsError(f"{path}: latency_us = {latency_us}: must be finite, and none below 0")
+    return latency_us if of_these else {}
 
 
 class Learned:
@@ -221,9 +251,8 @@ def _ranked(
 
 
 def measured(weights: Weights) -> Weights:
-    """Return the weights with what a guess takes on this machine's devices noted in them."""
-    latency_us = {**weights.latency_us, **measure_latency(weights)}
-    return replace(weights, made={**weights.made, "latency_us": latency_us})
+    """Return the weights with what a guess takes on this machine's devices."""
+    return replace(weights, latency_us={**weights.latency_us, **measure_latency(weights)})
 
 
 def measure_latency(weights: Weights) -> dict[str, float]:

@@ -14,18 +14,19 @@ from __future__ import annotations
 import difflib
 import operator
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Literal, NamedTuple, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..bounded import parse_toml, read
 from ..dtypes import DTYPES, dtype_of
 from ..errors import InputError
+from ..words import problems
 from .trace import MAX_LAYERS, check_total_experts
 
 
@@ -502,8 +503,7 @@ def _read(name: str) -> _Shapes:
     try:
         return _Shapes.model_validate(data)
     except ValidationError as error:
-        problems = [_explain(problem["type"], problem["loc"], problem["msg"], data) for problem in error.errors()]
-        raise ModelError(f"{label}: {'; '.join(problems)}") from None
+        raise ModelError(f"{label}: {problems(error, _Shapes, data)}") from None
 
 
 def _read_text(path: Path) -> str:
@@ -513,47 +513,3 @@ def _read_text(path: Path) -> str:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ModelError(f"{path}: not UTF-8 text") from None
-
-
-#: What the tables of the file may hold.
-_TABLES: dict[str, type[_Table]] = {
-    "": _Shapes,
-    "dtypes": _Dtypes,
-    "stacks": _Stack,
-    "moe": _Moe,
-    "dense": _Dense,
-    "kernels": _Kernels,
-}
-_MESSAGES = {
-    "missing": "missing; must be given",
-    "model_type": "must be a table",
-    "list_type": "must be a list of tables, [[stacks]]",
-    "union_tag_not_found": f"kind is missing; choose one of {', '.join(_ATTENTION)}",
-    "union_tag_invalid": f"kind must be one of {', '.join(_ATTENTION)}",
-}
-
-
-def _explain(kind: str, place: tuple[int | str, ...], message: str, data: Mapping[str, Any]) -> str:
-    """Return one problem that pydantic found, as a person would put it: key, value, what would be right."""
-    table = _TABLES.get(str(place[0]) if len(place) > 1 else "", _Shapes)
-    if place[:1] == ("attention",) and len(place) > 1:
-        # pydantic puts the kind of attention into the place, between the table and its key.
-        table, place = _ATTENTION[str(place[1])], ("attention", *place[2:])
-    key = ".".join(str(step) for step in place)
-    if kind == "extra_forbidden":
-        known = list(table.model_fields)
-        nearest = difflib.get_close_matches(str(place[-1]), known, n=1)
-        message = f"unknown key; {f'did you mean {nearest[0]}?' if nearest else 'choose one of ' + ', '.join(known)}"
-    elif kind == "value_error":
-        message = message.removeprefix("Value error, ")
-    else:
-        message = _MESSAGES.get(kind, message[:1].lower() + message[1:])
-    value: Any = data
-    for step in place:
-        if kind == "missing" and step == place[-1]:
-            break
-        value = value[step]
-    shown = kind != "missing" and not isinstance(value, dict | list)
-    if not key:
-        return message
-    return f"{key} = {value!r}: {message}" if shown else f"{key}: {message}"

@@ -60,12 +60,14 @@ class Settings:
         for name in ("epochs", "patience"):
             if not 1 <= getattr(self, name) <= _MOST_EPOCHS:
                 raise InputError(f"{name} = {getattr(self, name)}: must be at least 1, and at most {_MOST_EPOCHS:,}")
+        if self.seed < 0:
+            raise InputError(f"seed = {self.seed}: must be at least 0")
         if not 0 < self.held_out < 1:
             raise InputError(f"held_out = {self.held_out}: must be above 0 and below 1")
 
 
 def train(trace: RoutingTrace, settings: Settings, progress: Progress | None = None) -> Weights:
-    """Train a predictor. The same trace, settings, torch and number of threads give the same arrays.
+    """Train a predictor. The same trace, settings, torch and number of threads give the same file of weights.
 
     Raises ValueError for impossible settings and TraceError where there is no second token to stop by.
     """

@@ -15,14 +15,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
+
+from ..machine_code import compiled
 
 Array = npt.NDArray[Any]
 
 
-@numba.njit(cache=True)
+@compiled
 def lru_depths(experts: Array, recency: Array, starts: Array, num_experts: int) -> Array:
     """Return each look-up's depth, when its visit begins, in the stack of the most recently used, int32 (n,).
 
@@ -56,7 +57,7 @@ def lru_depths(experts: Array, recency: Array, starts: Array, num_experts: int) 
     return depths
 
 
-@numba.njit(cache=True)
+@compiled
 def _renumber(tree: Array, user: Array, last: Array, now: int) -> int:
     """Number the last uses afresh from 1, in order; return how many there are."""
     tree[:] = 0
@@ -71,7 +72,7 @@ def _renumber(tree: Array, user: Array, last: Array, now: int) -> int:
     return count
 
 
-@numba.njit(cache=True)
+@compiled
 def _sum(tree: Array, at: int) -> int:
     """Return the sum of the first `at` numbers."""
     total = 0
@@ -81,7 +82,7 @@ def _sum(tree: Array, at: int) -> int:
     return total
 
 
-@numba.njit(cache=True)
+@compiled
 def _add(tree: Array, at: int, number: int) -> None:
     """Add to the number at a place, from 1."""
     while at < len(tree):
@@ -89,7 +90,7 @@ def _add(tree: Array, at: int, number: int) -> None:
         at += at & -at
 
 
-@numba.njit(cache=True)
+@compiled
 def next_visits(experts: Array, starts: Array, num_experts: int) -> Array:
     """Return the number of the visit that next looks the same expert up, int32 (n,); the visits' count if none."""
     visits = len(starts) - 1
@@ -102,7 +103,7 @@ def next_visits(experts: Array, starts: Array, num_experts: int) -> Array:
     return following
 
 
-@numba.njit(cache=True)
+@compiled
 def belady_depths(experts: Array, starts: Array, num_experts: int) -> Array:
     """Return each look-up's depth in the stack of Belady's rule, int32 (n,): whose next use is farthest away leaves.
 

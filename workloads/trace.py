@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import uuid
 import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
@@ -26,6 +25,7 @@ import safetensors.numpy
 
 from ..bounded import check_need, read_npz
 from ..errors import InputError
+from ..files import check_file, replacing
 from .batches import DECODE, PREFILL
 
 Array = npt.NDArray[Any]
@@ -198,7 +198,8 @@ class RoutingTrace:
             arrays["predictions"] = self.predictions.astype(np.int8)
         plain = {name: _plain(value) for name, value in arrays.items()}
         text = json.dumps(self.meta, sort_keys=True, allow_nan=False)
-        replace_file(path, lambda stream: file_format.write(stream, path, plain, text))
+        with replacing(path) as stream:
+            file_format.write(stream, path, plain, text)
 
     def check(self, where: str = "trace") -> None:
         """Raise TraceError, one line that begins with `where`, if anything in the trace cannot be right."""
@@ -468,20 +469,6 @@ def _plain(value: Array) -> Array:
     return np.asarray(value, dtype=value.dtype.newbyteorder("="), order="C")
 
 
-def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file beside `path`, then put it in its place; whoever reads `path` never sees half of it."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("xb") as stream:
-            write(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def _read_npz(path: Path) -> tuple[dict[str, Array], str | None]:
     arrays = read_npz(path, TraceError)
     meta = arrays.pop("meta", None)
@@ -538,6 +525,12 @@ _FORMATS = {
     ".npz": _Format(_read_npz, _write_npz),
     ".safetensors": _Format(_read_safetensors, _write_safetensors),
 }
+
+
+def check_trace_file(path: Path) -> None:
+    """Refuse a file that no trace can be saved to, before one is made. Raises TraceError, InputError and OSError."""
+    _format(path)
+    check_file(path)
 
 
 def _format(path: Path) -> _Format:

@@ -15,7 +15,6 @@ the host's spans and never overlap.
 from __future__ import annotations
 
 import gzip
-import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ import numpy.typing as npt
 import orjson
 
 from ...errors import InputError
+from ...files import replacing
 from ...resources.timeline import (
     ACTIVATION,
     COLLECTIVE,
@@ -181,18 +181,6 @@ def export_timeline(
     with replacing(path) as raw, packing(raw, path) as stream:
         _write(stream, events.header(), events.all())
     return summary
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file beside `path` and move it there at the end; after an error, remove it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            yield stream
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

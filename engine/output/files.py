@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from ...errors import InputError
+from ...files import check_file, replacing_folder, write_file
 from .about import about_run
-from .export import SPAN_LIMIT, export_timeline, replacing
+from .export import SPAN_LIMIT, ExportSummary, export_timeline
 from .merge import memory_steps
 from .plots import default_window, plot_memory, plot_miss_ratios, plot_timeline, save
 from .saved import RUN_FILE, run_of, save_run
@@ -21,36 +21,14 @@ if TYPE_CHECKING:
     from ..simulate import Result
 
 
-def make_folder(folder: Path) -> None:
-    """Make the folder that a result will be written to; OSError, before anything runs, if it takes no file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
-
-
 def write_result(result: Result, folder: Path, *, all_spans: bool = False) -> list[str]:
     """Write result.json, run.safetensors, timeline.json.gz, timeline.png and memory.png; return a line about each.
 
-    The same scenario writes the same bytes: what differs between runs (wall_s) is left out.
-    Raises OSError if the folder cannot be written.
+    The folder has all of them or none. The same scenario writes the same bytes: what differs between runs (wall_s) is
+    left out. Raises OSError if the folder cannot be written.
     """
-    make_folder(folder)
-    experts = result.data["model"]["experts"]
-    name = f"{result.data['model']['name']} on {result.data['scenario']['machine']['profile']}"
-    time_ns, assigned_bytes, budget_bytes = memory_steps(result.recordings)
-    with replacing(folder / "result.json") as file:
-        file.write(orjson.dumps(result.data, option=orjson.OPT_INDENT_2) + b"\n")
-    save_run(run_of(result), folder / RUN_FILE)
-    exported = export_timeline(
-        result.timeline,
-        folder / "timeline.json.gz",
-        about_run(result),
-        limit=None if all_spans else SPAN_LIMIT,
-    )
-    start_ns, end_ns = default_window(result.timeline)
-    picture = plot_timeline(result.timeline, start_ns=start_ns, end_ns=end_ns, experts_per_layer=experts, title=name)
-    save(picture, folder / "timeline.png")
-    save(plot_memory(time_ns, assigned_bytes, budget_bytes, title=name), folder / "memory.png")
+    with replacing_folder(folder) as place:
+        exported = _write_result(result, place, all_spans)
     cut = ""
     if exported.truncated:
         cut = f": the first {exported.spans_written:,} of {exported.spans_total:,} spans (--all-spans writes all)"
@@ -63,6 +41,25 @@ def write_result(result: Result, folder: Path, *, all_spans: bool = False) -> li
     ]
 
 
+def _write_result(result: Result, folder: Path, all_spans: bool) -> ExportSummary:
+    experts = result.data["model"]["experts"]
+    name = f"{result.data['model']['name']} on {result.data['scenario']['machine']['profile']}"
+    time_ns, assigned_bytes, budget_bytes = memory_steps(result.recordings)
+    write_file(folder / "result.json", orjson.dumps(result.data, option=orjson.OPT_INDENT_2) + b"\n")
+    save_run(run_of(result), folder / RUN_FILE)
+    exported = export_timeline(
+        result.timeline,
+        folder / "timeline.json.gz",
+        about_run(result),
+        limit=None if all_spans else SPAN_LIMIT,
+    )
+    start_ns, end_ns = default_window(result.timeline)
+    picture = plot_timeline(result.timeline, start_ns=start_ns, end_ns=end_ns, experts_per_layer=experts, title=name)
+    save(picture, folder / "timeline.png")
+    save(plot_memory(time_ns, assigned_bytes, budget_bytes, title=name), folder / "memory.png")
+    return exported
+
+
 #: How the file of miss-ratio curves may end: a table, or a picture.
 MISS_RATIO_FILES = (".csv", ".png", ".pdf", ".svg")
 
@@ -71,8 +68,7 @@ def check_miss_ratio_path(path: Path) -> None:
     """Raise ValueError unless miss-ratio curves can be written under this name: asked before they are computed."""
     if path.suffix not in MISS_RATIO_FILES:
         raise InputError(f"{path}: the file of miss-ratio curves must end in one of {', '.join(MISS_RATIO_FILES)}")
-    if not path.parent.is_dir():
-        raise InputError(f"{path}: there is no folder {path.parent}")
+    check_file(path)
 
 
 def write_miss_ratios(data: dict[str, Any], path: Path) -> None:
@@ -92,5 +88,4 @@ def write_miss_ratios(data: dict[str, Any], path: Path) -> None:
         for capacity, hits, ratio in zip(data["capacities"], curve["hits"], curve["miss_ratio"], strict=True):
             room = [capacity["share"], capacity["experts"], capacity["bytes"]]
             rows.writerow([policy, *room, data["accesses"], hits, ratio])
-    with replacing(path) as file:
-        file.write(text.getvalue().encode())
+    write_file(path, text.getvalue().encode())

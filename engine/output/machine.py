@@ -12,7 +12,6 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -22,6 +21,7 @@ from ...resources.topology import Route, Topology
 from ...words import unknown_name
 from ..compare import load_run
 from ..scenario import load_scenario, scenario_names
+from .tables import plain_console
 
 #: Up to so many routes of a kind are named in a row; of more their number is given.
 _NAMED = 4
@@ -105,7 +105,7 @@ def describe(profile: Profile, loads: Sequence[Mapping[str, Any]] = ()) -> dict[
 
 def print_machine(data: Mapping[str, Any]) -> None:
     """Print what `describe` returned."""
-    console = Console()
+    console = plain_console()
     console.print(Text(f"{data['profile']}: {data['device']}"))
     nodes = Table(box=None, padding=(0, 2, 0, 0))
     for number, column in enumerate(("node", "kind", "capacity", "source")):

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from ...errors import InputError
-from .export import replacing
+from ...files import check_file, write_file
+from .plots import render
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,16 +58,14 @@ def write_page(path: Path, *, title: str, subtitle: str = "", sections: Sequence
         figures=_document(roots),
         script=_file("page.js"),
     )
-    with replacing(path) as file:
-        file.write(page.encode())
+    write_file(path, page.encode())
 
 
 def check_page(path: Path) -> None:
     """Raise PageError unless a page can be written under this name: asked before anything is read or drawn."""
     if path.suffix != ".html":
         raise PageError(f"{path}: a report's file must end in .html")
-    if not path.parent.is_dir():
-        raise PageError(f"{path}: there is no folder {path.parent}")
+    check_file(path)
 
 
 def html_table(header: Sequence[str], rows: Sequence[Sequence[str | tuple[str, str]]]) -> str:
@@ -89,7 +88,7 @@ def _cell(content: str | tuple[str, str]) -> str:
 def html_picture(picture: Figure, says: str) -> str:
     """Return a matplotlib figure as HTML, the picture inside; `says` is for who cannot see it."""
     stream = io.BytesIO()
-    picture.savefig(stream, format="png", dpi=150, metadata={"Software": None})
+    render(picture, stream)
     data = base64.b64encode(stream.getvalue()).decode()
     return f'<img class="picture" alt="{escape(says)}" src="data:image/png;base64,{data}">'
 
@@ -121,7 +120,7 @@ def _section_html(section: Section, roots: dict[str, Any]) -> str:
 
 
 def _document(roots: Mapping[str, Any]) -> str:
-    """Return the Bokeh document of a page as JSON that may stand inside a script element."""
+    """Return the Bokeh document of a page as JSON that may stand inside a script element: nothing in it opens a tag."""
     if not roots:
         return "{}"
     from bokeh.document import Document
@@ -131,7 +130,7 @@ def _document(roots: Mapping[str, Any]) -> str:
         for layout in roots.values():
             document.add_root(layout)
     places = {layout.id: place for place, layout in roots.items()}
-    return orjson.dumps({"page": document.to_json(deferred=False), "roots": places}).decode().replace("</", "<\\/")
+    return orjson.dumps({"page": document.to_json(deferred=False), "roots": places}).decode().replace("<", "\\u003c")
 
 
 def _bokeh() -> str:

@@ -6,16 +6,18 @@ with the same bytes for the same picture. matplotlib is imported only here, and 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from ...errors import InputError
+from ...files import check_file, replacing
 from ...resources.timeline import DEMAND, DENSE, EXPERT, HEAD, KINDS, PREFETCH, Timeline
-from .export import layer_of_each, layers_of, replacing, track_order
+from .export import layer_of_each, layers_of, track_order
 from .palette import COLORS
 
 if TYPE_CHECKING:
@@ -388,20 +390,38 @@ def save(figure: Figure, path: str | Path) -> None:
 
     Raises ValueError for another ending.
     """
-    from matplotlib import rc_context
-
     path = Path(path)
     check_picture(path)
-    with rc_context({"svg.hashsalt": "prestage"}), replacing(path) as stream:
-        figure.savefig(stream, format=path.suffix[1:], dpi=150, metadata=_NO_METADATA[path.suffix])
+    with replacing(path) as stream:
+        render(figure, stream, path.suffix)
+
+
+def render(figure: Figure, stream: BinaryIO, ending: str = ".png") -> None:
+    """Write a figure to a stream as what this ending says; the same figure gives the same bytes.
+
+    Names are drawn as they are: a `$` in one begins no formula, and a character that the font lacks is a box.
+    """
+    from matplotlib import rc_context
+    from matplotlib.text import Text
+    from matplotlib.ticker import LogFormatter
+
+    axes = [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
+    powers = [axis for axis in axes if isinstance(axis.get_major_formatter(), LogFormatter)]
+    ticks = [tick for axis in powers for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks())]
+    formulas = {id(label) for tick in ticks for label in tick.findobj(Text)}
+    for text in figure.findobj(Text):
+        if id(text) not in formulas and isinstance(text, Text):
+            text.set_parse_math(False)
+    with rc_context({"svg.hashsalt": "prestage"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        figure.savefig(stream, format=ending[1:], dpi=150, metadata=_NO_METADATA[ending])
 
 
 def check_picture(path: Path) -> None:
     """Raise ValueError unless a picture can be written under this name: asked before anything runs."""
     if path.suffix not in _NO_METADATA:
         raise InputError(f"{path}: a picture's file must end in one of {', '.join(_NO_METADATA)}")
-    if not path.parent.is_dir():
-        raise InputError(f"{path}: there is no folder {path.parent}")
+    check_file(path)
 
 
 def _bars(spans: Array, start_ns: int, end_ns: int, *, apart: bool) -> Array:

@@ -18,9 +18,9 @@ import safetensors
 import safetensors.numpy
 
 from ...errors import InputError
+from ...files import replacing
 from ...resources.timeline import SPAN, Timeline
 from ..compare import load_run
-from .export import replacing
 from .merge import served
 from .metrics import Recording, memory_steps
 from .speed import Served, decode_times_ns

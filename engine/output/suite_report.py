@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from ...files import replacing_folder, write_file
 from ..insights import InsightError
-from ..suite import SPEED, Finished, Study, SuiteSweep
+from ..suite import SPEED, Finished, Study, SuiteSweep, picture_name, transfer_name
 from . import markdown
 from .charts import plot_sweep
-from .export import replacing
 from .plots import plot_transfer, save
 from .tables import (
     BEST_COLUMNS,
@@ -66,21 +66,21 @@ class Part:
 
 
 def write_suite(finished: Finished, out: Path) -> list[Path]:
-    """Write suite.json, suite.md, figures/NAME.svg and report.html into the suite's folder; return the paths."""
+    """Write suite.json, suite.md, figures/NAME.svg and report.html, all or none, into the suite's folder.
+
+    Return their paths.
+    """
     data, parts = finished.data, [*_parts(finished)]
-    paths = [out / "suite.json", out / "suite.md", out / "report.html"]
-    (out / "figures").mkdir(parents=True, exist_ok=True)
-    with replacing(paths[0]) as file:
-        file.write(orjson.dumps(data, option=orjson.OPT_INDENT_2) + b"\n")
-    for part in parts:
-        for block in part.blocks:
-            if isinstance(block, Picture):
-                paths.append(out / "figures" / f"{block.name}.svg")
-                save(block.figure, paths[-1])
-    with replacing(paths[1]) as file:
-        file.write(_as_markdown(data, parts).encode())
-    _write_page(data, parts, paths[2])
-    return paths
+    pictures = [block for part in parts for block in part.blocks if isinstance(block, Picture)]
+    figures = [Path("figures") / f"{picture.name}.svg" for picture in pictures]
+    with replacing_folder(out) as folder:
+        write_file(folder / "suite.json", orjson.dumps(data, option=orjson.OPT_INDENT_2) + b"\n")
+        (folder / "figures").mkdir()
+        for picture, path in zip(pictures, figures, strict=True):
+            save(picture.figure, folder / path)
+        write_file(folder / "suite.md", _as_markdown(data, parts).encode())
+        _write_page(data, parts, folder / "report.html")
+    return [*(out / name for name in ("suite.json", "suite.md", "report.html")), *(out / path for path in figures)]
 
 
 def _as_markdown(data: Mapping[str, Any], parts: Sequence[Part]) -> str:
@@ -127,7 +127,9 @@ def _parts(finished: Finished) -> Iterator[Part]:
     )
     for name, report in data["transfers"].items():
         picture = Picture(
-            f"transfer-{name}", f"Throughput of one copy by its size: {report['machine']}", plot_transfer(report)
+            f"transfer-{transfer_name(name)}",
+            f"Throughput of one copy by its size: {report['machine']}",
+            plot_transfer(report),
         )
         yield Part(f"Transfers: {report['machine']}", "", [Table(TRANSFER_COLUMNS, [*transfer_cells(report)]), picture])
     if data["published"]:
@@ -160,7 +162,7 @@ def _trade_offs(finished: Finished, study: Study, found: Mapping[str, Any]) -> P
     blocks: list[Table | Picture] = [Table(("expert budget (GiB)", "tokens/s", "changed"), front)]
     caption = f"{study.title}: speed against memory, and the front of runs that none beats with less memory"
     rows = finished.of_study(study)
-    blocks.append(Picture(f"{study.name}-front", caption, plot_sweep("pareto", rows, figure=SPEED)))
+    blocks.append(Picture(picture_name(study, None), caption, plot_sweep("pareto", rows, figure=SPEED)))
     text = f"Scenario {study.scenario}, {found['choices']:,} runs to choose from. No run is faster with less memory."
     fastest = found["best"][0]
     text += f" The best by {fastest['name']} again, with its timeline: prestage run {fastest['row']} --out best."
@@ -182,7 +184,7 @@ def _sweep_part(finished: Finished, study: Study, part: SuiteSweep) -> Part:
     ]
     blocks: list[Table | Picture] = [Table([*part.grid, *SWEEP_COLUMNS], shown)]
     for number, chart in enumerate(part.charts):
-        name = f"{study.name}-{part.name}" + (f"-{number + 1}" if number else "")
+        name = picture_name(study, part, number)
         caption = f"{part.question}: {chart.figure}, {study.name}"
         try:
             figure = plot_sweep(chart.kind, rows, x=chart.x, by=chart.by, figure=chart.figure)

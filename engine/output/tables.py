@@ -12,9 +12,14 @@ from rich.table import Table
 from rich.text import Text
 
 
+def plain_console() -> Console:
+    """Return the terminal, which takes words as they are: a name such as `[red]` or `:key:` is no markup."""
+    return Console(markup=False, emoji=False)
+
+
 def print_result(data: dict[str, Any]) -> None:
     """Print what a simulated run came to."""
-    console = Console()
+    console = plain_console()
     console.print(Text(headline(data)))
     _rows(console, "What each memory keeps, at its fullest", capacity_rows(data))
     _rows(console, "Speed", speed_rows(data))
@@ -240,7 +245,7 @@ _BEST_ROWS = 10
 
 def print_sweep(rows: Iterable[dict[str, Any]]) -> None:
     """Print the fastest rows of a sweep."""
-    console = Console()
+    console = plain_console()
     best = heapq.nlargest(_BEST_ROWS, rows, key=lambda row: row.get("tokens_per_second") or 0.0)
     table = _table(*(key for key in best[0]["settings"]), *SWEEP_COLUMNS, "key")
     for row in best:
@@ -256,7 +261,7 @@ BEST_COLUMNS = ("study", "best by", "value", "where it starts", "changed")
 
 def print_suite(data: dict[str, Any]) -> None:
     """Print the best configuration of each study of a suite by each metric, and how many could not run."""
-    console = Console()
+    console = plain_console()
     table = _table(*BEST_COLUMNS)
     for study in data["studies"]:
         for cells in best_cells(study):
@@ -291,7 +296,7 @@ _DIFFERENCE = ("from_ms", "to_ms", "difference_ms")
 
 def print_comparison(data: dict[str, Any]) -> None:
     """Print runs side by side, and where the time between them arises."""
-    console = Console()
+    console = plain_console()
     names = data["runs"]
     if not data["same_work"]:
         console.print(Text("warning: these runs decode different numbers of tokens", style="yellow"))
@@ -336,7 +341,7 @@ def comparison_figure(name: str, value: float | None) -> str:
 
 def print_break_even(data: dict[str, Any]) -> None:
     """Print the least recall that pays, by budget and lookahead."""
-    console = Console()
+    console = plain_console()
     table = _table("budget", "lookahead", "pays from recall", "same cache alone", "with recall 1")
     for cell in data["cells"]:
         best, alone = cell["with_recall_1_ms"], cell["without_ms"]
@@ -367,7 +372,7 @@ def _replicate_row(replicates: dict[str, Any], name: str, digits: int) -> tuple[
 
 def print_replay(data: dict[str, Any]) -> None:
     """Print what a replay counted."""
-    console = Console()
+    console = plain_console()
     read = data["bytes_read"]
     decode = f"{data['hits_decode']:,} of {data['accesses_decode']:,}"
     rows = [
@@ -388,7 +393,7 @@ def print_replay(data: dict[str, Any]) -> None:
 
 def print_miss_ratios(data: dict[str, Any]) -> None:
     """Print miss-ratio curves: a row for each capacity, a column for each policy."""
-    console = Console()
+    console = plain_console()
     what = f"Miss ratios of {data['accesses']:,} look-ups ({data['scope']}, lookup {data['lookup']}"
     console.print(Text(f"{what}, batch {data['batch']})", style="bold"))
     table = Table(box=None, padding=(0, 1), collapse_padding=True, pad_edge=False)
@@ -406,7 +411,7 @@ def print_miss_ratios(data: dict[str, Any]) -> None:
 
 def print_trace(data: dict[str, Any]) -> None:
     """Print what a trace is like."""
-    console = Console()
+    console = plain_console()
     reuse, skew = data["reuse"], data["skew"]
     rows = [
         ("tokens", f"{data['tokens']:,}", f"{data['prefill_tokens']:,} prefill, {data['decode_tokens']:,} decode"),
@@ -428,7 +433,7 @@ TRANSFER_COLUMNS = ("", "MiB", "single", "ten", "throughput of ten", "an expert 
 
 def print_transfer(data: dict[str, Any]) -> None:
     """Print the transfer benchmark: one copy, ten in a row and their throughput, by way and size; and allocations."""
-    console = Console()
+    console = plain_console()
     console.print(Text(data["machine"], style="bold"))
     table = _table(*TRANSFER_COLUMNS)
     for cells in transfer_cells(data):
@@ -460,7 +465,7 @@ def _mib(size_bytes: int) -> str:
 
 def print_calibration(data: dict[str, Any]) -> None:
     """Print how each cost was fitted, and how far it can be off."""
-    console = Console()
+    console = plain_console()
     table = _table("cost", "form", "samples", "between runs", "within a run", "held back")
     for term in data["terms"]:
         shares = (f"{term[name]:.2%}" for name in ("run_spread", "scatter", "held_back_error"))
@@ -484,7 +489,7 @@ def _described(row: dict[str, Any]) -> str:
 
 def print_predictors(data: dict[str, Any], *, layers: bool = False) -> None:
     """Print how good predictors are: a table by horizon, bounds on top-1, and every target layer if asked for."""
-    console = Console()
+    console = plain_console()
     lengths = list(data["predictors"][0]["horizons"][0]["recall"])
     shape = f"{data['layers']} layers, top-{data['k']} of {data['num_experts']} experts"
     console.print(
@@ -520,7 +525,7 @@ def print_predictors(data: dict[str, Any], *, layers: bool = False) -> None:
 
 def print_virtual_memory(data: dict[str, Any]) -> None:
     """Print a run of the virtual memory manager: its counts, and its times in both accountings."""
-    console = Console()
+    console = plain_console()
     counts, accesses, charged = data["event_counts"], data["accesses"], data["copies_charged"]
     events = [(name.replace("_", " "), f"{count:,}") for name, count in counts.items()]
     _rows(console, f"{accesses:,} accesses, hit rate {_share(data['hit_rate'], 1)}", events)
@@ -542,7 +547,7 @@ _PRICED: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
 
 def print_inference(data: dict[str, Any]) -> None:
     """Print a run of the inference simulator: in the guide's accounting, with copies charged, and overlapped."""
-    console = Console()
+    console = plain_console()
     charged, overlapped, accesses = data["copies_charged"], data["overlapped"], data["accesses"]
     console.print(Text(_in_words(overlapped)))
     table = _table("", "prefetches hidden", "every copy charged", "overlapped")
@@ -623,7 +628,7 @@ _LEGEND = (
 
 def print_reproduction(tables: Mapping[str, Sequence[dict[str, Any]]]) -> None:
     """Print published tables by name, each row beside ours, and why it differs."""
-    console = Console()
+    console = plain_console()
     console.print(Text(_LEGEND))
     for name, rows in tables.items():
         console.print(Text(f"\n{name.replace('-', ' ')}", style="bold underline"))
@@ -746,7 +751,7 @@ def print_timelines(summaries: Mapping[str, dict[str, Any]]) -> None:
     for role in islice(roles, _MOST_PRINTED):
         parts = [summary["roles"].get(role) for summary in summaries.values()]
         add(f"{role}, busy", ("" if part is None else _ms_and_share(part["busy_ms"], part["of_ms"]) for part in parts))
-    console = Console()
+    console = plain_console()
     console.print(table)
     _say_more(console, {"GPUs": len(devices), "roles": len(roles)})
     console.print(
@@ -785,7 +790,7 @@ def _ms_and_share(ms: float, whole_ms: float) -> str:
 
 def print_kernels(rows: Sequence[dict[str, Any]]) -> None:
     """Print what each kind of work of a timeline took, a table a lane: quiet is beside no copy to the GPU."""
-    console = Console()
+    console = plain_console()
     lanes: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         lanes.setdefault((row["device"], row["lane"]), []).append(row)
@@ -817,7 +822,7 @@ def _table(*columns: str) -> Table:
 
 def print_fit(data: dict[str, Any]) -> None:
     """Print how near a fitted generator's trace comes to the one that it was fitted to."""
-    console = Console()
+    console = plain_console()
     for name, curve in data["difference"].items():
         rows = [(key, _share(value, 1), _share(curve["synthetic"][key], 1)) for key, value in curve["trace"].items()]
         rows.append(("largest difference", f"{100 * curve['max_difference']:.1f} points", ""))

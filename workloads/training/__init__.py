@@ -12,11 +12,13 @@ Nothing here is needed to simulate. Only `moe_lm`, `record` and `train` import t
 import sys
 from collections.abc import Callable
 
+from ...errors import InputError
+
 
 def run_command(main: Callable[[], None]) -> None:
     """Run a module's command; bad input is one line and exit status 2, as with `prestage`."""
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (InputError, OSError) as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)

@@ -26,7 +26,7 @@ import safetensors.numpy
 
 from ...bounded import unpacked
 from ...errors import InputError
-from ..trace import replace_file
+from ...files import write_file
 from . import run_command
 from .bpe import END_OF_DOCUMENT, Encoder, learn
 
@@ -121,7 +121,7 @@ class Corpus:
     def save(self, path: str | PathLike[str]) -> None:
         """Write the corpus as safetensors, whole or not at all."""
         content = safetensors.numpy.save(self._arrays(), metadata={"meta": json.dumps(self.meta)})
-        replace_file(Path(path), lambda stream: stream.write(content))
+        write_file(Path(path), content)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Corpus:

@@ -22,8 +22,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import InputError
+from ...files import write_file
 from ..statistics import SUMMARY_SHARES, lru_hit_rates, normalized_entropy, popularity, reuse
-from ..trace import RoutingTrace, by_sequence, replace_file
+from ..trace import RoutingTrace, by_sequence
 from . import run_command
 
 Report = dict[str, Any]
@@ -142,7 +143,7 @@ def _rounded(values: npt.ArrayLike) -> list[float]:
 def write_json(path: Path, value: Report) -> None:
     """Write a report, whole or not at all."""
     content = (json.dumps(value, indent=1) + "\n").encode()
-    replace_file(path, lambda stream: stream.write(content))
+    write_file(path, content)
 
 
 def shipped_reports() -> dict[str, Report]:
@@ -256,7 +257,7 @@ def write_tables(page: Path) -> None:
     if not begin or not end:
         raise InputError(f"{page}: must have the marks {BEGIN} and {END}")
     filled = f"{before}{BEGIN}\n{tables(shipped_reports())}\n{END}{after}"
-    replace_file(page, lambda stream: stream.write(filled.encode()))
+    write_file(page, filled.encode())
 
 
 def ship(recorded: Path, data: Path) -> None:

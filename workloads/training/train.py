@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import InputError
+from ...files import write_file
 from . import run_command
 from .corpus import Corpus
 from .moe_lm import MoeConfig, MoeLm
@@ -143,10 +144,8 @@ class Run:
 
     def save(self, path: Path) -> None:
         """Write a checkpoint, whole or not at all."""
-        temporary = path.with_suffix(".tmp")
         meta = json.dumps({"step": self.step, "curve": self.curve, **self._identity()})
-        safetensors.torch.save_file(self.state(), temporary, metadata={"meta": meta})
-        temporary.replace(path)
+        write_file(path, safetensors.torch.save(self.state(), metadata={"meta": meta}))
 
     def load(self, path: Path) -> None:
         """Take up a checkpoint. Raises CheckpointError if it is not of a run with these settings."""

@@ -1,0 +1,76 @@
+"""Compiled functions, by Numba, whose machine code is kept where there is a place for it, and else compiled anew.
+
+Numba keeps it beside the sources, or in the user's cache folder (or NUMBA_CACHE_DIR); a function that has neither, as
+with an installation that cannot be written and no home, would stop the import. Here it then is kept in a folder of the
+user's own among temporary files, or nowhere. Whatever is wrong with what was kept, it is compiled again.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numba
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def compiled(function: Function, **options: Any) -> Function:
+    """Return the function compiled, with these of Numba's options."""
+    try:
+        fast: Any = numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # no place to keep it
+        try:
+            with _kept_in(_temporary_folder()):
+                fast = numba.njit(cache=True, **options)(function)
+        except (OSError, RuntimeError):
+            fast = numba.njit(**options)(function)
+    _forgive(fast)
+    return fast  # type: ignore[no-any-return]
+
+
+def _temporary_folder() -> Path:
+    """Return a folder that is this user's alone, for what is in it will be run. Raises OSError."""
+    folder = Path(tempfile.gettempdir()) / f"prestage-numba-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    about = folder.lstat()
+    mine = not hasattr(os, "getuid") or (about.st_uid == os.getuid() and not about.st_mode & 0o022)
+    if not mine or not stat.S_ISDIR(about.st_mode):
+        raise PermissionError(f"{folder}: is not this user's alone")
+    return folder
+
+
+@contextmanager
+def _kept_in(folder: Path) -> Iterator[None]:
+    """Let Numba keep functions, which it is told of meanwhile, in a folder."""
+    config: Any = numba.config
+    before, config.CACHE_DIR = config.CACHE_DIR, str(folder)
+    try:
+        yield
+    finally:
+        config.CACHE_DIR = before
+
+
+def _forgive(fast: Any) -> None:
+    """Let a cache that cannot be read or written, as on a full disk, be none."""
+    cache = getattr(fast, "_cache", None)
+    if cache is None or not hasattr(cache, "save_overload"):
+        return
+    load, save = cache.load_overload, cache.save_overload
+
+    def load_if_possible(*key: Any) -> Any:
+        try:
+            return load(*key)
+        except Exception:  # files that are cut off or another's raise whatever unpickling does
+            return None
+
+    def save_if_possible(*entry: Any) -> None:
+        with suppress(Exception):
+            save(*entry)
+
+    cache.load_overload, cache.save_overload = load_if_possible, save_if_possible
