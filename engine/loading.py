@@ -18,6 +18,7 @@ from ..workloads.model import Model, load_model
 from ..workloads.synthetic import synthesize
 from ..workloads.trace import RoutingTrace
 from .costs import Costs
+from .duration import check_duration
 from .expert_parallel import place
 from .inputs import Inputs
 from .links import Links
@@ -50,7 +51,9 @@ def load_inputs(scenario: Scenario, trace: RoutingTrace | None = None) -> Inputs
         raise ScenarioError(
             f"workload.trace: no token is left to run: {trace.tokens} tokens, workload.prefill = {prefill!r}"
         )
-    return completed(Inputs(scenario, model, profile, trace, steps, budget_bytes=0, guesses=None))
+    inputs = completed(Inputs(scenario, model, profile, trace, steps, budget_bytes=0, guesses=None))
+    check_duration(inputs)
+    return inputs
 
 
 def steps_of(scenario: Scenario, trace: RoutingTrace) -> list[Step]:
