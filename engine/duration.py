@@ -50,7 +50,8 @@ def _visit_ns(part: Inputs, costs: Costs, tokens: int) -> tuple[int, str, int]:
         each["an expert on the CPU"] = (used, max(cpu.expert(layer, tokens).ns for layer in range(model.layers)))
     if scenario.compression.where != "none":
         shrunk = ShrunkCosts(costs, scenario)
-        each["decompressing an expert"] = (used + ahead, max(shrunk.decompress(layer).ns for layer in range(model.layers)))
+        longest_ns = max(shrunk.decompress(layer).ns for layer in range(model.layers))
+        each["decompressing an expert"] = (used + ahead, longest_ns)
     times = {what: count * ns for what, (count, ns) in each.items()}
     longest = max(times, key=lambda what: times[what])
     return sum(times.values()), longest, each[longest][1]

@@ -203,12 +203,12 @@ def _fresh(rng: Random, folder: Path) -> dict[str, Any]:
         trace = synthesize(layers=whole.layers, experts=whole.experts, top_k=whole.top_k, reuse=0.3, **shape)
         workload = {"trace": _written(rng, trace, folder)}
     elif source < 0.35:
-        _fit(whole.layers, whole.experts, whole.top_k).save(folder / "fit.json")
+        some_fit(whole.layers, whole.experts, whole.top_k).save(folder / "fit.json")
         workload = {"synthetic": {"fit": str(folder / "fit.json"), "tokens": 8}}
     return {"model": model, "workload": workload, "machine": {"profile": _machine(rng, folder)}}
 
 
-def _fit(layers: int, experts: int, top_k: int) -> FittedRouting:
+def some_fit(layers: int, experts: int, top_k: int) -> FittedRouting:
     """Return a generator as `trace fit` makes it, without fitting: half of a score is common, half is the token's."""
     layer = LayerFit(0.3, 0.1, 0.1, (0.5,) * len(class_ends(experts, top_k)))
     return FittedRouting("random", experts, top_k, (0.1,) * ECHO_TOKENS, (layer,) * layers)
