@@ -129,7 +129,10 @@ def load_suite(name: str | Path = "default") -> Suite:
     if str(name) in suite_names():
         text = (resources.files("prestage") / "engine" / "suites" / f"{name}.toml").read_text("utf-8")
     elif str(name).endswith(".toml"):
-        text = Path(name).read_text(encoding="utf-8")
+        try:
+            text = Path(name).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise SuiteError(f"suite {str(name)!r}: not UTF-8 text") from None
     else:
         raise SuiteError(unknown_name("suite", str(name), [*suite_names(), "FILE.toml"]))
     try:

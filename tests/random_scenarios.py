@@ -85,6 +85,15 @@ _DRAWN_APART += ("workload.synthetic", "workload.synthetic.fit", "predictor.weig
 _STAYING = (*_DRAWN_APART, "workload.tokens", "workload.synthetic.tokens")
 
 
+#: Every key of every section, as a scenario's TOML names it.
+KEYS = tuple(
+    f"{field.alias or name}.{key}"
+    for name, field in Scenario.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+    for key in field.annotation.model_fields
+)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What became of a scenario: `kind` is ran, refused or fault, `text` the refusal or the traceback."""

@@ -59,6 +59,8 @@ class Settings:
         for name in ("epochs", "patience"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} = {getattr(self, name)}: must be at least 1")
+        if self.seed < 0:
+            raise InputError(f"seed = {self.seed}: must be at least 0")
         if not 0 < self.held_out < 1:
             raise InputError(f"held_out = {self.held_out}: must be above 0 and below 1")
 
