@@ -7,12 +7,16 @@ every kind are made once, by `make_good`, and a row names those that it needs be
 from __future__ import annotations
 
 import gzip
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import safetensors
+import safetensors.numpy
 
 ROOT = Path(__file__).parents[1]
 #: Writes a file, in place of what is there.
@@ -454,4 +458,116 @@ def _options() -> Iterator[Bad]:
         yield Bad(words, tuple(words.split()), (says,), needs=needs)
 
 
-CORPUS: list[Bad] = [*_broken(), *_settings(), *_options()]
+# Saved runs: numbers that stand for nothing, and figures that are no numbers.
+
+
+def _with_array(name: str, change: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]) -> Make:
+    """Return what changes one array of a .safetensors file."""
+
+    def make(path: Path) -> None:
+        with safetensors.safe_open(path, framework="numpy") as content:
+            meta = content.metadata()
+            arrays = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118
+        arrays[name] = np.ascontiguousarray(change(arrays[name]))
+        path.write_bytes(safetensors.numpy.save(arrays, metadata=meta))
+
+    return make
+
+
+def _with_meta(change: Callable[[dict[str, Any]], object]) -> Make:
+    """Return what changes the metadata of a .safetensors file."""
+
+    def make(path: Path) -> None:
+        with safetensors.safe_open(path, framework="numpy") as content:
+            meta = json.loads(content.metadata()["meta"])
+            arrays = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118
+        path.write_bytes(safetensors.numpy.save(arrays, metadata={"meta": json.dumps(change(meta))}))
+
+    return make
+
+
+def _with_key(key: str, value: object) -> Make:
+    """Return what sets a key, such as time.stall_ms, in a JSON file."""
+
+    def make(path: Path) -> None:
+        data = json.loads(path.read_bytes())
+        inner = data
+        *outer, last = key.split(".")
+        for part in outer:
+            inner = inner[int(part)] if isinstance(inner, list) else inner[part]
+        inner[last] = value
+        path.write_text(json.dumps(data), encoding="utf-8")
+
+    return make
+
+
+_ARRAYS: list[tuple[str, str, Callable[[Any], Any]]] = [
+    ("span.kind", "a kind that does not exist", lambda array: array * 0 + 99),
+    ("span.lane", "a lane that does not exist", lambda array: array * 0 + 500),
+    ("span.start_ns", "before the run", lambda array: array * 0 - 1),
+    ("span.end_ns", "an end before its start", lambda array: array * 0),
+    ("span.visit", "another type", lambda array: array.astype(np.float32)),
+    ("span.expert", "one row", lambda array: array[:1]),
+    ("access.outcome", "an outcome that does not exist", lambda array: array * 0 + 4),
+    ("access.layer", "a layer that does not exist", lambda array: array * 0 + 2),
+    ("access.wait_ns", "a wait below 0", lambda array: array * 0 - 5),
+    ("copy.fate", "a fate that does not exist", lambda array: array * 0 + 5),
+    ("copy.bytes", "bytes below 0", lambda array: array * 0 - 1),
+    ("memory.gpu", "a GPU that does not exist", lambda array: array * 0 + 1),
+    ("memory.time_ns", "rows of rows", lambda array: array[None]),
+    ("token.took_ns", "a time below 0", lambda array: array * 0 - 1),
+]
+_METAS: list[tuple[str, Callable[[dict[str, Any]], object]]] = [
+    ("no object", lambda meta: [1]),
+    ("no lanes", lambda meta: {**meta, "lanes": None}),
+    ("a lane of one word", lambda meta: {**meta, "lanes": [["gpu0"]]}),
+    ("a lane of numbers", lambda meta: {**meta, "lanes": [[1, "compute", 3]]}),
+    ("a role that does not exist", lambda meta: {**meta, "lanes": [["gpu0", "cook", "x"]]}),
+    ("an endless makespan", lambda meta: {**meta, "makespan_ns": 1e400}),
+    ("another makespan", lambda meta: {**meta, "makespan_ns": 1}),
+]
+_RESULTS: list[tuple[str, object]] = [
+    ("makespan_ms", "fast"),
+    ("makespan_ms", -1),
+    ("makespan_ms", 1e30),
+    ("makespan_ms", float("nan")),
+    ("time", []),
+    ("time.stall_ms", None),
+    ("gpus", 5),
+    ("gpus", [1]),
+    ("gpus.0.device", 3),
+    ("gpus.0.time", {}),
+    ("model", "mixtral"),
+    ("model.layers", 0),
+    ("model.layers", 10**12),
+    ("model.name", None),
+    ("scenario", [1]),
+    ("scenario.machine", "h200"),
+    ("counts", 4),
+    ("counts.miss", "many"),
+    ("by_layer", {"0": 1}),
+    ("by_layer.0.late", -1),
+    ("warnings", "none"),
+    ("estimates", ["x"]),
+    ("versions", 3),
+    ("accesses", 10**30),
+    ("hit_rate", "high"),
+    ("tokens_per_second", [1, 2]),
+    ("links", [5]),
+]
+
+
+def _saved() -> Iterator[Bad]:
+    report = ("report", "done", "-o", "new.html")
+    for name, what, change in _ARRAYS:
+        files = {"done/run.safetensors": _with_array(name, change)}
+        yield Bad(f"run.safetensors: {name}: {what}", report, ("run.safetensors", name.split(".")[0]), files, ("done",))
+    for what, meta in _METAS:
+        files = {"done/run.safetensors": _with_meta(meta)}
+        yield Bad(f"run.safetensors: metadata: {what}", report, ("run.safetensors",), files, ("done",))
+    for key, value in _RESULTS:
+        files = {"done/result.json": _with_key(key, value)}
+        yield Bad(f"result.json: {key} = {value!r}", report, ("result.json",), files, ("done",))
+
+
+CORPUS: list[Bad] = [*_broken(), *_settings(), *_options(), *_saved()]

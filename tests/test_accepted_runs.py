@@ -30,6 +30,5 @@ def test_every_key_of_every_section_is_drawn(tmp_path: Path) -> None:
     for seed in range(400):
         data = draw(seed, tmp_path)
         drawn |= {f"{name}.{key}" for name, section in data.items() if isinstance(section, dict) for key in section}
-    # The two that are given with a trained predictor's own model and trace, and the model's sizes from such a trace.
-    assert set(KEYS) - drawn == {"predictor.weights"}
+    assert not set(KEYS) - drawn
     assert {name.partition(".")[0] for name in KEYS} == set(Scenario.model_fields) - {"seed", "copy_"} | {"copy"}
