@@ -79,8 +79,10 @@ _SMALL: dict[str, tuple[int, ...]] = {
     "parallel.stages": (1, 2, 3),
 }
 #: Keys that are drawn apart, since they say together which model and which trace of it run on what.
-_DRAWN_APART = ("model.preset", "model.layers", "model.experts", "model.top_k", "machine.profile", "workload.trace")
-_DRAWN_APART += ("workload.synthetic", "workload.synthetic.fit", "predictor.weights")
+_DRAWN_APART: tuple[str, ...] = (
+    *("model.preset", "model.layers", "model.experts", "model.top_k", "machine.profile", "workload.trace"),
+    *("workload.synthetic", "workload.synthetic.fit", "predictor.weights"),
+)
 #: Keys that stay when others are taken out: without them a run would be of another model, or long.
 _STAYING = (*_DRAWN_APART, "workload.tokens", "workload.synthetic.tokens")
 
@@ -321,9 +323,12 @@ def _bounds(field: FieldInfo) -> tuple[float, float]:
     """Return the least and the greatest value of a number; an open end is met at a step from it."""
     low, high = 0.0, math.inf
     for mark in field.metadata:
-        low = mark.ge if isinstance(mark, Ge) else math.nextafter(mark.gt, math.inf) if isinstance(mark, Gt) else low
-        high = mark.le if isinstance(mark, Le) else math.nextafter(mark.lt, 0) if isinstance(mark, Lt) else high
-    return float(low), float(high)
+        bound: Any = next((getattr(mark, name) for name in ("ge", "gt", "le", "lt") if hasattr(mark, name)), None)
+        if isinstance(mark, Ge | Gt):
+            low = float(bound) if isinstance(mark, Ge) else math.nextafter(float(bound), math.inf)
+        elif isinstance(mark, Le | Lt):
+            high = float(bound) if isinstance(mark, Le) else math.nextafter(float(bound), 0)
+    return low, high
 
 
 def _integer(rng: Random, path: str, field: FieldInfo) -> int:
