@@ -348,6 +348,7 @@ def plot(
       prestage plot pareto sweep.jsonl -o pareto.png
       prestage plot tornado sweep.jsonl -o tornado.png
     """
+    from .engine.insights import InsightError
     from .engine.journal import sweep_rows
     from .engine.output.charts import CHARTS, plot_sweep
     from .engine.output.figures import FIGURES
@@ -360,7 +361,10 @@ def plot(
     if kind in CHARTS:
         if len(results) != 1:
             raise InputError(f"{kind} is drawn from one journal, and {len(results)} are given")
-        picture = plot_sweep(kind, sweep_rows(results[0]), x=x, by=by, figure=figure or "tokens_per_second")
+        try:
+            picture = plot_sweep(kind, sweep_rows(results[0]), x=x, by=by, figure=figure or "tokens_per_second")
+        except InsightError as error:
+            raise InsightError(f"{results[0]}: {error}") from None
     elif kind in FIGURES:
         if x or by or figure:
             raise InputError(f"{kind} is a picture of a run: --x, --by and --figure are for those of a sweep")

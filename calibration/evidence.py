@@ -180,7 +180,7 @@ def save_rows(rows: Sequence[Row], path: Path) -> None:
 def _load_rows(path: Path) -> list[Row]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SamplesError(f"{path}: cannot be read as JSON: {error}") from None
     return rows_of(data, str(path))
 

@@ -9,7 +9,7 @@ tokens after those it is asked to fit, the fit sees neither times nor routing.
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,10 @@ MSER_BATCH, FAR_OUT = 5, 3.0
 BYTES_TOLERANCE = 0.01
 #: The longest wait of compute for a thread to wake up that the search considers, and how closely it looks, in ns.
 LONGEST_WAKE_NS, WAKE_STEP_NS = 2_000_000, 100
+
+
+#: More ms, or bytes, than this no token takes.
+_MOST = 1e15
 
 
 class PublishedRunError(InputError):
@@ -69,21 +73,33 @@ def load_log(path: Path) -> RunLog:
     except (OSError, UnicodeDecodeError) as error:
         raise PublishedRunError(f"{path}: cannot be read: {error}") from None
     rows = csv.DictReader(line for line in lines if line.strip() and not line.startswith("#"))
-    missing = [name for name in COLUMNS if name not in (rows.fieldnames or ())]
+    try:
+        missing = [name for name in COLUMNS if name not in (rows.fieldnames or ())]
+    except csv.Error as error:
+        raise PublishedRunError(f"{path}: no CSV: {error}") from None
     if missing:
         raise PublishedRunError(f"{path}: column {missing[0]}: missing: must be a CSV with {', '.join(COLUMNS)}")
     columns: dict[str, list[float]] = {name: [] for name in COLUMNS}
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(_rows(path, rows), 1):
         for name, column in columns.items():
             try:
                 column.append(float(row[name]))
             except (TypeError, ValueError):
                 raise PublishedRunError(f"{path}: token {number}: {name} = {row[name]!r}: must be a number") from None
-            if not 0 <= column[-1] < np.inf:
-                raise PublishedRunError(f"{path}: token {number}: {name} = {row[name]!r}: must be at least 0")
+            if not 0 <= column[-1] <= _MOST:
+                raise PublishedRunError(
+                    f"{path}: token {number}: {name} = {row[name]!r}: must be at least 0, at most {_MOST:g}"
+                )
             if name == "wall_ms" and not column[-1]:
                 raise PublishedRunError(f"{path}: token {number}: wall_ms = {row[name]!r}: must be above 0")
     return RunLog(path, {name: np.array(column) for name, column in columns.items()})
+
+
+def _rows(path: Path, rows: csv.DictReader[str]) -> Iterator[dict[str, str]]:
+    try:
+        yield from rows
+    except csv.Error as error:
+        raise PublishedRunError(f"{path}: no CSV: {error}") from None
 
 
 def warm_up(series: Array) -> int:

@@ -14,6 +14,7 @@ import orjson
 
 from ..errors import InputError
 from .journal import flat
+from .result_data import check_result
 from .scenario import load_scenario
 from .simulate import simulate
 
@@ -86,6 +87,10 @@ def load_run(name: str, settings: Iterable[str] = ()) -> dict[str, Any]:
         raise CompareError(f"{path}: not JSON: {error}") from None
     if not isinstance(data, dict) or not {"makespan_ms", "time", "scenario"} <= data.keys():
         raise CompareError(f"{path}: is no result of `prestage run --out`: it must have makespan_ms, time and scenario")
+    try:
+        check_result(data, FIGURES)
+    except InputError as error:
+        raise CompareError(f"{path}: is not as `prestage run --out` writes it: {error}") from None
     return data
 
 

@@ -172,7 +172,10 @@ def _open(name: str | Path | None, settings: Iterable[str]) -> tuple[Scenario, d
     if str(name) in sweep_names():
         text = (resources.files("prestage") / "engine" / "sweeps" / f"{name}.toml").read_text("utf-8")
     elif path is not None and path.suffix == ".toml" and path.is_file():
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise GridError(f"sweep {str(name)!r}: not UTF-8 text") from None
     else:
         if path is not None and path.suffix not in (".toml", ".jsonl") and str(name) not in scenario_names():
             known = [*sweep_names(), *scenario_names(), "FILE.toml"]

@@ -19,6 +19,7 @@ from ..workloads.synthetic import synthesize
 from ..workloads.trace import RoutingTrace
 from .capacity import check, fixed_parts, gib, kv_cache_bytes
 from .costs import Costs, pieces_of
+from .duration import check_duration
 from .expert_parallel import place
 from .inputs import Inputs
 from .links import Links
@@ -59,7 +60,9 @@ def load_inputs(scenario: Scenario, trace: RoutingTrace | None = None) -> Inputs
         warmup_steps(steps, scenario.workload.warmup)
     except InputError as error:
         raise ScenarioError(f"workload.{error}") from None
-    return completed(Inputs(scenario, model, profile, trace, steps, budget_bytes=0, guesses=None))
+    inputs = completed(Inputs(scenario, model, profile, trace, steps, budget_bytes=0, guesses=None))
+    check_duration(inputs)
+    return inputs
 
 
 def steps_of(scenario: Scenario, trace: RoutingTrace) -> list[Step]:

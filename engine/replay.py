@@ -156,6 +156,8 @@ def replay_trace(
     steps = plan_steps(trace.sequence, trace.phase, batch=batch)
     if lookup not in LOOKUPS:
         raise InputError(unknown_name("lookup", lookup, LOOKUPS))
+    if lookahead is not None and lookahead < 1:
+        raise InputError(f"lookahead = {lookahead}: must be at least 1")
     if eviction in COMPILED:
         outcome, evict = COMPILED[eviction](trace, steps, pools, known, lookup, shared=scope == "shared")
         replayed = Replayed(trace, outcome, evict)

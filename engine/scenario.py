@@ -27,12 +27,14 @@ from pydantic.fields import FieldInfo
 
 from ..bounded import parse_toml, read
 from ..errors import InputError
+from ..plain import beyond_64_bits
 from ..units import BYTES, NUMBER, gb_per_s, whole_bytes, written_bytes
 from ..words import problems, unknown_name
 from ..workloads.batches import PREFILL_MODES, parse_warmup
 from ..workloads.guesses import MOST_HORIZONS
 from ..workloads.importers import shipped_traces
 from ..workloads.learned import shipped_weights
+from ..workloads.model import MOST_BYTES
 from ..workloads.predictors import PREDICTORS
 from .dispatch import ISSUE
 from .journal import find_row
@@ -68,6 +70,9 @@ COMPRESSED = ("none", "host", "gpu")
 DECOMPRESS_LANES = ("compute", "side")
 #: More GPUs than one machine has, stages of them, or parts of a batch between them.
 MOST_GPUS = 1024
+#: Bounds of what a scenario may say that something takes: nothing that is guessed or moved takes longer than 1,000 s
+#: or is slower than 1 kB/s, and nothing is faster than 10^9 GB/s.
+MOST_US, LEAST_GB_PER_S, MOST_GB_PER_S = 1e9, 1e-6, 1e9
 #: Keys of [workload.synthetic] that a fit takes the place of.
 _FIT_REPLACES = ("skew", "working_set", "reuse")
 
@@ -252,7 +257,7 @@ class PredictorSection(_Section):
     recall: float = Field(default=0.9, ge=0, le=1)
     context: int = Field(default=3, ge=1, le=MOST_HORIZONS)
     lane: Annotated[str, _one_of(PREDICTOR_LANES)] = "gpu"
-    latency_us: float | None = Field(default=None, ge=0)
+    latency_us: float | None = Field(default=None, ge=0, le=MOST_US)
     weights: str | None = None
 
     @model_validator(mode="after")
@@ -428,7 +433,7 @@ class MissSection(_Section):
     threshold: float = Field(default=0.05, ge=0)
     cpu_threads: int | None = Field(default=None, ge=1)
     cpu_max_tokens: int | None = Field(default=None, ge=0)
-    cpu_gb_per_s: _GbPerS | None = Field(default=None, gt=0)
+    cpu_gb_per_s: _GbPerS | None = Field(default=None, ge=LEAST_GB_PER_S, le=MOST_GB_PER_S)
     low_ratio: float = Field(default=0.25, gt=0, lt=1)
     low_share: float = Field(default=0.5, gt=0, lt=1)
     fetch_behind: bool = True
@@ -445,8 +450,8 @@ class CompressionSection(_Section):
 
     where: Annotated[str, _one_of(COMPRESSED)] = "none"
     ratio: float = Field(default=0.5, gt=0, le=1)
-    decompress_gb_per_s: _GbPerS | None = Field(default=None, gt=0)
-    decompress_us: float | None = Field(default=None, ge=0)
+    decompress_gb_per_s: _GbPerS | None = Field(default=None, ge=LEAST_GB_PER_S, le=MOST_GB_PER_S)
+    decompress_us: float | None = Field(default=None, ge=0, le=MOST_US)
     lane: Annotated[str, _one_of(DECOMPRESS_LANES)] = "side"
     mixed: list[list[float]] | None = None
 
@@ -651,7 +656,10 @@ def parse_budget(text: str, expert_bytes: Iterable[int], experts: int, scope: st
     whole, _, decimals = number.partition(".")
     value, scale = int(whole + decimals), int(10 ** len(decimals))
     factor: int = {"%": sum(sizes) * experts, "experts": max(sizes), **BYTES}[unit]
-    return value * factor // (scale * (100 if unit == "%" else 1))
+    budget_bytes = value * factor // (scale * (100 if unit == "%" else 1))
+    if budget_bytes > MOST_BYTES:
+        raise ScenarioError(f"budget {text!r}: more than any machine has: at most {MOST_BYTES} bytes")
+    return budget_bytes
 
 
 def parse_bytes(text: str) -> int:
@@ -686,6 +694,9 @@ def load_scenario(name: str | Path | None = None, settings: Iterable[str] = ()) 
 
 def make_scenario(data: Mapping[str, Any], source: str = "scenario") -> Scenario:
     """Return the scenario that plain data describes; ScenarioError names `source` and every bad key."""
+    too_large = beyond_64_bits(data)
+    if too_large is not None:
+        raise ScenarioError(f"{source}: {too_large}")
     try:
         return Scenario.model_validate(data)
     except ValidationError as error:

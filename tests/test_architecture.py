@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 #: Modules at the top that are below all: every folder may import them, and they import nothing of ours.
-BELOW_ALL = {"bounded.py", "dtypes.py", "errors.py", "files.py", "machine_code.py", "units.py", "words.py"}
+BELOW_ALL = {"bounded.py", "dtypes.py", "errors.py", "files.py", "machine_code.py", "plain.py", "units.py", "words.py"}
 #: What each folder may import of the others; the other modules at the top may import all.
 MAY_IMPORT = {
     "workloads": set(),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from test_cli import LOG, PROFILED  # type: ignore[import-not-found]
+from test_cli import LOG, PROFILED
 from test_suite import DEFINITION
 from test_terminal import commands  # type: ignore[import-not-found]
 

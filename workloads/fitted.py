@@ -88,7 +88,7 @@ class FittedRouting:
             data = json.loads(read(Path(path), FitError).decode("utf-8"))
         except OSError as error:
             raise FitError(f"{path}: cannot be read: {error.strerror or error}") from error
-        except (UnicodeDecodeError, ValueError) as error:
+        except (ValueError, RecursionError) as error:
             raise FitError(f"{path}: not JSON: must be what `prestage trace fit -o FILE.json` wrote") from error
         if not isinstance(data, dict) or data.pop("format", None) != _FORMAT:
             raise FitError(f"{path}: format: must be {_FORMAT!r}, as `prestage trace fit -o FILE.json` writes it")
@@ -96,8 +96,8 @@ class FittedRouting:
             layers = tuple(LayerFit(**{**each, "recency": tuple(each["recency"])}) for each in data.pop("layers"))
             fitted = cls(layers=layers, echo=tuple(data.pop("echo")), **data)
             fitted._check()
-        except (TypeError, KeyError, ValueError) as error:
-            raise FitError(f"{path}: {error}") from error
+        except (TypeError, KeyError, ValueError, OverflowError) as error:
+            raise FitError(f"{path}: {error if isinstance(error, InputError) else _not_as_written(error)}") from error
         return fitted
 
     def _check(self) -> None:
@@ -137,6 +137,11 @@ class FittedRouting:
 def _check_numbers(name: str, numbers: Sequence[Any], count: int) -> None:
     if len(numbers) != count or not all(isinstance(each, (int, float)) and math.isfinite(each) for each in numbers):
         raise InputError(f"{name}: must be {count} numbers")
+
+
+def _not_as_written(error: Exception) -> str:
+    """Return what to say of data of another shape than `save` writes."""
+    return f"not as `prestage trace fit -o FILE.json` writes it ({type(error).__name__}: {error})"
 
 
 class _Sequence:

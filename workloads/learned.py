@@ -156,7 +156,7 @@ def _read(path: Path, source: str) -> Weights:
             raise InputError(f"format {meta['format']!r}")
         shape = Shape(**meta["shape"])
         made = dict(meta["made"])
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise WeightsError(f"{source}: its metadata is not that of a predictor ({error}): must be {FORMAT}") from error
     for name, wanted in shape.arrays().items():
         given = arrays[name].shape if name in arrays else "missing"

@@ -29,6 +29,9 @@ from ..errors import InputError
 from ..words import problems
 from .trace import MAX_LAYERS, check_total_experts
 
+#: What all experts of a model, its dense parts and head may take together: an exbibyte, so that sums fit into 64 bits.
+MOST_BYTES = 2**60
+
 
 class ModelError(InputError):
     """A model that cannot be; the message names the file, the key, the value and what would be right."""
@@ -92,6 +95,10 @@ class Model:
                 )
             for layer, size in enumerate(sizes):
                 self._check(f"{field}[{layer}]", size, low)
+        total_bytes = self.total_expert_bytes + sum(self.dense_bytes) + self.head_bytes
+        for what, size in (("all weights", total_bytes), ("kv_bytes_per_token", self.kv_bytes_per_token)):
+            if size > MOST_BYTES:
+                raise ModelError(f"model {self.name}: {what}: {size} bytes: must be at most {MOST_BYTES}")
 
     def _check(self, field: str, value: object, low: int) -> None:
         if type(value) is not int or value < low:

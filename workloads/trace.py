@@ -457,7 +457,7 @@ def _parse_meta(path: Path, text: str | None) -> dict[str, Any]:
         return {}
     try:
         meta = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TraceError(f"{path}: meta: not JSON ({error}): must be one JSON object") from error
     if not isinstance(meta, dict):
         raise TraceError(f"{path}: meta: {text[:40]!r}: must be one JSON object")

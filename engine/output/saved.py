@@ -19,10 +19,12 @@ import safetensors.numpy
 
 from ...errors import InputError
 from ...files import replacing
-from ...resources.timeline import SPAN, Timeline
+from ...resources.timeline import KINDS, SPAN, Timeline
+from ...workloads.model import MOST_BYTES
 from ..compare import load_run
+from ..result_data import check_has
 from .merge import served
-from .metrics import Recording, memory_steps
+from .metrics import FATES, OUTCOMES, Recording, memory_steps
 from .speed import Served, decode_times_ns
 
 if TYPE_CHECKING:
@@ -45,6 +47,10 @@ TABLES = {
     "memory": np.dtype([("time_ns", "<i8"), ("assigned_bytes", "<i8"), ("budget_bytes", "<i8"), ("gpu", "<u2")]),
     "token": np.dtype([("took_ns", "<i8"), ("gap_ns", "<i8")]),
 }
+
+
+#: What figures and reports read of a result.json.
+_READ = ("model", "gpus", "counts", "accesses", "by_layer", "warnings", "estimates", "versions", "stall_ms")
 
 
 class SavedRunError(InputError):
@@ -160,7 +166,13 @@ def load_result(where: str | Path, name: str | None = None) -> Run:
         raise SavedRunError(f"{where}: there is no such folder; `prestage run --out {folder}` writes one")
     data = load_run(str(folder))
     path = folder / RUN_FILE
-    timeline, makespan_ns, tables = _read(path)
+    try:
+        check_has(data, _READ)
+        timeline, makespan_ns, tables = _read(path)
+    except SavedRunError:
+        raise
+    except InputError as error:
+        raise SavedRunError(f"{folder / 'result.json'}: {error}") from None
     run = Run(
         name or folder.resolve().name,
         data,
@@ -172,7 +184,35 @@ def load_result(where: str | Path, name: str | None = None) -> Run:
     )
     if run.makespan_ns != makespan_ns:
         raise SavedRunError(f"{path}: is of another run than the result.json beside it; run `prestage run --out` again")
+    _check_within(path, tables, timeline, run)
     return run
+
+
+def _check_within(path: Path, tables: dict[str, Array], timeline: Timeline, run: Run) -> None:
+    """Refuse numbers that stand for nothing: lanes, kinds, outcomes and the like that do not exist. SavedRunError."""
+    layers, whole = run.data["model"]["layers"], 2**62
+    bounds = {
+        "span.lane": (0, len(timeline.lanes) - 1), "span.kind": (0, len(KINDS) - 1),
+        "span.start_ns": (0, whole), "span.end_ns": (0, whole), "span.issued_ns": (-whole, whole),
+        "access.outcome": (0, len(OUTCOMES) - 1), "access.layer": (0, layers - 1), "access.wait_ns": (0, whole),
+        "copy.fate": (-1, len(FATES) - 1), "copy.layer": (0, layers - 1), "copy.bytes": (0, MOST_BYTES),
+        "memory.time_ns": (0, whole), "memory.assigned_bytes": (0, MOST_BYTES),
+        "memory.budget_bytes": (0, 4 * MOST_BYTES), "token.took_ns": (0, whole),
+        "memory.gpu": (0, len(run.gpu_names) - 1),
+    }  # fmt: skip
+    for name, (least, most) in bounds.items():
+        table, _, column = name.partition(".")
+        values = tables[table][column]
+        wrong = np.flatnonzero((values < least) | (values > most))
+        if len(wrong):
+            raise SavedRunError(
+                f"{path}: {name} at row {wrong[0]} is {values[wrong[0]]}: must be {least} to {most}: damaged, or of "
+                "another version"
+            )
+    spans = tables["span"]
+    backward = np.flatnonzero(spans["end_ns"] < spans["start_ns"])
+    if len(backward):
+        raise SavedRunError(f"{path}: span at row {backward[0]} ends before it starts: damaged")
 
 
 def load_results(places: Sequence[Path]) -> list[Run]:
@@ -193,6 +233,14 @@ def _table(name: str, **columns: Array) -> Array:
     return table
 
 
+def _column(arrays: dict[str, Array], name: str, dtype: np.dtype[Any]) -> Array:
+    """Return an array of a file; InputError unless it is one row of numbers of this type."""
+    values = arrays[name]
+    if values.ndim != 1 or values.dtype != dtype:
+        raise InputError(f"{name} is {values.dtype} {values.shape}: must be {dtype} (rows,)")
+    return values
+
+
 def _read(path: Path) -> tuple[Timeline, int, dict[str, Array]]:
     """Return the timeline, the makespan and the tables of a file that `save_run` wrote."""
     if not path.is_file():
@@ -202,13 +250,17 @@ def _read(path: Path) -> tuple[Timeline, int, dict[str, Array]]:
             meta = orjson.loads((content.metadata() or {})["meta"])
             arrays = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
         timeline, makespan_ns = Timeline(), int(meta["makespan_ns"])
+        if not all(isinstance(word, str) for lane in meta["lanes"] for word in lane):
+            raise InputError("its lanes must each be a device, a role and a title")
         for device, role, title in meta["lanes"]:
             timeline.add_lane(device, role, title)
         tables = {
-            name: _table(name, **{field: arrays[f"{name}.{field}"] for field in dtype.names or ()})
+            name: _table(
+                name, **{field: _column(arrays, f"{name}.{field}", dtype[field]) for field in dtype.names or ()}
+            )
             for name, dtype in TABLES.items()
         }
         timeline.extend(tables["span"].tobytes())
-    except (safetensors.SafetensorError, orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise SavedRunError(f"{path}: is not what `prestage run --out` writes: {error}") from None
     return timeline, makespan_ns, tables

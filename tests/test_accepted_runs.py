@@ -1,0 +1,34 @@
+"""Whatever is accepted runs: random scenarios of all sections together are refused before the run, or end."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from random_scenarios import KEYS, draw, play
+
+from prestage.engine.scenario import Scenario
+
+#: Scenarios in the suite; `python tests/random_scenarios.py --first 0 --count 5000` plays more.
+COUNT, PARTS = 300, 10
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_whatever_is_accepted_runs(part: int, tmp_path: Path) -> None:
+    counts: Counter[str] = Counter()
+    for seed in range(part, COUNT, PARTS):
+        outcome = play(seed, tmp_path)
+        assert outcome.kind != "fault", f"seed {seed}: {outcome.text}"
+        counts[outcome.kind] += 1
+    # Most are accepted in the end, else this says little.
+    assert counts["ran"] > counts["refused"]
+
+
+def test_every_key_of_every_section_is_drawn(tmp_path: Path) -> None:
+    drawn = set()
+    for seed in range(400):
+        data = draw(seed, tmp_path)
+        drawn |= {f"{name}.{key}" for name, section in data.items() if isinstance(section, dict) for key in section}
+    assert not set(KEYS) - drawn
+    assert {name.partition(".")[0] for name in KEYS} == set(Scenario.model_fields) - {"seed", "copy_"} | {"copy"}
