@@ -227,7 +227,8 @@ def _baseline_manager(name: str, inputs: Inputs, spool: Spool) -> MemoryManager:
     manager = MemoryManager(
         model.expert_bytes,
         model.experts,
-        model.total_expert_bytes if resident else inputs.budget_bytes,
+        # Experts are as large as they are here, whatever they shrink to: one has room.
+        model.total_expert_bytes if resident else max(inputs.budget_bytes, max(model.expert_bytes)),
         EVICTION["lru"],
         drop_after_visit=not resident,
         spool=spool,
