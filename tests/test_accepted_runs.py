@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from random_scenarios import KEYS, draw, play
 
-from prestage.engine.scenario import Scenario
+from prestage.engine.scenario import Scenario, load_scenario
+from prestage.engine.simulate import simulate
 
 #: Scenarios in the suite; `python tests/random_scenarios.py --first 0 --count 5000` plays more.
 COUNT, PARTS = 300, 10
@@ -23,6 +24,19 @@ def test_whatever_is_accepted_runs(part: int, tmp_path: Path) -> None:
         counts[outcome.kind] += 1
     # Most are accepted in the end, else this says little.
     assert counts["ran"] > counts["refused"]
+
+
+def test_the_baseline_of_shrunk_experts_has_room_for_a_whole_one(tmp_path: Path) -> None:
+    # Half of the experts are kept in a billionth of their bytes: a budget of half an expert holds one of these.
+    small = ("model.layers=2", "workload.synthetic.tokens=4", "workload.synthetic.prefill_tokens=0", "model.experts=1")
+    mixed = (
+        "model.top_k=1",
+        "workload.synthetic.working_set=1",
+        "memory.gpu_budget=25%",
+        "compression.mixed=[[0.5, 1], [0.5, 1e-9]]",
+    )
+    result = simulate(load_scenario("synthetic", (*small, *mixed, "model.expert_bytes=1000000")))
+    assert result.data["baseline_ms"] > 0
 
 
 def test_every_key_of_every_section_is_drawn(tmp_path: Path) -> None:
