@@ -917,7 +917,7 @@ def calibrate_fit(
     json: Json = False,
 ) -> None:
     """Fit a profile to samples: each cost with how well it predicts the samples that were held back."""
-    from .calibration.evidence import load_schedule, save_rows
+    from .calibration.evidence import check_rows_file, load_schedule, save_rows
     from .calibration.fit import fit, fit_data, write_profile
     from .calibration.samples import load_samples
     from .files import check_file
@@ -925,6 +925,8 @@ def calibrate_fit(
 
     for path in filter(None, (out, rows_out)):
         check_file(path)
+    if rows_out is not None:
+        check_rows_file(rows_out)
     rows = load_schedule(in_schedule or ())
     first, *more = (load_samples(path) for path in samples)
     graph = None if topology is None else load_profile(topology).topology

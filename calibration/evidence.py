@@ -167,10 +167,15 @@ def load_schedule(paths: Iterable[Path]) -> list[Row]:
     return rows + (rows_of(in_schedule.samples(load_all(runs)), "measured runs") if runs else [])
 
 
-def save_rows(rows: Sequence[Row], path: Path) -> None:
-    """Write rows as JSON, one a line."""
+def check_rows_file(path: Path) -> None:
+    """Raise SamplesError if a file of rows may not be called so."""
     if not path.name.endswith(ROWS_ENDING):
         raise SamplesError(f"{path}: a file of rows must end in {ROWS_ENDING}")
+
+
+def save_rows(rows: Sequence[Row], path: Path) -> None:
+    """Write rows as JSON, one a line."""
+    check_rows_file(path)
     kept = [{name: value for name, value in asdict(row).items() if name != "where"} for row in rows]
     lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in kept)
     with replacing(path) as file:

@@ -8,6 +8,7 @@ stated rule for the rest.
 from __future__ import annotations
 
 import json
+import os
 from bisect import bisect_left
 from collections.abc import Sequence
 from importlib import resources
@@ -498,7 +499,7 @@ def _plain(name: str) -> object:
     extending: dict[str | Path, str] = {}  # by what is the same under any name
     folder, key = Path(), "machine.profile"
     while True:
-        path = (folder / name).resolve() if name.endswith(".json") else None
+        path = Path(os.path.realpath(folder / name)) if name.endswith(".json") else None
         if (path or name) in extending:
             way = ", ".join(extending.values())
             raise ProfileError(f"profile {name}: extends itself by way of {way}")
