@@ -154,6 +154,9 @@ def run(
             min=0, max=10_000, help="Run so many more times, costs drawn from their uncertainty: p5, p50, p95."
         ),
     ] = 0,
+    engine: Annotated[
+        str, typer.Option(help="What carries the run out: lanes; or simpy or compiled, by commands: same numbers.")
+    ] = "lanes",
     json: Json = False,
 ) -> None:
     """Simulate a scenario: how fast it decodes, what was hit, late or missed, and where the time went.
@@ -186,6 +189,7 @@ def run(
             replicates=replicates,
             progress=progress,
             stream=stream,
+            engine=engine,
         )
         written = [] if out is None else write_result(result, out, all_spans=all_spans)
     if json:

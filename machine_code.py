@@ -34,6 +34,28 @@ def compiled(function: Function, **options: Any) -> Function:
     return fast  # type: ignore[no-any-return]
 
 
+#: What Numba is told by the annotations of parameters: a word, a float, arrays of one and of two dimensions.
+_TYPES = {
+    "Word": numba.int64,
+    "Real": numba.float64,
+    "Words": numba.int64[::1],
+    "Reals": numba.float64[::1],
+    "Table": numba.int64[:, ::1],
+}
+
+
+def compiled_once(function: Function, **options: Any) -> Function:
+    """Return the function compiled for the types that its annotations name, now, and for no others.
+
+    Annotations are of `Word`, `Real`, `Words`, `Reals` and `Table`. Left to itself, Numba makes one version after
+    another: of literals, of views, of flags.
+    """
+    fast: Any = compiled(function, **options)
+    fast.compile(tuple(_TYPES[given] for name, given in function.__annotations__.items() if name != "return"))
+    fast.disable_compile()
+    return fast  # type: ignore[no-any-return]
+
+
 def _temporary_folder() -> Path:
     """Return a folder that is this user's alone, for what is in it will be run. Raises OSError."""
     folder = Path(tempfile.gettempdir()) / f"prestage-numba-{os.getuid() if hasattr(os, 'getuid') else 'user'}"

@@ -330,6 +330,11 @@ class Costs:
         return KernelCost(ns, max(cost.slowdown for cost in costs), costs[0].launches, costs[0].host_ns)
 
     @property
+    def grouped_constant_ns(self) -> int:
+        """What a grouped kernel pays once, and each of its experts would by itself."""
+        return self._rule.constant_ns
+
+    @property
     def slowed_beside_copies(self) -> bool:
         """Whether this machine's kernels take longer beside a copy, or start later."""
         tables = (self._expert_points, self._dense_points, self._head_points)

@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ..resources.spool import Spool
+from ..words import unknown_name
 from ..workloads.model import Model
 from .costs import Costs
 from .decoder import decode
 from .dispatch import Visit, visits
-from .expert_parallel import run_placed
+from .expert_parallel import decided, run_placed
 from .gpu import Decoded
 from .inputs import Inputs
 from .memory_manager import BudgetError, MemoryManager
@@ -26,13 +28,13 @@ from .pipeline import StageRun, decode_stages, flow_of
 from .policies.eviction import EVICTION, Setting
 from .policies.prefetch import PREFETCH, Gauge, NoPrefetch, Options, Prefetch
 from .policies.prefetch_share import PREFETCH_SHARE
-from .scenario import Scenario, ScenarioError, parse_budget
+from .scenario import ON_GPU, Scenario, ScenarioError, parse_budget
 from .tiers import HostMemory
 
 #: Called with what is running, and how many of how many layer visits are done.
 Progress = Callable[[str, int, int], None]
 #: Passes visits on, perhaps counting them.
-Watch = Callable[[Iterator[Visit]], Iterator[Visit]]
+Watch = Callable[[Iterator[Any]], Iterator[Any]]
 
 
 def make_prefetch(scenario: Scenario, model: Model, copy_ns: int = 0) -> Prefetch:
@@ -171,8 +173,18 @@ def prepared(inputs: Inputs, costs: Sequence[Costs], stream: Path | None = None)
     return ready
 
 
-def run_all(inputs: Inputs, ready: Sequence[Prepared], watch: Watch = iter) -> list[measure.Recording]:
-    """Simulate one run and return what was recorded on each GPU."""
+#: What runs a scenario: lanes in SimPy's time, which is what a user gets; or the commands that its visits come to,
+#: carried out by SimPy processes, the reference, or by compiled code.
+ENGINES = ("lanes", "simpy", "compiled")
+
+
+def run_all(
+    inputs: Inputs, ready: Sequence[Prepared], watch: Watch = iter, engine: str = "lanes"
+) -> list[measure.Recording]:
+    """Simulate one run by one of ENGINES and return what was recorded on each GPU."""
+    check_engine(inputs, engine)
+    if engine != "lanes":
+        return _run_commands(inputs, ready, watch, engine)
     if inputs.placed is not None:
         each = [(gpu.costs, gpu.manager, gpu.prefetch) for gpu in ready]
         all_steps = [replace(gpu, inputs=replace(gpu.inputs, steps=inputs.steps)) for gpu in ready]
@@ -192,6 +204,53 @@ def run_all(inputs: Inputs, ready: Sequence[Prepared], watch: Watch = iter) -> l
         one_thread=inputs.scenario.parallel.dispatch_threads == "one",
     )
     return [_recording(gpu, found) for gpu, found in zip(ready, decoded, strict=True)]
+
+
+def _run_commands(inputs: Inputs, ready: Sequence[Prepared], watch: Watch, engine: str) -> list[measure.Recording]:
+    """Simulate one run by the commands that its visits come to."""
+    from .timing.runs import run_shared, run_stages  # which compile at their first use
+
+    gauges = [Gauge() for _ in ready]
+    one_thread = inputs.scenario.parallel.dispatch_threads == "one"
+    if inputs.placed is not None and inputs.links is not None:
+        managers, prefetches = [gpu.manager for gpu in ready], [gpu.prefetch for gpu in ready]
+        visits = watch(decided(inputs, managers, prefetches, gauges))
+        decoded = run_shared(inputs, ready, gauges, visits, one_thread=one_thread, engine=engine)
+        ready = [replace(gpu, inputs=replace(gpu.inputs, steps=inputs.steps)) for gpu in ready]
+    else:
+        runs = [
+            StageRun(
+                watch(dispatched(gpu.inputs, gpu.manager, gpu.prefetch, gauge)),
+                gpu.manager,
+                gpu.costs,
+                gpu.inputs.scenario,
+                gpu.prefetch.guesses > 0,
+                gauge,
+            )
+            for gpu, gauge in zip(ready, gauges, strict=True)
+        ]
+        flow = flow_of(inputs.model, inputs.trace, inputs.steps)
+        decoded = run_stages(runs, flow, inputs.links, one_thread=one_thread, engine=engine)
+    return [_recording(gpu, found) for gpu, found in zip(ready, decoded, strict=True)]
+
+
+def check_engine(inputs: Inputs, engine: str) -> None:
+    """Raise ScenarioError if there is no such engine, or a run does not go by the commands that it carries out yet."""
+    scenario = inputs.scenario
+    if engine not in ENGINES:
+        raise ScenarioError(unknown_name("engine", engine, ENGINES))
+    if engine == "lanes":
+        return
+    if scenario.tiers.host_budget != "all":
+        raise ScenarioError(
+            f"tiers.host_budget = {scenario.tiers.host_budget!r}: engine {engine!r} reads no drive yet: choose 'lanes'"
+        )
+    waits = inputs.predictor.latency_us and scenario.predictor.lane in ON_GPU and scenario.prefetch.issued_by == "host"
+    if inputs.placed is not None and waits and scenario.parallel.dispatch_threads != "one":
+        raise ScenarioError(
+            f"predictor.lane = {scenario.predictor.lane!r}: engine {engine!r} has no threads of several GPUs that wait "
+            "for guesses, each for its own, yet: choose 'lanes', or prefetch.issued_by = 'gpu'"
+        )
 
 
 def run(

@@ -44,7 +44,7 @@ from .pipeline import flow_of, sent
 from .policies.eviction import EVICTION
 from .policies.prefetch import NoPrefetch
 from .replicates import replicate_costs, summary, without_uncertainty
-from .run import Prepared, Progress, Watch, dispatched, make_manager, part_costs, prepared, run_all
+from .run import Prepared, Progress, Watch, check_engine, dispatched, make_manager, part_costs, prepared, run_all
 from .scenario import MemorySection, PredictorSection, PrefetchSection, Scenario, TiersSection, WorkloadSection
 from .warnings import warnings_of
 
@@ -94,6 +94,7 @@ def simulate(
     replicates: int = 0,
     progress: Progress | None = None,
     stream: Path | None = None,
+    engine: str = "lanes",
 ) -> Result:
     """Run a scenario; `baselines=False` leaves out the two runs that speedup and resident_ms need.
 
@@ -101,7 +102,8 @@ def simulate(
     same cache without prefetch. `replicates` more runs, with costs drawn from their uncertainty, give percentiles of
     makespan and tokens/s. `progress` is called with (what, done, total) layer visits. With a folder to
     `stream` to, the timeline and all else that grows with the run is kept in files there, a folder for each GPU, and
-    not in memory. Raises ValueError if the scenario cannot run.
+    not in memory. `engine` is one of `run.ENGINES`; baselines always go by lanes. Raises InputError if the scenario
+    cannot run, or not by that engine.
     """
     return simulate_inputs(
         load_inputs(scenario),
@@ -110,6 +112,7 @@ def simulate(
         replicates=replicates,
         progress=progress,
         stream=stream,
+        engine=engine,
     )
 
 
@@ -121,15 +124,17 @@ def simulate_inputs(
     replicates: int = 0,
     progress: Progress | None = None,
     stream: Path | None = None,
+    engine: str = "lanes",
 ) -> Result:
-    """Run what `load_inputs` loaded, as `simulate` does."""
+    """Run what `load_inputs` loaded, as `simulate` does, by one of `run.ENGINES`; baselines go by lanes."""
     if not 0 <= replicates <= MOST_REPLICATES:
         raise InputError(f"replicates = {replicates:,}: must be 0 to {MOST_REPLICATES:,}")
+    check_engine(inputs, engine)
     scenario, model = inputs.scenario, inputs.model
     costs = part_costs(inputs)
     began = time.perf_counter()
     ready = prepared(inputs, costs, stream)
-    recordings = run_all(inputs, ready, _watched(progress, "simulate", inputs.layer_visits))
+    recordings = run_all(inputs, ready, _watched(progress, "simulate", inputs.layer_visits), engine)
     wall_s = time.perf_counter() - began
     serving = serving_of(inputs)
     data = run_metrics(recordings, _shadow_misses(inputs, ready, stream), serving)
@@ -153,6 +158,7 @@ def simulate_inputs(
         data.update(offloading_metrics(recordings[0], costs[0], scenario, low_bytes))
     estimates = [own.estimates for own in costs] + ([inputs.links.estimates] if inputs.links is not None else [])
     data["estimates"] = dict(sorted((what, rule) for known in estimates for what, rule in known.items()))
+    data["engine"] = engine
     data["seed"] = scenario.seed
     data["predictor"] = asdict(inputs.predictor)
     data["capacity"] = described(inputs)

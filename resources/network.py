@@ -73,21 +73,21 @@ class Share:
     `changed` is called when that changes for a transfer in progress.
     """
 
-    __slots__ = ("_network", "_slot", "changed", "stretch")
+    __slots__ = ("_network", "changed", "slot", "stretch")
 
     def __init__(self, network: Network, slot: int) -> None:
         self._network = network
-        self._slot = slot
+        self.slot = slot
         self.stretch = 1.0
         self.changed: Callable[[], None] = _nobody
 
     def begin(self, transfer: Transfer | None, ns: int) -> None:
         """Take part with a transfer, if there is one, that would take `ns` by itself; `stretch` is then right."""
-        self._network._occupy(self._slot, None if transfer is None else (transfer, ns))
+        self._network._occupy(self.slot, None if transfer is None else (transfer, ns))
 
     def end(self) -> None:
         """Take no part any more."""
-        self._network._occupy(self._slot, None)
+        self._network._occupy(self.slot, None)
 
 
 class Network:
@@ -118,17 +118,20 @@ class Network:
         if stretches is None:
             if len(self._known) >= _KEPT:
                 self._known.clear()
-            stretches = self._known[key] = self._stretches()
+            stretches = self._known[key] = self.stretches(self._running)
         self._shares[slot].stretch = stretches[slot]
         for share, stretch in zip(self._shares, stretches, strict=True):
             if share.stretch != stretch:
                 share.stretch = stretch
                 share.changed()
 
-    def _stretches(self) -> list[float]:
-        """Return how many times as long each lane's transfer takes; 1 where there is none, or it moves nothing."""
-        stretches = [1.0] * len(self._running)
-        moving = [(slot, *running) for slot, running in enumerate(self._running) if running is not None]
+    def stretches(self, running: Sequence[tuple[Transfer, int] | None]) -> list[float]:
+        """Return how many times as long each lane's transfer takes; 1 where there is none, or it moves nothing.
+
+        `running` (lanes,) are the transfers and what each takes by itself, in ns.
+        """
+        stretches = [1.0] * len(running)
+        moving = [(slot, *one) for slot, one in enumerate(running) if one is not None]
         moving = [(slot, transfer, ns) for slot, transfer, ns in moving if transfer.size_bytes and ns]
         asked = [Fraction(transfer.size_bytes * 10**9, ns) for _, transfer, ns in moving]
         rates = max_min([transfer.route.links for _, transfer, _ in moving], self._capacities, asked)

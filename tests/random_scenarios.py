@@ -31,6 +31,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from prestage.dtypes import DTYPES
+from prestage.engine.inputs import Inputs
 from prestage.engine.loading import load_inputs
 from prestage.engine.policies.split import SPLITS
 from prestage.engine.scenario import Scenario, load_scenario, make_scenario, scenario_names
@@ -156,6 +157,20 @@ def play(seed: int, folder: Path, limit_s: int = 20) -> Outcome:
     except (Exception, TooLong):
         return Outcome("fault", f"{traceback.format_exc()}\n{json.dumps(data)}")
     return Outcome("ran")
+
+
+def accepted(seed: int, folder: Path) -> Inputs | None:
+    """Draw a scenario and take keys out until it is accepted; None if none of it is."""
+    rng, data = Random(seed + 2), draw(seed, folder)
+    while True:
+        try:
+            return load_inputs(make_scenario(data))
+        except InputError:
+            keys = _removable(data)
+            if not keys:
+                return None
+            section, key = rng.choice(keys)
+            del section[key]
 
 
 def _removable(data: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:

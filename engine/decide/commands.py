@@ -1,0 +1,100 @@
+"""Commands: what a host thread orders next, as rows of integers, without a clock and without a price.
+
+`visit_commands` and `program` write them; the SimPy engine, the compiled engine and the CUDA executor interpret them. A
+command names what it waits for by register: a number for something whose end matters later (a room in memory, the
+router's choice, a predictor's guesses). Registers are read and written in the order of the program, as a processor's
+are, so they can be used again, and nothing grows with the length of a run.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple
+
+
+class Op(IntEnum):
+    """What a command does. One that submits work to a lane sets the register that it names to the work's end."""
+
+    #: A layer visit begins; `extra` is 1 at the first of a forward pass: other work may have taken the stream before.
+    VISIT = 0
+    #: The next work waits for a register, too; the host makes `extra` calls for it.
+    WAIT = 1
+    #: As WAIT, for a room that is to be written anew: a copy into it that is still queued, unread, need not be made.
+    #: The register stands for nothing then, unless some of the room is left (`tokens` is 1).
+    RECLAIM = 2
+    #: The register stands for the last work, as well.
+    TOUCH = 3
+    #: The register stands for the later of what it stood for and the last work.
+    JOIN = 4
+    #: The register stands for the last kernel that serves the step.
+    OUTPUT = 5
+    #: Launch a group of kernels on the compute stream: `kind`, at `layer`, over `tokens`.
+    LAUNCH = 6
+    #: One expert over `tokens` tokens is part of the grouped kernel that is launched next.
+    MEMBER = 7
+    #: Copy an expert to the GPU on `lane`; by priority it is for visit `extra`. `tokens` is 1 if the GPU issues it.
+    COPY = 8
+    #: Copy the router's choice, or guesses, to the host.
+    READBACK = 9
+    #: The host waits for a register, and notices that it has come: a choice (`extra` is -1) or guesses (1), behind
+    #: which it goes on as behind a choice. `tokens`: whether it fetches something then.
+    NOTICE = 10
+    #: The choice of visit `extra` is known: what follows was decided by it. `tokens`: whether the visit fetches.
+    DECIDE = 11
+    #: The host waits for a register (a pageable copy).
+    HOLD = 12
+    #: Run the predictor on `lane`.
+    PREDICT = 13
+    #: A queued copy into this room is demanded now, by visit `extra`.
+    PROMOTE = 14
+    #: Send the activations of `tokens` tokens to the host.
+    TO_CPU = 15
+    #: Compute an expert over `tokens` tokens on the CPU.
+    CPU = 16
+    #: Bring the results of `tokens` tokens back to the GPU.
+    FROM_CPU = 17
+    #: Decompress an expert on a side stream.
+    UNPACK = 18
+    #: Read an expert from the drive into host memory.
+    READ = 19
+    #: The simulation's clock comes up to the host's; `extra` is 1 where several threads go on together.
+    CATCH_UP = 20
+    #: The host thread turns to this GPU; `extra` is 1 where that takes it time.
+    TURN = 21
+    #: The next kernel, of `kind`, waits for what comes from another GPU: a register, or, for step `extra`, what the
+    #: stage before sends.
+    RECEIVE = 22
+    #: Send what was waited for to the next stage: step `extra`.
+    SEND = 23
+    #: The host calls for an exchange of tokens between all GPUs.
+    CALL = 24
+    #: All GPUs exchange tokens (`kind`) once what was waited for has ended.
+    EXCHANGE = 25
+    #: Copy an expert from GPU `peer`, and what is evicted to it.
+    FETCH = 26
+    STORE = 27
+
+
+class Command(NamedTuple):
+    """One row, by name; -1 where a column means nothing. `peer` is another GPU; of kernels, the phase of their step."""
+
+    op: int
+    gpu: int
+    kind: int
+    lane: int
+    layer: int
+    tokens: int
+    expert: int
+    copy: int
+    register: int
+    peer: int
+    extra: int
+
+
+#: The lanes of a GPU that commands may name.
+H2D, PREFETCH_LANE, COMPUTE, SIDE, HOST = range(5)
+
+#: Registers that every GPU has, from the first of its own on (`first_register`): the router's choice, the last kernel
+#: that serves the step, the predictor's guesses, the CPU's results, what is decompressed for one use, and the tokens
+#: that come from other GPUs. After those of all GPUs comes one for the last choice of all, then rooms.
+CHOICE, OUTPUT, GUESSES, RESULTS, UNPACKED, TOKENS, FIXED_REGISTERS = range(7)

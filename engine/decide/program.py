@@ -1,0 +1,302 @@
+"""The program of a run: its commands, portion by portion, each decided when the one before has been ordered.
+
+A portion ends where the next decision is made: when the router's choice has come to the host and been noticed. There is
+one program for each host thread: of a GPU (perhaps a stage of a pipeline), or of all GPUs that go through every layer
+together, since they share its experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...resources.timeline import ACTIVATION, COMBINE, DENSE, DISPATCH, EXPERT, HEAD
+from ...workloads.batches import Step
+from ..dispatch import Visit
+from ..placed import PlacedVisit
+from .commands import CHOICE, COMPUTE, FIXED_REGISTERS, OUTPUT, RESULTS, TOKENS, Op
+from .tables import Loans, Registers, Rooms, visit_tables
+from .visit_commands import (
+    COLUMNS,
+    FIRST_REGISTER,
+    GPU,
+    LENDS,
+    READS_BACK,
+    add,
+    order_dense,
+    order_readback,
+    order_visit,
+)
+
+Array = npt.NDArray[Any]
+#: The portions of each step.
+Program = Iterator[Iterator[Array]]
+
+#: Rows that any visit needs besides those of its accesses, copies and rooms, and the most for each of these.
+_SOME_ROWS, _ROWS_EACH = 64, 8
+_COLUMNS = ("kind", "lane", "layer", "tokens", "expert", "copy", "register", "peer", "extra")
+
+
+class Rows:
+    """A buffer of commands, used again for every portion."""
+
+    def __init__(self) -> None:
+        self._rows = np.zeros((4096, COLUMNS), dtype=np.int64)
+
+    def room_for(self, more: int) -> Array:
+        """Return the buffer with room for so many more commands."""
+        needed = int(self._rows[0, 0]) + more + 1
+        if needed > len(self._rows):
+            grown = np.zeros((2 * needed, COLUMNS), dtype=np.int64)
+            grown[: len(self._rows)] = self._rows
+            self._rows = grown
+        return self._rows
+
+    def add(self, op: Op, gpu: int, **columns: int) -> None:
+        """Add a command by the names of its columns; what is left out is -1."""
+        add(self.room_for(1), int(op), gpu, *(columns.get(name, -1) for name in _COLUMNS))
+
+    def portion(self) -> Array:
+        """Return the commands since the last portion (commands, columns); they are valid until the next is begun."""
+        count = int(self._rows[0, 0])
+        self._rows[0, 0] = 0
+        return self._rows[1 : count + 1]
+
+
+@dataclass(eq=False)
+class Gpu:
+    """What the commands of one GPU are made of: the settings of a run, and its rooms."""
+
+    settings: Array
+    rooms: Rooms
+    registers: Registers
+    known: Array = field(default_factory=lambda: np.zeros(1024, dtype=np.int64))
+    results: bool = False  # whether the next kernel but an expert waits for the CPU's
+
+    def __post_init__(self) -> None:
+        self.number = int(self.settings[GPU])
+        self.reads_back = bool(self.settings[READS_BACK])
+
+    def register(self, name: int) -> int:
+        """Return the number of a register that every GPU has."""
+        return int(self.settings[FIRST_REGISTER]) + name
+
+    def dense(self, rows: Rows, layer: int, tokens: int, phase: int) -> None:
+        """Order a layer's dense part."""
+        order_dense(self.settings, layer, tokens, phase, self.results, rows.room_for(_SOME_ROWS))
+        self.results = False
+
+    def read_back(self, rows: Rows, layer: int, tokens: int) -> None:
+        """Order the copy of the choice to the host."""
+        order_readback(self.settings, layer, tokens, rows.room_for(_SOME_ROWS))
+
+    def serve(self, rows: Rows, visit: Visit, phase: int, loans: Loans | None = None) -> None:
+        """Order all that a visit in a step of a phase comes to, now that it is decided."""
+        tables = visit_tables(visit, phase, self.rooms, *([] if loans is None else [loans]))
+        if self.registers.count > len(self.known):
+            self.known = np.concatenate([self.known, np.zeros(self.registers.count, dtype=np.int64)])
+        parts = len(tables.served) + 2 * len(tables.copies) + len(tables.taken) + len(tables.resolved)
+        self.results = order_visit(
+            self.settings, self.known, tables.visit, tables.served, tables.copies, tables.taken, tables.resolved,
+            rows.room_for(_SOME_ROWS + _ROWS_EACH * parts),
+        )  # fmt: skip
+
+    def decide(self, rows: Rows, visit: Visit) -> None:
+        """Order what the host does between the choice and what is decided by it."""
+        fetches = int(bool(visit.waves[0].admitted))
+        rows.add(Op.DECIDE, self.number, layer=visit.layer, tokens=fetches, extra=visit.number)
+
+    def head(self, rows: Rows, tokens: int) -> None:
+        """Order the head over `tokens` positions."""
+        if self.results:
+            rows.add(Op.WAIT, self.number, register=self.register(RESULTS), extra=1)
+            self.results = False
+        rows.add(Op.LAUNCH, self.number, kind=HEAD, lane=COMPUTE, tokens=tokens)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One GPU of a pipeline, or the only one: its visits as they are decided, and what it is to do with its steps.
+
+    `receives` (steps,) is the step whose data from the stage before each one waits for (-1: none);
+    `sends` (steps,) the bytes that go to the next stage. `decided` is told each visit as it is decided.
+    """
+
+    gpu: Gpu
+    visits: Iterator[Visit]
+    layers: int
+    steps: Sequence[Step]
+    decided: Callable[[Visit], None]
+    has_head: bool = True
+    receives: Sequence[int] | None = None
+    sends: Sequence[int] | None = None
+
+    def step(self, rows: Rows, step: int) -> Iterator[Array]:
+        """Yield the portions of one step."""
+        gpu, phase, tokens = self.gpu, self.steps[step].phase, len(self.steps[step].rows)
+        for layer in range(self.layers):
+            rows.add(Op.VISIT, gpu.number, extra=int(layer == 0))
+            if self.receives is not None and layer == 0 and self.receives[step] >= 0:
+                rows.add(Op.RECEIVE, gpu.number, kind=DENSE, extra=self.receives[step])
+            gpu.dense(rows, layer, tokens, phase)
+            if gpu.reads_back:
+                gpu.read_back(rows, layer, tokens)
+                rows.add(Op.NOTICE, gpu.number, register=gpu.register(CHOICE))
+            rows.add(Op.CATCH_UP, gpu.number)
+            yield rows.portion()
+            visit = next(self.visits)
+            self.decided(visit)
+            gpu.decide(rows, visit)
+            gpu.serve(rows, visit, phase)
+        rows.add(Op.CATCH_UP, gpu.number)
+        if self.has_head:
+            gpu.head(rows, self.steps[step].sampled)
+        if self.sends is not None and self.sends[step]:
+            rows.add(Op.OUTPUT, gpu.number, register=gpu.register(OUTPUT))
+            rows.add(Op.WAIT, gpu.number, register=gpu.register(OUTPUT), extra=1)
+            rows.add(Op.SEND, gpu.number, kind=ACTIVATION, extra=step)
+        yield rows.portion()
+
+
+def stages_program(stages: Sequence[Stage]) -> Program:
+    """Yield the program of a thread that takes every step through some stages, one after the other."""
+    rows = Rows()
+    for step in range(len(stages[0].steps)):
+        yield _through(stages, rows, step)
+
+
+def _through(stages: Sequence[Stage], rows: Rows, step: int) -> Iterator[Array]:
+    for stage in stages:
+        rows.add(Op.TURN, stage.gpu.number, extra=1)
+        yield from stage.step(rows, step)
+
+
+class SharedLayers:
+    """The program of GPUs that share the experts of every layer: they meet at every choice, and exchange tokens.
+
+    `one_thread` dispatches to all of them, in turns. `moves` says whether a visit's traffic is an exchange at all.
+    """
+
+    def __init__(
+        self, gpus: Sequence[Gpu], visits: Iterator[PlacedVisit], layers: int, one_thread: bool,
+        moves: Callable[[Array], bool], decided: Callable[[PlacedVisit], None],
+    ) -> None:  # fmt: skip
+        self._gpus, self._visits, self._layers, self._one = gpus, visits, layers, one_thread
+        self._moves, self._decided = moves, decided
+        self._rows = Rows()
+        self._choices = len(gpus) * FIXED_REGISTERS  # the register of the last choice of all
+        self._shelves: dict[tuple[int, int], int] = {}  # registers of spare memory, by GPU and number
+        self._left: list[int] = []  # registers that nobody needs once a visit is ordered
+        self._back = False  # whether tokens come back from other GPUs before the next kernels
+
+    def program(self, steps: Sequence[Step], homes: Sequence[Array]) -> Program:
+        """Yield the program; `homes` (steps,) are the GPUs of each step's tokens."""
+        for step, home in zip(steps, homes, strict=True):
+            yield self._step(step, np.bincount(home, minlength=len(self._gpus)).tolist())
+
+    def _step(self, step: Step, tokens: list[int]) -> Iterator[Array]:
+        rows, gpus, phase = self._rows, self._gpus, step.phase
+        for layer in range(self._layers):
+            self._dense(layer, tokens, phase)
+            self._choose(layer, tokens)
+            rows.add(Op.CATCH_UP, 0, extra=1)
+            yield rows.portion()
+            visit = next(self._visits)
+            self._decided(visit)
+            moves = visit.traffic is not None and self._moves(visit.traffic)
+            self._send(visit, moves, tokens)
+            self._serve(visit, phase)
+            if moves:
+                served = [gpu for gpu, own in zip(gpus, visit.visits, strict=True) if own.accesses.experts]
+                self._exchange(COMBINE, [gpu.register(OUTPUT) for gpu in served])
+            self._back = moves
+        for gpu, count in zip(self._turns(), tokens, strict=True):
+            if count:
+                self._receive(gpu, HEAD)
+                gpu.head(rows, min(count, step.sampled))
+        self._back = False
+        yield rows.portion()
+
+    def _turns(self) -> Iterator[Gpu]:
+        """Yield the GPUs, each with its thread at it."""
+        for gpu in self._gpus:
+            if self._one:
+                self._rows.add(Op.TURN, gpu.number, extra=0)
+            yield gpu
+
+    def _receive(self, gpu: Gpu, kind: int) -> None:
+        if self._back:
+            self._rows.add(Op.RECEIVE, gpu.number, kind=kind, register=gpu.register(TOKENS))
+
+    def _dense(self, layer: int, tokens: list[int], phase: int) -> None:
+        """Order the dense part of each GPU's tokens."""
+        for gpu, count in zip(self._turns(), tokens, strict=True):
+            self._rows.add(Op.VISIT, gpu.number, extra=0)
+            if count:
+                self._receive(gpu, DENSE)
+                gpu.dense(self._rows, layer, count, phase)
+
+    def _choose(self, layer: int, tokens: list[int]) -> None:
+        """Bring every GPU's choice to the host, and let every thread notice when the last one is known."""
+        first = True
+        for gpu, count in zip(self._turns(), tokens, strict=True):
+            if count:
+                gpu.read_back(self._rows, layer, count)
+                op = Op.TOUCH if first else Op.JOIN
+                self._rows.add(op, gpu.number, register=self._choices)
+                first = False
+        for gpu in self._turns():
+            self._rows.add(Op.NOTICE, gpu.number, register=self._choices)
+
+    def _send(self, visit: PlacedVisit, moves: bool, tokens: list[int]) -> None:
+        """Note what was decided, and let tokens go to the GPUs that have their experts."""
+        for gpu, own in zip(self._turns(), visit.visits, strict=True):
+            gpu.decide(self._rows, own)
+        if not moves:
+            return
+        homes = [gpu for gpu, count in zip(self._gpus, tokens, strict=True) if count]
+        self._exchange(DISPATCH, [gpu.register(OUTPUT) for gpu in homes])
+        for gpu, own in zip(self._turns(), visit.visits, strict=True):
+            if own.accesses.experts:
+                self._rows.add(Op.RECEIVE, gpu.number, kind=EXPERT, register=gpu.register(TOKENS))
+
+    def _exchange(self, kind: int, after: Sequence[int]) -> None:
+        """Order an exchange of tokens once some registers' work has ended."""
+        for gpu in self._turns():
+            self._rows.add(Op.CALL, gpu.number)
+        for register in after:
+            self._rows.add(Op.WAIT, 0, register=register, extra=0)
+        self._rows.add(Op.EXCHANGE, 0, kind=kind)
+
+    def _serve(self, visit: PlacedVisit, phase: int) -> None:
+        for gpu, own in zip(self._turns(), visit.visits, strict=True):
+            loans = self._loans(visit, gpu.number) if gpu.settings[LENDS] else None
+            gpu.serve(self._rows, own, phase, loans)
+            for register in self._left:
+                gpu.registers.give(register)
+            self._left.clear()
+            if own.accesses.experts:
+                self._rows.add(Op.OUTPUT, gpu.number, register=gpu.register(OUTPUT))
+
+    def _loans(self, visit: PlacedVisit, gpu: int) -> Loans:
+        """Return what a GPU's copies have to do with other GPUs' memory, by register."""
+        stores: dict[int, tuple[int, int, int, int]] = {}
+        registers = self._gpus[gpu].registers
+        for copy, store in visit.stores[gpu].items():
+            shelf = self._shelves[store.gpu, store.number] = registers.take()
+            former = self._shelves.pop((store.gpu, store.former), -1)
+            self._left += [former] if former >= 0 else []
+            stores[copy] = (store.gpu, store.expert, shelf, former)
+        sources: dict[int, tuple[int, int, int]] = {}
+        for copy, (other, number) in visit.sources[gpu].items():
+            shelf = self._shelves.get((other, number), -1)
+            if shelf >= 0:
+                sources[copy] = (other, shelf, -1)
+            else:
+                room = self._gpus[other].rooms.of(number)
+                sources[copy] = (other, room.landed, room.lent)
+        return Loans(sources, stores)

@@ -1,0 +1,153 @@
+"""Visits as tables of integers: what Python's memory manager decided, in the form that `visit_commands` takes.
+
+Rooms get registers here: a copy has one from its admission until the last of its room is given to another. They are
+used again, so there are never more than experts have room, and some.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ..dispatch import Visit
+from ..memory_manager import Admission
+from .visit_commands import COPIED_COLUMNS, RESOLVED_COLUMNS, SERVED_COLUMNS, TAKEN_COLUMNS
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Tables:
+    """One visit: its header, and the rows of what it serves, copies, takes and resolves (see `visit_commands`)."""
+
+    visit: Array
+    served: Array
+    copies: Array
+    taken: Array
+    resolved: Array
+
+
+class Registers:
+    """The registers of a run: a few that every GPU has, then one for each room, by copy."""
+
+    def __init__(self, fixed: int) -> None:
+        """Keep the first `fixed` for other things than rooms."""
+        self.count = fixed
+        self._free: list[int] = []
+
+    def take(self) -> int:
+        """Return one that stands for nothing that anybody will ask for."""
+        if self._free:
+            return self._free.pop()
+        self.count += 1
+        return self.count - 1
+
+    def give(self, register: int) -> None:
+        """Let it be taken again."""
+        self._free.append(register)
+
+
+class Room(NamedTuple):
+    """The registers of a room: of its last reader, and, where GPUs lend each other experts, of its bytes and copies."""
+
+    register: int
+    landed: int = -1
+    lent: int = -1
+
+
+class Rooms:
+    """The rooms of one GPU, by copy; `preloaded` are the copies that nobody has to order."""
+
+    def __init__(self, registers: Registers, preloaded: Iterable[int] = (), *, lends: bool = False) -> None:
+        self._registers, self._lends = registers, lends
+        self._of: dict[int, Room] = {}
+        for copy in preloaded:
+            self.admit(copy)
+
+    def of(self, copy: int) -> Room:
+        """Return the room of a copy."""
+        return self._of[copy]
+
+    def admit(self, copy: int) -> Room:
+        """Return the room of a new copy."""
+        take = self._registers.take
+        room = self._of[copy] = Room(take(), take(), take()) if self._lends else Room(take())
+        return room
+
+    def leave(self, copy: int) -> None:
+        """Let the registers of a copy's room be taken again."""
+        for register in self._of.pop(copy):
+            if register >= 0:
+                self._registers.give(register)
+
+
+@dataclass(frozen=True)
+class Loans:
+    """What one GPU's copies of a visit have to do with other GPUs' memory.
+
+    `sources`: by copy that comes from another GPU, which one, and the registers of the bytes there and of who has read
+    them (see `visit_commands`); `stores`: by evicted copy that another GPU keeps, which one, the expert, the register
+    of where it lies, and of what lay there before (-1: nothing).
+    """
+
+    sources: Mapping[int, tuple[int, int, int]] = field(default_factory=dict)
+    stores: Mapping[int, tuple[int, int, int, int]] = field(default_factory=dict)
+
+
+_NO_LOANS = Loans()
+_HERE, _STAYS = (-1, -1, -1), (-1, -1, -1, -1)
+
+
+class _Copies:
+    """The table of a visit's copies, and that of the rooms that they take, as they are filled."""
+
+    def __init__(self, rooms: Rooms, loans: Loans) -> None:
+        self._rooms, self._loans = rooms, loans
+        self.copies: list[tuple[int, ...]] = []
+        self.taken: list[tuple[int, ...]] = []
+
+    def add(self, admission: Admission, wave: int, target: int) -> int:
+        """Add a copy, and return the register of its room."""
+        first, rooms, loans = len(self.taken), self._rooms, self._loans
+        for copy in admission.former:
+            room = rooms.of(copy)
+            left = int(copy == admission.partly)
+            self.taken.append((room.register, left, room.landed, room.lent, *loans.stores.get(copy, _STAYS)))
+            if not left:
+                rooms.leave(copy)
+        room = rooms.admit(admission.copy)
+        source = loans.sources.get(admission.copy, _HERE)
+        self.copies.append((
+            admission.expert, admission.copy, room.register, wave, target, first, len(self.taken), *source, room.landed,
+        ))  # fmt: skip
+        return room.register
+
+
+def visit_tables(visit: Visit, phase: int, rooms: Rooms, loans: Loans = _NO_LOANS) -> Tables:
+    """Return a visit in a step of a phase as tables; visits must come in the order in which they are dispatched."""
+    copies = _Copies(rooms, loans)
+    served_by: dict[int, tuple[int, int, int, int]] = {}
+    for number, wave in enumerate(visit.waves):
+        for expert, copy in wave.found.items():
+            served_by[expert] = (copy, rooms.of(copy).register, number, 0)
+        for admission in wave.admitted:
+            served_by[admission.expert] = (admission.copy, copies.add(admission, number, visit.number), number, 1)
+    for admission, target in visit.prefetches:
+        copies.add(admission, -1, target)
+    experts = zip(visit.accesses.experts, visit.accesses.tokens, strict=True)
+    resolved = [(access.expert, access.way, access.tokens) for access in visit.resolution.accesses]
+    return Tables(
+        np.array([visit.number, visit.layer, len(visit.waves), visit.resolution.cpu_tokens, phase], dtype=np.int64),
+        _table([(expert, tokens, *served_by[expert]) for expert, tokens in experts], SERVED_COLUMNS),
+        _table(copies.copies, COPIED_COLUMNS),
+        _table(copies.taken, TAKEN_COLUMNS),
+        _table(resolved, RESOLVED_COLUMNS),
+    )
+
+
+def _table(rows: Sequence[tuple[int, ...]], columns: int) -> Array:
+    return np.array(rows, dtype=np.int64).reshape(-1, columns)

@@ -1,0 +1,1 @@
+"""Where time passes: the commands of a run, interpreted by SimPy processes."""

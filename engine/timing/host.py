@@ -1,0 +1,449 @@
+"""The host thread as a SimPy process: it carries out commands, each of which takes its time.
+
+Its clock may run ahead of SimPy's: the calls between two decisions are handed to the lanes at once, each stamped with
+the instant at which it is issued. The clocks meet before every decision.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy.typing as npt
+import simpy
+
+from ...resources.timeline import ACTIVATION, CPU_EXPERT, DECOMPRESS, EXPERT, LAUNCH, PEER, PREDICT, PREFETCH
+from ..costs import KernelCost
+from ..decide.commands import COMPUTE, FIXED_REGISTERS, H2D, SIDE, TOKENS, Command, Op
+from ..gpu import pack_access, pack_arrival, pack_visit
+from ..links import PeerCosts
+from .lanes import HOSTS, Instant, Lane, QueueLane, Story, Work, until_ended
+from .machine import GpuLanes
+
+
+class Arrivals:
+    """When what one stage sends for each step is at another, so much later than its copy ends."""
+
+    def __init__(self, env: simpy.Environment, lag_ns: int) -> None:
+        self._env, self._lag_ns = env, lag_ns
+        self._of: dict[int, Work] = {}
+
+    def of(self, step: int) -> Work:
+        """Return work that ends when it is there."""
+        if step not in self._of:
+            self._of[step] = Work(self._env.event(), 0, 0, 0, (), ACTIVATION, -1)
+        return self._of[step]
+
+    def follow(self, step: int, sent: Work) -> Story:
+        """Let it be there when a copy has ended: known at that end, though it takes the lag."""
+        yield from until_ended([sent])
+        arrival = self.of(step)
+        arrival.end_ns = (sent.end_ns or 0) + self._lag_ns
+        arrival.done.succeed()
+
+
+@dataclass(frozen=True)
+class Sending:
+    """What goes from one stage to the next: its lane, costs, the bytes of each step, and where it arrives."""
+
+    lane: Lane
+    costs: PeerCosts
+    size_bytes: Sequence[int]
+    arrivals: Arrivals
+
+
+@dataclass(frozen=True)
+class Exchanges:
+    """What GPUs that share layers have in common: what an exchange takes, the way between any two, and their lanes.
+
+    `ns` is asked of the traffic of the visit that was decided last.
+    """
+
+    lanes: Mapping[int, Lane]
+    ns: Callable[[], int]
+    peer: Callable[[int, int], PeerCosts]
+    lane_from: Callable[[int, int], Lane]
+    size_bytes: Sequence[int]
+
+
+@dataclass(eq=False)
+class GpuState:
+    """One GPU as the host thread that dispatches to it sees it: its lanes, and its place in the program.
+
+    `now_ns` is the thread's clock while it is at this GPU.
+    """
+
+    lanes: GpuLanes
+    queue_depth: int
+    watches_queue: bool
+    now_ns: int = 0
+    busy_since_ns: int = 0
+    visit: int = -1
+    last: Work | None = None  # the last work submitted, and the last kernel that serves the step
+    last_kernel: Work | None = None
+    after: list[Work] = field(default_factory=list)  # what the next work waits for, and by how many calls
+    calls: int = 0
+    kernel_after: list[Work] = field(default_factory=list)  # what the next kernel waits for besides
+    members: list[int] = field(default_factory=list)  # the tokens of the experts of a grouped kernel
+    launched: deque[tuple[Work, int]] = field(default_factory=deque)
+    launched_count: int = 0
+    interrupted_ns: int = 0  # when other work last took the compute stream, and how long it holds up the next kernel
+    held_ns: int = 0
+    assigned: tuple[int, int] = (0, 0)  # the bytes assigned of the budget, as the visit was decided
+    sends: Sending | None = None
+    receives: Arrivals | None = None
+    promised: deque[tuple[int, int, Work]] = field(default_factory=deque)  # arrivals that are not known yet
+    accesses: Any = field(default_factory=bytearray)
+    decided: Any = field(default_factory=bytearray)
+    arrived: Any = field(default_factory=bytearray)
+
+    def end_busy(self) -> None:
+        """Record the host thread's work since it last began as one span."""
+        if self.now_ns > self.busy_since_ns:
+            lanes, since_ns = self.lanes, self.busy_since_ns
+            lanes.timeline.record(since_ns, self.now_ns, since_ns, -1, self.visit, -1, lanes.host, LAUNCH)
+            self.busy_since_ns = self.now_ns
+
+    def record_arrivals(self) -> None:
+        """Record promised arrivals up to the first that is still to come."""
+        while self.promised and (arrived_ns := self.promised[0][2].end_ns) is not None:
+            visit, kind, _ = self.promised.popleft()
+            self.arrived += pack_arrival(visit, kind, arrived_ns)
+
+
+class Thread:
+    """A host thread that dispatches to some GPUs; `registers` are what commands name, for all threads of a run."""
+
+    def __init__(
+        self,
+        env: simpy.Environment,
+        instant: Instant,
+        gpus: dict[int, GpuState],
+        registers: dict[int, tuple[Work, ...]],
+        exchanges: Exchanges | None = None,
+    ) -> None:
+        self._exchanges = exchanges
+        self._env, self._instant, self._gpus, self._registers = env, instant, gpus, registers
+        self._number = min(gpus)
+        self._at: GpuState | None = None
+
+    def run(self, program: Iterable[Iterator[npt.NDArray[Any]]], ended: Callable[[], None]) -> Story:
+        """Carry out a program, step by step, portion by portion; `ended` is called at the end of each step."""
+        carry_out, gpus = _CARRY_OUT, self._gpus
+        for step in program:
+            for portion in step:
+                for row in portion.tolist():
+                    command = Command._make(row)
+                    todo = carry_out[command.op](self, gpus[command.gpu], command)
+                    if todo is not None:
+                        yield from todo
+            ended()
+        for gpu in gpus.values():
+            gpu.end_busy()
+
+    # The clock.
+
+    def _catch_up(self, gpu: GpuState, command: Command) -> Story:
+        """Let SimPy's clock come up to the host's."""
+        now_ns = min(gpu.now_ns for gpu in self._gpus.values()) if command.extra == 1 else gpu.now_ns
+        if now_ns > self._env.now:
+            yield self._env.timeout(now_ns - self._env.now)
+        yield self._instant.turn(HOSTS, self._number)
+
+    def _turn(self, gpu: GpuState, command: Command) -> None:
+        """Let a thread that has worked elsewhere go on at this GPU."""
+        at = self._at
+        if at is not None and at is not gpu:
+            at.end_busy()
+            gpu.now_ns = gpu.busy_since_ns = at.now_ns
+            gpu.now_ns += command.extra * gpu.lanes.costs.turn_ns
+        self._at = gpu
+
+    def _wait_for(self, gpu: GpuState, works: Iterable[Work]) -> Story:
+        for work in works:
+            if work.end_ns is None:
+                yield work.done
+                yield self._instant.turn(HOSTS, self._number)
+            gpu.now_ns = max(gpu.now_ns, work.end_ns or 0)
+
+    def _place_in_queue(self, gpu: GpuState, launches: int) -> Story:
+        """Block while the launch queue has no place for `launches` more, as the CUDA driver does."""
+        while gpu.launched and gpu.launched_count + launches > gpu.queue_depth:
+            work, count = gpu.launched.popleft()
+            gpu.launched_count -= count
+            yield from self._wait_for(gpu, [work])
+
+    # Registers.
+
+    def _wait(self, gpu: GpuState, command: Command) -> None:
+        gpu.after += self._registers.get(command.register, ())
+        gpu.calls += command.extra
+
+    def _reclaim(self, gpu: GpuState, command: Command) -> None:
+        waits = self._registers.get(command.register, ())
+        queue = gpu.lanes.copies[H2D]
+        if isinstance(queue, QueueLane) and len(waits) == 1:
+            waits = queue.give_up(waits[0])
+        self._registers[command.register] = waits if command.tokens else ()
+        gpu.after += waits
+        gpu.calls += command.extra
+
+    def _touch(self, gpu: GpuState, command: Command) -> None:
+        assert gpu.last is not None
+        self._registers[command.register] = (gpu.last,)
+
+    def _join(self, gpu: GpuState, command: Command) -> None:
+        assert gpu.last is not None
+        self._registers[command.register] = (*self._registers.get(command.register, ()), gpu.last)
+
+    def _output(self, gpu: GpuState, command: Command) -> None:
+        assert gpu.last_kernel is not None
+        self._registers[command.register] = (gpu.last_kernel,)
+
+    # Work.
+
+    def _submit(
+        self, gpu: GpuState, lane: Lane, kind: int, ns: tuple[int, int], issued_ns: int, command: Command, **more: Any
+    ) -> Work:
+        """Submit work of `ns`, behind other work and on an idle lane, behind what was waited for."""
+        work = Work(
+            self._env.event(), *ns, issued_ns, tuple(gpu.after), kind, gpu.visit, command.expert, command.copy, **more
+        )
+        gpu.after.clear()
+        gpu.last = work
+        if command.register >= 0:
+            self._registers[command.register] = (work,)
+        lane.submit(work)
+        return work
+
+    def _pay_waits(self, gpu: GpuState) -> None:
+        gpu.now_ns += gpu.calls * gpu.lanes.costs.wait_ns
+        gpu.calls = 0
+
+    def _visit(self, gpu: GpuState, command: Command) -> None:
+        """Begin a visit; at the first of a forward pass, what other work has taken holds up the first kernel."""
+        gpu.visit += 1
+        other = gpu.lanes.costs.interruptions
+        if other is not None and command.extra:
+            due = (gpu.now_ns - gpu.interrupted_ns) // other.every_ns
+            gpu.interrupted_ns += due * other.every_ns
+            gpu.held_ns = due * other.ns
+
+    def _launch(self, gpu: GpuState, command: Command) -> Story:
+        cost = self._kernel_cost(gpu, command)
+        if gpu.watches_queue:
+            yield from self._place_in_queue(gpu, cost.launches)
+        self._pay_waits(gpu)
+        work = self._launch_kernel(gpu, cost, command.kind, command)
+        if command.kind != DECOMPRESS:
+            gpu.last_kernel = work
+        if command.kind == EXPERT and command.copy >= 0 and command.tokens >= 0:
+            gpu.accesses += pack_access(gpu.visit, command.copy, command.tokens)
+
+    def _launch_kernel(self, gpu: GpuState, cost: KernelCost, kind: int, command: Command) -> Work:
+        issued_ns = gpu.now_ns + cost.issue_ns
+        gpu.now_ns += cost.host_ns
+        gpu.after += gpu.kernel_after
+        gpu.kernel_after.clear()
+        ns = (cost.ns, cost.ns)
+        work = self._submit(gpu, gpu.lanes.compute, kind, ns, issued_ns, command, slowdown=cost.slowdown)
+        if gpu.watches_queue:
+            gpu.launched.append((work, cost.launches))
+            gpu.launched_count += cost.launches
+        return work
+
+    def _kernel_cost(self, gpu: GpuState, command: Command) -> KernelCost:
+        cost = gpu.lanes.kernel(command, gpu.members)
+        gpu.members = []
+        if gpu.held_ns:
+            cost, gpu.held_ns = replace(cost, ns=cost.ns + gpu.held_ns), 0
+        return cost
+
+    def _member(self, gpu: GpuState, command: Command) -> None:
+        gpu.members.append(command.tokens)
+        gpu.accesses += pack_access(gpu.visit, command.copy, command.tokens)
+
+    def _copy(self, gpu: GpuState, command: Command) -> None:
+        lanes = gpu.lanes
+        cost, lane = lanes.copy_cost(command.expert), lanes.copies[command.lane]
+        if command.tokens != 1:
+            gpu.now_ns += cost.host_ns
+        self._pay_waits(gpu)
+        issued_ns = gpu.now_ns + lanes.costs.copy_latency_ns
+        more: dict[str, Any] = {"slowdown": lanes.copy_slowdown, "transfer": lanes.transfer(command.expert)}
+        ns = (cost.queued_ns, cost.alone_ns)
+        if isinstance(lane, QueueLane):
+            ns = (cost.piece_queued_ns, cost.piece_alone_ns)
+            more |= {"rank": (int(command.kind == PREFETCH), command.extra), "pieces": cost.pieces}
+        self._submit(gpu, lane, command.kind, ns, issued_ns, command, **more)
+
+    def _promote(self, gpu: GpuState, command: Command) -> None:
+        queue = gpu.lanes.copies[H2D]
+        assert isinstance(queue, QueueLane)
+        for work in self._registers.get(command.register, ()):
+            queue.promote(work, (0, command.extra))
+
+    def _hold(self, gpu: GpuState, command: Command) -> Story:
+        yield from self._wait_for(gpu, self._registers[command.register])
+
+    def _read_back(self, gpu: GpuState, command: Command) -> None:
+        costs = gpu.lanes.costs
+        gpu.now_ns += costs.readback_enqueue_ns
+        gpu.end_busy()
+        issued_ns, ns = gpu.now_ns + costs.readback_latency_ns, (costs.readback_ns, costs.readback_ns)
+        self._submit(gpu, gpu.lanes.d2h, command.kind, ns, issued_ns, command, slowdown=costs.readback_slowdown)
+
+    def _notice(self, gpu: GpuState, command: Command) -> Story:
+        """Go on once the router's choice, or guesses, have been noticed."""
+        yield from self._wait_for(gpu, self._registers[command.register])
+        costs = gpu.lanes.costs
+        beside = gpu.lanes.d2h.disturbed
+        gpu.now_ns += costs.synchronize_beside_copy_ns if beside else costs.synchronize_ns
+        gpu.busy_since_ns = gpu.now_ns
+        if command.extra == 1:
+            gpu.now_ns += costs.copy_resume_ns if command.tokens else costs.resume_ns
+            return
+        gpu.launched.clear()
+        gpu.launched_count = 0
+
+    def _decide(self, gpu: GpuState, command: Command) -> None:
+        gpu.decided += pack_visit(gpu.now_ns, *gpu.assigned)
+        if gpu.lanes.reads_back:
+            costs = gpu.lanes.costs
+            gpu.now_ns += costs.copy_resume_ns if command.tokens else costs.resume_ns
+
+    def _predict(self, gpu: GpuState, command: Command) -> Story:
+        lanes, cost = gpu.lanes, gpu.lanes.costs.predict
+        ns = cost.ns
+        if command.lane == COMPUTE:
+            if gpu.watches_queue:
+                yield from self._place_in_queue(gpu, cost.launches)
+            self._launch_kernel(gpu, cost, PREDICT, command)
+        elif command.lane == SIDE:
+            self._pay_waits(gpu)
+            issued_ns = gpu.now_ns + cost.issue_ns
+            gpu.now_ns += cost.host_ns
+            self._submit(gpu, lanes.side, PREDICT, (ns, ns), issued_ns, command)
+        else:
+            gpu.end_busy()
+            start_ns = gpu.now_ns
+            gpu.now_ns = gpu.busy_since_ns = start_ns + ns
+            lanes.timeline.record(start_ns, gpu.now_ns, start_ns, -1, gpu.visit, -1, lanes.host, PREDICT)
+
+    # What needs no copy, or comes in fewer bytes.
+
+    def _to_cpu(self, gpu: GpuState, command: Command) -> None:
+        lanes = gpu.lanes
+        gpu.now_ns += lanes.costs.enqueue_ns + lanes.costs.records_ns
+        ns = lanes.cpu_costs.activations_ns(command.tokens)
+        self._submit(gpu, lanes.d2h, ACTIVATION, (ns, ns), gpu.now_ns, command)
+
+    def _cpu(self, gpu: GpuState, command: Command) -> None:
+        lanes = gpu.lanes
+        cost = lanes.cpu_costs.expert(command.layer, command.tokens)
+        ns = (cost.ns, cost.ns)
+        self._submit(gpu, lanes.cpu, CPU_EXPERT, ns, gpu.now_ns, command, slowdown=cost.slowdown)
+
+    def _from_cpu(self, gpu: GpuState, command: Command) -> None:
+        lanes = gpu.lanes
+        ns = lanes.cpu_costs.results_ns(command.tokens)
+        self._submit(gpu, lanes.back, ACTIVATION, (ns, ns), gpu.now_ns, command, slowdown=lanes.copy_slowdown)
+
+    def _unpack(self, gpu: GpuState, command: Command) -> None:
+        """Decompress an expert on a side stream."""
+        cost = gpu.lanes.decompress(command.expert)
+        self._pay_waits(gpu)
+        gpu.now_ns += cost.host_ns
+        self._submit(gpu, gpu.lanes.unpacking, DECOMPRESS, (cost.ns, cost.ns), gpu.now_ns, command)
+
+    # Several GPUs.
+
+    def _receive(self, gpu: GpuState, command: Command) -> None:
+        """Make the compute stream wait for what another GPU sends; its next kernel, of this kind, is behind it."""
+        if command.register >= 0:
+            arrivals = self._registers[command.register]
+        else:
+            assert gpu.receives is not None
+            arrivals = (gpu.receives.of(command.extra),)
+        gpu.calls += 1
+        gpu.kernel_after += arrivals
+        gpu.promised.extend((gpu.visit, command.kind, arrival) for arrival in arrivals)
+        gpu.record_arrivals()
+
+    def _send(self, gpu: GpuState, command: Command) -> None:
+        """Enqueue the copy of what was waited for to the next stage."""
+        way = gpu.sends
+        assert way is not None
+        costs, size_bytes = way.costs, way.size_bytes[command.extra]
+        self._pay_waits(gpu)
+        gpu.now_ns += costs.host_ns
+        ns = (costs.queued_ns(size_bytes), costs.alone_ns(size_bytes))
+        more = {"slowdown": costs.slowdown(size_bytes), "transfer": costs.transfer(size_bytes)}
+        sent = self._submit(gpu, way.lane, ACTIVATION, ns, gpu.now_ns + costs.latency_ns, command, **more)
+        self._env.process(way.arrivals.follow(command.extra, sent))
+
+    def _call(self, gpu: GpuState, command: Command) -> None:
+        gpu.now_ns += gpu.lanes.costs.launch_ns
+
+    def _exchange(self, gpu: GpuState, command: Command) -> None:
+        """Let all GPUs exchange tokens at once."""
+        exchanges = self._exchanges
+        assert exchanges is not None
+        ns, after = exchanges.ns(), tuple(gpu.after)
+        issued_ns = max(each.now_ns for each in self._gpus.values())
+        for number, each in self._gpus.items():
+            each.after[:] = after
+            own = command._replace(gpu=number, register=number * FIXED_REGISTERS + TOKENS)
+            self._submit(each, exchanges.lanes[number], command.kind, (ns, ns), issued_ns, own)
+
+    def _move(self, gpu: GpuState, source: int, target: int, command: Command) -> None:
+        """Enqueue a copy of an expert from one GPU to another, by this one's host thread."""
+        exchanges = self._exchanges
+        assert exchanges is not None
+        costs = exchanges.peer(source, target)
+        size_bytes = exchanges.size_bytes[command.expert // gpu.lanes.costs.model.experts]
+        self._pay_waits(gpu)
+        gpu.now_ns += costs.host_ns
+        ns = (costs.queued_ns(size_bytes), costs.alone_ns(size_bytes))
+        lane, issued_ns = exchanges.lane_from(source, target), gpu.now_ns + costs.latency_ns
+        self._submit(gpu, lane, PEER, ns, issued_ns, command, transfer=costs.transfer(size_bytes))
+
+    def _fetch(self, gpu: GpuState, command: Command) -> None:
+        self._move(gpu, command.peer, command.gpu, command)
+
+    def _store(self, gpu: GpuState, command: Command) -> None:
+        self._move(gpu, command.gpu, command.peer, command)
+
+
+Carry = Callable[[Thread, GpuState, Command], Story | None]
+_CARRY_OUT: dict[int, Carry] = {
+    Op.VISIT: Thread._visit,
+    Op.WAIT: Thread._wait,
+    Op.RECLAIM: Thread._reclaim,
+    Op.TOUCH: Thread._touch,
+    Op.JOIN: Thread._join,
+    Op.OUTPUT: Thread._output,
+    Op.LAUNCH: Thread._launch,
+    Op.MEMBER: Thread._member,
+    Op.COPY: Thread._copy,
+    Op.READBACK: Thread._read_back,
+    Op.NOTICE: Thread._notice,
+    Op.DECIDE: Thread._decide,
+    Op.HOLD: Thread._hold,
+    Op.PREDICT: Thread._predict,
+    Op.PROMOTE: Thread._promote,
+    Op.TO_CPU: Thread._to_cpu,
+    Op.CPU: Thread._cpu,
+    Op.FROM_CPU: Thread._from_cpu,
+    Op.UNPACK: Thread._unpack,
+    Op.CATCH_UP: Thread._catch_up,
+    Op.TURN: Thread._turn,
+    Op.RECEIVE: Thread._receive,
+    Op.SEND: Thread._send,
+    Op.CALL: Thread._call,
+    Op.EXCHANGE: Thread._exchange,
+    Op.FETCH: Thread._fetch,
+    Op.STORE: Thread._store,
+}

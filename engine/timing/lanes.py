@@ -1,0 +1,413 @@
+"""Lanes as SimPy processes: a copy engine's direction, a compute stream, the predictor's stream, the CPU, a queue.
+
+A lane takes one piece of work at a time from its queue, waits until it may start, and runs it; whatever slows it down
+meanwhile interrupts it, and it goes on with what is left. At one instant ends come first, then the host threads, then
+starts, in the order of the lanes' numbers: so equal instants never depend on who was created first.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import simpy
+
+from ...resources.lane import NEVER, Lags
+from ...resources.network import Share, Transfer
+from ...resources.timeline import DECOMPRESS, Timeline
+
+Story = Generator[simpy.Event, Any, Any]
+
+
+#: The order of what happens at one instant, after all that ends there: engines are kept or left, host threads go on,
+#: lanes start; of each kind in the order of their numbers.
+KEEPS, HOSTS, STARTS = range(3)
+
+
+class Instant:
+    """What is to happen once nothing else does at an instant, by kind and number."""
+
+    def __init__(self, env: simpy.Environment) -> None:
+        self._env = env
+        self._waiting: list[tuple[int, int, int, simpy.Event]] = []
+        self._count = 0
+        self._runs = False
+        #: All lanes, in order of creation.
+        self.lanes: list[Lane] = []
+
+    def turn(self, kind: int, number: int) -> simpy.Event:
+        """Return an event that comes at this instant, when it is the turn of this kind and number."""
+        event = self._env.event()
+        self._count += 1
+        heapq.heappush(self._waiting, (kind, number, self._count, event))
+        if not self._runs:
+            self._runs = True
+            self._env.process(self._serve())
+        return event
+
+    def _serve(self) -> Story:
+        env = self._env
+        while self._waiting:
+            while env.peek() <= env.now:
+                yield env.timeout(0)
+            heapq.heappop(self._waiting)[3].succeed()
+            yield env.timeout(0)
+        self._runs = False
+
+
+@dataclass(eq=False, slots=True)
+class Work:
+    """One piece of work: what it takes, what it waits for, and what its span will say.
+
+    `ns` is its duration right behind other work, `alone_ns` on a lane that was idle; both without disturbance, which
+    stretches them by `slowdown`. It may start at `issued_ns`, and once all of `after` have ended.
+    """
+
+    done: simpy.Event
+    ns: int
+    alone_ns: int
+    issued_ns: int
+    after: tuple[Work, ...]
+    kind: int
+    visit: int
+    expert: int = -1
+    copy: int = -1
+    slowdown: float = 1.0
+    transfer: Transfer | None = None
+    #: Of a queue by priority: smaller goes first, then in the order of numbers; the pieces still to do.
+    rank: tuple[int, int] = (0, 0)
+    number: int = 0
+    pieces: int = 1
+    started: bool = False
+    cancelled: bool = False
+    end_ns: int | None = None
+    lane: Lane | None = None
+
+    def ready_ns(self, after_other_ns: int, after_issue_ns: int = 0) -> int:
+        """Return when it may start at the earliest, so long behind its cause, all of which have ended."""
+        last_ns = max((work.end_ns or 0 for work in self.after), default=0)
+        issued_ns = self.issued_ns + after_issue_ns
+        return max(issued_ns, last_ns + after_other_ns) if last_ns else issued_ns
+
+
+def until_ended(works: Iterable[Work]) -> Story:
+    """Wait until all of some works have ended."""
+    for work in works:
+        if work.end_ns is None:
+            yield work.done
+
+
+@dataclass(eq=False)
+class Lane:
+    """First in, first out, slowed down while other lanes are busy.
+
+    While n of the lanes in `sharing` are busy too, work takes n + 1 times as long, and `sharing_factor` times that (one
+    link, several streams). While any lane in `disturbers` is, it takes `Work.slowdown` times as long (kernels beside a
+    copy), and for each busy one in `slowed_by` the factor beside it (copies beside experts on the CPU, which read the
+    same memory).
+    With a `share` of a network, a transfer takes as many times as long as the links that it passes are shared. Work
+    does not start while one of the lanes in `turns` is busy (one engine, several streams), and the engine stays with a
+    lane as long as that has ready work: so it was seen on an H200, without exception, whichever stream had asked first.
+    """
+
+    env: simpy.Environment
+    instant: Instant
+    timeline: Timeline
+    number: int
+    lags: Lags = field(default_factory=Lags)
+    sharing: list[Lane] = field(default_factory=list)
+    sharing_factor: float = 1.0
+    turns: list[Lane] = field(default_factory=list)
+    disturbers: list[Lane] = field(default_factory=list)
+    slowed_by: list[tuple[Lane, float]] = field(default_factory=list)
+    share: Share | None = None
+
+    def __post_init__(self) -> None:
+        self.order = len(self.instant.lanes)
+        self.instant.lanes.append(self)
+        self.queue = simpy.Store(self.env)
+        self.active: Work | None = None
+        self.neighbors: list[Lane] = []
+        self._left_ns = 0.0
+        self._stretch, self._since_ns, self._end_ns = 1.0, 0, NEVER
+        self._free_ns = NEVER
+        self._goes_on = False  # between two pieces of work that the engine does not leave this lane for
+        self._engine_free: simpy.Event | None = None
+        self._process = self.env.process(self._serve())
+
+    def join(self, share: Share) -> None:
+        """Let this lane's transfers take their part of a network."""
+        self.share = share
+        share.changed = self.retime
+
+    def submit(self, work: Work) -> Work:
+        """Queue work."""
+        work.lane = self
+        self.queue.put(work)
+        return work
+
+    @property
+    def now_ns(self) -> int:
+        """SimPy's clock, which counts whole ns."""
+        return int(self.env.now)
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether one of the disturbers is busy now."""
+        return any(lane.active is not None for lane in self.disturbers)
+
+    def backlog_ns(self) -> int:
+        """Return the undisturbed work that is queued or running now, in ns."""
+        running_ns = 0
+        if self.active is not None:
+            done_ns = (self.now_ns - self._since_ns) / self._stretch
+            running_ns = max(0, round(self._left_ns - done_ns))
+        return running_ns + sum(work.ns * work.pieces for work in self._queued())
+
+    def _queued(self) -> Iterable[Work]:
+        return [*self.queue.items, *([self._next] if self._next is not None else [])]
+
+    _next: Work | None = None  # taken from the queue, waiting for its start
+
+    def _serve(self) -> Story:
+        while True:
+            work = yield from self._take()
+            ns = yield from self._may_start(work)
+            yield from self._run(work, ns)
+
+    def _take(self) -> Story:
+        self._next = yield self.queue.get()
+        return self._next
+
+    def _may_start(self, work: Work) -> Story:
+        """Wait until work may start; return what it takes, as it starts at once behind other work or not."""
+        yield from until_ended(work.after)
+        lags = self.lags
+        while True:
+            yield self.instant.turn(STARTS, self.order)
+            if any(lane.active is not None or lane._goes_on for lane in self.turns):
+                self._engine_free = self.env.event()
+                yield self._engine_free
+                continue
+            ready_ns, next_ns = work.ready_ns(lags.after_other_ns), self._free_ns + lags.gap_ns
+            start_ns = max(ready_ns, next_ns)
+            if start_ns <= self.now_ns and lags.longer and self._was_disturbed(work):
+                ready_ns = work.ready_ns(lags.after_other_disturbed_ns, lags.after_issue_longer_ns)
+                next_ns = self._free_ns + lags.gap_disturbed_ns
+                start_ns = max(start_ns, ready_ns, next_ns)
+            if start_ns <= self.now_ns:
+                return work.alone_ns if ready_ns > next_ns else work.ns
+            yield self.env.timeout(start_ns - self.now_ns)
+
+    def _was_disturbed(self, work: Work) -> bool:
+        """Whether a disturber was busy between the last cause of work and now, when it would start undisturbed."""
+        caused_ns = max(work.ready_ns(0), self._free_ns)
+        return any(
+            lane._free_ns > caused_ns or (lane.active is not None and lane._end_ns > caused_ns)
+            for lane in self.disturbers
+        )
+
+    def _run(self, work: Work, ns: int) -> Story:
+        """Do work, at the speed that its neighbors leave, and tell them when it starts and ends."""
+        env = self.env
+        self._next, self._goes_on, self.active, work.started = None, False, work, True
+        start_ns, self._left_ns = self.now_ns, float(ns)
+        if self.share is not None:
+            self.share.begin(work.transfer, ns)
+        self._tell()
+        while True:
+            self._since_ns, self._stretch = self.now_ns, self._stretch_of(work)
+            left_ns = round(self._left_ns * self._stretch)
+            self._end_ns = self.now_ns + left_ns
+            try:
+                yield env.timeout(left_ns)
+                break
+            except simpy.Interrupt:
+                done_ns = (self.now_ns - self._since_ns) / self._stretch
+                self._left_ns = max(0.0, self._left_ns - done_ns)
+        self.active = None
+        if self.share is not None:
+            self.share.end()
+        for lane in (self, *self.turns):
+            lane._free_ns = self.now_ns
+        self.timeline.record(
+            start_ns, self.now_ns, work.issued_ns, work.expert, work.visit, work.copy, self.number, work.kind
+        )
+        self._finish(work)
+        self._tell()
+        if self.turns:
+            self._goes_on = True
+            yield self.instant.turn(KEEPS, self.order)
+            self._goes_on = self._stays()
+            if not self._goes_on:
+                self._leave_engine()
+
+    def _leave_engine(self) -> None:
+        for lane in self.turns:
+            if lane._engine_free is not None and not lane._engine_free.triggered:
+                lane._engine_free.succeed()
+
+    def _finish(self, work: Work) -> None:
+        work.end_ns = self.now_ns
+        work.done.succeed()
+
+    def _stays(self) -> bool:
+        """Whether the next work may start as soon as the lane's gap has passed."""
+        work: Work | None = self.queue.items[0] if self.queue.items else None
+        if work is None or any(other.end_ns is None for other in work.after):
+            return False
+        return work.ready_ns(self.lags.after_other_ns) <= self.now_ns + self.lags.gap_ns
+
+    def _stretch_of(self, work: Work) -> float:
+        stretch = 1.0
+        for lane in self.sharing:
+            stretch += lane.active is not None
+        if stretch != 1.0:
+            stretch *= self.sharing_factor
+        if self.share is not None:
+            stretch *= self.share.stretch
+        if work.slowdown != 1.0 and self.disturbed:
+            stretch *= work.slowdown
+        for lane, factor in self.slowed_by:
+            if lane.active is not None:
+                stretch *= factor
+        return stretch
+
+    def _tell(self) -> None:
+        for lane in self.neighbors:
+            lane.retime()
+
+    def retime(self) -> None:
+        """Let work in progress go on at another speed, unless it ends at this instant."""
+        if self.active is not None and self._end_ns > self.now_ns and self._process is not self.env.active_process:
+            self._process.interrupt()
+
+
+class ArrivalLane(Lane):
+    """First ready, first out: work joins the queue once all that it waits for has ended."""
+
+    def submit(self, work: Work) -> Work:
+        """Queue work as soon as it is ready."""
+        work.lane = self
+        self.env.process(self._enter(work))
+        return work
+
+    def _enter(self, work: Work) -> Story:
+        yield from until_ended(work.after)
+        self.queue.put(work)
+
+
+class QueueLane(Lane):
+    """A host-side queue before a copy engine: the smallest `Work.rank` goes next, however late it came.
+
+    Started work is not interrupted, but work in several pieces lets another in between them; of equal ranks, what
+    came first goes on first. Cancelled work is marked and skipped when its turn comes.
+    """
+
+    def __post_init__(self) -> None:
+        self._heap: list[tuple[tuple[int, int], int, Work]] = []
+        self._count = 0
+        self._filled: simpy.Event | None = None
+        #: Asked when work's turn comes; True drops it (a stale prefetch).
+        self.is_stale: Callable[[Work], bool] = lambda work: False
+        super().__post_init__()
+
+    def submit(self, work: Work) -> Work:
+        """Queue work by its rank, from the instant at which it is issued."""
+        work.lane = self
+        self._renumber(work)
+        self.env.process(self._enter(work))
+        return work
+
+    def promote(self, work: Work, rank: tuple[int, int]) -> None:
+        """Give a queued copy, or the one that work decompresses, a smaller rank, for all pieces not started yet."""
+        work = self._copy_of(work) or work
+        if work.lane is self and rank < work.rank and work.end_ns is None:
+            work.rank = rank
+            self._renumber(work)
+            entered = work.issued_ns <= self.now_ns
+            if entered and work is not self.active and work is not self._next:
+                self._insert(work)
+
+    def give_up(self, last: Work) -> tuple[Work, ...]:
+        """Begin no further piece of a copy whose room nobody has read; return what that room waits for then.
+
+        `last` is what touched the room last: if it is a kernel, or the lane is at the copy already, that is `last`.
+        """
+        work = self._copy_of(last)
+        if work is None:
+            return (last,)
+        if work.cancelled or (work.end_ns is None and work is not self.active and work is not self._next):
+            work.cancelled = True
+            return () if work.started else work.after
+        work.pieces = 1
+        return (last,)
+
+    def _copy_of(self, work: Work) -> Work | None:
+        """Return the work if it is a copy of this queue, or the copy that it decompresses."""
+        if work.lane is self:
+            return work
+        behind = work.after[0] if work.kind == DECOMPRESS and work.after else None
+        return behind if behind is not None and behind.lane is self else None
+
+    def _renumber(self, work: Work) -> None:
+        self._count += 1
+        work.number = self._count
+
+    def _enter(self, work: Work) -> Story:
+        if work.issued_ns > self.now_ns:
+            yield self.env.timeout(work.issued_ns - self.now_ns)
+        self._insert(work)
+
+    def _insert(self, work: Work) -> None:
+        heapq.heappush(self._heap, (work.rank, work.number, work))
+        if self._filled is not None and not self._filled.triggered:
+            self._filled.succeed()
+
+    def _queued(self) -> Iterable[Work]:
+        queued = {id(work): work for rank, number, work in self._heap if number == work.number and not work.cancelled}
+        if self._next is not None:
+            queued[id(self._next)] = self._next
+        return [work for work in queued.values() if work.end_ns is None]
+
+    def backlog_ns(self) -> int:
+        """Return the undisturbed work that is queued or running now, in ns; all pieces that are still to be made."""
+        active = self.active
+        return super().backlog_ns() + (active.ns * (active.pieces - 1) if active is not None else 0)
+
+    def _take(self) -> Story:
+        while True:
+            if not self._heap:
+                self._filled = self.env.event()
+                yield self._filled
+            yield self.instant.turn(STARTS, self.order)
+            while self._heap:
+                _, number, work = heapq.heappop(self._heap)
+                overtaken = number != work.number or work.end_ns is not None
+                if not (overtaken or work.cancelled or self.is_stale(work)):
+                    self._next = work
+                    return work
+
+    def _stays(self) -> bool:
+        # The host enqueues one copy at a time: between two, the engine is free for others.
+        return False
+
+    def _finish(self, work: Work) -> None:
+        if work.pieces > 1:
+            work.pieces -= 1
+            heapq.heappush(self._heap, (work.rank, work.number, work))
+        else:
+            super()._finish(work)
+
+
+def couple(lanes: Iterable[Lane]) -> None:
+    """Tell each lane whom to retime when it starts or ends: those that it shares with, or disturbs."""
+    lanes = list(lanes)
+    for lane in lanes:
+        lane.neighbors = [
+            other
+            for other in lanes
+            if lane in (*other.sharing, *other.turns, *other.disturbers, *(one for one, _ in other.slowed_by))
+        ]

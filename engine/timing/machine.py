@@ -1,0 +1,187 @@
+"""The lanes of one GPU and of the host that serves it, coupled where one slows another down, and what work takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import simpy
+
+from ...resources.lane import Lags
+from ...resources.network import Transfer
+from ...resources.timeline import DECOMPRESS, EXPERT, HEAD, Timeline
+from ...workloads.batches import DECODE, PREFILL
+from ..costs import CopyCost, Costs, KernelCost
+from ..decide.commands import H2D, PREFETCH_LANE, Command
+from ..gpu import add_lanes, contended
+from ..links import HostLink
+from ..offload_costs import CpuCosts, ShrunkCosts
+from ..offloaded import uses_cpu
+from ..policies.miss import LOW_PRECISION
+from ..scenario import Scenario, shrunk
+from .lanes import ArrivalLane, Instant, Lane, QueueLane, Work, couple
+
+
+class GpuLanes:
+    """What is busy by itself on one GPU, each a lane, and the costs of its work.
+
+    `size_of` (layers * experts,) are the bytes of every expert where they differ within a layer. `link` is the way of
+    its copies where other GPUs' copies share it. `is_stale` is asked of a copy when its turn comes.
+    """
+
+    def __init__(
+        self,
+        env: simpy.Environment,
+        instant: Instant,
+        timeline: Timeline,
+        costs: Costs,
+        scenario: Scenario,
+        *,
+        device: str = "gpu0",
+        host: str = "host",
+        size_of: Sequence[int] | None = None,
+        link: HostLink | None = None,
+        is_stale: Callable[[Work], bool] = lambda work: False,
+    ) -> None:
+        self.timeline, self.costs = timeline, costs
+        self._scenario, self._experts = scenario, costs.model.experts
+        self._tables = {phase: costs.by_layer(phase) for phase in (PREFILL, DECODE)}
+        self._shrunk = ShrunkCosts(costs, scenario)
+        model = costs.model
+        #: The bytes of every expert as it is copied (layers * experts,), and whether they differ within a layer.
+        self.sized = scenario.compression.mixed is not None
+        self.sizes = (
+            size_of
+            if self.sized and size_of is not None
+            else [size for size in model.expert_bytes for _ in range(model.experts)]
+        )
+        self._size_of = size_of if scenario.compression.mixed is not None else None
+        self._copies_of = None if self._size_of is None else {size: costs.copy(size) for size in set(self._size_of)}
+        self._transfers = None if link is None else link.transfers
+        self.reads_back = scenario.dispatch.router_readback
+        self.copy_slowdown = costs.copy_slowdown if scenario.copy_.contention else 1.0
+        number = add_lanes(timeline, scenario.copy_.discipline, device, host)
+        self.host = number["host"]
+        kind = QueueLane if scenario.copy_.discipline == "priority" else Lane
+        h2d = kind(env, instant, timeline, number["h2d"], costs.copy_lags)
+        if isinstance(h2d, QueueLane):
+            h2d.is_stale = is_stale
+        self.copies = {H2D: h2d, PREFETCH_LANE: h2d}
+        if "prefetch" in number:
+            self.copies[PREFETCH_LANE] = Lane(env, instant, timeline, number["prefetch"], costs.copy_lags)
+        self.compute = Lane(env, instant, timeline, number["compute"], costs.kernel_lags)
+        self.d2h = Lane(env, instant, timeline, number["d2h"])
+        self.side = Lane(env, instant, timeline, number["predictor"])
+        if scenario.compression.where != "none" and scenario.compression.lane == "side":
+            aside = timeline.add_lane(device, "side", "decompression (side stream)")
+            self.unpacking = ArrivalLane(env, instant, timeline, aside)
+        streams = list(dict.fromkeys(self.copies.values()))
+        if uses_cpu(scenario):
+            self._add_cpu(env, instant, device, streams)
+        self._couple(streams, link)
+
+    def _add_cpu(self, env: simpy.Environment, instant: Instant, device: str, streams: list[Lane]) -> None:
+        """Make the lane of the CPU, which shares the host's memory with the copies, and a stream for its results.
+
+        On the copies' own stream a result would wait for copies that wait for the kernels behind it.
+        """
+        costs, timeline = self.costs, self.timeline
+        self.cpu_costs = CpuCosts(costs, self._scenario)
+        lags = Lags(after_other_ns=costs.synchronize_ns)
+        self.cpu = Lane(env, instant, timeline, timeline.add_lane("host", "cpu", "CPU experts"), lags)
+        number = timeline.add_lane(device, "h2d", "copy engine H2D, results of the CPU")
+        lags = replace(costs.copy_lags, after_other_ns=costs.copy_lags.after_other_ns + costs.enqueue_ns)
+        self.back = Lane(env, instant, timeline, number, lags)
+        streams.append(self.back)
+        if self._scenario.copy_.contention:
+            self.cpu.disturbers = streams
+            for lane in streams:
+                lane.slowed_by = [(self.cpu, self.cpu_costs.copy_slowdown)]
+
+    def _couple(self, streams: list[Lane], link: HostLink | None) -> None:
+        """Let copies share their engine or its link, and slow kernels and read-backs down, if this machine's do."""
+        for lane in streams:
+            others = [other for other in streams if other is not lane]
+            if self.costs.copies_take_turns:
+                lane.turns = others
+            else:
+                lane.sharing = others
+            lane.sharing_factor = self.costs.copies_sharing
+        if link is not None:
+            for lane in self.streams:
+                lane.join(link.network.share())
+                lane.sharing = []  # the network shares the link out
+        if contended(self.costs, self._scenario):
+            self.compute.disturbers = self.d2h.disturbers = streams
+            for lane in streams:
+                lane.disturbers = [self.compute]
+        couple([*streams, self.compute, self.d2h, *([self.cpu] if hasattr(self, "cpu") else [])])
+
+    @property
+    def streams(self) -> list[Lane]:
+        """The lanes of copies of experts from the host."""
+        return list(dict.fromkeys(self.copies.values()))
+
+    def backlog_ns(self) -> int:
+        """Return the copy time that is queued on the link now, in ns."""
+        return sum(lane.backlog_ns() for lane in self.streams)
+
+    # What work takes.
+
+    def kernel_of(self, kind: int, layer: int, phase: int, tokens: int) -> KernelCost:
+        """Return what a dense part, the head or an expert over so many tokens takes in a step of a phase."""
+        if kind == HEAD:
+            return self.costs.head(tokens)
+        return self._tables[phase][int(kind == EXPERT)][layer][tokens]
+
+    def low_precision(self, layer: int, phase: int, tokens: int) -> KernelCost:
+        """Return what an expert takes in low precision."""
+        size_bytes = shrunk(self.costs.model.expert_bytes[layer], self._scenario.miss.low_ratio)
+        return self._shrunk.expert(layer, tokens, size_bytes, phase)
+
+    def sized_expert(self, size_bytes: int, layer: int, phase: int, tokens: int) -> KernelCost:
+        """Return what an expert takes that has so many bytes."""
+        return self._shrunk.expert(layer, tokens, size_bytes, phase)
+
+    def on_cpu(self, layer: int, tokens: int) -> KernelCost:
+        """Return what an expert takes on the CPU."""
+        return self.cpu_costs.expert(layer, tokens)
+
+    def to_cpu(self, tokens: int) -> KernelCost:
+        """Return what the activations of so many tokens take to the host."""
+        return KernelCost(self.cpu_costs.activations_ns(tokens), 1.0, 1, 0)
+
+    def from_cpu(self, tokens: int) -> KernelCost:
+        """Return what the results of so many tokens take to the GPU."""
+        return KernelCost(self.cpu_costs.results_ns(tokens), 1.0, 1, 0)
+
+    def decompress_layer(self, layer: int) -> KernelCost:
+        """Return what decompressing an expert of a layer takes."""
+        return self._shrunk.decompress(layer)
+
+    def kernel(self, command: Command, members: list[int]) -> KernelCost:
+        """Return what a launch takes; `members` are the tokens of the experts of a grouped kernel."""
+        kind, layer, tokens, phase = command.kind, command.layer, command.tokens, command.peer
+        if kind == DECOMPRESS:
+            return self.decompress(command.expert)
+        if members:
+            return self.costs.grouped(layer, members, phase)
+        if command.extra == LOW_PRECISION:
+            return self.low_precision(layer, phase, tokens)
+        if self._size_of is not None and kind == EXPERT:
+            return self.sized_expert(self._size_of[command.expert], layer, phase, tokens)
+        return self.kernel_of(kind, layer, phase, tokens)
+
+    def copy_cost(self, expert: int) -> CopyCost:
+        """Return what the copy of an expert takes."""
+        if self._copies_of is not None and self._size_of is not None:
+            return self._copies_of[self._size_of[expert]]
+        return self.costs.copies[expert // self._experts]
+
+    def transfer(self, expert: int) -> Transfer | None:
+        """Return what the copy of an expert moves over the machine's links; None where nobody shares them."""
+        return None if self._transfers is None else self._transfers[expert // self._experts]
+
+    def decompress(self, expert: int) -> KernelCost:
+        """Return what decompressing an expert takes."""
+        return self._shrunk.decompress(expert // self._experts)

@@ -1,0 +1,140 @@
+"""The memory of the compiled engine: one array of 64-bit words, and the names of the words in it.
+
+A lane, a piece of work, a GPU or a thread is the address of its first word, and a field is a distance from there:
+`m[lane + L_FREE]`. Times are integers; the few fields that are not are read through a view of the same words as floats,
+`f[lane + L_LEFT]`. One array is passed around instead of forty, since compiled code takes each of them apart at every
+call; and it grows at its end, so that addresses stay as they are. -1 stands for nothing, NEVER for an instant that does
+not come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+
+#: After any instant.
+NEVER = 1 << 62
+
+#: How a lane takes work: as it was submitted; as it became ready; by rank.
+IN_ORDER, AS_READY, BY_RANK = range(3)
+
+#: The run as a whole: the instant; the lists of lanes, threads and GPUs; free work and nodes, and how many there are.
+(
+    NOW, LANES, THREADS, GPUS, FREE_WORK, WORK_LEFT, FREE_NODE, NODES_LEFT, NUMBER, REGISTERS, KERNELS, KERNEL_TOKENS,
+    SLOTS, RATES, RATE_ROWS, RATES_KNOWN, ASKED, ASKED_FOR, SPANS, BOOKS, DROPPED, HEADER,
+) = range(22)  # fmt: skip
+
+#: A lane: what it was made with; the lists of lanes that have to do with it; its queue, and what enters one by rank
+#: later; what is running; when that ends, when a start is tried, and when it says whether it keeps an engine.
+(
+    L_KIND, L_GAP, L_GAP_DISTURBED, L_AFTER_OTHER, L_AFTER_OTHER_DISTURBED, L_AFTER_ISSUE_DISTURBED, L_SLOT, L_NUMBER,
+    L_GPU, L_SHARING, L_TURNS, L_DISTURBERS, L_SLOWED_BY, L_NEIGHBORS, L_FIRST, L_LAST, L_ENTERING, L_LAST_ENTERING,
+    L_NEXT, L_ACTIVE, L_FREE, L_START, L_SINCE, L_END, L_WAKE, L_KEEPS, L_WAITS_FOR_ENGINE, L_GOES_ON, L_LEFT,
+    L_STRETCH, L_LONGER, L_SHARING_FACTOR, LANE_WORDS,
+) = range(33)  # fmt: skip
+
+#: A piece of work; `after` and `waiting` are lists of nodes: of work that must have ended, and of who waits for it.
+(
+    W_NS, W_ALONE, W_ISSUED, W_KIND, W_VISIT, W_EXPERT, W_COPY, W_LANE, W_TRANSFER, W_RANK, W_TARGET, W_NUMBER,
+    W_PIECES, W_STARTED, W_CANCELLED, W_END, W_NEXT, W_AFTER, W_WAITING, W_REFERENCES, W_SLOWDOWN, WORK_WORDS,
+) = range(22)  # fmt: skip
+
+#: A node of a list: what stands there, the next node, and, of who waits, what it is.
+N_WHAT, N_NEXT, N_WHO, NODE_WORDS = range(4)
+#: Who waits for the end of work: a lane to start, a thread to go on, work to join its queue, what arrives elsewhere.
+A_LANE, A_THREAD, A_WORK, AN_ARRIVAL = range(4)
+
+#: A GPU: what the host's calls take there; its lanes; its place in the program; its launch queue; the kernel that is
+#: being grouped; tables of shapes, of copies, and of what goes to other GPUs.
+(
+    G_NUMBER, G_WAIT, G_READBACK_ENQUEUE, G_READBACK_LATENCY, G_READBACK, G_SYNCHRONIZE, G_SYNCHRONIZE_BESIDE, G_RESUME,
+    G_COPY_RESUME, G_LAUNCH, G_COPY_LATENCY, G_TURN, G_TO_CPU, G_PREDICT, G_OTHERS_EVERY, G_OTHERS_NS, G_READS_BACK,
+    G_WATCHES, G_DEPTH, G_GROUPED_CONSTANT, G_BY_PRIORITY, G_DROPS_STALE, G_EXPERTS, G_SIZED, G_COMPUTE, G_H2D,
+    G_PREFETCH, G_D2H, G_SIDE, G_UNPACKING, G_CPU, G_BACK, G_EXCHANGE, G_HOST, G_NOW, G_BUSY_SINCE, G_VISIT, G_LAST,
+    G_LAST_KERNEL, G_AFTER, G_CALLS, G_KERNEL_AFTER, G_INTERRUPTED, G_HELD, G_QUEUED, G_FIRST_LAUNCHED, G_LAUNCHED,
+    G_RING, G_MEMBERS, G_MEMBER_NS, G_MOST_NS, G_MEMBER_LAUNCHES, G_MEMBER_HOST, G_EXCHANGE_NS, G_ASSIGNED, G_BUDGET,
+    G_SHAPES, G_LAYERS, G_COPY_OF, G_SENDS, G_PEERS, G_ARRIVALS, G_MEMBER_SLOWDOWN, G_COPY_SLOWDOWN,
+    G_READBACK_SLOWDOWN, G_KINDS, G_PREDICT_LAUNCHES, G_PREDICT_HOST, G_PREDICT_ISSUE, GPU_WORDS,
+) = range(70)  # fmt: skip
+
+#: A host thread: its number, its portion and place in it, when it goes on, and at which GPU it is.
+T_NUMBER, T_ROWS, T_CAPACITY, T_COUNT, T_AT, T_GOES_ON, T_GPU, T_GPUS, THREAD_WORDS = range(9)
+
+#: What a kernel takes, if it has been asked for.
+K_KNOWN, K_NS, K_LAUNCHES, K_HOST, K_ISSUE, K_SLOWDOWN, KERNEL_WORDS = range(7)
+#: Kinds of shapes; those of experts whose sizes differ within a layer follow, by class of size.
+DENSE_SHAPE, HEAD_SHAPE, EXPERT_SHAPE, LOW_SHAPE, UNPACK_SHAPE, CPU_SHAPE, TO_CPU_SHAPE, FROM_CPU_SHAPE, SIZED_SHAPE = (
+    range(9)
+)
+#: What a copy takes, or a piece of it where a queue by rank has them; the transfer is what it moves over shared links.
+P_QUEUED, P_ALONE, P_PIECES, P_HOST, P_TRANSFER, P_CLASS, COPY_WORDS = range(7)
+#: What goes to another GPU: its lane, what it takes, how much later it arrives, and at which GPU.
+M_LANE, M_QUEUED, M_ALONE, M_HOST, M_LATENCY, M_TRANSFER, M_LAG, M_TARGET, M_SLOWDOWN, MOVE_WORDS = range(10)
+
+#: A region of records: where it begins, how many there are, and how many have room.
+R_AT, R_COUNT, R_CAPACITY, REGION_WORDS = range(4)
+#: Words of a span (as of `resources.timeline.SPAN`); of an entry of the books: what it is, its GPU, and three words; of
+#: a dropped prefetch.
+SPAN_WORDS, BOOK_WORDS, DROPPED_WORDS = 5, 5, 2
+ACCESS, DECISION, ARRIVAL = range(3)
+
+#: What the engine comes back with: all is done; a thread wants its next portion, a price, the rates of a set of
+#: transfers; or memory runs out.
+DONE, PORTION, PRICE, RATE, SPACE = range(5)
+#: The most work and nodes that a command takes.
+WORK_EACH, NODES_EACH = 2, 24
+
+
+class Memory:
+    """The words, as they are laid out before a run and grow during it."""
+
+    def __init__(self) -> None:
+        self.words: Ints = np.zeros(1 << 16, dtype=np.int64)
+        self._used = 0
+
+    @property
+    def floats(self) -> npt.NDArray[np.float64]:
+        """The same words as floats."""
+        return self.words.view(np.float64)
+
+    def allocate(self, words: int) -> int:
+        """Return the address of so many words more, all 0."""
+        at, self._used = self._used, self._used + words
+        if self._used > len(self.words):
+            self.words = np.concatenate([self.words, np.zeros(max(len(self.words), words), dtype=np.int64)])
+        return at
+
+    def put(self, values: Iterable[int]) -> int:
+        """Return the address of some values, one after the other."""
+        array = np.array(list(values), dtype=np.int64)
+        at = self.allocate(len(array))
+        self.words[at : at + len(array)] = array
+        return at
+
+    def put_list(self, values: Iterable[int]) -> int:
+        """Return the address of a list: how many values there are, then the values."""
+        values = list(values)
+        return self.put([len(values), *values])
+
+    def put_region(self, capacity: int, words: int) -> int:
+        """Return the address of a region with room for so many records of so many words."""
+        return self.put([self.allocate(capacity * words), 0, capacity])
+
+    def grow_region(self, region: int, words: int) -> None:
+        """Give a region twice the room."""
+        at, count, capacity = (int(self.words[region + field]) for field in (R_AT, R_COUNT, R_CAPACITY))
+        to = self.allocate(2 * capacity * words)
+        self.words[to : to + count * words] = self.words[at : at + count * words]
+        self.words[region + R_AT], self.words[region + R_CAPACITY] = to, 2 * capacity
+
+    def add_free(self, free: int, left: int, words: int, link: int, count: int) -> None:
+        """Add so many free records, linked by one of their words, to the list whose head and length are there."""
+        at = self.allocate(count * words)
+        places = np.arange(count, dtype=np.int64) * words + at
+        self.words[places + link] = np.append(places[1:], self.words[free])
+        self.words[free] = at
+        self.words[left] += count

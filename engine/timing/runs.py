@@ -1,0 +1,182 @@
+"""Whole runs by their commands: one GPU, the stages of a pipeline, and GPUs that share the experts of every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import permutations
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...resources.network import Network
+from ..costs import activation_bytes
+from ..decide.program import SharedLayers, Stage, stages_program
+from ..expert_parallel import routes
+from ..gpu import Decoded
+from ..inputs import Inputs
+from ..links import Links
+from ..lockstep import COPIES_FROM, AllToAll
+from ..pipeline import Flow, StageRun, pipeline_routes, received_steps, sent_bytes
+from ..placed import PlacedVisit
+from ..policies.prefetch import Gauge
+from .host import Arrivals, Exchanges, Sending
+from .lanes import Lane
+from .simulation import OneGpu, Simulation
+
+
+def run_stages(
+    runs: Sequence[StageRun], flow: Flow, links: Links | None, *, one_thread: bool, engine: str
+) -> list[Decoded]:
+    """Run the stages of a pipeline, each on a GPU of its own, and return what was recorded on each.
+
+    `links` are those between the GPUs; None for one stage. `one_thread` serves all stages of a step before the next;
+    otherwise each GPU has a thread of its own.
+    """
+    network = None
+    if links is not None:
+        pipeline_routes(links)  # what is sent over them counts on the network
+        network = links.network([run.costs for run in runs])
+    most_tokens = max((len(step.rows) for step in flow.steps), default=0)
+    simulation = Simulation(len(runs), engine)
+    simulation.network = network
+    gpus = [
+        OneGpu(
+            simulation, number, run.manager, run.costs, run.scenario,
+            prefetching=run.prefetching, most_tokens=most_tokens,
+            host="host" if one_thread or len(runs) == 1 else f"host{number}", gauge=run.gauge,
+            link=None if links is None else links.host_link(number, run.costs, network),
+        )
+        for number, run in enumerate(runs)
+    ]  # fmt: skip
+    if links is not None:
+        _connect(simulation, gpus, flow, links, network)
+    stages = [
+        Stage(
+            one.gpu, run.visits, len(run.costs.model.expert_bytes), flow.steps, one.note,
+            has_head=run is runs[-1],
+            receives=None if links is None else received_steps(flow, number),
+            sends=None if links is None else sent_bytes(flow, number, len(runs)),
+        )
+        for number, (one, run) in enumerate(zip(gpus, runs, strict=True))
+    ]  # fmt: skip
+    for served in [range(len(gpus))] if one_thread else [[number] for number in range(len(gpus))]:
+        simulation.thread(stages_program([stages[number] for number in served]), [gpus[number] for number in served])
+    simulation.run()
+    return [one.recorded() for one in gpus]
+
+
+def _connect(engine: Simulation, gpus: Sequence[OneGpu], flow: Flow, links: Links, network: Network | None) -> None:
+    """Let each stage send its activations to the next, and the last one its tokens to the first."""
+    for number, (one, costs) in enumerate(zip(gpus, pipeline_routes(links), strict=True)):
+        to = (number + 1) % len(gpus)
+        arrivals = gpus[to].state.receives = Arrivals(engine.env, costs.arrival_ns)
+        disturbers = one.lanes.streams if costs.slowed else []
+        lane = engine.lane(
+            one.lanes.timeline, f"gpu{number}", f"copy engine to gpu{to}", costs.lags, network, disturbers
+        )
+        one.state.sends = Sending(lane, costs, sent_bytes(flow, number, len(gpus)), arrivals)
+
+
+class SharingGpus:
+    """GPUs that share the experts of every layer: the lanes between them, and the tokens that they exchange."""
+
+    def __init__(
+        self, engine: Simulation, gpus: Sequence[OneGpu], links: Links, network: Network | None, exchange: AllToAll,
+        expert_bytes: Sequence[int], *, lends: bool,
+    ) -> None:  # fmt: skip
+        self._engine, self._gpus, self._links, self._network, self._all_to_all = engine, gpus, links, network, exchange
+        self._traffic: npt.NDArray[Any] | None = None
+        self._lanes: dict[tuple[int, int], Lane] = {}
+        self._moved = [one.spool.column("sent", np.int32) for one in gpus]
+        lanes = {
+            number: engine.lane(one.lanes.timeline, f"gpu{number}", "all-to-all") for number, one in enumerate(gpus)
+        }
+        if lends:
+            self._lanes = {pair: self._make_lane(*pair) for pair in permutations(range(len(gpus)), 2)}
+            engine.peers = {
+                pair: (links.peer(*pair), partial(self._lane_from, *pair), lane) for pair, lane in self._lanes.items()
+            }
+        self.exchanges = Exchanges(lanes, self._ns, links.peer, self._lane_from, expert_bytes)
+
+    def moves(self, traffic: npt.NDArray[Any]) -> bool:
+        """Whether an exchange of so many tokens takes any time."""
+        return self._all_to_all.ns(traffic) > 0
+
+    def note(self, visit: PlacedVisit) -> None:
+        """Note what was decided."""
+        self._traffic = visit.traffic
+        for one, own in zip(self._gpus, visit.visits, strict=True):
+            one.note(own)
+        if visit.traffic is not None and self.moves(visit.traffic):
+            for column, tokens in zip(self._moved, visit.traffic, strict=True):
+                column.buffer.frombytes(tokens.astype(np.int32).tobytes())
+
+    def recorded(self) -> list[Decoded]:
+        """Return what was recorded on each GPU, tokens sent included."""
+        count = len(self._gpus)
+        return [
+            replace(one.recorded(), sent=column.array().reshape(-1, count))
+            for one, column in zip(self._gpus, self._moved, strict=True)
+        ]
+
+    def _ns(self) -> int:
+        assert self._traffic is not None
+        return self._all_to_all.ns(self._traffic)
+
+    def _make_lane(self, source: int, target: int) -> Lane:
+        """Make the lane of copies from one GPU to another; its place in the timeline is given at its first use."""
+        timeline, costs = self._gpus[target].lanes.timeline, self._links.peer(source, target)
+        lane = Lane(self._engine.env, self._engine.instant, timeline, -1, costs.lags)
+        if self._network is not None:
+            lane.join(self._network.share())
+        return lane
+
+    def _lane_from(self, source: int, target: int) -> Lane:
+        """Return the lane of copies from one GPU to another."""
+        lane = self._lanes[source, target]
+        if lane.number < 0:
+            title = COPIES_FROM.format(f"gpu{source}")
+            lane.number = lane.timeline.add_lane(f"gpu{target}", "peer", title)
+        return lane
+
+
+def run_shared(
+    inputs: Inputs,
+    ready: Sequence[Any],
+    gauges: Sequence[Gauge],
+    visits: Iterator[PlacedVisit],
+    *,
+    one_thread: bool,
+    engine: str,
+) -> list[Decoded]:
+    """Run GPUs that go through every layer together and return what was recorded on each.
+
+    `ready` has each GPU's manager, costs and prefetch policy; `visits` are those of all, decided as they are asked for.
+    """
+    links, placed, scenario, model = inputs.links, inputs.placed, inputs.scenario, inputs.model
+    assert links is not None and placed is not None
+    costs = [gpu.costs for gpu in ready]
+    simulation, network = Simulation(len(ready), engine), links.network(costs)
+    simulation.network = network
+    most_tokens = max((len(step.rows) for step in inputs.steps), default=0)
+    gpus = [
+        OneGpu(
+            simulation, number, gpu.manager, gpu.costs, scenario, prefetching=gpu.prefetch.guesses > 0,
+            most_tokens=most_tokens, host="host" if one_thread else f"host{number}",
+            link=links.host_link(number, gpu.costs, network), gauge=gauge, lends=scenario.parallel.lends,
+        )
+        for number, (gpu, gauge) in enumerate(zip(ready, gauges, strict=True))
+    ]  # fmt: skip
+    exchange = AllToAll(routes(links), links.topology, activation_bytes(model, 1))
+    if placed.moves_tokens:
+        links.estimates["all-to-all"] = exchange.rule
+    sharing = SharingGpus(simulation, gpus, links, network, exchange, model.expert_bytes, lends=scenario.parallel.lends)
+    layers = SharedLayers(
+        [one.gpu for one in gpus], visits, model.layers, one_thread and len(gpus) > 1, sharing.moves, sharing.note
+    )
+    simulation.thread(layers.program(inputs.steps, placed.homes), gpus, sharing.exchanges)
+    simulation.run()
+    return sharing.recorded()

@@ -1,0 +1,195 @@
+"""A run's machine and programs, and the engine that carries them out: SimPy processes, or compiled code.
+
+Both engines are given the same lanes, costs and commands, and come to the same nanosecond.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import simpy
+
+from ...errors import InputError
+from ...resources.network import Network
+from ...resources.timeline import SPAN, Timeline
+from ...words import unknown_name
+from ..costs import Costs
+from ..decide.commands import COMPUTE, FIXED_REGISTERS, HOST, PREFETCH_LANE, SIDE
+from ..decide.program import Gpu, Program
+from ..decide.tables import Registers, Rooms
+from ..decide.visit_commands import FROM_HOST, FROM_HOST_ASIDE, ON_GPU, ON_GPU_ASIDE, settings_array
+from ..decoder import collector_off
+from ..dispatch import Visit
+from ..gpu import _RECORDS, RESOLVED, Decoded, pack_resolved
+from ..links import HostLink
+from ..memory_manager import MemoryManager
+from ..policies.prefetch import Gauge
+from ..scenario import ON_GPU as ON_GPU_LANES
+from ..scenario import Scenario
+from .host import Exchanges, GpuState, Thread
+from .lanes import Instant, Lane, Work
+from .machine import GpuLanes
+
+#: What may carry out the commands of a run.
+ENGINES = ("simpy", "compiled")
+
+
+class OneGpu:
+    """One GPU of a run: its lanes and books, what its commands are made of, and what is recorded."""
+
+    def __init__(
+        self, engine: Simulation, number: int, manager: MemoryManager, costs: Costs, scenario: Scenario, *,
+        prefetching: bool, most_tokens: int, host: str = "host", link: HostLink | None = None,
+        gauge: Gauge | None = None, lends: bool = False,
+    ) -> None:  # fmt: skip
+        self.manager, self._scenario, self.most_tokens = manager, scenario, most_tokens
+        self.drops_stale = scenario.copy_.drop_stale
+        spool = self.spool = manager.spool
+        timeline = Timeline(spool.column("spans", SPAN))
+        self.lanes = GpuLanes(
+            engine.env, engine.instant, timeline, costs, scenario,
+            device=f"gpu{number}", host=host, size_of=manager.size_of, link=link, is_stale=self._is_stale,
+        )  # fmt: skip
+        dispatch = scenario.dispatch
+        watches = not dispatch.router_readback or costs.most_launches(most_tokens) > dispatch.launch_queue_depth
+        self._columns = [spool.column(name, dtype) for name, dtype in _RECORDS.items()]
+        accesses, decided, arrived = (column.buffer for column in self._columns)
+        self.state = GpuState(
+            self.lanes, dispatch.launch_queue_depth, watches, accesses=accesses, decided=decided, arrived=arrived
+        )
+        self._resolved = bytearray()
+        self.gauge = gauge
+        if gauge is not None:
+            gauge.now_ns, gauge.backlog_ns = lambda: self.state.now_ns, self.lanes.backlog_ns
+        engine.gpus.append(self)
+        rooms = Rooms(engine.registers, manager.assigned.values(), lends=lends)
+        self.gpu = Gpu(settings_of(scenario, costs, prefetching, number, lends), rooms, engine.registers)
+
+    def note(self, visit: Visit) -> None:
+        """Note what was decided."""
+        self.state.assigned = visit.assigned_bytes, visit.budget_bytes
+        for access in visit.resolution.accesses:
+            self._resolved += pack_resolved(
+                visit.number, access.expert, access.way, access.tokens, access.gate, access.whole
+            )
+
+    def recorded(self) -> Decoded:
+        """Return what was recorded, once SimPy has run out of events."""
+        self.state.record_arrivals()
+        arrays = [column.array() for column in self._columns]
+        resolved = np.frombuffer(memoryview(self._resolved).toreadonly(), dtype=RESOLVED)
+        accesses, visits, arrivals = arrays
+        return Decoded(
+            self.lanes.timeline, accesses, visits, arrivals, None if self._scenario.only_fetches else resolved
+        )
+
+    def _is_stale(self, work: Work) -> bool:
+        """Drop a queued prefetch whose target visit has been dispatched without it, if the scenario says so."""
+        is_demanded, target = work.rank[0] == 0, work.rank[1]
+        if not self._scenario.copy_.drop_stale or is_demanded or work.started or target >= self.state.visit:
+            return False
+        if self.manager.assigned.get(work.expert) == work.copy:
+            self.manager.cancel(work.expert)
+        work.cancelled = True
+        return True
+
+
+class Simulation:
+    """One simulation: SimPy's clock, the order of what comes at one instant, and the registers of all commands."""
+
+    def __init__(self, gpus: int, engine: str) -> None:
+        if engine not in ENGINES:
+            raise InputError(unknown_name("engine", engine, ENGINES))
+        self._compiled = engine == "compiled"
+        self.env = simpy.Environment()
+        self.instant = Instant(self.env)
+        self.registers = Registers(gpus * FIXED_REGISTERS + 1)
+        self._values: dict[int, tuple[Work, ...]] = {}
+        self.network: Network | None = None
+        self.gpus: list[OneGpu] = []
+        self._threads: list[Any] = []
+        self.peers: dict[Any, Any] = {}
+        self.exchanges: Exchanges | None = None
+
+    def thread(self, program: Program, gpus: Sequence[OneGpu], exchanges: Exchanges | None = None) -> None:
+        """Let a host thread dispatch to some GPUs."""
+        states = {one.gpu.number: one.state for one in gpus}
+
+        def flush() -> None:
+            for one in gpus:
+                one.spool.flush()
+
+        self._threads.append((program, states, exchanges, flush))
+
+    def lane(
+        self, timeline: Timeline, device: str, title: str, lags: Any = None, network: Network | None = None,
+        disturbers: Sequence[Lane] = (),
+    ) -> Lane:  # fmt: skip
+        """Add a lane for what one GPU sends to others, in order; `disturbers` slow it down."""
+        number = timeline.add_lane(device, "peer", title)
+        lane = Lane(self.env, self.instant, timeline, number, *([] if lags is None else [lags]))
+        if network is not None:
+            lane.join(network.share())
+        lane.disturbers = list(disturbers)
+        for other in disturbers:
+            other.neighbors.append(lane)
+        return lane
+
+    def run(self) -> None:
+        """Run until nothing is left to do."""
+        if self._compiled:
+            self._run_compiled()
+            return
+        for program, states, exchanges, flush in self._threads:
+            self.env.process(Thread(self.env, self.instant, states, self._values, exchanges).run(program, flush))
+        with collector_off():
+            self.env.run()
+
+    def _run_compiled(self) -> None:
+        from .compiled_engine import CompiledEngine, Driven, Machine  # compiles at first use
+
+        exchanges = next((one for _, _, one, _ in self._threads if one is not None), None)
+        machine = Machine(
+            self.gpus, self.instant.lanes, self.network,
+            [] if exchanges is None else [exchanges.lanes[number] for number in range(len(self.gpus))],
+            None if exchanges is None else exchanges.ns, self.peers,
+        )  # fmt: skip
+        threads = [Driven(program, sorted(states), flush) for program, states, _, flush in self._threads]
+        engine = CompiledEngine(machine, threads)
+        for number, one in enumerate(self.gpus):
+            if one.gauge is not None:
+                one.gauge.now_ns, one.gauge.backlog_ns = (
+                    partial(engine.now_ns, number),
+                    partial(engine.backlog_ns, number),
+                )
+        with collector_off():
+            engine.run()
+
+
+def settings_of(
+    scenario: Scenario, costs: Costs, prefetching: bool, gpu: int = 0, lends: bool = False
+) -> npt.NDArray[np.int64]:
+    """Return what a scenario says of every visit of a GPU."""
+    compression, lane = scenario.compression, scenario.predictor.lane
+    predicts = prefetching and costs.predict_ns > 0 and lane != "free"
+    packing = {"none": (0, 0), "gpu": (ON_GPU, ON_GPU_ASIDE), "host": (FROM_HOST, FROM_HOST_ASIDE)}[compression.where]
+    return settings_array(
+        gpu=gpu,
+        first_register=gpu * FIXED_REGISTERS,
+        reads_back=scenario.dispatch.router_readback,
+        by_priority=scenario.copy_.discipline == "priority",
+        prefetch_first=scenario.prefetch.issue == "before_launch",
+        resident_first=scenario.dispatch.expert_order == "resident_first",
+        grouped=scenario.dispatch.expert_kernel == "grouped",
+        holds=costs.copies_hold_host,
+        predictor_lane={"gpu": SIDE, "compute": COMPUTE, "host": HOST}[lane] if predicts else -1,
+        prefetch_lane=PREFETCH_LANE,
+        packing=packing[compression.lane == "side"],
+        lends=lends,
+        awaits_guesses=predicts and lane in ON_GPU_LANES and scenario.prefetch.issued_by == "host",
+        gpu_issues=scenario.prefetch.issued_by == "gpu",
+    )

@@ -1,0 +1,44 @@
+"""What a run takes by each engine: processor time of the run alone, lanes against compiled, in turns, medians of three.
+
+python tests/bench_engines.py
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+from prestage.engine.loading import load_inputs
+from prestage.engine.run import part_costs, prepared, run_all
+from prestage.engine.scenario import load_scenario
+
+#: Scenarios, and for how many decode tokens.
+RUNS = {"default": 500, "gpt-oss-20b": 200, "speed": 500, "pipeline-2": 60, "cpu-experts": 200, "placement-8": 200}
+ENGINES = ("lanes", "compiled")
+ROUNDS = 3
+
+
+def taken_s(name: str, tokens: int) -> tuple[int, dict[str, float]]:
+    """Return the layer visits of a scenario, and the median processor time of its run by each engine, in s."""
+    inputs = load_inputs(load_scenario(name, [f"workload.tokens={tokens}"]))
+    samples: dict[str, list[float]] = {engine: [] for engine in ENGINES}
+    for _ in range(ROUNDS):
+        for engine in ENGINES:
+            ready = prepared(inputs, part_costs(inputs))
+            began = time.process_time()
+            run_all(inputs, ready, engine=engine)
+            samples[engine].append(time.process_time() - began)
+    return inputs.layer_visits, {engine: statistics.median(times) for engine, times in samples.items()}
+
+
+def main() -> None:
+    taken_s("speed", 2)  # compile
+    print("| scenario | layer visits | lanes, s | compiled, s | lanes / compiled |\n|---|---|---|---|---|")
+    for name, tokens in RUNS.items():
+        visits, seconds = taken_s(name, tokens)
+        ratio = seconds["lanes"] / seconds["compiled"]
+        print(f"| {name} | {visits:,} | {seconds['lanes']:.2f} | {seconds['compiled']:.2f} | {ratio:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
