@@ -51,8 +51,9 @@ def write_file(path: str | Path, content: bytes) -> None:
 def replacing_folder(folder: str | Path) -> Iterator[Path]:
     """Yield a temporary folder beside `folder` and move it there at the end; after any exception, remove it.
 
-    A folder that is there keeps what is not written anew: once all files are written, they are moved into it one by
-    one. Parents that lack are made. Raises OSError, which names the file that `folder` was to hold.
+    A folder that is there keeps what is not written anew: once all files are written, and nothing is in their way, they
+    are moved into it one by one. Parents that lack are made. Raises OSError, which names the file that `folder` was to
+    hold.
     """
     place = Path(os.path.realpath(folder))
     temporary = _beside(place)
@@ -64,6 +65,7 @@ def replacing_folder(folder: str | Path) -> Iterator[Path]:
                 temporary.mkdir()
                 yield temporary
                 if place.exists():
+                    _check_ways(temporary, place)
                     _move_files(temporary, place)
                 else:
                     temporary.rename(place)
@@ -140,6 +142,18 @@ def _error(number: int, path: str | Path) -> OSError:
 def _beside(place: Path) -> Path:
     """Return a name of its own in the folder of `place`, short enough for any file system."""
     return place.with_name(f".prestage-{uuid.uuid4().hex}.tmp")
+
+
+def _check_ways(source: Path, target: Path) -> None:
+    """Raise OSError if a folder is where a file of `source` goes, or a file where a folder goes: before any moves."""
+    for path in sorted(source.iterdir()):
+        place = target / path.name
+        if path.is_dir() and place.is_dir():
+            _check_ways(path, place)
+        elif path.is_dir() and os.path.lexists(place):
+            raise _error(errno.ENOTDIR, path)
+        elif place.is_dir() and not place.is_symlink():
+            raise _error(errno.EISDIR, path)
 
 
 def _move_files(source: Path, target: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any, get_args
 
 from .errors import InputError
@@ -62,18 +63,28 @@ def file_name(given: str) -> str:
 
 def problems(error: ValidationError, model: type[BaseModel], data: object) -> str:
     """Return what pydantic found wrong with plain data that was to be a `model`: each key, its value, what would do."""
-    told: dict[str, list[str]] = {}
+    by_place: dict[str, list[dict[str, Any]]] = {}
     found = error.errors(include_url=False)
     within = {problem["loc"][:depth] for problem in found for depth in range(len(problem["loc"]))}
     for problem in found:
         if problem["type"] == "too_short" and problem["loc"] in within:
             continue  # what it lacks is what is wrong inside it
-        key, message = _explained(dict(problem), model, data)
-        if message not in told.setdefault(key, []):
-            told[key].append(message)
-    lines = [f"{key}{' or '.join(messages)}" for key, messages in told.items()]
-    more = len(lines) - _MOST_PROBLEMS
-    return "; ".join(lines[:_MOST_PROBLEMS]) + (f"; and {more:,} more like these" if more > 0 else "")
+        steps, _ = _walked(problem["loc"], model, data, problem["type"] == "missing")
+        by_place.setdefault(".".join(map(str, steps)), []).append(dict(problem))
+    lines = [_told(place, model, data) for place in islice(by_place.values(), _MOST_PROBLEMS)]
+    more = len(by_place) - len(lines)
+    return "; ".join(lines) + (f"; and {more:,} more like these" if more > 0 else "")
+
+
+def _told(place: Iterable[Mapping[str, Any]], model: type[BaseModel], data: object) -> str:
+    """Return what is wrong in one place: where it can be of several forms, what would do for any of them."""
+    told: dict[str, list[str]] = {}
+    for problem in place:
+        key, message = _explained(problem, model, data)
+        messages = told.setdefault(key or message, [])
+        if message not in messages:
+            messages.append(message)
+    return "; ".join(f"{'' if key in messages else key}{' or '.join(messages)}" for key, messages in told.items())
 
 
 def _explained(problem: Mapping[str, Any], model: type[BaseModel], data: object) -> tuple[str, str]:

@@ -10,6 +10,7 @@ import gzip
 import json
 import os
 import struct
+import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
@@ -43,7 +44,13 @@ def text(content: str) -> Make:
 
 
 def npz(**arrays: np.ndarray) -> Make:
-    return lambda path: np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
+    def write(path: Path) -> None:
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+            for name, array in arrays.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, array)
+
+    return write
 
 
 def npy_that_says(shape: tuple[int, ...], content: bytes = b"") -> Make:
@@ -76,8 +83,18 @@ def header_of(shape: list[int]) -> Make:
     return lambda path: path.write_bytes(struct.pack("<Q", len(head)) + head)
 
 
-def gz(content: bytes) -> Make:
-    return lambda path: path.write_bytes(gzip.compress(content, 6))
+def gz(head: bytes, part: bytes, times: int, tail: bytes) -> Make:
+    """A .gz file of a part, so many times, between two others; no more than a million bytes are made at once."""
+
+    def write(path: Path) -> None:
+        at_once = MB // len(part)
+        with gzip.open(path, "wb", 1) as file:
+            file.write(head)
+            for done in range(0, times, at_once):
+                file.write(part * min(at_once, times - done))
+            file.write(tail)
+
+    return write
 
 
 def model(old: str, new: str) -> Make:
@@ -199,16 +216,33 @@ FILES: dict[str, tuple[str, Make, list[str], str | None]] = {
         ["predictor", "measure", "{file}"],
         "blocks = 1,000,000,000: must be at most",
     ),
-    "a timeline of packed zeros": ("t.json.gz", gz(b"\0" * (400 * MB)), ["timeline", "summary", "{file}"], "unpack"),
+    "a timeline of packed zeros": (
+        "t.json.gz",
+        gz(b"", b"\0", 400 * MB, b""),
+        ["timeline", "summary", "{file}"],
+        "unpack",
+    ),
     "a timeline of packed lists": (
         "t.json.gz",
-        gz(b'{"traceEvents": [' + b"[],{}," * (10 * MB) + b"[]]}"),
+        gz(b'{"traceEvents": [', b"[],{},", 10 * MB, b"[]]}"),
         ["timeline", "summary", "{file}"],
-        "its content would take",
+        "packs more than 2,000,000 lists and objects",
+    ),
+    "a timeline of packed lists beside the events": (
+        "t.json.gz",
+        gz(b'{"about": [', b"[0],", 15 * MB, b'0], "traceEvents": []}'),
+        ["timeline", "summary", "{file}"],
+        "packs more than 2,000,000 lists and objects",
+    ),
+    "a timeline of packed numbers": (
+        "t.json.gz",
+        gz(b"[", b"0,", 30 * MB, b"0]"),
+        ["timeline", "summary", "{file}"],
+        "packs more than 2,000,000 events",
     ),
     "a measured run of packed zeros": (
         "m.json.gz",
-        gz(b"\0" * (400 * MB)),
+        gz(b"", b"\0", 400 * MB, b""),
         ["calibrate", "validate", "--profile", "h200", "-o", "v", "--measured", "{file}"],
         "unpack",
     ),
@@ -224,7 +258,7 @@ FILES: dict[str, tuple[str, Make, list[str], str | None]] = {
         "s.toml",
         text("".join(f"k{n} = 1\n" for n in range(50_000))),
         ["run", "{file}"],
-        "and 49,981 more",
+        "and 49,992 more",
     ),
     "a journal of 15,000 keys": (
         "s.jsonl",
@@ -260,19 +294,20 @@ FILES: dict[str, tuple[str, Make, list[str], str | None]] = {
 
 def run(arguments: list[str], folder: Path) -> tuple[int, str, float, int]:
     """Run a command in `folder`: its status, what it said, its processor time in seconds, and its peak in bytes."""
-    said = folder / "said"
-    with said.open("wb") as file:
-        pid = os.posix_spawn(
-            sys.executable,
-            [sys.executable, "-c", START, str(folder), *arguments],
-            os.environ,
-            file_actions=[(os.POSIX_SPAWN_DUP2, file.fileno(), 1), (os.POSIX_SPAWN_DUP2, file.fileno(), 2)],
-        )
-    _, status, usage = os.wait4(pid, 0)
-    peak_bytes = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return os.waitstatus_to_exitcode(status), said.read_text("utf-8"), usage.ru_utime + usage.ru_stime, peak_bytes
+    command = [sys.executable, "-I", "-S", "-c", MEASURE, str(folder / "said"), START, str(folder), *arguments]
+    measured = subprocess.run(command, capture_output=True, text=True, check=True)
+    status, took_s, peak = json.loads(measured.stdout)
+    peak_bytes = peak * (1 if sys.platform == "darwin" else 1024)
+    return status, (folder / "said").read_text("utf-8"), took_s, peak_bytes
 
 
+#: Starts the command from a process that is small: the peak of one just started is at least what its parent holds.
+MEASURE = """import json, os, sys
+to = [(os.POSIX_SPAWN_OPEN, 1, sys.argv[1], os.O_WRONLY | os.O_CREAT, 0o600), (os.POSIX_SPAWN_DUP2, 1, 2)]
+command = [sys.executable, "-c", *sys.argv[2:]]
+_, status, usage = os.wait4(os.posix_spawn(sys.executable, command, os.environ, file_actions=to), 0)
+print(json.dumps([os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, usage.ru_maxrss]))
+"""
 #: What never ends is ended by the operating system, after three times what is allowed.
 START = f"""import os, resource, sys
 resource.setrlimit(resource.RLIMIT_CPU, ({3 * MOST_S}, {3 * MOST_S}))

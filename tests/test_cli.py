@@ -435,11 +435,13 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_run(
 
 def test_what_fails_while_writing_leaves_what_was_there(prestage: Prestage, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "timeline.json.gz").mkdir()  # a folder in the way of the third file
-    assert "timeline.json.gz" in problem(prestage(*SMALL_RUN, "--no-baselines", "--out", "out"))
-    names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == ["result.json", "run.safetensors", "timeline.json.gz"]  # no temporary file; both are whole
-    assert json.loads((tmp_path / "out" / "result.json").read_text())["accesses"] > 0
+    (tmp_path / "out" / "timeline.json.gz").mkdir()  # a folder in the way of one of the files
+    (tmp_path / "out" / "memory.png").write_text("before")
+    said = problem(prestage(*SMALL_RUN, "--no-baselines", "--out", "out"))
+    assert said == "prestage: out/timeline.json.gz: Is a directory\n"
+    left = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*"))
+    assert left == ["out", "out/memory.png", "out/timeline.json.gz"]  # all files of a run or none, none of them half
+    assert (tmp_path / "out" / "memory.png").read_text() == "before"
 
 
 def test_an_error_outside_is_one_line_too(tmp_path: Path) -> None:
@@ -498,6 +500,7 @@ def test_the_examples_of_the_help_run(prestage: Prestage, tmp_path: Path, exampl
     shape = ["--model", "gpt-oss-20b", "--tokens", "40"]
     assert prestage("trace", "synth", *shape, "-o", "trace.npz").status == 0
     (tmp_path / "log.route.csv").write_text(LOG)
+    (tmp_path / "ids.jsonl").write_text("[0, 1]\n[2, 3]\n[4, 15]\n")
     (tmp_path / "trace.json.gz").write_bytes(PROFILED.read_bytes())
     (tmp_path / "my-scenario.toml").write_text("[workload.synthetic]\ntokens = 3\n")
     (tmp_path / "my-suite.toml").write_text(SMALL_SUITE)

@@ -94,6 +94,24 @@ def test_a_folder_that_is_there_keeps_what_is_not_written_anew(tmp_path: Path) -
     assert now == {"mine": "before", "one": "after", "figures/old": "before", "figures/new": "after"}
 
 
+@pytest.mark.parametrize("way", ["b", "c/d", "c"])
+def test_what_is_in_the_way_of_one_file_of_a_folder_keeps_all_of_them_away(tmp_path: Path, way: str) -> None:
+    out = tmp_path / "out"
+    if way == "c":
+        out.mkdir()
+        (out / way).touch()
+    else:
+        (out / way).mkdir(parents=True)
+    before = everything_in(out)
+    with pytest.raises(OSError) as raised, replacing_folder(out) as folder:
+        (folder / "c").mkdir()
+        for name in ("a", "b", "c/d"):
+            write_file(folder / name, b"")
+    assert isinstance(raised.value, NotADirectoryError if way == "c" else IsADirectoryError)
+    assert (raised.value.filename, everything_in(out)) == (str(out / way), before)
+    assert everything_in(tmp_path) == ["out", *(f"out/{name}" for name in before)]
+
+
 def test_an_error_names_the_file_that_the_folder_was_to_hold(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with files_of_at_most(1000), pytest.raises(OSError) as raised, replacing_folder(out) as folder:

@@ -209,7 +209,7 @@ def changed(**changes: Any) -> dict[str, Any]:
         ({"d2h__alone__bytes_per_second": 0}, "d2h.alone.bytes_per_second = 0: must be greater than 0"),
         ({"d2h__alone__latency_ns": None}, "d2h.alone: give latency_ns and bytes_per_second, or points: one of the"),
         ({"d2h__alone__points": [[0, 0], [1, 1]]}, "or points: one of the two"),
-        ({"d2h__alone__gb_per_s": 25}, "d2h.alone.gb_per_s = 25: no such key; known keys: source, note, device, "),
+        ({"d2h__alone__gb_per_s": 25}, "d2h.alone.gb_per_s: no such key; known keys: source, note, device, "),
         ({"d2h__alone__byte_per_second": 25}, "no such key; did you mean 'bytes_per_second'?"),
         (
             {"gpu_memory_bytes": "24 gigs"},

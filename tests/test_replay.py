@@ -283,7 +283,7 @@ def test_agreement_is_the_share_of_decode_look_ups_found_exactly_if_logged_as_th
         ("50%", {"scope": "world"}, "scope = 'world': choose one of global, per-layer, benefit, shared"),
         ("50%", {"lookup": "token"}, "lookup = 'token': choose one of batch, single"),
         ("50%", {"predictor": "oracles"}, "predictor = 'oracles': choose one of oracle, "),
-        ("50%", {"eviction": "predictive", "lookahead": 0}, "predictor horizons = 0: must be at least 1"),
+        ("50%", {"eviction": "predictive", "lookahead": 0}, "lookahead = 0: must be at least 1"),
         ("50%", {"batch": 0}, "batch = 0: must be at least 1"),
         ("50%", {"expert_bytes": 0}, "expert_bytes = 0: must be at least 1"),
         ("50%", {"model": "mixtral-8x7b"}, "model 'mixtral-8x7b' has 32 MoE layers, but the trace has 2"),

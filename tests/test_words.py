@@ -61,11 +61,18 @@ def test_what_is_wrong_is_told_by_the_keys_of_the_data(data: Any, said: str) -> 
 
 
 def test_many_problems_are_counted_and_long_values_cut() -> None:
-    data = {"shapes": [{"kind": "square", "width": -1}] * 1000}
+    data: Any = {"shapes": [{"kind": "square", "width": -1}] * 1000}
     with pytest.raises(ValidationError) as error:
         Drawing.model_validate(data)
     said = problems(error.value, Drawing, data)
     assert said.startswith("shapes.0.width = -1: must be") and said.endswith("; and 992 more like these")
+    data = {"shapes": [SQUARE], "widht": 1, **{f"k{number}": 1 for number in range(5000)}}
+    with pytest.raises(ValidationError) as error:
+        Drawing.model_validate(data)
+    keys = "known keys: shapes, width, by_name, copy"
+    told = "; ".join(f"k{number}: no such key; {keys}" for number in range(7))
+    said = problems(error.value, Drawing, data)
+    assert said == f"widht: no such key; did you mean 'width'?; {told}; and 4,993 more like these"
     assert len(shown("x" * 10_000)) < 200
     assert len(unknown_name("k", "x" * 10_000, ["a"])) < 200
 

@@ -123,9 +123,10 @@ _LOGS = {".route.csv": "bigmoeonedge"}
 
 
 def shipped_traces() -> list[str]:
-    """Return the names of the traces that ship."""
-    folder = resources.files("prestage") / "workloads" / "data"
-    return sorted(entry.name[: -len(".json")] for entry in folder.iterdir() if entry.name.endswith(".json"))
+    """Return the names of the traces that ship: each has a file that says how it was made, which weights lack."""
+    files = {entry.name for entry in (resources.files("prestage") / "workloads" / "data").iterdir()}
+    traces = (name.removesuffix(".safetensors") for name in files if name.endswith(".safetensors"))
+    return sorted(name for name in traces if f"{name}.json" in files)
 
 
 def open_trace(path: str | PathLike[str]) -> RoutingTrace:

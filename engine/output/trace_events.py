@@ -15,6 +15,7 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ...bounded import read
 from ...errors import InputError
 
 GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -44,6 +45,8 @@ _FAR_NS = 3600 * 10**9
 #: A .gz file that unpacks to more than this, or to so many times its size, is no trace.
 _MOST_BYTES, _MOST_TIMES = 64 * 2**20, 64
 _PACKED_CHUNK = 4096
+#: So many events, and so many lists and objects, may a file hold, or as many as it has bytes if that is more.
+_MOST_PARTS = 2_000_000
 #: Text, which is left alone, or a number that is none of JSON's, as C and C++ programs print them.
 _ODD_NUMBER = re.compile(r'"(?:[^"\\]|\\.)*"|[-+]?(?:\binf(?:inity)?\b|\bnan\b(?:\(\w*\))?|\b1\.#\w+)', re.I | re.S)
 _BETWEEN = re.compile(r"[\s,]*")
@@ -159,7 +162,11 @@ class _Text:
 
     def __init__(self, path: Path, reading: Reading) -> None:
         self._path, self._reading = path, reading
-        self._text = _decoded(path, reading)
+        content = read(path, TraceFileError)
+        self._most_parts = max(_MOST_PARTS, len(content))
+        self._text = _decoded(path, content, reading)
+        if self._text.count("[") + self._text.count("{") > self._most_parts:
+            raise self._too_many("lists and objects")
         self._decoder = json.JSONDecoder(strict=False)
         self._mended = False
         #: What the file holds beside the events, and whether it has a list of them.
@@ -211,7 +218,12 @@ class _Text:
                 return at + 1
             event, at = self._value(at)
             self._reading.events += 1
+            if self._reading.events > self._most_parts:
+                raise self._too_many("events")
             yield event
+
+    def _too_many(self, what: str) -> TraceFileError:
+        return TraceFileError(f"{self._path}: packs more than {self._most_parts:,} {what}: no trace does")
 
     def _past(self, at: int) -> int:
         match = _BETWEEN.match(self._text, at)
@@ -409,10 +421,10 @@ def _place(number: int, name: Any) -> str:
     return f"traceEvents[{number}]{called}"
 
 
-def _decoded(path: Path, reading: Reading) -> str:
-    content: bytes | bytearray = path.read_bytes()
-    if content[:2] == b"\x1f\x8b":
-        content = _unpacked(path, bytes(content), reading)
+def _decoded(path: Path, packed: bytes, reading: Reading) -> str:
+    content: bytes | bytearray = packed
+    if packed[:2] == b"\x1f\x8b":
+        content = _unpacked(path, packed, reading)
     encoding = json.detect_encoding(bytes(content[:4]))
     try:
         return content.decode(encoding)
