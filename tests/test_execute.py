@@ -98,8 +98,13 @@ def shared() -> Shared:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_an_execution_makes_the_spans_that_the_simulation_makes(variant: str, shared: Shared) -> None:
+    expect_the_simulations_spans(CpuDevice(), variant, shared)
+
+
+def expect_the_simulations_spans(device: Any, variant: str, shared: Shared) -> None:
+    """Execute a variant on a device, and assert that it makes the copies and kernels that its simulation makes."""
     inputs = small_inputs(**VARIANTS[variant])
-    measured = execute([CpuDevice()], inputs, variant, shared, repeats=3)
+    measured = execute([device], inputs, variant, shared, repeats=3)
     (gpu,), (timeline,) = measured.gpus, measured.timelines()
     costs = Costs(inputs)
     simulated = run(inputs, costs, make_manager(inputs), make_prefetch(inputs.scenario, inputs.model))

@@ -67,23 +67,31 @@ def test_there_are_commands_to_run() -> None:
     assert len(COMMANDS) >= 1 and len(WITH_TRACES) >= 1 and len(blocks("python")) >= 1
 
 
+@pytest.mark.docs
+@pytest.mark.process
 @pytest.mark.parametrize("block", COMMANDS)
 def test_its_commands_run(block: str, tmp_path: Path) -> None:
     (tmp_path / "calibration").symlink_to(ROOT / "calibration")  # as in a clone
     assert run_in(tmp_path, ["bash", "-c", SHELL + block])
 
 
+@pytest.mark.docs
+@pytest.mark.process
 @pytest.mark.parametrize("block", WITH_TRACES)
 def test_its_commands_over_real_traces_run(block: str, tmp_path: Path, traces: Path) -> None:
     assert run_in(tmp_path, ["bash", "-c", SHELL + block])
 
 
+@pytest.mark.docs
+@pytest.mark.process
 def test_what_the_first_command_writes_is_what_it_says(tmp_path: Path) -> None:
     run_in(tmp_path, ["bash", "-c", SHELL + "prestage run --no-baselines --out prestage-out"])
     for path in (tmp_path / "prestage-out").iterdir():
         assert f"`{path.name}`" in README
 
 
+@pytest.mark.docs
+@pytest.mark.process
 @pytest.mark.parametrize("block", blocks("python"))
 def test_its_python_runs(block: str, tmp_path: Path) -> None:
     assert run_in(tmp_path, [sys.executable, "-c", block])  # it prints what it came to
