@@ -10,6 +10,17 @@ from hypothesis import settings
 settings.register_profile("prestage", derandomize=True, deadline=None)
 settings.load_profile("prestage")
 
+#: What a test is marked as, if it is slow by what it does: `pytest -m "not slow"` leaves it out.
+SLOW_BY_NATURE = ("process", "browser", "docs", "gpu")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow what is slow by nature, before pytest chooses by marks."""
+    for item in items:
+        if any(item.get_closest_marker(mark) for mark in SLOW_BY_NATURE):
+            item.add_marker("slow")
+
 
 @pytest.fixture(scope="session")
 def default_run() -> Any:

@@ -15,6 +15,7 @@ from prestage.engine.simulate import simulate
 COUNT, PARTS = 300, 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(PARTS))
 def test_whatever_is_accepted_runs(part: int, tmp_path: Path) -> None:
     counts: Counter[str] = Counter()

@@ -317,6 +317,7 @@ main()
 """
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not hasattr(os, "posix_spawn"), reason="measures processes as Unix does")
 @pytest.mark.parametrize("name", FILES)
 def test_no_small_file_takes_much_memory_or_time(tmp_path: Path, name: str) -> None:

@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
+import pytest
 from browser import browsing
+
+pytestmark = pytest.mark.browser
 
 PAGE = """<!doctype html><title>A page</title><p id="p">no script ran</p>
 <script>document.getElementById("p").textContent = matchMedia("(prefers-color-scheme: dark)").matches</script>"""

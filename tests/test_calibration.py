@@ -302,6 +302,7 @@ def test_the_transfer_benchmark_of_samples_takes_single_and_ten_as_measured(samp
 # Without a GPU.
 
 
+@pytest.mark.process
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
 @pytest.mark.parametrize("command", [["calibrate", "measure"], ["benchmark", "transfer"]])
 def test_without_cuda_a_command_says_so_in_one_line_and_names_the_profiles(command: list[str], tmp_path: Path) -> None:
@@ -323,6 +324,7 @@ def committed_fit() -> Fit:
     return fit(one, "h200", load_schedule([SAMPLES / "h200.rows.json"]), [two])
 
 
+@pytest.mark.slow
 def test_the_shipped_profile_is_what_the_committed_samples_give(tmp_path: Path) -> None:
     fitted = committed_fit()
     assert fitted.profile == load_profile("h200")
@@ -330,6 +332,7 @@ def test_the_shipped_profile_is_what_the_committed_samples_give(tmp_path: Path) 
     assert load_profile(str(tmp_path / "again.json")) == fitted.profile
 
 
+@pytest.mark.slow
 def test_the_committed_fit_predicts_held_back_runs() -> None:
     fitted = committed_fit()
     errors = {term.name: term.uncertainty["held_back_error"] for term in fitted.terms}
@@ -338,6 +341,7 @@ def test_the_committed_fit_predicts_held_back_runs() -> None:
     assert len(graphs) > 10 and max(graphs) < 0.03
 
 
+@pytest.mark.slow
 def test_the_committed_samples_hold_the_guides_table() -> None:
     report = from_samples(load_samples(SAMPLES / "h200.json"))
     ways = {line["way"]: line for line in report["rows"] if line["bytes"] == 27 * 2**20}

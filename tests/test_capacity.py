@@ -15,6 +15,7 @@ from tiny import ASSUMED, tiny_inputs, tiny_model, tiny_pipeline, tiny_profile, 
 from typer.testing import CliRunner
 
 from prestage.calibration.execute import execute_all
+from prestage.calibration.plan import ExecutionError
 from prestage.cli import app
 from prestage.engine.breakeven import break_even
 from prestage.engine.capacity import CapacityError, described, gib, host_parts, kv_cache_bytes, memories
@@ -446,9 +447,12 @@ def test_comparisons_and_break_even_refuse_it() -> None:
 
 
 def test_an_execution_refuses_it_before_the_first_scenario_runs() -> None:
-    chosen = {"fits": load_scenario("synthetic", SMALL), "does not": load_scenario("synthetic", TOO_MUCH)}
-    with pytest.raises(CapacityError, match=TOLD):
-        next(execute_all(chosen))
+    executable = [*SMALL, *MIXTRAL, "memory.gpu_budget=2GiB"]
+    chosen = {"fits": load_scenario("synthetic", executable), "does not": load_scenario("synthetic", TOO_MUCH)}
+    with pytest.raises(ExecutionError, match=f"^1 of 2 scenarios cannot be executed, .*: does not: {TOLD}"):
+        execute_all(chosen)
+    with pytest.raises(CapacityError, match=f"^{TOLD}"):
+        execute_all({"does not": chosen["does not"]})
 
 
 def test_the_command_refuses_it_in_one_line() -> None:

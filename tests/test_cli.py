@@ -116,6 +116,7 @@ def test_version_is_that_of_the_distribution(prestage: Prestage) -> None:
 # run
 
 
+@pytest.mark.process
 def test_run_without_a_scenario_runs_the_default_and_prints_tables(tmp_path: Path) -> None:
     ran = prestage_outside("run", "--set", "workload.tokens=80", cwd=tmp_path, COLUMNS="200")
     assert (ran.status, ran.err) == (0, "")
@@ -217,6 +218,7 @@ def test_a_scenario_file_names_its_trace_beside_itself(prestage: Prestage, tmp_p
     assert data["scenario"]["prefetch"]["lookahead"] == 2
 
 
+@pytest.mark.process
 def test_a_person_at_a_terminal_sees_progress_and_a_pipe_stays_clean(tmp_path: Path) -> None:
     leader, follower = pty.openpty()
     command = [sys.executable, "-m", "prestage", *SMALL_RUN, "--json"]
@@ -267,6 +269,7 @@ def test_replay_takes_its_options(prestage: Prestage, tmp_path: Path) -> None:
     assert few["warnings"][0].startswith("cliff: ")
 
 
+@pytest.mark.slow
 def test_the_published_hit_rates_as_a_user_reads_them(prestage: Prestage, traces: Path) -> None:
     log = traces / "bigmoeonedge-qwen" / "qwen.route.csv"
     words = prestage("replay", str(log), "--budget", "4000MiB").out
@@ -444,6 +447,7 @@ def test_what_fails_while_writing_leaves_what_was_there(prestage: Prestage, tmp_
     assert (tmp_path / "out" / "memory.png").read_text() == "before"
 
 
+@pytest.mark.process
 def test_an_error_outside_is_one_line_too(tmp_path: Path) -> None:
     said = problem(prestage_outside("run", "--set", "prefetch.polcy=none", cwd=tmp_path))
     assert said == "prestage: scenario 'default': prefetch.polcy: no such key; did you mean 'policy'?\n"
@@ -493,6 +497,7 @@ def test_without_arguments_the_help_is_shown(prestage: Prestage) -> None:
 EXAMPLES = re.findall(r"^ {6}prestage (.*)$", Path(cli.__file__).read_text(encoding="utf-8"), re.MULTILINE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_the_examples_of_the_help_run(prestage: Prestage, tmp_path: Path, example: str) -> None:
     shape = ["--model", "mixtral-8x7b", "--tokens", "40"]
@@ -518,12 +523,14 @@ def test_the_examples_of_the_help_run(prestage: Prestage, tmp_path: Path, exampl
     assert ran.out
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_help_loads_nothing_heavy(tmp_path: Path, command: list[str]) -> None:
     heavy = ["torch", "numpy", "simpy", "matplotlib", "bokeh", "numba", "networkx", "safetensors", "orjson"]
     assert not loaded_by(heavy, [*command, "--help"], tmp_path)
 
 
+@pytest.mark.process
 def test_a_run_without_pictures_loads_no_torch_and_no_matplotlib(tmp_path: Path) -> None:
     heavy = ["torch", "matplotlib", "bokeh", "networkx", "simpy"]
     assert loaded_by(heavy, SMALL_RUN, tmp_path) == ["simpy"]  # that it is there shows that this can tell

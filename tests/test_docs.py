@@ -20,6 +20,7 @@ PAGES = sorted(DOCS.glob("*.md"))
 WITH_CODE = [page for page in PAGES if any(block.runs for block in blocks(page.read_text(encoding="utf-8")))]
 
 
+@pytest.mark.docs
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.name)
 def test_the_code_of_a_page_runs_and_prints_what_the_page_shows(page: Path, tmp_path: Path) -> None:
     text = page.read_text(encoding="utf-8")
@@ -62,6 +63,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.process
+@pytest.mark.docs
 def test_the_site_has_every_page_and_names_nothing_to_load_from_elsewhere(site: Path) -> None:
     loaded = re.compile(r"""<(?:script|link|img|iframe)\b[^>]*?(?:src|href)=["']((?:https?:)?//[^"']+)""")
     built = sorted(site.rglob("*.html"))
@@ -72,6 +75,9 @@ def test_the_site_has_every_page_and_names_nothing_to_load_from_elsewhere(site: 
         assert not re.search(r"(?:@import|url\()\s*[\"']?(?:https?:)?//", style.read_text(encoding="utf-8")), style.name
 
 
+@pytest.mark.browser
+@pytest.mark.process
+@pytest.mark.docs
 def test_the_site_is_read_in_a_browser_without_a_network(site: Path) -> None:
     with browsing(site) as opened:
         for name in ("index", "tutorial", "suite"):

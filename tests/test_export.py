@@ -473,6 +473,7 @@ def test_the_queues_hold_what_is_launched_and_has_not_started(tmp_path: Path) ->
     ]
 
 
+@pytest.mark.process
 def test_the_same_run_gives_the_same_bytes_in_any_process_and_place(tmp_path: Path) -> None:
     program = (
         "import sys, pathlib, numpy, test_export as t\n"
@@ -491,6 +492,7 @@ def test_the_same_run_gives_the_same_bytes_in_any_process_and_place(tmp_path: Pa
     assert content[4:8] == bytes(4)
 
 
+@pytest.mark.slow
 def test_it_takes_far_less_memory_than_its_events(tmp_path: Path) -> None:
     small, large = made_run(1, 50), made_run(1, 2000)
 

@@ -91,6 +91,7 @@ def olmoe(traces: Path) -> tuple[RoutingTrace, FittedRouting]:
     return trace, fit_routing(trace)
 
 
+@pytest.mark.slow
 def test_olmoe_is_reproduced_within_3_points(olmoe: tuple[RoutingTrace, FittedRouting]) -> None:
     trace, generator = olmoe
     # The trace is one sequence of 299 tokens, and one such draw alone strays by more: the mean of 21 is compared.
@@ -99,6 +100,7 @@ def test_olmoe_is_reproduced_within_3_points(olmoe: tuple[RoutingTrace, FittedRo
         assert found[name]["max_difference"] < 0.03, name
 
 
+@pytest.mark.slow
 def test_gpt_oss_is_reproduced_within_3_points_by_each_draw(traces: Path) -> None:
     trace = RoutingTrace.load(traces / "gpt-oss-20b.npz")
     generator = fit_routing(trace)

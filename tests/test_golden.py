@@ -38,6 +38,7 @@ def figures(name: str) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", scenario_names())
 def test_a_shipped_scenario_comes_to_its_golden_figures(name: str) -> None:
     golden = json.loads(FILE.read_text(encoding="utf-8"))

@@ -18,6 +18,7 @@ from prestage.engine.output.summary import timeline_summary
 from prestage.engine.simulate import Result
 
 pytestmark = [
+    pytest.mark.slow,
     # Third parties': what it imports and how it builds tables is its own affair.
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),
 ]

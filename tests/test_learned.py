@@ -37,6 +37,8 @@ from prestage.workloads.predictors import make_predictor, recall_at
 from prestage.workloads.synthetic import synthesize
 from prestage.workloads.trace import RoutingTrace, TraceError
 
+pytestmark = pytest.mark.slow
+
 SMALL = Settings(epochs=2, width=16, heads=2, blocks=1, context=2, horizons=2)
 
 

@@ -19,6 +19,8 @@ from prestage.engine.output.profiler_trace import load_timeline
 from prestage.engine.simulate import Result
 from prestage.resources.timeline import DENSE, LAUNCH, Timeline
 
+pytestmark = pytest.mark.browser
+
 #: What the page calls to ask its trace processor.
 QUERY = """async sql => {
     const result = await app.trace.engine.query(sql);

@@ -350,6 +350,7 @@ def test_saving_refuses_other_endings_and_leaves_nothing_behind(tmp_path: Path) 
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.process
 def test_matplotlib_is_loaded_only_to_draw_and_its_global_state_never(tmp_path: Path) -> None:
     program = (
         "import sys\n"

@@ -505,6 +505,7 @@ def test_a_small_file_that_unpacks_to_very_much_is_refused(tmp_path: Path) -> No
 # How long it takes.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["overlapping", "devices", "threads", "names", "begun"])
 def test_reading_takes_a_time_in_proportion_to_the_events(tmp_path: Path, kind: str) -> None:
     def seconds(count: int) -> float:

@@ -276,6 +276,7 @@ def run_of_a_phone(traces: Path) -> tuple[list[str], RunLog]:
     return settings, load_log(folder / "qwen.metrics")
 
 
+@pytest.mark.slow
 def test_half_of_a_phones_run_predicts_the_other_half(run_of_a_phone: tuple[list[str], RunLog], tmp_path: Path) -> None:
     settings, log = run_of_a_phone
     fitted = fit_run(load_scenario("phone", settings), log, 64, "oneplus15r-ufs4")
@@ -290,6 +291,7 @@ def test_half_of_a_phones_run_predicts_the_other_half(run_of_a_phone: tuple[list
     assert simulated == pytest.approx(logged, rel=0.02)
 
 
+@pytest.mark.slow
 def test_the_phones_log_reads_what_the_simulation_reads(run_of_a_phone: tuple[list[str], RunLog]) -> None:
     settings, log = run_of_a_phone
     result = simulate(load_scenario("phone", settings), baselines=False)

@@ -106,6 +106,7 @@ def test_every_command_is_tried() -> None:
     assert leaves == {*TRIED, ("trace", "synth"), ("run",), ("sweep",), ("predictor", "train")}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("command", TRIED, ids=" ".join)
 def test_a_command_passes_with_a_read_only_install_and_no_home(
     command: tuple[str, ...], restricted: Restricted
@@ -116,6 +117,7 @@ def test_a_command_passes_with_a_read_only_install_and_no_home(
     assert ran.returncode == status, ran.stderr
 
 
+@pytest.mark.process
 def test_machine_code_is_kept_among_temporary_files_and_else_nowhere(restricted: Restricted, tmp_path: Path) -> None:
     where = "from prestage.workloads import stacks; print(stacks.next_visits._cache.cache_path)"
     kept = restricted(sys.executable, "-c", where)

@@ -67,23 +67,31 @@ def test_there_are_commands_to_run() -> None:
     assert len(COMMANDS) >= 1 and len(WITH_TRACES) >= 1 and len(blocks("python")) >= 1
 
 
+@pytest.mark.docs
+@pytest.mark.process
 @pytest.mark.parametrize("block", COMMANDS)
 def test_its_commands_run(block: str, tmp_path: Path) -> None:
     (tmp_path / "calibration").symlink_to(ROOT / "calibration")  # as in a clone
     assert run_in(tmp_path, ["bash", "-c", SHELL + block])
 
 
+@pytest.mark.docs
+@pytest.mark.process
 @pytest.mark.parametrize("block", WITH_TRACES)
 def test_its_commands_over_real_traces_run(block: str, tmp_path: Path, traces: Path) -> None:
     assert run_in(tmp_path, ["bash", "-c", SHELL + block])
 
 
+@pytest.mark.docs
+@pytest.mark.process
 def test_what_the_first_command_writes_is_what_it_says(tmp_path: Path) -> None:
     run_in(tmp_path, ["bash", "-c", SHELL + "prestage run --no-baselines --out prestage-out"])
     for path in (tmp_path / "prestage-out").iterdir():
         assert f"`{path.name}`" in README
 
 
+@pytest.mark.docs
+@pytest.mark.process
 @pytest.mark.parametrize("block", blocks("python"))
 def test_its_python_runs(block: str, tmp_path: Path) -> None:
     assert run_in(tmp_path, [sys.executable, "-c", block])  # it prints what it came to
@@ -147,7 +155,9 @@ def test_every_file_is_named_by_a_path_that_is_there() -> None:
 
 @pytest.mark.parametrize("page", ["README.md", "docs/numbers.md"])
 def test_the_numbers_that_are_explained_are_those_of_a_result(page: str) -> None:
-    data = simulate(load_scenario("synthetic", ["model.layers=2", "workload.tokens=2"])).data
+    small = ["model.layers=2", "workload.tokens=2"]
+    several = [*small, "machine.profile=h200-x2", "parallel.stages=2"]
+    data = {**simulate(load_scenario("synthetic", several)).data, **simulate(load_scenario("synthetic", small)).data}
     text = TEXTS[ROOT / page]
     explained = re.findall(r"^\| (.*?) \|", text.split("| number | formula |")[1].split("\n\n")[0], re.MULTILINE)
     keys = [key for cell in explained for key in re.findall(r"`(\w+)`", cell)]

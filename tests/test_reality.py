@@ -50,6 +50,7 @@ def test_what_was_executed_are_the_scenarios_of_the_set(name: str) -> None:
         assert all(gpu.verified > 0 for gpu in run.gpus)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", ROWS)
 def test_the_report_is_what_the_simulation_makes_of_the_measured_run(scenario: str) -> None:
     row = compare(load_measured(files("validation")[scenario]), load_profile("h200"))
@@ -98,6 +99,7 @@ def test_most_measured_makespans_lie_where_the_profiles_uncertainty_says() -> No
     assert sum(inside) >= len(inside) * 19 / 24
 
 
+@pytest.mark.slow
 def test_each_term_earns_its_place() -> None:
     ablation = REPORT["ablation"]
     assert all(

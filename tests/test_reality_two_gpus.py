@@ -50,6 +50,7 @@ def test_the_set_covers_what_it_should() -> None:
     assert sum(h2d is not None and h2d["measured"] > 0.85 * whole_ms for h2d, whole_ms in busy) >= 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", ROWS)
 def test_the_report_is_what_the_simulation_makes_of_the_measured_run(scenario: str) -> None:
     row = compare(load_measured(FOLDER / NAME / "two-gpus" / f"{scenario}.json.gz"), load_profile(NAME))

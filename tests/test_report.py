@@ -212,6 +212,7 @@ def test_a_comparison_says_which_is_better_and_what_differs(pages: Path, two: li
     assert judged is not None and judged[1] == ("better" if second > first else "worse")
 
 
+@pytest.mark.process
 def test_the_same_run_gives_the_same_page(folder: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from prestage.engine.output.saved import load_result; "
@@ -313,6 +314,7 @@ def point_at(page: Any, selector: str, right: float, down: float) -> None:
     page.mouse.move(place["x"] + right, place["y"] + down)
 
 
+@pytest.mark.browser
 def test_a_report_loads_and_its_timeline_zooms_moves_and_hides(browser: Browsing) -> None:
     with open_page(browser, "one.html") as page:
         assert page.evaluate("document.querySelectorAll('.plot > *').length") == len(FIGURES) - 2
@@ -336,6 +338,7 @@ def test_a_report_loads_and_its_timeline_zooms_moves_and_hides(browser: Browsing
         assert page.evaluate(f"{experts}.map((renderer) => renderer.visible)") == [False]
 
 
+@pytest.mark.browser
 def test_a_page_of_ones_own_holds_html_pictures_and_figures(browser: Browsing, pages: Path) -> None:
     from prestage.engine.output.figures_html import figure_html
     from prestage.engine.output.figures_static import draw
@@ -358,6 +361,7 @@ def test_a_page_of_ones_own_holds_html_pictures_and_figures(browser: Browsing, p
             assert page.evaluate("document.querySelectorAll('.plot > *').length") == count
 
 
+@pytest.mark.browser
 def test_a_report_is_dark_or_light_as_the_system_or_its_switch_says(browser: Browsing) -> None:
     def is_now(theme: str) -> bool:
         page.wait_for_function(f"document.documentElement.dataset.theme === '{theme}'")
@@ -381,6 +385,7 @@ def test_a_report_is_dark_or_light_as_the_system_or_its_switch_says(browser: Bro
         assert is_now("light") and "auto" in page.text_content("#theme")
 
 
+@pytest.mark.browser
 def test_two_timelines_share_one_axis_in_the_dark(browser: Browsing) -> None:
     with open_page(browser, "two.html", color_scheme="dark") as page:
         ((first, last),) = page.evaluate(RANGES)
@@ -396,6 +401,7 @@ def page_of_timeline(browser_folder: Path, name: str, run: Run) -> None:
     write_page(browser_folder / name, title=name, sections=[Section("", layout=layout, name="timeline")])
 
 
+@pytest.mark.browser
 def test_under_the_pointer_a_span_says_what_it_is_and_when(browser: Browsing, pages: Path) -> None:
     page_of_timeline(pages, "made.html", made_run())
     with open_page(browser, "made.html") as page:
@@ -419,6 +425,7 @@ def long_run(count: int) -> Run:
     return run
 
 
+@pytest.mark.browser
 def test_of_a_hundred_thousand_spans_those_are_drawn_that_can_be_told_apart(browser: Browsing, pages: Path) -> None:
     page_of_timeline(pages, "long.html", long_run(100_000))
     with open_page(browser, "long.html") as page:

@@ -12,6 +12,8 @@ from prestage.engine import reproduce
 from prestage.engine.inference import InferenceConfig, InferenceSimulator
 from prestage.engine.reproduce import TABLES, VIRTUAL_MEMORY, Row
 
+pytestmark = pytest.mark.slow
+
 MISS, HIT = 3.41, 0.07
 
 

@@ -290,6 +290,7 @@ def test_what_a_result_echoes_makes_it_again_to_the_byte(tmp_path: Path) -> None
     assert written(again, tmp_path / "again") == written(first, tmp_path / "first")
 
 
+@pytest.mark.process
 def test_two_processes_that_hash_differently_write_the_same_bytes(tmp_path: Path) -> None:
     settings = [part for setting in (*SMALL, *WAYS["stale dropped"]) for part in ("--set", setting)]
     for seed in ("1", "2"):

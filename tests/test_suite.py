@@ -137,6 +137,7 @@ def test_what_is_finished_is_not_run_again(
     assert rows_of(again) == rows_of(finished)
 
 
+@pytest.mark.process
 def test_a_killed_suite_goes_on_to_the_same_rows(definition: Path, finished: Finished, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "prestage", "suite", str(definition), "-o", str(tmp_path), "--workers", "1"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
@@ -258,6 +259,7 @@ def test_the_report_shows_every_table_and_figure(finished: Finished, out: Path) 
     assert "34.16" in text, "ten pageable copies, on the lane"
 
 
+@pytest.mark.browser
 def test_the_page_loads_in_a_browser_without_a_network(finished: Finished, out: Path) -> None:
     write_suite(finished, out)
     with browsing(out) as opened:

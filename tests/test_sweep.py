@@ -288,6 +288,7 @@ def deadly(number: int) -> int:
     return number
 
 
+@pytest.mark.process
 @pytest.mark.filterwarnings("ignore:A worker stopped while some jobs:UserWarning")
 def test_a_task_that_kills_its_worker_is_found_out_and_the_rest_goes_on() -> None:
     with Workers(2) as workers:
@@ -326,6 +327,7 @@ def worker_pids(driver: int) -> list[int]:
     return [pid for pid, line in lines.items() if "popen_loky" in line]
 
 
+@pytest.mark.process
 @needs_proc
 def test_a_killed_worker_then_a_killed_driver_lose_nothing_and_repeat_nothing(
     tmp_path: Path, undisturbed: list[bytes]
@@ -359,6 +361,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
+@pytest.mark.process
 def test_ctrl_c_leaves_a_valid_journal_says_so_and_the_same_command_goes_on(
     tmp_path: Path, undisturbed: list[bytes]
 ) -> None:
@@ -400,6 +403,7 @@ def cluster(tmp_path: Path) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]
         process.wait()
 
 
+@pytest.mark.process
 @needs_dask
 def test_a_cluster_gives_the_same_rows_even_if_a_worker_is_killed(
     tmp_path: Path, undisturbed: list[bytes], cluster: tuple[str, list[subprocess.Popen[bytes]]]
@@ -414,6 +418,7 @@ def test_a_cluster_gives_the_same_rows_even_if_a_worker_is_killed(
     assert rows_of(journal) == undisturbed
 
 
+@pytest.mark.process
 @needs_dask
 def test_a_lost_scheduler_ends_the_sweep_with_one_line_and_it_goes_on_without(
     tmp_path: Path, undisturbed: list[bytes], cluster: tuple[str, list[subprocess.Popen[bytes]]]

@@ -64,6 +64,7 @@ def test_meta_says_that_it_is_synthetic_and_repeats_the_parameters() -> None:
     assert again == SyntheticConfig(4, 1, 4, 2, 1.5, 3, 0.25, 2, 1, 9)
 
 
+@pytest.mark.process
 def test_the_same_seed_gives_the_same_trace_in_another_process() -> None:
     program = (
         "import hashlib; from prestage.workloads.synthetic import synthesize\n"

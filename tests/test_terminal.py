@@ -60,6 +60,7 @@ def test_a_refusal_is_one_line_that_can_do_nothing_to_a_terminal(
     assert len(line) < 1.1 * LONGEST_LINE
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("close", "status"), [(">&-", 0), ("2>&-", 0), ("<&-", 0), (">&- 2>&- <&-", 0)])
 def test_a_closed_stream_stops_no_run_and_gets_into_no_file(tmp_path: Path, close: str, status: int) -> None:
     ran = shell(f"RUN --out out {close}", tmp_path)
@@ -67,23 +68,27 @@ def test_a_closed_stream_stops_no_run_and_gets_into_no_file(tmp_path: Path, clos
     assert json.loads((tmp_path / "out" / "result.json").read_bytes())["decode_tokens"] == 20
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("command", ["RUN", "RUN --json", "RUN --help"])
 def test_a_reader_that_leaves_is_no_error(tmp_path: Path, command: str) -> None:
     ran = shell(f"({command}; echo status $? >&2) | true", tmp_path)
     assert ran.stderr == "status 141\n"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("command", ["RUN", "RUN --json", "RUN --help"])
 def test_an_output_that_is_full_is_said(tmp_path: Path, command: str) -> None:
     ran = shell(f"{command} > /dev/full", tmp_path)
     assert (ran.returncode, ran.stderr) == (2, "prestage: standard output: No space left on device\n")
 
 
+@pytest.mark.process
 def test_errors_that_cannot_be_said_keep_their_status(tmp_path: Path) -> None:
     for stream in ("2>&-", "2>/dev/full"):
         assert shell(f"RUN none.toml {stream}", tmp_path).returncode == 2
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("command", ["topology h200-hgx-x8", "replay --help", "run --set machine.profile=größe"])
 def test_a_terminal_of_ascii_gets_ascii(tmp_path: Path, command: str) -> None:
     ran = subprocess.run(
@@ -95,6 +100,7 @@ def test_a_terminal_of_ascii_gets_ascii(tmp_path: Path, command: str) -> None:
     assert ran.returncode == (2 if "größe" in command else 0)
 
 
+@pytest.mark.process
 def test_json_is_utf_8_whatever_the_terminal_is(tmp_path: Path) -> None:
     (tmp_path / "Größe.toml").write_text("[workload.synthetic]\ntokens = 5\n")
     command = [sys.executable, "-m", "prestage", "compare", "Größe.toml", "Größe.toml,prefetch.lookahead=0", "--json"]
@@ -103,12 +109,14 @@ def test_json_is_utf_8_whatever_the_terminal_is(tmp_path: Path) -> None:
     assert "Größe.toml" in json.dumps(json.loads(ran.stdout), ensure_ascii=False)
 
 
+@pytest.mark.process
 def test_a_name_that_is_not_unicode_is_refused(tmp_path: Path) -> None:
     ran = subprocess.run([*RUN[:4], b"a\xff.toml"], cwd=tmp_path, capture_output=True, text=True)
     assert (ran.returncode, ran.stdout) == (2, "")
     assert ran.stderr.startswith("prestage: 'a\\udcff.toml': not UTF-8")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_command_that_is_told_to_end_leaves_nothing_half_written(tmp_path: Path, number: int, status: int) -> None:
     # It is told so while it writes the timeline of a long run, at a time at which a temporary folder is there.

@@ -374,7 +374,8 @@ def test_what_a_run_moved_over_each_link_is_told_beside_it(tmp_path: Path) -> No
     profile, topology = shipped("h200-x2")
     carried = [Carried(topology.route("host0", "gpu1"), 1021 * 10**5, np.array([0]), np.array([2 * 10**6]))]
     loads = link_loads(carried, topology, 4 * 10**6)
-    run = {"makespan_ms": 4.0, "time": {}, "scenario": {}}
+    time = {f"{part}_ms": 0.0 for part in ("stall", "host", "predictor", "bubble", "drain")}
+    run = {"makespan_ms": 4.0, "time": {"compute_ms": 4.0, **time}, "scenario": {}}
     (tmp_path / "result.json").write_text(json.dumps({**run, "links": loads}))
     data = describe(profile, load_links(str(tmp_path)))
     told = {row["link"]: (row["bytes"], row["busy_ms"], row["utilization"]) for row in data["links"]}

@@ -124,6 +124,7 @@ def test_arrays_that_are_no_c_order_or_native_byte_order_come_back_whole(tmp_pat
     assert back.extra["big"].tolist() == [[2, 1, 0], [5, 4, 3]]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_the_same_trace_gives_the_same_bytes_in_another_process_at_another_time(tmp_path: Path, suffix: str) -> None:
     program = (

@@ -277,6 +277,7 @@ def trained(config: MoeConfig, text: Corpus, steps: int, seed: int = 0) -> tuple
     return run, list(train(run, Batches(text, config.context, CPU), log_every=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [SMALL, MANY], ids=["top-1", "top-3"])
 def test_the_loss_falls_from_that_of_a_uniform_guess(config: MoeConfig, text: Corpus) -> None:
     _, curve = trained(config, text, 40)
@@ -284,6 +285,7 @@ def test_the_loss_falls_from_that_of_a_uniform_guess(config: MoeConfig, text: Co
     assert curve[-1]["loss"] < curve[0]["loss"] / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [SMALL, MANY], ids=["top-1", "top-3"])
 def test_a_resumed_run_ends_in_the_same_bits_as_one_never_interrupted(
     config: MoeConfig, text: Corpus, tmp_path: Path
@@ -305,6 +307,7 @@ def test_a_resumed_run_ends_in_the_same_bits_as_one_never_interrupted(
     assert not torch.equal(one["model.embedding.weight"], elsewhere.state()["model.embedding.weight"])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_run_is_refused(text: Corpus, tmp_path: Path) -> None:
     run, _ = trained(SMALL, text, 1)
     run.save(tmp_path / "c.safetensors")
@@ -323,6 +326,7 @@ def test_bad_input_is_one_line_and_exit_status_2(tmp_path: Path, capsys: pytest.
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_training_stops_when_its_time_is_up(text: Corpus) -> None:
     run = Run(SMALL, Training(steps=10), CPU)
     assert list(train(run, Batches(text, SMALL.context, CPU), time_limit_s=0.0)) == []
@@ -345,6 +349,7 @@ def states_at_routers(model: MoeLm, tokens: Tensor) -> list[Tensor]:
     return states
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [SMALL, MANY], ids=["top-1", "top-3"])
 def test_what_is_recorded_is_the_routers_top_k_and_the_next_routers_ranking(config: MoeConfig, text: Corpus) -> None:
     run, _ = trained(config, text, 10)
@@ -382,6 +387,7 @@ def test_sequences_take_turns_through_the_domains_and_follow_the_held_out_text(t
         held_out_windows(text, 16, 1000)
 
 
+@pytest.mark.slow
 def test_one_command_trains_records_and_resumes(text: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(train_module.MODELS, "guide", SMALL)
     text.save(tmp_path / "corpus.safetensors")

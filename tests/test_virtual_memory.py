@@ -311,14 +311,14 @@ def test_it_decides_as_the_engines_do(slots: int, k: int, seed: int, top_k: int)
 
 
 def naive_counts(trace: RoutingTrace, guesses: np.ndarray[Any, Any], slots: int, k: int) -> Counter[str]:
-    """Top-1 LRU with the guide's order of things, in a list, oldest first."""
+    """Top-1 LRU with the guide's order of things, in a list, oldest first; each guess of an access asks once."""
     counts: Counter[str] = Counter()
     order: list[tuple[int, int]] = []
     unused: set[tuple[int, int]] = set()
     for token in range(trace.tokens):
         for layer in range(trace.layers):
             fresh: list[tuple[int, int]] = []
-            for guess in guesses[token, layer, :k].tolist():
+            for guess in dict.fromkeys(guesses[token, layer, :k].tolist()):
                 if guess < 0 or (layer, guess) in order:
                     continue
                 may_go = [expert for expert in order if expert not in fresh]

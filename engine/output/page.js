@@ -55,7 +55,7 @@ function wireTimelines() {
   const firsts = ranges.map((range) => [range.start, range.end]);
   const each = (change) => ranges.forEach(change);
   const ACTIONS = {
-    first: (range, at) => look(range, ...firsts[at]),
+    first: (range, at) => range.setv({start: firsts[at][0], end: firsts[at][1]}),
     whole: (range) => look(range, ...range.bounds),
     closer: KEYS.w,
     farther: KEYS.s,

@@ -1,0 +1,40 @@
+"""Executions on a CUDA GPU, where there is one: what test_execute asks of a device on the CPU, asked of a real one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_execute import EXPERT_BYTES, EXPERTS, LAYERS, VARIANTS, expect_the_simulations_spans, small_inputs
+
+from prestage.calibration.cuda import Gpu
+from prestage.calibration.execute import Execution
+from prestage.calibration.part import Shared
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Gpu:
+    return Gpu()
+
+
+@pytest.fixture(scope="module")
+def shared(gpu: Gpu) -> Shared:
+    return Shared(gpu, LAYERS * EXPERTS * EXPERT_BYTES)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_execution_makes_the_spans_that_the_simulation_makes(variant: str, gpu: Gpu, shared: Shared) -> None:
+    expect_the_simulations_spans(gpu, variant, shared)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_stays_in_a_slot_are_the_bytes_of_its_expert(variant: str, gpu: Gpu, shared: Shared) -> None:
+    execution = Execution([gpu], small_inputs(**VARIANTS[variant]), shared)
+    execution.run()
+    (part,) = execution.parts
+    assert part.plan.resident
+    assert all(part.holds_right_bytes(expert, slot) for expert, slot in part.plan.resident.items())
