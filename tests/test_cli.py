@@ -12,7 +12,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from test_suite import DEFINITION as SMALL_SUITE
 
 from prestage import cli
 from prestage.cli import main
+from prestage.engine import reproduce
 from prestage.engine.output import files
 from prestage.workloads.trace import RoutingTrace
 
@@ -499,7 +500,9 @@ EXAMPLES = re.findall(r"^ {6}prestage (.*)$", Path(cli.__file__).read_text(encod
 
 @pytest.mark.slow
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_the_examples_of_the_help_run(prestage: Prestage, tmp_path: Path, example: str) -> None:
+def test_the_examples_of_the_help_run(
+    prestage: Prestage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, example: str
+) -> None:
     shape = ["--model", "mixtral-8x7b", "--tokens", "40"]
     assert prestage("trace", "synth", *shape, "-o", "trace.safetensors").status == 0
     shape = ["--model", "gpt-oss-20b", "--tokens", "40"]
@@ -512,6 +515,10 @@ def test_the_examples_of_the_help_run(prestage: Prestage, tmp_path: Path, exampl
     smaller = ["--set", "workload.tokens=2"] if example.split()[0] in ("run", "sweep", "compare", "breakeven") else []
     if example.startswith("suite ") and "my-suite.toml" not in example:
         smaller = ["my-suite.toml"]
+    if example.startswith("reproduce"):  # every table, with fewer tokens and rows (test_reproduce.py has them all)
+        short = [(name, replace(config, num_simulation_tokens=20)) for name, config in reproduce._workloads()]
+        monkeypatch.setattr(reproduce, "_workloads", lambda: iter(short))
+        monkeypatch.setattr(reproduce, "VIRTUAL_MEMORY", dict([*reproduce.VIRTUAL_MEMORY.items()][:1]))
     if example.startswith("plot ") and ".jsonl" in example:
         grid = ["--grid", "prefetch.k=1,2", "--grid", "memory.gpu_budget=25%,50%"]
         assert prestage("sweep", *grid, "--set", "workload.tokens=2", "--workers", "1").status == 0
