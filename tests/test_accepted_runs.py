@@ -40,6 +40,7 @@ def test_the_baseline_of_shrunk_experts_has_room_for_a_whole_one(tmp_path: Path)
     assert result.data["baseline_ms"] > 0
 
 
+@pytest.mark.slow
 def test_every_key_of_every_section_is_drawn(tmp_path: Path) -> None:
     drawn = set()
     for seed in range(400):

@@ -38,6 +38,8 @@ from prestage.resources.timeline import (
     READBACK,
 )
 
+pytestmark = pytest.mark.slow
+
 every_run = settings(max_examples=120)
 few_runs = settings(max_examples=60)
 
@@ -501,7 +503,6 @@ def test_no_run_is_faster_than_with_everything_resident(case: Case) -> None:
 # The same again.
 
 
-@pytest.mark.slow
 @every_run
 @given(case=cases())
 def test_the_same_seed_gives_the_same_timeline(case: Case) -> None:

@@ -127,6 +127,7 @@ def test_a_warmup_is_left_out_of_the_rates_of_accesses() -> None:
     assert (data["counts"]["miss"], data["accesses"]) == (2, 4)
 
 
+@pytest.mark.slow
 def test_rates_behind_a_warmup_are_those_of_its_visits_on_every_gpu_and_without_prefetch() -> None:
     settings = ["workload.tokens=40", "workload.warmup=20tokens"]
     for name in ("default", "pipeline-2", "placement-8"):
@@ -143,6 +144,7 @@ def test_rates_behind_a_warmup_are_those_of_its_visits_on_every_gpu_and_without_
     assert with_prefetch["hit_rate_without_prefetch"] == alone["hit_rate"] != alone["cold"]["hit_rate"]
 
 
+@pytest.mark.slow
 def test_speed_behind_a_warmup_hardly_depends_on_how_long_the_run_is() -> None:
     warm, cold = [], []
     for tokens in (200, 400):
