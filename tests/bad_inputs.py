@@ -601,7 +601,7 @@ def _contents() -> Iterator[Bad]:
             (file,),
         )
     for key, value in (("key", "xyz"), ("key", 5), ("error", 5), ("scenario", []), ("settings", []), ("versions", 1)):
-        row = {"key": "ab", "error": None, "scenario": {}, key: value}
+        row: dict[str, object] = {"key": "ab", "error": None, "scenario": {}, key: value}
         words = "plot lines rows.jsonl -o new.png"
         yield Bad(
             f"a row: {key} = {value!r}",
