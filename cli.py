@@ -179,8 +179,6 @@ def run(
     inputs = load_inputs(load_scenario(scenario, settings or ()))
     if out is not None:
         check_folder(out)
-        if (out / "result.json").exists():
-            _say_replaced(out, "run")
     with nullcontext() if stream is None else made_folder(stream, keep=False), _progress() as progress:
         result = simulate_inputs(
             inputs,
@@ -191,6 +189,8 @@ def run(
             stream=stream,
             engine=engine,
         )
+        if out is not None and (out / "result.json").exists():
+            _say_replaced(out, "run")
         written = [] if out is None else write_result(result, out, all_spans=all_spans)
     if json:
         _print_json(result.json_data())
@@ -748,11 +748,11 @@ def trace_record(
     from .workloads.trace import check_trace_file
 
     check_trace_file(out)
-    if out.exists():
-        _say_replaced(out, "trace")
     config = RecordConfig(sequence_tokens, prompt_tokens, new_tokens, batch, sequences, guesses, device)
     with _progress() as progress:
         trace = record_files(model, text or [], prompts or [], config, progress)
+    if out.exists():
+        _say_replaced(out, "trace")
     trace.save(out)
     _say_what_is_in(out, trace)
 
@@ -883,11 +883,11 @@ def calibrate_measure(
     from .files import check_file
 
     check_file(out)
-    if out.exists():
-        _say_replaced(out, "file")
     gpu = Gpu(device)
     if links and gpu.count() < 2:
         raise InputError("--links: torch finds one GPU only")
+    if out.exists():
+        _say_replaced(out, "file")
     with _progress() as progress:
         samples = measure(gpu, QUICK if quick else FULL, progress, LINKS if links else PROBES)
     samples.save(out)
@@ -1163,10 +1163,10 @@ def predictor_train(
     settings = Settings(horizons=horizons, context=context, epochs=epochs, held_out=held_out, seed=seed)
     given = _open_trace(trace)
     lessons = given.slice(sequences=given.sequences_in(sequences))
-    if (out / WEIGHTS_FILE).exists() or out.is_file():
-        _say_replaced(out, "predictor")
     with _progress() as progress:
         weights = train(lessons, settings, progress)
+    if (out / WEIGHTS_FILE).exists() or out.is_file():
+        _say_replaced(out, "predictor")
     file = weights.save(out)
     if json:
         about = {"memory_bytes": weights.memory_bytes, "latency_us": weights.latency_us}

@@ -13,11 +13,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import median_low
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 import orjson
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..bounded import read_json
 from ..engine.gpu import add_lanes
@@ -25,6 +26,7 @@ from ..engine.scenario import Scenario, make_scenario
 from ..errors import InputError
 from ..files import replacing
 from ..resources.timeline import ACTIVATION, DEMAND, DENSE, EXPERT, HEAD, LAUNCH, PREFETCH, READBACK, Timeline
+from ..words import problems, shown
 
 FORMAT = "prestage measured run 1"
 
@@ -35,11 +37,85 @@ _LANES = {
     ACTIVATION: "peer",
 }  # fmt: skip
 
+_KERNELS = (DENSE, EXPERT, HEAD)
+#: A hundred days: more than any run takes, and so few that sums of times fit.
+MOST_NS = 10**16
+
 Numbers = npt.NDArray[np.int64]
 
 
 class MeasuredError(InputError):
     """A file that is no measured run."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True)
+
+
+_Number = Annotated[int, Field(ge=-(2**53), le=2**53)]
+_Count = Annotated[int, Field(ge=0, le=2**53)]
+_Column = Annotated[list[_Number], Field(min_length=1)]
+
+
+class _Spans(_Part):
+    """The columns of the spans, as a file has them."""
+
+    kind: _Column
+    visit: Annotated[list[Annotated[int, Field(ge=0, le=2**31)]], Field(min_length=1)]
+    expert: _Column
+    copy_: _Column = Field(alias="copy")
+    slot: _Column
+    tokens: Annotated[list[_Count], Field(min_length=1)]
+
+
+class _Times(_Part):
+    """The times of a repeat, as a file has them: differences from one to the next."""
+
+    start_ns: list[_Number]
+    end_ns: list[_Number]
+    issued_ns: list[_Number]
+    waits_from_ns: list[_Number]
+    choice_known_ns: list[_Number]
+    host_end_ns: list[_Number]
+
+
+class _Gpu(_Part):
+    spans: _Spans
+    repeats: list[_Times] = Field(min_length=1)
+    counts: dict[str, _Count]
+    verified: _Count
+
+
+class _Versions(_Part):
+    torch: str
+
+
+class _Machine(_Part):
+    device: str
+    driver: str
+    date: str
+    versions: _Versions
+
+
+class _File(_Part):
+    """What all files of measured runs have."""
+
+    name: str
+    scenario: dict[str, Any]
+    machine: _Machine
+    makespans_ns: tuple[Annotated[int, Field(gt=0, le=2**53)], ...] = Field(min_length=1, strict=False)
+    disturbed: _Count
+    clocks_within_ns: _Count = 0
+
+
+class _FileOfOne(_File, _Gpu):
+    """A run on one GPU."""
+
+
+class _FileOfSeveral(_File):
+    """A run on several GPUs."""
+
+    gpus: list[_Gpu] = Field(min_length=1)
 
 
 @dataclass(frozen=True)
@@ -184,19 +260,31 @@ def load_measured(path: Path) -> Measured:
         raise MeasuredError(f"{path}: cannot be read: {error.strerror}") from None
     try:
         data = orjson.loads(content)
-        if data["format"] != FORMAT:
-            raise MeasuredError(f"{path}: format = {data['format']!r}: must be {FORMAT!r}")
-        return Measured(
-            name=data["name"],
-            scenario=make_scenario(data["scenario"], f"{path}: scenario"),
+    except orjson.JSONDecodeError as error:
+        raise MeasuredError(f"{path}: not a measured run: not JSON: {error}") from None
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        given = data.get("format") if isinstance(data, dict) else data
+        raise MeasuredError(f"{path}: format = {shown(given)}: must be {FORMAT!r}")
+    kind = _FileOfSeveral if "gpus" in data else _FileOfOne
+    try:
+        file = kind.model_validate(data)
+    except ValidationError as error:
+        raise MeasuredError(f"{path}: not a measured run: {problems(error, kind, data)}") from None
+    gpus = file.gpus if isinstance(file, _FileOfSeveral) else (file,)
+    try:
+        run = Measured(
+            name=file.name,
+            scenario=make_scenario(file.scenario, "scenario"),
             machine=data["machine"],
-            makespans_ns=tuple(data["makespans_ns"]),
-            gpus=tuple(map(_measured_gpu, data.get("gpus", [data]))),
-            disturbed=data["disturbed"],
-            clocks_within_ns=data.get("clocks_within_ns", 0),
+            makespans_ns=file.makespans_ns,
+            gpus=tuple(map(_measured_gpu, gpus)),
+            disturbed=file.disturbed,
+            clocks_within_ns=file.clocks_within_ns,
         )
-    except (KeyError, TypeError, IndexError, orjson.JSONDecodeError) as error:
-        raise MeasuredError(f"{path}: not a measured run ({type(error).__name__}: {error})") from None
+        _check_median(run)
+    except InputError as error:
+        raise MeasuredError(f"{path}: {error}") from None
+    return run
 
 
 def load_all(paths: Collection[Path], names: Collection[str] = ()) -> list[Measured]:
@@ -215,10 +303,7 @@ def load_all(paths: Collection[Path], names: Collection[str] = ()) -> list[Measu
 
 def makespan_ns(spans: Sequence[Mapping[str, Numbers]], times: Sequence[Times]) -> int:
     """Return the end of the last kernel of one repeat, given the spans and times of each GPU."""
-    return max(
-        int(its.end_ns[np.isin(what["kind"], (DENSE, EXPERT, HEAD))].max())
-        for what, its in zip(spans, times, strict=True)
-    )
+    return max(int(its.end_ns[np.isin(what["kind"], _KERNELS)].max()) for what, its in zip(spans, times, strict=True))
 
 
 def _host_work(gpus: Mapping[int, MeasuredGpu], repeat: int) -> Iterator[tuple[int, int, int, int]]:
@@ -256,16 +341,56 @@ def _plain(gpu: MeasuredGpu) -> dict[str, Any]:
     }
 
 
-def _measured_gpu(data: Mapping[str, Any]) -> MeasuredGpu:
-    """Return what `_plain` made plain."""
-    return MeasuredGpu(
-        spans={name: np.array(data["spans"][name], dtype=np.int64) for name in SPAN_COLUMNS},
-        repeats=tuple(
-            Times(**{field.name: _unpacked(times[field.name]) for field in fields(Times)}) for times in data["repeats"]
-        ),
-        counts=data["counts"],
-        verified=data["verified"],
+def _measured_gpu(data: _Gpu) -> MeasuredGpu:
+    """Return what `_plain` made plain; MeasuredError if its columns do not belong together."""
+    spans = {
+        name: np.array(getattr(data.spans, "copy_" if name == "copy" else name), dtype=np.int64)
+        for name in SPAN_COLUMNS
+    }
+    repeats = tuple(
+        Times(**{field.name: _unpacked(getattr(times, field.name)) for field in fields(Times)})
+        for times in data.repeats
     )
+    for name, column in spans.items():
+        if len(column) != len(spans["kind"]):
+            raise MeasuredError(f"spans.{name}: {len(column):,} values: must be {len(spans['kind']):,}, one a span")
+    kinds = sorted(set(spans["kind"].tolist()) - _LANES.keys())
+    if kinds:
+        raise MeasuredError(f"spans.kind: {kinds[0]}: choose from {', '.join(map(str, sorted(_LANES)))}")
+    if not np.isin(spans["kind"], _KERNELS).any():
+        raise MeasuredError("spans.kind: no kernel: must have one")
+    for number, times in enumerate(repeats):
+        _check_times(f"repeats.{number}", times, spans)
+    return MeasuredGpu(spans, repeats, data.counts, data.verified)
+
+
+def _check_times(where: str, times: Times, spans: Mapping[str, Numbers]) -> None:
+    """Raise MeasuredError if the times of a repeat are not those of its spans and visits."""
+    count, visits = len(spans["kind"]), int(spans["visit"].max()) + 1
+    for name, must in (("start_ns", count), ("end_ns", count), ("issued_ns", count), ("host_end_ns", 1)):
+        if len(getattr(times, name)) != must:
+            raise MeasuredError(f"{where}.{name}: {len(getattr(times, name)):,} times: must be {must:,}")
+    if not len(times.waits_from_ns) == len(times.choice_known_ns) >= visits:
+        raise MeasuredError(f"{where}: waits_from_ns, choice_known_ns: must have a time for each of {visits:,} visits")
+    if (times.end_ns < times.start_ns).any():
+        at = int(np.flatnonzero(times.end_ns < times.start_ns)[0])
+        raise MeasuredError(f"{where}.end_ns: span {at:,} ends before its start")
+    for field in fields(Times):
+        if not (abs(getattr(times, field.name)) <= MOST_NS).all():
+            raise MeasuredError(f"{where}.{field.name}: times must be at most {MOST_NS:,} ns")
+
+
+def _check_median(run: Measured) -> None:
+    """Raise MeasuredError if no repeat is kept that has the median makespan, or the GPUs kept not equally many."""
+    if len({len(gpu.repeats) for gpu in run.gpus}) > 1:
+        raise MeasuredError("gpus: must have equally many repeats each")
+    spans = [gpu.spans for gpu in run.gpus]
+    kept = [makespan_ns(spans, times) for times in zip(*(gpu.repeats for gpu in run.gpus), strict=True)]
+    if run.makespan_ns not in kept:
+        raise MeasuredError(
+            f"makespans_ns: the median is {run.makespan_ns:,}, and the repeats that are kept take "
+            f"{', '.join(f'{ns:,}' for ns in kept[:9])} ns"
+        )
 
 
 def _packed(values: Numbers) -> list[int]:
@@ -274,5 +399,5 @@ def _packed(values: Numbers) -> list[int]:
     return differences
 
 
-def _unpacked(differences: list[int]) -> Numbers:
+def _unpacked(differences: Sequence[int]) -> Numbers:
     return np.cumsum(np.array(differences, dtype=np.int64))

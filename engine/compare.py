@@ -120,7 +120,12 @@ def compare(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 def waterfall(first: Mapping[str, Any], second: Mapping[str, Any], gpu: str = "gpu0") -> list[Step]:
     """Return the bars that lead from one makespan to another: the first, each part's difference, the second."""
-    before, after = _parts_ns(first)[gpu], _parts_ns(second)[gpu]
+    parts = _parts_ns(first), _parts_ns(second)
+    if not all(gpu in run for run in parts):
+        raise CompareError(
+            f"waterfall: a run has no {gpu}: its GPUs are {', '.join(min(parts, key=lambda run: gpu in run))}"
+        )
+    before, after = (run[gpu] for run in parts)
     at = sum(before.values())
     steps = [Step("first", 0, at)]
     for part in PARTS:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bounded import parse_toml
-from ..words import unknown_name
+from ..words import shown, unknown_name
 from .scenario import (
     Scenario,
     ScenarioError,
@@ -184,11 +184,9 @@ def _open(name: str | Path | None, settings: Iterable[str]) -> tuple[Scenario, d
     data = parse_toml(text, f"sweep {str(name)!r}", GridError)
     if "grid" not in data:
         return load_scenario(name, settings), {}
-    unknown = sorted(data.keys() - {"scenario", "set", "grid"})
-    if unknown:
-        raise GridError(f"sweep {str(name)!r}: {unknown[0]}: no such key; known keys: scenario, set, grid")
+    _check_sweep(data, f"sweep {str(name)!r}")
     scenario = data.get("scenario")
-    if isinstance(scenario, str) and scenario.endswith(".toml") and path is not None:
+    if scenario is not None and scenario.endswith(".toml") and path is not None:
         scenario = path.parent / scenario
     base = load_scenario(scenario).plain()
     for key, value in data.get("set", {}).items():
@@ -197,3 +195,17 @@ def _open(name: str | Path | None, settings: Iterable[str]) -> tuple[Scenario, d
         apply_setting(base, setting)
     own = {key: listed if isinstance(listed, list) else [listed] for key, listed in data["grid"].items()}
     return make_scenario(base, f"sweep {str(name)!r}"), own
+
+
+def _check_sweep(data: Mapping[str, Any], source: str) -> None:
+    """Raise GridError if a sweep's file has other keys than its three, or values of another kind."""
+    unknown = sorted(data.keys() - {"scenario", "set", "grid"})
+    if unknown:
+        raise GridError(f"{source}: {unknown[0]}: no such key; known keys: scenario, set, grid")
+    if not isinstance(data.get("scenario", ""), str):
+        raise GridError(f"{source}: scenario = {shown(data['scenario'])}: must be a name or a TOML file, in quotes")
+    for section in ("set", "grid"):
+        if not isinstance(data.get(section, {}), dict):
+            raise GridError(
+                f'{source}: {section} = {shown(data[section])}: must be a section of keys, such as "prefetch.k"'
+            )

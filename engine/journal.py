@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -308,9 +309,31 @@ def _parsed(path: Path) -> Iterator[Row | None]:
                 row = orjson.loads(line)
             except orjson.JSONDecodeError:
                 row = None
-            if not isinstance(row, dict) or not {"key", "error", "scenario"} <= row.keys():
+            if not _is_row(row):
                 raise JournalError(f"{path}: line {number} is no row of a sweep; give another file, or move it away")
             yield row
+
+
+#: What a row holds of what is read again, by key: what it must be, and whether it must be there.
+_KINDS: dict[str, tuple[type | tuple[type, ...], bool]] = {
+    "key": (str, True),
+    "error": ((str, type(None)), True),
+    "scenario": (dict, True),
+    "settings": (dict, False),
+    "sha256": (dict, False),
+    "versions": (dict, False),
+}
+
+
+def _is_row(row: Any) -> bool:
+    """Whether what a line holds is a row of a sweep."""
+    if not isinstance(row, dict):
+        return False
+    if any(not isinstance(row[key], kind) if key in row else needed for key, (kind, needed) in _KINDS.items()):
+        return False
+    if not all(isinstance(digest, str | None) for digest in row.get("sha256", {}).values()):
+        return False
+    return re.fullmatch(r"([0-9a-f]{2})+", row["key"]) is not None
 
 
 def _locked(path: Path) -> BinaryIO:

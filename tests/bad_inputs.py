@@ -492,7 +492,7 @@ def _with_key(key: str, value: object) -> Make:
         *outer, last = key.split(".")
         for part in outer:
             inner = inner[int(part)] if isinstance(inner, list) else inner[part]
-        inner[last] = value
+        inner[int(last) if isinstance(inner, list) else last] = value
         path.write_text(json.dumps(data), encoding="utf-8")
 
     return make
@@ -551,6 +551,27 @@ _RESULTS: list[tuple[str, object]] = [
     ("hit_rate", "high"),
     ("tokens_per_second", [1, 2]),
     ("links", [5]),
+    ("makespan_ms", 0),
+    ("hit_rate", {}),
+    ("decode_tokens", -1),
+    ("decode_tokens", None),
+    ("warmup", 5),
+    ("warmup", None),
+    ("cold", 5),
+    ("time_per_output_token_ms", 5),
+    ("time_per_output_token_ms", {"p50": 1.0}),
+    ("decode_step_ms.p50", None),
+    ("inter_token_latency_ms", None),
+    ("speedup", None),
+    ("resident_ms", 0),
+    ("accesses", 0),
+    ("expert_bytes_total", 0),
+    ("budget_bytes", "many"),
+    ("capacity", []),
+    ("capacity.resident", None),
+    ("capacity.memories", [{}]),
+    ("scenario.workload", 5),
+    ("scenario.memory.preload", 5),
 ]
 
 
@@ -567,4 +588,78 @@ def _saved() -> Iterator[Bad]:
         yield Bad(f"result.json: {key} = {value!r}", report, ("result.json",), files, ("done",))
 
 
-CORPUS: list[Bad] = [*_broken(), *_settings(), *_options(), *_saved()]
+# Files of the right kind, in which one thing is of another.
+
+_IMPORT = "trace import j.jsonl --format jsonl -o new.npz"
+_TOKENS = '{"num_experts": 4}\n[[0, 1], [2, 3]]\n'
+#: What is written, by the command that reads it, and what the message must say.
+_CONTENTS: list[tuple[str, str, str, str]] = [
+    ("g.toml", "grid = 5", "sweep g.toml -o new.jsonl --workers 1", "grid = 5: must be a section"),
+    ("g.toml", 'grid = ["x"]', "sweep g.toml -o new.jsonl --workers 1", "grid = ['x']: must be a section"),
+    ("g.toml", "set = 5\n[grid]", "sweep g.toml -o new.jsonl --workers 1", "set = 5: must be a section"),
+    ("g.toml", 'scenario = ["x"]\n[grid]', "sweep g.toml -o new.jsonl --workers 1", "scenario = ['x']: must be a name"),
+    ("g.toml", "scenario = 1\n[grid]", "sweep g.toml -o new.jsonl --workers 1", "scenario = 1: must be a name"),
+    (
+        "j.jsonl",
+        _TOKENS + "[[0, 1], [2, 3], [0, 1]]",
+        "trace import j.jsonl --format jsonl -o new.npz",
+        "line 3: experts: 3 layers: must be 2",
+    ),
+]
+
+
+def _contents() -> Iterator[Bad]:
+    for name, content, words, says in _CONTENTS:
+        yield Bad(f"{name}: {content!r}", tuple(words.split()), (name, says), {name: content})
+    for key, value, says in _MEASURED_RUNS:
+        words = "calibrate validate --profile h200 --measured good.measured.json -o new"
+        file = "good.measured.json"
+        yield Bad(
+            f"measured run: {key} = {str(value)[:30]}",
+            tuple(words.split()),
+            (file, says),
+            {file: _with_key(key, value)},
+            (file,),
+        )
+    for key, value in (("key", "xyz"), ("key", 5), ("error", 5), ("scenario", []), ("settings", []), ("versions", 1)):
+        row: dict[str, object] = {"key": "ab", "error": None, "scenario": {}, key: value}
+        words = "plot lines rows.jsonl -o new.png"
+        yield Bad(
+            f"a row: {key} = {value!r}",
+            tuple(words.split()),
+            ("rows.jsonl: line 1",),
+            {"rows.jsonl": f"{json.dumps(row)}\n"},
+        )
+
+
+_MEASURED_RUNS: list[tuple[str, object, str]] = [
+    ("format", 3, "format = 3"),
+    ("name", 5, "name = 5"),
+    ("scenario", [1], "scenario"),
+    ("scenario.seed", -1, "seed = -1"),
+    ("machine", [], "machine"),
+    ("machine.device", ["H200"], "machine.device"),
+    ("machine.versions", {}, "machine.versions.torch: missing"),
+    ("makespans_ns", [], "makespans_ns"),
+    ("makespans_ns", [0], "makespans_ns.0 = 0"),
+    ("makespans_ns", [7], "the median is 7"),
+    ("disturbed", -1, "disturbed = -1"),
+    ("gpus", [], "gpus"),
+    ("spans", [], "spans"),
+    ("spans.kind", [0, 1], "must be 2, one a span"),
+    ("spans.kind.0", 99, "spans.kind: 99"),
+    ("spans.visit.0", -1, "spans.visit.0 = -1"),
+    ("spans.visit.0", 2**31, "must have a time for each"),
+    ("spans.tokens.0", "x", "spans.tokens.0 = 'x'"),
+    ("spans.tokens.0", 10**30, "spans.tokens.0"),
+    ("repeats", [], "repeats"),
+    ("repeats.0.end_ns", [[1, 2], [3]], "repeats.0.end_ns"),
+    ("repeats.0.end_ns", [1], "repeats.0.end_ns: 1 times"),
+    ("repeats.0.start_ns.0", 10**15, "ends before its start"),
+    ("repeats.0.host_end_ns", [], "repeats.0.host_end_ns: 0 times"),
+    ("repeats.0.choice_known_ns", [1], "choice_known_ns"),
+    ("counts", [], "counts"),
+    ("verified", None, "verified"),
+]
+
+CORPUS: list[Bad] = [*_broken(), *_settings(), *_options(), *_saved(), *_contents()]

@@ -237,7 +237,9 @@ def test_a_measured_file_gives_the_run_back(tmp_path: Path, shared: Shared) -> N
         np.testing.assert_array_equal(again.timelines()[0].spans(), measured.timelines()[0].spans())
 
 
-@pytest.mark.parametrize(("content", "says"), [("{}", "KeyError"), ('{"format": "x"}', "format"), ("[", "JSON")])
+@pytest.mark.parametrize(
+    ("content", "says"), [("{}", "format = None: must be"), ('{"format": "x"}', "format"), ("[", "JSON")]
+)
 def test_a_file_that_is_no_measured_run_is_refused(content: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text(content)
     with pytest.raises(MeasuredError, match=rf"bad\.json.*{says}"):

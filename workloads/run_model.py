@@ -19,6 +19,8 @@ from .trace import RoutingTrace
 if TYPE_CHECKING:
     from torch import Tensor
 
+#: For how long the hub is waited for, once.
+_HUB_S = 5
 #: Called with what is being done, how much is done, and how much there is.
 Progress = Callable[[str, int, int], None]
 
@@ -110,15 +112,33 @@ class _Loader:
 
     def __init__(self, name: str) -> None:
         try:
+            import huggingface_hub
             import transformers
         except ImportError as error:
             raise RecordError("recording needs transformers: pip install 'prestage[record]'") from error
+        # The hub's client logs each try of a name that it cannot reach; what is refused is one line.
+        huggingface_hub.logging.set_verbosity_error()
         self._name, self._transformers = name, transformers
+        if not Path(name).is_dir():
+            self._check_on_hub(huggingface_hub.HfApi())
         self._config = self._load(transformers.AutoConfig)
         try:
             family_of(self._config)
         except RecordError as error:
             raise RecordError(f"model {name!r}: {error}") from error
+
+    def _check_on_hub(self, hub: Any) -> None:
+        """Raise RecordError for a name that is neither kept here nor on the hub: loading would ask again and again."""
+        try:
+            self._transformers.AutoConfig.from_pretrained(self._name, local_files_only=True)
+        except (OSError, ValueError):
+            try:
+                hub.model_info(self._name, timeout=_HUB_S)
+            except Exception as error:  # of whatever client the hub's library has
+                why = " ".join(str(error).split()) or type(error).__name__
+                raise RecordError(
+                    f"model {self._name!r}: no such folder, and not to be had from the hub: {why}"
+                ) from error
 
     def _load(self, kind: Any, **options: Any) -> Any:
         try:

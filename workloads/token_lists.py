@@ -295,8 +295,8 @@ def _filled(
     experts = np.zeros(shape, dtype=np.int64)
     weights = np.zeros(shape, dtype=np.float64) if tokens[0].weights is not None else None
     for row, token in enumerate(tokens):
-        present[row] = [ids is not None for ids in token.layers] + [False] * (shape[1] - len(token.layers))
         _fill(path, token, "experts", token.layers, experts[row], num_experts)
+        present[row] = [ids is not None for ids in token.layers]
         if (weights is None) != (token.weights is None):
             raise TraceError(f"{path}: {token.where}: weights: give them for all tokens or for none")
         if weights is not None:

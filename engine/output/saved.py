@@ -50,7 +50,17 @@ TABLES = {
 
 
 #: What figures and reports read of a result.json.
-_READ = ("model", "gpus", "counts", "accesses", "by_layer", "warnings", "estimates", "versions", "stall_ms")
+_READ = (
+    "model", "gpus", "counts", "accesses", "by_layer", "warnings", "estimates", "versions", "stall_ms",
+    "decode_tokens", "warmup", "time_to_first_token_ms", "inter_token_latency_ms", "time_per_output_token_ms",
+    "decode_step_ms", "budget_bytes", "expert_bytes_total", "scenario.machine",
+    "scenario.workload.batch", "scenario.memory.preload",
+)  # fmt: skip
+#: The same, of what may be null.
+_READ_OR_NULL = (
+    "tokens_per_second", "sustained_tokens_per_second", "hit_rate", "late_wait_ms", "overlap", "cold",
+    "memory_utilization",    "scenario.workload.trace",
+)  # fmt: skip
 
 
 class SavedRunError(InputError):
@@ -167,7 +177,7 @@ def load_result(where: str | Path, name: str | None = None) -> Run:
     data = load_run(str(folder))
     path = folder / RUN_FILE
     try:
-        check_has(data, _READ)
+        check_has(data, _READ, _READ_OR_NULL)
         timeline, makespan_ns, tables = _read(path)
     except SavedRunError:
         raise
