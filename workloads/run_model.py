@@ -8,6 +8,7 @@ is a prefill followed by decode steps, as a serving engine runs them.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,7 +118,7 @@ class _Loader:
         except ImportError as error:
             raise RecordError("recording needs transformers: pip install 'prestage[record]'") from error
         # The hub's client logs each try of a name that it cannot reach; what is refused is one line.
-        huggingface_hub.logging.set_verbosity_error()
+        huggingface_hub.logging.set_verbosity(logging.ERROR)
         self._name, self._transformers = name, transformers
         if not Path(name).is_dir():
             self._check_on_hub(huggingface_hub.HfApi())
