@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ..bounded import read
 from ..files import replacing
 from . import in_schedule
 from .measured import load_all
@@ -184,7 +185,9 @@ def save_rows(rows: Sequence[Row], path: Path) -> None:
 
 def _load_rows(path: Path) -> list[Row]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read(path, SamplesError))
+    except SamplesError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise SamplesError(f"{path}: cannot be read as JSON: {error}") from None
     return rows_of(data, str(path))

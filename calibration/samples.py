@@ -13,6 +13,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ..bounded import read
 from ..errors import InputError
 from ..words import problems
 
@@ -112,7 +113,7 @@ class Samples(_Part):
 def load_samples(path: Path) -> Samples:
     """Read samples; SamplesError, naming file and key, if they are not what `save` writes."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read(path, SamplesError).decode("utf-8")
     except OSError as error:
         raise SamplesError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:

@@ -181,6 +181,26 @@ def _in_place(content: Content) -> Make:
     return make
 
 
+#: A device that never ends, given to what reads a file of text or rows.
+_ENDLESS = (
+    "plot lines /dev/zero -o new.png",
+    "compare /dev/zero.json default",
+    "calibrate fit /dev/zero -o new.json",
+    "calibrate check-run phone /dev/zero --after 5",
+    "trace import /dev/zero --format jsonl -o new.npz",
+    "trace info /dev/zero",
+    "topology /dev/zero",
+    "run /dev/zero",
+    "timeline import /dev/zero",
+    "calibrate validate --profile h200 --measured /dev/zero -o new",
+)
+
+
+def _endless() -> Iterator[Bad]:
+    for words in _ENDLESS:
+        yield Bad(words, tuple(words.split()), ("/dev/zero",))
+
+
 #: What of BROKEN a reader takes for what it may be.
 FINE: set[tuple[str, str]] = set()
 
@@ -682,4 +702,4 @@ _MEASURED_RUNS: list[tuple[str, object, str]] = [
     ("verified", None, "verified"),
 ]
 
-CORPUS: list[Bad] = [*_broken(), *_settings(), *_options(), *_saved(), *_contents()]
+CORPUS: list[Bad] = [*_broken(), *_settings(), *_options(), *_saved(), *_contents(), *_endless()]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..bounded import read
 from .recorder import RecordError, family_of, record
 from .trace import RoutingTrace
 
@@ -98,7 +99,7 @@ def record_files(
 
 def _read_text(path: Path) -> str:
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = read(path, RecordError).decode("utf-8")
     except OSError as error:
         raise RecordError(f"{path}: cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:

@@ -15,6 +15,7 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ...bounded import read
 from ...errors import InputError
 
 GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -410,7 +411,7 @@ def _place(number: int, name: Any) -> str:
 
 
 def _decoded(path: Path, reading: Reading) -> str:
-    content: bytes | bytearray = path.read_bytes()
+    content: bytes | bytearray = read(path, TraceFileError)
     if content[:2] == b"\x1f\x8b":
         content = _unpacked(path, bytes(content), reading)
     encoding = json.detect_encoding(bytes(content[:4]))
