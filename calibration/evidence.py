@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ..bounded import read
 from ..files import replacing
 from . import in_schedule
 from .measured import load_all
@@ -184,7 +185,9 @@ def save_rows(rows: Sequence[Row], path: Path) -> None:
 
 def _load_rows(path: Path) -> list[Row]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read(path, SamplesError))
+    except SamplesError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise SamplesError(f"{path}: cannot be read as JSON: {error}") from None
     return rows_of(data, str(path))
@@ -199,10 +202,15 @@ def rows_of(data: Any, source: str) -> list[Row]:
         try:
             medians, means = (tuple(map(float, row[f"run_{what}_ns"])) for what in ("medians", "means"))
             median_ns, mean_ns, iqr_ns = (float(row[name]) for name in ("median_ns", "mean_ns", "iqr_ns"))
+            tokens = row["key"].get("tokens", 1)
+            if row["n"] < 1 or not medians or not means or type(tokens) is not int or tokens < 1:
+                raise ValueError("n, run_medians_ns, run_means_ns and tokens must not be 0 or empty")
+            if not np.isfinite([*medians, *means, median_ns, mean_ns, iqr_ns]).all():
+                raise ValueError("its times must be finite")
             rows.append(
                 Row(str(row["cost"]), dict(row["key"]), int(row["n"]), median_ns, mean_ns, iqr_ns, medians, means)
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise SamplesError(f"{source}: row {number}: {type(error).__name__}: {error}") from None
     return rows
 

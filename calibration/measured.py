@@ -359,6 +359,8 @@ def _measured_gpu(data: _Gpu) -> MeasuredGpu:
         raise MeasuredError(f"spans.kind: {kinds[0]}: choose from {', '.join(map(str, sorted(_LANES)))}")
     if not np.isin(spans["kind"], _KERNELS).any():
         raise MeasuredError("spans.kind: no kernel: must have one")
+    if (spans["tokens"][np.isin(spans["kind"], _KERNELS)] < 1).any():
+        raise MeasuredError("spans.tokens: 0 of a kernel: must be at least 1")
     for number, times in enumerate(repeats):
         _check_times(f"repeats.{number}", times, spans)
     return MeasuredGpu(spans, repeats, data.counts, data.verified)

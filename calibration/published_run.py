@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..bounded import read
 from ..engine.inputs import Inputs
 from ..engine.loading import load_inputs
 from ..engine.output.merge import served
@@ -69,7 +70,7 @@ class RunLog:
 def load_log(path: Path) -> RunLog:
     """Read a log; raise PublishedRunError naming file, line and column."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read(path, PublishedRunError).decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise PublishedRunError(f"{path}: cannot be read: {error}") from None
     rows = csv.DictReader(line for line in lines if line.strip() and not line.startswith("#"))

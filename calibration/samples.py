@@ -13,6 +13,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ..bounded import read
 from ..errors import InputError
 from ..words import problems
 
@@ -75,6 +76,10 @@ class Series(_Part):
             raise InputError(f"term = {self.term!r}: choose one of {', '.join(TERMS)}")
         if set(self.key) != set(TERMS[self.term]):
             raise InputError(f"{self.term}: key must have {', '.join(TERMS[self.term])} (given {', '.join(self.key)})")
+        for name, value in self.key.items():
+            least = 0 if name == "context" else 1
+            if isinstance(value, int) and not least <= value <= 2**53:
+                raise InputError(f"{self.term}: key {name} = {value}: must be at least {least}, and at most 2**53")
         if not all(self.rounds_ns) or min(min(samples) for samples in self.rounds_ns) < 0:
             raise InputError(f"{self.term} {self.key}: every round must have samples, none below 0")
         return self
@@ -108,7 +113,7 @@ class Samples(_Part):
 def load_samples(path: Path) -> Samples:
     """Read samples; SamplesError, naming file and key, if they are not what `save` writes."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read(path, SamplesError).decode("utf-8")
     except OSError as error:
         raise SamplesError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:

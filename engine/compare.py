@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from ..bounded import read
 from ..errors import InputError
 from .journal import flat
 from .result_data import check_result
@@ -80,7 +81,7 @@ def load_run(name: str, settings: Iterable[str] = ()) -> dict[str, Any]:
         scenario, *own = name.split(",")
         return simulate(load_scenario(scenario or None, [*settings, *own]), baselines=False).data
     try:
-        data = orjson.loads(path.read_bytes())
+        data = orjson.loads(read(path, CompareError))
     except OSError as error:
         raise CompareError(f"{path}: cannot be read: {error.strerror}") from None
     except orjson.JSONDecodeError as error:

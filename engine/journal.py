@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import re
+import stat
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -301,6 +303,8 @@ EXPORTS = {".jsonl": _nothing, ".csv": _write_csv, ".parquet": _write_parquet}
 def _parsed(path: Path) -> Iterator[Row | None]:
     """Yield each line's row, None for a last line that is not whole. Raises JournalError for a line of another kind."""
     with path.open("rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise JournalError(f"{path}: no regular file: give a sweep's journal")
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
                 yield None

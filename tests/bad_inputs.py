@@ -181,6 +181,26 @@ def _in_place(content: Content) -> Make:
     return make
 
 
+#: A device that never ends, given to what reads a file of text or rows.
+_ENDLESS = (
+    "plot lines /dev/zero -o new.png",
+    "compare /dev/zero.json default",
+    "calibrate fit /dev/zero -o new.json",
+    "calibrate check-run phone /dev/zero --after 5",
+    "trace import /dev/zero --format jsonl -o new.npz",
+    "trace info /dev/zero",
+    "topology /dev/zero",
+    "run /dev/zero",
+    "timeline import /dev/zero",
+    "calibrate validate --profile h200 --measured /dev/zero -o new",
+)
+
+
+def _endless() -> Iterator[Bad]:
+    for words in _ENDLESS:
+        yield Bad(words, tuple(words.split()), ("/dev/zero",))
+
+
 #: What of BROKEN a reader takes for what it may be.
 FINE: set[tuple[str, str]] = set()
 
@@ -621,8 +641,15 @@ def _contents() -> Iterator[Bad]:
             {file: _with_key(key, value)},
             (file,),
         )
+    row: dict[str, object] = {"cost": "expert", "key": {"tokens": 1}, "n": 1, "median_ns": 1, "mean_ns": 1, "iqr_ns": 0}
+    row |= {"run_medians_ns": [1], "run_means_ns": [1]}
+    words = "calibrate fit good.samples.json --in-schedule c.rows.json -o new.json"
+    for key, value, says in _ROWS:
+        files = {"c.rows.json": json.dumps([{**row, key: value}])}
+        command = tuple(words.split())
+        yield Bad(f"c.rows.json: {key} = {value!r}", command, ("c.rows.json", says), files, ("good.samples.json",))
     for key, value in (("key", "xyz"), ("key", 5), ("error", 5), ("scenario", []), ("settings", []), ("versions", 1)):
-        row: dict[str, object] = {"key": "ab", "error": None, "scenario": {}, key: value}
+        row = {"key": "ab", "error": None, "scenario": {}, key: value}
         words = "plot lines rows.jsonl -o new.png"
         yield Bad(
             f"a row: {key} = {value!r}",
@@ -632,6 +659,18 @@ def _contents() -> Iterator[Bad]:
         )
 
 
+#: One key of the rows from inside schedules, and what the message must say.
+_ROWS: list[tuple[str, object, str]] = [
+    ("n", 0, "row 0"),
+    ("n", None, "row 0"),
+    ("key", [], "row 0"),
+    ("key", {"tokens": 0}, "row 0"),
+    ("key", {"tokens": "x"}, "row 0"),
+    ("median_ns", float("nan"), "finite"),
+    ("mean_ns", 1e400, "finite"),
+    ("run_medians_ns", [], "row 0"),
+    ("run_means_ns", 5, "row 0"),
+]
 _MEASURED_RUNS: list[tuple[str, object, str]] = [
     ("format", 3, "format = 3"),
     ("name", 5, "name = 5"),
@@ -650,6 +689,7 @@ _MEASURED_RUNS: list[tuple[str, object, str]] = [
     ("spans.kind.0", 99, "spans.kind: 99"),
     ("spans.visit.0", -1, "spans.visit.0 = -1"),
     ("spans.visit.0", 2**31, "must have a time for each"),
+    ("spans.tokens.0", 0, "0 of a kernel"),
     ("spans.tokens.0", "x", "spans.tokens.0 = 'x'"),
     ("spans.tokens.0", 10**30, "spans.tokens.0"),
     ("repeats", [], "repeats"),
@@ -662,4 +702,4 @@ _MEASURED_RUNS: list[tuple[str, object, str]] = [
     ("verified", None, "verified"),
 ]
 
-CORPUS: list[Bad] = [*_broken(), *_settings(), *_options(), *_saved(), *_contents()]
+CORPUS: list[Bad] = [*_broken(), *_settings(), *_options(), *_saved(), *_contents(), *_endless()]

@@ -8,11 +8,13 @@ is a prefill followed by decode steps, as a serving engine runs them.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..bounded import read
 from .recorder import RecordError, family_of, record
 from .trace import RoutingTrace
 
@@ -97,7 +99,7 @@ def record_files(
 
 def _read_text(path: Path) -> str:
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = read(path, RecordError).decode("utf-8")
     except OSError as error:
         raise RecordError(f"{path}: cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
@@ -117,7 +119,7 @@ class _Loader:
         except ImportError as error:
             raise RecordError("recording needs transformers: pip install 'prestage[record]'") from error
         # The hub's client logs each try of a name that it cannot reach; what is refused is one line.
-        huggingface_hub.logging.set_verbosity_error()
+        huggingface_hub.logging.set_verbosity(logging.ERROR)
         self._name, self._transformers = name, transformers
         if not Path(name).is_dir():
             self._check_on_hub(huggingface_hub.HfApi())
