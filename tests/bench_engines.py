@@ -31,14 +31,12 @@ def taken_s(name: str, tokens: int) -> tuple[int, dict[str, float]]:
     return inputs.layer_visits, {engine: statistics.median(times) for engine, times in samples.items()}
 
 
-def main() -> None:
+def table() -> str:
+    """Return the table of all runs, in Markdown."""
     taken_s("speed", 2)  # compile
-    print("| scenario | layer visits | lanes, s | compiled, s | lanes / compiled |\n|---|---|---|---|---|")
+    lines = ["| scenario | layer visits | lanes, s | compiled, s | lanes / compiled |", "|---|---|---|---|---|"]
     for name, tokens in RUNS.items():
         visits, seconds = taken_s(name, tokens)
         ratio = seconds["lanes"] / seconds["compiled"]
-        print(f"| {name} | {visits:,} | {seconds['lanes']:.2f} | {seconds['compiled']:.2f} | {ratio:.2f} |")
-
-
-if __name__ == "__main__":
-    main()
+        lines.append(f"| {name} | {visits:,} | {seconds['lanes']:.2f} | {seconds['compiled']:.2f} | {ratio:.2f} |")
+    return "\n".join(lines)

@@ -395,6 +395,14 @@ def two_gpus() -> str:
 
 
 #: Each stands in one page or several.
+def engines() -> str:
+    """What a run takes by each engine."""
+    from bench_engines import table as measured
+
+    made: str = measured()
+    return made
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "new-user": path_table,
     "lookahead": lookahead,
@@ -416,6 +424,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed": speed,
     "replay-speed": replay_speed,
     "timeline-speed": timeline_speed,
+    "engines": engines,
 }
 
 
