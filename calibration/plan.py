@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ..engine.costs import pieces_of, token_bucket
-from ..engine.dispatch import Visit, launch_order
-from ..engine.inputs import Inputs
-from ..engine.memory_manager import Admission, MemoryManager
+from ..engine.costs.costs import pieces_of, token_bucket
+from ..engine.decide.dispatch import Visit, launch_order
+from ..engine.decide.memory_manager import Admission, MemoryManager
 from ..engine.pipeline import flow_of, received_steps, sent_bytes
 from ..engine.run import dispatched, make_manager, make_prefetch
-from ..engine.scenario import Scenario
+from ..engine.scenario.inputs import Inputs
+from ..engine.scenario.scenario import Scenario
 from ..errors import InputError
 from ..resources.timeline import ACTIVATION, DEMAND, DENSE, EXPERT, HEAD, PREFETCH, READBACK
 from ..workloads.batches import DECODE, Step

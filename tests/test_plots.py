@@ -13,11 +13,11 @@ from matplotlib.figure import Figure
 from test_export import EXPERTS, made_run  # type: ignore[import-not-found]
 
 from prestage.calibration.transfer import from_profile
-from prestage.engine.output.charts import CHARTS, plot_sweep
-from prestage.engine.output.machine import describe, machine_of
-from prestage.engine.output.machine_plot import plot_machine
-from prestage.engine.output.palette import COLORS
-from prestage.engine.output.plots import (
+from prestage.output.charts import CHARTS, plot_sweep
+from prestage.output.machine import describe, machine_of
+from prestage.output.machine_plot import plot_machine
+from prestage.output.palette import COLORS
+from prestage.output.plots import (
     default_window,
     plot_latency,
     plot_memory,

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..dispatch import Visit
-from ..memory_manager import Admission
+from .dispatch import Visit
+from .memory_manager import Admission
 from .visit_commands import COPIED_COLUMNS, RESOLVED_COLUMNS, SERVED_COLUMNS, TAKEN_COLUMNS
 
 Array = npt.NDArray[Any]
