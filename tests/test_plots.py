@@ -354,7 +354,7 @@ def test_saving_refuses_other_endings_and_leaves_nothing_behind(tmp_path: Path) 
 def test_matplotlib_is_loaded_only_to_draw_and_its_global_state_never(tmp_path: Path) -> None:
     program = (
         "import sys\n"
-        "from prestage.engine.output import plots\n"
+        "from prestage.output import plots\n"
         "from prestage.resources.timeline import Timeline\n"
         "assert 'matplotlib' not in sys.modules\n"
         "plots.save(plots.plot_timeline(Timeline(), experts_per_layer=1), sys.argv[1])\n"
