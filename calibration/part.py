@@ -25,7 +25,7 @@ from .clocks import Clocks
 from .cuda import Call, Calls, CudaError, Workload, run
 from .host import Cores
 from .measured import Times
-from .plan import COPIES, Entry, Plan
+from .plan import COPIES, STREAMS, Entry, Plan
 
 #: Bytes of host memory that the experts' copies alias if they need more.
 POOL_BYTES = 3 * 2**30
@@ -129,8 +129,9 @@ class Part:
         # A copy is made by the GPU that the bytes come from.
         copying = gpu if shared.peer is None else shared.peer
         self._behind = None if shared.peer is None else gpu.stream()
-        self._streams = {"compute": self._compute, "d2h": self._compute, "h2d": copying.stream()}
-        self._streams |= {"prefetch": copying.stream(), "peer": gpu.stream()}
+        streams = {"compute": self._compute, "h2d": copying.stream(), "prefetch": copying.stream()}
+        streams["peer"] = gpu.stream()
+        self._streams = {lane: streams[name] for lane, name in STREAMS.items()}
         copies_clock = clock if shared.peer is None else clock + 1
         self._choice = gpu.empty(most_tokens * model.top_k, dtype="int32")
         self._host_choice = gpu.host_empty(most_tokens * model.top_k, dtype="int32")
@@ -146,7 +147,7 @@ class Part:
                 self._clocks[entry.mark : entry.mark + entry.marks] = [copies_clock] * entry.marks
         self._queue = _CopyQueue(plan.entries, self._ends) if scenario.copy_.discipline == "priority" else None
         self.program: list[Calls] = []
-        self.step_ends: list[int] = []
+        self.turns: list[tuple[int, int]] = []
         self._stamp_of: list[int] = []
         self._wait_stamps: list[tuple[int, int, int]] = []
         self._lay_out()
@@ -160,10 +161,13 @@ class Part:
     # From entries to calls.
 
     def _lay_out(self) -> None:
-        """Make the calls of each step of the program; note the step of each entry, and the steps around each wait."""
+        """Make the calls of each step of the program; note the step of each entry, and the steps around each wait.
+
+        `turns` are the plan's, by steps of the program in place of entries.
+        """
         program, plan = self.program, self.plan
         poll: Calls = ((self._queue.poll, ()),) if self._queue is not None else ()
-        ends = set(plan.step_ends)
+        turn_of = {end: turn for turn, end in plan.turns}
         for number, entry in enumerate(plan.entries):
             program.append(poll + self._promotes(entry) + self._calls(number, entry))
             self._stamp_of.append(len(program) - 1)
@@ -172,11 +176,11 @@ class Part:
                 wait: Call = (end.synchronize, ()) if self._queue is None else (self._queue.wait_for, (end,))
                 program.append((wait,))
                 self._wait_stamps.append((entry.visit, len(program) - 2, len(program) - 1))
-            if number + 1 in ends:
-                self.step_ends.append(len(program))
+            if number + 1 in turn_of:
+                self.turns.append((turn_of[number + 1], len(program)))
         if self._queue is not None:
             program.append(((self._queue.drain, ()),))
-            self.step_ends[-1] += 1
+            self.turns[-1] = (self.turns[-1][0], len(program))
 
     def _calls(self, number: int, entry: Entry) -> Calls:
         if entry.kind == ACTIVATION:

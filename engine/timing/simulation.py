@@ -174,8 +174,18 @@ def settings_of(
     scenario: Scenario, costs: Costs, prefetching: bool, gpu: int = 0, lends: bool = False
 ) -> npt.NDArray[np.int64]:
     """Return what a scenario says of every visit of a GPU."""
+    predicts = prefetching and costs.predict_ns > 0 and scenario.predictor.lane != "free"
+    return visit_settings(scenario, predicts=predicts, holds=costs.copies_hold_host, gpu=gpu, lends=lends)
+
+
+def visit_settings(
+    scenario: Scenario, *, predicts: bool = False, holds: bool = False, gpu: int = 0, lends: bool = False
+) -> npt.NDArray[np.int64]:
+    """Return the settings of every visit of a GPU, as an array named by SETTINGS.
+
+    `predicts`: a predictor takes time on its lane; `holds`: the host waits for the end of every copy.
+    """
     compression, lane = scenario.compression, scenario.predictor.lane
-    predicts = prefetching and costs.predict_ns > 0 and lane != "free"
     packing = {"none": (0, 0), "gpu": (ON_GPU, ON_GPU_ASIDE), "host": (FROM_HOST, FROM_HOST_ASIDE)}[compression.where]
     return settings_array(
         gpu=gpu,
@@ -185,7 +195,7 @@ def settings_of(
         prefetch_first=scenario.prefetch.issue == "before_launch",
         resident_first=scenario.dispatch.expert_order == "resident_first",
         grouped=scenario.dispatch.expert_kernel == "grouped",
-        holds=costs.copies_hold_host,
+        holds=holds,
         predictor_lane={"gpu": SIDE, "compute": COMPUTE, "host": HOST}[lane] if predicts else -1,
         prefetch_lane=PREFETCH_LANE,
         packing=packing[compression.lane == "side"],
