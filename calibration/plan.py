@@ -18,8 +18,8 @@ from ..engine.dispatch import Visit
 from ..engine.inputs import Inputs
 from ..engine.memory_manager import MemoryManager
 from ..engine.pipeline import flow_of, received_steps, sent_bytes
+from ..engine.policies.copy_order import COPY_ORDERS, ByRank, Fifo, Priority, TwoStreams
 from ..engine.run import dispatched, make_manager, make_prefetch
-from ..engine.scenario import Scenario
 from ..engine.timing.simulation import visit_settings
 from ..errors import InputError
 from ..resources.timeline import ACTIVATION, DEMAND, DENSE, PREFETCH, READBACK
@@ -30,6 +30,10 @@ from .cuda import without_kernels
 COPIES = (DEMAND, PREFETCH)
 #: The stream of each lane of an entry: one stream keeps its work in order. The choice is read back behind the kernels.
 STREAMS = {"compute": "compute", "d2h": "compute", "h2d": "h2d", "prefetch": "prefetch", "peer": "peer"}
+
+
+#: The copy orders that are executed: streams of the GPU's, and the queue that the host thread keeps.
+EXECUTED_ORDERS = (Fifo, TwoStreams, Priority)
 
 
 class ExecutionError(InputError):
@@ -94,6 +98,7 @@ def check_executable(inputs: Inputs) -> None:
     """Refuse what depends on the clock or has no counterpart among the CUDA calls that are made, all of it at once."""
     scenario, model = inputs.scenario, inputs.model
     by_clock = make_prefetch(scenario, model).uses_clock
+    discipline = f"copy.discipline = {scenario.copy_.discipline!r}"
     checks = (
         (scenario.dispatch.mode == "free", "dispatch.mode = 'free': a real host is not free: choose eager or graph"),
         (scenario.dispatch.expert_kernel != "separate", "dispatch.expert_kernel = 'grouped': choose separate"),
@@ -109,7 +114,11 @@ def check_executable(inputs: Inputs) -> None:
         (scenario.memory.preload != "none", "memory.preload: slots begin empty; set it to none"),
         (inputs.budgets is not None, "memory.total_bytes: slots are preallocated; give memory.gpu_budget alone"),
         (scenario.parallel.gpus > 1, "parallel.gpus: no tokens are exchanged; leave it out, or use parallel.stages"),
-        (_queues_in_stages(scenario), "copy.discipline = 'priority' and parallel.stages: choose fifo or two_streams"),
+        (scenario.copy_.order not in EXECUTED_ORDERS, f"{discipline}: choose {_executed()}"),
+        (
+            scenario.copy_.by_rank and scenario.parallel.stages > 1,
+            f"{discipline} and parallel.stages: choose {_executed(in_stages=True)}",
+        ),
         (by_clock, f"prefetch.policy = {scenario.prefetch.policy!r} decides by the clock: choose another"),
     )
     wrongs = [text for wrong, text in checks if wrong] + without_kernels(model)
@@ -117,8 +126,14 @@ def check_executable(inputs: Inputs) -> None:
         raise ExecutionError(f"{'; '.join(wrongs)} (execution on a GPU)")
 
 
-def _queues_in_stages(scenario: Scenario) -> bool:
-    return scenario.copy_.discipline == "priority" and scenario.parallel.stages > 1
+def _executed(*, in_stages: bool = False) -> str:
+    """Return the names of the copy orders that are executed; in the stages of a pipeline, those of streams alone."""
+    names = [
+        name
+        for name, order in COPY_ORDERS.items()
+        if order in EXECUTED_ORDERS and not (in_stages and issubclass(order, ByRank))
+    ]
+    return " or ".join([", ".join(names[:-1]), names[-1]])
 
 
 def _predicts(inputs: Inputs) -> bool:
@@ -210,9 +225,9 @@ class Planner:
         )  # fmt: skip
         self._experts = inputs.model.experts
         self._graph = scenario.dispatch.mode == "graph"
-        self._queued = scenario.copy_.discipline == "priority"
+        self._queued = scenario.copy_.by_rank
         self._copy_lanes = {H2D: "h2d", PREFETCH_LANE: "h2d"}
-        if scenario.copy_.discipline == "two_streams":
+        if scenario.copy_.order.prefetch_stream:
             self._copy_lanes[PREFETCH_LANE] = "prefetch"
         self._pieces = pieces_of(inputs.model.expert_bytes[0], scenario.copy_.chunk_bytes)
         self._entries: list[Entry] = []

@@ -48,6 +48,7 @@ from .costs import Costs, KernelCost
 from .dispatch import Visit, launch_order
 from .links import HostLink
 from .memory_manager import Admission, MemoryManager
+from .policies.copy_order import COPY_ORDERS
 from .policies.prefetch import Gauge
 from .scenario import ON_GPU, Scenario
 from .tiers import Drive, HostMemory
@@ -104,7 +105,7 @@ def add_lanes(timeline: Timeline, discipline: str, device: str = "gpu0", host: s
         "d2h": timeline.add_lane(device, "d2h", "copy engine D2H"),
         "h2d": timeline.add_lane(device, "h2d", "copy engine H2D"),
     }
-    if discipline == "two_streams":
+    if COPY_ORDERS[discipline].prefetch_stream:
         number["prefetch"] = timeline.add_lane(device, "h2d", "copy engine H2D, prefetch stream")
     number["compute"] = timeline.add_lane(device, "compute", "compute stream")
     return number

@@ -19,6 +19,7 @@ from ..costs import KernelCost
 from ..decide.commands import COMPUTE, FIXED_REGISTERS, H2D, SIDE, TOKENS, Command, Op
 from ..gpu import pack_access, pack_arrival, pack_visit
 from ..links import PeerCosts
+from ..policies.copy_order import QueuedCopy
 from .lanes import HOSTS, Instant, Lane, QueueLane, Story, Work, until_ended
 from .machine import GpuLanes
 
@@ -276,14 +277,17 @@ class Thread:
         ns = (cost.queued_ns, cost.alone_ns)
         if isinstance(lane, QueueLane):
             ns = (cost.piece_queued_ns, cost.piece_alone_ns)
-            more |= {"rank": (int(command.kind == PREFETCH), command.extra), "pieces": cost.pieces}
+            more |= {
+                "wanted": QueuedCopy(command.kind != PREFETCH, command.extra, command.expert),
+                "pieces": cost.pieces,
+            }
         self._submit(gpu, lane, command.kind, ns, issued_ns, command, **more)
 
     def _promote(self, gpu: GpuState, command: Command) -> None:
         queue = gpu.lanes.copies[H2D]
         assert isinstance(queue, QueueLane)
         for work in self._registers.get(command.register, ()):
-            queue.promote(work, (0, command.extra))
+            queue.promote(work, command.extra)
 
     def _hold(self, gpu: GpuState, command: Command) -> Story:
         yield from self._wait_for(gpu, self._registers[command.register])

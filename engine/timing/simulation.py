@@ -89,8 +89,10 @@ class OneGpu:
 
     def _is_stale(self, work: Work) -> bool:
         """Drop a queued prefetch whose target visit has been dispatched without it, if the scenario says so."""
-        is_demanded, target = work.rank[0] == 0, work.rank[1]
-        if not self._scenario.copy_.drop_stale or is_demanded or work.started or target >= self.state.visit:
+        wanted = work.wanted
+        if not self._scenario.copy_.drop_stale or wanted is None or wanted.demanded or work.started:
+            return False
+        if wanted.visit >= self.state.visit:
             return False
         if self.manager.assigned.get(work.expert) == work.copy:
             self.manager.cancel(work.expert)
@@ -191,7 +193,7 @@ def visit_settings(
         gpu=gpu,
         first_register=gpu * FIXED_REGISTERS,
         reads_back=scenario.dispatch.router_readback,
-        by_priority=scenario.copy_.discipline == "priority",
+        by_priority=scenario.copy_.by_rank,
         prefetch_first=scenario.prefetch.issue == "before_launch",
         resident_first=scenario.dispatch.expert_order == "resident_first",
         grouped=scenario.dispatch.expert_kernel == "grouped",
