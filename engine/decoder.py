@@ -16,12 +16,12 @@ import simpy
 from ..workloads.batches import Step
 from .costs.costs import Costs
 from .decide.dispatch import Visit
+from .decide.host_memory import HostMemory
 from .decide.memory_manager import MemoryManager
 from .gpu import Decoded, Gpu
 from .offloaded import OffloadedGpu
 from .policies.prefetch import Gauge
 from .scenario.scenario import Scenario
-from .tiers import HostMemory
 from .undisturbed import UndisturbedGpu, undisturbed
 
 

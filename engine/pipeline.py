@@ -22,6 +22,7 @@ from ..workloads.model import Model
 from ..workloads.trace import RoutingTrace
 from .costs.costs import Costs, activation_bytes
 from .decide.dispatch import Visit
+from .decide.host_memory import HostMemory
 from .decide.memory_manager import MemoryManager
 from .decoder import collector_off
 from .gpu import Decoded, Gpu
@@ -41,6 +42,7 @@ class StageRun:
     scenario: Scenario
     prefetching: bool
     gauge: Gauge
+    host_memory: HostMemory | None = None
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ TORCH_PROGRAMS = "workloads/training"
 CLOCKED = {"engine", "resources"}
 CLOCK_FREE = [
     "engine/placed.py",
-    *(f"engine/decide/{name}.py" for name in ("memory_manager", "dispatch", "program")),
+    *(f"engine/decide/{name}.py" for name in ("memory_manager", "dispatch", "host_memory", "program")),
     *(f"engine/replay/{name}.py" for name in ("replay", "compiled")),
 ]
 #: What was measured is kept with the sources, and not shipped: no command reads it unless it is named.

@@ -32,10 +32,10 @@ from ...resources.timeline import (
 from ...workloads.batches import Step
 from ...workloads.trace import RoutingTrace
 from ..decide.dispatch import Visit
+from ..decide.host_memory import HostMemory
 from ..decide.memory_manager import DEMANDED, PREFETCHED, MemoryManager
 from ..gpu import RESOLVED, Decoded
 from ..policies.miss import CPU
-from ..tiers import HostMemory
 from .speed import Served, speed_metrics
 
 Array = npt.NDArray[Any]
