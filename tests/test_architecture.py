@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "resources": set(),
     "engine": {"workloads", "resources"},
     "calibration": {"workloads", "resources", "engine"},
+    "testing": {"workloads", "resources", "engine"},
 }
 #: Slow to import: never at module level, so that `--help` and a run without pictures are quick.
 LAZY = {"torch", "matplotlib", "networkx", "bokeh"}
