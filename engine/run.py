@@ -15,6 +15,7 @@ from ..resources.spool import Spool
 from ..words import unknown_name
 from ..workloads.model import Model
 from .costs import Costs
+from .decide.host_memory import HostMemory
 from .decoder import decode
 from .dispatch import Visit, visits
 from .expert_parallel import decided, run_placed
@@ -30,7 +31,6 @@ from .policies.eviction import EVICTION, Setting
 from .policies.prefetch import PREFETCH, Gauge, NoPrefetch, Options, Prefetch
 from .policies.prefetch_share import PREFETCH_SHARE
 from .scenario import ON_GPU, Scenario, ScenarioError, parse_budget
-from .tiers import HostMemory
 
 #: Called with what is running, and how many of how many layer visits are done.
 Progress = Callable[[str, int, int], None]
@@ -214,6 +214,7 @@ def _run_commands(inputs: Inputs, ready: Sequence[Prepared], watch: Watch, engin
     from .timing.runs import run_shared, run_stages  # which compile at their first use
 
     gauges = [Gauge() for _ in ready]
+    hosts: list[HostMemory | None] = [None for _ in ready]
     one_thread = inputs.scenario.parallel.dispatch_threads == "one"
     if inputs.placed is not None and inputs.links is not None:
         managers, prefetches = [gpu.manager for gpu in ready], [gpu.prefetch for gpu in ready]
@@ -221,20 +222,22 @@ def _run_commands(inputs: Inputs, ready: Sequence[Prepared], watch: Watch, engin
         decoded = run_shared(inputs, ready, gauges, visits, one_thread=one_thread, engine=engine)
         ready = [replace(gpu, inputs=replace(gpu.inputs, steps=inputs.steps)) for gpu in ready]
     else:
+        hosts = [make_host_memory(gpu.inputs, gpu.manager.spool) for gpu in ready]
         runs = [
             StageRun(
-                watch(dispatched(gpu.inputs, gpu.manager, gpu.prefetch, gauge)),
+                watch(dispatched(gpu.inputs, gpu.manager, gpu.prefetch, gauge, host)),
                 gpu.manager,
                 gpu.costs,
                 gpu.inputs.scenario,
                 gpu.prefetch.guesses > 0,
                 gauge,
+                host,
             )
-            for gpu, gauge in zip(ready, gauges, strict=True)
+            for gpu, gauge, host in zip(ready, gauges, hosts, strict=True)
         ]
         flow = flow_of(inputs.model, inputs.trace, inputs.steps)
         decoded = run_stages(runs, flow, inputs.links, one_thread=one_thread, engine=engine)
-    return [_recording(gpu, found) for gpu, found in zip(ready, decoded, strict=True)]
+    return [_recording(gpu, found, host) for gpu, found, host in zip(ready, decoded, hosts, strict=True)]
 
 
 def engine_for(inputs: Inputs, engine: str) -> str:
@@ -260,10 +263,6 @@ def check_engine(inputs: Inputs, engine: str) -> None:
         )
     if engine == "lanes":
         return
-    if scenario.tiers.host_budget != "all":
-        raise ScenarioError(
-            f"tiers.host_budget = {scenario.tiers.host_budget!r}: engine {engine!r} reads no drive yet: choose 'lanes'"
-        )
     waits = inputs.predictor.latency_us and scenario.predictor.lane in ON_GPU and scenario.prefetch.issued_by == "host"
     if inputs.placed is not None and waits and scenario.parallel.dispatch_threads != "one":
         raise ScenarioError(

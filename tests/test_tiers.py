@@ -19,6 +19,7 @@ from tiny import tiny_costs, tiny_inputs, tiny_model, tiny_profile, tiny_run, ti
 
 from prestage.calibration.plan import ExecutionError, check_executable
 from prestage.engine.costs import Costs
+from prestage.engine.decide.host_memory import HostMemory
 from prestage.engine.decoder import host
 from prestage.engine.dispatch import Visit
 from prestage.engine.gpu import Gpu
@@ -30,7 +31,6 @@ from prestage.engine.policies.eviction import EVICTION
 from prestage.engine.run import dispatched, make_host_memory, make_manager, make_prefetch
 from prestage.engine.scenario import ScenarioError, load_scenario, make_scenario
 from prestage.engine.simulate import simulate, simulate_inputs
-from prestage.engine.tiers import HostMemory
 from prestage.resources.profile import Interruptions, Profile, ProfileError, load_profile, make_profile, profile_names
 from prestage.resources.timeline import DEMAND, PREFETCH, READ, covered_ns
 

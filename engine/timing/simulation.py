@@ -19,8 +19,10 @@ from ...resources.timeline import SPAN, Timeline
 from ...words import unknown_name
 from ..costs import Costs
 from ..decide.commands import COMPUTE, FIXED_REGISTERS, HOST, PREFETCH_LANE, SIDE
+from ..decide.host_memory import HostMemory, HostRooms
 from ..decide.program import Gpu, Program
-from ..decide.tables import Registers, Rooms
+from ..decide.registers import Registers
+from ..decide.tables import Rooms
 from ..decide.visit_commands import FROM_HOST, FROM_HOST_ASIDE, ON_GPU, ON_GPU_ASIDE, settings_array
 from ..decoder import collector_off
 from ..dispatch import Visit
@@ -44,7 +46,7 @@ class OneGpu:
     def __init__(
         self, engine: Simulation, number: int, manager: MemoryManager, costs: Costs, scenario: Scenario, *,
         prefetching: bool, most_tokens: int, host: str = "host", link: HostLink | None = None,
-        gauge: Gauge | None = None, lends: bool = False,
+        gauge: Gauge | None = None, lends: bool = False, host_memory: HostMemory | None = None,
     ) -> None:  # fmt: skip
         self.manager, self._scenario, self.most_tokens = manager, scenario, most_tokens
         self.drops_stale = scenario.copy_.drop_stale
@@ -66,8 +68,12 @@ class OneGpu:
         if gauge is not None:
             gauge.now_ns, gauge.backlog_ns = lambda: self.state.now_ns, self.lanes.backlog_ns
         engine.gpus.append(self)
-        rooms = Rooms(engine.registers, manager.assigned.values(), lends=lends)
-        self.gpu = Gpu(settings_of(scenario, costs, prefetching, number, lends), rooms, engine.registers)
+        registers = engine.registers.own()
+        rooms = Rooms(registers, manager.assigned.values(), lends=lends)
+        tier = None
+        if host_memory is not None and costs.reads is not None:
+            tier = HostRooms(host_memory, registers, [read.requests for read in costs.reads.by_layer])
+        self.gpu = Gpu(settings_of(scenario, costs, prefetching, number, lends), rooms, registers, tier)
 
     def note(self, visit: Visit) -> None:
         """Note what was decided."""
@@ -96,7 +102,7 @@ class OneGpu:
             return False
         if self.manager.assigned.get(work.expert) == work.copy:
             self.manager.cancel(work.expert)
-        work.cancelled = True
+        work.cancel(self.lanes.compute.now_ns)
         return True
 
 
@@ -204,4 +210,5 @@ def visit_settings(
         lends=lends,
         awaits_guesses=predicts and lane in ON_GPU_LANES and scenario.prefetch.issued_by == "host",
         gpu_issues=scenario.prefetch.issued_by == "gpu",
+        tiers=scenario.tiers.host_budget != "all",
     )
