@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from ..engine.dispatch import Visit
-from ..engine.inputs import Inputs
-from ..engine.memory_manager import MemoryManager
+from ..engine.decide.dispatch import Visit
+from ..engine.decide.memory_manager import MemoryManager
 from ..engine.policies.copy_order import COPY_ORDERS, ByRank, QueuedCopy
 from ..engine.policies.eviction import EVICTION, Eviction
 from ..engine.policies.prefetch import PREFETCH, Gauge, Moment, Options, Prefetch
 from ..engine.run import dispatched, make_manager, make_prefetch, part_costs, prepared, run_all
+from ..engine.scenario.inputs import Inputs
 from ..errors import InputError
 from ..words import unknown_name
 from ..workloads.batches import Step, plan_steps

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from ..engine.inputs import Inputs
-from ..engine.loading import steps_of
-from ..engine.output.metrics import Recording
-from ..engine.predicting import predictor_cost
+from ..engine.loading.loading import steps_of
+from ..engine.measure.metrics import Recording
 from ..engine.run import make_prefetch, part_costs, prepared, run_all
-from ..engine.scenario import Scenario, make_scenario
+from ..engine.scenario.inputs import Inputs
+from ..engine.scenario.predicting import predictor_cost
+from ..engine.scenario.scenario import Scenario, make_scenario
 from ..resources.profile import Profile
 from ..workloads.model import Model
 from ..workloads.predictors import make_predictor

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..engine.inputs import Inputs
+from ..engine.scenario.inputs import Inputs
 from ..workloads.batches import DECODE, PREFILL
 from ..workloads.trace import RoutingTrace
 from .machine import tiny_inputs, tiny_model, tiny_profile, tiny_scenario
