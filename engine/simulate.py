@@ -91,9 +91,9 @@ def simulate(
 ) -> Result:
     """Run a scenario; `baselines=False` leaves out the two runs that speedup and resident_ms need.
 
-    `baselines` may also be makespans in ms that are known, by their names in `baselines.BASELINES`. `check_prefetch` also
-    runs the same cache without prefetch. `replicates` more runs, with costs drawn from their uncertainty, give percentiles of
-    makespan and tokens/s. `progress` is called with (what, done, total) layer visits. With a folder to
+    `baselines` may also be makespans in ms that are known, by their names in `baselines.BASELINES`. `check_prefetch`
+    also runs the same cache without prefetch. `replicates` more runs, with costs drawn from their uncertainty, give
+    percentiles of makespan and tokens/s. `progress` is called with (what, done, total) layer visits. With a folder to
     `stream` to, the timeline and all else that grows with the run is kept in files there, a folder for each GPU, and
     not in memory. `engine` is one of `run.ENGINES`; baselines always go by lanes. Raises InputError if the scenario
     cannot run, or not by that engine.
