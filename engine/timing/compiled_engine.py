@@ -476,7 +476,7 @@ class CompiledEngine:
         """Give a thread its next portion, decided now; return the thread, or -1 if it has no more to do."""
         number, words = self._number_of[at], self._memory.words
         driven = self._threads[number]
-        self._drop(driven)
+        self._drop()
         while True:
             portion = next(self._portions[number], None)
             if portion is not None:
@@ -522,15 +522,15 @@ class CompiledEngine:
         for op, gpu, peer in portion[np.isin(portion[:, 0], (Op.FETCH, Op.STORE))][:, [0, 1, 9]].tolist():
             self._machine.peers[(peer, gpu) if op == Op.FETCH else (gpu, peer)][1]()
 
-    def _drop(self, driven: Driven) -> None:
-        """Tell the memory manager which prefetches were dropped since the last decision."""
+    def _drop(self) -> None:
+        """Tell the memory managers which prefetches were dropped since the last decision."""
         words = self._memory.words
         region = int(words[DROPPED])
         if not words[region + R_COUNT]:
             return
         at, count = int(words[region + R_AT]), int(words[region + R_COUNT])
-        manager = self._machine.gpus[driven.gpus[0]].manager
-        for expert, copy in words[at : at + count * DROPPED_WORDS].reshape(-1, DROPPED_WORDS).tolist():
+        for gpu, expert, copy in words[at : at + count * DROPPED_WORDS].reshape(-1, DROPPED_WORDS).tolist():
+            manager = self._machine.gpus[gpu].manager
             if manager.assigned.get(expert) == copy:
                 manager.cancel(expert)
         words[region + R_COUNT] = 0

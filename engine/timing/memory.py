@@ -61,8 +61,9 @@ A_LANE, A_THREAD, A_WORK, AN_ARRIVAL = range(4)
     G_READBACK_SLOWDOWN, G_KINDS, G_PREDICT_LAUNCHES, G_PREDICT_HOST, G_PREDICT_ISSUE, GPU_WORDS,
 ) = range(70)  # fmt: skip
 
-#: A host thread: its number, its portion and place in it, when it goes on, and at which GPU it is.
-T_NUMBER, T_ROWS, T_CAPACITY, T_COUNT, T_AT, T_GOES_ON, T_GPU, T_GPUS, THREAD_WORDS = range(9)
+#: A host thread: its number, its portion and place in it, when it goes on, at which GPU it is, and the thread among
+#: compiled decisions, if they are.
+T_NUMBER, T_ROWS, T_CAPACITY, T_COUNT, T_AT, T_GOES_ON, T_GPU, T_GPUS, T_PROGRAM, THREAD_WORDS = range(10)
 
 #: What a kernel takes, if it has been asked for.
 K_KNOWN, K_NS, K_LAUNCHES, K_HOST, K_ISSUE, K_SLOWDOWN, KERNEL_WORDS = range(7)
@@ -79,7 +80,7 @@ M_LANE, M_QUEUED, M_ALONE, M_HOST, M_LATENCY, M_TRANSFER, M_LAG, M_TARGET, M_SLO
 R_AT, R_COUNT, R_CAPACITY, REGION_WORDS = range(4)
 #: Words of a span (as of `resources.timeline.SPAN`); of an entry of the books: what it is, its GPU, and three words; of
 #: a dropped prefetch.
-SPAN_WORDS, BOOK_WORDS, DROPPED_WORDS = 5, 5, 2
+SPAN_WORDS, BOOK_WORDS, DROPPED_WORDS = 5, 5, 3
 ACCESS, DECISION, ARRIVAL = range(3)
 
 #: What the engine comes back with: all is done; a thread wants its next portion, a price, the rates of a set of
