@@ -124,7 +124,7 @@ def _identities(recording: Recording) -> Any:
 
 def _same_spans(executed: Recording, simulated: Recording, scenario: Scenario) -> bool:
     """Whether the same kernels and copies were made; which queued prefetches are given up is a matter of time."""
-    queued = scenario.copy_.discipline == "priority"
+    queued = scenario.copy_.by_rank
     counts = []
     for recording in (executed, simulated):
         what, _ = _identities(recording)

@@ -131,7 +131,7 @@ class Costs:
         self._rule = profile.compute.rule
         self._mode = scenario.dispatch.mode
         self._chunk_bytes = scenario.copy_.chunk_bytes
-        self.by_priority = scenario.copy_.discipline == "priority"
+        self.by_priority = scenario.copy_.by_rank
         # By layer and tokens; the head stands behind the dense part of the last layer.
         self._experts: list[dict[int, KernelCost]] = [{} for _ in range(model.layers)]
         self._dense: list[dict[int, KernelCost]] = [{} for _ in range(model.layers + 1)]

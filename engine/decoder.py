@@ -15,13 +15,13 @@ import simpy
 
 from ..workloads.batches import Step
 from .costs import Costs
+from .decide.host_memory import HostMemory
 from .dispatch import Visit
 from .gpu import Decoded, Gpu
 from .memory_manager import MemoryManager
 from .offloaded import OffloadedGpu
 from .policies.prefetch import Gauge
 from .scenario import Scenario
-from .tiers import HostMemory
 from .undisturbed import UndisturbedGpu, undisturbed
 
 

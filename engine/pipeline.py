@@ -21,6 +21,7 @@ from ..workloads.batches import Step, continued_steps
 from ..workloads.model import Model
 from ..workloads.trace import RoutingTrace
 from .costs import Costs, activation_bytes
+from .decide.host_memory import HostMemory
 from .decoder import collector_off
 from .dispatch import Visit
 from .gpu import Decoded, Gpu
@@ -41,6 +42,7 @@ class StageRun:
     scenario: Scenario
     prefetching: bool
     gauge: Gauge
+    host_memory: HostMemory | None = None
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ from .dispatch import ISSUE
 from .journal import find_row
 from .memory_manager import PROTECTION, SCOPES
 from .placed import REMOTE
+from .policies.copy_order import COPY_ORDERS, ByRank, CopyOrder, orders_by_rank
 from .policies.eviction import EVICTION
 from .policies.miss import MISS
 from .policies.placement import OBJECTIVES, PLACEMENT
@@ -54,8 +55,6 @@ DISPATCH_MODES = ("eager", "graph", "free")
 EXPERT_ORDERS = ("router", "resident_first")
 #: One kernel for each expert, or one for all of a wave, which waits for all their bytes.
 EXPERT_KERNELS = ("separate", "grouped")
-#: One stream; one for demand and one for prefetches; a host-side queue that puts demand first.
-DISCIPLINES = ("fifo", "two_streams", "priority")
 #: Which lane a prediction occupies: a side stream of the GPU, the compute stream, the host thread, or none.
 PREDICTOR_LANES = ("gpu", "compute", "host", "free")
 #: Those on which a prediction is in the GPU's memory when it is done.
@@ -306,7 +305,7 @@ class CopySection(_Section):
     """
 
     source: Literal["host", "peer"] = "host"
-    discipline: Annotated[str, _one_of(DISCIPLINES)] = "fifo"
+    discipline: Annotated[str, _one_of(COPY_ORDERS)] = "fifo"
     chunk_bytes: _Bytes = Field(default=0, ge=0)
     drop_stale: bool = False
     host_memory: Literal["pinned", "pageable"] | None = None
@@ -320,9 +319,20 @@ class CopySection(_Section):
 
     @model_validator(mode="after")
     def _stale_needs_queue(self) -> CopySection:
-        if self.drop_stale and self.discipline != "priority":
-            raise InputError(f"drop_stale = true needs discipline = 'priority' (given {self.discipline!r})")
+        if self.drop_stale and not self.by_rank:
+            needed = " or ".join(map(repr, orders_by_rank()))
+            raise InputError(f"drop_stale = true needs discipline = {needed} (given {self.discipline!r})")
         return self
+
+    @property
+    def order(self) -> type[CopyOrder]:
+        """The copy order."""
+        return COPY_ORDERS[self.discipline]
+
+    @property
+    def by_rank(self) -> bool:
+        """Whether the host keeps copies in a queue."""
+        return issubclass(self.order, ByRank)
 
 
 class ParallelSection(_Section):
@@ -540,10 +550,11 @@ class Scenario(_Section):
             )
         if parse_bytes(self.parallel.spare_bytes) and not self.memory.caching:
             raise InputError("memory.caching = false: with parallel.spare_bytes, evicted experts are kept: set true")
-        if self.copy_.discipline == "priority" and self.parallel.lends:
+        if self.copy_.by_rank and self.parallel.lends:
+            streams = " or ".join(name for name in COPY_ORDERS if name not in orders_by_rank())
             raise InputError(
-                "copy.discipline = 'priority': where GPUs copy experts from one another, one may be waiting for what "
-                "another puts off: choose fifo or two_streams"
+                f"copy.discipline = {self.copy_.discipline!r}: where GPUs copy experts from one another, one may be "
+                f"waiting for what another puts off: choose {streams}"
             )
         return self
 
@@ -561,7 +572,7 @@ class Scenario(_Section):
         copy, lane = self.copy_, self.predictor.lane
         for wrong, text in (
             (lane not in ON_GPU, f"predictor.lane = {lane!r}, where the host has the guesses: choose gpu or compute"),
-            (copy.discipline == "priority", "copy.discipline = 'priority', a queue of the host's: choose another"),
+            (copy.by_rank, f"copy.discipline = {copy.discipline!r}, a queue of the host's: choose another"),
             (copy.host_memory == "pageable", "copy.host_memory = 'pageable', which the host copies: choose pinned"),
             (self.tiers.host_budget != "all", "tiers.host_budget, for reads that the host orders: set it to 'all'"),
             (not self.only_fetches, "[miss] or [compression], whose work the host orders: leave them out"),

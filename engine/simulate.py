@@ -44,7 +44,7 @@ from .pipeline import flow_of, sent
 from .policies.eviction import EVICTION
 from .policies.prefetch import NoPrefetch
 from .replicates import replicate_costs, summary, without_uncertainty
-from .run import Prepared, Progress, Watch, check_engine, dispatched, make_manager, part_costs, prepared, run_all
+from .run import Prepared, Progress, Watch, dispatched, engine_for, make_manager, part_costs, prepared, run_all
 from .scenario import MemorySection, PredictorSection, PrefetchSection, Scenario, TiersSection, WorkloadSection
 from .warnings import warnings_of
 
@@ -129,7 +129,7 @@ def simulate_inputs(
     """Run what `load_inputs` loaded, as `simulate` does, by one of `run.ENGINES`; baselines go by lanes."""
     if not 0 <= replicates <= MOST_REPLICATES:
         raise InputError(f"replicates = {replicates:,}: must be 0 to {MOST_REPLICATES:,}")
-    check_engine(inputs, engine)
+    engine = engine_for(inputs, engine)
     scenario, model = inputs.scenario, inputs.model
     costs = part_costs(inputs)
     began = time.perf_counter()

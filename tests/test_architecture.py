@@ -33,6 +33,7 @@ CLOCK_FREE = [
     "engine/dispatch.py",
     "engine/placed.py",
     "engine/compiled.py",
+    "engine/decide/host_memory.py",
     "engine/decide/program.py",
 ]
 #: What was measured is kept with the sources, and not shipped: no command reads it unless it is named.

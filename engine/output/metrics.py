@@ -31,11 +31,11 @@ from ...resources.timeline import (
 )  # fmt: skip
 from ...workloads.batches import Step
 from ...workloads.trace import RoutingTrace
+from ..decide.host_memory import HostMemory
 from ..dispatch import Visit
 from ..gpu import RESOLVED, Decoded
 from ..memory_manager import DEMANDED, PREFETCHED, MemoryManager
 from ..policies.miss import CPU
-from ..tiers import HostMemory
 from .speed import Served, speed_metrics
 
 Array = npt.NDArray[Any]

@@ -47,7 +47,7 @@ def run_stages(
             simulation, number, run.manager, run.costs, run.scenario,
             prefetching=run.prefetching, most_tokens=most_tokens,
             host="host" if one_thread or len(runs) == 1 else f"host{number}", gauge=run.gauge,
-            link=None if links is None else links.host_link(number, run.costs, network),
+            link=None if links is None else links.host_link(number, run.costs, network), host_memory=run.host_memory,
         )
         for number, run in enumerate(runs)
     ]  # fmt: skip
