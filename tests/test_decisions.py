@@ -22,7 +22,8 @@ from random_scenarios import accepted
 from prestage.engine.costs import Costs
 from prestage.engine.decide.compiled_decisions import EVICTIONS, PREFETCHES, Decisions, Part, decided_in_python
 from prestage.engine.decide.program import Gpu, Stage, stages_program
-from prestage.engine.decide.tables import Registers, Rooms
+from prestage.engine.decide.registers import Registers
+from prestage.engine.decide.tables import Rooms
 from prestage.engine.inputs import Inputs
 from prestage.engine.memory_manager import MemoryManager
 from prestage.engine.policies.eviction import EVICTION
@@ -73,7 +74,9 @@ class Played:
     def compiled(self) -> list[Any]:
         def resolved(records: Any) -> None:
             gates = records[:, 4].copy().view(np.float64)
-            self.resolved += [(*row[:4], gate, True) for row, gate in zip(records.tolist(), gates.tolist(), strict=True)]
+            self.resolved += [
+                (*row[:4], gate, True) for row, gate in zip(records.tolist(), gates.tolist(), strict=True)
+            ]
 
         part = Part(self.inputs, self.manager, self.prefetch, self.gpu, resolved)
         decisions = Decisions([part], [[0]])

@@ -1,7 +1,7 @@
 """Compiled decisions of a run: which runs have them, how they are laid out, and what becomes of their counts.
 
-The memory manager, the prefetch policy and the trace are the run's own; what they know at first is laid out in words and
-tables, and what was decided is written back into the manager.
+The memory manager, the prefetch policy and the trace are the run's own; what they know at first is laid out in words
+and tables, and what was decided is written back into the manager.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,15 @@ from . import decision_words as w
 from .compiled_program import next_portion
 from .decision_words import Memory, Tables
 from .program import Gpu
-from .visit_commands import COLUMNS, COPIED_COLUMNS, RESOLVED_COLUMNS, SERVED_COLUMNS, TAKEN_COLUMNS, VISIT_COLUMNS
+from .visit_commands import (
+    COLUMNS,
+    COPIED_COLUMNS,
+    O_REQUESTS,
+    RESOLVED_COLUMNS,
+    SERVED_COLUMNS,
+    TAKEN_COLUMNS,
+    VISIT_COLUMNS,
+)
 
 Array = npt.NDArray[Any]
 
@@ -59,7 +68,7 @@ PREFETCHES: dict[type, int] = {
 }  # fmt: skip
 #: How many choices and guesses are laid out at once, and how many visits at most.
 _NUMBERS_AT_ONCE, _VISITS_AT_ONCE = 1 << 16, 1 << 12
-#: Rows of commands that any visit needs besides those of its accesses, copies and rooms, and the most for each of these.
+#: Rows of commands that any visit needs besides those of its accesses, copies and rooms, and the most for each.
 _SOME_ROWS, _ROWS_EACH, _ROWS_TAKEN = 64, 8, 2
 _FAR = 1 << 60
 
@@ -115,8 +124,7 @@ class Decisions:
         self._areas: dict[tuple[int, int], tuple[int, int]] = {}
         most = sum(map(self._most_copies, parts))
         self._set(0, {
-            w.X_REGISTERS: registers.count, w.X_ROOM_FOR: 0, w.X_FREE_COUNT: 0,
-            w.X_VISIT: memory.allocate(VISIT_COLUMNS),
+            w.X_REGISTERS: registers.count, w.X_ROOM_FOR: 0, w.X_VISIT: memory.allocate(VISIT_COLUMNS),
         })  # fmt: skip
         firsts = np.cumsum([0, *(len(part.manager.size_of) for part in parts)]).tolist()
         experts = np.zeros((firsts[-1], w.E_COLUMNS), dtype=np.int64)
@@ -128,9 +136,7 @@ class Decisions:
         self._following = [self._next_uses(number) for number in range(len(parts))]
         self._later = [self._later_visits(part) for part in parts]
         self._make_registers(max(1024, registers.count + 2 * most))
-        self.threads = [
-            memory.allocate(w.THREAD_WORDS) for _ in threads
-        ]
+        self.threads = [memory.allocate(w.THREAD_WORDS) for _ in threads]
         for at, numbers in zip(self.threads, threads, strict=True):
             gpus = memory.put_list(self.gpus[number] for number in numbers)
             self._set(at, {w.H_GPUS: gpus, w.H_LAYER: -1, w.H_STEPS: len(self._steps)})
@@ -161,7 +167,13 @@ class Decisions:
 
     def _lay_out_terms(self, number: int, part: Part) -> None:
         """Lay out what a scenario says of a GPU's decisions."""
-        inputs, manager, prefetch, memory, at = part.inputs, part.manager, part.prefetch, self._memory, self.gpus[number]
+        inputs, manager, prefetch, memory, at = (
+            part.inputs,
+            part.manager,
+            part.prefetch,
+            self._memory,
+            self.gpus[number],
+        )
         options, trace, miss = prefetch.options, inputs.trace, make_miss(inputs)
         guesses = inputs.guesses if prefetch.guesses else None
         most = None if miss is None else miss.terms.cpu_max_tokens
@@ -273,12 +285,15 @@ class Decisions:
         taken = copies
         if not all(part.manager.uniform for part in parts):
             taken += max(int(self._memory.words[at + w.D_MOST_EVICTED]) for at in self.gpus) + self._most_extents()
+        copied = np.full((copies, COPIED_COLUMNS), -1, dtype=np.int64)
+        copied[:, O_REQUESTS:] = 0  # nothing is read from a drive
         rows = 2 * _SOME_ROWS + _ROWS_EACH * (2 * served + 2 * copies) + _ROWS_TAKEN * taken
         words = self._memory.words
         self.tables = Tables(
             words, words.view(np.float64), self._states, self._experts,
-            np.full((served, SERVED_COLUMNS), -1, dtype=np.int64), np.full((copies, COPIED_COLUMNS), -1, dtype=np.int64),
-            np.full((taken, TAKEN_COLUMNS), -1, dtype=np.int64), np.full((served, RESOLVED_COLUMNS), -1, dtype=np.int64),
+            np.full((served, SERVED_COLUMNS), -1, dtype=np.int64), copied,
+            np.full((taken, TAKEN_COLUMNS), -1, dtype=np.int64),
+            np.full((served, RESOLVED_COLUMNS), -1, dtype=np.int64),
             np.zeros((rows, COLUMNS), dtype=np.int64), self._leaving,
         )  # fmt: skip
 
@@ -315,7 +330,9 @@ class Decisions:
             chosen[~inputs.trace.present[rows]] = -1
         self._put(number, w.D_CHOSEN, chosen)
         places = self._rows[first:end] - first_row
-        laid = [[int(place), len(step.rows), step.phase, step.sampled] for place, step in zip(places, steps, strict=True)]
+        laid = [
+            [int(place), len(step.rows), step.phase, step.sampled] for place, step in zip(places, steps, strict=True)
+        ]
         self._put(number, w.D_STEPS, np.array(laid, dtype=np.int64))
         later, guesses = self._later[number], inputs.guesses
         if later is not None:
@@ -386,7 +403,7 @@ class Decisions:
     def _make_registers(self, count: int) -> None:
         """Make room for so many registers."""
         memory, old = self._memory, self.registers
-        for place, at in ((w.X_FREE, 0), *((w.D_ROOMS, at) for at in self.gpus)):
+        for at, place in product(self.gpus, (w.D_FREE, w.D_ROOMS)):
             before = int(memory.words[at + place])
             kept = memory.words[before : before + old].copy()
             to = memory.allocate(count)
@@ -426,7 +443,9 @@ class Decisions:
             manager.unique_guesses += int(words[at + w.D_UNIQUE])
             saved = np.flatnonzero(own[:, w.E_SAVED])
             manager.saved_copies += Counter(dict(zip(saved.tolist(), own[saved, w.E_SAVED].tolist(), strict=True)))
-            manager.assigned_bytes, manager.budget_bytes = (int(words[at + place]) for place in (w.D_ASSIGNED, w.D_BUDGET))
+            manager.assigned_bytes, manager.budget_bytes = (
+                int(words[at + place]) for place in (w.D_ASSIGNED, w.D_BUDGET)
+            )
             held = np.flatnonzero(own[:, w.E_COPY] >= 0)
             held = held[np.argsort(own[held, w.E_COPY])]
             manager.assigned = dict(zip(held.tolist(), own[held, w.E_COPY].tolist(), strict=True))

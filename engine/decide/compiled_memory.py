@@ -22,6 +22,8 @@ from .decision_words import (
     D_EVICTED,
     D_EVICTION,
     D_EXPERTS,
+    D_FREE,
+    D_FREE_COUNT,
     D_FULLEST,
     D_LAYER_EXPERTS,
     D_POOLS,
@@ -50,8 +52,6 @@ from .decision_words import (
     R_COUNT,
     TYPES,
     X_COPIED,
-    X_FREE,
-    X_FREE_COUNT,
     X_REGISTERS,
     X_SERVED,
     X_TAKEN,
@@ -69,22 +69,22 @@ compiled = partial(compiled_once, types=TYPES, error_model="numpy", _nrt=False)
 
 
 @compiled
-def take_register(t: Tables) -> Word:
+def take_register(t: Tables, g: Word) -> Word:
     """Return a register that stands for nothing that anybody will ask for."""
     d = t.words
-    if d[X_FREE_COUNT]:
-        d[X_FREE_COUNT] -= 1
-        return d[d[X_FREE] + d[X_FREE_COUNT]]
+    if d[g + D_FREE_COUNT]:
+        d[g + D_FREE_COUNT] -= 1
+        return d[d[g + D_FREE] + d[g + D_FREE_COUNT]]
     d[X_REGISTERS] += 1
     return d[X_REGISTERS] - 1
 
 
 @compiled
-def give_register(t: Tables, register: Word) -> None:
+def give_register(t: Tables, g: Word, register: Word) -> None:
     """Let a register be taken again."""
     d = t.words
-    d[d[X_FREE] + d[X_FREE_COUNT]] = register
-    d[X_FREE_COUNT] += 1
+    d[d[g + D_FREE] + d[g + D_FREE_COUNT]] = register
+    d[g + D_FREE_COUNT] += 1
 
 
 # Rooms: bytes that are free, in the order in which they became free.
@@ -114,7 +114,7 @@ def give_room(t: Tables, g: Word, p: Word, size_bytes: Word, register: Word) -> 
 
 
 @compiled
-def take_room(t: Tables, p: Word, size_bytes: Word, notes: Word) -> None:
+def take_room(t: Tables, g: Word, p: Word, size_bytes: Word, notes: Word) -> None:
     """Take room off what is free; `notes`: write whose it was into the visit's table, and let those registers go."""
     d = t.words
     d[p + P_FREE_BYTES] -= size_bytes
@@ -127,7 +127,7 @@ def take_room(t: Tables, p: Word, size_bytes: Word, notes: Word) -> None:
             row[T_ROOM], row[T_LEFT] = register, left
             d[X_TAKEN] += 1
             if not left:
-                give_register(t, register)
+                give_register(t, g, register)
         if left:
             d[at] = extent_bytes - size_bytes
             return
@@ -202,9 +202,9 @@ def claim(t: Tables, g: Word, expert: Word, wave: Word, target: Word, at: Word) 
     d[X_COPIED] += 1
     copied[O_EXPERT], copied[O_COPY], copied[O_WAVE], copied[O_TARGET] = expert, d[g + D_COPIES], wave, target
     copied[O_FIRST] = d[X_TAKEN]
-    take_room(t, p, size_bytes, 1)
+    take_room(t, g, p, size_bytes, 1)
     copied[O_LAST] = d[X_TAKEN]
-    copied[O_ROOM] = row[E_ROOM] = take_register(t)
+    copied[O_ROOM] = row[E_ROOM] = take_register(t, g)
     row[E_COPY] = d[g + D_COPIES]
     d[g + D_COPIES] += 1
     d[g + D_ASSIGNED] += size_bytes
@@ -310,5 +310,5 @@ def resize(t: Tables, g: Word, budgets: Word) -> None:
         elif more_bytes < 0:
             while d[p + P_FREE_BYTES] < -more_bytes:
                 evict_for(t, g, p, 1, DEMANDED_AT)
-            take_room(t, p, -more_bytes, 0)
+            take_room(t, g, p, -more_bytes, 0)
     d[g + D_BUDGET] = total_bytes

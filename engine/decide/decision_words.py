@@ -48,15 +48,13 @@ TYPES = {
     )
 }
 
-#: The run: how many registers there are and have room; those that may be taken again; which GPU asks for something;
-#: how many rows the tables of the visit have.
-X_REGISTERS, X_ROOM_FOR, X_FREE, X_FREE_COUNT, X_ASKS, X_SERVED, X_COPIED, X_TAKEN, X_RESOLVED, X_VISIT, HEADER = (
-    range(11)
-)
+#: The run: how many registers there are and have room; which GPU asks for something; how many rows the tables of the
+#: visit have.
+X_REGISTERS, X_ROOM_FOR, X_ASKS, X_SERVED, X_COPIED, X_TAKEN, X_RESOLVED, X_VISIT, HEADER = range(9)
 
 #: A GPU. Its settings and rooms; what the scenario says of memory and prefetching; the memory as it is; counts; its
 #: part of each step; records; the most that a visit may come to; the steps that are laid out, what they choose and
-#: guess.
+#: guess; registers that may be taken again.
 (
     D_SETTINGS, D_ROOMS, D_EXPERTS, D_LAYERS, D_LAYER_EXPERTS, D_SHARED, D_EVICTION, D_POOLS, D_PREFETCH, D_HORIZONS,
     D_K, D_COPY_NS, D_LEAST, D_DECAY, D_POPULAR, D_PROTECTS, D_DROPS, D_UNPIN_FIRST, D_WATCHES, D_ON_CPU, D_CPU_MOST,
@@ -64,8 +62,8 @@ X_REGISTERS, X_ROOM_FOR, X_FREE, X_FREE_COUNT, X_ASKS, X_SERVED, X_COPIED, X_TAK
     D_COPIES, D_DROPPED, D_GUESSED, D_UNIQUE, D_MISSES, D_FULLEST, D_RESULTS, D_HAS_HEAD, D_RECEIVES, D_SENDS,
     D_ADMITTED, D_EVICTED, D_RESOLVED, D_MOST_COPIES, D_MOST_EVICTED, D_RECENCY, D_ASKED,
     D_FIRST_STEP, D_END_STEP, D_STEPS, D_CHOSEN, D_PER_TOKEN, D_LATER, D_LATER_COLUMNS, D_GUESSES, D_RANKS,
-    D_CONFIDENCES, D_BUDGETS, D_FOLLOWING, D_FOLLOWED, D_GATES, D_WORDS,
-) = range(60)  # fmt: skip
+    D_CONFIDENCES, D_BUDGETS, D_FOLLOWING, D_FOLLOWED, D_GATES, D_FREE, D_FREE_COUNT, D_WORDS,
+) = range(62)  # fmt: skip
 
 #: A pool: its bytes, and what is free in the order in which it became free: a ring of (bytes, register of whose room it
 #: was, -1 for none); what its policy knows; its first expert on the GPU, and how many it has.
