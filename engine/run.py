@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..resources.spool import Spool
 from ..words import unknown_name
@@ -31,6 +31,9 @@ from .policies.eviction import EVICTION, Setting
 from .policies.prefetch import PREFETCH, Gauge, NoPrefetch, Options, Prefetch
 from .policies.prefetch_share import PREFETCH_SHARE
 from .scenario import ON_GPU, Scenario, ScenarioError, parse_budget
+
+if TYPE_CHECKING:
+    from .timing.runs import Decider
 
 #: Called with what is running, and how many of how many layer visits are done.
 Progress = Callable[[str, int, int], None]
@@ -236,8 +239,21 @@ def _run_commands(inputs: Inputs, ready: Sequence[Prepared], watch: Watch, engin
             for gpu, gauge, host in zip(ready, gauges, hosts, strict=True)
         ]
         flow = flow_of(inputs.model, inputs.trace, inputs.steps)
-        decoded = run_stages(runs, flow, inputs.links, one_thread=one_thread, engine=engine)
+        decoded = run_stages(
+            runs, flow, inputs.links, one_thread=one_thread, engine=engine, deciders=_deciders(ready, engine),
+            ticks=watch(iter(range(inputs.layer_visits))),
+        )  # fmt: skip
     return [_recording(gpu, found, host) for gpu, found, host in zip(ready, decoded, hosts, strict=True)]
+
+
+def _deciders(ready: Sequence[Prepared], engine: str) -> list[Decider]:
+    """Return what each GPU decides by, where compiled code decides on all of them."""
+    from .decide.compiled_decisions import decided_in_python  # which compiles at its first import
+    from .timing.runs import Decider
+
+    if engine != "compiled" or any(decided_in_python(gpu.inputs, gpu.manager, gpu.prefetch) for gpu in ready):
+        return []
+    return [Decider(gpu.inputs, gpu.manager, gpu.prefetch) for gpu in ready]
 
 
 def engine_for(inputs: Inputs, engine: str) -> str:
