@@ -23,11 +23,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ..engine.decoder import collector_off
-from ..engine.inputs import Inputs
-from ..engine.loading import load_inputs
+from ..engine.loading.loading import load_inputs
 from ..engine.pipeline import flow_of, sent_bytes
 from ..engine.run import Progress
-from ..engine.scenario import Scenario, ScenarioError, load_scenario
+from ..engine.scenario.inputs import Inputs
+from ..engine.scenario.scenario import Scenario, ScenarioError, load_scenario
 from ..errors import InputError
 from .clocks import Clocks
 from .cuda import Calls, CudaError, Gpu

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from ..engine.costs import DENSE_PRODUCTS
-from ..engine.loading import load_inputs
+from ..engine.costs.costs import DENSE_PRODUCTS
+from ..engine.loading.loading import load_inputs
 from ..engine.policies.copy_order import Fifo
-from ..engine.scenario import Scenario
+from ..engine.scenario.scenario import Scenario
 from ..resources.timeline import ACTIVATION, DENSE, EXPERT, HEAD, READBACK
 from ..workloads.model import Model, load_model
 from .measured import Measured, Numbers, Times

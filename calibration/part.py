@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..engine.inputs import Inputs
 from ..engine.policies.copy_order import ByRank, QueuedCopy, Rank
+from ..engine.scenario.inputs import Inputs
 from ..errors import InputError
 from ..resources.timeline import ACTIVATION, DENSE, EXPERT, HEAD, PREFETCH, READBACK
 from .clocks import Clocks

@@ -10,16 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from ..engine.costs import pieces_of, token_bucket
+from ..engine.costs.costs import pieces_of, token_bucket
 from ..engine.decide.commands import FIXED_REGISTERS, H2D, PREFETCH_LANE, Command, Op
+from ..engine.decide.dispatch import Visit
+from ..engine.decide.memory_manager import MemoryManager
 from ..engine.decide.program import Gpu, Program, Stage, stages_program
-from ..engine.decide.tables import Registers, Rooms
-from ..engine.dispatch import Visit
-from ..engine.inputs import Inputs
-from ..engine.memory_manager import MemoryManager
+from ..engine.decide.registers import Registers
+from ..engine.decide.tables import Rooms
 from ..engine.pipeline import flow_of, received_steps, sent_bytes
 from ..engine.policies.copy_order import COPY_ORDERS, ByRank, Fifo, Priority, TwoStreams
 from ..engine.run import dispatched, make_manager, make_prefetch
+from ..engine.scenario.inputs import Inputs
 from ..engine.timing.simulation import visit_settings
 from ..errors import InputError
 from ..resources.timeline import ACTIVATION, DEMAND, DENSE, PREFETCH, READBACK

@@ -44,14 +44,14 @@ from ..resources.timeline import (
     Timeline,
 )
 from ..workloads.batches import DECODE, PREFILL, Step
-from .costs import Costs, KernelCost
+from .costs.costs import Costs, KernelCost
+from .decide.dispatch import Visit, launch_order
 from .decide.host_memory import HostMemory
-from .dispatch import Visit, launch_order
+from .decide.memory_manager import Admission, MemoryManager
 from .links import HostLink
-from .memory_manager import Admission, MemoryManager
 from .policies.copy_order import COPY_ORDERS
 from .policies.prefetch import Gauge
-from .scenario import ON_GPU, Scenario
+from .scenario.scenario import ON_GPU, Scenario
 from .tiers import Drive
 
 #: One access: the visit, the copy that held the expert's bytes, and how many of the batch's tokens chose it.

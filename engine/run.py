@@ -14,23 +14,23 @@ from typing import TYPE_CHECKING, Any
 from ..resources.spool import Spool
 from ..words import unknown_name
 from ..workloads.model import Model
-from .costs import Costs
+from .costs.costs import Costs
+from .decide.dispatch import Visit, visits
 from .decide.host_memory import HostMemory
+from .decide.memory_manager import BudgetError, MemoryManager
+from .decide.partition import divider
 from .decoder import decode
-from .dispatch import Visit, visits
 from .expert_parallel import decided, run_placed
 from .gpu import Decoded
-from .inputs import Inputs
-from .memory_manager import BudgetError, MemoryManager
-from .offloading import kept_bytes, low_precision, make_miss, preload
-from .output import metrics as measure
-from .partition import divider
+from .loading.offloading import kept_bytes, low_precision, make_miss, preload
+from .measure import metrics as measure
 from .pipeline import StageRun, decode_stages, flow_of
 from .policies.copy_order import COPY_ORDERS, Fifo, Priority, TwoStreams
 from .policies.eviction import EVICTION, Setting
 from .policies.prefetch import PREFETCH, Gauge, NoPrefetch, Options, Prefetch
 from .policies.prefetch_share import PREFETCH_SHARE
-from .scenario import ON_GPU, Scenario, ScenarioError, parse_budget
+from .scenario.inputs import Inputs
+from .scenario.scenario import ON_GPU, Scenario, ScenarioError, parse_budget
 
 if TYPE_CHECKING:
     from .timing.runs import Decider

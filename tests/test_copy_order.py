@@ -10,11 +10,11 @@ from test_execute import small_inputs
 from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_scenario, tiny_trace
 
 from prestage.calibration.plan import ExecutionError, check_executable
-from prestage.engine.inputs import Inputs
-from prestage.engine.loading import load_inputs
+from prestage.engine.loading.loading import load_inputs
 from prestage.engine.policies.copy_order import COPY_ORDERS, ByRank, CopyOrder, Fifo, Priority, QueuedCopy, Rank
 from prestage.engine.run import check_engine, engine_for, part_costs, prepared, run_all
-from prestage.engine.scenario import ScenarioError, load_scenario
+from prestage.engine.scenario.inputs import Inputs
+from prestage.engine.scenario.scenario import ScenarioError, load_scenario
 from prestage.engine.simulate import simulate
 from prestage.errors import InputError
 from prestage.resources.timeline import DEMAND, PREFETCH

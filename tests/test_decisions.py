@@ -19,16 +19,16 @@ from hypothesis import strategies as st
 from random_cases import Case, cases
 from random_scenarios import accepted
 
-from prestage.engine.costs import Costs
+from prestage.engine.costs.costs import Costs
 from prestage.engine.decide.compiled_decisions import EVICTIONS, PREFETCHES, Decisions, Part, decided_in_python
+from prestage.engine.decide.memory_manager import MemoryManager
 from prestage.engine.decide.program import Gpu, Stage, stages_program
 from prestage.engine.decide.registers import Registers
 from prestage.engine.decide.tables import Rooms
-from prestage.engine.inputs import Inputs
-from prestage.engine.memory_manager import MemoryManager
 from prestage.engine.policies.eviction import EVICTION
 from prestage.engine.policies.prefetch import PREFETCH, Gauge
 from prestage.engine.run import dispatched, make_manager, make_prefetch
+from prestage.engine.scenario.inputs import Inputs
 from prestage.engine.timing.simulation import settings_of
 
 COUNTS = ("dropped", "guessed", "unique_guesses", "saved_copies", "assigned", "assigned_bytes", "budget_bytes")

@@ -34,11 +34,11 @@ from prestage.calibration.measured import MeasuredError, load_measured, makespan
 from prestage.calibration.part import Shared
 from prestage.calibration.plan import ExecutionError, decision_counts, make_plan, make_planners
 from prestage.calibration.scenario_sets import scenarios
-from prestage.engine.costs import Costs
+from prestage.engine.costs.costs import Costs
 from prestage.engine.decide.commands import Command, Op
-from prestage.engine.inputs import Inputs
 from prestage.engine.run import make_manager, make_prefetch, run
-from prestage.engine.scenario import ScenarioError, load_scenario
+from prestage.engine.scenario.inputs import Inputs
+from prestage.engine.scenario.scenario import ScenarioError, load_scenario
 from prestage.resources.profile import ProfileError
 from prestage.resources.timeline import DEMAND, DENSE, EXPERT, HEAD, KINDS, PREFETCH, READBACK
 from prestage.workloads.model import Model

@@ -15,13 +15,12 @@ import orjson
 import pytest
 from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_run, tiny_scenario, tiny_trace
 
-from prestage.engine.loading import load_inputs
-from prestage.engine.output.files import write_result
-from prestage.engine.output.metrics import link_utilization
+from prestage.engine.loading.loading import load_inputs
+from prestage.engine.measure.metrics import link_utilization
 from prestage.engine.policies.copy_order import COPY_ORDERS
 from prestage.engine.policies.eviction import EVICTION
 from prestage.engine.policies.prefetch import PREFETCH
-from prestage.engine.scenario import (
+from prestage.engine.scenario.scenario import (
     DISPATCH_MODES,
     EXPERT_KERNELS,
     EXPERT_ORDERS,
@@ -31,6 +30,7 @@ from prestage.engine.scenario import (
     make_scenario,
 )
 from prestage.engine.simulate import Result, simulate, simulate_inputs
+from prestage.output.files import write_result
 from prestage.workloads.batches import PREFILL_MODES
 from prestage.workloads.predictors import PREDICTORS
 

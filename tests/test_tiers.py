@@ -18,18 +18,18 @@ from random_cases import Case, cases, play
 from tiny import tiny_costs, tiny_inputs, tiny_model, tiny_profile, tiny_run, tiny_scenario, tiny_trace
 
 from prestage.calibration.plan import ExecutionError, check_executable
-from prestage.engine.costs import Costs
+from prestage.engine.costs.costs import Costs
+from prestage.engine.decide.dispatch import Visit
 from prestage.engine.decide.host_memory import HostMemory
 from prestage.engine.decoder import host
-from prestage.engine.dispatch import Visit
 from prestage.engine.gpu import Gpu
-from prestage.engine.inputs import Inputs
-from prestage.engine.loading import load_inputs
-from prestage.engine.output.metrics import Recording, tiers
+from prestage.engine.loading.loading import load_inputs
+from prestage.engine.measure.metrics import Recording, tiers
 from prestage.engine.policies.copy_order import COPY_ORDERS
 from prestage.engine.policies.eviction import EVICTION
 from prestage.engine.run import dispatched, make_host_memory, make_manager, make_prefetch
-from prestage.engine.scenario import ScenarioError, load_scenario, make_scenario
+from prestage.engine.scenario.inputs import Inputs
+from prestage.engine.scenario.scenario import ScenarioError, load_scenario, make_scenario
 from prestage.engine.simulate import simulate, simulate_inputs
 from prestage.resources.profile import Interruptions, Profile, ProfileError, load_profile, make_profile, profile_names
 from prestage.resources.timeline import DEMAND, PREFETCH, READ, covered_ns

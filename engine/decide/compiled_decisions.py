@@ -16,7 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ...workloads.stacks import next_visits
-from ..compiled_policies import (
+from ..loading.offloading import make_miss
+from ..policies import eviction as evictions
+from ..policies import prefetch as prefetches
+from ..policies.eviction_informed import Belady, Static
+from ..policies.miss import Cpu
+from ..replay.compiled_policies import (
     BELADY,
     CLOCK,
     FIFO,
@@ -30,18 +35,13 @@ from ..compiled_policies import (
     admit,
     make_state,
 )
-from ..dispatch import later_steps
-from ..inputs import Inputs
-from ..lookups import list_lookups
-from ..memory_manager import MemoryManager
-from ..offloading import make_miss
-from ..policies import eviction as evictions
-from ..policies import prefetch as prefetches
-from ..policies.eviction_informed import Belady, Static
-from ..policies.miss import Cpu
+from ..replay.lookups import list_lookups
+from ..scenario.inputs import Inputs
 from . import decision_words as w
 from .compiled_program import next_portion
 from .decision_words import Memory, Tables
+from .dispatch import later_steps
+from .memory_manager import MemoryManager
 from .program import Gpu
 from .visit_commands import (
     COLUMNS,

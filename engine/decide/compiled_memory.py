@@ -10,8 +10,7 @@ from functools import partial
 from typing import Any
 
 from ...machine_code import compiled_once
-from ..compiled_policies import DEMANDED_AT, S3FIFO, admit, drop, evict, miss, use, victims
-from ..memory_manager import DEMANDED, PREFETCHED
+from ..replay.compiled_policies import DEMANDED_AT, S3FIFO, admit, drop, evict, miss, use, victims
 from .decision_words import (
     ADMITTED_WORDS,
     D_ADMITTED,
@@ -57,6 +56,7 @@ from .decision_words import (
     X_TAKEN,
     Tables,
 )
+from .memory_manager import DEMANDED, PREFETCHED
 from .visit_commands import O_COPY, O_EXPERT, O_FIRST, O_LAST, O_ROOM, O_TARGET, O_WAVE, S_EXPERT, T_LEFT, T_ROOM
 
 Word = Any

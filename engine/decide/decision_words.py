@@ -13,7 +13,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from ..compiled_policies import SIZE, UNTIL, WAVE
+from ..replay.compiled_policies import SIZE, UNTIL, WAVE
 
 Words = npt.NDArray[Any]
 Table = npt.NDArray[Any]

@@ -16,9 +16,9 @@ import numpy.typing as npt
 
 from ...resources.timeline import ACTIVATION, COMBINE, DENSE, DISPATCH, EXPERT, HEAD
 from ...workloads.batches import Step
-from ..dispatch import Visit
 from ..placed import PlacedVisit
 from .commands import CHOICE, COMPUTE, FIXED_REGISTERS, OUTPUT, RESULTS, TOKENS, Op
+from .dispatch import Visit
 from .host_memory import HostRooms
 from .registers import Registers
 from .tables import Loans, Rooms, visit_tables

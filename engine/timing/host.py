@@ -15,7 +15,7 @@ import numpy.typing as npt
 import simpy
 
 from ...resources.timeline import ACTIVATION, CPU_EXPERT, DECOMPRESS, EXPERT, LAUNCH, PEER, PREDICT, PREFETCH
-from ..costs import KernelCost
+from ..costs.costs import KernelCost
 from ..decide.commands import COMPUTE, FIXED_REGISTERS, H2D, SIDE, TOKENS, Command, Op
 from ..gpu import pack_access, pack_arrival, pack_visit
 from ..links import PeerCosts

@@ -11,15 +11,15 @@ from ...resources.lane import Lags
 from ...resources.network import Crowd, Transfer
 from ...resources.timeline import DECOMPRESS, EXPERT, HEAD, Timeline
 from ...workloads.batches import DECODE, PREFILL
-from ..costs import CopyCost, Costs, KernelCost, ReadCost, ReadCosts
+from ..costs.costs import CopyCost, Costs, KernelCost, ReadCost, ReadCosts
+from ..costs.offload_costs import CpuCosts, ShrunkCosts
 from ..decide.commands import H2D, PREFETCH_LANE, Command
 from ..gpu import add_lanes, contended
 from ..links import HostLink
-from ..offload_costs import CpuCosts, ShrunkCosts
 from ..offloaded import uses_cpu
 from ..policies.copy_order import ByRank
 from ..policies.miss import LOW_PRECISION
-from ..scenario import Scenario, shrunk
+from ..scenario.scenario import Scenario, shrunk
 from .lanes import ArrivalLane, Instant, Lane, QueueLane, Work, couple
 
 

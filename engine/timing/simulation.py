@@ -17,21 +17,21 @@ from ...errors import InputError
 from ...resources.network import Network
 from ...resources.timeline import SPAN, Timeline
 from ...words import unknown_name
-from ..costs import Costs
+from ..costs.costs import Costs
 from ..decide.commands import COMPUTE, FIXED_REGISTERS, HOST, PREFETCH_LANE, SIDE
+from ..decide.dispatch import Visit
 from ..decide.host_memory import HostMemory, HostRooms
+from ..decide.memory_manager import MemoryManager
 from ..decide.program import Gpu, Program
 from ..decide.registers import Registers
 from ..decide.tables import Rooms
 from ..decide.visit_commands import FROM_HOST, FROM_HOST_ASIDE, ON_GPU, ON_GPU_ASIDE, settings_array
 from ..decoder import collector_off
-from ..dispatch import Visit
 from ..gpu import _RECORDS, RESOLVED, Decoded, pack_resolved
 from ..links import HostLink
-from ..memory_manager import MemoryManager
 from ..policies.prefetch import Gauge
-from ..scenario import ON_GPU as ON_GPU_LANES
-from ..scenario import Scenario
+from ..scenario.scenario import ON_GPU as ON_GPU_LANES
+from ..scenario.scenario import Scenario
 from .host import Exchanges, GpuState, Thread
 from .lanes import Instant, Lane, Work
 from .machine import GpuLanes
