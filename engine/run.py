@@ -33,7 +33,7 @@ from .scenario.inputs import Inputs
 from .scenario.scenario import ON_GPU, Scenario, ScenarioError, parse_budget
 
 if TYPE_CHECKING:
-    from .timing.runs import Decider
+    from .decide.sources import Source
 
 #: Called with what is running, and how many of how many layer visits are done.
 Progress = Callable[[str, int, int], None]
@@ -240,20 +240,27 @@ def _run_commands(inputs: Inputs, ready: Sequence[Prepared], watch: Watch, engin
         ]
         flow = flow_of(inputs.model, inputs.trace, inputs.steps)
         decoded = run_stages(
-            runs, flow, inputs.links, one_thread=one_thread, engine=engine, deciders=_deciders(ready, engine),
+            runs, flow, inputs.links, one_thread=one_thread, engine=engine, sources=_sources(ready, engine),
             ticks=watch(iter(range(inputs.layer_visits))),
         )  # fmt: skip
     return [_recording(gpu, found, host) for gpu, found, host in zip(ready, decoded, hosts, strict=True)]
 
 
-def _deciders(ready: Sequence[Prepared], engine: str) -> list[Decider]:
+def _sources(ready: Sequence[Prepared], engine: str) -> list[Source]:
     """Return what each GPU decides by, where compiled code decides on all of them."""
-    from .decide.compiled_decisions import decided_in_python  # which compiles at its first import
-    from .timing.runs import Decider
-
-    if engine != "compiled" or any(decided_in_python(gpu.inputs, gpu.manager, gpu.prefetch) for gpu in ready):
+    if engine != "compiled":
         return []
-    return [Decider(gpu.inputs, gpu.manager, gpu.prefetch) for gpu in ready]
+    from .decide.sources import Source, decided_in_python
+
+    sources = [
+        Source(
+            gpu.inputs.trace, gpu.inputs.steps, gpu.manager, gpu.prefetch, gpu.inputs.guesses,
+            gpu.inputs.scenario.prefetch.issue, gpu.inputs.budgets, make_miss(gpu.inputs),
+            gpu.inputs.scenario.tiers.host_budget != "all",
+        )
+        for gpu in ready
+    ]  # fmt: skip
+    return [] if any(map(decided_in_python, sources)) else sources
 
 
 def engine_for(inputs: Inputs, engine: str) -> str:

@@ -20,11 +20,13 @@ from random_cases import Case, cases
 from random_scenarios import accepted
 
 from prestage.engine.costs.costs import Costs
-from prestage.engine.decide.compiled_decisions import EVICTIONS, PREFETCHES, Decisions, Part, decided_in_python
+from prestage.engine.decide.compiled_decisions import Decisions, Part
 from prestage.engine.decide.memory_manager import MemoryManager
 from prestage.engine.decide.program import Gpu, Stage, stages_program
 from prestage.engine.decide.registers import Registers
+from prestage.engine.decide.sources import EVICTIONS, PREFETCHES, Source, decided_in_python
 from prestage.engine.decide.tables import Rooms
+from prestage.engine.loading.offloading import make_miss
 from prestage.engine.policies.eviction import EVICTION
 from prestage.engine.policies.prefetch import PREFETCH, Gauge
 from prestage.engine.run import dispatched, make_manager, make_prefetch
@@ -78,8 +80,7 @@ class Played:
                 (*row[:4], gate, True) for row, gate in zip(records.tolist(), gates.tolist(), strict=True)
             ]
 
-        part = Part(self.inputs, self.manager, self.prefetch, self.gpu, resolved)
-        decisions = Decisions([part], [[0]])
+        decisions = Decisions([Part(self.source(), self.gpu, resolved)], [[0]])
         portions = []
         self.tick()
         while (portion := decisions.portion(0, self.now_ns, self.backlog_ns)) is not None:
@@ -88,8 +89,12 @@ class Played:
         decisions.finish()
         return portions
 
-    def why_not(self) -> str | None:
-        return decided_in_python(self.inputs, self.manager, self.prefetch)
+    def source(self) -> Source:
+        inputs, scenario = self.inputs, self.inputs.scenario
+        return Source(
+            inputs.trace, inputs.steps, self.manager, self.prefetch, inputs.guesses, scenario.prefetch.issue,
+            inputs.budgets, make_miss(inputs), scenario.tiers.host_budget != "all",
+        )  # fmt: skip
 
 
 def records(manager: MemoryManager) -> list[Any]:
@@ -102,7 +107,7 @@ def records(manager: MemoryManager) -> list[Any]:
 def compare(inputs: Inputs) -> str | None:
     """Assert that both makers decide alike; return why only one of them can, or None."""
     ours, theirs = Played(inputs), Played(inputs)
-    why = ours.why_not()
+    why = decided_in_python(ours.source())
     if why is not None:
         return why
     expected, made = theirs.in_python(), ours.compiled()

@@ -16,33 +16,21 @@ import numpy as np
 import numpy.typing as npt
 
 from ...workloads.stacks import next_visits
-from ..loading.offloading import make_miss
-from ..policies import eviction as evictions
-from ..policies import prefetch as prefetches
-from ..policies.eviction_informed import Belady, Static
-from ..policies.miss import Cpu
-from ..replay.compiled_policies import (
+from ..policies.compiled_eviction import (
     BELADY,
-    CLOCK,
-    FIFO,
-    LFU,
-    LFU_INCACHE,
-    LRU,
     NEXT,
-    S3FIFO,
-    SIEVE,
-    STATIC,
     admit,
     make_state,
 )
-from ..replay.lookups import list_lookups
-from ..scenario.inputs import Inputs
+from ..policies.eviction_informed import Static
+from ..policies.prefetch import Popularity
 from . import decision_words as w
 from .compiled_program import next_portion
 from .decision_words import Memory, Tables
 from .dispatch import later_steps
-from .memory_manager import MemoryManager
+from .lookups import list_lookups
 from .program import Gpu
+from .sources import EVICTIONS, PREFETCHES, Source
 from .visit_commands import (
     COLUMNS,
     COPIED_COLUMNS,
@@ -55,17 +43,6 @@ from .visit_commands import (
 
 Array = npt.NDArray[Any]
 
-#: The policies that are compiled, by class: one that inherits from them may do anything.
-EVICTIONS: dict[type, int] = {
-    evictions.Fifo: FIFO, evictions.Lru: LRU, evictions.Lfu: LFU, evictions.LfuIncache: LFU_INCACHE,
-    evictions.Clock: CLOCK, evictions.Sieve: SIEVE, evictions.S3Fifo: S3FIFO, Belady: BELADY, Static: STATIC,
-}  # fmt: skip
-PREFETCHES: dict[type, int] = {
-    prefetches.NoPrefetch: w.NONE, prefetches.TopK: w.TOP_K, prefetches.MultiStep: w.MULTI_STEP,
-    prefetches.Threshold: w.MULTI_STEP, prefetches.AdaptiveMemory: w.ADAPTIVE_MEMORY,
-    prefetches.AdaptiveLink: w.ADAPTIVE_LINK, prefetches.NextLayer: w.NEXT_LAYER, prefetches.Popularity: w.POPULARITY,
-    prefetches.CostAware: w.COST_AWARE,
-}  # fmt: skip
 #: How many choices and guesses are laid out at once, and how many visits at most.
 _NUMBERS_AT_ONCE, _VISITS_AT_ONCE = 1 << 16, 1 << 12
 #: Rows of commands that any visit needs besides those of its accesses, copies and rooms, and the most for each.
@@ -80,34 +57,12 @@ class Part:
     `resolved` is told what needs no copy, an array of (visit, expert, way, tokens, gate), the last as bits of a float.
     """
 
-    inputs: Inputs
-    manager: MemoryManager
-    prefetch: prefetches.Prefetch
+    source: Source
     gpu: Gpu
     resolved: Callable[[Array], None]
     has_head: bool = True
     receives: Sequence[int] | None = None
     sends: Sequence[int] | None = None
-
-
-def decided_in_python(inputs: Inputs, manager: MemoryManager, prefetch: prefetches.Prefetch) -> str | None:
-    """Return why a GPU's decisions are made in Python, by the key that asks for it; None where they are compiled."""
-    scenario = inputs.scenario
-    miss = make_miss(inputs)
-    if any(type(pool.policy) not in EVICTIONS for pool in manager.pools):
-        return f"memory.eviction = {scenario.memory.eviction!r}"
-    if type(prefetch) not in PREFETCHES:
-        return f"prefetch.policy = {scenario.prefetch.policy!r}"
-    if manager.prefetch_share is not None:
-        return f"memory.prefetch_limit = {scenario.memory.prefetch_limit!r}"
-    if miss is not None and type(miss) is not Cpu:
-        return f"miss.policy = {scenario.miss.policy!r}"
-    if scenario.tiers.host_budget != "all" or scenario.tiers.prefetch == "host":
-        return f"tiers.host_budget = {scenario.tiers.host_budget!r}"
-    guesses = inputs.guesses
-    if prefetch.guesses and (guesses is None or guesses.horizons != prefetch.horizons):
-        return "what is guessed is not what the prefetch policy goes by"
-    return None
 
 
 class Decisions:
@@ -118,7 +73,7 @@ class Decisions:
         self._memory = memory = Memory()
         memory.allocate(w.HEADER)
         registers = parts[0].gpu.registers
-        self._steps = parts[0].inputs.steps
+        self._steps = parts[0].source.steps
         self._rows = np.cumsum([0, *(len(step.rows) for step in self._steps)])
         self.gpus = [memory.allocate(w.D_WORDS) for _ in parts]
         self._areas: dict[tuple[int, int], tuple[int, int]] = {}
@@ -126,7 +81,7 @@ class Decisions:
         self._set(0, {
             w.X_REGISTERS: registers.count, w.X_ROOM_FOR: 0, w.X_VISIT: memory.allocate(VISIT_COLUMNS),
         })  # fmt: skip
-        firsts = np.cumsum([0, *(len(part.manager.size_of) for part in parts)]).tolist()
+        firsts = np.cumsum([0, *(len(part.source.manager.size_of) for part in parts)]).tolist()
         experts = np.zeros((firsts[-1], w.E_COLUMNS), dtype=np.int64)
         states: list[Array] = []
         for number, part in enumerate(parts):
@@ -140,7 +95,7 @@ class Decisions:
         for at, numbers in zip(self.threads, threads, strict=True):
             gpus = memory.put_list(self.gpus[number] for number in numbers)
             self._set(at, {w.H_GPUS: gpus, w.H_LAYER: -1, w.H_STEPS: len(self._steps)})
-        self._leaving = np.zeros(2 * max(len(part.manager.size_of) for part in parts), dtype=np.int64)
+        self._leaving = np.zeros(2 * max(len(part.source.manager.size_of) for part in parts), dtype=np.int64)
         self._make_scratch()
 
     def _set(self, at: int, values: dict[int, int]) -> None:
@@ -150,35 +105,30 @@ class Decisions:
     # What is laid out before the run.
 
     def _most_tokens(self, part: Part) -> int:
-        return max((len(step.rows) for step in part.inputs.steps), default=0)
+        return max((len(step.rows) for step in part.source.steps), default=0)
 
     def _most_accesses(self, part: Part) -> int:
-        return min(self._most_tokens(part) * part.inputs.trace.k, part.inputs.trace.num_experts)
+        return min(self._most_tokens(part) * part.source.trace.k, part.source.trace.num_experts)
 
     def _most_copies(self, part: Part) -> int:
         """Return the most copies that a visit may come to."""
-        options, guesses = part.prefetch.options, part.inputs.guesses
-        asked = part.prefetch.horizons * part.inputs.trace.num_experts
-        if guesses is not None and part.prefetch.guesses:
-            asked = min(asked, part.prefetch.horizons * guesses.experts.shape[3] * self._most_tokens(part))
-        elif isinstance(part.prefetch, prefetches.Popularity):
-            asked = min(asked, part.prefetch.horizons * options.k)
+        options, guesses = part.source.prefetch.options, part.source.guesses
+        asked = part.source.prefetch.horizons * part.source.trace.num_experts
+        if guesses is not None and part.source.prefetch.guesses:
+            asked = min(asked, part.source.prefetch.horizons * guesses.experts.shape[3] * self._most_tokens(part))
+        elif isinstance(part.source.prefetch, Popularity):
+            asked = min(asked, part.source.prefetch.horizons * options.k)
         return self._most_accesses(part) + asked
 
     def _lay_out_terms(self, number: int, part: Part) -> None:
         """Lay out what a scenario says of a GPU's decisions."""
-        inputs, manager, prefetch, memory, at = (
-            part.inputs,
-            part.manager,
-            part.prefetch,
-            self._memory,
-            self.gpus[number],
-        )
-        options, trace, miss = prefetch.options, inputs.trace, make_miss(inputs)
-        guesses = inputs.guesses if prefetch.guesses else None
+        source, memory, at = part.source, self._memory, self.gpus[number]
+        manager, prefetch = source.manager, source.prefetch
+        options, trace, miss = prefetch.options, source.trace, source.miss
+        guesses = source.guesses if prefetch.guesses else None
         most = None if miss is None else miss.terms.cpu_max_tokens
         memory_words = len(manager.size_of)
-        popular = memory_words if isinstance(prefetch, prefetches.Popularity) else 0
+        popular = memory_words if isinstance(prefetch, Popularity) else 0
         protected = 2 * (memory_words + self._most_copies(part)) if manager.drop_after_visit else 0
         self._set(at, {
             w.D_SETTINGS: memory.put(part.gpu.settings), w.D_LAYERS: trace.layers,
@@ -186,7 +136,7 @@ class Decisions:
             w.D_EVICTION: EVICTIONS[type(manager.pools[0].policy)], w.D_PREFETCH: PREFETCHES[type(prefetch)],
             w.D_HORIZONS: prefetch.horizons, w.D_K: options.k, w.D_COPY_NS: options.copy_ns,
             w.D_POPULAR: memory.allocate(popular), w.D_PROTECTS: manager.protects, w.D_DROPS: manager.drop_after_visit,
-            w.D_UNPIN_FIRST: inputs.scenario.prefetch.issue == "after_launch", w.D_WATCHES: manager.watches_unused,
+            w.D_UNPIN_FIRST: source.issue == "after_launch", w.D_WATCHES: manager.watches_unused,
             w.D_ON_CPU: miss is not None, w.D_CPU_MOST: -1 if most is None else most, w.D_WAVE: 1,
             w.D_PROTECTED: memory.allocate(protected), w.D_RESULTS: part.gpu.results, w.D_HAS_HEAD: part.has_head,
             w.D_RECEIVES: -1 if part.receives is None else memory.put(part.receives),
@@ -210,7 +160,7 @@ class Decisions:
 
     def _lay_out_memory(self, number: int, part: Part, experts: Array, first: int, states: list[Array]) -> None:
         """Lay out the memory as it is: who has room, what is free, and what the policies know of it."""
-        manager, at, kind = part.manager, self.gpus[number], EVICTIONS[type(part.manager.pools[0].policy)]
+        manager, at, kind = part.source.manager, self.gpus[number], EVICTIONS[type(part.source.manager.pools[0].policy)]
         own = experts[first : first + len(manager.size_of)]
         own[:, [w.E_WAVE, w.E_UNTIL, w.E_COPY, w.E_ROOM]] = -1
         own[:, w.E_SIZE] = manager.size_of
@@ -221,8 +171,9 @@ class Decisions:
         capacity = self._ring_capacity(part)
         for place, pool in enumerate(manager.pools):
             state = make_state(per_pool, pool.policy.setting.capacity)
-            if kind == STATIC:
-                ranks = np.unique(np.array(pool.policy.popularity, dtype=float), return_inverse=True)[1]
+            if isinstance(pool.policy, Static):
+                popular: Array = np.array(pool.policy.popularity, dtype=np.float64)
+                ranks = np.unique(popular, return_inverse=True)[1]
                 state[:per_pool, NEXT] = ranks.reshape(-1)[place * per_pool :][:per_pool]
             row = sum(map(len, states))
             states.append(state)
@@ -241,20 +192,20 @@ class Decisions:
         })  # fmt: skip
 
     def _admit_preloaded(self, part: Part, states: Sequence[Array], per_pool: int) -> None:
-        kind = EVICTIONS[type(part.manager.pools[0].policy)]
-        for expert in part.manager.assigned:
+        kind = EVICTIONS[type(part.source.manager.pools[0].policy)]
+        for expert in part.source.manager.assigned:
             admit(kind, states[expert // per_pool], expert % per_pool, 0)
 
     def _ring_capacity(self, part: Part) -> int:
-        return 2 * (len(part.manager.size_of) + self._most_copies(part)) + 8
+        return 2 * (len(part.source.manager.size_of) + self._most_copies(part)) + 8
 
     def _next_uses(self, number: int) -> Array | None:
         """Return when each look-up's expert is used next, for the policy that knows, which is told the first uses."""
         part, at, words = self._parts[number], self.gpus[number], self._memory.words
         if words[at + w.D_EVICTION] != BELADY:
             return None
-        inputs, count = part.inputs, len(part.manager.size_of)
-        lookups = list_lookups(inputs.trace, inputs.steps, "batch", shared=part.manager.shared)
+        source, count = part.source, len(part.source.manager.size_of)
+        lookups = list_lookups(source.trace, source.steps, "batch", shared=part.source.manager.shared)
         visits = np.repeat(np.arange(len(lookups.starts) - 1), np.diff(lookups.starts))
         first = np.full(count, len(lookups.starts) - 1)
         first[lookups.experts[::-1]] = visits[::-1]
@@ -271,11 +222,11 @@ class Decisions:
         return np.asarray(following)
 
     def _later_visits(self, part: Part) -> Array | None:
-        horizons, layers = part.prefetch.horizons, part.inputs.trace.layers
+        horizons, layers = part.source.prefetch.horizons, part.source.trace.layers
         if not horizons:
             return None
         most = (layers - 1 + horizons) // layers
-        return np.array(later_steps(part.inputs.trace, self._steps, most), dtype=np.int64).reshape(-1, most + 1)
+        return np.array(later_steps(part.source.trace, self._steps, most), dtype=np.int64).reshape(-1, most + 1)
 
     def _make_scratch(self) -> None:
         """Make the tables of a visit as large as any may need them."""
@@ -283,7 +234,7 @@ class Decisions:
         served = max(map(self._most_accesses, parts)) + 1
         copies = max(map(self._most_copies, parts)) + 1
         taken = copies
-        if not all(part.manager.uniform for part in parts):
+        if not all(part.source.manager.uniform for part in parts):
             taken += max(int(self._memory.words[at + w.D_MOST_EVICTED]) for at in self.gpus) + self._most_extents()
         copied = np.full((copies, COPIED_COLUMNS), -1, dtype=np.int64)
         copied[:, O_REQUESTS:] = 0  # nothing is read from a drive
@@ -322,44 +273,44 @@ class Decisions:
         part, at, words = self._parts[number], self.gpus[number], self._memory.words
         first = int(words[at + w.D_END_STEP])
         end = self._last_step(part, first)
-        inputs, steps = part.inputs, self._steps[first:end]
+        source, steps = part.source, self._steps[first:end]
         first_row, end_row = int(self._rows[first]), int(self._rows[end])
         rows = np.concatenate([step.rows for step in steps])
-        chosen: Array = inputs.trace.experts[rows].astype(np.int64)
-        if inputs.trace.present is not None:
-            chosen[~inputs.trace.present[rows]] = -1
+        chosen: Array = source.trace.experts[rows].astype(np.int64)
+        if source.trace.present is not None:
+            chosen[~source.trace.present[rows]] = -1
         self._put(number, w.D_CHOSEN, chosen)
         places = self._rows[first:end] - first_row
         laid = [
             [int(place), len(step.rows), step.phase, step.sampled] for place, step in zip(places, steps, strict=True)
         ]
         self._put(number, w.D_STEPS, np.array(laid, dtype=np.int64))
-        later, guesses = self._later[number], inputs.guesses
+        later, guesses = self._later[number], source.guesses
         if later is not None:
             self._put(number, w.D_LATER, later[first:end])
             self._set(at, {w.D_LATER_COLUMNS: later.shape[1]})
-        if guesses is not None and part.prefetch.guesses:
+        if guesses is not None and part.source.prefetch.guesses:
             self._put(number, w.D_GUESSES, guesses.experts[first_row:end_row])
-            if guesses.confidences is not None and part.prefetch.needs_confidences:
+            if guesses.confidences is not None and part.source.prefetch.needs_confidences:
                 self._put(number, w.D_CONFIDENCES, guesses.confidences[first_row:end_row])
-        if inputs.budgets is not None:
-            divided = [part.manager.divide(budget) for budget in inputs.budgets[first:end]]
+        if source.budgets is not None:
+            divided = [part.source.manager.divide(budget) for budget in source.budgets[first:end]]
             self._put(number, w.D_BUDGETS, np.array(divided, dtype=np.int64))
         following = self._following[number]
         if following is not None:
             used = int(self._memory.words[at + w.D_FOLLOWED])
             self._following[number] = following = following[used:]
             self._put(number, w.D_FOLLOWING, following[: chosen.size])
-        if inputs.trace.weights is not None and self._memory.words[at + w.D_ON_CPU]:
-            self._put(number, w.D_GATES, inputs.trace.weights[rows])
+        if source.trace.weights is not None and self._memory.words[at + w.D_ON_CPU]:
+            self._put(number, w.D_GATES, source.trace.weights[rows])
         self._set(at, {w.D_FIRST_STEP: first, w.D_END_STEP: end, w.D_FOLLOWED: 0})
         self._renew()
 
     def _last_step(self, part: Part, first: int) -> int:
         """Return the step before which so many numbers are laid out as are at once; one step at least."""
-        trace, guesses = part.inputs.trace, part.inputs.guesses
+        trace, guesses = part.source.trace, part.source.guesses
         each = trace.k
-        if guesses is not None and part.prefetch.guesses:
+        if guesses is not None and part.source.prefetch.guesses:
             each += guesses.experts.shape[2] * guesses.experts.shape[3]
         most_rows = self._rows[first] + _NUMBERS_AT_ONCE // (each * trace.layers)
         end = min(int(np.searchsorted(self._rows, most_rows)), first + _VISITS_AT_ONCE // trace.layers)
@@ -425,7 +376,7 @@ class Decisions:
         """Write what was recorded into the memory managers."""
         for part, at in zip(self._parts, self.gpus, strict=True):
             admitted = self._records(at, w.D_ADMITTED, w.ADMITTED_WORDS)
-            part.manager.record(admitted, self._records(at, w.D_EVICTED, w.EVICTED_WORDS)[:, 0])
+            part.source.manager.record(admitted, self._records(at, w.D_EVICTED, w.EVICTED_WORDS)[:, 0])
             resolved = self._records(at, w.D_RESOLVED, w.RESOLVED_WORDS)
             if len(resolved):
                 part.resolved(resolved)
@@ -435,7 +386,7 @@ class Decisions:
         self.flush()
         words = self._memory.words
         for part, at in zip(self._parts, self.gpus, strict=True):
-            manager = part.manager
+            manager = part.source.manager
             first = int(words[at + w.D_EXPERTS])
             own = self._experts[first : first + len(manager.size_of)]
             manager.dropped += int(words[at + w.D_DROPPED])

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from ...machine_code import compiled_once
-from ..replay.compiled_policies import DEMANDED_AT, S3FIFO, admit, drop, evict, miss, use, victims
+from ..policies.compiled_eviction import DEMANDED_AT, S3FIFO, admit, drop, evict, miss, use, victims
 from .decision_words import (
     ADMITTED_WORDS,
     D_ADMITTED,

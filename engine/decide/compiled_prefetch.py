@@ -189,9 +189,11 @@ def ask_for_popular(t: Tables, g: Word, step: Word, layer: Word) -> None:
         if target < 0:
             return
         base = (layer + ahead) % d[g + D_LAYERS] * experts
-        last_count, last_index = np.int64(1) << 62, np.int64(-1)
+        last_count: Word = 1 << 62
+        last_index: Word = -1
         for _ in range(min(experts, d[g + D_K])):
-            most, best = np.int64(0), np.int64(-1)
+            most: Word = 0
+            best: Word = -1
             for index in range(experts):
                 count = d[d[g + D_POPULAR] + base + index]
                 later = count < last_count or (count == last_count and index > last_index)

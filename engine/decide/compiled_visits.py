@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from ..policies.compiled_eviction import BELADY, DEMANDED_AT, begin
 from ..policies.miss import CPU as ON_CPU
-from ..replay.compiled_policies import BELADY, DEMANDED_AT, begin
 from .compiled_memory import claim, compiled, drop_prefetched, first_use, note_use, pool_of, unpin
 from .compiled_prefetch import count_tokens, prefetch_for
 from .decision_words import (

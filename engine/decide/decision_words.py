@@ -13,7 +13,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from ..replay.compiled_policies import SIZE, UNTIL, WAVE
+from ..policies.compiled_eviction import SIZE, UNTIL, WAVE
 
 Words = npt.NDArray[Any]
 Table = npt.NDArray[Any]
@@ -43,7 +43,7 @@ class Tables(NamedTuple):
 _WORDS, _TABLE = numba.int64[::1], numba.int64[:, ::1]
 #: What Numba is told by the annotation `Tables` (see `machine_code`).
 TYPES = {
-    "Tables": numba.types.NamedTuple(
+    "Tables": numba.types.NamedTuple(  # type: ignore[no-untyped-call]
         (_WORDS, numba.float64[::1], _TABLE, _TABLE, _TABLE, _TABLE, _TABLE, _TABLE, _TABLE, _WORDS), Tables
     )
 }
@@ -80,7 +80,7 @@ Q_FIRST, Q_ROWS, Q_PHASE, Q_SAMPLED, STEP_WORDS = range(5)
 #: A host thread: the list of its GPUs; where it is: which of them, the step, the layer to be decided (-1: none yet).
 H_GPUS, H_AT, H_STEP, H_LAYER, H_STEPS, H_DONE, THREAD_WORDS = range(7)
 
-#: An expert: what holds it (as `compiled_policies` has it); its copy (-1: absent) and room; whether it was prefetched
+#: An expert: what holds it (as `compiled_eviction` has it); its copy (-1: absent) and room; whether it was prefetched
 #: and nobody has used it; the visit that looked it up last, its place there; the visit that guessed it last, how often
 #: and for which visit; the copies that merging saved.
 assert (WAVE, UNTIL, SIZE) == (0, 1, 2)

@@ -1,7 +1,7 @@
 """Compiled replays: the same decisions as the memory manager's, on demand only, at the speed of machine code.
 
 Each pool's look-ups, laid out flat, go through one loop that looks up, pins, makes room and serves in waves; a policy
-is what the loop asks of compiled_policies.py. LRU has a loop of its own for the common case. Every replay here equals
+is what the loop asks of compiled_eviction.py. LRU has a loop of its own for the common case. Every replay here equals
 `replay.replay` with the policy of the same name to the last access; tests hold it to that.
 """
 
@@ -18,7 +18,8 @@ from numba.cpython.unsafe.numbers import trailing_zeros
 from ...workloads.batches import Step
 from ...workloads.stacks import next_visits
 from ...workloads.trace import RoutingTrace
-from .compiled_policies import (
+from ..decide.lookups import Lookups, in_file_order, list_lookups
+from ..policies.compiled_eviction import (
     BELADY,
     CLOCK,
     DEMANDED_AT,
@@ -40,7 +41,6 @@ from .compiled_policies import (
     use,
     victims,
 )
-from .lookups import Lookups, in_file_order, list_lookups
 
 Array = npt.NDArray[Any]
 Outcome = npt.NDArray[np.uint8]

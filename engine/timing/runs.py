@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import permutations
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,6 @@ import numpy.typing as npt
 
 from ...resources.network import Network
 from ..costs.costs import activation_bytes
-from ..decide.memory_manager import MemoryManager
 from ..decide.program import SharedLayers, Stage, stages_program
 from ..expert_parallel import routes
 from ..gpu import Decoded
@@ -21,7 +20,7 @@ from ..links import Links
 from ..lockstep import COPIES_FROM, AllToAll
 from ..pipeline import Flow, StageRun, pipeline_routes, received_steps, sent_bytes
 from ..placed import PlacedVisit
-from ..policies.prefetch import Gauge, Prefetch
+from ..policies.prefetch import Gauge
 from ..scenario.inputs import Inputs
 from .host import Arrivals, Exchanges, Sending
 from .lanes import Lane
@@ -29,16 +28,17 @@ from .simulation import OneGpu, Simulation
 
 if TYPE_CHECKING:
     from ..decide.compiled_decisions import Decisions
+    from ..decide.sources import Source
 
 
 def run_stages(
     runs: Sequence[StageRun], flow: Flow, links: Links | None, *, one_thread: bool, engine: str,
-    deciders: Sequence[Decider] = (), ticks: Iterator[Any] | None = None,
+    sources: Sequence[Source] = (), ticks: Iterator[Any] | None = None,
 ) -> list[Decoded]:  # fmt: skip
     """Run the stages of a pipeline, each on a GPU of its own, and return what was recorded on each.
 
     `links` are those between the GPUs; None for one stage. `one_thread` serves all stages of a step before the next;
-    otherwise each GPU has a thread of its own. With `deciders`, compiled code decides, which draws from `ticks` once
+    otherwise each GPU has a thread of its own. With `sources`, compiled code decides, which draws from `ticks` once
     for every visit.
     """
     network = None
@@ -71,34 +71,22 @@ def run_stages(
     threads = [[*range(len(gpus))]] if one_thread else [[number] for number in range(len(gpus))]
     for served in threads:
         simulation.thread(stages_program([stages[number] for number in served]), [gpus[number] for number in served])
-    if deciders:
-        simulation.decided_by(_decisions(deciders, gpus, stages, threads), ticks or iter(()))
+    if sources:
+        simulation.decided_by(_decisions(sources, gpus, stages, threads), ticks or iter(()))
     simulation.run()
     return [one.recorded() for one in gpus]
 
 
-@dataclass(frozen=True, eq=False)
-class Decider:
-    """What one GPU decides by."""
-
-    inputs: Inputs
-    manager: MemoryManager
-    prefetch: Prefetch
-
-
 def _decisions(
-    deciders: Sequence[Decider], gpus: Sequence[OneGpu], stages: Sequence[Stage], threads: Sequence[Sequence[int]]
+    sources: Sequence[Source], gpus: Sequence[OneGpu], stages: Sequence[Stage], threads: Sequence[Sequence[int]]
 ) -> Decisions:
     """Return the compiled decisions of all stages."""
     from ..decide.compiled_decisions import Decisions, Part  # which compiles at its first import
 
     parts = [
-        Part(
-            one.inputs, one.manager, one.prefetch, stage.gpu, gpu.note_resolved, stage.has_head, stage.receives,
-            stage.sends,
-        )
-        for one, gpu, stage in zip(deciders, gpus, stages, strict=True)
-    ]  # fmt: skip
+        Part(one, stage.gpu, gpu.note_resolved, stage.has_head, stage.receives, stage.sends)
+        for one, gpu, stage in zip(sources, gpus, stages, strict=True)
+    ]
     return Decisions(parts, threads)
 
 

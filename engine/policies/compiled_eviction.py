@@ -1,4 +1,4 @@
-"""The policies of the compiled replay: what each does when an expert is used, admitted, evicted or must make room.
+"""Eviction policies for compiled code: what each does when an expert is used, admitted, evicted or must make room.
 
 The same rules, by the same names, as the classes of policies/eviction.py, over arrays instead of dicts. Which one it
 is, is a number that every function branches on, so that one loop is compiled, once, for all of them.
@@ -81,7 +81,8 @@ def drop(kind: int, state: Array, expert: int) -> None:
 @compiled
 def stays(held: Array, expert: int, wave: int, at: int) -> bool:
     """Whether an expert is pinned by this wave, or safe from what is prefetched at visit `at`."""
-    return held[expert, WAVE] == wave or held[expert, UNTIL] > at
+    held_on: bool = held[expert, WAVE] == wave or held[expert, UNTIL] > at
+    return held_on
 
 
 @compiled
