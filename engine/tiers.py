@@ -10,73 +10,16 @@ keep only what the GPU lacks would cost a copy back over the link for each exper
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import simpy
 
 from ..resources.lane import Completion, CoupledLane, FifoLane, Pending, after_all, later
 from ..resources.network import Crowd
 from ..resources.timeline import READ, Timeline
-from .costs import ReadCosts
-from .dispatch import Visit
-from .memory_manager import Admission, MemoryManager
-
-
-class HostMemory:
-    """Which experts lie in host memory, decided by `manager`, whose copies are reads from the drive.
-
-    Every copy to the GPU uses its expert here, which is read first where it is absent; a prefetch renews nothing, as
-    on the GPU.
-    """
-
-    def __init__(self, manager: MemoryManager, expert_bytes: Sequence[int]) -> None:
-        self.manager = manager
-        self._expert_bytes = expert_bytes
-        self.hits = self.misses = 0
-        self.read_bytes = 0
-        #: Of each copy to the GPU that was decided and not yet ordered: the read that brings, or brought, its bytes;
-        #: and, where that read has to be made, the room it is given.
-        self.decided: dict[int, tuple[int, Admission | None]] = {}
-        #: Reads that a visit orders for nobody yet: prefetches into host memory.
-        self.staged: list[Admission] = []
-
-    @property
-    def staged_reads(self) -> int:
-        """How many reads were ordered for no copy."""
-        return len(self.manager.copy_expert) - self.misses
-
-    def through(self, visits: Iterator[Visit]) -> Iterator[Visit]:
-        """Pass visits on, each with its copies decided."""
-        for visit in visits:
-            self.decide(visit)
-            yield visit
-
-    def decide(self, visit: Visit) -> None:
-        """Look up what a visit copies to the GPU, in the order of the copies."""
-        accesses, manager = visit.accesses, self.manager
-        manager.begin(visit.number, visit.layer, accesses.recency, accesses.weights)
-        demanded = [admission for wave in visit.waves for admission in wave.admitted]
-        weights = dict(zip(accesses.recency, accesses.weights, strict=True)) if demanded else {}
-        for admission in demanded:
-            self._look_up(admission.expert, admission.copy, weights[admission.expert])
-        for admission, _ in visit.prefetches:
-            self._look_up(admission.expert, admission.copy, None)
-        self.staged = [read for expert in visit.staged if (read := self._admit(expert, None)) is not None]
-
-    def _look_up(self, expert: int, copy: int, weight: float | None) -> None:
-        admission = self._admit(expert, weight)
-        if admission is None:
-            self.hits += 1
-            self.decided[copy] = self.manager.assigned[expert], None
-        else:
-            self.misses += 1
-            self.decided[copy] = admission.copy, admission
-
-    def _admit(self, expert: int, weight: float | None) -> Admission | None:
-        admission = self.manager.look_up(expert, weight)
-        if admission is not None:
-            self.read_bytes += self._expert_bytes[expert // self.manager.experts]
-        return admission
+from .costs.costs import ReadCosts
+from .decide.host_memory import HostMemory
+from .decide.memory_manager import Admission
 
 
 class Drive:

@@ -143,24 +143,24 @@ class Network:
 class CrowdShare:
     """One lane's part of what a crowd shares, as `Share` is of a network."""
 
-    __slots__ = ("_crowd", "changed")
+    __slots__ = ("changed", "crowd")
 
     def __init__(self, crowd: Crowd) -> None:
-        self._crowd = crowd
+        self.crowd = crowd
         self.changed: Callable[[], None] = _nobody
 
     @property
     def stretch(self) -> float:
         """How many times as long it takes now."""
-        return self._crowd.stretch
+        return self.crowd.stretch
 
     def begin(self, transfer: Transfer | None, ns: int) -> None:
         """Take part with any work; `stretch` is right when this returns."""
-        self._crowd._count(self, 1)
+        self.crowd._count(self, 1)
 
     def end(self) -> None:
         """Take no part any more."""
-        self._crowd._count(self, -1)
+        self.crowd._count(self, -1)
 
 
 class Crowd:
@@ -170,7 +170,7 @@ class Crowd:
     """
 
     def __init__(self, times_as_long: Sequence[float]) -> None:
-        self._times_as_long = times_as_long
+        self.times_as_long = times_as_long
         self._busy: dict[CrowdShare, None] = {}  # in the order in which they began
         self.stretch = 1.0
 
@@ -186,7 +186,7 @@ class Crowd:
         else:
             del self._busy[share]
         if self._busy:
-            self.stretch = self._times_as_long[len(self._busy) - 1]
+            self.stretch = self.times_as_long[len(self._busy) - 1]
         if self.stretch != before:
             for other in self._busy:
                 if other is not share:

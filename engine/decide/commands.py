@@ -55,7 +55,9 @@ class Op(IntEnum):
     FROM_CPU = 17
     #: Decompress an expert on a side stream.
     UNPACK = 18
-    #: Read an expert from the drive into host memory.
+    #: Order a request to the drive, for an expert, on whichever I/O lane has the least to do then. `extra` is 1 at the
+    #: first of a read, which the host orders for all; the others wait for what that waits for, and the register stands
+    #: for all of them.
     READ = 19
     #: The simulation's clock comes up to the host's; `extra` is 1 where several threads go on together.
     CATCH_UP = 20
@@ -73,6 +75,9 @@ class Op(IntEnum):
     #: Copy an expert from GPU `peer`, and what is evicted to it.
     FETCH = 26
     STORE = 27
+    #: The last work is a copy out of a room of host memory: the register stands for its end, too, or for the instant at
+    #: which it is given up.
+    LEAVE = 28
 
 
 class Command(NamedTuple):

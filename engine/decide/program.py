@@ -16,10 +16,12 @@ import numpy.typing as npt
 
 from ...resources.timeline import ACTIVATION, COMBINE, DENSE, DISPATCH, EXPERT, HEAD
 from ...workloads.batches import Step
-from ..dispatch import Visit
 from ..placed import PlacedVisit
 from .commands import CHOICE, COMPUTE, FIXED_REGISTERS, OUTPUT, RESULTS, TOKENS, Op
-from .tables import Loans, Registers, Rooms, visit_tables
+from .dispatch import Visit
+from .host_memory import HostRooms
+from .registers import Registers
+from .tables import Loans, Rooms, visit_tables
 from .visit_commands import (
     COLUMNS,
     FIRST_REGISTER,
@@ -74,6 +76,7 @@ class Gpu:
     settings: Array
     rooms: Rooms
     registers: Registers
+    host: HostRooms | None = None
     known: Array = field(default_factory=lambda: np.zeros(1024, dtype=np.int64))
     results: bool = False  # whether the next kernel but an expert waits for the CPU's
 
@@ -96,10 +99,11 @@ class Gpu:
 
     def serve(self, rows: Rows, visit: Visit, phase: int, loans: Loans | None = None) -> None:
         """Order all that a visit in a step of a phase comes to, now that it is decided."""
-        tables = visit_tables(visit, phase, self.rooms, *([] if loans is None else [loans]))
+        tables = visit_tables(visit, phase, self.rooms, loans, self.host)
         if self.registers.count > len(self.known):
             self.known = np.concatenate([self.known, np.zeros(self.registers.count, dtype=np.int64)])
         parts = len(tables.served) + 2 * len(tables.copies) + len(tables.taken) + len(tables.resolved)
+        parts += tables.requests
         self.results = order_visit(
             self.settings, self.known, tables.visit, tables.served, tables.copies, tables.taken, tables.resolved,
             rows.room_for(_SOME_ROWS + _ROWS_EACH * parts),
@@ -151,7 +155,7 @@ class Stage:
             visit = next(self.visits)
             self.decided(visit)
             gpu.decide(rows, visit)
-            gpu.serve(rows, visit, phase)
+            self.serve(rows, visit, phase)
         rows.add(Op.CATCH_UP, gpu.number)
         if self.has_head:
             gpu.head(rows, self.steps[step].sampled)
@@ -160,6 +164,10 @@ class Stage:
             rows.add(Op.WAIT, gpu.number, register=gpu.register(OUTPUT), extra=1)
             rows.add(Op.SEND, gpu.number, kind=ACTIVATION, extra=step)
         yield rows.portion()
+
+    def serve(self, rows: Rows, visit: Visit, phase: int) -> None:
+        """Order what a visit in a step of a phase comes to, now that it is decided."""
+        self.gpu.serve(rows, visit, phase)
 
 
 def stages_program(stages: Sequence[Stage]) -> Program:

@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..dispatch import Visit
-from ..memory_manager import Admission
-from .visit_commands import COPIED_COLUMNS, RESOLVED_COLUMNS, SERVED_COLUMNS, TAKEN_COLUMNS
+from .dispatch import Visit
+from .host_memory import Brought, HostRooms
+from .memory_manager import Admission
+from .registers import Registers
+from .visit_commands import COPIED_COLUMNS, PREFETCHED, RESOLVED_COLUMNS, SERVED_COLUMNS, STAGED, TAKEN_COLUMNS
 
 Array = npt.NDArray[Any]
 
@@ -29,26 +31,7 @@ class Tables:
     copies: Array
     taken: Array
     resolved: Array
-
-
-class Registers:
-    """The registers of a run: a few that every GPU has, then one for each room, by copy."""
-
-    def __init__(self, fixed: int) -> None:
-        """Keep the first `fixed` for other things than rooms."""
-        self.count = fixed
-        self._free: list[int] = []
-
-    def take(self) -> int:
-        """Return one that stands for nothing that anybody will ask for."""
-        if self._free:
-            return self._free.pop()
-        self.count += 1
-        return self.count - 1
-
-    def give(self, register: int) -> None:
-        """Let it be taken again."""
-        self._free.append(register)
+    requests: int  # to the drive
 
 
 class Room(NamedTuple):
@@ -100,15 +83,17 @@ class Loans:
 
 _NO_LOANS = Loans()
 _HERE, _STAYS = (-1, -1, -1), (-1, -1, -1, -1)
+_ALL_IN_HOST = (-1, -1, -1, 0, 0, 0)
 
 
 class _Copies:
     """The table of a visit's copies, and that of the rooms that they take, as they are filled."""
 
-    def __init__(self, rooms: Rooms, loans: Loans) -> None:
-        self._rooms, self._loans = rooms, loans
+    def __init__(self, rooms: Rooms, loans: Loans, host: HostRooms | None) -> None:
+        self._rooms, self._loans, self._host = rooms, loans, host
         self.copies: list[tuple[int, ...]] = []
         self.taken: list[tuple[int, ...]] = []
+        self.requests = 0
 
     def add(self, admission: Admission, wave: int, target: int) -> int:
         """Add a copy, and return the register of its room."""
@@ -121,15 +106,36 @@ class _Copies:
                 rooms.leave(copy)
         room = rooms.admit(admission.copy)
         source = loans.sources.get(admission.copy, _HERE)
+        last = len(self.taken)
+        tier = _ALL_IN_HOST if self._host is None else self._tier(self._host.bring(admission.copy))
         self.copies.append((
-            admission.expert, admission.copy, room.register, wave, target, first, len(self.taken), *source, room.landed,
+            admission.expert, admission.copy, room.register, wave, target, first, last, *source, room.landed, *tier,
         ))  # fmt: skip
         return room.register
 
+    def stage(self) -> None:
+        """Add what is read into host memory for no copy."""
+        for expert, brought in self._host.staged() if self._host is not None else ():
+            first = len(self.taken)
+            tier = self._tier(brought)
+            self.copies.append((expert, -1, -1, STAGED, -1, first, first, *_HERE, -1, *tier))
 
-def visit_tables(visit: Visit, phase: int, rooms: Rooms, loans: Loans = _NO_LOANS) -> Tables:
-    """Return a visit in a step of a phase as tables; visits must come in the order in which they are dispatched."""
-    copies = _Copies(rooms, loans)
+    def _tier(self, brought: Brought) -> tuple[int, ...]:
+        """Return the columns that say where an expert lies in host memory, and by which read."""
+        first = len(self.taken)
+        self.taken += [(room.filled, int(room.left), -1, room.leaving, *_STAYS) for room in brought.freed]
+        self.requests += brought.requests
+        return brought.filled, brought.leaving, brought.read, brought.requests, first, len(self.taken)
+
+
+def visit_tables(
+    visit: Visit, phase: int, rooms: Rooms, loans: Loans | None = None, host: HostRooms | None = None
+) -> Tables:
+    """Return a visit in a step of a phase as tables; visits must come in the order in which they are dispatched.
+
+    `host` are the rooms of host memory, where that does not hold every expert.
+    """
+    copies = _Copies(rooms, loans or _NO_LOANS, host)
     served_by: dict[int, tuple[int, int, int, int]] = {}
     for number, wave in enumerate(visit.waves):
         for expert, copy in wave.found.items():
@@ -137,7 +143,8 @@ def visit_tables(visit: Visit, phase: int, rooms: Rooms, loans: Loans = _NO_LOAN
         for admission in wave.admitted:
             served_by[admission.expert] = (admission.copy, copies.add(admission, number, visit.number), number, 1)
     for admission, target in visit.prefetches:
-        copies.add(admission, -1, target)
+        copies.add(admission, PREFETCHED, target)
+    copies.stage()
     experts = zip(visit.accesses.experts, visit.accesses.tokens, strict=True)
     resolved = [(access.expert, access.way, access.tokens) for access in visit.resolution.accesses]
     return Tables(
@@ -146,6 +153,7 @@ def visit_tables(visit: Visit, phase: int, rooms: Rooms, loans: Loans = _NO_LOAN
         _table(copies.copies, COPIED_COLUMNS),
         _table(copies.taken, TAKEN_COLUMNS),
         _table(resolved, RESOLVED_COLUMNS),
+        copies.requests,
     )
 
 

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from ...machine_code import compiled_once
 from ...resources.timeline import DECOMPRESS, DEMAND, DENSE, EXPERT, PREDICT, PREFETCH
 from ...resources.timeline import GUESSES as GUESSES_SPAN
+from ...resources.timeline import READ as READ_SPAN
 from ...resources.timeline import READBACK as READBACK_SPAN
 from ..policies.miss import CPU as ON_CPU
 from ..policies.miss import LOW_PRECISION
@@ -37,7 +38,7 @@ NOTICE, DECIDE, HOLD, PREDICT_OP = int(Op.NOTICE), int(Op.DECIDE), int(Op.HOLD),
 PROMOTE, TO_CPU, CPU, FROM_CPU, UNPACK = (
     int(Op.PROMOTE), int(Op.TO_CPU), int(Op.CPU), int(Op.FROM_CPU), int(Op.UNPACK),
 )  # fmt: skip
-FETCH, STORE = int(Op.FETCH), int(Op.STORE)
+FETCH, STORE, READ, LEAVE = int(Op.FETCH), int(Op.STORE), int(Op.READ), int(Op.LEAVE)
 COLUMNS = len(Command._fields)
 
 # What a scenario says of every visit: an array of integers.
@@ -46,11 +47,11 @@ COLUMNS = len(Command._fields)
 PLAIN, ON_GPU, ON_GPU_ASIDE, FROM_HOST, FROM_HOST_ASIDE = range(5)
 SETTINGS = (
     "gpu", "first_register", "reads_back", "by_priority", "prefetch_first", "resident_first", "grouped", "holds",
-    "predictor_lane", "prefetch_lane", "packing", "lends", "awaits_guesses", "gpu_issues",
+    "predictor_lane", "prefetch_lane", "packing", "lends", "awaits_guesses", "gpu_issues", "tiers",
 )  # fmt: skip
 (
     GPU, FIRST_REGISTER, READS_BACK, BY_PRIORITY, PREFETCH_FIRST, RESIDENT_FIRST, GROUPED, HOLDS, PREDICTOR_LANE,
-    PREFETCH_LANE, PACKING, LENDS, AWAITS_GUESSES, GPU_ISSUES,
+    PREFETCH_LANE, PACKING, LENDS, AWAITS_GUESSES, GPU_ISSUES, TIERS,
 ) = range(len(SETTINGS))  # fmt: skip
 
 # A visit: an array of integers, and tables of what it serves, of its copies, of the rooms they take, and of what needs
@@ -58,16 +59,22 @@ SETTINGS = (
 V_NUMBER, V_LAYER, V_WAVES, V_CPU_TOKENS, V_PHASE, VISIT_COLUMNS = range(6)
 #: By access, in order: the expert, the tokens that chose it, its copy and room, its wave, whether it is fetched.
 S_EXPERT, S_TOKENS, S_COPY, S_ROOM, S_WAVE, S_FETCHED, SERVED_COLUMNS = range(7)
-#: By copy, in order of dispatch: its wave (-1: a prefetch), the visit it is for, and where its rooms begin and end in
-#: the table of rooms taken.
+#: By copy, in order of dispatch: its wave (or what else it is), the visit it is for, and where its rooms begin and end
+#: in the table of rooms taken.
 #: Where GPUs lend each other experts: the GPU that it comes from (-1: the host), the register that stands for its bytes
 #: there, the one to join when they have been read (-1: that same one), and the one of its own bytes.
+#: Where host memory is a cache: the registers of the expert's bytes there and of the copies out of its room, the read
+#: that brings them, in how many requests (0: it is there, or on its way), and where the rooms that it takes begin and
+#: end in the table of rooms taken.
 (
-    O_EXPERT, O_COPY, O_ROOM, O_WAVE, O_TARGET, O_FIRST, O_LAST, O_PEER, O_FROM, O_READ, O_LANDED, COPIED_COLUMNS,
-) = range(12)  # fmt: skip
+    O_EXPERT, O_COPY, O_ROOM, O_WAVE, O_TARGET, O_FIRST, O_LAST, O_PEER, O_FROM, O_READ, O_LANDED, O_FILLED, O_LEAVING,
+    O_NUMBER, O_REQUESTS, O_FREED, O_FREED_LAST, COPIED_COLUMNS,
+) = range(18)  # fmt: skip
+#: Instead of a wave: a prefetch; a read into host memory for no copy.
+PREFETCHED, STAGED = -1, -2
 #: By room that is taken: whether some of it is left. Where GPUs lend each other experts: what stands for its bytes, for
 #: copies of them, the GPU that stores the expert (-1: none), the register of where it lies there, and of what lay
-#: there.
+#: there. Of a room of host memory: what stands for its bytes is T_ROOM, for copies of them T_LENT.
 T_ROOM, T_LEFT, T_LANDED, T_LENT, T_PEER, T_EXPERT, T_SHELF, T_FORMER, TAKEN_COLUMNS = range(9)
 #: By access that needs no copy, or some of its tokens: its way, and the tokens.
 R_EXPERT, R_WAY, R_TOKENS, RESOLVED_COLUMNS = range(4)
@@ -157,6 +164,23 @@ def order_stores(settings: Words, taken: Table, first: Word, last: Word, rows: T
 
 
 @_compiled
+def order_read(settings: Words, copies: Table, number: Word, taken: Table, behind: Word, rows: Table) -> None:
+    """Read an expert into host memory, if it has to be, behind what leaves the rooms that it takes and a register."""
+    gpu, copied = settings[GPU], copies[number]
+    if copied[O_REQUESTS] == 0:
+        return
+    for place in range(copied[O_FREED], copied[O_FREED_LAST]):
+        left = taken[place, T_LEFT]
+        add(rows, RECLAIM, gpu, -1, -1, -1, left, -1, -1, taken[place, T_ROOM], -1, 0)
+        add(rows, RECLAIM, gpu, -1, -1, -1, left, -1, -1, taken[place, T_LENT], -1, 0)
+    if behind >= 0:
+        wait(rows, gpu, behind, 0)
+    expert, read, filled = copied[O_EXPERT], copied[O_NUMBER], copied[O_FILLED]
+    for request in range(copied[O_REQUESTS]):
+        add(rows, READ, gpu, READ_SPAN, -1, -1, -1, expert, read, filled, -1, int(request == 0))
+
+
+@_compiled
 def order_copy(
     settings: Words, rooms: Words, kind: Word, lane: Word, copies: Table, number: Word, taken: Table, behind: Word,
     rows: Table,
@@ -165,6 +189,8 @@ def order_copy(
     gpu, lends, copied = settings[GPU], settings[LENDS], copies[number]
     by_gpu = settings[GPU_ISSUES] and kind == PREFETCH
     room, expert, copy, first, last = copied[O_ROOM], copied[O_EXPERT], copied[O_COPY], copied[O_FIRST], copied[O_LAST]
+    if settings[TIERS]:
+        order_read(settings, copies, number, taken, behind, rows)
     if lends:
         order_stores(settings, taken, first, last, rows)
     for place in range(first, last):
@@ -186,6 +212,8 @@ def order_copy(
             add(rows, RECLAIM, gpu, -1, -1, -1, taken[place, T_LEFT], -1, -1, taken[place, T_LENT], -1, 0)
     if behind >= 0:
         wait(rows, gpu, behind, 0)
+    if settings[TIERS]:
+        wait(rows, gpu, copied[O_FILLED], 0)
     if copied[O_PEER] < 0:
         add(rows, COPY, gpu, kind, lane, -1, int(by_gpu), expert, copy, room, -1, copied[O_TARGET])
     else:
@@ -195,6 +223,8 @@ def order_copy(
             add(rows, TOUCH, gpu, -1, -1, -1, -1, -1, -1, copied[O_FROM], -1, -1)
         else:
             add(rows, JOIN, gpu, -1, -1, -1, -1, -1, -1, copied[O_READ], -1, -1)
+    if settings[TIERS]:
+        add(rows, LEAVE, gpu, -1, -1, -1, -1, -1, -1, copied[O_LEAVING], -1, -1)
     if lends:
         add(rows, TOUCH, gpu, -1, -1, -1, -1, -1, -1, copied[O_LANDED], -1, -1)
     if settings[HOLDS]:
@@ -278,15 +308,18 @@ def order_prefetches(settings: Words, rooms: Words, visit: Words, copies: Table,
     if settings[AWAITS_GUESSES]:
         fetches = 0
         for number in range(len(copies)):
-            if copies[number, O_WAVE] < 0:
+            if copies[number, O_WAVE] == PREFETCHED:
                 fetches = 1
         wait(rows, gpu, first + GUESSES, 0)
         add(rows, READBACK, gpu, GUESSES_SPAN, -1, -1, -1, -1, -1, first + GUESSES, -1, -1)
         add(rows, NOTICE, gpu, -1, -1, -1, fetches, -1, -1, first + GUESSES, -1, 1)
         behind = -1
     for number in range(len(copies)):
-        if copies[number, O_WAVE] < 0:
+        if copies[number, O_WAVE] == PREFETCHED:
             order_copy(settings, rooms, PREFETCH, settings[PREFETCH_LANE], copies, number, taken, behind, rows)
+    for number in range(len(copies)):
+        if copies[number, O_WAVE] == STAGED:
+            order_read(settings, copies, number, taken, behind, rows)
 
 
 @_compiled

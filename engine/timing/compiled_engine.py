@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...resources.network import Network
+from ...resources.network import Crowd, CrowdShare, Network, Share
 from ...resources.timeline import DENSE, EXPERT, HEAD, SPAN
 from ...workloads.batches import DECODE, PREFILL
-from ..costs import KernelCost
+from ..costs.costs import KernelCost
 from ..decide.commands import H2D, PREFETCH_LANE, Command, Op
 from ..decide.program import Program
 from ..gpu import pack_arrival
@@ -35,6 +35,7 @@ from .memory import (
     BOOKS,
     BY_RANK,
     CPU_SHAPE,
+    CROWD_TIMES,
     DECISION,
     DENSE_SHAPE,
     DROPPED,
@@ -64,6 +65,7 @@ from .memory import (
     G_GROUPED_CONSTANT,
     G_H2D,
     G_HOST,
+    G_IO_LANES,
     G_KERNEL_AFTER,
     G_KINDS,
     G_LAST,
@@ -84,6 +86,7 @@ from .memory import (
     G_READBACK_ENQUEUE,
     G_READBACK_LATENCY,
     G_READBACK_SLOWDOWN,
+    G_READS,
     G_READS_BACK,
     G_RESUME,
     G_RING,
@@ -112,6 +115,7 @@ from .memory import (
     L_AFTER_ISSUE_DISTURBED,
     L_AFTER_OTHER,
     L_AFTER_OTHER_DISTURBED,
+    L_CROWD,
     L_DISTURBERS,
     L_END,
     L_ENTERING,
@@ -216,6 +220,7 @@ class Layout:
         self.prices: list[Callable[[int], KernelCost]] = []
         self.transfers: list[tuple[Any, int]] = []
         self._transfer_of: dict[tuple[int, int, int], int] = {}
+        self._crowds: dict[Crowd, int] = {}
         memory = self.memory
         memory.allocate(HEADER)
         self.lanes = [memory.allocate(LANE_WORDS) for _ in machine.lanes]
@@ -268,7 +273,9 @@ class Layout:
     def _lay_out_network(self) -> None:
         """Lay out a slot for each lane that has a part of the network: the lane, what moves, its stretch."""
         joined = sorted(
-            (lane.share.slot, at) for lane, at in zip(self._machine.lanes, self.lanes, strict=True) if lane.share
+            (lane.share.slot, at)
+            for lane, at in zip(self._machine.lanes, self.lanes, strict=True)
+            if isinstance(lane.share, Share)
         )
         slots = self.memory.put_list([len(joined)] * 1 + [0] * (3 * len(joined)))
         self.memory.words[slots] = len(joined)
@@ -299,11 +306,27 @@ class Layout:
             L_AFTER_OTHER: lags.after_other_ns, L_AFTER_OTHER_DISTURBED: lags.after_other_disturbed_ns,
             L_AFTER_ISSUE_DISTURBED: lags.after_issue_longer_ns, L_LONGER: lags.longer,
             L_SLOWED_BY: slowed, L_NUMBER: lane.order,
-            L_SLOT: self.slots[lane.share.slot] if lane.share else -1, L_GPU: self.gpus[self.gpu_of(lane)],
+            L_SLOT: self.slots[lane.share.slot] if isinstance(lane.share, Share) else -1,
+            L_CROWD: self._crowd_of(lane), L_GPU: self.gpus[self.gpu_of(lane)],
             L_FIRST: -1, L_LAST: -1, L_ENTERING: -1, L_LAST_ENTERING: -1, L_NEXT: -1, L_ACTIVE: -1,
             L_FREE: -(10**18), L_END: NEVER, L_WAKE: NEVER, L_KEEPS: NEVER,
         })  # fmt: skip
         self._set_floats(at, {L_STRETCH: 1.0, L_SHARING_FACTOR: lane.sharing_factor})
+
+    def _crowd_of(self, lane: Lane) -> int:
+        """Return the address of what lanes share alike of which this is one; -1 if it is none."""
+        if not isinstance(lane.share, CrowdShare):
+            return -1
+        crowd, memory = lane.share.crowd, self.memory
+        if crowd not in self._crowds:
+            of_it = [
+                at
+                for other, at in zip(self._machine.lanes, self.lanes, strict=True)
+                if isinstance(other.share, CrowdShare) and other.share.crowd is crowd
+            ]
+            at = self._crowds[crowd] = memory.put([0, memory.put_list(of_it), *[0] * (1 + len(of_it))])
+            self._set_floats(at, {CROWD_TIMES + n: times for n, times in enumerate([1.0, *crowd.times_as_long])})
+        return self._crowds[crowd]
 
     def gpu_of(self, lane: Lane) -> int:
         """Return the number of the GPU in whose timeline a lane is."""
@@ -340,6 +363,10 @@ class Layout:
         sizes = self._lay_out_copies(one, at)
         self._lay_out_shapes(one, at, sizes)
         self._lay_out_moves(number, at, sizes)
+        drive, reads = lanes.drive, costs.reads
+        io_lanes = -1 if drive is None else self.memory.put_list(self._lane_of[id(lane)] for lane in drive.lanes)
+        by_layer = [] if reads is None else [ns for cost in reads.by_layer for ns in (cost.request_ns, cost.host_ns)]
+        self._set(at, {G_IO_LANES: io_lanes, G_READS: self.memory.put(by_layer)})
 
     def _transfer(self, transfer: Any, queued_ns: int, alone_ns: int) -> int:
         """Return the number of a transfer over shared links, which takes one time behind others and one by itself."""

@@ -45,6 +45,7 @@ from .compiled_lanes import (
     wait_for,
 )  # fmt: skip
 from .memory import (
+    A_DEPARTURE,
     A_THREAD,
     ACCESS,
     AN_ARRIVAL,
@@ -54,6 +55,8 @@ from .memory import (
     BOOK_WORDS,
     BOOKS,
     CPU_SHAPE,
+    D_HOST,
+    D_REQUEST,
     DECISION,
     DENSE_SHAPE,
     DONE,
@@ -86,6 +89,7 @@ from .memory import (
     G_HELD,
     G_HOST,
     G_INTERRUPTED,
+    G_IO_LANES,
     G_KERNEL_AFTER,
     G_KINDS,
     G_LAST,
@@ -114,6 +118,7 @@ from .memory import (
     G_READBACK_ENQUEUE,
     G_READBACK_LATENCY,
     G_READBACK_SLOWDOWN,
+    G_READS,
     G_READS_BACK,
     G_RESUME,
     G_RING,
@@ -173,6 +178,7 @@ from .memory import (
     R_CAPACITY,
     R_COUNT,
     RATE,
+    READ_WORDS,
     REGISTERS,
     SIZED_SHAPE,
     SPACE,
@@ -192,6 +198,7 @@ from .memory import (
     W_COPY,
     W_END,
     W_EXPERT,
+    W_HELD_BACK,
     W_ISSUED,
     W_KIND,
     W_LANE,
@@ -214,8 +221,8 @@ from .memory import (
 # The operations and columns of commands by number, which compiled code takes for constants.
 O_VISIT, O_WAIT, O_RECLAIM, O_TOUCH, O_JOIN, O_OUTPUT, O_LAUNCH, O_MEMBER = (int(op) for op in list(Op)[:8])
 O_COPY, O_READBACK, O_NOTICE, O_DECIDE, O_HOLD, O_PREDICT, O_PROMOTE, O_TO_CPU = (int(op) for op in list(Op)[8:16])
-O_CPU, O_FROM_CPU, O_UNPACK, _, O_CATCH_UP, O_TURN, O_RECEIVE, O_SEND = (int(op) for op in list(Op)[16:24])
-O_CALL, O_EXCHANGE, O_FETCH, O_STORE = (int(op) for op in list(Op)[24:28])
+O_CPU, O_FROM_CPU, O_UNPACK, O_READ, O_CATCH_UP, O_TURN, O_RECEIVE, O_SEND = (int(op) for op in list(Op)[16:24])
+O_CALL, O_EXCHANGE, O_FETCH, O_STORE, O_LEAVE = (int(op) for op in list(Op)[24:29])
 COLUMNS = len(Command._fields)
 C_OP, C_GPU, C_KIND, C_LANE, C_LAYER, C_TOKENS, C_EXPERT, C_COPY, C_REGISTER, C_PEER, C_EXTRA = range(COLUMNS)
 
@@ -298,7 +305,7 @@ def free_work(m: Words) -> Word:
     m[FREE_WORK] = m[work + W_NEXT]
     m[WORK_LEFT] -= 1
     m[work + W_RANK], m[work + W_TARGET], m[work + W_NUMBER], m[work + W_PIECES] = 0, 0, 0, 1
-    m[work + W_STARTED], m[work + W_CANCELLED], m[work + W_REFERENCES] = 0, 0, 0
+    m[work + W_STARTED], m[work + W_CANCELLED], m[work + W_REFERENCES], m[work + W_HELD_BACK] = 0, 0, 0, 0
     m[work + W_END], m[work + W_NEXT], m[work + W_WAITING], m[work + W_AFTER], m[work + W_LANE] = -1, -1, -1, -1, -1
     return work
 
@@ -503,7 +510,43 @@ def copy(m: Words, f: Reals, row: Word) -> None:
     if m[gpu + G_BY_PRIORITY]:
         m[work + W_RANK] = 1 if m[row + C_KIND] == PREFETCH else 0
         m[work + W_TARGET], m[work + W_PIECES] = m[row + C_EXTRA], m[price + P_PIECES]
+        m[work + W_HELD_BACK] = np.int64(m[gpu + G_IO_LANES] >= 0)
     submit(m, lane, work)
+
+
+@compiled
+def read(m: Words, f: Reals, row: Word) -> None:
+    """Order a request to the drive, on the I/O lane that has the least to do now."""
+    gpu = gpu_of(m, row)
+    cost = m[gpu + G_READS] + m[row + C_EXPERT] // m[gpu + G_EXPERTS] * READ_WORDS
+    if m[row + C_EXTRA]:
+        m[gpu + G_NOW] += m[cost + D_HOST]
+    else:
+        m[gpu + G_AFTER] = copied_works(m, m[m[gpu + G_LAST] + W_AFTER], np.int64(-1))
+    lanes = m[gpu + G_IO_LANES]
+    lane, least = m[lanes + 1], backlog(m, f, m[lanes + 1])
+    for at in range(lanes + 2, lanes + 1 + m[lanes]):
+        other = backlog(m, f, m[at])
+        if other < least:
+            lane, least = m[at], other
+    ns, now = m[cost + D_REQUEST], m[gpu + G_NOW]
+    work = new_work(m, f, gpu, m[row + C_KIND], ns, ns, now, 1.0, -1, row, -1)
+    submit(m, lane, work)
+    if m[row + C_EXTRA]:
+        set_register(m, m[row + C_REGISTER], work)
+    else:
+        join_register(m, m[row + C_REGISTER], work)
+
+
+@compiled
+def leave(m: Words, gpu: Word, register: Word) -> None:
+    """Let a room of host memory be free, as far as the last copy goes, when that has ended or is given up."""
+    work = m[gpu + G_LAST]
+    if m[gpu + G_BY_PRIORITY]:
+        leaving = free_work(m)
+        wait_for(m, work, A_DEPARTURE, hold(m, leaving))
+        work = leaving
+    join_register(m, register, work)
 
 
 @compiled
@@ -738,6 +781,8 @@ def move_registers(m: Words, row: Word) -> Word:
         join_register(m, register, m[gpu + G_LAST])
     elif op == O_OUTPUT:
         set_register(m, register, m[gpu + G_LAST_KERNEL])
+    elif op == O_LEAVE:
+        leave(m, gpu, register)
     else:
         return False
     return True
@@ -759,6 +804,8 @@ def carry_out_one(m: Words, f: Reals, thread: Word, row: Word) -> Word:
             notice(m, gpu, row)
     elif op == O_COPY:
         copy(m, f, row)
+    elif op == O_READ:
+        read(m, f, row)
     elif op == O_VISIT:
         begin_visit(m, row)
     elif op == O_READBACK:

@@ -14,13 +14,18 @@ import numpy.typing as npt
 
 from ... import machine_code
 from .memory import (
+    A_DEPARTURE,
     A_LANE,
     A_THREAD,
     A_WORK,
+    AN_ARRIVAL,
     AS_READY,
     ASKED,
     ASKED_FOR,
     BY_RANK,
+    CROWD_BUSY,
+    CROWD_LANES,
+    CROWD_TIMES,
     DROPPED,
     DROPPED_WORDS,
     FREE_NODE,
@@ -31,6 +36,7 @@ from .memory import (
     L_AFTER_ISSUE_DISTURBED,
     L_AFTER_OTHER,
     L_AFTER_OTHER_DISTURBED,
+    L_CROWD,
     L_DISTURBERS,
     L_END,
     L_ENTERING,
@@ -81,6 +87,7 @@ from .memory import (
     W_COPY,
     W_END,
     W_EXPERT,
+    W_HELD_BACK,
     W_ISSUED,
     W_KIND,
     W_LANE,
@@ -245,6 +252,9 @@ def stretch_of(m: Words, f: Reals, lane: Word) -> Word:
     slot = m[lane + L_SLOT]
     if slot >= 0:
         stretch *= f[slot + 2]
+    crowd = m[lane + L_CROWD]
+    if crowd >= 0:
+        stretch *= f[crowd + CROWD_TIMES + m[crowd + CROWD_BUSY]]
     slowdown = f[m[lane + L_ACTIVE] + W_SLOWDOWN]
     if slowdown != 1.0 and disturbed(m, lane):
         stretch *= slowdown
@@ -278,6 +288,20 @@ def tell_neighbors(m: Words, f: Reals, lane: Word) -> None:
     others = m[lane + L_NEIGHBORS]
     for at in range(others + 1, others + 1 + m[others]):
         retime(m, f, m[at])
+
+
+@compiled
+def count_in_crowd(m: Words, f: Reals, lane: Word, more: Word) -> None:
+    """Count a lane into its crowd, or out; the others go on at another speed, if that changes it."""
+    crowd = m[lane + L_CROWD]
+    before = f[crowd + CROWD_TIMES + m[crowd + CROWD_BUSY]]
+    m[crowd + CROWD_BUSY] += more
+    if m[crowd + CROWD_BUSY] == 0 or f[crowd + CROWD_TIMES + m[crowd + CROWD_BUSY]] == before:
+        return
+    others = m[crowd + CROWD_LANES]
+    for at in range(others + 1, others + 1 + m[others]):
+        if m[at] != lane:
+            retime(m, f, m[at])
 
 
 # The network: a slot is a lane, what moves there, and its stretch; sets of transfers have rows of known stretches.
@@ -364,6 +388,23 @@ def append(m: Words, lane: Word, work: Word) -> None:
 
 
 @compiled
+def will_enter(m: Words, lane: Word, work: Word) -> None:
+    """Let work join a queue by rank when it is issued."""
+    before, following = m[lane + L_LAST_ENTERING], np.int64(-1)
+    if before >= 0 and m[before + W_ISSUED] > m[work + W_ISSUED]:
+        before, following = np.int64(-1), m[lane + L_ENTERING]
+        while m[following + W_ISSUED] <= m[work + W_ISSUED]:
+            before, following = following, m[following + W_NEXT]
+    m[work + W_NEXT] = following
+    if before >= 0:
+        m[before + W_NEXT] = work
+    else:
+        m[lane + L_ENTERING] = work
+    if following < 0:
+        m[lane + L_LAST_ENTERING] = work
+
+
+@compiled
 def submit(m: Words, lane: Word, work: Word) -> None:
     """Queue work; the lane looks at it once nothing else happens at this instant."""
     m[work + W_LANE] = lane
@@ -371,12 +412,8 @@ def submit(m: Words, lane: Word, work: Word) -> None:
     if m[lane + L_KIND] == BY_RANK:
         m[NUMBER] += 1
         m[work + W_NUMBER] = m[NUMBER]
-        m[work + W_NEXT] = -1
-        if m[lane + L_LAST_ENTERING] >= 0:
-            m[m[lane + L_LAST_ENTERING] + W_NEXT] = work
-        else:
-            m[lane + L_ENTERING] = work
-        m[lane + L_LAST_ENTERING] = work
+        if not m[work + W_HELD_BACK] or joins_now(m, work):
+            will_enter(m, lane, work)
     elif m[lane + L_KIND] != AS_READY or joins_now(m, work):
         append(m, lane, work)
 
@@ -429,6 +466,62 @@ def is_stale(m: Words, lane: Word, work: Word) -> Word:
 
 
 @compiled
+def join_queue(m: Words, work: Word) -> None:
+    """Let work join its queue, all that it waits for having ended."""
+    lane = m[work + W_LANE]
+    if m[lane + L_KIND] == BY_RANK:
+        will_enter(m, lane, work)
+    else:
+        append(m, lane, work)
+
+
+@compiled
+def finish(m: Words, work: Word) -> None:
+    """Say that work has ended, to all who wait for it: what is sent to another GPU arrives later by its number."""
+    m[work + W_END] = m[NOW]
+    sent = work
+    while sent >= 0:
+        arrival, node = np.int64(-1), m[sent + W_WAITING]
+        m[sent + W_WAITING] = -1
+        while node >= 0:
+            what, who = m[node + N_WHAT], m[node + N_WHO]
+            node = drop_node(m, node)
+            if who == A_LANE:
+                m[what + L_WAKE] = m[NOW]
+            elif who == A_THREAD:
+                m[what + T_GOES_ON] = m[NOW]
+            elif who == A_WORK:
+                if joins_now(m, what):
+                    join_queue(m, what)
+            else:
+                arrival = what
+                m[arrival + W_END] = m[NOW] + (m[sent + W_NUMBER] if who == AN_ARRIVAL else 0)
+        if sent != work:
+            let_go(m, sent)
+        sent = arrival
+    drop_works(m, m[work + W_AFTER])
+    m[work + W_AFTER] = -1
+    let_go(m, work)
+
+
+@compiled
+def depart(m: Words, work: Word) -> None:
+    """Let what stands for a copy's leaving its room in host memory end, if anything does: the copy is given up."""
+    node, before = m[work + W_WAITING], np.int64(-1)
+    while node >= 0 and m[node + N_WHO] != A_DEPARTURE:
+        before, node = node, m[node + N_NEXT]
+    if node < 0:
+        return
+    leaving = m[node + N_WHAT]
+    following = drop_node(m, node)
+    if before >= 0:
+        m[before + N_NEXT] = following
+    else:
+        m[work + W_WAITING] = following
+    finish(m, leaving)
+
+
+@compiled
 def choose(m: Words, lane: Word) -> Word:
     """Take the next work off the queue; whether there is any."""
     while m[lane + L_FIRST] >= 0:
@@ -442,6 +535,7 @@ def choose(m: Words, lane: Word) -> Word:
         take_out(m, lane, best, before_best)
         if m[lane + L_KIND] == BY_RANK and (m[best + W_CANCELLED] or is_stale(m, lane, best)):
             m[best + W_CANCELLED] = 1
+            depart(m, best)
             let_go(m, best)
             continue
         m[lane + L_NEXT] = best
@@ -515,6 +609,8 @@ def start(m: Words, f: Reals, lane: Word, work: Word, alone: Word) -> Word:
     f[lane + L_LEFT] = m[work + W_ALONE] if alone else m[work + W_NS]
     if transfer >= 0:
         occupy(m, f, slot, transfer)
+    if m[lane + L_CROWD] >= 0:
+        count_in_crowd(m, f, lane, 1)
     tell_neighbors(m, f, lane)
     go_on(m, f, lane)
     return True
@@ -564,35 +660,6 @@ def record_span(
 
 
 @compiled
-def finish(m: Words, work: Word) -> None:
-    """Say that work has ended, to all who wait for it: what is sent to another GPU arrives later by its number."""
-    m[work + W_END] = m[NOW]
-    sent = work
-    while sent >= 0:
-        arrival, node = np.int64(-1), m[sent + W_WAITING]
-        m[sent + W_WAITING] = -1
-        while node >= 0:
-            what, who = m[node + N_WHAT], m[node + N_WHO]
-            node = drop_node(m, node)
-            if who == A_LANE:
-                m[what + L_WAKE] = m[NOW]
-            elif who == A_THREAD:
-                m[what + T_GOES_ON] = m[NOW]
-            elif who == A_WORK:
-                if joins_now(m, what):
-                    append(m, m[what + W_LANE], what)
-            else:
-                arrival = what
-                m[arrival + W_END] = m[NOW] + m[sent + W_NUMBER]
-        if sent != work:
-            let_go(m, sent)
-        sent = arrival
-    drop_works(m, m[work + W_AFTER])
-    m[work + W_AFTER] = -1
-    let_go(m, work)
-
-
-@compiled
 def end(m: Words, f: Reals, lane: Word) -> Word:
     """End the active work; False if a rate is asked for that is not known."""
     now, work, slot = m[NOW], m[lane + L_ACTIVE], m[lane + L_SLOT]
@@ -602,6 +669,8 @@ def end(m: Words, f: Reals, lane: Word) -> Word:
     m[lane + L_ACTIVE], m[lane + L_END], m[lane + L_FREE] = -1, NEVER, now
     if moves:
         occupy(m, f, slot, -1)
+    if m[lane + L_CROWD] >= 0:
+        count_in_crowd(m, f, lane, -1)
     turns = m[lane + L_TURNS]
     for at in range(turns + 1, turns + 1 + m[turns]):
         m[m[at] + L_FREE] = now
@@ -693,6 +762,7 @@ def give_up(m: Words, lane: Word, last: Word) -> Word:
         queued = m[work + W_END] < 0 and work != m[lane + L_ACTIVE] and work != m[lane + L_NEXT]
         if m[work + W_CANCELLED] or queued:
             m[work + W_CANCELLED] = 1
+            depart(m, work)
             return np.int64(-1) if m[work + W_STARTED] else copied_works(m, m[work + W_AFTER], np.int64(-1))
         m[work + W_PIECES] = 1
     return node_before(m, hold(m, last), np.int64(-1))

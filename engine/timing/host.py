@@ -15,10 +15,11 @@ import numpy.typing as npt
 import simpy
 
 from ...resources.timeline import ACTIVATION, CPU_EXPERT, DECOMPRESS, EXPERT, LAUNCH, PEER, PREDICT, PREFETCH
-from ..costs import KernelCost
+from ..costs.costs import KernelCost
 from ..decide.commands import COMPUTE, FIXED_REGISTERS, H2D, SIDE, TOKENS, Command, Op
 from ..gpu import pack_access, pack_arrival, pack_visit
 from ..links import PeerCosts
+from ..policies.copy_order import QueuedCopy
 from .lanes import HOSTS, Instant, Lane, QueueLane, Story, Work, until_ended
 from .machine import GpuLanes
 
@@ -131,7 +132,7 @@ class Thread:
 
     def run(self, program: Iterable[Iterator[npt.NDArray[Any]]], ended: Callable[[], None]) -> Story:
         """Carry out a program, step by step, portion by portion; `ended` is called at the end of each step."""
-        carry_out, gpus = _CARRY_OUT, self._gpus
+        carry_out, gpus = CARRY_OUT, self._gpus
         for step in program:
             for portion in step:
                 for row in portion.tolist():
@@ -196,7 +197,22 @@ class Thread:
 
     def _join(self, gpu: GpuState, command: Command) -> None:
         assert gpu.last is not None
-        self._registers[command.register] = (*self._registers.get(command.register, ()), gpu.last)
+        self._join_register(command.register, gpu.last)
+
+    def _join_register(self, register: int, work: Work) -> None:
+        """Let a register stand for a piece of work, too; of what has ended it keeps the last."""
+        others = self._registers.get(register, ())
+        ended = [other for other in others if other.end_ns is not None]
+        kept = [other for other in others if other.end_ns is None]
+        self._registers[register] = (*kept, *sorted(ended, key=lambda other: other.end_ns or 0)[-1:], work)
+
+    def _leave(self, gpu: GpuState, command: Command) -> None:
+        """Let a room of host memory be free, as far as this copy goes, when it has ended or is given up."""
+        copy = gpu.last
+        assert copy is not None
+        if isinstance(copy.lane, QueueLane):
+            copy.leaves = Work(self._env.event(), 0, 0, 0, (), copy.kind, copy.visit)
+        self._join_register(command.register, copy.leaves or copy)
 
     def _output(self, gpu: GpuState, command: Command) -> None:
         assert gpu.last_kernel is not None
@@ -276,14 +292,36 @@ class Thread:
         ns = (cost.queued_ns, cost.alone_ns)
         if isinstance(lane, QueueLane):
             ns = (cost.piece_queued_ns, cost.piece_alone_ns)
-            more |= {"rank": (int(command.kind == PREFETCH), command.extra), "pieces": cost.pieces}
+            more |= {
+                "wanted": QueuedCopy(command.kind != PREFETCH, command.extra, command.expert),
+                "pieces": cost.pieces,
+                "held_back": lanes.drive is not None,
+            }
         self._submit(gpu, lane, command.kind, ns, issued_ns, command, **more)
 
     def _promote(self, gpu: GpuState, command: Command) -> None:
         queue = gpu.lanes.copies[H2D]
         assert isinstance(queue, QueueLane)
         for work in self._registers.get(command.register, ()):
-            queue.promote(work, (0, command.extra))
+            queue.promote(work, command.extra)
+
+    def _read(self, gpu: GpuState, command: Command) -> None:
+        """Order a request to the drive, on the I/O lane that has the least to do now."""
+        drive = gpu.lanes.drive
+        assert drive is not None
+        cost = gpu.lanes.read_cost(command.expert)
+        if command.extra:
+            gpu.now_ns += cost.host_ns
+        else:
+            assert gpu.last is not None
+            gpu.after = [*gpu.last.after]
+        lane = min(drive.lanes, key=Lane.backlog_ns)
+        ns = (cost.request_ns, cost.request_ns)
+        request = self._submit(gpu, lane, command.kind, ns, gpu.now_ns, command._replace(register=-1))
+        if command.extra:
+            self._registers[command.register] = (request,)
+        else:
+            self._join_register(command.register, request)
 
     def _hold(self, gpu: GpuState, command: Command) -> Story:
         yield from self._wait_for(gpu, self._registers[command.register])
@@ -418,7 +456,8 @@ class Thread:
 
 
 Carry = Callable[[Thread, GpuState, Command], Story | None]
-_CARRY_OUT: dict[int, Carry] = {
+#: What each command comes to: a call, or a story where it takes time.
+CARRY_OUT: dict[int, Carry] = {
     Op.VISIT: Thread._visit,
     Op.WAIT: Thread._wait,
     Op.RECLAIM: Thread._reclaim,
@@ -438,6 +477,7 @@ _CARRY_OUT: dict[int, Carry] = {
     Op.CPU: Thread._cpu,
     Op.FROM_CPU: Thread._from_cpu,
     Op.UNPACK: Thread._unpack,
+    Op.READ: Thread._read,
     Op.CATCH_UP: Thread._catch_up,
     Op.TURN: Thread._turn,
     Op.RECEIVE: Thread._receive,
@@ -446,4 +486,5 @@ _CARRY_OUT: dict[int, Carry] = {
     Op.EXCHANGE: Thread._exchange,
     Op.FETCH: Thread._fetch,
     Op.STORE: Thread._store,
+    Op.LEAVE: Thread._leave,
 }

@@ -15,8 +15,9 @@ from typing import Any
 import simpy
 
 from ...resources.lane import NEVER, Lags
-from ...resources.network import Share, Transfer
+from ...resources.network import CrowdShare, Share, Transfer
 from ...resources.timeline import DECOMPRESS, Timeline
+from ..policies.copy_order import QueuedCopy, Rank
 
 Story = Generator[simpy.Event, Any, Any]
 
@@ -76,20 +77,40 @@ class Work:
     copy: int = -1
     slowdown: float = 1.0
     transfer: Transfer | None = None
-    #: Of a queue by priority: smaller goes first, then in the order of numbers; the pieces still to do.
-    rank: tuple[int, int] = (0, 0)
+    #: Of a queue by rank: what is known of the copy, and its rank; smaller goes first, then in the order of numbers;
+    #: the pieces still to do.
+    wanted: QueuedCopy | None = None
+    rank: Rank = (0, 0)
     number: int = 0
     pieces: int = 1
+    #: Whether it enters the queue only once it could start, lest it hold up what it waits for; whether it has entered.
+    held_back: bool = False
+    entered: bool = False
     started: bool = False
     cancelled: bool = False
     end_ns: int | None = None
     lane: Lane | None = None
+    #: Of a copy that may be given up: work that ends when it has ended, or is.
+    leaves: Work | None = None
 
     def ready_ns(self, after_other_ns: int, after_issue_ns: int = 0) -> int:
         """Return when it may start at the earliest, so long behind its cause, all of which have ended."""
         last_ns = max((work.end_ns or 0 for work in self.after), default=0)
         issued_ns = self.issued_ns + after_issue_ns
         return max(issued_ns, last_ns + after_other_ns) if last_ns else issued_ns
+
+    def end(self, now_ns: int) -> None:
+        """Say that it has ended, to all who wait for it."""
+        self.end_ns = now_ns
+        self.done.succeed()
+        if self.leaves is not None and self.leaves.end_ns is None:
+            self.leaves.end(now_ns)
+
+    def cancel(self, now_ns: int) -> None:
+        """Say that no more of it is done."""
+        self.cancelled = True
+        if self.leaves is not None and self.leaves.end_ns is None:
+            self.leaves.end(now_ns)
 
 
 def until_ended(works: Iterable[Work]) -> Story:
@@ -122,12 +143,13 @@ class Lane:
     turns: list[Lane] = field(default_factory=list)
     disturbers: list[Lane] = field(default_factory=list)
     slowed_by: list[tuple[Lane, float]] = field(default_factory=list)
-    share: Share | None = None
+    share: Share | CrowdShare | None = None
 
     def __post_init__(self) -> None:
         self.order = len(self.instant.lanes)
         self.instant.lanes.append(self)
         self.queue = simpy.Store(self.env)
+        self.waiting: dict[Work, None] = {}  # in the queue, or taken from it and not started
         self.active: Work | None = None
         self.neighbors: list[Lane] = []
         self._left_ns = 0.0
@@ -137,16 +159,20 @@ class Lane:
         self._engine_free: simpy.Event | None = None
         self._process = self.env.process(self._serve())
 
-    def join(self, share: Share) -> None:
-        """Let this lane's transfers take their part of a network."""
+    def join(self, share: Share | CrowdShare) -> None:
+        """Let this lane's transfers take their part of a network, or its work of what a crowd shares."""
         self.share = share
         share.changed = self.retime
 
     def submit(self, work: Work) -> Work:
         """Queue work."""
         work.lane = self
-        self.queue.put(work)
+        self._put(work)
         return work
+
+    def _put(self, work: Work) -> None:
+        self.waiting[work] = None
+        self.queue.put(work)
 
     @property
     def now_ns(self) -> int:
@@ -167,9 +193,7 @@ class Lane:
         return running_ns + sum(work.ns * work.pieces for work in self._queued())
 
     def _queued(self) -> Iterable[Work]:
-        return [*self.queue.items, *([self._next] if self._next is not None else [])]
-
-    _next: Work | None = None  # taken from the queue, waiting for its start
+        return self.waiting
 
     def _serve(self) -> Story:
         while True:
@@ -178,8 +202,8 @@ class Lane:
             yield from self._run(work, ns)
 
     def _take(self) -> Story:
-        self._next = yield self.queue.get()
-        return self._next
+        work = yield self.queue.get()
+        return work
 
     def _may_start(self, work: Work) -> Story:
         """Wait until work may start; return what it takes, as it starts at once behind other work or not."""
@@ -212,7 +236,8 @@ class Lane:
     def _run(self, work: Work, ns: int) -> Story:
         """Do work, at the speed that its neighbors leave, and tell them when it starts and ends."""
         env = self.env
-        self._next, self._goes_on, self.active, work.started = None, False, work, True
+        self._goes_on, self.active, work.started = False, work, True
+        self.waiting.pop(work, None)
         start_ns, self._left_ns = self.now_ns, float(ns)
         if self.share is not None:
             self.share.begin(work.transfer, ns)
@@ -250,8 +275,7 @@ class Lane:
                 lane._engine_free.succeed()
 
     def _finish(self, work: Work) -> None:
-        work.end_ns = self.now_ns
-        work.done.succeed()
+        work.end(self.now_ns)
 
     def _stays(self) -> bool:
         """Whether the next work may start as soon as the lane's gap has passed."""
@@ -296,7 +320,7 @@ class ArrivalLane(Lane):
 
     def _enter(self, work: Work) -> Story:
         yield from until_ended(work.after)
-        self.queue.put(work)
+        self._put(work)
 
 
 class QueueLane(Lane):
@@ -310,25 +334,36 @@ class QueueLane(Lane):
         self._heap: list[tuple[tuple[int, int], int, Work]] = []
         self._count = 0
         self._filled: simpy.Event | None = None
+        #: The rank of a copy, as a copy order says it.
+        self.rank: Callable[[QueuedCopy], Rank] = lambda copy: (0, 0)
+        self._next: Work | None = None  # taken from the queue, waiting for its start
         #: Asked when work's turn comes; True drops it (a stale prefetch).
         self.is_stale: Callable[[Work], bool] = lambda work: False
         super().__post_init__()
 
     def submit(self, work: Work) -> Work:
-        """Queue work by its rank, from the instant at which it is issued."""
+        """Queue work by its rank, from the instant at which it is issued or, if held back, at which it is ready."""
         work.lane = self
+        if work.wanted is not None:
+            work.rank = self.rank(work.wanted)
         self._renumber(work)
         self.env.process(self._enter(work))
         return work
 
-    def promote(self, work: Work, rank: tuple[int, int]) -> None:
-        """Give a queued copy, or the one that work decompresses, a smaller rank, for all pieces not started yet."""
+    def promote(self, work: Work, visit: int) -> None:
+        """Let a visit demand a queued copy, or the one that work decompresses: all pieces that have not started yet.
+
+        Its rank may only get smaller.
+        """
         work = self._copy_of(work) or work
-        if work.lane is self and rank < work.rank and work.end_ns is None:
+        if work.lane is not self or work.wanted is None or work.end_ns is not None:
+            return
+        work.wanted = QueuedCopy(True, visit, work.wanted.expert)
+        rank = self.rank(work.wanted)
+        if rank < work.rank:
             work.rank = rank
             self._renumber(work)
-            entered = work.issued_ns <= self.now_ns
-            if entered and work is not self.active and work is not self._next:
+            if work.entered and work is not self.active and work is not self._next:
                 self._insert(work)
 
     def give_up(self, last: Work) -> tuple[Work, ...]:
@@ -340,7 +375,7 @@ class QueueLane(Lane):
         if work is None:
             return (last,)
         if work.cancelled or (work.end_ns is None and work is not self.active and work is not self._next):
-            work.cancelled = True
+            work.cancel(self.now_ns)
             return () if work.started else work.after
         work.pieces = 1
         return (last,)
@@ -357,8 +392,11 @@ class QueueLane(Lane):
         work.number = self._count
 
     def _enter(self, work: Work) -> Story:
+        if work.held_back:
+            yield from until_ended(work.after)
         if work.issued_ns > self.now_ns:
             yield self.env.timeout(work.issued_ns - self.now_ns)
+        work.entered = True
         self._insert(work)
 
     def _insert(self, work: Work) -> None:
@@ -389,6 +427,10 @@ class QueueLane(Lane):
                 if not (overtaken or work.cancelled or self.is_stale(work)):
                     self._next = work
                     return work
+
+    def _run(self, work: Work, ns: int) -> Story:
+        self._next = None
+        yield from super()._run(work, ns)
 
     def _stays(self) -> bool:
         # The host enqueues one copy at a time: between two, the engine is free for others.

@@ -8,18 +8,33 @@ from dataclasses import replace
 import simpy
 
 from ...resources.lane import Lags
-from ...resources.network import Transfer
+from ...resources.network import Crowd, Transfer
 from ...resources.timeline import DECOMPRESS, EXPERT, HEAD, Timeline
 from ...workloads.batches import DECODE, PREFILL
-from ..costs import CopyCost, Costs, KernelCost
+from ..costs.costs import CopyCost, Costs, KernelCost, ReadCost, ReadCosts
+from ..costs.offload_costs import CpuCosts, ShrunkCosts
 from ..decide.commands import H2D, PREFETCH_LANE, Command
 from ..gpu import add_lanes, contended
 from ..links import HostLink
-from ..offload_costs import CpuCosts, ShrunkCosts
 from ..offloaded import uses_cpu
+from ..policies.copy_order import ByRank
 from ..policies.miss import LOW_PRECISION
-from ..scenario import Scenario, shrunk
+from ..scenario.scenario import Scenario, shrunk
 from .lanes import ArrivalLane, Instant, Lane, QueueLane, Work, couple
+
+
+class Drive:
+    """The I/O lanes of a drive: what is in flight on them shares it."""
+
+    def __init__(self, env: simpy.Environment, instant: Instant, timeline: Timeline, costs: ReadCosts) -> None:
+        times = costs.times_as_long
+        numbers = [timeline.add_lane("nvme0", "nvme", f"I/O lane {number}") for number in range(len(times))]
+        self.lanes = [Lane(env, instant, timeline, number) for number in numbers]
+        self.costs = costs
+        if costs.shared:
+            crowd = Crowd(times)
+            for lane in self.lanes:
+                lane.join(crowd.share())
 
 
 class GpuLanes:
@@ -62,10 +77,11 @@ class GpuLanes:
         self.copy_slowdown = costs.copy_slowdown if scenario.copy_.contention else 1.0
         number = add_lanes(timeline, scenario.copy_.discipline, device, host)
         self.host = number["host"]
-        kind = QueueLane if scenario.copy_.discipline == "priority" else Lane
+        order = scenario.copy_.order()
+        kind = QueueLane if isinstance(order, ByRank) else Lane
         h2d = kind(env, instant, timeline, number["h2d"], costs.copy_lags)
-        if isinstance(h2d, QueueLane):
-            h2d.is_stale = is_stale
+        if isinstance(h2d, QueueLane) and isinstance(order, ByRank):
+            h2d.rank, h2d.is_stale = order.rank, is_stale
         self.copies = {H2D: h2d, PREFETCH_LANE: h2d}
         if "prefetch" in number:
             self.copies[PREFETCH_LANE] = Lane(env, instant, timeline, number["prefetch"], costs.copy_lags)
@@ -79,6 +95,7 @@ class GpuLanes:
         if uses_cpu(scenario):
             self._add_cpu(env, instant, device, streams)
         self._couple(streams, link)
+        self.drive = None if costs.reads is None else Drive(env, instant, timeline, costs.reads)
 
     def _add_cpu(self, env: simpy.Environment, instant: Instant, device: str, streams: list[Lane]) -> None:
         """Make the lane of the CPU, which shares the host's memory with the copies, and a stream for its results.
@@ -181,6 +198,11 @@ class GpuLanes:
     def transfer(self, expert: int) -> Transfer | None:
         """Return what the copy of an expert moves over the machine's links; None where nobody shares them."""
         return None if self._transfers is None else self._transfers[expert // self._experts]
+
+    def read_cost(self, expert: int) -> ReadCost:
+        """Return what reading an expert from the drive takes."""
+        assert self.costs.reads is not None
+        return self.costs.reads.by_layer[expert // self._experts]
 
     def decompress(self, expert: int) -> KernelCost:
         """Return what decompressing an expert takes."""

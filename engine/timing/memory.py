@@ -34,19 +34,25 @@ IN_ORDER, AS_READY, BY_RANK = range(3)
     L_KIND, L_GAP, L_GAP_DISTURBED, L_AFTER_OTHER, L_AFTER_OTHER_DISTURBED, L_AFTER_ISSUE_DISTURBED, L_SLOT, L_NUMBER,
     L_GPU, L_SHARING, L_TURNS, L_DISTURBERS, L_SLOWED_BY, L_NEIGHBORS, L_FIRST, L_LAST, L_ENTERING, L_LAST_ENTERING,
     L_NEXT, L_ACTIVE, L_FREE, L_START, L_SINCE, L_END, L_WAKE, L_KEEPS, L_WAITS_FOR_ENGINE, L_GOES_ON, L_LEFT,
-    L_STRETCH, L_LONGER, L_SHARING_FACTOR, LANE_WORDS,
-) = range(33)  # fmt: skip
+    L_STRETCH, L_LONGER, L_SHARING_FACTOR, L_CROWD, LANE_WORDS,
+) = range(34)  # fmt: skip
 
 #: A piece of work; `after` and `waiting` are lists of nodes: of work that must have ended, and of who waits for it.
 (
     W_NS, W_ALONE, W_ISSUED, W_KIND, W_VISIT, W_EXPERT, W_COPY, W_LANE, W_TRANSFER, W_RANK, W_TARGET, W_NUMBER,
-    W_PIECES, W_STARTED, W_CANCELLED, W_END, W_NEXT, W_AFTER, W_WAITING, W_REFERENCES, W_SLOWDOWN, WORK_WORDS,
-) = range(22)  # fmt: skip
+    W_PIECES, W_STARTED, W_CANCELLED, W_END, W_NEXT, W_AFTER, W_WAITING, W_REFERENCES, W_SLOWDOWN, W_HELD_BACK,
+    WORK_WORDS,
+) = range(23)  # fmt: skip
 
 #: A node of a list: what stands there, the next node, and, of who waits, what it is.
 N_WHAT, N_NEXT, N_WHO, NODE_WORDS = range(4)
-#: Who waits for the end of work: a lane to start, a thread to go on, work to join its queue, what arrives elsewhere.
-A_LANE, A_THREAD, A_WORK, AN_ARRIVAL = range(4)
+#: Who waits for the end of work: a lane to start, a thread to go on, work to join its queue, what arrives elsewhere,
+#: what stands for a copy's leaving a room of host memory, which it does when it is given up, too.
+A_LANE, A_THREAD, A_WORK, AN_ARRIVAL, A_DEPARTURE = range(5)
+
+#: What lanes share alike: how many are busy, and a list of them; then how many times as long work takes beside so many,
+#: from none on.
+CROWD_BUSY, CROWD_LANES, CROWD_TIMES = range(3)
 
 #: A GPU: what the host's calls take there; its lanes; its place in the program; its launch queue; the kernel that is
 #: being grouped; tables of shapes, of copies, and of what goes to other GPUs.
@@ -58,8 +64,8 @@ A_LANE, A_THREAD, A_WORK, AN_ARRIVAL = range(4)
     G_LAST_KERNEL, G_AFTER, G_CALLS, G_KERNEL_AFTER, G_INTERRUPTED, G_HELD, G_QUEUED, G_FIRST_LAUNCHED, G_LAUNCHED,
     G_RING, G_MEMBERS, G_MEMBER_NS, G_MOST_NS, G_MEMBER_LAUNCHES, G_MEMBER_HOST, G_EXCHANGE_NS, G_ASSIGNED, G_BUDGET,
     G_SHAPES, G_LAYERS, G_COPY_OF, G_SENDS, G_PEERS, G_ARRIVALS, G_MEMBER_SLOWDOWN, G_COPY_SLOWDOWN,
-    G_READBACK_SLOWDOWN, G_KINDS, G_PREDICT_LAUNCHES, G_PREDICT_HOST, G_PREDICT_ISSUE, GPU_WORDS,
-) = range(70)  # fmt: skip
+    G_READBACK_SLOWDOWN, G_KINDS, G_PREDICT_LAUNCHES, G_PREDICT_HOST, G_PREDICT_ISSUE, G_IO_LANES, G_READS, GPU_WORDS,
+) = range(72)  # fmt: skip
 
 #: A host thread: its number, its portion and place in it, when it goes on, and at which GPU it is.
 T_NUMBER, T_ROWS, T_CAPACITY, T_COUNT, T_AT, T_GOES_ON, T_GPU, T_GPUS, THREAD_WORDS = range(9)
@@ -72,6 +78,8 @@ DENSE_SHAPE, HEAD_SHAPE, EXPERT_SHAPE, LOW_SHAPE, UNPACK_SHAPE, CPU_SHAPE, TO_CP
 )
 #: What a copy takes, or a piece of it where a queue by rank has them; the transfer is what it moves over shared links.
 P_QUEUED, P_ALONE, P_PIECES, P_HOST, P_TRANSFER, P_CLASS, COPY_WORDS = range(7)
+#: What a read takes, by layer: a request, and the host's call.
+D_REQUEST, D_HOST, READ_WORDS = range(3)
 #: What goes to another GPU: its lane, what it takes, how much later it arrives, and at which GPU.
 M_LANE, M_QUEUED, M_ALONE, M_HOST, M_LATENCY, M_TRANSFER, M_LAG, M_TARGET, M_SLOWDOWN, MOVE_WORDS = range(10)
 

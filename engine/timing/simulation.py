@@ -17,19 +17,21 @@ from ...errors import InputError
 from ...resources.network import Network
 from ...resources.timeline import SPAN, Timeline
 from ...words import unknown_name
-from ..costs import Costs
+from ..costs.costs import Costs
 from ..decide.commands import COMPUTE, FIXED_REGISTERS, HOST, PREFETCH_LANE, SIDE
+from ..decide.dispatch import Visit
+from ..decide.host_memory import HostMemory, HostRooms
+from ..decide.memory_manager import MemoryManager
 from ..decide.program import Gpu, Program
-from ..decide.tables import Registers, Rooms
+from ..decide.registers import Registers
+from ..decide.tables import Rooms
 from ..decide.visit_commands import FROM_HOST, FROM_HOST_ASIDE, ON_GPU, ON_GPU_ASIDE, settings_array
 from ..decoder import collector_off
-from ..dispatch import Visit
 from ..gpu import _RECORDS, RESOLVED, Decoded, pack_resolved
 from ..links import HostLink
-from ..memory_manager import MemoryManager
 from ..policies.prefetch import Gauge
-from ..scenario import ON_GPU as ON_GPU_LANES
-from ..scenario import Scenario
+from ..scenario.scenario import ON_GPU as ON_GPU_LANES
+from ..scenario.scenario import Scenario
 from .host import Exchanges, GpuState, Thread
 from .lanes import Instant, Lane, Work
 from .machine import GpuLanes
@@ -44,7 +46,7 @@ class OneGpu:
     def __init__(
         self, engine: Simulation, number: int, manager: MemoryManager, costs: Costs, scenario: Scenario, *,
         prefetching: bool, most_tokens: int, host: str = "host", link: HostLink | None = None,
-        gauge: Gauge | None = None, lends: bool = False,
+        gauge: Gauge | None = None, lends: bool = False, host_memory: HostMemory | None = None,
     ) -> None:  # fmt: skip
         self.manager, self._scenario, self.most_tokens = manager, scenario, most_tokens
         self.drops_stale = scenario.copy_.drop_stale
@@ -66,8 +68,12 @@ class OneGpu:
         if gauge is not None:
             gauge.now_ns, gauge.backlog_ns = lambda: self.state.now_ns, self.lanes.backlog_ns
         engine.gpus.append(self)
-        rooms = Rooms(engine.registers, manager.assigned.values(), lends=lends)
-        self.gpu = Gpu(settings_of(scenario, costs, prefetching, number, lends), rooms, engine.registers)
+        registers = engine.registers.own()
+        rooms = Rooms(registers, manager.assigned.values(), lends=lends)
+        tier = None
+        if host_memory is not None and costs.reads is not None:
+            tier = HostRooms(host_memory, registers, [read.requests for read in costs.reads.by_layer])
+        self.gpu = Gpu(settings_of(scenario, costs, prefetching, number, lends), rooms, registers, tier)
 
     def note(self, visit: Visit) -> None:
         """Note what was decided."""
@@ -89,12 +95,14 @@ class OneGpu:
 
     def _is_stale(self, work: Work) -> bool:
         """Drop a queued prefetch whose target visit has been dispatched without it, if the scenario says so."""
-        is_demanded, target = work.rank[0] == 0, work.rank[1]
-        if not self._scenario.copy_.drop_stale or is_demanded or work.started or target >= self.state.visit:
+        wanted = work.wanted
+        if not self._scenario.copy_.drop_stale or wanted is None or wanted.demanded or work.started:
+            return False
+        if wanted.visit >= self.state.visit:
             return False
         if self.manager.assigned.get(work.expert) == work.copy:
             self.manager.cancel(work.expert)
-        work.cancelled = True
+        work.cancel(self.lanes.compute.now_ns)
         return True
 
 
@@ -174,22 +182,33 @@ def settings_of(
     scenario: Scenario, costs: Costs, prefetching: bool, gpu: int = 0, lends: bool = False
 ) -> npt.NDArray[np.int64]:
     """Return what a scenario says of every visit of a GPU."""
+    predicts = prefetching and costs.predict_ns > 0 and scenario.predictor.lane != "free"
+    return visit_settings(scenario, predicts=predicts, holds=costs.copies_hold_host, gpu=gpu, lends=lends)
+
+
+def visit_settings(
+    scenario: Scenario, *, predicts: bool = False, holds: bool = False, gpu: int = 0, lends: bool = False
+) -> npt.NDArray[np.int64]:
+    """Return the settings of every visit of a GPU, as an array named by SETTINGS.
+
+    `predicts`: a predictor takes time on its lane; `holds`: the host waits for the end of every copy.
+    """
     compression, lane = scenario.compression, scenario.predictor.lane
-    predicts = prefetching and costs.predict_ns > 0 and lane != "free"
     packing = {"none": (0, 0), "gpu": (ON_GPU, ON_GPU_ASIDE), "host": (FROM_HOST, FROM_HOST_ASIDE)}[compression.where]
     return settings_array(
         gpu=gpu,
         first_register=gpu * FIXED_REGISTERS,
         reads_back=scenario.dispatch.router_readback,
-        by_priority=scenario.copy_.discipline == "priority",
+        by_priority=scenario.copy_.by_rank,
         prefetch_first=scenario.prefetch.issue == "before_launch",
         resident_first=scenario.dispatch.expert_order == "resident_first",
         grouped=scenario.dispatch.expert_kernel == "grouped",
-        holds=costs.copies_hold_host,
+        holds=holds,
         predictor_lane={"gpu": SIDE, "compute": COMPUTE, "host": HOST}[lane] if predicts else -1,
         prefetch_lane=PREFETCH_LANE,
         packing=packing[compression.lane == "side"],
         lends=lends,
         awaits_guesses=predicts and lane in ON_GPU_LANES and scenario.prefetch.issued_by == "host",
         gpu_issues=scenario.prefetch.issued_by == "gpu",
+        tiers=scenario.tiers.host_budget != "all",
     )
