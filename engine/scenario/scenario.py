@@ -114,13 +114,18 @@ class _Section(BaseModel):
 
 
 class ModelSection(_Section):
-    """Which model, and what to change in it; with sizes = "trace", layers are as large as the trace says."""
+    """Which model, and what to change in it; with sizes = "trace", layers are as large as the trace says.
+
+    `preset` is a shipped name, a TOML file, a Hugging Face config.json or its folder, or a GGUF file. `dtype` is of the
+    routed experts, `bits_per_weight` of all matrices, where nothing else is known.
+    """
 
     preset: str = "mixtral-8x7b"
     layers: int | None = Field(default=None, ge=1)
     experts: int | None = Field(default=None, ge=1)
     top_k: int | None = Field(default=None, ge=1)
     dtype: str | None = None
+    bits_per_weight: float | None = Field(default=None, gt=0, le=64)
     expert_bytes: _Bytes | None = Field(default=None, ge=1)
     sizes: Literal["preset", "trace"] = "preset"
 
