@@ -268,17 +268,23 @@ def _sources(ready: Sequence[Prepared], engine: str) -> list[Source]:
     """Return what each GPU decides by, where compiled code decides on all of them."""
     if engine != "compiled":
         return []
-    from .decide.sources import Source, decided_in_python
+    from .decide.sources import decided_in_python
 
     sources = [
-        Source(
-            gpu.inputs.trace, gpu.inputs.steps, gpu.manager, gpu.prefetch, gpu.inputs.guesses,
-            gpu.inputs.scenario.prefetch.issue, gpu.inputs.budgets, make_miss(gpu.inputs),
-            gpu.inputs.scenario.tiers.host_budget != "all",
-        )
+        source_of(gpu.inputs, gpu.manager, gpu.prefetch, host_memory=gpu.inputs.scenario.tiers.host_budget != "all")
         for gpu in ready
-    ]  # fmt: skip
+    ]
     return [] if any(map(decided_in_python, sources)) else sources
+
+
+def source_of(inputs: Inputs, manager: MemoryManager, prefetch: Prefetch, *, host_memory: bool = False) -> Source:
+    """Return what one GPU decides by; `host_memory`: there is less of it than all experts take."""
+    from .decide.sources import Source
+
+    return Source(
+        inputs.trace, inputs.steps, manager, prefetch, inputs.guesses, inputs.scenario.prefetch.issue, inputs.budgets,
+        make_miss(inputs), host_memory,
+    )  # fmt: skip
 
 
 def engine_for(inputs: Inputs, engine: str) -> str:
