@@ -20,8 +20,8 @@ import numpy as np
 import orjson
 
 from ..engine.baselines import BASELINES, baseline_scenario, run_baseline
+from ..engine.costs.costs import part_costs
 from ..engine.loading.loading import load_inputs
-from ..engine.run import part_costs
 from ..engine.scenario.inputs import Inputs
 from ..engine.scenario.rows import Row
 from ..engine.scenario.scenario import Scenario, ScenarioError, make_scenario

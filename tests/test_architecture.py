@@ -42,10 +42,8 @@ FIRST_ENGINE = {
 }  # fmt: skip
 #: Imports that go up all the same, each with what would mend it.
 GO_UP = {
-    ("engine/loading/capacity.py", "engine/run.py"): "who decides in a run is made in run.py",
-    ("engine/loading/duration.py", "engine/run.py"): "the costs of each part are made in run.py",
-    ("engine/loading/loading.py", "engine/run.py"): "a pipeline's split is tried by running samples",
-    ("engine/loading/loading.py", "engine/measure/merge.py"): "a pipeline's split is tried by running samples",
+    ("engine/loading/loading.py", "engine/run.py"): "a searched split of a pipeline is found by running samples",
+    ("engine/loading/loading.py", "engine/measure/merge.py"): "a searched split of a pipeline is found by running samples",
 }
 #: Slow to import: never at module level, so that `--help` and a run without pictures are quick.
 LAZY = {"torch", "matplotlib", "networkx", "bokeh"}
