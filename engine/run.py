@@ -29,7 +29,7 @@ from .pipeline import StageRun, decode_stages, flow_of
 from .policies.eviction import EVICTION, Setting
 from .policies.prefetch import PREFETCH, Gauge, NoPrefetch, Options, Prefetch
 from .policies.prefetch_share import PREFETCH_SHARE
-from .scenario import ON_GPU, Scenario, ScenarioError, parse_budget
+from .scenario import Scenario, ScenarioError, parse_budget
 
 #: Called with what is running, and how many of how many layer visits are done.
 Progress = Callable[[str, int, int], None]
@@ -182,7 +182,7 @@ def run_all(
     inputs: Inputs, ready: Sequence[Prepared], watch: Watch = iter, engine: str = "lanes"
 ) -> list[measure.Recording]:
     """Simulate one run by one of ENGINES and return what was recorded on each GPU."""
-    check_engine(inputs, engine)
+    check_engine(engine)
     if engine != "lanes":
         return _run_commands(inputs, ready, watch, engine)
     if inputs.placed is not None:
@@ -237,19 +237,10 @@ def _run_commands(inputs: Inputs, ready: Sequence[Prepared], watch: Watch, engin
     return [_recording(gpu, found, host) for gpu, found, host in zip(ready, decoded, hosts, strict=True)]
 
 
-def check_engine(inputs: Inputs, engine: str) -> None:
-    """Raise ScenarioError if there is no such engine, or a run does not go by the commands that it carries out yet."""
-    scenario = inputs.scenario
+def check_engine(engine: str) -> None:
+    """Raise ScenarioError if there is no such engine."""
     if engine not in ENGINES:
         raise ScenarioError(unknown_name("engine", engine, ENGINES))
-    if engine == "lanes":
-        return
-    waits = inputs.predictor.latency_us and scenario.predictor.lane in ON_GPU and scenario.prefetch.issued_by == "host"
-    if inputs.placed is not None and waits and scenario.parallel.dispatch_threads != "one":
-        raise ScenarioError(
-            f"predictor.lane = {scenario.predictor.lane!r}: engine {engine!r} has no threads of several GPUs that wait "
-            "for guesses, each for its own, yet: choose 'lanes', or prefetch.issued_by = 'gpu'"
-        )
 
 
 def run(

@@ -129,7 +129,7 @@ def simulate_inputs(
     """Run what `load_inputs` loaded, as `simulate` does, by one of `run.ENGINES`; baselines go by lanes."""
     if not 0 <= replicates <= MOST_REPLICATES:
         raise InputError(f"replicates = {replicates:,}: must be 0 to {MOST_REPLICATES:,}")
-    check_engine(inputs, engine)
+    check_engine(engine)
     scenario, model = inputs.scenario, inputs.model
     costs = part_costs(inputs)
     began = time.perf_counter()

@@ -74,7 +74,9 @@ def test_a_shipped_scenario_ends_alike_by_lanes_by_simpy_and_compiled(name: str)
 @pytest.mark.parametrize("remote", ["tokens", "peer", "cost"])
 @pytest.mark.parametrize("threads", ["one", "per-gpu"])
 def test_gpus_that_share_experts_end_alike_by_simpy_and_compiled(remote: str, threads: str) -> None:
+    # The predictor on each GPU takes its time, and hosts wait for its guesses: each for its own, if they are several.
     chosen = ["workload.tokens=16", f"parallel.remote={remote}", f"parallel.dispatch_threads={threads}"]
+    chosen += ["predictor.latency_us=30", "predictor.lane=gpu"]
     inputs = load_inputs(load_scenario("placement-8", chosen))
     assert played(inputs, "compiled") == played(inputs, "simpy")
 
@@ -103,10 +105,6 @@ def test_random_scenarios_of_all_sections_end_alike(first: int, tmp_path: Path) 
     for seed in range(first, first + 20):
         inputs = accepted(seed, tmp_path)
         if inputs is None:
-            continue
-        try:
-            check_engine(inputs, "simpy")
-        except ScenarioError:
             continue
         assert played(inputs, "compiled") == played(inputs, "simpy"), f"seed {seed}"
         compared += 1
@@ -144,12 +142,9 @@ def test_a_visit_comes_to_these_commands() -> None:
     ]  # fmt: skip
 
 
-def test_what_does_not_go_by_commands_yet_is_refused_before_the_run() -> None:
-    waiting = ["workload.tokens=2", "predictor.latency_us=10", "parallel.dispatch_threads=per-gpu"]
-    with pytest.raises(ScenarioError, match=r"engine 'simpy' has no threads of several GPUs that wait for guesses"):
-        check_engine(load_inputs(load_scenario("placement-8", waiting)), "simpy")
+def test_an_engine_that_is_none_is_refused() -> None:
     with pytest.raises(ScenarioError, match=r"engine = 'simpie': choose one of lanes, simpy, compiled \(did you mean"):
-        check_engine(load_inputs(load_scenario("speed", ["workload.tokens=2"])), "simpie")
+        check_engine("simpie")
 
 
 def test_the_result_says_which_engine_ran() -> None:

@@ -8,6 +8,7 @@ together, since they share its experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,11 +19,12 @@ from ...resources.timeline import ACTIVATION, COMBINE, DENSE, DISPATCH, EXPERT, 
 from ...workloads.batches import Step
 from ..dispatch import Visit
 from ..placed import PlacedVisit
-from .commands import CHOICE, COMPUTE, FIXED_REGISTERS, OUTPUT, RESULTS, TOKENS, Op
+from .commands import CHOICE, COMPUTE, FIXED_REGISTERS, OUTPUT, RESULTS, TOKENS, Command, Op
 from .host_memory import HostRooms
 from .registers import Registers
 from .tables import Loans, Rooms, visit_tables
 from .visit_commands import (
+    AWAITS_GUESSES,
     COLUMNS,
     FIRST_REGISTER,
     GPU,
@@ -41,6 +43,42 @@ Program = Iterator[Iterator[Array]]
 #: Rows that any visit needs besides those of its accesses, copies and rooms, and the most for each of these.
 _SOME_ROWS, _ROWS_EACH = 64, 8
 _COLUMNS = ("kind", "lane", "layer", "tokens", "expert", "copy", "register", "peer", "extra")
+_TOKENS, _REGISTER, _EXTRA = (Command._fields.index(name) for name in ("tokens", "register", "extra"))
+
+#: What commands do to a register but change it: wait for it, or join it, which several parts may do in any order.
+_TO_REGISTERS = {Op.WAIT: Op.WAIT, Op.HOLD: Op.WAIT, Op.NOTICE: Op.WAIT, Op.PROMOTE: Op.WAIT, Op.JOIN: Op.JOIN}
+
+
+class Beside:
+    """Parts that threads carry out beside each other: what each does to registers, by its commands' numbers."""
+
+    def __init__(self) -> None:
+        self._parts: dict[int, dict[int, dict[Op, int]]] = {}  # by GPU and register: its last command of each kind
+
+    def ordered(self, gpu: int, commands: Array) -> Array:
+        """Return a part's commands, each behind those of the parts before that must have been ordered first."""
+        own: dict[int, dict[Op, int]] = {}
+        behind = dict.fromkeys(self._parts, 0)
+        found: list[Array] = []
+        for command in commands:
+            register = int(command[_REGISTER])
+            if register >= 0:
+                does = _TO_REGISTERS.get(Op(int(command[0])), Op.TOUCH)
+                for other, named in self._parts.items():
+                    last = max((at for did, at in named.get(register, {}).items() if _in_order(did, does)), default=0)
+                    if last > behind[other]:
+                        behind[other] = last
+                        row = Command(Op.BEHIND, gpu, *[-1] * 7, other, last)
+                        found.append(np.array(row, dtype=np.int64))
+                own.setdefault(register, {})[does] = len(found) + 1
+            found.append(command)
+        self._parts[gpu] = own
+        return np.array(found, dtype=np.int64).reshape(-1, COLUMNS)
+
+
+def _in_order(one: Op, other: Op) -> bool:
+    """Whether two things that commands do to one register must come one after the other."""
+    return one != other or one == Op.TOUCH
 
 
 class Rows:
@@ -61,6 +99,19 @@ class Rows:
     def add(self, op: Op, gpu: int, **columns: int) -> None:
         """Add a command by the names of its columns; what is left out is -1."""
         add(self.room_for(1), int(op), gpu, *(columns.get(name, -1) for name in _COLUMNS))
+
+    @contextmanager
+    def part(self, gpu: int, beside: Beside | None) -> Iterator[None]:
+        """Add the commands of a part; `beside` are those before it, if they may name the same registers."""
+        self.add(Op.PART, gpu)
+        first = int(self._rows[0, 0])
+        yield
+        if beside is not None:
+            commands = beside.ordered(gpu, self._rows[first + 1 : int(self._rows[0, 0]) + 1])
+            rows = self.room_for(len(commands))
+            rows[first + 1 : first + 1 + len(commands)] = commands
+            rows[0, 0] = first + len(commands)
+        self._rows[first, _EXTRA] = self._rows[0, 0] - first
 
     def portion(self) -> Array:
         """Return the commands since the last portion (commands, columns); they are valid until the next is begun."""
@@ -277,14 +328,18 @@ class SharedLayers:
         self._rows.add(Op.EXCHANGE, 0, kind=kind)
 
     def _serve(self, visit: PlacedVisit, phase: int) -> None:
+        """Order what each GPU serves; where threads of their own wait for guesses, none waits for another's."""
+        apart = not self._one and any(gpu.settings[AWAITS_GUESSES] for gpu in self._gpus)
+        beside = Beside() if any(gpu.settings[LENDS] for gpu in self._gpus) else None
         for gpu, own in zip(self._turns(), visit.visits, strict=True):
             loans = self._loans(visit, gpu.number) if gpu.settings[LENDS] else None
-            gpu.serve(self._rows, own, phase, loans)
+            with self._rows.part(gpu.number, beside) if apart else nullcontext():
+                gpu.serve(self._rows, own, phase, loans)
+                if own.accesses.experts:
+                    self._rows.add(Op.OUTPUT, gpu.number, register=gpu.register(OUTPUT))
             for register in self._left:
                 gpu.registers.give(register)
             self._left.clear()
-            if own.accesses.experts:
-                self._rows.add(Op.OUTPUT, gpu.number, register=gpu.register(OUTPUT))
 
     def _loans(self, visit: PlacedVisit, gpu: int) -> Loans:
         """Return what a GPU's copies have to do with other GPUs' memory, by register."""
