@@ -8,24 +8,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .engine.breakeven import break_even as break_even
-    from .engine.compare import compare as compare
-    from .engine.inference import InferenceConfig as InferenceConfig
-    from .engine.inference import InferenceSimulator as InferenceSimulator
-    from .engine.journal import read_rows as read_rows
-    from .engine.output.profiler_trace import load_timeline as load_timeline
-    from .engine.output.report import write_report as write_report
-    from .engine.output.saved import load_result as load_result
-    from .engine.output.saved import run_of as run_of
-    from .engine.output.summary import timeline_summary as timeline_summary
-    from .engine.replay import replay_trace as replay_trace
-    from .engine.scenario import Scenario as Scenario
-    from .engine.scenario import load_scenario as load_scenario
-    from .engine.scenario import make_scenario as make_scenario
+    from .engine.replay.replay import replay_trace as replay_trace
+    from .engine.scenario.scenario import Scenario as Scenario
+    from .engine.scenario.scenario import load_scenario as load_scenario
+    from .engine.scenario.scenario import make_scenario as make_scenario
     from .engine.simulate import Result as Result
     from .engine.simulate import simulate as simulate
-    from .engine.sweep import sweep as sweep
-    from .engine.virtual_memory import VirtualMemoryManager as VirtualMemoryManager
+    from .experiments.breakeven import break_even as break_even
+    from .experiments.compare import compare as compare
+    from .experiments.journal import read_rows as read_rows
+    from .experiments.sweep import sweep as sweep
+    from .guide.inference import InferenceConfig as InferenceConfig
+    from .guide.inference import InferenceSimulator as InferenceSimulator
+    from .guide.virtual_memory import VirtualMemoryManager as VirtualMemoryManager
+    from .output.profiler_trace import load_timeline as load_timeline
+    from .output.report import write_report as write_report
+    from .output.saved import load_result as load_result
+    from .output.saved import run_of as run_of
+    from .output.summary import timeline_summary as timeline_summary
     from .resources.profile import load_profile as load_profile
     from .workloads.importers import open_trace as open_trace
     from .workloads.model import Model as Model
@@ -35,31 +35,31 @@ if TYPE_CHECKING:
     from .workloads.trace import RoutingTrace as RoutingTrace
 
 _HOME = {
-    "InferenceConfig": "engine.inference",
-    "InferenceSimulator": "engine.inference",
+    "InferenceConfig": "guide.inference",
+    "InferenceSimulator": "guide.inference",
     "Model": "workloads.model",
     "Result": "engine.simulate",
     "RoutingTrace": "workloads.trace",
-    "Scenario": "engine.scenario",
-    "VirtualMemoryManager": "engine.virtual_memory",
-    "break_even": "engine.breakeven",
-    "compare": "engine.compare",
+    "Scenario": "engine.scenario.scenario",
+    "VirtualMemoryManager": "guide.virtual_memory",
+    "break_even": "experiments.breakeven",
+    "compare": "experiments.compare",
     "load_model": "workloads.model",
     "load_profile": "resources.profile",
-    "load_result": "engine.output.saved",
-    "load_scenario": "engine.scenario",
-    "load_timeline": "engine.output.profiler_trace",
-    "make_scenario": "engine.scenario",
+    "load_result": "output.saved",
+    "load_scenario": "engine.scenario.scenario",
+    "load_timeline": "output.profiler_trace",
+    "make_scenario": "engine.scenario.scenario",
     "open_trace": "workloads.importers",
-    "read_rows": "engine.journal",
+    "read_rows": "experiments.journal",
     "record": "workloads.recorder",
-    "replay_trace": "engine.replay",
-    "run_of": "engine.output.saved",
+    "replay_trace": "engine.replay.replay",
+    "run_of": "output.saved",
     "simulate": "engine.simulate",
-    "sweep": "engine.sweep",
+    "sweep": "experiments.sweep",
     "synthesize": "workloads.synthetic",
-    "timeline_summary": "engine.output.summary",
-    "write_report": "engine.output.report",
+    "timeline_summary": "output.summary",
+    "write_report": "output.report",
 }
 __all__ = sorted(_HOME)
 

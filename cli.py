@@ -170,11 +170,11 @@ def run(
 
     The README lists every key; a key or name that does not exist is refused with those that do.
     """
-    from .engine.loading import load_inputs
-    from .engine.output.files import write_result
-    from .engine.scenario import load_scenario
+    from .engine.loading.loading import load_inputs
+    from .engine.scenario.scenario import load_scenario
     from .engine.simulate import simulate_inputs
     from .files import check_folder, made_folder
+    from .output.files import write_result
 
     inputs = load_inputs(load_scenario(scenario, settings or ()))
     if out is not None:
@@ -195,7 +195,7 @@ def run(
     if json:
         _print_json(result.json_data())
         return
-    from .engine.output.tables import print_result
+    from .output.tables import print_result
 
     print_result(result.json_data())
     for line in written:
@@ -234,8 +234,8 @@ def sweep(
     with `prestage run sweep.jsonl#KEY`. On several machines: `dask scheduler` on one, `dask worker ADDRESS --nthreads 1
     --nworkers N` on each, then --cluster ADDRESS.
     """
-    from .engine.grid import parse_grid
-    from .engine.sweep import sweep as run_sweep
+    from .experiments.grid import parse_grid
+    from .experiments.sweep import sweep as run_sweep
 
     try:
         with _progress(log_every_s=30) as progress:
@@ -257,7 +257,7 @@ def sweep(
     if json:
         _print_json({"rows": len(rows), "errors": len(failed), "file": str(out)})
     else:
-        from .engine.output.tables import print_sweep
+        from .output.tables import print_sweep
 
         print_sweep(rows)
         typer.echo(f"{out}: {len(rows):,} rows" + (f", {len(failed):,} of them with an error" if failed else ""))
@@ -289,8 +289,8 @@ def suite(
     report.html, suite.json, suite.md, figures and a journal of rows for each sweep, which `prestage plot` also draws.
     """
     from .calibration.transfer import from_profile, measurement
-    from .engine.output.suite_report import write_suite
-    from .engine.suite import load_suite, run_suite
+    from .experiments.suite import load_suite, run_suite
+    from .experiments.suite_report import write_suite
     from .files import check_folder
     from .resources.profile import load_profile
 
@@ -314,7 +314,7 @@ def suite(
     if json:
         _print_json(finished.data)
         return
-    from .engine.output.tables import print_suite
+    from .output.tables import print_suite
 
     print_suite(finished.data)
     for path in written:
@@ -352,13 +352,13 @@ def plot(
       prestage plot pareto sweep.jsonl -o pareto.png
       prestage plot tornado sweep.jsonl -o tornado.png
     """
-    from .engine.insights import InsightError
-    from .engine.journal import sweep_rows
-    from .engine.output.charts import CHARTS, plot_sweep
-    from .engine.output.figures import FIGURES
-    from .engine.output.figures_static import draw
-    from .engine.output.plots import check_picture, save
-    from .engine.output.saved import load_results
+    from .experiments.insights import InsightError
+    from .experiments.journal import sweep_rows
+    from .output.charts import CHARTS, plot_sweep
+    from .output.figures import FIGURES
+    from .output.figures_static import draw
+    from .output.plots import check_picture, save
+    from .output.saved import load_results
     from .words import unknown_name
 
     check_picture(out)
@@ -396,9 +396,9 @@ def report(
 
     `prestage plot KIND` draws each of its figures for print.
     """
-    from .engine.output.page import check_page
-    from .engine.output.report import write_report
-    from .engine.output.saved import load_results
+    from .output.page import check_page
+    from .output.report import write_report
+    from .output.saved import load_results
 
     check_page(out)
     write_report(load_results(results), out, all_spans=all_spans)
@@ -423,14 +423,14 @@ def topology(
       prestage topology h200-hgx-x8 -o hgx.png
       prestage topology rtx4090-x4 --json
     """
-    from .engine.output.machine import describe, load_links, machine_of, print_machine
-    from .engine.output.plots import check_picture, save
+    from .output.machine import describe, load_links, machine_of, print_machine
+    from .output.plots import check_picture, save
 
     if out is not None:
         check_picture(out)
     data = describe(machine_of(machine), load_links(result) if result is not None else ())
     if out is not None:
-        from .engine.output.machine_plot import plot_machine
+        from .output.machine_plot import plot_machine
 
         save(plot_machine(data), out)
     if json:
@@ -462,24 +462,24 @@ def compare(
       prestage compare default default,prefetch.lookahead=0
       prestage compare gpt-oss-20b gpt-oss-20b,copy.discipline=priority --set workload.tokens=50 --plot waterfall.png
     """
-    from .engine.compare import compare as compare_runs
-    from .engine.compare import load_run, waterfall
-    from .engine.output.plots import check_picture
+    from .experiments.compare import compare as compare_runs
+    from .experiments.compare import load_run, waterfall
+    from .output.plots import check_picture
 
     if plot is not None:
         check_picture(plot)
     loaded = {name: load_run(name, settings or ()) for name in runs}
     data = compare_runs(loaded)
     if plot is not None:
-        from .engine.output.charts import plot_waterfall
-        from .engine.output.plots import save
+        from .output.charts import plot_waterfall
+        from .output.plots import save
 
         first, *others = loaded
         save(plot_waterfall({name: waterfall(loaded[first], loaded[name]) for name in others}, first), plot)
     if json:
         _print_json(data)
         return
-    from .engine.output.tables import print_comparison
+    from .output.tables import print_comparison
 
     print_comparison(data)
     if plot is not None:
@@ -506,10 +506,10 @@ def breakeven(
 
     The predictor is the oracle, whatever the scenario's; its time (predictor.latency_us, lane) counts.
     """
-    from .engine.breakeven import break_even
-    from .engine.grid import parse_grid
-    from .engine.output.plots import check_picture
-    from .engine.scenario import load_scenario
+    from .engine.scenario.scenario import load_scenario
+    from .experiments.breakeven import break_even
+    from .experiments.grid import parse_grid
+    from .output.plots import check_picture
 
     if plot is not None:
         check_picture(plot)
@@ -525,14 +525,14 @@ def breakeven(
             progress=progress,
         )
     if plot is not None:
-        from .engine.output.charts import plot_break_even
-        from .engine.output.plots import save
+        from .output.charts import plot_break_even
+        from .output.plots import save
 
         save(plot_break_even(data), plot)
     if json:
         _print_json(data)
         return
-    from .engine.output.tables import print_break_even
+    from .output.tables import print_break_even
 
     print_break_even(data)
     if plot is not None:
@@ -564,7 +564,7 @@ def replay(
       prestage replay log.route.csv --budget 4000MiB --json
       prestage replay trace.npz --budget 512experts --scope per-layer --lookup single
     """
-    from .engine.replay import replay_trace
+    from .engine.replay.replay import replay_trace
 
     data = replay_trace(
         _open_trace(trace),
@@ -581,7 +581,7 @@ def replay(
     if json:
         _print_json(data)
         return
-    from .engine.output.tables import print_replay
+    from .output.tables import print_replay
 
     print_replay(data)
 
@@ -602,13 +602,13 @@ def reproduce(
       prestage reproduce inference caching
       prestage reproduce virtual-memory --json
     """
-    from .engine import reproduce as published
+    from .guide import reproduce as published
 
     data = published.reproduce(tables or ())
     if json:
         _print_json({"tables": data})
         return
-    from .engine.output.tables import print_reproduction
+    from .output.tables import print_reproduction
 
     print_reproduction(data)
 
@@ -641,8 +641,8 @@ def mrc(
     Is it the policy, or the working set? Where experts are of one size, and those of a visit fit, `belady` is the
     fewest misses that any policy could have on demand; where sizes differ, another one may have fewer.
     """
-    from .engine.miss_ratio import DEFAULT_POLICIES, miss_ratio_curves
-    from .engine.output.files import check_miss_ratio_path, write_miss_ratios
+    from .engine.replay.miss_ratio import DEFAULT_POLICIES, miss_ratio_curves
+    from .output.files import check_miss_ratio_path, write_miss_ratios
 
     for path in out or ():
         check_miss_ratio_path(path)
@@ -664,7 +664,7 @@ def mrc(
     if json:
         _print_json(data)
         return
-    from .engine.output.tables import print_miss_ratios
+    from .output.tables import print_miss_ratios
 
     print_miss_ratios(data)
     for path in out or ():
@@ -689,7 +689,7 @@ def trace_info(
     if json:
         _print_json(data)
         return
-    from .engine.output.tables import print_trace
+    from .output.tables import print_trace
 
     print_trace(data)
 
@@ -787,7 +787,7 @@ def trace_fit(
     if json:
         _print_json(data)
         return
-    from .engine.output.tables import print_fit
+    from .output.tables import print_fit
 
     print_fit(data)
 
@@ -943,7 +943,7 @@ def calibrate_fit(
     if json:
         _print_json(fit_data(fitted))
         return
-    from .engine.output.tables import print_calibration
+    from .output.tables import print_calibration
 
     print_calibration(fit_data(fitted))
     typer.echo(str(out))
@@ -961,7 +961,7 @@ def calibrate_fit_run(
     """Fit a drive, its lanes and the compute to the beginning of a published run."""
     from .calibration.fit import write_profile
     from .calibration.published_run import fit_run, fit_text, load_log
-    from .engine.scenario import load_scenario
+    from .engine.scenario.scenario import load_scenario
     from .files import check_file
 
     check_file(out)
@@ -984,7 +984,7 @@ def calibrate_check_run(
 ) -> None:
     """Simulate a published run and compare its tokens with the log, and with a straight line in bytes read."""
     from .calibration.published_run import check_run, check_text, load_log
-    from .engine.scenario import load_scenario
+    from .engine.scenario.scenario import load_scenario
 
     report = check_run(load_scenario(scenario, settings or ()), load_log(log), after)
     if json:
@@ -1116,13 +1116,13 @@ def benchmark_transfer(
         with _progress() as progress:
             report = transfer.from_samples(measure(gpu, FULL, progress, TRANSFERS))
     if out is not None:
-        from .engine.output.plots import plot_transfer, save
+        from .output.plots import plot_transfer, save
 
         save(plot_transfer(report), out)
     if json:
         _print_json(report)
         return
-    from .engine.output.tables import print_transfer
+    from .output.tables import print_transfer
 
     print_transfer(report)
     if out is not None:
@@ -1237,7 +1237,7 @@ def predictor_evaluate(
     if json:
         _print_json(data)
         return
-    from .engine.output.tables import print_predictors
+    from .output.tables import print_predictors
 
     print_predictors(data, layers=layers)
 
@@ -1263,9 +1263,9 @@ def timeline_import(
     The median, interquartile range and number of each kernel (--json: as `samples`) are what a profile's costs carry.
     What is odd in the file is read as far as it can be; how much was repaired or left out is said (--json: `reading`).
     """
-    from .engine.output.profiler_trace import load_timeline, write_imported
-    from .engine.output.summary import kernel_costs, timeline_summary
     from .files import check_file
+    from .output.profiler_trace import load_timeline, write_imported
+    from .output.summary import kernel_costs, timeline_summary
 
     if out is not None:
         check_file(out)
@@ -1277,7 +1277,7 @@ def timeline_import(
     if json:
         _print_json({**summary, "kernels": costs})
         return
-    from .engine.output.tables import print_kernels, print_timelines
+    from .output.tables import print_kernels, print_timelines
 
     print_timelines({trace.name: summary})
     if kernels:
@@ -1295,8 +1295,8 @@ def timeline_summaries(
 
     Such as `prestage timeline summary prestage-out/timeline.json.gz trace.json.gz`.
     """
-    from .engine.output.profiler_trace import load_timeline
-    from .engine.output.summary import timeline_summary
+    from .output.profiler_trace import load_timeline
+    from .output.summary import timeline_summary
 
     named = {path.name for path in traces}
     names = [path.name if len(named) == len(traces) else str(path) for path in traces]
@@ -1307,7 +1307,7 @@ def timeline_summaries(
     if json:
         _print_json(summaries)
         return
-    from .engine.output.tables import print_timelines
+    from .output.tables import print_timelines
 
     print_timelines(summaries)
 

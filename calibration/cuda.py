@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..dtypes import DTYPES
-from ..engine.costs import DENSE_PRODUCTS
+from ..engine.costs.costs import DENSE_PRODUCTS
 from ..errors import InputError
 from ..workloads.model import Model
 

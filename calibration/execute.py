@@ -23,11 +23,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ..engine.decoder import collector_off
-from ..engine.inputs import Inputs
-from ..engine.loading import load_inputs
+from ..engine.loading.loading import load_inputs
 from ..engine.pipeline import flow_of, sent_bytes
 from ..engine.run import Progress
-from ..engine.scenario import Scenario, ScenarioError, load_scenario
+from ..engine.scenario.inputs import Inputs
+from ..engine.scenario.scenario import Scenario, ScenarioError, load_scenario
 from ..errors import InputError
 from .clocks import Clocks
 from .cuda import Calls, CudaError, Gpu
@@ -115,18 +115,19 @@ def _alone(part: Part) -> _Program:
 
 
 def _in_turn(parts: Sequence[Part]) -> _Program:
-    """Return the program of a thread that serves each step at all its GPUs, one after the other."""
+    """Return the program of a thread that serves several GPUs, turn by turn."""
     if len(parts) == 1:
         return parts[0].program, [np.arange(len(parts[0].program))]
     calls: list[Calls] = []
     places: list[list[int]] = [[] for _ in parts]
     begun = [0] * len(parts)
-    for ends in zip(*(part.step_ends for part in parts), strict=True):
-        for number, (part, end) in enumerate(zip(parts, ends, strict=True)):
-            calls.append(part.turn)
-            places[number] += range(len(calls), len(calls) + end - begun[number])
-            calls += part.program[begun[number] : end]
-            begun[number] = end
+    turns = sorted((turn, number, end) for number, part in enumerate(parts) for turn, end in part.turns)
+    for _, number, end in turns:
+        part = parts[number]
+        calls.append(part.turn)
+        places[number] += range(len(calls), len(calls) + end - begun[number])
+        calls += part.program[begun[number] : end]
+        begun[number] = end
     return calls, [np.array(steps) for steps in places]
 
 

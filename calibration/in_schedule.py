@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from ..engine.costs import DENSE_PRODUCTS
-from ..engine.loading import load_inputs
-from ..engine.scenario import Scenario
+from ..engine.costs.costs import DENSE_PRODUCTS
+from ..engine.loading.loading import load_inputs
+from ..engine.policies.copy_order import Fifo
+from ..engine.scenario.scenario import Scenario
 from ..resources.timeline import ACTIVATION, DENSE, EXPERT, HEAD, READBACK
 from ..workloads.model import Model, load_model
 from .measured import Measured, Numbers, Times
@@ -165,8 +166,8 @@ class _Observer:
         self._dispatch = settings.dispatch.mode
         # Where the queue of launches may be full, or the host looks after copies too, calls take longer.
         one_thread = stage.passing is None or settings.parallel.dispatch_threads == "one"
-        self._times_host = one_thread and settings.dispatch.router_readback and settings.copy_.discipline != "priority"
-        self._times_copies = settings.copy_.discipline == "fifo" and not settings.copy_.chunk_bytes
+        self._times_host = one_thread and settings.dispatch.router_readback and not settings.copy_.by_rank
+        self._times_copies = settings.copy_.order is Fifo and not settings.copy_.chunk_bytes
         starts_ns, ends_ns = _copied(spans, times)
         by_start = np.argsort(starts_ns, kind="stable")
         before_ns = np.maximum.accumulate(ends_ns[by_start])[:-1]
@@ -178,7 +179,7 @@ class _Observer:
     def observe(self) -> Iterator[Observation]:
         """Yield what is to be seen, span by span."""
         spans, times = self._spans, self._times
-        if self._settings.copy_.discipline == "two_streams":
+        if self._settings.copy_.order.prefetch_stream:
             for overlap_ns in self._overlaps_ns:
                 yield "copies_at_once", {"bytes": self._model.expert_bytes[0]}, overlap_ns
         stamp_ns, first = 0, True
@@ -294,7 +295,7 @@ class _Observer:
             yield "readback", key, end_ns - start_ns
         else:
             yield "readback_late", key, end_ns - issued_ns
-        if self._times.waits_from_ns[visit] <= end_ns and self._settings.copy_.discipline != "priority":
+        if self._times.waits_from_ns[visit] <= end_ns and not self._settings.copy_.by_rank:
             yield "synchronize", key, int(self._times.choice_known_ns[visit]) - end_ns
 
 

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..bounded import read_json
 from ..engine.gpu import add_lanes
-from ..engine.scenario import Scenario, make_scenario
+from ..engine.scenario.scenario import Scenario, make_scenario
 from ..errors import InputError
 from ..files import replacing
 from ..resources.timeline import ACTIVATION, DEMAND, DENSE, EXPERT, HEAD, LAUNCH, PREFETCH, READBACK, Timeline

@@ -18,14 +18,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..engine.inputs import Inputs
+from ..engine.policies.copy_order import ByRank, QueuedCopy, Rank
+from ..engine.scenario.inputs import Inputs
 from ..errors import InputError
 from ..resources.timeline import ACTIVATION, DENSE, EXPERT, HEAD, PREFETCH, READBACK
 from .clocks import Clocks
 from .cuda import Call, Calls, CudaError, Workload, run
 from .host import Cores
 from .measured import Times
-from .plan import COPIES, Entry, Plan
+from .plan import COPIES, STREAMS, Entry, Plan
 
 #: Bytes of host memory that the experts' copies alias if they need more.
 POOL_BYTES = 3 * 2**30
@@ -129,8 +130,9 @@ class Part:
         # A copy is made by the GPU that the bytes come from.
         copying = gpu if shared.peer is None else shared.peer
         self._behind = None if shared.peer is None else gpu.stream()
-        self._streams = {"compute": self._compute, "d2h": self._compute, "h2d": copying.stream()}
-        self._streams |= {"prefetch": copying.stream(), "peer": gpu.stream()}
+        streams = {"compute": self._compute, "h2d": copying.stream(), "prefetch": copying.stream()}
+        streams["peer"] = gpu.stream()
+        self._streams = {lane: streams[name] for lane, name in STREAMS.items()}
         copies_clock = clock if shared.peer is None else clock + 1
         self._choice = gpu.empty(most_tokens * model.top_k, dtype="int32")
         self._host_choice = gpu.host_empty(most_tokens * model.top_k, dtype="int32")
@@ -144,9 +146,10 @@ class Part:
                 self._ends[entry.mark] = sends.ends[self._step_of(entry)]
             elif entry.kind in COPIES:
                 self._clocks[entry.mark : entry.mark + entry.marks] = [copies_clock] * entry.marks
-        self._queue = _CopyQueue(plan.entries, self._ends) if scenario.copy_.discipline == "priority" else None
+        order = scenario.copy_.order()
+        self._queue = _CopyQueue(plan.entries, self._ends, order) if isinstance(order, ByRank) else None
         self.program: list[Calls] = []
-        self.step_ends: list[int] = []
+        self.turns: list[tuple[int, int]] = []
         self._stamp_of: list[int] = []
         self._wait_stamps: list[tuple[int, int, int]] = []
         self._lay_out()
@@ -160,10 +163,13 @@ class Part:
     # From entries to calls.
 
     def _lay_out(self) -> None:
-        """Make the calls of each step of the program; note the step of each entry, and the steps around each wait."""
+        """Make the calls of each step of the program; note the step of each entry, and the steps around each wait.
+
+        `turns` are the plan's, by steps of the program in place of entries.
+        """
         program, plan = self.program, self.plan
         poll: Calls = ((self._queue.poll, ()),) if self._queue is not None else ()
-        ends = set(plan.step_ends)
+        turn_of = {end: turn for turn, end in plan.turns}
         for number, entry in enumerate(plan.entries):
             program.append(poll + self._promotes(entry) + self._calls(number, entry))
             self._stamp_of.append(len(program) - 1)
@@ -172,11 +178,11 @@ class Part:
                 wait: Call = (end.synchronize, ()) if self._queue is None else (self._queue.wait_for, (end,))
                 program.append((wait,))
                 self._wait_stamps.append((entry.visit, len(program) - 2, len(program) - 1))
-            if number + 1 in ends:
-                self.step_ends.append(len(program))
+            if number + 1 in turn_of:
+                self.turns.append((turn_of[number + 1], len(program)))
         if self._queue is not None:
             program.append(((self._queue.drain, ()),))
-            self.step_ends[-1] += 1
+            self.turns[-1] = (self.turns[-1][0], len(program))
 
     def _calls(self, number: int, entry: Entry) -> Calls:
         if entry.kind == ACTIVATION:
@@ -223,7 +229,7 @@ class Part:
     def _promotes(self, entry: Entry) -> Calls:
         if self._queue is None:
             return ()
-        return tuple((self._queue.promote, (other, entry.visit)) for other in entry.promotes)
+        return tuple(self._queue.demand(other, entry.visit) for other in entry.promotes)
 
     def _waits(self, entry: Entry) -> Calls:
         """Return the calls that make an entry's stream wait for others; what is not enqueued yet is waited for here."""
@@ -310,42 +316,47 @@ class Part:
 
 
 class _CopyQueue:
-    """The host-side queue of the priority discipline: demand first, then the nearest; one copy under way at a time.
+    """The host-side queue of an order by rank; one copy under way at a time.
 
     The host thread itself looks (`poll`) whether the copy under way has ended, before each entry and while it waits.
     """
 
-    def __init__(self, entries: Sequence[Entry], ends: Sequence[Any]) -> None:
-        self._entries, self._ends = entries, ends
+    def __init__(self, entries: Sequence[Entry], ends: Sequence[Any], order: ByRank) -> None:
+        self._entries, self._ends, self._order = entries, ends, order
         self._pieces: dict[int, list[Calls]] = {}
+        self._first_rank: dict[int, Rank] = {}
         self.clear()
 
     def prepare(self, number: int, pieces: list[Calls]) -> Calls:
         """Say what makes each piece of a copy, and return the call that queues it."""
-        self._pieces[number] = pieces
+        self._pieces[number], entry = pieces, self._entries[number]
+        self._first_rank[number] = self._order.rank(QueuedCopy(entry.kind != PREFETCH, entry.target, entry.expert))
         return ((self.push, (number,)),)
+
+    def demand(self, number: int, visit: int) -> Call:
+        """Return the call by which a visit demands a copy that may still be queued."""
+        return self.promote, (number, self._order.rank(QueuedCopy(True, visit, self._entries[number].expert)))
 
     def clear(self) -> None:
         """Forget the last run."""
         #: Of each span, when its copy was enqueued (-1: it was not).
         self.issued_ns = array("q", [-1]) * len(self._ends)
-        self._heap: list[tuple[tuple[int, int], int]] = []
-        self._rank: dict[int, tuple[int, int]] = {}  # what is queued
+        self._heap: list[tuple[Rank, int]] = []
+        self._rank: dict[int, Rank] = {}  # what is queued
         self._next_piece: dict[int, int] = {}
         self._under_way: Any = None
 
     def push(self, number: int) -> None:
         """Queue a copy; one into the same room that nobody has used need not be made any more."""
-        entry = self._entries[number]
-        self._rank.pop(entry.overtakes, None)
+        self._rank.pop(self._entries[number].overtakes, None)
         self._next_piece[number] = 0
-        self._queue(number, (int(entry.kind == PREFETCH), entry.target))
+        self._queue(number, self._first_rank[number])
         self.poll()
 
-    def promote(self, number: int, visit: int) -> None:
-        """Give a queued prefetch that is demanded now a demand's rank."""
+    def promote(self, number: int, rank: Rank) -> None:
+        """Give a copy that is still queued, and is demanded now, its rank."""
         if number in self._rank:
-            self._queue(number, (0, visit))
+            self._queue(number, rank)
 
     def poll(self) -> None:
         """Enqueue the next piece of the first copy, if none is under way."""
@@ -374,11 +385,11 @@ class _CopyQueue:
         while self._rank:
             self.poll()
 
-    def _queue(self, number: int, rank: tuple[int, int]) -> None:
+    def _queue(self, number: int, rank: Rank) -> None:
         self._rank[number] = rank
         heapq.heappush(self._heap, (rank, number))
 
-    def _enqueue(self, number: int, rank: tuple[int, int]) -> None:
+    def _enqueue(self, number: int, rank: Rank) -> None:
         pieces, piece = self._pieces[number], self._next_piece[number]
         run(pieces[piece])
         mark = self._entries[number].mark + piece

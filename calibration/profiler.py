@@ -13,8 +13,8 @@ from pathlib import Path
 
 import orjson
 
-from ..engine.output.export import packing
 from ..files import replacing
+from ..output.export import packing
 
 #: Runs under the profiler before the one that is kept: its first use loads what it needs.
 _WARM_UP = 1

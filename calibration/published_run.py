@@ -18,13 +18,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ..bounded import read
-from ..engine.inputs import Inputs
-from ..engine.loading import load_inputs
-from ..engine.output.merge import served
-from ..engine.output.metrics import Recording
-from ..engine.output.speed import Serving, decode_times_ns
+from ..engine.loading.loading import load_inputs
+from ..engine.measure.merge import served
+from ..engine.measure.metrics import Recording
+from ..engine.measure.speed import Serving, decode_times_ns
 from ..engine.run import part_costs, prepared, run_all
-from ..engine.scenario import Scenario, ScenarioError
+from ..engine.scenario.inputs import Inputs
+from ..engine.scenario.scenario import Scenario, ScenarioError
 from ..errors import InputError
 from ..resources.profile import Profile
 

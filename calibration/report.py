@@ -8,9 +8,9 @@ from typing import Any
 
 import orjson
 
-from ..engine.output.markdown import table
-from ..engine.output.plots import plot_errors, save
 from ..files import replacing_folder, write_file
+from ..output.markdown import table
+from ..output.plots import plot_errors, save
 
 
 def write_report(report: dict[str, Any], folder: Path) -> list[Path]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..engine.scenario import Scenario, make_scenario
+from ..engine.scenario.scenario import Scenario, make_scenario
 
 
 @dataclass(frozen=True)

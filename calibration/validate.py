@@ -14,16 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from ..engine.costs import Costs
+from ..engine.costs.costs import Costs
+from ..engine.costs.uncertainty import replicate_costs
+from ..engine.decide.memory_manager import DEMANDED, PREFETCHED
 from ..engine.gpu import Decoded
-from ..engine.inputs import Inputs
-from ..engine.loading import load_inputs
-from ..engine.memory_manager import DEMANDED, PREFETCHED
-from ..engine.output.merge import makespan_ns as run_ns
-from ..engine.output.metrics import LATE, Recording, time_split
-from ..engine.replicates import replicate_costs
+from ..engine.loading.loading import load_inputs
+from ..engine.measure.merge import makespan_ns as run_ns
+from ..engine.measure.metrics import LATE, Recording, time_split
 from ..engine.run import part_costs, prepared, run_all
-from ..engine.scenario import Scenario
+from ..engine.scenario.inputs import Inputs
+from ..engine.scenario.scenario import Scenario
 from ..engine.stages import with_profile
 from ..resources.profile import Duration, DurationBesideCopy, Profile, TransferCost
 from ..resources.timeline import LAUNCH, PREFETCH, covered_ns
@@ -124,7 +124,7 @@ def _identities(recording: Recording) -> Any:
 
 def _same_spans(executed: Recording, simulated: Recording, scenario: Scenario) -> bool:
     """Whether the same kernels and copies were made; which queued prefetches are given up is a matter of time."""
-    queued = scenario.copy_.discipline == "priority"
+    queued = scenario.copy_.by_rank
     counts = []
     for recording in (executed, simulated):
         what, _ = _identities(recording)

@@ -14,14 +14,14 @@ from typing import Any
 import simpy
 
 from ..workloads.batches import Step
-from .costs import Costs
+from .costs.costs import Costs
+from .decide.dispatch import Visit
 from .decide.host_memory import HostMemory
-from .dispatch import Visit
+from .decide.memory_manager import MemoryManager
 from .gpu import Decoded, Gpu
-from .memory_manager import MemoryManager
 from .offloaded import OffloadedGpu
 from .policies.prefetch import Gauge
-from .scenario import Scenario
+from .scenario.scenario import Scenario
 from .undisturbed import UndisturbedGpu, undisturbed
 
 

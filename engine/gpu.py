@@ -44,13 +44,14 @@ from ..resources.timeline import (
     Timeline,
 )
 from ..workloads.batches import DECODE, PREFILL, Step
-from .costs import Costs, KernelCost
+from .costs.costs import Costs, KernelCost
+from .decide.dispatch import Visit, launch_order
 from .decide.host_memory import HostMemory
-from .dispatch import Visit, launch_order
+from .decide.memory_manager import Admission, MemoryManager
 from .links import HostLink
-from .memory_manager import Admission, MemoryManager
+from .policies.copy_order import COPY_ORDERS
 from .policies.prefetch import Gauge
-from .scenario import ON_GPU, Scenario
+from .scenario.scenario import ON_GPU, Scenario
 from .tiers import Drive
 
 #: One access: the visit, the copy that held the expert's bytes, and how many of the batch's tokens chose it.
@@ -105,7 +106,7 @@ def add_lanes(timeline: Timeline, discipline: str, device: str = "gpu0", host: s
         "d2h": timeline.add_lane(device, "d2h", "copy engine D2H"),
         "h2d": timeline.add_lane(device, "h2d", "copy engine H2D"),
     }
-    if discipline == "two_streams":
+    if COPY_ORDERS[discipline].prefetch_stream:
         number["prefetch"] = timeline.add_lane(device, "h2d", "copy engine H2D, prefetch stream")
     number["compute"] = timeline.add_lane(device, "compute", "compute stream")
     return number

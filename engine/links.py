@@ -17,8 +17,8 @@ from ..resources.network import Network, Transfer, contended
 from ..resources.profile import DurationBesideCopy, Profile
 from ..resources.timeline import Timeline
 from ..resources.topology import Route, Topology
-from .costs import Costs
-from .scenario import Scenario, ScenarioError
+from .costs.costs import Costs
+from .scenario.scenario import Scenario, ScenarioError
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ from ..resources.network import Network
 from ..resources.timeline import COMBINE, DENSE, DISPATCH, EXPERT, HEAD, PEER
 from ..resources.topology import Route, Topology
 from ..workloads.batches import Step
-from .costs import KernelCost
+from .costs.costs import KernelCost
+from .decide.memory_manager import Admission
 from .decoder import collector_off
 from .gpu import Decoded, Gpu
 from .links import Links, PeerCosts, peer_lane
-from .memory_manager import Admission
 from .placed import PlacedVisit, Store
 
 #: The title of the lane of copies from another GPU.

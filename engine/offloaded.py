@@ -15,13 +15,13 @@ import simpy
 
 from ..resources.lane import Completion, CoupledLane, FifoLane, Lags, Pending, PriorityLane, couple, later
 from ..resources.timeline import ACTIVATION, CPU_EXPERT, DECOMPRESS, DENSE, EXPERT, HEAD
-from .costs import Costs, KernelCost
-from .dispatch import Visit
+from .costs.costs import Costs, KernelCost
+from .costs.offload_costs import CpuCosts, ShrunkCosts
+from .decide.dispatch import Visit
+from .decide.memory_manager import Admission, MemoryManager
 from .gpu import RESOLVED, Decoded, Gpu, Lane, pack_resolved
-from .memory_manager import Admission, MemoryManager
-from .offload_costs import CpuCosts, ShrunkCosts
 from .policies.miss import CPU, LOW_PRECISION, MISS, Resolved
-from .scenario import Scenario, shrunk
+from .scenario.scenario import Scenario, shrunk
 
 
 class OffloadedGpu(Gpu):

@@ -20,16 +20,16 @@ from ..resources.timeline import ACTIVATION
 from ..workloads.batches import Step, continued_steps
 from ..workloads.model import Model
 from ..workloads.trace import RoutingTrace
-from .costs import Costs, activation_bytes
+from .costs.costs import Costs, activation_bytes
+from .decide.dispatch import Visit
 from .decide.host_memory import HostMemory
+from .decide.memory_manager import MemoryManager
 from .decoder import collector_off
-from .dispatch import Visit
 from .gpu import Decoded, Gpu
 from .links import Links, PeerCosts, peer_lane
-from .memory_manager import MemoryManager
-from .output.metrics import Recording
+from .measure.metrics import Recording
 from .policies.prefetch import Gauge
-from .scenario import Scenario
+from .scenario.scenario import Scenario
 
 
 @dataclass(frozen=True)

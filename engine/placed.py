@@ -20,8 +20,8 @@ import numpy.typing as npt
 from ..workloads.batches import Step
 from ..workloads.guesses import Guesses
 from ..workloads.trace import RoutingTrace
-from .dispatch import Accesses, Part, Visit, merge, step_accesses, visits, whole
-from .memory_manager import Admission, MemoryManager
+from .decide.dispatch import Accesses, Part, Visit, merge, step_accesses, visits, whole
+from .decide.memory_manager import Admission, MemoryManager
 from .policies.placement import Owners
 from .policies.prefetch import Gauge, Prefetch
 

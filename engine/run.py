@@ -14,22 +14,23 @@ from typing import Any
 from ..resources.spool import Spool
 from ..words import unknown_name
 from ..workloads.model import Model
-from .costs import Costs
+from .costs.costs import Costs
+from .decide.dispatch import Visit, visits
 from .decide.host_memory import HostMemory
+from .decide.memory_manager import BudgetError, MemoryManager
+from .decide.partition import divider
 from .decoder import decode
-from .dispatch import Visit, visits
 from .expert_parallel import decided, run_placed
 from .gpu import Decoded
-from .inputs import Inputs
-from .memory_manager import BudgetError, MemoryManager
-from .offloading import kept_bytes, low_precision, make_miss, preload
-from .output import metrics as measure
-from .partition import divider
+from .loading.offloading import kept_bytes, low_precision, make_miss, preload
+from .measure import metrics as measure
 from .pipeline import StageRun, decode_stages, flow_of
+from .policies.copy_order import COPY_ORDERS, Fifo, Priority, TwoStreams
 from .policies.eviction import EVICTION, Setting
 from .policies.prefetch import PREFETCH, Gauge, NoPrefetch, Options, Prefetch
 from .policies.prefetch_share import PREFETCH_SHARE
-from .scenario import Scenario, ScenarioError, parse_budget
+from .scenario.inputs import Inputs
+from .scenario.scenario import Scenario, ScenarioError, parse_budget
 
 #: Called with what is running, and how many of how many layer visits are done.
 Progress = Callable[[str, int, int], None]
@@ -176,13 +177,15 @@ def prepared(inputs: Inputs, costs: Sequence[Costs], stream: Path | None = None)
 #: What runs a scenario: lanes in SimPy's time, which is what a user gets; or the commands that its visits come to,
 #: carried out by SimPy processes, the reference, or by compiled code.
 ENGINES = ("lanes", "simpy", "compiled")
+#: The copy orders that every engine knows; others run by SimPy processes.
+_KNOWN_ORDERS = (Fifo, TwoStreams, Priority)
 
 
 def run_all(
     inputs: Inputs, ready: Sequence[Prepared], watch: Watch = iter, engine: str = "lanes"
 ) -> list[measure.Recording]:
     """Simulate one run by one of ENGINES and return what was recorded on each GPU."""
-    check_engine(engine)
+    engine = engine_for(inputs, engine)
     if engine != "lanes":
         return _run_commands(inputs, ready, watch, engine)
     if inputs.placed is not None:
@@ -237,10 +240,27 @@ def _run_commands(inputs: Inputs, ready: Sequence[Prepared], watch: Watch, engin
     return [_recording(gpu, found, host) for gpu, found, host in zip(ready, decoded, hosts, strict=True)]
 
 
-def check_engine(engine: str) -> None:
-    """Raise ScenarioError if there is no such engine."""
+def engine_for(inputs: Inputs, engine: str) -> str:
+    """Return which engine runs if one is asked for, `simpy` where `lanes` does not know the copy order.
+
+    Raises ScenarioError as `check_engine` does.
+    """
+    if engine == "lanes" and inputs.scenario.copy_.order not in _KNOWN_ORDERS:
+        engine = "simpy"
+    check_engine(inputs, engine)
+    return engine
+
+
+def check_engine(inputs: Inputs, engine: str) -> None:
+    """Raise ScenarioError if there is no such engine, or a run does not go by the commands that it carries out yet."""
+    scenario = inputs.scenario
     if engine not in ENGINES:
         raise ScenarioError(unknown_name("engine", engine, ENGINES))
+    if engine != "simpy" and scenario.copy_.order not in _KNOWN_ORDERS:
+        known = ", ".join(name for name, order in COPY_ORDERS.items() if order in _KNOWN_ORDERS)
+        raise ScenarioError(
+            f"copy.discipline = {scenario.copy_.discipline!r}: engine {engine!r} knows {known} alone: choose 'simpy'"
+        )
 
 
 def run(

@@ -25,28 +25,28 @@ from ..resources.network import Carried
 from ..resources.spool import Spool
 from ..resources.timeline import Timeline
 from ..workloads.batches import continued_steps, warmup_steps
-from .capacity import described
-from .costs import Costs
-from .dispatch import Visit
+from .costs.costs import Costs
+from .costs.uncertainty import replicate_costs, summary, without_uncertainty
+from .decide.dispatch import Visit
+from .decide.memory_manager import BudgetError, MemoryManager
+from .decide.partition import divider
 from .expert_parallel import held, sent_tokens_and_experts, shadow_misses, sharing_metrics
-from .inputs import Inputs
 from .links import Links
-from .loading import load_inputs
-from .memory_manager import BudgetError, MemoryManager
-from .offloading import low_precision, plain
-from .output import metrics as measure
-from .output.merge import link_usage, merged_timeline, run_metrics, step_metrics
-from .output.merge import makespan_ns as run_ns
-from .output.misses import offloading_metrics
-from .output.speed import Serving
-from .partition import divider
+from .loading.capacity import described
+from .loading.loading import load_inputs
+from .loading.offloading import low_precision, plain
+from .measure import metrics as measure
+from .measure.merge import link_usage, merged_timeline, run_metrics, step_metrics
+from .measure.merge import makespan_ns as run_ns
+from .measure.misses import offloading_metrics
+from .measure.speed import Serving
 from .pipeline import flow_of, sent
 from .policies.eviction import EVICTION
 from .policies.prefetch import NoPrefetch
-from .replicates import replicate_costs, summary, without_uncertainty
-from .run import Prepared, Progress, Watch, check_engine, dispatched, make_manager, part_costs, prepared, run_all
-from .scenario import MemorySection, PredictorSection, PrefetchSection, Scenario, TiersSection, WorkloadSection
-from .warnings import warnings_of
+from .run import Prepared, Progress, Watch, dispatched, engine_for, make_manager, part_costs, prepared, run_all
+from .scenario.inputs import Inputs
+from .scenario.scenario import MemorySection, PredictorSection, PrefetchSection, Scenario, TiersSection, WorkloadSection
+from .scenario.warnings import warnings_of
 
 #: Enough for percentiles of any kind.
 MOST_REPLICATES = 10_000
@@ -129,7 +129,7 @@ def simulate_inputs(
     """Run what `load_inputs` loaded, as `simulate` does, by one of `run.ENGINES`; baselines go by lanes."""
     if not 0 <= replicates <= MOST_REPLICATES:
         raise InputError(f"replicates = {replicates:,}: must be 0 to {MOST_REPLICATES:,}")
-    check_engine(engine)
+    engine = engine_for(inputs, engine)
     scenario, model = inputs.scenario, inputs.model
     costs = part_costs(inputs)
     began = time.perf_counter()

@@ -16,10 +16,10 @@ from ..workloads.batches import Step
 from ..workloads.guesses import Guesses
 from ..workloads.model import Model
 from ..workloads.trace import RoutingTrace
-from .costs import Costs
-from .dispatch import step_accesses
-from .inputs import Inputs
+from .costs.costs import Costs
+from .decide.dispatch import step_accesses
 from .policies.split import Layers, divide
+from .scenario.inputs import Inputs
 
 #: Predictors that know the whole model's layers; all others guess from what a stage sees of the trace.
 OF_WHOLE_MODEL = ("learned", "recorded")

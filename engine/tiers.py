@@ -17,9 +17,9 @@ import simpy
 from ..resources.lane import Completion, CoupledLane, FifoLane, Pending, after_all, later
 from ..resources.network import Crowd
 from ..resources.timeline import READ, Timeline
-from .costs import ReadCosts
+from .costs.costs import ReadCosts
 from .decide.host_memory import HostMemory
-from .memory_manager import Admission
+from .decide.memory_manager import Admission
 
 
 class Drive:

@@ -14,11 +14,11 @@ import simpy
 from ..resources.lane import NEVER
 from ..resources.timeline import DEMAND, DENSE, EXPERT, GUESSES, LAUNCH, PREFETCH, READBACK, pack_span
 from ..workloads.batches import Step
-from .costs import Costs, KernelCost
-from .dispatch import Visit, launch_order
+from .costs.costs import Costs, KernelCost
+from .decide.dispatch import Visit, launch_order
+from .decide.memory_manager import Admission, MemoryManager
 from .gpu import Gpu, contended, pack_access, pack_visit
-from .memory_manager import Admission, MemoryManager
-from .scenario import Scenario
+from .scenario.scenario import Scenario
 
 
 def undisturbed(manager: MemoryManager, costs: Costs, scenario: Scenario, most_tokens: int) -> bool:

@@ -11,6 +11,7 @@ import json
 import os
 from bisect import bisect_left
 from collections.abc import Sequence
+from functools import cache
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
@@ -487,10 +488,18 @@ def load_profile(name: str) -> Profile:
     A profile that `extends` another (by its name, or a path from its own folder) is that one with the keys it gives
     merged in, as a JSON merge patch (RFC 7396): null takes a key out, and one form of a cost replaces the other.
     """
+    return _load(name) if name.endswith(".json") else _load_shipped(name)
+
+
+def _load(name: str) -> Profile:
     try:
         return make_profile(_plain(name), f"profile {name}")
     except RecursionError:
         raise ProfileError(f"profile {name}: nested too deeply: no profile is") from None
+
+
+#: What is shipped does not change, and a sweep asks for it again and again; nobody can change a profile.
+_load_shipped = cache(_load)
 
 
 def _plain(name: str) -> object:

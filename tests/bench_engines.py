@@ -8,9 +8,9 @@ from __future__ import annotations
 import statistics
 import time
 
-from prestage.engine.loading import load_inputs
+from prestage.engine.loading.loading import load_inputs
 from prestage.engine.run import part_costs, prepared, run_all
-from prestage.engine.scenario import load_scenario
+from prestage.engine.scenario.scenario import load_scenario
 
 #: Scenarios, and for how many decode tokens.
 RUNS = {"default": 500, "gpt-oss-20b": 200, "speed": 500, "pipeline-2": 60, "cpu-experts": 200, "placement-8": 200}

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from bench_parallel import measure, synthetic
 
-from prestage.engine.inputs import Inputs
-from prestage.engine.scenario import load_scenario
+from prestage.engine.scenario.inputs import Inputs
+from prestage.engine.scenario.scenario import load_scenario
 from prestage.workloads.model import load_model
 
 BATCH = 8

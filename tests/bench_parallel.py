@@ -17,10 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from prestage.engine.inputs import Inputs
-from prestage.engine.loading import completed
+from prestage.engine.loading.loading import completed
 from prestage.engine.run import part_costs, prepared, run_all
-from prestage.engine.scenario import Scenario, load_scenario
+from prestage.engine.scenario.inputs import Inputs
+from prestage.engine.scenario.scenario import Scenario, load_scenario
 from prestage.engine.simulate import simulate_inputs
 from prestage.resources.profile import load_profile
 from prestage.workloads.batches import plan_steps

@@ -20,11 +20,11 @@ from typing import Any
 
 from browser import browsing
 
-from prestage.engine.output.page import write_page
-from prestage.engine.output.report import run_sections, write_report
-from prestage.engine.output.saved import Run, run_of
-from prestage.engine.scenario import load_scenario
+from prestage.engine.scenario.scenario import load_scenario
 from prestage.engine.simulate import simulate
+from prestage.output.page import write_page
+from prestage.output.report import run_sections, write_report
+from prestage.output.saved import Run, run_of
 
 READY = "document.documentElement.dataset.ready === 'true'"
 PAINTED = "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"

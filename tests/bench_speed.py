@@ -19,15 +19,15 @@ from typing import Any
 
 import simpy
 
-from prestage.engine.compiled import COMPILED
-from prestage.engine.costs import Costs
-from prestage.engine.inputs import Inputs
-from prestage.engine.loading import load_inputs
-from prestage.engine.memory_manager import MemoryManager, pool_budgets
+from prestage.engine.costs.costs import Costs
+from prestage.engine.decide.memory_manager import MemoryManager, pool_budgets
+from prestage.engine.loading.loading import load_inputs
 from prestage.engine.policies.eviction import Lru
-from prestage.engine.replay import replay
+from prestage.engine.replay.compiled import COMPILED
+from prestage.engine.replay.replay import replay
 from prestage.engine.run import make_manager, make_prefetch, run
-from prestage.engine.scenario import load_scenario
+from prestage.engine.scenario.inputs import Inputs
+from prestage.engine.scenario.scenario import load_scenario
 
 
 def timeouts_per_second(count: int = 300_000) -> float:

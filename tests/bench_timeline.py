@@ -25,7 +25,7 @@ import numpy as np
 import orjson
 from test_export import EXPERTS, made_run  # type: ignore[import-not-found]
 
-from prestage.engine.output.export import About, export_timeline
+from prestage.output.export import About, export_timeline
 from prestage.resources.timeline import Timeline
 
 

@@ -14,9 +14,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from prestage.engine.output.markdown import table
 from prestage.engine.policies.eviction import EVICTION
-from prestage.engine.replay import replay_trace
+from prestage.engine.replay.replay import replay_trace
+from prestage.output.markdown import table
 from prestage.workloads.importers import open_trace
 from prestage.workloads.trace import RoutingTrace
 

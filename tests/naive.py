@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-from prestage.engine.inputs import Inputs
-from prestage.engine.replay import VisitCounts
+from prestage.engine.replay.replay import VisitCounts
+from prestage.engine.scenario.inputs import Inputs
 from prestage.workloads.batches import Step
 from prestage.workloads.trace import RoutingTrace
 

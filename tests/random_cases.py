@@ -9,15 +9,15 @@ import numpy as np
 from hypothesis import strategies as st
 from tiny import tiny_inputs, tiny_model, tiny_profile
 
-from prestage.engine.costs import Costs
-from prestage.engine.dispatch import Visit
-from prestage.engine.inputs import Inputs
-from prestage.engine.memory_manager import MemoryManager
-from prestage.engine.output.metrics import Recording
+from prestage.engine.costs.costs import Costs
+from prestage.engine.decide.dispatch import Visit
+from prestage.engine.decide.memory_manager import MemoryManager
+from prestage.engine.measure.metrics import Recording
+from prestage.engine.policies.copy_order import COPY_ORDERS
 from prestage.engine.policies.eviction import EVICTION
 from prestage.engine.run import dispatched, make_manager, make_prefetch, run
-from prestage.engine.scenario import (
-    DISCIPLINES,
+from prestage.engine.scenario.inputs import Inputs
+from prestage.engine.scenario.scenario import (
     DISPATCH_MODES,
     EXPERT_KERNELS,
     EXPERT_ORDERS,
@@ -187,7 +187,7 @@ def scenarios(draw: st.DrawFn, model: Model, fixed: dict[str, dict[str, Any]]) -
             "launch_queue_depth": draw(st.sampled_from([1, 3, 10, 1000])),
         },
         "copy": {
-            "discipline": draw(st.sampled_from(DISCIPLINES)),
+            "discipline": draw(st.sampled_from(list(COPY_ORDERS))),
             "chunk_bytes": draw(st.sampled_from([0, 0, 4, 11])),
             "contention": draw(st.booleans()),
         },

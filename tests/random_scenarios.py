@@ -31,10 +31,10 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from prestage.dtypes import DTYPES
-from prestage.engine.inputs import Inputs
-from prestage.engine.loading import load_inputs
+from prestage.engine.loading.loading import load_inputs
 from prestage.engine.policies.split import SPLITS
-from prestage.engine.scenario import Scenario, load_scenario, make_scenario, scenario_names
+from prestage.engine.scenario.inputs import Inputs
+from prestage.engine.scenario.scenario import Scenario, load_scenario, make_scenario, scenario_names
 from prestage.engine.simulate import simulate_inputs
 from prestage.errors import InputError
 from prestage.resources.profile import (

@@ -24,13 +24,13 @@ from eviction_tables import layers, policies
 from new_user import path_table
 
 from prestage.calibration.report import markdown
-from prestage.engine.output.markdown import table
-from prestage.engine.output.tables import GUIDE_FIGURES, figure_cells, figure_columns, guide_cells
-from prestage.engine.reproduce import TABLES as PUBLISHED
-from prestage.engine.reproduce import virtual_memory
-from prestage.engine.scenario import Scenario, ScenarioError, SyntheticSection, load_scenario
+from prestage.engine.scenario.scenario import Scenario, ScenarioError, SyntheticSection, load_scenario
 from prestage.engine.simulate import simulate
-from prestage.engine.sweep import sweep
+from prestage.experiments.sweep import sweep
+from prestage.guide.reproduce import TABLES as PUBLISHED
+from prestage.guide.reproduce import virtual_memory
+from prestage.output.markdown import table
+from prestage.output.tables import GUIDE_FIGURES, figure_cells, figure_columns, guide_cells
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

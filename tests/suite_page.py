@@ -24,7 +24,7 @@ two cores, with `--quick` about one; one that is killed goes on where it was. Th
 all that stands here, `suite.json`, the figures, and a journal for each sweep, whose rows `prestage plot` draws and
 `prestage run DIR/rows/NAME.jsonl#KEY` runs again. On a machine with a CUDA GPU its transfers are measured too.
 
-What it runs is data: `engine/suites/default.toml`. Copy it, change it, and run `prestage suite mine.toml`.
+What it runs is data: `experiments/suites/default.toml`. Copy it, change it, and run `prestage suite mine.toml`.
 """
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from random_scenarios import KEYS, draw, play
 
-from prestage.engine.scenario import Scenario, load_scenario
+from prestage.engine.scenario.scenario import Scenario, load_scenario
 from prestage.engine.simulate import simulate
 
 #: Scenarios in the suite; `python tests/random_scenarios.py --first 0 --count 5000` plays more.

@@ -12,33 +12,64 @@ import pytest
 ROOT = Path(__file__).parent.parent
 #: Modules at the top that are below all: every folder may import them, and they import nothing of ours.
 BELOW_ALL = {"bounded.py", "dtypes.py", "errors.py", "files.py", "machine_code.py", "plain.py", "units.py", "words.py"}
-#: What each folder may import of the others; the other modules at the top may import all.
-MAY_IMPORT = {
-    "workloads": set(),
-    "resources": set(),
-    "engine": {"workloads", "resources"},
-    "calibration": {"workloads", "resources", "engine"},
+#: The folders, floor by floor from the ground: each imports those below it, and none beside it. `engine` stands for the
+#: files that lie in it by themselves. The other modules at the top may import all.
+FLOORS = [
+    {"workloads", "resources"},
+    {"engine/policies"},
+    {"engine/decide"},
+    {"engine/scenario"},
+    {"engine/costs"},
+    {"engine/loading"},
+    {"engine/timing"},
+    {"engine/replay"},
+    {"engine/measure"},
+    {"engine"},
+    {"output"},
+    {"guide"},
+    {"experiments"},
+    {"calibration"},
+]
+FLOOR_OF = {folder: number for number, floor in enumerate(FLOORS) for folder in floor}
+#: The first engine: its files lie where they lay, and may be imported from anywhere in `engine`, until they go.
+FIRST_ENGINE = {
+    f"engine/{name}.py"
+    for name in (
+        "decoder", "expert_parallel", "gpu", "links", "lockstep", "offloaded", "pipeline", "placed", "stages", "tiers",
+        "undisturbed",
+    )
+}  # fmt: skip
+#: Imports that go up all the same, each with what would mend it.
+GO_UP = {
+    ("engine/loading/capacity.py", "engine/run.py"): "who decides in a run is made in run.py",
+    ("engine/loading/duration.py", "engine/run.py"): "the costs of each part are made in run.py",
+    ("engine/loading/loading.py", "engine/run.py"): "a pipeline's split is tried by running samples",
+    ("engine/loading/loading.py", "engine/measure/merge.py"): "a pipeline's split is tried by running samples",
+    ("engine/scenario/scenario.py", "experiments/journal.py"): "a scenario may be a row of a sweep's journal",
+    ("output/charts.py", "experiments/compare.py"): "where the time between two runs arises is told there",
+    ("output/charts.py", "experiments/insights.py"): "what the rows of a sweep say is told there",
+    ("output/figures.py", "experiments/compare.py"): "where the time between two runs arises is told there",
+    ("output/machine.py", "experiments/compare.py"): "a finished run is read there",
+    ("output/report.py", "experiments/compare.py"): "a report sets two runs side by side",
+    ("output/report.py", "experiments/journal.py"): "a report flattens results as rows are",
+    ("output/saved.py", "experiments/compare.py"): "a finished run is read there",
 }
 #: Slow to import: never at module level, so that `--help` and a run without pictures are quick.
 LAZY = {"torch", "matplotlib", "networkx", "bokeh"}
 #: Written in Bokeh's terms from end to end, and loaded by nobody until a page is written.
-BOKEH = "engine/output/figures_html.py"
+BOKEH = "output/figures_html.py"
 #: Written in torch from end to end, and run by themselves: nothing outside their folder loads them.
 TORCH_PROGRAMS = "workloads/training"
 #: Where the discrete-event kernel may be imported at all: decisions know no clock.
 CLOCKED = {"engine", "resources"}
 CLOCK_FREE = [
-    "engine/memory_manager.py",
-    "engine/replay.py",
-    "engine/dispatch.py",
     "engine/placed.py",
-    "engine/compiled.py",
-    "engine/decide/host_memory.py",
-    "engine/decide/program.py",
+    *(f"engine/decide/{name}.py" for name in ("memory_manager", "dispatch", "host_memory", "program")),
+    *(f"engine/replay/{name}.py" for name in ("replay", "compiled")),
 ]
 #: What was measured is kept with the sources, and not shipped: no command reads it unless it is named.
 EVIDENCE = {"calibration/samples", "calibration/validation"}
-PACKAGES = [ROOT / name for name in MAY_IMPORT]
+PACKAGES = [ROOT / name for name in sorted({folder.split("/")[0] for folder in FLOOR_OF})]
 MODULES = sorted([*ROOT.glob("*.py"), *(path for package in PACKAGES for path in package.rglob("*.py"))])
 
 
@@ -86,21 +117,35 @@ def target(path: Path, level: int, module: str, name: str) -> Path | None:
 
 
 def folder_of(path: Path) -> str:
-    parts = path.relative_to(ROOT).parts
-    return parts[0] if len(parts) > 1 else ""
+    """The folder whose floor a module is on: the one at the top, or the one inside `engine`."""
+    parts = path.relative_to(ROOT).parts[:-1]
+    return "/".join(parts[:2] if parts[:1] == ("engine",) else parts[:1])
+
+
+def goes_down(path: Path, loaded: Path) -> bool:
+    """Whether an import stays in its folder, or leads to one on a floor below."""
+    home, other = folder_of(path), folder_of(loaded)
+    return name_of(loaded) in BELOW_ALL or home == other or FLOOR_OF.get(other, len(FLOORS)) < FLOOR_OF[home]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_a_folder_imports_only_those_below_it_even_inside_functions_and_for_types(path: Path) -> None:
     home = folder_of(path)
-    loaded = [target(path, *found) for found in imports(path)]
-    others = {folder_of(module) for module in loaded if module and name_of(module) not in BELOW_ALL} - {home}
+    loaded = {module for found in imports(path) if (module := target(path, *found)) is not None}
     if name_of(path) in BELOW_ALL:
-        assert {name_of(module) for module in loaded if module is not None} <= BELOW_ALL
+        assert {name_of(module) for module in loaded} <= BELOW_ALL
     elif home:
-        assert others <= MAY_IMPORT[home]
+        up = {name_of(module) for module in loaded if not goes_down(path, module)}
+        if home.startswith("engine"):
+            up -= FIRST_ENGINE
+        assert up == {to for of, to in GO_UP if of == name_of(path)}
     elif path.name != "cli.py":
-        assert "calibration" not in others  # of the modules at the top, the command line alone
+        assert "calibration" not in {folder_of(module) for module in loaded}  # of these, the command line alone
+
+
+def test_what_may_go_up_is_there() -> None:
+    named = FIRST_ENGINE | {name for pair in GO_UP for name in pair}
+    assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
@@ -124,13 +169,13 @@ def test_what_is_slow_to_import_is_imported_where_it_is_used(path: Path) -> None
     anywhere = {module.split(".")[0] for level, module, _ in imports(path, runs=True) if level == 0}
     if "matplotlib" in anywhere:
         drawing = ("plots", "charts", "machine_plot", "figures_static")
-        assert name_of(path) in (f"engine/output/{name}.py" for name in drawing)
+        assert name_of(path) in (f"output/{name}.py" for name in drawing)
     if "bokeh" in anywhere:
-        assert name_of(path) in (BOKEH, "engine/output/page.py")
+        assert name_of(path) in (BOKEH, "output/page.py")
     if "torch" in anywhere:
         assert folder_of(path) in ("workloads", "calibration")
     if "simpy" in anywhere:
-        assert folder_of(path) in CLOCKED
+        assert path.relative_to(ROOT).parts[0] in CLOCKED
 
 
 @pytest.mark.parametrize("name", CLOCK_FREE)
@@ -150,7 +195,7 @@ def test_what_decides_knows_no_clock(name: str) -> None:
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_files_are_written_by_the_one_writer(path: Path) -> None:
     # Growing records and journals are written little by little.
-    if name_of(path) in ("files.py", "resources/spool.py", "engine/journal.py"):
+    if name_of(path) in ("files.py", "resources/spool.py", "experiments/journal.py"):
         return
     for call in (node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)):
         name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")

@@ -354,8 +354,8 @@ NUMBERS: dict[str, str] = {
 
 @pytest.mark.parametrize("setting", NUMBERS)
 def test_no_number_of_a_scenario_takes_memory_by_its_value(setting: str) -> None:
-    from prestage.engine.loading import load_inputs
-    from prestage.engine.scenario import load_scenario
+    from prestage.engine.loading.loading import load_inputs
+    from prestage.engine.scenario.scenario import load_scenario
 
     with pytest.raises(InputError) as caught:
         load_inputs(load_scenario("synthetic", [setting]))
@@ -408,7 +408,7 @@ def test_no_number_of_an_option_takes_memory_by_its_value(
 
 
 def test_a_grid_of_more_than_can_be_run_is_refused_and_a_sample_of_it_is_not() -> None:
-    from prestage.engine.grid import GridError, make_grid
+    from prestage.experiments.grid import GridError, make_grid
 
     values = {key: list(range(1, 1001)) for key in ("seed", "workload.batch", "workload.chunk_tokens")}
     with pytest.raises(GridError, match="1,000,000,000 combinations: at most 1,000,000 are run: sample them"):

@@ -19,7 +19,7 @@ from prestage.calibration.fit import Fit, fit, fit_transfer, solve_host, write_p
 from prestage.calibration.measure import LINKS, Extent, measure
 from prestage.calibration.samples import TERMS, Key, Samples, SamplesError, Series, load_samples
 from prestage.calibration.transfer import from_profile, from_samples
-from prestage.engine.output.plots import plot_transfer
+from prestage.output.plots import plot_transfer
 from prestage.resources.profile import load_profile
 
 TINY_MODEL = """

@@ -17,15 +17,15 @@ from typer.testing import CliRunner
 from prestage.calibration.execute import execute_all
 from prestage.calibration.plan import ExecutionError
 from prestage.cli import app
-from prestage.engine.breakeven import break_even
-from prestage.engine.capacity import CapacityError, described, gib, host_parts, kv_cache_bytes, memories
-from prestage.engine.compare import load_run
-from prestage.engine.inputs import Inputs
-from prestage.engine.loading import load_inputs
-from prestage.engine.output.tables import capacity_rows, headline, speed_rows
-from prestage.engine.scenario import load_scenario, make_scenario, scenario_names
+from prestage.engine.loading.capacity import CapacityError, described, gib, host_parts, kv_cache_bytes, memories
+from prestage.engine.loading.loading import load_inputs
+from prestage.engine.scenario.inputs import Inputs
+from prestage.engine.scenario.scenario import load_scenario, make_scenario, scenario_names
 from prestage.engine.simulate import simulate, simulate_inputs
-from prestage.engine.sweep import sweep
+from prestage.experiments.breakeven import break_even
+from prestage.experiments.compare import load_run
+from prestage.experiments.sweep import sweep
+from prestage.output.tables import capacity_rows, headline, speed_rows
 from prestage.resources.profile import Profile, ProfileError, load_profile, make_profile
 from prestage.workloads.batches import plan_steps
 from prestage.workloads.model import Model, load_model, preset_names

@@ -23,8 +23,8 @@ from test_suite import DEFINITION as SMALL_SUITE
 
 from prestage import cli
 from prestage.cli import main
-from prestage.engine import reproduce
-from prestage.engine.output import files
+from prestage.guide import reproduce
+from prestage.output import files
 from prestage.workloads.trace import RoutingTrace
 
 #: The shipped synthetic scenario, small.

@@ -14,12 +14,19 @@ from hypothesis import strategies as st
 from random_cases import Case, cases, decide
 from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_run, tiny_scenario, tiny_trace
 
-from prestage.engine.loading import load_inputs
-from prestage.engine.output.metrics import Recording, metrics
-from prestage.engine.output.misses import precision_mass
-from prestage.engine.replay import count_visits
+from prestage.engine.loading.loading import load_inputs
+from prestage.engine.measure.metrics import Recording, metrics
+from prestage.engine.measure.misses import precision_mass
+from prestage.engine.replay.replay import count_visits
 from prestage.engine.run import make_manager
-from prestage.engine.scenario import COMPRESSED, DECOMPRESS_LANES, Scenario, ScenarioError, load_scenario, shrunk
+from prestage.engine.scenario.scenario import (
+    COMPRESSED,
+    DECOMPRESS_LANES,
+    Scenario,
+    ScenarioError,
+    load_scenario,
+    shrunk,
+)
 from prestage.engine.simulate import simulate, simulate_inputs
 from prestage.resources.timeline import DECOMPRESS, DEMAND, EXPERT
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_scenario, tiny_trace
 
-from prestage.engine.dispatch import Visit, single_accesses, step_accesses, visits
-from prestage.engine.memory_manager import MemoryManager
+from prestage.engine.decide.dispatch import Visit, single_accesses, step_accesses, visits
+from prestage.engine.decide.memory_manager import MemoryManager
 from prestage.engine.run import dispatched, make_manager, make_prefetch
 from prestage.workloads.batches import DECODE, PREFILL, Step, plan_steps
 from prestage.workloads.guesses import Guesses

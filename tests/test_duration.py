@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from prestage.engine.loading import load_inputs
-from prestage.engine.scenario import ScenarioError, load_scenario
+from prestage.engine.loading.loading import load_inputs
+from prestage.engine.scenario.scenario import ScenarioError, load_scenario
 
 SMALL = (
     "model.layers=2",

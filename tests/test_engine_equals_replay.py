@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from naive import naive_counts
 from random_cases import Case, cases, decide
 
-from prestage.engine.inputs import Inputs
-from prestage.engine.loading import load_inputs
+from prestage.engine.loading.loading import load_inputs
 from prestage.engine.policies.eviction import EVICTION
 from prestage.engine.policies.prefetch import PREFETCH
-from prestage.engine.replay import VisitCounts, count_visits, replay
+from prestage.engine.replay.replay import VisitCounts, count_visits, replay
 from prestage.engine.run import make_manager
-from prestage.engine.scenario import make_scenario
+from prestage.engine.scenario.inputs import Inputs
+from prestage.engine.scenario.scenario import make_scenario
 from prestage.engine.simulate import simulate_inputs
 
 EXAMPLES = 300

@@ -15,14 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_cases import Case, cases, decide, play
 
-from prestage.engine.costs import Costs
-from prestage.engine.dispatch import Visit
-from prestage.engine.inputs import Inputs
-from prestage.engine.memory_manager import DEMANDED, PREFETCHED, MemoryManager
-from prestage.engine.output.metrics import FATES, OUTCOMES, Recording, metrics, overlap, time_split
+from prestage.engine.costs.costs import Costs
+from prestage.engine.decide.dispatch import Visit
+from prestage.engine.decide.memory_manager import DEMANDED, PREFETCHED, MemoryManager
+from prestage.engine.measure.metrics import FATES, OUTCOMES, Recording, metrics, overlap, time_split
 from prestage.engine.policies.eviction import Lru
 from prestage.engine.run import make_prefetch, run
-from prestage.engine.scenario import ON_GPU, Scenario
+from prestage.engine.scenario.inputs import Inputs
+from prestage.engine.scenario.scenario import ON_GPU, Scenario
 from prestage.engine.simulate import simulate_inputs
 from prestage.resources.timeline import (
     DEMAND,

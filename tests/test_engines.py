@@ -15,14 +15,13 @@ from random_cases import Case, cases
 from random_scenarios import accepted
 from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_scenario
 
-from prestage.engine.costs import Costs
+from prestage.engine.costs.costs import Costs
 from prestage.engine.decide.commands import Command, Op
 from prestage.engine.decide.program import Gpu, Stage, stages_program
 from prestage.engine.decide.registers import Registers
 from prestage.engine.decide.tables import Rooms
-from prestage.engine.inputs import Inputs
-from prestage.engine.loading import load_inputs
-from prestage.engine.output.metrics import Recording
+from prestage.engine.loading.loading import load_inputs
+from prestage.engine.measure.metrics import Recording
 from prestage.engine.run import (
     Prepared,
     check_engine,
@@ -33,7 +32,8 @@ from prestage.engine.run import (
     prepared,
     run_all,
 )
-from prestage.engine.scenario import ScenarioError, load_scenario, scenario_names
+from prestage.engine.scenario.inputs import Inputs
+from prestage.engine.scenario.scenario import ScenarioError, load_scenario, scenario_names
 from prestage.engine.simulate import simulate
 from prestage.engine.timing.simulation import settings_of
 from prestage.resources.timeline import DENSE, EXPERT, HEAD
@@ -144,7 +144,7 @@ def test_a_visit_comes_to_these_commands() -> None:
 
 def test_an_engine_that_is_none_is_refused() -> None:
     with pytest.raises(ScenarioError, match=r"engine = 'simpie': choose one of lanes, simpy, compiled \(did you mean"):
-        check_engine("simpie")
+        check_engine(load_inputs(load_scenario("speed", ["workload.tokens=2"])), "simpie")
 
 
 def test_the_result_says_which_engine_ran() -> None:

@@ -12,10 +12,10 @@ from random_cases import Case, cases, decide
 from random_cases import traces as random_traces
 from tiny import tiny_trace
 
-from prestage.engine.memory_manager import MemoryManager
+from prestage.engine.decide.memory_manager import MemoryManager
 from prestage.engine.policies.eviction import EVICTION, Eviction, Lru, Setting
 from prestage.engine.policies.eviction_base import Chain, Ranking
-from prestage.engine.replay import FOUND, replay, replay_trace
+from prestage.engine.replay.replay import FOUND, replay, replay_trace
 from prestage.engine.run import dispatched, make_manager, make_prefetch
 from prestage.workloads.batches import plan_steps
 from prestage.workloads.predictors import make_predictor

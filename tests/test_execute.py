@@ -32,12 +32,13 @@ from prestage.calibration.execute import (
 from prestage.calibration.host import Cores
 from prestage.calibration.measured import MeasuredError, load_measured, makespan_ns
 from prestage.calibration.part import Shared
-from prestage.calibration.plan import ExecutionError, decision_counts, make_plan
+from prestage.calibration.plan import ExecutionError, decision_counts, make_plan, make_planners
 from prestage.calibration.scenario_sets import scenarios
-from prestage.engine.costs import Costs
-from prestage.engine.inputs import Inputs
+from prestage.engine.costs.costs import Costs
+from prestage.engine.decide.commands import Command, Op
 from prestage.engine.run import make_manager, make_prefetch, run
-from prestage.engine.scenario import ScenarioError, load_scenario
+from prestage.engine.scenario.inputs import Inputs
+from prestage.engine.scenario.scenario import ScenarioError, load_scenario
 from prestage.resources.profile import ProfileError
 from prestage.resources.timeline import DEMAND, DENSE, EXPERT, HEAD, KINDS, PREFETCH, READBACK
 from prestage.workloads.model import Model
@@ -206,6 +207,12 @@ def test_a_plan_pads_decode_steps_in_graphs_and_computes_the_head_for_one_positi
     assert tokens[DENSE] == [5] * 3 * LAYERS + [4] * LAYERS
     assert tokens[EXPERT] == [5] * 3 * 2 * LAYERS + [4] * 2 * LAYERS
     assert tokens[HEAD] == [1, 1, 1, 4]
+
+
+def test_a_command_that_no_cuda_call_stands_for_is_refused_by_its_name() -> None:
+    (planner,) = make_planners(small_inputs())
+    with pytest.raises(ExecutionError, match=r"command EXCHANGE: no CUDA call is made for it \(execution on a GPU\)"):
+        planner.carry_out(Command(Op.EXCHANGE, *([-1] * 10)))
 
 
 def test_counts_are_those_of_the_manager() -> None:

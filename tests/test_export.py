@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prestage.engine.output.export import (
+from prestage.output.export import (
     CATEGORIES,
     NAMES,
     About,

@@ -10,10 +10,10 @@ import pytest
 from tiny import ASSUMED, EXPERT_FF, HIDDEN, tiny_costs, tiny_model, tiny_profile, tiny_scenario
 
 from prestage.calibration.transfer import from_profile
-from prestage.engine.offload_costs import CpuCosts
-from prestage.engine.output.machine import describe
-from prestage.engine.scenario import load_scenario
+from prestage.engine.costs.offload_costs import CpuCosts
+from prestage.engine.scenario.scenario import load_scenario
 from prestage.engine.simulate import simulate
+from prestage.output.machine import describe
 from prestage.resources.profile import Profile, ProfileError, load_profile, make_profile, profile_names
 from prestage.workloads.model import load_model
 

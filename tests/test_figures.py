@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
-from prestage.engine.output.figures import (
+from prestage.engine.measure.metrics import FATES, LATE, MISS
+from prestage.engine.scenario.scenario import load_scenario
+from prestage.engine.simulate import simulate
+from prestage.output.figures import (
     FIGURES,
     Bars,
     Curves,
@@ -32,14 +35,11 @@ from prestage.engine.output.figures import (
     timeline,
     token_latency,
 )
-from prestage.engine.output.figures_html import draw_html, figure_html, legend, link
-from prestage.engine.output.figures_static import draw
-from prestage.engine.output.metrics import FATES, LATE, MISS
-from prestage.engine.output.palette import COLORS, FATE_COLORS, OUTCOME_COLORS, PART_COLORS
-from prestage.engine.output.plots import save
-from prestage.engine.output.saved import TABLES, Run, run_of
-from prestage.engine.scenario import load_scenario
-from prestage.engine.simulate import simulate
+from prestage.output.figures_html import draw_html, figure_html, legend, link
+from prestage.output.figures_static import draw
+from prestage.output.palette import COLORS, FATE_COLORS, OUTCOME_COLORS, PART_COLORS
+from prestage.output.plots import save
+from prestage.output.saved import TABLES, Run, run_of
 from prestage.resources.timeline import DEMAND, DENSE, EXPERT, HEAD, PREFETCH, Timeline
 
 MS = 10**6

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from prestage.engine.scenario import load_scenario, scenario_names
+from prestage.engine.scenario.scenario import load_scenario, scenario_names
 from prestage.engine.simulate import simulate
 
 FILE = Path(__file__).with_name("golden.json")

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prestage.engine.output.about import about_run
-from prestage.engine.output.export import export_timeline
-from prestage.engine.output.summary import timeline_summary
 from prestage.engine.simulate import Result
+from prestage.output.about import about_run
+from prestage.output.export import export_timeline
+from prestage.output.summary import timeline_summary
 
 pytestmark = [
     pytest.mark.slow,

@@ -231,5 +231,8 @@ def test_a_shipped_trace_opens_by_its_name_and_says_where_it_is_from(name: str) 
 def test_a_file_of_a_shipped_name_comes_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "guide").mkdir()
+    assert open_trace("guide").tokens > 1000  # a folder is no trace
+    (tmp_path / "guide").rmdir()
+    (tmp_path / "guide").write_bytes(b"")
     with pytest.raises(TraceError, match="guide"):
         open_trace("guide")

@@ -12,10 +12,10 @@ from matplotlib.patches import Rectangle
 
 import prestage
 from prestage import InferenceConfig, InferenceSimulator, RoutingTrace, synthesize
-from prestage.engine.inference import hit_split, in_guides_accounting
-from prestage.engine.loading import load_inputs
-from prestage.engine.scenario import load_scenario
+from prestage.engine.loading.loading import load_inputs
+from prestage.engine.scenario.scenario import load_scenario
 from prestage.engine.simulate import simulate
+from prestage.guide.inference import hit_split, in_guides_accounting
 from prestage.workloads.batches import DECODE, PREFILL
 from prestage.workloads.predictors import PREDICTORS
 

@@ -14,11 +14,11 @@ import safetensors.numpy
 import torch
 from tiny import tiny_scenario
 
-from prestage.engine.breakeven import break_even
-from prestage.engine.loading import load_inputs
-from prestage.engine.predicting import FREE, PredictorCost, predictor_cost, scenario_predictor
-from prestage.engine.scenario import PredictorSection, ScenarioError, load_scenario
+from prestage.engine.loading.loading import load_inputs
+from prestage.engine.scenario.predicting import FREE, PredictorCost, predictor_cost, scenario_predictor
+from prestage.engine.scenario.scenario import PredictorSection, ScenarioError, load_scenario
 from prestage.engine.simulate import simulate
+from prestage.experiments.breakeven import break_even
 from prestage.workloads.batches import plan_steps
 from prestage.workloads.guesses import Guesses
 from prestage.workloads.learned import (

@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from prestage.engine.memory_manager import MemoryManager
+from prestage.engine.decide.memory_manager import MemoryManager
 from prestage.engine.policies.eviction import EVICTION, Setting
-from prestage.engine.replay import FOUND, NOT_LOOKED_UP, replay
+from prestage.engine.replay.replay import FOUND, NOT_LOOKED_UP, replay
 from prestage.workloads.batches import Step, plan_steps
 from prestage.workloads.importers import open_trace
 from prestage.workloads.trace import RoutingTrace

@@ -26,15 +26,15 @@ from tiny import (
 )
 
 from prestage.engine.expert_parallel import decided, place, routes
-from prestage.engine.inputs import Inputs
 from prestage.engine.links import Links
-from prestage.engine.loading import load_inputs
+from prestage.engine.loading.loading import load_inputs
 from prestage.engine.lockstep import AllToAll
-from prestage.engine.output.metrics import Recording, time_split
+from prestage.engine.measure.metrics import Recording, time_split
 from prestage.engine.placed import REMOTE
 from prestage.engine.policies.placement import PLACEMENT
 from prestage.engine.run import make_manager, make_prefetch, part_costs, prepared, run_all
-from prestage.engine.scenario import DISPATCH_THREADS, Scenario, ScenarioError, load_scenario, make_scenario
+from prestage.engine.scenario.inputs import Inputs
+from prestage.engine.scenario.scenario import DISPATCH_THREADS, Scenario, ScenarioError, load_scenario, make_scenario
 from prestage.engine.simulate import simulate_inputs
 from prestage.resources.profile import Profile, make_profile
 from prestage.resources.timeline import COMBINE, DEMAND, DENSE, DISPATCH, EXPERT, PEER, PREDICT, SPAN

@@ -22,8 +22,8 @@ from tiny import (
     tiny_trace,
 )
 
-from prestage.engine.costs import token_bucket
-from prestage.engine.output.metrics import Recording
+from prestage.engine.costs.costs import token_bucket
+from prestage.engine.measure.metrics import Recording
 from prestage.engine.run import part_costs, prepared, run_all
 from prestage.engine.simulate import simulate_inputs
 from prestage.resources.lane import CoupledLane, FifoLane, Lags, couple

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive import NaiveManager
 
-from prestage.engine.memory_manager import (
+from prestage.engine.decide.memory_manager import (
     DEMANDED,
     PREFETCHED,
     PRELOADED,

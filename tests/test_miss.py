@@ -18,18 +18,18 @@ from hypothesis import strategies as st
 from random_cases import Case, cases, decide
 from tiny import tiny_costs, tiny_inputs, tiny_model, tiny_profile, tiny_run, tiny_scenario, tiny_trace
 
-from prestage.engine.costs import Costs
-from prestage.engine.loading import load_inputs
-from prestage.engine.offload_costs import CpuCosts
-from prestage.engine.offloading import make_miss
-from prestage.engine.output.files import write_result
-from prestage.engine.output.metrics import OUTCOMES, Recording, metrics
-from prestage.engine.output.misses import miss_metrics
-from prestage.engine.output.saved import load_result
+from prestage.engine.costs.costs import Costs
+from prestage.engine.costs.offload_costs import CpuCosts
+from prestage.engine.loading.loading import load_inputs
+from prestage.engine.loading.offloading import make_miss
+from prestage.engine.measure.metrics import OUTCOMES, Recording, metrics
+from prestage.engine.measure.misses import miss_metrics
 from prestage.engine.policies.miss import CPU, MISS, SKIPPED, Absent, Resolved, Terms
-from prestage.engine.replay import count_visits
-from prestage.engine.scenario import Scenario, ScenarioError, load_scenario, make_scenario
+from prestage.engine.replay.replay import count_visits
+from prestage.engine.scenario.scenario import Scenario, ScenarioError, load_scenario, make_scenario
 from prestage.engine.simulate import simulate_inputs
+from prestage.output.files import write_result
+from prestage.output.saved import load_result
 from prestage.resources.profile import ProfileError, load_profile
 from prestage.resources.timeline import ACTIVATION, CPU_EXPERT, EXPERT, KINDS
 from prestage.workloads.model import load_model

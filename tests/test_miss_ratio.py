@@ -14,13 +14,13 @@ from tiny import tiny_trace
 from typer.testing import CliRunner
 
 from prestage.cli import app
-from prestage.engine.compiled import KINDS
-from prestage.engine.dispatch import LOOKUPS
-from prestage.engine.miss_ratio import DEFAULT_POLICIES, miss_ratio_curves
-from prestage.engine.output.files import write_miss_ratios
-from prestage.engine.output.plots import plot_miss_ratios
-from prestage.engine.output.tables import print_miss_ratios
-from prestage.engine.replay import replay_trace
+from prestage.engine.decide.dispatch import LOOKUPS
+from prestage.engine.replay.compiled import KINDS
+from prestage.engine.replay.miss_ratio import DEFAULT_POLICIES, miss_ratio_curves
+from prestage.engine.replay.replay import replay_trace
+from prestage.output.files import write_miss_ratios
+from prestage.output.plots import plot_miss_ratios
+from prestage.output.tables import print_miss_ratios
 from prestage.workloads.importers import open_trace
 from prestage.workloads.trace import RoutingTrace
 

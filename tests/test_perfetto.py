@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from browser import browsing
 
-from prestage.engine.output.about import about_run
-from prestage.engine.output.export import About, export_timeline
-from prestage.engine.output.profiler_trace import load_timeline
 from prestage.engine.simulate import Result
+from prestage.output.about import about_run
+from prestage.output.export import About, export_timeline
+from prestage.output.profiler_trace import load_timeline
 from prestage.resources.timeline import DENSE, LAUNCH, Timeline
 
 pytestmark = pytest.mark.browser

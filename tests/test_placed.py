@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from random_cases import Case, cases, decide
 from tiny import tiny_trace
 
-from prestage.engine.dispatch import step_accesses
-from prestage.engine.inputs import Inputs
-from prestage.engine.memory_manager import MemoryManager
+from prestage.engine.decide.dispatch import step_accesses
+from prestage.engine.decide.memory_manager import MemoryManager
 from prestage.engine.placed import (
     REMOTE,
     Placed,
@@ -34,6 +33,7 @@ from prestage.engine.policies.eviction import EVICTION
 from prestage.engine.policies.placement import PLACEMENT, Owners, Request
 from prestage.engine.policies.prefetch import NoPrefetch
 from prestage.engine.run import make_manager, make_prefetch
+from prestage.engine.scenario.inputs import Inputs
 from prestage.workloads.batches import DECODE, Step
 from prestage.workloads.trace import RoutingTrace
 

@@ -13,11 +13,11 @@ from matplotlib.figure import Figure
 from test_export import EXPERTS, made_run  # type: ignore[import-not-found]
 
 from prestage.calibration.transfer import from_profile
-from prestage.engine.output.charts import CHARTS, plot_sweep
-from prestage.engine.output.machine import describe, machine_of
-from prestage.engine.output.machine_plot import plot_machine
-from prestage.engine.output.palette import COLORS
-from prestage.engine.output.plots import (
+from prestage.output.charts import CHARTS, plot_sweep
+from prestage.output.machine import describe, machine_of
+from prestage.output.machine_plot import plot_machine
+from prestage.output.palette import COLORS
+from prestage.output.plots import (
     default_window,
     plot_latency,
     plot_memory,
@@ -354,7 +354,7 @@ def test_saving_refuses_other_endings_and_leaves_nothing_behind(tmp_path: Path) 
 def test_matplotlib_is_loaded_only_to_draw_and_its_global_state_never(tmp_path: Path) -> None:
     program = (
         "import sys\n"
-        "from prestage.engine.output import plots\n"
+        "from prestage.output import plots\n"
         "from prestage.resources.timeline import Timeline\n"
         "assert 'matplotlib' not in sys.modules\n"
         "plots.save(plots.plot_timeline(Timeline(), experts_per_layer=1), sys.argv[1])\n"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from prestage.engine.memory_manager import MemoryManager
+from prestage.engine.decide.memory_manager import MemoryManager
 from prestage.engine.policies.eviction import Lru
 from prestage.engine.policies.prefetch_share import PREFETCH_SHARE, AdaptiveShare, FixedShare
 

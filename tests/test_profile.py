@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 from tiny import tiny_costs, tiny_profile
 
-from prestage.engine.scenario import load_scenario
+from prestage.engine.scenario.scenario import load_scenario
 from prestage.resources.profile import (
     Profile,
     ProfileError,

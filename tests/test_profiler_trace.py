@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_export import EXPERTS, made_run  # type: ignore[import-not-found]
 
-from prestage.engine.output.export import About, export_timeline
-from prestage.engine.output.profiler_trace import Imported, TraceFileError, load_timeline, write_imported
-from prestage.engine.output.summary import kernel_costs, timeline_summary
+from prestage.output.export import About, export_timeline
+from prestage.output.profiler_trace import Imported, TraceFileError, load_timeline, write_imported
+from prestage.output.summary import kernel_costs, timeline_summary
 from prestage.resources.timeline import COLLECTIVE, COPY, KERNEL, LAUNCH, SPAN, Timeline, union
 
 H100 = {mode: Path(__file__).with_name(f"profiled-h100-{mode}.json.gz") for mode in ("eager", "graph")}
@@ -87,8 +87,8 @@ def test_an_export_comes_back_span_for_span(seed: int, steps: int, packed: bool)
 
 
 def test_a_run_and_its_file_have_one_summary_and_its_bytes(default_run: Any, tmp_path: Path) -> None:
-    from prestage.engine.output.about import about_run
-    from prestage.engine.output.metrics import span_bytes
+    from prestage.engine.measure.metrics import span_bytes
+    from prestage.output.about import about_run
 
     export_timeline(default_run.timeline, tmp_path / "t.json.gz", about_run(default_run))
     imported = load_timeline(tmp_path / "t.json.gz")
@@ -484,7 +484,7 @@ def test_a_packed_file_that_is_cut_or_broken_is_read_up_to_there(tmp_path: Path,
 
 
 def test_a_timeline_of_ours_that_is_cut_keeps_its_lanes(default_run: Any, tmp_path: Path) -> None:
-    from prestage.engine.output.about import about_run
+    from prestage.output.about import about_run
 
     export_timeline(default_run.timeline, tmp_path / "t.json", about_run(default_run))
     text = (tmp_path / "t.json").read_bytes()

@@ -24,9 +24,9 @@ from prestage.calibration.published_run import (
     warm_up,
 )
 from prestage.cli import app
-from prestage.engine.loading import load_inputs
-from prestage.engine.output.metrics import Recording
-from prestage.engine.scenario import Scenario, ScenarioError, load_scenario
+from prestage.engine.loading.loading import load_inputs
+from prestage.engine.measure.metrics import Recording
+from prestage.engine.scenario.scenario import Scenario, ScenarioError, load_scenario
 from prestage.engine.simulate import simulate
 from prestage.resources.profile import Profile, load_profile
 from prestage.resources.timeline import READ

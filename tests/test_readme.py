@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import readme_tables
 
-from prestage.engine.scenario import load_scenario, make_scenario, scenario_names
+from prestage.engine.scenario.scenario import load_scenario, make_scenario, scenario_names
 from prestage.engine.simulate import simulate
 from prestage.resources.profile import profile_names
 from prestage.workloads.model import preset_names

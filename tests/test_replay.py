@@ -13,12 +13,12 @@ from naive import NaiveManager
 from random_cases import traces as random_traces
 from tiny import tiny_trace
 
-from prestage.engine.compiled import COMPILED
-from prestage.engine.dispatch import LOOKUPS
-from prestage.engine.memory_manager import MemoryManager, pool_budgets
+from prestage.engine.decide.dispatch import LOOKUPS
+from prestage.engine.decide.memory_manager import MemoryManager, pool_budgets
 from prestage.engine.policies.eviction import EVICTION, Lru, Setting
-from prestage.engine.replay import FOUND, MISSED, NOT_LOOKED_UP, Replayed, replay, replay_trace
-from prestage.engine.warnings import cliff_warning
+from prestage.engine.replay.compiled import COMPILED
+from prestage.engine.replay.replay import FOUND, MISSED, NOT_LOOKED_UP, Replayed, replay, replay_trace
+from prestage.engine.scenario.warnings import cliff_warning
 from prestage.workloads.batches import DECODE, PREFILL, plan_steps
 from prestage.workloads.importers import open_trace
 from prestage.workloads.trace import RoutingTrace

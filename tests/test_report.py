@@ -20,15 +20,15 @@ import safetensors.numpy
 from browser import Browsing, browsing
 from test_figures import made_run  # type: ignore[import-not-found]
 
-from prestage.engine import output
-from prestage.engine.output.figures import FIGURES
-from prestage.engine.output.files import write_result
-from prestage.engine.output.page import PageError, Section, html_picture, html_table, html_tiles, write_page
-from prestage.engine.output.report import write_report
-from prestage.engine.output.saved import RUN_FILE, Run, SavedRunError, load_result, load_results, run_of
-from prestage.engine.scenario import load_scenario
+from prestage import output
+from prestage.engine.scenario.scenario import load_scenario
 from prestage.engine.simulate import Result, simulate
 from prestage.errors import InputError
+from prestage.output.figures import FIGURES
+from prestage.output.files import write_result
+from prestage.output.page import PageError, Section, html_picture, html_table, html_tiles, write_page
+from prestage.output.report import write_report
+from prestage.output.saved import RUN_FILE, Run, SavedRunError, load_result, load_results, run_of
 from prestage.resources.timeline import DENSE, EXPERT, HEAD, Timeline
 
 
@@ -215,8 +215,8 @@ def test_a_comparison_says_which_is_better_and_what_differs(pages: Path, two: li
 @pytest.mark.process
 def test_the_same_run_gives_the_same_page(folder: Path, tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from prestage.engine.output.saved import load_result; "
-        "from prestage.engine.output.report import write_report; "
+        "import sys; from pathlib import Path; from prestage.output.saved import load_result; "
+        "from prestage.output.report import write_report; "
         "write_report([load_result(Path(sys.argv[1]))], Path(sys.argv[2]))"
     )
     pages = [tmp_path / "a.html", tmp_path / "b.html"]
@@ -266,7 +266,7 @@ def test_a_report_that_fails_halfway_leaves_the_old_one(two: list[Run], tmp_path
 
 
 def test_without_bokeh_it_says_how_to_get_it(two: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "prestage.engine.output.figures_html", raising=False)
+    monkeypatch.delitem(sys.modules, "prestage.output.figures_html", raising=False)
     monkeypatch.delattr(output, "figures_html", raising=False)
     for name in [name for name in sys.modules if name.partition(".")[0] == "bokeh"]:
         monkeypatch.setitem(sys.modules, name, None)
@@ -340,8 +340,8 @@ def test_a_report_loads_and_its_timeline_zooms_moves_and_hides(browser: Browsing
 
 @pytest.mark.browser
 def test_a_page_of_ones_own_holds_html_pictures_and_figures(browser: Browsing, pages: Path) -> None:
-    from prestage.engine.output.figures_html import figure_html
-    from prestage.engine.output.figures_static import draw
+    from prestage.output.figures_html import figure_html
+    from prestage.output.figures_static import draw
 
     sections = [
         Section("Tiles", html_tiles([("speed", "3 <", "fast")])),
@@ -395,7 +395,7 @@ def test_two_timelines_share_one_axis_in_the_dark(browser: Browsing) -> None:
 
 
 def page_of_timeline(browser_folder: Path, name: str, run: Run) -> None:
-    from prestage.engine.output.figures_html import figure_html
+    from prestage.output.figures_html import figure_html
 
     layout = figure_html("timeline", [run])
     write_page(browser_folder / name, title=name, sections=[Section("", layout=layout, name="timeline")])

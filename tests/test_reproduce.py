@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from prestage import cli
-from prestage.engine import reproduce
-from prestage.engine.inference import InferenceConfig, InferenceSimulator
-from prestage.engine.reproduce import TABLES, VIRTUAL_MEMORY, Row
+from prestage.guide import reproduce
+from prestage.guide.inference import InferenceConfig, InferenceSimulator
+from prestage.guide.reproduce import TABLES, VIRTUAL_MEMORY, Row
 
 pytestmark = pytest.mark.slow
 

@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prestage.engine.grid import make_grid
-from prestage.engine.loading import load_inputs
-from prestage.engine.scenario import (
+from prestage.engine.loading.loading import load_inputs
+from prestage.engine.scenario.scenario import (
     Scenario,
     ScenarioError,
     SyntheticSection,
@@ -21,6 +20,7 @@ from prestage.engine.scenario import (
     parse_bytes,
     scenario_names,
 )
+from prestage.experiments.grid import make_grid
 from prestage.resources.profile import profile_names
 from prestage.workloads.model import MOST_BYTES, preset_names
 

@@ -15,13 +15,12 @@ import orjson
 import pytest
 from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_run, tiny_scenario, tiny_trace
 
-from prestage.engine.loading import load_inputs
-from prestage.engine.output.files import write_result
-from prestage.engine.output.metrics import link_utilization
+from prestage.engine.loading.loading import load_inputs
+from prestage.engine.measure.metrics import link_utilization
+from prestage.engine.policies.copy_order import COPY_ORDERS
 from prestage.engine.policies.eviction import EVICTION
 from prestage.engine.policies.prefetch import PREFETCH
-from prestage.engine.scenario import (
-    DISCIPLINES,
+from prestage.engine.scenario.scenario import (
     DISPATCH_MODES,
     EXPERT_KERNELS,
     EXPERT_ORDERS,
@@ -31,6 +30,7 @@ from prestage.engine.scenario import (
     make_scenario,
 )
 from prestage.engine.simulate import Result, simulate, simulate_inputs
+from prestage.output.files import write_result
 from prestage.workloads.batches import PREFILL_MODES
 from prestage.workloads.predictors import PREDICTORS
 
@@ -58,7 +58,7 @@ WAYS: dict[str, tuple[str, ...]] = {
     "batch": ("workload.batch=3",),
     "chunks": ("workload.prefill=chunked", "workload.chunk_tokens=1"),
     "other machine": ("machine.profile=rtx3090",),
-    **{f"discipline {name}": (f"copy.discipline={name}",) for name in DISCIPLINES},
+    **{f"discipline {name}": (f"copy.discipline={name}",) for name in COPY_ORDERS},
     **{f"dispatch {name}": (f"dispatch.mode={name}",) for name in DISPATCH_MODES},
     **{f"order {name}": (f"dispatch.expert_order={name}",) for name in EXPERT_ORDERS},
     **{f"kernel {name}": (f"dispatch.expert_kernel={name}",) for name in EXPERT_KERNELS},

@@ -16,12 +16,12 @@ from browser import browsing
 
 from prestage import cli
 from prestage.calibration.transfer import from_profile
-from prestage.engine.insights import best
-from prestage.engine.journal import read_rows
-from prestage.engine.output.suite_report import write_suite
-from prestage.engine.scenario import load_scenario
+from prestage.engine.scenario.scenario import load_scenario
 from prestage.engine.simulate import simulate
-from prestage.engine.suite import BASE, Finished, SuiteError, load_suite, run_suite, suite_names
+from prestage.experiments.insights import best
+from prestage.experiments.journal import read_rows
+from prestage.experiments.suite import BASE, Finished, SuiteError, load_suite, run_suite, suite_names
+from prestage.experiments.suite_report import write_suite
 from prestage.resources.profile import load_profile
 
 #: Two sweeps of one small study: eight runs of some hundredths of a second, and its scenario.
@@ -130,8 +130,8 @@ def test_what_is_finished_is_not_run_again(
     def never(*_: Any) -> Any:
         raise AssertionError("this was done")
 
-    monkeypatch.setattr("prestage.engine.sweep.run_task", never)
-    monkeypatch.setattr("prestage.engine.suite.published_table", never)
+    monkeypatch.setattr("prestage.experiments.sweep.run_task", never)
+    monkeypatch.setattr("prestage.experiments.suite.published_table", never)
     again = run_suite(load_suite(definition), out, transfers=TRANSFERS, workers=1)
     assert again.data == finished.data
     assert rows_of(again) == rows_of(finished)
@@ -291,7 +291,7 @@ def test_the_command_prints_the_best_and_writes_the_folder(
 
 @pytest.mark.parametrize("name", suite_names())
 def test_a_shipped_suite_can_run_in_full_and_quick(name: str) -> None:
-    from prestage.engine.suite import _jobs
+    from prestage.experiments.suite import _jobs
 
     for quick in (False, True):
         assert len(_jobs(load_suite(name), quick)) > 3

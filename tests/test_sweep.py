@@ -17,13 +17,13 @@ from typing import Any
 
 import pytest
 
-from prestage.engine.grid import Grid, make_grid, parse_grid
-from prestage.engine.journal import Journal, JournalError, read_rows, sweep_rows
-from prestage.engine.scenario import load_scenario, make_scenario
+from prestage.engine.scenario.scenario import load_scenario, make_scenario
 from prestage.engine.simulate import simulate
-from prestage.engine.sweep import sweep
-from prestage.engine.workers import WorkerError, Workers
 from prestage.errors import InputError
+from prestage.experiments.grid import Grid, make_grid, parse_grid
+from prestage.experiments.journal import Journal, JournalError, read_rows, sweep_rows
+from prestage.experiments.sweep import sweep
+from prestage.experiments.workers import WorkerError, Workers
 from prestage.workloads.importers import open_trace
 from prestage.workloads.trace import RoutingTrace
 
@@ -178,7 +178,7 @@ def test_a_trace_is_read_once_by_a_worker_however_many_rows_use_it(
         opened.append(path)
         return open_trace(path)
 
-    monkeypatch.setattr("prestage.engine.sweep.open_trace", counting)
+    monkeypatch.setattr("prestage.experiments.sweep.open_trace", counting)
     settings = ["model.layers=3", f"workload.trace={tmp_path / 't.npz'}"]
     rows = sweep("synthetic", GRID, settings=settings, out=tmp_path / "rows.jsonl", workers=1)
     assert len(rows) == 6 and not list(rows.errors)
@@ -445,7 +445,7 @@ def wait_for_workers(address: str, count: int) -> None:
 
 @needs_dask
 def test_a_cluster_that_does_not_answer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prestage.engine.workers.CONNECT_S", 1)
+    monkeypatch.setattr("prestage.experiments.workers.CONNECT_S", 1)
     with pytest.raises(WorkerError, match=r"127.0.0.1:9.: no scheduler answers there"):
         sweep("synthetic", GRID, settings=SMALL, out=tmp_path / "rows.jsonl", cluster="tcp://127.0.0.1:9")
     assert not list(tmp_path.iterdir())

@@ -33,7 +33,7 @@ def test_a_fault_of_ours_shows_where_and_asks_for_a_report(
     def broken(name: str) -> None:
         raise ValueError("zip() argument 2 is shorter than argument 1")
 
-    monkeypatch.setattr("prestage.engine.suite.load_suite", broken)
+    monkeypatch.setattr("prestage.experiments.suite.load_suite", broken)
     monkeypatch.setattr(sys, "argv", ["prestage", "suite"])
     with pytest.raises(SystemExit) as left:
         main()
@@ -50,7 +50,7 @@ def test_a_refusal_is_one_line_that_can_do_nothing_to_a_terminal(
     def refused(name: str) -> None:
         raise InputError(f"{name}:\n \x1b[31m {'x' * 5 * LONGEST_LINE} end")
 
-    monkeypatch.setattr("prestage.engine.suite.load_suite", refused)
+    monkeypatch.setattr("prestage.experiments.suite.load_suite", refused)
     monkeypatch.setattr(sys, "argv", ["prestage", "suite", "mine"])
     with pytest.raises(SystemExit) as left:
         main()

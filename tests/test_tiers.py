@@ -18,17 +18,18 @@ from random_cases import Case, cases, play
 from tiny import tiny_costs, tiny_inputs, tiny_model, tiny_profile, tiny_run, tiny_scenario, tiny_trace
 
 from prestage.calibration.plan import ExecutionError, check_executable
-from prestage.engine.costs import Costs
+from prestage.engine.costs.costs import Costs
+from prestage.engine.decide.dispatch import Visit
 from prestage.engine.decide.host_memory import HostMemory
 from prestage.engine.decoder import host
-from prestage.engine.dispatch import Visit
 from prestage.engine.gpu import Gpu
-from prestage.engine.inputs import Inputs
-from prestage.engine.loading import load_inputs
-from prestage.engine.output.metrics import Recording, tiers
+from prestage.engine.loading.loading import load_inputs
+from prestage.engine.measure.metrics import Recording, tiers
+from prestage.engine.policies.copy_order import COPY_ORDERS
 from prestage.engine.policies.eviction import EVICTION
 from prestage.engine.run import dispatched, make_host_memory, make_manager, make_prefetch
-from prestage.engine.scenario import DISCIPLINES, ScenarioError, load_scenario, make_scenario
+from prestage.engine.scenario.inputs import Inputs
+from prestage.engine.scenario.scenario import ScenarioError, load_scenario, make_scenario
 from prestage.engine.simulate import simulate, simulate_inputs
 from prestage.resources.profile import Interruptions, Profile, ProfileError, load_profile, make_profile, profile_names
 from prestage.resources.timeline import DEMAND, PREFETCH, READ, covered_ns
@@ -99,7 +100,7 @@ def test_more_lanes_than_the_drive_has_speed_for_share_what_it_gives() -> None:
     assert spans(recording, READ) == [(D, D + 2 * R)] * 4
 
 
-@pytest.mark.parametrize("discipline", DISCIPLINES)
+@pytest.mark.parametrize("discipline", COPY_ORDERS)
 @pytest.mark.parametrize("io_lanes", [2, 3, 8, 64])
 def test_a_lane_that_is_idle_slows_no_read(io_lanes: int, discipline: str) -> None:
     # Top-1, so that one read is in flight at a time: it takes as long however many lanes might share the drive.
@@ -381,7 +382,7 @@ def test_a_copy_starts_once_its_expert_is_read_and_a_read_once_its_room_is_free(
             room_left_ns[read] = max(room_left_ns.get(read, 0), left_ns[copy])
 
 
-@pytest.mark.parametrize("discipline", DISCIPLINES)
+@pytest.mark.parametrize("discipline", COPY_ORDERS)
 def test_a_long_run_remembers_the_last_use_of_no_more_experts_than_have_room_or_have_left_some(discipline: str) -> None:
     # Rooms of 2, 3 and 5 bytes split: parts of one are given to several experts. 900 visits, three experts each.
     model, profile = tiny_model(3, 8, 3, copy_ns=[2, 3, 5]), tiny_profile(io_lanes=2)

@@ -22,8 +22,8 @@ from prestage.calibration.execute import Execution, execute, gpus_needed
 from prestage.calibration.measured import load_measured
 from prestage.calibration.part import Shared
 from prestage.calibration.plan import ExecutionError, make_plans
-from prestage.engine.inputs import Inputs
 from prestage.engine.run import part_costs, prepared, run_all
+from prestage.engine.scenario.inputs import Inputs
 from prestage.resources.timeline import ACTIVATION, DENSE, EXPERT, HEAD, KINDS, LAUNCH
 from prestage.workloads.synthetic import synthesize
 
@@ -112,7 +112,7 @@ def test_every_expert_of_every_stage_computes_with_its_own_weights(variant: str,
 
 def test_every_stage_waits_for_what_the_stage_before_has_sent_for_that_step() -> None:
     first, second = make_plans(staged())
-    assert [entry.receives for entry in second.entries if entry.kind == DENSE] == list(range(len(second.step_ends)))
+    assert [entry.receives for entry in second.entries if entry.kind == DENSE] == list(range(len(second.turns)))
     # Two micro-batches: each goes on from the tokens that it sampled two steps before.
     received = [entry.receives for entry in first.entries if entry.kind == DENSE and entry.layer == 0]
     assert received == [-1, -1, *range(len(received) - 2)]
@@ -123,7 +123,17 @@ def test_every_stage_waits_for_what_the_stage_before_has_sent_for_that_step() ->
                 assert entry.waits == (max(kernel for kernel in kernels if kernel < number),)
         assert any(entry.kind == HEAD for entry in plan.entries) == has_head
     sent = [entry.size_bytes for entry in first.entries if entry.kind == ACTIVATION]
-    assert sent == [2 * 16 * 4] * len(first.step_ends)  # two tokens of 16 numbers in float32
+    assert sent == [2 * 16 * 4] * len(first.turns)  # two tokens of 16 numbers in float32
+
+
+@pytest.mark.parametrize(("threads", "turns"), [("one", ([0, 2, 4], [1, 3, 5])), ("per-gpu", ([0, 1, 2], [0, 1, 2]))])
+def test_one_thread_turns_from_stage_to_stage_and_two_stay_each_at_its_own(
+    threads: str, turns: tuple[list[int], list[int]]
+) -> None:
+    plans = make_plans(staged(parallel={"dispatch_threads": threads}))
+    for plan, numbers in zip(plans, turns, strict=True):
+        assert [turn for turn, _ in plan.turns[:3]] == numbers
+        assert plan.turns[-1][1] == len(plan.entries)
 
 
 def test_experts_may_lie_in_another_gpus_memory() -> None:

@@ -24,12 +24,12 @@ from prestage.calibration.validate import (
     summary,
     validate,
 )
-from prestage.engine.costs import Costs
-from prestage.engine.loading import load_inputs
-from prestage.engine.output.merge import makespan_ns
-from prestage.engine.output.metrics import Recording
+from prestage.engine.costs.costs import Costs
+from prestage.engine.loading.loading import load_inputs
+from prestage.engine.measure.merge import makespan_ns
+from prestage.engine.measure.metrics import Recording
 from prestage.engine.run import part_costs, prepared, run_all
-from prestage.engine.scenario import Scenario, make_scenario
+from prestage.engine.scenario.scenario import Scenario, make_scenario
 from prestage.engine.stages import with_profile
 from prestage.resources.profile import Profile, load_profile
 from prestage.resources.timeline import LAUNCH, READBACK

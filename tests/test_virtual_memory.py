@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 from prestage import RoutingTrace, VirtualMemoryManager, load_scenario, simulate, synthesize
-from prestage.engine.dispatch import visits
-from prestage.engine.loading import load_inputs
-from prestage.engine.memory_log import (
+from prestage.engine.decide.dispatch import visits
+from prestage.engine.decide.memory_manager import MemoryManager
+from prestage.engine.loading.loading import load_inputs
+from prestage.engine.measure.memory_log import (
     CACHE,
     COMPUTATION,
     CPU_MEMORY,
@@ -30,13 +31,12 @@ from prestage.engine.memory_log import (
     TransitionError,
     next_state,
 )
-from prestage.engine.memory_manager import MemoryManager
 from prestage.engine.policies.eviction import EVICTION, Lru
 from prestage.engine.policies.prefetch import PREFETCH as PREFETCH_POLICIES
 from prestage.engine.policies.prefetch import Options
-from prestage.engine.replay import count_visits
-from prestage.engine.scenario import ScenarioError
-from prestage.engine.virtual_memory import VirtualMemoryError, guesses_for_targets
+from prestage.engine.replay.replay import count_visits
+from prestage.engine.scenario.scenario import ScenarioError
+from prestage.guide.virtual_memory import VirtualMemoryError, guesses_for_targets
 from prestage.resources.profile import ProfileError
 from prestage.workloads.batches import plan_steps
 from prestage.workloads.predictors import Oracle

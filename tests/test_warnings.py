@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from prestage.engine.scenario import load_scenario
+from prestage.engine.scenario.scenario import load_scenario
+from prestage.engine.scenario.warnings import WARNINGS
 from prestage.engine.simulate import simulate
-from prestage.engine.warnings import WARNINGS
 
 SMALL = ["workload.tokens=12", "workload.synthetic.tokens=12", "workload.synthetic.sequences=1"]
 SMALL += ["workload.synthetic.prefill_tokens=0"]

@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from prestage.engine.costs import Costs
-from prestage.engine.inputs import Inputs
-from prestage.engine.loading import completed, steps_of
-from prestage.engine.memory_manager import MemoryManager
-from prestage.engine.output.merge import makespan_ns, merged_timeline
-from prestage.engine.output.metrics import Recording, time_split
+from prestage.engine.costs.costs import Costs
+from prestage.engine.decide.memory_manager import MemoryManager
+from prestage.engine.loading.loading import completed, steps_of
+from prestage.engine.measure.merge import makespan_ns, merged_timeline
+from prestage.engine.measure.metrics import Recording, time_split
 from prestage.engine.policies.eviction import EVICTION
 from prestage.engine.policies.prefetch import NoPrefetch
-from prestage.engine.predicting import predictor_cost
 from prestage.engine.run import Prepared, make_manager, make_prefetch, part_costs, run, run_all
-from prestage.engine.scenario import Scenario, make_scenario
+from prestage.engine.scenario.inputs import Inputs
+from prestage.engine.scenario.predicting import predictor_cost
+from prestage.engine.scenario.scenario import Scenario, make_scenario
 from prestage.resources.profile import Profile
 from prestage.workloads.model import Model
 from prestage.workloads.predictors import make_predictor

@@ -132,9 +132,9 @@ def shipped_traces() -> list[str]:
 def open_trace(path: str | PathLike[str]) -> RoutingTrace:
     """Load a trace, a shipped one by its name, or import a log whose name tells its format; it has been checked.
 
-    Raises TraceError.
+    A file of a shipped one's name comes before it; a folder is no trace. Raises TraceError.
     """
-    if str(path) in shipped_traces() and not Path(path).exists():
+    if str(path) in shipped_traces() and not Path(path).is_file():
         with resources.as_file(resources.files("prestage") / "workloads" / "data" / f"{path}.safetensors") as file:
             return RoutingTrace.load(file)
     for ending, format in _LOGS.items():

@@ -12,6 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib import resources
@@ -220,10 +221,23 @@ class Learned:
 
         weights = self.weights.tensors()
         known = run.known_tokens(self.weights.shape.context)
-        with torch.inference_mode():
+        with torch.inference_mode(), one_thread():
             for first in range(0, len(known), _TOKENS_AT_ONCE):
                 places = slice(first, first + _TOKENS_AT_ONCE)
                 yield places, logits(weights, self.weights.shape, *gather(run.chosen, known[places])).numpy()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute on one core: with so little to do, threads would wait for each other on a busy machine."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def gather(chosen: npt.NDArray[np.int16], known: Int64s) -> tuple[Tensor, Tensor]:

@@ -221,9 +221,12 @@ def _route(
         size = (chunk.stop - chunk.start, config.layers)
         fresh = _first_of_race(draws.standard_exponential((*size, config.experts)) / probabilities, config.top_k)
         keep = keeps.random((*size, config.top_k)) < config.reuse
-        for row in range(size[0]):
-            previous = fresh[row] if previous is None else _keep_some(previous, keep[row], fresh[row])
-            chosen[first + row] = previous
+        if config.reuse == 0:
+            chosen[chunk] = fresh
+        else:
+            for row in range(size[0]):
+                previous = fresh[row] if previous is None else _keep_some(previous, keep[row], fresh[row])
+                chosen[first + row] = previous
         weights[chunk] = draw_weights(scores, (*size, config.top_k))
     return chosen, weights
 
@@ -233,12 +236,14 @@ def _keep_some(previous: IntArray, keep: npt.NDArray[np.bool_], fresh: IntArray)
 
     Of the k fresh ones at most as many are kept ones as are kept, so the others always fill the places.
     """
-    repeated = ((fresh[:, :, None] == previous[:, None, :]) & keep[:, None, :]).any(axis=2)
+    kept = np.where(keep, previous, -1)
+    repeated = (fresh[:, :, None] == kept[:, None, :]).any(axis=2)
     both = np.concatenate([previous, fresh], axis=1)
     # A stable sort by "not to be used" moves the usable ones to the front and keeps their order.
     unusable = np.concatenate([~keep, repeated], axis=1)
-    order = np.argsort(unusable, axis=1, kind="stable")[:, : previous.shape[1]]
-    return np.take_along_axis(both, order, axis=1)
+    order = unusable.argsort(axis=1, kind="stable")[:, : previous.shape[1]]
+    kept_first: IntArray = both[np.arange(len(both))[:, None], order]
+    return kept_first
 
 
 def draw_weights(generator: np.random.Generator, shape: tuple[int, ...]) -> npt.NDArray[np.float16]:

@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from ..dispatch import Visit
-from ..memory_manager import Admission, MemoryManager
+from .dispatch import Visit
+from .memory_manager import Admission, MemoryManager
 from .registers import Registers
 
 

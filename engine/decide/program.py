@@ -17,9 +17,9 @@ import numpy.typing as npt
 
 from ...resources.timeline import ACTIVATION, COMBINE, DENSE, DISPATCH, EXPERT, HEAD
 from ...workloads.batches import Step
-from ..dispatch import Visit
 from ..placed import PlacedVisit
 from .commands import CHOICE, COMPUTE, FIXED_REGISTERS, OUTPUT, RESULTS, TOKENS, Command, Op
+from .dispatch import Visit
 from .host_memory import HostRooms
 from .registers import Registers
 from .tables import Loans, Rooms, visit_tables
@@ -43,7 +43,7 @@ Program = Iterator[Iterator[Array]]
 #: Rows that any visit needs besides those of its accesses, copies and rooms, and the most for each of these.
 _SOME_ROWS, _ROWS_EACH = 64, 8
 _COLUMNS = ("kind", "lane", "layer", "tokens", "expert", "copy", "register", "peer", "extra")
-_TOKENS, _REGISTER, _EXTRA = (Command._fields.index(name) for name in ("tokens", "register", "extra"))
+_REGISTER, _PEER, _EXTRA = (Command._fields.index(name) for name in ("register", "peer", "extra"))
 
 #: What commands do to a register but change it: wait for it, or join it, which several parts may do in any order.
 _TO_REGISTERS = {Op.WAIT: Op.WAIT, Op.HOLD: Op.WAIT, Op.NOTICE: Op.WAIT, Op.PROMOTE: Op.WAIT, Op.JOIN: Op.JOIN}
@@ -68,8 +68,9 @@ class Beside:
                     last = max((at for did, at in named.get(register, {}).items() if _in_order(did, does)), default=0)
                     if last > behind[other]:
                         behind[other] = last
-                        row = Command(Op.BEHIND, gpu, *[-1] * 7, other, last)
-                        found.append(np.array(row, dtype=np.int64))
+                        row = np.full(COLUMNS, -1, dtype=np.int64)
+                        row[[0, 1, _PEER, _EXTRA]] = Op.BEHIND, gpu, other, last
+                        found.append(row)
                 own.setdefault(register, {})[does] = len(found) + 1
             found.append(command)
         self._parts[gpu] = own

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..dispatch import Visit
-from ..memory_manager import Admission
+from .dispatch import Visit
 from .host_memory import Brought, HostRooms
+from .memory_manager import Admission
 from .registers import Registers
 from .visit_commands import COPIED_COLUMNS, PREFETCHED, RESOLVED_COLUMNS, SERVED_COLUMNS, STAGED, TAKEN_COLUMNS
 

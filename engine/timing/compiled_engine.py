@@ -18,7 +18,7 @@ import numpy.typing as npt
 from ...resources.network import Crowd, CrowdShare, Network, Share
 from ...resources.timeline import DENSE, EXPERT, HEAD, SPAN
 from ...workloads.batches import DECODE, PREFILL
-from ..costs import KernelCost
+from ..costs.costs import KernelCost
 from ..decide.commands import H2D, PREFETCH_LANE, Command, Op
 from ..decide.program import Program
 from ..gpu import pack_arrival

@@ -15,10 +15,11 @@ import numpy.typing as npt
 import simpy
 
 from ...resources.timeline import ACTIVATION, CPU_EXPERT, DECOMPRESS, EXPERT, LAUNCH, PEER, PREDICT, PREFETCH
-from ..costs import KernelCost
+from ..costs.costs import KernelCost
 from ..decide.commands import COMPUTE, FIXED_REGISTERS, H2D, SIDE, TOKENS, Command, Op
 from ..gpu import pack_access, pack_arrival, pack_visit
 from ..links import PeerCosts
+from ..policies.copy_order import QueuedCopy
 from .lanes import HOSTS, Instant, Lane, QueueLane, Story, Work, until_ended
 from .machine import GpuLanes
 
@@ -327,15 +328,18 @@ class Thread:
         ns = (cost.queued_ns, cost.alone_ns)
         if isinstance(lane, QueueLane):
             ns = (cost.piece_queued_ns, cost.piece_alone_ns)
-            more |= {"rank": (int(command.kind == PREFETCH), command.extra), "pieces": cost.pieces}
-            more["held_back"] = lanes.drive is not None
+            more |= {
+                "wanted": QueuedCopy(command.kind != PREFETCH, command.extra, command.expert),
+                "pieces": cost.pieces,
+                "held_back": lanes.drive is not None,
+            }
         self._submit(gpu, lane, command.kind, ns, issued_ns, command, **more)
 
     def _promote(self, gpu: GpuState, command: Command) -> None:
         queue = gpu.lanes.copies[H2D]
         assert isinstance(queue, QueueLane)
         for work in self._registers.get(command.register, ()):
-            queue.promote(work, (0, command.extra))
+            queue.promote(work, command.extra)
 
     def _read(self, gpu: GpuState, command: Command) -> None:
         """Order a request to the drive, on the I/O lane that has the least to do now."""

@@ -17,6 +17,7 @@ import simpy
 from ...resources.lane import NEVER, Lags
 from ...resources.network import CrowdShare, Share, Transfer
 from ...resources.timeline import DECOMPRESS, Timeline
+from ..policies.copy_order import QueuedCopy, Rank
 
 Story = Generator[simpy.Event, Any, Any]
 
@@ -76,8 +77,10 @@ class Work:
     copy: int = -1
     slowdown: float = 1.0
     transfer: Transfer | None = None
-    #: Of a queue by priority: smaller goes first, then in the order of numbers; the pieces still to do.
-    rank: tuple[int, int] = (0, 0)
+    #: Of a queue by rank: what is known of the copy, and its rank; smaller goes first, then in the order of numbers;
+    #: the pieces still to do.
+    wanted: QueuedCopy | None = None
+    rank: Rank = (0, 0)
     number: int = 0
     pieces: int = 1
     #: Whether it enters the queue only once it could start, lest it hold up what it waits for; whether it has entered.
@@ -331,6 +334,8 @@ class QueueLane(Lane):
         self._heap: list[tuple[tuple[int, int], int, Work]] = []
         self._count = 0
         self._filled: simpy.Event | None = None
+        #: The rank of a copy, as a copy order says it.
+        self.rank: Callable[[QueuedCopy], Rank] = lambda copy: (0, 0)
         self._next: Work | None = None  # taken from the queue, waiting for its start
         #: Asked when work's turn comes; True drops it (a stale prefetch).
         self.is_stale: Callable[[Work], bool] = lambda work: False
@@ -339,14 +344,23 @@ class QueueLane(Lane):
     def submit(self, work: Work) -> Work:
         """Queue work by its rank, from the instant at which it is issued or, if held back, at which it is ready."""
         work.lane = self
+        if work.wanted is not None:
+            work.rank = self.rank(work.wanted)
         self._renumber(work)
         self.env.process(self._enter(work))
         return work
 
-    def promote(self, work: Work, rank: tuple[int, int]) -> None:
-        """Give a queued copy, or the one that work decompresses, a smaller rank, for all pieces not started yet."""
+    def promote(self, work: Work, visit: int) -> None:
+        """Let a visit demand a queued copy, or the one that work decompresses: all pieces that have not started yet.
+
+        Its rank may only get smaller.
+        """
         work = self._copy_of(work) or work
-        if work.lane is self and rank < work.rank and work.end_ns is None:
+        if work.lane is not self or work.wanted is None or work.end_ns is not None:
+            return
+        work.wanted = QueuedCopy(True, visit, work.wanted.expert)
+        rank = self.rank(work.wanted)
+        if rank < work.rank:
             work.rank = rank
             self._renumber(work)
             if work.entered and work is not self.active and work is not self._next:

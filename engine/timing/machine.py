@@ -11,14 +11,15 @@ from ...resources.lane import Lags
 from ...resources.network import Crowd, Transfer
 from ...resources.timeline import DECOMPRESS, EXPERT, HEAD, Timeline
 from ...workloads.batches import DECODE, PREFILL
-from ..costs import CopyCost, Costs, KernelCost, ReadCost, ReadCosts
+from ..costs.costs import CopyCost, Costs, KernelCost, ReadCost, ReadCosts
+from ..costs.offload_costs import CpuCosts, ShrunkCosts
 from ..decide.commands import H2D, PREFETCH_LANE, Command
 from ..gpu import add_lanes, contended
 from ..links import HostLink
-from ..offload_costs import CpuCosts, ShrunkCosts
 from ..offloaded import uses_cpu
+from ..policies.copy_order import ByRank
 from ..policies.miss import LOW_PRECISION
-from ..scenario import Scenario, shrunk
+from ..scenario.scenario import Scenario, shrunk
 from .lanes import ArrivalLane, Instant, Lane, QueueLane, Work, couple
 
 
@@ -76,10 +77,11 @@ class GpuLanes:
         self.copy_slowdown = costs.copy_slowdown if scenario.copy_.contention else 1.0
         number = add_lanes(timeline, scenario.copy_.discipline, device, host)
         self.host = number["host"]
-        kind = QueueLane if scenario.copy_.discipline == "priority" else Lane
+        order = scenario.copy_.order()
+        kind = QueueLane if isinstance(order, ByRank) else Lane
         h2d = kind(env, instant, timeline, number["h2d"], costs.copy_lags)
-        if isinstance(h2d, QueueLane):
-            h2d.is_stale = is_stale
+        if isinstance(h2d, QueueLane) and isinstance(order, ByRank):
+            h2d.rank, h2d.is_stale = order.rank, is_stale
         self.copies = {H2D: h2d, PREFETCH_LANE: h2d}
         if "prefetch" in number:
             self.copies[PREFETCH_LANE] = Lane(env, instant, timeline, number["prefetch"], costs.copy_lags)

@@ -12,16 +12,16 @@ import numpy as np
 import numpy.typing as npt
 
 from ...resources.network import Network
-from ..costs import activation_bytes
+from ..costs.costs import activation_bytes
 from ..decide.program import SharedLayers, Stage, stages_program
 from ..expert_parallel import routes
 from ..gpu import Decoded
-from ..inputs import Inputs
 from ..links import Links
 from ..lockstep import COPIES_FROM, AllToAll
 from ..pipeline import Flow, StageRun, pipeline_routes, received_steps, sent_bytes
 from ..placed import PlacedVisit
 from ..policies.prefetch import Gauge
+from ..scenario.inputs import Inputs
 from .host import Arrivals, Exchanges, Sending
 from .lanes import Lane
 from .simulation import OneGpu, Simulation

@@ -17,21 +17,21 @@ from ...errors import InputError
 from ...resources.network import Network
 from ...resources.timeline import SPAN, Timeline
 from ...words import unknown_name
-from ..costs import Costs
+from ..costs.costs import Costs
 from ..decide.commands import COMPUTE, FIXED_REGISTERS, HOST, PREFETCH_LANE, SIDE
+from ..decide.dispatch import Visit
 from ..decide.host_memory import HostMemory, HostRooms
+from ..decide.memory_manager import MemoryManager
 from ..decide.program import Gpu, Program
 from ..decide.registers import Registers
 from ..decide.tables import Rooms
 from ..decide.visit_commands import FROM_HOST, FROM_HOST_ASIDE, ON_GPU, ON_GPU_ASIDE, settings_array
 from ..decoder import collector_off
-from ..dispatch import Visit
 from ..gpu import _RECORDS, RESOLVED, Decoded, pack_resolved
 from ..links import HostLink
-from ..memory_manager import MemoryManager
 from ..policies.prefetch import Gauge
-from ..scenario import ON_GPU as ON_GPU_LANES
-from ..scenario import Scenario
+from ..scenario.scenario import ON_GPU as ON_GPU_LANES
+from ..scenario.scenario import Scenario
 from .host import Exchanges, GpuState, Thread
 from .lanes import Instant, Lane, Work
 from .machine import GpuLanes
@@ -95,8 +95,10 @@ class OneGpu:
 
     def _is_stale(self, work: Work) -> bool:
         """Drop a queued prefetch whose target visit has been dispatched without it, if the scenario says so."""
-        is_demanded, target = work.rank[0] == 0, work.rank[1]
-        if not self._scenario.copy_.drop_stale or is_demanded or work.started or target >= self.state.visit:
+        wanted = work.wanted
+        if not self._scenario.copy_.drop_stale or wanted is None or wanted.demanded or work.started:
+            return False
+        if wanted.visit >= self.state.visit:
             return False
         if self.manager.assigned.get(work.expert) == work.copy:
             self.manager.cancel(work.expert)
@@ -180,18 +182,28 @@ def settings_of(
     scenario: Scenario, costs: Costs, prefetching: bool, gpu: int = 0, lends: bool = False
 ) -> npt.NDArray[np.int64]:
     """Return what a scenario says of every visit of a GPU."""
+    predicts = prefetching and costs.predict_ns > 0 and scenario.predictor.lane != "free"
+    return visit_settings(scenario, predicts=predicts, holds=costs.copies_hold_host, gpu=gpu, lends=lends)
+
+
+def visit_settings(
+    scenario: Scenario, *, predicts: bool = False, holds: bool = False, gpu: int = 0, lends: bool = False
+) -> npt.NDArray[np.int64]:
+    """Return the settings of every visit of a GPU, as an array named by SETTINGS.
+
+    `predicts`: a predictor takes time on its lane; `holds`: the host waits for the end of every copy.
+    """
     compression, lane = scenario.compression, scenario.predictor.lane
-    predicts = prefetching and costs.predict_ns > 0 and lane != "free"
     packing = {"none": (0, 0), "gpu": (ON_GPU, ON_GPU_ASIDE), "host": (FROM_HOST, FROM_HOST_ASIDE)}[compression.where]
     return settings_array(
         gpu=gpu,
         first_register=gpu * FIXED_REGISTERS,
         reads_back=scenario.dispatch.router_readback,
-        by_priority=scenario.copy_.discipline == "priority",
+        by_priority=scenario.copy_.by_rank,
         prefetch_first=scenario.prefetch.issue == "before_launch",
         resident_first=scenario.dispatch.expert_order == "resident_first",
         grouped=scenario.dispatch.expert_kernel == "grouped",
-        holds=costs.copies_hold_host,
+        holds=holds,
         predictor_lane={"gpu": SIDE, "compute": COMPUTE, "host": HOST}[lane] if predicts else -1,
         prefetch_lane=PREFETCH_LANE,
         packing=packing[compression.lane == "side"],

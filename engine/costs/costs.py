@@ -1,0 +1,422 @@
+"""What each piece of one run takes, in ns: the machine's profile applied to a model's shapes.
+
+Measured points are used as they stand, and straight lines between them. A shape that was not measured, or more
+tokens than were, is estimated by the profile's rule, and every estimate in use is named in `estimates`, which goes into
+the result. Points of another device are estimates too, and a rule of this machine's own goes before them.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+from ...resources.from_peer import from_peer
+from ...resources.lane import Lags
+from ...resources.profile import ComputeCosts, CopyCosts, ExpertPoint, HostCosts, KernelPoint, Profile, ProfileError
+from ...workloads.batches import DECODE
+from ...workloads.model import Model
+from ..scenario.scenario import Scenario
+
+if TYPE_CHECKING:
+    from ..scenario.inputs import Inputs
+
+
+@dataclass(frozen=True, slots=True)
+class KernelCost:
+    """One launch group: its duration on a quiet GPU, the factor beside a copy, its launches and the host's time.
+
+    `latency_ns` is from the return of the host's last call to the start on an idle lane; it may be below 0.
+    `issue_ns` is from the host's first call to the start on an idle lane: several launches count as one piece of work,
+    as late as its last launch demands.
+    """
+
+    ns: int
+    slowdown: float
+    launches: int
+    host_ns: int
+    latency_ns: int = 0
+    issue_ns: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        first_ns, before_last_ns = self.host_ns // self.launches, self.ns * (self.launches - 1) // self.launches
+        issue_ns = self.latency_ns + max(first_ns, self.host_ns - before_last_ns)
+        object.__setattr__(self, "issue_ns", issue_ns)
+
+
+@dataclass(frozen=True, slots=True)
+class CopyCost:
+    """One expert's copy, in `pieces` equal pieces: its duration queued and on an idle engine, whole and by piece.
+
+    `host_ns` is what enqueuing all of it takes the host.
+    """
+
+    queued_ns: int
+    alone_ns: int
+    piece_queued_ns: int
+    piece_alone_ns: int
+    pieces: int
+    host_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReadCost:
+    """One expert's read from the drive: so many equal requests, what each takes alone, and the host's time."""
+
+    requests: int
+    request_ns: int
+    host_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReadCosts:
+    """What reads take: the cost of an expert of each layer (layers,), and what those in flight on the lanes share.
+
+    `times_as_long` (lanes,): how many times as long as alone a request takes while 1, 2, … lanes read.
+    """
+
+    by_layer: Sequence[ReadCost]
+    times_as_long: Sequence[float]
+
+    @property
+    def shared(self) -> bool:
+        """Whether requests in flight at once slow each other down, or speed each other up."""
+        return any(times != 1 for times in self.times_as_long)
+
+
+class ByTokens(dict[int, KernelCost]):
+    """What something costs over so many tokens, asked for once."""
+
+    def __init__(self, cost: Callable[[int], KernelCost]) -> None:
+        super().__init__()
+        self._cost = cost
+
+    def __missing__(self, tokens: int) -> KernelCost:
+        cost = self[tokens] = self._cost(tokens)
+        return cost
+
+
+#: Matrix products of a layer's dense part as it is measured; the rest of its kernels are small.
+DENSE_PRODUCTS = 4
+
+
+class _Point(NamedTuple):
+    """A measured kernel group at so many tokens; `device` is another's that it was measured on, or empty."""
+
+    tokens: int
+    ns: int
+    beside_copy_ns: int
+    latency_ns: int
+    device: str = ""
+
+
+class Costs:
+    """The costs of one run on one GPU; every method is a table look-up after the first call.
+
+    They are made of what the run was loaded as, for a scenario alone does not say what its predictor takes: that may
+    have been measured with its weights. `timed`: every kernel group and copy is timed, as in an execution: the host
+    puts an event before it too. Raises ProfileError if the profile lacks what the scenario needs.
+    """
+
+    def __init__(self, inputs: Inputs, *, timed: bool = False) -> None:
+        model, profile, scenario = inputs.model, inputs.profile, inputs.scenario
+        if scenario.copy_.source == "peer":
+            profile = from_peer(profile)
+        self.model = model
+        self.profile = profile
+        #: What the copy of an expert of each layer moves.
+        self.expert_bytes: Sequence[int] = [scenario.compression.copied_bytes(size) for size in model.expert_bytes]
+        self._rule = profile.compute.rule
+        self._mode = scenario.dispatch.mode
+        self._chunk_bytes = scenario.copy_.chunk_bytes
+        self.by_priority = scenario.copy_.by_rank
+        # By layer and tokens; the head stands behind the dense part of the last layer.
+        self._experts: list[dict[int, KernelCost]] = [{} for _ in range(model.layers)]
+        self._dense: list[dict[int, KernelCost]] = [{} for _ in range(model.layers + 1)]
+        self.estimates: dict[str, str] = {}
+        memory = scenario.copy_.host_memory or ("pinned" if "pinned" in profile.h2d else "pageable")
+        if memory not in profile.h2d:
+            known = ", ".join(profile.h2d)
+            raise ProfileError(f"copy.host_memory = {memory!r}: profile {profile.name} has {known} only")
+        self.h2d = h2d = profile.h2d[memory]
+        self.copies_hold_host = memory == "pageable"
+        self.copy_slowdown = profile.contention.copy_beside_compute.factor if profile.contention else 1.0
+        #: How many times as long copies of several streams that share a link take together as one after the other.
+        self.copies_sharing = 1.0
+        if scenario.copy_.contention and profile.contention and profile.contention.copies_sharing:
+            self.copies_sharing = profile.contention.copies_sharing.factor
+        self.copies_take_turns = profile.contention is not None and profile.contention.copies_take_turns
+        self.interruptions = profile.compute.interruptions
+        self.predict_ns = round(inputs.predictor.latency_us * 1000)
+        self._set_host_costs(profile.host, records=2 if timed else 1)
+        self.copies: Sequence[CopyCost] = [self.copy(size_bytes) for size_bytes in self.expert_bytes]
+        self.reads = self._reads(profile, scenario)
+        self._set_lags(profile, h2d)
+        self._set_readback(profile)
+        self.copy_latency_ns = 0 if self._mode == "free" else h2d.launch_latency.ns
+        self._set_measured(profile.compute)
+        self.predict = KernelCost(self.predict_ns, 1.0, 1, self.launch_ns + self.records_ns, self._latency_ns)
+        if self.copies_hold_host and scenario.prefetch.issued_by == "gpu":
+            raise ProfileError(
+                f"prefetch.issued_by = 'gpu': profile {profile.name} has pageable memory only: set 'host'"
+            )
+
+    def _set_lags(self, profile: Profile, h2d: CopyCosts) -> None:
+        """Set how long the lanes take from a cause to a start; where dispatch is free, only copies have gaps."""
+        compute, gap_ns = profile.compute, h2d.gap.ns
+        if self._mode == "free":
+            self.kernel_lags, self.copy_lags = Lags(), Lags(gap_ns)
+            return
+        gap = compute.graph_gap if self._mode == "graph" else compute.eager_gap
+        wait, latency = compute.event_wait_gap, compute.launch_latency
+        issue_longer_ns = 0 if latency.beside_copy_ns is None else latency.beside_copy_ns - latency.ns
+        self.kernel_lags = Lags(
+            gap.ns, gap.disturbed_ns - gap.ns, wait.ns, wait.disturbed_ns - wait.ns, issue_longer_ns
+        )
+        if self.by_priority:  # the host enqueues a copy when it has noticed the end of the one before
+            gap_ns = max(0, self.synchronize_ns + self.enqueue_ns + self.records_ns + h2d.launch_latency.ns)
+        self.copy_lags = Lags(gap_ns, 0, h2d.event_wait_gap.ns)
+
+    def _set_readback(self, profile: Profile) -> None:
+        """Set what the choice takes to the host, quiet and beside copies, and where it is asked for late."""
+        readback, late = profile.host.readback, profile.host.readback_late
+        self.readback_ns = profile.d2h.alone.ns(0) if readback is None else readback.ns
+        self.readback_slowdown = 1.0
+        if readback is not None and readback.ns:
+            self.readback_slowdown = readback.disturbed_ns / readback.ns
+        self.readback_latency_ns = 0 if late is None or self._mode == "free" else late.ns - self.readback_ns
+
+    def _set_host_costs(self, host: HostCosts, records: int) -> None:
+        """Set what the host thread's calls take; `records` events go with every kernel group and every copy."""
+        free, eager = self._mode == "free", self._mode == "eager"
+        launch = host.launch if eager else host.graph_launch
+        self.launch_ns = 0 if free else launch.ns
+        self._product_launch_ns = {
+            dtype: 0 if free else product.ns for dtype, product in host.product_launches.items() if eager
+        }
+        self.records_ns = 0 if free else records * host.event_record.ns
+        self.wait_ns = 0 if free else host.event_wait.ns
+        self.enqueue_ns = 0 if free else host.copy_enqueue.ns
+        readback = host.readback_enqueue or host.copy_enqueue
+        self.readback_enqueue_ns = 0 if free else readback.ns + host.event_record.ns
+        self.turn_ns = 0 if free else host.turn.ns
+        self.resume_ns = 0 if free else host.resume.ns
+        self.copy_resume_ns = 0 if free else host.copy_resume.ns
+        self.synchronize_ns = 0 if free else host.synchronize.ns
+        self.synchronize_beside_copy_ns = 0 if free else host.synchronize.disturbed_ns
+
+    def _set_measured(self, compute: ComputeCosts) -> None:
+        """Pick out the measured points of this model's shapes, by their size: inner width, or weight bytes."""
+        model = self.model
+        self._latency_ns = 0 if self._mode == "free" else compute.launch_latency.ns
+        dispatch = "eager" if self._mode == "eager" else "graph"
+        self._expert_points: dict[int, list[_Point]] = {}
+        for expert in compute.experts:
+            if (expert.hidden, expert.dtype, expert.dispatch) == (model.hidden, model.expert_dtype, dispatch):
+                self._expert_points.setdefault(expert.expert_ff, []).append(self._point(expert))
+        self._dense_points = self._of_weights(compute.dense, dispatch, model.dense_kernels)
+        self._head_points = self._of_weights(compute.heads, dispatch, 1)
+        for table in (self._expert_points, self._dense_points, self._head_points):
+            for shape, points in table.items():
+                table[shape] = sorted(self._standing_in(points))
+
+    def _standing_in(self, points: list[_Point]) -> list[_Point]:
+        """Return the points of this machine; if there are none, nor a rule of its own, those of another."""
+        ours = [point for point in points if not point.device]
+        return ours if ours or self._rule.device is None else points
+
+    def _of_weights(self, measured: Iterable[KernelPoint], dispatch: str, kernels: int) -> dict[int, list[_Point]]:
+        shape = (self.model.hidden, self.model.dense_dtype, dispatch, kernels)
+        points: dict[int, list[_Point]] = {}
+        for kernel in measured:
+            # What attention adds with the context is measured, but no cost here grows with it yet.
+            if (kernel.hidden, kernel.dtype, kernel.dispatch, kernel.kernels) == shape and not kernel.context:
+                points.setdefault(kernel.weight_bytes, []).append(self._point(kernel))
+        return points
+
+    def _point(self, kernel: ExpertPoint | KernelPoint) -> _Point:
+        latency_ns = self._latency_ns if kernel.launch_latency_ns is None else kernel.launch_latency_ns
+        latency_ns = 0 if self._mode == "free" else latency_ns
+        return _Point(kernel.tokens, kernel.ns, kernel.beside_copy_ns, latency_ns, kernel.device or "")
+
+    def copy(self, size_bytes: int) -> CopyCost:
+        """Return the copy of an expert of so many bytes to the GPU."""
+        h2d = self.h2d
+        pieces = pieces_of(size_bytes, self._chunk_bytes)
+        piece_bytes = -(-size_bytes // pieces)
+        alone_ns = h2d.alone.ns(piece_bytes)
+        queued_ns = alone_ns if self.by_priority else h2d.queued.ns(piece_bytes)
+        rest_ns = (pieces - 1) * (queued_ns + h2d.gap.ns)
+        # By priority, every piece is enqueued by itself and has its own events.
+        records = pieces if self.by_priority else 1
+        host_ns = pieces * self.enqueue_ns + records * self.records_ns
+        return CopyCost(queued_ns + rest_ns, alone_ns + rest_ns, queued_ns, alone_ns, pieces, host_ns)
+
+    def _reads(self, profile: Profile, scenario: Scenario) -> ReadCosts | None:
+        """Return what reads from the drive take; None where host memory holds every expert."""
+        tiers, nvme = scenario.tiers, profile.nvme
+        if tiers.host_budget == "all":
+            return None
+        if nvme is None:
+            raise ProfileError(
+                f"tiers.host_budget = {tiers.host_budget!r}: profile {profile.name} has no nvme to read the other "
+                f"experts from: choose one that has, or set tiers.host_budget = 'all'"
+            )
+        lanes = tiers.io_lanes or nvme.lanes
+        costs = []
+        for size_bytes in self.model.expert_bytes:
+            requests = pieces_of(size_bytes, tiers.chunk_bytes)
+            request_ns = nvme.read.ns(-(-size_bytes // requests))
+            costs.append(ReadCost(requests, request_ns, 0 if self._mode == "free" else nvme.order.ns))
+        return ReadCosts(costs, [nvme.times_as_long(reads) for reads in range(1, lanes + 1)])
+
+    def by_layer(self, phase: int = DECODE) -> tuple[list[ByTokens], list[ByTokens]]:
+        """Return what each layer's dense part, and an expert of it, takes by tokens in a step of a phase."""
+        layers = range(self.model.layers)
+        dense = [ByTokens(partial(self.dense, layer, phase=phase)) for layer in layers]
+        return dense, [ByTokens(partial(self.expert, layer, phase=phase)) for layer in layers]
+
+    def run_tokens(self, tokens: int, phase: int) -> int:
+        """Return over how many tokens kernels run that serve so many: a graph of a decode step is padded."""
+        return token_bucket(tokens) if self._mode == "graph" and phase == DECODE else tokens
+
+    def dense(self, layer: int, tokens: int, phase: int = DECODE) -> KernelCost:
+        """Return the dense part of one layer over `tokens` tokens of a step of a phase."""
+        tokens = self.run_tokens(tokens, phase)
+        cost = self._dense[layer].get(tokens)
+        if cost is None:
+            size, kernels = self.model.dense_bytes[layer], self.model.dense_kernels
+            products = min(DENSE_PRODUCTS, kernels)
+            cost = self._kernel("dense part", self._dense_points.get(size, ()), size, tokens, kernels, products)
+            self._dense[layer][tokens] = cost
+        return cost
+
+    def head(self, tokens: int) -> KernelCost:
+        """Return the head over `tokens` positions, one for each sequence of a step (`Step.sampled`)."""
+        tokens = self.run_tokens(tokens, DECODE)  # a prefill step has one position: there is nothing to pad
+        cost = self._dense[-1].get(tokens)
+        if cost is None:
+            size = self.model.head_bytes
+            cost = self._kernel("head", self._head_points.get(size, ()), size, tokens, 1, 1)
+            self._dense[-1][tokens] = cost
+        return cost
+
+    def expert(self, layer: int, tokens: int, phase: int = DECODE) -> KernelCost:
+        """Return one expert's kernels over `tokens` tokens of a step of a phase."""
+        tokens = self.run_tokens(tokens, phase)
+        cost = self._experts[layer].get(tokens)
+        if cost is None:
+            model = self.model
+            size, kernels = model.expert_bytes[layer], model.expert_kernels
+            products = min(model.expert_matrices, kernels)
+            points = self._expert_points.get(model.expert_ff, ())
+            cost = self._experts[layer][tokens] = self._kernel("expert", points, size, tokens, kernels, products)
+        return cost
+
+    def most_launches(self, tokens: int) -> int:
+        """Return the most launches of one layer visit with so many tokens, the head and a prediction included."""
+        model = self.model
+        experts = min(model.experts, tokens * model.top_k)
+        return self._launches(model.dense_kernels) + experts * self._launches(model.expert_kernels) + 2
+
+    def grouped(self, layer: int, tokens: list[int], phase: int = DECODE) -> KernelCost:
+        """Return one grouped kernel over several experts: their sum, with the rule's constant paid once."""
+        costs = [self.expert(layer, count, phase) for count in tokens]
+        ns = sum(cost.ns for cost in costs) - (len(costs) - 1) * self._rule.constant_ns
+        ns = max(ns, max(cost.ns for cost in costs))
+        self.estimates["grouped expert kernel"] = "the experts' sum, the rule's constant paid once"
+        return KernelCost(ns, max(cost.slowdown for cost in costs), costs[0].launches, costs[0].host_ns)
+
+    @property
+    def grouped_constant_ns(self) -> int:
+        """What a grouped kernel pays once, and each of its experts would by itself."""
+        return self._rule.constant_ns
+
+    @property
+    def slowed_beside_copies(self) -> bool:
+        """Whether this machine's kernels take longer beside a copy, or start later."""
+        tables = (self._expert_points, self._dense_points, self._head_points)
+        measured = (point for table in tables for points in table.values() for point in points)
+        return (
+            self._rule.beside_copy_factor > 1
+            or self.kernel_lags.gap_longer_ns > 0
+            or any(point.beside_copy_ns > point.ns for point in measured)
+        )
+
+    def _kernel(
+        self, what: str, points: Sequence[_Point], size: int, tokens: int, kernels: int, products: int
+    ) -> KernelCost:
+        """Return a group of `kernels`, of which `products` multiply `size` bytes of weights.
+
+        Measured, or between two measured; fewer tokens than were measured cost as much as the fewest, more cost what
+        the rule says they add.
+        """
+        latency_ns = self._latency_ns
+        if not points:
+            ns, beside_ns = self._by_rule(what, size, tokens)
+        elif tokens > points[-1].tokens:
+            last = points[-1]
+            more_ns = self._by_rule(what, size, tokens)[0] - self._by_rule(what, size, last.tokens)[0]
+            ns, latency_ns = last.ns + more_ns, last.latency_ns
+            beside_ns = ns * last.beside_copy_ns / last.ns
+        else:
+            ns, beside_ns, latency_ns = _between(points, tokens)
+        if points and points[0].device:
+            beyond = " and, beyond their tokens, by its rule" if tokens > points[-1].tokens else ""
+            self.estimates[what] = f"as measured on {points[0].device}{beyond}, not on this machine"
+        launches, host_ns = 1, self.launch_ns + self.records_ns
+        if self._mode == "eager":
+            dtype = self.model.expert_dtype if what == "expert" else self.model.dense_dtype
+            product_ns = self._product_launch_ns.get(dtype, self.launch_ns)
+            launches = kernels
+            host_ns = self.records_ns + products * product_ns + (kernels - products) * self.launch_ns
+        return KernelCost(round(ns), beside_ns / ns if ns else 1.0, launches, host_ns, latency_ns)
+
+    def _by_rule(self, what: str, weight_bytes: int, tokens: int) -> tuple[float, float]:
+        """Return what the profile's rule says of kernels, quiet and beside a copy, in ns; and name the estimate."""
+        rule = self._rule
+        dtype_bits = self.model.dtype_bits("expert" if what == "expert" else "dense")
+        flops = 2 * tokens * (weight_bytes * 8 / dtype_bits)
+        part_ns = rule.part_ns(weight_bytes, flops)
+        self.estimates[what] = (
+            f"{rule.constant_ns} ns + max(weight bytes / {rule.bytes_per_second} B/s, "
+            f"2 x weights x tokens / {rule.flops_per_second} FLOP/s) ({rule.provenance})"
+        )
+        return rule.constant_ns + part_ns, rule.constant_ns + part_ns * rule.beside_copy_factor
+
+    def _launches(self, kernels: int) -> int:
+        return kernels if self._mode == "eager" else 1
+
+
+#: Bytes of one number of a hidden state on its way: kernels compute in 16 bits, unless the weights have more.
+_ACTIVATION_BYTES = {"float32": 4}
+
+
+def activation_bytes(model: Model, tokens: int) -> int:
+    """Return the bytes of so many tokens' hidden states."""
+    return tokens * model.hidden * _ACTIVATION_BYTES.get(model.dense_dtype, 2)
+
+
+def token_bucket(tokens: int) -> int:
+    """Return the tokens of the CUDA graph that serves a decode step of so many: the next power of two.
+
+    Serving engines capture graphs for batch sizes; a prompt runs over the tokens that it has.
+    """
+    return 1 << (tokens - 1).bit_length()
+
+
+def pieces_of(size_bytes: int, chunk_bytes: int) -> int:
+    """Return in how many pieces of at most `chunk_bytes` a copy is made; 0 stands for one piece of any size."""
+    return -(-size_bytes // chunk_bytes) if chunk_bytes else 1
+
+
+def _between(points: Sequence[_Point], tokens: int) -> tuple[float, float, int]:
+    """Return duration, duration beside a copy and latency, in ns, on a straight line between the measured neighbors."""
+    at = bisect_left(points, (tokens,))
+    after = points[at]
+    before = points[at - 1] if at else after
+    share = (tokens - before.tokens) / (after.tokens - before.tokens) if at else 0.0
+    ns, beside_ns, latency_ns = (low + share * (high - low) for low, high in zip(before[1:4], after[1:4], strict=True))
+    return ns, beside_ns, round(latency_ns)

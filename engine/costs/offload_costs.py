@@ -1,0 +1,166 @@
+"""What it takes to do without an expert's bytes: experts on the CPU, in low precision, decompressed.
+
+Measured points are used as they stand; a shape that was not measured is estimated by a stated rule, which is named in
+the `estimates` of the run's costs, or refused where the profile says nothing of the CPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from ...dtypes import DTYPES
+from ...resources.profile import CpuExpertPoint, ProfileError
+from ...workloads.batches import DECODE
+from ..scenario.scenario import Scenario
+from .costs import Costs, KernelCost, activation_bytes
+
+#: Matrices of an expert as the CPU's are measured (gate, up, down).
+_MATRICES = 3
+#: A CPU that is given as a bandwidth reads an expert's weights once for so many tokens, as those measured do.
+_TOKENS_A_PASS = 16
+
+
+class CpuCosts:
+    """Experts on the CPU, by the measured points of a run's profile or a bandwidth that its scenario gives."""
+
+    def __init__(self, costs: Costs, scenario: Scenario) -> None:
+        self._costs, self._model = costs, costs.model
+        profile, miss = costs.profile, scenario.miss
+        self._bytes_per_second = None if miss.cpu_gb_per_s is None else miss.cpu_gb_per_s * 1e9
+        self._known: dict[tuple[int, int], KernelCost] = {}
+        contention = profile.contention if scenario.copy_.contention else None
+        beside = contention.copy_beside_cpu_experts if contention is not None else None
+        #: How many times as long a copy takes beside an expert on the CPU: they share the host's memory.
+        self.copy_slowdown = 1.0 if beside is None else beside.factor
+        if beside is None and scenario.copy_.contention:
+            costs.estimates["copies beside experts on the CPU"] = "not measured: neither slows the other down"
+        if self._bytes_per_second is None:
+            self._choose_points(miss.cpu_threads)
+
+    def _choose_points(self, threads: int | None) -> None:
+        """Pick out the measured points of so many threads, and those of this model's shape."""
+        model, profile = self._model, self._costs.profile
+        measured = [point for point in profile.compute.cpu_experts if point.device is None]
+        measured = measured or list(profile.compute.cpu_experts)
+        known = sorted({point.threads for point in measured})
+        if not known:
+            raise ProfileError(
+                f"miss.policy uses the CPU, and profile {profile.name} has no compute.cpu_experts: set "
+                f"miss.cpu_gb_per_s to what the CPU reads of host memory, or choose a profile that was measured with it"
+            )
+        threads = known[-1] if threads is None else threads
+        if threads not in known:
+            raise ProfileError(f"miss.cpu_threads = {threads}: profile {profile.name} has {', '.join(map(str, known))}")
+        self._of_threads = [point for point in measured if point.threads == threads]
+        self._device = measured[0].device
+        shape = (model.hidden, model.expert_ff, model.expert_dtype)
+        points = [point for point in self._of_threads if (point.hidden, point.expert_ff, point.dtype) == shape]
+        self._points = sorted(points, key=lambda point: point.tokens)
+
+    def expert(self, layer: int, tokens: int) -> KernelCost:
+        """Return one expert's work over `tokens` tokens, with its slowdown beside a copy to the GPU."""
+        cost = self._known.get((layer, tokens))
+        if cost is None:
+            cost = self._known[layer, tokens] = self._expert(self._model.expert_bytes[layer], tokens)
+        return cost
+
+    def _expert(self, weight_bytes: int, tokens: int) -> KernelCost:
+        estimates = self._costs.estimates
+        if self._bytes_per_second is not None:
+            passes = max(1.0, tokens / _TOKENS_A_PASS)
+            estimates["expert on the CPU"] = (
+                f"weight bytes / {self._bytes_per_second / 1e9:g} GB/s (miss.cpu_gb_per_s), "
+                f"in proportion beyond {_TOKENS_A_PASS} tokens"
+            )
+            return KernelCost(round(weight_bytes * passes * 1e9 / self._bytes_per_second), 1.0, 1, 0)
+        if not self._points:
+            return self._by_line(weight_bytes, tokens)
+        last = self._points[-1]
+        beyond_them = (
+            f"in proportion beyond the {last.tokens} tokens that were measured" if tokens > last.tokens else ""
+        )
+        if beyond_them or self._device is not None:
+            estimates["expert on the CPU"] = self._of_device(beyond_them)
+        counts = [point.tokens for point in self._points]
+        beyond = max(1.0, tokens / last.tokens)
+        ns = float(np.interp(tokens, counts, [point.ns for point in self._points])) * beyond
+        beside_ns = float(np.interp(tokens, counts, [point.beside_copy_ns for point in self._points])) * beyond
+        return KernelCost(round(ns), max(1.0, beside_ns / ns), 1, 0)
+
+    def _by_line(self, weight_bytes: int, tokens: int) -> KernelCost:
+        """Estimate a shape: a line through the measured shapes of one token, in proportion beyond the most tokens."""
+        single = [point for point in self._of_threads if point.tokens == 1]
+        sizes, times = [_weight_bytes(point) for point in single], [point.ns for point in single]
+        slope, constant_ns = np.polyfit(sizes, times, 1).tolist() if len(set(sizes)) > 1 else (0.0, 0.0)
+        if slope <= 0:
+            raise ProfileError(
+                f"miss.policy uses the CPU: profile {self._costs.profile.name} has no compute.cpu_experts of one token "
+                f"that say how model {self._model.name}'s, of another shape, go with their size; set miss.cpu_gb_per_s"
+            )
+        constant_ns = max(0.0, constant_ns)
+        most = max(point.tokens for point in self._of_threads)
+        slowdown = sum(point.beside_copy_ns for point in single) / sum(times)
+        self._costs.estimates["expert on the CPU"] = self._of_device(
+            f"{constant_ns:.0f} ns + weight bytes / {1 / slope:.1f} GB/s, a line through the profile's "
+            f"{len(single)} shapes of one token; in proportion beyond {most} tokens"
+        )
+        ns = (constant_ns + slope * weight_bytes) * max(1.0, tokens / most)
+        return KernelCost(round(ns), max(1.0, slowdown), 1, 0)
+
+    def _of_device(self, estimate: str) -> str:
+        """Return an estimate, in words, and whose measurements it rests on if they are another machine's."""
+        of = None if self._device is None else f"as measured on {self._device}, not on this machine"
+        return "; ".join(filter(None, (of, estimate)))
+
+    def activations_ns(self, tokens: int) -> int:
+        """Return the copy of so many tokens' activations to the host."""
+        return self._costs.profile.d2h.alone.ns(activation_bytes(self._model, tokens))
+
+    def there_and_back_ns(self, tokens: int) -> int:
+        """Return the way of so many tokens to the host, which has to notice that they came, and of their results."""
+        return self.activations_ns(tokens) + self._costs.synchronize_ns + self.results_ns(tokens)
+
+    def results_ns(self, tokens: int) -> int:
+        """Return the copy of so many tokens' results to the GPU."""
+        return self._costs.h2d.alone.ns(activation_bytes(self._model, tokens))
+
+
+def _weight_bytes(point: CpuExpertPoint) -> float:
+    return float(_MATRICES * point.hidden * point.expert_ff * DTYPES[point.dtype] / 8)
+
+
+class ShrunkCosts:
+    """Experts of fewer bytes on the GPU: their kernels in low precision, and decompressing them."""
+
+    def __init__(self, costs: Costs, scenario: Scenario) -> None:
+        self._costs, self._model, self._rule = costs, costs.model, costs.profile.compute.rule
+        self._compression = scenario.compression
+
+    def expert(self, layer: int, tokens: int, size_bytes: int, phase: int = DECODE) -> KernelCost:
+        """Return an expert's kernels if its weights are `size_bytes`: as much less as the profile's rule says.
+
+        Fewer bytes are read; there are as many operations.
+        """
+        cost, whole_bytes = self._costs.expert(layer, tokens, phase), self._model.expert_bytes[layer]
+        if size_bytes == whole_bytes:
+            return cost
+        self._costs.estimates["expert in low precision"] = "the expert's own, as much less as the profile's rule says"
+        flops = 2 * self._costs.run_tokens(tokens, phase) * (whole_bytes * 8 / self._model.dtype_bits("expert"))
+        rule = self._rule
+        whole_ns, ns = (rule.constant_ns + rule.part_ns(each, flops) for each in (whole_bytes, size_bytes))
+        return replace(cost, ns=round(cost.ns * ns / whole_ns)) if whole_ns else cost
+
+    def decompress(self, layer: int) -> KernelCost:
+        """Return decompressing one expert: the constant, and its whole bytes at the rate that the scenario gives."""
+        compression, size_bytes = self._compression, self._model.expert_bytes[layer]
+        assert compression.decompress_gb_per_s is not None
+        if compression.decompress_us is None:
+            constant_ns = self._rule.constant_ns
+            self._costs.estimates["decompression"] = f"{constant_ns} ns, the profile's rule, + bytes at the rate given"
+        else:
+            constant_ns = round(compression.decompress_us * 1000)
+        ns = constant_ns - int(-size_bytes // compression.decompress_gb_per_s)
+        host_ns = self._costs.launch_ns + self._costs.records_ns
+        return KernelCost(ns, self._rule.beside_copy_factor, 1, host_ns)

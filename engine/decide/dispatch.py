@@ -1,0 +1,428 @@
+"""The order of dispatch: what the host decides at each layer visit, in the order in which it decides it.
+
+The replay, the SimPy engine and the execution on a GPU all draw the same stream of visits from here, so they make
+the same decisions. Only the order counts here; what o'clock it is, nobody asks.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+from itertools import repeat
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ...errors import InputError
+from ...workloads.batches import Step
+from ...workloads.guesses import Guesses
+from ...workloads.trace import RoutingTrace
+from ..policies.miss import CPU, LOW_PRECISION, Absent, Miss, Resolved
+from ..policies.prefetch import Gauge, Moment, Prefetch
+from .memory_manager import Admission, MemoryManager, Wave
+
+#: When prefetches are enqueued: after the launch of the visit's experts, or before it.
+ISSUE = ("after_launch", "before_launch")
+#: What one access is: a unique expert of the batch, or every (token, expert) pair by itself.
+LOOKUPS = ("batch", "single")
+
+
+#: How many rows of guesses become lists at once.
+_ROWS_AT_ONCE = 256
+
+
+@dataclass(slots=True)
+class Accesses:
+    """The look-ups of one layer visit: unique experts in access order and the tokens that chose each.
+
+    `recency` holds the same experts in the order of their last appearance, `weights` their gate weights in that
+    order (1.0 where the trace has none).
+    """
+
+    experts: list[int]
+    tokens: list[int]
+    recency: list[int]
+    weights: list[float]
+
+    def by_index(self, experts: int) -> Accesses:
+        """Return them where all layers share the experts of the same index, `experts` in number."""
+        shared = [expert % experts for expert in self.experts]
+        recency = [expert % experts for expert in self.recency]
+        return Accesses(shared, self.tokens, recency, self.weights)
+
+    def without(self, resolved: Sequence[Resolved]) -> Accesses:
+        """Return what is left to the GPU's experts: fewer tokens, and none of those that were whole accesses."""
+        if not resolved:
+            return self
+        gone = {access.expert: access.tokens for access in resolved}
+        whole = {access.expert for access in resolved if access.whole}
+        left = [pair for pair in zip(self.experts, self.tokens, strict=True) if pair[0] not in whole]
+        recent = [pair for pair in zip(self.recency, self.weights, strict=True) if pair[0] not in whole]
+        return Accesses(
+            [expert for expert, _ in left],
+            [tokens - gone.get(expert, 0) for expert, tokens in left],
+            [expert for expert, _ in recent],
+            [weight for _, weight in recent],
+        )
+
+
+class Resolution(NamedTuple):
+    """The accesses of a visit, or some of their tokens, that need no expert of the GPU's.
+
+    `cpu_tokens`: for how many different tokens the CPU computes something.
+    """
+
+    accesses: Sequence[Resolved] = ()
+    cpu_tokens: int = 0
+
+
+#: All is the GPU's.
+NOTHING_RESOLVED = Resolution()
+
+
+@dataclass(slots=True)
+class Visit:
+    """One layer visit as dispatched: its look-ups, the waves that serve it and the prefetches that follow.
+
+    A prefetch is (admission, target visit number); `staged` are experts to prefetch into host memory alone. At the end
+    `assigned_bytes` of `budget_bytes` are given out. What a miss policy has found another way for, its `resolution`, is
+    not in `accesses`.
+    """
+
+    number: int
+    step: int
+    layer: int
+    accesses: Accesses
+    waves: list[Wave]
+    prefetches: list[tuple[Admission, int]]
+    assigned_bytes: int
+    budget_bytes: int
+    staged: Sequence[int] = ()
+    resolution: Resolution = NOTHING_RESOLVED
+
+    def missed(self) -> Iterator[int]:
+        """Yield the experts that were absent: those that were fetched, and those that need not be."""
+        for wave in self.waves:
+            for admission in wave.admitted:
+                yield admission.expert
+        for access in self.resolution.accesses:
+            if access.whole:
+                yield access.expert
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one GPU gets of each step: its look-ups by layer, and the guesses and confidences it prefetches by, if any.
+
+    Those are laid out [layer][horizon - 1][rank by token].
+    """
+
+    accesses: Iterator[Iterable[Accesses]]
+    ranked: Iterator[list[list[list[int]]]] | None = None
+    confidences: Iterator[list[list[list[float]]]] | None = None
+    #: The experts that it may prefetch; None for all.
+    owned: Set[int] | None = None
+
+
+def whole(
+    trace: RoutingTrace, steps: Sequence[Step], guesses: Guesses | None, prefetch: Prefetch, *, shared: bool = False
+) -> Part:
+    """Return all that there is of each step; guesses only as far as the policy wants them.
+
+    With `shared`, where all layers share the experts of the same index, guesses are those indices.
+    """
+    apart = 0 if shared else trace.num_experts
+    return Part(
+        (step_accesses(trace, step) for step in steps),
+        _ranked_guesses(guesses, steps, apart) if guesses is not None and prefetch.guesses else None,
+        _confidences(guesses, steps) if guesses is not None and prefetch.needs_confidences else None,
+    )
+
+
+def visits(
+    trace: RoutingTrace,
+    steps: Sequence[Step],
+    manager: MemoryManager,
+    prefetch: Prefetch,
+    guesses: Guesses | None,
+    *,
+    issue: str = "after_launch",
+    gauge: Gauge | None = None,
+    budgets: Sequence[int] | None = None,
+    to_host: bool = False,
+    miss: Miss | None = None,
+    part: Part | None = None,
+) -> Iterator[Visit]:
+    """Yield every layer visit of the run, decided when it is asked for.
+
+    `guesses` may be None if the prefetch policy wants none; `gauge` is the clock for policies that look at it.
+    `budgets` (steps,), in bytes, resizes the expert memory before each step. With `to_host`, what the policy prefetches
+    takes no room here, but is staged in host memory. `miss` finds other ways for what is absent (None: all is fetched).
+    With a `part`, the look-ups and guesses are those that one of several GPUs gets of each step.
+    """
+    if issue not in ISSUE:
+        raise InputError(f"issue = {issue!r}: choose one of {', '.join(ISSUE)}")
+    layers, experts, shared = trace.layers, trace.num_experts, manager.shared
+    prefetching = prefetch.horizons > 0
+    if part is None:
+        part = whole(trace, steps, guesses, prefetch, shared=shared)
+    ranked, confident, owned = part.ranked, part.confidences, part.owned
+    later = _later_steps(trace, steps, (layers - 1 + prefetch.horizons) // layers) if prefetching else []
+    observes, reads_moment = type(prefetch).observe is not Prefetch.observe, prefetch.reads_moment
+    unpin_first, drops = issue == "after_launch", manager.drop_after_visit
+    assigned = manager.assigned
+    moment = Moment(gauge=gauge or Gauge(), assigned=assigned)
+    nothing: list[tuple[Admission, int]] = []
+    nobody: list[int] = []
+    no_guesses: list[list[list[int]]] = [[]] * layers
+    elsewhere: Collection[int] = ()
+    asked_for: Mapping[int, tuple[int, int]] = {}
+    misses = 0
+    for index, step in enumerate(steps):
+        if budgets is not None:
+            manager.resize(budgets[index])
+        step_guesses = next(ranked) if ranked is not None else no_guesses
+        step_confidences = next(confident) if confident is not None else None
+        first = index * layers
+        for layer, accesses in enumerate(next(part.accesses)):
+            number = first + layer
+            asked = accesses  # as the layer's own
+            if shared:
+                accesses = accesses.by_index(experts)
+            if miss is None:
+                waves = manager.visit(number, layer, accesses.experts, accesses.recency, accesses.weights)
+            else:
+                resolution = _resolve(miss, trace, step, layer, accesses.experts, assigned)
+                elsewhere = {access.expert for access in resolution.accesses if access.whole}
+                waves = manager.visit(number, layer, accesses.experts, accesses.recency, accesses.weights, elsewhere)
+            prefetches, staged = nothing, nobody
+            if not prefetching:
+                manager.unpin()
+            else:
+                if unpin_first:
+                    manager.unpin()
+                    if drops:
+                        manager.drop_prefetched(number)
+                if observes:
+                    prefetch.observe(asked.experts, asked.tokens)
+                if reads_moment:
+                    misses += sum(len(wave.admitted) for wave in waves) + len(elsewhere)
+                    moment.visit, moment.layer = number, layer
+                    moment.misses_per_visit = misses / (number + 1)
+                    moment.unused_share = manager.unused_bytes / manager.budget_bytes
+                    moment.confidences = step_confidences[layer] if step_confidences is not None else None
+                prefetches, staged = [], []
+                chosen = prefetch.choose(step_guesses[layer], moment)
+                asked_for = _merge_guesses(chosen, layer, layers, later[index], experts if shared else 0)
+                for expert, (target, times) in asked_for.items():
+                    if owned is not None and expert not in owned:
+                        continue
+                    manager.guessed += times
+                    manager.unique_guesses += 1
+                    if expert in assigned:
+                        continue
+                    if to_host:
+                        staged.append(expert)
+                        continue
+                    admission = manager.prefetch(expert, target, times)
+                    if admission is not None:
+                        prefetches.append((admission, target))
+                if not unpin_first:
+                    manager.unpin()
+            if miss is not None and miss.terms.fetch_behind and index + 1 < len(steps):
+                behind = [access for access in resolution.accesses if access.expert not in asked_for]
+                prefetches = [*prefetches, *_fetched_behind(manager, behind, number + layers)]
+            assigned_bytes, budget_bytes = manager.assigned_bytes, manager.budget_bytes
+            visit = Visit(number, index, layer, accesses, waves, prefetches, assigned_bytes, budget_bytes, staged)
+            if miss is not None:
+                visit.resolution, visit.accesses = resolution, accesses.without(resolution.accesses)
+            yield visit
+
+
+def _merge_guesses(
+    chosen: Iterable[Iterable[int]], layer: int, layers: int, later: Sequence[int], shared: int
+) -> dict[int, tuple[int, int]]:
+    """Return what a policy wants at one visit of `layer`, each expert once: the visit it is for, and how often named.
+
+    The nearest layer comes first, then the best rank; an expert that is wanted for several visits is for the first of
+    them. What is for no step of the run is left out; `later` as of `_later_steps`. Where all layers share the experts
+    of the same index, `shared` is their number; else 0.
+    """
+    merged: dict[int, tuple[int, int]] = {}
+    for ahead, wanted in enumerate(chosen, layer + 1):
+        wraps, target_layer = divmod(ahead, layers)
+        if later[wraps] < 0:
+            break
+        visit = later[wraps] * layers + target_layer
+        for expert in wanted:
+            if expert < 0:
+                continue
+            if shared:
+                expert %= shared
+            first = merged.get(expert)
+            merged[expert] = (visit, 1) if first is None else (first[0], first[1] + 1)
+    return merged
+
+
+def _resolve(
+    miss: Miss, trace: RoutingTrace, step: Step, layer: int, experts: Sequence[int], assigned: Collection[int]
+) -> Resolution:
+    """Return what a policy makes of a visit's experts that are absent."""
+    absent = [expert for expert in experts if expert not in assigned]
+    resolved = miss.resolve(layer, _absent(trace, step, layer, absent)) if absent else []
+    on_cpu = [access.expert for access in resolved if access.way == CPU]
+    return Resolution(resolved, _tokens_of(trace, step, layer, on_cpu) if on_cpu else 0)
+
+
+def _absent(trace: RoutingTrace, step: Step, layer: int, experts: list[int]) -> list[Absent]:
+    """Return what was asked of the absent experts of a layer visit: the gate weights (1.0 where there are none)."""
+    gates: dict[int, list[float]] = {expert: [] for expert in experts}
+    rows = step.rows if trace.present is None else step.rows[trace.present[step.rows, layer]]
+    chosen = (trace.experts[rows, layer].astype(np.int64) + layer * trace.num_experts).ravel().tolist()
+    weights = [1.0] * len(chosen) if trace.weights is None else trace.weights[rows, layer].ravel().tolist()
+    for expert, gate in zip(chosen, weights, strict=True):
+        if expert in gates:
+            gates[expert].append(gate)
+    return [Absent(expert, gates[expert]) for expert in experts]
+
+
+def _tokens_of(trace: RoutingTrace, step: Step, layer: int, experts: list[int]) -> int:
+    """Return how many tokens of a layer visit chose at least one of the experts."""
+    rows = step.rows if trace.present is None else step.rows[trace.present[step.rows, layer]]
+    index = np.array(experts, dtype=np.int64) - layer * trace.num_experts
+    return int(np.isin(trace.experts[rows, layer], index).any(axis=1).sum())
+
+
+def _fetched_behind(
+    manager: MemoryManager, resolved: Sequence[Resolved], target: int
+) -> Iterator[tuple[Admission, int]]:
+    """Prefetch what a visit used in low precision, for the next visit of its layer."""
+    for access in resolved:
+        if access.way == LOW_PRECISION:
+            admission = manager.prefetch(access.expert, target)
+            if admission is not None:
+                yield admission, target
+
+
+def launch_order(visit: Visit, wave: Wave, resident_first: bool) -> Iterable[tuple[int, int, int]]:
+    """Yield (expert, tokens, copy) of the experts of one wave, in the order of their launch.
+
+    That is the order of access, or first those that were found (`resident_first`).
+    """
+    experts, tokens, copies = visit.accesses.experts, visit.accesses.tokens, wave.found
+    if len(copies) == len(experts):  # found, all of them, in order of access
+        return zip(experts, tokens, copies.values())  # noqa: B905 - a check of lengths would cost more than all the rest
+    if wave.admitted:
+        copies = {**copies, **{admission.expert: admission.copy for admission in wave.admitted}}
+    order = [
+        (expert, tokens[place], copies[expert])
+        for place, expert in enumerate(experts)
+        if expert in copies  # else another wave's
+    ]
+    if resident_first and wave.admitted:
+        order.sort(key=lambda access: access[0] not in wave.found)
+    return order
+
+
+def step_accesses(trace: RoutingTrace, step: Step) -> Iterator[Accesses]:
+    """Yield the look-ups of each layer of one step; order: tokens in order, router's order within a token."""
+    rows = step.rows
+    offsets = np.arange(trace.layers, dtype=np.int64)[:, None] * trace.num_experts
+    if len(rows) == 1 and trace.present is None:
+        row = int(rows[0])
+        experts: list[list[int]] = (trace.experts[row] + offsets).tolist()
+        weights = repeat([1.0] * trace.k) if trace.weights is None else trace.weights[row].tolist()
+        return map(Accesses, experts, repeat([1] * trace.k), experts, weights)
+    return _batch_accesses(trace, rows, trace.experts[rows].astype(np.int64) + offsets)
+
+
+def _batch_accesses(trace: RoutingTrace, rows: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]) -> Iterator[Accesses]:
+    """Yield the look-ups of each layer, of several tokens or of one that is not everywhere; `ids` (rows, layers, k)."""
+    for layer in range(trace.layers):
+        here = slice(None) if trace.present is None else trace.present[rows, layer]
+        pairs = ids[here, layer].ravel().tolist()
+        gate = [1.0] * len(pairs) if trace.weights is None else trace.weights[rows, layer][here].ravel().tolist()
+        yield merge(pairs, gate)
+
+
+def single_accesses(trace: RoutingTrace, step: Step) -> Iterator[tuple[int, Accesses]]:
+    """Yield (layer, look-up) of every (token, expert) pair by itself, layers in order, tokens in order."""
+    for layer in range(trace.layers):
+        for row in step.rows.tolist():
+            if trace.present is not None and not trace.present[row, layer]:
+                continue
+            offset = layer * trace.num_experts
+            weights = [1.0] * trace.k if trace.weights is None else trace.weights[row, layer].tolist()
+            for index, weight in zip(trace.experts[row, layer].tolist(), weights, strict=True):
+                expert = [offset + index]
+                yield layer, Accesses(expert, [1], expert, [weight])
+
+
+def merge(pairs: list[int], gate: list[float]) -> Accesses:
+    """Merge the (token, expert) pairs of a batch, in order, into one access per unique expert."""
+    tokens: dict[int, int] = {}
+    weight: dict[int, float] = {}
+    last: dict[int, None] = {}
+    for expert, share in zip(pairs, gate, strict=True):
+        tokens[expert] = tokens.get(expert, 0) + 1
+        weight[expert] = weight.get(expert, 0.0) + share
+        last.pop(expert, None)
+        last[expert] = None
+    recency = list(last)
+    return Accesses(list(tokens), list(tokens.values()), recency, [weight[expert] for expert in recency])
+
+
+def _ranked_guesses(guesses: Guesses, steps: Sequence[Step], experts: int) -> Iterator[list[list[list[int]]]]:
+    """Yield, step by step, the guessed experts of each layer and horizon: [layer][horizon - 1][rank by token].
+
+    A layer's experts are numbered `experts` after those of the layer before.
+    """
+    _, layers, horizons, _ = guesses.experts.shape
+    ahead = np.arange(layers)[:, None] + np.arange(1, horizons + 1)
+    offset = (ahead % layers * experts)[:, :, None]
+    first = start = end = 0
+    for step in steps:
+        last = first + len(step.rows)
+        if last > end or not end:  # turn many rows into lists at once: most steps have one
+            start, end = first, max(last, first + _ROWS_AT_ONCE)
+            index = guesses.experts[start:end].astype(np.int64)
+            ids: npt.NDArray[np.int64] = np.where(index < 0, -1, index + offset)
+            by_row = ids.tolist()
+        if last == first + 1:
+            yield by_row[first - start]
+        else:
+            together = np.moveaxis(ids[first - start : last - start], 0, -1)
+            yield together.reshape(layers, horizons, -1).tolist()
+        first = last
+
+
+def _confidences(guesses: Guesses, steps: Sequence[Step]) -> Iterator[list[list[list[float]]]]:
+    """Yield, step by step, the confidences of the guesses, laid out as `_ranked_guesses` lays out experts."""
+    assert guesses.confidences is not None
+    _, layers, horizons, _ = guesses.experts.shape
+    first = 0
+    for step in steps:
+        last = first + len(step.rows)
+        together = np.moveaxis(guesses.confidences[first:last], 0, -1)
+        yield together.reshape(layers, horizons, -1).tolist()
+        first = last
+
+
+def _later_steps(trace: RoutingTrace, steps: Sequence[Step], most: int) -> list[list[int]]:
+    """Return, for each step, itself and the first step that one of its sequences takes 1, 2, … `most` of its own later.
+
+    -1 where there is none: guesses that cross the token boundary so often have no visit to be for.
+    """
+    upcoming: dict[int, deque[int]] = {}
+    later = []
+    for index in range(len(steps) - 1, -1, -1):
+        own = [
+            upcoming.setdefault(sequence, deque(maxlen=most))
+            for sequence in dict.fromkeys(trace.sequence[steps[index].rows].tolist())
+        ]
+        later.append([index, *(min((s[ahead] for s in own if ahead < len(s)), default=-1) for ahead in range(most))])
+        for following in own:
+            following.appendleft(index)
+    return later[::-1]

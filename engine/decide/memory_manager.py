@@ -1,0 +1,479 @@
+"""The memory manager: which experts have room on the GPU, decided in the order of dispatch and nothing else.
+
+It knows two states, absent and assigned, and no clock: the replay, the SimPy engine and the execution on a GPU
+drive the same manager through the same calls and get the same decisions. Every admission is numbered; that number
+names the copy that brings the bytes, the room they lie in, and the stay of the expert until it is evicted.
+
+Room is bytes, not addresses: freed room is taken again in the order in which it was freed (a free list), and each
+admission says whose former room it took, because a copy must wait for the last kernel that still reads there.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Sequence, Set
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...errors import InputError
+from ...resources.spool import Spool
+from ..policies.eviction import NO_SETTING, Eviction, Setting
+from ..policies.prefetch_share import FixedShare
+
+#: How room is divided: one pool for all layers; an equal one for each; one for each, by the hits it brings; one for
+#: all, where layers share the experts of the same index.
+SCOPES = ("global", "per-layer", "benefit", "shared")
+#: Whether a prefetched expert is safe from other prefetches until the visit it is meant for.
+PROTECTION = ("until_target", "none")
+
+DEMANDED, PREFETCHED, PRELOADED = range(3)
+
+#: No expert at all.
+_NONE: Set[int] = frozenset()
+
+
+class BudgetError(InputError):
+    """The expert budget cannot hold a single expert of some layer."""
+
+
+@dataclass(slots=True)
+class Admission:
+    """Room given to `expert` (copy number `copy`): the copies whose former room it took, in order.
+
+    `partly` is the last of them, if some of its room is still free, so that a later admission names it again; or -1.
+    """
+
+    expert: int
+    copy: int
+    former: tuple[int, ...]
+    partly: int = -1
+
+
+@dataclass(slots=True)
+class Wave:
+    """What one layer visit can hold at once, in access order: experts found (with their copies), experts given room."""
+
+    found: dict[int, int]
+    admitted: list[Admission]
+
+
+class _Pool:
+    """A budget of bytes, what lies in it, and what is free, in the order in which it became free."""
+
+    def __init__(self, budget_bytes: int, policy: Eviction, swaps: bool) -> None:
+        self.policy = policy
+        self.use = policy.use
+        # Hooks that most policies leave as they are cost nothing.
+        self.begins = type(policy).begin is not Eviction.begin
+        self.misses = type(policy).miss is not Eviction.miss
+        self.swaps = swaps  # all experts are of one size: when it is full, one out makes room for one in
+        self.budget_bytes = budget_bytes
+        self.free_bytes = budget_bytes
+        # (bytes, copy whose room it was; -1 for room never used)
+        self.free: deque[tuple[int, int]] = deque([(budget_bytes, -1)] if budget_bytes else ())
+
+    def take(self, size_bytes: int) -> tuple[int, ...]:
+        """Take `size_bytes` off the free list and return the copies whose former room that was."""
+        self.free_bytes -= size_bytes
+        extent_bytes, copy = self.free.popleft()
+        if extent_bytes == size_bytes:  # experts of one size reuse each other's room exactly
+            return (copy,) if copy >= 0 else ()
+        former: list[int] = []
+        while True:
+            if copy >= 0:
+                former.append(copy)
+            if extent_bytes > size_bytes:
+                self.free.appendleft((extent_bytes - size_bytes, copy))
+            size_bytes -= extent_bytes
+            if size_bytes <= 0:
+                return tuple(former)
+            extent_bytes, copy = self.free.popleft()
+
+    def give(self, size_bytes: int, copy: int) -> None:
+        """Put the room of a copy at the end of the free list."""
+        self.free_bytes += size_bytes
+        self.free.append((size_bytes, copy))
+
+
+class MemoryManager:
+    """Expert residency under a budget of bytes, in the order in which the host dispatches.
+
+    `expert_bytes` gives the bytes of one expert of each layer (layers,); experts are `layer * experts + index`, and
+    `index` alone if the scope is shared. Where they differ within a layer, `size_of` gives the bytes of every expert
+    (layers * experts,). `eviction` makes one policy per pool out of `setting`, with the pool's capacity and layers
+    filled in. `divide` turns a budget into the bytes of each pool, as `partition.divider` returns it; without it, the
+    scope cannot be benefit.
+    `prefetch_share` limits what prefetched experts hold before their first use; None does not. `watch_unused` keeps
+    `unused_bytes` even without it. `spool` keeps the records of a run; None is in memory. Raises BudgetError if a pool
+    cannot hold one expert of its layers.
+    """
+
+    def __init__(
+        self,
+        expert_bytes: Sequence[int],
+        experts: int,
+        budget_bytes: int,
+        eviction: Callable[[Setting], Eviction],
+        *,
+        setting: Setting = NO_SETTING,
+        scope: str = "global",
+        divide: Callable[[int], list[int]] | None = None,
+        protect: str = "until_target",
+        drop_after_visit: bool = False,
+        prefetch_share: FixedShare | None = None,
+        watch_unused: bool = False,
+        size_of: Sequence[int] | None = None,
+        spool: Spool | None = None,
+    ) -> None:
+        if protect not in PROTECTION:
+            raise InputError(f"protect = {protect!r}: choose one of {', '.join(PROTECTION)}")
+        self.experts = experts
+        self.shared = scope == "shared"
+        if size_of is None:
+            size_of = [size_bytes for size_bytes in expert_bytes for _ in range(experts)]
+        self.size_of = size_of
+        self.uniform = min(size_of) == max(size_of)
+        self._divide = divide or partial(pool_budgets, expert_bytes, scope=scope)
+        budgets = self._divide(budget_bytes)
+        layers = range(len(expert_bytes))
+        groups = [tuple(layers)] if len(budgets) == 1 else [(layer,) for layer in layers]
+        self._pools: list[_Pool] = []
+        for pool_bytes, group in zip(budgets, groups, strict=True):
+            sizes = size_of[group[0] * experts : (group[-1] + 1) * experts]
+            known = replace(
+                setting, capacity=pool_bytes // max(sizes), layers=group, experts=experts, shared=self.shared
+            )
+            pool = _Pool(pool_bytes, eviction(known), min(sizes) == max(sizes))
+            self._pools += [pool] * len(group)
+        self._protect = protect == "until_target"
+        self.drop_after_visit = drop_after_visit
+        self.budget_bytes = sum(budgets)
+        self.assigned_bytes = 0
+        #: The experts that have room, each with the number of the copy that holds or will hold its bytes.
+        self.assigned: dict[int, int] = {}
+        self._pinned: Set[int] = _NONE
+        self._until: dict[int, int] = {}  # prefetched expert -> the visit that it is protected until
+        self._visit = -1
+        self._share = prefetch_share
+        self._watches_unused = watch_unused or prefetch_share is not None
+        self._unused: dict[int, None] = {}  # prefetched experts before their first use, if they are watched
+        self.unused_bytes = 0
+        # Of every admission, by copy number: the expert and why it came; and the copies evicted, in order.
+        #: Where the records of a run are kept.
+        self.spool = spool or Spool()
+        self._copy_experts = self.spool.column("copy_expert", np.int32)
+        self._copy_reasons = self.spool.column("copy_reason", np.uint8)
+        self._evictions = self.spool.column("evicted_copies", np.int32)
+        self._copies = 0
+        #: How many experts found no room when they were to be prefetched.
+        self.dropped = 0
+        #: How many guesses prefetching went by, and how many were left once those of a visit were merged.
+        self.guessed = self.unique_guesses = 0
+        #: The copies that merging saved, by expert: those of the guesses that named one beside the first.
+        self.saved_copies: Counter[int] = Counter()
+
+    @property
+    def evicted(self) -> int:
+        """How many experts have lost their room."""
+        return len(self._evictions)
+
+    @property
+    def copy_expert(self) -> npt.NDArray[Any]:
+        """The expert of each copy (copies,)."""
+        return self._copy_experts.array()
+
+    @property
+    def copy_reason(self) -> npt.NDArray[Any]:
+        """Why each copy came (copies,): DEMANDED, PREFETCHED or PRELOADED."""
+        return self._copy_reasons.array()
+
+    @property
+    def evicted_copies(self) -> npt.NDArray[Any]:
+        """The copies evicted, in order."""
+        return self._evictions.array()
+
+    def fitting(self, experts: Iterable[int]) -> list[int]:
+        """Return those, in order, that all have room now, each where the ones before it have theirs."""
+        free = {id(pool): pool.free_bytes for pool in self._pools}
+        fit = []
+        for expert in experts:
+            pool = id(self._pools[expert // self.experts])
+            if self.size_of[expert] <= free[pool]:
+                free[pool] -= self.size_of[expert]
+                fit.append(expert)
+        return fit
+
+    def preload(self, experts: Iterable[int]) -> None:
+        """Give room to experts before the run starts, without a copy."""
+        for expert in experts:
+            pool, size_bytes = self._pools[expert // self.experts], self.size_of[expert]
+            if size_bytes > pool.free_bytes:
+                raise BudgetError(f"expert {expert}: {size_bytes} bytes to preload, {pool.free_bytes} are free")
+            self._claim(expert, pool, PRELOADED, None)
+            pool.policy.admit(expert, False)
+
+    def visit(
+        self,
+        number: int,
+        layer: int,
+        experts: Sequence[int],
+        recency: Sequence[int],
+        weights: Sequence[float],
+        elsewhere: Collection[int] = (),
+    ) -> list[Wave]:
+        """Serve one layer visit; return its waves. What the last wave holds stays pinned until `unpin`.
+
+        `experts` are unique, in access order; `recency` are the same in the order of their last appearance, with
+        `weights` beside. What is found comes in the first wave; misses follow in order, but for those of `elsewhere`,
+        which are not fetched.
+        """
+        self._visit = number
+        pool = self._pools[layer]
+        assigned = self.assigned
+        if pool.begins:
+            pool.policy.begin(number, layer, recency, weights)
+        found = {}
+        for expert in experts:
+            if expert in assigned:
+                found[expert] = assigned[expert]
+        self._pinned = found.keys()
+        if self._watches_unused:
+            self._note_first_uses(found)
+        if len(found) == len(experts):  # nothing to fetch: the common case, kept short
+            for _ in map(pool.use, recency, weights):  # a quarter of the time of zip(…, strict=True)
+                pass
+            return [Wave(found, [])]
+        missing = [expert for expert in experts if expert not in assigned and expert not in elsewhere]
+        if self._share is not None:
+            for expert in missing:
+                self._share.missed(expert)
+        waves = []
+        while True:
+            self._pinned = pinned = set(found)
+            admitted: list[Admission] = []
+            for expert in missing:
+                admission = self._claim(expert, pool, DEMANDED, None)
+                if admission is None:
+                    break
+                pinned.add(expert)
+                admitted.append(admission)
+            waves.append(Wave(found, admitted))
+            served = len(admitted) == len(missing)
+            self._note_use(pool.policy, waves[-1], recency, weights)
+            if served:
+                return waves
+            found, missing = {}, missing[len(admitted) :]
+            self.unpin()
+
+    def _note_first_uses(self, experts: Iterable[int]) -> None:
+        for expert in experts:
+            if expert in self._unused:
+                del self._unused[expert]
+                self.unused_bytes -= self.size_of[expert]
+
+    def _note_use(self, policy: Eviction, wave: Wave, recency: Sequence[int], weights: Sequence[float]) -> None:
+        """Tell the policy what a wave used, in the order of last appearance; a miss is an admission, no use."""
+        found = wave.found
+        here = self._pinned
+        for expert, weight in zip(recency, weights, strict=True):
+            if expert in found:
+                policy.use(expert, weight)
+            elif expert in here:
+                policy.admit(expert, True)
+
+    def unpin(self) -> None:
+        """End the visit's hold on its experts; with `drop_after_visit` they leave now."""
+        if self.drop_after_visit:
+            for expert in [expert for expert in self.assigned if expert in self._pinned]:
+                self._evict(expert)
+        self._pinned = _NONE
+
+    def prefetch(self, expert: int, target: int, guesses: int = 1) -> Admission | None:
+        """Give room to an expert expected at visit number `target`; None if it is assigned or finds no room.
+
+        So many `guesses` of one visit have named it; ask once for all of them.
+        """
+        if expert in self.assigned:
+            return None
+        pool = self._pools[expert // self.experts]
+        admission = self._claim(expert, pool, PREFETCHED, self._visit)
+        if admission is None:
+            self.dropped += 1
+            return None
+        if guesses > 1:
+            self.saved_copies[expert] += guesses - 1
+        pool.policy.admit(expert, False)
+        if self._protect:
+            self._until[expert] = target
+        if self._watches_unused:
+            self._unused[expert] = None
+            self.unused_bytes += self.size_of[expert]
+        return admission
+
+    def begin(self, number: int, layer: int, recency: Sequence[int], weights: Sequence[float]) -> None:
+        """Begin a visit (as `visit`) whose experts are looked up one by one, and only those that a tier above lacks."""
+        self._visit = number
+        pool = self._pools[layer]
+        if pool.begins:
+            pool.policy.begin(number, layer, recency, weights)
+
+    def look_up(self, expert: int, weight: float | None) -> Admission | None:
+        """Use an expert, with its gate weight, and give it room if it has none; None if it has.
+
+        Without a weight it is a prefetch, which uses nothing. Nothing may be pinned; nothing is protected.
+        """
+        pool = self._pools[expert // self.experts]
+        if expert in self.assigned:
+            if weight is not None:
+                pool.use(expert, weight)
+            return None
+        admission = self._claim(expert, pool, PREFETCHED if weight is None else DEMANDED, None)
+        assert admission is not None  # a pool holds one expert at least
+        pool.policy.admit(expert, weight is not None)
+        return admission
+
+    def drop_prefetched(self, number: int) -> None:
+        """Let go of what was prefetched for visits up to `number` and is still protected: wrong guesses.
+
+        Ends a visit whose `drop_after_visit` has taken out what it used. Needs protection until the target.
+        """
+        for expert in [expert for expert, target in self._until.items() if target <= number]:
+            self._evict(expert)
+
+    def cancel(self, expert: int) -> None:
+        """Take back the room of a prefetch that was never copied (policies that use the clock only)."""
+        self._evict(expert)
+
+    def resize(self, budget_bytes: int) -> None:
+        """Set a new budget; experts leave in the policy's order until what remains fits.
+
+        Raises BudgetError if a pool cannot hold one expert of its layers. Call it between visits.
+        """
+        pools = list(dict.fromkeys(self._pools))
+        budgets = self._divide(budget_bytes)
+        for pool, pool_bytes in zip(pools, budgets, strict=True):
+            more_bytes = pool_bytes - pool.budget_bytes
+            pool.budget_bytes = pool_bytes
+            if more_bytes > 0:
+                pool.give(more_bytes, -1)
+                continue
+            while pool.free_bytes < -more_bytes:
+                self._evict(next(pool.policy.victims()))
+            if more_bytes:
+                pool.take(-more_bytes)
+        self.budget_bytes = sum(budgets)
+
+    def _claim(self, expert: int, pool: _Pool, reason: int, prefetch_at: int | None) -> Admission | None:
+        """Give an absent expert room, evicting what must go; None if that cannot be done, and nothing changes.
+
+        `prefetch_at` is the visit number of a prefetch, which respects protected experts; None is a demand.
+        """
+        former: tuple[int, ...]
+        partly = -1
+        if pool.misses:
+            pool.policy.miss(expert, reason == DEMANDED)
+        if pool.swaps and not pool.free:  # full, and one expert out makes exactly room for one in
+            pinned, until = self._pinned, self._until
+            only = self._unused if prefetch_at is not None and self._at_limit(expert) else None
+            for victim in pool.policy.victims():
+                if victim not in pinned and (prefetch_at is None or until.get(victim, -1) <= prefetch_at):
+                    if only is not None and victim not in only:
+                        continue
+                    break
+            else:
+                return None
+            former = (self._forget(victim, pool),)
+        else:
+            size_bytes = self.size_of[expert]
+            if pool.free_bytes < size_bytes and not self._make_room(pool, expert, prefetch_at):
+                return None
+            former = pool.take(size_bytes)
+            if former and pool.free and pool.free[0][1] == former[-1]:
+                partly = former[-1]
+            self.assigned_bytes += size_bytes
+        copy = self._copies
+        self._copies = copy + 1
+        self._copy_experts.buffer.append(expert)
+        self._copy_reasons.buffer.append(reason)
+        self.assigned[expert] = copy
+        return Admission(expert, copy, former, partly)
+
+    def _at_limit(self, expert: int) -> bool:
+        """Whether prefetched experts nobody has used would hold more than their share with this one."""
+        if self._share is None:
+            return False
+        size_bytes = self.size_of[expert]
+        return self.unused_bytes + size_bytes > self._share.share * self.budget_bytes
+
+    def _make_room(self, pool: _Pool, wanted: int, prefetch_at: int | None) -> bool:
+        """Evict until `wanted` has room; evict nothing and return False if that cannot be done."""
+        size_bytes = self.size_of[wanted]
+        lacking = size_bytes - pool.free_bytes
+        pinned, until = self._pinned, self._until
+        only = self._unused if prefetch_at is not None and self._at_limit(wanted) else None
+        victims: list[int] = []
+        for expert in pool.policy.victims():
+            if expert in pinned or (prefetch_at is not None and until.get(expert, -1) > prefetch_at):
+                continue
+            if only is not None and expert not in only:
+                continue
+            victims.append(expert)
+            lacking -= self.size_of[expert]
+            if lacking <= 0:
+                for victim in victims:
+                    self._evict(victim)
+                return True
+        return False
+
+    def _forget(self, expert: int, pool: _Pool) -> int:
+        """Make an expert absent; return the copy whose room it leaves, which the caller gives on."""
+        copy = self.assigned.pop(expert)
+        self._until.pop(expert, None)
+        pool.policy.evict(expert)
+        self._evictions.buffer.append(copy)
+        if self._watches_unused:
+            if self._share is not None:
+                self._share.evicted(expert, expert in self._unused)
+            self._note_first_uses((expert,))
+        return copy
+
+    def _evict(self, expert: int) -> None:
+        pool, size_bytes = self._pools[expert // self.experts], self.size_of[expert]
+        pool.give(size_bytes, self._forget(expert, pool))
+        self.assigned_bytes -= size_bytes
+
+
+def pool_budgets(expert_bytes: Sequence[int], budget_bytes: int, scope: str) -> list[int]:
+    """Return the bytes of each pool: one for all layers, or one a layer; every layer's pool where there is one a layer.
+
+    Room that no whole expert can use is left out where all experts of a pool are of one size. Raises BudgetError if a
+    pool cannot hold one expert of its layers, ValueError if there is no such scope, it is benefit, which needs a trace
+    (see `partition.divider`), or it is shared by layers whose experts differ in size.
+    """
+    if scope not in SCOPES:
+        raise InputError(f"scope = {scope!r}: choose one of {', '.join(SCOPES)}")
+    check_sizes(expert_bytes, scope)
+    if scope == "benefit":
+        raise InputError("scope = 'benefit' needs a trace to measure it on: give divide")
+    if scope in ("global", "shared"):
+        return [_usable("the expert budget", expert_bytes, budget_bytes)]
+    layers = len(expert_bytes)
+    where = f"a layer's share (1/{layers}) of the expert budget"
+    return [_usable(where, [size_bytes], budget_bytes // layers) for size_bytes in expert_bytes]
+
+
+def check_sizes(expert_bytes: Sequence[int], scope: str) -> None:
+    """Raise ValueError if the scope needs experts of one size in all layers, and these are not."""
+    if scope in ("benefit", "shared") and min(expert_bytes) != max(expert_bytes):
+        raise InputError(f"scope = {scope!r} needs experts of one size in all layers: choose global or per-layer")
+
+
+def _usable(where: str, sizes: Sequence[int], budget_bytes: int) -> int:
+    """Return the bytes of a pool that experts of these sizes can use."""
+    if budget_bytes < max(sizes):
+        raise BudgetError(f"{where} is {budget_bytes} bytes: it must hold one expert, {max(sizes)} bytes")
+    return budget_bytes - budget_bytes % sizes[0] if min(sizes) == max(sizes) else budget_bytes

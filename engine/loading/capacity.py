@@ -1,0 +1,310 @@
+"""Capacity: what a scenario keeps in every memory of its machine, added up before anything runs.
+
+`memories` is the sum, `check` the one refusal, `described` what a result says of it. A memory is a GPU's, that of a
+peer that holds experts for another, the host's (of all NUMA nodes together) or the drive's. Each is taken at its
+fullest, which for a GPU is the step with the largest KV cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...workloads.batches import Step
+from ...workloads.model import Model
+from ...workloads.trace import RoutingTrace
+from ..expert_parallel import held
+from ..run import make_manager, make_prefetch
+from ..scenario.inputs import Inputs
+from ..scenario.scenario import Scenario, ScenarioError, parse_budget, parse_bytes
+from .offloading import kept_bytes, low_precision
+
+#: What lies in a memory, by the names that results use.
+DENSE, HEAD, EMBEDDING, KV_CACHE = "dense weights", "head", "input embedding", "KV cache"
+WORKSPACE, PREDICTOR, EXPERTS, LOW = "workspace", "predictor", "experts", "low-precision copies"
+SPARE, NOT_GIVEN, COMPRESSED = "spare room for other GPUs' experts", "left over of the total", "compressed experts"
+#: Of these, what is there for experts.
+FOR_EXPERTS = (EXPERTS, LOW, COMPRESSED, SPARE)
+
+_GIB = 2**30
+
+
+class CapacityError(ScenarioError):
+    """A scenario that keeps more in a memory than it holds."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """One memory: what is kept there at once at most, in bytes by name, and what it holds (None: not stated).
+
+    `kind` is gpu, peer, host or nvme; `stated_by` is the key of the profile that says what it holds, or would.
+    """
+
+    name: str
+    kind: str
+    parts: dict[str, int]
+    capacity_bytes: int | None
+    stated_by: str
+
+    @property
+    def sum_bytes(self) -> int:
+        """All that is kept there."""
+        return sum(self.parts.values())
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether it holds that; None if what it holds is not stated."""
+        return None if self.capacity_bytes is None else self.sum_bytes <= self.capacity_bytes
+
+    @property
+    def words(self) -> str:
+        """The sum in words, the largest part first."""
+        parts = sorted(self.parts.items(), key=lambda part: -part[1])
+        return " + ".join(f"{name} {gib(size_bytes)}" for name, size_bytes in parts if size_bytes)
+
+
+def gib(size_bytes: int) -> str:
+    """Say a number of bytes in GiB, a small one in MiB, KiB or bytes."""
+    for unit, name in ((_GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if size_bytes >= unit / 100:
+            return f"{size_bytes / unit:,.2f} {name}"
+    return f"{size_bytes} B"
+
+
+def check(inputs: Inputs) -> None:
+    """Refuse what a memory does not hold, with the sum in words, unless the scenario does not care: CapacityError."""
+    if inputs.scenario.memory.capacity == "ignore":
+        return
+    over = [memory for memory in memories(inputs) if memory.fits is False]
+    said = []
+    for kind in dict.fromkeys(memory.kind for memory in over):
+        alike = [memory for memory in over if memory.kind == kind]
+        said.append(_refusal(inputs, max(alike, key=lambda memory: memory.sum_bytes), len(alike) - 1))
+    if said:
+        raise CapacityError("; ".join(said) + "; or set memory.capacity = 'ignore' to run it all the same")
+
+
+def memories(inputs: Inputs) -> list[Memory]:
+    """Return what a scenario keeps in each memory of its machine: GPUs first, then a peer, the host and the drive."""
+    profile, scenario = inputs.profile, inputs.scenario
+    found = [
+        Memory(part.device, "gpu", gpu_parts(part), *profile.capacity("gpu", part.device)) for part in inputs.parts
+    ]
+    if scenario.copy_.source == "peer":
+        parts = {EXPERTS: _all_experts(inputs.model, scenario)}
+        found.append(Memory("gpu1", "peer", parts, *profile.capacity("gpu", "gpu1")))
+    host = host_parts(inputs)
+    if profile.unified_memory:
+        shared = {f"{name} of the host": size_bytes for name, size_bytes in host.items()}
+        found[0] = replace(found[0], name=f"{found[0].name} and host", parts=found[0].parts | shared)
+    elif host:
+        found.append(Memory("host", "host", host, *profile.capacity("host", "host")))
+    if scenario.tiers.host_budget != "all":
+        parts = {EXPERTS: _all_experts(inputs.model, scenario)}
+        found.append(Memory("drive", "nvme", parts, *profile.capacity("nvme", "drive")))
+    return found
+
+
+def gpu_parts(part: Inputs) -> dict[str, int]:
+    """Return what one GPU's memory keeps when its KV cache is largest, in bytes by name."""
+    scenario, model = part.scenario, part.model
+    cached = kv_cache_bytes(model, part.trace, part.steps, _lives_here(part))
+    fullest = int(np.argmax(cached))
+    budget_bytes = part.budget_bytes if part.budgets is None else part.budgets[fullest]
+    low_bytes = low_precision(part)[1]
+    parts = fixed_parts(scenario, model, part.predictor.gpu_memory_bytes) | {
+        KV_CACHE: int(cached[fullest]),
+        EXPERTS: budget_bytes - low_bytes,
+        LOW: low_bytes,
+        SPARE: 0 if part.placed is None else part.placed.spare_experts * max(model.expert_bytes),
+    }
+    total = scenario.memory.total_bytes
+    if total is not None:
+        parts[NOT_GIVEN] = max(0, parse_bytes(total) - sum(parts.values()))
+    return {name: size_bytes for name, size_bytes in parts.items() if size_bytes}
+
+
+def fixed_parts(scenario: Scenario, model: Model, predictor_bytes: int) -> dict[str, int]:
+    """Return what a GPU's memory keeps besides experts and KV cache, in bytes by name."""
+    return {
+        DENSE: sum(model.dense_bytes),
+        HEAD: model.head_bytes,
+        EMBEDDING: model.embedding_beside_head_bytes,
+        WORKSPACE: parse_bytes(scenario.memory.workspace_bytes),
+        PREDICTOR: predictor_bytes,
+    }
+
+
+def host_parts(inputs: Inputs) -> dict[str, int]:
+    """Return what host memory keeps, in bytes by name: a cache over the drive, or all experts that may be copied."""
+    scenario, model = inputs.scenario, inputs.model
+    parts = {}
+    if scenario.tiers.host_budget != "all":
+        scope = "shared" if scenario.memory.scope == "shared" else "global"
+        parts[EXPERTS] = parse_budget(scenario.tiers.host_budget, model.expert_bytes, model.experts, scope)
+    elif scenario.copy_.source == "host":
+        name = EXPERTS if scenario.compression.where == "none" else COMPRESSED
+        parts[name] = sum(_copied_bytes(part) for part in (inputs.stages or (inputs,)))
+    predictor = inputs.predictor
+    if scenario.predictor.lane == "host":
+        parts[PREDICTOR] = predictor.memory_bytes
+    return {name: size_bytes for name, size_bytes in parts.items() if size_bytes}
+
+
+def kv_cache_bytes(
+    model: Model, trace: RoutingTrace, steps: Sequence[Step], here: npt.NDArray[np.bool_] | None = None
+) -> npt.NDArray[np.int64]:
+    """Return the bytes of the KV cache at each step (steps,).
+
+    It holds every position of the sequences that run; a sequence leaves it with its last step. `here` says which of all
+    steps' rows count (None: all).
+    """
+    rows = np.concatenate([step.rows for step in steps])
+    step_of = np.repeat(np.arange(len(steps)), [len(step.rows) for step in steps])
+    if here is not None:
+        rows, step_of = rows[here], step_of[here]
+    sequence, tokens = trace.sequence[rows], trace.position[rows].astype(np.int64) + 1
+    order = np.argsort(sequence, kind="stable")  # within a sequence, by step
+    sequence, step_of, tokens = sequence[order], step_of[order], tokens[order]
+    # The last row of a sequence in a step says how much of it is cached from then on.
+    last = np.ones(len(rows), dtype=bool)
+    last[:-1] = (sequence[1:] != sequence[:-1]) | (step_of[1:] != step_of[:-1])
+    sequence, step_of, tokens = sequence[last], step_of[last], tokens[last]
+    change = np.zeros(len(steps) + 1, dtype=np.int64)
+    begins = np.ones(len(sequence), dtype=bool)
+    begins[1:] = sequence[1:] != sequence[:-1]
+    np.add.at(change, step_of, tokens - np.where(begins, 0, np.roll(tokens, 1)))
+    ends = np.roll(begins, -1)
+    np.add.at(change, step_of[ends] + 1, -tokens[ends])
+    return np.cumsum(change[:-1]) * model.kv_bytes_per_token
+
+
+def described(inputs: Inputs) -> dict[str, Any]:
+    """Return the sums as plain data for JSON; `resident` is a GPU if it held every expert it serves (the fullest one).
+
+    `fits` is None where no capacity is stated. Shares are of the capacity: `share` of all that is kept there,
+    `experts_share` of the room for experts. `idle_bytes` of `memory.total_bytes` are left to nobody.
+    """
+    found = memories(inputs)
+    resident = [_resident(part, memory) for part, memory in zip(inputs.parts, found, strict=False)]
+    fullest = max(resident, key=lambda memory: memory.sum_bytes)
+    return {
+        "rule": inputs.scenario.memory.capacity,
+        "memories": [
+            {
+                **_plain(memory),
+                "share": _of(memory.sum_bytes, memory.capacity_bytes),
+                "experts_share": _of(_for_experts(memory), memory.capacity_bytes),
+                "idle_bytes": memory.parts.get(NOT_GIVEN, 0),
+                "parts": memory.parts,
+            }
+            for memory in found
+        ],
+        "resident": _plain(fullest),
+    }
+
+
+def _plain(memory: Memory) -> dict[str, Any]:
+    return {
+        "memory": memory.name,
+        "kind": memory.kind,
+        "sum_bytes": memory.sum_bytes,
+        "capacity_bytes": memory.capacity_bytes,
+        "stated_by": memory.stated_by,
+        "fits": memory.fits,
+    }
+
+
+def _of(size_bytes: int, capacity_bytes: int | None) -> float | None:
+    return None if capacity_bytes is None else size_bytes / capacity_bytes
+
+
+def _for_experts(memory: Memory) -> int:
+    return sum(memory.parts.get(name, 0) for name in FOR_EXPERTS)
+
+
+def _resident(part: Inputs, memory: Memory) -> Memory:
+    """Return a GPU's memory with all experts that it serves in place of its room for experts."""
+    model = part.model
+    experts = range(model.total_experts) if part.placed is None else held(part.placed, part.device)
+    held_bytes = sum(model.expert_bytes[expert // model.experts] for expert in experts)
+    if part.scenario.memory.scope == "shared":
+        held_bytes = _all_experts(model, part.scenario)
+    rest = {name: size for name, size in memory.parts.items() if name not in (*FOR_EXPERTS, NOT_GIVEN)}
+    return replace(memory, parts=rest | {EXPERTS: held_bytes})
+
+
+def _lives_here(part: Inputs) -> npt.NDArray[np.bool_] | None:
+    """Return which rows of a GPU's steps are of sequences whose KV cache it keeps; None if all are."""
+    if part.placed is None or not part.placed.moves_tokens:
+        return None
+    here: npt.NDArray[np.bool_] = np.concatenate(part.placed.homes) == int(part.device.removeprefix("gpu"))
+    return here
+
+
+def _all_experts(model: Model, scenario: Scenario) -> int:
+    """Return the bytes of all experts; of one layer's where all layers use these."""
+    return model.experts * model.expert_bytes[0] if scenario.memory.scope == "shared" else model.total_expert_bytes
+
+
+def _copied_bytes(part: Inputs) -> int:
+    """Return the bytes, as they lie in host memory, of the experts that may be copied to one GPU, or computed there.
+
+    These are all, but those that lie on the GPU from before the run to its end.
+    """
+    compression, model = part.scenario.compression, part.model
+    if part.scenario.memory.scope == "shared":
+        return compression.copied_bytes(model.expert_bytes[0]) * model.experts
+    sizes = kept_bytes(part)[1]
+    if sizes is None:
+        sizes = [compression.copied_bytes(size) for size in model.expert_bytes for _ in range(model.experts)]
+    return sum(sizes) - sum(sizes[expert] for expert in _staying(part))
+
+
+def _staying(part: Inputs) -> Sequence[int]:
+    """Return the experts that never leave a GPU: those preloaded, where nothing is copied or all have room."""
+    scenario, model = part.scenario, part.model
+    if scenario.memory.preload == "none":
+        return ()
+    room = part.budget_bytes if part.budgets is None else min(part.budgets)
+    only_cpu = scenario.miss.policy == "cpu" and scenario.miss.cpu_max_tokens is None
+    if room < model.total_expert_bytes and not (only_cpu and not make_prefetch(scenario, model).horizons):
+        return ()
+    return list(make_manager(part).assigned)
+
+
+def _refusal(inputs: Inputs, memory: Memory, more: int) -> str:
+    """Say what a memory does not hold, by which key of the scenario, and what would do."""
+    assert memory.capacity_bytes is not None
+    key, remedy = _key_and_remedy(inputs.scenario, memory)
+    others = f" (and {more} more)" if more else ""
+    return (
+        f"{key}: {memory.name}{others} would keep {gib(memory.sum_bytes)}, "
+        f"{gib(memory.sum_bytes - memory.capacity_bytes)} more than the {gib(memory.capacity_bytes)} that it holds "
+        f"(profile {inputs.profile.name}, {memory.stated_by}): {memory.words}; {remedy}"
+    )
+
+
+def _key_and_remedy(scenario: Scenario, memory: Memory) -> tuple[str, str]:
+    assert memory.capacity_bytes is not None
+    model = f"model.preset = {scenario.model.preset!r}"
+    if memory.kind == "peer":
+        return "copy.source = 'peer'", "use a smaller model.dtype, or keep the experts in host memory"
+    if memory.kind == "host":
+        remedy = "use a smaller model.dtype, or a host_budget on a machine with a drive"
+        return f"tiers.host_budget = {scenario.tiers.host_budget!r}", remedy
+    if memory.kind == "nvme":
+        return model, "use a smaller model.dtype"
+    rest_bytes = memory.sum_bytes - _for_experts(memory) - memory.parts.get(NOT_GIVEN, 0)
+    if scenario.memory.total_bytes is not None:
+        return f"memory.total_bytes = {scenario.memory.total_bytes!r}", "lower it"
+    if rest_bytes >= memory.capacity_bytes:
+        return model, "even without experts it does not fit: use more GPUs, shorter sequences or a smaller batch"
+    room_bytes = memory.capacity_bytes - rest_bytes
+    budget = scenario.memory.gpu_budget
+    of_what = " of the experts" if budget.rstrip().endswith("%") else ""
+    return f"memory.gpu_budget = {budget!r}{of_what}", f"there is room for {gib(room_bytes)} of them"

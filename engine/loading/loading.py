@@ -1,0 +1,260 @@
+"""Loading: from a scenario to inputs that can be run, checked as a whole before anything runs.
+
+A trace, guesses and budgets are the same for every run of a scenario; of a pipeline each stage has its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ...errors import InputError
+from ...resources.profile import load_profile
+from ...workloads.batches import Step, plan_steps, warmup_steps
+from ...workloads.fitted import FittedRouting
+from ...workloads.guesses import Guesses
+from ...workloads.importers import open_trace
+from ...workloads.model import Model, load_model
+from ...workloads.synthetic import synthesize
+from ...workloads.trace import RoutingTrace
+from ..costs.costs import Costs, pieces_of
+from ..decide.memory_manager import BudgetError
+from ..decide.partition import divider
+from ..expert_parallel import place
+from ..links import Links
+from ..measure.merge import makespan_ns as run_ns
+from ..pipeline import pipeline_routes
+from ..policies.eviction import EVICTION
+from ..run import make_host_memory, make_manager, make_prefetch, part_costs, prepared, run_all
+from ..scenario.inputs import Inputs
+from ..scenario.predicting import FREE, predictor_cost, scenario_predictor
+from ..scenario.scenario import Scenario, ScenarioError, parse_bytes
+from ..stages import OF_WHOLE_MODEL, SAMPLE_STEPS, stage_inputs, stage_layers
+from .capacity import check, fixed_parts, gib, kv_cache_bytes
+from .duration import check_duration
+from .offloading import make_miss
+
+#: In so many pieces an expert is copied at most: 4 KiB each of a quarter of a GiB.
+MOST_PIECES = 1 << 16
+
+
+def load_inputs(scenario: Scenario, trace: RoutingTrace | None = None) -> Inputs:
+    """Load the model, profile and trace of a scenario and compute its predictions; a `trace` given is used instead.
+
+    Raises ValueError (ScenarioError, ModelError, ProfileError, TraceError) if something is missing or does not fit.
+    """
+    model = load_model(scenario.model.preset, **scenario.model.overrides())
+    profile = load_profile(scenario.machine.profile)
+    trace = _load_trace(scenario, model) if trace is None else trace
+    _check_fit(trace, model)
+    if scenario.model.sizes == "trace":
+        model = _sized(model, trace)
+    _check_pieces(scenario, model)
+    steps = steps_of(scenario, trace)
+    if not steps:
+        prefill = scenario.workload.prefill
+        raise ScenarioError(
+            f"workload.trace: no token is left to run: {trace.tokens} tokens, workload.prefill = {prefill!r}"
+        )
+    try:
+        warmup_steps(steps, scenario.workload.warmup)
+    except InputError as error:
+        raise ScenarioError(f"workload.{error}") from None
+    inputs = completed(Inputs(scenario, model, profile, trace, steps, budget_bytes=0, guesses=None))
+    check_duration(inputs)
+    return inputs
+
+
+def steps_of(scenario: Scenario, trace: RoutingTrace) -> list[Step]:
+    """Return the steps that a scenario makes of a trace."""
+    workload = scenario.workload
+    return plan_steps(
+        trace.sequence,
+        trace.phase,
+        batch=workload.batch,
+        prefill=workload.prefill,
+        chunk_tokens=workload.chunk_tokens,
+        tokens=workload.tokens,
+        micro_batches=scenario.parallel.micro_batches,
+    )
+
+
+def completed(bare: Inputs) -> Inputs:
+    """Return inputs with the guesses and budgets that the scenario wants, and its stages; ValueError if it cannot run.
+
+    `bare` inputs have neither; guesses that they do have are kept.
+    """
+    parallel = bare.scenario.parallel
+    if parallel.gpus > 1:
+        guesses = bare.guesses or _guesses(bare)
+        predictor = predictor_cost(bare.scenario.predictor) if guesses is not None else FREE
+        inputs = place(replace(bare, guesses=guesses, predictor=predictor), make_manager)
+    else:
+        inputs = _in_stages(bare) if max(parallel.stages, parallel.micro_batches) > 1 else _on_one_gpu(bare)
+    check(inputs)
+    return inputs
+
+
+def _on_one_gpu(bare: Inputs) -> Inputs:
+    """Return the inputs of a whole model, or of one stage."""
+    scenario, model, trace, steps = bare.scenario, bare.model, bare.trace, bare.steps
+    guesses = bare.guesses or _guesses(bare)
+    budget_bytes = scenario.memory.budget_bytes(model.expert_bytes, model.experts)
+    predictor = predictor_cost(scenario.predictor) if guesses is not None else FREE
+    budgets = expert_budgets(scenario, model, trace, steps, budget_bytes, predictor.gpu_memory_bytes)
+    if budgets is not None:
+        budget_bytes = max(budgets)
+        try:
+            divider(scenario.memory.scope, model.expert_bytes, trace)(min(budgets))
+        except BudgetError as error:
+            given = f"memory.total_bytes = {scenario.memory.total_bytes!r}"
+            rest = fixed_parts(scenario, model, predictor.gpu_memory_bytes)
+            rest["KV cache"] = int(kv_cache_bytes(model, trace, steps).max())
+            parts = " + ".join(f"{name} {gib(size_bytes)}" for name, size_bytes in rest.items() if size_bytes)
+            raise ScenarioError(f"{given}: less {parts}, too little is left: {error}") from None
+    inputs = replace(bare, budget_bytes=budget_bytes, guesses=guesses, budgets=budgets, predictor=predictor)
+    # Before anything runs, these refuse a budget that is too small and what the profile or the trace lacks.
+    make_manager(inputs)
+    make_host_memory(inputs)
+    make_miss(inputs)
+    Costs(inputs)
+    return inputs
+
+
+def _in_stages(whole: Inputs) -> Inputs:
+    """Return inputs with those of each stage of a pipeline; raise if a stage cannot run, or a link is not there."""
+    scenario, stages = whole.scenario, whole.scenario.parallel.stages
+    if stages > 1:
+        links = Links(whole.profile, scenario, stages, "parallel.stages")
+        pipeline_routes(links)  # refuses GPUs that no copy can go between
+        whole = replace(whole, links=links)
+    if scenario.predictor.name in OF_WHOLE_MODEL:
+        whole = replace(whole, guesses=_guesses(whole))
+
+    def cut(counts: Sequence[int], steps: list[Step]) -> Inputs:
+        parts = []
+        for bare in stage_inputs(replace(whole, steps=steps), counts):
+            try:
+                parts.append(_on_one_gpu(bare))
+            except (BudgetError, ScenarioError) as error:
+                layers = f"{bare.first_layer}-{bare.first_layer + bare.model.layers - 1}"
+                raise ScenarioError(f"the stage on {bare.device}, layers {layers}: {error}") from None
+        budget_bytes = sum(part.budget_bytes for part in parts)
+        return replace(
+            whole, steps=steps, stages=tuple(parts), budget_bytes=budget_bytes, guesses=None,
+            predictor=parts[0].predictor,
+        )  # fmt: skip
+
+    def makespan_ns(counts: Sequence[int]) -> int | None:
+        try:
+            first = cut(counts, whole.steps[:SAMPLE_STEPS])
+            if scenario.memory.total_bytes is None:  # a total is kept, whatever the split
+                check(replace(first, stages=tuple(replace(stage, steps=whole.steps) for stage in first.stages)))
+        except ScenarioError:
+            return None
+        return run_ns(run_all(first, prepared(first, part_costs(first))))
+
+    return cut(stage_layers(whole, makespan_ns), whole.steps)
+
+
+def _guesses(bare: Inputs) -> Guesses | None:
+    """Return what the scenario's predictor guesses; None if neither prefetch nor eviction goes by guesses."""
+    scenario = bare.scenario
+    policy = make_prefetch(scenario, bare.model)
+    horizons, ranks = (policy.horizons, policy.guesses) if policy.guesses else (0, 0)
+    if not ranks and _evicts_by_guesses(scenario):
+        horizons, ranks = max(1, scenario.prefetch.lookahead), scenario.prefetch.k or bare.model.top_k
+    if not ranks:
+        return None
+    guesses = scenario_predictor(scenario, bare.first_layer).guess(bare.trace, bare.steps, horizons, ranks)
+    if policy.needs_confidences and guesses.confidences is None:
+        raise ScenarioError(
+            f"prefetch.policy = {scenario.prefetch.policy!r} needs confidences, and predictor.name = "
+            f"{scenario.predictor.name!r} gives none: choose another of the two"
+        )
+    return guesses
+
+
+def _evicts_by_guesses(scenario: Scenario) -> bool:
+    policies = (EVICTION[name] for name in (scenario.memory.eviction, scenario.tiers.host_policy))
+    return any(getattr(policy, "needs_guesses", False) for policy in policies)
+
+
+def expert_budgets(
+    scenario: Scenario, model: Model, trace: RoutingTrace, steps: list[Step], most_bytes: int, predictor_bytes: int = 0
+) -> list[int] | None:
+    """Return the expert budget before each step, `most_bytes` at most.
+
+    It is what the KV cache and all else (`fixed_parts`) leave of the total; None without a total.
+    """
+    total = scenario.memory.total_bytes
+    if total is None:
+        return None
+    left_bytes = parse_bytes(total) - sum(fixed_parts(scenario, model, predictor_bytes).values())
+    kv_bytes = kv_cache_bytes(model, trace, steps).tolist()
+    return [min(most_bytes, left_bytes - size_bytes) for size_bytes in kv_bytes]
+
+
+def _check_pieces(scenario: Scenario, model: Model) -> None:
+    """Refuse chunks so small that one expert's copy or read would be made in pieces without end."""
+    largest_bytes = max(model.expert_bytes)
+    for key, chunk_bytes in (
+        ("copy.chunk_bytes", scenario.copy_.chunk_bytes),
+        ("tiers.chunk_bytes", scenario.tiers.chunk_bytes),
+    ):
+        pieces = pieces_of(largest_bytes, chunk_bytes)
+        if pieces > MOST_PIECES:
+            raise ScenarioError(
+                f"{key} = {chunk_bytes}: an expert of {largest_bytes:,} bytes would go in {pieces:,} pieces: must be "
+                f"at least {-(-largest_bytes // MOST_PIECES):,}, for {MOST_PIECES:,} pieces, or 0 for one"
+            )
+
+
+def _load_trace(scenario: Scenario, model: Model) -> RoutingTrace:
+    workload = scenario.workload
+    if workload.trace is not None:
+        return open_trace(workload.trace)
+    assert workload.synthetic is not None
+    synthetic = workload.synthetic
+    if synthetic.fit is not None:
+        return FittedRouting.load(synthetic.fit).synthesize(
+            synthetic.tokens,
+            sequences=synthetic.sequences,
+            prefill_tokens=synthetic.prefill_tokens,
+            seed=scenario.seed,
+        )
+    options = synthetic.model_dump(exclude={"fit", "tokens", "working_set"})
+    try:
+        return synthesize(
+            synthetic.tokens,
+            model.layers,
+            model.experts,
+            model.top_k,
+            working_set=synthetic.working_set or model.experts,
+            seed=scenario.seed,
+            **options,
+        )
+    except InputError as error:
+        raise ScenarioError(f"workload.synthetic.{error}") from None
+
+
+def _sized(model: Model, trace: RoutingTrace) -> Model:
+    """Return the model with the bytes of experts, and of dense parts where they are known, that a trace's log gives."""
+    if "expert_bytes" not in trace.extra:
+        raise ScenarioError("model.sizes = 'trace': the trace does not say how large its experts are: choose 'preset'")
+    expert_bytes = tuple(trace.extra["expert_bytes"].tolist())
+    dense_bytes = tuple(trace.extra["dense_bytes"].tolist()) if "dense_bytes" in trace.extra else model.dense_bytes
+    return replace(model, expert_bytes=expert_bytes, dense_bytes=dense_bytes)
+
+
+def _check_fit(trace: RoutingTrace, model: Model) -> None:
+    """Refuse a trace that is not of this model."""
+    for key, given, wanted in (
+        ("model.layers", trace.layers, model.layers),
+        ("model.experts", trace.num_experts, model.experts),
+        ("model.top_k", trace.k, model.top_k),
+    ):
+        if given != wanted:
+            raise ScenarioError(
+                f"{key} = {wanted} ({model.name}), but the trace has {given}: choose its model, or set {key} = {given}"
+            )

@@ -1,0 +1,138 @@
+"""What a scenario makes of experts that are not simply fetched, before any clock starts.
+
+Their sizes, what lies in memory before the run, and the miss policy with what it goes by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from itertools import accumulate
+
+from ...workloads.batches import DECODE, PREFILL
+from ..costs.costs import Costs
+from ..costs.offload_costs import CpuCosts
+from ..decide.memory_manager import MemoryManager
+from ..offloaded import uses_cpu
+from ..policies.eviction import Setting
+from ..policies.eviction_informed import popularity
+from ..policies.miss import MISS, Miss, Terms
+from ..policies.preload import PRELOAD
+from ..scenario.inputs import Inputs
+from ..scenario.scenario import Scenario, ScenarioError, shrunk
+
+
+def kept_bytes(inputs: Inputs) -> tuple[list[int], list[int] | None]:
+    """Return the room of an expert: the most by layer (layers,), and by expert where they differ within a layer."""
+    compression, model = inputs.scenario.compression, inputs.model
+    if compression.mixed is None:
+        return [compression.kept_bytes(size_bytes) for size_bytes in model.expert_bytes], None
+    popular = popularity(_setting(inputs))
+    ratios = _ratios(compression.mixed, model.experts)
+    sizes = [0] * model.total_experts
+    for layer, size_bytes in enumerate(model.expert_bytes):
+        experts = range(layer * model.experts, (layer + 1) * model.experts)
+        for ratio, expert in zip(ratios, sorted(experts, key=lambda expert: -popular[expert]), strict=True):
+            sizes[expert] = shrunk(size_bytes, ratio)
+    most = [max(sizes[layer * model.experts : (layer + 1) * model.experts]) for layer in range(model.layers)]
+    return most, sizes
+
+
+def _ratios(mixed: list[list[float]], experts: int) -> list[float]:
+    """Return the ratio of each rank of popularity in a layer, given (share of the experts, ratio) pairs."""
+    ends = [round(share * experts) for share in accumulate(share for share, _ in mixed)]
+    ratios: list[float] = []
+    for end, (_, ratio) in zip(ends, mixed, strict=True):
+        ratios += [ratio] * (end - len(ratios))
+    return ratios
+
+
+def low_precision(inputs: Inputs) -> tuple[Collection[int], int]:
+    """Return the experts with a copy in low precision in GPU memory, the most popular first, and the bytes of these."""
+    miss, model = inputs.scenario.miss, inputs.model
+    if miss.policy != "low_precision":
+        return (), 0
+    most_bytes = inputs.budget_bytes * miss.low_share
+    popular = popularity(_setting(inputs))
+    chosen: list[int] = []
+    total_bytes = 0
+    for expert in sorted(range(model.total_experts), key=lambda expert: -popular[expert]):
+        size_bytes = shrunk(model.expert_bytes[expert // model.experts], miss.low_ratio)
+        if total_bytes + size_bytes <= most_bytes:
+            chosen.append(expert)
+            total_bytes += size_bytes
+    return frozenset(chosen), total_bytes
+
+
+def preload(manager: MemoryManager, inputs: Inputs) -> None:
+    """Put into an empty memory what the scenario wants there before the run, as far as there is room.
+
+    ScenarioError if layers that are named do not fit.
+    """
+    memory = inputs.scenario.memory
+    wanted = PRELOAD[memory.preload](_setting(inputs), memory.cpu_layers or 0)
+    fitting = manager.fitting(wanted)
+    if memory.cpu_layers is not None and len(fitting) < len(wanted):
+        needed_bytes = sum(manager.size_of[expert] for expert in wanted)
+        raise ScenarioError(
+            f"memory.cpu_layers = {memory.cpu_layers}: the experts of the other layers take {needed_bytes} bytes, and "
+            f"memory.gpu_budget = {memory.gpu_budget!r} is {manager.budget_bytes}: leave more layers to the CPU, or "
+            f"give more budget"
+        )
+    manager.preload(fitting)
+
+
+def make_miss(inputs: Inputs) -> Miss | None:
+    """Return the scenario's miss policy; None where all misses are fetched.
+
+    ScenarioError if it needs gate weights and the trace has none, ProfileError if the profile knows nothing of the CPU.
+    """
+    scenario, name = inputs.scenario, inputs.scenario.miss.policy
+    if name == "fetch":
+        return None
+    if getattr(MISS[name], "needs_gates", False) and inputs.trace.weights is None:
+        raise ScenarioError(
+            f"miss.policy = {name!r} goes by gate weights, and the trace has none: choose another policy, or a trace "
+            f"with `weights`"
+        )
+    settings = scenario.miss
+    terms = Terms(
+        cpu_max_tokens=settings.cpu_max_tokens,
+        low=low_precision(inputs)[0],
+        fetch_behind=settings.fetch_behind and name == "low_precision",
+        threshold=settings.threshold,
+    )
+    if uses_cpu(scenario):
+        terms = _with_costs(terms, inputs)
+    return MISS[name](terms)
+
+
+def _with_costs(terms: Terms, inputs: Inputs) -> Terms:
+    """Add what the profile says of the CPU, the link and the GPU; the same whatever a replicate draws."""
+    costs = Costs(inputs)
+    cpu = CpuCosts(costs, inputs.scenario)
+    cpu.expert(0, 1)  # refuses a shape that cannot be estimated before anything runs
+    batch = inputs.scenario.workload.batch
+
+    def kernel_ns(layer: int, tokens: int) -> int:
+        return costs.expert(layer, tokens, DECODE if tokens <= batch else PREFILL).ns
+
+    return Terms(
+        cpu_ns=lambda layer, tokens: cpu.expert(layer, tokens).ns,
+        there_and_back_ns=lambda layer, tokens: cpu.there_and_back_ns(tokens),
+        copy_ns=lambda layer, tokens: costs.copies[layer].queued_ns,
+        kernel_ns=kernel_ns,
+        cpu_max_tokens=terms.cpu_max_tokens,
+    )
+
+
+def _setting(inputs: Inputs) -> Setting:
+    """Return what is known of the run before it starts, as for one pool of all layers."""
+    model = inputs.model
+    layers = tuple(range(model.layers))
+    return Setting(layers=layers, experts=model.experts, trace=inputs.trace, steps=inputs.steps)
+
+
+def plain(scenario: Scenario) -> Scenario:
+    """Return the scenario with every miss fetched and no expert in fewer bytes."""
+    fields = type(scenario).model_fields
+    return scenario.model_copy(update={"miss": fields["miss"].default, "compression": fields["compression"].default})

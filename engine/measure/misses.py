@@ -1,0 +1,153 @@
+"""What became of the misses of a run that were not fetched: how many, their gate weight, and what the CPU took."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...resources.timeline import CPU_EXPERT, DECOMPRESS
+from ...workloads.model import Model
+from ..costs.costs import Costs
+from ..costs.offload_costs import CpuCosts
+from ..policies.miss import CPU, FETCHED, WAYS
+from ..scenario.scenario import Scenario, shrunk
+from .metrics import MISS, Recording, cpu_stall_ns
+
+
+def offloading_metrics(
+    recording: Recording, costs: Costs, scenario: Scenario, low_precision_bytes: int
+) -> dict[str, Any]:
+    """Return what a run says beyond all others where its misses are not all fetched, or its experts are in fewer bytes.
+
+    `miss` (see `miss_metrics`), with the bytes that low-precision copies hold; `decompress_ms`; `precision_mass`.
+    """
+    data: dict[str, Any] = {}
+    if scenario.miss.policy != "fetch":
+        data["miss"] = {
+            **miss_metrics(recording, costs, scenario),
+            "low_precision_bytes": low_precision_bytes,
+        }
+    if scenario.compression.where != "none":
+        data["decompress_ms"] = decompress_ms(recording)
+    if scenario.compression.mixed is not None:
+        data["precision_mass"] = precision_mass(recording, costs.model, scenario.compression.mixed)
+    return data
+
+
+def miss_metrics(recording: Recording, costs: Costs, scenario: Scenario) -> dict[str, Any]:
+    """Return what became of the misses, as plain data for JSON.
+
+    `ways` split counts.miss; `tokens` are (token, expert) pairs, and `gate_mass` their share of all gate weight, by way
+    (None where the trace has no weights); a partly skipped expert counts in these two, and as fetched in `ways`.
+    """
+    resolved, whole = recording.resolved, recording.resolved_accesses
+    misses = int((recording.outcomes == MISS).sum())
+    ways = _by_way(np.bincount(whole["way"], minlength=len(WAYS)).tolist())
+    ways[WAYS[FETCHED]] = misses - len(whole)
+    total = gate_mass(recording)
+    mass = None
+    if total is not None and total.any():
+        mass = {name: float(total_of / total.sum()) for name, total_of in _summed(resolved, "gate").items()}
+    data: dict[str, Any] = {
+        "policy": scenario.miss.policy,
+        "ways": ways,
+        "tokens": {name: int(tokens) for name, tokens in _summed(resolved, "tokens").items()},
+        "gate_mass": mass,
+        "by_layer": _by_layer(recording, total),
+    }
+    if len(resolved) and (resolved["way"] == CPU).any():
+        data["cpu"] = _cpu(recording, CpuCosts(costs, scenario), costs)
+    return data
+
+
+def gate_mass(recording: Recording) -> npt.NDArray[np.float64] | None:
+    """Return the gate weight of all that was looked up, by layer (layers,); None where the trace has no weights."""
+    if recording.trace.weights is None:
+        return None
+    mass: npt.NDArray[np.float64] = _routed(recording).reshape(-1, recording.trace.num_experts).sum(axis=1)
+    return mass
+
+
+def precision_mass(recording: Recording, model: Model, mixed: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Return the share of all gate weight (of all tokens, without weights) that experts of each ratio computed.
+
+    `mixed` are [share, ratio] pairs; the keys are the ratios as they are written there.
+    """
+    routed, sizes = _routed(recording), np.array(recording.manager.size_of)
+    whole = np.repeat(model.expert_bytes, model.experts)
+    shares = {}
+    for _, ratio in mixed:
+        here = sizes == np.array([shrunk(int(size_bytes), ratio) for size_bytes in whole])
+        shares[f"{ratio:g}"] = float(routed[here].sum() / routed.sum()) if routed.any() else 0.0
+    return shares
+
+
+def _routed(recording: Recording) -> npt.NDArray[np.float64]:
+    """Return the gate weight that was routed to each expert (layers * experts,); tokens where there are no weights."""
+    trace = recording.trace
+    rows = np.concatenate([step.rows for step in recording.steps])
+    ids = trace.experts[rows].astype(np.int64) + np.arange(trace.layers)[:, None] * trace.num_experts
+    weights = np.ones(ids.shape) if trace.weights is None else trace.weights[rows].astype(np.float64)
+    if trace.present is not None:
+        weights = weights * trace.present[rows][:, :, None]
+    experts = trace.layers * trace.num_experts
+    return np.bincount(ids.ravel(), weights=weights.ravel(), minlength=experts).astype(np.float64)
+
+
+def decompress_ms(recording: Recording) -> float:
+    """Return how long decompressing took, in all."""
+    spans = recording.spans[recording.spans["kind"] == DECOMPRESS]
+    return float((spans["end_ns"] - spans["start_ns"]).sum()) / 1e6
+
+
+def _by_way(numbers: list[Any]) -> dict[str, Any]:
+    return dict(zip(WAYS, numbers, strict=True))
+
+
+def _summed(resolved: npt.NDArray[Any], column: str) -> dict[str, Any]:
+    """Return the sum of a column by way, but for what was fetched."""
+    sums = np.bincount(resolved["way"], weights=resolved[column], minlength=len(WAYS)).tolist()
+    return {name: value for way, (name, value) in enumerate(_by_way(sums).items()) if way != FETCHED}
+
+
+def _by_layer(recording: Recording, total: npt.NDArray[np.float64] | None) -> list[dict[str, Any]]:
+    """Return, layer by layer, the (token, expert) pairs of each way and the share of the layer's gate weight."""
+    rows = []
+    layer_of = recording.resolved["visit"] % len(recording.expert_bytes)
+    for layer in range(len(recording.expert_bytes)):
+        here = recording.resolved[layer_of == layer]
+        row: dict[str, Any] = {"layer": layer}
+        row.update((name, int(tokens)) for name, tokens in _summed(here, "tokens").items())
+        for name, mass in _summed(here, "gate").items():
+            row[f"{name}_gate_mass"] = float(mass / total[layer]) if total is not None and total[layer] else None
+        rows.append(row)
+    return rows
+
+
+def _cpu(recording: Recording, cpu: CpuCosts, costs: Costs) -> dict[str, Any]:
+    """Return how busy the CPU was, how long the GPU stalled for it, and what its experts would have cost to fetch.
+
+    `cpu_ms` and `fetch_ms` are the profile's, by themselves; `fetch_is_shorter` for all of them says that no expert was
+    done sooner on the CPU.
+    """
+    spans = recording.spans[recording.spans["kind"] == CPU_EXPERT]
+    rows = recording.resolved[recording.resolved["way"] == CPU]
+    layers = (rows["visit"] % len(recording.expert_bytes)).tolist()
+    cpu_ns = fetch_ns = shorter = 0
+    for (layer, tokens), count in Counter(zip(layers, rows["tokens"].tolist(), strict=True)).items():
+        on_cpu_ns = cpu.expert(layer, tokens).ns + cpu.there_and_back_ns(tokens)
+        fetched_ns = costs.copies[layer].queued_ns + costs.expert(layer, tokens).ns
+        cpu_ns += count * on_cpu_ns
+        fetch_ns += count * fetched_ns
+        shorter += count * (fetched_ns <= on_cpu_ns)
+    return {
+        "busy_ms": float((spans["end_ns"] - spans["start_ns"]).sum()) / 1e6,
+        "stall_ms": cpu_stall_ns(recording) / 1e6,
+        "cpu_ms": cpu_ns / 1e6,
+        "fetch_ms": fetch_ns / 1e6,
+        "fetch_is_shorter": shorter,
+    }

@@ -1,1 +1,0 @@
-"""What comes out of a run: metrics, timeline export, plots."""

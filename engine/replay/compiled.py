@@ -1,0 +1,298 @@
+"""Compiled replays: the same decisions as the memory manager's, on demand only, at the speed of machine code.
+
+Each pool's look-ups, laid out flat, go through one loop that looks up, pins, makes room and serves in waves; a policy
+is what the loop asks of compiled_policies.py. LRU has a loop of its own for the common case. Every replay here equals
+`replay.replay` with the policy of the same name to the last access; tests hold it to that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numba.cpython.unsafe.numbers import trailing_zeros
+
+from ...workloads.batches import Step
+from ...workloads.stacks import next_visits
+from ...workloads.trace import RoutingTrace
+from .compiled_policies import (
+    BELADY,
+    CLOCK,
+    FIFO,
+    LFU,
+    LFU_INCACHE,
+    LRU,
+    S3FIFO,
+    SIEVE,
+    admit,
+    begin,
+    compiled,
+    evict,
+    make_state,
+    marks,
+    miss,
+    use,
+    victims,
+)
+from .lookups import Lookups, in_file_order, list_lookups
+
+Array = npt.NDArray[Any]
+Outcome = npt.NDArray[np.uint8]
+
+#: The policies that have a compiled replay, by their names in EVICTION.
+KINDS = {
+    "fifo": FIFO,
+    "lru": LRU,
+    "lfu": LFU,
+    "lfu-incache": LFU_INCACHE,
+    "clock": CLOCK,
+    "sieve": SIEVE,
+    "s3fifo": S3FIFO,
+    "belady": BELADY,
+}
+
+
+def replay_compiled(
+    eviction: str,
+    trace: RoutingTrace,
+    steps: Sequence[Step],
+    pool_bytes: Sequence[int],
+    expert_bytes: Sequence[int],
+    lookup: str,
+    *,
+    shared: bool = False,
+) -> tuple[Outcome, int]:
+    """Replay on demand; return the outcome of each (token, layer, rank), as in `Replayed`, and the evictions.
+
+    `pool_bytes` has one entry for a global pool, or one a layer; `expert_bytes` (layers,). With `shared`, layers share
+    the experts of the same index, and one pool.
+    """
+    if shared:
+        expert_bytes = expert_bytes[:1]
+    outcome = np.full(trace.experts.size, 255, dtype=np.uint8)
+    one_window = eviction == "lru" and lookup == "single" and len(set(expert_bytes)) == len(pool_bytes) == 1
+    if one_window and in_file_order(trace, steps):  # the loop is so fast that listing the look-ups would take as long
+        capacity = pool_bytes[0] // expert_bytes[0]
+        live, last = _past(outcome.size + capacity, len(expert_bytes) * trace.num_experts)
+        stride = 0 if shared else trace.num_experts
+        misses = int(_lru_one_by_one(trace.experts, stride, capacity, live, last, outcome))
+        return outcome.reshape(trace.experts.shape), max(0, misses - capacity)
+    evicted = 0
+    for pool, room_bytes in enumerate(pool_bytes):
+        lookups = list_lookups(trace, steps, lookup, pool if len(pool_bytes) > 1 else None, shared=shared)
+        sizes = expert_bytes if len(pool_bytes) == 1 else [expert_bytes[pool]] * trace.layers
+        whole = lookups.cells is None
+        found = outcome if whole else np.empty(len(lookups.experts), dtype=np.uint8)
+        evicted += replay_pool(eviction, lookups, room_bytes, sizes, trace.num_experts, found)
+        if not whole:
+            outcome[lookups.cells] = found
+    return outcome.reshape(trace.experts.shape), evicted
+
+
+def replay_pool(
+    eviction: str,
+    lookups: Lookups,
+    pool_bytes: int,
+    expert_bytes: Sequence[int],
+    num_experts: int,
+    found: Outcome,
+) -> int:
+    """Replay one pool's look-ups: set `found` (n,) to 1 or 0 for each, and return the evictions.
+
+    `expert_bytes` (layers,) are the sizes of the experts that the pool may hold.
+    """
+    kind, capacity = KINDS[eviction], pool_bytes // max(expert_bytes)
+    experts = len(expert_bytes) * num_experts
+    if kind == LRU and min(expert_bytes) == max(expert_bytes) and capacity >= lookups.largest_visit:
+        live, last = _past(len(found) + capacity, experts)
+        if lookups.largest_visit == 1:
+            misses = int(_lru_one_by_one(lookups.experts.reshape(1, 1, -1), 0, capacity, live, last, found))
+        else:
+            misses = _lru_by_visits(lookups.experts, lookups.recency, lookups.starts, capacity, live, last, found)
+        return max(0, misses - capacity)
+    following = next_visits(lookups.experts, lookups.starts, experts) if kind == BELADY else np.empty(0, np.int32)
+    sizes = np.repeat(np.array(expert_bytes, dtype=np.int64), num_experts)
+    evicted = _replay(
+        kind,
+        lookups.experts,
+        lookups.recency,
+        lookups.starts,
+        following,
+        sizes,
+        pool_bytes,
+        make_state(experts, capacity),
+        np.zeros(experts, dtype=np.bool_),  # who is in memory, as the policy knows
+        np.full(experts, -1, dtype=np.int64),  # the wave that pins each
+        np.empty(experts, dtype=np.int32),  # room for a visit's misses
+        np.empty(2 * experts, dtype=np.int32),  # for victims, in front, and for whom a walk sets aside, at the back
+        found,
+    )
+    return int(evicted)
+
+
+# LRU where all experts are of one size and every visit fits: no list of who was used when is kept, the past itself is
+# that list. Every use has a number; what is in memory are the experts last used at number `oldest` or later. `live` has
+# a bit for each use that is still its expert's last: the victim is the next one from `oldest` on. At first, as many
+# uses by nobody as there are places make the memory full, so that each miss costs one and nothing asks whether there
+# is room. A visit first takes the bits of all it asks for, then evicts, so nobody evicts what it pins.
+
+# Numbers are unsigned, because Numba asks of every signed index whether it counts from the end.
+
+_ONE, _WORD_BITS, _WORD_SHIFT, _BIT_MASK = np.uint64(1), np.uint64(64), np.uint64(6), np.uint64(63)
+
+
+def _past(uses: int, experts: int) -> tuple[Array, Array]:
+    """Return `live`, of that many uses, the first word being nobody's, and each expert's last use, none so far: 0."""
+    live = np.full(uses // 64 + 2, np.iinfo(np.uint64).max, dtype=np.uint64)
+    return live, np.zeros(experts, dtype=np.uint32 if uses < 2**32 - 64 else np.uint64)
+
+
+@compiled
+def _clear(live: Array, use_number: np.uint64) -> None:
+    """Say that a use is no longer its expert's last."""
+    live[use_number >> _WORD_SHIFT] &= ~(_ONE << (use_number & _BIT_MASK))
+
+
+@compiled
+def _after_next_live(live: Array, oldest: np.uint64) -> np.uint64:
+    """Return the number after that of the first live use from `oldest` on."""
+    at = oldest >> _WORD_SHIFT
+    word = live[at] >> (oldest & _BIT_MASK)
+    if word == 0:
+        at += _ONE
+        while live[at] == 0:
+            at += _ONE
+        oldest, word = at << _WORD_SHIFT, live[at]
+    return oldest + np.uint64(trailing_zeros(word)) + _ONE  # type: ignore[call-arg]
+
+
+@compiled
+def _lru_one_by_one(chosen: Array, stride: int, capacity: int, live: Array, last: Array, found: Array) -> np.uint64:
+    """Replay LRU, every look-up a visit of its own, and return the misses: twice as fast as by visits.
+
+    `chosen` (tokens, layers, k) are looked up in order; a layer's experts begin at its multiple of `stride`.
+    """
+    oldest = _WORD_BITS
+    now = oldest + np.uint64(capacity)
+    at = misses = np.uint64(0)
+    for token in range(chosen.shape[0]):
+        first = np.uint64(0)
+        for layer in range(chosen.shape[1]):
+            for rank in range(chosen.shape[2]):
+                expert = first + np.uint64(chosen[token, layer, rank])
+                before = np.uint64(last[expert])
+                _clear(live, before)
+                last[expert] = now
+                now += _ONE
+                if before >= oldest:
+                    found[at] = 1
+                else:
+                    found[at] = 0
+                    misses += _ONE
+                    oldest = _after_next_live(live, oldest)
+                at += _ONE
+            first += np.uint64(stride)
+    return misses
+
+
+@compiled
+def _lru_by_visits(
+    experts: Array, recency: Array, starts: Array, capacity: int, live: Array, last: Array, found: Array
+) -> int:
+    """Replay LRU visit by visit, and return the misses."""
+    oldest = _WORD_BITS
+    now = oldest + np.uint64(capacity)
+    misses = 0
+    for visit in range(len(starts) - 1):
+        lacking = 0
+        for at in range(starts[visit], starts[visit + 1]):
+            before = np.uint64(last[experts[at]])
+            _clear(live, before)
+            found[at] = before >= oldest
+            lacking += int(before < oldest)
+        for at in range(starts[visit], starts[visit + 1]):
+            last[recency[at]] = now
+            now += _ONE
+        misses += lacking
+        for _ in range(lacking):
+            oldest = _after_next_live(live, oldest)
+    return misses
+
+
+@compiled
+def _replay(
+    kind: int,
+    experts: Array,
+    recency: Array,
+    starts: Array,
+    following: Array,
+    sizes: Array,
+    pool_bytes: int,
+    state: Array,
+    resident: Array,
+    pinned: Array,
+    missing: Array,
+    leaving: Array,
+    found: Array,
+) -> int:
+    """Serve every visit: look up, pin, make room wave by wave, and tell the policy what was used; return evictions."""
+    free_bytes = pool_bytes
+    wave = evicted = 0
+    for visit in range(len(starts) - 1):
+        first, last = starts[visit], starts[visit + 1]
+        wave += 1
+        lacking = 0
+        for at in range(first, last):
+            expert = experts[at]
+            if kind == BELADY:
+                begin(state, expert, following[at])
+            if resident[expert]:
+                found[at] = 1
+                pinned[expert] = wave
+            else:
+                found[at] = 0
+                missing[lacking] = expert
+                lacking += 1
+        size_bytes = sizes[experts[first]]  # a visit's experts are of one layer
+        held, most = last - first - lacking, pool_bytes // size_bytes
+        served = 0
+        while True:
+            while served < lacking:
+                expert = missing[served]
+                miss(kind, state, expert)
+                if held == most:
+                    if marks(kind):  # the walk for room is in vain, but it clears marks
+                        victims(kind, state, pinned, wave, sizes, pool_bytes + 1, leaving)
+                    break
+                if free_bytes < size_bytes:
+                    count = victims(kind, state, pinned, wave, sizes, size_bytes - free_bytes, leaving)
+                    for at in range(count):
+                        victim = leaving[at]
+                        evict(kind, state, victim)
+                        resident[victim] = False
+                        free_bytes += sizes[victim]
+                    evicted += count
+                free_bytes -= size_bytes
+                pinned[expert] = wave
+                held += 1
+                served += 1
+            for at in range(first, last):
+                expert = recency[at]
+                if pinned[expert] == wave:
+                    if resident[expert]:
+                        use(kind, state, expert)
+                    else:
+                        admit(kind, state, expert)
+                        resident[expert] = True
+            if served == lacking:
+                break
+            wave += 1
+            held = 0
+    return evicted
+
+
+#: The compiled replays by policy: (trace, steps, pool_bytes, expert_bytes, lookup) -> (outcome, evictions).
+COMPILED: dict[str, Callable[..., tuple[Outcome, int]]] = {name: partial(replay_compiled, name) for name in KINDS}

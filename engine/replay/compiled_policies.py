@@ -1,0 +1,392 @@
+"""The policies of the compiled replay: what each does when an expert is used, admitted, evicted or must make room.
+
+The same rules, by the same names, as the classes of policies/eviction.py, over arrays instead of dicts. Which one it
+is, is a number that every function branches on, so that one loop is compiled, once, for all of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ... import machine_code
+from ...machine_code import Function
+
+Array = npt.NDArray[Any]
+
+
+def compiled(function: Function) -> Function:
+    """Compile a function that makes no array.
+
+    Numba then need not count who holds which array, atomically and at every call, which would take half of the time;
+    its option for that, `_nrt`, is internal.
+    """
+    return machine_code.compiled(function, _nrt=False)
+
+
+FIFO, LRU, LFU, LFU_INCACHE, CLOCK, SIEVE, S3FIFO, BELADY = range(8)
+
+# A policy's state is one int64 array. It has a row for each expert; one for each queue, which stands before its first
+# expert and after its last; and one of numbers.
+# Columns of an expert's row, of which HEAP is that of whoever is at this place of the heap:
+BEFORE, AFTER, MARK, QUEUE, NEXT, PLACE, HEAP, KEY, RANKED = range(9)
+# Columns of the last row: where Sieve's hand is, S3-FIFO's limits and lengths, how many are in the heap.
+HAND, MOST_SMALL, MOST_MAIN, MOST_GHOSTS, IN_SMALL, IN_MAIN, IN_GHOSTS, HAS_EVICTED, STAMP, COUNT = range(10)
+# Where S3-FIFO has an expert; the first three are queues. The other policies have one, SMALL.
+SMALL, MAIN, GHOSTS, RETURNING, NOWHERE = range(5)
+
+_FAR = 2**31 - 1
+
+
+def make_state(experts: int, capacity: int) -> Array:
+    """Return what a policy knows at first; `capacity` is how many of the largest experts its pool holds."""
+    state = np.zeros((experts + 4, 10), dtype=np.int64)
+    state[:experts, QUEUE] = NOWHERE
+    for queue in range(experts, experts + 3):
+        state[queue, BEFORE] = state[queue, AFTER] = queue
+    state[-1, HAND] = experts
+    state[-1, MOST_SMALL] = -(-capacity // 10)
+    state[-1, MOST_MAIN] = capacity - state[-1, MOST_SMALL]
+    state[-1, MOST_GHOSTS] = capacity * 9 // 10
+    return state
+
+
+@compiled
+def marks(kind: int) -> bool:
+    """Whether a walk for victims changes something even if nobody is evicted."""
+    return kind in (CLOCK, SIEVE, S3FIFO)
+
+
+@compiled
+def begin(state: Array, expert: int, following: int) -> None:
+    """Take note of the visit that will use an expert next after this one."""
+    state[expert, NEXT] = following
+
+
+@compiled
+def miss(kind: int, state: Array, expert: int) -> None:
+    """Take note, before any victim is asked for, of an absent expert that wants room."""
+    if kind == S3FIFO and state[expert, QUEUE] == GHOSTS:
+        _move(state, expert, RETURNING)
+
+
+@compiled
+def use(kind: int, state: Array, expert: int) -> None:
+    """Take note of the use of an expert in memory."""
+    if kind in (CLOCK, SIEVE):
+        state[expert, MARK] = 1
+    elif kind == S3FIFO:
+        state[expert, MARK] += 1
+    elif kind == LRU:
+        _unlink(state, expert)
+        _append(state, _queue(state, SMALL), expert)
+    elif kind != FIFO:
+        _rank(state, expert, _priority(kind, state, expert))
+
+
+@compiled
+def admit(kind: int, state: Array, expert: int) -> None:
+    """Take note of an expert that was given room on demand, which is its use."""
+    if kind == S3FIFO:
+        _admit_to_queue(state, expert)
+    elif kind in (LFU, LFU_INCACHE, BELADY):
+        _push(state, expert, _priority(kind, state, expert))
+    else:
+        state[expert, MARK] = 0
+        _append(state, _queue(state, SMALL), expert)
+
+
+@compiled
+def evict(kind: int, state: Array, expert: int) -> None:
+    """Forget an expert that lost its room; `victims` has taken it out of the heap, if it was in one."""
+    if kind == S3FIFO:
+        _evict_from_queue(state, expert)
+    elif kind == LFU_INCACHE:
+        state[expert, MARK] = 0
+    elif kind != LFU and kind != BELADY:
+        if kind == SIEVE and state[-1, HAND] == expert:
+            state[-1, HAND] = state[expert, AFTER]
+        _unlink(state, expert)
+
+
+@compiled
+def victims(kind: int, state: Array, pinned: Array, wave: int, sizes: Array, lacking_bytes: int, leaving: Array) -> int:
+    """Put those into `leaving` (2 x experts,) that must go for `lacking_bytes` more, in order; return how many.
+
+    Who is pinned by this wave stays. If there are not enough to make the room, `leaving` is not to be used.
+    """
+    if kind == CLOCK:
+        return _walk_clock(state, pinned, wave, sizes, lacking_bytes, leaving)
+    if kind == SIEVE:
+        return _walk_sieve(state, pinned, wave, sizes, lacking_bytes, leaving)
+    if kind == S3FIFO:
+        return _walk_queues(state, pinned, wave, sizes, lacking_bytes, leaving)
+    if kind in (FIFO, LRU):
+        return _walk_queue(state, pinned, wave, sizes, lacking_bytes, leaving)
+    return _walk_heap(state, pinned, wave, sizes, lacking_bytes, leaving)
+
+
+# Queues: doubly linked lists, columns BEFORE and AFTER.
+
+
+@compiled
+def _queue(state: Array, queue: int) -> int:
+    """Return a queue's own node."""
+    return len(state) - 4 + queue
+
+
+@compiled
+def _unlink(state: Array, expert: int) -> None:
+    before, after = state[expert, BEFORE], state[expert, AFTER]
+    state[before, AFTER] = after
+    state[after, BEFORE] = before
+
+
+@compiled
+def _append(state: Array, queue: int, expert: int) -> None:
+    last = state[queue, BEFORE]
+    state[last, AFTER] = expert
+    state[expert, BEFORE] = last
+    state[expert, AFTER] = queue
+    state[queue, BEFORE] = expert
+
+
+@compiled
+def _walk_queue(state: Array, pinned: Array, wave: int, sizes: Array, lacking_bytes: int, leaving: Array) -> int:
+    """Walk from the first to the last."""
+    queue = _queue(state, SMALL)
+    expert = state[queue, AFTER]
+    count = 0
+    while lacking_bytes > 0 and expert != queue:
+        if pinned[expert] != wave:
+            leaving[count] = expert
+            count += 1
+            lacking_bytes -= sizes[expert]
+        expert = state[expert, AFTER]
+    return count
+
+
+@compiled
+def _walk_clock(state: Array, pinned: Array, wave: int, sizes: Array, lacking_bytes: int, leaving: Array) -> int:
+    """Walk from the hand; who is marked loses the mark and is put behind the hand."""
+    queue = _queue(state, SMALL)
+    expert = state[queue, AFTER]
+    count = 0
+    while lacking_bytes > 0 and expert != queue:
+        following = state[expert, AFTER]
+        if state[expert, MARK]:
+            state[expert, MARK] = 0
+            _unlink(state, expert)
+            _append(state, queue, expert)
+            if following == queue:
+                following = expert
+        elif pinned[expert] != wave:
+            leaving[count] = expert
+            count += 1
+            lacking_bytes -= sizes[expert]
+        expert = following
+    return count
+
+
+@compiled
+def _walk_sieve(state: Array, pinned: Array, wave: int, sizes: Array, lacking_bytes: int, leaving: Array) -> int:
+    """Walk from the hand to the newest, then from the oldest; who is marked loses the mark and comes last."""
+    queue = _queue(state, SMALL)
+    start = state[queue, AFTER] if state[-1, HAND] == queue else state[-1, HAND]
+    expert = start
+    count = 0
+    end = spared = len(leaving)  # who is spared waits at the back of `leaving`
+    while lacking_bytes > 0 and expert != queue:
+        if state[expert, MARK]:
+            state[expert, MARK] = 0
+            spared -= 1
+            leaving[spared] = expert
+        elif pinned[expert] != wave:
+            state[-1, HAND] = leaving[count] = expert
+            count += 1
+            lacking_bytes -= sizes[expert]
+        expert = state[expert, AFTER]
+        if expert == queue:
+            expert = state[queue, AFTER]
+        if expert == start:
+            break
+    while lacking_bytes > 0 and end > spared:
+        end -= 1
+        expert = leaving[end]
+        if pinned[expert] != wave:
+            state[-1, HAND] = leaving[count] = expert
+            count += 1
+            lacking_bytes -= sizes[expert]
+    if lacking_bytes > 0:
+        state[-1, HAND] = start
+    return count
+
+
+# S3-FIFO: two queues of experts in memory, and one of those that were evicted from the small one.
+
+
+@compiled
+def _move(state: Array, expert: int, queue: int) -> None:
+    """Take an expert out of the queue that it is in, if it is in one, and put it last in another, or nowhere."""
+    old = state[expert, QUEUE]
+    if old <= GHOSTS:
+        _unlink(state, expert)
+        state[-1, IN_SMALL + old] -= 1
+    state[expert, QUEUE] = queue
+    if queue <= GHOSTS:
+        _append(state, _queue(state, queue), expert)
+        state[-1, IN_SMALL + queue] += 1
+
+
+@compiled
+def _admit_to_queue(state: Array, expert: int) -> None:
+    """Put it last in the queue where it belongs, with no uses."""
+    is_full = not state[-1, HAS_EVICTED] and state[-1, IN_SMALL] >= state[-1, MOST_SMALL]
+    state[expert, MARK] = 0
+    _move(state, expert, MAIN if is_full or state[expert, QUEUE] == RETURNING else SMALL)
+
+
+@compiled
+def _evict_from_queue(state: Array, expert: int) -> None:
+    """Take it out of its queue; remember a newcomer."""
+    state[-1, HAS_EVICTED] = 1
+    if state[expert, QUEUE] == MAIN:
+        _move(state, expert, NOWHERE)
+        return
+    _move(state, expert, GHOSTS)
+    if state[-1, IN_GHOSTS] > state[-1, MOST_GHOSTS]:
+        _move(state, state[_queue(state, GHOSTS), AFTER], NOWHERE)
+
+
+@compiled
+def _walk_queues(state: Array, pinned: Array, wave: int, sizes: Array, lacking_bytes: int, leaving: Array) -> int:
+    """Walk the main queue while it has more than its part, else the small one; who earned it moves and stays."""
+    small, main = _queue(state, SMALL), _queue(state, MAIN)
+    in_small, in_main = small, main  # the last in each queue that was walked over and stayed
+    count = 0
+    while lacking_bytes > 0:
+        expert = state[in_main, AFTER]
+        if expert != main and (state[-1, IN_MAIN] > state[-1, MOST_MAIN] or state[in_small, AFTER] == small):
+            while state[expert, MARK]:
+                state[expert, MARK] = min(state[expert, MARK], 3) - 1
+                _move(state, expert, MAIN)
+                expert = state[in_main, AFTER]
+            in_main = expert
+        else:
+            expert = state[in_small, AFTER]
+            while expert != small and state[expert, MARK] >= 2:
+                state[expert, MARK] = 0
+                _move(state, expert, MAIN)
+                expert = state[in_small, AFTER]
+            if expert == small:
+                if state[in_main, AFTER] == main:
+                    break
+                continue
+            in_small = expert
+        if pinned[expert] != wave:
+            leaving[count] = expert
+            count += 1
+            lacking_bytes -= sizes[expert]
+    return count
+
+
+# Rankings: a heap, the lowest key first. A key that grows (more uses) is noted and its expert sinks only when it comes
+# to the top; one that falls (a later next use) rises at once.
+
+
+@compiled
+def _priority(kind: int, state: Array, expert: int) -> int:
+    """Return the key of an expert just used: its uses, or how near its next one is; ties in the order of use."""
+    state[-1, STAMP] += 1
+    if kind == BELADY:
+        rank = _FAR - state[expert, NEXT]
+    else:
+        rank = state[expert, MARK] = state[expert, MARK] + 1
+    key: int = (rank << 32) | state[-1, STAMP]
+    return key
+
+
+@compiled
+def _rank(state: Array, expert: int, key: int) -> None:
+    """Give an expert in the heap another key."""
+    state[expert, KEY] = key
+    if key < state[expert, RANKED]:
+        state[expert, RANKED] = key
+        _rise(state, expert, state[expert, PLACE])
+
+
+@compiled
+def _push(state: Array, expert: int, key: int) -> None:
+    """Put an expert into the heap."""
+    state[expert, KEY] = state[expert, RANKED] = key
+    state[-1, COUNT] += 1
+    _rise(state, expert, state[-1, COUNT] - 1)
+
+
+@compiled
+def _pop(state: Array) -> int:
+    """Take the expert with the lowest key out of the heap."""
+    while state[state[0, HEAP], RANKED] != state[state[0, HEAP], KEY]:
+        state[state[0, HEAP], RANKED] = state[state[0, HEAP], KEY]
+        _sink(state, state[0, HEAP])
+    first: int = state[0, HEAP]
+    state[-1, COUNT] -= 1
+    if state[-1, COUNT]:
+        _sink(state, state[state[-1, COUNT], HEAP])
+    return first
+
+
+@compiled
+def _rise(state: Array, expert: int, place: int) -> None:
+    """Put an expert at a place of the heap, or as far above as it belongs."""
+    while place > 0:
+        above = (place - 1) >> 1
+        other = state[above, HEAP]
+        if state[other, RANKED] <= state[expert, RANKED]:
+            break
+        state[place, HEAP] = other
+        state[other, PLACE] = place
+        place = above
+    state[place, HEAP] = expert
+    state[expert, PLACE] = place
+
+
+@compiled
+def _sink(state: Array, expert: int) -> None:
+    """Put an expert at the top of the heap, or as far below as it belongs."""
+    size, place = state[-1, COUNT], 0
+    while True:
+        below = 2 * place + 1
+        if below >= size:
+            break
+        if below + 1 < size and state[state[below + 1, HEAP], RANKED] < state[state[below, HEAP], RANKED]:
+            below += 1
+        other = state[below, HEAP]
+        if state[expert, RANKED] <= state[other, RANKED]:
+            break
+        state[place, HEAP] = other
+        state[other, PLACE] = place
+        place = below
+    state[place, HEAP] = expert
+    state[expert, PLACE] = place
+
+
+@compiled
+def _walk_heap(state: Array, pinned: Array, wave: int, sizes: Array, lacking_bytes: int, leaving: Array) -> int:
+    """Take the lowest out of the heap, one after the other; who is pinned is put back."""
+    count = 0
+    end = aside = len(leaving)  # who is pinned waits at the back of `leaving`
+    while lacking_bytes > 0:
+        expert = _pop(state)
+        if pinned[expert] == wave:
+            aside -= 1
+            leaving[aside] = expert
+        else:
+            leaving[count] = expert
+            count += 1
+            lacking_bytes -= sizes[expert]
+    for at in range(aside, end):
+        _push(state, leaving[at], state[leaving[at], KEY])
+    return count

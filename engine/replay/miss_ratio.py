@@ -1,0 +1,141 @@
+"""Miss-ratio curves: what share of the look-ups misses, for many capacities and several policies.
+
+LRU and Belady's rule are stack algorithms: one pass gives every capacity, exactly, where a pool's experts are of one
+size and its largest visit fits. Everything else is replayed, capacity by capacity. Both ways count what
+`replay.replay_trace` counts with the same budget, to the last access.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...errors import InputError
+from ...words import unknown_name
+from ...workloads.batches import plan_steps
+from ...workloads.stacks import belady_depths, lru_depths
+from ...workloads.trace import RoutingTrace
+from ..decide.dispatch import LOOKUPS
+from ..decide.partition import divider
+from ..scenario.scenario import parse_budget
+from .compiled import KINDS, replay_pool
+from .lookups import Lookups, list_lookups
+from .replay import expert_sizes
+
+#: The policies that one pass serves, with the depths it finds.
+STACKS: dict[str, Callable[[Lookups, int], npt.NDArray[np.int32]]] = {
+    "lru": lambda lookups, experts: lru_depths(lookups.experts, lookups.recency, lookups.starts, experts),
+    "belady": lambda lookups, experts: belady_depths(lookups.experts, lookups.starts, experts),
+}
+#: More points than this no curve shows.
+MOST_POINTS = 10_000
+#: What is drawn where nothing else is asked for.
+DEFAULT_POLICIES = ("fifo", "lru", "lfu", "clock", "s3fifo", "belady")
+
+Progress = Callable[[str, int, int], None]
+
+
+def miss_ratio_curves(
+    trace: RoutingTrace,
+    *,
+    capacities: Sequence[str] = (),
+    points: int = 50,
+    policies: Sequence[str] = DEFAULT_POLICIES,
+    scope: str = "global",
+    lookup: str = "batch",
+    batch: int = 1,
+    model: str | None = None,
+    expert_bytes: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Return the curves as plain data for JSON: `capacities`, and each policy's `hits` and `miss_ratio` beside them.
+
+    `capacities` are budgets such as '25%', '4GiB' or '512experts'; without any, `points` evenly spaced ones up to all
+    experts. Raises ValueError on bad input.
+    """
+    policies = list(dict.fromkeys(policies))
+    for policy in policies:
+        if policy not in KINDS:
+            raise InputError(unknown_name("policy", policy, KINDS))
+    if lookup not in LOOKUPS:
+        raise InputError(unknown_name("lookup", lookup, LOOKUPS))
+    sizes = expert_sizes(trace, model, expert_bytes, capacities)
+    known = sizes or [1] * trace.layers
+    steps = plan_steps(trace.sequence, trace.phase, batch=batch)
+    pools = _capacities(trace, capacities, points, known, scope)
+    shared = scope == "shared"
+    layers = [None] if scope in ("global", "shared") else range(trace.layers)
+    hits = {policy: np.zeros(len(pools), dtype=np.int64) for policy in policies}
+    accesses = 0
+    for number, layer in enumerate(layers):
+        lookups = list_lookups(trace, steps, lookup, layer, shared=shared)
+        accesses += len(lookups.experts)
+        pool_sizes = known[:1] if shared else known if layer is None else [known[layer]] * trace.layers
+        room_bytes = [pool_bytes[number] for pool_bytes in pools]
+        for done, policy in enumerate(policies):
+            if progress is not None:
+                progress("curves", number * len(policies) + done, len(layers) * len(policies))
+            hits[policy] += pool_hits(policy, lookups, room_bytes, pool_sizes, trace.num_experts)
+    total_bytes = parse_budget("100%", known, trace.num_experts, scope)
+    return {
+        "model": trace.meta.get("model"),
+        "accesses": accesses,
+        "scope": scope,
+        "lookup": lookup,
+        "batch": batch,
+        "capacities": [
+            {
+                "share": sum(pool_bytes) / total_bytes,
+                "experts": sum(pool_bytes) // known[0] if min(known) == max(known) else None,
+                "bytes": sum(pool_bytes) if sizes else None,
+            }
+            for pool_bytes in pools
+        ],
+        "policies": {
+            policy: {
+                "hits": found.tolist(),
+                "miss_ratio": [1 - count / accesses if accesses else None for count in found.tolist()],
+            }
+            for policy, found in hits.items()
+        },
+    }
+
+
+def pool_hits(
+    policy: str, lookups: Lookups, room_bytes: Sequence[int], expert_bytes: Sequence[int], num_experts: int
+) -> npt.NDArray[np.int64]:
+    """Return how many of a pool's look-ups are found with each of these budgets; `expert_bytes` (layers,)."""
+    hits = np.zeros(len(room_bytes), dtype=np.int64)
+    replayed = list(range(len(room_bytes)))
+    if policy in STACKS and min(expert_bytes) == max(expert_bytes):
+        slots = np.array(room_bytes, dtype=np.int64) // expert_bytes[0]
+        depths = STACKS[policy](lookups, len(expert_bytes) * num_experts)
+        hits_below = np.concatenate([[0], np.cumsum(np.bincount(depths[depths >= 0]))])
+        hits[:] = hits_below[np.minimum(slots, len(hits_below) - 1)]
+        replayed = np.flatnonzero(slots < lookups.largest_visit).tolist()
+    found = np.empty(len(lookups.experts), dtype=np.uint8)
+    for at in replayed:
+        replay_pool(policy, lookups, room_bytes[at], expert_bytes, num_experts, found)
+        hits[at] = np.count_nonzero(found)
+    return hits
+
+
+def _capacities(
+    trace: RoutingTrace, capacities: Sequence[str], points: int, expert_bytes: Sequence[int], scope: str
+) -> list[list[int]]:
+    """Return the bytes of each pool for each capacity, ascending, each once."""
+    divide = divider(scope, expert_bytes, trace)
+    if capacities:
+        if len(capacities) > MOST_POINTS:
+            raise InputError(f"capacities: {len(capacities):,} are given: must be at most {MOST_POINTS:,}")
+        budgets = [parse_budget(capacity, expert_bytes, trace.num_experts, scope) for capacity in capacities]
+    else:
+        if not 1 <= points <= MOST_POINTS:
+            raise InputError(f"points = {points}: must be at least 1, and at most {MOST_POINTS:,}")
+        total_bytes = parse_budget("100%", expert_bytes, trace.num_experts, scope)
+        least_bytes = max(expert_bytes) * (1 if scope in ("global", "shared") else trace.layers)
+        budgets = [max(least_bytes, total_bytes * point // points) for point in range(1, points + 1)]
+    return [list(pools) for pools in sorted({tuple(divide(budget)) for budget in budgets}, key=sum)]

@@ -1,0 +1,1 @@
+"""The scenario: its sections, what goes together, and what it names."""

@@ -1,0 +1,55 @@
+"""What a scenario names, loaded and checked: what every run, baseline and warning starts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...resources.profile import Profile
+from ...workloads.batches import Step
+from ...workloads.guesses import Guesses
+from ...workloads.model import Model
+from ...workloads.trace import RoutingTrace
+from ..links import Links
+from ..placed import Placed
+from .predicting import FREE, PredictorCost
+from .scenario import Scenario
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a scenario names, loaded and checked: it can be run as it is, any number of times."""
+
+    scenario: Scenario
+    model: Model
+    profile: Profile
+    trace: RoutingTrace
+    steps: list[Step]
+    budget_bytes: int
+    guesses: Guesses | None
+    #: The expert budget before each step, where the KV cache takes its part of a total; None where it is constant.
+    budgets: list[int] | None = None
+    predictor: PredictorCost = FREE
+    #: Which GPU runs it, and the model's first layer there: `model` and `trace` have its layers only, from 0.
+    device: str = "gpu0"
+    first_layer: int = 0
+    #: The inputs of each stage of a pipeline, in order, and the links between their GPUs, None for one stage.
+    stages: tuple[Inputs, ...] = ()
+    links: Links | None = None
+    #: The inputs of each of the GPUs that share the experts of all layers, in order, and how the experts lie on them.
+    gpus: tuple[Inputs, ...] = ()
+    placed: Placed | None = None
+
+    @property
+    def parts(self) -> tuple[Inputs, ...]:
+        """The inputs of each GPU by itself: of the stages, of those that share the experts, or these."""
+        return self.stages or self.gpus or (self,)
+
+    @property
+    def guessers(self) -> tuple[Inputs, ...]:
+        """The inputs that have the run's guesses, each of them once."""
+        return self.stages or (self,)
+
+    @property
+    def layer_visits(self) -> int:
+        """How many layer visits a run has."""
+        return len(self.steps) * self.trace.layers

@@ -1,0 +1,61 @@
+"""Who predicts in a scenario, and what that costs the run: time for every layer visit, and memory where the lane is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ...workloads.learned import load_weights
+from ...workloads.predictors import Predictor, make_predictor
+from .scenario import ON_GPU, PredictorSection, Scenario, ScenarioError
+
+
+@dataclass(frozen=True)
+class PredictorCost:
+    """What one prediction takes on its lane and from where that is known, and the bytes of the predictor's weights."""
+
+    latency_us: float = 0.0
+    latency_source: str = "assumed"
+    memory_bytes: int = 0
+    gpu_memory_bytes: int = 0
+
+
+FREE = PredictorCost()
+
+
+def scenario_predictor(scenario: Scenario, first_layer: int = 0) -> Predictor:
+    """Return the predictor that a scenario names, for the model's layers from `first_layer` on.
+
+    Raises ValueError if its weights cannot be used.
+    """
+    section = scenario.predictor
+    options: dict[str, dict[str, Any]] = {
+        "oracle": {"recall": section.recall, "first_layer": first_layer},
+        "context": {"context": section.context},
+        "learned": {"weights": section.weights},
+    }
+    return make_predictor(section.name, seed=scenario.seed, **options.get(section.name, {}))
+
+
+def predictor_cost(section: PredictorSection) -> PredictorCost:
+    """Return what a scenario's predictor costs.
+
+    A latency that the scenario leaves out is what was measured for the weights, on a GPU if the lane is one and it
+    was measured there; 0 without weights, or on the lane "free". Raises ScenarioError if it was not measured at all.
+    """
+    given = section.latency_us
+    if section.weights is None:
+        return FREE if given is None else PredictorCost(given, "scenario")
+    weights = load_weights(section.weights)
+    on_gpu = section.lane in ON_GPU
+    gpu_memory_bytes = weights.memory_bytes if on_gpu else 0
+    if given is not None or section.lane == "free":
+        return PredictorCost(given or 0.0, "scenario", weights.memory_bytes, gpu_memory_bytes)
+    measured = weights.latency_us
+    for device in ("cuda", "cpu") if on_gpu else ("cpu",):
+        if device in measured:
+            return PredictorCost(measured[device], f"measured on {device}", weights.memory_bytes, gpu_memory_bytes)
+    raise ScenarioError(
+        f"predictor.weights = {section.weights!r}: no latency was measured for lane {section.lane!r}: set "
+        "predictor.latency_us"
+    )

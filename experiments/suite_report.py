@@ -1,0 +1,198 @@
+"""The report of a benchmark suite: suite.json, tables as Markdown, figures, and one page of all.
+
+The sections are made once, as tables and pictures with their captions; Markdown and the page show the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from ..files import replacing_folder, write_file
+from ..output import markdown
+from ..output.charts import plot_sweep
+from ..output.plots import plot_transfer, save
+from ..output.tables import (
+    BEST_COLUMNS,
+    GUIDE_FIGURES,
+    SWEEP_COLUMNS,
+    TRANSFER_COLUMNS,
+    best_cells,
+    figure_cells,
+    figure_columns,
+    guide_cells,
+    setting_words,
+    transfer_cells,
+)
+from .insights import InsightError
+from .suite import SPEED, Finished, Study, SuiteSweep, picture_name, transfer_name
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+#: How many rows of one sweep a table shows; the journal has all.
+_MOST_ROWS = 40
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns, and rows of as many cells, as text."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure under a file's name, without its ending, and what it shows."""
+
+    name: str
+    caption: str
+    figure: Figure
+
+
+@dataclass(frozen=True)
+class Part:
+    """A heading, text, and what stands below it in this order."""
+
+    title: str
+    text: str
+    blocks: Sequence[Table | Picture] = ()
+
+
+def write_suite(finished: Finished, out: Path) -> list[Path]:
+    """Write suite.json, suite.md, figures/NAME.svg and report.html, all or none, into the suite's folder.
+
+    Return their paths.
+    """
+    data, parts = finished.data, [*_parts(finished)]
+    pictures = [block for part in parts for block in part.blocks if isinstance(block, Picture)]
+    figures = [Path("figures") / f"{picture.name}.svg" for picture in pictures]
+    with replacing_folder(out) as folder:
+        write_file(folder / "suite.json", orjson.dumps(data, option=orjson.OPT_INDENT_2) + b"\n")
+        (folder / "figures").mkdir()
+        for picture, path in zip(pictures, figures, strict=True):
+            save(picture.figure, folder / path)
+        write_file(folder / "suite.md", _as_markdown(data, parts).encode())
+        _write_page(data, parts, folder / "report.html")
+    return [*(out / name for name in ("suite.json", "suite.md", "report.html")), *(out / path for path in figures)]
+
+
+def _as_markdown(data: Mapping[str, Any], parts: Sequence[Part]) -> str:
+    pieces = [f"# {data['title']}", _subtitle(data)]
+    for part in parts:
+        pieces += [f"## {part.title}", *([part.text] if part.text else [])]
+        for block in part.blocks:
+            if isinstance(block, Table):
+                pieces.append(markdown.table(block.columns, block.rows))
+            else:
+                pieces.append(f"![{block.caption}](figures/{block.name}.svg)")
+    return "\n\n".join(pieces) + "\n"
+
+
+def _write_page(data: Mapping[str, Any], parts: Sequence[Part], path: Path) -> None:
+    from ..output.page import Section, html_picture, html_table, write_page
+
+    sections = []
+    for part in parts:
+        pieces = [f"<p>{escape(part.text)}</p>"] if part.text else []
+        for block in part.blocks:
+            if isinstance(block, Table):
+                pieces.append(html_table(block.columns, block.rows))
+            else:
+                pieces.append(html_picture(block.figure, block.caption))
+        sections.append(Section(part.title, "\n".join(pieces)))
+    write_page(path, title=data["title"], subtitle=_subtitle(data), sections=sections)
+
+
+def _subtitle(data: Mapping[str, Any]) -> str:
+    runs = sum(study["choices"] for study in data["studies"])
+    what = f"{len(data['transfers'])} machines' copies, {len(data['published'])} published tables, {runs:,} runs"
+    made = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+    return f"{what}{', over fewer tokens (--quick)' if data['quick'] else ''}; {made}."
+
+
+def _parts(finished: Finished) -> Iterator[Part]:
+    data = finished.data
+    yield Part(
+        "The best configurations",
+        "By each metric, over all sweeps of a study but the runs that know the future; of equals, the one with the "
+        "least memory. What changed is against the study's scenario, whose value is where it starts.",
+        [Table(BEST_COLUMNS, [cells for study in data["studies"] for cells in best_cells(study)])],
+    )
+    for name, report in data["transfers"].items():
+        picture = Picture(
+            f"transfer-{transfer_name(name)}",
+            f"Throughput of one copy by its size: {report['machine']}",
+            plot_transfer(report),
+        )
+        yield Part(f"Transfers: {report['machine']}", "", [Table(TRANSFER_COLUMNS, [*transfer_cells(report)]), picture])
+    if data["published"]:
+        yield Part(
+            "Published tables, run again",
+            "Ours is in the guide's accounting, prefetches hidden; charged has every copy charged; overlapped is one "
+            "timeline. The verdict is on ours: inside the published range, or how far outside.",
+            [_published_table(name, rows) for name, rows in data["published"].items()],
+        )
+    for study, found in zip(finished.suite.studies, data["studies"], strict=True):
+        yield _trade_offs(finished, study, found)
+        for part in study.sweeps:
+            yield _sweep_part(finished, study, part)
+
+
+def _published_table(name: str, rows: Sequence[dict[str, Any]]) -> Table:
+    if name != "virtual-memory":
+        columns = [name.replace("-", " "), *figure_columns(rows)[1:]]
+        return Table(columns, [[row["name"], *figure_cells(row)] for row in rows])
+    columns = ["virtual memory", "figure", "published", "ours", "shared by layers", "charged", "overlapped", "verdict"]
+    return Table(columns, [[row["scenario"], f.name, *guide_cells(row, f)] for row in rows for f in GUIDE_FIGURES])
+
+
+def _trade_offs(finished: Finished, study: Study, found: Mapping[str, Any]) -> Part:
+    """Return the front of speed against memory over all sweeps of a study, and what could not run."""
+    front = [
+        [f"{spot['memory'] / 2**30:.2f}", f"{spot['speed']:.1f}", setting_words(spot["settings"])]
+        for spot in found["front"]
+    ]
+    blocks: list[Table | Picture] = [Table(("expert budget (GiB)", "tokens/s", "changed"), front)]
+    caption = f"{study.title}: speed against memory, and the front of runs that none beats with less memory"
+    rows = finished.of_study(study)
+    blocks.append(Picture(picture_name(study, None), caption, plot_sweep("pareto", rows, figure=SPEED)))
+    text = f"Scenario {study.scenario}, {found['choices']:,} runs to choose from. No run is faster with less memory."
+    fastest = found["best"][0]
+    text += f" The best by {fastest['name']} again, with its timeline: prestage run {fastest['row']} --out best."
+    if found["errors"]:
+        blocks.append(
+            Table(("could not run", "why"), [[setting_words(e["settings"]), e["error"]] for e in found["errors"]])
+        )
+    return Part(f"{study.title}: trade-offs", text, blocks)
+
+
+def _sweep_part(finished: Finished, study: Study, part: SuiteSweep) -> Part:
+    rows = [row for row in finished.rows[study.name, part.name] if row["error"] is None]
+    shown = [
+        [
+            *(str(row["settings"][key]) for key in part.grid),
+            *(show(row.get(key)) for key, show in SWEEP_COLUMNS.values()),
+        ]
+        for row in rows[:_MOST_ROWS]
+    ]
+    blocks: list[Table | Picture] = [Table([*part.grid, *SWEEP_COLUMNS], shown)]
+    for number, chart in enumerate(part.charts):
+        name = picture_name(study, part, number)
+        caption = f"{part.question}: {chart.figure}, {study.name}"
+        try:
+            figure = plot_sweep(chart.kind, rows, x=chart.x, by=chart.by, figure=chart.figure)
+        except InsightError as error:
+            raise InsightError(f"{study.name}, {part.name}: {error}") from None
+        blocks.append(Picture(name, caption, figure))
+    fixed = f"With {setting_words(part.settings)}. " if part.settings else ""
+    cut = f"The first {_MOST_ROWS} of {len(rows):,} rows; " if len(rows) > _MOST_ROWS else ""
+    return Part(
+        f"{study.name}: {part.question}", f"{fixed}{cut}All figures: rows/{study.name}-{part.name}.jsonl.", blocks
+    )

@@ -1,0 +1,1 @@
+"""What comes out of runs: tables, figures, reports and timeline files."""

@@ -1,0 +1,348 @@
+"""The figures of a run by name: what each one shows, as numbers.
+
+`figures_static` draws them with matplotlib for print, `figures_html` with Bokeh for a page.
+A figure's data is one of a few forms (Bars, Grid, Memory, Curves, Spans, Fall), and whoever draws knows the forms, not
+the figures: so both draw the same numbers. To add a figure, write its data function and name it in FIGURES.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..engine.measure.metrics import FATES, LATE, MISS, OUTCOMES, busy_before
+from ..errors import InputError
+from ..experiments.compare import PARTS, Step, waterfall
+from ..resources.timeline import KINDS, Timeline
+from ..words import unknown_name
+from .palette import COLORS, FATE_COLORS, IDLE_COLOR, OUTCOME_COLORS, PART_COLORS
+from .plots import at_changes, bytes_unit, default_window, row_names, used_lanes
+from .saved import Run
+
+Array = npt.NDArray[Any]
+
+#: Points of a curve: more cannot be told apart.
+_POINTS = 500
+#: Spans of one timeline that a page holds unless more are asked for: 27 bytes each.
+SPAN_LIMIT = 250_000
+#: The least share of the longest row that a part of a bar must have to carry its own share in numbers.
+LABELED = 0.06
+#: Samples of memory over time.
+_SAMPLES = 4000
+#: Intervals over which busy time is averaged.
+_INTERVALS = 200
+#: What one curve stands for that is no kind of its own: everything.
+_ALL_COLOR = "#7a7a7a"
+
+
+class FigureError(InputError):
+    """A figure that cannot be drawn; the message says which, and what would be right."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One color of a stacked bar chart: a value for each row (rows,)."""
+
+    label: str
+    color: str
+    values: Array
+    alpha: float = 1.0
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Stacked bars: a few rows that lie (`across`), or a column for each of many. All values are in `unit`."""
+
+    rows: Sequence[str]
+    parts: Sequence[Part]
+    axis: str
+    unit: str
+    across: bool = True
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A heat map of shares from 0 to 1 (rows, columns), with the `counts` behind them; a share may be NaN."""
+
+    rows: Sequence[str]
+    columns: Sequence[str]
+    shares: Array
+    counts: Array
+    across: str
+    axis: str
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes over time on each GPU, and their limit: (time_ns, assigned_bytes, budget_bytes) by its name."""
+
+    gpus: dict[str, tuple[Array, Array, Array]]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line: x and y, both (points,)."""
+
+    label: str
+    color: str
+    x: Array
+    y: Array
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Lines whose y is a share from 0 to 1; `marks` are named values of x, and `steps` holds y until the next x."""
+
+    curves: Sequence[Curve]
+    x_axis: str
+    y_axis: str
+    unit: str
+    marks: dict[str, float]
+    steps: bool = False
+
+
+@dataclass(frozen=True)
+class Spans:
+    """A timeline, and the part of it to look at first."""
+
+    timeline: Timeline
+    layers: int
+    experts_per_layer: int
+    start_ns: int
+    end_ns: int
+
+
+@dataclass(frozen=True)
+class Fall:
+    """The bars that lead from one run's makespan to another's."""
+
+    first: str
+    second: str
+    steps: Sequence[Step]
+
+
+Data = Bars | Grid | Memory | Curves | Spans | Fall
+
+
+def time_parts(run: Run) -> Bars:
+    """Return the parts of the makespan, a bar for each GPU."""
+    gpus = run.data["gpus"]
+    parts = [
+        Part(label, color, np.array([gpu["time"][f"{part}_ms"] for gpu in gpus]))
+        for part in PARTS
+        for color, label in (PART_COLORS[part],)
+    ]
+    return Bars([gpu["device"] for gpu in gpus], _seen(parts), "time on the compute stream (ms)", "ms")
+
+
+def lane_time(run: Run) -> Bars:
+    """Return how long each lane was busy with what, and idle."""
+    spans, rows = run.timeline.spans(), used_lanes(run.timeline)
+    took_ms = np.zeros((len(run.timeline.lanes), len(KINDS)))
+    np.add.at(took_ms, (spans["lane"], spans["kind"]), (spans["end_ns"] - spans["start_ns"]) / 1e6)
+    parts = [Part(label, color, took_ms[rows, KINDS.index(kind)]) for kind, (color, label) in COLORS.items()]
+    whole_ms = int(spans["end_ns"].max(initial=0)) / 1e6
+    parts.append(Part("idle", IDLE_COLOR, np.maximum(0.0, whole_ms - took_ms[rows].sum(axis=1)), alpha=0.25))
+    return Bars(row_names(run.timeline, rows), _seen(parts), "time of the lane (ms)", "ms")
+
+
+def outcomes_by_layer(run: Run) -> Grid:
+    """Return the share of each layer's accesses that came out each way."""
+    layers = run.data["by_layer"]
+    counts = np.array([[layer[outcome] for layer in layers] for outcome in OUTCOMES], dtype=np.int64)
+    total = counts.sum(axis=0)
+    shares = np.divide(counts, total, out=np.full(counts.shape, np.nan), where=total > 0)
+    names = [OUTCOME_COLORS[outcome][1] for outcome in OUTCOMES]
+    return Grid(names, [str(layer["layer"]) for layer in layers], shares, counts, "layer", "share of its accesses")
+
+
+def prefetched_bytes(run: Run) -> Bars:
+    """Return the bytes that prefetches moved, a column for each layer, by what became of them."""
+    layers, copies = run.data["model"]["layers"], run.copies
+    moved = [
+        np.bincount(copies["layer"][chosen], weights=copies["bytes"][chosen], minlength=layers)
+        for chosen in (copies["fate"] == fate for fate in range(len(FATES)))
+    ]
+    scale, unit = bytes_unit(int(np.sum(moved, axis=0).max(initial=0)))
+    parts = [
+        Part(label, color, values / scale)
+        for values, (color, label) in zip(moved, (FATE_COLORS[fate] for fate in FATES), strict=True)
+    ]
+    names = [str(layer) for layer in range(layers)]
+    return Bars(names, _seen(parts), f"prefetched ({unit})", unit, across=False)
+
+
+def memory_over_time(run: Run) -> Memory:
+    """Return the expert memory given out on each GPU from visit to visit, up to the end, at its changes alone."""
+    gpus = {}
+    for number, name in enumerate(run.gpu_names):
+        here = run.memory[run.memory["gpu"] == number]
+        if not len(here):
+            continue
+        ends = here[-1:].copy()
+        ends["time_ns"] = run.makespan_ns
+        here = np.concatenate([here, ends])
+        gpus[name] = _thinned(*at_changes(here["time_ns"], here["assigned_bytes"], here["budget_bytes"]))
+    return Memory(gpus)
+
+
+def access_latency(run: Run) -> Curves:
+    """Return how the waits of accesses are spread: the share of each outcome's that waited no longer than x."""
+    waits_ms, outcome = run.accesses["wait_ns"] / 1e6, run.accesses["outcome"]
+    curves = [
+        Curve(label, color, *_cumulative(waits_ms[outcome == number]))
+        for number in (LATE, MISS)
+        for color, label in (OUTCOME_COLORS[OUTCOMES[number]],)
+    ]
+    curves.append(Curve("all accesses", _ALL_COLOR, *_cumulative(waits_ms)))
+    curves = [curve for curve in curves if len(curve.x)]
+    axis = "from the choice until the bytes are there (ms); hits wait 0"
+    return Curves(curves, axis, "share that waits no longer", "ms", {})
+
+
+def token_latency(run: Run) -> Curves:
+    """Return how gaps between a sequence's tokens are spread, with their percentiles, and what the steps took.
+
+    A warmup's tokens are left out, as they are of the percentiles.
+    """
+    tokens = run.tokens[run.data["warmup"]["decode_tokens"] :]
+    spread = {
+        ("inter-token latency", "dense"): tokens["gap_ns"][tokens["gap_ns"] >= 0],
+        ("decode step", "expert"): tokens["took_ns"],
+    }
+    curves = [Curve(label, COLORS[kind][0], *_cumulative(ns / 1e6)) for (label, kind), ns in spread.items() if len(ns)]
+    latency = run.data["inter_token_latency_ms"]
+    marks = {name: latency[name] for name in ("p50", "p95", "p99") if latency[name] is not None}
+    return Curves(curves, "time of a decode token (ms)", "share that takes no longer", "ms", marks)
+
+
+def busy_over_time(run: Run) -> Curves:
+    """Return the share of each interval of the run in which compute streams, and host-to-device copies, were busy."""
+    edges_ns = np.linspace(0, run.makespan_ns, _INTERVALS + 1)
+    curves = []
+    for role, kind, label in (("compute", "dense", "compute stream busy"), ("h2d", "demand", "copy engine busy")):
+        lanes = [lane for lane in used_lanes(run.timeline) if run.timeline.lanes[lane].role == role]
+        busy = [np.diff(busy_before(_lane_spans(run.timeline, lane))(edges_ns)) for lane in lanes]
+        if busy and run.makespan_ns:
+            share = np.mean(busy, axis=0) / np.diff(edges_ns)
+            curves.append(Curve(label, COLORS[kind][0], edges_ns / 1e6, np.append(share, share[-1])))
+    return Curves(curves, "time since the start of the run (ms)", "share of time busy", "ms", {}, steps=True)
+
+
+def timeline(run: Run) -> Spans:
+    """Return the timeline, to be looked at from two ordinary steps near its middle."""
+    model = run.data["model"]
+    return Spans(run.timeline, model["layers"], model["experts"], *default_window(run.timeline))
+
+
+def fall(first: Run, second: Run) -> Fall:
+    """Return where the time between two runs arises, part by part, but for those that are the same."""
+    before, *parts, after = waterfall(first.data, second.data)
+    changed = [part for part in parts if part.start_ns != part.end_ns]
+    return Fall(first.name, second.name, [before, *changed, after])
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure by name: its title, how to read it, its data function and how many runs that takes."""
+
+    title: str
+    reading: str
+    data: Callable[..., Data]
+    runs: int = 1
+
+
+#: The figures of a run, by name, in the order of a page.
+FIGURES = {
+    "time": Figure(
+        "Where the time went",
+        "The makespan on each GPU. An idle gap before a kernel belongs to the last thing that the kernel waited for.",
+        time_parts,
+    ),
+    "lanes": Figure("What each lane did", "Busy time by kind of work, and the rest of the run.", lane_time),
+    "timeline": Figure(
+        "Timeline", "What ran when on every lane: copies, kernels, and the host that ordered them.", timeline
+    ),
+    "busy": Figure(
+        "How busy over time", "Compute streams and copy engines, averaged over short intervals.", busy_over_time
+    ),
+    "outcomes": Figure(
+        "Hit, late and miss by layer",
+        "Of each layer's accesses: found in time, still on the way, or absent.",
+        outcomes_by_layer,
+    ),
+    "wasted": Figure(
+        "What became of prefetched bytes",
+        "Bytes that prefetches moved for each layer. Evicted unused and unused ones were wasted.",
+        prefetched_bytes,
+    ),
+    "memory": Figure(
+        "Expert memory over time", "Given out to experts; the dashed line is the budget.", memory_over_time
+    ),
+    "latency": Figure(
+        "Access latency",
+        "How long after the router's choice the bytes were there. Hits wait 0: the gray line starts at their rate.",
+        access_latency,
+    ),
+    "tokens": Figure(
+        "Time between tokens",
+        "From one token of a sequence to its next, with the 50th, 95th and 99th percentile, and what the steps took: "
+        "where the first is longer, a sequence waited for another one's prompt.",
+        token_latency,
+    ),
+    "waterfall": Figure(
+        "Where the difference arises",
+        "From the makespan of the first run to that of the second: what makes it longer in orange, shorter in green.",
+        fall,
+        runs=2,
+    ),
+}
+
+
+def figure_data(name: str, runs: Sequence[Run]) -> Data:
+    """Return the data of a figure by name. Raises FigureError for an unknown one, and the wrong number of runs."""
+    if name not in FIGURES:
+        raise FigureError(unknown_name("KIND", name, FIGURES))
+    figure = FIGURES[name]
+    if len(runs) != figure.runs:
+        wanted = "one result" if figure.runs == 1 else "two results"
+        raise FigureError(f"{name} is drawn from {wanted}, not from {len(runs)}")
+    return figure.data(*runs)
+
+
+def _seen(parts: Sequence[Part]) -> list[Part]:
+    """Return the parts that have anything to show."""
+    return [part for part in parts if part.values.any()]
+
+
+def _thinned(time_ns: Array, sizes: Array, limits: Array) -> tuple[Array, Array, Array]:
+    """Return of each of many stretches of samples the one with the most bytes, and the last of all."""
+    stretch = -(-len(time_ns) // _SAMPLES)
+    firsts = np.arange(0, len(time_ns), stretch)
+    kept = [first + int(sizes[first : first + stretch].argmax()) for first in firsts.tolist()]
+    kept = [*kept[: -1 if kept[-1] == len(time_ns) - 1 else None], len(time_ns) - 1]
+    return time_ns[kept], sizes[kept], limits[kept]
+
+
+def _lane_spans(timeline: Timeline, lane: int) -> Array:
+    """Return the spans of a lane in order of start."""
+    spans = timeline.spans()
+    spans = spans[spans["lane"] == lane]
+    ordered: Array = spans[np.argsort(spans["start_ns"], kind="stable")]
+    return ordered
+
+
+def _cumulative(values: Array) -> tuple[Array, Array]:
+    """Return the empirical distribution: values in order, and the share of all that are no greater, thinned evenly.
+
+    It starts from a share of 0 at the least value, so that equal values are a line too.
+    """
+    ordered = np.sort(values)
+    at = np.linspace(0, len(ordered) - 1, min(_POINTS, len(ordered))).astype(np.int64)
+    kept = np.unique(ordered[at])
+    shares = np.searchsorted(ordered, kept, side="right") / max(1, len(ordered))
+    return np.append(kept[:1], kept), np.append(np.zeros(len(kept[:1])), shares)

@@ -1,0 +1,521 @@
+"""Pictures of a run: a window of its timeline with a row for each lane, its expert memory over time, and latencies.
+
+Every function returns a matplotlib Figure of its own, with no global state behind it; `save` writes one to a file,
+with the same bytes for the same picture. matplotlib is imported only here, and only when something is drawn.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import InputError
+from ..files import check_file, replacing
+from ..resources.timeline import DEMAND, DENSE, EXPERT, HEAD, KINDS, PREFETCH, Timeline
+from .export import layer_of_each, layers_of, track_order
+from .palette import COLORS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Array = npt.NDArray[Any]
+
+#: Of curves, in the order in which they are drawn; once the colors are used up, the next dashes.
+_CURVE_COLORS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#f0a830", "#333333", "#56b4e9", "#8c8c8c")
+_DASHES = ("-", "--", ":", "-.")
+#: Units of time by the length of what is shown: the first that is no longer.
+_TIME_UNITS = ((10 * 10**9, 10**9, "s"), (10**6, 10**6, "ms"), (0, 10**3, "µs"))
+#: Rows that a timeline's picture has room for.
+_MOST_ROWS = 200
+_BYTE_UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "bytes"))
+
+_INK = "#333333"
+_COLOR_SPREAD, _COLOR_BOUND = "#f6d99a", "#b0b0b0"
+_WIDTH_INCHES = 12.0
+_LABEL_POINTS = 7
+#: Pieces of the window below which a gap cannot be seen; the pieces on either side are drawn as one.
+_FINEST = 20_000
+#: Up to this many spans in a window each is drawn by itself, a pixel wide at least, so that none vanishes; of more, the
+#: density counts, so they keep their true width.
+_FEW = 2000
+#: The pixels across a window, about, and how many of them a bar must have for an edge that parts it from the next.
+_PIXELS, _EDGED = 1500, 4
+#: Metadata that would name a version or a date, by file format.
+_NO_METADATA: dict[str, dict[str, None]] = {
+    ".png": {"Software": None},
+    ".pdf": {"Creator": None, "Producer": None, "CreationDate": None},
+    ".svg": {"Creator": None, "Date": None},
+}
+
+
+def default_window(timeline: Timeline) -> tuple[int, int]:
+    """Return (start_ns, end_ns) of what shows most: two ordinary steps near the middle of the run.
+
+    A step ends with its head; steps that take much longer than the median (prefill) are passed over. A run of a
+    step or two is shown whole, and so is one without heads; an empty one gives (0, 0).
+    """
+    spans = timeline.spans()
+    last_ns = int(spans["end_ns"].max(initial=0))
+    ends_ns = np.unique(spans["end_ns"][spans["kind"] == HEAD])
+    if len(ends_ns) < 3:
+        return int(spans["start_ns"].min(initial=last_ns)), last_ns
+    starts_ns = np.concatenate([[0], ends_ns[:-2]])
+    took_ns = ends_ns[1:] - starts_ns
+    ordinary = np.flatnonzero(took_ns <= 1.25 * np.median(took_ns))
+    chosen = ordinary[np.argmin(np.abs(ordinary - len(took_ns) // 2))]
+    return int(starts_ns[chosen]), int(ends_ns[chosen + 1])
+
+
+def plot_timeline(
+    timeline: Timeline,
+    *,
+    start_ns: int = 0,
+    end_ns: int | None = None,
+    experts_per_layer: int,
+    title: str | None = None,
+) -> Figure:
+    """Draw what each lane did from `start_ns` to `end_ns` (None: the end), a row for each lane that is ever used.
+
+    Spans wide enough say their layer, or layer and expert. Of more than 200 lanes the first are drawn, and the picture
+    says so. Raises ValueError if the window ends before it starts.
+    """
+    from matplotlib.figure import Figure
+
+    spans = timeline.spans()
+    if end_ns is None:
+        end_ns = max(start_ns, int(spans["end_ns"].max(initial=0)))
+    if end_ns < start_ns:
+        raise InputError(f"end_ns = {end_ns}: the window starts at {start_ns}, so it must end there or later")
+    lanes = used_lanes(timeline) or track_order(timeline)
+    rows, left_out = lanes[:_MOST_ROWS], max(0, len(lanes) - _MOST_ROWS)
+    layers = layers_of(spans, experts_per_layer)
+    spans = spans[(spans["start_ns"] < end_ns) & (spans["end_ns"] > start_ns)]
+    spans = spans[np.isin(spans["lane"], rows)] if left_out else spans
+    span_ns = end_ns - start_ns or 1000
+    scale_ns, unit = _time_unit(span_ns)
+
+    figure = Figure(figsize=(_WIDTH_INCHES, 1.5 + 0.5 * max(1, len(rows))), layout="constrained")
+    axes = figure.add_subplot()
+    kinds = [kind for kind in COLORS if (spans["kind"] == KINDS.index(kind)).any()]
+    for row, lane in enumerate(rows):
+        here = spans[spans["lane"] == lane]
+        for kind in kinds:
+            bars = _bars(here[here["kind"] == KINDS.index(kind)], start_ns, end_ns, apart=len(spans) <= _FEW)
+            if len(bars):
+                edges = np.where(bars[:, 1] * _PIXELS > span_ns * _EDGED, 0.4, 0.0)
+                axes.broken_barh(
+                    (bars / scale_ns).tolist(),
+                    (row - 0.38, 0.76),
+                    facecolors=COLORS[kind][0],
+                    edgecolors="white",
+                    linewidths=edges.tolist(),
+                    snap=False,  # snapped to pixels, thin bars would vanish
+                )
+    layer_of = layer_of_each(spans, experts_per_layer, layers)
+    _label_bars(axes, spans, rows, (start_ns, end_ns), scale_ns, experts_per_layer, layer_of)
+
+    axes.set_xlim(start_ns / scale_ns, (start_ns + span_ns) / scale_ns)
+    axes.set_ylim(max(1, len(rows)) - 0.4, -0.6)
+    axes.set_yticks(range(len(rows)), row_names(timeline, rows))
+    more = f"; {left_out:,} more lanes are not drawn" if left_out else ""
+    axes.set_xlabel(f"time since the start of the run ({unit}){more}")
+    _style(axes)
+    axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+    axes.tick_params(axis="y", length=0)
+    if not len(spans):
+        axes.text(
+            0.5, 0.5, "nothing ran in this window", transform=axes.transAxes, ha="center", va="center", color=_INK
+        )
+    _set_title(axes, title)
+    if kinds:
+        from matplotlib.patches import Patch
+
+        handles = [Patch(facecolor=color, label=label) for kind, (color, label) in COLORS.items() if kind in kinds]
+        figure.legend(
+            handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, handlelength=1.2, fontsize=9
+        )
+    return figure
+
+
+def plot_memory(
+    time_ns: Array, assigned_bytes: Array, budget_bytes: Array | int, *, title: str | None = None
+) -> Figure:
+    """Draw the expert memory given out over time, with the budget as a line.
+
+    `time_ns`, `assigned_bytes` and `budget_bytes`, unless it is one number, are (samples,), in order of time; a value
+    holds until the next. Raises ValueError if their lengths differ.
+    """
+    from matplotlib.figure import Figure
+
+    times_ns, sizes, limits = np.asarray(time_ns), np.asarray(assigned_bytes), np.asarray(budget_bytes)
+    for name, values in (("assigned_bytes", sizes), ("budget_bytes", limits)):
+        if values.shape != times_ns.shape and values.ndim:
+            raise InputError(f"{name} has {values.shape} values, time_ns {times_ns.shape}: give as many of each")
+    figure = Figure(figsize=(_WIDTH_INCHES * 2 / 3, 3.4), layout="constrained")
+    axes = figure.add_subplot()
+    draw_memory(axes, *at_changes(times_ns, sizes, np.broadcast_to(limits, (max(1, len(times_ns)),))))
+    _set_title(axes, title)
+    return figure
+
+
+def at_changes(times_ns: Array, sizes: Array, limits: Array) -> tuple[Array, Array, Array]:
+    """Return those of the samples, each (samples,), at which a value changes, and the last: all that show."""
+    if not len(times_ns):
+        return times_ns, sizes, limits
+    kept = np.append(True, (sizes[1:] != sizes[:-1]) | (limits[1:] != limits[:-1]))
+    kept[-1] = True
+    return times_ns[kept], sizes[kept], limits[kept]
+
+
+def draw_memory(axes: Axes, times_ns: Array, sizes: Array, limits: Array) -> None:
+    """Draw bytes over time and their limit, each (samples,) in order of time."""
+    last_ns = (int(times_ns[-1]) if len(times_ns) else 0) or 1000
+    scale_ns, unit = _time_unit(last_ns)
+    most = max(int(limits.max()), int(sizes.max(initial=0)), 1)
+    scale_bytes, unit_of_bytes = bytes_unit(most)
+
+    color = COLORS["dense"][0]
+    axes.fill_between(times_ns / scale_ns, sizes / scale_bytes, step="post", color=color, alpha=0.2, linewidth=0)
+    axes.step(times_ns / scale_ns, sizes / scale_bytes, where="post", color=color, linewidth=1.4)
+    limit = limits[-1] / scale_bytes
+    line: dict[str, Any] = {"color": COLORS["demand"][0], "linewidth": 1.4, "linestyle": (0, (5, 3))}
+    if (limits == limits[0]).all():
+        axes.axhline(limit, **line)
+    else:
+        axes.step(times_ns / scale_ns, limits / scale_bytes, where="post", **line)
+    axes.annotate(
+        f"limit {few_digits(limit)} {unit_of_bytes}",
+        (1, limit),
+        xycoords=("axes fraction", "data"),
+        xytext=(-4, 4),
+        textcoords="offset points",
+        ha="right",
+        va="bottom",
+        color=COLORS["demand"][0],
+        fontsize=9,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
+    )
+    axes.set_xlim(0, last_ns / scale_ns)
+    axes.set_ylim(0, 1.15 * most / scale_bytes)
+    axes.set_xlabel(f"time since the start of the run ({unit})")
+    axes.set_ylabel(f"expert memory given out ({unit_of_bytes})")
+    _style(axes)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+
+
+def plot_latency(latencies_ms: Mapping[str, Sequence[float]], *, title: str | None = None) -> Figure:
+    """Draw a row for each kind of event: the median, half of the events in the box, 90 % between the whiskers.
+
+    `latencies_ms` are each kind's latencies in ms; a kind without any keeps an empty row.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH_INCHES * 2 / 3, 1.2 + 0.5 * max(1, len(latencies_ms))), layout="constrained")
+    axes = figure.add_subplot()
+    rows = [row for row, values in enumerate(latencies_ms.values()) if len(values)]
+    if rows:
+        spread = [np.percentile(values, (5, 25, 50, 75, 95)) for values in latencies_ms.values() if len(values)]
+        low, first, median, third, high = np.array(spread).T
+        axes.hlines(rows, low, high, color=COLORS["dense"][0], linewidth=1.4)
+        axes.barh(rows, third - first, 0.5, left=first, color=COLORS["expert"][0])
+        axes.vlines(median, np.array(rows) - 0.25, np.array(rows) + 0.25, color=COLORS["demand"][0], linewidth=2)
+    names = [
+        f"{name.replace('_', ' ')}\n{f'{len(values):,} x {np.mean(values):.3g} ms' if len(values) else 'none'}"
+        for name, values in latencies_ms.items()
+    ]
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("latency (ms)")
+    _style(axes)
+    axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+    axes.tick_params(axis="y", length=0)
+    _set_title(axes, title)
+    return figure
+
+
+def plot_transfer(report: Mapping[str, Any]) -> Figure:
+    """Draw the throughput of one copy over its size, a line for each way; the guide's beside them.
+
+    `report` is what the transfer benchmark returns.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH_INCHES * 2 / 3, 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    curves = {name: curve for name, curve in report["curves_bytes_gb_per_s"].items() if curve}
+    for color, (name, curve) in zip(_CURVE_COLORS, curves.items(), strict=False):
+        axes.plot(*zip(*curve, strict=True), marker=".", color=color, label=name)
+    guide = report["guide"]
+    for entry in (entry for entry in guide["rows"] if "->" in entry["what"]):
+        speed = guide["bytes"] / entry["single_ms"] / 1e6
+        axes.plot(guide["bytes"], speed, "x", color=_INK)
+        axes.annotate(
+            f"{entry['what']}, {guide['machine']}", (guide["bytes"], speed), xytext=(0, -10),
+            textcoords="offset points", ha="center", fontsize=_LABEL_POINTS, color=_INK,
+        )  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel="size of the copy", ylabel="GB/s, one copy on an idle engine")
+    axes.set_xticks(
+        [2 ** (12 + 4 * step) for step in range(5)], labels=["4 KiB", "64 KiB", "1 MiB", "16 MiB", "256 MiB"]
+    )
+    axes.minorticks_off()
+    axes.legend(frameon=False, fontsize=9)
+    _style(axes)
+    _set_title(axes, report["machine"])
+    return figure
+
+
+def plot_errors(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw by how much makespans are off, in percent: simulated ones, and what the busiest lane alone would take.
+
+    Each row has a `scenario`, `makespan_error`, `bound_error` and the machine's own `spread`, which lies about 0.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH_INCHES, 1.2 + 0.24 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    places = range(len(rows))
+    spread = np.array([100 * row["spread"] for row in rows])
+    axes.barh(places, 2 * spread, left=-spread, height=0.7, color=_COLOR_SPREAD, label="the machine's own spread")
+    for key, color, label in (
+        ("bound_error", _COLOR_BOUND, "busiest lane alone"),
+        ("makespan_error", COLORS["dense"][0], "simulated"),
+    ):
+        axes.scatter([100 * row[key] for row in rows], places, s=18, color=color, label=label, zorder=2)
+    axes.axvline(0, color="#999999", linewidth=0.8)
+    axes.set_xscale("symlog", linthresh=1.0)
+    axes.set_xlabel("error of the makespan in %: simulated / measured - 1, linear from -1 to 1")
+    axes.set_yticks(places, [row["scenario"] for row in rows], fontsize=_LABEL_POINTS)
+    axes.invert_yaxis()
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    _style(axes)
+    return figure
+
+
+def plot_miss_ratios(data: dict[str, Any], *, title: str | None = None) -> Figure:
+    """Draw the curves of `miss_ratio.miss_ratio_curves`: the share of look-ups that miss over that of experts held."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    figure = Figure(figsize=(_WIDTH_INCHES * 2 / 3, 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    shares = [capacity["share"] for capacity in data["capacities"]]
+    marker = "o" if len(shares) == 1 else None
+    for number, (policy, curve) in enumerate(data["policies"].items()):
+        color, dashes = _CURVE_COLORS[number % len(_CURVE_COLORS)], _DASHES[number // len(_CURVE_COLORS) % len(_DASHES)]
+        axes.plot(
+            shares, curve["miss_ratio"], color=color, linestyle=dashes, linewidth=1.6, marker=marker, label=policy
+        )
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1)
+    axes.set_xlabel("room, as a share of all experts")
+    axes.set_ylabel("miss ratio")
+    _style(axes)
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.legend(frameon=False, fontsize=9)
+    _set_title(axes, title)
+    return figure
+
+
+def plot_over_tokens(latencies_ms: Mapping[str, Array], *, title: str | None = None) -> Figure:
+    """Draw what each token took, a line for each name, over the token's number.
+
+    `latencies_ms` are (tokens,) in ms each; the scale is logarithmic where all are above 0.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
+
+    figure = Figure(figsize=(_WIDTH_INCHES * 2 / 3, 3.4), layout="constrained")
+    axes = figure.add_subplot()
+    colors = [color for color, _ in (COLORS["expert"], COLORS["demand"], COLORS["dense"], COLORS["predict"])]
+    for number, (name, values) in enumerate(latencies_ms.items()):
+        mean = f"{np.mean(values):,.3g} ms on average" if len(values) else "none"
+        axes.plot(values, color=colors[number % len(colors)], linewidth=1.0, label=f"{name}: {mean}")
+    _style(axes)
+    if all(np.min(values, initial=np.inf) > 0 for values in latencies_ms.values()):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axes.margins(x=0)
+    axes.set_xlabel("token")
+    axes.set_ylabel("latency (ms)")
+    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    figure.legend(loc="outside lower center", ncols=max(1, len(latencies_ms)), frameon=False, fontsize=8)
+    _set_title(axes, title)
+    return figure
+
+
+def plot_split(counts: Mapping[str, Mapping[str, int]], *, title: str | None = None) -> Figure:
+    """Draw how many accesses came out how, a stacked bar of shares for each name; empty ones keep an empty row.
+
+    `counts` are by name, then by outcome; all names have the same outcomes.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH_INCHES * 2 / 3, 1.6 + 0.5 * max(1, len(counts))), layout="constrained")
+    axes = figure.add_subplot()
+    outcomes = list(next(iter(counts.values()), {}))
+    colors = [COLORS[kind][0] for kind in ("head", "expert", "prefetch", "demand", "predict")]
+    left = np.zeros(len(counts))
+    totals = [max(1, sum(split.values())) for split in counts.values()]
+    for number, outcome in enumerate(outcomes):
+        shares = np.array([split[outcome] for split in counts.values()]) / totals * 100
+        label = outcome.replace("_", " ")
+        axes.barh(range(len(counts)), shares, 0.6, left=left, color=colors[number % len(colors)], label=label)
+        for row, share in enumerate(shares):
+            if share >= 4:  # narrower bars have no room for a label
+                axes.text(left[row] + share / 2, row, f"{share:.1f}%", ha="center", va="center", fontsize=8)
+        left += shares
+    axes.set_yticks(range(len(counts)), list(counts))
+    axes.set_ylim(max(1, len(counts)) - 0.5, -0.5)
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("share of accesses (%)")
+    _style(axes)
+    axes.tick_params(axis="y", length=0)
+    if outcomes:
+        figure.legend(loc="outside lower center", ncols=len(outcomes), frameon=False, fontsize=9)
+    _set_title(axes, title)
+    return figure
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Write a figure as .png, .pdf or .svg, whole or not at all; the same figure gives the same bytes.
+
+    Raises ValueError for another ending.
+    """
+    path = Path(path)
+    check_picture(path)
+    with replacing(path) as stream:
+        render(figure, stream, path.suffix)
+
+
+def render(figure: Figure, stream: BinaryIO, ending: str = ".png") -> None:
+    """Write a figure to a stream as what this ending says; the same figure gives the same bytes.
+
+    Names are drawn as they are: a `$` in one begins no formula, and a character that the font lacks is a box.
+    """
+    from matplotlib import rc_context
+    from matplotlib.text import Text
+    from matplotlib.ticker import LogFormatter
+
+    axes = [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
+    powers = [axis for axis in axes if isinstance(axis.get_major_formatter(), LogFormatter)]
+    ticks = [tick for axis in powers for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks())]
+    formulas = {id(label) for tick in ticks for label in tick.findobj(Text)}
+    for text in figure.findobj(Text):
+        if id(text) not in formulas and isinstance(text, Text):
+            text.set_parse_math(False)
+    with rc_context({"svg.hashsalt": "prestage"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        figure.savefig(stream, format=ending[1:], dpi=150, metadata=_NO_METADATA[ending])
+
+
+def check_picture(path: Path) -> None:
+    """Raise ValueError unless a picture can be written under this name: asked before anything runs."""
+    if path.suffix not in _NO_METADATA:
+        raise InputError(f"{path}: a picture's file must end in one of {', '.join(_NO_METADATA)}")
+    check_file(path)
+
+
+def _bars(spans: Array, start_ns: int, end_ns: int, *, apart: bool) -> Array:
+    """Return (start, length) in ns of spans cut to the window.
+
+    `apart`: each by itself, no thinner than a pixel. Otherwise those with no visible gap between become one.
+    """
+    order = np.argsort(spans["start_ns"], kind="stable")
+    starts_ns = np.maximum(spans["start_ns"][order], start_ns)
+    ends_ns = np.minimum(spans["end_ns"][order], end_ns)
+    if apart:
+        ends_ns = np.maximum(ends_ns, starts_ns + (end_ns - start_ns) // _PIXELS)
+    elif len(spans):
+        finest_ns = (end_ns - start_ns) // _FINEST
+        parted = starts_ns[1:] - np.maximum.accumulate(ends_ns)[:-1] > finest_ns
+        first = np.flatnonzero(np.append(True, parted))
+        starts_ns, ends_ns = starts_ns[first], np.maximum.reduceat(ends_ns, first)
+    return np.column_stack([starts_ns, ends_ns - starts_ns])
+
+
+def _label_bars(
+    axes: Axes, spans: Array, rows: list[int], window_ns: tuple[int, int], scale_ns: int, experts: int, layer_of: Array
+) -> None:
+    """Write "L3/E17", or else "L3", into the kernels and copies that are wide enough for it."""
+    start_ns, end_ns = window_ns
+    row_of = {lane: row for row, lane in enumerate(rows)}
+    from_ns, to_ns = np.maximum(spans["start_ns"], start_ns), np.minimum(spans["end_ns"], end_ns)
+    inches = (to_ns - from_ns) / max(1, end_ns - start_ns) * (_WIDTH_INCHES - 2)
+    named = np.isin(spans["kind"], (DENSE, EXPERT, DEMAND, PREFETCH)) & (layer_of >= 0)
+    for at in np.flatnonzero(named & (inches > _label_inches("L0"))).tolist():
+        expert, kind = int(spans["expert"][at]), int(spans["kind"][at])
+        label = f"L{layer_of[at]}" + (f"/E{expert % experts}" if expert >= 0 else "")
+        if _label_inches(label) > inches[at]:
+            label = f"L{layer_of[at]}"
+        if _label_inches(label) > inches[at]:
+            continue
+        axes.text(
+            (int(from_ns[at]) + int(to_ns[at])) / 2 / scale_ns,
+            row_of[int(spans["lane"][at])],
+            label,
+            ha="center",
+            va="center",
+            fontsize=_LABEL_POINTS,
+            color="white" if kind in (DENSE, DEMAND) else _INK,
+            clip_on=True,
+        )
+
+
+def _label_inches(label: str) -> float:
+    """Return about how wide a label is, with a little room on either side."""
+    return (0.62 * len(label) + 0.6) * _LABEL_POINTS / 72
+
+
+def used_lanes(timeline: Timeline) -> list[int]:
+    """Return the numbers of the lanes that have a span, in the order in which they are shown."""
+    used = set(np.unique(timeline.spans()["lane"]).tolist())
+    return [number for number in track_order(timeline) if number in used]
+
+
+def row_names(timeline: Timeline, rows: list[int]) -> list[str]:
+    """Return the titles of the lanes, with their device where there are several GPUs."""
+    lanes = [timeline.lanes[number] for number in rows]
+    several = len({lane.device for lane in timeline.lanes} - {"host"}) > 1
+    return [f"{lane.device}: {lane.title}" if several and lane.device != "host" else lane.title for lane in lanes]
+
+
+def few_digits(number: float) -> str:
+    """Return a number as a label says it: four digits of it, or all before the point."""
+    return f"{number:,.4g}" if abs(number) < 1000 else f"{number:,.0f}"
+
+
+def bytes_unit(most: int) -> tuple[int, str]:
+    """Return the bytes of the unit in which to show numbers of up to `most` bytes, and its name."""
+    return next((scale, name) for scale, name in _BYTE_UNITS if max(most, 1) >= scale)
+
+
+def _time_unit(span_ns: int) -> tuple[int, str]:
+    return next((scale_ns, name) for least_ns, scale_ns, name in _TIME_UNITS if span_ns >= least_ns)
+
+
+def _set_title(axes: Axes, title: str | None) -> None:
+    if title:
+        axes.set_title(title, loc="left", fontsize=11, color=_INK)
+
+
+def _style(axes: Axes) -> None:
+    """Plain numbers with thousands separators, no box, the grid behind the data."""
+    from matplotlib.ticker import FuncFormatter
+
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{round(value, 6):,.10g}"))
+    axes.yaxis.label.set_color(_INK)
+    axes.xaxis.label.set_color(_INK)
+    axes.tick_params(colors=_INK, labelsize=9)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color("#999999")
