@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from random_cases import Case, cases
+from random_cases import Case, books, cases, played
 from random_scenarios import accepted
 from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_scenario
 
@@ -21,15 +21,12 @@ from prestage.engine.decide.program import Gpu, Stage, stages_program
 from prestage.engine.decide.registers import Registers
 from prestage.engine.decide.tables import Rooms
 from prestage.engine.loading.loading import load_inputs
-from prestage.engine.measure.metrics import Recording
 from prestage.engine.run import (
     Prepared,
     check_engine,
     dispatched,
     make_manager,
     make_prefetch,
-    part_costs,
-    prepared,
     run_all,
 )
 from prestage.engine.scenario.inputs import Inputs
@@ -38,28 +35,6 @@ from prestage.engine.simulate import simulate
 from prestage.engine.timing.simulation import settings_of
 from prestage.resources.timeline import DENSE, EXPERT, HEAD
 from prestage.workloads.trace import RoutingTrace
-
-FIELDS = ["start_ns", "end_ns", "lane", "kind", "visit", "expert", "copy", "issued_ns"]
-
-
-def books(recordings: list[Recording]) -> list[tuple[bytes, ...]]:
-    """What each GPU recorded, spans and arrivals in an order of their own."""
-    return [
-        (
-            np.sort(one.spans.copy(), order=FIELDS).tobytes(),
-            one.decoded.accesses.tobytes(),
-            one.decoded.visits.tobytes(),
-            np.sort(one.decoded.arrivals, order=["visit", "kind"]).tobytes(),
-            one.decoded.sent.tobytes(),
-            b"" if one.decoded.resolved is None else one.decoded.resolved.tobytes(),
-            str(one.decoded.timeline.lanes).encode(),
-        )
-        for one in recordings
-    ]
-
-
-def played(inputs: Inputs, engine: str) -> list[tuple[bytes, ...]]:
-    return books(run_all(inputs, prepared(inputs, part_costs(inputs)), engine=engine))
 
 
 @pytest.mark.parametrize("name", sorted(set(scenario_names()) - {"placement-8"}))
@@ -89,7 +64,10 @@ def test_random_runs_of_one_gpu_end_alike(case: Case) -> None:
     def play(engine: str) -> list[tuple[bytes, ...]]:
         costs = Costs(inputs)
         prefetch = make_prefetch(inputs.scenario, inputs.model, costs.copies[0].queued_ns)
-        return books(run_all(inputs, [Prepared(inputs, costs, make_manager(inputs), prefetch)], engine=engine))
+        recorded: list[tuple[bytes, ...]] = books(
+            run_all(inputs, [Prepared(inputs, costs, make_manager(inputs), prefetch)], engine=engine)
+        )
+        return recorded
 
     by_simpy = play("simpy")
     assert play("compiled") == by_simpy
