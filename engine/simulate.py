@@ -12,7 +12,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -177,13 +177,17 @@ def simulate_inputs(
     return Result(data, recordings, wall_s, serving)
 
 
+#: Packages do not change while they are in use.
+_version = cache(version)
+
+
 def versions() -> dict[str, str]:
     """Return the versions of what makes a result."""
     return {
-        "prestage": version("prestage"),
+        "prestage": _version("prestage"),
         "python": platform.python_version(),
-        "simpy": version("simpy"),
-        "numpy": version("numpy"),
+        "simpy": _version("simpy"),
+        "numpy": _version("numpy"),
     }
 
 

@@ -25,7 +25,7 @@ FLOORS = [
     {"engine/replay"},
     {"engine/measure"},
     {"engine"},
-    {"output"},
+    {"output", "testing"},
     {"guide"},
     {"experiments"},
     {"calibration"},

@@ -161,7 +161,7 @@ class Thread:
             if processes:
                 yield self._env.all_of(processes)
                 processes, parts = [], {}
-            todo = _CARRY_OUT[command.op](self, self._gpus[command.gpu], command)
+            todo = CARRY_OUT[command.op](self, self._gpus[command.gpu], command)
             if todo is not None:
                 yield from todo
             self._carried += 1
@@ -492,7 +492,8 @@ class Thread:
 
 
 Carry = Callable[[Thread, GpuState, Command], Story | None]
-_CARRY_OUT: dict[int, Carry] = {
+#: What each command comes to: a call, or a story where it takes time.
+CARRY_OUT: dict[int, Carry] = {
     Op.VISIT: Thread._visit,
     Op.WAIT: Thread._wait,
     Op.RECLAIM: Thread._reclaim,
