@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from ..decide.compiled_decisions import Decisions
     from ..decide.sources import Source
 
+#: Compiled code makes its commands, too; a stage that inherits from it may order anything.
+_COMPILED_STAGE = Stage
+
 
 def run_stages(
     runs: Sequence[StageRun], flow: Flow, links: Links | None, *, one_thread: bool, engine: str,
@@ -71,7 +74,7 @@ def run_stages(
     threads = [[*range(len(gpus))]] if one_thread else [[number] for number in range(len(gpus))]
     for served in threads:
         simulation.thread(stages_program([stages[number] for number in served]), [gpus[number] for number in served])
-    if sources:
+    if sources and all(type(stage) is _COMPILED_STAGE for stage in stages):
         simulation.decided_by(_decisions(sources, gpus, stages, threads), ticks or iter(()))
     simulation.run()
     return [one.recorded() for one in gpus]
