@@ -26,7 +26,7 @@ from ..policies.eviction_informed import Static
 from ..policies.prefetch import Popularity
 from . import decision_words as w
 from .compiled_program import next_portion
-from .decision_words import Memory, Tables
+from .decision_words import Memory, Tables, addresses
 from .dispatch import later_steps
 from .lookups import list_lookups
 from .program import Gpu
@@ -247,6 +247,7 @@ class Decisions:
             np.full((served, RESOLVED_COLUMNS), -1, dtype=np.int64),
             np.zeros((rows, COLUMNS), dtype=np.int64), self._leaving,
         )  # fmt: skip
+        self.at = addresses(self.tables)
 
     def _most_extents(self) -> int:
         return max(self._ring_size(at) for at in self.gpus)
@@ -259,6 +260,7 @@ class Decisions:
         """Let the tables have the words that have moved."""
         words = self._memory.words
         self.tables = self.tables._replace(words=words, floats=words.view(np.float64))
+        self.at = addresses(self.tables)
 
     # What is laid out as the run goes.
 
@@ -411,7 +413,7 @@ class Decisions:
         It is valid until the next is asked for.
         """
         while True:
-            why = next_portion(self.tables, self.threads[thread], now_ns, backlog_ns)
+            why = next_portion(self.at, self.threads[thread], now_ns, backlog_ns)
             if why == w.STEPS:
                 self.lay_out_steps()
             elif why == w.ROOM:
