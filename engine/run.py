@@ -6,6 +6,7 @@ tries a split of a pipeline by them.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,6 +40,23 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 #: Passes visits on, perhaps counting them.
 Watch = Callable[[Iterator[Any]], Iterator[Any]]
+
+
+def watched(progress: Progress | None, what: str, total: int) -> Watch:
+    """Return what tells `progress` of every hundredth part of the visits."""
+    if progress is None:
+        return iter
+    every = max(1, total // 100)
+    counter = itertools.count(1)  # over all GPUs
+
+    def watch(visits: Iterator[Visit]) -> Iterator[Visit]:
+        for visit in visits:
+            done = next(counter)
+            if done % every == 0 or done == total:
+                progress(what, done, total)
+            yield visit
+
+    return watch
 
 
 def make_prefetch(scenario: Scenario, model: Model, copy_ns: int = 0) -> Prefetch:

@@ -155,7 +155,7 @@ class Stage:
             visit = next(self.visits)
             self.decided(visit)
             gpu.decide(rows, visit)
-            gpu.serve(rows, visit, phase)
+            self.serve(rows, visit, phase)
         rows.add(Op.CATCH_UP, gpu.number)
         if self.has_head:
             gpu.head(rows, self.steps[step].sampled)
@@ -164,6 +164,10 @@ class Stage:
             rows.add(Op.WAIT, gpu.number, register=gpu.register(OUTPUT), extra=1)
             rows.add(Op.SEND, gpu.number, kind=ACTIVATION, extra=step)
         yield rows.portion()
+
+    def serve(self, rows: Rows, visit: Visit, phase: int) -> None:
+        """Order what a visit in a step of a phase comes to, now that it is decided."""
+        self.gpu.serve(rows, visit, phase)
 
 
 def stages_program(stages: Sequence[Stage]) -> Program:

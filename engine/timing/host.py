@@ -132,7 +132,7 @@ class Thread:
 
     def run(self, program: Iterable[Iterator[npt.NDArray[Any]]], ended: Callable[[], None]) -> Story:
         """Carry out a program, step by step, portion by portion; `ended` is called at the end of each step."""
-        carry_out, gpus = _CARRY_OUT, self._gpus
+        carry_out, gpus = CARRY_OUT, self._gpus
         for step in program:
             for portion in step:
                 for row in portion.tolist():
@@ -456,7 +456,8 @@ class Thread:
 
 
 Carry = Callable[[Thread, GpuState, Command], Story | None]
-_CARRY_OUT: dict[int, Carry] = {
+#: What each command comes to: a call, or a story where it takes time.
+CARRY_OUT: dict[int, Carry] = {
     Op.VISIT: Thread._visit,
     Op.WAIT: Thread._wait,
     Op.RECLAIM: Thread._reclaim,
