@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-call, untyped-decorator, misc, override"
 """Words of memory for compiled code: an array that is nothing but its address.
 
 Numba takes an array apart into seven words at every call, and asks of every index whether it counts from the end; half

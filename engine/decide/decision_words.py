@@ -109,8 +109,8 @@ DECIDED, STEPS, ROOM, END = range(4)
 class Memory:
     """Words that are laid out before a run, and grow at their end during it."""
 
-    def __init__(self, words: int = 1 << 12) -> None:
-        self.words: npt.NDArray[np.int64] = np.zeros(words, dtype=np.int64)
+    def __init__(self) -> None:
+        self.words: npt.NDArray[np.int64] = np.zeros(1 << 18, dtype=np.int64)  # untouched pages cost nothing
         self._used = 0
 
     @property
