@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-call, untyped-decorator, misc, override"
+# mypy: disable-error-code="no-untyped-call,untyped-decorator,misc,override,import-untyped,attr-defined,no-any-return"
 """Words of memory for compiled code: an array that is nothing but its address.
 
 Numba takes an array apart into seven words at every call, and asks of every index whether it counts from the end; half
@@ -169,9 +169,8 @@ def _type_len(context: Any) -> Any:
     return typer
 
 
-def _place(context: Any, builder: Any, what: Any, index: Any, kinds: Any) -> Any:
+def _place(context: Any, builder: Any, what: Any, index: Any, kind: Any, index_kind: Any) -> Any:
     """Return the address of an element."""
-    kind, index_kind = kinds
     if isinstance(kind, Address):
         return builder.gep(what, [context.cast(builder, index, index_kind, types.int64)])
     table = cgutils.create_struct_proxy(TABLE)(context, builder, what)
@@ -185,7 +184,7 @@ def _place(context: Any, builder: Any, what: Any, index: Any, kinds: Any) -> Any
 @lower_builtin(operator.getitem, Address, types.Integer)
 @lower_builtin(operator.getitem, Rows, types.BaseTuple)
 def _getitem(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-    return builder.load(_place(context, builder, *args, sig.args))
+    return builder.load(_place(context, builder, args[0], args[1], *sig.args))
 
 
 @lower_builtin(operator.setitem, Address, types.Integer, types.Any)
@@ -193,7 +192,7 @@ def _getitem(context: Any, builder: Any, sig: Any, args: Any) -> Any:
 def _setitem(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     what, index, value = args
     dtype = sig.args[0].dtype if isinstance(sig.args[0], Address) else types.int64
-    at = _place(context, builder, what, index, sig.args[:2])
+    at = _place(context, builder, what, index, *sig.args[:2])
     builder.store(context.cast(builder, value, sig.args[2], dtype), at)
     return context.get_dummy_value()
 

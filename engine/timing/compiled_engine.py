@@ -183,7 +183,7 @@ from .memory import (
 Array = npt.NDArray[Any]
 
 #: What the memory begins with; what fills up is made larger.
-_WORK, _NODES, _RECORDS, _RATES, _ROWS = 1 << 9, 1 << 13, 1 << 14, 1 << 10, 1 << 9
+_WORK, _NODES, _RECORDS, _RATES, _ROWS = 1 << 11, 1 << 12, 1 << 14, 1 << 10, 1 << 9
 _REGISTER = Command._fields.index("register")
 #: What is recorded of a GPU, and the words of a record.
 _RECORDED = {G_SPANS: SPAN_WORDS, G_ACCESSES: NOTE_WORDS, G_DECISIONS: NOTE_WORDS}
@@ -231,11 +231,12 @@ class Layout:
         self._lane_of = {id(lane): at for lane, at in zip(machine.lanes, self.lanes, strict=True)}
         self.gpus = [memory.allocate(GPU_WORDS) for _ in machine.gpus]
         self.threads = [memory.allocate(THREAD_WORDS) for _ in threads]
+        queued = sum(len(one.lanes.sizes) for one in machine.gpus)  # all may be dropped at once
         header = {
             LANES: memory.put_list(self.lanes), THREADS: memory.put_list(self.threads),
             GPUS: memory.put_list(self.gpus), REGISTERS: memory.put([-1] * (1 << 10)),
             RECORD_ROOM: _RECORDS, ARRIVALS: memory.put_region(1 << 10, ARRIVAL_WORDS),
-            DROPPED: memory.put_region(64, DROPPED_WORDS), FREE_WORK: -1, FREE_NODE: -1,
+            DROPPED: memory.put_region(64 + queued, DROPPED_WORDS), FREE_WORK: -1, FREE_NODE: -1,
         }  # fmt: skip
         self._set(0, header)
         self.registers = 1 << 10
