@@ -137,10 +137,10 @@ def _run_commands(inputs: Inputs, ready: Sequence[Prepared], watch: Watch, engin
             )
             for gpu, gauge, host in zip(ready, gauges, hosts, strict=True)
         ]
-        flow = flow_of(inputs.model, inputs.trace, inputs.steps)
+        flow = None if inputs.links is None else flow_of(inputs.model, inputs.trace, inputs.steps)
         decoded = run_stages(
-            runs, flow, inputs.links, one_thread=one_thread, engine=engine, sources=_sources(ready, engine),
-            ticks=watch(iter(range(inputs.layer_visits))),
+            runs, inputs.steps, flow, inputs.links, one_thread=one_thread, engine=engine,
+            sources=_sources(ready, engine), ticks=watch(iter(range(inputs.layer_visits))),
         )  # fmt: skip
     return [_recording(gpu, found, host) for gpu, found, host in zip(ready, decoded, hosts, strict=True)]
 
