@@ -205,7 +205,7 @@ class InferenceSimulator:
 
     def print_summary(self) -> None:
         """Print speed-up, baseline, latency and hits, in both accountings and overlapped."""
-        from ..output.tables import print_inference
+        from ..output.tables.guide import print_inference
 
         print_inference(self.metrics())
 

@@ -18,7 +18,8 @@ from .figures import FIGURES, SPAN_LIMIT, busy_over_time, figure_data
 from .page import PageError, Section, check_page, html_table, html_tiles, write_page
 from .palette import OUTCOME_COLORS
 from .saved import Run
-from .tables import comparison_figure, headline, speed_rows
+from .tables.runs import headline, speed_rows
+from .tables.sweeps import comparison_figure
 
 #: Which of a run's figures stand in half a row.
 _HALF = ("wasted", "memory", "latency", "tokens")
