@@ -33,10 +33,12 @@ from .loading.capacity import described
 from .loading.deciders import dispatched, make_manager
 from .loading.loading import load_inputs
 from .loading.offloading import low_precision
-from .measure import metrics as measure
+from .measure.accesses import miss_keys
 from .measure.merge import link_usage, merged_timeline, run_metrics, step_metrics
 from .measure.merge import makespan_ns as run_ns
+from .measure.metrics import saved_bytes
 from .measure.misses import offloading_metrics
+from .measure.recording import Recording
 from .measure.result import RunResult
 from .measure.speed import Serving
 from .pipeline import flow_of, sent
@@ -55,7 +57,7 @@ class Result:
     """A finished run: what it says, and all that each GPU recorded; `serving` is what its speed was measured by."""
 
     said: RunResult
-    recordings: list[measure.Recording]
+    recordings: list[Recording]
     wall_s: float
     serving: Serving = field(default_factory=Serving)
 
@@ -65,7 +67,7 @@ class Result:
         return self.said.plain()
 
     @property
-    def recording(self) -> measure.Recording:
+    def recording(self) -> Recording:
         """The recording of a run on one GPU; ValueError if there are several."""
         (only,) = self.recordings
         return only
@@ -159,7 +161,7 @@ def simulate_inputs(
     return Result(replace(said, warnings=_warnings(inputs, said)), recordings, wall_s, serving)
 
 
-def _offloading(inputs: Inputs, recordings: Sequence[measure.Recording], costs: Sequence[Costs]) -> dict[str, Any]:
+def _offloading(inputs: Inputs, recordings: Sequence[Recording], costs: Sequence[Costs]) -> dict[str, Any]:
     """Return what a run says of misses that are not fetched, which no pipeline has."""
     if inputs.stages:
         return {}
@@ -222,7 +224,7 @@ def _replicates(inputs: Inputs, count: int, progress: Progress | None) -> list[d
 def _shadow_misses(
     inputs: Inputs, ready: Sequence[Prepared], stream: Path | None
 ) -> list[npt.NDArray[np.int64] | None]:
-    """Return what the same caches without prefetch miss, as `measure.miss_keys`; None if nothing is prefetched."""
+    """Return what the same caches without prefetch miss, as `accesses.miss_keys`; None if nothing is prefetched."""
     if not any(gpu.prefetch.horizons for gpu in ready):
         return [None] * len(ready)
     managers = [make_manager(part, Spool(stream, keep=False)) for part in inputs.parts]
@@ -230,21 +232,19 @@ def _shadow_misses(
         missed = shadow_misses(inputs, managers)
     else:
         shadows = [dispatched(part, own, NoPrefetch()) for part, own in zip(inputs.parts, managers, strict=True)]
-        missed = [
-            measure.miss_keys(own, part.model.total_experts) for own, part in zip(shadows, inputs.parts, strict=True)
-        ]
+        missed = [miss_keys(own, part.model.total_experts) for own, part in zip(shadows, inputs.parts, strict=True)]
     for manager in managers:  # what is mapped stays readable
         manager.spool.remove()
     return list(missed)
 
 
-def _links(inputs: Inputs, recordings: Sequence[measure.Recording]) -> list[dict[str, Any]] | None:
+def _links(inputs: Inputs, recordings: Sequence[Recording]) -> list[dict[str, Any]] | None:
     """Return what each link between GPUs carried; None where there are none."""
     links = inputs.links
     return None if links is None else link_usage(recordings, links, _sent(inputs, recordings, links))
 
 
-def _sent(inputs: Inputs, recordings: Sequence[measure.Recording], links: Links) -> list[Carried]:
+def _sent(inputs: Inputs, recordings: Sequence[Recording], links: Links) -> list[Carried]:
     """Return what GPUs have sent each other."""
     if inputs.placed is not None:
         return sent_tokens_and_experts(inputs, recordings, links)
@@ -259,7 +259,7 @@ def _digest(inputs: Inputs) -> str | None:
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def _deduplication(inputs: Inputs, recordings: Sequence[measure.Recording]) -> dict[str, int] | None:
+def _deduplication(inputs: Inputs, recordings: Sequence[Recording]) -> dict[str, int] | None:
     """Return how many guesses prefetching went by, how many were left once merged, and the bytes that this saved.
 
     Those are of the experts that were prefetched: a copy for every guess of a visit but the first that named one. None
@@ -272,5 +272,5 @@ def _deduplication(inputs: Inputs, recordings: Sequence[measure.Recording]) -> d
         "guessed": sum(manager.guessed for manager in managers),
         "unique": sum(manager.unique_guesses for manager in managers),
         "saved_copies": sum(manager.saved_copies.total() for manager in managers),
-        "saved_bytes": sum(map(measure.saved_bytes, recordings)),
+        "saved_bytes": sum(map(saved_bytes, recordings)),
     }

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.measure.comparison import compare
-from ..engine.measure.metrics import OUTCOMES
+from ..engine.measure.recording import OUTCOMES
 from ..engine.scenario.rows import flat
 from .figures import FIGURES, SPAN_LIMIT, busy_over_time, figure_data
 from .page import PageError, Section, check_page, html_table, html_tiles, write_page

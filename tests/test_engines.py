@@ -22,7 +22,7 @@ from prestage.engine.decide.registers import Registers
 from prestage.engine.decide.tables import Rooms
 from prestage.engine.loading.deciders import dispatched, make_manager, make_prefetch
 from prestage.engine.loading.loading import load_inputs
-from prestage.engine.measure.metrics import Recording
+from prestage.engine.measure.recording import Recording
 from prestage.engine.run import Prepared, check_engine, prepared, run_all
 from prestage.engine.scenario.inputs import Inputs
 from prestage.engine.scenario.scenario import ScenarioError, load_scenario, scenario_names
