@@ -21,8 +21,7 @@ from .decide.memory_manager import MemoryManager
 from .decoder import decode
 from .expert_parallel import decided, run_placed
 from .gpu import Decoded
-from .loading.deciders import dispatched, make_host_memory, make_manager, make_prefetch
-from .loading.offloading import make_miss
+from .loading.deciders import dispatched, make_host_memory, make_manager, make_prefetch, source_of
 from .measure.recording import Recording
 from .pipeline import StageRun, decode_stages, flow_of
 from .policies.copy_order import COPY_ORDERS, Fifo, Priority, TwoStreams
@@ -147,16 +146,12 @@ def _sources(ready: Sequence[Prepared], engine: str) -> list[Source]:
     """Return what each GPU decides by, where compiled code decides on all of them."""
     if engine != "compiled":
         return []
-    from .decide.sources import Source, decided_in_python
+    from .decide.sources import decided_in_python
 
     sources = [
-        Source(
-            gpu.inputs.trace, gpu.inputs.steps, gpu.manager, gpu.prefetch, gpu.inputs.guesses,
-            gpu.inputs.scenario.prefetch.issue, gpu.inputs.budgets, make_miss(gpu.inputs),
-            gpu.inputs.scenario.tiers.host_budget != "all",
-        )
+        source_of(gpu.inputs, gpu.manager, gpu.prefetch, host_memory=gpu.inputs.scenario.tiers.host_budget != "all")
         for gpu in ready
-    ]  # fmt: skip
+    ]
     return [] if any(map(decided_in_python, sources)) else sources
 
 

@@ -27,10 +27,11 @@ from ..workloads.batches import continued_steps, warmup_steps
 from .baselines import compared, run_baseline
 from .costs.costs import Costs, part_costs
 from .costs.uncertainty import replicate_costs, summary, without_uncertainty
+from .decide.memory_manager import MemoryManager
 from .expert_parallel import sent_tokens_and_experts, shadow_misses, sharing_metrics
 from .links import Links
 from .loading.capacity import described
-from .loading.deciders import dispatched, make_manager
+from .loading.deciders import dispatched, make_manager, source_of
 from .loading.loading import load_inputs
 from .loading.offloading import low_precision
 from .measure.accesses import miss_keys
@@ -132,7 +133,7 @@ def simulate_inputs(
     recordings = run_all(inputs, ready, watched(progress, "simulate", inputs.layer_visits), engine)
     wall_s = time.perf_counter() - began
     serving = serving_of(inputs)
-    figures = run_metrics(recordings, _shadow_misses(inputs, ready, stream), serving)
+    figures = run_metrics(recordings, _shadow_misses(inputs, ready, stream, engine), serving)
     known = dict(baselines) if isinstance(baselines, Mapping) else {}
     wanted = ["resident", "baseline"] if baselines is True else []
     if check_prefetch:
@@ -222,7 +223,7 @@ def _replicates(inputs: Inputs, count: int, progress: Progress | None) -> list[d
 
 
 def _shadow_misses(
-    inputs: Inputs, ready: Sequence[Prepared], stream: Path | None
+    inputs: Inputs, ready: Sequence[Prepared], stream: Path | None, engine: str
 ) -> list[npt.NDArray[np.int64] | None]:
     """Return what the same caches without prefetch miss, as `accesses.miss_keys`; None if nothing is prefetched."""
     if not any(gpu.prefetch.horizons for gpu in ready):
@@ -231,11 +232,24 @@ def _shadow_misses(
     if inputs.placed is not None:
         missed = shadow_misses(inputs, managers)
     else:
-        shadows = [dispatched(part, own, NoPrefetch()) for part, own in zip(inputs.parts, managers, strict=True)]
-        missed = [miss_keys(own, part.model.total_experts) for own, part in zip(shadows, inputs.parts, strict=True)]
+        missed = [_misses_alone(part, own, engine) for part, own in zip(inputs.parts, managers, strict=True)]
     for manager in managers:  # what is mapped stays readable
         manager.spool.remove()
     return list(missed)
+
+
+def _misses_alone(inputs: Inputs, manager: MemoryManager, engine: str) -> npt.NDArray[np.int64]:
+    """Return what a GPU's memory misses without prefetch, decided by compiled code where that runs the scenario too."""
+    prefetch, total_experts = NoPrefetch(), inputs.model.total_experts
+    if engine == "compiled":
+        from .decide.sources import decided_in_python
+
+        source = source_of(inputs, manager, prefetch)
+        if decided_in_python(source) is None:
+            from .decide.compiled_misses import missed  # which compiles at its first import
+
+            return missed(source, total_experts)
+    return miss_keys(dispatched(inputs, manager, prefetch), total_experts)
 
 
 def _links(inputs: Inputs, recordings: Sequence[Recording]) -> list[dict[str, Any]] | None:
