@@ -52,11 +52,11 @@ FIRST_ENGINE = {
 }  # fmt: skip
 #: Imports that go up all the same, each with what would mend it.
 GO_UP = {
-    ("engine/loading/loading.py", "engine/run.py"): "a split that is searched runs samples",
+    ("engine/loading/loading.py", "engine/run.py"): "a searched split of a pipeline is found by running samples",
     (
         "engine/loading/loading.py",
         "engine/measure/merge.py",
-    ): "a split that is searched runs samples",
+    ): "a searched split of a pipeline is found by running samples",
 }
 #: Slow to import: never at module level, so that `--help` and a run without pictures are quick.
 LAZY = {"torch", "matplotlib", "networkx", "bokeh"}

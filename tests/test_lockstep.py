@@ -31,7 +31,8 @@ from prestage.engine.links import Links
 from prestage.engine.loading.deciders import make_manager, make_prefetch
 from prestage.engine.loading.loading import load_inputs
 from prestage.engine.lockstep import AllToAll
-from prestage.engine.measure.metrics import Recording, time_split
+from prestage.engine.measure.recording import Recording
+from prestage.engine.measure.time_split import time_split
 from prestage.engine.placed import REMOTE
 from prestage.engine.policies.placement import PLACEMENT
 from prestage.engine.run import prepared, run_all

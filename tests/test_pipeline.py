@@ -31,7 +31,8 @@ from prestage.engine.costs.costs import part_costs
 from prestage.engine.decide.memory_manager import MemoryManager
 from prestage.engine.gpu import Gpu
 from prestage.engine.measure.merge import makespan_ns, run_metrics
-from prestage.engine.measure.metrics import Recording, time_split
+from prestage.engine.measure.recording import Recording
+from prestage.engine.measure.time_split import time_split
 from prestage.engine.policies.eviction import EVICTION
 from prestage.engine.run import prepared, run_all
 from prestage.engine.scenario.inputs import Inputs
