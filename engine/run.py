@@ -27,7 +27,7 @@ from .pipeline import StageRun, decode_stages, flow_of
 from .policies.copy_order import COPY_ORDERS, Fifo, Priority, TwoStreams
 from .policies.prefetch import Gauge, Prefetch
 from .scenario.inputs import Inputs
-from .scenario.scenario import ON_GPU, ScenarioError
+from .scenario.scenario import ScenarioError
 
 if TYPE_CHECKING:
     from .decide.sources import Source
@@ -134,10 +134,10 @@ def _run_commands(inputs: Inputs, ready: Sequence[Prepared], watch: Watch, engin
             )
             for gpu, gauge, host in zip(ready, gauges, hosts, strict=True)
         ]
-        flow = flow_of(inputs.model, inputs.trace, inputs.steps)
+        flow = None if inputs.links is None else flow_of(inputs.model, inputs.trace, inputs.steps)
         decoded = run_stages(
-            runs, flow, inputs.links, one_thread=one_thread, engine=engine, sources=_sources(ready, engine),
-            ticks=watch(iter(range(inputs.layer_visits))),
+            runs, inputs.steps, flow, inputs.links, one_thread=one_thread, engine=engine,
+            sources=_sources(ready, engine), ticks=watch(iter(range(inputs.layer_visits))),
         )  # fmt: skip
     return [_recording(gpu, found, host) for gpu, found, host in zip(ready, decoded, hosts, strict=True)]
 
@@ -175,14 +175,6 @@ def check_engine(inputs: Inputs, engine: str) -> None:
         known = ", ".join(name for name, order in COPY_ORDERS.items() if order in _KNOWN_ORDERS)
         raise ScenarioError(
             f"copy.discipline = {scenario.copy_.discipline!r}: engine {engine!r} knows {known} alone: choose 'simpy'"
-        )
-    if engine == "lanes":
-        return
-    waits = inputs.predictor.latency_us and scenario.predictor.lane in ON_GPU and scenario.prefetch.issued_by == "host"
-    if inputs.placed is not None and waits and scenario.parallel.dispatch_threads != "one":
-        raise ScenarioError(
-            f"predictor.lane = {scenario.predictor.lane!r}: engine {engine!r} has no threads of several GPUs that wait "
-            "for guesses, each for its own, yet: choose 'lanes', or prefetch.issued_by = 'gpu'"
         )
 
 

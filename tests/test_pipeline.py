@@ -13,7 +13,7 @@ import pytest
 import simpy
 from hypothesis import given
 from hypothesis import strategies as st
-from random_cases import Case, cases, decide, play
+from random_cases import Case, cases, decide, play, played
 from tiny import (
     check_books,
     peers,
@@ -241,6 +241,11 @@ def test_every_stage_decides_what_a_run_of_its_layers_alone_decides(inputs: Inpu
         assert recording.manager.copy_expert.tolist() == manager.copy_expert.tolist()
         assert recording.manager.evicted_copies.tolist() == manager.evicted_copies.tolist()
         assert recording.manager.dropped == manager.dropped
+
+
+@given(inputs=pipelines())
+def test_both_engines_end_at_the_same_nanoseconds(inputs: Inputs) -> None:
+    assert played(inputs, "compiled") == played(inputs, "simpy")
 
 
 @given(inputs=pipelines())
