@@ -34,7 +34,7 @@ def shapes_of_config(path: Path) -> dict[str, Any]:
     if "moe" not in parts:
         raise ModelError(f"{path}: no block is a mixture of experts, and Prestage simulates those")
     shapes: dict[str, Any] = {
-        "name": path.parent.name if path.name == CONFIG and path.parent.name else path.stem,
+        "name": path.resolve().parent.name if path.name == CONFIG else path.stem,
         "source": _source(path, name, config),
         "hidden": config.hidden,
         "vocabulary": config.count("vocab_size", "padded_vocab_size"),
