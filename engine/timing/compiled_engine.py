@@ -97,6 +97,7 @@ from .memory import (
     G_SIZED,
     G_SYNCHRONIZE,
     G_SYNCHRONIZE_BESIDE,
+    G_THREAD,
     G_TO_CPU,
     G_TURN,
     G_UNPACKING,
@@ -164,9 +165,11 @@ from .memory import (
     T_AT,
     T_CAPACITY,
     T_COUNT,
+    T_GOES_ON,
     T_GPU,
     T_GPUS,
     T_NUMBER,
+    T_PART_OF,
     T_ROWS,
     THREAD_WORDS,
     THREADS,
@@ -227,8 +230,9 @@ class Layout:
         self._lane_of = {id(lane): at for lane, at in zip(machine.lanes, self.lanes, strict=True)}
         self.gpus = [memory.allocate(GPU_WORDS) for _ in machine.gpus]
         self.threads = [memory.allocate(THREAD_WORDS) for _ in threads]
+        parts = [memory.allocate(THREAD_WORDS) for _ in machine.gpus]
         header = {
-            LANES: memory.put_list(self.lanes), THREADS: memory.put_list(self.threads),
+            LANES: memory.put_list(self.lanes), THREADS: memory.put_list([*self.threads, *parts]),
             GPUS: memory.put_list(self.gpus), REGISTERS: memory.put([-1] * (1 << 10)),
             SPANS: memory.put_region(_RECORDS, SPAN_WORDS), BOOKS: memory.put_region(_RECORDS, BOOK_WORDS),
             DROPPED: memory.put_region(64, DROPPED_WORDS), FREE_WORK: -1, FREE_NODE: -1,
@@ -239,7 +243,10 @@ class Layout:
         for number, (at, driven) in enumerate(zip(self.threads, threads, strict=True)):
             gpus = memory.put_list(self.gpus[gpu] for gpu in driven.gpus)
             rows = memory.allocate(_ROWS * code.COLUMNS)
-            self._set(at, {T_NUMBER: number, T_ROWS: rows, T_CAPACITY: _ROWS, T_GPU: -1, T_GPUS: gpus})
+            self._set(at, {T_NUMBER: number, T_ROWS: rows, T_CAPACITY: _ROWS, T_GPU: -1, T_GPUS: gpus, T_PART_OF: -1})
+        for at, gpu in zip(parts, self.gpus, strict=True):
+            self._set(at, {T_GPU: gpu, T_GPUS: memory.put_list([gpu]), T_PART_OF: -1, T_GOES_ON: NEVER})
+            self._set(gpu, {G_THREAD: at})
         self._lay_out_network()
         for lane, at in zip(machine.lanes, self.lanes, strict=True):
             self._lay_out_lane(lane, at)
