@@ -24,7 +24,9 @@ from eviction_tables import layers, policies
 from new_user import path_table
 
 from prestage.calibration.report import markdown
-from prestage.engine.scenario.scenario import Scenario, ScenarioError, SyntheticSection, load_scenario
+from prestage.engine.scenario.amounts import ScenarioError
+from prestage.engine.scenario.scenario import Scenario, load_scenario
+from prestage.engine.scenario.sections import SyntheticSection
 from prestage.engine.simulate import simulate
 from prestage.experiments.sweep import sweep
 from prestage.guide.reproduce import TABLES as PUBLISHED
