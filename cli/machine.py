@@ -126,7 +126,7 @@ def detect_parts(json: Json = False) -> None:
         return
     typer.echo(found.name)
     for line in found.missing:
-        typer.echo(f"not known: {line}", err=True)
+        typer.echo(f"not known: {line}")
 
 
 @app.command("shares")

@@ -256,6 +256,9 @@ def test_several_gpus_are_a_graph_on_one_memory() -> None:
     assert topology is not None
     assert topology.gpus == ("gpu0", "gpu1")
     assert topology.route("gpu0", "gpu1").staged  # a GeForce reads no other's memory
+    peer = load_profile("gpu=2x rtx3090, ram=128GB DDR4-3200").peer
+    assert peer is not None  # into and out of the host's memory, which both halves share
+    assert peer.queued.bytes_per_second == pytest.approx(51.2e9 * reached.ram_share().middle / 2, rel=5e-3)
     assert topology.node("host0").capacity_bytes == 128 * GIB
     assert topology.named("nvme") == ("nvme0",)
     with_switch = load_profile("gpu=8x h100, ram=1TB 16x DDR5-4800")
