@@ -14,7 +14,7 @@ from ..resources.facts import Fact
 from ..resources.parts.reached import cpu_share, kernel_spread, link_share, ram_share, transfer_spread
 from ..resources.parts.tables import cpus, drives, gpus, link_kinds, memory_kinds
 from ..resources.profile import Profile, profile_names
-from .tables import plain_console
+from .tables.layout import plain_console
 
 #: So many costs of a kind are told one by one; of measured points their number is.
 _FEW = 12

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ...dtypes import DTYPES
+from ...dtypes import bits_of
 from ...resources.profile import CpuExpertPoint, KernelRule, ProfileError
 from ...workloads.batches import DECODE
 from ..scenario.scenario import Scenario
@@ -142,7 +142,7 @@ class CpuCosts:
 
 
 def _weight_bytes(point: CpuExpertPoint) -> float:
-    return float(_MATRICES * point.hidden * point.expert_ff * DTYPES[point.dtype] / 8)
+    return float(_MATRICES * point.hidden * point.expert_ff * bits_of(point.dtype) / 8)
 
 
 class ShrunkCosts:

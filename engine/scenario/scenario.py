@@ -27,7 +27,6 @@ from pydantic.fields import FieldInfo
 
 from ...bounded import parse_toml, read
 from ...errors import InputError
-from ...experiments.journal import find_row
 from ...plain import beyond_64_bits
 from ...resources.parts.section import lay_machine, of_parts
 from ...units import BYTES, NUMBER, gb_per_s, whole_bytes, written_bytes
@@ -49,6 +48,7 @@ from ..policies.prefetch import PREFETCH
 from ..policies.prefetch_share import PREFETCH_SHARE
 from ..policies.preload import PRELOAD
 from ..policies.split import SPLITS
+from .rows import find_row
 
 #: How kernels reach the GPU, and what that costs the host: one launch a kernel, one a CUDA graph, or nothing.
 DISPATCH_MODES = ("eager", "graph", "free")
@@ -114,13 +114,18 @@ class _Section(BaseModel):
 
 
 class ModelSection(_Section):
-    """Which model, and what to change in it; with sizes = "trace", layers are as large as the trace says."""
+    """Which model, and what to change in it; with sizes = "trace", layers are as large as the trace says.
+
+    `preset` is a shipped name, a TOML file, a Hugging Face config.json or its folder, or a GGUF file. `dtype` is of the
+    routed experts, `bits_per_weight` of all matrices, where nothing else is known.
+    """
 
     preset: str = "mixtral-8x7b"
     layers: int | None = Field(default=None, ge=1)
     experts: int | None = Field(default=None, ge=1)
     top_k: int | None = Field(default=None, ge=1)
     dtype: str | None = None
+    bits_per_weight: float | None = Field(default=None, gt=0, le=64)
     expert_bytes: _Bytes | None = Field(default=None, ge=1)
     sizes: Literal["preset", "trace"] = "preset"
 
