@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -85,8 +85,25 @@ class Series(_Part):
         return self
 
 
+class SurfaceSeries(NamedTuple):
+    """All samples of one row of kernels of one shape, in ns for all `kernels` of it together.
+
+    `what` is a product of (tokens, columns) and (columns, rows), whose shape is (rows, columns, tokens); a small kernel
+    (negate, multiply) of so many elements; attention of one new token a sequence (sequences, KV heads, query heads a KV
+    head, head width, positions); or that of a prompt (KV heads, query heads a KV head, head width, tokens).
+    """
+
+    what: Literal["product", "negate", "multiply", "attention", "prompt"]
+    dtype: str
+    dispatch: Literal["graph", "eager"]
+    beside: Literal["none", "h2d"]
+    shape: Annotated[tuple[Annotated[int, Field(ge=1, le=2**53)], ...], Field(min_length=1, max_length=5)]
+    kernels: Annotated[int, Field(ge=1, le=2**20)]
+    samples_ns: Annotated[tuple[Annotated[int, Field(ge=1, le=10**12)], ...], Field(min_length=1)]
+
+
 class Samples(_Part):
-    """Everything measured on one machine in one go.
+    """Everything measured on one machine in one go: what `TERMS` names, the surface of its kernels, or both.
 
     `launch_queue_depth` is how many launches the driver takes before one blocks, once for each try.
     """
@@ -100,7 +117,14 @@ class Samples(_Part):
     versions: dict[str, str]
     cpu_threads: int = Field(ge=1)
     launch_queue_depth: tuple[int, ...] = Field(min_length=1)
-    series: tuple[Series, ...] = Field(min_length=1)
+    series: tuple[Series, ...] = ()
+    surface: tuple[SurfaceSeries, ...] = ()
+
+    @model_validator(mode="after")
+    def _has_some(self) -> Samples:
+        if not self.series and not self.surface:
+            raise InputError("series, surface: give one of the two at least")
+        return self
 
     def save(self, path: Path) -> None:
         """Write the samples as compact JSON."""
