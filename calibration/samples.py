@@ -7,13 +7,14 @@ measure and what each depends on.
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ..bounded import read
+from ..bounded import read, unpacked
 from ..errors import InputError
 from ..words import problems
 
@@ -85,6 +86,12 @@ class Series(_Part):
         return self
 
 
+#: What kernels of the surface are, how they are launched, and what runs beside them.
+Kind = Literal["product", "negate", "multiply", "attention", "prompt"]
+Dispatch = Literal["graph", "eager"]
+Load = Literal["none", "h2d"]
+
+
 class SurfaceSeries(NamedTuple):
     """All samples of one row of kernels of one shape, in ns for all `kernels` of it together.
 
@@ -93,10 +100,10 @@ class SurfaceSeries(NamedTuple):
     head, head width, positions); or that of a prompt (KV heads, query heads a KV head, head width, tokens).
     """
 
-    what: Literal["product", "negate", "multiply", "attention", "prompt"]
+    what: Kind
     dtype: str
-    dispatch: Literal["graph", "eager"]
-    beside: Literal["none", "h2d"]
+    dispatch: Dispatch
+    beside: Load
     shape: Annotated[tuple[Annotated[int, Field(ge=1, le=2**53)], ...], Field(min_length=1, max_length=5)]
     kernels: Annotated[int, Field(ge=1, le=2**20)]
     samples_ns: Annotated[tuple[Annotated[int, Field(ge=1, le=10**12)], ...], Field(min_length=1)]
@@ -127,17 +134,19 @@ class Samples(_Part):
         return self
 
     def save(self, path: Path) -> None:
-        """Write the samples as compact JSON."""
+        """Write the samples as compact JSON, compressed if the file's name ends in .gz."""
         from ..files import replacing
 
+        data = self.model_dump(exclude=None if self.surface else {"surface"})
+        text = json.dumps(data, separators=(",", ":")).encode() + b"\n"
         with replacing(path) as file:
-            file.write(json.dumps(self.model_dump(), separators=(",", ":")).encode() + b"\n")
+            file.write(gzip.compress(text, mtime=0) if path.name.endswith(".gz") else text)
 
 
 def load_samples(path: Path) -> Samples:
     """Read samples; SamplesError, naming file and key, if they are not what `save` writes."""
     try:
-        text = read(path, SamplesError).decode("utf-8")
+        text = unpacked(read(path, SamplesError), path, SamplesError).decode("utf-8")
     except OSError as error:
         raise SamplesError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:

@@ -21,17 +21,23 @@ from typing import Any
 from ..engine.run import Progress
 from .cuda import Calls, itemsize
 from .measure import MIB, Bench, Extent
-from .samples import SurfaceSeries
+from .samples import Dispatch, Kind, Load, SurfaceSeries
 
 #: Sizes of hidden states and inner layers: powers of two, what lies between, and what many models have.
 _SIZES = (
     *(64, 128, 256, 384, 512, 640, 768, 1024, 1280, 1408, 1536, 1792, 2048, 2560, 2880, 3072, 3584),
     *(4096, 5120, 6144, 7168, 8192, 10240, 12288, 14336, 16384),
 )
-#: Rows of heads, which are as many as tokens in a vocabulary.
-_VOCABULARIES = (24576, 32768, 65536, 131072, 262144)
+#: More rows, over which products are less smooth than over columns; those of heads are a vocabulary's tokens.
+_MORE_ROWS = (
+    *(192, 320, 704, 832, 960, 1088, 1472, 1600, 1856, 1984, 2112, 2240, 2752, 3200, 3840, 4480, 5632, 6400, 6912),
+    *(7680, 9216, 11264, 13312, 24576, 32768, 65536, 98304, 131072, 196608, 262144),
+)
+_ROWS = tuple(sorted({*_SIZES, *_MORE_ROWS}))
+_WIDTHS_32 = (256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 16384)
 _COARSE = (128, 512, 1024, 2048, 4096, 8192, 16384)
-_POWERS = tuple(2**power for power in range(13))
+#: Powers of two, half-way between them, and three: a library changes its kernels where tokens do not fill a tile.
+_TOKENS = tuple(sorted({*(2**power for power in range(13)), *(3 * 2**power for power in range(11))}))
 
 #: A row of kernels lasts about so long, so that its start, which is fitted too, counts little; and has so many at most.
 _ROW_NS, _MOST_KERNELS = 100_000, 12
@@ -51,7 +57,7 @@ class Products:
     columns: Sequence[int]
     tokens: Sequence[int]
     most_flops: float
-    ways: Sequence[tuple[str, str]] = (("graph", "none"),)
+    ways: Sequence[tuple[Dispatch, Load]] = (("graph", "none"),)
 
 
 @dataclass(frozen=True)
@@ -83,14 +89,16 @@ class Grid:
     flood_bytes: int = 32 * MIB
 
 
-_EVERY_WAY = tuple(product(("graph", "eager"), ("none", "h2d")))
+_EVERY_WAY: tuple[tuple[Dispatch, Load], ...] = (
+    ("graph", "none"), ("graph", "h2d"), ("eager", "none"), ("eager", "h2d"),
+)  # fmt: skip
+_BESIDE: tuple[tuple[Dispatch, Load], ...] = (("graph", "h2d"),)
+_SMALL: tuple[Kind, ...] = ("negate", "multiply")
 FULL_GRID = Grid(
     products=(
-        Products("bfloat16", (*_SIZES, *_VOCABULARIES), _SIZES, tuple(sorted({*_POWERS, 3, 6, 12, 24})), 1.2e12),
-        Products("float32", (*_SIZES[1::2], *_VOCABULARIES[1:4]), _SIZES[1::2], _POWERS[:12], 6e10),
-        Products("float16", _COARSE, _COARSE, (1, 4, 64, 1024), 1e12),
-        *(Products(dtype, _COARSE, _COARSE, (1, 4, 16, 128, 1024), 3e11 if dtype == "bfloat16" else 3e10, _EVERY_WAY[1:])
-          for dtype in ("bfloat16", "float32")),
+        Products("bfloat16", _ROWS, _SIZES, _TOKENS, 1.2e12),
+        Products("float32", (*_SIZES, 32768, 65536, 131072), _WIDTHS_32, _TOKENS[:21], 6e10),
+        *(Products(dtype, _COARSE, _COARSE, (1, 16), 1e12, _BESIDE) for dtype in ("bfloat16", "float32")),
     ),
     elements=tuple(4**power for power in range(4, 14)),
     attention=Attention(
@@ -124,10 +132,10 @@ def measure_surface(gpu: Any, grid: Grid = FULL_GRID, progress: Progress | None 
 class _Row:
     """One row of kernels of a shape: how many, and about what each takes."""
 
-    what: str
+    what: Kind
     dtype: str
-    dispatch: str
-    beside: str
+    dispatch: Dispatch
+    beside: Load
     shape: tuple[int, ...]
     kernels: int
     guess_ns: float
@@ -148,10 +156,10 @@ def _product_rows(grid: Grid) -> Iterator[_Row]:
 
 def _small_rows(grid: Grid) -> Iterator[_Row]:
     """Rows of one small kernel and of several, whose difference is what one more takes."""
-    dtypes = list(dict.fromkeys(part.dtype for part in grid.products if part.dtype != "float16"))
+    dtypes = list(dict.fromkeys(part.dtype for part in grid.products))
     for dtype, elements, (dispatch, beside) in product(dtypes, grid.elements, _EVERY_WAY):
         guess_ns = 1_500 + 2 * elements * itemsize(dtype) / 2_500
-        for what, count in product(("negate", "multiply"), (1, 2, 16)):
+        for what, count in product(_SMALL, (1, 2, 16)):
             yield _Row(what, dtype, dispatch, beside, (elements,), count, guess_ns)
 
 
@@ -170,8 +178,8 @@ def _attention_rows(grid: Grid) -> Iterator[_Row]:
             flops = 2 * tokens**2 * kv_heads * group * head_dim
             if flops <= part.most_flops:
                 guess_ns = 10_000 + flops / 300_000
-                shape = (kv_heads, group, head_dim, tokens)
-                yield _Row("prompt", part.dtype, "graph", "none", shape, _count(guess_ns, 4), guess_ns)
+                asked = (kv_heads, group, head_dim, tokens)
+                yield _Row("prompt", part.dtype, "graph", "none", asked, _count(guess_ns, 4), guess_ns)
 
 
 def _queries(row: _Row) -> tuple[int, ...]:
@@ -190,6 +198,8 @@ class _Rows:
     """Makes rows of kernels and times them."""
 
     def __init__(self, bench: Bench, grid: Grid) -> None:
+        import torch
+
         gpu = bench.gpu
         self._bench = bench
         self._pools = {
@@ -203,7 +213,9 @@ class _Rows:
         self._inputs = gpu.random(most, dtype="float32", scale=1.0, seed=7)
         self._outputs = gpu.empty(max(row.shape[0] * row.shape[2] for row in products), dtype="float32")
         small = max(grid.elements)
+        # A pool lives as long as one of its graphs does.
         self._pool = gpu.graph_pool()
+        self._first = gpu.capture(((torch.neg, (self._flushed[:1],)),), self._pool)
         self._small = [gpu.random(small, dtype="float32", scale=1.0, seed=seed) for seed in (8, 9)]
 
     def time(self, row: _Row) -> SurfaceSeries:
