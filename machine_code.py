@@ -10,12 +10,15 @@ from __future__ import annotations
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numba
+
+from .machine_words import REALS, TABLE, WORDS
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -34,24 +37,25 @@ def compiled(function: Function, **options: Any) -> Function:
     return fast  # type: ignore[no-any-return]
 
 
-#: What Numba is told by the annotations of parameters: a word, a float, arrays of one and of two dimensions.
+#: What Numba is told by the annotations of parameters: a word, a float, addresses of words, of floats and of a table.
 _TYPES = {
     "Word": numba.int64,
     "Real": numba.float64,
-    "Words": numba.int64[::1],
-    "Reals": numba.float64[::1],
-    "Table": numba.int64[:, ::1],
+    "Words": WORDS,
+    "Reals": REALS,
+    "Table": TABLE,
 }
 
 
-def compiled_once(function: Function, **options: Any) -> Function:
+def compiled_once(function: Function, types: Mapping[str, Any] = MappingProxyType({}), **options: Any) -> Function:
     """Return the function compiled for the types that its annotations name, now, and for no others.
 
-    Annotations are of `Word`, `Real`, `Words`, `Reals` and `Table`. Left to itself, Numba makes one version after
-    another: of literals, of views, of flags.
+    Annotations are of `Word`, `Real`, `Words`, `Reals` and `Table`, or among `types`. Left to itself, Numba makes one
+    version after another: of literals, of views, of flags.
     """
     fast: Any = compiled(function, **options)
-    fast.compile(tuple(_TYPES[given] for name, given in function.__annotations__.items() if name != "return"))
+    known = {**_TYPES, **types}
+    fast.compile(tuple(known[given] for name, given in function.__annotations__.items() if name != "return"))
     fast.disable_compile()
     return fast  # type: ignore[no-any-return]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..dtypes import DTYPES
+from ..dtypes import bits_of
 from ..engine.costs.surface_costs import Kernels, SurfaceCosts, dense_kernels, expert_kernels, head_kernels
 from ..resources.profile import ProfileError
 from ..resources.surface import Surface
@@ -58,6 +58,11 @@ def fit_surface(samples: Samples, evidence: Evidence, points: _Points) -> dict[s
     alone = Surface.model_validate({**base, "groups": nothing})
     groups = _Groups(alone, rows, evidence, points)
     return {**base, "groups": {part: {way: groups.fit(part, way) for way in _DISPATCHES} for part in _PARTS}}
+
+
+def starts_ns(series: Sequence[SurfaceSeries]) -> dict[tuple[str, str], float]:
+    """Return what a row of kernels takes besides them, in ns, by (dispatch, beside); ProfileError if none says it."""
+    return _Rows(series).start_ns
 
 
 class _Rows:
@@ -262,7 +267,7 @@ def kernels_of(part: str, row: Row) -> Kernels:
     key = row.key
     hidden, dtype, size = key["hidden"], key["dtype"], key.get("size", key.get("weight_bytes", key.get("expert_ff")))
     if part == "expert":
-        size_bytes = round(_MATRICES * hidden * size * float(DTYPES[dtype]) / 8)
+        size_bytes = round(_MATRICES * hidden * size * float(bits_of(dtype)) / 8)
         return expert_kernels(hidden, size, dtype, _MATRICES, key["kernels"], size_bytes)
     if part == "head":
         return head_kernels(hidden, dtype, size)

@@ -15,6 +15,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..bounded import read, unpacked
+from ..dtypes import DTYPES
 from ..errors import InputError
 from ..words import problems
 
@@ -88,6 +89,8 @@ class Series(_Part):
 
 #: What kernels of the surface are, how they are launched, and what runs beside them.
 Kind = Literal["product", "negate", "multiply", "attention", "prompt"]
+#: How many sizes the shape of each has.
+SHAPES: dict[str, int] = {"product": 3, "negate": 1, "multiply": 1, "attention": 5, "prompt": 4}
 Dispatch = Literal["graph", "eager"]
 Load = Literal["none", "h2d"]
 
@@ -123,7 +126,7 @@ class Samples(_Part):
     date: str
     versions: dict[str, str]
     cpu_threads: int = Field(ge=1)
-    launch_queue_depth: tuple[int, ...] = Field(min_length=1)
+    launch_queue_depth: tuple[int, ...] = ()
     series: tuple[Series, ...] = ()
     surface: tuple[SurfaceSeries, ...] = ()
 
@@ -131,6 +134,14 @@ class Samples(_Part):
     def _has_some(self) -> Samples:
         if not self.series and not self.surface:
             raise InputError("series, surface: give one of the two at least")
+        if self.series and not self.launch_queue_depth:
+            raise InputError("launch_queue_depth: missing")
+        for number, row in enumerate(self.surface):
+            if len(row.shape) != SHAPES[row.what] or row.dtype not in DTYPES:
+                raise InputError(
+                    f"surface.{number}: {row.what} of {row.dtype} has {len(row.shape)} sizes: give one of "
+                    f"{', '.join(DTYPES)}, and {SHAPES[row.what]} sizes"
+                )
         return self
 
     def save(self, path: Path) -> None:

@@ -11,8 +11,10 @@ the whole row and not between its kernels.
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from itertools import product
 from math import prod
@@ -21,7 +23,7 @@ from typing import Any
 from ..engine.run import Progress
 from .cuda import Calls, itemsize
 from .measure import MIB, Bench, Extent
-from .samples import Dispatch, Kind, Load, SurfaceSeries
+from .samples import Dispatch, Kind, Load, Samples, SurfaceSeries
 
 #: Sizes of hidden states and inner layers: powers of two, what lies between, and what many models have.
 _SIZES = (
@@ -126,6 +128,14 @@ def measure_surface(gpu: Any, grid: Grid = FULL_GRID, progress: Progress | None 
     finally:
         gc.enable()
     return tuple(series)
+
+
+def surface_samples(gpu: Any, surface: tuple[SurfaceSeries, ...]) -> Samples:
+    """Return samples of a GPU that hold its surface alone."""
+    return Samples(
+        date=datetime.now(UTC).date().isoformat(), cpu_threads=os.cpu_count() or 1, gpus=gpu.count(), surface=surface,
+        **gpu.describe(),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..engine.baselines import baseline_scenario, run_baseline
+from ..engine.costs.costs import part_costs
+from ..engine.loading.deciders import make_prefetch
 from ..engine.measure.merge import makespan_ns as run_ns
-from ..engine.run import make_prefetch, part_costs, prepared, run_all
+from ..engine.run import prepared, run_all
 from ..engine.scenario.scenario import Scenario, ScenarioError, make_scenario
-from ..engine.simulate import baseline_scenario, run_baseline
 from ..errors import InputError
 from .grid import make_grid
 from .sweep import Hashes, Plan, Progress, worker_inputs

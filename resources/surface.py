@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 from ..errors import InputError
 from .facts import Cost, Dtype, Fact, Part
 
-#: A size of rows that takes so much longer than between its neighbors is peculiar.
+#: A size of rows that takes longer than both of its neighbors, and so much longer than between them, is peculiar.
 PECULIAR = 0.2
 
 Group = Literal["expert", "dense", "head"]
@@ -100,8 +100,10 @@ class ProductTable(_Table):
         smooth = logs.copy()
         for place in range(1, len(steps) - 1):
             share = (steps[place] - steps[place - 1]) / (steps[place + 1] - steps[place - 1])
-            between = logs[place - 1] * (1 - share) + logs[place + 1] * share
-            smooth[place] = np.where(logs[place] - between > log(1 + PECULIAR), between, logs[place])
+            before, here, after = logs[place - 1], logs[place], logs[place + 1]
+            between = before * (1 - share) + after * share
+            peak = (here > np.maximum(before, after)) & (here - between > log(1 + PECULIAR))
+            smooth[place] = np.where(peak, between, here)
         return smooth
 
     def product_ns(self, rows: float, columns: float, tokens: float) -> float:

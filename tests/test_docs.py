@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import configparser
+import contextlib
 import re
 import subprocess
 import sys
@@ -10,9 +12,13 @@ from unittest.mock import patch
 
 import pytest
 from browser import browsing
-from docs_pages import DOCS, ROOT, RUNS, blocks, make_folder, with_outputs, without_keys
+from docs_pages import DOCS, ROOT, RUNS, Block, blocks, make_folder, with_outputs, without_keys
 
+from prestage.engine.decide.program import Stage
+from prestage.engine.policies.copy_order import COPY_ORDERS
 from prestage.engine.policies.eviction import EVICTION
+from prestage.engine.timing import runs
+from prestage.engine.timing.host import CARRY_OUT
 from prestage.workloads.importers import IMPORTERS
 from prestage.workloads.predictors import PREDICTORS
 
@@ -24,7 +30,10 @@ WITH_CODE = [page for page in PAGES if any(block.runs for block in blocks(page.r
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.name)
 def test_the_code_of_a_page_runs_and_prints_what_the_page_shows(page: Path, tmp_path: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    with patch.dict(EVICTION), patch.dict(PREDICTORS), patch.dict(IMPORTERS):  # what a page adds is gone after it
+    with contextlib.ExitStack() as added:  # what a page adds is gone after it
+        for table in (EVICTION, PREDICTORS, IMPORTERS, COPY_ORDERS, CARRY_OUT):
+            added.enter_context(patch.dict(table))
+        added.enter_context(patch.object(runs, "Stage", Stage))
         again = with_outputs(text, make_folder(tmp_path))
     assert without_keys(again) == without_keys(text), f"renew it: python tests/docs_pages.py docs/{page.name}"
 
@@ -44,11 +53,48 @@ def test_code_that_is_not_run_says_why(page: Path) -> None:
         ("add-a-policy", EVICTION, "mru"),
         ("add-a-predictor", PREDICTORS, "hot"),
         ("add-an-importer", IMPORTERS, "pipes"),
+        ("add-a-copy-order", COPY_ORDERS, "deadline"),
     ],
 )
 def test_a_page_that_adds_something_adds_what_was_not_there(name: str, table: dict[str, object], key: str) -> None:
     assert f'["{key}"] = ' in (DOCS / f"{name}.md").read_text(encoding="utf-8")
     assert key not in table
+
+
+#: What can be added, each with a page that says how: the code before a sentence that says how many lines it takes.
+RECIPES = sorted(DOCS.glob("add-*.md"))
+_TAKES = re.compile(r"^It takes one file and (\d+) lines\.", re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", RECIPES, ids=lambda page: page.name)
+def test_a_recipe_says_how_many_lines_it_takes(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    said = _TAKES.search(text)
+    assert said is not None
+    lines = [line for block in blocks(text[: said.start()]) if block.runs for line in written(block)]
+    assert len(lines) == int(said[1])
+
+
+def written(block: Block) -> list[str]:
+    """The lines of a block that a reader writes to a file: all of Python's, a shell's that go into one."""
+    lines = [line for line in block.text.splitlines() if line.strip()]
+    if block.language == "python":
+        return lines
+    first = next(number for number, line in enumerate(lines, 1) if line.endswith("<<'END'"))
+    return lines[first : lines.index("END")]
+
+
+def test_the_code_map_has_every_folder_and_leads_to_every_recipe() -> None:
+    text = (DOCS / "code-map.md").read_text(encoding="utf-8")
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    folders = {name.removeprefix("prestage.").replace(".", "/") for name in config["options"]["packages"].split()[1:]}
+    table = text.partition("## Folders")[2].partition("## Add something")[0]
+    assert set(re.findall(r"^\| `([\w/.]+)` \|", table, re.MULTILINE)) == folders
+    added = text.partition("## Add something")[2]
+    assert {f"{name}.md" for name in re.findall(r"\]\(([\w-]+)\.md\)", added)} == {page.name for page in RECIPES}
+    for path in re.findall(r"`([\w/]+(?:/[\w.]+)+)` \|$", added, re.MULTILINE):
+        assert (ROOT / path).exists(), path
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_scenario, tiny_trace
 
+from prestage.engine.loading.deciders import make_prefetch
 from prestage.engine.policies.prefetch import PREFETCH, Gauge, Moment, Options, Prefetch
-from prestage.engine.run import make_prefetch
 from prestage.engine.scenario.scenario import ScenarioError
 from prestage.engine.simulate import simulate_inputs
+from prestage.testing.conformance import check_choice, check_no_guess
 
 EVERY = pytest.mark.parametrize("name", PREFETCH)
 
@@ -47,24 +48,12 @@ def test_a_choice_is_an_expert_of_the_layer_it_is_meant_for(
     one_of = [st.sampled_from([-1, *range(target * 5, target * 5 + 5)]) for target in targets]
     ranked = [data.draw(st.lists(guess, min_size=size, max_size=size)) for guess in one_of]
     confidences = [data.draw(st.lists(st.floats(0, 1), min_size=size, max_size=size)) for _ in targets]
-    moment = Moment(layer=layer, confidences=confidences, gauge=gauge_of(100, 5))
-    policy.observe([layer * 5, layer * 5 + 3], [2, 1])
-    kept = [list(experts) for experts in ranked]
-    chosen = in_order(policy.choose(ranked, moment))
-    for horizon, expert in chosen:
-        assert 1 <= horizon <= policy.horizons
-        assert expert // 5 == targets[horizon - 1]
-        assert not policy.needs_guesses or expert in ranked[horizon - 1]
-    assert [horizon for horizon, _ in chosen] == sorted(horizon for horizon, _ in chosen)  # the nearest layer first
-    assert ranked == kept  # the guesses are the predictor's: nobody writes to them
-    assert in_order(policy.choose(ranked, moment)) == chosen
+    check_choice(policy, layer, ranked, confidences)
 
 
 @pytest.mark.parametrize("name", [name for name in PREFETCH if policy_of(name).needs_guesses])
 def test_no_guess_no_prefetch(name: str) -> None:
-    policy = policy_of(name, 2, 3)
-    moment = Moment(confidences=[[0.0, 0.0]] * 3, gauge=gauge_of(100))
-    assert in_order(policy.choose([[-1, -1]] * policy.horizons, moment)) == []
+    check_no_guess(policy_of(name, 2, 3))
 
 
 # The members, one by one.

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from ...dtypes import DTYPES
+from ...dtypes import bits_of
 from ...resources.from_peer import from_peer
 from ...resources.lane import Lags
 from ...resources.profile import ComputeCosts, CopyCosts, ExpertPoint, HostCosts, KernelPoint, Profile, ProfileError
@@ -195,10 +195,6 @@ class Costs:
         self._product_launch_ns = {
             dtype: 0 if free else product.ns for dtype, product in host.product_launches.items() if eager
         }
-        for dtype, ns in list(self._product_launch_ns.items()):  # those of as many bits are launched alike
-            for other in DTYPES:
-                if DTYPES[other] == DTYPES[dtype]:
-                    self._product_launch_ns.setdefault(other, ns)
         self.records_ns = 0 if free else records * host.event_record.ns
         self.wait_ns = 0 if free else host.event_wait.ns
         self.enqueue_ns = 0 if free else host.copy_enqueue.ns
@@ -347,9 +343,10 @@ class Costs:
 
         The rule's constant; of experts that the surface prices, what their kernels take whatever their weights.
         """
+        kernels = self._expert_kernels(0)
         if self._surface is None or self._expert_points.get(self.model.expert_ff):
-            return self._rule.constant_ns
-        return round(self._surface.constant_ns(self._expert_kernels(0)))
+            return self._rule_constant_ns(kernels)
+        return round(self._surface.constant_ns(kernels))
 
     @property
     def slowed_beside_copies(self) -> bool:
@@ -384,29 +381,39 @@ class Costs:
         launches, host_ns = 1, self.launch_ns + self.records_ns
         if self._mode == "eager":
             launches, products = kernels.launches, len(kernels.products)
-            product_ns = self._product_launch_ns.get(kernels.dtype, self.launch_ns)
+            product_ns = self._product_launch(kernels.dtype)
             host_ns = self.records_ns + products * product_ns + (launches - products) * self.launch_ns
         return KernelCost(round(ns), beside_ns / ns if ns else 1.0, launches, host_ns, latency_ns)
+
+    def _product_launch(self, dtype: str) -> int:
+        """Return the host's time to launch a product, of another dtype of as many bits where there is none of this."""
+        alike = [ns for other, ns in self._product_launch_ns.items() if bits_of(other) == bits_of(dtype)]
+        return self._product_launch_ns.get(dtype, alike[0] if alike else self.launch_ns)
 
     def _estimated(self, what: str, kernels: Kernels, tokens: int) -> tuple[float, float, int]:
         """Return duration, duration beside a copy and latency, in ns, of what was not measured; name the estimate."""
         if self._surface is None:
-            return *self._by_rule(what, kernels.weight_bytes, tokens), self._latency_ns
+            return *self._by_rule(what, kernels, tokens), self._latency_ns
         time = self._surface.time(kernels, tokens)
         self.estimates[what] = self._surface.described(kernels)
         return time.ns, time.beside_copy_ns, 0 if self._mode == "free" else time.latency_ns
 
-    def _by_rule(self, what: str, weight_bytes: int, tokens: int) -> tuple[float, float]:
+    def _rule_constant_ns(self, kernels: Kernels) -> int:
+        """Return what the profile's rule says that a group of kernels takes whatever their weights, in ns."""
+        return self._rule.group_ns(kernels.launches, len(kernels.products), eager=self._mode == "eager")
+
+    def _by_rule(self, what: str, kernels: Kernels, tokens: int) -> tuple[float, float]:
         """Return what the profile's rule says of kernels, quiet and beside a copy, in ns; and name the estimate."""
+        weight_bytes, group_ns = kernels.weight_bytes, self._rule_constant_ns(kernels)
         rule = self._rule
         dtype_bits = self.model.dtype_bits("expert" if what == "expert" else "dense")
         flops = 2 * tokens * (weight_bytes * 8 / dtype_bits)
         part_ns = rule.part_ns(weight_bytes, flops)
         self.estimates[what] = (
-            f"{rule.constant_ns} ns + max(weight bytes / {rule.bytes_per_second} B/s, "
+            f"{group_ns} ns + max(weight bytes / {rule.bytes_per_second} B/s, "
             f"2 x weights x tokens / {rule.flops_per_second} FLOP/s) ({rule.provenance})"
         )
-        return rule.constant_ns + part_ns, rule.constant_ns + part_ns * rule.beside_copy_factor
+        return group_ns + part_ns, group_ns + part_ns * rule.beside_copy_factor
 
     def _launches(self, kernels: int) -> int:
         return kernels if self._mode == "eager" else 1
@@ -442,3 +449,8 @@ def _between(points: Sequence[_Point], tokens: int) -> tuple[float, float, int]:
     share = (tokens - before.tokens) / (after.tokens - before.tokens) if at else 0.0
     ns, beside_ns, latency_ns = (low + share * (high - low) for low, high in zip(before[1:4], after[1:4], strict=True))
     return ns, beside_ns, round(latency_ns)
+
+
+def part_costs(inputs: Inputs, *, timed: bool = False) -> list[Costs]:
+    """Return the costs of each GPU of a run; `timed` as `Costs` takes it."""
+    return [Costs(part, timed=timed) for part in inputs.parts]

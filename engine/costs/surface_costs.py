@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ...dtypes import DTYPES
+from ...dtypes import bits_of
 from ...resources.surface import AttentionTable, Group, GroupCosts, ProductTable, PromptTable, SmallTable, Surface
 
 #: Matrix products of a layer's dense part as it is executed and measured; the rest of its kernels are small.
@@ -75,7 +75,7 @@ def head_kernels(hidden: int, dtype: str, size_bytes: int) -> Kernels:
 
 def product_width(hidden: int, dtype: str, products: int, size_bytes: int) -> int:
     """Return the other width of products with the hidden state that together read about `size_bytes`."""
-    return max(16, int(size_bytes * 8 / (products * hidden * DTYPES[dtype])) // 16 * 16)
+    return max(16, int(size_bytes * 8 / (products * hidden * bits_of(dtype))) // 16 * 16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,7 @@ class SurfaceCosts:
         table = self._table(dtype)
         if table is not None:
             return table.product_ns(product.rows, product.columns, tokens)
-        share = (float(DTYPES[dtype]) if bits is None else bits) / float(DTYPES[self._stand_in.dtype])
+        share = (float(bits_of(dtype)) if bits is None else bits) / float(bits_of(self._stand_in.dtype))
         shrunk = max(1.0, product.columns * share)
         flops = 2 * product.rows * product.columns * tokens
         return max(self._stand_in.product_ns(product.rows, shrunk, tokens), flops / self._flops_per_ns)
@@ -178,7 +178,7 @@ class SurfaceCosts:
     def _table(self, dtype: str) -> ProductTable | None:
         """Return the products of a dtype, or those of another of as many bits where these are the stand-in's."""
         table = self._products.get(dtype)
-        return self._stand_in if table is None and DTYPES[dtype] == DTYPES[self._stand_in.dtype] else table
+        return self._stand_in if table is None and bits_of(dtype) == bits_of(self._stand_in.dtype) else table
 
 
 def _fastest(table: ProductTable) -> float:

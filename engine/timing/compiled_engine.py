@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...resources.network import Crowd, CrowdShare, Network, Share
-from ...resources.timeline import DENSE, EXPERT, HEAD, SPAN
+from ...resources.timeline import DENSE, EXPERT, HEAD
 from ...workloads.batches import DECODE, PREFILL
 from ..costs.costs import KernelCost
 from ..decide.commands import H2D, PREFETCH_LANE, Command, Op
@@ -26,24 +26,23 @@ from . import compiled_host as code
 from .compiled_lanes import rate_row
 from .lanes import ArrivalLane, Lane, QueueLane
 from .memory import (
-    ACCESS,
-    ARRIVAL,
+    ARRIVAL_WORDS,
+    ARRIVALS,
     AS_READY,
     ASKED,
     ASKED_FOR,
-    BOOK_WORDS,
-    BOOKS,
     BY_RANK,
     CPU_SHAPE,
     CROWD_TIMES,
-    DECISION,
     DENSE_SHAPE,
+    DONE,
     DROPPED,
     DROPPED_WORDS,
     EXPERT_SHAPE,
     FREE_NODE,
     FREE_WORK,
     FROM_CPU_SHAPE,
+    G_ACCESSES,
     G_AFTER,
     G_ARRIVALS,
     G_ASSIGNED,
@@ -57,6 +56,7 @@ from .memory import (
     G_COPY_SLOWDOWN,
     G_CPU,
     G_D2H,
+    G_DECISIONS,
     G_DEPTH,
     G_DROPS_STALE,
     G_EXCHANGE,
@@ -94,8 +94,10 @@ from .memory import (
     G_SHAPES,
     G_SIDE,
     G_SIZED,
+    G_SPANS,
     G_SYNCHRONIZE,
     G_SYNCHRONIZE_BESIDE,
+    G_THREAD,
     G_TO_CPU,
     G_TURN,
     G_UNPACKING,
@@ -147,6 +149,7 @@ from .memory import (
     NEVER,
     NODE_WORDS,
     NODES_LEFT,
+    NOTE_WORDS,
     PORTION,
     PRICE,
     R_AT,
@@ -155,18 +158,20 @@ from .memory import (
     RATE_ROWS,
     RATES,
     RATES_KNOWN,
+    RECORD_ROOM,
+    RECORDS,
     REGISTERS,
     SIZED_SHAPE,
     SLOTS,
-    SPACE,
     SPAN_WORDS,
-    SPANS,
     T_AT,
     T_CAPACITY,
     T_COUNT,
+    T_GOES_ON,
     T_GPU,
     T_GPUS,
     T_NUMBER,
+    T_PART_OF,
     T_ROWS,
     THREAD_WORDS,
     THREADS,
@@ -181,8 +186,10 @@ from .memory import (
 Array = npt.NDArray[Any]
 
 #: What the memory begins with; what fills up is made larger.
-_WORK, _NODES, _RECORDS, _RATES, _ROWS = 1 << 11, 1 << 14, 1 << 14, 1 << 10, 1 << 9
+_WORK, _NODES, _RECORDS, _RATES, _ROWS = 1 << 11, 1 << 12, 1 << 14, 1 << 10, 1 << 9
 _REGISTER = Command._fields.index("register")
+#: What is recorded of a GPU, and the words of a record.
+_RECORDED = {G_SPANS: SPAN_WORDS, G_ACCESSES: NOTE_WORDS, G_DECISIONS: NOTE_WORDS}
 
 
 @dataclass(frozen=True)
@@ -227,19 +234,25 @@ class Layout:
         self._lane_of = {id(lane): at for lane, at in zip(machine.lanes, self.lanes, strict=True)}
         self.gpus = [memory.allocate(GPU_WORDS) for _ in machine.gpus]
         self.threads = [memory.allocate(THREAD_WORDS) for _ in threads]
+        parts = [memory.allocate(THREAD_WORDS) for _ in machine.gpus]
+        queued = sum(len(one.lanes.sizes) for one in machine.gpus)  # all may be dropped at once
         header = {
-            LANES: memory.put_list(self.lanes), THREADS: memory.put_list(self.threads),
+            LANES: memory.put_list(self.lanes), THREADS: memory.put_list([*self.threads, *parts]),
             GPUS: memory.put_list(self.gpus), REGISTERS: memory.put([-1] * (1 << 10)),
-            SPANS: memory.put_region(_RECORDS, SPAN_WORDS), BOOKS: memory.put_region(_RECORDS, BOOK_WORDS),
-            DROPPED: memory.put_region(64, DROPPED_WORDS), FREE_WORK: -1, FREE_NODE: -1,
+            RECORD_ROOM: _RECORDS, ARRIVALS: memory.put_region(1 << 10, ARRIVAL_WORDS),
+            DROPPED: memory.put_region(64 + queued, DROPPED_WORDS), FREE_WORK: -1, FREE_NODE: -1,
         }  # fmt: skip
         self._set(0, header)
         self.registers = 1 << 10
+        self._space = 1
         self.add_space()
         for number, (at, driven) in enumerate(zip(self.threads, threads, strict=True)):
             gpus = memory.put_list(self.gpus[gpu] for gpu in driven.gpus)
             rows = memory.allocate(_ROWS * code.COLUMNS)
-            self._set(at, {T_NUMBER: number, T_ROWS: rows, T_CAPACITY: _ROWS, T_GPU: -1, T_GPUS: gpus})
+            self._set(at, {T_NUMBER: number, T_ROWS: rows, T_CAPACITY: _ROWS, T_GPU: -1, T_GPUS: gpus, T_PART_OF: -1})
+        for at, gpu in zip(parts, self.gpus, strict=True):
+            self._set(at, {T_GPU: gpu, T_GPUS: memory.put_list([gpu]), T_PART_OF: -1, T_GOES_ON: NEVER})
+            self._set(gpu, {G_THREAD: at})
         self._lay_out_network()
         for lane, at in zip(machine.lanes, self.lanes, strict=True):
             self._lay_out_lane(lane, at)
@@ -259,9 +272,10 @@ class Layout:
             floats[at + word] = value
 
     def add_space(self) -> None:
-        """Add free work and nodes."""
-        self.memory.add_free(FREE_WORK, WORK_LEFT, WORK_WORDS, W_NEXT, _WORK)
-        self.memory.add_free(FREE_NODE, NODES_LEFT, NODE_WORDS, N_NEXT, _NODES)
+        """Add free work and nodes, as much as there is."""
+        self.memory.add_free(FREE_WORK, WORK_LEFT, WORK_WORDS, W_NEXT, _WORK * self._space)
+        self.memory.add_free(FREE_NODE, NODES_LEFT, NODE_WORDS, N_NEXT, _NODES * self._space)
+        self._space *= 2
 
     def add_registers(self, count: int) -> None:
         """Make room for so many registers, at least."""
@@ -305,7 +319,7 @@ class Layout:
             L_KIND: kind, L_GAP: lags.gap_ns, L_GAP_DISTURBED: lags.gap_disturbed_ns,
             L_AFTER_OTHER: lags.after_other_ns, L_AFTER_OTHER_DISTURBED: lags.after_other_disturbed_ns,
             L_AFTER_ISSUE_DISTURBED: lags.after_issue_longer_ns, L_LONGER: lags.longer,
-            L_SLOWED_BY: slowed, L_NUMBER: lane.order,
+            L_SLOWED_BY: slowed, L_NUMBER: lane.number,
             L_SLOT: self.slots[lane.share.slot] if isinstance(lane.share, Share) else -1,
             L_CROWD: self._crowd_of(lane), L_GPU: self.gpus[self.gpu_of(lane)],
             L_FIRST: -1, L_LAST: -1, L_ENTERING: -1, L_LAST_ENTERING: -1, L_NEXT: -1, L_ACTIVE: -1,
@@ -327,6 +341,10 @@ class Layout:
             at = self._crowds[crowd] = memory.put([0, memory.put_list(of_it), *[0] * (1 + len(of_it))])
             self._set_floats(at, {CROWD_TIMES + n: times for n, times in enumerate([1.0, *crowd.times_as_long])})
         return self._crowds[crowd]
+
+    def lane_of(self, lane: Lane) -> int:
+        """Return where a lane is laid out."""
+        return self._lane_of[id(lane)]
 
     def gpu_of(self, lane: Lane) -> int:
         """Return the number of the GPU in whose timeline a lane is."""
@@ -356,10 +374,11 @@ class Layout:
             G_READS_BACK: lanes.reads_back, G_WATCHES: state.watches_queue, G_DEPTH: state.queue_depth,
             G_GROUPED_CONSTANT: costs.grouped_constant_ns, G_BY_PRIORITY: isinstance(lanes.copies[H2D], QueueLane),
             G_DROPS_STALE: one.drops_stale, G_EXPERTS: costs.model.experts, G_SIZED: lanes.sized,
-            G_HOST: len(self.lanes) + number, G_VISIT: -1, G_LAST: -1, G_LAST_KERNEL: -1, G_AFTER: -1,
+            G_HOST: lanes.host, G_VISIT: -1, G_LAST: -1, G_LAST_KERNEL: -1, G_AFTER: -1,
             G_KERNEL_AFTER: -1, G_RING: self.memory.allocate(2 * (state.queue_depth + 2)),
         })  # fmt: skip
         self._set_floats(at, {G_COPY_SLOWDOWN: lanes.copy_slowdown, G_READBACK_SLOWDOWN: costs.readback_slowdown})
+        self._set(at, {place: self.memory.put_region(_RECORDS, words) for place, words in _RECORDED.items()})
         sizes = self._lay_out_copies(one, at)
         self._lay_out_shapes(one, at, sizes)
         self._lay_out_moves(number, at, sizes)
@@ -466,13 +485,12 @@ class CompiledEngine:
 
     def __init__(self, machine: Machine, threads: Sequence[Driven]) -> None:
         self._machine, self._threads = machine, threads
-        self._layout = Layout(machine, threads)
+        self.layout = self._layout = Layout(machine, threads)
         self._memory = self._layout.memory
         self._steps = [iter(thread.program) for thread in threads]
         self._portions: list[Iterator[Array]] = [iter(()) for _ in threads]
         self._begun = [False] * len(threads)
         self._number_of = {at: number for number, at in enumerate(self._layout.threads)}
-        self._lane_gpu = np.array([*map(self._layout.gpu_of, machine.lanes), *range(len(machine.gpus))])
 
     def now_ns(self, gpu: int) -> int:
         """Return the clock of the host thread at a GPU."""
@@ -487,29 +505,34 @@ class CompiledEngine:
         memory, thread = self._memory, -1
         while True:
             why, thread = code.advance(memory.words, memory.floats, thread)
+            if why == DONE:
+                break
             if why == PORTION:
                 thread = self._next_portion(thread)
-            elif why == PRICE:
-                self._price()
-            elif why == RATE:
-                self._find_rates()
-            elif why == SPACE:
-                self._make_space(thread)
             else:
-                break
-        self._flush()
+                self.answer(why)
+        self.flush()
+
+    def answer(self, why: int) -> None:
+        """Give the machine what it has come back for: a price, a rate, or space."""
+        if why == PRICE:
+            self._price()
+        elif why == RATE:
+            self._find_rates()
+        else:
+            self._make_space()
 
     def _next_portion(self, at: int) -> int:
         """Give a thread its next portion, decided now; return the thread, or -1 if it has no more to do."""
         number, words = self._number_of[at], self._memory.words
         driven = self._threads[number]
-        self._drop(driven)
+        self._drop()
         while True:
             portion = next(self._portions[number], None)
             if portion is not None:
                 break
             if self._begun[number]:
-                self._flush()
+                self.flush()
                 driven.ended()
             step = next(self._steps[number], None)
             if step is None:
@@ -547,17 +570,18 @@ class CompiledEngine:
     def _name_lanes(self, portion: Array) -> None:
         """Give the lanes of copies between GPUs their places in the timelines, at their first use."""
         for op, gpu, peer in portion[np.isin(portion[:, 0], (Op.FETCH, Op.STORE))][:, [0, 1, 9]].tolist():
-            self._machine.peers[(peer, gpu) if op == Op.FETCH else (gpu, peer)][1]()
+            lane = self._machine.peers[(peer, gpu) if op == Op.FETCH else (gpu, peer)][1]()
+            self._memory.words[self._layout.lane_of(lane) + L_NUMBER] = lane.number
 
-    def _drop(self, driven: Driven) -> None:
-        """Tell the memory manager which prefetches were dropped since the last decision."""
+    def _drop(self) -> None:
+        """Tell the memory managers which prefetches were dropped since the last decision."""
         words = self._memory.words
         region = int(words[DROPPED])
         if not words[region + R_COUNT]:
             return
         at, count = int(words[region + R_AT]), int(words[region + R_COUNT])
-        manager = self._machine.gpus[driven.gpus[0]].manager
-        for expert, copy in words[at : at + count * DROPPED_WORDS].reshape(-1, DROPPED_WORDS).tolist():
+        for gpu, expert, copy in words[at : at + count * DROPPED_WORDS].reshape(-1, DROPPED_WORDS).tolist():
+            manager = self._machine.gpus[gpu].manager
             if manager.assigned.get(expert) == copy:
                 manager.cancel(expert)
         words[region + R_COUNT] = 0
@@ -592,41 +616,40 @@ class CompiledEngine:
         memory.floats[row + 1 + count : row + 1 + 2 * count] = network.stretches(running)
         words[RATES_KNOWN] += 1
 
-    def _make_space(self, thread: int) -> None:
-        """Write out what was recorded, and make more room where that is not enough."""
-        self._flush()
-        if thread >= 0 and code.has_space(self._memory.words, thread):
+    def _make_space(self) -> None:
+        """Write out what was recorded, and make more room where that is not enough for every thread's portion."""
+        self.flush()
+        if all(code.has_space(self._memory.words, thread) for thread in self._layout.threads):
             return
         self._layout.add_space()
         words = self._memory.words
-        for region, size in ((words[SPANS], SPAN_WORDS), (words[BOOKS], BOOK_WORDS), (words[DROPPED], DROPPED_WORDS)):
+        regions = [(words[ARRIVALS], ARRIVAL_WORDS), (words[DROPPED], DROPPED_WORDS)]
+        regions += [(words[at + place], size) for at in self._layout.gpus for place, size in _RECORDED.items()]
+        for region, size in regions:
             self._memory.grow_region(int(region), size)
+        self._memory.words[RECORD_ROOM] *= 2
 
-    def _records(self, region: int, words: int, count: int | None = None) -> Array:
-        """Return the records of a region (records, words)."""
+    def _records(self, region: int, words: int) -> Array:
+        """Return the records of a region (records, words), and forget them."""
         memory = self._memory.words
-        at, count = int(memory[region + R_AT]), int(memory[region + R_COUNT]) if count is None else count
+        at, count = int(memory[region + R_AT]), int(memory[region + R_COUNT])
+        memory[region + R_COUNT] = 0
         return memory[at : at + count * words].reshape(-1, words)
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         """Write out what was recorded, GPU by GPU."""
-        memory, gpus = self._memory.words, self._machine.gpus
-        region = int(memory[SPANS])
-        spans = self._records(region, SPAN_WORDS).copy().view(SPAN).reshape(-1)
-        memory[region + R_COUNT] = 0
-        places = np.array([*(lane.number for lane in self._machine.lanes), *(one.lanes.host for one in gpus)])
-        of_gpu = self._lane_gpu[spans["lane"]]
-        spans["lane"] = places[spans["lane"]]
-        region = int(memory[BOOKS])
-        known, all_of_them = int(code.settle_arrivals(memory)), int(memory[region + R_COUNT])
-        books = self._records(region, BOOK_WORDS)
-        for number, one in enumerate(gpus):
-            one.lanes.timeline.extend(spans[of_gpu == number].tobytes())
-            mine = books[:known][books[:known, 1] == number]
-            state = one.state
-            state.accesses.extend(mine[mine[:, 0] == ACCESS][:, 2:].astype("<i4").tobytes())
-            state.decided.extend(mine[mine[:, 0] == DECISION][:, 2:].tobytes())
-            for _, _, visit, kind, ns in mine[mine[:, 0] == ARRIVAL].tolist():
-                state.arrived.extend(pack_arrival(visit, kind, ns))
-        books[: all_of_them - known] = books[known:].copy()
-        memory[region + R_COUNT] = all_of_them - known
+        memory = self._memory.words
+        for at, one in zip(self._layout.gpus, self._machine.gpus, strict=True):
+            spans, accesses, decisions = (
+                self._records(int(memory[at + place]), words) for place, words in _RECORDED.items()
+            )
+            one.lanes.timeline.extend(spans.tobytes())
+            one.state.accesses.extend(accesses.astype("<i4").tobytes())
+            one.state.decided.extend(decisions.tobytes())
+        memory[RECORDS] = 0
+        region, known = int(memory[ARRIVALS]), int(code.settle_arrivals(memory))
+        arrivals = self._records(region, ARRIVAL_WORDS)
+        for gpu, visit, kind, ns in arrivals[:known].tolist():
+            self._machine.gpus[gpu].state.arrived.extend(pack_arrival(visit, kind, ns))
+        arrivals[: len(arrivals) - known] = arrivals[known:].copy()
+        memory[region + R_COUNT] = len(arrivals) - known
