@@ -227,7 +227,7 @@ class Layout:
 
     def __init__(self, machine: Machine, threads: Sequence[Driven]) -> None:
         self._machine = machine
-        self.memory = Memory()
+        self.memory = Memory(len(machine.gpus))
         self.prices: list[Callable[[int], KernelCost]] = []
         self.transfers: list[tuple[Any, int]] = []
         self._transfer_of: dict[tuple[int, int, int], int] = {}
@@ -422,19 +422,19 @@ class Layout:
     def _lay_out_copies(self, one: Any, at: int) -> list[int]:
         """Lay out what copies take, by class, and the class of every expert; return the bytes of each class."""
         lanes, memory = one.lanes, self.memory
-        classes: dict[int, int] = {}
-        places = []
-        for expert, size_bytes in enumerate(lanes.sizes):
-            if size_bytes not in classes:
-                cost, transfer = lanes.copy_cost(expert), lanes.transfer(expert)
-                ns = (cost.queued_ns, cost.alone_ns)
-                if isinstance(lanes.copies[H2D], QueueLane):
-                    ns = (cost.piece_queued_ns, cost.piece_alone_ns)
-                row = (*ns, cost.pieces, cost.host_ns, self._transfer(transfer, *ns, lanes.streams), len(classes))
-                classes[size_bytes] = memory.put(row)
-            places.append(classes[size_bytes])
-        self._set(at, {G_COPY_OF: memory.put(places)})
-        return list(classes)
+        _, firsts, which = np.unique(np.array(lanes.sizes), return_index=True, return_inverse=True)
+        order = np.argsort(firsts)  # classes are numbered as they come
+        classes = np.zeros(len(firsts), dtype=np.int64)
+        for number, kind in enumerate(order.tolist()):
+            expert = int(firsts[kind])
+            cost, transfer = lanes.copy_cost(expert), lanes.transfer(expert)
+            ns = (cost.queued_ns, cost.alone_ns)
+            if isinstance(lanes.copies[H2D], QueueLane):
+                ns = (cost.piece_queued_ns, cost.piece_alone_ns)
+            transfers = self._transfer(transfer, *ns, lanes.streams)
+            classes[kind] = memory.put((*ns, cost.pieces, cost.host_ns, transfers, number))
+        self._set(at, {G_COPY_OF: memory.put(classes[which.reshape(-1)])})
+        return [lanes.sizes[int(firsts[kind])] for kind in order]
 
     def _lay_out_shapes(self, one: Any, at: int, sizes: Sequence[int]) -> None:
         """Lay out the shapes by kind and layer, and keep what prices each of them."""

@@ -109,8 +109,8 @@ WORK_EACH, NODES_EACH = 2, 24
 class Memory:
     """The words, as they are laid out before a run and grow during it."""
 
-    def __init__(self) -> None:
-        self.words: Ints = np.zeros(1 << 20, dtype=np.int64)  # pages that nobody writes to cost nothing
+    def __init__(self, gpus: int) -> None:
+        self.words: Ints = np.zeros((1 + gpus) << 20, dtype=np.int64)  # pages that nobody writes to cost nothing
         self._used = 0
 
     @property
@@ -127,7 +127,7 @@ class Memory:
 
     def put(self, values: Iterable[int]) -> int:
         """Return the address of some values, one after the other."""
-        array = np.array(list(values), dtype=np.int64)
+        array = np.array(values if isinstance(values, np.ndarray) else list(values), dtype=np.int64)
         at = self.allocate(len(array))
         self.words[at : at + len(array)] = array
         return at
