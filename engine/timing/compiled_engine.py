@@ -97,6 +97,7 @@ from .memory import (
     G_SPANS,
     G_SYNCHRONIZE,
     G_SYNCHRONIZE_BESIDE,
+    G_THREAD,
     G_TO_CPU,
     G_TURN,
     G_UNPACKING,
@@ -171,9 +172,11 @@ from .memory import (
     T_AT,
     T_CAPACITY,
     T_COUNT,
+    T_GOES_ON,
     T_GPU,
     T_GPUS,
     T_NUMBER,
+    T_PART_OF,
     T_ROWS,
     THREAD_WORDS,
     THREADS,
@@ -238,9 +241,10 @@ class Layout:
         self._lane_of = {id(lane): at for lane, at in zip(machine.lanes, self.lanes, strict=True)}
         self.gpus = [memory.allocate(GPU_WORDS) for _ in machine.gpus]
         self.threads = [memory.allocate(THREAD_WORDS) for _ in threads]
+        parts = [memory.allocate(THREAD_WORDS) for _ in machine.gpus]
         queued = sum(len(one.lanes.sizes) for one in machine.gpus)  # all may be dropped at once
         header = {
-            LANES: memory.put_list(self.lanes), THREADS: memory.put_list(self.threads),
+            LANES: memory.put_list(self.lanes), THREADS: memory.put_list([*self.threads, *parts]),
             GPUS: memory.put_list(self.gpus), REGISTERS: memory.put([-1] * (1 << 10)),
             RECORD_ROOM: _RECORDS, ARRIVALS: memory.put_region(1 << 10, ARRIVAL_WORDS),
             DROPPED: memory.put_region(64 + queued, DROPPED_WORDS), FREE_WORK: -1, FREE_NODE: -1,
@@ -252,7 +256,10 @@ class Layout:
         for number, (at, driven) in enumerate(zip(self.threads, threads, strict=True)):
             gpus = memory.put_list(self.gpus[gpu] for gpu in driven.gpus)
             rows = memory.allocate(_ROWS * code.COLUMNS)
-            self._set(at, {T_NUMBER: number, T_ROWS: rows, T_CAPACITY: _ROWS, T_GPU: -1, T_GPUS: gpus})
+            self._set(at, {T_NUMBER: number, T_ROWS: rows, T_CAPACITY: _ROWS, T_GPU: -1, T_GPUS: gpus, T_PART_OF: -1})
+        for at, gpu in zip(parts, self.gpus, strict=True):
+            self._set(at, {T_GPU: gpu, T_GPUS: memory.put_list([gpu]), T_PART_OF: -1, T_GOES_ON: NEVER})
+            self._set(gpu, {G_THREAD: at})
         self.slots: dict[int, int] = {}
         self._links: dict[int, set[str]] = {}
         self._lay_out_network()
@@ -310,9 +317,9 @@ class Layout:
                 links |= group[1]
             groups.append((slots, links))
         for slots, _ in groups:
-            group = self.memory.put_list(sorted(slots))
+            at = self.memory.put_list(sorted(slots))
             for slot in slots:
-                self._set(slot, {S_GROUP: group})
+                self._set(slot, {S_GROUP: at})
         width = V_MOVING + 2 * max((len(slots) for slots, _ in groups), default=0)
         rates = self.memory.allocate(_RATES * width)
         self._set(0, {RATE_ROWS: _RATES, RATE_WORDS: width, RATES: rates})

@@ -127,6 +127,7 @@ from .memory import (
     G_SIZED,
     G_SYNCHRONIZE,
     G_SYNCHRONIZE_BESIDE,
+    G_THREAD,
     G_TO_CPU,
     G_TURN,
     G_UNPACKING,
@@ -185,10 +186,13 @@ from .memory import (
     SIZED_SHAPE,
     SPACE,
     T_AT,
+    T_BEHIND,
     T_COUNT,
     T_GOES_ON,
     T_GPU,
     T_GPUS,
+    T_PART_OF,
+    T_PARTS,
     T_ROWS,
     THREADS,
     TO_CPU_SHAPE,
@@ -223,7 +227,7 @@ from .memory import (
 O_VISIT, O_WAIT, O_RECLAIM, O_TOUCH, O_JOIN, O_OUTPUT, O_LAUNCH, O_MEMBER = (int(op) for op in list(Op)[:8])
 O_COPY, O_READBACK, O_NOTICE, O_DECIDE, O_HOLD, O_PREDICT, O_PROMOTE, O_TO_CPU = (int(op) for op in list(Op)[8:16])
 O_CPU, O_FROM_CPU, O_UNPACK, O_READ, O_CATCH_UP, O_TURN, O_RECEIVE, O_SEND = (int(op) for op in list(Op)[16:24])
-O_CALL, O_EXCHANGE, O_FETCH, O_STORE, O_LEAVE = (int(op) for op in list(Op)[24:29])
+O_CALL, O_EXCHANGE, O_FETCH, O_STORE, O_LEAVE, O_PART, O_BEHIND = (int(op) for op in list(Op)[24:31])
 COLUMNS = len(Command._fields)
 C_OP, C_GPU, C_KIND, C_LANE, C_LAYER, C_TOKENS, C_EXPERT, C_COPY, C_REGISTER, C_PEER, C_EXTRA = range(COLUMNS)
 
@@ -800,6 +804,19 @@ def move_registers(m: Words, row: Word) -> Word:
 
 
 @compiled
+def is_behind(m: Words, thread: Word, row: Word) -> Word:
+    """Whether the thread of another GPU has come so far in its part; if not, this one waits for it."""
+    gpu, other = gpu_of(m, row), m[m[m[GPUS] + 1 + m[row + C_PEER]] + G_THREAD]
+    if m[other + T_AT] < m[row + C_EXTRA]:
+        m[thread + T_BEHIND] = 1
+        return False
+    if m[thread + T_BEHIND]:
+        m[thread + T_BEHIND] = 0
+        m[gpu + G_NOW] = max(m[gpu + G_NOW], m[NOW])
+    return True
+
+
+@compiled
 def carry_out_one(m: Words, f: Reals, thread: Word, row: Word) -> Word:
     """Carry out a command; False if the thread has to wait first, and comes to it again."""
     op = m[row + C_OP]
@@ -813,6 +830,8 @@ def carry_out_one(m: Words, f: Reals, thread: Word, row: Word) -> Word:
             return False
         if op == O_NOTICE:
             notice(m, gpu, row)
+    elif op == O_BEHIND:
+        return is_behind(m, thread, row)
     elif op == O_COPY:
         copy(m, f, row)
     elif op == O_READ:
@@ -849,10 +868,46 @@ def carry_out_one(m: Words, f: Reals, thread: Word, row: Word) -> Word:
 
 
 @compiled
+def begin_parts(m: Words, thread: Word) -> None:
+    """Let the GPUs' own threads carry out the parts that are next, all of which this one waits for."""
+    while m[thread + T_AT] < m[thread + T_COUNT]:
+        row = m[thread + T_ROWS] + m[thread + T_AT] * COLUMNS
+        if m[row + C_OP] != O_PART:
+            return
+        part = m[gpu_of(m, row) + G_THREAD]
+        m[part + T_ROWS], m[part + T_COUNT], m[part + T_AT] = row + COLUMNS, m[row + C_EXTRA], 0
+        m[part + T_PART_OF], m[part + T_GOES_ON] = thread, m[NOW]
+        m[thread + T_PARTS] += 1
+        m[thread + T_AT] += 1 + m[row + C_EXTRA]
+
+
+@compiled
+def wake_parts(m: Words) -> None:
+    """Let all parts look again that wait for another part's thread, one of which has come further."""
+    gpus = m[GPUS]
+    for at in range(gpus + 1, gpus + 1 + m[gpus]):
+        part = m[m[at] + G_THREAD]
+        if m[part + T_BEHIND]:
+            m[part + T_GOES_ON] = m[NOW]
+
+
+@compiled
+def end_part(m: Words, part: Word) -> None:
+    """Let the thread that waits for parts go on, if this was the last of them."""
+    thread = m[part + T_PART_OF]
+    m[thread + T_PARTS] -= 1
+    if m[thread + T_PARTS] == 0:
+        m[thread + T_GOES_ON] = m[NOW]
+
+
+@compiled
 def carry_out(m: Words, f: Reals, thread: Word) -> Word:
     """Carry out a thread's commands from where it is; whether it has come to their end, and neither waits nor rests."""
     while m[thread + T_AT] < m[thread + T_COUNT]:
         row = m[thread + T_ROWS] + m[thread + T_AT] * COLUMNS
+        if m[row + C_OP] == O_PART:
+            begin_parts(m, thread)
+            return False
         if not carry_out_one(m, f, thread, row):
             return False
         m[thread + T_AT] += 1
@@ -939,7 +994,13 @@ def advance(m: Words, f: Reals, thread: Word) -> tuple[Word, Word]:
                 return RATE, np.int64(-1)
         else:
             m[where + T_GOES_ON] = NEVER
-            if carry_out(m, f, where):
+            before, done = m[where + T_AT], carry_out(m, f, where)
+            if m[where + T_PART_OF] >= 0:
+                if m[where + T_AT] > before:
+                    wake_parts(m)
+                if done:
+                    end_part(m, where)
+            elif done:
                 return PORTION, where
 
 

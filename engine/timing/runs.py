@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from ..decide.compiled_decisions import Decisions, Shared
     from ..decide.sources import Source
 
+#: Compiled code makes its commands, too; a stage that inherits from it may order anything.
+_COMPILED_STAGE = Stage
+
 
 def run_stages(
     runs: Sequence[StageRun], steps: Sequence[Step], flow: Flow | None, links: Links | None, *, one_thread: bool,
@@ -73,7 +76,7 @@ def run_stages(
     threads = [[*range(len(gpus))]] if one_thread else [[number] for number in range(len(gpus))]
     for served in threads:
         simulation.thread(stages_program([stages[number] for number in served]), [gpus[number] for number in served])
-    if sources:
+    if sources and all(type(stage) is _COMPILED_STAGE for stage in stages):
         simulation.decided_by(_decisions(sources, gpus, stages, threads), ticks or iter(()))
     simulation.run()
     return [one.recorded() for one in gpus]
@@ -241,7 +244,7 @@ def run_shared(
         [one.gpu for one in gpus], visits, model.layers, one_thread and len(gpus) > 1, sharing.moves, sharing.note
     )
     simulation.thread(layers.program(inputs.steps, placed.homes), gpus, sharing.exchanges)
-    if sources:
+    if sources and not layers.apart:
         from ..decide.compiled_decisions import Decisions, Part  # which compiles at its first import
 
         parts = [Part(source, one.gpu, one.note_resolved) for source, one in zip(sources, gpus, strict=True)]
