@@ -25,11 +25,12 @@ from ..resources.spool import Spool
 from ..resources.timeline import Timeline
 from ..workloads.batches import continued_steps, warmup_steps
 from .baselines import compared, run_baseline
-from .costs.costs import Costs
+from .costs.costs import Costs, part_costs
 from .costs.uncertainty import replicate_costs, summary, without_uncertainty
 from .expert_parallel import sent_tokens_and_experts, shadow_misses, sharing_metrics
 from .links import Links
 from .loading.capacity import described
+from .loading.deciders import dispatched, make_manager
 from .loading.loading import load_inputs
 from .loading.offloading import low_precision
 from .measure import metrics as measure
@@ -40,7 +41,7 @@ from .measure.result import RunResult
 from .measure.speed import Serving
 from .pipeline import flow_of, sent
 from .policies.prefetch import NoPrefetch
-from .run import Prepared, Progress, dispatched, engine_for, make_manager, part_costs, prepared, run_all, watched
+from .run import Prepared, Progress, engine_for, prepared, run_all, watched
 from .scenario.inputs import Inputs
 from .scenario.scenario import Scenario
 from .scenario.warnings import warnings_of

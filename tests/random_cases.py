@@ -12,10 +12,11 @@ from tiny import tiny_inputs, tiny_model, tiny_profile
 from prestage.engine.costs.costs import Costs
 from prestage.engine.decide.dispatch import Visit
 from prestage.engine.decide.memory_manager import MemoryManager
+from prestage.engine.loading.deciders import dispatched, make_manager, make_prefetch
 from prestage.engine.measure.metrics import Recording
 from prestage.engine.policies.copy_order import COPY_ORDERS
 from prestage.engine.policies.eviction import EVICTION
-from prestage.engine.run import dispatched, make_manager, make_prefetch, run
+from prestage.engine.run import run
 from prestage.engine.scenario.inputs import Inputs
 from prestage.engine.scenario.scenario import (
     DISPATCH_MODES,

@@ -36,11 +36,12 @@ from prestage.calibration.measured import MeasuredError, load_measured, makespan
 from prestage.calibration.part import Shared
 from prestage.calibration.plan import ExecutionError, decision_counts, make_plan, make_planners
 from prestage.calibration.scenario_sets import scenarios
-from prestage.engine.costs.costs import Costs
+from prestage.engine.costs.costs import Costs, part_costs
 from prestage.engine.decide.commands import OUTPUT, Command, Op
 from prestage.engine.decide.dispatch import Visit
 from prestage.engine.decide.program import Rows, Stage
-from prestage.engine.run import make_manager, make_prefetch, part_costs, prepared, run, run_all
+from prestage.engine.loading.deciders import make_manager, make_prefetch
+from prestage.engine.run import prepared, run, run_all
 from prestage.engine.scenario.inputs import Inputs
 from prestage.engine.scenario.scenario import ScenarioError, load_scenario
 from prestage.engine.timing import runs
