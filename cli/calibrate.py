@@ -90,7 +90,7 @@ def calibrate_fit(
     if json:
         print_json(fit_data(fitted))
         return
-    from ..output.tables import print_calibration
+    from ..output.tables.measured import print_calibration
 
     print_calibration(fit_data(fitted))
     typer.echo(str(out))
@@ -269,7 +269,7 @@ def benchmark_transfer(
     if json:
         print_json(report)
         return
-    from ..output.tables import print_transfer
+    from ..output.tables.measured import print_transfer
 
     print_transfer(report)
     if out is not None:

@@ -66,7 +66,7 @@ def sweep(
     if json:
         print_json({"rows": len(rows), "errors": len(failed), "file": str(out)})
     else:
-        from ..output.tables import print_sweep
+        from ..output.tables.sweeps import print_sweep
 
         print_sweep(rows)
         typer.echo(f"{out}: {len(rows):,} rows" + (f", {len(failed):,} of them with an error" if failed else ""))
@@ -122,7 +122,7 @@ def suite(
     if json:
         print_json(finished.data)
         return
-    from ..output.tables import print_suite
+    from ..output.tables.sweeps import print_suite
 
     print_suite(finished.data)
     for path in written:
@@ -167,7 +167,7 @@ def compare(
     if json:
         print_json(data)
         return
-    from ..output.tables import print_comparison
+    from ..output.tables.sweeps import print_comparison
 
     print_comparison(data)
     if plot is not None:
@@ -219,7 +219,7 @@ def breakeven(
     if json:
         print_json(data)
         return
-    from ..output.tables import print_break_even
+    from ..output.tables.sweeps import print_break_even
 
     print_break_even(data)
     if plot is not None:

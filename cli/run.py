@@ -79,7 +79,7 @@ def run(
     if json:
         print_json(result.json_data())
         return
-    from ..output.tables import print_result
+    from ..output.tables.runs import print_result
 
     print_result(result.json_data())
     for line in written:
@@ -127,7 +127,7 @@ def replay(
     if json:
         print_json(data)
         return
-    from ..output.tables import print_replay
+    from ..output.tables.traces import print_replay
 
     print_replay(data)
 
@@ -182,7 +182,7 @@ def mrc(
     if json:
         print_json(data)
         return
-    from ..output.tables import print_miss_ratios
+    from ..output.tables.traces import print_miss_ratios
 
     print_miss_ratios(data)
     for path in out or ():

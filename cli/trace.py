@@ -39,7 +39,7 @@ def trace_info(
     if json:
         print_json(data)
         return
-    from ..output.tables import print_trace
+    from ..output.tables.traces import print_trace
 
     print_trace(data)
 
@@ -137,7 +137,7 @@ def trace_fit(
     if json:
         print_json(data)
         return
-    from ..output.tables import print_fit
+    from ..output.tables.traces import print_fit
 
     print_fit(data)
 

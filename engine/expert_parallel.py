@@ -24,7 +24,8 @@ from .decide.memory_manager import BudgetError, MemoryManager
 from .gpu import Decoded
 from .links import Links
 from .lockstep import COPIES_FROM, AllToAll, LendingGpu, PlacedGpu, decode_placed
-from .measure.metrics import Recording, miss_keys, ratio
+from .measure.accesses import miss_keys
+from .measure.recording import Recording, ratio
 from .placed import Placed, PlacedVisit, Prices, Worker, homes, own_guesses, own_steps, placed_visits
 from .policies.placement import PLACEMENT, Owners, Request
 from .policies.prefetch import Gauge, NoPrefetch, Prefetch

@@ -27,16 +27,19 @@ from ..workloads.batches import continued_steps, warmup_steps
 from .baselines import compared, run_baseline
 from .costs.costs import Costs, part_costs
 from .costs.uncertainty import replicate_costs, summary, without_uncertainty
+from .decide.memory_manager import MemoryManager
 from .expert_parallel import sent_tokens_and_experts, shadow_misses, sharing_metrics
 from .links import Links
 from .loading.capacity import described
-from .loading.deciders import dispatched, make_manager
+from .loading.deciders import dispatched, make_manager, source_of
 from .loading.loading import load_inputs
 from .loading.offloading import low_precision
-from .measure import metrics as measure
+from .measure.accesses import miss_keys
 from .measure.merge import link_usage, merged_timeline, run_metrics, step_metrics
 from .measure.merge import makespan_ns as run_ns
+from .measure.metrics import saved_bytes
 from .measure.misses import offloading_metrics
+from .measure.recording import Recording
 from .measure.result import RunResult
 from .measure.speed import Serving
 from .pipeline import flow_of, sent
@@ -55,7 +58,7 @@ class Result:
     """A finished run: what it says, and all that each GPU recorded; `serving` is what its speed was measured by."""
 
     said: RunResult
-    recordings: list[measure.Recording]
+    recordings: list[Recording]
     wall_s: float
     serving: Serving = field(default_factory=Serving)
 
@@ -65,7 +68,7 @@ class Result:
         return self.said.plain()
 
     @property
-    def recording(self) -> measure.Recording:
+    def recording(self) -> Recording:
         """The recording of a run on one GPU; ValueError if there are several."""
         (only,) = self.recordings
         return only
@@ -130,7 +133,7 @@ def simulate_inputs(
     recordings = run_all(inputs, ready, watched(progress, "simulate", inputs.layer_visits), engine)
     wall_s = time.perf_counter() - began
     serving = serving_of(inputs)
-    figures = run_metrics(recordings, _shadow_misses(inputs, ready, stream), serving)
+    figures = run_metrics(recordings, _shadow_misses(inputs, ready, stream, engine), serving)
     known = dict(baselines) if isinstance(baselines, Mapping) else {}
     wanted = ["resident", "baseline"] if baselines is True else []
     if check_prefetch:
@@ -159,7 +162,7 @@ def simulate_inputs(
     return Result(replace(said, warnings=_warnings(inputs, said)), recordings, wall_s, serving)
 
 
-def _offloading(inputs: Inputs, recordings: Sequence[measure.Recording], costs: Sequence[Costs]) -> dict[str, Any]:
+def _offloading(inputs: Inputs, recordings: Sequence[Recording], costs: Sequence[Costs]) -> dict[str, Any]:
     """Return what a run says of misses that are not fetched, which no pipeline has."""
     if inputs.stages:
         return {}
@@ -220,31 +223,42 @@ def _replicates(inputs: Inputs, count: int, progress: Progress | None) -> list[d
 
 
 def _shadow_misses(
-    inputs: Inputs, ready: Sequence[Prepared], stream: Path | None
+    inputs: Inputs, ready: Sequence[Prepared], stream: Path | None, engine: str
 ) -> list[npt.NDArray[np.int64] | None]:
-    """Return what the same caches without prefetch miss, as `measure.miss_keys`; None if nothing is prefetched."""
+    """Return what the same caches without prefetch miss, as `accesses.miss_keys`; None if nothing is prefetched."""
     if not any(gpu.prefetch.horizons for gpu in ready):
         return [None] * len(ready)
     managers = [make_manager(part, Spool(stream, keep=False)) for part in inputs.parts]
     if inputs.placed is not None:
         missed = shadow_misses(inputs, managers)
     else:
-        shadows = [dispatched(part, own, NoPrefetch()) for part, own in zip(inputs.parts, managers, strict=True)]
-        missed = [
-            measure.miss_keys(own, part.model.total_experts) for own, part in zip(shadows, inputs.parts, strict=True)
-        ]
+        missed = [_misses_alone(part, own, engine) for part, own in zip(inputs.parts, managers, strict=True)]
     for manager in managers:  # what is mapped stays readable
         manager.spool.remove()
     return list(missed)
 
 
-def _links(inputs: Inputs, recordings: Sequence[measure.Recording]) -> list[dict[str, Any]] | None:
+def _misses_alone(inputs: Inputs, manager: MemoryManager, engine: str) -> npt.NDArray[np.int64]:
+    """Return what a GPU's memory misses without prefetch, decided by compiled code where that runs the scenario too."""
+    prefetch, total_experts = NoPrefetch(), inputs.model.total_experts
+    if engine == "compiled":
+        from .decide.sources import decided_in_python
+
+        source = source_of(inputs, manager, prefetch)
+        if decided_in_python(source) is None:
+            from .decide.compiled_misses import missed  # which compiles at its first import
+
+            return missed(source, total_experts)
+    return miss_keys(dispatched(inputs, manager, prefetch), total_experts)
+
+
+def _links(inputs: Inputs, recordings: Sequence[Recording]) -> list[dict[str, Any]] | None:
     """Return what each link between GPUs carried; None where there are none."""
     links = inputs.links
     return None if links is None else link_usage(recordings, links, _sent(inputs, recordings, links))
 
 
-def _sent(inputs: Inputs, recordings: Sequence[measure.Recording], links: Links) -> list[Carried]:
+def _sent(inputs: Inputs, recordings: Sequence[Recording], links: Links) -> list[Carried]:
     """Return what GPUs have sent each other."""
     if inputs.placed is not None:
         return sent_tokens_and_experts(inputs, recordings, links)
@@ -259,7 +273,7 @@ def _digest(inputs: Inputs) -> str | None:
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def _deduplication(inputs: Inputs, recordings: Sequence[measure.Recording]) -> dict[str, int] | None:
+def _deduplication(inputs: Inputs, recordings: Sequence[Recording]) -> dict[str, int] | None:
     """Return how many guesses prefetching went by, how many were left once merged, and the bytes that this saved.
 
     Those are of the experts that were prefetched: a copy for every guess of a visit but the first that named one. None
@@ -272,5 +286,5 @@ def _deduplication(inputs: Inputs, recordings: Sequence[measure.Recording]) -> d
         "guessed": sum(manager.guessed for manager in managers),
         "unique": sum(manager.unique_guesses for manager in managers),
         "saved_copies": sum(manager.saved_copies.total() for manager in managers),
-        "saved_bytes": sum(map(measure.saved_bytes, recordings)),
+        "saved_bytes": sum(map(saved_bytes, recordings)),
     }

@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..engine.loading.loading import load_inputs
-from ..engine.measure import metrics as measure
+from ..engine.measure.metrics import memory_steps
+from ..engine.measure.recording import OUTCOMES
 from ..engine.policies.eviction import EVICTION
 from ..engine.scenario.inputs import Inputs
 from ..engine.scenario.scenario import PREDICTOR_LANES, Scenario, load_scenario, make_scenario
@@ -205,7 +206,7 @@ class InferenceSimulator:
 
     def print_summary(self) -> None:
         """Print speed-up, baseline, latency and hits, in both accountings and overlapped."""
-        from ..output.tables import print_inference
+        from ..output.tables.guide import print_inference
 
         print_inference(self.metrics())
 
@@ -225,7 +226,7 @@ class InferenceSimulator:
         manager, result = self._finished()
         if not overlapped:
             return manager.plot_memory(path)
-        figure = plot_memory(*measure.memory_steps(result.recording), title="Expert memory, overlapped")
+        figure = plot_memory(*memory_steps(result.recording), title="Expert memory, overlapped")
         if path is not None:
             save(figure, path)
         return figure
@@ -265,7 +266,7 @@ def hit_split(metrics: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     """Return how many accesses came out how: in the guide's accounting, which knows no late ones, and overlapped."""
     counts, overlapped = metrics["event_counts"], metrics["overlapped"]["counts"]
     guide = {"prefetch_hit": counts["hit"], "cache_hit": counts["cache_hit"], "late": 0, "miss": counts["miss"]}
-    return {"guide's accounting": guide, "overlapped": {name: overlapped[name] for name in measure.OUTCOMES}}
+    return {"guide's accounting": guide, "overlapped": {name: overlapped[name] for name in OUTCOMES}}
 
 
 def in_guides_accounting(

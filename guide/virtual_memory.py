@@ -281,7 +281,7 @@ class VirtualMemoryManager:
 
     def print_report(self) -> None:
         """Print the run in the guide's accounting, and beside it the same run with copies charged."""
-        from ..output.tables import print_virtual_memory
+        from ..output.tables.guide import print_virtual_memory
 
         print_virtual_memory(self.metrics())
 

@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..engine.measure.comparison import PARTS, Step, waterfall
-from ..engine.measure.metrics import FATES, LATE, MISS, OUTCOMES, busy_before
+from ..engine.measure.recording import FATES, LATE, MISS, OUTCOMES
+from ..engine.measure.time_split import busy_before
 from ..errors import InputError
 from ..resources.timeline import KINDS, Timeline
 from ..words import unknown_name

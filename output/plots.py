@@ -17,8 +17,8 @@ import numpy.typing as npt
 from ..errors import InputError
 from ..files import check_file, replacing
 from ..resources.timeline import DEMAND, DENSE, EXPERT, HEAD, KINDS, PREFETCH, Timeline
-from .export import layer_of_each, layers_of, track_order
 from .palette import COLORS
+from .span_names import layer_of_each, layers_of, track_order
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

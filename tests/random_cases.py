@@ -9,14 +9,14 @@ import numpy as np
 from hypothesis import strategies as st
 from tiny import tiny_inputs, tiny_model, tiny_profile
 
-from prestage.engine.costs.costs import Costs
+from prestage.engine.costs.costs import Costs, part_costs
 from prestage.engine.decide.dispatch import Visit
 from prestage.engine.decide.memory_manager import MemoryManager
 from prestage.engine.loading.deciders import dispatched, make_manager, make_prefetch
-from prestage.engine.measure.metrics import Recording
+from prestage.engine.measure.recording import Recording
 from prestage.engine.policies.copy_order import COPY_ORDERS
 from prestage.engine.policies.eviction import EVICTION
-from prestage.engine.run import run
+from prestage.engine.run import prepared, run, run_all
 from prestage.engine.scenario.inputs import Inputs
 from prestage.engine.scenario.scenario import (
     DISPATCH_MODES,
@@ -34,6 +34,7 @@ from prestage.workloads.trace import RoutingTrace
 
 #: A trace's recorded predictions reach this far; deeper lookahead wraps around small models more than once.
 DEEPEST = 5
+_FIELDS = ["start_ns", "end_ns", "lane", "kind", "visit", "expert", "copy", "issued_ns"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,26 @@ def play(inputs: Inputs) -> Recording:
     """Simulate it."""
     costs = Costs(inputs)
     return run(inputs, costs, make_manager(inputs), make_prefetch(inputs.scenario, inputs.model))
+
+
+def books(recordings: list[Recording]) -> list[tuple[bytes, ...]]:
+    """What each GPU recorded, spans and arrivals in an order of their own."""
+    return [
+        (
+            np.sort(one.spans.copy(), order=_FIELDS).tobytes(),
+            one.decoded.accesses.tobytes(),
+            one.decoded.visits.tobytes(),
+            np.sort(one.decoded.arrivals, order=["visit", "kind"]).tobytes(),
+            one.decoded.sent.tobytes(),
+            b"" if one.decoded.resolved is None else one.decoded.resolved.tobytes(),
+            str(one.decoded.timeline.lanes).encode(),
+        )
+        for one in recordings
+    ]
+
+
+def played(inputs: Inputs, engine: str) -> list[tuple[bytes, ...]]:
+    return books(run_all(inputs, prepared(inputs, part_costs(inputs)), engine=engine))
 
 
 def decide(inputs: Inputs) -> tuple[list[Visit], MemoryManager]:

@@ -30,7 +30,7 @@ from prestage.experiments.sweep import sweep
 from prestage.guide.reproduce import TABLES as PUBLISHED
 from prestage.guide.reproduce import virtual_memory
 from prestage.output.markdown import table
-from prestage.output.tables import GUIDE_FIGURES, figure_cells, figure_columns, guide_cells
+from prestage.output.tables.guide import GUIDE_FIGURES, figure_cells, figure_columns, guide_cells
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

@@ -16,8 +16,9 @@ from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_run, tiny_scenario,
 
 from prestage.engine.loading.deciders import make_manager
 from prestage.engine.loading.loading import load_inputs
-from prestage.engine.measure.metrics import Recording, metrics
+from prestage.engine.measure.metrics import metrics
 from prestage.engine.measure.misses import precision_mass
+from prestage.engine.measure.recording import Recording
 from prestage.engine.replay.replay import count_visits
 from prestage.engine.scenario.scenario import (
     COMPRESSED,

@@ -11,47 +11,24 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from random_cases import Case, cases
+from random_cases import Case, books, cases, played
 from random_scenarios import accepted
 from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_scenario
 
-from prestage.engine.costs.costs import Costs, part_costs
+from prestage.engine.costs.costs import Costs
 from prestage.engine.decide.commands import Command, Op
 from prestage.engine.decide.program import Gpu, Stage, stages_program
 from prestage.engine.decide.registers import Registers
 from prestage.engine.decide.tables import Rooms
 from prestage.engine.loading.deciders import dispatched, make_manager, make_prefetch
 from prestage.engine.loading.loading import load_inputs
-from prestage.engine.measure.metrics import Recording
-from prestage.engine.run import Prepared, check_engine, prepared, run_all
+from prestage.engine.run import Prepared, check_engine, run_all
 from prestage.engine.scenario.inputs import Inputs
 from prestage.engine.scenario.scenario import ScenarioError, load_scenario, scenario_names
 from prestage.engine.simulate import simulate
 from prestage.engine.timing.simulation import settings_of
 from prestage.resources.timeline import DENSE, EXPERT, HEAD
 from prestage.workloads.trace import RoutingTrace
-
-FIELDS = ["start_ns", "end_ns", "lane", "kind", "visit", "expert", "copy", "issued_ns"]
-
-
-def books(recordings: list[Recording]) -> list[tuple[bytes, ...]]:
-    """What each GPU recorded, spans and arrivals in an order of their own."""
-    return [
-        (
-            np.sort(one.spans.copy(), order=FIELDS).tobytes(),
-            one.decoded.accesses.tobytes(),
-            one.decoded.visits.tobytes(),
-            np.sort(one.decoded.arrivals, order=["visit", "kind"]).tobytes(),
-            one.decoded.sent.tobytes(),
-            b"" if one.decoded.resolved is None else one.decoded.resolved.tobytes(),
-            str(one.decoded.timeline.lanes).encode(),
-        )
-        for one in recordings
-    ]
-
-
-def played(inputs: Inputs, engine: str) -> list[tuple[bytes, ...]]:
-    return books(run_all(inputs, prepared(inputs, part_costs(inputs)), engine=engine))
 
 
 @pytest.mark.parametrize("name", sorted(set(scenario_names()) - {"placement-8"}))
@@ -66,7 +43,9 @@ def test_a_shipped_scenario_ends_alike_by_lanes_by_simpy_and_compiled(name: str)
 @pytest.mark.parametrize("remote", ["tokens", "peer", "cost"])
 @pytest.mark.parametrize("threads", ["one", "per-gpu"])
 def test_gpus_that_share_experts_end_alike_by_simpy_and_compiled(remote: str, threads: str) -> None:
+    # The predictor on each GPU takes its time, and hosts wait for its guesses: each for its own, if they are several.
     chosen = ["workload.tokens=16", f"parallel.remote={remote}", f"parallel.dispatch_threads={threads}"]
+    chosen += ["predictor.latency_us=30", "predictor.lane=gpu"]
     inputs = load_inputs(load_scenario("placement-8", chosen))
     assert played(inputs, "compiled") == played(inputs, "simpy")
 
@@ -79,7 +58,10 @@ def test_random_runs_of_one_gpu_end_alike(case: Case) -> None:
     def play(engine: str) -> list[tuple[bytes, ...]]:
         costs = Costs(inputs)
         prefetch = make_prefetch(inputs.scenario, inputs.model, costs.copies[0].queued_ns)
-        return books(run_all(inputs, [Prepared(inputs, costs, make_manager(inputs), prefetch)], engine=engine))
+        recorded: list[tuple[bytes, ...]] = books(
+            run_all(inputs, [Prepared(inputs, costs, make_manager(inputs), prefetch)], engine=engine)
+        )
+        return recorded
 
     by_simpy = play("simpy")
     assert play("compiled") == by_simpy
@@ -95,10 +77,6 @@ def test_random_scenarios_of_all_sections_end_alike(first: int, tmp_path: Path) 
     for seed in range(first, first + 20):
         inputs = accepted(seed, tmp_path)
         if inputs is None:
-            continue
-        try:
-            check_engine(inputs, "simpy")
-        except ScenarioError:
             continue
         assert played(inputs, "compiled") == played(inputs, "simpy"), f"seed {seed}"
         compared += 1
@@ -136,10 +114,7 @@ def test_a_visit_comes_to_these_commands() -> None:
     ]  # fmt: skip
 
 
-def test_what_does_not_go_by_commands_yet_is_refused_before_the_run() -> None:
-    waiting = ["workload.tokens=2", "predictor.latency_us=10", "parallel.dispatch_threads=per-gpu"]
-    with pytest.raises(ScenarioError, match=r"engine 'simpy' has no threads of several GPUs that wait for guesses"):
-        check_engine(load_inputs(load_scenario("placement-8", waiting)), "simpy")
+def test_an_engine_that_is_none_is_refused() -> None:
     with pytest.raises(ScenarioError, match=r"engine = 'simpie': choose one of lanes, simpy, compiled \(did you mean"):
         check_engine(load_inputs(load_scenario("speed", ["workload.tokens=2"])), "simpie")
 

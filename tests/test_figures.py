@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
-from prestage.engine.measure.metrics import FATES, LATE, MISS
+from prestage.engine.measure.recording import FATES, LATE, MISS
 from prestage.engine.scenario.scenario import load_scenario
 from prestage.engine.simulate import simulate
 from prestage.output.figures import (

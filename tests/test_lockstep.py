@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_cases import Case, cases, play
+from random_cases import Case, cases, play, played
 from tiny import (
     ASSUMED,
     HIDDEN,
@@ -31,7 +31,8 @@ from prestage.engine.links import Links
 from prestage.engine.loading.deciders import make_manager, make_prefetch
 from prestage.engine.loading.loading import load_inputs
 from prestage.engine.lockstep import AllToAll
-from prestage.engine.measure.metrics import Recording, time_split
+from prestage.engine.measure.recording import Recording
+from prestage.engine.measure.time_split import time_split
 from prestage.engine.placed import REMOTE
 from prestage.engine.policies.placement import PLACEMENT
 from prestage.engine.run import prepared, run_all
@@ -39,7 +40,7 @@ from prestage.engine.scenario.inputs import Inputs
 from prestage.engine.scenario.scenario import DISPATCH_THREADS, Scenario, ScenarioError, load_scenario, make_scenario
 from prestage.engine.simulate import simulate_inputs
 from prestage.resources.profile import Profile, make_profile
-from prestage.resources.timeline import COMBINE, DEMAND, DENSE, DISPATCH, EXPERT, PEER, PREDICT, SPAN
+from prestage.resources.timeline import COMBINE, DEMAND, DENSE, DISPATCH, EXPERT, PEER, PREDICT, PREFETCH, SPAN
 
 TOKEN_BYTES = 2 * HIDDEN  # int8 weights: hidden states are of 16 bits
 #: Copies between GPUs that take 5 ns for the 20 bytes of an expert.
@@ -320,6 +321,30 @@ def test_nothing_happens_before_its_cause_and_the_parts_of_time_come_to_the_make
     for recording in recordings:
         used = recording.compute_spans[recording.compute_spans["copy"] >= 0]
         assert (used["start_ns"] >= recording.copy_end_ns[used["copy"]]).all()
+
+
+@settings(max_examples=100)
+@given(drawn=spread())
+def test_both_engines_end_at_the_same_nanoseconds(drawn: Spread) -> None:
+    assert played(drawn.inputs, "compiled") == played(drawn.inputs, "simpy")
+
+
+def test_a_thread_that_copies_what_another_prefetches_waits_until_that_has_been_ordered() -> None:
+    # Two GPUs with a token each, two layers of one expert, room for one: dense 0-3, each copies the first layer's from
+    # the host. Both predict 3-53 and prefetch the second layer's: GPU 0's thread orders its copy at 53, from the host,
+    # for the room has been read by 30. GPU 1's thread knows its guesses at 53, too: it copies from GPU 0, once the
+    # bytes are there.
+    trace = tiny_trace([[[0], [0]], [[0], [0]]], num_experts=1, sequence=np.array([0, 1], dtype=np.int32))
+    scenario = shared(2, 2, "1experts", remote="peer")
+    plain = {
+        **scenario.plain(), "prefetch": {"lookahead": 1, "k": 1}, "predictor": {"latency_us": 0.05, "recall": 1.0},
+    }  # fmt: skip
+    inputs = tiny_pipeline(tiny_model(2, 1), machine(2), trace, make_scenario(plain))
+    for engine in ("simpy", "compiled"):
+        first, second = run_all(inputs, prepared(inputs, part_costs(inputs)), engine=engine)
+        assert intervals(first, DEMAND, PREFETCH) == [(3, 23), (53, 73)]
+        assert intervals(second, DEMAND, PREFETCH) == [(3, 23)]
+        assert intervals(second, PEER) == [(73, 78)]
 
 
 @settings(max_examples=40)

@@ -13,7 +13,7 @@ import pytest
 import simpy
 from hypothesis import given
 from hypothesis import strategies as st
-from random_cases import Case, cases, decide, play
+from random_cases import Case, cases, decide, play, played
 from tiny import (
     check_books,
     peers,
@@ -31,7 +31,8 @@ from prestage.engine.costs.costs import part_costs
 from prestage.engine.decide.memory_manager import MemoryManager
 from prestage.engine.gpu import Gpu
 from prestage.engine.measure.merge import makespan_ns, run_metrics
-from prestage.engine.measure.metrics import Recording, time_split
+from prestage.engine.measure.recording import Recording
+from prestage.engine.measure.time_split import time_split
 from prestage.engine.policies.eviction import EVICTION
 from prestage.engine.run import prepared, run_all
 from prestage.engine.scenario.inputs import Inputs
@@ -240,6 +241,11 @@ def test_every_stage_decides_what_a_run_of_its_layers_alone_decides(inputs: Inpu
         assert recording.manager.copy_expert.tolist() == manager.copy_expert.tolist()
         assert recording.manager.evicted_copies.tolist() == manager.evicted_copies.tolist()
         assert recording.manager.dropped == manager.dropped
+
+
+@given(inputs=pipelines())
+def test_both_engines_end_at_the_same_nanoseconds(inputs: Inputs) -> None:
+    assert played(inputs, "compiled") == played(inputs, "simpy")
 
 
 @given(inputs=pipelines())

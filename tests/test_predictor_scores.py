@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prestage.output.tables import print_predictors
+from prestage.output.tables.measured import print_predictors
 from prestage.workloads.batches import plan_steps
 from prestage.workloads.guesses import Guesses, Run
 from prestage.workloads.predictor_scores import (

@@ -25,7 +25,8 @@ from prestage.engine.decoder import host
 from prestage.engine.gpu import Gpu
 from prestage.engine.loading.deciders import dispatched, make_host_memory, make_manager, make_prefetch
 from prestage.engine.loading.loading import load_inputs
-from prestage.engine.measure.metrics import Recording, tiers
+from prestage.engine.measure.metrics import tiers
+from prestage.engine.measure.recording import Recording
 from prestage.engine.policies.copy_order import COPY_ORDERS
 from prestage.engine.policies.eviction import EVICTION
 from prestage.engine.scenario.inputs import Inputs

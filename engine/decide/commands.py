@@ -78,6 +78,11 @@ class Op(IntEnum):
     #: The last work is a copy out of a room of host memory: the register stands for its end, too, or for the instant at
     #: which it is given up.
     LEAVE = 28
+    #: The next `extra` commands are a part that a thread of this GPU's own carries out, beside those of the parts that
+    #: come directly before and behind. What comes behind the last of them waits for all.
+    PART = 29
+    #: In a part: the thread waits until that of GPU `peer` has carried out the first `extra` commands of its own.
+    BEHIND = 30
 
 
 class Command(NamedTuple):

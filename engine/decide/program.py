@@ -8,6 +8,7 @@ together, since they share its experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy.typing as npt
 from ...resources.timeline import ACTIVATION, COMBINE, DENSE, DISPATCH, EXPERT, HEAD
 from ...workloads.batches import Step
 from ..placed import PlacedVisit
-from .commands import CHOICE, COMPUTE, FIXED_REGISTERS, OUTPUT, RESULTS, TOKENS, Op
+from .commands import CHOICE, COMPUTE, FIXED_REGISTERS, OUTPUT, RESULTS, TOKENS, Command, Op
 from .dispatch import Visit
 from .host_memory import HostRooms
 from .registers import Registers
@@ -41,16 +42,75 @@ Program = Iterator[Iterator[Array]]
 #: Rows that any visit needs besides those of its accesses, copies and rooms, and the most for each of these.
 _SOME_ROWS, _ROWS_EACH = 64, 8
 _COLUMNS = ("kind", "lane", "layer", "tokens", "expert", "copy", "register", "peer", "extra")
+_REGISTER = Command._fields.index("register")
+
+#: What commands do to a register but change it: wait for it, or join it, which several parts may do in any order.
+_TO_REGISTERS = {Op.WAIT: Op.WAIT, Op.HOLD: Op.WAIT, Op.NOTICE: Op.WAIT, Op.PROMOTE: Op.WAIT, Op.JOIN: Op.JOIN}
+
+
+class Parts:
+    """Parts of a program that the threads of several GPUs carry out beside each other, each in order.
+
+    Where parts name the same registers, a command is put behind those of other parts that must have been ordered first.
+    """
+
+    def __init__(self, *, share_registers: bool) -> None:
+        self._share = share_registers
+        self._commands: dict[int, list[Array]] = {}  # by GPU
+        self._named: dict[int, dict[int, dict[Op, int]]] = {}  # by GPU and register: its last command of each kind
+
+    def add(self, gpu: int, commands: Array) -> None:
+        """Add to the part of a GPU."""
+        part = self._commands.setdefault(gpu, [])
+        if not self._share:
+            part.extend(commands)
+            return
+        own = self._named.setdefault(gpu, {})
+        behind = dict.fromkeys(self._named, 0)
+        for command in commands:
+            register = int(command[_REGISTER])
+            if register >= 0:
+                does = _TO_REGISTERS.get(Op(int(command[0])), Op.TOUCH)
+                for other, named in self._named.items():
+                    last = max((at for did, at in named.get(register, {}).items() if _in_order(did, does)), default=0)
+                    if other != gpu and last > behind[other]:
+                        behind[other] = last
+                        part.append(_command(Op.BEHIND, gpu, peer=other, extra=last))
+                own.setdefault(register, {})[does] = len(part) + 1
+            part.append(command)
+
+    def taken(self) -> list[Array]:
+        """Return all commands, each GPU's behind one that says how many they are, and begin anew."""
+        found = []
+        for gpu, commands in self._commands.items():
+            found += [_command(Op.PART, gpu, extra=len(commands)), *commands]
+        self._commands.clear()
+        self._named.clear()
+        return found
+
+
+def _command(op: Op, gpu: int, **columns: int) -> Array:
+    named = {"op": int(op), "gpu": gpu, **columns}
+    return np.array([named.get(name, -1) for name in Command._fields], dtype=np.int64)
+
+
+def _in_order(one: Op, other: Op) -> bool:
+    """Whether two things that commands do to one register must come one after the other."""
+    return one != other or one == Op.TOUCH
 
 
 class Rows:
-    """A buffer of commands, used again for every portion."""
+    """A buffer of commands, used again for every portion; `share_registers`: its parts name the same ones."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, share_registers: bool = False) -> None:
         self._rows = np.zeros((4096, COLUMNS), dtype=np.int64)
+        self._parts = Parts(share_registers=share_registers)
+        self._apart = False  # whether there are parts that are not in the buffer yet
 
     def room_for(self, more: int) -> Array:
         """Return the buffer with room for so many more commands."""
+        if self._apart:
+            self._end_parts()
         needed = int(self._rows[0, 0]) + more + 1
         if needed > len(self._rows):
             grown = np.zeros((2 * needed, COLUMNS), dtype=np.int64)
@@ -62,8 +122,27 @@ class Rows:
         """Add a command by the names of its columns; what is left out is -1."""
         add(self.room_for(1), int(op), gpu, *(columns.get(name, -1) for name in _COLUMNS))
 
+    @contextmanager
+    def part(self, gpu: int) -> Iterator[None]:
+        """Let a thread of the GPU's own carry out what is added, beside the parts of others just before and behind."""
+        first, self._apart = int(self._rows[0, 0]), False
+        yield
+        last, self._rows[0, 0] = int(self._rows[0, 0]), first
+        self._parts.add(gpu, self._rows[first + 1 : last + 1].copy())
+        self._apart = True
+
+    def _end_parts(self) -> None:
+        self._apart = False
+        commands = self._parts.taken()
+        rows = self.room_for(len(commands))
+        first = int(rows[0, 0])
+        rows[0, 0] = first + len(commands)
+        rows[first + 1 : rows[0, 0] + 1] = commands
+
     def portion(self) -> Array:
         """Return the commands since the last portion (commands, columns); they are valid until the next is begun."""
+        if self._apart:
+            self._end_parts()
         count = int(self._rows[0, 0])
         self._rows[0, 0] = 0
         return self._rows[1 : count + 1]
@@ -77,6 +156,7 @@ class Gpu:
     rooms: Rooms
     registers: Registers
     host: HostRooms | None = None
+    may_wait: bool = False  # whether its host thread may have to wait amid its commands
     known: Array = field(default_factory=lambda: np.zeros(1024, dtype=np.int64))
     results: bool = False  # whether the next kernel but an expert waits for the CPU's
 
@@ -195,11 +275,13 @@ class SharedLayers:
     ) -> None:  # fmt: skip
         self._gpus, self._visits, self._layers, self._one = gpus, visits, layers, one_thread
         self._moves, self._decided = moves, decided
-        self._rows = Rows()
+        self._rows = Rows(share_registers=any(gpu.settings[LENDS] for gpu in gpus))
         self._choices = len(gpus) * FIXED_REGISTERS  # the register of the last choice of all
         self._shelves: dict[tuple[int, int], int] = {}  # registers of spare memory, by GPU and number
         self._left: list[int] = []  # registers that nobody needs once a visit is ordered
         self._back = False  # whether tokens come back from other GPUs before the next kernels
+        # Threads of their own do not wait for each other, but where all meet.
+        self._apart = not one_thread and any(gpu.may_wait for gpu in gpus)
 
     def program(self, steps: Sequence[Step], homes: Sequence[Array]) -> Program:
         """Yield the program; `homes` (steps,) are the GPUs of each step's tokens."""
@@ -222,7 +304,7 @@ class SharedLayers:
                 served = [gpu for gpu, own in zip(gpus, visit.visits, strict=True) if own.accesses.experts]
                 self._exchange(COMBINE, [gpu.register(OUTPUT) for gpu in served])
             self._back = moves
-        for gpu, count in zip(self._turns(), tokens, strict=True):
+        for gpu, count in zip(self._each(), tokens, strict=True):
             if count:
                 self._receive(gpu, HEAD)
                 gpu.head(rows, min(count, step.sampled))
@@ -236,24 +318,36 @@ class SharedLayers:
                 self._rows.add(Op.TURN, gpu.number, extra=0)
             yield gpu
 
+    def _each(self) -> Iterator[Gpu]:
+        """Yield the GPUs, each with its own thread or the one at it."""
+        if not self._apart:
+            yield from self._turns()
+            return
+        for gpu in self._gpus:
+            with self._rows.part(gpu.number):
+                yield gpu
+
     def _receive(self, gpu: Gpu, kind: int) -> None:
         if self._back:
             self._rows.add(Op.RECEIVE, gpu.number, kind=kind, register=gpu.register(TOKENS))
 
     def _dense(self, layer: int, tokens: list[int], phase: int) -> None:
-        """Order the dense part of each GPU's tokens."""
-        for gpu, count in zip(self._turns(), tokens, strict=True):
+        """Order the dense part of each GPU's tokens; a thread that waits for no other reads its choice back at once."""
+        for gpu, count in zip(self._each(), tokens, strict=True):
             self._rows.add(Op.VISIT, gpu.number, extra=0)
             if count:
                 self._receive(gpu, DENSE)
                 gpu.dense(self._rows, layer, count, phase)
+                if self._apart:
+                    gpu.read_back(self._rows, layer, count)
 
     def _choose(self, layer: int, tokens: list[int]) -> None:
         """Bring every GPU's choice to the host, and let every thread notice when the last one is known."""
         first = True
         for gpu, count in zip(self._turns(), tokens, strict=True):
             if count:
-                gpu.read_back(self._rows, layer, count)
+                if not self._apart:
+                    gpu.read_back(self._rows, layer, count)
                 op = Op.TOUCH if first else Op.JOIN
                 self._rows.add(op, gpu.number, register=self._choices)
                 first = False
@@ -281,14 +375,14 @@ class SharedLayers:
         self._rows.add(Op.EXCHANGE, 0, kind=kind)
 
     def _serve(self, visit: PlacedVisit, phase: int) -> None:
-        for gpu, own in zip(self._turns(), visit.visits, strict=True):
+        for gpu, own in zip(self._each(), visit.visits, strict=True):
             loans = self._loans(visit, gpu.number) if gpu.settings[LENDS] else None
             gpu.serve(self._rows, own, phase, loans)
+            if own.accesses.experts:
+                self._rows.add(Op.OUTPUT, gpu.number, register=gpu.register(OUTPUT))
             for register in self._left:
                 gpu.registers.give(register)
             self._left.clear()
-            if own.accesses.experts:
-                self._rows.add(Op.OUTPUT, gpu.number, register=gpu.register(OUTPUT))
 
     def _loans(self, visit: PlacedVisit, gpu: int) -> Loans:
         """Return what a GPU's copies have to do with other GPUs' memory, by register."""

@@ -47,23 +47,21 @@ from .compiled_lanes import (
 from .memory import (
     A_DEPARTURE,
     A_THREAD,
-    ACCESS,
     AN_ARRIVAL,
-    ARRIVAL,
+    ARRIVAL_WORDS,
+    ARRIVALS,
     ASKED,
     ASKED_FOR,
-    BOOK_WORDS,
-    BOOKS,
     CPU_SHAPE,
     D_HOST,
     D_REQUEST,
-    DECISION,
     DENSE_SHAPE,
     DONE,
     DROPPED,
     EXPERT_SHAPE,
     FREE_WORK,
     FROM_CPU_SHAPE,
+    G_ACCESSES,
     G_AFTER,
     G_ARRIVALS,
     G_ASSIGNED,
@@ -79,6 +77,7 @@ from .memory import (
     G_COPY_SLOWDOWN,
     G_CPU,
     G_D2H,
+    G_DECISIONS,
     G_DEPTH,
     G_EXCHANGE,
     G_EXCHANGE_NS,
@@ -128,6 +127,7 @@ from .memory import (
     G_SIZED,
     G_SYNCHRONIZE,
     G_SYNCHRONIZE_BESIDE,
+    G_THREAD,
     G_TO_CPU,
     G_TURN,
     G_UNPACKING,
@@ -165,6 +165,7 @@ from .memory import (
     NEVER,
     NODES_EACH,
     NODES_LEFT,
+    NOTE_WORDS,
     NOW,
     P_ALONE,
     P_CLASS,
@@ -179,15 +180,19 @@ from .memory import (
     R_COUNT,
     RATE,
     READ_WORDS,
+    RECORD_ROOM,
+    RECORDS,
     REGISTERS,
     SIZED_SHAPE,
     SPACE,
-    SPANS,
     T_AT,
+    T_BEHIND,
     T_COUNT,
     T_GOES_ON,
     T_GPU,
     T_GPUS,
+    T_PART_OF,
+    T_PARTS,
     T_ROWS,
     THREADS,
     TO_CPU_SHAPE,
@@ -222,12 +227,13 @@ from .memory import (
 O_VISIT, O_WAIT, O_RECLAIM, O_TOUCH, O_JOIN, O_OUTPUT, O_LAUNCH, O_MEMBER = (int(op) for op in list(Op)[:8])
 O_COPY, O_READBACK, O_NOTICE, O_DECIDE, O_HOLD, O_PREDICT, O_PROMOTE, O_TO_CPU = (int(op) for op in list(Op)[8:16])
 O_CPU, O_FROM_CPU, O_UNPACK, O_READ, O_CATCH_UP, O_TURN, O_RECEIVE, O_SEND = (int(op) for op in list(Op)[16:24])
-O_CALL, O_EXCHANGE, O_FETCH, O_STORE, O_LEAVE = (int(op) for op in list(Op)[24:29])
+O_CALL, O_EXCHANGE, O_FETCH, O_STORE, O_LEAVE, O_PART, O_BEHIND = (int(op) for op in list(Op)[24:31])
 COLUMNS = len(Command._fields)
 C_OP, C_GPU, C_KIND, C_LANE, C_LAYER, C_TOKENS, C_EXPERT, C_COPY, C_REGISTER, C_PEER, C_EXTRA = range(COLUMNS)
 
 #: Kinds of events, in the order in which they come at one instant (see `lanes.Instant`).
-ENTERS, ENDS, KEEPS, GOES_ON, STARTS, ALL = range(6)
+ENTERS, ENDS, KEEPS, GOES_ON, STARTS = range(5)
+KIND_BITS, ALL = 3, 7
 
 
 @compiled
@@ -429,16 +435,25 @@ def end_busy(m: Words, gpu: Word) -> None:
     """Record the host thread's work since it last began as one span."""
     since, now = m[gpu + G_BUSY_SINCE], m[gpu + G_NOW]
     if now > since:
-        record_span(m, since, now, since, -1, m[gpu + G_VISIT], -1, m[gpu + G_HOST], LAUNCH)
+        record_span(m, gpu, since, now, since, -1, m[gpu + G_VISIT], -1, m[gpu + G_HOST], LAUNCH)
         m[gpu + G_BUSY_SINCE] = now
 
 
 @compiled
-def note(m: Words, what: Word, gpu: Word, first: Word, second: Word, third: Word) -> None:
-    """Add an entry to the books: an access, a decision, or an arrival."""
-    region = m[BOOKS]
-    at = m[region + R_AT] + m[region + R_COUNT] * BOOK_WORDS
-    m[at], m[at + 1], m[at + 2], m[at + 3], m[at + 4] = what, m[gpu + G_NUMBER], first, second, third
+def note(m: Words, region: Word, first: Word, second: Word, third: Word) -> None:
+    """Record an access or a decision."""
+    at = m[region + R_AT] + m[region + R_COUNT] * NOTE_WORDS
+    m[at], m[at + 1], m[at + 2] = first, second, third
+    m[region + R_COUNT] += 1
+    m[RECORDS] += 1
+
+
+@compiled
+def note_arrival(m: Words, gpu: Word, kind: Word, work: Word) -> None:
+    """Record what a kernel waits for that another GPU sends."""
+    region = m[ARRIVALS]
+    at = m[region + R_AT] + m[region + R_COUNT] * ARRIVAL_WORDS
+    m[at], m[at + 1], m[at + 2], m[at + 3] = m[gpu + G_NUMBER], m[gpu + G_VISIT], kind, hold(m, work)
     m[region + R_COUNT] += 1
 
 
@@ -476,7 +491,7 @@ def launch(m: Words, f: Reals, thread: Word, row: Word) -> Word:
     if kind != DECOMPRESS:
         replace(m, gpu + G_LAST_KERNEL, work)
     if kind == EXPERT and m[row + C_COPY] >= 0 and m[row + C_TOKENS] >= 0:
-        note(m, ACCESS, gpu, m[gpu + G_VISIT], m[row + C_COPY], m[row + C_TOKENS])
+        note(m, m[gpu + G_ACCESSES], m[gpu + G_VISIT], m[row + C_COPY], m[row + C_TOKENS])
     return True
 
 
@@ -490,7 +505,7 @@ def add_member(m: Words, f: Reals, row: Word) -> None:
     m[gpu + G_MEMBER_NS] += m[price + K_NS]
     m[gpu + G_MOST_NS] = max(m[gpu + G_MOST_NS], m[price + K_NS])
     f[gpu + G_MEMBER_SLOWDOWN] = max(f[gpu + G_MEMBER_SLOWDOWN], f[price + K_SLOWDOWN])
-    note(m, ACCESS, gpu, m[gpu + G_VISIT], m[row + C_COPY], m[row + C_TOKENS])
+    note(m, m[gpu + G_ACCESSES], m[gpu + G_VISIT], m[row + C_COPY], m[row + C_TOKENS])
 
 
 @compiled
@@ -584,7 +599,7 @@ def predict(m: Words, f: Reals, thread: Word, row: Word) -> Word:
     else:
         end_busy(m, gpu)
         now = m[gpu + G_NOW]
-        record_span(m, now, now + ns, now, -1, m[gpu + G_VISIT], -1, m[gpu + G_HOST], PREDICT)
+        record_span(m, gpu, now, now + ns, now, -1, m[gpu + G_VISIT], -1, m[gpu + G_HOST], PREDICT)
         m[gpu + G_NOW] += ns
         m[gpu + G_BUSY_SINCE] = m[gpu + G_NOW]
     return True
@@ -628,7 +643,7 @@ def receive(m: Words, row: Word) -> None:
         arrivals = node_before(m, hold(m, arrival_of(m, gpu, m[row + C_EXTRA])), np.int64(-1))
     node = arrivals
     while node >= 0:
-        note(m, ARRIVAL, gpu, m[gpu + G_VISIT], m[row + C_KIND], hold(m, m[node + N_WHAT]))
+        note_arrival(m, gpu, m[row + C_KIND], m[node + N_WHAT])
         node = m[node + N_NEXT]
     m[gpu + G_KERNEL_AFTER] = joined(m, arrivals, m[gpu + G_KERNEL_AFTER])
     m[gpu + G_CALLS] += 1
@@ -702,7 +717,7 @@ def notice(m: Words, gpu: Word, row: Word) -> None:
 def decide(m: Words, row: Word) -> None:
     """Note when the choice was known, and go on to what was decided by it."""
     gpu = gpu_of(m, row)
-    note(m, DECISION, gpu, m[gpu + G_NOW], m[gpu + G_ASSIGNED], m[gpu + G_BUDGET])
+    note(m, m[gpu + G_DECISIONS], m[gpu + G_NOW], m[gpu + G_ASSIGNED], m[gpu + G_BUDGET])
     if m[gpu + G_READS_BACK]:
         m[gpu + G_NOW] += m[gpu + G_COPY_RESUME] if m[row + C_TOKENS] else m[gpu + G_RESUME]
 
@@ -789,6 +804,19 @@ def move_registers(m: Words, row: Word) -> Word:
 
 
 @compiled
+def is_behind(m: Words, thread: Word, row: Word) -> Word:
+    """Whether the thread of another GPU has come so far in its part; if not, this one waits for it."""
+    gpu, other = gpu_of(m, row), m[m[m[GPUS] + 1 + m[row + C_PEER]] + G_THREAD]
+    if m[other + T_AT] < m[row + C_EXTRA]:
+        m[thread + T_BEHIND] = 1
+        return False
+    if m[thread + T_BEHIND]:
+        m[thread + T_BEHIND] = 0
+        m[gpu + G_NOW] = max(m[gpu + G_NOW], m[NOW])
+    return True
+
+
+@compiled
 def carry_out_one(m: Words, f: Reals, thread: Word, row: Word) -> Word:
     """Carry out a command; False if the thread has to wait first, and comes to it again."""
     op = m[row + C_OP]
@@ -802,6 +830,8 @@ def carry_out_one(m: Words, f: Reals, thread: Word, row: Word) -> Word:
             return False
         if op == O_NOTICE:
             notice(m, gpu, row)
+    elif op == O_BEHIND:
+        return is_behind(m, thread, row)
     elif op == O_COPY:
         copy(m, f, row)
     elif op == O_READ:
@@ -838,10 +868,46 @@ def carry_out_one(m: Words, f: Reals, thread: Word, row: Word) -> Word:
 
 
 @compiled
+def begin_parts(m: Words, thread: Word) -> None:
+    """Let the GPUs' own threads carry out the parts that are next, all of which this one waits for."""
+    while m[thread + T_AT] < m[thread + T_COUNT]:
+        row = m[thread + T_ROWS] + m[thread + T_AT] * COLUMNS
+        if m[row + C_OP] != O_PART:
+            return
+        part = m[gpu_of(m, row) + G_THREAD]
+        m[part + T_ROWS], m[part + T_COUNT], m[part + T_AT] = row + COLUMNS, m[row + C_EXTRA], 0
+        m[part + T_PART_OF], m[part + T_GOES_ON] = thread, m[NOW]
+        m[thread + T_PARTS] += 1
+        m[thread + T_AT] += 1 + m[row + C_EXTRA]
+
+
+@compiled
+def wake_parts(m: Words) -> None:
+    """Let all parts look again that wait for another part's thread, one of which has come further."""
+    gpus = m[GPUS]
+    for at in range(gpus + 1, gpus + 1 + m[gpus]):
+        part = m[m[at] + G_THREAD]
+        if m[part + T_BEHIND]:
+            m[part + T_GOES_ON] = m[NOW]
+
+
+@compiled
+def end_part(m: Words, part: Word) -> None:
+    """Let the thread that waits for parts go on, if this was the last of them."""
+    thread = m[part + T_PART_OF]
+    m[thread + T_PARTS] -= 1
+    if m[thread + T_PARTS] == 0:
+        m[thread + T_GOES_ON] = m[NOW]
+
+
+@compiled
 def carry_out(m: Words, f: Reals, thread: Word) -> Word:
     """Carry out a thread's commands from where it is; whether it has come to their end, and neither waits nor rests."""
     while m[thread + T_AT] < m[thread + T_COUNT]:
         row = m[thread + T_ROWS] + m[thread + T_AT] * COLUMNS
+        if m[row + C_OP] == O_PART:
+            begin_parts(m, thread)
+            return False
         if not carry_out_one(m, f, thread, row):
             return False
         m[thread + T_AT] += 1
@@ -854,30 +920,25 @@ def carry_out(m: Words, f: Reals, thread: Word) -> Word:
 
 
 @compiled
-def next_event(m: Words) -> tuple[Word, Word, Word]:
-    """Return what comes next: when, of which kind (ends, entries, then as of `Instant`), and where."""
-    at: Word = NEVER
-    kind: Word = ALL
+def next_event(m: Words) -> tuple[Word, Word]:
+    """Return what comes next: its instant and kind (ends, entries, then as of `Instant`) as one number, and where."""
+    first: Word = NEVER << KIND_BITS
     where: Word = -1
     lanes = m[LANES]
     for place in range(lanes + 1, lanes + 1 + m[lanes]):
         lane = m[place]
-        if m[lane + L_END] < at or (m[lane + L_END] == at and kind > ENDS):
-            at, kind, where = m[lane + L_END], ENDS, lane
+        comes = min(m[lane + L_END] << KIND_BITS | ENDS, m[lane + L_WAKE] << KIND_BITS | STARTS)
+        comes = min(comes, m[lane + L_KEEPS] << KIND_BITS | KEEPS)
         if m[lane + L_ENTERING] >= 0:
-            enters = max(m[NOW], m[m[lane + L_ENTERING] + W_ISSUED])
-            if enters < at or (enters == at and kind > ENTERS):
-                at, kind, where = enters, ENTERS, lane
-        if m[lane + L_KEEPS] < at or (m[lane + L_KEEPS] == at and kind > KEEPS):
-            at, kind, where = m[lane + L_KEEPS], KEEPS, lane
-        if m[lane + L_WAKE] < at or (m[lane + L_WAKE] == at and kind > STARTS):
-            at, kind, where = m[lane + L_WAKE], STARTS, lane
+            comes = min(comes, max(m[NOW], m[m[lane + L_ENTERING] + W_ISSUED]) << KIND_BITS | ENTERS)
+        if comes < first:
+            first, where = comes, lane
     threads = m[THREADS]
     for place in range(threads + 1, threads + 1 + m[threads]):
-        goes_on = m[m[place] + T_GOES_ON]
-        if goes_on < at or (goes_on == at and kind > GOES_ON):
-            at, kind, where = goes_on, GOES_ON, m[place]
-    return at, kind, where
+        comes = m[m[place] + T_GOES_ON] << KIND_BITS | GOES_ON
+        if comes < first:
+            first, where = comes, m[place]
+    return first, where
 
 
 @compiled
@@ -892,8 +953,8 @@ def has_space(m: Words, thread: Word) -> Word:
     gpus = m[m[GPUS]]
     more = 8 + (m[thread + T_COUNT] + gpus * gpus if thread >= 0 else 0)
     return (
-        has_room(m, m[SPANS], more)
-        and has_room(m, m[BOOKS], more)
+        m[RECORDS] + more < m[RECORD_ROOM]
+        and has_room(m, m[ARRIVALS], more)
         and has_room(m, m[DROPPED], 1)
         and m[WORK_LEFT] > WORK_EACH * more
         and m[NODES_LEFT] > NODES_EACH * more
@@ -914,7 +975,8 @@ def advance(m: Words, f: Reals, thread: Word) -> tuple[Word, Word]:
         if carry_out(m, f, thread):
             return PORTION, thread
     while True:
-        at, kind, where = next_event(m)
+        first, where = next_event(m)
+        at, kind = first >> KIND_BITS, first & ALL
         if at >= NEVER:
             return DONE, np.int64(-1)
         if not has_space(m, where if kind == GOES_ON else np.int64(-1)):
@@ -932,7 +994,13 @@ def advance(m: Words, f: Reals, thread: Word) -> tuple[Word, Word]:
                 return RATE, np.int64(-1)
         else:
             m[where + T_GOES_ON] = NEVER
-            if carry_out(m, f, where):
+            before, done = m[where + T_AT], carry_out(m, f, where)
+            if m[where + T_PART_OF] >= 0:
+                if m[where + T_AT] > before:
+                    wake_parts(m)
+                if done:
+                    end_part(m, where)
+            elif done:
                 return PORTION, where
 
 
@@ -945,17 +1013,16 @@ def backlogs(m: Words, f: Reals, gpu: Word) -> Word:
 
 @compiled
 def settle_arrivals(m: Words) -> Word:
-    """Turn the first arrivals in the books that are known into instants; return how many entries of the books are.
+    """Turn the first arrivals that are known into instants; return how many these are.
 
-    What follows the first that is not known yet stays in the books.
+    What follows the first that is not known yet stays as it is.
     """
-    region = m[BOOKS]
+    region = m[ARRIVALS]
     for number in range(m[region + R_COUNT]):
-        at = m[region + R_AT] + number * BOOK_WORDS
-        if m[at] == ARRIVAL:
-            work = m[at + 4]
-            if m[work + W_END] < 0:
-                return number
-            m[at + 4] = m[work + W_END]
-            let_go(m, work)
+        at = m[region + R_AT] + number * ARRIVAL_WORDS
+        work = m[at + 3]
+        if m[work + W_END] < 0:
+            return number
+        m[at + 3] = m[work + W_END]
+        let_go(m, work)
     return m[region + R_COUNT]

@@ -129,20 +129,56 @@ class Thread:
         self._env, self._instant, self._gpus, self._registers = env, instant, gpus, registers
         self._number = min(gpus)
         self._at: GpuState | None = None
+        # Of a thread that carries out a part: those beside it, how far it is, and who waits for it to come further.
+        self._beside: dict[int, Thread] = {}
+        self._carried = 0
+        self._watchers: list[simpy.Event] = []
 
     def run(self, program: Iterable[Iterator[npt.NDArray[Any]]], ended: Callable[[], None]) -> Story:
         """Carry out a program, step by step, portion by portion; `ended` is called at the end of each step."""
-        carry_out, gpus = CARRY_OUT, self._gpus
         for step in program:
             for portion in step:
-                for row in portion.tolist():
-                    command = Command._make(row)
-                    todo = carry_out[command.op](self, gpus[command.gpu], command)
-                    if todo is not None:
-                        yield from todo
+                yield from self._carry_out([Command._make(row) for row in portion.tolist()])
             ended()
-        for gpu in gpus.values():
+        for gpu in self._gpus.values():
             gpu.end_busy()
+
+    def _carry_out(self, commands: Sequence[Command]) -> Story:
+        parts: dict[int, Thread] = {}
+        processes: list[simpy.Process] = []
+        at = 0
+        while at < len(commands):
+            command = commands[at]
+            at += 1
+            if command.op == Op.PART:
+                own = {command.gpu: self._gpus[command.gpu]}
+                part = Thread(self._env, self._instant, own, self._registers, self._exchanges)
+                part._beside = parts
+                parts[command.gpu] = part
+                processes.append(self._env.process(part._carry_out(commands[at : at + command.extra])))
+                at += command.extra
+                continue
+            if processes:
+                yield self._env.all_of(processes)
+                processes, parts = [], {}
+            todo = CARRY_OUT[command.op](self, self._gpus[command.gpu], command)
+            if todo is not None:
+                yield from todo
+            self._carried += 1
+            while self._watchers:
+                self._watchers.pop().succeed()
+        if processes:
+            yield self._env.all_of(processes)
+
+    def _behind(self, gpu: GpuState, command: Command) -> Story:
+        """Wait until the thread of another GPU has come so far in its part."""
+        other = self._beside[command.peer]
+        while other._carried < command.extra:
+            moves = self._env.event()
+            other._watchers.append(moves)
+            yield moves
+            yield self._instant.turn(HOSTS, self._number)
+            gpu.now_ns = max(gpu.now_ns, int(self._env.now))
 
     # The clock.
 
@@ -487,4 +523,5 @@ CARRY_OUT: dict[int, Carry] = {
     Op.FETCH: Thread._fetch,
     Op.STORE: Thread._store,
     Op.LEAVE: Thread._leave,
+    Op.BEHIND: Thread._behind,
 }

@@ -25,7 +25,7 @@ from ..decide.memory_manager import MemoryManager
 from ..decide.program import Gpu, Program
 from ..decide.registers import Registers
 from ..decide.tables import Rooms
-from ..decide.visit_commands import FROM_HOST, FROM_HOST_ASIDE, ON_GPU, ON_GPU_ASIDE, settings_array
+from ..decide.visit_commands import AWAITS_GUESSES, FROM_HOST, FROM_HOST_ASIDE, ON_GPU, ON_GPU_ASIDE, settings_array
 from ..decoder import collector_off
 from ..gpu import _RECORDS, RESOLVED, Decoded, pack_resolved
 from ..links import HostLink
@@ -76,7 +76,9 @@ class OneGpu:
         tier = None
         if host_memory is not None and costs.reads is not None:
             tier = HostRooms(host_memory, registers, [read.requests for read in costs.reads.by_layer])
-        self.gpu = Gpu(settings_of(scenario, costs, prefetching, number, lends), rooms, registers, tier)
+        settings = settings_of(scenario, costs, prefetching, number, lends)
+        may_wait = watches or costs.copies_hold_host or bool(settings[AWAITS_GUESSES])
+        self.gpu = Gpu(settings, rooms, registers, tier, may_wait)
 
     def note_resolved(self, accesses: npt.NDArray[np.int64]) -> None:
         """Note whole accesses that need no copy: (visit, expert, way, tokens, gate as the bits of a float) each."""
