@@ -18,7 +18,7 @@ import simpy
 from ..resources.network import Carried
 from ..resources.timeline import COMBINE, DISPATCH, PEER
 from ..resources.topology import Route, TopologyError
-from ..workloads.trace import MAX_TOTAL_EXPERTS
+from ..workloads.trace_limits import MAX_TOTAL_EXPERTS
 from .costs.costs import Costs, activation_bytes
 from .decide.memory_manager import BudgetError, MemoryManager
 from .gpu import Decoded

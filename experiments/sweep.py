@@ -31,7 +31,8 @@ from ..resources.profile import load_profile
 from ..workloads.fitted import FittedRouting
 from ..workloads.importers import open_trace
 from ..workloads.model import load_model
-from ..workloads.trace import RoutingTrace, TraceError
+from ..workloads.trace import RoutingTrace
+from ..workloads.trace_limits import TraceError
 from .grid import Grid, Point, make_grid
 from .journal import Journal, Rows, check_export, check_one_sweep, export
 from .workers import Workers

@@ -212,7 +212,8 @@ class InferenceSimulator:
 
     def plot_latency(self, path: str | Path | None = None) -> Figure:
         """Draw what each token took, in both accountings and overlapped; also write it to `path` (.png, .pdf, .svg)."""
-        from ..output.plots import plot_over_tokens, save
+        from ..output.pictures import save
+        from ..output.plots import plot_over_tokens
 
         figure = plot_over_tokens(self.token_latencies_ms(), title="Latency of each token")
         if path is not None:
@@ -221,7 +222,8 @@ class InferenceSimulator:
 
     def plot_memory(self, path: str | Path | None = None, *, overlapped: bool = False) -> Figure:
         """Draw the memory in use over time, in the guide's accounting or overlapped; also write it to `path`."""
-        from ..output.plots import plot_memory, save
+        from ..output.pictures import save
+        from ..output.plots import plot_memory
 
         manager, result = self._finished()
         if not overlapped:
@@ -233,7 +235,8 @@ class InferenceSimulator:
 
     def plot_hits(self, path: str | Path | None = None) -> Figure:
         """Draw how accesses split into hits and misses, in the guide's accounting and overlapped; also write it."""
-        from ..output.plots import plot_split, save
+        from ..output.pictures import save
+        from ..output.plots import plot_split
 
         figure = plot_split(hit_split(self.metrics()), title="What accesses found")
         if path is not None:

@@ -33,6 +33,7 @@ from prestage.guide.reproduce import virtual_memory
 from prestage.output.markdown import table
 from prestage.output.parts import shares
 from prestage.output.tables.guide import GUIDE_FIGURES, figure_cells, figure_columns, guide_cells
+from prestage.workloads.model import load_model
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -438,6 +439,33 @@ def part_shares() -> str:
     return table(["of", "reached", "off by", "machines"], rows)
 
 
+def models() -> str:
+    """What the published configs of tests/data/configs come to, beside their tensors' count and published figures."""
+    data = ROOT / "tests" / "data"
+    facts = json.loads((data / "published_models.json").read_text(encoding="utf-8"))
+    rows = []
+    for name in sorted(facts, key=str.lower):
+        model, fact = load_model(data / "configs" / f"{name}.json"), facts[name]
+        assert model.parameters is not None and model.active_parameters is not None
+        tensors = fact.get("tensors")
+        rows.append(
+            (
+                name,
+                f"{model.parameters / 1e9:.2f}",
+                "-" if tensors is None else f"{model.parameters / tensors - 1:+.2%}",
+                fact.get("total", "-"),
+                f"{model.active_parameters / 1e9:.2f}",
+                f"{fact['active']} ({fact['counts']})" if "active" in fact else "-",
+                f"{model.expert_dtype}, {model.dense_dtype}",
+                f"{model.kv_bytes_per_token / 1024:,.1f}",
+                f"{model.state_bytes / 2**20:,.1f}" if model.state_bytes else "-",
+            )
+        )
+    columns = ("model", "weights, B", "against its tensors", "published", "active, B", "published (counts)",
+               "experts, dense part", "KV a token, KiB", "states, MiB")  # fmt: skip
+    return table(columns, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "from-parts": from_parts,
     "schedules-from-parts": schedules_from_parts,
@@ -463,6 +491,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "replay-speed": replay_speed,
     "timeline-speed": timeline_speed,
     "engines": engines,
+    "models": models,
 }
 
 

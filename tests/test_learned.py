@@ -35,7 +35,8 @@ from prestage.workloads.network import Shape, initial_weights, logits
 from prestage.workloads.predictor_training import Settings, train
 from prestage.workloads.predictors import make_predictor, recall_at
 from prestage.workloads.synthetic import synthesize
-from prestage.workloads.trace import RoutingTrace, TraceError
+from prestage.workloads.trace import RoutingTrace
+from prestage.workloads.trace_limits import TraceError
 
 pytestmark = pytest.mark.slow
 

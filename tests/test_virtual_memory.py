@@ -41,7 +41,7 @@ from prestage.resources.profile import ProfileError
 from prestage.workloads.batches import plan_steps
 from prestage.workloads.predictors import Oracle
 from prestage.workloads.statistics import summary
-from prestage.workloads.trace import TraceError
+from prestage.workloads.trace_limits import TraceError
 
 ALONE, QUEUED, HIT = 3.41, 4.146667, 0.07
 
