@@ -50,7 +50,7 @@ def trace_import(
     out: Annotated[Path, typer.Option("--out", "-o", help="The trace to write: .safetensors or .npz.")],
     format: Annotated[
         str, typer.Option(help="The log's format, such as jsonl; any other name lists them all.")
-    ] = "bigmoeonedge",
+    ] = "auto",
     num_experts: Annotated[int | None, typer.Option(help="Experts a layer, where the log does not say it.")] = None,
     layers: Annotated[
         int | None,
@@ -62,6 +62,7 @@ def trace_import(
     \b
     Examples:
       prestage trace import log.route.csv -o trace.safetensors
+      prestage trace import rows.csv --num-experts 16 -o trace.safetensors
       prestage trace import ids.jsonl --format jsonl --num-experts 16 --layers 3 -o trace.npz
     """
     from ..workloads.importers import import_trace
@@ -205,5 +206,7 @@ def trace_synth(
 
 def _say_what_is_in(path: Path, trace: RoutingTrace) -> None:
     typer.echo(f"{path}: {trace.tokens} tokens, {trace.layers} layers, top-{trace.k} of {trace.num_experts} experts")
+    if "experts_from" in trace.meta:
+        typer.echo(f"{path}: {trace.num_experts} experts by {trace.meta['experts_from']} (--num-experts)")
     if "reading" in trace.meta:
         typer.echo(f"{path}: taken so: {trace.meta['reading']} (--layers)")
