@@ -143,12 +143,43 @@ def trace_fit(
     print_fit(data)
 
 
+@app.command("map")
+def trace_map(
+    trace: Annotated[Path, typer.Argument(help="A trace (.safetensors, .npz), a shipped one, or a log.")],
+    model: Annotated[str, typer.Option(help="The model to be driven: a name or a file, as model.preset.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The trace to write: .safetensors or .npz.")],
+    seed: Annotated[int, typer.Option(min=0, help="The seed of what is drawn.")] = 0,
+) -> None:
+    """Make a trace of one model drive another, by a rule that the new trace states.
+
+    It keeps skew and reuse, and has nothing of the other model's own routing: for want of a trace of that model only.
+
+    \b
+    Examples:
+      prestage trace map guide --model qwen3-30b-a3b -o mapped.safetensors
+    """
+    from ..workloads.mapping import map_trace
+    from ..workloads.model import load_model
+    from ..workloads.trace import check_trace_file
+
+    check_trace_file(out)
+    shape = load_model(model)
+    mapped = map_trace(opened_trace(trace), shape.layers, shape.experts, shape.top_k, shape.name, seed)
+    mapped.save(out)
+    _say_what_is_in(out, mapped)
+    typer.echo(f"{out}: mapped: {mapped.meta['mapping']}")
+
+
 @app.command("synth")
 def trace_synth(
     out: Annotated[Path, typer.Option("--out", "-o", help="The trace to write: .safetensors or .npz.")],
     model: Annotated[str, typer.Option(help="The model whose layers, experts and top-k it has.")] = "mixtral-8x7b",
     fit: Annotated[
         Path | None, typer.Option(help="What `trace fit` wrote; then model, skew, working set and reuse mean nothing.")
+    ] = None,
+    popularity: Annotated[
+        Path | None,
+        typer.Option(help="Counts by layer and expert, CSV or JSON, of that model; then skew and reuse mean nothing."),
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens in all, those of the prompts included.")] = 500,
     skew: Annotated[float, typer.Option(help="Zipf exponent of the experts' popularity; 0 is even.")] = 0.5,
@@ -166,6 +197,7 @@ def trace_synth(
     Examples:
       prestage trace synth -o trace.safetensors
       prestage trace synth --model gpt-oss-20b --tokens 200 --reuse 0.45 --working-set 16 -o trace.npz
+      prestage trace synth --model my-model.toml --popularity counts.csv -o trace.npz
     """
     from ..workloads.trace import check_trace_file
 
@@ -186,6 +218,15 @@ def trace_synth(
     from ..workloads.synthetic import synthesize
 
     shape = load_model(model)
+    sizes = np.array(shape.expert_bytes)
+    if popularity is not None:
+        from ..workloads.popularity import popular_trace
+
+        trace = popular_trace(popularity, shape, tokens, sequences, prefill_tokens, seed)
+        trace = replace(trace, meta={**trace.meta, "model": shape.name}, extra={"expert_bytes": sizes})
+        trace.save(out)
+        _say_what_is_in(out, trace)
+        return
     trace = synthesize(
         tokens,
         shape.layers,
@@ -198,7 +239,6 @@ def trace_synth(
         prefill_tokens=prefill_tokens,
         seed=seed,
     )
-    sizes = np.array(shape.expert_bytes)
     trace = replace(trace, meta={**trace.meta, "model": shape.name}, extra={"expert_bytes": sizes})
     trace.save(out)
     _say_what_is_in(out, trace)

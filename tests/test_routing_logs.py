@@ -213,5 +213,7 @@ def test_the_format_of_lists_is_told_by_the_content(tmp_path: Path) -> None:
     assert imported(tmp_path, "b.json", "[[[1], [2]], [[3], [4]]]").tokens == 2
     assert imported(tmp_path, "c.jsonl", "[[1], [2]]\n[[3], [4]]\n").tokens == 2
     assert imported(tmp_path, "d.log", "layer 0 topk_ids: tensor([[3, 1]])\n").k == 2
+    with pytest.raises(TraceError, match=r"e\.log: its content does not tell its format: choose one of bigmoeonedge, "):
+        imported(tmp_path, "e.log", "nothing\n")
     with pytest.raises(TraceError, match=r"format = 'x': choose one of auto, bigmoeonedge, jsonl, .*, eval-callback"):
         imported(tmp_path, "d.log", "", "x")

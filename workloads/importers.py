@@ -182,7 +182,9 @@ def _told(path: Path, named: str) -> str:
         return "bigmoeonedge"
     if text.lstrip().startswith("["):
         return "guide" if len(lines) == 1 or not lines[0].endswith("]") else "jsonl"
-    return "topk-ids"
+    if b"topk_ids" in read_bounded(path, TraceError):
+        return "topk-ids"
+    raise TraceError(f"{path}: its content does not tell its format: choose one of {', '.join(IMPORTERS)}")
 
 
 def _or(named: str, told: str) -> str:
