@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 
 import numba
 
+from .machine_words import REALS, TABLE, WORDS
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -35,13 +37,13 @@ def compiled(function: Function, **options: Any) -> Function:
     return fast  # type: ignore[no-any-return]
 
 
-#: What Numba is told by the annotations of parameters: a word, a float, arrays of one and of two dimensions.
+#: What Numba is told by the annotations of parameters: a word, a float, addresses of words, of floats and of a table.
 _TYPES = {
     "Word": numba.int64,
     "Real": numba.float64,
-    "Words": numba.int64[::1],
-    "Reals": numba.float64[::1],
-    "Table": numba.int64[:, ::1],
+    "Words": WORDS,
+    "Reals": REALS,
+    "Table": TABLE,
 }
 
 

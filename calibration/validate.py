@@ -20,7 +20,8 @@ from ..engine.decide.memory_manager import DEMANDED, PREFETCHED
 from ..engine.gpu import Decoded
 from ..engine.loading.loading import load_inputs
 from ..engine.measure.merge import makespan_ns as run_ns
-from ..engine.measure.metrics import LATE, Recording, time_split
+from ..engine.measure.recording import LATE, Recording
+from ..engine.measure.time_split import time_split
 from ..engine.run import prepared, run_all
 from ..engine.scenario.inputs import Inputs
 from ..engine.scenario.scenario import Scenario

@@ -27,7 +27,7 @@ from .decide.memory_manager import MemoryManager
 from .decoder import collector_off
 from .gpu import Decoded, Gpu
 from .links import Links, PeerCosts, peer_lane
-from .measure.metrics import Recording
+from .measure.recording import Recording
 from .policies.prefetch import Gauge
 from .scenario.scenario import Scenario
 

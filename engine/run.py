@@ -21,14 +21,13 @@ from .decide.memory_manager import MemoryManager
 from .decoder import decode
 from .expert_parallel import decided, run_placed
 from .gpu import Decoded
-from .loading.deciders import dispatched, make_host_memory, make_manager, make_prefetch
-from .loading.offloading import make_miss
-from .measure import metrics as measure
+from .loading.deciders import dispatched, make_host_memory, make_manager, make_prefetch, source_of
+from .measure.recording import Recording
 from .pipeline import StageRun, decode_stages, flow_of
 from .policies.copy_order import COPY_ORDERS, Fifo, Priority, TwoStreams
 from .policies.prefetch import Gauge, Prefetch
+from .scenario.amounts import ScenarioError
 from .scenario.inputs import Inputs
-from .scenario.scenario import ScenarioError
 
 if TYPE_CHECKING:
     from .decide.sources import Source
@@ -83,9 +82,7 @@ ENGINES = ("lanes", "simpy", "compiled")
 _KNOWN_ORDERS = (Fifo, TwoStreams, Priority)
 
 
-def run_all(
-    inputs: Inputs, ready: Sequence[Prepared], watch: Watch = iter, engine: str = "lanes"
-) -> list[measure.Recording]:
+def run_all(inputs: Inputs, ready: Sequence[Prepared], watch: Watch = iter, engine: str = "lanes") -> list[Recording]:
     """Simulate one run by one of ENGINES and return what was recorded on each GPU."""
     engine = engine_for(inputs, engine)
     if engine != "lanes":
@@ -111,7 +108,7 @@ def run_all(
     return [_recording(gpu, found) for gpu, found in zip(ready, decoded, strict=True)]
 
 
-def _run_commands(inputs: Inputs, ready: Sequence[Prepared], watch: Watch, engine: str) -> list[measure.Recording]:
+def _run_commands(inputs: Inputs, ready: Sequence[Prepared], watch: Watch, engine: str) -> list[Recording]:
     """Simulate one run by the commands that its visits come to."""
     from .timing.runs import run_shared, run_stages  # which compile at their first use
 
@@ -137,10 +134,10 @@ def _run_commands(inputs: Inputs, ready: Sequence[Prepared], watch: Watch, engin
             )
             for gpu, gauge, host in zip(ready, gauges, hosts, strict=True)
         ]
-        flow = flow_of(inputs.model, inputs.trace, inputs.steps)
+        flow = None if inputs.links is None else flow_of(inputs.model, inputs.trace, inputs.steps)
         decoded = run_stages(
-            runs, flow, inputs.links, one_thread=one_thread, engine=engine, sources=_sources(ready, engine),
-            ticks=watch(iter(range(inputs.layer_visits))),
+            runs, inputs.steps, flow, inputs.links, one_thread=one_thread, engine=engine,
+            sources=_sources(ready, engine), ticks=watch(iter(range(inputs.layer_visits))),
         )  # fmt: skip
     return [_recording(gpu, found, host) for gpu, found, host in zip(ready, decoded, hosts, strict=True)]
 
@@ -156,16 +153,6 @@ def _sources(ready: Sequence[Prepared], engine: str) -> list[Source]:
         for gpu in ready
     ]
     return [] if any(map(decided_in_python, sources)) else sources
-
-
-def source_of(inputs: Inputs, manager: MemoryManager, prefetch: Prefetch, *, host_memory: bool = False) -> Source:
-    """Return what one GPU decides by; `host_memory`: there is less of it than all experts take."""
-    from .decide.sources import Source
-
-    return Source(
-        inputs.trace, inputs.steps, manager, prefetch, inputs.guesses, inputs.scenario.prefetch.issue, inputs.budgets,
-        make_miss(inputs), host_memory,
-    )  # fmt: skip
 
 
 def engine_for(inputs: Inputs, engine: str) -> str:
@@ -191,9 +178,7 @@ def check_engine(inputs: Inputs, engine: str) -> None:
         )
 
 
-def run(
-    inputs: Inputs, costs: Costs, manager: MemoryManager, prefetch: Prefetch, watch: Watch = iter
-) -> measure.Recording:
+def run(inputs: Inputs, costs: Costs, manager: MemoryManager, prefetch: Prefetch, watch: Watch = iter) -> Recording:
     """Simulate a run on one GPU with the given manager and prefetch policy, and return what was recorded."""
     gauge = Gauge()
     host_memory = make_host_memory(inputs, manager.spool)
@@ -210,14 +195,14 @@ def run(
     return _recording(Prepared(inputs, costs, manager, prefetch), decoded, host_memory)
 
 
-def _recording(gpu: Prepared, decoded: Decoded, host_memory: HostMemory | None = None) -> measure.Recording:
+def _recording(gpu: Prepared, decoded: Decoded, host_memory: HostMemory | None = None) -> Recording:
     """Return what one GPU recorded, with what its metrics need."""
     inputs, costs, sizes = gpu.inputs, gpu.costs, gpu.manager.size_of
     pieces = [cost.pieces if costs.by_priority else 1 for cost in costs.copies]
     moved = None
     if inputs.scenario.compression.mixed is not None:
         moved = (sizes, [costs.copy(size_bytes).pieces if costs.by_priority else 1 for size_bytes in sizes])
-    return measure.Recording(
+    return Recording(
         decoded, gpu.manager, inputs.trace, inputs.steps, costs.expert_bytes, pieces, costs.kernel_lags,
         inputs.device, inputs.first_layer, host_memory, costs.copies_hold_host, moved,
     )  # fmt: skip

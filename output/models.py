@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from .tables import plain_console
+from .tables.layout import plain_console
 
 _GIB, _MIB = 2**30, 2**20
 

@@ -12,7 +12,8 @@ from prestage.workloads.importers import open_trace
 from prestage.workloads.mapping import map_trace
 from prestage.workloads.model import load_model
 from prestage.workloads.popularity import draw_by, load_popularity, popular_trace
-from prestage.workloads.trace import RoutingTrace, TraceError
+from prestage.workloads.trace import RoutingTrace
+from prestage.workloads.trace_limits import TraceError
 
 #: 2 tokens in each of 2 sequences, 2 layers, top-2 of 4 experts.
 EXPERTS = np.array([[[0, 3], [1, 2]], [[0, 1], [2, 3]], [[0, 3], [1, 2]], [[2, 3], [0, 1]]])

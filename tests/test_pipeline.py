@@ -31,11 +31,13 @@ from prestage.engine.costs.costs import part_costs
 from prestage.engine.decide.memory_manager import MemoryManager
 from prestage.engine.gpu import Gpu
 from prestage.engine.measure.merge import makespan_ns, run_metrics
-from prestage.engine.measure.metrics import Recording, time_split
+from prestage.engine.measure.recording import Recording
+from prestage.engine.measure.time_split import time_split
 from prestage.engine.policies.eviction import EVICTION
 from prestage.engine.run import prepared, run_all
 from prestage.engine.scenario.inputs import Inputs
-from prestage.engine.scenario.scenario import DISPATCH_THREADS, make_scenario
+from prestage.engine.scenario.scenario import make_scenario
+from prestage.engine.scenario.sections import DISPATCH_THREADS
 from prestage.engine.simulate import serving_of, simulate_inputs
 from prestage.resources.lane import Pending
 from prestage.resources.profile import make_profile

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from prestage.workloads.importers import import_trace, open_trace
-from prestage.workloads.trace import RoutingTrace, TraceError
+from prestage.workloads.trace import RoutingTrace
+from prestage.workloads.trace_limits import TraceError
 
 #: 4 tokens, 3 layers, top-2 of 8 experts.
 CHOSEN = np.array(

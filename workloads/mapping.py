@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .keyed_random import uniform
-from .trace import RoutingTrace, TraceError
+from .trace import RoutingTrace
+from .trace_limits import TraceError
 
 Array = npt.NDArray[Any]
 

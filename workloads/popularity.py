@@ -18,7 +18,8 @@ import numpy.typing as npt
 from ..bounded import check_json, check_memory, read
 from .keyed_random import uniform
 from .model import Model
-from .trace import MAX_EXPERTS, MAX_LAYERS, RoutingTrace, TraceError, check_total_experts
+from .trace import RoutingTrace
+from .trace_limits import MAX_EXPERTS, MAX_LAYERS, TraceError, check_total_experts
 
 Counts = npt.NDArray[np.float64]
 

@@ -22,7 +22,8 @@ import numpy.typing as npt
 from ..bounded import allowed_bytes, check_json, read
 from .batches import DECODE, PREFILL
 from .token_lists import assemble, tokens_of_steps
-from .trace import RoutingTrace, TraceError
+from .trace import RoutingTrace
+from .trace_limits import TraceError
 
 Array = npt.NDArray[Any]
 

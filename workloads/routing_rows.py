@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 from ..bounded import check_json, read
 from .batches import DECODE, PREFILL
 from .token_lists import Token, assemble, tokens_of_steps
-from .trace import MAX_LAYERS, RoutingTrace, TraceError
+from .trace import RoutingTrace
+from .trace_limits import MAX_LAYERS, TraceError
 
 LAYER = ("layer", "layer_id", "layer_idx", "layer_index", "moe_layer", "block", "blk", "il")
 EXPERTS = ("topk_ids", "expert_ids", "selected_experts", "experts", "expert_indices", "topk_experts", "routed_experts")

@@ -26,7 +26,7 @@ from ..policies.eviction_informed import Static
 from ..policies.prefetch import Popularity
 from . import decision_words as w
 from .compiled_program import next_portion
-from .decision_words import Memory, Tables
+from .decision_words import Memory, Tables, addresses
 from .dispatch import later_steps
 from .lookups import list_lookups
 from .program import Gpu
@@ -74,7 +74,8 @@ class Decisions:
         memory.allocate(w.HEADER)
         registers = parts[0].gpu.registers
         self._steps = parts[0].source.steps
-        self._rows = np.cumsum([0, *(len(step.rows) for step in self._steps)])
+        rows = [len(step.rows) for step in self._steps]
+        self._rows, self._most_tokens = np.cumsum([0, *rows]), max(rows, default=0)
         self.gpus = [memory.allocate(w.D_WORDS) for _ in parts]
         self._areas: dict[tuple[int, int], tuple[int, int]] = {}
         most = sum(map(self._most_copies, parts))
@@ -104,18 +105,15 @@ class Decisions:
 
     # What is laid out before the run.
 
-    def _most_tokens(self, part: Part) -> int:
-        return max((len(step.rows) for step in part.source.steps), default=0)
-
     def _most_accesses(self, part: Part) -> int:
-        return min(self._most_tokens(part) * part.source.trace.k, part.source.trace.num_experts)
+        return min(self._most_tokens * part.source.trace.k, part.source.trace.num_experts)
 
     def _most_copies(self, part: Part) -> int:
         """Return the most copies that a visit may come to."""
         options, guesses = part.source.prefetch.options, part.source.guesses
         asked = part.source.prefetch.horizons * part.source.trace.num_experts
         if guesses is not None and part.source.prefetch.guesses:
-            asked = min(asked, part.source.prefetch.horizons * guesses.experts.shape[3] * self._most_tokens(part))
+            asked = min(asked, part.source.prefetch.horizons * guesses.experts.shape[3] * self._most_tokens)
         elif isinstance(part.source.prefetch, Popularity):
             asked = min(asked, part.source.prefetch.horizons * options.k)
         return self._most_accesses(part) + asked
@@ -247,6 +245,7 @@ class Decisions:
             np.full((served, RESOLVED_COLUMNS), -1, dtype=np.int64),
             np.zeros((rows, COLUMNS), dtype=np.int64), self._leaving,
         )  # fmt: skip
+        self.at: Any = addresses(self.tables)
 
     def _most_extents(self) -> int:
         return max(self._ring_size(at) for at in self.gpus)
@@ -259,6 +258,7 @@ class Decisions:
         """Let the tables have the words that have moved."""
         words = self._memory.words
         self.tables = self.tables._replace(words=words, floats=words.view(np.float64))
+        self.at = addresses(self.tables)
 
     # What is laid out as the run goes.
 
@@ -411,7 +411,7 @@ class Decisions:
         It is valid until the next is asked for.
         """
         while True:
-            why = next_portion(self.tables, self.threads[thread], now_ns, backlog_ns)
+            why = next_portion(self.at, self.threads[thread], now_ns, backlog_ns)
             if why == w.STEPS:
                 self.lay_out_steps()
             elif why == w.ROOM:

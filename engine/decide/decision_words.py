@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
+from ...machine_words import REALS, TABLE, WORDS, Fields
 from ..policies.compiled_eviction import SIZE, UNTIL, WAVE
 
 Words = npt.NDArray[Any]
@@ -40,13 +40,23 @@ class Tables(NamedTuple):
     leaving: Words
 
 
-_WORDS, _TABLE = numba.int64[::1], numba.int64[:, ::1]
-#: What Numba is told by the annotation `Tables` (see `machine_code`).
+#: What Numba is told by the annotation `Tables` (see `machine_code`): the address of what `addresses` returns.
 TYPES = {
-    "Tables": numba.types.NamedTuple(  # type: ignore[no-untyped-call]
-        (_WORDS, numba.float64[::1], _TABLE, _TABLE, _TABLE, _TABLE, _TABLE, _TABLE, _TABLE, _WORDS), Tables
+    "Tables": Fields(
+        "Tables",
+        [
+            (name, REALS if name == "floats" else WORDS if name in ("words", "leaving") else TABLE)
+            for name in Tables._fields
+        ],
     )
 }
+
+
+def addresses(tables: Tables) -> npt.NDArray[np.int64]:
+    """Return where the arrays lie and how large they are, for compiled code; they must be kept as long."""
+    rows = [(array.ctypes.data, array.shape[0], array.shape[-1]) for array in tables]
+    return np.array(rows, dtype=np.int64).reshape(-1)
+
 
 #: The run: how many registers there are and have room; which GPU asks for something; how many rows the tables of the
 #: visit have.
@@ -99,8 +109,8 @@ DECIDED, STEPS, ROOM, END = range(4)
 class Memory:
     """Words that are laid out before a run, and grow at their end during it."""
 
-    def __init__(self, words: int = 1 << 12) -> None:
-        self.words: npt.NDArray[np.int64] = np.zeros(words, dtype=np.int64)
+    def __init__(self) -> None:
+        self.words: npt.NDArray[np.int64] = np.zeros(1 << 18, dtype=np.int64)  # untouched pages cost nothing
         self._used = 0
 
     @property

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...resources.network import Crowd, CrowdShare, Network, Share
-from ...resources.timeline import DENSE, EXPERT, HEAD, SPAN
+from ...resources.timeline import DENSE, EXPERT, HEAD
 from ...workloads.batches import DECODE, PREFILL
 from ..costs.costs import KernelCost
 from ..decide.commands import H2D, PREFETCH_LANE, Command, Op
@@ -26,17 +26,14 @@ from . import compiled_host as code
 from .compiled_lanes import rate_row
 from .lanes import ArrivalLane, Lane, QueueLane
 from .memory import (
-    ACCESS,
-    ARRIVAL,
+    ARRIVAL_WORDS,
+    ARRIVALS,
     AS_READY,
     ASKED,
     ASKED_FOR,
-    BOOK_WORDS,
-    BOOKS,
     BY_RANK,
     CPU_SHAPE,
     CROWD_TIMES,
-    DECISION,
     DENSE_SHAPE,
     DONE,
     DROPPED,
@@ -45,6 +42,7 @@ from .memory import (
     FREE_NODE,
     FREE_WORK,
     FROM_CPU_SHAPE,
+    G_ACCESSES,
     G_AFTER,
     G_ARRIVALS,
     G_ASSIGNED,
@@ -58,6 +56,7 @@ from .memory import (
     G_COPY_SLOWDOWN,
     G_CPU,
     G_D2H,
+    G_DECISIONS,
     G_DEPTH,
     G_DROPS_STALE,
     G_EXCHANGE,
@@ -95,6 +94,7 @@ from .memory import (
     G_SHAPES,
     G_SIDE,
     G_SIZED,
+    G_SPANS,
     G_SYNCHRONIZE,
     G_SYNCHRONIZE_BESIDE,
     G_THREAD,
@@ -149,6 +149,7 @@ from .memory import (
     NEVER,
     NODE_WORDS,
     NODES_LEFT,
+    NOTE_WORDS,
     PORTION,
     PRICE,
     R_AT,
@@ -157,11 +158,12 @@ from .memory import (
     RATE_ROWS,
     RATES,
     RATES_KNOWN,
+    RECORD_ROOM,
+    RECORDS,
     REGISTERS,
     SIZED_SHAPE,
     SLOTS,
     SPAN_WORDS,
-    SPANS,
     T_AT,
     T_CAPACITY,
     T_COUNT,
@@ -184,8 +186,10 @@ from .memory import (
 Array = npt.NDArray[Any]
 
 #: What the memory begins with; what fills up is made larger.
-_WORK, _NODES, _RECORDS, _RATES, _ROWS = 1 << 11, 1 << 14, 1 << 14, 1 << 10, 1 << 9
+_WORK, _NODES, _RECORDS, _RATES, _ROWS = 1 << 11, 1 << 12, 1 << 14, 1 << 10, 1 << 9
 _REGISTER = Command._fields.index("register")
+#: What is recorded of a GPU, and the words of a record.
+_RECORDED = {G_SPANS: SPAN_WORDS, G_ACCESSES: NOTE_WORDS, G_DECISIONS: NOTE_WORDS}
 
 
 @dataclass(frozen=True)
@@ -231,14 +235,16 @@ class Layout:
         self.gpus = [memory.allocate(GPU_WORDS) for _ in machine.gpus]
         self.threads = [memory.allocate(THREAD_WORDS) for _ in threads]
         parts = [memory.allocate(THREAD_WORDS) for _ in machine.gpus]
+        queued = sum(len(one.lanes.sizes) for one in machine.gpus)  # all may be dropped at once
         header = {
             LANES: memory.put_list(self.lanes), THREADS: memory.put_list([*self.threads, *parts]),
             GPUS: memory.put_list(self.gpus), REGISTERS: memory.put([-1] * (1 << 10)),
-            SPANS: memory.put_region(_RECORDS, SPAN_WORDS), BOOKS: memory.put_region(_RECORDS, BOOK_WORDS),
-            DROPPED: memory.put_region(64, DROPPED_WORDS), FREE_WORK: -1, FREE_NODE: -1,
+            RECORD_ROOM: _RECORDS, ARRIVALS: memory.put_region(1 << 10, ARRIVAL_WORDS),
+            DROPPED: memory.put_region(64 + queued, DROPPED_WORDS), FREE_WORK: -1, FREE_NODE: -1,
         }  # fmt: skip
         self._set(0, header)
         self.registers = 1 << 10
+        self._space = 1
         self.add_space()
         for number, (at, driven) in enumerate(zip(self.threads, threads, strict=True)):
             gpus = memory.put_list(self.gpus[gpu] for gpu in driven.gpus)
@@ -266,9 +272,10 @@ class Layout:
             floats[at + word] = value
 
     def add_space(self) -> None:
-        """Add free work and nodes."""
-        self.memory.add_free(FREE_WORK, WORK_LEFT, WORK_WORDS, W_NEXT, _WORK)
-        self.memory.add_free(FREE_NODE, NODES_LEFT, NODE_WORDS, N_NEXT, _NODES)
+        """Add free work and nodes, as much as there is."""
+        self.memory.add_free(FREE_WORK, WORK_LEFT, WORK_WORDS, W_NEXT, _WORK * self._space)
+        self.memory.add_free(FREE_NODE, NODES_LEFT, NODE_WORDS, N_NEXT, _NODES * self._space)
+        self._space *= 2
 
     def add_registers(self, count: int) -> None:
         """Make room for so many registers, at least."""
@@ -312,7 +319,7 @@ class Layout:
             L_KIND: kind, L_GAP: lags.gap_ns, L_GAP_DISTURBED: lags.gap_disturbed_ns,
             L_AFTER_OTHER: lags.after_other_ns, L_AFTER_OTHER_DISTURBED: lags.after_other_disturbed_ns,
             L_AFTER_ISSUE_DISTURBED: lags.after_issue_longer_ns, L_LONGER: lags.longer,
-            L_SLOWED_BY: slowed, L_NUMBER: lane.order,
+            L_SLOWED_BY: slowed, L_NUMBER: lane.number,
             L_SLOT: self.slots[lane.share.slot] if isinstance(lane.share, Share) else -1,
             L_CROWD: self._crowd_of(lane), L_GPU: self.gpus[self.gpu_of(lane)],
             L_FIRST: -1, L_LAST: -1, L_ENTERING: -1, L_LAST_ENTERING: -1, L_NEXT: -1, L_ACTIVE: -1,
@@ -334,6 +341,10 @@ class Layout:
             at = self._crowds[crowd] = memory.put([0, memory.put_list(of_it), *[0] * (1 + len(of_it))])
             self._set_floats(at, {CROWD_TIMES + n: times for n, times in enumerate([1.0, *crowd.times_as_long])})
         return self._crowds[crowd]
+
+    def lane_of(self, lane: Lane) -> int:
+        """Return where a lane is laid out."""
+        return self._lane_of[id(lane)]
 
     def gpu_of(self, lane: Lane) -> int:
         """Return the number of the GPU in whose timeline a lane is."""
@@ -363,10 +374,11 @@ class Layout:
             G_READS_BACK: lanes.reads_back, G_WATCHES: state.watches_queue, G_DEPTH: state.queue_depth,
             G_GROUPED_CONSTANT: costs.grouped_constant_ns, G_BY_PRIORITY: isinstance(lanes.copies[H2D], QueueLane),
             G_DROPS_STALE: one.drops_stale, G_EXPERTS: costs.model.experts, G_SIZED: lanes.sized,
-            G_HOST: len(self.lanes) + number, G_VISIT: -1, G_LAST: -1, G_LAST_KERNEL: -1, G_AFTER: -1,
+            G_HOST: lanes.host, G_VISIT: -1, G_LAST: -1, G_LAST_KERNEL: -1, G_AFTER: -1,
             G_KERNEL_AFTER: -1, G_RING: self.memory.allocate(2 * (state.queue_depth + 2)),
         })  # fmt: skip
         self._set_floats(at, {G_COPY_SLOWDOWN: lanes.copy_slowdown, G_READBACK_SLOWDOWN: costs.readback_slowdown})
+        self._set(at, {place: self.memory.put_region(_RECORDS, words) for place, words in _RECORDED.items()})
         sizes = self._lay_out_copies(one, at)
         self._lay_out_shapes(one, at, sizes)
         self._lay_out_moves(number, at, sizes)
@@ -479,7 +491,6 @@ class CompiledEngine:
         self._portions: list[Iterator[Array]] = [iter(()) for _ in threads]
         self._begun = [False] * len(threads)
         self._number_of = {at: number for number, at in enumerate(self._layout.threads)}
-        self._lane_gpu = np.array([*map(self._layout.gpu_of, machine.lanes), *range(len(machine.gpus))])
 
     def now_ns(self, gpu: int) -> int:
         """Return the clock of the host thread at a GPU."""
@@ -559,7 +570,8 @@ class CompiledEngine:
     def _name_lanes(self, portion: Array) -> None:
         """Give the lanes of copies between GPUs their places in the timelines, at their first use."""
         for op, gpu, peer in portion[np.isin(portion[:, 0], (Op.FETCH, Op.STORE))][:, [0, 1, 9]].tolist():
-            self._machine.peers[(peer, gpu) if op == Op.FETCH else (gpu, peer)][1]()
+            lane = self._machine.peers[(peer, gpu) if op == Op.FETCH else (gpu, peer)][1]()
+            self._memory.words[self._layout.lane_of(lane) + L_NUMBER] = lane.number
 
     def _drop(self) -> None:
         """Tell the memory managers which prefetches were dropped since the last decision."""
@@ -611,34 +623,33 @@ class CompiledEngine:
             return
         self._layout.add_space()
         words = self._memory.words
-        for region, size in ((words[SPANS], SPAN_WORDS), (words[BOOKS], BOOK_WORDS), (words[DROPPED], DROPPED_WORDS)):
+        regions = [(words[ARRIVALS], ARRIVAL_WORDS), (words[DROPPED], DROPPED_WORDS)]
+        regions += [(words[at + place], size) for at in self._layout.gpus for place, size in _RECORDED.items()]
+        for region, size in regions:
             self._memory.grow_region(int(region), size)
+        self._memory.words[RECORD_ROOM] *= 2
 
-    def _records(self, region: int, words: int, count: int | None = None) -> Array:
-        """Return the records of a region (records, words)."""
+    def _records(self, region: int, words: int) -> Array:
+        """Return the records of a region (records, words), and forget them."""
         memory = self._memory.words
-        at, count = int(memory[region + R_AT]), int(memory[region + R_COUNT]) if count is None else count
+        at, count = int(memory[region + R_AT]), int(memory[region + R_COUNT])
+        memory[region + R_COUNT] = 0
         return memory[at : at + count * words].reshape(-1, words)
 
     def flush(self) -> None:
         """Write out what was recorded, GPU by GPU."""
-        memory, gpus = self._memory.words, self._machine.gpus
-        region = int(memory[SPANS])
-        spans = self._records(region, SPAN_WORDS).copy().view(SPAN).reshape(-1)
-        memory[region + R_COUNT] = 0
-        places = np.array([*(lane.number for lane in self._machine.lanes), *(one.lanes.host for one in gpus)])
-        of_gpu = self._lane_gpu[spans["lane"]]
-        spans["lane"] = places[spans["lane"]]
-        region = int(memory[BOOKS])
-        known, all_of_them = int(code.settle_arrivals(memory)), int(memory[region + R_COUNT])
-        books = self._records(region, BOOK_WORDS)
-        for number, one in enumerate(gpus):
-            one.lanes.timeline.extend(spans[of_gpu == number].tobytes())
-            mine = books[:known][books[:known, 1] == number]
-            state = one.state
-            state.accesses.extend(mine[mine[:, 0] == ACCESS][:, 2:].astype("<i4").tobytes())
-            state.decided.extend(mine[mine[:, 0] == DECISION][:, 2:].tobytes())
-            for _, _, visit, kind, ns in mine[mine[:, 0] == ARRIVAL].tolist():
-                state.arrived.extend(pack_arrival(visit, kind, ns))
-        books[: all_of_them - known] = books[known:].copy()
-        memory[region + R_COUNT] = all_of_them - known
+        memory = self._memory.words
+        for at, one in zip(self._layout.gpus, self._machine.gpus, strict=True):
+            spans, accesses, decisions = (
+                self._records(int(memory[at + place]), words) for place, words in _RECORDED.items()
+            )
+            one.lanes.timeline.extend(spans.tobytes())
+            one.state.accesses.extend(accesses.astype("<i4").tobytes())
+            one.state.decided.extend(decisions.tobytes())
+        memory[RECORDS] = 0
+        region, known = int(memory[ARRIVALS]), int(code.settle_arrivals(memory))
+        arrivals = self._records(region, ARRIVAL_WORDS)
+        for gpu, visit, kind, ns in arrivals[:known].tolist():
+            self._machine.gpus[gpu].state.arrived.extend(pack_arrival(visit, kind, ns))
+        arrivals[: len(arrivals) - known] = arrivals[known:].copy()
+        memory[region + R_COUNT] = len(arrivals) - known

@@ -32,6 +32,7 @@ from .memory import (
     FREE_WORK,
     G_DROPS_STALE,
     G_NUMBER,
+    G_SPANS,
     G_VISIT,
     L_ACTIVE,
     L_AFTER_ISSUE_DISTURBED,
@@ -77,10 +78,10 @@ from .memory import (
     R_COUNT,
     RATE_ROWS,
     RATES,
+    RECORDS,
     REGISTERS,
     SLOTS,
     SPAN_WORDS,
-    SPANS,
     T_GOES_ON,
     W_AFTER,
     W_ALONE,
@@ -648,16 +649,18 @@ def try_start(m: Words, f: Reals, lane: Word) -> Word:
 
 @compiled
 def record_span(
-    m: Words, begin: Word, until: Word, issued: Word, expert: Word, visit: Word, copy: Word, lane: Word, kind: Word
-) -> None:
-    """Record a span, in the words of `resources.timeline.SPAN`."""
-    region = m[SPANS]
+    m: Words, gpu: Word, begin: Word, until: Word, issued: Word, expert: Word, visit: Word, copy: Word, lane: Word,
+    kind: Word,
+) -> None:  # fmt: skip
+    """Record a span of a GPU, in the words of `resources.timeline.SPAN`."""
+    region = m[gpu + G_SPANS]
     at = m[region + R_AT] + m[region + R_COUNT] * SPAN_WORDS
     low = np.int64(0xFFFFFFFF)
     m[at], m[at + 1], m[at + 2] = begin, until, issued
     m[at + 3] = (expert & low) | (visit << 32)
     m[at + 4] = (copy & low) | (lane << 32) | (kind << 48)
     m[region + R_COUNT] += 1
+    m[RECORDS] += 1
 
 
 @compiled
@@ -676,8 +679,8 @@ def end(m: Words, f: Reals, lane: Word) -> Word:
     for at in range(turns + 1, turns + 1 + m[turns]):
         m[m[at] + L_FREE] = now
     record_span(
-        m, m[lane + L_START], now, m[work + W_ISSUED], m[work + W_EXPERT], m[work + W_VISIT], m[work + W_COPY],
-        m[lane + L_NUMBER], m[work + W_KIND],
+        m, m[lane + L_GPU], m[lane + L_START], now, m[work + W_ISSUED], m[work + W_EXPERT], m[work + W_VISIT],
+        m[work + W_COPY], m[lane + L_NUMBER], m[work + W_KIND],
     )  # fmt: skip
     if m[work + W_PIECES] > 1:
         m[work + W_PIECES] -= 1

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...resources.network import Network
+from ...workloads.batches import Step
 from ..costs.costs import activation_bytes
 from ..decide.program import SharedLayers, Stage, stages_program
 from ..expert_parallel import routes
@@ -30,22 +31,25 @@ if TYPE_CHECKING:
     from ..decide.compiled_decisions import Decisions
     from ..decide.sources import Source
 
+#: Compiled code makes its commands, too; a stage that inherits from it may order anything.
+_COMPILED_STAGE = Stage
+
 
 def run_stages(
-    runs: Sequence[StageRun], flow: Flow, links: Links | None, *, one_thread: bool, engine: str,
-    sources: Sequence[Source] = (), ticks: Iterator[Any] | None = None,
+    runs: Sequence[StageRun], steps: Sequence[Step], flow: Flow | None, links: Links | None, *, one_thread: bool,
+    engine: str, sources: Sequence[Source] = (), ticks: Iterator[Any] | None = None,
 ) -> list[Decoded]:  # fmt: skip
     """Run the stages of a pipeline, each on a GPU of its own, and return what was recorded on each.
 
-    `links` are those between the GPUs; None for one stage. `one_thread` serves all stages of a step before the next;
-    otherwise each GPU has a thread of its own. With `sources`, compiled code decides, which draws from `ticks` once
-    for every visit.
+    `links` are those between the GPUs, and `flow` what passes; None for one stage. `one_thread` serves all stages of a
+    step before the next; otherwise each GPU has a thread of its own. With `sources`, compiled code decides, which draws
+    from `ticks` once for every visit.
     """
     network = None
     if links is not None:
         pipeline_routes(links)  # what is sent over them counts on the network
         network = links.network([run.costs for run in runs])
-    most_tokens = max((len(step.rows) for step in flow.steps), default=0)
+    most_tokens = max((len(step.rows) for step in steps), default=0)
     simulation = Simulation(len(runs), engine)
     simulation.network = network
     gpus = [
@@ -57,21 +61,21 @@ def run_stages(
         )
         for number, run in enumerate(runs)
     ]  # fmt: skip
-    if links is not None:
+    if links is not None and flow is not None:
         _connect(simulation, gpus, flow, links, network)
     stages = [
         Stage(
-            one.gpu, run.visits, len(run.costs.model.expert_bytes), flow.steps, one.note,
+            one.gpu, run.visits, len(run.costs.model.expert_bytes), steps, one.note,
             has_head=run is runs[-1],
-            receives=None if links is None else received_steps(flow, number),
-            sends=None if links is None else sent_bytes(flow, number, len(runs)),
+            receives=None if flow is None else received_steps(flow, number),
+            sends=None if flow is None else sent_bytes(flow, number, len(runs)),
         )
         for number, (one, run) in enumerate(zip(gpus, runs, strict=True))
     ]  # fmt: skip
     threads = [[*range(len(gpus))]] if one_thread else [[number] for number in range(len(gpus))]
     for served in threads:
         simulation.thread(stages_program([stages[number] for number in served]), [gpus[number] for number in served])
-    if sources:
+    if sources and all(type(stage) is _COMPILED_STAGE for stage in stages):
         simulation.decided_by(_decisions(sources, gpus, stages, threads), ticks or iter(()))
     simulation.run()
     return [one.recorded() for one in gpus]

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from ...dtypes import dtype_of
 from ...errors import InputError
-from ..trace import MAX_LAYERS
+from ..trace_limits import MAX_LAYERS
 from .mixers import AnyMixer, Count, CountOrNone, GroupedQuery, Latent, Mixer, Table
 from .weights import Weights
 
