@@ -6,7 +6,7 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-from test_architecture import MODULES, name_of, tree_of  # type: ignore[import-not-found]
+from test_architecture import MODULES, name_of, tree_of
 
 MOST_LINES, MOST_FUNCTION_LINES, MOST_BRANCHES, MOST_PARAMETERS = 500, 60, 20, 6
 #: Of functions in machine code, which take arrays and numbers one by one, parameters are not counted.
