@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from ..resources.parts.assemble import assembled
 from ..resources.parts.kernels import DECODE_TOKENS
 from ..resources.parts.reached import MEASURED, foreign_errors
-from ..resources.profile import CopyCosts, Profile, load_profile, make_profile
+from ..resources.profile import Profile, load_profile, make_profile
+from ..resources.profile_costs import CopyCosts
 from .measured import load_all
 from .validate import compare, predicted_ms
 

@@ -66,7 +66,7 @@ def run(
     from ..engine.scenario.scenario import load_scenario
     from ..engine.simulate import simulate_inputs
     from ..files import check_folder, made_folder
-    from ..output.files import write_result
+    from ..output.run_folder import write_result
 
     own = Own(model, gpu, cpu, ram, link, drive)
     chosen = load_scenario(own.scenario(scenario), [*own.settings(scenario), *(settings or ())])
@@ -170,7 +170,7 @@ def mrc(
     fewest misses that any policy could have on demand; where sizes differ, another one may have fewer.
     """
     from ..engine.replay.miss_ratio import DEFAULT_POLICIES, miss_ratio_curves
-    from ..output.files import check_miss_ratio_path, write_miss_ratios
+    from ..output.run_folder import check_miss_ratio_path, write_miss_ratios
 
     for path in out or ():
         check_miss_ratio_path(path)

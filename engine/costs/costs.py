@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from ...dtypes import bits_of
 from ...resources.from_peer import from_peer
 from ...resources.lane import Lags
-from ...resources.profile import ComputeCosts, CopyCosts, ExpertPoint, HostCosts, KernelPoint, Profile, ProfileError
+from ...resources.profile import Profile
+from ...resources.profile_costs import ComputeCosts, CopyCosts, ExpertPoint, HostCosts, KernelPoint, ProfileError
 from ...workloads.batches import DECODE
 from ...workloads.model import Model
 from ..scenario.scenario import Scenario
