@@ -68,6 +68,8 @@ DISPATCH_THREADS = ("per-gpu", "one")
 COMPRESSED = ("none", "host", "gpu")
 #: What decompresses: the compute stream, in the way of the kernels, or the GPU's side stream.
 DECOMPRESS_LANES = ("compute", "side")
+#: More positions than any model has, before a sequence begins.
+MOST_CONTEXT = 1 << 24
 #: More GPUs than one machine has, stages of them, or parts of a batch between them.
 MOST_GPUS = 1024
 #: Bounds of what a scenario may say that something takes: nothing that is guessed or moved takes longer than 1,000 s
@@ -181,7 +183,9 @@ class WorkloadSection(_Section):
     """The routing trace and how its tokens are batched. Without a trace, one is drawn by `synthetic`.
 
     `warmup` is what speed and rates leave out at the beginning, while the memory fills: so many decode tokens, or steps
-    of either phase ("20steps"). It changes nothing of what runs.
+    of either phase ("20steps"). It changes nothing of what runs. `context` is how many positions every sequence has in
+    the KV cache before its first token here; with it, and be it 0, attention takes longer the more is cached (not set:
+    as long as with nothing cached).
     """
 
     trace: str | None = None
@@ -191,6 +195,7 @@ class WorkloadSection(_Section):
     prefill: Annotated[str, _one_of(PREFILL_MODES)] = "whole"
     chunk_tokens: int = Field(default=512, ge=1)
     warmup: str = "0tokens"
+    context: int | None = Field(default=None, ge=0, le=MOST_CONTEXT)
 
     @field_validator("warmup", mode="before")
     @classmethod
