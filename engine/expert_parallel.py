@@ -29,8 +29,8 @@ from .measure.recording import Recording, ratio
 from .placed import Placed, PlacedVisit, Prices, Worker, homes, own_guesses, own_steps, placed_visits
 from .policies.placement import PLACEMENT, Owners, Request
 from .policies.prefetch import Gauge, NoPrefetch, Prefetch
+from .scenario.amounts import ScenarioError, parse_budget, parse_bytes
 from .scenario.inputs import Inputs
-from .scenario.scenario import ScenarioError, parse_budget, parse_bytes
 
 
 def place(whole: Inputs, make_manager: Callable[[Inputs], MemoryManager]) -> Inputs:
@@ -96,7 +96,7 @@ def routes(links: Links) -> dict[tuple[int, int], Route]:
     """Return the way from each GPU to each other one; raise ScenarioError if there is none."""
     gpus = range(len(links.gpus))
     try:
-        return {(a, b): links.topology.route(links.gpus[a], links.gpus[b]) for a in gpus for b in gpus if a != b}
+        return {(a, b): links.route(a, b) for a in gpus for b in gpus if a != b}
     except TopologyError as error:
         raise ScenarioError(f"parallel.gpus = {len(links.gpus)}: {error}") from None
 

@@ -22,9 +22,10 @@ import orjson
 from ..engine.baselines import BASELINES, baseline_scenario, run_baseline
 from ..engine.costs.costs import part_costs
 from ..engine.loading.loading import load_inputs
+from ..engine.scenario.amounts import ScenarioError
 from ..engine.scenario.inputs import Inputs
 from ..engine.scenario.rows import Row
-from ..engine.scenario.scenario import Scenario, ScenarioError, make_scenario
+from ..engine.scenario.scenario import Scenario, make_scenario
 from ..engine.simulate import simulate_inputs, versions
 from ..errors import InputError
 from ..resources.profile import load_profile

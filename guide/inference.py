@@ -21,7 +21,8 @@ from ..engine.measure.metrics import memory_steps
 from ..engine.measure.recording import OUTCOMES
 from ..engine.policies.eviction import EVICTION
 from ..engine.scenario.inputs import Inputs
-from ..engine.scenario.scenario import PREDICTOR_LANES, Scenario, load_scenario, make_scenario
+from ..engine.scenario.scenario import Scenario, load_scenario, make_scenario
+from ..engine.scenario.sections import PREDICTOR_LANES
 from ..engine.simulate import Result, simulate_inputs
 from ..errors import InputError
 from ..resources.profile import load_profile

@@ -25,7 +25,9 @@ from new_user import path_table
 
 from prestage.calibration import from_parts as checks
 from prestage.calibration.report import markdown
-from prestage.engine.scenario.scenario import Scenario, ScenarioError, SyntheticSection, load_scenario
+from prestage.engine.scenario.amounts import ScenarioError
+from prestage.engine.scenario.scenario import Scenario, load_scenario
+from prestage.engine.scenario.sections import SyntheticSection
 from prestage.engine.simulate import simulate
 from prestage.experiments.sweep import sweep
 from prestage.guide.reproduce import TABLES as PUBLISHED
@@ -406,6 +408,33 @@ def engines() -> str:
     return made
 
 
+def models() -> str:
+    """What the published configs of tests/data/configs come to, beside their tensors' count and published figures."""
+    data = ROOT / "tests" / "data"
+    facts = json.loads((data / "published_models.json").read_text(encoding="utf-8"))
+    rows = []
+    for name in sorted(facts, key=str.lower):
+        model, fact = load_model(data / "configs" / f"{name}.json"), facts[name]
+        assert model.parameters is not None and model.active_parameters is not None
+        tensors = fact.get("tensors")
+        rows.append(
+            (
+                name,
+                f"{model.parameters / 1e9:.2f}",
+                "-" if tensors is None else f"{model.parameters / tensors - 1:+.2%}",
+                fact.get("total", "-"),
+                f"{model.active_parameters / 1e9:.2f}",
+                f"{fact['active']} ({fact['counts']})" if "active" in fact else "-",
+                f"{model.expert_dtype}, {model.dense_dtype}",
+                f"{model.kv_bytes_per_token / 1024:,.1f}",
+                f"{model.state_bytes / 2**20:,.1f}" if model.state_bytes else "-",
+            )
+        )
+    columns = ("model", "weights, B", "against its tensors", "published", "active, B", "published (counts)",
+               "experts, dense part", "KV a token, KiB", "states, MiB")  # fmt: skip
+    return table(columns, rows)
+
+
 def from_parts() -> str:
     """How machines put together from datasheets and another machine compare with the same machines measured."""
     rows = []
@@ -447,33 +476,6 @@ def part_shares() -> str:
         for row in shares()
     ]
     return table(["of", "reached", "off by", "machines"], rows)
-
-
-def models() -> str:
-    """What the published configs of tests/data/configs come to, beside their tensors' count and published figures."""
-    data = ROOT / "tests" / "data"
-    facts = json.loads((data / "published_models.json").read_text(encoding="utf-8"))
-    rows = []
-    for name in sorted(facts, key=str.lower):
-        model, fact = load_model(data / "configs" / f"{name}.json"), facts[name]
-        assert model.parameters is not None and model.active_parameters is not None
-        tensors = fact.get("tensors")
-        rows.append(
-            (
-                name,
-                f"{model.parameters / 1e9:.2f}",
-                "-" if tensors is None else f"{model.parameters / tensors - 1:+.2%}",
-                fact.get("total", "-"),
-                f"{model.active_parameters / 1e9:.2f}",
-                f"{fact['active']} ({fact['counts']})" if "active" in fact else "-",
-                f"{model.expert_dtype}, {model.dense_dtype}",
-                f"{model.kv_bytes_per_token / 1024:,.1f}",
-                f"{model.state_bytes / 2**20:,.1f}" if model.state_bytes else "-",
-            )
-        )
-    columns = ("model", "weights, B", "against its tensors", "published", "active, B", "published (counts)",
-               "experts, dense part", "KV a token, KiB", "states, MiB")  # fmt: skip
-    return table(columns, rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -320,8 +320,8 @@ SAMPLES = Path(__file__).parent.parent / "calibration" / "samples"
 
 
 def committed_fit() -> Fit:
-    one, two = (load_samples(SAMPLES / name) for name in ("h200.json", "h200-two-gpus.json"))
-    return fit(one, "h200", load_schedule([SAMPLES / "h200.rows.json"]), [two])
+    one, *more = (load_samples(SAMPLES / f"h200{name}") for name in (".json", "-two-gpus.json", ".surface.json.gz"))
+    return fit(one, "h200", load_schedule([SAMPLES / "h200.rows.json"]), more)
 
 
 @pytest.mark.slow

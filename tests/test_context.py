@@ -12,8 +12,9 @@ from tiny import ASSUMED, HIDDEN, tiny_model, tiny_profile, tiny_scenario, tiny_
 from prestage.engine.costs.costs import Costs
 from prestage.engine.loading.capacity import kv_cache_bytes
 from prestage.engine.loading.loading import load_inputs, steps_of
+from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.inputs import Inputs
-from prestage.engine.scenario.scenario import ScenarioError, load_scenario
+from prestage.engine.scenario.scenario import load_scenario
 from prestage.engine.simulate import simulate
 from prestage.resources.profile import Profile, make_profile
 from prestage.workloads.batches import DECODE, PREFILL

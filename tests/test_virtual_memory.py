@@ -35,7 +35,7 @@ from prestage.engine.policies.eviction import EVICTION, Lru
 from prestage.engine.policies.prefetch import PREFETCH as PREFETCH_POLICIES
 from prestage.engine.policies.prefetch import Options
 from prestage.engine.replay.replay import count_visits
-from prestage.engine.scenario.scenario import ScenarioError
+from prestage.engine.scenario.amounts import ScenarioError
 from prestage.guide.virtual_memory import VirtualMemoryError, guesses_for_targets
 from prestage.resources.profile import ProfileError
 from prestage.workloads.batches import plan_steps
