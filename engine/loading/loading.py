@@ -260,5 +260,6 @@ def _check_fit(trace: RoutingTrace, model: Model) -> None:
     ):
         if given != wanted:
             raise ScenarioError(
-                f"{key} = {wanted} ({model.name}), but the trace has {given}: choose its model, or set {key} = {given}"
+                f"{key} = {wanted} ({model.name}), but the trace has {given}: choose its model, or set {key} = {given} "
+                f"(or map the trace to this model: prestage trace map)"
             )
