@@ -10,7 +10,7 @@ import typer
 
 from .console import print_json, progress_shown, say_replaced
 from .options import Json, Settings, expert_bytes_of, listed, opened_trace
-from .own import Cpu, Drive, Gpu, Link, Model, Own, Ram
+from .own import Context, Cpu, Drive, Gpu, Link, Model, Own, Ram
 
 
 def run(
@@ -24,6 +24,7 @@ def run(
     ram: Ram = None,
     link: Link = None,
     drive: Drive = None,
+    context: Context = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -68,7 +69,7 @@ def run(
     from ..files import check_folder, made_folder
     from ..output.run_folder import write_result
 
-    own = Own(model, gpu, cpu, ram, link, drive)
+    own = Own(model, gpu, cpu, ram, link, drive, context)
     chosen = load_scenario(own.scenario(scenario), [*own.settings(scenario), *(settings or ())])
     inputs = load_inputs(chosen)
     if out is not None:
