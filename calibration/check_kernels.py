@@ -55,7 +55,10 @@ def _single(series: Iterable[SurfaceSeries], costs: SurfaceCosts) -> Iterator[Ch
         if (row.dispatch, row.beside) == ("graph", "none") and row.what not in ("negate", "multiply"):
             each_ns = (float(np.median(row.samples_ns)) - start_ns) / row.kernels
             shape = " x ".join(map(str, row.shape))
-            yield Checked(f"{row.what}, {row.dtype}", shape, max(1.0, each_ns), _surface_ns(row, costs))
+            what = f"{row.what}, {row.dtype}"
+            if row.what == "attention":
+                what += f", {row.shape[-1]:,} positions"
+            yield Checked(what, shape, max(1.0, each_ns), _surface_ns(row, costs))
 
 
 def _surface_ns(row: SurfaceSeries, costs: SurfaceCosts) -> float:

@@ -96,7 +96,7 @@ def routes(links: Links) -> dict[tuple[int, int], Route]:
     """Return the way from each GPU to each other one; raise ScenarioError if there is none."""
     gpus = range(len(links.gpus))
     try:
-        return {(a, b): links.topology.route(links.gpus[a], links.gpus[b]) for a in gpus for b in gpus if a != b}
+        return {(a, b): links.route(a, b) for a in gpus for b in gpus if a != b}
     except TopologyError as error:
         raise ScenarioError(f"parallel.gpus = {len(links.gpus)}: {error}") from None
 

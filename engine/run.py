@@ -118,7 +118,10 @@ def _run_commands(inputs: Inputs, ready: Sequence[Prepared], watch: Watch, engin
     if inputs.placed is not None and inputs.links is not None:
         managers, prefetches = [gpu.manager for gpu in ready], [gpu.prefetch for gpu in ready]
         visits = watch(decided(inputs, managers, prefetches, gauges))
-        decoded = run_shared(inputs, ready, gauges, visits, one_thread=one_thread, engine=engine)
+        decoded = run_shared(
+            inputs, ready, gauges, visits, one_thread=one_thread, engine=engine, sources=_shared(inputs, ready, engine),
+            ticks=watch(iter(range(inputs.layer_visits))),
+        )  # fmt: skip
         ready = [replace(gpu, inputs=replace(gpu.inputs, steps=inputs.steps)) for gpu in ready]
     else:
         hosts = [make_host_memory(gpu.inputs, gpu.manager.spool) for gpu in ready]
@@ -142,17 +145,34 @@ def _run_commands(inputs: Inputs, ready: Sequence[Prepared], watch: Watch, engin
     return [_recording(gpu, found, host) for gpu, found, host in zip(ready, decoded, hosts, strict=True)]
 
 
+def _all_sources(ready: Sequence[Prepared]) -> list[Source]:
+    """Return what each GPU decides by."""
+    return [
+        source_of(gpu.inputs, gpu.manager, gpu.prefetch, host_memory=gpu.inputs.scenario.tiers.host_budget != "all")
+        for gpu in ready
+    ]
+
+
 def _sources(ready: Sequence[Prepared], engine: str) -> list[Source]:
     """Return what each GPU decides by, where compiled code decides on all of them."""
     if engine != "compiled":
         return []
     from .decide.sources import decided_in_python
 
-    sources = [
-        source_of(gpu.inputs, gpu.manager, gpu.prefetch, host_memory=gpu.inputs.scenario.tiers.host_budget != "all")
-        for gpu in ready
-    ]
+    sources = _all_sources(ready)
     return [] if any(map(decided_in_python, sources)) else sources
+
+
+def _shared(inputs: Inputs, ready: Sequence[Prepared], engine: str) -> list[Source]:
+    """Return what each of the GPUs that share experts decides by, where compiled code decides."""
+    if engine != "compiled":
+        return []
+    from .decide.sources import shared_in_python
+
+    placed, sources = inputs.placed, _all_sources(ready)
+    assert placed is not None
+    owners = [len(gpus) for of_layer in placed.owners for gpus in of_layer]
+    return [] if shared_in_python(sources, placed.remote, placed.spare_experts, owners) else sources
 
 
 def engine_for(inputs: Inputs, engine: str) -> str:

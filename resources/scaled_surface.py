@@ -85,7 +85,7 @@ def _prompts(table: PromptTable, scale: Scale) -> PromptTable:
 
 def _at_most(work: _Numbers, ns: _Numbers) -> _Numbers:
     """Return what so much work takes at the rate of the quickest kernel of all, in ns."""
-    rate = (work[ns > 0] / ns[ns > 0]).max()
+    rate = float((work[ns > 0] / ns[ns > 0]).max())
     return work / rate
 
 

@@ -24,7 +24,9 @@ from eviction_tables import layers, policies
 from new_user import path_table
 
 from prestage.calibration import from_parts as checks
+from prestage.calibration.check_kernels import check_kernels, check_text
 from prestage.calibration.report import markdown
+from prestage.calibration.samples import load_samples
 from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.scenario import Scenario, load_scenario
 from prestage.engine.scenario.sections import SyntheticSection
@@ -35,6 +37,7 @@ from prestage.guide.reproduce import virtual_memory
 from prestage.output.markdown import table
 from prestage.output.parts import shares
 from prestage.output.tables.guide import GUIDE_FIGURES, figure_cells, figure_columns, guide_cells
+from prestage.resources.profile import load_profile
 from prestage.workloads.model import load_model
 
 ROOT = Path(__file__).parent.parent
@@ -399,6 +402,21 @@ def two_gpus() -> str:
     return markdown(report, every_row=True)
 
 
+def held_out_kernels() -> str:
+    """How near the surface of `h200` comes to kernels, and groups of them, of shapes that it was not measured on."""
+    folder = ROOT / "calibration" / "validation" / "h200"
+    files = [load_samples(folder / f"held-out.{name}.json.gz") for name in ("single", "groups")]
+    return check_text(check_kernels(files, load_profile("h200")))
+
+
+def held_out() -> str:
+    """Whole schedules of shapes that were not measured, simulated with `h200` and with a profile of that session."""
+    folder = ROOT / "calibration" / "validation"
+    texts = [(folder / f"h200-held-out{name}.json").read_text("utf-8") for name in ("", "-own")]
+    ours, own = map(json.loads, texts)
+    return f"{markdown(ours, every_row=False)}\n\n{markdown(own, every_row=True)}"
+
+
 #: Each stands in one page or several.
 def engines() -> str:
     """What a run takes by each engine."""
@@ -489,6 +507,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "reality": reality,
     "reality-rows": reality_rows,
     "two-gpus": two_gpus,
+    "held-out-kernels": held_out_kernels,
+    "held-out": held_out,
     "speed": speed,
     "replay-speed": replay_speed,
     "timeline-speed": timeline_speed,

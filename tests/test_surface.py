@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -223,12 +223,13 @@ def test_the_full_grid_has_the_sizes_that_models_have_and_none_that_is_held_out(
 def made_series(start_ns: int = 50, each_ns: int = 10) -> list[SurfaceSeries]:
     """Rows whose start and kernels are known: products of rows x columns x tokens ns, small kernels of `each_ns`."""
     series = []
-    for dispatch, beside, longer_ns in (
+    longer: tuple[tuple[Literal["graph", "eager"], Literal["none", "h2d"], int], ...] = (
         ("graph", "none", 0),
         ("graph", "h2d", 7),
         ("eager", "none", 3),
         ("eager", "h2d", 9),
-    ):
+    )
+    for dispatch, beside, longer_ns in longer:
         for what in ("negate", "multiply"):
             for count in (1, 2, 16):
                 taken_ns = start_ns + longer_ns + count * each_ns

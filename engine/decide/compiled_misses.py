@@ -36,7 +36,7 @@ def next_misses(t: Tables, h: Word, total_experts: Word, keys: Words, room: Word
     """
     count, visit = 0, 0
     while count <= room:
-        why = next_portion(t, h, 0, 0)
+        why = next_portion(t, h)
         if why != DECIDED:
             return why, count
         for at in range(1, t.rows[0, 0] + 1):

@@ -6,7 +6,7 @@ differ in what is coupled to what.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -156,13 +156,18 @@ from .memory import (
     R_COUNT,
     RATE,
     RATE_ROWS,
+    RATE_WORDS,
     RATES,
     RATES_KNOWN,
     RECORD_ROOM,
     RECORDS,
     REGISTERS,
+    S_GROUP,
+    S_LANE,
+    S_MOVING,
+    S_STRETCH,
     SIZED_SHAPE,
-    SLOTS,
+    SLOT_WORDS,
     SPAN_WORDS,
     T_AT,
     T_CAPACITY,
@@ -177,6 +182,8 @@ from .memory import (
     THREADS,
     TO_CPU_SHAPE,
     UNPACK_SHAPE,
+    V_GROUP,
+    V_MOVING,
     W_NEXT,
     WORK_LEFT,
     WORK_WORDS,
@@ -223,7 +230,7 @@ class Layout:
 
     def __init__(self, machine: Machine, threads: Sequence[Driven]) -> None:
         self._machine = machine
-        self.memory = Memory()
+        self.memory = Memory(len(machine.gpus))
         self.prices: list[Callable[[int], KernelCost]] = []
         self.transfers: list[tuple[Any, int]] = []
         self._transfer_of: dict[tuple[int, int, int], int] = {}
@@ -253,11 +260,14 @@ class Layout:
         for at, gpu in zip(parts, self.gpus, strict=True):
             self._set(at, {T_GPU: gpu, T_GPUS: memory.put_list([gpu]), T_PART_OF: -1, T_GOES_ON: NEVER})
             self._set(gpu, {G_THREAD: at})
+        self.slots: dict[int, int] = {}
+        self._links: dict[int, set[str]] = {}
         self._lay_out_network()
         for lane, at in zip(machine.lanes, self.lanes, strict=True):
             self._lay_out_lane(lane, at)
         for number, at in enumerate(self.gpus):
             self._lay_out_gpu(number, at)
+        self._group_slots()
         most_tokens = max((one.most_tokens for one in machine.gpus), default=1)
         kernels = memory.allocate(len(self.prices) * (most_tokens + 1) * KERNEL_WORDS)
         self._set(0, {KERNELS: kernels, KERNEL_TOKENS: most_tokens + 1})
@@ -285,21 +295,34 @@ class Layout:
         self._set(0, {REGISTERS: self.memory.put([*kept, *[-1] * (self.registers - len(kept))])})
 
     def _lay_out_network(self) -> None:
-        """Lay out a slot for each lane that has a part of the network: the lane, what moves, its stretch."""
+        """Lay out a slot for each lane that has a part of the network."""
         joined = sorted(
             (lane.share.slot, at)
             for lane, at in zip(self._machine.lanes, self.lanes, strict=True)
             if isinstance(lane.share, Share)
         )
-        slots = self.memory.put_list([len(joined)] * 1 + [0] * (3 * len(joined)))
-        self.memory.words[slots] = len(joined)
-        self.slots = {}
-        for number, (slot, lane) in enumerate(joined):
-            at = slots + 1 + 3 * number
-            self.slots[slot] = at
-            self._set(at, {0: lane, 1: -1})
-            self._set_floats(at, {2: 1.0})
-        self._set(0, {SLOTS: slots, RATE_ROWS: _RATES, RATES: self.memory.allocate(_RATES * (1 + 2 * len(joined)))})
+        for slot, lane in joined:
+            at = self.slots[slot] = self.memory.allocate(SLOT_WORDS)
+            self._set(at, {S_LANE: lane, S_MOVING: -1})
+            self._set_floats(at, {S_STRETCH: 1.0})
+
+    def _group_slots(self) -> None:
+        """Let each slot know those of all lanes that may share a link with it, or with one of these."""
+        groups: list[tuple[set[int], set[str]]] = []
+        for slot in self.slots.values():
+            slots, links = {slot}, set(self._links.get(slot, ()))
+            for group in [group for group in groups if group[1] & links]:
+                groups.remove(group)
+                slots |= group[0]
+                links |= group[1]
+            groups.append((slots, links))
+        for slots, _ in groups:
+            at = self.memory.put_list(sorted(slots))
+            for slot in slots:
+                self._set(slot, {S_GROUP: at})
+        width = V_MOVING + 2 * max((len(slots) for slots, _ in groups), default=0)
+        rates = self.memory.allocate(_RATES * width)
+        self._set(0, {RATE_ROWS: _RATES, RATE_WORDS: width, RATES: rates})
 
     def _lay_out_lane(self, lane: Lane, at: int) -> None:
         lags, memory = lane.lags, self.memory
@@ -387,10 +410,16 @@ class Layout:
         by_layer = [] if reads is None else [ns for cost in reads.by_layer for ns in (cost.request_ns, cost.host_ns)]
         self._set(at, {G_IO_LANES: io_lanes, G_READS: self.memory.put(by_layer)})
 
-    def _transfer(self, transfer: Any, queued_ns: int, alone_ns: int) -> int:
-        """Return the number of a transfer over shared links, which takes one time behind others and one by itself."""
+    def _transfer(self, transfer: Any, queued_ns: int, alone_ns: int, lanes: Iterable[Lane]) -> int:
+        """Return the number of a transfer over shared links, which takes one time behind others and one by itself.
+
+        It is one that these lanes may make.
+        """
         if transfer is None:
             return -1
+        for lane in lanes:
+            if isinstance(lane.share, Share):
+                self._links.setdefault(self.slots[lane.share.slot], set()).update(transfer.route.links)
         key = (id(transfer), queued_ns, alone_ns)
         if key not in self._transfer_of:
             self._transfer_of[key] = len(self.transfers) // 2
@@ -400,19 +429,19 @@ class Layout:
     def _lay_out_copies(self, one: Any, at: int) -> list[int]:
         """Lay out what copies take, by class, and the class of every expert; return the bytes of each class."""
         lanes, memory = one.lanes, self.memory
-        classes: dict[int, int] = {}
-        places = []
-        for expert, size_bytes in enumerate(lanes.sizes):
-            if size_bytes not in classes:
-                cost, transfer = lanes.copy_cost(expert), lanes.transfer(expert)
-                ns = (cost.queued_ns, cost.alone_ns)
-                if isinstance(lanes.copies[H2D], QueueLane):
-                    ns = (cost.piece_queued_ns, cost.piece_alone_ns)
-                row = (*ns, cost.pieces, cost.host_ns, self._transfer(transfer, *ns), len(classes))
-                classes[size_bytes] = memory.put(row)
-            places.append(classes[size_bytes])
-        self._set(at, {G_COPY_OF: memory.put(places)})
-        return list(classes)
+        _, firsts, which = np.unique(np.array(lanes.sizes), return_index=True, return_inverse=True)
+        order = np.argsort(firsts)  # classes are numbered as they come
+        classes = np.zeros(len(firsts), dtype=np.int64)
+        for number, kind in enumerate(order.tolist()):
+            expert = int(firsts[kind])
+            cost, transfer = lanes.copy_cost(expert), lanes.transfer(expert)
+            ns = (cost.queued_ns, cost.alone_ns)
+            if isinstance(lanes.copies[H2D], QueueLane):
+                ns = (cost.piece_queued_ns, cost.piece_alone_ns)
+            transfers = self._transfer(transfer, *ns, lanes.streams)
+            classes[kind] = memory.put((*ns, cost.pieces, cost.host_ns, transfers, number))
+        self._set(at, {G_COPY_OF: memory.put(classes[which.reshape(-1)])})
+        return [lanes.sizes[int(firsts[kind])] for kind in order]
 
     def _lay_out_shapes(self, one: Any, at: int, sizes: Sequence[int]) -> None:
         """Lay out the shapes by kind and layer, and keep what prices each of them."""
@@ -447,7 +476,7 @@ class Layout:
     def _move(self, costs: Any, size_bytes: int, lane: Lane, slowdown: float, target: int) -> int:
         """Return the address of what it takes to send so many bytes to another GPU."""
         ns = (costs.queued_ns(size_bytes), costs.alone_ns(size_bytes))
-        transfer = self._transfer(costs.transfer(size_bytes), *ns) if lane.share is not None else -1
+        transfer = self._transfer(costs.transfer(size_bytes), *ns, [lane]) if lane.share is not None else -1
         at = self.memory.put([
             self._lane_of[id(lane)], *ns, costs.host_ns, costs.latency_ns, transfer, costs.arrival_ns, target, 0,
         ])  # fmt: skip
@@ -600,20 +629,22 @@ class CompiledEngine:
         layout, memory, network = self._layout, self._memory, self._machine.network
         assert network is not None
         words = memory.words
-        slots, slot, transfer = int(words[SLOTS]), int(words[ASKED]), int(words[ASKED_FOR])
-        count = int(words[slots])
-        places = [slots + 1 + 3 * number for number in range(count)]
-        moving = [transfer if place == slot else int(words[place + 1]) for place in places]
+        slot, transfer = int(words[ASKED]), int(words[ASKED_FOR])
+        group = int(words[slot + S_GROUP])
+        places = words[group + 1 : group + 1 + words[group]].tolist()
+        moving = [transfer if place == slot else int(words[place + S_MOVING]) for place in places]
         if 2 * words[RATES_KNOWN] >= words[RATE_ROWS]:
             words[RATE_ROWS] *= 2
             words[RATES_KNOWN] = 0
-            rates = memory.allocate(int(words[RATE_ROWS]) * (1 + 2 * count))
+            rates = memory.allocate(int(words[RATE_ROWS] * words[RATE_WORDS]))
             words = memory.words
             words[RATES] = rates
         row = int(rate_row(words, slot, transfer))
-        words[row : row + 1 + count] = [1, *moving]
+        words[row + V_GROUP] = group
+        at = row + V_MOVING
+        words[at : at + len(moving)] = moving
         running = [None if number < 0 else layout.transfers[number] for number in moving]
-        memory.floats[row + 1 + count : row + 1 + 2 * count] = network.stretches(running)
+        memory.floats[at + len(moving) : at + 2 * len(moving)] = network.stretches(running)
         words[RATES_KNOWN] += 1
 
     def _make_space(self) -> None:

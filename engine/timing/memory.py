@@ -25,7 +25,7 @@ IN_ORDER, AS_READY, BY_RANK = range(3)
 #: The run as a whole: the instant; the lists of lanes, threads and GPUs; free work and nodes, and how many there are.
 (
     NOW, LANES, THREADS, GPUS, FREE_WORK, WORK_LEFT, FREE_NODE, NODES_LEFT, NUMBER, REGISTERS, KERNELS, KERNEL_TOKENS,
-    SLOTS, RATES, RATE_ROWS, RATES_KNOWN, ASKED, ASKED_FOR, RECORDS, RECORD_ROOM, ARRIVALS, DROPPED, HEADER,
+    RATES, RATE_ROWS, RATE_WORDS, RATES_KNOWN, ASKED, ASKED_FOR, RECORDS, RECORD_ROOM, ARRIVALS, DROPPED, HEADER,
 ) = range(23)  # fmt: skip
 
 #: A lane: what it was made with; the lists of lanes that have to do with it; its queue, and what enters one by rank
@@ -49,6 +49,12 @@ N_WHAT, N_NEXT, N_WHO, NODE_WORDS = range(4)
 #: Who waits for the end of work: a lane to start, a thread to go on, work to join its queue, what arrives elsewhere,
 #: what stands for a copy's leaving a room of host memory, which it does when it is given up, too.
 A_LANE, A_THREAD, A_WORK, AN_ARRIVAL, A_DEPARTURE = range(5)
+
+#: A slot: a lane that shares links with others, what it moves now, how many times as long that takes, and the list of
+#: the slots of all lanes that may share a link with it, or with one of these.
+S_LANE, S_MOVING, S_STRETCH, S_GROUP, SLOT_WORDS = range(5)
+#: A set of transfers whose stretches are known: the group (0: none yet), what each of its slots moves, the stretches.
+V_GROUP, V_MOVING = range(2)
 
 #: What lanes share alike: how many are busy, and a list of them; then how many times as long work takes beside so many,
 #: from none on.
@@ -107,8 +113,8 @@ WORK_EACH, NODES_EACH = 2, 24
 class Memory:
     """The words, as they are laid out before a run and grow during it."""
 
-    def __init__(self) -> None:
-        self.words: Ints = np.zeros(1 << 20, dtype=np.int64)  # pages that nobody writes to cost nothing
+    def __init__(self, gpus: int) -> None:
+        self.words: Ints = np.zeros((1 + gpus) << 20, dtype=np.int64)  # pages that nobody writes to cost nothing
         self._used = 0
 
     @property
@@ -125,7 +131,7 @@ class Memory:
 
     def put(self, values: Iterable[int]) -> int:
         """Return the address of some values, one after the other."""
-        array = np.array(list(values), dtype=np.int64)
+        array = np.array(values if isinstance(values, np.ndarray) else list(values), dtype=np.int64)
         at = self.allocate(len(array))
         self.words[at : at + len(array)] = array
         return at

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from ...resources.network import Network
 from ...workloads.batches import Step
+from ...workloads.trace import RoutingTrace
 from ..costs.costs import activation_bytes
 from ..decide.program import SharedLayers, Stage, stages_program
 from ..expert_parallel import routes
@@ -20,7 +21,7 @@ from ..gpu import Decoded
 from ..links import Links
 from ..lockstep import COPIES_FROM, AllToAll
 from ..pipeline import Flow, StageRun, pipeline_routes, received_steps, sent_bytes
-from ..placed import PlacedVisit
+from ..placed import PlacedVisit, traffic
 from ..policies.prefetch import Gauge
 from ..scenario.inputs import Inputs
 from .host import Arrivals, Exchanges, Sending
@@ -28,7 +29,7 @@ from .lanes import Lane
 from .simulation import OneGpu, Simulation
 
 if TYPE_CHECKING:
-    from ..decide.compiled_decisions import Decisions
+    from ..decide.compiled_decisions import Decisions, Shared
     from ..decide.sources import Source
 
 #: Compiled code makes its commands, too; a stage that inherits from it may order anything.
@@ -140,6 +141,42 @@ class SharingGpus:
             for column, tokens in zip(self._moved, visit.traffic, strict=True):
                 column.buffer.frombytes(tokens.astype(np.int32).tobytes())
 
+    def shared(self, inputs: Inputs, *, one_thread: bool) -> Shared:
+        """Return how compiled decisions share the experts, where each has one owner."""
+        from ..decide.compiled_decisions import Shared  # which compiles at its first import
+
+        placed, trace = inputs.placed, inputs.trace
+        assert placed is not None
+        owner = np.array([gpus[0] for of_layer in placed.owners for gpus in of_layer], dtype=np.int64)
+        by_layer = owner.reshape(trace.layers, -1)
+
+        def laid_out(first: int, end: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
+            steps = zip(inputs.steps[first:end], placed.homes[first:end], strict=True)
+            laid = [self._laid_out(trace, step, home, by_layer) for step, home in steps]
+            lives, serves, exchanges = (np.array(values, dtype=np.int64) for values in zip(*laid, strict=True))
+            return lives, serves, exchanges
+
+        return Shared(owner, one_thread, laid_out)
+
+    def _laid_out(
+        self, trace: RoutingTrace, step: Step, home: npt.NDArray[Any], owner: npt.NDArray[Any]
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
+        """Return the tokens of each GPU in a step, who serves any (layers, GPUs), and what exchanges take (layers,).
+
+        The tokens that these send are noted.
+        """
+        gpus, layers = len(self._gpus), np.arange(trace.layers)
+        servers = owner[layers[:, None], trace.experts[step.rows]]
+        present = None if trace.present is None else trace.present[step.rows]
+        moved = traffic(servers, home, present, gpus)
+        serves = np.zeros((trace.layers, gpus), dtype=np.int64)
+        here = np.ones(servers.shape[:2], dtype=bool) if present is None else present
+        serves[np.broadcast_to(layers[None, :, None], servers.shape)[here], servers[here]] = 1
+        ns = self._all_to_all.all_ns(moved)
+        for gpu, column in enumerate(self._moved):
+            column.buffer.frombytes(moved[ns > 0, gpu].astype(np.int32).tobytes())
+        return np.bincount(home, minlength=gpus), serves, ns
+
     def recorded(self) -> list[Decoded]:
         """Return what was recorded on each GPU, tokens sent included."""
         count = len(self._gpus)
@@ -177,10 +214,13 @@ def run_shared(
     *,
     one_thread: bool,
     engine: str,
+    sources: Sequence[Source] = (),
+    ticks: Iterator[Any] | None = None,
 ) -> list[Decoded]:
     """Run GPUs that go through every layer together and return what was recorded on each.
 
     `ready` has each GPU's manager, costs and prefetch policy; `visits` are those of all, decided as they are asked for.
+    With `sources`, compiled code decides instead, as in `run_stages`.
     """
     links, placed, scenario, model = inputs.links, inputs.placed, inputs.scenario, inputs.model
     assert links is not None and placed is not None
@@ -204,5 +244,11 @@ def run_shared(
         [one.gpu for one in gpus], visits, model.layers, one_thread and len(gpus) > 1, sharing.moves, sharing.note
     )
     simulation.thread(layers.program(inputs.steps, placed.homes), gpus, sharing.exchanges)
+    if sources and not layers.apart:
+        from ..decide.compiled_decisions import Decisions, Part  # which compiles at its first import
+
+        parts = [Part(source, one.gpu, one.note_resolved) for source, one in zip(sources, gpus, strict=True)]
+        shared = sharing.shared(inputs, one_thread=one_thread and len(gpus) > 1)
+        simulation.decided_by(Decisions(parts, [range(len(gpus))], shared), ticks or iter(()))
     simulation.run()
     return sharing.recorded()
