@@ -24,8 +24,9 @@ from ..engine.measure.merge import served
 from ..engine.measure.recording import Recording
 from ..engine.measure.speed import Serving, decode_times_ns
 from ..engine.run import prepared, run_all
+from ..engine.scenario.amounts import ScenarioError
 from ..engine.scenario.inputs import Inputs
-from ..engine.scenario.scenario import Scenario, ScenarioError
+from ..engine.scenario.scenario import Scenario
 from ..errors import InputError
 from ..resources.profile import Profile
 

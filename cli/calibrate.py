@@ -263,7 +263,8 @@ def benchmark_transfer(
         with progress_shown() as progress:
             report = transfer.from_samples(measure(gpu, FULL, progress, TRANSFERS))
     if out is not None:
-        from ..output.plots import plot_transfer, save
+        from ..output.pictures import save
+        from ..output.plots import plot_transfer
 
         save(plot_transfer(report), out)
     if json:

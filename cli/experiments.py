@@ -152,7 +152,7 @@ def compare(
     from ..engine.measure.comparison import compare as compare_runs
     from ..engine.measure.comparison import waterfall
     from ..experiments.compare import load_run
-    from ..output.plots import check_picture
+    from ..output.pictures import check_picture
 
     if plot is not None:
         check_picture(plot)
@@ -160,7 +160,7 @@ def compare(
     data = compare_runs(loaded)
     if plot is not None:
         from ..output.charts import plot_waterfall
-        from ..output.plots import save
+        from ..output.pictures import save
 
         first, *others = loaded
         save(plot_waterfall({name: waterfall(loaded[first], loaded[name]) for name in others}, first), plot)
@@ -196,7 +196,7 @@ def breakeven(
     from ..engine.scenario.scenario import load_scenario
     from ..experiments.breakeven import break_even
     from ..experiments.grid import parse_grid
-    from ..output.plots import check_picture
+    from ..output.pictures import check_picture
 
     if plot is not None:
         check_picture(plot)
@@ -213,7 +213,7 @@ def breakeven(
         )
     if plot is not None:
         from ..output.charts import plot_break_even
-        from ..output.plots import save
+        from ..output.pictures import save
 
         save(plot_break_even(data), plot)
     if json:

@@ -65,7 +65,7 @@ def trace_import(
       prestage trace import ids.jsonl --format jsonl --num-experts 16 --layers 3 -o trace.npz
     """
     from ..workloads.importers import import_trace
-    from ..workloads.trace import check_trace_file
+    from ..workloads.trace_files import check_trace_file
 
     check_trace_file(out)
     trace = import_trace(log, format, num_experts, layers)
@@ -95,7 +95,7 @@ def trace_record(
 ) -> None:
     """Run a transformers MoE model over text or prompts and record its routing. Needs prestage\\[record]."""
     from ..workloads.run_model import RecordConfig, record_files
-    from ..workloads.trace import check_trace_file
+    from ..workloads.trace_files import check_trace_file
 
     check_trace_file(out)
     config = RecordConfig(sequence_tokens, prompt_tokens, new_tokens, batch, sequences, guesses, device)
@@ -123,7 +123,7 @@ def trace_fit(
     """
     from ..files import check_file
     from ..workloads.fit import compare, draw_like, fit_routing
-    from ..workloads.trace import check_trace_file
+    from ..workloads.trace_files import check_trace_file
 
     if out is not None:
         (check_file if out.suffix == ".json" else check_trace_file)(out)
@@ -166,7 +166,7 @@ def trace_synth(
       prestage trace synth -o trace.safetensors
       prestage trace synth --model gpt-oss-20b --tokens 200 --reuse 0.45 --working-set 16 -o trace.npz
     """
-    from ..workloads.trace import check_trace_file
+    from ..workloads.trace_files import check_trace_file
 
     check_trace_file(out)
     if fit is not None:

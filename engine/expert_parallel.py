@@ -18,7 +18,7 @@ import simpy
 from ..resources.network import Carried
 from ..resources.timeline import COMBINE, DISPATCH, PEER
 from ..resources.topology import Route, TopologyError
-from ..workloads.trace import MAX_TOTAL_EXPERTS
+from ..workloads.trace_limits import MAX_TOTAL_EXPERTS
 from .costs.costs import Costs, activation_bytes
 from .decide.memory_manager import BudgetError, MemoryManager
 from .gpu import Decoded
@@ -29,8 +29,8 @@ from .measure.recording import Recording, ratio
 from .placed import Placed, PlacedVisit, Prices, Worker, homes, own_guesses, own_steps, placed_visits
 from .policies.placement import PLACEMENT, Owners, Request
 from .policies.prefetch import Gauge, NoPrefetch, Prefetch
+from .scenario.amounts import ScenarioError, parse_budget, parse_bytes
 from .scenario.inputs import Inputs
-from .scenario.scenario import ScenarioError, parse_budget, parse_bytes
 
 
 def place(whole: Inputs, make_manager: Callable[[Inputs], MemoryManager]) -> Inputs:

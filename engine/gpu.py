@@ -51,7 +51,8 @@ from .decide.memory_manager import Admission, MemoryManager
 from .links import HostLink
 from .policies.copy_order import COPY_ORDERS
 from .policies.prefetch import Gauge
-from .scenario.scenario import ON_GPU, Scenario
+from .scenario.scenario import Scenario
+from .scenario.sections import ON_GPU
 from .tiers import Drive
 
 #: One access: the visit, the copy that held the expert's bytes, and how many of the batch's tokens chose it.

@@ -18,7 +18,8 @@ from ..resources.profile import DurationBesideCopy, Profile
 from ..resources.timeline import Timeline
 from ..resources.topology import Route, Topology
 from .costs.costs import Costs
-from .scenario.scenario import Scenario, ScenarioError
+from .scenario.amounts import ScenarioError
+from .scenario.scenario import Scenario
 
 
 @dataclass(frozen=True)

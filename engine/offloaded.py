@@ -21,7 +21,8 @@ from .decide.dispatch import Visit
 from .decide.memory_manager import Admission, MemoryManager
 from .gpu import RESOLVED, Decoded, Gpu, Lane, pack_resolved
 from .policies.miss import CPU, LOW_PRECISION, MISS, Resolved
-from .scenario.scenario import Scenario, shrunk
+from .scenario.scenario import Scenario
+from .scenario.sections_memory import shrunk
 
 
 class OffloadedGpu(Gpu):

@@ -26,8 +26,8 @@ from .measure.recording import Recording
 from .pipeline import StageRun, decode_stages, flow_of
 from .policies.copy_order import COPY_ORDERS, Fifo, Priority, TwoStreams
 from .policies.prefetch import Gauge, Prefetch
+from .scenario.amounts import ScenarioError
 from .scenario.inputs import Inputs
-from .scenario.scenario import ScenarioError
 
 if TYPE_CHECKING:
     from .decide.sources import Source

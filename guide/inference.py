@@ -21,7 +21,8 @@ from ..engine.measure.metrics import memory_steps
 from ..engine.measure.recording import OUTCOMES
 from ..engine.policies.eviction import EVICTION
 from ..engine.scenario.inputs import Inputs
-from ..engine.scenario.scenario import PREDICTOR_LANES, Scenario, load_scenario, make_scenario
+from ..engine.scenario.scenario import Scenario, load_scenario, make_scenario
+from ..engine.scenario.sections import PREDICTOR_LANES
 from ..engine.simulate import Result, simulate_inputs
 from ..errors import InputError
 from ..resources.profile import load_profile
@@ -212,7 +213,8 @@ class InferenceSimulator:
 
     def plot_latency(self, path: str | Path | None = None) -> Figure:
         """Draw what each token took, in both accountings and overlapped; also write it to `path` (.png, .pdf, .svg)."""
-        from ..output.plots import plot_over_tokens, save
+        from ..output.pictures import save
+        from ..output.plots import plot_over_tokens
 
         figure = plot_over_tokens(self.token_latencies_ms(), title="Latency of each token")
         if path is not None:
@@ -221,7 +223,8 @@ class InferenceSimulator:
 
     def plot_memory(self, path: str | Path | None = None, *, overlapped: bool = False) -> Figure:
         """Draw the memory in use over time, in the guide's accounting or overlapped; also write it to `path`."""
-        from ..output.plots import plot_memory, save
+        from ..output.pictures import save
+        from ..output.plots import plot_memory
 
         manager, result = self._finished()
         if not overlapped:
@@ -233,7 +236,8 @@ class InferenceSimulator:
 
     def plot_hits(self, path: str | Path | None = None) -> Figure:
         """Draw how accesses split into hits and misses, in the guide's accounting and overlapped; also write it."""
-        from ..output.plots import plot_split, save
+        from ..output.pictures import save
+        from ..output.plots import plot_split
 
         figure = plot_split(hit_split(self.metrics()), title="What accesses found")
         if path is not None:

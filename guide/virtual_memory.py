@@ -330,7 +330,7 @@ def _prices(profile: Profile, expert_bytes: int, charge_hits: bool) -> Prices:
 
 
 def _saved(figure: Figure, path: str | Path | None) -> Figure:
-    from ..output.plots import save
+    from ..output.pictures import save
 
     if path is not None:
         save(figure, path)

@@ -21,7 +21,8 @@ from ..errors import InputError
 from ..resources.timeline import KINDS, Timeline
 from ..words import unknown_name
 from .palette import COLORS, FATE_COLORS, IDLE_COLOR, OUTCOME_COLORS, PART_COLORS
-from .plots import at_changes, bytes_unit, default_window, row_names, used_lanes
+from .pictures import at_changes, bytes_unit, row_names, used_lanes
+from .plots import default_window
 from .saved import Run
 
 Array = npt.NDArray[Any]

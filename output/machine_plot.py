@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .machine import share, size
 from .palette import COLORS
-from .plots import _INK
+from .pictures import INK
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,7 +64,7 @@ def plot_machine(data: Mapping[str, Any]) -> Figure:
         _draw_node(axes, node, places[node["name"]])
     _add_legend(figure, data, kinds)
     title = fill(f"{data['profile']}: {data['device']}", round(9 * figure.get_figwidth()))
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=_INK)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
     return figure
 
 
@@ -136,7 +136,7 @@ def _draw_link(axes: Axes, rows: Sequence[Mapping[str, Any]], start: Place, end:
         way = [(x - off * (y1 - y0), y + off * (x1 - x0)) for x, y in (at(step / 20) for step in range(21))]
         axes.plot(*zip(*way, strict=True), color=color, linewidth=points / len(colors), zorder=1)
     axes.text(
-        *at(0.5 if y0 == y1 else 0.42), _label(rows), ha="center", va="center", fontsize=7, color=_INK, zorder=3,
+        *at(0.5 if y0 == y1 else 0.42), _label(rows), ha="center", va="center", fontsize=7, color=INK, zorder=3,
         bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none"},
     )  # fmt: skip
 
@@ -154,8 +154,8 @@ def _label(rows: Sequence[Mapping[str, Any]]) -> str:
 def _draw_node(axes: Axes, node: Mapping[str, Any], place: Place) -> None:
     capacity = f"\n{size(node['capacity_bytes'])}" if "capacity_bytes" in node else ""
     axes.text(
-        *place, f"{node['name']}{capacity}", ha="center", va="center", fontsize=9, color=_INK, zorder=4,
-        bbox={"boxstyle": "round,pad=0.35", "facecolor": _FILLS.get(node["kind"], "white"), "edgecolor": _INK},
+        *place, f"{node['name']}{capacity}", ha="center", va="center", fontsize=9, color=INK, zorder=4,
+        bbox={"boxstyle": "round,pad=0.35", "facecolor": _FILLS.get(node["kind"], "white"), "edgecolor": INK},
     )  # fmt: skip
 
 

@@ -24,13 +24,16 @@ from eviction_tables import layers, policies
 from new_user import path_table
 
 from prestage.calibration.report import markdown
-from prestage.engine.scenario.scenario import Scenario, ScenarioError, SyntheticSection, load_scenario
+from prestage.engine.scenario.amounts import ScenarioError
+from prestage.engine.scenario.scenario import Scenario, load_scenario
+from prestage.engine.scenario.sections import SyntheticSection
 from prestage.engine.simulate import simulate
 from prestage.experiments.sweep import sweep
 from prestage.guide.reproduce import TABLES as PUBLISHED
 from prestage.guide.reproduce import virtual_memory
 from prestage.output.markdown import table
 from prestage.output.tables.guide import GUIDE_FIGURES, figure_cells, figure_columns, guide_cells
+from prestage.workloads.model import load_model
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -403,6 +406,33 @@ def engines() -> str:
     return made
 
 
+def models() -> str:
+    """What the published configs of tests/data/configs come to, beside their tensors' count and published figures."""
+    data = ROOT / "tests" / "data"
+    facts = json.loads((data / "published_models.json").read_text(encoding="utf-8"))
+    rows = []
+    for name in sorted(facts, key=str.lower):
+        model, fact = load_model(data / "configs" / f"{name}.json"), facts[name]
+        assert model.parameters is not None and model.active_parameters is not None
+        tensors = fact.get("tensors")
+        rows.append(
+            (
+                name,
+                f"{model.parameters / 1e9:.2f}",
+                "-" if tensors is None else f"{model.parameters / tensors - 1:+.2%}",
+                fact.get("total", "-"),
+                f"{model.active_parameters / 1e9:.2f}",
+                f"{fact['active']} ({fact['counts']})" if "active" in fact else "-",
+                f"{model.expert_dtype}, {model.dense_dtype}",
+                f"{model.kv_bytes_per_token / 1024:,.1f}",
+                f"{model.state_bytes / 2**20:,.1f}" if model.state_bytes else "-",
+            )
+        )
+    columns = ("model", "weights, B", "against its tensors", "published", "active, B", "published (counts)",
+               "experts, dense part", "KV a token, KiB", "states, MiB")  # fmt: skip
+    return table(columns, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "new-user": path_table,
     "lookahead": lookahead,
@@ -425,6 +455,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "replay-speed": replay_speed,
     "timeline-speed": timeline_speed,
     "engines": engines,
+    "models": models,
 }
 
 

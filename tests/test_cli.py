@@ -45,6 +45,10 @@ COMMANDS = [
     ["trace", "info"],
     ["trace", "import"],
     ["trace", "synth"],
+    ["model", "list"],
+    ["model", "show"],
+    ["model", "import"],
+    ["model", "check"],
     ["timeline"],
     ["timeline", "import"],
     ["timeline", "summary"],
@@ -55,6 +59,7 @@ COMMANDS = [
 ]
 #: What PyTorch's profiler saw of an execution on an H100.
 PROFILED = Path(__file__).with_name("profiled-h100-graph.json.gz")
+CONFIGS = Path(__file__).parent / "data" / "configs"
 LOG = """\
 # route_trace v1
 # model=tiny.gguf arch=tinymoe n_layer=2 n_expert=4 n_expert_used=1
@@ -516,6 +521,7 @@ def test_the_examples_of_the_help_run(
     (tmp_path / "trace.json.gz").write_bytes(PROFILED.read_bytes())
     (tmp_path / "my-scenario.toml").write_text("[workload.synthetic]\ntokens = 3\n")
     (tmp_path / "my-suite.toml").write_text(SMALL_SUITE)
+    (tmp_path / "config.json").write_bytes((CONFIGS / "OLMoE-1B-7B-0924.json").read_bytes())
     smaller = ["--set", "workload.tokens=2"] if example.split()[0] in ("run", "sweep", "compare", "breakeven") else []
     if example.startswith("suite ") and "my-suite.toml" not in example:
         smaller = ["my-suite.toml"]

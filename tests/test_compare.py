@@ -10,7 +10,8 @@ import orjson
 import pytest
 
 from prestage.engine.measure.comparison import PARTS, CompareError, compare, waterfall
-from prestage.engine.scenario.scenario import Scenario, ScenarioError, load_scenario
+from prestage.engine.scenario.amounts import ScenarioError
+from prestage.engine.scenario.scenario import Scenario, load_scenario
 from prestage.engine.simulate import simulate
 from prestage.experiments.breakeven import PROBES, STEPS, bracket, break_even
 from prestage.experiments.compare import load_run

@@ -25,7 +25,8 @@ from prestage.engine.measure.time_split import time_split
 from prestage.engine.policies.eviction import Lru
 from prestage.engine.run import run
 from prestage.engine.scenario.inputs import Inputs
-from prestage.engine.scenario.scenario import ON_GPU, Scenario
+from prestage.engine.scenario.scenario import Scenario
+from prestage.engine.scenario.sections import ON_GPU
 from prestage.engine.simulate import simulate_inputs
 from prestage.resources.timeline import (
     DEMAND,

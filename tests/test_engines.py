@@ -23,8 +23,9 @@ from prestage.engine.decide.tables import Rooms
 from prestage.engine.loading.deciders import dispatched, make_manager, make_prefetch
 from prestage.engine.loading.loading import load_inputs
 from prestage.engine.run import Prepared, check_engine, run_all
+from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.inputs import Inputs
-from prestage.engine.scenario.scenario import ScenarioError, load_scenario, scenario_names
+from prestage.engine.scenario.scenario import load_scenario, scenario_names
 from prestage.engine.simulate import simulate
 from prestage.engine.timing.simulation import settings_of
 from prestage.resources.timeline import DENSE, EXPERT, HEAD

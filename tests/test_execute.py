@@ -42,8 +42,9 @@ from prestage.engine.decide.dispatch import Visit
 from prestage.engine.decide.program import Rows, Stage
 from prestage.engine.loading.deciders import make_manager, make_prefetch
 from prestage.engine.run import prepared, run, run_all
+from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.inputs import Inputs
-from prestage.engine.scenario.scenario import ScenarioError, load_scenario
+from prestage.engine.scenario.scenario import load_scenario
 from prestage.engine.timing import runs
 from prestage.resources.profile import ProfileError
 from prestage.resources.timeline import DEMAND, DENSE, EXPERT, HEAD, KINDS, PREFETCH, READBACK

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from prestage.workloads.importers import IMPORTERS, import_trace, open_trace, shipped_traces
-from prestage.workloads.trace import RoutingTrace, TraceError
+from prestage.workloads.trace import RoutingTrace
+from prestage.workloads.trace_limits import TraceError
 
 #: Two layers, two of four experts: a prompt of two tokens, of which only the last reaches layer 1, and one
 #: decode token. The prefill is logged layer by layer, as the engine does.

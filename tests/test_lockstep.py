@@ -36,8 +36,10 @@ from prestage.engine.measure.time_split import time_split
 from prestage.engine.placed import REMOTE
 from prestage.engine.policies.placement import PLACEMENT
 from prestage.engine.run import prepared, run_all
+from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.inputs import Inputs
-from prestage.engine.scenario.scenario import DISPATCH_THREADS, Scenario, ScenarioError, load_scenario, make_scenario
+from prestage.engine.scenario.scenario import Scenario, load_scenario, make_scenario
+from prestage.engine.scenario.sections import DISPATCH_THREADS
 from prestage.engine.simulate import simulate_inputs
 from prestage.resources.profile import Profile, make_profile
 from prestage.resources.timeline import COMBINE, DEMAND, DENSE, DISPATCH, EXPERT, PEER, PREDICT, PREFETCH, SPAN

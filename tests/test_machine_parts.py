@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from prestage.engine.scenario.scenario import ScenarioError, load_scenario, make_scenario
+from prestage.engine.scenario.amounts import ScenarioError
+from prestage.engine.scenario.scenario import load_scenario, make_scenario
 from prestage.engine.simulate import simulate
 from prestage.resources.facts import Fact
 from prestage.resources.parts import reached

@@ -10,8 +10,9 @@ from tiny import tiny_model, tiny_profile, tiny_scenario, tiny_trace
 from prestage.engine.decide.memory_manager import MemoryManager
 from prestage.engine.loading.loading import expert_budgets, load_inputs
 from prestage.engine.policies.eviction import Lru
+from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.inputs import Inputs
-from prestage.engine.scenario.scenario import ScenarioError, make_scenario
+from prestage.engine.scenario.scenario import make_scenario
 from prestage.engine.simulate import simulate_inputs
 from prestage.workloads.batches import plan_steps
 

@@ -27,7 +27,8 @@ from prestage.engine.measure.misses import miss_metrics
 from prestage.engine.measure.recording import OUTCOMES, Recording
 from prestage.engine.policies.miss import CPU, MISS, SKIPPED, Absent, Resolved, Terms
 from prestage.engine.replay.replay import count_visits
-from prestage.engine.scenario.scenario import Scenario, ScenarioError, load_scenario, make_scenario
+from prestage.engine.scenario.amounts import ScenarioError
+from prestage.engine.scenario.scenario import Scenario, load_scenario, make_scenario
 from prestage.engine.simulate import simulate_inputs
 from prestage.output.files import write_result
 from prestage.output.saved import load_result

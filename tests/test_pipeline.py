@@ -36,7 +36,8 @@ from prestage.engine.measure.time_split import time_split
 from prestage.engine.policies.eviction import EVICTION
 from prestage.engine.run import prepared, run_all
 from prestage.engine.scenario.inputs import Inputs
-from prestage.engine.scenario.scenario import DISPATCH_THREADS, make_scenario
+from prestage.engine.scenario.scenario import make_scenario
+from prestage.engine.scenario.sections import DISPATCH_THREADS
 from prestage.engine.simulate import serving_of, simulate_inputs
 from prestage.resources.lane import Pending
 from prestage.resources.profile import make_profile

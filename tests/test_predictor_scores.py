@@ -24,7 +24,8 @@ from prestage.workloads.predictor_scores import (
     scores,
 )
 from prestage.workloads.predictors import make_predictor
-from prestage.workloads.trace import RoutingTrace, TraceError
+from prestage.workloads.trace import RoutingTrace
+from prestage.workloads.trace_limits import TraceError
 
 REPORT = Path(__file__).parent.parent / "docs" / "predictors.json"
 

@@ -10,16 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prestage.engine.loading.loading import load_inputs
-from prestage.engine.scenario.scenario import (
-    Scenario,
-    ScenarioError,
-    SyntheticSection,
-    load_scenario,
-    make_scenario,
-    parse_budget,
-    parse_bytes,
-    scenario_names,
-)
+from prestage.engine.scenario.amounts import ScenarioError, parse_budget, parse_bytes
+from prestage.engine.scenario.scenario import Scenario, load_scenario, make_scenario, scenario_names
+from prestage.engine.scenario.sections import SyntheticSection
 from prestage.experiments.grid import make_grid
 from prestage.resources.profile import profile_names
 from prestage.workloads.model import MOST_BYTES, preset_names

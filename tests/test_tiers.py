@@ -29,8 +29,9 @@ from prestage.engine.measure.metrics import tiers
 from prestage.engine.measure.recording import Recording
 from prestage.engine.policies.copy_order import COPY_ORDERS
 from prestage.engine.policies.eviction import EVICTION
+from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.inputs import Inputs
-from prestage.engine.scenario.scenario import ScenarioError, load_scenario, make_scenario
+from prestage.engine.scenario.scenario import load_scenario, make_scenario
 from prestage.engine.simulate import simulate, simulate_inputs
 from prestage.resources.profile import Interruptions, Profile, ProfileError, load_profile, make_profile, profile_names
 from prestage.resources.timeline import DEMAND, PREFETCH, READ, covered_ns

@@ -22,7 +22,8 @@ from ..bounded import check_need
 from ..bounded import read as read_bounded
 from ..errors import InputError
 from .token_lists import import_guide, import_jsonl, import_topk_ids
-from .trace import MAX_EXPERTS, MAX_LAYERS, MAX_TOP_K, RoutingTrace, TraceError
+from .trace import RoutingTrace
+from .trace_limits import MAX_EXPERTS, MAX_LAYERS, MAX_TOP_K, TraceError
 
 _INT32_MAX = (1 << 31) - 1
 _INT64_MAX = (1 << 63) - 1

@@ -19,7 +19,8 @@ import numpy.typing as npt
 
 from ..bounded import check_need, read
 from .batches import DECODE, PREFILL
-from .trace import MAX_EXPERTS, RoutingTrace, TraceError
+from .trace import RoutingTrace
+from .trace_limits import MAX_EXPERTS, TraceError
 
 Numbers = npt.NDArray[Any]
 

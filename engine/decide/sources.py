@@ -9,7 +9,7 @@ from ...workloads.batches import Step
 from ...workloads.guesses import Guesses
 from ...workloads.trace import RoutingTrace
 from ..policies import compiled_eviction as compiled
-from ..policies import eviction, prefetch
+from ..policies import eviction, eviction_queues, prefetch
 from ..policies.eviction_informed import Belady, Static
 from ..policies.miss import Cpu, Miss
 from . import decision_words as words
@@ -23,7 +23,7 @@ EVICTIONS: dict[type, int] = {
     eviction.LfuIncache: compiled.LFU_INCACHE,
     eviction.Clock: compiled.CLOCK,
     eviction.Sieve: compiled.SIEVE,
-    eviction.S3Fifo: compiled.S3FIFO,
+    eviction_queues.S3Fifo: compiled.S3FIFO,
     Belady: compiled.BELADY,
     Static: compiled.STATIC,
 }

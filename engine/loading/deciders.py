@@ -14,8 +14,9 @@ from ..decide.partition import divider
 from ..policies.eviction import EVICTION, Setting
 from ..policies.prefetch import PREFETCH, Gauge, NoPrefetch, Options, Prefetch
 from ..policies.prefetch_share import PREFETCH_SHARE
+from ..scenario.amounts import ScenarioError, parse_budget
 from ..scenario.inputs import Inputs
-from ..scenario.scenario import Scenario, ScenarioError, parse_budget
+from ..scenario.scenario import Scenario
 from .offloading import kept_bytes, low_precision, make_miss, preload
 
 if TYPE_CHECKING:

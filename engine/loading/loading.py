@@ -26,9 +26,10 @@ from ..measure.merge import makespan_ns as run_ns
 from ..pipeline import pipeline_routes
 from ..policies.eviction import EVICTION
 from ..run import prepared, run_all
+from ..scenario.amounts import ScenarioError, parse_bytes
 from ..scenario.inputs import Inputs
 from ..scenario.predicting import FREE, predictor_cost, scenario_predictor
-from ..scenario.scenario import Scenario, ScenarioError, parse_bytes
+from ..scenario.scenario import Scenario
 from ..stages import OF_WHOLE_MODEL, SAMPLE_STEPS, stage_inputs, stage_layers
 from .capacity import check, fixed_parts, gib, kv_cache_bytes
 from .deciders import make_host_memory, make_manager, make_prefetch

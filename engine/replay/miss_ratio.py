@@ -21,7 +21,7 @@ from ...workloads.trace import RoutingTrace
 from ..decide.dispatch import LOOKUPS
 from ..decide.lookups import Lookups, list_lookups
 from ..decide.partition import divider
-from ..scenario.scenario import parse_budget
+from ..scenario.amounts import parse_budget
 from .compiled import KINDS, replay_pool
 from .replay import expert_sizes
 

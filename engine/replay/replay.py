@@ -23,7 +23,7 @@ from ..decide.dispatch import LOOKUPS, Visit, single_accesses, step_accesses
 from ..decide.memory_manager import MemoryManager
 from ..decide.partition import divider
 from ..policies.eviction import EVICTION, Setting
-from ..scenario.scenario import parse_budget
+from ..scenario.amounts import parse_budget
 from ..scenario.warnings import cliff_warning
 from .compiled import COMPILED
 

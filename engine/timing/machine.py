@@ -19,7 +19,8 @@ from ..links import HostLink
 from ..offloaded import uses_cpu
 from ..policies.copy_order import ByRank
 from ..policies.miss import LOW_PRECISION
-from ..scenario.scenario import Scenario, shrunk
+from ..scenario.scenario import Scenario
+from ..scenario.sections_memory import shrunk
 from .lanes import ArrivalLane, Instant, Lane, QueueLane, Work, couple
 
 

@@ -30,8 +30,8 @@ from ..decoder import collector_off
 from ..gpu import _RECORDS, RESOLVED, Decoded, pack_resolved
 from ..links import HostLink
 from ..policies.prefetch import Gauge
-from ..scenario.scenario import ON_GPU as ON_GPU_LANES
 from ..scenario.scenario import Scenario
+from ..scenario.sections import ON_GPU as ON_GPU_LANES
 from .host import Exchanges, GpuState, Thread
 from .lanes import Instant, Lane, Work
 from .machine import GpuLanes
