@@ -310,7 +310,7 @@ def dispatch_pairs(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     pairs = []
     for name, row in by_name.items():
         other = by_name.get(name.replace("-graph-", "-eager-"))
-        if row["dispatch"] != "graph" or other is None:
+        if row["dispatch"] != "graph" or other is None or other is row:
             continue
         real, made = (other[key] / row[key] for key in ("measured_ms", "simulated_ms"))
         pairs.append({"scenario": name, "measured": real, "simulated": made, "error": made / real - 1})

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from ..engine.costs.costs import part_costs
 from ..engine.decide.dispatch import Visit
 from ..engine.decide.memory_manager import MemoryManager
 from ..engine.loading.deciders import dispatched, make_manager, make_prefetch
@@ -20,7 +19,6 @@ from ..engine.policies.copy_order import COPY_ORDERS, ByRank, QueuedCopy
 from ..engine.policies.eviction import EVICTION, Eviction
 from ..engine.policies.placement import PLACEMENT, Request
 from ..engine.policies.prefetch import PREFETCH, Gauge, Moment, Options, Prefetch
-from ..engine.run import prepared, run_all
 from ..engine.scenario.inputs import Inputs
 from ..errors import InputError
 from ..words import unknown_name
@@ -28,6 +26,7 @@ from ..workloads.batches import Step, plan_steps
 from ..workloads.guesses import Guesses
 from ..workloads.predictors import PREDICTORS, make_predictor
 from ..workloads.trace import RoutingTrace
+from .machine import record
 from .random_runs import GUESSES, HORIZONS, distinct, random_inputs, random_trace
 
 
@@ -231,7 +230,7 @@ def check_order_decides_nothing(name: str, seed: int) -> None:
     found = []
     for discipline in (name, "fifo"):
         inputs = random_inputs(seed, copy={"discipline": discipline})
-        (recording,) = run_all(inputs, prepared(inputs, part_costs(inputs)), engine="simpy")
+        recording = record(inputs, "simpy")
         accesses = recording.decoded.accesses
         found.append((accesses["copy"].tolist(), recording.copy_reason.tolist(), recording.manager.evicted))
     assert found[0] == found[1], f"{name} and fifo come to different decisions"

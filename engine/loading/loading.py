@@ -47,6 +47,8 @@ def load_inputs(scenario: Scenario, trace: RoutingTrace | None = None) -> Inputs
     """
     model = load_model(scenario.model.preset, **scenario.model.overrides())
     profile = load_profile(scenario.machine.profile)
+    memory = scenario.memory.of_gpu(profile.capacity("gpu", "gpu0")[0] or profile.gpu_memory_bytes)
+    scenario = scenario.model_copy(update={"memory": memory})
     trace = _load_trace(scenario, model) if trace is None else trace
     _check_fit(trace, model)
     if scenario.model.sizes == "trace":
@@ -258,5 +260,6 @@ def _check_fit(trace: RoutingTrace, model: Model) -> None:
     ):
         if given != wanted:
             raise ScenarioError(
-                f"{key} = {wanted} ({model.name}), but the trace has {given}: choose its model, or set {key} = {given}"
+                f"{key} = {wanted} ({model.name}), but the trace has {given}: choose its model, or set {key} = {given} "
+                f"(or map the trace to this model: prestage trace map)"
             )

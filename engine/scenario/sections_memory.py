@@ -33,13 +33,13 @@ DECOMPRESS_LANES = ("compute", "side")
 class MemorySection(Section):
     """The GPU memory that experts may use, and who leaves it first.
 
-    With `total_bytes`, experts get what dense weights, embeddings, KV cache, workspace and predictor leave of it, step
-    by step: all of that, or `gpu_budget` at most if it is given too. `prefetch_limit` keeps prefetched experts that
-    nobody has used yet within `prefetch_share` of the budget (fixed), or within a share that starts there and follows
-    the workload (adaptive). Without `caching`, what was brought for a visit leaves after it. `preload` is what lies
-    there before the run: nothing, the most popular experts, or whole layers from the last one back; with `cpu_layers`,
-    all but those of the first so many layers. What every memory of the machine keeps is added up before the run, and
-    more than it holds is refused, unless `capacity` is "ignore".
+    With `total_bytes`, '24GiB' or a share of the GPU's memory, experts get what dense weights, embeddings, KV cache,
+    workspace and predictor leave of it, step by step: all of that, or `gpu_budget` at most if it is given too.
+    `prefetch_limit` keeps prefetched experts that nobody has used yet within `prefetch_share` of the budget (fixed), or
+    within a share that starts there and follows the workload (adaptive). Without `caching`, what was brought for a
+    visit leaves after it. `preload` is what lies there before the run: nothing, the most popular experts, or whole
+    layers from the last one back; with `cpu_layers`, all but those of the first so many layers. What every memory of
+    the machine keeps is added up before the run, and more than it holds is refused, unless `capacity` is "ignore".
     """
 
     gpu_budget: str = "25%"
@@ -81,9 +81,17 @@ class MemorySection(Section):
             raise InputError(f"gpu_budget = {self.gpu_budget!r}: write it as '25%', '4GiB' or '512experts'")
         for key, value in (("total_bytes", self.total_bytes), ("workspace_bytes", self.workspace_bytes)):
             match = AMOUNT.fullmatch(value) if value is not None else None
-            if value is not None and (match is None or match[2] not in BYTES):
-                raise InputError(f"{key} = {value!r}: write it as '24GiB'")
+            share = key == "total_bytes" and match is not None and match[2] == "%" and Fraction(match[1]) <= 100
+            if value is not None and (match is None or match[2] not in BYTES) and not share:
+                of_gpu = ", or a share of the GPU's memory, '95%'" if key == "total_bytes" else ""
+                raise InputError(f"{key} = {value!r}: write it as '24GiB'{of_gpu}")
         return self
+
+    def of_gpu(self, capacity_bytes: int) -> MemorySection:
+        """Return this section with the bytes of a total that is given as a share of what a GPU holds."""
+        if self.total_bytes is None or not self.total_bytes.rstrip().endswith("%"):
+            return self
+        return self.model_copy(update={"total_bytes": f"{parse_budget(self.total_bytes, [capacity_bytes], 1)}B"})
 
     def budget_bytes(self, expert_bytes: Iterable[int], experts: int) -> int:
         """Return the budget in bytes for a model with these bytes per expert (layers,) and experts per layer."""
