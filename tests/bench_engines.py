@@ -62,7 +62,8 @@ def timeouts(inputs: Inputs, takes_s: Callable[[Inputs, str], float], engine: st
     """Return a layer visit's time in bare timeouts."""
     times = [(takes_s(inputs, engine), timeout_s()) for _ in range(ROUNDS)]
     least_s, bare_s = map(min, zip(*times, strict=True))
-    return least_s / inputs.layer_visits / bare_s
+    each: float = least_s / inputs.layer_visits / bare_s
+    return each
 
 
 def row(name: str) -> tuple[int, float, float, float]:
