@@ -32,7 +32,6 @@ LONG_FUNCTIONS = {
     "engine/timing/runs.py run_stages": _NEXT,
     "engine/undisturbed.py UndisturbedGpu.forward": _GOES,
     "workloads/importers.py _told": "a branch for each format",
-    "workloads/model_files/gguf_model.py read_gguf": _NEXT,
     "workloads/model_files/quantization.py _quantized": "a branch for each format",
     "workloads/training/bpe.py learn": "an algorithm with its books: each step needs all of them",
 }
