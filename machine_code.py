@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numba
@@ -44,14 +45,15 @@ _TYPES = {
 }
 
 
-def compiled_once(function: Function, **options: Any) -> Function:
+def compiled_once(function: Function, types: Mapping[str, Any] = MappingProxyType({}), **options: Any) -> Function:
     """Return the function compiled for the types that its annotations name, now, and for no others.
 
-    Annotations are of `Word`, `Real`, `Words`, `Reals` and `Table`. Left to itself, Numba makes one version after
-    another: of literals, of views, of flags.
+    Annotations are of `Word`, `Real`, `Words`, `Reals` and `Table`, or among `types`. Left to itself, Numba makes one
+    version after another: of literals, of views, of flags.
     """
     fast: Any = compiled(function, **options)
-    fast.compile(tuple(_TYPES[given] for name, given in function.__annotations__.items() if name != "return"))
+    known = {**_TYPES, **types}
+    fast.compile(tuple(known[given] for name, given in function.__annotations__.items() if name != "return"))
     fast.disable_compile()
     return fast  # type: ignore[no-any-return]
 

@@ -12,7 +12,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from ..dtypes import DTYPES
+from ..dtypes import bits_of
 from ..engine.costs.costs import DENSE_PRODUCTS
 from ..errors import InputError
 from ..workloads.model import Model
@@ -325,7 +325,7 @@ def dense_width(model: Model) -> list[int]:
 
 def itemsize(dtype: str) -> int:
     """Return the bytes of one element."""
-    return int(DTYPES[dtype]) // 8
+    return int(bits_of(dtype)) // 8
 
 
 def _product(x: Any, weights: Any, out: Any) -> Call:

@@ -6,10 +6,11 @@ tries a split of a pipeline by them.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..resources.spool import Spool
 from ..words import unknown_name
@@ -32,10 +33,30 @@ from .policies.prefetch_share import PREFETCH_SHARE
 from .scenario.inputs import Inputs
 from .scenario.scenario import Scenario, ScenarioError, parse_budget
 
+if TYPE_CHECKING:
+    from .decide.sources import Source
+
 #: Called with what is running, and how many of how many layer visits are done.
 Progress = Callable[[str, int, int], None]
 #: Passes visits on, perhaps counting them.
 Watch = Callable[[Iterator[Any]], Iterator[Any]]
+
+
+def watched(progress: Progress | None, what: str, total: int) -> Watch:
+    """Return what tells `progress` of every hundredth part of the visits."""
+    if progress is None:
+        return iter
+    every = max(1, total // 100)
+    counter = itertools.count(1)  # over all GPUs
+
+    def watch(visits: Iterator[Visit]) -> Iterator[Visit]:
+        for visit in visits:
+            done = next(counter)
+            if done % every == 0 or done == total:
+                progress(what, done, total)
+            yield visit
+
+    return watch
 
 
 def make_prefetch(scenario: Scenario, model: Model, copy_ns: int = 0) -> Prefetch:
@@ -236,8 +257,28 @@ def _run_commands(inputs: Inputs, ready: Sequence[Prepared], watch: Watch, engin
             for gpu, gauge, host in zip(ready, gauges, hosts, strict=True)
         ]
         flow = flow_of(inputs.model, inputs.trace, inputs.steps)
-        decoded = run_stages(runs, flow, inputs.links, one_thread=one_thread, engine=engine)
+        decoded = run_stages(
+            runs, flow, inputs.links, one_thread=one_thread, engine=engine, sources=_sources(ready, engine),
+            ticks=watch(iter(range(inputs.layer_visits))),
+        )  # fmt: skip
     return [_recording(gpu, found, host) for gpu, found, host in zip(ready, decoded, hosts, strict=True)]
+
+
+def _sources(ready: Sequence[Prepared], engine: str) -> list[Source]:
+    """Return what each GPU decides by, where compiled code decides on all of them."""
+    if engine != "compiled":
+        return []
+    from .decide.sources import Source, decided_in_python
+
+    sources = [
+        Source(
+            gpu.inputs.trace, gpu.inputs.steps, gpu.manager, gpu.prefetch, gpu.inputs.guesses,
+            gpu.inputs.scenario.prefetch.issue, gpu.inputs.budgets, make_miss(gpu.inputs),
+            gpu.inputs.scenario.tiers.host_budget != "all",
+        )
+        for gpu in ready
+    ]  # fmt: skip
+    return [] if any(map(decided_in_python, sources)) else sources
 
 
 def engine_for(inputs: Inputs, engine: str) -> str:

@@ -7,11 +7,10 @@ dropped after its visit, and, when asked, the same cache without prefetch.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -25,50 +24,44 @@ from ..resources.network import Carried
 from ..resources.spool import Spool
 from ..resources.timeline import Timeline
 from ..workloads.batches import continued_steps, warmup_steps
+from .baselines import compared, run_baseline
 from .costs.costs import Costs
 from .costs.uncertainty import replicate_costs, summary, without_uncertainty
-from .decide.dispatch import Visit
-from .decide.memory_manager import BudgetError, MemoryManager
-from .decide.partition import divider
-from .expert_parallel import held, sent_tokens_and_experts, shadow_misses, sharing_metrics
+from .expert_parallel import sent_tokens_and_experts, shadow_misses, sharing_metrics
 from .links import Links
 from .loading.capacity import described
 from .loading.loading import load_inputs
-from .loading.offloading import low_precision, plain
+from .loading.offloading import low_precision
 from .measure import metrics as measure
 from .measure.merge import link_usage, merged_timeline, run_metrics, step_metrics
 from .measure.merge import makespan_ns as run_ns
 from .measure.misses import offloading_metrics
+from .measure.result import RunResult
 from .measure.speed import Serving
 from .pipeline import flow_of, sent
-from .policies.eviction import EVICTION
 from .policies.prefetch import NoPrefetch
-from .run import Prepared, Progress, Watch, dispatched, engine_for, make_manager, part_costs, prepared, run_all
+from .run import Prepared, Progress, dispatched, engine_for, make_manager, part_costs, prepared, run_all, watched
 from .scenario.inputs import Inputs
-from .scenario.scenario import MemorySection, PredictorSection, PrefetchSection, Scenario, TiersSection, WorkloadSection
+from .scenario.scenario import Scenario
 from .scenario.warnings import warnings_of
 
 #: Enough for percentiles of any kind.
 MOST_REPLICATES = 10_000
-#: What a run is compared with, and what progress calls it.
-BASELINES = {
-    "resident": "all resident",
-    "baseline": "no prefetch, no cache",
-    "no_prefetch": "same cache, no prefetch",
-}
 
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run: `data` is plain data for JSON (without `wall_s`), `recordings` all that each GPU recorded.
+    """A finished run: what it says, and all that each GPU recorded; `serving` is what its speed was measured by."""
 
-    `serving` is what its speed was measured by.
-    """
-
-    data: dict[str, Any]
+    said: RunResult
     recordings: list[measure.Recording]
     wall_s: float
     serving: Serving = field(default_factory=Serving)
+
+    @cached_property
+    def data(self) -> dict[str, Any]:
+        """What the run says as plain data for JSON, without `wall_s`."""
+        return self.said.plain()
 
     @property
     def recording(self) -> measure.Recording:
@@ -98,9 +91,9 @@ def simulate(
 ) -> Result:
     """Run a scenario; `baselines=False` leaves out the two runs that speedup and resident_ms need.
 
-    `baselines` may also be makespans in ms that are known, by their names in BASELINES. `check_prefetch` also runs the
-    same cache without prefetch. `replicates` more runs, with costs drawn from their uncertainty, give percentiles of
-    makespan and tokens/s. `progress` is called with (what, done, total) layer visits. With a folder to
+    `baselines` may also be makespans in ms that are known, by their names in `baselines.BASELINES`. `check_prefetch`
+    also runs the same cache without prefetch. `replicates` more runs, with costs drawn from their uncertainty, give
+    percentiles of makespan and tokens/s. `progress` is called with (what, done, total) layer visits. With a folder to
     `stream` to, the timeline and all else that grows with the run is kept in files there, a folder for each GPU, and
     not in memory. `engine` is one of `run.ENGINES`; baselines always go by lanes. Raises InputError if the scenario
     cannot run, or not by that engine.
@@ -130,51 +123,63 @@ def simulate_inputs(
     if not 0 <= replicates <= MOST_REPLICATES:
         raise InputError(f"replicates = {replicates:,}: must be 0 to {MOST_REPLICATES:,}")
     engine = engine_for(inputs, engine)
-    scenario, model = inputs.scenario, inputs.model
     costs = part_costs(inputs)
     began = time.perf_counter()
     ready = prepared(inputs, costs, stream)
-    recordings = run_all(inputs, ready, _watched(progress, "simulate", inputs.layer_visits), engine)
+    recordings = run_all(inputs, ready, watched(progress, "simulate", inputs.layer_visits), engine)
     wall_s = time.perf_counter() - began
     serving = serving_of(inputs)
-    data = run_metrics(recordings, _shadow_misses(inputs, ready, stream), serving)
-    data["deduplication"] = _deduplication(inputs, recordings)
-    if inputs.links is not None:
-        data["links"] = link_usage(recordings, inputs.links, _sent(inputs, recordings, inputs.links))
-    if inputs.placed is not None:
-        data["sharing"] = sharing_metrics(recordings)
+    figures = run_metrics(recordings, _shadow_misses(inputs, ready, stream), serving)
     known = dict(baselines) if isinstance(baselines, Mapping) else {}
     wanted = ["resident", "baseline"] if baselines is True else []
     if check_prefetch:
         wanted.append("no_prefetch")
         if not any(gpu.prefetch.horizons for gpu in ready):
-            known["no_prefetch"] = data["makespan_ms"]
+            known["no_prefetch"] = figures["makespan_ms"]
     known.update((name, run_baseline(name, inputs, costs, progress, stream)) for name in wanted if name not in known)
-    data.update(_compared(known, data))
-    if replicates:
-        data["replicates"] = summary(_replicates(inputs, replicates, progress))
-    low_bytes = low_precision(inputs)[1]
-    if not inputs.stages:
-        data.update(offloading_metrics(recordings[0], costs[0], scenario, low_bytes))
+    said = RunResult(
+        figures=figures,
+        deduplication=_deduplication(inputs, recordings),
+        links=_links(inputs, recordings),
+        sharing=None if inputs.placed is None else sharing_metrics(recordings),
+        baselines=compared(known, figures),
+        replicates=summary(_replicates(inputs, replicates, progress)) if replicates else None,
+        offloading=_offloading(inputs, recordings, costs),
+        estimates=_estimates(inputs, costs),
+        engine=engine,
+        predictor=inputs.predictor,
+        capacity=described(inputs),
+        predictions_sha256=_digest(inputs),
+        model=inputs.model,
+        budget_bytes=sum(gpu["budget_bytes"] for gpu in figures["gpus"]) + low_precision(inputs)[1],
+        scenario=inputs.scenario,
+        versions=versions(),
+    )
+    return Result(replace(said, warnings=_warnings(inputs, said)), recordings, wall_s, serving)
+
+
+def _offloading(inputs: Inputs, recordings: Sequence[measure.Recording], costs: Sequence[Costs]) -> dict[str, Any]:
+    """Return what a run says of misses that are not fetched, which no pipeline has."""
+    if inputs.stages:
+        return {}
+    return offloading_metrics(recordings[0], costs[0], inputs.scenario, low_precision(inputs)[1])
+
+
+def _estimates(inputs: Inputs, costs: Sequence[Costs]) -> dict[str, str]:
+    """Return the rules of the costs that were estimated, those of all GPUs and of the links between them."""
     estimates = [own.estimates for own in costs] + ([inputs.links.estimates] if inputs.links is not None else [])
-    data["estimates"] = dict(sorted((what, rule) for known in estimates for what, rule in known.items()))
-    data["engine"] = engine
-    data["seed"] = scenario.seed
-    data["predictor"] = asdict(inputs.predictor)
-    data["capacity"] = described(inputs)
-    data["warnings"] = warnings_of(inputs, data)
-    if replicates and (missing := without_uncertainty(inputs.profile)):
-        data["warnings"].append(
+    return dict(sorted((what, rule) for known in estimates for what, rule in known.items()))
+
+
+def _warnings(inputs: Inputs, said: RunResult) -> list[str]:
+    """Return the warnings of a run, that of percentiles too narrow last."""
+    found = warnings_of(inputs, said.plain())
+    if said.replicates is not None and (missing := without_uncertainty(inputs.profile)):
+        found.append(
             f"the percentiles are too narrow: profile {inputs.profile.name} does not say how far {', '.join(missing)} "
             f"can be off; calibrate this machine"
         )
-    data["predictions_sha256"] = _digest(inputs)
-    data["model"] = {"name": model.name, "layers": model.layers, "experts": model.experts, "top_k": model.top_k}
-    data["budget_bytes"] = sum(gpu["budget_bytes"] for gpu in data["gpus"]) + low_bytes
-    data["expert_bytes_total"] = model.total_expert_bytes
-    data["scenario"] = scenario.plain()
-    data["versions"] = versions()
-    return Result(data, recordings, wall_s, serving)
+    return found
 
 
 #: Packages do not change while they are in use.
@@ -197,102 +202,6 @@ def serving_of(inputs: Inputs) -> Serving:
     if inputs.stages:
         previous = [max(before, default=-1) for before in continued_steps(inputs.steps, inputs.trace.sequence)]
     return Serving(warmup_steps(inputs.steps, inputs.scenario.workload.warmup), previous)
-
-
-def _watched(progress: Progress | None, what: str, total: int) -> Watch:
-    """Return what tells `progress` of every hundredth part of the visits."""
-    if progress is None:
-        return iter
-    every = max(1, total // 100)
-    counter = itertools.count(1)  # over all GPUs
-
-    def watch(visits: Iterator[Visit]) -> Iterator[Visit]:
-        for visit in visits:
-            done = next(counter)
-            if done % every == 0 or done == total:
-                progress(what, done, total)
-            yield visit
-
-    return watch
-
-
-def run_baseline(
-    name: str, inputs: Inputs, costs: Sequence[Costs], progress: Progress | None = None, stream: Path | None = None
-) -> float:
-    """Return the makespan in ms of one of BASELINES, given the costs of each GPU; `stream` as `simulate` takes it."""
-    if name != "no_prefetch" and not inputs.scenario.only_fetches:
-        inputs = replace(inputs, scenario=plain(inputs.scenario))
-        costs = part_costs(inputs)
-    if name == "resident":
-        inputs = replace(inputs, budgets=None, stages=tuple(replace(stage, budgets=None) for stage in inputs.stages))
-    if name != "no_prefetch" and inputs.placed is not None:
-        inputs = replace(inputs, placed=replace(inputs.placed, spare_experts=0))
-    ready = [
-        Prepared(part, own, _baseline_manager(name, part, Spool(stream, keep=False)), NoPrefetch())
-        for part, own in zip(inputs.parts, costs, strict=True)
-    ]
-    makespan_ns = run_ns(run_all(inputs, ready, _watched(progress, BASELINES[name], inputs.layer_visits)))
-    for gpu in ready:
-        gpu.manager.spool.remove()
-    return makespan_ns / 1e6
-
-
-def _baseline_manager(name: str, inputs: Inputs, spool: Spool) -> MemoryManager:
-    """Return the memory manager of one of BASELINES on one GPU."""
-    if name == "no_prefetch":
-        return make_manager(inputs, spool)
-    model, scope = inputs.model, inputs.scenario.memory.scope
-    sizes, lru = model.expert_bytes, EVICTION["lru"]
-    if name == "resident":
-        manager = MemoryManager(sizes, model.experts, model.total_expert_bytes, lru, spool=spool)
-        manager.preload(range(model.total_experts) if inputs.placed is None else held(inputs.placed, inputs.device))
-        return manager
-    divide = _with_room_for_one(divider(scope, sizes, inputs.trace), sizes)
-    return MemoryManager(
-        sizes, model.experts, inputs.budget_bytes, lru, scope=scope, divide=divide, drop_after_visit=True, spool=spool
-    )
-
-
-def _with_room_for_one(divide: Callable[[int], list[int]], sizes: Sequence[int]) -> Callable[[int], list[int]]:
-    """Return `divide` for experts that are not compressed any more: where a pool cannot hold one, all can."""
-
-    def divided(budget_bytes: int) -> list[int]:
-        try:
-            return divide(budget_bytes)
-        except BudgetError:
-            return divide(len(sizes) * max(sizes))
-
-    return divided
-
-
-def baseline_scenario(name: str, scenario: Scenario) -> Scenario:
-    """Return the scenario with all that one of BASELINES does not depend on at its default: equal ones share it."""
-    changes: dict[str, Any] = {"prefetch": PrefetchSection(lookahead=0)}
-    changes["workload"] = scenario.workload.model_copy(
-        update={"warmup": WorkloadSection.model_fields["warmup"].default}
-    )
-    if name == "resident":
-        changes["memory"], changes["tiers"] = MemorySection(gpu_budget="100%", capacity="ignore"), TiersSection()
-    elif name == "baseline":
-        kept = {"gpu_budget", "scope", "total_bytes", "workspace_bytes"}  # the scope says what a share is of
-        changes["memory"] = MemorySection(**scenario.memory.model_dump(include=kept), capacity="ignore")
-    if name != "no_prefetch":
-        scenario = plain(scenario)
-    if name != "no_prefetch" or not getattr(EVICTION[scenario.memory.eviction], "needs_guesses", False):
-        changes["predictor"] = PredictorSection()
-    return scenario.model_copy(update=changes)
-
-
-def _compared(known: Mapping[str, float], data: dict[str, Any]) -> dict[str, float | None]:
-    """Return the makespans of the baselines that are known and what compares the run with them."""
-    compared: dict[str, float | None] = {f"{name}_ms": known[name] for name in sorted(known)}
-    if "baseline" in known:
-        compared["speedup"] = speedup = known["baseline"] / data["makespan_ms"]
-        used = data["memory_utilization"]
-        compared["efficiency"] = speedup / used if used else None
-    if "no_prefetch" in known:
-        compared["prefetch_speedup"] = known["no_prefetch"] / data["makespan_ms"]
-    return compared
 
 
 def _replicates(inputs: Inputs, count: int, progress: Progress | None) -> list[dict[str, Any]]:
@@ -326,6 +235,12 @@ def _shadow_misses(
     for manager in managers:  # what is mapped stays readable
         manager.spool.remove()
     return list(missed)
+
+
+def _links(inputs: Inputs, recordings: Sequence[measure.Recording]) -> list[dict[str, Any]] | None:
+    """Return what each link between GPUs carried; None where there are none."""
+    links = inputs.links
+    return None if links is None else link_usage(recordings, links, _sent(inputs, recordings, links))
 
 
 def _sent(inputs: Inputs, recordings: Sequence[measure.Recording], links: Links) -> list[Carried]:

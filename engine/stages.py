@@ -94,16 +94,23 @@ def stage_model(model: Model, first: int, count: int) -> Model:
     The input embedding is with the first one; a stage that has both shares a tied one.
     """
     last = first + count
+    # An equal share of each layer, rounded so that the stages' add up to the model's; where layers differ, their own.
     cached = model.kv_bytes_per_token
+    kept_bytes = cached * last // model.layers - cached * first // model.layers
+    caches = model.caches[first:last]
+    if caches:
+        caches = (*caches, model.caches[-1] if last == model.layers else ())
+        kept_bytes = sum(each.bytes_per_token for layer in caches for each in layer)
     return replace(
         model,
         layers=count,
         expert_bytes=model.expert_bytes[first:last],
         dense_bytes=model.dense_bytes[first:last],
         head_bytes=model.head_bytes if last == model.layers else 0,
-        # An equal share of each layer, rounded so that the stages' add up to the model's.
-        kv_bytes_per_token=cached * last // model.layers - cached * first // model.layers,
+        kv_bytes_per_token=kept_bytes,
+        caches=caches,
         parameters=None,
+        active_parameters=None,
         embedding_bytes=model.embedding_bytes if first == 0 else 0,
         tied_embeddings=model.tied_embeddings and count == model.layers,
     )

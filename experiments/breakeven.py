@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..engine.baselines import baseline_scenario, run_baseline
 from ..engine.measure.merge import makespan_ns as run_ns
 from ..engine.run import make_prefetch, part_costs, prepared, run_all
 from ..engine.scenario.scenario import Scenario, ScenarioError, make_scenario
-from ..engine.simulate import baseline_scenario, run_baseline
 from ..errors import InputError
 from .grid import make_grid
 from .sweep import Hashes, Plan, Progress, worker_inputs

@@ -19,6 +19,7 @@ import orjson
 
 from ..errors import InputError
 from ..files import check_file, naming, replacing
+from ..resources.parts.written import PARTS
 
 try:
     import fcntl
@@ -138,6 +139,7 @@ _SETTLED = {
     "workload.synthetic": ("workload.trace",),
     "workload.synthetic.fit": ("workload.synthetic.skew", "workload.synthetic.working_set", "workload.synthetic.reuse"),
     "predictor.name": ("predictor.weights",),
+    **{f"machine.{part}": ("machine.profile",) for part in PARTS},
 }
 #: Where a scenario names each kind of file whose contents a row notes.
 _NAMED = {

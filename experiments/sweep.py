@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 import orjson
 
+from ..engine.baselines import BASELINES, baseline_scenario, run_baseline
 from ..engine.loading.loading import load_inputs
 from ..engine.run import part_costs
 from ..engine.scenario.inputs import Inputs
 from ..engine.scenario.scenario import Scenario, ScenarioError, make_scenario
-from ..engine.simulate import BASELINES, baseline_scenario, run_baseline, simulate_inputs, versions
+from ..engine.simulate import simulate_inputs, versions
 from ..errors import InputError
 from ..resources.profile import load_profile
 from ..workloads.fitted import FittedRouting

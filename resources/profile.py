@@ -25,6 +25,9 @@ from ..errors import InputError
 from ..words import problems, unknown_name
 from .extending import extended, own
 from .facts import Bytes, BytesPerSecond, Dtype, Fact, FlopsPerSecond, Part
+from .parts.assemble import assembled
+from .parts.tables import PartError
+from .parts.written import is_of_parts
 from .topology import Topology
 
 
@@ -203,13 +206,24 @@ class KernelRule(_Cost):
     """The rule for kernels that were not measured.
 
     constant_ns + max(weight bytes / bytes_per_second, 2 x weights x tokens / flops_per_second). Beside a copy the
-    part after the constant takes beside_copy_factor times as long.
+    part after the constant takes beside_copy_factor times as long. To the constant each matrix product of the group may
+    add `product_ns`, each other kernel `small_kernel_ns`, and each kernel that is launched by itself
+    `eager_kernel_ns`.
     """
 
     constant_ns: int = Field(ge=0)
     bytes_per_second: BytesPerSecond = Field(gt=0)
     flops_per_second: FlopsPerSecond = Field(gt=0)
     beside_copy_factor: float = Field(ge=1, le=10)
+    product_ns: int = Field(default=0, ge=0)
+    small_kernel_ns: int = Field(default=0, ge=0)
+    eager_kernel_ns: int = Field(default=0, ge=0)
+
+    def group_ns(self, kernels: int, products: int, *, eager: bool) -> int:
+        """Return the constant of a group of kernels, so many of them matrix products."""
+        each_ns = self.eager_kernel_ns if eager else 0
+        small_ns = (kernels - products) * self.small_kernel_ns
+        return self.constant_ns + products * self.product_ns + small_ns + kernels * each_ns
 
     def part_ns(self, weight_bytes: int, flops: float) -> float:
         """Return what comes on top of the constant, in ns, on a quiet GPU."""
@@ -238,7 +252,8 @@ class ComputeCosts(Part):
     """The compute stream: measured kernels, the rule for all else, and the gap between consecutive launches.
 
     `event_wait_gap` is from the end of a copy to the start of a kernel that waited for it; `peer_wait_gap` the same
-    where the copy came from another GPU (None: as from the host).
+    where the copy came from another GPU (None: as from the host). `cpu_rule` is for experts on the CPU where no
+    `cpu_experts` were measured.
     """
 
     experts: tuple[ExpertPoint, ...] = ()
@@ -247,6 +262,7 @@ class ComputeCosts(Part):
     cpu_experts: tuple[CpuExpertPoint, ...] = ()
     predictors: tuple[PredictorPoint, ...] = ()
     rule: KernelRule
+    cpu_rule: KernelRule | None = None
     eager_gap: DurationBesideCopy
     graph_gap: DurationBesideCopy
     event_wait_gap: DurationBesideCopy = _NO_GAP
@@ -485,8 +501,9 @@ def profile_names() -> list[str]:
 def load_profile(name: str) -> Profile:
     """Return a shipped profile by its name, or one from a JSON file by its path; raise ProfileError if it is bad.
 
-    A profile that `extends` another (by its name, or a path from its own folder) is that one with the keys it gives
-    merged in, as a JSON merge patch (RFC 7396): null takes a key out, and one form of a cost replaces the other.
+    A name that tells parts, 'gpu=rtx4090, ram=2x DDR5-5600', is that of a machine put together from them. A profile
+    that `extends` another (by its name, or a path from its own folder) is that one with the keys it gives merged in, as
+    a JSON merge patch (RFC 7396): null takes a key out, and one form of a cost replaces the other.
     """
     return _load(name) if name.endswith(".json") else _load_shipped(name)
 
@@ -531,6 +548,11 @@ def _plain(name: str) -> object:
 
 def _read(name: str, path: Path, key: str) -> Any:
     """Return what a file, or a shipped profile, holds; ProfileError names the `key` that named it."""
+    if is_of_parts(name):
+        try:
+            return assembled(name)
+        except PartError as error:
+            raise ProfileError(str(error)) from None
     if not name.endswith(".json"):
         if name not in profile_names():
             raise ProfileError(unknown_name(key, name, [*profile_names(), "FILE.json"]))

@@ -30,8 +30,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from prestage.engine.decide.lookups import list_lookups
 from prestage.engine.replay.compiled import COMPILED
-from prestage.engine.replay.lookups import list_lookups
 from prestage.workloads.batches import plan_steps
 from prestage.workloads.synthetic import synthesize
 from prestage.workloads.trace import RoutingTrace

@@ -495,7 +495,11 @@ def test_without_arguments_the_help_is_shown(prestage: Prestage) -> None:
 
 
 #: Every example line of the commands' help.
-EXAMPLES = re.findall(r"^ {6}prestage (.*)$", Path(cli.__file__).read_text(encoding="utf-8"), re.MULTILINE)
+EXAMPLES = [
+    example
+    for file in sorted(Path(cli.__file__).parent.glob("*.py"))
+    for example in re.findall(r"^ {6}prestage (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+]
 
 
 @pytest.mark.slow

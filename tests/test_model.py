@@ -432,7 +432,7 @@ def test_a_model_built_by_hand_may_have_experts_of_two_sizes() -> None:
         ({"hidden": 8.0}, r"model built: hidden = 8\.0: must be an integer"),
         ({"head_bytes": -1}, r"model built: head_bytes = -1: must be an integer of at least 0"),
         ({"top_k": 5}, r"model built: top_k = 5: must be 1 to experts = 4"),
-        ({"dense_dtype": "half"}, r"model built: dense_dtype = 'half': choose one of float32"),
+        ({"dense_dtype": "half"}, r"model built: dense_dtype = 'half': must be 'float16'"),
         ({"expert_bytes": (10,)}, r"model built: expert_bytes has 1 entries: must have one per layer, 2"),
         ({"expert_bytes": (10, 0)}, r"model built: expert_bytes\[1\] = 0: must be an integer of at least 1"),
         ({"dense_bytes": (0, -1)}, r"model built: dense_bytes\[1\] = -1: must be an integer of at least 0"),

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from prestage.cli import app, main
+from prestage.cli.terminal import LONGEST_LINE
 from prestage.errors import InputError
-from prestage.terminal import LONGEST_LINE
 
 RUN = [sys.executable, "-m", "prestage", "run", "--no-baselines", "--set", "workload.tokens=20"]
 

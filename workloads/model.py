@@ -5,29 +5,26 @@ part of layer l: attention, norms, router, shared experts, and any dense-only bl
 first MoE layer belong to the dense part of layer 0, those after the last one to the head.
 
 A model is described by its published shapes in a TOML file (`models/` holds the presets); no file states a byte count.
-The formulas that turn shapes into weights are the `weights` methods below; `dtypes.DTYPES` turns weights into bytes.
-To add a model, write one more TOML file and add its published size to tests/test_model.py.
+`model_files` turns shapes into weights and weights into bytes. To add a model, write one more TOML file and add its
+published size to tests/test_model.py.
 """
 
 from __future__ import annotations
 
-import difflib
 import operator
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import resources
-from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, Self
+from typing import Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+import numpy as np
+import numpy.typing as npt
 
-from ..bounded import parse_toml, read
-from ..dtypes import DTYPES, dtype_of
+from ..dtypes import bits_of, dtype_of
 from ..errors import InputError
-from ..words import problems
-from .trace import MAX_LAYERS, check_total_experts
+from .trace import check_total_experts
 
 #: What all experts of a model, its dense parts and head may take together: an exbibyte, so that sums fit into 64 bits.
 MOST_BYTES = 2**60
@@ -35,6 +32,15 @@ MOST_BYTES = 2**60
 
 class ModelError(InputError):
     """A model that cannot be; the message names the file, the key, the value and what would be right."""
+
+
+@dataclass(frozen=True)
+class Cached:
+    """What a layer keeps of one sequence: bytes a token, of the last `window` tokens (0: of all), and bytes once."""
+
+    bytes_per_token: int = 0
+    window: int = 0
+    state_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,8 +56,12 @@ class Model:
     - `embedding_bytes`: the table of input embeddings; with `tied_embeddings` it is the head's matrix too.
     - `dense_kernels`, `expert_kernels`: GPU kernels that an eager PyTorch implementation launches for a layer's dense
       part and for one expert. Assumptions, counted by reading the implementation.
-    - `kv_bytes_per_token`: what one token adds to the KV cache, over all layers.
-    - `parameters`: all weights, embeddings included and tied ones once; None where it is not known.
+    - `kv_bytes_per_token`: what one token adds to the KV cache, over all layers (until a window is full).
+    - `parameters`: all weights, embeddings included and tied ones once; `active_parameters`: those that one token uses,
+      the head's included and the input embedding's left out. None where it is not known.
+    - `caches`: what the blocks of each layer, and last those behind the last layer, keep of a sequence; empty where all
+      keep the same and it grows with every token.
+    - `host_table_bytes`: a table that is looked up in host memory and is no expert.
 
     Raises ModelError naming the field and its value if a number is out of range or a length is not `layers`.
     """
@@ -75,18 +85,20 @@ class Model:
     parameters: int | None = None
     embedding_bytes: int = 0
     tied_embeddings: bool = False
+    active_parameters: int | None = None
+    caches: tuple[tuple[Cached, ...], ...] = ()
+    host_table_bytes: int = 0
 
     def __post_init__(self) -> None:
         for field in _AT_LEAST_ONE:
             self._check(field, getattr(self, field), 1)
-        for field in ("head_bytes", "kv_bytes_per_token", "embedding_bytes"):
+        for field in ("head_bytes", "kv_bytes_per_token", "embedding_bytes", "host_table_bytes"):
             self._check(field, getattr(self, field), 0)
         if self.top_k > self.experts:
             raise ModelError(f"model {self.name}: top_k = {self.top_k}: must be 1 to experts = {self.experts}")
         check_total_experts(f"model {self.name}", self.layers, self.experts, ModelError)
         for field in ("expert_dtype", "dense_dtype"):
-            if getattr(self, field) not in DTYPES:
-                raise ModelError(f"model {self.name}: {field} = {getattr(self, field)!r}: {_CHOOSE_DTYPE}")
+            _check_dtype(self.name, field, getattr(self, field))
         for field, low in (("expert_bytes", 1), ("dense_bytes", 0)):
             sizes = getattr(self, field)
             if len(sizes) != self.layers:
@@ -95,8 +107,13 @@ class Model:
                 )
             for layer, size in enumerate(sizes):
                 self._check(f"{field}[{layer}]", size, low)
-        total_bytes = self.total_expert_bytes + sum(self.dense_bytes) + self.head_bytes
-        for what, size in (("all weights", total_bytes), ("kv_bytes_per_token", self.kv_bytes_per_token)):
+        if self.caches and len(self.caches) != self.layers + 1:
+            raise ModelError(
+                f"model {self.name}: caches: must have one entry per layer and one more, {self.layers + 1}"
+            )
+        total_bytes = self.total_expert_bytes + sum(self.dense_bytes) + self.head_bytes + self.host_table_bytes
+        kept_bytes = self.kv_bytes_per_token + self.state_bytes
+        for what, size in (("all weights", total_bytes), ("kv_bytes_per_token", kept_bytes)):
             if size > MOST_BYTES:
                 raise ModelError(f"model {self.name}: {what}: {size} bytes: must be at most {MOST_BYTES}")
 
@@ -120,6 +137,20 @@ class Model:
         """Bytes that the input embedding takes beside the head: none where it is the head's own matrix."""
         return 0 if self.tied_embeddings else self.embedding_bytes
 
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that a sequence keeps whatever its length: the states of linear attention and state spaces."""
+        return sum(each.state_bytes for layer in self.caches for each in layer)
+
+    def cached_bytes(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return what sequences of so many tokens keep, in bytes, by sequence; one without tokens keeps nothing."""
+        if not self.caches:
+            return tokens * self.kv_bytes_per_token
+        kept = np.where(tokens > 0, self.state_bytes, 0).astype(np.int64)
+        for each in (each for layer in self.caches for each in layer):
+            kept += each.bytes_per_token * (np.minimum(tokens, each.window) if each.window else tokens)
+        return kept
+
     @cached_property
     def uniform(self) -> bool:
         """Whether all experts have the same size."""
@@ -131,7 +162,7 @@ class Model:
 
     def dtype_bits(self, part: Literal["expert", "dense"]) -> float:
         """Return the bits per weight of the routed experts or of the dense part's matrices."""
-        return float(DTYPES[self.expert_dtype if part == "expert" else self.dense_dtype])
+        return float(bits_of(self.expert_dtype if part == "expert" else self.dense_dtype))
 
 
 _AT_LEAST_ONE = (
@@ -144,7 +175,16 @@ _AT_LEAST_ONE = (
     "dense_kernels",
     "expert_kernels",
 )
-_CHOOSE_DTYPE = f"choose one of {', '.join(DTYPES)}"
+
+
+def _check_dtype(model: str, field: str, name: str) -> None:
+    try:
+        known = dtype_of(name) == name
+        choose = f"must be {dtype_of(name)!r}"
+    except InputError as error:
+        known, choose = False, str(error)
+    if not known:
+        raise ModelError(f"model {model}: {field} = {name!r}: {choose}")
 
 
 def preset_names() -> list[str]:
@@ -160,17 +200,21 @@ def load_model(
     experts: int | None = None,
     top_k: int | None = None,
     dtype: str | None = None,
+    bits_per_weight: float | None = None,
     expert_bytes: int | Iterable[int] | None = None,
 ) -> Model:
-    """Return a model by its preset's name, or by the path of a TOML file (`*.toml`, or anything with a separator).
+    """Return a model by its preset's name, or by the path of a TOML file, a Hugging Face config.json or its folder, or
+    a GGUF file.
 
     Overrides, all optional: `layers` keeps the first so many MoE layers, and the head; `experts` and `top_k` change the
-    router; `dtype` changes the routed experts' matrices; `expert_bytes` states their size, one number or one per layer,
-    and wins over `dtype`. Everything else is derived again from the shapes.
+    router; `dtype` changes the routed experts' matrices, `bits_per_weight` all matrices, embedding and head too;
+    `expert_bytes` states an expert's size, one number or one per layer, and wins over `dtype`. Everything else is
+    derived again from the shapes.
 
     Raises ModelError, naming the file, the key, the value and what would be right.
     """
-    shapes = _read(os.fspath(name_or_path))
+    from .model_files.sources import open_model
+
     changes = {"layers": layers, "experts": experts, "top_k": top_k}
     for key, value in changes.items():
         if value is not None and (type(value) is not int or value < 1):
@@ -179,19 +223,18 @@ def load_model(
         dtype = None if dtype is None else dtype_of(dtype)
     except InputError as error:
         raise ModelError(f"model.dtype = {dtype!r}: {error}") from None
-    known = shapes.moe_layers
-    if layers is not None and layers > known:
-        raise ModelError(f"model.layers = {layers}: {shapes.name} has {known} MoE layers; give 1 to {known}")
-    moe = shapes.moe.model_copy(update={key: changes[key] for key in ("experts", "top_k") if changes[key] is not None})
-    if moe.top_k > moe.experts:
-        key, value = ("top_k", moe.top_k) if top_k is not None else ("experts", moe.experts)
-        raise ModelError(
-            f"model.{key} = {value}: {shapes.name} would take {moe.top_k} of {moe.experts} experts; "
-            f"top_k must be 1 to experts"
-        )
-    dtypes = shapes.dtypes.model_copy(update={} if dtype is None else {"expert": dtype})
-    model = _derive(shapes.model_copy(update={"moe": moe, "dtypes": dtypes}), known if layers is None else layers)
+    model = open_model(os.fspath(name_or_path), changes, dtype, _per_weight(bits_per_weight))
     return model if expert_bytes is None else replace(model, expert_bytes=_per_layer(expert_bytes, model.layers))
+
+
+def _per_weight(bits: float | None) -> str | None:
+    """Return the dtype of so many bits per weight."""
+    if bits is None:
+        return None
+    try:
+        return dtype_of(f"{bits}bpw")
+    except InputError:
+        raise ModelError(f"model.bits_per_weight = {bits!r}: must be above 0 and at most 64, such as 4.85") from None
 
 
 def _per_layer(expert_bytes: int | Iterable[int], layers: int) -> tuple[int, ...]:
@@ -208,315 +251,3 @@ def _per_layer(expert_bytes: int | Iterable[int], layers: int) -> tuple[int, ...
     if len(sizes) != layers:
         raise ModelError(f"model.expert_bytes has {len(sizes)} entries: must be one number, or one per layer, {layers}")
     return tuple(sizes)
-
-
-# --- From shapes to weights -----------------------------------------------------------------------------------------
-
-
-class _Weights(NamedTuple):
-    """Numbers of weights: those in the big matrices, and all others (norms, biases, router), whose dtype may differ."""
-
-    matrix: int = 0
-    other: int = 0
-
-    def plus(self, more: _Weights, times: int = 1) -> _Weights:
-        return _Weights(self.matrix + times * more.matrix, self.other + times * more.other)
-
-    def bytes(self, dtypes: _Dtypes, matrix: str) -> int:
-        return _bytes(self.matrix, matrix) + _bytes(self.other, dtypes.of_other)
-
-    @property
-    def total(self) -> int:
-        return self.matrix + self.other
-
-
-def _bytes(weights: int, dtype: str) -> int:
-    # Exact, rounded up to a whole byte.
-    return -int(-weights * DTYPES[dtype] // 8)
-
-
-class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-_Count = Annotated[int, Field(ge=1)]
-_CountOrNone = Annotated[int, Field(ge=0)]
-_Matrices = Literal[2, 3]
-_Text = Annotated[str, Field(min_length=1)]
-_Dtype = Annotated[str, AfterValidator(dtype_of)]
-
-
-class _Dtypes(_Table):
-    """`expert`: matrices of the routed experts; `dense`: of attention, dense and shared feed-forward parts.
-
-    `other`: norms, biases, router, embedding and head, left out as `dense`. `kv`: the KV cache, left out as `other`.
-    """
-
-    expert: _Dtype
-    dense: _Dtype
-    other: _Dtype | None = None
-    kv: _Dtype | None = None
-
-    @property
-    def of_other(self) -> str:
-        return self.other or self.dense
-
-    @property
-    def of_kv(self) -> str:
-        return self.kv or self.of_other
-
-
-class _GroupedQuery(_Table):
-    """Attention whose query heads share key and value heads (Ainslie et al. 2023, arXiv:2305.13245).
-
-    `sinks`: one logit a query head. `qk_norm`: a norm of each head's queries and keys ("head"), or of all ("whole").
-    """
-
-    kind: Literal["gqa"]
-    heads: _Count
-    kv_heads: _Count
-    head_dim: _Count
-    bias: bool = False
-    sinks: bool = False
-    qk_norm: Literal["none", "head", "whole"] = "none"
-
-    @model_validator(mode="after")
-    def _divides(self) -> Self:
-        if self.heads % self.kv_heads:
-            raise InputError(f"kv_heads = {self.kv_heads}: must divide heads = {self.heads}")
-        return self
-
-    @property
-    def cached_values(self) -> int:
-        return 2 * self.kv_heads * self.head_dim
-
-    def weights(self, hidden: int) -> _Weights:
-        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        bias = queries + 2 * keys + hidden if self.bias else 0
-        sinks = self.heads if self.sinks else 0
-        norms = {"none": 0, "head": 2 * self.head_dim, "whole": queries + keys}[self.qk_norm]
-        return _Weights(hidden * (2 * queries + 2 * keys), bias + sinks + norms)
-
-
-class _Latent(_Table):
-    """Multi-head latent attention, which caches one compressed vector (DeepSeek-V2, arXiv:2405.04434, section 2.1).
-
-    `q_lora_rank` 0: the queries are projected directly.
-    """
-
-    kind: Literal["mla"]
-    heads: _Count
-    q_lora_rank: _CountOrNone
-    kv_lora_rank: _Count
-    qk_nope_head_dim: _Count
-    qk_rope_head_dim: _Count
-    v_head_dim: _Count
-
-    @property
-    def cached_values(self) -> int:
-        return self.kv_lora_rank + self.qk_rope_head_dim
-
-    def weights(self, hidden: int) -> _Weights:
-        queries = self.heads * (self.qk_nope_head_dim + self.qk_rope_head_dim)
-        rank = self.q_lora_rank
-        q = rank * (hidden + queries) if rank else hidden * queries
-        kv_a = hidden * self.cached_values
-        kv_b = self.kv_lora_rank * self.heads * (self.qk_nope_head_dim + self.v_head_dim)
-        output = self.heads * self.v_head_dim * hidden
-        return _Weights(q + kv_a + kv_b + output, rank + self.kv_lora_rank)
-
-
-_ATTENTION: dict[str, type[_GroupedQuery] | type[_Latent]] = {"gqa": _GroupedQuery, "mla": _Latent}
-
-
-class _Moe(_Table):
-    """The MoE layers' routed experts, router, and shared experts, which are as large as the routed ones."""
-
-    experts: _Count
-    top_k: _Count
-    expert_ff: _Count
-    matrices: _Matrices = 3
-    bias: bool = False
-    router_bias: bool = False
-    shared_experts: _CountOrNone = 0
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        if self.top_k > self.experts:
-            raise InputError(f"top_k = {self.top_k}: must be 1 to experts = {self.experts}")
-        return self
-
-    def expert_weights(self, hidden: int) -> _Weights:
-        bias = (self.matrices - 1) * self.expert_ff + hidden if self.bias else 0
-        return _Weights(self.matrices * hidden * self.expert_ff, bias)
-
-    def resident_weights(self, hidden: int) -> _Weights:
-        router = self.experts * hidden + (self.experts if self.router_bias else 0)
-        return _Weights(other=router).plus(self.expert_weights(hidden), self.shared_experts)
-
-
-class _Dense(_Table):
-    """The feed-forward part of blocks that are not MoE."""
-
-    ff: _Count
-    matrices: _Matrices = 3
-
-    def weights(self, hidden: int) -> _Weights:
-        return _Weights(self.matrices * hidden * self.ff)
-
-
-class _Stack(_Table):
-    """Blocks in a row, closed by a norm. Block i from `moe_first` on is MoE if (i - moe_first) % moe_every is 0.
-
-    `attentions`: of each block (an encoder-decoder's decoder has 2); `caches`: for how many of them one token adds to
-    the KV cache, left out as all.
-    """
-
-    blocks: Annotated[int, Field(ge=1, le=MAX_LAYERS)]
-    moe_first: _CountOrNone = 0
-    moe_every: _Count = 1
-    attentions: _Count = 1
-    caches: _CountOrNone | None = None
-
-    @model_validator(mode="after")
-    def _caches_its_own(self) -> Self:
-        if self.caches is not None and self.caches > self.attentions:
-            raise InputError(f"caches = {self.caches}: must be 0 to attentions = {self.attentions}")
-        return self
-
-    @property
-    def moe_blocks(self) -> int:
-        return len(range(self.moe_first, self.blocks, self.moe_every))
-
-    @property
-    def moe(self) -> list[bool]:
-        return [i >= self.moe_first and (i - self.moe_first) % self.moe_every == 0 for i in range(self.blocks)]
-
-
-class _Kernels(_Table):
-    """Kernels that an eager implementation launches for a typical layer's dense part and for one expert."""
-
-    dense: _Count
-    expert: _Count
-
-
-class _Shapes(_Table):
-    """A model's TOML file."""
-
-    name: _Text
-    source: _Text
-    hidden: _Count
-    vocabulary: _Count
-    tied_embeddings: bool = False
-    dtypes: _Dtypes
-    stacks: Annotated[list[_Stack], Field(min_length=1)]
-    attention: Annotated[_GroupedQuery | _Latent, Field(discriminator="kind")]
-    moe: _Moe
-    dense: _Dense | None = None
-    kernels: _Kernels
-
-    @model_validator(mode="after")
-    def _agrees(self) -> Self:
-        blocks = sum(stack.blocks for stack in self.stacks)
-        if blocks > MAX_LAYERS:
-            raise InputError(f"stacks: {blocks:,} blocks in all: must be at most {MAX_LAYERS:,}")
-        if not self.moe_layers:
-            raise InputError("stacks: no block is MoE: moe_first must be less than blocks in one of them")
-        if self.dense is None and self.moe_layers < sum(stack.blocks for stack in self.stacks):
-            raise InputError("dense: missing: some blocks are not MoE, so [dense] must say ff")
-        if self.dense is not None and self.moe_layers == sum(stack.blocks for stack in self.stacks):
-            raise InputError("dense: every block is MoE, so [dense] must be left out")
-        return self
-
-    @property
-    def moe_layers(self) -> int:
-        return sum(stack.moe_blocks for stack in self.stacks)
-
-
-class _Part(NamedTuple):
-    """The dense part of one MoE layer, or the end of the model: its weights, and values cached per token."""
-
-    weights: _Weights
-    cached_values: int
-
-
-def _parts(shapes: _Shapes) -> list[_Part]:
-    """Return the dense part of every MoE layer, then what follows the last one, without the language-model head."""
-    hidden = shapes.hidden
-    norm = _Weights(other=hidden)
-    attention = shapes.attention.weights(hidden).plus(norm)
-    moe = shapes.moe.resident_weights(hidden).plus(norm)
-    dense = shapes.dense.weights(hidden).plus(norm) if shapes.dense else norm
-    parts: list[_Part] = []
-    weights, cached = _Weights(), 0
-    for stack in shapes.stacks:
-        for is_moe in stack.moe:
-            weights = weights.plus(attention, stack.attentions).plus(moe if is_moe else dense)
-            caches = stack.attentions if stack.caches is None else stack.caches
-            cached += caches * shapes.attention.cached_values
-            if is_moe:
-                parts.append(_Part(weights, cached))
-                weights, cached = _Weights(), 0
-        weights = weights.plus(norm)
-    return [*parts, _Part(weights, cached)]
-
-
-def _derive(shapes: _Shapes, layers: int) -> Model:
-    """Return the model of these shapes with its first `layers` MoE layers."""
-    dtypes, moe, hidden = shapes.dtypes, shapes.moe, shapes.hidden
-    *dense, tail = _parts(shapes)
-    kept = [*dense[:layers], tail]
-    expert = moe.expert_weights(hidden)
-    head = _Weights(other=shapes.vocabulary * hidden)
-    tables = 1 if shapes.tied_embeddings else 2
-    return Model(
-        name=shapes.name,
-        layers=layers,
-        experts=moe.experts,
-        top_k=moe.top_k,
-        hidden=hidden,
-        expert_ff=moe.expert_ff,
-        expert_matrices=moe.matrices,
-        expert_dtype=dtypes.expert,
-        dense_dtype=dtypes.dense,
-        expert_bytes=(expert.bytes(dtypes, dtypes.expert),) * layers,
-        dense_bytes=tuple(part.weights.bytes(dtypes, dtypes.dense) for part in dense[:layers]),
-        head_bytes=tail.weights.plus(head).bytes(dtypes, dtypes.dense),
-        dense_kernels=shapes.kernels.dense,
-        expert_kernels=shapes.kernels.expert,
-        kv_bytes_per_token=_bytes(sum(part.cached_values for part in kept), dtypes.of_kv),
-        source=shapes.source,
-        parameters=sum(part.weights.total for part in kept) + layers * moe.experts * expert.total + tables * head.total,
-        embedding_bytes=head.bytes(dtypes, dtypes.dense),
-        tied_embeddings=shapes.tied_embeddings,
-    )
-
-
-# --- From a file to shapes ------------------------------------------------------------------------------------------
-
-
-def _read(name: str) -> _Shapes:
-    if name.endswith(".toml") or Path(name).name != name:
-        label, text = name, _read_text(Path(name))
-    else:
-        presets = preset_names()
-        if name not in presets:
-            nearest = difflib.get_close_matches(name.lower(), presets, n=1)
-            hint = f"did you mean {nearest[0]}? " if nearest else ""
-            raise ModelError(f"model {name!r}: {hint}choose one of {', '.join(presets)}, or FILE.toml")
-        label = f"{name}.toml"
-        text = (resources.files(f"{__package__}.models") / label).read_text(encoding="utf-8")
-    data = parse_toml(text, label, ModelError)
-    try:
-        return _Shapes.model_validate(data)
-    except ValidationError as error:
-        raise ModelError(f"{label}: {problems(error, _Shapes, data)}") from None
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return read(path, ModelError).decode("utf-8")
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ModelError(f"{path}: not UTF-8 text") from None

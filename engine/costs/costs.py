@@ -324,7 +324,7 @@ class Costs:
     def grouped(self, layer: int, tokens: list[int], phase: int = DECODE) -> KernelCost:
         """Return one grouped kernel over several experts: their sum, with the rule's constant paid once."""
         costs = [self.expert(layer, count, phase) for count in tokens]
-        ns = sum(cost.ns for cost in costs) - (len(costs) - 1) * self._rule.constant_ns
+        ns = sum(cost.ns for cost in costs) - (len(costs) - 1) * self.grouped_constant_ns
         ns = max(ns, max(cost.ns for cost in costs))
         self.estimates["grouped expert kernel"] = "the experts' sum, the rule's constant paid once"
         return KernelCost(ns, max(cost.slowdown for cost in costs), costs[0].launches, costs[0].host_ns)
@@ -332,7 +332,8 @@ class Costs:
     @property
     def grouped_constant_ns(self) -> int:
         """What a grouped kernel pays once, and each of its experts would by itself."""
-        return self._rule.constant_ns
+        kernels = self.model.expert_kernels
+        return self._rule.group_ns(kernels, min(self.model.expert_matrices, kernels), eager=self._mode == "eager")
 
     @property
     def slowed_beside_copies(self) -> bool:
@@ -354,11 +355,13 @@ class Costs:
         the rule says they add.
         """
         latency_ns = self._latency_ns
+        group_ns = self._rule.group_ns(kernels, products, eager=self._mode == "eager")
         if not points:
-            ns, beside_ns = self._by_rule(what, size, tokens)
+            ns, beside_ns = self._by_rule(what, size, tokens, group_ns)
         elif tokens > points[-1].tokens:
             last = points[-1]
-            more_ns = self._by_rule(what, size, tokens)[0] - self._by_rule(what, size, last.tokens)[0]
+            by_rule_ns = self._by_rule(what, size, tokens, group_ns)[0]
+            more_ns = by_rule_ns - self._by_rule(what, size, last.tokens, group_ns)[0]
             ns, latency_ns = last.ns + more_ns, last.latency_ns
             beside_ns = ns * last.beside_copy_ns / last.ns
         else:
@@ -374,17 +377,20 @@ class Costs:
             host_ns = self.records_ns + products * product_ns + (kernels - products) * self.launch_ns
         return KernelCost(round(ns), beside_ns / ns if ns else 1.0, launches, host_ns, latency_ns)
 
-    def _by_rule(self, what: str, weight_bytes: int, tokens: int) -> tuple[float, float]:
-        """Return what the profile's rule says of kernels, quiet and beside a copy, in ns; and name the estimate."""
+    def _by_rule(self, what: str, weight_bytes: int, tokens: int, group_ns: int) -> tuple[float, float]:
+        """Return what the profile's rule says of kernels, quiet and beside a copy, in ns; and name the estimate.
+
+        `group_ns` is the rule's constant for such a group.
+        """
         rule = self._rule
         dtype_bits = self.model.dtype_bits("expert" if what == "expert" else "dense")
         flops = 2 * tokens * (weight_bytes * 8 / dtype_bits)
         part_ns = rule.part_ns(weight_bytes, flops)
         self.estimates[what] = (
-            f"{rule.constant_ns} ns + max(weight bytes / {rule.bytes_per_second} B/s, "
+            f"{group_ns} ns + max(weight bytes / {rule.bytes_per_second} B/s, "
             f"2 x weights x tokens / {rule.flops_per_second} FLOP/s) ({rule.provenance})"
         )
-        return rule.constant_ns + part_ns, rule.constant_ns + part_ns * rule.beside_copy_factor
+        return group_ns + part_ns, group_ns + part_ns * rule.beside_copy_factor
 
     def _launches(self, kernels: int) -> int:
         return kernels if self._mode == "eager" else 1

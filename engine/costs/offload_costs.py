@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from ...dtypes import DTYPES
-from ...resources.profile import CpuExpertPoint, ProfileError
+from ...dtypes import bits_of
+from ...resources.profile import CpuExpertPoint, KernelRule, ProfileError
 from ...workloads.batches import DECODE
 from ..scenario.scenario import Scenario
 from .costs import Costs, KernelCost, activation_bytes
@@ -29,6 +29,7 @@ class CpuCosts:
         self._costs, self._model = costs, costs.model
         profile, miss = costs.profile, scenario.miss
         self._bytes_per_second = None if miss.cpu_gb_per_s is None else miss.cpu_gb_per_s * 1e9
+        self._rule = None if profile.compute.cpu_experts else profile.compute.cpu_rule
         self._known: dict[tuple[int, int], KernelCost] = {}
         contention = profile.contention if scenario.copy_.contention else None
         beside = contention.copy_beside_cpu_experts if contention is not None else None
@@ -36,7 +37,7 @@ class CpuCosts:
         self.copy_slowdown = 1.0 if beside is None else beside.factor
         if beside is None and scenario.copy_.contention:
             costs.estimates["copies beside experts on the CPU"] = "not measured: neither slows the other down"
-        if self._bytes_per_second is None:
+        if self._bytes_per_second is None and self._rule is None:
             self._choose_points(miss.cpu_threads)
 
     def _choose_points(self, threads: int | None) -> None:
@@ -75,6 +76,8 @@ class CpuCosts:
                 f"in proportion beyond {_TOKENS_A_PASS} tokens"
             )
             return KernelCost(round(weight_bytes * passes * 1e9 / self._bytes_per_second), 1.0, 1, 0)
+        if self._rule is not None:
+            return self._by_rule(self._rule, weight_bytes, tokens)
         if not self._points:
             return self._by_line(weight_bytes, tokens)
         last = self._points[-1]
@@ -88,6 +91,17 @@ class CpuCosts:
         ns = float(np.interp(tokens, counts, [point.ns for point in self._points])) * beyond
         beside_ns = float(np.interp(tokens, counts, [point.beside_copy_ns for point in self._points])) * beyond
         return KernelCost(round(ns), max(1.0, beside_ns / ns), 1, 0)
+
+    def _by_rule(self, rule: KernelRule, weight_bytes: int, tokens: int) -> KernelCost:
+        """Return what the profile's rule for the CPU says of an expert."""
+        flops = 2 * tokens * weight_bytes * 8 / self._model.dtype_bits("expert")
+        part_ns = rule.part_ns(weight_bytes, flops)
+        self._costs.estimates["expert on the CPU"] = (
+            f"{rule.constant_ns} ns + max(weight bytes / {rule.bytes_per_second / 1e9:.1f} GB/s, "
+            f"2 x weights x tokens / {rule.flops_per_second / 1e9:,.0f} GFLOP/s) ({rule.provenance})"
+        )
+        ns, beside_ns = (rule.constant_ns + part_ns * factor for factor in (1.0, rule.beside_copy_factor))
+        return KernelCost(round(ns), beside_ns / ns if ns else 1.0, 1, 0)
 
     def _by_line(self, weight_bytes: int, tokens: int) -> KernelCost:
         """Estimate a shape: a line through the measured shapes of one token, in proportion beyond the most tokens."""
@@ -128,7 +142,7 @@ class CpuCosts:
 
 
 def _weight_bytes(point: CpuExpertPoint) -> float:
-    return float(_MATRICES * point.hidden * point.expert_ff * DTYPES[point.dtype] / 8)
+    return float(_MATRICES * point.hidden * point.expert_ff * bits_of(point.dtype) / 8)
 
 
 class ShrunkCosts:
@@ -148,8 +162,8 @@ class ShrunkCosts:
             return cost
         self._costs.estimates["expert in low precision"] = "the expert's own, as much less as the profile's rule says"
         flops = 2 * self._costs.run_tokens(tokens, phase) * (whole_bytes * 8 / self._model.dtype_bits("expert"))
-        rule = self._rule
-        whole_ns, ns = (rule.constant_ns + rule.part_ns(each, flops) for each in (whole_bytes, size_bytes))
+        constant_ns = self._costs.grouped_constant_ns
+        whole_ns, ns = (constant_ns + self._rule.part_ns(each, flops) for each in (whole_bytes, size_bytes))
         return replace(cost, ns=round(cost.ns * ns / whole_ns)) if whole_ns else cost
 
     def decompress(self, layer: int) -> KernelCost:
@@ -157,7 +171,7 @@ class ShrunkCosts:
         compression, size_bytes = self._compression, self._model.expert_bytes[layer]
         assert compression.decompress_gb_per_s is not None
         if compression.decompress_us is None:
-            constant_ns = self._rule.constant_ns
+            constant_ns = self._rule.group_ns(1, 0, eager=False)
             self._costs.estimates["decompression"] = f"{constant_ns} ns, the profile's rule, + bytes at the rate given"
         else:
             constant_ns = round(compression.decompress_us * 1000)

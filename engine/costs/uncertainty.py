@@ -24,7 +24,10 @@ from ..scenario.inputs import Inputs
 from .costs import ByTokens, CopyCost, Costs, KernelCost
 
 #: What of a cost grows with its factor, and what shrinks.
-_TIMES = ("ns", "beside_copy_ns", "alone_ns", "latency_ns", "constant_ns")
+_TIMES = (
+    *("ns", "beside_copy_ns", "alone_ns", "latency_ns"),
+    *("constant_ns", "product_ns", "small_kernel_ns", "eager_kernel_ns"),
+)
 _RATES = ("bytes_per_second", "flops_per_second")
 #: What tells the costs of a list apart; points over tokens share the factor of their shape.
 _SHAPE = ("hidden", "expert_ff", "weight_bytes", "dtype", "kernels", "context", "dispatch")
@@ -60,7 +63,7 @@ def without_uncertainty(profile: Profile) -> list[str]:
         "host.launch": [host.launch],
         "host.graph_launch": [host.graph_launch],
         "h2d": [copies.queued for copies in profile.h2d.values()],
-        "compute": [*compute.experts, *compute.dense, *compute.heads],
+        "compute": [*compute.experts, *compute.dense, *compute.heads, compute.rule],
     }
     return [name for name, known in costs.items() if not any(cost.uncertainty for cost in known)]
 

@@ -169,7 +169,7 @@ def visits(
     if part is None:
         part = whole(trace, steps, guesses, prefetch, shared=shared)
     ranked, confident, owned = part.ranked, part.confidences, part.owned
-    later = _later_steps(trace, steps, (layers - 1 + prefetch.horizons) // layers) if prefetching else []
+    later = later_steps(trace, steps, (layers - 1 + prefetch.horizons) // layers) if prefetching else []
     observes, reads_moment = type(prefetch).observe is not Prefetch.observe, prefetch.reads_moment
     unpin_first, drops = issue == "after_launch", manager.drop_after_visit
     assigned = manager.assigned
@@ -247,7 +247,7 @@ def _merge_guesses(
     """Return what a policy wants at one visit of `layer`, each expert once: the visit it is for, and how often named.
 
     The nearest layer comes first, then the best rank; an expert that is wanted for several visits is for the first of
-    them. What is for no step of the run is left out; `later` as of `_later_steps`. Where all layers share the experts
+    them. What is for no step of the run is left out; `later` as of `later_steps`. Where all layers share the experts
     of the same index, `shared` is their number; else 0.
     """
     merged: dict[int, tuple[int, int]] = {}
@@ -410,7 +410,7 @@ def _confidences(guesses: Guesses, steps: Sequence[Step]) -> Iterator[list[list[
         first = last
 
 
-def _later_steps(trace: RoutingTrace, steps: Sequence[Step], most: int) -> list[list[int]]:
+def later_steps(trace: RoutingTrace, steps: Sequence[Step], most: int) -> list[list[int]]:
     """Return, for each step, itself and the first step that one of its sequences takes 1, 2, … `most` of its own later.
 
     -1 where there is none: guesses that cross the token boundary so often have no visit to be for.

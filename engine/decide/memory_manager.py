@@ -137,8 +137,8 @@ class MemoryManager:
             size_of = [size_bytes for size_bytes in expert_bytes for _ in range(experts)]
         self.size_of = size_of
         self.uniform = min(size_of) == max(size_of)
-        self._divide = divide or partial(pool_budgets, expert_bytes, scope=scope)
-        budgets = self._divide(budget_bytes)
+        self.divide = divide or partial(pool_budgets, expert_bytes, scope=scope)
+        budgets = self.divide(budget_bytes)
         layers = range(len(expert_bytes))
         groups = [tuple(layers)] if len(budgets) == 1 else [(layer,) for layer in layers]
         self._pools: list[_Pool] = []
@@ -149,7 +149,7 @@ class MemoryManager:
             )
             pool = _Pool(pool_bytes, eviction(known), min(sizes) == max(sizes))
             self._pools += [pool] * len(group)
-        self._protect = protect == "until_target"
+        self.protects = protect == "until_target"
         self.drop_after_visit = drop_after_visit
         self.budget_bytes = sum(budgets)
         self.assigned_bytes = 0
@@ -158,8 +158,8 @@ class MemoryManager:
         self._pinned: Set[int] = _NONE
         self._until: dict[int, int] = {}  # prefetched expert -> the visit that it is protected until
         self._visit = -1
-        self._share = prefetch_share
-        self._watches_unused = watch_unused or prefetch_share is not None
+        self.prefetch_share = prefetch_share
+        self.watches_unused = watch_unused or prefetch_share is not None
         self._unused: dict[int, None] = {}  # prefetched experts before their first use, if they are watched
         self.unused_bytes = 0
         # Of every admission, by copy number: the expert and why it came; and the copies evicted, in order.
@@ -175,6 +175,23 @@ class MemoryManager:
         self.guessed = self.unique_guesses = 0
         #: The copies that merging saved, by expert: those of the guesses that named one beside the first.
         self.saved_copies: Counter[int] = Counter()
+
+    @property
+    def pools(self) -> list[_Pool]:
+        """The pools, in the order of their layers."""
+        return list(dict.fromkeys(self._pools))
+
+    def record(self, admitted: npt.NDArray[np.int64], evicted: npt.NDArray[np.int64]) -> None:
+        """Take over what was decided elsewhere: (expert, reason) of new copies (copies, 2), and the copies evicted."""
+        self._copies += len(admitted)
+        self._copy_experts.buffer.frombytes(admitted[:, 0].astype(np.int32).tobytes())
+        self._copy_reasons.buffer.extend(admitted[:, 1].astype(np.uint8).tobytes())
+        self._evictions.buffer.frombytes(evicted.astype(np.int32).tobytes())
+
+    @property
+    def copies(self) -> int:
+        """How many experts have been given room."""
+        return self._copies
 
     @property
     def evicted(self) -> int:
@@ -241,16 +258,16 @@ class MemoryManager:
             if expert in assigned:
                 found[expert] = assigned[expert]
         self._pinned = found.keys()
-        if self._watches_unused:
+        if self.watches_unused:
             self._note_first_uses(found)
         if len(found) == len(experts):  # nothing to fetch: the common case, kept short
             for _ in map(pool.use, recency, weights):  # a quarter of the time of zip(…, strict=True)
                 pass
             return [Wave(found, [])]
         missing = [expert for expert in experts if expert not in assigned and expert not in elsewhere]
-        if self._share is not None:
+        if self.prefetch_share is not None:
             for expert in missing:
-                self._share.missed(expert)
+                self.prefetch_share.missed(expert)
         waves = []
         while True:
             self._pinned = pinned = set(found)
@@ -307,9 +324,9 @@ class MemoryManager:
         if guesses > 1:
             self.saved_copies[expert] += guesses - 1
         pool.policy.admit(expert, False)
-        if self._protect:
+        if self.protects:
             self._until[expert] = target
-        if self._watches_unused:
+        if self.watches_unused:
             self._unused[expert] = None
             self.unused_bytes += self.size_of[expert]
         return admission
@@ -353,9 +370,8 @@ class MemoryManager:
 
         Raises BudgetError if a pool cannot hold one expert of its layers. Call it between visits.
         """
-        pools = list(dict.fromkeys(self._pools))
-        budgets = self._divide(budget_bytes)
-        for pool, pool_bytes in zip(pools, budgets, strict=True):
+        budgets = self.divide(budget_bytes)
+        for pool, pool_bytes in zip(self.pools, budgets, strict=True):
             more_bytes = pool_bytes - pool.budget_bytes
             pool.budget_bytes = pool_bytes
             if more_bytes > 0:
@@ -404,10 +420,10 @@ class MemoryManager:
 
     def _at_limit(self, expert: int) -> bool:
         """Whether prefetched experts nobody has used would hold more than their share with this one."""
-        if self._share is None:
+        if self.prefetch_share is None:
             return False
         size_bytes = self.size_of[expert]
-        return self.unused_bytes + size_bytes > self._share.share * self.budget_bytes
+        return self.unused_bytes + size_bytes > self.prefetch_share.share * self.budget_bytes
 
     def _make_room(self, pool: _Pool, wanted: int, prefetch_at: int | None) -> bool:
         """Evict until `wanted` has room; evict nothing and return False if that cannot be done."""
@@ -435,9 +451,9 @@ class MemoryManager:
         self._until.pop(expert, None)
         pool.policy.evict(expert)
         self._evictions.buffer.append(copy)
-        if self._watches_unused:
-            if self._share is not None:
-                self._share.evicted(expert, expert in self._unused)
+        if self.watches_unused:
+            if self.prefetch_share is not None:
+                self.prefetch_share.evicted(expert, expert in self._unused)
             self._note_first_uses((expert,))
         return copy
 

@@ -26,6 +26,7 @@ from .offloading import kept_bytes, low_precision
 #: What lies in a memory, by the names that results use.
 DENSE, HEAD, EMBEDDING, KV_CACHE = "dense weights", "head", "input embedding", "KV cache"
 WORKSPACE, PREDICTOR, EXPERTS, LOW = "workspace", "predictor", "experts", "low-precision copies"
+TABLE = "table of the model"
 SPARE, NOT_GIVEN, COMPRESSED = "spare room for other GPUs' experts", "left over of the total", "compressed experts"
 #: Of these, what is there for experts.
 FOR_EXPERTS = (EXPERTS, LOW, COMPRESSED, SPARE)
@@ -142,7 +143,7 @@ def fixed_parts(scenario: Scenario, model: Model, predictor_bytes: int) -> dict[
 def host_parts(inputs: Inputs) -> dict[str, int]:
     """Return what host memory keeps, in bytes by name: a cache over the drive, or all experts that may be copied."""
     scenario, model = inputs.scenario, inputs.model
-    parts = {}
+    parts = {TABLE: model.host_table_bytes}
     if scenario.tiers.host_budget != "all":
         scope = "shared" if scenario.memory.scope == "shared" else "global"
         parts[EXPERTS] = parse_budget(scenario.tiers.host_budget, model.expert_bytes, model.experts, scope)
@@ -158,7 +159,7 @@ def host_parts(inputs: Inputs) -> dict[str, int]:
 def kv_cache_bytes(
     model: Model, trace: RoutingTrace, steps: Sequence[Step], here: npt.NDArray[np.bool_] | None = None
 ) -> npt.NDArray[np.int64]:
-    """Return the bytes of the KV cache at each step (steps,).
+    """Return the bytes of the KV cache at each step (steps,), with the states of linear attention.
 
     It holds every position of the sequences that run; a sequence leaves it with its last step. `here` says which of all
     steps' rows count (None: all).
@@ -173,14 +174,14 @@ def kv_cache_bytes(
     # The last row of a sequence in a step says how much of it is cached from then on.
     last = np.ones(len(rows), dtype=bool)
     last[:-1] = (sequence[1:] != sequence[:-1]) | (step_of[1:] != step_of[:-1])
-    sequence, step_of, tokens = sequence[last], step_of[last], tokens[last]
+    sequence, step_of, kept = sequence[last], step_of[last], model.cached_bytes(tokens[last])
     change = np.zeros(len(steps) + 1, dtype=np.int64)
     begins = np.ones(len(sequence), dtype=bool)
     begins[1:] = sequence[1:] != sequence[:-1]
-    np.add.at(change, step_of, tokens - np.where(begins, 0, np.roll(tokens, 1)))
+    np.add.at(change, step_of, kept - np.where(begins, 0, np.roll(kept, 1)))
     ends = np.roll(begins, -1)
-    np.add.at(change, step_of[ends] + 1, -tokens[ends])
-    return np.cumsum(change[:-1]) * model.kv_bytes_per_token
+    np.add.at(change, step_of[ends] + 1, -kept[ends])
+    return np.cumsum(change[:-1])
 
 
 def described(inputs: Inputs) -> dict[str, Any]:

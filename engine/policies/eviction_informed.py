@@ -28,12 +28,13 @@ class Static(Eviction):
 
     def __init__(self, setting: Setting = NO_SETTING) -> None:
         super().__init__(setting)
-        self._popularity = popularity(setting)
+        #: By expert.
+        self.popularity = popularity(setting)
         self._order = Ranking()
 
     def admit(self, expert: int, demanded: bool) -> None:
         """Rank it by its popularity."""
-        self._order.put(expert, self._popularity[expert])
+        self._order.put(expert, self.popularity[expert])
 
     def use(self, expert: int, weight: float) -> None:
         """Do nothing."""

@@ -1,7 +1,7 @@
 """Compiled replays: the same decisions as the memory manager's, on demand only, at the speed of machine code.
 
 Each pool's look-ups, laid out flat, go through one loop that looks up, pins, makes room and serves in waves; a policy
-is what the loop asks of compiled_policies.py. LRU has a loop of its own for the common case. Every replay here equals
+is what the loop asks of compiled_eviction.py. LRU has a loop of its own for the common case. Every replay here equals
 `replay.replay` with the policy of the same name to the last access; tests hold it to that.
 """
 
@@ -18,15 +18,19 @@ from numba.cpython.unsafe.numbers import trailing_zeros
 from ...workloads.batches import Step
 from ...workloads.stacks import next_visits
 from ...workloads.trace import RoutingTrace
-from .compiled_policies import (
+from ..decide.lookups import Lookups, in_file_order, list_lookups
+from ..policies.compiled_eviction import (
     BELADY,
     CLOCK,
+    DEMANDED_AT,
     FIFO,
     LFU,
     LFU_INCACHE,
     LRU,
     S3FIFO,
     SIEVE,
+    SIZE,
+    WAVE,
     admit,
     begin,
     compiled,
@@ -37,7 +41,6 @@ from .compiled_policies import (
     use,
     victims,
 )
-from .lookups import Lookups, in_file_order, list_lookups
 
 Array = npt.NDArray[Any]
 Outcome = npt.NDArray[np.uint8]
@@ -114,18 +117,18 @@ def replay_pool(
             misses = _lru_by_visits(lookups.experts, lookups.recency, lookups.starts, capacity, live, last, found)
         return max(0, misses - capacity)
     following = next_visits(lookups.experts, lookups.starts, experts) if kind == BELADY else np.empty(0, np.int32)
-    sizes = np.repeat(np.array(expert_bytes, dtype=np.int64), num_experts)
+    held = np.full((experts, 3), -1, dtype=np.int64)
+    held[:, SIZE] = np.repeat(np.array(expert_bytes, dtype=np.int64), num_experts)
     evicted = _replay(
         kind,
         lookups.experts,
         lookups.recency,
         lookups.starts,
         following,
-        sizes,
         pool_bytes,
         make_state(experts, capacity),
         np.zeros(experts, dtype=np.bool_),  # who is in memory, as the policy knows
-        np.full(experts, -1, dtype=np.int64),  # the wave that pins each
+        held,
         np.empty(experts, dtype=np.int32),  # room for a visit's misses
         np.empty(2 * experts, dtype=np.int32),  # for victims, in front, and for whom a walk sets aside, at the back
         found,
@@ -229,11 +232,10 @@ def _replay(
     recency: Array,
     starts: Array,
     following: Array,
-    sizes: Array,
     pool_bytes: int,
     state: Array,
     resident: Array,
-    pinned: Array,
+    held: Array,
     missing: Array,
     leaving: Array,
     found: Array,
@@ -251,46 +253,46 @@ def _replay(
                 begin(state, expert, following[at])
             if resident[expert]:
                 found[at] = 1
-                pinned[expert] = wave
+                held[expert, WAVE] = wave
             else:
                 found[at] = 0
                 missing[lacking] = expert
                 lacking += 1
-        size_bytes = sizes[experts[first]]  # a visit's experts are of one layer
-        held, most = last - first - lacking, pool_bytes // size_bytes
+        size_bytes = held[experts[first], SIZE]  # a visit's experts are of one layer
+        taken, most = last - first - lacking, pool_bytes // size_bytes
         served = 0
         while True:
             while served < lacking:
                 expert = missing[served]
                 miss(kind, state, expert)
-                if held == most:
+                if taken == most:
                     if marks(kind):  # the walk for room is in vain, but it clears marks
-                        victims(kind, state, pinned, wave, sizes, pool_bytes + 1, leaving)
+                        victims(kind, state, held, wave, DEMANDED_AT, pool_bytes + 1, leaving)
                     break
                 if free_bytes < size_bytes:
-                    count = victims(kind, state, pinned, wave, sizes, size_bytes - free_bytes, leaving)
+                    count = victims(kind, state, held, wave, DEMANDED_AT, size_bytes - free_bytes, leaving)
                     for at in range(count):
                         victim = leaving[at]
                         evict(kind, state, victim)
                         resident[victim] = False
-                        free_bytes += sizes[victim]
+                        free_bytes += held[victim, SIZE]
                     evicted += count
                 free_bytes -= size_bytes
-                pinned[expert] = wave
-                held += 1
+                held[expert, WAVE] = wave
+                taken += 1
                 served += 1
             for at in range(first, last):
                 expert = recency[at]
-                if pinned[expert] == wave:
+                if held[expert, WAVE] == wave:
                     if resident[expert]:
                         use(kind, state, expert)
                     else:
-                        admit(kind, state, expert)
+                        admit(kind, state, expert, 1)
                         resident[expert] = True
             if served == lacking:
                 break
             wave += 1
-            held = 0
+            taken = 0
     return evicted
 
 

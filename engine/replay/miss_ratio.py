@@ -19,10 +19,10 @@ from ...workloads.batches import plan_steps
 from ...workloads.stacks import belady_depths, lru_depths
 from ...workloads.trace import RoutingTrace
 from ..decide.dispatch import LOOKUPS
+from ..decide.lookups import Lookups, list_lookups
 from ..decide.partition import divider
 from ..scenario.scenario import parse_budget
 from .compiled import KINDS, replay_pool
-from .lookups import Lookups, list_lookups
 from .replay import expert_sizes
 
 #: The policies that one pass serves, with the depths it finds.

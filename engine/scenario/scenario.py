@@ -29,6 +29,7 @@ from ...bounded import parse_toml, read
 from ...errors import InputError
 from ...experiments.journal import find_row
 from ...plain import beyond_64_bits
+from ...resources.parts.section import lay_machine, of_parts
 from ...units import BYTES, NUMBER, gb_per_s, whole_bytes, written_bytes
 from ...words import problems, unknown_name
 from ...workloads.batches import PREFILL_MODES, parse_warmup
@@ -113,13 +114,18 @@ class _Section(BaseModel):
 
 
 class ModelSection(_Section):
-    """Which model, and what to change in it; with sizes = "trace", layers are as large as the trace says."""
+    """Which model, and what to change in it; with sizes = "trace", layers are as large as the trace says.
+
+    `preset` is a shipped name, a TOML file, a Hugging Face config.json or its folder, or a GGUF file. `dtype` is of the
+    routed experts, `bits_per_weight` of all matrices, where nothing else is known.
+    """
 
     preset: str = "mixtral-8x7b"
     layers: int | None = Field(default=None, ge=1)
     experts: int | None = Field(default=None, ge=1)
     top_k: int | None = Field(default=None, ge=1)
     dtype: str | None = None
+    bits_per_weight: float | None = Field(default=None, gt=0, le=64)
     expert_bytes: _Bytes | None = Field(default=None, ge=1)
     sizes: Literal["preset", "trace"] = "preset"
 
@@ -129,9 +135,24 @@ class ModelSection(_Section):
 
 
 class MachineSection(_Section):
-    """Which machine: a shipped profile's name or a JSON file's path."""
+    """Which machine: a shipped profile's name or a JSON file's path; or its parts, which become such a name.
+
+    Parts are a `gpu` of the table, `gpus` of them, and where it is known the `link` to each, the `cpu`, the `ram` and
+    the `drive`: 'pcie4 x16', '7950x', '64GB DDR5-5600', '2TB 7GB/s'. What is left out is what goes with the rest.
+    """
 
     profile: str = "h200-pcie5"
+    gpu: str | None = Field(default=None, exclude=True)
+    gpus: int | None = Field(default=None, exclude=True, ge=1)
+    link: str | None = Field(default=None, exclude=True)
+    cpu: str | None = Field(default=None, exclude=True)
+    ram: str | None = Field(default=None, exclude=True)
+    drive: str | None = Field(default=None, exclude=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _parts_are_a_profile(cls, given: Any) -> Any:
+        return of_parts(given) if isinstance(given, Mapping) else given
 
 
 class SyntheticSection(_Section):
@@ -774,6 +795,8 @@ def lay(data: dict[str, Any], key: str, value: Any) -> None:
     """
     parts = key.split(".")
     field = _field(parts)
+    if parts[0] == "machine" and isinstance(data.get("machine"), dict):
+        lay_machine(data["machine"], parts[-1], out=value in ("", None))
     if field is not None and (value in ("", None) or (value == "none" and _may_be_missing(field))):
         _take_out(data, parts)
         return

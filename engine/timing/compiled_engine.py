@@ -38,6 +38,7 @@ from .memory import (
     CROWD_TIMES,
     DECISION,
     DENSE_SHAPE,
+    DONE,
     DROPPED,
     DROPPED_WORDS,
     EXPERT_SHAPE,
@@ -159,7 +160,6 @@ from .memory import (
     REGISTERS,
     SIZED_SHAPE,
     SLOTS,
-    SPACE,
     SPAN_WORDS,
     SPANS,
     T_AT,
@@ -473,7 +473,7 @@ class CompiledEngine:
 
     def __init__(self, machine: Machine, threads: Sequence[Driven]) -> None:
         self._machine, self._threads = machine, threads
-        self._layout = Layout(machine, threads)
+        self.layout = self._layout = Layout(machine, threads)
         self._memory = self._layout.memory
         self._steps = [iter(thread.program) for thread in threads]
         self._portions: list[Iterator[Array]] = [iter(()) for _ in threads]
@@ -494,29 +494,34 @@ class CompiledEngine:
         memory, thread = self._memory, -1
         while True:
             why, thread = code.advance(memory.words, memory.floats, thread)
+            if why == DONE:
+                break
             if why == PORTION:
                 thread = self._next_portion(thread)
-            elif why == PRICE:
-                self._price()
-            elif why == RATE:
-                self._find_rates()
-            elif why == SPACE:
-                self._make_space(thread)
             else:
-                break
-        self._flush()
+                self.answer(why)
+        self.flush()
+
+    def answer(self, why: int) -> None:
+        """Give the machine what it has come back for: a price, a rate, or space."""
+        if why == PRICE:
+            self._price()
+        elif why == RATE:
+            self._find_rates()
+        else:
+            self._make_space()
 
     def _next_portion(self, at: int) -> int:
         """Give a thread its next portion, decided now; return the thread, or -1 if it has no more to do."""
         number, words = self._number_of[at], self._memory.words
         driven = self._threads[number]
-        self._drop(driven)
+        self._drop()
         while True:
             portion = next(self._portions[number], None)
             if portion is not None:
                 break
             if self._begun[number]:
-                self._flush()
+                self.flush()
                 driven.ended()
             step = next(self._steps[number], None)
             if step is None:
@@ -556,15 +561,15 @@ class CompiledEngine:
         for op, gpu, peer in portion[np.isin(portion[:, 0], (Op.FETCH, Op.STORE))][:, [0, 1, 9]].tolist():
             self._machine.peers[(peer, gpu) if op == Op.FETCH else (gpu, peer)][1]()
 
-    def _drop(self, driven: Driven) -> None:
-        """Tell the memory manager which prefetches were dropped since the last decision."""
+    def _drop(self) -> None:
+        """Tell the memory managers which prefetches were dropped since the last decision."""
         words = self._memory.words
         region = int(words[DROPPED])
         if not words[region + R_COUNT]:
             return
         at, count = int(words[region + R_AT]), int(words[region + R_COUNT])
-        manager = self._machine.gpus[driven.gpus[0]].manager
-        for expert, copy in words[at : at + count * DROPPED_WORDS].reshape(-1, DROPPED_WORDS).tolist():
+        for gpu, expert, copy in words[at : at + count * DROPPED_WORDS].reshape(-1, DROPPED_WORDS).tolist():
+            manager = self._machine.gpus[gpu].manager
             if manager.assigned.get(expert) == copy:
                 manager.cancel(expert)
         words[region + R_COUNT] = 0
@@ -599,10 +604,10 @@ class CompiledEngine:
         memory.floats[row + 1 + count : row + 1 + 2 * count] = network.stretches(running)
         words[RATES_KNOWN] += 1
 
-    def _make_space(self, thread: int) -> None:
-        """Write out what was recorded, and make more room where that is not enough."""
-        self._flush()
-        if thread >= 0 and code.has_space(self._memory.words, thread):
+    def _make_space(self) -> None:
+        """Write out what was recorded, and make more room where that is not enough for every thread's portion."""
+        self.flush()
+        if all(code.has_space(self._memory.words, thread) for thread in self._layout.threads):
             return
         self._layout.add_space()
         words = self._memory.words
@@ -615,7 +620,7 @@ class CompiledEngine:
         at, count = int(memory[region + R_AT]), int(memory[region + R_COUNT]) if count is None else count
         return memory[at : at + count * words].reshape(-1, words)
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         """Write out what was recorded, GPU by GPU."""
         memory, gpus = self._memory.words, self._machine.gpus
         region = int(memory[SPANS])

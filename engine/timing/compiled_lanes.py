@@ -31,6 +31,7 @@ from .memory import (
     FREE_NODE,
     FREE_WORK,
     G_DROPS_STALE,
+    G_NUMBER,
     G_VISIT,
     L_ACTIVE,
     L_AFTER_ISSUE_DISTURBED,
@@ -460,7 +461,7 @@ def is_stale(m: Words, lane: Word, work: Word) -> Word:
         return False
     region = m[DROPPED]
     at = m[region + R_AT] + m[region + R_COUNT] * DROPPED_WORDS
-    m[at], m[at + 1] = m[work + W_EXPERT], m[work + W_COPY]
+    m[at], m[at + 1], m[at + 2] = m[gpu + G_NUMBER], m[work + W_EXPERT], m[work + W_COPY]
     m[region + R_COUNT] += 1
     return True
 

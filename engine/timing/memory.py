@@ -55,7 +55,7 @@ A_LANE, A_THREAD, A_WORK, AN_ARRIVAL, A_DEPARTURE = range(5)
 CROWD_BUSY, CROWD_LANES, CROWD_TIMES = range(3)
 
 #: A GPU: what the host's calls take there; its lanes; its place in the program; its launch queue; the kernel that is
-#: being grouped; tables of shapes, of copies, and of what goes to other GPUs.
+#: being grouped; tables of shapes, of copies, and of what goes to other GPUs; the GPU among compiled decisions.
 (
     G_NUMBER, G_WAIT, G_READBACK_ENQUEUE, G_READBACK_LATENCY, G_READBACK, G_SYNCHRONIZE, G_SYNCHRONIZE_BESIDE, G_RESUME,
     G_COPY_RESUME, G_LAUNCH, G_COPY_LATENCY, G_TURN, G_TO_CPU, G_PREDICT, G_OTHERS_EVERY, G_OTHERS_NS, G_READS_BACK,
@@ -65,15 +65,16 @@ CROWD_BUSY, CROWD_LANES, CROWD_TIMES = range(3)
     G_RING, G_MEMBERS, G_MEMBER_NS, G_MOST_NS, G_MEMBER_LAUNCHES, G_MEMBER_HOST, G_EXCHANGE_NS, G_ASSIGNED, G_BUDGET,
     G_SHAPES, G_LAYERS, G_COPY_OF, G_SENDS, G_PEERS, G_ARRIVALS, G_MEMBER_SLOWDOWN, G_COPY_SLOWDOWN,
     G_READBACK_SLOWDOWN, G_KINDS, G_PREDICT_LAUNCHES, G_PREDICT_HOST, G_PREDICT_ISSUE, G_IO_LANES, G_READS, G_THREAD,
-    GPU_WORDS,
-) = range(73)  # fmt: skip
+    G_PART, GPU_WORDS,
+) = range(74)  # fmt: skip
 
-#: A host thread: its number, its portion and place in it, when it goes on, at which GPU it is, and how many parts it
-#: waits for. One that carries out a part (see `commands`) belongs to a GPU, and to the thread that waits for it; and
-#: whether it waits for another part's.
-T_NUMBER, T_ROWS, T_CAPACITY, T_COUNT, T_AT, T_GOES_ON, T_GPU, T_GPUS, T_PARTS, T_PART_OF, T_BEHIND, THREAD_WORDS = (
-    range(12)
-)
+#: A host thread: its number, its portion and place in it, when it goes on, at which GPU it is, and the thread among
+#: compiled decisions, if they are; how many parts it waits for. One that carries out a part (see `commands`) belongs to
+#: a GPU, and to the thread that waits for it; and whether it waits for another part's.
+(
+    T_NUMBER, T_ROWS, T_CAPACITY, T_COUNT, T_AT, T_GOES_ON, T_GPU, T_GPUS, T_PROGRAM, T_PARTS, T_PART_OF, T_BEHIND,
+    THREAD_WORDS,
+) = range(13)  # fmt: skip
 
 #: What a kernel takes, if it has been asked for.
 K_KNOWN, K_NS, K_LAUNCHES, K_HOST, K_ISSUE, K_SLOWDOWN, KERNEL_WORDS = range(7)
@@ -92,12 +93,12 @@ M_LANE, M_QUEUED, M_ALONE, M_HOST, M_LATENCY, M_TRANSFER, M_LAG, M_TARGET, M_SLO
 R_AT, R_COUNT, R_CAPACITY, REGION_WORDS = range(4)
 #: Words of a span (as of `resources.timeline.SPAN`); of an entry of the books: what it is, its GPU, and three words; of
 #: a dropped prefetch.
-SPAN_WORDS, BOOK_WORDS, DROPPED_WORDS = 5, 5, 2
+SPAN_WORDS, BOOK_WORDS, DROPPED_WORDS = 5, 5, 3
 ACCESS, DECISION, ARRIVAL = range(3)
 
 #: What the engine comes back with: all is done; a thread wants its next portion, a price, the rates of a set of
-#: transfers; or memory runs out.
-DONE, PORTION, PRICE, RATE, SPACE = range(5)
+#: transfers; or memory runs out. Compiled decisions: the next steps, or more room.
+DONE, PORTION, PRICE, RATE, SPACE, STEPS, ROOM = range(7)
 #: The most work and nodes that a command takes.
 WORK_EACH, NODES_EACH = 2, 24
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import permutations
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,14 +26,20 @@ from .host import Arrivals, Exchanges, Sending
 from .lanes import Lane
 from .simulation import OneGpu, Simulation
 
+if TYPE_CHECKING:
+    from ..decide.compiled_decisions import Decisions
+    from ..decide.sources import Source
+
 
 def run_stages(
-    runs: Sequence[StageRun], flow: Flow, links: Links | None, *, one_thread: bool, engine: str
-) -> list[Decoded]:
+    runs: Sequence[StageRun], flow: Flow, links: Links | None, *, one_thread: bool, engine: str,
+    sources: Sequence[Source] = (), ticks: Iterator[Any] | None = None,
+) -> list[Decoded]:  # fmt: skip
     """Run the stages of a pipeline, each on a GPU of its own, and return what was recorded on each.
 
     `links` are those between the GPUs; None for one stage. `one_thread` serves all stages of a step before the next;
-    otherwise each GPU has a thread of its own.
+    otherwise each GPU has a thread of its own. With `sources`, compiled code decides, which draws from `ticks` once
+    for every visit.
     """
     network = None
     if links is not None:
@@ -62,10 +68,26 @@ def run_stages(
         )
         for number, (one, run) in enumerate(zip(gpus, runs, strict=True))
     ]  # fmt: skip
-    for served in [range(len(gpus))] if one_thread else [[number] for number in range(len(gpus))]:
+    threads = [[*range(len(gpus))]] if one_thread else [[number] for number in range(len(gpus))]
+    for served in threads:
         simulation.thread(stages_program([stages[number] for number in served]), [gpus[number] for number in served])
+    if sources:
+        simulation.decided_by(_decisions(sources, gpus, stages, threads), ticks or iter(()))
     simulation.run()
     return [one.recorded() for one in gpus]
+
+
+def _decisions(
+    sources: Sequence[Source], gpus: Sequence[OneGpu], stages: Sequence[Stage], threads: Sequence[Sequence[int]]
+) -> Decisions:
+    """Return the compiled decisions of all stages."""
+    from ..decide.compiled_decisions import Decisions, Part  # which compiles at its first import
+
+    parts = [
+        Part(one, stage.gpu, gpu.note_resolved, stage.has_head, stage.receives, stage.sends)
+        for one, gpu, stage in zip(sources, gpus, stages, strict=True)
+    ]
+    return Decisions(parts, threads)
 
 
 def _connect(engine: Simulation, gpus: Sequence[OneGpu], flow: Flow, links: Links, network: Network | None) -> None:

@@ -5,9 +5,9 @@ Both engines are given the same lanes, costs and commands, and come to the same 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,9 @@ from ..scenario.scenario import Scenario
 from .host import Exchanges, GpuState, Thread
 from .lanes import Instant, Lane, Work
 from .machine import GpuLanes
+
+if TYPE_CHECKING:
+    from ..decide.compiled_decisions import Decisions  # which compiles at its first import
 
 #: What may carry out the commands of a run.
 ENGINES = ("simpy", "compiled")
@@ -76,6 +79,14 @@ class OneGpu:
         settings = settings_of(scenario, costs, prefetching, number, lends)
         may_wait = watches or costs.copies_hold_host or bool(settings[AWAITS_GUESSES])
         self.gpu = Gpu(settings, rooms, registers, tier, may_wait)
+
+    def note_resolved(self, accesses: npt.NDArray[np.int64]) -> None:
+        """Note whole accesses that need no copy: (visit, expert, way, tokens, gate as the bits of a float) each."""
+        resolved = np.empty(len(accesses), dtype=RESOLVED)
+        for place, name in enumerate(("visit", "expert", "way", "tokens")):
+            resolved[name] = accesses[:, place]
+        resolved["gate"], resolved["whole"] = accesses[:, 4].copy().view(np.float64), True
+        self._resolved += resolved.tobytes()
 
     def note(self, visit: Visit) -> None:
         """Note what was decided."""
@@ -124,6 +135,8 @@ class Simulation:
         self._threads: list[Any] = []
         self.peers: dict[Any, Any] = {}
         self.exchanges: Exchanges | None = None
+        self._decisions: Decisions | None = None
+        self._ticks: Iterator[Any] = iter(())
 
     def thread(self, program: Program, gpus: Sequence[OneGpu], exchanges: Exchanges | None = None) -> None:
         """Let a host thread dispatch to some GPUs."""
@@ -159,6 +172,10 @@ class Simulation:
         with collector_off():
             self.env.run()
 
+    def decided_by(self, decisions: Decisions, ticks: Iterator[Any]) -> None:
+        """Let compiled code decide, which draws from `ticks` once for every visit."""
+        self._decisions, self._ticks = decisions, ticks
+
     def _run_compiled(self) -> None:
         from .compiled_engine import CompiledEngine, Driven, Machine  # compiles at first use
 
@@ -176,8 +193,15 @@ class Simulation:
                     partial(engine.now_ns, number),
                     partial(engine.backlog_ns, number),
                 )
+        if self._decisions is None:
+            with collector_off():
+                engine.run()
+            return
+        from .deciding import DecidingEngine  # as above
+
+        ended = [flush for _, _, _, flush in self._threads]
         with collector_off():
-            engine.run()
+            DecidingEngine(engine, self._decisions, ended, self._ticks).run()
 
 
 def settings_of(

@@ -1,4 +1,4 @@
-"""The policies of the compiled replay: what each does when an expert is used, admitted, evicted or must make room.
+"""Eviction policies for compiled code: what each does when an expert is used, admitted, evicted or must make room.
 
 The same rules, by the same names, as the classes of policies/eviction.py, over arrays instead of dicts. Which one it
 is, is a number that every function branches on, so that one loop is compiled, once, for all of them.
@@ -26,7 +26,12 @@ def compiled(function: Function) -> Function:
     return machine_code.compiled(function, _nrt=False)
 
 
-FIFO, LRU, LFU, LFU_INCACHE, CLOCK, SIEVE, S3FIFO, BELADY = range(8)
+FIFO, LRU, LFU, LFU_INCACHE, CLOCK, SIEVE, S3FIFO, BELADY, STATIC = range(9)
+
+# What holds an expert, by columns: the wave that pins it, the visit until which it is safe from prefetches, its bytes.
+WAVE, UNTIL, SIZE = range(3)
+#: Later than any visit: who makes room on demand, from which nothing but a pin is safe.
+DEMANDED_AT = 1 << 62
 
 # A policy's state is one int64 array. It has a row for each expert; one for each queue, which stands before its first
 # expert and after its last; and one of numbers.
@@ -60,6 +65,27 @@ def marks(kind: int) -> bool:
 
 
 @compiled
+def ranks(kind: int) -> bool:
+    """Whether a policy keeps its experts in a heap, out of which `victims` takes whom it returns."""
+    return kind in (LFU, LFU_INCACHE, BELADY, STATIC)
+
+
+@compiled
+def drop(kind: int, state: Array, expert: int) -> None:
+    """Forget an expert that loses its room without having been found by `victims`."""
+    if ranks(kind):
+        _take_out(state, expert)
+    evict(kind, state, expert)
+
+
+@compiled
+def stays(held: Array, expert: int, wave: int, at: int) -> bool:
+    """Whether an expert is pinned by this wave, or safe from what is prefetched at visit `at`."""
+    held_on: bool = held[expert, WAVE] == wave or held[expert, UNTIL] > at
+    return held_on
+
+
+@compiled
 def begin(state: Array, expert: int, following: int) -> None:
     """Take note of the visit that will use an expert next after this one."""
     state[expert, NEXT] = following
@@ -82,17 +108,17 @@ def use(kind: int, state: Array, expert: int) -> None:
     elif kind == LRU:
         _unlink(state, expert)
         _append(state, _queue(state, SMALL), expert)
-    elif kind != FIFO:
-        _rank(state, expert, _priority(kind, state, expert))
+    elif kind not in (FIFO, STATIC):
+        _rank(state, expert, _priority(kind, state, expert, 1))
 
 
 @compiled
-def admit(kind: int, state: Array, expert: int) -> None:
-    """Take note of an expert that was given room on demand, which is its use."""
+def admit(kind: int, state: Array, expert: int, demanded: int) -> None:
+    """Take note of an expert that was given room, on demand (1), which is its use, or by a prefetch (0)."""
     if kind == S3FIFO:
         _admit_to_queue(state, expert)
-    elif kind in (LFU, LFU_INCACHE, BELADY):
-        _push(state, expert, _priority(kind, state, expert))
+    elif ranks(kind):
+        _push(state, expert, _priority(kind, state, expert, demanded))
     else:
         state[expert, MARK] = 0
         _append(state, _queue(state, SMALL), expert)
@@ -105,27 +131,27 @@ def evict(kind: int, state: Array, expert: int) -> None:
         _evict_from_queue(state, expert)
     elif kind == LFU_INCACHE:
         state[expert, MARK] = 0
-    elif kind != LFU and kind != BELADY:
+    elif not ranks(kind):
         if kind == SIEVE and state[-1, HAND] == expert:
             state[-1, HAND] = state[expert, AFTER]
         _unlink(state, expert)
 
 
 @compiled
-def victims(kind: int, state: Array, pinned: Array, wave: int, sizes: Array, lacking_bytes: int, leaving: Array) -> int:
+def victims(kind: int, state: Array, held: Array, wave: int, at: int, lacking_bytes: int, leaving: Array) -> int:
     """Put those into `leaving` (2 x experts,) that must go for `lacking_bytes` more, in order; return how many.
 
-    Who is pinned by this wave stays. If there are not enough to make the room, `leaving` is not to be used.
+    Whoever `stays` stays. 0 if there are not enough to make the room.
     """
     if kind == CLOCK:
-        return _walk_clock(state, pinned, wave, sizes, lacking_bytes, leaving)
+        return _walk_clock(state, held, wave, at, lacking_bytes, leaving)
     if kind == SIEVE:
-        return _walk_sieve(state, pinned, wave, sizes, lacking_bytes, leaving)
+        return _walk_sieve(state, held, wave, at, lacking_bytes, leaving)
     if kind == S3FIFO:
-        return _walk_queues(state, pinned, wave, sizes, lacking_bytes, leaving)
+        return _walk_queues(state, held, wave, at, lacking_bytes, leaving)
     if kind in (FIFO, LRU):
-        return _walk_queue(state, pinned, wave, sizes, lacking_bytes, leaving)
-    return _walk_heap(state, pinned, wave, sizes, lacking_bytes, leaving)
+        return _walk_queue(state, held, wave, at, lacking_bytes, leaving)
+    return _walk_heap(state, held, wave, at, lacking_bytes, leaving)
 
 
 # Queues: doubly linked lists, columns BEFORE and AFTER.
@@ -154,22 +180,22 @@ def _append(state: Array, queue: int, expert: int) -> None:
 
 
 @compiled
-def _walk_queue(state: Array, pinned: Array, wave: int, sizes: Array, lacking_bytes: int, leaving: Array) -> int:
+def _walk_queue(state: Array, held: Array, wave: int, at: int, lacking_bytes: int, leaving: Array) -> int:
     """Walk from the first to the last."""
     queue = _queue(state, SMALL)
     expert = state[queue, AFTER]
     count = 0
     while lacking_bytes > 0 and expert != queue:
-        if pinned[expert] != wave:
+        if not stays(held, expert, wave, at):
             leaving[count] = expert
             count += 1
-            lacking_bytes -= sizes[expert]
+            lacking_bytes -= held[expert, SIZE]
         expert = state[expert, AFTER]
-    return count
+    return count if lacking_bytes <= 0 else 0
 
 
 @compiled
-def _walk_clock(state: Array, pinned: Array, wave: int, sizes: Array, lacking_bytes: int, leaving: Array) -> int:
+def _walk_clock(state: Array, held: Array, wave: int, at: int, lacking_bytes: int, leaving: Array) -> int:
     """Walk from the hand; who is marked loses the mark and is put behind the hand."""
     queue = _queue(state, SMALL)
     expert = state[queue, AFTER]
@@ -182,16 +208,16 @@ def _walk_clock(state: Array, pinned: Array, wave: int, sizes: Array, lacking_by
             _append(state, queue, expert)
             if following == queue:
                 following = expert
-        elif pinned[expert] != wave:
+        elif not stays(held, expert, wave, at):
             leaving[count] = expert
             count += 1
-            lacking_bytes -= sizes[expert]
+            lacking_bytes -= held[expert, SIZE]
         expert = following
-    return count
+    return count if lacking_bytes <= 0 else 0
 
 
 @compiled
-def _walk_sieve(state: Array, pinned: Array, wave: int, sizes: Array, lacking_bytes: int, leaving: Array) -> int:
+def _walk_sieve(state: Array, held: Array, wave: int, at: int, lacking_bytes: int, leaving: Array) -> int:
     """Walk from the hand to the newest, then from the oldest; who is marked loses the mark and comes last."""
     queue = _queue(state, SMALL)
     start = state[queue, AFTER] if state[-1, HAND] == queue else state[-1, HAND]
@@ -203,10 +229,10 @@ def _walk_sieve(state: Array, pinned: Array, wave: int, sizes: Array, lacking_by
             state[expert, MARK] = 0
             spared -= 1
             leaving[spared] = expert
-        elif pinned[expert] != wave:
+        elif not stays(held, expert, wave, at):
             state[-1, HAND] = leaving[count] = expert
             count += 1
-            lacking_bytes -= sizes[expert]
+            lacking_bytes -= held[expert, SIZE]
         expert = state[expert, AFTER]
         if expert == queue:
             expert = state[queue, AFTER]
@@ -215,13 +241,13 @@ def _walk_sieve(state: Array, pinned: Array, wave: int, sizes: Array, lacking_by
     while lacking_bytes > 0 and end > spared:
         end -= 1
         expert = leaving[end]
-        if pinned[expert] != wave:
+        if not stays(held, expert, wave, at):
             state[-1, HAND] = leaving[count] = expert
             count += 1
-            lacking_bytes -= sizes[expert]
+            lacking_bytes -= held[expert, SIZE]
     if lacking_bytes > 0:
         state[-1, HAND] = start
-    return count
+    return count if lacking_bytes <= 0 else 0
 
 
 # S3-FIFO: two queues of experts in memory, and one of those that were evicted from the small one.
@@ -261,7 +287,7 @@ def _evict_from_queue(state: Array, expert: int) -> None:
 
 
 @compiled
-def _walk_queues(state: Array, pinned: Array, wave: int, sizes: Array, lacking_bytes: int, leaving: Array) -> int:
+def _walk_queues(state: Array, held: Array, wave: int, at: int, lacking_bytes: int, leaving: Array) -> int:
     """Walk the main queue while it has more than its part, else the small one; who earned it moves and stays."""
     small, main = _queue(state, SMALL), _queue(state, MAIN)
     in_small, in_main = small, main  # the last in each queue that was walked over and stayed
@@ -285,11 +311,11 @@ def _walk_queues(state: Array, pinned: Array, wave: int, sizes: Array, lacking_b
                     break
                 continue
             in_small = expert
-        if pinned[expert] != wave:
+        if not stays(held, expert, wave, at):
             leaving[count] = expert
             count += 1
-            lacking_bytes -= sizes[expert]
-    return count
+            lacking_bytes -= held[expert, SIZE]
+    return count if lacking_bytes <= 0 else 0
 
 
 # Rankings: a heap, the lowest key first. A key that grows (more uses) is noted and its expert sinks only when it comes
@@ -297,13 +323,15 @@ def _walk_queues(state: Array, pinned: Array, wave: int, sizes: Array, lacking_b
 
 
 @compiled
-def _priority(kind: int, state: Array, expert: int) -> int:
-    """Return the key of an expert just used: its uses, or how near its next one is; ties in the order of use."""
+def _priority(kind: int, state: Array, expert: int, used: int) -> int:
+    """Return the key of an expert that was used, or came: its uses, or how near its next one is; ties to who came."""
     state[-1, STAMP] += 1
     if kind == BELADY:
         rank = _FAR - state[expert, NEXT]
+    elif kind == STATIC:
+        rank = state[expert, NEXT]
     else:
-        rank = state[expert, MARK] = state[expert, MARK] + 1
+        rank = state[expert, MARK] = state[expert, MARK] + used
     key: int = (rank << 32) | state[-1, STAMP]
     return key
 
@@ -330,12 +358,21 @@ def _pop(state: Array) -> int:
     """Take the expert with the lowest key out of the heap."""
     while state[state[0, HEAP], RANKED] != state[state[0, HEAP], KEY]:
         state[state[0, HEAP], RANKED] = state[state[0, HEAP], KEY]
-        _sink(state, state[0, HEAP])
+        _sink(state, state[0, HEAP], 0)
     first: int = state[0, HEAP]
-    state[-1, COUNT] -= 1
-    if state[-1, COUNT]:
-        _sink(state, state[state[-1, COUNT], HEAP])
+    _take_out(state, first)
     return first
+
+
+@compiled
+def _take_out(state: Array, expert: int) -> None:
+    """Take an expert out of the heap."""
+    place = state[expert, PLACE]
+    state[-1, COUNT] -= 1
+    last = state[state[-1, COUNT], HEAP]
+    if last != expert:
+        _sink(state, last, place)
+        _rise(state, last, state[last, PLACE])
 
 
 @compiled
@@ -354,9 +391,9 @@ def _rise(state: Array, expert: int, place: int) -> None:
 
 
 @compiled
-def _sink(state: Array, expert: int) -> None:
-    """Put an expert at the top of the heap, or as far below as it belongs."""
-    size, place = state[-1, COUNT], 0
+def _sink(state: Array, expert: int, place: int) -> None:
+    """Put an expert at a place of the heap, or as far below as it belongs."""
+    size = state[-1, COUNT]
     while True:
         below = 2 * place + 1
         if below >= size:
@@ -374,19 +411,23 @@ def _sink(state: Array, expert: int) -> None:
 
 
 @compiled
-def _walk_heap(state: Array, pinned: Array, wave: int, sizes: Array, lacking_bytes: int, leaving: Array) -> int:
-    """Take the lowest out of the heap, one after the other; who is pinned is put back."""
+def _walk_heap(state: Array, held: Array, wave: int, at: int, lacking_bytes: int, leaving: Array) -> int:
+    """Take the lowest out of the heap, one after the other; who stays is put back, and all if they are not enough."""
     count = 0
-    end = aside = len(leaving)  # who is pinned waits at the back of `leaving`
-    while lacking_bytes > 0:
+    end = aside = len(leaving)  # who stays waits at the back of `leaving`
+    while lacking_bytes > 0 and state[-1, COUNT]:
         expert = _pop(state)
-        if pinned[expert] == wave:
+        if stays(held, expert, wave, at):
             aside -= 1
             leaving[aside] = expert
         else:
             leaving[count] = expert
             count += 1
-            lacking_bytes -= sizes[expert]
-    for at in range(aside, end):
-        _push(state, leaving[at], state[leaving[at], KEY])
-    return count
+            lacking_bytes -= held[expert, SIZE]
+    for place in range(aside, end):
+        _push(state, leaving[place], state[leaving[place], KEY])
+    if lacking_bytes <= 0:
+        return count
+    for place in range(count):
+        _push(state, leaving[place], state[leaving[place], KEY])
+    return 0

@@ -1,0 +1,99 @@
+"""Where the command line begins: the table of all commands, and what becomes of whatever goes wrong in one.
+
+To add a command: write a function in the file of its family and name it here; those of a group are named where they
+are written. Help lists commands in this order.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Annotated, cast
+
+import typer
+
+from ..errors import InputError
+from . import calibrate, predictor, timeline, trace
+from .console import stop_status
+from .experiments import breakeven, compare, suite, sweep
+from .guide import reproduce
+from .pictures import plot, report, topology
+from .run import mrc, replay, run
+
+app = typer.Typer(
+    help="""Simulate Mixture-of-Experts inference with expert offloading and prefetching.
+
+    Start with `prestage run --out prestage-out`; every command's --help has examples.
+    """,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_COMMANDS: tuple[Callable[..., None], ...] = (
+    run, sweep, suite, plot, report, topology, compare, breakeven, replay, reproduce, mrc,
+)  # fmt: skip
+for _command in _COMMANDS:
+    app.command()(_command)
+app.add_typer(trace.app, name="trace")
+app.add_typer(calibrate.app, name="calibrate")
+app.add_typer(calibrate.benchmark_app, name="benchmark")
+app.add_typer(predictor.app, name="predictor")
+app.add_typer(timeline.app, name="timeline")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(version("prestage"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
+
+
+# A missing argument, an unknown option and a bad value are all of the class that BadParameter is made from; typer
+# gives it no name of its own.
+_UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
+
+
+def main() -> None:
+    """Run the command line; what is refused is one line and exit status 2 (terminal.py has the others)."""
+    from . import terminal
+
+    terminal.prepare()
+    sys.exit(terminal.flushed(_status(sys.argv[1:] or ["--help"])))
+
+
+def _status(arguments: list[str]) -> int:
+    """Run a command and return its exit status."""
+    from . import terminal
+
+    try:
+        for argument in arguments:
+            if any("\ud800" <= character <= "\udfff" for character in argument):
+                raise InputError(f"{argument!r}: not UTF-8: results and messages are, so give it another name")
+        return int(app(args=arguments, prog_name="prestage", standalone_mode=False) or 0)
+    except _UsageError as error:
+        asked = error.ctx.command_path if error.ctx else "prestage"
+        return terminal.refuse(f"{error.format_message().rstrip('.')}; `{asked} --help` tells more")
+    except InputError as error:
+        return terminal.refuse(str(error))
+    except BrokenPipeError:
+        return terminal.BROKEN_PIPE
+    except OSError as error:
+        return terminal.refuse(terminal.os_words(error))
+    except MemoryError as error:
+        return terminal.refuse(f"out of memory: {str(error) or 'ask for less, or use a larger machine'}")
+    except SystemExit as left:
+        # Typer makes one of a pipe that nobody reads.
+        return terminal.BROKEN_PIPE if isinstance(left.__context__, BrokenPipeError) else stop_status(left)
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except Exception:
+        return terminal.report_fault()

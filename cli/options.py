@@ -1,0 +1,39 @@
+"""Options that several commands have, and how they are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from ..workloads.trace import RoutingTrace
+
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Set a key, such as prefetch.k=4; KEY= takes it out; repeat it."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else there.")]
+Sequences = Annotated[
+    str, typer.Option(metavar="FIRST:LAST", help="Which sequences, in file order: 61: or :10 or 3:5; all without it.")
+]
+
+
+def expert_bytes_of(size: str | None) -> int | None:
+    """Return the bytes that an option gives, with a unit or without."""
+    from ..units import option_bytes
+
+    return None if size is None else option_bytes("--expert-bytes", size)
+
+
+def opened_trace(path: Path) -> RoutingTrace:
+    """Return the trace that an argument names, or that is made of the log that it names."""
+    from ..workloads.importers import open_trace
+
+    return open_trace(path)
+
+
+def listed(text: str) -> list[str]:
+    """Return the words of a comma-separated option."""
+    return [word.strip() for word in text.split(",") if word.strip()]

@@ -1,0 +1,189 @@
+"""The commands of single runs: `run`, and `replay` and `mrc` of the cache alone."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .console import print_json, progress_shown, say_replaced
+from .options import Json, Settings, expert_bytes_of, listed, opened_trace
+
+
+def run(
+    scenario: Annotated[
+        str | None, typer.Argument(help="A scenario's TOML file or the name of a shipped one; without it, the default.")
+    ] = None,
+    settings: Settings = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="Write result.json, run.safetensors, timeline.json.gz and two pictures there."
+        ),
+    ] = None,
+    all_spans: Annotated[bool, typer.Option(help="Write all spans to the timeline, not the first 200,000.")] = False,
+    stream: Annotated[
+        Path | None, typer.Option(help="Keep the timeline in files there while it grows, and not in memory.")
+    ] = None,
+    baselines: Annotated[bool, typer.Option(help="Also run the two baselines (speedup, resident_ms).")] = True,
+    check_prefetch: Annotated[
+        bool,
+        typer.Option("--check-prefetch", help="Also run the same cache without prefetch, and warn if it is faster."),
+    ] = False,
+    replicates: Annotated[
+        int,
+        typer.Option(
+            min=0, max=10_000, help="Run so many more times, costs drawn from their uncertainty: p5, p50, p95."
+        ),
+    ] = 0,
+    engine: Annotated[
+        str, typer.Option(help="What carries the run out: lanes; or simpy or compiled, by commands: same numbers.")
+    ] = "lanes",
+    json: Json = False,
+) -> None:
+    """Simulate a scenario: how fast it decodes, what was hit, late or missed, and where the time went.
+
+    \b
+    Examples:
+      prestage run --out prestage-out
+      prestage run --set prefetch.lookahead=0 --set memory.gpu_budget=50%
+      prestage run gpt-oss-20b --set workload.trace=trace.npz --json
+      prestage run my-scenario.toml --no-baselines --check-prefetch
+
+    The README lists every key; a key or name that does not exist is refused with those that do.
+    """
+    from ..engine.loading.loading import load_inputs
+    from ..engine.scenario.scenario import load_scenario
+    from ..engine.simulate import simulate_inputs
+    from ..files import check_folder, made_folder
+    from ..output.files import write_result
+
+    inputs = load_inputs(load_scenario(scenario, settings or ()))
+    if out is not None:
+        check_folder(out)
+    with nullcontext() if stream is None else made_folder(stream, keep=False), progress_shown() as progress:
+        result = simulate_inputs(
+            inputs,
+            baselines=baselines,
+            check_prefetch=check_prefetch,
+            replicates=replicates,
+            progress=progress,
+            stream=stream,
+            engine=engine,
+        )
+        if out is not None and (out / "result.json").exists():
+            say_replaced(out, "run")
+        written = [] if out is None else write_result(result, out, all_spans=all_spans)
+    if json:
+        print_json(result.json_data())
+        return
+    from ..output.tables import print_result
+
+    print_result(result.json_data())
+    for line in written:
+        typer.echo(line)
+
+
+def replay(
+    trace: Annotated[Path, typer.Argument(help="A trace (.safetensors, .npz) or a log that `trace import` reads.")],
+    budget: Annotated[str, typer.Option(help="Room for experts: 4000MiB, 512experts or 25%.")],
+    eviction: Annotated[str, typer.Option(help="The eviction policy; a wrong name lists them all.")] = "lru",
+    scope: Annotated[
+        str,
+        typer.Option(help="One pool for all layers (global), one each (per-layer, benefit), or shared experts."),
+    ] = "global",
+    lookup: Annotated[str, typer.Option(help="Look up unique experts (batch) or every token's (single).")] = "batch",
+    batch: Annotated[int, typer.Option(help="How many sequences decode together.")] = 1,
+    model: Annotated[str | None, typer.Option(help="The model that gives their bytes: mixtral-8x7b …")] = None,
+    expert_bytes: Annotated[str | None, typer.Option(help="Bytes of every expert: 28311552 or 27MiB.")] = None,
+    predictor: Annotated[str, typer.Option(help="Whose guesses an eviction policy goes by.")] = "transition",
+    lookahead: Annotated[int | None, typer.Option(help="How many layers ahead it guesses; all without it.")] = None,
+    json: Json = False,
+) -> None:
+    """Replay a trace through the expert cache, without a clock: what is found, and how much is read.
+
+    \b
+    Examples:
+      prestage replay trace.safetensors --budget 25% --model mixtral-8x7b
+      prestage replay log.route.csv --budget 4000MiB --json
+      prestage replay trace.npz --budget 512experts --scope per-layer --lookup single
+    """
+    from ..engine.replay.replay import replay_trace
+
+    data = replay_trace(
+        opened_trace(trace),
+        budget,
+        eviction=eviction,
+        scope=scope,
+        lookup=lookup,
+        batch=batch,
+        model=model,
+        expert_bytes=expert_bytes_of(expert_bytes),
+        predictor=predictor,
+        lookahead=lookahead,
+    )
+    if json:
+        print_json(data)
+        return
+    from ..output.tables import print_replay
+
+    print_replay(data)
+
+
+def mrc(
+    trace: Annotated[Path, typer.Argument(help="A trace (.safetensors, .npz) or a log that `trace import` reads.")],
+    capacities: Annotated[
+        str, typer.Option(help="Room for experts, with commas between: 10%,4GiB,512experts; evenly spaced without it.")
+    ] = "",
+    points: Annotated[int, typer.Option(help="How many evenly spaced capacities, up to all experts.")] = 50,
+    policies: Annotated[
+        str, typer.Option(help="Eviction policies, with commas between; the usual six without it.")
+    ] = "",
+    scope: Annotated[
+        str,
+        typer.Option(help="One pool for all layers (global), one each (per-layer, benefit), or layers share experts."),
+    ] = "global",
+    lookup: Annotated[str, typer.Option(help="Look up unique experts (batch) or every token's (single).")] = "batch",
+    batch: Annotated[int, typer.Option(help="How many sequences decode together.")] = 1,
+    model: Annotated[str | None, typer.Option(help="The model that gives the experts' bytes.")] = None,
+    expert_bytes: Annotated[str | None, typer.Option(help="Bytes of every expert: 28311552 or 27MiB.")] = None,
+    out: Annotated[
+        list[Path] | None, typer.Option("--out", "-o", help="Write a .csv, .png, .pdf or .svg; repeat it.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Draw miss-ratio curves: what share of look-ups misses, by how many experts have room and who is evicted.
+
+    Is it the policy, or the working set? Where experts are of one size, and those of a visit fit, `belady` is the
+    fewest misses that any policy could have on demand; where sizes differ, another one may have fewer.
+    """
+    from ..engine.replay.miss_ratio import DEFAULT_POLICIES, miss_ratio_curves
+    from ..output.files import check_miss_ratio_path, write_miss_ratios
+
+    for path in out or ():
+        check_miss_ratio_path(path)
+    with progress_shown() as progress:
+        data = miss_ratio_curves(
+            opened_trace(trace),
+            capacities=listed(capacities),
+            points=points,
+            policies=listed(policies) or DEFAULT_POLICIES,
+            scope=scope,
+            lookup=lookup,
+            batch=batch,
+            model=model,
+            expert_bytes=expert_bytes_of(expert_bytes),
+            progress=progress,
+        )
+    for path in out or ():
+        write_miss_ratios(data, path)
+    if json:
+        print_json(data)
+        return
+    from ..output.tables import print_miss_ratios
+
+    print_miss_ratios(data)
+    for path in out or ():
+        typer.echo(str(path))

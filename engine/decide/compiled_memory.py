@@ -1,0 +1,314 @@
+"""The memory manager, compiled: what `MemoryManager` decides about rooms, over words and tables, in the same order.
+
+Where it says who leaves and whose room is taken, it writes that into the tables of the visit, with the registers that
+`tables.Rooms` would give.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from ...machine_code import compiled_once
+from ..policies.compiled_eviction import DEMANDED_AT, S3FIFO, admit, drop, evict, miss, use, victims
+from .decision_words import (
+    ADMITTED_WORDS,
+    D_ADMITTED,
+    D_ASSIGNED,
+    D_BUDGET,
+    D_COPIES,
+    D_DROPS,
+    D_EVICTED,
+    D_EVICTION,
+    D_EXPERTS,
+    D_FREE,
+    D_FREE_COUNT,
+    D_FULLEST,
+    D_LAYER_EXPERTS,
+    D_POOLS,
+    D_PROTECTED,
+    D_PROTECTED_COUNT,
+    D_PROTECTS,
+    D_UNUSED,
+    D_WATCHES,
+    D_WAVE,
+    E_COPY,
+    E_ROOM,
+    E_SIZE,
+    E_UNTIL,
+    E_UNUSED,
+    E_WAVE,
+    P_BUDGET,
+    P_CAPACITY,
+    P_COUNT,
+    P_EXPERT,
+    P_EXPERTS,
+    P_FIRST,
+    P_FREE_BYTES,
+    P_RING,
+    P_STATE,
+    R_AT,
+    R_COUNT,
+    TYPES,
+    X_COPIED,
+    X_REGISTERS,
+    X_SERVED,
+    X_TAKEN,
+    Tables,
+)
+from .memory_manager import DEMANDED, PREFETCHED
+from .visit_commands import O_COPY, O_EXPERT, O_FIRST, O_LAST, O_ROOM, O_TARGET, O_WAVE, S_EXPERT, T_LEFT, T_ROOM
+
+Word = Any
+
+#: None of these makes an array: Numba need not count who holds which.
+compiled = partial(compiled_once, types=TYPES, error_model="numpy", _nrt=False)
+
+
+# Registers.
+
+
+@compiled
+def take_register(t: Tables, g: Word) -> Word:
+    """Return a register that stands for nothing that anybody will ask for."""
+    d = t.words
+    if d[g + D_FREE_COUNT]:
+        d[g + D_FREE_COUNT] -= 1
+        return d[d[g + D_FREE] + d[g + D_FREE_COUNT]]
+    d[X_REGISTERS] += 1
+    return d[X_REGISTERS] - 1
+
+
+@compiled
+def give_register(t: Tables, g: Word, register: Word) -> None:
+    """Let a register be taken again."""
+    d = t.words
+    d[d[g + D_FREE] + d[g + D_FREE_COUNT]] = register
+    d[g + D_FREE_COUNT] += 1
+
+
+# Rooms: bytes that are free, in the order in which they became free.
+
+
+@compiled
+def pool_of(t: Tables, g: Word, expert: Word) -> Word:
+    """Return the pool that an expert has room in."""
+    d = t.words
+    pools = d[g + D_POOLS]
+    return d[pools + 1] if d[pools] == 1 else d[pools + 1 + expert // d[g + D_LAYER_EXPERTS]]
+
+
+@compiled
+def give_room(t: Tables, g: Word, p: Word, size_bytes: Word, register: Word) -> None:
+    """Put room at the end of what is free; -1: it was nobody's."""
+    d = t.words
+    place = d[p + P_FIRST] + d[p + P_COUNT]
+    if place >= d[p + P_CAPACITY]:
+        place -= d[p + P_CAPACITY]
+    at = d[p + P_RING] + 2 * place
+    d[at], d[at + 1] = size_bytes, register
+    d[p + P_COUNT] += 1
+    d[p + P_FREE_BYTES] += size_bytes
+    if d[p + P_COUNT] > d[g + D_FULLEST]:
+        d[g + D_FULLEST] = d[p + P_COUNT]
+
+
+@compiled
+def take_room(t: Tables, g: Word, p: Word, size_bytes: Word, notes: Word) -> None:
+    """Take room off what is free; `notes`: write whose it was into the visit's table, and let those registers go."""
+    d = t.words
+    d[p + P_FREE_BYTES] -= size_bytes
+    while size_bytes > 0:
+        at = d[p + P_RING] + 2 * d[p + P_FIRST]
+        extent_bytes, register = d[at], d[at + 1]
+        left = extent_bytes > size_bytes
+        if notes and register >= 0:
+            row = t.taken[d[X_TAKEN]]
+            row[T_ROOM], row[T_LEFT] = register, left
+            d[X_TAKEN] += 1
+            if not left:
+                give_register(t, g, register)
+        if left:
+            d[at] = extent_bytes - size_bytes
+            return
+        size_bytes -= extent_bytes
+        d[p + P_COUNT] -= 1
+        d[p + P_FIRST] += 1
+        if d[p + P_FIRST] == d[p + P_CAPACITY]:
+            d[p + P_FIRST] = 0
+
+
+# Who leaves.
+
+
+@compiled
+def first_use(t: Tables, g: Word, expert: Word) -> None:
+    """Note that a prefetched expert is used, or leaves, for the first time."""
+    row = t.experts[t.words[g + D_EXPERTS] + expert]
+    if row[E_UNUSED]:
+        row[E_UNUSED] = 0
+        t.words[g + D_UNUSED] -= row[E_SIZE]
+
+
+@compiled
+def leave(t: Tables, g: Word, p: Word, expert: Word, found: Word) -> None:
+    """Let an expert lose its room; `found`: `victims` has found it."""
+    d, kind = t.words, t.words[g + D_EVICTION]
+    row = t.experts[d[g + D_EXPERTS] + expert]
+    state = t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_EXPERTS] + 4]
+    if found:
+        evict(kind, state, expert - d[p + P_EXPERT])
+    else:
+        drop(kind, state, expert - d[p + P_EXPERT])
+    region = d[g + D_EVICTED]
+    d[d[region + R_AT] + d[region + R_COUNT]] = row[E_COPY]
+    d[region + R_COUNT] += 1
+    row[E_COPY], row[E_UNTIL] = -1, -1
+    if d[g + D_WATCHES]:
+        first_use(t, g, expert)
+    d[g + D_ASSIGNED] -= row[E_SIZE]
+    give_room(t, g, p, row[E_SIZE], row[E_ROOM])
+
+
+@compiled
+def evict_for(t: Tables, g: Word, p: Word, lacking_bytes: Word, at: Word) -> Word:
+    """Evict until there is so much more room, for a prefetch at visit `at`; False, and nobody, if that cannot be."""
+    d = t.words
+    first = d[g + D_EXPERTS] + d[p + P_EXPERT]
+    held = t.experts[first : first + d[p + P_EXPERTS]]
+    state = t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_EXPERTS] + 4]
+    count = victims(d[g + D_EVICTION], state, held, d[g + D_WAVE], at, lacking_bytes, t.leaving)
+    for number in range(count):
+        leave(t, g, p, d[p + P_EXPERT] + t.leaving[number], 1)
+    return count > 0
+
+
+@compiled
+def claim(t: Tables, g: Word, expert: Word, wave: Word, target: Word, at: Word) -> Word:
+    """Give an absent expert room for a copy meant for visit `target`; False, with nothing changed, if it finds none.
+
+    A prefetch (`wave` -1) at visit `at` respects protected experts.
+    """
+    d, p = t.words, pool_of(t, g, expert)
+    row = t.experts[d[g + D_EXPERTS] + expert]
+    size_bytes = row[E_SIZE]
+    if wave >= 0 and d[g + D_EVICTION] == S3FIFO:
+        state = t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_EXPERTS] + 4]
+        miss(d[g + D_EVICTION], state, expert - d[p + P_EXPERT])
+    lacking_bytes = size_bytes - d[p + P_FREE_BYTES]
+    if lacking_bytes > 0 and not evict_for(t, g, p, lacking_bytes, at):
+        return False
+    copied = t.copies[d[X_COPIED]]
+    d[X_COPIED] += 1
+    copied[O_EXPERT], copied[O_COPY], copied[O_WAVE], copied[O_TARGET] = expert, d[g + D_COPIES], wave, target
+    copied[O_FIRST] = d[X_TAKEN]
+    take_room(t, g, p, size_bytes, 1)
+    copied[O_LAST] = d[X_TAKEN]
+    copied[O_ROOM] = row[E_ROOM] = take_register(t, g)
+    row[E_COPY] = d[g + D_COPIES]
+    d[g + D_COPIES] += 1
+    d[g + D_ASSIGNED] += size_bytes
+    region = d[g + D_ADMITTED]
+    record = d[region + R_AT] + d[region + R_COUNT] * ADMITTED_WORDS
+    d[record], d[record + 1] = expert, DEMANDED if wave >= 0 else PREFETCHED
+    d[region + R_COUNT] += 1
+    return True
+
+
+@compiled
+def prefetch(t: Tables, g: Word, expert: Word, target: Word, at: Word) -> Word:
+    """Give an absent expert room, expected at visit `target`; False if it finds none."""
+    d = t.words
+    if not claim(t, g, expert, -1, target, at):
+        return False
+    p, row = pool_of(t, g, expert), t.experts[d[g + D_EXPERTS] + expert]
+    state = t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_EXPERTS] + 4]
+    admit(d[g + D_EVICTION], state, expert - d[p + P_EXPERT], 0)
+    if d[g + D_PROTECTS]:
+        row[E_UNTIL] = target
+        if d[g + D_DROPS]:
+            place = d[g + D_PROTECTED] + 2 * d[g + D_PROTECTED_COUNT]
+            d[place], d[place + 1] = expert, row[E_COPY]
+            d[g + D_PROTECTED_COUNT] += 1
+    if d[g + D_WATCHES]:
+        row[E_UNUSED] = 1
+        d[g + D_UNUSED] += row[E_SIZE]
+    return True
+
+
+@compiled
+def note_use(t: Tables, g: Word, p: Word, expert: Word, found: Word) -> None:
+    """Tell the policy that an expert was used: it was found, or admitted on demand."""
+    d = t.words
+    state = t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_EXPERTS] + 4]
+    if found:
+        use(d[g + D_EVICTION], state, expert - d[p + P_EXPERT])
+    else:
+        admit(d[g + D_EVICTION], state, expert - d[p + P_EXPERT], 1)
+
+
+@compiled
+def unpin(t: Tables, g: Word) -> None:
+    """End the visit's hold on its experts; where nothing is kept, they leave now, in the order of their copies."""
+    d = t.words
+    if d[g + D_DROPS]:
+        count = 0
+        for number in range(d[X_SERVED]):
+            expert = t.served[number, S_EXPERT]
+            row = t.experts[d[g + D_EXPERTS] + expert]
+            if row[E_WAVE] == d[g + D_WAVE] and row[E_COPY] >= 0:
+                place = count
+                while place and t.experts[d[g + D_EXPERTS] + t.leaving[place - 1], E_COPY] > row[E_COPY]:
+                    t.leaving[place] = t.leaving[place - 1]
+                    place -= 1
+                t.leaving[place] = expert
+                count += 1
+        for number in range(count):
+            leave(t, g, pool_of(t, g, t.leaving[number]), t.leaving[number], 0)
+    d[g + D_WAVE] += 1
+
+
+@compiled
+def drop_prefetched(t: Tables, g: Word, visit: Word) -> None:
+    """Let go of what was prefetched for visits up to this one and is still protected: wrong guesses."""
+    d = t.words
+    kept = 0
+    for number in range(d[g + D_PROTECTED_COUNT]):
+        at = d[g + D_PROTECTED] + 2 * number
+        expert, copy = d[at], d[at + 1]
+        row = t.experts[d[g + D_EXPERTS] + expert]
+        if row[E_COPY] != copy:
+            continue
+        if row[E_UNTIL] <= visit:
+            leave(t, g, pool_of(t, g, expert), expert, 0)
+            continue
+        place = d[g + D_PROTECTED] + 2 * kept
+        d[place], d[place + 1] = expert, copy
+        kept += 1
+    d[g + D_PROTECTED_COUNT] = kept
+
+
+@compiled
+def cancel(t: Tables, g: Word, expert: Word, copy: Word) -> None:
+    """Take back the room of a prefetch that was never copied, if it still has it."""
+    if t.experts[t.words[g + D_EXPERTS] + expert, E_COPY] == copy:
+        leave(t, g, pool_of(t, g, expert), expert, 0)
+
+
+@compiled
+def resize(t: Tables, g: Word, budgets: Word) -> None:
+    """Give every pool the budget that stands there; experts leave in the policy's order until what remains fits."""
+    d, pools = t.words, t.words[g + D_POOLS]
+    total_bytes: Word = 0
+    for number in range(d[pools]):
+        p = d[pools + 1 + number]
+        more_bytes = d[budgets + number] - d[p + P_BUDGET]
+        d[p + P_BUDGET] = d[budgets + number]
+        total_bytes += d[p + P_BUDGET]
+        if more_bytes > 0:
+            give_room(t, g, p, more_bytes, -1)
+        elif more_bytes < 0:
+            while d[p + P_FREE_BYTES] < -more_bytes:
+                evict_for(t, g, p, 1, DEMANDED_AT)
+            take_room(t, g, p, -more_bytes, 0)
+    d[g + D_BUDGET] = total_bytes

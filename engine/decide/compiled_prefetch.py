@@ -1,0 +1,240 @@
+"""Prefetch policies, compiled: what those of `policies.prefetch` choose, merged as `dispatch` merges it.
+
+A guess that its policy chooses is asked for; an expert that is asked for twice at one visit is for the first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .compiled_memory import compiled, prefetch
+from .decision_words import (
+    ADAPTIVE_LINK,
+    ADAPTIVE_MEMORY,
+    COST_AWARE,
+    D_ASKED,
+    D_BUDGET,
+    D_CONFIDENCES,
+    D_COPY_NS,
+    D_DECAY,
+    D_DROPPED,
+    D_EXPERTS,
+    D_FIRST_STEP,
+    D_GUESSED,
+    D_GUESSES,
+    D_HORIZONS,
+    D_K,
+    D_LATER,
+    D_LATER_COLUMNS,
+    D_LAYER_EXPERTS,
+    D_LAYERS,
+    D_LEAST,
+    D_MISSES,
+    D_POPULAR,
+    D_PREFETCH,
+    D_RANKS,
+    D_SHARED,
+    D_UNIQUE,
+    D_UNUSED,
+    D_VISIT,
+    E_ASKED,
+    E_COPY,
+    E_SAVED,
+    E_TARGET,
+    E_TIMES,
+    MULTI_STEP,
+    NEXT_LAYER,
+    POPULARITY,
+    Q_FIRST,
+    Q_ROWS,
+    X_SERVED,
+    Tables,
+)
+from .visit_commands import S_EXPERT, S_TOKENS
+
+Word = Any
+Real = Any
+
+
+@compiled
+def ask(t: Tables, g: Word, expert: Word, target: Word) -> None:
+    """Note that an expert is wanted, for visit `target` unless it is wanted for one before."""
+    d = t.words
+    if d[g + D_SHARED]:
+        expert %= d[g + D_LAYER_EXPERTS]
+    row, stamp = t.experts[d[g + D_EXPERTS] + expert], d[g + D_VISIT] + 1
+    if row[E_ASKED] == stamp:
+        row[E_TIMES] += 1
+        return
+    row[E_ASKED], row[E_TIMES], row[E_TARGET] = stamp, 1, target
+    asked = d[g + D_ASKED]
+    d[asked] += 1
+    d[asked + d[asked]] = expert
+
+
+@compiled
+def target_of(t: Tables, g: Word, step: Word, ahead: Word) -> Word:
+    """Return the visit of the layer that comes `ahead` layers after a step's first; -1 if no step of the run has it."""
+    d, layers = t.words, t.words[g + D_LAYERS]
+    wraps: Word = 0
+    while ahead >= layers:
+        ahead -= layers
+        wraps += 1
+    later = d[d[g + D_LATER] + (step - d[g + D_FIRST_STEP]) * d[g + D_LATER_COLUMNS] + wraps]
+    return later * layers + ahead if later >= 0 else later
+
+
+@compiled
+def first_guess(t: Tables, g: Word, q: Word, layer: Word, ahead: Word) -> Word:
+    """Return the place of a step's first guess, among guesses or confidences, for the layer so far ahead."""
+    d = t.words
+    return ((d[q + Q_FIRST] * d[g + D_LAYERS] + layer) * d[g + D_HORIZONS] + ahead - 1) * d[g + D_RANKS]
+
+
+@compiled
+def ask_for_guesses(t: Tables, g: Word, q: Word, step: Word, layer: Word, share: Real) -> None:
+    """Ask for guesses: those sure enough, or the first part of the ranks, so much of all; rank by rank, by token."""
+    d, floats, layers = t.words, t.floats, t.words[g + D_LAYERS]
+    sure = d[g + D_PREFETCH] == MULTI_STEP
+    least = floats[g + D_LEAST]
+    rows, ranks, k = d[q + Q_ROWS], d[g + D_RANKS], d[g + D_K]
+    stride = layers * d[g + D_HORIZONS] * ranks
+    count = ranks * rows
+    if share < 1.0:
+        count = count * max(0, -np.int64(np.floor(-k * share))) // k
+    for ahead in range(1, d[g + D_HORIZONS] + 1):
+        target = target_of(t, g, step, layer + ahead)
+        if target < 0:
+            return
+        first = first_guess(t, g, q, layer, ahead)
+        base = 0 if d[g + D_SHARED] else (layer + ahead) % layers * d[g + D_LAYER_EXPERTS]
+        rank, row = 0, 0
+        for _ in range(count):
+            at = first + row * stride + rank
+            index = d[d[g + D_GUESSES] + at]
+            if index >= 0 and (not sure or floats[d[g + D_CONFIDENCES] + at] >= least):
+                ask(t, g, base + index, target)
+            row += 1
+            if row == rows:
+                rank, row = rank + 1, 0
+        least /= floats[g + D_DECAY]
+
+
+@compiled
+def ask_for_what_pays(
+    t: Tables, g: Word, q: Word, step: Word, layer: Word, now: Word, backlog: Word
+) -> None:  # as `CostAware` has it
+    """Ask for guesses whose copy is expected to save more stall than it causes."""
+    d, floats, layers = t.words, t.floats, t.words[g + D_LAYERS]
+    copy_ns, queued_ns = d[g + D_COPY_NS], backlog
+    number, stamp = d[g + D_VISIT], d[g + D_VISIT] + 1
+    visit_ns = now / max(1, number)
+    harm_ns = min(1.0, d[g + D_MISSES] / (number + 1)) * copy_ns
+    rows, ranks = d[q + Q_ROWS], d[g + D_RANKS]
+    stride = layers * d[g + D_HORIZONS] * ranks
+    for ahead in range(1, d[g + D_HORIZONS] + 1):
+        target = target_of(t, g, step, layer + ahead)
+        if target < 0:
+            return
+        first = first_guess(t, g, q, layer, ahead)
+        base = 0 if d[g + D_SHARED] else (layer + ahead) % layers * d[g + D_LAYER_EXPERTS]
+        for rank in range(ranks):
+            for row in range(rows):
+                at = first + row * stride + rank
+                index = d[d[g + D_GUESSES] + at]
+                if index < 0:
+                    continue
+                known = t.experts[d[g + D_EXPERTS] + base + index]
+                if known[E_ASKED] == stamp:
+                    known[E_TIMES] += 1
+                elif known[E_COPY] < 0:
+                    hidden_ns = min(np.float64(copy_ns), max(0.0, ahead * visit_ns - queued_ns))
+                    confidence = floats[d[g + D_CONFIDENCES] + at]
+                    if confidence * hidden_ns > (1.0 - confidence) * harm_ns:
+                        queued_ns += copy_ns
+                        ask(t, g, base + index, target)
+
+
+@compiled
+def ask_for_layers(t: Tables, g: Word, step: Word, layer: Word) -> None:
+    """Ask for every expert of the coming layers."""
+    d, experts = t.words, t.words[g + D_LAYER_EXPERTS]
+    for ahead in range(1, d[g + D_HORIZONS] + 1):
+        target = target_of(t, g, step, layer + ahead)
+        if target < 0:
+            return
+        base = (layer + ahead) % d[g + D_LAYERS] * experts
+        for index in range(experts):
+            ask(t, g, base + index, target)
+
+
+@compiled
+def count_tokens(t: Tables, g: Word, layer: Word) -> None:
+    """Count the tokens of a visit's experts."""
+    d = t.words
+    base = layer * d[g + D_LAYER_EXPERTS] if d[g + D_SHARED] else 0
+    for number in range(d[X_SERVED]):
+        served = t.served[number]
+        d[d[g + D_POPULAR] + base + served[S_EXPERT]] += served[S_TOKENS]
+
+
+@compiled
+def ask_for_popular(t: Tables, g: Word, step: Word, layer: Word) -> None:
+    """Ask for the experts of each coming layer that most tokens have chosen so far, ties to the lower index."""
+    d, experts = t.words, t.words[g + D_LAYER_EXPERTS]
+    for ahead in range(1, d[g + D_HORIZONS] + 1):
+        target = target_of(t, g, step, layer + ahead)
+        if target < 0:
+            return
+        base = (layer + ahead) % d[g + D_LAYERS] * experts
+        last_count: Word = 1 << 62
+        last_index: Word = -1
+        for _ in range(min(experts, d[g + D_K])):
+            most: Word = 0
+            best: Word = -1
+            for index in range(experts):
+                count = d[d[g + D_POPULAR] + base + index]
+                later = count < last_count or (count == last_count and index > last_index)
+                if later and count > most:
+                    most, best = count, index
+            if best < 0:
+                break
+            ask(t, g, base + best, target)
+            last_count, last_index = most, best
+
+
+@compiled
+def prefetch_for(
+    t: Tables, g: Word, q: Word, step: Word, layer: Word, now: Word, backlog: Word
+) -> None:  # as `dispatch.visits` has it
+    """Ask for what the policy wants, and give room to what of it is absent."""
+    d, kind = t.words, t.words[g + D_PREFETCH]
+    asked, at = d[g + D_ASKED], d[g + D_VISIT]
+    d[asked] = 0
+    if kind == COST_AWARE:
+        ask_for_what_pays(t, g, q, step, layer, now, backlog)
+    elif kind == NEXT_LAYER:
+        ask_for_layers(t, g, step, layer)
+    elif kind == POPULARITY:
+        ask_for_popular(t, g, step, layer)
+    else:
+        share = 1.0
+        if kind == ADAPTIVE_MEMORY:
+            share = 1.0 - d[g + D_UNUSED] / d[g + D_BUDGET]
+        elif kind == ADAPTIVE_LINK:
+            waiting = backlog / d[g + D_COPY_NS] if d[g + D_COPY_NS] else 0.0
+            share = 1.0 - waiting / d[g + D_K]
+        ask_for_guesses(t, g, q, step, layer, share)
+    for number in range(d[asked]):
+        expert = d[asked + 1 + number]
+        row = t.experts[d[g + D_EXPERTS] + expert]
+        d[g + D_GUESSED] += row[E_TIMES]
+        d[g + D_UNIQUE] += 1
+        if row[E_COPY] >= 0:
+            continue
+        if prefetch(t, g, expert, row[E_TARGET], at):
+            row[E_SAVED] += row[E_TIMES] - 1
+        else:
+            d[g + D_DROPPED] += 1

@@ -1,0 +1,129 @@
+"""What compiled decisions are laid out in: words and tables, and the names of the places in them.
+
+One array of words holds what is single, as `timing.memory` does: a GPU, a pool or a host thread is the address of its
+first word. What there is of every expert, and what eviction policies know, are tables for all GPUs of a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from ..policies.compiled_eviction import SIZE, UNTIL, WAVE
+
+Words = npt.NDArray[Any]
+Table = npt.NDArray[Any]
+Reals = npt.NDArray[Any]
+
+
+class Tables(NamedTuple):
+    """The arrays of all compiled decisions of a run.
+
+    `words` and the same read as floats; `states` of eviction policies; `experts` by GPU, layer and index; then what a
+    visit comes to (see `visit_commands`) and its `rows` of commands, used again for every visit; `leaving` are experts
+    that lose their room.
+    """
+
+    words: Words
+    floats: Reals
+    states: Table
+    experts: Table
+    served: Table
+    copies: Table
+    taken: Table
+    resolved: Table
+    rows: Table
+    leaving: Words
+
+
+_WORDS, _TABLE = numba.int64[::1], numba.int64[:, ::1]
+#: What Numba is told by the annotation `Tables` (see `machine_code`).
+TYPES = {
+    "Tables": numba.types.NamedTuple(  # type: ignore[no-untyped-call]
+        (_WORDS, numba.float64[::1], _TABLE, _TABLE, _TABLE, _TABLE, _TABLE, _TABLE, _TABLE, _WORDS), Tables
+    )
+}
+
+#: The run: how many registers there are and have room; which GPU asks for something; how many rows the tables of the
+#: visit have.
+X_REGISTERS, X_ROOM_FOR, X_ASKS, X_SERVED, X_COPIED, X_TAKEN, X_RESOLVED, X_VISIT, HEADER = range(9)
+
+#: A GPU. Its settings and rooms; what the scenario says of memory and prefetching; the memory as it is; counts; its
+#: part of each step; records; the most that a visit may come to; the steps that are laid out, what they choose and
+#: guess; registers that may be taken again.
+(
+    D_SETTINGS, D_ROOMS, D_EXPERTS, D_LAYERS, D_LAYER_EXPERTS, D_SHARED, D_EVICTION, D_POOLS, D_PREFETCH, D_HORIZONS,
+    D_K, D_COPY_NS, D_LEAST, D_DECAY, D_POPULAR, D_PROTECTS, D_DROPS, D_UNPIN_FIRST, D_WATCHES, D_ON_CPU, D_CPU_MOST,
+    D_WAVE, D_VISIT, D_ASSIGNED, D_BUDGET, D_UNUSED, D_PROTECTED, D_PROTECTED_COUNT,
+    D_COPIES, D_DROPPED, D_GUESSED, D_UNIQUE, D_MISSES, D_FULLEST, D_RESULTS, D_HAS_HEAD, D_RECEIVES, D_SENDS,
+    D_ADMITTED, D_EVICTED, D_RESOLVED, D_MOST_COPIES, D_MOST_EVICTED, D_RECENCY, D_ASKED,
+    D_FIRST_STEP, D_END_STEP, D_STEPS, D_CHOSEN, D_PER_TOKEN, D_LATER, D_LATER_COLUMNS, D_GUESSES, D_RANKS,
+    D_CONFIDENCES, D_BUDGETS, D_FOLLOWING, D_FOLLOWED, D_GATES, D_FREE, D_FREE_COUNT, D_WORDS,
+) = range(62)  # fmt: skip
+
+#: A pool: its bytes, and what is free in the order in which it became free: a ring of (bytes, register of whose room it
+#: was, -1 for none); what its policy knows; its first expert on the GPU, and how many it has.
+P_BUDGET, P_FREE_BYTES, P_RING, P_CAPACITY, P_FIRST, P_COUNT, P_STATE, P_EXPERT, P_EXPERTS, P_WORDS = range(10)
+
+#: A record region: where it begins, how many there are, and how many have room.
+R_AT, R_COUNT, R_CAPACITY, REGION_WORDS = range(4)
+#: Words of records: of a copy (expert, reason); of an evicted copy; of an access that is not fetched.
+ADMITTED_WORDS, EVICTED_WORDS, RESOLVED_WORDS = 2, 1, 5
+
+#: A step that is laid out: its first row among those that are, how many it has, its phase and what it samples.
+Q_FIRST, Q_ROWS, Q_PHASE, Q_SAMPLED, STEP_WORDS = range(5)
+
+#: A host thread: the list of its GPUs; where it is: which of them, the step, the layer to be decided (-1: none yet).
+H_GPUS, H_AT, H_STEP, H_LAYER, H_STEPS, H_DONE, THREAD_WORDS = range(7)
+
+#: An expert: what holds it (as `compiled_eviction` has it); its copy (-1: absent) and room; whether it was prefetched
+#: and nobody has used it; the visit that looked it up last, its place there; the visit that guessed it last, how often
+#: and for which visit; the copies that merging saved.
+assert (WAVE, UNTIL, SIZE) == (0, 1, 2)
+E_WAVE, E_UNTIL, E_SIZE, E_COPY, E_ROOM, E_UNUSED, E_SEEN, E_PLACE, E_ASKED, E_TIMES, E_TARGET, E_SAVED, E_COLUMNS = (
+    range(13)
+)
+
+#: Prefetch policies.
+NONE, TOP_K, MULTI_STEP, ADAPTIVE_MEMORY, ADAPTIVE_LINK, NEXT_LAYER, POPULARITY, COST_AWARE = range(8)
+
+#: What a decision comes back with: it is made; the next steps are to be laid out; there is too little room to make one;
+#: the program is at its end.
+DECIDED, STEPS, ROOM, END = range(4)
+
+
+class Memory:
+    """Words that are laid out before a run, and grow at their end during it."""
+
+    def __init__(self, words: int = 1 << 12) -> None:
+        self.words: npt.NDArray[np.int64] = np.zeros(words, dtype=np.int64)
+        self._used = 0
+
+    @property
+    def floats(self) -> npt.NDArray[np.float64]:
+        """The same words as floats."""
+        return self.words.view(np.float64)
+
+    def allocate(self, words: int) -> int:
+        """Return the address of so many words more, all 0."""
+        at, self._used = self._used, self._used + words
+        if self._used > len(self.words):
+            more = max(len(self.words), self._used - len(self.words))
+            self.words = np.concatenate([self.words, np.zeros(more, dtype=np.int64)])
+        return at
+
+    def put(self, values: Iterable[int]) -> int:
+        """Return the address of some values, one after the other."""
+        array = np.array(values if isinstance(values, list | np.ndarray) else list(values), dtype=np.int64)
+        at = self.allocate(len(array))
+        self.words[at : at + len(array)] = array
+        return at
+
+    def put_list(self, values: Iterable[int]) -> int:
+        """Return the address of a list: how many values there are, then the values."""
+        values = list(values)
+        return self.put([len(values), *values])

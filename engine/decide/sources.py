@@ -1,0 +1,76 @@
+"""What the decisions of one GPU are made from, and whether compiled code makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ...workloads.batches import Step
+from ...workloads.guesses import Guesses
+from ...workloads.trace import RoutingTrace
+from ..policies import compiled_eviction as compiled
+from ..policies import eviction, prefetch
+from ..policies.eviction_informed import Belady, Static
+from ..policies.miss import Cpu, Miss
+from . import decision_words as words
+from .memory_manager import MemoryManager
+
+#: The policies that are compiled, by class: one that inherits from them may do anything.
+EVICTIONS: dict[type, int] = {
+    eviction.Fifo: compiled.FIFO,
+    eviction.Lru: compiled.LRU,
+    eviction.Lfu: compiled.LFU,
+    eviction.LfuIncache: compiled.LFU_INCACHE,
+    eviction.Clock: compiled.CLOCK,
+    eviction.Sieve: compiled.SIEVE,
+    eviction.S3Fifo: compiled.S3FIFO,
+    Belady: compiled.BELADY,
+    Static: compiled.STATIC,
+}
+PREFETCHES: dict[type, int] = {
+    prefetch.NoPrefetch: words.NONE,
+    prefetch.TopK: words.TOP_K,
+    prefetch.MultiStep: words.MULTI_STEP,
+    prefetch.Threshold: words.MULTI_STEP,
+    prefetch.AdaptiveMemory: words.ADAPTIVE_MEMORY,
+    prefetch.AdaptiveLink: words.ADAPTIVE_LINK,
+    prefetch.NextLayer: words.NEXT_LAYER,
+    prefetch.Popularity: words.POPULARITY,
+    prefetch.CostAware: words.COST_AWARE,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """What one GPU decides by: as `dispatch.visits` takes it.
+
+    `host_memory`: host memory does not hold every expert.
+    """
+
+    trace: RoutingTrace
+    steps: Sequence[Step]
+    manager: MemoryManager
+    prefetch: prefetch.Prefetch
+    guesses: Guesses | None
+    issue: str = "after_launch"
+    budgets: Sequence[int] | None = None
+    miss: Miss | None = None
+    host_memory: bool = False
+
+
+def decided_in_python(source: Source) -> str | None:
+    """Return the key that has a GPU's decisions made in Python; None where compiled code makes them."""
+    if any(type(pool.policy) not in EVICTIONS for pool in source.manager.pools):
+        return "memory.eviction"
+    if type(source.prefetch) not in PREFETCHES:
+        return "prefetch.policy"
+    if source.manager.prefetch_share is not None:
+        return "memory.prefetch_limit"
+    if source.miss is not None and type(source.miss) is not Cpu:
+        return "miss.policy"
+    if source.host_memory:
+        return "tiers.host_budget"
+    guesses = source.guesses
+    if source.prefetch.guesses and (guesses is None or guesses.horizons != source.prefetch.horizons):
+        return "prefetch.lookahead"
+    return None

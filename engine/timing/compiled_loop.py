@@ -1,0 +1,125 @@
+"""The compiled loop: lanes and host threads run until a decision is due, which is made where they are, and they go on.
+
+Python is asked for what compiled code does not know: a price, a rate, the next steps, more room.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+
+from ...machine_code import compiled_once
+from ..decide.compiled_memory import cancel
+from ..decide.compiled_program import next_portion
+from ..decide.decision_words import (
+    ADAPTIVE_LINK,
+    COST_AWARE,
+    D_ASSIGNED,
+    D_BUDGET,
+    D_PREFETCH,
+    D_SETTINGS,
+    DECIDED,
+    END,
+    H_AT,
+    H_GPUS,
+    TYPES,
+    Tables,
+)
+from ..decide.decision_words import ROOM as NO_ROOM
+from ..decide.decision_words import STEPS as NO_STEPS
+from ..decide.visit_commands import GPU
+from .compiled_host import COLUMNS, advance, backlogs, end_busy
+from .compiled_lanes import Reals, Word, Words
+from .memory import (
+    DROPPED,
+    DROPPED_WORDS,
+    G_ASSIGNED,
+    G_BUDGET,
+    G_NOW,
+    G_PART,
+    GPUS,
+    PORTION,
+    R_AT,
+    R_COUNT,
+    ROOM,
+    STEPS,
+    T_AT,
+    T_COUNT,
+    T_GPUS,
+    T_PROGRAM,
+    T_ROWS,
+)
+
+compiled = partial(compiled_once, types=TYPES, error_model="numpy", _nrt=False)
+
+
+@compiled
+def cancel_dropped(t: Tables, m: Words) -> None:
+    """Take back the rooms of the prefetches that were dropped since the last decision."""
+    region = m[DROPPED]
+    for number in range(m[region + R_COUNT]):
+        at = m[region + R_AT] + number * DROPPED_WORDS
+        cancel(t, m[m[m[GPUS] + 1 + m[at]] + G_PART], m[at + 1], m[at + 2])
+    m[region + R_COUNT] = 0
+
+
+@compiled
+def end_thread(m: Words, thread: Word) -> None:
+    """Let a thread do no more."""
+    gpus = m[thread + T_GPUS]
+    for at in range(gpus + 1, gpus + 1 + m[gpus]):
+        end_busy(m, m[at])
+    m[thread + T_COUNT], m[thread + T_AT] = 0, 0
+
+
+@compiled
+def take_portion(t: Tables, m: Words, thread: Word, gpu: Word) -> None:
+    """Give a thread its portion, with what the machine has to know of the visit that it came of."""
+    d, g, rows, count = t.words, m[gpu + G_PART], t.rows, t.rows[0, 0]
+    to = m[thread + T_ROWS]
+    for row in range(1, count + 1):
+        for column in range(COLUMNS):
+            m[to + column] = rows[row, column]
+        to += COLUMNS
+    m[thread + T_COUNT], m[thread + T_AT] = count, 0
+    m[gpu + G_ASSIGNED], m[gpu + G_BUDGET] = d[g + D_ASSIGNED], d[g + D_BUDGET]
+
+
+@compiled
+def decide_portion(t: Tables, m: Words, f: Reals, thread: Word) -> Word:
+    """Decide a thread's next portion now; return what comes of it (see `decision_words`)."""
+    d, program = t.words, m[thread + T_PROGRAM]
+    if m[m[DROPPED] + R_COUNT]:
+        cancel_dropped(t, m)
+    g = d[d[program + H_GPUS] + 1 + d[program + H_AT]]
+    gpu = m[m[GPUS] + 1 + d[d[g + D_SETTINGS] + GPU]]
+    backlog: Word = 0
+    if d[g + D_PREFETCH] == COST_AWARE or d[g + D_PREFETCH] == ADAPTIVE_LINK:
+        backlog = backlogs(m, f, gpu)
+    what = next_portion(t, program, m[gpu + G_NOW], backlog)
+    if what == DECIDED:
+        take_portion(t, m, thread, gpu)
+    return what
+
+
+@compiled
+def carry_on(t: Tables, m: Words, f: Reals, thread: Word, due: Word) -> tuple[Word, Word]:
+    """Go on until something is asked for: return what (see `memory`), and by which thread, if it is one's.
+
+    `thread` has a new portion, which it carries out first, or its next decision is due; -1 where there is none.
+    """
+    while True:
+        if not due:
+            why, thread = advance(m, f, thread)
+            if why != PORTION:
+                return why, thread
+        due = 0
+        what = decide_portion(t, m, f, thread)
+        if what == NO_STEPS:
+            return np.int64(STEPS), thread
+        if what == NO_ROOM:
+            return np.int64(ROOM), thread
+        if what == END:
+            end_thread(m, thread)
+            thread = np.int64(-1)

@@ -1,0 +1,170 @@
+"""How much of a datasheet's figure is usually reached, and how far machines differ in it.
+
+All of it is computed: from the profiles of the machines that were measured (`MEASURED`) and from what others have
+published (reached.json). Nothing here is typed in.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from .kernels import KernelFit, errors, fitted
+from .tables import Gpu, PartError, gpus, published
+from .written import parse_link, parse_rate
+
+#: The shipped profiles that were measured, and which GPU of the table, on which link, each has.
+MEASURED = {"h200": ("h200", "pcie5 x16"), "h100-x2": ("h100", "pcie5 x16")}
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of a datasheet's figure: the geometric mean of `values`, and their relative standard deviation."""
+
+    values: tuple[float, ...]
+
+    @property
+    def middle(self) -> float:
+        """The share that is taken."""
+        return math.exp(statistics.fmean(map(math.log, self.values)))
+
+    @property
+    def spread(self) -> float:
+        """How far one machine is from it, as a relative standard deviation."""
+        return statistics.stdev(map(math.log, self.values))
+
+
+@dataclass(frozen=True)
+class MeasuredMachine:
+    """A machine that was measured: its profile as plain data, its GPU's datasheet, and what its kernels reach."""
+
+    name: str
+    gpu: Gpu
+    data: Mapping[str, Any]
+    kernels: KernelFit
+
+    @property
+    def device(self) -> str:
+        """What its profile calls it."""
+        return str(self.data["device"])
+
+    @property
+    def pinned(self) -> Mapping[str, Any]:
+        """Its copies from pinned memory."""
+        found: Mapping[str, Any] = self.data["h2d"]["pinned"]
+        return found
+
+
+@cache
+def measured(name: str) -> MeasuredMachine:
+    """Return one of the MEASURED machines."""
+    text = (resources.files("prestage") / "calibration" / "profiles" / f"{name}.json").read_text("utf-8")
+    data, gpu = json.loads(text), gpus()[MEASURED[name][0]]
+    return MeasuredMachine(name, gpu, data, fitted(gpu, data["compute"]))
+
+
+def nearest(gpu: Gpu, without: Iterable[str] = ()) -> MeasuredMachine:
+    """Return the measured machine whose memory rate is nearest, by its ratio; `without` are profiles left out."""
+    left = [measured(name) for name in MEASURED if name not in set(without)]
+    if not left:
+        raise PartError("no measured machine is left to take costs from")
+    rate = gpu.memory_bytes_per_second
+    return min(left, key=lambda machine: abs(math.log(rate / machine.gpu.memory_bytes_per_second)))
+
+
+def link_share(without: Iterable[str] = ()) -> Share:
+    """Return what long copies from pinned memory reach of a link's rate, by measured profiles and published copies."""
+    out = set(without)
+    values = [
+        _queued_rate(measured(name).pinned) / parse_link(link).bytes_per_second
+        for name, (_, link) in MEASURED.items()
+        if name not in out
+    ]
+    return Share((*values, *_published("link")))
+
+
+def ram_share() -> Share:
+    """Return what reading reaches of a memory's datasheet rate, by what others have published."""
+    return Share(tuple(_published("ram")))
+
+
+def cpu_share() -> Share:
+    """Return what experts on a processor get of the rate that its memory is said to have, by what is published."""
+    return Share(tuple(_published("cpu")))
+
+
+def copy_share(machine: MeasuredMachine) -> float:
+    """Return what long copies within a GPU reach of its memory's rate, for a read and a write of each byte."""
+    size_bytes, ns = machine.data["d2d"]["queued"]["points"][-1]
+    return float(2 * size_bytes * 1e9 / ns / machine.gpu.memory_bytes_per_second)
+
+
+def peer_share(machine: MeasuredMachine) -> float:
+    """Return what long copies to another GPU reach of NVLink's rate."""
+    size_bytes, ns = machine.data["peer"]["queued"]["points"][-1]
+    assert machine.gpu.nvlink_bytes_per_second is not None
+    return float(size_bytes * 1e9 / ns / machine.gpu.nvlink_bytes_per_second)
+
+
+@cache
+def kernel_spread() -> float:
+    """Return how far kernels are off, root mean square of log ratios, on each measured GPU as put together from others.
+
+    Over every measured group of decoding of each, its own measurements left out.
+    """
+    logs = [math.log(ratio) for name in MEASURED for _, ratio in foreign_errors(name)]
+    return math.sqrt(statistics.fmean(each * each for each in logs))
+
+
+def foreign_errors(name: str) -> list[tuple[Any, float]]:
+    """Return each measured group of a machine's decoding, and its ratio to that by another machine's measurements."""
+    machine = measured(name)
+    fit = nearest(machine.gpu, without=(name,)).kernels
+    return list(errors(fit, machine.gpu, machine.data["compute"]))
+
+
+@cache
+def transfer_spread(family: str) -> float:
+    """Return how far the durations of a family ('host', 'compute', 'h2d') differ between measured machines.
+
+    The root mean square of the log ratios of the same cost on two of them, over the square root of 2, as of one
+    machine from their middle; durations under a microsecond, which are differences of others, count for nothing.
+    """
+    first, second = (dict(_durations(measured(name).data[family])) for name in MEASURED)
+    logs = [math.log(ns / second[place]) for place, ns in first.items() if min(ns, second.get(place, 0)) >= _LEAST_NS]
+    return math.sqrt(statistics.fmean(each * each for each in logs) / 2)
+
+
+_LEAST_NS = 1000
+
+
+def _durations(part: Any, place: str = "") -> Iterator[tuple[str, float]]:
+    """Yield (place, ns) of every duration in plain data that does not depend on a size."""
+    for key, value in part.items() if isinstance(part, dict) else ():
+        if key == "ns":
+            yield place, value
+        else:
+            yield from _durations(value, f"{place}.{key}")
+
+
+def _queued_rate(copies: Mapping[str, Any]) -> float:
+    queued = copies["queued"]
+    if "points" not in queued:
+        return float(queued["bytes_per_second"])
+    size_bytes, ns = queued["points"][-1]
+    return float(size_bytes * 1e9 / ns)
+
+
+def _published(what: str) -> list[float]:
+    shares = []
+    for entry in published():
+        if entry.what == what:
+            of = parse_rate(entry.of) or parse_link(entry.of).bytes_per_second
+            shares.append(entry.reached / of)
+    return shares

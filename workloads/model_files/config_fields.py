@@ -1,0 +1,91 @@
+"""Fields of a config.json: reading them with an error that names file, field, value and what would be right."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...words import shown
+from ..model import ModelError
+
+_MOST = 2**40
+
+
+class Config:
+    """The facts of a config.json, or of a section of it; a field may go by several names, and null is none."""
+
+    def __init__(self, where: str, data: Mapping[str, Any], outer: Config | None = None) -> None:
+        self.where = where
+        self.data = data
+        self._outer = outer
+
+    def get(self, *names: str) -> Any:
+        """Return the first field that is given under one of these names, here or around this section; else None."""
+        for name in names:
+            if self.data.get(name) is not None:
+                return self.data[name]
+        return None if self._outer is None else self._outer.get(*names)
+
+    def count(self, *names: str, default: int | None = None, least: int = 1) -> int:
+        """Return a whole number; of a list whose entries are all the same, that. ModelError if it is none."""
+        value = self.get(*names)
+        if isinstance(value, list) and value and all(each == value[0] for each in value):
+            value = value[0]
+        if value is None:
+            if default is None:
+                raise ModelError(f"{self.where}: {names[0]}: missing; must be given")
+            return default
+        if isinstance(value, list):
+            raise ModelError(
+                f"{self.where}: {names[0]} = {shown(value)}: differs by layer, and every MoE layer must have the same"
+            )
+        if type(value) is not int or not least <= value <= _MOST:
+            raise ModelError(f"{self.where}: {names[0]} = {shown(value)}: must be an integer of at least {least}")
+        return value
+
+    def flag(self, *names: str, default: bool = False) -> bool:
+        """Return true or false; ModelError for anything else."""
+        value = self.get(*names)
+        if value is None:
+            return default
+        if type(value) is not bool:
+            raise ModelError(f"{self.where}: {names[0]} = {shown(value)}: must be true or false")
+        return value
+
+    def entries(self, *names: str) -> list[Any] | None:
+        """Return a list, or None where it is not given; ModelError for anything else."""
+        value = self.get(*names)
+        if value is not None and not isinstance(value, list):
+            raise ModelError(f"{self.where}: {names[0]} = {shown(value)}: must be a list")
+        return value
+
+    def section(self, name: str) -> Config:
+        """Return a section of this one; ModelError if there is none."""
+        value = self.get(name)
+        if not isinstance(value, Mapping):
+            raise ModelError(f"{self.where}: {name} = {shown(value)}: must be an object")
+        return Config(f"{self.where}: {name}", value)
+
+    @property
+    def is_part(self) -> bool:
+        """Whether it is a section whose missing fields are looked for around it."""
+        return self._outer is not None
+
+    @property
+    def blocks(self) -> int:
+        """The number of blocks; where only their kinds are listed, so many."""
+        listed = self.get("layers_block_type", "hybrid_override_pattern", "layer_types")
+        default = len(listed) if isinstance(listed, list | str) else None
+        return self.count("num_hidden_layers", "n_layers", "num_layers", "n_layer", default=default)
+
+    @property
+    def hidden(self) -> int:
+        """The width of the model."""
+        return self.count("hidden_size", "d_model", "n_embd")
+
+    def of_blocks(self, *names: str) -> list[Any] | None:
+        """Return a list with an entry for each block (longer ones also cover draft layers), or None."""
+        found = self.entries(*names)
+        if found is not None and len(found) < self.blocks:
+            raise ModelError(f"{self.where}: {names[0]}: {len(found)} entries: must have one a layer, {self.blocks}")
+        return None if found is None else found[: self.blocks]

@@ -1,0 +1,105 @@
+"""From shapes to a model: the weights of each MoE layer's dense part, and what it keeps of a sequence, as bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from ..model import Cached, Model
+from .mixers import AnyMixer, Kept
+from .shapes import Dtypes, Shapes, Stack
+from .weights import Weights, bytes_of
+
+
+class _Part(NamedTuple):
+    """The dense part of one MoE layer, or the end of the model: its weights, and what its blocks keep."""
+
+    weights: Weights
+    kept: tuple[Kept, ...]
+
+
+def derive(shapes: Shapes, layers: int) -> Model:
+    """Return the model of these shapes with its first `layers` MoE layers."""
+    dtypes, moe, hidden = shapes.dtypes, shapes.moe, shapes.hidden
+    *dense, tail = _parts(shapes)
+    kept = [*dense[:layers], tail]
+    expert = moe.expert_weights(hidden)
+    table = Weights(other=shapes.vocabulary * hidden)
+    tables = 1 if shapes.tied_embeddings else 2
+    values = sum(each.values_per_token for part in kept for each in part.kept)
+    resident = sum(part.weights.total for part in kept)
+    head_dtype = dtypes.of_embedding if shapes.tied_embeddings else dtypes.of_head
+    return Model(
+        name=shapes.name,
+        layers=layers,
+        experts=moe.experts,
+        top_k=moe.top_k,
+        hidden=hidden,
+        expert_ff=moe.expert_ff,
+        expert_matrices=moe.matrices,
+        expert_dtype=dtypes.expert,
+        dense_dtype=dtypes.dense,
+        expert_bytes=(expert.bytes(dtypes.expert, dtypes.of_other),) * layers,
+        dense_bytes=tuple(part.weights.bytes(dtypes.dense, dtypes.of_other) for part in dense[:layers]),
+        head_bytes=tail.weights.bytes(dtypes.dense, dtypes.of_other) + bytes_of(table.total, head_dtype),
+        dense_kernels=shapes.kernels.dense,
+        expert_kernels=shapes.kernels.expert,
+        kv_bytes_per_token=bytes_of(values, dtypes.of_kv),
+        source=shapes.source,
+        parameters=resident + layers * moe.experts * expert.total + tables * table.total,
+        embedding_bytes=bytes_of(table.total, dtypes.of_embedding),
+        tied_embeddings=shapes.tied_embeddings,
+        active_parameters=resident + layers * moe.top_k * expert.total + table.total,
+        caches=_caches(kept, dtypes) if _differs(shapes) else (),
+        host_table_bytes=shapes.host_table_bytes,
+    )
+
+
+def _parts(shapes: Shapes) -> list[_Part]:
+    """Return the dense part of every MoE layer, then what follows the last one, without the language-model head."""
+    hidden = shapes.hidden
+    norm = Weights(other=hidden)
+    feed_forward = {
+        "moe": shapes.moe.resident_weights(hidden).plus(norm),
+        "dense": shapes.dense.weights(hidden).plus(norm) if shapes.dense else Weights(),
+        "none": Weights(),
+    }
+    parts: list[_Part] = []
+    weights, kept = Weights(), list[Kept]()
+    for stack in shapes.stacks:
+        for name, part in zip(stack.mixer_of_block, stack.feed_forward_of_block, strict=True):
+            mixer = shapes.mixer(name)
+            if mixer is not None:
+                weights = weights.plus(mixer.weights(hidden).plus(norm), stack.attentions)
+                kept += _kept(mixer, stack)
+            weights = weights.plus(feed_forward[part])
+            if part == "moe":
+                parts.append(_Part(weights, tuple(kept)))
+                weights, kept = Weights(), []
+        weights = weights.plus(norm)
+    return [*parts, _Part(weights, tuple(kept))]
+
+
+def _kept(mixer: AnyMixer, stack: Stack) -> list[Kept]:
+    return list(mixer.kept) * (stack.attentions if stack.caches is None else stack.caches)
+
+
+def _differs(shapes: Shapes) -> bool:
+    """Return whether blocks keep different things, or anything that does not grow with every token."""
+    used = {name for stack in shapes.stacks for name in stack.mixer_of_block}
+    mixers = [shapes.mixer(name) for name in used]
+    kept = {mixer.kept if mixer is not None else () for mixer in mixers}
+    return len(kept) > 1 or any(each.window or each.state_values for found in kept for each in found)
+
+
+def _caches(parts: Iterable[_Part], dtypes: Dtypes) -> tuple[tuple[Cached, ...], ...]:
+    """Return what each part keeps in bytes, blocks of one window added up; states last."""
+    caches = []
+    for part in parts:
+        values: dict[int, int] = {}
+        for each in part.kept:
+            values[each.window] = values.get(each.window, 0) + each.values_per_token
+        state = bytes_of(sum(each.state_values for each in part.kept), dtypes.state)
+        found = [Cached(bytes_of(count, dtypes.of_kv), window) for window, count in sorted(values.items()) if count]
+        caches.append((*found, Cached(state_bytes=state)) if state else tuple(found))
+    return tuple(caches)

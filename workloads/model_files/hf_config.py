@@ -1,0 +1,123 @@
+"""Hugging Face's config.json: the shapes of the language model that it describes, and its quantization."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ...bounded import read_json
+from ..model import ModelError
+from .config_families import SAME, Family, family_of
+from .config_fields import Config
+from .config_mixers import Mixers
+from .quantization import dtypes_of
+
+#: The name of the file in a model's folder.
+CONFIG = "config.json"
+#: Where a config of several parts has its language model.
+_LANGUAGE = ("text_config", "llm_config", "language_config", "thinker_config")
+_DRAFTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules")
+
+
+def shapes_of_config(path: Path) -> dict[str, Any]:
+    """Return the shapes of a config.json, or of the folder of one, as plain data of a TOML file.
+
+    Raises ModelError, naming the file, the field, its value and what would be right.
+    """
+    if path.is_dir():
+        path = path / CONFIG
+    config = language(_read(path))
+    name, family = family_of(config)
+    config = family.prepare(config)
+    found, parts = family.mixers(config), family.feed_forward(config)
+    if "moe" not in parts:
+        raise ModelError(f"{path}: no block is a mixture of experts, and Prestage simulates those")
+    shapes: dict[str, Any] = {
+        "name": path.parent.name if path.name == CONFIG and path.parent.name else path.stem,
+        "source": _source(path, name, config),
+        "hidden": config.hidden,
+        "vocabulary": config.count("vocab_size", "padded_vocab_size"),
+        "tied_embeddings": config.flag("tie_word_embeddings", default=family.tied),
+        "dtypes": dtypes_of(path.parent, config),
+        "stacks": [_stack(found, parts)],
+        "moe": _moe(config, family),
+        "kernels": {"dense": family.kernels, "expert": family.expert_kernels},
+    }
+    mixers = {key: table for key, table in found.tables.items() if key != "attention"}
+    shapes |= {"mixers": mixers} if mixers else {}
+    shapes |= {"attention": found.tables["attention"]} if "attention" in found.tables else {}
+    if "dense" in parts:
+        shapes["dense"] = {"ff": config.count(*family.dense_ff), "matrices": family.dense_matrices}
+    return shapes
+
+
+def language(config: Config) -> Config:
+    """Return the config of the language model; what it does not say is looked for around it."""
+    for name in _LANGUAGE:
+        inner = config.data.get(name)
+        if isinstance(inner, dict):
+            return language(Config(config.where, inner, config))
+    return config
+
+
+def draft_layers(config: Config) -> int:
+    """Return the number of layers that only guess ahead; they are not part of a model's shapes."""
+    return config.count(*_DRAFTS, default=0, least=0)
+
+
+def _read(path: Path) -> Config:
+    try:
+        data = json.loads(read_json(path, ModelError))
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: not JSON: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise ModelError(f"{path}: must be an object, as a model's {CONFIG}")
+    return Config(str(path), data)
+
+
+def _source(path: Path, name: str, config: Config) -> str:
+    drafts = draft_layers(config)
+    without = f", without its {drafts} draft layer{'s' if drafts > 1 else ''}" if drafts else ""
+    part = ", the language part" if config.is_part else ""
+    return f"{path.name} of {name}{part}{without}"
+
+
+def _stack(found: Mixers, parts: list[str]) -> dict[str, Any]:
+    stack: dict[str, Any] = {"blocks": len(parts)}
+    if set(found.of_block) != {"attention"}:
+        stack["mixers"] = _pattern(found.of_block)
+    if set(parts) != {"moe"}:
+        stack["feed_forward"] = _pattern(parts)
+    return stack
+
+
+def _pattern(of_block: list[str]) -> list[str]:
+    """Return the shortest beginning that, repeated, gives the whole list."""
+    for length in range(1, len(of_block)):
+        if all(name == of_block[i % length] for i, name in enumerate(of_block)):
+            return of_block[:length]
+    return of_block
+
+
+def _moe(config: Config, family: Family) -> dict[str, Any]:
+    moe: dict[str, Any] = {
+        "experts": config.count(*family.experts),
+        "top_k": config.count(*family.top_k),
+        "expert_ff": config.count(*family.expert_ff),
+        "matrices": family.matrices,
+        "bias": family.bias,
+        "router_bias": family.router_bias,
+    }
+    if family.latent:
+        moe["latent"] = config.count(*family.latent, default=0, least=0)
+    return moe | family.shared(config)
+
+
+def known_types() -> list[str]:
+    """Return every `model_type` that is read, sorted."""
+    from .config_families import FAMILIES
+
+    return sorted({*FAMILIES, *SAME})
