@@ -8,15 +8,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .engine.measure.comparison import compare as compare
     from .engine.replay.replay import replay_trace as replay_trace
+    from .engine.scenario.rows import read_rows as read_rows
     from .engine.scenario.scenario import Scenario as Scenario
     from .engine.scenario.scenario import load_scenario as load_scenario
     from .engine.scenario.scenario import make_scenario as make_scenario
     from .engine.simulate import Result as Result
     from .engine.simulate import simulate as simulate
     from .experiments.breakeven import break_even as break_even
-    from .experiments.compare import compare as compare
-    from .experiments.journal import read_rows as read_rows
     from .experiments.sweep import sweep as sweep
     from .guide.inference import InferenceConfig as InferenceConfig
     from .guide.inference import InferenceSimulator as InferenceSimulator
@@ -43,7 +43,7 @@ _HOME = {
     "Scenario": "engine.scenario.scenario",
     "VirtualMemoryManager": "guide.virtual_memory",
     "break_even": "experiments.breakeven",
-    "compare": "experiments.compare",
+    "compare": "engine.measure.comparison",
     "load_model": "workloads.model",
     "load_profile": "resources.profile",
     "load_result": "output.saved",
@@ -51,7 +51,7 @@ _HOME = {
     "load_timeline": "output.profiler_trace",
     "make_scenario": "engine.scenario.scenario",
     "open_trace": "workloads.importers",
-    "read_rows": "experiments.journal",
+    "read_rows": "engine.scenario.rows",
     "record": "workloads.recorder",
     "replay_trace": "engine.replay.replay",
     "run_of": "output.saved",

@@ -17,9 +17,9 @@ from ..engine.decide.memory_manager import MemoryManager
 from ..engine.decide.program import Gpu, Program, Stage, stages_program
 from ..engine.decide.registers import Registers
 from ..engine.decide.tables import Rooms
+from ..engine.loading.deciders import dispatched, make_manager, make_prefetch
 from ..engine.pipeline import flow_of, received_steps, sent_bytes
 from ..engine.policies.copy_order import COPY_ORDERS, ByRank, Fifo, Priority, TwoStreams
-from ..engine.run import dispatched, make_manager, make_prefetch
 from ..engine.scenario.inputs import Inputs
 from ..engine.timing.simulation import visit_settings
 from ..errors import InputError

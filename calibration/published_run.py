@@ -18,11 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ..bounded import read
+from ..engine.costs.costs import part_costs
 from ..engine.loading.loading import load_inputs
 from ..engine.measure.merge import served
 from ..engine.measure.metrics import Recording
 from ..engine.measure.speed import Serving, decode_times_ns
-from ..engine.run import part_costs, prepared, run_all
+from ..engine.run import prepared, run_all
 from ..engine.scenario.inputs import Inputs
 from ..engine.scenario.scenario import Scenario, ScenarioError
 from ..errors import InputError

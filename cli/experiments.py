@@ -149,8 +149,9 @@ def compare(
       prestage compare default default,prefetch.lookahead=0
       prestage compare gpt-oss-20b gpt-oss-20b,copy.discipline=priority --set workload.tokens=50 --plot waterfall.png
     """
-    from ..experiments.compare import compare as compare_runs
-    from ..experiments.compare import load_run, waterfall
+    from ..engine.measure.comparison import compare as compare_runs
+    from ..engine.measure.comparison import waterfall
+    from ..experiments.compare import load_run
     from ..output.plots import check_picture
 
     if plot is not None:

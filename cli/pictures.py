@@ -42,7 +42,7 @@ def plot(
       prestage plot pareto sweep.jsonl -o pareto.png
       prestage plot tornado sweep.jsonl -o tornado.png
     """
-    from ..experiments.insights import InsightError
+    from ..engine.measure.insights import InsightError
     from ..experiments.journal import sweep_rows
     from ..output.charts import CHARTS, plot_sweep
     from ..output.figures import FIGURES

@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from ..resources.spool import Spool
-from .costs.costs import Costs
+from .costs.costs import Costs, part_costs
 from .decide.memory_manager import BudgetError, MemoryManager
 from .decide.partition import divider
 from .expert_parallel import held
+from .loading.deciders import make_manager
 from .loading.offloading import plain
 from .measure.merge import makespan_ns
 from .policies.eviction import EVICTION
 from .policies.prefetch import NoPrefetch
-from .run import Prepared, Progress, make_manager, part_costs, run_all, watched
+from .run import Prepared, Progress, run_all, watched
 from .scenario.inputs import Inputs
 from .scenario.scenario import MemorySection, PredictorSection, PrefetchSection, Scenario, TiersSection, WorkloadSection
 

@@ -25,11 +25,13 @@ from ..resources.spool import Spool
 from ..resources.timeline import Timeline
 from ..workloads.batches import continued_steps, warmup_steps
 from .baselines import compared, run_baseline
-from .costs.costs import Costs
+from .costs.costs import Costs, part_costs
 from .costs.uncertainty import replicate_costs, summary, without_uncertainty
+from .decide.memory_manager import MemoryManager
 from .expert_parallel import sent_tokens_and_experts, shadow_misses, sharing_metrics
 from .links import Links
 from .loading.capacity import described
+from .loading.deciders import dispatched, make_manager
 from .loading.loading import load_inputs
 from .loading.offloading import low_precision
 from .measure import metrics as measure
@@ -40,7 +42,7 @@ from .measure.result import RunResult
 from .measure.speed import Serving
 from .pipeline import flow_of, sent
 from .policies.prefetch import NoPrefetch
-from .run import Prepared, Progress, dispatched, engine_for, make_manager, part_costs, prepared, run_all, watched
+from .run import Prepared, Progress, engine_for, prepared, run_all, source_of, watched
 from .scenario.inputs import Inputs
 from .scenario.scenario import Scenario
 from .scenario.warnings import warnings_of
@@ -129,7 +131,7 @@ def simulate_inputs(
     recordings = run_all(inputs, ready, watched(progress, "simulate", inputs.layer_visits), engine)
     wall_s = time.perf_counter() - began
     serving = serving_of(inputs)
-    figures = run_metrics(recordings, _shadow_misses(inputs, ready, stream), serving)
+    figures = run_metrics(recordings, _shadow_misses(inputs, ready, stream, engine), serving)
     known = dict(baselines) if isinstance(baselines, Mapping) else {}
     wanted = ["resident", "baseline"] if baselines is True else []
     if check_prefetch:
@@ -219,7 +221,7 @@ def _replicates(inputs: Inputs, count: int, progress: Progress | None) -> list[d
 
 
 def _shadow_misses(
-    inputs: Inputs, ready: Sequence[Prepared], stream: Path | None
+    inputs: Inputs, ready: Sequence[Prepared], stream: Path | None, engine: str
 ) -> list[npt.NDArray[np.int64] | None]:
     """Return what the same caches without prefetch miss, as `measure.miss_keys`; None if nothing is prefetched."""
     if not any(gpu.prefetch.horizons for gpu in ready):
@@ -228,13 +230,24 @@ def _shadow_misses(
     if inputs.placed is not None:
         missed = shadow_misses(inputs, managers)
     else:
-        shadows = [dispatched(part, own, NoPrefetch()) for part, own in zip(inputs.parts, managers, strict=True)]
-        missed = [
-            measure.miss_keys(own, part.model.total_experts) for own, part in zip(shadows, inputs.parts, strict=True)
-        ]
+        missed = [_misses_alone(part, own, engine) for part, own in zip(inputs.parts, managers, strict=True)]
     for manager in managers:  # what is mapped stays readable
         manager.spool.remove()
     return list(missed)
+
+
+def _misses_alone(inputs: Inputs, manager: MemoryManager, engine: str) -> npt.NDArray[np.int64]:
+    """Return what a GPU's memory misses without prefetch, decided by compiled code where that runs the scenario too."""
+    prefetch, total_experts = NoPrefetch(), inputs.model.total_experts
+    if engine == "compiled":
+        from .decide.sources import decided_in_python
+
+        source = source_of(inputs, manager, prefetch)
+        if decided_in_python(source) is None:
+            from .decide.compiled_misses import missed  # which compiles at its first import
+
+            return missed(source, total_experts)
+    return measure.miss_keys(dispatched(inputs, manager, prefetch), total_experts)
 
 
 def _links(inputs: Inputs, recordings: Sequence[measure.Recording]) -> list[dict[str, Any]] | None:

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..engine.baselines import baseline_scenario, run_baseline
+from ..engine.costs.costs import part_costs
+from ..engine.loading.deciders import make_prefetch
 from ..engine.measure.merge import makespan_ns as run_ns
-from ..engine.run import make_prefetch, part_costs, prepared, run_all
+from ..engine.run import prepared, run_all
 from ..engine.scenario.scenario import Scenario, ScenarioError, make_scenario
 from ..errors import InputError
 from .grid import make_grid

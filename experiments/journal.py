@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
-import re
-import stat
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,7 +14,7 @@ from typing import Any, BinaryIO
 
 import orjson
 
-from ..errors import InputError
+from ..engine.scenario.rows import JournalError, Row, flat, parsed, read_rows
 from ..files import check_file, naming, replacing
 from ..resources.parts.written import PARTS
 
@@ -26,18 +23,12 @@ try:
 except ImportError:  # Windows locks no files this way: there, two sweeps into one journal are the user's to avoid
     fcntl = None  # type: ignore[assignment]
 
-#: A row of a sweep: a finished scenario as plain data.
-Row = dict[str, Any]
 #: A kind of file and a name, whose contents a row notes.
 Content = tuple[str, str]
 #: More keys than any scenario has.
 MOST_KEYS = 256
 #: Rows that go into a parquet file at a time.
 _BATCH = 1000
-
-
-class JournalError(InputError):
-    """A journal that cannot be read or written; the message names the file, the line and what would be right."""
 
 
 class Journal:
@@ -54,7 +45,7 @@ class Journal:
         try:
             if check is not None:
                 check(read_rows(path))
-            if any(self._keep(row) is None for row in _parsed(path)):
+            if any(self._keep(row) is None for row in parsed(path)):
                 self.done.clear()
                 self._rewrite()
         except BaseException:
@@ -89,7 +80,7 @@ class Journal:
 
     def _rewrite(self) -> None:
         with replacing(self.path) as file:
-            for row in _parsed(self.path):
+            for row in parsed(self.path):
                 if self._keep(row) is not None:
                     file.write(orjson.dumps(row) + b"\n")
         self._file.close()
@@ -178,19 +169,6 @@ def _contents(row: Row) -> dict[Content, str]:
     return {(what, named[key]): digests[what] for what, key in _NAMED.items() if named.get(key) and digests.get(what)}
 
 
-def read_rows(path: str | Path) -> Iterator[Row]:
-    """Yield the rows of a sweep's journal, in the order in which they finished. Raises JournalError and OSError."""
-    return (row for row in _parsed(Path(path)) if row is not None)
-
-
-def find_row(path: str | Path, key: str) -> Row:
-    """Return the row whose key begins with `key`. Raises JournalError if there is none, or several."""
-    found = [row for row in read_rows(path) if row["key"].startswith(key)]
-    if len(found) != 1:
-        raise JournalError(f"{path}: {len(found)} rows have a key that begins with {key!r}: give more, or another")
-    return found[0]
-
-
 class Rows:
     """The rows of a finished sweep, in the order of its grid; each is read from the journal when it is asked for."""
 
@@ -217,17 +195,6 @@ class Rows:
     def errors(self) -> Iterator[Row]:
         """The rows of scenarios that failed."""
         return (row for row in self if row["error"] is not None)
-
-
-def flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a row as one level: nested keys joined by dots, lists as JSON; the settings by their own keys."""
-    flattened: dict[str, Any] = {}
-    for name, value in row.items():
-        if isinstance(value, Mapping):
-            flattened.update(flat(value, "" if name == "settings" else f"{prefix}{name}."))
-        else:
-            flattened[prefix + name] = orjson.dumps(value).decode() if isinstance(value, list) else value
-    return flattened
 
 
 def check_export(path: Path) -> None:
@@ -300,46 +267,6 @@ def _nothing(rows: Iterable[Row], path: Path) -> None:
 
 #: How rows are exported, by the ending of the file; a journal is JSONL already.
 EXPORTS = {".jsonl": _nothing, ".csv": _write_csv, ".parquet": _write_parquet}
-
-
-def _parsed(path: Path) -> Iterator[Row | None]:
-    """Yield each line's row, None for a last line that is not whole. Raises JournalError for a line of another kind."""
-    with path.open("rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise JournalError(f"{path}: no regular file: give a sweep's journal")
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                yield None
-                return
-            try:
-                row = orjson.loads(line)
-            except orjson.JSONDecodeError:
-                row = None
-            if not _is_row(row):
-                raise JournalError(f"{path}: line {number} is no row of a sweep; give another file, or move it away")
-            yield row
-
-
-#: What a row holds of what is read again, by key: what it must be, and whether it must be there.
-_KINDS: dict[str, tuple[type | tuple[type, ...], bool]] = {
-    "key": (str, True),
-    "error": ((str, type(None)), True),
-    "scenario": (dict, True),
-    "settings": (dict, False),
-    "sha256": (dict, False),
-    "versions": (dict, False),
-}
-
-
-def _is_row(row: Any) -> bool:
-    """Whether what a line holds is a row of a sweep."""
-    if not isinstance(row, dict):
-        return False
-    if any(not isinstance(row[key], kind) if key in row else needed for key, (kind, needed) in _KINDS.items()):
-        return False
-    if not all(isinstance(digest, str | None) for digest in row.get("sha256", {}).values()):
-        return False
-    return re.fullmatch(r"([0-9a-f]{2})+", row["key"]) is not None
 
 
 def _locked(path: Path) -> BinaryIO:

@@ -17,6 +17,8 @@ import orjson
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ..bounded import parse_toml, read
+from ..engine.measure.insights import best, finished, front
+from ..engine.scenario.rows import Row, flat
 from ..engine.scenario.scenario import load_scenario
 from ..engine.simulate import versions
 from ..errors import InputError
@@ -25,8 +27,7 @@ from ..guide.reproduce import TABLES
 from ..output.charts import CHARTS, MEMORY
 from ..words import file_name, problems, unknown_name
 from .grid import make_grid
-from .insights import best, finished, front
-from .journal import Row, Rows, flat
+from .journal import Rows
 from .sweep import Progress, sweep
 from .workers import Workers
 

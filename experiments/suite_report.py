@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from ..engine.measure.insights import InsightError
 from ..files import replacing_folder, write_file
 from ..output import markdown
 from ..output.charts import plot_sweep
@@ -29,7 +30,6 @@ from ..output.tables import (
     setting_words,
     transfer_cells,
 )
-from .insights import InsightError
 from .suite import SPEED, Finished, Study, SuiteSweep, picture_name, transfer_name
 
 if TYPE_CHECKING:

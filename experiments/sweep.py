@@ -20,9 +20,10 @@ import numpy as np
 import orjson
 
 from ..engine.baselines import BASELINES, baseline_scenario, run_baseline
+from ..engine.costs.costs import part_costs
 from ..engine.loading.loading import load_inputs
-from ..engine.run import part_costs
 from ..engine.scenario.inputs import Inputs
+from ..engine.scenario.rows import Row
 from ..engine.scenario.scenario import Scenario, ScenarioError, make_scenario
 from ..engine.simulate import simulate_inputs, versions
 from ..errors import InputError
@@ -32,7 +33,7 @@ from ..workloads.importers import open_trace
 from ..workloads.model import load_model
 from ..workloads.trace import RoutingTrace, TraceError
 from .grid import Grid, Point, make_grid
-from .journal import Journal, Row, Rows, check_export, check_one_sweep, export
+from .journal import Journal, Rows, check_export, check_one_sweep, export
 from .workers import Workers
 
 #: Called with what is running, and how many of how many are done.

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..experiments.compare import Step
-from ..experiments.insights import (
+from ..engine.measure.comparison import Step
+from ..engine.measure.insights import (
     InsightError,
     check_few,
     check_key,

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..engine.measure.comparison import PARTS, Step, waterfall
 from ..engine.measure.metrics import FATES, LATE, MISS, OUTCOMES, busy_before
 from ..errors import InputError
-from ..experiments.compare import PARTS, Step, waterfall
 from ..resources.timeline import KINDS, Timeline
 from ..words import unknown_name
 from .palette import COLORS, FATE_COLORS, IDLE_COLOR, OUTCOME_COLORS, PART_COLORS

@@ -15,9 +15,9 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from ..engine.measure.comparison import read_result
 from ..engine.scenario.scenario import load_scenario, scenario_names
 from ..errors import InputError
-from ..experiments.compare import load_run
 from ..resources.profile import Profile, ProfileError, load_profile, profile_names
 from ..resources.topology import Route, Topology
 from ..words import unknown_name
@@ -54,7 +54,7 @@ def load_links(result: str) -> list[dict[str, Any]]:
     path = Path(result)
     if path.suffix != ".json" and not path.is_dir():
         raise InputError(f"--result {result}: there is no such folder; give a result.json, or the folder that holds it")
-    links: list[dict[str, Any]] | None = load_run(result).get("links")
+    links: list[dict[str, Any]] | None = read_result(path).get("links")
     if not links:
         raise InputError(f"{result}: tells no links: only runs on a profile with a topology do")
     return links

@@ -11,9 +11,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ..engine.measure.comparison import compare
 from ..engine.measure.metrics import OUTCOMES
-from ..experiments.compare import compare
-from ..experiments.journal import flat
+from ..engine.scenario.rows import flat
 from .figures import FIGURES, SPAN_LIMIT, busy_over_time, figure_data
 from .page import PageError, Section, check_page, html_table, html_tiles, write_page
 from .palette import OUTCOME_COLORS

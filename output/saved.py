@@ -17,12 +17,12 @@ import orjson
 import safetensors
 import safetensors.numpy
 
+from ..engine.measure.comparison import read_result
 from ..engine.measure.merge import served
 from ..engine.measure.metrics import FATES, OUTCOMES, Recording, memory_steps
 from ..engine.measure.result_data import check_has
 from ..engine.measure.speed import Served, decode_times_ns
 from ..errors import InputError
-from ..experiments.compare import load_run
 from ..files import replacing
 from ..resources.timeline import KINDS, SPAN, Timeline
 from ..workloads.model import MOST_BYTES
@@ -174,7 +174,7 @@ def load_result(where: str | Path, name: str | None = None) -> Run:
     folder = where.parent if where.name == "result.json" else where
     if not folder.is_dir():
         raise SavedRunError(f"{where}: there is no such folder; `prestage run --out {folder}` writes one")
-    data = load_run(str(folder))
+    data = read_result(folder)
     path = folder / RUN_FILE
     try:
         check_has(data, _READ, _READ_OR_NULL)

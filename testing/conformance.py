@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from ..engine.costs.costs import part_costs
 from ..engine.decide.dispatch import Visit
 from ..engine.decide.memory_manager import MemoryManager
+from ..engine.loading.deciders import dispatched, make_manager, make_prefetch
 from ..engine.policies.copy_order import COPY_ORDERS, ByRank, QueuedCopy
 from ..engine.policies.eviction import EVICTION, Eviction
 from ..engine.policies.prefetch import PREFETCH, Gauge, Moment, Options, Prefetch
-from ..engine.run import dispatched, make_manager, make_prefetch, part_costs, prepared, run_all
+from ..engine.run import prepared, run_all
 from ..engine.scenario.inputs import Inputs
 from ..errors import InputError
 from ..words import unknown_name

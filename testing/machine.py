@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from ..engine.costs.costs import part_costs
+from ..engine.loading.deciders import make_prefetch
 from ..engine.loading.loading import steps_of
 from ..engine.measure.metrics import Recording
-from ..engine.run import make_prefetch, part_costs, prepared, run_all
+from ..engine.run import prepared, run_all
 from ..engine.scenario.inputs import Inputs
 from ..engine.scenario.predicting import predictor_cost
 from ..engine.scenario.scenario import Scenario, make_scenario

@@ -8,8 +8,9 @@ from __future__ import annotations
 import statistics
 import time
 
+from prestage.engine.costs.costs import part_costs
 from prestage.engine.loading.loading import load_inputs
-from prestage.engine.run import part_costs, prepared, run_all
+from prestage.engine.run import prepared, run_all
 from prestage.engine.scenario.scenario import load_scenario
 
 #: Scenarios, and for how many decode tokens.

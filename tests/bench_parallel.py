@@ -17,8 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from prestage.engine.costs.costs import part_costs
 from prestage.engine.loading.loading import completed
-from prestage.engine.run import part_costs, prepared, run_all
+from prestage.engine.run import prepared, run_all
 from prestage.engine.scenario.inputs import Inputs
 from prestage.engine.scenario.scenario import Scenario, load_scenario
 from prestage.engine.simulate import simulate_inputs

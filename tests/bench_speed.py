@@ -21,11 +21,12 @@ import simpy
 
 from prestage.engine.costs.costs import Costs
 from prestage.engine.decide.memory_manager import MemoryManager, pool_budgets
+from prestage.engine.loading.deciders import make_manager, make_prefetch
 from prestage.engine.loading.loading import load_inputs
 from prestage.engine.policies.eviction import Lru
 from prestage.engine.replay.compiled import COMPILED
 from prestage.engine.replay.replay import replay
-from prestage.engine.run import make_manager, make_prefetch, run
+from prestage.engine.run import run
 from prestage.engine.scenario.inputs import Inputs
 from prestage.engine.scenario.scenario import load_scenario
 

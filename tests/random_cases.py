@@ -9,13 +9,14 @@ import numpy as np
 from hypothesis import strategies as st
 from tiny import tiny_inputs, tiny_model, tiny_profile
 
-from prestage.engine.costs.costs import Costs
+from prestage.engine.costs.costs import Costs, part_costs
 from prestage.engine.decide.dispatch import Visit
 from prestage.engine.decide.memory_manager import MemoryManager
+from prestage.engine.loading.deciders import dispatched, make_manager, make_prefetch
 from prestage.engine.measure.metrics import Recording
 from prestage.engine.policies.copy_order import COPY_ORDERS
 from prestage.engine.policies.eviction import EVICTION
-from prestage.engine.run import dispatched, make_manager, make_prefetch, part_costs, prepared, run, run_all
+from prestage.engine.run import prepared, run, run_all
 from prestage.engine.scenario.inputs import Inputs
 from prestage.engine.scenario.scenario import (
     DISPATCH_MODES,

@@ -42,18 +42,11 @@ FIRST_ENGINE = {
 }  # fmt: skip
 #: Imports that go up all the same, each with what would mend it.
 GO_UP = {
-    ("engine/loading/capacity.py", "engine/run.py"): "who decides in a run is made in run.py",
-    ("engine/loading/duration.py", "engine/run.py"): "the costs of each part are made in run.py",
-    ("engine/loading/loading.py", "engine/run.py"): "a pipeline's split is tried by running samples",
-    ("engine/loading/loading.py", "engine/measure/merge.py"): "a pipeline's split is tried by running samples",
-    ("engine/scenario/scenario.py", "experiments/journal.py"): "a scenario may be a row of a sweep's journal",
-    ("output/charts.py", "experiments/compare.py"): "where the time between two runs arises is told there",
-    ("output/charts.py", "experiments/insights.py"): "what the rows of a sweep say is told there",
-    ("output/figures.py", "experiments/compare.py"): "where the time between two runs arises is told there",
-    ("output/machine.py", "experiments/compare.py"): "a finished run is read there",
-    ("output/report.py", "experiments/compare.py"): "a report sets two runs side by side",
-    ("output/report.py", "experiments/journal.py"): "a report flattens results as rows are",
-    ("output/saved.py", "experiments/compare.py"): "a finished run is read there",
+    ("engine/loading/loading.py", "engine/run.py"): "a searched split of a pipeline is found by running samples",
+    (
+        "engine/loading/loading.py",
+        "engine/measure/merge.py",
+    ): "a searched split of a pipeline is found by running samples",
 }
 #: Slow to import: never at module level, so that `--help` and a run without pictures are quick.
 LAZY = {"torch", "matplotlib", "networkx", "bokeh"}

@@ -9,10 +9,11 @@ from typing import Any
 import orjson
 import pytest
 
+from prestage.engine.measure.comparison import PARTS, CompareError, compare, waterfall
 from prestage.engine.scenario.scenario import Scenario, ScenarioError, load_scenario
 from prestage.engine.simulate import simulate
 from prestage.experiments.breakeven import PROBES, STEPS, bracket, break_even
-from prestage.experiments.compare import PARTS, CompareError, compare, load_run, waterfall
+from prestage.experiments.compare import load_run
 from prestage.output.charts import plot_break_even, plot_waterfall
 from prestage.output.tables import break_even_words, comparison_figure
 from prestage.resources.profile import load_profile

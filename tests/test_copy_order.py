@@ -10,9 +10,10 @@ from test_execute import small_inputs
 from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_scenario, tiny_trace
 
 from prestage.calibration.plan import ExecutionError, check_executable
+from prestage.engine.costs.costs import part_costs
 from prestage.engine.loading.loading import load_inputs
 from prestage.engine.policies.copy_order import COPY_ORDERS, ByRank, CopyOrder, Fifo, Priority, QueuedCopy, Rank
-from prestage.engine.run import check_engine, engine_for, part_costs, prepared, run_all
+from prestage.engine.run import check_engine, engine_for, prepared, run_all
 from prestage.engine.scenario.inputs import Inputs
 from prestage.engine.scenario.scenario import ScenarioError, load_scenario
 from prestage.engine.simulate import simulate

@@ -26,10 +26,10 @@ from prestage.engine.decide.program import Gpu, Stage, stages_program
 from prestage.engine.decide.registers import Registers
 from prestage.engine.decide.sources import EVICTIONS, PREFETCHES, Source, decided_in_python
 from prestage.engine.decide.tables import Rooms
+from prestage.engine.loading.deciders import dispatched, make_manager, make_prefetch
 from prestage.engine.loading.offloading import make_miss
 from prestage.engine.policies.eviction import EVICTION
 from prestage.engine.policies.prefetch import PREFETCH, Gauge
-from prestage.engine.run import dispatched, make_manager, make_prefetch
 from prestage.engine.scenario.inputs import Inputs
 from prestage.engine.timing.simulation import settings_of
 

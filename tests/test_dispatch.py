@@ -12,7 +12,7 @@ from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_scenario, tiny_trac
 
 from prestage.engine.decide.dispatch import Visit, single_accesses, step_accesses, visits
 from prestage.engine.decide.memory_manager import MemoryManager
-from prestage.engine.run import dispatched, make_manager, make_prefetch
+from prestage.engine.loading.deciders import dispatched, make_manager, make_prefetch
 from prestage.workloads.batches import DECODE, PREFILL, Step, plan_steps
 from prestage.workloads.guesses import Guesses
 from prestage.workloads.trace import RoutingTrace

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from naive import naive_counts
 from random_cases import Case, cases, decide
 
+from prestage.engine.loading.deciders import make_manager
 from prestage.engine.loading.loading import load_inputs
 from prestage.engine.policies.eviction import EVICTION
 from prestage.engine.policies.prefetch import PREFETCH
 from prestage.engine.replay.replay import VisitCounts, count_visits, replay
-from prestage.engine.run import make_manager
 from prestage.engine.scenario.inputs import Inputs
 from prestage.engine.scenario.scenario import make_scenario
 from prestage.engine.simulate import simulate_inputs

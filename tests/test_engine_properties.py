@@ -18,9 +18,10 @@ from random_cases import Case, cases, decide, play
 from prestage.engine.costs.costs import Costs
 from prestage.engine.decide.dispatch import Visit
 from prestage.engine.decide.memory_manager import DEMANDED, PREFETCHED, MemoryManager
+from prestage.engine.loading.deciders import make_prefetch
 from prestage.engine.measure.metrics import FATES, OUTCOMES, Recording, metrics, overlap, time_split
 from prestage.engine.policies.eviction import Lru
-from prestage.engine.run import make_prefetch, run
+from prestage.engine.run import run
 from prestage.engine.scenario.inputs import Inputs
 from prestage.engine.scenario.scenario import ON_GPU, Scenario
 from prestage.engine.simulate import simulate_inputs
@@ -546,7 +547,7 @@ def test_two_simulations_in_one_process_do_not_meet(case: Case) -> None:
                 assert play(inputs).spans.tobytes() == alone.spans.tobytes()
             yield visit
 
-    from prestage.engine.run import make_manager
+    from prestage.engine.loading.deciders import make_manager
 
     beside = run(inputs, costs, make_manager(inputs), policy, disturbed)
     assert beside.spans.tobytes() == alone.spans.tobytes()

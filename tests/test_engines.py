@@ -20,15 +20,9 @@ from prestage.engine.decide.commands import Command, Op
 from prestage.engine.decide.program import Gpu, Stage, stages_program
 from prestage.engine.decide.registers import Registers
 from prestage.engine.decide.tables import Rooms
+from prestage.engine.loading.deciders import dispatched, make_manager, make_prefetch
 from prestage.engine.loading.loading import load_inputs
-from prestage.engine.run import (
-    Prepared,
-    check_engine,
-    dispatched,
-    make_manager,
-    make_prefetch,
-    run_all,
-)
+from prestage.engine.run import Prepared, check_engine, run_all
 from prestage.engine.scenario.inputs import Inputs
 from prestage.engine.scenario.scenario import ScenarioError, load_scenario, scenario_names
 from prestage.engine.simulate import simulate

@@ -36,7 +36,8 @@ from prestage.calibration.plan import ExecutionError, decision_counts, make_plan
 from prestage.calibration.scenario_sets import scenarios
 from prestage.engine.costs.costs import Costs
 from prestage.engine.decide.commands import Command, Op
-from prestage.engine.run import make_manager, make_prefetch, run
+from prestage.engine.loading.deciders import make_manager, make_prefetch
+from prestage.engine.run import run
 from prestage.engine.scenario.inputs import Inputs
 from prestage.engine.scenario.scenario import ScenarioError, load_scenario
 from prestage.resources.profile import ProfileError

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from prestage.engine.measure.insights import Effect, InsightError, effects, finished, front, table, varying
 from prestage.experiments.grid import make_grid, sweep_names
-from prestage.experiments.insights import Effect, InsightError, effects, finished, front, table, varying
 from prestage.output.charts import CHARTS, plot_sweep
 from prestage.output.plots import save
 

@@ -25,14 +25,16 @@ from tiny import (
     tiny_trace,
 )
 
+from prestage.engine.costs.costs import part_costs
 from prestage.engine.expert_parallel import decided, place, routes
 from prestage.engine.links import Links
+from prestage.engine.loading.deciders import make_manager, make_prefetch
 from prestage.engine.loading.loading import load_inputs
 from prestage.engine.lockstep import AllToAll
 from prestage.engine.measure.metrics import Recording, time_split
 from prestage.engine.placed import REMOTE
 from prestage.engine.policies.placement import PLACEMENT
-from prestage.engine.run import make_manager, make_prefetch, part_costs, prepared, run_all
+from prestage.engine.run import prepared, run_all
 from prestage.engine.scenario.inputs import Inputs
 from prestage.engine.scenario.scenario import DISPATCH_THREADS, Scenario, ScenarioError, load_scenario, make_scenario
 from prestage.engine.simulate import simulate_inputs

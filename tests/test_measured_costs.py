@@ -22,9 +22,9 @@ from tiny import (
     tiny_trace,
 )
 
-from prestage.engine.costs.costs import token_bucket
+from prestage.engine.costs.costs import part_costs, token_bucket
 from prestage.engine.measure.metrics import Recording
-from prestage.engine.run import part_costs, prepared, run_all
+from prestage.engine.run import prepared, run_all
 from prestage.engine.simulate import simulate_inputs
 from prestage.resources.lane import CoupledLane, FifoLane, Lags, couple
 from prestage.resources.profile import Profile, make_profile

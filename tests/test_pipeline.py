@@ -27,12 +27,13 @@ from tiny import (
     tiny_trace,
 )
 
+from prestage.engine.costs.costs import part_costs
 from prestage.engine.decide.memory_manager import MemoryManager
 from prestage.engine.gpu import Gpu
 from prestage.engine.measure.merge import makespan_ns, run_metrics
 from prestage.engine.measure.metrics import Recording, time_split
 from prestage.engine.policies.eviction import EVICTION
-from prestage.engine.run import part_costs, prepared, run_all
+from prestage.engine.run import prepared, run_all
 from prestage.engine.scenario.inputs import Inputs
 from prestage.engine.scenario.scenario import DISPATCH_THREADS, make_scenario
 from prestage.engine.simulate import serving_of, simulate_inputs

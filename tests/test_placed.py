@@ -16,6 +16,7 @@ from tiny import tiny_trace
 
 from prestage.engine.decide.dispatch import step_accesses
 from prestage.engine.decide.memory_manager import MemoryManager
+from prestage.engine.loading.deciders import make_manager, make_prefetch
 from prestage.engine.placed import (
     REMOTE,
     Placed,
@@ -32,7 +33,6 @@ from prestage.engine.placed import (
 from prestage.engine.policies.eviction import EVICTION
 from prestage.engine.policies.placement import PLACEMENT, Owners, Request
 from prestage.engine.policies.prefetch import NoPrefetch
-from prestage.engine.run import make_manager, make_prefetch
 from prestage.engine.scenario.inputs import Inputs
 from prestage.workloads.batches import DECODE, Step
 from prestage.workloads.trace import RoutingTrace

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_run, tiny_scenario, tiny_trace
 
+from prestage.engine.loading.deciders import make_manager
 from prestage.engine.measure.metrics import Recording, metrics
 from prestage.engine.policies.preload import PRELOAD
-from prestage.engine.run import make_manager
 from prestage.engine.scenario.inputs import Inputs
 from prestage.engine.scenario.scenario import ScenarioError, load_scenario
 from prestage.engine.simulate import simulate

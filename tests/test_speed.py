@@ -15,10 +15,10 @@ from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_scenario, tiny_trac
 
 from prestage.engine.baselines import baseline_scenario
 from prestage.engine.loading.loading import load_inputs
+from prestage.engine.measure.comparison import compare
 from prestage.engine.measure.speed import Served, speed, speed_metrics
 from prestage.engine.scenario.scenario import ScenarioError, load_scenario
 from prestage.engine.simulate import simulate, simulate_inputs
-from prestage.experiments.compare import compare
 from prestage.output.tables import speed_rows
 from prestage.workloads.batches import DECODE, PREFILL, PREFILL_MODES, Step, plan_steps, warmup_steps
 

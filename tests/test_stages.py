@@ -11,14 +11,17 @@ import orjson
 import pytest
 from tiny import tiny_model, tiny_pipeline, tiny_profile, tiny_scenario, tiny_topology, tiny_trace
 
+from prestage.engine.costs.costs import part_costs
+from prestage.engine.loading.deciders import dispatched, make_manager
 from prestage.engine.loading.loading import load_inputs
+from prestage.engine.measure.comparison import compare
 from prestage.engine.measure.merge import makespan_ns
 from prestage.engine.policies.prefetch import NoPrefetch
-from prestage.engine.run import dispatched, make_manager, part_costs, prepared, run_all
+from prestage.engine.run import prepared, run_all
 from prestage.engine.scenario.scenario import load_scenario
 from prestage.engine.simulate import simulate
 from prestage.engine.stages import stage_guesses, stage_model, stage_trace
-from prestage.experiments.compare import compare, load_run
+from prestage.experiments.compare import load_run
 from prestage.output.files import write_result
 from prestage.output.tables import print_result
 from prestage.resources.profile import load_profile, make_profile

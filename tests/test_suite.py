@@ -16,10 +16,10 @@ from browser import browsing
 
 from prestage import cli
 from prestage.calibration.transfer import from_profile
+from prestage.engine.measure.insights import best
+from prestage.engine.scenario.rows import read_rows
 from prestage.engine.scenario.scenario import load_scenario
 from prestage.engine.simulate import simulate
-from prestage.experiments.insights import best
-from prestage.experiments.journal import read_rows
 from prestage.experiments.suite import BASE, Finished, SuiteError, load_suite, run_suite, suite_names
 from prestage.experiments.suite_report import write_suite
 from prestage.resources.profile import load_profile

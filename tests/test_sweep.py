@@ -17,11 +17,12 @@ from typing import Any
 
 import pytest
 
+from prestage.engine.scenario.rows import JournalError, read_rows
 from prestage.engine.scenario.scenario import load_scenario, make_scenario
 from prestage.engine.simulate import simulate
 from prestage.errors import InputError
 from prestage.experiments.grid import Grid, make_grid, parse_grid
-from prestage.experiments.journal import Journal, JournalError, read_rows, sweep_rows
+from prestage.experiments.journal import Journal, sweep_rows
 from prestage.experiments.sweep import sweep
 from prestage.experiments.workers import WorkerError, Workers
 from prestage.workloads.importers import open_trace

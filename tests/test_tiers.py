@@ -23,11 +23,11 @@ from prestage.engine.decide.dispatch import Visit
 from prestage.engine.decide.host_memory import HostMemory
 from prestage.engine.decoder import host
 from prestage.engine.gpu import Gpu
+from prestage.engine.loading.deciders import dispatched, make_host_memory, make_manager, make_prefetch
 from prestage.engine.loading.loading import load_inputs
 from prestage.engine.measure.metrics import Recording, tiers
 from prestage.engine.policies.copy_order import COPY_ORDERS
 from prestage.engine.policies.eviction import EVICTION
-from prestage.engine.run import dispatched, make_host_memory, make_manager, make_prefetch
 from prestage.engine.scenario.inputs import Inputs
 from prestage.engine.scenario.scenario import ScenarioError, load_scenario, make_scenario
 from prestage.engine.simulate import simulate, simulate_inputs

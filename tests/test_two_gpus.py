@@ -22,7 +22,8 @@ from prestage.calibration.execute import Execution, execute, gpus_needed
 from prestage.calibration.measured import load_measured
 from prestage.calibration.part import Shared
 from prestage.calibration.plan import ExecutionError, make_plans
-from prestage.engine.run import part_costs, prepared, run_all
+from prestage.engine.costs.costs import part_costs
+from prestage.engine.run import prepared, run_all
 from prestage.engine.scenario.inputs import Inputs
 from prestage.resources.timeline import ACTIVATION, DENSE, EXPERT, HEAD, KINDS, LAUNCH
 from prestage.workloads.synthetic import synthesize

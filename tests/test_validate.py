@@ -24,11 +24,11 @@ from prestage.calibration.validate import (
     summary,
     validate,
 )
-from prestage.engine.costs.costs import Costs
+from prestage.engine.costs.costs import Costs, part_costs
 from prestage.engine.loading.loading import load_inputs
 from prestage.engine.measure.merge import makespan_ns
 from prestage.engine.measure.metrics import Recording
-from prestage.engine.run import part_costs, prepared, run_all
+from prestage.engine.run import prepared, run_all
 from prestage.engine.scenario.scenario import Scenario, make_scenario
 from prestage.engine.stages import with_profile
 from prestage.resources.profile import Profile, load_profile

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from prestage.engine.costs.costs import Costs
+from prestage.engine.costs.costs import Costs, part_costs
 from prestage.engine.decide.memory_manager import MemoryManager
 from prestage.engine.loading.loading import completed, steps_of
 from prestage.engine.measure.merge import makespan_ns, merged_timeline
 from prestage.engine.measure.metrics import Recording, time_split
 from prestage.engine.policies.eviction import EVICTION
 from prestage.engine.policies.prefetch import NoPrefetch
-from prestage.engine.run import Prepared, part_costs, run_all
+from prestage.engine.run import Prepared, run_all
 from prestage.engine.scenario.inputs import Inputs
 from prestage.engine.scenario.scenario import Scenario
 from prestage.resources.profile import Profile

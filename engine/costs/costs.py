@@ -426,3 +426,8 @@ def _between(points: Sequence[_Point], tokens: int) -> tuple[float, float, int]:
     share = (tokens - before.tokens) / (after.tokens - before.tokens) if at else 0.0
     ns, beside_ns, latency_ns = (low + share * (high - low) for low, high in zip(before[1:4], after[1:4], strict=True))
     return ns, beside_ns, round(latency_ns)
+
+
+def part_costs(inputs: Inputs, *, timed: bool = False) -> list[Costs]:
+    """Return the costs of each GPU of a run; `timed` as `Costs` takes it."""
+    return [Costs(part, timed=timed) for part in inputs.parts]

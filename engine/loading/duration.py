@@ -5,10 +5,9 @@ The bound is far above what any run takes: each visit has every copy, read and k
 
 from __future__ import annotations
 
-from ..costs.costs import Costs
+from ..costs.costs import Costs, part_costs
 from ..costs.offload_costs import CpuCosts, ShrunkCosts
 from ..offloaded import uses_cpu
-from ..run import part_costs
 from ..scenario.inputs import Inputs
 from ..scenario.scenario import ScenarioError
 

@@ -17,7 +17,7 @@ from ...workloads.importers import open_trace
 from ...workloads.model import Model, load_model
 from ...workloads.synthetic import synthesize
 from ...workloads.trace import RoutingTrace
-from ..costs.costs import Costs, pieces_of
+from ..costs.costs import Costs, part_costs, pieces_of
 from ..decide.memory_manager import BudgetError
 from ..decide.partition import divider
 from ..expert_parallel import place
@@ -25,12 +25,13 @@ from ..links import Links
 from ..measure.merge import makespan_ns as run_ns
 from ..pipeline import pipeline_routes
 from ..policies.eviction import EVICTION
-from ..run import make_host_memory, make_manager, make_prefetch, part_costs, prepared, run_all
+from ..run import prepared, run_all
 from ..scenario.inputs import Inputs
 from ..scenario.predicting import FREE, predictor_cost, scenario_predictor
 from ..scenario.scenario import Scenario, ScenarioError, parse_bytes
 from ..stages import OF_WHOLE_MODEL, SAMPLE_STEPS, stage_inputs, stage_layers
 from .capacity import check, fixed_parts, gib, kv_cache_bytes
+from .deciders import make_host_memory, make_manager, make_prefetch
 from .duration import check_duration
 from .offloading import make_miss
 

@@ -27,7 +27,6 @@ from pydantic.fields import FieldInfo
 
 from ...bounded import parse_toml, read
 from ...errors import InputError
-from ...experiments.journal import find_row
 from ...plain import beyond_64_bits
 from ...resources.parts.section import lay_machine, of_parts
 from ...units import BYTES, NUMBER, gb_per_s, whole_bytes, written_bytes
@@ -49,6 +48,7 @@ from ..policies.prefetch import PREFETCH
 from ..policies.prefetch_share import PREFETCH_SHARE
 from ..policies.preload import PRELOAD
 from ..policies.split import SPLITS
+from .rows import find_row
 
 #: How kernels reach the GPU, and what that costs the host: one launch a kernel, one a CUDA graph, or nothing.
 DISPATCH_MODES = ("eager", "graph", "free")

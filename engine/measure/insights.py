@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from ..errors import InputError
-from ..words import unknown_name
-from .journal import Row, flat
+from ...errors import InputError
+from ...words import unknown_name
+from ..scenario.rows import Row, flat
 
 #: So many lines, or names along an axis, are drawn.
 MOST_LINES = 200

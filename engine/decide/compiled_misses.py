@@ -1,0 +1,74 @@
+"""What a cache misses by itself: decisions in compiled code whose commands nobody carries out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...resources.timeline import DEMAND
+from .commands import FIXED_REGISTERS
+from .compiled_decisions import Decisions, Part
+from .compiled_memory import compiled
+from .compiled_program import next_portion
+from .decision_words import DECIDED, END, ROOM, STEPS, Tables
+from .program import Gpu
+from .registers import Registers
+from .sources import Source
+from .tables import Rooms
+from .visit_commands import COPY, CPU, DECIDE, settings_array
+
+# What compiled functions take (see `machine_code`).
+Word = Any
+Words = npt.NDArray[Any]
+
+_OP, _KIND, _EXPERT, _EXTRA = 0, 2, 6, 10
+#: How many misses are taken at once, at least.
+_AT_ONCE = 1 << 16
+
+
+@compiled
+def next_misses(t: Tables, h: Word, total_experts: Word, keys: Words) -> tuple[Word, Word]:
+    """Decide until there might be no more room in `keys`, or something else is wanted; return why, and how many.
+
+    A key is visit * total_experts + expert.
+    """
+    count, visit = 0, 0
+    while count + len(t.rows) <= len(keys):
+        why = next_portion(t, h, 0, 0)
+        if why != DECIDED:
+            return why, count
+        for at in range(1, t.rows[0, 0] + 1):
+            row = t.rows[at]
+            if row[_OP] == DECIDE:
+                visit = row[_EXTRA]
+            elif row[_OP] == CPU or (row[_OP] == COPY and row[_KIND] == DEMAND):
+                keys[count] = visit * total_experts + row[_EXPERT]
+                count += 1
+    return np.int64(DECIDED), count
+
+
+def missed(source: Source, total_experts: int) -> Words:
+    """Return what a GPU misses: visit * total_experts + expert, an integer for each miss, in order.
+
+    `total_experts` are those of all its layers.
+    """
+    manager, registers = source.manager, Registers(FIXED_REGISTERS + 1)
+    gpu = Gpu(settings_array(), Rooms(registers, manager.assigned.values()), registers)
+    decisions = Decisions([Part(source, gpu, lambda resolved: None)], [[0]])
+    (thread,) = decisions.threads
+    keys = np.zeros(max(_AT_ONCE, 2 * len(decisions.tables.rows)), dtype=np.int64)
+    found: list[Words] = []
+    why = DECIDED
+    while why != END:
+        if why == STEPS:
+            decisions.lay_out_steps()
+        elif why == ROOM:
+            decisions.make_room()
+        if len(keys) < len(decisions.tables.rows):
+            keys = np.zeros(2 * len(decisions.tables.rows), dtype=np.int64)
+        why, count = next_misses(decisions.tables, thread, total_experts, keys)
+        found.append(keys[:count].copy())
+    decisions.finish()
+    return np.concatenate(found)

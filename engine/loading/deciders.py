@@ -1,0 +1,129 @@
+"""Who decides in a run, as its scenario wants it: memory managers, prefetch policies, and the visits they decide."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ...resources.spool import Spool
+from ...workloads.model import Model
+from ..decide.dispatch import Visit, visits
+from ..decide.host_memory import HostMemory
+from ..decide.memory_manager import BudgetError, MemoryManager
+from ..decide.partition import divider
+from ..policies.eviction import EVICTION, Setting
+from ..policies.prefetch import PREFETCH, Gauge, NoPrefetch, Options, Prefetch
+from ..policies.prefetch_share import PREFETCH_SHARE
+from ..scenario.inputs import Inputs
+from ..scenario.scenario import Scenario, ScenarioError, parse_budget
+from .offloading import kept_bytes, low_precision, make_miss, preload
+
+
+def make_prefetch(scenario: Scenario, model: Model, copy_ns: int = 0) -> Prefetch:
+    """Return the scenario's prefetch policy; `k` left out means the model's top-k, lookahead 0 no prefetch.
+
+    `copy_ns` is what the copy of one expert takes, for policies that weigh it.
+    """
+    settings = scenario.prefetch
+    if settings.lookahead == 0:
+        return NoPrefetch()
+    k = model.top_k if settings.k is None else settings.k
+    if k > model.experts:
+        raise ScenarioError(f"prefetch.k = {k}: a layer has {model.experts} experts")
+    return PREFETCH[settings.policy](
+        Options(
+            k,
+            settings.lookahead,
+            threshold=settings.threshold,
+            decay=settings.decay,
+            layers=model.layers,
+            experts=model.experts,
+            copy_ns=copy_ns,
+        )
+    )
+
+
+def make_manager(inputs: Inputs, spool: Spool | None = None) -> MemoryManager:
+    """Return a fresh memory manager as the scenario wants it; `spool` keeps its records, and its GPU's."""
+    memory, model = inputs.scenario.memory, inputs.model
+    sizes, size_of = kept_bytes(inputs)
+    share = None
+    if memory.prefetch_limit != "none":
+        share = PREFETCH_SHARE[memory.prefetch_limit](memory.prefetch_share, inputs.budget_bytes // max(sizes))
+    setting = _setting(inputs)
+    manager = MemoryManager(
+        sizes,
+        model.experts,
+        inputs.budget_bytes - low_precision(inputs)[1],
+        EVICTION[memory.eviction],
+        setting=setting,
+        scope=memory.scope,
+        divide=divider(memory.scope, size_of or sizes, inputs.trace),
+        protect=inputs.scenario.prefetch.protect,
+        drop_after_visit=not memory.caching,
+        prefetch_share=share,
+        watch_unused=inputs.scenario.prefetch.policy == "adaptive-memory",
+        size_of=size_of,
+        spool=spool,
+    )
+    preload(manager, inputs)
+    return manager
+
+
+def _setting(inputs: Inputs) -> Setting:
+    """Return what eviction policies may know of a run; the memory manager adds the rest."""
+    return Setting(
+        seed=inputs.scenario.seed,
+        first_layer=inputs.first_layer,
+        trace=inputs.trace,
+        steps=inputs.steps,
+        guesses=inputs.guesses,
+    )
+
+
+def make_host_memory(inputs: Inputs, spool: Spool | None = None) -> HostMemory | None:
+    """Return a fresh, empty cache in host memory as the scenario wants it; None if host memory holds every expert.
+
+    `spool` is of the GPU's records; its own are kept within.
+    """
+    model, tiers = inputs.model, inputs.scenario.tiers
+    if tiers.host_budget == "all":
+        return None
+    scope = "shared" if inputs.scenario.memory.scope == "shared" else "global"
+    budget_bytes = parse_budget(tiers.host_budget, model.expert_bytes, model.experts, scope)
+    setting = _setting(inputs)
+    try:
+        manager = MemoryManager(
+            model.expert_bytes,
+            model.experts,
+            budget_bytes,
+            EVICTION[tiers.host_policy],
+            setting=setting,
+            scope=scope,
+            spool=None if spool is None else spool.within("host"),
+        )
+    except BudgetError as error:
+        raise ScenarioError(f"tiers.host_budget = {tiers.host_budget!r}: {error}") from None
+    return HostMemory(manager, model.expert_bytes)
+
+
+def dispatched(
+    inputs: Inputs,
+    manager: MemoryManager,
+    prefetch: Prefetch,
+    gauge: Gauge | None = None,
+    host_memory: HostMemory | None = None,
+) -> Iterator[Visit]:
+    """Return the visits of a run, decided one by one as they are asked for, those of host memory with them."""
+    decided = visits(
+        inputs.trace,
+        inputs.steps,
+        manager,
+        prefetch,
+        inputs.guesses,
+        issue=inputs.scenario.prefetch.issue,
+        gauge=gauge,
+        budgets=inputs.budgets,
+        to_host=inputs.scenario.tiers.prefetch == "host",
+        miss=make_miss(inputs),
+    )
+    return decided if host_memory is None else host_memory.through(decided)
