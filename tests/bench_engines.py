@@ -1,4 +1,4 @@
-"""What a run takes by each engine: processor time of the run alone, lanes against compiled, in turns, medians of three.
+"""What a run takes by each engine: processor time of the run alone, SimPy against compiled, in turns, medians of three.
 
 python tests/bench_engines.py
 """
@@ -15,7 +15,7 @@ from prestage.engine.scenario.scenario import load_scenario
 
 #: Scenarios, and for how many decode tokens.
 RUNS = {"default": 500, "gpt-oss-20b": 200, "speed": 500, "pipeline-2": 60, "cpu-experts": 200, "placement-8": 200}
-ENGINES = ("lanes", "compiled")
+ENGINES = ("simpy", "compiled")
 ROUNDS = 3
 
 
@@ -35,9 +35,9 @@ def taken_s(name: str, tokens: int) -> tuple[int, dict[str, float]]:
 def table() -> str:
     """Return the table of all runs, in Markdown."""
     taken_s("speed", 2)  # compile
-    lines = ["| scenario | layer visits | lanes, s | compiled, s | lanes / compiled |", "|---|---|---|---|---|"]
+    lines = ["| scenario | layer visits | simpy, s | compiled, s | simpy / compiled |", "|---|---|---|---|---|"]
     for name, tokens in RUNS.items():
         visits, seconds = taken_s(name, tokens)
-        ratio = seconds["lanes"] / seconds["compiled"]
-        lines.append(f"| {name} | {visits:,} | {seconds['lanes']:.2f} | {seconds['compiled']:.2f} | {ratio:.2f} |")
+        ratio = seconds["simpy"] / seconds["compiled"]
+        lines.append(f"| {name} | {visits:,} | {seconds['simpy']:.2f} | {seconds['compiled']:.2f} | {ratio:.2f} |")
     return "\n".join(lines)

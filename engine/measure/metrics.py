@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...resources.lane import Lags
+from ...resources.lags import Lags
 from ...resources.timeline import (
     DECOMPRESS,
     DEMAND,
@@ -34,8 +34,8 @@ from ...workloads.trace import RoutingTrace
 from ..decide.dispatch import Visit
 from ..decide.host_memory import HostMemory
 from ..decide.memory_manager import DEMANDED, PREFETCHED, MemoryManager
-from ..gpu import RESOLVED, Decoded
 from ..policies.miss import CPU
+from ..timing.records import RESOLVED, Decoded
 from .speed import Served, speed_metrics
 
 Array = npt.NDArray[Any]

@@ -554,6 +554,11 @@ class Scenario(_Section):
         compression = self.compression
         return self.miss.policy == "fetch" and compression.where == "none" and compression.mixed is None
 
+    @property
+    def uses_cpu(self) -> bool:
+        """Whether misses may be computed on the CPU."""
+        return bool(getattr(MISS[self.miss.policy], "uses_cpu", False))
+
     @model_validator(mode="after")
     def _sharing_is_known(self) -> Scenario:
         """Refuse what GPUs that share the experts cannot do."""

@@ -21,7 +21,6 @@ from ...workloads.batches import DECODE, PREFILL
 from ..costs.costs import KernelCost
 from ..decide.commands import H2D, PREFETCH_LANE, Command, Op
 from ..decide.program import Program
-from ..gpu import pack_arrival
 from . import compiled_host as code
 from .compiled_lanes import rate_row
 from .lanes import ArrivalLane, Lane, QueueLane
@@ -149,9 +148,11 @@ from .memory import (
     NEVER,
     NODE_WORDS,
     NODES_LEFT,
+    NOW,
     PORTION,
     PRICE,
     R_AT,
+    R_CAPACITY,
     R_COUNT,
     RATE,
     RATE_ROWS,
@@ -180,6 +181,7 @@ from .memory import (
     WORK_WORDS,
     Memory,
 )  # fmt: skip
+from .records import pack_arrival
 
 Array = npt.NDArray[Any]
 
@@ -224,6 +226,7 @@ class Layout:
         self.transfers: list[tuple[Any, int]] = []
         self._transfer_of: dict[tuple[int, int, int], int] = {}
         self._crowds: dict[Crowd, int] = {}
+        self._free = _WORK
         memory = self.memory
         memory.allocate(HEADER)
         self.lanes = [memory.allocate(LANE_WORDS) for _ in machine.lanes]
@@ -266,9 +269,14 @@ class Layout:
             floats[at + word] = value
 
     def add_space(self) -> None:
-        """Add free work and nodes."""
-        self.memory.add_free(FREE_WORK, WORK_LEFT, WORK_WORDS, W_NEXT, _WORK)
-        self.memory.add_free(FREE_NODE, NODES_LEFT, NODE_WORDS, N_NEXT, _NODES)
+        """Add as much free work and as many nodes as there are, or what the memory begins with."""
+        self.memory.add_free(FREE_WORK, WORK_LEFT, WORK_WORDS, W_NEXT, self._free)
+        self.memory.add_free(FREE_NODE, NODES_LEFT, NODE_WORDS, N_NEXT, self._free * (_NODES // _WORK))
+        self._free *= 2
+
+    def most_commands(self) -> int:
+        """Return how many commands the longest portion has."""
+        return max(int(self.memory.words[thread + T_COUNT]) for thread in self.threads) + len(self.gpus) ** 2
 
     def add_registers(self, count: int) -> None:
         """Make room for so many registers, at least."""
@@ -485,6 +493,10 @@ class CompiledEngine:
         """Return the clock of the host thread at a GPU."""
         return int(self._memory.words[self._layout.gpus[gpu] + G_NOW])
 
+    def clock_ns(self) -> int:
+        """Return the simulation's clock."""
+        return int(self._memory.words[NOW])
+
     def backlog_ns(self, gpu: int) -> int:
         """Return the copy time that is queued on a GPU's link now, in ns."""
         return int(code.backlogs(self._memory.words, self._memory.floats, self._layout.gpus[gpu]))
@@ -609,10 +621,19 @@ class CompiledEngine:
         self.flush()
         if all(code.has_space(self._memory.words, thread) for thread in self._layout.threads):
             return
-        self._layout.add_space()
         words = self._memory.words
-        for region, size in ((words[SPANS], SPAN_WORDS), (words[BOOKS], BOOK_WORDS), (words[DROPPED], DROPPED_WORDS)):
-            self._memory.grow_region(int(region), size)
+        full = [
+            (int(words[name]), size)
+            for name, size in ((SPANS, SPAN_WORDS), (BOOKS, BOOK_WORDS), (DROPPED, DROPPED_WORDS))
+            if 2 * words[words[name] + R_COUNT] >= words[words[name] + R_CAPACITY]
+        ]
+        for region, size in full:
+            self._memory.grow_region(region, size)
+        if not all(code.has_space(self._memory.words, thread) for thread in self._layout.threads):
+            self._layout.add_space()
+            for name, size in ((SPANS, SPAN_WORDS), (BOOKS, BOOK_WORDS)):
+                if self._memory.words[self._memory.words[name] + R_CAPACITY] <= 2 * self._layout.most_commands():
+                    self._memory.grow_region(int(self._memory.words[name]), size)
 
     def _records(self, region: int, words: int, count: int | None = None) -> Array:
         """Return the records of a region (records, words)."""
