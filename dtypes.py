@@ -47,7 +47,6 @@ BLOCK_TYPES: dict[str, Fraction] = {
     "q5_0": _block(32, 22),
     "q5_1": _block(32, 24),
     "q8_0": _block(32, 34),
-    "q8_1": _block(32, 36),
     "q1_0": _block(128, 18),
     "q2_k": _block(256, 84),
     "q3_k": _block(256, 110),

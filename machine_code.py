@@ -12,22 +12,19 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-#: Without it, all that would be compiled stays Python.
-numba: Any = import_module("numba") if find_spec("numba") is not None else None
+import numba
+
+from .machine_words import REALS, TABLE, WORDS
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def compiled(function: Function, **options: Any) -> Function:
-    """Return the function compiled, with these of Numba's options; as it is, without Numba."""
-    if numba is None:
-        return function
+    """Return the function compiled, with these of Numba's options."""
     try:
         fast: Any = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # no place to keep it
@@ -40,18 +37,14 @@ def compiled(function: Function, **options: Any) -> Function:
     return fast  # type: ignore[no-any-return]
 
 
-#: What Numba is told by the annotations of parameters: a word, a float, arrays of one and of two dimensions.
-_TYPES: Mapping[str, Any] = (
-    {}
-    if numba is None
-    else {
-        "Word": numba.int64,
-        "Real": numba.float64,
-        "Words": numba.int64[::1],
-        "Reals": numba.float64[::1],
-        "Table": numba.int64[:, ::1],
-    }
-)
+#: What Numba is told by the annotations of parameters: a word, a float, addresses of words, of floats and of a table.
+_TYPES = {
+    "Word": numba.int64,
+    "Real": numba.float64,
+    "Words": WORDS,
+    "Reals": REALS,
+    "Table": TABLE,
+}
 
 
 def compiled_once(function: Function, types: Mapping[str, Any] = MappingProxyType({}), **options: Any) -> Function:
@@ -60,8 +53,6 @@ def compiled_once(function: Function, types: Mapping[str, Any] = MappingProxyTyp
     Annotations are of `Word`, `Real`, `Words`, `Reals` and `Table`, or among `types`. Left to itself, Numba makes one
     version after another: of literals, of views, of flags.
     """
-    if numba is None:
-        return function
     fast: Any = compiled(function, **options)
     known = {**_TYPES, **types}
     fast.compile(tuple(known[given] for name, given in function.__annotations__.items() if name != "return"))
@@ -70,14 +61,12 @@ def compiled_once(function: Function, types: Mapping[str, Any] = MappingProxyTyp
 
 
 def compiler_version() -> str:
-    """Return the version of Numba; empty if it is not installed."""
-    return "" if numba is None else str(numba.__version__)
+    """Return the version of Numba."""
+    return str(numba.__version__)
 
 
 def kept_in(function: Callable[..., Any]) -> Path | None:
     """Return the folder in which the machine code of a function would be kept; None if it would be nowhere."""
-    if numba is None:
-        return None
     path = getattr(getattr(compiled(function), "_cache", None), "cache_path", None)
     return None if path is None else Path(path)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..dtypes import bits_of
-from ..engine.costs.costs import DENSE_PRODUCTS
+from ..engine.costs.surface_costs import DENSE_PRODUCTS, product_width
 from ..errors import InputError
 from ..workloads.model import Model
 
@@ -204,7 +204,7 @@ class Workload:
         self._y = self._empty("y", most_tokens, hidden, dtype=dtype)
         self._inner = self._empty("inner", most_tokens * max(self._width), dtype=dtype)
         self._dense_weights = [self._weights(layer) for layer in range(model.layers)]
-        vocabulary = max(16, model.head_bytes // (hidden * itemsize(dtype)) // 16 * 16)
+        vocabulary = product_width(hidden, dtype, 1, model.head_bytes)
         self._head_weights = self._random("head", vocabulary, hidden, dtype=dtype, scale=hidden**-0.5, seed=2)
         self._logits = self._empty("logits", most_tokens, vocabulary, dtype=dtype)
         dtype, inner = model.expert_dtype, model.expert_ff
@@ -319,8 +319,7 @@ def without_kernels(model: Model) -> list[str]:
 
 def dense_width(model: Model) -> list[int]:
     """Return the inner width of each layer's dense products, so that they read about `model.dense_bytes`."""
-    row_bytes = DENSE_PRODUCTS * model.hidden * itemsize(model.dense_dtype)
-    return [max(16, size // row_bytes // 16 * 16) for size in model.dense_bytes]
+    return [product_width(model.hidden, model.dense_dtype, DENSE_PRODUCTS, size) for size in model.dense_bytes]
 
 
 def itemsize(dtype: str) -> int:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,11 @@ from .evidence import (
     weighted_mean_ns,
 )
 from .fit_kernels import KernelFitter
+from .fit_surface import fit_surface
 from .samples import Samples
 
+#: A list of whole numbers only, as it is written with one a line.
+_NUMBERS = re.compile(r"\[[\s\d,]+\]")
 #: The largest residual of a line, as a share of what was measured; a table is kept where it would be larger.
 LINE_RESIDUAL = 0.015
 
@@ -60,7 +65,10 @@ def fit(
     ProfileError if something needed is missing.
     """
     evidence = Evidence(sample_rows([samples, *more]), schedule)
-    fitter = _Fitter(evidence, typical_copies=topology is not None)
+    surface = next((file for file in (samples, *more) if file.surface), None)
+    if surface is not None and surface.device != samples.device:
+        raise ProfileError(f"the surface is of an {surface.device}, and the samples of an {samples.device}")
+    fitter = _Fitter(evidence, surface, typical_copies=topology is not None)
     host = fitter.host()
     data: dict[str, Any] = {
         "name": name,
@@ -98,8 +106,13 @@ def fit_data(fitted: Fit) -> dict[str, Any]:
 
 def write_profile(profile: Profile, path: Path) -> None:
     """Write a profile as JSON, what is not set left out."""
+    data = profile.model_dump(exclude_none=True, exclude_defaults=True)
+    text = json.dumps(data, indent=1)
+    if "surface" in data["compute"]:  # tens of thousands of numbers: a table's axis, or its durations, are one line
+        head, key, tables = text.partition('\n  "surface": ')
+        text = head + key + _NUMBERS.sub(lambda found: "".join(found.group().split()), tables)
     with replacing(path) as file:
-        file.write(json.dumps(profile.model_dump(exclude_none=True, exclude_defaults=True), indent=1).encode() + b"\n")
+        file.write(text.encode() + b"\n")
 
 
 def fit_transfer(points: Points) -> dict[str, Any]:
@@ -143,8 +156,8 @@ class _Fitter:
     GPUs load, many copies are a little slower, and a few by much.
     """
 
-    def __init__(self, evidence: Evidence, *, typical_copies: bool = False) -> None:
-        self._evidence, self._typical_copies = evidence, typical_copies
+    def __init__(self, evidence: Evidence, surface: Samples | None = None, *, typical_copies: bool = False) -> None:
+        self._evidence, self._surface, self._typical_copies = evidence, surface, typical_copies
         self.terms: list[Term] = []
 
     # Copies.
@@ -238,12 +251,24 @@ class _Fitter:
             "cpu_experts": list(self._cpu_experts()),
             "predictors": list(self._predictors()),
             "rule": kernels.rule(),
+            **({"surface": self._fit_surface(self._surface, parts)} if self._surface is not None else {}),
             "eager_gap": gaps["eager"],
             "graph_gap": gaps["graph"],
             "event_wait_gap": wait,
             **peer,
             "launch_latency": kernels.launch_latency(),
         }
+
+    def _fit_surface(self, samples: Samples, points: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+        """Return the surface, and report how far groups are off that are put together of its kernels."""
+        surface = fit_surface(samples, self._evidence, points)
+        for (part, by_dispatch), dispatch in product(surface["groups"].items(), ("graph", "eager")):
+            group = by_dispatch[dispatch]
+            if "uncertainty" in group:
+                self.terms.append(
+                    Term(f"surface, {part}, {dispatch}", "sum", len(samples.surface), group["uncertainty"])
+                )
+        return surface
 
     def _cpu_experts(self) -> Iterable[dict[str, Any]]:
         for row in self._evidence.micro("cpu_expert", beside="none"):

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..engine.costs.costs import DENSE_PRODUCTS
+from ..engine.costs.surface_costs import DENSE_PRODUCTS
 from ..engine.loading.loading import load_inputs
 from ..engine.policies.copy_order import Fifo
 from ..engine.scenario.scenario import Scenario

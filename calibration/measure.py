@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from itertools import product
@@ -84,6 +84,16 @@ QUICK = Extent(
     rounds=2,
 )
 
+#: Of a model that is added, so many layers are measured at most: their dense parts may differ.
+MOST_LAYERS = 4
+
+
+def with_models(extent: Extent, names: Iterable[str]) -> Extent:
+    """Return an extent with more models, by their presets or files; ModelError if one is none."""
+    more = {name: min(MOST_LAYERS, load_model(name).layers) for name in names}
+    return replace(extent, models={**extent.models, **more})
+
+
 #: No round but the first two is begun after so long.
 _LAST_ROUND_S = 200.0
 #: Probes at the start of a round that are taken twice, and count the second time.
@@ -93,8 +103,8 @@ _BESIDE_COPIES = 12
 _HOST_CALLS = 100
 #: What goes back through a pipeline: a sampled token's id.
 _TOKEN_BYTES = 8
-#: Calls in one queue: fewer than the driver takes before it blocks.
-_MOST_CALLS = 450
+#: Calls in one queue, two events around each group among them: fewer than the driver takes before it blocks.
+_MOST_CALLS = 900
 
 
 class Bench:
@@ -180,7 +190,7 @@ class Kernels:
         else:
             groups = [(model.dense_bytes[layer], workload.dense(layer, tokens)) for layer in range(model.layers)]
         # The first of a queue is not timed: it stands at the end once more.
-        return [*groups[: _MOST_CALLS // len(groups[0][1]) - 1], groups[0]]
+        return [*groups[: _MOST_CALLS // (len(groups[0][1]) + 2) - 1], groups[0]]
 
     def key(self, part: str, size: int, tokens: int, dispatch: str, where: str, context: int = 0) -> Key:
         """Return the key of a kernel's series."""

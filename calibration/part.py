@@ -173,16 +173,24 @@ class Part:
         for number, entry in enumerate(plan.entries):
             program.append(poll + self._promotes(entry) + self._calls(number, entry))
             self._stamp_of.append(len(program) - 1)
-            if entry.kind == READBACK:
-                end = self._ends[entry.mark]
-                wait: Call = (end.synchronize, ()) if self._queue is None else (self._queue.wait_for, (end,))
-                program.append((wait,))
-                self._wait_stamps.append((entry.visit, len(program) - 2, len(program) - 1))
+            for other in entry.host_waits:
+                program.append(self._host_wait(other))
+                if plan.entries[other].kind == READBACK:
+                    self._wait_stamps.append((entry.visit, len(program) - 2, len(program) - 1))
             if number + 1 in turn_of:
                 self.turns.append((turn_of[number + 1], len(program)))
         if self._queue is not None:
             program.append(((self._queue.drain, ()),))
             self.turns[-1] = (self.turns[-1][0], len(program))
+
+    def _host_wait(self, number: int) -> Calls:
+        """Return the calls by which the host waits for the end of an entry; copies in its queue go on meanwhile."""
+        entry, queue = self.plan.entries[number], self._queue
+        end = self._ends[entry.mark + entry.marks - 1]
+        if queue is None:
+            return ((end.synchronize, ()),)
+        made: Calls = ((queue.wait_until_made, (number,)),) if entry.kind in COPIES else ()
+        return (*made, (queue.wait_for, (end,)))
 
     def _calls(self, number: int, entry: Entry) -> Calls:
         if entry.kind == ACTIVATION:

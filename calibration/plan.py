@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..engine.costs.costs import pieces_of, token_bucket
 from ..engine.decide.commands import FIXED_REGISTERS, H2D, PREFETCH_LANE, Command, Op
@@ -45,6 +46,7 @@ class ExecutionError(InputError):
 class Entry:
     """One call group: `waits` are the entries whose end its stream waits for before it starts.
 
+    `host_waits` are those whose end the host waits for behind it.
     `marks` are how many spans it leaves, numbered from `mark`: one, or one a piece of a copy in a priority queue.
     In a priority queue, `overtakes` is a copy into the same room that nobody has used (-1: none): if it is still queued
     it need not be made; and `promotes` are copies that may still be queued and are demanded from here on.
@@ -62,6 +64,7 @@ class Entry:
     slot: int = -1
     target: int = 0
     waits: tuple[int, ...] = ()
+    host_waits: tuple[int, ...] = ()
     overtakes: int = -1
     promotes: tuple[int, ...] = ()
     mark: int = 0
@@ -261,7 +264,7 @@ class Planner:
             raise ExecutionError(f"command {Op(command.op).name}: no CUDA call is made for it (execution on a GPU)")
         carry(self, command)
 
-    def _add(self, command: Command, kind: int, lane: str, tokens: int, **more: int) -> None:
+    def _add(self, command: Command, kind: int, lane: str, tokens: int, **more: Any) -> None:
         """Add an entry behind all that was said of it; the command's register stands for it."""
         ahead, self._ahead = self._ahead, _Ahead()
         stream, entries = STREAMS[lane], self._entries
@@ -282,7 +285,7 @@ class Planner:
     # Commands.
 
     def _nothing(self, command: Command) -> None:
-        """Add nothing: it says what a clock does, or what CUDA does by itself."""
+        """Add nothing: it says what the engines' clocks do."""
 
     def _begin_visit(self, command: Command) -> None:
         self._visit += 1
@@ -291,6 +294,10 @@ class Planner:
         entry = self._register.get(command.register, -1)
         if entry >= 0:
             self._ahead.waits.append(entry)
+
+    def _hold(self, command: Command) -> None:
+        """Let the host wait for what a register stands for, behind all that it has called for so far."""
+        self._entries[-1].host_waits += (self._register[command.register],)
 
     def _reclaim(self, command: Command) -> None:
         """Let the next copy have a room's slot; equal experts leave nothing of it."""
@@ -348,8 +355,9 @@ _CARRY_OUT: dict[int, Callable[[Planner, Command], None]] = {
     Op.LAUNCH: Planner._launch,
     Op.COPY: Planner._copy,
     Op.READBACK: Planner._read_back,
-    Op.NOTICE: Planner._nothing,  # the host waits behind each read-back
+    Op.NOTICE: Planner._hold,
     Op.DECIDE: Planner._nothing,
+    Op.HOLD: Planner._hold,
     Op.PROMOTE: Planner._promote,
     Op.CATCH_UP: Planner._nothing,
     Op.RECEIVE: Planner._receive,

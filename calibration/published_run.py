@@ -21,11 +21,12 @@ from ..bounded import read
 from ..engine.costs.costs import part_costs
 from ..engine.loading.loading import load_inputs
 from ..engine.measure.merge import served
-from ..engine.measure.metrics import Recording
+from ..engine.measure.recording import Recording
 from ..engine.measure.speed import Serving, decode_times_ns
 from ..engine.run import prepared, run_all
+from ..engine.scenario.amounts import ScenarioError
 from ..engine.scenario.inputs import Inputs
-from ..engine.scenario.scenario import Scenario, ScenarioError
+from ..engine.scenario.scenario import Scenario
 from ..errors import InputError
 from ..resources.profile import Profile
 

@@ -10,7 +10,8 @@ import orjson
 
 from ..files import replacing_folder, write_file
 from ..output.markdown import table
-from ..output.plots import plot_errors, save
+from ..output.pictures import save
+from ..output.plots import plot_errors
 
 
 def write_report(report: dict[str, Any], folder: Path) -> list[Path]:

@@ -7,13 +7,15 @@ measure and what each depends on.
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ..bounded import read
+from ..bounded import read, unpacked
+from ..dtypes import DTYPES
 from ..errors import InputError
 from ..words import problems
 
@@ -85,8 +87,33 @@ class Series(_Part):
         return self
 
 
+#: What kernels of the surface are, how they are launched, and what runs beside them.
+Kind = Literal["product", "negate", "multiply", "attention", "prompt"]
+#: How many sizes the shape of each has.
+SHAPES: dict[str, int] = {"product": 3, "negate": 1, "multiply": 1, "attention": 5, "prompt": 4}
+Dispatch = Literal["graph", "eager"]
+Load = Literal["none", "h2d"]
+
+
+class SurfaceSeries(NamedTuple):
+    """All samples of one row of kernels of one shape, in ns for all `kernels` of it together.
+
+    `what` is a product of (tokens, columns) and (columns, rows), whose shape is (rows, columns, tokens); a small kernel
+    (negate, multiply) of so many elements; attention of one new token a sequence (sequences, KV heads, query heads a KV
+    head, head width, positions); or that of a prompt (KV heads, query heads a KV head, head width, tokens).
+    """
+
+    what: Kind
+    dtype: str
+    dispatch: Dispatch
+    beside: Load
+    shape: Annotated[tuple[Annotated[int, Field(ge=1, le=2**53)], ...], Field(min_length=1, max_length=5)]
+    kernels: Annotated[int, Field(ge=1, le=2**20)]
+    samples_ns: Annotated[tuple[Annotated[int, Field(ge=1, le=10**12)], ...], Field(min_length=1)]
+
+
 class Samples(_Part):
-    """Everything measured on one machine in one go.
+    """Everything measured on one machine in one go: what `TERMS` names, the surface of its kernels, or both.
 
     `launch_queue_depth` is how many launches the driver takes before one blocks, once for each try.
     """
@@ -99,21 +126,38 @@ class Samples(_Part):
     date: str
     versions: dict[str, str]
     cpu_threads: int = Field(ge=1)
-    launch_queue_depth: tuple[int, ...] = Field(min_length=1)
-    series: tuple[Series, ...] = Field(min_length=1)
+    launch_queue_depth: tuple[int, ...] = ()
+    series: tuple[Series, ...] = ()
+    surface: tuple[SurfaceSeries, ...] = ()
+
+    @model_validator(mode="after")
+    def _has_some(self) -> Samples:
+        if not self.series and not self.surface:
+            raise InputError("series, surface: give one of the two at least")
+        if self.series and not self.launch_queue_depth:
+            raise InputError("launch_queue_depth: missing")
+        for number, row in enumerate(self.surface):
+            if len(row.shape) != SHAPES[row.what] or row.dtype not in DTYPES:
+                raise InputError(
+                    f"surface.{number}: {row.what} of {row.dtype} has {len(row.shape)} sizes: give one of "
+                    f"{', '.join(DTYPES)}, and {SHAPES[row.what]} sizes"
+                )
+        return self
 
     def save(self, path: Path) -> None:
-        """Write the samples as compact JSON."""
+        """Write the samples as compact JSON, compressed if the file's name ends in .gz."""
         from ..files import replacing
 
+        data = self.model_dump(exclude=None if self.surface else {"surface"})
+        text = json.dumps(data, separators=(",", ":")).encode() + b"\n"
         with replacing(path) as file:
-            file.write(json.dumps(self.model_dump(), separators=(",", ":")).encode() + b"\n")
+            file.write(gzip.compress(text, mtime=0) if path.name.endswith(".gz") else text)
 
 
 def load_samples(path: Path) -> Samples:
     """Read samples; SamplesError, naming file and key, if they are not what `save` writes."""
     try:
-        text = read(path, SamplesError).decode("utf-8")
+        text = unpacked(read(path, SamplesError), path, SamplesError).decode("utf-8")
     except OSError as error:
         raise SamplesError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:

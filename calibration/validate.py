@@ -19,7 +19,8 @@ from ..engine.costs.uncertainty import replicate_costs
 from ..engine.decide.memory_manager import DEMANDED, PREFETCHED
 from ..engine.loading.loading import load_inputs
 from ..engine.measure.merge import makespan_ns as run_ns
-from ..engine.measure.metrics import LATE, Recording, time_split
+from ..engine.measure.recording import LATE, Recording
+from ..engine.measure.time_split import time_split
 from ..engine.run import prepared, run_all
 from ..engine.scenario.inputs import Inputs
 from ..engine.scenario.scenario import Scenario
@@ -309,7 +310,7 @@ def dispatch_pairs(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     pairs = []
     for name, row in by_name.items():
         other = by_name.get(name.replace("-graph-", "-eager-"))
-        if row["dispatch"] != "graph" or other is None:
+        if row["dispatch"] != "graph" or other is None or other is row:
             continue
         real, made = (other[key] / row[key] for key in ("measured_ms", "simulated_ms"))
         pairs.append({"scenario": name, "measured": real, "simulated": made, "error": made / real - 1})

@@ -22,26 +22,42 @@ def calibrate_measure(
     device: Annotated[int, typer.Option(help="Which CUDA GPU.")] = 0,
     quick: Annotated[bool, typer.Option(help="Fewer sizes, one model and two rounds: a minute, not four.")] = False,
     links: Annotated[bool, typer.Option(help="Only what several GPUs of one machine add.")] = False,
+    surface: Annotated[
+        bool, typer.Option(help="Only the surface of single kernels, from which any model's are put together.")
+    ] = False,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="A model (a preset or a file) whose kernels are measured as points of their own; repeat it."),
+    ] = None,
 ) -> None:
     """Measure what copies, kernels and calls take on a CUDA GPU, and keep every sample."""
     from ..calibration.cuda import Gpu
     from ..calibration.evidence import sample_rows
-    from ..calibration.measure import FULL, LINKS, PROBES, QUICK, measure
+    from ..calibration.measure import FULL, LINKS, PROBES, QUICK, measure, with_models
+    from ..calibration.surface import measure_surface, surface_samples
     from ..files import check_file
 
     check_file(out)
+    if surface and (links or quick or model):
+        raise InputError("--surface: measures the surface alone: leave out --links, --quick and --model")
+    extent = with_models(QUICK if quick else FULL, model or ())
     gpu = Gpu(device)
     if links and gpu.count() < 2:
         raise InputError("--links: torch finds one GPU only")
     if out.exists():
         say_replaced(out, "file")
     with progress_shown() as progress:
-        samples = measure(gpu, QUICK if quick else FULL, progress, LINKS if links else PROBES)
+        if surface:
+            samples = surface_samples(gpu, measure_surface(gpu, progress=progress))
+        else:
+            samples = measure(gpu, extent, progress, LINKS if links else PROBES)
+            if not links and not quick:
+                samples = samples.model_copy(update={"surface": measure_surface(gpu, progress=progress)})
     samples.save(out)
     noisy = sum(row.noisy for row in sample_rows([samples]))
     typer.echo(
-        f"{out}: {len(samples.series)} series, {noisy} of them with an interquartile range over 10 % of the median; "
-        f"next: prestage calibrate fit {out} -o PROFILE.json"
+        f"{out}: {len(samples.series)} series, {noisy} of them with an interquartile range over 10 % of the median, "
+        f"and {len(samples.surface)} shapes of the surface; next: prestage calibrate fit {out} -o PROFILE.json"
     )
 
 
@@ -90,7 +106,7 @@ def calibrate_fit(
     if json:
         print_json(fit_data(fitted))
         return
-    from ..output.tables import print_calibration
+    from ..output.tables.measured import print_calibration
 
     print_calibration(fit_data(fitted))
     typer.echo(str(out))
@@ -138,6 +154,26 @@ def calibrate_check_run(
         print_json(report)
         return
     typer.echo(check_text(report))
+
+
+@app.command("check-kernels")
+def calibrate_check_kernels(
+    samples: Annotated[list[Path], typer.Argument(help="Samples of kernels: single ones, or groups of models.")],
+    profile: Annotated[str, typer.Option(help="The profile whose surface is checked.")] = "h200",
+    json: Json = False,
+) -> None:
+    """Compare kernels that were measured with what a profile's surface says of them: shapes that it does not hold."""
+    from ..calibration.check_kernels import check_kernels, check_text, summary
+    from ..calibration.samples import load_samples
+    from ..resources.profile import load_profile
+
+    checked = check_kernels([load_samples(path) for path in samples], load_profile(profile))
+    if not checked:
+        raise InputError("none of these files has kernels in graphs with nothing beside them")
+    if json:
+        print_json({"profile": profile, "kernels": summary(checked)})
+        return
+    typer.echo(check_text(checked))
 
 
 @app.command("execute")
@@ -263,13 +299,14 @@ def benchmark_transfer(
         with progress_shown() as progress:
             report = transfer.from_samples(measure(gpu, FULL, progress, TRANSFERS))
     if out is not None:
-        from ..output.plots import plot_transfer, save
+        from ..output.pictures import save
+        from ..output.plots import plot_transfer
 
         save(plot_transfer(report), out)
     if json:
         print_json(report)
         return
-    from ..output.tables import print_transfer
+    from ..output.tables.measured import print_transfer
 
     print_transfer(report)
     if out is not None:

@@ -13,7 +13,7 @@ from typing import Annotated, cast
 import typer
 
 from ..errors import InputError
-from . import calibrate, predictor, timeline, trace
+from . import calibrate, machine, model, predictor, timeline, trace
 from .console import stop_status
 from .experiments import breakeven, compare, suite, sweep
 from .guide import reproduce
@@ -33,7 +33,9 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
 )  # fmt: skip
 for _command in _COMMANDS:
     app.command()(_command)
+app.add_typer(machine.app, name="machine")
 app.add_typer(trace.app, name="trace")
+app.add_typer(model.app, name="model")
 app.add_typer(calibrate.app, name="calibrate")
 app.add_typer(calibrate.benchmark_app, name="benchmark")
 app.add_typer(predictor.app, name="predictor")

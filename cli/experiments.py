@@ -66,7 +66,7 @@ def sweep(
     if json:
         print_json({"rows": len(rows), "errors": len(failed), "file": str(out)})
     else:
-        from ..output.tables import print_sweep
+        from ..output.tables.sweeps import print_sweep
 
         print_sweep(rows)
         typer.echo(f"{out}: {len(rows):,} rows" + (f", {len(failed):,} of them with an error" if failed else ""))
@@ -122,7 +122,7 @@ def suite(
     if json:
         print_json(finished.data)
         return
-    from ..output.tables import print_suite
+    from ..output.tables.sweeps import print_suite
 
     print_suite(finished.data)
     for path in written:
@@ -152,7 +152,7 @@ def compare(
     from ..engine.measure.comparison import compare as compare_runs
     from ..engine.measure.comparison import waterfall
     from ..experiments.compare import load_run
-    from ..output.plots import check_picture
+    from ..output.pictures import check_picture
 
     if plot is not None:
         check_picture(plot)
@@ -160,14 +160,14 @@ def compare(
     data = compare_runs(loaded)
     if plot is not None:
         from ..output.charts import plot_waterfall
-        from ..output.plots import save
+        from ..output.pictures import save
 
         first, *others = loaded
         save(plot_waterfall({name: waterfall(loaded[first], loaded[name]) for name in others}, first), plot)
     if json:
         print_json(data)
         return
-    from ..output.tables import print_comparison
+    from ..output.tables.sweeps import print_comparison
 
     print_comparison(data)
     if plot is not None:
@@ -196,7 +196,7 @@ def breakeven(
     from ..engine.scenario.scenario import load_scenario
     from ..experiments.breakeven import break_even
     from ..experiments.grid import parse_grid
-    from ..output.plots import check_picture
+    from ..output.pictures import check_picture
 
     if plot is not None:
         check_picture(plot)
@@ -213,13 +213,13 @@ def breakeven(
         )
     if plot is not None:
         from ..output.charts import plot_break_even
-        from ..output.plots import save
+        from ..output.pictures import save
 
         save(plot_break_even(data), plot)
     if json:
         print_json(data)
         return
-    from ..output.tables import print_break_even
+    from ..output.tables.sweeps import print_break_even
 
     print_break_even(data)
     if plot is not None:

@@ -31,6 +31,6 @@ def reproduce(
     if json:
         print_json({"tables": data})
         return
-    from ..output.tables import print_reproduction
+    from ..output.tables.guide import print_reproduction
 
     print_reproduction(data)

@@ -47,7 +47,7 @@ def plot(
     from ..output.charts import CHARTS, plot_sweep
     from ..output.figures import FIGURES
     from ..output.figures_static import draw
-    from ..output.plots import check_picture, save
+    from ..output.pictures import check_picture, save
     from ..output.saved import load_results
     from ..words import unknown_name
 
@@ -112,7 +112,7 @@ def topology(
       prestage topology rtx4090-x4 --json
     """
     from ..output.machine import describe, load_links, machine_of, print_machine
-    from ..output.plots import check_picture, save
+    from ..output.pictures import check_picture, save
 
     if out is not None:
         check_picture(out)

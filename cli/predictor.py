@@ -121,6 +121,6 @@ def predictor_evaluate(
     if json:
         print_json(data)
         return
-    from ..output.tables import print_predictors
+    from ..output.tables.measured import print_predictors
 
     print_predictors(data, layers=layers)

@@ -10,6 +10,7 @@ import typer
 
 from .console import print_json, progress_shown, say_replaced
 from .options import Json, Settings, expert_bytes_of, listed, opened_trace
+from .own import Cpu, Drive, Gpu, Link, Model, Own, Ram
 
 
 def run(
@@ -17,6 +18,12 @@ def run(
         str | None, typer.Argument(help="A scenario's TOML file or the name of a shipped one; without it, the default.")
     ] = None,
     settings: Settings = None,
+    model: Model = None,
+    gpu: Gpu = None,
+    cpu: Cpu = None,
+    ram: Ram = None,
+    link: Link = None,
+    drive: Drive = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -49,6 +56,7 @@ def run(
     \b
     Examples:
       prestage run --out prestage-out
+      prestage run --model gpt-oss-120b --gpu rtx4090 --ram "64GB DDR5-5600"
       prestage run --set prefetch.lookahead=0 --set memory.gpu_budget=50%
       prestage run gpt-oss-20b --set workload.trace=trace.npz --json
       prestage run my-scenario.toml --no-baselines --check-prefetch
@@ -63,7 +71,9 @@ def run(
     from ..files import check_folder, made_folder
     from ..output.files import write_result
 
-    inputs = load_inputs(load_scenario(scenario, settings or ()))
+    own = Own(model, gpu, cpu, ram, link, drive)
+    chosen = load_scenario(own.scenario(scenario), [*own.settings(scenario), *(settings or ())])
+    inputs = load_inputs(chosen)
     if out is not None:
         check_folder(out)
     if engine_for(inputs, engine).engine == "compiled" and not is_ready():
@@ -84,7 +94,7 @@ def run(
     if json:
         print_json(result.json_data())
         return
-    from ..output.tables import print_result
+    from ..output.tables.runs import print_result
 
     print_result(result.json_data())
     for line in written:
@@ -132,7 +142,7 @@ def replay(
     if json:
         print_json(data)
         return
-    from ..output.tables import print_replay
+    from ..output.tables.traces import print_replay
 
     print_replay(data)
 
@@ -187,7 +197,7 @@ def mrc(
     if json:
         print_json(data)
         return
-    from ..output.tables import print_miss_ratios
+    from ..output.tables.traces import print_miss_ratios
 
     print_miss_ratios(data)
     for path in out or ():

@@ -53,7 +53,7 @@ def timeline_import(
     if json:
         print_json({**summary, "kernels": costs})
         return
-    from ..output.tables import print_kernels, print_timelines
+    from ..output.tables.measured import print_kernels, print_timelines
 
     print_timelines({trace.name: summary})
     if kernels:
@@ -83,6 +83,6 @@ def timeline_summaries(
     if json:
         print_json(summaries)
         return
-    from ..output.tables import print_timelines
+    from ..output.tables.measured import print_timelines
 
     print_timelines(summaries)

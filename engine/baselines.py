@@ -23,7 +23,9 @@ from .policies.eviction import EVICTION
 from .policies.prefetch import NoPrefetch
 from .run import Prepared, Progress, run_all, watched
 from .scenario.inputs import Inputs
-from .scenario.scenario import MemorySection, PredictorSection, PrefetchSection, Scenario, TiersSection, WorkloadSection
+from .scenario.scenario import Scenario
+from .scenario.sections import PredictorSection, PrefetchSection, WorkloadSection
+from .scenario.sections_memory import MemorySection, TiersSection
 
 #: Figures of a run, as its result has them, by name.
 Figures = Mapping[str, Any]

@@ -17,16 +17,17 @@ import numpy.typing as npt
 from ..resources.network import Carried
 from ..resources.timeline import COMBINE, DISPATCH, PEER
 from ..resources.topology import Route, TopologyError
-from ..workloads.trace import MAX_TOTAL_EXPERTS
+from ..workloads.trace_limits import MAX_TOTAL_EXPERTS
 from .costs.costs import Costs, activation_bytes
 from .decide.memory_manager import BudgetError, MemoryManager
 from .links import Links
-from .measure.metrics import Recording, miss_keys, ratio
+from .measure.accesses import miss_keys
+from .measure.recording import Recording, ratio
 from .placed import Placed, PlacedVisit, Prices, Worker, homes, own_guesses, own_steps, placed_visits
 from .policies.placement import PLACEMENT, Owners, Request
 from .policies.prefetch import Gauge, NoPrefetch, Prefetch
+from .scenario.amounts import ScenarioError, parse_budget, parse_bytes
 from .scenario.inputs import Inputs
-from .scenario.scenario import ScenarioError, parse_budget, parse_bytes
 from .timing.records import COPIES_FROM
 
 
@@ -93,7 +94,7 @@ def routes(links: Links) -> dict[tuple[int, int], Route]:
     """Return the way from each GPU to each other one; raise ScenarioError if there is none."""
     gpus = range(len(links.gpus))
     try:
-        return {(a, b): links.topology.route(links.gpus[a], links.gpus[b]) for a in gpus for b in gpus if a != b}
+        return {(a, b): links.route(a, b) for a in gpus for b in gpus if a != b}
     except TopologyError as error:
         raise ScenarioError(f"parallel.gpus = {len(links.gpus)}: {error}") from None
 

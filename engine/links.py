@@ -15,7 +15,8 @@ from ..resources.network import Network, Transfer, contended
 from ..resources.profile import DurationBesideCopy, Profile
 from ..resources.topology import Route, Topology
 from .costs.costs import Costs
-from .scenario.scenario import Scenario, ScenarioError
+from .scenario.amounts import ScenarioError
+from .scenario.scenario import Scenario
 
 
 @dataclass(frozen=True)
@@ -112,13 +113,19 @@ class Links:
         self.estimates: dict[str, str] = {}
         self._profile, self._scenario, self._key, self._timed = profile, scenario, key, timed
         self._peers: dict[tuple[int, int], PeerCosts] = {}
+        self._routes: dict[tuple[int, int], Route] = {}
+
+    def route(self, source: int, target: int) -> Route:
+        """Return the way from one GPU to another; TopologyError if there is none."""
+        if (source, target) not in self._routes:
+            self._routes[source, target] = self.topology.route(self.gpus[source], self.gpus[target])
+        return self._routes[source, target]
 
     def peer(self, source: int, target: int) -> PeerCosts:
         """Return what copies from one GPU to another take; TopologyError if there is no route."""
         if (source, target) not in self._peers:
-            route = self.topology.route(self.gpus[source], self.gpus[target])
             self._peers[source, target] = PeerCosts(
-                route, self._profile, self._scenario, self.estimates, timed=self._timed
+                self.route(source, target), self._profile, self._scenario, self.estimates, timed=self._timed
             )
         return self._peers[source, target]
 

@@ -22,7 +22,7 @@ from .decide.dispatch import Visit
 from .decide.host_memory import HostMemory
 from .decide.memory_manager import MemoryManager
 from .links import Links, PeerCosts
-from .measure.metrics import Recording
+from .measure.recording import Recording
 from .policies.prefetch import Gauge
 from .scenario.scenario import Scenario
 

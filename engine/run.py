@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..machine_code import compiler_version
 from ..resources.spool import Spool
 from ..words import unknown_name
 from .costs.costs import Costs
@@ -20,14 +19,13 @@ from .decide.dispatch import Visit
 from .decide.host_memory import HostMemory
 from .decide.memory_manager import MemoryManager
 from .expert_parallel import decided
-from .loading.deciders import dispatched, make_host_memory, make_manager, make_prefetch
-from .loading.offloading import make_miss
-from .measure import metrics as measure
+from .loading.deciders import dispatched, make_host_memory, make_manager, make_prefetch, source_of
+from .measure.recording import Recording
 from .pipeline import StageRun, flow_of
 from .policies.copy_order import COPY_ORDERS, Fifo, Priority, TwoStreams
 from .policies.prefetch import Gauge, Prefetch
+from .scenario.amounts import ScenarioError
 from .scenario.inputs import Inputs
-from .scenario.scenario import ScenarioError
 from .timing.ready import is_ready
 from .timing.records import Decoded
 
@@ -87,7 +85,7 @@ _KNOWN_ORDERS = (Fifo, TwoStreams, Priority)
 
 def run_all(
     inputs: Inputs, ready: Sequence[Prepared], watch: Watch = iter, engine: str | None = None
-) -> list[measure.Recording]:
+) -> list[Recording]:
     """Simulate one run, by one of ENGINES or as `engine_for` says, and return what was recorded on each GPU.
 
     Costs that are drawn anew for every kernel are asked for by SimPy processes, one after the other.
@@ -101,7 +99,10 @@ def run_all(
     if inputs.placed is not None and inputs.links is not None:
         managers, prefetches = [gpu.manager for gpu in ready], [gpu.prefetch for gpu in ready]
         visits = watch(decided(inputs, managers, prefetches, gauges))
-        decoded = run_shared(inputs, ready, gauges, visits, one_thread=one_thread, engine=engine)
+        decoded = run_shared(
+            inputs, ready, gauges, visits, one_thread=one_thread, engine=engine, sources=_shared(inputs, ready, engine),
+            ticks=watch(iter(range(inputs.layer_visits))),
+        )  # fmt: skip
         ready = [replace(gpu, inputs=replace(gpu.inputs, steps=inputs.steps)) for gpu in ready]
     else:
         hosts = [make_host_memory(gpu.inputs, gpu.manager.spool) for gpu in ready]
@@ -117,12 +118,20 @@ def run_all(
             )
             for gpu, gauge, host in zip(ready, gauges, hosts, strict=True)
         ]
-        flow = flow_of(inputs.model, inputs.trace, inputs.steps)
+        flow = None if inputs.links is None else flow_of(inputs.model, inputs.trace, inputs.steps)
         decoded = run_stages(
-            runs, flow, inputs.links, one_thread=one_thread, engine=engine, sources=_sources(ready, engine),
-            ticks=watch(iter(range(inputs.layer_visits))),
+            runs, inputs.steps, flow, inputs.links, one_thread=one_thread, engine=engine,
+            sources=_sources(ready, engine), ticks=watch(iter(range(inputs.layer_visits))),
         )  # fmt: skip
     return [_recording(gpu, found, host) for gpu, found, host in zip(ready, decoded, hosts, strict=True)]
+
+
+def _all_sources(ready: Sequence[Prepared]) -> list[Source]:
+    """Return what each GPU decides by."""
+    return [
+        source_of(gpu.inputs, gpu.manager, gpu.prefetch, host_memory=gpu.inputs.scenario.tiers.host_budget != "all")
+        for gpu in ready
+    ]
 
 
 def _sources(ready: Sequence[Prepared], engine: str) -> list[Source]:
@@ -131,21 +140,20 @@ def _sources(ready: Sequence[Prepared], engine: str) -> list[Source]:
         return []
     from .decide.sources import decided_in_python
 
-    sources = [
-        source_of(gpu.inputs, gpu.manager, gpu.prefetch, host_memory=gpu.inputs.scenario.tiers.host_budget != "all")
-        for gpu in ready
-    ]
+    sources = _all_sources(ready)
     return [] if any(map(decided_in_python, sources)) else sources
 
 
-def source_of(inputs: Inputs, manager: MemoryManager, prefetch: Prefetch, *, host_memory: bool = False) -> Source:
-    """Return what one GPU decides by; `host_memory`: there is less of it than all experts take."""
-    from .decide.sources import Source
+def _shared(inputs: Inputs, ready: Sequence[Prepared], engine: str) -> list[Source]:
+    """Return what each of the GPUs that share experts decides by, where compiled code decides."""
+    if engine != "compiled":
+        return []
+    from .decide.sources import shared_in_python
 
-    return Source(
-        inputs.trace, inputs.steps, manager, prefetch, inputs.guesses, inputs.scenario.prefetch.issue, inputs.budgets,
-        make_miss(inputs), host_memory,
-    )  # fmt: skip
+    placed, sources = inputs.placed, _all_sources(ready)
+    assert placed is not None
+    owners = [len(gpus) for of_layer in placed.owners for gpus in of_layer]
+    return [] if shared_in_python(sources, placed.remote, placed.spare_experts, owners) else sources
 
 
 class Chosen(NamedTuple):
@@ -173,30 +181,26 @@ def engine_for(inputs: Inputs, engine: str | None = None) -> Chosen:
             raise ScenarioError(f"{why}: choose 'simpy'")
         return Chosen("simpy", why)
     if engine is None:
-        if not compiler_version():
-            return Chosen("simpy", "Numba is not installed")
         visits = inputs.layer_visits * max(1, len(inputs.gpus))
         if visits < LONG_VISITS and not is_ready():
             return Chosen("simpy", "the compiled engine is not compiled yet, and the run is short")
     return Chosen("compiled")
 
 
-def run(
-    inputs: Inputs, costs: Costs, manager: MemoryManager, prefetch: Prefetch, watch: Watch = iter
-) -> measure.Recording:
+def run(inputs: Inputs, costs: Costs, manager: MemoryManager, prefetch: Prefetch, watch: Watch = iter) -> Recording:
     """Simulate a run on one GPU with the given manager and prefetch policy, and return what was recorded."""
     (recording,) = run_all(inputs, [Prepared(inputs, costs, manager, prefetch)], watch)
     return recording
 
 
-def _recording(gpu: Prepared, decoded: Decoded, host_memory: HostMemory | None = None) -> measure.Recording:
+def _recording(gpu: Prepared, decoded: Decoded, host_memory: HostMemory | None = None) -> Recording:
     """Return what one GPU recorded, with what its metrics need."""
     inputs, costs, sizes = gpu.inputs, gpu.costs, gpu.manager.size_of
     pieces = [cost.pieces if costs.by_priority else 1 for cost in costs.copies]
     moved = None
     if inputs.scenario.compression.mixed is not None:
         moved = (sizes, [costs.copy(size_bytes).pieces if costs.by_priority else 1 for size_bytes in sizes])
-    return measure.Recording(
+    return Recording(
         decoded, gpu.manager, inputs.trace, inputs.steps, costs.expert_bytes, pieces, costs.kernel_lags,
         inputs.device, inputs.first_layer, host_memory, costs.copies_hold_host, moved,
     )  # fmt: skip

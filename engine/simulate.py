@@ -31,18 +31,20 @@ from .decide.memory_manager import MemoryManager
 from .expert_parallel import sent_tokens_and_experts, shadow_misses, sharing_metrics
 from .links import Links
 from .loading.capacity import described
-from .loading.deciders import dispatched, make_manager
+from .loading.deciders import dispatched, make_manager, source_of
 from .loading.loading import load_inputs
 from .loading.offloading import low_precision
-from .measure import metrics as measure
+from .measure.accesses import miss_keys
 from .measure.merge import link_usage, merged_timeline, run_metrics, step_metrics
 from .measure.merge import makespan_ns as run_ns
+from .measure.metrics import saved_bytes
 from .measure.misses import offloading_metrics
+from .measure.recording import Recording
 from .measure.result import RunResult
 from .measure.speed import Serving
 from .pipeline import flow_of, sent
 from .policies.prefetch import NoPrefetch
-from .run import Chosen, Prepared, Progress, engine_for, prepared, run_all, source_of, watched
+from .run import Chosen, Prepared, Progress, engine_for, prepared, run_all, watched
 from .scenario.inputs import Inputs
 from .scenario.scenario import Scenario
 from .scenario.warnings import warnings_of
@@ -56,7 +58,7 @@ class Result:
     """A finished run: what it says, and all that each GPU recorded; `serving` is what its speed was measured by."""
 
     said: RunResult
-    recordings: list[measure.Recording]
+    recordings: list[Recording]
     wall_s: float
     serving: Serving = field(default_factory=Serving)
     #: Which engine ran, and why. It is not in `data`, which is the same by either.
@@ -68,7 +70,7 @@ class Result:
         return self.said.plain()
 
     @property
-    def recording(self) -> measure.Recording:
+    def recording(self) -> Recording:
         """The recording of a run on one GPU; ValueError if there are several."""
         (only,) = self.recordings
         return only
@@ -161,7 +163,7 @@ def simulate_inputs(
     return Result(replace(said, warnings=_warnings(inputs, said)), recordings, wall_s, serving, chosen)
 
 
-def _offloading(inputs: Inputs, recordings: Sequence[measure.Recording], costs: Sequence[Costs]) -> dict[str, Any]:
+def _offloading(inputs: Inputs, recordings: Sequence[Recording], costs: Sequence[Costs]) -> dict[str, Any]:
     """Return what a run says of misses that are not fetched, which no pipeline has."""
     if inputs.stages:
         return {}
@@ -224,7 +226,7 @@ def _replicates(inputs: Inputs, count: int, progress: Progress | None) -> list[d
 def _shadow_misses(
     inputs: Inputs, ready: Sequence[Prepared], stream: Path | None, engine: str
 ) -> list[npt.NDArray[np.int64] | None]:
-    """Return what the same caches without prefetch miss, as `measure.miss_keys`; None if nothing is prefetched."""
+    """Return what the same caches without prefetch miss, as `accesses.miss_keys`; None if nothing is prefetched."""
     if not any(gpu.prefetch.horizons for gpu in ready):
         return [None] * len(ready)
     managers = [make_manager(part, Spool(stream, keep=False)) for part in inputs.parts]
@@ -248,16 +250,16 @@ def _misses_alone(inputs: Inputs, manager: MemoryManager, engine: str) -> npt.ND
             from .decide.compiled_misses import missed  # which compiles at its first import
 
             return missed(source, total_experts)
-    return measure.miss_keys(dispatched(inputs, manager, prefetch), total_experts)
+    return miss_keys(dispatched(inputs, manager, prefetch), total_experts)
 
 
-def _links(inputs: Inputs, recordings: Sequence[measure.Recording]) -> list[dict[str, Any]] | None:
+def _links(inputs: Inputs, recordings: Sequence[Recording]) -> list[dict[str, Any]] | None:
     """Return what each link between GPUs carried; None where there are none."""
     links = inputs.links
     return None if links is None else link_usage(recordings, links, _sent(inputs, recordings, links))
 
 
-def _sent(inputs: Inputs, recordings: Sequence[measure.Recording], links: Links) -> list[Carried]:
+def _sent(inputs: Inputs, recordings: Sequence[Recording], links: Links) -> list[Carried]:
     """Return what GPUs have sent each other."""
     if inputs.placed is not None:
         return sent_tokens_and_experts(inputs, recordings, links)
@@ -272,7 +274,7 @@ def _digest(inputs: Inputs) -> str | None:
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def _deduplication(inputs: Inputs, recordings: Sequence[measure.Recording]) -> dict[str, int] | None:
+def _deduplication(inputs: Inputs, recordings: Sequence[Recording]) -> dict[str, int] | None:
     """Return how many guesses prefetching went by, how many were left once merged, and the bytes that this saved.
 
     Those are of the experts that were prefetched: a copy for every guess of a visit but the first that named one. None
@@ -285,5 +287,5 @@ def _deduplication(inputs: Inputs, recordings: Sequence[measure.Recording]) -> d
         "guessed": sum(manager.guessed for manager in managers),
         "unique": sum(manager.unique_guesses for manager in managers),
         "saved_copies": sum(manager.saved_copies.total() for manager in managers),
-        "saved_bytes": sum(map(measure.saved_bytes, recordings)),
+        "saved_bytes": sum(map(saved_bytes, recordings)),
     }

@@ -16,7 +16,8 @@ from ..engine.costs.costs import part_costs
 from ..engine.loading.deciders import make_prefetch
 from ..engine.measure.merge import makespan_ns as run_ns
 from ..engine.run import prepared, run_all
-from ..engine.scenario.scenario import Scenario, ScenarioError, make_scenario
+from ..engine.scenario.amounts import ScenarioError
+from ..engine.scenario.scenario import Scenario, make_scenario
 from ..errors import InputError
 from .grid import make_grid
 from .sweep import Hashes, Plan, Progress, worker_inputs

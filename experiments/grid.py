@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from ..bounded import parse_toml
+from ..engine.scenario.amounts import ScenarioError
 from ..engine.scenario.scenario import (
     Scenario,
-    ScenarioError,
     apply_setting,
     lay,
     load_scenario,

@@ -17,19 +17,11 @@ from ..engine.measure.insights import InsightError
 from ..files import replacing_folder, write_file
 from ..output import markdown
 from ..output.charts import plot_sweep
-from ..output.plots import plot_transfer, save
-from ..output.tables import (
-    BEST_COLUMNS,
-    GUIDE_FIGURES,
-    SWEEP_COLUMNS,
-    TRANSFER_COLUMNS,
-    best_cells,
-    figure_cells,
-    figure_columns,
-    guide_cells,
-    setting_words,
-    transfer_cells,
-)
+from ..output.pictures import save
+from ..output.plots import plot_transfer
+from ..output.tables.guide import GUIDE_FIGURES, figure_cells, figure_columns, guide_cells
+from ..output.tables.measured import TRANSFER_COLUMNS, transfer_cells
+from ..output.tables.sweeps import BEST_COLUMNS, SWEEP_COLUMNS, best_cells, setting_words
 from .suite import SPEED, Finished, Study, SuiteSweep, picture_name, transfer_name
 
 if TYPE_CHECKING:

@@ -22,16 +22,18 @@ import orjson
 from ..engine.baselines import BASELINES, baseline_scenario, run_baseline
 from ..engine.costs.costs import part_costs
 from ..engine.loading.loading import load_inputs
+from ..engine.scenario.amounts import ScenarioError
 from ..engine.scenario.inputs import Inputs
 from ..engine.scenario.rows import Row
-from ..engine.scenario.scenario import Scenario, ScenarioError, make_scenario
+from ..engine.scenario.scenario import Scenario, make_scenario
 from ..engine.simulate import simulate_inputs, versions
 from ..errors import InputError
 from ..resources.profile import load_profile
 from ..workloads.fitted import FittedRouting
 from ..workloads.importers import open_trace
 from ..workloads.model import load_model
-from ..workloads.trace import RoutingTrace, TraceError
+from ..workloads.trace import RoutingTrace
+from ..workloads.trace_limits import TraceError
 from .grid import Grid, Point, make_grid
 from .journal import Journal, Rows, check_export, check_one_sweep, export
 from .workers import Workers

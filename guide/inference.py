@@ -17,10 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ..engine.loading.loading import load_inputs
-from ..engine.measure import metrics as measure
+from ..engine.measure.metrics import memory_steps
+from ..engine.measure.recording import OUTCOMES
 from ..engine.policies.eviction import EVICTION
 from ..engine.scenario.inputs import Inputs
-from ..engine.scenario.scenario import PREDICTOR_LANES, Scenario, load_scenario, make_scenario
+from ..engine.scenario.scenario import Scenario, load_scenario, make_scenario
+from ..engine.scenario.sections import PREDICTOR_LANES
 from ..engine.simulate import Result, simulate_inputs
 from ..errors import InputError
 from ..resources.profile import load_profile
@@ -205,13 +207,14 @@ class InferenceSimulator:
 
     def print_summary(self) -> None:
         """Print speed-up, baseline, latency and hits, in both accountings and overlapped."""
-        from ..output.tables import print_inference
+        from ..output.tables.guide import print_inference
 
         print_inference(self.metrics())
 
     def plot_latency(self, path: str | Path | None = None) -> Figure:
         """Draw what each token took, in both accountings and overlapped; also write it to `path` (.png, .pdf, .svg)."""
-        from ..output.plots import plot_over_tokens, save
+        from ..output.pictures import save
+        from ..output.plots import plot_over_tokens
 
         figure = plot_over_tokens(self.token_latencies_ms(), title="Latency of each token")
         if path is not None:
@@ -220,19 +223,21 @@ class InferenceSimulator:
 
     def plot_memory(self, path: str | Path | None = None, *, overlapped: bool = False) -> Figure:
         """Draw the memory in use over time, in the guide's accounting or overlapped; also write it to `path`."""
-        from ..output.plots import plot_memory, save
+        from ..output.pictures import save
+        from ..output.plots import plot_memory
 
         manager, result = self._finished()
         if not overlapped:
             return manager.plot_memory(path)
-        figure = plot_memory(*measure.memory_steps(result.recording), title="Expert memory, overlapped")
+        figure = plot_memory(*memory_steps(result.recording), title="Expert memory, overlapped")
         if path is not None:
             save(figure, path)
         return figure
 
     def plot_hits(self, path: str | Path | None = None) -> Figure:
         """Draw how accesses split into hits and misses, in the guide's accounting and overlapped; also write it."""
-        from ..output.plots import plot_split, save
+        from ..output.pictures import save
+        from ..output.plots import plot_split
 
         figure = plot_split(hit_split(self.metrics()), title="What accesses found")
         if path is not None:
@@ -265,7 +270,7 @@ def hit_split(metrics: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     """Return how many accesses came out how: in the guide's accounting, which knows no late ones, and overlapped."""
     counts, overlapped = metrics["event_counts"], metrics["overlapped"]["counts"]
     guide = {"prefetch_hit": counts["hit"], "cache_hit": counts["cache_hit"], "late": 0, "miss": counts["miss"]}
-    return {"guide's accounting": guide, "overlapped": {name: overlapped[name] for name in measure.OUTCOMES}}
+    return {"guide's accounting": guide, "overlapped": {name: overlapped[name] for name in OUTCOMES}}
 
 
 def in_guides_accounting(

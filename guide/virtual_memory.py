@@ -281,7 +281,7 @@ class VirtualMemoryManager:
 
     def print_report(self) -> None:
         """Print the run in the guide's accounting, and beside it the same run with copies charged."""
-        from ..output.tables import print_virtual_memory
+        from ..output.tables.guide import print_virtual_memory
 
         print_virtual_memory(self.metrics())
 
@@ -330,7 +330,7 @@ def _prices(profile: Profile, expert_bytes: int, charge_hits: bool) -> Prices:
 
 
 def _saved(figure: Figure, path: str | Path | None) -> Figure:
-    from ..output.plots import save
+    from ..output.pictures import save
 
     if path is not None:
         save(figure, path)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ..engine.measure.metrics import FATES, MISS, OUTCOMES, Recording, memory_steps, span_bytes
+from ..engine.measure.metrics import memory_steps, span_bytes
+from ..engine.measure.recording import FATES, MISS, OUTCOMES, Recording
 from ..resources.profile import load_profile
 from ..resources.timeline import EXPERT, PREFETCH
 from .export import About

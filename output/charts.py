@@ -1,6 +1,6 @@
 """Pictures of many runs: what a sweep says, where two runs differ, and from which recall on prefetching pays.
 
-Every function returns a matplotlib Figure of its own; `plots.save` writes it. To add a picture of a sweep: write the
+Every function returns a matplotlib Figure of its own; `pictures.save` writes it. To add a picture of a sweep: write the
 function, name it in CHARTS.
 """
 
@@ -23,7 +23,7 @@ from ..engine.measure.insights import (
 )
 from ..words import unknown_name
 from .palette import COLORS
-from .plots import _INK, _WIDTH_INCHES, _set_title, _style
+from .pictures import INK, WIDTH_INCHES, set_title, style_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,7 +76,7 @@ def plot_lines(rows: Sequence[dict[str, Any]], x: str, by: str | None, figure: s
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     if by is not None:
         picture.legend(loc="outside right upper", frameon=False, fontsize=9)
-    _set_title(axes, _medians(rows, x, by))
+    set_title(axes, _medians(rows, x, by))
     return picture
 
 
@@ -99,10 +99,10 @@ def plot_heat_map(rows: Sequence[dict[str, Any]], x: str, by: str | None, figure
     if len(across) * len(down) <= _MOST_LABELS:
         for row, numbers in enumerate(grid):
             for column, number in enumerate(numbers):
-                color = "white" if number < dark else _INK
+                color = "white" if number < dark else INK
                 if number == number:  # a cell without a row stays empty
                     axes.text(column, row, f"{number:.4g}", ha="center", va="center", color=color, fontsize=9)
-    _set_title(axes, _medians(rows, x, by))
+    set_title(axes, _medians(rows, x, by))
     return picture
 
 
@@ -129,7 +129,7 @@ def plot_pareto(rows: Sequence[dict[str, Any]], x: str, by: str | None, figure: 
             ha="right",
             va="bottom",
             fontsize=7,
-            color=_INK,
+            color=INK,
         )
     axes.margins(x=0.15, y=0.15)
     axes.set_xlabel("expert budget (GiB)")
@@ -178,10 +178,10 @@ def plot_waterfall(falls: Mapping[str, Sequence[Step]], first: str) -> Figure:
     """Draw, for every other run by name, the bars that lead from the first run's makespan to its own."""
     from matplotlib.figure import Figure
 
-    picture = Figure(figsize=(_WIDTH_INCHES, 0.6 + 2.6 * len(falls)), layout="constrained")
+    picture = Figure(figsize=(WIDTH_INCHES, 0.6 + 2.6 * len(falls)), layout="constrained")
     for row, (name, steps) in enumerate(falls.items(), start=1):
         axes = picture.add_subplot(len(falls), 1, row)
-        _style(axes)
+        style_axes(axes)
         for place, step in enumerate(steps):
             whole = step.start_ns == 0 and place in (0, len(steps) - 1)
             longer = step.end_ns > step.start_ns
@@ -193,7 +193,7 @@ def plot_waterfall(falls: Mapping[str, Sequence[Step]], first: str) -> Figure:
                 said, (place, top), xytext=(0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=8
             )
             if place + 1 < len(steps):
-                axes.hlines(step.end_ns / 1e6, place + 0.35, place + 0.65, color=_INK, linewidth=0.8)
+                axes.hlines(step.end_ns / 1e6, place + 0.35, place + 0.65, color=INK, linewidth=0.8)
         names = [first, *(step.name for step in steps[1:-1]), name]
         axes.set_xticks(range(len(steps)), [name.replace(",", "\n") for name in names])
         axes.margins(y=0.12)
@@ -226,9 +226,9 @@ def plot_break_even(data: Mapping[str, Any]) -> Figure:
 def _axes(height_inches: float) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
-    picture = Figure(figsize=(_WIDTH_INCHES * 3 / 4, height_inches), layout="constrained")
+    picture = Figure(figsize=(WIDTH_INCHES * 3 / 4, height_inches), layout="constrained")
     axes = picture.add_subplot()
-    _style(axes)
+    style_axes(axes)
     return picture, axes
 
 

@@ -15,12 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ..engine.measure.comparison import PARTS, Step, waterfall
-from ..engine.measure.metrics import FATES, LATE, MISS, OUTCOMES, busy_before
+from ..engine.measure.recording import FATES, LATE, MISS, OUTCOMES
+from ..engine.measure.time_split import busy_before
 from ..errors import InputError
 from ..resources.timeline import KINDS, Timeline
 from ..words import unknown_name
 from .palette import COLORS, FATE_COLORS, IDLE_COLOR, OUTCOME_COLORS, PART_COLORS
-from .plots import at_changes, bytes_unit, default_window, row_names, used_lanes
+from .pictures import at_changes, bytes_unit, row_names, used_lanes
+from .plots import default_window
 from .saved import Run
 
 Array = npt.NDArray[Any]

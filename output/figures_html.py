@@ -35,11 +35,11 @@ from bokeh.palettes import Cividis256
 from bokeh.plotting import figure
 
 from ..resources.timeline import KINDS
-from .export import layer_of_each
 from .figures import LABELED, SPAN_LIMIT, Bars, Curves, Data, Fall, Grid, Memory, Spans, figure_data
 from .palette import COLORS, DARK_INK, LIGHT_INK, LIMIT_COLOR, SERIES_COLORS, ink_on
-from .plots import bytes_unit, few_digits, row_names, used_lanes
+from .pictures import bytes_unit, few_digits, row_names, used_lanes
 from .saved import Run
+from .span_names import layer_of_each
 
 Array = npt.NDArray[Any]
 

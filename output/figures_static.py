@@ -13,7 +13,8 @@ import numpy as np
 from .charts import plot_waterfall
 from .figures import LABELED, Bars, Curves, Data, Fall, Grid, Memory, Spans, figure_data
 from .palette import ink_on
-from .plots import _INK, _WIDTH_INCHES, _set_title, _style, draw_memory, few_digits, plot_timeline
+from .pictures import INK, WIDTH_INCHES, few_digits, set_title, style_axes
+from .plots import draw_memory, plot_timeline
 from .saved import Run
 
 if TYPE_CHECKING:
@@ -56,8 +57,8 @@ def _bars(data: Bars, title: str) -> Figure:
     if data.parts:
         picture.legend(loc="outside lower center", ncols=min(4, len(data.parts)), frameon=False, fontsize=9)
     else:
-        axes.text(0.5, 0.5, "nothing to show", transform=axes.transAxes, ha="center", va="center", color=_INK)
-    _set_title(axes, title)
+        axes.text(0.5, 0.5, "nothing to show", transform=axes.transAxes, ha="center", va="center", color=INK)
+    set_title(axes, title)
     return picture
 
 
@@ -71,18 +72,18 @@ def _grid(data: Grid, title: str) -> Figure:
     _number_columns(axes, data.columns)
     axes.set_xlabel(data.across)
     axes.tick_params(length=0)
-    _set_title(axes, title)
+    set_title(axes, title)
     return picture
 
 
 def _memory(data: Memory, title: str) -> Figure:
     from matplotlib.figure import Figure
 
-    picture = Figure(figsize=(_WIDTH_INCHES * 2 / 3, 3.4 * len(data.gpus)), layout="constrained")
+    picture = Figure(figsize=(WIDTH_INCHES * 2 / 3, 3.4 * len(data.gpus)), layout="constrained")
     for row, (name, series) in enumerate(data.gpus.items(), 1):
         axes = picture.add_subplot(len(data.gpus), 1, row)
         draw_memory(axes, *series)
-        _set_title(axes, title if len(data.gpus) == 1 else f"{name}: {title}")
+        set_title(axes, title if len(data.gpus) == 1 else f"{name}: {title}")
     return picture
 
 
@@ -106,7 +107,7 @@ def _curves(data: Curves, title: str) -> Figure:
     axes.grid(color="#dddddd", linewidth=0.6)
     if len(data.curves) > 1:
         picture.legend(loc="outside lower center", ncols=len(data.curves), frameon=False, fontsize=9)
-    _set_title(axes, title)
+    set_title(axes, title)
     return picture
 
 
@@ -138,9 +139,9 @@ DRAW: dict[type[Data], Callable[[Any, str], Figure]] = {
 def _axes(height_inches: float) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
-    picture = Figure(figsize=(_WIDTH_INCHES * 2 / 3, height_inches), layout="constrained")
+    picture = Figure(figsize=(WIDTH_INCHES * 2 / 3, height_inches), layout="constrained")
     axes = picture.add_subplot()
-    _style(axes)
+    style_axes(axes)
     return picture, axes
 
 

@@ -14,7 +14,8 @@ from ..errors import InputError
 from ..files import check_file, replacing_folder, write_file
 from .about import about_run
 from .export import SPAN_LIMIT, ExportSummary, export_timeline
-from .plots import default_window, plot_memory, plot_miss_ratios, plot_timeline, save
+from .pictures import save
+from .plots import default_window, plot_memory, plot_miss_ratios, plot_timeline
 from .saved import RUN_FILE, run_of, save_run
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from ..errors import InputError
 from ..resources.profile import Profile, ProfileError, load_profile, profile_names
 from ..resources.topology import Route, Topology
 from ..words import unknown_name
-from .tables import plain_console
+from .tables.layout import plain_console
 
 #: Up to so many routes of a kind are named in a row; of more their number is given.
 _NAMED = 4

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .machine import share, size
 from .palette import COLORS
-from .plots import _INK
+from .pictures import INK
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,7 +64,7 @@ def plot_machine(data: Mapping[str, Any]) -> Figure:
         _draw_node(axes, node, places[node["name"]])
     _add_legend(figure, data, kinds)
     title = fill(f"{data['profile']}: {data['device']}", round(9 * figure.get_figwidth()))
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=_INK)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
     return figure
 
 
@@ -80,13 +80,7 @@ def _undirected(links: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], lis
 def _places(data: Mapping[str, Any]) -> dict[str, Place]:
     """Return where each node stands, in inches: GPUs in order, whatever is above or below them over their middle."""
     kinds = {node["name"]: node["kind"] for node in data["nodes"]}
-    near: dict[str, list[str]] = defaultdict(list)
-    bus: set[str] = set()
-    for link in data["links"]:
-        for a, b in ((link["from"], link["to"]), (link["to"], link["from"])):
-            near[a] += [b] if b not in near[a] else []
-        if link["kind"] in ("pcie", "nvme", "dram", "upi"):
-            bus |= {link["from"], link["to"]}
+    near, bus = _neighbors(data["links"])
     ranks = {name: _RANKS[kind] if name in bus or kind != "switch" else _BELOW for name, kind in kinds.items()}
     levels = sorted(set(ranks.values()))
     leaves = [name for name in kinds if ranks[name] == _RANKS["gpu"]]
@@ -97,6 +91,18 @@ def _places(data: Mapping[str, Any]) -> dict[str, Place]:
         wanted = {name: _middle([x[other] for other in near[name] if other in x]) for name in row}
         x |= _apart(wanted)
     return {name: (x[name], -levels.index(ranks[name]) * _RANK_INCHES) for name in kinds}
+
+
+def _neighbors(links: Iterable[Mapping[str, Any]]) -> tuple[dict[str, list[str]], set[str]]:
+    """Return what each node is linked to, and the nodes that a link of a bus leads to."""
+    near: dict[str, list[str]] = defaultdict(list)
+    bus: set[str] = set()
+    for link in links:
+        for a, b in ((link["from"], link["to"]), (link["to"], link["from"])):
+            near[a] += [b] if b not in near[a] else []
+        if link["kind"] in ("pcie", "nvme", "dram", "upi"):
+            bus |= {link["from"], link["to"]}
+    return near, bus
 
 
 def _middle(across: Sequence[float]) -> float:
@@ -136,7 +142,7 @@ def _draw_link(axes: Axes, rows: Sequence[Mapping[str, Any]], start: Place, end:
         way = [(x - off * (y1 - y0), y + off * (x1 - x0)) for x, y in (at(step / 20) for step in range(21))]
         axes.plot(*zip(*way, strict=True), color=color, linewidth=points / len(colors), zorder=1)
     axes.text(
-        *at(0.5 if y0 == y1 else 0.42), _label(rows), ha="center", va="center", fontsize=7, color=_INK, zorder=3,
+        *at(0.5 if y0 == y1 else 0.42), _label(rows), ha="center", va="center", fontsize=7, color=INK, zorder=3,
         bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none"},
     )  # fmt: skip
 
@@ -154,8 +160,8 @@ def _label(rows: Sequence[Mapping[str, Any]]) -> str:
 def _draw_node(axes: Axes, node: Mapping[str, Any], place: Place) -> None:
     capacity = f"\n{size(node['capacity_bytes'])}" if "capacity_bytes" in node else ""
     axes.text(
-        *place, f"{node['name']}{capacity}", ha="center", va="center", fontsize=9, color=_INK, zorder=4,
-        bbox={"boxstyle": "round,pad=0.35", "facecolor": _FILLS.get(node["kind"], "white"), "edgecolor": _INK},
+        *place, f"{node['name']}{capacity}", ha="center", va="center", fontsize=9, color=INK, zorder=4,
+        bbox={"boxstyle": "round,pad=0.35", "facecolor": _FILLS.get(node["kind"], "white"), "edgecolor": INK},
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ import orjson
 
 from ..errors import InputError
 from ..files import check_file, write_file
-from .plots import render
+from .pictures import render
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,28 +1,37 @@
 """Pictures of a run: a window of its timeline with a row for each lane, its expert memory over time, and latencies.
 
-Every function returns a matplotlib Figure of its own, with no global state behind it; `save` writes one to a file,
-with the same bytes for the same picture. matplotlib is imported only here, and only when something is drawn.
+Every function returns a matplotlib Figure of its own, with no global state behind it; `pictures.save` writes one to a
+file. matplotlib is imported only when something is drawn.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import InputError
-from ..files import check_file, replacing
 from ..resources.timeline import DEMAND, DENSE, EXPERT, HEAD, KINDS, PREFETCH, Timeline
-from .export import layer_of_each, layers_of, track_order
 from .palette import COLORS
+from .pictures import (
+    INK,
+    WIDTH_INCHES,
+    at_changes,
+    bytes_unit,
+    few_digits,
+    row_names,
+    set_title,
+    style_axes,
+    used_lanes,
+)
+from .span_names import layer_of_each, layers_of, track_order
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
 
 Array = npt.NDArray[Any]
 
@@ -33,11 +42,8 @@ _DASHES = ("-", "--", ":", "-.")
 _TIME_UNITS = ((10 * 10**9, 10**9, "s"), (10**6, 10**6, "ms"), (0, 10**3, "µs"))
 #: Rows that a timeline's picture has room for.
 _MOST_ROWS = 200
-_BYTE_UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "bytes"))
 
-_INK = "#333333"
 _COLOR_SPREAD, _COLOR_BOUND = "#f6d99a", "#b0b0b0"
-_WIDTH_INCHES = 12.0
 _LABEL_POINTS = 7
 #: Pieces of the window below which a gap cannot be seen; the pieces on either side are drawn as one.
 _FINEST = 20_000
@@ -46,12 +52,6 @@ _FINEST = 20_000
 _FEW = 2000
 #: The pixels across a window, about, and how many of them a bar must have for an edge that parts it from the next.
 _PIXELS, _EDGED = 1500, 4
-#: Metadata that would name a version or a date, by file format.
-_NO_METADATA: dict[str, dict[str, None]] = {
-    ".png": {"Software": None},
-    ".pdf": {"Creator": None, "Producer": None, "CreationDate": None},
-    ".svg": {"Creator": None, "Date": None},
-}
 
 
 def default_window(timeline: Timeline) -> tuple[int, int]:
@@ -100,39 +100,26 @@ def plot_timeline(
     span_ns = end_ns - start_ns or 1000
     scale_ns, unit = _time_unit(span_ns)
 
-    figure = Figure(figsize=(_WIDTH_INCHES, 1.5 + 0.5 * max(1, len(rows))), layout="constrained")
+    figure = Figure(figsize=(WIDTH_INCHES, 1.5 + 0.5 * max(1, len(rows))), layout="constrained")
     axes = figure.add_subplot()
     kinds = [kind for kind in COLORS if (spans["kind"] == KINDS.index(kind)).any()]
+    window = _Window(start_ns, end_ns, scale_ns)
     for row, lane in enumerate(rows):
-        here = spans[spans["lane"] == lane]
-        for kind in kinds:
-            bars = _bars(here[here["kind"] == KINDS.index(kind)], start_ns, end_ns, apart=len(spans) <= _FEW)
-            if len(bars):
-                edges = np.where(bars[:, 1] * _PIXELS > span_ns * _EDGED, 0.4, 0.0)
-                axes.broken_barh(
-                    (bars / scale_ns).tolist(),
-                    (row - 0.38, 0.76),
-                    facecolors=COLORS[kind][0],
-                    edgecolors="white",
-                    linewidths=edges.tolist(),
-                    snap=False,  # snapped to pixels, thin bars would vanish
-                )
+        _draw_lane(axes, spans[spans["lane"] == lane], row, window, apart=len(spans) <= _FEW)
     layer_of = layer_of_each(spans, experts_per_layer, layers)
-    _label_bars(axes, spans, rows, (start_ns, end_ns), scale_ns, experts_per_layer, layer_of)
+    _label_bars(axes, spans, rows, window, experts_per_layer, layer_of)
 
     axes.set_xlim(start_ns / scale_ns, (start_ns + span_ns) / scale_ns)
     axes.set_ylim(max(1, len(rows)) - 0.4, -0.6)
     axes.set_yticks(range(len(rows)), row_names(timeline, rows))
     more = f"; {left_out:,} more lanes are not drawn" if left_out else ""
     axes.set_xlabel(f"time since the start of the run ({unit}){more}")
-    _style(axes)
+    style_axes(axes)
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)
     axes.tick_params(axis="y", length=0)
     if not len(spans):
-        axes.text(
-            0.5, 0.5, "nothing ran in this window", transform=axes.transAxes, ha="center", va="center", color=_INK
-        )
-    _set_title(axes, title)
+        axes.text(0.5, 0.5, "nothing ran in this window", transform=axes.transAxes, ha="center", va="center", color=INK)
+    set_title(axes, title)
     if kinds:
         from matplotlib.patches import Patch
 
@@ -141,6 +128,31 @@ def plot_timeline(
             handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, handlelength=1.2, fontsize=9
         )
     return figure
+
+
+class _Window(NamedTuple):
+    """What of a timeline is shown, and the ns of a unit of its axis."""
+
+    start_ns: int
+    end_ns: int
+    scale_ns: int
+
+
+def _draw_lane(axes: Axes, spans: Array, row: int, window: _Window, *, apart: bool) -> None:
+    """Draw one lane's spans as bars in its row, kind after kind."""
+    span_ns = window.end_ns - window.start_ns or 1000
+    for kind, (color, _) in COLORS.items():
+        bars = _bars(spans[spans["kind"] == KINDS.index(kind)], window.start_ns, window.end_ns, apart=apart)
+        if len(bars):
+            edges = np.where(bars[:, 1] * _PIXELS > span_ns * _EDGED, 0.4, 0.0)
+            axes.broken_barh(
+                (bars / window.scale_ns).tolist(),
+                (row - 0.38, 0.76),
+                facecolors=color,
+                edgecolors="white",
+                linewidths=edges.tolist(),
+                snap=False,  # snapped to pixels, thin bars would vanish
+            )
 
 
 def plot_memory(
@@ -157,20 +169,11 @@ def plot_memory(
     for name, values in (("assigned_bytes", sizes), ("budget_bytes", limits)):
         if values.shape != times_ns.shape and values.ndim:
             raise InputError(f"{name} has {values.shape} values, time_ns {times_ns.shape}: give as many of each")
-    figure = Figure(figsize=(_WIDTH_INCHES * 2 / 3, 3.4), layout="constrained")
+    figure = Figure(figsize=(WIDTH_INCHES * 2 / 3, 3.4), layout="constrained")
     axes = figure.add_subplot()
     draw_memory(axes, *at_changes(times_ns, sizes, np.broadcast_to(limits, (max(1, len(times_ns)),))))
-    _set_title(axes, title)
+    set_title(axes, title)
     return figure
-
-
-def at_changes(times_ns: Array, sizes: Array, limits: Array) -> tuple[Array, Array, Array]:
-    """Return those of the samples, each (samples,), at which a value changes, and the last: all that show."""
-    if not len(times_ns):
-        return times_ns, sizes, limits
-    kept = np.append(True, (sizes[1:] != sizes[:-1]) | (limits[1:] != limits[:-1]))
-    kept[-1] = True
-    return times_ns[kept], sizes[kept], limits[kept]
 
 
 def draw_memory(axes: Axes, times_ns: Array, sizes: Array, limits: Array) -> None:
@@ -205,7 +208,7 @@ def draw_memory(axes: Axes, times_ns: Array, sizes: Array, limits: Array) -> Non
     axes.set_ylim(0, 1.15 * most / scale_bytes)
     axes.set_xlabel(f"time since the start of the run ({unit})")
     axes.set_ylabel(f"expert memory given out ({unit_of_bytes})")
-    _style(axes)
+    style_axes(axes)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
 
 
@@ -216,7 +219,7 @@ def plot_latency(latencies_ms: Mapping[str, Sequence[float]], *, title: str | No
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(_WIDTH_INCHES * 2 / 3, 1.2 + 0.5 * max(1, len(latencies_ms))), layout="constrained")
+    figure = Figure(figsize=(WIDTH_INCHES * 2 / 3, 1.2 + 0.5 * max(1, len(latencies_ms))), layout="constrained")
     axes = figure.add_subplot()
     rows = [row for row, values in enumerate(latencies_ms.values()) if len(values)]
     if rows:
@@ -233,10 +236,10 @@ def plot_latency(latencies_ms: Mapping[str, Sequence[float]], *, title: str | No
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlim(left=0)
     axes.set_xlabel("latency (ms)")
-    _style(axes)
+    style_axes(axes)
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)
     axes.tick_params(axis="y", length=0)
-    _set_title(axes, title)
+    set_title(axes, title)
     return figure
 
 
@@ -247,7 +250,7 @@ def plot_transfer(report: Mapping[str, Any]) -> Figure:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(_WIDTH_INCHES * 2 / 3, 4.6), layout="constrained")
+    figure = Figure(figsize=(WIDTH_INCHES * 2 / 3, 4.6), layout="constrained")
     axes = figure.add_subplot()
     curves = {name: curve for name, curve in report["curves_bytes_gb_per_s"].items() if curve}
     for color, (name, curve) in zip(_CURVE_COLORS, curves.items(), strict=False):
@@ -255,10 +258,10 @@ def plot_transfer(report: Mapping[str, Any]) -> Figure:
     guide = report["guide"]
     for entry in (entry for entry in guide["rows"] if "->" in entry["what"]):
         speed = guide["bytes"] / entry["single_ms"] / 1e6
-        axes.plot(guide["bytes"], speed, "x", color=_INK)
+        axes.plot(guide["bytes"], speed, "x", color=INK)
         axes.annotate(
             f"{entry['what']}, {guide['machine']}", (guide["bytes"], speed), xytext=(0, -10),
-            textcoords="offset points", ha="center", fontsize=_LABEL_POINTS, color=_INK,
+            textcoords="offset points", ha="center", fontsize=_LABEL_POINTS, color=INK,
         )  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel="size of the copy", ylabel="GB/s, one copy on an idle engine")
     axes.set_xticks(
@@ -266,8 +269,8 @@ def plot_transfer(report: Mapping[str, Any]) -> Figure:
     )
     axes.minorticks_off()
     axes.legend(frameon=False, fontsize=9)
-    _style(axes)
-    _set_title(axes, report["machine"])
+    style_axes(axes)
+    set_title(axes, report["machine"])
     return figure
 
 
@@ -278,7 +281,7 @@ def plot_errors(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(_WIDTH_INCHES, 1.2 + 0.24 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(WIDTH_INCHES, 1.2 + 0.24 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
     places = range(len(rows))
     spread = np.array([100 * row["spread"] for row in rows])
@@ -294,7 +297,7 @@ def plot_errors(rows: Sequence[Mapping[str, Any]]) -> Figure:
     axes.set_yticks(places, [row["scenario"] for row in rows], fontsize=_LABEL_POINTS)
     axes.invert_yaxis()
     figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=9)
-    _style(axes)
+    style_axes(axes)
     return figure
 
 
@@ -303,7 +306,7 @@ def plot_miss_ratios(data: dict[str, Any], *, title: str | None = None) -> Figur
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
-    figure = Figure(figsize=(_WIDTH_INCHES * 2 / 3, 4.6), layout="constrained")
+    figure = Figure(figsize=(WIDTH_INCHES * 2 / 3, 4.6), layout="constrained")
     axes = figure.add_subplot()
     shares = [capacity["share"] for capacity in data["capacities"]]
     marker = "o" if len(shares) == 1 else None
@@ -316,12 +319,12 @@ def plot_miss_ratios(data: dict[str, Any], *, title: str | None = None) -> Figur
     axes.set_ylim(0, 1)
     axes.set_xlabel("room, as a share of all experts")
     axes.set_ylabel("miss ratio")
-    _style(axes)
+    style_axes(axes)
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.legend(frameon=False, fontsize=9)
-    _set_title(axes, title)
+    set_title(axes, title)
     return figure
 
 
@@ -333,13 +336,13 @@ def plot_over_tokens(latencies_ms: Mapping[str, Array], *, title: str | None = N
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
-    figure = Figure(figsize=(_WIDTH_INCHES * 2 / 3, 3.4), layout="constrained")
+    figure = Figure(figsize=(WIDTH_INCHES * 2 / 3, 3.4), layout="constrained")
     axes = figure.add_subplot()
     colors = [color for color, _ in (COLORS["expert"], COLORS["demand"], COLORS["dense"], COLORS["predict"])]
     for number, (name, values) in enumerate(latencies_ms.items()):
         mean = f"{np.mean(values):,.3g} ms on average" if len(values) else "none"
         axes.plot(values, color=colors[number % len(colors)], linewidth=1.0, label=f"{name}: {mean}")
-    _style(axes)
+    style_axes(axes)
     if all(np.min(values, initial=np.inf) > 0 for values in latencies_ms.values()):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
@@ -348,7 +351,7 @@ def plot_over_tokens(latencies_ms: Mapping[str, Array], *, title: str | None = N
     axes.set_ylabel("latency (ms)")
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     figure.legend(loc="outside lower center", ncols=max(1, len(latencies_ms)), frameon=False, fontsize=8)
-    _set_title(axes, title)
+    set_title(axes, title)
     return figure
 
 
@@ -359,7 +362,7 @@ def plot_split(counts: Mapping[str, Mapping[str, int]], *, title: str | None = N
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(_WIDTH_INCHES * 2 / 3, 1.6 + 0.5 * max(1, len(counts))), layout="constrained")
+    figure = Figure(figsize=(WIDTH_INCHES * 2 / 3, 1.6 + 0.5 * max(1, len(counts))), layout="constrained")
     axes = figure.add_subplot()
     outcomes = list(next(iter(counts.values()), {}))
     colors = [COLORS[kind][0] for kind in ("head", "expert", "prefetch", "demand", "predict")]
@@ -377,51 +380,12 @@ def plot_split(counts: Mapping[str, Mapping[str, int]], *, title: str | None = N
     axes.set_ylim(max(1, len(counts)) - 0.5, -0.5)
     axes.set_xlim(0, 100)
     axes.set_xlabel("share of accesses (%)")
-    _style(axes)
+    style_axes(axes)
     axes.tick_params(axis="y", length=0)
     if outcomes:
         figure.legend(loc="outside lower center", ncols=len(outcomes), frameon=False, fontsize=9)
-    _set_title(axes, title)
+    set_title(axes, title)
     return figure
-
-
-def save(figure: Figure, path: str | Path) -> None:
-    """Write a figure as .png, .pdf or .svg, whole or not at all; the same figure gives the same bytes.
-
-    Raises ValueError for another ending.
-    """
-    path = Path(path)
-    check_picture(path)
-    with replacing(path) as stream:
-        render(figure, stream, path.suffix)
-
-
-def render(figure: Figure, stream: BinaryIO, ending: str = ".png") -> None:
-    """Write a figure to a stream as what this ending says; the same figure gives the same bytes.
-
-    Names are drawn as they are: a `$` in one begins no formula, and a character that the font lacks is a box.
-    """
-    from matplotlib import rc_context
-    from matplotlib.text import Text
-    from matplotlib.ticker import LogFormatter
-
-    axes = [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
-    powers = [axis for axis in axes if isinstance(axis.get_major_formatter(), LogFormatter)]
-    ticks = [tick for axis in powers for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks())]
-    formulas = {id(label) for tick in ticks for label in tick.findobj(Text)}
-    for text in figure.findobj(Text):
-        if id(text) not in formulas and isinstance(text, Text):
-            text.set_parse_math(False)
-    with rc_context({"svg.hashsalt": "prestage"}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")
-        figure.savefig(stream, format=ending[1:], dpi=150, metadata=_NO_METADATA[ending])
-
-
-def check_picture(path: Path) -> None:
-    """Raise ValueError unless a picture can be written under this name: asked before anything runs."""
-    if path.suffix not in _NO_METADATA:
-        raise InputError(f"{path}: a picture's file must end in one of {', '.join(_NO_METADATA)}")
-    check_file(path)
 
 
 def _bars(spans: Array, start_ns: int, end_ns: int, *, apart: bool) -> Array:
@@ -442,14 +406,12 @@ def _bars(spans: Array, start_ns: int, end_ns: int, *, apart: bool) -> Array:
     return np.column_stack([starts_ns, ends_ns - starts_ns])
 
 
-def _label_bars(
-    axes: Axes, spans: Array, rows: list[int], window_ns: tuple[int, int], scale_ns: int, experts: int, layer_of: Array
-) -> None:
+def _label_bars(axes: Axes, spans: Array, rows: list[int], window: _Window, experts: int, layer_of: Array) -> None:
     """Write "L3/E17", or else "L3", into the kernels and copies that are wide enough for it."""
-    start_ns, end_ns = window_ns
+    start_ns, end_ns, scale_ns = window
     row_of = {lane: row for row, lane in enumerate(rows)}
     from_ns, to_ns = np.maximum(spans["start_ns"], start_ns), np.minimum(spans["end_ns"], end_ns)
-    inches = (to_ns - from_ns) / max(1, end_ns - start_ns) * (_WIDTH_INCHES - 2)
+    inches = (to_ns - from_ns) / max(1, end_ns - start_ns) * (WIDTH_INCHES - 2)
     named = np.isin(spans["kind"], (DENSE, EXPERT, DEMAND, PREFETCH)) & (layer_of >= 0)
     for at in np.flatnonzero(named & (inches > _label_inches("L0"))).tolist():
         expert, kind = int(spans["expert"][at]), int(spans["kind"][at])
@@ -465,7 +427,7 @@ def _label_bars(
             ha="center",
             va="center",
             fontsize=_LABEL_POINTS,
-            color="white" if kind in (DENSE, DEMAND) else _INK,
+            color="white" if kind in (DENSE, DEMAND) else INK,
             clip_on=True,
         )
 
@@ -475,47 +437,5 @@ def _label_inches(label: str) -> float:
     return (0.62 * len(label) + 0.6) * _LABEL_POINTS / 72
 
 
-def used_lanes(timeline: Timeline) -> list[int]:
-    """Return the numbers of the lanes that have a span, in the order in which they are shown."""
-    used = set(np.unique(timeline.spans()["lane"]).tolist())
-    return [number for number in track_order(timeline) if number in used]
-
-
-def row_names(timeline: Timeline, rows: list[int]) -> list[str]:
-    """Return the titles of the lanes, with their device where there are several GPUs."""
-    lanes = [timeline.lanes[number] for number in rows]
-    several = len({lane.device for lane in timeline.lanes} - {"host"}) > 1
-    return [f"{lane.device}: {lane.title}" if several and lane.device != "host" else lane.title for lane in lanes]
-
-
-def few_digits(number: float) -> str:
-    """Return a number as a label says it: four digits of it, or all before the point."""
-    return f"{number:,.4g}" if abs(number) < 1000 else f"{number:,.0f}"
-
-
-def bytes_unit(most: int) -> tuple[int, str]:
-    """Return the bytes of the unit in which to show numbers of up to `most` bytes, and its name."""
-    return next((scale, name) for scale, name in _BYTE_UNITS if max(most, 1) >= scale)
-
-
 def _time_unit(span_ns: int) -> tuple[int, str]:
     return next((scale_ns, name) for least_ns, scale_ns, name in _TIME_UNITS if span_ns >= least_ns)
-
-
-def _set_title(axes: Axes, title: str | None) -> None:
-    if title:
-        axes.set_title(title, loc="left", fontsize=11, color=_INK)
-
-
-def _style(axes: Axes) -> None:
-    """Plain numbers with thousands separators, no box, the grid behind the data."""
-    from matplotlib.ticker import FuncFormatter
-
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{round(value, 6):,.10g}"))
-    axes.yaxis.label.set_color(_INK)
-    axes.xaxis.label.set_color(_INK)
-    axes.tick_params(colors=_INK, labelsize=9)
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color("#999999")

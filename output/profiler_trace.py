@@ -101,7 +101,8 @@ def write_imported(imported: Imported, path: Path, *, title: str | None = None) 
     if not path.name.endswith((".json", ".json.gz", *PICTURES)):
         raise InputError(f"{path}: must end in .json.gz or .json (a timeline), or {', '.join(PICTURES)} (a picture)")
     if path.suffix in PICTURES:
-        from .plots import plot_timeline, save
+        from .pictures import save
+        from .plots import plot_timeline
 
         save(plot_timeline(imported.timeline, experts_per_layer=imported.experts_per_layer, title=title), path)
         return

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.measure.comparison import compare
-from ..engine.measure.metrics import OUTCOMES
+from ..engine.measure.recording import OUTCOMES
 from ..engine.scenario.rows import flat
 from .figures import FIGURES, SPAN_LIMIT, busy_over_time, figure_data
 from .page import PageError, Section, check_page, html_table, html_tiles, write_page
 from .palette import OUTCOME_COLORS
 from .saved import Run
-from .tables import comparison_figure, headline, speed_rows
+from .tables.runs import headline, speed_rows
+from .tables.sweeps import comparison_figure
 
 #: Which of a run's figures stand in half a row.
 _HALF = ("wasted", "memory", "latency", "tokens")

@@ -19,7 +19,8 @@ import safetensors.numpy
 
 from ..engine.measure.comparison import read_result
 from ..engine.measure.merge import served
-from ..engine.measure.metrics import FATES, OUTCOMES, Recording, memory_steps
+from ..engine.measure.metrics import memory_steps
+from ..engine.measure.recording import FATES, OUTCOMES, Recording
 from ..engine.measure.result_data import check_has
 from ..engine.measure.speed import Served, decode_times_ns
 from ..errors import InputError

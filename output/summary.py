@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..resources.timeline import KINDS, Timeline, union
-from .export import CATEGORIES, COLLECTIVES
+from .span_names import CATEGORIES, COLLECTIVES
 
 if TYPE_CHECKING:
     from .profiler_trace import Imported

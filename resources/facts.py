@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ..dtypes import dtype_of
 from ..errors import InputError
@@ -45,3 +45,30 @@ class Fact(Part):
     def provenance(self) -> str:
         """The source and, if it is not the profile's own, the device, in words."""
         return self.source if self.device is None else f"{self.source}, of {self.device}"
+
+
+class Samples(Part):
+    """What a measured number was made from: how many samples, their median and interquartile range."""
+
+    n: int = Field(gt=0)
+    median_ns: float = Field(ge=0)
+    iqr_ns: float = Field(ge=0)
+
+
+class Uncertainty(Part):
+    """How far a cost can be off, as relative standard deviations.
+
+    `run_spread`: of the medians of whole runs; `scatter`: of single events about their run's median;
+    `held_back_error`: how far the fit was off, root mean square, on samples that it was not made from.
+    """
+
+    run_spread: float = Field(ge=0)
+    scatter: float = Field(ge=0)
+    held_back_error: float = Field(ge=0)
+
+
+class Cost(Fact):
+    """A fact that says what it was made from and how far it can be off, where that is known."""
+
+    samples: Samples | None = None
+    uncertainty: Uncertainty | None = None

@@ -24,10 +24,11 @@ from ..dtypes import dtype_of
 from ..errors import InputError
 from ..words import problems, unknown_name
 from .extending import extended, own
-from .facts import Bytes, BytesPerSecond, Dtype, Fact, FlopsPerSecond, Part
+from .facts import Bytes, BytesPerSecond, Cost, Dtype, Fact, FlopsPerSecond, Part
 from .parts.assemble import assembled
 from .parts.tables import PartError
 from .parts.written import is_of_parts
+from .surface import Surface
 from .topology import Topology
 
 
@@ -35,32 +36,7 @@ class ProfileError(InputError):
     """A profile that cannot be found, read or believed."""
 
 
-class Samples(Part):
-    """What a measured number was made from: how many samples, their median and interquartile range."""
-
-    n: int = Field(gt=0)
-    median_ns: float = Field(ge=0)
-    iqr_ns: float = Field(ge=0)
-
-
-class Uncertainty(Part):
-    """How far a cost can be off, as relative standard deviations.
-
-    `run_spread`: of the medians of whole runs; `scatter`: of single events about their run's median;
-    `held_back_error`: how far the fit was off, root mean square, on samples that it was not made from.
-    """
-
-    run_spread: float = Field(ge=0)
-    scatter: float = Field(ge=0)
-    held_back_error: float = Field(ge=0)
-
-
-class _Cost(Fact):
-    samples: Samples | None = None
-    uncertainty: Uncertainty | None = None
-
-
-class Duration(_Cost):
+class Duration(Cost):
     """A cost that does not depend on size."""
 
     ns: int = Field(ge=0)
@@ -77,7 +53,7 @@ class DurationBesideCopy(Duration):
         return self.ns if self.beside_copy_ns is None else self.beside_copy_ns
 
 
-class Latency(_Cost):
+class Latency(Cost):
     """From the return of the host's last call to the start of the work on an idle lane.
 
     Below 0 the work begins before the last call, which records an event behind it, has returned. Beside a copy it may
@@ -95,7 +71,7 @@ _NO_GAP = DurationBesideCopy(ns=0, source="assumed", note=_WITHIN)
 _NO_LATENCY = Latency(ns=0, source="assumed", note=_WITHIN)
 
 
-class TransferCost(_Cost):
+class TransferCost(Cost):
     """What one copy takes: a line, latency_ns + ceil(bytes * 10^9 / bytes_per_second), or a monotone table.
 
     Between the points of a table, (bytes, ns), the cost runs straight; beyond its ends it keeps the end's slope.
@@ -144,7 +120,7 @@ class CopyCosts(Part):
     launch_latency: Latency = _NO_LATENCY
 
 
-class ExpertPoint(_Cost):
+class ExpertPoint(Cost):
     """One expert's kernels, measured: its shape, weights, tokens and dispatch; on a quiet GPU and beside a copy.
 
     `ns` is inside a schedule, behind other kernels; `alone_ns`, where known, by itself on an idle GPU;
@@ -162,7 +138,7 @@ class ExpertPoint(_Cost):
     launch_latency_ns: int | None = None
 
 
-class KernelPoint(_Cost):
+class KernelPoint(Cost):
     """The kernels of a layer's dense part or of the head, measured; what they are is told by their weights and number.
 
     `context` is the number of cached positions that each token attends to; the rest is as of an ExpertPoint.
@@ -181,7 +157,7 @@ class KernelPoint(_Cost):
     launch_latency_ns: int | None = None
 
 
-class CpuExpertPoint(_Cost):
+class CpuExpertPoint(Cost):
     """One expert computed by the CPU, measured; `beside_copy_ns` while host memory also feeds a copy to the GPU."""
 
     hidden: int = Field(gt=0)
@@ -193,7 +169,7 @@ class CpuExpertPoint(_Cost):
     beside_copy_ns: int = Field(gt=0)
 
 
-class PredictorPoint(_Cost):
+class PredictorPoint(Cost):
     """One inference of a linear predictor, hidden state in and a score for each expert out, with its top-k."""
 
     hidden: int = Field(gt=0)
@@ -202,7 +178,7 @@ class PredictorPoint(_Cost):
     ns: int = Field(gt=0)
 
 
-class KernelRule(_Cost):
+class KernelRule(Cost):
     """The rule for kernels that were not measured.
 
     constant_ns + max(weight bytes / bytes_per_second, 2 x weights x tokens / flops_per_second). Beside a copy the
@@ -230,7 +206,7 @@ class KernelRule(_Cost):
         return max(weight_bytes * 1e9 / self.bytes_per_second, flops * 1e9 / self.flops_per_second)
 
 
-class Interruptions(_Cost):
+class Interruptions(Cost):
     """Other work that takes the compute stream for `ns`, each time `every_ns` after the last: a machine's noise.
 
     As fixed-frequency noise in Hoefler, Schneider & Lumsdaine, "Characterizing the influence of system noise on
@@ -249,8 +225,9 @@ _SHAPE = (
 
 
 class ComputeCosts(Part):
-    """The compute stream: measured kernels, the rule for all else, and the gap between consecutive launches.
+    """The compute stream: measured kernels, what all else is made of, and the gap between consecutive launches.
 
+    A shape that was not measured is put together from the `surface`; where there is none, the rule estimates it.
     `event_wait_gap` is from the end of a copy to the start of a kernel that waited for it; `peer_wait_gap` the same
     where the copy came from another GPU (None: as from the host). `cpu_rule` is for experts on the CPU where no
     `cpu_experts` were measured.
@@ -262,6 +239,7 @@ class ComputeCosts(Part):
     cpu_experts: tuple[CpuExpertPoint, ...] = ()
     predictors: tuple[PredictorPoint, ...] = ()
     rule: KernelRule
+    surface: Surface | None = None
     cpu_rule: KernelRule | None = None
     eager_gap: DurationBesideCopy
     graph_gap: DurationBesideCopy
@@ -329,7 +307,7 @@ class HostCosts(Part):
         return named
 
 
-class Factor(_Cost):
+class Factor(Cost):
     """How many times as long something takes beside something else."""
 
     factor: float = Field(ge=0.5, le=20)
@@ -362,7 +340,7 @@ class Capacity(Fact):
     capacity_bytes: int = Field(gt=0)
 
 
-class QueueDepth(_Cost):
+class QueueDepth(Cost):
     """What a drive gives to so many reads in flight together: (reads, bytes per second) points, from one read on.
 
     Between the points it runs straight; more reads than the last get what those get.

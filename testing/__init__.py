@@ -7,6 +7,7 @@ from .conformance import CONFORMANCE as CONFORMANCE
 from .conformance import check as check
 from .machine import RoundCosts as RoundCosts
 from .machine import RoundSizes as RoundSizes
+from .machine import record as record
 from .machine import tiny_inputs as tiny_inputs
 from .machine import tiny_model as tiny_model
 from .machine import tiny_profile as tiny_profile

@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from ..engine.costs.costs import part_costs
 from ..engine.decide.dispatch import Visit
 from ..engine.decide.memory_manager import MemoryManager
 from ..engine.loading.deciders import dispatched, make_manager, make_prefetch
 from ..engine.policies.copy_order import COPY_ORDERS, ByRank, QueuedCopy
 from ..engine.policies.eviction import EVICTION, Eviction
+from ..engine.policies.placement import PLACEMENT, Request
 from ..engine.policies.prefetch import PREFETCH, Gauge, Moment, Options, Prefetch
-from ..engine.run import prepared, run_all
 from ..engine.scenario.inputs import Inputs
 from ..errors import InputError
 from ..words import unknown_name
@@ -27,6 +26,7 @@ from ..workloads.batches import Step, plan_steps
 from ..workloads.guesses import Guesses
 from ..workloads.predictors import PREDICTORS, make_predictor
 from ..workloads.trace import RoutingTrace
+from .machine import record
 from .random_runs import GUESSES, HORIZONS, distinct, random_inputs, random_trace
 
 
@@ -230,7 +230,7 @@ def check_order_decides_nothing(name: str, seed: int) -> None:
     found = []
     for discipline in (name, "fifo"):
         inputs = random_inputs(seed, copy={"discipline": discipline})
-        (recording,) = run_all(inputs, prepared(inputs, part_costs(inputs)), engine="simpy")
+        recording = record(inputs, "simpy")
         accesses = recording.decoded.accesses
         found.append((accesses["copy"].tolist(), recording.copy_reason.tolist(), recording.manager.evicted))
     assert found[0] == found[1], f"{name} and fifo come to different decisions"
@@ -310,6 +310,36 @@ def _check_predictor(name: str, seed: int, **options: Any) -> None:
         check_no_look_ahead(name, trace, steps, seed, **options)
 
 
+# Placements.
+
+
+def check_owners(name: str, request: Request) -> None:
+    """Every expert has owners among the GPUs, each named once and in order, and the same request the same ones.
+
+    Of a layer, no GPU has more experts than an equal share, and what `replica_bytes` have room for.
+    """
+    owners = PLACEMENT[name](request)
+    experts = request.trace.num_experts
+    assert [len(of_layer) for of_layer in owners] == [experts] * request.trace.layers, "not an owner for every expert"
+    for of_layer, size_bytes in zip(owners, request.expert_bytes, strict=True):
+        for gpus in of_layer:
+            assert gpus and list(gpus) == sorted(set(gpus)), f"owners {gpus}: must be some GPUs, each once, in order"
+            assert gpus[0] >= 0 and gpus[-1] < request.gpus, f"owners {gpus}: the GPUs are 0 to {request.gpus - 1}"
+            assert len(gpus) <= max(1, request.replicas), f"owners {gpus}: at most {request.replicas} of an expert"
+        most = -(-experts // request.gpus) + request.replica_bytes // size_bytes
+        held = [sum(gpu in gpus for gpus in of_layer) for gpu in range(request.gpus)]
+        assert max(held) <= most, f"a GPU has {max(held)} experts of a layer: at most {most}"
+    assert PLACEMENT[name](request) == owners, "the same request has other owners when it is made again"
+
+
+def _check_placement(name: str, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    trace = random_trace(seed, int(random.integers(1, 4)), int(random.integers(3, 10)))
+    gpus, batch, replica_bytes = int(random.integers(1, 6)), int(random.integers(1, 5)), int(random.integers(61))
+    sizes = [10] * trace.layers
+    check_owners(name, Request(gpus, trace, sizes, batch=batch, replicas=3, replica_bytes=replica_bytes))
+
+
 @dataclass(frozen=True)
 class Asked:
     """A family: its table, and what one random run, by number, asks of a member."""
@@ -324,4 +354,5 @@ CONFORMANCE = {
     "prefetch": Asked(PREFETCH, _check_prefetch),
     "copy_order": Asked(COPY_ORDERS, _check_copy_order),
     "predictor": Asked(PREDICTORS, _check_predictor),
+    "placement": Asked(PLACEMENT, _check_placement),
 }

@@ -13,7 +13,7 @@ import numpy as np
 from ..engine.costs.costs import part_costs
 from ..engine.loading.deciders import make_prefetch
 from ..engine.loading.loading import steps_of
-from ..engine.measure.metrics import Recording
+from ..engine.measure.recording import Recording
 from ..engine.run import prepared, run_all
 from ..engine.scenario.inputs import Inputs
 from ..engine.scenario.predicting import predictor_cost
@@ -226,8 +226,16 @@ def tiny_inputs(model: Model, profile: Profile, trace: RoutingTrace, scenario: S
     return Inputs(scenario, model, profile, trace, steps, budget_bytes, guesses, predictor=cost)
 
 
-def tiny_run(model: Model, profile: Profile, trace: RoutingTrace, scenario: Scenario) -> Recording:
-    """Simulate a run on one GPU, and return what was recorded: its `spans` say what ran when, on which lane."""
-    inputs = tiny_inputs(model, profile, trace, scenario)
-    (recording,) = run_all(inputs, prepared(inputs, part_costs(inputs)))
+def record(inputs: Inputs, engine: str | None = None) -> Recording:
+    """Simulate inputs on one GPU and return what was recorded: its `spans` say what ran when, on which lane.
+
+    `engine` is one of `run.ENGINES`; None is what a run goes by.
+    """
+    ready = prepared(inputs, part_costs(inputs))
+    (recording,) = run_all(inputs, ready) if engine is None else run_all(inputs, ready, engine=engine)
     return recording
+
+
+def tiny_run(model: Model, profile: Profile, trace: RoutingTrace, scenario: Scenario) -> Recording:
+    """Simulate hand-made inputs on one GPU and return what was recorded, as `record` does."""
+    return record(tiny_inputs(model, profile, trace, scenario))

@@ -13,19 +13,13 @@ from prestage.engine.costs.costs import Costs, part_costs
 from prestage.engine.decide.dispatch import Visit
 from prestage.engine.decide.memory_manager import MemoryManager
 from prestage.engine.loading.deciders import dispatched, make_manager, make_prefetch
-from prestage.engine.measure.metrics import Recording
+from prestage.engine.measure.recording import Recording
 from prestage.engine.policies.copy_order import COPY_ORDERS
 from prestage.engine.policies.eviction import EVICTION
 from prestage.engine.run import prepared, run, run_all
 from prestage.engine.scenario.inputs import Inputs
-from prestage.engine.scenario.scenario import (
-    DISPATCH_MODES,
-    EXPERT_KERNELS,
-    EXPERT_ORDERS,
-    PREDICTOR_LANES,
-    Scenario,
-    make_scenario,
-)
+from prestage.engine.scenario.scenario import Scenario, make_scenario
+from prestage.engine.scenario.sections import DISPATCH_MODES, EXPERT_KERNELS, EXPERT_ORDERS, PREDICTOR_LANES
 from prestage.resources.profile import Profile
 from prestage.workloads.batches import PREFILL_MODES
 from prestage.workloads.model import Model

@@ -23,14 +23,22 @@ from typing import Any
 from eviction_tables import layers, policies
 from new_user import path_table
 
+from prestage.calibration import from_parts as checks
+from prestage.calibration.check_kernels import check_kernels, check_text
 from prestage.calibration.report import markdown
-from prestage.engine.scenario.scenario import Scenario, ScenarioError, SyntheticSection, load_scenario
+from prestage.calibration.samples import load_samples
+from prestage.engine.scenario.amounts import ScenarioError
+from prestage.engine.scenario.scenario import Scenario, load_scenario
+from prestage.engine.scenario.sections import SyntheticSection
 from prestage.engine.simulate import simulate
 from prestage.experiments.sweep import sweep
 from prestage.guide.reproduce import TABLES as PUBLISHED
 from prestage.guide.reproduce import virtual_memory
 from prestage.output.markdown import table
-from prestage.output.tables import GUIDE_FIGURES, figure_cells, figure_columns, guide_cells
+from prestage.output.parts import shares
+from prestage.output.tables.guide import GUIDE_FIGURES, figure_cells, figure_columns, guide_cells
+from prestage.resources.profile import load_profile
+from prestage.workloads.model import load_model
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -394,6 +402,21 @@ def two_gpus() -> str:
     return markdown(report, every_row=True)
 
 
+def held_out_kernels() -> str:
+    """How near the surface of `h200` comes to kernels, and groups of them, of shapes that it was not measured on."""
+    folder = ROOT / "calibration" / "validation" / "h200"
+    files = [load_samples(folder / f"held-out.{name}.json.gz") for name in ("single", "groups")]
+    return check_text(check_kernels(files, load_profile("h200")))
+
+
+def held_out() -> str:
+    """Whole schedules of shapes that were not measured, simulated with `h200` and with a profile of that session."""
+    folder = ROOT / "calibration" / "validation"
+    texts = [(folder / f"h200-held-out{name}.json").read_text("utf-8") for name in ("", "-own")]
+    ours, own = map(json.loads, texts)
+    return f"{markdown(ours, every_row=False)}\n\n{markdown(own, every_row=True)}"
+
+
 #: Each stands in one page or several.
 def engines() -> str:
     """What a run takes by each engine."""
@@ -403,7 +426,70 @@ def engines() -> str:
     return made
 
 
+def models() -> str:
+    """What the published configs of tests/data/configs come to, beside their tensors' count and published figures."""
+    data = ROOT / "tests" / "data"
+    facts = json.loads((data / "published_models.json").read_text(encoding="utf-8"))
+    rows = []
+    for name in sorted(facts, key=str.lower):
+        model, fact = load_model(data / "configs" / f"{name}.json"), facts[name]
+        assert model.parameters is not None and model.active_parameters is not None
+        tensors = fact.get("tensors")
+        rows.append(
+            (
+                name,
+                f"{model.parameters / 1e9:.2f}",
+                "-" if tensors is None else f"{model.parameters / tensors - 1:+.2%}",
+                fact.get("total", "-"),
+                f"{model.active_parameters / 1e9:.2f}",
+                f"{fact['active']} ({fact['counts']})" if "active" in fact else "-",
+                f"{model.expert_dtype}, {model.dense_dtype}",
+                f"{model.kv_bytes_per_token / 1024:,.1f}",
+                f"{model.state_bytes / 2**20:,.1f}" if model.state_bytes else "-",
+            )
+        )
+    columns = ("model", "weights, B", "against its tensors", "published", "active, B", "published (counts)",
+               "experts, dense part", "KV a token, KiB", "states, MiB")  # fmt: skip
+    return table(columns, rows)
+
+
+def from_parts() -> str:
+    """How machines put together from datasheets and another machine compare with the same machines measured."""
+    rows = []
+    for name in checks.names():
+        for row in checks.cost_ratios(name):
+            found = (row.median, min(row.ratios), max(row.ratios))
+            rows.append([name, row.what, str(len(row.ratios)), *(f"{each:.2f}" for each in found)])
+    return table(["machine", "cost", "number", "median", "least", "most"], rows)
+
+
+def schedules_from_parts() -> str:
+    """The same, on the schedules that were executed, with a range of 40 replicates."""
+    columns = ["machine", "dispatch", "schedules", "median error", "its size", "from", "to", "within p5 to p95"]
+    rows = []
+    for name, folder in (("h200", "validation"), ("h100-x2", "two-gpus")):
+        found = checks.schedules(name, ROOT / "calibration" / "validation" / name / folder, replicates=40)
+        for row in checks.schedule_summary(found):
+            size = f"{row['median_size']:.1%}"
+            median, least, most = (f"{row[key]:+.1%}" for key in ("median", "least", "most"))
+            inside = f"{row['inside']} of {row['schedules']}"
+            rows.append([name, row["dispatch"], str(row["schedules"]), median, size, least, most, inside])
+    return table(columns, rows)
+
+
+def part_shares() -> str:
+    """What is usually reached of datasheets' figures."""
+    rows = [
+        [row["of"], "" if row["share"] is None else f"{row['share']:.2f}", f"{row['off']:.0%}", str(row["machines"])]
+        for row in shares()
+    ]
+    return table(["of", "reached", "off by", "machines"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "from-parts": from_parts,
+    "schedules-from-parts": schedules_from_parts,
+    "part-shares": part_shares,
     "new-user": path_table,
     "lookahead": lookahead,
     "guide": guide,
@@ -421,10 +507,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "reality": reality,
     "reality-rows": reality_rows,
     "two-gpus": two_gpus,
+    "held-out-kernels": held_out_kernels,
+    "held-out": held_out,
     "speed": speed,
     "replay-speed": replay_speed,
     "timeline-speed": timeline_speed,
     "engines": engines,
+    "models": models,
 }
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from tiny import tiny_model, tiny_profile, tiny_run, tiny_scenario, tiny_trace
 
-from prestage.engine.measure.metrics import Recording, span_bytes
+from prestage.engine.measure.metrics import span_bytes
+from prestage.engine.measure.recording import Recording
 from prestage.output.about import SPAN_OUTCOMES, about_run, resident_steps, span_outcomes
 from prestage.resources.timeline import DEMAND, EXPERT, PREFETCH, READBACK
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from random_cases import Case, cases
 from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_scenario, tiny_trace
 
-from prestage.engine.measure.metrics import FATES, MISS_CAUSES, OUTCOMES
+from prestage.engine.measure.accesses import MISS_CAUSES
+from prestage.engine.measure.recording import FATES, OUTCOMES
 from prestage.engine.simulate import simulate_inputs
 from prestage.workloads.guesses import Guesses
 

@@ -25,7 +25,7 @@ from prestage.engine.simulate import simulate, simulate_inputs
 from prestage.experiments.breakeven import break_even
 from prestage.experiments.compare import load_run
 from prestage.experiments.sweep import sweep
-from prestage.output.tables import capacity_rows, headline, speed_rows
+from prestage.output.tables.runs import capacity_rows, headline, speed_rows
 from prestage.resources.profile import Profile, ProfileError, load_profile, make_profile
 from prestage.workloads.batches import plan_steps
 from prestage.workloads.model import Model, load_model, preset_names

@@ -10,12 +10,13 @@ import orjson
 import pytest
 
 from prestage.engine.measure.comparison import PARTS, CompareError, compare, waterfall
-from prestage.engine.scenario.scenario import Scenario, ScenarioError, load_scenario
+from prestage.engine.scenario.amounts import ScenarioError
+from prestage.engine.scenario.scenario import Scenario, load_scenario
 from prestage.engine.simulate import simulate
 from prestage.experiments.breakeven import PROBES, STEPS, bracket, break_even
 from prestage.experiments.compare import load_run
 from prestage.output.charts import plot_break_even, plot_waterfall
-from prestage.output.tables import break_even_words, comparison_figure
+from prestage.output.tables.sweeps import break_even_words, comparison_figure
 from prestage.resources.profile import load_profile
 
 SMALL = ["model.layers=6", "workload.tokens=12", "workload.synthetic.tokens=12", "workload.synthetic.sequences=1"]

@@ -16,17 +16,13 @@ from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_run, tiny_scenario,
 
 from prestage.engine.loading.deciders import make_manager
 from prestage.engine.loading.loading import load_inputs
-from prestage.engine.measure.metrics import Recording, metrics
+from prestage.engine.measure.metrics import metrics
 from prestage.engine.measure.misses import precision_mass
+from prestage.engine.measure.recording import Recording
 from prestage.engine.replay.replay import count_visits
-from prestage.engine.scenario.scenario import (
-    COMPRESSED,
-    DECOMPRESS_LANES,
-    Scenario,
-    ScenarioError,
-    load_scenario,
-    shrunk,
-)
+from prestage.engine.scenario.amounts import ScenarioError
+from prestage.engine.scenario.scenario import Scenario, load_scenario
+from prestage.engine.scenario.sections_memory import COMPRESSED, DECOMPRESS_LANES, shrunk
 from prestage.engine.simulate import simulate, simulate_inputs
 from prestage.resources.timeline import DECOMPRESS, DEMAND, EXPERT
 

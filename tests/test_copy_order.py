@@ -14,8 +14,9 @@ from prestage.engine.costs.costs import part_costs
 from prestage.engine.loading.loading import load_inputs
 from prestage.engine.policies.copy_order import COPY_ORDERS, ByRank, CopyOrder, Fifo, Priority, QueuedCopy, Rank
 from prestage.engine.run import engine_for, prepared, run_all
+from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.inputs import Inputs
-from prestage.engine.scenario.scenario import ScenarioError, load_scenario
+from prestage.engine.scenario.scenario import load_scenario
 from prestage.engine.simulate import simulate
 from prestage.errors import InputError
 from prestage.resources.timeline import DEMAND, PREFETCH

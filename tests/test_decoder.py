@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 from tiny import tiny_model, tiny_profile, tiny_run, tiny_scenario, tiny_trace
 
-from prestage.engine.measure.metrics import FATES, OUTCOMES, Recording, metrics, time_split
+from prestage.engine.measure.metrics import metrics
+from prestage.engine.measure.recording import FATES, OUTCOMES, Recording
+from prestage.engine.measure.time_split import time_split
 from prestage.resources.timeline import KINDS
 
 TIMES = [(3, 20, 7), (30, 20, 7), (3, 5, 40), (10, 17, 7), (1, 1, 1), (1000, 999, 998)]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from prestage.engine.loading.loading import load_inputs
-from prestage.engine.scenario.scenario import ScenarioError, load_scenario
+from prestage.engine.scenario.amounts import ScenarioError
+from prestage.engine.scenario.scenario import load_scenario
 
 SMALL = (
     "model.layers=2",

@@ -19,11 +19,14 @@ from prestage.engine.costs.costs import Costs
 from prestage.engine.decide.dispatch import Visit
 from prestage.engine.decide.memory_manager import DEMANDED, PREFETCHED, MemoryManager
 from prestage.engine.loading.deciders import make_prefetch
-from prestage.engine.measure.metrics import FATES, OUTCOMES, Recording, metrics, overlap, time_split
+from prestage.engine.measure.metrics import metrics, overlap
+from prestage.engine.measure.recording import FATES, OUTCOMES, Recording
+from prestage.engine.measure.time_split import time_split
 from prestage.engine.policies.eviction import Lru
 from prestage.engine.run import run
 from prestage.engine.scenario.inputs import Inputs
-from prestage.engine.scenario.scenario import ON_GPU, Scenario
+from prestage.engine.scenario.scenario import Scenario
+from prestage.engine.scenario.sections import ON_GPU
 from prestage.engine.simulate import simulate_inputs
 from prestage.resources.timeline import (
     DEMAND,

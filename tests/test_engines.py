@@ -21,8 +21,9 @@ from prestage.engine.decide.tables import Rooms
 from prestage.engine.loading.deciders import dispatched, make_manager, make_prefetch
 from prestage.engine.loading.loading import load_inputs
 from prestage.engine.run import LONG_VISITS, Prepared, engine_for, run_all
+from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.inputs import Inputs
-from prestage.engine.scenario.scenario import ScenarioError, load_scenario, scenario_names
+from prestage.engine.scenario.scenario import load_scenario, scenario_names
 from prestage.engine.simulate import simulate
 from prestage.engine.timing.simulation import settings_of
 from prestage.resources.timeline import DENSE, EXPERT, HEAD
@@ -120,12 +121,6 @@ def test_a_short_run_does_not_wait_for_compiling_and_says_so() -> None:
     assert inputs.layer_visits < LONG_VISITS
     with patch("prestage.engine.run.is_ready", return_value=True):
         assert engine_for(inputs) == ("compiled", "")
-
-
-def test_without_numba_runs_go_by_simpy() -> None:
-    inputs = load_inputs(load_scenario("speed", ["workload.tokens=2"]))
-    with patch("prestage.engine.run.compiler_version", return_value=""):
-        assert engine_for(inputs) == ("simpy", "Numba is not installed")
 
 
 def test_the_result_says_which_engine_ran_and_is_the_same_by_either() -> None:

@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from cpu_device import CpuDevice
 from tiny import tiny_inputs, tiny_profile, tiny_scenario
 
 from prestage import cli
+from prestage.calibration import plan as calibration_plan
 from prestage.calibration.cuda import CudaError, Gpu, Workload, expert_matrices
 from prestage.calibration.execute import (
     Execution,
@@ -34,12 +36,16 @@ from prestage.calibration.measured import MeasuredError, load_measured, makespan
 from prestage.calibration.part import Shared
 from prestage.calibration.plan import ExecutionError, decision_counts, make_plan, make_planners
 from prestage.calibration.scenario_sets import scenarios
-from prestage.engine.costs.costs import Costs
-from prestage.engine.decide.commands import Command, Op
+from prestage.engine.costs.costs import Costs, part_costs
+from prestage.engine.decide.commands import OUTPUT, Command, Op
+from prestage.engine.decide.dispatch import Visit
+from prestage.engine.decide.program import Rows, Stage
 from prestage.engine.loading.deciders import make_manager, make_prefetch
-from prestage.engine.run import run
+from prestage.engine.run import prepared, run, run_all
+from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.inputs import Inputs
-from prestage.engine.scenario.scenario import ScenarioError, load_scenario
+from prestage.engine.scenario.scenario import load_scenario
+from prestage.engine.timing import runs
 from prestage.resources.profile import ProfileError
 from prestage.resources.timeline import DEMAND, DENSE, EXPERT, HEAD, KINDS, PREFETCH, READBACK
 from prestage.workloads.model import Model
@@ -208,6 +214,33 @@ def test_a_plan_pads_decode_steps_in_graphs_and_computes_the_head_for_one_positi
     assert tokens[DENSE] == [5] * 3 * LAYERS + [4] * LAYERS
     assert tokens[EXPERT] == [5] * 3 * 2 * LAYERS + [4] * 2 * LAYERS
     assert tokens[HEAD] == [1, 1, 1, 4]
+
+
+class Synchronous(Stage):
+    """The host waits for the kernels of every layer."""
+
+    def serve(self, rows: Rows, visit: Visit, phase: int) -> None:
+        super().serve(rows, visit, phase)
+        rows.add(Op.OUTPUT, self.gpu.number, register=self.gpu.register(OUTPUT))
+        rows.add(Op.HOLD, self.gpu.number, register=self.gpu.register(OUTPUT))
+
+
+@pytest.mark.parametrize("discipline", ["fifo", "priority"])
+def test_a_dispatch_pattern_is_executed_as_its_commands_say(discipline: str, shared: Shared) -> None:
+    # The host waits for the last kernel of each layer, behind the prefetches that it has ordered meanwhile.
+    with patch.object(calibration_plan, "Stage", Synchronous), patch.object(runs, "Stage", Synchronous):
+        inputs = small_inputs(copy={"discipline": discipline}, dispatch={"mode": "eager", "router_readback": False})
+        entries = make_plan(inputs).entries
+        waits = [(number, other) for number, entry in enumerate(entries) for other in entry.host_waits]
+        assert len(waits) == LAYERS * 12
+        assert all(entries[other].kind == EXPERT and entries[other].visit == entries[at].visit for at, other in waits)
+        (timeline,) = execute([CpuDevice()], inputs, "synchronous", shared, repeats=1).timelines()
+        (simulated,) = run_all(inputs, prepared(inputs, part_costs(inputs)), engine="simpy")
+    kernels = [
+        [(span["kind"], span["visit"], span["expert"]) for span in spans if span["kind"] in (DENSE, EXPERT, HEAD)]
+        for spans in (np.sort(timeline.spans(), order="start_ns"), np.sort(simulated.spans, order="start_ns"))
+    ]
+    assert kernels[0] == kernels[1]
 
 
 def test_a_command_that_no_cuda_call_stands_for_is_refused_by_its_name() -> None:

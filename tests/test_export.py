@@ -20,15 +20,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prestage.output.export import (
-    CATEGORIES,
-    NAMES,
-    About,
-    ExportSummary,
-    export_timeline,
-    layers_of,
-    track_order,
-)
+from prestage.output.export import About, ExportSummary, export_timeline
+from prestage.output.span_names import CATEGORIES, NAMES, layers_of, track_order
 from prestage.resources.timeline import (
     DEMAND,
     DENSE,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
-from prestage.engine.measure.metrics import FATES, LATE, MISS
+from prestage.engine.measure.recording import FATES, LATE, MISS
 from prestage.engine.scenario.scenario import load_scenario
 from prestage.engine.simulate import simulate
 from prestage.output.figures import (
@@ -38,7 +38,7 @@ from prestage.output.figures import (
 from prestage.output.figures_html import draw_html, figure_html, legend, link
 from prestage.output.figures_static import draw
 from prestage.output.palette import COLORS, FATE_COLORS, OUTCOME_COLORS, PART_COLORS
-from prestage.output.plots import save
+from prestage.output.pictures import save
 from prestage.output.saved import TABLES, Run, run_of
 from prestage.resources.timeline import DEMAND, DENSE, EXPERT, HEAD, PREFETCH, Timeline
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from prestage import cli
-from prestage.engine.scenario.scenario import ScenarioError, load_scenario, make_scenario
+from prestage.engine.scenario.amounts import ScenarioError
+from prestage.engine.scenario.scenario import load_scenario, make_scenario
 from prestage.engine.simulate import simulate
 from prestage.workloads.fit import compare, draw_like, fit_routing
 from prestage.workloads.fitted import ECHO_TOKENS, FitError, FittedRouting, LayerFit, class_ends

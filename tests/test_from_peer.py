@@ -6,10 +6,11 @@ import pytest
 from tiny import tiny_costs, tiny_inputs, tiny_model, tiny_pipeline, tiny_profile, tiny_scenario, tiny_trace
 
 from prestage.engine.costs.costs import part_costs
-from prestage.engine.measure.metrics import Recording
+from prestage.engine.measure.recording import Recording
 from prestage.engine.run import prepared, run_all
+from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.inputs import Inputs
-from prestage.engine.scenario.scenario import ScenarioError, make_scenario
+from prestage.engine.scenario.scenario import make_scenario
 from prestage.resources.from_peer import from_peer
 from prestage.resources.profile import Profile, ProfileError, load_profile
 from prestage.resources.timeline import KINDS

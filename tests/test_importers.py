@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from prestage.workloads.importers import IMPORTERS, import_trace, open_trace, shipped_traces
-from prestage.workloads.trace import RoutingTrace, TraceError
+from prestage.workloads.trace import RoutingTrace
+from prestage.workloads.trace_limits import TraceError
 
 #: Two layers, two of four experts: a prompt of two tokens, of which only the last reaches layer 1, and one
 #: decode token. The prefill is logged layer by layer, as the engine does.
@@ -184,7 +185,7 @@ def test_a_file_without_rows_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_an_unknown_format_and_a_missing_file_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(TraceError, match="format = 'vllm': choose one of bigmoeonedge"):
+    with pytest.raises(TraceError, match="format = 'vllm': choose one of auto, bigmoeonedge"):
         import_trace(write(tmp_path), "vllm")
     with pytest.raises(TraceError, match="cannot be read: No such file"):
         import_trace(tmp_path / "none.csv", "bigmoeonedge")

@@ -10,7 +10,7 @@ import pytest
 from prestage.engine.measure.insights import Effect, InsightError, effects, finished, front, table, varying
 from prestage.experiments.grid import make_grid, sweep_names
 from prestage.output.charts import CHARTS, plot_sweep
-from prestage.output.plots import save
+from prestage.output.pictures import save
 
 
 def row(k: int, budget: str, speed: float | None, memory: int = 2**30, **more: Any) -> dict[str, Any]:

@@ -15,8 +15,10 @@ import torch
 from tiny import tiny_scenario
 
 from prestage.engine.loading.loading import load_inputs
+from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.predicting import FREE, PredictorCost, predictor_cost, scenario_predictor
-from prestage.engine.scenario.scenario import PredictorSection, ScenarioError, load_scenario
+from prestage.engine.scenario.scenario import load_scenario
+from prestage.engine.scenario.sections import PredictorSection
 from prestage.engine.simulate import simulate
 from prestage.experiments.breakeven import break_even
 from prestage.workloads.batches import plan_steps
@@ -35,7 +37,8 @@ from prestage.workloads.network import Shape, initial_weights, logits
 from prestage.workloads.predictor_training import Settings, train
 from prestage.workloads.predictors import make_predictor, recall_at
 from prestage.workloads.synthetic import synthesize
-from prestage.workloads.trace import RoutingTrace, TraceError
+from prestage.workloads.trace import RoutingTrace
+from prestage.workloads.trace_limits import TraceError
 
 pytestmark = pytest.mark.slow
 

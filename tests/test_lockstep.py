@@ -31,12 +31,15 @@ from prestage.engine.expert_parallel import decided, place, routes
 from prestage.engine.links import Links
 from prestage.engine.loading.deciders import make_manager, make_prefetch
 from prestage.engine.loading.loading import load_inputs
-from prestage.engine.measure.metrics import Recording, time_split
+from prestage.engine.measure.recording import Recording
+from prestage.engine.measure.time_split import time_split
 from prestage.engine.placed import REMOTE
 from prestage.engine.policies.placement import PLACEMENT
 from prestage.engine.run import prepared, run_all
+from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.inputs import Inputs
-from prestage.engine.scenario.scenario import DISPATCH_THREADS, Scenario, ScenarioError, load_scenario, make_scenario
+from prestage.engine.scenario.scenario import Scenario, load_scenario, make_scenario
+from prestage.engine.scenario.sections import DISPATCH_THREADS
 from prestage.engine.simulate import simulate_inputs
 from prestage.resources.profile import Profile, make_profile
 from prestage.resources.timeline import COMBINE, DEMAND, DENSE, DISPATCH, EXPERT, PEER, PREDICT, PREFETCH, SPAN

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from prestage.engine.scenario.scenario import ScenarioError, load_scenario, make_scenario
+from prestage.engine.scenario.amounts import ScenarioError
+from prestage.engine.scenario.scenario import load_scenario, make_scenario
 from prestage.engine.simulate import simulate
 from prestage.resources.facts import Fact
 from prestage.resources.parts import reached
@@ -256,6 +257,9 @@ def test_several_gpus_are_a_graph_on_one_memory() -> None:
     assert topology is not None
     assert topology.gpus == ("gpu0", "gpu1")
     assert topology.route("gpu0", "gpu1").staged  # a GeForce reads no other's memory
+    peer = load_profile("gpu=2x rtx3090, ram=128GB DDR4-3200").peer
+    assert peer is not None  # into and out of the host's memory, which both halves share
+    assert peer.queued.bytes_per_second == pytest.approx(51.2e9 * reached.ram_share().middle / 2, rel=5e-3)
     assert topology.node("host0").capacity_bytes == 128 * GIB
     assert topology.named("nvme") == ("nvme0",)
     with_switch = load_profile("gpu=8x h100, ram=1TB 16x DDR5-4800")
@@ -300,6 +304,7 @@ def test_parts_in_a_scenario_are_the_name_of_a_profile() -> None:
     assert scenario.machine.profile == "gpu=rtx4090, gpus=2, ram=64GB DDR5-5600"
     assert scenario.plain()["machine"] == {"profile": scenario.machine.profile}
     assert make_scenario(scenario.plain()).machine == scenario.machine
+    assert load_scenario("synthetic", ["machine.gpu=4090"]).machine.profile == "gpu=4090"  # a number, as TOML reads it
 
 
 def test_a_setting_of_a_part_takes_a_profiles_place_and_leaves_other_parts() -> None:
@@ -322,7 +327,7 @@ def test_a_setting_of_a_part_takes_a_profiles_place_and_leaves_other_parts() -> 
         ({"gpu": "rtx4090", "profile": "h200"}, "give a profile, or parts"),
         ({"ram": "64GB"}, "name the gpu too"),
         ({"gpu": "rtx4090", "gpus": "2"}, r"machine\.gpus = '2': must be a valid integer"),
-        ({"gpu": 4090}, r"machine\.gpu = 4090: must be a valid string"),
+        ({"gpu": ["rtx4090"]}, r"machine\.gpu: must be a valid string"),
         ({"gpu": "rtx4090, ram=1"}, "give one part"),
     ],
 )

@@ -23,7 +23,7 @@ from tiny import (
 )
 
 from prestage.engine.costs.costs import part_costs, token_bucket
-from prestage.engine.measure.metrics import Recording
+from prestage.engine.measure.recording import Recording
 from prestage.engine.run import prepared, run_all
 from prestage.engine.simulate import simulate_inputs
 from prestage.engine.timing.lanes import couple

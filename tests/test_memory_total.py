@@ -10,8 +10,9 @@ from tiny import tiny_model, tiny_profile, tiny_scenario, tiny_trace
 from prestage.engine.decide.memory_manager import MemoryManager
 from prestage.engine.loading.loading import expert_budgets, load_inputs
 from prestage.engine.policies.eviction import Lru
+from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.inputs import Inputs
-from prestage.engine.scenario.scenario import ScenarioError, make_scenario
+from prestage.engine.scenario.scenario import load_scenario, make_scenario
 from prestage.engine.simulate import simulate_inputs
 from prestage.workloads.batches import plan_steps
 
@@ -81,3 +82,14 @@ def test_a_total_that_cannot_hold_an_expert_to_the_end_is_refused_before_the_run
     )
     with pytest.raises(ScenarioError, match=f"^{re.escape(told)}"):
         load_inputs(scenario)
+
+
+def test_a_total_may_be_a_share_of_what_the_gpu_holds() -> None:
+    settings = ["model.preset=gpt-oss-20b", "workload.tokens=4", "memory.total_bytes=50%", "memory.capacity=ignore"]
+    for machine, memory_bytes in (("gpu=rtx4090", 24 * 2**30), ("rtx4090-x4", 24 * 2**30), ("h200", 150109880320)):
+        inputs = load_inputs(load_scenario("one-gpu", [*settings, f"machine.profile={machine}"]))
+        assert inputs.scenario.memory.total_bytes == f"{memory_bytes // 2}B"
+    with pytest.raises(ScenarioError, match=r"total_bytes = '101%': write it as '24GiB', or a share of the GPU's"):
+        load_scenario("one-gpu", ["memory.total_bytes=101%"])
+    with pytest.raises(ScenarioError, match=r"workspace_bytes = '5%': write it as '24GiB'$"):
+        load_scenario("one-gpu", ["memory.workspace_bytes=5%"])

@@ -22,11 +22,13 @@ from prestage.engine.costs.costs import Costs
 from prestage.engine.costs.offload_costs import CpuCosts
 from prestage.engine.loading.loading import load_inputs
 from prestage.engine.loading.offloading import make_miss
-from prestage.engine.measure.metrics import OUTCOMES, Recording, metrics
+from prestage.engine.measure.metrics import metrics
 from prestage.engine.measure.misses import miss_metrics
+from prestage.engine.measure.recording import OUTCOMES, Recording
 from prestage.engine.policies.miss import CPU, MISS, SKIPPED, Absent, Resolved, Terms
 from prestage.engine.replay.replay import count_visits
-from prestage.engine.scenario.scenario import Scenario, ScenarioError, load_scenario, make_scenario
+from prestage.engine.scenario.amounts import ScenarioError
+from prestage.engine.scenario.scenario import Scenario, load_scenario, make_scenario
 from prestage.engine.simulate import simulate_inputs
 from prestage.output.files import write_result
 from prestage.output.saved import load_result

@@ -20,7 +20,7 @@ from prestage.engine.replay.miss_ratio import DEFAULT_POLICIES, miss_ratio_curve
 from prestage.engine.replay.replay import replay_trace
 from prestage.output.files import write_miss_ratios
 from prestage.output.plots import plot_miss_ratios
-from prestage.output.tables import print_miss_ratios
+from prestage.output.tables.traces import print_miss_ratios
 from prestage.workloads.importers import open_trace
 from prestage.workloads.trace import RoutingTrace
 

@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prestage.dtypes import DTYPES
+from prestage.dtypes import bits_of, dtype_of
 from prestage.workloads.model import Model, ModelError, load_model, preset_names
 
 MIB = 2**20
 
 # Total parameters as their authors publish them, in units of 10**9 and to the digit they give: Mixtral paper,
 # section 3; Qwen3 report, table 2 and its model card; OLMoE paper, section 1; DeepSeek-V2 paper, appendix B;
-# DeepSeek-V3's README_WEIGHTS (without multi-token prediction); gpt-oss model card, table 1.
+# DeepSeek-V3's README_WEIGHTS (without multi-token prediction); gpt-oss model card, table 1; of Qwen3.8-Flash-Next its
+# tensors' count, without the table of n-grams.
 PUBLISHED_BILLIONS = {
     "mixtral-8x7b": ("46.7", 32, 8, 2),
     "qwen3-30b-a3b": ("30.5", 48, 128, 8),
@@ -27,6 +28,7 @@ PUBLISHED_BILLIONS = {
     "deepseek-v3": ("671", 58, 256, 8),
     "gpt-oss-20b": ("20.9", 24, 32, 4),
     "gpt-oss-120b": ("116.8", 36, 128, 4),
+    "qwen3.8-flash-next": ("125.7", 48, 512, 10),
 }
 
 # The smallest file that uses every rule: d = dense block, M = MoE block, in the order d d M d M d.
@@ -92,7 +94,7 @@ def dropped(text: str, table: str) -> str:
 # --- Presets --------------------------------------------------------------------------------------------------------
 
 
-def test_the_nine_presets_are_shipped() -> None:
+def test_the_ten_presets_are_shipped() -> None:
     assert preset_names() == sorted([*PUBLISHED_BILLIONS, "switch-base-128"])
 
 
@@ -127,8 +129,8 @@ def test_every_preset_conforms(name: str) -> None:
     assert model.name == name
     assert "config.json" in model.source
     assert "arXiv:" in model.source
-    assert model.expert_dtype in DTYPES
-    assert model.dense_dtype in DTYPES
+    assert dtype_of(model.expert_dtype) == model.expert_dtype
+    assert dtype_of(model.dense_dtype) == model.dense_dtype
     assert len(model.expert_bytes) == len(model.dense_bytes) == model.layers
     assert min(model.dense_bytes) > 0
     assert model.head_bytes > 0
@@ -139,7 +141,7 @@ def test_every_preset_conforms(name: str) -> None:
     ids = [model.expert_id(layer, index) for layer in range(model.layers) for index in range(model.experts)]
     assert ids == list(range(model.total_experts))
     # Nothing but biases beside the matrices, which are far smaller.
-    matrices_bytes = model.expert_matrices * model.hidden * model.expert_ff * DTYPES[model.expert_dtype] / 8
+    matrices_bytes = model.expert_matrices * model.hidden * model.expert_ff * bits_of(model.expert_dtype) / 8
     assert 1 <= model.expert_bytes[0] / matrices_bytes < 1.002
     assert load_model(name) == model
     assert pickle.loads(pickle.dumps(model)) == model

@@ -27,10 +27,12 @@ from tiny import (
 
 from prestage.engine.costs.costs import part_costs
 from prestage.engine.measure.merge import makespan_ns, run_metrics
-from prestage.engine.measure.metrics import Recording, time_split
+from prestage.engine.measure.recording import Recording
+from prestage.engine.measure.time_split import time_split
 from prestage.engine.run import prepared, run_all
 from prestage.engine.scenario.inputs import Inputs
-from prestage.engine.scenario.scenario import DISPATCH_THREADS, make_scenario
+from prestage.engine.scenario.scenario import make_scenario
+from prestage.engine.scenario.sections import DISPATCH_THREADS
 from prestage.engine.simulate import serving_of, simulate_inputs
 from prestage.resources.profile import make_profile
 from prestage.resources.timeline import ACTIVATION, DENSE, EXPERT, KINDS

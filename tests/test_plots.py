@@ -17,15 +17,8 @@ from prestage.output.charts import CHARTS, plot_sweep
 from prestage.output.machine import describe, machine_of
 from prestage.output.machine_plot import plot_machine
 from prestage.output.palette import COLORS
-from prestage.output.plots import (
-    default_window,
-    plot_latency,
-    plot_memory,
-    plot_timeline,
-    plot_transfer,
-    render,
-    save,
-)
+from prestage.output.pictures import render, save
+from prestage.output.plots import default_window, plot_latency, plot_memory, plot_timeline, plot_transfer
 from prestage.resources.profile import load_profile
 from prestage.resources.timeline import DEMAND, DENSE, EXPERT, HEAD, KINDS, LAUNCH, PREFETCH, Timeline
 
@@ -354,10 +347,10 @@ def test_saving_refuses_other_endings_and_leaves_nothing_behind(tmp_path: Path) 
 def test_matplotlib_is_loaded_only_to_draw_and_its_global_state_never(tmp_path: Path) -> None:
     program = (
         "import sys\n"
-        "from prestage.output import plots\n"
+        "from prestage.output import pictures, plots\n"
         "from prestage.resources.timeline import Timeline\n"
         "assert 'matplotlib' not in sys.modules\n"
-        "plots.save(plots.plot_timeline(Timeline(), experts_per_layer=1), sys.argv[1])\n"
+        "pictures.save(plots.plot_timeline(Timeline(), experts_per_layer=1), sys.argv[1])\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", program, tmp_path / "t.png"], check=True)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prestage.output.tables import print_predictors
+from prestage.output.tables.measured import print_predictors
 from prestage.workloads.batches import plan_steps
 from prestage.workloads.guesses import Guesses, Run
 from prestage.workloads.predictor_scores import (
@@ -24,7 +24,8 @@ from prestage.workloads.predictor_scores import (
     scores,
 )
 from prestage.workloads.predictors import make_predictor
-from prestage.workloads.trace import RoutingTrace, TraceError
+from prestage.workloads.trace import RoutingTrace
+from prestage.workloads.trace_limits import TraceError
 
 REPORT = Path(__file__).parent.parent / "docs" / "predictors.json"
 

@@ -11,7 +11,7 @@ from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_scenario, tiny_trac
 
 from prestage.engine.loading.deciders import make_prefetch
 from prestage.engine.policies.prefetch import PREFETCH, Gauge, Moment, Options, Prefetch
-from prestage.engine.scenario.scenario import ScenarioError
+from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.simulate import simulate_inputs
 from prestage.testing.conformance import check_choice, check_no_guess
 

@@ -9,10 +9,12 @@ import pytest
 from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_run, tiny_scenario, tiny_trace
 
 from prestage.engine.loading.deciders import make_manager
-from prestage.engine.measure.metrics import Recording, metrics
+from prestage.engine.measure.metrics import metrics
+from prestage.engine.measure.recording import Recording
 from prestage.engine.policies.preload import PRELOAD
+from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.inputs import Inputs
-from prestage.engine.scenario.scenario import ScenarioError, load_scenario
+from prestage.engine.scenario.scenario import load_scenario
 from prestage.engine.simulate import simulate
 
 #: Two layers of four experts, each of 20 bytes; the most popular are 3 and 1 of the first layer, then 0 of the second.

@@ -15,10 +15,10 @@ from pydantic import BaseModel
 from tiny import tiny_costs, tiny_profile
 
 from prestage.engine.scenario.scenario import load_scenario
+from prestage.resources.facts import Samples
 from prestage.resources.profile import (
     Profile,
     ProfileError,
-    Samples,
     TransferCost,
     load_profile,
     make_profile,

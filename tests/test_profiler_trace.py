@@ -170,7 +170,7 @@ def test_an_h100s_kernel_costs_tell_what_a_copy_beside_them_costs() -> None:
     product = next(row for row in rows if row["name"].startswith("nvjet"))
     assert product["n"] == product["quiet"]["n"] + product["beside_copy"]["n"] == 48
     assert product["beside_copy"]["median_ns"] > product["quiet"]["median_ns"]
-    from prestage.resources.profile import Samples
+    from prestage.resources.facts import Samples
 
     assert Samples.model_validate(product["samples"]).n == 48  # as a profile's costs carry them
 

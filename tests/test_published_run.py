@@ -25,8 +25,9 @@ from prestage.calibration.published_run import (
 )
 from prestage.cli import app
 from prestage.engine.loading.loading import load_inputs
-from prestage.engine.measure.metrics import Recording
-from prestage.engine.scenario.scenario import Scenario, ScenarioError, load_scenario
+from prestage.engine.measure.recording import Recording
+from prestage.engine.scenario.amounts import ScenarioError
+from prestage.engine.scenario.scenario import Scenario, load_scenario
 from prestage.engine.simulate import simulate
 from prestage.resources.profile import Profile, load_profile
 from prestage.resources.timeline import READ

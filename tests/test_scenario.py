@@ -10,16 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prestage.engine.loading.loading import load_inputs
-from prestage.engine.scenario.scenario import (
-    Scenario,
-    ScenarioError,
-    SyntheticSection,
-    load_scenario,
-    make_scenario,
-    parse_budget,
-    parse_bytes,
-    scenario_names,
-)
+from prestage.engine.scenario.amounts import ScenarioError, parse_budget, parse_bytes
+from prestage.engine.scenario.scenario import Scenario, load_scenario, make_scenario, scenario_names
+from prestage.engine.scenario.sections import SyntheticSection
 from prestage.experiments.grid import make_grid
 from prestage.resources.profile import profile_names
 from prestage.workloads.model import MOST_BYTES, preset_names
@@ -368,7 +361,7 @@ def test_without_a_name_the_default_is_loaded() -> None:
 @pytest.mark.parametrize("profile", profile_names())
 @pytest.mark.parametrize("preset", preset_names())
 def test_every_model_runs_on_every_machine_as_far_as_its_inputs(preset: str, profile: str) -> None:
-    synthetic = ["workload.synthetic.tokens=2", "workload.synthetic.working_set=8"]
+    synthetic = ["workload.synthetic.tokens=2", "workload.synthetic.working_set=none"]
     small = [*synthetic, "workload.synthetic.sequences=1", "workload.synthetic.prefill_tokens=0", "workload.tokens=2"]
     settings = [*small, f"model.preset={preset}", f"machine.profile={profile}", "memory.capacity=ignore"]
     inputs = load_inputs(load_scenario("synthetic", settings))

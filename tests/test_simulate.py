@@ -20,15 +20,9 @@ from prestage.engine.measure.metrics import link_utilization
 from prestage.engine.policies.copy_order import COPY_ORDERS
 from prestage.engine.policies.eviction import EVICTION
 from prestage.engine.policies.prefetch import PREFETCH
-from prestage.engine.scenario.scenario import (
-    DISPATCH_MODES,
-    EXPERT_KERNELS,
-    EXPERT_ORDERS,
-    PREDICTOR_LANES,
-    ScenarioError,
-    load_scenario,
-    make_scenario,
-)
+from prestage.engine.scenario.amounts import ScenarioError
+from prestage.engine.scenario.scenario import load_scenario, make_scenario
+from prestage.engine.scenario.sections import DISPATCH_MODES, EXPERT_KERNELS, EXPERT_ORDERS, PREDICTOR_LANES
 from prestage.engine.simulate import Result, simulate, simulate_inputs
 from prestage.output.files import write_result
 from prestage.workloads.batches import PREFILL_MODES

@@ -17,9 +17,10 @@ from prestage.engine.baselines import baseline_scenario
 from prestage.engine.loading.loading import load_inputs
 from prestage.engine.measure.comparison import compare
 from prestage.engine.measure.speed import Served, speed, speed_metrics
-from prestage.engine.scenario.scenario import ScenarioError, load_scenario
+from prestage.engine.scenario.amounts import ScenarioError
+from prestage.engine.scenario.scenario import load_scenario
 from prestage.engine.simulate import simulate, simulate_inputs
-from prestage.output.tables import speed_rows
+from prestage.output.tables.runs import speed_rows
 from prestage.workloads.batches import DECODE, PREFILL, PREFILL_MODES, Step, plan_steps, warmup_steps
 
 # Three sequences, written row by row: prompts p, decode tokens d. A and B take the two places.

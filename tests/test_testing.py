@@ -11,6 +11,7 @@ import pytest
 
 from prestage.engine.policies.copy_order import COPY_ORDERS, ByRank, QueuedCopy, TwoStreams
 from prestage.engine.policies.eviction import EVICTION, Lru
+from prestage.engine.policies.placement import PLACEMENT, Owners, Request
 from prestage.engine.policies.prefetch import PREFETCH, TopK
 from prestage.errors import InputError
 from prestage.resources.timeline import DEMAND, DENSE, EXPERT
@@ -140,6 +141,21 @@ class Stammering:
         return run.guesses(np.zeros_like(run.no_guesses(n)))
 
 
+def on_first(request: Request) -> Owners:
+    """The first GPU has them all."""
+    return [[(0,)] * request.trace.num_experts for _ in range(request.trace.layers)]
+
+
+def on_nobody(request: Request) -> Owners:
+    """Expert 0 of each layer has no owner."""
+    return [[(), *owners[1:]] for owners in PLACEMENT["linear"](request)]
+
+
+def beside(request: Request) -> Owners:
+    """One GPU on, the last of which is not there."""
+    return [[(gpu + 1,) for (gpu,) in owners] for owners in PLACEMENT["linear"](request)]
+
+
 @pytest.mark.parametrize(
     ("family", "table", "wrong", "says"),
     [
@@ -153,6 +169,9 @@ class Stammering:
         ("copy_order", COPY_ORDERS, TwoQueues, "one stream"),
         ("predictor", PREDICTORS, Clairvoyant, "a guess knows a later"),
         ("predictor", PREDICTORS, Stammering, "guesses an expert twice"),
+        ("placement", PLACEMENT, on_first, "experts of a layer: at most"),
+        ("placement", PLACEMENT, on_nobody, r"owners \(\): must be some GPUs"),
+        ("placement", PLACEMENT, beside, "the GPUs are 0 to"),
     ],
 )
 def test_who_does_not_keep_to_it_is_found(family: str, table: dict[str, Any], wrong: Any, says: str) -> None:

@@ -26,11 +26,13 @@ from prestage.engine.decide.registers import Registers
 from prestage.engine.decide.tables import Rooms
 from prestage.engine.loading.deciders import dispatched, make_host_memory, make_manager, make_prefetch
 from prestage.engine.loading.loading import load_inputs
-from prestage.engine.measure.metrics import Recording, tiers
+from prestage.engine.measure.metrics import tiers
+from prestage.engine.measure.recording import Recording
 from prestage.engine.policies.copy_order import COPY_ORDERS
 from prestage.engine.policies.eviction import EVICTION
+from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.inputs import Inputs
-from prestage.engine.scenario.scenario import ScenarioError, load_scenario, make_scenario
+from prestage.engine.scenario.scenario import load_scenario, make_scenario
 from prestage.engine.simulate import simulate, simulate_inputs
 from prestage.engine.timing.simulation import settings_of
 from prestage.resources.profile import Interruptions, Profile, ProfileError, load_profile, make_profile, profile_names

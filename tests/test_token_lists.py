@@ -9,7 +9,8 @@ import pytest
 
 from prestage import cli
 from prestage.workloads.importers import import_trace
-from prestage.workloads.trace import RoutingTrace, TraceError
+from prestage.workloads.trace import RoutingTrace
+from prestage.workloads.trace_limits import TraceError
 
 
 def write(folder: Path, text: str) -> Path:

@@ -17,7 +17,8 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prestage.workloads.trace import RoutingTrace, TraceError
+from prestage.workloads.trace import RoutingTrace
+from prestage.workloads.trace_limits import TraceError
 
 FORMATS = (".npz", ".safetensors")
 

@@ -35,13 +35,13 @@ from prestage.engine.policies.eviction import EVICTION, Lru
 from prestage.engine.policies.prefetch import PREFETCH as PREFETCH_POLICIES
 from prestage.engine.policies.prefetch import Options
 from prestage.engine.replay.replay import count_visits
-from prestage.engine.scenario.scenario import ScenarioError
+from prestage.engine.scenario.amounts import ScenarioError
 from prestage.guide.virtual_memory import VirtualMemoryError, guesses_for_targets
 from prestage.resources.profile import ProfileError
 from prestage.workloads.batches import plan_steps
 from prestage.workloads.predictors import Oracle
 from prestage.workloads.statistics import summary
-from prestage.workloads.trace import TraceError
+from prestage.workloads.trace_limits import TraceError
 
 ALONE, QUEUED, HIT = 3.41, 4.146667, 0.07
 

@@ -11,7 +11,8 @@ from prestage.engine.costs.costs import Costs, part_costs
 from prestage.engine.decide.memory_manager import MemoryManager
 from prestage.engine.loading.loading import completed, steps_of
 from prestage.engine.measure.merge import makespan_ns, merged_timeline
-from prestage.engine.measure.metrics import Recording, time_split
+from prestage.engine.measure.recording import Recording
+from prestage.engine.measure.time_split import time_split
 from prestage.engine.policies.eviction import EVICTION
 from prestage.engine.policies.prefetch import NoPrefetch
 from prestage.engine.run import Prepared, run_all

@@ -32,7 +32,8 @@ from ..errors import InputError
 from ..files import write_file
 from ..machine_code import compiled
 from .synthetic import check_drawn, check_whole, draw_weights, join_sequences, share_evenly
-from .trace import MAX_EXPERTS, MAX_TOP_K, RoutingTrace, check_total_experts
+from .trace import RoutingTrace
+from .trace_limits import MAX_EXPERTS, MAX_TOP_K, check_total_experts
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]

@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from ..dtypes import bits_of, dtype_of
 from ..errors import InputError
-from .trace import check_total_experts
+from .trace_limits import check_total_experts
 
 #: What all experts of a model, its dense parts and head may take together: an exbibyte, so that sums fit into 64 bits.
 MOST_BYTES = 2**60

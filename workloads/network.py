@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from ..bounded import check_memory
 from ..errors import InputError
-from .trace import MAX_TOP_K, check_total_experts
+from .trace_limits import MAX_TOP_K, check_total_experts
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -19,7 +19,8 @@ from .batches import DECODE, plan_steps, rows_by_sequence
 from .guesses import Int64s, Run
 from .learned import Weights, gather, measured
 from .network import Shape, initial_weights, logits
-from .trace import RoutingTrace, TraceError
+from .trace import RoutingTrace
+from .trace_limits import TraceError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -18,7 +18,8 @@ import numpy.typing as npt
 from ..bounded import check_memory
 from ..errors import InputError
 from .batches import DECODE, PREFILL
-from .trace import MAX_EXPERTS, MAX_TOP_K, RoutingTrace, check_total_experts
+from .trace import RoutingTrace
+from .trace_limits import MAX_EXPERTS, MAX_TOP_K, check_total_experts
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]

@@ -12,65 +12,25 @@ from __future__ import annotations
 import json
 import os
 import re
-import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-import safetensors
-import safetensors.numpy
 
-from ..bounded import check_need, read_npz
-from ..errors import InputError
-from ..files import check_file, replacing
+from ..bounded import check_need
+from ..files import replacing
 from .batches import DECODE, PREFILL
+from .trace_checks import KNOWN_EXTRA, LAYOUT, agree_on_num_experts, check_array, check_floats, first_wrong, parse_meta
+from .trace_files import format_of
+from .trace_limits import MAX_TOP_K, Array, TraceError, check_num_experts, check_total_experts
 
-Array = npt.NDArray[Any]
-
-#: More experts than this do not fit the widest type of `experts`.
-MAX_EXPERTS = 1 << 16
-#: No model comes near either; a file that says more is damaged. Much is kept for every expert of every layer.
-MAX_LAYERS, MAX_TOP_K, MAX_TOTAL_EXPERTS = 1 << 16, 512, 1 << 18
 #: What a row takes beside its choices, while it is checked and run: its sequence, position, phase, and their order.
 _ROW_BYTES = 256
 #: From so many choices on, comparing every pair takes longer than sorting.
 _SORTED_FROM = 32
-
-
-class TraceError(InputError):
-    """A trace that cannot be right: one line naming file, array, row and what would be right."""
-
-
-class _Layout(NamedTuple):
-    """What an array must look like: its types, narrowest first, the name of each axis, and its values."""
-
-    dtypes: tuple[str, ...]
-    axes: tuple[str, ...]
-    low: int | None = None
-    high: int | None = None
-
-
-#: The arrays a trace may have. Any other array is kept in `extra`.
-_LAYOUT = {
-    "experts": _Layout(("uint8", "uint16"), ("row", "layer", "slot")),
-    "weights": _Layout(("float16",), ("row", "layer", "slot")),
-    "sequence": _Layout(("int32",), ("row",), low=0),
-    "position": _Layout(("int32",), ("row",), low=0),
-    "phase": _Layout(("uint8",), ("row",), low=PREFILL, high=DECODE),
-    "present": _Layout(("bool",), ("row", "layer")),
-    "predictions": _Layout(("int16",), ("row", "layer", "horizon", "rank")),
-    "confidences": _Layout(("float16", "float32"), ("row", "layer", "horizon", "rank")),
-}
-#: Extra arrays whose meaning is known; they are checked too.
-_KNOWN_EXTRA = {
-    "expert_bytes": _Layout((), ("layer",), low=1),
-    "dense_bytes": _Layout((), ("layer",), low=0),
-    "residency": _Layout((), ("row", "layer", "slot"), low=0, high=2),
-}
-_SIZES_IN_WORDS = {"row": "tokens", "layer": "layers", "slot": "k", "horizon": "horizons", "rank": "n"}
 
 
 def _not_given() -> Array:
@@ -118,7 +78,7 @@ class RoutingTrace:
         def put(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
 
-        for name, layout in _LAYOUT.items():
+        for name, layout in LAYOUT.items():
             value = getattr(self, name)
             if value is not None and value is not _NOT_GIVEN:
                 put(name, _narrow(np.asarray(value), layout.dtypes))
@@ -159,19 +119,19 @@ class RoutingTrace:
         """
         path = Path(path)
         try:
-            arrays, text = _format(path).read(path)
+            arrays, text = format_of(path).read(path)
         except OSError as error:
             raise TraceError(f"{path}: cannot be read: {error.strerror or error}") from error
-        meta = _parse_meta(path, text)
+        meta = parse_meta(path, text)
         if "experts" in arrays and arrays["experts"].ndim:
             rows = len(arrays["experts"]) if arrays["experts"].size else 0
             check_need(path, f"{rows:,} tokens", rows * _ROW_BYTES, path.stat().st_size, TraceError)
-        arrays_named = {item.name for item in fields(cls)} & _LAYOUT.keys()
+        arrays_named = {item.name for item in fields(cls)} & LAYOUT.keys()
         if "experts" not in arrays:
             found = ", ".join(sorted(arrays)) or "no arrays"
             raise TraceError(f"{path}: experts: missing (found {found}): must be an array (tokens, layers, k)")
         trace = cls(
-            num_experts=_agree_on_num_experts(path, meta.get("num_experts"), num_experts),
+            num_experts=agree_on_num_experts(path, meta.get("num_experts"), num_experts),
             meta=meta,
             extra={name: value for name, value in arrays.items() if name not in arrays_named},
             **{name: value for name, value in arrays.items() if name in arrays_named},
@@ -187,11 +147,11 @@ class RoutingTrace:
         Raises TraceError if the trace is wrong, the folder is missing or the format cannot hold an extra array.
         """
         path = Path(path)
-        file_format = _format(path)
+        file_format = format_of(path)
         self.check(str(path))
         if not path.parent.is_dir():
             raise TraceError(f"{path}: the folder {path.parent} does not exist: make it first")
-        arrays = {name: value for name in _LAYOUT if (value := getattr(self, name)) is not None}
+        arrays = {name: value for name in LAYOUT if (value := getattr(self, name)) is not None}
         arrays |= {name: self.extra[name] for name in sorted(self.extra)}
         if self.predictions is not None and self.num_experts <= 1 << 7:
             # Guesses are most of a file.
@@ -203,7 +163,7 @@ class RoutingTrace:
 
     def check(self, where: str = "trace") -> None:
         """Raise TraceError, one line that begins with `where`, if anything in the trace cannot be right."""
-        _check_num_experts(where, self.num_experts)
+        check_num_experts(where, self.num_experts)
         shape = self.experts.shape
         if len(shape) != 3 or 0 in shape:
             raise TraceError(f"{where}: experts: shape {shape}: must be (tokens, layers, k), each at least 1")
@@ -216,15 +176,15 @@ class RoutingTrace:
         elif self.predictions is None and self.confidences is not None:
             raise TraceError(f"{where}: confidences: given without predictions: give both, or neither")
         limits = {"experts": (0, self.num_experts - 1), "predictions": (-1, self.num_experts - 1)}
-        for name, layout in _LAYOUT.items():
+        for name, layout in LAYOUT.items():
             value = getattr(self, name)
             if value is not None:
                 low, high = limits.get(name, (layout.low, layout.high))
-                _check_array(where, name, value, layout._replace(low=low, high=high), sizes)
+                check_array(where, name, value, layout._replace(low=low, high=high), sizes)
         for name in ("weights", "confidences"):
             value = getattr(self, name)
             if value is not None:
-                _check_floats(where, name, value, 0 if name == "weights" else None)
+                check_floats(where, name, value, 0 if name == "weights" else None)
         self._check_distinct(where)
         self._check_order(where)
         self._check_extra(where, sizes)
@@ -239,7 +199,7 @@ class RoutingTrace:
             if self.present is not None:
                 same &= self.present
             if same.any():
-                row, layer = _first(same)
+                row, layer = first_wrong(same)
                 chosen = self.experts[row, layer].tolist()
                 raise TraceError(
                     f"{where}: experts at row {row}, layer {layer}: {chosen}: "
@@ -259,14 +219,14 @@ class RoutingTrace:
 
     def _check_extra(self, where: str, sizes: dict[str, int]) -> None:
         for name, value in self.extra.items():
-            if name in _LAYOUT or name == "meta":
+            if name in LAYOUT or name == "meta":
                 raise TraceError(f"{where}: extra array {name!r}: the trace's own name: choose another")
             if value.dtype.kind not in "biufcSU":
                 raise TraceError(
                     f"{where}: {name}: dtype {value.dtype}: must be plain numbers or strings, for nothing is pickled"
                 )
-            if name in _KNOWN_EXTRA:
-                _check_array(where, name, value, _KNOWN_EXTRA[name], sizes)
+            if name in KNOWN_EXTRA:
+                check_array(where, name, value, KNOWN_EXTRA[name], sizes)
 
     def _check_meta(self, where: str) -> None:
         named = self.meta["num_experts"]
@@ -293,13 +253,13 @@ class RoutingTrace:
             index = np.arange(self.tokens)[rows]
         except IndexError as error:
             raise TraceError(f"rows: {error}: must choose among {self.tokens} rows") from error
-        chosen = {name: value[index] for name in _LAYOUT if (value := getattr(self, name)) is not None}
+        chosen = {name: value[index] for name in LAYOUT if (value := getattr(self, name)) is not None}
         extra = {name: value[index] if self._follows_rows(name, value) else value for name, value in self.extra.items()}
         return type(self)(num_experts=self.num_experts, meta=dict(self.meta), extra=extra, **chosen)
 
     def _follows_rows(self, name: str, value: Array) -> bool:
-        if name in _KNOWN_EXTRA:
-            return _KNOWN_EXTRA[name].axes[0] == "row"
+        if name in KNOWN_EXTRA:
+            return KNOWN_EXTRA[name].axes[0] == "row"
         return value.ndim > 0 and len(value) == self.tokens
 
     def slice(self, phase: int | None = None, sequences: Iterable[int] | None = None, first: int | None = None) -> Self:
@@ -379,168 +339,6 @@ def _narrow(value: Array, dtypes: tuple[str, ...]) -> Array:
     return value
 
 
-def _check_num_experts(where: str, num_experts: object) -> None:
-    if not isinstance(num_experts, int) or isinstance(num_experts, bool) or not 1 <= num_experts <= MAX_EXPERTS:
-        raise TraceError(f"{where}: num_experts = {num_experts!r}: must be an integer 1..{MAX_EXPERTS}")
-
-
-def check_total_experts(where: str, layers: int, experts: int, error: type[InputError] = TraceError) -> None:
-    """Refuse more layers, or more experts in all of them, than any model has."""
-    if layers > MAX_LAYERS or layers * experts > MAX_TOTAL_EXPERTS:
-        raise error(
-            f"{where}: {layers:,} layers of {experts:,} experts: must be at most {MAX_LAYERS:,} layers, and "
-            f"{MAX_TOTAL_EXPERTS:,} experts in all of them"
-        )
-
-
-def _check_array(where: str, name: str, value: Array, layout: _Layout, sizes: dict[str, int]) -> None:
-    kinds = {"experts": "iu"}.get(name, "biu" if layout.dtypes == ("bool",) else "iu")
-    wanted = " or ".join(layout.dtypes) or "integers"
-    is_float = layout.dtypes[:1] == ("float16",)
-    if value.dtype.kind not in ("f" if is_float else kinds):
-        what = "Python objects" if value.dtype.kind == "O" else f"dtype {value.dtype}"
-        raise TraceError(f"{where}: {name}: {what}: must be {wanted}")
-    expected = tuple(sizes.get(axis, -1) for axis in layout.axes)
-    if value.shape != expected:
-        words = ", ".join(_SIZES_IN_WORDS[axis] for axis in layout.axes)
-        numbers = "" if -1 in expected else f" = {expected}"
-        raise TraceError(f"{where}: {name}: shape {value.shape}: must be ({words}){numbers}")
-    if value.size and not is_float and value.dtype.kind != "b":
-        low, high = layout.low, layout.high
-        if (low is not None and value.min() < low) or (high is not None and value.max() > high):
-            wrong = np.zeros(value.shape, dtype=np.bool_)
-            wrong |= False if low is None else value < low
-            wrong |= False if high is None else value > high
-            allowed = f"at least {low}" if high is None else f"{low}..{high}"
-            raise TraceError(f"{where}: {_at(name, layout, value, wrong)}: must be {allowed}")
-    if layout.dtypes and value.dtype.name not in layout.dtypes:
-        raise TraceError(f"{where}: {name}: dtype {value.dtype}: must be {wanted}")
-
-
-def _check_floats(where: str, name: str, value: Array, low: int | None) -> None:
-    fine = np.isfinite(value)
-    if low is not None:
-        fine &= value >= low
-    if not fine.all():
-        allowed = "a number" if low is None else f"a number, at least {low}"
-        raise TraceError(f"{where}: {_at(name, _LAYOUT[name], value, ~fine)}: must be {allowed}")
-
-
-def _first(wrong: Array) -> tuple[int, ...]:
-    return tuple(int(i) for i in np.unravel_index(int(np.argmax(wrong)), wrong.shape))
-
-
-def _at(name: str, layout: _Layout, value: Array, wrong: Array) -> str:
-    """Say where the first wrong value is: `experts at row 3, layer 0, slot 1: 200`."""
-    index = _first(wrong)
-    place = ", ".join(f"{axis} {number}" for axis, number in zip(layout.axes, index, strict=True))
-    return f"{name} at {place}: {value[index]}"
-
-
-def _agree_on_num_experts(path: Path, named: Any, given: int | None) -> int:
-    if named is None and given is None:
-        raise TraceError(
-            f"{path}: meta: names no num_experts: add it to the file's meta, a JSON string such as "
-            '{"num_experts": 64}, or give num_experts when loading'
-        )
-    if named is not None:
-        _check_num_experts(f"{path}: meta", named)
-        if given is not None and named != given:
-            raise TraceError(f"{path}: meta: num_experts = {named}, but {given} was given: leave it out")
-        return int(named)
-    assert given is not None
-    return given
-
-
-def _parse_meta(path: Path, text: str | None) -> dict[str, Any]:
-    if text is None:
-        return {}
-    try:
-        meta = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise TraceError(f"{path}: meta: not JSON ({error}): must be one JSON object") from error
-    if not isinstance(meta, dict):
-        raise TraceError(f"{path}: meta: {text[:40]!r}: must be one JSON object")
-    return meta
-
-
 def _plain(value: Array) -> Array:
     """Return the array contiguous and in the machine's byte order, as both formats want it."""
     return np.asarray(value, dtype=value.dtype.newbyteorder("="), order="C")
-
-
-def _read_npz(path: Path) -> tuple[dict[str, Array], str | None]:
-    arrays = read_npz(path, TraceError)
-    meta = arrays.pop("meta", None)
-    if meta is None:
-        return arrays, None
-    if meta.size != 1 or meta.dtype.kind not in "US":
-        raise TraceError(f"{path}: meta: dtype {meta.dtype}, shape {meta.shape}: must be one string of JSON")
-    text: str | bytes = meta.item()
-    return arrays, text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)
-
-
-def _write_npz(stream: BinaryIO, path: Path, arrays: dict[str, Array], text: str) -> None:
-    with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
-        for name, value in [*arrays.items(), ("meta", np.array(text))]:
-            # Neither the clock nor the operating system may show in the bytes.
-            info = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
-            info.create_system = 3
-            info.external_attr = 0o644 << 16
-            with archive.open(info, "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, value, allow_pickle=False)
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Array], str | None]:
-    with path.open("rb"):
-        pass  # an OSError that says why, which safetensors would wrap
-    arrays: dict[str, Array] = {}
-    name = "header"
-    try:
-        with safetensors.safe_open(path, framework="numpy") as content:
-            text = (content.metadata() or {}).get("meta")
-            for name in content.keys():  # noqa: SIM118 (not a dict)
-                arrays[name] = content.get_tensor(name)
-    except safetensors.SafetensorError as error:
-        raise TraceError(f"{path}: damaged or truncated: {_one_line(error)}: write it again") from error
-    except (TypeError, AttributeError, ValueError, MemoryError) as error:
-        raise TraceError(f"{path}: {name}: of a type that numpy lacks ({_one_line(error)}): convert it") from error
-    return arrays, text
-
-
-def _write_safetensors(stream: BinaryIO, path: Path, arrays: dict[str, Array], text: str) -> None:
-    for name, value in arrays.items():
-        if value.dtype.kind in "SUc":
-            raise TraceError(f"{path}: {name}: dtype {value.dtype}: safetensors cannot hold it: save as .npz")
-    # More than one metadata key would come out in an order that varies.
-    stream.write(safetensors.numpy.save(arrays, metadata={"meta": text}))
-
-
-class _Format(NamedTuple):
-    read: Callable[[Path], tuple[dict[str, Array], str | None]]
-    write: Callable[[BinaryIO, Path, dict[str, Array], str], None]
-
-
-_FORMATS = {
-    ".npz": _Format(_read_npz, _write_npz),
-    ".safetensors": _Format(_read_safetensors, _write_safetensors),
-}
-
-
-def check_trace_file(path: Path) -> None:
-    """Refuse a file that no trace can be saved to, before one is made. Raises TraceError, InputError and OSError."""
-    _format(path)
-    check_file(path)
-
-
-def _format(path: Path) -> _Format:
-    try:
-        return _FORMATS[path.suffix.lower()]
-    except KeyError:
-        raise TraceError(
-            f"{path}: {path.suffix or 'no suffix'}: a trace's name must end in {' or '.join(_FORMATS)}"
-        ) from None
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -1,8 +1,9 @@
 """What each piece of one run takes, in ns: the machine's profile applied to a model's shapes.
 
 Measured points are used as they stand, and straight lines between them. A shape that was not measured, or more
-tokens than were, is estimated by the profile's rule, and every estimate in use is named in `estimates`, which goes into
-the result. Points of another device are estimates too, and a rule of this machine's own goes before them.
+tokens than were, is put together from the profile's surface of single kernels, or estimated by its rule where there is
+none, and every estimate in use is named in `estimates`, which goes into the result. Points and surfaces of another
+device are estimates too, and a rule of this machine's own goes before them.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+from ...dtypes import bits_of
 from ...resources.from_peer import from_peer
 from ...resources.lags import Lags
 from ...resources.profile import ComputeCosts, CopyCosts, ExpertPoint, HostCosts, KernelPoint, Profile, ProfileError
 from ...workloads.batches import DECODE
 from ...workloads.model import Model
 from ..scenario.scenario import Scenario
+from .surface_costs import Kernels, SurfaceCosts, dense_kernels, expert_kernels, head_kernels
 
 if TYPE_CHECKING:
     from ..scenario.inputs import Inputs
@@ -96,10 +99,6 @@ class ByTokens(dict[int, KernelCost]):
     def __missing__(self, tokens: int) -> KernelCost:
         cost = self[tokens] = self._cost(tokens)
         return cost
-
-
-#: Matrix products of a layer's dense part as it is measured; the rest of its kernels are small.
-DENSE_PRODUCTS = 4
 
 
 class _Point(NamedTuple):
@@ -212,7 +211,10 @@ class Costs:
 
     def _set_measured(self, compute: ComputeCosts) -> None:
         """Pick out the measured points of this model's shapes, by their size: inner width, or weight bytes."""
-        model = self.model
+        model, surface = self.model, compute.surface
+        if surface is not None and surface.device is not None and self._rule.device is None:
+            surface = None
+        self._surface = None if surface is None else SurfaceCosts(surface, self._mode)
         self._latency_ns = 0 if self._mode == "free" else compute.launch_latency.ns
         dispatch = "eager" if self._mode == "eager" else "graph"
         self._expert_points: dict[int, list[_Point]] = {}
@@ -290,9 +292,9 @@ class Costs:
         tokens = self.run_tokens(tokens, phase)
         cost = self._dense[layer].get(tokens)
         if cost is None:
-            size, kernels = self.model.dense_bytes[layer], self.model.dense_kernels
-            products = min(DENSE_PRODUCTS, kernels)
-            cost = self._kernel("dense part", self._dense_points.get(size, ()), size, tokens, kernels, products)
+            model, size = self.model, self.model.dense_bytes[layer]
+            kernels = dense_kernels(model.hidden, model.dense_dtype, model.dense_kernels, size)
+            cost = self._kernel("dense part", self._dense_points.get(size, ()), kernels, tokens)
             self._dense[layer][tokens] = cost
         return cost
 
@@ -301,8 +303,9 @@ class Costs:
         tokens = self.run_tokens(tokens, DECODE)  # a prefill step has one position: there is nothing to pad
         cost = self._dense[-1].get(tokens)
         if cost is None:
-            size = self.model.head_bytes
-            cost = self._kernel("head", self._head_points.get(size, ()), size, tokens, 1, 1)
+            model, size = self.model, self.model.head_bytes
+            kernels = head_kernels(model.hidden, model.dense_dtype, size)
+            cost = self._kernel("head", self._head_points.get(size, ()), kernels, tokens)
             self._dense[-1][tokens] = cost
         return cost
 
@@ -311,12 +314,17 @@ class Costs:
         tokens = self.run_tokens(tokens, phase)
         cost = self._experts[layer].get(tokens)
         if cost is None:
-            model = self.model
-            size, kernels = model.expert_bytes[layer], model.expert_kernels
-            products = min(model.expert_matrices, kernels)
-            points = self._expert_points.get(model.expert_ff, ())
-            cost = self._experts[layer][tokens] = self._kernel("expert", points, size, tokens, kernels, products)
+            points = self._expert_points.get(self.model.expert_ff, ())
+            cost = self._experts[layer][tokens] = self._kernel("expert", points, self._expert_kernels(layer), tokens)
         return cost
+
+    def _expert_kernels(self, layer: int) -> Kernels:
+        """Return what an expert of a layer launches."""
+        model = self.model
+        return expert_kernels(
+            model.hidden, model.expert_ff, model.expert_dtype, model.expert_matrices, model.expert_kernels,
+            model.expert_bytes[layer],
+        )  # fmt: skip
 
     def most_launches(self, tokens: int) -> int:
         """Return the most launches of one layer visit with so many tokens, the head and a prediction included."""
@@ -325,7 +333,7 @@ class Costs:
         return self._launches(model.dense_kernels) + experts * self._launches(model.expert_kernels) + 2
 
     def grouped(self, layer: int, tokens: list[int], phase: int = DECODE) -> KernelCost:
-        """Return one grouped kernel over several experts: their sum, with the rule's constant paid once."""
+        """Return one grouped kernel over several experts: their sum, with what any expert takes paid once."""
         costs = [self.expert(layer, count, phase) for count in tokens]
         ns = sum(cost.ns for cost in costs) - (len(costs) - 1) * self.grouped_constant_ns
         ns = max(ns, max(cost.ns for cost in costs))
@@ -334,9 +342,14 @@ class Costs:
 
     @property
     def grouped_constant_ns(self) -> int:
-        """What a grouped kernel pays once, and each of its experts would by itself."""
-        kernels = self.model.expert_kernels
-        return self._rule.group_ns(kernels, min(self.model.expert_matrices, kernels), eager=self._mode == "eager")
+        """What a grouped kernel pays once, and each of its experts would by itself.
+
+        The rule's constant; of experts that the surface prices, what their kernels take whatever their weights.
+        """
+        kernels = self._expert_kernels(0)
+        if self._surface is None or self._expert_points.get(self.model.expert_ff):
+            return self._rule_constant_ns(kernels)
+        return round(self._surface.constant_ns(kernels))
 
     @property
     def slowed_beside_copies(self) -> bool:
@@ -345,26 +358,22 @@ class Costs:
         measured = (point for table in tables for points in table.values() for point in points)
         return (
             self._rule.beside_copy_factor > 1
+            or self._surface is not None
             or self.kernel_lags.gap_longer_ns > 0
             or any(point.beside_copy_ns > point.ns for point in measured)
         )
 
-    def _kernel(
-        self, what: str, points: Sequence[_Point], size: int, tokens: int, kernels: int, products: int
-    ) -> KernelCost:
-        """Return a group of `kernels`, of which `products` multiply `size` bytes of weights.
+    def _kernel(self, what: str, points: Sequence[_Point], kernels: Kernels, tokens: int) -> KernelCost:
+        """Return a group of kernels over `tokens` tokens.
 
         Measured, or between two measured; fewer tokens than were measured cost as much as the fewest, more cost what
-        the rule says they add.
+        the surface or the rule says they add.
         """
-        latency_ns = self._latency_ns
-        group_ns = self._rule.group_ns(kernels, products, eager=self._mode == "eager")
         if not points:
-            ns, beside_ns = self._by_rule(what, size, tokens, group_ns)
+            ns, beside_ns, latency_ns = self._estimated(what, kernels, tokens)
         elif tokens > points[-1].tokens:
             last = points[-1]
-            by_rule_ns = self._by_rule(what, size, tokens, group_ns)[0]
-            more_ns = by_rule_ns - self._by_rule(what, size, last.tokens, group_ns)[0]
+            more_ns = self._estimated(what, kernels, tokens)[0] - self._estimated(what, kernels, last.tokens)[0]
             ns, latency_ns = last.ns + more_ns, last.latency_ns
             beside_ns = ns * last.beside_copy_ns / last.ns
         else:
@@ -374,17 +383,31 @@ class Costs:
             self.estimates[what] = f"as measured on {points[0].device}{beyond}, not on this machine"
         launches, host_ns = 1, self.launch_ns + self.records_ns
         if self._mode == "eager":
-            dtype = self.model.expert_dtype if what == "expert" else self.model.dense_dtype
-            product_ns = self._product_launch_ns.get(dtype, self.launch_ns)
-            launches = kernels
-            host_ns = self.records_ns + products * product_ns + (kernels - products) * self.launch_ns
+            launches, products = kernels.launches, len(kernels.products)
+            product_ns = self._product_launch(kernels.dtype)
+            host_ns = self.records_ns + products * product_ns + (launches - products) * self.launch_ns
         return KernelCost(round(ns), beside_ns / ns if ns else 1.0, launches, host_ns, latency_ns)
 
-    def _by_rule(self, what: str, weight_bytes: int, tokens: int, group_ns: int) -> tuple[float, float]:
-        """Return what the profile's rule says of kernels, quiet and beside a copy, in ns; and name the estimate.
+    def _product_launch(self, dtype: str) -> int:
+        """Return the host's time to launch a product, of another dtype of as many bits where there is none of this."""
+        alike = [ns for other, ns in self._product_launch_ns.items() if bits_of(other) == bits_of(dtype)]
+        return self._product_launch_ns.get(dtype, alike[0] if alike else self.launch_ns)
 
-        `group_ns` is the rule's constant for such a group.
-        """
+    def _estimated(self, what: str, kernels: Kernels, tokens: int) -> tuple[float, float, int]:
+        """Return duration, duration beside a copy and latency, in ns, of what was not measured; name the estimate."""
+        if self._surface is None:
+            return *self._by_rule(what, kernels, tokens), self._latency_ns
+        time = self._surface.time(kernels, tokens)
+        self.estimates[what] = self._surface.described(kernels)
+        return time.ns, time.beside_copy_ns, 0 if self._mode == "free" else time.latency_ns
+
+    def _rule_constant_ns(self, kernels: Kernels) -> int:
+        """Return what the profile's rule says that a group of kernels takes whatever their weights, in ns."""
+        return self._rule.group_ns(kernels.launches, len(kernels.products), eager=self._mode == "eager")
+
+    def _by_rule(self, what: str, kernels: Kernels, tokens: int) -> tuple[float, float]:
+        """Return what the profile's rule says of kernels, quiet and beside a copy, in ns; and name the estimate."""
+        weight_bytes, group_ns = kernels.weight_bytes, self._rule_constant_ns(kernels)
         rule = self._rule
         dtype_bits = self.model.dtype_bits("expert" if what == "expert" else "dense")
         flops = 2 * tokens * (weight_bytes * 8 / dtype_bits)

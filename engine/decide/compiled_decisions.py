@@ -26,7 +26,8 @@ from ..policies.eviction_informed import Static
 from ..policies.prefetch import Popularity
 from . import decision_words as w
 from .compiled_program import next_portion
-from .decision_words import Memory, Tables
+from .compiled_shared import next_shared_portion
+from .decision_words import Memory, Tables, addresses
 from .dispatch import later_steps
 from .lookups import list_lookups
 from .program import Gpu
@@ -65,16 +66,39 @@ class Part:
     sends: Sequence[int] | None = None
 
 
-class Decisions:
-    """The decisions of a run's GPUs, laid out; `threads` are the GPUs of each host thread."""
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """How GPUs share the experts of every layer: the only owner of each (layers * experts,).
 
-    def __init__(self, parts: Sequence[Part], threads: Sequence[Sequence[int]]) -> None:
-        self._parts = parts
+    `laid_out(first, end)` returns, of these steps, the tokens of each GPU (steps, GPUs), who serves any (steps, layers,
+    GPUs), and what exchanges take, in ns (steps, layers).
+    """
+
+    owner: Array
+    one_thread: bool
+    laid_out: Callable[[int, int], tuple[Array, Array, Array]]
+
+
+#: What GPUs that share experts have in common of the steps that are laid out.
+_IN_COMMON = (
+    w.D_CHOSEN, w.D_STEPS, w.D_LATER, w.D_LATER_COLUMNS, w.D_GUESSES, w.D_CONFIDENCES, w.D_FIRST_STEP, w.D_END_STEP,
+)  # fmt: skip
+
+
+class Decisions:
+    """The decisions of a run's GPUs, laid out; `threads` are the GPUs of each host thread.
+
+    With `shared`, one thread goes through every layer on all GPUs together.
+    """
+
+    def __init__(self, parts: Sequence[Part], threads: Sequence[Sequence[int]], shared: Shared | None = None) -> None:
+        self._parts, self._shared = parts, shared
         self._memory = memory = Memory()
         memory.allocate(w.HEADER)
         registers = parts[0].gpu.registers
         self._steps = parts[0].source.steps
-        self._rows = np.cumsum([0, *(len(step.rows) for step in self._steps)])
+        rows = [len(step.rows) for step in self._steps]
+        self._rows, self._most_tokens = np.cumsum([0, *rows]), max(rows, default=0)
         self.gpus = [memory.allocate(w.D_WORDS) for _ in parts]
         self._areas: dict[tuple[int, int], tuple[int, int]] = {}
         most = sum(map(self._most_copies, parts))
@@ -89,12 +113,15 @@ class Decisions:
             self._lay_out_memory(number, part, experts, firsts[number], states)
         self._experts, self._states = experts, np.concatenate(states)
         self._following = [self._next_uses(number) for number in range(len(parts))]
-        self._later = [self._later_visits(part) for part in parts]
+        self._later = [self._later_visits(part) for part in (parts[:1] if shared else parts)]
         self._make_registers(max(1024, registers.count + 2 * most))
         self.threads = [memory.allocate(w.THREAD_WORDS) for _ in threads]
         for at, numbers in zip(self.threads, threads, strict=True):
             gpus = memory.put_list(self.gpus[number] for number in numbers)
-            self._set(at, {w.H_GPUS: gpus, w.H_LAYER: -1, w.H_STEPS: len(self._steps)})
+            self._set(at, {
+                w.H_GPUS: gpus, w.H_LAYER: -1, w.H_STEPS: len(self._steps), w.H_SHARES: shared is not None,
+                w.H_ONE: shared is not None and shared.one_thread,
+            })  # fmt: skip
         self._leaving = np.zeros(2 * max(len(part.source.manager.size_of) for part in parts), dtype=np.int64)
         self._make_scratch()
 
@@ -104,18 +131,15 @@ class Decisions:
 
     # What is laid out before the run.
 
-    def _most_tokens(self, part: Part) -> int:
-        return max((len(step.rows) for step in part.source.steps), default=0)
-
     def _most_accesses(self, part: Part) -> int:
-        return min(self._most_tokens(part) * part.source.trace.k, part.source.trace.num_experts)
+        return min(self._most_tokens * part.source.trace.k, part.source.trace.num_experts)
 
     def _most_copies(self, part: Part) -> int:
         """Return the most copies that a visit may come to."""
         options, guesses = part.source.prefetch.options, part.source.guesses
         asked = part.source.prefetch.horizons * part.source.trace.num_experts
         if guesses is not None and part.source.prefetch.guesses:
-            asked = min(asked, part.source.prefetch.horizons * guesses.experts.shape[3] * self._most_tokens(part))
+            asked = min(asked, part.source.prefetch.horizons * guesses.experts.shape[3] * self._most_tokens)
         elif isinstance(part.source.prefetch, Popularity):
             asked = min(asked, part.source.prefetch.horizons * options.k)
         return self._most_accesses(part) + asked
@@ -146,6 +170,7 @@ class Decisions:
             w.D_RECENCY: memory.allocate(self._most_accesses(part) + 1),
             w.D_ASKED: memory.allocate(prefetch.horizons * trace.num_experts + 1),
             w.D_RANKS: 0 if guesses is None else guesses.experts.shape[3], w.D_GATES: -1, w.D_BUDGETS: -1,
+            w.D_FILTERS: self._shared is not None,
         })  # fmt: skip
         floats = memory.floats
         floats[at + w.D_LEAST], floats[at + w.D_DECAY] = options.threshold, options.decay
@@ -164,6 +189,7 @@ class Decisions:
         own = experts[first : first + len(manager.size_of)]
         own[:, [w.E_WAVE, w.E_UNTIL, w.E_COPY, w.E_ROOM]] = -1
         own[:, w.E_SIZE] = manager.size_of
+        own[:, w.E_OWNED] = 1 if self._shared is None else self._shared.owner == number
         for expert, copy in manager.assigned.items():
             own[expert, w.E_COPY], own[expert, w.E_ROOM] = copy, part.gpu.rooms.of(copy).register
         per_pool = len(manager.size_of) // len(manager.pools)
@@ -239,6 +265,7 @@ class Decisions:
         copied = np.full((copies, COPIED_COLUMNS), -1, dtype=np.int64)
         copied[:, O_REQUESTS:] = 0  # nothing is read from a drive
         rows = 2 * _SOME_ROWS + _ROWS_EACH * (2 * served + 2 * copies) + _ROWS_TAKEN * taken
+        rows *= 1 if self._shared is None else len(parts)
         words = self._memory.words
         self.tables = Tables(
             words, words.view(np.float64), self._states, self._experts,
@@ -247,6 +274,7 @@ class Decisions:
             np.full((served, RESOLVED_COLUMNS), -1, dtype=np.int64),
             np.zeros((rows, COLUMNS), dtype=np.int64), self._leaving,
         )  # fmt: skip
+        self.at: Any = addresses(self.tables)
 
     def _most_extents(self) -> int:
         return max(self._ring_size(at) for at in self.gpus)
@@ -259,6 +287,7 @@ class Decisions:
         """Let the tables have the words that have moved."""
         words = self._memory.words
         self.tables = self.tables._replace(words=words, floats=words.view(np.float64))
+        self.at = addresses(self.tables)
 
     # What is laid out as the run goes.
 
@@ -293,9 +322,7 @@ class Decisions:
             self._put(number, w.D_GUESSES, guesses.experts[first_row:end_row])
             if guesses.confidences is not None and part.source.prefetch.needs_confidences:
                 self._put(number, w.D_CONFIDENCES, guesses.confidences[first_row:end_row])
-        if source.budgets is not None:
-            divided = [part.source.manager.divide(budget) for budget in source.budgets[first:end]]
-            self._put(number, w.D_BUDGETS, np.array(divided, dtype=np.int64))
+        self._put_budgets(number, first, end)
         following = self._following[number]
         if following is not None:
             used = int(self._memory.words[at + w.D_FOLLOWED])
@@ -304,7 +331,19 @@ class Decisions:
         if source.trace.weights is not None and self._memory.words[at + w.D_ON_CPU]:
             self._put(number, w.D_GATES, source.trace.weights[rows])
         self._set(at, {w.D_FIRST_STEP: first, w.D_END_STEP: end, w.D_FOLLOWED: 0})
+        if self._shared is not None:
+            self._lay_out_shared(self._shared, first, end)
         self._renew()
+
+    def _lay_out_shared(self, shared: Shared, first: int, end: int) -> None:
+        """Lay out what GPUs that share experts have in common of some steps, and what each has by itself."""
+        words, thread = self._memory.words, self.threads[0]
+        for number, at in enumerate(self.gpus[1:], 1):
+            for place in _IN_COMMON:
+                words[at + place] = words[self.gpus[0] + place]
+            self._put_budgets(number, first, end)
+        for place, values in zip((w.H_LIVES, w.H_SERVES, w.H_EXCHANGES), shared.laid_out(first, end), strict=True):
+            self._set(thread, {place: self._area(thread, place, values)})
 
     def _last_step(self, part: Part, first: int) -> int:
         """Return the step before which so many numbers are laid out as are at once; one step at least."""
@@ -316,15 +355,26 @@ class Decisions:
         end = min(int(np.searchsorted(self._rows, most_rows)), first + _VISITS_AT_ONCE // trace.layers)
         return min(max(end, first + 1), len(self._steps))
 
+    def _put_budgets(self, number: int, first: int, end: int) -> None:
+        """Lay out the budgets of a GPU's pools in some steps, where they change."""
+        source = self._parts[number].source
+        if source.budgets is not None:
+            divided = [source.manager.divide(budget) for budget in source.budgets[first:end]]
+            self._put(number, w.D_BUDGETS, np.array(divided, dtype=np.int64))
+
     def _put(self, number: int, place: int, values: Array) -> None:
-        """Put values where a GPU has them, floats as such."""
-        at, capacity = self._areas.get((number, place), (0, -1))
+        """Put values where a GPU has them."""
+        self._set(self.gpus[number], {place: self._area(self.gpus[number], place, values)})
+
+    def _area(self, owner: int, place: int, values: Array) -> int:
+        """Return where values lie now, floats as such, in an area that is used again."""
+        at, capacity = self._areas.get((owner, place), (0, -1))
         if values.size > capacity:
             at = self._memory.allocate(values.size)
-            self._areas[number, place] = at, values.size
-        words = self._memory.words if values.dtype.kind in "iu" else self._memory.floats
+            self._areas[owner, place] = at, values.size
+        words = self._memory.floats if values.dtype.kind == "f" else self._memory.words
         words[at : at + values.size] = values.reshape(-1)
-        self._set(self.gpus[number], {place: at})
+        return at
 
     def make_room(self) -> None:
         """Write out what was recorded, and make more room where that is not enough, for the GPU that asks for it."""
@@ -410,8 +460,11 @@ class Decisions:
 
         It is valid until the next is asked for.
         """
+        for at in self.gpus:
+            self._set(at, {w.D_NOW: now_ns, w.D_BACKLOG: backlog_ns})
+        decide = next_portion if self._shared is None else next_shared_portion
         while True:
-            why = next_portion(self.tables, self.threads[thread], now_ns, backlog_ns)
+            why = decide(self.at, self.threads[thread])
             if why == w.STEPS:
                 self.lay_out_steps()
             elif why == w.ROOM:

@@ -24,19 +24,19 @@ Word = Any
 Words = npt.NDArray[Any]
 
 _OP, _KIND, _EXPERT, _EXTRA = 0, 2, 6, 10
-#: How many misses are taken at once, at least.
+#: How many misses are taken at once, before those of one more visit.
 _AT_ONCE = 1 << 16
 
 
 @compiled
-def next_misses(t: Tables, h: Word, total_experts: Word, keys: Words) -> tuple[Word, Word]:
-    """Decide until there might be no more room in `keys`, or something else is wanted; return why, and how many.
+def next_misses(t: Tables, h: Word, total_experts: Word, keys: Words, room: Word) -> tuple[Word, Word]:
+    """Decide until there are more than `room` keys, or something else is wanted; return why, and how many there are.
 
     A key is visit * total_experts + expert.
     """
     count, visit = 0, 0
-    while count + len(t.rows) <= len(keys):
-        why = next_portion(t, h, 0, 0)
+    while count <= room:
+        why = next_portion(t, h)
         if why != DECIDED:
             return why, count
         for at in range(1, t.rows[0, 0] + 1):
@@ -58,7 +58,6 @@ def missed(source: Source, total_experts: int) -> Words:
     gpu = Gpu(settings_array(), Rooms(registers, manager.assigned.values()), registers)
     decisions = Decisions([Part(source, gpu, lambda resolved: None)], [[0]])
     (thread,) = decisions.threads
-    keys = np.zeros(max(_AT_ONCE, 2 * len(decisions.tables.rows)), dtype=np.int64)
     found: list[Words] = []
     why = DECIDED
     while why != END:
@@ -66,9 +65,8 @@ def missed(source: Source, total_experts: int) -> Words:
             decisions.lay_out_steps()
         elif why == ROOM:
             decisions.make_room()
-        if len(keys) < len(decisions.tables.rows):
-            keys = np.zeros(2 * len(decisions.tables.rows), dtype=np.int64)
-        why, count = next_misses(decisions.tables, thread, total_experts, keys)
+        keys = np.zeros(_AT_ONCE + len(decisions.tables.rows), dtype=np.int64)  # a visit's may be all rows
+        why, count = next_misses(decisions.at, thread, total_experts, keys, _AT_ONCE)
         found.append(keys[:count].copy())
     decisions.finish()
     return np.concatenate(found)

@@ -15,12 +15,14 @@ from .decision_words import (
     ADAPTIVE_MEMORY,
     COST_AWARE,
     D_ASKED,
+    D_BACKLOG,
     D_BUDGET,
     D_CONFIDENCES,
     D_COPY_NS,
     D_DECAY,
     D_DROPPED,
     D_EXPERTS,
+    D_FILTERS,
     D_FIRST_STEP,
     D_GUESSED,
     D_GUESSES,
@@ -32,6 +34,7 @@ from .decision_words import (
     D_LAYERS,
     D_LEAST,
     D_MISSES,
+    D_NOW,
     D_POPULAR,
     D_PREFETCH,
     D_RANKS,
@@ -41,6 +44,7 @@ from .decision_words import (
     D_VISIT,
     E_ASKED,
     E_COPY,
+    E_OWNED,
     E_SAVED,
     E_TARGET,
     E_TIMES,
@@ -72,6 +76,12 @@ def ask(t: Tables, g: Word, expert: Word, target: Word) -> None:
     asked = d[g + D_ASKED]
     d[asked] += 1
     d[asked + d[asked]] = expert
+
+
+@compiled
+def serves(t: Tables, g: Word, expert: Word) -> Word:
+    """Whether a GPU serves an expert."""
+    return t.words[g + D_FILTERS] == 0 or t.experts[t.words[g + D_EXPERTS] + expert, E_OWNED] == 1
 
 
 @compiled
@@ -114,7 +124,8 @@ def ask_for_guesses(t: Tables, g: Word, q: Word, step: Word, layer: Word, share:
         for _ in range(count):
             at = first + row * stride + rank
             index = d[d[g + D_GUESSES] + at]
-            if index >= 0 and (not sure or floats[d[g + D_CONFIDENCES] + at] >= least):
+            counts = index >= 0 and (not sure or floats[d[g + D_CONFIDENCES] + at] >= least)
+            if counts and serves(t, g, base + index):
                 ask(t, g, base + index, target)
             row += 1
             if row == rows:
@@ -123,14 +134,12 @@ def ask_for_guesses(t: Tables, g: Word, q: Word, step: Word, layer: Word, share:
 
 
 @compiled
-def ask_for_what_pays(
-    t: Tables, g: Word, q: Word, step: Word, layer: Word, now: Word, backlog: Word
-) -> None:  # as `CostAware` has it
-    """Ask for guesses whose copy is expected to save more stall than it causes."""
+def ask_for_what_pays(t: Tables, g: Word, q: Word, step: Word, layer: Word) -> None:
+    """Ask for guesses whose copy is expected to save more stall than it causes, as `CostAware` has it."""
     d, floats, layers = t.words, t.floats, t.words[g + D_LAYERS]
-    copy_ns, queued_ns = d[g + D_COPY_NS], backlog
+    copy_ns, queued_ns = d[g + D_COPY_NS], d[g + D_BACKLOG]
     number, stamp = d[g + D_VISIT], d[g + D_VISIT] + 1
-    visit_ns = now / max(1, number)
+    visit_ns = d[g + D_NOW] / max(1, number)
     harm_ns = min(1.0, d[g + D_MISSES] / (number + 1)) * copy_ns
     rows, ranks = d[q + Q_ROWS], d[g + D_RANKS]
     stride = layers * d[g + D_HORIZONS] * ranks
@@ -144,7 +153,7 @@ def ask_for_what_pays(
             for row in range(rows):
                 at = first + row * stride + rank
                 index = d[d[g + D_GUESSES] + at]
-                if index < 0:
+                if index < 0 or not serves(t, g, base + index):
                     continue
                 known = t.experts[d[g + D_EXPERTS] + base + index]
                 if known[E_ASKED] == stamp:
@@ -206,15 +215,13 @@ def ask_for_popular(t: Tables, g: Word, step: Word, layer: Word) -> None:
 
 
 @compiled
-def prefetch_for(
-    t: Tables, g: Word, q: Word, step: Word, layer: Word, now: Word, backlog: Word
-) -> None:  # as `dispatch.visits` has it
+def prefetch_for(t: Tables, g: Word, q: Word, step: Word, layer: Word) -> None:
     """Ask for what the policy wants, and give room to what of it is absent."""
     d, kind = t.words, t.words[g + D_PREFETCH]
     asked, at = d[g + D_ASKED], d[g + D_VISIT]
     d[asked] = 0
     if kind == COST_AWARE:
-        ask_for_what_pays(t, g, q, step, layer, now, backlog)
+        ask_for_what_pays(t, g, q, step, layer)
     elif kind == NEXT_LAYER:
         ask_for_layers(t, g, step, layer)
     elif kind == POPULARITY:
@@ -224,12 +231,14 @@ def prefetch_for(
         if kind == ADAPTIVE_MEMORY:
             share = 1.0 - d[g + D_UNUSED] / d[g + D_BUDGET]
         elif kind == ADAPTIVE_LINK:
-            waiting = backlog / d[g + D_COPY_NS] if d[g + D_COPY_NS] else 0.0
+            waiting = d[g + D_BACKLOG] / d[g + D_COPY_NS] if d[g + D_COPY_NS] else 0.0
             share = 1.0 - waiting / d[g + D_K]
         ask_for_guesses(t, g, q, step, layer, share)
     for number in range(d[asked]):
         expert = d[asked + 1 + number]
         row = t.experts[d[g + D_EXPERTS] + expert]
+        if d[g + D_FILTERS] and not row[E_OWNED]:
+            continue
         d[g + D_GUESSED] += row[E_TIMES]
         d[g + D_UNIQUE] += 1
         if row[E_COPY] >= 0:

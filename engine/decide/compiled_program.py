@@ -160,7 +160,7 @@ def next_gpu(t: Tables, h: Word) -> None:
 
 
 @compiled
-def next_portion(t: Tables, h: Word, now: Word, backlog: Word) -> Word:
+def next_portion(t: Tables, h: Word) -> Word:
     """Put a thread's next portion into `rows`, decided now; return what comes of it (see `decision_words`)."""
     d, step, layer = t.words, t.words[h + H_STEP], t.words[h + H_LAYER]
     t.rows[0, 0] = 0
@@ -181,7 +181,7 @@ def next_portion(t: Tables, h: Word, now: Word, backlog: Word) -> Word:
         return np.int64(ROOM)
     if layer == 0 and d[g + D_BUDGETS] >= 0:
         resize(t, g, d[g + D_BUDGETS] + (step - d[g + D_FIRST_STEP]) * d[d[g + D_POOLS]])
-    decide_visit(t, g, q, step, layer, now, backlog)
+    decide_visit(t, g, q, step, layer)
     order_decided(t, g, layer)
     d[h + H_DONE] += 1
     if layer + 1 < d[g + D_LAYERS]:

@@ -16,6 +16,7 @@ from .decision_words import (
     D_DROPS,
     D_EVICTION,
     D_EXPERTS,
+    D_FILTERS,
     D_FOLLOWED,
     D_FOLLOWING,
     D_GATES,
@@ -34,6 +35,7 @@ from .decision_words import (
     D_WATCHES,
     D_WAVE,
     E_COPY,
+    E_OWNED,
     E_PLACE,
     E_ROOM,
     E_SEEN,
@@ -94,7 +96,7 @@ def look_up(t: Tables, g: Word, q: Word, layer: Word) -> None:
     d, rows, k = t.words, t.words[q + Q_ROWS], t.words[g + D_PER_TOKEN]
     base = 0 if d[g + D_SHARED] else layer * d[g + D_LAYER_EXPERTS]
     stamp, count = d[g + D_VISIT] + 1, np.int64(0)
-    recency = d[g + D_RECENCY]
+    recency, filters = d[g + D_RECENCY], d[g + D_FILTERS]
     for token in range(rows):
         first = d[g + D_CHOSEN] + first_chosen(t, g, q, layer, token)
         for at in range(first, first + k):
@@ -102,6 +104,8 @@ def look_up(t: Tables, g: Word, q: Word, layer: Word) -> None:
                 break
             expert = base + d[at]
             row = t.experts[d[g + D_EXPERTS] + expert]
+            if filters and not row[E_OWNED]:
+                continue
             if row[E_SEEN] == stamp:
                 t.served[row[E_PLACE], S_TOKENS] += 1
                 continue
@@ -260,11 +264,8 @@ def serve(t: Tables, g: Word, q: Word, layer: Word) -> None:
 
 
 @compiled
-def decide_visit(t: Tables, g: Word, q: Word, step: Word, layer: Word, now: Word, backlog: Word) -> None:
-    """Decide a visit, and write what it comes to into the tables; `now` and `backlog` (ns) are for policies that ask.
-
-    `q` is where the step is laid out.
-    """
+def decide_visit(t: Tables, g: Word, q: Word, step: Word, layer: Word) -> None:
+    """Decide a visit, and write what it comes to into the tables; `q` is where the step is laid out."""
     d, visit = t.words, t.words[X_VISIT]
     d[X_SERVED], d[X_COPIED], d[X_TAKEN], d[X_RESOLVED] = 0, 0, 0, 0
     number = step * d[g + D_LAYERS] + layer
@@ -280,9 +281,9 @@ def decide_visit(t: Tables, g: Word, q: Word, step: Word, layer: Word, now: Word
         unpin(t, g)
         if d[g + D_DROPS]:
             drop_prefetched(t, g, number)
-        prefetch_for(t, g, q, step, layer, now, backlog)
+        prefetch_for(t, g, q, step, layer)
     else:
-        prefetch_for(t, g, q, step, layer, now, backlog)
+        prefetch_for(t, g, q, step, layer)
         unpin(t, g)
     if d[X_RESOLVED]:
         leave_out_resolved(t)

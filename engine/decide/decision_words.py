@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
+from ...machine_words import REALS, TABLE, WORDS, Fields
 from ..policies.compiled_eviction import SIZE, UNTIL, WAVE
 
 Words = npt.NDArray[Any]
@@ -40,13 +40,23 @@ class Tables(NamedTuple):
     leaving: Words
 
 
-_WORDS, _TABLE = numba.int64[::1], numba.int64[:, ::1]
-#: What Numba is told by the annotation `Tables` (see `machine_code`).
+#: What Numba is told by the annotation `Tables` (see `machine_code`): the address of what `addresses` returns.
 TYPES = {
-    "Tables": numba.types.NamedTuple(  # type: ignore[no-untyped-call]
-        (_WORDS, numba.float64[::1], _TABLE, _TABLE, _TABLE, _TABLE, _TABLE, _TABLE, _TABLE, _WORDS), Tables
+    "Tables": Fields(
+        "Tables",
+        [
+            (name, REALS if name == "floats" else WORDS if name in ("words", "leaving") else TABLE)
+            for name in Tables._fields
+        ],
     )
 }
+
+
+def addresses(tables: Tables) -> npt.NDArray[np.int64]:
+    """Return where the arrays lie and how large they are, for compiled code; they must be kept as long."""
+    rows = [(array.ctypes.data, array.shape[0], array.shape[-1]) for array in tables]
+    return np.array(rows, dtype=np.int64).reshape(-1)
+
 
 #: The run: how many registers there are and have room; which GPU asks for something; how many rows the tables of the
 #: visit have.
@@ -54,7 +64,8 @@ X_REGISTERS, X_ROOM_FOR, X_ASKS, X_SERVED, X_COPIED, X_TAKEN, X_RESOLVED, X_VISI
 
 #: A GPU. Its settings and rooms; what the scenario says of memory and prefetching; the memory as it is; counts; its
 #: part of each step; records; the most that a visit may come to; the steps that are laid out, what they choose and
-#: guess; registers that may be taken again.
+#: guess; registers that may be taken again; the clock, for policies that look at it; whether it serves some experts
+#: alone.
 (
     D_SETTINGS, D_ROOMS, D_EXPERTS, D_LAYERS, D_LAYER_EXPERTS, D_SHARED, D_EVICTION, D_POOLS, D_PREFETCH, D_HORIZONS,
     D_K, D_COPY_NS, D_LEAST, D_DECAY, D_POPULAR, D_PROTECTS, D_DROPS, D_UNPIN_FIRST, D_WATCHES, D_ON_CPU, D_CPU_MOST,
@@ -62,8 +73,9 @@ X_REGISTERS, X_ROOM_FOR, X_ASKS, X_SERVED, X_COPIED, X_TAKEN, X_RESOLVED, X_VISI
     D_COPIES, D_DROPPED, D_GUESSED, D_UNIQUE, D_MISSES, D_FULLEST, D_RESULTS, D_HAS_HEAD, D_RECEIVES, D_SENDS,
     D_ADMITTED, D_EVICTED, D_RESOLVED, D_MOST_COPIES, D_MOST_EVICTED, D_RECENCY, D_ASKED,
     D_FIRST_STEP, D_END_STEP, D_STEPS, D_CHOSEN, D_PER_TOKEN, D_LATER, D_LATER_COLUMNS, D_GUESSES, D_RANKS,
-    D_CONFIDENCES, D_BUDGETS, D_FOLLOWING, D_FOLLOWED, D_GATES, D_FREE, D_FREE_COUNT, D_WORDS,
-) = range(62)  # fmt: skip
+    D_CONFIDENCES, D_BUDGETS, D_FOLLOWING, D_FOLLOWED, D_GATES, D_FREE, D_FREE_COUNT,
+    D_NOW, D_BACKLOG, D_FILTERS, D_WORDS,
+) = range(65)  # fmt: skip
 
 #: A pool: its bytes, and what is free in the order in which it became free: a ring of (bytes, register of whose room it
 #: was, -1 for none); what its policy knows; its first expert on the GPU, and how many it has.
@@ -77,16 +89,23 @@ ADMITTED_WORDS, EVICTED_WORDS, RESOLVED_WORDS = 2, 1, 5
 #: A step that is laid out: its first row among those that are, how many it has, its phase and what it samples.
 Q_FIRST, Q_ROWS, Q_PHASE, Q_SAMPLED, STEP_WORDS = range(5)
 
-#: A host thread: the list of its GPUs; where it is: which of them, the step, the layer to be decided (-1: none yet).
-H_GPUS, H_AT, H_STEP, H_LAYER, H_STEPS, H_DONE, THREAD_WORDS = range(7)
+#: A host thread: the list of its GPUs; where it is: which of them, the step, the layer to be decided (-1: none yet). Of
+#: GPUs that share experts: whether they do, whether one thread turns to all of them, whether tokens are to come back,
+#: what the exchange takes that is ordered next; and of the steps that are laid out what exchanges take, where tokens
+#: live, and who serves any.
+(
+    H_GPUS, H_AT, H_STEP, H_LAYER, H_STEPS, H_DONE, H_SHARES, H_ONE, H_BACK, H_EXCHANGE_NS, H_EXCHANGES, H_LIVES,
+    H_SERVES, THREAD_WORDS,
+) = range(14)  # fmt: skip
 
 #: An expert: what holds it (as `compiled_eviction` has it); its copy (-1: absent) and room; whether it was prefetched
 #: and nobody has used it; the visit that looked it up last, its place there; the visit that guessed it last, how often
-#: and for which visit; the copies that merging saved.
+#: and for which visit; the copies that merging saved; whether its GPU serves it.
 assert (WAVE, UNTIL, SIZE) == (0, 1, 2)
-E_WAVE, E_UNTIL, E_SIZE, E_COPY, E_ROOM, E_UNUSED, E_SEEN, E_PLACE, E_ASKED, E_TIMES, E_TARGET, E_SAVED, E_COLUMNS = (
-    range(13)
-)
+(
+    E_WAVE, E_UNTIL, E_SIZE, E_COPY, E_ROOM, E_UNUSED, E_SEEN, E_PLACE, E_ASKED, E_TIMES, E_TARGET, E_SAVED, E_OWNED,
+    E_COLUMNS,
+) = range(14)  # fmt: skip
 
 #: Prefetch policies.
 NONE, TOP_K, MULTI_STEP, ADAPTIVE_MEMORY, ADAPTIVE_LINK, NEXT_LAYER, POPULARITY, COST_AWARE = range(8)
@@ -99,8 +118,8 @@ DECIDED, STEPS, ROOM, END = range(4)
 class Memory:
     """Words that are laid out before a run, and grow at their end during it."""
 
-    def __init__(self, words: int = 1 << 12) -> None:
-        self.words: npt.NDArray[np.int64] = np.zeros(words, dtype=np.int64)
+    def __init__(self) -> None:
+        self.words: npt.NDArray[np.int64] = np.zeros(1 << 18, dtype=np.int64)  # untouched pages cost nothing
         self._used = 0
 
     @property

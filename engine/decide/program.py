@@ -280,8 +280,8 @@ class SharedLayers:
         self._shelves: dict[tuple[int, int], int] = {}  # registers of spare memory, by GPU and number
         self._left: list[int] = []  # registers that nobody needs once a visit is ordered
         self._back = False  # whether tokens come back from other GPUs before the next kernels
-        # Threads of their own do not wait for each other, but where all meet.
-        self._apart = not one_thread and any(gpu.may_wait for gpu in gpus)
+        #: Whether threads of their own do not wait for each other, but where all meet.
+        self.apart = not one_thread and any(gpu.may_wait for gpu in gpus)
 
     def program(self, steps: Sequence[Step], homes: Sequence[Array]) -> Program:
         """Yield the program; `homes` (steps,) are the GPUs of each step's tokens."""
@@ -320,7 +320,7 @@ class SharedLayers:
 
     def _each(self) -> Iterator[Gpu]:
         """Yield the GPUs, each with its own thread or the one at it."""
-        if not self._apart:
+        if not self.apart:
             yield from self._turns()
             return
         for gpu in self._gpus:
@@ -338,7 +338,7 @@ class SharedLayers:
             if count:
                 self._receive(gpu, DENSE)
                 gpu.dense(self._rows, layer, count, phase)
-                if self._apart:
+                if self.apart:
                     gpu.read_back(self._rows, layer, count)
 
     def _choose(self, layer: int, tokens: list[int]) -> None:
@@ -346,7 +346,7 @@ class SharedLayers:
         first = True
         for gpu, count in zip(self._turns(), tokens, strict=True):
             if count:
-                if not self._apart:
+                if not self.apart:
                     gpu.read_back(self._rows, layer, count)
                 op = Op.TOUCH if first else Op.JOIN
                 self._rows.add(op, gpu.number, register=self._choices)

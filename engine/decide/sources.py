@@ -9,7 +9,7 @@ from ...workloads.batches import Step
 from ...workloads.guesses import Guesses
 from ...workloads.trace import RoutingTrace
 from ..policies import compiled_eviction as compiled
-from ..policies import eviction, prefetch
+from ..policies import eviction, eviction_queues, prefetch
 from ..policies.eviction_informed import Belady, Static
 from ..policies.miss import Cpu, Miss
 from . import decision_words as words
@@ -23,7 +23,7 @@ EVICTIONS: dict[type, int] = {
     eviction.LfuIncache: compiled.LFU_INCACHE,
     eviction.Clock: compiled.CLOCK,
     eviction.Sieve: compiled.SIEVE,
-    eviction.S3Fifo: compiled.S3FIFO,
+    eviction_queues.S3Fifo: compiled.S3FIFO,
     Belady: compiled.BELADY,
     Static: compiled.STATIC,
 }
@@ -74,3 +74,26 @@ def decided_in_python(source: Source) -> str | None:
     if source.prefetch.guesses and (guesses is None or guesses.horizons != source.prefetch.horizons):
         return "prefetch.lookahead"
     return None
+
+
+def shared_in_python(sources: Sequence[Source], remote: str, spare_experts: int, owners: Sequence[int]) -> str | None:
+    """Return the key that has the decisions of GPUs that share experts made in Python; None where compiled code does.
+
+    `owners` is how many GPUs own each expert.
+    """
+    why = next((key for source in sources if (key := decided_in_python(source)) is not None), None)
+    if why is not None:
+        return why
+    if remote != "tokens":
+        return "parallel.remote"
+    if spare_experts:
+        return "parallel.spare_bytes"
+    if any(count != 1 for count in owners):
+        return "parallel.placement"
+    if any(type(pool.policy) is Belady for source in sources for pool in source.manager.pools):
+        return "memory.eviction"
+    if any(isinstance(source.prefetch, prefetch.AdaptiveMemory | prefetch.AdaptiveLink) for source in sources):
+        return "prefetch.policy"
+    if any(source.miss is not None for source in sources):
+        return "miss.policy"
+    return "memory.scope" if any(source.manager.shared for source in sources) else None

@@ -128,7 +128,8 @@ def order_resolved(settings: Words, visit: Words, resolved: Table, rows: Table) 
     """Launch what low precision stands in for, and let the CPU compute the rest, one expert after another."""
     gpu, results, layer = settings[GPU], settings[FIRST_REGISTER] + RESULTS, visit[V_LAYER]
     on_cpu = False
-    for access in resolved:
+    for number in range(len(resolved)):
+        access = resolved[number]
         if access[R_WAY] == LOW_PRECISION:
             add(
                 rows, LAUNCH, gpu, EXPERT, COMPUTE, layer, access[R_TOKENS], access[R_EXPERT], -1, -1, visit[V_PHASE],
@@ -139,7 +140,8 @@ def order_resolved(settings: Words, visit: Words, resolved: Table, rows: Table) 
         return False
     wait(rows, gpu, settings[FIRST_REGISTER] + CHOICE, 0)
     add(rows, TO_CPU, gpu, -1, -1, layer, visit[V_CPU_TOKENS], -1, -1, results, -1, -1)
-    for access in resolved:
+    for number in range(len(resolved)):
+        access = resolved[number]
         if access[R_WAY] == ON_CPU:
             wait(rows, gpu, results, 0)
             add(rows, CPU, gpu, -1, -1, layer, access[R_TOKENS], access[R_EXPERT], -1, -1, -1, -1)
@@ -241,7 +243,8 @@ def order_experts(
 ) -> None:
     """Launch the experts of one wave in order of access: all (-1), those that were found (0) or are fetched (1)."""
     gpu, layer, packing = settings[GPU], visit[V_LAYER], settings[PACKING]
-    for access in served:
+    for number in range(len(served)):
+        access = served[number]
         if access[S_WAVE] != wave or (fetched >= 0 and access[S_FETCHED] != fetched):
             continue
         expert, copy, room = access[S_EXPERT], access[S_COPY], access[S_ROOM]
@@ -263,7 +266,8 @@ def order_members(
 ) -> None:
     """Put the experts of one wave, chosen as in `order_experts`, into the grouped kernel that is launched next."""
     gpu = settings[GPU]
-    for access in served:
+    for number in range(len(served)):
+        access = served[number]
         if access[S_WAVE] != wave or (fetched >= 0 and access[S_FETCHED] != fetched):
             continue
         room = access[S_ROOM]
@@ -289,7 +293,8 @@ def order_grouped(settings: Words, rooms: Words, visit: Words, served: Table, wa
         return
     last = rows[rows[0, 0], 7]  # the copy of the last member
     add(rows, LAUNCH, gpu, EXPERT, COMPUTE, visit[V_LAYER], -1, -1, last, -1, visit[V_PHASE], -1)
-    for access in served:
+    for number in range(len(served)):
+        access = served[number]
         if access[S_WAVE] == wave:
             add(rows, TOUCH, gpu, -1, -1, -1, -1, -1, -1, access[S_ROOM], -1, -1)
 
@@ -335,7 +340,8 @@ def order_visit(
     on_cpu = order_resolved(settings, visit, resolved, rows)
     for wave in range(visit[V_WAVES]):
         if settings[BY_PRIORITY]:
-            for access in served:
+            for number in range(len(served)):
+                access = served[number]
                 if access[S_WAVE] == wave and not access[S_FETCHED]:
                     add(
                         rows, PROMOTE, gpu, -1, H2D, -1, -1, access[S_EXPERT], access[S_COPY], access[S_ROOM], -1,

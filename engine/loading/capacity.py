@@ -18,8 +18,9 @@ from ...workloads.batches import Step
 from ...workloads.model import Model
 from ...workloads.trace import RoutingTrace
 from ..expert_parallel import held
+from ..scenario.amounts import ScenarioError, parse_budget, parse_bytes
 from ..scenario.inputs import Inputs
-from ..scenario.scenario import Scenario, ScenarioError, parse_budget, parse_bytes
+from ..scenario.scenario import Scenario
 from .deciders import make_manager, make_prefetch
 from .offloading import kept_bytes, low_precision
 

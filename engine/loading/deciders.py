@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from ...resources.spool import Spool
 from ...workloads.model import Model
@@ -13,9 +14,13 @@ from ..decide.partition import divider
 from ..policies.eviction import EVICTION, Setting
 from ..policies.prefetch import PREFETCH, Gauge, NoPrefetch, Options, Prefetch
 from ..policies.prefetch_share import PREFETCH_SHARE
+from ..scenario.amounts import ScenarioError, parse_budget
 from ..scenario.inputs import Inputs
-from ..scenario.scenario import Scenario, ScenarioError, parse_budget
+from ..scenario.scenario import Scenario
 from .offloading import kept_bytes, low_precision, make_miss, preload
+
+if TYPE_CHECKING:
+    from ..decide.sources import Source
 
 
 def make_prefetch(scenario: Scenario, model: Model, copy_ns: int = 0) -> Prefetch:
@@ -127,3 +132,13 @@ def dispatched(
         miss=make_miss(inputs),
     )
     return decided if host_memory is None else host_memory.through(decided)
+
+
+def source_of(inputs: Inputs, manager: MemoryManager, prefetch: Prefetch, *, host_memory: bool = False) -> Source:
+    """Return what one GPU decides by; `host_memory`: there is less of it than all experts take."""
+    from ..decide.sources import Source
+
+    return Source(
+        inputs.trace, inputs.steps, manager, prefetch, inputs.guesses, inputs.scenario.prefetch.issue, inputs.budgets,
+        make_miss(inputs), host_memory,
+    )  # fmt: skip

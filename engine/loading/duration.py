@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from ..costs.costs import Costs, part_costs
 from ..costs.offload_costs import CpuCosts, ShrunkCosts
+from ..scenario.amounts import ScenarioError
 from ..scenario.inputs import Inputs
-from ..scenario.scenario import ScenarioError
 
 #: So much may a run take by this bound: 9 years. What slows lanes down beside each other is at most 20 times, thrice.
 MOST_NS = 2**58

@@ -26,9 +26,10 @@ from ..measure.merge import makespan_ns as run_ns
 from ..pipeline import pipeline_routes
 from ..policies.eviction import EVICTION
 from ..run import prepared, run_all
+from ..scenario.amounts import ScenarioError, parse_bytes
 from ..scenario.inputs import Inputs
 from ..scenario.predicting import FREE, predictor_cost, scenario_predictor
-from ..scenario.scenario import Scenario, ScenarioError, parse_bytes
+from ..scenario.scenario import Scenario
 from ..stages import OF_WHOLE_MODEL, SAMPLE_STEPS, stage_inputs, stage_layers
 from .capacity import check, fixed_parts, gib, kv_cache_bytes
 from .deciders import make_host_memory, make_manager, make_prefetch
@@ -46,6 +47,8 @@ def load_inputs(scenario: Scenario, trace: RoutingTrace | None = None) -> Inputs
     """
     model = load_model(scenario.model.preset, **scenario.model.overrides())
     profile = load_profile(scenario.machine.profile)
+    memory = scenario.memory.of_gpu(profile.capacity("gpu", "gpu0")[0] or profile.gpu_memory_bytes)
+    scenario = scenario.model_copy(update={"memory": memory})
     trace = _load_trace(scenario, model) if trace is None else trace
     _check_fit(trace, model)
     if scenario.model.sizes == "trace":
@@ -257,5 +260,6 @@ def _check_fit(trace: RoutingTrace, model: Model) -> None:
     ):
         if given != wanted:
             raise ScenarioError(
-                f"{key} = {wanted} ({model.name}), but the trace has {given}: choose its model, or set {key} = {given}"
+                f"{key} = {wanted} ({model.name}), but the trace has {given}: choose its model, or set {key} = {given} "
+                f"(or map the trace to this model: prestage trace map)"
             )

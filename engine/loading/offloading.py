@@ -16,8 +16,10 @@ from ..policies.eviction import Setting
 from ..policies.eviction_informed import popularity
 from ..policies.miss import MISS, Miss, Terms
 from ..policies.preload import PRELOAD
+from ..scenario.amounts import ScenarioError
 from ..scenario.inputs import Inputs
-from ..scenario.scenario import Scenario, ScenarioError, shrunk
+from ..scenario.scenario import Scenario
+from ..scenario.sections_memory import shrunk
 
 
 def kept_bytes(inputs: Inputs) -> tuple[list[int], list[int] | None]:

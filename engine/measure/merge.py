@@ -15,8 +15,10 @@ import numpy.typing as npt
 from ...resources.network import Carried, link_loads
 from ...resources.timeline import DEMAND, DENSE, HEAD, PREFETCH, LaneName, Timeline
 from ..links import Links
-from . import metrics as measure
-from .metrics import Recording, span_bytes
+from . import metrics
+from .accesses import ACCESS_RATES, access_rates, accesses_from
+from .metrics import gpu_metrics, overlapped_ns, span_bytes
+from .recording import Recording, ratio
 from .speed import Served, Serving, speed_metrics
 
 Array = npt.NDArray[Any]
@@ -37,7 +39,7 @@ def run_metrics(
     serving = serving or Serving()
     run_ns, warm = makespan_ns(recordings), serving.warmup_steps
     each = [
-        measure.gpu_metrics(recording, run_ns, misses, warm)
+        gpu_metrics(recording, run_ns, misses, warm)
         for recording, misses in zip(one_by_one(recordings), shadow_misses, strict=True)
     ]
     merged = each[0] if len(each) == 1 else _merged(recordings, each)
@@ -54,9 +56,9 @@ def _access_rates(
     recordings: Sequence[Recording], shadow_misses: Sequence[Array | None], first_step: int
 ) -> dict[str, float | None]:
     """Return the rates of all GPUs' accesses from a step on."""
-    return measure.access_rates(
+    return access_rates(
         [
-            measure.accesses_from(recording, misses, first_step)
+            accesses_from(recording, misses, first_step)
             for recording, misses in zip(one_by_one(recordings), shadow_misses, strict=True)
         ]
     )
@@ -131,7 +133,7 @@ def merged_timeline(recordings: Sequence[Recording]) -> Timeline:
 
 def memory_steps(recordings: Sequence[Recording]) -> tuple[Array, Array, Array]:
     """Return (time_ns, assigned_bytes, budget_bytes) of the expert memory of all GPUs together, in order of time."""
-    each = [measure.memory_steps(recording) for recording in recordings]
+    each = [metrics.memory_steps(recording) for recording in recordings]
     if len(each) == 1:
         return each[0]
     at_ns = np.unique(np.concatenate([time_ns for time_ns, _, _ in each]))
@@ -196,7 +198,7 @@ def _merged(recordings: Sequence[Recording], each: Sequence[dict[str, Any]]) -> 
     time = {part: ms / len(each) for part, ms in _sums(data["time"] for data in each).items()}
     return {
         "accesses": sum(data["accesses"] for data in each),
-        **dict.fromkeys(measure.ACCESS_RATES),
+        **dict.fromkeys(ACCESS_RATES),
         "counts": _sums(data["counts"] for data in each),
         "prefetch": _sums(data["prefetch"] for data in each),
         "misses": causes,
@@ -206,7 +208,7 @@ def _merged(recordings: Sequence[Recording], each: Sequence[dict[str, Any]]) -> 
         "time": time,
         "stall_ms": time["stall_ms"],
         "host_held_ms": sum(data["host_held_ms"] for data in each) / len(each),
-        "overlap": measure.ratio(*map(sum, zip(*map(measure.overlapped_ns, one_by_one(recordings)), strict=True))),
+        "overlap": ratio(*map(sum, zip(*map(overlapped_ns, one_by_one(recordings)), strict=True))),
         "link_utilization": _mean(each, "link_utilization", lambda _: 1),
         "memory_utilization": _mean(each, "memory_utilization", lambda at: budget_bytes(recordings[at])),
         # GPUs that hold the same layers visit them together.
@@ -236,4 +238,4 @@ def _by_layer(recordings: Sequence[Recording], each: Sequence[dict[str, Any]]) -
 def _mean(each: Sequence[dict[str, Any]], name: str, weight: Callable[[int], int]) -> float | None:
     """Return the mean of a figure over the GPUs that have it, weighted; None if none has."""
     known = [(data[name], weight(at)) for at, data in enumerate(each) if data[name] is not None]
-    return measure.ratio(sum(value * share for value, share in known), sum(share for _, share in known))
+    return ratio(sum(value * share for value, share in known), sum(share for _, share in known))

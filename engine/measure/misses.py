@@ -14,8 +14,10 @@ from ...workloads.model import Model
 from ..costs.costs import Costs
 from ..costs.offload_costs import CpuCosts
 from ..policies.miss import CPU, FETCHED, WAYS
-from ..scenario.scenario import Scenario, shrunk
-from .metrics import MISS, Recording, cpu_stall_ns
+from ..scenario.scenario import Scenario
+from ..scenario.sections_memory import shrunk
+from .recording import MISS, Recording
+from .time_split import cpu_stall_ns
 
 
 def offloading_metrics(

@@ -132,8 +132,8 @@ def evict(kind: int, state: Array, expert: int) -> None:
     elif kind == LFU_INCACHE:
         state[expert, MARK] = 0
     elif not ranks(kind):
-        if kind == SIEVE and state[-1, HAND] == expert:
-            state[-1, HAND] = state[expert, AFTER]
+        if kind == SIEVE and state[len(state) - 1, HAND] == expert:
+            state[len(state) - 1, HAND] = state[expert, AFTER]
         _unlink(state, expert)
 
 
@@ -220,17 +220,17 @@ def _walk_clock(state: Array, held: Array, wave: int, at: int, lacking_bytes: in
 def _walk_sieve(state: Array, held: Array, wave: int, at: int, lacking_bytes: int, leaving: Array) -> int:
     """Walk from the hand to the newest, then from the oldest; who is marked loses the mark and comes last."""
     queue = _queue(state, SMALL)
-    start = state[queue, AFTER] if state[-1, HAND] == queue else state[-1, HAND]
+    start = state[queue, AFTER] if state[len(state) - 1, HAND] == queue else state[len(state) - 1, HAND]
     expert = start
     count = 0
-    end = spared = len(leaving)  # who is spared waits at the back of `leaving`
+    end = spared = 2 * len(held)  # who is spared waits at the back of `leaving`
     while lacking_bytes > 0 and expert != queue:
         if state[expert, MARK]:
             state[expert, MARK] = 0
             spared -= 1
             leaving[spared] = expert
         elif not stays(held, expert, wave, at):
-            state[-1, HAND] = leaving[count] = expert
+            state[len(state) - 1, HAND] = leaving[count] = expert
             count += 1
             lacking_bytes -= held[expert, SIZE]
         expert = state[expert, AFTER]
@@ -242,11 +242,11 @@ def _walk_sieve(state: Array, held: Array, wave: int, at: int, lacking_bytes: in
         end -= 1
         expert = leaving[end]
         if not stays(held, expert, wave, at):
-            state[-1, HAND] = leaving[count] = expert
+            state[len(state) - 1, HAND] = leaving[count] = expert
             count += 1
             lacking_bytes -= held[expert, SIZE]
     if lacking_bytes > 0:
-        state[-1, HAND] = start
+        state[len(state) - 1, HAND] = start
     return count if lacking_bytes <= 0 else 0
 
 
@@ -259,17 +259,19 @@ def _move(state: Array, expert: int, queue: int) -> None:
     old = state[expert, QUEUE]
     if old <= GHOSTS:
         _unlink(state, expert)
-        state[-1, IN_SMALL + old] -= 1
+        state[len(state) - 1, IN_SMALL + old] -= 1
     state[expert, QUEUE] = queue
     if queue <= GHOSTS:
         _append(state, _queue(state, queue), expert)
-        state[-1, IN_SMALL + queue] += 1
+        state[len(state) - 1, IN_SMALL + queue] += 1
 
 
 @compiled
 def _admit_to_queue(state: Array, expert: int) -> None:
     """Put it last in the queue where it belongs, with no uses."""
-    is_full = not state[-1, HAS_EVICTED] and state[-1, IN_SMALL] >= state[-1, MOST_SMALL]
+    is_full = (
+        not state[len(state) - 1, HAS_EVICTED] and state[len(state) - 1, IN_SMALL] >= state[len(state) - 1, MOST_SMALL]
+    )
     state[expert, MARK] = 0
     _move(state, expert, MAIN if is_full or state[expert, QUEUE] == RETURNING else SMALL)
 
@@ -277,12 +279,12 @@ def _admit_to_queue(state: Array, expert: int) -> None:
 @compiled
 def _evict_from_queue(state: Array, expert: int) -> None:
     """Take it out of its queue; remember a newcomer."""
-    state[-1, HAS_EVICTED] = 1
+    state[len(state) - 1, HAS_EVICTED] = 1
     if state[expert, QUEUE] == MAIN:
         _move(state, expert, NOWHERE)
         return
     _move(state, expert, GHOSTS)
-    if state[-1, IN_GHOSTS] > state[-1, MOST_GHOSTS]:
+    if state[len(state) - 1, IN_GHOSTS] > state[len(state) - 1, MOST_GHOSTS]:
         _move(state, state[_queue(state, GHOSTS), AFTER], NOWHERE)
 
 
@@ -294,7 +296,9 @@ def _walk_queues(state: Array, held: Array, wave: int, at: int, lacking_bytes: i
     count = 0
     while lacking_bytes > 0:
         expert = state[in_main, AFTER]
-        if expert != main and (state[-1, IN_MAIN] > state[-1, MOST_MAIN] or state[in_small, AFTER] == small):
+        if expert != main and (
+            state[len(state) - 1, IN_MAIN] > state[len(state) - 1, MOST_MAIN] or state[in_small, AFTER] == small
+        ):
             while state[expert, MARK]:
                 state[expert, MARK] = min(state[expert, MARK], 3) - 1
                 _move(state, expert, MAIN)
@@ -325,14 +329,14 @@ def _walk_queues(state: Array, held: Array, wave: int, at: int, lacking_bytes: i
 @compiled
 def _priority(kind: int, state: Array, expert: int, used: int) -> int:
     """Return the key of an expert that was used, or came: its uses, or how near its next one is; ties to who came."""
-    state[-1, STAMP] += 1
+    state[len(state) - 1, STAMP] += 1
     if kind == BELADY:
         rank = _FAR - state[expert, NEXT]
     elif kind == STATIC:
         rank = state[expert, NEXT]
     else:
         rank = state[expert, MARK] = state[expert, MARK] + used
-    key: int = (rank << 32) | state[-1, STAMP]
+    key: int = (rank << 32) | state[len(state) - 1, STAMP]
     return key
 
 
@@ -349,8 +353,8 @@ def _rank(state: Array, expert: int, key: int) -> None:
 def _push(state: Array, expert: int, key: int) -> None:
     """Put an expert into the heap."""
     state[expert, KEY] = state[expert, RANKED] = key
-    state[-1, COUNT] += 1
-    _rise(state, expert, state[-1, COUNT] - 1)
+    state[len(state) - 1, COUNT] += 1
+    _rise(state, expert, state[len(state) - 1, COUNT] - 1)
 
 
 @compiled
@@ -368,8 +372,8 @@ def _pop(state: Array) -> int:
 def _take_out(state: Array, expert: int) -> None:
     """Take an expert out of the heap."""
     place = state[expert, PLACE]
-    state[-1, COUNT] -= 1
-    last = state[state[-1, COUNT], HEAP]
+    state[len(state) - 1, COUNT] -= 1
+    last = state[state[len(state) - 1, COUNT], HEAP]
     if last != expert:
         _sink(state, last, place)
         _rise(state, last, state[last, PLACE])
@@ -393,7 +397,7 @@ def _rise(state: Array, expert: int, place: int) -> None:
 @compiled
 def _sink(state: Array, expert: int, place: int) -> None:
     """Put an expert at a place of the heap, or as far below as it belongs."""
-    size = state[-1, COUNT]
+    size = state[len(state) - 1, COUNT]
     while True:
         below = 2 * place + 1
         if below >= size:
@@ -414,8 +418,8 @@ def _sink(state: Array, expert: int, place: int) -> None:
 def _walk_heap(state: Array, held: Array, wave: int, at: int, lacking_bytes: int, leaving: Array) -> int:
     """Take the lowest out of the heap, one after the other; who stays is put back, and all if they are not enough."""
     count = 0
-    end = aside = len(leaving)  # who stays waits at the back of `leaving`
-    while lacking_bytes > 0 and state[-1, COUNT]:
+    end = aside = 2 * len(held)  # who stays waits at the back of `leaving`
+    while lacking_bytes > 0 and state[len(state) - 1, COUNT]:
         expert = _pop(state)
         if stays(held, expert, wave, at):
             aside -= 1

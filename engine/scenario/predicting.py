@@ -7,7 +7,9 @@ from typing import Any
 
 from ...workloads.learned import load_weights
 from ...workloads.predictors import Predictor, make_predictor
-from .scenario import ON_GPU, PredictorSection, Scenario, ScenarioError
+from .amounts import ScenarioError
+from .scenario import Scenario
+from .sections import ON_GPU, PredictorSection
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from ...resources.facts import Fact
-from .scenario import ON_GPU
+from .sections import ON_GPU
 
 if TYPE_CHECKING:
     from .inputs import Inputs

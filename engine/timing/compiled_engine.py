@@ -6,7 +6,7 @@ differ in what is coupled to what.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...resources.network import Crowd, CrowdShare, Network, Share
-from ...resources.timeline import DENSE, EXPERT, HEAD, SPAN
+from ...resources.timeline import DENSE, EXPERT, HEAD
 from ...workloads.batches import DECODE, PREFILL
 from ..costs.costs import KernelCost
 from ..decide.commands import H2D, PREFETCH_LANE, Command, Op
@@ -25,17 +25,14 @@ from . import compiled_host as code
 from .compiled_lanes import rate_row
 from .lanes import ArrivalLane, Lane, QueueLane
 from .memory import (
-    ACCESS,
-    ARRIVAL,
+    ARRIVAL_WORDS,
+    ARRIVALS,
     AS_READY,
     ASKED,
     ASKED_FOR,
-    BOOK_WORDS,
-    BOOKS,
     BY_RANK,
     CPU_SHAPE,
     CROWD_TIMES,
-    DECISION,
     DENSE_SHAPE,
     DONE,
     DROPPED,
@@ -44,6 +41,7 @@ from .memory import (
     FREE_NODE,
     FREE_WORK,
     FROM_CPU_SHAPE,
+    G_ACCESSES,
     G_AFTER,
     G_ARRIVALS,
     G_ASSIGNED,
@@ -57,6 +55,7 @@ from .memory import (
     G_COPY_SLOWDOWN,
     G_CPU,
     G_D2H,
+    G_DECISIONS,
     G_DEPTH,
     G_DROPS_STALE,
     G_EXCHANGE,
@@ -94,6 +93,7 @@ from .memory import (
     G_SHAPES,
     G_SIDE,
     G_SIZED,
+    G_SPANS,
     G_SYNCHRONIZE,
     G_SYNCHRONIZE_BESIDE,
     G_THREAD,
@@ -148,21 +148,27 @@ from .memory import (
     NEVER,
     NODE_WORDS,
     NODES_LEFT,
+    NOTE_WORDS,
     NOW,
     PORTION,
     PRICE,
     R_AT,
-    R_CAPACITY,
     R_COUNT,
     RATE,
     RATE_ROWS,
+    RATE_WORDS,
     RATES,
     RATES_KNOWN,
+    RECORD_ROOM,
+    RECORDS,
     REGISTERS,
+    S_GROUP,
+    S_LANE,
+    S_MOVING,
+    S_STRETCH,
     SIZED_SHAPE,
-    SLOTS,
+    SLOT_WORDS,
     SPAN_WORDS,
-    SPANS,
     T_AT,
     T_CAPACITY,
     T_COUNT,
@@ -176,6 +182,8 @@ from .memory import (
     THREADS,
     TO_CPU_SHAPE,
     UNPACK_SHAPE,
+    V_GROUP,
+    V_MOVING,
     W_NEXT,
     WORK_LEFT,
     WORK_WORDS,
@@ -186,8 +194,10 @@ from .records import pack_arrival
 Array = npt.NDArray[Any]
 
 #: What the memory begins with; what fills up is made larger.
-_WORK, _NODES, _RECORDS, _RATES, _ROWS = 1 << 11, 1 << 14, 1 << 14, 1 << 10, 1 << 9
+_WORK, _NODES, _RECORDS, _RATES, _ROWS = 1 << 11, 1 << 12, 1 << 14, 1 << 10, 1 << 9
 _REGISTER = Command._fields.index("register")
+#: What is recorded of a GPU, and the words of a record.
+_RECORDED = {G_SPANS: SPAN_WORDS, G_ACCESSES: NOTE_WORDS, G_DECISIONS: NOTE_WORDS}
 
 
 @dataclass(frozen=True)
@@ -221,7 +231,7 @@ class Layout:
 
     def __init__(self, machine: Machine, threads: Sequence[Driven]) -> None:
         self._machine = machine
-        self.memory = Memory()
+        self.memory = Memory(len(machine.gpus))
         self.prices: list[Callable[[int], KernelCost]] = []
         self.transfers: list[tuple[Any, int]] = []
         self._transfer_of: dict[tuple[int, int, int], int] = {}
@@ -234,14 +244,16 @@ class Layout:
         self.gpus = [memory.allocate(GPU_WORDS) for _ in machine.gpus]
         self.threads = [memory.allocate(THREAD_WORDS) for _ in threads]
         parts = [memory.allocate(THREAD_WORDS) for _ in machine.gpus]
+        queued = sum(len(one.lanes.sizes) for one in machine.gpus)  # all may be dropped at once
         header = {
             LANES: memory.put_list(self.lanes), THREADS: memory.put_list([*self.threads, *parts]),
             GPUS: memory.put_list(self.gpus), REGISTERS: memory.put([-1] * (1 << 10)),
-            SPANS: memory.put_region(_RECORDS, SPAN_WORDS), BOOKS: memory.put_region(_RECORDS, BOOK_WORDS),
-            DROPPED: memory.put_region(64, DROPPED_WORDS), FREE_WORK: -1, FREE_NODE: -1,
+            RECORD_ROOM: _RECORDS, ARRIVALS: memory.put_region(1 << 10, ARRIVAL_WORDS),
+            DROPPED: memory.put_region(64 + queued, DROPPED_WORDS), FREE_WORK: -1, FREE_NODE: -1,
         }  # fmt: skip
         self._set(0, header)
         self.registers = 1 << 10
+        self._space = 1
         self.add_space()
         for number, (at, driven) in enumerate(zip(self.threads, threads, strict=True)):
             gpus = memory.put_list(self.gpus[gpu] for gpu in driven.gpus)
@@ -250,11 +262,14 @@ class Layout:
         for at, gpu in zip(parts, self.gpus, strict=True):
             self._set(at, {T_GPU: gpu, T_GPUS: memory.put_list([gpu]), T_PART_OF: -1, T_GOES_ON: NEVER})
             self._set(gpu, {G_THREAD: at})
+        self.slots: dict[int, int] = {}
+        self._links: dict[int, set[str]] = {}
         self._lay_out_network()
         for lane, at in zip(machine.lanes, self.lanes, strict=True):
             self._lay_out_lane(lane, at)
         for number, at in enumerate(self.gpus):
             self._lay_out_gpu(number, at)
+        self._group_slots()
         most_tokens = max((one.most_tokens for one in machine.gpus), default=1)
         kernels = memory.allocate(len(self.prices) * (most_tokens + 1) * KERNEL_WORDS)
         self._set(0, {KERNELS: kernels, KERNEL_TOKENS: most_tokens + 1})
@@ -269,14 +284,10 @@ class Layout:
             floats[at + word] = value
 
     def add_space(self) -> None:
-        """Add as much free work and as many nodes as there are, or what the memory begins with."""
-        self.memory.add_free(FREE_WORK, WORK_LEFT, WORK_WORDS, W_NEXT, self._free)
-        self.memory.add_free(FREE_NODE, NODES_LEFT, NODE_WORDS, N_NEXT, self._free * (_NODES // _WORK))
-        self._free *= 2
-
-    def most_commands(self) -> int:
-        """Return how many commands the longest portion has."""
-        return max(int(self.memory.words[thread + T_COUNT]) for thread in self.threads) + len(self.gpus) ** 2
+        """Add free work and nodes, as much as there is."""
+        self.memory.add_free(FREE_WORK, WORK_LEFT, WORK_WORDS, W_NEXT, _WORK * self._space)
+        self.memory.add_free(FREE_NODE, NODES_LEFT, NODE_WORDS, N_NEXT, _NODES * self._space)
+        self._space *= 2
 
     def add_registers(self, count: int) -> None:
         """Make room for so many registers, at least."""
@@ -286,21 +297,34 @@ class Layout:
         self._set(0, {REGISTERS: self.memory.put([*kept, *[-1] * (self.registers - len(kept))])})
 
     def _lay_out_network(self) -> None:
-        """Lay out a slot for each lane that has a part of the network: the lane, what moves, its stretch."""
+        """Lay out a slot for each lane that has a part of the network."""
         joined = sorted(
             (lane.share.slot, at)
             for lane, at in zip(self._machine.lanes, self.lanes, strict=True)
             if isinstance(lane.share, Share)
         )
-        slots = self.memory.put_list([len(joined)] * 1 + [0] * (3 * len(joined)))
-        self.memory.words[slots] = len(joined)
-        self.slots = {}
-        for number, (slot, lane) in enumerate(joined):
-            at = slots + 1 + 3 * number
-            self.slots[slot] = at
-            self._set(at, {0: lane, 1: -1})
-            self._set_floats(at, {2: 1.0})
-        self._set(0, {SLOTS: slots, RATE_ROWS: _RATES, RATES: self.memory.allocate(_RATES * (1 + 2 * len(joined)))})
+        for slot, lane in joined:
+            at = self.slots[slot] = self.memory.allocate(SLOT_WORDS)
+            self._set(at, {S_LANE: lane, S_MOVING: -1})
+            self._set_floats(at, {S_STRETCH: 1.0})
+
+    def _group_slots(self) -> None:
+        """Let each slot know those of all lanes that may share a link with it, or with one of these."""
+        groups: list[tuple[set[int], set[str]]] = []
+        for slot in self.slots.values():
+            slots, links = {slot}, set(self._links.get(slot, ()))
+            for group in [group for group in groups if group[1] & links]:
+                groups.remove(group)
+                slots |= group[0]
+                links |= group[1]
+            groups.append((slots, links))
+        for slots, _ in groups:
+            at = self.memory.put_list(sorted(slots))
+            for slot in slots:
+                self._set(slot, {S_GROUP: at})
+        width = V_MOVING + 2 * max((len(slots) for slots, _ in groups), default=0)
+        rates = self.memory.allocate(_RATES * width)
+        self._set(0, {RATE_ROWS: _RATES, RATE_WORDS: width, RATES: rates})
 
     def _lay_out_lane(self, lane: Lane, at: int) -> None:
         lags, memory = lane.lags, self.memory
@@ -320,7 +344,7 @@ class Layout:
             L_KIND: kind, L_GAP: lags.gap_ns, L_GAP_DISTURBED: lags.gap_disturbed_ns,
             L_AFTER_OTHER: lags.after_other_ns, L_AFTER_OTHER_DISTURBED: lags.after_other_disturbed_ns,
             L_AFTER_ISSUE_DISTURBED: lags.after_issue_longer_ns, L_LONGER: lags.longer,
-            L_SLOWED_BY: slowed, L_NUMBER: lane.order,
+            L_SLOWED_BY: slowed, L_NUMBER: lane.number,
             L_SLOT: self.slots[lane.share.slot] if isinstance(lane.share, Share) else -1,
             L_CROWD: self._crowd_of(lane), L_GPU: self.gpus[self.gpu_of(lane)],
             L_FIRST: -1, L_LAST: -1, L_ENTERING: -1, L_LAST_ENTERING: -1, L_NEXT: -1, L_ACTIVE: -1,
@@ -342,6 +366,10 @@ class Layout:
             at = self._crowds[crowd] = memory.put([0, memory.put_list(of_it), *[0] * (1 + len(of_it))])
             self._set_floats(at, {CROWD_TIMES + n: times for n, times in enumerate([1.0, *crowd.times_as_long])})
         return self._crowds[crowd]
+
+    def lane_of(self, lane: Lane) -> int:
+        """Return where a lane is laid out."""
+        return self._lane_of[id(lane)]
 
     def gpu_of(self, lane: Lane) -> int:
         """Return the number of the GPU in whose timeline a lane is."""
@@ -371,10 +399,11 @@ class Layout:
             G_READS_BACK: lanes.reads_back, G_WATCHES: state.watches_queue, G_DEPTH: state.queue_depth,
             G_GROUPED_CONSTANT: costs.grouped_constant_ns, G_BY_PRIORITY: isinstance(lanes.copies[H2D], QueueLane),
             G_DROPS_STALE: one.drops_stale, G_EXPERTS: costs.model.experts, G_SIZED: lanes.sized,
-            G_HOST: len(self.lanes) + number, G_VISIT: -1, G_LAST: -1, G_LAST_KERNEL: -1, G_AFTER: -1,
+            G_HOST: lanes.host, G_VISIT: -1, G_LAST: -1, G_LAST_KERNEL: -1, G_AFTER: -1,
             G_KERNEL_AFTER: -1, G_RING: self.memory.allocate(2 * (state.queue_depth + 2)),
         })  # fmt: skip
         self._set_floats(at, {G_COPY_SLOWDOWN: lanes.copy_slowdown, G_READBACK_SLOWDOWN: costs.readback_slowdown})
+        self._set(at, {place: self.memory.put_region(_RECORDS, words) for place, words in _RECORDED.items()})
         sizes = self._lay_out_copies(one, at)
         self._lay_out_shapes(one, at, sizes)
         self._lay_out_moves(number, at, sizes)
@@ -383,10 +412,16 @@ class Layout:
         by_layer = [] if reads is None else [ns for cost in reads.by_layer for ns in (cost.request_ns, cost.host_ns)]
         self._set(at, {G_IO_LANES: io_lanes, G_READS: self.memory.put(by_layer)})
 
-    def _transfer(self, transfer: Any, queued_ns: int, alone_ns: int) -> int:
-        """Return the number of a transfer over shared links, which takes one time behind others and one by itself."""
+    def _transfer(self, transfer: Any, queued_ns: int, alone_ns: int, lanes: Iterable[Lane]) -> int:
+        """Return the number of a transfer over shared links, which takes one time behind others and one by itself.
+
+        It is one that these lanes may make.
+        """
         if transfer is None:
             return -1
+        for lane in lanes:
+            if isinstance(lane.share, Share):
+                self._links.setdefault(self.slots[lane.share.slot], set()).update(transfer.route.links)
         key = (id(transfer), queued_ns, alone_ns)
         if key not in self._transfer_of:
             self._transfer_of[key] = len(self.transfers) // 2
@@ -396,19 +431,19 @@ class Layout:
     def _lay_out_copies(self, one: Any, at: int) -> list[int]:
         """Lay out what copies take, by class, and the class of every expert; return the bytes of each class."""
         lanes, memory = one.lanes, self.memory
-        classes: dict[int, int] = {}
-        places = []
-        for expert, size_bytes in enumerate(lanes.sizes):
-            if size_bytes not in classes:
-                cost, transfer = lanes.copy_cost(expert), lanes.transfer(expert)
-                ns = (cost.queued_ns, cost.alone_ns)
-                if isinstance(lanes.copies[H2D], QueueLane):
-                    ns = (cost.piece_queued_ns, cost.piece_alone_ns)
-                row = (*ns, cost.pieces, cost.host_ns, self._transfer(transfer, *ns), len(classes))
-                classes[size_bytes] = memory.put(row)
-            places.append(classes[size_bytes])
-        self._set(at, {G_COPY_OF: memory.put(places)})
-        return list(classes)
+        _, firsts, which = np.unique(np.array(lanes.sizes), return_index=True, return_inverse=True)
+        order = np.argsort(firsts)  # classes are numbered as they come
+        classes = np.zeros(len(firsts), dtype=np.int64)
+        for number, kind in enumerate(order.tolist()):
+            expert = int(firsts[kind])
+            cost, transfer = lanes.copy_cost(expert), lanes.transfer(expert)
+            ns = (cost.queued_ns, cost.alone_ns)
+            if isinstance(lanes.copies[H2D], QueueLane):
+                ns = (cost.piece_queued_ns, cost.piece_alone_ns)
+            transfers = self._transfer(transfer, *ns, lanes.streams)
+            classes[kind] = memory.put((*ns, cost.pieces, cost.host_ns, transfers, number))
+        self._set(at, {G_COPY_OF: memory.put(classes[which.reshape(-1)])})
+        return [lanes.sizes[int(firsts[kind])] for kind in order]
 
     def _lay_out_shapes(self, one: Any, at: int, sizes: Sequence[int]) -> None:
         """Lay out the shapes by kind and layer, and keep what prices each of them."""
@@ -443,7 +478,7 @@ class Layout:
     def _move(self, costs: Any, size_bytes: int, lane: Lane, slowdown: float, target: int) -> int:
         """Return the address of what it takes to send so many bytes to another GPU."""
         ns = (costs.queued_ns(size_bytes), costs.alone_ns(size_bytes))
-        transfer = self._transfer(costs.transfer(size_bytes), *ns) if lane.share is not None else -1
+        transfer = self._transfer(costs.transfer(size_bytes), *ns, [lane]) if lane.share is not None else -1
         at = self.memory.put([
             self._lane_of[id(lane)], *ns, costs.host_ns, costs.latency_ns, transfer, costs.arrival_ns, target, 0,
         ])  # fmt: skip
@@ -487,7 +522,6 @@ class CompiledEngine:
         self._portions: list[Iterator[Array]] = [iter(()) for _ in threads]
         self._begun = [False] * len(threads)
         self._number_of = {at: number for number, at in enumerate(self._layout.threads)}
-        self._lane_gpu = np.array([*map(self._layout.gpu_of, machine.lanes), *range(len(machine.gpus))])
 
     def now_ns(self, gpu: int) -> int:
         """Return the clock of the host thread at a GPU."""
@@ -571,7 +605,8 @@ class CompiledEngine:
     def _name_lanes(self, portion: Array) -> None:
         """Give the lanes of copies between GPUs their places in the timelines, at their first use."""
         for op, gpu, peer in portion[np.isin(portion[:, 0], (Op.FETCH, Op.STORE))][:, [0, 1, 9]].tolist():
-            self._machine.peers[(peer, gpu) if op == Op.FETCH else (gpu, peer)][1]()
+            lane = self._machine.peers[(peer, gpu) if op == Op.FETCH else (gpu, peer)][1]()
+            self._memory.words[self._layout.lane_of(lane) + L_NUMBER] = lane.number
 
     def _drop(self) -> None:
         """Tell the memory managers which prefetches were dropped since the last decision."""
@@ -600,20 +635,22 @@ class CompiledEngine:
         layout, memory, network = self._layout, self._memory, self._machine.network
         assert network is not None
         words = memory.words
-        slots, slot, transfer = int(words[SLOTS]), int(words[ASKED]), int(words[ASKED_FOR])
-        count = int(words[slots])
-        places = [slots + 1 + 3 * number for number in range(count)]
-        moving = [transfer if place == slot else int(words[place + 1]) for place in places]
+        slot, transfer = int(words[ASKED]), int(words[ASKED_FOR])
+        group = int(words[slot + S_GROUP])
+        places = words[group + 1 : group + 1 + words[group]].tolist()
+        moving = [transfer if place == slot else int(words[place + S_MOVING]) for place in places]
         if 2 * words[RATES_KNOWN] >= words[RATE_ROWS]:
             words[RATE_ROWS] *= 2
             words[RATES_KNOWN] = 0
-            rates = memory.allocate(int(words[RATE_ROWS]) * (1 + 2 * count))
+            rates = memory.allocate(int(words[RATE_ROWS] * words[RATE_WORDS]))
             words = memory.words
             words[RATES] = rates
         row = int(rate_row(words, slot, transfer))
-        words[row : row + 1 + count] = [1, *moving]
+        words[row + V_GROUP] = group
+        at = row + V_MOVING
+        words[at : at + len(moving)] = moving
         running = [None if number < 0 else layout.transfers[number] for number in moving]
-        memory.floats[row + 1 + count : row + 1 + 2 * count] = network.stretches(running)
+        memory.floats[at + len(moving) : at + 2 * len(moving)] = network.stretches(running)
         words[RATES_KNOWN] += 1
 
     def _make_space(self) -> None:
@@ -622,44 +659,33 @@ class CompiledEngine:
         if all(code.has_space(self._memory.words, thread) for thread in self._layout.threads):
             return
         words = self._memory.words
-        full = [
-            (int(words[name]), size)
-            for name, size in ((SPANS, SPAN_WORDS), (BOOKS, BOOK_WORDS), (DROPPED, DROPPED_WORDS))
-            if 2 * words[words[name] + R_COUNT] >= words[words[name] + R_CAPACITY]
-        ]
-        for region, size in full:
-            self._memory.grow_region(region, size)
-        if not all(code.has_space(self._memory.words, thread) for thread in self._layout.threads):
-            self._layout.add_space()
-            for name, size in ((SPANS, SPAN_WORDS), (BOOKS, BOOK_WORDS)):
-                if self._memory.words[self._memory.words[name] + R_CAPACITY] <= 2 * self._layout.most_commands():
-                    self._memory.grow_region(int(self._memory.words[name]), size)
+        regions = [(words[ARRIVALS], ARRIVAL_WORDS), (words[DROPPED], DROPPED_WORDS)]
+        regions += [(words[at + place], size) for at in self._layout.gpus for place, size in _RECORDED.items()]
+        for region, size in regions:
+            self._memory.grow_region(int(region), size)
+        self._memory.words[RECORD_ROOM] *= 2
 
-    def _records(self, region: int, words: int, count: int | None = None) -> Array:
-        """Return the records of a region (records, words)."""
+    def _records(self, region: int, words: int) -> Array:
+        """Return the records of a region (records, words), and forget them."""
         memory = self._memory.words
-        at, count = int(memory[region + R_AT]), int(memory[region + R_COUNT]) if count is None else count
+        at, count = int(memory[region + R_AT]), int(memory[region + R_COUNT])
+        memory[region + R_COUNT] = 0
         return memory[at : at + count * words].reshape(-1, words)
 
     def flush(self) -> None:
         """Write out what was recorded, GPU by GPU."""
-        memory, gpus = self._memory.words, self._machine.gpus
-        region = int(memory[SPANS])
-        spans = self._records(region, SPAN_WORDS).copy().view(SPAN).reshape(-1)
-        memory[region + R_COUNT] = 0
-        places = np.array([*(lane.number for lane in self._machine.lanes), *(one.lanes.host for one in gpus)])
-        of_gpu = self._lane_gpu[spans["lane"]]
-        spans["lane"] = places[spans["lane"]]
-        region = int(memory[BOOKS])
-        known, all_of_them = int(code.settle_arrivals(memory)), int(memory[region + R_COUNT])
-        books = self._records(region, BOOK_WORDS)
-        for number, one in enumerate(gpus):
-            one.lanes.timeline.extend(spans[of_gpu == number].tobytes())
-            mine = books[:known][books[:known, 1] == number]
-            state = one.state
-            state.accesses.extend(mine[mine[:, 0] == ACCESS][:, 2:].astype("<i4").tobytes())
-            state.decided.extend(mine[mine[:, 0] == DECISION][:, 2:].tobytes())
-            for _, _, visit, kind, ns in mine[mine[:, 0] == ARRIVAL].tolist():
-                state.arrived.extend(pack_arrival(visit, kind, ns))
-        books[: all_of_them - known] = books[known:].copy()
-        memory[region + R_COUNT] = all_of_them - known
+        memory = self._memory.words
+        for at, one in zip(self._layout.gpus, self._machine.gpus, strict=True):
+            spans, accesses, decisions = (
+                self._records(int(memory[at + place]), words) for place, words in _RECORDED.items()
+            )
+            one.lanes.timeline.extend(spans.tobytes())
+            one.state.accesses.extend(accesses.astype("<i4").tobytes())
+            one.state.decided.extend(decisions.tobytes())
+        memory[RECORDS] = 0
+        region, known = int(memory[ARRIVALS]), int(code.settle_arrivals(memory))
+        arrivals = self._records(region, ARRIVAL_WORDS)
+        for gpu, visit, kind, ns in arrivals[:known].tolist():
+            self._machine.gpus[gpu].state.arrived.extend(pack_arrival(visit, kind, ns))
+        arrivals[: len(arrivals) - known] = arrivals[known:].copy()
+        memory[region + R_COUNT] = len(arrivals) - known

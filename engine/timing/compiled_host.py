@@ -47,23 +47,21 @@ from .compiled_lanes import (
 from .memory import (
     A_DEPARTURE,
     A_THREAD,
-    ACCESS,
     AN_ARRIVAL,
-    ARRIVAL,
+    ARRIVAL_WORDS,
+    ARRIVALS,
     ASKED,
     ASKED_FOR,
-    BOOK_WORDS,
-    BOOKS,
     CPU_SHAPE,
     D_HOST,
     D_REQUEST,
-    DECISION,
     DENSE_SHAPE,
     DONE,
     DROPPED,
     EXPERT_SHAPE,
     FREE_WORK,
     FROM_CPU_SHAPE,
+    G_ACCESSES,
     G_AFTER,
     G_ARRIVALS,
     G_ASSIGNED,
@@ -79,6 +77,7 @@ from .memory import (
     G_COPY_SLOWDOWN,
     G_CPU,
     G_D2H,
+    G_DECISIONS,
     G_DEPTH,
     G_EXCHANGE,
     G_EXCHANGE_NS,
@@ -166,6 +165,7 @@ from .memory import (
     NEVER,
     NODES_EACH,
     NODES_LEFT,
+    NOTE_WORDS,
     NOW,
     P_ALONE,
     P_CLASS,
@@ -180,10 +180,11 @@ from .memory import (
     R_COUNT,
     RATE,
     READ_WORDS,
+    RECORD_ROOM,
+    RECORDS,
     REGISTERS,
     SIZED_SHAPE,
     SPACE,
-    SPANS,
     T_AT,
     T_BEHIND,
     T_COUNT,
@@ -231,7 +232,8 @@ COLUMNS = len(Command._fields)
 C_OP, C_GPU, C_KIND, C_LANE, C_LAYER, C_TOKENS, C_EXPERT, C_COPY, C_REGISTER, C_PEER, C_EXTRA = range(COLUMNS)
 
 #: Kinds of events, in the order in which they come at one instant (see `lanes.Instant`).
-ENTERS, ENDS, KEEPS, GOES_ON, STARTS, ALL = range(6)
+ENTERS, ENDS, KEEPS, GOES_ON, STARTS = range(5)
+KIND_BITS, ALL = 3, 7
 
 
 @compiled
@@ -433,16 +435,25 @@ def end_busy(m: Words, gpu: Word) -> None:
     """Record the host thread's work since it last began as one span."""
     since, now = m[gpu + G_BUSY_SINCE], m[gpu + G_NOW]
     if now > since:
-        record_span(m, since, now, since, -1, m[gpu + G_VISIT], -1, m[gpu + G_HOST], LAUNCH)
+        record_span(m, gpu, since, now, since, -1, m[gpu + G_VISIT], -1, m[gpu + G_HOST], LAUNCH)
         m[gpu + G_BUSY_SINCE] = now
 
 
 @compiled
-def note(m: Words, what: Word, gpu: Word, first: Word, second: Word, third: Word) -> None:
-    """Add an entry to the books: an access, a decision, or an arrival."""
-    region = m[BOOKS]
-    at = m[region + R_AT] + m[region + R_COUNT] * BOOK_WORDS
-    m[at], m[at + 1], m[at + 2], m[at + 3], m[at + 4] = what, m[gpu + G_NUMBER], first, second, third
+def note(m: Words, region: Word, first: Word, second: Word, third: Word) -> None:
+    """Record an access or a decision."""
+    at = m[region + R_AT] + m[region + R_COUNT] * NOTE_WORDS
+    m[at], m[at + 1], m[at + 2] = first, second, third
+    m[region + R_COUNT] += 1
+    m[RECORDS] += 1
+
+
+@compiled
+def note_arrival(m: Words, gpu: Word, kind: Word, work: Word) -> None:
+    """Record what a kernel waits for that another GPU sends."""
+    region = m[ARRIVALS]
+    at = m[region + R_AT] + m[region + R_COUNT] * ARRIVAL_WORDS
+    m[at], m[at + 1], m[at + 2], m[at + 3] = m[gpu + G_NUMBER], m[gpu + G_VISIT], kind, hold(m, work)
     m[region + R_COUNT] += 1
 
 
@@ -480,7 +491,7 @@ def launch(m: Words, f: Reals, thread: Word, row: Word) -> Word:
     if kind != DECOMPRESS:
         replace(m, gpu + G_LAST_KERNEL, work)
     if kind == EXPERT and m[row + C_COPY] >= 0 and m[row + C_TOKENS] >= 0:
-        note(m, ACCESS, gpu, m[gpu + G_VISIT], m[row + C_COPY], m[row + C_TOKENS])
+        note(m, m[gpu + G_ACCESSES], m[gpu + G_VISIT], m[row + C_COPY], m[row + C_TOKENS])
     return True
 
 
@@ -494,7 +505,7 @@ def add_member(m: Words, f: Reals, row: Word) -> None:
     m[gpu + G_MEMBER_NS] += m[price + K_NS]
     m[gpu + G_MOST_NS] = max(m[gpu + G_MOST_NS], m[price + K_NS])
     f[gpu + G_MEMBER_SLOWDOWN] = max(f[gpu + G_MEMBER_SLOWDOWN], f[price + K_SLOWDOWN])
-    note(m, ACCESS, gpu, m[gpu + G_VISIT], m[row + C_COPY], m[row + C_TOKENS])
+    note(m, m[gpu + G_ACCESSES], m[gpu + G_VISIT], m[row + C_COPY], m[row + C_TOKENS])
 
 
 @compiled
@@ -588,7 +599,7 @@ def predict(m: Words, f: Reals, thread: Word, row: Word) -> Word:
     else:
         end_busy(m, gpu)
         now = m[gpu + G_NOW]
-        record_span(m, now, now + ns, now, -1, m[gpu + G_VISIT], -1, m[gpu + G_HOST], PREDICT)
+        record_span(m, gpu, now, now + ns, now, -1, m[gpu + G_VISIT], -1, m[gpu + G_HOST], PREDICT)
         m[gpu + G_NOW] += ns
         m[gpu + G_BUSY_SINCE] = m[gpu + G_NOW]
     return True
@@ -632,7 +643,7 @@ def receive(m: Words, row: Word) -> None:
         arrivals = node_before(m, hold(m, arrival_of(m, gpu, m[row + C_EXTRA])), np.int64(-1))
     node = arrivals
     while node >= 0:
-        note(m, ARRIVAL, gpu, m[gpu + G_VISIT], m[row + C_KIND], hold(m, m[node + N_WHAT]))
+        note_arrival(m, gpu, m[row + C_KIND], m[node + N_WHAT])
         node = m[node + N_NEXT]
     m[gpu + G_KERNEL_AFTER] = joined(m, arrivals, m[gpu + G_KERNEL_AFTER])
     m[gpu + G_CALLS] += 1
@@ -706,7 +717,7 @@ def notice(m: Words, gpu: Word, row: Word) -> None:
 def decide(m: Words, row: Word) -> None:
     """Note when the choice was known, and go on to what was decided by it."""
     gpu = gpu_of(m, row)
-    note(m, DECISION, gpu, m[gpu + G_NOW], m[gpu + G_ASSIGNED], m[gpu + G_BUDGET])
+    note(m, m[gpu + G_DECISIONS], m[gpu + G_NOW], m[gpu + G_ASSIGNED], m[gpu + G_BUDGET])
     if m[gpu + G_READS_BACK]:
         m[gpu + G_NOW] += m[gpu + G_COPY_RESUME] if m[row + C_TOKENS] else m[gpu + G_RESUME]
 
@@ -909,30 +920,25 @@ def carry_out(m: Words, f: Reals, thread: Word) -> Word:
 
 
 @compiled
-def next_event(m: Words) -> tuple[Word, Word, Word]:
-    """Return what comes next: when, of which kind (ends, entries, then as of `Instant`), and where."""
-    at: Word = NEVER
-    kind: Word = ALL
+def next_event(m: Words) -> tuple[Word, Word]:
+    """Return what comes next: its instant and kind (ends, entries, then as of `Instant`) as one number, and where."""
+    first: Word = NEVER << KIND_BITS
     where: Word = -1
     lanes = m[LANES]
     for place in range(lanes + 1, lanes + 1 + m[lanes]):
         lane = m[place]
-        if m[lane + L_END] < at or (m[lane + L_END] == at and kind > ENDS):
-            at, kind, where = m[lane + L_END], ENDS, lane
+        comes = min(m[lane + L_END] << KIND_BITS | ENDS, m[lane + L_WAKE] << KIND_BITS | STARTS)
+        comes = min(comes, m[lane + L_KEEPS] << KIND_BITS | KEEPS)
         if m[lane + L_ENTERING] >= 0:
-            enters = max(m[NOW], m[m[lane + L_ENTERING] + W_ISSUED])
-            if enters < at or (enters == at and kind > ENTERS):
-                at, kind, where = enters, ENTERS, lane
-        if m[lane + L_KEEPS] < at or (m[lane + L_KEEPS] == at and kind > KEEPS):
-            at, kind, where = m[lane + L_KEEPS], KEEPS, lane
-        if m[lane + L_WAKE] < at or (m[lane + L_WAKE] == at and kind > STARTS):
-            at, kind, where = m[lane + L_WAKE], STARTS, lane
+            comes = min(comes, max(m[NOW], m[m[lane + L_ENTERING] + W_ISSUED]) << KIND_BITS | ENTERS)
+        if comes < first:
+            first, where = comes, lane
     threads = m[THREADS]
     for place in range(threads + 1, threads + 1 + m[threads]):
-        goes_on = m[m[place] + T_GOES_ON]
-        if goes_on < at or (goes_on == at and kind > GOES_ON):
-            at, kind, where = goes_on, GOES_ON, m[place]
-    return at, kind, where
+        comes = m[m[place] + T_GOES_ON] << KIND_BITS | GOES_ON
+        if comes < first:
+            first, where = comes, m[place]
+    return first, where
 
 
 @compiled
@@ -947,8 +953,8 @@ def has_space(m: Words, thread: Word) -> Word:
     gpus = m[m[GPUS]]
     more = 8 + (m[thread + T_COUNT] + gpus * gpus if thread >= 0 else 0)
     return (
-        has_room(m, m[SPANS], more)
-        and has_room(m, m[BOOKS], more)
+        m[RECORDS] + more < m[RECORD_ROOM]
+        and has_room(m, m[ARRIVALS], more)
         and has_room(m, m[DROPPED], 1)
         and m[WORK_LEFT] > WORK_EACH * more
         and m[NODES_LEFT] > NODES_EACH * more
@@ -969,7 +975,8 @@ def advance(m: Words, f: Reals, thread: Word) -> tuple[Word, Word]:
         if carry_out(m, f, thread):
             return PORTION, thread
     while True:
-        at, kind, where = next_event(m)
+        first, where = next_event(m)
+        at, kind = first >> KIND_BITS, first & ALL
         if at >= NEVER:
             return DONE, np.int64(-1)
         if not has_space(m, where if kind == GOES_ON else np.int64(-1)):
@@ -1006,17 +1013,16 @@ def backlogs(m: Words, f: Reals, gpu: Word) -> Word:
 
 @compiled
 def settle_arrivals(m: Words) -> Word:
-    """Turn the first arrivals in the books that are known into instants; return how many entries of the books are.
+    """Turn the first arrivals that are known into instants; return how many these are.
 
-    What follows the first that is not known yet stays in the books.
+    What follows the first that is not known yet stays as it is.
     """
-    region = m[BOOKS]
+    region = m[ARRIVALS]
     for number in range(m[region + R_COUNT]):
-        at = m[region + R_AT] + number * BOOK_WORDS
-        if m[at] == ARRIVAL:
-            work = m[at + 4]
-            if m[work + W_END] < 0:
-                return number
-            m[at + 4] = m[work + W_END]
-            let_go(m, work)
+        at = m[region + R_AT] + number * ARRIVAL_WORDS
+        work = m[at + 3]
+        if m[work + W_END] < 0:
+            return number
+        m[at + 3] = m[work + W_END]
+        let_go(m, work)
     return m[region + R_COUNT]

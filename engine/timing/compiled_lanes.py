@@ -32,6 +32,7 @@ from .memory import (
     FREE_WORK,
     G_DROPS_STALE,
     G_NUMBER,
+    G_SPANS,
     G_VISIT,
     L_ACTIVE,
     L_AFTER_ISSUE_DISTURBED,
@@ -76,12 +77,18 @@ from .memory import (
     R_AT,
     R_COUNT,
     RATE_ROWS,
+    RATE_WORDS,
     RATES,
+    RECORDS,
     REGISTERS,
-    SLOTS,
+    S_GROUP,
+    S_LANE,
+    S_MOVING,
+    S_STRETCH,
     SPAN_WORDS,
-    SPANS,
     T_GOES_ON,
+    V_GROUP,
+    V_MOVING,
     W_AFTER,
     W_ALONE,
     W_CANCELLED,
@@ -252,7 +259,7 @@ def stretch_of(m: Words, f: Reals, lane: Word) -> Word:
         stretch *= f[lane + L_SHARING_FACTOR]
     slot = m[lane + L_SLOT]
     if slot >= 0:
-        stretch *= f[slot + 2]
+        stretch *= f[slot + S_STRETCH]
     crowd = m[lane + L_CROWD]
     if crowd >= 0:
         stretch *= f[crowd + CROWD_TIMES + m[crowd + CROWD_BUSY]]
@@ -305,32 +312,31 @@ def count_in_crowd(m: Words, f: Reals, lane: Word, more: Word) -> None:
             retime(m, f, m[at])
 
 
-# The network: a slot is a lane, what moves there, and its stretch; sets of transfers have rows of known stretches.
+# The network: sets of transfers have rows of known stretches.
 
 
 @compiled
 def rate_row(m: Words, slot: Word, transfer: Word) -> Word:
-    """Return where the stretches with this transfer at a slot are, or belong: used or not, the set, the stretches."""
-    slots = m[SLOTS]
-    count = m[slots]
-    mark = _FNV_START
-    for at in range(count):
-        place = slots + 1 + 3 * at
-        moving = transfer if place == slot else m[place + 1]
+    """Return where the stretches with this transfer at a slot are, or belong."""
+    group = m[slot + S_GROUP]
+    count = m[group]
+    mark = _FNV_START ^ np.uint64(group)
+    for at in range(1, count + 1):
+        place = m[group + at]
+        moving = transfer if place == slot else m[place + S_MOVING]
         mark = (mark ^ np.uint64(moving + 1)) * _FNV_STEP
         mark ^= mark >> np.uint64(29)
-    words, rows = 1 + 2 * count, m[RATE_ROWS]
+    words, rows = m[RATE_WORDS], m[RATE_ROWS]
     number: Word = np.int64(mark % np.uint64(rows))
     while True:
         row = m[RATES] + number * words
-        if not m[row]:
+        if not m[row + V_GROUP]:
             return row
-        same = True
-        for at in range(count):
-            place = slots + 1 + 3 * at
-            if m[row + 1 + at] != (transfer if place == slot else m[place + 1]):
+        same = m[row + V_GROUP] == group
+        for at in range(1, count + 1):
+            place = m[group + at]
+            if same and m[row + V_MOVING + at - 1] != (transfer if place == slot else m[place + S_MOVING]):
                 same = False
-                break
         if same:
             return row
         number = number + 1 if number + 1 < rows else 0
@@ -339,7 +345,7 @@ def rate_row(m: Words, slot: Word, transfer: Word) -> Word:
 @compiled
 def knows_rates(m: Words, slot: Word, transfer: Word) -> Word:
     """Whether the stretches with this transfer at a slot are known; if not, note that they are asked for."""
-    if m[rate_row(m, slot, transfer)]:
+    if m[rate_row(m, slot, transfer) + V_GROUP]:
         return True
     m[ASKED], m[ASKED_FOR] = slot, transfer
     return False
@@ -348,16 +354,16 @@ def knows_rates(m: Words, slot: Word, transfer: Word) -> Word:
 @compiled
 def occupy(m: Words, f: Reals, slot: Word, transfer: Word) -> None:
     """Let a transfer take its part, or leave it (-1); all whose rate that changes go on at another speed."""
-    count = m[m[SLOTS]]
-    values = rate_row(m, slot, transfer) + 1 + count
-    m[slot + 1] = transfer
-    own = (slot - m[SLOTS] - 1) // 3
-    f[slot + 2] = f[values + own]
-    for at in range(count):
-        place = m[SLOTS] + 1 + 3 * at
-        if f[place + 2] != f[values + at]:
-            f[place + 2] = f[values + at]
-            retime(m, f, m[place])
+    group = m[slot + S_GROUP]
+    values = rate_row(m, slot, transfer) + V_MOVING + m[group]
+    m[slot + S_MOVING] = transfer
+    for at in range(m[group]):
+        place = m[group + 1 + at]
+        if place == slot:
+            f[slot + S_STRETCH] = f[values + at]
+        elif f[place + S_STRETCH] != f[values + at]:
+            f[place + S_STRETCH] = f[values + at]
+            retime(m, f, m[place + S_LANE])
 
 
 @compiled
@@ -648,16 +654,18 @@ def try_start(m: Words, f: Reals, lane: Word) -> Word:
 
 @compiled
 def record_span(
-    m: Words, begin: Word, until: Word, issued: Word, expert: Word, visit: Word, copy: Word, lane: Word, kind: Word
-) -> None:
-    """Record a span, in the words of `resources.timeline.SPAN`."""
-    region = m[SPANS]
+    m: Words, gpu: Word, begin: Word, until: Word, issued: Word, expert: Word, visit: Word, copy: Word, lane: Word,
+    kind: Word,
+) -> None:  # fmt: skip
+    """Record a span of a GPU, in the words of `resources.timeline.SPAN`."""
+    region = m[gpu + G_SPANS]
     at = m[region + R_AT] + m[region + R_COUNT] * SPAN_WORDS
     low = np.int64(0xFFFFFFFF)
     m[at], m[at + 1], m[at + 2] = begin, until, issued
     m[at + 3] = (expert & low) | (visit << 32)
     m[at + 4] = (copy & low) | (lane << 32) | (kind << 48)
     m[region + R_COUNT] += 1
+    m[RECORDS] += 1
 
 
 @compiled
@@ -676,8 +684,8 @@ def end(m: Words, f: Reals, lane: Word) -> Word:
     for at in range(turns + 1, turns + 1 + m[turns]):
         m[m[at] + L_FREE] = now
     record_span(
-        m, m[lane + L_START], now, m[work + W_ISSUED], m[work + W_EXPERT], m[work + W_VISIT], m[work + W_COPY],
-        m[lane + L_NUMBER], m[work + W_KIND],
+        m, m[lane + L_GPU], m[lane + L_START], now, m[work + W_ISSUED], m[work + W_EXPERT], m[work + W_VISIT],
+        m[work + W_COPY], m[lane + L_NUMBER], m[work + W_KIND],
     )  # fmt: skip
     if m[work + W_PIECES] > 1:
         m[work + W_PIECES] -= 1

@@ -12,23 +12,24 @@ import numpy as np
 from ...machine_code import compiled_once
 from ..decide.compiled_memory import cancel
 from ..decide.compiled_program import next_portion
+from ..decide.compiled_shared import next_shared_portion
 from ..decide.decision_words import (
     ADAPTIVE_LINK,
     COST_AWARE,
     D_ASSIGNED,
+    D_BACKLOG,
     D_BUDGET,
+    D_NOW,
     D_PREFETCH,
-    D_SETTINGS,
     DECIDED,
     END,
-    H_AT,
-    H_GPUS,
+    H_EXCHANGE_NS,
+    H_SHARES,
     TYPES,
     Tables,
 )
 from ..decide.decision_words import ROOM as NO_ROOM
 from ..decide.decision_words import STEPS as NO_STEPS
-from ..decide.visit_commands import GPU
 from .compiled_host import COLUMNS, advance, backlogs, end_busy
 from .compiled_lanes import Reals, Word, Words
 from .memory import (
@@ -36,6 +37,7 @@ from .memory import (
     DROPPED_WORDS,
     G_ASSIGNED,
     G_BUDGET,
+    G_EXCHANGE_NS,
     G_NOW,
     G_PART,
     GPUS,
@@ -74,32 +76,42 @@ def end_thread(m: Words, thread: Word) -> None:
 
 
 @compiled
-def take_portion(t: Tables, m: Words, thread: Word, gpu: Word) -> None:
-    """Give a thread its portion, with what the machine has to know of the visit that it came of."""
-    d, g, rows, count = t.words, m[gpu + G_PART], t.rows, t.rows[0, 0]
+def take_portion(t: Tables, m: Words, thread: Word) -> None:
+    """Give a thread its portion, with what the machine has to know of the visits that it came of."""
+    d, rows, count = t.words, t.rows, t.rows[0, 0]
     to = m[thread + T_ROWS]
     for row in range(1, count + 1):
         for column in range(COLUMNS):
             m[to + column] = rows[row, column]
         to += COLUMNS
     m[thread + T_COUNT], m[thread + T_AT] = count, 0
-    m[gpu + G_ASSIGNED], m[gpu + G_BUDGET] = d[g + D_ASSIGNED], d[g + D_BUDGET]
+    gpus = m[thread + T_GPUS]
+    for at in range(gpus + 1, gpus + 1 + m[gpus]):
+        g = m[m[at] + G_PART]
+        m[m[at] + G_ASSIGNED], m[m[at] + G_BUDGET] = d[g + D_ASSIGNED], d[g + D_BUDGET]
+        m[m[at] + G_EXCHANGE_NS] = d[m[thread + T_PROGRAM] + H_EXCHANGE_NS]
+
+
+@compiled
+def tell_clock(t: Tables, m: Words, f: Reals, thread: Word) -> None:
+    """Let policies that look at the clock see what it is at each GPU of a thread."""
+    d, gpus = t.words, m[thread + T_GPUS]
+    for at in range(gpus + 1, gpus + 1 + m[gpus]):
+        g = m[m[at] + G_PART]
+        if d[g + D_PREFETCH] == COST_AWARE or d[g + D_PREFETCH] == ADAPTIVE_LINK:
+            d[g + D_NOW], d[g + D_BACKLOG] = m[m[at] + G_NOW], backlogs(m, f, m[at])
 
 
 @compiled
 def decide_portion(t: Tables, m: Words, f: Reals, thread: Word) -> Word:
     """Decide a thread's next portion now; return what comes of it (see `decision_words`)."""
-    d, program = t.words, m[thread + T_PROGRAM]
     if m[m[DROPPED] + R_COUNT]:
         cancel_dropped(t, m)
-    g = d[d[program + H_GPUS] + 1 + d[program + H_AT]]
-    gpu = m[m[GPUS] + 1 + d[d[g + D_SETTINGS] + GPU]]
-    backlog: Word = 0
-    if d[g + D_PREFETCH] == COST_AWARE or d[g + D_PREFETCH] == ADAPTIVE_LINK:
-        backlog = backlogs(m, f, gpu)
-    what = next_portion(t, program, m[gpu + G_NOW], backlog)
+    tell_clock(t, m, f, thread)
+    program = m[thread + T_PROGRAM]
+    what = next_shared_portion(t, program) if t.words[program + H_SHARES] else next_portion(t, program)
     if what == DECIDED:
-        take_portion(t, m, thread, gpu)
+        take_portion(t, m, thread)
     return what
 
 

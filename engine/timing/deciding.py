@@ -36,7 +36,7 @@ class DecidingEngine:
         """Run until nothing is left to do."""
         engine, decisions, memory, thread, due = self._engine, self._decisions, self._engine.layout.memory, -1, 0
         while True:
-            why, thread = carry_on(decisions.tables, memory.words, memory.floats, thread, due)
+            why, thread = carry_on(decisions.at, memory.words, memory.floats, thread, due)
             due = int(why in (STEPS, ROOM))
             if why == DONE:
                 break

@@ -17,7 +17,8 @@ from ..decide.commands import H2D, PREFETCH_LANE, Command
 from ..links import HostLink
 from ..policies.copy_order import COPY_ORDERS, ByRank
 from ..policies.miss import LOW_PRECISION
-from ..scenario.scenario import Scenario, shrunk
+from ..scenario.scenario import Scenario
+from ..scenario.sections_memory import shrunk
 from .lanes import ArrivalLane, Instant, Lane, QueueLane, Work, couple
 
 

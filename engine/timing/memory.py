@@ -17,7 +17,7 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.int64]
 
 #: After any instant.
-NEVER = 1 << 62
+NEVER = 1 << 59
 
 #: How a lane takes work: as it was submitted; as it became ready; by rank.
 IN_ORDER, AS_READY, BY_RANK = range(3)
@@ -25,8 +25,8 @@ IN_ORDER, AS_READY, BY_RANK = range(3)
 #: The run as a whole: the instant; the lists of lanes, threads and GPUs; free work and nodes, and how many there are.
 (
     NOW, LANES, THREADS, GPUS, FREE_WORK, WORK_LEFT, FREE_NODE, NODES_LEFT, NUMBER, REGISTERS, KERNELS, KERNEL_TOKENS,
-    SLOTS, RATES, RATE_ROWS, RATES_KNOWN, ASKED, ASKED_FOR, SPANS, BOOKS, DROPPED, HEADER,
-) = range(22)  # fmt: skip
+    RATES, RATE_ROWS, RATE_WORDS, RATES_KNOWN, ASKED, ASKED_FOR, RECORDS, RECORD_ROOM, ARRIVALS, DROPPED, HEADER,
+) = range(23)  # fmt: skip
 
 #: A lane: what it was made with; the lists of lanes that have to do with it; its queue, and what enters one by rank
 #: later; what is running; when that ends, when a start is tried, and when it says whether it keeps an engine.
@@ -50,12 +50,19 @@ N_WHAT, N_NEXT, N_WHO, NODE_WORDS = range(4)
 #: what stands for a copy's leaving a room of host memory, which it does when it is given up, too.
 A_LANE, A_THREAD, A_WORK, AN_ARRIVAL, A_DEPARTURE = range(5)
 
+#: A slot: a lane that shares links with others, what it moves now, how many times as long that takes, and the list of
+#: the slots of all lanes that may share a link with it, or with one of these.
+S_LANE, S_MOVING, S_STRETCH, S_GROUP, SLOT_WORDS = range(5)
+#: A set of transfers whose stretches are known: the group (0: none yet), what each of its slots moves, the stretches.
+V_GROUP, V_MOVING = range(2)
+
 #: What lanes share alike: how many are busy, and a list of them; then how many times as long work takes beside so many,
 #: from none on.
 CROWD_BUSY, CROWD_LANES, CROWD_TIMES = range(3)
 
 #: A GPU: what the host's calls take there; its lanes; its place in the program; its launch queue; the kernel that is
-#: being grouped; tables of shapes, of copies, and of what goes to other GPUs; the GPU among compiled decisions.
+#: being grouped; tables of shapes, of copies, and of what goes to other GPUs; the GPU among compiled decisions;
+#: records.
 (
     G_NUMBER, G_WAIT, G_READBACK_ENQUEUE, G_READBACK_LATENCY, G_READBACK, G_SYNCHRONIZE, G_SYNCHRONIZE_BESIDE, G_RESUME,
     G_COPY_RESUME, G_LAUNCH, G_COPY_LATENCY, G_TURN, G_TO_CPU, G_PREDICT, G_OTHERS_EVERY, G_OTHERS_NS, G_READS_BACK,
@@ -64,13 +71,13 @@ CROWD_BUSY, CROWD_LANES, CROWD_TIMES = range(3)
     G_LAST_KERNEL, G_AFTER, G_CALLS, G_KERNEL_AFTER, G_INTERRUPTED, G_HELD, G_QUEUED, G_FIRST_LAUNCHED, G_LAUNCHED,
     G_RING, G_MEMBERS, G_MEMBER_NS, G_MOST_NS, G_MEMBER_LAUNCHES, G_MEMBER_HOST, G_EXCHANGE_NS, G_ASSIGNED, G_BUDGET,
     G_SHAPES, G_LAYERS, G_COPY_OF, G_SENDS, G_PEERS, G_ARRIVALS, G_MEMBER_SLOWDOWN, G_COPY_SLOWDOWN,
-    G_READBACK_SLOWDOWN, G_KINDS, G_PREDICT_LAUNCHES, G_PREDICT_HOST, G_PREDICT_ISSUE, G_IO_LANES, G_READS, G_THREAD,
-    G_PART, GPU_WORDS,
-) = range(74)  # fmt: skip
+    G_READBACK_SLOWDOWN, G_KINDS, G_PREDICT_LAUNCHES, G_PREDICT_HOST, G_PREDICT_ISSUE, G_IO_LANES, G_READS, G_PART,
+    G_SPANS, G_ACCESSES, G_DECISIONS, G_THREAD, GPU_WORDS,
+) = range(77)  # fmt: skip
 
 #: A host thread: its number, its portion and place in it, when it goes on, at which GPU it is, and the thread among
-#: compiled decisions, if they are; how many parts it waits for. One that carries out a part (see `commands`) belongs to
-#: a GPU, and to the thread that waits for it; and whether it waits for another part's.
+#: compiled decisions, if they are; how many parts it waits for. One that carries out a part (see `commands`) belongs
+#: to a GPU, and to the thread that waits for it; and whether it waits for another part's.
 (
     T_NUMBER, T_ROWS, T_CAPACITY, T_COUNT, T_AT, T_GOES_ON, T_GPU, T_GPUS, T_PROGRAM, T_PARTS, T_PART_OF, T_BEHIND,
     THREAD_WORDS,
@@ -91,10 +98,10 @@ M_LANE, M_QUEUED, M_ALONE, M_HOST, M_LATENCY, M_TRANSFER, M_LAG, M_TARGET, M_SLO
 
 #: A region of records: where it begins, how many there are, and how many have room.
 R_AT, R_COUNT, R_CAPACITY, REGION_WORDS = range(4)
-#: Words of a span (as of `resources.timeline.SPAN`); of an entry of the books: what it is, its GPU, and three words; of
-#: a dropped prefetch.
-SPAN_WORDS, BOOK_WORDS, DROPPED_WORDS = 5, 5, 3
-ACCESS, DECISION, ARRIVAL = range(3)
+#: Words of a span (as of `resources.timeline.SPAN`); of an access or a decision; of an arrival, of which the end is not
+#: known yet: its GPU, what waited for it, and the work; of a dropped prefetch. How many spans, accesses and decisions
+#: there are since they were written out is counted together.
+SPAN_WORDS, NOTE_WORDS, ARRIVAL_WORDS, DROPPED_WORDS = 5, 3, 4, 3
 
 #: What the engine comes back with: all is done; a thread wants its next portion, a price, the rates of a set of
 #: transfers; or memory runs out. Compiled decisions: the next steps, or more room.
@@ -106,8 +113,8 @@ WORK_EACH, NODES_EACH = 2, 24
 class Memory:
     """The words, as they are laid out before a run and grow during it."""
 
-    def __init__(self) -> None:
-        self.words: Ints = np.zeros(1 << 16, dtype=np.int64)
+    def __init__(self, gpus: int) -> None:
+        self.words: Ints = np.zeros((1 + gpus) << 20, dtype=np.int64)  # pages that nobody writes to cost nothing
         self._used = 0
 
     @property
@@ -124,7 +131,7 @@ class Memory:
 
     def put(self, values: Iterable[int]) -> int:
         """Return the address of some values, one after the other."""
-        array = np.array(list(values), dtype=np.int64)
+        array = np.array(values if isinstance(values, np.ndarray) else list(values), dtype=np.int64)
         at = self.allocate(len(array))
         self.words[at : at + len(array)] = array
         return at

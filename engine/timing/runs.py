@@ -12,13 +12,15 @@ import numpy as np
 import numpy.typing as npt
 
 from ...resources.network import Network
+from ...workloads.batches import Step
+from ...workloads.trace import RoutingTrace
 from ..costs.all_to_all import AllToAll
 from ..costs.costs import activation_bytes
 from ..decide.program import SharedLayers, Stage, stages_program
 from ..expert_parallel import routes
 from ..links import Links
 from ..pipeline import Flow, StageRun, pipeline_routes, received_steps, sent_bytes
-from ..placed import PlacedVisit
+from ..placed import PlacedVisit, traffic
 from ..policies.prefetch import Gauge
 from ..scenario.inputs import Inputs
 from .host import Arrivals, Exchanges, Sending
@@ -27,25 +29,28 @@ from .records import COPIES_FROM, Decoded
 from .simulation import OneGpu, Simulation
 
 if TYPE_CHECKING:
-    from ..decide.compiled_decisions import Decisions
+    from ..decide.compiled_decisions import Decisions, Shared
     from ..decide.sources import Source
+
+#: Compiled code makes its commands, too; a stage that inherits from it may order anything.
+_COMPILED_STAGE = Stage
 
 
 def run_stages(
-    runs: Sequence[StageRun], flow: Flow, links: Links | None, *, one_thread: bool, engine: str,
-    sources: Sequence[Source] = (), ticks: Iterator[Any] | None = None,
+    runs: Sequence[StageRun], steps: Sequence[Step], flow: Flow | None, links: Links | None, *, one_thread: bool,
+    engine: str, sources: Sequence[Source] = (), ticks: Iterator[Any] | None = None,
 ) -> list[Decoded]:  # fmt: skip
     """Run the stages of a pipeline, each on a GPU of its own, and return what was recorded on each.
 
-    `links` are those between the GPUs; None for one stage. `one_thread` serves all stages of a step before the next;
-    otherwise each GPU has a thread of its own. With `sources`, compiled code decides, which draws from `ticks` once
-    for every visit.
+    `links` are those between the GPUs, and `flow` what passes; None for one stage. `one_thread` serves all stages of a
+    step before the next; otherwise each GPU has a thread of its own. With `sources`, compiled code decides, which draws
+    from `ticks` once for every visit.
     """
     network = None
     if links is not None:
         pipeline_routes(links)  # what is sent over them counts on the network
         network = links.network([run.costs for run in runs])
-    most_tokens = max((len(step.rows) for step in flow.steps), default=0)
+    most_tokens = max((len(step.rows) for step in steps), default=0)
     simulation = Simulation(len(runs), engine)
     simulation.network = network
     gpus = [
@@ -57,21 +62,21 @@ def run_stages(
         )
         for number, run in enumerate(runs)
     ]  # fmt: skip
-    if links is not None:
+    if links is not None and flow is not None:
         _connect(simulation, gpus, flow, links, network)
     stages = [
         Stage(
-            one.gpu, run.visits, len(run.costs.model.expert_bytes), flow.steps, one.note,
+            one.gpu, run.visits, len(run.costs.model.expert_bytes), steps, one.note,
             has_head=run is runs[-1],
-            receives=None if links is None else received_steps(flow, number),
-            sends=None if links is None else sent_bytes(flow, number, len(runs)),
+            receives=None if flow is None else received_steps(flow, number),
+            sends=None if flow is None else sent_bytes(flow, number, len(runs)),
         )
         for number, (one, run) in enumerate(zip(gpus, runs, strict=True))
     ]  # fmt: skip
     threads = [[*range(len(gpus))]] if one_thread else [[number] for number in range(len(gpus))]
     for served in threads:
         simulation.thread(stages_program([stages[number] for number in served]), [gpus[number] for number in served])
-    if sources:
+    if sources and all(type(stage) is _COMPILED_STAGE for stage in stages):
         simulation.decided_by(_decisions(sources, gpus, stages, threads), ticks or iter(()))
     simulation.run()
     return [one.recorded() for one in gpus]
@@ -136,6 +141,42 @@ class SharingGpus:
             for column, tokens in zip(self._moved, visit.traffic, strict=True):
                 column.buffer.frombytes(tokens.astype(np.int32).tobytes())
 
+    def shared(self, inputs: Inputs, *, one_thread: bool) -> Shared:
+        """Return how compiled decisions share the experts, where each has one owner."""
+        from ..decide.compiled_decisions import Shared  # which compiles at its first import
+
+        placed, trace = inputs.placed, inputs.trace
+        assert placed is not None
+        owner = np.array([gpus[0] for of_layer in placed.owners for gpus in of_layer], dtype=np.int64)
+        by_layer = owner.reshape(trace.layers, -1)
+
+        def laid_out(first: int, end: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
+            steps = zip(inputs.steps[first:end], placed.homes[first:end], strict=True)
+            laid = [self._laid_out(trace, step, home, by_layer) for step, home in steps]
+            lives, serves, exchanges = (np.array(values, dtype=np.int64) for values in zip(*laid, strict=True))
+            return lives, serves, exchanges
+
+        return Shared(owner, one_thread, laid_out)
+
+    def _laid_out(
+        self, trace: RoutingTrace, step: Step, home: npt.NDArray[Any], owner: npt.NDArray[Any]
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
+        """Return the tokens of each GPU in a step, who serves any (layers, GPUs), and what exchanges take (layers,).
+
+        The tokens that these send are noted.
+        """
+        gpus, layers = len(self._gpus), np.arange(trace.layers)
+        servers = owner[layers[:, None], trace.experts[step.rows]]
+        present = None if trace.present is None else trace.present[step.rows]
+        moved = traffic(servers, home, present, gpus)
+        serves = np.zeros((trace.layers, gpus), dtype=np.int64)
+        here = np.ones(servers.shape[:2], dtype=bool) if present is None else present
+        serves[np.broadcast_to(layers[None, :, None], servers.shape)[here], servers[here]] = 1
+        ns = self._all_to_all.all_ns(moved)
+        for gpu, column in enumerate(self._moved):
+            column.buffer.frombytes(moved[ns > 0, gpu].astype(np.int32).tobytes())
+        return np.bincount(home, minlength=gpus), serves, ns
+
     def recorded(self) -> list[Decoded]:
         """Return what was recorded on each GPU, tokens sent included."""
         count = len(self._gpus)
@@ -173,10 +214,13 @@ def run_shared(
     *,
     one_thread: bool,
     engine: str,
+    sources: Sequence[Source] = (),
+    ticks: Iterator[Any] | None = None,
 ) -> list[Decoded]:
     """Run GPUs that go through every layer together and return what was recorded on each.
 
     `ready` has each GPU's manager, costs and prefetch policy; `visits` are those of all, decided as they are asked for.
+    With `sources`, compiled code decides instead, as in `run_stages`.
     """
     links, placed, scenario, model = inputs.links, inputs.placed, inputs.scenario, inputs.model
     assert links is not None and placed is not None
@@ -200,5 +244,11 @@ def run_shared(
         [one.gpu for one in gpus], visits, model.layers, one_thread and len(gpus) > 1, sharing.moves, sharing.note
     )
     simulation.thread(layers.program(inputs.steps, placed.homes), gpus, sharing.exchanges)
+    if sources and not layers.apart:
+        from ..decide.compiled_decisions import Decisions, Part  # which compiles at its first import
+
+        parts = [Part(source, one.gpu, one.note_resolved) for source, one in zip(sources, gpus, strict=True)]
+        shared = sharing.shared(inputs, one_thread=one_thread and len(gpus) > 1)
+        simulation.decided_by(Decisions(parts, [range(len(gpus))], shared), ticks or iter(()))
     simulation.run()
     return sharing.recorded()

@@ -28,8 +28,8 @@ from ..decide.tables import Rooms
 from ..decide.visit_commands import AWAITS_GUESSES, FROM_HOST, FROM_HOST_ASIDE, ON_GPU, ON_GPU_ASIDE, settings_array
 from ..links import HostLink
 from ..policies.prefetch import Gauge
-from ..scenario.scenario import ON_GPU as ON_GPU_LANES
 from ..scenario.scenario import Scenario
+from ..scenario.sections import ON_GPU as ON_GPU_LANES
 from .collector import collector_off
 from .host import Exchanges, GpuState, Thread
 from .lanes import Instant, Lane, Work

@@ -31,9 +31,9 @@ _Plain = dict[str, Any]
 def assembled(name: str, without: Iterable[str] = ()) -> _Plain:
     """Return the profile of a machine by the name that tells its parts, as plain data. Raises PartError.
 
-    `without` are measured profiles whose measurements are left out, for a check of these against what they give.
+    `without` are measured profiles whose measurements are left out, for a check against these.
     """
-    parts = choose(name)
+    parts = choose(name, without)
     if parts.gpu is None:
         return {**_identity(parts, None), **_on_processor(parts)}
     machine = nearest(parts.gpu, without)
@@ -50,8 +50,8 @@ def assembled(name: str, without: Iterable[str] = ()) -> _Plain:
     profile["h2d"]["pageable"] = _pageable(parts.copies, machine)
     profile["d2h"] = _pinned(parts.copies, machine, machine.data["d2h"])
     profile["contention"] = _contention(parts, machine)
-    if parts.count > 1 and parts.gpu.nvlink_bytes_per_second is not None:
-        profile["peer"] = _peer(parts.gpu, machine)
+    if parts.count > 1:
+        profile["peer"] = _peer(parts, parts.gpu, machine)
     return profile
 
 
@@ -192,12 +192,17 @@ def _within(gpu: Gpu, machine: MeasuredMachine) -> _Plain:
     return _line(rate, note, machine, machine.data["d2d"])
 
 
-def _peer(gpu: Gpu, machine: MeasuredMachine) -> _Plain:
-    """Return copies to another GPU over NVLink."""
-    assert gpu.nvlink_bytes_per_second is not None
-    share = peer_share(machine)
-    note = f"{share:.2f} of NVLink's {gpu.nvlink_bytes_per_second / 1e9:,.0f} GB/s a direction ({gpu.source})"
-    return _line(figures(share * gpu.nvlink_bytes_per_second), note, machine, machine.data["peer"])
+def _peer(parts: Chosen, gpu: Gpu, machine: MeasuredMachine) -> _Plain:
+    """Return copies to another GPU: over NVLink, or over PCIe, through host memory if GPUs do not read each other's."""
+    assert parts.link is not None
+    if gpu.nvlink_bytes_per_second is not None:
+        share = peer_share(machine)
+        note = f"{share:.2f} of NVLink's {gpu.nvlink_bytes_per_second / 1e9:,.0f} GB/s a direction ({gpu.source})"
+        return _line(figures(share * gpu.nvlink_bytes_per_second), note, machine, machine.data["peer"])
+    rate, ram = parts.link.bytes_per_second, parts.ram_reach
+    if gpu.pcie_peer or ram is None or ram.bytes_per_second >= 2 * rate:
+        return _line(rate, parts.link.words, machine, machine.data["peer"])
+    return _line(ram.bytes_per_second // 2, f"into and out of {ram.words}", machine, machine.data["peer"])
 
 
 def _line(rate: int, note: str, machine: MeasuredMachine, measured: _Plain) -> _Plain:
@@ -226,12 +231,13 @@ def _topology(parts: Chosen) -> _Plain:
         for name in names
     ]
     reach = parts.ram_reach
-    dram_rate = parts.count * link.bytes_per_second if reach is None else reach.bytes_per_second
+    dram_rate = parts.count * link.most_bytes_per_second if reach is None else reach.bytes_per_second
     note = "not said: as much as all links together" if reach is None else reach.words
     dram = _link("host0", "cpu0", "dram", dram_rate, note)
     kind = "c2c" if gpu.link == "nvlink-c2c" else "pcie"
     links = [{**dram, "latency_ns": 0, "duplex": "half"}]
-    links += [_link("cpu0", name, kind, link.bytes_per_second, link.words) for name in names]
+    # Copies have costs of their own; a link is what their sum never exceeds.
+    links += [_link("cpu0", name, kind, link.most_bytes_per_second, link.words) for name in names]
     if parts.count > 1 and gpu.nvlink_bytes_per_second is not None:
         nodes.append({"name": "nvswitch0", "kind": "switch", **_said("switches that block nothing, as one", "assumed")})
         links += [_link(name, "nvswitch0", "nvlink", gpu.nvlink_bytes_per_second, gpu.source) for name in names]

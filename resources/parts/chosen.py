@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ...words import shown
@@ -33,11 +34,15 @@ _DEFAULT_CORES, _DEFAULT_GHZ, _DEFAULT_INSTRUCTIONS = 8, 3.5, ("avx2",)
 
 @dataclass(frozen=True)
 class Reach:
-    """What is reached of a rate: bytes a second, how far it can be off (relative), and why, in words."""
+    """What is reached of a rate: bytes a second, how far it can be off (relative), and why, in words.
+
+    `most_bytes_per_second` is the rate itself, which nothing exceeds.
+    """
 
     bytes_per_second: int
     spread: float
     words: str
+    most_bytes_per_second: int
 
 
 @dataclass(frozen=True)
@@ -83,8 +88,11 @@ class Chosen:
         return ram if ram is not None and ram.bytes_per_second < self.link.bytes_per_second else self.link
 
 
-def choose(name: str) -> Chosen:
-    """Return the parts of a machine by its name, 'gpu=rtx4090, ram=2x DDR5-5600'. Raises PartError."""
+def choose(name: str, without: Iterable[str] = ()) -> Chosen:
+    """Return the parts of a machine by its name, 'gpu=rtx4090, ram=2x DDR5-5600'. Raises PartError.
+
+    `without` are measured profiles that say nothing of what is reached.
+    """
     given = split_parts(name)
     if "gpu" not in given:
         raise PartError(f"machine {shown(name)}: name its gpu, such as rtx4090, or gpu={NO_GPU}")
@@ -99,8 +107,8 @@ def choose(name: str) -> Chosen:
     else:
         of = ram.rate.bytes_per_second
         share = cpu_share()
-        cpu_reach = Reach(figures(of * share.middle), share.spread, f"{share.middle:.2f} of {ram.rate.words}")
-    link = None if gpu is None or gpu.unified else _link(given.get("link"), gpu, processor)
+        cpu_reach = Reach(figures(of * share.middle), share.spread, f"{share.middle:.2f} of {ram.rate.words}", of)
+    link = None if gpu is None or gpu.unified else _reach(_link(given.get("link"), gpu, processor), "link", without)
     if link is None and "link" in given:
         raise PartError(f"machine.link = {shown(given['link'])}: {given['gpu']} has the host's memory, and no link")
     drive = parse_drive(given["drive"]) if "drive" in given else None
@@ -167,20 +175,20 @@ def _ram(text: str | None, filled: str | None) -> Ram:
     return ram
 
 
-def _link(text: str | None, gpu: Gpu, processor: Processor) -> Reach:
+def _link(text: str | None, gpu: Gpu, processor: Processor) -> Rate:
     if text is not None:
-        return _reach(parse_link(text), "link")
+        return parse_link(text)
     assert gpu.link is not None
     kind, lanes = link_of(gpu.link)
     slower = f"pcie{processor.pcie}"
     if kind.kind == "pcie" and processor.pcie is not None and slower in link_kinds():
         kind = min(kind, link_kinds()[slower], key=lambda each: each.lane_bytes_per_second)
-    return _reach(parse_link(written_link(kind, lanes)), "link")
+    return parse_link(written_link(kind, lanes))
 
 
-def _reach(rate: Rate, what: str) -> Reach:
+def _reach(rate: Rate, what: str, without: Iterable[str] = ()) -> Reach:
     if rate.given:
-        return Reach(rate.bytes_per_second, 0.0, rate.words)
-    share = link_share() if what == "link" else ram_share()
+        return Reach(rate.bytes_per_second, 0.0, rate.words, rate.bytes_per_second)
+    share = link_share(without) if what == "link" else ram_share()
     words = f"{share.middle:.2f} of {rate.words}"
-    return Reach(figures(rate.bytes_per_second * share.middle), share.spread, words)
+    return Reach(figures(rate.bytes_per_second * share.middle), share.spread, words, rate.bytes_per_second)

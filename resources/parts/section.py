@@ -13,10 +13,10 @@ from .written import PARTS, is_of_parts, joined_parts, split_parts
 def of_parts(section: Mapping[str, Any]) -> dict[str, Any]:
     """Return a section whose parts, if it has some, are in its `profile`: the name of the machine of these parts.
 
-    Raises PartError if it names a profile too, or parts without a GPU. Values that are no text stay, to be refused.
+    Raises PartError if it names a profile too, or parts without a GPU. Values of other types stay, to be refused.
     """
     parts = {key: section[key] for key in PARTS if section.get(key) is not None}
-    if not parts or any(type(value) is not (int if key == "gpus" else str) for key, value in parts.items()):
+    if not parts or any(type(value) not in ((int,) if key == "gpus" else (str, int)) for key, value in parts.items()):
         return dict(section)
     if section.get("profile") is not None:
         raise PartError(f"profile = {shown(section['profile'])} and {', '.join(parts)}: give a profile, or parts")

@@ -21,11 +21,15 @@ class PartError(InputError):
 
 
 class Listed(Part):
-    """One line of a table: what a part is called, in full too, and the document that its numbers come from."""
+    """One line of a table: what a part is called, in full too, and the document that its numbers come from.
+
+    `driver_names` are what the driver calls it, where that is another name.
+    """
 
     name: str
     title: str
     source: str
+    driver_names: tuple[str, ...] = ()
 
 
 class Gpu(Listed):
@@ -106,7 +110,7 @@ class Reached(Part):
 _Row = TypeVar("_Row", bound=Part)
 _Found = TypeVar("_Found", bound=Listed)
 #: Words that a maker's or seller's full name has, and the table's does not need.
-_MAKERS = re.compile(r"nvidia|geforce|tesla|amd|radeon|instinct|intel|apple|\bcore\b|generation|laptop gpu")
+_MAKERS = re.compile(r"nvidia|geforce|tesla|amd|radeon|instinct|intel|apple|\bcore\b|generation")
 
 
 def gpus() -> Mapping[str, Gpu]:
@@ -159,7 +163,7 @@ def find_drive(text: str) -> Drive:
 
 def _find(key: str, text: str, table: Mapping[str, _Found]) -> _Found:
     wanted = _plain(text)
-    called = {name: {_plain(name), _plain(part.title)} for name, part in table.items()}
+    called = {name: {_plain(each) for each in (name, part.title, *part.driver_names)} for name, part in table.items()}
     for fits in (str.__eq__, str.endswith, str.startswith):
         found = [name for name, calls in called.items() if wanted and any(fits(call, wanted) for call in calls)]
         if len(found) == 1:

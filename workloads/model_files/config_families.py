@@ -153,6 +153,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_vl_moe_text": Family(mixers.grouped(bias="attention_bias", qk_norm="head"), by_step),
     "qwen3_next": _QWEN_HYBRID,
     "qwen3_5_moe_text": _QWEN_HYBRID,
+    "qwen4_exp_text": _QWEN_HYBRID._replace(kernels=90),
     "deepseek": Family(mixers.grouped(), after_dense, _SHARED, kernels=42),
     "deepseek_v2": _DEEPSEEK._replace(router_bias=False, kernels=60),
     "deepseek_v3": _DEEPSEEK,
@@ -273,6 +274,7 @@ FAMILIES: dict[str, Family] = {
 #: Other names of the same: a model's own, of the part around the language part, or of architectures that say more.
 SAME: dict[str, str] = {
     "qwen3_5_moe": "qwen3_5_moe_text",
+    "qwen4_exp": "qwen4_exp_text",
     "qwen3_vl_moe": "qwen3_vl_moe_text",
     "qwen3_omni_moe": "qwen3_vl_moe_text",
     "llama4": "llama4_text",

@@ -134,6 +134,8 @@ def delta_hybrid(config: Config) -> Mixers:
     }
     gate = "channel" if config.flag("attn_output_gate", default=True) else "none"
     full = attention(config, qk_norm="head", gate=gate, bias=config.flag("attention_bias"))
+    if config.get("indexer_n_heads") is not None:
+        full |= {"index_heads": config.count("indexer_n_heads"), "index_dim": config.count("indexer_head_dim")}
     kinds = config.of_blocks("layer_types")
     every = 1 if kinds else config.count("full_attention_interval", default=4)
     linears = (

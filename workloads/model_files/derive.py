@@ -59,6 +59,9 @@ def _parts(shapes: Shapes) -> list[_Part]:
     """Return the dense part of every MoE layer, then what follows the last one, without the language-model head."""
     hidden = shapes.hidden
     norm = Weights(other=hidden)
+    mixed = shapes.streams.weights(hidden) if shapes.streams else Weights()
+    # Each of a block's two parts is mixed in, and put back by a matrix of streams x streams.
+    streams = mixed.plus(Weights(shapes.streams.count**2 * hidden)) if shapes.streams else mixed
     feed_forward = {
         "moe": shapes.moe.resident_weights(hidden).plus(norm),
         "dense": shapes.dense.weights(hidden).plus(norm) if shapes.dense else Weights(),
@@ -72,11 +75,11 @@ def _parts(shapes: Shapes) -> list[_Part]:
             if mixer is not None:
                 weights = weights.plus(mixer.weights(hidden).plus(norm), stack.attentions)
                 kept += _kept(mixer, stack)
-            weights = weights.plus(feed_forward[part])
+            weights = weights.plus(feed_forward[part]).plus(streams, 2)
             if part == "moe":
                 parts.append(_Part(weights, tuple(kept)))
                 weights, kept = Weights(), []
-        weights = weights.plus(norm)
+        weights = weights.plus(mixed if shapes.streams else norm)
     return [*parts, _Part(weights, tuple(kept))]
 
 

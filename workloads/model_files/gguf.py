@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 from ...words import shown
 from ..model import ModelError
 
-#: By a type's number: its name, and how many weights a block of so many bytes holds (ggml-common.h).
+#: By a type's number: its name, and how many weights a block of so many bytes holds (ggml-common.h). Without q8_1,
+#: which files do not have.
 TYPES: dict[int, tuple[str, int, int]] = {
     0: ("float32", 1, 4),
     1: ("float16", 1, 2),
@@ -26,7 +27,6 @@ TYPES: dict[int, tuple[str, int, int]] = {
     6: ("q5_0", 32, 22),
     7: ("q5_1", 32, 24),
     8: ("q8_0", 32, 34),
-    9: ("q8_1", 32, 36),
     10: ("q2_k", 256, 84),
     11: ("q3_k", 256, 110),
     12: ("q4_k", 256, 144),
@@ -115,12 +115,13 @@ def _parts(path: Path) -> list[Path]:
 
 def _read(path: Path) -> Header:
     try:
-        with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return _Reader(path, content).header()
+        with path.open("rb") as stream:
+            if not path.stat().st_size:
+                raise ModelError(f"{path}: not GGUF: the file is empty")
+            with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                return _Reader(path, content).header()
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except ValueError:  # of an empty file
-        raise ModelError(f"{path}: not GGUF: the file is empty") from None
 
 
 class _Placed(NamedTuple):

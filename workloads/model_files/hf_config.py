@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from .config_families import SAME, Family, family_of
 from .config_fields import Config
 from .config_mixers import Mixers
 from .quantization import dtypes_of
+from .weights import bytes_of
 
 #: The name of the file in a model's folder.
 CONFIG = "config.json"
@@ -34,7 +36,7 @@ def shapes_of_config(path: Path) -> dict[str, Any]:
     if "moe" not in parts:
         raise ModelError(f"{path}: no block is a mixture of experts, and Prestage simulates those")
     shapes: dict[str, Any] = {
-        "name": path.parent.name if path.name == CONFIG and path.parent.name else path.stem,
+        "name": path.resolve().parent.name if path.name == CONFIG else path.stem,
         "source": _source(path, name, config),
         "hidden": config.hidden,
         "vocabulary": config.count("vocab_size", "padded_vocab_size"),
@@ -44,6 +46,10 @@ def shapes_of_config(path: Path) -> dict[str, Any]:
         "moe": _moe(config, family),
         "kernels": {"dense": family.kernels, "expert": family.expert_kernels},
     }
+    if config.get("hc_lowrank") is not None:
+        shapes["streams"] = {"count": config.count("hc_count"), "rank": config.count("hc_lowrank")}
+    if config.get("ngram_size") is not None:
+        shapes["host_table_bytes"] = _table_bytes(config, shapes["dtypes"])
     mixers = {key: table for key, table in found.tables.items() if key != "attention"}
     shapes |= {"mixers": mixers} if mixers else {}
     shapes |= {"attention": found.tables["attention"]} if "attention" in found.tables else {}
@@ -64,6 +70,16 @@ def language(config: Config) -> Config:
 def draft_layers(config: Config) -> int:
     """Return the number of layers that only guess ahead; they are not part of a model's shapes."""
     return config.count(*_DRAFTS, default=0, least=0)
+
+
+def _table_bytes(config: Config, dtypes: Mapping[str, str]) -> int:
+    """Return the bytes of Qwen4-Exp's tables of n-grams; 8 bits a weight where the matrices are quantized."""
+    heads = config.count("heads_per_ngram") * (config.count("ngram_size") - 1)
+    rows = heads * config.count("ngram_vocab_size_base")
+    weights = (
+        rows * (config.count("ple_embed_dim", "hidden_size") // heads) * len(config.entries("ple_layer_ids") or [])
+    )
+    return bytes_of(weights, "float8" if "other" in dtypes else dtypes["dense"])
 
 
 def _read(path: Path) -> Config:

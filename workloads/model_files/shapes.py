@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from ...dtypes import dtype_of
 from ...errors import InputError
-from ..trace import MAX_LAYERS
+from ..trace_limits import MAX_LAYERS
 from .mixers import AnyMixer, Count, CountOrNone, GroupedQuery, Latent, Mixer, Table
 from .weights import Weights
 
@@ -112,6 +112,21 @@ class Dense(Table):
         return Weights(self.matrices * hidden * self.ff)
 
 
+class Streams(Table):
+    """Residual streams that are mixed before each of a block's two parts, by matrices of a rank (hyper-connections).
+
+    After Zhu et al. 2024, arXiv:2409.19606, as Qwen4-Exp has them.
+    """
+
+    count: Count
+    rank: Count
+
+    def weights(self, hidden: int) -> Weights:
+        """Return the weights of one mixing in a model of this width."""
+        width = self.count * hidden
+        return Weights(2 * self.rank * width, width)
+
+
 class Stack(Table):
     """Blocks in a row, closed by a norm. Block i from `moe_first` on is MoE if (i - moe_first) % moe_every is 0.
 
@@ -173,6 +188,7 @@ class Shapes(Table):
     vocabulary: Count
     tied_embeddings: bool = False
     host_table_bytes: CountOrNone = 0
+    streams: Streams | None = None
     dtypes: Dtypes
     stacks: Annotated[list[Stack], Field(min_length=1)]
     attention: Annotated[GroupedQuery | Latent, Field(discriminator="kind")] | None = None

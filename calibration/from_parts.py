@@ -1,0 +1,114 @@
+"""Machines from parts against the same machines measured: cost by cost, and on the schedules that were executed.
+
+A measured machine is put together from its parts once more, its own measurements left out, and everything that it gives
+is set beside what was measured: how far off would somebody have been who had only the datasheets and another machine.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..resources.parts.assemble import assembled
+from ..resources.parts.kernels import DECODE_TOKENS
+from ..resources.parts.reached import MEASURED, foreign_errors
+from ..resources.profile import CopyCosts, Profile, load_profile, make_profile
+from .measured import load_all
+from .validate import compare, predicted_ms
+
+#: What is put together in place of each measured machine.
+PARTS = {"h200": "gpu=h200", "h100-x2": "gpu=2x h100, ram=1TB 105GB/s"}
+#: Copies that are compared: as large as small and large experts.
+_COPIED_BYTES = (2**20, 9_437_184, 352_321_536)
+#: Durations under a microsecond are differences of others.
+_LEAST_NS = 1000
+
+
+class Ratios(NamedTuple):
+    """Ratios of what is put together to what was measured, of costs of one kind."""
+
+    what: str
+    ratios: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The middle one."""
+        return statistics.median(self.ratios)
+
+
+def from_parts(name: str) -> Profile:
+    """Return a measured machine as put together from its parts without its own measurements."""
+    return make_profile(assembled(PARTS[name], without=(name,)), f"{name} from parts")
+
+
+def cost_ratios(name: str) -> list[Ratios]:
+    """Return how the costs of a measured machine, as put together from parts, compare with those measured."""
+    made, measured = from_parts(name), load_profile(name)
+    families: dict[str, list[float]] = {}
+    for group, ratio in foreign_errors(name):
+        families.setdefault(f"{group.family}, up to {DECODE_TOKENS} tokens", []).append(ratio)
+    for memory, copies in made.h2d.items():
+        families[f"copies to the GPU, {memory}"] = list(_copies(copies, measured.h2d[memory]))
+    families["lanes' gaps and latencies"] = list(_durations(made.compute, measured.compute))
+    families["the host's calls"] = list(_durations(made.host, measured.host))
+    return [Ratios(what, tuple(ratios)) for what, ratios in families.items()]
+
+
+def schedules(name: str, folder: Path, replicates: int = 0) -> list[dict[str, Any]]:
+    """Return, for each schedule of a folder that was executed on a machine, how it compares on the one from parts.
+
+    Each has `scenario`, `dispatch` and `error`, simulated / measured - 1; with `replicates`, `inside` says whether the
+    measured makespan lies between their p5 and p95. Raises ValueError if a schedule cannot be read.
+    """
+    profile = from_parts(name)
+    rows = []
+    for measured in load_all([folder]):
+        row = compare(measured, profile)
+        kept = {"scenario": row["scenario"], "dispatch": row["dispatch"], "error": row["makespan_error"]}
+        if replicates:
+            drawn = predicted_ms(measured, profile, replicates)
+            kept["inside"] = drawn["p5"] <= row["measured_ms"] <= drawn["p95"]
+        rows.append(kept)
+    return rows
+
+
+def schedule_summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return, by dispatch, the number of schedules, the median of their errors and its size, and the range."""
+    found = []
+    for dispatch in dict.fromkeys(row["dispatch"] for row in rows):
+        of = [row for row in rows if row["dispatch"] == dispatch]
+        errors = [row["error"] for row in of]
+        found.append(
+            {
+                "dispatch": dispatch,
+                "schedules": len(of),
+                "median": statistics.median(errors),
+                "median_size": statistics.median(map(abs, errors)),
+                "least": min(errors),
+                "most": max(errors),
+                "inside": sum(row["inside"] for row in of) if all("inside" in row for row in of) else None,
+            }
+        )
+    return found
+
+
+def names() -> list[str]:
+    """Return the measured machines that are put together from parts."""
+    return [name for name in MEASURED if name in PARTS]
+
+
+def _copies(made: CopyCosts, measured: CopyCosts) -> Iterator[float]:
+    for size_bytes in _COPIED_BYTES:
+        for queued in (False, True):
+            costs = [copies.queued if queued else copies.alone for copies in (made, measured)]
+            yield costs[0].ns(size_bytes) / costs[1].ns(size_bytes)
+
+
+def _durations(made: Any, measured: Any) -> Iterator[float]:
+    """Yield the ratio of each duration that two parts of profiles both have."""
+    for field in type(made).model_fields:
+        first, second = (getattr(getattr(part, field), "ns", None) for part in (made, measured))
+        if isinstance(first, int) and isinstance(second, int) and min(first, second) >= _LEAST_NS:
+            yield first / second

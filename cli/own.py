@@ -1,0 +1,62 @@
+"""A model and a machine named by their parts on the command line, as settings of a scenario."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+#: What a run begins with that names a model or a machine and no scenario.
+BASE = "one-gpu"
+
+Model = Annotated[
+    str | None, typer.Option(help="The model, as model.preset takes it: gpt-oss-120b …", show_default=False)
+]
+Gpu = Annotated[
+    str | None, typer.Option(help="The machine's GPU, such as rtx4090, '2x rtx3090' or none; see `machine list`.")
+]
+Cpu = Annotated[str | None, typer.Option(help="Its processor, such as 7950x or '2x xeon-8480+'.")]
+Ram = Annotated[str | None, typer.Option(help="Its memory, such as '64GB DDR5-5600' or '2x DDR5-5600'.")]
+Link = Annotated[str | None, typer.Option(help="The link to each GPU, such as 'pcie4 x8' or 25.2GB/s.")]
+Drive = Annotated[str | None, typer.Option(help="Its drive, such as '2TB 7GB/s' or samsung-990-pro.")]
+
+
+@dataclass(frozen=True)
+class Own:
+    """What the options of a command say of a model and of a machine's parts."""
+
+    model: str | None = None
+    gpu: str | None = None
+    cpu: str | None = None
+    ram: str | None = None
+    link: str | None = None
+    drive: str | None = None
+
+    def parts(self) -> dict[str, str]:
+        """Return the parts that are given, by their keys."""
+        named = {"gpu": self.gpu, "link": self.link, "cpu": self.cpu, "ram": self.ram, "drive": self.drive}
+        return {key: value for key, value in named.items() if value is not None}
+
+    def scenario(self, name: str | None) -> str | None:
+        """Return the scenario to begin with: the one named, or the one for whoever names a model or a machine."""
+        return BASE if name is None and (self.model is not None or self.parts()) else name
+
+    def settings(self, name: str | None) -> list[str]:
+        """Return the settings of a scenario that say the same; `name` is the scenario that was named, if one was.
+
+        A GPU begins a machine anew. Several GPUs are the stages of a pipeline, unless a scenario says what they are.
+        """
+        from ..resources.parts.written import joined_parts, times
+
+        settings = [] if self.model is None else [_setting("model.preset", self.model)]
+        if self.gpu is None:
+            return settings + [_setting(f"machine.{key}", value) for key, value in self.parts().items()]
+        count = times(self.gpu)[0]
+        settings.append(_setting("machine.profile", joined_parts(self.parts())))
+        return [*settings, f"parallel.stages={count}"] if name is None and count > 1 else settings
+
+
+def _setting(key: str, value: str) -> str:
+    return f"{key}={json.dumps(value)}"

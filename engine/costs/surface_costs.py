@@ -1,0 +1,198 @@
+"""What a model's kernels take by a GPU's surface: each part the sum of its matrix products and small kernels.
+
+An expert is its matrices, an activation, a multiplication where it is gated, and small kernels up to the number that
+the model states. A dense part is products that read its weights, as it is executed, and small kernels; the head is one
+product. Weights of a dtype that the surface was not measured in cost what 16-bit ones of as many bytes cost, or what
+their operations take in 16 bits, whichever is more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from ...dtypes import bits_of
+from ...resources.surface import AttentionTable, Group, GroupCosts, ProductTable, PromptTable, SmallTable, Surface
+
+#: Matrix products of a layer's dense part as it is executed and measured; the rest of its kernels are small.
+DENSE_PRODUCTS = 4
+#: In which dtype products of another are made.
+_STAND_IN = "bfloat16"
+_MIB = 2**20
+
+_Table = TypeVar("_Table")
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """A product of (tokens, columns) and (columns, rows)."""
+
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What a part of a model launches: its products, whose weights take `weight_bytes` in all, and small kernels.
+
+    `small` are what each small kernel is, and the elements of its tensor for each token.
+    """
+
+    part: Group
+    dtype: str
+    products: Sequence[Product]
+    small: Sequence[tuple[str, int]]
+    weight_bytes: int
+
+    @property
+    def launches(self) -> int:
+        """Kernels in all."""
+        return len(self.products) + len(self.small)
+
+
+def expert_kernels(hidden: int, inner: int, dtype: str, matrices: int, kernels: int, size_bytes: int) -> Kernels:
+    """Return the kernels of one expert of `size_bytes`."""
+    products = [Product(inner, hidden)] * (matrices - 1) + [Product(hidden, inner)]
+    small = [("negate", inner), ("multiply", inner)][: 2 if matrices > 2 else 1]
+    small += [("negate", hidden)] * (kernels - len(products) - len(small))
+    products = products[:kernels]
+    return Kernels("expert", dtype, products, small[: kernels - len(products)], size_bytes)
+
+
+def dense_kernels(hidden: int, dtype: str, kernels: int, size_bytes: int) -> Kernels:
+    """Return the kernels of a layer's dense part, whose weights take `size_bytes`."""
+    count = min(DENSE_PRODUCTS, kernels)
+    width = product_width(hidden, dtype, count, size_bytes)
+    pair = [Product(width, hidden), Product(hidden, width)]
+    return Kernels("dense", dtype, (pair * count)[:count], [("negate", hidden)] * (kernels - count), size_bytes)
+
+
+def head_kernels(hidden: int, dtype: str, size_bytes: int) -> Kernels:
+    """Return the one kernel of a head whose weights take `size_bytes`."""
+    return Kernels("head", dtype, [Product(product_width(hidden, dtype, 1, size_bytes), hidden)], [], size_bytes)
+
+
+def product_width(hidden: int, dtype: str, products: int, size_bytes: int) -> int:
+    """Return the other width of products with the hidden state that together read about `size_bytes`."""
+    return max(16, int(size_bytes * 8 / (products * hidden * bits_of(dtype))) // 16 * 16)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupTime:
+    """What a group of kernels takes, in ns: on a quiet GPU, beside a copy, and from its launch to its start."""
+
+    ns: float
+    beside_copy_ns: float
+    latency_ns: int
+
+
+class SurfaceCosts:
+    """The kernels of any model on one GPU, in one way of dispatch, by its surface."""
+
+    def __init__(self, surface: Surface, dispatch: str) -> None:
+        self._surface, self._dispatch = surface, dispatch
+        self._products = {table.dtype: table for table in surface.products}
+        self._small: dict[tuple[str, str], SmallTable] = {(table.what, table.dtype): table for table in surface.small}
+        self._stand_in = self._products.get(_STAND_IN) or surface.products[0]
+        self._flops_per_ns = _fastest(self._stand_in)
+
+    def group(self, part: Group) -> GroupCosts:
+        """Return what a part's groups take beside their kernels."""
+        groups = self._surface.groups[part]
+        return groups.eager if self._dispatch == "eager" else groups.graph
+
+    def time(self, kernels: Kernels, tokens: int) -> GroupTime:
+        """Return what a group of kernels over `tokens` tokens takes."""
+        group = self.group(kernels.part)
+        bits = kernels.weight_bytes * 8 / sum(each.rows * each.columns for each in kernels.products)
+        made = {each: self.product_ns(kernels.dtype, each, tokens, bits) for each in set(kernels.products)}
+        products_ns = sum(made[each] for each in kernels.products)
+        shapes = set(kernels.small)
+        small_ns = sum(
+            kernels.small.count(shape) * self.small_ns(shape[0], kernels.dtype, tokens * shape[1]) for shape in shapes
+        )
+        sum_ns, launches = group.factor * (products_ns + small_ns), kernels.launches
+        longer_ns = group.factor * self._surface.beside_copy_ns_per_mib * kernels.weight_bytes / _MIB
+        quiet_ns = group.start_ns + launches * group.kernel_ns + sum_ns
+        beside_ns = group.start_beside_copy_ns + launches * group.kernel_beside_copy_ns + sum_ns + longer_ns
+        return GroupTime(quiet_ns, max(quiet_ns, beside_ns), group.launch_latency_ns)
+
+    def product_ns(self, dtype: str, product: Product, tokens: int, bits: float | None = None) -> float:
+        """Return what one product takes; `bits` a weight, if they are not the dtype's own."""
+        table = self._table(dtype)
+        if table is not None:
+            return table.product_ns(product.rows, product.columns, tokens)
+        share = (float(bits_of(dtype)) if bits is None else bits) / float(bits_of(self._stand_in.dtype))
+        shrunk = max(1.0, product.columns * share)
+        flops = 2 * product.rows * product.columns * tokens
+        return max(self._stand_in.product_ns(product.rows, shrunk, tokens), flops / self._flops_per_ns)
+
+    def small_ns(self, what: str, dtype: str, elements: int) -> float:
+        """Return what one small kernel over so many elements takes."""
+        table = self._small.get((what, dtype)) or self._small.get((what, self._stand_in.dtype))
+        return 0.0 if table is None else table.small_ns(elements)
+
+    def attention_ns(self, sequences: int, kv_heads: int, head_dim: int, positions: int, window: int = 0) -> float:
+        """Return what attention of one new token of each sequence takes in a layer; `window` 0 is all positions.
+
+        Raises LookupError if the surface has no attention.
+        """
+        table: AttentionTable = _only(self._surface.attention)
+        seen = min(positions, window) if window else positions
+        return table.attention_ns(sequences * kv_heads, head_dim, max(1, seen))
+
+    def prompt_ns(self, heads: int, head_dim: int, tokens: int, window: int = 0) -> float:
+        """Return what causal attention over a prompt takes in a layer; with a window it grows linearly beyond it.
+
+        Raises LookupError if the surface has no attention of prompts.
+        """
+        table: PromptTable = _only(self._surface.prompts)
+        if not window or tokens <= window:
+            return table.prompt_ns(heads, head_dim, tokens)
+        # A band of the triangle is left: window x (tokens - window / 2) of tokens^2 / 2.
+        share = window * (2 * tokens - window) / tokens**2
+        return max(table.prompt_ns(heads, head_dim, window), share * table.prompt_ns(heads, head_dim, tokens))
+
+    def constant_ns(self, kernels: Kernels) -> float:
+        """Return what a group takes whose products read next to nothing."""
+        group = self.group(kernels.part)
+        least = self._stand_in
+        floor_ns = least.product_ns(least.rows[0], least.columns[0], 1)
+        small_ns = sum(self.small_ns(what, kernels.dtype, width) for what, width in kernels.small)
+        return group.start_ns + kernels.launches * group.kernel_ns + len(kernels.products) * floor_ns + small_ns
+
+    def described(self, kernels: Kernels) -> str:
+        """Return what a group's estimate is made of and how far such were off, in words."""
+        surface, unsure = self._surface, self.group(kernels.part).uncertainty
+        within = "" if unsure is None else f", within {unsure.held_back_error:.0%} (rms of measured ones)"
+        of = "" if surface.device is None else f", of {surface.device} and not this machine"
+        weights = kernels.dtype
+        if self._table(kernels.dtype) is None:
+            weights = f"{self._stand_in.dtype} of as many bytes as {kernels.dtype}"
+        return (
+            f"interpolated on the surface of single kernels ({surface.source}{of}): {len(kernels.products)} products "
+            f"of {weights} weights and {len(kernels.small)} small kernels{within}"
+        )
+
+    def _table(self, dtype: str) -> ProductTable | None:
+        """Return the products of a dtype, or those of another of as many bits where these are the stand-in's."""
+        table = self._products.get(dtype)
+        return self._stand_in if table is None and bits_of(dtype) == bits_of(self._stand_in.dtype) else table
+
+
+def _fastest(table: ProductTable) -> float:
+    """Return the most operations a ns of any measured product."""
+    best, numbers = 0.0, iter(table.ns)
+    for rows in table.rows:
+        for columns in table.columns:
+            for tokens in table.tokens:
+                ns = next(numbers)
+                best = max(best, 2 * rows * columns * tokens / ns if ns else 0.0)
+    return best
+
+
+def _only(tables: Sequence[_Table]) -> _Table:
+    if not tables:
+        raise LookupError("the surface has no attention")
+    return tables[0]

@@ -1,0 +1,243 @@
+# mypy: disable-error-code="no-untyped-call,untyped-decorator,misc,override,import-untyped,attr-defined,no-any-return"
+"""Words of memory for compiled code: an array that is nothing but its address.
+
+Numba takes an array apart into seven words at every call, and asks of every index whether it counts from the end; half
+of the time of functions that are called often goes there. `Words` and `Reals` are addresses, and `Table` is one with
+rows and columns. Indices are not checked. Python hands in arrays, int64 or float64, C-contiguous, and keeps them.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.core.boxing import unbox_array
+from numba.core.typeconv import Conversion
+from numba.core.typing.templates import AttributeTemplate
+from numba.extending import (
+    NativeValue,
+    infer_getattr,
+    lower_builtin,
+    lower_getattr_generic,
+    models,
+    register_model,
+    type_callable,
+    unbox,
+)
+
+_WORD, _REAL = ir.IntType(64), ir.DoubleType()
+_SHIFT = 3  # of an index, to bytes
+
+
+class Address(types.Type):
+    """The type of numbers that lie one after the other in memory, of `dtype`."""
+
+    def __init__(self, name: str, dtype: Any) -> None:
+        super().__init__(name=name)
+        self.dtype = dtype
+
+    def can_convert_from(self, typingctx: Any, other: Any) -> Any:
+        """Whether Python may hand such an array in."""
+        fits = isinstance(other, types.Array) and other.dtype == self.dtype and other.layout == "C" and other.ndim == 1
+        return Conversion.safe if fits else None
+
+
+class Rows(types.Type):
+    """The type of a table of words: its address, its rows and its columns."""
+
+    def __init__(self) -> None:
+        super().__init__(name="Table")
+
+    def can_convert_from(self, typingctx: Any, other: Any) -> Any:
+        """Whether Python may hand such an array in."""
+        fits = isinstance(other, types.Array) and other.dtype == types.int64 and other.layout == "C" and other.ndim == 2
+        return Conversion.safe if fits else None
+
+
+WORDS, REALS, TABLE = Address("Words", types.int64), Address("Reals", types.float64), Rows()
+
+
+class Fields(types.Type):
+    """The type of named words and tables, by the address of an array of their addresses, rows and columns."""
+
+    def __init__(self, name: str, fields: Sequence[tuple[str, types.Type]]) -> None:
+        super().__init__(name=name)
+        self.fields = tuple(fields)
+
+    def can_convert_from(self, typingctx: Any, other: Any) -> Any:
+        """Whether Python may hand such an array in."""
+        return WORDS.can_convert_from(typingctx, other)
+
+
+#: Words that each field takes.
+FIELD_WORDS = 3
+
+
+@register_model(Address)
+class _AddressModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, kind: Address) -> None:
+        super().__init__(manager, kind, (_WORD if kind.dtype == types.int64 else _REAL).as_pointer())
+
+
+@register_model(Fields)
+class _FieldsModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, kind: Fields) -> None:
+        super().__init__(manager, kind, _WORD.as_pointer())
+
+
+@register_model(Rows)
+class _RowsModel(models.StructModel):
+    def __init__(self, manager: Any, kind: Rows) -> None:
+        members = [("at", WORDS), ("rows", types.int64), ("columns", types.int64)]
+        super().__init__(manager, kind, members)
+
+
+# From Python.
+
+
+def _adapted(kind: Any, obj: Any, c: Any) -> tuple[Any, Any]:
+    """Return an array taken apart, and whether that failed; Python holds it."""
+    native = unbox_array(kind, obj, c)
+    if c.context.enable_nrt:
+        c.context.nrt.decref(c.builder, kind, native.value)
+    return c.context.make_array(kind)(c.context, c.builder, native.value), native.is_error
+
+
+@unbox(Address)
+def _unbox_address(kind: Address, obj: Any, c: Any) -> NativeValue:
+    array, failed = _adapted(types.Array(kind.dtype, 1, "C"), obj, c)
+    return NativeValue(array.data, is_error=failed)
+
+
+@unbox(Fields)
+def _unbox_fields(kind: Fields, obj: Any, c: Any) -> NativeValue:
+    return _unbox_address(WORDS, obj, c)
+
+
+@unbox(Rows)
+def _unbox_rows(kind: Rows, obj: Any, c: Any) -> NativeValue:
+    array, failed = _adapted(types.Array(types.int64, 2, "C"), obj, c)
+    rows, columns = cgutils.unpack_tuple(c.builder, array.shape, 2)
+    return NativeValue(_table(c.context, c.builder, array.data, rows, columns), is_error=failed)
+
+
+# What compiled code does with them.
+
+
+def _table(context: Any, builder: Any, at: Any, rows: Any, columns: Any) -> Any:
+    table = cgutils.create_struct_proxy(TABLE)(context, builder)
+    table.at, table.rows, table.columns = at, rows, columns
+    return table._getvalue()
+
+
+@type_callable(operator.getitem)
+def _type_getitem(context: Any) -> Any:
+    def typer(what: Any, index: Any) -> Any:
+        if isinstance(what, Address):
+            if isinstance(index, types.Integer):
+                return what.dtype
+            return what if isinstance(index, types.SliceType) else None
+        if isinstance(what, Rows):
+            if isinstance(index, types.Integer):
+                return WORDS
+            if isinstance(index, types.SliceType):
+                return TABLE
+            return types.int64 if isinstance(index, types.BaseTuple) and len(index) == 2 else None
+        return None
+
+    return typer
+
+
+@type_callable(operator.setitem)
+def _type_setitem(context: Any) -> Any:
+    def typer(what: Any, index: Any, value: Any) -> Any:
+        single = isinstance(what, Address) and isinstance(index, types.Integer)
+        in_table = isinstance(what, Rows) and isinstance(index, types.BaseTuple) and len(index) == 2
+        return types.none if single or in_table else None
+
+    return typer
+
+
+@type_callable(len)
+def _type_len(context: Any) -> Any:
+    def typer(what: Any) -> Any:
+        return types.int64 if isinstance(what, Rows) else None
+
+    return typer
+
+
+def _place(context: Any, builder: Any, what: Any, index: Any, kind: Any, index_kind: Any) -> Any:
+    """Return the address of an element."""
+    if isinstance(kind, Address):
+        return builder.gep(what, [context.cast(builder, index, index_kind, types.int64)])
+    table = cgutils.create_struct_proxy(TABLE)(context, builder, what)
+    row, column = (
+        context.cast(builder, value, own, types.int64)
+        for value, own in zip(cgutils.unpack_tuple(builder, index, 2), index_kind, strict=True)
+    )
+    return builder.gep(table.at, [builder.add(builder.mul(row, table.columns), column)])
+
+
+@lower_builtin(operator.getitem, Address, types.Integer)
+@lower_builtin(operator.getitem, Rows, types.BaseTuple)
+def _getitem(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    return builder.load(_place(context, builder, args[0], args[1], *sig.args))
+
+
+@lower_builtin(operator.setitem, Address, types.Integer, types.Any)
+@lower_builtin(operator.setitem, Rows, types.BaseTuple, types.Any)
+def _setitem(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    what, index, value = args
+    dtype = sig.args[0].dtype if isinstance(sig.args[0], Address) else types.int64
+    at = _place(context, builder, what, index, *sig.args[:2])
+    builder.store(context.cast(builder, value, sig.args[2], dtype), at)
+    return context.get_dummy_value()
+
+
+@lower_builtin(operator.getitem, Rows, types.Integer)
+def _row(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    table = cgutils.create_struct_proxy(TABLE)(context, builder, args[0])
+    index = context.cast(builder, args[1], sig.args[1], types.int64)
+    return builder.gep(table.at, [builder.mul(index, table.columns)])
+
+
+@lower_builtin(operator.getitem, Address, types.SliceType)
+def _from(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    part = context.make_helper(builder, sig.args[1], args[1])
+    return builder.gep(args[0], [part.start])
+
+
+@lower_builtin(operator.getitem, Rows, types.SliceType)
+def _some_rows(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    table = cgutils.create_struct_proxy(TABLE)(context, builder, args[0])
+    part = context.make_helper(builder, sig.args[1], args[1])
+    at = builder.gep(table.at, [builder.mul(part.start, table.columns)])
+    return _table(context, builder, at, builder.sub(part.stop, part.start), table.columns)
+
+
+@lower_builtin(len, Rows)
+def _len(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    return cgutils.create_struct_proxy(TABLE)(context, builder, args[0]).rows
+
+
+@infer_getattr
+class _FieldsTemplate(AttributeTemplate):
+    key = Fields
+
+    def generic_resolve(self, kind: Fields, name: str) -> Any:
+        return dict(kind.fields).get(name)
+
+
+@lower_getattr_generic(Fields)
+def _field(context: Any, builder: Any, kind: Fields, value: Any, name: str) -> Any:
+    number = [known for known, _ in kind.fields].index(name)
+    own = kind.fields[number][1]
+
+    def word(place: int) -> Any:
+        return builder.load(builder.gep(value, [_WORD(FIELD_WORDS * number + place)]))
+
+    at = builder.inttoptr(word(0), context.get_value_type(own if isinstance(own, Address) else WORDS))
+    return at if isinstance(own, Address) else _table(context, builder, at, word(1), word(2))

@@ -1,0 +1,1 @@
+"""Results as tables for the terminal, a file for each kind of result."""

@@ -1,0 +1,146 @@
+"""Many runs as tables: sweeps, suites, comparisons, break-even."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from rich.text import Text
+
+from .layout import columns_of, number_of, plain_console, share_of
+
+#: What the table of a sweep shows of each row: its key and how it is written.
+SWEEP_COLUMNS: dict[str, tuple[str, Callable[[float | None], str]]] = {
+    "tokens/s": ("tokens_per_second", lambda value: number_of(value, 2)),
+    "hit": ("hit_rate", lambda value: share_of(value, 1)),
+    "late": ("late_rate", lambda value: share_of(value, 1)),
+    "memory": ("memory_utilization", lambda value: share_of(value, 1)),
+    "stall": ("stall_ms", lambda value: f"{number_of(value, 1)} ms"),
+    "over no cache": ("speedup", lambda value: f"{number_of(value, 2)}x"),
+    "over same cache": ("prefetch_speedup", lambda value: f"{number_of(value, 2)}x"),
+}
+#: The best rows that the table of a sweep shows.
+_BEST_ROWS = 10
+
+
+def print_sweep(rows: Iterable[dict[str, Any]]) -> None:
+    """Print the fastest rows of a sweep."""
+    console = plain_console()
+    best = heapq.nlargest(_BEST_ROWS, rows, key=lambda row: row.get("tokens_per_second") or 0.0)
+    table = columns_of(*(key for key in best[0]["settings"]), *SWEEP_COLUMNS, "key")
+    for row in best:
+        figures = [show(row.get(key)) for key, show in SWEEP_COLUMNS.values()]
+        table.add_row(*(str(value) for value in row["settings"].values()), *figures, row["key"][:8])
+    console.print(Text(f"The {len(best)} fastest", style="bold"))
+    console.print(table)
+
+
+#: The columns of the best configurations of a suite's studies.
+BEST_COLUMNS = ("study", "best by", "value", "where it starts", "changed")
+
+
+def print_suite(data: dict[str, Any]) -> None:
+    """Print the best configuration of each study of a suite by each metric, and how many could not run."""
+    console = plain_console()
+    table = columns_of(*BEST_COLUMNS)
+    for study in data["studies"]:
+        for cells in best_cells(study):
+            table.add_row(*cells)
+    console.print(table)
+    for study in data["studies"]:
+        if study["errors"]:
+            console.print(
+                Text(f"{study['name']}: {len(study['errors'])} could not run, see the report", style="yellow")
+            )
+
+
+def best_cells(study: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Yield the best configurations of a study in BEST_COLUMNS."""
+    for found in study["best"]:
+        values = (_digits(found[key]) for key in ("value", "start"))
+        yield [study["name"], found["name"], *values, setting_words(found["settings"])]
+
+
+def setting_words(settings: Mapping[str, Any]) -> str:
+    """Return settings in words; nothing where there are none."""
+    return ", ".join(f"{key} = {value}" for key, value in settings.items()) or "nothing"
+
+
+def _digits(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.4g}"
+
+
+#: The columns of where a difference arises.
+_DIFFERENCE = ("from_ms", "to_ms", "difference_ms")
+
+
+def print_comparison(data: dict[str, Any]) -> None:
+    """Print runs side by side, and where the time between them arises."""
+    console = plain_console()
+    names = data["runs"]
+    if not data["same_work"]:
+        console.print(Text("warning: these runs decode different numbers of tokens", style="yellow"))
+    console.print(Text("Settings that differ", style="bold"))
+    settings = columns_of("", *names)
+    for key, values in data["settings"].items():
+        settings.add_row(key, *(str(value) for value in values))
+    console.print(settings)
+    console.print(Text("\nFigures, and their ratio to the first", style="bold"))
+    figures = columns_of("", *names)
+    for key, values in data["figures"].items():
+        ratios = [None, *data["ratios"][key][1:]]
+        shares = ["" if ratio is None else f" ({ratio:.2f}x)" for ratio in ratios]
+        figures.add_row(
+            key, *(comparison_figure(key, value) + share for value, share in zip(values, shares, strict=True))
+        )
+    console.print(figures)
+    for name, gpus in data["where"].items():
+        for gpu, parts in gpus.items():
+            table = columns_of("", names[0], name, "difference")
+            parts = {**parts, "makespan": {key: sum(part[key] for part in parts.values()) for key in _DIFFERENCE}}
+            for part, ms in parts.items():
+                table.add_row(
+                    part, *(f"{ms[key]:,.3f} ms" for key in _DIFFERENCE[:2]), f"{ms['difference_ms']:+,.3f} ms"
+                )
+            console.print(Text(f"\nWhere {name} differs ({gpu})", style="bold"))
+            console.print(table)
+
+
+def comparison_figure(name: str, value: float | None) -> str:
+    """Return a figure of a comparison with its unit, which its name gives; counts are whole."""
+    if value is None:
+        return "-"
+    if "bytes" in name:
+        return f"{value / 2**30:,.2f} GiB"
+    if "_ms" in name:
+        return f"{value:,.3f} ms"
+    if name.startswith(("counts.", "miss.ways.")):
+        return f"{value:,}"
+    return f"{value:,.2f}" if name.endswith(("tokens_per_second", "speedup", "imbalance")) else f"{value:.1%}"
+
+
+def print_break_even(data: dict[str, Any]) -> None:
+    """Print the least recall that pays, by budget and lookahead."""
+    console = plain_console()
+    table = columns_of("budget", "lookahead", "pays from recall", "same cache alone", "with recall 1")
+    for cell in data["cells"]:
+        best, alone = cell["with_recall_1_ms"], cell["without_ms"]
+        table.add_row(
+            cell["budget"],
+            str(cell["lookahead"]),
+            break_even_words(cell),
+            f"{alone:,.1f} ms",
+            f"{best:,.1f} ms ({alone / best:.2f}x)",
+        )
+    console.print(table)
+
+
+def break_even_words(cell: dict[str, Any]) -> str:
+    """Return a break-even in words: a recall, an interval where luck decides, always or never."""
+    recall, below = cell["recall"], cell["not_below"]
+    if recall is None:
+        return "never"
+    if below is None:
+        return "0 (always)" if recall == 0 else f"luck decides up to {recall:.2f}"
+    return f"{recall:.2f}" if recall - below < 0.015 else f"{recall:.2f} (luck decides from {below:.2f})"
