@@ -21,7 +21,6 @@ from ...workloads.batches import DECODE, PREFILL
 from ..costs.costs import KernelCost
 from ..decide.commands import H2D, PREFETCH_LANE, Command, Op
 from ..decide.program import Program
-from ..gpu import pack_arrival
 from . import compiled_host as code
 from .compiled_lanes import rate_row
 from .lanes import ArrivalLane, Lane, QueueLane
@@ -151,6 +150,7 @@ from .memory import (
     NODES_EACH,
     NODES_LEFT,
     NOTE_WORDS,
+    NOW,
     PORTION,
     PRICE,
     R_AT,
@@ -192,6 +192,7 @@ from .memory import (
     WORK_WORDS,
     Memory,
 )  # fmt: skip
+from .records import pack_arrival
 
 Array = npt.NDArray[Any]
 
@@ -238,6 +239,7 @@ class Layout:
         self.transfers: list[tuple[Any, int]] = []
         self._transfer_of: dict[tuple[int, int, int], int] = {}
         self._crowds: dict[Crowd, int] = {}
+        self._free = _WORK
         memory = self.memory
         memory.allocate(HEADER)
         self.lanes = [memory.allocate(LANE_WORDS) for _ in machine.lanes]
@@ -527,6 +529,10 @@ class CompiledEngine:
     def now_ns(self, gpu: int) -> int:
         """Return the clock of the host thread at a GPU."""
         return int(self._memory.words[self._layout.gpus[gpu] + G_NOW])
+
+    def clock_ns(self) -> int:
+        """Return the simulation's clock."""
+        return int(self._memory.words[NOW])
 
     def backlog_ns(self, gpu: int) -> int:
         """Return the copy time that is queued on a GPU's link now, in ns."""
