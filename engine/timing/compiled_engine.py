@@ -239,7 +239,6 @@ class Layout:
         self.transfers: list[tuple[Any, int]] = []
         self._transfer_of: dict[tuple[int, int, int], int] = {}
         self._crowds: dict[Crowd, int] = {}
-        self._free = _WORK
         memory = self.memory
         memory.allocate(HEADER)
         self.lanes = [memory.allocate(LANE_WORDS) for _ in machine.lanes]
