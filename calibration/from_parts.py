@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 
 from ..resources.parts.assemble import assembled
 from ..resources.parts.kernels import DECODE_TOKENS
-from ..resources.parts.reached import MEASURED, foreign_errors
-from ..resources.profile import CopyCosts, Profile, load_profile, make_profile
+from ..resources.parts.reached import MEASURED, foreign_errors, measured
+from ..resources.profile import Profile, load_profile, make_profile
+from ..resources.profile_costs import CopyCosts, KernelPoint
+from ..workloads.model import Model, load_model, preset_names
 from .measured import load_all
 from .validate import compare, predicted_ms
 
@@ -45,15 +47,44 @@ def from_parts(name: str) -> Profile:
 
 def cost_ratios(name: str) -> list[Ratios]:
     """Return how the costs of a measured machine, as put together from parts, compare with those measured."""
-    made, measured = from_parts(name), load_profile(name)
+    made, own = from_parts(name), load_profile(name)
     families: dict[str, list[float]] = {}
     for group, ratio in foreign_errors(name):
         families.setdefault(f"{group.family}, up to {DECODE_TOKENS} tokens", []).append(ratio)
     for memory, copies in made.h2d.items():
-        families[f"copies to the GPU, {memory}"] = list(_copies(copies, measured.h2d[memory]))
-    families["lanes' gaps and latencies"] = list(_durations(made.compute, measured.compute))
-    families["the host's calls"] = list(_durations(made.host, measured.host))
+        families[f"copies to the GPU, {memory}"] = list(_copies(copies, own.h2d[memory]))
+    families["lanes' gaps and latencies"] = list(_durations(made.compute, own.compute))
+    families["the host's calls"] = list(_durations(made.host, own.host))
     return [Ratios(what, tuple(ratios)) for what, ratios in families.items()]
+
+
+def attention_ratios(name: str) -> list[Ratios]:
+    """Return how dense parts of one token with what attention adds by bytes compare with those measured, by context.
+
+    The model of each measured shape says what a layer's cache holds; the dense part without context is as measured.
+    """
+    profile = load_profile(name)
+    rate = measured(name).kernels.memory_share * measured(name).gpu.memory_bytes_per_second
+    models = [load_model(preset) for preset in preset_names()]
+    families: dict[int, list[float]] = {}
+    bare = {_dense_shape(point): point.ns for point in profile.compute.dense if not point.context and point.tokens == 1}
+    for point in profile.compute.dense:
+        of = [each for each in models if _is_of(point, each)]
+        if point.context and of and point.tokens == 1:
+            read_bytes = point.context * of[0].kv_bytes_per_token / of[0].layers
+            made_ns = bare[_dense_shape(point)] + read_bytes * 1e9 / rate
+            families.setdefault(point.context, []).append(made_ns / point.ns)
+    return [Ratios(f"dense part at {context:,} positions", tuple(found)) for context, found in sorted(families.items())]
+
+
+def _is_of(point: KernelPoint, model: Model) -> bool:
+    """Whether a measured dense part is that of most layers of a model of 16-bit weights."""
+    shape = (model.hidden, model.dense_dtype, model.dense_kernels, "bfloat16")
+    return (point.hidden, point.dtype, point.kernels, point.dtype) == shape and point.weight_bytes in model.dense_bytes
+
+
+def _dense_shape(point: KernelPoint) -> tuple[int, int, str, int, str]:
+    return point.hidden, point.weight_bytes, point.dtype, point.kernels, point.dispatch
 
 
 def schedules(name: str, folder: Path, replicates: int = 0) -> list[dict[str, Any]]:
@@ -64,11 +95,11 @@ def schedules(name: str, folder: Path, replicates: int = 0) -> list[dict[str, An
     """
     profile = from_parts(name)
     rows = []
-    for measured in load_all([folder]):
-        row = compare(measured, profile)
+    for run in load_all([folder]):
+        row = compare(run, profile)
         kept = {"scenario": row["scenario"], "dispatch": row["dispatch"], "error": row["makespan_error"]}
         if replicates:
-            drawn = predicted_ms(measured, profile, replicates)
+            drawn = predicted_ms(run, profile, replicates)
             kept["inside"] = drawn["p5"] <= row["measured_ms"] <= drawn["p95"]
         rows.append(kept)
     return rows

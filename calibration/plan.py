@@ -116,6 +116,7 @@ def check_executable(inputs: Inputs) -> None:
         (scenario.tiers.host_budget != "all", "tiers.host_budget: no drive is read; set it to 'all'"),
         (not scenario.only_fetches, "miss.policy and [compression]: experts are copied as they are; leave both out"),
         (scenario.memory.preload != "none", "memory.preload: slots begin empty; set it to none"),
+        (scenario.workload.context is not None, "workload.context: kernels have no KV cache; leave it out"),
         (inputs.budgets is not None, "memory.total_bytes: slots are preallocated; give memory.gpu_budget alone"),
         (scenario.parallel.gpus > 1, "parallel.gpus: no tokens are exchanged; leave it out, or use parallel.stages"),
         (scenario.copy_.order not in EXECUTED_ORDERS, f"{discipline}: choose {_executed()}"),

@@ -26,7 +26,8 @@ from ..engine.run import prepared, run_all
 from ..engine.scenario.inputs import Inputs
 from ..engine.scenario.scenario import Scenario
 from ..engine.stages import with_profile
-from ..resources.profile import Duration, DurationBesideCopy, Profile, TransferCost
+from ..resources.profile import Profile
+from ..resources.profile_costs import Duration, DurationBesideCopy, TransferCost
 from ..resources.timeline import LAUNCH, PREFETCH, covered_ns
 from .measured import Measured
 

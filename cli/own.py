@@ -21,6 +21,9 @@ Cpu = Annotated[str | None, typer.Option(help="Its processor, such as 7950x or '
 Ram = Annotated[str | None, typer.Option(help="Its memory, such as '64GB DDR5-5600' or '2x DDR5-5600'.")]
 Link = Annotated[str | None, typer.Option(help="The link to each GPU, such as 'pcie4 x8' or 25.2GB/s.")]
 Drive = Annotated[str | None, typer.Option(help="Its drive, such as '2TB 7GB/s' or samsung-990-pro.")]
+Context = Annotated[
+    int | None, typer.Option(min=0, help="Positions in the KV cache before a sequence begins, as workload.context.")
+]
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Own:
     ram: str | None = None
     link: str | None = None
     drive: str | None = None
+    context: int | None = None
 
     def parts(self) -> dict[str, str]:
         """Return the parts that are given, by their keys."""
@@ -51,6 +55,7 @@ class Own:
         from ..resources.parts.written import joined_parts, times
 
         settings = [] if self.model is None else [_setting("model.preset", self.model)]
+        settings += [] if self.context is None else [f"workload.context={self.context}"]
         if self.gpu is None:
             return settings + [_setting(f"machine.{key}", value) for key, value in self.parts().items()]
         count = times(self.gpu)[0]

@@ -10,7 +10,7 @@ import typer
 
 from .console import print_json, progress_shown, say_replaced
 from .options import Json, Settings, expert_bytes_of, listed, opened_trace
-from .own import Cpu, Drive, Gpu, Link, Model, Own, Ram
+from .own import Context, Cpu, Drive, Gpu, Link, Model, Own, Ram
 
 
 def run(
@@ -24,6 +24,7 @@ def run(
     ram: Ram = None,
     link: Link = None,
     drive: Drive = None,
+    context: Context = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -66,9 +67,9 @@ def run(
     from ..engine.scenario.scenario import load_scenario
     from ..engine.simulate import simulate_inputs
     from ..files import check_folder, made_folder
-    from ..output.files import write_result
+    from ..output.run_folder import write_result
 
-    own = Own(model, gpu, cpu, ram, link, drive)
+    own = Own(model, gpu, cpu, ram, link, drive, context)
     chosen = load_scenario(own.scenario(scenario), [*own.settings(scenario), *(settings or ())])
     inputs = load_inputs(chosen)
     if out is not None:
@@ -170,7 +171,7 @@ def mrc(
     fewest misses that any policy could have on demand; where sizes differ, another one may have fewer.
     """
     from ..engine.replay.miss_ratio import DEFAULT_POLICIES, miss_ratio_curves
-    from ..output.files import check_miss_ratio_path, write_miss_ratios
+    from ..output.run_folder import check_miss_ratio_path, write_miss_ratios
 
     for path in out or ():
         check_miss_ratio_path(path)

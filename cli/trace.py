@@ -50,7 +50,7 @@ def trace_import(
     out: Annotated[Path, typer.Option("--out", "-o", help="The trace to write: .safetensors or .npz.")],
     format: Annotated[
         str, typer.Option(help="The log's format, such as jsonl; any other name lists them all.")
-    ] = "bigmoeonedge",
+    ] = "auto",
     num_experts: Annotated[int | None, typer.Option(help="Experts a layer, where the log does not say it.")] = None,
     layers: Annotated[
         int | None,
@@ -62,6 +62,7 @@ def trace_import(
     \b
     Examples:
       prestage trace import log.route.csv -o trace.safetensors
+      prestage trace import rows.csv --num-experts 16 -o trace.safetensors
       prestage trace import ids.jsonl --format jsonl --num-experts 16 --layers 3 -o trace.npz
     """
     from ..workloads.importers import import_trace
@@ -142,12 +143,43 @@ def trace_fit(
     print_fit(data)
 
 
+@app.command("map")
+def trace_map(
+    trace: Annotated[Path, typer.Argument(help="A trace (.safetensors, .npz), a shipped one, or a log.")],
+    model: Annotated[str, typer.Option(help="The model to be driven: a name or a file, as model.preset.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The trace to write: .safetensors or .npz.")],
+    seed: Annotated[int, typer.Option(min=0, help="The seed of what is drawn.")] = 0,
+) -> None:
+    """Make a trace of one model drive another, by a rule that the new trace states.
+
+    It keeps skew and reuse, and has nothing of the other model's own routing: for want of a trace of that model only.
+
+    \b
+    Examples:
+      prestage trace map guide --model qwen3-30b-a3b -o mapped.safetensors
+    """
+    from ..workloads.mapping import map_trace
+    from ..workloads.model import load_model
+    from ..workloads.trace_files import check_trace_file
+
+    check_trace_file(out)
+    shape = load_model(model)
+    mapped = map_trace(opened_trace(trace), shape.layers, shape.experts, shape.top_k, shape.name, seed)
+    mapped.save(out)
+    _say_what_is_in(out, mapped)
+    typer.echo(f"{out}: mapped: {mapped.meta['mapping']}")
+
+
 @app.command("synth")
 def trace_synth(
     out: Annotated[Path, typer.Option("--out", "-o", help="The trace to write: .safetensors or .npz.")],
     model: Annotated[str, typer.Option(help="The model whose layers, experts and top-k it has.")] = "mixtral-8x7b",
     fit: Annotated[
         Path | None, typer.Option(help="What `trace fit` wrote; then model, skew, working set and reuse mean nothing.")
+    ] = None,
+    popularity: Annotated[
+        Path | None,
+        typer.Option(help="Counts by layer and expert, CSV or JSON, of that model; then skew and reuse mean nothing."),
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens in all, those of the prompts included.")] = 500,
     skew: Annotated[float, typer.Option(help="Zipf exponent of the experts' popularity; 0 is even.")] = 0.5,
@@ -165,6 +197,7 @@ def trace_synth(
     Examples:
       prestage trace synth -o trace.safetensors
       prestage trace synth --model gpt-oss-20b --tokens 200 --reuse 0.45 --working-set 16 -o trace.npz
+      prestage trace synth --model my-model.toml --popularity counts.csv -o trace.npz
     """
     from ..workloads.trace_files import check_trace_file
 
@@ -185,6 +218,15 @@ def trace_synth(
     from ..workloads.synthetic import synthesize
 
     shape = load_model(model)
+    sizes = np.array(shape.expert_bytes)
+    if popularity is not None:
+        from ..workloads.popularity import popular_trace
+
+        trace = popular_trace(popularity, shape, tokens, sequences, prefill_tokens, seed)
+        trace = replace(trace, meta={**trace.meta, "model": shape.name}, extra={"expert_bytes": sizes})
+        trace.save(out)
+        _say_what_is_in(out, trace)
+        return
     trace = synthesize(
         tokens,
         shape.layers,
@@ -197,7 +239,6 @@ def trace_synth(
         prefill_tokens=prefill_tokens,
         seed=seed,
     )
-    sizes = np.array(shape.expert_bytes)
     trace = replace(trace, meta={**trace.meta, "model": shape.name}, extra={"expert_bytes": sizes})
     trace.save(out)
     _say_what_is_in(out, trace)
@@ -205,5 +246,7 @@ def trace_synth(
 
 def _say_what_is_in(path: Path, trace: RoutingTrace) -> None:
     typer.echo(f"{path}: {trace.tokens} tokens, {trace.layers} layers, top-{trace.k} of {trace.num_experts} experts")
+    if "experts_from" in trace.meta:
+        typer.echo(f"{path}: {trace.num_experts} experts by {trace.meta['experts_from']} (--num-experts)")
     if "reading" in trace.meta:
         typer.echo(f"{path}: taken so: {trace.meta['reading']} (--layers)")

@@ -14,7 +14,8 @@ import simpy
 
 from ..resources.lane import CoupledLane, FifoLane, Lags, disturb
 from ..resources.network import Network, Transfer, contended
-from ..resources.profile import DurationBesideCopy, Profile
+from ..resources.profile import Profile
+from ..resources.profile_costs import DurationBesideCopy
 from ..resources.timeline import Timeline
 from ..resources.topology import Route, Topology
 from .costs.costs import Costs

@@ -80,13 +80,7 @@ def _undirected(links: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], lis
 def _places(data: Mapping[str, Any]) -> dict[str, Place]:
     """Return where each node stands, in inches: GPUs in order, whatever is above or below them over their middle."""
     kinds = {node["name"]: node["kind"] for node in data["nodes"]}
-    near: dict[str, list[str]] = defaultdict(list)
-    bus: set[str] = set()
-    for link in data["links"]:
-        for a, b in ((link["from"], link["to"]), (link["to"], link["from"])):
-            near[a] += [b] if b not in near[a] else []
-        if link["kind"] in ("pcie", "nvme", "dram", "upi"):
-            bus |= {link["from"], link["to"]}
+    near, bus = _neighbors(data["links"])
     ranks = {name: _RANKS[kind] if name in bus or kind != "switch" else _BELOW for name, kind in kinds.items()}
     levels = sorted(set(ranks.values()))
     leaves = [name for name in kinds if ranks[name] == _RANKS["gpu"]]
@@ -97,6 +91,18 @@ def _places(data: Mapping[str, Any]) -> dict[str, Place]:
         wanted = {name: _middle([x[other] for other in near[name] if other in x]) for name in row}
         x |= _apart(wanted)
     return {name: (x[name], -levels.index(ranks[name]) * _RANK_INCHES) for name in kinds}
+
+
+def _neighbors(links: Iterable[Mapping[str, Any]]) -> tuple[dict[str, list[str]], set[str]]:
+    """Return what each node is linked to, and the nodes that a link of a bus leads to."""
+    near: dict[str, list[str]] = defaultdict(list)
+    bus: set[str] = set()
+    for link in links:
+        for a, b in ((link["from"], link["to"]), (link["to"], link["from"])):
+            near[a] += [b] if b not in near[a] else []
+        if link["kind"] in ("pcie", "nvme", "dram", "upi"):
+            bus |= {link["from"], link["to"]}
+    return near, bus
 
 
 def _middle(across: Sequence[float]) -> float:

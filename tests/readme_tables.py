@@ -463,6 +463,16 @@ def from_parts() -> str:
     return table(["machine", "cost", "number", "median", "least", "most"], rows)
 
 
+def attention_growth() -> str:
+    """How the dense part grows with the context by the bytes of the cache, against what was measured."""
+    rows = []
+    for name in checks.names():
+        for row in checks.attention_ratios(name):
+            found = (row.median, min(row.ratios), max(row.ratios))
+            rows.append([name, row.what, str(len(row.ratios)), *(f"{each:.2f}" for each in found)])
+    return table(["machine", "cost", "number", "median", "least", "most"], rows)
+
+
 def schedules_from_parts() -> str:
     """The same, on the schedules that were executed, with a range of 40 replicates."""
     columns = ["machine", "dispatch", "schedules", "median error", "its size", "from", "to", "within p5 to p95"]
@@ -488,6 +498,7 @@ def part_shares() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "from-parts": from_parts,
+    "attention-growth": attention_growth,
     "schedules-from-parts": schedules_from_parts,
     "part-shares": part_shares,
     "new-user": path_table,

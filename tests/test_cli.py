@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from test_suite import DEFINITION as SMALL_SUITE
 from prestage import cli
 from prestage.cli import main
 from prestage.guide import reproduce
-from prestage.output import files
+from prestage.output import run_folder
 from prestage.workloads.trace import RoutingTrace
 
 #: The shipped synthetic scenario, small.
@@ -44,6 +45,7 @@ COMMANDS = [
     ["trace"],
     ["trace", "info"],
     ["trace", "import"],
+    ["trace", "map"],
     ["trace", "synth"],
     ["model", "list"],
     ["model", "show"],
@@ -196,7 +198,7 @@ def test_a_streamed_run_keeps_what_host_memory_read_in_files_too(prestage: Prest
 def test_a_long_timeline_is_cut_and_says_so_unless_all_is_asked_for(
     prestage: Prestage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "SPAN_LIMIT", 50)
+    monkeypatch.setattr(run_folder, "SPAN_LIMIT", 50)
     said = re.search(
         r"timeline\.json\.gz .*: the first 50 of ([0-9,]+) spans \(--all-spans writes all\)",
         prestage(*SMALL_RUN, "--no-baselines", "--out", "cut").out,
@@ -382,8 +384,8 @@ BAD: list[tuple[list[str], str]] = [
     (["replay", "none.npz", "--budget", "25%"], "none.npz: cannot be read: No such file or directory"),
     (["trace", "info", "bad.npz"], "bad.npz"),
     (["trace", "info", "trace.txt"], "trace.txt: .txt: a trace's name must end in .npz or .safetensors"),
-    (["trace", "import", "bad.npz", "-o", "new.npz"], "bad.npz: line 1"),
-    (["trace", "import", "bad.npz", "-o", "new.npz", "--format", "x"], "format = 'x': choose one of bigmoeonedge"),
+    (["trace", "import", "bad.npz", "-o", "new.npz"], "bad.npz: its content does not tell its format"),
+    (["trace", "import", "bad.npz", "-o", "new.npz", "--format", "x"], "format = 'x': choose one of auto, bigmoeo"),
     (["timeline", "import", "none.json"], "none.json: No such file or directory"),
     (["timeline", "import", "bad.npz"], "bad.npz: not JSON: Expecting value"),
     (
@@ -414,6 +416,13 @@ def test_bad_input_is_one_line_and_status_2(
     chosen = np.broadcast_to(np.arange(4, dtype=np.uint8), (2, 24, 4))
     RoutingTrace(chosen, 32).save(tmp_path / "top4.npz")
     (tmp_path / "bad.npz").write_text("this is no archive\n")
+    (tmp_path / "my-model.toml").write_text(
+        resources.files("prestage.workloads.models").joinpath("olmoe-1b-7b.toml").read_text()
+    )
+    (tmp_path / "counts.csv").write_text(
+        "layer,expert,count\n" + "".join(f"{n % 16},{n // 16},{n}\n" for n in range(1024))
+    )
+    (tmp_path / "rows.csv").write_text("token,layer,expert_ids\n0,0,3 1\n0,1,0 2\n")
     (tmp_path / "trace.json.gz").write_bytes(PROFILED.read_bytes())
     before = sorted(tmp_path.iterdir())
     out = ["--out", "new"] if arguments[0] == "run" else []
@@ -518,6 +527,13 @@ def test_the_examples_of_the_help_run(
     assert prestage("trace", "synth", *shape, "-o", "trace.npz").status == 0
     (tmp_path / "log.route.csv").write_text(LOG)
     (tmp_path / "ids.jsonl").write_text("[0, 1]\n[2, 3]\n[4, 15]\n")
+    (tmp_path / "my-model.toml").write_text(
+        resources.files("prestage.workloads.models").joinpath("olmoe-1b-7b.toml").read_text()
+    )
+    (tmp_path / "counts.csv").write_text(
+        "layer,expert,count\n" + "".join(f"{n % 16},{n // 16},{n}\n" for n in range(1024))
+    )
+    (tmp_path / "rows.csv").write_text("token,layer,expert_ids\n0,0,3 1\n0,1,0 2\n")
     (tmp_path / "trace.json.gz").write_bytes(PROFILED.read_bytes())
     (tmp_path / "my-scenario.toml").write_text("[workload.synthetic]\ntokens = 3\n")
     (tmp_path / "my-suite.toml").write_text(SMALL_SUITE)

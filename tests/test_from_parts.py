@@ -8,6 +8,7 @@ import pytest
 
 from prestage.calibration.from_parts import (
     Ratios,
+    attention_ratios,
     cost_ratios,
     from_parts,
     names,
@@ -49,6 +50,15 @@ def test_costs_of_every_kind_are_near_those_measured(name: str) -> None:
     assert len(kernels) == 3
     assert all(0.85 < row.median < 1.15 for row in kernels)
     assert 0.85 < families["copies to the GPU, pinned"].median < 1.2
+
+
+@pytest.mark.parametrize("name", names())
+def test_attention_by_bytes_is_told_against_every_measured_context(name: str) -> None:
+    rows = attention_ratios(name)
+    assert [row.what for row in rows] == [f"dense part at {context:,} positions" for context in (1024, 8192, 32768)]
+    for row in rows:
+        assert len(row.ratios) == 5
+        assert all(0.5 < ratio < 1.05 for ratio in row.ratios)
 
 
 def test_the_middle_of_ratios_is_their_median() -> None:

@@ -185,7 +185,7 @@ def test_a_file_without_rows_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_an_unknown_format_and_a_missing_file_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(TraceError, match="format = 'vllm': choose one of bigmoeonedge"):
+    with pytest.raises(TraceError, match="format = 'vllm': choose one of auto, bigmoeonedge"):
         import_trace(write(tmp_path), "vllm")
     with pytest.raises(TraceError, match="cannot be read: No such file"):
         import_trace(tmp_path / "none.csv", "bigmoeonedge")

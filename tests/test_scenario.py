@@ -361,7 +361,7 @@ def test_without_a_name_the_default_is_loaded() -> None:
 @pytest.mark.parametrize("profile", profile_names())
 @pytest.mark.parametrize("preset", preset_names())
 def test_every_model_runs_on_every_machine_as_far_as_its_inputs(preset: str, profile: str) -> None:
-    synthetic = ["workload.synthetic.tokens=2", "workload.synthetic.working_set=8"]
+    synthetic = ["workload.synthetic.tokens=2", "workload.synthetic.working_set=none"]
     small = [*synthetic, "workload.synthetic.sequences=1", "workload.synthetic.prefill_tokens=0", "workload.tokens=2"]
     settings = [*small, f"model.preset={preset}", f"machine.profile={profile}", "memory.capacity=ignore"]
     inputs = load_inputs(load_scenario("synthetic", settings))

@@ -24,7 +24,7 @@ from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.scenario import load_scenario, make_scenario
 from prestage.engine.scenario.sections import DISPATCH_MODES, EXPERT_KERNELS, EXPERT_ORDERS, PREDICTOR_LANES
 from prestage.engine.simulate import Result, simulate, simulate_inputs
-from prestage.output.files import write_result
+from prestage.output.run_folder import write_result
 from prestage.workloads.batches import PREFILL_MODES
 from prestage.workloads.predictors import PREDICTORS
 

@@ -33,7 +33,8 @@ from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.inputs import Inputs
 from prestage.engine.scenario.scenario import load_scenario, make_scenario
 from prestage.engine.simulate import simulate, simulate_inputs
-from prestage.resources.profile import Interruptions, Profile, ProfileError, load_profile, make_profile, profile_names
+from prestage.resources.profile import Profile, load_profile, make_profile, profile_names
+from prestage.resources.profile_costs import Interruptions, ProfileError
 from prestage.resources.timeline import DEMAND, PREFETCH, READ, covered_ns
 
 D, P, X = 3, 20, 7  # dense part, copy, expert

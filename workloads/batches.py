@@ -66,14 +66,7 @@ def plan_steps(
     are divided among the `micro_batches` as evenly as they go, the first ones taking one more.
     Raises ValueError if a number is not positive, there are more micro-batches than places, or the mode is unknown.
     """
-    numbers = {"batch": batch, "chunk_tokens": chunk_tokens, "tokens": tokens, "micro_batches": micro_batches}
-    for name, value in numbers.items():
-        if value is not None and value < 1:
-            raise InputError(f"{name} = {value}: must be at least 1")
-    if micro_batches > batch:
-        raise InputError(f"micro_batches = {micro_batches}: must be at most batch = {batch}")
-    if prefill not in PREFILL_MODES:
-        raise InputError(f"prefill = {prefill!r}: choose one of {', '.join(PREFILL_MODES)}")
+    _check_plan(batch, prefill, chunk_tokens, tokens, micro_batches)
     most = {"skip": 0, "whole": len(phase), "chunked": chunk_tokens}[prefill]
     waiting = deque((int(sequence[rows[0]]), rows) for rows in rows_by_sequence(sequence))
     # More places than sequences stay empty: nobody would wait for them.
@@ -99,6 +92,18 @@ def plan_steps(
                 left -= len(decoding)
                 ran = True
     return steps
+
+
+def _check_plan(batch: int, prefill: str, chunk_tokens: int, tokens: int | None, micro_batches: int) -> None:
+    """Refuse what makes no plan of steps."""
+    numbers = {"batch": batch, "chunk_tokens": chunk_tokens, "tokens": tokens, "micro_batches": micro_batches}
+    for name, value in numbers.items():
+        if value is not None and value < 1:
+            raise InputError(f"{name} = {value}: must be at least 1")
+    if micro_batches > batch:
+        raise InputError(f"micro_batches = {micro_batches}: must be at most batch = {batch}")
+    if prefill not in PREFILL_MODES:
+        raise InputError(f"prefill = {prefill!r}: choose one of {', '.join(PREFILL_MODES)}")
 
 
 def _add(steps: list[Step], phase: int, rows: list[int], came: list[tuple[int, int]]) -> None:

@@ -6,6 +6,7 @@ names them. To add one: write the function, add it to the table, describe it in 
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable
@@ -21,6 +22,8 @@ import numpy.typing as npt
 from ..bounded import check_need
 from ..bounded import read as read_bounded
 from ..errors import InputError
+from .routed_experts import KEYS, import_arrays, import_eval_callback
+from .routing_rows import import_rows, is_rows
 from .token_lists import import_guide, import_jsonl, import_topk_ids
 from .trace import RoutingTrace
 from .trace_limits import MAX_EXPERTS, MAX_LAYERS, MAX_TOP_K, TraceError
@@ -67,15 +70,18 @@ def import_trace(
     """Read a log written in one of the IMPORTERS' formats; the trace has been checked.
 
     `num_experts` is needed where the format does not say it, and must agree where it does. So must `layers`, the number
-    of MoE layers; where a log has lists of plain ids, it says that each list is of one layer.
+    of MoE layers; where a log has lists of plain ids, it says that each list is of one layer. `auto` tells the format
+    by the content; so is told, whatever format of lists is named, that a log is rows or arrays.
     Raises TraceError (a ValueError) naming file, line, column and value, or listing the formats.
     """
-    if format not in IMPORTERS:
-        raise TraceError(f"format = {format!r}: choose one of {', '.join(IMPORTERS)}")
+    if format != AUTO and format not in IMPORTERS:
+        raise TraceError(f"format = {format!r}: choose one of {AUTO}, {', '.join(IMPORTERS)}")
     if layers is not None and not 1 <= layers <= MAX_LAYERS:
         raise TraceError(f"layers = {layers}: must be 1..{MAX_LAYERS}")
     path = Path(path)
     try:
+        if format == AUTO or format in _LISTS:
+            format = _told(path, format)
         if "layers" in signature(IMPORTERS[format]).parameters:
             trace = IMPORTERS[format](path, num_experts, layers=layers)
         else:
@@ -116,11 +122,19 @@ IMPORTERS: dict[str, Callable[..., RoutingTrace]] = {
     "jsonl": import_jsonl,
     "topk-ids": import_topk_ids,
     "guide": import_guide,
+    "rows": import_rows,
+    "arrays": import_arrays,
+    "eval-callback": import_eval_callback,
 }
+#: The format that is told by the content, and those of lists, whose content may be told to be rows or arrays.
+AUTO = "auto"
+_LISTS = ("jsonl", "topk-ids", "guide")
+#: So much of a log's beginning is looked at.
+_BEGINNING_BYTES = 1 << 16
 
 
 #: Which importer reads a log, by how its name ends.
-_LOGS = {".route.csv": "bigmoeonedge"}
+_LOGS = {".route.csv": "bigmoeonedge", ".npy": "arrays", ".csv": AUTO, ".jsonl": AUTO}
 
 
 def shipped_traces() -> list[str]:
@@ -142,6 +156,49 @@ def open_trace(path: str | PathLike[str]) -> RoutingTrace:
         if str(path).endswith(ending):
             return import_trace(path, format)
     return RoutingTrace.load(path)
+
+
+def _told(path: Path, named: str) -> str:
+    """Return the format that a log's beginning tells; the named one if it tells none. Raises OSError."""
+    with path.open("rb") as stream:
+        beginning = stream.read(_BEGINNING_BYTES)
+    if beginning.startswith(b"\x93NUMPY"):
+        return "arrays"
+    text = beginning.decode("utf-8", "replace")
+    if "ffn_moe_topk-" in text:
+        return "eval-callback"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if text.lstrip().startswith("{"):
+        if any(is_rows(value) for value in map(_object, lines)):
+            return "rows"
+        return "arrays" if any(f'"{key}"' in text for key in KEYS) and '"experts"' not in text else _or(named, "jsonl")
+    cells = [line for line in lines if not line.startswith("#")][:1]
+    if cells and not lines[0].startswith("#"):
+        names = [name.strip() for name in re.split(r"[,;\t]", cells[0])]
+        if len(names) > 1 and is_rows(dict.fromkeys(names, "")):
+            return "rows"
+    if named != AUTO:
+        return named
+    if text.startswith("#"):
+        return "bigmoeonedge"
+    if text.lstrip().startswith("["):
+        return "guide" if len(lines) == 1 or not lines[0].endswith("]") else "jsonl"
+    if b"topk_ids" in read_bounded(path, TraceError):
+        return "topk-ids"
+    raise TraceError(f"{path}: its content does not tell its format: choose one of {', '.join(IMPORTERS)}")
+
+
+def _or(named: str, told: str) -> str:
+    return told if named == AUTO else named
+
+
+def _object(line: str) -> dict[str, Any]:
+    """Return the object of a line; an empty one if it is none, or cut."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _read_header(path: Path, lines: list[str]) -> _Header:

@@ -38,7 +38,7 @@ _DECODER = json.JSONDecoder()
 _CELL_BYTES, _LAYER_BYTES, _LAYER_DIGITS = 24, 32, 9
 
 
-class _Token(NamedTuple):
+class Token(NamedTuple):
     """One token of a log: where it stands, its experts by layer (None: not routed there), and what else is said."""
 
     where: str
@@ -57,9 +57,9 @@ def import_guide(path: Path, num_experts: int | None, layers: int | None = None)
     tokens = _parse(path, "file", _read(path))
     if not isinstance(tokens, list) or not tokens:
         raise TraceError(f"{path}: must be a list of tokens, each a list of expert ids, one a layer")
-    listed = [_Token(f"token {n}", _list(path, f"token {n}", t)) for n, t in enumerate(tokens)]
+    listed = [Token(f"token {n}", _list(path, f"token {n}", t)) for n, t in enumerate(tokens)]
     listed, reading = _by_layer(path, listed, layers)
-    return _assemble(path, listed, num_experts, reading)
+    return assemble(path, listed, num_experts, reading)
 
 
 def import_jsonl(path: Path, num_experts: int | None, layers: int | None = None) -> RoutingTrace:
@@ -73,7 +73,7 @@ def import_jsonl(path: Path, num_experts: int | None, layers: int | None = None)
     are a token. `reading` in meta says which was taken, where it could be either.
     """
     meta: dict[str, Any] = {}
-    tokens: list[_Token] = []
+    tokens: list[Token] = []
     for number, line in enumerate(_read(path).splitlines(), start=1):
         where = f"line {number}"
         if not line.strip():
@@ -84,10 +84,10 @@ def import_jsonl(path: Path, num_experts: int | None, layers: int | None = None)
         else:
             tokens.append(_jsonl_token(path, where, value))
     tokens, reading = _by_layer(path, tokens, layers)
-    return _assemble(path, tokens, num_experts, meta | reading)
+    return assemble(path, tokens, num_experts, meta | reading)
 
 
-def _by_layer(path: Path, tokens: list[_Token], layers: int | None) -> tuple[list[_Token], dict[str, str]]:
+def _by_layer(path: Path, tokens: list[Token], layers: int | None) -> tuple[list[Token], dict[str, str]]:
     """Return tokens whose lists are by layer, and how lists of plain ids were read, if there are such."""
     if not tokens or not all(type(each) is int for token in tokens for each in token.layers):
         return tokens, {}
@@ -107,7 +107,7 @@ def _by_layer(path: Path, tokens: list[_Token], layers: int | None) -> tuple[lis
     return grouped, {"reading": f"{reading}; if it is one id for each layer, leave the number of layers out"}
 
 
-def _grouped(path: Path, parts: list[_Token]) -> _Token:
+def _grouped(path: Path, parts: list[Token]) -> Token:
     """Return the token whose layers these are, one after the other; TraceError if they differ in what it is."""
     first = parts[0]
     for part in parts:
@@ -123,9 +123,9 @@ def _grouped(path: Path, parts: list[_Token]) -> _Token:
     return first._replace(layers=[part.layers for part in parts], weights=weights)
 
 
-def _jsonl_token(path: Path, where: str, value: Any) -> _Token:
+def _jsonl_token(path: Path, where: str, value: Any) -> Token:
     if isinstance(value, list):
-        return _Token(where, value)
+        return Token(where, value)
     if not isinstance(value, dict) or "experts" not in value:
         raise TraceError(f"{path}: {where}: must be a list by layer, or an object with experts")
     unknown = [key for key in value if key not in _TOKEN_KEYS]
@@ -139,7 +139,7 @@ def _jsonl_token(path: Path, where: str, value: Any) -> _Token:
         if not isinstance(given, int) or not 0 <= given < 1 << 31:
             raise TraceError(f"{path}: {where}: {key} = {given!r}: must be an integer, at least 0")
     weights = value.get("weights")
-    return _Token(
+    return Token(
         where,
         _list(path, where, value["experts"]),
         _PHASES[phase],
@@ -186,7 +186,7 @@ def import_topk_ids(path: Path, num_experts: int | None) -> RoutingTrace:
     rows = sum(len(next(iter(step.values()))[1]) for step in steps)
     what = f"{rows:,} tokens x {len(numbers):,} layers"
     check_need(path, what, rows * len(numbers) * _LAYER_BYTES, path.stat().st_size, TraceError)
-    return _assemble(path, list(_tokens_of(path, steps, numbers)), num_experts, {"moe_layers": numbers})
+    return assemble(path, list(tokens_of_steps(path, steps, numbers)), num_experts, {"moe_layers": numbers})
 
 
 def _printed(text: str) -> Iterator[tuple[int, int, int]]:
@@ -208,7 +208,7 @@ def _printed(text: str) -> Iterator[tuple[int, int, int]]:
         yield name.start(), opens, at
 
 
-def _tokens_of(path: Path, steps: list[dict[int, Any]], layers: list[int]) -> Iterator[_Token]:
+def tokens_of_steps(path: Path, steps: list[dict[int, Any]], layers: list[int]) -> Iterator[Token]:
     """Turn what was printed layer by layer into tokens; a layer that a step lacks routed none of its tokens."""
     sequence, decoded = 0, False
     for step in steps:
@@ -224,7 +224,7 @@ def _tokens_of(path: Path, steps: list[dict[int, Any]], layers: list[int]) -> It
             ids = [step[layer][1][row] if layer in step else None for layer in layers]
             ids = [None if each is None or _is_padding(each) else each for each in ids]
             if any(each is not None for each in ids):
-                yield _Token(where, ids, DECODE if decoded else PREFILL, sequence)
+                yield Token(where, ids, DECODE if decoded else PREFILL, sequence)
 
 
 def _is_padding(ids: Any) -> bool:
@@ -253,9 +253,10 @@ def _list(path: Path, where: str, value: Any) -> list[Any]:
     return value
 
 
-def _assemble(
-    path: Path, tokens: list[_Token], num_experts: int | None, meta: dict[str, Any] | None = None
+def assemble(
+    path: Path, tokens: list[Token], num_experts: int | None, meta: dict[str, Any] | None = None
 ) -> RoutingTrace:
+    """Return the trace of tokens, in their order. Raises TraceError naming token and layer of what cannot be."""
     meta = {"source": f"imported from {path.name}", **(meta or {})}
     if not tokens:
         raise TraceError(f"{path}: no tokens: must hold at least one")
@@ -280,7 +281,7 @@ def _assemble(
 
 
 def _filled(
-    path: Path, tokens: list[_Token], shape: tuple[int, int, int], num_experts: int
+    path: Path, tokens: list[Token], shape: tuple[int, int, int], num_experts: int
 ) -> tuple[Numbers, Numbers | None, Numbers]:
     """Return the experts and weights of tokens in arrays of this shape, and where they are present."""
     present = np.ones(shape[:2], dtype=np.bool_)
@@ -333,7 +334,7 @@ def _agreed(path: Path, named: Any, given: int | None) -> int:
 
 
 def _fill(
-    path: Path, token: _Token, name: str, layers: Sequence[Any], row: np.ndarray[Any, Any], most: int | None
+    path: Path, token: Token, name: str, layers: Sequence[Any], row: np.ndarray[Any, Any], most: int | None
 ) -> None:
     """Put a token's numbers (layers, k) in their row; TraceError naming token and layer for any other shape."""
     if len(layers) != len(row):

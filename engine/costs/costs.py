@@ -10,17 +10,19 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from ...dtypes import bits_of
 from ...resources.from_peer import from_peer
 from ...resources.lane import Lags
-from ...resources.profile import ComputeCosts, CopyCosts, ExpertPoint, HostCosts, KernelPoint, Profile, ProfileError
+from ...resources.profile import Profile
+from ...resources.profile_costs import ComputeCosts, CopyCosts, ExpertPoint, HostCosts, KernelPoint, ProfileError
 from ...workloads.batches import DECODE
 from ...workloads.model import Model
 from ..scenario.scenario import Scenario
+from .attention import Attention
 from .surface_costs import Kernels, SurfaceCosts, dense_kernels, expert_kernels, head_kernels
 
 if TYPE_CHECKING:
@@ -156,6 +158,7 @@ class Costs:
         self._set_readback(profile)
         self.copy_latency_ns = 0 if self._mode == "free" else h2d.launch_latency.ns
         self._set_measured(profile.compute)
+        self._attention = Attention(inputs, profile, "eager" if self._mode == "eager" else "graph")
         self.predict = KernelCost(self.predict_ns, 1.0, 1, self.launch_ns + self.records_ns, self._latency_ns)
         if self.copies_hold_host and scenario.prefetch.issued_by == "gpu":
             raise ProfileError(
@@ -233,7 +236,7 @@ class Costs:
         shape = (self.model.hidden, self.model.dense_dtype, dispatch, kernels)
         points: dict[int, list[_Point]] = {}
         for kernel in measured:
-            # What attention adds with the context is measured, but no cost here grows with it yet.
+            # What attention adds with the context is `Attention`'s.
             if (kernel.hidden, kernel.dtype, kernel.dispatch, kernel.kernels) == shape and not kernel.context:
                 points.setdefault(kernel.weight_bytes, []).append(self._point(kernel))
         return points
@@ -286,7 +289,18 @@ class Costs:
 
     def dense(self, layer: int, tokens: int, phase: int = DECODE) -> KernelCost:
         """Return the dense part of one layer over `tokens` tokens of a step of a phase."""
-        tokens = self.run_tokens(tokens, phase)
+        cost = self._dense_part(layer, self.run_tokens(tokens, phase))
+        added_ns, words = self._attention.ns(layer, tokens, phase)
+        if not added_ns:
+            return cost
+        if words:
+            self.estimates["attention over the context"] = words
+        ns = cost.ns + round(added_ns)
+        beside_ns = cost.ns * cost.slowdown + added_ns * self._rule.beside_copy_factor
+        return replace(cost, ns=ns, slowdown=max(1.0, beside_ns / ns))
+
+    def _dense_part(self, layer: int, tokens: int) -> KernelCost:
+        """Return the dense part of one layer over so many tokens, without what attention adds with the context."""
         cost = self._dense[layer].get(tokens)
         if cost is None:
             model, size = self.model, self.model.dense_bytes[layer]

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import repeat
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -164,81 +164,138 @@ def visits(
     """
     if issue not in ISSUE:
         raise InputError(f"issue = {issue!r}: choose one of {', '.join(ISSUE)}")
-    layers, experts, shared = trace.layers, trace.num_experts, manager.shared
-    prefetching = prefetch.horizons > 0
-    if part is None:
-        part = whole(trace, steps, guesses, prefetch, shared=shared)
-    ranked, confident, owned = part.ranked, part.confidences, part.owned
-    later = later_steps(trace, steps, (layers - 1 + prefetch.horizons) // layers) if prefetching else []
-    observes, reads_moment = type(prefetch).observe is not Prefetch.observe, prefetch.reads_moment
-    unpin_first, drops = issue == "after_launch", manager.drop_after_visit
-    assigned = manager.assigned
-    moment = Moment(gauge=gauge or Gauge(), assigned=assigned)
-    nothing: list[tuple[Admission, int]] = []
-    nobody: list[int] = []
+    layers, shared = trace.layers, trace.num_experts if manager.shared else 0
+    part = part or whole(trace, steps, guesses, prefetch, shared=manager.shared)
+    fetches_behind = miss is not None and miss.terms.fetch_behind
+    asking = None
+    if prefetch.horizons > 0:
+        later = later_steps(trace, steps, (layers - 1 + prefetch.horizons) // layers)
+        moment = Moment(gauge=gauge or Gauge(), assigned=manager.assigned)
+        asking = _Asking(
+            manager, prefetch, layers, shared, later, moment, issue == "after_launch", to_host, part.owned
+        )  # fmt: skip
+    for number, asked, step_guesses, confidences in _looked_up(part, steps, layers, manager, budgets):
+        index, layer = divmod(number, layers)
+        accesses = asked.by_index(shared) if shared else asked
+        resolution = None if miss is None else _resolve(
+            miss, trace, steps[index], layer, accesses.experts, manager.assigned
+        )  # fmt: skip
+        waves, elsewhere = _serve(manager, number, layer, accesses, resolution)
+        if asking is None:
+            manager.unpin()
+            prefetches, staged, asked_for = _NOTHING
+        else:
+            missed = sum(len(wave.admitted) for wave in waves) + elsewhere if prefetch.reads_moment else 0
+            prefetches, staged, asked_for = asking.visit(number, layer, asked, missed, step_guesses, confidences)
+        if resolution is not None and fetches_behind and index + 1 < len(steps):
+            behind = [access for access in resolution.accesses if access.expert not in asked_for]
+            prefetches = [*prefetches, *_fetched_behind(manager, behind, number + layers)]
+        assigned_bytes, budget_bytes = manager.assigned_bytes, manager.budget_bytes
+        visit = Visit(number, index, layer, accesses, waves, prefetches, assigned_bytes, budget_bytes, staged)
+        if resolution is not None:
+            visit.resolution, visit.accesses = resolution, accesses.without(resolution.accesses)
+        yield visit
+
+
+def _looked_up(
+    part: Part, steps: Sequence[Step], layers: int, manager: MemoryManager, budgets: Sequence[int] | None
+) -> Iterator[tuple[int, Accesses, Any, Any]]:
+    """Yield each visit's number, look-ups, guesses and confidences; the memory has each step's budget before."""
     no_guesses: list[list[list[int]]] = [[]] * layers
-    elsewhere: Collection[int] = ()
-    asked_for: Mapping[int, tuple[int, int]] = {}
-    misses = 0
-    for index, step in enumerate(steps):
+    for index in range(len(steps)):
         if budgets is not None:
             manager.resize(budgets[index])
-        step_guesses = next(ranked) if ranked is not None else no_guesses
-        step_confidences = next(confident) if confident is not None else None
+        guesses = next(part.ranked) if part.ranked is not None else no_guesses
+        confidences = next(part.confidences) if part.confidences is not None else None
         first = index * layers
         for layer, accesses in enumerate(next(part.accesses)):
-            number = first + layer
-            asked = accesses  # as the layer's own
-            if shared:
-                accesses = accesses.by_index(experts)
-            if miss is None:
-                waves = manager.visit(number, layer, accesses.experts, accesses.recency, accesses.weights)
-            else:
-                resolution = _resolve(miss, trace, step, layer, accesses.experts, assigned)
-                elsewhere = {access.expert for access in resolution.accesses if access.whole}
-                waves = manager.visit(number, layer, accesses.experts, accesses.recency, accesses.weights, elsewhere)
-            prefetches, staged = nothing, nobody
-            if not prefetching:
-                manager.unpin()
-            else:
-                if unpin_first:
-                    manager.unpin()
-                    if drops:
-                        manager.drop_prefetched(number)
-                if observes:
-                    prefetch.observe(asked.experts, asked.tokens)
-                if reads_moment:
-                    misses += sum(len(wave.admitted) for wave in waves) + len(elsewhere)
-                    moment.visit, moment.layer = number, layer
-                    moment.misses_per_visit = misses / (number + 1)
-                    moment.unused_share = manager.unused_bytes / manager.budget_bytes
-                    moment.confidences = step_confidences[layer] if step_confidences is not None else None
-                prefetches, staged = [], []
-                chosen = prefetch.choose(step_guesses[layer], moment)
-                asked_for = _merge_guesses(chosen, layer, layers, later[index], experts if shared else 0)
-                for expert, (target, times) in asked_for.items():
-                    if owned is not None and expert not in owned:
-                        continue
-                    manager.guessed += times
-                    manager.unique_guesses += 1
-                    if expert in assigned:
-                        continue
-                    if to_host:
-                        staged.append(expert)
-                        continue
-                    admission = manager.prefetch(expert, target, times)
-                    if admission is not None:
-                        prefetches.append((admission, target))
-                if not unpin_first:
-                    manager.unpin()
-            if miss is not None and miss.terms.fetch_behind and index + 1 < len(steps):
-                behind = [access for access in resolution.accesses if access.expert not in asked_for]
-                prefetches = [*prefetches, *_fetched_behind(manager, behind, number + layers)]
-            assigned_bytes, budget_bytes = manager.assigned_bytes, manager.budget_bytes
-            visit = Visit(number, index, layer, accesses, waves, prefetches, assigned_bytes, budget_bytes, staged)
-            if miss is not None:
-                visit.resolution, visit.accesses = resolution, accesses.without(resolution.accesses)
-            yield visit
+            yield first + layer, accesses, guesses[layer], confidences[layer] if confidences is not None else None
+
+
+def _serve(
+    manager: MemoryManager, number: int, layer: int, accesses: Accesses, resolution: Resolution | None
+) -> tuple[list[Wave], int]:
+    """Return the waves that serve a visit, and how many of its experts are served elsewhere."""
+    looked_up = accesses.experts, accesses.recency, accesses.weights
+    if resolution is None:
+        return manager.visit(number, layer, *looked_up), 0
+    elsewhere = {access.expert for access in resolution.accesses if access.whole}
+    return manager.visit(number, layer, *looked_up, elsewhere), len(elsewhere)
+
+
+#: What a visit prefetches (with the visit that each is for), stages in host memory, and was asked for, by expert.
+_Asked = tuple[list[tuple[Admission, int]], list[int], Mapping[int, tuple[int, int]]]
+_NOTHING: _Asked = ([], [], {})
+
+
+@dataclass
+class _Asking:
+    """Asks the prefetch policy at each visit, unpins what the visit used, and admits what is asked for.
+
+    `later` are as of `later_steps`; `shared` is the number of experts where all layers share those of an index, else 0.
+    Where only a part of the experts are one's own, `owned` names them.
+    """
+
+    manager: MemoryManager
+    prefetch: Prefetch
+    layers: int
+    shared: int
+    later: Sequence[Sequence[int]]
+    moment: Moment
+    unpin_first: bool
+    to_host: bool
+    owned: Collection[int] | None
+    misses: int = 0
+
+    def __post_init__(self) -> None:
+        self._observes = type(self.prefetch).observe is not Prefetch.observe
+
+    def visit(self, number: int, layer: int, asked: Accesses, missed: int, guesses: Any, confidences: Any) -> _Asked:
+        """Return what is prefetched at a visit of which `missed` look-ups missed."""
+        manager, prefetch = self.manager, self.prefetch
+        if self.unpin_first:
+            manager.unpin()
+            if manager.drop_after_visit:
+                manager.drop_prefetched(number)
+        if self._observes:
+            prefetch.observe(asked.experts, asked.tokens)
+        if prefetch.reads_moment:
+            self._look(number, layer, missed, confidences)
+        chosen = prefetch.choose(guesses, self.moment)
+        asked_for = _merge_guesses(chosen, layer, self.layers, self.later[number // self.layers], self.shared)
+        prefetches, staged = self._admit(asked_for)
+        if not self.unpin_first:
+            manager.unpin()
+        return prefetches, staged, asked_for
+
+    def _look(self, number: int, layer: int, missed: int, confidences: Any) -> None:
+        """Note what a policy that reads the moment may see."""
+        manager, moment = self.manager, self.moment
+        self.misses += missed
+        moment.visit, moment.layer = number, layer
+        moment.misses_per_visit = self.misses / (number + 1)
+        moment.unused_share = manager.unused_bytes / manager.budget_bytes
+        moment.confidences = confidences
+
+    def _admit(self, asked_for: Mapping[int, tuple[int, int]]) -> tuple[list[tuple[Admission, int]], list[int]]:
+        """Return what found room here, with the visit that it is for, and what is staged in host memory instead."""
+        manager, assigned, owned = self.manager, self.manager.assigned, self.owned
+        prefetches: list[tuple[Admission, int]] = []
+        staged: list[int] = []
+        for expert, (target, times) in asked_for.items():
+            if owned is not None and expert not in owned:
+                continue
+            manager.guessed += times
+            manager.unique_guesses += 1
+            if expert in assigned:
+                continue
+            if self.to_host:
+                staged.append(expert)
+                continue
+            admission = manager.prefetch(expert, target, times)
+            if admission is not None:
+                prefetches.append((admission, target))
+        return prefetches, staged
 
 
 def _merge_guesses(

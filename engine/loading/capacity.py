@@ -114,7 +114,8 @@ def memories(inputs: Inputs) -> list[Memory]:
 def gpu_parts(part: Inputs) -> dict[str, int]:
     """Return what one GPU's memory keeps when its KV cache is largest, in bytes by name."""
     scenario, model = part.scenario, part.model
-    cached = kv_cache_bytes(model, part.trace, part.steps, _lives_here(part))
+    start = scenario.workload.context or 0
+    cached = kv_cache_bytes(model, part.trace, part.steps, start, here=_lives_here(part))
     fullest = int(np.argmax(cached))
     budget_bytes = part.budget_bytes if part.budgets is None else part.budgets[fullest]
     low_bytes = low_precision(part)[1]
@@ -158,18 +159,23 @@ def host_parts(inputs: Inputs) -> dict[str, int]:
 
 
 def kv_cache_bytes(
-    model: Model, trace: RoutingTrace, steps: Sequence[Step], here: npt.NDArray[np.bool_] | None = None
+    model: Model,
+    trace: RoutingTrace,
+    steps: Sequence[Step],
+    start: int = 0,
+    *,
+    here: npt.NDArray[np.bool_] | None = None,
 ) -> npt.NDArray[np.int64]:
     """Return the bytes of the KV cache at each step (steps,), with the states of linear attention.
 
-    It holds every position of the sequences that run; a sequence leaves it with its last step. `here` says which of all
-    steps' rows count (None: all).
+    It holds every position of the sequences that run, and the `start` positions that each had before; a sequence leaves
+    it with its last step. `here` says which of all steps' rows count (None: all).
     """
     rows = np.concatenate([step.rows for step in steps])
     step_of = np.repeat(np.arange(len(steps)), [len(step.rows) for step in steps])
     if here is not None:
         rows, step_of = rows[here], step_of[here]
-    sequence, tokens = trace.sequence[rows], trace.position[rows].astype(np.int64) + 1
+    sequence, tokens = trace.sequence[rows], trace.position[rows].astype(np.int64) + start + 1
     order = np.argsort(sequence, kind="stable")  # within a sequence, by step
     sequence, step_of, tokens = sequence[order], step_of[order], tokens[order]
     # The last row of a sequence in a step says how much of it is cached from then on.

@@ -113,7 +113,7 @@ def _on_one_gpu(bare: Inputs) -> Inputs:
         except BudgetError as error:
             given = f"memory.total_bytes = {scenario.memory.total_bytes!r}"
             rest = fixed_parts(scenario, model, predictor.gpu_memory_bytes)
-            rest["KV cache"] = int(kv_cache_bytes(model, trace, steps).max())
+            rest["KV cache"] = int(kv_cache_bytes(model, trace, steps, scenario.workload.context or 0).max())
             parts = " + ".join(f"{name} {gib(size_bytes)}" for name, size_bytes in rest.items() if size_bytes)
             raise ScenarioError(f"{given}: less {parts}, too little is left: {error}") from None
     inputs = replace(bare, budget_bytes=budget_bytes, guesses=guesses, budgets=budgets, predictor=predictor)
@@ -195,7 +195,7 @@ def expert_budgets(
     if total is None:
         return None
     left_bytes = parse_bytes(total) - sum(fixed_parts(scenario, model, predictor_bytes).values())
-    kv_bytes = kv_cache_bytes(model, trace, steps).tolist()
+    kv_bytes = kv_cache_bytes(model, trace, steps, scenario.workload.context or 0).tolist()
     return [min(most_bytes, left_bytes - size_bytes) for size_bytes in kv_bytes]
 
 
@@ -260,5 +260,6 @@ def _check_fit(trace: RoutingTrace, model: Model) -> None:
     ):
         if given != wanted:
             raise ScenarioError(
-                f"{key} = {wanted} ({model.name}), but the trace has {given}: choose its model, or set {key} = {given}"
+                f"{key} = {wanted} ({model.name}), but the trace has {given}: choose its model, or set {key} = {given} "
+                f"(or map the trace to this model: prestage trace map)"
             )

@@ -86,14 +86,7 @@ def miss_ratio_curves(
         "scope": scope,
         "lookup": lookup,
         "batch": batch,
-        "capacities": [
-            {
-                "share": sum(pool_bytes) / total_bytes,
-                "experts": sum(pool_bytes) // known[0] if min(known) == max(known) else None,
-                "bytes": sum(pool_bytes) if sizes else None,
-            }
-            for pool_bytes in pools
-        ],
+        "capacities": _described(pools, known, total_bytes, exact=bool(sizes)),
         "policies": {
             policy: {
                 "hits": found.tolist(),
@@ -102,6 +95,20 @@ def miss_ratio_curves(
             for policy, found in hits.items()
         },
     }
+
+
+def _described(
+    pools: Sequence[Sequence[int]], sizes: Sequence[int], total_bytes: int, *, exact: bool
+) -> list[dict[str, float | int | None]]:
+    """Return each capacity as a share of all experts, in experts of one size, and in bytes where these are known."""
+    return [
+        {
+            "share": sum(pool_bytes) / total_bytes,
+            "experts": sum(pool_bytes) // sizes[0] if min(sizes) == max(sizes) else None,
+            "bytes": sum(pool_bytes) if exact else None,
+        }
+        for pool_bytes in pools
+    ]
 
 
 def pool_hits(

@@ -162,28 +162,18 @@ def replay_trace(
         outcome, evict = COMPILED[eviction](trace, steps, pools, known, lookup, shared=scope == "shared")
         replayed = Replayed(trace, outcome, evict)
     else:
-        policy = EVICTION[eviction]
         guesses = None
-        if getattr(policy, "needs_guesses", False):
-            guesses = make_predictor(predictor).guess(
-                trace, steps, trace.layers if lookahead is None else lookahead, trace.k
-            )
+        if getattr(EVICTION[eviction], "needs_guesses", False):
+            horizons = trace.layers if lookahead is None else lookahead
+            guesses = make_predictor(predictor).guess(trace, steps, horizons, trace.k)
         setting = Setting(trace=trace, steps=steps, single=lookup == "single", guesses=guesses)
         manager = MemoryManager(
-            known, trace.num_experts, budget_bytes, policy, setting=setting, scope=scope, divide=divide
+            known, trace.num_experts, budget_bytes, EVICTION[eviction], setting=setting, scope=scope, divide=divide
         )
         replayed = replay(trace, steps, manager, lookup=lookup)
-    hits, hits_decode = replayed.count(FOUND), replayed.count(FOUND, DECODE)
-    cliff = None
-    if batch == 1:
-        cliff = cliff_warning(budget_bytes, known, trace.k, scope, eviction)
+    cliff = cliff_warning(budget_bytes, known, trace.k, scope, eviction) if batch == 1 else None
     return {
-        "accesses": hits + replayed.count(MISSED),
-        "hits": hits,
-        "hit_rate": replayed.hit_rate(),
-        "accesses_decode": hits_decode + replayed.count(MISSED, DECODE),
-        "hits_decode": hits_decode,
-        "hit_rate_decode": replayed.hit_rate(DECODE),
+        **_counted(replayed),
         "bytes_read": replayed.bytes_read(known) if sizes else None,
         "evict": replayed.evict,
         "budget_bytes": sum(pools) if sizes else None,
@@ -192,6 +182,19 @@ def replay_trace(
         "scope": scope,
         "lookup": lookup,
         "warnings": [cliff] if cliff else [],
+    }
+
+
+def _counted(replayed: Replayed) -> dict[str, Any]:
+    """Return accesses, hits and their rate, of all steps and of decode steps alone."""
+    hits, hits_decode = replayed.count(FOUND), replayed.count(FOUND, DECODE)
+    return {
+        "accesses": hits + replayed.count(MISSED),
+        "hits": hits,
+        "hit_rate": replayed.hit_rate(),
+        "accesses_decode": hits_decode + replayed.count(MISSED, DECODE),
+        "hits_decode": hits_decode,
+        "hit_rate_decode": replayed.hit_rate(DECODE),
     }
 
 

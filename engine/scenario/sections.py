@@ -46,6 +46,8 @@ ISSUERS = ("host", "gpu")
 #: One host thread that serves all stages, step by step, or one for each GPU.
 DISPATCH_THREADS = ("per-gpu", "one")
 
+#: More positions than any model has, before a sequence begins.
+MOST_CONTEXT = 1 << 24
 #: More GPUs than one machine has, stages of them, or parts of a batch between them.
 MOST_GPUS = 1024
 #: Keys of [workload.synthetic] that a fit takes the place of.
@@ -120,7 +122,9 @@ class WorkloadSection(Section):
     """The routing trace and how its tokens are batched. Without a trace, one is drawn by `synthetic`.
 
     `warmup` is what speed and rates leave out at the beginning, while the memory fills: so many decode tokens, or steps
-    of either phase ("20steps"). It changes nothing of what runs.
+    of either phase ("20steps"). It changes nothing of what runs. `context` is how many positions every sequence has in
+    the KV cache before its first token here; with it, and be it 0, attention takes longer the more is cached (not set:
+    as long as with nothing cached).
     """
 
     trace: str | None = None
@@ -130,6 +134,7 @@ class WorkloadSection(Section):
     prefill: Annotated[str, one_of(PREFILL_MODES)] = "whole"
     chunk_tokens: int = Field(default=512, ge=1)
     warmup: str = "0tokens"
+    context: int | None = Field(default=None, ge=0, le=MOST_CONTEXT)
 
     @field_validator("warmup", mode="before")
     @classmethod

@@ -1,0 +1,146 @@
+"""How long files and functions may be, and how many parameters these may have: what goes beyond is named here."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+from test_architecture import MODULES, name_of, tree_of
+
+MOST_LINES, MOST_FUNCTION_LINES, MOST_BRANCHES, MOST_PARAMETERS = 500, 60, 20, 6
+#: Of functions in machine code, which take arrays and numbers one by one, parameters are not counted.
+MACHINE_CODE = {"compiled", "_compiled"}
+_GOES, _NEXT = "of the first engine, which goes", "still to be divided"
+_OPTIONS = "public: each parameter is an option by its name, with a default"
+_FIELDS = "a record: a parameter for each field, called once for each span or command"
+#: Files with more lines.
+LONG_FILES = {
+    "engine/gpu.py": _GOES,
+    "engine/timing/compiled_engine.py": _NEXT,
+    "engine/timing/compiled_host.py": _NEXT,
+    "engine/timing/compiled_lanes.py": _NEXT,
+    "engine/timing/host.py": _NEXT,
+    "resources/lane.py": _GOES,
+}
+#: Functions with more lines or branches.
+LONG_FUNCTIONS = {
+    "engine/decide/memory_manager.py MemoryManager.__init__": "sets up one thing after another",
+    "engine/gpu.py Gpu.__init__": _GOES,
+    "engine/replay/compiled.py _replay": "machine code: one loop, whose parts would be copied into it",
+    "engine/timing/compiled_host.py carry_out_one": "machine code: a branch for each command",
+    "engine/timing/runs.py run_stages": _NEXT,
+    "engine/undisturbed.py UndisturbedGpu.forward": _GOES,
+    "workloads/importers.py _told": "a branch for each format",
+    "workloads/model_files/gguf_model.py read_gguf": _NEXT,
+    "workloads/model_files/quantization.py _quantized": "a branch for each format",
+    "workloads/training/bpe.py learn": "an algorithm with its books: each step needs all of them",
+}
+#: Functions with more parameters; the command line's are its options.
+MANY_PARAMETERS = {
+    "calibration/execute.py execute": _OPTIONS,
+    "calibration/in_schedule.py _Observer._kernel": _NEXT,
+    "calibration/part.py Part.__init__": _NEXT,
+    "calibration/scenario_sets.py _pipe": "a row of a table",
+    "engine/decide/dispatch.py visits": _OPTIONS,
+    "engine/decide/memory_manager.py MemoryManager.__init__": _OPTIONS,
+    "engine/decoder.py decode": _GOES,
+    "engine/gpu.py Gpu.__init__": _GOES,
+    "engine/links.py peer_lane": _GOES,
+    "engine/replay/compiled.py replay_compiled": _OPTIONS,
+    "engine/replay/miss_ratio.py miss_ratio_curves": _OPTIONS,
+    "engine/replay/replay.py replay_trace": _OPTIONS,
+    "engine/simulate.py simulate": _OPTIONS,
+    "engine/simulate.py simulate_inputs": _OPTIONS,
+    "engine/timing/machine.py GpuLanes.__init__": _NEXT,
+    "engine/timing/runs.py run_shared": _NEXT,
+    "engine/timing/runs.py run_stages": _NEXT,
+    "engine/timing/runs.py SharingGpus.__init__": _NEXT,
+    "engine/timing/simulation.py OneGpu.__init__": _NEXT,
+    "experiments/suite.py run_suite": _OPTIONS,
+    "experiments/sweep.py sweep": _OPTIONS,
+    "guide/virtual_memory.py VirtualMemoryManager.__init__": _OPTIONS,
+    "resources/lane.py CoupledLane.submit": _GOES,
+    "resources/lane.py FifoLane.submit": _GOES,
+    "resources/timeline.py Timeline.record": _FIELDS,
+    "workloads/batches.py plan_steps": _OPTIONS,
+    "workloads/model.py load_model": _OPTIONS,
+    "workloads/network.py _look_back": "runs beside training: each is an array of its own",
+    "workloads/synthetic.py synthesize": _OPTIONS,
+}
+
+
+def functions(path: Path) -> Iterator[tuple[str, ast.FunctionDef]]:
+    """Every function of a module by its file, class and name."""
+
+    def within(node: ast.AST, place: str) -> Iterator[tuple[str, ast.FunctionDef]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.FunctionDef):
+                yield f"{name_of(path)} {place}{child.name}", child
+            if isinstance(child, ast.ClassDef | ast.FunctionDef):
+                yield from within(child, f"{place}{child.name}.")
+
+    return within(tree_of(path), "")
+
+
+def branches(function: ast.FunctionDef) -> int:
+    """The cyclomatic complexity: one, and one for each way that is taken or not; of inner functions by themselves."""
+    count, waiting = 1, list(ast.iter_child_nodes(function))
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.If | ast.For | ast.While | ast.ExceptHandler | ast.IfExp | ast.match_case):
+            count += 1
+        elif isinstance(node, ast.comprehension):
+            count += 1 + len(node.ifs)
+        elif isinstance(node, ast.BoolOp):
+            count += len(node.values) - 1
+        waiting += ast.iter_child_nodes(node)
+    return count
+
+
+def parameters(function: ast.FunctionDef) -> int:
+    """How many a caller gives: not the object itself."""
+    taken = function.args
+    names = [each.arg for each in (*taken.posonlyargs, *taken.args, *taken.kwonlyargs)]
+    return len(names) - (names[:1] in (["self"], ["cls"]))
+
+
+def is_machine_code(function: ast.FunctionDef) -> bool:
+    return any(ast.unparse(each).split("(")[0] in MACHINE_CODE for each in function.decorator_list)
+
+
+def test_no_file_is_longer_than_can_be_read_in_one_sitting() -> None:
+    long = {name_of(path) for path in MODULES if len(path.read_text(encoding="utf-8").splitlines()) > MOST_LINES}
+    assert long == set(LONG_FILES)
+
+
+def test_no_function_does_too_much() -> None:
+    long = {
+        name
+        for path in MODULES
+        if path.parent.name != "cli"  # whose lines are options and their help
+        for name, function in functions(path)
+        if (function.end_lineno or 0) - function.lineno >= MOST_FUNCTION_LINES or branches(function) > MOST_BRANCHES
+    }
+    assert long == set(LONG_FUNCTIONS)
+
+
+def test_no_function_of_the_domain_takes_too_many_parameters() -> None:
+    many = {
+        name
+        for path in MODULES
+        if path.parent.name != "cli"
+        for name, function in functions(path)
+        if parameters(function) > MOST_PARAMETERS and not is_machine_code(function)
+    }
+    assert many == set(MANY_PARAMETERS)
+
+
+def test_the_rules_can_tell() -> None:
+    text = "class K:\n def f(self, a, *, b):\n  if a and b:\n   return [x for x in a if x]\n  return 0 if a else 1\n"
+    tree = ast.parse(text)
+    (function,) = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+    assert parameters(function) == 2
+    assert branches(function) == 6  # one; `if`, `and`, `for … in`, its `if`, and the conditional expression
