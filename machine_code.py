@@ -7,11 +7,13 @@ user's own among temporary files, or nowhere. Whatever is wrong with what was ke
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -34,6 +36,7 @@ def compiled(function: Function, **options: Any) -> Function:
         except (OSError, RuntimeError):
             fast = numba.njit(**options)(function)
     _forgive(fast)
+    _know_constants(fast)
     return fast  # type: ignore[no-any-return]
 
 
@@ -60,9 +63,35 @@ def compiled_once(function: Function, types: Mapping[str, Any] = MappingProxyTyp
     return fast  # type: ignore[no-any-return]
 
 
-def compiler_version() -> str:
-    """Return the version of Numba."""
-    return str(numba.__version__)
+#: What machine code is made of.
+_SOURCES = (
+    "machine_*.py",
+    "resources/timeline.py",
+    "engine/policies/*.py",
+    "engine/decide/*.py",
+    "engine/replay/*.py",
+    "engine/timing/*.py",
+)
+
+
+@cache
+def sources_digest() -> str:
+    """Return what tells apart the versions of all that machine code is made of: 16 hexadecimal digits."""
+    digest = hashlib.sha256(str(numba.__version__).encode())
+    for pattern in _SOURCES:
+        for path in sorted(Path(__file__).parent.glob(pattern)):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _know_constants(fast: Any) -> None:
+    """Let machine code that was kept be old when any source is another, not only the function's own.
+
+    A constant of another module is within the machine code, and Numba does not look there.
+    """
+    kept = getattr(getattr(fast, "_cache", None), "_cache_file", None)
+    if kept is not None and hasattr(kept, "_source_stamp"):
+        kept._source_stamp = (kept._source_stamp, sources_digest())
 
 
 def kept_in(function: Callable[..., Any]) -> Path | None:

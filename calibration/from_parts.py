@@ -11,9 +11,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..dtypes import bits_of
+from ..engine.costs.surface_costs import SurfaceCosts, dense_kernels, expert_kernels, head_kernels
 from ..resources.parts.assemble import assembled
-from ..resources.parts.kernels import DECODE_TOKENS
-from ..resources.parts.reached import MEASURED, foreign_errors, measured
+from ..resources.parts.kernels import DECODE_TOKENS, EXPERT_KERNELS, EXPERT_PRODUCTS, groups
+from ..resources.parts.reached import MEASURED, measured, nearest
 from ..resources.profile import Profile, load_profile, make_profile
 from ..resources.profile_costs import CopyCosts, KernelPoint
 from ..workloads.model import Model, load_model, preset_names
@@ -49,8 +51,9 @@ def cost_ratios(name: str) -> list[Ratios]:
     """Return how the costs of a measured machine, as put together from parts, compare with those measured."""
     made, own = from_parts(name), load_profile(name)
     families: dict[str, list[float]] = {}
-    for group, ratio in foreign_errors(name):
-        families.setdefault(f"{group.family}, up to {DECODE_TOKENS} tokens", []).append(ratio)
+    for family, tokens, ratio in _kernels(name, made):
+        long = f"over {DECODE_TOKENS} tokens" if tokens > DECODE_TOKENS else f"up to {DECODE_TOKENS} tokens"
+        families.setdefault(f"{family}, {long}", []).append(ratio)
     for memory, copies in made.h2d.items():
         families[f"copies to the GPU, {memory}"] = list(_copies(copies, own.h2d[memory]))
     families["lanes' gaps and latencies"] = list(_durations(made.compute, own.compute))
@@ -128,6 +131,29 @@ def schedule_summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def names() -> list[str]:
     """Return the measured machines that are put together from parts."""
     return [name for name in MEASURED if name in PARTS]
+
+
+def _kernels(name: str, made: Profile) -> Iterator[tuple[str, int, float]]:
+    """Yield (part, tokens, ratio) of every measured group of kernels, by the surface put together, or else the rule."""
+    machine, own, surface = measured(name), load_profile(name).compute, made.compute.surface
+    if surface is None:
+        fit = nearest(machine.gpu, (name,)).kernels
+        for group in groups(machine.data["compute"]):
+            yield group.family, group.tokens, fit.ns(machine.gpu, group) / group.ns
+        return
+    costs = {dispatch: SurfaceCosts(surface, dispatch) for dispatch in ("eager", "graph")}
+    for expert in own.experts:
+        weights = EXPERT_PRODUCTS * expert.hidden * expert.expert_ff
+        size_bytes = int(weights * bits_of(expert.dtype) / 8)
+        shape = (expert.hidden, expert.expert_ff, expert.dtype, EXPERT_PRODUCTS, EXPERT_KERNELS)
+        made_ns = costs[expert.dispatch].time(expert_kernels(*shape, size_bytes), expert.tokens).ns
+        yield "expert", expert.tokens, made_ns / expert.ns
+    for part, points in (("dense part", own.dense), ("head", own.heads)):
+        for point in (each for each in points if not each.context):
+            kernels = head_kernels(point.hidden, point.dtype, point.weight_bytes)
+            if part == "dense part":
+                kernels = dense_kernels(point.hidden, point.dtype, point.kernels, point.weight_bytes)
+            yield part, point.tokens, costs[point.dispatch].time(kernels, point.tokens).ns / point.ns
 
 
 def _copies(made: CopyCosts, measured: CopyCosts) -> Iterator[float]:

@@ -6,23 +6,12 @@ these very sources.
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from ...machine_code import compiler_version, kept_in
-
-_PACKAGE = Path(__file__).parents[2]
-#: What machine code is made of.
-_SOURCES = (
-    "machine_code.py",
-    "resources/timeline.py",
-    "engine/policies/*.py",
-    "engine/decide/*.py",
-    "engine/timing/*.py",
-)
+from ...machine_code import kept_in, sources_digest
 
 
 def is_ready() -> bool:
@@ -45,8 +34,4 @@ def _mark() -> Path | None:
     folder = kept_in(is_ready)
     if folder is None:
         return None
-    sources = hashlib.sha256(compiler_version().encode())
-    for pattern in _SOURCES:
-        for path in sorted(_PACKAGE.glob(pattern)):
-            sources.update(path.read_bytes())
-    return folder / f"prestage-{sources.hexdigest()[:16]}.compiled"
+    return folder / f"prestage-{sources_digest()}.compiled"

@@ -13,7 +13,7 @@ from typing import Any
 
 from .chosen import Chosen, Reach, choose
 from .kernels import KernelFit
-from .reached import MeasuredMachine, copy_share, kernel_spread, nearest, peer_share, transfer_spread
+from .reached import MeasuredMachine, copy_share, kernel_spread, nearest, peer_share, surface_of, transfer_spread
 from .tables import Gpu
 from .written import figures
 
@@ -40,7 +40,7 @@ def assembled(name: str, without: Iterable[str] = ()) -> _Plain:
     profile = {
         **_identity(parts, machine),
         "d2d": _within(parts.gpu, machine),
-        "compute": _compute(parts, parts.gpu, machine),
+        "compute": {**_compute(parts, parts.gpu, machine), "surface": _kernels(parts.gpu, without)},
         "host": _taken(machine.data["host"], machine, transfer_spread("host")),
         "allocation": _taken(machine.data["allocation"], machine, transfer_spread("host")),
     }
@@ -96,6 +96,17 @@ def _compute(parts: Chosen, gpu: Gpu, machine: MeasuredMachine) -> _Plain:
     if parts.cpu_reach is not None:
         compute["cpu_rule"] = _cpu_rule(parts, parts.cpu_reach)
     return compute
+
+
+def _kernels(gpu: Gpu, without: Iterable[str]) -> _Plain | None:
+    """Return the surface of single kernels, as this machine's own estimate; None where no measured GPU has one."""
+    surface = surface_of(gpu, without)
+    if surface is None:
+        return None
+    plain = surface.model_dump()
+    for fact in (plain, *(each for groups in plain["groups"].values() for each in groups.values())):
+        fact["device"] = None
+    return plain
 
 
 def _rule(gpu: Gpu, fit: KernelFit, device: str) -> _Plain:

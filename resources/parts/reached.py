@@ -15,6 +15,8 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
+from ..scaled_surface import Scale, scaled_surface
+from ..surface import Surface
 from .kernels import KernelFit, errors, fitted
 from .tables import Gpu, PartError, gpus, published
 from .written import parse_link, parse_rate
@@ -76,6 +78,33 @@ def nearest(gpu: Gpu, without: Iterable[str] = ()) -> MeasuredMachine:
         raise PartError("no measured machine is left to take costs from")
     rate = gpu.memory_bytes_per_second
     return min(left, key=lambda machine: abs(math.log(rate / machine.gpu.memory_bytes_per_second)))
+
+
+@cache
+def _surface(name: str) -> Surface | None:
+    found = measured(name).data["compute"].get("surface")
+    return None if found is None else Surface.model_validate(found)
+
+
+def surface_of(gpu: Gpu, without: Iterable[str] = ()) -> Surface | None:
+    """Return the surface of single kernels of the nearest GPU that has one, scaled to another by their datasheets.
+
+    None if none has. It is `assumed`, and off by as much more as kernels are on GPUs put together from others.
+    """
+    out = set(without) | {name for name in MEASURED if _surface(name) is None}
+    if out >= set(MEASURED):
+        return None
+    machine = nearest(gpu, out)
+    surface = _surface(machine.name)
+    assert surface is not None
+    theirs, ours = machine.gpu.flops_per_second, gpu.flops_per_second
+    half = gpu.half_flops_per_second / machine.gpu.half_flops_per_second
+    flops = {
+        table.dtype: ours[table.dtype] / theirs[table.dtype] if table.dtype in ours and table.dtype in theirs else half
+        for table in surface.products
+    }
+    memory = gpu.memory_bytes_per_second / machine.gpu.memory_bytes_per_second
+    return scaled_surface(surface, Scale(machine.device, memory, flops, kernel_spread()))
 
 
 def link_share(without: Iterable[str] = ()) -> Share:
