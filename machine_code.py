@@ -60,6 +60,17 @@ def compiled_once(function: Function, types: Mapping[str, Any] = MappingProxyTyp
     return fast  # type: ignore[no-any-return]
 
 
+def compiler_version() -> str:
+    """Return the version of Numba."""
+    return str(numba.__version__)
+
+
+def kept_in(function: Callable[..., Any]) -> Path | None:
+    """Return the folder in which the machine code of a function would be kept; None if it would be nowhere."""
+    path = getattr(getattr(compiled(function), "_cache", None), "cache_path", None)
+    return None if path is None else Path(path)
+
+
 def _temporary_folder() -> Path:
     """Return a folder that is this user's alone, for what is in it will be run. Raises OSError."""
     folder = Path(tempfile.gettempdir()) / f"prestage-numba-{os.getuid() if hasattr(os, 'getuid') else 'user'}"

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from ..engine.costs.surface_costs import Product, SurfaceCosts
-from ..resources.profile import Profile, ProfileError
+from ..resources.profile import Profile
+from ..resources.profile_costs import ProfileError
 from .evidence import Evidence, Row, sample_rows
 from .fit_surface import kernels_of, starts_ns
 from .samples import Samples, SurfaceSeries

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from ..files import replacing
-from ..resources.profile import Profile, ProfileError, TransferCost, make_profile
+from ..resources.profile import Profile, make_profile
+from ..resources.profile_costs import ProfileError, TransferCost
 from ..resources.topology import Topology
 from .evidence import (
     SCHEDULE,

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..dtypes import bits_of
 from ..engine.costs.surface_costs import Kernels, SurfaceCosts, dense_kernels, expert_kernels, head_kernels
-from ..resources.profile import ProfileError
+from ..resources.profile_costs import ProfileError
 from ..resources.surface import Surface
 from .evidence import MICRO, SCHEDULE, Evidence, Row
 from .samples import Samples, SurfaceSeries

@@ -16,7 +16,8 @@ from ..engine.costs.surface_costs import SurfaceCosts, dense_kernels, expert_ker
 from ..resources.parts.assemble import assembled
 from ..resources.parts.kernels import DECODE_TOKENS, EXPERT_KERNELS, EXPERT_PRODUCTS, groups
 from ..resources.parts.reached import MEASURED, measured, nearest
-from ..resources.profile import CopyCosts, KernelPoint, Profile, load_profile, make_profile
+from ..resources.profile import Profile, load_profile, make_profile
+from ..resources.profile_costs import CopyCosts, KernelPoint
 from ..workloads.model import Model, load_model, preset_names
 from .measured import load_all
 from .validate import compare, predicted_ms

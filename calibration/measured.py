@@ -21,8 +21,8 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..bounded import read_json
-from ..engine.gpu import add_lanes
 from ..engine.scenario.scenario import Scenario, make_scenario
+from ..engine.timing.machine import add_lanes
 from ..errors import InputError
 from ..files import replacing
 from ..resources.timeline import ACTIVATION, DEMAND, DENSE, EXPERT, HEAD, LAUNCH, PREFETCH, READBACK, Timeline

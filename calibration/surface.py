@@ -21,8 +21,8 @@ from math import prod
 from typing import Any
 
 from ..engine.run import Progress
+from .bench import MIB, Bench, Extent
 from .cuda import Calls, itemsize
-from .measure import MIB, Bench, Extent
 from .samples import Dispatch, Kind, Load, Samples, SurfaceSeries
 
 #: Sizes of hidden states and inner layers: powers of two, what lies between, and what many models have.

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..engine.run import Progress
-from ..resources.profile import CopyCosts, Profile
+from ..resources.profile import Profile
+from ..resources.profile_costs import CopyCosts
 from ..workloads.model import Model, load_model, preset_names
 from .cuda import CudaError, Gpu
 from .evidence import Evidence, sample_rows

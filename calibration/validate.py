@@ -17,7 +17,6 @@ import numpy as np
 from ..engine.costs.costs import Costs, part_costs
 from ..engine.costs.uncertainty import replicate_costs
 from ..engine.decide.memory_manager import DEMANDED, PREFETCHED
-from ..engine.gpu import Decoded
 from ..engine.loading.loading import load_inputs
 from ..engine.measure.merge import makespan_ns as run_ns
 from ..engine.measure.recording import LATE, Recording
@@ -26,7 +25,9 @@ from ..engine.run import prepared, run_all
 from ..engine.scenario.inputs import Inputs
 from ..engine.scenario.scenario import Scenario
 from ..engine.stages import with_profile
-from ..resources.profile import Duration, DurationBesideCopy, Profile, TransferCost
+from ..engine.timing.records import Decoded
+from ..resources.profile import Profile
+from ..resources.profile_costs import Duration, DurationBesideCopy, TransferCost
 from ..resources.timeline import LAUNCH, PREFETCH, covered_ns
 from .measured import Measured
 

@@ -31,9 +31,10 @@ def calibrate_measure(
     ] = None,
 ) -> None:
     """Measure what copies, kernels and calls take on a CUDA GPU, and keep every sample."""
+    from ..calibration.bench import with_models
     from ..calibration.cuda import Gpu
     from ..calibration.evidence import sample_rows
-    from ..calibration.measure import FULL, LINKS, PROBES, QUICK, measure, with_models
+    from ..calibration.measure import FULL, LINKS, PROBES, QUICK, measure
     from ..calibration.surface import measure_surface, surface_samples
     from ..files import check_file
 

@@ -79,7 +79,7 @@ def model_import(
 
     \b
     Examples:
-      prestage model import config.json -o my-model.toml --name my-model
+      prestage model import config.json -o olmoe.toml --name olmoe
     """
     from ..errors import InputError
     from ..files import check_file, write_file

@@ -47,8 +47,9 @@ def run(
         ),
     ] = 0,
     engine: Annotated[
-        str, typer.Option(help="What carries the run out: lanes; or simpy or compiled, by commands: same numbers.")
-    ] = "lanes",
+        str | None,
+        typer.Option(help="What carries the run out: compiled, or simpy, the reference: same numbers."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Simulate a scenario: how fast it decodes, what was hit, late or missed, and where the time went.
@@ -64,16 +65,20 @@ def run(
     The README lists every key; a key or name that does not exist is refused with those that do.
     """
     from ..engine.loading.loading import load_inputs
+    from ..engine.run import engine_for
     from ..engine.scenario.scenario import load_scenario
     from ..engine.simulate import simulate_inputs
+    from ..engine.timing.ready import is_ready
     from ..files import check_folder, made_folder
-    from ..output.files import write_result
+    from ..output.run_folder import write_result
 
     own = Own(model, gpu, cpu, ram, link, drive, context)
     chosen = load_scenario(own.scenario(scenario), [*own.settings(scenario), *(settings or ())])
     inputs = load_inputs(chosen)
     if out is not None:
         check_folder(out)
+    if engine_for(inputs, engine).engine == "compiled" and not is_ready():
+        typer.echo("compiling the engine, once after installation: some tens of seconds", err=True)
     with nullcontext() if stream is None else made_folder(stream, keep=False), progress_shown() as progress:
         result = simulate_inputs(
             inputs,
@@ -171,7 +176,7 @@ def mrc(
     fewest misses that any policy could have on demand; where sizes differ, another one may have fewer.
     """
     from ..engine.replay.miss_ratio import DEFAULT_POLICIES, miss_ratio_curves
-    from ..output.files import check_miss_ratio_path, write_miss_ratios
+    from ..output.run_folder import check_miss_ratio_path, write_miss_ratios
 
     for path in out or ():
         check_miss_ratio_path(path)

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import simpy
 
 from ..resources.network import Carried
 from ..resources.timeline import COMBINE, DISPATCH, PEER
@@ -21,9 +20,7 @@ from ..resources.topology import Route, TopologyError
 from ..workloads.trace_limits import MAX_TOTAL_EXPERTS
 from .costs.costs import Costs, activation_bytes
 from .decide.memory_manager import BudgetError, MemoryManager
-from .gpu import Decoded
 from .links import Links
-from .lockstep import COPIES_FROM, AllToAll, LendingGpu, PlacedGpu, decode_placed
 from .measure.accesses import miss_keys
 from .measure.recording import Recording, ratio
 from .placed import Placed, PlacedVisit, Prices, Worker, homes, own_guesses, own_steps, placed_visits
@@ -31,6 +28,7 @@ from .policies.placement import PLACEMENT, Owners, Request
 from .policies.prefetch import Gauge, NoPrefetch, Prefetch
 from .scenario.amounts import ScenarioError, parse_budget, parse_bytes
 from .scenario.inputs import Inputs
+from .timing.records import COPIES_FROM
 
 
 def place(whole: Inputs, make_manager: Callable[[Inputs], MemoryManager]) -> Inputs:
@@ -199,39 +197,3 @@ def shadow_misses(inputs: Inputs, managers: Sequence[MemoryManager]) -> list[npt
             if not visit.layer:
                 manager.spool.flush()
     return [keys.array() for keys in missed]
-
-
-def run_placed(
-    inputs: Inputs,
-    each: Sequence[tuple[Costs, MemoryManager, Prefetch]],
-    watch: Callable[[Iterator[Any]], Iterator[Any]] = iter,
-) -> list[Decoded]:
-    """Simulate one run over several GPUs, given each one's costs, manager and policy; return what each recorded."""
-    costs, managers, prefetches = zip(*each, strict=True)
-    links, placed, scenario, model = inputs.links, inputs.placed, inputs.scenario, inputs.model
-    parallel = scenario.parallel
-    assert links is not None and placed is not None
-    env = simpy.Environment()
-    network = links.network(costs)
-    one_thread = parallel.dispatch_threads == "one"
-    most_tokens = max((len(step.rows) for step in inputs.steps), default=0)
-    gpus = [
-        (LendingGpu if parallel.lends else PlacedGpu)(
-            env, manager, own, scenario,
-            prefetching=prefetch.guesses > 0, most_tokens=most_tokens, device=f"gpu{number}",
-            host="host" if one_thread else f"host{number}", link=links.host_link(number, own, network),
-            number=number, gpus=parallel.gpus, expert_bytes=model.expert_bytes,
-        )
-        for number, (own, manager, prefetch) in enumerate(zip(costs, managers, prefetches, strict=True))
-    ]  # fmt: skip
-    lenders = [gpu for gpu in gpus if isinstance(gpu, LendingGpu)]
-    for lender in lenders:
-        lender.lend(lenders, links, network)
-    gauges = [Gauge() for _ in gpus]
-    for gpu, gauge in zip(gpus, gauges, strict=True):
-        gpu.show(gauge)
-    exchange = AllToAll(routes(links), links.topology, activation_bytes(model, 1))
-    if placed.moves_tokens:
-        links.estimates["all-to-all"] = exchange.rule
-    visits = watch(decided(inputs, managers, prefetches, gauges))
-    return decode_placed(visits, inputs.steps, placed.homes, gpus, exchange, one_thread=one_thread)

@@ -10,12 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import simpy
-
-from ..resources.lane import CoupledLane, FifoLane, Lags, disturb
+from ..resources.lags import Lags
 from ..resources.network import Network, Transfer, contended
-from ..resources.profile import DurationBesideCopy, Profile
-from ..resources.timeline import Timeline
+from ..resources.profile import Profile
+from ..resources.profile_costs import DurationBesideCopy
 from ..resources.topology import Route, Topology
 from .costs.costs import Costs
 from .scenario.amounts import ScenarioError
@@ -159,23 +157,3 @@ class Links:
         sizes = [-(-size // count) for size, count in zip(costs.expert_bytes, pieces, strict=True)]
         transfer_of = {size: Transfer(self.host_routes[gpu], size) for size in sizes}
         return HostLink(network, [transfer_of[size] for size in sizes])
-
-
-def peer_lane(
-    env: simpy.Environment,
-    timeline: Timeline,
-    device: str,
-    title: str,
-    lags: Lags,
-    network: Network | None,
-    disturbers: Sequence[CoupledLane] = (),
-) -> FifoLane | CoupledLane:
-    """Add a lane for the copies that one GPU sends to others, in order, and return it; `disturbers` slow it down."""
-    number = timeline.add_lane(device, "peer", title)
-    if network is None and not disturbers:
-        return FifoLane(timeline, number, lags)
-    lane = CoupledLane(env, timeline, number, lags)
-    if network is not None:
-        lane.join(network.share())
-    disturb(lane, disturbers)
-    return lane

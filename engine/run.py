@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..resources.spool import Spool
 from ..words import unknown_name
@@ -18,16 +18,16 @@ from .costs.costs import Costs
 from .decide.dispatch import Visit
 from .decide.host_memory import HostMemory
 from .decide.memory_manager import MemoryManager
-from .decoder import decode
-from .expert_parallel import decided, run_placed
-from .gpu import Decoded
+from .expert_parallel import decided
 from .loading.deciders import dispatched, make_host_memory, make_manager, make_prefetch, source_of
 from .measure.recording import Recording
-from .pipeline import StageRun, decode_stages, flow_of
+from .pipeline import StageRun, flow_of
 from .policies.copy_order import COPY_ORDERS, Fifo, Priority, TwoStreams
 from .policies.prefetch import Gauge, Prefetch
 from .scenario.amounts import ScenarioError
 from .scenario.inputs import Inputs
+from .timing.ready import is_ready
+from .timing.records import Decoded
 
 if TYPE_CHECKING:
     from .decide.sources import Source
@@ -75,41 +75,22 @@ def prepared(inputs: Inputs, costs: Sequence[Costs], stream: Path | None = None)
     return ready
 
 
-#: What runs a scenario: lanes in SimPy's time, which is what a user gets; or the commands that its visits come to,
-#: carried out by SimPy processes, the reference, or by compiled code.
-ENGINES = ("lanes", "simpy", "compiled")
+#: What carries out a run's commands: compiled code, or SimPy processes, the reference.
+ENGINES = ("compiled", "simpy")
+#: With so many layer visits, over all GPUs, a run by SimPy takes longer than compiling.
+LONG_VISITS = 20_000
 #: The copy orders that every engine knows; others run by SimPy processes.
 _KNOWN_ORDERS = (Fifo, TwoStreams, Priority)
 
 
-def run_all(inputs: Inputs, ready: Sequence[Prepared], watch: Watch = iter, engine: str = "lanes") -> list[Recording]:
-    """Simulate one run by one of ENGINES and return what was recorded on each GPU."""
-    engine = engine_for(inputs, engine)
-    if engine != "lanes":
-        return _run_commands(inputs, ready, watch, engine)
-    if inputs.placed is not None:
-        each = [(gpu.costs, gpu.manager, gpu.prefetch) for gpu in ready]
-        all_steps = [replace(gpu, inputs=replace(gpu.inputs, steps=inputs.steps)) for gpu in ready]
-        return [_recording(gpu, found) for gpu, found in zip(all_steps, run_placed(inputs, each, watch), strict=True)]
-    if not inputs.stages:
-        (gpu,) = ready
-        return [run(gpu.inputs, gpu.costs, gpu.manager, gpu.prefetch, watch)]
-    runs = []
-    for gpu in ready:
-        gauge, prefetching = Gauge(), gpu.prefetch.guesses > 0
-        visits = watch(dispatched(gpu.inputs, gpu.manager, gpu.prefetch, gauge))
-        runs.append(StageRun(visits, gpu.manager, gpu.costs, gpu.inputs.scenario, prefetching, gauge))
-    decoded = decode_stages(
-        runs,
-        flow_of(inputs.model, inputs.trace, inputs.steps),
-        inputs.links,
-        one_thread=inputs.scenario.parallel.dispatch_threads == "one",
-    )
-    return [_recording(gpu, found) for gpu, found in zip(ready, decoded, strict=True)]
+def run_all(
+    inputs: Inputs, ready: Sequence[Prepared], watch: Watch = iter, engine: str | None = None
+) -> list[Recording]:
+    """Simulate one run, by one of ENGINES or as `engine_for` says, and return what was recorded on each GPU.
 
-
-def _run_commands(inputs: Inputs, ready: Sequence[Prepared], watch: Watch, engine: str) -> list[Recording]:
-    """Simulate one run by the commands that its visits come to."""
+    Costs that are drawn anew for every kernel are asked for by SimPy processes, one after the other.
+    """
+    engine = "simpy" if any(gpu.costs.drawn_anew for gpu in ready) else engine_for(inputs, engine).engine
     from .timing.runs import run_shared, run_stages  # which compile at their first use
 
     gauges = [Gauge() for _ in ready]
@@ -175,44 +156,41 @@ def _shared(inputs: Inputs, ready: Sequence[Prepared], engine: str) -> list[Sour
     return [] if shared_in_python(sources, placed.remote, placed.spare_experts, owners) else sources
 
 
-def engine_for(inputs: Inputs, engine: str) -> str:
-    """Return which engine runs if one is asked for, `simpy` where `lanes` does not know the copy order.
+class Chosen(NamedTuple):
+    """The engine that runs, one of ENGINES, and why it is not the compiled one, if so."""
 
-    Raises ScenarioError as `check_engine` does.
+    engine: str
+    why: str = ""
+
+
+def engine_for(inputs: Inputs, engine: str | None = None) -> Chosen:
+    """Return which engine runs: the one asked for, or else the compiled one wherever it can.
+
+    It cannot where it does not know the copy order. A short run does not wait for compiling, once after installation;
+    it is the same by either engine. Raises ScenarioError if there is no such engine, or it does not know the order.
     """
-    if engine == "lanes" and inputs.scenario.copy_.order not in _KNOWN_ORDERS:
-        engine = "simpy"
-    check_engine(inputs, engine)
-    return engine
-
-
-def check_engine(inputs: Inputs, engine: str) -> None:
-    """Raise ScenarioError if there is no such engine, or a run does not go by the commands that it carries out yet."""
-    scenario = inputs.scenario
-    if engine not in ENGINES:
+    if engine is not None and engine not in ENGINES:
         raise ScenarioError(unknown_name("engine", engine, ENGINES))
-    if engine != "simpy" and scenario.copy_.order not in _KNOWN_ORDERS:
+    copy = inputs.scenario.copy_
+    if engine == "simpy":
+        return Chosen("simpy", "asked for")
+    if copy.order not in _KNOWN_ORDERS:
         known = ", ".join(name for name, order in COPY_ORDERS.items() if order in _KNOWN_ORDERS)
-        raise ScenarioError(
-            f"copy.discipline = {scenario.copy_.discipline!r}: engine {engine!r} knows {known} alone: choose 'simpy'"
-        )
+        why = f"copy.discipline = {copy.discipline!r}: engine 'compiled' knows {known} alone"
+        if engine is not None:
+            raise ScenarioError(f"{why}: choose 'simpy'")
+        return Chosen("simpy", why)
+    if engine is None:
+        visits = inputs.layer_visits * max(1, len(inputs.gpus))
+        if visits < LONG_VISITS and not is_ready():
+            return Chosen("simpy", "the compiled engine is not compiled yet, and the run is short")
+    return Chosen("compiled")
 
 
 def run(inputs: Inputs, costs: Costs, manager: MemoryManager, prefetch: Prefetch, watch: Watch = iter) -> Recording:
     """Simulate a run on one GPU with the given manager and prefetch policy, and return what was recorded."""
-    gauge = Gauge()
-    host_memory = make_host_memory(inputs, manager.spool)
-    decoded: Decoded = decode(
-        watch(dispatched(inputs, manager, prefetch, gauge, host_memory)),
-        inputs.steps,
-        manager,
-        costs,
-        inputs.scenario,
-        prefetching=prefetch.guesses > 0,
-        gauge=gauge if prefetch.uses_clock else None,
-        host_memory=host_memory,
-    )
-    return _recording(Prepared(inputs, costs, manager, prefetch), decoded, host_memory)
+    (recording,) = run_all(inputs, [Prepared(inputs, costs, manager, prefetch)], watch)
+    return recording
 
 
 def _recording(gpu: Prepared, decoded: Decoded, host_memory: HostMemory | None = None) -> Recording:

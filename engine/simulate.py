@@ -44,7 +44,7 @@ from .measure.result import RunResult
 from .measure.speed import Serving
 from .pipeline import flow_of, sent
 from .policies.prefetch import NoPrefetch
-from .run import Prepared, Progress, engine_for, prepared, run_all, watched
+from .run import Chosen, Prepared, Progress, engine_for, prepared, run_all, watched
 from .scenario.inputs import Inputs
 from .scenario.scenario import Scenario
 from .scenario.warnings import warnings_of
@@ -61,6 +61,8 @@ class Result:
     recordings: list[Recording]
     wall_s: float
     serving: Serving = field(default_factory=Serving)
+    #: Which engine ran, and why. It is not in `data`, which is the same by either.
+    engine: Chosen = field(default_factory=lambda: Chosen("compiled"))
 
     @cached_property
     def data(self) -> dict[str, Any]:
@@ -79,8 +81,8 @@ class Result:
         return merged_timeline(self.recordings)
 
     def json_data(self) -> dict[str, Any]:
-        """Return `data` with `wall_s`, the one number that differs between runs of one scenario."""
-        return {**self.data, "wall_s": self.wall_s}
+        """Return `data` with what may differ between runs of one scenario: the engine, why it, and `wall_s`."""
+        return {**self.data, "engine": self.engine.engine, "engine_why": self.engine.why, "wall_s": self.wall_s}
 
 
 def simulate(
@@ -91,7 +93,7 @@ def simulate(
     replicates: int = 0,
     progress: Progress | None = None,
     stream: Path | None = None,
-    engine: str = "lanes",
+    engine: str | None = None,
 ) -> Result:
     """Run a scenario; `baselines=False` leaves out the two runs that speedup and resident_ms need.
 
@@ -99,8 +101,8 @@ def simulate(
     also runs the same cache without prefetch. `replicates` more runs, with costs drawn from their uncertainty, give
     percentiles of makespan and tokens/s. `progress` is called with (what, done, total) layer visits. With a folder to
     `stream` to, the timeline and all else that grows with the run is kept in files there, a folder for each GPU, and
-    not in memory. `engine` is one of `run.ENGINES`; baselines always go by lanes. Raises InputError if the scenario
-    cannot run, or not by that engine.
+    not in memory. `engine` is one of `run.ENGINES`, or as `run.engine_for` says; the numbers are the same. Raises
+    InputError if the scenario cannot run, or not by that engine.
     """
     return simulate_inputs(
         load_inputs(scenario),
@@ -121,19 +123,19 @@ def simulate_inputs(
     replicates: int = 0,
     progress: Progress | None = None,
     stream: Path | None = None,
-    engine: str = "lanes",
+    engine: str | None = None,
 ) -> Result:
-    """Run what `load_inputs` loaded, as `simulate` does, by one of `run.ENGINES`; baselines go by lanes."""
+    """Run what `load_inputs` loaded, as `simulate` does."""
     if not 0 <= replicates <= MOST_REPLICATES:
         raise InputError(f"replicates = {replicates:,}: must be 0 to {MOST_REPLICATES:,}")
-    engine = engine_for(inputs, engine)
+    chosen = engine_for(inputs, engine)
     costs = part_costs(inputs)
     began = time.perf_counter()
     ready = prepared(inputs, costs, stream)
-    recordings = run_all(inputs, ready, watched(progress, "simulate", inputs.layer_visits), engine)
+    recordings = run_all(inputs, ready, watched(progress, "simulate", inputs.layer_visits), chosen.engine)
     wall_s = time.perf_counter() - began
     serving = serving_of(inputs)
-    figures = run_metrics(recordings, _shadow_misses(inputs, ready, stream, engine), serving)
+    figures = run_metrics(recordings, _shadow_misses(inputs, ready, stream, chosen.engine), serving)
     known = dict(baselines) if isinstance(baselines, Mapping) else {}
     wanted = ["resident", "baseline"] if baselines is True else []
     if check_prefetch:
@@ -150,7 +152,6 @@ def simulate_inputs(
         replicates=summary(_replicates(inputs, replicates, progress)) if replicates else None,
         offloading=_offloading(inputs, recordings, costs),
         estimates=_estimates(inputs, costs),
-        engine=engine,
         predictor=inputs.predictor,
         capacity=described(inputs),
         predictions_sha256=_digest(inputs),
@@ -159,7 +160,7 @@ def simulate_inputs(
         scenario=inputs.scenario,
         versions=versions(),
     )
-    return Result(replace(said, warnings=_warnings(inputs, said)), recordings, wall_s, serving)
+    return Result(replace(said, warnings=_warnings(inputs, said)), recordings, wall_s, serving, chosen)
 
 
 def _offloading(inputs: Inputs, recordings: Sequence[Recording], costs: Sequence[Costs]) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from rich.text import Text
 from ..engine.measure.comparison import read_result
 from ..engine.scenario.scenario import load_scenario, scenario_names
 from ..errors import InputError
-from ..resources.profile import Profile, ProfileError, load_profile, profile_names
+from ..resources.profile import Profile, load_profile, profile_names
+from ..resources.profile_costs import ProfileError
 from ..resources.topology import Route, Topology
 from ..words import unknown_name
 from .tables.layout import plain_console

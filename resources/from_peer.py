@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from .profile import Profile, ProfileError
+from .profile import Profile
+from .profile_costs import ProfileError
 
 
 def from_peer(profile: Profile) -> Profile:

@@ -104,7 +104,7 @@ class Network:
         self._known: dict[tuple[tuple[Transfer, int] | None, ...], list[float]] = {}
 
     def share(self) -> Share:
-        """Return the part of one more lane (see `CoupledLane.join`)."""
+        """Return the part of one more lane (see `Lane.join`)."""
         share = Share(self, len(self._shares))
         self._shares.append(share)
         self._running.append(None)
@@ -175,7 +175,7 @@ class Crowd:
         self.stretch = 1.0
 
     def share(self) -> CrowdShare:
-        """Return the part of one more lane (see `CoupledLane.join`)."""
+        """Return the part of one more lane (see `Lane.join`)."""
         return CrowdShare(self)
 
     def _count(self, share: CrowdShare, more: int) -> None:

@@ -49,6 +49,11 @@ class Column:
     def __len__(self) -> int:
         return self._written + memoryview(self.buffer).nbytes // self._dtype.itemsize
 
+    @property
+    def in_file(self) -> bool:
+        """Whether there is a file."""
+        return self._path is not None
+
     def flush(self, least_bytes: int = 0) -> None:
         """Move what is in memory to the file, if there is one and more than so much is there."""
         if self._path is None or memoryview(self.buffer).nbytes <= least_bytes:
@@ -96,6 +101,13 @@ class Spool:
         inner = Spool(None if self._folder is None else self._folder / name)
         inner._columns = self._columns
         return inner
+
+    @property
+    def is_due(self) -> bool:
+        """Whether there is a folder, and a column has grown large."""
+        return self._folder is not None and any(
+            memoryview(column.buffer).nbytes > HELD_BACK_BYTES for column in self._columns
+        )
 
     def flush(self) -> None:
         """Move what has grown large to the files."""

@@ -77,7 +77,7 @@ class LaneName:
 
 
 class Timeline:
-    """All spans of one run, in the order in which they were recorded."""
+    """All spans of one run: in the order of recording or, once they are settled, in that of their ends."""
 
     def __init__(self, column: Column | None = None) -> None:
         """Keep the spans in a column of dtype SPAN; without one, in memory."""
@@ -107,11 +107,27 @@ class Timeline:
         """Add one span; the arguments are the fields of SPAN, in its order."""
         self.extend(pack_span(start_ns, end_ns, issued_ns, expert, visit, copy, lane, kind))
 
+    def settle(self, until_ns: int | None = None) -> None:
+        """Put spans in order: by their ends, of equal ends by lane. Those that end before `until_ns` go to the file.
+
+        Without it all do; nothing that is recorded later may end earlier. Without a file, all stay where they are.
+        """
+        buffer = self._spans.buffer
+        spans = np.frombuffer(bytes(buffer), dtype=SPAN)
+        spans = spans[np.lexsort((spans["lane"], spans["end_ns"]))]
+        if until_ns is None or not self._spans.in_file:
+            buffer[:] = spans.tobytes()
+            return
+        ended = int(np.searchsorted(spans["end_ns"], until_ns))
+        buffer[:] = spans[:ended].tobytes()
+        self._spans.flush()
+        buffer.extend(spans[ended:].tobytes())
+
     def __len__(self) -> int:
         return len(self._spans)
 
     def spans(self) -> npt.NDArray[Any]:
-        """Return all spans as a structured array of dtype SPAN, in recording order.
+        """Return all spans as a structured array of dtype SPAN, in order.
 
         It is a read-only view, so that a long timeline is not held twice: while it lives, nothing can be recorded.
         """

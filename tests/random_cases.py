@@ -28,7 +28,6 @@ from prestage.workloads.trace import RoutingTrace
 
 #: A trace's recorded predictions reach this far; deeper lookahead wraps around small models more than once.
 DEEPEST = 5
-_FIELDS = ["start_ns", "end_ns", "lane", "kind", "visit", "expert", "copy", "issued_ns"]
 
 
 @dataclass(frozen=True)
@@ -67,13 +66,13 @@ def play(inputs: Inputs) -> Recording:
 
 
 def books(recordings: list[Recording]) -> list[tuple[bytes, ...]]:
-    """What each GPU recorded, spans and arrivals in an order of their own."""
+    """What each GPU recorded."""
     return [
         (
-            np.sort(one.spans.copy(), order=_FIELDS).tobytes(),
+            one.spans.tobytes(),
             one.decoded.accesses.tobytes(),
             one.decoded.visits.tobytes(),
-            np.sort(one.decoded.arrivals, order=["visit", "kind"]).tobytes(),
+            one.decoded.arrivals.tobytes(),
             one.decoded.sent.tobytes(),
             b"" if one.decoded.resolved is None else one.decoded.resolved.tobytes(),
             str(one.decoded.timeline.lanes).encode(),

@@ -37,15 +37,8 @@ from prestage.engine.scenario.inputs import Inputs
 from prestage.engine.scenario.scenario import Scenario, load_scenario, make_scenario, scenario_names
 from prestage.engine.simulate import simulate_inputs
 from prestage.errors import InputError
-from prestage.resources.profile import (
-    ComputeCosts,
-    Contention,
-    HostCosts,
-    Profile,
-    load_profile,
-    make_profile,
-    profile_names,
-)
+from prestage.resources.profile import Contention, Profile, load_profile, make_profile, profile_names
+from prestage.resources.profile_costs import ComputeCosts, HostCosts
 from prestage.workloads.fitted import ECHO_TOKENS, FittedRouting, LayerFit, class_ends
 from prestage.workloads.importers import open_trace
 from prestage.workloads.model import load_model, preset_names

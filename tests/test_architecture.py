@@ -42,14 +42,8 @@ FLOORS = [
     {"cli"},
 ]
 FLOOR_OF = {folder: number for number, floor in enumerate(FLOORS) for folder in floor}
-#: The first engine: its files lie where they lay, and may be imported from anywhere in `engine`, until they go.
-FIRST_ENGINE = {
-    f"engine/{name}.py"
-    for name in (
-        "decoder", "expert_parallel", "gpu", "links", "lockstep", "offloaded", "pipeline", "placed", "stages", "tiers",
-        "undisturbed",
-    )
-}  # fmt: skip
+#: Files of several GPUs, which lie in `engine` by themselves, and may be imported from anywhere in it.
+SEVERAL_GPUS = {f"engine/{name}.py" for name in ("expert_parallel", "links", "pipeline", "placed", "stages")}
 #: Imports that go up all the same, each with what would mend it.
 GO_UP = {
     ("engine/loading/loading.py", "engine/run.py"): "a searched split of a pipeline is found by running samples",
@@ -141,14 +135,14 @@ def test_a_folder_imports_only_those_below_it_even_inside_functions_and_for_type
     elif home:
         up = {name_of(module) for module in loaded if not goes_down(path, module)}
         if home.startswith("engine"):
-            up -= FIRST_ENGINE
+            up -= SEVERAL_GPUS
         assert up == {to for of, to in GO_UP if of == name_of(path)}
     else:
         assert "calibration" not in {folder_of(module) for module in loaded}
 
 
 def test_what_may_go_up_is_there() -> None:
-    named = FIRST_ENGINE | {name for pair in GO_UP for name in pair}
+    named = SEVERAL_GPUS | {name for pair in GO_UP for name in pair}
     assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
 
 

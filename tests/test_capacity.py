@@ -26,7 +26,8 @@ from prestage.experiments.breakeven import break_even
 from prestage.experiments.compare import load_run
 from prestage.experiments.sweep import sweep
 from prestage.output.tables.runs import capacity_rows, headline, speed_rows
-from prestage.resources.profile import Profile, ProfileError, load_profile, make_profile
+from prestage.resources.profile import Profile, load_profile, make_profile
+from prestage.resources.profile_costs import ProfileError
 from prestage.workloads.batches import plan_steps
 from prestage.workloads.model import Model, load_model, preset_names
 from prestage.workloads.trace import RoutingTrace

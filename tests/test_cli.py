@@ -25,7 +25,7 @@ from test_suite import DEFINITION as SMALL_SUITE
 from prestage import cli
 from prestage.cli import main
 from prestage.guide import reproduce
-from prestage.output import files
+from prestage.output import run_folder
 from prestage.workloads.trace import RoutingTrace
 
 #: The shipped synthetic scenario, small.
@@ -198,7 +198,7 @@ def test_a_streamed_run_keeps_what_host_memory_read_in_files_too(prestage: Prest
 def test_a_long_timeline_is_cut_and_says_so_unless_all_is_asked_for(
     prestage: Prestage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "SPAN_LIMIT", 50)
+    monkeypatch.setattr(run_folder, "SPAN_LIMIT", 50)
     said = re.search(
         r"timeline\.json\.gz .*: the first 50 of ([0-9,]+) spans \(--all-spans writes all\)",
         prestage(*SMALL_RUN, "--no-baselines", "--out", "cut").out,

@@ -13,7 +13,7 @@ from prestage.calibration.plan import ExecutionError, check_executable
 from prestage.engine.costs.costs import part_costs
 from prestage.engine.loading.loading import load_inputs
 from prestage.engine.policies.copy_order import COPY_ORDERS, ByRank, CopyOrder, Fifo, Priority, QueuedCopy, Rank
-from prestage.engine.run import check_engine, engine_for, prepared, run_all
+from prestage.engine.run import engine_for, prepared, run_all
 from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.inputs import Inputs
 from prestage.engine.scenario.scenario import load_scenario
@@ -120,12 +120,13 @@ def test_the_scenario_takes_its_choices_from_the_table() -> None:
 
 def test_an_order_that_an_engine_does_not_know_runs_by_simpy_and_is_refused_where_compiled_is_asked_for() -> None:
     inputs = queueing("deadline")
-    assert [engine_for(inputs, name) for name in ("lanes", "simpy")] == ["simpy", "simpy"]
-    assert engine_for(queueing("priority"), "lanes") == "lanes"
+    why = "copy.discipline = 'deadline': engine 'compiled' knows fifo, two_streams, priority alone"
+    assert [engine_for(inputs, name) for name in (None, "simpy")] == [("simpy", why), ("simpy", "asked for")]
+    assert engine_for(queueing("priority"), "compiled") == ("compiled", "")
     with pytest.raises(ScenarioError, match=r"'deadline': engine 'compiled' knows fifo, two_streams, priority alone"):
-        check_engine(inputs, "compiled")
+        engine_for(inputs, "compiled")
     scenario = load_scenario("default", ["copy.discipline=deadline", "workload.tokens=2"])
-    assert simulate(scenario).data["engine"] == "simpy"  # and so do its baselines
+    assert simulate(scenario).engine == ("simpy", why)  # and so do its baselines
 
 
 @pytest.mark.parametrize("name", ["fifo", "two_streams", "priority"])
@@ -145,7 +146,7 @@ def test_an_order_under_a_shipped_name_is_still_ones_own() -> None:
 
     with patch.dict(COPY_ORDERS, fifo=Mine):
         inputs = queueing("fifo")
-        assert engine_for(inputs, "lanes") == "simpy"
+        assert engine_for(inputs).engine == "simpy"
         with pytest.raises(ExecutionError, match="'fifo': choose two_streams or priority"):
             check_executable(small_inputs(copy={"discipline": "fifo"}))
 

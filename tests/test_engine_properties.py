@@ -71,24 +71,6 @@ def admissions(visits: list[Visit]) -> Iterator[tuple[int, int, Any]]:
         yield from ((visit.number, PREFETCHED, admission) for admission, _ in visit.prefetches)
 
 
-@every_run
-@given(
-    case=cases(
-        copy={"discipline": "fifo", "contention": False},
-        dispatch={"router_readback": True, "expert_kernel": "separate"},
-        prefetch={"issue": "after_launch"},
-    )
-)
-def test_the_quick_way_through_undisturbed_lanes_ends_at_the_same_nanoseconds(case: Case) -> None:
-    quick = play(case.inputs())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("prestage.engine.decoder.undisturbed", lambda *_: False)
-        patient = play(case.inputs())
-    assert quick.spans.tobytes() == patient.spans.tobytes()
-    assert quick.decoded.accesses.tobytes() == patient.decoded.accesses.tobytes()
-    assert quick.decoded.visits.tobytes() == patient.decoded.visits.tobytes()
-
-
 # Lanes.
 
 

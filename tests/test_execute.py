@@ -46,7 +46,7 @@ from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.inputs import Inputs
 from prestage.engine.scenario.scenario import load_scenario
 from prestage.engine.timing import runs
-from prestage.resources.profile import ProfileError
+from prestage.resources.profile_costs import ProfileError
 from prestage.resources.timeline import DEMAND, DENSE, EXPERT, HEAD, KINDS, PREFETCH, READBACK
 from prestage.workloads.model import Model
 from prestage.workloads.synthetic import synthesize

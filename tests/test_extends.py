@@ -14,7 +14,8 @@ from prestage.engine.costs.offload_costs import CpuCosts
 from prestage.engine.scenario.scenario import load_scenario
 from prestage.engine.simulate import simulate
 from prestage.output.machine import describe
-from prestage.resources.profile import Profile, ProfileError, load_profile, make_profile, profile_names
+from prestage.resources.profile import Profile, load_profile, make_profile, profile_names
+from prestage.resources.profile_costs import ProfileError
 from prestage.workloads.model import load_model
 
 H200 = "NVIDIA H200"

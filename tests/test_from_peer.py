@@ -12,7 +12,8 @@ from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.inputs import Inputs
 from prestage.engine.scenario.scenario import make_scenario
 from prestage.resources.from_peer import from_peer
-from prestage.resources.profile import Profile, ProfileError, load_profile
+from prestage.resources.profile import Profile, load_profile
+from prestage.resources.profile_costs import ProfileError
 from prestage.resources.timeline import KINDS
 
 ASSUMED = {"source": "assumed"}

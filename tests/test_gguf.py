@@ -259,3 +259,21 @@ def test_a_header_is_as_the_package_gguf_reads_it(path: Path) -> None:
     ]
     assert ours.metadata["tiny.embedding_length"] == int(read.fields["tiny.embedding_length"].contents())
     assert "tokenizer.ggml.tokens" not in ours.metadata
+
+
+def test_a_header_with_any_byte_changed_is_a_model_or_is_refused(path: Path) -> None:
+    header = write(path, facts("tiny"), OUTSIDE + block(0) + block(1), cut=True)
+    good = path.read_bytes()
+    # The vocabulary, which is passed over, is most of it; what matters lies around it.
+    inside = range(good.index(b"token 10"), good.index(b"token 4990"))
+    places = [at for at in range(header) if at not in inside][::61]
+    refused = 0
+    for at in places:
+        for value in (0, 0x7F, 0xFF):
+            path.write_bytes(good[:at] + bytes([value]) + good[at + 1 :])
+            try:
+                load_model(path)
+            except ModelError as error:
+                refused += 1
+                assert "\n" not in str(error)
+    assert refused > len(places) // 2

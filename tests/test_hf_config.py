@@ -208,3 +208,35 @@ def test_flash_nexts_preset_is_its_config_in_nvfp4_with_its_table_in_host_memory
     assert (preset.caches, preset.kv_bytes_per_token) == (config.caches, config.kv_bytes_per_token)
     # 16 heads of 20,000,000 rows of 160: one byte each in the preset, two in the config that is not quantized.
     assert 2 * preset.host_table_bytes == config.host_table_bytes == 2 * 16 * 20_000_000 * 160
+
+
+_VALUES: tuple[Any, ...] = (None, 0, -1, 1.5, True, "x", [], {}, [None], [[]], [1] * 80, 10**9, 10**30)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "DeepSeek-V4-Flash",
+        "Qwen3-Next-80B-A3B",
+        "Kimi-K3",
+        "AI21-Jamba-1.5-Mini",
+        "dbrx-instruct",
+        "Qwen3.8-Flash-Next",
+    ],
+)
+def test_a_field_of_any_value_is_read_or_refused(tmp_path: Path, name: str) -> None:
+    data = data_of(name)
+    section = data.get("text_config", data)
+    refused = 0
+    for field in list(section):
+        for value in _VALUES:
+            path = write(
+                tmp_path,
+                {**data, "text_config": {**section, field: value}} if section is not data else {**data, field: value},
+            )
+            try:
+                load_model(path)
+            except ModelError as error:
+                refused += 1
+                assert "\n" not in str(error)
+    assert refused > 4 * len(section)

@@ -25,12 +25,12 @@ from tiny import (
     tiny_trace,
 )
 
+from prestage.engine.costs.all_to_all import AllToAll
 from prestage.engine.costs.costs import part_costs
 from prestage.engine.expert_parallel import decided, place, routes
 from prestage.engine.links import Links
 from prestage.engine.loading.deciders import make_manager, make_prefetch
 from prestage.engine.loading.loading import load_inputs
-from prestage.engine.lockstep import AllToAll
 from prestage.engine.measure.recording import Recording
 from prestage.engine.measure.time_split import time_split
 from prestage.engine.placed import REMOTE

@@ -21,7 +21,8 @@ from prestage.resources.parts.kernels import Group, KernelFit
 from prestage.resources.parts.section import lay_machine, of_parts
 from prestage.resources.parts.tables import cpus, drives, find_cpu, find_gpu, gpus, memory_kinds, published
 from prestage.resources.parts.written import parse_drive, parse_link, parse_ram, split_parts, times
-from prestage.resources.profile import KernelRule, ProfileError, load_profile
+from prestage.resources.profile import load_profile
+from prestage.resources.profile_costs import KernelRule, ProfileError
 
 GIB = 2**30
 WORKLOAD = {"synthetic": {"tokens": 4}, "tokens": 4}

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import simpy
+from lone_lanes import Lanes
 from tiny import (
     ASSUMED,
     EXPERT_FF,
@@ -26,9 +26,10 @@ from prestage.engine.costs.costs import part_costs, token_bucket
 from prestage.engine.measure.recording import Recording
 from prestage.engine.run import prepared, run_all
 from prestage.engine.simulate import simulate_inputs
-from prestage.resources.lane import CoupledLane, FifoLane, Lags, couple
+from prestage.engine.timing.lanes import couple
+from prestage.resources.lags import Lags
 from prestage.resources.profile import Profile, make_profile
-from prestage.resources.timeline import DEMAND, DENSE, EXPERT, HEAD, PREFETCH, Timeline
+from prestage.resources.timeline import DEMAND, DENSE, EXPERT, HEAD, PREFETCH
 from prestage.workloads.batches import plan_steps
 
 ONE_TOKEN = tiny_trace([[[0], [1]]])
@@ -199,29 +200,30 @@ def test_a_launch_may_begin_before_its_last_call_returns() -> None:
 # Lags of lanes.
 
 
-def test_a_fifo_lane_starts_so_long_after_what_it_waits_for() -> None:
-    timeline = Timeline()
-    lane = FifoLane(timeline, timeline.add_lane("gpu0", "compute", "compute"), Lags(gap_ns=2, after_other_ns=5))
-    assert lane.submit(10, 10, 0, 20, EXPERT) == 35  # 5 behind the end at 20
-    assert lane.submit(10, 10, 0, 20, EXPERT) == 47  # 2 behind the one before: what it waited for is long over
-    assert lane.submit(10, 10, 60, 0, EXPERT) == 70  # waits for nothing: no lag
+def test_a_lane_starts_so_long_after_what_it_waits_for() -> None:
+    lanes = Lanes()
+    lane = lanes.lane("compute", Lags(gap_ns=2, after_other_ns=5))
+    until_20 = lanes.submit(lanes.lane(), 20)
+    lanes.submit(lane, 10, after=(until_20,), kind=EXPERT)  # 5 behind the end at 20
+    lanes.submit(lane, 10, after=(until_20,), kind=EXPERT)  # 2 behind the one before: what it waited for is long over
+    lanes.submit(lane, 10, issued_ns=60, kind=EXPERT)  # waits for nothing: no lag
+    assert lanes.intervals()[1:] == [(25, 35), (37, 47), (60, 70)]
 
 
 @pytest.mark.parametrize(("copy_ns", "starts"), [(0, [0, 12]), (100, [3, 28])])
 def test_beside_a_disturber_gaps_and_launches_take_longer(copy_ns: int, starts: list[int]) -> None:
     # Alone: 0-10, a gap of 2, 12-22. Beside a copy all along: issued at 0 but starting 3 later, twice as long, 3-23,
     # then a gap of 5.
-    env, timeline = simpy.Environment(), Timeline()
-    compute = CoupledLane(env, timeline, timeline.add_lane("gpu0", "compute", "compute"), Lags(2, 3, 1, 3, 3))
-    h2d = CoupledLane(env, timeline, timeline.add_lane("gpu0", "h2d", "h2d"))
+    lanes = Lanes()
+    h2d, compute = lanes.lane(), lanes.lane("compute", Lags(2, 3, 1, 3, 3))
     compute.disturbers = [h2d]
     couple([compute, h2d])
     if copy_ns:
-        h2d.submit(copy_ns, copy_ns, 0, 0, DEMAND)
+        lanes.submit(h2d, copy_ns)
     for _ in range(2):
-        compute.submit(10, 10, 0, 0, EXPERT, slowdown=2.0)
-    env.run()
-    spans = timeline.spans()
+        lanes.submit(compute, 10, kind=EXPERT, slowdown=2.0)
+    lanes.env.run()
+    spans = lanes.timeline.spans()
     assert spans["start_ns"][spans["kind"] == EXPERT].tolist() == starts
 
 

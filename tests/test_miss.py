@@ -30,9 +30,10 @@ from prestage.engine.replay.replay import count_visits
 from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.scenario import Scenario, load_scenario, make_scenario
 from prestage.engine.simulate import simulate_inputs
-from prestage.output.files import write_result
+from prestage.output.run_folder import write_result
 from prestage.output.saved import load_result
-from prestage.resources.profile import ProfileError, load_profile
+from prestage.resources.profile import load_profile
+from prestage.resources.profile_costs import ProfileError
 from prestage.resources.timeline import ACTIVATION, CPU_EXPERT, EXPERT, KINDS
 from prestage.workloads.model import load_model
 

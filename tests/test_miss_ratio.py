@@ -18,8 +18,8 @@ from prestage.engine.decide.dispatch import LOOKUPS
 from prestage.engine.replay.compiled import KINDS
 from prestage.engine.replay.miss_ratio import DEFAULT_POLICIES, miss_ratio_curves
 from prestage.engine.replay.replay import replay_trace
-from prestage.output.files import write_miss_ratios
 from prestage.output.plots import plot_miss_ratios
+from prestage.output.run_folder import write_miss_ratios
 from prestage.output.tables.traces import print_miss_ratios
 from prestage.workloads.importers import open_trace
 from prestage.workloads.trace import RoutingTrace

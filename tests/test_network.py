@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import simpy
 from hypothesis import given
 from hypothesis import strategies as st
+from lone_lanes import Lanes
 
-from prestage.resources.lane import Completion, CoupledLane, PriorityLane, Work
+from prestage.engine.timing.lanes import Lane, Work
 from prestage.resources.network import Carried, Network, Transfer, contended, link_loads, max_min
-from prestage.resources.timeline import DEMAND, Timeline
 from prestage.resources.topology import Topology
 
 GB = 10**9  # a byte a ns
@@ -46,24 +45,26 @@ class Copies:
     """Lanes that copy over a topology, one for each route."""
 
     def __init__(self, topology: Topology, *routes: tuple[str, str]) -> None:
-        self.env, self.timeline, self.topology = simpy.Environment(), Timeline(), topology
+        self.made, self.topology = Lanes(), topology
         self.network = Network(topology)
         self.routes = [topology.route(*ends) for ends in routes]
-        self.lanes = [self.add(CoupledLane) for _ in routes]
+        self.lanes = [self.join(self.made.lane()) for _ in routes]
 
-    def add(self, kind: type[CoupledLane]) -> CoupledLane:
-        lane = kind(self.env, self.timeline, self.timeline.add_lane("gpu0", "h2d", "copies"))
+    def join(self, lane: Lane) -> Lane:
         lane.join(self.network.share())
         return lane
 
-    def copy(self, number: int, size_bytes: int, ns: int, at_ns: int = 0) -> Completion:
+    def copy(self, number: int, size_bytes: int, ns: int, at_ns: int = 0) -> Work:
         transfer = Transfer(self.routes[number], size_bytes)
-        return self.lanes[number].submit(ns, ns, at_ns, 0, DEMAND, transfer=transfer)
+        work: Work = self.made.submit(self.lanes[number], ns, issued_ns=at_ns, transfer=transfer)
+        return work
 
     def intervals(self) -> list[tuple[int, int, int]]:
         """(lane, start, end) of each copy, in the order in which they ended."""
-        self.env.run()
-        return [(int(s["lane"]), int(s["start_ns"]), int(s["end_ns"])) for s in self.timeline.spans()]
+        self.made.env.run()
+        self.made.timeline.settle()
+        spans = self.made.timeline.spans()
+        return [(int(s["lane"]), int(s["start_ns"]), int(s["end_ns"])) for s in spans]
 
 
 # Rates, by hand.
@@ -217,11 +218,11 @@ def test_both_directions_share_a_half_duplex_link_and_not_a_full_one() -> None:
 
 def test_two_streams_of_one_gpu_share_its_link_and_a_queue_of_pieces_does_too() -> None:
     lanes = Copies(fan(1), ("host0", "gpu0"))
-    queue = lanes.add(PriorityLane)
-    assert isinstance(queue, PriorityLane)
+    queue = lanes.made.queue()
+    lanes.join(queue)
     lanes.copy(0, 100, 100)
     transfer = Transfer(lanes.routes[0], 20)
-    queue.submit_work(Work(20, 20, 0, 0, DEMAND, 0, 0, 1, transfer=transfer, pieces=3))
+    lanes.made.enqueue(queue, True, 0, ns=20, transfer=transfer, pieces=3)
     # Pieces of 20 at half speed take 40 each, to 120; the stream has 40 left then.
     assert lanes.intervals() == [(1, 0, 40), (1, 40, 80), (1, 80, 120), (0, 0, 160)]
 
@@ -230,7 +231,7 @@ def test_work_that_moves_nothing_takes_no_part() -> None:
     lanes = Copies(fan(2), ("host0", "gpu0"), ("host0", "gpu1"))
     lanes.copy(0, 100, 100)
     lanes.copy(1, 0, 50)
-    lanes.lanes[1].submit(50, 50, 0, 0, DEMAND)
+    lanes.made.submit(lanes.lanes[1], 50)
     assert lanes.intervals() == [(1, 0, 50), (0, 0, 100), (1, 50, 100)]
 
 
@@ -248,8 +249,8 @@ def test_bytes_are_conserved_and_no_link_is_over_its_capacity(asked: list[tuple[
     for lane, size_bytes, at_ns in sorted(asked, key=lambda copy: copy[2]):
         lanes.copy(lane, size_bytes, size_bytes, at_ns)
         queued[lane].append(size_bytes)
-    lanes.env.run()
-    spans = lanes.timeline.spans()
+    lanes.made.env.run()
+    spans = lanes.made.timeline.spans()
     carried = [
         Carried(route, np.array(queued[lane]), mine["start_ns"], mine["end_ns"])
         for lane, route in enumerate(lanes.routes)

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import simpy
 from hypothesis import given
 from hypothesis import strategies as st
 from random_cases import Case, cases, decide, play, played
@@ -18,7 +17,6 @@ from tiny import (
     check_books,
     peers,
     run_resident,
-    tiny_costs,
     tiny_model,
     tiny_pipeline,
     tiny_profile,
@@ -28,18 +26,14 @@ from tiny import (
 )
 
 from prestage.engine.costs.costs import part_costs
-from prestage.engine.decide.memory_manager import MemoryManager
-from prestage.engine.gpu import Gpu
 from prestage.engine.measure.merge import makespan_ns, run_metrics
 from prestage.engine.measure.recording import Recording
 from prestage.engine.measure.time_split import time_split
-from prestage.engine.policies.eviction import EVICTION
 from prestage.engine.run import prepared, run_all
 from prestage.engine.scenario.inputs import Inputs
 from prestage.engine.scenario.scenario import make_scenario
 from prestage.engine.scenario.sections import DISPATCH_THREADS
 from prestage.engine.simulate import serving_of, simulate_inputs
-from prestage.resources.lane import Pending
 from prestage.resources.profile import make_profile
 from prestage.resources.timeline import ACTIVATION, DENSE, EXPERT, KINDS
 from prestage.workloads.batches import Step, continued_steps
@@ -180,24 +174,6 @@ def test_hosts_that_run_ahead_by_thousands_of_steps_do_not_call_each_other_ever_
     scenario = staged(2, 2, 2, dispatch={"router_readback": False, "launch_queue_depth": 10**6})
     inputs = tiny_pipeline(tiny_model(2), tiny_profile(gpus=2), sequences(2, steps, 2), scenario)
     assert makespan_ns(run_resident(inputs)) == (2 * steps + 1) * T_NS / 2
-
-
-def test_a_promised_arrival_is_kept_no_longer_than_until_all_before_it_are_known() -> None:
-    model, profile, scenario = tiny_model(2), tiny_profile(), tiny_scenario()
-    manager = MemoryManager(model.expert_bytes, model.experts, model.total_expert_bytes, EVICTION["lru"])
-    costs = tiny_costs(model, profile, scenario)
-    gpu = Gpu(simpy.Environment(), manager, costs, scenario, prefetching=False, most_tokens=1)
-    promises = [Pending() for _ in range(4)]
-    for gpu.visit, promise in enumerate(promises[:3]):
-        gpu.expect(DENSE, promise)
-    promises[1].resolve(20)  # the first is still to come, and recordings are in order
-    promises[0].resolve(10)
-    gpu.visit = 3
-    gpu.expect(DENSE, promises[3])
-    assert [visit for visit, _, _ in gpu._promised] == [2, 3]
-    promises[2].resolve(30)
-    promises[3].resolve(40)
-    assert gpu.recorded().arrivals.tolist() == [(visit, DENSE, 10 * (visit + 1)) for visit in range(4)]
 
 
 @given(case=cases(tiers={"host_budget": "all"}))

@@ -16,14 +16,8 @@ from tiny import tiny_costs, tiny_profile
 
 from prestage.engine.scenario.scenario import load_scenario
 from prestage.resources.facts import Samples
-from prestage.resources.profile import (
-    Profile,
-    ProfileError,
-    TransferCost,
-    load_profile,
-    make_profile,
-    profile_names,
-)
+from prestage.resources.profile import Profile, load_profile, make_profile, profile_names
+from prestage.resources.profile_costs import ProfileError, TransferCost
 from prestage.workloads.model import load_model
 
 MIB = 2**20

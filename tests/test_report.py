@@ -25,9 +25,9 @@ from prestage.engine.scenario.scenario import load_scenario
 from prestage.engine.simulate import Result, simulate
 from prestage.errors import InputError
 from prestage.output.figures import FIGURES
-from prestage.output.files import write_result
 from prestage.output.page import PageError, Section, html_picture, html_table, html_tiles, write_page
 from prestage.output.report import write_report
+from prestage.output.run_folder import write_result
 from prestage.output.saved import RUN_FILE, Run, SavedRunError, load_result, load_results, run_of
 from prestage.resources.timeline import DENSE, EXPERT, HEAD, Timeline
 

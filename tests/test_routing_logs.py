@@ -218,3 +218,10 @@ def test_the_format_of_lists_is_told_by_the_content(tmp_path: Path) -> None:
         imported(tmp_path, "e.log", "nothing\n")
     with pytest.raises(TraceError, match=r"format = 'x': choose one of auto, bigmoeonedge, jsonl, .*, eval-callback"):
         imported(tmp_path, "d.log", "", "x")
+
+
+def test_what_can_be_read_only_once_is_read_once_by_the_named_format() -> None:
+    with pytest.raises(TraceError, match=r"/dev/null: no file: name its format, one of bigmoeonedge, "):
+        import_trace("/dev/null", "auto", 8)
+    with pytest.raises(TraceError, match=r"/dev/null: no tokens"):
+        import_trace("/dev/null", "jsonl", 8)

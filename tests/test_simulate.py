@@ -24,7 +24,7 @@ from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.scenario import load_scenario, make_scenario
 from prestage.engine.scenario.sections import DISPATCH_MODES, EXPERT_KERNELS, EXPERT_ORDERS, PREDICTOR_LANES
 from prestage.engine.simulate import Result, simulate, simulate_inputs
-from prestage.output.files import write_result
+from prestage.output.run_folder import write_result
 from prestage.workloads.batches import PREFILL_MODES
 from prestage.workloads.predictors import PREDICTORS
 
@@ -150,7 +150,7 @@ def test_a_result_names_what_it_is_of() -> None:
     assert data["model"] == {"name": "gpt-oss-20b", "layers": 6, "experts": 32, "top_k": 4}
     assert set(data["versions"]) == {"prestage", "python", "simpy", "numpy"}
     assert len(data["predictions_sha256"]) == 64
-    assert set(result_of("seed=7").json_data()) == {*data, "wall_s"}
+    assert set(result_of("seed=7").json_data()) == {*data, "engine", "engine_why", "wall_s"}
 
 
 # Baselines.

@@ -22,7 +22,7 @@ from prestage.engine.scenario.scenario import load_scenario
 from prestage.engine.simulate import simulate
 from prestage.engine.stages import stage_guesses, stage_model, stage_trace
 from prestage.experiments.compare import load_run
-from prestage.output.files import write_result
+from prestage.output.run_folder import write_result
 from prestage.output.tables.runs import print_result
 from prestage.resources.profile import load_profile, make_profile
 from prestage.workloads.guesses import Guesses

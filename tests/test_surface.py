@@ -20,7 +20,8 @@ from prestage.calibration.samples import Samples, SamplesError, SurfaceSeries, l
 from prestage.calibration.surface import FULL_GRID, Attention, Grid, Products, measure_surface, surface_samples
 from prestage.calibration.validate import compare
 from prestage.engine.costs.surface_costs import SurfaceCosts, dense_kernels, expert_kernels, head_kernels
-from prestage.resources.profile import Profile, ProfileError, load_profile, make_profile
+from prestage.resources.profile import Profile, load_profile, make_profile
+from prestage.resources.profile_costs import ProfileError
 from prestage.resources.scaled_surface import Scale, scaled_surface
 from prestage.resources.surface import AttentionTable, ProductTable, PromptTable, Surface
 

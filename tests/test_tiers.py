@@ -11,18 +11,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-import simpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_cases import Case, cases, play
-from tiny import tiny_costs, tiny_inputs, tiny_model, tiny_profile, tiny_run, tiny_scenario, tiny_trace
+from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_run, tiny_scenario, tiny_trace
 
 from prestage.calibration.plan import ExecutionError, check_executable
 from prestage.engine.costs.costs import Costs
+from prestage.engine.decide.commands import FIXED_REGISTERS
 from prestage.engine.decide.dispatch import Visit
-from prestage.engine.decide.host_memory import HostMemory
-from prestage.engine.decoder import host
-from prestage.engine.gpu import Gpu
+from prestage.engine.decide.host_memory import HostMemory, HostRooms
+from prestage.engine.decide.program import Gpu, Stage, stages_program
+from prestage.engine.decide.registers import Registers
+from prestage.engine.decide.tables import Rooms
 from prestage.engine.loading.deciders import dispatched, make_host_memory, make_manager, make_prefetch
 from prestage.engine.loading.loading import load_inputs
 from prestage.engine.measure.metrics import tiers
@@ -33,7 +34,9 @@ from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.inputs import Inputs
 from prestage.engine.scenario.scenario import load_scenario, make_scenario
 from prestage.engine.simulate import simulate, simulate_inputs
-from prestage.resources.profile import Interruptions, Profile, ProfileError, load_profile, make_profile, profile_names
+from prestage.engine.timing.simulation import settings_of
+from prestage.resources.profile import Profile, load_profile, make_profile, profile_names
+from prestage.resources.profile_costs import Interruptions, ProfileError
 from prestage.resources.timeline import DEMAND, PREFETCH, READ, covered_ns
 
 D, P, X = 3, 20, 7  # dense part, copy, expert
@@ -394,20 +397,19 @@ def test_a_long_run_remembers_the_last_use_of_no_more_experts_than_have_room_or_
         predictor={"recall": 0.5}, prefetch={"policy": "top-k", "lookahead": 1},
     )  # fmt: skip
     inputs = tiny_inputs(model, profile, tiny_trace(chosen.tolist(), 8), scenario)
-    manager, host_memory = make_manager(inputs), make_host_memory(inputs)
-    assert host_memory is not None
-    prefetch = make_prefetch(scenario, model)
-    costs, env = tiny_costs(model, profile, scenario), simpy.Environment()
-    gpu = Gpu(env, manager, costs, scenario, prefetching=True, most_tokens=1, host_memory=host_memory)
-    env.process(host(gpu, dispatched(inputs, manager, prefetch, None, host_memory), inputs.steps))
-    env.run()
+    manager, host_memory, costs = make_manager(inputs), make_host_memory(inputs), Costs(inputs)
+    assert host_memory is not None and costs.reads is not None
+    registers = Registers(FIXED_REGISTERS)
+    host = HostRooms(host_memory, registers, [read.requests for read in costs.reads.by_layer])
+    gpu = Gpu(settings_of(scenario, costs, True), Rooms(registers), registers, host)
+    visits = dispatched(inputs, manager, make_prefetch(scenario, model), None, host_memory)
+    for step in stages_program([Stage(gpu, visits, 3, inputs.steps, lambda visit: None)]):
+        for _ in step:
+            pass
     copies, reads = len(manager.copy_expert), len(host_memory.manager.copy_expert)
     assert min(copies, reads) > 900
-    drive = gpu._drive
-    assert drive is not None
-    # The smallest has 2 bytes; one room more may be left over in part.
-    assert 0 < len(gpu._read.keys() | gpu._arriving.keys() | gpu._queued.keys()) <= 40 // 2 + 1
-    assert 0 < len(drive._filled.keys() | drive._left.keys()) <= 60 // 2 + 1
+    # The smallest has 2 bytes; one room more may be left over in part. A room of host memory has two registers.
+    assert 7 < registers.count <= FIXED_REGISTERS + (40 // 2 + 1) + 2 * (60 // 2 + 1)
 
 
 def host_decisions(inputs: Inputs) -> Iterator[tuple[int, int, tuple[int, ...]]]:

@@ -14,7 +14,8 @@ from tiny import tiny_profile
 from prestage.output.machine import describe, load_links, machine_of, shown_routes
 from prestage.output.machine_plot import ROUTES, plot_machine
 from prestage.resources.network import Carried, link_loads
-from prestage.resources.profile import Profile, ProfileError, load_profile, make_profile, profile_names
+from prestage.resources.profile import Profile, load_profile, make_profile, profile_names
+from prestage.resources.profile_costs import ProfileError
 from prestage.resources.topology import Topology, TopologyError
 
 GB = 10**9

@@ -37,7 +37,7 @@ from prestage.engine.policies.prefetch import Options
 from prestage.engine.replay.replay import count_visits
 from prestage.engine.scenario.amounts import ScenarioError
 from prestage.guide.virtual_memory import VirtualMemoryError, guesses_for_targets
-from prestage.resources.profile import ProfileError
+from prestage.resources.profile_costs import ProfileError
 from prestage.workloads.batches import plan_steps
 from prestage.workloads.predictors import Oracle
 from prestage.workloads.statistics import summary

@@ -159,7 +159,14 @@ def open_trace(path: str | PathLike[str]) -> RoutingTrace:
 
 
 def _told(path: Path, named: str) -> str:
-    """Return the format that a log's beginning tells; the named one if it tells none. Raises OSError."""
+    """Return the format that a log's beginning tells; the named one if it tells none. Raises OSError.
+
+    What is no file, but a pipe, can be read only once: its format must be named.
+    """
+    if not path.is_file() and path.exists():
+        if named == AUTO:
+            raise TraceError(f"{path}: no file: name its format, one of {', '.join(IMPORTERS)}")
+        return named
     with path.open("rb") as stream:
         beginning = stream.read(_BEGINNING_BYTES)
     if beginning.startswith(b"\x93NUMPY"):

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from ...resources.profile import KernelPoint, Profile
+from ...resources.profile import Profile
+from ...resources.profile_costs import KernelPoint
 from ...workloads.batches import DECODE, PREFILL
 
 if TYPE_CHECKING:

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ...dtypes import bits_of
 from ...resources.from_peer import from_peer
-from ...resources.lane import Lags
-from ...resources.profile import ComputeCosts, CopyCosts, ExpertPoint, HostCosts, KernelPoint, Profile, ProfileError
+from ...resources.lags import Lags
+from ...resources.profile import Profile
+from ...resources.profile_costs import ComputeCosts, CopyCosts, ExpertPoint, HostCosts, KernelPoint, ProfileError
 from ...workloads.batches import DECODE
 from ...workloads.model import Model
 from ..scenario.scenario import Scenario
@@ -119,6 +120,9 @@ class Costs:
     have been measured with its weights. `timed`: every kernel group and copy is timed, as in an execution: the host
     puts an event before it too. Raises ProfileError if the profile lacks what the scenario needs.
     """
+
+    #: Whether they are drawn anew whenever they are asked for, so that none may be kept.
+    drawn_anew = False
 
     def __init__(self, inputs: Inputs, *, timed: bool = False) -> None:
         model, profile, scenario = inputs.model, inputs.profile, inputs.scenario

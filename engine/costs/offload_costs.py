@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from ...dtypes import bits_of
-from ...resources.profile import CpuExpertPoint, KernelRule, ProfileError
+from ...resources.profile_costs import CpuExpertPoint, KernelRule, ProfileError
 from ...workloads.batches import DECODE
 from ..scenario.scenario import Scenario
 from .costs import Costs, KernelCost, activation_bytes

@@ -120,6 +120,8 @@ class _Anew(ByTokens):
 class _ScatteredCosts(Costs):
     """Costs of which every kernel, launch and copy is drawn anew when it is asked for."""
 
+    drawn_anew = True
+
     def __init__(self, inputs: Inputs, replicate: int, timed: bool) -> None:
         super().__init__(inputs, timed=timed)
         model, profile, scenario = inputs.model, inputs.profile, inputs.scenario

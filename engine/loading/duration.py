@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from ..costs.costs import Costs, part_costs
 from ..costs.offload_costs import CpuCosts, ShrunkCosts
-from ..offloaded import uses_cpu
 from ..scenario.amounts import ScenarioError
 from ..scenario.inputs import Inputs
 
@@ -44,7 +43,7 @@ def _visit_ns(part: Inputs, costs: Costs, tokens: int) -> tuple[int, str, int]:
     if costs.reads is not None:
         read = max(read.requests * read.request_ns + read.host_ns for read in costs.reads.by_layer)
         each["the read of an expert"] = (used + ahead, read)
-    if uses_cpu(scenario):
+    if scenario.uses_cpu:
         cpu = CpuCosts(costs, scenario)
         each["an expert on the CPU"] = (used, max(cpu.expert(layer, tokens).ns for layer in range(model.layers)))
     if scenario.compression.where != "none":

@@ -12,7 +12,6 @@ from ...workloads.batches import DECODE, PREFILL
 from ..costs.costs import Costs
 from ..costs.offload_costs import CpuCosts
 from ..decide.memory_manager import MemoryManager
-from ..offloaded import uses_cpu
 from ..policies.eviction import Setting
 from ..policies.eviction_informed import popularity
 from ..policies.miss import MISS, Miss, Terms
@@ -103,7 +102,7 @@ def make_miss(inputs: Inputs) -> Miss | None:
         fetch_behind=settings.fetch_behind and name == "low_precision",
         threshold=settings.threshold,
     )
-    if uses_cpu(scenario):
+    if scenario.uses_cpu:
         terms = _with_costs(terms, inputs)
     return MISS[name](terms)
 

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...resources.lane import Lags
+from ...resources.lags import Lags
 from ...resources.timeline import HEAD, PEER
 from ...workloads.batches import Step
 from ...workloads.trace import RoutingTrace
 from ..decide.host_memory import HostMemory
 from ..decide.memory_manager import DEMANDED, PREFETCHED, MemoryManager
-from ..gpu import RESOLVED, Decoded
 from ..policies.miss import CPU
+from ..timing.records import RESOLVED, Decoded
 
 Array = npt.NDArray[Any]
 #: What an access can turn out to be, by number.

@@ -30,8 +30,6 @@ class RunResult:
     offloading: Mapping[str, Any]
     #: The rule of each cost that was estimated, by what it is of.
     estimates: Mapping[str, str]
-    #: Which engine ran.
-    engine: str
     predictor: PredictorCost
     #: What every memory keeps (`capacity.described`).
     capacity: Mapping[str, Any]
@@ -56,7 +54,6 @@ class RunResult:
             **({} if self.replicates is None else {"replicates": self.replicates}),
             **self.offloading,
             "estimates": self.estimates,
-            "engine": self.engine,
             "seed": self.scenario.seed,
             "predictor": asdict(self.predictor),
             "capacity": self.capacity,

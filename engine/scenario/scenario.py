@@ -27,6 +27,7 @@ from ...words import problems, unknown_name
 from ...workloads.importers import shipped_traces
 from ...workloads.learned import shipped_weights
 from ..policies.copy_order import COPY_ORDERS, orders_by_rank
+from ..policies.miss import MISS
 from .amounts import ScenarioError, parse_bytes
 from .rows import find_row
 from .section import Section
@@ -76,6 +77,11 @@ class Scenario(Section):
         """Whether all that happens to experts is that they are copied, as they are, when they are absent."""
         compression = self.compression
         return self.miss.policy == "fetch" and compression.where == "none" and compression.mixed is None
+
+    @property
+    def uses_cpu(self) -> bool:
+        """Whether misses may be computed on the CPU."""
+        return bool(getattr(MISS[self.miss.policy], "uses_cpu", False))
 
     @model_validator(mode="after")
     def _sharing_is_known(self) -> Scenario:

@@ -21,7 +21,6 @@ from ...workloads.batches import DECODE, PREFILL
 from ..costs.costs import KernelCost
 from ..decide.commands import H2D, PREFETCH_LANE, Command, Op
 from ..decide.program import Program
-from ..gpu import pack_arrival
 from . import compiled_host as code
 from .compiled_lanes import rate_row
 from .lanes import ArrivalLane, Lane, QueueLane
@@ -148,11 +147,14 @@ from .memory import (
     N_NEXT,
     NEVER,
     NODE_WORDS,
+    NODES_EACH,
     NODES_LEFT,
     NOTE_WORDS,
+    NOW,
     PORTION,
     PRICE,
     R_AT,
+    R_CAPACITY,
     R_COUNT,
     RATE,
     RATE_ROWS,
@@ -185,10 +187,12 @@ from .memory import (
     V_GROUP,
     V_MOVING,
     W_NEXT,
+    WORK_EACH,
     WORK_LEFT,
     WORK_WORDS,
     Memory,
 )  # fmt: skip
+from .records import pack_arrival
 
 Array = npt.NDArray[Any]
 
@@ -235,6 +239,7 @@ class Layout:
         self.transfers: list[tuple[Any, int]] = []
         self._transfer_of: dict[tuple[int, int, int], int] = {}
         self._crowds: dict[Crowd, int] = {}
+        self._free = _WORK
         memory = self.memory
         memory.allocate(HEADER)
         self.lanes = [memory.allocate(LANE_WORDS) for _ in machine.lanes]
@@ -525,6 +530,10 @@ class CompiledEngine:
         """Return the clock of the host thread at a GPU."""
         return int(self._memory.words[self._layout.gpus[gpu] + G_NOW])
 
+    def clock_ns(self) -> int:
+        """Return the simulation's clock."""
+        return int(self._memory.words[NOW])
+
     def backlog_ns(self, gpu: int) -> int:
         """Return the copy time that is queued on a GPU's link now, in ns."""
         return int(code.backlogs(self._memory.words, self._memory.floats, self._layout.gpus[gpu]))
@@ -650,15 +659,18 @@ class CompiledEngine:
     def _make_space(self) -> None:
         """Write out what was recorded, and make more room where that is not enough for every thread's portion."""
         self.flush()
-        if all(code.has_space(self._memory.words, thread) for thread in self._layout.threads):
-            return
-        self._layout.add_space()
-        words = self._memory.words
-        regions = [(words[ARRIVALS], ARRIVAL_WORDS), (words[DROPPED], DROPPED_WORDS)]
-        regions += [(words[at + place], size) for at in self._layout.gpus for place, size in _RECORDED.items()]
-        for region, size in regions:
-            self._memory.grow_region(int(region), size)
-        self._memory.words[RECORD_ROOM] *= 2
+        words, gpus = self._memory.words, len(self._layout.gpus)
+        more = 8 + gpus * gpus + max(int(words[thread + T_COUNT]) for thread in self._layout.threads)
+        if words[WORK_LEFT] <= WORK_EACH * more or words[NODES_LEFT] <= NODES_EACH * more:
+            self._layout.add_space()
+        for region, size in ((ARRIVALS, ARRIVAL_WORDS), (DROPPED, DROPPED_WORDS)):
+            at = int(words[region])
+            if words[at + R_COUNT] + more >= words[at + R_CAPACITY]:
+                self._memory.grow_region(at, size)
+        if more >= words[RECORD_ROOM]:
+            for at, (place, size) in product(self._layout.gpus, _RECORDED.items()):
+                self._memory.grow_region(int(words[at + place]), size)
+            self._memory.words[RECORD_ROOM] *= 2
 
     def _records(self, region: int, words: int) -> Array:
         """Return the records of a region (records, words), and forget them."""

@@ -17,11 +17,11 @@ import simpy
 from ...resources.timeline import ACTIVATION, CPU_EXPERT, DECOMPRESS, EXPERT, LAUNCH, PEER, PREDICT, PREFETCH
 from ..costs.costs import KernelCost
 from ..decide.commands import COMPUTE, FIXED_REGISTERS, H2D, SIDE, TOKENS, Command, Op
-from ..gpu import pack_access, pack_arrival, pack_visit
 from ..links import PeerCosts
 from ..policies.copy_order import QueuedCopy
 from .lanes import HOSTS, Instant, Lane, QueueLane, Story, Work, until_ended
 from .machine import GpuLanes
+from .records import pack_access, pack_arrival, pack_visit
 
 
 class Arrivals:

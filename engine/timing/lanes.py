@@ -14,7 +14,7 @@ from typing import Any
 
 import simpy
 
-from ...resources.lane import NEVER, Lags
+from ...resources.lags import NEVER, Lags
 from ...resources.network import CrowdShare, Share, Transfer
 from ...resources.timeline import DECOMPRESS, Timeline
 from ..policies.copy_order import QueuedCopy, Rank

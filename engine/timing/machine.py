@@ -7,21 +7,38 @@ from dataclasses import replace
 
 import simpy
 
-from ...resources.lane import Lags
+from ...resources.lags import Lags
 from ...resources.network import Crowd, Transfer
 from ...resources.timeline import DECOMPRESS, EXPERT, HEAD, Timeline
 from ...workloads.batches import DECODE, PREFILL
 from ..costs.costs import CopyCost, Costs, KernelCost, ReadCost, ReadCosts
 from ..costs.offload_costs import CpuCosts, ShrunkCosts
 from ..decide.commands import H2D, PREFETCH_LANE, Command
-from ..gpu import add_lanes, contended
 from ..links import HostLink
-from ..offloaded import uses_cpu
-from ..policies.copy_order import ByRank
+from ..policies.copy_order import COPY_ORDERS, ByRank
 from ..policies.miss import LOW_PRECISION
 from ..scenario.scenario import Scenario
 from ..scenario.sections_memory import shrunk
 from .lanes import ArrivalLane, Instant, Lane, QueueLane, Work, couple
+
+
+def contended(costs: Costs, scenario: Scenario) -> bool:
+    """Whether copies and kernels slow each other down in a run."""
+    return scenario.copy_.contention and (costs.slowed_beside_copies or costs.copy_slowdown > 1)
+
+
+def add_lanes(timeline: Timeline, discipline: str, device: str = "gpu0", host: str = "host") -> dict[str, int]:
+    """Add the lanes of one GPU and its host thread under a copy discipline and return their numbers by name."""
+    number = {
+        "host": timeline.add_lane(host, "host", "host thread"),
+        "predictor": timeline.add_lane(device, "predictor", "predictor (side stream)"),
+        "d2h": timeline.add_lane(device, "d2h", "copy engine D2H"),
+        "h2d": timeline.add_lane(device, "h2d", "copy engine H2D"),
+    }
+    if COPY_ORDERS[discipline].prefetch_stream:
+        number["prefetch"] = timeline.add_lane(device, "h2d", "copy engine H2D, prefetch stream")
+    number["compute"] = timeline.add_lane(device, "compute", "compute stream")
+    return number
 
 
 class Drive:
@@ -93,7 +110,7 @@ class GpuLanes:
             aside = timeline.add_lane(device, "side", "decompression (side stream)")
             self.unpacking = ArrivalLane(env, instant, timeline, aside)
         streams = list(dict.fromkeys(self.copies.values()))
-        if uses_cpu(scenario):
+        if scenario.uses_cpu:
             self._add_cpu(env, instant, device, streams)
         self._couple(streams, link)
         self.drive = None if costs.reads is None else Drive(env, instant, timeline, costs.reads)

@@ -14,18 +14,18 @@ import numpy.typing as npt
 from ...resources.network import Network
 from ...workloads.batches import Step
 from ...workloads.trace import RoutingTrace
+from ..costs.all_to_all import AllToAll
 from ..costs.costs import activation_bytes
 from ..decide.program import SharedLayers, Stage, stages_program
 from ..expert_parallel import routes
-from ..gpu import Decoded
 from ..links import Links
-from ..lockstep import COPIES_FROM, AllToAll
 from ..pipeline import Flow, StageRun, pipeline_routes, received_steps, sent_bytes
 from ..placed import PlacedVisit, traffic
 from ..policies.prefetch import Gauge
 from ..scenario.inputs import Inputs
 from .host import Arrivals, Exchanges, Sending
 from .lanes import Lane
+from .records import COPIES_FROM, Decoded
 from .simulation import OneGpu, Simulation
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ Both engines are given the same lanes, costs and commands, and come to the same 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -26,15 +26,16 @@ from ..decide.program import Gpu, Program
 from ..decide.registers import Registers
 from ..decide.tables import Rooms
 from ..decide.visit_commands import AWAITS_GUESSES, FROM_HOST, FROM_HOST_ASIDE, ON_GPU, ON_GPU_ASIDE, settings_array
-from ..decoder import collector_off
-from ..gpu import _RECORDS, RESOLVED, Decoded, pack_resolved
 from ..links import HostLink
 from ..policies.prefetch import Gauge
 from ..scenario.scenario import Scenario
 from ..scenario.sections import ON_GPU as ON_GPU_LANES
+from .collector import collector_off
 from .host import Exchanges, GpuState, Thread
 from .lanes import Instant, Lane, Work
 from .machine import GpuLanes
+from .ready import note_ready
+from .records import RECORDS, RESOLVED, Decoded, pack_resolved
 
 if TYPE_CHECKING:
     from ..decide.compiled_decisions import Decisions  # which compiles at its first import
@@ -61,7 +62,7 @@ class OneGpu:
         )  # fmt: skip
         dispatch = scenario.dispatch
         watches = not dispatch.router_readback or costs.most_launches(most_tokens) > dispatch.launch_queue_depth
-        self._columns = [spool.column(name, dtype) for name, dtype in _RECORDS.items()]
+        self._columns = [spool.column(name, dtype) for name, dtype in RECORDS.items()]
         accesses, decided, arrived = (column.buffer for column in self._columns)
         self.state = GpuState(
             self.lanes, dispatch.launch_queue_depth, watches, accesses=accesses, decided=decided, arrived=arrived
@@ -96,9 +97,16 @@ class OneGpu:
                 visit.number, access.expert, access.way, access.tokens, access.gate, access.whole
             )
 
+    def flush(self, now_ns: int) -> None:
+        """Move what has grown large to files, if there are any; all that ended before `now_ns` has been recorded."""
+        if self.spool.is_due:
+            self.lanes.timeline.settle(now_ns)
+            self.spool.flush()
+
     def recorded(self) -> Decoded:
         """Return what was recorded, once SimPy has run out of events."""
         self.state.record_arrivals()
+        self.lanes.timeline.settle()
         arrays = [column.array() for column in self._columns]
         resolved = np.frombuffer(memoryview(self._resolved).toreadonly(), dtype=RESOLVED)
         accesses, visits, arrivals = arrays
@@ -127,6 +135,7 @@ class Simulation:
             raise InputError(unknown_name("engine", engine, ENGINES))
         self._compiled = engine == "compiled"
         self.env = simpy.Environment()
+        self._now_ns: Callable[[], int] = lambda: int(self.env.now)
         self.instant = Instant(self.env)
         self.registers = Registers(gpus * FIXED_REGISTERS + 1)
         self._values: dict[int, tuple[Work, ...]] = {}
@@ -144,7 +153,7 @@ class Simulation:
 
         def flush() -> None:
             for one in gpus:
-                one.spool.flush()
+                one.flush(self._now_ns())
 
         self._threads.append((program, states, exchanges, flush))
 
@@ -178,6 +187,9 @@ class Simulation:
 
     def _run_compiled(self) -> None:
         from .compiled_engine import CompiledEngine, Driven, Machine  # compiles at first use
+        from .deciding import DecidingEngine
+
+        note_ready()
 
         exchanges = next((one for _, _, one, _ in self._threads if one is not None), None)
         machine = Machine(
@@ -187,6 +199,7 @@ class Simulation:
         )  # fmt: skip
         threads = [Driven(program, sorted(states), flush) for program, states, _, flush in self._threads]
         engine = CompiledEngine(machine, threads)
+        self._now_ns = engine.clock_ns
         for number, one in enumerate(self.gpus):
             if one.gauge is not None:
                 one.gauge.now_ns, one.gauge.backlog_ns = (
@@ -197,7 +210,6 @@ class Simulation:
             with collector_off():
                 engine.run()
             return
-        from .deciding import DecidingEngine  # as above
 
         ended = [flush for _, _, _, flush in self._threads]
         with collector_off():

@@ -7,6 +7,7 @@ from typing import Any
 
 from ...words import shown
 from ..model import ModelError
+from ..trace_limits import MAX_LAYERS
 
 _MOST = 2**40
 
@@ -53,10 +54,10 @@ class Config:
         return value
 
     def entries(self, *names: str) -> list[Any] | None:
-        """Return a list, or None where it is not given; ModelError for anything else."""
+        """Return a list of single values, or None where it is not given; ModelError for anything else."""
         value = self.get(*names)
-        if value is not None and not isinstance(value, list):
-            raise ModelError(f"{self.where}: {names[0]} = {shown(value)}: must be a list")
+        if value is not None and not (isinstance(value, list) and not any(isinstance(v, list | dict) for v in value)):
+            raise ModelError(f"{self.where}: {names[0]} = {shown(value)}: must be a list of numbers or words")
         return value
 
     def section(self, name: str) -> Config:
@@ -76,7 +77,10 @@ class Config:
         """The number of blocks; where only their kinds are listed, so many."""
         listed = self.get("layers_block_type", "hybrid_override_pattern", "layer_types")
         default = len(listed) if isinstance(listed, list | str) else None
-        return self.count("num_hidden_layers", "n_layers", "num_layers", "n_layer", default=default)
+        found = self.count("num_hidden_layers", "n_layers", "num_layers", "n_layer", default=default)
+        if found > MAX_LAYERS:
+            raise ModelError(f"{self.where}: num_hidden_layers = {found}: must be at most {MAX_LAYERS}")
+        return found
 
     @property
     def hidden(self) -> int:

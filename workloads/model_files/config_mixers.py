@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from ...words import shown
 from ..model import ModelError
 from .config_fields import Config
 
@@ -297,8 +298,8 @@ def compressed(config: Config) -> Mixers:
     }
     index = {"index_heads": config.count("index_n_heads"), "index_dim": config.count("index_head_dim")}
     ratios = config.of_blocks("compress_ratios")
-    if ratios is None:
-        raise ModelError(f"{config.where}: compress_ratios: missing; must be given")
+    if ratios is None or any(type(ratio) is not int or ratio < 0 for ratio in ratios):
+        raise ModelError(f"{config.where}: compress_ratios = {shown(ratios)}: must be a list of integers of at least 0")
     tables: Tables = {}
     for ratio in dict.fromkeys(ratios):
         # Only the finely compressed tokens are looked up by an indexer.

@@ -45,10 +45,11 @@ def read_gguf(path: Path) -> Model:
     experts = _Experts.of(facts, moe)
     head = blocks.size("output.weight") or blocks.size("token_embd.weight")
     caches = tuple(_cached(facts, group) for group in [*layers, tail])
-    used = [tensor for block in blocks.blocks for tensor in block.dense] + blocks.others
-    routed = sum(tensor.weights for block in moe for tensor in block.experts)
+    dense = [tensor for block in blocks.blocks for tensor in block.dense]
+    routed = [tensor for block in moe for tensor in block.experts]
+    used, in_experts = _weights([*dense, *blocks.others]), _weights(routed)
+    active = used + in_experts * facts.count("expert_used_count") // experts.number
     tied = not blocks.size("output.weight")
-    embedding = blocks.weights("token_embd.weight")
     return Model(
         name=str(header.metadata.get("general.name") or path.stem),
         layers=len(moe),
@@ -57,8 +58,8 @@ def read_gguf(path: Path) -> Model:
         hidden=facts.count("embedding_length"),
         expert_ff=experts.width,
         expert_matrices=experts.matrices,
-        expert_dtype=_most(tensor for block in moe for tensor in block.experts),
-        dense_dtype=_most(tensor for block in blocks.blocks for tensor in block.dense),
+        expert_dtype=_most(routed),
+        dense_dtype=_most(dense),
         expert_bytes=tuple(-(-block.expert_bytes // experts.number) for block in moe),
         dense_bytes=tuple(sum(block.dense_bytes for block in group) for group in layers),
         head_bytes=head + blocks.size("output_norm.weight") + sum(block.dense_bytes for block in tail),
@@ -66,15 +67,17 @@ def read_gguf(path: Path) -> Model:
         expert_kernels=_EXPERT_KERNELS,
         kv_bytes_per_token=sum(each.bytes_per_token for layer in caches for each in layer),
         source=_source(path, facts, blocks),
-        parameters=sum(tensor.weights for tensor in used) + routed,
+        parameters=used + in_experts,
         embedding_bytes=blocks.size("token_embd.weight"),
         tied_embeddings=tied,
-        active_parameters=sum(tensor.weights for tensor in used)
-        + routed * facts.count("expert_used_count") // experts.number
-        - (0 if tied else embedding),
+        active_parameters=active - (0 if tied else blocks.weights("token_embd.weight")),
         caches=caches,
         host_table_bytes=blocks.table_bytes,
     )
+
+
+def _weights(tensors: list[Tensor]) -> int:
+    return sum(tensor.weights for tensor in tensors)
 
 
 class _Facts:

@@ -74,7 +74,7 @@ def draft_layers(config: Config) -> int:
 
 def _table_bytes(config: Config, dtypes: Mapping[str, str]) -> int:
     """Return the bytes of Qwen4-Exp's tables of n-grams; 8 bits a weight where the matrices are quantized."""
-    heads = config.count("heads_per_ngram") * (config.count("ngram_size") - 1)
+    heads = config.count("heads_per_ngram") * (config.count("ngram_size", least=2) - 1)
     rows = heads * config.count("ngram_vocab_size_base")
     weights = (
         rows * (config.count("ple_embed_dim", "hidden_size") // heads) * len(config.entries("ple_layer_ids") or [])

@@ -1,4 +1,4 @@
-"""Writing results to files: numbers, timeline and pictures. Each file appears whole or not at all."""
+"""The folder that `prestage run --out` writes: numbers, timeline and pictures, each whole or not at all; and curves."""
 
 from __future__ import annotations
 
