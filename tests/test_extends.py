@@ -201,8 +201,8 @@ def test_files_that_are_no_profiles_are_refused_wherever_they_stand(tmp_path: Pa
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_dtype_is_checked_wherever_it_stands(family: str) -> None:
     data = tiny_profile().model_dump()
-    data["compute"][family] = [{**FAMILIES[family], "dtype": "nvfp4"}]
-    with pytest.raises(ProfileError, match=rf"compute\.{family}\.0\.dtype = 'nvfp4': choose one of .*bfloat16"):
+    data["compute"][family] = [{**FAMILIES[family], "dtype": "nvfp3"}]
+    with pytest.raises(ProfileError, match=rf"compute\.{family}\.0\.dtype = 'nvfp3': choose one of .*bfloat16"):
         make_profile(data, "mine")
 
 
