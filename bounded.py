@@ -48,7 +48,7 @@ Array = npt.NDArray[Any]
 
 
 def allowed_bytes(file_bytes: int) -> int:
-    """Return what reading a file of this size may take in memory."""
+    """Returns what reading a file of this size may take in memory."""
     return max(LEAST_ALLOWED_BYTES, ALLOWED_TIMES * file_bytes)
 
 
@@ -74,7 +74,7 @@ def check_memory(what: str, need_bytes: int, error: type[InputError] = InputErro
 
 
 def _memory_bytes() -> int:
-    """Return the memory of this machine, or what this process may take of it if that is less."""
+    """Returns the memory of this machine, or what this process may take of it if that is less."""
     try:
         import resource
 
@@ -86,7 +86,7 @@ def _memory_bytes() -> int:
 
 
 def in_words(size_bytes: int) -> str:
-    """Return bytes as people write them: '4.4 GiB'."""
+    """Returns bytes as people write them: '4.4 GiB'."""
     if size_bytes < 1024:
         return f"{size_bytes:,} bytes"
     power = min((size_bytes.bit_length() - 1) // 10, len(_UNITS))
@@ -94,7 +94,7 @@ def in_words(size_bytes: int) -> str:
 
 
 def read(path: Path, error: type[InputError] = InputError) -> bytes:
-    """Return a file's bytes; of a pipe or a device those up to MOST_STREAMED_BYTES, and refuse more. Raises OSError."""
+    """Returns a file's bytes; of a pipe or a device those up to MOST_STREAMED_BYTES and refuse more. Raises OSError."""
     with path.open("rb") as stream:
         if stat.S_ISREG(path.stat().st_mode):
             return stream.read()
@@ -105,7 +105,7 @@ def read(path: Path, error: type[InputError] = InputError) -> bytes:
 
 
 def unpacked(content: bytes, where: object, error: type[InputError] = InputError) -> bytes:
-    """Return what a gzip file's bytes hold, other bytes as they are; refuse what is broken or unpacks to far more."""
+    """Returns what a gzip file's bytes hold, other bytes as they are; refuse what is broken or unpacks to far more."""
     if content[:2] != _GZIP:
         return content
     most = max(LEAST_UNPACKED_BYTES, UNPACKED_TIMES * len(content))
@@ -126,20 +126,20 @@ def unpacked(content: bytes, where: object, error: type[InputError] = InputError
 
 
 def check_json(content: bytes, where: object, file_bytes: int, error: type[InputError] = InputError) -> bytes:
-    """Return JSON as it is, unless what would be made of it takes far more than a file of this size may ask for."""
+    """Returns JSON as it is, unless what would be made of it takes far more than a file of this size may ask for."""
     need = len(content) + sum(each * content.count(sign) for sign, each in _JSON_BYTES.items())
     check_need(where, "its content", need, file_bytes, error)
     return content
 
 
 def read_json(path: Path, error: type[InputError] = InputError) -> bytes:
-    """Return the JSON of a file, packed by gzip or not, checked for size and not parsed. Raises OSError."""
+    """Returns the JSON of a file, packed by gzip or not, checked for size and not parsed. Raises OSError."""
     content = read(path, error)
     return check_json(unpacked(content, path, error), path, len(content), error)
 
 
 def parse_toml(text: str, where: object, error: type[InputError] = InputError) -> dict[str, Any]:
-    """Return a TOML document's data; refuse what is no TOML, and what no person would write."""
+    """Returns a TOML document's data; refuse what is no TOML, and what no person would write."""
     if len(text) > MOST_TOML_BYTES:
         raise error(f"{where}: {in_words(len(text))} of TOML: must be at most {in_words(MOST_TOML_BYTES)}")
     for part in _TOML_ENDS.split(text):
@@ -155,7 +155,7 @@ def parse_toml(text: str, where: object, error: type[InputError] = InputError) -
 
 
 def read_npz(path: Path, error: type[InputError] = InputError) -> dict[str, Array]:
-    """Return the arrays of an `.npz` file by name; nothing is unpickled. Raises OSError.
+    """Returns the arrays of an `.npz` file by name; nothing is unpickled. Raises OSError.
 
     Refuses a file that is none or damaged, an array that is not as large as it says, and arrays that are together far
     larger than the file.

@@ -100,7 +100,7 @@ _MOST_BITS = 64
 
 @cache
 def dtype_of(name: str) -> str:
-    """Return the dtype that a name stands for, in any case and with or without `torch.` before it.
+    """Returns the dtype that a name stands for, in any case and with or without `torch.` before it.
 
     Raises InputError, which says what there is and what was probably meant.
     """
@@ -117,7 +117,7 @@ def dtype_of(name: str) -> str:
 
 @cache
 def bits_of(dtype: str) -> Fraction:
-    """Return the bits of a weight of a dtype, exact, its scales included. Raises InputError as `dtype_of` does."""
+    """Returns the bits of a weight of a dtype, exact, its scales included. Raises InputError as `dtype_of` does."""
     dtype = dtype_of(dtype)
     if match := _GROUPED.fullmatch(dtype):
         bits, group = int(match[1]), int(match[2])

@@ -49,7 +49,7 @@ def write_file(path: str | Path, content: bytes) -> None:
 
 @contextmanager
 def replacing_folder(folder: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `folder` and move it there at the end; after any exception, remove it.
+    """Yields a temporary folder beside `folder` and move it there at the end; after any exception, remove it.
 
     A folder that is there keeps what is not written anew: once all files are written, and nothing is in their way, they
     are moved into it one by one. Parents that lack are made. Raises OSError, which names the file that `folder` was to
@@ -135,12 +135,12 @@ def naming(path: str | Path, instead_of: str | Path | None = None) -> Iterator[N
 
 
 def _error(number: int, path: str | Path) -> OSError:
-    """Return the operating system's error of this number about a file."""
+    """Returns the operating system's error of this number about a file."""
     return OSError(number, os.strerror(number), str(path))
 
 
 def _beside(place: Path) -> Path:
-    """Return a name of its own in the folder of `place`, short enough for any file system."""
+    """Returns a name of its own in the folder of `place`, short enough for any file system."""
     return place.with_name(f".prestage-{uuid.uuid4().hex}.tmp")
 
 

@@ -26,7 +26,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def compiled(function: Function, **options: Any) -> Function:
-    """Return the function compiled, with these of Numba's options."""
+    """Returns the function compiled, with these of Numba's options."""
     try:
         fast: Any = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # no place to keep it
@@ -51,7 +51,7 @@ _TYPES = {
 
 
 def compiled_once(function: Function, types: Mapping[str, Any] = MappingProxyType({}), **options: Any) -> Function:
-    """Return the function compiled for the types that its annotations name, now, and for no others.
+    """Returns the function compiled for the types that its annotations name, now, and for no others.
 
     Annotations are of `Word`, `Real`, `Words`, `Reals` and `Table`, or among `types`. Left to itself, Numba makes one
     version after another: of literals, of views, of flags.
@@ -76,7 +76,7 @@ _SOURCES = (
 
 @cache
 def sources_digest() -> str:
-    """Return what tells apart the versions of all that machine code is made of: 16 hexadecimal digits."""
+    """Returns what tells apart the versions of all that machine code is made of: 16 hexadecimal digits."""
     digest = hashlib.sha256(str(numba.__version__).encode())
     for pattern in _SOURCES:
         for path in sorted(Path(__file__).parent.glob(pattern)):
@@ -95,13 +95,13 @@ def _know_constants(fast: Any) -> None:
 
 
 def kept_in(function: Callable[..., Any]) -> Path | None:
-    """Return the folder in which the machine code of a function would be kept; None if it would be nowhere."""
+    """Returns the folder in which the machine code of a function would be kept; None if it would be nowhere."""
     path = getattr(getattr(compiled(function), "_cache", None), "cache_path", None)
     return None if path is None else Path(path)
 
 
 def _temporary_folder() -> Path:
-    """Return a folder that is this user's alone, for what is in it will be run. Raises OSError."""
+    """Returns a folder that is this user's alone, for what is in it will be run. Raises OSError."""
     folder = Path(tempfile.gettempdir()) / f"prestage-numba-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
     folder.mkdir(mode=0o700, exist_ok=True)
     about = folder.lstat()

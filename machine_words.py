@@ -99,7 +99,7 @@ class _RowsModel(models.StructModel):
 
 
 def _adapted(kind: Any, obj: Any, c: Any) -> tuple[Any, Any]:
-    """Return an array taken apart, and whether that failed; Python holds it."""
+    """Returns an array taken apart, and whether that failed; Python holds it."""
     native = unbox_array(kind, obj, c)
     if c.context.enable_nrt:
         c.context.nrt.decref(c.builder, kind, native.value)
@@ -170,7 +170,7 @@ def _type_len(context: Any) -> Any:
 
 
 def _place(context: Any, builder: Any, what: Any, index: Any, kind: Any, index_kind: Any) -> Any:
-    """Return the address of an element."""
+    """Returns the address of an element."""
     if isinstance(kind, Address):
         return builder.gep(what, [context.cast(builder, index, index_kind, types.int64)])
     table = cgutils.create_struct_proxy(TABLE)(context, builder, what)

@@ -10,7 +10,7 @@ MOST_INTEGER = 2**63 - 1
 
 
 def beyond_64_bits(data: object) -> str | None:
-    """Return which integer of plain data does not fit into 64 bits, and that it must; None if all do."""
+    """Returns which integer of plain data does not fit into 64 bits, and that it must; None if all do."""
     waiting: list[tuple[str, Any]] = [("", data)]
     while waiting:
         key, value = waiting.pop()

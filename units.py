@@ -20,28 +20,28 @@ NUMBER = r"[0-9]{1,24}(?:\.[0-9]{1,24})?"
 
 
 def amount(text: str, units: Mapping[str, int]) -> Fraction | None:
-    """Return the number with one of these units that a text is, in the smallest; None if it is none."""
+    """Returns the number with one of these units that a text is, in the smallest; None if it is none."""
     match = re.fullmatch(rf"\s*({NUMBER})\s*({'|'.join(map(re.escape, units))})\s*", text)
     return None if match is None else Fraction(match[1]) * units[match[2]]
 
 
 def whole_bytes(value: object) -> object:
-    """Return the bytes of '24GiB', rounded down, and of a float that is whole; what is no text or float as it is."""
+    """Returns the bytes of '24GiB', rounded down, and of a float that is whole; what is no text or float as it is."""
     return _whole(value, BYTES, "a whole number of bytes, or as '24GiB'")
 
 
 def whole_rate(value: object) -> object:
-    """Return the bytes a second of '55.3GB/s', as `whole_bytes` does."""
+    """Returns the bytes a second of '55.3GB/s', as `whole_bytes` does."""
     return _whole(value, RATES, "a whole number of bytes a second, or as '55.3GB/s'")
 
 
 def whole_flops(value: object) -> object:
-    """Return the operations a second of '756TFLOP/s', as `whole_bytes` does."""
+    """Returns the operations a second of '756TFLOP/s', as `whole_bytes` does."""
     return _whole(value, FLOPS, "a whole number of operations a second, or as '756TFLOP/s'")
 
 
 def option_bytes(option: str, text: str) -> int:
-    """Return the bytes that an option of the command line gives; InputError names the option and the text."""
+    """Returns the bytes that an option of the command line gives; InputError names the option and the text."""
     try:
         found = whole_bytes(text)
     except InputError as error:
@@ -51,7 +51,7 @@ def option_bytes(option: str, text: str) -> int:
 
 
 def gb_per_s(value: object) -> object:
-    """Return the GB/s of '55.3GB/s'; what is no text as it is. Raises InputError for another text."""
+    """Returns the GB/s of '55.3GB/s'; what is no text as it is. Raises InputError for another text."""
     if not isinstance(value, str):
         return value
     found = amount(value, RATES)
@@ -61,7 +61,7 @@ def gb_per_s(value: object) -> object:
 
 
 def written_bytes(value: object) -> object:
-    """Return '1024B' for 1024: for keys whose bytes are kept as they were written. What is no whole number stays."""
+    """Returns '1024B' for 1024: for keys whose bytes are kept as they were written. What is no whole number stays."""
     whole = whole_bytes(value) if isinstance(value, float) else value
     return f"{whole}B" if type(whole) is int and whole >= 0 else value
 

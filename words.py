@@ -31,7 +31,7 @@ _SUBJECT = re.compile(r"(?:Input|Dictionary|List|Tuple|Set|String|Value) should 
 
 
 def unknown_name(key: str, given: object, known: Iterable[str]) -> str:
-    """Return `key = 'given': choose one of …`, with the nearest known name if there is one."""
+    """Returns `key = 'given': choose one of …`, with the nearest known name if there is one."""
     known = list(known)
     near = difflib.get_close_matches(str(given), known, 1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
@@ -39,20 +39,20 @@ def unknown_name(key: str, given: object, known: Iterable[str]) -> str:
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
-    """Return `section.key: no such key`, with the nearest known one, or all."""
+    """Returns `section.key: no such key`, with the nearest known one, or all."""
     known = list(known)
     near = difflib.get_close_matches(key.rpartition(".")[2], known, 1)
     return f"{key}: no such key; " + (f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}")
 
 
 def shown(value: object) -> str:
-    """Return a value as a message shows it: the whole of it, unless it is long."""
+    """Returns a value as a message shows it: the whole of it, unless it is long."""
     text = repr(value)
     return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}…"
 
 
 def file_name(given: str) -> str:
-    """Return a name that will be part of a file's; InputError, which begins with it, if it could be another file's."""
+    """Returns a name that will be part of a file's; InputError, which begins with it, if it could be another file's."""
     if _FILE_NAME.fullmatch(given) is None or given.partition(".")[0].lower() in _RESERVED:
         raise InputError(
             f'{shown(given)}: names a file: give 1 to 100 characters, none of / \\ : * ? " < > |, '
@@ -62,7 +62,7 @@ def file_name(given: str) -> str:
 
 
 def problems(error: ValidationError, model: type[BaseModel], data: object) -> str:
-    """Return what pydantic found wrong with plain data that was to be a `model`: each key, its value, what would do."""
+    """Returns what pydantic found wrong with plain data that was to be a `model`: each key, value, what would do."""
     by_place: dict[str, list[dict[str, Any]]] = {}
     found = error.errors(include_url=False)
     within = {problem["loc"][:depth] for problem in found for depth in range(len(problem["loc"]))}
@@ -71,13 +71,13 @@ def problems(error: ValidationError, model: type[BaseModel], data: object) -> st
             continue  # what it lacks is what is wrong inside it
         steps, _ = _walked(problem["loc"], model, data, problem["type"] == "missing")
         by_place.setdefault(".".join(map(str, steps)), []).append(dict(problem))
-    lines = [_told(place, model, data) for place in islice(by_place.values(), _MOST_PROBLEMS)]
+    lines = [_problem(place, model, data) for place in islice(by_place.values(), _MOST_PROBLEMS)]
     more = len(by_place) - len(lines)
     return "; ".join(lines) + (f"; and {more:,} more like these" if more > 0 else "")
 
 
-def _told(place: Iterable[Mapping[str, Any]], model: type[BaseModel], data: object) -> str:
-    """Return what is wrong in one place: where it can be of several forms, what would do for any of them."""
+def _problem(place: Iterable[Mapping[str, Any]], model: type[BaseModel], data: object) -> str:
+    """Returns what is wrong in one place: where it can be of several forms, what would do for any of them."""
     told: dict[str, list[str]] = {}
     for problem in place:
         key, message = _explained(problem, model, data)
@@ -88,7 +88,7 @@ def _told(place: Iterable[Mapping[str, Any]], model: type[BaseModel], data: obje
 
 
 def _explained(problem: Mapping[str, Any], model: type[BaseModel], data: object) -> tuple[str, str]:
-    """Return one of pydantic's problems: the key and its value, and what would be right."""
+    """Returns one of pydantic's problems: the key and its value, and what would be right."""
     kind, given, place = problem["type"], problem["input"], problem["loc"]
     steps, models = _walked(place, model, data, kind == "missing")
     key = ".".join(map(str, steps))
@@ -117,7 +117,7 @@ def _explained(problem: Mapping[str, Any], model: type[BaseModel], data: object)
 def _walked(
     place: Sequence[int | str], model: type[BaseModel], data: object, missing: bool
 ) -> tuple[list[int | str], list[type[BaseModel]]]:
-    """Return the steps of a place that are keys and indices of the data, and the models that may be there.
+    """Returns the steps of a place that are keys and indices of the data, and the models that may be there.
 
     Where data can be of several forms, pydantic's places also name the form; those steps are left out. Of a key that
     does not exist, the models are those of what it stands in.
@@ -145,7 +145,7 @@ def _has_attribute(data: object, part: int | str) -> bool:
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    """Yield the models in a type, however deep in lists, unions and annotations."""
+    """Yields the models in a type, however deep in lists, unions and annotations."""
     if isinstance(annotation, type) and hasattr(annotation, "model_fields"):
         yield annotation
     for part in get_args(annotation):
@@ -162,5 +162,5 @@ def _tags(models: Iterable[type[BaseModel]], field: str) -> Iterator[str]:
 
 
 def _keys(models: Iterable[type[BaseModel]]) -> list[str]:
-    """Return the keys that models know, by the names that a file gives them."""
+    """Returns the keys that models know, by the names that a file gives them."""
     return list(dict.fromkeys(f.alias or name for each in models for name, f in each.model_fields.items()))

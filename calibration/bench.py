@@ -57,7 +57,7 @@ MOST_LAYERS = 4
 
 
 def with_models(extent: Extent, names: Iterable[str]) -> Extent:
-    """Return an extent with more models, by their presets or files; ModelError if one is none."""
+    """Returns an extent with more models, by their presets or files; ModelError if one is none."""
     more = {name: min(MOST_LAYERS, load_model(name).layers) for name in names}
     return replace(extent, models={**extent.models, **more})
 
@@ -88,7 +88,7 @@ class Bench:
         self._pool = gpu.graph_pool()
 
     def ends(self, direction: str, memory: str) -> tuple[Any, Any]:
-        """Return (target, source) of copies in a direction."""
+        """Returns (target, source) of copies in a direction."""
         host = self.pinned if memory == "pinned" else self.pageable
         return {
             "h2d": (self.target, host),
@@ -97,19 +97,19 @@ class Bench:
         }[direction]
 
     def copies(self, direction: str, memory: str, size_bytes: int, count: int) -> list[Calls]:
-        """Return `count` groups of one copy each, from and to different memory as far as there is any."""
+        """Returns `count` groups of one copy each, from and to different memory as far as there is any."""
         target, source = self.ends(direction, memory)
         places = len(source) // size_bytes
         starts = [number % places * size_bytes for number in range(count)]
         return [((target[at : at + size_bytes].copy_, (source[at : at + size_bytes], True)),) for at in starts]
 
     def flood(self, direction: str) -> Beside:
-        """Return copies that keep a direction of the link busy."""
+        """Returns copies that keep a direction of the link busy."""
         groups = self.copies(direction, "pinned", self.extent.flood_bytes, FLOOD_COPIES)
         return Beside(self.other, tuple(call for calls in groups for call in calls))
 
     def graph(self, calls: Calls) -> Calls:
-        """Return the call that replays all of these as one CUDA graph; what they use is kept for as long as this."""
+        """Returns the call that replays all of these as one CUDA graph; what they use is kept for as long as this."""
         self._kept.append(calls)
         return ((self.gpu.capture(calls, self._pool).replay, ()),)
 
@@ -142,7 +142,7 @@ class Kernels:
         }
 
     def groups(self, part: str, tokens: int, dispatch: str) -> list[tuple[int, Calls]]:
-        """Return (size, calls) of each group of a part that is to be timed in a row."""
+        """Returns (size, calls) of each group of a part that is to be timed in a row."""
         model, workload = self.model, self.workloads[dispatch]
         if part == "expert":
             groups = [(model.expert_ff, workload.expert(slot, tokens)) for slot in range(self.slots)]
@@ -154,7 +154,7 @@ class Kernels:
         return [*groups[: _MOST_CALLS // (len(groups[0][1]) + 2) - 1], groups[0]]
 
     def key(self, part: str, size: int, tokens: int, dispatch: str, where: str, context: int = 0) -> Key:
-        """Return the key of a kernel's series."""
+        """Returns the key of a kernel's series."""
         model = self.model
         kernels = {"expert": model.expert_kernels, "dense": model.dense_kernels, "head": 1}[part]
         return {
@@ -165,5 +165,5 @@ class Kernels:
 
 
 def look_at_host(bench: Bench, name: str, stream: Any, calls: Calls) -> Iterator[Seen]:
-    """Yield what a call takes the host, three times over."""
+    """Yields what a call takes the host, three times over."""
     yield "host", {"call": name}, [bench.timer.host(stream, calls, _HOST_CALLS) for _ in range(3)]

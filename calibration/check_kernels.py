@@ -36,7 +36,7 @@ class Checked:
 
 
 def check_kernels(samples: Sequence[Samples], profile: Profile) -> list[Checked]:
-    """Return every kernel and group of the samples beside what the profile's surface says; ProfileError without one."""
+    """Returns every kernel and group of the samples beside what a profile's surface says; ProfileError without one."""
     surface = profile.compute.surface
     if surface is None:
         raise ProfileError(f"profile {profile.name} has no surface: measure one (prestage calibrate measure --surface)")
@@ -50,7 +50,7 @@ def check_kernels(samples: Sequence[Samples], profile: Profile) -> list[Checked]
 
 
 def _single(series: Iterable[SurfaceSeries], costs: SurfaceCosts) -> Iterator[Checked]:
-    """Yield single kernels in graphs, with nothing beside them."""
+    """Yields single kernels in graphs, with nothing beside them."""
     start_ns = starts_ns(list(series))["graph", "none"]
     for row in series:
         if (row.dispatch, row.beside) == ("graph", "none") and row.what not in ("negate", "multiply"):
@@ -81,7 +81,7 @@ def _group(part: str, row: Row, costs: SurfaceCosts) -> Checked:
 
 
 def summary(checked: Sequence[Checked]) -> list[dict[str, Any]]:
-    """Return for each kind of kernel, and for all, how far the surface is off: fractions."""
+    """Returns for each kind of kernel, and for all, how far the surface is off: fractions."""
     kinds = list(dict.fromkeys(one.what for one in checked))
     groups = {what: [one for one in checked if one.what == what] for what in kinds} | {"all": list(checked)}
     return [{"what": what, **_sizes([one.error for one in ones])} for what, ones in groups.items()]
@@ -97,7 +97,7 @@ def _sizes(errors: Sequence[float]) -> dict[str, Any]:
 
 
 def check_text(checked: Sequence[Checked], worst: int = 5) -> str:
-    """Return a table of the summary and the kernels that are furthest off, as Markdown."""
+    """Returns a table of the summary and the kernels that are furthest off, as Markdown."""
     lines = [
         "| kernels | n | median error | 90th percentile | worst | within 10 % | within 25 % |",
         "|---|" + "---|" * 6,

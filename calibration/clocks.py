@@ -49,13 +49,13 @@ class Clocks:
         self.host_zero_ns = perf_counter_ns()
 
     def at_ns(self, clock: int, event: Any) -> int:
-        """Return when an event of one GPU was, by the first one's clock; all must have ended."""
+        """Returns when an event of one GPU was, by the first one's clock; all must have ended."""
         if self._offsets_ns is None:
             self._offsets_ns = [0, *(self._offset_ns(clock) for clock in range(1, len(self._zeros)))]
         return elapsed_ns(self._zeros[clock], event) + self._offsets_ns[clock]
 
     def _offset_ns(self, clock: int) -> int:
-        """Return when another GPU's zero was by the first one's clock."""
+        """Returns when another GPU's zero was by the first one's clock."""
         first, zero = self._zeros[0], self._zeros[clock]
         ways = [(elapsed_ns(there, back), there, turned) for there, turned, back in self._turns[clock - 1]]
         way_ns, there, turned = min(ways, key=lambda way: way[0])

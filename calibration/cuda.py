@@ -50,13 +50,13 @@ class Gpu:
         self._capture_stream = self.stream()
 
     def count(self) -> int:
-        """Return how many GPUs torch finds."""
+        """Returns how many GPUs torch finds."""
         import torch
 
         return torch.cuda.device_count()
 
     def sibling(self, index: int) -> Gpu:
-        """Return another GPU; the current one stays the current one."""
+        """Returns another GPU; the current one stays the current one."""
         import torch
 
         other = Gpu(index)
@@ -64,13 +64,13 @@ class Gpu:
         return other
 
     def empty(self, *shape: int, dtype: str = "uint8") -> Any:
-        """Return uninitialized GPU memory."""
+        """Returns uninitialized GPU memory."""
         import torch
 
         return torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
 
     def random(self, *shape: int, dtype: str, scale: float, seed: int) -> Any:
-        """Return normal random numbers with this standard deviation on the GPU."""
+        """Returns normal random numbers with this standard deviation on the GPU."""
         import torch
 
         generator = torch.Generator(self.device).manual_seed(seed)
@@ -78,37 +78,37 @@ class Gpu:
         return numbers.normal_(0.0, scale, generator=generator)
 
     def host_empty(self, *shape: int, dtype: str = "uint8", pinned: bool = True) -> Any:
-        """Return uninitialized host memory."""
+        """Returns uninitialized host memory."""
         import torch
 
         return torch.empty(shape, dtype=getattr(torch, dtype), pin_memory=pinned)
 
     def stream(self) -> Any:
-        """Return a new stream."""
+        """Returns a new stream."""
         import torch
 
         return torch.cuda.Stream(self.index)  # type: ignore[no-untyped-call]
 
     def use(self, stream: Any) -> Call:
-        """Return the call that makes a stream the current one."""
+        """Returns the call that makes a stream the current one."""
         import torch
 
         return torch.cuda.set_stream, (stream,)
 
     def event(self) -> Any:
-        """Return a new event that takes the time."""
+        """Returns a new event that takes the time."""
         import torch
 
         return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
     def graph_pool(self) -> Any:
-        """Return a new memory pool for graphs that are kept and dropped together."""
+        """Returns a new memory pool for graphs that are kept and dropped together."""
         import torch
 
         return torch.cuda.graph_pool_handle()
 
     def capture(self, calls: Calls, pool: Any) -> Any:
-        """Return a CUDA graph of what the calls launch; `replay` launches it on the current stream."""
+        """Returns a CUDA graph of what the calls launch; `replay` launches it on the current stream."""
         import torch
 
         with torch.cuda.stream(self._capture_stream):
@@ -133,7 +133,7 @@ class Gpu:
         torch.cuda.synchronize(self.index)
 
     def free_bytes(self) -> int:
-        """Return how much GPU memory is free."""
+        """Returns how much GPU memory is free."""
         import torch
 
         return int(torch.cuda.mem_get_info(self.index)[0])
@@ -145,7 +145,7 @@ class Gpu:
         torch.cuda.empty_cache()
 
     def describe(self) -> dict[str, Any]:
-        """Return the device's name, its driver and the versions that matter."""
+        """Returns the device's name, its driver and the versions that matter."""
         import torch
 
         return {
@@ -157,7 +157,7 @@ class Gpu:
 
 
 def _driver() -> str:
-    """Return the version of the NVIDIA driver, as the kernel module says it."""
+    """Returns the version of the NVIDIA driver, as the kernel module says it."""
     try:
         words = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").splitlines()[0].split()
     except OSError:
@@ -221,7 +221,7 @@ class Workload:
         return self._expert_y
 
     def _weights(self, layer: int) -> list[tuple[Any, Any]]:
-        """Return the dense part's pairs of matrices, (width, hidden) and (hidden, width)."""
+        """Returns the dense part's pairs of matrices, (width, hidden) and (hidden, width)."""
         hidden, width, dtype = self._model.hidden, self._width[layer], self._model.dense_dtype
         pairs = []
         for pair in range(DENSE_PRODUCTS // 2):
@@ -238,7 +238,7 @@ class Workload:
         return self._kept(name, shape, lambda: self._gpu.empty(*shape, dtype=dtype))
 
     def _kept(self, name: Any, shape: tuple[int, ...], make: Callable[[], Any]) -> Any:
-        """Return the shared memory of a name, which this model's workloads of this shape made or make now."""
+        """Returns the shared memory of a name, which this model's workloads of this shape made or make now."""
         key = (self._model.name, name, shape)
         if key not in self._shared:
             self._shared[key] = make()
@@ -261,7 +261,7 @@ class Workload:
         return calls
 
     def _dense(self, layer: int, tokens: int) -> Calls:
-        """Return the group of a layer's dense part over `tokens` tokens: products of its weight bytes, and the rest."""
+        """Returns the group of a layer's dense part over `tokens` tokens: products of its weight bytes and the rest."""
         x, y = self._x[:tokens], self._y[:tokens]
         width = self._width[layer]
         inner = self._inner[: tokens * width].view(tokens, width)
@@ -271,7 +271,7 @@ class Workload:
         return self._group(products, self._model.dense_kernels, _negate(y))
 
     def _expert(self, slot: int, tokens: int) -> Calls:
-        """Return the group of the expert in a slot over `tokens` tokens."""
+        """Returns the group of the expert in a slot over `tokens` tokens."""
         import torch
 
         model = self._model
@@ -285,12 +285,12 @@ class Workload:
         return self._launched(tuple(calls))
 
     def _head(self, tokens: int) -> Calls:
-        """Return the head's product over `tokens` tokens."""
+        """Returns the head's product over `tokens` tokens."""
         return self._launched((_product(self._x[:tokens], self._head_weights, self._logits[:tokens]),))
 
 
 def expert_matrices(model: Model, slot: Any) -> list[Any]:
-    """Return the matrices of the expert that lies in a slot (bytes,): (ff, hidden) each, the last (hidden, ff)."""
+    """Returns the matrices of the expert that lies in a slot (bytes,): (ff, hidden) each, the last (hidden, ff)."""
     import torch
 
     count = model.hidden * model.expert_ff
@@ -301,12 +301,12 @@ def expert_matrices(model: Model, slot: Any) -> list[Any]:
 
 
 def expert_weights_bytes(model: Model) -> int:
-    """Return the bytes of an expert's matrices alone."""
+    """Returns the bytes of an expert's matrices alone."""
     return model.expert_matrices * model.hidden * model.expert_ff * itemsize(model.expert_dtype)
 
 
 def without_kernels(model: Model) -> list[str]:
-    """Return what is wrong with a model whose products cannot be made; nothing if they can."""
+    """Returns what is wrong with a model whose products cannot be made; nothing if they can."""
     wrongs = [
         f"model {model.name}: {key} = {dtype!r}: only {', '.join(EXECUTABLE_DTYPES)} can be executed"
         for key, dtype in (("expert_dtype", model.expert_dtype), ("dense_dtype", model.dense_dtype))
@@ -318,17 +318,17 @@ def without_kernels(model: Model) -> list[str]:
 
 
 def dense_width(model: Model) -> list[int]:
-    """Return the inner width of each layer's dense products, so that they read about `model.dense_bytes`."""
+    """Returns the inner width of each layer's dense products, so that they read about `model.dense_bytes`."""
     return [product_width(model.hidden, model.dense_dtype, DENSE_PRODUCTS, size) for size in model.dense_bytes]
 
 
 def itemsize(dtype: str) -> int:
-    """Return the bytes of one element."""
+    """Returns the bytes of one element."""
     return int(bits_of(dtype)) // 8
 
 
 def _product(x: Any, weights: Any, out: Any) -> Call:
-    """Return the call for x (tokens, in) times weights (out, in), transposed as a linear layer's."""
+    """Returns the call for x (tokens, in) times weights (out, in), transposed as a linear layer's."""
     return _with_out("mm", x, weights.t(), out)
 
 
@@ -337,7 +337,7 @@ def _negate(y: Any) -> Call:
 
 
 def _with_out(name: str, *operands: Any) -> Call:
-    """Return the call of a torch function that writes into its last operand."""
+    """Returns the call of a torch function that writes into its last operand."""
     import torch
 
     return partial(getattr(torch, name), out=operands[-1]), operands[:-1]

@@ -111,19 +111,19 @@ class Evidence:
                 into.setdefault(row.cost, []).append(row)
 
     def micro(self, cost: str, **key: Any) -> list[Row]:
-        """Return the rows of microbenchmarks whose key has these values."""
+        """Returns the rows of microbenchmarks whose key has these values."""
         return [row for row in self._rows.get(cost, ()) if _matches(row, key)]
 
     def schedule(self, cost: str, **key: Any) -> list[Row]:
-        """Return the rows from inside schedules whose key has these values."""
+        """Returns the rows from inside schedules whose key has these values."""
         return [row for row in self._schedule.get(cost, ()) if _matches(row, key)]
 
     def schedule_like(self, prefix: str) -> list[Row]:
-        """Return the rows from inside schedules whose cost begins so."""
+        """Returns the rows from inside schedules whose cost begins so."""
         return [row for cost, rows in self._schedule.items() if cost.startswith(prefix) for row in rows]
 
     def noisy(self) -> list[Row]:
-        """Return the rows of microbenchmarks that are noisy."""
+        """Returns the rows of microbenchmarks that are noisy."""
         return [row for rows in self._rows.values() for row in rows if row.noisy]
 
 
@@ -132,7 +132,7 @@ def _matches(row: Row, key: Key) -> bool:
 
 
 def sample_rows(samples: Sequence[Samples]) -> list[Row]:
-    """Return the summary of every series; of one that several files have, that of the first."""
+    """Returns the summary of every series; of one that several files have, that of the first."""
     rows: list[Row] = []
     known: set[tuple[str, str]] = set()
     for file in samples:
@@ -155,7 +155,7 @@ def _summary(cost: str, key: Key, rounds_ns: Iterable[Iterable[float]]) -> Row:
 
 
 def load_schedule(paths: Iterable[Path]) -> list[Row]:
-    """Return the rows from inside schedules: of measured runs, of folders of them, and of files of rows (.rows.json).
+    """Returns the rows from inside schedules: of measured runs, of folders of them, and of files of rows (.rows.json).
 
     Raises SamplesError or MeasuredError.
     """
@@ -194,7 +194,7 @@ def _load_rows(path: Path) -> list[Row]:
 
 
 def rows_of(data: Any, source: str) -> list[Row]:
-    """Return rows from plain data; SamplesError, naming `source` and the row, if it is something else."""
+    """Returns rows from plain data; SamplesError, naming `source` and the row, if it is something else."""
     rows = []
     if not isinstance(data, list):
         raise SamplesError(f"{source}: must be a list of rows")
@@ -216,7 +216,7 @@ def rows_of(data: Any, source: str) -> list[Row]:
 
 
 def uncertainty(rows: Sequence[Row], fitter: Fitter | None = None, size: str = "") -> dict[str, float]:
-    """Return how far a cost fitted on these rows can be off, as the profile's `Uncertainty`.
+    """Returns how far a cost fitted on these rows can be off, as the profile's `Uncertainty`.
 
     The last run of every row is held back: the rest is fitted, and predicts it. Without a fitter each row stands for
     itself; with one, it makes a function of the rows' `size`. Rows count by how long they take.
@@ -248,12 +248,12 @@ def _root_mean_square(values: Sequence[float], weights: Sequence[float]) -> floa
 
 
 def weighted_mean_ns(rows: Sequence[Row]) -> float:
-    """Return the mean over all samples of several rows, in ns."""
+    """Returns the mean over all samples of several rows, in ns."""
     return float(np.average([row.mean_ns for row in rows], weights=[row.n for row in rows]))
 
 
 def together(rows: Sequence[Row]) -> dict[str, float]:
-    """Return what a profile keeps of the samples of several rows."""
+    """Returns what a profile keeps of the samples of several rows."""
     weights = [row.n for row in rows]
     median_ns, iqr_ns = (
         float(np.average([getattr(row, name) for row in rows], weights=weights)) for name in ("median_ns", "iqr_ns")
@@ -262,6 +262,6 @@ def together(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def latency_of(seen: Sequence[tuple[int, float]], note: str) -> dict[str, Any]:
-    """Return a latency from (samples, ns): the median over all samples."""
+    """Returns a latency from (samples, ns): the median over all samples."""
     values = np.repeat([ns for _, ns in seen], [n for n, _ in seen])
     return {"ns": round(float(np.median(values))), "source": "measured", "note": note}

@@ -111,12 +111,12 @@ _Program = tuple[list[Calls], list[npt.NDArray[np.int64]]]
 
 
 def _alone(part: Part) -> _Program:
-    """Return the program of a thread that serves one GPU only; it turns to it first."""
+    """Returns the program of a thread that serves one GPU only; it turns to it first."""
     return [part.turn, *part.program], [np.arange(1, len(part.program) + 1)]
 
 
 def _in_turn(parts: Sequence[Part]) -> _Program:
-    """Return the program of a thread that serves several GPUs, turn by turn."""
+    """Returns the program of a thread that serves several GPUs, turn by turn."""
     if len(parts) == 1:
         return parts[0].program, [np.arange(len(parts[0].program))]
     calls: list[Calls] = []
@@ -133,7 +133,7 @@ def _in_turn(parts: Sequence[Part]) -> _Program:
 
 
 def _ways(gpus: Sequence[Any], inputs: Inputs, one_thread: bool) -> list[Way]:
-    """Return the way from each stage to the next, and from the last to the first."""
+    """Returns the way from each stage to the next, and from the last to the first."""
     flow, stages = flow_of(inputs.model, inputs.trace, inputs.steps), len(inputs.stages)
     ways = []
     for stage in range(stages):
@@ -229,7 +229,7 @@ def undisturbed(execution: Execution, repeats: int, cores: Cores) -> tuple[list[
 
 
 def _spans(plan: Plan) -> dict[str, npt.NDArray[np.int64]]:
-    """Return SPAN_COLUMNS of a plan's spans (marks,)."""
+    """Returns SPAN_COLUMNS of a plan's spans (marks,)."""
     marks = [entry.marks for entry in plan.entries]
     return {
         column: np.repeat(np.array([getattr(entry, column) for entry in plan.entries], dtype=np.int64), marks)
@@ -270,7 +270,7 @@ def execute_all(
 
 
 def load_executable(chosen: Mapping[str, Scenario]) -> dict[str, Inputs]:
-    """Return the inputs of scenarios, by name; raise InputError naming all that cannot be executed, and why."""
+    """Returns the inputs of scenarios, by name; raise InputError naming all that cannot be executed, and why."""
     ready: dict[str, Inputs] = {}
     refused: dict[str, InputError] = {}
     for name, scenario in chosen.items():
@@ -314,12 +314,12 @@ def _refuse(refused: Mapping[str, InputError], scenarios: int, kind: type[InputE
 
 
 def gpus_needed(inputs: Inputs) -> int:
-    """Return how many GPUs an execution takes."""
+    """Returns how many GPUs an execution takes."""
     return len(inputs.parts) + (inputs.scenario.copy_.source == "peer")
 
 
 def _shared_by(shared: dict[str, Shared], gpus: Sequence[Any], inputs: Inputs) -> Shared:
-    """Return what executions share that copy from where this one does, made if it is the first of them."""
+    """Returns what executions share that copy from where this one does, made if it is the first of them."""
     copy = inputs.scenario.copy_
     peer = gpus[len(inputs.parts)] if copy.source == "peer" else None
     where = "peer" if peer is not None else copy.host_memory or "pinned"
@@ -329,7 +329,7 @@ def _shared_by(shared: dict[str, Shared], gpus: Sequence[Any], inputs: Inputs) -
 
 
 def chosen_scenarios(names: Sequence[str], settings: Sequence[str] = ()) -> dict[str, Scenario]:
-    """Return scenarios by name: those of a set (its name), one of a set, a shipped one, or a TOML file's.
+    """Returns scenarios by name: those of a set (its name), one of a set, a shipped one, or a TOML file's.
 
     `settings` are laid over the last two. ScenarioError if there is no such scenario, or a set's is to be changed.
     """

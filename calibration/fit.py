@@ -60,7 +60,7 @@ def fit(
     more: Sequence[Samples] = (),
     topology: Topology | None = None,
 ) -> Fit:
-    """Return the profile of the machine that the samples are of; `more` samples give what these do not have.
+    """Returns the profile of the machine that the samples are of; `more` samples give what these do not have.
 
     `topology` is the machine's graph, whose links between the GPUs and to the host are measured here. Raises
     ProfileError if something needed is missing.
@@ -96,7 +96,7 @@ def fit(
 
 
 def fit_data(fitted: Fit) -> dict[str, Any]:
-    """Return the report of a fit as plain data; fractions."""
+    """Returns the report of a fit as plain data; fractions."""
     return {
         "name": fitted.profile.name,
         "device": fitted.profile.device,
@@ -117,7 +117,7 @@ def write_profile(profile: Profile, path: Path) -> None:
 
 
 def fit_transfer(points: Points) -> dict[str, Any]:
-    """Return a line (latency_ns, bytes_per_second) through (bytes, ns), or a monotone table where none fits.
+    """Returns a line (latency_ns, bytes_per_second) through (bytes, ns), or a monotone table where none fits.
 
     Least squares of the relative residuals, so that small copies count as much as large ones. A table is made to grow
     by taking the least of each size and all larger ones: what disturbs a copy makes it longer, never shorter.
@@ -137,7 +137,7 @@ def fit_transfer(points: Points) -> dict[str, Any]:
 
 
 def _transfer(points: Points) -> Callable[[int], float]:
-    """Return the function from bytes to ns that `fit_transfer` gives."""
+    """Returns the function from bytes to ns that `fit_transfer` gives."""
     return TransferCost.model_validate({**fit_transfer(points), "source": "measured"}).ns
 
 
@@ -164,7 +164,7 @@ class _Fitter:
     # Copies.
 
     def copies(self, direction: str, memory: str) -> dict[str, Any]:
-        """Return the costs of copies in one direction."""
+        """Returns the costs of copies in one direction."""
         evidence, ours = self._evidence, {"direction": direction, "memory": memory}
         where = f"{direction}.{memory}"
         # Schedules copy experts from pinned memory only. What starting an idle engine takes lies before a copy's first
@@ -211,7 +211,7 @@ class _Fitter:
     # Single durations.
 
     def _duration(self, name: str, rows: Sequence[Row], form: str = "median") -> dict[str, Any]:
-        """Return a duration from rows that are the same thing: their median, or the mean of all."""
+        """Returns a duration from rows that are the same thing: their median, or the mean of all."""
         self._need(rows, name)
         unsure = uncertainty(rows)
         self.terms.append(Term(name, form, sum(row.n for row in rows), unsure))
@@ -219,7 +219,7 @@ class _Fitter:
         return {"ns": ns, **_measured(rows), "uncertainty": unsure}
 
     def _beside_copy(self, name: str, cost: str, micro: Sequence[Row], **key: Any) -> dict[str, Any]:
-        """Return a duration that may be longer beside a copy: the mean inside schedules, else the microbenchmark's."""
+        """Returns a duration that may be longer beside a copy: the mean inside schedules, else the microbenchmark's."""
         quiet = self._evidence.schedule(cost, beside_copy=False, **key)
         beside = self._evidence.schedule(cost, beside_copy=True, **key)
         if not quiet:
@@ -232,7 +232,7 @@ class _Fitter:
     # The compute stream.
 
     def compute(self) -> dict[str, Any]:
-        """Return the costs of the compute stream."""
+        """Returns the costs of the compute stream."""
         evidence = self._evidence
         kernels = KernelFitter(evidence)
         parts = {part: kernels.points(part) for part in ("expert", "dense", "head")}
@@ -261,7 +261,7 @@ class _Fitter:
         }
 
     def _fit_surface(self, samples: Samples, points: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-        """Return the surface, and report how far groups are off that are put together of its kernels."""
+        """Returns the surface, and report how far groups are off that are put together of its kernels."""
         surface = fit_surface(samples, self._evidence, points)
         for (part, by_dispatch), dispatch in product(surface["groups"].items(), ("graph", "eager")):
             group = by_dispatch[dispatch]
@@ -288,7 +288,7 @@ class _Fitter:
     # The host.
 
     def host(self) -> dict[str, Any]:
-        """Return the costs of the host thread: of its calls inside schedules, solved for; else of each call alone."""
+        """Returns the costs of the host thread: of its calls inside schedules, solved for; else of each call alone."""
         evidence = self._evidence
         calls = {str(row.key["call"]): row for row in evidence.micro("host")}
         self._need(calls, "host calls")
@@ -316,7 +316,7 @@ class _Fitter:
     # What slows what.
 
     def contention(self) -> dict[str, Any]:
-        """Return the factors by which copies to the GPU are slowed."""
+        """Returns the factors by which copies to the GPU are slowed."""
         factors = {
             f"copy_beside_{load}": self._factor("h2d", load)
             for load in ("compute", "d2h", "cpu_experts", "all_gpus")
@@ -335,7 +335,7 @@ class _Fitter:
         }  # fmt: skip
 
     def _beside_peers(self) -> dict[str, Any]:
-        """Return what kernels and copies from another GPU do to each other, and the host's copies to those."""
+        """Returns what kernels and copies from another GPU do to each other, and the host's copies to those."""
         evidence, costs = self._evidence, {}
         pairs = [
             (row, quiet)
@@ -383,7 +383,7 @@ class _Fitter:
     # The machine's graph.
 
     def topology(self, graph: Topology, costs: dict[str, Any]) -> dict[str, Any]:
-        """Return a graph with the speeds of its links as these costs have them, and the capacity of its GPUs."""
+        """Returns a graph with the speeds of its links as these costs have them, and the capacity of its GPUs."""
         if "peer" not in costs:
             raise ProfileError("samples: no series of copies between GPUs: measure on a machine with several")
         fastest = "the fastest copies"
@@ -408,13 +408,13 @@ class _Fitter:
         return data
 
     def _each_while_all_load(self) -> float:
-        """Return the bytes a second that a GPU gets while all load: in typical schedules, else of the longest copy."""
+        """Returns the bytes a second that a GPU gets while all load: in typical schedules, else of the longest copy."""
         rows = self._evidence.schedule("copy_beside_all_gpus") or [self._longest("h2d", "all_gpus")]
         rates = [row.key["bytes"] * 1e9 / row.typical_ns for row in rows]
         return float(np.average(rates, weights=[row.n for row in rows]))
 
     def _longest(self, direction: str, beside: str) -> Row:
-        """Return the row of the longest copies of a direction that were queued."""
+        """Returns the row of the longest copies of a direction that were queued."""
         memory = "device" if direction == "peer" else "pinned"
         key = {"direction": direction, "memory": memory, "mode": "queued", "beside": beside}
         rows = self._evidence.micro("copy", **key)
@@ -422,7 +422,7 @@ class _Fitter:
         return max(rows, key=lambda row: row.key["bytes"])
 
     def allocation(self) -> dict[str, Any]:
-        """Return the host's time for one block of the smallest size measured."""
+        """Returns the host's time for one block of the smallest size measured."""
         costs = {}
         for how in ("raw", "cached"):
             rows = self._evidence.micro("allocation", how=how, blocks=1)
@@ -436,7 +436,7 @@ class _Fitter:
 
 
 def _fastest(costs: dict[str, Any]) -> float:
-    """Return the most bytes a second of any copy in one direction."""
+    """Returns the most bytes a second of any copy in one direction."""
     rates = []
     for mode in ("alone", "queued"):
         points = costs[mode].get("points", ())
@@ -445,7 +445,7 @@ def _fastest(costs: dict[str, Any]) -> float:
 
 
 def _measured(rows: Sequence[Row]) -> dict[str, Any]:
-    """Return where a cost is from: what its note says, and the samples of its rows in short."""
+    """Returns where a cost is from: what its note says, and the samples of its rows in short."""
     note = ", ".join(dict.fromkeys(row.where for row in rows))
     return {"source": "measured", "note": note, "samples": together(rows)}
 
@@ -455,7 +455,7 @@ def _factor(factor: float, rows: Sequence[Row], note: str) -> dict[str, Any]:
 
 
 def solve_host(rows: Sequence[Row], record_ns: float) -> dict[str, int]:
-    """Return what each call takes, solved from what whole entries take inside schedules; nothing without these.
+    """Returns what each call takes, solved from what whole entries take inside schedules; nothing without these.
 
     Entries are those of calm runs, and an event's record is the microbenchmark's. The rest is least squares, each entry
     weighted by its share of the time.
@@ -476,7 +476,7 @@ def solve_host(rows: Sequence[Row], record_ns: float) -> dict[str, int]:
 
 
 def _calls_of(row: Row) -> dict[str, int]:
-    """Return how many calls of each kind an entry makes; the first one behind a wait also resumes."""
+    """Returns how many calls of each kind an entry makes; the first one behind a wait also resumes."""
     entry, key = row.cost.removeprefix("peer:").partition(":")[2], row.key
     if key.get("first"):
         resume = "copy_resume" if entry.startswith("copy") else "resume"

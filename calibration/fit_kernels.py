@@ -23,7 +23,7 @@ class KernelFitter:
         self._flops: list[float] = []
 
     def points(self, part: str) -> list[dict[str, Any]]:
-        """Return the profile's points of all shapes of a part, in the order in which they were measured."""
+        """Returns the profile's points of all shapes of a part, in the order in which they were measured."""
         size = "expert_ff" if part == "expert" else "weight_bytes"
         seen = [(row.key, "size") for row in self._evidence.micro("kernel", part=part, where="queued", context=0)]
         seen += [(row.key, size) for row in self._evidence.schedule(part, beside_copy=False)]
@@ -37,7 +37,7 @@ class KernelFitter:
     def _shape(
         self, part: str, hidden: int, size: int, dtype: str, kernels: int, dispatch: str
     ) -> list[dict[str, Any]]:
-        """Return the points of one shape over tokens; `size` is an expert's inner width, otherwise the weight bytes."""
+        """Returns the points of one shape by tokens; `size` is an expert's inner width, otherwise the weight bytes."""
         shape: Key = {"hidden": hidden, "dtype": dtype, "kernels": kernels, "dispatch": dispatch}
         ours = {**shape, "part": part, "size": size, "context": 0}
         theirs = {**shape, "expert_ff" if part == "expert" else "weight_bytes": size}
@@ -71,7 +71,7 @@ class KernelFitter:
         return points
 
     def _latencies_of(self, part: str, shape: Key, quiet: dict[int, float], beside: dict[int, float]) -> dict[int, int]:
-        """Return by tokens what passes from the launch to the start on an idle stream, and remember all of them."""
+        """Returns by tokens what passes from the launch to the start on an idle stream, and remember all of them."""
         latencies = {}
         launches = shape["kernels"] if shape["dispatch"] == "eager" else 1
         for row in self._evidence.schedule("idle_tail", what=part, **shape):
@@ -103,7 +103,7 @@ class KernelFitter:
                 self._flops.append(2 * last["tokens"] * weights_bytes / itemsize / last["ns"] * 1e9)
 
     def rule(self) -> dict[str, Any]:
-        """Return the rule for shapes that were not measured: a line through experts and heads of one token."""
+        """Returns the rule for shapes that were not measured: a line through experts and heads of one token."""
         weight_bytes, quiet_ns, beside_ns = (
             np.array(column, dtype=np.float64) for column in zip(*self._rule_points, strict=True)
         )
@@ -125,7 +125,7 @@ class KernelFitter:
         }
 
     def launch_latency(self) -> dict[str, Any]:
-        """Return the latency for shapes that have none of their own."""
+        """Returns the latency for shapes that have none of their own."""
         if not self._latencies:
             return latency_of([(row.n, row.median_ns) for row in self._evidence.micro("launch_latency")], MICRO)
         costs = latency_of(self._latencies, f"{SCHEDULE}: end less the return of the last call, less the kernel")
@@ -135,14 +135,14 @@ class KernelFitter:
 
 
 def _scaled(micro: dict[int, Row], seen: dict[int, Row]) -> dict[int, float]:
-    """Return ns by tokens: as seen inside schedules, else the microbenchmark times the nearest ratio of the two."""
+    """Returns ns by tokens: as seen inside schedules, else the microbenchmark times the nearest ratio of the two."""
     ratios = {tokens: row.median_ns / micro[tokens].median_ns for tokens, row in seen.items() if tokens in micro}
     scaled = {tokens: row.median_ns * (_nearest(ratios, tokens) or 1.0) for tokens, row in micro.items()}
     return scaled | {tokens: row.median_ns for tokens, row in seen.items()}
 
 
 def _with_context(row: Row) -> dict[str, Any]:
-    """Return the point of a dense part that attends to cached positions."""
+    """Returns the point of a dense part that attends to cached positions."""
     key = {name: value for name, value in row.key.items() if name not in ("part", "size", "where")}
     ns = round(row.median_ns)
     return {
@@ -152,7 +152,7 @@ def _with_context(row: Row) -> dict[str, Any]:
 
 
 def _nearest(by_tokens: dict[int, Any], tokens: int) -> Any:
-    """Return the value at the nearest number of tokens, on a logarithmic scale; None if there is none."""
+    """Returns the value at the nearest number of tokens, on a logarithmic scale; None if there is none."""
     if not by_tokens:
         return None
     return by_tokens[min(by_tokens, key=lambda other: (abs(math.log2(other / tokens)), other))]

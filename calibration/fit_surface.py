@@ -39,7 +39,7 @@ _Points = Mapping[str, Sequence[dict[str, Any]]]
 
 
 def fit_surface(samples: Samples, evidence: Evidence, points: _Points) -> dict[str, Any]:
-    """Return the surface as plain data of a profile.
+    """Returns the surface as plain data of a profile.
 
     `evidence` is where groups were seen; `points` are those of the profile by part, with the latencies of their
     launches. Raises ProfileError if the samples lack rows of small kernels or products.
@@ -61,7 +61,7 @@ def fit_surface(samples: Samples, evidence: Evidence, points: _Points) -> dict[s
 
 
 def starts_ns(series: Sequence[SurfaceSeries]) -> dict[tuple[str, str], float]:
-    """Return what a row of kernels takes besides them, in ns, by (dispatch, beside); ProfileError if none says it."""
+    """Returns what a row of kernels takes besides them, in ns, by (dispatch, beside); ProfileError if none says it."""
     return _Rows(series).start_ns
 
 
@@ -80,7 +80,7 @@ class _Rows:
         }
 
     def _start_ns(self, dispatch: str, beside: str) -> float:
-        """Return what a row takes besides its kernels: the median over small ones."""
+        """Returns what a row takes besides its kernels: the median over small ones."""
         starts = []
         for (what, _, *way), seen in self._seen.items():
             if what in ("negate", "multiply") and way == [dispatch, beside]:
@@ -95,7 +95,7 @@ class _Rows:
     def _each(
         self, what: str, dtype: str, dispatch: str = "graph", beside: str = "none"
     ) -> dict[tuple[int, ...], float]:
-        """Return what one kernel of each shape takes, in ns."""
+        """Returns what one kernel of each shape takes, in ns."""
         seen, start_ns = self._seen.get((what, dtype, dispatch, beside), {}), self.start_ns[dispatch, beside]
         if what in ("negate", "multiply"):
             return {
@@ -111,7 +111,7 @@ class _Rows:
         )
 
     def products(self) -> Iterable[dict[str, Any]]:
-        """Yield a table for each dtype; 16-bit ones are alike, and the first of them has them all."""
+        """Yields a table for each dtype; 16-bit ones are alike, and the first of them has them all."""
         dtypes = self._dtypes("product")
         if not dtypes:
             raise ProfileError("surface: no rows of products: measure it again")
@@ -120,13 +120,13 @@ class _Rows:
                 yield {"dtype": dtype, **_table(self._each("product", dtype), ("rows", "columns", "tokens"))}
 
     def small(self) -> Iterable[dict[str, Any]]:
-        """Yield a table for each small kernel and dtype."""
+        """Yields a table for each small kernel and dtype."""
         for what in ("negate", "multiply"):
             for dtype in self._dtypes(what):
                 yield {"what": what, "dtype": dtype, **_table(self._each(what, dtype), ("elements",))}
 
     def attention(self) -> Iterable[dict[str, Any]]:
-        """Yield a table for each dtype: KV heads of all sequences count, query heads that share one do not."""
+        """Yields a table for each dtype: KV heads of all sequences count, query heads that share one do not."""
         for dtype in self._dtypes("attention"):
             alike: dict[tuple[int, ...], list[float]] = {}
             for (batch, kv_heads, _, head_dim, positions), ns in self._each("attention", dtype).items():
@@ -135,7 +135,7 @@ class _Rows:
             yield {"dtype": dtype, **_table(medians, ("streams", "head_dims", "positions"))}
 
     def prompts(self) -> Iterable[dict[str, Any]]:
-        """Yield a table for each dtype: query heads count, how many share a KV head does not."""
+        """Yields a table for each dtype: query heads count, how many share a KV head does not."""
         for dtype in self._dtypes("prompt"):
             alike: dict[tuple[int, ...], list[float]] = {}
             for (kv_heads, group, head_dim, tokens), ns in self._each("prompt", dtype).items():
@@ -144,7 +144,7 @@ class _Rows:
             yield {"dtype": dtype, **_table(medians, ("heads", "head_dims", "tokens"))}
 
     def longer_beside_copy(self) -> float:
-        """Return how many ns longer products take for each MiB of weights beside a copy: those bound by memory."""
+        """Returns how many ns longer products take for each MiB of weights beside a copy: those bound by memory."""
         longer = []
         for dtype, size in (("bfloat16", 2), ("float32", 4)):
             quiet, beside = self._each("product", dtype), self._each("product", dtype, beside="h2d")
@@ -155,7 +155,7 @@ class _Rows:
 
 
 def _table(each: dict[tuple[int, ...], float], names: Sequence[str]) -> dict[str, Any]:
-    """Return shapes and what each takes as axes and numbers over their grid; 0 where there is none."""
+    """Returns shapes and what each takes as axes and numbers over their grid; 0 where there is none."""
     axes = [sorted({shape[number] for shape in each}) for number in range(len(names))]
     grid = np.zeros([len(axis) for axis in axes], dtype=np.int64)
     places = [{size: place for place, size in enumerate(axis)} for axis in axes]
@@ -182,7 +182,7 @@ class _Besides:
     factor: float
 
     def ns(self, group: _Group) -> float:
-        """Return what a group takes by these."""
+        """Returns what a group takes by these."""
         return self.start_ns + group.kernels.launches * self.kernel_ns + self.factor * group.sum_ns
 
 
@@ -200,7 +200,7 @@ class _Groups:
         }
 
     def fit(self, part: str, dispatch: str) -> dict[str, Any]:
-        """Return the costs of a part's groups in one way of dispatch."""
+        """Returns the costs of a part's groups in one way of dispatch."""
         quiet, beside = self._quiet[dispatch], self._beside[dispatch]
         seen, where = self._seen(part, dispatch, beside_copy=False)
         latencies = [
@@ -221,7 +221,7 @@ class _Groups:
         }  # fmt: skip
 
     def _besides(self, dispatch: str, *, beside_copy: bool, factor: float | None = None) -> _Besides:
-        """Return what groups of one way of dispatch take, whichever part they are of: least squares, relative errors.
+        """Returns what groups of one way of dispatch take, whichever part they are of: least squares, relative errors.
 
         A shape that was seen over many tokens counts once. A `factor` that is given stays.
         """
@@ -244,7 +244,7 @@ class _Groups:
         return _Besides(max(0.0, start_ns), max(0.0, kernel_ns), fitted)
 
     def _seen(self, part: str, dispatch: str, *, beside_copy: bool) -> tuple[list[_Group], str]:
-        """Return the groups that were seen, and where."""
+        """Returns the groups that were seen, and where."""
         inside = [
             row
             for row in self._evidence.schedule(part, dispatch=dispatch, beside_copy=beside_copy)
@@ -263,7 +263,7 @@ class _Groups:
 
 
 def kernels_of(part: str, row: Row) -> Kernels:
-    """Return the kernels of a group that was seen, from the key of its row."""
+    """Returns the kernels of a group that was seen, from the key of its row."""
     key = row.key
     hidden, dtype, size = key["hidden"], key["dtype"], key.get("size", key.get("weight_bytes", key.get("expert_ff")))
     if part == "expert":

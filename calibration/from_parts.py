@@ -43,12 +43,12 @@ class Ratios(NamedTuple):
 
 
 def from_parts(name: str) -> Profile:
-    """Return a measured machine as put together from its parts without its own measurements."""
+    """Returns a measured machine as put together from its parts without its own measurements."""
     return make_profile(assembled(PARTS[name], without=(name,)), f"{name} from parts")
 
 
 def cost_ratios(name: str) -> list[Ratios]:
-    """Return how the costs of a measured machine, as put together from parts, compare with those measured."""
+    """Returns how the costs of a measured machine, as put together from parts, compare with those measured."""
     made, own = from_parts(name), load_profile(name)
     families: dict[str, list[float]] = {}
     for family, tokens, ratio in _kernels(name, made):
@@ -62,7 +62,7 @@ def cost_ratios(name: str) -> list[Ratios]:
 
 
 def attention_ratios(name: str) -> list[Ratios]:
-    """Return how dense parts of one token with what attention adds by bytes compare with those measured, by context.
+    """Returns how dense parts of one token with what attention adds by bytes compare with those measured, by context.
 
     The model of each measured shape says what a layer's cache holds; the dense part without context is as measured.
     """
@@ -129,12 +129,12 @@ def schedule_summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def names() -> list[str]:
-    """Return the measured machines that are put together from parts."""
+    """Returns the measured machines that are put together from parts."""
     return [name for name in MEASURED if name in PARTS]
 
 
 def _kernels(name: str, made: Profile) -> Iterator[tuple[str, int, float]]:
-    """Yield (part, tokens, ratio) of every measured group of kernels, by the surface put together, or else the rule."""
+    """Yields (part, tokens, ratio) of every measured group of kernels, by the surface put together, else the rule."""
     machine, own, surface = measured(name), load_profile(name).compute, made.compute.surface
     if surface is None:
         fit = nearest(machine.gpu, (name,)).kernels
@@ -164,7 +164,7 @@ def _copies(made: CopyCosts, measured: CopyCosts) -> Iterator[float]:
 
 
 def _durations(made: Any, measured: Any) -> Iterator[float]:
-    """Yield the ratio of each duration that two parts of profiles both have."""
+    """Yields the ratio of each duration that two parts of profiles both have."""
     for field in type(made).model_fields:
         first, second = (getattr(getattr(part, field), "ns", None) for part in (made, measured))
         if isinstance(first, int) and isinstance(second, int) and min(first, second) >= _LEAST_NS:

@@ -38,7 +38,7 @@ class Cores:
             self._pin(self.numbers)
 
     def slowdown(self) -> float:
-        """Return how much slower the present core is than the fastest was: about 1 where nobody disturbs it."""
+        """Returns how much slower the present core is than the fastest was: about 1 where nobody disturbs it."""
         return _work_ns() / self.fastest_ns
 
     def _probe(self, number: int) -> int:
@@ -54,7 +54,7 @@ class Cores:
 
 
 def _work_ns() -> int:
-    """Return the time that a fixed piece of Python takes, the shortest of three."""
+    """Returns the time that a fixed piece of Python takes, the shortest of three."""
     return min(_loop_ns() for _ in range(3))
 
 

@@ -36,7 +36,7 @@ _OF_COPIES = ("copy", "event_wait_gap", "host:copy")
 
 
 def samples(runs: Iterable[Measured]) -> list[dict[str, Any]]:
-    """Return one row for each cost and key: {cost, key, n, median_ns, mean_ns, iqr_ns, run_medians_ns, run_means_ns}.
+    """Returns one row for each cost and key: {cost, key, n, median_ns, mean_ns, iqr_ns, run_medians_ns, run_means_ns}.
 
     `mean_ns` holds the lowest and the highest 2 % to what the others are. `run_medians_ns` and `run_means_ns` have one
     for every repeat of every run in which the cost was seen. `beside_copy` in a key: whether a copy ran.
@@ -86,7 +86,7 @@ def _row(cost: str, key: dict[str, Any], by_repeat: list[list[int]]) -> dict[str
 
 
 def _mean(values: Numbers) -> float:
-    """Return the mean, the lowest and the highest 2 % held to what the others are."""
+    """Returns the mean, the lowest and the highest 2 % held to what the others are."""
     least, most = np.percentile(values, (2, 98))
     return float(values.clip(least, most).mean())
 
@@ -107,7 +107,7 @@ def _stages(run: Measured) -> list[_Stage]:
 
 
 def _observe(run: Measured, stages: Sequence[_Stage], repeat: int) -> Iterator[Observation]:
-    """Yield what is to be seen on each GPU, and between them."""
+    """Yields what is to be seen on each GPU, and between them."""
     from_peer = run.scenario.copy_.source == "peer"
     copying = [_Busy(*_copied(gpu.spans, gpu.repeats[repeat])) for gpu in run.gpus]
     for number, (gpu, stage) in enumerate(zip(run.gpus, stages, strict=True)):
@@ -121,7 +121,7 @@ def _observe(run: Measured, stages: Sequence[_Stage], repeat: int) -> Iterator[O
 
 
 def _between(run: Measured, stages: Sequence[_Stage], repeat: int, copying: Sequence[_Busy]) -> Iterator[Observation]:
-    """Yield how long a step's first kernel took to start behind what it waited for, and what turning to it took."""
+    """Yields how long a step's first kernel took to start behind what it waited for, and what turning to it took."""
     stamps_ns = np.sort(np.concatenate([gpu.repeats[repeat].issued_ns for gpu in run.gpus]))
     arrived: list[dict[int, int]] = []
     for gpu, stage in zip(run.gpus, stages, strict=True):
@@ -177,7 +177,7 @@ class _Observer:
         self._free = {"compute": 0, "copy": 0}
 
     def observe(self) -> Iterator[Observation]:
-        """Yield what is to be seen, span by span."""
+        """Yields what is to be seen, span by span."""
         spans, times = self._spans, self._times
         if self._settings.copy_.order.prefetch_stream:
             for overlap_ns in self._overlaps_ns:
@@ -300,7 +300,7 @@ class _Observer:
 
 
 def _host_key(settings: Scenario, model: Model, kind: int) -> dict[str, Any]:
-    """Return what the host's time for an entry depends on."""
+    """Returns what the host's time for an entry depends on."""
     if kind not in _KERNELS:
         return {"dispatch": settings.dispatch.mode}
     kernels, products = _size(model, kind)
@@ -309,7 +309,7 @@ def _host_key(settings: Scenario, model: Model, kind: int) -> dict[str, Any]:
 
 
 def _size(model: Model, kind: int) -> tuple[int, int]:
-    """Return how many kernels a group has, and how many of them are products."""
+    """Returns how many kernels a group has, and how many of them are products."""
     return {
         DENSE: (model.dense_kernels, DENSE_PRODUCTS),
         EXPERT: (model.expert_kernels, model.expert_matrices),
@@ -318,7 +318,7 @@ def _size(model: Model, kind: int) -> tuple[int, int]:
 
 
 def _copied(spans: Mapping[str, Numbers], times: Times) -> tuple[Numbers, Numbers]:
-    """Return when the copies of experts that were made started and ended (copies,)."""
+    """Returns when the copies of experts that were made started and ended (copies,)."""
     copies = (spans["slot"] >= 0) & ~np.isin(spans["kind"], list(_KERNELS)) & (times.start_ns >= 0)
     return times.start_ns[copies], times.end_ns[copies]
 
@@ -338,7 +338,7 @@ class _Busy:
         self._before_ns = np.concatenate([[0], np.cumsum(self._end_ns - self._start_ns)])
 
     def before(self, at_ns: int) -> int:
-        """Return the busy ns before an instant."""
+        """Returns the busy ns before an instant."""
         begun = int(np.searchsorted(self._start_ns, at_ns, side="right"))
         if not begun:
             return 0

@@ -121,7 +121,7 @@ def link_probes(bench: Bench) -> Iterator[Probe]:
 
 
 def _all_loading(bench: Bench, least_bytes: int) -> list[Beside]:
-    """Return what keeps all other GPUs loading for so many bytes at least, from memory that no cache holds."""
+    """Returns what keeps all other GPUs loading for so many bytes at least, from memory that no cache holds."""
     beside = []
     for other in bench.other_gpus:
         size_bytes = bench.extent.flood_bytes
@@ -133,7 +133,7 @@ def _all_loading(bench: Bench, least_bytes: int) -> list[Beside]:
 
 
 def _from_peer(bench: Bench, other: Any) -> Beside:
-    """Return copies of experts' size from another GPU to this one, for longer than a queue of kernels takes."""
+    """Returns copies of experts' size from another GPU to this one, for longer than a queue of kernels takes."""
     size_bytes = bench.extent.flood_bytes
     source = other.empty(size_bytes)
     behind = bench.gpu.use(bench.other)  # torch orders such copies behind the current stream of this GPU

@@ -17,7 +17,7 @@ from .timing import elapsed_ns
 
 
 def launch_queue_depths(bench: Bench, tries: int = 3) -> tuple[int, ...]:
-    """Return how many small launches the driver takes before one blocks, for each try."""
+    """Returns how many small launches the driver takes before one blocks, for each try."""
     call = _small_kernel(bench)[0]
     return tuple(bench.timer.queue_depth(bench.compute, call, 5000) for _ in range(tries))
 
@@ -49,7 +49,7 @@ def _look_at_kernels(bench: Bench, kernels: Kernels, part: str, tokens: int, dis
 
 
 def _attending(bench: Bench, kernels: Kernels, size: int, context: int) -> Calls:
-    """Return a dense part of one token with attention over a cache of so many positions, as one graph."""
+    """Returns a dense part of one token with attention over a cache of so many positions, as one graph."""
     import torch
 
     model = kernels.model

@@ -146,7 +146,7 @@ class MeasuredGpu:
     verified: int
 
     def work(self, repeat: int, mode: str) -> Iterator[tuple[int, int, int, int, int, int, int]]:
-        """Yield (start, end, asked for, expert, visit, copy, kind) of every span that was made.
+        """Yields (start, end, asked for, expert, visit, copy, kind) of every span that was made.
 
         On an idle stream the event before some work comes before the host has even asked for the work: then that is
         when it starts. Not so for a group of several launches (`mode` eager), which starts with its first.
@@ -201,7 +201,7 @@ class Measured:
         return [gpu.repeats[self.median] for gpu in self.gpus]
 
     def timelines(self) -> list[Timeline]:
-        """Return the median repeat as the simulator records a run, the host's work between two waits as one span."""
+        """Returns the median repeat as the simulator records a run, the host's work between two waits as one span."""
         timelines, lanes = [], []
         median, mode, discipline = self.median, self.scenario.dispatch.mode, self.scenario.copy_.discipline
         for number, gpu in enumerate(self.gpus):
@@ -302,12 +302,12 @@ def load_all(paths: Collection[Path], names: Collection[str] = ()) -> list[Measu
 
 
 def makespan_ns(spans: Sequence[Mapping[str, Numbers]], times: Sequence[Times]) -> int:
-    """Return the end of the last kernel of one repeat, given the spans and times of each GPU."""
+    """Returns the end of the last kernel of one repeat, given the spans and times of each GPU."""
     return max(int(its.end_ns[np.isin(what["kind"], _KERNELS)].max()) for what, its in zip(spans, times, strict=True))
 
 
 def _host_work(gpus: Mapping[int, MeasuredGpu], repeat: int) -> Iterator[tuple[int, int, int, int]]:
-    """Yield (gpu, visit, start, end) of what one host thread did for its GPUs, from one wait or GPU to the next."""
+    """Yields (gpu, visit, start, end) of what one host thread did for its GPUs, from one wait or GPU to the next."""
     moments = []  # (when, GPU, visit, when the host goes on)
     for number, gpu in gpus.items():
         times, visits = gpu.repeats[repeat], gpu.spans["visit"]
@@ -330,7 +330,7 @@ def _host_work(gpus: Mapping[int, MeasuredGpu], repeat: int) -> Iterator[tuple[i
 
 
 def _plain(gpu: MeasuredGpu) -> dict[str, Any]:
-    """Return what one GPU did as plain data."""
+    """Returns what one GPU did as plain data."""
     return {
         "counts": dict(gpu.counts),
         "verified": gpu.verified,
@@ -342,7 +342,7 @@ def _plain(gpu: MeasuredGpu) -> dict[str, Any]:
 
 
 def _measured_gpu(data: _Gpu) -> MeasuredGpu:
-    """Return what `_plain` made plain; MeasuredError if its columns do not belong together."""
+    """Returns what `_plain` made plain; MeasuredError if its columns do not belong together."""
     spans = {
         name: np.array(getattr(data.spans, "copy_" if name == "copy" else name), dtype=np.int64)
         for name in SPAN_COLUMNS
@@ -396,7 +396,7 @@ def _check_median(run: Measured) -> None:
 
 
 def _packed(values: Numbers) -> list[int]:
-    """Return times as differences from one to the next: they compress to a third."""
+    """Returns times as differences from one to the next: they compress to a third."""
     differences: list[int] = np.diff(np.atleast_1d(values), prepend=0).tolist()
     return differences
 

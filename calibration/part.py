@@ -54,11 +54,11 @@ class Shared:
         gpu.synchronize()
 
     def on(self, gpu: Any) -> dict[Any, Any]:
-        """Return what workloads on a GPU share there."""
+        """Returns what workloads on a GPU share there."""
         return self._on_gpu.setdefault(gpu.index, {})
 
     def buffers(self, count: int, size_bytes: int) -> list[Any]:
-        """Return a buffer of `size_bytes` for each of `count` experts; they repeat where the pool is too small."""
+        """Returns a buffer of `size_bytes` for each of `count` experts; they repeat where the pool is too small."""
         different = len(self.bytes) // size_bytes
         if not different:
             raise InputError(f"an expert of {size_bytes} bytes is larger than the pool of {len(self.bytes)} bytes")
@@ -184,7 +184,7 @@ class Part:
             self.turns[-1] = (self.turns[-1][0], len(program))
 
     def _host_wait(self, number: int) -> Calls:
-        """Return the calls by which the host waits for the end of an entry; copies in its queue go on meanwhile."""
+        """Returns the calls by which the host waits for the end of an entry; copies in its queue go on meanwhile."""
         entry, queue = self.plan.entries[number], self._queue
         end = self._ends[entry.mark + entry.marks - 1]
         if queue is None:
@@ -214,7 +214,7 @@ class Part:
         return self._on_copy_stream(entry, self._waits(entry) + timed)
 
     def _send(self, entry: Entry) -> Calls:
-        """Return the calls that copy what the last kernel leaves to the next GPU."""
+        """Returns the calls that copy what the last kernel leaves to the next GPU."""
         way = self._sends
         assert way is not None
         copy = (way.target[: entry.size_bytes].copy_, (way.source[: entry.size_bytes], True))
@@ -225,7 +225,7 @@ class Part:
         return (*calls, *made, self._gpu.use(self._compute))
 
     def _receive(self, entry: Entry) -> Calls:
-        """Return the calls that make the compute stream wait for what another GPU sends."""
+        """Returns the calls that make the compute stream wait for what another GPU sends."""
         way, step = self._receives, entry.receives
         assert way is not None
         made: Calls = ((way.made[step].wait, ()),) if way.made else ()
@@ -240,7 +240,7 @@ class Part:
         return tuple(self._queue.demand(other, entry.visit) for other in entry.promotes)
 
     def _waits(self, entry: Entry) -> Calls:
-        """Return the calls that make an entry's stream wait for others; what is not enqueued yet is waited for here."""
+        """Returns the calls that make an entry's stream wait for others; what is not queued yet is waited for here."""
         stream = self._streams[entry.lane]
         calls: list[Call] = []
         for other in entry.waits:
@@ -258,14 +258,14 @@ class Part:
         return (*behind, self._gpu.use(self._streams[entry.lane]), *calls, self._gpu.use(self._compute))
 
     def _piece(self, entry: Entry, piece: int) -> Call:
-        """Return the call that copies one piece of an expert into its slot."""
+        """Returns the call that copies one piece of an expert into its slot."""
         size_bytes = len(self._host[entry.expert])
         piece_bytes = -(-size_bytes // self.plan.pieces)
         here = slice(piece * piece_bytes, min(size_bytes, (piece + 1) * piece_bytes))
         return self.slots[entry.slot][here].copy_, (self._host[entry.expert][here], True)
 
     def _queued_piece(self, entry: Entry, piece: int) -> Calls:
-        """Return the calls that make one piece of a copy from the priority queue."""
+        """Returns the calls that make one piece of a copy from the priority queue."""
         waits = self._waits(entry) if piece == 0 else ()
         timed = self._timed(entry.mark + piece, (self._piece(entry, piece),), self._streams[entry.lane])
         return self._on_copy_stream(entry, waits + timed)
@@ -298,7 +298,7 @@ class Part:
         self._gpu.synchronize()
 
     def times(self, stamps: npt.NDArray[np.int64], clocks: Clocks) -> Times:
-        """Return the times of a run that has ended; `stamps` (steps of the program,) are ns from its start."""
+        """Returns the times of a run that has ended; `stamps` (steps of the program,) are ns from its start."""
         plan, queue = self.plan, self._queue
         issued_ns = np.repeat(stamps[self._stamp_of], [entry.marks for entry in plan.entries])
         made = np.ones(plan.marks, dtype=bool)
@@ -314,7 +314,7 @@ class Part:
         return Times(start_ns, end_ns, issued_ns, *self._known(stamps), stamps[-1:])
 
     def _known(self, stamps: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Return when the host began to wait for each visit's choice (-1: never), and when it knew it."""
+        """Returns when the host began to wait for each visit's choice (-1: never), and when it knew it."""
         dense = [step for entry, step in zip(self.plan.entries, self._stamp_of, strict=True) if entry.kind == DENSE]
         known_ns = stamps[dense]
         from_ns = np.full(len(known_ns), -1, dtype=np.int64)
@@ -342,7 +342,7 @@ class _CopyQueue:
         return ((self.push, (number,)),)
 
     def demand(self, number: int, visit: int) -> Call:
-        """Return the call by which a visit demands a copy that may still be queued."""
+        """Returns the call by which a visit demands a copy that may still be queued."""
         return self.promote, (number, self._order.rank(QueuedCopy(True, visit, self._entries[number].expert)))
 
     def clear(self) -> None:

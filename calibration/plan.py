@@ -132,7 +132,7 @@ def check_executable(inputs: Inputs) -> None:
 
 
 def _executed(*, in_stages: bool = False) -> str:
-    """Return the names of the copy orders that are executed; in the stages of a pipeline, those of streams alone."""
+    """Returns the names of the copy orders that are executed; in the stages of a pipeline, those of streams alone."""
     names = [
         name
         for name, order in COPY_ORDERS.items()
@@ -146,7 +146,7 @@ def _predicts(inputs: Inputs) -> bool:
 
 
 def passings(inputs: Inputs) -> list[Passing]:
-    """Return what passes at each of several stages."""
+    """Returns what passes at each of several stages."""
     flow, stages = flow_of(inputs.model, inputs.trace, inputs.steps), len(inputs.stages)
     return [
         Passing(received_steps(flow, stage), sent_bytes(flow, stage, stages), stage == stages - 1)
@@ -155,7 +155,7 @@ def passings(inputs: Inputs) -> list[Passing]:
 
 
 def make_plan(inputs: Inputs) -> Plan:
-    """Return the plan of one GPU, as `make_plans` does."""
+    """Returns the plan of one GPU, as `make_plans` does."""
     (plan,) = make_plans(inputs)
     return plan
 
@@ -173,7 +173,7 @@ def make_plans(inputs: Inputs) -> list[Plan]:
 
 
 def make_planners(inputs: Inputs) -> list[Planner]:
-    """Return what makes the plan of each GPU; ExecutionError as `make_plans`."""
+    """Returns what makes the plan of each GPU; ExecutionError as `make_plans`."""
     for part in inputs.parts:
         check_executable(part)
     passing = passings(inputs) if inputs.links is not None else [None]
@@ -246,7 +246,7 @@ class Planner:
         self._last_kernel = -1
 
     def plan(self) -> Plan:
-        """Return the plan, once all commands have been carried out."""
+        """Returns the plan, once all commands have been carried out."""
         resident = {
             expert: self._slot_of[self._rooms.of(copy).register] for expert, copy in self._manager.assigned.items()
         }
@@ -280,7 +280,7 @@ class Planner:
             self._register[command.register] = len(entries) - 1
 
     def _padded(self, tokens: int) -> int:
-        """Return for how many tokens kernels run: graphs of decode steps are made for some counts only."""
+        """Returns for how many tokens kernels run: graphs of decode steps are made for some counts only."""
         return token_bucket(tokens) if self._graph and self._decodes else tokens
 
     # Commands.
@@ -367,7 +367,7 @@ _CARRY_OUT: dict[int, Callable[[Planner, Command], None]] = {
 
 
 def decision_counts(visits: Iterable[Visit], manager: MemoryManager) -> dict[str, int]:
-    """Return what was decided, by number: found, missed, prefetched and dropped experts, and those evicted."""
+    """Returns what was decided, by number: found, missed, prefetched and dropped experts, and those evicted."""
     found = miss = prefetch = 0
     for visit in visits:
         found += sum(len(wave.found) for wave in visit.waves)

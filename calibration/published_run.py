@@ -61,7 +61,7 @@ class RunLog:
         return len(self.columns["wall_ms"])
 
     def first(self, tokens: int) -> RunLog:
-        """Return the first tokens alone. Raises PublishedRunError if there are not so many."""
+        """Returns the first tokens alone. Raises PublishedRunError if there are not so many."""
         if not 2 * MSER_BATCH <= tokens <= len(self):
             raise PublishedRunError(
                 f"{self.path}: {tokens} tokens asked for: must be {2 * MSER_BATCH} to the {len(self)} that it logs"
@@ -106,7 +106,7 @@ def _rows(path: Path, rows: csv.DictReader[str]) -> Iterator[dict[str, str]]:
 
 
 def warm_up(series: Array) -> int:
-    """Return how many values at the beginning to leave out, so that the mean of the rest is known best.
+    """Returns how many values at the beginning to leave out, so that the mean of the rest is known best.
 
     MSER-5: of batches of five, drop those without which the squared standard error of the rest is least; at most half
     (White, "An effective truncation heuristic for bias reduction in simulation output", Simulation 69, 1997).
@@ -117,7 +117,7 @@ def warm_up(series: Array) -> int:
 
 
 def interrupted(compute_ms: Array) -> npt.NDArray[np.bool_]:
-    """Return which tokens took far longer than the others: beyond Tukey's outer fence (1977), q3 + 3 (q3 - q1)."""
+    """Returns which tokens took far longer than the others: beyond Tukey's outer fence (1977), q3 + 3 (q3 - q1)."""
     low, high = np.percentile(compute_ms, (25, 75))
     far: npt.NDArray[np.bool_] = compute_ms > high + FAR_OUT * (high - low)
     return far
@@ -176,7 +176,7 @@ def fit_run(scenario: Scenario, log: RunLog, tokens: int, name: str) -> FittedRu
 
 
 def _search(simulated_ms: Callable[[int], float], wanted_ms: float) -> int:
-    """Return the wake-up time in ns with which the simulated mean is nearest to the wanted one."""
+    """Returns the wake-up time in ns with which the simulated mean is nearest to the wanted one."""
     low, high = 0, LONGEST_WAKE_NS
     while high - low > WAKE_STEP_NS:
         middle = (low + high) // 2
@@ -185,7 +185,7 @@ def _search(simulated_ms: Callable[[int], float], wanted_ms: float) -> int:
 
 
 def _profile(base: Profile, costs: Mapping[str, Any], name: str) -> Profile:
-    """Return the profile with the fitted costs in place of its own."""
+    """Returns the profile with the fitted costs in place of its own."""
 
     def fitted(note: str, **values: Any) -> dict[str, Any]:
         return {**values, "source": "fitted", "note": note, "device": None}
@@ -252,7 +252,7 @@ def check_run(scenario: Scenario, log: RunLog, after: int) -> dict[str, Any]:
 
 
 def fit_text(fitted: FittedRun, tokens: int) -> str:
-    """Return the fitted costs, a line each, for people."""
+    """Returns the fitted costs, a line each, for people."""
     terms = fitted.terms
     lines = [
         f"{tokens} tokens, of which {terms['warm_up_tokens']:.0f} warm up and are left out:",
@@ -267,7 +267,7 @@ def fit_text(fitted: FittedRun, tokens: int) -> str:
 
 
 def check_text(report: Mapping[str, Any]) -> str:
-    """Return how well a run was predicted, a line each, for people."""
+    """Returns how well a run was predicted, a line each, for people."""
     rows = [("this simulation", report), ("a straight line in bytes read", report["line"])]
     lines = [
         f"{report['tokens']} tokens: {report['logged_ms']:.1f} ms each logged, {report['simulated_ms']:.1f} simulated",
@@ -289,7 +289,7 @@ def _errors(predicted_ms: Array, logged_ms: Array) -> dict[str, float]:
 
 
 def _parts(recording: Recording, log: RunLog, rest: slice) -> dict[str, list[float]]:
-    """Return the mean of each part of a token's time, logged and simulated: compute, waiting for reads, management."""
+    """Returns the mean of each part of a token's time, logged and simulated: compute, waiting for reads, management."""
     spans = recording.compute_spans
     step = spans["visit"] // len(recording.expert_bytes)
     busy_ns = np.bincount(step, weights=spans["end_ns"] - spans["start_ns"], minlength=len(recording.steps))
@@ -322,13 +322,13 @@ def _play(inputs: Inputs, profile: Profile | None = None) -> Recording:
 
 
 def _step_ms(recording: Recording) -> Array:
-    """Return what each decode step, of one token, took from the end of the one before (tokens,)."""
+    """Returns what each decode step, of one token, took from the end of the one before (tokens,)."""
     took_ms: Array = decode_times_ns(served([recording], Serving())) / 1e6
     return took_ms
 
 
 def _reads(recording: Recording, tokens: int) -> tuple[Array, Array]:
-    """Return how many experts each decode step read, and their bytes (tokens,)."""
+    """Returns how many experts each decode step read, and their bytes (tokens,)."""
     layers = len(recording.expert_bytes)
     read = recording.copy_spans[recording.copied_bytes[recording.copy_spans["copy"]] > 0]
     step = read["visit"] // layers
@@ -351,6 +351,6 @@ def _check_bytes(log: RunLog, read_bytes: Array) -> None:
 
 
 def _weight_bytes(inputs: Inputs) -> int:
-    """Return the weight bytes that one decoded token is computed with."""
+    """Returns the weight bytes that one decoded token is computed with."""
     model = inputs.model
     return sum(model.dense_bytes) + model.top_k * sum(model.expert_bytes) + model.head_bytes

@@ -25,7 +25,7 @@ def write_report(report: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def markdown(report: dict[str, Any], *, every_row: bool) -> str:
-    """Return the report as Markdown: sizes of the errors, dispatch modes, ablations, and each scenario if asked."""
+    """Returns the report as Markdown: sizes of the errors, dispatch modes, ablations, and each scenario if asked."""
     machine = report["machine"]
     gpus = {1: "one", 2: "two"}.get(report["gpus"], report["gpus"])
     parts = [

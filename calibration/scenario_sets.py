@@ -60,7 +60,7 @@ class _Line:
 
 
 def _set(**keys: Any) -> tuple[tuple[str, Any], ...]:
-    """Return settings as `section__key=value`."""
+    """Returns settings as `section__key=value`."""
     return tuple(keys.items())
 
 
@@ -75,7 +75,7 @@ _PIECES = _set(copy__discipline="priority", copy__chunk_bytes=16 * 2**20)
 
 
 def _stages(micro_batches: int, threads: str = "one", **keys: Any) -> tuple[tuple[str, Any], ...]:
-    """Return settings of a pipeline of two stages over eight sequences, which `micro_batches` divide."""
+    """Returns settings of a pipeline of two stages over eight sequences, which `micro_batches` divide."""
     return _set(
         machine__profile="h200-x2", workload__batch=8, workload__synthetic__sequences=8, parallel__stages=2,
         parallel__micro_batches=micro_batches, parallel__dispatch_threads=threads, **keys,
@@ -86,7 +86,7 @@ def _pipe(
     shape: str, mode: str, lookahead: int, micro_batches: int, recall: float = 1.0, readback: bool = True,
     threads: str = "one", **keys: Any,
 ) -> _Line:  # fmt: skip
-    """Return a pipeline's scenario; a stage has the budget of `_STAGE_BUDGETS` if `keys` give no other."""
+    """Returns a pipeline's scenario; a stage has the budget of `_STAGE_BUDGETS` if `keys` give no other."""
     keys = {"memory__gpu_budget": _STAGE_BUDGETS[shape], **keys}
     note = f"m{micro_batches}" + ("-threads" if threads != "one" else "")
     return _Line(shape, mode, lookahead, recall, readback, _stages(micro_batches, threads, **keys), note)
@@ -170,7 +170,7 @@ SETS = {
 
 
 def scenarios(set_name: str) -> dict[str, Scenario]:
-    """Return the scenarios of one of SETS by name."""
+    """Returns the scenarios of one of SETS by name."""
     lines, seed, prefix = SETS[set_name]
     return {prefix + line.name: _scenario(line, seed) for line in lines}
 

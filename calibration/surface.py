@@ -111,7 +111,7 @@ FULL_GRID = Grid(
 
 
 def measure_surface(gpu: Any, grid: Grid = FULL_GRID, progress: Progress | None = None) -> tuple[SurfaceSeries, ...]:
-    """Return the surface's series on a GPU (`cuda.Gpu`)."""
+    """Returns the surface's series on a GPU (`cuda.Gpu`)."""
     extent = Extent(
         models={}, copy_bytes=(16 * grid.flood_bytes,), batches=(), tokens=(), contexts=(), cpu_tokens=(),
         allocation_bytes=(), rounds=1, flood_bytes=grid.flood_bytes,
@@ -131,7 +131,7 @@ def measure_surface(gpu: Any, grid: Grid = FULL_GRID, progress: Progress | None 
 
 
 def surface_samples(gpu: Any, surface: tuple[SurfaceSeries, ...]) -> Samples:
-    """Return samples of a GPU that hold its surface alone."""
+    """Returns samples of a GPU that hold its surface alone."""
     return Samples(
         date=datetime.now(UTC).date().isoformat(), cpu_threads=os.cpu_count() or 1, gpus=gpu.count(), surface=surface,
         **gpu.describe(),
@@ -193,14 +193,14 @@ def _attention_rows(grid: Grid) -> Iterator[_Row]:
 
 
 def _queries(row: _Row) -> tuple[int, ...]:
-    """Return the shape of a row's queries: (sequences, heads, tokens of each, head width)."""
+    """Returns the shape of a row's queries: (sequences, heads, tokens of each, head width)."""
     kv_heads, group, head_dim, context = row.shape[-4:]
     batch, tokens = (row.shape[0], 1) if row.what == "attention" else (1, context)
     return batch, kv_heads * group, tokens, head_dim
 
 
 def _count(guess_ns: float, most: int) -> int:
-    """Return how many kernels stand in a row."""
+    """Returns how many kernels stand in a row."""
     return max(2, min(_MOST_KERNELS, most, round(_ROW_NS / guess_ns)))
 
 
@@ -229,7 +229,7 @@ class _Rows:
         self._small = [gpu.random(small, dtype="float32", scale=1.0, seed=seed) for seed in (8, 9)]
 
     def time(self, row: _Row) -> SurfaceSeries:
-        """Return the samples of a row of kernels, in ns for the whole row."""
+        """Returns the samples of a row of kernels, in ns for the whole row."""
         import torch
 
         bench, timer = self._bench, self._bench.timer
@@ -256,13 +256,13 @@ class _Rows:
         return make[row.what](row)
 
     def _of(self, memory: Any, row: _Row, *shape: int) -> Any:
-        """Return the beginning of some memory in a row's dtype."""
+        """Returns the beginning of some memory in a row's dtype."""
         import torch
 
         return memory.view(getattr(torch, row.dtype))[: prod(shape)].view(*shape)
 
     def _own(self, row: _Row, *shape: int) -> list[Any]:
-        """Return memory of the pool of its own for each kernel of a row, as far as there is any."""
+        """Returns memory of the pool of its own for each kernel of a row, as far as there is any."""
         pool, size = self._pools[row.dtype], prod(shape)
         places = max(1, len(pool) // size)
         starts = [number % places * size for number in range(row.kernels)]

@@ -85,7 +85,7 @@ class Timer:
         return [self.queued(stream, [calls]).durations_ns[0] for _ in range(times)]
 
     def host(self, stream: Any, calls: Calls, repeats: int) -> int:
-        """Return what one round of calls takes the host, in ns, while the GPU is too busy to hold it up."""
+        """Returns what one round of calls takes the host, in ns, while the GPU is too busy to hold it up."""
         gate_ns = _GATE_NS + _GATE_NS_A_CALL * repeats * len(calls)
         for _ in range(_TRIES):
             self._open_gate(stream, gate_ns)
@@ -102,7 +102,7 @@ class Timer:
         raise TimingError("the host could not make its calls before the GPU was done with them")
 
     def after_wait(self, first: Any, first_calls: Calls, second: Any, second_calls: Calls) -> int:
-        """Return the ns from the end of the first stream's calls to the start of the second's, which wait for them."""
+        """Returns the ns from the end of the first stream's calls to the start of the second's, which wait for them."""
         done, begun, ended = self._events(3)
         self._open_gate(first, 4 * _GATE_NS)
         run(first_calls)
@@ -116,7 +116,7 @@ class Timer:
         return elapsed_ns(done, begun)
 
     def there_and_back(self, here: Any, there: Any) -> int:
-        """Return the ns from an event of one stream to one of the same that waits for another stream, and that for it.
+        """Returns the ns from an event of one stream to one of the same that waits for another stream, and that for it.
 
         The streams may be of different GPUs.
         """
@@ -183,7 +183,7 @@ class Timer:
         self._gate.record(stream)
 
     def queue_depth(self, stream: Any, call: Call, most: int) -> int:
-        """Return how many calls the driver takes while the GPU is busy before one of them blocks; `most` at most."""
+        """Returns how many calls the driver takes while the GPU is busy before one of them blocks; `most` at most."""
         self._open_gate(stream, _DEPTH_GATE_NS)
         function, args = call
         count = most
@@ -215,6 +215,6 @@ def _read(starts: Sequence[Any], ends: Sequence[Any]) -> Queued:
 
 
 def elapsed_ns(earlier: Any, later: Any) -> int:
-    """Return the ns from one event to another, negative if they came the other way round."""
+    """Returns the ns from one event to another, negative if they came the other way round."""
     ns: int = round(earlier.elapsed_time(later) * 1e6)
     return ns

@@ -34,7 +34,7 @@ _CURVE_BYTES = tuple(2**power for power in range(12, 31))
 
 
 def from_samples(samples: Samples) -> dict[str, Any]:
-    """Return the benchmark of measured samples: rows, allocations and curves, as plain data."""
+    """Returns the benchmark of measured samples: rows, allocations and curves, as plain data."""
     evidence = Evidence(sample_rows([samples]))
     rows = []
     for direction, memory in WAYS:
@@ -61,7 +61,7 @@ def from_samples(samples: Samples) -> dict[str, Any]:
 def measurement(
     device: int | None = None, *, quick: bool = False, progress: Progress | None = None
 ) -> dict[str, Callable[[], dict[str, Any]]]:
-    """Return by name what measures the benchmark on a CUDA GPU (the first without `device`); nothing without a GPU.
+    """Returns by name what measures the benchmark on a CUDA GPU (the first without `device`); nothing without a GPU.
 
     Raises CudaError if `device` is given and is none.
     """
@@ -76,7 +76,7 @@ def measurement(
 
 
 def from_profile(profile: Profile) -> dict[str, Any]:
-    """Return what a profile says of the same: a copy alone, then nine queued behind it."""
+    """Returns what a profile says of the same: a copy alone, then nine queued behind it."""
     rows, curves = [], {}
     sizes = sorted({GUIDE_BYTES, *(model.expert_bytes[0] for model in _models())})
     for direction, memory, costs in _copies(profile):

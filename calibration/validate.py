@@ -93,7 +93,7 @@ def _simulate(inputs: Inputs, costs: Sequence[Costs]) -> list[Recording]:
 
 
 def predicted_ms(measured: Measured, profile: Profile, replicates: int) -> dict[str, float]:
-    """Return percentiles (p5, p50, p95) of the makespan over `replicates` draws of the costs from their uncertainty."""
+    """Returns p5, p50 and p95 of the makespan over `replicates` draws of the costs from their uncertainty."""
     inputs = with_profile(load_inputs(measured.scenario), profile, timed=True)
     # The same seed for all GPUs: what is drawn is how far the profile is off, and they share it.
     drawn = (replicate_costs(part, replicates, timed=True) for part in inputs.parts)
@@ -102,7 +102,7 @@ def predicted_ms(measured: Measured, profile: Profile, replicates: int) -> dict[
 
 
 def _as_recordings(measured: Measured, simulated: Sequence[Recording]) -> list[Recording]:
-    """Return a measured run with the books of its simulation, whose decisions are the same."""
+    """Returns a measured run with the books of its simulation, whose decisions are the same."""
     executed = []
     for mine, times, timeline in zip(simulated, measured.times, measured.timelines(), strict=True):
         visits = mine.decoded.visits.copy()
@@ -119,7 +119,7 @@ def _counts(recording: Recording) -> dict[str, int]:
 
 
 def _identities(recording: Recording) -> Any:
-    """Return what the spans are (not when), the host's own left out."""
+    """Returns what the spans are (not when), the host's own left out."""
     spans = recording.spans[recording.spans["kind"] != LAUNCH]
     return spans[["kind", "visit", "expert", "copy"]], spans
 
@@ -136,7 +136,7 @@ def _same_spans(executed: Recording, simulated: Recording, scenario: Scenario) -
 
 
 def _busy(recordings: Sequence[Recording]) -> dict[str, int]:
-    """Return for how long lanes of each role were busy, any of them, in ns: of each GPU, and of each host thread."""
+    """Returns for how long lanes of each role were busy, any of them, in ns: of each GPU, and of each host thread."""
     intervals: dict[str, list[Any]] = {}
     for role, recording in product(ROLES, recordings):
         spans, timeline = recording.spans, recording.decoded.timeline
@@ -149,7 +149,7 @@ def _busy(recordings: Sequence[Recording]) -> dict[str, int]:
 
 
 def _start_errors(executed: Sequence[Recording], simulated: Sequence[Recording]) -> dict[str, float]:
-    """Return by how much spans start earlier or later than measured, in us: median and 90th percentile of |error|."""
+    """Returns by how much spans start earlier or later than measured, in us: median and 90th percentile of |error|."""
     errors: list[float] = []
     for pair in zip(executed, simulated, strict=True):
         ordered = []
@@ -195,7 +195,7 @@ def _without_table(profile: Profile, scenario: Scenario) -> tuple[Profile, Scena
 
 
 def _line(cost: TransferCost) -> TransferCost:
-    """Return bytes over bandwidth alone, the bandwidth that of the largest copy measured."""
+    """Returns bytes over bandwidth alone, the bandwidth that of the largest copy measured."""
     size_bytes = cost.points[-1][0] if cost.points else 2**30
     rate = round(size_bytes * 1e9 / cost.ns(size_bytes))
     return TransferCost(latency_ns=0, bytes_per_second=rate, source=cost.source)
@@ -306,7 +306,7 @@ def _sizes(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def dispatch_pairs(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return how many times as long eager dispatch takes as graphs, for scenarios that ran with both."""
+    """Returns how many times as long eager dispatch takes as graphs, for scenarios that ran with both."""
     by_name = {row["scenario"]: row for row in rows}
     pairs = []
     for name, row in by_name.items():
@@ -319,7 +319,7 @@ def dispatch_pairs(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def ablation_summary(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Return the median and the worst |makespan error| with everything, and with each term left out."""
+    """Returns the median and the worst |makespan error| with everything, and with each term left out."""
     cases = {"everything": [row["makespan_error"] for row in rows]}
     cases |= {name: [row["ablation"][name] for row in rows] for name in ABLATIONS}
     return {
@@ -329,7 +329,7 @@ def ablation_summary(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, floa
 
 
 def failures(rows: Iterable[dict[str, Any]], tolerance: float) -> list[str]:
-    """Return a line for each row that is off by more than `tolerance` and the machine's spread, or counts otherwise."""
+    """Returns a line for each row that is off by more than `tolerance` and the machine's spread, or counts other."""
     lines = []
     for row in rows:
         if abs(row["makespan_error"]) > max(tolerance, row["spread"]):

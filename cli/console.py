@@ -27,7 +27,7 @@ def say_replaced(path: Path, what: str) -> None:
 
 
 def stop_status(left: KeyboardInterrupt | SystemExit) -> int:
-    """Return the exit status of what was told to stop."""
+    """Returns the exit status of what was told to stop."""
     return left.code if isinstance(left, SystemExit) and isinstance(left.code, int) else 130
 
 
@@ -56,7 +56,7 @@ def progress_shown(log_every_s: float | None = None) -> Iterator[Callable[[str, 
 
 
 def _logged(every_s: float) -> Callable[[str, int, int], None]:
-    """Return what writes a line on standard error now and then, with an estimate of the time that is left."""
+    """Returns what writes a line on standard error now and then, with an estimate of the time that is left."""
     began: dict[str, tuple[float, int]] = {}
     told = monotonic()
 

@@ -21,19 +21,19 @@ Sequences = Annotated[
 
 
 def expert_bytes_of(size: str | None) -> int | None:
-    """Return the bytes that an option gives, with a unit or without."""
+    """Returns the bytes that an option gives, with a unit or without."""
     from ..units import option_bytes
 
     return None if size is None else option_bytes("--expert-bytes", size)
 
 
 def opened_trace(path: Path) -> RoutingTrace:
-    """Return the trace that an argument names, or that is made of the log that it names."""
+    """Returns the trace that an argument names, or that is made of the log that it names."""
     from ..workloads.importers import open_trace
 
     return open_trace(path)
 
 
 def listed(text: str) -> list[str]:
-    """Return the words of a comma-separated option."""
+    """Returns the words of a comma-separated option."""
     return [word.strip() for word in text.split(",") if word.strip()]

@@ -39,16 +39,16 @@ class Own:
     context: int | None = None
 
     def parts(self) -> dict[str, str]:
-        """Return the parts that are given, by their keys."""
+        """Returns the parts that are given, by their keys."""
         named = {"gpu": self.gpu, "link": self.link, "cpu": self.cpu, "ram": self.ram, "drive": self.drive}
         return {key: value for key, value in named.items() if value is not None}
 
     def scenario(self, name: str | None) -> str | None:
-        """Return the scenario to begin with: the one named, or the one for whoever names a model or a machine."""
+        """Returns the scenario to begin with: the one named, or the one for whoever names a model or a machine."""
         return BASE if name is None and (self.model is not None or self.parts()) else name
 
     def settings(self, name: str | None) -> list[str]:
-        """Return the settings of a scenario that say the same; `name` is the scenario that was named, if one was.
+        """Returns the settings of a scenario that say the same; `name` is the scenario that was named, if one was.
 
         A GPU begins a machine anew. Several GPUs are the stages of a pipeline, unless a scenario says what they are.
         """

@@ -73,7 +73,7 @@ def flushed(status: int) -> int:
 
 
 def os_words(error: OSError) -> str:
-    """Return what the operating system says, and of what: errors of full disks name their file, but for the output."""
+    """Returns what the operating system says, and of what: errors of full disks name their file, but for the output."""
     if error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return f"standard output: {error.strerror}" if error.errno in _OF_OUTPUT else str(error)

@@ -50,7 +50,7 @@ class Baseline:
 def run_baseline(
     name: str, inputs: Inputs, costs: Sequence[Costs], progress: Progress | None = None, stream: Path | None = None
 ) -> float:
-    """Return the makespan in ms of one of BASELINES, given the costs of each GPU; `stream` as `simulate` takes it."""
+    """Returns the makespan in ms of one of BASELINES, given the costs of each GPU; `stream` as `simulate` takes it."""
     baseline = BASELINES[name]
     changed = baseline.inputs(inputs)
     if changed.scenario is not inputs.scenario:
@@ -66,12 +66,12 @@ def run_baseline(
 
 
 def baseline_scenario(name: str, scenario: Scenario) -> Scenario:
-    """Return the scenario with all that one of BASELINES does not depend on at its default: equal ones share it."""
+    """Returns the scenario with all that one of BASELINES does not depend on at its default: equal ones share it."""
     return BASELINES[name].scenario(scenario)
 
 
 def compared(known: Mapping[str, float], figures: Figures) -> dict[str, float | None]:
-    """Return the makespans in ms of the baselines that are known, by `NAME_ms`, and what compares a run with them."""
+    """Returns the makespans in ms of the baselines that are known, by `NAME_ms`, and what compares a run with them."""
     said: dict[str, float | None] = {f"{name}_ms": known[name] for name in sorted(known)}
     for name in sorted(known):
         said |= BASELINES[name].compared(known[name], figures)
@@ -124,7 +124,7 @@ def _uncached_manager(inputs: Inputs, spool: Spool) -> MemoryManager:
 
 
 def _with_room_for_one(divide: Callable[[int], list[int]], sizes: Sequence[int]) -> Callable[[int], list[int]]:
-    """Return `divide` for experts that are not compressed any more: where a pool cannot hold one, all can."""
+    """Returns `divide` for experts that are not compressed any more: where a pool cannot hold one, all can."""
 
     def divided(budget_bytes: int) -> list[int]:
         try:
@@ -161,7 +161,7 @@ def _prefetch_speedup(baseline_ms: float, figures: Figures) -> dict[str, float |
 
 
 def _demand_only(scenario: Scenario) -> Scenario:
-    """Return the scenario without prefetch, and with the default warmup, which changes no makespan."""
+    """Returns the scenario without prefetch, and with the default warmup, which changes no makespan."""
     warmup = WorkloadSection.model_fields["warmup"].default
     workload = scenario.workload.model_copy(update={"warmup": warmup})
     return scenario.model_copy(update={"prefetch": PrefetchSection(lookahead=0), "workload": workload})
@@ -172,7 +172,7 @@ def _without_predictor(scenario: Scenario) -> Scenario:
 
 
 def _only_fetching(inputs: Inputs) -> Inputs:
-    """Return the inputs with every miss fetched whole, and nothing lent between GPUs."""
+    """Returns the inputs with every miss fetched whole, and nothing lent between GPUs."""
     if not inputs.scenario.only_fetches:
         inputs = replace(inputs, scenario=plain(inputs.scenario))
     if inputs.placed is not None:

@@ -32,7 +32,7 @@ from .timing.records import COPIES_FROM
 
 
 def place(whole: Inputs, make_manager: Callable[[Inputs], MemoryManager]) -> Inputs:
-    """Return inputs with those of each GPU, and how the experts lie; raise ScenarioError if they cannot run.
+    """Returns inputs with those of each GPU, and how the experts lie; raise ScenarioError if they cannot run.
 
     `whole` has the guesses of the whole run. `make_manager` refuses what a GPU cannot hold.
     """
@@ -75,7 +75,7 @@ def place(whole: Inputs, make_manager: Callable[[Inputs], MemoryManager]) -> Inp
 
 
 def _budget_bytes(whole: Inputs, owners: Owners, gpu: int) -> int:
-    """Return the expert memory of one GPU: a share of the experts that it owns, or so many bytes or experts."""
+    """Returns the expert memory of one GPU: a share of the experts that it owns, or so many bytes or experts."""
     budget, sizes = whole.scenario.memory.gpu_budget, whole.model.expert_bytes
     if budget.rstrip().endswith("%"):
         return parse_budget(budget, [owned_bytes(owners, sizes, gpu)], 1)
@@ -83,7 +83,7 @@ def _budget_bytes(whole: Inputs, owners: Owners, gpu: int) -> int:
 
 
 def owned_bytes(owners: Owners, expert_bytes: Sequence[int], gpu: int) -> int:
-    """Return the bytes of all experts that a GPU owns."""
+    """Returns the bytes of all experts that a GPU owns."""
     return sum(
         size_bytes * sum(gpu in gpus for gpus in of_layer)
         for size_bytes, of_layer in zip(expert_bytes, owners, strict=True)
@@ -91,7 +91,7 @@ def owned_bytes(owners: Owners, expert_bytes: Sequence[int], gpu: int) -> int:
 
 
 def routes(links: Links) -> dict[tuple[int, int], Route]:
-    """Return the way from each GPU to each other one; raise ScenarioError if there is none."""
+    """Returns the way from each GPU to each other one; raise ScenarioError if there is none."""
     gpus = range(len(links.gpus))
     try:
         return {(a, b): links.route(a, b) for a in gpus for b in gpus if a != b}
@@ -106,7 +106,7 @@ def ask_peers(links: Links) -> None:
 
 
 def prices(links: Links, costs: Costs, token_bytes: int) -> Prices:
-    """Return what `remote = "cost"` compares: a token there and back on the slowest way, and copies behind others."""
+    """Returns what `remote = "cost"` compares: a token there and back on the slowest way, and copies behind others."""
     ways = routes(links)
     slowest = min(route.bytes_per_second for route in ways.values())
     return Prices(
@@ -117,14 +117,14 @@ def prices(links: Links, costs: Costs, token_bytes: int) -> Prices:
 
 
 def held(placed: Placed, device: str) -> list[int]:
-    """Return the experts that a GPU holds if everything is resident: what it owns, or all if no token moves."""
+    """Returns the experts that a GPU holds if everything is resident: what it owns, or all if no token moves."""
     flat = [gpus for of_layer in placed.owners for gpus in of_layer]
     number = int(device.removeprefix("gpu"))
     return [expert for expert, gpus in enumerate(flat) if not placed.moves_tokens or number in gpus]
 
 
 def sent_tokens_and_experts(inputs: Inputs, recordings: Sequence[Recording], links: Links) -> list[Carried]:
-    """Return what the GPUs of a finished run have sent each other: tokens there and back, and experts."""
+    """Returns what the GPUs of a finished run have sent each other: tokens there and back, and experts."""
     token_bytes, ways, carried = activation_bytes(inputs.model, 1), routes(links), []
     for kind in (DISPATCH, COMBINE):
         exchanges = recordings[0].spans[recordings[0].spans["kind"] == kind]  # all GPUs' are at once
@@ -144,7 +144,7 @@ def sent_tokens_and_experts(inputs: Inputs, recordings: Sequence[Recording], lin
 
 
 def sharing_metrics(recordings: Sequence[Recording]) -> dict[str, Any]:
-    """Return what sharing the experts took, as plain data for JSON.
+    """Returns what sharing the experts took, as plain data for JSON.
 
     `tokens_sent`: one way, a token once to each GPU that serves it; `all_to_all_ms`: there and back, together;
     `copied_bytes`: experts from one GPU to another, those that spare memory takes included; `imbalance`: the (token,
@@ -166,7 +166,7 @@ def sharing_metrics(recordings: Sequence[Recording]) -> dict[str, Any]:
 
 
 def _served(recordings: Sequence[Recording]) -> tuple[int, int]:
-    """Return the (token, expert) pairs that the busiest GPU of each layer visit serves, and all GPUs' pairs."""
+    """Returns the (token, expert) pairs that the busiest GPU of each layer visit serves, and all GPUs' pairs."""
     busiest = np.zeros(len(recordings[0].decoded.visits), dtype=np.int64)
     total = 0
     for recording in recordings:
@@ -179,7 +179,7 @@ def _served(recordings: Sequence[Recording]) -> tuple[int, int]:
 def decided(
     inputs: Inputs, managers: Sequence[MemoryManager], prefetches: Sequence[Prefetch], gauges: Sequence[Gauge] = ()
 ) -> Iterator[PlacedVisit]:
-    """Return the visits of a run over several GPUs, decided one by one as they are asked for."""
+    """Returns the visits of a run over several GPUs, decided one by one as they are asked for."""
     assert inputs.placed is not None
     workers = [
         Worker(manager, prefetch, part.steps, part.guesses, gauges[number] if gauges else None)
@@ -189,7 +189,7 @@ def decided(
 
 
 def shadow_misses(inputs: Inputs, managers: Sequence[MemoryManager]) -> list[npt.NDArray[np.int64]]:
-    """Return what each GPU's cache (`managers`, fresh ones) misses without prefetch, as `metrics.miss_keys`."""
+    """Returns what each GPU's cache (`managers`, fresh ones) misses without prefetch, as `metrics.miss_keys`."""
     missed = [manager.spool.column("missed", np.int64) for manager in managers]
     for visit in decided(inputs, managers, [NoPrefetch() for _ in managers]):
         for manager, keys, own in zip(managers, missed, visit.visits, strict=True):

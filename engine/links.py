@@ -66,11 +66,11 @@ class PeerCosts:
         self._transfers: dict[int, Transfer] = {}
 
     def alone_ns(self, size_bytes: int) -> int:
-        """Return what a copy of so many bytes takes on an idle lane."""
+        """Returns what a copy of so many bytes takes on an idle lane."""
         return self.route.ns(size_bytes) if self._costs is None else self._costs.alone.ns(size_bytes)
 
     def queued_ns(self, size_bytes: int) -> int:
-        """Return what it takes right behind another."""
+        """Returns what it takes right behind another."""
         return self.route.ns(size_bytes) if self._costs is None else self._costs.queued.ns(size_bytes)
 
     @property
@@ -79,17 +79,17 @@ class PeerCosts:
         return self._longer_ns > 0 or self.lags.after_other_longer_ns > 0
 
     def slowdown(self, size_bytes: int) -> float:
-        """Return how many times as long it takes beside copies from the host."""
+        """Returns how many times as long it takes beside copies from the host."""
         ns = self.alone_ns(size_bytes)
         return 1 + self._longer_ns / ns if ns else 1.0
 
     def transfer(self, size_bytes: int) -> Transfer:
-        """Return what such a copy moves over the links, always the same for the same size."""
+        """Returns what such a copy moves over the links, always the same for the same size."""
         return self._transfers.setdefault(size_bytes, Transfer(self.route, size_bytes))
 
 
 def _more(cost: DurationBesideCopy | None, than: DurationBesideCopy) -> int:
-    """Return what a duration, if there is one, has more than another."""
+    """Returns what a duration, if there is one, has more than another."""
     return max(0, cost.ns - than.ns) if cost is not None else 0
 
 
@@ -117,13 +117,13 @@ class Links:
         self._routes: dict[tuple[int, int], Route] = {}
 
     def route(self, source: int, target: int) -> Route:
-        """Return the way from one GPU to another; TopologyError if there is none."""
+        """Returns the way from one GPU to another; TopologyError if there is none."""
         if (source, target) not in self._routes:
             self._routes[source, target] = self.topology.route(self.gpus[source], self.gpus[target])
         return self._routes[source, target]
 
     def peer(self, source: int, target: int) -> PeerCosts:
-        """Return what copies from one GPU to another take; TopologyError if there is no route."""
+        """Returns what copies from one GPU to another take; TopologyError if there is no route."""
         if (source, target) not in self._peers:
             self._peers[source, target] = PeerCosts(
                 self.route(source, target), self._profile, self._scenario, self.estimates, timed=self._timed
@@ -131,11 +131,11 @@ class Links:
         return self._peers[source, target]
 
     def with_profile(self, profile: Profile, *, timed: bool = False) -> Links:
-        """Return these links at the costs of another profile."""
+        """Returns these links at the costs of another profile."""
         return Links(profile, self._scenario, len(self.gpus), self._key, timed=timed)
 
     def network(self, costs: Sequence[Costs]) -> Network | None:
-        """Return a network for one run, given each GPU's costs; None if its copies can never slow one another down.
+        """Returns a network for one run, given each GPU's costs; None if its copies can never slow one another down.
 
         Copies between GPUs count for what `peer` was asked before.
         """
@@ -150,7 +150,7 @@ class Links:
         return Network(self.topology) if contended(asked, self.topology) else None
 
     def host_link(self, gpu: int, costs: Costs, network: Network | None) -> HostLink | None:
-        """Return the way from the host to one GPU, for its copies to share; None where they never have to."""
+        """Returns the way from the host to one GPU, for its copies to share; None where they never have to."""
         if network is None:
             return None
         pieces = [copy.pieces if costs.by_priority else 1 for copy in costs.copies]

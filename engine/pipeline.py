@@ -60,7 +60,7 @@ _TOKEN_BYTES = 8
 
 
 def flow_of(model: Model, trace: RoutingTrace, steps: Sequence[Step]) -> Flow:
-    """Return what passes between the stages of a model: a hidden state for each token, an id for each sequence."""
+    """Returns what passes between the stages of a model: a hidden state for each token, an id for each sequence."""
     continued = continued_steps(steps, trace.sequence)
     needed = {step for before in continued for step in before}
     token_bytes = [
@@ -71,25 +71,25 @@ def flow_of(model: Model, trace: RoutingTrace, steps: Sequence[Step]) -> Flow:
 
 
 def received_steps(flow: Flow, stage: int) -> list[int]:
-    """Return the step whose data from the stage before each step waits for at a stage (steps,); -1 for none."""
+    """Returns the step whose data from the stage before each step waits for at a stage (steps,); -1 for none."""
     if stage:
         return list(range(len(flow.steps)))
     return [before[-1] if before else -1 for before in flow.continued]
 
 
 def sent_bytes(flow: Flow, stage: int, stages: int) -> Sequence[int]:
-    """Return what a stage sends to the next one at each step, or the last one to the first (steps,)."""
+    """Returns what a stage sends to the next one at each step, or the last one to the first (steps,)."""
     return flow.activation_bytes if stage < stages - 1 else flow.token_bytes
 
 
 def pipeline_routes(links: Links) -> list[PeerCosts]:
-    """Return what copies from each stage to the next take, and from the last to the first; raise if a route lacks."""
+    """Returns what copies from each stage to the next take, and from the last to the first; raise if a route lacks."""
     gpus = len(links.gpus)
     return [links.peer(number, (number + 1) % gpus) for number in range(gpus)]
 
 
 def sent(recordings: Sequence[Recording], flow: Flow, links: Links) -> list[Carried]:
-    """Return what each stage of a finished run has sent to the next, and the last one to the first."""
+    """Returns what each stage of a finished run has sent to the next, and the last one to the first."""
     carried = []
     for number, (recording, costs) in enumerate(zip(recordings, pipeline_routes(links), strict=True)):
         copies = recording.spans[recording.spans["kind"] == ACTIVATION]

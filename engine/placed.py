@@ -89,7 +89,7 @@ class Store:
 
 
 def homes(trace: RoutingTrace, steps: Sequence[Step], gpus: int) -> list[Array]:
-    """Return the GPU of each row of each step: a sequence stays where its KV cache is.
+    """Returns the GPU of each row of each step: a sequence stays where its KV cache is.
 
     A new one goes to the GPU with the fewest sequences that have not ended, as routers of data-parallel engines do;
     ties to the first.
@@ -114,7 +114,7 @@ def homes(trace: RoutingTrace, steps: Sequence[Step], gpus: int) -> list[Array]:
 
 
 def own_steps(steps: Sequence[Step], homes: Sequence[Array], gpu: int) -> list[Step]:
-    """Return the steps with the rows of one GPU alone; some may have none."""
+    """Returns the steps with the rows of one GPU alone; some may have none."""
     return [Step(step.phase, step.rows[home == gpu]) for step, home in zip(steps, homes, strict=True)]
 
 
@@ -135,7 +135,7 @@ class Worker:
 def placed_visits(
     placed: Placed, trace: RoutingTrace, workers: Sequence[Worker], *, issue: str = "after_launch"
 ) -> Iterator[PlacedVisit]:
-    """Yield every layer visit of the run, decided when it is asked for, GPU 0 first.
+    """Yields every layer visit of the run, decided when it is asked for, GPU 0 first.
 
     With spare memory all experts must be of one size, and what is evicted must make room at once.
     """
@@ -182,7 +182,7 @@ def placed_visits(
 
 
 def own_guesses(guesses: Guesses | None, homes: Sequence[Array], gpu: int) -> Guesses | None:
-    """Return the guesses of one GPU's tokens."""
+    """Returns the guesses of one GPU's tokens."""
     if guesses is None:
         return None
     own = np.concatenate(homes) == gpu
@@ -191,7 +191,7 @@ def own_guesses(guesses: Guesses | None, homes: Sequence[Array], gpu: int) -> Gu
 
 
 def admissions(visit: Visit) -> Iterator[Admission]:
-    """Yield the admissions of a visit in the order in which they were decided."""
+    """Yields the admissions of a visit in the order in which they were decided."""
     for wave in visit.waves:
         yield from wave.admitted
     for admission, _ in visit.prefetches:
@@ -201,7 +201,7 @@ def admissions(visit: Visit) -> Iterator[Admission]:
 def _from_peers(
     placed: Placed, managers: Sequence[MemoryManager], gpu: int, visit: Visit
 ) -> dict[int, tuple[int, int]]:
-    """Return the copies of a visit that come from another GPU, which has the expert: an owner of it before others."""
+    """Returns the copies of a visit that come from another GPU, which has the expert: an owner of it before others."""
     found = {}
     prices = placed.prices
     for admission in admissions(visit):
@@ -215,7 +215,7 @@ def _from_peers(
 
 
 def _holder(expert: int, owners: Sequence[int], managers: Sequence[MemoryManager], gpu: int) -> int | None:
-    """Return the first GPU but one that has room for an expert, owners first; None if there is none."""
+    """Returns the first GPU but one that has room for an expert, owners first; None if there is none."""
     others: Iterable[int] = (*owners, *range(len(managers)))
     for other in others:
         if other != gpu and expert in managers[other].assigned:
@@ -240,7 +240,7 @@ class _Spare:
         self._count = 0
 
     def moves(self, gpu: int, visit: Visit) -> tuple[dict[int, tuple[int, int]], dict[int, Store]]:
-        """Return the visit's copies that come out of spare memory, and where its evicted experts are stored.
+        """Returns the visit's copies that come out of spare memory, and where its evicted experts are stored.
 
         An expert is stored before the one that takes its room is fetched, so that neither waits for the other.
         """
@@ -305,7 +305,7 @@ class _Sharing:
         self._confident: list[list[list[list[float]]]] = []
 
     def part(self, gpu: int) -> Part:
-        """Return what one GPU gets, to be asked for after `turn` in every visit."""
+        """Returns what one GPU gets, to be asked for after `turn` in every visit."""
         layers = range(self._trace.layers)
         return Part(
             ((self._now[gpu] for _ in layers) for _ in self._steps),
@@ -333,7 +333,7 @@ class _Sharing:
     def _by_owner(
         self, ranked: list[list[list[int]]], confident: list[list[list[float]]] | None
     ) -> tuple[list[list[list[list[int]]]], list[list[list[list[float]]]]]:
-        """Return the guesses, and confidences if any, [layer][horizon - 1][rank by token], for each GPU its own."""
+        """Returns the guesses, and confidences if any, [layer][horizon - 1][rank by token], for each GPU its own."""
         owners, gpus = self._owners, range(self._placed.gpus)
         guesses: list[list[list[list[int]]]] = [[[[] for _ in layer] for layer in ranked] for _ in gpus]
         confidences: list[list[list[list[float]]]] = [[[[] for _ in layer] for layer in ranked] for _ in gpus]
@@ -394,7 +394,7 @@ class _ByOwner(_Sharing):
         return moved
 
     def _serve(self, accesses: Accesses) -> dict[int, int]:
-        """Return the GPU that serves each expert of a visit."""
+        """Returns the GPU that serves each expert of a visit."""
         load = [0] * self._placed.gpus
         server = {}
         for expert, tokens in zip(accesses.experts, accesses.tokens, strict=True):
@@ -444,7 +444,7 @@ class _ByCost(_Sharing):
         self._step, self._home = self._steps[index], self._placed.homes[index]
 
     def _serve(self, layer: int, ids: list[list[int]], homes: list[int]) -> dict[tuple[int, int], int]:
-        """Return the GPU that serves each (home, expert) of a visit."""
+        """Returns the GPU that serves each (home, expert) of a visit."""
         tokens: dict[tuple[int, int], int] = {}
         for experts, home in zip(ids, homes, strict=True):
             for expert in experts:
@@ -466,7 +466,7 @@ class _ByCost(_Sharing):
 
 
 def _split(accesses: Accesses, server: Sequence[int] | dict[int, int], gpus: int) -> list[Accesses]:
-    """Return what each GPU serves of a visit's look-ups."""
+    """Returns what each GPU serves of a visit's look-ups."""
     parts = [Accesses([], [], [], []) for _ in range(gpus)]
     for expert, tokens in zip(accesses.experts, accesses.tokens, strict=True):
         part = parts[server[expert]]
@@ -480,7 +480,7 @@ def _split(accesses: Accesses, server: Sequence[int] | dict[int, int], gpus: int
 
 
 def traffic(servers: Array, home: Array, present: Array | None, gpus: int) -> Array:
-    """Return how many tokens of each GPU have experts on each other one, by layer (layers, GPUs, GPUs).
+    """Returns how many tokens of each GPU have experts on each other one, by layer (layers, GPUs, GPUs).
 
     `servers` (rows, layers, k) serve the choices of rows that live on `home` (rows,); `present` (rows, layers) leaves
     some out. A token goes once to each GPU that has any of its experts, as in DeepEP.

@@ -39,7 +39,7 @@ Watch = Callable[[Iterator[Any]], Iterator[Any]]
 
 
 def watched(progress: Progress | None, what: str, total: int) -> Watch:
-    """Return what tells `progress` of every hundredth part of the visits."""
+    """Returns what tells `progress` of every hundredth part of the visits."""
     if progress is None:
         return iter
     every = max(1, total // 100)
@@ -66,7 +66,7 @@ class Prepared:
 
 
 def prepared(inputs: Inputs, costs: Sequence[Costs], stream: Path | None = None) -> list[Prepared]:
-    """Return what each GPU of a run needs, as the scenario wants it; `stream` is a folder for what is recorded."""
+    """Returns what each GPU of a run needs, as the scenario wants it; `stream` is a folder for what is recorded."""
     ready = []
     for part, own in zip(inputs.parts, costs, strict=True):
         manager = make_manager(part, Spool(None if stream is None else stream / part.device))
@@ -127,7 +127,7 @@ def run_all(
 
 
 def _all_sources(ready: Sequence[Prepared]) -> list[Source]:
-    """Return what each GPU decides by."""
+    """Returns what each GPU decides by."""
     return [
         source_of(gpu.inputs, gpu.manager, gpu.prefetch, host_memory=gpu.inputs.scenario.tiers.host_budget != "all")
         for gpu in ready
@@ -135,7 +135,7 @@ def _all_sources(ready: Sequence[Prepared]) -> list[Source]:
 
 
 def _sources(ready: Sequence[Prepared], engine: str) -> list[Source]:
-    """Return what each GPU decides by, where compiled code decides on all of them."""
+    """Returns what each GPU decides by, where compiled code decides on all of them."""
     if engine != "compiled":
         return []
     from .decide.sources import decided_in_python
@@ -145,7 +145,7 @@ def _sources(ready: Sequence[Prepared], engine: str) -> list[Source]:
 
 
 def _shared(inputs: Inputs, ready: Sequence[Prepared], engine: str) -> list[Source]:
-    """Return what each of the GPUs that share experts decides by, where compiled code decides."""
+    """Returns what each of the GPUs that share experts decides by, where compiled code decides."""
     if engine != "compiled":
         return []
     from .decide.sources import shared_in_python
@@ -164,7 +164,7 @@ class Chosen(NamedTuple):
 
 
 def engine_for(inputs: Inputs, engine: str | None = None) -> Chosen:
-    """Return which engine runs: the one asked for, or else the compiled one wherever it can.
+    """Returns which engine runs: the one asked for, or else the compiled one wherever it can.
 
     It cannot where it does not know the copy order. A short run does not wait for compiling, once after installation;
     it is the same by either engine. Raises ScenarioError if there is no such engine, or it does not know the order.
@@ -194,7 +194,7 @@ def run(inputs: Inputs, costs: Costs, manager: MemoryManager, prefetch: Prefetch
 
 
 def _recording(gpu: Prepared, decoded: Decoded, host_memory: HostMemory | None = None) -> Recording:
-    """Return what one GPU recorded, with what its metrics need."""
+    """Returns what one GPU recorded, with what its metrics need."""
     inputs, costs, sizes = gpu.inputs, gpu.costs, gpu.manager.size_of
     pieces = [cost.pieces if costs.by_priority else 1 for cost in costs.copies]
     moved = None

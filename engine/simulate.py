@@ -81,7 +81,7 @@ class Result:
         return merged_timeline(self.recordings)
 
     def json_data(self) -> dict[str, Any]:
-        """Return `data` with what may differ between runs of one scenario: the engine, why it, and `wall_s`."""
+        """Returns `data` with what may differ between runs of one scenario: the engine, why it, and `wall_s`."""
         return {**self.data, "engine": self.engine.engine, "engine_why": self.engine.why, "wall_s": self.wall_s}
 
 
@@ -164,20 +164,20 @@ def simulate_inputs(
 
 
 def _offloading(inputs: Inputs, recordings: Sequence[Recording], costs: Sequence[Costs]) -> dict[str, Any]:
-    """Return what a run says of misses that are not fetched, which no pipeline has."""
+    """Returns what a run says of misses that are not fetched, which no pipeline has."""
     if inputs.stages:
         return {}
     return offloading_metrics(recordings[0], costs[0], inputs.scenario, low_precision(inputs)[1])
 
 
 def _estimates(inputs: Inputs, costs: Sequence[Costs]) -> dict[str, str]:
-    """Return the rules of the costs that were estimated, those of all GPUs and of the links between them."""
+    """Returns the rules of the costs that were estimated, those of all GPUs and of the links between them."""
     estimates = [own.estimates for own in costs] + ([inputs.links.estimates] if inputs.links is not None else [])
     return dict(sorted((what, rule) for known in estimates for what, rule in known.items()))
 
 
 def _warnings(inputs: Inputs, said: RunResult) -> list[str]:
-    """Return the warnings of a run, that of percentiles too narrow last."""
+    """Returns the warnings of a run, that of percentiles too narrow last."""
     found = warnings_of(inputs, said.plain())
     if said.replicates is not None and (missing := without_uncertainty(inputs.profile)):
         found.append(
@@ -192,7 +192,7 @@ _version = cache(version)
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what makes a result."""
+    """Returns the versions of what makes a result."""
     return {
         "prestage": _version("prestage"),
         "python": platform.python_version(),
@@ -202,7 +202,7 @@ def versions() -> dict[str, str]:
 
 
 def serving_of(inputs: Inputs) -> Serving:
-    """Return what the speed of a run is measured by; of a pipeline, with the step that each step goes on from."""
+    """Returns what the speed of a run is measured by; of a pipeline, with the step that each step goes on from."""
     previous = None
     if inputs.stages:
         previous = [max(before, default=-1) for before in continued_steps(inputs.steps, inputs.trace.sequence)]
@@ -210,7 +210,7 @@ def serving_of(inputs: Inputs) -> Serving:
 
 
 def _replicates(inputs: Inputs, count: int, progress: Progress | None) -> list[dict[str, Any]]:
-    """Return makespan and tokens/s of each replicate."""
+    """Returns makespan and tokens/s of each replicate."""
     results = []
     # The same seed for all GPUs: what is drawn is how far the profile is off, and they share it.
     drawn = zip(*(replicate_costs(part, count) for part in inputs.parts), strict=True)
@@ -226,7 +226,7 @@ def _replicates(inputs: Inputs, count: int, progress: Progress | None) -> list[d
 def _shadow_misses(
     inputs: Inputs, ready: Sequence[Prepared], stream: Path | None, engine: str
 ) -> list[npt.NDArray[np.int64] | None]:
-    """Return what the same caches without prefetch miss, as `accesses.miss_keys`; None if nothing is prefetched."""
+    """Returns what the same caches without prefetch miss, as `accesses.miss_keys`; None if nothing is prefetched."""
     if not any(gpu.prefetch.horizons for gpu in ready):
         return [None] * len(ready)
     managers = [make_manager(part, Spool(stream, keep=False)) for part in inputs.parts]
@@ -240,7 +240,7 @@ def _shadow_misses(
 
 
 def _misses_alone(inputs: Inputs, manager: MemoryManager, engine: str) -> npt.NDArray[np.int64]:
-    """Return what a GPU's memory misses without prefetch, decided by compiled code where that runs the scenario too."""
+    """Returns what a GPU's memory misses without prefetch, decided by compiled code where that runs it too."""
     prefetch, total_experts = NoPrefetch(), inputs.model.total_experts
     if engine == "compiled":
         from .decide.sources import decided_in_python
@@ -254,20 +254,20 @@ def _misses_alone(inputs: Inputs, manager: MemoryManager, engine: str) -> npt.ND
 
 
 def _links(inputs: Inputs, recordings: Sequence[Recording]) -> list[dict[str, Any]] | None:
-    """Return what each link between GPUs carried; None where there are none."""
+    """Returns what each link between GPUs carried; None where there are none."""
     links = inputs.links
     return None if links is None else link_usage(recordings, links, _sent(inputs, recordings, links))
 
 
 def _sent(inputs: Inputs, recordings: Sequence[Recording], links: Links) -> list[Carried]:
-    """Return what GPUs have sent each other."""
+    """Returns what GPUs have sent each other."""
     if inputs.placed is not None:
         return sent_tokens_and_experts(inputs, recordings, links)
     return sent(recordings, flow_of(inputs.model, inputs.trace, inputs.steps), links)
 
 
 def _digest(inputs: Inputs) -> str | None:
-    """Return what identifies the guesses of a run, those of all GPUs together; None if there are none."""
+    """Returns what identifies the guesses of a run, those of all GPUs together; None if there are none."""
     digests = [part.guesses.digest for part in inputs.guessers if part.guesses is not None]
     if len(digests) < 2:
         return digests[0] if digests else None
@@ -275,7 +275,7 @@ def _digest(inputs: Inputs) -> str | None:
 
 
 def _deduplication(inputs: Inputs, recordings: Sequence[Recording]) -> dict[str, int] | None:
-    """Return how many guesses prefetching went by, how many were left once merged, and the bytes that this saved.
+    """Returns how many guesses prefetching went by, how many were left once merged, and the bytes that this saved.
 
     Those are of the experts that were prefetched: a copy for every guess of a visit but the first that named one. None
     where nobody guesses.

@@ -28,7 +28,7 @@ SAMPLE_STEPS = 64
 
 
 def stage_inputs(whole: Inputs, counts: Sequence[int]) -> list[Inputs]:
-    """Return the inputs of stages with so many layers each, from those of the whole model; without budgets.
+    """Returns the inputs of stages with so many layers each, from those of the whole model; without budgets.
 
     Guesses are those of the whole model cut out, where it has some.
     """
@@ -51,7 +51,7 @@ def stage_inputs(whole: Inputs, counts: Sequence[int]) -> list[Inputs]:
 
 
 def stage_layers(whole: Inputs, makespan_ns: Callable[[tuple[int, ...]], int | None]) -> tuple[int, ...]:
-    """Return how many layers each stage takes, as the scenario divides them; SplitError if that cannot be.
+    """Returns how many layers each stage takes, as the scenario divides them; SplitError if that cannot be.
 
     `makespan_ns` as of `Layers`.
     """
@@ -62,7 +62,7 @@ def stage_layers(whole: Inputs, makespan_ns: Callable[[tuple[int, ...]], int | N
 
 
 def with_profile(inputs: Inputs, profile: Profile, *, timed: bool = False) -> Inputs:
-    """Return inputs that run at the costs of another profile of the same machine, on all its GPUs.
+    """Returns inputs that run at the costs of another profile of the same machine, on all its GPUs.
 
     `timed`: the copies between them are timed, as `Costs` takes it.
     """
@@ -77,7 +77,7 @@ def with_profile(inputs: Inputs, profile: Profile, *, timed: bool = False) -> In
 
 
 def compute_ns(costs: Costs, model: Model, trace: RoutingTrace, steps: Sequence[Step]) -> list[int]:
-    """Return the kernels' time of each layer over some steps, in ns (layers,); the head's is with the last layer."""
+    """Returns the kernels' time of each layer over some steps, in ns (layers,); the head's is with the last layer."""
     total = [0] * model.layers
     for step in steps:
         tokens = len(step.rows)
@@ -89,7 +89,7 @@ def compute_ns(costs: Costs, model: Model, trace: RoutingTrace, steps: Sequence[
 
 
 def stage_model(model: Model, first: int, count: int) -> Model:
-    """Return the model of `count` layers from `first` on; the head, and what it reads, is with the last layer only.
+    """Returns the model of `count` layers from `first` on; the head, and what it reads, is with the last layer only.
 
     The input embedding is with the first one; a stage that has both shares a tied one.
     """
@@ -117,7 +117,7 @@ def stage_model(model: Model, first: int, count: int) -> Model:
 
 
 def stage_trace(trace: RoutingTrace, first: int, count: int) -> RoutingTrace:
-    """Return what the trace holds of `count` layers from `first` on; guesses are not kept, see `stage_guesses`."""
+    """Returns what the trace holds of `count` layers from `first` on; guesses are not kept, see `stage_guesses`."""
     here = slice(first, first + count)
 
     def of_layers(array: Any) -> Any:
@@ -136,7 +136,7 @@ def stage_trace(trace: RoutingTrace, first: int, count: int) -> RoutingTrace:
 
 
 def stage_guesses(guesses: Guesses, first: int, count: int) -> Guesses:
-    """Return the guesses that the whole model's predictor makes in a stage for layers of that stage, and no others.
+    """Returns the guesses that the whole model's predictor makes in a stage for layers of that stage, and no others.
 
     All of them, if the stage is the whole model.
     """
@@ -152,5 +152,5 @@ def stage_guesses(guesses: Guesses, first: int, count: int) -> Guesses:
 
 
 def first_layers(counts: Iterable[int]) -> list[int]:
-    """Return the first layer of each stage."""
+    """Returns the first layer of each stage."""
     return [0, *accumulate(counts)][:-1]

@@ -48,7 +48,7 @@ def break_even(
     cluster: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Return the least recall that pays, for every budget and lookahead (the scenario's own without any).
+    """Returns the least recall that pays, for every budget and lookahead (the scenario's own without any).
 
     Each of `cells` has `recall`: from there on every recall tested pays, which means a shorter makespan (a tie does not
     pay); None where even recall 1 does not. `not_below`: up to there no recall tested pays; between the two lies one
@@ -120,7 +120,7 @@ def _search(scenario: Scenario, hashes: Hashes) -> dict[str, Any]:
 
 
 def bracket(pays: Callable[[int], bool]) -> tuple[int | None, int | None]:
-    """Return (least step from which on all tested pay, greatest up to which none does) of 0 … STEPS.
+    """Returns (least step from which on all tested pay, greatest up to which none does) of 0 … STEPS.
 
     The first is None if STEPS does not pay, the second if 0 does.
     """
@@ -148,7 +148,7 @@ def _probes(low: int, high: int) -> Iterator[int]:
 
 
 def _makespan_ms(scenario: Scenario, recall: float, hashes: Hashes) -> float:
-    """Return the makespan of a scenario in ms, the predictor being an oracle of this recall."""
+    """Returns the makespan of a scenario in ms, the predictor being an oracle of this recall."""
     predictor = scenario.predictor.model_copy(update={"name": "oracle", "recall": recall})
     scenario = scenario.model_copy(update={"predictor": predictor})
     inputs = worker_inputs(scenario, hashes)

@@ -12,7 +12,7 @@ from ..engine.simulate import simulate
 
 
 def load_run(name: str, settings: Iterable[str] = ()) -> dict[str, Any]:
-    """Return the data of a run: a result.json, a folder with one, or a scenario that is simulated now.
+    """Returns the data of a run: a result.json, a folder with one, or a scenario that is simulated now.
 
     A scenario's name may be followed by settings of its own: `default,prefetch.lookahead=0`; `settings` come first.
     Raises ValueError if it is neither, or cannot run.

@@ -80,7 +80,7 @@ class Grid:
         return math.prod(len(values) for values in self.values.values())
 
     def points(self) -> Iterator[Point]:
-        """Yield the combinations, one by one as they are asked for."""
+        """Yields the combinations, one by one as they are asked for."""
         numbers: Iterable[int] = range(self.combinations)
         if len(self) < self.combinations:
             seed = self.base.get("seed", 0)
@@ -93,14 +93,14 @@ class Grid:
             yield {key: point[key] for key in self.values}
 
     def data(self, point: Point) -> dict[str, Any]:
-        """Return the plain data of a combination's scenario, not checked."""
+        """Returns the plain data of a combination's scenario, not checked."""
         data: dict[str, Any] = deepcopy(dict(self.base))
         for key, value in point.items():
             lay(data, key, value)
         return data
 
     def scenario(self, point: Point) -> Scenario:
-        """Return the scenario of a combination; ScenarioError if its values do not fit together."""
+        """Returns the scenario of a combination; ScenarioError if its values do not fit together."""
         return make_scenario(self.data(point), "grid")
 
     def _check(self, key: str, value: Any, last: Point) -> Point:
@@ -122,7 +122,7 @@ class Grid:
 
 
 def parse_grid(options: Iterable[str]) -> dict[str, list[Any]]:
-    """Return the values by key of `section.key=value,value,…` options; a TOML array may stand for the list.
+    """Returns the values by key of `section.key=value,value,…` options; a TOML array may stand for the list.
 
     Raises GridError for a key that comes twice and for a list without values.
     """
@@ -141,7 +141,7 @@ def parse_grid(options: Iterable[str]) -> dict[str, list[Any]]:
 
 
 def sweep_names() -> list[str]:
-    """Return the names of the shipped sweeps."""
+    """Returns the names of the shipped sweeps."""
     folder = resources.files("prestage") / "experiments" / "sweeps"
     return sorted(entry.name[: -len(".toml")] for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
@@ -153,7 +153,7 @@ def make_grid(
     settings: Iterable[str] = (),
     sample: int | None = None,
 ) -> Grid:
-    """Return the grid of a sweep: `values` by key over a scenario or its name, or over a sweep's file or name.
+    """Returns the grid of a sweep: `values` by key over a scenario or its name, or over a sweep's file or name.
 
     A sweep's own grid has its values unless `values` has others for the key. `settings` are `section.key=value`
     strings. Values that come twice count once. Raises GridError and ScenarioError.
@@ -167,7 +167,7 @@ def make_grid(
 
 
 def _open(name: str | Path | None, settings: Iterable[str]) -> tuple[Scenario, dict[str, list[Any]]]:
-    """Return the scenario and the grid that a name stands for: a sweep's, or a scenario's with no grid."""
+    """Returns the scenario and the grid that a name stands for: a sweep's, or a scenario's with no grid."""
     path = Path(name) if name is not None else None
     if str(name) in sweep_names():
         text = (resources.files("prestage") / "experiments" / "sweeps" / f"{name}.toml").read_text("utf-8")

@@ -61,7 +61,7 @@ class Journal:
         self._file.close()
 
     def rows(self) -> Iterator[Row]:
-        """Yield the rows."""
+        """Yields the rows."""
         return read_rows(self.path)
 
     def append(self, key: str, line: bytes) -> None:
@@ -114,7 +114,7 @@ def check_one_sweep(
 
 
 def sweep_rows(path: str | Path) -> Iterator[Row]:
-    """Yield the rows of a journal like `read_rows`, after a look whether they are of one sweep; JournalError else."""
+    """Yields the rows of a journal like `read_rows`, after a look whether they are of one sweep; JournalError else."""
     first = next(read_rows(path), None)
     if first is not None:
         keys = {key for row in read_rows(path) for key in row.get("settings", ())}
@@ -142,7 +142,7 @@ _NAMED = {
 
 
 def _outside(varied: Iterable[str]) -> Callable[[str], bool]:
-    """Return whether a key is varied or settled by what is: the key, a section that it lies in, or one in it."""
+    """Returns whether a key is varied or settled by what is: the key, a section that it lies in, or one in it."""
     given = set(varied)
     given |= {
         other for key, others in _SETTLED.items() if any(key in _sections(one) for one in given) for other in others
@@ -152,19 +152,19 @@ def _outside(varied: Iterable[str]) -> Callable[[str], bool]:
 
 
 def _sections(key: str) -> list[str]:
-    """Return a key and the sections that it lies in: a.b.c, a.b, a."""
+    """Returns a key and the sections that it lies in: a.b.c, a.b, a."""
     parts = key.split(".")
     return [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
 
 
 def _of_base(row: Row, outside: Callable[[str], bool]) -> dict[str, Any]:
-    """Return what a row says of its sweep, by key: all of its scenario but what is varied, and the version."""
+    """Returns what a row says of its sweep, by key: all of its scenario but what is varied, and the version."""
     base = {key: value for key, value in flat(row["scenario"]).items() if not outside(key)}
     return base if row["error"] is not None else base | {"version": row.get("versions", {}).get("prestage")}
 
 
 def _contents(row: Row) -> dict[Content, str]:
-    """Return the digests of the files that a row's scenario names, by kind and name."""
+    """Returns the digests of the files that a row's scenario names, by kind and name."""
     named, digests = flat(row["scenario"]), row.get("sha256", {})
     return {(what, named[key]): digests[what] for what, key in _NAMED.items() if named.get(key) and digests.get(what)}
 
@@ -247,7 +247,7 @@ def _write_parquet(rows: Iterable[Row], path: Path) -> None:
 
 
 def _columns(rows: Iterable[Row]) -> dict[str, type]:
-    """Return the columns of all rows, in order of appearance, with the type that holds every value of each."""
+    """Returns the columns of all rows, in order of appearance, with the type that holds every value of each."""
     columns: dict[str, type] = {}
     for row in rows:
         for name, value in flat(row).items():

@@ -86,7 +86,7 @@ class Study(_Part):
     sweeps: list[SuiteSweep]
 
     def with_settings(self, part: SuiteSweep | None, quick: bool) -> list[str]:
-        """Return all that is set in a sweep (None: in the scenario alone), as `key=value`."""
+        """Returns all that is set in a sweep (None: in the scenario alone), as `key=value`."""
         own = part.settings if part is not None else {}
         return [f"{k}={json.dumps(v)}" for k, v in {**self.settings, **(self.quick if quick else {}), **own}.items()]
 
@@ -126,7 +126,7 @@ class Suite(_Part):
 
 
 def transfer_name(profile: str) -> str:
-    """Return what the files about a profile's transfers are called after: a profile's name, or its file's."""
+    """Returns what the files about a profile's transfers are called after: a profile's name, or its file's."""
     return Path(profile).name.removesuffix(".json")
 
 
@@ -137,13 +137,13 @@ def _one_of(what: str, name: str, known: Mapping[str, Any]) -> str:
 
 
 def suite_names() -> list[str]:
-    """Return the names of the shipped suites."""
+    """Returns the names of the shipped suites."""
     folder = resources.files("prestage") / "experiments" / "suites"
     return sorted(entry.name[: -len(".toml")] for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
 
 def load_suite(name: str | Path = "default") -> Suite:
-    """Return a suite: a TOML file's, its scenarios' files beside it, or a shipped one's; SuiteError or OSError else."""
+    """Returns a suite: a TOML file's, its scenarios' files beside it, or a shipped one; SuiteError or OSError else."""
     if str(name) in suite_names():
         text = (resources.files("prestage") / "experiments" / "suites" / f"{name}.toml").read_text("utf-8")
     elif str(name).endswith(".toml"):
@@ -181,7 +181,7 @@ class Finished:
     rows: dict[tuple[str, str], Rows]
 
     def of_study(self, study: Study) -> list[Row]:
-        """Return the runs that a study chooses from, each once, with what differs from its scenario as settings."""
+        """Returns the runs that a study chooses from, each once, with what differs from its scenario as settings."""
         return _choices(self.suite, study, self.rows)
 
 
@@ -239,7 +239,7 @@ class _Job:
 
 
 def _jobs(suite: Suite, quick: bool) -> list[_Job]:
-    """Return the sweeps of a suite: of each study its scenario alone (BASE) and its own, checked before any runs."""
+    """Returns the sweeps of a suite: of each study its scenario alone (BASE) and its own, checked before any runs."""
     jobs: dict[tuple[str, str], _Job] = {}
     _check_files(suite)
     for study in suite.studies:
@@ -253,7 +253,7 @@ def _jobs(suite: Suite, quick: bool) -> list[_Job]:
 
 
 def picture_name(study: Study, part: SuiteSweep | None, number: int = 0) -> str:
-    """Return what a sweep's chart of this number is called, without an ending; without a sweep, the study's front."""
+    """Returns what a sweep's chart of this number is called, without an ending; without a sweep, the study's front."""
     return f"{study.name}-{'front' if part is None else part.name}" + (f"-{number + 1}" if number else "")
 
 
@@ -269,7 +269,7 @@ def _check_files(suite: Suite) -> None:
 
 
 def _files(suite: Suite) -> Iterator[tuple[str, str, str]]:
-    """Yield what each file of a suite is: of sweeps or charts, its name, and whose it is."""
+    """Yields what each file of a suite is: of sweeps or charts, its name, and whose it is."""
     for study in suite.studies:
         for part in (None, *study.sweeps):
             name = BASE if part is None else part.name
@@ -280,7 +280,7 @@ def _files(suite: Suite) -> Iterator[tuple[str, str, str]]:
 
 
 def _counted(progress: Progress | None, before: int, total: int) -> Progress | None:
-    """Return what tells a sweep's scenarios as part of all scenarios of the suite."""
+    """Returns what tells a sweep's scenarios as part of all scenarios of the suite."""
     if progress is None:
         return None
 
@@ -309,7 +309,7 @@ class _Parts:
         return name in self._made
 
     def get(self, name: str, make: Callable[[], Any]) -> Any:
-        """Return a part; where there is none yet, make and keep it."""
+        """Returns a part; where there is none yet, make and keep it."""
         if name not in self._made:
             self.keep(name, make())
         return self._made[name]
@@ -335,12 +335,12 @@ def _published(
 
 
 def published_table(name: str) -> list[dict[str, Any]]:
-    """Return the rows of a published table, in whatever process this is."""
+    """Returns the rows of a published table, in whatever process this is."""
     return TABLES[name]()
 
 
 def _study(suite: Suite, study: Study, rows: Mapping[tuple[str, str], Rows]) -> dict[str, Any]:
-    """Return what the rows of a study come to: where it starts, the best by each metric, the front, errors."""
+    """Returns what the rows of a study come to: where it starts, the best by each metric, the front, errors."""
     choices = _choices(suite, study, rows)
     (base,) = rows[study.name, BASE]
     failed = [row for part in study.sweeps for row in rows[study.name, part.name].errors]
@@ -356,7 +356,7 @@ def _study(suite: Suite, study: Study, rows: Mapping[tuple[str, str], Rows]) -> 
 
 
 def _best(metric: Metric, rows: Sequence[Row], base: Row) -> dict[str, Any]:
-    """Return the best of rows by a metric: its value, the scenario's, what changed, and the name of the row."""
+    """Returns the best of rows by a metric: its value, the scenario's, what changed, and the name of the row."""
     found = best(finished(rows, metric.figure, MEMORY), metric.figure, MEMORY, most=metric.best == "most")
     row = next(row for row in rows if row["settings"] == found["settings"])
     return {
@@ -369,7 +369,7 @@ def _best(metric: Metric, rows: Sequence[Row], base: Row) -> dict[str, Any]:
 
 
 def _choices(suite: Suite, study: Study, rows: Mapping[tuple[str, str], Rows]) -> list[Row]:
-    """Return a study's rows, each once, without errors and bounds, with what differs from its scenario as settings."""
+    """Returns a study's rows, each once, without errors and bounds, with what differs from its scenario as settings."""
     (base,) = rows[study.name, BASE]
     keys = dict.fromkeys(key for part in study.sweeps for key in (*part.settings, *part.grid))
     distinct: dict[str, Row] = {}
@@ -387,7 +387,7 @@ def _choices(suite: Suite, study: Study, rows: Mapping[tuple[str, str], Rows]) -
 
 
 def _value(scenario: Mapping[str, Any], key: str) -> Any:
-    """Return the value of `section.key` in a scenario's plain data, None where it has none."""
+    """Returns the value of `section.key` in a scenario's plain data, None where it has none."""
     value: Any = scenario
     for part in key.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None

@@ -146,7 +146,7 @@ def _published_table(name: str, rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def _trade_offs(finished: Finished, study: Study, found: Mapping[str, Any]) -> Part:
-    """Return the front of speed against memory over all sweeps of a study, and what could not run."""
+    """Returns the front of speed against memory over all sweeps of a study, and what could not run."""
     front = [
         [f"{spot['memory'] / 2**30:.2f}", f"{spot['speed']:.1f}", setting_words(spot["settings"])]
         for spot in found["front"]

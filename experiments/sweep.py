@@ -143,7 +143,7 @@ class Plan:
         check_one_sweep(chain([row], rows), self.path, first, self.grid.values, self._hashes)
 
     def points(self) -> Iterator[tuple[str, Point, Scenario | ScenarioError]]:
-        """Yield (key, point, its scenario, or why it is none)."""
+        """Yields (key, point, its scenario, or why it is none)."""
         for point in self.grid.points():
             try:
                 scenario = self.grid.scenario(point)
@@ -153,7 +153,7 @@ class Plan:
                 yield _key(scenario.plain(), self.hashes(scenario), self.baselines), point, scenario
 
     def tasks(self, done: set[bytes]) -> Iterator[Task]:
-        """Yield what is not done, once: two points of the grid may make one scenario."""
+        """Yields what is not done, once: two points of the grid may make one scenario."""
         begun = set(done)
         for key, point, scenario in self.points():
             if bytes.fromhex(key) in begun:
@@ -169,7 +169,7 @@ class Plan:
             yield Task(key, point, scenario.plain(), hashes, known if self.baselines else None)
 
     def missing_baselines(self, done: set[bytes]) -> Iterator[Baseline]:
-        """Yield the baselines of what is not done, each once, that are not known now."""
+        """Yields the baselines of what is not done, each once, that are not known now."""
         begun = set(self.known)
         for key, _, scenario in self.points():
             if isinstance(scenario, ScenarioError) or bytes.fromhex(key) in done:
@@ -180,7 +180,7 @@ class Plan:
                     yield shared
 
     def hashes(self, scenario: Scenario) -> Hashes:
-        """Return the hashes of what a scenario names."""
+        """Returns the hashes of what a scenario names."""
         trace, synthetic = scenario.workload.trace, scenario.workload.synthetic
         fit = synthetic.fit if synthetic is not None else None
         return {
@@ -212,7 +212,7 @@ def _run_baselines(plan: Plan, crew: Workers, journal: Journal, progress: Progre
 
 
 def _shared(scenario: Scenario, hashes: Hashes) -> Iterator[Baseline]:
-    """Yield the baselines of a scenario, under a key that scenarios share if they share the baseline."""
+    """Yields the baselines of a scenario, under a key that scenarios share if they share the baseline."""
     prefetches = scenario.prefetch.lookahead > 0 and scenario.prefetch.policy != "none"
     for name in BASELINES:
         if name != "no_prefetch" or prefetches:  # without prefetch, the row is its own
@@ -239,7 +239,7 @@ def run_task(task: Task) -> bytes:
 
 
 def failed_row(task: Task, error: str) -> bytes:
-    """Return the row of a scenario that failed, as a line of JSON."""
+    """Returns the row of a scenario that failed, as a line of JSON."""
     return orjson.dumps(
         {
             "key": task.key,
@@ -269,7 +269,7 @@ def worker_inputs(scenario: Scenario, hashes: Hashes) -> Inputs:
 
 @lru_cache(maxsize=_TRACES)
 def _trace(path: str, digest: str) -> RoutingTrace:
-    """Return the trace of a file if it has this SHA-256: the same whenever it is asked for, so it may be kept."""
+    """Returns the trace of a file if it has this SHA-256: the same whenever it is asked for, so it may be kept."""
     trace = open_trace(path)
     if _trace_sha256(trace) != digest:
         raise TraceError(f"{path}: this worker finds another trace there than the sweep began with")
@@ -277,7 +277,7 @@ def _trace(path: str, digest: str) -> RoutingTrace:
 
 
 def _key(scenario: Mapping[str, Any], hashes: Hashes, what: bool | str) -> str:
-    """Return the key of a configuration: 32 hexadecimal digits of its SHA-256."""
+    """Returns the key of a configuration: 32 hexadecimal digits of its SHA-256."""
     return _sha256([version("prestage"), scenario, hashes, what])[:32]
 
 

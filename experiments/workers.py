@@ -37,7 +37,7 @@ class WorkerError(InputError):
 
 
 def default_workers() -> int:
-    """Return how many cores this process may use."""
+    """Returns how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -72,7 +72,7 @@ class Workers:
             get_reusable_executor().shutdown(wait=True, kill_workers=True)
 
     def run(self, work: Callable[[Task], Done], tasks: Iterable[Task]) -> Iterator[tuple[Task, Done | None]]:
-        """Yield each task with what `work` made of it, as they finish; None where its worker died of it twice.
+        """Yields each task with what `work` made of it, as they finish; None where its worker died of it twice.
 
         Tasks are taken as workers become free, so there may be more than fit into memory. `work` must be importable.
         Raises WorkerError if the cluster's scheduler is lost.
@@ -142,7 +142,7 @@ def _follow(parent: int) -> None:
 
 
 def _connect(address: str) -> Any:
-    """Return a client of the Dask scheduler at an address. Raises WorkerError."""
+    """Returns a client of the Dask scheduler at an address. Raises WorkerError."""
     try:
         from distributed import Client
     except ImportError:

@@ -118,7 +118,7 @@ class InferenceConfig:
         check_held(self.gpu_memory_limit_mb, load_profile(self.profile))
 
     def open_trace(self) -> RoutingTrace | None:
-        """Return the trace, checked against the rest of the configuration; None if it is to be drawn.
+        """Returns the trace, checked against the rest of the configuration; None if it is to be drawn.
 
         Raises TraceError for a file that cannot be read, VirtualMemoryError for a trace of another shape.
         """
@@ -137,7 +137,7 @@ class InferenceConfig:
         return trace
 
     def scenario(self, top_k: int = 1) -> Scenario:
-        """Return the scenario of the overlapped run, for a router that takes `top_k` experts."""
+        """Returns the scenario of the overlapped run, for a router that takes `top_k` experts."""
         data = load_scenario(_BASE).plain()
         workload, tokens = data["workload"], int(self.num_simulation_tokens)
         if self.trace is not None:
@@ -201,7 +201,7 @@ class InferenceSimulator:
         return self.metrics()
 
     def metrics(self) -> dict[str, Any]:
-        """Return the data of the run; runs it if it has not run."""
+        """Returns the data of the run; runs it if it has not run."""
         manager, result = self._finished()
         return {**manager.metrics(), "overlapped": result.data}
 
@@ -245,7 +245,7 @@ class InferenceSimulator:
         return figure
 
     def token_latencies_ms(self) -> dict[str, Array]:
-        """Return what each token took, in ms (tokens,): with prefetches hidden, every copy charged, and overlapped.
+        """Returns what each token took, in ms (tokens,): with prefetches hidden, every copy charged, and overlapped.
 
         Overlapped it is from the end of the token before to its own end, computation included; else its accesses.
         """
@@ -267,7 +267,7 @@ class InferenceSimulator:
 
 
 def hit_split(metrics: Mapping[str, Any]) -> dict[str, dict[str, int]]:
-    """Return how many accesses came out how: in the guide's accounting, which knows no late ones, and overlapped."""
+    """Returns how many accesses came out how: in the guide's accounting, which knows no late ones, and overlapped."""
     counts, overlapped = metrics["event_counts"], metrics["overlapped"]["counts"]
     guide = {"prefetch_hit": counts["hit"], "cache_hit": counts["cache_hit"], "late": 0, "miss": counts["miss"]}
     return {"guide's accounting": guide, "overlapped": {name: overlapped[name] for name in OUTCOMES}}

@@ -53,7 +53,7 @@ VIRTUAL_MEMORY = {
 
 
 def virtual_memory() -> list[dict[str, Any]]:
-    """Return the guide's three configurations: in its own accounting, with copies charged, and overlapped.
+    """Returns the guide's three configurations: in its own accounting, with copies charged, and overlapped.
 
     Experts belong to their layer; beside it stands what the guide's accounting gives if layers shared them. The
     overlapped engine makes the same decisions as the virtual memory manager, and hides of the copies what fits beside
@@ -145,14 +145,14 @@ class Row:
     why: str
 
     def data(self) -> dict[str, Any]:
-        """Return the row as plain data, with the verdict on `ours`: None if nothing is published."""
+        """Returns the row as plain data, with the verdict on `ours`: None if nothing is published."""
         published = None if self.published is None else list(self.published)
         verdict = None if self.published is None else _verdict(self.ours, *self.published)
         return {**asdict(self), "published": published, "verdict": verdict}
 
 
 def transfers() -> list[dict[str, Any]]:
-    """Return the guide's copies and allocations: what its accounting charges, and what the engine's copy lane takes."""
+    """Returns the guide's copies and allocations: what its accounting charges and what the engine's copy lane takes."""
     profile = load_profile(_PROFILE)
     assert profile.d2d is not None and profile.allocation is not None
     one_ms, all_ms = (
@@ -179,7 +179,7 @@ def _copies(
     lane_ms: list[float] | None,
     why: str,
 ) -> list[Row]:
-    """Return the rows of one direction: one copy, ten, and MiB/ms of ten; published, charged and on the lane."""
+    """Returns the rows of one direction: one copy, ten, and MiB/ms of ten; published, charged and on the lane."""
     one, ten, rate = published
     mib = _TEN * _EXPERT_MIB
     ours_rate = mib / ours_ms[1]
@@ -194,19 +194,19 @@ def _copies(
 
 
 def _on_lane_ms(count: int) -> float:
-    """Return how long the engine's copy lane is busy with so many experts, demanded together."""
+    """Returns how long the engine's copy lane is busy with so many experts, demanded together."""
     scenario = InferenceConfig(num_simulation_tokens=1, num_layers=1, prefetch_k=0).scenario(top_k=count)
     copies = simulate(scenario, baselines=False).recording.copy_spans
     return int(copies["end_ns"].max() - copies["start_ns"].min()) / 1e6
 
 
 def _rounding_to(value: float, digit: float) -> tuple[float, float]:
-    """Return the bounds of what is written as `value` to the last `digit`."""
+    """Returns the bounds of what is written as `value` to the last `digit`."""
     return round(value - digit / 2, 6), round(value + digit / 2, 6)
 
 
 def inference() -> list[dict[str, Any]]:
-    """Return the guide's inference simulation, and what its formula gives for its prediction accuracy."""
+    """Returns the guide's inference simulation, and what its formula gives for its prediction accuracy."""
     profile = load_profile(_PROFILE)
     rows = []
     workloads = [*_workloads()]
@@ -242,7 +242,7 @@ def _speedup_why(metrics: dict[str, Any]) -> str:
 
 
 def context_length() -> list[dict[str, Any]]:
-    """Return speed-up by how many tokens back a predictor looks, and which does best; published is only that 3 does.
+    """Returns speed-up by how many tokens back a predictor looks, and which does best; published is only that 3 does.
 
     It rests on the predictor "context", which learns as it goes; and, where docs/predictors.json has them, on the
     trained predictor's scores for each context.
@@ -263,7 +263,7 @@ def context_length() -> list[dict[str, Any]]:
 
 
 def _trained_contexts() -> Iterator[Row]:
-    """Yield the trained predictor's scores by context, from the project's own evaluation, if it is there."""
+    """Yields the trained predictor's scores by context, from the project's own evaluation, if it is there."""
     report = _evaluation().get("gpt-oss-20b contexts")
     if report is None:
         return
@@ -284,7 +284,7 @@ def _best_context(name: str, by_length: dict[int, float], what: str) -> Row:
 
 
 def caching() -> list[dict[str, Any]]:
-    """Return what caching adds to the speed-up of the guide's configuration."""
+    """Returns what caching adds to the speed-up of the guide's configuration."""
     rows = []
     for workload, config in _workloads():
         cached, dropped = _ran(config), _ran(replace(config, enable_caching=False))
@@ -304,7 +304,7 @@ def caching() -> list[dict[str, Any]]:
 
 
 def memory_overhead() -> list[dict[str, Any]]:
-    """Return the predictor's memory as a share of the model's experts."""
+    """Returns the predictor's memory as a share of the model's experts."""
     config = InferenceConfig()
     total_bytes = load_model(config.model).total_expert_bytes
     layers, experts, parts = config.num_layers, config.num_experts, config.context_length + 2
@@ -325,7 +325,7 @@ def memory_overhead() -> list[dict[str, Any]]:
 
 
 def contradictions() -> list[dict[str, Any]]:
-    """Return what the guide states twice, differently: both figures, how far apart, and which one the profile holds."""
+    """Returns what the guide states twice, differently: both figures, how far apart and which one the profile holds."""
     profile = load_profile(_PROFILE)
     assert profile.d2d is not None and profile.allocation is not None
     h2d = profile.h2d["pageable"]
@@ -352,7 +352,7 @@ def contradictions() -> list[dict[str, Any]]:
 
 
 def _workloads() -> Iterator[tuple[str, InferenceConfig]]:
-    """Yield the workloads of the inference tables: the guide scenarios', and routing recorded from our own model."""
+    """Yields the workloads of the inference tables: the guide scenarios', and routing recorded from our own model."""
     yield "the synthetic trace", InferenceConfig(prediction_accuracy=ACCURACY)
     if _ships("guide"):
         yield "recorded routing", InferenceConfig(prediction_accuracy=ACCURACY, trace="guide")
@@ -364,7 +364,7 @@ def _ships(name: str) -> bool:
 
 
 def _ran(config: InferenceConfig) -> dict[str, Any]:
-    """Return the metrics of a run."""
+    """Returns the metrics of a run."""
     return InferenceSimulator(config).run_simulation()
 
 
@@ -382,19 +382,19 @@ def _hit_ms(profile: Profile) -> float:
 
 
 def _formula_speedup(profile: Profile, hit_rate: float) -> float:
-    """Return the guide's speed-up of a hit rate: a miss each over misses and hits, nothing else taking time."""
+    """Returns the guide's speed-up of a hit rate: a miss each over misses and hits, nothing else taking time."""
     miss_ms = _miss_ms(profile)
     return miss_ms / (miss_ms - hit_rate * (miss_ms - _hit_ms(profile)))
 
 
 def _rate_for(profile: Profile, speedup: float) -> float:
-    """Return the hit rate that a speed-up needs by that formula."""
+    """Returns the hit rate that a speed-up needs by that formula."""
     miss_ms = _miss_ms(profile)
     return (miss_ms - miss_ms / speedup) / (miss_ms - _hit_ms(profile))
 
 
 def _evaluation() -> dict[str, Any]:
-    """Return the scores of our trained predictors, from docs/predictors.json; empty where it is not there."""
+    """Returns the scores of our trained predictors, from docs/predictors.json; empty where it is not there."""
     path = resources.files("prestage") / "docs" / "predictors.json"
     report: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     return report
@@ -412,7 +412,7 @@ TABLES: dict[str, Callable[[], list[dict[str, Any]]]] = {
 
 
 def reproduce(names: Sequence[str] = ()) -> dict[str, list[dict[str, Any]]]:
-    """Return the rows of published tables by name, all of them without a name; ValueError for an unknown one."""
+    """Returns the rows of published tables by name, all of them without a name; ValueError for an unknown one."""
     for name in names:
         if name not in TABLES:
             raise InputError(unknown_name("TABLE", name, TABLES))

@@ -172,22 +172,22 @@ class VirtualMemoryManager:
         return access.latency_ms, access.event
 
     def _place(self, layer_id: int, token_id: int) -> tuple[int, int]:
-        """Return a checked layer and token."""
+        """Returns a checked layer and token."""
         check_whole("layer_id", layer_id, 0, self._layers - 1)
         check_whole("token_id", token_id, 0)
         return int(layer_id), int(token_id)
 
     def _number(self, index: int, layer: int) -> int:
-        """Return the manager's number of an expert; layers that share experts are one layer to it."""
+        """Returns the manager's number of an expert; layers that share experts are one layer to it."""
         return index if self.share_across_layers else layer * self.num_experts + index
 
     def _numbers(self, ranked: Array) -> Array:
-        """Return the manager's numbers of guesses (tokens, layers, n), -1 where there is none."""
+        """Returns the manager's numbers of guesses (tokens, layers, n), -1 where there is none."""
         first = np.array([self._number(0, layer) for layer in range(self._layers)])
         return np.where(ranked < 0, -1, ranked + first[:, None])
 
     def _running(self) -> MemoryLog:
-        """Return the latest run; if there is none, one begins."""
+        """Returns the latest run; if there is none, one begins."""
         return self._log or self._begin(Setting(seed=self.seed))
 
     def _begin(self, setting: Setting) -> MemoryLog:
@@ -206,7 +206,7 @@ class VirtualMemoryManager:
         return self._log
 
     def metrics(self) -> dict[str, Any]:
-        """Return what the run so far comes to, as plain data; rates are fractions, None where undefined.
+        """Returns what the run so far comes to, as plain data; rates are fractions, None where undefined.
 
         hit_rate = (prefetch hits + cache hits) / accesses. avg_latency_ms = mean latency of an access.
         memory_utilization = memory in use / limit, weighted by time. prediction_accuracy = accesses whose expert was
@@ -240,7 +240,7 @@ class VirtualMemoryManager:
         }
 
     def _priced(self, log: MemoryLog, accesses: int, *, charged: bool) -> dict[str, float | None]:
-        """Return what depends on which copies cost time."""
+        """Returns what depends on which copies cost time."""
         total_ms = (log.charged_now_ns if charged else log.now_ns) / 1e6
         time_ms, memory_mb = self._memory_over_time(charged)
         held_ms = np.diff(np.append(time_ms, total_ms))
@@ -255,7 +255,7 @@ class VirtualMemoryManager:
         }
 
     def _memory_over_time(self, charged: bool) -> tuple[Array, Array]:
-        """Return (time in ms, MiB in use from then on), each (instants,): what the last event at an instant left."""
+        """Returns (time in ms, MiB in use from then on), each (instants,): what the last event at an instant left."""
         events = self.events
         time_ms = np.array([event.charged_time_ms if charged else event.time_ms for event in events])
         last = np.append(np.diff(time_ms) > 0, True)[: len(events)]
@@ -309,7 +309,7 @@ def _as_guesses(held: RoutingTrace, ranked: Array) -> Guesses:
 
 
 def _as_one_layer(trace: RoutingTrace) -> RoutingTrace:
-    """Return the trace of a model with one layer that each token passes as often as there were layers."""
+    """Returns the trace of a model with one layer that each token passes as often as there were layers."""
     flat = (-1, 1, trace.k)
     return RoutingTrace(
         trace.experts.reshape(flat),
@@ -321,7 +321,7 @@ def _as_one_layer(trace: RoutingTrace) -> RoutingTrace:
 
 
 def _prices(profile: Profile, expert_bytes: int, charge_hits: bool) -> Prices:
-    """Return what one expert costs: pinned host memory where the profile has it."""
+    """Returns what one expert costs: pinned host memory where the profile has it."""
     if charge_hits and profile.d2d is None:
         raise VirtualMemoryError(f"charge_hits = True: profile {profile.name!r} has no d2d cost: set charge_hits=False")
     h2d = profile.h2d.get("pinned") or profile.h2d["pageable"]
@@ -373,7 +373,7 @@ def check_held(gpu_memory_limit_mb: float, profile: Profile) -> None:
 
 
 def _as_trace(given: RoutingTrace | npt.ArrayLike, num_experts: int) -> RoutingTrace:
-    """Return checked routing choices."""
+    """Returns checked routing choices."""
     if isinstance(given, RoutingTrace):
         trace = given
         if trace.num_experts != num_experts:
@@ -388,7 +388,7 @@ def _as_trace(given: RoutingTrace | npt.ArrayLike, num_experts: int) -> RoutingT
 def _ranked(
     trace: RoutingTrace, predictions: npt.ArrayLike | None, confidence_scores: npt.ArrayLike | None
 ) -> Array | None:
-    """Return the guesses for each access (tokens, layers, n), surest first; None without predictions."""
+    """Returns the guesses for each access (tokens, layers, n), surest first; None without predictions."""
     if predictions is None:
         if confidence_scores is not None:
             raise VirtualMemoryError("confidence_scores: given without predictions: give both, or neither")
@@ -411,7 +411,7 @@ def _guesses(name: str, given: npt.ArrayLike, num_experts: int) -> Array:
 
 
 def _by_confidence(guesses: Array, confidence_scores: npt.ArrayLike | None) -> Array:
-    """Return the guesses, surest first along the last axis; equal confidences stay ranked, and -1 comes last."""
+    """Returns the guesses, surest first along the last axis; equal confidences stay ranked, and -1 comes last."""
     if confidence_scores is None:
         return guesses
     try:
@@ -433,7 +433,7 @@ def _by_confidence(guesses: Array, confidence_scores: npt.ArrayLike | None) -> A
 
 
 def _whole_array(name: str, given: npt.ArrayLike, shape: str) -> Array:
-    """Return an array of integers; VirtualMemoryError if it is ragged, empty or of anything else."""
+    """Returns an array of integers; VirtualMemoryError if it is ragged, empty or of anything else."""
     try:
         array = np.asarray(given)
     except ValueError:

@@ -23,7 +23,7 @@ SPAN_OUTCOMES = ("", *OUTCOMES, *FATES)
 
 
 def about_run(result: Result) -> About:
-    """Return what `export_timeline` takes beside a finished run's timeline."""
+    """Returns what `export_timeline` takes beside a finished run's timeline."""
     data, recordings = result.data, result.recordings
     scenario = data["scenario"]
     profile = load_profile(scenario["machine"]["profile"])
@@ -42,7 +42,7 @@ def about_run(result: Result) -> About:
 
 
 def span_outcomes(recording: Recording) -> Array:
-    """Return what each expert's access turned out to be and how each prefetch ended, as numbers in SPAN_OUTCOMES."""
+    """Returns what each expert's access turned out to be and how each prefetch ended, as numbers in SPAN_OUTCOMES."""
     spans, accesses = recording.spans, recording.decoded.accesses
     numbers = np.zeros(len(spans), dtype=np.int8)
     prefetches = spans["kind"] == PREFETCH
@@ -62,7 +62,7 @@ def span_outcomes(recording: Recording) -> Array:
 
 
 def resident_steps(recording: Recording) -> tuple[Array, Array, Array]:
-    """Return (time_ns, resident_bytes, arriving_bytes), all (samples,), in order of time.
+    """Returns (time_ns, resident_bytes, arriving_bytes), all (samples,), in order of time.
 
     Arriving are the bytes that copies under way, from the visit that ordered them, will have brought; resident is what
     is assigned but for those.

@@ -233,7 +233,7 @@ def _axes(height_inches: float) -> tuple[Figure, Axes]:
 
 
 def _places(values: Sequence[Any]) -> dict[Any, float]:
-    """Return where each value stands on an axis: numbers at themselves, others side by side."""
+    """Returns where each value stands on an axis: numbers at themselves, others side by side."""
     if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
         return {value: float(value) for value in values}
     return {value: float(place) for place, value in enumerate(values)}
@@ -244,6 +244,6 @@ def _name_places(axes: Axes, values: Sequence[Any], place: Mapping[Any, float]) 
 
 
 def _medians(rows: Sequence[dict[str, Any]], x: str, by: str | None) -> str | None:
-    """Return what the title says of the keys that are not drawn."""
+    """Returns what the title says of the keys that are not drawn."""
     others = [key for key in varying(rows) if key not in (x, by)]
     return f"median over {', '.join(others)}" if others else None

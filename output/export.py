@@ -132,7 +132,7 @@ def export_timeline(
 
 @contextmanager
 def packing(stream: BinaryIO, path: Path) -> Iterator[BinaryIO]:
-    """Yield what writes to `stream`, compressed if `path` ends in .gz; the same content gives the same bytes."""
+    """Yields what writes to `stream`, compressed if `path` ends in .gz; the same content gives the same bytes."""
     if path.suffix != ".gz":
         yield stream
         return
@@ -153,7 +153,7 @@ def _check(spans: Array) -> None:
 
 
 def _arrows(spans: Array) -> tuple[Array, Array]:
-    """Return (copies, kernels), both (arrows,): positions of each copy's last span and of a kernel that waited for it.
+    """Returns (copies, kernels), both (arrows,): positions of each copy's last span and of a kernel that waited for it.
 
     A kernel waited for its copy if the last of the copy's bytes came no earlier than the kernel's launch and the end of
     what its lane did before.
@@ -176,7 +176,7 @@ def _arrows(spans: Array) -> tuple[Array, Array]:
 
 
 def _lane_free(spans: Array) -> Array:
-    """Return when each span's lane had ended what it did before (spans,), given spans in order of start; 0 at first."""
+    """Returns when each span's lane had ended what it did (spans,), given spans in order of start; 0 at first."""
     order = np.argsort(spans["lane"], kind="stable")
     lanes, ends_ns = spans["lane"][order], spans["end_ns"][order]
     free_ns = np.zeros(len(spans), dtype=np.int64)
@@ -214,13 +214,13 @@ class _Tracks:
         self._order = order
 
     def track(self, lane: int) -> dict[str, int]:
-        """Return the process and thread of a lane, or of a host thread that is none."""
+        """Returns the process and thread of a lane, or of a host thread that is none."""
         if lane == _NO_LANE:
             return {"pid": _HOST_PID, "tid": _HOST_PID}
         return {"pid": self.pid[lane], "tid": self.tid[lane]}
 
     def names(self) -> Iterator[dict[str, Any]]:
-        """Yield what tells a viewer the names of processes and threads, and their order."""
+        """Yields what tells a viewer the names of processes and threads, and their order."""
         for place, (device, pid) in enumerate(self.processes.items()):
             yield _named("process_name", pid, 0, name=device)
             yield _named("process_labels", pid, 0, labels=f"GPU {pid}" if device in self.gpus else "CPU")
@@ -269,7 +269,7 @@ class _Events:
         self._correlation[self._launched] = np.arange(1, len(launched) + 1)
 
     def header(self) -> bytes:
-        """Return the beginning of the file, up to the events."""
+        """Returns the beginning of the file, up to the events."""
         tracks, about = self._tracks, self._about
         lanes = [
             {"device": lane.device, "role": lane.role, "title": lane.title, "pid": pid, "tid": tid}
@@ -288,7 +288,7 @@ class _Events:
         )
 
     def all(self) -> Iterator[dict[str, Any]]:
-        """Yield every event."""
+        """Yields every event."""
         yield from self._tracks.names()
         for caller in self._callers:
             yield from self._calling_thread(caller)
@@ -304,7 +304,7 @@ class _Events:
                 yield from _counter("expert memory (MiB)", ("resident", "arriving"), (time_ns, mib), pid, until_ns)
 
     def _calling_thread(self, caller: int) -> Iterator[dict[str, Any]]:
-        """Yield a host thread's work and, nested in it, the call behind each launch with the start of its arrow."""
+        """Yields a host thread's work and, nested in it, the call behind each launch with the start of its arrow."""
         spans = self._spans
         launched = self._launched[self._caller_of[self._launched] == caller]
         host = np.flatnonzero(spans["lane"] == caller)
@@ -338,7 +338,7 @@ class _Events:
         return "cudaGraphLaunch" if self._about.graphs and kind in GRAPHED else "cudaLaunchKernel"
 
     def _other_threads(self) -> Iterator[dict[str, Any]]:
-        """Yield a slice for each span of the other threads, and behind it the arrows that reach and leave it."""
+        """Yields a slice for each span of the other threads, and behind it the arrows that reach and leave it."""
         spans = self._spans
         by_source = np.argsort(self._sources, kind="stable")
         for first in range(0, len(spans), _CHUNK):
@@ -363,7 +363,7 @@ class _Events:
                     yield _arrow_end("s", "wait", "bytes there", arrow + 1, track, max(start_ns, end_ns - 1))
 
     def _slices(self, positions: Array) -> Iterator[dict[str, Any]]:
-        """Yield a slice for each of the spans at these positions."""
+        """Yields a slice for each of the spans at these positions."""
         tracks, per_layer = self._tracks, self._about.experts_per_layer
         part = self._spans[positions]
         fields = [part[name].tolist() for name in ("start_ns", "end_ns", "expert", "visit", "copy", "lane", "kind")]
@@ -399,7 +399,7 @@ class _Events:
             }
 
     def _launched_by_device(self) -> dict[str, Array]:
-        """Return the positions of the spans of each device that the host launched."""
+        """Returns the positions of the spans of each device that the host launched."""
         devices = {device: number for number, device in enumerate(self._tracks.processes)}
         device_of = np.array([devices[lane.device] for lane in self._tracks.lanes], dtype=np.int64)
         at = np.flatnonzero(self._correlation > 0)
@@ -410,7 +410,7 @@ class _Events:
 
 
 def _queued(spans: Array) -> tuple[Array, Array]:
-    """Return (time_ns, (samples, 2)) of some spans: how many kernels and copies are launched and have not started."""
+    """Returns (time_ns, (samples, 2)) of some spans: how many kernels and copies are launched and have not started."""
     start_ns = spans["start_ns"]
     issued_ns = np.clip(spans["issued_ns"], 0, start_ns)
     is_copy = np.array([category == "gpu_memcpy" for category in _CATEGORIES])[spans["kind"]]
@@ -419,7 +419,7 @@ def _queued(spans: Array) -> tuple[Array, Array]:
 
 
 def _call_starts(end_ns: Array, work_start_ns: Array, work_end_ns: Array) -> Array:
-    """Return when each call began (calls,), given when it ended, in order, and the host's spans of work, in order."""
+    """Returns when each call began (calls,), given when it ended, in order, and the host's spans of work, in order."""
     before_ns = np.concatenate([[0], end_ns[:-1]]) if len(end_ns) else end_ns
     within = np.searchsorted(work_start_ns, end_ns, side="left") - 1
     if not len(work_start_ns):
@@ -430,7 +430,7 @@ def _call_starts(end_ns: Array, work_start_ns: Array, work_end_ns: Array) -> Arr
 
 
 def _running(time_ns: Array, changes: Array) -> tuple[Array, Array]:
-    """Return (time_ns, sums (samples, …)) after all changes of each instant."""
+    """Returns (time_ns, sums (samples, …)) after all changes of each instant."""
     order = np.argsort(time_ns, kind="stable")
     time_ns, sums = time_ns[order], np.cumsum(changes[order], axis=0, dtype=np.int32)
     last = np.append(time_ns[1:] != time_ns[:-1], True) if len(time_ns) else np.zeros(0, dtype=bool)
@@ -447,7 +447,7 @@ def _arrow_end(
 def _counter(
     name: str, series: tuple[str, ...], steps: tuple[Array, Array], pid: int, until_ns: int | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Yield a counter's values, (time_ns (samples,), values (samples, series)), at every change up to `until_ns`."""
+    """Yields a counter's values, (time_ns (samples,), values (samples, series)), at every change up to `until_ns`."""
     time_ns, values = steps
     last: list[Any] = []
     for first in range(0, len(time_ns), _CHUNK):
@@ -462,7 +462,7 @@ def _counter(
 
 
 def _us(ns: int) -> orjson.Fragment:
-    """Return microseconds with three decimals: the format's unit, exact to the nanosecond at any size."""
+    """Returns microseconds with three decimals: the format's unit, exact to the nanosecond at any size."""
     sign = b"-" if ns < 0 else b""
     return orjson.Fragment(b"%b%d.%03d" % (sign, *divmod(abs(ns), 1000)))
 

@@ -131,7 +131,7 @@ Data = Bars | Grid | Memory | Curves | Spans | Fall
 
 
 def time_parts(run: Run) -> Bars:
-    """Return the parts of the makespan, a bar for each GPU."""
+    """Returns the parts of the makespan, a bar for each GPU."""
     gpus = run.data["gpus"]
     parts = [
         Part(label, color, np.array([gpu["time"][f"{part}_ms"] for gpu in gpus]))
@@ -142,7 +142,7 @@ def time_parts(run: Run) -> Bars:
 
 
 def lane_time(run: Run) -> Bars:
-    """Return how long each lane was busy with what, and idle."""
+    """Returns how long each lane was busy with what, and idle."""
     spans, rows = run.timeline.spans(), used_lanes(run.timeline)
     took_ms = np.zeros((len(run.timeline.lanes), len(KINDS)))
     np.add.at(took_ms, (spans["lane"], spans["kind"]), (spans["end_ns"] - spans["start_ns"]) / 1e6)
@@ -153,7 +153,7 @@ def lane_time(run: Run) -> Bars:
 
 
 def outcomes_by_layer(run: Run) -> Grid:
-    """Return the share of each layer's accesses that came out each way."""
+    """Returns the share of each layer's accesses that came out each way."""
     layers = run.data["by_layer"]
     counts = np.array([[layer[outcome] for layer in layers] for outcome in OUTCOMES], dtype=np.int64)
     total = counts.sum(axis=0)
@@ -163,7 +163,7 @@ def outcomes_by_layer(run: Run) -> Grid:
 
 
 def prefetched_bytes(run: Run) -> Bars:
-    """Return the bytes that prefetches moved, a column for each layer, by what became of them."""
+    """Returns the bytes that prefetches moved, a column for each layer, by what became of them."""
     layers, copies = run.data["model"]["layers"], run.copies
     moved = [
         np.bincount(copies["layer"][chosen], weights=copies["bytes"][chosen], minlength=layers)
@@ -179,7 +179,7 @@ def prefetched_bytes(run: Run) -> Bars:
 
 
 def memory_over_time(run: Run) -> Memory:
-    """Return the expert memory given out on each GPU from visit to visit, up to the end, at its changes alone."""
+    """Returns the expert memory given out on each GPU from visit to visit, up to the end, at its changes alone."""
     gpus = {}
     for number, name in enumerate(run.gpu_names):
         here = run.memory[run.memory["gpu"] == number]
@@ -193,7 +193,7 @@ def memory_over_time(run: Run) -> Memory:
 
 
 def access_latency(run: Run) -> Curves:
-    """Return how the waits of accesses are spread: the share of each outcome's that waited no longer than x."""
+    """Returns how the waits of accesses are spread: the share of each outcome's that waited no longer than x."""
     waits_ms, outcome = run.accesses["wait_ns"] / 1e6, run.accesses["outcome"]
     curves = [
         Curve(label, color, *_cumulative(waits_ms[outcome == number]))
@@ -207,7 +207,7 @@ def access_latency(run: Run) -> Curves:
 
 
 def token_latency(run: Run) -> Curves:
-    """Return how gaps between a sequence's tokens are spread, with their percentiles, and what the steps took.
+    """Returns how gaps between a sequence's tokens are spread, with their percentiles, and what the steps took.
 
     A warmup's tokens are left out, as they are of the percentiles.
     """
@@ -223,7 +223,7 @@ def token_latency(run: Run) -> Curves:
 
 
 def busy_over_time(run: Run) -> Curves:
-    """Return the share of each interval of the run in which compute streams, and host-to-device copies, were busy."""
+    """Returns the share of each interval of the run in which compute streams, and host-to-device copies, were busy."""
     edges_ns = np.linspace(0, run.makespan_ns, _INTERVALS + 1)
     curves = []
     for role, kind, label in (("compute", "dense", "compute stream busy"), ("h2d", "demand", "copy engine busy")):
@@ -236,13 +236,13 @@ def busy_over_time(run: Run) -> Curves:
 
 
 def timeline(run: Run) -> Spans:
-    """Return the timeline, to be looked at from two ordinary steps near its middle."""
+    """Returns the timeline, to be looked at from two ordinary steps near its middle."""
     model = run.data["model"]
     return Spans(run.timeline, model["layers"], model["experts"], *default_window(run.timeline))
 
 
 def fall(first: Run, second: Run) -> Fall:
-    """Return where the time between two runs arises, part by part, but for those that are the same."""
+    """Returns where the time between two runs arises, part by part, but for those that are the same."""
     before, *parts, after = waterfall(first.data, second.data)
     changed = [part for part in parts if part.start_ns != part.end_ns]
     return Fall(first.name, second.name, [before, *changed, after])
@@ -306,7 +306,7 @@ FIGURES = {
 
 
 def figure_data(name: str, runs: Sequence[Run]) -> Data:
-    """Return the data of a figure by name. Raises FigureError for an unknown one, and the wrong number of runs."""
+    """Returns the data of a figure by name. Raises FigureError for an unknown one, and the wrong number of runs."""
     if name not in FIGURES:
         raise FigureError(unknown_name("KIND", name, FIGURES))
     figure = FIGURES[name]
@@ -317,12 +317,12 @@ def figure_data(name: str, runs: Sequence[Run]) -> Data:
 
 
 def _seen(parts: Sequence[Part]) -> list[Part]:
-    """Return the parts that have anything to show."""
+    """Returns the parts that have anything to show."""
     return [part for part in parts if part.values.any()]
 
 
 def _thinned(time_ns: Array, sizes: Array, limits: Array) -> tuple[Array, Array, Array]:
-    """Return of each of many stretches of samples the one with the most bytes, and the last of all."""
+    """Returns of each of many stretches of samples the one with the most bytes, and the last of all."""
     stretch = -(-len(time_ns) // _SAMPLES)
     firsts = np.arange(0, len(time_ns), stretch)
     kept = [first + int(sizes[first : first + stretch].argmax()) for first in firsts.tolist()]
@@ -331,7 +331,7 @@ def _thinned(time_ns: Array, sizes: Array, limits: Array) -> tuple[Array, Array,
 
 
 def _lane_spans(timeline: Timeline, lane: int) -> Array:
-    """Return the spans of a lane in order of start."""
+    """Returns the spans of a lane in order of start."""
     spans = timeline.spans()
     spans = spans[spans["lane"] == lane]
     ordered: Array = spans[np.argsort(spans["start_ns"], kind="stable")]
@@ -339,7 +339,7 @@ def _lane_spans(timeline: Timeline, lane: int) -> Array:
 
 
 def _cumulative(values: Array) -> tuple[Array, Array]:
-    """Return the empirical distribution: values in order, and the share of all that are no greater, thinned evenly.
+    """Returns the empirical distribution: values in order, and the share of all that are no greater, thinned evenly.
 
     It starts from a share of 0 at the least value, so that equal values are a line too.
     """

@@ -54,7 +54,7 @@ _CLOSEST_MS = 0.0005
 
 
 def figure_html(name: str, runs: Sequence[Run], *, limit: int | None = SPAN_LIMIT) -> Any:
-    """Return a figure of FIGURES by name, as wide as the page lets it; its legend is the page's to write.
+    """Returns a figure of FIGURES by name, as wide as the page lets it; its legend is the page's to write.
 
     Of a timeline no more than `limit` spans are drawn (None: all), those around what is looked at first.
     Raises FigureError for an unknown name and the wrong number of runs.
@@ -63,14 +63,14 @@ def figure_html(name: str, runs: Sequence[Run], *, limit: int | None = SPAN_LIMI
 
 
 def draw_html(data: Data, *, limit: int | None = SPAN_LIMIT) -> Any:
-    """Return the data of a figure as a Bokeh plot."""
+    """Returns the data of a figure as a Bokeh plot."""
     if isinstance(data, Spans):
         return _spans(data, limit)
     return DRAW[type(data)](data)
 
 
 def legend(data: Data) -> list[tuple[str, str]]:
-    """Return (label, color) of what a figure shows in several colors."""
+    """Returns (label, color) of what a figure shows in several colors."""
     if isinstance(data, Bars):
         return [(part.label, f"{part.color}{round(255 * part.alpha):02x}") for part in data.parts]
     if isinstance(data, Curves) and len(data.curves) > 1:
@@ -102,7 +102,7 @@ def _unit_of(plot: Any, axis: str) -> str | None:
 
 
 def _plot(height: int, x: tuple[float, float], y: tuple[float, float], **options: Any) -> Any:
-    """Return an empty plot; a range that ends before it starts runs downwards."""
+    """Returns an empty plot; a range that ends before it starts runs downwards."""
     plot = figure(
         height=height,
         sizing_mode="stretch_width",
@@ -131,7 +131,7 @@ def _name_places(axis: Any, names: Sequence[str], every: int = 1) -> None:
 
 
 def _sparse(count: int) -> int:
-    """Return every how manieth of so many columns can have its name written below it, side by side."""
+    """Returns every how manieth of so many columns can have its name written below it, side by side."""
     return max(1, -(-count // _FEW_COLUMNS))
 
 
@@ -391,7 +391,7 @@ def _draw_spans(plot: Any, spans: Array, lanes: Sequence[int], data: Spans) -> N
 
 
 def with_overview(busy: Curves, timeline: Any) -> Any:
-    """Return a timeline below how busy the whole run was, where the part that it shows is marked and can be dragged."""
+    """Returns a timeline below how busy the whole run was, where the part that it shows is marked and draggable."""
     plot = _curves(busy)
     plot.update(height=84, min_border_left=_NAMES_PIXELS, name="overview")
     plot.xaxis.axis_label = plot.yaxis.axis_label = None
@@ -403,7 +403,7 @@ def with_overview(busy: Curves, timeline: Any) -> Any:
 
 
 def _around(data: Spans, limit: int | None) -> Array:
-    """Return the spans to draw: all, or as many as `limit` around the start of what is looked at first."""
+    """Returns the spans to draw: all, or as many as `limit` around the start of what is looked at first."""
     spans = data.timeline.spans()
     if limit is None or len(spans) <= limit:
         return spans

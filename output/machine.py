@@ -29,7 +29,7 @@ _NAMED = 4
 
 
 def machine_of(name: str) -> Profile:
-    """Return the profile of this name, or that of the scenario of this name; it has a topology, or ProfileError."""
+    """Returns the profile of this name, or that of the scenario of this name; it has a topology, or ProfileError."""
     if name not in profile_names() and not name.endswith(".json"):
         if not name.endswith(".toml") and name not in scenario_names():
             known = [*profile_names(), "FILE.json", *scenario_names(), "FILE.toml"]
@@ -43,7 +43,7 @@ def machine_of(name: str) -> Profile:
 
 
 def shown_routes(topology: Topology) -> list[Route]:
-    """Return the routes that are told: to each GPU from its own host memory, between GPUs, and from drives."""
+    """Returns the routes that are told: to each GPU from its own host memory, between GPUs, and from drives."""
     ends = [(topology.host_of(gpu), gpu) for gpu in topology.gpus]
     ends += permutations(topology.gpus, 2)
     ends += [(nvme, host) for nvme in topology.named("nvme") for host in topology.hosts]
@@ -51,7 +51,7 @@ def shown_routes(topology: Topology) -> list[Route]:
 
 
 def load_links(result: str) -> list[dict[str, Any]]:
-    """Return the loads of links that a run's result.json, or the folder that holds it, tells; ValueError if none."""
+    """Returns the loads of links that a run's result.json, or the folder that holds it, tells; ValueError if none."""
     path = Path(result)
     if path.suffix != ".json" and not path.is_dir():
         raise InputError(f"--result {result}: there is no such folder; give a result.json, or the folder that holds it")
@@ -62,7 +62,7 @@ def load_links(result: str) -> list[dict[str, Any]]:
 
 
 def describe(profile: Profile, loads: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
-    """Return the graph as plain data: nodes, links with the routes over them (and a run's `loads`), routes.
+    """Returns the graph as plain data: nodes, links with the routes over them (and a run's `loads`), routes.
 
     Raises ValueError if the loads are not those of these links.
     """

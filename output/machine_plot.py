@@ -69,7 +69,7 @@ def plot_machine(data: Mapping[str, Any]) -> Figure:
 
 
 def _undirected(links: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], list[Mapping[str, Any]]]:
-    """Return the rows of each link by its ends: one for a half-duplex link, else two."""
+    """Returns the rows of each link by its ends: one for a half-duplex link, else two."""
     both: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for link in links:
         ends, back = (link["from"], link["to"]), (link["to"], link["from"])
@@ -78,7 +78,7 @@ def _undirected(links: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], lis
 
 
 def _places(data: Mapping[str, Any]) -> dict[str, Place]:
-    """Return where each node stands, in inches: GPUs in order, whatever is above or below them over their middle."""
+    """Returns where each node stands, in inches: GPUs in order, whatever is above or below them over their middle."""
     kinds = {node["name"]: node["kind"] for node in data["nodes"]}
     near, bus = _neighbors(data["links"])
     ranks = {name: _RANKS[kind] if name in bus or kind != "switch" else _BELOW for name, kind in kinds.items()}
@@ -94,7 +94,7 @@ def _places(data: Mapping[str, Any]) -> dict[str, Place]:
 
 
 def _neighbors(links: Iterable[Mapping[str, Any]]) -> tuple[dict[str, list[str]], set[str]]:
-    """Return what each node is linked to, and the nodes that a link of a bus leads to."""
+    """Returns what each node is linked to, and the nodes that a link of a bus leads to."""
     near: dict[str, list[str]] = defaultdict(list)
     bus: set[str] = set()
     for link in links:
@@ -110,7 +110,7 @@ def _middle(across: Sequence[float]) -> float:
 
 
 def _apart(wanted: Mapping[str, float]) -> dict[str, float]:
-    """Return places near those wanted, a slot apart at least, with the same middle for those that had to move."""
+    """Returns places near those wanted, a slot apart at least, with the same middle for those that had to move."""
     order = sorted(wanted, key=lambda name: wanted[name])
     places: dict[str, float] = {}
     for name in order:
@@ -121,7 +121,7 @@ def _apart(wanted: Mapping[str, float]) -> dict[str, float]:
 
 
 def _colors(rows: Sequence[Mapping[str, Any]], kinds: Mapping[str, str]) -> list[str]:
-    """Return the colors of the routes over a link, in the order of ROUTES; gray if there are none."""
+    """Returns the colors of the routes over a link, in the order of ROUTES; gray if there are none."""
     over = {tuple(kinds[end] for end in route.split("->")) for link in rows for route in link["routes"]}
     return [color for ends, (_, color) in ROUTES.items() if ends in over] or [_NO_ROUTE]
 

@@ -9,7 +9,7 @@ _BAR = "\\|"
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Return a Markdown table; what would end a cell or its row is written so that it does not."""
+    """Returns a Markdown table; what would end a cell or its row is written so that it does not."""
     lines = [_row(columns), "|---" * len(columns) + "|"]
     return "\n".join([*lines, *(_row(row) for row in rows)])
 

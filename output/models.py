@@ -65,7 +65,7 @@ def print_model(data: dict[str, Any]) -> None:
 
 
 def billions(weights: int | None) -> str:
-    """Return a number of weights as people write it: 46.7 B."""
+    """Returns a number of weights as people write it: 46.7 B."""
     return "-" if weights is None else f"{weights / 1e9:,.1f} B"
 
 

@@ -69,7 +69,7 @@ def check_page(path: Path) -> None:
 
 
 def html_table(header: Sequence[str], rows: Sequence[Sequence[str | tuple[str, str]]]) -> str:
-    """Return a table as HTML: the first column to the left, all others, which are numbers, to the right.
+    """Returns a table as HTML: the first column to the left, all others, which are numbers, to the right.
 
     A cell may be (text, "good") or (text, "bad"), which gives it a color.
     """
@@ -86,7 +86,7 @@ def _cell(content: str | tuple[str, str]) -> str:
 
 
 def html_picture(picture: Figure, says: str) -> str:
-    """Return a matplotlib figure as HTML, the picture inside; `says` is for who cannot see it."""
+    """Returns a matplotlib figure as HTML, the picture inside; `says` is for who cannot see it."""
     stream = io.BytesIO()
     render(picture, stream)
     data = base64.b64encode(stream.getvalue()).decode()
@@ -94,7 +94,7 @@ def html_picture(picture: Figure, says: str) -> str:
 
 
 def html_tiles(rows: Sequence[tuple[str, str, str]]) -> str:
-    """Return (name, value, note) as tiles, the first of which stands out."""
+    """Returns (name, value, note) as tiles, the first of which stands out."""
     tiles = (
         f'<div class="tile"><span>{escape(name)}</span><b>{escape(value)}</b><span>{escape(note)}</span></div>'
         for name, value, note in rows
@@ -103,7 +103,7 @@ def html_tiles(rows: Sequence[tuple[str, str, str]]) -> str:
 
 
 def _section_html(section: Section, roots: dict[str, Any]) -> str:
-    """Return a section as HTML; its layouts go into `roots` by the id of the element that will hold them."""
+    """Returns a section as HTML; its layouts go into `roots` by the id of the element that will hold them."""
     layouts = section.layout if isinstance(section.layout, dict) else {"": section.layout}
     places = []
     for caption, layout in layouts.items():
@@ -120,7 +120,7 @@ def _section_html(section: Section, roots: dict[str, Any]) -> str:
 
 
 def _document(roots: Mapping[str, Any]) -> str:
-    """Return the Bokeh document of a page as JSON that may stand inside a script element: nothing in it opens a tag."""
+    """Returns the Bokeh document of a page as JSON that may stand inside a script element: nothing in it opens tags."""
     if not roots:
         return "{}"
     from bokeh.document import Document
@@ -134,14 +134,14 @@ def _document(roots: Mapping[str, Any]) -> str:
 
 
 def _bokeh() -> str:
-    """Return Bokeh's own script: its core draws all that is drawn here."""
+    """Returns Bokeh's own script: its core draws all that is drawn here."""
     from bokeh.resources import Resources
 
     return "\n".join(Resources(mode="inline", components=["bokeh"], log_level="warn").js_raw)
 
 
 def _file(name: str) -> str:
-    """Return a file that lies beside this one."""
+    """Returns a file that lies beside this one."""
     return (resources.files(__package__) / name).read_text(encoding="utf-8")
 
 

@@ -64,6 +64,6 @@ DARK_INK, LIGHT_INK = "#1b1f24", "#ffffff"
 
 
 def ink_on(color: str) -> str:
-    """Return which ink is read better on a color: by its relative luminance (WCAG 2, without the gamma)."""
+    """Returns which ink is read better on a color: by its relative luminance (WCAG 2, without the gamma)."""
     red, green, blue = (int(color[at : at + 2], 16) / 255 for at in (1, 3, 5))
     return DARK_INK if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.5 else LIGHT_INK

@@ -22,7 +22,7 @@ _SHOWN_FIRST = ("gpu_memory_bytes", "h2d", "d2h", "peer", "compute", "host", "nv
 
 
 def listed_parts() -> dict[str, Any]:
-    """Return the tables of parts, and the shipped profiles, as plain data: a list of rows for each kind."""
+    """Returns the tables of parts, and the shipped profiles, as plain data: a list of rows for each kind."""
     kinds: dict[str, Mapping[str, BaseModel]] = {"gpus": gpus(), "cpus": cpus(), "drives": drives()}
     kinds |= {"links": link_kinds(), "memories": memory_kinds()}
     tables: dict[str, Any] = {
@@ -49,7 +49,7 @@ def print_parts(tables: Mapping[str, Any], kind: str | None) -> None:
 
 
 def costs_of(profile: Profile) -> dict[str, Any]:
-    """Return a machine as plain data: its name and memory, and of each cost what it is, what it rests on and its error.
+    """Returns a machine as plain data: its name and memory, and of each cost what it is, what it rests on, its error.
 
     `off` is the relative standard deviation that replicates draw from; None where nothing is said of it.
     """
@@ -85,7 +85,7 @@ def print_costs(data: Mapping[str, Any]) -> None:
 
 
 def shares() -> list[dict[str, Any]]:
-    """Return what is usually reached of datasheets' figures, how far machines differ in it, and of how many that is."""
+    """Returns what is usually reached of datasheets' figures, how far machines differ in it and of how many that is."""
     found = [("link", link_share()), ("host memory", ram_share()), ("experts on the CPU, of host memory", cpu_share())]
     rows: list[dict[str, Any]] = [
         {"of": name, "share": share.middle, "off": share.spread, "machines": len(share.values)} for name, share in found
@@ -131,7 +131,7 @@ def _memory_rows() -> list[tuple[str, ...]]:
 
 
 def _costs(part: BaseModel, place: str) -> Iterator[tuple[str, Fact]]:
-    """Yield (place, cost) of every cost; of many measured points of a kind, none."""
+    """Yields (place, cost) of every cost; of many measured points of a kind, none."""
     names = list(type(part).model_fields)
     if isinstance(part, Profile):
         names.sort(key=lambda name: _SHOWN_FIRST.index(name) if name in _SHOWN_FIRST else len(_SHOWN_FIRST))
@@ -151,7 +151,7 @@ def _costs(part: BaseModel, place: str) -> Iterator[tuple[str, Fact]]:
 
 
 def _value(cost: Fact) -> str:
-    """Return the numbers of a cost in words, the first few."""
+    """Returns the numbers of a cost in words, the first few."""
     numbers = cost.model_dump(exclude_none=True, exclude={"source", "note", "device", "samples", "uncertainty"})
     words = [_number(name, value) for name, value in numbers.items() if isinstance(value, int | float) and value]
     if "points" in numbers:

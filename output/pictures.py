@@ -32,7 +32,7 @@ _NO_METADATA: dict[str, dict[str, None]] = {
 
 
 def at_changes(times_ns: Array, sizes: Array, limits: Array) -> tuple[Array, Array, Array]:
-    """Return those of the samples, each (samples,), at which a value changes, and the last: all that show."""
+    """Returns those of the samples, each (samples,), at which a value changes, and the last: all that show."""
     if not len(times_ns):
         return times_ns, sizes, limits
     kept = np.append(True, (sizes[1:] != sizes[:-1]) | (limits[1:] != limits[:-1]))
@@ -80,25 +80,25 @@ def check_picture(path: Path) -> None:
 
 
 def used_lanes(timeline: Timeline) -> list[int]:
-    """Return the numbers of the lanes that have a span, in the order in which they are shown."""
+    """Returns the numbers of the lanes that have a span, in the order in which they are shown."""
     used = set(np.unique(timeline.spans()["lane"]).tolist())
     return [number for number in track_order(timeline) if number in used]
 
 
 def row_names(timeline: Timeline, rows: list[int]) -> list[str]:
-    """Return the titles of the lanes, with their device where there are several GPUs."""
+    """Returns the titles of the lanes, with their device where there are several GPUs."""
     lanes = [timeline.lanes[number] for number in rows]
     several = len({lane.device for lane in timeline.lanes} - {"host"}) > 1
     return [f"{lane.device}: {lane.title}" if several and lane.device != "host" else lane.title for lane in lanes]
 
 
 def few_digits(number: float) -> str:
-    """Return a number as a label says it: four digits of it, or all before the point."""
+    """Returns a number as a label says it: four digits of it, or all before the point."""
     return f"{number:,.4g}" if abs(number) < 1000 else f"{number:,.0f}"
 
 
 def bytes_unit(most: int) -> tuple[int, str]:
-    """Return the bytes of the unit in which to show numbers of up to `most` bytes, and its name."""
+    """Returns the bytes of the unit in which to show numbers of up to `most` bytes, and its name."""
     return next((scale, name) for scale, name in _BYTE_UNITS if max(most, 1) >= scale)
 
 

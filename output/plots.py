@@ -55,7 +55,7 @@ _PIXELS, _EDGED = 1500, 4
 
 
 def default_window(timeline: Timeline) -> tuple[int, int]:
-    """Return (start_ns, end_ns) of what shows most: two ordinary steps near the middle of the run.
+    """Returns (start_ns, end_ns) of what shows most: two ordinary steps near the middle of the run.
 
     A step ends with its head; steps that take much longer than the median (prefill) are passed over. A run of a
     step or two is shown whole, and so is one without heads; an empty one gives (0, 0).
@@ -389,7 +389,7 @@ def plot_split(counts: Mapping[str, Mapping[str, int]], *, title: str | None = N
 
 
 def _bars(spans: Array, start_ns: int, end_ns: int, *, apart: bool) -> Array:
-    """Return (start, length) in ns of spans cut to the window.
+    """Returns (start, length) in ns of spans cut to the window.
 
     `apart`: each by itself, no thinner than a pixel. Otherwise those with no visible gap between become one.
     """
@@ -433,7 +433,7 @@ def _label_bars(axes: Axes, spans: Array, rows: list[int], window: _Window, expe
 
 
 def _label_inches(label: str) -> float:
-    """Return about how wide a label is, with a little room on either side."""
+    """Returns about how wide a label is, with a little room on either side."""
     return (0.62 * len(label) + 0.6) * _LABEL_POINTS / 72
 
 

@@ -127,7 +127,7 @@ class _Builder:
         self._bytes: list[int] = []
 
     def lane(self, device: str, role: str, title: str) -> int | None:
-        """Return the number of a new lane; None if there are too many."""
+        """Returns the number of a new lane; None if there are too many."""
         if len(self.timeline.lanes) >= _MOST_LANES:
             return None
         return self.timeline.add_lane(device, role, title)
@@ -151,7 +151,7 @@ class _Builder:
         self._bytes.append(self.number(event, "bytes", 0, 2**63))
 
     def number(self, event: Slice, key: str, least: int, below: int) -> int:
-        """Return a whole number among an event's args; `least` if it has none."""
+        """Returns a whole number among an event's args; `least` if it has none."""
         value = event.args.get(key)
         if value is None:
             return least
@@ -168,7 +168,7 @@ class _Builder:
 
 
 def _issued_ns(event: Slice, returned_ns: dict[int, int]) -> int:
-    """Return when the call that launched some work had returned; when the work began, if no such call was seen."""
+    """Returns when the call that launched some work had returned; when the work began, if no such call was seen."""
     correlation = event.args.get("correlation")
     return event.start_ns if correlation is None else returned_ns.get(correlation, event.start_ns)
 
@@ -177,7 +177,7 @@ def _issued_ns(event: Slice, returned_ns: dict[int, int]) -> int:
 
 
 def _declared(builder: _Builder, other: dict[str, Any], work: Sequence[Slice], returned_ns: dict[int, int]) -> Imported:
-    """Return the timeline whose lanes, with their tracks, the file itself declares."""
+    """Returns the timeline whose lanes, with their tracks, the file itself declares."""
     per_layer, layers = other.get("experts_per_layer"), other.get("layers")
     try:
         lanes = {(lane["pid"], lane["tid"]): _declared_lane(builder, lane) for lane in other["lanes"]}
@@ -220,7 +220,7 @@ class _Stream:
         self._lanes: list[int | None] = []
 
     def lane(self, start_ns: int, end_ns: int, new: Callable[[], int | None]) -> int | None:
-        """Return the lane of a span, given in order of start; `new` makes one."""
+        """Returns the lane of a span, given in order of start; `new` makes one."""
         while self._busy and self._busy[0][0] <= start_ns:
             heapq.heappush(self._free, heapq.heappop(self._busy)[1])
         if not self._free:
@@ -273,7 +273,7 @@ def _add_threads(builder: _Builder, work: Sequence[Slice], titles: dict[tuple[An
 
 
 def _without(slices: Sequence[Slice], waits: Sequence[Slice]) -> Iterator[tuple[Slice, int, int]]:
-    """Yield (slice, start_ns, end_ns) of the pieces of slices, in order, that lie outside the waits, in order."""
+    """Yields (slice, start_ns, end_ns) of the pieces of slices, in order, that lie outside the waits, in order."""
     at = 0
     for event in slices:
         start_ns = event.start_ns

@@ -78,7 +78,7 @@ def write_report(
 
 
 def run_sections(run: Run, *, limit: int | None = SPAN_LIMIT) -> list[Section]:
-    """Return the sections of one run: what it came to, its figures, its settings.
+    """Returns the sections of one run: what it came to, its figures, its settings.
 
     Of its timeline no more than `limit` spans are drawn (None: all).
     """
@@ -87,7 +87,7 @@ def run_sections(run: Run, *, limit: int | None = SPAN_LIMIT) -> list[Section]:
 
 
 def comparison_sections(first: Run, second: Run, *, limit: int | None = SPAN_LIMIT) -> list[Section]:
-    """Return the sections of two runs side by side; `limit` as for `run_sections`.
+    """Returns the sections of two runs side by side; `limit` as for `run_sections`.
 
     Raises PageError if both have the same name.
     """
@@ -100,7 +100,7 @@ def comparison_sections(first: Run, second: Run, *, limit: int | None = SPAN_LIM
 
 
 def _of_one_run() -> list[str]:
-    """Return the figures that have a section of their own; how busy the lanes were lies above the timeline."""
+    """Returns the figures that have a section of their own; how busy the lanes were lies above the timeline."""
     return [name for name, figure in FIGURES.items() if figure.runs == 1 and name != "busy"]
 
 
@@ -125,7 +125,7 @@ def _outcome_bar(data: Mapping[str, Any]) -> str:
 
 
 def _notes(data: Mapping[str, Any]) -> str:
-    """Return the warnings and the estimates in use."""
+    """Returns the warnings and the estimates in use."""
     notes = [("warning", *warning.partition(":")[::2]) for warning in data["warnings"]]
     notes += [("note", f"estimated: {what}", f" {how}") for what, how in data["estimates"].items()]
     return "".join(f'<p class="{kind}"><b>{escape(name)}</b>:{escape(rest)}</p>' for kind, name, rest in notes)
@@ -154,7 +154,7 @@ def _differing(data: Mapping[str, Any]) -> Section:
 
 
 def _judged(name: str, ratio: float | None) -> str | tuple[str, str]:
-    """Return the cell of a ratio, which says in a word and a color whether it is for the better."""
+    """Returns the cell of a ratio, which says in a word and a color whether it is for the better."""
     if ratio is None:
         return "-"
     change = (ratio - 1) * _BETTER.get(name, 0)
@@ -164,12 +164,12 @@ def _judged(name: str, ratio: float | None) -> str | tuple[str, str]:
 
 
 def _name(key: str) -> str:
-    """Return what a figure of the comparison is called: its key in words."""
+    """Returns what a figure of the comparison is called: its key in words."""
     return key.removesuffix("_ms").replace("_ms.", " ").replace(".", ": ").replace("_", " ")
 
 
 def _figure_section(name: str, groups: Sequence[Sequence[Run]], limit: int | None) -> Section:
-    """Return the section of a figure, drawn of each group of runs, on the same axes; its legend is common to all."""
+    """Returns the section of a figure, drawn of each group of runs, on the same axes; its legend is common to all."""
     drawing, figure = _figures_html(), FIGURES[name]
     data = [figure_data(name, group) for group in groups]
     plots = [drawing.draw_html(each, limit=limit) for each in data]
@@ -193,7 +193,7 @@ def _figure_section(name: str, groups: Sequence[Sequence[Run]], limit: int | Non
 
 
 def _part_drawn(caption: str, run: Run, limit: int | None) -> str:
-    """Return the caption of a timeline: how many of its spans are there."""
+    """Returns the caption of a timeline: how many of its spans are there."""
     total, said = len(run.timeline), f"{caption}: " if caption else ""
     if limit is None or total <= limit:
         return f"{said}{total:,} spans"
@@ -201,7 +201,7 @@ def _part_drawn(caption: str, run: Run, limit: int | None) -> str:
 
 
 def _controls(names: Mapping[str, str]) -> str:
-    """Return the buttons above a timeline: where to look, and which kinds to show."""
+    """Returns the buttons above a timeline: where to look, and which kinds to show."""
     buttons = "".join(
         f'<button data-action="{action}">{label}</button>'
         for action, label in (
@@ -245,7 +245,7 @@ def _settings(run: Run) -> Section:
 
 
 def _figures_html() -> Any:
-    """Return the module that draws with Bokeh. Raises PageError, saying how to get it, where there is none."""
+    """Returns the module that draws with Bokeh. Raises PageError, saying how to get it, where there is none."""
     try:
         from . import figures_html
     except ModuleNotFoundError as error:

@@ -99,7 +99,7 @@ class Run:
 
 
 def run_of(result: Result, name: str = "run") -> Run:
-    """Return a finished run as figures need it."""
+    """Returns a finished run as figures need it."""
     recordings, layers = result.recordings, result.data["model"]["layers"]
     return Run(
         name,
@@ -113,7 +113,7 @@ def run_of(result: Result, name: str = "run") -> Run:
 
 
 def _accesses(recording: Recording, layers: int) -> Array:
-    """Return the accesses of a GPU, with the numbers that visits, layers and experts have in the whole model."""
+    """Returns the accesses of a GPU, with the numbers that visits, layers and experts have in the whole model."""
     first = recording.first_layer
     step, layer = np.divmod(recording.access_visit, len(recording.expert_bytes))
     return _table(
@@ -167,7 +167,7 @@ def save_run(run: Run, path: Path) -> None:
 
 
 def load_result(where: str | Path, name: str | None = None) -> Run:
-    """Return the run that `prestage run --out` wrote into a folder; `where` may also be its result.json.
+    """Returns the run that `prestage run --out` wrote into a folder; `where` may also be its result.json.
 
     `name` is what figures call it: the folder's name without it. Raises ValueError (SavedRunError, CompareError).
     """
@@ -227,7 +227,7 @@ def _check_within(path: Path, tables: dict[str, Array], timeline: Timeline, run:
 
 
 def load_results(places: Sequence[Path]) -> list[Run]:
-    """Return the runs of several folders, as `load_result` does, with names that tell them apart: paths if need be."""
+    """Returns the runs of several folders, as `load_result` does, with names that tell them apart: paths if need be."""
     runs = [load_result(place) for place in places]
     if len({run.name for run in runs}) == len(runs):
         return runs
@@ -235,7 +235,7 @@ def load_results(places: Sequence[Path]) -> list[Run]:
 
 
 def _table(name: str, **columns: Array) -> Array:
-    """Return columns as a structured array of a dtype of TABLES. Raises ValueError if they differ in length."""
+    """Returns columns as a structured array of a dtype of TABLES. Raises ValueError if they differ in length."""
     table = np.empty(len(next(iter(columns.values()))), dtype=TABLES[name])
     for field, values in columns.items():
         if len(values) != len(table):
@@ -245,7 +245,7 @@ def _table(name: str, **columns: Array) -> Array:
 
 
 def _column(arrays: dict[str, Array], name: str, dtype: np.dtype[Any]) -> Array:
-    """Return an array of a file; InputError unless it is one row of numbers of this type."""
+    """Returns an array of a file; InputError unless it is one row of numbers of this type."""
     values = arrays[name]
     if values.ndim != 1 or values.dtype != dtype:
         raise InputError(f"{name} is {values.dtype} {values.shape}: must be {dtype} (rows,)")
@@ -253,7 +253,7 @@ def _column(arrays: dict[str, Array], name: str, dtype: np.dtype[Any]) -> Array:
 
 
 def _read(path: Path) -> tuple[Timeline, int, dict[str, Array]]:
-    """Return the timeline, the makespan and the tables of a file that `save_run` wrote."""
+    """Returns the timeline, the makespan and the tables of a file that `save_run` wrote."""
     if not path.is_file():
         raise SavedRunError(f"{path}: is not there; `prestage run --out {path.parent}` writes it beside result.json")
     try:

@@ -76,7 +76,7 @@ _NAMES = [NAMES[kind] for kind in KINDS]
 
 
 def track_order(timeline: Timeline) -> list[int]:
-    """Return all lane numbers in the order in which they are shown: the host, then each device by TRACK_ORDER."""
+    """Returns all lane numbers in the order in which they are shown: the host, then each device by TRACK_ORDER."""
     names = dict.fromkeys(lane.device for lane in timeline.lanes)
     devices = {device: place for place, device in enumerate(names)}
 
@@ -88,7 +88,7 @@ def track_order(timeline: Timeline) -> list[int]:
 
 
 def layers_of(spans: Array, experts_per_layer: int) -> int | None:
-    """Return how many layers a run had, or None if its spans (dtype SPAN) do not say.
+    """Returns how many layers a run had, or None if its spans (dtype SPAN) do not say.
 
     The first head follows the first visit of the last layer; without a head, the last layer with an expert counts.
     """
@@ -100,7 +100,7 @@ def layers_of(spans: Array, experts_per_layer: int) -> int | None:
 
 
 def layer_of_each(spans: Array, experts_per_layer: int, layers: int | None) -> Array:
-    """Return the layer of each span (spans,): that of its visit, or of its expert if it may be ahead of the visit.
+    """Returns the layer of each span (spans,): that of its visit, or of its expert if it may be ahead of the visit.
 
     Prefetches and decompressions may. Where layers share experts, a prefetch names none. -1 if neither tells.
     """
@@ -113,7 +113,7 @@ def layer_of_each(spans: Array, experts_per_layer: int, layers: int | None) -> A
 
 
 def span_name(kind: int, layer: int, index: int, *, pinned: bool = True) -> str:
-    """Return what a span is called, such as "expert L3/E17"; `layer` and `index` (within the layer) may be -1.
+    """Returns what a span is called, such as "expert L3/E17"; `layer` and `index` (within the layer) may be -1.
 
     `pinned`: the host memory that copies leave is.
     """

@@ -26,7 +26,7 @@ _KERNELS = [number for number, kind in enumerate(KINDS) if CATEGORIES[kind] == "
 
 
 def timeline_summary(timeline: Timeline) -> dict[str, Any]:
-    """Return a timeline's split as plain data: of each GPU, of each role of each device, and of each kind of span.
+    """Returns a timeline's split as plain data: of each GPU, of each role of each device, and of each kind of span.
 
     `gpus` maps a device to span_ms = compute_ms + not_compute_ms + idle_ms, copy_ms and `overlap`, the share of its
     copies' time with a kernel beside it (None without copies). `roles` maps "device role" to its spans, busy_ms, and
@@ -56,7 +56,7 @@ def timeline_summary(timeline: Timeline) -> dict[str, Any]:
 
 
 def kernel_costs(imported: Imported) -> list[dict[str, Any]]:
-    """Return a row for each kind of work of an imported timeline: what it took, and what beside copies to the GPU.
+    """Returns a row for each kind of work of an imported timeline: what it took, and what beside copies to the GPU.
 
     Work is told apart by the title of its lane, its name and, of copies, the bytes; without a GPU it is the host's.
     A row holds n, total_ms, `samples` {n, median_ns, iqr_ns}, as a profile's costs carry them, and the same of what ran
@@ -101,14 +101,14 @@ def kernel_costs(imported: Imported) -> list[dict[str, Any]]:
 
 
 def _numbered(names: Sequence[Any]) -> tuple[Array, list[Any]]:
-    """Return the number of each name, in order of first appearance, and the names by number."""
+    """Returns the number of each name, in order of first appearance, and the names by number."""
     numbers: dict[Any, int] = {}
     of_each = [numbers.setdefault(name, len(numbers)) for name in names]
     return np.array(of_each, dtype=np.int64), list(numbers)
 
 
 def _keys(group: Array, start_ns: Array, end_ns: Array) -> tuple[Array, Array, Array]:
-    """Return (starts, ends, times): whole numbers that order intervals by group and within it by time.
+    """Returns (starts, ends, times): whole numbers that order intervals by group and within it by time.
 
     A key is the group's number times the number of `times`, plus the place of the time among them.
     """
@@ -118,7 +118,7 @@ def _keys(group: Array, start_ns: Array, end_ns: Array) -> tuple[Array, Array, A
 
 
 def _busy_ns(group: Array, spans: Array, count: int) -> Array:
-    """Return how long at least one span of each of `count` groups lasts (count,); `group` (spans,) numbers them."""
+    """Returns how long at least one span of each of `count` groups lasts (count,); `group` (spans,) numbers them."""
     busy_ns = np.zeros(count, dtype=np.int64)
     if len(spans):
         starts, ends, times = _keys(group, spans["start_ns"], spans["end_ns"])
@@ -128,7 +128,7 @@ def _busy_ns(group: Array, spans: Array, count: int) -> Array:
 
 
 def _gpus(spans: Array, device: Array, devices: Sequence[str]) -> dict[str, dict[str, float | None]]:
-    """Return the split of each GPU that works; `device` (spans,) numbers its `devices`."""
+    """Returns the split of each GPU that works; `device` (spans,) numbers its `devices`."""
     on_gpu = np.array([name.startswith("gpu") for name in devices], dtype=bool)
     if not len(spans):
         return {}
@@ -164,7 +164,7 @@ def _gpu(
 
 
 def _beside_copies(timeline: Timeline, spans: Array) -> Array:
-    """Return which spans a copy to the GPU of the same device overlaps, other than themselves (spans,)."""
+    """Returns which spans a copy to the GPU of the same device overlaps, other than themselves (spans,)."""
     to_gpu = np.array([lane.role == "h2d" for lane in timeline.lanes], dtype=bool)[spans["lane"]]
     if not to_gpu.any():
         return np.zeros(len(spans), dtype=bool)
@@ -177,7 +177,7 @@ def _beside_copies(timeline: Timeline, spans: Array) -> Array:
 
 
 def _samples(group: Array, took_ns: Array, count: int) -> list[dict[str, float] | None]:
-    """Return the number, median and interquartile range of each of `count` groups; None of one that has nothing.
+    """Returns the number, median and interquartile range of each of `count` groups; None of one that has nothing.
 
     Between two values the quantile runs straight, as numpy's does.
     """

@@ -83,7 +83,7 @@ class Tally:
         self.first.setdefault(reason, first)
 
     def plain(self) -> dict[str, dict[str, Any]]:
-        """Return {reason: {"events", "first"}}, most events first."""
+        """Returns {reason: {"events", "first"}}, most events first."""
         order = sorted(self.events, key=lambda reason: -self.events[reason])
         return {reason: {"events": self.events[reason], "first": self.first[reason]} for reason in order}
 
@@ -102,7 +102,7 @@ class Reading:
         return not (self.repaired.events or self.left_out.events or self.breaks_off)
 
     def plain(self) -> dict[str, Any]:
-        """Return it as plain data."""
+        """Returns it as plain data."""
         repaired, left_out = self.repaired.plain(), self.left_out.plain()
         return {
             "events": self.events,
@@ -140,7 +140,7 @@ class TraceEvents:
             raise TraceFileError(f'{path}: no list of events: a profiler\'s trace holds one as "traceEvents"')
 
     def timed(self) -> list[Slice]:
-        """Return the slices without those whose time was not set: at 0, and far before all others."""
+        """Returns the slices without those whose time was not set: at 0, and far before all others."""
         rest = [event for event in self.slices if event.start_ns]
         if not rest or len(rest) == len(self.slices):
             return self.slices
@@ -174,7 +174,7 @@ class _Text:
         self.found = False
 
     def events(self) -> Iterator[Any]:
-        """Yield every event, as far as the text can be read."""
+        """Yields every event, as far as the text can be read."""
         at = self._past(0)
         try:
             if self._text[at : at + 1] == "[":
@@ -189,7 +189,7 @@ class _Text:
             self._ends(f"not readable further: {error}")
 
     def _within(self, at: int) -> Iterator[Any]:
-        """Yield the events of the object whose keys begin at `at`."""
+        """Yields the events of the object whose keys begin at `at`."""
         while True:
             at = self._past(at)
             if self._text[at : at + 1] in ("}", ""):
@@ -207,7 +207,7 @@ class _Text:
                 self.beside[key], at = self._value(at)
 
     def _listed(self, at: int) -> Generator[Any, None, int]:
-        """Yield the events of the list whose first is at `at`; return the place behind it."""
+        """Yields the events of the list whose first is at `at`; return the place behind it."""
         self.found = True
         while True:
             at = self._past(at)
@@ -231,7 +231,7 @@ class _Text:
         return match.end()
 
     def _value(self, at: int) -> tuple[Any, int]:
-        """Return the value at a place, and the place behind it; numbers that JSON has not are mended, all at once."""
+        """Returns the value at a place, and the place behind it; numbers that JSON has not are mended, all at once."""
         try:
             return self._decoder.raw_decode(self._text, at)
         except json.JSONDecodeError as error:
@@ -264,7 +264,7 @@ class _Maker:
         self._halves: list[tuple[Any, int, int, str, dict[str, Any]]] = []
 
     def slice(self, event: dict[str, Any], number: int) -> Slice | None:
-        """Return a complete event as a slice; None if it is left out."""
+        """Returns a complete event as a slice; None if it is left out."""
         category = self._category(event, number)
         if category is None:
             return None
@@ -290,7 +290,7 @@ class _Maker:
         self._halves.append(((phase.upper() in "BE", key), at_ns, number, phase, event))
 
     def pairs(self) -> Iterator[Slice]:
-        """Yield what the beginnings and ends make, each end with the latest beginning of its thread, or of its id."""
+        """Yields what the beginnings and ends make, each end with the latest beginning of its thread, or of its id."""
         begun: dict[Any, list[tuple[int, int, dict[str, Any]]]] = {}
         for key, at_ns, number, phase, event in sorted(self._halves, key=lambda half: half[1:3]):
             if phase in _ENDS:
@@ -326,7 +326,7 @@ class _Maker:
         return Slice(start_ns, start_ns + took_ns, number, name, category, pid, tid, kept)
 
     def name(self, given: Any) -> str:
-        """Return a name without what a terminal must not see."""
+        """Returns a name without what a terminal must not see."""
         given = given if isinstance(given, str) else str(given)
         known = self._names.get(given)
         if known is None:
@@ -339,7 +339,7 @@ class _Maker:
         return known
 
     def track(self, given: Any, number: int) -> int | str:
-        """Return a process or thread: a number or a name; 0 if there is none."""
+        """Returns a process or thread: a number or a name; 0 if there is none."""
         if isinstance(given, int | str):
             return self.name(given) if isinstance(given, str) else given
         if given is None:
@@ -361,7 +361,7 @@ class _Maker:
         return None
 
     def _category(self, event: dict[str, Any], number: int) -> str | None:
-        """Return what an event is, by one of the names that are known; None, counted by its name, if none is."""
+        """Returns what an event is, by one of the names that are known; None, counted by its name, if none is."""
         given = str(event.get("cat", ""))
         if given not in self._categories:
             self._categories[given] = _known_category(given)
@@ -375,7 +375,7 @@ class _Maker:
         return category
 
     def _time(self, event: dict[str, Any], key: str, number: int) -> int | None:
-        """Return a time in ns; None, counted, if it is none."""
+        """Returns a time in ns; None, counted, if it is none."""
         value = event.get(key)
         if isinstance(value, str):
             value = _number(value)
@@ -396,7 +396,7 @@ class _Maker:
 
 
 def _number(text: str) -> Decimal | None:
-    """Return the number that a text is; None if it is none."""
+    """Returns the number that a text is; None if it is none."""
     try:
         number = Decimal(text.strip())
     except InvalidOperation:
@@ -416,7 +416,7 @@ def _known_category(given: str) -> str | None:
 
 
 def _place(number: int, name: Any) -> str:
-    """Return where an event stands, and what it is called."""
+    """Returns where an event stands, and what it is called."""
     called = "" if name is None else f" {_CONTROL.sub(' ', str(name))[:60]!r}"
     return f"traceEvents[{number}]{called}"
 
@@ -434,7 +434,7 @@ def _decoded(path: Path, packed: bytes, reading: Reading) -> str:
 
 
 def _unpacked(path: Path, packed: bytes, reading: Reading) -> bytearray:
-    """Return what a .gz file holds, as far as it can be unpacked. Raises TraceFileError if nothing can, or too much."""
+    """Returns what a .gz file holds, as far as it can be unpacked. Raises TraceFileError if nothing can or too much."""
     most = max(_MOST_BYTES, _MOST_TIMES * len(packed))
     out = bytearray()
     wrong = None
@@ -466,7 +466,7 @@ def _unpacked(path: Path, packed: bytes, reading: Reading) -> bytearray:
 
 
 def _bytewise(member: Any, chunk: bytes) -> bytes:
-    """Return what can be unpacked of a chunk that has an error in it."""
+    """Returns what can be unpacked of a chunk that has an error in it."""
     out = bytearray()
     unpack: Callable[[bytes], bytes] = member.decompress
     for at in range(len(chunk)):

@@ -18,7 +18,7 @@ _OWN = ("same_device_as",)
 
 
 def extended(base: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
-    """Return the profile `base` with `patch` merged in; `base` itself may change.
+    """Returns the profile `base` with `patch` merged in; `base` itself may change.
 
     If the patch names another device, every cost that it leaves as it was carries the base's device.
     """
@@ -34,7 +34,7 @@ def extended(base: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
 
 
 def own(data: dict[str, Any], devices: Collection[str]) -> dict[str, Any]:
-    """Return a profile whose costs that are of one of these devices do not name it."""
+    """Returns a profile whose costs that are of one of these devices do not name it."""
     parts = list(data.values())
     if not any(cost.get("device") in devices for cost in _costs(parts)):
         return data
@@ -42,7 +42,7 @@ def own(data: dict[str, Any], devices: Collection[str]) -> dict[str, Any]:
 
 
 def _costs(waiting: list[Any]) -> Iterator[dict[str, Any]]:
-    """Yield every cost within some plain data, which is used up."""
+    """Yields every cost within some plain data, which is used up."""
     while waiting:
         value = waiting.pop()
         if isinstance(value, dict):
@@ -77,7 +77,7 @@ def _merged(base: Any, patch: Any, *, top: bool = False) -> Any:
 
 
 def _changed(cost: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
-    """Return what stays of a cost that a patch changes: not what was said of the old numbers, nor their other form."""
+    """Returns what stays of a cost that a patch changes: not what was said of the old numbers, nor their other form."""
     numbers = patch.keys() - _SAID
     if not numbers and "source" not in patch:
         return cost

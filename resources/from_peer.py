@@ -13,7 +13,7 @@ from .profile_costs import ProfileError
 
 
 def from_peer(profile: Profile) -> Profile:
-    """Return the costs of a machine for copies from another GPU in place of the host; ProfileError if it has none."""
+    """Returns the costs of a machine for copies from another GPU in place of the host; ProfileError if it has none."""
     if profile.peer is None:
         raise ProfileError(f"copy.source = 'peer': profile {profile.name} has no costs of copies between GPUs")
     host, compute = profile.host, profile.compute
@@ -32,7 +32,7 @@ def from_peer(profile: Profile) -> Profile:
 
 
 def _beside(compute: Any, factor: float) -> Any:
-    """Return a compute stream whose kernels take so many times as long beside copies, which disturb nothing else."""
+    """Returns a compute stream whose kernels take so many times as long beside copies, which disturb nothing else."""
     tables = {
         name: tuple(
             point.model_copy(update={"beside_copy_ns": round(point.ns * factor)}) for point in getattr(compute, name)
@@ -45,7 +45,7 @@ def _beside(compute: Any, factor: float) -> Any:
 
 
 def _quiet(part: Any, names: Iterable[str]) -> Any:
-    """Return a part of a profile whose durations of these names are no longer beside a copy."""
+    """Returns a part of a profile whose durations of these names are no longer beside a copy."""
     durations = {name: getattr(part, name) for name in names}
     quiet = {name: cost and cost.model_copy(update={"beside_copy_ns": None}) for name, cost in durations.items()}
     return part.model_copy(update=quiet)

@@ -29,7 +29,7 @@ def max_min(
     capacities: Mapping[str, int | Fraction],
     demands: Sequence[int | Fraction | None] | None = None,
 ) -> list[Fraction]:
-    """Return the max-min fair rate of each flow, exactly: none can have more unless one with no more gets less.
+    """Returns the max-min fair rate of each flow, exactly: none can have more unless one with no more gets less.
 
     Each flow takes its rate of every link that it names, as often as it names it; `capacities` and rates have one
     unit. A flow never gets more than its demand (None: all it can). Progressive filling: all rates rise together
@@ -104,7 +104,7 @@ class Network:
         self._known: dict[tuple[tuple[Transfer, int] | None, ...], list[float]] = {}
 
     def share(self) -> Share:
-        """Return the part of one more lane (see `Lane.join`)."""
+        """Returns the part of one more lane (see `Lane.join`)."""
         share = Share(self, len(self._shares))
         self._shares.append(share)
         self._running.append(None)
@@ -126,7 +126,7 @@ class Network:
                 share.changed()
 
     def stretches(self, running: Sequence[tuple[Transfer, int] | None]) -> list[float]:
-        """Return how many times as long each lane's transfer takes; 1 where there is none, or it moves nothing.
+        """Returns how many times as long each lane's transfer takes; 1 where there is none, or it moves nothing.
 
         `running` (lanes,) are the transfers and what each takes by itself, in ns.
         """
@@ -175,7 +175,7 @@ class Crowd:
         self.stretch = 1.0
 
     def share(self) -> CrowdShare:
-        """Return the part of one more lane (see `Lane.join`)."""
+        """Returns the part of one more lane (see `Lane.join`)."""
         return CrowdShare(self)
 
     def _count(self, share: CrowdShare, more: int) -> None:
@@ -221,7 +221,7 @@ class Carried:
 
 
 def link_loads(carried: Iterable[Carried], topology: Topology, makespan_ns: int) -> list[dict[str, Any]]:
-    """Return what each link of a machine carried, in the order of the links.
+    """Returns what each link of a machine carried, in the order of the links.
 
     `bytes`: of all copies that passed it (twice, if it was passed twice); `busy_ms`: while there was one at least;
     `utilization`: the bytes within the makespan (of a copy that ends after it, in proportion to time) /
@@ -250,7 +250,7 @@ def link_loads(carried: Iterable[Carried], topology: Topology, makespan_ns: int)
 
 
 def _bytes_until(copies: Carried, end_ns: int) -> float:
-    """Return the bytes that copies have moved at an instant: all, or so much of each as of its time has passed."""
+    """Returns the bytes that copies have moved at an instant: all, or so much of each as of its time has passed."""
     took_ns = np.maximum(copies.end_ns - copies.start_ns, 1)
     left_ns = np.clip(copies.end_ns - end_ns, 0, took_ns)
     sizes = np.broadcast_to(copies.size_bytes, copies.start_ns.shape)
@@ -258,7 +258,7 @@ def _bytes_until(copies: Carried, end_ns: int) -> float:
 
 
 def _busy_ns(passing: Sequence[Carried]) -> int:
-    """Return for how long at least one of the copies ran."""
+    """Returns for how long at least one of the copies ran."""
     if not passing:
         return 0
     starts_ns, ends_ns = ([getattr(copies, name) for copies in passing] for name in ("start_ns", "end_ns"))

@@ -83,7 +83,7 @@ class QueueDepth(Cost):
         return points
 
     def bytes_per_second(self, reads: int) -> float:
-        """Return what so many reads get together."""
+        """Returns what so many reads get together."""
         counts, rates = zip(*self.bytes_per_second_by_reads, strict=True)
         return float(np.interp(reads, counts, rates))
 
@@ -106,7 +106,7 @@ class NvmeCosts(Part):
     drive: Capacity | None = None
 
     def times_as_long(self, reads: int) -> float:
-        """Return how many times as long as alone a request takes while so many are in flight, itself included."""
+        """Returns how many times as long as alone a request takes while so many are in flight, itself included."""
         if self.queue_depth is None:
             return max(1.0, reads / self.lanes)
         return reads * self.queue_depth.bytes_per_second(1) / self.queue_depth.bytes_per_second(reads)
@@ -164,7 +164,7 @@ class Profile(Part):
         return self
 
     def capacity(self, kind: Literal["gpu", "host", "nvme"], name: str) -> tuple[int | None, str]:
-        """Return the bytes that a memory holds (None: not stated), and which key of the profile says so, or would.
+        """Returns the bytes that a memory holds (None: not stated), and which key of the profile says so, or would.
 
         Host memory is that of all NUMA nodes, a drive all drives together; a GPU is known by its `name`.
         """
@@ -193,13 +193,13 @@ class Profile(Part):
 
 
 def profile_names() -> list[str]:
-    """Return the names of the shipped profiles."""
+    """Returns the names of the shipped profiles."""
     folder = resources.files("prestage") / "calibration" / "profiles"
     return sorted(entry.name[: -len(".json")] for entry in folder.iterdir() if entry.name.endswith(".json"))
 
 
 def load_profile(name: str) -> Profile:
-    """Return a shipped profile by its name, or one from a JSON file by its path; raise ProfileError if it is bad.
+    """Returns a shipped profile by its name, or one from a JSON file by its path; raise ProfileError if it is bad.
 
     A name that tells parts, 'gpu=rtx4090, ram=2x DDR5-5600', is that of a machine put together from them. A profile
     that `extends` another (by its name, or a path from its own folder) is that one with the keys it gives merged in, as
@@ -220,7 +220,7 @@ _load_shipped = cache(_load)
 
 
 def _plain(name: str) -> object:
-    """Return a profile as plain data, merged into what it extends."""
+    """Returns a profile as plain data, merged into what it extends."""
     patches: list[dict[str, Any]] = []
     extending: dict[str | Path, str] = {}  # by what is the same under any name
     folder, key = Path(), "machine.profile"
@@ -247,7 +247,7 @@ def _plain(name: str) -> object:
 
 
 def _read(name: str, path: Path, key: str) -> Any:
-    """Return what a file, or a shipped profile, holds; ProfileError names the `key` that named it."""
+    """Returns what a file, or a shipped profile, holds; ProfileError names the `key` that named it."""
     if is_of_parts(name):
         try:
             return assembled(name)
@@ -272,7 +272,7 @@ def _read(name: str, path: Path, key: str) -> Any:
 
 
 def make_profile(data: object, source: str) -> Profile:
-    """Return the profile that plain data describes; ProfileError names `source` and the bad keys."""
+    """Returns the profile that plain data describes; ProfileError names `source` and the bad keys."""
     try:
         return Profile.model_validate(data)
     except ValidationError as error:

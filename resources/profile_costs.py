@@ -80,7 +80,7 @@ class TransferCost(Cost):
         return self
 
     def ns(self, size_bytes: int) -> int:
-        """Return the duration of a copy of `size_bytes`, in ns, rounded up."""
+        """Returns the duration of a copy of `size_bytes`, in ns, rounded up."""
         if self.points is None:
             assert self.latency_ns is not None and self.bytes_per_second is not None
             return self.latency_ns - (-size_bytes * 10**9 // self.bytes_per_second)
@@ -180,13 +180,13 @@ class KernelRule(Cost):
     eager_kernel_ns: int = Field(default=0, ge=0)
 
     def group_ns(self, kernels: int, products: int, *, eager: bool) -> int:
-        """Return the constant of a group of kernels, so many of them matrix products."""
+        """Returns the constant of a group of kernels, so many of them matrix products."""
         each_ns = self.eager_kernel_ns if eager else 0
         small_ns = (kernels - products) * self.small_kernel_ns
         return self.constant_ns + products * self.product_ns + small_ns + kernels * each_ns
 
     def part_ns(self, weight_bytes: int, flops: float) -> float:
-        """Return what comes on top of the constant, in ns, on a quiet GPU."""
+        """Returns what comes on top of the constant, in ns, on a quiet GPU."""
         return max(weight_bytes * 1e9 / self.bytes_per_second, flops * 1e9 / self.flops_per_second)
 
 

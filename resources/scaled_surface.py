@@ -35,7 +35,7 @@ class Scale:
 
 
 def scaled_surface(surface: Surface, scale: Scale) -> Surface:
-    """Return a surface for another GPU; its source is `assumed`, and its device the one that was measured."""
+    """Returns a surface for another GPU; its source is `assumed`, and its device the one that was measured."""
     return Surface(
         source="assumed",
         device=surface.device or scale.device,
@@ -84,13 +84,13 @@ def _prompts(table: PromptTable, scale: Scale) -> PromptTable:
 
 
 def _at_most(work: _Numbers, ns: _Numbers) -> _Numbers:
-    """Return what so much work takes at the rate of the quickest kernel of all, in ns."""
+    """Returns what so much work takes at the rate of the quickest kernel of all, in ns."""
     rate = float((work[ns > 0] / ns[ns > 0]).max())
     return work / rate
 
 
 def _quicker(ns: _Numbers, bound_ns: _Numbers, times: _Numbers) -> tuple[int, ...]:
-    """Return durations of which `bound_ns` is so many times as quick; 0 stays 0."""
+    """Returns durations of which `bound_ns` is so many times as quick; 0 stays 0."""
     scaled = np.where(ns > 0, np.maximum(1.0, ns - bound_ns + bound_ns / times), 0.0)
     return tuple(np.rint(scaled).astype(int).ravel().tolist())
 

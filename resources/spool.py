@@ -67,7 +67,7 @@ class Column:
             self._write_header(file)
 
     def array(self) -> npt.NDArray[Any]:
-        """Return all records, read-only; while they live, nothing can be recorded that stays in memory."""
+        """Returns all records, read-only; while they live, nothing can be recorded that stays in memory."""
         self.flush()
         if not self._written:
             return np.frombuffer(memoryview(self.buffer).toreadonly(), dtype=self._dtype)
@@ -91,13 +91,13 @@ class Spool:
             self._remove = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
     def column(self, name: str, dtype: npt.DTypeLike) -> Column:
-        """Return a new column; its file is named after it."""
+        """Returns a new column; its file is named after it."""
         column = Column(dtype, None if self._folder is None else self._folder / f"{name}.npy")
         self._columns.append(column)
         return column
 
     def within(self, name: str) -> Spool:
-        """Return a spool of columns that are flushed and removed with these, in a folder inside theirs."""
+        """Returns a spool of columns that are flushed and removed with these, in a folder inside theirs."""
         inner = Spool(None if self._folder is None else self._folder / name)
         inner._columns = self._columns
         return inner

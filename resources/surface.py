@@ -69,7 +69,7 @@ class _Table(Part):
         return logs
 
     def _between(self, values: _Numbers, sizes: Sequence[float]) -> float:
-        """Return the duration for a size along each axis, in ns; below an axis the smallest size counts."""
+        """Returns the duration for a size along each axis, in ns; below an axis the smallest size counts."""
         beyond = 0.0
         for size, steps, (_, power) in zip(sizes, self._log_sizes, self.axes, strict=True):
             at = max(log(size), float(steps[0]))
@@ -107,7 +107,7 @@ class ProductTable(_Table):
         return smooth
 
     def product_ns(self, rows: float, columns: float, tokens: float) -> float:
-        """Return what one product takes behind another, in ns."""
+        """Returns what one product takes behind another, in ns."""
         return self._between(self._log_ns if rows in self.rows else self._smooth, (rows, columns, tokens))
 
 
@@ -121,7 +121,7 @@ class SmallTable(_Table):
     axes = (("elements", 1),)
 
     def small_ns(self, elements: float) -> float:
-        """Return what one small kernel takes behind another, in ns."""
+        """Returns what one small kernel takes behind another, in ns."""
         return self._between(self._log_ns, (elements,))
 
 
@@ -136,7 +136,7 @@ class AttentionTable(_Table):
     axes = (("streams", 1), ("head_dims", 1), ("positions", 1))
 
     def attention_ns(self, streams: float, head_dim: float, positions: float) -> float:
-        """Return what the attention of one layer takes, in ns; `streams` is sequences times KV heads."""
+        """Returns what the attention of one layer takes, in ns; `streams` is sequences times KV heads."""
         return self._between(self._log_ns, (streams, head_dim, positions))
 
 
@@ -151,7 +151,7 @@ class PromptTable(_Table):
     axes = (("heads", 1), ("head_dims", 1), ("tokens", 2))
 
     def prompt_ns(self, heads: float, head_dim: float, tokens: float) -> float:
-        """Return what the attention of one layer over a prompt takes, in ns."""
+        """Returns what the attention of one layer over a prompt takes, in ns."""
         return self._between(self._log_ns, (heads, head_dim, tokens))
 
 

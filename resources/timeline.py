@@ -52,7 +52,7 @@ pack_span = struct.Struct("<qqqiiiHH").pack
 
 
 def union(start_ns: npt.NDArray[Any], end_ns: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Return (start_ns, end_ns) of the disjoint intervals that intervals, in any order, cover together; in order."""
+    """Returns (start_ns, end_ns) of the disjoint intervals that intervals, in any order, cover together; in order."""
     order = np.argsort(start_ns, kind="stable")
     start_ns, until_ns = start_ns[order], np.maximum.accumulate(end_ns[order])
     first = np.ones(len(start_ns), dtype=bool)
@@ -62,7 +62,7 @@ def union(start_ns: npt.NDArray[Any], end_ns: npt.NDArray[Any]) -> tuple[npt.NDA
 
 
 def covered_ns(start_ns: npt.NDArray[Any], end_ns: npt.NDArray[Any]) -> int:
-    """Return how long at least one of some intervals lasts, in ns."""
+    """Returns how long at least one of some intervals lasts, in ns."""
     starts_ns, ends_ns = union(start_ns, end_ns)
     return int((ends_ns - starts_ns).sum())
 
@@ -87,7 +87,7 @@ class Timeline:
         self.extend = self._spans.buffer.extend
 
     def add_lane(self, device: str, role: str, title: str) -> int:
-        """Return the number of a new lane; `role` must be one of ROLES."""
+        """Returns the number of a new lane; `role` must be one of ROLES."""
         if role not in ROLES:
             raise InputError(f"role = {role!r}: choose one of {', '.join(ROLES)}")
         self.lanes.append(LaneName(device, role, title))
@@ -127,12 +127,12 @@ class Timeline:
         return len(self._spans)
 
     def spans(self) -> npt.NDArray[Any]:
-        """Return all spans as a structured array of dtype SPAN, in order.
+        """Returns all spans as a structured array of dtype SPAN, in order.
 
         It is a read-only view, so that a long timeline is not held twice: while it lives, nothing can be recorded.
         """
         return self._spans.array()
 
     def lanes_with(self, role: str) -> list[int]:
-        """Return the numbers of the lanes of one role."""
+        """Returns the numbers of the lanes of one role."""
         return [number for number, lane in enumerate(self.lanes) if lane.role == role]

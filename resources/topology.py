@@ -94,7 +94,7 @@ class Link(Fact):
         return self
 
     def directions(self) -> Iterator[tuple[str, str, str, int]]:
-        """Yield (name, from, to, bytes a second) of both; they have one name where they share one bandwidth."""
+        """Yields (name, from, to, bytes a second) of both; they have one name where they share one bandwidth."""
         a, b = self.ends
         shared = f"{a}<->{b}" if self.duplex == "half" else None
         yield shared or f"{a}->{b}", a, b, self.bytes_per_second
@@ -126,7 +126,7 @@ class Route:
         return self.nodes[-1]
 
     def ns(self, size_bytes: int) -> int:
-        """Return what a copy takes by itself, in ns, rounded up: for routes whose copies nobody has measured."""
+        """Returns what a copy takes by itself, in ns, rounded up: for routes whose copies nobody has measured."""
         return self.latency_ns - (-size_bytes * 10**9 // self.bytes_per_second)
 
 
@@ -190,22 +190,22 @@ class Topology(Part):
         return self.named("host")
 
     def named(self, kind: NodeKind) -> tuple[str, ...]:
-        """Return the names of the nodes of one kind, in order."""
+        """Returns the names of the nodes of one kind, in order."""
         return tuple(node.name for node in self.nodes if node.kind == kind)
 
     def node(self, name: str) -> Node:
-        """Return a node by its name; TopologyError if there is none."""
+        """Returns a node by its name; TopologyError if there is none."""
         for node in self.nodes:
             if node.name == name:
                 return node
         raise TopologyError(unknown_name("topology: node", name, [node.name for node in self.nodes]))
 
     def capacities(self) -> dict[str, int]:
-        """Return what each link carries, in bytes a second, by the names that routes use."""
+        """Returns what each link carries, in bytes a second, by the names that routes use."""
         return {name: rate for link in self.links for name, _, _, rate in link.directions()}
 
     def graph(self) -> nx.DiGraph[str]:
-        """Return the networkx graph: an edge for each direction, with name, kind, bytes_per_second, latency_ns."""
+        """Returns the networkx graph: an edge for each direction, with name, kind, bytes_per_second, latency_ns."""
         import networkx as nx
 
         graph: nx.DiGraph[str] = nx.DiGraph()
@@ -217,7 +217,7 @@ class Topology(Part):
         return graph
 
     def route(self, source: str, target: str) -> Route:
-        """Return the widest way from one memory to another and, of equally wide ones, that of fewest hops.
+        """Returns the widest way from one memory to another and, of equally wide ones, that of fewest hops.
 
         A processor may be an end too: it reads a host memory to compute. Only processors, switches, root ports and
         network cards pass bytes on. Between GPUs that share no such way, or only one over PCIe that the driver does not
@@ -240,14 +240,14 @@ class Topology(Part):
         return route
 
     def host_of(self, gpu: str) -> str:
-        """Return the host memory that a GPU copies from fastest: its own NUMA node's. Raises TopologyError."""
+        """Returns the host memory that a GPU copies from fastest: its own NUMA node's. Raises TopologyError."""
         ways = [route for host in self.hosts if (route := self._direct(host, gpu, set(LINK_ENDS))) is not None]
         if not ways:
             raise TopologyError(f"topology: there is no route from a host to {gpu}")
         return min(ways, key=lambda route: (-route.bytes_per_second, len(route.links))).source
 
     def _direct(self, source: str, target: str, kinds: Collection[LinkKind]) -> Route | None:
-        """Return the best route over links of some kinds that no third memory is on; None if there is none."""
+        """Returns the best route over links of some kinds that no third memory is on; None if there is none."""
         import networkx as nx
 
         graph = self.graph()

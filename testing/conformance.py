@@ -73,7 +73,7 @@ class Watched(Eviction):
         self.policy.evict(expert)
 
     def victims(self) -> Iterator[int]:
-        """Yield whom the policy yields: each expert in memory once, and nobody else."""
+        """Yields whom the policy yields: each expert in memory once, and nobody else."""
         walked = set()
         for expert in self.policy.victims():
             assert expert in self.inside, f"victims() names expert {expert}, which is not in memory"

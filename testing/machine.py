@@ -56,7 +56,7 @@ class RoundCosts:
     order_ns: int = 0
 
     def profile(self) -> Profile:
-        """Return the machine's profile."""
+        """Returns the machine's profile."""
         experts, cpu = self._points()
         factors = {"copy_beside_compute": 1.0, "copy_beside_d2h": 1.0, "copies_sharing": 1.0}
         factors["copy_beside_cpu_experts"] = self.copy_beside_cpu
@@ -101,7 +101,7 @@ class RoundCosts:
         )
 
     def _points(self) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Return what an expert takes the GPU, by dispatch and tokens, and the CPU."""
+        """Returns what an expert takes the GPU, by dispatch and tokens, and the CPU."""
         shape = {"hidden": HIDDEN, "expert_ff": EXPERT_FF, "dtype": "int8", **ASSUMED}
         beside_ns = self.expert_ns if self.beside_copy_ns is None else self.beside_copy_ns
         points = [
@@ -140,19 +140,19 @@ def _copies(alone_ns: int, gap_ns: int) -> dict[str, Any]:
 
 
 def tiny_profile(**costs: Any) -> Profile:
-    """Return the machine's profile; `costs` are the fields of `RoundCosts`."""
+    """Returns the machine's profile; `costs` are the fields of `RoundCosts`."""
     return RoundCosts(**costs).profile()
 
 
 def peers(latency_ns: int | None) -> dict[str, Any]:
-    """Return the costs of copies between GPUs."""
+    """Returns the costs of copies between GPUs."""
     free = {"points": [[0, 0], [1, 0]], **ASSUMED}
     line = {"latency_ns": latency_ns, "bytes_per_second": 10**9, **ASSUMED} if latency_ns is not None else free
     return {"alone": line, "queued": line, "gap": {"ns": 0, **ASSUMED}}
 
 
 def tiny_topology(gpus: int, host_bytes_per_second: int = 10**15) -> dict[str, Any]:
-    """Return a host and so many GPUs, all linked with each other by wide links of their own."""
+    """Returns a host and so many GPUs, all linked with each other by wide links of their own."""
     nodes: list[dict[str, Any]] = [
         {"name": "host0", "kind": "host", "capacity_bytes": 10**12},
         {"name": "cpu0", "kind": "cpu"},
@@ -171,7 +171,7 @@ def tiny_topology(gpus: int, host_bytes_per_second: int = 10**15) -> dict[str, A
 
 
 def tiny_model(layers: int, experts: int = 4, top_k: int = 1, **sizes: Any) -> Model:
-    """Return a model of so many layers, experts of each, and experts a token; `sizes` are fields of `RoundSizes`."""
+    """Returns a model of so many layers, experts of each, and experts a token; `sizes` are fields of `RoundSizes`."""
     size = RoundSizes(**sizes)
     copy_ns = [size.copy_ns] * layers if isinstance(size.copy_ns, int) else size.copy_ns
     return Model(
@@ -193,14 +193,14 @@ def tiny_model(layers: int, experts: int = 4, top_k: int = 1, **sizes: Any) -> M
 
 
 def tiny_trace(experts: list[list[list[int]]], num_experts: int = 4, **arrays: Any) -> RoutingTrace:
-    """Return a decode trace from experts[token][layer][rank]; other arrays as RoutingTrace takes them."""
+    """Returns a decode trace from experts[token][layer][rank]; other arrays as RoutingTrace takes them."""
     trace = RoutingTrace(np.array(experts, dtype=np.uint8), num_experts, **arrays)
     trace.check("tiny trace")
     return trace
 
 
 def tiny_scenario(**sections: Any) -> Scenario:
-    """Return a scenario with these sections over: host free, no prefetch, room for 8 experts."""
+    """Returns a scenario with these sections over: host free, no prefetch, room for 8 experts."""
     data: dict[str, dict[str, Any]] = {
         "workload": {"trace": "none"},
         "memory": {"gpu_budget": "8experts"},
@@ -214,7 +214,7 @@ def tiny_scenario(**sections: Any) -> Scenario:
 
 
 def tiny_inputs(model: Model, profile: Profile, trace: RoutingTrace, scenario: Scenario) -> Inputs:
-    """Return what a scenario would have loaded from files."""
+    """Returns what a scenario would have loaded from files."""
     policy = make_prefetch(scenario, model)
     steps, guesses = steps_of(scenario, trace), None
     if policy.guesses:

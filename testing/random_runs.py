@@ -17,12 +17,12 @@ HORIZONS, GUESSES = 5, 3
 
 
 def distinct(random: np.random.Generator, shape: tuple[int, ...], k: int, experts: int) -> npt.NDArray[np.uint8]:
-    """Return k distinct experts for each cell of `shape`, in random order (*shape, k)."""
+    """Returns k distinct experts for each cell of `shape`, in random order (*shape, k)."""
     return np.argsort(random.random((*shape, experts)), axis=-1)[..., :k].astype(np.uint8)
 
 
 def random_trace(seed: int, layers: int = 3, experts: int = 6, top_k: int = 2) -> RoutingTrace:
-    """Return three sequences of prompts and answers, with gaps, recorded predictions and confidences."""
+    """Returns three sequences of prompts and answers, with gaps, recorded predictions and confidences."""
     random = np.random.default_rng(seed)
     lengths, prompts = random.integers(2, 7, 3), random.integers(0, 4, 3)
     tokens = int(lengths.sum())
@@ -42,7 +42,7 @@ def random_trace(seed: int, layers: int = 3, experts: int = 6, top_k: int = 2) -
 
 
 def random_inputs(seed: int, **sections: dict[str, Any]) -> Inputs:
-    """Return a small run on the machine of round numbers; `sections` are kept, the rest is drawn.
+    """Returns a small run on the machine of round numbers; `sections` are kept, the rest is drawn.
 
     It has room for some of the experts, which are of one size or of several, batches and prefetching.
     """

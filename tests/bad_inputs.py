@@ -178,7 +178,7 @@ def _broken() -> Iterator[Bad]:
 
 
 def _in_place(content: Content) -> Make:
-    """Return what writes a content where another file may be."""
+    """Returns what writes a content where another file may be."""
 
     def make(path: Path) -> None:
         path.unlink(missing_ok=True)
@@ -488,7 +488,7 @@ def _options() -> Iterator[Bad]:
 
 
 def _with_array(name: str, change: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]) -> Make:
-    """Return what changes one array of a .safetensors file."""
+    """Returns what changes one array of a .safetensors file."""
 
     def make(path: Path) -> None:
         with safetensors.safe_open(path, framework="numpy") as content:
@@ -501,7 +501,7 @@ def _with_array(name: str, change: Callable[[np.ndarray[Any, Any]], np.ndarray[A
 
 
 def _with_meta(change: Callable[[dict[str, Any]], object]) -> Make:
-    """Return what changes the metadata of a .safetensors file."""
+    """Returns what changes the metadata of a .safetensors file."""
 
     def make(path: Path) -> None:
         with safetensors.safe_open(path, framework="numpy") as content:
@@ -513,7 +513,7 @@ def _with_meta(change: Callable[[dict[str, Any]], object]) -> Make:
 
 
 def _with_key(key: str, value: object) -> Make:
-    """Return what sets a key, such as time.stall_ms, in a JSON file."""
+    """Returns what sets a key, such as time.stall_ms, in a JSON file."""
 
     def make(path: Path) -> None:
         data = json.loads(path.read_bytes())

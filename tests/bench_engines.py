@@ -31,7 +31,7 @@ ROUNDS = 5
 
 
 def timeout_s(count: int = 100_000) -> float:
-    """Return the processor time that a bare timeout of one SimPy process takes."""
+    """Returns the processor time that a bare timeout of one SimPy process takes."""
     env = simpy.Environment()
 
     def process() -> Generator[simpy.Event, Any, None]:
@@ -45,13 +45,13 @@ def timeout_s(count: int = 100_000) -> float:
 
 
 def decided_in_python(inputs: Inputs, engine: str) -> float:
-    """Return the processor time of a run whose decisions are made in Python."""
+    """Returns the processor time of a run whose decisions are made in Python."""
     with mock.patch.object(runs, "_sources", lambda *_: []), mock.patch.object(runs, "_shared", lambda *_: []):
         return run_s(inputs, engine)
 
 
 def run_s(inputs: Inputs, engine: str) -> float:
-    """Return the processor time of a run."""
+    """Returns the processor time of a run."""
     ready = prepared(inputs, part_costs(inputs))
     began = time.process_time()
     run_all(inputs, ready, engine=engine)
@@ -59,7 +59,7 @@ def run_s(inputs: Inputs, engine: str) -> float:
 
 
 def timeouts(inputs: Inputs, takes_s: Callable[[Inputs, str], float], engine: str) -> float:
-    """Return a layer visit's time in bare timeouts."""
+    """Returns a layer visit's time in bare timeouts."""
     times = [(takes_s(inputs, engine), timeout_s()) for _ in range(ROUNDS)]
     least_s, bare_s = map(min, zip(*times, strict=True))
     each: float = least_s / inputs.layer_visits / bare_s
@@ -67,7 +67,7 @@ def timeouts(inputs: Inputs, takes_s: Callable[[Inputs, str], float], engine: st
 
 
 def row(name: str) -> tuple[int, float, float, float]:
-    """Return the layer visits of a scenario's run, and what one takes: compiled, decided in Python, by SimPy."""
+    """Returns the layer visits of a scenario's run, and what one takes: compiled, decided in Python, by SimPy."""
     few, many = (load_inputs(load_scenario(name, [f"workload.tokens={tokens}"])) for tokens in sorted(RUNS[name]))
     run_s(few, "compiled")  # compile
     return (
@@ -79,7 +79,7 @@ def row(name: str) -> tuple[int, float, float, float]:
 
 
 def table() -> str:
-    """Return the table of all runs, in Markdown."""
+    """Returns the table of all runs, in Markdown."""
     lines = ["| scenario | layer visits | compiled | decided in Python | simpy |", "|---|---|---|---|---|"]
     for name in RUNS:
         visits, *taken = row(name)

@@ -25,7 +25,7 @@ SIZES = (1.0, 1.5, 2.0)
 
 
 def inputs_of(steps: int) -> Inputs:
-    """Return what runs: the shipped scenario nvme, with experts of other sizes in a batch of synthetic sequences."""
+    """Returns what runs: the shipped scenario nvme, with experts of other sizes in a batch of synthetic sequences."""
     scenario = load_scenario("nvme")
     model = load_model(scenario.model.preset)
     sized = tuple(int(size * SIZES[layer % len(SIZES)]) for layer, size in enumerate(model.expert_bytes))

@@ -30,7 +30,7 @@ from prestage.workloads.synthetic import synthesize
 
 
 def inputs_of(steps: int, layers: int, experts: int, settings: list[str]) -> Inputs:
-    """Return what runs: the shipped scenario placement-8, with a model of as many layers and experts as it is asked."""
+    """Returns what runs: the shipped scenario placement-8, with a model of as many layers and experts as asked."""
     scenario = load_scenario("placement-8", settings)
     base = load_model(scenario.model.preset)
     expert_bytes, dense_bytes = base.expert_bytes[:1] * layers, base.dense_bytes[1:2] * layers
@@ -39,7 +39,7 @@ def inputs_of(steps: int, layers: int, experts: int, settings: list[str]) -> Inp
 
 
 def synthetic(scenario: Scenario, model: Model, steps: int, batch: int) -> Inputs:
-    """Return what a scenario runs with this model and so many decode steps of a batch of synthetic sequences."""
+    """Returns what a scenario runs with this model and so many decode steps of a batch of synthetic sequences."""
     shape = (model.layers, model.experts, model.top_k)
     trace = synthesize(steps * batch, *shape, sequences=batch, skew=0.5, reuse=0.3)
     planned = plan_steps(trace.sequence, trace.phase, batch=batch)

@@ -115,7 +115,7 @@ def cachetools(experts: Experts) -> Replay:
 
 
 def measure(replays: dict[str, tuple[Replay, int]], places: int, accesses: int) -> dict[str, float]:
-    """Return the median rate of each, in millions of accesses per second, taking turns; each has its own repeats."""
+    """Returns the median rate of each, in millions of accesses per second, taking turns; each has its own repeats."""
     seconds: dict[str, list[float]] = {name: [] for name in replays}
     misses = {}
     for turn in range(max(repeats for _, repeats in replays.values())):

@@ -44,7 +44,7 @@ ZOOM = """async () => {
 
 
 def measure(run: Run, spans: int, folder: Path) -> dict[str, Any]:
-    """Return what the report of a run costs with so many of its spans."""
+    """Returns what the report of a run costs with so many of its spans."""
     path = folder / f"{spans}.html"
     began = time.perf_counter()
     write_page(path, title=run.title, sections=run_sections(run, limit=spans))

@@ -32,7 +32,7 @@ from prestage.engine.scenario.scenario import load_scenario
 
 
 def timeouts_per_second(count: int = 300_000) -> float:
-    """Return how many bare timeouts one SimPy process gets through in a second."""
+    """Returns how many bare timeouts one SimPy process gets through in a second."""
     env = simpy.Environment()
 
     def process() -> Generator[simpy.Event, Any, None]:
@@ -46,7 +46,7 @@ def timeouts_per_second(count: int = 300_000) -> float:
 
 
 def visits_per_second(inputs: Inputs) -> float:
-    """Return how many layer visits the overlapped decoder gets through in a second, timeline recorded."""
+    """Returns how many layer visits the overlapped decoder gets through in a second, timeline recorded."""
     costs = Costs(inputs)
     manager, prefetch = make_manager(inputs), make_prefetch(inputs.scenario, inputs.model)
     began = time.process_time()
@@ -55,7 +55,7 @@ def visits_per_second(inputs: Inputs) -> float:
 
 
 def timeouts_per_visit(inputs: Inputs, repeats: int) -> dict[str, float]:
-    """Return the ratio of the two speeds, measured in turn."""
+    """Returns the ratio of the two speeds, measured in turn."""
     pairs = [(timeouts_per_second(), visits_per_second(inputs)) for _ in range(repeats)]
     ratios = sorted(timeouts / visits for timeouts, visits in pairs)
     return {
@@ -67,7 +67,7 @@ def timeouts_per_visit(inputs: Inputs, repeats: int) -> dict[str, float]:
 
 
 def bytes_per_span(inputs: Inputs) -> float:
-    """Return the memory that a run keeps for its timeline, per span."""
+    """Returns the memory that a run keeps for its timeline, per span."""
     costs = Costs(inputs)
     tracemalloc.start()
     recording = run(inputs, costs, make_manager(inputs), make_prefetch(inputs.scenario, inputs.model))
@@ -77,7 +77,7 @@ def bytes_per_span(inputs: Inputs) -> float:
 
 
 def replayed_per_second(inputs: Inputs, share: float, compiled: bool) -> float:
-    """Return LRU replay speed with room for a share of all experts, in accesses per second."""
+    """Returns LRU replay speed with room for a share of all experts, in accesses per second."""
     sizes, experts = inputs.model.expert_bytes, inputs.model.experts
     budget_bytes = int(inputs.model.total_expert_bytes * share)
     began = time.process_time()

@@ -39,7 +39,7 @@ CHEAP += ["--set", "workload.synthetic.prefill_tokens=0", "--set", "prefetch.loo
 
 
 def command(scenarios: int, tokens: int, out: str) -> list[str]:
-    """Return the command of a sweep of `scenarios` of gpt-oss-20b over `tokens` tokens."""
+    """Returns the command of a sweep of `scenarios` of gpt-oss-20b over `tokens` tokens."""
     trace = Path(os.environ["PRESTAGE_TRACES"]) / "gpt-oss-20b.npz"
     grid = [part for key, values in GRID.items() for part in ("--grid", f"{key}={values}")]
     settings = [f"workload.trace={trace}", f"workload.tokens={tokens}", "copy.contention=false"]
@@ -122,7 +122,7 @@ def faults(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def memory(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Return the driver's peak memory in MiB after 200 and 20,000 rows."""
+    """Returns the driver's peak memory in MiB after 200 and 20,000 rows."""
     peaks = {}
     for count in (200, 20_000):
         seeds = ",".join(map(str, range(count // 100)))

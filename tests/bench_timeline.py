@@ -30,7 +30,7 @@ from prestage.resources.timeline import Timeline
 
 
 def long_run(spans: int) -> Timeline:
-    """Return a decoding run of so many spans: one of 400 steps, over and over."""
+    """Returns a decoding run of so many spans: one of 400 steps, over and over."""
     part = made_run(1, 400)
     timeline, piece = Timeline(), part.spans().copy()
     timeline.lanes = part.lanes
@@ -44,7 +44,7 @@ def long_run(spans: int) -> Timeline:
 
 
 def peak_mib() -> float:
-    """Return the most memory that this process has held, in MiB."""
+    """Returns the most memory that this process has held, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -79,7 +79,7 @@ def measured(*arguments: str) -> dict[str, float]:
 
 
 def compare(spans: int) -> dict[str, Any]:
-    """Return the report."""
+    """Returns the report."""
     with tempfile.TemporaryDirectory() as folder:
         ours, packed, theirs = (Path(folder) / name for name in ("ours.json", "ours.json.gz", "theirs.json"))
         rows: dict[str, dict[str, float]] = {}

@@ -58,7 +58,7 @@ class Block:
 
 
 def blocks(page: str) -> list[Block]:
-    """Return the blocks of a page's text, in order."""
+    """Returns the blocks of a page's text, in order."""
     return [
         Block(match["language"], match["text"], match.start("text"), match["mark"] == "output", match["reason"])
         for match in _BLOCK.finditer(page)
@@ -96,7 +96,7 @@ def _shell(code: str, folder: Path, fewer: str) -> str:
 
 
 def with_outputs(page: str, folder: Path) -> str:
-    """Return a page's text with every shown output as it is printed now."""
+    """Returns a page's text with every shown output as it is printed now."""
     pieces, at = [], 0
     for block, said in played(page, folder):
         pieces += [page[at : block.start], said]
@@ -105,7 +105,7 @@ def with_outputs(page: str, folder: Path) -> str:
 
 
 def without_keys(page: str) -> str:
-    """Return a page's text without the keys of rows, which change with every profile and version."""
+    """Returns a page's text without the keys of rows, which change with every profile and version."""
     return re.sub(r" [0-9a-f]{8}$", " KEY", page, flags=re.MULTILINE)
 
 

@@ -61,7 +61,7 @@ def layers() -> str:
 
 
 def rate_with_slots(trace: RoutingTrace, eviction: str, slots: int) -> float:
-    """Return the hit rate, in %, with so many slots in each layer, whatever the size of its experts."""
+    """Returns the hit rate, in %, with so many slots in each layer, whatever the size of its experts."""
     budget = f"{slots * trace.layers}experts"
     data = replay_trace(trace, budget, eviction=eviction, scope="per-layer", expert_bytes=1)
     return 100 * float(data["hit_rate"])

@@ -21,11 +21,11 @@ class Lanes:
         self.instant = Instant(self.env)
 
     def lane(self, role: str = "h2d", lags: Lags | None = None) -> Lane:
-        """Return one more lane."""
+        """Returns one more lane."""
         return Lane(self.env, self.instant, self.timeline, self.timeline.add_lane("gpu0", role, role), lags or Lags())
 
     def queue(self) -> QueueLane:
-        """Return a lane with a queue by priority."""
+        """Returns a lane with a queue by priority."""
         lane = QueueLane(self.env, self.instant, self.timeline, self.timeline.add_lane("gpu0", "h2d", "h2d"))
         lane.rank = Priority().rank
         couple([lane])

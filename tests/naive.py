@@ -86,7 +86,7 @@ class NaiveManager:
         return True
 
     def visit(self, experts: Sequence[int], recency: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-        """Return the waves, each as (found, admitted); the last one stays pinned."""
+        """Returns the waves, each as (found, admitted); the last one stays pinned."""
         found = [expert for expert in experts if expert in self.copy]
         missing = [expert for expert in experts if expert not in self.copy]
         waves = []
@@ -110,7 +110,7 @@ class NaiveManager:
         self.pinned = []
 
     def prefetch(self, expert: int, now: int, target: int) -> bool:
-        """Return whether a copy was ordered; `now` is the visit that asks."""
+        """Returns whether a copy was ordered; `now` is the visit that asks."""
         if expert in self.copy:
             return False
         protected = [other for other, until in self.until.items() if self.protect and until > now]
@@ -166,7 +166,7 @@ def naive_counts(inputs: Inputs) -> VisitCounts:
 
 
 def step_after(trace: RoutingTrace, steps: Sequence[Step], index: int, tokens: int) -> int:
-    """Return the first step that one of this step's sequences takes `tokens` steps of its own later; -1 for none."""
+    """Returns the first step that one of this step's sequences takes `tokens` steps of its own later; -1 for none."""
     if not tokens:
         return index
     firsts = []

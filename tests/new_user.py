@@ -29,7 +29,7 @@ OPEN = "chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --scree
 
 
 def commands() -> list[str]:
-    """Return the path's commands in order: each runs in the environment that those before it made."""
+    """Returns the path's commands in order: each runs in the environment that those before it made."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     first = next(
         block for block in re.findall(r"^```bash\n(.*?)^```$", readme, re.DOTALL | re.MULTILINE) if "venv" in block
@@ -56,7 +56,7 @@ def timed(folder: Path) -> Iterator[tuple[str, float]]:
 
 
 def path_table(keep: Path | None = None) -> str:
-    """Return the commands and their seconds as Markdown; the clone is left in the folder `keep`, if any."""
+    """Returns the commands and their seconds as Markdown; the clone is left in the folder `keep`, if any."""
     lines = ["| command | seconds |", "|---|---|"]
     total = 0.0
     with tempfile.TemporaryDirectory() as scratch:

@@ -104,7 +104,7 @@ class TooLong(BaseException):
 
 
 def draw(seed: int, folder: Path) -> dict[str, Any]:
-    """Return the plain data of a random scenario; files that it names are written to `folder`."""
+    """Returns the plain data of a random scenario; files that it names are written to `folder`."""
     rng = Random(seed)
     data = _shipped(rng, folder) if rng.random() < 0.3 else _fresh(rng, folder)
     for section, field in Scenario.model_fields.items():
@@ -167,7 +167,7 @@ def accepted(seed: int, folder: Path) -> Inputs | None:
 
 
 def _removable(data: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
-    """Return the keys that may be left out, each with the table that holds it."""
+    """Returns the keys that may be left out, each with the table that holds it."""
     tables = [(name, table) for name, table in data.items() if isinstance(table, dict)]
     synthetic = data["workload"].get("synthetic")
     if isinstance(synthetic, dict):
@@ -194,7 +194,7 @@ def main() -> None:
 
 
 def _shipped(rng: Random, folder: Path) -> dict[str, Any]:
-    """Return the sections that a shipped scenario sets, cut to a few tokens."""
+    """Returns the sections that a shipped scenario sets, cut to a few tokens."""
     data = dict(load_scenario(rng.choice(scenario_names())).model_dump(by_alias=True, exclude_unset=True))
     workload = data["workload"]
     workload["tokens"] = rng.choice((1, 3, 8))
@@ -209,7 +209,7 @@ def _shipped(rng: Random, folder: Path) -> dict[str, Any]:
 
 
 def _fresh(rng: Random, folder: Path) -> dict[str, Any]:
-    """Return a small model, a workload for it and a machine."""
+    """Returns a small model, a workload for it and a machine."""
     model: dict[str, Any] = {"preset": rng.choice(preset_names()), "layers": rng.choice((1, 2, 3, 4))}
     if rng.random() < 0.7:
         model["experts"] = rng.choice((1, 2, 4, 9, 16, 64))
@@ -229,7 +229,7 @@ def _fresh(rng: Random, folder: Path) -> dict[str, Any]:
 
 
 def some_fit(layers: int, experts: int, top_k: int) -> FittedRouting:
-    """Return a generator as `trace fit` makes it, without fitting: half of a score is common, half is the token's."""
+    """Returns a generator as `trace fit` makes it, without fitting: half of a score is common, half is the token's."""
     layer = LayerFit(0.3, 0.1, 0.1, (0.5,) * len(class_ends(experts, top_k)))
     return FittedRouting("random", experts, top_k, (0.1,) * ECHO_TOKENS, (layer,) * layers)
 
@@ -259,7 +259,7 @@ def _written(rng: Random, trace: RoutingTrace, folder: Path) -> str:
 
 
 def _machine(rng: Random, folder: Path) -> str:
-    """Return a shipped profile, or the file of one that lacks some of what it may lack."""
+    """Returns a shipped profile, or the file of one that lacks some of what it may lack."""
     name = rng.choice(profile_names())
     if rng.random() < 0.6:
         return name
@@ -289,13 +289,13 @@ def _draw_section(rng: Random, name: str, section: type[BaseModel], into: dict[s
 
 
 def _section_of(field: FieldInfo) -> type[BaseModel] | None:
-    """Return the section that a key holds, if it does."""
+    """Returns the section that a key holds, if it does."""
     kinds = (field.annotation, *get_args(field.annotation))
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 def _value(rng: Random, path: str, field: FieldInfo) -> Any:
-    """Return a value within the bounds of a key, those at the edge most of all; None where that is allowed."""
+    """Returns a value within the bounds of a key, those at the edge most of all; None where that is allowed."""
     kinds = [kind for kind in get_args(field.annotation) or (field.annotation,) if kind is not type(None)]
     if type(None) in get_args(field.annotation) and rng.random() < 0.3:
         return None
@@ -317,7 +317,7 @@ def _value(rng: Random, path: str, field: FieldInfo) -> Any:
 
 
 def _names_of(field: FieldInfo) -> list[Any] | None:
-    """Return the members of the table, or the literals, that a key chooses from."""
+    """Returns the members of the table, or the literals, that a key chooses from."""
     for kind in (field.annotation, *get_args(field.annotation)):
         if get_origin(kind) is Literal:
             return list(get_args(kind))
@@ -329,7 +329,7 @@ def _names_of(field: FieldInfo) -> list[Any] | None:
 
 
 def _bounds(field: FieldInfo) -> tuple[float, float]:
-    """Return the least and the greatest value of a number; an open end is met at a step from it."""
+    """Returns the least and the greatest value of a number; an open end is met at a step from it."""
     low, high = 0.0, math.inf
     for mark in field.metadata:
         bound: Any = next((getattr(mark, name) for name in ("ge", "gt", "le", "lt") if hasattr(mark, name)), None)

@@ -146,7 +146,7 @@ def misses() -> str:
 
 
 def _not_in_full(data: dict[str, Any]) -> float:
-    """Return the share of gate weight that was skipped, or computed in less than full precision."""
+    """Returns the share of gate weight that was skipped, or computed in less than full precision."""
     if "precision_mass" in data:
         return 1.0 - float(data["precision_mass"]["1"])
     mass = data.get("miss", {}).get("gate_mass") or {}
@@ -267,7 +267,7 @@ def _comment(docstring: str | None) -> list[str]:
 
 
 def _key(section: str, key: str, value: object) -> str:
-    """Return one line of TOML; the choices are those that the refusal of a wrong one names."""
+    """Returns one line of TOML; the choices are those that the refusal of a wrong one names."""
     line = f"{key} is not set" if value is None else f"{key} = {json.dumps(value)}"
     try:
         load_scenario("synthetic", [f"{section}.{key}=?"])
@@ -289,7 +289,7 @@ def speed() -> str:
             "|---|---|",
             f"| bare SimPy timeouts in the time of one layer visit, timeline recorded (scenario `speed`) | "
             f"{plain['median']} (from {plain['min']} to {plain['max']}) |",
-            f"| the same where copies slow kernels down, so that lanes run in SimPy's time | {contended['median']} |",
+            f"| the same where copies slow kernels down | {contended['median']} |",
             f"| memory that a run keeps, per span of its timeline | {data['bytes_per_span']} bytes |",
             f"| LRU replay, one core, half of the experts | {replayed['lru']['50%'] / 1e6:.0f} million accesses/s "
             f"(reference implementation {replayed['reference']['50%'] / 1e6:.2f}) |",
@@ -426,6 +426,14 @@ def engines() -> str:
     return made
 
 
+def whole() -> str:
+    """What whole runs take, from a run of `bench_whole.py`."""
+    from bench_whole import table as measured
+
+    made: str = measured()
+    return made
+
+
 def models() -> str:
     """What the published configs of tests/data/configs come to, beside their tensors' count and published figures."""
     data = ROOT / "tests" / "data"
@@ -520,6 +528,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "two-gpus": two_gpus,
     "held-out-kernels": held_out_kernels,
     "held-out": held_out,
+    "whole": whole,
     "speed": speed,
     "replay-speed": replay_speed,
     "timeline-speed": timeline_speed,
@@ -529,7 +538,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def pages_of(name: str) -> list[Path]:
-    """Return the pages that have the marks of a table."""
+    """Returns the pages that have the marks of a table."""
     found = [page for page in PAGES if _marks(name).search(page.read_text(encoding="utf-8"))]
     if not found:
         raise SystemExit(f"no page has marks for {name}")
@@ -537,7 +546,7 @@ def pages_of(name: str) -> list[Path]:
 
 
 def shown(name: str) -> list[str]:
-    """Return what each page shows between the marks of a table."""
+    """Returns what each page shows between the marks of a table."""
     matches = (_marks(name).search(page.read_text(encoding="utf-8")) for page in pages_of(name))
     return [match[2].strip() for match in matches if match is not None]
 

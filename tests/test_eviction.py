@@ -124,7 +124,7 @@ def test_a_chain_keeps_the_order_in_which_it_was_appended_to(changes: list[int])
 
 
 def evicted(name: str, story: str, slots: int, **known: object) -> str:
-    """Return who leaves when the experts of a story are demanded one by one (capitals) or prefetched."""
+    """Returns who leaves when the experts of a story are demanded one by one (capitals) or prefetched."""
     experts = [ord(letter.upper()) - ord("A") for letter in story]
     demanded = [expert for expert, letter in zip(experts, story, strict=True) if letter.isupper()]
     trace = tiny_trace([[[expert]] for expert in demanded], num_experts=26, **known)

@@ -25,7 +25,7 @@ def spans_of(recording: Recording, kind: str) -> list[tuple[int, int]]:
 
 
 def changed(profile: Profile, **sections: dict[str, Any]) -> Profile:
-    """Return a profile with these keys changed in its sections."""
+    """Returns a profile with these keys changed in its sections."""
     data = profile.model_dump(exclude_none=True)
     for name, keys in sections.items():
         data[name] = {**(data.get(name) or {}), **keys}

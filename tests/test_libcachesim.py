@@ -48,7 +48,7 @@ REAL = ["gpt-oss-20b.npz", "olmoe-1b-7b.npz", "qwen3-30b-a3b_k6.npz", "switch-ba
 
 
 def stream(trace: RoutingTrace, steps: list[Step]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return the experts as looked up, and the flat (token, layer, rank) cell of each; one token a step."""
+    """Returns the experts as looked up, and the flat (token, layer, rank) cell of each; one token a step."""
     rows = np.concatenate([step.rows for step in steps])
     cells = np.arange(trace.experts.size).reshape(trace.experts.shape)[rows].reshape(-1)
     experts = trace.experts.astype(np.int64) + np.arange(trace.layers)[:, None] * trace.num_experts
@@ -56,7 +56,7 @@ def stream(trace: RoutingTrace, steps: list[Step]) -> tuple[npt.NDArray[np.int64
 
 
 def theirs(name: str, experts: npt.NDArray[np.int64], capacity: int) -> npt.NDArray[np.bool_]:
-    """Return which accesses hit there, asked one by one."""
+    """Returns which accesses hit there, asked one by one."""
     kind, object_bytes, _ = SAME[name]
     cache = getattr(libcachesim, kind)(capacity * object_bytes, hashpower=12)
     following: dict[int, int] = {}
@@ -74,7 +74,7 @@ def theirs(name: str, experts: npt.NDArray[np.int64], capacity: int) -> npt.NDAr
 
 
 def ours(name: str, trace: RoutingTrace, steps: list[Step], capacity: int) -> npt.NDArray[Any]:
-    """Return the outcome of every cell here."""
+    """Returns the outcome of every cell here."""
     setting = Setting(trace=trace, steps=steps, single=True)
     manager = MemoryManager([1] * trace.layers, trace.num_experts, capacity, EVICTION[name], setting=setting)
     return replay(trace, steps, manager, lookup="single").outcome.reshape(-1)

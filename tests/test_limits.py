@@ -27,7 +27,7 @@ LONG_FUNCTIONS = {
     "engine/replay/compiled.py _replay": "machine code: one loop, whose parts would be copied into it",
     "engine/timing/compiled_host.py carry_out_one": "machine code: a branch for each command",
     "engine/timing/runs.py run_stages": _NEXT,
-    "workloads/importers.py _told": "a branch for each format",
+    "workloads/importers.py _format_of": "a branch for each format",
     "workloads/model_files/quantization.py _quantized": "a branch for each format",
     "workloads/training/bpe.py learn": "an algorithm with its books: each step needs all of them",
 }

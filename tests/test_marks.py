@@ -14,7 +14,7 @@ FILES = sorted(Path(__file__).parent.glob("test_*.py"))
 
 
 def names_in(node: ast.AST) -> set[str]:
-    """Return every name that is used within a node: of variables, parameters (fixtures) and attributes."""
+    """Returns every name that is used within a node: of variables, parameters (fixtures) and attributes."""
     names: set[str] = set()
     for part in ast.walk(node):
         match part:
@@ -24,7 +24,7 @@ def names_in(node: ast.AST) -> set[str]:
 
 
 def those_that_come_to(names: set[str], module: ast.Module) -> Iterator[ast.FunctionDef]:
-    """Yield the tests that use these names, by themselves or through what the module defines."""
+    """Yields the tests that use these names, by themselves or through what the module defines."""
     defined = {node.name: node for node in module.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     uses = {name: names_in(node) for name, node in defined.items()}
     reached: set[str] = set()
@@ -39,7 +39,7 @@ def those_that_come_to(names: set[str], module: ast.Module) -> Iterator[ast.Func
 
 
 def marks_of(test: ast.FunctionDef, module: ast.Module) -> set[str]:
-    """Return the names in a test's decorators, and in the marks of its module."""
+    """Returns the names in a test's decorators, and in the marks of its module."""
     of_all = [node.value for node in module.body if isinstance(node, ast.Assign) and "pytestmark" in names_in(node)]
     return set().union(*(names_in(node) for node in (*test.decorator_list, *of_all)))
 

@@ -36,7 +36,7 @@ ONE_TOKEN = tiny_trace([[[0], [1]]])
 
 
 def changed(profile: Profile, **sections: dict[str, Any]) -> Profile:
-    """Return a profile with keys of its sections replaced."""
+    """Returns a profile with keys of its sections replaced."""
     data = profile.model_dump()
     for section, keys in sections.items():
         data[section].update(keys)

@@ -71,7 +71,7 @@ Load = Callable[[str], Model]
 
 @pytest.fixture
 def load(tmp_path: Path) -> Load:
-    """Return a function that loads a model from a TOML file with this text."""
+    """Returns a function that loads a model from a TOML file with this text."""
 
     def loader(text: str) -> Model:
         path = tmp_path / "some.toml"
@@ -87,7 +87,7 @@ def changed(text: str, old: str, new: str) -> str:
 
 
 def dropped(text: str, table: str) -> str:
-    """Return the text without one table."""
+    """Returns the text without one table."""
     return re.sub(rf"\[+{table}\]+\n(?:[^\[]+)", "", text)
 
 

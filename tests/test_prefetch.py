@@ -29,7 +29,7 @@ def gauge_of(now_ns: int = 0, backlog_ns: int = 0) -> Gauge:
 
 
 def in_order(chosen: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-    """Return (layers ahead, expert) of what a policy chose, in the order of fetching."""
+    """Returns (layers ahead, expert) of what a policy chose, in the order of fetching."""
     return [(ahead, expert) for ahead, experts in enumerate(chosen, 1) for expert in experts if expert >= 0]
 
 

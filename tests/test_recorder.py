@@ -80,14 +80,14 @@ def tiny(family: str, **changes: Any) -> Any:
 
 
 def padded(rows: list[int], columns: int, seed: int = 0) -> tuple[Any, Any]:
-    """Return random tokens and a mask with padding on the left, `rows` real tokens in each row."""
+    """Returns random tokens and a mask with padding on the left, `rows` real tokens in each row."""
     ids = torch.randint(3, 60, (len(rows), columns), generator=torch.Generator().manual_seed(seed))
     mask = torch.arange(columns)[None] >= columns - torch.tensor(rows)[:, None]
     return ids * mask, mask.to(torch.int64)
 
 
 def routed(model: Any, **inputs: Any) -> list[tuple[Any, ...]]:
-    """Return what each router returned, in order of the model's layers, from the model's own modules."""
+    """Returns what each router returned, in order of the model's layers, from the model's own modules."""
     outputs: list[tuple[Any, ...]] = []
     router = FAMILIES[model.config.model_type].router
     modules = [module for module in model.modules() if type(module).__name__ == router]

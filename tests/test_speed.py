@@ -35,7 +35,7 @@ STALLED = "Ap Ad Ad Ad Ad Bp Bd Cp Cp Cp Cp Cd"
 
 
 def simulated(rows: str, chosen: str | None = None, **workload: Any) -> dict[str, Any]:
-    """Return the result of a trace written row by row; `chosen` has the expert of each row, all 0 without it."""
+    """Returns the result of a trace written row by row; `chosen` has the expert of each row, all 0 without it."""
     names = rows.split()
     experts = [[[int(expert)]] for expert in chosen or "0" * len(names)]
     trace = tiny_trace(

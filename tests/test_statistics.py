@@ -53,7 +53,7 @@ def visits_of(trace: RoutingTrace) -> Iterator[list[tuple[int, int]]]:
 
 
 def simulated_hits(trace: RoutingTrace, capacity: int, scope: Scope) -> tuple[int, int]:
-    """Return hits and accesses: look all k up, pin them, admit the misses, then renew in the router's order."""
+    """Returns hits and accesses: look all k up, pin them, admit the misses, then renew in the router's order."""
     caches: dict[int, OrderedDict[tuple[int, int], None]] = {}
     hits = accesses = 0
     for visit in visits_of(trace):

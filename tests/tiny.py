@@ -42,7 +42,7 @@ __all__ = [
 
 
 def tiny_pipeline(model: Model, profile: Profile, trace: RoutingTrace, scenario: Scenario) -> Inputs:
-    """Return what a scenario of several stages or micro-batches would have loaded from files."""
+    """Returns what a scenario of several stages or micro-batches would have loaded from files."""
     steps = steps_of(scenario, trace)
     return completed(Inputs(scenario, model, profile, trace, steps, budget_bytes=0, guesses=None))
 
@@ -59,7 +59,7 @@ def run_resident(inputs: Inputs) -> list[Recording]:
 
 
 def tiny_costs(model: Model, profile: Profile, scenario: Scenario, *, timed: bool = False) -> Costs:
-    """Return what a scenario's costs are where nothing is run."""
+    """Returns what a scenario's costs are where nothing is run."""
     nothing = RoutingTrace(np.zeros((0, model.layers, model.top_k), dtype=np.uint8), model.experts)
     return Costs(Inputs(scenario, model, profile, nothing, [], budget_bytes=0, guesses=None), timed=timed)
 

@@ -60,7 +60,7 @@ def plan_steps(
     tokens: int | None = None,
     micro_batches: int = 1,
 ) -> list[Step]:
-    """Return the steps that serve a trace whose rows have these `sequence` and `phase` arrays, each (tokens,).
+    """Returns the steps that serve a trace whose rows have these `sequence` and `phase` arrays, each (tokens,).
 
     `tokens` ends the run after that many decode tokens; the last step may then be narrower than the batch. The places
     are divided among the `micro_batches` as evenly as they go, the first ones taking one more.
@@ -139,7 +139,7 @@ def _prefill(
 
 
 def evenly(total: int, parts: int) -> list[int]:
-    """Return `total` in so many parts that differ by one at most, the larger ones first."""
+    """Returns `total` in so many parts that differ by one at most, the larger ones first."""
     return [total // parts + (part < total % parts) for part in range(parts)]
 
 
@@ -160,7 +160,7 @@ def continued_steps(steps: Sequence[Step], sequence: npt.NDArray[np.integer]) ->
 
 
 def parse_warmup(text: object) -> tuple[int, str]:
-    """Return the number and the unit, "tokens" or "steps", of a warmup; raise InputError for what is none."""
+    """Returns the number and the unit, "tokens" or "steps", of a warmup; raise InputError for what is none."""
     match = _WARMUP.fullmatch(text) if isinstance(text, str) else None
     if match is None:
         raise InputError(f"{text!r}: write it as '100tokens' or '20steps'")
@@ -168,7 +168,7 @@ def parse_warmup(text: object) -> tuple[int, str]:
 
 
 def warmup_steps(steps: Sequence[Step], warmup: str) -> int:
-    """Return how many steps at the beginning are the warmup: as few as have so many decode tokens, or so many.
+    """Returns how many steps at the beginning are the warmup: as few as have so many decode tokens, or so many.
 
     Raises InputError if no decode step is left behind them.
     """
@@ -186,7 +186,7 @@ def warmup_steps(steps: Sequence[Step], warmup: str) -> int:
 
 
 def rows_by_sequence(sequence: npt.NDArray[np.integer]) -> list[list[int]]:
-    """Return the rows of each sequence, sequences in order of first appearance, rows in file order."""
+    """Returns the rows of each sequence, sequences in order of first appearance, rows in file order."""
     rows: dict[int, list[int]] = {}
     for row, name in enumerate(sequence.tolist()):
         rows.setdefault(name, []).append(row)
@@ -194,5 +194,5 @@ def rows_by_sequence(sequence: npt.NDArray[np.integer]) -> list[list[int]]:
 
 
 def decode_tokens(steps: Sequence[Step]) -> int:
-    """Return how many tokens the decode steps produce."""
+    """Returns how many tokens the decode steps produce."""
     return sum(len(step.rows) for step in steps if step.phase == DECODE)

@@ -36,7 +36,7 @@ _TINY_RATE = 1e-3
 
 
 def fit_routing(trace: RoutingTrace, progress: Callable[[str, int, int], None] | None = None) -> FittedRouting:
-    """Return the generator fitted to a trace: reuse by lag, LRU hit rates and overlap between sequences, by layer.
+    """Returns the generator fitted to a trace: reuse by lag, LRU hit rates and overlap between sequences, by layer.
 
     Deterministic. Raises FitError for a trace whose sequences are all shorter than 17 tokens.
     """
@@ -60,7 +60,7 @@ def fit_routing(trace: RoutingTrace, progress: Callable[[str, int, int], None] |
 
 
 def compare(trace: RoutingTrace, drawn: Sequence[RoutingTrace]) -> dict[str, Any]:
-    """Return how far drawn traces are from a trace, ready for JSON; rates are fractions.
+    """Returns how far drawn traces are from a trace, ready for JSON; rates are fractions.
 
     `reuse` by lag, averaged over layers, and `lru_hit_rate_SCOPE` by share of all experts. Each has the curve of the
     trace, the mean of the drawn ones, the largest difference between these two, and the largest of any single one; a
@@ -76,7 +76,7 @@ def compare(trace: RoutingTrace, drawn: Sequence[RoutingTrace]) -> dict[str, Any
 
 
 def draw_like(fitted: FittedRouting, trace: RoutingTrace, seed: int) -> list[RoutingTrace]:
-    """Return drawn traces with the sequences of a trace, from this seed on; several if it is short."""
+    """Returns drawn traces with the sequences of a trace, from this seed on; several if it is short."""
     lengths = tokens_by_sequence(trace)
     return [fitted.draw(lengths, seed + copy) for copy in range(-(-_COMPARED_TOKENS // sum(lengths)))]
 
@@ -105,7 +105,7 @@ def _reuse_by_lag(trace: RoutingTrace) -> FloatArray:
 
 
 def _lengths_to_draw(lengths: list[int]) -> list[int]:
-    """Return the lengths of the first sequences, two at least if there are two, up to about _MOST_TOKENS."""
+    """Returns the lengths of the first sequences, two at least if there are two, up to about _MOST_TOKENS."""
     ends = np.cumsum(lengths)
     return lengths[: max(2, int(np.searchsorted(ends, _MOST_TOKENS)))]
 
@@ -126,7 +126,7 @@ class _Correlation:
         self._shared = np.maximum.accumulate(shared)
 
     def of(self, shared: FloatArray) -> FloatArray:
-        """Return the correlations; 0 for less than chance, and where nothing is known."""
+        """Returns the correlations; 0 for less than chance, and where nothing is known."""
         return np.interp(np.nan_to_num(shared), self._shared, self._grid)
 
 
@@ -146,7 +146,7 @@ class _Measured:
 
 
 def _class_rates(trace: RoutingTrace) -> FloatArray:
-    """Return how many of a token's experts come from each class of places, (layers, classes); first uses do not."""
+    """Returns how many of a token's experts come from each class of places, (layers, classes); first uses do not."""
     ends = class_ends(trace.num_experts, trace.k)
     rates = []
     for layer in range(trace.layers):
@@ -159,7 +159,7 @@ def _class_rates(trace: RoutingTrace) -> FloatArray:
 
 
 def _overlap_between_sequences(trace: RoutingTrace) -> FloatArray:
-    """Return the mean part of its experts that a token shares with one of another sequence, (layers,); 0 if alone."""
+    """Returns the mean part of its experts that a token shares with one of another sequence, (layers,); 0 if alone."""
     numbers, sequence = np.unique(trace.sequence, return_inverse=True)
     if len(numbers) < 2:
         return np.zeros(trace.layers)
@@ -209,7 +209,7 @@ class _State:
         self._keep_in_bounds()
 
     def fitted(self, trace: RoutingTrace) -> FittedRouting:
-        """Return the generator with these parameters."""
+        """Returns the generator with these parameters."""
         parts: list[list[float]] = (
             np.stack([self._common, self._sequence - self._common, self._drift], axis=1).round(6).tolist()
         )

@@ -116,7 +116,7 @@ class FittedRouting:
             _check_numbers(f"layer {number}: recency", layer.recency, classes)
 
     def synthesize(self, tokens: int, *, sequences: int = 1, prefill_tokens: int = 0, seed: int = 0) -> RoutingTrace:
-        """Return a checked trace of `tokens` rows, shared evenly among sequences, each beginning with its prefill.
+        """Returns a checked trace of `tokens` rows, shared evenly among sequences, each beginning with its prefill.
 
         Random numbers are keyed on (seed, sequence): a longer sequence begins like a shorter one, and the first
         sequences do not change when more are asked for. Raises ValueError for a parameter out of bounds.
@@ -129,7 +129,7 @@ class FittedRouting:
         return self.draw(share_evenly(tokens, sequences), seed, prefill_tokens)
 
     def draw(self, lengths: Sequence[int], seed: int, prefill_tokens: int = 0) -> RoutingTrace:
-        """Return a checked trace of sequences of these lengths."""
+        """Returns a checked trace of sequences of these lengths."""
         parts = [_Sequence(self, seed, number).draw(length) for number, length in enumerate(lengths)]
         meta = {"model": "synthetic", "fitted_to": self.model, "seed": seed}
         return join_sequences(parts, self.num_experts, prefill_tokens, meta)
@@ -141,7 +141,7 @@ def _check_numbers(name: str, numbers: Sequence[Any], count: int) -> None:
 
 
 def _not_as_written(error: Exception) -> str:
-    """Return what to say of data of another shape than `save` writes."""
+    """Returns what to say of data of another shape than `save` writes."""
     return f"not as `prestage trace fit -o FILE.json` writes it ({type(error).__name__}: {error})"
 
 
@@ -173,7 +173,7 @@ class _Sequence:
         return np.random.default_rng([seed, purpose, number])
 
     def draw(self, length: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.float16]]:
-        """Return the choices (length, layers, k) and their weights."""
+        """Returns the choices (length, layers, k) and their weights."""
         chosen = np.empty((length, self._shape[0], self._k), dtype=np.int64)
         weights = np.empty(chosen.shape, dtype=np.float16)
         drifts, hidden, noise, scores = (self._generator(each) for each in (_DRIFTS, _HIDDEN, _NOISE, _WEIGHTS))
@@ -265,7 +265,7 @@ def _move_to_front(places: IntArray, chosen: IntArray) -> None:
 
 
 def class_ends(experts: int, k: int) -> IntArray:
-    """Return where each class of places in the LRU stack ends: k, and so on to the number of experts."""
+    """Returns where each class of places in the LRU stack ends: k, and so on to the number of experts."""
     ends = [k]
     while ends[-1] < experts:
         ends.append(min(experts, max(ends[-1] + 1, round(ends[-1] * CLASS_GROWTH))))

@@ -127,7 +127,7 @@ class Run:
         )
 
     def targets(self) -> Iterator[tuple[Int64s, Int64s]]:
-        """Yield for each horizon the targets' places (rows, layers), -1 for none, and their layers (layers,)."""
+        """Yields for each horizon the targets' places (rows, layers), -1 for none, and their layers (layers,)."""
         tokens_on = [np.arange(len(self.rows))]
         for ahead in range(1, self.horizons + 1):
             on, layer = np.divmod(np.arange(self.layers) + ahead, self.layers)
@@ -136,28 +136,28 @@ class Run:
             yield np.stack([tokens_on[tokens] for tokens in on], axis=1), layer
 
     def truth(self) -> Int16s:
-        """Return the true experts (rows, layers, horizons, k) of all that is to be guessed, -1 where nothing is."""
+        """Returns the true experts (rows, layers, horizons, k) of all that is to be guessed, -1 where nothing is."""
         truth = [
             np.where(self.can_guess(token)[..., None], self.chosen[token, layer], -1) for token, layer in self.targets()
         ]
         return np.stack(truth, axis=2)
 
     def latest(self, ahead: int) -> Int16s:
-        """Return the sequence's last choice at the layer so far ahead (rows, layers, k) that each visit knows of."""
+        """Returns the sequence's last choice at the layer so far ahead (rows, layers, k) that each visit knows of."""
         here = np.arange(self.layers)
         layer = (here + ahead) % self.layers
         token = np.where(layer <= here, np.arange(len(self.rows))[:, None], self.previous[:, None])
         return self.chosen[token, layer]
 
     def tokens_ago(self, most: int) -> Int64s:
-        """Return the places 0 to `most` tokens earlier in the same sequence, (most + 1, rows), -1 for none."""
+        """Returns the places 0 to `most` tokens earlier in the same sequence, (most + 1, rows), -1 for none."""
         ago = [np.arange(len(self.rows))]
         for _ in range(most):
             ago.append(_follow(self.before, ago[-1]))
         return np.stack(ago)
 
     def known_tokens(self, most: int) -> Int64s:
-        """Return the places of the token itself and of the `most` last ones of its sequence's earlier steps.
+        """Returns the places of the token itself and of the `most` last ones of its sequence's earlier steps.
 
         Shape (rows, most + 1), latest first, -1 for none.
         """
@@ -167,7 +167,7 @@ class Run:
         return np.stack(known[: most + 1], axis=1)
 
     def can_guess(self, token: Int64s) -> npt.NDArray[np.bool_]:
-        """Return where (rows, layers) a token that made a choice has the target `token`."""
+        """Returns where (rows, layers) a token that made a choice has the target `token`."""
         return (token >= 0) & (self.chosen[:-1, :, 0] >= 0)
 
     def pieces(self, numbers: int, start: int = 0, end: int | None = None) -> Iterator[slice]:
@@ -178,11 +178,11 @@ class Run:
             yield slice(first, min(first + size, end))
 
     def no_guesses(self, n: int) -> Int16s:
-        """Return an array for the experts, all -1."""
+        """Returns an array for the experts, all -1."""
         return np.full((len(self.rows), self.layers, self.horizons, n), -1, dtype=np.int16)
 
     def no_confidences(self, n: int) -> Floats:
-        """Return an array for the confidences, all 0."""
+        """Returns an array for the confidences, all 0."""
         return np.zeros((len(self.rows), self.layers, self.horizons, n), dtype=np.float32)
 
     def guesses(self, experts: Int16s, confidences: Floats | None = None) -> Guesses:
@@ -199,7 +199,7 @@ def _follow(link: Int64s, places: Int64s) -> Int64s:
 
 
 def _neighbors(sequence: npt.NDArray[np.integer], step: Int64s) -> tuple[Int64s, Int64s, Int64s]:
-    """Return `next`, `previous` and `before` of a run."""
+    """Returns `next`, `previous` and `before` of a run."""
     nxt, previous, before = (np.full(len(step), -1, dtype=np.int64) for _ in range(3))
     order = np.argsort(sequence, kind="stable")
     same = sequence[order][1:] == sequence[order][:-1]
@@ -216,7 +216,7 @@ def _neighbors(sequence: npt.NDArray[np.integer], step: Int64s) -> tuple[Int64s,
 
 
 def best_of(scores: Int64s, n: int) -> tuple[Int16s, Floats]:
-    """Return the n experts with the highest scores (…, experts) above 0, ties to the lower index, and their shares.
+    """Returns the n experts with the highest scores (…, experts) above 0, ties to the lower index, and their shares.
 
     Shapes (…, n); -1 and 0 where there are fewer.
     """
@@ -234,7 +234,7 @@ def best_of(scores: Int64s, n: int) -> tuple[Int16s, Floats]:
 
 
 def found_in(truth: Int16s, listed: Int16s) -> npt.NDArray[np.bool_]:
-    """Return which of the guesses `listed` (…, n) are among the true experts `truth` (…, k); -1 never is."""
+    """Returns which of the guesses `listed` (…, n) are among the true experts `truth` (…, k); -1 never is."""
     found = np.zeros(listed.shape, dtype=np.bool_)
     for expert in np.moveaxis(truth, -1, 0):
         found |= listed == expert[..., None]

@@ -81,7 +81,7 @@ def import_trace(
     path = Path(path)
     try:
         if format == AUTO or format in _LISTS:
-            format = _told(path, format)
+            format = _format_of(path, format)
         if "layers" in signature(IMPORTERS[format]).parameters:
             trace = IMPORTERS[format](path, num_experts, layers=layers)
         else:
@@ -138,7 +138,7 @@ _LOGS = {".route.csv": "bigmoeonedge", ".npy": "arrays", ".csv": AUTO, ".jsonl":
 
 
 def shipped_traces() -> list[str]:
-    """Return the names of the traces that ship: each has a file that says how it was made, which weights lack."""
+    """Returns the names of the traces that ship: each has a file that says how it was made, which weights lack."""
     files = {entry.name for entry in (resources.files("prestage") / "workloads" / "data").iterdir()}
     traces = (name.removesuffix(".safetensors") for name in files if name.endswith(".safetensors"))
     return sorted(name for name in traces if f"{name}.json" in files)
@@ -158,8 +158,8 @@ def open_trace(path: str | PathLike[str]) -> RoutingTrace:
     return RoutingTrace.load(path)
 
 
-def _told(path: Path, named: str) -> str:
-    """Return the format that a log's beginning tells; the named one if it tells none. Raises OSError.
+def _format_of(path: Path, named: str) -> str:
+    """Returns the format that a log's beginning tells; the named one if it tells none. Raises OSError.
 
     What is no file, but a pipe, can be read only once: its format must be named.
     """
@@ -200,7 +200,7 @@ def _or(named: str, told: str) -> str:
 
 
 def _object(line: str) -> dict[str, Any]:
-    """Return the object of a line; an empty one if it is none, or cut."""
+    """Returns the object of a line; an empty one if it is none, or cut."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
@@ -243,7 +243,7 @@ def _read_header(path: Path, lines: list[str]) -> _Header:
 
 
 def _whole(digits: str) -> int:
-    """Return a number of any length; of a very long one the beginning, which is out of every range too."""
+    """Returns a number of any length; of a very long one the beginning, which is out of every range too."""
     return int(digits.lstrip("0")[:40] or "0")
 
 

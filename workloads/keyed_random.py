@@ -26,7 +26,7 @@ _WORD = (1 << 64) - 1
 
 
 def uniform(*keys: Key) -> npt.NDArray[np.float64]:
-    """Return numbers uniform in [0, 1), one for each tuple of the integer keys broadcast together.
+    """Returns numbers uniform in [0, 1), one for each tuple of the integer keys broadcast together.
 
     Each key picks an output of a SplitMix64 generator, and that output seeds the generator of the next key:
     `uniform(a, b)` is output b of the generator seeded with output a of the generator seeded with 0, its upper 53

@@ -70,7 +70,7 @@ class Weights:
         return sum(array.nbytes for array in self.arrays.values())
 
     def tensors(self, dtype: str = "float64", device: str = "cpu") -> dict[str, Tensor]:
-        """Return the arrays as torch tensors of this type."""
+        """Returns the arrays as torch tensors of this type."""
         import torch
 
         return {name: torch.from_numpy(a).to(device, getattr(torch, dtype)) for name, a in self.arrays.items()}
@@ -105,7 +105,7 @@ class Weights:
 
 
 def latency_file(weights: Path) -> Path:
-    """Return where it is noted what a guess by a file of weights takes."""
+    """Returns where it is noted what a guess by a file of weights takes."""
     return weights.with_suffix(".latency.json")
 
 
@@ -115,7 +115,7 @@ def _in_words(shape: tuple[int, int, int]) -> str:
 
 
 def shipped_weights() -> list[str]:
-    """Return the names of the weights that come with the package."""
+    """Returns the names of the weights that come with the package."""
     return sorted(entry.name.removesuffix(".safetensors") for entry in _shipped().iterdir() if _is_weights(entry.name))
 
 
@@ -172,7 +172,7 @@ def _read(path: Path, source: str) -> Weights:
 
 
 def _read_latency(weights: Path) -> dict[str, float]:
-    """Return what was noted of these very weights; nothing if that was of others. Raises WeightsError."""
+    """Returns what was noted of these very weights; nothing if that was of others. Raises WeightsError."""
     path = latency_file(weights)
     if not path.is_file():
         return {}
@@ -198,7 +198,7 @@ class Learned:
         self.weights = weights
 
     def guess(self, trace: RoutingTrace, steps: Sequence[Step], horizons: int, n: int) -> Guesses:
-        """Return the likeliest experts.
+        """Returns the likeliest experts.
 
         Raises ValueError also if the weights are of another model or do not look as far ahead.
         """
@@ -216,7 +216,7 @@ class Learned:
         return run.guesses(experts, confidences)
 
     def _scores(self, run: Run) -> Iterator[tuple[slice, npt.NDArray[np.float64]]]:
-        """Yield places and their logits (places, layers, horizons, experts), piece by piece."""
+        """Yields places and their logits (places, layers, horizons, experts), piece by piece."""
         import torch
 
         weights = self.weights.tensors()
@@ -241,7 +241,7 @@ def one_thread() -> Iterator[None]:
 
 
 def gather(chosen: npt.NDArray[np.int16], known: Int64s) -> tuple[Tensor, Tensor]:
-    """Return the network's `chosen` and `context` for tokens whose known places (tokens, context + 1) these are."""
+    """Returns the network's `chosen` and `context` for tokens whose known places (tokens, context + 1) these are."""
     import torch
 
     needed, rows = np.unique(known, return_inverse=True)
@@ -252,7 +252,7 @@ def gather(chosen: npt.NDArray[np.int16], known: Int64s) -> tuple[Tensor, Tensor
 def _ranked(
     scores: npt.NDArray[np.float64], n: int, top_k: int
 ) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.float32]]:
-    """Return the n experts with the highest scores (…, experts), ties to the lower index, and how likely each is."""
+    """Returns the n experts with the highest scores (…, experts), ties to the lower index, and how likely each is."""
     rounded = np.clip(np.round(scores / _LOGIT_STEP), -_LARGEST_STEPS, _LARGEST_STEPS)
     experts, _ = best_of(rounded.astype(np.int64) + (_LARGEST_STEPS + 1), n)
     scores = rounded * _LOGIT_STEP
@@ -265,12 +265,12 @@ def _ranked(
 
 
 def measured(weights: Weights) -> Weights:
-    """Return the weights with what a guess takes on this machine's devices."""
+    """Returns the weights with what a guess takes on this machine's devices."""
     return replace(weights, latency_us={**weights.latency_us, **measure_latency(weights)})
 
 
 def measure_latency(weights: Weights) -> dict[str, float]:
-    """Return the median time in microseconds of one guess, by device type: one token at one layer, all horizons.
+    """Returns the median time in microseconds of one guess, by device type: one token at one layer, all horizons.
 
     Single precision, nothing kept from the guess before, transfers not included. On a GPU it is one CUDA graph, as an
     engine would run it: its launch by kernels takes ten times as long.
@@ -290,7 +290,7 @@ def measure_latency(weights: Weights) -> dict[str, float]:
 
 
 def _as_graph(guess: Callable[[], object]) -> Callable[[], object]:
-    """Return what replays a computation on the current GPU as one CUDA graph and waits for its end."""
+    """Returns what replays a computation on the current GPU as one CUDA graph and waits for its end."""
     import torch
 
     cuda: Any = torch.cuda

@@ -21,7 +21,7 @@ Array = npt.NDArray[Any]
 def map_trace(
     trace: RoutingTrace, layers: int, experts: int, top_k: int, model: str = "", seed: int = 0
 ) -> RoutingTrace:
-    """Return the trace as one of a model with so many layers, experts and choices.
+    """Returns the trace as one of a model with so many layers, experts and choices.
 
     Layer l takes the choices of layer l x old / new. An expert stands for its share of the new ones, and is one of them
     for a whole sequence, drawn by `seed`; where there are fewer new ones, several become one, and a token's second
@@ -61,7 +61,7 @@ def map_trace(
 
 
 def _resized(trace: RoutingTrace, chosen: Array, experts: int, seed: int) -> Array:
-    """Return choices (tokens, layers, k) of the old experts as choices of the new ones."""
+    """Returns choices (tokens, layers, k) of the old experts as choices of the new ones."""
     old = trace.num_experts
     low = chosen * experts // old
     share = np.maximum(1, (chosen + 1) * experts // old - low)
@@ -73,7 +73,7 @@ def _resized(trace: RoutingTrace, chosen: Array, experts: int, seed: int) -> Arr
 
 
 def _extended(trace: RoutingTrace, chosen: Array, experts: int, top_k: int, seed: int) -> Array:
-    """Return choices with more of them, drawn by the popularity of each layer's experts."""
+    """Returns choices with more of them, drawn by the popularity of each layer's experts."""
     tokens, layers, kept = chosen.shape
     more = np.empty((tokens, layers, top_k - kept), dtype=np.int64)
     slots = np.arange(kept, top_k)
@@ -86,7 +86,7 @@ def _extended(trace: RoutingTrace, chosen: Array, experts: int, top_k: int, seed
 
 
 def _distinct(chosen: Array, experts: int) -> Array:
-    """Return choices without any twice: a later one takes the next expert that no earlier one has."""
+    """Returns choices without any twice: a later one takes the next expert that no earlier one has."""
     for slot in range(1, chosen.shape[2]):
         while True:
             same = (chosen[:, :, :slot] == chosen[:, :, slot : slot + 1]).any(axis=2)

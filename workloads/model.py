@@ -143,7 +143,7 @@ class Model:
         return sum(each.state_bytes for layer in self.caches for each in layer)
 
     def cached_bytes(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Return what sequences of so many tokens keep, in bytes, by sequence; one without tokens keeps nothing."""
+        """Returns what sequences of so many tokens keep, in bytes, by sequence; one without tokens keeps nothing."""
         if not self.caches:
             return tokens * self.kv_bytes_per_token
         kept = np.where(tokens > 0, self.state_bytes, 0).astype(np.int64)
@@ -157,11 +157,11 @@ class Model:
         return len(set(self.expert_bytes)) == 1
 
     def expert_id(self, layer: int, index: int) -> int:
-        """Return the one number that names expert `index` of MoE layer `layer`, both from 0."""
+        """Returns the one number that names expert `index` of MoE layer `layer`, both from 0."""
         return layer * self.experts + index
 
     def dtype_bits(self, part: Literal["expert", "dense"]) -> float:
-        """Return the bits per weight of the routed experts or of the dense part's matrices."""
+        """Returns the bits per weight of the routed experts or of the dense part's matrices."""
         return float(bits_of(self.expert_dtype if part == "expert" else self.dense_dtype))
 
 
@@ -188,7 +188,7 @@ def _check_dtype(model: str, field: str, name: str) -> None:
 
 
 def preset_names() -> list[str]:
-    """Return the names of the shipped models, sorted."""
+    """Returns the names of the shipped models, sorted."""
     files = resources.files(f"{__package__}.models").iterdir()
     return sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml"))
 
@@ -203,7 +203,7 @@ def load_model(
     bits_per_weight: float | None = None,
     expert_bytes: int | Iterable[int] | None = None,
 ) -> Model:
-    """Return a model by its preset's name, or by the path of a TOML file, a Hugging Face config.json or its folder, or
+    """Returns a model by its preset's name, or by the path of a TOML file, a Hugging Face config.json or its folder, or
     a GGUF file.
 
     Overrides, all optional: `layers` keeps the first so many MoE layers, and the head; `experts` and `top_k` change the
@@ -228,7 +228,7 @@ def load_model(
 
 
 def _per_weight(bits: float | None) -> str | None:
-    """Return the dtype of so many bits per weight."""
+    """Returns the dtype of so many bits per weight."""
     if bits is None:
         return None
     try:

@@ -67,7 +67,7 @@ class Shape:
         return self.context * self.layers
 
     def arrays(self) -> dict[str, tuple[int, ...]]:
-        """Return the name and the shape of every array of the weights."""
+        """Returns the name and the shape of every array of the weights."""
         layers, experts, width = self.layers, self.experts, self.width
         shapes: dict[str, tuple[int, ...]] = {
             # What a choice and a layer look like; the first expert of each layer stands for "none".
@@ -96,7 +96,7 @@ class Shape:
 
 
 def initial_weights(shape: Shape, seed: int) -> dict[str, npt.NDArray[np.float32]]:
-    """Return untrained weights: matrices keep the variance of what goes through them, biases are 0, norms are 1."""
+    """Returns untrained weights: matrices keep the variance of what goes through them, biases are 0, norms are 1."""
     random = np.random.default_rng(seed)
     weights = {}
     sizes = shape.arrays()
@@ -116,7 +116,7 @@ def initial_weights(shape: Shape, seed: int) -> dict[str, npt.NDArray[np.float32
 def logits(
     weights: dict[str, Tensor], shape: Shape, chosen: Tensor, context: Tensor, layers: slice = slice(None)
 ) -> Tensor:
-    """Return the logits (tokens, layers, horizons, experts) of the experts that each layer ahead will use.
+    """Returns the logits (tokens, layers, horizons, experts) of the experts that each layer ahead will use.
 
     chosen   int64 (rows, layers, k), the experts of some tokens, -1 for none.
     context  int64 (tokens, context + 1), rows of `chosen`: each token itself and those before it, latest first; -1
@@ -149,7 +149,7 @@ def logits(
 
 
 def _described(weights: dict[str, Tensor], shape: Shape, chosen: Tensor) -> Tensor:
-    """Return the vectors (rows, layers, width) of visits."""
+    """Returns the vectors (rows, layers, width) of visits."""
     import torch
     import torch.nn.functional as F
 
@@ -159,7 +159,7 @@ def _described(weights: dict[str, Tensor], shape: Shape, chosen: Tensor) -> Tens
 
 
 def _reach(shape: Shape, context: Tensor, layers: slice, dtype: Any) -> tuple[Tensor, Tensor]:
-    """Return how many visits ago each visit of the context is, from each layer, and what bars those out of reach.
+    """Returns how many visits ago each visit of the context is, from each layer, and what bars those out of reach.
 
     Shapes (layers, (context + 1) x all layers) and (tokens, 1, layers, the same).
     """
@@ -182,7 +182,7 @@ def _look_back(
     distance: Tensor,
     reach: Tensor,
 ) -> Tensor:
-    """Return what the states (tokens, layers, width) find among the visits of their contexts."""
+    """Returns what the states (tokens, layers, width) find among the visits of their contexts."""
     import torch.nn.functional as F
 
     def by_head(vectors: Tensor) -> Tensor:

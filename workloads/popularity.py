@@ -33,7 +33,7 @@ _DRAW_BYTES = 24
 
 
 def load_popularity(path: Path, num_experts: int | None = None) -> Counts:
-    """Return counts (layers, experts) of a file: CSV rows of layer, expert and count, or JSON by layer.
+    """Returns counts (layers, experts) of a file: CSV rows of layer, expert and count, or JSON by layer.
 
     JSON is a list of lists, or objects whose keys name layers and experts (`{"layer_3": {"17": 5}}`). An expert that is
     not named was never chosen; the highest layer and expert say how many there are, unless `num_experts` does.
@@ -63,7 +63,7 @@ def load_popularity(path: Path, num_experts: int | None = None) -> Counts:
 def draw_by(
     counts: Counts, tokens: int, top_k: int, *, sequences: int = 1, prefill_tokens: int = 0, seed: int = 0
 ) -> RoutingTrace:
-    """Return a trace whose tokens choose each by itself, without repeats, in proportion to the counts of a layer.
+    """Returns a trace whose tokens choose each by itself, without repeats, in proportion to the counts of a layer.
 
     Choices are the `top_k` largest of log(count) and a Gumbel number (Efraimidis and Spirakis 2006); of `tokens` in
     all, the first `prefill_tokens` of each sequence are its prompt's. Raises TraceError where a layer lacks experts.
@@ -100,7 +100,7 @@ def draw_by(
 def popular_trace(
     path: Path, model: Model, tokens: int, sequences: int, prefill_tokens: int, seed: int
 ) -> RoutingTrace:
-    """Return a trace of a model drawn by a file's counts. Raises TraceError if they are of another shape."""
+    """Returns a trace of a model drawn by a file's counts. Raises TraceError if they are of another shape."""
     counts = load_popularity(path, model.experts)
     if len(counts) != model.layers:
         raise TraceError(f"{path}: {len(counts)} layers: {model.name} has {model.layers} MoE layers")
@@ -123,7 +123,7 @@ def _of_json(path: Path, data: Any) -> Iterable[Cell]:
 
 
 def _numbered(path: Path, what: str, data: Any) -> Iterable[tuple[int, Any]]:
-    """Yield the entries of a list, or of an object whose keys hold a number, by their numbers."""
+    """Yields the entries of a list, or of an object whose keys hold a number, by their numbers."""
     if isinstance(data, list):
         yield from enumerate(data)
         return

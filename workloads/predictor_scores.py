@@ -89,21 +89,21 @@ def evaluate(
 
 
 def _last(guesses: Guesses, rows: int) -> Guesses:
-    """Return the guesses of the last rows."""
+    """Returns the guesses of the last rows."""
     first = len(guesses.rows) - rows
     confidences = None if guesses.confidences is None else guesses.confidences[first:]
     return Guesses(guesses.rows[first:], guesses.experts[first:], confidences)
 
 
 def _costs(predictor: Predictor) -> dict[str, Any]:
-    """Return what one guess alone takes on this machine, by device, and the weights' bytes; null without weights."""
+    """Returns what one guess alone takes on this machine, by device, and the weights' bytes; null without weights."""
     if not isinstance(predictor, Learned):
         return {"latency_us": None, "memory_bytes": None}
     return {"latency_us": measure_latency(predictor.weights), "memory_bytes": predictor.weights.memory_bytes}
 
 
 def scores(guesses: Guesses, truth: npt.NDArray[np.int16], lengths: Sequence[int]) -> list[dict[str, Any]]:
-    """Return how good the guesses are, horizon by horizon; `truth` (rows, layers, horizons, k) is as `Run.truth`.
+    """Returns how good the guesses are, horizon by horizon; `truth` (rows, layers, horizons, k) is as `Run.truth`.
 
     Each horizon has `targets` (guesses that count), `top1` (share whose best guess is used), `recall` by length (share
     of the experts used that the list so long contains), `calibration_error` of the top-k guesses (null without
@@ -146,7 +146,7 @@ def _shares(part: Any, whole: Any) -> Any:
 
 
 def calibration_error(confidences: npt.NDArray[np.floating], right: npt.NDArray[np.bool_]) -> float | None:
-    """Return the expected calibration error: how far confidence is from what came true, mean over bins, by their size.
+    """Returns the expected calibration error: how far confidence is from what came true, mean over bins, by their size.
 
     Both (guesses,); null if there are none. Source: Guo et al., "On Calibration of Modern Neural Networks", 2017.
     """
@@ -159,7 +159,7 @@ def calibration_error(confidences: npt.NDArray[np.floating], right: npt.NDArray[
 
 
 def bounds(run: Run, truth: npt.NDArray[np.int16], ahead: int, num_experts: int) -> dict[str, Any]:
-    """Return upper bounds on top-1 for predictors that know a given context c, and nothing else of the trace.
+    """Returns upper bounds on top-1 for predictors that know a given context c, and nothing else of the trace.
 
     `truth` (rows, layers, k) is what the layer so far ahead used. For each of BOUND_KNOWLEDGE (the router's first
     choices; the last one at the target layer is the sequence's):
@@ -189,7 +189,7 @@ def bounds(run: Run, truth: npt.NDArray[np.int16], ahead: int, num_experts: int)
 
 
 def _of_context(context: Int64s, used: Int64s, num_experts: int) -> tuple[float | None, float | None]:
-    """Return H(X|c) in bits and the share of targets (targets, k) that the best fixed answers name."""
+    """Returns H(X|c) in bits and the share of targets (targets, k) that the best fixed answers name."""
     if not len(used):
         return None, None
     cell, uses = np.unique(context[:, None] * num_experts + used, return_counts=True)
@@ -200,7 +200,7 @@ def _of_context(context: Int64s, used: Int64s, num_experts: int) -> tuple[float 
 
 
 def predictability(entropy_bits: float, outcomes: int) -> float:
-    """Return the largest chance to name what has this entropy among so many outcomes, by Fano's inequality."""
+    """Returns the largest chance to name what has this entropy among so many outcomes, by Fano's inequality."""
     low, high = 1 / outcomes, 1.0
     if outcomes == 1:
         return high

@@ -107,7 +107,7 @@ def train(trace: RoutingTrace, settings: Settings, progress: Progress | None = N
 def _fit(
     shape: Shape, settings: Settings, lessons: _Examples, checks: _Examples, progress: Progress
 ) -> tuple[Mapping[str, npt.NDArray[Any]], list[float]]:
-    """Return the arrays of the epoch with the lowest loss on `checks`, and that loss after every epoch."""
+    """Returns the arrays of the epoch with the lowest loss on `checks`, and that loss after every epoch."""
     import torch
 
     weights = {
@@ -136,7 +136,7 @@ def _fit(
 
 
 def _rate(steps: int) -> Callable[[int], float]:
-    """Return the learning rate's factor at each step: a linear rise, then a cosine."""
+    """Returns the learning rate's factor at each step: a linear rise, then a cosine."""
     warm_up = max(1, min(_WARM_UP_STEPS, steps // 10))
 
     def factor(step: int) -> float:
@@ -168,7 +168,7 @@ class _Examples:
         return len(self.known)
 
     def batches(self, random: np.random.Generator | None = None) -> list[Int64s]:
-        """Return the places of each step: runs of neighbors, shuffled by `random` and from where it says."""
+        """Returns the places of each step: runs of neighbors, shuffled by `random` and from where it says."""
         first = 0 if random is None else int(random.integers(_RUN_TOKENS))
         starts = np.arange(first - _RUN_TOKENS if first else 0, self.tokens, _RUN_TOKENS)
         if random is not None:
@@ -177,7 +177,7 @@ class _Examples:
         return [places[(places >= 0) & (places < self.tokens)] for places in together]
 
     def loss(self, weights: dict[str, Tensor], shape: Shape, places: Int64s) -> tuple[Tensor, int]:
-        """Return the loss in nats, summed over guesses, and how many guesses there are.
+        """Returns the loss in nats, summed over guesses, and how many guesses there are.
 
         Top-1: cross-entropy among the experts. Otherwise each expert's being used or not is a question of its own, and
         a guess costs their binary cross-entropies together.
@@ -195,7 +195,7 @@ class _Examples:
         return F.binary_cross_entropy_with_logits(scores, used, reduction="sum"), len(truth)
 
     def mean_loss(self, weights: dict[str, Tensor], shape: Shape) -> float:
-        """Return the loss of a guess, in nats, over all tokens."""
+        """Returns the loss of a guess, in nats, over all tokens."""
         import torch
 
         with torch.inference_mode():

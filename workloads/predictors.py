@@ -40,7 +40,7 @@ class Predictor(Protocol):
     """What guesses; options such as a seed go to the constructor."""
 
     def guess(self, trace: RoutingTrace, steps: Sequence[Step], horizons: int, n: int) -> Guesses:
-        """Return the n best guesses for each of the `horizons` layers ahead of every token of the steps.
+        """Returns the n best guesses for each of the `horizons` layers ahead of every token of the steps.
 
         Raises ValueError if `horizons` or `n` is not positive, a step names a row that the trace lacks, or the trace
         holds too little for this predictor.
@@ -67,7 +67,7 @@ class Oracle:
         self.first_layer = first_layer
 
     def guess(self, trace: RoutingTrace, steps: Sequence[Step], horizons: int, n: int) -> Guesses:
-        """Return the truth, each expert of it kept with probability `recall`."""
+        """Returns the truth, each expert of it kept with probability `recall`."""
         run = Run.of(trace, steps, horizons, n)
         experts = run.no_guesses(n)
         # Coin and choice of each rank.
@@ -85,7 +85,7 @@ class Oracle:
 
 
 def _spoil(truth: Int16s, luck: npt.NDArray[np.float64], recall: float, n: int, num_experts: int) -> Int16s:
-    """Return the first n ranks of `truth` (…, k), each kept or replaced by `luck` (…, 2 n), its coin and choice."""
+    """Returns the first n ranks of `truth` (…, k), each kept or replaced by `luck` (…, 2 n), its coin and choice."""
     k = truth.shape[-1]
     ranked = np.full((*truth.shape[:-1], n), -1, dtype=np.int16)
     # What cannot be drawn any more, in ascending order: the true experts, then also the wrong ones in use.
@@ -117,7 +117,7 @@ class PreviousToken:
     """
 
     def guess(self, trace: RoutingTrace, steps: Sequence[Step], horizons: int, n: int) -> Guesses:
-        """Return the choices of the token before."""
+        """Returns the choices of the token before."""
         run = Run.of(trace, steps, horizons, n)
         experts = run.no_guesses(n)
         for ahead in range(horizons):
@@ -132,7 +132,7 @@ class Frequency:
     """
 
     def guess(self, trace: RoutingTrace, steps: Sequence[Step], horizons: int, n: int) -> Guesses:
-        """Return the most used experts so far."""
+        """Returns the most used experts so far."""
         run = Run.of(trace, steps, horizons, n)
         experts, confidences = run.no_guesses(n), run.no_confidences(n)
         layer = np.stack([layer for _, layer in run.targets()], axis=1)
@@ -164,7 +164,7 @@ class Transition:
     """
 
     def guess(self, trace: RoutingTrace, steps: Sequence[Step], horizons: int, n: int) -> Guesses:
-        """Return what followed most often."""
+        """Returns what followed most often."""
         run = Run.of(trace, steps, horizons, n)
         experts, confidences = run.no_guesses(n), run.no_confidences(n)
         e = trace.num_experts
@@ -212,7 +212,7 @@ class Context:
         self.context = context
 
     def guess(self, trace: RoutingTrace, steps: Sequence[Step], horizons: int, n: int) -> Guesses:
-        """Return the likeliest experts of the mixture."""
+        """Returns the likeliest experts of the mixture."""
         run = Run.of(trace, steps, horizons, n)
         experts, confidences = run.no_guesses(n), run.no_confidences(n)
         _check_counts("context", run.layers * horizons * (self.context + 2) * trace.num_experts**2)
@@ -234,7 +234,7 @@ class Context:
         return run.guesses(experts, confidences)
 
     def _parts(self, run: Run, known: Int64s, place: Int64s) -> Int16s:
-        """Return the context of guesses by these places (rows, layers or 1, horizons or 1).
+        """Returns the context of guesses by these places (rows, layers or 1, horizons or 1).
 
         Shape (rows, layers, horizons, parts, k), -1 where there is nothing.
         """
@@ -263,7 +263,7 @@ class _Mixture:
         self._at = np.indices((layers, horizons, parts, 1), sparse=True)[:3]
 
     def scores(self, parts: Int16s) -> npt.NDArray[np.float64]:
-        """Return the mixture's distribution (rows, layers, horizons, experts) in contexts (…, parts, k)."""
+        """Returns the mixture's distribution (rows, layers, horizons, experts) in contexts (…, parts, k)."""
         total = np.maximum(self._all_uses[*self._at, parts], 1)
         given = np.where(parts >= 0, 1 / total, 0.0)
         weight = self._weights(parts)
@@ -275,7 +275,7 @@ class _Mixture:
         return scores
 
     def _weights(self, parts: Int16s) -> npt.NDArray[np.float64]:
-        """Return how much each part of a context counts, for one of its experts (rows, layers, horizons, parts)."""
+        """Returns how much each part of a context counts, for one of its experts (rows, layers, horizons, parts)."""
         seen = (parts >= 0) & (self._all_uses[*self._at, parts] > 0)
         weight = np.where(seen.any(axis=-1), self._explained, 0.0)
         weight = weight / np.maximum(weight.sum(axis=-1, keepdims=True), _TINY)
@@ -292,7 +292,7 @@ class _Mixture:
             np.add.at(self._all_uses, tuple(place[counted] for place in places[:-1]), 1)
 
     def _shares(self, parts: Int16s, used: Int16s) -> Int64s:
-        """Return how many of the uses each part explains, in units of _SHARE: whole ones add up alike in any order."""
+        """Returns how many of the uses each part explains, in units of _SHARE: whole ones add up alike in any order."""
         at, counted = self._pairs(parts, used)
         chance = np.where(counted, self._uses[at] / np.maximum(self._all_uses[at[:-1]], 1), 0.0)
         chance = (chance * self._weights(parts)[..., None, None]).sum(axis=4)
@@ -301,7 +301,7 @@ class _Mixture:
         return explained
 
     def _pairs(self, parts: Int16s, used: Int16s) -> tuple[tuple[Any, ...], npt.NDArray[np.bool_]]:
-        """Return where in `_uses` the pairs (rows, layers, horizons, parts, k, k) are counted, and whether they are."""
+        """Returns where in `_uses` the pairs (rows, layers, horizons, parts, k, k) are counted and whether they are."""
         source, target = parts[..., None], used[..., None, None, :]
         at = (*(index[..., None] for index in self._at), source, target)
         return at, (source >= 0) & (target >= 0)
@@ -326,7 +326,7 @@ class Activation:
         self.capacity = capacity
 
     def guess(self, trace: RoutingTrace, steps: Sequence[Step], horizons: int, n: int) -> Guesses:
-        """Return the most used experts of the most similar finished sequence."""
+        """Returns the most used experts of the most similar finished sequence."""
         run = Run.of(trace, steps, horizons, n)
         experts, confidences = run.no_guesses(n), run.no_confidences(n)
         collected = _Collection(self.capacity, run.layers, trace.num_experts, n)
@@ -370,7 +370,7 @@ class _Collection:
         return len(self.ranked)
 
     def most_similar(self, before: Floats64, after: Floats64) -> Int64s:
-        """Return for each layer which matrix is most similar to `after` up to it, and to `before` beyond it."""
+        """Returns for each layer which matrix is most similar to `after` up to it, and to `before` beyond it."""
         then, now = self._cosines(before), self._cosines(after)
         similarity = then.sum(axis=0) + np.cumsum(now - then, axis=0)
         match: Int64s = np.argmax(similarity, axis=-1)
@@ -391,7 +391,7 @@ class _Collection:
         self.ranked[place], self.shares[place] = ranked, shares
 
     def _cosines(self, matrix: Floats64) -> Floats64:
-        """Return the cosine of every row with that of every matrix held (layers, held), 0 if one is empty."""
+        """Returns the cosine of every row with that of every matrix held (layers, held), 0 if one is empty."""
         products = (self._matrices @ matrix[..., None])[..., 0]
         squares = self._squares * np.square(matrix).sum(axis=-1)[:, None]
         cosines: Floats64 = products / np.sqrt(np.maximum(squares, 1))
@@ -399,7 +399,7 @@ class _Collection:
 
 
 def _uses(chosen: Int16s, num_experts: int) -> Floats64:
-    """Return how often each expert of each layer (layers, experts) is among the choices (tokens, layers, k)."""
+    """Returns how often each expert of each layer (layers, experts) is among the choices (tokens, layers, k)."""
     layers = chosen.shape[1]
     cell = np.arange(layers)[:, None] * num_experts + chosen
     return np.bincount(cell[chosen >= 0], minlength=layers * num_experts).reshape(layers, -1).astype(np.float64)
@@ -409,7 +409,7 @@ class Recorded:
     """Repeats the trace's own `predictions`, such as a learned predictor's, and their `confidences` if it has them."""
 
     def guess(self, trace: RoutingTrace, steps: Sequence[Step], horizons: int, n: int) -> Guesses:
-        """Return the first n recorded guesses of each horizon; -1 where fewer were recorded.
+        """Returns the first n recorded guesses of each horizon; -1 where fewer were recorded.
 
         Raises ValueError if the trace has no predictions, or none so far ahead.
         """
@@ -436,7 +436,7 @@ class Recorded:
 
 
 def recall_at(guesses: Guesses, trace: RoutingTrace, steps: Sequence[Step]) -> npt.NDArray[np.float64]:
-    """Return the share of true experts that the guesses contain, float64 (horizons,), in order of horizon.
+    """Returns the share of true experts that the guesses contain, float64 (horizons,), in order of horizon.
 
     True experts are those that the targets used, once for each token that could guess them; 0 where there are none.
     """
@@ -465,7 +465,7 @@ PREDICTORS: dict[str, Callable[..., Predictor]] = {
 
 
 def make_predictor(name: str, *, seed: int = 0, **options: Any) -> Predictor:
-    """Return the predictor of that name in PREDICTORS, built with its options, and with the seed if it draws at all.
+    """Returns the predictor of that name in PREDICTORS, built with its options, and with the seed if it draws at all.
 
     Raises ValueError if there is no such predictor, it has no such option or lacks one, or a value is impossible.
     """

@@ -62,7 +62,7 @@ FAMILIES = {
 
 
 def family_of(config: Any) -> _Family:
-    """Return the row of FAMILIES for a transformers configuration; RecordError if there is none."""
+    """Returns the row of FAMILIES for a transformers configuration; RecordError if there is none."""
     kind = getattr(config, "model_type", None)
     if kind not in FAMILIES:
         raise RecordError(
@@ -168,7 +168,7 @@ class _Recorder:
         ]
 
     def empty_trace(self) -> RoutingTrace:
-        """Return a trace of this model's shape, without tokens."""
+        """Returns a trace of this model's shape, without tokens."""
         return RoutingTrace(np.zeros((0, len(self._names), self._k), dtype=np.uint8), self._experts)
 
     def attach(self) -> list[Any]:
@@ -216,7 +216,7 @@ class _Recorder:
         self._routed = [None] * len(self._routers[stack])
 
     def _join(self, stack: int, rows: int, before: int) -> _Batch:
-        """Return the batch that this step belongs to: the one of the step before, or a new one."""
+        """Returns the batch that this step belongs to: the one of the step before, or a new one."""
         batch = self._batch
         if before == 0 and (stack == 0 or batch is None):
             new = np.arange(self._sequences, self._sequences + rows)
@@ -257,7 +257,7 @@ class _Recorder:
         )
 
     def _rank(self, output: Any) -> Tensor:
-        """Return the best guesses (tokens, up to 16): the router's choice, then the others, each by logit."""
+        """Returns the best guesses (tokens, up to 16): the router's choice, then the others, each by logit."""
         logits = output[self._family.logits].detach().float().reshape(-1, self._experts)
         if not self._family.one_hot:
             chosen = output[self._family.experts].reshape(-1, self._k)
@@ -292,7 +292,7 @@ class _Recorder:
         )
 
     def _guessed(self, guesses: list[list[Tensor]], real: Array) -> Array:
-        """Return the step's predictions (real tokens, layers, horizons, n), -1 where no layer is that far ahead."""
+        """Returns the step's predictions (real tokens, layers, horizons, n), -1 where no layer is that far ahead."""
         shape = (int(real.sum()), len(guesses), self._guesses, min(GUESSES, self._experts))
         predictions = np.full(shape, -1, dtype=np.int16)
         for layer, ahead in enumerate(guesses):
@@ -301,7 +301,7 @@ class _Recorder:
         return predictions
 
     def fields(self) -> dict[str, Any]:
-        """Return the fields of the whole trace, each sequence's rows together."""
+        """Returns the fields of the whole trace, each sequence's rows together."""
         chunks = self._chunks
         if not sum(len(chunk.experts) for chunk in chunks):
             raise RecordError("no token ran through the model while it was recorded: run it inside the block")
@@ -345,7 +345,7 @@ class _Recorder:
 
 
 def _stacks(model: Any) -> list[Module]:
-    """Return the modules whose forward pass is one step: the base model, or its encoder and decoder."""
+    """Returns the modules whose forward pass is one step: the base model, or its encoder and decoder."""
     base = model.base_model
     if getattr(model.config, "is_encoder_decoder", False):
         return [getattr(base, name) for name in ("encoder", "decoder") if hasattr(base, name)]
@@ -359,7 +359,7 @@ def _end_tokens(model: Any) -> list[int]:
 
 
 def _mask(mask: Any, shape: tuple[int, ...]) -> Array:
-    """Return which tokens (batch, columns) are not padding; a mask also covers the columns before."""
+    """Returns which tokens (batch, columns) are not padding; a mask also covers the columns before."""
     if mask is None:
         return np.ones(shape, dtype=np.bool_)
     if not hasattr(mask, "shape") or mask.ndim != 2:
@@ -373,7 +373,7 @@ def _array(tensor: Tensor) -> Array:
 
 
 def _gather(tensors: Sequence[Tensor]) -> Array:
-    """Return tensors (tokens, ...) of several layers as one array (tokens, layers, ...), in one copy to the host."""
+    """Returns tensors (tokens, ...) of several layers as one array (tokens, layers, ...), in one copy to the host."""
     import torch
 
     return _array(torch.stack([tensor.to(tensors[0].device) for tensor in tensors], dim=1))

@@ -96,7 +96,7 @@ def import_eval_callback(path: Path, num_experts: int | None) -> RoutingTrace:
 
 
 def _printed_rows(block: str) -> list[list[int]]:
-    """Return the rows of a printed tensor; none if some of it is left out."""
+    """Returns the rows of a printed tensor; none if some of it is left out."""
     if "..." in block:
         return []
     try:
@@ -106,7 +106,7 @@ def _printed_rows(block: str) -> list[list[int]]:
 
 
 def _documents(path: Path, content: bytes) -> list[Any]:
-    """Return the JSON document of a file, or those of its lines."""
+    """Returns the JSON document of a file, or those of its lines."""
     check_json(content, path, len(content), TraceError)
     try:
         return [json.loads(content)]
@@ -136,7 +136,7 @@ def _arrays(path: Path, documents: list[Any]) -> Iterator[tuple[Array, int]]:
 
 
 def _named(value: Any, prompt: int = 0, depth: int = 8) -> Iterator[tuple[Any, int]]:
-    """Yield each array of a document, and how many of its tokens are the prompt's."""
+    """Yields each array of a document, and how many of its tokens are the prompt's."""
     if depth == 0:
         return
     if isinstance(value, dict):
@@ -154,7 +154,7 @@ def _named(value: Any, prompt: int = 0, depth: int = 8) -> Iterator[tuple[Any, i
 
 
 def _deep(value: Any) -> bool:
-    """Return whether it is a list of lists of lists."""
+    """Returns whether it is a list of lists of lists."""
     for _ in range(3):
         if not isinstance(value, list) or not value:
             return False

@@ -53,7 +53,7 @@ class _Row(NamedTuple):
 
 
 def is_rows(first: Mapping[str, Any]) -> bool:
-    """Return whether a row names a layer and its experts."""
+    """Returns whether a row names a layer and its experts."""
     return _name(first, LAYER) is not None and _name(first, (*EXPERTS, *EXPERT)) is not None
 
 
@@ -81,7 +81,7 @@ def _numbered(numbers: Sequence[int]) -> dict[str, Any]:
 
 
 def _rows(path: Path, meta: dict[str, Any]) -> Iterator[_Row]:
-    """Yield the rows; what other objects say of the number of experts goes into meta."""
+    """Yields the rows; what other objects say of the number of experts goes into meta."""
     for where, values in _values(path):
         if is_rows(values):
             yield _row(path, where, values)
@@ -183,7 +183,7 @@ def _whole(path: Path, where: str, key: str, value: Any) -> int:
 
 
 def _listed(value: Any, pattern: re.Pattern[str], kind: type) -> list[Any]:
-    """Return a list as it is; the numbers in a text; a number alone as a list of one."""
+    """Returns a list as it is; the numbers in a text; a number alone as a list of one."""
     if isinstance(value, list):
         return value
     if isinstance(value, str):
@@ -192,7 +192,7 @@ def _listed(value: Any, pattern: re.Pattern[str], kind: type) -> list[Any]:
 
 
 def _steps(rows: Sequence[_Row]) -> list[dict[int, Any]]:
-    """Return rows of batches as steps: a layer that is not above the last one begins the next."""
+    """Returns rows of batches as steps: a layer that is not above the last one begins the next."""
     steps: list[dict[int, Any]] = []
     last = -1
     for row in rows:
@@ -212,7 +212,7 @@ class _Key(NamedTuple):
 
 
 def _tokens(path: Path, rows: Sequence[_Row]) -> tuple[list[Token], list[int]]:
-    """Return the tokens, by sequence, phase and number, and the layers' numbers."""
+    """Returns the tokens, by sequence, phase and number, and the layers' numbers."""
     numbers = sorted({row.layer for row in rows})
     place = {layer: at for at, layer in enumerate(numbers)}
     cells: dict[_Key, list[list[_Row]]] = {}
@@ -240,7 +240,7 @@ def _tokens(path: Path, rows: Sequence[_Row]) -> tuple[list[Token], list[int]]:
 
 
 def _repeats(rows: Sequence[_Row]) -> bool:
-    """Return whether a token and layer has several rows in a row."""
+    """Returns whether a token and layer has several rows in a row."""
     return any(
         (one.sequence, one.token, one.layer) == (next_.sequence, next_.token, next_.layer)
         for one, next_ in pairwise(rows)
@@ -248,7 +248,7 @@ def _repeats(rows: Sequence[_Row]) -> bool:
 
 
 def _increase(keys: Sequence[_Key]) -> bool:
-    """Return whether the tokens' numbers increase within every sequence, as positions do."""
+    """Returns whether the tokens' numbers increase within every sequence, as positions do."""
     return all(one.sequence != after.sequence or one.token < after.token for one, after in pairwise(keys))
 
 

@@ -70,7 +70,7 @@ def record_files(
     config: RecordConfig | None = None,
     progress: Progress | None = None,
 ) -> RoutingTrace:
-    """Return the trace of the model `name`, a folder or a name on the hub, over text files and files of prompts.
+    """Returns the trace of the model `name`, a folder or a name on the hub, over text files and files of prompts.
 
     A file of prompts holds one a line. `meta.text` names the files and their SHA-256. Raises RecordError for what
     cannot be read, loaded or recorded.
@@ -152,7 +152,7 @@ class _Loader:
         return self._load(self._transformers.AutoTokenizer)
 
     def model(self, device: str) -> Any:
-        """Return the model with its weights on the device, ready to run."""
+        """Returns the model with its weights on the device, ready to run."""
         import torch
 
         has_encoder = self._config.is_encoder_decoder

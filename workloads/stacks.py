@@ -25,7 +25,7 @@ Array = npt.NDArray[Any]
 
 @compiled
 def lru_depths(experts: Array, recency: Array, starts: Array, num_experts: int) -> Array:
-    """Return each look-up's depth, when its visit begins, in the stack of the most recently used, int32 (n,).
+    """Returns each look-up's depth, when its visit begins, in the stack of the most recently used, int32 (n,).
 
     `recency` (n,) are each visit's experts in the order that it leaves them in, the last most recent. A use that is
     still its expert's last is a 1 in a Fenwick tree over the uses in order: O(log num_experts) a look-up. Fenwick, "A
@@ -74,7 +74,7 @@ def _renumber(tree: Array, user: Array, last: Array, now: int) -> int:
 
 @compiled
 def _sum(tree: Array, at: int) -> int:
-    """Return the sum of the first `at` numbers."""
+    """Returns the sum of the first `at` numbers."""
     total = 0
     while at > 0:
         total += tree[at]
@@ -92,7 +92,7 @@ def _add(tree: Array, at: int, number: int) -> None:
 
 @compiled
 def next_visits(experts: Array, starts: Array, num_experts: int) -> Array:
-    """Return the number of the visit that next looks the same expert up, int32 (n,); the visits' count if none."""
+    """Returns the number of the visit that next looks the same expert up, int32 (n,); the visits' count if none."""
     visits = len(starts) - 1
     following = np.empty(len(experts), dtype=np.int32)
     coming = np.full(num_experts, visits, dtype=np.int32)
@@ -105,7 +105,7 @@ def next_visits(experts: Array, starts: Array, num_experts: int) -> Array:
 
 @compiled
 def belady_depths(experts: Array, starts: Array, num_experts: int) -> Array:
-    """Return each look-up's depth in the stack of Belady's rule, int32 (n,): whose next use is farthest away leaves.
+    """Returns each look-up's depth in the stack of Belady's rule, int32 (n,): whose next use is farthest away leaves.
 
     Mattson et al.'s priority stack: who is looked up goes on top, and whoever that displaces moves down past all that
     are used sooner, displacing the first that is not; O(depth) a look-up. A visit's own experts are used soonest.

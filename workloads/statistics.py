@@ -28,26 +28,26 @@ SUMMARY_SHARES = (0.05, 0.10, 0.25, 0.50, 0.75)
 
 
 def popularity(trace: RoutingTrace) -> IntArray:
-    """Return how often each expert was chosen, (layers, num_experts)."""
+    """Returns how often each expert was chosen, (layers, num_experts)."""
     return np.stack(
         [np.bincount(_chosen(trace, layer).reshape(-1), minlength=trace.num_experts) for layer in range(trace.layers)]
     ).astype(np.int64)
 
 
 def _chosen(trace: RoutingTrace, layer: int) -> npt.NDArray[Any]:
-    """Return the choices made at one layer, (tokens that were routed there, k)."""
+    """Returns the choices made at one layer, (tokens that were routed there, k)."""
     chosen = trace.experts[:, layer]
     return chosen if trace.present is None else chosen[trace.present[:, layer]]
 
 
 def tokens_by_sequence(trace: RoutingTrace) -> list[int]:
-    """Return how many tokens each sequence has, in order of their numbers."""
+    """Returns how many tokens each sequence has, in order of their numbers."""
     lengths: list[int] = np.unique(trace.sequence, return_counts=True)[1].tolist()
     return lengths
 
 
 def gini(counts: npt.ArrayLike) -> FloatArray:
-    """Return the Gini coefficient along the last axis: 0 all equal, (n - 1) / n all in one; nan where all are 0.
+    """Returns the Gini coefficient along the last axis: 0 all equal, (n - 1) / n all in one; nan where all are 0.
 
     With the counts ascending and i = 1..n: sum((2i - n - 1) x_i) / (n sum(x)). Gini, "Variabilità e
     mutabilità" (1912), in the form of Sen, "On Economic Inequality" (1973).
@@ -59,7 +59,7 @@ def gini(counts: npt.ArrayLike) -> FloatArray:
 
 
 def top_share(counts: npt.ArrayLike, share: float = 0.1) -> FloatArray:
-    """Return what part of all choices falls on the most popular `share` of experts, along the last axis.
+    """Returns what part of all choices falls on the most popular `share` of experts, along the last axis.
 
     A share that is no whole number of experts takes part of the next one (the Lorenz curve, interpolated), so that
     uniform counts give exactly `share` for any number of experts. nan where all counts are 0.
@@ -72,7 +72,7 @@ def top_share(counts: npt.ArrayLike, share: float = 0.1) -> FloatArray:
 
 
 def normalized_entropy(counts: npt.ArrayLike) -> FloatArray:
-    """Return the entropy of the counts over that of equal ones, along the last axis: 1 uniform, 0 all in one.
+    """Returns the entropy of the counts over that of equal ones, along the last axis: 1 uniform, 0 all in one.
 
     Shannon, "A Mathematical Theory of Communication" (1948). nan where all counts are 0, or there is one expert.
     """
@@ -110,7 +110,7 @@ def reuse(trace: RoutingTrace, lag: int = 1) -> FloatArray:
 
 
 def lru_depths(trace: RoutingTrace, scope: Scope = "global") -> IntArray:
-    """Return each access's depth in the LRU stack when its layer visit begins, -1 for a first access.
+    """Returns each access's depth in the LRU stack when its layer visit begins, -1 for a first access.
 
     The depth is how many other experts (of the same layer, if `scope` is "per-layer") were used since the expert
     was, not counting those that the visit itself asks for. The order is that of batch 1: tokens in file order,
@@ -134,7 +134,7 @@ def lru_depths(trace: RoutingTrace, scope: Scope = "global") -> IntArray:
 
 
 def capacity_in_experts(trace: RoutingTrace, capacity: float, scope: Scope = "global") -> int:
-    """Return a capacity as a number of experts: an int is one, a float is a share of all (rounded down).
+    """Returns a capacity as a number of experts: an int is one, a float is a share of all (rounded down).
 
     "All" are the experts of one layer if `scope` is "per-layer". Raises ValueError if it is negative or the share is
     above 1.
@@ -149,7 +149,7 @@ def capacity_in_experts(trace: RoutingTrace, capacity: float, scope: Scope = "gl
 
 
 def lru_hit_rates(trace: RoutingTrace, capacities: Sequence[float], scope: Scope = "global") -> FloatArray:
-    """Return the hit rate of a demand-filled LRU at batch 1, experts of equal size, for each capacity.
+    """Returns the hit rate of a demand-filled LRU at batch 1, experts of equal size, for each capacity.
 
     Capacities are ints (experts; of each layer, if `scope` is "per-layer") or shares, as `capacity_in_experts` reads
     them. The rule is the memory manager's: a layer visit looks all its k experts up first, then admits the misses
@@ -167,7 +167,7 @@ def lru_hit_rates(trace: RoutingTrace, capacities: Sequence[float], scope: Scope
 
 
 def summary(trace: RoutingTrace) -> dict[str, Any]:
-    """Return the trace in numbers, ready for JSON; a rate that is not defined is None.
+    """Returns the trace in numbers, ready for JSON; a rate that is not defined is None.
 
     `lru_hit_rate[scope]["25%"]` is the LRU hit rate with a quarter of the experts, None where that is
     less than one visit's k. `reuse.by_chance` is k / num_experts.

@@ -112,7 +112,7 @@ def synthesize(
     prefill_tokens: int = 0,
     seed: int = 0,
 ) -> RoutingTrace:
-    """Return a checked trace; the parameters are SyntheticConfig's, and are repeated in its meta.
+    """Returns a checked trace; the parameters are SyntheticConfig's, and are repeated in its meta.
 
     Random numbers are keyed on (seed, sequence): a longer sequence begins like a shorter one, and the
     first sequences do not change when more are asked for. `weights` are a softmax over k standard normal scores,
@@ -137,7 +137,7 @@ def synthesize(
 
 
 def share_evenly(tokens: int, sequences: int) -> list[int]:
-    """Return the length of each sequence; the first ones get one more where it does not divide."""
+    """Returns the length of each sequence; the first ones get one more where it does not divide."""
     each, longer = divmod(tokens, sequences)
     return [each + (number < longer) for number in range(sequences)]
 
@@ -148,7 +148,7 @@ def join_sequences(
     prefill_tokens: int,
     meta: dict[str, Any],
 ) -> RoutingTrace:
-    """Return the checked trace of sequences given as choices and weights, each (length, layers, k)."""
+    """Returns the checked trace of sequences given as choices and weights, each (length, layers, k)."""
     lengths = [len(chosen) for chosen, _ in parts]
     position = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
     trace = RoutingTrace(
@@ -169,7 +169,7 @@ def _generator(config: SyntheticConfig, purpose: int, sequence: int = 0) -> np.r
 
 
 def _popularity(config: SyntheticConfig) -> FloatArray:
-    """Return the probability that one draw takes an expert, (layers, experts): Zipf over each layer's own order."""
+    """Returns the probability that one draw takes an expert, (layers, experts): Zipf over each layer's own order."""
     by_rank = np.arange(1, config.experts + 1, dtype=np.float64) ** -config.skew
     generator = _generator(config, _RANKS)
     ranks = np.stack([generator.permutation(config.experts) for _ in range(config.layers)])
@@ -177,7 +177,7 @@ def _popularity(config: SyntheticConfig) -> FloatArray:
 
 
 def _favor(config: SyntheticConfig, popularity: FloatArray, sequence: int) -> FloatArray:
-    """Return the probabilities (layers, experts) of one sequence: its working set gets the share it is due."""
+    """Returns the probabilities (layers, experts) of one sequence: its working set gets the share it is due."""
     if config.working_set is None or config.working_set == config.experts:
         return popularity
     times = _generator(config, _WORKING_SETS, sequence).standard_exponential(popularity.shape)
@@ -193,7 +193,7 @@ def _favor(config: SyntheticConfig, popularity: FloatArray, sequence: int) -> Fl
 
 
 def _first_of_race(times: FloatArray, count: int) -> IntArray:
-    """Return who arrives first along the last axis, in order, the `count` first.
+    """Returns who arrives first along the last axis, in order, the `count` first.
 
     If times are exponential over probability, this draws without replacement: Efraimidis, Spirakis, "Weighted
     random sampling with a reservoir", Information Processing Letters 97(5), 2006.
@@ -209,7 +209,7 @@ def _first_of_race(times: FloatArray, count: int) -> IntArray:
 def _route(
     config: SyntheticConfig, popularity: FloatArray, sequence: int, length: int
 ) -> tuple[npt.NDArray[Any], npt.NDArray[np.float16]]:
-    """Return the choices of one sequence and their weights, each (length, layers, k)."""
+    """Returns the choices of one sequence and their weights, each (length, layers, k)."""
     shape = (length, config.layers, config.top_k)
     chosen = np.empty(shape, dtype=np.uint8 if config.experts <= 256 else np.uint16)
     weights = np.empty(shape, dtype=np.float16)
@@ -233,7 +233,7 @@ def _route(
 
 
 def _keep_some(previous: IntArray, keep: npt.NDArray[np.bool_], fresh: IntArray) -> IntArray:
-    """Return the next token's experts (layers, k): the kept ones, then as many fresh ones as there are places.
+    """Returns the next token's experts (layers, k): the kept ones, then as many fresh ones as there are places.
 
     Of the k fresh ones at most as many are kept ones as are kept, so the others always fill the places.
     """
@@ -248,7 +248,7 @@ def _keep_some(previous: IntArray, keep: npt.NDArray[np.bool_], fresh: IntArray)
 
 
 def draw_weights(generator: np.random.Generator, shape: tuple[int, ...]) -> npt.NDArray[np.float16]:
-    """Return the softmax over the last axis of standard normal scores, descending."""
+    """Returns the softmax over the last axis of standard normal scores, descending."""
     scores = -np.sort(-generator.standard_normal(shape), axis=-1)
     powers = np.exp(scores - scores[..., :1])
     weights: npt.NDArray[np.float16] = (powers / powers.sum(axis=-1, keepdims=True)).astype(np.float16)

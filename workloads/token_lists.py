@@ -88,7 +88,7 @@ def import_jsonl(path: Path, num_experts: int | None, layers: int | None = None)
 
 
 def _by_layer(path: Path, tokens: list[Token], layers: int | None) -> tuple[list[Token], dict[str, str]]:
-    """Return tokens whose lists are by layer, and how lists of plain ids were read, if there are such."""
+    """Returns tokens whose lists are by layer, and how lists of plain ids were read, if there are such."""
     if not tokens or not all(type(each) is int for token in tokens for each in token.layers):
         return tokens, {}
     count = len(tokens[0].layers)
@@ -108,7 +108,7 @@ def _by_layer(path: Path, tokens: list[Token], layers: int | None) -> tuple[list
 
 
 def _grouped(path: Path, parts: list[Token]) -> Token:
-    """Return the token whose layers these are, one after the other; TraceError if they differ in what it is."""
+    """Returns the token whose layers these are, one after the other; TraceError if they differ in what it is."""
     first = parts[0]
     for part in parts:
         for key in ("phase", "sequence", "position"):
@@ -190,7 +190,7 @@ def import_topk_ids(path: Path, num_experts: int | None) -> RoutingTrace:
 
 
 def _printed(text: str) -> Iterator[tuple[int, int, int]]:
-    """Yield of each printed topk_ids where its name begins, where its brackets open, and where they are closed."""
+    """Yields of each printed topk_ids where its name begins, where its brackets open, and where they are closed."""
     at = 0
     while name := _NAME.search(text, at):
         signs = _SIGNS.match(text, name.end())
@@ -256,7 +256,7 @@ def _list(path: Path, where: str, value: Any) -> list[Any]:
 def assemble(
     path: Path, tokens: list[Token], num_experts: int | None, meta: dict[str, Any] | None = None
 ) -> RoutingTrace:
-    """Return the trace of tokens, in their order. Raises TraceError naming token and layer of what cannot be."""
+    """Returns the trace of tokens, in their order. Raises TraceError naming token and layer of what cannot be."""
     meta = {"source": f"imported from {path.name}", **(meta or {})}
     if not tokens:
         raise TraceError(f"{path}: no tokens: must hold at least one")
@@ -283,7 +283,7 @@ def assemble(
 def _filled(
     path: Path, tokens: list[Token], shape: tuple[int, int, int], num_experts: int
 ) -> tuple[Numbers, Numbers | None, Numbers]:
-    """Return the experts and weights of tokens in arrays of this shape, and where they are present."""
+    """Returns the experts and weights of tokens in arrays of this shape, and where they are present."""
     present = np.ones(shape[:2], dtype=np.bool_)
     whole = _at_once([token.layers for token in tokens], shape, (int,))
     given = sum(token.weights is not None for token in tokens)
@@ -307,7 +307,7 @@ def _filled(
 
 
 def _at_once(lists: list[Sequence[Any]], shape: tuple[int, int, int], kinds: tuple[type, ...]) -> Numbers | None:
-    """Return all lists (layers, or layers of k) as one array; None if one is of another shape, or of no such kind."""
+    """Returns all lists (layers, or layers of k) as one array; None if one is of another shape, or of no such kind."""
     if set(map(len, lists)) != {shape[1]}:
         return None
     cells = list(chain.from_iterable(lists))
@@ -324,7 +324,7 @@ def _at_once(lists: list[Sequence[Any]], shape: tuple[int, int, int], kinds: tup
 
 
 def _agreed(path: Path, named: Any, given: int | None) -> int:
-    """Return the number of experts that the log names or the caller gives."""
+    """Returns the number of experts that the log names or the caller gives."""
     count = given if named is None else named
     if count is None:
         raise TraceError(f"{path}: num_experts: this format does not say it: give it (--num-experts 64)")

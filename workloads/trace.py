@@ -241,7 +241,7 @@ class RoutingTrace:
             raise TraceError(f"{where}: meta: not JSON ({error}): must be a plain object") from error
 
     def select(self, rows: npt.ArrayLike | slice) -> Self:
-        """Return the trace of these rows, given as an index array, a mask (tokens,) or a slice, in that order.
+        """Returns the trace of these rows, given as an index array, a mask (tokens,) or a slice, in that order.
 
         Extra arrays whose first axis has as many entries as there are tokens follow; `expert_bytes` and
         `dense_bytes`, which are per layer, never do. Raises TraceError for a row that is not there.
@@ -263,7 +263,7 @@ class RoutingTrace:
         return value.ndim > 0 and len(value) == self.tokens
 
     def slice(self, phase: int | None = None, sequences: Iterable[int] | None = None, first: int | None = None) -> Self:
-        """Return the rows of one phase (0 prefill, 1 decode), of these sequences, and of those the first ones.
+        """Returns the rows of one phase (0 prefill, 1 decode), of these sequences, and of those the first ones.
 
         Raises TraceError for an unknown phase or sequence, and where no row is left.
         """
@@ -289,7 +289,7 @@ class RoutingTrace:
         return self.select(rows)
 
     def sequences_in(self, span: str) -> list[int]:
-        """Return the sequences at these places in file order, first inclusive, last exclusive: '61:', ':10' or '3:5'.
+        """Returns the sequences at these places in file order, first inclusive, last exclusive: '61:', ':10' or '3:5'.
 
         Raises TraceError if the span is not written like that or names no sequence of the trace.
         """
@@ -304,7 +304,7 @@ class RoutingTrace:
 
 
 def by_sequence(sequence: Array) -> npt.NDArray[np.int64]:
-    """Return the row numbers (tokens,) sorted by sequence, rows of one sequence in file order."""
+    """Returns the row numbers (tokens,) sorted by sequence, rows of one sequence in file order."""
     if (np.diff(sequence) >= 0).all():
         return np.arange(len(sequence))
     return np.argsort(sequence, kind="stable")
@@ -324,7 +324,7 @@ def _count_within(sequence: Array, rows: int) -> Array:
 
 
 def _narrow(value: Array, dtypes: tuple[str, ...]) -> Array:
-    """Return the array in the first of these types that keeps it; as it is if none may."""
+    """Returns the array in the first of these types that keeps it; as it is if none may."""
     if any(value.dtype == np.dtype(name) for name in dtypes):
         return value
     target = np.dtype(dtypes[0])
@@ -340,5 +340,5 @@ def _narrow(value: Array, dtypes: tuple[str, ...]) -> Array:
 
 
 def _plain(value: Array) -> Array:
-    """Return the array contiguous and in the machine's byte order, as both formats want it."""
+    """Returns the array contiguous and in the machine's byte order, as both formats want it."""
     return np.asarray(value, dtype=value.dtype.newbyteorder("="), order="C")

@@ -82,7 +82,7 @@ def check_floats(where: str, name: str, value: Array, low: int | None) -> None:
 
 
 def first_wrong(wrong: Array) -> tuple[int, ...]:
-    """Return the index of the first value that is wrong."""
+    """Returns the index of the first value that is wrong."""
     return tuple(int(i) for i in np.unravel_index(int(np.argmax(wrong)), wrong.shape))
 
 
@@ -94,7 +94,7 @@ def _at(name: str, layout: Layout, value: Array, wrong: Array) -> str:
 
 
 def agree_on_num_experts(path: Path, named: Any, given: int | None) -> int:
-    """Return the number of experts that a file names or a caller gives; TraceError unless they agree."""
+    """Returns the number of experts that a file names or a caller gives; TraceError unless they agree."""
     if named is None and given is None:
         raise TraceError(
             f"{path}: meta: names no num_experts: add it to the file's meta, a JSON string such as "
@@ -110,7 +110,7 @@ def agree_on_num_experts(path: Path, named: Any, given: int | None) -> int:
 
 
 def parse_meta(path: Path, text: str | None) -> dict[str, Any]:
-    """Return the facts that a file has about its trace, empty without any."""
+    """Returns the facts that a file has about its trace, empty without any."""
     if text is None:
         return {}
     try:

@@ -83,7 +83,7 @@ def check_trace_file(path: Path) -> None:
 
 
 def format_of(path: Path) -> Format:
-    """Return how files of this name are read and written; TraceError for another ending."""
+    """Returns how files of this name are read and written; TraceError for another ending."""
     try:
         return _FORMATS[path.suffix.lower()]
     except KeyError:

@@ -36,14 +36,14 @@ class AllToAll:
         self._latency_ns = max((route.latency_ns for route in routes.values()), default=0)
 
     def ns(self, traffic: npt.NDArray[Any]) -> int:
-        """Return the time of an exchange, in ns, `traffic[a, b]` tokens from GPU a to GPU b; 0 if none moves."""
+        """Returns the time of an exchange, in ns, `traffic[a, b]` tokens from GPU a to GPU b; 0 if none moves."""
         size_bytes = self._passed_bytes @ traffic.ravel()
         if not size_bytes.any():
             return 0
         return self._latency_ns - int((-size_bytes * 10**9 // self._bytes_per_second).min())
 
     def all_ns(self, traffic: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-        """Return the time of each of some exchanges, in ns (exchanges,), as `ns` does; `traffic` (exchanges, …)."""
+        """Returns the time of each of some exchanges, in ns (exchanges,), as `ns` does; `traffic` (exchanges, …)."""
         size_bytes = traffic.reshape(len(traffic), -1) @ self._passed_bytes.T
         ns = self._latency_ns - (-size_bytes * 10**9 // self._bytes_per_second).min(axis=1, initial=0)
         return np.where(size_bytes.any(axis=1), ns, 0)

@@ -46,7 +46,7 @@ class Attention:
         self._growth = {size: growth for size, growth in growths.items() if growth is not None}
 
     def ns(self, layer: int, tokens: int, phase: int) -> tuple[float, str]:
-        """Return what it adds to a layer's dense part over so many tokens, in ns, and how that is estimated.
+        """Returns what it adds to a layer's dense part over so many tokens, in ns, and how that is estimated.
 
         The words are empty where it was measured.
         """
@@ -67,7 +67,7 @@ class Attention:
         return max(read_ns, flops_ns), words
 
     def _read_bytes(self, layer: int, contexts: Numbers) -> float:
-        """Return the mean of what one row reads of a layer's caches."""
+        """Returns the mean of what one row reads of a layer's caches."""
         model = self._model
         if not model.caches:
             return model.kv_bytes_per_token / model.layers * float(contexts.mean())
@@ -77,7 +77,7 @@ class Attention:
         )
 
     def _within(self, layer: int, contexts: Numbers) -> Numbers:
-        """Return how many positions each row attends to, within the widest window of a layer's caches."""
+        """Returns how many positions each row attends to, within the widest window of a layer's caches."""
         if not self._model.caches:
             return contexts
         widest = [cache.window or np.inf for cache in self._model.caches[layer] if cache.bytes_per_token]
@@ -85,7 +85,7 @@ class Attention:
 
 
 def _contexts(inputs: Inputs, phase: int, start: int) -> Numbers:
-    """Return the positions that each row of a phase attends to, itself included."""
+    """Returns the positions that each row of a phase attends to, itself included."""
     rows = [step.rows for step in inputs.steps if step.phase == phase]
     if not rows:
         return np.zeros(0)
@@ -97,7 +97,7 @@ def _shape(point: KernelPoint) -> tuple[int, str, str, int]:
 
 
 def _growth(points: Iterable[KernelPoint]) -> tuple[Numbers, Numbers] | None:
-    """Return the contexts that one token was measured with, and what each added to none; None if it was not."""
+    """Returns the contexts that one token was measured with, and what each added to none; None if it was not."""
     single = {point.context: point.ns for point in points if point.tokens == 1}
     if len(single) < 2 or 0 not in single:
         return None
@@ -107,7 +107,7 @@ def _growth(points: Iterable[KernelPoint]) -> tuple[Numbers, Numbers] | None:
 
 
 def _along(at: Numbers, contexts: Numbers, added: Numbers) -> float:
-    """Return the mean of a line through measured points, which goes on beyond the last as between the last two."""
+    """Returns the mean of a line through measured points, which goes on beyond the last as between the last two."""
     slope = (added[-1] - added[-2]) / (contexts[-1] - contexts[-2])
     beyond = np.maximum(0.0, at - contexts[-1]) * slope
     return float((np.interp(at, contexts, added) + beyond).mean())

@@ -231,7 +231,7 @@ class Costs:
                 table[shape] = sorted(self._standing_in(points))
 
     def _standing_in(self, points: list[_Point]) -> list[_Point]:
-        """Return the points of this machine; if there are none, nor a rule of its own, those of another."""
+        """Returns the points of this machine; if there are none, nor a rule of its own, those of another."""
         ours = [point for point in points if not point.device]
         return ours if ours or self._rule.device is None else points
 
@@ -250,7 +250,7 @@ class Costs:
         return _Point(kernel.tokens, kernel.ns, kernel.beside_copy_ns, latency_ns, kernel.device or "")
 
     def copy(self, size_bytes: int) -> CopyCost:
-        """Return the copy of an expert of so many bytes to the GPU."""
+        """Returns the copy of an expert of so many bytes to the GPU."""
         h2d = self.h2d
         pieces = pieces_of(size_bytes, self._chunk_bytes)
         piece_bytes = -(-size_bytes // pieces)
@@ -263,7 +263,7 @@ class Costs:
         return CopyCost(queued_ns + rest_ns, alone_ns + rest_ns, queued_ns, alone_ns, pieces, host_ns)
 
     def _reads(self, profile: Profile, scenario: Scenario) -> ReadCosts | None:
-        """Return what reads from the drive take; None where host memory holds every expert."""
+        """Returns what reads from the drive take; None where host memory holds every expert."""
         tiers, nvme = scenario.tiers, profile.nvme
         if tiers.host_budget == "all":
             return None
@@ -281,17 +281,17 @@ class Costs:
         return ReadCosts(costs, [nvme.times_as_long(reads) for reads in range(1, lanes + 1)])
 
     def by_layer(self, phase: int = DECODE) -> tuple[list[ByTokens], list[ByTokens]]:
-        """Return what each layer's dense part, and an expert of it, takes by tokens in a step of a phase."""
+        """Returns what each layer's dense part, and an expert of it, takes by tokens in a step of a phase."""
         layers = range(self.model.layers)
         dense = [ByTokens(partial(self.dense, layer, phase=phase)) for layer in layers]
         return dense, [ByTokens(partial(self.expert, layer, phase=phase)) for layer in layers]
 
     def run_tokens(self, tokens: int, phase: int) -> int:
-        """Return over how many tokens kernels run that serve so many: a graph of a decode step is padded."""
+        """Returns over how many tokens kernels run that serve so many: a graph of a decode step is padded."""
         return token_bucket(tokens) if self._mode == "graph" and phase == DECODE else tokens
 
     def dense(self, layer: int, tokens: int, phase: int = DECODE) -> KernelCost:
-        """Return the dense part of one layer over `tokens` tokens of a step of a phase."""
+        """Returns the dense part of one layer over `tokens` tokens of a step of a phase."""
         cost = self._dense_part(layer, self.run_tokens(tokens, phase))
         added_ns, words = self._attention.ns(layer, tokens, phase)
         if not added_ns:
@@ -303,7 +303,7 @@ class Costs:
         return replace(cost, ns=ns, slowdown=max(1.0, beside_ns / ns))
 
     def _dense_part(self, layer: int, tokens: int) -> KernelCost:
-        """Return the dense part of one layer over so many tokens, without what attention adds with the context."""
+        """Returns the dense part of one layer over so many tokens, without what attention adds with the context."""
         cost = self._dense[layer].get(tokens)
         if cost is None:
             model, size = self.model, self.model.dense_bytes[layer]
@@ -313,7 +313,7 @@ class Costs:
         return cost
 
     def head(self, tokens: int) -> KernelCost:
-        """Return the head over `tokens` positions, one for each sequence of a step (`Step.sampled`)."""
+        """Returns the head over `tokens` positions, one for each sequence of a step (`Step.sampled`)."""
         tokens = self.run_tokens(tokens, DECODE)  # a prefill step has one position: there is nothing to pad
         cost = self._dense[-1].get(tokens)
         if cost is None:
@@ -324,7 +324,7 @@ class Costs:
         return cost
 
     def expert(self, layer: int, tokens: int, phase: int = DECODE) -> KernelCost:
-        """Return one expert's kernels over `tokens` tokens of a step of a phase."""
+        """Returns one expert's kernels over `tokens` tokens of a step of a phase."""
         tokens = self.run_tokens(tokens, phase)
         cost = self._experts[layer].get(tokens)
         if cost is None:
@@ -333,7 +333,7 @@ class Costs:
         return cost
 
     def _expert_kernels(self, layer: int) -> Kernels:
-        """Return what an expert of a layer launches."""
+        """Returns what an expert of a layer launches."""
         model = self.model
         return expert_kernels(
             model.hidden, model.expert_ff, model.expert_dtype, model.expert_matrices, model.expert_kernels,
@@ -341,13 +341,13 @@ class Costs:
         )  # fmt: skip
 
     def most_launches(self, tokens: int) -> int:
-        """Return the most launches of one layer visit with so many tokens, the head and a prediction included."""
+        """Returns the most launches of one layer visit with so many tokens, the head and a prediction included."""
         model = self.model
         experts = min(model.experts, tokens * model.top_k)
         return self._launches(model.dense_kernels) + experts * self._launches(model.expert_kernels) + 2
 
     def grouped(self, layer: int, tokens: list[int], phase: int = DECODE) -> KernelCost:
-        """Return one grouped kernel over several experts: their sum, with what any expert takes paid once."""
+        """Returns one grouped kernel over several experts: their sum, with what any expert takes paid once."""
         costs = [self.expert(layer, count, phase) for count in tokens]
         ns = sum(cost.ns for cost in costs) - (len(costs) - 1) * self.grouped_constant_ns
         ns = max(ns, max(cost.ns for cost in costs))
@@ -378,7 +378,7 @@ class Costs:
         )
 
     def _kernel(self, what: str, points: Sequence[_Point], kernels: Kernels, tokens: int) -> KernelCost:
-        """Return a group of kernels over `tokens` tokens.
+        """Returns a group of kernels over `tokens` tokens.
 
         Measured, or between two measured; fewer tokens than were measured cost as much as the fewest, more cost what
         the surface or the rule says they add.
@@ -403,12 +403,12 @@ class Costs:
         return KernelCost(round(ns), beside_ns / ns if ns else 1.0, launches, host_ns, latency_ns)
 
     def _product_launch(self, dtype: str) -> int:
-        """Return the host's time to launch a product, of another dtype of as many bits where there is none of this."""
+        """Returns the host's time to launch a product, of another dtype of as many bits where there is none of this."""
         alike = [ns for other, ns in self._product_launch_ns.items() if bits_of(other) == bits_of(dtype)]
         return self._product_launch_ns.get(dtype, alike[0] if alike else self.launch_ns)
 
     def _estimated(self, what: str, kernels: Kernels, tokens: int) -> tuple[float, float, int]:
-        """Return duration, duration beside a copy and latency, in ns, of what was not measured; name the estimate."""
+        """Returns duration, duration beside a copy and latency, in ns, of what was not measured; name the estimate."""
         if self._surface is None:
             return *self._by_rule(what, kernels, tokens), self._latency_ns
         time = self._surface.time(kernels, tokens)
@@ -416,11 +416,11 @@ class Costs:
         return time.ns, time.beside_copy_ns, 0 if self._mode == "free" else time.latency_ns
 
     def _rule_constant_ns(self, kernels: Kernels) -> int:
-        """Return what the profile's rule says that a group of kernels takes whatever their weights, in ns."""
+        """Returns what the profile's rule says that a group of kernels takes whatever their weights, in ns."""
         return self._rule.group_ns(kernels.launches, len(kernels.products), eager=self._mode == "eager")
 
     def _by_rule(self, what: str, kernels: Kernels, tokens: int) -> tuple[float, float]:
-        """Return what the profile's rule says of kernels, quiet and beside a copy, in ns; and name the estimate."""
+        """Returns what the profile's rule says of kernels, quiet and beside a copy, in ns; and name the estimate."""
         weight_bytes, group_ns = kernels.weight_bytes, self._rule_constant_ns(kernels)
         rule = self._rule
         dtype_bits = self.model.dtype_bits("expert" if what == "expert" else "dense")
@@ -441,12 +441,12 @@ _ACTIVATION_BYTES = {"float32": 4}
 
 
 def activation_bytes(model: Model, tokens: int) -> int:
-    """Return the bytes of so many tokens' hidden states."""
+    """Returns the bytes of so many tokens' hidden states."""
     return tokens * model.hidden * _ACTIVATION_BYTES.get(model.dense_dtype, 2)
 
 
 def token_bucket(tokens: int) -> int:
-    """Return the tokens of the CUDA graph that serves a decode step of so many: the next power of two.
+    """Returns the tokens of the CUDA graph that serves a decode step of so many: the next power of two.
 
     Serving engines capture graphs for batch sizes; a prompt runs over the tokens that it has.
     """
@@ -454,12 +454,12 @@ def token_bucket(tokens: int) -> int:
 
 
 def pieces_of(size_bytes: int, chunk_bytes: int) -> int:
-    """Return in how many pieces of at most `chunk_bytes` a copy is made; 0 stands for one piece of any size."""
+    """Returns in how many pieces of at most `chunk_bytes` a copy is made; 0 stands for one piece of any size."""
     return -(-size_bytes // chunk_bytes) if chunk_bytes else 1
 
 
 def _between(points: Sequence[_Point], tokens: int) -> tuple[float, float, int]:
-    """Return duration, duration beside a copy and latency, in ns, on a straight line between the measured neighbors."""
+    """Returns duration, that beside a copy and latency, in ns, on a straight line between the measured neighbors."""
     at = bisect_left(points, (tokens,))
     after = points[at]
     before = points[at - 1] if at else after
@@ -469,5 +469,5 @@ def _between(points: Sequence[_Point], tokens: int) -> tuple[float, float, int]:
 
 
 def part_costs(inputs: Inputs, *, timed: bool = False) -> list[Costs]:
-    """Return the costs of each GPU of a run; `timed` as `Costs` takes it."""
+    """Returns the costs of each GPU of a run; `timed` as `Costs` takes it."""
     return [Costs(part, timed=timed) for part in inputs.parts]

@@ -61,7 +61,7 @@ class CpuCosts:
         self._points = sorted(points, key=lambda point: point.tokens)
 
     def expert(self, layer: int, tokens: int) -> KernelCost:
-        """Return one expert's work over `tokens` tokens, with its slowdown beside a copy to the GPU."""
+        """Returns one expert's work over `tokens` tokens, with its slowdown beside a copy to the GPU."""
         cost = self._known.get((layer, tokens))
         if cost is None:
             cost = self._known[layer, tokens] = self._expert(self._model.expert_bytes[layer], tokens)
@@ -93,7 +93,7 @@ class CpuCosts:
         return KernelCost(round(ns), max(1.0, beside_ns / ns), 1, 0)
 
     def _by_rule(self, rule: KernelRule, weight_bytes: int, tokens: int) -> KernelCost:
-        """Return what the profile's rule for the CPU says of an expert."""
+        """Returns what the profile's rule for the CPU says of an expert."""
         flops = 2 * tokens * weight_bytes * 8 / self._model.dtype_bits("expert")
         part_ns = rule.part_ns(weight_bytes, flops)
         self._costs.estimates["expert on the CPU"] = (
@@ -124,20 +124,20 @@ class CpuCosts:
         return KernelCost(round(ns), max(1.0, slowdown), 1, 0)
 
     def _of_device(self, estimate: str) -> str:
-        """Return an estimate, in words, and whose measurements it rests on if they are another machine's."""
+        """Returns an estimate, in words, and whose measurements it rests on if they are another machine's."""
         of = None if self._device is None else f"as measured on {self._device}, not on this machine"
         return "; ".join(filter(None, (of, estimate)))
 
     def activations_ns(self, tokens: int) -> int:
-        """Return the copy of so many tokens' activations to the host."""
+        """Returns the copy of so many tokens' activations to the host."""
         return self._costs.profile.d2h.alone.ns(activation_bytes(self._model, tokens))
 
     def there_and_back_ns(self, tokens: int) -> int:
-        """Return the way of so many tokens to the host, which has to notice that they came, and of their results."""
+        """Returns the way of so many tokens to the host, which has to notice that they came, and of their results."""
         return self.activations_ns(tokens) + self._costs.synchronize_ns + self.results_ns(tokens)
 
     def results_ns(self, tokens: int) -> int:
-        """Return the copy of so many tokens' results to the GPU."""
+        """Returns the copy of so many tokens' results to the GPU."""
         return self._costs.h2d.alone.ns(activation_bytes(self._model, tokens))
 
 
@@ -153,7 +153,7 @@ class ShrunkCosts:
         self._compression = scenario.compression
 
     def expert(self, layer: int, tokens: int, size_bytes: int, phase: int = DECODE) -> KernelCost:
-        """Return an expert's kernels if its weights are `size_bytes`: as much less as the profile's rule says.
+        """Returns an expert's kernels if its weights are `size_bytes`: as much less as the profile's rule says.
 
         Fewer bytes are read; there are as many operations.
         """
@@ -167,7 +167,7 @@ class ShrunkCosts:
         return replace(cost, ns=round(cost.ns * ns / whole_ns)) if whole_ns else cost
 
     def decompress(self, layer: int) -> KernelCost:
-        """Return decompressing one expert: the constant, and its whole bytes at the rate that the scenario gives."""
+        """Returns decompressing one expert: the constant, and its whole bytes at the rate that the scenario gives."""
         compression, size_bytes = self._compression, self._model.expert_bytes[layer]
         assert compression.decompress_gb_per_s is not None
         if compression.decompress_us is None:

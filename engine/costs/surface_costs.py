@@ -52,7 +52,7 @@ class Kernels:
 
 
 def expert_kernels(hidden: int, inner: int, dtype: str, matrices: int, kernels: int, size_bytes: int) -> Kernels:
-    """Return the kernels of one expert of `size_bytes`."""
+    """Returns the kernels of one expert of `size_bytes`."""
     products = [Product(inner, hidden)] * (matrices - 1) + [Product(hidden, inner)]
     small = [("negate", inner), ("multiply", inner)][: 2 if matrices > 2 else 1]
     small += [("negate", hidden)] * (kernels - len(products) - len(small))
@@ -61,7 +61,7 @@ def expert_kernels(hidden: int, inner: int, dtype: str, matrices: int, kernels: 
 
 
 def dense_kernels(hidden: int, dtype: str, kernels: int, size_bytes: int) -> Kernels:
-    """Return the kernels of a layer's dense part, whose weights take `size_bytes`."""
+    """Returns the kernels of a layer's dense part, whose weights take `size_bytes`."""
     count = min(DENSE_PRODUCTS, kernels)
     width = product_width(hidden, dtype, count, size_bytes)
     pair = [Product(width, hidden), Product(hidden, width)]
@@ -69,12 +69,12 @@ def dense_kernels(hidden: int, dtype: str, kernels: int, size_bytes: int) -> Ker
 
 
 def head_kernels(hidden: int, dtype: str, size_bytes: int) -> Kernels:
-    """Return the one kernel of a head whose weights take `size_bytes`."""
+    """Returns the one kernel of a head whose weights take `size_bytes`."""
     return Kernels("head", dtype, [Product(product_width(hidden, dtype, 1, size_bytes), hidden)], [], size_bytes)
 
 
 def product_width(hidden: int, dtype: str, products: int, size_bytes: int) -> int:
-    """Return the other width of products with the hidden state that together read about `size_bytes`."""
+    """Returns the other width of products with the hidden state that together read about `size_bytes`."""
     return max(16, int(size_bytes * 8 / (products * hidden * bits_of(dtype))) // 16 * 16)
 
 
@@ -98,12 +98,12 @@ class SurfaceCosts:
         self._flops_per_ns = _fastest(self._stand_in)
 
     def group(self, part: Group) -> GroupCosts:
-        """Return what a part's groups take beside their kernels."""
+        """Returns what a part's groups take beside their kernels."""
         groups = self._surface.groups[part]
         return groups.eager if self._dispatch == "eager" else groups.graph
 
     def time(self, kernels: Kernels, tokens: int) -> GroupTime:
-        """Return what a group of kernels over `tokens` tokens takes."""
+        """Returns what a group of kernels over `tokens` tokens takes."""
         group = self.group(kernels.part)
         bits = kernels.weight_bytes * 8 / sum(each.rows * each.columns for each in kernels.products)
         made = {each: self.product_ns(kernels.dtype, each, tokens, bits) for each in set(kernels.products)}
@@ -119,7 +119,7 @@ class SurfaceCosts:
         return GroupTime(quiet_ns, max(quiet_ns, beside_ns), group.launch_latency_ns)
 
     def product_ns(self, dtype: str, product: Product, tokens: int, bits: float | None = None) -> float:
-        """Return what one product takes; `bits` a weight, if they are not the dtype's own."""
+        """Returns what one product takes; `bits` a weight, if they are not the dtype's own."""
         table = self._table(dtype)
         if table is not None:
             return table.product_ns(product.rows, product.columns, tokens)
@@ -129,12 +129,12 @@ class SurfaceCosts:
         return max(self._stand_in.product_ns(product.rows, shrunk, tokens), flops / self._flops_per_ns)
 
     def small_ns(self, what: str, dtype: str, elements: int) -> float:
-        """Return what one small kernel over so many elements takes."""
+        """Returns what one small kernel over so many elements takes."""
         table = self._small.get((what, dtype)) or self._small.get((what, self._stand_in.dtype))
         return 0.0 if table is None else table.small_ns(elements)
 
     def attention_ns(self, sequences: int, kv_heads: int, head_dim: int, positions: int, window: int = 0) -> float:
-        """Return what attention of one new token of each sequence takes in a layer; `window` 0 is all positions.
+        """Returns what attention of one new token of each sequence takes in a layer; `window` 0 is all positions.
 
         Raises LookupError if the surface has no attention.
         """
@@ -143,7 +143,7 @@ class SurfaceCosts:
         return table.attention_ns(sequences * kv_heads, head_dim, max(1, seen))
 
     def prompt_ns(self, heads: int, head_dim: int, tokens: int, window: int = 0) -> float:
-        """Return what causal attention over a prompt takes in a layer; with a window it grows linearly beyond it.
+        """Returns what causal attention over a prompt takes in a layer; with a window it grows linearly beyond it.
 
         Raises LookupError if the surface has no attention of prompts.
         """
@@ -155,7 +155,7 @@ class SurfaceCosts:
         return max(table.prompt_ns(heads, head_dim, window), share * table.prompt_ns(heads, head_dim, tokens))
 
     def constant_ns(self, kernels: Kernels) -> float:
-        """Return what a group takes whose products read next to nothing."""
+        """Returns what a group takes whose products read next to nothing."""
         group = self.group(kernels.part)
         least = self._stand_in
         floor_ns = least.product_ns(least.rows[0], least.columns[0], 1)
@@ -163,7 +163,7 @@ class SurfaceCosts:
         return group.start_ns + kernels.launches * group.kernel_ns + len(kernels.products) * floor_ns + small_ns
 
     def described(self, kernels: Kernels) -> str:
-        """Return what a group's estimate is made of and how far such were off, in words."""
+        """Returns what a group's estimate is made of and how far such were off, in words."""
         surface, unsure = self._surface, self.group(kernels.part).uncertainty
         within = "" if unsure is None else f", within {unsure.held_back_error:.0%} (rms of measured ones)"
         of = "" if surface.device is None else f", of {surface.device} and not this machine"
@@ -176,13 +176,13 @@ class SurfaceCosts:
         )
 
     def _table(self, dtype: str) -> ProductTable | None:
-        """Return the products of a dtype, or those of another of as many bits where these are the stand-in's."""
+        """Returns the products of a dtype, or those of another of as many bits where these are the stand-in's."""
         table = self._products.get(dtype)
         return self._stand_in if table is None and bits_of(dtype) == bits_of(self._stand_in.dtype) else table
 
 
 def _fastest(table: ProductTable) -> float:
-    """Return the most operations a ns of any measured product."""
+    """Returns the most operations a ns of any measured product."""
     best, numbers = 0.0, iter(table.ns)
     for rows in table.rows:
         for columns in table.columns:

@@ -39,7 +39,7 @@ _BLOCK = 4096
 
 
 def replicate_costs(inputs: Inputs, count: int, *, timed: bool = False) -> Iterator[Costs]:
-    """Yield the costs of each replicate of a run on one GPU; `timed` as `Costs` takes it."""
+    """Yields the costs of each replicate of a run on one GPU; `timed` as `Costs` takes it."""
     plain, seed, name = inputs.profile.model_dump(), inputs.scenario.seed, inputs.profile.name
     for number in range(count):
         drawn = make_profile(_drawn(plain, "profile", (seed, number)), f"replicate {number} of {name}")
@@ -47,7 +47,7 @@ def replicate_costs(inputs: Inputs, count: int, *, timed: bool = False) -> Itera
 
 
 def summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the percentiles of each number in SUMMARIZED over the replicates' results; None where it is undefined."""
+    """Returns the percentiles of each number in SUMMARIZED over the replicates' results; None where it is undefined."""
     percentiles: dict[str, Any] = {"count": len(results)}
     for name in SUMMARIZED:
         values = [result[name] for result in results if result[name] is not None]
@@ -57,7 +57,7 @@ def summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def without_uncertainty(profile: Profile) -> list[str]:
-    """Return which of the costs that every run uses say nothing of how far they can be off."""
+    """Returns which of the costs that every run uses say nothing of how far they can be off."""
     host, compute = profile.host, profile.compute
     costs: dict[str, Sequence[Any]] = {
         "host.launch": [host.launch],
@@ -69,7 +69,7 @@ def without_uncertainty(profile: Profile) -> list[str]:
 
 
 def _drawn(value: Any, path: str, keys: tuple[int, int]) -> Any:
-    """Return plain data with every cost in it multiplied by the factor drawn for its path."""
+    """Returns plain data with every cost in it multiplied by the factor drawn for its path."""
     if isinstance(value, list | tuple):
         return [_drawn(item, path, keys) for item in value]
     if not isinstance(value, dict):
@@ -98,7 +98,7 @@ def _times(name: str, item: Any, factor: float) -> Any:
 
 
 def _normal(seed: int, replicate: int, what: int, first: int, count: int = 1) -> npt.NDArray[np.float64]:
-    """Return standard normal numbers `first` to `first + count`, by Box and Muller (1958) from keyed uniform ones."""
+    """Returns standard normal numbers `first` to `first + count`, by Box and Muller (1958) from keyed uniform ones."""
     index = np.arange(first, first + count)
     radius, angle = (uniform(seed, replicate, what, half, index) for half in (0, 1))
     drawn: npt.NDArray[np.float64] = np.sqrt(-2 * np.log1p(-radius)) * np.cos(2 * np.pi * angle)
@@ -106,7 +106,7 @@ def _normal(seed: int, replicate: int, what: int, first: int, count: int = 1) ->
 
 
 def _number(name: str) -> int:
-    """Return a number for a name, the same everywhere."""
+    """Returns a number for a name, the same everywhere."""
     return zlib.crc32(name.encode())
 
 
@@ -141,21 +141,21 @@ class _ScatteredCosts(Costs):
         self.copies = _ScatteredCopies(self.copies, copy_factor)
 
     def by_layer(self, phase: int = DECODE) -> tuple[list[ByTokens], list[ByTokens]]:
-        """Return what gives every kernel a cost of its own."""
+        """Returns what gives every kernel a cost of its own."""
         layers = range(self.model.layers)
         dense: list[ByTokens] = [_Anew(partial(self.dense, layer, phase=phase)) for layer in layers]
         return dense, [_Anew(partial(self.expert, layer, phase=phase)) for layer in layers]
 
     def dense(self, layer: int, tokens: int, phase: int = DECODE) -> KernelCost:
-        """Return the dense part of one layer, drawn."""
+        """Returns the dense part of one layer, drawn."""
         return self._scattered("dense", super().dense(layer, tokens, phase))
 
     def head(self, tokens: int) -> KernelCost:
-        """Return the head, drawn."""
+        """Returns the head, drawn."""
         return self._scattered("head", super().head(tokens))
 
     def expert(self, layer: int, tokens: int, phase: int = DECODE) -> KernelCost:
-        """Return one expert's kernels, drawn."""
+        """Returns one expert's kernels, drawn."""
         return self._scattered("expert", super().expert(layer, tokens, phase))
 
     def _scattered(self, part: str, cost: KernelCost) -> KernelCost:
@@ -177,7 +177,7 @@ class _ScatteredCopies(Sequence[CopyCost]):
     @overload
     def __getitem__(self, layer: slice) -> Sequence[CopyCost]: ...
     def __getitem__(self, layer: int | slice) -> CopyCost | Sequence[CopyCost]:
-        """Return the cost of the next copy of an expert of this layer."""
+        """Returns the cost of the next copy of an expert of this layer."""
         if isinstance(layer, slice):
             return self._copies[layer]
         cost, factor = self._copies[layer], self._factor()
@@ -191,14 +191,14 @@ class _ScatteredCopies(Sequence[CopyCost]):
 
 
 def _scatter(points: Sequence[Any], hidden: int) -> float:
-    """Return the scatter of kernels of this width, of any where there are none, of nothing as 0."""
+    """Returns the scatter of kernels of this width, of any where there are none, of nothing as 0."""
     known = [point for point in points if point.uncertainty]
     ours = [point for point in known if point.hidden == hidden] or known
     return float(np.median([point.uncertainty.scatter for point in ours])) if ours else 0.0
 
 
 def _factors(keys: tuple[int, int, int], scatter: float) -> Callable[[], float]:
-    """Return what gives the factor of one event after the other."""
+    """Returns what gives the factor of one event after the other."""
 
     def draw() -> Iterator[float]:
         first = 1

@@ -135,7 +135,7 @@ class Decisions:
         return min(self._most_tokens * part.source.trace.k, part.source.trace.num_experts)
 
     def _most_copies(self, part: Part) -> int:
-        """Return the most copies that a visit may come to."""
+        """Returns the most copies that a visit may come to."""
         options, guesses = part.source.prefetch.options, part.source.guesses
         asked = part.source.prefetch.horizons * part.source.trace.num_experts
         if guesses is not None and part.source.prefetch.guesses:
@@ -226,7 +226,7 @@ class Decisions:
         return 2 * (len(part.source.manager.size_of) + self._most_copies(part)) + 8
 
     def _next_uses(self, number: int) -> Array | None:
-        """Return when each look-up's expert is used next, for the policy that knows, which is told the first uses."""
+        """Returns when each look-up's expert is used next, for the policy that knows, which is told the first uses."""
         part, at, words = self._parts[number], self.gpus[number], self._memory.words
         if words[at + w.D_EVICTION] != BELADY:
             return None
@@ -346,7 +346,7 @@ class Decisions:
             self._set(thread, {place: self._area(thread, place, values)})
 
     def _last_step(self, part: Part, first: int) -> int:
-        """Return the step before which so many numbers are laid out as are at once; one step at least."""
+        """Returns the step before which so many numbers are laid out as are at once; one step at least."""
         trace, guesses = part.source.trace, part.source.guesses
         each = trace.k
         if guesses is not None and part.source.prefetch.guesses:
@@ -367,7 +367,7 @@ class Decisions:
         self._set(self.gpus[number], {place: self._area(self.gpus[number], place, values)})
 
     def _area(self, owner: int, place: int, values: Array) -> int:
-        """Return where values lie now, floats as such, in an area that is used again."""
+        """Returns where values lie now, floats as such, in an area that is used again."""
         at, capacity = self._areas.get((owner, place), (0, -1))
         if values.size > capacity:
             at = self._memory.allocate(values.size)
@@ -415,7 +415,7 @@ class Decisions:
     # What comes of it.
 
     def _records(self, at: int, place: int, words: int) -> Array:
-        """Return the records of a region (records, words), and forget them."""
+        """Returns the records of a region (records, words), and forget them."""
         memory = self._memory.words
         region = int(memory[at + place])
         first, count = int(memory[region + w.R_AT]), int(memory[region + w.R_COUNT])
@@ -452,11 +452,11 @@ class Decisions:
             manager.assigned = dict(zip(held.tolist(), own[held, w.E_COPY].tolist(), strict=True))
 
     def done(self) -> int:
-        """Return how many visits are decided, of all GPUs together."""
+        """Returns how many visits are decided, of all GPUs together."""
         return sum(int(self._memory.words[at + w.H_DONE]) for at in self.threads)
 
     def portion(self, thread: int, now_ns: int = 0, backlog_ns: int = 0) -> Array | None:
-        """Return a thread's next portion of commands (commands, columns), decided now; None at the end.
+        """Returns a thread's next portion of commands (commands, columns), decided now; None at the end.
 
         It is valid until the next is asked for.
         """

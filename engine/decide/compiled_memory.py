@@ -70,7 +70,7 @@ compiled = partial(compiled_once, types=TYPES, error_model="numpy", _nrt=False)
 
 @compiled
 def take_register(t: Tables, g: Word) -> Word:
-    """Return a register that stands for nothing that anybody will ask for."""
+    """Returns a register that stands for nothing that anybody will ask for."""
     d = t.words
     if d[g + D_FREE_COUNT]:
         d[g + D_FREE_COUNT] -= 1
@@ -92,7 +92,7 @@ def give_register(t: Tables, g: Word, register: Word) -> None:
 
 @compiled
 def pool_of(t: Tables, g: Word, expert: Word) -> Word:
-    """Return the pool that an expert has room in."""
+    """Returns the pool that an expert has room in."""
     d = t.words
     pools = d[g + D_POOLS]
     return d[pools + 1] if d[pools] == 1 else d[pools + 1 + expert // d[g + D_LAYER_EXPERTS]]

@@ -50,7 +50,7 @@ def next_misses(t: Tables, h: Word, total_experts: Word, keys: Words, room: Word
 
 
 def missed(source: Source, total_experts: int) -> Words:
-    """Return what a GPU misses: visit * total_experts + expert, an integer for each miss, in order.
+    """Returns what a GPU misses: visit * total_experts + expert, an integer for each miss, in order.
 
     `total_experts` are those of all its layers.
     """

@@ -86,7 +86,7 @@ def serves(t: Tables, g: Word, expert: Word) -> Word:
 
 @compiled
 def target_of(t: Tables, g: Word, step: Word, ahead: Word) -> Word:
-    """Return the visit of the layer that comes `ahead` layers after a step's first; -1 if no step of the run has it."""
+    """Returns the visit of the layer that comes `ahead` layers after a step's first; -1 if no step has it."""
     d, layers = t.words, t.words[g + D_LAYERS]
     wraps: Word = 0
     while ahead >= layers:
@@ -98,7 +98,7 @@ def target_of(t: Tables, g: Word, step: Word, ahead: Word) -> Word:
 
 @compiled
 def first_guess(t: Tables, g: Word, q: Word, layer: Word, ahead: Word) -> Word:
-    """Return the place of a step's first guess, among guesses or confidences, for the layer so far ahead."""
+    """Returns the place of a step's first guess, among guesses or confidences, for the layer so far ahead."""
     d = t.words
     return ((d[q + Q_FIRST] * d[g + D_LAYERS] + layer) * d[g + D_HORIZONS] + ahead - 1) * d[g + D_RANKS]
 

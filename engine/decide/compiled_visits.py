@@ -85,7 +85,7 @@ _LACKS, _ELSEWHERE = -1, -2
 
 @compiled
 def first_chosen(t: Tables, g: Word, q: Word, layer: Word, row: Word) -> Word:
-    """Return where the choices of a row of a step begin, among those that are laid out."""
+    """Returns where the choices of a row of a step begin, among those that are laid out."""
     d = t.words
     return ((d[q + Q_FIRST] + row) * d[g + D_LAYERS] + layer) * d[g + D_PER_TOKEN]
 

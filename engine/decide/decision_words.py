@@ -53,7 +53,7 @@ TYPES = {
 
 
 def addresses(tables: Tables) -> npt.NDArray[np.int64]:
-    """Return where the arrays lie and how large they are, for compiled code; they must be kept as long."""
+    """Returns where the arrays lie and how large they are, for compiled code; they must be kept as long."""
     rows = [(array.ctypes.data, array.shape[0], array.shape[-1]) for array in tables]
     return np.array(rows, dtype=np.int64).reshape(-1)
 
@@ -128,7 +128,7 @@ class Memory:
         return self.words.view(np.float64)
 
     def allocate(self, words: int) -> int:
-        """Return the address of so many words more, all 0."""
+        """Returns the address of so many words more, all 0."""
         at, self._used = self._used, self._used + words
         if self._used > len(self.words):
             more = max(len(self.words), self._used - len(self.words))
@@ -136,13 +136,13 @@ class Memory:
         return at
 
     def put(self, values: Iterable[int]) -> int:
-        """Return the address of some values, one after the other."""
+        """Returns the address of some values, one after the other."""
         array = np.array(values if isinstance(values, list | np.ndarray) else list(values), dtype=np.int64)
         at = self.allocate(len(array))
         self.words[at : at + len(array)] = array
         return at
 
     def put_list(self, values: Iterable[int]) -> int:
-        """Return the address of a list: how many values there are, then the values."""
+        """Returns the address of a list: how many values there are, then the values."""
         values = list(values)
         return self.put([len(values), *values])

@@ -47,13 +47,13 @@ class Accesses:
     weights: list[float]
 
     def by_index(self, experts: int) -> Accesses:
-        """Return them where all layers share the experts of the same index, `experts` in number."""
+        """Returns them where all layers share the experts of the same index, `experts` in number."""
         shared = [expert % experts for expert in self.experts]
         recency = [expert % experts for expert in self.recency]
         return Accesses(shared, self.tokens, recency, self.weights)
 
     def without(self, resolved: Sequence[Resolved]) -> Accesses:
-        """Return what is left to the GPU's experts: fewer tokens, and none of those that were whole accesses."""
+        """Returns what is left to the GPU's experts: fewer tokens, and none of those that were whole accesses."""
         if not resolved:
             return self
         gone = {access.expert: access.tokens for access in resolved}
@@ -103,7 +103,7 @@ class Visit:
     resolution: Resolution = NOTHING_RESOLVED
 
     def missed(self) -> Iterator[int]:
-        """Yield the experts that were absent: those that were fetched, and those that need not be."""
+        """Yields the experts that were absent: those that were fetched, and those that need not be."""
         for wave in self.waves:
             for admission in wave.admitted:
                 yield admission.expert
@@ -129,7 +129,7 @@ class Part:
 def whole(
     trace: RoutingTrace, steps: Sequence[Step], guesses: Guesses | None, prefetch: Prefetch, *, shared: bool = False
 ) -> Part:
-    """Return all that there is of each step; guesses only as far as the policy wants them.
+    """Returns all that there is of each step; guesses only as far as the policy wants them.
 
     With `shared`, where all layers share the experts of the same index, guesses are those indices.
     """
@@ -155,7 +155,7 @@ def visits(
     miss: Miss | None = None,
     part: Part | None = None,
 ) -> Iterator[Visit]:
-    """Yield every layer visit of the run, decided when it is asked for.
+    """Yields every layer visit of the run, decided when it is asked for.
 
     `guesses` may be None if the prefetch policy wants none; `gauge` is the clock for policies that look at it.
     `budgets` (steps,), in bytes, resizes the expert memory before each step. With `to_host`, what the policy prefetches
@@ -200,7 +200,7 @@ def visits(
 def _looked_up(
     part: Part, steps: Sequence[Step], layers: int, manager: MemoryManager, budgets: Sequence[int] | None
 ) -> Iterator[tuple[int, Accesses, Any, Any]]:
-    """Yield each visit's number, look-ups, guesses and confidences; the memory has each step's budget before."""
+    """Yields each visit's number, look-ups, guesses and confidences; the memory has each step's budget before."""
     no_guesses: list[list[list[int]]] = [[]] * layers
     for index in range(len(steps)):
         if budgets is not None:
@@ -215,7 +215,7 @@ def _looked_up(
 def _serve(
     manager: MemoryManager, number: int, layer: int, accesses: Accesses, resolution: Resolution | None
 ) -> tuple[list[Wave], int]:
-    """Return the waves that serve a visit, and how many of its experts are served elsewhere."""
+    """Returns the waves that serve a visit, and how many of its experts are served elsewhere."""
     looked_up = accesses.experts, accesses.recency, accesses.weights
     if resolution is None:
         return manager.visit(number, layer, *looked_up), 0
@@ -251,7 +251,7 @@ class _Asking:
         self._observes = type(self.prefetch).observe is not Prefetch.observe
 
     def visit(self, number: int, layer: int, asked: Accesses, missed: int, guesses: Any, confidences: Any) -> _Asked:
-        """Return what is prefetched at a visit of which `missed` look-ups missed."""
+        """Returns what is prefetched at a visit of which `missed` look-ups missed."""
         manager, prefetch = self.manager, self.prefetch
         if self.unpin_first:
             manager.unpin()
@@ -278,7 +278,7 @@ class _Asking:
         moment.confidences = confidences
 
     def _admit(self, asked_for: Mapping[int, tuple[int, int]]) -> tuple[list[tuple[Admission, int]], list[int]]:
-        """Return what found room here, with the visit that it is for, and what is staged in host memory instead."""
+        """Returns what found room here, with the visit that it is for, and what is staged in host memory instead."""
         manager, assigned, owned = self.manager, self.manager.assigned, self.owned
         prefetches: list[tuple[Admission, int]] = []
         staged: list[int] = []
@@ -301,7 +301,7 @@ class _Asking:
 def _merge_guesses(
     chosen: Iterable[Iterable[int]], layer: int, layers: int, later: Sequence[int], shared: int
 ) -> dict[int, tuple[int, int]]:
-    """Return what a policy wants at one visit of `layer`, each expert once: the visit it is for, and how often named.
+    """Returns what a policy wants at one visit of `layer`, each expert once: the visit it is for, and how often named.
 
     The nearest layer comes first, then the best rank; an expert that is wanted for several visits is for the first of
     them. What is for no step of the run is left out; `later` as of `later_steps`. Where all layers share the experts
@@ -326,7 +326,7 @@ def _merge_guesses(
 def _resolve(
     miss: Miss, trace: RoutingTrace, step: Step, layer: int, experts: Sequence[int], assigned: Collection[int]
 ) -> Resolution:
-    """Return what a policy makes of a visit's experts that are absent."""
+    """Returns what a policy makes of a visit's experts that are absent."""
     absent = [expert for expert in experts if expert not in assigned]
     resolved = miss.resolve(layer, _absent(trace, step, layer, absent)) if absent else []
     on_cpu = [access.expert for access in resolved if access.way == CPU]
@@ -334,7 +334,7 @@ def _resolve(
 
 
 def _absent(trace: RoutingTrace, step: Step, layer: int, experts: list[int]) -> list[Absent]:
-    """Return what was asked of the absent experts of a layer visit: the gate weights (1.0 where there are none)."""
+    """Returns what was asked of the absent experts of a layer visit: the gate weights (1.0 where there are none)."""
     gates: dict[int, list[float]] = {expert: [] for expert in experts}
     rows = step.rows if trace.present is None else step.rows[trace.present[step.rows, layer]]
     chosen = (trace.experts[rows, layer].astype(np.int64) + layer * trace.num_experts).ravel().tolist()
@@ -346,7 +346,7 @@ def _absent(trace: RoutingTrace, step: Step, layer: int, experts: list[int]) -> 
 
 
 def _tokens_of(trace: RoutingTrace, step: Step, layer: int, experts: list[int]) -> int:
-    """Return how many tokens of a layer visit chose at least one of the experts."""
+    """Returns how many tokens of a layer visit chose at least one of the experts."""
     rows = step.rows if trace.present is None else step.rows[trace.present[step.rows, layer]]
     index = np.array(experts, dtype=np.int64) - layer * trace.num_experts
     return int(np.isin(trace.experts[rows, layer], index).any(axis=1).sum())
@@ -364,7 +364,7 @@ def _fetched_behind(
 
 
 def launch_order(visit: Visit, wave: Wave, resident_first: bool) -> Iterable[tuple[int, int, int]]:
-    """Yield (expert, tokens, copy) of the experts of one wave, in the order of their launch.
+    """Yields (expert, tokens, copy) of the experts of one wave, in the order of their launch.
 
     That is the order of access, or first those that were found (`resident_first`).
     """
@@ -384,7 +384,7 @@ def launch_order(visit: Visit, wave: Wave, resident_first: bool) -> Iterable[tup
 
 
 def step_accesses(trace: RoutingTrace, step: Step) -> Iterator[Accesses]:
-    """Yield the look-ups of each layer of one step; order: tokens in order, router's order within a token."""
+    """Yields the look-ups of each layer of one step; order: tokens in order, router's order within a token."""
     rows = step.rows
     offsets = np.arange(trace.layers, dtype=np.int64)[:, None] * trace.num_experts
     if len(rows) == 1 and trace.present is None:
@@ -396,7 +396,7 @@ def step_accesses(trace: RoutingTrace, step: Step) -> Iterator[Accesses]:
 
 
 def _batch_accesses(trace: RoutingTrace, rows: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]) -> Iterator[Accesses]:
-    """Yield the look-ups of each layer, of several tokens or of one that is not everywhere; `ids` (rows, layers, k)."""
+    """Yields the look-ups of each layer, of several tokens or of one not everywhere; `ids` (rows, layers, k)."""
     for layer in range(trace.layers):
         here = slice(None) if trace.present is None else trace.present[rows, layer]
         pairs = ids[here, layer].ravel().tolist()
@@ -405,7 +405,7 @@ def _batch_accesses(trace: RoutingTrace, rows: npt.NDArray[np.int64], ids: npt.N
 
 
 def single_accesses(trace: RoutingTrace, step: Step) -> Iterator[tuple[int, Accesses]]:
-    """Yield (layer, look-up) of every (token, expert) pair by itself, layers in order, tokens in order."""
+    """Yields (layer, look-up) of every (token, expert) pair by itself, layers in order, tokens in order."""
     for layer in range(trace.layers):
         for row in step.rows.tolist():
             if trace.present is not None and not trace.present[row, layer]:

@@ -110,19 +110,19 @@ class HostRooms:
         self._of: dict[int, tuple[int, int]] = {}
 
     def bring(self, copy: int) -> Brought:
-        """Return where the expert of a copy to the GPU lies."""
+        """Returns where the expert of a copy to the GPU lies."""
         read, admission = self._memory.decided[copy]
         if admission is None:
             return Brought(read, *self._of[read])
         return self._read(admission)
 
     def staged(self) -> Iterator[tuple[int, Brought]]:
-        """Yield what the visit reads for no copy: the expert, and where it will lie."""
+        """Yields what the visit reads for no copy: the expert, and where it will lie."""
         for admission in self._memory.staged:
             yield admission.expert, self._read(admission)
 
     def _read(self, admission: Admission) -> Brought:
-        """Return the room of a read, now that it is made."""
+        """Returns the room of a read, now that it is made."""
         freed = []
         for read in admission.former:
             filled, leaving = self._of[read]

@@ -90,13 +90,13 @@ def in_file_order(trace: RoutingTrace, steps: Sequence[Step]) -> bool:
 
 
 def _rows(steps: Sequence[Step]) -> npt.NDArray[np.int64]:
-    """Return the rows of all steps, one step after the other."""
+    """Returns the rows of all steps, one step after the other."""
     return np.concatenate([step.rows for step in steps]) if steps else np.empty(0, dtype=np.int64)
 
 
 @compiled
 def _number_in_order(chosen: Array, stride: int) -> Array:
-    """Return `layer * stride + index` of every (token, layer, rank), flat, int32."""
+    """Returns `layer * stride + index` of every (token, layer, rank), flat, int32."""
     tokens, layers, k = chosen.shape
     experts = np.empty(tokens * layers * k, dtype=np.int32)
     n = 0

@@ -214,7 +214,7 @@ class MemoryManager:
         return self._evictions.array()
 
     def fitting(self, experts: Iterable[int]) -> list[int]:
-        """Return those, in order, that all have room now, each where the ones before it have theirs."""
+        """Returns those, in order, that all have room now, each where the ones before it have theirs."""
         free = {id(pool): pool.free_bytes for pool in self._pools}
         fit = []
         for expert in experts:
@@ -464,7 +464,7 @@ class MemoryManager:
 
 
 def pool_budgets(expert_bytes: Sequence[int], budget_bytes: int, scope: str) -> list[int]:
-    """Return the bytes of each pool: one for all layers, or one a layer; every layer's pool where there is one a layer.
+    """Returns the bytes of each pool: one for all layers, or one a layer; each layer's pool where there is one a layer.
 
     Room that no whole expert can use is left out where all experts of a pool are of one size. Raises BudgetError if a
     pool cannot hold one expert of its layers, ValueError if there is no such scope, it is benefit, which needs a trace
@@ -489,7 +489,7 @@ def check_sizes(expert_bytes: Sequence[int], scope: str) -> None:
 
 
 def _usable(where: str, sizes: Sequence[int], budget_bytes: int) -> int:
-    """Return the bytes of a pool that experts of these sizes can use."""
+    """Returns the bytes of a pool that experts of these sizes can use."""
     if budget_bytes < max(sizes):
         raise BudgetError(f"{where} is {budget_bytes} bytes: it must hold one expert, {max(sizes)} bytes")
     return budget_bytes - budget_bytes % sizes[0] if min(sizes) == max(sizes) else budget_bytes

@@ -15,7 +15,7 @@ from .memory_manager import check_sizes, pool_budgets
 
 
 def divider(scope: str, expert_bytes: Sequence[int], trace: RoutingTrace) -> Callable[[int], list[int]]:
-    """Return what turns a budget in bytes into the bytes of each pool: one for all layers, or one a layer.
+    """Returns what turns a budget in bytes into the bytes of each pool: one for all layers, or one a layer.
 
     That raises ValueError if the scope does not suit the sizes, BudgetError if a pool cannot hold one expert.
     """
@@ -32,7 +32,7 @@ def divider(scope: str, expert_bytes: Sequence[int], trace: RoutingTrace) -> Cal
 
 
 def hits_by_slots(trace: RoutingTrace) -> npt.NDArray[np.int64]:
-    """Return the LRU hits of each layer for 0 to all experts in memory (layers, experts + 1), at batch 1.
+    """Returns the LRU hits of each layer for 0 to all experts in memory (layers, experts + 1), at batch 1.
 
     By stack distance, exact from top-k slots on; with fewer a visit is served in waves, and no hits are counted.
     """
@@ -48,7 +48,7 @@ def hits_by_slots(trace: RoutingTrace) -> npt.NDArray[np.int64]:
 
 
 def most_hits(hits: npt.NDArray[np.int64], slots: int) -> list[int]:
-    """Return how many slots each layer gets, at least one, so that all layers' hits together are the most.
+    """Returns how many slots each layer gets, at least one, so that all layers' hits together are the most.
 
     `hits` (layers, experts + 1) are those with 0, 1, … slots. The dynamic program of AdapMoE (Zhong et al. 2024,
     arXiv:2408.10284, section 4.3): best(l, t) = max over c of best(l - 1, t - c) + hits(l, c). Ties go to fewer slots.

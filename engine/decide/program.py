@@ -80,7 +80,7 @@ class Parts:
             part.append(command)
 
     def taken(self) -> list[Array]:
-        """Return all commands, each GPU's behind one that says how many they are, and begin anew."""
+        """Returns all commands, each GPU's behind one that says how many they are, and begin anew."""
         found = []
         for gpu, commands in self._commands.items():
             found += [_command(Op.PART, gpu, extra=len(commands)), *commands]
@@ -108,7 +108,7 @@ class Rows:
         self._apart = False  # whether there are parts that are not in the buffer yet
 
     def room_for(self, more: int) -> Array:
-        """Return the buffer with room for so many more commands."""
+        """Returns the buffer with room for so many more commands."""
         if self._apart:
             self._end_parts()
         needed = int(self._rows[0, 0]) + more + 1
@@ -140,7 +140,7 @@ class Rows:
         rows[first + 1 : rows[0, 0] + 1] = commands
 
     def portion(self) -> Array:
-        """Return the commands since the last portion (commands, columns); they are valid until the next is begun."""
+        """Returns the commands since the last portion (commands, columns); they are valid until the next is begun."""
         if self._apart:
             self._end_parts()
         count = int(self._rows[0, 0])
@@ -165,7 +165,7 @@ class Gpu:
         self.reads_back = bool(self.settings[READS_BACK])
 
     def register(self, name: int) -> int:
-        """Return the number of a register that every GPU has."""
+        """Returns the number of a register that every GPU has."""
         return int(self.settings[FIRST_REGISTER]) + name
 
     def dense(self, rows: Rows, layer: int, tokens: int, phase: int) -> None:
@@ -220,7 +220,7 @@ class Stage:
     sends: Sequence[int] | None = None
 
     def step(self, rows: Rows, step: int) -> Iterator[Array]:
-        """Yield the portions of one step."""
+        """Yields the portions of one step."""
         gpu, phase, tokens = self.gpu, self.steps[step].phase, len(self.steps[step].rows)
         for layer in range(self.layers):
             rows.add(Op.VISIT, gpu.number, extra=int(layer == 0))
@@ -251,7 +251,7 @@ class Stage:
 
 
 def stages_program(stages: Sequence[Stage]) -> Program:
-    """Yield the program of a thread that takes every step through some stages, one after the other."""
+    """Yields the program of a thread that takes every step through some stages, one after the other."""
     rows = Rows()
     for step in range(len(stages[0].steps)):
         yield _through(stages, rows, step)
@@ -284,7 +284,7 @@ class SharedLayers:
         self.apart = not one_thread and any(gpu.may_wait for gpu in gpus)
 
     def program(self, steps: Sequence[Step], homes: Sequence[Array]) -> Program:
-        """Yield the program; `homes` (steps,) are the GPUs of each step's tokens."""
+        """Yields the program; `homes` (steps,) are the GPUs of each step's tokens."""
         for step, home in zip(steps, homes, strict=True):
             yield self._step(step, np.bincount(home, minlength=len(self._gpus)).tolist())
 
@@ -312,14 +312,14 @@ class SharedLayers:
         yield rows.portion()
 
     def _turns(self) -> Iterator[Gpu]:
-        """Yield the GPUs, each with its thread at it."""
+        """Yields the GPUs, each with its thread at it."""
         for gpu in self._gpus:
             if self._one:
                 self._rows.add(Op.TURN, gpu.number, extra=0)
             yield gpu
 
     def _each(self) -> Iterator[Gpu]:
-        """Yield the GPUs, each with its own thread or the one at it."""
+        """Yields the GPUs, each with its own thread or the one at it."""
         if not self.apart:
             yield from self._turns()
             return
@@ -385,7 +385,7 @@ class SharedLayers:
             self._left.clear()
 
     def _loans(self, visit: PlacedVisit, gpu: int) -> Loans:
-        """Return what a GPU's copies have to do with other GPUs' memory, by register."""
+        """Returns what a GPU's copies have to do with other GPUs' memory, by register."""
         stores: dict[int, tuple[int, int, int, int]] = {}
         registers = self._gpus[gpu].registers
         for copy, store in visit.stores[gpu].items():

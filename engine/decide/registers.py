@@ -20,13 +20,13 @@ class Registers:
         return self._count[0]
 
     def own(self) -> Registers:
-        """Return those of one more program: numbers that no other takes."""
+        """Returns those of one more program: numbers that no other takes."""
         registers = Registers(0)
         registers._count = self._count
         return registers
 
     def take(self) -> int:
-        """Return one that stands for nothing that anybody will ask for."""
+        """Returns one that stands for nothing that anybody will ask for."""
         if self._free:
             return self._free.pop()
         self._count[0] += 1

@@ -59,7 +59,7 @@ class Source:
 
 
 def decided_in_python(source: Source) -> str | None:
-    """Return the key that has a GPU's decisions made in Python; None where compiled code makes them."""
+    """Returns the key that has a GPU's decisions made in Python; None where compiled code makes them."""
     if any(type(pool.policy) not in EVICTIONS for pool in source.manager.pools):
         return "memory.eviction"
     if type(source.prefetch) not in PREFETCHES:
@@ -77,7 +77,7 @@ def decided_in_python(source: Source) -> str | None:
 
 
 def shared_in_python(sources: Sequence[Source], remote: str, spare_experts: int, owners: Sequence[int]) -> str | None:
-    """Return the key that has the decisions of GPUs that share experts made in Python; None where compiled code does.
+    """Returns the key that has the decisions of GPUs that share experts made in Python; None where compiled code does.
 
     `owners` is how many GPUs own each expert.
     """

@@ -52,11 +52,11 @@ class Rooms:
             self.admit(copy)
 
     def of(self, copy: int) -> Room:
-        """Return the room of a copy."""
+        """Returns the room of a copy."""
         return self._of[copy]
 
     def admit(self, copy: int) -> Room:
-        """Return the room of a new copy."""
+        """Returns the room of a new copy."""
         take = self._registers.take
         room = self._of[copy] = Room(take(), take(), take()) if self._lends else Room(take())
         return room
@@ -121,7 +121,7 @@ class _Copies:
             self.copies.append((expert, -1, -1, STAGED, -1, first, first, *_HERE, -1, *tier))
 
     def _tier(self, brought: Brought) -> tuple[int, ...]:
-        """Return the columns that say where an expert lies in host memory, and by which read."""
+        """Returns the columns that say where an expert lies in host memory, and by which read."""
         first = len(self.taken)
         self.taken += [(room.filled, int(room.left), -1, room.leaving, *_STAYS) for room in brought.freed]
         self.requests += brought.requests
@@ -131,7 +131,7 @@ class _Copies:
 def visit_tables(
     visit: Visit, phase: int, rooms: Rooms, loans: Loans | None = None, host: HostRooms | None = None
 ) -> Tables:
-    """Return a visit in a step of a phase as tables; visits must come in the order in which they are dispatched.
+    """Returns a visit in a step of a phase as tables; visits must come in the order in which they are dispatched.
 
     `host` are the rooms of host memory, where that does not hold every expert.
     """

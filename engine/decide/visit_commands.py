@@ -365,6 +365,6 @@ def order_visit(
 
 
 def settings_array(**chosen: int) -> Array:
-    """Return the settings of a run, by the names in SETTINGS; what is left out is 0, lanes are none."""
+    """Returns the settings of a run, by the names in SETTINGS; what is left out is 0, lanes are none."""
     defaults = {"predictor_lane": -1, "prefetch_lane": H2D}
     return np.array([int(chosen.get(name, defaults.get(name, 0))) for name in SETTINGS], dtype=np.int64)

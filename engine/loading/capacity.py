@@ -91,7 +91,7 @@ def check(inputs: Inputs) -> None:
 
 
 def memories(inputs: Inputs) -> list[Memory]:
-    """Return what a scenario keeps in each memory of its machine: GPUs first, then a peer, the host and the drive."""
+    """Returns what a scenario keeps in each memory of its machine: GPUs first, then a peer, the host and the drive."""
     profile, scenario = inputs.profile, inputs.scenario
     found = [
         Memory(part.device, "gpu", gpu_parts(part), *profile.capacity("gpu", part.device)) for part in inputs.parts
@@ -112,7 +112,7 @@ def memories(inputs: Inputs) -> list[Memory]:
 
 
 def gpu_parts(part: Inputs) -> dict[str, int]:
-    """Return what one GPU's memory keeps when its KV cache is largest, in bytes by name."""
+    """Returns what one GPU's memory keeps when its KV cache is largest, in bytes by name."""
     scenario, model = part.scenario, part.model
     start = scenario.workload.context or 0
     cached = kv_cache_bytes(model, part.trace, part.steps, start, here=_lives_here(part))
@@ -132,7 +132,7 @@ def gpu_parts(part: Inputs) -> dict[str, int]:
 
 
 def fixed_parts(scenario: Scenario, model: Model, predictor_bytes: int) -> dict[str, int]:
-    """Return what a GPU's memory keeps besides experts and KV cache, in bytes by name."""
+    """Returns what a GPU's memory keeps besides experts and KV cache, in bytes by name."""
     return {
         DENSE: sum(model.dense_bytes),
         HEAD: model.head_bytes,
@@ -143,7 +143,7 @@ def fixed_parts(scenario: Scenario, model: Model, predictor_bytes: int) -> dict[
 
 
 def host_parts(inputs: Inputs) -> dict[str, int]:
-    """Return what host memory keeps, in bytes by name: a cache over the drive, or all experts that may be copied."""
+    """Returns what host memory keeps, in bytes by name: a cache over the drive, or all experts that may be copied."""
     scenario, model = inputs.scenario, inputs.model
     parts = {TABLE: model.host_table_bytes}
     if scenario.tiers.host_budget != "all":
@@ -166,7 +166,7 @@ def kv_cache_bytes(
     *,
     here: npt.NDArray[np.bool_] | None = None,
 ) -> npt.NDArray[np.int64]:
-    """Return the bytes of the KV cache at each step (steps,), with the states of linear attention.
+    """Returns the bytes of the KV cache at each step (steps,), with the states of linear attention.
 
     It holds every position of the sequences that run, and the `start` positions that each had before; a sequence leaves
     it with its last step. `here` says which of all steps' rows count (None: all).
@@ -192,7 +192,7 @@ def kv_cache_bytes(
 
 
 def described(inputs: Inputs) -> dict[str, Any]:
-    """Return the sums as plain data for JSON; `resident` is a GPU if it held every expert it serves (the fullest one).
+    """Returns the sums as plain data for JSON; `resident` is a GPU if it held every expert it serves (the fullest one).
 
     `fits` is None where no capacity is stated. Shares are of the capacity: `share` of all that is kept there,
     `experts_share` of the room for experts. `idle_bytes` of `memory.total_bytes` are left to nobody.
@@ -236,7 +236,7 @@ def _for_experts(memory: Memory) -> int:
 
 
 def _resident(part: Inputs, memory: Memory) -> Memory:
-    """Return a GPU's memory with all experts that it serves in place of its room for experts."""
+    """Returns a GPU's memory with all experts that it serves in place of its room for experts."""
     model = part.model
     experts = range(model.total_experts) if part.placed is None else held(part.placed, part.device)
     held_bytes = sum(model.expert_bytes[expert // model.experts] for expert in experts)
@@ -247,7 +247,7 @@ def _resident(part: Inputs, memory: Memory) -> Memory:
 
 
 def _lives_here(part: Inputs) -> npt.NDArray[np.bool_] | None:
-    """Return which rows of a GPU's steps are of sequences whose KV cache it keeps; None if all are."""
+    """Returns which rows of a GPU's steps are of sequences whose KV cache it keeps; None if all are."""
     if part.placed is None or not part.placed.moves_tokens:
         return None
     here: npt.NDArray[np.bool_] = np.concatenate(part.placed.homes) == int(part.device.removeprefix("gpu"))
@@ -255,12 +255,12 @@ def _lives_here(part: Inputs) -> npt.NDArray[np.bool_] | None:
 
 
 def _all_experts(model: Model, scenario: Scenario) -> int:
-    """Return the bytes of all experts; of one layer's where all layers use these."""
+    """Returns the bytes of all experts; of one layer's where all layers use these."""
     return model.experts * model.expert_bytes[0] if scenario.memory.scope == "shared" else model.total_expert_bytes
 
 
 def _copied_bytes(part: Inputs) -> int:
-    """Return the bytes, as they lie in host memory, of the experts that may be copied to one GPU, or computed there.
+    """Returns the bytes, as they lie in host memory, of the experts that may be copied to one GPU, or computed there.
 
     These are all, but those that lie on the GPU from before the run to its end.
     """
@@ -274,7 +274,7 @@ def _copied_bytes(part: Inputs) -> int:
 
 
 def _staying(part: Inputs) -> Sequence[int]:
-    """Return the experts that never leave a GPU: those preloaded, where nothing is copied or all have room."""
+    """Returns the experts that never leave a GPU: those preloaded, where nothing is copied or all have room."""
     scenario, model = part.scenario, part.model
     if scenario.memory.preload == "none":
         return ()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def make_prefetch(scenario: Scenario, model: Model, copy_ns: int = 0) -> Prefetch:
-    """Return the scenario's prefetch policy; `k` left out means the model's top-k, lookahead 0 no prefetch.
+    """Returns the scenario's prefetch policy; `k` left out means the model's top-k, lookahead 0 no prefetch.
 
     `copy_ns` is what the copy of one expert takes, for policies that weigh it.
     """
@@ -48,7 +48,7 @@ def make_prefetch(scenario: Scenario, model: Model, copy_ns: int = 0) -> Prefetc
 
 
 def make_manager(inputs: Inputs, spool: Spool | None = None) -> MemoryManager:
-    """Return a fresh memory manager as the scenario wants it; `spool` keeps its records, and its GPU's."""
+    """Returns a fresh memory manager as the scenario wants it; `spool` keeps its records, and its GPU's."""
     memory, model = inputs.scenario.memory, inputs.model
     sizes, size_of = kept_bytes(inputs)
     share = None
@@ -75,7 +75,7 @@ def make_manager(inputs: Inputs, spool: Spool | None = None) -> MemoryManager:
 
 
 def _setting(inputs: Inputs) -> Setting:
-    """Return what eviction policies may know of a run; the memory manager adds the rest."""
+    """Returns what eviction policies may know of a run; the memory manager adds the rest."""
     return Setting(
         seed=inputs.scenario.seed,
         first_layer=inputs.first_layer,
@@ -86,7 +86,7 @@ def _setting(inputs: Inputs) -> Setting:
 
 
 def make_host_memory(inputs: Inputs, spool: Spool | None = None) -> HostMemory | None:
-    """Return a fresh, empty cache in host memory as the scenario wants it; None if host memory holds every expert.
+    """Returns a fresh, empty cache in host memory as the scenario wants it; None if host memory holds every expert.
 
     `spool` is of the GPU's records; its own are kept within.
     """
@@ -118,7 +118,7 @@ def dispatched(
     gauge: Gauge | None = None,
     host_memory: HostMemory | None = None,
 ) -> Iterator[Visit]:
-    """Return the visits of a run, decided one by one as they are asked for, those of host memory with them."""
+    """Returns the visits of a run, decided one by one as they are asked for, those of host memory with them."""
     decided = visits(
         inputs.trace,
         inputs.steps,
@@ -135,7 +135,7 @@ def dispatched(
 
 
 def source_of(inputs: Inputs, manager: MemoryManager, prefetch: Prefetch, *, host_memory: bool = False) -> Source:
-    """Return what one GPU decides by; `host_memory`: there is less of it than all experts take."""
+    """Returns what one GPU decides by; `host_memory`: there is less of it than all experts take."""
     from ..decide.sources import Source
 
     return Source(

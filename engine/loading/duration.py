@@ -29,7 +29,7 @@ def check_duration(inputs: Inputs) -> None:
 
 
 def _visit_ns(part: Inputs, costs: Costs, tokens: int) -> tuple[int, str, int]:
-    """Return what a visit of so many tokens takes at most, what most of that is for, and what one such takes."""
+    """Returns what a visit of so many tokens takes at most, what most of that is for, and what one such takes."""
     model, scenario = part.model, part.scenario
     ahead = scenario.prefetch.lookahead * min(model.experts, tokens * (scenario.prefetch.k or model.top_k))
     used = min(model.experts, tokens * model.top_k)

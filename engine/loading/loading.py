@@ -70,7 +70,7 @@ def load_inputs(scenario: Scenario, trace: RoutingTrace | None = None) -> Inputs
 
 
 def steps_of(scenario: Scenario, trace: RoutingTrace) -> list[Step]:
-    """Return the steps that a scenario makes of a trace."""
+    """Returns the steps that a scenario makes of a trace."""
     workload = scenario.workload
     return plan_steps(
         trace.sequence,
@@ -84,7 +84,7 @@ def steps_of(scenario: Scenario, trace: RoutingTrace) -> list[Step]:
 
 
 def completed(bare: Inputs) -> Inputs:
-    """Return inputs with the guesses and budgets that the scenario wants, and its stages; ValueError if it cannot run.
+    """Returns inputs with the guesses and budgets that the scenario wants, and its stages; ValueError if it cannot run.
 
     `bare` inputs have neither; guesses that they do have are kept.
     """
@@ -100,7 +100,7 @@ def completed(bare: Inputs) -> Inputs:
 
 
 def _on_one_gpu(bare: Inputs) -> Inputs:
-    """Return the inputs of a whole model, or of one stage."""
+    """Returns the inputs of a whole model, or of one stage."""
     scenario, model, trace, steps = bare.scenario, bare.model, bare.trace, bare.steps
     guesses = bare.guesses or _guesses(bare)
     budget_bytes = scenario.memory.budget_bytes(model.expert_bytes, model.experts)
@@ -126,7 +126,7 @@ def _on_one_gpu(bare: Inputs) -> Inputs:
 
 
 def _in_stages(whole: Inputs) -> Inputs:
-    """Return inputs with those of each stage of a pipeline; raise if a stage cannot run, or a link is not there."""
+    """Returns inputs with those of each stage of a pipeline; raise if a stage cannot run, or a link is not there."""
     scenario, stages = whole.scenario, whole.scenario.parallel.stages
     if stages > 1:
         links = Links(whole.profile, scenario, stages, "parallel.stages")
@@ -162,7 +162,7 @@ def _in_stages(whole: Inputs) -> Inputs:
 
 
 def _guesses(bare: Inputs) -> Guesses | None:
-    """Return what the scenario's predictor guesses; None if neither prefetch nor eviction goes by guesses."""
+    """Returns what the scenario's predictor guesses; None if neither prefetch nor eviction goes by guesses."""
     scenario = bare.scenario
     policy = make_prefetch(scenario, bare.model)
     horizons, ranks = (policy.horizons, policy.guesses) if policy.guesses else (0, 0)
@@ -187,7 +187,7 @@ def _evicts_by_guesses(scenario: Scenario) -> bool:
 def expert_budgets(
     scenario: Scenario, model: Model, trace: RoutingTrace, steps: list[Step], most_bytes: int, predictor_bytes: int = 0
 ) -> list[int] | None:
-    """Return the expert budget before each step, `most_bytes` at most.
+    """Returns the expert budget before each step, `most_bytes` at most.
 
     It is what the KV cache and all else (`fixed_parts`) leave of the total; None without a total.
     """
@@ -243,7 +243,7 @@ def _load_trace(scenario: Scenario, model: Model) -> RoutingTrace:
 
 
 def _sized(model: Model, trace: RoutingTrace) -> Model:
-    """Return the model with the bytes of experts, and of dense parts where they are known, that a trace's log gives."""
+    """Returns the model with the bytes of experts, and of dense parts where known, that a trace's log gives."""
     if "expert_bytes" not in trace.extra:
         raise ScenarioError("model.sizes = 'trace': the trace does not say how large its experts are: choose 'preset'")
     expert_bytes = tuple(trace.extra["expert_bytes"].tolist())

@@ -23,7 +23,7 @@ from ..scenario.sections_memory import shrunk
 
 
 def kept_bytes(inputs: Inputs) -> tuple[list[int], list[int] | None]:
-    """Return the room of an expert: the most by layer (layers,), and by expert where they differ within a layer."""
+    """Returns the room of an expert: the most by layer (layers,), and by expert where they differ within a layer."""
     compression, model = inputs.scenario.compression, inputs.model
     if compression.mixed is None:
         return [compression.kept_bytes(size_bytes) for size_bytes in model.expert_bytes], None
@@ -39,7 +39,7 @@ def kept_bytes(inputs: Inputs) -> tuple[list[int], list[int] | None]:
 
 
 def _ratios(mixed: list[list[float]], experts: int) -> list[float]:
-    """Return the ratio of each rank of popularity in a layer, given (share of the experts, ratio) pairs."""
+    """Returns the ratio of each rank of popularity in a layer, given (share of the experts, ratio) pairs."""
     ends = [round(share * experts) for share in accumulate(share for share, _ in mixed)]
     ratios: list[float] = []
     for end, (_, ratio) in zip(ends, mixed, strict=True):
@@ -48,7 +48,7 @@ def _ratios(mixed: list[list[float]], experts: int) -> list[float]:
 
 
 def low_precision(inputs: Inputs) -> tuple[Collection[int], int]:
-    """Return the experts with a copy in low precision in GPU memory, the most popular first, and the bytes of these."""
+    """Returns the experts with a copy in low precision in GPU memory, the most popular first and the bytes of these."""
     miss, model = inputs.scenario.miss, inputs.model
     if miss.policy != "low_precision":
         return (), 0
@@ -83,7 +83,7 @@ def preload(manager: MemoryManager, inputs: Inputs) -> None:
 
 
 def make_miss(inputs: Inputs) -> Miss | None:
-    """Return the scenario's miss policy; None where all misses are fetched.
+    """Returns the scenario's miss policy; None where all misses are fetched.
 
     ScenarioError if it needs gate weights and the trace has none, ProfileError if the profile knows nothing of the CPU.
     """
@@ -127,13 +127,13 @@ def _with_costs(terms: Terms, inputs: Inputs) -> Terms:
 
 
 def _setting(inputs: Inputs) -> Setting:
-    """Return what is known of the run before it starts, as for one pool of all layers."""
+    """Returns what is known of the run before it starts, as for one pool of all layers."""
     model = inputs.model
     layers = tuple(range(model.layers))
     return Setting(layers=layers, experts=model.experts, trace=inputs.trace, steps=inputs.steps)
 
 
 def plain(scenario: Scenario) -> Scenario:
-    """Return the scenario with every miss fetched and no expert in fewer bytes."""
+    """Returns the scenario with every miss fetched and no expert in fewer bytes."""
     fields = type(scenario).model_fields
     return scenario.model_copy(update={"miss": fields["miss"].default, "compression": fields["compression"].default})

@@ -30,7 +30,7 @@ class AccessSums:
 
 
 def accesses_from(recording: Recording, shadow_misses: Array | None, first_step: int = 0) -> AccessSums:
-    """Return the sums over one GPU's accesses from a step on; `shadow_misses` as `gpu_metrics` takes them."""
+    """Returns the sums over one GPU's accesses from a step on; `shadow_misses` as `gpu_metrics` takes them."""
     layers = len(recording.expert_bytes)
     outcomes, waits_ns = recording.outcomes, recording.wait_ns
     if first_step:
@@ -56,7 +56,7 @@ ACCESS_RATES = ("hit_rate", "hit_rate_without_prefetch", "late_rate", "late_wait
 
 
 def access_rates(each: Sequence[AccessSums]) -> dict[str, float | None]:
-    """Return the rates and mean waits of all GPUs' accesses together, by ACCESS_RATES."""
+    """Returns the rates and mean waits of all GPUs' accesses together, by ACCESS_RATES."""
     accesses, late = sum(gpu.accesses for gpu in each), sum(gpu.late for gpu in each)
     alone = [gpu.missed_alone for gpu in each if gpu.missed_alone is not None]
     values = (
@@ -70,7 +70,7 @@ def access_rates(each: Sequence[AccessSums]) -> dict[str, float | None]:
 
 
 def miss_causes(recording: Recording, shadow_misses: Array | None) -> Array:
-    """Return why each access missed (accesses,): an index into MISS_CAUSES; -1 for one that did not.
+    """Returns why each access missed (accesses,): an index into MISS_CAUSES; -1 for one that did not.
 
     Compulsory and capacity as in Hill & Smith (1989), "Evaluating associativity in CPU caches"; pollution is the
     prefetcher's doing: the same cache without it, in a shadow run, had the expert.
@@ -87,7 +87,7 @@ def miss_causes(recording: Recording, shadow_misses: Array | None) -> Array:
 
 
 def miss_keys(visits: Iterable[Visit], total_experts: int) -> Array:
-    """Return one integer per miss of dispatched visits: visit * experts of the model + expert."""
+    """Returns one integer per miss of dispatched visits: visit * experts of the model + expert."""
     return np.array(
         [visit.number * total_experts + expert for visit in visits for expert in visit.missed()],
         dtype=np.int64,

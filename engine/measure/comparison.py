@@ -67,7 +67,7 @@ class Step(NamedTuple):
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """Return the plain data of a result.json, given the file or the folder that holds it. Raises CompareError."""
+    """Returns the plain data of a result.json, given the file or the folder that holds it. Raises CompareError."""
     if path.is_dir():
         path = path / "result.json"
     try:
@@ -86,7 +86,7 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def compare(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return two or more runs side by side, as plain data for JSON: all against the first.
+    """Returns two or more runs side by side, as plain data for JSON: all against the first.
 
     `figures` and `ratios` (to the first) are lists in the order of `runs`, None where undefined; `settings` are those
     that differ; `where` has, for every run but the first, each GPU's parts: from_ms, to_ms and their difference.
@@ -110,7 +110,7 @@ def compare(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def waterfall(first: Mapping[str, Any], second: Mapping[str, Any], gpu: str = "gpu0") -> list[Step]:
-    """Return the bars that lead from one makespan to another: the first, each part's difference, the second."""
+    """Returns the bars that lead from one makespan to another: the first, each part's difference, the second."""
     parts = _parts_ns(first), _parts_ns(second)
     if not all(gpu in run for run in parts):
         raise CompareError(
@@ -126,7 +126,7 @@ def waterfall(first: Mapping[str, Any], second: Mapping[str, Any], gpu: str = "g
 
 
 def _parts_ns(run: Mapping[str, Any]) -> dict[str, dict[str, int]]:
-    """Return the parts of a run's makespan on each GPU, in ns, which add up to it."""
+    """Returns the parts of a run's makespan on each GPU, in ns, which add up to it."""
     makespan_ns = round(run["makespan_ms"] * 1e6)
     parts_ns = {}
     # A result from before there were several GPUs has one.
@@ -142,7 +142,7 @@ def _parts_ns(run: Mapping[str, Any]) -> dict[str, dict[str, int]]:
 
 
 def _where(first: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
-    """Return where two runs differ, on each GPU that both have."""
+    """Returns where two runs differ, on each GPU that both have."""
     before, after = _parts_ns(first), _parts_ns(other)
     return {
         gpu: {
@@ -159,7 +159,7 @@ def _where(first: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, dict
 
 
 def _differing(scenarios: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Return the settings that are not the same in all scenarios."""
+    """Returns the settings that are not the same in all scenarios."""
     keys = dict.fromkeys(key for scenario in scenarios for key in scenario)
     listed = {key: _of(scenarios, key) for key in keys}
     return {key: values for key, values in listed.items() if any(value != values[0] for value in values)}

@@ -37,7 +37,7 @@ class Spot(NamedTuple):
 
 
 def finished(rows: Iterable[Row], *figures: str) -> list[Row]:
-    """Return the rows without an error, with these figures alone, undefined ones left out.
+    """Returns the rows without an error, with these figures alone, undefined ones left out.
 
     Each row keeps `settings` and has the figures beside them by their dotted names. Raises InsightError if none is left
     or no row knows a figure.
@@ -59,14 +59,14 @@ def finished(rows: Iterable[Row], *figures: str) -> list[Row]:
 
 
 def varying(rows: Sequence[Row]) -> list[str]:
-    """Return the keys of the grid that have more than one value, those with most values first."""
+    """Returns the keys of the grid that have more than one value, those with most values first."""
     keys = dict.fromkeys(key for row in rows for key in row["settings"])
     counts = {key: len(values_of(rows, key)) for key in keys}
     return sorted((key for key in keys if counts[key] > 1), key=lambda key: -counts[key])
 
 
 def values_of(rows: Sequence[Row], key: str) -> list[Any]:
-    """Return the values that a key of the grid has, numbers in order, others in that of the rows."""
+    """Returns the values that a key of the grid has, numbers in order, others in that of the rows."""
     values = list(dict.fromkeys(row["settings"].get(key) for row in rows))
     numbers = all(isinstance(value, int | float) for value in values)
     return sorted(values) if numbers else values
@@ -80,7 +80,7 @@ def check_key(rows: Sequence[Row], key: str) -> None:
 
 
 def table(rows: Sequence[Row], x: str, by: str | None, figure: str) -> dict[Any, dict[Any, float]]:
-    """Return the median of a figure by the value of `by` (None: one line), then by that of `x`."""
+    """Returns the median of a figure by the value of `by` (None: one line), then by that of `x`."""
     groups: dict[Any, dict[Any, list[float]]] = {}
     for row in rows:
         settings = row["settings"]
@@ -103,7 +103,7 @@ def check_few(key: str | None, values: Sequence[Any]) -> None:
 
 
 def front(rows: Sequence[Row], speed: str, memory: str) -> list[Spot]:
-    """Return the rows that no other beats: with no more memory none is faster; least memory first."""
+    """Returns the rows that no other beats: with no more memory none is faster; least memory first."""
     spots = sorted((Spot(row[memory], row[speed], row["settings"]) for row in rows), key=lambda s: (s.memory, -s.speed))
     best: list[Spot] = []
     for spot in spots:
@@ -113,7 +113,7 @@ def front(rows: Sequence[Row], speed: str, memory: str) -> list[Spot]:
 
 
 def effects(rows: Sequence[Row], figure: str) -> list[Effect]:
-    """Return what each setting does to a figure, its median over all other settings, the strongest first."""
+    """Returns what each setting does to a figure, its median over all other settings, the strongest first."""
     found = []
     for key in varying(rows):
         medians = table(rows, key, None, figure)[None]
@@ -123,5 +123,5 @@ def effects(rows: Sequence[Row], figure: str) -> list[Effect]:
 
 
 def best(rows: Sequence[Row], figure: str, memory: str, *, most: bool) -> Row:
-    """Return the row with most, or least, of a figure; of equals that with the least memory, and of those the first."""
+    """Returns the row with most, or least, of a figure; of equals that with the least memory, of those the first."""
     return min(rows, key=lambda row: (-row[figure] if most else row[figure], row[memory]))

@@ -66,12 +66,12 @@ class Prices:
     hit_ns: int
 
     def copy_ns(self, before: int) -> int:
-        """Return what a copy from the host takes with so many ordered just before it."""
+        """Returns what a copy from the host takes with so many ordered just before it."""
         return self.queued_ns if before else self.alone_ns
 
 
 def next_state(event: str, state: str, expert: int) -> str:
-    """Return the state that follows; raise TransitionError naming event, state and expert if none may."""
+    """Returns the state that follows; raise TransitionError naming event, state and expert if none may."""
     try:
         return TRANSITIONS[state, event]
     except KeyError:
@@ -103,7 +103,7 @@ class MemoryLog:
         self._state: dict[int, str] = {}  # of the experts that are not in CPU memory: it checks, it never decides
         self._guessed: set[int] = set()  # since the last visit
         self._queued = 0  # prefetches ordered since the last visit
-        self._visits = self._evictions_told = self._last_access_end_ns = 0
+        self._visits = self._evictions_noted = self._last_access_end_ns = 0
 
     @property
     def dropped(self) -> int:
@@ -189,9 +189,9 @@ class MemoryLog:
 
     def _tell_evictions(self, count: int, layer: int, token: int) -> None:
         """Tell the manager's next evictions; an expert that layers share is evicted by the layer being served."""
-        first = self._evictions_told
-        self._evictions_told += count
-        for copy in self._manager.evicted_copies[first : self._evictions_told]:
+        first = self._evictions_noted
+        self._evictions_noted += count
+        for copy in self._manager.evicted_copies[first : self._evictions_noted]:
             expert = int(self._manager.copy_expert[copy])
             self._move("evict", expert)
             self.unused.pop(expert, None)

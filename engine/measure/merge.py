@@ -29,7 +29,7 @@ def run_metrics(
     shadow_misses: Sequence[Array | None],
     serving: Serving | None = None,
 ) -> dict[str, Any]:
-    """Return the metrics of a run as plain data for JSON, with what each GPU did under `gpus`.
+    """Returns the metrics of a run as plain data for JSON, with what each GPU did under `gpus`.
 
     `shadow_misses` are those of each GPU, as `metrics.gpu_metrics` takes them. Of several GPUs, `time`, its `stall_ms`
     with `host_held_ms` and `link_utilization` are means, so that the parts still add up to the makespan, and
@@ -55,7 +55,7 @@ def run_metrics(
 def _access_rates(
     recordings: Sequence[Recording], shadow_misses: Sequence[Array | None], first_step: int
 ) -> dict[str, float | None]:
-    """Return the rates of all GPUs' accesses from a step on."""
+    """Returns the rates of all GPUs' accesses from a step on."""
     return access_rates(
         [
             accesses_from(recording, misses, first_step)
@@ -65,32 +65,32 @@ def _access_rates(
 
 
 def one_by_one(recordings: Iterable[Recording]) -> Iterator[Recording]:
-    """Yield recordings; what lies in files is brought into memory for one of them at a time."""
+    """Yields recordings; what lies in files is brought into memory for one of them at a time."""
     for recording in recordings:
         yield recording
         recording.forget()
 
 
 def makespan_ns(recordings: Iterable[Recording]) -> int:
-    """Return the end of the last kernel on any GPU."""
+    """Returns the end of the last kernel on any GPU."""
     return max(recording.makespan_ns for recording in one_by_one(recordings))
 
 
 def step_metrics(recordings: Sequence[Recording], serving: Serving | None = None) -> dict[str, Any]:
-    """Return speed as `speed.speed_metrics` does."""
+    """Returns speed as `speed.speed_metrics` does."""
     serving = serving or Serving()
     return speed_metrics(served(recordings, serving), serving.warmup_steps)
 
 
 def served(recordings: Sequence[Recording], serving: Serving) -> Served:
-    """Return the steps of a run in time: each has ended once its heads have, on whichever GPUs they run."""
+    """Returns the steps of a run in time: each has ended once its heads have, on whichever GPUs they run."""
     first = recordings[0]
     end_ns, took_ns = _step_times_ns(recordings, serving.previous)
     return Served(first.steps, first.trace.sequence, end_ns, took_ns, makespan_ns(recordings))
 
 
 def _step_times_ns(recordings: Sequence[Recording], previous: Sequence[int] | None) -> tuple[Array, Array]:
-    """Return when each step ended and what it took, both (steps,)."""
+    """Returns when each step ended and what it took, both (steps,)."""
     end_ns = np.zeros(len(recordings[0].steps), dtype=np.int64)
     for recording in one_by_one(recordings):  # a GPU may have no tokens in a step
         heads = recording.compute_spans[recording.compute_spans["kind"] == HEAD]
@@ -102,7 +102,7 @@ def _step_times_ns(recordings: Sequence[Recording], previous: Sequence[int] | No
 
 
 def merged_timeline(recordings: Sequence[Recording]) -> Timeline:
-    """Return all spans on one timeline, those of each GPU in turn; lanes of the same name become one.
+    """Returns all spans on one timeline, those of each GPU in turn; lanes of the same name become one.
 
     Numbers become those of the model, and of the run.
     """
@@ -132,7 +132,7 @@ def merged_timeline(recordings: Sequence[Recording]) -> Timeline:
 
 
 def memory_steps(recordings: Sequence[Recording]) -> tuple[Array, Array, Array]:
-    """Return (time_ns, assigned_bytes, budget_bytes) of the expert memory of all GPUs together, in order of time."""
+    """Returns (time_ns, assigned_bytes, budget_bytes) of the expert memory of all GPUs together, in order of time."""
     each = [metrics.memory_steps(recording) for recording in recordings]
     if len(each) == 1:
         return each[0]
@@ -147,7 +147,7 @@ def memory_steps(recordings: Sequence[Recording]) -> tuple[Array, Array, Array]:
 
 
 def link_usage(recordings: Sequence[Recording], links: Links, sent: Iterable[Carried]) -> list[dict[str, Any]]:
-    """Return what each link of the machine carried, as `network.link_loads` does.
+    """Returns what each link of the machine carried, as `network.link_loads` does.
 
     That is the copies from the host, and what GPUs have `sent` each other; read-backs, of a few bytes, are left out.
     """
@@ -160,12 +160,12 @@ def link_usage(recordings: Sequence[Recording], links: Links, sent: Iterable[Car
 
 
 def budget_bytes(recording: Recording) -> int:
-    """Return the most expert memory that a GPU has in a run."""
+    """Returns the most expert memory that a GPU has in a run."""
     return int(recording.decoded.visits["budget_bytes"].max(initial=0))
 
 
 def _step_start_ns(recording: Recording) -> Array:
-    """Return when the first kernel of each step started (steps,)."""
+    """Returns when the first kernel of each step started (steps,)."""
     spans = recording.compute_spans
     first = (spans["kind"] == DENSE) & (spans["visit"] % len(recording.expert_bytes) == 0)
     starts: Array = spans["start_ns"][first]
@@ -173,12 +173,12 @@ def _step_start_ns(recording: Recording) -> Array:
 
 
 def _layers(recordings: Iterable[Recording]) -> int:
-    """Return the layers of the model that these GPUs hold together."""
+    """Returns the layers of the model that these GPUs hold together."""
     return max(recording.first_layer + len(recording.expert_bytes) for recording in recordings)
 
 
 def _gpu_entry(recording: Recording, data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the result says of one GPU."""
+    """Returns what the result says of one GPU."""
     first = recording.first_layer
     last = first + len(recording.expert_bytes) - 1
     names = ("accesses", "hit_rate", "counts", "bytes", "time", "stall_ms", "host_held_ms", "overlap")
@@ -193,7 +193,7 @@ def _gpu_entry(recording: Recording, data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _merged(recordings: Sequence[Recording], each: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the metrics of several GPUs as those of one, in the same order; `_access_rates` has the rates."""
+    """Returns the metrics of several GPUs as those of one, in the same order; `_access_rates` has the rates."""
     causes = _sums(data["misses"] for data in each)
     time = {part: ms / len(each) for part, ms in _sums(data["time"] for data in each).items()}
     return {
@@ -218,7 +218,7 @@ def _merged(recordings: Sequence[Recording], each: Sequence[dict[str, Any]]) -> 
 
 
 def _sums(dicts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the sum of each number over dicts of the same keys."""
+    """Returns the sum of each number over dicts of the same keys."""
     total: dict[str, Any] = {}
     for numbers in dicts:
         for name, number in numbers.items():
@@ -227,7 +227,7 @@ def _sums(dicts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _by_layer(recordings: Sequence[Recording], each: Sequence[dict[str, Any]]) -> list[dict[str, int]]:
-    """Return what happened at each of the model's layers, on all GPUs that hold it."""
+    """Returns what happened at each of the model's layers, on all GPUs that hold it."""
     rows: dict[int, list[dict[str, int]]] = {}
     for recording, data in zip(recordings, each, strict=True):
         for row in data["by_layer"]:
@@ -236,6 +236,6 @@ def _by_layer(recordings: Sequence[Recording], each: Sequence[dict[str, Any]]) -
 
 
 def _mean(each: Sequence[dict[str, Any]], name: str, weight: Callable[[int], int]) -> float | None:
-    """Return the mean of a figure over the GPUs that have it, weighted; None if none has."""
+    """Returns the mean of a figure over the GPUs that have it, weighted; None if none has."""
     known = [(data[name], weight(at)) for at, data in enumerate(each) if data[name] is not None]
     return ratio(sum(value * share for value, share in known), sum(share for _, share in known))

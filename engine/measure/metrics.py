@@ -23,7 +23,7 @@ _CHOICE_BYTES = 4
 
 
 def metrics(recording: Recording, shadow_misses: Array | None = None) -> dict[str, Any]:
-    """Return the metrics of a run on one GPU, without a warmup; `merge.run_metrics` has all others.
+    """Returns the metrics of a run on one GPU, without a warmup; `merge.run_metrics` has all others.
 
     `shadow_misses` are as of `gpu_metrics`.
     """
@@ -39,7 +39,7 @@ def metrics(recording: Recording, shadow_misses: Array | None = None) -> dict[st
 def gpu_metrics(
     recording: Recording, run_ns: int, shadow_misses: Array | None = None, first_step: int = 0
 ) -> dict[str, Any]:
-    """Return what one GPU did in a run whose last kernel on any GPU ends at `run_ns`, as plain data for JSON.
+    """Returns what one GPU did in a run whose last kernel on any GPU ends at `run_ns`, as plain data for JSON.
 
     `shadow_misses` are the `miss_keys` of the same cache without prefetch; None if the run has no prefetch. Rates and
     waits of accesses (ACCESS_RATES) are from `first_step` on, all else is of the whole run.
@@ -73,12 +73,12 @@ def gpu_metrics(
 
 
 def overlap(recording: Recording) -> float | None:
-    """Return the share of copy time under which the compute stream was busy; None without copies."""
+    """Returns the share of copy time under which the compute stream was busy; None without copies."""
     return ratio(*overlapped_ns(recording))
 
 
 def overlapped_ns(recording: Recording) -> tuple[int, int]:
-    """Return the copy time under which the compute stream was busy, and all copy time, in ns."""
+    """Returns the copy time under which the compute stream was busy, and all copy time, in ns."""
     copies = recording.copy_spans
     total_ns = int((copies["end_ns"] - copies["start_ns"]).sum())
     if not len(recording.compute_spans):
@@ -88,7 +88,7 @@ def overlapped_ns(recording: Recording) -> tuple[int, int]:
 
 
 def link_utilization(recording: Recording, run_ns: int | None = None) -> float | None:
-    """Return the share of the makespan (`run_ns`; None: this GPU's) during which the link to the GPU carries a copy.
+    """Returns the share of the makespan (`run_ns`; None: this GPU's) during which the link to the GPU carries a copy.
 
     Two streams share the link: what several copies cover counts once. What is copied after the end does not count.
     """
@@ -98,7 +98,7 @@ def link_utilization(recording: Recording, run_ns: int | None = None) -> float |
 
 
 def tiers(recording: Recording) -> dict[str, Any] | None:
-    """Return what copies to the GPU found in host memory and what was read; None where it holds every expert.
+    """Returns what copies to the GPU found in host memory and what was read; None where it holds every expert.
 
     A hit is a copy whose expert was in host memory, or on its way there; a staged read is a prefetch into host memory
     alone. Utilization is the share of the makespan that the lanes were busy, on average; what is read after the end
@@ -129,13 +129,13 @@ def tiers(recording: Recording) -> dict[str, Any] | None:
 
 
 def memory_steps(recording: Recording) -> tuple[Array, Array, Array]:
-    """Return (time_ns, assigned_bytes, budget_bytes) of the expert memory, from each visit's dispatch to the next."""
+    """Returns (time_ns, assigned_bytes, budget_bytes) of the expert memory, from each visit's dispatch to the next."""
     visits = recording.decoded.visits
     return visits["choice_known_ns"], visits["assigned_bytes"], visits["budget_bytes"]
 
 
 def memory_utilization(recording: Recording, run_ns: int | None = None) -> float | None:
-    """Return assigned bytes / expert budget, weighted by time over the makespan (`run_ns`; None: this GPU's)."""
+    """Returns assigned bytes / expert budget, weighted by time over the makespan (`run_ns`; None: this GPU's)."""
     time_ns, assigned_bytes, budget_bytes = memory_steps(recording)
     run_ns = recording.makespan_ns if run_ns is None else run_ns
     if not run_ns:
@@ -167,7 +167,7 @@ def by_layer(recording: Recording, shadow_misses: Array | None) -> list[dict[str
 
 
 def span_bytes(recording: Recording) -> Array:
-    """Return the bytes that each span moved (spans,); 0 for what moves none. The last piece of a copy has the rest."""
+    """Returns the bytes that each span moved (spans,); 0 for what moves none. The last piece of a copy has the rest."""
     spans = recording.spans
     moved = np.zeros(len(spans), dtype=np.int64)
     copies = np.flatnonzero(np.isin(spans["kind"], (DEMAND, PREFETCH)) & (spans["copy"] >= 0))
@@ -187,7 +187,7 @@ def span_bytes(recording: Recording) -> Array:
 
 
 def saved_bytes(recording: Recording) -> int:
-    """Return the bytes of the copies that were saved by asking once for all guesses of a visit."""
+    """Returns the bytes of the copies that were saved by asking once for all guesses of a visit."""
     sizes, layer_of = (
         (recording.expert_bytes, recording.manager.experts) if recording.moved is None else (recording.moved[0], 1)
     )

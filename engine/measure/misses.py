@@ -23,7 +23,7 @@ from .time_split import cpu_stall_ns
 def offloading_metrics(
     recording: Recording, costs: Costs, scenario: Scenario, low_precision_bytes: int
 ) -> dict[str, Any]:
-    """Return what a run says beyond all others where its misses are not all fetched, or its experts are in fewer bytes.
+    """Returns what a run says beyond others where its misses are not all fetched, or its experts are in fewer bytes.
 
     `miss` (see `miss_metrics`), with the bytes that low-precision copies hold; `decompress_ms`; `precision_mass`.
     """
@@ -41,7 +41,7 @@ def offloading_metrics(
 
 
 def miss_metrics(recording: Recording, costs: Costs, scenario: Scenario) -> dict[str, Any]:
-    """Return what became of the misses, as plain data for JSON.
+    """Returns what became of the misses, as plain data for JSON.
 
     `ways` split counts.miss; `tokens` are (token, expert) pairs, and `gate_mass` their share of all gate weight, by way
     (None where the trace has no weights); a partly skipped expert counts in these two, and as fetched in `ways`.
@@ -67,7 +67,7 @@ def miss_metrics(recording: Recording, costs: Costs, scenario: Scenario) -> dict
 
 
 def gate_mass(recording: Recording) -> npt.NDArray[np.float64] | None:
-    """Return the gate weight of all that was looked up, by layer (layers,); None where the trace has no weights."""
+    """Returns the gate weight of all that was looked up, by layer (layers,); None where the trace has no weights."""
     if recording.trace.weights is None:
         return None
     mass: npt.NDArray[np.float64] = _routed(recording).reshape(-1, recording.trace.num_experts).sum(axis=1)
@@ -75,7 +75,7 @@ def gate_mass(recording: Recording) -> npt.NDArray[np.float64] | None:
 
 
 def precision_mass(recording: Recording, model: Model, mixed: Sequence[Sequence[float]]) -> dict[str, float]:
-    """Return the share of all gate weight (of all tokens, without weights) that experts of each ratio computed.
+    """Returns the share of all gate weight (of all tokens, without weights) that experts of each ratio computed.
 
     `mixed` are [share, ratio] pairs; the keys are the ratios as they are written there.
     """
@@ -89,7 +89,7 @@ def precision_mass(recording: Recording, model: Model, mixed: Sequence[Sequence[
 
 
 def _routed(recording: Recording) -> npt.NDArray[np.float64]:
-    """Return the gate weight that was routed to each expert (layers * experts,); tokens where there are no weights."""
+    """Returns the gate weight that was routed to each expert (layers * experts,); tokens where there are no weights."""
     trace = recording.trace
     rows = np.concatenate([step.rows for step in recording.steps])
     ids = trace.experts[rows].astype(np.int64) + np.arange(trace.layers)[:, None] * trace.num_experts
@@ -101,7 +101,7 @@ def _routed(recording: Recording) -> npt.NDArray[np.float64]:
 
 
 def decompress_ms(recording: Recording) -> float:
-    """Return how long decompressing took, in all."""
+    """Returns how long decompressing took, in all."""
     spans = recording.spans[recording.spans["kind"] == DECOMPRESS]
     return float((spans["end_ns"] - spans["start_ns"]).sum()) / 1e6
 
@@ -111,7 +111,7 @@ def _by_way(numbers: list[Any]) -> dict[str, Any]:
 
 
 def _summed(resolved: npt.NDArray[Any], column: str) -> dict[str, Any]:
-    """Return the sum of a column by way, but for what was fetched."""
+    """Returns the sum of a column by way, but for what was fetched."""
     sums = np.bincount(resolved["way"], weights=resolved[column], minlength=len(WAYS)).tolist()
     return {name: value for way, (name, value) in enumerate(_by_way(sums).items()) if way != FETCHED}
 
@@ -131,7 +131,7 @@ def _by_layer(recording: Recording, total: npt.NDArray[np.float64] | None) -> li
 
 
 def _cpu(recording: Recording, cpu: CpuCosts, costs: Costs) -> dict[str, Any]:
-    """Return how busy the CPU was, how long the GPU stalled for it, and what its experts would have cost to fetch.
+    """Returns how busy the CPU was, how long the GPU stalled for it, and what its experts would have cost to fetch.
 
     `cpu_ms` and `fetch_ms` are the profile's, by themselves; `fetch_is_shorter` for all of them says that no expert was
     done sooner on the CPU.

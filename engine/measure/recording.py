@@ -116,7 +116,7 @@ class Recording:
         return spans[np.argsort(spans["start_ns"], kind="stable")]
 
     def bytes_of(self, experts: Array) -> Array:
-        """Return the bytes that a whole copy of each of these experts moves, of one size within a layer."""
+        """Returns the bytes that a whole copy of each of these experts moves, of one size within a layer."""
         sizes: Array = np.array(self.expert_bytes, dtype=np.int64)[experts // self.manager.experts]
         return sizes
 
@@ -235,5 +235,5 @@ class Recording:
 
 
 def ratio(part: float, whole: float) -> float | None:
-    """Return part / whole; None of nothing."""
+    """Returns part / whole; None of nothing."""
     return part / whole if whole else None

@@ -43,7 +43,7 @@ class RunResult:
     warnings: Sequence[str] = ()
 
     def plain(self) -> dict[str, Any]:
-        """Return the result as plain data for JSON, in the order of result.json; parts not there have no key."""
+        """Returns the result as plain data for JSON, in the order of result.json; parts not there have no key."""
         model = self.model
         parts = {"links": self.links, "sharing": self.sharing}
         return {

@@ -217,7 +217,7 @@ def check_has(data: Mapping[str, Any], keys: Collection[str], nullable: Collecti
 
 
 def _at(data: Mapping[str, Any], name: str) -> Any:
-    """Return what lies at a path of keys; None if nothing does."""
+    """Returns what lies at a path of keys; None if nothing does."""
     value: Any = data
     for part in name.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None

@@ -114,7 +114,7 @@ class Requests:
 
 
 def speed(served: Served, first_step: int = 0) -> dict[str, Any]:
-    """Return rates and waits of a run from a step on, as plain data for JSON; percentiles are numpy's linear ones.
+    """Returns rates and waits of a run from a step on, as plain data for JSON; percentiles are numpy's linear ones.
 
     `tokens_per_second`: decode tokens / time of the decode steps; `sustained_tokens_per_second`: decode tokens / all
     time. Of waits, `time_to_first_token_ms` is from a request's arrival to its first token, `inter_token_latency_ms`
@@ -141,7 +141,7 @@ def speed(served: Served, first_step: int = 0) -> dict[str, Any]:
 
 
 def speed_metrics(served: Served, warmup_steps: int = 0) -> dict[str, Any]:
-    """Return what a run says of its speed: `speed` behind the warmup, and under `cold` that of the whole run.
+    """Returns what a run says of its speed: `speed` behind the warmup, and under `cold` that of the whole run.
 
     `cold` is None without a warmup; `decode_tokens` and `prefill_tokens` are those of the whole run, `warmup` has the
     steps and decode tokens that are left out of the rest, and the ms that they took.
@@ -161,13 +161,13 @@ def speed_metrics(served: Served, warmup_steps: int = 0) -> dict[str, Any]:
 
 
 def decode_times_ns(served: Served) -> Array:
-    """Return what the step of each decode token took (decode tokens,)."""
+    """Returns what the step of each decode token took (decode tokens,)."""
     times_ns: Array = np.repeat(served.took_ns[served.decodes], served.tokens[served.decodes])
     return times_ns
 
 
 def spread_ms(ns: Array) -> dict[str, float | None]:
-    """Return the mean and PERCENTILES of durations in ms; None of none."""
+    """Returns the mean and PERCENTILES of durations in ms; None of none."""
     names = [f"p{percent}" for percent in PERCENTILES]
     if not len(ns):
         return dict.fromkeys(["mean", *names])

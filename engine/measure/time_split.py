@@ -34,7 +34,7 @@ def time_split(recording: Recording, run_ns: int | None = None) -> dict[str, flo
 
 
 def host_held_ns(recording: Recording) -> int:
-    """Return how much of the stall it is that pageable copies hold the host's thread, which then launches nothing."""
+    """Returns how much of the stall it is that pageable copies hold the host's thread, which then launches nothing."""
     held = _held_host(recording)
     return _Gaps(recording).within_host(held) if len(held) else 0
 
@@ -51,7 +51,7 @@ class _Gaps:
         self.of_host_ns = self.ns * ~(self.for_bytes | self.for_gpu)
 
     def within_host(self, busy: Array) -> int:
-        """Return how much of these spans (in order, not overlapping) lies in gaps that are the host's, in ns."""
+        """Returns how much of these spans (in order, not overlapping) lies in gaps that are the host's, in ns."""
         if not len(busy):
             return 0
         chosen = self.of_host_ns > 0
@@ -60,7 +60,7 @@ class _Gaps:
 
 
 def _gaps_ns(recording: Recording) -> Array:
-    """Return how long the compute stream was idle before each of its spans."""
+    """Returns how long the compute stream was idle before each of its spans."""
     ends_ns = recording.compute_spans["end_ns"]
     gaps_ns: Array = recording.compute_spans["start_ns"] - (
         np.concatenate([[0], ends_ns[:-1]]) if len(ends_ns) else ends_ns
@@ -69,7 +69,7 @@ def _gaps_ns(recording: Recording) -> Array:
 
 
 def _waiting_for_bytes(recording: Recording, gpu_came_last: Array) -> Array:
-    """Return which spans of the compute stream waited, last of all, for an expert's bytes or the CPU's results.
+    """Returns which spans of the compute stream waited, last of all, for an expert's bytes or the CPU's results.
 
     `gpu_came_last` (spans,): what another GPU sent came no earlier than that.
     """
@@ -91,7 +91,7 @@ def _waiting_for_bytes(recording: Recording, gpu_came_last: Array) -> Array:
 
 
 def _results_before(recording: Recording) -> Array:
-    """Return when the CPU's results were there that each span of the compute stream waited for; -1 for none.
+    """Returns when the CPU's results were there that each span of the compute stream waited for; -1 for none.
 
     They are wanted by what follows the visit's experts: the next layer's dense part, or the head.
     """
@@ -104,14 +104,14 @@ def _results_before(recording: Recording) -> Array:
 
 
 def cpu_stall_ns(recording: Recording) -> int:
-    """Return how much of the stall is for the CPU's results."""
+    """Returns how much of the stall is for the CPU's results."""
     waiting = _waiting_for_bytes(recording, _behind_arrivals(recording))
     waiting &= np.isin(recording.compute_spans["kind"], (DENSE, HEAD))
     return int(_gaps_ns(recording)[waiting].sum())
 
 
 def _behind_arrivals(recording: Recording) -> Array:
-    """Return which kernels started as soon as something had come from another GPU, and not as soon as launched."""
+    """Returns which kernels started as soon as something had come from another GPU, and not as soon as launched."""
     spans, arrivals, lags = recording.compute_spans, recording.decoded.arrivals, recording.kernel_lags
     waits = np.zeros(len(spans), dtype=bool)
     if not len(arrivals):
@@ -125,13 +125,13 @@ def _behind_arrivals(recording: Recording) -> Array:
 
 
 def _visit_and_kind(of: Array) -> Array:
-    """Return one number for the visit and the kind of each span or arrival."""
+    """Returns one number for the visit and the kind of each span or arrival."""
     numbers: Array = of["visit"].astype(np.int64) * len(KINDS) + of["kind"]
     return numbers
 
 
 def _host_predictions(recording: Recording) -> Array:
-    """Return the spans of the host thread's predicting or, where the GPU predicts, of its waiting for guesses."""
+    """Returns the spans of the host thread's predicting or, where the GPU predicts, of its waiting for guesses."""
     spans = recording.spans
     lanes = recording.decoded.timeline.lanes_with("host")
     predictions: Array = spans[np.isin(spans["lane"], lanes) & (spans["kind"] == PREDICT)]
@@ -142,7 +142,7 @@ def _host_predictions(recording: Recording) -> Array:
 
 
 def _held_host(recording: Recording) -> Array:
-    """Return the intervals in which a copy held the host's thread, from its order to the end of its last piece."""
+    """Returns the intervals in which a copy held the host's thread, from its order to the end of its last piece."""
     copies = recording.copy_spans if recording.copies_hold_host else recording.copy_spans[:0]
     held = np.empty(len(np.unique(copies["copy"])), dtype=[("start_ns", "<i8"), ("end_ns", "<i8")])
     if len(held):
@@ -155,7 +155,7 @@ def _held_host(recording: Recording) -> Array:
 
 
 def busy_before(spans: Array) -> Callable[[Array], Array]:
-    """Return a function: how many ns of these spans (in order, not overlapping) lie before each instant."""
+    """Returns a function: how many ns of these spans (in order, not overlapping) lie before each instant."""
     start_ns, end_ns = spans["start_ns"], spans["end_ns"]
     before_ns = np.concatenate([[0], np.cumsum(end_ns - start_ns)])
 

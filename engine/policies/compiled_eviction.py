@@ -46,7 +46,7 @@ _FAR = 2**31 - 1
 
 
 def make_state(experts: int, capacity: int) -> Array:
-    """Return what a policy knows at first; `capacity` is how many of the largest experts its pool holds."""
+    """Returns what a policy knows at first; `capacity` is how many of the largest experts its pool holds."""
     state = np.zeros((experts + 4, 10), dtype=np.int64)
     state[:experts, QUEUE] = NOWHERE
     for queue in range(experts, experts + 3):
@@ -159,7 +159,7 @@ def victims(kind: int, state: Array, held: Array, wave: int, at: int, lacking_by
 
 @compiled
 def _queue(state: Array, queue: int) -> int:
-    """Return a queue's own node."""
+    """Returns a queue's own node."""
     return len(state) - 4 + queue
 
 
@@ -328,7 +328,7 @@ def _walk_queues(state: Array, held: Array, wave: int, at: int, lacking_bytes: i
 
 @compiled
 def _priority(kind: int, state: Array, expert: int, used: int) -> int:
-    """Return the key of an expert that was used, or came: its uses, or how near its next one is; ties to who came."""
+    """Returns the key of an expert that was used, or came: its uses, or how near its next one is; ties to who came."""
     state[len(state) - 1, STAMP] += 1
     if kind == BELADY:
         rank = _FAR - state[expert, NEXT]

@@ -34,7 +34,7 @@ class ByRank(CopyOrder):
     """A queue before one stream: the copy of the smallest rank goes next, however late it came."""
 
     def rank(self, copy: QueuedCopy) -> Rank:
-        """Return the rank of a copy; it is asked for when the copy is queued, and again when it is demanded."""
+        """Returns the rank of a copy; it is asked for when the copy is queued, and again when it is demanded."""
         raise NotImplementedError
 
 
@@ -52,7 +52,7 @@ class Priority(ByRank):
     """Demand before prefetches, then what is for the nearer visit."""
 
     def rank(self, copy: QueuedCopy) -> Rank:
-        """Return (0 for demand or 1 for a prefetch, visit)."""
+        """Returns (0 for demand or 1 for a prefetch, visit)."""
         return int(not copy.demanded), copy.visit
 
 
@@ -61,5 +61,5 @@ COPY_ORDERS: dict[str, type[CopyOrder]] = {"fifo": Fifo, "two_streams": TwoStrea
 
 
 def orders_by_rank() -> list[str]:
-    """Return the names of the orders that keep a queue of the host's."""
+    """Returns the names of the orders that keep a queue of the host's."""
     return [name for name, order in COPY_ORDERS.items() if issubclass(order, ByRank)]

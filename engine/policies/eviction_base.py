@@ -40,7 +40,7 @@ class Setting:
     guesses: Guesses | None = None
 
     def known_trace(self) -> RoutingTrace:
-        """Return the trace; ValueError if there is none, for policies that cannot do without."""
+        """Returns the trace; ValueError if there is none, for policies that cannot do without."""
         if self.trace is None:
             raise InputError("this eviction policy needs to know the trace and the steps: give them in its Setting")
         return self.trace
@@ -107,7 +107,7 @@ class Chain:
         return item in self._after
 
     def after(self, item: int) -> int:
-        """Return the next in the queue; after END comes the first, after the last comes END."""
+        """Returns the next in the queue; after END comes the first, after the last comes END."""
         return self._after[item]
 
     def append(self, item: int) -> None:
@@ -171,7 +171,7 @@ class Ranking:
 
 
 def add_decayed(value: float, now: float, amount: float) -> float:
-    """Return a sum of exponentially decaying amounts with one more, in logarithms, so that time changes no order.
+    """Returns a sum of exponentially decaying amounts with one more, in logarithms, so that time changes no order.
 
     `value` is log2 of the sum, grown instead of decayed since time 0 (-inf: nothing yet); `now` is in half-lives.
     """

@@ -53,7 +53,7 @@ LEARNED_PART = 10
 
 
 def popularity(setting: Setting) -> list[float]:
-    """Return the popularity of every expert of the model: given by the trace, or learned in a part of the steps."""
+    """Returns the popularity of every expert of the model: given by the trace, or learned in a part of the steps."""
     trace = setting.known_trace()
     popular: list[float]
     if "popularity" not in trace.extra:
@@ -223,7 +223,7 @@ class ActivationAware(Eviction):
             yield expert
 
     def _by_priority(self, layer: int) -> Iterator[tuple[float, int, int]]:
-        """Yield (priority, layer, expert) of a layer's experts in memory, lowest first."""
+        """Yields (priority, layer, expert) of a layer's experts in memory, lowest first."""
         early = 1.0 - layer / len(self._order)
         for expert in self._order[layer]:
             share = self._tokens[expert] / max(1, self._of_layer[layer])
@@ -231,7 +231,7 @@ class ActivationAware(Eviction):
 
 
 def _chosen(setting: Setting, step: int, layer: int) -> Iterator[tuple[int, list[int]]]:
-    """Yield (sequence, its experts) for every token that a step routes at a layer."""
+    """Yields (sequence, its experts) for every token that a step routes at a layer."""
     trace = setting.known_trace()
     rows = setting.steps[step].rows
     if trace.present is not None:
@@ -365,7 +365,7 @@ class Belady(Eviction):
 
 
 def _uses(setting: Setting) -> tuple[array[int], list[int], list[int]]:
-    """Return the visits (of the pool's layers, counted from 0) that use each expert, expert by expert, ascending.
+    """Returns the visits (of the pool's layers, counted from 0) that use each expert, expert by expert, ascending.
 
     Beside them, for every expert of the model, where its own begin and where they end.
     """
@@ -378,7 +378,7 @@ def _uses(setting: Setting) -> tuple[array[int], list[int], list[int]]:
 
 
 def _accesses(setting: Setting) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return all (token, expert) pairs that the pool's layers will look up, in order: experts, and visits from 0."""
+    """Returns all (token, expert) pairs that the pool's layers will look up, in order: experts, and visits from 0."""
     trace = setting.known_trace()
     rows = np.concatenate([np.empty(0, dtype=np.int64), *(step.rows for step in setting.steps)])
     step = np.repeat(np.arange(len(setting.steps)), [len(step.rows) for step in setting.steps])
@@ -409,7 +409,7 @@ class _StepClock:
         self._step = 0
 
     def step_of(self, visit: int) -> int:
-        """Return the step of a visit."""
+        """Returns the step of a visit."""
         while visit >= self._ends[self._step]:
             self._step += 1
         return self._step

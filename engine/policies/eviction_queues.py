@@ -87,7 +87,7 @@ class S3Fifo(Eviction):
             yield expert
 
     def _unmarked(self, passed: int) -> int:
-        """Return the next of the main queue that has no uses left; who has some pays one to go to its end."""
+        """Returns the next of the main queue that has no uses left; who has some pays one to go to its end."""
         main, uses = self._main, self._uses
         while uses[expert := main.after(passed)]:
             uses[expert] = min(uses[expert], self.MOST_MARKS) - 1
@@ -96,7 +96,7 @@ class S3Fifo(Eviction):
         return expert
 
     def _unproven(self, passed: int) -> int:
-        """Return the next of the small queue that has not earned its stay (END: none); who has goes to the main one."""
+        """Returns the next of the small queue that has not earned its stay (END: none); who has goes to the main."""
         small, main, uses = self._small, self._main, self._uses
         while (expert := small.after(passed)) != small.END and uses[expert] >= self.USES_TO_STAY:
             uses[expert] = 0

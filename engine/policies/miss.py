@@ -74,7 +74,7 @@ class Miss:
         self.terms = terms
 
     def resolve(self, layer: int, absent: Sequence[Absent]) -> list[Resolved]:
-        """Return what needs no copy, in the order of the absent."""
+        """Returns what needs no copy, in the order of the absent."""
         raise NotImplementedError
 
 
@@ -180,7 +180,7 @@ class Skip(Miss):
 
 
 def to_cpu(access: Absent) -> Resolved:
-    """Return that the CPU computes all of an access."""
+    """Returns that the CPU computes all of an access."""
     return Resolved(access.expert, CPU, len(access.gates), sum(access.gates))
 
 

@@ -133,17 +133,17 @@ def searched(request: Request) -> Owners:
 
 
 def _single(owner: Array) -> Owners:
-    """Return owners (layers, experts) of one GPU each as tuples."""
+    """Returns owners (layers, experts) of one GPU each as tuples."""
     return [[(gpu,) for gpu in of_layer] for of_layer in owner.tolist()]
 
 
 def _places(experts: int, gpus: int) -> list[int]:
-    """Return how many experts of a layer each GPU owns: as equal as can be, the first ones more."""
+    """Returns how many experts of a layer each GPU owns: as equal as can be, the first ones more."""
     return [experts // gpus + (gpu < experts % gpus) for gpu in range(gpus)]
 
 
 def _balance(counts: Array, gpus: int) -> Array:
-    """Return the owner of each expert of a layer (experts,), by its tokens, as `balanced` does."""
+    """Returns the owner of each expert of a layer (experts,), by its tokens, as `balanced` does."""
     places, load = _places(len(counts), gpus), [0] * gpus
     owner = np.empty(len(counts), dtype=np.int64)
     for expert in np.argsort(-counts, kind="stable").tolist():
@@ -155,7 +155,7 @@ def _balance(counts: Array, gpus: int) -> Array:
 
 
 def _chosen(trace: RoutingTrace, layer: int, rows: Array) -> Array:
-    """Return which experts of a layer these rows chose (rows that are routed there, experts), 0 or 1."""
+    """Returns which experts of a layer these rows chose (rows that are routed there, experts), 0 or 1."""
     if trace.present is not None:
         rows = rows[trace.present[rows, layer]]
     chosen = np.zeros((len(rows), trace.num_experts), dtype=np.float32)  # products of it are quick, and exact
@@ -164,7 +164,7 @@ def _chosen(trace: RoutingTrace, layer: int, rows: Array) -> Array:
 
 
 def _cluster(together: Array, gpus: int) -> Array:
-    """Return the owner of each expert (experts,) from how often pairs are chosen together (experts, experts)."""
+    """Returns the owner of each expert (experts,) from how often pairs are chosen together (experts, experts)."""
     experts = len(together)
     popular = together.diagonal().copy()
     together = together * (1 - np.eye(experts))
@@ -205,7 +205,7 @@ def _search(chosen: Array, owner: Array, gpus: int, after: _After) -> Array:
 
 
 def _load_after(chosen: Array, owner: Array, on_gpu: Array, expert: int) -> Array:
-    """Return the tokens of the busiest GPU, summed over batches, after a swap of an expert with each other one."""
+    """Returns the tokens of the busiest GPU, summed over batches, after a swap of an expert with each other one."""
     home = owner[expert]
     change = chosen - chosen[:, [expert]]  # (batches, experts): what the expert's GPU gains
     here, there = on_gpu[:, [home]] + change, on_gpu[:, owner] - change
@@ -221,7 +221,7 @@ def _load_after(chosen: Array, owner: Array, on_gpu: Array, expert: int) -> Arra
 
 
 def _visits_after(chosen: Array, owner: Array, on_gpu: Array, expert: int) -> Array:
-    """Return the pairs of a token and a GPU that its experts lie on, after a swap of an expert with each other one.
+    """Returns the pairs of a token and a GPU that its experts lie on, after a swap of an expert with each other one.
 
     A token that chose just one of the two leaves a GPU where it has nothing else, and comes to one where it had none.
     """

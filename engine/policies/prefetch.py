@@ -74,7 +74,7 @@ class Prefetch:
         self.guesses = options.k if self.needs_guesses else 0
 
     def choose(self, ranked: Sequence[Sequence[int]], moment: Moment) -> Sequence[Sequence[int]]:
-        """Return what to fetch for each layer ahead, nearest first, the experts of each in the order of fetching.
+        """Returns what to fetch for each layer ahead, nearest first, the experts of each in the order of fetching.
 
         `ranked[h - 1]` holds the experts guessed for h layers ahead, best first; those of the batch's tokens lie
         rank by rank; -1 means no guess, here and in what is returned. An expert may come twice, or be in memory: the
@@ -96,7 +96,7 @@ class NoPrefetch(Prefetch):
         super().__init__(Options(0, 0))
 
     def choose(self, ranked: Sequence[Sequence[int]], moment: Moment) -> Sequence[Sequence[int]]:
-        """Return nothing."""
+        """Returns nothing."""
         return ()
 
 
@@ -106,7 +106,7 @@ class TopK(Prefetch):
     reads_moment = False
 
     def choose(self, ranked: Sequence[Sequence[int]], moment: Moment) -> Sequence[Sequence[int]]:
-        """Return all guesses."""
+        """Returns all guesses."""
         return ranked
 
 
@@ -119,7 +119,7 @@ class MultiStep(Prefetch):
     needs_confidences = True
 
     def choose(self, ranked: Sequence[Sequence[int]], moment: Moment) -> Sequence[Sequence[int]]:
-        """Return the guesses of enough confidence."""
+        """Returns the guesses of enough confidence."""
         assert moment.confidences is not None
         least = self.options.threshold
         chosen = []
@@ -142,7 +142,7 @@ class AdaptiveMemory(TopK):
     reads_moment = True
 
     def choose(self, ranked: Sequence[Sequence[int]], moment: Moment) -> Sequence[Sequence[int]]:
-        """Return the first ceil(k (1 - share held unused)) ranks."""
+        """Returns the first ceil(k (1 - share held unused)) ranks."""
         return super().choose(_first(ranked, self.options.k, 1.0 - moment.unused_share), moment)
 
 
@@ -153,7 +153,7 @@ class AdaptiveLink(TopK):
     reads_moment = True
 
     def choose(self, ranked: Sequence[Sequence[int]], moment: Moment) -> Sequence[Sequence[int]]:
-        """Return the first ceil(k - copies waiting) ranks."""
+        """Returns the first ceil(k - copies waiting) ranks."""
         options = self.options
         waiting = moment.gauge.backlog_ns() / options.copy_ns if options.copy_ns else 0.0
         return super().choose(_first(ranked, options.k, 1.0 - waiting / options.k), moment)
@@ -165,7 +165,7 @@ class NextLayer(Prefetch):
     needs_guesses = False
 
     def choose(self, ranked: Sequence[Sequence[int]], moment: Moment) -> Sequence[Sequence[int]]:
-        """Return all experts of the layers, by index."""
+        """Returns all experts of the layers, by index."""
         options = self.options
         ahead = range(moment.layer + 1, moment.layer + options.lookahead + 1)
         firsts = [layer % options.layers * options.experts for layer in ahead]
@@ -186,7 +186,7 @@ class Popularity(Prefetch):
         np.add.at(self._chosen.reshape(-1), experts, tokens)
 
     def choose(self, ranked: Sequence[Sequence[int]], moment: Moment) -> Sequence[Sequence[int]]:
-        """Return the most popular first; an expert never chosen is not fetched."""
+        """Returns the most popular first; an expert never chosen is not fetched."""
         options = self.options
         popular = []
         for ahead in range(1, options.lookahead + 1):
@@ -211,7 +211,7 @@ class CostAware(Prefetch):
     needs_confidences = True
 
     def choose(self, ranked: Sequence[Sequence[int]], moment: Moment) -> Sequence[Sequence[int]]:
-        """Return the guesses whose copy pays."""
+        """Returns the guesses whose copy pays."""
         assert moment.confidences is not None
         copy_ns = self.options.copy_ns
         backlog_ns = moment.gauge.backlog_ns()
@@ -235,7 +235,7 @@ class CostAware(Prefetch):
 
 
 def _first(ranked: Sequence[Sequence[int]], k: int, share: float) -> list[Sequence[int]]:
-    """Return the first ceil(k * share) ranks of each horizon; k ranks of every token lie rank by rank."""
+    """Returns the first ceil(k * share) ranks of each horizon; k ranks of every token lie rank by rank."""
     ranks = max(0, -int(-k * share // 1))
     return [experts[: len(experts) * ranks // k] for experts in ranked]
 

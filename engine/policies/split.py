@@ -35,7 +35,7 @@ class Layers:
 
 
 def divide(split: str | list[int], layers: Layers) -> tuple[int, ...]:
-    """Return the layers of each stage (stages,). Raises SplitError if they do not fit the model."""
+    """Returns the layers of each stage (stages,). Raises SplitError if they do not fit the model."""
     count = len(layers.expert_bytes)
     if layers.stages > count:
         raise SplitError(f"parallel.stages = {layers.stages}: choose at most {count}, the layers of the model")
@@ -80,7 +80,7 @@ SPLITS: dict[str, Callable[[Layers], tuple[int, ...]]] = {
 
 
 def _moved(counts: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """Yield the divisions with one layer moved to a neighbor."""
+    """Yields the divisions with one layer moved to a neighbor."""
     for left in range(len(counts) - 1):
         for shift in (-1, 1):
             moved = (*counts[:left], counts[left] + shift, counts[left + 1] - shift, *counts[left + 2 :])
@@ -89,7 +89,7 @@ def _moved(counts: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
 
 
 def balanced(weights: Sequence[int], stages: int) -> tuple[int, ...]:
-    """Return how many neighboring weights each stage takes, so that the heaviest stage is as light as can be.
+    """Returns how many neighboring weights each stage takes, so that the heaviest stage is as light as can be.
 
     Of several such divisions it is the one with the least sum of squares, and of these the one with most at the front.
     """
@@ -102,7 +102,7 @@ def balanced(weights: Sequence[int], stages: int) -> tuple[int, ...]:
 
 
 def _cheapest(before: Sequence[int], stages: int, join: Callable[[float, int], float]) -> tuple[float, tuple[int, ...]]:
-    """Return the least cost of dividing (and how), where `join` adds a stage of some weight to the cost so far.
+    """Returns the least cost of dividing (and how), where `join` adds a stage of some weight to the cost so far.
 
     `before` are the sums of the weights before each place, by dynamic programming over the ends of the stages.
     """

@@ -148,7 +148,7 @@ _ONE, _WORD_BITS, _WORD_SHIFT, _BIT_MASK = np.uint64(1), np.uint64(64), np.uint6
 
 
 def _past(uses: int, experts: int) -> tuple[Array, Array]:
-    """Return `live`, of that many uses, the first word being nobody's, and each expert's last use, none so far: 0."""
+    """Returns `live`, of that many uses, the first word being nobody's, and each expert's last use, none so far: 0."""
     live = np.full(uses // 64 + 2, np.iinfo(np.uint64).max, dtype=np.uint64)
     return live, np.zeros(experts, dtype=np.uint32 if uses < 2**32 - 64 else np.uint64)
 
@@ -161,7 +161,7 @@ def _clear(live: Array, use_number: np.uint64) -> None:
 
 @compiled
 def _after_next_live(live: Array, oldest: np.uint64) -> np.uint64:
-    """Return the number after that of the first live use from `oldest` on."""
+    """Returns the number after that of the first live use from `oldest` on."""
     at = oldest >> _WORD_SHIFT
     word = live[at] >> (oldest & _BIT_MASK)
     if word == 0:

@@ -51,7 +51,7 @@ def miss_ratio_curves(
     expert_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Return the curves as plain data for JSON: `capacities`, and each policy's `hits` and `miss_ratio` beside them.
+    """Returns the curves as plain data for JSON: `capacities`, and each policy's `hits` and `miss_ratio` beside them.
 
     `capacities` are budgets such as '25%', '4GiB' or '512experts'; without any, `points` evenly spaced ones up to all
     experts. Raises ValueError on bad input.
@@ -100,7 +100,7 @@ def miss_ratio_curves(
 def _described(
     pools: Sequence[Sequence[int]], sizes: Sequence[int], total_bytes: int, *, exact: bool
 ) -> list[dict[str, float | int | None]]:
-    """Return each capacity as a share of all experts, in experts of one size, and in bytes where these are known."""
+    """Returns each capacity as a share of all experts, in experts of one size, and in bytes where these are known."""
     return [
         {
             "share": sum(pool_bytes) / total_bytes,
@@ -114,7 +114,7 @@ def _described(
 def pool_hits(
     policy: str, lookups: Lookups, room_bytes: Sequence[int], expert_bytes: Sequence[int], num_experts: int
 ) -> npt.NDArray[np.int64]:
-    """Return how many of a pool's look-ups are found with each of these budgets; `expert_bytes` (layers,)."""
+    """Returns how many of a pool's look-ups are found with each of these budgets; `expert_bytes` (layers,)."""
     hits = np.zeros(len(room_bytes), dtype=np.int64)
     replayed = list(range(len(room_bytes)))
     if policy in STACKS and min(expert_bytes) == max(expert_bytes):
@@ -133,7 +133,7 @@ def pool_hits(
 def _capacities(
     trace: RoutingTrace, capacities: Sequence[str], points: int, expert_bytes: Sequence[int], scope: str
 ) -> list[list[int]]:
-    """Return the bytes of each pool for each capacity, ascending, each once."""
+    """Returns the bytes of each pool for each capacity, ascending, each once."""
     divide = divider(scope, expert_bytes, trace)
     if capacities:
         if len(capacities) > MOST_POINTS:

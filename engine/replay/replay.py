@@ -40,23 +40,23 @@ class Replayed:
     evict: int
 
     def count(self, what: int, phase: int | None = None) -> int:
-        """Return how many look-ups ended as `what`, in all or in one phase."""
+        """Returns how many look-ups ended as `what`, in all or in one phase."""
         outcome = self.outcome if phase is None else self.outcome[self.trace.phase == phase]
         return int((outcome == what).sum())
 
     def hit_rate(self, phase: int | None = None) -> float | None:
-        """Return the share of look-ups that were found, in all or in one phase; None without look-ups."""
+        """Returns the share of look-ups that were found, in all or in one phase; None without look-ups."""
         hits = self.count(FOUND, phase)
         accesses = hits + self.count(MISSED, phase)
         return hits / accesses if accesses else None
 
     def bytes_read(self, expert_bytes: Sequence[int]) -> int:
-        """Return the bytes copied, given those of one expert of each layer (layers,)."""
+        """Returns the bytes copied, given those of one expert of each layer (layers,)."""
         missed = (self.outcome == MISSED).sum(axis=(0, 2)).tolist()
         return sum(count * size_bytes for count, size_bytes in zip(missed, expert_bytes, strict=True))
 
     def residency_agreement(self) -> float | None:
-        """Return the share of decode look-ups found exactly if the trace's log says resident (`residency` > 0).
+        """Returns the share of decode look-ups found exactly if the trace's log says resident (`residency` > 0).
 
         None if the trace has no logged `residency` (tokens, layers, k): 0 miss, otherwise resident.
         """
@@ -186,7 +186,7 @@ def replay_trace(
 
 
 def _counted(replayed: Replayed) -> dict[str, Any]:
-    """Return accesses, hits and their rate, of all steps and of decode steps alone."""
+    """Returns accesses, hits and their rate, of all steps and of decode steps alone."""
     hits, hits_decode = replayed.count(FOUND), replayed.count(FOUND, DECODE)
     return {
         "accesses": hits + replayed.count(MISSED),
@@ -201,7 +201,7 @@ def _counted(replayed: Replayed) -> dict[str, Any]:
 def expert_sizes(
     trace: RoutingTrace, model: str | None, expert_bytes: int | None, budgets: Sequence[str]
 ) -> list[int] | None:
-    """Return the bytes of one expert of each layer, or None where nobody says and none of the budgets needs it."""
+    """Returns the bytes of one expert of each layer, or None where nobody says and none of the budgets needs it."""
     if expert_bytes is not None:
         if expert_bytes < 1:
             raise InputError(f"expert_bytes = {expert_bytes}: must be at least 1")

@@ -17,7 +17,7 @@ class ScenarioError(InputError):
 
 
 def parse_budget(text: str, expert_bytes: Iterable[int], experts: int, scope: str = "global") -> int:
-    """Return the bytes of '25%' (of all experts), '4GiB' or '512experts' (of the largest); ScenarioError else.
+    """Returns the bytes of '25%' (of all experts), '4GiB' or '512experts' (of the largest); ScenarioError else.
 
     With the scope shared, all experts are those of one layer.
     """
@@ -36,7 +36,7 @@ def parse_budget(text: str, expert_bytes: Iterable[int], experts: int, scope: st
 
 
 def parse_bytes(text: str) -> int:
-    """Return the bytes of '24GiB'; ScenarioError else."""
+    """Returns the bytes of '24GiB'; ScenarioError else."""
     match = AMOUNT.fullmatch(text)
     if match is None or match[2] not in BYTES:
         raise ScenarioError(f"{text!r}: write bytes as '24GiB'")

@@ -26,7 +26,7 @@ FREE = PredictorCost()
 
 
 def scenario_predictor(scenario: Scenario, first_layer: int = 0) -> Predictor:
-    """Return the predictor that a scenario names, for the model's layers from `first_layer` on.
+    """Returns the predictor that a scenario names, for the model's layers from `first_layer` on.
 
     Raises ValueError if its weights cannot be used.
     """
@@ -40,7 +40,7 @@ def scenario_predictor(scenario: Scenario, first_layer: int = 0) -> Predictor:
 
 
 def predictor_cost(section: PredictorSection) -> PredictorCost:
-    """Return what a scenario's predictor costs.
+    """Returns what a scenario's predictor costs.
 
     A latency that the scenario leaves out is what was measured for the weights, on a GPU if the lane is one and it
     was measured there; 0 without weights, or on the lane "free". Raises ScenarioError if it was not measured at all.

@@ -22,12 +22,12 @@ class JournalError(InputError):
 
 
 def read_rows(path: str | Path) -> Iterator[Row]:
-    """Yield the rows of a sweep's journal, in the order in which they finished. Raises JournalError and OSError."""
+    """Yields the rows of a sweep's journal, in the order in which they finished. Raises JournalError and OSError."""
     return (row for row in parsed(Path(path)) if row is not None)
 
 
 def find_row(path: str | Path, key: str) -> Row:
-    """Return the row whose key begins with `key`. Raises JournalError if there is none, or several."""
+    """Returns the row whose key begins with `key`. Raises JournalError if there is none, or several."""
     found = [row for row in read_rows(path) if row["key"].startswith(key)]
     if len(found) != 1:
         raise JournalError(f"{path}: {len(found)} rows have a key that begins with {key!r}: give more, or another")
@@ -35,7 +35,7 @@ def find_row(path: str | Path, key: str) -> Row:
 
 
 def flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a row as one level: nested keys joined by dots, lists as JSON; the settings by their own keys."""
+    """Returns a row as one level: nested keys joined by dots, lists as JSON; the settings by their own keys."""
     flattened: dict[str, Any] = {}
     for name, value in row.items():
         if isinstance(value, Mapping):
@@ -46,7 +46,7 @@ def flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def parsed(path: Path) -> Iterator[Row | None]:
-    """Yield each line's row, None for a last line that is not whole. Raises JournalError for a line of another kind."""
+    """Yields each line's row, None for a last line not whole. Raises JournalError for a line of another kind."""
     with path.open("rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise JournalError(f"{path}: no regular file: give a sweep's journal")

@@ -167,12 +167,12 @@ class Scenario(Section):
         return self
 
     def plain(self) -> dict[str, Any]:
-        """Return the scenario as plain data, by the names that its TOML uses, all defaults filled in."""
+        """Returns the scenario as plain data, by the names that its TOML uses, all defaults filled in."""
         return self.model_dump(by_alias=True)
 
 
 def _unfit(scenario: Scenario) -> Iterator[tuple[bool, str]]:
-    """Yield (whether it is so, what to say) of what does not go together with misses that are not fetched."""
+    """Yields (whether it is so, what to say) of what does not go together with misses that are not fetched."""
     memory, miss, compression = scenario.memory, scenario.miss, scenario.compression
     policy, packed, mixed = miss.policy, compression.where != "none", compression.mixed is not None
     low = policy == "low_precision"
@@ -205,13 +205,13 @@ def _unfit(scenario: Scenario) -> Iterator[tuple[bool, str]]:
 
 
 def scenario_names() -> list[str]:
-    """Return the names of the shipped scenarios."""
+    """Returns the names of the shipped scenarios."""
     folder = resources.files("prestage") / "engine" / "scenario" / "shipped"
     return sorted(entry.name[: -len(".toml")] for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
 
 def load_scenario(name: str | Path | None = None, settings: Iterable[str] = ()) -> Scenario:
-    """Return a scenario: a TOML file's, a shipped one's by name, the embedded default's, or a sweep's row's.
+    """Returns a scenario: a TOML file's, a shipped one's by name, the embedded default's, or a sweep's row's.
 
     A row is named by its journal and the beginning of its key, `results.jsonl#1f3a`.
 
@@ -227,7 +227,7 @@ def load_scenario(name: str | Path | None = None, settings: Iterable[str] = ()) 
 
 
 def make_scenario(data: Mapping[str, Any], source: str = "scenario") -> Scenario:
-    """Return the scenario that plain data describes; ScenarioError names `source` and every bad key."""
+    """Returns the scenario that plain data describes; ScenarioError names `source` and every bad key."""
     too_large = beyond_64_bits(data)
     if too_large is not None:
         raise ScenarioError(f"{source}: {too_large}")
@@ -282,7 +282,7 @@ def apply_setting(data: dict[str, Any], setting: str) -> None:
 
 
 def parse_value(text: str) -> Any:
-    """Return what a value means that is given outside a file: TOML, or else the bare string."""
+    """Returns what a value means that is given outside a file: TOML, or else the bare string."""
     try:
         return parse_toml(f"value = {text.strip()}", "value")["value"]
     except InputError:
@@ -313,7 +313,7 @@ def lay(data: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _field(parts: Sequence[str]) -> FieldInfo | None:
-    """Return what the scenario says of a section or a key; None if it has no such."""
+    """Returns what the scenario says of a section or a key; None if it has no such."""
     section: type[BaseModel] | None = Scenario
     field = None
     for part in parts:

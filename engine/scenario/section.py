@@ -27,7 +27,7 @@ GbPerS = Annotated[float, BeforeValidator(gb_per_s)]
 
 
 def one_of(names: Collection[str]) -> AfterValidator:
-    """Return a check that admits the members of a table only, also one added later, and says who they are."""
+    """Returns a check that admits the members of a table only, also one added later, and says who they are."""
 
     def check(value: str) -> str:
         if value not in names:
@@ -38,7 +38,7 @@ def one_of(names: Collection[str]) -> AfterValidator:
 
 
 def budget_text(value: object, how: str) -> object:
-    """Return a budget that is a text; a number by itself could be of bytes, of experts or a share."""
+    """Returns a budget that is a text; a number by itself could be of bytes, of experts or a share."""
     if not isinstance(value, str):
         raise InputError(f"must be a valid string with its unit: write it as {how}")
     return value

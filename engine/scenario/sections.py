@@ -71,7 +71,7 @@ class ModelSection(Section):
     sizes: Literal["preset", "trace"] = "preset"
 
     def overrides(self) -> dict[str, Any]:
-        """Return what is set besides the preset."""
+        """Returns what is set besides the preset."""
         return self.model_dump(exclude={"preset", "sizes"}, exclude_none=True)
 
 

@@ -88,13 +88,13 @@ class MemorySection(Section):
         return self
 
     def of_gpu(self, capacity_bytes: int) -> MemorySection:
-        """Return this section with the bytes of a total that is given as a share of what a GPU holds."""
+        """Returns this section with the bytes of a total that is given as a share of what a GPU holds."""
         if self.total_bytes is None or not self.total_bytes.rstrip().endswith("%"):
             return self
         return self.model_copy(update={"total_bytes": f"{parse_budget(self.total_bytes, [capacity_bytes], 1)}B"})
 
     def budget_bytes(self, expert_bytes: Iterable[int], experts: int) -> int:
-        """Return the budget in bytes for a model with these bytes per expert (layers,) and experts per layer."""
+        """Returns the budget in bytes for a model with these bytes per expert (layers,) and experts per layer."""
         return parse_budget(self.gpu_budget, expert_bytes, experts, self.scope)
 
 
@@ -219,11 +219,11 @@ class CompressionSection(Section):
         return self
 
     def copied_bytes(self, size_bytes: int) -> int:
-        """Return what a copy of an expert moves."""
+        """Returns what a copy of an expert moves."""
         return size_bytes if self.where == "none" else shrunk(size_bytes, self.ratio)
 
     def kept_bytes(self, size_bytes: int) -> int:
-        """Return the room that an expert takes in GPU memory."""
+        """Returns the room that an expert takes in GPU memory."""
         return size_bytes if self.where != "gpu" else shrunk(size_bytes, self.ratio)
 
 
@@ -237,5 +237,5 @@ def _are_pairs(mixed: object) -> bool:
 
 
 def shrunk(size_bytes: int, ratio: float) -> int:
-    """Return so many times the bytes, rounded up to a whole one."""
+    """Returns so many times the bytes, rounded up to a whole one."""
     return -int(-size_bytes * Fraction(str(ratio)) // 1)

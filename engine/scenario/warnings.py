@@ -281,7 +281,7 @@ def _latency_of_a_cpu(inputs: Inputs, data: dict[str, Any]) -> str | None:
 
 
 def _not_measured(part: BaseModel, place: str = "") -> Iterator[tuple[str, Fact]]:
-    """Yield (place, cost) of every cost within a part of a profile that was neither measured on it nor fitted."""
+    """Yields (place, cost) of every cost within a part of a profile that was neither measured on it nor fitted."""
     # A duration of 0 is no cost: a profile has it within others.
     if isinstance(part, Fact) and getattr(part, "ns", None) != 0 and not _is_own_measurement(part):
         yield place, part
@@ -298,7 +298,7 @@ def _is_own_measurement(cost: Fact) -> bool:
 
 
 def _family(place: str) -> str:
-    """Return what a cost is one of: copies by memory, the compute stream's lags one by one, the host, contention, …"""
+    """Returns what a cost is one of: copies by memory, the compute stream's lags one by one, the host, contention, …"""
     parts = place.split(".")
     return ".".join(parts[: 2 if parts[0] in ("h2d", "compute") else 1])
 
@@ -326,7 +326,7 @@ def _in_use(place: str, inputs: Inputs) -> bool:
 
 
 def _host_memory(inputs: Inputs) -> str:
-    """Return the kind of host memory that experts are copied from."""
+    """Returns the kind of host memory that experts are copied from."""
     return inputs.scenario.copy_.host_memory or ("pinned" if "pinned" in inputs.profile.h2d else "pageable")
 
 
@@ -376,5 +376,5 @@ WARNINGS: tuple[Warn, ...] = (
 
 
 def warnings_of(inputs: Inputs, data: dict[str, Any]) -> list[str]:
-    """Return the warnings of one run, given its metrics."""
+    """Returns the warnings of one run, given its metrics."""
     return [said for warning in WARNINGS if (said := warning(inputs, data)) is not None]

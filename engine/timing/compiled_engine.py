@@ -355,7 +355,7 @@ class Layout:
         self._set_floats(at, {L_STRETCH: 1.0, L_SHARING_FACTOR: lane.sharing_factor})
 
     def _crowd_of(self, lane: Lane) -> int:
-        """Return the address of what lanes share alike of which this is one; -1 if it is none."""
+        """Returns the address of what lanes share alike of which this is one; -1 if it is none."""
         if not isinstance(lane.share, CrowdShare):
             return -1
         crowd, memory = lane.share.crowd, self.memory
@@ -370,11 +370,11 @@ class Layout:
         return self._crowds[crowd]
 
     def lane_of(self, lane: Lane) -> int:
-        """Return where a lane is laid out."""
+        """Returns where a lane is laid out."""
         return self._lane_of[id(lane)]
 
     def gpu_of(self, lane: Lane) -> int:
-        """Return the number of the GPU in whose timeline a lane is."""
+        """Returns the number of the GPU in whose timeline a lane is."""
         gpus = self._machine.gpus
         return next(number for number, one in enumerate(gpus) if one.lanes.timeline is lane.timeline)
 
@@ -415,7 +415,7 @@ class Layout:
         self._set(at, {G_IO_LANES: io_lanes, G_READS: self.memory.put(by_layer)})
 
     def _transfer(self, transfer: Any, queued_ns: int, alone_ns: int, lanes: Iterable[Lane]) -> int:
-        """Return the number of a transfer over shared links, which takes one time behind others and one by itself.
+        """Returns the number of a transfer over shared links, which takes one time behind others and one by itself.
 
         It is one that these lanes may make.
         """
@@ -478,7 +478,7 @@ class Layout:
         self._set(at, {G_SHAPES: table, G_KINDS: kinds, G_LAYERS: layers})
 
     def _move(self, costs: Any, size_bytes: int, lane: Lane, slowdown: float, target: int) -> int:
-        """Return the address of what it takes to send so many bytes to another GPU."""
+        """Returns the address of what it takes to send so many bytes to another GPU."""
         ns = (costs.queued_ns(size_bytes), costs.alone_ns(size_bytes))
         transfer = self._transfer(costs.transfer(size_bytes), *ns, [lane]) if lane.share is not None else -1
         at = self.memory.put([
@@ -526,15 +526,15 @@ class CompiledEngine:
         self._number_of = {at: number for number, at in enumerate(self._layout.threads)}
 
     def now_ns(self, gpu: int) -> int:
-        """Return the clock of the host thread at a GPU."""
+        """Returns the clock of the host thread at a GPU."""
         return int(self._memory.words[self._layout.gpus[gpu] + G_NOW])
 
     def clock_ns(self) -> int:
-        """Return the simulation's clock."""
+        """Returns the simulation's clock."""
         return int(self._memory.words[NOW])
 
     def backlog_ns(self, gpu: int) -> int:
-        """Return the copy time that is queued on a GPU's link now, in ns."""
+        """Returns the copy time that is queued on a GPU's link now, in ns."""
         return int(code.backlogs(self._memory.words, self._memory.floats, self._layout.gpus[gpu]))
 
     def run(self) -> None:
@@ -672,7 +672,7 @@ class CompiledEngine:
             self._memory.words[RECORD_ROOM] *= 2
 
     def _records(self, region: int, words: int) -> Array:
-        """Return the records of a region (records, words), and forget them."""
+        """Returns the records of a region (records, words), and forget them."""
         memory = self._memory.words
         at, count = int(memory[region + R_AT]), int(memory[region + R_COUNT])
         memory[region + R_COUNT] = 0

@@ -238,7 +238,7 @@ KIND_BITS, ALL = 3, 7
 
 @compiled
 def gpu_of(m: Words, row: Word) -> Word:
-    """Return the GPU that a command is for."""
+    """Returns the GPU that a command is for."""
     return m[m[GPUS] + 1 + m[row + C_GPU]]
 
 
@@ -247,7 +247,7 @@ def gpu_of(m: Words, row: Word) -> Word:
 
 @compiled
 def shape_of(m: Words, row: Word) -> Word:
-    """Return the shape that prices a command; -1 if none does."""
+    """Returns the shape that prices a command; -1 if none does."""
     op, kind, layer, gpu = m[row + C_OP], m[row + C_KIND], m[row + C_LAYER], gpu_of(m, row)
     what: Word = -1
     phase: Word = 0
@@ -282,7 +282,7 @@ def shape_of(m: Words, row: Word) -> Word:
 
 @compiled
 def price_of(m: Words, row: Word) -> Word:
-    """Return what a command's kernel takes; -1 if nothing prices it."""
+    """Returns what a command's kernel takes; -1 if nothing prices it."""
     shape = shape_of(m, row)
     if shape < 0:
         return shape
@@ -306,7 +306,7 @@ def knows_prices(m: Words, thread: Word) -> Word:
 
 @compiled
 def free_work(m: Words) -> Word:
-    """Return a piece of work that waits for nothing."""
+    """Returns a piece of work that waits for nothing."""
     work = m[FREE_WORK]
     m[FREE_WORK] = m[work + W_NEXT]
     m[WORK_LEFT] -= 1
@@ -330,7 +330,7 @@ def new_work(
     m: Words, f: Reals, gpu: Word, kind: Word, ns: Word, alone: Word, issued: Word, slowdown: Real, transfer: Word,
     row: Word, register: Word,
 ) -> Word:  # fmt: skip
-    """Return new work behind what was waited for; a register, if any, stands for it."""
+    """Returns new work behind what was waited for; a register, if any, stands for it."""
     work = free_work(m)
     m[work + W_NS], m[work + W_ALONE], m[work + W_ISSUED], m[work + W_TRANSFER] = ns, alone, issued, transfer
     m[work + W_KIND], m[work + W_VISIT] = kind, m[gpu + G_VISIT]
@@ -353,7 +353,7 @@ def pay_waits(m: Words, gpu: Word) -> None:
 
 @compiled
 def joined(m: Words, front: Word, back: Word) -> Word:
-    """Return two lists as one."""
+    """Returns two lists as one."""
     if front < 0:
         return back
     node = front
@@ -459,7 +459,7 @@ def note_arrival(m: Words, gpu: Word, kind: Word, work: Word) -> None:
 
 @compiled
 def issue_after(ns: Word, launches: Word, host: Word) -> Word:
-    """Return how long after the host's first call a group of kernels starts on an idle lane, but for the latency."""
+    """Returns how long after the host's first call a group of kernels starts on an idle lane, but for the latency."""
     return max(host // launches, host - ns * (launches - 1) // launches)
 
 
@@ -626,7 +626,7 @@ def do_without(m: Words, f: Reals, row: Word) -> None:
 
 @compiled
 def arrival_of(m: Words, gpu: Word, step: Word) -> Word:
-    """Return work that ends when what the stage before sends for a step is there."""
+    """Returns work that ends when what the stage before sends for a step is there."""
     at = m[gpu + G_ARRIVALS] + step
     if m[at] < 0:
         m[at] = hold(m, free_work(m))
@@ -921,7 +921,7 @@ def carry_out(m: Words, f: Reals, thread: Word) -> Word:
 
 @compiled
 def next_event(m: Words) -> tuple[Word, Word]:
-    """Return what comes next: its instant and kind (ends, entries, then as of `Instant`) as one number, and where."""
+    """Returns what comes next: its instant and kind (ends, entries, then as of `Instant`) as one number, and where."""
     first: Word = NEVER << KIND_BITS
     where: Word = -1
     lanes = m[LANES]
@@ -1006,7 +1006,7 @@ def advance(m: Words, f: Reals, thread: Word) -> tuple[Word, Word]:
 
 @compiled
 def backlogs(m: Words, f: Reals, gpu: Word) -> Word:
-    """Return the copy time that is queued on a GPU's link now, in ns."""
+    """Returns the copy time that is queued on a GPU's link now, in ns."""
     first, second = m[gpu + G_H2D], m[gpu + G_PREFETCH]
     return backlog(m, f, first) + (backlog(m, f, second) if second != first else 0)
 

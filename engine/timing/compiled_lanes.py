@@ -131,7 +131,7 @@ compiled = partial(machine_code.compiled_once, error_model="numpy", _nrt=False)
 
 @compiled
 def node_before(m: Words, what: Word, following: Word) -> Word:
-    """Return a new node before another."""
+    """Returns a new node before another."""
     node = m[FREE_NODE]
     m[FREE_NODE] = m[node + N_NEXT]
     m[NODES_LEFT] -= 1
@@ -199,7 +199,7 @@ def drop_works(m: Words, node: Word) -> None:
 
 @compiled
 def copied_works(m: Words, node: Word, following: Word) -> Word:
-    """Return a copy of a list of work before another list."""
+    """Returns a copy of a list of work before another list."""
     while node >= 0:
         following = node_before(m, hold(m, m[node + N_WHAT]), following)
         node = m[node + N_NEXT]
@@ -249,7 +249,7 @@ def disturbed(m: Words, lane: Word) -> Word:
 
 @compiled
 def stretch_of(m: Words, f: Reals, lane: Word) -> Word:
-    """Return how many times as long the active work takes now."""
+    """Returns how many times as long the active work takes now."""
     stretch = 1.0
     others = m[lane + L_SHARING]
     for at in range(others + 1, others + 1 + m[others]):
@@ -317,7 +317,7 @@ def count_in_crowd(m: Words, f: Reals, lane: Word, more: Word) -> None:
 
 @compiled
 def rate_row(m: Words, slot: Word, transfer: Word) -> Word:
-    """Return where the stretches with this transfer at a slot are, or belong."""
+    """Returns where the stretches with this transfer at a slot are, or belong."""
     group = m[slot + S_GROUP]
     count = m[group]
     mark = _FNV_START ^ np.uint64(group)
@@ -552,7 +552,7 @@ def choose(m: Words, lane: Word) -> Word:
 
 @compiled
 def last_cause(m: Words, work: Word) -> Word:
-    """Return when the last of what work waits for has ended; 0 if it waits for nothing, -1 if one has not ended."""
+    """Returns when the last of what work waits for has ended; 0 if it waits for nothing, -1 if one has not ended."""
     last: Word = 0
     node = m[work + W_AFTER]
     while node >= 0:
@@ -566,7 +566,7 @@ def last_cause(m: Words, work: Word) -> Word:
 
 @compiled
 def ready_at(issued: Word, last: Word, after_other: Word) -> Word:
-    """Return when work may start, so long behind the last of its causes; 0 stands for none."""
+    """Returns when work may start, so long behind the last of its causes; 0 stands for none."""
     return max(issued, last + after_other) if last else issued
 
 
@@ -723,7 +723,7 @@ def keep_engine(m: Words, lane: Word) -> None:
 
 @compiled
 def backlog(m: Words, f: Reals, lane: Word) -> Word:
-    """Return the undisturbed work that is queued or running on a lane now, in ns."""
+    """Returns the undisturbed work that is queued or running on a lane now, in ns."""
     total, active, work = np.int64(0), m[lane + L_ACTIVE], m[lane + L_NEXT]
     if active >= 0:
         done = (m[NOW] - m[lane + L_SINCE]) / f[lane + L_STRETCH]
@@ -754,7 +754,7 @@ def promote(m: Words, work: Word, target: Word) -> None:
 
 @compiled
 def copy_in_queue(m: Words, work: Word, lane: Word) -> Word:
-    """Return the work if it is a copy of this queue, or the copy that it decompresses; else -1."""
+    """Returns the work if it is a copy of this queue, or the copy that it decompresses; else -1."""
     if m[work + W_LANE] == lane:
         return work
     node = m[work + W_AFTER]

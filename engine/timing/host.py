@@ -32,7 +32,7 @@ class Arrivals:
         self._of: dict[int, Work] = {}
 
     def of(self, step: int) -> Work:
-        """Return work that ends when it is there."""
+        """Returns work that ends when it is there."""
         if step not in self._of:
             self._of[step] = Work(self._env.event(), 0, 0, 0, (), ACTIVATION, -1)
         return self._of[step]

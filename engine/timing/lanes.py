@@ -39,7 +39,7 @@ class Instant:
         self.lanes: list[Lane] = []
 
     def turn(self, kind: int, number: int) -> simpy.Event:
-        """Return an event that comes at this instant, when it is the turn of this kind and number."""
+        """Returns an event that comes at this instant, when it is the turn of this kind and number."""
         event = self._env.event()
         self._count += 1
         heapq.heappush(self._waiting, (kind, number, self._count, event))
@@ -94,7 +94,7 @@ class Work:
     leaves: Work | None = None
 
     def ready_ns(self, after_other_ns: int, after_issue_ns: int = 0) -> int:
-        """Return when it may start at the earliest, so long behind its cause, all of which have ended."""
+        """Returns when it may start at the earliest, so long behind its cause, all of which have ended."""
         last_ns = max((work.end_ns or 0 for work in self.after), default=0)
         issued_ns = self.issued_ns + after_issue_ns
         return max(issued_ns, last_ns + after_other_ns) if last_ns else issued_ns
@@ -185,7 +185,7 @@ class Lane:
         return any(lane.active is not None for lane in self.disturbers)
 
     def backlog_ns(self) -> int:
-        """Return the undisturbed work that is queued or running now, in ns."""
+        """Returns the undisturbed work that is queued or running now, in ns."""
         running_ns = 0
         if self.active is not None:
             done_ns = (self.now_ns - self._since_ns) / self._stretch
@@ -381,7 +381,7 @@ class QueueLane(Lane):
         return (last,)
 
     def _copy_of(self, work: Work) -> Work | None:
-        """Return the work if it is a copy of this queue, or the copy that it decompresses."""
+        """Returns the work if it is a copy of this queue, or the copy that it decompresses."""
         if work.lane is self:
             return work
         behind = work.after[0] if work.kind == DECOMPRESS and work.after else None
@@ -411,7 +411,7 @@ class QueueLane(Lane):
         return [work for work in queued.values() if work.end_ns is None]
 
     def backlog_ns(self) -> int:
-        """Return the undisturbed work that is queued or running now, in ns; all pieces that are still to be made."""
+        """Returns the undisturbed work that is queued or running now, in ns; all pieces that are still to be made."""
         active = self.active
         return super().backlog_ns() + (active.ns * (active.pieces - 1) if active is not None else 0)
 

@@ -158,44 +158,44 @@ class GpuLanes:
         return list(dict.fromkeys(self.copies.values()))
 
     def backlog_ns(self) -> int:
-        """Return the copy time that is queued on the link now, in ns."""
+        """Returns the copy time that is queued on the link now, in ns."""
         return sum(lane.backlog_ns() for lane in self.streams)
 
     # What work takes.
 
     def kernel_of(self, kind: int, layer: int, phase: int, tokens: int) -> KernelCost:
-        """Return what a dense part, the head or an expert over so many tokens takes in a step of a phase."""
+        """Returns what a dense part, the head or an expert over so many tokens takes in a step of a phase."""
         if kind == HEAD:
             return self.costs.head(tokens)
         return self._tables[phase][int(kind == EXPERT)][layer][tokens]
 
     def low_precision(self, layer: int, phase: int, tokens: int) -> KernelCost:
-        """Return what an expert takes in low precision."""
+        """Returns what an expert takes in low precision."""
         size_bytes = shrunk(self.costs.model.expert_bytes[layer], self._scenario.miss.low_ratio)
         return self._shrunk.expert(layer, tokens, size_bytes, phase)
 
     def sized_expert(self, size_bytes: int, layer: int, phase: int, tokens: int) -> KernelCost:
-        """Return what an expert takes that has so many bytes."""
+        """Returns what an expert takes that has so many bytes."""
         return self._shrunk.expert(layer, tokens, size_bytes, phase)
 
     def on_cpu(self, layer: int, tokens: int) -> KernelCost:
-        """Return what an expert takes on the CPU."""
+        """Returns what an expert takes on the CPU."""
         return self.cpu_costs.expert(layer, tokens)
 
     def to_cpu(self, tokens: int) -> KernelCost:
-        """Return what the activations of so many tokens take to the host."""
+        """Returns what the activations of so many tokens take to the host."""
         return KernelCost(self.cpu_costs.activations_ns(tokens), 1.0, 1, 0)
 
     def from_cpu(self, tokens: int) -> KernelCost:
-        """Return what the results of so many tokens take to the GPU."""
+        """Returns what the results of so many tokens take to the GPU."""
         return KernelCost(self.cpu_costs.results_ns(tokens), 1.0, 1, 0)
 
     def decompress_layer(self, layer: int) -> KernelCost:
-        """Return what decompressing an expert of a layer takes."""
+        """Returns what decompressing an expert of a layer takes."""
         return self._shrunk.decompress(layer)
 
     def kernel(self, command: Command, members: list[int]) -> KernelCost:
-        """Return what a launch takes; `members` are the tokens of the experts of a grouped kernel."""
+        """Returns what a launch takes; `members` are the tokens of the experts of a grouped kernel."""
         kind, layer, tokens, phase = command.kind, command.layer, command.tokens, command.peer
         if kind == DECOMPRESS:
             return self.decompress(command.expert)
@@ -208,20 +208,20 @@ class GpuLanes:
         return self.kernel_of(kind, layer, phase, tokens)
 
     def copy_cost(self, expert: int) -> CopyCost:
-        """Return what the copy of an expert takes."""
+        """Returns what the copy of an expert takes."""
         if self._copies_of is not None and self._size_of is not None:
             return self._copies_of[self._size_of[expert]]
         return self.costs.copies[expert // self._experts]
 
     def transfer(self, expert: int) -> Transfer | None:
-        """Return what the copy of an expert moves over the machine's links; None where nobody shares them."""
+        """Returns what the copy of an expert moves over the machine's links; None where nobody shares them."""
         return None if self._transfers is None else self._transfers[expert // self._experts]
 
     def read_cost(self, expert: int) -> ReadCost:
-        """Return what reading an expert from the drive takes."""
+        """Returns what reading an expert from the drive takes."""
         assert self.costs.reads is not None
         return self.costs.reads.by_layer[expert // self._experts]
 
     def decompress(self, expert: int) -> KernelCost:
-        """Return what decompressing an expert takes."""
+        """Returns what decompressing an expert takes."""
         return self._shrunk.decompress(expert // self._experts)

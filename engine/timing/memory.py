@@ -123,26 +123,26 @@ class Memory:
         return self.words.view(np.float64)
 
     def allocate(self, words: int) -> int:
-        """Return the address of so many words more, all 0."""
+        """Returns the address of so many words more, all 0."""
         at, self._used = self._used, self._used + words
         if self._used > len(self.words):
             self.words = np.concatenate([self.words, np.zeros(max(len(self.words), words), dtype=np.int64)])
         return at
 
     def put(self, values: Iterable[int]) -> int:
-        """Return the address of some values, one after the other."""
+        """Returns the address of some values, one after the other."""
         array = np.array(values if isinstance(values, np.ndarray) else list(values), dtype=np.int64)
         at = self.allocate(len(array))
         self.words[at : at + len(array)] = array
         return at
 
     def put_list(self, values: Iterable[int]) -> int:
-        """Return the address of a list: how many values there are, then the values."""
+        """Returns the address of a list: how many values there are, then the values."""
         values = list(values)
         return self.put([len(values), *values])
 
     def put_region(self, capacity: int, words: int) -> int:
-        """Return the address of a region with room for so many records of so many words."""
+        """Returns the address of a region with room for so many records of so many words."""
         return self.put([self.allocate(capacity * words), 0, capacity])
 
     def grow_region(self, region: int, words: int) -> None:

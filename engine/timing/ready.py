@@ -30,7 +30,7 @@ def note_ready() -> None:
 
 @cache
 def _mark() -> Path | None:
-    """Return the file that says it; None where machine code is not kept."""
+    """Returns the file that says it; None where machine code is not kept."""
     folder = kept_in(is_ready)
     if folder is None:
         return None

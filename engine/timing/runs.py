@@ -85,7 +85,7 @@ def run_stages(
 def _decisions(
     sources: Sequence[Source], gpus: Sequence[OneGpu], stages: Sequence[Stage], threads: Sequence[Sequence[int]]
 ) -> Decisions:
-    """Return the compiled decisions of all stages."""
+    """Returns the compiled decisions of all stages."""
     from ..decide.compiled_decisions import Decisions, Part  # which compiles at its first import
 
     parts = [
@@ -142,7 +142,7 @@ class SharingGpus:
                 column.buffer.frombytes(tokens.astype(np.int32).tobytes())
 
     def shared(self, inputs: Inputs, *, one_thread: bool) -> Shared:
-        """Return how compiled decisions share the experts, where each has one owner."""
+        """Returns how compiled decisions share the experts, where each has one owner."""
         from ..decide.compiled_decisions import Shared  # which compiles at its first import
 
         placed, trace = inputs.placed, inputs.trace
@@ -161,7 +161,7 @@ class SharingGpus:
     def _laid_out(
         self, trace: RoutingTrace, step: Step, home: npt.NDArray[Any], owner: npt.NDArray[Any]
     ) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
-        """Return the tokens of each GPU in a step, who serves any (layers, GPUs), and what exchanges take (layers,).
+        """Returns the tokens of each GPU in a step, who serves any (layers, GPUs), and what exchanges take (layers,).
 
         The tokens that these send are noted.
         """
@@ -178,7 +178,7 @@ class SharingGpus:
         return np.bincount(home, minlength=gpus), serves, ns
 
     def recorded(self) -> list[Decoded]:
-        """Return what was recorded on each GPU, tokens sent included."""
+        """Returns what was recorded on each GPU, tokens sent included."""
         count = len(self._gpus)
         return [
             replace(one.recorded(), sent=column.array().reshape(-1, count))
@@ -198,7 +198,7 @@ class SharingGpus:
         return lane
 
     def _lane_from(self, source: int, target: int) -> Lane:
-        """Return the lane of copies from one GPU to another."""
+        """Returns the lane of copies from one GPU to another."""
         lane = self._lanes[source, target]
         if lane.number < 0:
             title = COPIES_FROM.format(f"gpu{source}")

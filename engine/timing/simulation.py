@@ -104,7 +104,7 @@ class OneGpu:
             self.spool.flush()
 
     def recorded(self) -> Decoded:
-        """Return what was recorded, once SimPy has run out of events."""
+        """Returns what was recorded, once SimPy has run out of events."""
         self.state.record_arrivals()
         self.lanes.timeline.settle()
         arrays = [column.array() for column in self._columns]
@@ -219,7 +219,7 @@ class Simulation:
 def settings_of(
     scenario: Scenario, costs: Costs, prefetching: bool, gpu: int = 0, lends: bool = False
 ) -> npt.NDArray[np.int64]:
-    """Return what a scenario says of every visit of a GPU."""
+    """Returns what a scenario says of every visit of a GPU."""
     predicts = prefetching and costs.predict_ns > 0 and scenario.predictor.lane != "free"
     return visit_settings(scenario, predicts=predicts, holds=costs.copies_hold_host, gpu=gpu, lends=lends)
 
@@ -227,7 +227,7 @@ def settings_of(
 def visit_settings(
     scenario: Scenario, *, predicts: bool = False, holds: bool = False, gpu: int = 0, lends: bool = False
 ) -> npt.NDArray[np.int64]:
-    """Return the settings of every visit of a GPU, as an array named by SETTINGS.
+    """Returns the settings of every visit of a GPU, as an array named by SETTINGS.
 
     `predicts`: a predictor takes time on its lane; `holds`: the host waits for the end of every copy.
     """

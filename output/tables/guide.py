@@ -63,7 +63,7 @@ def print_inference(data: dict[str, Any]) -> None:
 
 
 def _in_words(data: dict[str, Any]) -> str:
-    """Return in a line what an inference simulation was of."""
+    """Returns in a line what an inference simulation was of."""
     model, scenario = data["model"], data["scenario"]
     trace = scenario["workload"]["trace"] or "a synthetic trace"
     return (
@@ -138,14 +138,14 @@ def _print_figures(console: Console, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def figure_columns(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the columns of a table of figures, the first one's being the name's."""
+    """Returns the columns of a table of figures, the first one's being the name's."""
     if "statements" in rows[0]:
         return ["", "stated", "also stated", "apart", "ours"]
     return ["", "published", "ours", "charged", "overlapped", "verdict"]
 
 
 def figure_cells(row: dict[str, Any]) -> list[str]:
-    """Return a figure: published, ours, with copies charged, overlapped and the verdict; or statements and ours."""
+    """Returns a figure: published, ours, with copies charged, overlapped and the verdict; or statements and ours."""
     unit = row["unit"]
     if "statements" in row:
         return [
@@ -163,7 +163,7 @@ def figure_cells(row: dict[str, Any]) -> list[str]:
 
 
 def _quantity(value: float | None, unit: str, sign: str = "") -> str:
-    """Return four digits of a value and its unit; shares are fractions written in percent."""
+    """Returns four digits of a value and its unit; shares are fractions written in percent."""
     return "-" if value is None else _with_unit(_plain(value, unit, sign), unit)
 
 
@@ -188,7 +188,7 @@ def _print_configurations(console: Console, rows: Sequence[dict[str, Any]]) -> N
 
 
 def guide_cells(row: dict[str, Any], figure: GuideFigure) -> list[str]:
-    """Return a figure: published, ours, if layers shared experts, with copies charged, overlapped; and the verdict."""
+    """Returns a figure: published, ours, if layers shared experts, with copies charged, overlapped; and the verdict."""
     key, scale, digits = figure.key, figure.units_in_one, figure.digits
     ours, verdict = row["guide_accounting"], row["verdicts"][key]
     low, high = (bound * scale for bound in row["published"][key])

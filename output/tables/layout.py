@@ -10,12 +10,12 @@ from rich.text import Text
 
 
 def plain_console() -> Console:
-    """Return the terminal, which takes words as they are: a name such as `[red]` or `:key:` is no markup."""
+    """Returns the terminal, which takes words as they are: a name such as `[red]` or `:key:` is no markup."""
     return Console(markup=False, emoji=False)
 
 
 def columns_of(*columns: str) -> Table:
-    """Return an empty table whose first column is of words, the others of numbers."""
+    """Returns an empty table whose first column is of words, the others of numbers."""
     table = Table(box=None, padding=(0, 1, 0, 0))
     for number, name in enumerate(columns):
         table.add_column(name, justify="right" if number else "left", no_wrap=not number)
@@ -34,10 +34,10 @@ def print_rows(console: Console, title: str, rows: Iterable[tuple[str, ...]]) ->
 
 
 def number_of(value: float | None, digits: int) -> str:
-    """Return a number with so many decimals, `-` for None."""
+    """Returns a number with so many decimals, `-` for None."""
     return "-" if value is None else f"{value:,.{digits}f}"
 
 
 def share_of(part: float | None, whole: float, digits: int = 1) -> str:
-    """Return a part of a whole in percent, `-` where undefined."""
+    """Returns a part of a whole in percent, `-` where undefined."""
     return "-" if part is None or not whole else f"{part / whole:.{digits}%}"

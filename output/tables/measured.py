@@ -27,7 +27,7 @@ def print_transfer(data: dict[str, Any]) -> None:
 
 
 def transfer_cells(data: dict[str, Any]) -> Iterator[list[str]]:
-    """Yield the transfer benchmark's rows in TRANSFER_COLUMNS, the guide's last."""
+    """Yields the transfer benchmark's rows in TRANSFER_COLUMNS, the guide's last."""
     guide = data["guide"]
 
     def row(name: str, size_bytes: int, times: dict[str, Any], *more: str) -> list[str]:
@@ -159,7 +159,7 @@ def _say_more(console: Console, numbers: Mapping[str, int]) -> None:
 
 
 def _reading_lines(reading: Mapping[str, Any] | None) -> Iterator[str]:
-    """Yield what is to be said of how a file was read: nothing if all was read as it stands."""
+    """Yields what is to be said of how a file was read: nothing if all was read as it stands."""
     if reading is None:
         return
     for key, words in (("left_out", f"of {reading['events']:,} events are left out"), ("repaired", "values repaired")):

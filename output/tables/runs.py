@@ -53,7 +53,7 @@ def print_result(data: dict[str, Any]) -> None:
 
 
 def headline(data: Mapping[str, Any]) -> str:
-    """Return in a line what ran: model, machine, trace, batch and room."""
+    """Returns in a line what ran: model, machine, trace, batch and room."""
     scenario, model = data["scenario"], data["model"]
     trace = scenario["workload"]["trace"] or "a synthetic trace"
     share, batch = data["budget_bytes"] / data["expert_bytes_total"], scenario["workload"]["batch"]
@@ -65,7 +65,7 @@ def headline(data: Mapping[str, Any]) -> str:
 
 
 def _share_of_gpus(data: Mapping[str, Any]) -> str:
-    """Return what share of the GPUs' memory the expert budget is, in words; nothing in a result that does not say."""
+    """Returns what share of the GPUs' memory the expert budget is, in words; nothing in a result that does not say."""
     gpus = [memory for memory in data.get("capacity", {"memories": []})["memories"] if memory["kind"] == "gpu"]
     holds_bytes = sum(memory["capacity_bytes"] for memory in gpus)
     whose = "the GPU's memory" if len(gpus) == 1 else f"the memory of {len(gpus)} GPUs"
@@ -73,7 +73,7 @@ def _share_of_gpus(data: Mapping[str, Any]) -> str:
 
 
 def capacity_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Return what each memory keeps against what it holds: name, sum and parts. Of several GPUs, the fullest."""
+    """Returns what each memory keeps against what it holds: name, sum and parts. Of several GPUs, the fullest."""
     memories = data["capacity"]["memories"]
     gpus = [memory for memory in memories if memory["kind"] == "gpu"]
     fullest = max(gpus, key=lambda memory: memory["sum_bytes"])
@@ -82,7 +82,7 @@ def capacity_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _memory_row(memory: Mapping[str, Any]) -> tuple[str, str, str]:
-    """Return the row of one memory; parts of less than a hundredth of it all are told together."""
+    """Returns the row of one memory; parts of less than a hundredth of it all are told together."""
     name, sum_bytes = memory["memory"], memory["sum_bytes"]
     named = {part: size_bytes for part, size_bytes in memory["parts"].items() if 100 * size_bytes >= sum_bytes}
     told = sorted(named.items(), key=lambda part: -part[1])
@@ -128,7 +128,7 @@ def _print_gpus(console: Console, gpus: Sequence[Mapping[str, Any]], makespan_ms
 
 
 def _sharing_rows(data: Mapping[str, Any]) -> tuple[str, list[tuple[str, str, str]]]:
-    """Return the title and rows of what GPUs that share the experts sent each other."""
+    """Returns the title and rows of what GPUs that share the experts sent each other."""
     sharing, parallel = data["sharing"], data["scenario"]["parallel"]
     return f"{len(data['gpus'])} GPUs share the experts: {parallel['placement']}, {parallel['remote']}", [
         ("tokens sent", f"{sharing['tokens_sent']:,}", "and as many back"),
@@ -139,7 +139,7 @@ def _sharing_rows(data: Mapping[str, Any]) -> tuple[str, list[tuple[str, str, st
 
 
 def _tier_rows(tiers: Mapping[str, Any]) -> tuple[str, list[tuple[str, str, str]]]:
-    """Return the title and rows of what host memory held and the drive below it did."""
+    """Returns the title and rows of what host memory held and the drive below it did."""
     copies = tiers["host_hits"] + tiers["host_misses"]
     busy = f"{tiers['io_lanes']} I/O lanes busy {share_of(tiers['read_utilization'], 1)}"
     return f"{copies:,} copies from host memory ({tiers['host_budget_bytes'] / 2**30:.2f} GiB of experts)", [
@@ -151,7 +151,7 @@ def _tier_rows(tiers: Mapping[str, Any]) -> tuple[str, list[tuple[str, str, str]
 
 
 def speed_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Return the figures that a user wants first: name, value and a note; behind the warmup where there is one."""
+    """Returns the figures that a user wants first: name, value and a note; behind the warmup where there is one."""
     late = "" if data["late_wait_ms"] is None else f"late ones wait {data['late_wait_ms']:,.3f} ms on average"
     rows = [
         *_rate_rows(data),
@@ -197,7 +197,7 @@ _BESIDE_MEDIAN = ("mean", "p95", "p99")
 
 
 def _rate_rows(data: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Yield tokens per second while decoding, over all time if that is another figure, and with the warmup."""
+    """Yields tokens per second while decoding, over all time if that is another figure, and with the warmup."""
     decoded, warm, scenario = data["decode_tokens"], data["warmup"]["decode_tokens"], data["scenario"]
     rate, sustained = data["tokens_per_second"], data["sustained_tokens_per_second"]
     which = f"{decoded:,} tokens" + (" from a cold start" if scenario["memory"]["preload"] == "none" else "")
@@ -215,7 +215,7 @@ def _rate_rows(data: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
 
 
 def _wait_rows(data: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Yield the median of each wait that there was, with its mean and high percentiles."""
+    """Yields the median of each wait that there was, with its mean and high percentiles."""
     for key, name in _WAITS.items():
         wait = data[key]
         if wait["p50"] is not None:

@@ -56,14 +56,14 @@ def print_suite(data: dict[str, Any]) -> None:
 
 
 def best_cells(study: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Yield the best configurations of a study in BEST_COLUMNS."""
+    """Yields the best configurations of a study in BEST_COLUMNS."""
     for found in study["best"]:
         values = (_digits(found[key]) for key in ("value", "start"))
         yield [study["name"], found["name"], *values, setting_words(found["settings"])]
 
 
 def setting_words(settings: Mapping[str, Any]) -> str:
-    """Return settings in words; nothing where there are none."""
+    """Returns settings in words; nothing where there are none."""
     return ", ".join(f"{key} = {value}" for key, value in settings.items()) or "nothing"
 
 
@@ -108,7 +108,7 @@ def print_comparison(data: dict[str, Any]) -> None:
 
 
 def comparison_figure(name: str, value: float | None) -> str:
-    """Return a figure of a comparison with its unit, which its name gives; counts are whole."""
+    """Returns a figure of a comparison with its unit, which its name gives; counts are whole."""
     if value is None:
         return "-"
     if "bytes" in name:
@@ -137,7 +137,7 @@ def print_break_even(data: dict[str, Any]) -> None:
 
 
 def break_even_words(cell: dict[str, Any]) -> str:
-    """Return a break-even in words: a recall, an interval where luck decides, always or never."""
+    """Returns a break-even in words: a recall, an interval where luck decides, always or never."""
     recall, below = cell["recall"], cell["not_below"]
     if recall is None:
         return "never"

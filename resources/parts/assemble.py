@@ -29,7 +29,7 @@ _Plain = dict[str, Any]
 
 
 def assembled(name: str, without: Iterable[str] = ()) -> _Plain:
-    """Return the profile of a machine by the name that tells its parts, as plain data. Raises PartError.
+    """Returns the profile of a machine by the name that tells its parts, as plain data. Raises PartError.
 
     `without` are measured profiles whose measurements are left out, for a check against these.
     """
@@ -56,7 +56,7 @@ def assembled(name: str, without: Iterable[str] = ()) -> _Plain:
 
 
 def _identity(parts: Chosen, machine: MeasuredMachine | None) -> _Plain:
-    """Return what a profile says of its machine, and what its memories hold."""
+    """Returns what a profile says of its machine, and what its memories hold."""
     taken = "" if machine is None else f", and costs that no datasheet tells as measured on {machine.device}"
     gpu = parts.gpu
     unified = gpu is None or gpu.unified
@@ -99,7 +99,7 @@ def _compute(parts: Chosen, gpu: Gpu, machine: MeasuredMachine) -> _Plain:
 
 
 def _kernels(gpu: Gpu, without: Iterable[str]) -> _Plain | None:
-    """Return the surface of single kernels, as this machine's own estimate; None where no measured GPU has one."""
+    """Returns the surface of single kernels, as this machine's own estimate; None where no measured GPU has one."""
     surface = surface_of(gpu, without)
     if surface is None:
         return None
@@ -137,7 +137,7 @@ def _cpu_rule(parts: Chosen, reach: Reach) -> _Plain:
 
 
 def _shared_ram(parts: Chosen) -> float:
-    """Return how many times as long copies and experts on the processor take beside each other: memory's share."""
+    """Returns how many times as long copies and experts on the processor take beside each other: memory's share."""
     if parts.ram_reach is None or parts.cpu_reach is None:
         return 1.0
     wanted = parts.copies.bytes_per_second + parts.cpu_reach.bytes_per_second
@@ -145,7 +145,7 @@ def _shared_ram(parts: Chosen) -> float:
 
 
 def _contention(parts: Chosen, machine: MeasuredMachine) -> _Plain:
-    """Return the measured machine's, but for what the host's memory says of copies beside experts on the processor."""
+    """Returns the measured machine's, but for what the host's memory says of copies beside experts on the processor."""
     measured = machine.data["contention"]
     kept = ("copy_beside_compute", "copy_beside_d2h", "copies_sharing", "compute_beside_peer", "peer_beside_copy")
     contention = {
@@ -161,7 +161,7 @@ def _contention(parts: Chosen, machine: MeasuredMachine) -> _Plain:
 
 
 def _pinned(reach: Reach, machine: MeasuredMachine, measured: Mapping[str, Any]) -> _Plain:
-    """Return copies at what a link reaches, with the latencies and gaps of the measured machine's."""
+    """Returns copies at what a link reaches, with the latencies and gaps of the measured machine's."""
     copies = {
         name: _taken(measured[name], machine, transfer_spread("h2d"))
         for name in ("gap", "event_wait_gap", "launch_latency")
@@ -177,7 +177,7 @@ def _pinned(reach: Reach, machine: MeasuredMachine, measured: Mapping[str, Any])
 
 
 def _latency_ns(cost: Mapping[str, Any], bytes_per_second: int) -> int:
-    """Return what the smallest measured copy takes beside its bytes."""
+    """Returns what the smallest measured copy takes beside its bytes."""
     if "points" not in cost:
         return int(cost["latency_ns"])
     size_bytes, ns = cost["points"][0]
@@ -185,7 +185,7 @@ def _latency_ns(cost: Mapping[str, Any], bytes_per_second: int) -> int:
 
 
 def _pageable(reach: Reach, machine: MeasuredMachine) -> _Plain:
-    """Return copies from pageable memory as measured elsewhere, or as long as the link takes if that is longer."""
+    """Returns copies from pageable memory as measured elsewhere, or as long as the link takes if that is longer."""
     measured = machine.data["h2d"]["pageable"]
     copies = {"gap": _taken(measured["gap"], machine, transfer_spread("h2d"))}
     for name in ("alone", "queued"):
@@ -196,7 +196,7 @@ def _pageable(reach: Reach, machine: MeasuredMachine) -> _Plain:
 
 
 def _within(gpu: Gpu, machine: MeasuredMachine) -> _Plain:
-    """Return copies within a GPU's memory, which read and write each byte."""
+    """Returns copies within a GPU's memory, which read and write each byte."""
     share = copy_share(machine)
     rate = figures(share * gpu.memory_bytes_per_second / 2)
     note = f"{share:.2f} of {gpu.memory_bytes_per_second / 1e9:,.0f} GB/s ({gpu.source}), for a read and a write"
@@ -204,7 +204,7 @@ def _within(gpu: Gpu, machine: MeasuredMachine) -> _Plain:
 
 
 def _peer(parts: Chosen, gpu: Gpu, machine: MeasuredMachine) -> _Plain:
-    """Return copies to another GPU: over NVLink, or over PCIe, through host memory if GPUs do not read each other's."""
+    """Returns copies to another GPU: over NVLink or over PCIe, through host memory if GPUs do not read each other's."""
     assert parts.link is not None
     if gpu.nvlink_bytes_per_second is not None:
         share = peer_share(machine)
@@ -225,7 +225,7 @@ def _line(rate: int, note: str, machine: MeasuredMachine, measured: _Plain) -> _
 
 
 def _topology(parts: Chosen) -> _Plain:
-    """Return the graph: each GPU behind a link of its own, all of them and the drive on one host's memory."""
+    """Returns the graph: each GPU behind a link of its own, all of them and the drive on one host's memory."""
     gpu, link, ram = parts.gpu, parts.link, parts.ram
     assert gpu is not None and link is not None
     names = [f"gpu{number}" for number in range(parts.count)]
@@ -265,7 +265,7 @@ def _link(a: str, b: str, kind: str, rate: int, note: str) -> _Plain:
 
 
 def _one_memory() -> _Plain:
-    """Return the copies of a machine whose host and GPU share one memory: they take no time."""
+    """Returns the copies of a machine whose host and GPU share one memory: they take no time."""
     free = _fact(
         "one memory: what is read is where it is computed; this stands for no time",
         source="assumed",
@@ -277,7 +277,7 @@ def _one_memory() -> _Plain:
 
 
 def _on_processor(parts: Chosen) -> _Plain:
-    """Return the costs of a machine that computes on its processor: nothing is launched, and nothing is copied."""
+    """Returns the costs of a machine that computes on its processor: nothing is launched, and nothing is copied."""
     assert parts.cpu_reach is not None
     nothing = _fact("the processor computes: nothing is launched", source="assumed", ns=0)
     calls = ("launch", "graph_launch", "copy_enqueue", "synchronize", "readback")
@@ -290,7 +290,7 @@ def _on_processor(parts: Chosen) -> _Plain:
 
 
 def _taken(value: Any, machine: MeasuredMachine, spread: float) -> Any:
-    """Return a measured machine's costs as another's: assumed, of that device, off by as much as machines differ."""
+    """Returns a measured machine's costs as another's: assumed, of that device, off by as much as machines differ."""
     if not isinstance(value, dict):
         return value
     if "source" not in value:

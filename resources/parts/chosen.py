@@ -89,7 +89,7 @@ class Chosen:
 
 
 def choose(name: str, without: Iterable[str] = ()) -> Chosen:
-    """Return the parts of a machine by its name, 'gpu=rtx4090, ram=2x DDR5-5600'. Raises PartError.
+    """Returns the parts of a machine by its name, 'gpu=rtx4090, ram=2x DDR5-5600'. Raises PartError.
 
     `without` are measured profiles that say nothing of what is reached.
     """
@@ -137,7 +137,7 @@ def _gpus(given: dict[str, str]) -> tuple[int, Gpu | None]:
 
 
 def _processor(text: str | None) -> tuple[Processor, str | None]:
-    """Return the processors, and the memory that fills all their channels if that is known."""
+    """Returns the processors, and the memory that fills all their channels if that is known."""
     sockets, name = times(text) if text is not None else (1, "")
     cores = parse_cores(name)
     if text is None or cores is not None:
@@ -152,7 +152,7 @@ def _processor(text: str | None) -> tuple[Processor, str | None]:
 
 
 def _filled(memory: str, sockets: int) -> str:
-    """Return the memory of so many sockets, as `parse_ram` reads it."""
+    """Returns the memory of so many sockets, as `parse_ram` reads it."""
     channels, kind = times(memory)
     if sockets == 1 or kind == memory:
         return memory

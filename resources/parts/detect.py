@@ -42,7 +42,7 @@ class Detected:
 
 
 def detect() -> Detected:
-    """Return the parts of this machine."""
+    """Returns the parts of this machine."""
     found = Detected()
     brand, sockets, cores = _processor()
     tell_gpus(found, _nvidia_smi())
@@ -101,7 +101,7 @@ def tell_memory(found: Detected, total_bytes: int | None) -> None:
 
 
 def _nvidia_smi() -> str:
-    """Return what nvidia-smi says of its GPUs; nothing where it is not there or fails."""
+    """Returns what nvidia-smi says of its GPUs; nothing where it is not there or fails."""
     command = ["nvidia-smi", f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader"]
     try:
         told = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=True)
@@ -111,7 +111,7 @@ def _nvidia_smi() -> str:
 
 
 def _processor() -> tuple[str, int, int | None]:
-    """Return the processor's own name, how many sockets there are, and cores in all (None: not told)."""
+    """Returns the processor's own name, how many sockets there are, and cores in all (None: not told)."""
     lines = _proc_lines(Path("/proc/cpuinfo"))
     sockets = len(set(_values(lines, "physical id"))) or 1
     brand = next(iter(_values(lines, "model name")), "")
@@ -153,6 +153,6 @@ def _proc_lines(path: Path) -> list[str]:
 
 
 def _values(lines: Iterable[str], key: str) -> list[str]:
-    """Return the values of a key of /proc/cpuinfo, one for each processor, in order."""
+    """Returns the values of a key of /proc/cpuinfo, one for each processor, in order."""
     pairs = (line.partition(":") for line in lines)
     return [value.strip() for name, _, value in pairs if name.strip() == key]

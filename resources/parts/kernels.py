@@ -51,20 +51,20 @@ class KernelFit:
     beside_copy_factor: float
 
     def ns(self, gpu: Gpu, group: Group) -> float:
-        """Return what a group takes on a GPU of this kind, quiet."""
+        """Returns what a group takes on a GPU of this kind, quiet."""
         return self.constant_ns(group) + max(
             group.weight_bytes * 1e9 / (self.memory_share * gpu.memory_bytes_per_second),
             2 * group.weights * group.tokens * 1e9 / (self.flops_share * gpu.half_flops_per_second),
         )
 
     def constant_ns(self, group: Group) -> float:
-        """Return what a group takes beside its bytes or operations."""
+        """Returns what a group takes beside its bytes or operations."""
         small = group.kernels - group.products
         return group.products * self.product_ns + small * self.small_ns + group.eager * group.kernels * self.eager_ns
 
 
 def groups(compute: Mapping[str, Any]) -> Iterator[Group]:
-    """Yield every measured group of a profile's compute part, as plain data, without context."""
+    """Yields every measured group of a profile's compute part, as plain data, without context."""
     for point in compute["experts"]:
         weights = EXPERT_PRODUCTS * point["hidden"] * point["expert_ff"]
         yield _group("expert", point, weights * _bytes_of(point), EXPERT_PRODUCTS, EXPERT_KERNELS)
@@ -76,7 +76,7 @@ def groups(compute: Mapping[str, Any]) -> Iterator[Group]:
 
 
 def fitted(gpu: Gpu, compute: Mapping[str, Any]) -> KernelFit:
-    """Return the constants and shares of a measured GPU: least absolute relative errors over its groups of one token.
+    """Returns the constants and shares of a measured GPU: least absolute relative errors over its groups of one token.
 
     By least squares, weighted anew until they are that (Schlossmacher, "An iterative technique for absolute deviations
     curve fitting", JASA 68, 1973). The share of the operations is what the profile's own rule found of long prompts.
@@ -102,7 +102,7 @@ def fitted(gpu: Gpu, compute: Mapping[str, Any]) -> KernelFit:
 
 
 def errors(fit: KernelFit, gpu: Gpu, compute: Mapping[str, Any]) -> Sequence[tuple[Group, float]]:
-    """Return each measured group of decoding, and the ratio of what the fit says of it to what it took."""
+    """Returns each measured group of decoding, and the ratio of what the fit says of it to what it took."""
     measured = [group for group in groups(compute) if group.tokens <= DECODE_TOKENS]
     return [(group, fit.ns(gpu, group) / group.ns) for group in measured]
 

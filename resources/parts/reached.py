@@ -65,14 +65,14 @@ class MeasuredMachine:
 
 @cache
 def measured(name: str) -> MeasuredMachine:
-    """Return one of the MEASURED machines."""
+    """Returns one of the MEASURED machines."""
     text = (resources.files("prestage") / "calibration" / "profiles" / f"{name}.json").read_text("utf-8")
     data, gpu = json.loads(text), gpus()[MEASURED[name][0]]
     return MeasuredMachine(name, gpu, data, fitted(gpu, data["compute"]))
 
 
 def nearest(gpu: Gpu, without: Iterable[str] = ()) -> MeasuredMachine:
-    """Return the measured machine whose memory rate is nearest, by its ratio; `without` are profiles left out."""
+    """Returns the measured machine whose memory rate is nearest, by its ratio; `without` are profiles left out."""
     left = [measured(name) for name in MEASURED if name not in set(without)]
     if not left:
         raise PartError("no measured machine is left to take costs from")
@@ -87,7 +87,7 @@ def _surface(name: str) -> Surface | None:
 
 
 def surface_of(gpu: Gpu, without: Iterable[str] = ()) -> Surface | None:
-    """Return the surface of single kernels of the nearest GPU that has one, scaled to another by their datasheets.
+    """Returns the surface of single kernels of the nearest GPU that has one, scaled to another by their datasheets.
 
     None if none has. It is `assumed`, and off by as much more as kernels are on GPUs put together from others.
     """
@@ -108,7 +108,7 @@ def surface_of(gpu: Gpu, without: Iterable[str] = ()) -> Surface | None:
 
 
 def link_share(without: Iterable[str] = ()) -> Share:
-    """Return what long copies from pinned memory reach of a link's rate, by measured profiles and published copies."""
+    """Returns what long copies from pinned memory reach of a link's rate, by measured profiles and published copies."""
     out = set(without)
     values = [
         _queued_rate(measured(name).pinned) / parse_link(link).bytes_per_second
@@ -119,23 +119,23 @@ def link_share(without: Iterable[str] = ()) -> Share:
 
 
 def ram_share() -> Share:
-    """Return what reading reaches of a memory's datasheet rate, by what others have published."""
+    """Returns what reading reaches of a memory's datasheet rate, by what others have published."""
     return Share(tuple(_published("ram")))
 
 
 def cpu_share() -> Share:
-    """Return what experts on a processor get of the rate that its memory is said to have, by what is published."""
+    """Returns what experts on a processor get of the rate that its memory is said to have, by what is published."""
     return Share(tuple(_published("cpu")))
 
 
 def copy_share(machine: MeasuredMachine) -> float:
-    """Return what long copies within a GPU reach of its memory's rate, for a read and a write of each byte."""
+    """Returns what long copies within a GPU reach of its memory's rate, for a read and a write of each byte."""
     size_bytes, ns = machine.data["d2d"]["queued"]["points"][-1]
     return float(2 * size_bytes * 1e9 / ns / machine.gpu.memory_bytes_per_second)
 
 
 def peer_share(machine: MeasuredMachine) -> float:
-    """Return what long copies to another GPU reach of NVLink's rate."""
+    """Returns what long copies to another GPU reach of NVLink's rate."""
     size_bytes, ns = machine.data["peer"]["queued"]["points"][-1]
     assert machine.gpu.nvlink_bytes_per_second is not None
     return float(size_bytes * 1e9 / ns / machine.gpu.nvlink_bytes_per_second)
@@ -143,7 +143,7 @@ def peer_share(machine: MeasuredMachine) -> float:
 
 @cache
 def kernel_spread() -> float:
-    """Return how far kernels are off, root mean square of log ratios, on each measured GPU as put together from others.
+    """Returns how far kernels are off, root mean square of log ratios, on each measured GPU put together from others.
 
     Over every measured group of decoding of each, its own measurements left out.
     """
@@ -152,7 +152,7 @@ def kernel_spread() -> float:
 
 
 def foreign_errors(name: str) -> list[tuple[Any, float]]:
-    """Return each measured group of a machine's decoding, and its ratio to that by another machine's measurements."""
+    """Returns each measured group of a machine's decoding, and its ratio to that by another machine's measurements."""
     machine = measured(name)
     fit = nearest(machine.gpu, without=(name,)).kernels
     return list(errors(fit, machine.gpu, machine.data["compute"]))
@@ -160,7 +160,7 @@ def foreign_errors(name: str) -> list[tuple[Any, float]]:
 
 @cache
 def transfer_spread(family: str) -> float:
-    """Return how far the durations of a family ('host', 'compute', 'h2d') differ between measured machines.
+    """Returns how far the durations of a family ('host', 'compute', 'h2d') differ between measured machines.
 
     The root mean square of the log ratios of the same cost on two of them, over the square root of 2, as of one
     machine from their middle; durations under a microsecond, which are differences of others, count for nothing.
@@ -174,7 +174,7 @@ _LEAST_NS = 1000
 
 
 def _durations(part: Any, place: str = "") -> Iterator[tuple[str, float]]:
-    """Yield (place, ns) of every duration in plain data that does not depend on a size."""
+    """Yields (place, ns) of every duration in plain data that does not depend on a size."""
     for key, value in part.items() if isinstance(part, dict) else ():
         if key == "ns":
             yield place, value

@@ -11,7 +11,7 @@ from .written import PARTS, is_of_parts, joined_parts, split_parts
 
 
 def of_parts(section: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a section whose parts, if it has some, are in its `profile`: the name of the machine of these parts.
+    """Returns a section whose parts, if it has some, are in its `profile`: the name of the machine of these parts.
 
     Raises PartError if it names a profile too, or parts without a GPU. Values of other types stay, to be refused.
     """

@@ -114,50 +114,50 @@ _MAKERS = re.compile(r"nvidia|geforce|tesla|amd|radeon|instinct|intel|apple|\bco
 
 
 def gpus() -> Mapping[str, Gpu]:
-    """Return the table of GPUs by name."""
+    """Returns the table of GPUs by name."""
     return _by_name("gpus", Gpu)
 
 
 def cpus() -> Mapping[str, Cpu]:
-    """Return the table of processors by name."""
+    """Returns the table of processors by name."""
     return _by_name("cpus", Cpu)
 
 
 def drives() -> Mapping[str, Drive]:
-    """Return the table of drives by name."""
+    """Returns the table of drives by name."""
     return _by_name("drives", Drive)
 
 
 @cache
 def link_kinds() -> Mapping[str, LinkKind]:
-    """Return the generations of links by name."""
+    """Returns the generations of links by name."""
     return {row.name: row for row in _rows("links", LinkKind)}
 
 
 @cache
 def memory_kinds() -> Mapping[str, MemoryKind]:
-    """Return the kinds of memory by name."""
+    """Returns the kinds of memory by name."""
     return {row.name: row for row in _rows("memories", MemoryKind)}
 
 
 @cache
 def published() -> tuple[Reached, ...]:
-    """Return what others have measured of links, memories and processors."""
+    """Returns what others have measured of links, memories and processors."""
     return tuple(_rows("reached", Reached))
 
 
 def find_gpu(text: str) -> Gpu:
-    """Return the GPU of a name such as 'rtx4090', 'RTX 4090' or '4090'; PartError if none, or several, have it."""
+    """Returns the GPU of a name such as 'rtx4090', 'RTX 4090' or '4090'; PartError if none, or several, have it."""
     return _find("machine.gpu", text, gpus())
 
 
 def find_cpu(text: str) -> Cpu:
-    """Return the processor of a name such as '7950x' or 'Ryzen 9 7950X'; PartError if none, or several, have it."""
+    """Returns the processor of a name such as '7950x' or 'Ryzen 9 7950X'; PartError if none, or several, have it."""
     return _find("machine.cpu", text, cpus())
 
 
 def find_drive(text: str) -> Drive:
-    """Return the drive of a name such as 'samsung-990-pro'; PartError if none, or several, have it."""
+    """Returns the drive of a name such as 'samsung-990-pro'; PartError if none, or several, have it."""
     return _find("machine.drive", text, drives())
 
 
@@ -174,7 +174,7 @@ def _find(key: str, text: str, table: Mapping[str, _Found]) -> _Found:
 
 
 def _plain(text: str) -> str:
-    """Return a part's name without its maker, spaces, hyphens and case."""
+    """Returns a part's name without its maker, spaces, hyphens and case."""
     return re.sub(r"[^a-z0-9+]", "", _MAKERS.sub("", text.lower()))
 
 

@@ -46,12 +46,12 @@ class Ram:
 
 
 def is_of_parts(name: str) -> bool:
-    """Return whether a profile's name tells parts, and is no shipped one's and no file's."""
+    """Returns whether a profile's name tells parts, and is no shipped one's and no file's."""
     return "=" in name and not name.endswith(".json")
 
 
 def split_parts(name: str) -> dict[str, str]:
-    """Return the parts that a machine's name tells, 'gpu=rtx4090, ram=2x DDR5-5600', by key; PartError if it cannot."""
+    """Returns the parts that a machine's name tells, 'gpu=rtx4090, ram=2x DDR5-5600', by key; PartError if none."""
     parts: dict[str, str] = {}
     for entry in name.split(","):
         key, equals, value = (piece.strip() for piece in entry.partition("="))
@@ -66,7 +66,7 @@ def split_parts(name: str) -> dict[str, str]:
 
 
 def joined_parts(parts: dict[str, str]) -> str:
-    """Return the name of a machine of these parts, as `split_parts` reads it. Raises PartError."""
+    """Returns the name of a machine of these parts, as `split_parts` reads it. Raises PartError."""
     for key, value in parts.items():
         if "," in value or "=" in value or not value.strip():
             raise PartError(f"machine.{key} = {shown(value)}: give one part, without ',' and '='")
@@ -74,7 +74,7 @@ def joined_parts(parts: dict[str, str]) -> str:
 
 
 def times(text: str) -> tuple[int, str]:
-    """Return how many of what '2x rtx3090' says; one of what stands alone."""
+    """Returns how many of what '2x rtx3090' says; one of what stands alone."""
     match = _TIMES.fullmatch(text.strip())
     if match is None:
         return 1, text.strip()
@@ -85,18 +85,18 @@ def times(text: str) -> tuple[int, str]:
 
 
 def parse_rate(text: str) -> int | None:
-    """Return the bytes a second of '25.2GB/s'; None for what is no rate."""
+    """Returns the bytes a second of '25.2GB/s'; None for what is no rate."""
     found = amount(text, RATES)
     return None if found is None else int(found)
 
 
 def figures(number: float) -> int:
-    """Return a number at three figures: no more is known of what a share of a datasheet's rate comes to."""
+    """Returns a number at three figures: no more is known of what a share of a datasheet's rate comes to."""
     return int(float(f"{number:.3g}"))
 
 
 def parse_link(text: str) -> Rate:
-    """Return what 'pcie4 x16', 'nvlink-c2c' or '25.2GB/s' carries in one direction. Raises PartError."""
+    """Returns what 'pcie4 x16', 'nvlink-c2c' or '25.2GB/s' carries in one direction. Raises PartError."""
     rate = parse_rate(text)
     if rate is not None:
         return Rate(_positive("machine.link", text, rate), f"{text.strip()}, as given", given=True)
@@ -105,7 +105,7 @@ def parse_link(text: str) -> Rate:
 
 
 def link_of(text: str) -> tuple[LinkKind, int]:
-    """Return the generation and the lanes of 'pcie4 x16' (16 where none are named). Raises PartError."""
+    """Returns the generation and the lanes of 'pcie4 x16' (16 where none are named). Raises PartError."""
     kinds = link_kinds()
     match = _LINK.fullmatch(text.strip())
     name = f"pcie{match[1]}" if match else text.strip().lower()
@@ -119,12 +119,12 @@ def link_of(text: str) -> tuple[LinkKind, int]:
 
 
 def written_link(kind: LinkKind, lanes: int) -> str:
-    """Return a link as `link_of` reads it."""
+    """Returns a link as `link_of` reads it."""
     return f"{kind.name} x{lanes}" if kind.most_lanes > 1 else kind.name
 
 
 def parse_ram(text: str, *, most_channels: int = 2) -> Ram:
-    """Return the memory of '2x DDR5-5600', '64GB DDR5-5600', '4x16GB DDR4-3200', '64GB 84.5GB/s', '64GB'.
+    """Returns the memory of '2x DDR5-5600', '64GB DDR5-5600', '4x16GB DDR4-3200', '64GB 84.5GB/s', '64GB'.
 
     Without a number of channels, all `most_channels` of the processor are filled; more modules than these share them.
     Raises PartError.
@@ -171,7 +171,7 @@ def _memory_rate(text: str, part: dict[str, str | None], channels: int) -> Rate:
 
 
 def parse_drive(text: str) -> tuple[int | None, Rate]:
-    """Return what a drive holds (None: not said) and reads: '7 GB/s', '2TB 7GB/s', 'samsung-990-pro'.
+    """Returns what a drive holds (None: not said) and reads: '7 GB/s', '2TB 7GB/s', 'samsung-990-pro'.
 
     A drive's size is decimal. Raises PartError.
     """
@@ -187,7 +187,7 @@ def parse_drive(text: str) -> tuple[int | None, Rate]:
 
 
 def parse_cores(text: str) -> tuple[int, float | None] | None:
-    """Return the cores and GHz (None: not said) of '4 cores 2.8GHz'; None for what names a processor."""
+    """Returns the cores and GHz (None: not said) of '4 cores 2.8GHz'; None for what names a processor."""
     match = _CORES.fullmatch(text.strip())
     return None if match is None else (int(match[1]), float(match[2]) if match[2] else None)
 

@@ -31,7 +31,7 @@ class Checkpoint(NamedTuple):
 
 
 def checkpoint_of(folder: Path) -> Checkpoint:
-    """Return what a folder's safetensors files hold; of their index alone, the bytes of all of it.
+    """Returns what a folder's safetensors files hold; of their index alone, the bytes of all of it.
 
     Raises ModelError if there is neither, or one that cannot be read.
     """
@@ -52,7 +52,7 @@ def checkpoint_of(folder: Path) -> Checkpoint:
 
 
 def weight_bytes(model: Model) -> int:
-    """Return the bytes of all of a model's weights, a tied embedding once."""
+    """Returns the bytes of all of a model's weights, a tied embedding once."""
     return (
         model.total_expert_bytes + sum(model.dense_bytes) + model.head_bytes + model.embedding_beside_head_bytes
     ) + model.host_table_bytes
@@ -70,7 +70,7 @@ def _blocks(folder: Path) -> int | None:
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, int]]:
-    """Yield the name and bytes of each tensor by a file's header; the file may be cut behind it."""
+    """Yields the name and bytes of each tensor by a file's header; the file may be cut behind it."""
     try:
         with path.open("rb") as stream:
             length = struct.unpack("<Q", stream.read(8))[0]

@@ -15,12 +15,12 @@ from .config_fields import Config
 
 
 def every(config: Config) -> list[str]:
-    """Return a MoE in every block."""
+    """Returns a MoE in every block."""
     return ["moe"] * config.blocks
 
 
 def after_dense(config: Config) -> list[str]:
-    """Return dense blocks first, then MoE, every one or as `moe_layer_freq` says (DeepSeek)."""
+    """Returns dense blocks first, then MoE, every one or as `moe_layer_freq` says (DeepSeek)."""
     listed = config.of_blocks("mlp_layer_types")
     if listed is not None:
         return ["dense" if kind == "dense" else "moe" for kind in listed]
@@ -33,27 +33,27 @@ def after_dense(config: Config) -> list[str]:
 
 
 def by_step(config: Config) -> list[str]:
-    """Return a MoE in every so many blocks, but in those of `mlp_only_layers` (Qwen)."""
+    """Returns a MoE in every so many blocks, but in those of `mlp_only_layers` (Qwen)."""
     step = config.count("decoder_sparse_step", default=1)
     dense = set(config.entries("mlp_only_layers") or [])
     return ["moe" if i not in dense and (i + 1) % step == 0 else "dense" for i in range(config.blocks)]
 
 
 def interleaved(config: Config) -> list[str]:
-    """Return the MoE blocks that are listed, or every so many (Llama 4)."""
+    """Returns the MoE blocks that are listed, or every so many (Llama 4)."""
     listed, step = config.entries("moe_layers"), config.count("interleave_moe_layer_step", default=1)
     moe = set(range(step - 1, config.blocks, step) if listed is None else listed)
     return ["moe" if i in moe else "dense" for i in range(config.blocks)]
 
 
 def by_period(config: Config) -> list[str]:
-    """Return a MoE once a period (Jamba)."""
+    """Returns a MoE once a period (Jamba)."""
     period, offset = config.count("expert_layer_period"), config.count("expert_layer_offset", least=0)
     return ["moe" if i % period == offset else "dense" for i in range(config.blocks)]
 
 
 def between(config: Config) -> list[str]:
-    """Return a MoE in every so many blocks from a first to a last one (ERNIE)."""
+    """Returns a MoE in every so many blocks from a first to a last one (ERNIE)."""
     first = config.count("moe_layer_start_index", default=0, least=0)
     last = config.count("moe_layer_end_index", default=-1, least=-1)
     step = config.count("moe_layer_interval", default=1)
@@ -62,23 +62,23 @@ def between(config: Config) -> list[str]:
 
 
 def after_skipped(config: Config) -> list[str]:
-    """Return dense blocks first, as many as `moe_layer_num_skipped` (Hunyuan)."""
+    """Returns dense blocks first, as many as `moe_layer_num_skipped` (Hunyuan)."""
     first = config.count("moe_layer_num_skipped", default=0, least=0)
     return ["moe" if i >= first else "dense" for i in range(config.blocks)]
 
 
 def nemotron(config: Config) -> list[str]:
-    """Return the feed-forward parts of Nemotron-H's blocks, of which those that mix have none."""
+    """Returns the feed-forward parts of Nemotron-H's blocks, of which those that mix have none."""
     return [{"moe": "moe", "mlp": "dense"}.get(kind, "none") for kind in mixers.nemotron_blocks(config)]
 
 
 def no_shared(config: Config) -> dict[str, Any]:
-    """Return no shared experts."""
+    """Returns no shared experts."""
     return {}
 
 
 def shared_count(*names: str, width: str = "") -> Callable[[Config], dict[str, Any]]:
-    """Return the rule of so many shared experts, as wide as the routed ones, or as a field says."""
+    """Returns the rule of so many shared experts, as wide as the routed ones, or as a field says."""
 
     def rule(config: Config) -> dict[str, Any]:
         count = config.count(*names, default=0, least=0)
@@ -90,7 +90,7 @@ def shared_count(*names: str, width: str = "") -> Callable[[Config], dict[str, A
 
 
 def shared_width(name: str, gate: bool = False) -> Callable[[Config], dict[str, Any]]:
-    """Return the rule of one shared expert, or of a dense part beside the routed ones, of a width."""
+    """Returns the rule of one shared expert, or of a dense part beside the routed ones, of a width."""
 
     def rule(config: Config) -> dict[str, Any]:
         width = config.count(name, default=0, least=0)
@@ -100,12 +100,12 @@ def shared_width(name: str, gate: bool = False) -> Callable[[Config], dict[str, 
 
 
 def residual(config: Config) -> dict[str, Any]:
-    """Return Arctic's dense part beside the experts, as wide as the model."""
+    """Returns Arctic's dense part beside the experts, as wide as the model."""
     return {"shared_ff": config.hidden}
 
 
 def flattened(config: Config) -> Config:
-    """Return DBRX's config with the fields of its sections beside the others."""
+    """Returns DBRX's config with the fields of its sections beside the others."""
     inner = {**config.section("ffn_config").data, **config.section("attn_config").data}
     heads = {"num_key_value_heads": inner.get("kv_n_heads"), "intermediate_size": inner.get("ffn_hidden_size")}
     return Config(config.where, {**inner, **heads, **config.data})
@@ -308,7 +308,7 @@ REFUSED: dict[str, str] = {
 
 
 def family_of(config: Config) -> tuple[str, Family]:
-    """Return a config's family and its name. Raises ModelError, which lists the families."""
+    """Returns a config's family and its name. Raises ModelError, which lists the families."""
     architectures = config.entries("architectures") or []
     named = next((BY_ARCHITECTURE[each] for each in architectures if each in BY_ARCHITECTURE), None)
     given = config.get("model_type")

@@ -21,14 +21,14 @@ class Config:
         self._outer = outer
 
     def get(self, *names: str) -> Any:
-        """Return the first field that is given under one of these names, here or around this section; else None."""
+        """Returns the first field that is given under one of these names, here or around this section; else None."""
         for name in names:
             if self.data.get(name) is not None:
                 return self.data[name]
         return None if self._outer is None else self._outer.get(*names)
 
     def count(self, *names: str, default: int | None = None, least: int = 1) -> int:
-        """Return a whole number; of a list whose entries are all the same, that. ModelError if it is none."""
+        """Returns a whole number; of a list whose entries are all the same, that. ModelError if it is none."""
         value = self.get(*names)
         if isinstance(value, list) and value and all(each == value[0] for each in value):
             value = value[0]
@@ -45,7 +45,7 @@ class Config:
         return value
 
     def flag(self, *names: str, default: bool = False) -> bool:
-        """Return true or false; ModelError for anything else."""
+        """Returns true or false; ModelError for anything else."""
         value = self.get(*names)
         if value is None:
             return default
@@ -54,14 +54,14 @@ class Config:
         return value
 
     def entries(self, *names: str) -> list[Any] | None:
-        """Return a list of single values, or None where it is not given; ModelError for anything else."""
+        """Returns a list of single values, or None where it is not given; ModelError for anything else."""
         value = self.get(*names)
         if value is not None and not (isinstance(value, list) and not any(isinstance(v, list | dict) for v in value)):
             raise ModelError(f"{self.where}: {names[0]} = {shown(value)}: must be a list of numbers or words")
         return value
 
     def section(self, name: str) -> Config:
-        """Return a section of this one; ModelError if there is none."""
+        """Returns a section of this one; ModelError if there is none."""
         value = self.get(name)
         if not isinstance(value, Mapping):
             raise ModelError(f"{self.where}: {name} = {shown(value)}: must be an object")
@@ -88,7 +88,7 @@ class Config:
         return self.count("hidden_size", "d_model", "n_embd")
 
     def of_blocks(self, *names: str) -> list[Any] | None:
-        """Return a list with an entry for each block (longer ones also cover draft layers), or None."""
+        """Returns a list with an entry for each block (longer ones also cover draft layers), or None."""
         found = self.entries(*names)
         if found is not None and len(found) < self.blocks:
             raise ModelError(f"{self.where}: {names[0]}: {len(found)} entries: must have one a layer, {self.blocks}")

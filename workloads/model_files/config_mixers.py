@@ -28,7 +28,7 @@ _WINDOWS = ("sliding_attention", "chunked_attention", "sliding", "local")
 
 
 def attention(config: Config, **more: Any) -> dict[str, Any]:
-    """Return the table of grouped-query attention, with what a family adds to the usual fields."""
+    """Returns the table of grouped-query attention, with what a family adds to the usual fields."""
     heads = config.count("num_attention_heads", "n_heads", "num_heads")
     table = {
         "kind": "gqa",
@@ -40,7 +40,7 @@ def attention(config: Config, **more: Any) -> dict[str, Any]:
 
 
 def latent(config: Config, **more: Any) -> dict[str, Any]:
-    """Return the table of multi-head latent attention."""
+    """Returns the table of multi-head latent attention."""
     table = {
         "kind": "mla",
         "heads": config.count("num_attention_heads"),
@@ -56,7 +56,7 @@ def latent(config: Config, **more: Any) -> dict[str, Any]:
 def grouped(
     *, bias: bool | str = False, qkv_bias: bool | str = False, qk_norm: str = "none", more: Mapping[str, Any] = {}
 ) -> Rule:
-    """Return the rule of attention in all blocks, in some of them over a window; a name is a field that says it."""
+    """Returns the rule of attention in all blocks, in some of them over a window; a name is a field that says it."""
 
     def rule(config: Config) -> Mixers:
         table = attention(
@@ -72,14 +72,14 @@ def grouped(
 
 
 def _norm(config: Config, qk_norm: str) -> str:
-    """Return which norm queries and keys have; "head?" and "whole?" have it only if the config says so."""
+    """Returns which norm queries and keys have; "head?" and "whole?" have it only if the config says so."""
     if not qk_norm.endswith("?"):
         return qk_norm
     return qk_norm[:-1] if config.flag("use_qk_norm") else "none"
 
 
 def windowed(config: Config, full: dict[str, Any], windows: Mapping[str, Any] | None = None) -> Mixers:
-    """Return full attention, or attention over a window where `layer_types` says so."""
+    """Returns full attention, or attention over a window where `layer_types` says so."""
     kinds = config.of_blocks("layer_types")
     if kinds is None or not any(kind in _WINDOWS for kind in kinds):
         return Mixers({"attention": full}, ["attention"] * config.blocks)
@@ -89,17 +89,17 @@ def windowed(config: Config, full: dict[str, Any], windows: Mapping[str, Any] | 
 
 
 def used(tables: Tables, of_block: list[str]) -> Mixers:
-    """Return the tables that blocks use."""
+    """Returns the tables that blocks use."""
     return Mixers({name: table for name, table in tables.items() if name in of_block}, of_block)
 
 
 def multi_latent(config: Config) -> Mixers:
-    """Return latent attention in all blocks."""
+    """Returns latent attention in all blocks."""
     return Mixers({"attention": latent(config)}, ["attention"] * config.blocks)
 
 
 def indexed_latent(config: Config) -> Mixers:
-    """Return latent attention with an indexer of the tokens that it looks at."""
+    """Returns latent attention with an indexer of the tokens that it looks at."""
     more = {"index_heads": config.count("index_n_heads"), "index_dim": config.count("index_head_dim")}
     tables = {"attention": latent(config, **more), "shared_index": latent(config)}
     kinds = config.of_blocks("indexer_types")
@@ -111,7 +111,7 @@ def indexed_latent(config: Config) -> Mixers:
 
 
 def chunked(config: Config) -> Mixers:
-    """Return Llama 4's attention: over a chunk of tokens, and in every fourth block over all."""
+    """Returns Llama 4's attention: over a chunk of tokens, and in every fourth block over all."""
     full = attention(config, bias=config.flag("attention_bias"))
     rope = config.of_blocks("no_rope_layers")
     chunk = config.count("attention_chunk_size", default=8192)
@@ -124,7 +124,7 @@ def chunked(config: Config) -> Mixers:
 
 
 def delta_hybrid(config: Config) -> Mixers:
-    """Return gated delta rules, and every so often gated attention (Qwen3-Next)."""
+    """Returns gated delta rules, and every so often gated attention (Qwen3-Next)."""
     linear = {
         "kind": "gated_delta",
         "key_heads": config.count("linear_num_key_heads"),
@@ -146,7 +146,7 @@ def delta_hybrid(config: Config) -> Mixers:
 
 
 def kimi_hybrid(config: Config) -> Mixers:
-    """Return Kimi delta attention, and latent attention in the blocks that are named (counted from 1)."""
+    """Returns Kimi delta attention, and latent attention in the blocks that are named (counted from 1)."""
     linear = config.section("linear_attn_config")
     table = {
         "kind": "kimi_delta",
@@ -162,7 +162,7 @@ def kimi_hybrid(config: Config) -> Mixers:
 
 
 def lightning_hybrid(config: Config) -> Mixers:
-    """Return lightning attention, and attention where `attn_type_list` or `layer_types` says so (MiniMax-01)."""
+    """Returns lightning attention, and attention where `attn_type_list` or `layer_types` says so (MiniMax-01)."""
     full = attention(config)
     linear = {"kind": "lightning", "heads": full["heads"], "head_dim": full["head_dim"]}
     kinds = config.of_blocks("attn_type_list", "layer_types")
@@ -173,7 +173,7 @@ def lightning_hybrid(config: Config) -> Mixers:
 
 
 def jamba(config: Config) -> Mixers:
-    """Return Mamba, and attention once a period."""
+    """Returns Mamba, and attention once a period."""
     inner = config.count("mamba_expand") * config.hidden
     state_space = {
         "kind": "mamba",
@@ -189,7 +189,7 @@ def jamba(config: Config) -> Mixers:
 
 
 def mamba2(config: Config) -> dict[str, Any]:
-    """Return the table of Mamba 2 by the fields of Nemotron-H or of Granite."""
+    """Returns the table of Mamba 2 by the fields of Nemotron-H or of Granite."""
     return {
         "kind": "mamba2",
         "heads": config.count("mamba_num_heads", "mamba_n_heads"),
@@ -202,7 +202,7 @@ def mamba2(config: Config) -> dict[str, Any]:
 
 
 def granite_hybrid(config: Config) -> Mixers:
-    """Return Mamba 2, and attention where `layer_types` says so."""
+    """Returns Mamba 2, and attention where `layer_types` says so."""
     kinds = config.of_blocks("layer_types", "layers_block_type") or ["attention"] * config.blocks
     tables = {"attention": attention(config)}
     spaces = ["state_space" if kind in ("mamba", "linear_attention") else "attention" for kind in kinds]
@@ -216,7 +216,7 @@ LETTERS = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
 
 
 def nemotron_blocks(config: Config) -> list[str]:
-    """Return what each of Nemotron-H's blocks is: mamba, attention, moe or mlp, and nothing else."""
+    """Returns what each of Nemotron-H's blocks is: mamba, attention, moe or mlp, and nothing else."""
     pattern = config.get("hybrid_override_pattern")
     kinds = config.of_blocks("layers_block_type") if pattern is None else [LETTERS.get(s, s) for s in str(pattern)]
     if kinds is None or len(kinds) != config.blocks or set(kinds) - set(LETTERS.values()):
@@ -228,14 +228,14 @@ def nemotron_blocks(config: Config) -> list[str]:
 
 
 def nemotron_hybrid(config: Config) -> Mixers:
-    """Return Nemotron-H's blocks that mix; the others have no mixer."""
+    """Returns Nemotron-H's blocks that mix; the others have no mixer."""
     names = {"mamba": "state_space", "attention": "attention"}
     tables = {"attention": attention(config, bias=config.flag("attention_bias")), "state_space": mamba2(config)}
     return used(tables, [names.get(kind, "none") for kind in nemotron_blocks(config)])
 
 
 def short_convolution(config: Config) -> Mixers:
-    """Return LFM2's short convolutions and attention."""
+    """Returns LFM2's short convolutions and attention."""
     table = {
         "kind": "short_convolution",
         "width": config.count("conv_L_cache"),
@@ -249,7 +249,7 @@ def short_convolution(config: Config) -> Mixers:
 
 
 def gemma(config: Config) -> Mixers:
-    """Return Gemma 4's windows, and wider heads in blocks that see all, whose keys are values too."""
+    """Returns Gemma 4's windows, and wider heads in blocks that see all, whose keys are values too."""
     window = attention(config, qk_norm="head")
     full = window | {
         "head_dim": config.count("global_head_dim", default=window["head_dim"]),
@@ -260,7 +260,7 @@ def gemma(config: Config) -> Mixers:
 
 
 def mimo(config: Config) -> Mixers:
-    """Return MiMo-V2's attention, in most blocks over a window with key heads of its own."""
+    """Returns MiMo-V2's attention, in most blocks over a window with key heads of its own."""
     full = attention(config, value_dim=config.count("v_head_dim"), sinks=config.flag("add_full_attention_sink_bias"))
     window = full | {
         "heads": config.count("swa_num_attention_heads"),
@@ -275,7 +275,7 @@ def mimo(config: Config) -> Mixers:
 
 
 def minimax_sparse(config: Config) -> Mixers:
-    """Return MiniMax-M3's attention, in most blocks with an indexer of blocks of tokens."""
+    """Returns MiniMax-M3's attention, in most blocks with an indexer of blocks of tokens."""
     full = attention(config, qk_norm="head")
     sparse = config.section("sparse_attention_config")
     index = {"index_heads": sparse.count("sparse_num_index_heads"), "index_dim": sparse.count("sparse_index_dim")}
@@ -285,7 +285,7 @@ def minimax_sparse(config: Config) -> Mixers:
 
 
 def compressed(config: Config) -> Mixers:
-    """Return DeepSeek-V4's attention over a window and over tokens compressed by 4 or 128."""
+    """Returns DeepSeek-V4's attention over a window and over tokens compressed by 4 or 128."""
     base = {
         "kind": "compressed",
         "heads": config.count("num_attention_heads"),

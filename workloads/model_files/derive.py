@@ -19,7 +19,7 @@ class _Part(NamedTuple):
 
 
 def derive(shapes: Shapes, layers: int) -> Model:
-    """Return the model of these shapes with its first `layers` MoE layers."""
+    """Returns the model of these shapes with its first `layers` MoE layers."""
     dtypes, moe, hidden = shapes.dtypes, shapes.moe, shapes.hidden
     *dense, tail = _parts(shapes)
     kept = [*dense[:layers], tail]
@@ -56,7 +56,7 @@ def derive(shapes: Shapes, layers: int) -> Model:
 
 
 def _parts(shapes: Shapes) -> list[_Part]:
-    """Return the dense part of every MoE layer, then what follows the last one, without the language-model head."""
+    """Returns the dense part of every MoE layer, then what follows the last one, without the language-model head."""
     hidden = shapes.hidden
     norm = Weights(other=hidden)
     mixed = shapes.streams.weights(hidden) if shapes.streams else Weights()
@@ -88,7 +88,7 @@ def _kept(mixer: AnyMixer, stack: Stack) -> list[Kept]:
 
 
 def _differs(shapes: Shapes) -> bool:
-    """Return whether blocks keep different things, or anything that does not grow with every token."""
+    """Returns whether blocks keep different things, or anything that does not grow with every token."""
     used = {name for stack in shapes.stacks for name in stack.mixer_of_block}
     mixers = [shapes.mixer(name) for name in used]
     kept = {mixer.kept if mixer is not None else () for mixer in mixers}
@@ -96,7 +96,7 @@ def _differs(shapes: Shapes) -> bool:
 
 
 def _caches(parts: Iterable[_Part], dtypes: Dtypes) -> tuple[tuple[Cached, ...], ...]:
-    """Return what each part keeps in bytes, blocks of one window added up; states last."""
+    """Returns what each part keeps in bytes, blocks of one window added up; states last."""
     caches = []
     for part in parts:
         values: dict[int, int] = {}

@@ -9,7 +9,7 @@ from .checkpoint import weight_bytes
 
 
 def described(model: Model) -> dict[str, Any]:
-    """Return a model as plain data for JSON: sizes in bytes, weights in numbers; by layer where layers differ."""
+    """Returns a model as plain data for JSON: sizes in bytes, weights in numbers; by layer where layers differ."""
     windows: dict[int, int] = {}
     for each in (each for layer in model.caches for each in layer if each.window):
         windows[each.window] = windows.get(each.window, 0) + each.bytes_per_token
@@ -40,10 +40,10 @@ def described(model: Model) -> dict[str, Any]:
 
 
 def step_bytes(model: Model) -> int:
-    """Return the weight bytes that one token reads: dense parts, its experts and the head."""
+    """Returns the weight bytes that one token reads: dense parts, its experts and the head."""
     return sum(model.dense_bytes) + model.top_k * sum(model.expert_bytes) + model.head_bytes
 
 
 def shipped() -> list[dict[str, Any]]:
-    """Return the shipped models, described, sorted by name."""
+    """Returns the shipped models, described, sorted by name."""
     return [described(load_model(name)) for name in preset_names()]

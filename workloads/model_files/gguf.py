@@ -90,7 +90,7 @@ class Header(NamedTuple):
 
 
 def read_header(path: Path) -> Header:
-    """Return a GGUF file's header; of a part of a split model, those of all parts as one.
+    """Returns a GGUF file's header; of a part of a split model, those of all parts as one.
 
     Raises ModelError, naming the file and what is wrong: not GGUF, cut within its header, or a part that is missing.
     """
@@ -143,7 +143,7 @@ class _Reader:
         self._order = "<"
 
     def header(self) -> Header:
-        """Return the header; raises ModelError."""
+        """Returns the header; raises ModelError."""
         if self._take(4) != _MAGIC:
             raise ModelError(f"{self._path}: not GGUF: must begin with 'GGUF'")
         version = self._number("I")
@@ -185,7 +185,7 @@ class _Reader:
         return self._take(self._number("Q")).decode("utf-8", "replace")
 
     def _value(self, kind: int) -> Any:
-        """Return a value of the metadata; None for a list that is long."""
+        """Returns a value of the metadata; None for a list that is long."""
         if kind in _SCALARS:
             return self._number(_SCALARS[kind])
         if kind == _TEXT:
@@ -212,7 +212,7 @@ class _Reader:
         return _Placed(name, shape, self._number("I"), self._number("Q"))
 
     def _sized(self, placed: list[_Placed], alignment: Any) -> Iterator[Tensor]:
-        """Yield the tensors with their bytes: by their types, and where a type is not known, by their places."""
+        """Yields the tensors with their bytes: by their types, and where a type is not known, by their places."""
         if type(alignment) is not int or not 1 <= alignment <= _MOST_ALIGNMENT:
             raise ModelError(f"{self._path}: general.alignment = {shown(alignment)}: must be 1 to {_MOST_ALIGNMENT:,}")
         begins = -(-self._at // alignment) * alignment

@@ -31,7 +31,7 @@ _KV_BYTES, _STATE_BYTES = 2, 4
 
 
 def read_gguf(path: Path) -> Model:
-    """Return the model of a GGUF file, or of all parts of a split one.
+    """Returns the model of a GGUF file, or of all parts of a split one.
 
     Raises ModelError, naming the file, the tensor or key, and what would be right.
     """
@@ -92,7 +92,7 @@ class _Facts:
         return self._metadata.get(f"{self.arch}.{key}")
 
     def count(self, key: str, default: int | None = None, block: int = 0) -> int:
-        """Return a whole number, or a block's of a list; ModelError if it is none."""
+        """Returns a whole number, or a block's of a list; ModelError if it is none."""
         value = self.get(key)
         if isinstance(value, list):
             value = value[block] if block < len(value) else None
@@ -171,7 +171,7 @@ def _sorted_out(facts: _Facts, header: Header) -> _Blocks:
 
 
 def _layers(blocks: list[_Block]) -> tuple[list[list[_Block]], list[_Block]]:
-    """Return the blocks of each MoE layer's dense part, up to the MoE one itself, and those behind the last one."""
+    """Returns the blocks of each MoE layer's dense part, up to the MoE one itself, and those behind the last one."""
     layers, waiting = list[list[_Block]](), list[_Block]()
     for block in blocks:
         waiting.append(block)
@@ -213,7 +213,7 @@ class _Experts(NamedTuple):
 
 
 def _cached(facts: _Facts, group: Iterable[_Block]) -> tuple[Cached, ...]:
-    """Return what some blocks keep of a sequence, with keys and values in 16 bits, blocks of one window added up."""
+    """Returns what some blocks keep of a sequence, with keys and values in 16 bits, blocks of one window added up."""
     by_window: dict[int, int] = {}
     state = 0
     for block in group:
@@ -229,7 +229,7 @@ def _cached(facts: _Facts, group: Iterable[_Block]) -> tuple[Cached, ...]:
 
 
 def _values(facts: _Facts, block: int) -> int:
-    """Return the values that one token adds to a block's cache."""
+    """Returns the values that one token adds to a block's cache."""
     if facts.get("attention.kv_lora_rank") is not None:
         return facts.count("attention.kv_lora_rank") + facts.count("rope.dimension_count", 0)
     heads = facts.count("attention.head_count", block=block)
@@ -241,7 +241,7 @@ def _values(facts: _Facts, block: int) -> int:
 
 
 def _window(facts: _Facts, block: int) -> int:
-    """Return the window of a block's attention in tokens, 0 where it sees all."""
+    """Returns the window of a block's attention in tokens, 0 where it sees all."""
     window = facts.count("attention.sliding_window", 0)
     pattern = facts.get("attention.sliding_window_pattern")
     if isinstance(pattern, list):
@@ -251,7 +251,7 @@ def _window(facts: _Facts, block: int) -> int:
 
 
 def _most(tensors: Iterable[Tensor]) -> str:
-    """Return the dtype in which most bytes of matrices are; of a type that is not known, by its bits per weight."""
+    """Returns the dtype in which most bytes of matrices are; of a type that is not known, by its bits per weight."""
     sizes: dict[str, list[int]] = {}
     for tensor in tensors:
         if len(tensor.shape) > 1:

@@ -23,7 +23,7 @@ _DRAFTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules
 
 
 def shapes_of_config(path: Path) -> dict[str, Any]:
-    """Return the shapes of a config.json, or of the folder of one, as plain data of a TOML file.
+    """Returns the shapes of a config.json, or of the folder of one, as plain data of a TOML file.
 
     Raises ModelError, naming the file, the field, its value and what would be right.
     """
@@ -59,7 +59,7 @@ def shapes_of_config(path: Path) -> dict[str, Any]:
 
 
 def language(config: Config) -> Config:
-    """Return the config of the language model; what it does not say is looked for around it."""
+    """Returns the config of the language model; what it does not say is looked for around it."""
     for name in _LANGUAGE:
         inner = config.data.get(name)
         if isinstance(inner, dict):
@@ -68,12 +68,12 @@ def language(config: Config) -> Config:
 
 
 def draft_layers(config: Config) -> int:
-    """Return the number of layers that only guess ahead; they are not part of a model's shapes."""
+    """Returns the number of layers that only guess ahead; they are not part of a model's shapes."""
     return config.count(*_DRAFTS, default=0, least=0)
 
 
 def _table_bytes(config: Config, dtypes: Mapping[str, str]) -> int:
-    """Return the bytes of Qwen4-Exp's tables of n-grams; 8 bits a weight where the matrices are quantized."""
+    """Returns the bytes of Qwen4-Exp's tables of n-grams; 8 bits a weight where the matrices are quantized."""
     heads = config.count("heads_per_ngram") * (config.count("ngram_size", least=2) - 1)
     rows = heads * config.count("ngram_vocab_size_base")
     weights = (
@@ -111,7 +111,7 @@ def _stack(found: Mixers, parts: list[str]) -> dict[str, Any]:
 
 
 def _pattern(of_block: list[str]) -> list[str]:
-    """Return the shortest beginning that, repeated, gives the whole list."""
+    """Returns the shortest beginning that, repeated, gives the whole list."""
     for length in range(1, len(of_block)):
         if all(name == of_block[i % length] for i, name in enumerate(of_block)):
             return of_block[:length]
@@ -133,7 +133,7 @@ def _moe(config: Config, family: Family) -> dict[str, Any]:
 
 
 def known_types() -> list[str]:
-    """Return every `model_type` that is read, sorted."""
+    """Returns every `model_type` that is read, sorted."""
     from .config_families import FAMILIES
 
     return sorted({*FAMILIES, *SAME})

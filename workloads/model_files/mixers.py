@@ -70,7 +70,7 @@ class GroupedQuery(Table):
         return (Kept(values + (self.index_dim if self.index_heads else 0), self.window),)
 
     def weights(self, hidden: int) -> Weights:
-        """Return its weights in a model of this width."""
+        """Returns its weights in a model of this width."""
         value_dim = self.value_dim or self.head_dim
         queries, keys, values = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * value_dim
         output = self.heads * value_dim
@@ -116,7 +116,7 @@ class Latent(Table):
         return (Kept(self.kv_lora_rank + self.qk_rope_head_dim + (self.index_dim if self.index_heads else 0)),)
 
     def weights(self, hidden: int) -> Weights:
-        """Return its weights in a model of this width."""
+        """Returns its weights in a model of this width."""
         queries = self.heads * (self.qk_nope_head_dim + self.qk_rope_head_dim)
         rank = self.q_lora_rank
         q = rank * (hidden + queries) if rank else hidden * queries
@@ -157,7 +157,7 @@ class Compressed(Table):
         return (window, Kept(-(-(self.head_dim + index) // self.ratio))) if self.ratio else (window,)
 
     def weights(self, hidden: int) -> Weights:
-        """Return its weights in a model of this width."""
+        """Returns its weights in a model of this width."""
         queries, rank = self.heads * self.head_dim, self.q_lora_rank
         output = queries * self.o_lora_rank + self.o_groups * self.o_lora_rank * hidden
         matrices = rank * (hidden + queries) + hidden * self.head_dim + output
@@ -196,7 +196,7 @@ class GatedDelta(Table):
         return (Kept(state_values=state + self._mixed * self.convolution),)
 
     def weights(self, hidden: int) -> Weights:
-        """Return its weights in a model of this width."""
+        """Returns its weights in a model of this width."""
         values = self.value_heads * self.value_dim
         projected = self._mixed + values + 2 * self.value_heads
         small = self._mixed * self.convolution + 2 * self.value_heads + self.value_dim
@@ -222,7 +222,7 @@ class KimiDelta(Table):
         return (Kept(state_values=inner * self.head_dim + 3 * inner * self.convolution),)
 
     def weights(self, hidden: int) -> Weights:
-        """Return its weights in a model of this width."""
+        """Returns its weights in a model of this width."""
         inner = self.heads * self.head_dim
         low_rank = self.head_dim * (hidden + inner)
         gates = low_rank + (low_rank if self.output_gate == "low_rank" else hidden * inner)
@@ -243,7 +243,7 @@ class Lightning(Table):
         return (Kept(state_values=self.heads * self.head_dim**2),)
 
     def weights(self, hidden: int) -> Weights:
-        """Return its weights in a model of this width."""
+        """Returns its weights in a model of this width."""
         inner = self.heads * self.head_dim
         return Weights(5 * hidden * inner, inner)
 
@@ -264,7 +264,7 @@ class Mamba(Table):
         return (Kept(state_values=self.inner * (self.state + self.convolution)),)
 
     def weights(self, hidden: int) -> Weights:
-        """Return its weights in a model of this width."""
+        """Returns its weights in a model of this width."""
         matrices = 3 * hidden * self.inner + self.inner * (2 * self.rank + 2 * self.state)
         small = self.inner * (self.convolution + 1) + self.inner + self.inner * self.state + self.inner
         return Weights(matrices, small + (self.rank + 2 * self.state if self.norms else 0))
@@ -292,7 +292,7 @@ class Mamba2(Table):
         return (Kept(state_values=inner * self.state + self._mixed * self.convolution),)
 
     def weights(self, hidden: int) -> Weights:
-        """Return its weights in a model of this width."""
+        """Returns its weights in a model of this width."""
         inner = self.heads * self.head_dim
         projected = inner + self._mixed + self.heads
         small = self._mixed * (self.convolution + 1) + 3 * self.heads + inner
@@ -313,7 +313,7 @@ class ShortConvolution(Table):
         return ()  # a few values a channel of the model
 
     def weights(self, hidden: int) -> Weights:
-        """Return its weights in a model of this width."""
+        """Returns its weights in a model of this width."""
         return Weights(4 * hidden * hidden, hidden * (self.width + (5 if self.bias else 0)))
 
 
@@ -333,7 +333,7 @@ class Stated(Table):
         return (Kept(self.values_per_token, self.window, self.state_values),)
 
     def weights(self, hidden: int) -> Weights:
-        """Return its weights in a model of this width."""
+        """Returns its weights in a model of this width."""
         return Weights(self.weights_in_matrices, self.other_weights)
 
 

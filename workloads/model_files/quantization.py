@@ -30,7 +30,7 @@ _EXPERT_NAMES = ("model.layers.9.mlp.experts.0.up_proj", "language_model.model.l
 
 
 def dtypes_of(folder: Path, config: Config) -> dict[str, Any]:
-    """Return the dtypes of a model as plain data of a TOML file's [dtypes]. Raises ModelError for what is not known."""
+    """Returns the dtypes of a model as plain data of a TOML file's [dtypes]. Raises ModelError for unknown ones."""
     plain = _dtype(config, "dtype", config.get("dtype", "torch_dtype") or "bfloat16")
     section = config.get("quantization_config", "quantization", "compression_config")
     if section is None and (folder / BESIDE).is_file():
@@ -58,7 +58,7 @@ def dtypes_of(folder: Path, config: Config) -> dict[str, Any]:
 
 
 def _kv(config: Config, plain: str) -> str:
-    """Return the dtype of the KV cache: of 8 bits where a scheme is given that does not name it."""
+    """Returns the dtype of the KV cache: of 8 bits where a scheme is given that does not name it."""
     given = config.get("kv_cache_quant_algo") or config.get("kv_cache_scheme")
     if given is None:
         return plain
@@ -66,7 +66,7 @@ def _kv(config: Config, plain: str) -> str:
 
 
 def _by_layer(config: Config, layers: Any, plain: str) -> tuple[str, str]:
-    """Return the dtypes of the routed experts and of attention where ModelOpt names each module's."""
+    """Returns the dtypes of the routed experts and of attention where ModelOpt names each module's."""
     if not isinstance(layers, Mapping):
         raise ModelError(f"{config.where}: quantized_layers = {shown(layers)}: must be an object")
     found = {"expert": plain, "dense": plain}
@@ -78,7 +78,7 @@ def _by_layer(config: Config, layers: Any, plain: str) -> tuple[str, str]:
 
 
 def _quantized(config: Config) -> str:
-    """Return the dtype of quantized matrices."""
+    """Returns the dtype of quantized matrices."""
     method = str(config.get("quant_method") or "").lower()
     algorithm = str(config.get("quant_algo") or "").lower()
     if "nvfp4" in algorithm or "nvfp4" in str(config.get("format") or ""):
@@ -106,7 +106,7 @@ def _quantized(config: Config) -> str:
 
 
 def _of_groups(config: Config) -> str:
-    """Return the dtype of compressed-tensors' groups of weights; of several, the one with the fewest bits."""
+    """Returns the dtype of compressed-tensors' groups of weights; of several, the one with the fewest bits."""
     groups = config.get("config_groups")
     found = []
     for name, group in groups.items() if isinstance(groups, Mapping) else ():
@@ -124,7 +124,7 @@ def _of_groups(config: Config) -> str:
 
 
 def _integers(bits: int, group: int) -> str:
-    """Return the dtype of integers with a scale a group of weights; a group of -1 is a whole row."""
+    """Returns the dtype of integers with a scale a group of weights; a group of -1 is a whole row."""
     name = f"int{bits}_g{group}" if 0 < group <= 1024 and bits < 8 else f"int{bits}"
     try:
         return dtype_of(name)
@@ -133,7 +133,7 @@ def _integers(bits: int, group: int) -> str:
 
 
 def _skipped(config: Config) -> list[str]:
-    """Return the patterns of modules that stay as they are."""
+    """Returns the patterns of modules that stay as they are."""
     for name in ("modules_to_not_convert", "ignore", "exclude_modules", "ignored_layers"):
         found = config.entries(name)
         if found is not None:
@@ -142,7 +142,7 @@ def _skipped(config: Config) -> list[str]:
 
 
 def _leaves(patterns: list[str], plain: re.Pattern[str], names: tuple[str, ...]) -> bool:
-    """Return whether a pattern names a part: a plain one by its end, a regular expression by fitting a name."""
+    """Returns whether a pattern names a part: a plain one by its end, a regular expression by fitting a name."""
     for pattern in patterns:
         if not pattern.startswith("re:"):
             if plain.search(pattern):

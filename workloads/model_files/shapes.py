@@ -87,13 +87,13 @@ class Moe(Table):
         return self
 
     def expert_weights(self, hidden: int) -> Weights:
-        """Return the weights of one routed expert."""
+        """Returns the weights of one routed expert."""
         width = self.latent or hidden
         bias = (self.matrices - 1) * self.expert_ff + width if self.bias else 0
         return Weights(self.matrices * width * self.expert_ff, bias)
 
     def resident_weights(self, hidden: int) -> Weights:
-        """Return the weights of router, shared experts and what leads to the latent channels."""
+        """Returns the weights of router, shared experts and what leads to the latent channels."""
         router = self.experts * hidden + (self.experts if self.router_bias else 0)
         shared_ff = self.shared_ff or self.shared_experts * self.expert_ff
         bias = self.shared_experts * ((self.matrices - 1) * self.expert_ff + hidden) if self.bias else 0
@@ -108,7 +108,7 @@ class Dense(Table):
     matrices: Matrices = 3
 
     def weights(self, hidden: int) -> Weights:
-        """Return its weights in a model of this width."""
+        """Returns its weights in a model of this width."""
         return Weights(self.matrices * hidden * self.ff)
 
 
@@ -122,7 +122,7 @@ class Streams(Table):
     rank: Count
 
     def weights(self, hidden: int) -> Weights:
-        """Return the weights of one mixing in a model of this width."""
+        """Returns the weights of one mixing in a model of this width."""
         width = self.count * hidden
         return Weights(2 * self.rank * width, width)
 
@@ -228,7 +228,7 @@ class Shapes(Table):
             raise InputError("attention: no stack names it in its mixers, so [attention] must be left out")
 
     def mixer(self, name: str) -> AnyMixer | None:
-        """Return a mixer by the name that a stack gives it; None where a block has none."""
+        """Returns a mixer by the name that a stack gives it; None where a block has none."""
         return self.attention if name == ATTENTION else self.mixers.get(name)
 
     @property

@@ -23,7 +23,7 @@ Changes = Mapping[str, int | None]
 
 
 def open_model(name: str, changes: Changes, dtype: str | None, all_dtype: str | None) -> Model:
-    """Return a model with other `layers`, `experts` and `top_k`, its experts of `dtype`, or all matrices of another.
+    """Returns a model with other `layers`, `experts` and `top_k`, its experts of `dtype`, or all matrices of another.
 
     Raises ModelError, naming the file or the key of the change, the value and what would be right.
     """
@@ -33,7 +33,7 @@ def open_model(name: str, changes: Changes, dtype: str | None, all_dtype: str | 
 
 
 def read_shapes(name: str) -> Shapes:
-    """Return the shapes of a preset, a TOML file, a config.json or the folder of one; ModelError if there are none."""
+    """Returns the shapes of a preset, a TOML file, a config.json or the folder of one; ModelError if there are none."""
     path = Path(name)
     if name.endswith(".json") or path.is_dir():
         data = shapes_of_config(path)
@@ -62,7 +62,7 @@ def _valid(label: str, data: dict[str, Any]) -> Shapes:
 
 
 def _gguf(name: str) -> Path | None:
-    """Return the GGUF file that is meant; of a folder without a config.json, the one in it."""
+    """Returns the GGUF file that is meant; of a folder without a config.json, the one in it."""
     path = Path(name)
     if name.endswith(".gguf"):
         return path
@@ -76,7 +76,7 @@ def _gguf(name: str) -> Path | None:
 
 
 def _of_tensors(model: Model, changes: Changes, dtype: str | None) -> Model:
-    """Return the model of a GGUF file, of which only the number of layers and of chosen experts can differ."""
+    """Returns the model of a GGUF file, of which only the number of layers and of chosen experts can differ."""
     for key in ("experts", "dtype"):
         value = dtype if key == "dtype" else changes[key]
         if value is not None:

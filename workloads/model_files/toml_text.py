@@ -12,7 +12,7 @@ _LINE = 110
 
 
 def toml_of(shapes: Shapes) -> str:
-    """Return the TOML text of shapes; what has its default is left out."""
+    """Returns the TOML text of shapes; what has its default is left out."""
     data = shapes.model_dump(exclude_defaults=True, exclude_none=True)
     lines = [
         f"# Made by `prestage model import`. Kernels are assumed, as of the nearest shipped model.\n{_plain(data)}"
@@ -34,7 +34,7 @@ def _sections(table: Mapping[str, Any], prefix: str) -> Iterator[str]:
 
 
 def _plain(table: Mapping[str, Any]) -> str:
-    """Return the lines of a table's own keys, without those of the tables in it."""
+    """Returns the lines of a table's own keys, without those of the tables in it."""
     lines = []
     for key, value in table.items():
         if isinstance(value, Mapping) or (isinstance(value, list) and value and isinstance(value[0], Mapping)):
@@ -56,7 +56,7 @@ def _value(value: Any) -> str:
 
 
 def _lines(values: list[str]) -> str:
-    """Return a list over as few lines as hold it."""
+    """Returns a list over as few lines as hold it."""
     lines = [""]
     for value in values:
         if len(lines[-1]) + len(value) > _LINE:

@@ -14,11 +14,11 @@ class Weights(NamedTuple):
     other: int = 0
 
     def plus(self, more: Weights, times: int = 1) -> Weights:
-        """Return the sum of these and so many times the others."""
+        """Returns the sum of these and so many times the others."""
         return Weights(self.matrix + times * more.matrix, self.other + times * more.other)
 
     def bytes(self, matrix: str, other: str) -> int:
-        """Return the bytes of all weights, the matrices in one dtype and the others in another."""
+        """Returns the bytes of all weights, the matrices in one dtype and the others in another."""
         return bytes_of(self.matrix, matrix) + bytes_of(self.other, other)
 
     @property
@@ -28,5 +28,5 @@ class Weights(NamedTuple):
 
 
 def bytes_of(weights: int, dtype: str) -> int:
-    """Return the bytes of so many weights in a dtype, exact, rounded up to a whole byte."""
+    """Returns the bytes of so many weights in a dtype, exact, rounded up to a whole byte."""
     return -int(-weights * bits_of(dtype) // 8)

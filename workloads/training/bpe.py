@@ -32,7 +32,7 @@ _WORD = re.compile(r" ?[^\W\d_]+| ?\d{1,3}| ?(?:[^\w\s]|_)+|\s+(?!\S)|\s+")
 
 
 def learn(texts: Iterable[str], vocabulary: int) -> list[Pair]:
-    """Return the merges, most frequent pair first, that bring the vocabulary to this size; ties by smaller tokens.
+    """Returns the merges, most frequent pair first, that bring the vocabulary to this size; ties by smaller tokens.
 
     Fewer are returned once no pair occurs twice. Words seen once teach nothing and are left out. Raises ValueError
     for a vocabulary that has no room for the bytes and the end of a document, or does not fit 16 bits.
@@ -75,7 +75,7 @@ def learn(texts: Iterable[str], vocabulary: int) -> list[Pair]:
 
 
 def _join(word: Sequence[int], pair: Pair, token: int) -> list[int]:
-    """Return the word with each occurrence of the pair, from the left, made one token."""
+    """Returns the word with each occurrence of the pair, from the left, made one token."""
     joined: list[int] = []
     at = 0
     while at < len(word):
@@ -115,10 +115,10 @@ class Encoder:
         return np.array([len(each) for each in self._bytes])
 
     def encode(self, text: str) -> npt.NDArray[np.uint16]:
-        """Return the text as tokens, (tokens,)."""
+        """Returns the text as tokens, (tokens,)."""
         tokens = [token for word in _WORD.findall(text) for token in self._encode_word(word)]
         return np.array(tokens, dtype=np.uint16)
 
     def decode(self, tokens: npt.ArrayLike) -> str:
-        """Return the text of the tokens; the end of a document is nothing, broken characters become U+FFFD."""
+        """Returns the text of the tokens; the end of a document is nothing, broken characters become U+FFFD."""
         return b"".join(self._bytes[token] for token in np.asarray(tokens).tolist()).decode("utf-8", "replace")

@@ -103,7 +103,7 @@ class Corpus:
         return Encoder([(left, right) for left, right in self.merges.tolist()]).token_bytes
 
     def stream(self, domain: int, held_out: bool) -> npt.NDArray[np.uint16]:
-        """Return the documents of a domain that are held out, or are not, one after the other."""
+        """Returns the documents of a domain that are held out, or are not, one after the other."""
         chosen = np.flatnonzero((self.domain == domain) & (self.held_out == held_out))
         return np.concatenate([self.tokens[self.starts[i] : self.starts[i + 1]] for i in chosen.tolist()])
 
@@ -170,7 +170,7 @@ def _read(path: Path) -> str:
 
 
 def _documents(source: Source, packages: Path) -> list[str]:
-    """Return the documents of a source, files by name, long ones cut. Raises CorpusError where there is none."""
+    """Returns the documents of a source, files by name, long ones cut. Raises CorpusError where there is none."""
     folder = packages / source.package
     paths = sorted({path for pattern in source.files for path in folder.glob(pattern) if path.is_file()})
     seen: set[str] = set()
@@ -184,7 +184,7 @@ def _documents(source: Source, packages: Path) -> list[str]:
 
 
 def _unseen(text: str, seen: set[str]) -> str:
-    """Return the text without the long lines in `seen`, and add its own to them."""
+    """Returns the text without the long lines in `seen`, and add its own to them."""
     kept = []
     for line in text.splitlines(keepends=True):
         bare = line.strip()
@@ -206,7 +206,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def build(packages: Path, *, vocabulary: int, tokens_per_domain: int, held_out_tokens: int, seed: int) -> Corpus:
-    """Return the corpus of SOURCES.
+    """Returns the corpus of SOURCES.
 
     Documents of each domain are shuffled by (seed, domain); the first ones are held out, until they have
     `held_out_tokens`; the following ones are for training, until they have `tokens_per_domain`.
@@ -246,7 +246,7 @@ def build(packages: Path, *, vocabulary: int, tokens_per_domain: int, held_out_t
 
 
 def repeated_share(corpus: Corpus, length: int = 32) -> list[float]:
-    """Return which share of the held-out text, in runs of `length` tokens, also stands in the text to train on.
+    """Returns which share of the held-out text, in runs of `length` tokens, also stands in the text to train on.
 
     By domain. Runs are compared by a 64-bit hash, a polynomial in an odd number, so that the share is a hair too high.
     """
@@ -278,7 +278,7 @@ def _sample(documents: list[str]) -> Iterator[str]:
 
 
 def _version(folder: Path) -> str:
-    """Return a package's version from the file VERSION beside its unpacked files, else from a wheel's folder."""
+    """Returns a package's version from the file VERSION beside its unpacked files, else from a wheel's folder."""
     noted = folder / "VERSION"
     if noted.is_file():
         return noted.read_text(encoding="utf-8").strip()

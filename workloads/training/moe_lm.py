@@ -94,7 +94,7 @@ def _plan(chosen: Tensor, load: Tensor, capacity: int) -> _Plan:
 
 
 def _as_multiplied(x: Tensor) -> Tensor:
-    """Return x in the precision of matrix products, so that no more bytes than they need are moved."""
+    """Returns x in the precision of matrix products, so that no more bytes than they need are moved."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
@@ -204,7 +204,7 @@ class Experts(nn.Module):
         return flat.new_zeros(self.config.experts).scatter_add_(0, flat, torch.ones_like(flat))
 
     def forward(self, state: Tensor, routing: Routing) -> Tensor:
-        """Return what the chosen experts add to the state (tokens, width)."""
+        """Returns what the chosen experts add to the state (tokens, width)."""
         capacity = self._capacity(len(state)) if self.training else int(routing.load.max())
         plan = _plan(routing.experts, routing.load, capacity)
         if self.training:
@@ -260,7 +260,7 @@ class MoeLm(nn.Module):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.layers) if writes else 0.02)
 
     def forward(self, tokens: Tensor, watch: Watch | None = None) -> tuple[Tensor, Tensor]:
-        """Return the logits of the next tokens (batch, length, vocabulary) and the balance loss."""
+        """Returns the logits of the next tokens (batch, length, vocabulary) and the balance loss."""
         x = self.embedding(tokens)
         balance_loss = x.new_zeros(())
         for layer, block in enumerate(self._blocks):
@@ -288,5 +288,5 @@ class MoeLm(nn.Module):
             each.rebalance()
 
     def dropped(self) -> Tensor:
-        """Return which part of all choices found no slot in the last training step, a number on the device."""
+        """Returns which part of all choices found no slot in the last training step, a number on the device."""
         return torch.stack([each.dropped for each in self.experts]).mean()

@@ -58,7 +58,7 @@ class _Watch:
 
 
 def held_out_windows(corpus: Corpus, length: int, per_domain: int) -> npt.NDArray[np.int64]:
-    """Return windows (sequences, length + 1) of held-out text, the domains taking turns: sequence i is of i % domains.
+    """Returns windows (sequences, length + 1) of held-out text, the domains taking turns: sequence i is of i % domains.
 
     A window takes up where the last one of its domain ended. Raises ValueError if a domain has too little text.
     """

@@ -67,7 +67,7 @@ def specialization(trace: RoutingTrace) -> dict[str, Any]:
 
 
 def guess_recall(trace: RoutingTrace) -> dict[str, dict[str, list[float]]]:
-    """Return which share of the true experts `predictions` list among the first n, by horizon, for n in LISTED.
+    """Returns which share of the true experts `predictions` list among the first n, by horizon, for n in LISTED.
 
     Apart for targets in the guessing token itself (`same_token`) and in its sequence's next one (`next_token`).
     Raises ValueError for a trace without predictions.
@@ -92,7 +92,7 @@ def guess_recall(trace: RoutingTrace) -> dict[str, dict[str, list[float]]]:
 
 
 def describe(trace: RoutingTrace, with_guesses: RoutingTrace, facts: Report) -> Report:
-    """Return a model's report: the facts of its training, and figures of its recorded traces, ready for JSON."""
+    """Returns a model's report: the facts of its training, and figures of its recorded traces, ready for JSON."""
     figures = {
         "recorded_tokens": trace.tokens,
         "recorded_sequences": len(np.unique(trace.sequence)),
@@ -112,7 +112,7 @@ def describe(trace: RoutingTrace, with_guesses: RoutingTrace, facts: Report) -> 
 
 
 def compact(trace: RoutingTrace, part: Part, facts: Report) -> RoutingTrace:
-    """Return the shipped part of a recorded trace with predictions, its origin in `meta`."""
+    """Returns the shipped part of a recorded trace with predictions, its origin in `meta`."""
     if trace.predictions is None:
         raise InputError("the trace has no predictions: nothing was guessed")
     sequences = np.unique(trace.sequence)[: part.sequences]
@@ -147,13 +147,13 @@ def write_json(path: Path, value: Report) -> None:
 
 
 def shipped_reports() -> dict[str, Report]:
-    """Return the reports of the shipped traces, by model."""
+    """Returns the reports of the shipped traces, by model."""
     folder = resources.files("prestage") / "workloads" / "data"
     return {name: json.loads((folder / f"{name}.json").read_text("utf-8")) for name in SHIPPED}
 
 
 def tables(reports: dict[str, Report]) -> str:
-    """Return the reports as Markdown."""
+    """Returns the reports as Markdown."""
     return "\n\n".join(f"**{title}**\n\n{table(reports)}" for title, table in _TABLES.items())
 
 

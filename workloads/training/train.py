@@ -67,7 +67,7 @@ class Training:
     seed: int = 0
 
     def rate(self, step: int) -> float:
-        """Return the learning rate of a step, 0-based."""
+        """Returns the learning rate of a step, 0-based."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
         done = (step - self.warmup_steps) / max(self.steps - self.warmup_steps, 1)
@@ -89,7 +89,7 @@ class Batches:
         self._length = length
 
     def draw(self, seed: int, step: int, batch: int) -> Tensor:
-        """Return the tokens of a step, (batch, length + 1) int64."""
+        """Returns the tokens of a step, (batch, length + 1) int64."""
         random = np.random.default_rng([seed, step])
         domain = random.integers(len(self._sizes), size=batch)
         start = self._starts[domain] + random.integers(self._sizes[domain] - self._length)
@@ -135,7 +135,7 @@ class Run:
         return {"loss": loss.detach(), "dropped": self.model.dropped()}
 
     def state(self) -> dict[str, Tensor]:
-        """Return all that the next step depends on, by name."""
+        """Returns all that the next step depends on, by name."""
         state = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         for name, parameter in self.model.named_parameters():
             for key, value in self.optimizer.state[parameter].items():
