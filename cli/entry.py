@@ -18,7 +18,7 @@ from .console import stop_status
 from .experiments import breakeven, compare, suite, sweep
 from .guide import reproduce
 from .pictures import plot, report, topology
-from .run import mrc, replay, run
+from .run import compile_engine, mrc, replay, run
 
 app = typer.Typer(
     help="""Simulate Mixture-of-Experts inference with expert offloading and prefetching.
@@ -33,6 +33,7 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
 )  # fmt: skip
 for _command in _COMMANDS:
     app.command()(_command)
+app.command("compile")(compile_engine)
 app.add_typer(machine.app, name="machine")
 app.add_typer(trace.app, name="trace")
 app.add_typer(model.app, name="model")

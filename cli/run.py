@@ -65,10 +65,10 @@ def run(
     The README lists every key; a key or name that does not exist is refused with those that do.
     """
     from ..engine.loading.loading import load_inputs
-    from ..engine.run import engine_for
+    from ..engine.run import NOT_COMPILED, engine_for
     from ..engine.scenario.scenario import load_scenario
     from ..engine.simulate import simulate_inputs
-    from ..engine.timing.ready import is_ready
+    from ..engine.timing.ready import make_ready
     from ..files import check_folder, made_folder
     from ..output.run_folder import write_result
 
@@ -77,9 +77,9 @@ def run(
     inputs = load_inputs(chosen)
     if out is not None:
         check_folder(out)
-    if engine_for(inputs, engine).engine == "compiled" and not is_ready():
-        typer.echo("compiling the engine, once after installation: some tens of seconds", err=True)
     with nullcontext() if stream is None else made_folder(stream, keep=False), progress_shown() as progress:
+        if engine_for(inputs, engine).engine == "compiled":
+            make_ready(progress)
         result = simulate_inputs(
             inputs,
             baselines=baselines,
@@ -92,6 +92,8 @@ def run(
         if out is not None and (out / "result.json").exists():
             say_replaced(out, "run")
         written = [] if out is None else write_result(result, out, all_spans=all_spans)
+    if result.engine.why == NOT_COMPILED:
+        typer.echo(f"by SimPy ({NOT_COMPILED}): `prestage compile` makes runs many times faster", err=True)
     if json:
         print_json(result.json_data())
         return
@@ -100,6 +102,20 @@ def run(
     print_result(result.json_data())
     for line in written:
         typer.echo(line)
+
+
+def compile_engine() -> None:
+    """Compile the engine, once after installation, so that runs go by machine code and not by SimPy; it takes a minute.
+
+    \b
+    Examples:
+      prestage compile
+    """
+    from ..engine.timing.ready import make_ready
+
+    with progress_shown() as progress:
+        make_ready(progress)
+    typer.echo("the engine is compiled")
 
 
 def replay(

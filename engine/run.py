@@ -79,6 +79,8 @@ def prepared(inputs: Inputs, costs: Sequence[Costs], stream: Path | None = None)
 ENGINES = ("compiled", "simpy")
 #: With so many layer visits, over all GPUs, a run by SimPy takes longer than compiling.
 LONG_VISITS = 20_000
+#: Why such a run goes by SimPy.
+NOT_COMPILED = "the compiled engine is not compiled yet, and the run is short"
 #: The copy orders that every engine knows; others run by SimPy processes.
 _KNOWN_ORDERS = (Fifo, TwoStreams, Priority)
 
@@ -183,7 +185,7 @@ def engine_for(inputs: Inputs, engine: str | None = None) -> Chosen:
     if engine is None:
         visits = inputs.layer_visits * max(1, len(inputs.gpus))
         if visits < LONG_VISITS and not is_ready():
-            return Chosen("simpy", "the compiled engine is not compiled yet, and the run is short")
+            return Chosen("simpy", NOT_COMPILED)
     return Chosen("compiled")
 
 

@@ -18,6 +18,7 @@ from ..engine.measure.merge import makespan_ns as run_ns
 from ..engine.run import prepared, run_all
 from ..engine.scenario.amounts import ScenarioError
 from ..engine.scenario.scenario import Scenario, make_scenario
+from ..engine.timing.ready import make_ready
 from ..errors import InputError
 from .grid import make_grid
 from .sweep import Hashes, Plan, Progress, worker_inputs
@@ -70,6 +71,7 @@ def break_even(
             raise one
         cells.append(Cell(one.memory.gpu_budget, one.prefetch.lookahead, one.plain(), plan.hashes(one)))
     found: dict[tuple[str, int], dict[str, Any]] = {}
+    make_ready(progress)
     if workers is not None:
         workers = min(workers, len(cells))
     elif cluster is None and len(cells) == 1:

@@ -21,6 +21,7 @@ from ..engine.measure.insights import best, finished, front
 from ..engine.scenario.rows import Row, flat
 from ..engine.scenario.scenario import load_scenario
 from ..engine.simulate import versions
+from ..engine.timing.ready import make_ready
 from ..errors import InputError
 from ..files import made_folder, write_file
 from ..guide.reproduce import TABLES
@@ -203,6 +204,7 @@ def run_suite(
     Raises ValueError (SuiteError, GridError, …) and OSError, for what the suite's definition says before anything runs.
     """
     jobs = _jobs(suite, quick)
+    make_ready(progress)
     with made_folder(out / "rows"):
         parts = _Parts(out / "parts.json")
         copies = {**(transfers or {})}

@@ -27,6 +27,7 @@ from ..engine.scenario.inputs import Inputs
 from ..engine.scenario.rows import Row
 from ..engine.scenario.scenario import Scenario, make_scenario
 from ..engine.simulate import simulate_inputs, versions
+from ..engine.timing.ready import make_ready
 from ..errors import InputError
 from ..resources.profile import load_profile
 from ..workloads.fitted import FittedRouting
@@ -42,6 +43,8 @@ from .workers import Workers
 Progress = Callable[[str, int, int], None]
 #: SHA-256 of what a scenario names: its profile, its model, and its trace or what one is drawn by (None without).
 Hashes = dict[str, str | None]
+#: So few scenarios go by SimPy where the engine is not compiled yet; more of them wait for that.
+_FEW = 8
 #: Traces that a worker keeps.
 _TRACES = 8
 
@@ -93,6 +96,8 @@ def sweep(
     path = Path(out)
     check_export(path)
     plan = Plan(make_grid(scenario, grid, settings=settings, sample=sample), baselines, path.with_suffix(".jsonl"))
+    if len(plan.grid) > _FEW:
+        make_ready(progress)
     with Workers(workers, cluster) as crew, Journal(path.with_suffix(".jsonl"), plan.check_rows) as journal:
         if baselines:
             _run_baselines(plan, crew, journal, progress)

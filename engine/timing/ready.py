@@ -7,17 +7,37 @@ these very sources.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 from ...machine_code import kept_in, sources_digest
 
+#: What `make_ready` calls itself.
+COMPILING = "compile the engine, once after installation"
+#: Called with what is going on, and how much of how much is done.
+Progress = Callable[[str, int, int], None]
+
 
 def is_ready() -> bool:
     """Whether the compiled engine can run without compiling first: it has been loaded, or its machine code is kept."""
     mark = _mark()
     return f"{__package__}.deciding" in sys.modules or (mark is not None and mark.exists())
+
+
+def make_ready(progress: Progress | None = None) -> None:
+    """Make all machine code of the compiled engine where it is not kept yet; `progress` is told of it."""
+    if is_ready():
+        return
+    if progress is not None:
+        progress(COMPILING, 0, 1)
+    from ..decide import compiled_misses  # noqa: F401 - these compile when they are imported first
+    from . import deciding  # noqa: F401
+
+    note_ready()
+    if progress is not None:
+        progress(COMPILING, 1, 1)
 
 
 def note_ready() -> None:
