@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
@@ -92,7 +93,7 @@ def run(
         if out is not None and (out / "result.json").exists():
             say_replaced(out, "run")
         written = [] if out is None else write_result(result, out, all_spans=all_spans)
-    if result.engine.why == NOT_COMPILED:
+    if result.engine.why == NOT_COMPILED and sys.stderr.isatty():
         typer.echo(f"by SimPy ({NOT_COMPILED}): `prestage compile` makes runs many times faster", err=True)
     if json:
         print_json(result.json_data())

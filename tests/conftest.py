@@ -14,6 +14,15 @@ settings.load_profile("prestage")
 SLOW_BY_NATURE = ("process", "browser", "docs", "gpu")
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Compile the engine, once, before workers that would each do it; collecting alone needs none."""
+    if session.config.option.collectonly or hasattr(session.config, "workerinput"):
+        return
+    from prestage.engine.timing.ready import make_ready
+
+    make_ready()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark as slow what is slow by nature, before pytest chooses by marks."""

@@ -26,8 +26,21 @@ PREPARED = [
     ["predictor", "train", "t.npz", "-o", "weights", "--epochs", "1"],
 ]
 MEASURED = sorted((ROOT / "calibration" / "validation" / "h200" / "validation").glob("*.json.gz"))[0]
+CONFIG = str(ROOT / "tests" / "data" / "configs" / "OLMoE-1B-7B-0924.json")
 #: Arguments by command; those that are refused with 2 want a GPU, a model or a log that is not there.
 TRIED: dict[tuple[str, ...], tuple[list[str], int]] = {
+    ("compile",): ([], 0),
+    ("machine", "list"): ([], 0),
+    ("machine", "show"): (["gpu=rtx4090"], 0),
+    ("machine", "make"): (["--gpu", "rtx4090", "-o", "machine.json"], 0),
+    ("machine", "detect"): ([], 0),
+    ("machine", "shares"): ([], 0),
+    ("model", "list"): ([], 0),
+    ("model", "show"): (["gpt-oss-120b"], 0),
+    ("model", "import"): ([CONFIG, "-o", "model.toml"], 0),
+    ("model", "check"): (["gpt-oss-120b"], 0),
+    ("trace", "map"): (["t.npz", "--model", "mixtral-8x7b", "-o", "mapped.npz"], 0),
+    ("calibrate", "check-kernels"): (["none.json"], 2),
     ("plot",): (["time", "run", "-o", "time.png"], 0),
     ("report",): (["run", "-o", "report.html"], 0),
     ("topology",): (["h200-hgx-x8", "-o", "machine.svg"], 0),

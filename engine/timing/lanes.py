@@ -38,6 +38,13 @@ class Instant:
         #: All lanes, in order of creation.
         self.lanes: list[Lane] = []
 
+    def put_last(self, lane: Lane) -> None:
+        """Let a lane start after all others that there are now, where several could start at one instant."""
+        self.lanes.remove(lane)
+        self.lanes.append(lane)
+        for order, one in enumerate(self.lanes):
+            one.order = order
+
     def turn(self, kind: int, number: int) -> simpy.Event:
         """Returns an event that comes at this instant, when it is the turn of this kind and number."""
         event = self._env.event()

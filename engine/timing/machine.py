@@ -127,6 +127,8 @@ class GpuLanes:
         number = timeline.add_lane(device, "h2d", "copy engine H2D, results of the CPU")
         lags = replace(costs.copy_lags, after_other_ns=costs.copy_lags.after_other_ns + costs.enqueue_ns)
         self.back = Lane(env, instant, timeline, number, lags)
+        if isinstance(streams[0], QueueLane):  # whose next copy is enqueued behind what waits for the engine
+            instant.put_last(streams[0])
         streams.append(self.back)
         if self._scenario.copy_.contention:
             self.cpu.disturbers = streams
