@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -32,6 +33,13 @@ class Part(BaseModel):
                 digits = f"{value:.3g}" if abs(value) < 1e300 else "a number of over 300 digits"
                 raise InputError(f"{name} = {digits}: must be at most {most:.3g}")
         return self
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Returns a copy as pydantic's, without what was worked out of the old values (cached properties)."""
+        copied = super().model_copy(update=update, deep=deep)
+        for name in vars(copied).keys() - type(self).model_fields.keys():
+            del copied.__dict__[name]
+        return copied
 
 
 class Fact(Part):

@@ -1,7 +1,13 @@
-"""The engines that carry out commands: SimPy's, the reference, and the compiled one, end at the same nanoseconds."""
+"""The engines that carry out commands: SimPy's, the reference, and the compiled one, end at the same nanoseconds.
+
+python tests/test_engines.py --first 0 --count 3000 plays many scenarios drawn from all sections together.
+"""
 
 from __future__ import annotations
 
+import argparse
+import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -130,3 +136,27 @@ def test_the_result_says_which_engine_ran_and_is_the_same_by_either() -> None:
     assert by_simpy.json_data()["engine_why"] == "asked for"
     assert compiled.data == by_simpy.data
     assert compiled.timeline.spans().tobytes() == by_simpy.timeline.spans().tobytes()
+
+
+def main() -> None:
+    """Play many random scenarios by both engines, and print where they differ."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--first", type=int, default=0)
+    options.add_argument("--count", type=int, default=1000)
+    asked = options.parse_args()
+    counts: Counter[str] = Counter()
+    for seed in range(asked.first, asked.first + asked.count):
+        with tempfile.TemporaryDirectory() as folder:
+            inputs = accepted(seed, Path(folder))
+            if inputs is None:
+                counts["refused"] += 1
+                continue
+            alike = played(inputs, "compiled") == played(inputs, "simpy")
+        counts["alike" if alike else "differ"] += 1
+        if not alike:
+            print(f"--- seed {seed} differs", flush=True)
+    print(dict(counts))
+
+
+if __name__ == "__main__":
+    main()
