@@ -155,7 +155,7 @@ def _shared(inputs: Inputs, ready: Sequence[Prepared], engine: str) -> list[Sour
     placed, sources = inputs.placed, _all_sources(ready)
     assert placed is not None
     owners = [len(gpus) for of_layer in placed.owners for gpus in of_layer]
-    return [] if shared_in_python(sources, placed.remote, placed.spare_experts, owners) else sources
+    return [] if shared_in_python(sources, placed.remote, inputs.scenario.parallel.lends, owners) else sources
 
 
 class Chosen(NamedTuple):

@@ -42,6 +42,11 @@ def test_a_shipped_scenario_ends_alike_by_simpy_and_compiled(name: str) -> None:
     assert played(inputs, "compiled") == played(inputs, "simpy")
 
 
+def test_spare_memory_of_less_than_an_expert_is_none_by_either_engine() -> None:
+    inputs = load_inputs(load_scenario("placement-8", ["workload.tokens=8", "parallel.spare_bytes=1B"]))
+    assert played(inputs, "compiled") == played(inputs, "simpy")
+
+
 # Where GPUs lend each other experts, equal ones start and end at the same instants, and links are shared.
 @pytest.mark.parametrize("remote", ["tokens", "peer", "cost"])
 @pytest.mark.parametrize("threads", ["one", "per-gpu"])

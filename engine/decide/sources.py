@@ -76,17 +76,17 @@ def decided_in_python(source: Source) -> str | None:
     return None
 
 
-def shared_in_python(sources: Sequence[Source], remote: str, spare_experts: int, owners: Sequence[int]) -> str | None:
+def shared_in_python(sources: Sequence[Source], remote: str, lends: bool, owners: Sequence[int]) -> str | None:
     """Returns the key that has the decisions of GPUs that share experts made in Python; None where compiled code does.
 
-    `owners` is how many GPUs own each expert.
+    `lends`: GPUs keep experts for one another; `owners` is how many GPUs own each expert.
     """
     why = next((key for source in sources if (key := decided_in_python(source)) is not None), None)
     if why is not None:
         return why
     if remote != "tokens":
         return "parallel.remote"
-    if spare_experts:
+    if lends:
         return "parallel.spare_bytes"
     if any(count != 1 for count in owners):
         return "parallel.placement"

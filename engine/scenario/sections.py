@@ -200,7 +200,7 @@ class DispatchSection(Section):
     router_readback: bool = True
     expert_order: Annotated[str, one_of(EXPERT_ORDERS)] = "router"
     expert_kernel: Annotated[str, one_of(EXPERT_KERNELS)] = "separate"
-    launch_queue_depth: int = Field(default=1000, ge=1)
+    launch_queue_depth: int = Field(default=1000, ge=1, le=1_000_000)
 
 
 class ParallelSection(Section):
