@@ -1,3 +1,5 @@
+"""What statistics say of traces, against small ones worked out by hand and against naive counts."""
+
 import json
 import math
 import time

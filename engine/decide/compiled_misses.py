@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...resources.timeline import DEMAND
-from .commands import FIXED_REGISTERS
+from .commands import FIXED_REGISTERS, Command
 from .compiled_decisions import Decisions, Part
 from .compiled_memory import compiled
 from .compiled_program import next_portion
@@ -23,7 +23,7 @@ from .visit_commands import COPY, CPU, DECIDE, settings_array
 Word = Any
 Words = npt.NDArray[Any]
 
-_OP, _KIND, _EXPERT, _EXTRA = 0, 2, 6, 10
+_OP, _KIND, _EXPERT, _EXTRA = map(Command._fields.index, ("op", "kind", "expert", "extra"))
 #: How many misses are taken at once, before those of one more visit.
 _AT_ONCE = 1 << 16
 

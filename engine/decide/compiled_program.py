@@ -9,7 +9,7 @@ import numpy as np
 from ...resources.timeline import ACTIVATION, DENSE, HEAD
 from .commands import CHOICE, COMPUTE, OUTPUT, RESULTS, Op
 from .compiled_memory import compiled, resize
-from .compiled_visits import decide_visit
+from .compiled_visits import decide_visit, order_own
 from .decision_words import (
     D_ADMITTED,
     D_BUDGETS,
@@ -25,7 +25,6 @@ from .decision_words import (
     D_RECEIVES,
     D_RESOLVED,
     D_RESULTS,
-    D_ROOMS,
     D_SENDS,
     D_SETTINGS,
     D_STEPS,
@@ -50,11 +49,7 @@ from .decision_words import (
     X_ASKS,
     X_COPIED,
     X_REGISTERS,
-    X_RESOLVED,
     X_ROOM_FOR,
-    X_SERVED,
-    X_TAKEN,
-    X_VISIT,
     Tables,
 )
 from .visit_commands import (
@@ -66,11 +61,9 @@ from .visit_commands import (
     O_WAVE,
     READS_BACK,
     SETTINGS,
-    VISIT_COLUMNS,
     add,
     order_dense,
     order_readback,
-    order_visit,
     wait,
 )
 
@@ -100,20 +93,11 @@ def begin_layer(t: Tables, g: Word, q: Word, step: Word, layer: Word) -> None:
 @compiled
 def order_decided(t: Tables, g: Word, layer: Word) -> None:
     """Order what a visit comes to, now that it is decided."""
-    d, rows = t.words, t.rows
-    settings = d[d[g + D_SETTINGS] : d[g + D_SETTINGS] + _SETTINGS]
+    d = t.words
     fetches = d[X_COPIED] > 0 and t.copies[0, O_WAVE] == 0
-    add(rows, DECIDE, settings[GPU], -1, -1, layer, int(fetches), -1, -1, -1, -1, d[g + D_VISIT])
-    d[g + D_RESULTS] = order_visit(
-        settings,
-        d[d[g + D_ROOMS] : d[g + D_ROOMS] + d[X_ROOM_FOR]],
-        d[d[X_VISIT] : d[X_VISIT] + VISIT_COLUMNS],
-        t.served[: d[X_SERVED]],
-        t.copies[: d[X_COPIED]],
-        t.taken[: d[X_TAKEN]],
-        t.resolved[: d[X_RESOLVED]],
-        rows,
-    )
+    gpu = d[d[g + D_SETTINGS] + GPU]
+    add(t.rows, DECIDE, gpu, -1, -1, layer, int(fetches), -1, -1, -1, -1, d[g + D_VISIT])
+    order_own(t, g)
 
 
 @compiled

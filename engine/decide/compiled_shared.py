@@ -14,7 +14,7 @@ from ...resources.timeline import COMBINE, DENSE, DISPATCH, EXPERT, HEAD
 from .commands import COMPUTE, FIXED_REGISTERS, OUTPUT, RESULTS, TOKENS, Op
 from .compiled_memory import compiled, resize
 from .compiled_program import has_room_for_visit
-from .compiled_visits import decide_visit
+from .compiled_visits import decide_visit, order_own
 from .decision_words import (
     D_BUDGETS,
     D_END_STEP,
@@ -22,7 +22,6 @@ from .decision_words import (
     D_LAYERS,
     D_POOLS,
     D_RESULTS,
-    D_ROOMS,
     D_SETTINGS,
     D_STEPS,
     DECIDED,
@@ -45,11 +44,6 @@ from .decision_words import (
     STEPS,
     X_ASKS,
     X_COPIED,
-    X_RESOLVED,
-    X_ROOM_FOR,
-    X_SERVED,
-    X_TAKEN,
-    X_VISIT,
     Tables,
 )
 from .visit_commands import (
@@ -60,11 +54,9 @@ from .visit_commands import (
     O_WAVE,
     SETTINGS,
     TOUCH,
-    VISIT_COLUMNS,
     add,
     order_dense,
     order_readback,
-    order_visit,
     wait,
 )
 
@@ -136,22 +128,6 @@ def exchange(t: Tables, h: Word, kind: Word, who: Word) -> None:
         if d[who + gpu]:
             wait(t.rows, 0, gpu * FIXED_REGISTERS + OUTPUT, 0)
     row(t, _EXCHANGE, 0, kind, -1)
-
-
-@compiled
-def order_own(t: Tables, g: Word) -> None:
-    """Order what a GPU's visit comes to, now that it is decided."""
-    d = t.words
-    d[g + D_RESULTS] = order_visit(
-        d[d[g + D_SETTINGS] : d[g + D_SETTINGS] + _SETTINGS],
-        d[d[g + D_ROOMS] : d[g + D_ROOMS] + d[X_ROOM_FOR]],
-        d[d[X_VISIT] : d[X_VISIT] + VISIT_COLUMNS],
-        t.served[: d[X_SERVED]],
-        t.copies[: d[X_COPIED]],
-        t.taken[: d[X_TAKEN]],
-        t.resolved[: d[X_RESOLVED]],
-        t.rows,
-    )
 
 
 @compiled

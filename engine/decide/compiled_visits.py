@@ -29,6 +29,9 @@ from .decision_words import (
     D_PREFETCH,
     D_RECENCY,
     D_RESOLVED,
+    D_RESULTS,
+    D_ROOMS,
+    D_SETTINGS,
     D_SHARED,
     D_UNPIN_FIRST,
     D_VISIT,
@@ -52,6 +55,7 @@ from .decision_words import (
     RESOLVED_WORDS,
     X_COPIED,
     X_RESOLVED,
+    X_ROOM_FOR,
     X_SERVED,
     X_TAKEN,
     X_VISIT,
@@ -70,17 +74,21 @@ from .visit_commands import (
     S_TOKENS,
     S_WAVE,
     SERVED_COLUMNS,
+    SETTINGS,
     V_CPU_TOKENS,
     V_LAYER,
     V_NUMBER,
     V_PHASE,
     V_WAVES,
+    VISIT_COLUMNS,
+    order_visit,
 )
 
 Word = Any
 
 #: Where the wave of an access stands that is served by none: it lacks its expert; it needs no expert.
 _LACKS, _ELSEWHERE = -1, -2
+_SETTINGS = len(SETTINGS)
 
 
 @compiled
@@ -287,3 +295,19 @@ def decide_visit(t: Tables, g: Word, q: Word, step: Word, layer: Word) -> None:
         unpin(t, g)
     if d[X_RESOLVED]:
         leave_out_resolved(t)
+
+
+@compiled
+def order_own(t: Tables, g: Word) -> None:
+    """Order what a GPU's visit comes to, now that it is decided."""
+    d = t.words
+    d[g + D_RESULTS] = order_visit(
+        d[d[g + D_SETTINGS] : d[g + D_SETTINGS] + _SETTINGS],
+        d[d[g + D_ROOMS] : d[g + D_ROOMS] + d[X_ROOM_FOR]],
+        d[d[X_VISIT] : d[X_VISIT] + VISIT_COLUMNS],
+        t.served[: d[X_SERVED]],
+        t.copies[: d[X_COPIED]],
+        t.taken[: d[X_TAKEN]],
+        t.resolved[: d[X_RESOLVED]],
+        t.rows,
+    )
