@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -26,7 +27,10 @@ Done = TypeVar("Done")
 CONNECT_S = 10
 #: How often a process looks whether the one that started it is still there.
 _LOOK_S = 1
-
+#: joblib starts a worker anew that was idle for long or has grown by 300 MB, as one does that reads machine code; it warns
+#: in a thread of its own, which ends, and with it every task, where warnings are errors. Nobody has to do anything.
+_STARTED_ANEW = "A worker stopped while some jobs were given to the executor"
+warnings.filterwarnings("ignore", message=_STARTED_ANEW)
 
 #: So many processes may be asked for, or four times the cores if that is more: each takes memory of its own.
 MOST_WORKERS = 64
