@@ -33,10 +33,12 @@ SERVICES = {
     "log-normal": (Lengths(TOKENS, "lognormal", cv=0.7), 0.7),
 }
 LOADS = (0.3, 0.45, 0.6, 0.75, 0.9)
-#: Requests of a run, of which the first are left out; runs of a pilot; how narrow the interval is to be.
-COUNT, WARMUP, PILOT, WANTED = 12_000, 2_000, 10, 0.018
-#: Quantiles of the normal distribution and of Student's with 7 degrees of freedom, at 97.5 %.
+#: Requests of a run, the first of which are left out; runs of a pilot; how narrow the interval is to be; fewest runs.
+COUNT, WARMUP, PILOT, WANTED = 12_000, 2_000, 10, 0.015
+LEAST = 20
+#: Quantiles of the normal distribution and of Student's with 7 degrees of freedom, at 97.5 %: of a pilot, and of the fewest runs.
 NORMAL, STUDENT_7 = 1.96, 2.365
+STUDENT_17 = 2.110
 
 
 @dataclass(frozen=True)
@@ -92,10 +94,10 @@ def cell(service: str, load: float) -> Cell:
     first = 1000 * round(100 * load)
     pilot = np.array([one_run(lengths, load, first + number) for number in range(PILOT)])
     error = corrected(pilot, not cv)[1] * PILOT**0.5
-    runs = max(PILOT, int(np.ceil((STUDENT_7 * error / (WANTED * theory)) ** 2)))
+    runs = max(LEAST, int(np.ceil((STUDENT_7 * error / (WANTED * theory)) ** 2)))
     found = np.array([one_run(lengths, load, first + PILOT + number) for number in range(runs)])
     mean, error = corrected(found, not cv)
-    return Cell(service, load, theory, mean, NORMAL * error if runs > 30 else STUDENT_7 * error, runs)
+    return Cell(service, load, theory, mean, NORMAL * error if runs > 60 else STUDENT_17 * error, runs)
 
 
 def cells() -> list[Cell]:
