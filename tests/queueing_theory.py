@@ -36,7 +36,7 @@ LOADS = (0.3, 0.45, 0.6, 0.75, 0.9)
 #: Requests of a run, the first of which are left out; runs of a pilot; how narrow the interval is to be; fewest runs.
 COUNT, WARMUP, PILOT, WANTED = 12_000, 2_000, 10, 0.015
 LEAST = 20
-#: Quantiles of the normal distribution and of Student's with 7 degrees of freedom, at 97.5 %: of a pilot, and of the fewest runs.
+#: Quantiles at 97.5 %: of the normal distribution, of Student's for a pilot, and for the fewest runs.
 NORMAL, STUDENT_7 = 1.96, 2.365
 STUDENT_17 = 2.110
 

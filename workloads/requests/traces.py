@@ -43,8 +43,8 @@ class RequestTrace:
     """What a trace says of its requests, in order of arrival.
 
     `arrival_ns` is int64 (requests,), the first one 0, or None where the file does not say when they came;
-    `prompt_tokens` and `output_tokens` are int64 (requests,). `hashes` are of the prompts, one of each `hash_tokens`; None: not known.
-    `failed` requests were given no token, and are left out.
+    `prompt_tokens` and `output_tokens` are int64 (requests,). `hashes` are of the prompts, one of each `hash_tokens`;
+    None: not known. `failed` requests were given no token, and are left out.
     """
 
     arrival_ns: Array | None
