@@ -190,7 +190,7 @@ def test_recorded_acceptance_is_read(tmp_path: Path) -> None:
     assert made.speculation is not None
     assert made.speculation.mean_tokens() == pytest.approx(7 / 3)
     path.write_text("[3]", encoding="utf-8")
-    with pytest.raises(ScenarioError, match="requests.recorded acceptance: must be 0 to 2"):
+    with pytest.raises(ScenarioError, match=r"requests\.recorded acceptance: must be 0 to 2"):
         load(speculation={"drafts": 2, "acceptance": str(path)})
     path.write_text("{}", encoding="utf-8")
     with pytest.raises(ScenarioError, match="must be a list of integers"):
