@@ -16,6 +16,7 @@ BELOW_ALL = {
     "dtypes.py",
     "errors.py",
     "files.py",
+    "kept.py",
     "machine_code.py",
     "machine_words.py",
     "plain.py",

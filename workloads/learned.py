@@ -232,12 +232,8 @@ class Learned:
         with torch.inference_mode(), one_thread():
             for first in range(0, len(known), _TOKENS_AT_ONCE):
                 places = slice(first, first + _TOKENS_AT_ONCE)
-                yield (
-                    places,
-                    logits(
-                        weights, self.weights.shape, *gather(run.chosen, known[places]), horizons=run.horizons
-                    ).numpy(),
-                )
+                asked = gather(run.chosen, known[places])
+                yield places, logits(weights, self.weights.shape, *asked, horizons=run.horizons).numpy()
 
 
 @contextmanager
