@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from prestage.engine.loading.loading import load_inputs
@@ -99,6 +101,13 @@ def test_a_file_of_the_same_size_and_time_in_its_place_is_another(tmp_path: Path
 
 def test_a_digest_tells_types_shapes_and_values_apart() -> None:
     four = np.arange(4, dtype=np.int32)
-    others = [[four.astype(np.int64)], [four.reshape(2, 2)], [four[::-1]], [four, None], [four[:2], four[2:]], [None]]
+    others: list[list[npt.NDArray[Any] | None]] = [
+        [four.astype(np.int64)],
+        [four.reshape(2, 2)],
+        [four[::-1]],
+        [four, None],
+        [four[:2], four[2:]],
+        [None],
+    ]
     assert len({digest_of(arrays) for arrays in [[four], *others]}) == 1 + len(others)
     assert digest_of([np.arange(8, dtype=np.int32)[::2]]) == digest_of([np.array([0, 2, 4, 6], dtype=np.int32)])
