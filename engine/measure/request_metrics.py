@@ -15,12 +15,13 @@ import numpy.typing as npt
 
 from ...errors import InputError
 from ...workloads.requests.log import RequestLog
+from ..scenario.sections_requests import RequestsSection, SloSection, edge_requests
 from .speed import spread_ms
 
 Array = npt.NDArray[Any]
 
 #: The backlog grows for ever if of those that came in the window so many more are left, and more than luck explains.
-_GROWTH, _DEVIATIONS = 0.1, 3
+_GROWTH, _DEVIATIONS = 0.05, 3
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,10 @@ class ServiceLevel:
         named = {"ttft": self.ttft_ms, "itl": self.itl_ms, "tpot": self.tpot_ms, "e2e": self.e2e_ms}
         return {name: limit for name, limit in named.items() if limit is not None}
 
+    def limits_ms(self) -> dict[str, float]:
+        """Returns what is promised, by the keys of a scenario."""
+        return {f"{name}_ms": limit for name, limit in self.limits().items()}
+
 
 @dataclass(frozen=True)
 class Latencies:
@@ -68,6 +73,19 @@ class Latencies:
     gaps: Array
     gap_of: Array
     token_ns: Array
+
+
+def level_of(section: SloSection | None) -> ServiceLevel:
+    """Returns what a scenario promises; nothing without its section."""
+    return ServiceLevel() if section is None else ServiceLevel(**section.model_dump())
+
+
+def run_requests(log: RequestLog, section: RequestsSection, failed: int = 0) -> dict[str, Any]:
+    """Returns what a run says of the requests of a scenario, as `request_metrics`; `failed` of a trace are left out."""
+    count = len(log.requests["number"])
+    window = Window(edge_requests(section.warmup, count), edge_requests(section.cooldown, count))
+    level = level_of(section.slo)
+    return {**request_metrics(log, window, level if level.limits() else None), "failed": failed}
 
 
 def latencies(log: RequestLog) -> Latencies:
@@ -190,7 +208,7 @@ def little(log: RequestLog) -> dict[str, float | None]:
 def overloaded(log: RequestLog, begin_ns: int, end_ns: int) -> bool:
     """Returns whether the backlog grew as it does above capacity: requests come faster than they are served.
 
-    Of those that came between the two instants, a tenth more is left at the end than was there at the beginning, and
+    Of those that came between the two instants, a twentieth more is left at the end than was there at the beginning, and
     more than three deviations of a Poisson number of that size.
     """
     changes = log.changes
