@@ -2,8 +2,9 @@
 
 Every rate is simulated with several seeds, the same ones for all rates, so that they meet the same luck: arrivals are
 the same ones, closer together. A rate is met or missed when the confidence interval of its share of served requests
-lies on one side of what was promised; a rate at which requests come faster than they are served is missed, however patient
-the promise. Between the highest rate met and the lowest missed the interval is halved until it is narrow enough.
+lies on one side of what was promised. A rate at which requests come faster than they are served is missed, however
+patient the promise. Between the highest rate met and the lowest missed the interval is halved until it is narrow
+enough.
 """
 
 from __future__ import annotations

@@ -208,8 +208,8 @@ def little(log: RequestLog) -> dict[str, float | None]:
 def overloaded(log: RequestLog, begin_ns: int, end_ns: int) -> bool:
     """Returns whether the backlog grew as it does above capacity: requests come faster than they are served.
 
-    Of those that came between the two instants, a twentieth more is left at the end than was there at the beginning, and
-    more than three deviations of a Poisson number of that size.
+    Of those that came between the two instants, a twentieth more is left at the end than was there at the beginning,
+    and more than three deviations of a Poisson number of that size.
     """
     changes = log.changes
     arrivals = changes[changes[:, 1] > 0, 0]
