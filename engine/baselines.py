@@ -55,6 +55,7 @@ def run_baseline(
     changed = baseline.inputs(inputs)
     if changed.scenario is not inputs.scenario:
         costs = part_costs(changed)
+    changed = changed.begun()
     ready = [
         Prepared(part, own, baseline.manager(part, Spool(stream, keep=False)), NoPrefetch())
         for part, own in zip(changed.parts, costs, strict=True)
