@@ -83,6 +83,10 @@ class Op(IntEnum):
     PART = 29
     #: In a part: the thread waits until that of GPU `peer` has carried out the first `extra` commands of its own.
     BEHIND = 30
+    #: The host has nothing to do until instant `extra`, in ns.
+    IDLE = 31
+    #: The host takes `extra` ns to make the next step of what waits and runs.
+    SCHEDULE = 32
 
 
 class Command(NamedTuple):

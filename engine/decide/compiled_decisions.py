@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ...workloads.batches import Step
+from ...workloads.requests.request import Wait
 from ...workloads.stacks import next_visits
 from ..policies.compiled_eviction import (
     BELADY,
@@ -23,14 +25,15 @@ from ..policies.compiled_eviction import (
     make_state,
 )
 from ..policies.eviction_informed import Static
-from ..policies.prefetch import Popularity
+from ..policies.prefetch import Gauge, Popularity
 from . import decision_words as w
 from .compiled_program import next_portion
 from .compiled_shared import next_shared_portion
 from .decision_words import Memory, Tables, addresses
-from .dispatch import later_steps
+from .foresight import later_steps
 from .lookups import list_lookups
 from .program import Gpu
+from .pulled import Pulled
 from .sources import EVICTIONS, PREFETCHES, Source
 from .visit_commands import (
     COLUMNS,
@@ -91,14 +94,18 @@ class Decisions:
     With `shared`, one thread goes through every layer on all GPUs together.
     """
 
-    def __init__(self, parts: Sequence[Part], threads: Sequence[Sequence[int]], shared: Shared | None = None) -> None:
-        self._parts, self._shared = parts, shared
+    def __init__(
+        self, parts: Sequence[Part], threads: Sequence[Sequence[int]], shared: Shared | None = None,
+        pulls: tuple[Pulled, Gauge] | None = None,
+    ) -> None:  # fmt: skip
+        self._parts, self._shared, self._pulls = parts, shared, pulls
         self._memory = memory = Memory()
         memory.allocate(w.HEADER)
         registers = parts[0].gpu.registers
         self._steps = parts[0].source.steps
         rows = [len(step.rows) for step in self._steps]
-        self._rows, self._most_tokens = np.cumsum([0, *rows]), max(rows, default=0)
+        self._rows = np.cumsum([0, *rows])
+        self._most_tokens = pulls[0].most_tokens if pulls else max(rows, default=0)
         self.gpus = [memory.allocate(w.D_WORDS) for _ in parts]
         self._areas: dict[tuple[int, int], tuple[int, int]] = {}
         most = sum(map(self._most_copies, parts))
@@ -119,7 +126,8 @@ class Decisions:
         for at, numbers in zip(self.threads, threads, strict=True):
             gpus = memory.put_list(self.gpus[number] for number in numbers)
             self._set(at, {
-                w.H_GPUS: gpus, w.H_LAYER: -1, w.H_STEPS: len(self._steps), w.H_SHARES: shared is not None,
+                w.H_GPUS: gpus, w.H_LAYER: -1, w.H_STEPS: _FAR if pulls else len(self._steps),
+                w.H_SCHEDULE_NS: pulls[0].schedule_ns if pulls else 0, w.H_SHARES: shared is not None,
                 w.H_ONE: shared is not None and shared.one_thread,
             })  # fmt: skip
         self._leaving = np.zeros(2 * max(len(part.source.manager.size_of) for part in parts), dtype=np.int64)
@@ -170,7 +178,7 @@ class Decisions:
             w.D_RECENCY: memory.allocate(self._most_accesses(part) + 1),
             w.D_ASKED: memory.allocate(prefetch.horizons * trace.num_experts + 1),
             w.D_RANKS: 0 if guesses is None else guesses.experts.shape[3], w.D_GATES: -1, w.D_BUDGETS: -1,
-            w.D_FILTERS: self._shared is not None,
+            w.D_FILTERS: self._shared is not None, w.D_AWAITS_TOKENS: self._pulls is not None,
         })  # fmt: skip
         floats = memory.floats
         floats[at + w.D_LEAST], floats[at + w.D_DECAY] = options.threshold, options.decay
@@ -247,12 +255,16 @@ class Decisions:
         following = next_visits(lookups.experts, lookups.starts, count)
         return np.asarray(following)
 
-    def _later_visits(self, part: Part) -> Array | None:
+    def _later_visits(self, part: Part) -> Callable[[int, int], Array] | None:
         horizons, layers = part.source.prefetch.horizons, part.source.trace.layers
         if not horizons:
             return None
         most = (layers - 1 + horizons) // layers
-        return np.array(later_steps(part.source.trace, self._steps, most), dtype=np.int64).reshape(-1, most + 1)
+        later = later_steps(part.source.trace, self._steps, most)
+        if self._pulls is not None:
+            return lambda first, end: np.array([later[step] for step in range(first, end)], dtype=np.int64)
+        table = np.array(later, dtype=np.int64).reshape(-1, most + 1)
+        return lambda first, end: table[first:end]
 
     def _make_scratch(self) -> None:
         """Make the tables of a visit as large as any may need them."""
@@ -297,31 +309,34 @@ class Decisions:
         return int(self._memory.words[w.X_ROOM_FOR])
 
     def lay_out_steps(self) -> None:
-        """Lay out the next steps of the GPU that asks for them."""
+        """Lay out the next steps of the GPU that asks for them: of a scheduler, the one that it makes now, if any."""
+        if self._pulls is not None and not self._pull(*self._pulls):
+            return
         number = self.gpus.index(int(self._memory.words[w.X_ASKS]))
         part, at, words = self._parts[number], self.gpus[number], self._memory.words
         first = int(words[at + w.D_END_STEP])
-        end = self._last_step(part, first)
+        end = self._last_step(part, first) if self._pulls is None else first + 1
         source, steps = part.source, self._steps[first:end]
-        first_row, end_row = int(self._rows[first]), int(self._rows[end])
         rows = np.concatenate([step.rows for step in steps])
         chosen: Array = source.trace.experts[rows].astype(np.int64)
         if source.trace.present is not None:
             chosen[~source.trace.present[rows]] = -1
         self._put(number, w.D_CHOSEN, chosen)
-        places = self._rows[first:end] - first_row
-        laid = [
-            [int(place), len(step.rows), step.phase, step.sampled] for place, step in zip(places, steps, strict=True)
-        ]
+        laid, place = [], 0
+        for step in steps:
+            laid.append([place, len(step.rows), step.phase, max(1, step.sampled)])
+            place += len(step.rows)
         self._put(number, w.D_STEPS, np.array(laid, dtype=np.int64))
         later, guesses = self._later[number], source.guesses
         if later is not None:
-            self._put(number, w.D_LATER, later[first:end])
-            self._set(at, {w.D_LATER_COLUMNS: later.shape[1]})
+            following_steps = later(first, end)
+            self._put(number, w.D_LATER, following_steps)
+            self._set(at, {w.D_LATER_COLUMNS: following_steps.shape[1]})
         if guesses is not None and part.source.prefetch.guesses:
-            self._put(number, w.D_GUESSES, guesses.experts[first_row:end_row])
+            places = guesses.places(rows)
+            self._put(number, w.D_GUESSES, guesses.experts[places])
             if guesses.confidences is not None and part.source.prefetch.needs_confidences:
-                self._put(number, w.D_CONFIDENCES, guesses.confidences[first_row:end_row])
+                self._put(number, w.D_CONFIDENCES, guesses.confidences[places])
         self._put_budgets(number, first, end)
         following = self._following[number]
         if following is not None:
@@ -334,6 +349,15 @@ class Decisions:
         if self._shared is not None:
             self._lay_out_shared(self._shared, first, end)
         self._renew()
+
+    def _pull(self, pulled: Pulled, gauge: Gauge) -> bool:
+        """Whether the scheduler makes a step now; if not, its thread idles for a while, or is at its end."""
+        found, thread = pulled.next(gauge.now_ns()), self.threads[0]
+        if found is None:
+            self._set(thread, {w.H_STEPS: len(self._steps)})
+        elif isinstance(found, Wait):
+            self._set(thread, {w.H_IDLE_UNTIL: found.until_ns})
+        return isinstance(found, Step)
 
     def _lay_out_shared(self, shared: Shared, first: int, end: int) -> None:
         """Lay out what GPUs that share experts have in common of some steps, and what each has by itself."""

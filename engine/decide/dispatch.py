@@ -6,7 +6,6 @@ the same decisions. Only the order counts here; what o'clock it is, nobody asks.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import repeat
@@ -16,21 +15,18 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import InputError
-from ...workloads.batches import Step
+from ...workloads.batches import PulledSteps, Step
 from ...workloads.guesses import Guesses
 from ...workloads.trace import RoutingTrace
 from ..policies.miss import CPU, LOW_PRECISION, Absent, Miss, Resolved
 from ..policies.prefetch import Gauge, Moment, Prefetch
+from .foresight import confidences_of, later_steps, ranked_guesses
 from .memory_manager import Admission, MemoryManager, Wave
 
 #: When prefetches are enqueued: after the launch of the visit's experts, or before it.
 ISSUE = ("after_launch", "before_launch")
 #: What one access is: a unique expert of the batch, or every (token, expert) pair by itself.
 LOOKUPS = ("batch", "single")
-
-
-#: How many rows of guesses become lists at once.
-_ROWS_AT_ONCE = 256
 
 
 @dataclass(slots=True)
@@ -136,8 +132,8 @@ def whole(
     apart = 0 if shared else trace.num_experts
     return Part(
         (step_accesses(trace, step) for step in steps),
-        _ranked_guesses(guesses, steps, apart) if guesses is not None and prefetch.guesses else None,
-        _confidences(guesses, steps) if guesses is not None and prefetch.needs_confidences else None,
+        ranked_guesses(guesses, steps, apart) if guesses is not None and prefetch.guesses else None,
+        confidences_of(guesses, steps) if guesses is not None and prefetch.needs_confidences else None,
     )
 
 
@@ -174,7 +170,7 @@ def visits(
         asking = _Asking(
             manager, prefetch, layers, shared, later, moment, issue == "after_launch", to_host, part.owned
         )  # fmt: skip
-    for number, asked, step_guesses, confidences in _looked_up(part, steps, layers, manager, budgets):
+    for number, asked, step_guesses, confidences in _looked_up(part, layers, manager, budgets):
         index, layer = divmod(number, layers)
         accesses = asked.by_index(shared) if shared else asked
         resolution = None if miss is None else _resolve(
@@ -187,7 +183,7 @@ def visits(
         else:
             missed = sum(len(wave.admitted) for wave in waves) + elsewhere if prefetch.reads_moment else 0
             prefetches, staged, asked_for = asking.visit(number, layer, asked, missed, step_guesses, confidences)
-        if resolution is not None and fetches_behind and index + 1 < len(steps):
+        if resolution is not None and fetches_behind and (index + 1 < len(steps) or isinstance(steps, PulledSteps)):
             behind = [access for access in resolution.accesses if access.expert not in asked_for]
             prefetches = [*prefetches, *_fetched_behind(manager, behind, number + layers)]
         assigned_bytes, budget_bytes = manager.assigned_bytes, manager.budget_bytes
@@ -198,17 +194,17 @@ def visits(
 
 
 def _looked_up(
-    part: Part, steps: Sequence[Step], layers: int, manager: MemoryManager, budgets: Sequence[int] | None
+    part: Part, layers: int, manager: MemoryManager, budgets: Sequence[int] | None
 ) -> Iterator[tuple[int, Accesses, Any, Any]]:
     """Yields each visit's number, look-ups, guesses and confidences; the memory has each step's budget before."""
     no_guesses: list[list[list[int]]] = [[]] * layers
-    for index in range(len(steps)):
+    for index, by_layer in enumerate(part.accesses):
         if budgets is not None:
             manager.resize(budgets[index])
         guesses = next(part.ranked) if part.ranked is not None else no_guesses
         confidences = next(part.confidences) if part.confidences is not None else None
         first = index * layers
-        for layer, accesses in enumerate(next(part.accesses)):
+        for layer, accesses in enumerate(by_layer):
             yield first + layer, accesses, guesses[layer], confidences[layer] if confidences is not None else None
 
 
@@ -429,57 +425,3 @@ def merge(pairs: list[int], gate: list[float]) -> Accesses:
         last[expert] = None
     recency = list(last)
     return Accesses(list(tokens), list(tokens.values()), recency, [weight[expert] for expert in recency])
-
-
-def _ranked_guesses(guesses: Guesses, steps: Sequence[Step], experts: int) -> Iterator[list[list[list[int]]]]:
-    """Yield, step by step, the guessed experts of each layer and horizon: [layer][horizon - 1][rank by token].
-
-    A layer's experts are numbered `experts` after those of the layer before.
-    """
-    _, layers, horizons, _ = guesses.experts.shape
-    ahead = np.arange(layers)[:, None] + np.arange(1, horizons + 1)
-    offset = (ahead % layers * experts)[:, :, None]
-    first = start = end = 0
-    for step in steps:
-        last = first + len(step.rows)
-        if last > end or not end:  # turn many rows into lists at once: most steps have one
-            start, end = first, max(last, first + _ROWS_AT_ONCE)
-            index = guesses.experts[start:end].astype(np.int64)
-            ids: npt.NDArray[np.int64] = np.where(index < 0, -1, index + offset)
-            by_row = ids.tolist()
-        if last == first + 1:
-            yield by_row[first - start]
-        else:
-            together = np.moveaxis(ids[first - start : last - start], 0, -1)
-            yield together.reshape(layers, horizons, -1).tolist()
-        first = last
-
-
-def _confidences(guesses: Guesses, steps: Sequence[Step]) -> Iterator[list[list[list[float]]]]:
-    """Yield, step by step, the confidences of the guesses, laid out as `_ranked_guesses` lays out experts."""
-    assert guesses.confidences is not None
-    _, layers, horizons, _ = guesses.experts.shape
-    first = 0
-    for step in steps:
-        last = first + len(step.rows)
-        together = np.moveaxis(guesses.confidences[first:last], 0, -1)
-        yield together.reshape(layers, horizons, -1).tolist()
-        first = last
-
-
-def later_steps(trace: RoutingTrace, steps: Sequence[Step], most: int) -> list[list[int]]:
-    """Return, for each step, itself and the first step that one of its sequences takes 1, 2, … `most` of its own later.
-
-    -1 where there is none: guesses that cross the token boundary so often have no visit to be for.
-    """
-    upcoming: dict[int, deque[int]] = {}
-    later = []
-    for index in range(len(steps) - 1, -1, -1):
-        own = [
-            upcoming.setdefault(sequence, deque(maxlen=most))
-            for sequence in dict.fromkeys(trace.sequence[steps[index].rows].tolist())
-        ]
-        later.append([index, *(min((s[ahead] for s in own if ahead < len(s)), default=-1) for ahead in range(most))])
-        for following in own:
-            following.appendleft(index)
-    return later[::-1]
