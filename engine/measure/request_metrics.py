@@ -148,7 +148,7 @@ def request_metrics(log: RequestLog, window: Window, level: ServiceLevel | None 
         "tokens_per_request_step": _tokens_per_part(steps),
         "little": little(log),
         "overloaded": overloaded(log, begin_ns, end_ns),
-        "goodput": None if level is None else _goodput(found, counted, level, seconds),
+        "goodput": None if level is None else _goodput(found, counted, ended, level, seconds),
     }
 
 
@@ -219,13 +219,16 @@ def overloaded(log: RequestLog, begin_ns: int, end_ns: int) -> bool:
     return bool(int(changes[inside, 1].sum()) > max(_GROWTH * came, _DEVIATIONS * came**0.5))
 
 
-def _goodput(found: Latencies, counted: Array, level: ServiceLevel, seconds: float) -> dict[str, Any]:
-    """Returns how many of the counted requests got what was promised, and what share missed which promise."""
+def _goodput(found: Latencies, counted: Array, ended: Array, level: ServiceLevel, seconds: float) -> dict[str, Any]:
+    """Returns what share of the counted requests got what was promised, and missed which promise.
+
+    The rate is of those that got it and `ended` in the window.
+    """
     missed = misses(found, level)
-    met = counted & ~np.logical_or.reduce([np.zeros(len(counted), dtype=bool), *missed.values()])
-    number = int(counted.sum())
+    got = ~np.logical_or.reduce([np.zeros(len(counted), dtype=bool), *missed.values()])
+    met, number = counted & got, int(counted.sum())
     return {
-        "requests_per_second": int(met.sum()) / seconds,
+        "requests_per_second": int((ended & got).sum()) / seconds,
         "share": int(met.sum()) / number,
         "missed": {name: int((counted & late).sum()) / number for name, late in missed.items()},
         "met": int(met.sum()) >= level.share * number,
