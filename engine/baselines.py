@@ -91,6 +91,8 @@ def _resident_scenario(scenario: Scenario) -> Scenario:
 
 def _resident_inputs(inputs: Inputs) -> Inputs:
     fetching = _only_fetching(inputs)
+    if fetching.pulls is not None:
+        fetching = replace(fetching, pulls=replace(fetching.pulls, budget_of=None))
     return replace(fetching, budgets=None, stages=tuple(replace(stage, budgets=None) for stage in fetching.stages))
 
 

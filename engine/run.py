@@ -39,7 +39,7 @@ Watch = Callable[[Iterator[Any]], Iterator[Any]]
 
 def watched(progress: Progress | None, what: str, total: int) -> Watch:
     """Returns what tells `progress` of every hundredth part of the visits."""
-    if progress is None:
+    if progress is None or not total:  # nobody knows how many steps a scheduler will make
         return iter
     every = max(1, total // 100)
     counter = itertools.count(1)  # over all GPUs

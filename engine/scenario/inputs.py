@@ -23,7 +23,7 @@ class Pulls:
     """A scheduler that makes the steps of a run as it goes: `source` makes a fresh one for each run.
 
     No step has more than `most_tokens` tokens, and the host takes `schedule_ns` to make one. KV caches take `kv_bytes`
-    of GPU memory at most. `budget_of` says the expert budget before each step, where that moves.
+    of GPU memory at most. `budget_of` says the expert budget before each step, `least_bytes` or more, where that moves.
     """
 
     source: Callable[[], StepSource]
@@ -31,6 +31,7 @@ class Pulls:
     schedule_ns: int = 0
     kv_bytes: int = 0
     budget_of: Callable[[Step], int] | None = None
+    least_bytes: int | None = None
 
 
 @dataclass(frozen=True)
