@@ -167,10 +167,10 @@ def simulate_inputs(
 
 def _requests(inputs: Inputs, serving: Serving) -> dict[str, Any] | None:
     """Returns what requests under load came to; None where a fixed batch runs."""
-    section = inputs.scenario.requests
-    if section is None or serving.log is None:
+    section, pulls = inputs.scenario.requests, inputs.pulls
+    if section is None or pulls is None or serving.log is None:
         return None
-    return run_requests(serving.log, section)
+    return run_requests(serving.log, section, pulls.failed)
 
 
 def _offloading(inputs: Inputs, recordings: Sequence[Recording], costs: Sequence[Costs]) -> dict[str, Any]:
