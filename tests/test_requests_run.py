@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from prestage.engine.measure.request_metrics import ServiceLevel
 from prestage.engine.scenario.scenario import load_scenario
 from prestage.engine.simulate import Result, simulate
 from prestage.experiments.serving_capacity import serving_capacity
+from prestage.output.run_folder import write_result
+from prestage.output.saved import load_result
 from prestage.output.tables.requests import capacity_line
 from prestage.output.tables.runs import print_result
 
@@ -80,6 +84,17 @@ def test_capacity_of_a_scenario_lies_between_a_rate_that_is_met_and_one_that_is_
     # One at a time, no more are served than one takes by itself allows.
     assert found["rate"] < 2 * 1000 / alone
     assert "requests/s are met" in capacity_line(found)
+
+
+def test_a_saved_run_has_its_requests(tmp_path: Path) -> None:
+    result = run()
+    write_result(result, tmp_path / "out")
+    loaded = load_result(tmp_path / "out").requests
+    assert loaded is not None
+    assert loaded["number"].tolist() == list(range(12))
+    ttft_ms = np.sort((loaded["first_token_ns"] - loaded["arrival_ns"])[1:11]).mean() / 1e6
+    assert ttft_ms == pytest.approx(result.data["requests"]["ttft_ms"]["mean"])
+    assert loaded["output_tokens"].tolist() == [5] * 12
 
 
 def test_the_terminal_shows_latencies_and_load(capsys: pytest.CaptureFixture[str]) -> None:

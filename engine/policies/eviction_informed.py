@@ -335,6 +335,8 @@ class Belady(Eviction):
     first. A prefetched expert's next use is the one after the visit that fetched it.
     """
 
+    needs_future = True
+
     def __init__(self, setting: Setting = NO_SETTING) -> None:
         super().__init__(setting)
         self._now = -1  # the pool's own visits, counted
