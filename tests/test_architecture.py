@@ -39,6 +39,7 @@ FLOORS = [
     {"guide"},
     {"experiments"},
     {"calibration"},
+    {"notebook"},
     {"cli"},
 ]
 FLOOR_OF = {folder: number for number, floor in enumerate(FLOORS) for folder in floor}

@@ -219,11 +219,18 @@ def load_scenario(name: str | Path | None = None, settings: Iterable[str] = ()) 
     (`section.key=`) the key is taken out, and has its default again. A trace, a fit or weights named in a file are
     looked for beside that file; named in a setting, in the current folder. Raises ScenarioError.
     """
-    source = "scenario 'default'" if name is None else f"scenario {str(name)!r}"
-    data = _read(name, source)
+    data, source = scenario_data(name)
+    if isinstance(settings, str):
+        raise ScenarioError(f"settings = {settings!r}: give a list of them: [{settings!r}]")
     for setting in settings:
         apply_setting(data, setting)
     return make_scenario(data, source)
+
+
+def scenario_data(name: str | Path | None = None) -> tuple[dict[str, Any], str]:
+    """Returns a scenario's plain data, as it was written, and what messages call it. Raises ScenarioError."""
+    source = "scenario 'default'" if name is None else f"scenario {str(name)!r}"
+    return _read(name, source), source
 
 
 def make_scenario(data: Mapping[str, Any], source: str = "scenario") -> Scenario:
