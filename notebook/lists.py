@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 from ..engine.policies.copy_order import COPY_ORDERS
 from ..engine.policies.eviction import EVICTION
 from ..engine.policies.miss import MISS
@@ -17,7 +19,7 @@ from ..workloads.model import preset_names
 from ..workloads.predictors import PREDICTORS
 
 #: What can be listed, and how.
-_KINDS = {
+_KINDS: dict[str, Callable[[], Iterable[str]]] = {
     "copy orders": lambda: COPY_ORDERS,
     "evictions": lambda: EVICTION,
     "machines": profile_names,

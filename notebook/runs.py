@@ -34,6 +34,10 @@ class Result(Shown, simulating.Result):
     def _run(self) -> Run:
         return self.run
 
+    @property
+    def _figures(self) -> Mapping[str, Any]:
+        return self.data  # without the arrays of the run
+
 
 def simulate(
     scenario: Given = None,
@@ -109,8 +113,11 @@ def compare(runs: Mapping[str, Any] | Sequence[Shown]) -> Comparison:
     """
     if not isinstance(runs, Mapping):
         runs = {getattr(run, "name", f"run {number}"): run for number, run in enumerate(runs, 1)}
-    datas = {name: run if isinstance(run, Mapping) else getattr(run, "data", None) for name, run in runs.items()}
-    for name, data in datas.items():
-        if not isinstance(data, Mapping):
-            raise InputError(f"{name} = {type(runs[name]).__name__}: give a Result, a loaded run, or a result's data")
-    return Comparison(comparison.compare(datas))
+    return Comparison(comparison.compare({name: _data_of(name, run) for name, run in runs.items()}))
+
+
+def _data_of(name: str, run: Any) -> Mapping[str, Any]:
+    data = run if isinstance(run, Mapping) else getattr(run, "data", None)
+    if not isinstance(data, Mapping):
+        raise InputError(f"{name} = {type(run).__name__}: give a Result, a loaded run, or a result's data")
+    return data

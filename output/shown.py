@@ -29,9 +29,12 @@ Summary = list[tuple[str, str, str]]
 
 
 class Shown:
-    """What a run shows of itself. Whoever inherits says how to get its figures (`data`) and arrays (`_run`)."""
+    """What a run shows of itself. Whoever inherits says how to get its figures and arrays (`_run`)."""
 
-    data: Mapping[str, Any]
+    @property
+    def _figures(self) -> Mapping[str, Any]:
+        """The run's figures, as result.json has them."""
+        return self._run().data
 
     def _run(self) -> Run:
         raise NotImplementedError
@@ -44,14 +47,14 @@ class Shown:
 
     def _repr_html_(self) -> str:
         """Returns the figures as a table, as Jupyter shows a value."""
-        return table_html(headline(self.data), speed_rows(self.data), self.data["warnings"])
+        return table_html(headline(self._figures), speed_rows(self._figures), self._figures["warnings"])
 
     def summary(self) -> str:
         """Returns the figures that a user wants first, a line each, under what ran."""
-        rows = speed_rows(self.data)
+        rows = speed_rows(self._figures)
         wide, value_wide = (max(len(row[column]) for row in rows) for column in (0, 1))
         lines = [f"{name:<{wide}}  {value:>{value_wide}}  {note}".rstrip() for name, value, note in rows]
-        return "\n".join([headline(self.data), *lines])
+        return "\n".join([headline(self._figures), *lines])
 
     def to_pandas(self, table: str = "tokens") -> DataFrame:
         """Returns a table of the run as a pandas DataFrame: one of FRAMES.
