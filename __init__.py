@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .output.saved import load_result as load_result
     from .output.saved import run_of as run_of
     from .output.summary import timeline_summary as timeline_summary
+    from .plugins import load_plugin as load_plugin
     from .resources.profile import load_profile as load_profile
     from .workloads.importers import open_trace as open_trace
     from .workloads.model import Model as Model
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from .workloads.trace import RoutingTrace as RoutingTrace
 
 _HOME = {
+    "load_plugin": "plugins",
     "Comparison": "notebook.runs",
     "miss_ratio_curves": "engine.replay.miss_ratio",
     "plot_miss_ratios": "output.plots",
@@ -83,6 +85,7 @@ def __getattr__(name: str) -> Any:
         return import_module("importlib.metadata").version("prestage")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import_module(".plugins", __name__).load_asked()
     return getattr(import_module(f".{_HOME[name]}", __name__), name)
 
 

@@ -19,6 +19,7 @@ BELOW_ALL = {
     "machine_code.py",
     "machine_words.py",
     "plain.py",
+    "plugins.py",
     "units.py",
     "words.py",
 }

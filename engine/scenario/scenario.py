@@ -19,6 +19,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
+from ... import plugins
 from ...bounded import parse_toml, read
 from ...errors import InputError
 from ...plain import beyond_64_bits
@@ -248,7 +249,11 @@ def _read(name: str | Path | None, source: str) -> dict[str, Any]:
     path = Path(name) if name is not None else None
     if path is not None and ".jsonl#" in path.name:
         file, _, key = str(path).rpartition("#")
-        data: dict[str, Any] = find_row(file, key)["scenario"]
+        row = find_row(file, key)
+        missing = set(row.get("plugins", ())) - {plugin.name for plugin in plugins.loaded()}
+        if missing:
+            raise ScenarioError(f"{source}: ran with plug-ins: add --plugin {' --plugin '.join(sorted(missing))}")
+        data: dict[str, Any] = row["scenario"]
         return data
     if path is not None and (path.suffix == ".toml" or path.is_file()):
         try:
