@@ -159,3 +159,9 @@ def test_a_module_is_loaded_by_its_name(tmp_path: Path, monkeypatch: pytest.Monk
         plugins.load_plugin("mru_module")
         assert "mru" in EVICTION
         assert plugins.digest() is not None
+
+
+def test_a_fault_may_be_the_plug_ins(mru: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mru.write_text(MRU.replace("super().__init__(setting)", "raise KeyError"), encoding="utf-8")
+    assert status(["run", "--plugin", str(mru), "--set", "memory.eviction=mru"]) == 1
+    assert f"this is a fault of {mru}, or of Prestage" in capsys.readouterr().err
