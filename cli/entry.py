@@ -82,7 +82,8 @@ def _plugged(arguments: list[str]) -> list[str]:
     from .. import plugins
 
     plugins.load_asked()
-    others, waiting = [], iter(arguments)
+    others: list[str] = []
+    waiting = iter(arguments)
     for argument in waiting:
         if argument == "--":
             return [*others, argument, *waiting]

@@ -91,7 +91,7 @@ def test_workers_load_what_began_the_sweep_and_a_row_says_so(mru: Path, tmp_path
 
 
 def test_a_plug_in_that_changes_makes_other_rows(mru: Path, tmp_path: Path) -> None:
-    keys = []
+    keys: list[str] = []
     for comment in ("", "# another\n"):
         mru.write_text(MRU + comment, encoding="utf-8")
         plugins.load_plugin(mru)
