@@ -13,7 +13,7 @@ from typing import Annotated, cast
 import typer
 
 from ..errors import InputError
-from . import calibrate, machine, model, predictor, timeline, trace
+from . import calibrate, decode, machine, model, predictor, timeline, trace
 from .console import stop_status
 from .experiments import breakeven, compare, suite, sweep
 from .guide import reproduce

@@ -1,0 +1,140 @@
+"""Build llama.cpp's `llama-bench` and `test-backend-ops` from the source that the package llama-cpp-python carries.
+
+    python -m pip download --no-deps --no-binary llama-cpp-python llama-cpp-python
+    python -m prestage.calibration.llama_cpp.build cut llama_cpp_python-*.tar.gz llama.cpp.tar.xz
+    python -m prestage.calibration.llama_cpp.build make llama.cpp.tar.xz FOLDER --cuda
+
+`cut` keeps what the two programs need, some 2 MB, so that it can be carried to a machine that reaches nothing. `make`
+needs cmake, ninja and a C++ compiler; with `--cuda` also nvcc. Without flash attention's kernels, and for the one
+architecture of the GPU that is there, 16 cores take under four minutes; with them, several times as long.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import subprocess
+import sys
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from ...errors import InputError
+
+#: What is kept of llama.cpp, below its root.
+_KEPT = ("CMakeLists.txt", "LICENSE", "AUTHORS", "cmake/", "ggml/", "src/", "common/", "include/", "licenses/",
+         "vendor/", "tools/llama-bench/", "tests/test-backend-ops.cpp", "scripts/build-info")  # fmt: skip
+#: Backends of other devices than CPUs and NVIDIA's GPUs.
+_OTHERS = ("blas", "cann", "et", "hexagon", "metal", "opencl", "openvino", "rpc", "sycl", "virtgpu", "vulkan",
+           "webgpu", "zdnn", "zendnn")  # fmt: skip
+_LEFT_OUT = tuple(f"ggml/src/ggml-{name}/" for name in _OTHERS)
+#: In place of the lists of all tools and all tests.
+_LISTS = {
+    "tools/CMakeLists.txt": "llama_add_compile_flags()\nadd_subdirectory(llama-bench)\n",
+    "tests/CMakeLists.txt": "llama_add_compile_flags()\nadd_executable(test-backend-ops test-backend-ops.cpp)\n"
+    "target_link_libraries(test-backend-ops PRIVATE llama llama-common)\n",
+}
+#: The programs that `make` builds.
+PROGRAMS = ("llama-bench", "test-backend-ops")
+
+
+class BuildError(InputError):
+    """A source that is not llama.cpp's, or a build that failed: one line saying what was met."""
+
+
+def cut(package: Path, out: Path) -> int:
+    """Write what is needed of llama.cpp, as the source package has it, to a .tar.xz; return how many files.
+
+    Raises BuildError if the package holds no llama.cpp.
+    """
+    kept = 0
+    with tarfile.open(package) as source, tarfile.open(out, "w:xz", preset=6) as target:
+        for member in source:
+            _, at, name = member.name.partition("vendor/llama.cpp/")
+            if not at or not member.isfile() or not name.startswith(_KEPT) or name.startswith(_LEFT_OUT):
+                continue
+            member.name = f"llama.cpp/{name}"
+            target.addfile(member, source.extractfile(member))
+            kept += 1
+        for name, text in _LISTS.items():
+            member = tarfile.TarInfo(f"llama.cpp/{name}")
+            member.size = len(text)
+            target.addfile(member, io.BytesIO(text.encode()))
+    if not kept:
+        out.unlink()
+        raise BuildError(f"{package}: holds no vendor/llama.cpp: give the source package of llama-cpp-python (.tar.gz)")
+    return kept + len(_LISTS)
+
+
+def make(source: Path, folder: Path, *, cuda: bool, flash_attention: bool = False, jobs: int | None = None,
+         architecture: str = "native", programs: Sequence[str] = PROGRAMS) -> list[Path]:  # fmt: skip
+    """Build the programs in a folder from what `cut` wrote; return their paths. Raises BuildError if that fails."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(source) as archive:
+        archive.extractall(folder, filter="data")
+    made = folder / "build"
+    configure = [
+        "cmake", "-G", "Ninja", "-S", str(folder / "llama.cpp"), "-B", str(made),
+        *(f"-D{key}={value}" for key, value in _options(cuda, flash_attention, architecture).items()),
+    ]  # fmt: skip
+    for command in (configure, ["ninja", "-C", str(made), f"-j{jobs or os.cpu_count()}", *programs]):
+        ended = subprocess.run(command, stdout=sys.stderr)
+        if ended.returncode:
+            raise BuildError(f"{' '.join(command)}: exit status {ended.returncode}")
+    return [made / "bin" / program for program in programs]
+
+
+def _options(cuda: bool, flash_attention: bool, architecture: str) -> dict[str, str]:
+    """Returns cmake's options."""
+    options = {
+        "CMAKE_BUILD_TYPE": "Release",
+        "BUILD_SHARED_LIBS": "OFF",
+        "LLAMA_BUILD_TESTS": "ON",
+        "LLAMA_BUILD_TOOLS": "ON",
+        "LLAMA_BUILD_SERVER": "OFF",
+        "LLAMA_BUILD_EXAMPLES": "OFF",
+        "LLAMA_BUILD_APP": "OFF",
+        "LLAMA_OPENSSL": "OFF",
+        "GGML_NATIVE": "ON",
+        "GGML_CUDA": "ON" if cuda else "OFF",
+    }
+    if cuda:
+        options |= {
+            "CMAKE_CUDA_ARCHITECTURES": architecture,
+            "GGML_CUDA_FA": "ON" if flash_attention else "OFF",
+            "GGML_CUDA_NCCL": "OFF",
+        }
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(prog="python -m prestage.calibration.llama_cpp.build", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    cutting = verbs.add_parser("cut", help="keep what is needed of the source package")
+    cutting.add_argument("package", type=Path)
+    cutting.add_argument("out", type=Path)
+    making = verbs.add_parser("make", help="build")
+    making.add_argument("source", type=Path)
+    making.add_argument("folder", type=Path)
+    making.add_argument("--cuda", action="store_true")
+    making.add_argument("--flash-attention", action="store_true", help="also its kernels: takes much longer")
+    making.add_argument("--architecture", default="native", help="of the GPU, as CUDA counts: 90 is Hopper")
+    making.add_argument("--jobs", type=int)
+    making.add_argument("--programs", nargs="+", default=PROGRAMS, choices=PROGRAMS)
+    given = parser.parse_args(arguments)
+    try:
+        if given.verb == "cut":
+            print(f"{given.out}: {cut(given.package, given.out)} files, {given.out.stat().st_size} bytes")
+        else:
+            for path in make(given.source, given.folder, cuda=given.cuda, flash_attention=given.flash_attention,
+                             jobs=given.jobs, architecture=given.architecture, programs=given.programs):  # fmt: skip
+                print(path)
+    except InputError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
