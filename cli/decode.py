@@ -8,12 +8,10 @@ from typing import Annotated
 
 import typer
 
-from .calibrate import app
 from .console import print_json, progress_shown
 from .options import Json
 
 
-@app.command("decode")
 def calibrate_decode(
     model: Annotated[str, typer.Argument(help="A transformers model's folder or name, or a preset: random weights.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder for decode.json and a trace a setting.")],

@@ -1,1 +1,1 @@
-"""A real offloading runtime: a transformers model whose experts lie in host memory, decoded as the simulator decides."""
+"""A real offloading runtime: a transformers model, its experts in host memory, decoded as the simulator decides."""

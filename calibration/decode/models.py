@@ -1,8 +1,8 @@
 """What is decoded: a transformers model of one of the recorder's families, its experts apart from the rest of it.
 
-A model is a folder or a name on the hub, with its own weights; or a preset of this package, of whose shapes random
-weights are made. Random experts alias a pool of host memory, so that a model need not fit there: what a copy takes does
-not depend on what is copied.
+A model is a folder or a name on the hub, with its own weights; or a preset of this package or a TOML file of shapes, of
+which random weights are made. Random experts alias a pool of host memory, so that a model need not fit there: what a
+copy takes does not depend on what is copied.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Loaded:
 
 
 def load(gpu: Any, name: str, *, layers: int | None = None, top_k: int | None = None, seed: int = 0) -> Loaded:
-    """Load a model by a preset's name, a folder or a name on the hub, and put its experts apart.
+    """Load a model by a preset's name or file of shapes, a folder or a name on the hub, and put its experts apart.
 
     `layers`: only the first so many blocks. `top_k`: experts a token, in place of the model's. Raises DecodeError for
     what cannot be loaded or has no experts that can be put apart.
@@ -102,7 +102,7 @@ def load(gpu: Any, name: str, *, layers: int | None = None, top_k: int | None = 
     except ImportError as error:
         raise DecodeError("decoding needs transformers: pip install 'prestage[record]'") from error
     transformers.logging.set_verbosity_error()
-    if name in preset_names():
+    if name in preset_names() or name.endswith(".toml"):
         return _random(gpu, name, layers, top_k, seed)
     return _pretrained(gpu, name, layers, top_k)
 

@@ -6,6 +6,7 @@ beside the results. Repeats are interleaved: every round runs all settings once,
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +28,7 @@ from ...engine.loading.deciders import dispatched, make_manager, make_prefetch
 from ...engine.loading.loading import load_inputs
 from ...engine.scenario.inputs import Inputs
 from ...engine.scenario.scenario import Scenario
-from ...files import made_folder, write_file
+from ...files import write_file
 from ...workloads.batches import DECODE
 from ...workloads.importers import open_trace
 from ...workloads.trace import RoutingTrace
@@ -127,9 +128,8 @@ class Run:
     point: Point
     scenario: dict[str, Any]
     inputs: Inputs
-    repeats: list[Steps] = field(default_factory=list)
-    counts: list[dict[str, int]] = field(default_factory=list)
-    rounds: list[dict[str, Any]] = field(default_factory=list)
+    #: Of each: which round it was in and how it went, what it took, and what was decided.
+    repeats: list[tuple[dict[str, Any], Steps, dict[str, int]]] = field(default_factory=list)
 
 
 class Known:
@@ -176,9 +176,10 @@ def decode_all(gpu: Any, config: DecodeConfig, out: Path, progress: Progress | N
     runtime = Runtime(gpu, loaded, max(_slots(run.inputs) for run in runs))
     prompts = dict.fromkeys((point.batch, point.context) for point in config.points)
     filled = {key: runtime.fill(_prompt_tokens(config, loaded, *key)) for key in prompts}
-    cores = Cores()
-    report = _machine(gpu, config, loaded)
-    with made_folder(out):
+    report, cores = _machine(gpu, config, loaded) | {"runs": []}, Cores()
+    gc.collect()
+    gc.freeze()  # what is loaded stays: a collection before each run need not look at it
+    try:
         for number in range(-1, config.repeats):
             order = list(runs)
             Random(config.seed * 1000 + number).shuffle(order)
@@ -189,17 +190,19 @@ def decode_all(gpu: Any, config: DecodeConfig, out: Path, progress: Progress | N
                     progress("decode", (number + 1) * len(runs) + place, (config.repeats + 1) * len(runs))
                 with cores.quietest():
                     steps, counts = _decode(runtime, run, filled[run.point.batch, run.point.context], config)
-                    slowdown = cores.slowdown()
-                if number >= 0:
-                    run.repeats.append(steps)
-                    run.counts.append(counts)
-                    run.rounds.append({"round": number, "place": place, "host_slowdown": round(slowdown, 3)})
-            done = report | {"runs": [_reported(run, config, out) for run in runs if run.repeats]}
-            if done["runs"]:
-                write_file(out / "decode.json", json.dumps(done, indent=1).encode() + b"\n")
-    if not done["runs"]:
+                    rounds = {"round": number, "place": place, "host_slowdown": round(cores.slowdown(), 3)}
+                if number >= 0:  # the round before them is a warm-up
+                    run.repeats.append((rounds, steps, counts))
+            report["runs"] = [_reported(run, config, out) for run in runs if run.repeats]
+            if report["runs"]:
+                write_file(out / "decode.json", json.dumps(report, indent=1).encode() + b"\n")
+            if config.deadline_s is not None and monotonic() - began > config.deadline_s:
+                break
+    finally:
+        gc.unfreeze()
+    if not report["runs"]:
         raise DecodeError(f"--deadline {config.deadline_s}: passed before a run could be counted: give more seconds")
-    return done
+    return report
 
 
 def _slots(inputs: Inputs) -> int:
@@ -210,7 +213,7 @@ def _slots(inputs: Inputs) -> int:
 def _run(config: DecodeConfig, loaded: Loaded, recorded: RoutingTrace | None, point: Point) -> Run:
     """Returns a setting, checked; its scenario names the trace that will lie beside the results."""
     budget, batch, context, prefetch, _ = point
-    name = f"{Path(config.model).name}-{point.words}"
+    name = f"{Path(config.model).name.removesuffix('.toml')}-{point.words}"
     scenario: dict[str, Any] = {
         "seed": config.seed,
         "model": {"preset": config.model, "expert_bytes": loaded.layout.expert_bytes}
@@ -343,22 +346,23 @@ def _is_installed(name: str) -> bool:
 
 def _reported(run: Run, config: DecodeConfig, out: Path) -> dict[str, Any]:
     """Returns what a setting took, and saves the routing that its first repeat met."""
-    rates = [tokens_per_second(steps, config.warmup) for steps in run.repeats]
-    first = run.repeats[0]
+    rates = [tokens_per_second(steps, config.warmup) for _, steps, _ in run.repeats]
+    _, first, _ = run.repeats[0]
     trace = _met(run, first)
+    out.mkdir(parents=True, exist_ok=True)
     trace.save(out / f"{run.name}.safetensors")
     content = (out / f"{run.name}.safetensors").read_bytes()
     return {
         "name": run.name,
         "scenario": run.scenario,
         "trace_sha256": hashlib.sha256(content).hexdigest(),
-        "same_routing": all(_same(steps.routing, first.routing) for steps in run.repeats),
-        "counts": run.counts,
+        "same_routing": all(_same(steps.routing, first.routing) for _, steps, _ in run.repeats),
+        "counts": [counts for _, _, counts in run.repeats],
         "tokens_per_second": median(rates),
         "spread": _spread(rates),
         "repeats": [
             rounds | {"tokens_per_second": rate, "step_ns": steps.step_ns}
-            for rounds, rate, steps in zip(run.rounds, rates, run.repeats, strict=True)
+            for rate, (rounds, steps, _) in zip(rates, run.repeats, strict=True)
         ],
     }
 

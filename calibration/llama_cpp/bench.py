@@ -2,9 +2,10 @@
 
     python -m prestage.calibration.llama_cpp.bench llama-bench OUT.jsonl MODEL.gguf=48 … --seconds 240 --threads 16
 
-Behind each file stands how many layers it has. Each round runs every process once: of each file one that varies how many
-layers' experts the CPU computes, one that varies the threads, and one with a long context. What a process printed is
-written when it ends, one line a process, with the round, its place in it and the time that it began.
+Behind each file stands how many layers it has. Each round runs every process once: of each file one that varies how
+many layers' experts the CPU computes, one that varies the threads, one with other prompts, one with a long context and
+one without mmap. What a process printed is written when it ends, one line a process, with the round, its place in it
+and the time that it ended.
 """
 
 from __future__ import annotations
@@ -71,20 +72,21 @@ def processes(file: str, layers: int, threads: int, *, depth: int = 4096, genera
 
 
 def bench(program: Path, files: dict[str, int], out: IO[str], *, seconds: float, threads: int, rounds: int = 3,
-          repeats: int = 3, seed: int = 0, flash_attention: bool = False) -> int:  # fmt: skip
+          repeats: int = 3, depth: int = 4096, flash_attention: bool = False) -> int:  # fmt: skip
     """Run until all rounds are done or the time is over; return how many processes ended well."""
     began, well = monotonic(), 0
     _write(out, {"what": "machine", **machine()})
     for number in range(rounds):
-        random = Random(f"{seed} {number}")
-        order = [process for file, layers in files.items() for process in processes(file, layers, threads)]
+        random = Random(number)
+        order = [process for file, layers in files.items() for process in processes(file, layers, threads, depth=depth)]
         random.shuffle(order)
         for place, process in enumerate(order):
             left_s = seconds - (monotonic() - began)
             if left_s <= 0:
                 return well
             ran = _run([str(program), *process.arguments(random, repeats, flash_attention)], min(left_s, _LONGEST_S))
-            _write(out, {"round": number, "place": place, "at_s": round(monotonic() - began, 3), **asdict(process), **ran})
+            at = {"round": number, "place": place, "ended_s": round(monotonic() - began, 3)}
+            _write(out, at | asdict(process) | ran)
             well += ran["status"] == 0
     return well
 
@@ -160,12 +162,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--depth", type=int, default=4096, help="tokens of the long context")
     parser.add_argument("--flash-attention", action="store_true")
     given = parser.parse_args(arguments)
     try:
         with given.out.open("w", encoding="utf-8") as out:
             well = bench(given.program, _files(given.files), out, seconds=given.seconds, threads=given.threads,
-                         rounds=given.rounds, repeats=given.repeats, flash_attention=given.flash_attention)  # fmt: skip
+                         rounds=given.rounds, repeats=given.repeats, depth=given.depth,
+                         flash_attention=given.flash_attention)  # fmt: skip
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"{given.out}: {well} processes")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -52,19 +53,24 @@ def cut(package: Path, out: Path) -> int:
     with tarfile.open(package) as source, tarfile.open(out, "w:xz", preset=6) as target:
         for member in source:
             _, at, name = member.name.partition("vendor/llama.cpp/")
-            if not at or not member.isfile() or not name.startswith(_KEPT) or name.startswith(_LEFT_OUT):
+            if not at or not name.startswith(_KEPT) or name.startswith(_LEFT_OUT):
                 continue
-            member.name = f"llama.cpp/{name}"
-            target.addfile(member, source.extractfile(member))
-            kept += 1
+            content = source.extractfile(member)  # equal files are links to one of them
+            if content is not None:
+                _add(target, name, content.read())
+                kept += 1
         for name, text in _LISTS.items():
-            member = tarfile.TarInfo(f"llama.cpp/{name}")
-            member.size = len(text)
-            target.addfile(member, io.BytesIO(text.encode()))
+            _add(target, name, text.encode())
     if not kept:
         out.unlink()
         raise BuildError(f"{package}: holds no vendor/llama.cpp: give the source package of llama-cpp-python (.tar.gz)")
     return kept + len(_LISTS)
+
+
+def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(f"llama.cpp/{name}")
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))
 
 
 def make(source: Path, folder: Path, *, cuda: bool, flash_attention: bool = False, jobs: int | None = None,
@@ -74,14 +80,19 @@ def make(source: Path, folder: Path, *, cuda: bool, flash_attention: bool = Fals
     with tarfile.open(source) as archive:
         archive.extractall(folder, filter="data")
     made = folder / "build"
-    configure = [
-        "cmake", "-G", "Ninja", "-S", str(folder / "llama.cpp"), "-B", str(made),
-        *(f"-D{key}={value}" for key, value in _options(cuda, flash_attention, architecture).items()),
-    ]  # fmt: skip
-    for command in (configure, ["ninja", "-C", str(made), f"-j{jobs or os.cpu_count()}", *programs]):
-        ended = subprocess.run(command, stdout=sys.stderr)
-        if ended.returncode:
-            raise BuildError(f"{' '.join(command)}: exit status {ended.returncode}")
+    options = _options(cuda, flash_attention, architecture)
+    # Without the driver's library the pool of virtual memory cannot be linked; llama.cpp's other pool does.
+    for more in ({}, {"GGML_CUDA_NO_VMM": "ON"}) if cuda else ({},):
+        configure = ["cmake", "-G", "Ninja", "-S", str(folder / "llama.cpp"), "-B", str(made)]
+        configure += [f"-D{key}={value}" for key, value in (options | more).items()]
+        failed = _call(configure)
+        if not failed:
+            break
+        shutil.rmtree(made, ignore_errors=True)
+    # -k0: what fails of one program leaves the other.
+    failed = failed or _call(["ninja", "-C", str(made), "-k0", f"-j{jobs or os.cpu_count()}", *programs])
+    if failed:
+        raise BuildError(failed)
     return [made / "bin" / program for program in programs]
 
 
@@ -103,9 +114,37 @@ def _options(cuda: bool, flash_attention: bool, architecture: str) -> dict[str, 
         options |= {
             "CMAKE_CUDA_ARCHITECTURES": architecture,
             "GGML_CUDA_FA": "ON" if flash_attention else "OFF",
+            "GGML_CUDA_FA_QUANTS": "f16-f16",
             "GGML_CUDA_NCCL": "OFF",
+            **_cublas_of_python(),
         }
     return options
+
+
+def _cublas_of_python() -> dict[str, str]:
+    """Returns where cuBLAS is if Python's packages have it, as PyTorch's do, and the toolkit may not."""
+    for place in sys.path:
+        for library in sorted(Path(place).glob("nvidia/*/lib/libcublas.so.*")):
+            include = library.parents[1] / "include"
+            light = sorted(library.parent.glob("libcublasLt.so.*"))
+            if (include / "cublas_v2.h").is_file() and light:
+                # -idirafter: the toolkit's own headers come first.
+                flags = f"-idirafter {include}"
+                return {
+                    "CUDA_cublas_LIBRARY": str(library), "CUDA_cublasLt_LIBRARY": str(light[-1]),
+                    "CMAKE_CXX_FLAGS": flags, "CMAKE_CUDA_FLAGS": f"-Xcompiler '{flags}' -I{include}",
+                    "CMAKE_BUILD_RPATH": str(library.parent),
+                }  # fmt: skip
+    return {}
+
+
+def _call(command: Sequence[str]) -> str:
+    """Run a command, its output on standard error; return what failed, or nothing."""
+    try:
+        status = subprocess.run(command, stdout=sys.stderr).returncode
+    except OSError as error:
+        return f"{command[0]}: cannot be run: {error.strerror or error}"
+    return f"{' '.join(command)}: exit status {status}" if status else ""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

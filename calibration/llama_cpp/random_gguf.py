@@ -53,7 +53,7 @@ def _q4_0(blocks: int, spread: float) -> Bytes:
 def _q4_k(blocks: int, spread: float) -> Bytes:
     """Two float16 scales, of scales and of minima; 8 of each in 6 bits, packed; 256 numbers of 4 bits.
 
-    A minimum equals its scale, and the one factor is 7.5 times the other, so that weights are as often below 0 as above.
+    A minimum equals its scale, and one factor is 7.5 times the other, so that weights are as often below 0 as above.
     """
     scale = spread / (37 * 4.6)  # the root mean square of 0 to 63, and of 0 to 15 about their mean
     factors = _half(scale, blocks).view("<f2")
