@@ -86,6 +86,7 @@ if [[ -x $bin/llama-bench ]]; then
 fi
 if [[ -x $bin/test-backend-ops ]] && (($(left) > 20)); then
   say "test-backend-ops"
-  timeout $(($(left) - 12)) "$bin/test-backend-ops" perf -o MUL_MAT_ID -b CPU >"$work/results/mul-mat-id-cpu.txt" 2>&1
+  timeout $(($(left) - 12)) "$bin/test-backend-ops" perf -o MUL_MAT_ID -b CPU \
+    -p 'type_a=(q4_K|q8_0|mxfp4)' >"$work/results/mul-mat-id-cpu.txt" 2>&1
 fi
 say "done"

@@ -67,7 +67,7 @@ def processes(file: str, layers: int, threads: int, *, depth: int = 4096, genera
         Process("threads", file, [layers], fewer, [0], [generate]),
         Process("prompts", file, [layers], [threads], [16, 64, 2048], [0], micro_batch=[2048]),
         Process("context", file, [0, layers], [threads], [0], [generate], depth=[depth]),
-        Process("no-mmap", file, [layers], [threads], [512], [generate], more=["-mmp", "0"]),
+        Process("no-mmap", file, [layers], [threads], [512], [generate], more=["-lm", "none"]),
     ]
 
 
