@@ -7,6 +7,7 @@ through `engine/decide`, so a run that is simulated afterwards, with the routing
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from ...engine.decide.dispatch import Accesses, Part, Visit, merge, visits
 from ...engine.decide.memory_manager import MemoryManager
@@ -30,9 +31,10 @@ class Deciding:
         self.horizons, self.guesses = prefetch.horizons, prefetch.guesses
         self._accesses: Accesses | None = None
         self._ranked = _Ranked()
+        each_step: Any = iter([self._ranked] * len(inputs.steps))
         part = Part(
             (self._layers(trace.layers) for _ in inputs.steps),
-            iter([self._ranked] * len(inputs.steps)) if prefetch.guesses else None,  # type: ignore[list-item]
+            each_step if prefetch.guesses else None,
         )
         self._visits = visits(
             trace, inputs.steps, self.manager, prefetch, None, issue=inputs.scenario.prefetch.issue, part=part

@@ -7,7 +7,6 @@ copy takes does not depend on what is copied.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from ...workloads.model import preset_names
 from ...workloads.model_files.mixers import GroupedQuery
 from ...workloads.model_files.shapes import Shapes
 from ...workloads.model_files.sources import read_shapes
-from ...workloads.recorder import family_of
+from ...workloads.recorder import cache_name, family_of
 
 #: Bytes of host memory that random experts alias if they need more.
 POOL_BYTES = 3 * 2**30
@@ -175,10 +174,9 @@ def _random(gpu: Any, name: str, layers: int | None, top_k: int | None, seed: in
 
 def _loaded(name: str, model: Any, routers: Sequence[Any], modules: Sequence[Any], layout: Layout,
             host: Sequence[Any], *, random: bool) -> Loaded:  # fmt: skip
-    parameters = inspect.signature(model.forward).parameters
     return Loaded(
         name, model, tuple(routers), tuple(modules), layout, host, int(routers[0].num_experts), int(routers[0].top_k),
-        "cache" if "cache" in parameters else "past_key_values", random,
+        cache_name(model), random,
     )  # fmt: skip
 
 
