@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 from cpu_device import CpuDevice
+from test_cli import Prestage
+from test_cli import prestage as prestage
 
-from prestage import cli
 from prestage.calibration.decode import models
 from prestage.calibration.decode.deciding import Deciding, Filling
 from prestage.calibration.decode.models import DecodeError, load
@@ -191,12 +192,11 @@ def test_what_cannot_be_run_is_one_clear_line(
     assert not (tmp_path / "o").exists()
 
 
-def test_the_command_says_what_is_missing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_command_says_what_is_missing(prestage: Prestage) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["calibrate", "decode", "olmoe-1b-7b", "-o", str(tmp_path / "out")])
-    assert stopped.value.code == 2 and "no CUDA GPU" in capsys.readouterr().err
+    ran = prestage("calibrate", "decode", "olmoe-1b-7b", "-o", "out")
+    assert ran.status == 2 and "no CUDA GPU" in ran.err
 
 
 def test_guesses_are_asked_of_the_layers_that_there_are(saved: Any) -> None:
