@@ -73,7 +73,6 @@ class Loaded:
     bytes of each expert, numbered layer * experts + index. `cache_name`: what its forward pass calls the KV cache.
     """
 
-    name: str
     model: Any
     routers: tuple[Any, ...]
     modules: tuple[Any, ...]
@@ -129,7 +128,7 @@ def _pretrained(gpu: Any, name: str, layers: int | None, top_k: int | None) -> L
                 view.copy_(parameters[key].detach()[index])
             host.append(rooms[index])
         _without_weights(module)
-    return _loaded(name, model.to(gpu.device), routers, modules, layout, host, random=False)
+    return _loaded(model.to(gpu.device), routers, modules, layout, host, random=False)
 
 
 def _random(gpu: Any, name: str, layers: int | None, top_k: int | None, seed: int) -> Loaded:
@@ -169,15 +168,14 @@ def _random(gpu: Any, name: str, layers: int | None, top_k: int | None, seed: in
         room.copy_(drawn.view(torch.uint8))
     # Neighbors in number, which meet in one visit, are never the same bytes.
     host = [pool[expert % len(pool)] for expert in range(count)]
-    return _loaded(name, model, routers, modules, layout, host, random=True)
+    return _loaded(model, routers, modules, layout, host, random=True)
 
 
-def _loaded(name: str, model: Any, routers: Sequence[Any], modules: Sequence[Any], layout: Layout,
-            host: Sequence[Any], *, random: bool) -> Loaded:  # fmt: skip
-    return Loaded(
-        name, model, tuple(routers), tuple(modules), layout, host, int(routers[0].num_experts), int(routers[0].top_k),
-        cache_name(model), random,
-    )  # fmt: skip
+def _loaded(
+    model: Any, routers: Sequence[Any], modules: Sequence[Any], layout: Layout, host: Sequence[Any], *, random: bool
+) -> Loaded:
+    experts, top_k = int(routers[0].num_experts), int(routers[0].top_k)
+    return Loaded(model, tuple(routers), tuple(modules), layout, host, experts, top_k, cache_name(model), random)
 
 
 def _change(config: Any, layers: int | None, top_k: int | None) -> None:

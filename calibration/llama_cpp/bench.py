@@ -22,9 +22,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
 from time import monotonic
-from typing import IO, Any
+from typing import Any
 
 from ...errors import InputError
+from ...files import check_file, write_file
 
 #: A process that takes longer is ended.
 _LONGEST_S = 120.0
@@ -71,22 +72,39 @@ def processes(file: str, layers: int, threads: int, *, depth: int = 4096, genera
     ]
 
 
-def bench(program: Path, files: dict[str, int], out: IO[str], *, seconds: float, threads: int, rounds: int = 3,
-          repeats: int = 3, depth: int = 4096, flash_attention: bool = False) -> int:  # fmt: skip
+@dataclass(frozen=True)
+class Extent:
+    """How much is run: for so many seconds at most, in so many rounds, each test `repeats` times."""
+
+    seconds: float
+    threads: int
+    rounds: int = 3
+    repeats: int = 3
+    depth: int = 4096
+    flash_attention: bool = False
+
+
+def bench(program: Path, files: dict[str, int], out: Path, extent: Extent) -> int:
     """Run until all rounds are done or the time is over; return how many processes ended well."""
     began, well = monotonic(), 0
-    _write(out, {"what": "machine", **machine()})
-    for number in range(rounds):
+    written = [{"what": "machine", **machine()}]
+    for number in range(extent.rounds):
         random = Random(number)
-        order = [process for file, layers in files.items() for process in processes(file, layers, threads, depth=depth)]
+        order = [
+            process
+            for file, layers in files.items()
+            for process in processes(file, layers, extent.threads, depth=extent.depth)
+        ]
         random.shuffle(order)
         for place, process in enumerate(order):
-            left_s = seconds - (monotonic() - began)
+            left_s = extent.seconds - (monotonic() - began)
             if left_s <= 0:
                 return well
-            ran = _run([str(program), *process.arguments(random, repeats, flash_attention)], min(left_s, _LONGEST_S))
+            arguments = process.arguments(random, extent.repeats, extent.flash_attention)
+            ran = _run([str(program), *arguments], min(left_s, _LONGEST_S))
             at = {"round": number, "place": place, "ended_s": round(monotonic() - began, 3)}
-            _write(out, at | asdict(process) | ran)
+            written.append(at | asdict(process) | ran)
+            write_file(out, b"".join(json.dumps(row).encode() + b"\n" for row in written))
             well += ran["status"] == 0
     return well
 
@@ -136,11 +154,6 @@ def _lines(path: str) -> list[str]:
         return []
 
 
-def _write(out: IO[str], row: dict[str, Any]) -> None:
-    out.write(json.dumps(row) + "\n")
-    out.flush()
-
-
 def _files(given: Sequence[str]) -> dict[str, int]:
     files = {}
     for text in given:
@@ -166,11 +179,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--flash-attention", action="store_true")
     given = parser.parse_args(arguments)
     try:
-        with given.out.open("w", encoding="utf-8") as out:
-            well = bench(given.program, _files(given.files), out, seconds=given.seconds, threads=given.threads,
-                         rounds=given.rounds, repeats=given.repeats, depth=given.depth,
-                         flash_attention=given.flash_attention)  # fmt: skip
-    except (InputError, OSError) as error:
+        files = _files(given.files)
+        extent = Extent(given.seconds, given.threads, given.rounds, given.repeats, given.depth, given.flash_attention)
+        check_file(given.out)
+        well = bench(given.program, files, given.out, extent)
+    except InputError as error:
         sys.exit(f"error: {error}")
     print(f"{given.out}: {well} processes")
 

@@ -73,16 +73,19 @@ def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
     archive.addfile(member, io.BytesIO(content))
 
 
-def make(source: Path, folder: Path, *, cuda: bool, flash_attention: bool = False, jobs: int | None = None,
-         architecture: str = "native", programs: Sequence[str] = PROGRAMS) -> list[Path]:  # fmt: skip
-    """Build the programs in a folder from what `cut` wrote; return their paths. Raises BuildError if that fails."""
+def make(source: Path, folder: Path, *, architecture: str | None = None, flash_attention: bool = False,
+         jobs: int | None = None, programs: Sequence[str] = PROGRAMS) -> list[Path]:  # fmt: skip
+    """Build the programs in a folder from what `cut` wrote; return their paths. Raises BuildError if that fails.
+
+    `architecture`: of the GPU, as CUDA counts, or native; None: without CUDA.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with tarfile.open(source) as archive:
         archive.extractall(folder, filter="data")
     made = folder / "build"
-    options = _options(cuda, flash_attention, architecture)
+    options = _options(architecture, flash_attention)
     # Without the driver's library the pool of virtual memory cannot be linked; llama.cpp's other pool does.
-    for more in ({}, {"GGML_CUDA_NO_VMM": "ON"}) if cuda else ({},):
+    for more in ({}, {"GGML_CUDA_NO_VMM": "ON"}) if architecture else ({},):
         configure = ["cmake", "-G", "Ninja", "-S", str(folder / "llama.cpp"), "-B", str(made)]
         configure += [f"-D{key}={value}" for key, value in (options | more).items()]
         failed = _call(configure)
@@ -96,7 +99,7 @@ def make(source: Path, folder: Path, *, cuda: bool, flash_attention: bool = Fals
     return [made / "bin" / program for program in programs]
 
 
-def _options(cuda: bool, flash_attention: bool, architecture: str) -> dict[str, str]:
+def _options(architecture: str | None, flash_attention: bool) -> dict[str, str]:
     """Returns cmake's options."""
     options = {
         "CMAKE_BUILD_TYPE": "Release",
@@ -108,9 +111,9 @@ def _options(cuda: bool, flash_attention: bool, architecture: str) -> dict[str, 
         "LLAMA_BUILD_APP": "OFF",
         "LLAMA_OPENSSL": "OFF",
         "GGML_NATIVE": "ON",
-        "GGML_CUDA": "ON" if cuda else "OFF",
+        "GGML_CUDA": "ON" if architecture else "OFF",
     }
-    if cuda:
+    if architecture:
         options |= {
             "CMAKE_CUDA_ARCHITECTURES": architecture,
             "GGML_CUDA_FA": "ON" if flash_attention else "OFF",
@@ -168,8 +171,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if given.verb == "cut":
             print(f"{given.out}: {cut(given.package, given.out)} files, {given.out.stat().st_size} bytes")
         else:
-            for path in make(given.source, given.folder, cuda=given.cuda, flash_attention=given.flash_attention,
-                             jobs=given.jobs, architecture=given.architecture, programs=given.programs):  # fmt: skip
+            architecture = given.architecture if given.cuda else None
+            for path in make(given.source, given.folder, architecture=architecture, jobs=given.jobs,
+                             flash_attention=given.flash_attention, programs=given.programs):  # fmt: skip
                 print(path)
     except InputError as error:
         sys.exit(f"error: {error}")
