@@ -15,6 +15,7 @@ import typer
 from ..errors import InputError
 from . import calibrate, machine, model, predictor, timeline, trace
 from .console import stop_status
+from .decode import calibrate_decode
 from .experiments import breakeven, compare, suite, sweep
 from .guide import reproduce
 from .pictures import plot, report, topology
@@ -37,6 +38,7 @@ app.command("compile")(compile_engine)
 app.add_typer(machine.app, name="machine")
 app.add_typer(trace.app, name="trace")
 app.add_typer(model.app, name="model")
+calibrate.app.command("decode")(calibrate_decode)
 app.add_typer(calibrate.app, name="calibrate")
 app.add_typer(calibrate.benchmark_app, name="benchmark")
 app.add_typer(predictor.app, name="predictor")
