@@ -89,9 +89,12 @@ def run_all(
 ) -> list[Recording]:
     """Simulate one run, by one of ENGINES or as `engine_for` says, and return what was recorded on each GPU.
 
-    Costs that are drawn anew for every kernel are asked for by SimPy processes, one after the other.
+    Copies that scatter and share links with other GPUs' go by SimPy: compiled code knows how transfers of so many ns
+    share them, not of any.
     """
-    engine = "simpy" if any(gpu.costs.drawn_anew for gpu in ready) else engine_for(inputs, engine).engine
+    scatters = any(gpu.costs.scatter is not None for gpu in ready)
+    shares = inputs.links is not None and inputs.scenario.copy_.contention
+    engine = "simpy" if scatters and shares else engine_for(inputs, engine).engine
     from .timing.runs import StageRun, run_shared, run_stages  # which compile at their first use
 
     gauges = [Gauge() for _ in ready]

@@ -307,7 +307,7 @@ class Thread:
         return work
 
     def _kernel_cost(self, gpu: GpuState, command: Command) -> KernelCost:
-        cost = gpu.lanes.kernel(command, gpu.members)
+        cost = gpu.lanes.launched(command, gpu.members)
         gpu.members = []
         if gpu.held_ns:
             cost, gpu.held_ns = replace(cost, ns=cost.ns + gpu.held_ns), 0
@@ -319,7 +319,7 @@ class Thread:
 
     def _copy(self, gpu: GpuState, command: Command) -> None:
         lanes = gpu.lanes
-        cost, lane = lanes.copy_cost(command.expert), lanes.copies[command.lane]
+        cost, lane = lanes.copied(command.expert), lanes.copies[command.lane]
         if command.tokens != 1:
             gpu.now_ns += cost.host_ns
         self._pay_waits(gpu)

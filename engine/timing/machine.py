@@ -14,6 +14,7 @@ from ...resources.timeline import DECOMPRESS, EXPERT, HEAD, Timeline
 from ...workloads.batches import DECODE, PREFILL
 from ..costs.costs import CopyCost, Costs, KernelCost, ReadCost, ReadCosts
 from ..costs.offload_costs import CpuCosts, ShrunkCosts
+from ..costs.scatter import Scattering
 from ..decide.commands import H2D, PREFETCH_LANE, Command
 from ..policies.copy_order import COPY_ORDERS, ByRank
 from ..policies.miss import LOW_PRECISION
@@ -79,6 +80,7 @@ class GpuLanes:
         self.timeline, self.costs = timeline, costs
         self._scenario, self._experts = scenario, costs.model.experts
         self._tables = {phase: costs.by_layer(phase) for phase in (PREFILL, DECODE)}
+        self._scattering = None if costs.scatter is None else Scattering(costs.scatter)
         self._shrunk = ShrunkCosts(costs, scenario)
         model = costs.model
         #: The bytes of every expert as it is copied (layers * experts,), and whether they differ within a layer.
@@ -196,8 +198,18 @@ class GpuLanes:
         """Returns what decompressing an expert of a layer takes."""
         return self._shrunk.decompress(layer)
 
+    def launched(self, command: Command, members: list[int]) -> KernelCost:
+        """Returns what the next launch takes, which may scatter; `members` as `kernel` takes them."""
+        cost = self.kernel(command, members)
+        return cost if self._scattering is None else self._scattering.kernel(command.kind, cost)
+
+    def copied(self, expert: int) -> CopyCost:
+        """Returns what the next copy, of this expert, takes, which may scatter."""
+        cost = self.copy_cost(expert)
+        return cost if self._scattering is None else self._scattering.copy(cost)
+
     def kernel(self, command: Command, members: list[int]) -> KernelCost:
-        """Returns what a launch takes; `members` are the tokens of the experts of a grouped kernel."""
+        """Returns what such launches take; `members` are the tokens of the experts of a grouped kernel."""
         kind, layer, tokens, phase = command.kind, command.layer, command.tokens, command.peer
         if kind == DECOMPRESS:
             return self.decompress(command.expert)

@@ -73,8 +73,8 @@ CROWD_BUSY, CROWD_LANES, CROWD_TIMES = range(3)
     G_RING, G_MEMBERS, G_MEMBER_NS, G_MOST_NS, G_MEMBER_LAUNCHES, G_MEMBER_HOST, G_EXCHANGE_NS, G_ASSIGNED, G_BUDGET,
     G_SHAPES, G_LAYERS, G_COPY_OF, G_SENDS, G_PEERS, G_ARRIVALS, G_MEMBER_SLOWDOWN, G_COPY_SLOWDOWN,
     G_READBACK_SLOWDOWN, G_KINDS, G_PREDICT_LAUNCHES, G_PREDICT_HOST, G_PREDICT_ISSUE, G_IO_LANES, G_READS, G_PART,
-    G_SPANS, G_ACCESSES, G_DECISIONS, G_THREAD, GPU_WORDS,
-) = range(77)  # fmt: skip
+    G_SPANS, G_ACCESSES, G_DECISIONS, G_THREAD, G_SCATTER, GPU_WORDS,
+) = range(78)  # fmt: skip
 
 #: A host thread: its number, its portion and place in it, when it goes on, at which GPU it is, and the thread among
 #: compiled decisions, if they are; how many parts it waits for. One that carries out a part (see `commands`) belongs
@@ -83,6 +83,10 @@ CROWD_BUSY, CROWD_LANES, CROWD_TIMES = range(3)
     T_NUMBER, T_ROWS, T_CAPACITY, T_COUNT, T_AT, T_GOES_ON, T_GPU, T_GPUS, T_PROGRAM, T_PARTS, T_PART_OF, T_BEHIND,
     THREAD_WORDS,
 ) = range(13)  # fmt: skip
+
+#: What scatters (see `costs.scatter.SCATTERED`), and of each the next factor's address, and the end of those drawn.
+F_DENSE, F_EXPERT, F_HEAD, F_HOST, F_COPY, SCATTERS = range(6)
+F_NEXT, F_END, FACTOR_WORDS = range(3)
 
 #: What a kernel takes, if it has been asked for.
 K_KNOWN, K_NS, K_LAUNCHES, K_HOST, K_ISSUE, K_SLOWDOWN, KERNEL_WORDS = range(7)
