@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Any, NamedTuple
 
@@ -83,12 +83,25 @@ NOTHING_RESOLVED = Resolution()
 
 
 @dataclass(slots=True)
+class HostReads:
+    """Where host memory, if it is a cache, has what a visit needs of it: the read that brings or brought each expert.
+
+    Beside it is the room that the read is given, where it has to be made: by `copies` to the GPU, by experts `on_cpu`,
+    and of the experts `staged`, which are read for nobody yet.
+    """
+
+    copies: dict[int, tuple[int, Admission | None]] = field(default_factory=dict)
+    on_cpu: dict[int, tuple[int, Admission | None]] = field(default_factory=dict)
+    staged: list[tuple[int, Admission]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class Visit:
     """One layer visit as dispatched: its look-ups, the waves that serve it and the prefetches that follow.
 
     A prefetch is (admission, target visit number); `staged` are experts to prefetch into host memory alone. At the end
     `assigned_bytes` of `budget_bytes` are given out. What a miss policy has found another way for, its `resolution`, is
-    not in `accesses`.
+    not in `accesses`, but in all that was `asked`. Where host memory is a cache, it fills in the `reads`.
     """
 
     number: int
@@ -101,6 +114,13 @@ class Visit:
     budget_bytes: int
     staged: Sequence[int] = ()
     resolution: Resolution = NOTHING_RESOLVED
+    reads: HostReads | None = None
+    all_accesses: Accesses | None = None
+
+    @property
+    def asked(self) -> Accesses:
+        """All look-ups, whatever became of them."""
+        return self.all_accesses or self.accesses
 
     def missed(self) -> Iterator[int]:
         """Yields the experts that were absent: those that were fetched, and those that need not be."""
@@ -194,6 +214,7 @@ def visits(
         visit = Visit(number, index, layer, accesses, waves, prefetches, assigned_bytes, budget_bytes, staged)
         if resolution is not None:
             visit.resolution, visit.accesses = resolution, accesses.without(resolution.accesses)
+            visit.all_accesses = accesses
         yield visit
 
 

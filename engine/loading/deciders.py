@@ -131,7 +131,7 @@ def dispatched(
         to_host=inputs.scenario.tiers.prefetch == "host",
         miss=make_miss(inputs),
     )
-    return decided if host_memory is None else host_memory.through(decided)
+    return decided if host_memory is None else host_memory.through(decided, inputs.first_layer)
 
 
 def source_of(inputs: Inputs, manager: MemoryManager, prefetch: Prefetch, *, host_memory: bool = False) -> Source:

@@ -261,8 +261,9 @@ class Thread:
     ) -> Work:
         """Submit work of `ns`, behind other work and on an idle lane, behind what was waited for."""
         work = Work(
-            self._env.event(), *ns, issued_ns, tuple(gpu.after), kind, gpu.visit, command.expert, command.copy, **more
-        )
+            self._env.event(), *ns, issued_ns, tuple(gpu.after), kind, gpu.visit, command.expert, command.copy,
+            timeline=gpu.lanes.timeline, **more,
+        )  # fmt: skip
         gpu.after.clear()
         gpu.last = work
         if command.register >= 0:
