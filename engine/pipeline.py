@@ -19,7 +19,6 @@ from ..workloads.model import Model
 from ..workloads.trace import RoutingTrace
 from .costs.costs import Costs, activation_bytes
 from .decide.dispatch import Visit
-from .decide.host_memory import HostMemory
 from .decide.memory_manager import MemoryManager
 from .links import Links, PeerCosts
 from .measure.recording import Recording
@@ -37,7 +36,6 @@ class StageRun:
     scenario: Scenario
     prefetching: bool
     gauge: Gauge
-    host_memory: HostMemory | None = None
 
 
 @dataclass(frozen=True)

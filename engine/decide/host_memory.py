@@ -1,8 +1,8 @@
 """Host memory as a cache under the GPU's, above a drive that holds every expert.
 
-`HostMemory` decides, without a clock, what each copy to a GPU finds there, and each expert that the CPU computes, in the
-order in which these are ordered; so the replay and the engines count the same. All GPUs of a run share it.
-`HostRooms` names its rooms by register.
+`HostMemory` decides, without a clock, what each copy to a GPU finds there, and what each expert does that the CPU
+computes, in the order in which these are ordered; so the replay and the engines count the same. All GPUs of a run share
+it. `HostRooms` names its rooms by register.
 
 Host memory keeps what it has handed to the GPU (inclusive): experts are read-only, so nobody writes one back, and to
 keep only what the GPU lacks would cost a copy back over the link for each expert that leaves the GPU.

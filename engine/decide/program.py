@@ -29,6 +29,7 @@ from .visit_commands import (
     GPU,
     LENDS,
     READS_BACK,
+    TIERS,
     add,
     order_dense,
     order_readback,
@@ -196,10 +197,14 @@ class Gpu:
 
     def head(self, rows: Rows, tokens: int) -> None:
         """Order the head over `tokens` positions."""
+        self.await_results(rows)
+        rows.add(Op.LAUNCH, self.number, kind=HEAD, lane=COMPUTE, tokens=tokens)
+
+    def await_results(self, rows: Rows) -> None:
+        """Let the next work wait for what the CPU has computed for this visit, if anything."""
         if self.results:
             rows.add(Op.WAIT, self.number, register=self.register(RESULTS), extra=1)
             self.results = False
-        rows.add(Op.LAUNCH, self.number, kind=HEAD, lane=COMPUTE, tokens=tokens)
 
 
 @dataclass(frozen=True)
@@ -207,7 +212,8 @@ class Stage:
     """One GPU of a pipeline, or the only one: its visits as they are decided, and what it is to do with its steps.
 
     `receives` (steps,) is the step whose data from the stage before each one waits for (-1: none);
-    `sends` (steps,) the bytes that go to the next stage. `decided` is told each visit as it is decided.
+    `sends` (steps,) the bytes that go to the next stage. `decided` is told each visit as it is decided. Where threads
+    share host memory, each visit is `alone` from its decision until it is ordered.
     """
 
     gpu: Gpu
@@ -218,6 +224,7 @@ class Stage:
     has_head: bool = True
     receives: Sequence[int] | None = None
     sends: Sequence[int] | None = None
+    alone: bool = False
 
     def step(self, rows: Rows, step: int) -> Iterator[Array]:
         """Yields the portions of one step."""
@@ -231,15 +238,20 @@ class Stage:
                 gpu.read_back(rows, layer, tokens)
                 rows.add(Op.NOTICE, gpu.number, register=gpu.register(CHOICE))
             rows.add(Op.CATCH_UP, gpu.number)
+            if self.alone:
+                rows.add(Op.ENTER, gpu.number)
             yield rows.portion()
             visit = next(self.visits)
             self.decided(visit)
             gpu.decide(rows, visit)
             self.serve(rows, visit, phase)
+            if self.alone:
+                rows.add(Op.EXIT, gpu.number)
         rows.add(Op.CATCH_UP, gpu.number)
         if self.has_head:
             gpu.head(rows, self.steps[step].sampled)
         if self.sends is not None and self.sends[step]:
+            gpu.await_results(rows)
             rows.add(Op.OUTPUT, gpu.number, register=gpu.register(OUTPUT))
             rows.add(Op.WAIT, gpu.number, register=gpu.register(OUTPUT), extra=1)
             rows.add(Op.SEND, gpu.number, kind=ACTIVATION, extra=step)
@@ -275,7 +287,7 @@ class SharedLayers:
     ) -> None:  # fmt: skip
         self._gpus, self._visits, self._layers, self._one = gpus, visits, layers, one_thread
         self._moves, self._decided = moves, decided
-        self._rows = Rows(share_registers=any(gpu.settings[LENDS] for gpu in gpus))
+        self._rows = Rows(share_registers=any(gpu.settings[LENDS] or gpu.settings[TIERS] for gpu in gpus))
         self._choices = len(gpus) * FIXED_REGISTERS  # the register of the last choice of all
         self._shelves: dict[tuple[int, int], int] = {}  # registers of spare memory, by GPU and number
         self._left: list[int] = []  # registers that nobody needs once a visit is ordered

@@ -76,10 +76,10 @@ PREFETCHED, STAGED = -1, -2
 #: copies of them, the GPU that stores the expert (-1: none), the register of where it lies there, and of what lay
 #: there. Of a room of host memory: what stands for its bytes is T_ROOM, for copies of them T_LENT.
 T_ROOM, T_LEFT, T_LANDED, T_LENT, T_PEER, T_EXPERT, T_SHELF, T_FORMER, TAKEN_COLUMNS = range(9)
-#: By access that needs no copy, or some of its tokens: its way, and the tokens; if the CPU computes it, where it lies in
-#: host memory, as of a copy.
-R_EXPERT, R_WAY, R_TOKENS, R_FILLED, R_LEAVING, R_NUMBER, R_REQUESTS, R_FREED, R_FREED_LAST, RESOLVED_COLUMNS = (
-    range(10)
+#: By access that needs no copy, or some of its tokens: its way, and the tokens; if the CPU computes it, where it lies
+#: in host memory, as of a copy.
+R_EXPERT, R_WAY, R_TOKENS, R_FILLED, R_LEAVING, R_NUMBER, R_REQUESTS, R_FREED, R_FREED_LAST, RESOLVED_COLUMNS = range(
+    10
 )
 
 #: What is known of a room: its bytes are on their way, and no kernel waits for them yet; they came compressed.

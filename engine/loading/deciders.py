@@ -17,7 +17,7 @@ from ..policies.prefetch_share import PREFETCH_SHARE
 from ..scenario.amounts import ScenarioError, parse_budget
 from ..scenario.inputs import Inputs
 from ..scenario.scenario import Scenario
-from .offloading import kept_bytes, low_precision, make_miss, preload
+from .offloading import cached_budgets, kept_bytes, low_precision, make_miss, preload
 
 if TYPE_CHECKING:
     from ..decide.sources import Source
@@ -127,7 +127,7 @@ def dispatched(
         inputs.guesses,
         issue=inputs.scenario.prefetch.issue,
         gauge=gauge,
-        budgets=inputs.budgets,
+        budgets=cached_budgets(inputs),
         to_host=inputs.scenario.tiers.prefetch == "host",
         miss=make_miss(inputs),
     )
@@ -139,6 +139,6 @@ def source_of(inputs: Inputs, manager: MemoryManager, prefetch: Prefetch, *, hos
     from ..decide.sources import Source
 
     return Source(
-        inputs.trace, inputs.steps, manager, prefetch, inputs.guesses, inputs.scenario.prefetch.issue, inputs.budgets,
-        make_miss(inputs), host_memory,
+        inputs.trace, inputs.steps, manager, prefetch, inputs.guesses, inputs.scenario.prefetch.issue,
+        cached_budgets(inputs), make_miss(inputs), host_memory,
     )  # fmt: skip

@@ -34,7 +34,7 @@ from ..stages import OF_WHOLE_MODEL, SAMPLE_STEPS, stage_inputs, stage_layers
 from .capacity import check, fixed_parts, gib, kv_cache_bytes
 from .deciders import make_host_memory, make_manager, make_prefetch
 from .duration import check_duration
-from .offloading import make_miss
+from .offloading import cached_budgets, kept_bytes, low_precision, make_miss
 
 #: In so many pieces an expert is copied at most: 4 KiB each of a quarter of a GiB.
 MOST_PIECES = 1 << 16
@@ -106,23 +106,32 @@ def _on_one_gpu(bare: Inputs) -> Inputs:
     budget_bytes = scenario.memory.budget_bytes(model.expert_bytes, model.experts)
     predictor = predictor_cost(scenario.predictor) if guesses is not None else FREE
     budgets = expert_budgets(scenario, model, trace, steps, budget_bytes, predictor.gpu_memory_bytes)
-    if budgets is not None:
-        budget_bytes = max(budgets)
-        try:
-            divider(scenario.memory.scope, model.expert_bytes, trace)(min(budgets))
-        except BudgetError as error:
-            given = f"memory.total_bytes = {scenario.memory.total_bytes!r}"
-            rest = fixed_parts(scenario, model, predictor.gpu_memory_bytes)
-            rest["KV cache"] = int(kv_cache_bytes(model, trace, steps, scenario.workload.context or 0).max())
-            parts = " + ".join(f"{name} {gib(size_bytes)}" for name, size_bytes in rest.items() if size_bytes)
-            raise ScenarioError(f"{given}: less {parts}, too little is left: {error}") from None
+    budget_bytes = budget_bytes if budgets is None else max(budgets)
     inputs = replace(bare, budget_bytes=budget_bytes, guesses=guesses, budgets=budgets, predictor=predictor)
+    _check_least(inputs)
     # Before anything runs, these refuse a budget that is too small and what the profile or the trace lacks.
     make_manager(inputs)
     make_host_memory(inputs)
     make_miss(inputs)
     Costs(inputs)
     return inputs
+
+
+def _check_least(inputs: Inputs) -> None:
+    """Refuse a total of which too little is left for experts when the KV cache is largest."""
+    budgets, scenario, model = cached_budgets(inputs), inputs.scenario, inputs.model
+    if budgets is None:
+        return
+    sizes, size_of = kept_bytes(inputs)
+    try:
+        divider(scenario.memory.scope, size_of or sizes, inputs.trace)(min(budgets))
+    except BudgetError as error:
+        given = f"memory.total_bytes = {scenario.memory.total_bytes!r}"
+        rest = fixed_parts(scenario, model, inputs.predictor.gpu_memory_bytes)
+        rest["KV cache"] = int(kv_cache_bytes(model, inputs.trace, inputs.steps, scenario.workload.context or 0).max())
+        rest["low-precision copies"] = low_precision(inputs)[1]
+        parts = " + ".join(f"{name} {gib(size_bytes)}" for name, size_bytes in rest.items() if size_bytes)
+        raise ScenarioError(f"{given}: less {parts}, too little is left: {error}") from None
 
 
 def _in_stages(whole: Inputs) -> Inputs:

@@ -48,11 +48,14 @@ def _ratios(mixed: list[list[float]], experts: int) -> list[float]:
 
 
 def low_precision(inputs: Inputs) -> tuple[Collection[int], int]:
-    """Returns the experts with a copy in low precision in GPU memory, the most popular first and the bytes of these."""
+    """Returns the experts with a copy in low precision in GPU memory, the most popular first and the bytes of these.
+
+    They stay for the whole run: where the budget changes with the KV cache, they have their share of the smallest.
+    """
     miss, model = inputs.scenario.miss, inputs.model
     if miss.policy != "low_precision":
         return (), 0
-    most_bytes = inputs.budget_bytes * miss.low_share
+    most_bytes = (inputs.budget_bytes if inputs.budgets is None else min(inputs.budgets)) * miss.low_share
     popular = popularity(_setting(inputs))
     chosen: list[int] = []
     total_bytes = 0
@@ -62,6 +65,14 @@ def low_precision(inputs: Inputs) -> tuple[Collection[int], int]:
             chosen.append(expert)
             total_bytes += size_bytes
     return frozenset(chosen), total_bytes
+
+
+def cached_budgets(inputs: Inputs) -> list[int] | None:
+    """Returns what whole experts have of the budget before each step; None where it is constant."""
+    if inputs.budgets is None:
+        return None
+    low_bytes = low_precision(inputs)[1]
+    return [budget_bytes - low_bytes for budget_bytes in inputs.budgets]
 
 
 def preload(manager: MemoryManager, inputs: Inputs) -> None:

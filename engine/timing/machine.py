@@ -42,7 +42,7 @@ def add_lanes(timeline: Timeline, discipline: str, device: str = "gpu0", host: s
 
 
 class Drive:
-    """The I/O lanes of a drive: what is in flight on them shares it. Of several GPUs, what is ready first goes first."""
+    """The I/O lanes of a drive, which what is in flight shares. If GPUs share it, what is ready first goes first."""
 
     def __init__(
         self, env: simpy.Environment, instant: Instant, timeline: Timeline, costs: ReadCosts, *, shared: bool
@@ -60,9 +60,7 @@ class Drive:
 
 def add_io_lanes(timeline: Timeline, costs: ReadCosts) -> list[int]:
     """Add the I/O lanes of a drive and return their numbers."""
-    return [
-        timeline.add_lane("nvme0", "nvme", f"I/O lane {number}") for number, _ in enumerate(costs.times_as_long)
-    ]
+    return [timeline.add_lane("nvme0", "nvme", f"I/O lane {number}") for number, _ in enumerate(costs.times_as_long)]
 
 
 @dataclass
@@ -99,8 +97,8 @@ class GpuLanes:
     """What is busy by itself on one GPU, each a lane, and the costs of its work.
 
     `size_of` (layers * experts,) are the bytes of every expert where they differ within a layer. `link` is the way of
-    its copies where other GPUs' copies share it, `shared` what it has in common with other GPUs. `is_stale` is asked of a
-    copy when its turn comes.
+    its copies where other GPUs' copies share it, `shared` what it has in common with other GPUs. `is_stale` is asked of
+    a copy when its turn comes.
     """
 
     def __init__(
