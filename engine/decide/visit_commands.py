@@ -334,7 +334,8 @@ def order_prefetches(settings: Words, rooms: Words, visit: Words, copies: Table,
             order_copy(settings, rooms, PREFETCH, settings[PREFETCH_LANE], copies, number, taken, behind, rows)
     for number in range(len(copies)):
         if copies[number, O_WAVE] == STAGED:
-            order_read(settings, copies[number, O_EXPERT], copies[number, O_FILLED:], taken, behind, rows)
+            copied = copies[number]
+            order_read(settings, copied[O_EXPERT], copied[O_FILLED:], taken, behind, rows)
 
 
 @_compiled
