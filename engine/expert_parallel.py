@@ -19,8 +19,10 @@ from ..resources.timeline import COMBINE, DISPATCH, PEER
 from ..resources.topology import Route, TopologyError
 from ..workloads.trace_limits import MAX_TOTAL_EXPERTS
 from .costs.costs import Costs, activation_bytes
+from .decide.host_memory import HostMemory
 from .decide.memory_manager import BudgetError, MemoryManager
 from .links import Links
+from .loading.offloading import cached_budgets, make_miss
 from .measure.accesses import miss_keys
 from .measure.recording import Recording, ratio
 from .placed import Placed, PlacedVisit, Prices, Worker, homes, own_guesses, own_steps, placed_visits
@@ -118,9 +120,7 @@ def prices(links: Links, costs: Costs, token_bytes: int) -> Prices:
 
 def held(placed: Placed, device: str) -> list[int]:
     """Returns the experts that a GPU holds if everything is resident: what it owns, or all if no token moves."""
-    flat = [gpus for of_layer in placed.owners for gpus in of_layer]
-    number = int(device.removeprefix("gpu"))
-    return [expert for expert, gpus in enumerate(flat) if not placed.moves_tokens or number in gpus]
+    return placed.served(int(device.removeprefix("gpu")))
 
 
 def sent_tokens_and_experts(inputs: Inputs, recordings: Sequence[Recording], links: Links) -> list[Carried]:
@@ -177,15 +177,25 @@ def _served(recordings: Sequence[Recording]) -> tuple[int, int]:
 
 
 def decided(
-    inputs: Inputs, managers: Sequence[MemoryManager], prefetches: Sequence[Prefetch], gauges: Sequence[Gauge] = ()
+    inputs: Inputs,
+    managers: Sequence[MemoryManager],
+    prefetches: Sequence[Prefetch],
+    gauges: Sequence[Gauge] = (),
+    host: HostMemory | None = None,
 ) -> Iterator[PlacedVisit]:
-    """Returns the visits of a run over several GPUs, decided one by one as they are asked for."""
+    """Returns the visits of a run over several GPUs, decided one by one as they are asked for, with host memory's."""
     assert inputs.placed is not None
     workers = [
-        Worker(manager, prefetch, part.steps, part.guesses, gauges[number] if gauges else None)
+        Worker(
+            manager, prefetch, part.steps, part.guesses, gauges[number] if gauges else None, cached_budgets(part),
+            make_miss(part),
+        )
         for number, (part, manager, prefetch) in enumerate(zip(inputs.gpus, managers, prefetches, strict=True))
-    ]
-    return placed_visits(inputs.placed, inputs.trace, workers, issue=inputs.scenario.prefetch.issue)
+    ]  # fmt: skip
+    return placed_visits(
+        inputs.placed, inputs.trace, workers, issue=inputs.scenario.prefetch.issue, host=host,
+        to_host=inputs.scenario.tiers.prefetch == "host",
+    )  # fmt: skip
 
 
 def shadow_misses(inputs: Inputs, managers: Sequence[MemoryManager]) -> list[npt.NDArray[np.int64]]:

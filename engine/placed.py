@@ -21,7 +21,9 @@ from ..workloads.batches import Step
 from ..workloads.guesses import Guesses
 from ..workloads.trace import RoutingTrace
 from .decide.dispatch import Accesses, Part, Visit, merge, step_accesses, visits, whole
+from .decide.host_memory import HostMemory
 from .decide.memory_manager import Admission, MemoryManager
+from .policies.miss import Miss
 from .policies.placement import Owners
 from .policies.prefetch import Gauge, Prefetch
 
@@ -58,6 +60,11 @@ class Placed:
     def moves_tokens(self) -> bool:
         """Whether tokens may go to another GPU."""
         return self.remote in ("tokens", "cost")
+
+    def served(self, gpu: int) -> list[int]:
+        """Returns the experts that a GPU may serve: those that it owns, or all if no token moves."""
+        flat = [gpus for of_layer in self.owners for gpus in of_layer]
+        return [expert for expert, gpus in enumerate(flat) if not self.moves_tokens or gpu in gpus]
 
 
 @dataclass(slots=True)
@@ -130,14 +137,23 @@ class Worker:
     steps: Sequence[Step]
     guesses: Guesses | None = None
     gauge: Gauge | None = None
+    budgets: Sequence[int] | None = None
+    miss: Miss | None = None
 
 
 def placed_visits(
-    placed: Placed, trace: RoutingTrace, workers: Sequence[Worker], *, issue: str = "after_launch"
+    placed: Placed,
+    trace: RoutingTrace,
+    workers: Sequence[Worker],
+    *,
+    issue: str = "after_launch",
+    host: HostMemory | None = None,
+    to_host: bool = False,
 ) -> Iterator[PlacedVisit]:
     """Yields every layer visit of the run, decided when it is asked for, GPU 0 first.
 
-    With spare memory all experts must be of one size, and what is evicted must make room at once.
+    With spare memory all experts must be of one size, and what is evicted must make room at once. `host` is host
+    memory, if it is a cache; `to_host` as of `dispatch.visits`.
     """
     managers = [worker.manager for worker in workers]
     sharing: _Sharing | None = None
@@ -153,6 +169,9 @@ def placed_visits(
             worker.guesses,
             issue=issue,
             gauge=worker.gauge,
+            budgets=worker.budgets,
+            to_host=to_host,
+            miss=worker.miss,
             part=None if sharing is None else sharing.part(gpu),
         )
         for gpu, worker in enumerate(workers)
@@ -160,7 +179,7 @@ def placed_visits(
     sources: Callable[[int, Visit], dict[int, tuple[int, int]]] | None = None
     if placed.remote in ("peer", "cost"):
         sources = partial(_from_peers, placed, managers)
-    spare = _Spare(placed) if placed.spare_experts else None
+    spare = _Spare(placed, managers) if placed.spare_experts else None
     nothing: list[dict[int, Any]] = [{} for _ in workers]
     for number in range(len(placed.homes) * trace.layers):
         index, layer = divmod(number, trace.layers)
@@ -178,6 +197,8 @@ def placed_visits(
                 fetched, stored = spare.moves(gpu, own_visit)
                 visit.sources.append(fetched)
                 visit.stores.append(stored)
+        if host is not None:
+            host.decide(visit.visits, lent=visit.sources)
         yield visit
 
 
@@ -230,9 +251,9 @@ class _Spare:
     cache and prefetch buffers" (ISCA 1990). What lies there longest makes room.
     """
 
-    def __init__(self, placed: Placed) -> None:
+    def __init__(self, placed: Placed, managers: Sequence[MemoryManager]) -> None:
         self._owners = [gpus for layer in placed.owners for gpus in layer]
-        self._expert_of: list[dict[int, int]] = [{} for _ in range(placed.gpus)]  # by GPU and copy
+        self._expert_of = [{copy: expert for expert, copy in manager.assigned.items()} for manager in managers]
         # By GPU: what is stored, oldest first (expert -> number), and free rooms (what lay there; -1: nothing).
         self._stored: list[dict[int, int]] = [{} for _ in range(placed.gpus)]
         self._free: list[deque[int]] = [deque([-1] * placed.spare_experts) for _ in range(placed.gpus)]

@@ -116,7 +116,7 @@ def test_the_gate_weight_that_each_precision_computed_is_told() -> None:
     scenario = tiny_scenario(compression={"mixed": [[0.25, 1.0], [0.75, 0.25]]})
     model = tiny_model(1, top_k=2)
     recording = tiny_run(model, tiny_profile(), trace, scenario)
-    assert precision_mass(recording, model, [[0.25, 1.0], [0.75, 0.25]]) == {"1": 0.375, "0.25": 0.625}
+    assert precision_mass([recording], [model], [[0.25, 1.0], [0.75, 0.25]]) == {"1": 0.375, "0.25": 0.625}
 
 
 def test_bytes_are_rounded_up_from_the_decimal_ratio() -> None:

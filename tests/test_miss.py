@@ -256,7 +256,7 @@ def test_what_is_skipped_takes_nothing() -> None:
     # dense 3, copy 20, expert 7; then dense 3, copies 20 and 20, of which the second is followed by its expert's 7.
     assert recording.makespan_ns == 30 + 3 + 40 + 7
     assert metrics(recording)["bytes"]["demand"] == 3 * 20
-    data = miss_metrics(recording, tiny_costs(model, tiny_profile(), scenario), scenario)
+    data = miss_metrics([recording], [tiny_costs(model, tiny_profile(), scenario)], scenario)
     assert data["ways"] == {"fetched": 3, "cpu": 0, "low_precision": 0, "skipped": 1}
     assert data["gate_mass"]["skipped"] == 0.25 / 2
     assert data["by_layer"] == [

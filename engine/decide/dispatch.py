@@ -122,6 +122,12 @@ class Visit:
         """All look-ups, whatever became of them."""
         return self.all_accesses or self.accesses
 
+    @property
+    def computes(self) -> bool:
+        """Whether the GPU has an expert to run, of whatever precision."""
+        resolved = self.resolution.accesses
+        return bool(self.accesses.experts) or any(access.way == LOW_PRECISION for access in resolved)
+
     def missed(self) -> Iterator[int]:
         """Yields the experts that were absent: those that were fetched, and those that need not be."""
         for wave in self.waves:

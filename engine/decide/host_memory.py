@@ -10,7 +10,7 @@ keep only what the GPU lacks would cost a copy back over the link for each exper
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from ..policies.miss import CPU
@@ -44,20 +44,23 @@ class HostMemory:
             self.decide([visit], first_layer)
             yield visit
 
-    def decide(self, visits: Sequence[Visit], first_layer: int = 0) -> None:
+    def decide(
+        self, visits: Sequence[Visit], first_layer: int = 0, lent: Sequence[Collection[int]] | None = None
+    ) -> None:
         """Look up what GPUs that are at one layer visit together copy and what the CPU computes for them.
 
         GPU by GPU; of each, what the CPU computes, then what is demanded, then what is prefetched, then what is staged.
+        `lent` are each GPU's copies that come from another's memory instead.
         """
         manager, layers = self.manager, len(self._expert_bytes)
         first = 0 if manager.shared else first_layer * manager.experts
         number = visits[0].step * layers + first_layer + visits[0].layer
         weights = _weights(visits, first)
         manager.begin(number, first_layer + visits[0].layer, list(weights), list(weights.values()))
-        for visit in visits:
-            visit.reads = self._reads(visit, first, weights)
+        for gpu, visit in enumerate(visits):
+            visit.reads = self._reads(visit, first, weights, () if lent is None else lent[gpu])
 
-    def _reads(self, visit: Visit, first: int, weights: Mapping[int, float]) -> HostReads:
+    def _reads(self, visit: Visit, first: int, weights: Mapping[int, float], lent: Collection[int]) -> HostReads:
         """Returns where the experts of one GPU's visit, the first of which is `first` of the model, come from."""
         found = HostReads()
         for access in visit.resolution.accesses:
@@ -65,10 +68,12 @@ class HostMemory:
                 found.on_cpu[access.expert] = self._look_up(access.expert + first, weights[access.expert + first])
         for wave in visit.waves:
             for admission in wave.admitted:
-                expert = admission.expert + first
-                found.copies[admission.copy] = self._look_up(expert, weights[expert])
+                if admission.copy not in lent:
+                    expert = admission.expert + first
+                    found.copies[admission.copy] = self._look_up(expert, weights[expert])
         for admission, _ in visit.prefetches:
-            found.copies[admission.copy] = self._look_up(admission.expert + first, None)
+            if admission.copy not in lent:
+                found.copies[admission.copy] = self._look_up(admission.expert + first, None)
         for expert in visit.staged:
             staged = self._admit(expert + first, None)
             if staged is not None:

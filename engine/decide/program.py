@@ -301,7 +301,7 @@ class SharedLayers:
             yield self._step(step, np.bincount(home, minlength=len(self._gpus)).tolist())
 
     def _step(self, step: Step, tokens: list[int]) -> Iterator[Array]:
-        rows, gpus, phase = self._rows, self._gpus, step.phase
+        rows, phase = self._rows, step.phase
         for layer in range(self._layers):
             self._dense(layer, tokens, phase)
             self._choose(layer, tokens)
@@ -311,10 +311,9 @@ class SharedLayers:
             self._decided(visit)
             moves = visit.traffic is not None and self._moves(visit.traffic)
             self._send(visit, moves, tokens)
-            self._serve(visit, phase)
+            self._serve(visit, phase, moves)
             if moves:
-                served = [gpu for gpu, own in zip(gpus, visit.visits, strict=True) if own.accesses.experts]
-                self._exchange(COMBINE, [gpu.register(OUTPUT) for gpu in served])
+                self._exchange(COMBINE, self._outputs(visit))
             self._back = moves
         for gpu, count in zip(self._each(), tokens, strict=True):
             if count:
@@ -375,8 +374,17 @@ class SharedLayers:
         homes = [gpu for gpu, count in zip(self._gpus, tokens, strict=True) if count]
         self._exchange(DISPATCH, [gpu.register(OUTPUT) for gpu in homes])
         for gpu, own in zip(self._turns(), visit.visits, strict=True):
-            if own.accesses.experts:
+            if own.computes:
                 self._rows.add(Op.RECEIVE, gpu.number, kind=EXPERT, register=gpu.register(TOKENS))
+
+    def _outputs(self, visit: PlacedVisit) -> list[int]:
+        """Returns the registers of what the GPUs, and the CPU for them, have computed of a visit."""
+        registers = []
+        for gpu, own in zip(self._gpus, visit.visits, strict=True):
+            registers += [gpu.register(OUTPUT)] if own.computes else []
+            registers += [gpu.register(RESULTS)] if gpu.results else []
+            gpu.results = False
+        return registers
 
     def _exchange(self, kind: int, after: Sequence[int]) -> None:
         """Order an exchange of tokens once some registers' work has ended."""
@@ -386,11 +394,13 @@ class SharedLayers:
             self._rows.add(Op.WAIT, 0, register=register, extra=0)
         self._rows.add(Op.EXCHANGE, 0, kind=kind)
 
-    def _serve(self, visit: PlacedVisit, phase: int) -> None:
+    def _serve(self, visit: PlacedVisit, phase: int, moves: bool) -> None:
         for gpu, own in zip(self._each(), visit.visits, strict=True):
+            if moves and own.resolution.cpu_tokens:  # what goes to the CPU has come from other GPUs
+                self._rows.add(Op.WAIT, gpu.number, register=gpu.register(TOKENS), extra=0)
             loans = self._loans(visit, gpu.number) if gpu.settings[LENDS] else None
             gpu.serve(self._rows, own, phase, loans)
-            if own.accesses.experts:
+            if own.computes:
                 self._rows.add(Op.OUTPUT, gpu.number, register=gpu.register(OUTPUT))
             for register in self._left:
                 gpu.registers.give(register)

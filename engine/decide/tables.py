@@ -108,7 +108,8 @@ class _Copies:
         room = rooms.admit(admission.copy)
         source = loans.sources.get(admission.copy, _HERE)
         last = len(self.taken)
-        tier = _ALL_IN_HOST if self._reads is None else self._tier(*self._reads.copies[admission.copy])
+        lent = admission.copy in loans.sources
+        tier = _ALL_IN_HOST if lent or self._reads is None else self._tier(*self._reads.copies[admission.copy])
         self.copies.append((
             admission.expert, admission.copy, room.register, wave, target, first, last, *source, room.landed, *tier,
         ))  # fmt: skip

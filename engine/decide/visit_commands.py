@@ -199,9 +199,9 @@ def order_copy(
 ) -> None:  # fmt: skip
     """Copy an expert into its room, behind the last readers of what lay there, and behind a register if it is one."""
     gpu, lends, copied = settings[GPU], settings[LENDS], copies[number]
-    by_gpu = settings[GPU_ISSUES] and kind == PREFETCH
+    by_gpu, tiers = settings[GPU_ISSUES] and kind == PREFETCH, settings[TIERS] and copied[O_PEER] < 0
     room, expert, copy, first, last = copied[O_ROOM], copied[O_EXPERT], copied[O_COPY], copied[O_FIRST], copied[O_LAST]
-    if settings[TIERS]:
+    if tiers:
         order_read(settings, expert, copied[O_FILLED:], taken, behind, rows)
     if lends:
         order_stores(settings, taken, first, last, rows)
@@ -224,7 +224,7 @@ def order_copy(
             add(rows, RECLAIM, gpu, -1, -1, -1, taken[place, T_LEFT], -1, -1, taken[place, T_LENT], -1, 0)
     if behind >= 0:
         wait(rows, gpu, behind, 0)
-    if settings[TIERS]:
+    if tiers:
         wait(rows, gpu, copied[O_FILLED], 0)
     if copied[O_PEER] < 0:
         add(rows, COPY, gpu, kind, lane, -1, int(by_gpu), expert, copy, room, -1, copied[O_TARGET])
@@ -235,7 +235,7 @@ def order_copy(
             add(rows, TOUCH, gpu, -1, -1, -1, -1, -1, -1, copied[O_FROM], -1, -1)
         else:
             add(rows, JOIN, gpu, -1, -1, -1, -1, -1, -1, copied[O_READ], -1, -1)
-    if settings[TIERS]:
+    if tiers:
         add(rows, LEAVE, gpu, -1, -1, -1, -1, -1, -1, copied[O_LEAVING], -1, -1)
     if lends:
         add(rows, TOUCH, gpu, -1, -1, -1, -1, -1, -1, copied[O_LANDED], -1, -1)

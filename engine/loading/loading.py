@@ -95,6 +95,7 @@ def completed(bare: Inputs) -> Inputs:
         inputs = place(replace(bare, guesses=guesses, predictor=predictor), make_manager)
     else:
         inputs = _in_stages(bare) if max(parallel.stages, parallel.micro_batches) > 1 else _on_one_gpu(bare)
+    make_host_memory(inputs)  # refuses one without room for an expert
     check(inputs)
     return inputs
 
@@ -111,7 +112,6 @@ def _on_one_gpu(bare: Inputs) -> Inputs:
     _check_least(inputs)
     # Before anything runs, these refuse a budget that is too small and what the profile or the trace lacks.
     make_manager(inputs)
-    make_host_memory(inputs)
     make_miss(inputs)
     Costs(inputs)
     return inputs
@@ -141,8 +141,12 @@ def _in_stages(whole: Inputs) -> Inputs:
         links = Links(whole.profile, scenario, stages, "parallel.stages")
         pipeline_routes(links)  # refuses GPUs that no copy can go between
         whole = replace(whole, links=links)
+    # Host memory sees the layers of all stages; a predictor of the whole model is asked once for all.
+    of_host = getattr(EVICTION[scenario.tiers.host_policy], "needs_guesses", False)
+    guesses = _guesses(whole) if of_host or scenario.predictor.name in OF_WHOLE_MODEL else None
+    host_guesses = guesses if of_host else None
     if scenario.predictor.name in OF_WHOLE_MODEL:
-        whole = replace(whole, guesses=_guesses(whole))
+        whole = replace(whole, guesses=guesses)
 
     def cut(counts: Sequence[int], steps: list[Step]) -> Inputs:
         parts = []
@@ -154,7 +158,7 @@ def _in_stages(whole: Inputs) -> Inputs:
                 raise ScenarioError(f"the stage on {bare.device}, layers {layers}: {error}") from None
         budget_bytes = sum(part.budget_bytes for part in parts)
         return replace(
-            whole, steps=steps, stages=tuple(parts), budget_bytes=budget_bytes, guesses=None,
+            whole, steps=steps, stages=tuple(parts), budget_bytes=budget_bytes, guesses=host_guesses,
             predictor=parts[0].predictor,
         )  # fmt: skip
 

@@ -59,12 +59,19 @@ def low_precision(inputs: Inputs) -> tuple[Collection[int], int]:
     popular = popularity(_setting(inputs))
     chosen: list[int] = []
     total_bytes = 0
-    for expert in sorted(range(model.total_experts), key=lambda expert: -popular[expert]):
+    for expert in sorted(_served(inputs), key=lambda expert: -popular[expert]):
         size_bytes = shrunk(model.expert_bytes[expert // model.experts], miss.low_ratio)
         if total_bytes + size_bytes <= most_bytes:
             chosen.append(expert)
             total_bytes += size_bytes
     return frozenset(chosen), total_bytes
+
+
+def _served(inputs: Inputs) -> Collection[int]:
+    """Returns the experts that a GPU may serve: all of its layers, or those that it owns of GPUs that share them."""
+    if inputs.placed is None or not inputs.placed.moves_tokens:
+        return range(inputs.model.total_experts)
+    return dict.fromkeys(inputs.placed.served(int(inputs.device.removeprefix("gpu"))))
 
 
 def cached_budgets(inputs: Inputs) -> list[int] | None:
@@ -81,7 +88,9 @@ def preload(manager: MemoryManager, inputs: Inputs) -> None:
     ScenarioError if layers that are named do not fit.
     """
     memory = inputs.scenario.memory
-    wanted = PRELOAD[memory.preload](_setting(inputs), memory.cpu_layers or 0)
+    first_layer = max(0, (memory.cpu_layers or 0) - inputs.first_layer)
+    served = _served(inputs)
+    wanted = [expert for expert in PRELOAD[memory.preload](_setting(inputs), first_layer) if expert in served]
     fitting = manager.fitting(wanted)
     if memory.cpu_layers is not None and len(fitting) < len(wanted):
         needed_bytes = sum(manager.size_of[expert] for expert in wanted)

@@ -55,6 +55,7 @@ from .memory import (
     W_COPY,
     W_END,
     W_EXPERT,
+    W_GPU,
     W_ISSUED,
     W_KIND,
     W_NEXT,
@@ -199,9 +200,10 @@ def end(m: Words, f: Reals, lane: Word) -> Word:
     turns = m[lane + L_TURNS]
     for at in range(turns + 1, turns + 1 + m[turns]):
         m[m[at] + L_FREE] = now
+    gpu = m[lane + L_GPU]
     record_span(
-        m, m[lane + L_GPU], m[lane + L_START], now, m[work + W_ISSUED], m[work + W_EXPERT], m[work + W_VISIT],
-        m[work + W_COPY], m[lane + L_NUMBER], m[work + W_KIND],
+        m, gpu if gpu >= 0 else m[work + W_GPU], m[lane + L_START], now, m[work + W_ISSUED], m[work + W_EXPERT],
+        m[work + W_VISIT], m[work + W_COPY], m[lane + L_NUMBER], m[work + W_KIND],
     )  # fmt: skip
     if m[work + W_PIECES] > 1:
         m[work + W_PIECES] -= 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ...resources.timeline import DECOMPRESS
 from .compiled_work import (
     Word,
     Words,
@@ -53,6 +54,7 @@ from .memory import (
     W_EXPERT,
     W_HELD_BACK,
     W_ISSUED,
+    W_KIND,
     W_LANE,
     W_NEXT,
     W_NUMBER,
@@ -269,7 +271,7 @@ def copy_in_queue(m: Words, work: Word, lane: Word) -> Word:
     if m[work + W_LANE] == lane:
         return work
     node = m[work + W_AFTER]
-    if node >= 0 and m[m[work + W_LANE] + L_KIND] == AS_READY and m[m[node + N_WHAT] + W_LANE] == lane:
+    if node >= 0 and m[work + W_KIND] == DECOMPRESS and m[m[node + N_WHAT] + W_LANE] == lane:
         return m[node + N_WHAT]
     return np.int64(-1)
 

@@ -40,9 +40,9 @@ IN_ORDER, AS_READY, BY_RANK = range(3)
 #: A piece of work; `after` and `waiting` are lists of nodes: of work that must have ended, and of who waits for it.
 (
     W_NS, W_ALONE, W_ISSUED, W_KIND, W_VISIT, W_EXPERT, W_COPY, W_LANE, W_TRANSFER, W_RANK, W_TARGET, W_NUMBER,
-    W_PIECES, W_STARTED, W_CANCELLED, W_END, W_NEXT, W_AFTER, W_WAITING, W_REFERENCES, W_SLOWDOWN, W_HELD_BACK,
+    W_PIECES, W_STARTED, W_CANCELLED, W_END, W_NEXT, W_AFTER, W_WAITING, W_REFERENCES, W_SLOWDOWN, W_HELD_BACK, W_GPU,
     WORK_WORDS,
-) = range(23)  # fmt: skip
+) = range(24)  # fmt: skip
 
 #: A node of a list: what stands there, the next node, and, of who waits, what it is.
 N_WHAT, N_NEXT, N_WHO, NODE_WORDS = range(4)
@@ -77,11 +77,12 @@ CROWD_BUSY, CROWD_LANES, CROWD_TIMES = range(3)
 
 #: A host thread: its number, its portion and place in it, when it goes on, at which GPU it is, and the thread among
 #: compiled decisions, if they are; how many parts it waits for. One that carries out a part (see `commands`) belongs
-#: to a GPU, and to the thread that waits for it; and whether it waits for another part's.
+#: to a GPU, and to the thread that waits for it; and whether it waits for another part's. Whether it
+#: is where only one may be at a time, or waits to come there.
 (
     T_NUMBER, T_ROWS, T_CAPACITY, T_COUNT, T_AT, T_GOES_ON, T_GPU, T_GPUS, T_PROGRAM, T_PARTS, T_PART_OF, T_BEHIND,
-    THREAD_WORDS,
-) = range(13)  # fmt: skip
+    T_INSIDE, T_OUTSIDE, THREAD_WORDS,
+) = range(15)  # fmt: skip
 
 #: What a kernel takes, if it has been asked for.
 K_KNOWN, K_NS, K_LAUNCHES, K_HOST, K_ISSUE, K_SLOWDOWN, KERNEL_WORDS = range(7)
