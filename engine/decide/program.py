@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from ...resources.timeline import ACTIVATION, COMBINE, DENSE, DISPATCH, EXPERT, HEAD
 from ...workloads.batches import Step
-from ..placed import PlacedVisit
+from ..placed import PlacedVisit, Store, admissions
 from .commands import CHOICE, COMPUTE, FIXED_REGISTERS, OUTPUT, RESULTS, TOKENS, Command, Op
 from .dispatch import Visit
 from .host_memory import HostRooms
@@ -407,20 +407,31 @@ class SharedLayers:
             self._left.clear()
 
     def _loans(self, visit: PlacedVisit, gpu: int) -> Loans:
-        """Returns what a GPU's copies have to do with other GPUs' memory, by register."""
+        """Returns what a GPU's copies have to do with other GPUs' memory, by register, in the order of its admissions.
+
+        What is fetched out of spare memory may leave its room to what is stored next.
+        """
         stores: dict[int, tuple[int, int, int, int]] = {}
-        registers = self._gpus[gpu].registers
-        for copy, store in visit.stores[gpu].items():
-            shelf = self._shelves[store.gpu, store.number] = registers.take()
-            former = self._shelves.pop((store.gpu, store.former), -1)
-            self._left += [former] if former >= 0 else []
-            stores[copy] = (store.gpu, store.expert, shelf, former)
         sources: dict[int, tuple[int, int, int]] = {}
-        for copy, (other, number) in visit.sources[gpu].items():
-            shelf = self._shelves.get((other, number), -1)
-            if shelf >= 0:
-                sources[copy] = (other, shelf, -1)
-            else:
-                room = self._gpus[other].rooms.of(number)
-                sources[copy] = (other, room.landed, room.lent)
+        for admission in admissions(visit.visits[gpu]):
+            for copy in admission.former:
+                if copy in visit.stores[gpu]:
+                    stores[copy] = self._stored(visit.stores[gpu][copy], self._gpus[gpu].registers)
+            if admission.copy in visit.sources[gpu]:
+                sources[admission.copy] = self._source(*visit.sources[gpu][admission.copy])
         return Loans(sources, stores)
+
+    def _stored(self, store: Store, registers: Registers) -> tuple[int, int, int, int]:
+        """Returns where an evicted expert goes: the GPU, the expert, and the registers of its room and what lay there."""
+        shelf = self._shelves[store.gpu, store.number] = registers.take()
+        former = self._shelves.pop((store.gpu, store.former), -1)
+        self._left += [former] if former >= 0 else []
+        return store.gpu, store.expert, shelf, former
+
+    def _source(self, other: int, number: int) -> tuple[int, int, int]:
+        """Returns where a copy from another GPU comes from: out of its spare memory, or of its own."""
+        shelf = self._shelves.get((other, number), -1)
+        if shelf >= 0:
+            return other, shelf, -1
+        room = self._gpus[other].rooms.of(number)
+        return other, room.landed, room.lent

@@ -22,7 +22,7 @@ from ..scenario.amounts import ScenarioError, parse_budget, parse_bytes
 from ..scenario.inputs import Inputs
 from ..scenario.scenario import Scenario
 from .deciders import make_manager, make_prefetch
-from .offloading import kept_bytes, low_precision
+from .offloading import kept_bytes, low_precision, served_experts
 
 #: What lies in a memory, by the names that results use.
 DENSE, HEAD, EMBEDDING, KV_CACHE = "dense weights", "head", "input embedding", "KV cache"
@@ -274,13 +274,22 @@ def _copied_bytes(part: Inputs) -> int:
 
 
 def _staying(part: Inputs) -> Sequence[int]:
-    """Returns the experts that never leave a GPU: those preloaded, where nothing is copied or all have room."""
+    """Returns the experts that never leave a GPU: those preloaded, where nothing is copied or all have room.
+
+    Of several GPUs that share the experts, those that stay with all who may serve them.
+    """
     scenario, model = part.scenario, part.model
+    if part.placed is not None and part.gpus:
+        kept = [set(_staying(gpu)) for gpu in part.gpus]
+        owners = enumerate(gpus for of_layer in part.placed.owners for gpus in of_layer)
+        tokens_move = part.placed.remote == "tokens"
+        return [expert for expert, gpus in owners if tokens_move and all(expert in kept[gpu] for gpu in gpus)]
     if scenario.memory.preload == "none":
         return ()
     room = part.budget_bytes if part.budgets is None else min(part.budgets)
     only_cpu = scenario.miss.policy == "cpu" and scenario.miss.cpu_max_tokens is None
-    if room < model.total_expert_bytes and not (only_cpu and not make_prefetch(scenario, model).horizons):
+    needed_bytes = sum(model.expert_bytes[expert // model.experts] for expert in served_experts(part))
+    if room < needed_bytes and not (only_cpu and not make_prefetch(scenario, model).horizons):
         return ()
     return list(make_manager(part).assigned)
 

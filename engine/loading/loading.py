@@ -93,6 +93,8 @@ def completed(bare: Inputs) -> Inputs:
         guesses = bare.guesses or _guesses(bare)
         predictor = predictor_cost(bare.scenario.predictor) if guesses is not None else FREE
         inputs = place(replace(bare, guesses=guesses, predictor=predictor), make_manager)
+        for part in inputs.gpus:
+            make_miss(part)
     else:
         inputs = _in_stages(bare) if max(parallel.stages, parallel.micro_batches) > 1 else _on_one_gpu(bare)
     make_host_memory(inputs)  # refuses one without room for an expert

@@ -59,7 +59,7 @@ def low_precision(inputs: Inputs) -> tuple[Collection[int], int]:
     popular = popularity(_setting(inputs))
     chosen: list[int] = []
     total_bytes = 0
-    for expert in sorted(_served(inputs), key=lambda expert: -popular[expert]):
+    for expert in sorted(served_experts(inputs), key=lambda expert: -popular[expert]):
         size_bytes = shrunk(model.expert_bytes[expert // model.experts], miss.low_ratio)
         if total_bytes + size_bytes <= most_bytes:
             chosen.append(expert)
@@ -67,7 +67,7 @@ def low_precision(inputs: Inputs) -> tuple[Collection[int], int]:
     return frozenset(chosen), total_bytes
 
 
-def _served(inputs: Inputs) -> Collection[int]:
+def served_experts(inputs: Inputs) -> Collection[int]:
     """Returns the experts that a GPU may serve: all of its layers, or those that it owns of GPUs that share them."""
     if inputs.placed is None or not inputs.placed.moves_tokens:
         return range(inputs.model.total_experts)
@@ -89,7 +89,7 @@ def preload(manager: MemoryManager, inputs: Inputs) -> None:
     """
     memory = inputs.scenario.memory
     first_layer = max(0, (memory.cpu_layers or 0) - inputs.first_layer)
-    served = _served(inputs)
+    served = served_experts(inputs)
     wanted = [expert for expert in PRELOAD[memory.preload](_setting(inputs), first_layer) if expert in served]
     fitting = manager.fitting(wanted)
     if memory.cpu_layers is not None and len(fitting) < len(wanted):
