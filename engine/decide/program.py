@@ -17,9 +17,9 @@ import numpy.typing as npt
 
 from ...resources.timeline import ACTIVATION, COMBINE, DENSE, DISPATCH, EXPERT, HEAD
 from ...workloads.batches import Step
-from ..placed import PlacedVisit, Store, admissions
 from .commands import CHOICE, COMPUTE, FIXED_REGISTERS, OUTPUT, RESULTS, TOKENS, Command, Op
 from .dispatch import Visit
+from .expert_parallel import ParallelVisit, Store, admissions
 from .host_memory import HostRooms
 from .registers import Registers
 from .tables import Loans, Rooms, visit_tables
@@ -282,8 +282,8 @@ class SharedLayers:
     """
 
     def __init__(
-        self, gpus: Sequence[Gpu], visits: Iterator[PlacedVisit], layers: int, one_thread: bool,
-        moves: Callable[[Array], bool], decided: Callable[[PlacedVisit], None],
+        self, gpus: Sequence[Gpu], visits: Iterator[ParallelVisit], layers: int, one_thread: bool,
+        moves: Callable[[Array], bool], decided: Callable[[ParallelVisit], None],
     ) -> None:  # fmt: skip
         self._gpus, self._visits, self._layers, self._one = gpus, visits, layers, one_thread
         self._moves, self._decided = moves, decided
@@ -365,7 +365,7 @@ class SharedLayers:
         for gpu in self._turns():
             self._rows.add(Op.NOTICE, gpu.number, register=self._choices)
 
-    def _send(self, visit: PlacedVisit, moves: bool, tokens: list[int]) -> None:
+    def _send(self, visit: ParallelVisit, moves: bool, tokens: list[int]) -> None:
         """Note what was decided, and let tokens go to the GPUs that have their experts."""
         for gpu, own in zip(self._turns(), visit.visits, strict=True):
             gpu.decide(self._rows, own)
@@ -377,7 +377,7 @@ class SharedLayers:
             if own.computes:
                 self._rows.add(Op.RECEIVE, gpu.number, kind=EXPERT, register=gpu.register(TOKENS))
 
-    def _outputs(self, visit: PlacedVisit) -> list[int]:
+    def _outputs(self, visit: ParallelVisit) -> list[int]:
         """Returns the registers of what the GPUs, and the CPU for them, have computed of a visit."""
         registers = []
         for gpu, own in zip(self._gpus, visit.visits, strict=True):
@@ -394,7 +394,7 @@ class SharedLayers:
             self._rows.add(Op.WAIT, 0, register=register, extra=0)
         self._rows.add(Op.EXCHANGE, 0, kind=kind)
 
-    def _serve(self, visit: PlacedVisit, phase: int, moves: bool) -> None:
+    def _serve(self, visit: ParallelVisit, phase: int, moves: bool) -> None:
         for gpu, own in zip(self._each(), visit.visits, strict=True):
             if moves and own.resolution.cpu_tokens:  # what goes to the CPU has come from other GPUs
                 self._rows.add(Op.WAIT, gpu.number, register=gpu.register(TOKENS), extra=0)
@@ -406,7 +406,7 @@ class SharedLayers:
                 gpu.registers.give(register)
             self._left.clear()
 
-    def _loans(self, visit: PlacedVisit, gpu: int) -> Loans:
+    def _loans(self, visit: ParallelVisit, gpu: int) -> Loans:
         """Returns what a GPU's copies have to do with other GPUs' memory, by register, in the order of its admissions.
 
         What is fetched out of spare memory may leave its room to what is stored next.
@@ -422,7 +422,7 @@ class SharedLayers:
         return Loans(sources, stores)
 
     def _stored(self, store: Store, registers: Registers) -> tuple[int, int, int, int]:
-        """Returns where an evicted expert goes: the GPU, the expert, and the registers of its room and what lay there."""
+        """Returns where an evicted expert goes: GPU, expert, and the registers of its room and of what lay there."""
         shelf = self._shelves[store.gpu, store.number] = registers.take()
         former = self._shelves.pop((store.gpu, store.former), -1)
         self._left += [former] if former >= 0 else []

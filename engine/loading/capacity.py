@@ -17,7 +17,6 @@ import numpy.typing as npt
 from ...workloads.batches import Step
 from ...workloads.model import Model
 from ...workloads.trace import RoutingTrace
-from ..expert_parallel import held
 from ..scenario.amounts import ScenarioError, parse_budget, parse_bytes
 from ..scenario.inputs import Inputs
 from ..scenario.scenario import Scenario
@@ -123,7 +122,7 @@ def gpu_parts(part: Inputs) -> dict[str, int]:
         KV_CACHE: int(cached[fullest]),
         EXPERTS: budget_bytes - low_bytes,
         LOW: low_bytes,
-        SPARE: 0 if part.placed is None else part.placed.spare_experts * max(model.expert_bytes),
+        SPARE: 0 if part.expert_parallel is None else part.expert_parallel.spare_experts * max(model.expert_bytes),
     }
     total = scenario.memory.total_bytes
     if total is not None:
@@ -238,8 +237,7 @@ def _for_experts(memory: Memory) -> int:
 def _resident(part: Inputs, memory: Memory) -> Memory:
     """Returns a GPU's memory with all experts that it serves in place of its room for experts."""
     model = part.model
-    experts = range(model.total_experts) if part.placed is None else held(part.placed, part.device)
-    held_bytes = sum(model.expert_bytes[expert // model.experts] for expert in experts)
+    held_bytes = sum(model.expert_bytes[expert // model.experts] for expert in served_experts(part))
     if part.scenario.memory.scope == "shared":
         held_bytes = _all_experts(model, part.scenario)
     rest = {name: size for name, size in memory.parts.items() if name not in (*FOR_EXPERTS, NOT_GIVEN)}
@@ -248,9 +246,9 @@ def _resident(part: Inputs, memory: Memory) -> Memory:
 
 def _lives_here(part: Inputs) -> npt.NDArray[np.bool_] | None:
     """Returns which rows of a GPU's steps are of sequences whose KV cache it keeps; None if all are."""
-    if part.placed is None or not part.placed.moves_tokens:
+    if part.expert_parallel is None or not part.expert_parallel.moves_tokens:
         return None
-    here: npt.NDArray[np.bool_] = np.concatenate(part.placed.homes) == int(part.device.removeprefix("gpu"))
+    here: npt.NDArray[np.bool_] = np.concatenate(part.expert_parallel.homes) == int(part.device.removeprefix("gpu"))
     return here
 
 
@@ -279,10 +277,10 @@ def _staying(part: Inputs) -> Sequence[int]:
     Of several GPUs that share the experts, those that stay with all who may serve them.
     """
     scenario, model = part.scenario, part.model
-    if part.placed is not None and part.gpus:
+    if part.expert_parallel is not None and part.gpus:
         kept = [set(_staying(gpu)) for gpu in part.gpus]
-        owners = enumerate(gpus for of_layer in part.placed.owners for gpus in of_layer)
-        tokens_move = part.placed.remote == "tokens"
+        owners = enumerate(gpus for of_layer in part.expert_parallel.owners for gpus in of_layer)
+        tokens_move = part.expert_parallel.remote == "tokens"
         return [expert for expert, gpus in owners if tokens_move and all(expert in kept[gpu] for gpu in gpus)]
     if scenario.memory.preload == "none":
         return ()

@@ -69,9 +69,9 @@ def low_precision(inputs: Inputs) -> tuple[Collection[int], int]:
 
 def served_experts(inputs: Inputs) -> Collection[int]:
     """Returns the experts that a GPU may serve: all of its layers, or those that it owns of GPUs that share them."""
-    if inputs.placed is None or not inputs.placed.moves_tokens:
+    if inputs.expert_parallel is None or not inputs.expert_parallel.moves_tokens:
         return range(inputs.model.total_experts)
-    return dict.fromkeys(inputs.placed.served(int(inputs.device.removeprefix("gpu"))))
+    return dict.fromkeys(inputs.expert_parallel.served(int(inputs.device.removeprefix("gpu"))))
 
 
 def cached_budgets(inputs: Inputs) -> list[int] | None:
