@@ -172,8 +172,10 @@ def precedes(m: Words, one: Word, other: Word) -> Word:
 @compiled
 def is_stale(m: Words, lane: Word, work: Word) -> Word:
     """Whether a queued prefetch's target has been dispatched without it; if so, note that it is dropped."""
+    if m[work + W_RANK] == 0 or m[work + W_STARTED]:
+        return False
     gpu = m[lane + L_GPU]
-    if not m[gpu + G_DROPS_STALE] or m[work + W_RANK] == 0 or m[work + W_STARTED]:
+    if not m[gpu + G_DROPS_STALE]:
         return False
     if m[work + W_TARGET] >= m[gpu + G_VISIT]:
         return False

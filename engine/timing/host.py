@@ -271,7 +271,7 @@ class Thread:
         """Let a room of host memory be free, as far as this copy goes, when it has ended or is given up."""
         copy = gpu.last
         assert copy is not None
-        if isinstance(copy.lane, QueueLane):
+        if isinstance(gpu.lanes.copies[H2D], QueueLane):
             copy.leaves = Work(self._env.event(), 0, 0, 0, (), copy.kind, copy.visit)
         self._join_register(command.register, copy.leaves or copy)
 
@@ -287,7 +287,7 @@ class Thread:
         """Submit work of `ns`, behind other work and on an idle lane, behind what was waited for."""
         work = Work(
             self._env.event(), *ns, issued_ns, tuple(gpu.after), kind, gpu.visit, command.expert, command.copy,
-            timeline=gpu.lanes.timeline, **more,
+            timeline=gpu.lanes.timeline, **{"held_back": lane.serves_all, **more},
         )  # fmt: skip
         gpu.after.clear()
         gpu.last = work

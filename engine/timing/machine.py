@@ -42,13 +42,13 @@ def add_lanes(timeline: Timeline, discipline: str, device: str = "gpu0", host: s
 
 
 class Drive:
-    """The I/O lanes of a drive, which what is in flight shares. If GPUs share it, what is ready first goes first."""
+    """The I/O lanes of a drive, which what is in flight shares; if GPUs share it, see `HostLanes`."""
 
     def __init__(
         self, env: simpy.Environment, instant: Instant, timeline: Timeline, costs: ReadCosts, *, shared: bool
     ) -> None:
         times = costs.times_as_long
-        kind = ArrivalLane if shared else Lane
+        kind = QueueLane if shared else Lane
         self.lanes = [kind(env, instant, timeline, number) for number in add_io_lanes(timeline, costs)]
         for lane in self.lanes:
             lane.serves_all = shared
@@ -67,7 +67,8 @@ def add_io_lanes(timeline: Timeline, costs: ReadCosts) -> list[int]:
 class HostLanes:
     """What the GPUs of one host share, made for the first of them: the CPU that computes experts, and the drive.
 
-    `several`: there is more than one. The lanes have the same numbers in every GPU's timeline.
+    `several`: there is more than one. Then, of what is ready, what was ordered first goes first: one GPU's work does not
+    hold up another's by what it waits for. The lanes have the same numbers in every GPU's timeline.
     """
 
     several: bool = False
@@ -78,7 +79,7 @@ class HostLanes:
         """Returns the lane of the CPU, on one more timeline."""
         number = timeline.add_lane("host", "cpu", "CPU experts")
         if self.cpu is None:
-            kind = ArrivalLane if self.several else Lane
+            kind = QueueLane if self.several else Lane
             self.cpu = kind(env, instant, timeline, number, Lags(after_other_ns=costs.synchronize_ns))
             self.cpu.serves_all = self.several
         assert self.cpu.number == number
