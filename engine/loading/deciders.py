@@ -94,12 +94,13 @@ def make_host_memory(inputs: Inputs, spool: Spool | None = None) -> HostMemory |
     model, tiers = inputs.model, inputs.scenario.tiers
     if tiers.host_budget == "all":
         return None
+    sizes = [inputs.scenario.compression.copied_bytes(size_bytes) for size_bytes in model.expert_bytes]
     scope = "shared" if inputs.scenario.memory.scope == "shared" else "global"
-    budget_bytes = parse_budget(tiers.host_budget, model.expert_bytes, model.experts, scope)
+    budget_bytes = parse_budget(tiers.host_budget, sizes, model.experts, scope)
     setting = _setting(inputs)
     try:
         manager = MemoryManager(
-            model.expert_bytes,
+            sizes,
             model.experts,
             budget_bytes,
             EVICTION[tiers.host_policy],
@@ -109,7 +110,7 @@ def make_host_memory(inputs: Inputs, spool: Spool | None = None) -> HostMemory |
         )
     except BudgetError as error:
         raise ScenarioError(f"tiers.host_budget = {tiers.host_budget!r}: {error}") from None
-    return HostMemory(manager, model.expert_bytes)
+    return HostMemory(manager, sizes)
 
 
 def dispatched(

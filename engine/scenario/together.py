@@ -60,8 +60,33 @@ def _shared_on_several_gpus(scenario: Scenario) -> Keys:
 
 
 def _sizes_in_a_layer(scenario: Scenario) -> Keys:
-    others = _chosen(memory__scope=scenario.memory.scope != "global", tiers__host_budget=_reads(scenario))
+    others = _chosen(
+        memory__scope=scenario.memory.scope != "global",
+        tiers__host_budget=_reads(scenario),
+        parallel__stages=scenario.parallel.stages > 1,
+        parallel__gpus=scenario.parallel.gpus > 1,
+    )
     return _with("compression.mixed", scenario.compression.mixed is not None, others)
+
+
+def _in_fewer_bytes_elsewhere(scenario: Scenario) -> Keys:
+    fewer, lent = _in_fewer_bytes(scenario), _lent(scenario)
+    return (fewer[0], lent[0]) if fewer and lent else ()
+
+
+def _dealt_out_twice(scenario: Scenario) -> Keys:
+    cost = scenario.parallel.gpus > 1 and scenario.parallel.remote == "cost"
+    return _with("miss.policy", scenario.miss.policy != "fetch", _chosen(parallel__remote=cost))
+
+
+def _lent(scenario: Scenario) -> Keys:
+    parallel = scenario.parallel
+    if parallel.gpus == 1:
+        return ()
+    return _chosen(
+        parallel__remote=parallel.remote in ("peer", "cost"),
+        parallel__spare_bytes=parse_bytes(parallel.spare_bytes) > 0,
+    )
 
 
 def _reads(scenario: Scenario) -> bool:
@@ -107,12 +132,7 @@ def _in_order(scenario: Scenario) -> Keys:
 
 
 def _put_off(scenario: Scenario) -> Keys:
-    parallel = scenario.parallel
-    lent = _chosen(
-        parallel__remote=parallel.remote in ("peer", "cost"),
-        parallel__spare_bytes=parse_bytes(parallel.spare_bytes) > 0,
-    )
-    return _with("copy.discipline", scenario.copy_.by_rank, lent if parallel.gpus > 1 else ())
+    return _with("copy.discipline", scenario.copy_.by_rank, _lent(scenario))
 
 
 def _ordered_by_the_host(scenario: Scenario) -> Keys:
@@ -124,10 +144,8 @@ def _ordered_by_the_host(scenario: Scenario) -> Keys:
         miss__policy=scenario.miss.policy != "fetch",
         compression__where=scenario.compression.where != "none",
         compression__mixed=scenario.compression.mixed is not None,
-        parallel__remote=scenario.parallel.remote in ("peer", "cost"),
-        parallel__spare_bytes=parse_bytes(scenario.parallel.spare_bytes) > 0,
     )
-    return _with("prefetch.issued_by", scenario.prefetch.issued_by == "gpu", others)
+    return _with("prefetch.issued_by", scenario.prefetch.issued_by == "gpu", (*others, *_lent(scenario)))
 
 
 def _held_by_a_peer(scenario: Scenario) -> Keys:
@@ -156,9 +174,9 @@ APART: tuple[Apart, ...] = (
         _shared_on_several_gpus,
     ),
     Apart(
-        "`compression.mixed` with another `memory.scope` than global, or with `tiers.host_budget`",
-        "experts of one layer differ in size there, and pools of a layer and reads from a drive have one size a layer",
-        "choose memory.scope = 'global' and tiers.host_budget = 'all'",
+        "`compression.mixed` with another `memory.scope` than global, `tiers.host_budget` or several GPUs",
+        "experts of one layer differ in size there, and elsewhere a layer's are known by one size",
+        "choose memory.scope = 'global', tiers.host_budget = 'all' and one GPU",
         _sizes_in_a_layer,
     ),
     Apart(
@@ -200,6 +218,18 @@ APART: tuple[Apart, ...] = (
         "where GPUs copy experts from one another, one may be waiting for what another puts off",
         f"choose {_STREAMS}",
         _put_off,
+    ),
+    Apart(
+        "compression with copies between GPUs",
+        "an expert that comes from another GPU lies there as that one keeps it, perhaps decompressed already",
+        "choose parallel.remote = 'tokens' or 'host' and parallel.spare_bytes = '0B'",
+        _in_fewer_bytes_elsewhere,
+    ),
+    Apart(
+        "a miss policy with `parallel.remote = cost`",
+        "each says where a miss is served for the least cost, and not what the other would",
+        "choose another parallel.remote",
+        _dealt_out_twice,
     ),
     Apart(
         "`prefetch.issued_by = gpu` with guesses or copies of the host's: `predictor.lane = host` or `free`, "

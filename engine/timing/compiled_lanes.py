@@ -34,6 +34,7 @@ from .memory import (
     L_LONGER,
     L_NEXT,
     L_NUMBER,
+    L_ORDERED,
     L_SINCE,
     L_SLOT,
     L_START,
@@ -129,6 +130,7 @@ def start(m: Words, f: Reals, lane: Word, work: Word, alone: Word) -> Word:
             return False
     m[lane + L_NEXT], m[lane + L_GOES_ON], m[lane + L_ACTIVE] = -1, 0, work
     m[work + W_STARTED] = 1
+    m[lane + L_ORDERED] -= m[work + W_NS]
     m[lane + L_START] = m[NOW]
     f[lane + L_LEFT] = m[work + W_ALONE] if alone else m[work + W_NS]
     if transfer >= 0:
@@ -247,6 +249,8 @@ def backlog(m: Words, f: Reals, lane: Word) -> Word:
         done = (m[NOW] - m[lane + L_SINCE]) / f[lane + L_STRETCH]
         total += max(np.int64(0), np.int64(np.rint(f[lane + L_LEFT] - done)))
         total += m[active + W_NS] * (m[active + W_PIECES] - 1)
+    if m[lane + L_GPU] < 0:  # GPUs share it
+        return total + m[lane + L_ORDERED]
     if work >= 0:
         total += m[work + W_NS] * m[work + W_PIECES]
     work = m[lane + L_FIRST]

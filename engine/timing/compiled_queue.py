@@ -38,6 +38,7 @@ from .memory import (
     L_LAST,
     L_LAST_ENTERING,
     L_NEXT,
+    L_ORDERED,
     L_WAKE,
     N_NEXT,
     N_WHAT,
@@ -57,6 +58,7 @@ from .memory import (
     W_KIND,
     W_LANE,
     W_NEXT,
+    W_NS,
     W_NUMBER,
     W_PIECES,
     W_RANK,
@@ -115,6 +117,7 @@ def submit(m: Words, lane: Word, work: Word) -> None:
     """Queue work; the lane looks at it once nothing else happens at this instant."""
     m[work + W_LANE] = lane
     hold(m, work)
+    m[lane + L_ORDERED] += m[work + W_NS]
     if m[lane + L_KIND] == BY_RANK:
         m[NUMBER] += 1
         m[work + W_NUMBER] = m[NUMBER]

@@ -358,6 +358,8 @@ class QueueLane(Lane):
         work.lane = self
         if work.wanted is not None:
             work.rank = self.rank(work.wanted)
+        if self.serves_all:
+            self.waiting[work] = None
         self._renumber(work)
         self.env.process(self._enter(work))
         return work
@@ -417,6 +419,8 @@ class QueueLane(Lane):
             self._filled.succeed()
 
     def _queued(self) -> Iterable[Work]:
+        if self.serves_all:  # all that is ordered, whether or not it has entered
+            return self.waiting
         queued = {id(work): work for rank, number, work in self._heap if number == work.number and not work.cancelled}
         if self._next is not None:
             queued[id(self._next)] = self._next

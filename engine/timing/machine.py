@@ -67,8 +67,8 @@ def add_io_lanes(timeline: Timeline, costs: ReadCosts) -> list[int]:
 class HostLanes:
     """What the GPUs of one host share, made for the first of them: the CPU that computes experts, and the drive.
 
-    `several`: there is more than one. Then, of what is ready, what was ordered first goes first: one GPU's work does not
-    hold up another's by what it waits for. The lanes have the same numbers in every GPU's timeline.
+    `several`: there is more than one. Then, of what is ready, what was ordered first goes first: one GPU's work does
+    not hold up another's by what it waits for. The lanes have the same numbers in every GPU's timeline.
     """
 
     several: bool = False

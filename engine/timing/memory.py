@@ -30,12 +30,13 @@ IN_ORDER, AS_READY, BY_RANK = range(3)
 
 #: A lane: what it was made with; the lists of lanes that have to do with it; its queue, and what enters one by rank
 #: later; what is running; when that ends, when a start is tried, and when it says whether it keeps an engine.
+#: If GPUs share it, it is nobody's, and knows what it has been ordered to do and has not begun.
 (
     L_KIND, L_GAP, L_GAP_DISTURBED, L_AFTER_OTHER, L_AFTER_OTHER_DISTURBED, L_AFTER_ISSUE_DISTURBED, L_SLOT, L_NUMBER,
     L_GPU, L_SHARING, L_TURNS, L_DISTURBERS, L_SLOWED_BY, L_NEIGHBORS, L_FIRST, L_LAST, L_ENTERING, L_LAST_ENTERING,
     L_NEXT, L_ACTIVE, L_FREE, L_START, L_SINCE, L_END, L_WAKE, L_KEEPS, L_WAITS_FOR_ENGINE, L_GOES_ON, L_LEFT,
-    L_STRETCH, L_LONGER, L_SHARING_FACTOR, L_CROWD, LANE_WORDS,
-) = range(34)  # fmt: skip
+    L_STRETCH, L_LONGER, L_SHARING_FACTOR, L_CROWD, L_ORDERED, LANE_WORDS,
+) = range(35)  # fmt: skip
 
 #: A piece of work; `after` and `waiting` are lists of nodes: of work that must have ended, and of who waits for it.
 (
