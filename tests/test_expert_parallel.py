@@ -174,7 +174,7 @@ def test_spare_memory_keeps_what_came_last_and_room_for_two_lets_them_pass() -> 
 
 # What holds in all cases.
 
-#: Host memory holds every expert: as a cache it serves one GPU.
+#: Host memory holds every expert.
 WHOLE = {"host_budget": "all", "prefetch": "gpu"}
 
 

@@ -253,10 +253,12 @@ def clashes(scenario: Scenario) -> Iterator[str]:
     for row in APART:
         keys = row.at_fault(scenario)
         if keys:
-            given = " with ".join(f"{key} = {_value(scenario, key)!r}" for key in keys)
+            given = " with ".join(f"{key} = {_value(scenario, key)}" for key in keys)
             yield f"{given}: {row.why}: {row.instead}"
 
 
-def _value(scenario: Scenario, key: str) -> Any:
+def _value(scenario: Scenario, key: str) -> str:
+    """Returns the value of a key, as it is written in TOML."""
     section, name = key.split(".")
-    return getattr(getattr(scenario, "copy_" if section == "copy" else section), name)
+    value: Any = getattr(getattr(scenario, "copy_" if section == "copy" else section), name)
+    return str(value).lower() if isinstance(value, bool) else repr(value)
