@@ -46,8 +46,9 @@ def apart(*chosen: list[int]) -> RoutingTrace:
 def loaded(trace: RoutingTrace, machine: dict[str, Any] | None = None, **sections: Any) -> Inputs:
     """Two GPUs, as a scenario of them would be loaded; all tokens of the trace are one batch."""
     sections = {"workload": {"batch": trace.tokens}, **sections}
-    model = tiny_model(trace.layers)
-    return tiny_pipeline(model, tiny_profile(gpus=2, **(machine or {})), trace, tiny_scenario(**sections))
+    profile = tiny_profile(gpus=2, **(machine or {}))
+    inputs: Inputs = tiny_pipeline(tiny_model(trace.layers), profile, trace, tiny_scenario(**sections))
+    return inputs
 
 
 def ran(inputs: Inputs, engine: str) -> list[Recording]:

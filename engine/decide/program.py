@@ -19,9 +19,10 @@ from ...resources.timeline import ACTIVATION, COMBINE, DENSE, DISPATCH, EXPERT, 
 from ...workloads.batches import Step
 from .commands import CHOICE, COMPUTE, FIXED_REGISTERS, OUTPUT, RESULTS, TOKENS, Command, Op
 from .dispatch import Visit
-from .expert_parallel import ParallelVisit, Store, admissions
+from .expert_parallel import ParallelVisit
 from .host_memory import HostRooms
 from .registers import Registers
+from .spare_memory import Store
 from .tables import Loans, Rooms, visit_tables
 from .visit_commands import (
     COLUMNS,
@@ -413,7 +414,7 @@ class SharedLayers:
         """
         stores: dict[int, tuple[int, int, int, int]] = {}
         sources: dict[int, tuple[int, int, int]] = {}
-        for admission in admissions(visit.visits[gpu]):
+        for admission in visit.visits[gpu].admissions():
             for copy in admission.former:
                 if copy in visit.stores[gpu]:
                     stores[copy] = self._stored(visit.stores[gpu][copy], self._gpus[gpu].registers)
