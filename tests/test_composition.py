@@ -330,6 +330,7 @@ CLASHES: dict[str, dict[str, Any]] = {
     "parallel.remote": {"miss": ON_CPU, "parallel": {"gpus": 2, "remote": "cost"}},
     "prefetch.issued_by": {"prefetch": {"issued_by": "gpu"}, "tiers": {"host_budget": "50%"}},
     "copy.source": {"copy": {"source": "peer"}, "miss": ON_CPU},
+    "workload.batch": {"requests": {}, "workload": {"batch": 2}},
 }  # fmt: skip
 
 

@@ -41,6 +41,7 @@ from .sections import (
     WorkloadSection,
 )
 from .sections_memory import CompressionSection, CopySection, MemorySection, MissSection, TiersSection
+from .sections_requests import RequestsSection
 from .together import clashes
 
 #: How many of a scenario's faults are told.
@@ -63,11 +64,21 @@ class Scenario(Section):
     tiers: TiersSection = TiersSection()
     miss: MissSection = MissSection()
     compression: CompressionSection = CompressionSection()
+    requests: RequestsSection | None = None
 
     @model_validator(mode="after")
     def _goes_together(self) -> Scenario:
         for text in clashes(self):
             raise InputError(text)
+        return self
+
+    @model_validator(mode="after")
+    def _a_moving_boundary_divides_a_total(self) -> Scenario:
+        if self.requests is not None and self.requests.kv.boundary == "moving" and self.memory.total_bytes is None:
+            raise InputError(
+                "requests.kv.boundary = 'moving': give memory.total_bytes, of which experts and KV blocks take their "
+                "parts"
+            )
         return self
 
     @property
@@ -92,7 +103,10 @@ class Scenario(Section):
 
     def plain(self) -> dict[str, Any]:
         """Returns the scenario as plain data, by the names that its TOML uses, all defaults filled in."""
-        return self.model_dump(by_alias=True)
+        plain = self.model_dump(by_alias=True)
+        if self.requests is None:
+            del plain["requests"]
+        return plain
 
 
 def scenario_names() -> list[str]:
@@ -154,6 +168,10 @@ def _read(name: str | Path | None, source: str) -> dict[str, Any]:
         _find_beside(folder, workload, "trace")
         _find_beside(folder, workload.get("synthetic") if isinstance(workload, dict) else None, "fit")
         _find_beside(folder, data.get("predictor"), "weights")
+        requests = data.get("requests")
+        _find_beside(folder, requests, "trace")
+        speculation = requests.get("speculation") if isinstance(requests, dict) else None
+        _find_beside(folder, speculation, "acceptance")
     return data
 
 
@@ -233,8 +251,11 @@ def _take_out(data: dict[str, Any], parts: Sequence[str]) -> None:
 
 
 def _drop_replaced(data: dict[str, Any], parts: list[str], value: Any) -> None:
-    """Take out what a setting replaces: a trace and a synthetic one, and weights of another predictor."""
+    """Take out what a setting replaces: a trace and a synthetic one, weights of another predictor, a fixed batch."""
     workload, predictor = (data.get(section) for section in ("workload", "predictor"))
+    if parts[0] == "requests" and data.get("requests") is None and isinstance(workload, dict):
+        for key in ("batch", "tokens", "context", "warmup"):
+            workload.pop(key, None)
     if parts[:1] == ["workload"] and isinstance(workload, dict):
         if parts[1:] == ["trace"]:
             workload.pop("synthetic", None)

@@ -158,6 +158,20 @@ def _held_by_a_peer(scenario: Scenario) -> Keys:
     return _with("copy.source", scenario.copy_.source == "peer", (*others, *_in_fewer_bytes(scenario)))
 
 
+def _steps_of_its_own(scenario: Scenario) -> Keys:
+    """Returns the first key at fault beside [requests], which is at fault by being there."""
+    workload, parallel = scenario.workload, scenario.parallel
+    keys = _chosen(
+        workload__batch=workload.batch != 1,
+        workload__tokens=workload.tokens is not None,
+        workload__context=workload.context is not None,
+        parallel__stages=parallel.stages > 1,
+        parallel__micro_batches=parallel.micro_batches > 1,
+        parallel__gpus=parallel.gpus > 1,
+    )
+    return keys[:1] if scenario.requests is not None else ()
+
+
 _STREAMS = " or ".join(name for name in COPY_ORDERS if name not in orders_by_rank())
 #: What cannot go together.
 APART: tuple[Apart, ...] = (
@@ -244,6 +258,12 @@ APART: tuple[Apart, ...] = (
         "the GPU that holds all experts does nothing else, and none lies in host memory",
         "choose copy.source = 'host', or leave them out",
         _held_by_a_peer,
+    ),
+    Apart(
+        "`[requests]` with `workload.batch`, `workload.tokens`, `workload.context` or several GPUs",
+        "with [requests], whose scheduler makes the steps of one GPU",
+        "leave it out",
+        _steps_of_its_own,
     ),
 )
 
