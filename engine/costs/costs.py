@@ -272,7 +272,7 @@ class Costs:
             )
         lanes = tiers.io_lanes or nvme.lanes
         costs = []
-        for size_bytes in self.model.expert_bytes:
+        for size_bytes in self.expert_bytes:
             requests = pieces_of(size_bytes, tiers.chunk_bytes)
             request_ns = nvme.read.ns(-(-size_bytes // requests))
             costs.append(ReadCost(requests, request_ns, 0 if self._mode == "free" else nvme.order.ns))

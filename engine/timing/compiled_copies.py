@@ -129,6 +129,7 @@ def read(m: Words, f: Reals, row: Word) -> None:
             lane, least = m[at], other
     ns, now = m[cost + D_REQUEST], m[gpu + G_NOW]
     work = new_work(m, f, gpu, m[row + C_KIND], ns, ns, now, 1.0, -1, row, -1)
+    m[work + W_HELD_BACK] = 1
     submit(m, lane, work)
     if m[row + C_EXTRA]:
         set_register(m, m[row + C_REGISTER], work)
@@ -202,4 +203,6 @@ def do_without(m: Words, f: Reals, row: Word) -> None:
         pay_waits(m, gpu)
         m[gpu + G_NOW] += m[price + K_HOST]
     ns = m[price + K_NS]
-    submit(m, lane, new_work(m, f, gpu, kind, ns, ns, m[gpu + G_NOW], slowdown, -1, row, m[row + C_REGISTER]))
+    work = new_work(m, f, gpu, kind, ns, ns, m[gpu + G_NOW], slowdown, -1, row, m[row + C_REGISTER])
+    m[work + W_HELD_BACK] = 1
+    submit(m, lane, work)

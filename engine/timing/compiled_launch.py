@@ -75,6 +75,7 @@ from .memory import (
     W_COPY,
     W_END,
     W_EXPERT,
+    W_GPU,
     W_ISSUED,
     W_KIND,
     W_NS,
@@ -115,7 +116,7 @@ def new_work(
     """Returns new work behind what was waited for; a register, if any, stands for it."""
     work = free_work(m)
     m[work + W_NS], m[work + W_ALONE], m[work + W_ISSUED], m[work + W_TRANSFER] = ns, alone, issued, transfer
-    m[work + W_KIND], m[work + W_VISIT] = kind, m[gpu + G_VISIT]
+    m[work + W_KIND], m[work + W_VISIT], m[work + W_GPU] = kind, m[gpu + G_VISIT], gpu
     m[work + W_EXPERT], m[work + W_COPY] = m[row + C_EXPERT], m[row + C_COPY]
     f[work + W_SLOWDOWN] = slowdown
     m[work + W_AFTER] = m[gpu + G_AFTER]

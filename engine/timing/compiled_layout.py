@@ -205,7 +205,7 @@ class Layout:
             w.L_AFTER_ISSUE_DISTURBED: lags.after_issue_longer_ns, w.L_LONGER: lags.longer,
             w.L_SLOWED_BY: slowed, w.L_NUMBER: lane.number,
             w.L_SLOT: self.slots[lane.share.slot] if isinstance(lane.share, Share) else -1,
-            w.L_CROWD: self._crowd_of(lane), w.L_GPU: self.gpus[self.gpu_of(lane)],
+            w.L_CROWD: self._crowd_of(lane), w.L_GPU: -1 if lane.serves_all else self.gpus[self.gpu_of(lane)],
             w.L_FIRST: -1, w.L_LAST: -1, w.L_ENTERING: -1, w.L_LAST_ENTERING: -1, w.L_NEXT: -1, w.L_ACTIVE: -1,
             w.L_FREE: -(10**18), w.L_END: w.NEVER, w.L_WAKE: w.NEVER, w.L_KEEPS: w.NEVER,
         })  # fmt: skip
