@@ -174,6 +174,7 @@ class ActivationAware(Eviction):
     """
 
     needs_future = True
+
     EPSILON = 1e-3
 
     def __init__(self, setting: Setting = NO_SETTING) -> None:
@@ -334,6 +335,8 @@ class Belady(Eviction):
     trace, so it needs a setting with trace and steps. Experts never used again go first, ties to who was put there
     first. A prefetched expert's next use is the one after the visit that fetched it.
     """
+
+    needs_future = True
 
     def __init__(self, setting: Setting = NO_SETTING) -> None:
         super().__init__(setting)
