@@ -89,25 +89,31 @@ def run_all(
 ) -> list[Recording]:
     """Simulate one run, by one of ENGINES or as `engine_for` says, and return what was recorded on each GPU.
 
-    Costs that are drawn anew for every kernel are asked for by SimPy processes, one after the other.
+    Copies that scatter and share links with other GPUs' go by SimPy: compiled code knows how transfers of so many ns
+    share them, not of any.
     """
-    engine = "simpy" if any(gpu.costs.drawn_anew for gpu in ready) else engine_for(inputs, engine).engine
+    scatters = any(gpu.costs.scatter is not None for gpu in ready)
+    shares = inputs.links is not None and inputs.scenario.copy_.contention
+    engine = "simpy" if scatters and shares else engine_for(inputs, engine).engine
     from .timing.runs import CarriedOutBy, run_shared, run_stages  # which compile at their first use
 
     if inputs.pulls is not None:
         inputs = ready[0].inputs  # which has the steps of this run, as they are pulled
     by = CarriedOutBy(engine, _sources(inputs, ready, engine), watch(iter(range(inputs.layer_visits))))
+    host, runs = make_host_memory(inputs, ready[0].manager.spool), [_gpu_run(gpu) for gpu in ready]
     if inputs.expert_parallel is not None and inputs.links is not None:
-        runs = [_gpu_run(gpu) for gpu in ready]
-        gauges = [run.gauge for run in runs if run.gauge is not None]
         managers, prefetches = [gpu.manager for gpu in ready], [gpu.prefetch for gpu in ready]
-        visits = watch(dispatched_together(inputs, managers, prefetches, gauges))
+        visits = watch(dispatched_together(inputs, managers, prefetches, [run.gauge for run in runs], host))
         decoded = run_shared(inputs, runs, visits, by)
         ready = [replace(gpu, inputs=replace(gpu.inputs, steps=inputs.steps)) for gpu in ready]
     else:
-        runs = [_stage_run(gpu, watch) for gpu in ready]
+        visits_of = [
+            watch(dispatched(gpu.inputs, gpu.manager, gpu.prefetch, run.gauge, host))
+            for gpu, run in zip(ready, runs, strict=True)
+        ]
+        runs = [replace(run, visits=visits) for run, visits in zip(runs, visits_of, strict=True)]
         decoded = run_stages(inputs, runs, by)
-    return [_recording(gpu, found, run.host_memory) for gpu, found, run in zip(ready, decoded, runs, strict=True)]
+    return [_recording(gpu, found, host) for gpu, found in zip(ready, decoded, strict=True)]
 
 
 def _gpu_run(gpu: Prepared) -> GpuRun:
@@ -115,13 +121,6 @@ def _gpu_run(gpu: Prepared) -> GpuRun:
     from .timing.simulation import GpuRun
 
     return GpuRun(gpu.manager, gpu.costs, gpu.inputs.scenario, gpu.prefetch.guesses > 0, Gauge())
-
-
-def _stage_run(gpu: Prepared, watch: Watch) -> GpuRun:
-    """Returns what a GPU is run with that decides by itself."""
-    run, host = _gpu_run(gpu), make_host_memory(gpu.inputs, gpu.manager.spool)
-    visits = watch(dispatched(gpu.inputs, gpu.manager, gpu.prefetch, run.gauge, host))
-    return replace(run, host_memory=host, visits=visits)
 
 
 def _sources(inputs: Inputs, ready: Sequence[Prepared], engine: str) -> list[Source]:

@@ -17,6 +17,7 @@ _FIELDS = "a record: a parameter for each field, called once for each span or co
 #: Functions with more lines or branches.
 LONG_FUNCTIONS = {
     "engine/decide/memory_manager.py MemoryManager.__init__": "sets up one thing after another",
+    "engine/replay/miss_ratio.py miss_ratio_curves": _NEXT,
     "engine/replay/compiled.py _replay": "machine code: one loop, whose parts would be copied into it",
     "engine/timing/compiled_host.py carry_out_one": "machine code: a branch for each command",
     "workloads/importers.py _format_of": "a branch for each format",
@@ -26,12 +27,11 @@ LONG_FUNCTIONS = {
 #: Functions with more parameters; the command line's are its options.
 MANY_PARAMETERS = {
     "calibration/execute.py execute": _OPTIONS,
-    "calibration/in_schedule.py _Observer._kernel": _NEXT,
-    "calibration/part.py Part.__init__": _NEXT,
     "calibration/scenario_sets.py _pipe": "a row of a table",
     "engine/decide/dispatch.py visits": _OPTIONS,
     "engine/decide/memory_manager.py MemoryManager.__init__": _OPTIONS,
     "engine/replay/compiled.py replay_compiled": _OPTIONS,
+    "engine/replay/miss_ratio.py _managed_hits": _NEXT,
     "engine/replay/miss_ratio.py miss_ratio_curves": _OPTIONS,
     "engine/replay/replay.py replay_trace": _OPTIONS,
     "engine/simulate.py simulate": _OPTIONS,
@@ -39,6 +39,7 @@ MANY_PARAMETERS = {
     "experiments/suite.py run_suite": _OPTIONS,
     "experiments/sweep.py sweep": _OPTIONS,
     "guide/virtual_memory.py VirtualMemoryManager.__init__": _OPTIONS,
+    "notebook/runs.py simulate": _OPTIONS,
     "resources/timeline.py Timeline.record": _FIELDS,
     "workloads/batches.py plan_steps": _OPTIONS,
     "workloads/model.py load_model": _OPTIONS,

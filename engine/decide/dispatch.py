@@ -7,7 +7,7 @@ the same decisions. Only the order counts here; what o'clock it is, nobody asks.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from ...workloads.guesses import Guesses
 from ...workloads.trace import RoutingTrace
 from ..policies.miss import CPU, LOW_PRECISION, Absent, Miss, Resolved
 from ..policies.prefetch import Gauge, Moment, Prefetch
-from .foresight import confidences_of, later_steps, ranked_guesses
+from .guessed import later_steps, ranked_confidences, ranked_guesses
 from .memory_manager import Admission, MemoryManager, Wave
 
 #: When prefetches are enqueued: after the launch of the visit's experts, or before it.
@@ -79,12 +79,25 @@ NOTHING_RESOLVED = Resolution()
 
 
 @dataclass(slots=True)
+class HostReads:
+    """Where host memory, if it is a cache, has what a visit needs of it: the read that brings or brought each expert.
+
+    Beside it is the room that the read is given, where it has to be made: by `copies` to the GPU, by experts `on_cpu`,
+    and of the experts `staged`, which are read for nobody yet.
+    """
+
+    copies: dict[int, tuple[int, Admission | None]] = field(default_factory=dict)
+    on_cpu: dict[int, tuple[int, Admission | None]] = field(default_factory=dict)
+    staged: list[tuple[int, Admission]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class Visit:
     """One layer visit as dispatched: its look-ups, the waves that serve it and the prefetches that follow.
 
     A prefetch is (admission, target visit number); `staged` are experts to prefetch into host memory alone. At the end
     `assigned_bytes` of `budget_bytes` are given out. What a miss policy has found another way for, its `resolution`, is
-    not in `accesses`.
+    not in `accesses`, but in all that was `asked`. Where host memory is a cache, it fills in the `reads`.
     """
 
     number: int
@@ -97,6 +110,26 @@ class Visit:
     budget_bytes: int
     staged: Sequence[int] = ()
     resolution: Resolution = NOTHING_RESOLVED
+    reads: HostReads | None = None
+    all_accesses: Accesses | None = None
+
+    @property
+    def asked(self) -> Accesses:
+        """All look-ups, whatever became of them."""
+        return self.all_accesses or self.accesses
+
+    @property
+    def computes(self) -> bool:
+        """Whether the GPU has an expert to run, of whatever precision."""
+        resolved = self.resolution.accesses
+        return bool(self.accesses.experts) or any(access.way == LOW_PRECISION for access in resolved)
+
+    def admissions(self) -> Iterator[Admission]:
+        """Yields the admissions of the visit in the order in which they were decided."""
+        for wave in self.waves:
+            yield from wave.admitted
+        for admission, _ in self.prefetches:
+            yield admission
 
     def missed(self) -> Iterator[int]:
         """Yields the experts that were absent: those that were fetched, and those that need not be."""
@@ -133,7 +166,7 @@ def whole(
     return Part(
         (step_accesses(trace, step) for step in steps),
         ranked_guesses(guesses, steps, apart) if guesses is not None and prefetch.guesses else None,
-        confidences_of(guesses, steps) if guesses is not None and prefetch.needs_confidences else None,
+        ranked_confidences(guesses, steps) if guesses is not None and prefetch.needs_confidences else None,
     )
 
 
@@ -190,6 +223,7 @@ def visits(
         visit = Visit(number, index, layer, accesses, waves, prefetches, assigned_bytes, budget_bytes, staged)
         if resolution is not None:
             visit.resolution, visit.accesses = resolution, accesses.without(resolution.accesses)
+            visit.all_accesses = accesses
         yield visit
 
 

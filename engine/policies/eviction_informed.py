@@ -174,6 +174,7 @@ class ActivationAware(Eviction):
     """
 
     needs_future = True
+
     EPSILON = 1e-3
 
     def __init__(self, setting: Setting = NO_SETTING) -> None:

@@ -62,6 +62,14 @@ class Exchanges:
 
 
 @dataclass(eq=False)
+class Gate:
+    """What one thread at a time is behind; those that wait for it to come out look again whenever one has."""
+
+    taken: bool = False
+    waiting: list[simpy.Event] = field(default_factory=list)
+
+
+@dataclass(eq=False)
 class GpuState:
     """One GPU as the host thread that dispatches to it sees it: its lanes, and its place in the program.
 

@@ -16,6 +16,7 @@ from ...workloads.batches import Step
 from ...workloads.trace import RoutingTrace
 from ..costs.all_to_all import AllToAll
 from ..decide.expert_parallel import ParallelVisit, traffic
+from ..decide.host_memory import HostRooms
 from ..decide.pipeline import Flow, flow_of, received_steps, sent_bytes
 from ..decide.program import Program, SharedLayers, Stage, pulled_program, stages_program
 from ..decide.pulled import Pulled
@@ -59,18 +60,12 @@ def run_stages(inputs: Inputs, runs: Sequence[GpuRun], by: CarriedOutBy) -> list
         links.to_next()  # what is sent over them counts on the network
         simulation.network = links.network([run.costs for run in runs])
         flow = flow_of(inputs.model, inputs.trace, inputs.steps)
-    gpus = _gpus(simulation, inputs, runs, one_thread=one_thread)
+    tier = simulation.host_rooms(runs[0].manager.experts, [run.costs for run in runs])
+    gpus = _gpus(simulation, inputs, runs, tier, one_thread=one_thread)
     if links is not None and flow is not None:
         _connect(simulation, gpus, flow, links)
-    stages = [
-        Stage(
-            one.gpu, run.visits, len(run.costs.model.expert_bytes), inputs.steps, one.note,
-            has_head=run is runs[-1], awaits_tokens=inputs.pulled is not None,
-            receives=None if flow is None else received_steps(flow, number),
-            sends=None if flow is None else sent_bytes(flow, number, len(runs)),
-        )
-        for number, (one, run) in enumerate(zip(gpus, runs, strict=True))
-    ]  # fmt: skip
+    alone = tier is not None and len(runs) > 1 and not one_thread
+    stages = _stages(inputs, gpus, runs, flow, alone=alone)
     threads = [[*range(len(gpus))]] if one_thread else [[number] for number in range(len(gpus))]
     for served in threads:
         program = _program(inputs, [stages[number] for number in served], runs[served[0]].gauge)
@@ -81,7 +76,25 @@ def run_stages(inputs: Inputs, runs: Sequence[GpuRun], by: CarriedOutBy) -> list
     return [one.recorded() for one in gpus]
 
 
-def _gpus(simulation: Simulation, inputs: Inputs, runs: Sequence[GpuRun], *, one_thread: bool) -> list[OneGpu]:
+def _stages(
+    inputs: Inputs, gpus: Sequence[OneGpu], runs: Sequence[GpuRun], flow: Flow | None, *, alone: bool
+) -> list[Stage]:
+    """Returns what each GPU is to do with the steps; `alone` as of `Stage`."""
+    return [
+        Stage(
+            one.gpu, run.visits, len(run.costs.model.expert_bytes), inputs.steps, one.note,
+            has_head=run is runs[-1], awaits_tokens=inputs.pulled is not None,
+            receives=None if flow is None else received_steps(flow, number),
+            sends=None if flow is None else sent_bytes(flow, number, len(runs)),
+            alone=alone,
+        )
+        for number, (one, run) in enumerate(zip(gpus, runs, strict=True))
+    ]  # fmt: skip
+
+
+def _gpus(
+    simulation: Simulation, inputs: Inputs, runs: Sequence[GpuRun], tier: HostRooms | None, *, one_thread: bool
+) -> list[OneGpu]:
     """Returns the GPUs of a run, in order; each has a host thread of its own, or all have one."""
     links, network, lends = inputs.links, simulation.network, inputs.scenario.parallel.lends
     return [
@@ -94,15 +107,17 @@ def _gpus(simulation: Simulation, inputs: Inputs, runs: Sequence[GpuRun], *, one
                 None if links is None else links.host_link(number, run.costs, network),
                 lends,
                 inputs.most_tokens,
+                simulation.host_lanes,
             ),
+            tier,
         )
         for number, run in enumerate(runs)
     ]
 
 
-def _program(inputs: Inputs, stages: Sequence[Stage], gauge: Gauge | None) -> Program:
+def _program(inputs: Inputs, stages: Sequence[Stage], gauge: Gauge) -> Program:
     """Returns the program of a thread: of steps that are known, or of those that it pulls from a scheduler."""
-    if inputs.pulled is None or gauge is None:
+    if inputs.pulled is None:
         return stages_program(stages)
     (stage,) = stages
     return pulled_program(stage, inputs.pulled, gauge)
@@ -124,8 +139,7 @@ def _decisions(
 
 def _pulls(inputs: Inputs, gpus: Sequence[OneGpu]) -> tuple[Pulled, Gauge] | None:
     """Returns the scheduler of a run and the clock that it goes by, if there is one."""
-    gauge = gpus[0].gauge
-    return None if inputs.pulled is None or gauge is None else (inputs.pulled, gauge)
+    return None if inputs.pulled is None else (inputs.pulled, gpus[0].gauge)
 
 
 def _connect(engine: Simulation, gpus: Sequence[OneGpu], flow: Flow, links: Links) -> None:
@@ -251,7 +265,8 @@ def run_shared(
     one_thread = inputs.scenario.parallel.dispatch_threads == "one"
     simulation = Simulation(len(runs), by.engine)
     simulation.network = links.network([run.costs for run in runs])
-    gpus = _gpus(simulation, inputs, runs, one_thread=one_thread)
+    tier = simulation.host_rooms(model.experts, [runs[0].costs])
+    gpus = _gpus(simulation, inputs, runs, tier, one_thread=one_thread)
     sharing = SharingGpus(simulation, gpus, inputs, links)
     turns = one_thread and len(gpus) > 1
     layers = SharedLayers([one.gpu for one in gpus], visits, model.layers, turns, sharing.moves, sharing.note)

@@ -21,7 +21,7 @@ from ...words import unknown_name
 from ..costs.costs import Costs
 from ..decide.commands import COMPUTE, FIXED_REGISTERS, HOST, PREFETCH_LANE, SIDE
 from ..decide.dispatch import Visit
-from ..decide.host_memory import HostMemory, HostRooms
+from ..decide.host_memory import HostRooms
 from ..decide.memory_manager import MemoryManager
 from ..decide.program import Gpu, Program
 from ..decide.registers import Registers
@@ -32,9 +32,9 @@ from ..scenario.scenario import Scenario
 from ..scenario.sections import ON_GPU as ON_GPU_LANES
 from .collector import collector_off
 from .host import Thread
-from .host_state import Exchanges, GpuState
+from .host_state import Exchanges, Gate, GpuState
 from .lanes import Instant, Lane, QueueLane, Work
-from .machine import GpuLanes, Place
+from .machine import GpuLanes, HostLanes, Place
 from .ready import note_ready
 from .records import RECORDS, RESOLVED, Decoded, pack_resolved
 
@@ -56,15 +56,14 @@ class GpuRun:
     costs: Costs
     scenario: Scenario
     prefetching: bool
-    gauge: Gauge | None = None
-    host_memory: HostMemory | None = None
+    gauge: Gauge = field(default_factory=Gauge)
     visits: Iterator[Visit] = field(default_factory=lambda: iter(()))
 
 
 class OneGpu:
     """One GPU of a run: its lanes and books, what its commands are made of, and what is recorded."""
 
-    def __init__(self, engine: Simulation, run: GpuRun, place: Place) -> None:
+    def __init__(self, engine: Simulation, run: GpuRun, place: Place, tier: HostRooms | None = None) -> None:
         manager, costs, scenario, gauge, lends = run.manager, run.costs, run.scenario, run.gauge, place.lends
         self.manager, self._scenario, self.most_tokens = manager, scenario, place.most_tokens
         self.drops_stale = scenario.copy_.drop_stale
@@ -83,14 +82,10 @@ class OneGpu:
         )
         self._resolved = bytearray()
         self.gauge = gauge
-        if gauge is not None:
-            gauge.now_ns, gauge.backlog_ns = lambda: self.state.now_ns, self.lanes.backlog_ns
+        gauge.now_ns, gauge.backlog_ns = lambda: self.state.now_ns, self.lanes.backlog_ns
         engine.gpus.append(self)
         registers = engine.registers.own()
         rooms = Rooms(registers, manager.assigned.values(), lends=lends)
-        tier = None
-        if run.host_memory is not None and costs.reads is not None:
-            tier = HostRooms(run.host_memory, registers, [read.requests for read in costs.reads.by_layer])
         settings = settings_of(scenario, costs, run.prefetching, place.number, lends)
         may_wait = watches or costs.copies_hold_host or bool(settings[AWAITS_GUESSES])
         self.gpu = Gpu(settings, rooms, registers, tier, may_wait)
@@ -154,12 +149,22 @@ class Simulation:
         self.registers = Registers(gpus * FIXED_REGISTERS + 1)
         self._values: dict[int, tuple[Work, ...]] = {}
         self.network: Network | None = None
+        self.host_lanes = HostLanes(several=gpus > 1)
+        self._gate = Gate()
         self.gpus: list[OneGpu] = []
         self._threads: list[Any] = []
         self.peers: dict[Any, Any] = {}
         self.exchanges: Exchanges | None = None
         self._decisions: Decisions | None = None
         self._ticks: Iterator[Any] = iter(())
+
+    def host_rooms(self, experts: int, costs: Sequence[Costs]) -> HostRooms | None:
+        """Returns the rooms of host memory, given the costs of GPUs with other layers each; None where it is no cache.
+
+        All that wait for them are in one order, whichever thread orders it; so they have registers of their own.
+        """
+        requests = [read.requests for own in costs if own.reads is not None for read in own.reads.by_layer]
+        return HostRooms(experts, self.registers.own(), requests) if requests else None
 
     def thread(self, program: Program, gpus: Sequence[OneGpu], exchanges: Exchanges | None = None) -> None:
         """Let a host thread dispatch to some GPUs."""
@@ -191,7 +196,8 @@ class Simulation:
             self._run_compiled()
             return
         for program, states, exchanges, flush in self._threads:
-            self.env.process(Thread(self.env, self.instant, states, self._values, exchanges).run(program, flush))
+            thread = Thread(self.env, self.instant, states, self._values, exchanges, self._gate)
+            self.env.process(thread.run(program, flush))
         with collector_off():
             self.env.run()
 

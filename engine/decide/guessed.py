@@ -1,4 +1,4 @@
-"""What is known ahead at a step: the guesses that its rows make, and the steps that its sequences take later."""
+"""A predictor's guesses as dispatch goes by them: step by step, and for which later step each is meant."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def ranked_guesses(guesses: Guesses, steps: Sequence[Step], experts: int) -> Ite
         yield by_row[place - start] if start <= place < end else numbered(place).tolist()
 
 
-def confidences_of(guesses: Guesses, steps: Sequence[Step]) -> Iterator[list[list[list[float]]]]:
+def ranked_confidences(guesses: Guesses, steps: Sequence[Step]) -> Iterator[list[list[list[float]]]]:
     """Yield, step by step, the confidences of the guesses, laid out as `ranked_guesses` lays out experts."""
     assert guesses.confidences is not None
     _, layers, horizons, _ = guesses.experts.shape
