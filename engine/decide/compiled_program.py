@@ -61,6 +61,7 @@ from .visit_commands import (
     O_WAVE,
     READS_BACK,
     SETTINGS,
+    WAITS,
     add,
     order_dense,
     order_readback,
@@ -112,6 +113,9 @@ def end_step(t: Tables, g: Word, q: Word, step: Word) -> None:
             wait(rows, gpu, first + RESULTS, 1)
             d[g + D_RESULTS] = 0
         add(rows, LAUNCH, gpu, HEAD, COMPUTE, -1, d[q + Q_SAMPLED], -1, -1, -1, -1, -1)
+        if settings[WAITS]:
+            add(rows, _OUTPUT, gpu, -1, -1, -1, -1, -1, -1, first + OUTPUT, -1, -1)
+            add(rows, NOTICE, gpu, -1, -1, -1, -1, -1, -1, first + OUTPUT, -1, -1)
     if d[g + D_SENDS] >= 0 and d[d[g + D_SENDS] + step]:
         add(rows, _OUTPUT, gpu, -1, -1, -1, -1, -1, -1, first + OUTPUT, -1, -1)
         wait(rows, gpu, first + OUTPUT, 1)

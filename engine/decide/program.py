@@ -29,6 +29,7 @@ from .visit_commands import (
     GPU,
     LENDS,
     READS_BACK,
+    WAITS,
     add,
     order_dense,
     order_readback,
@@ -200,6 +201,9 @@ class Gpu:
             rows.add(Op.WAIT, self.number, register=self.register(RESULTS), extra=1)
             self.results = False
         rows.add(Op.LAUNCH, self.number, kind=HEAD, lane=COMPUTE, tokens=tokens)
+        if self.settings[WAITS]:
+            rows.add(Op.OUTPUT, self.number, register=self.register(OUTPUT))
+            rows.add(Op.NOTICE, self.number, register=self.register(OUTPUT))
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,7 @@ from .memory import (
     G_EXCHANGE_NS,
     G_EXPERTS,
     G_FIRST_LAUNCHED,
+    G_FROM_CPU,
     G_GROUPED_CONSTANT,
     G_H2D,
     G_HELD,
@@ -106,6 +107,8 @@ from .memory import (
     G_NUMBER,
     G_OTHERS_EVERY,
     G_OTHERS_NS,
+    G_OWN_LAYER,
+    G_OWN_STEP,
     G_PEERS,
     G_PREDICT,
     G_PREDICT_HOST,
@@ -616,6 +619,7 @@ def do_without(m: Words, f: Reals, row: Word) -> None:
         lane, kind, slowdown = m[gpu + G_CPU], CPU_EXPERT, f[price + K_SLOWDOWN]
     elif op == O_FROM_CPU:
         lane, slowdown = m[gpu + G_BACK], f[gpu + G_COPY_SLOWDOWN]
+        m[gpu + G_NOW] += m[gpu + G_FROM_CPU]
     else:
         lane, kind = m[gpu + G_UNPACKING], DECOMPRESS
         pay_waits(m, gpu)
@@ -727,6 +731,7 @@ def begin_visit(m: Words, row: Word) -> None:
     """Begin a visit; at the first of a forward pass, what other work has taken holds up the first kernel."""
     gpu = gpu_of(m, row)
     m[gpu + G_VISIT] += 1
+    m[gpu + G_NOW] += m[gpu + G_OWN_LAYER] + (m[gpu + G_OWN_STEP] if m[row + C_EXTRA] == 1 else 0)
     every = m[gpu + G_OTHERS_EVERY]
     if every and m[row + C_EXTRA]:
         due = (m[gpu + G_NOW] - m[gpu + G_INTERRUPTED]) // every
@@ -826,6 +831,8 @@ def carry_out_one(m: Words, f: Reals, thread: Word, row: Word) -> Word:
         return launch(m, f, thread, row)
     if op in (O_NOTICE, O_HOLD):
         gpu = gpu_of(m, row)
+        if op == O_NOTICE:
+            end_busy(m, gpu)
         if not reaches_end(m, thread, gpu, m[m[REGISTERS] + m[row + C_REGISTER]]):
             return False
         if op == O_NOTICE:

@@ -25,7 +25,17 @@ from ..decide.memory_manager import MemoryManager
 from ..decide.program import Gpu, Program
 from ..decide.registers import Registers
 from ..decide.tables import Rooms
-from ..decide.visit_commands import AWAITS_GUESSES, FROM_HOST, FROM_HOST_ASIDE, ON_GPU, ON_GPU_ASIDE, settings_array
+from ..decide.visit_commands import (
+    AWAITS_GUESSES,
+    CPU_BLOCKS,
+    FROM_HOST,
+    FROM_HOST_ASIDE,
+    GATHERS,
+    ON_GPU,
+    ON_GPU_ASIDE,
+    WAITS,
+    settings_array,
+)
 from ..links import HostLink
 from ..policies.prefetch import Gauge
 from ..scenario.scenario import Scenario
@@ -78,7 +88,7 @@ class OneGpu:
         if host_memory is not None and costs.reads is not None:
             tier = HostRooms(host_memory, registers, [read.requests for read in costs.reads.by_layer])
         settings = settings_of(scenario, costs, prefetching, number, lends)
-        may_wait = watches or costs.copies_hold_host or bool(settings[AWAITS_GUESSES])
+        may_wait = watches or costs.copies_hold_host or settings[[AWAITS_GUESSES, CPU_BLOCKS, WAITS]].any()
         self.gpu = Gpu(settings, rooms, registers, tier, may_wait)
 
     def note_resolved(self, accesses: npt.NDArray[np.int64]) -> None:
@@ -221,7 +231,10 @@ def settings_of(
 ) -> npt.NDArray[np.int64]:
     """Returns what a scenario says of every visit of a GPU."""
     predicts = prefetching and costs.predict_ns > 0 and scenario.predictor.lane != "free"
-    return visit_settings(scenario, predicts=predicts, holds=costs.copies_hold_host, gpu=gpu, lends=lends)
+    settings = visit_settings(scenario, predicts=predicts, holds=costs.copies_hold_host, gpu=gpu, lends=lends)
+    own = costs.runtime
+    settings[[GATHERS, CPU_BLOCKS, WAITS]] = own.copies.mover == "kernel", own.cpu_blocks, own.waits
+    return settings
 
 
 def visit_settings(

@@ -35,10 +35,11 @@ def assembled(name: str, without: Iterable[str] = ()) -> _Plain:
     """
     parts = choose(name, without)
     if parts.gpu is None:
-        return {**_identity(parts, None), **_on_processor(parts)}
+        return {**_identity(parts, None), **_memory_rate(parts), **_on_processor(parts)}
     machine = nearest(parts.gpu, without)
     profile = {
         **_identity(parts, machine),
+        **_memory_rate(parts),
         "d2d": _within(parts.gpu, machine),
         "compute": {**_compute(parts, parts.gpu, machine), "surface": _kernels(parts.gpu, without)},
         "host": _taken(machine.data["host"], machine, transfer_spread("host")),
@@ -86,6 +87,16 @@ def _identity(parts: Chosen, machine: MeasuredMachine | None) -> _Plain:
         if capacity is not None and "topology" not in profile:
             profile["nvme"]["drive"] = {"capacity_bytes": capacity, "source": "datasheet"}
     return profile
+
+
+def _memory_rate(parts: Chosen) -> _Plain:
+    """Returns what the processors read of the host's memory, where the memory is known."""
+    reach = parts.ram_reach
+    if reach is None:
+        return {}
+    cores = {} if parts.processor.cores is None else {"cores": parts.processor.cores}
+    fact = _fact(reach.words, _off(reach.spread), bytes_per_second=reach.bytes_per_second, **cores)
+    return {"processor": fact}
 
 
 def _compute(parts: Chosen, gpu: Gpu, machine: MeasuredMachine) -> _Plain:
