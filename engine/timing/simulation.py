@@ -196,7 +196,8 @@ class Simulation:
         self._decisions, self._ticks = decisions, ticks
 
     def _run_compiled(self) -> None:
-        from .compiled_engine import CompiledEngine, Driven, Machine  # compiles at first use
+        from .compiled_engine import CompiledEngine  # compiles at first use
+        from .compiled_layout import Driven, Machine
         from .deciding import DecidingEngine
 
         note_ready()
