@@ -35,7 +35,8 @@ def written(folder: Path, name: str = "own.json", **keys: Any) -> str:
 
 
 def own_scenario(name: str, **sections: Any) -> Scenario:
-    return tiny_scenario(runtime={"name": name}, dispatch={"mode": "graph"}, **sections)
+    scenario: Scenario = tiny_scenario(runtime={"name": name}, dispatch={"mode": "graph"}, **sections)
+    return scenario
 
 
 def ran(name: str, engine: str, *, top_k: int = 1, head_ns: int = 5, costs: Any = None, **sections: Any) -> Recording:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -56,7 +56,9 @@ def refused_by(scenario: Mapping[str, Any]) -> str | None:
 def _check_keys(runtime: Runtime, scenario: type[BaseModel]) -> None:
     """Refuse a runtime that names sections or keys that no scenario has."""
     sections = {field.alias or name: field.annotation for name, field in scenario.model_fields.items()}
-    asked = [(f"defaults.{section}", section, keys) for section, keys in runtime.defaults.items()]
+    asked: list[tuple[str, str, Collection[str]]] = [
+        (f"defaults.{section}", section, keys) for section, keys in runtime.defaults.items()
+    ]
     asked += [(f"only.{key}", key.partition(".")[0], [key.partition(".")[2]]) for key in runtime.only]
     for place, section, keys in asked:
         known = sections.get(section)

@@ -88,7 +88,7 @@ class OneGpu:
         if host_memory is not None and costs.reads is not None:
             tier = HostRooms(host_memory, registers, [read.requests for read in costs.reads.by_layer])
         settings = settings_of(scenario, costs, prefetching, number, lends)
-        may_wait = watches or costs.copies_hold_host or settings[[AWAITS_GUESSES, CPU_BLOCKS, WAITS]].any()
+        may_wait = watches or costs.copies_hold_host or bool(settings[[AWAITS_GUESSES, CPU_BLOCKS, WAITS]].any())
         self.gpu = Gpu(settings, rooms, registers, tier, may_wait)
 
     def note_resolved(self, accesses: npt.NDArray[np.int64]) -> None:

@@ -94,7 +94,7 @@ def _memory_rate(parts: Chosen) -> _Plain:
     reach = parts.ram_reach
     if reach is None:
         return {}
-    cores = {} if parts.processor.cores is None else {"cores": parts.processor.cores}
+    cores: _Plain = {} if parts.processor.cores is None else {"cores": parts.processor.cores}
     fact = _fact(reach.words, _off(reach.spread), bytes_per_second=reach.bytes_per_second, **cores)
     return {"processor": fact}
 
