@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ...resources.links import Links
 from ...resources.profile import Profile
 from ...resources.runtime import DEFAULT, Runtime, load_runtime
 from ...workloads.batches import Step
 from ...workloads.guesses import Guesses
 from ...workloads.model import Model
 from ...workloads.trace import RoutingTrace
-from ..links import Links
-from ..placed import Placed
+from ..decide.expert_parallel import ExpertParallel
 from .predicting import FREE, PredictorCost
 from .scenario import Scenario
 
@@ -38,7 +38,7 @@ class Inputs:
     links: Links | None = None
     #: The inputs of each of the GPUs that share the experts of all layers, in order, and how the experts lie on them.
     gpus: tuple[Inputs, ...] = ()
-    placed: Placed | None = None
+    expert_parallel: ExpertParallel | None = None
     #: The software that is predicted.
     runtime: Runtime = field(default_factory=lambda: load_runtime(DEFAULT))
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import simpy
 
 from ...errors import InputError
+from ...resources.links import HostLink
 from ...resources.network import Network
 from ...resources.timeline import SPAN, Timeline
 from ...words import unknown_name
@@ -36,7 +37,6 @@ from ..decide.visit_commands import (
     WAITS,
     settings_array,
 )
-from ..links import HostLink
 from ..policies.prefetch import Gauge
 from ..scenario.scenario import Scenario
 from ..scenario.sections import ON_GPU as ON_GPU_LANES
