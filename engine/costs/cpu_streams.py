@@ -20,6 +20,8 @@ from ..scenario.sections_memory import MissSection
 #: Between which shares of STREAM the experts of published engines lie, and their middle (a ratio's).
 LOWEST, HIGHEST = 0.25, 0.94
 MIDDLE = (LOWEST * HIGHEST) ** 0.5
+#: How far a share is off of which that is all there is: the two are p5 and p95.
+SPREAD = 0.4
 #: What copies and experts on the CPU reach of STREAM together.
 _TOGETHER = 0.95
 #: An expert's weights are read once for so many tokens, as by the kernels that were measured.
