@@ -76,8 +76,8 @@ def write_picture(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         below = [value - end for value, end in zip(ours, low, strict=True)]
         above = [end - value for value, end in zip(ours, high, strict=True)]
         marker = "osD^v<>PX*hp"[number % 12]
-        bars = {"yerr": [[max(0.0, gap) for gap in below], [max(0.0, gap) for gap in above]]}
-        axes.errorbar(measured, ours, **bars, fmt=marker, markersize=4, linewidth=0.8, label=source)
+        bars = [[max(0.0, gap) for gap in below], [max(0.0, gap) for gap in above]]
+        axes.errorbar(measured, ours, yerr=bars, fmt=marker, markersize=4, linewidth=0.8, label=source)
     ends = [min(_speeds(row)[0] for row in known) / 2, max(_speeds(row)[0] for row in known) * 2]
     axes.plot(ends, ends, color="0.4", linewidth=0.8)
     axes.fill_between(ends, [end / 2 for end in ends], [end * 2 for end in ends], color="0.9", zorder=0)
