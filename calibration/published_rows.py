@@ -37,7 +37,7 @@ Unit = Literal["tokens/s", "s/token", "prompt tokens/s", "us of CPU experts", "G
 #: Units of which less is better.
 _TIMES = ("s/token", "us of CPU experts")
 #: Decode tokens of a row, and how many of them warm the cache up, if the row says nothing.
-_TOKENS, _WARMUP = 96, "32tokens"
+_TOKENS, _WARMUP = 48, "24tokens"
 #: How often the interval of the routing's reuse is halved, and how near a stated share counts as met.
 _HALVINGS, _NEAR = 9, 0.005
 #: What any row begins with.

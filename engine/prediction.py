@@ -21,7 +21,7 @@ from .run import engine_for, prepared, run_all
 from .scenario.inputs import Inputs
 
 #: How many draws, and over how many layer visits at most.
-DRAWS, MOST_VISITS = 20, 6_000
+DRAWS, MOST_VISITS = 12, 2_400
 #: How far off a prediction of other software than ours is, whatever its costs: assumed (relative standard deviation).
 STRUCTURE = 0.1
 #: What is given as a range, as ratios of the run's own figure.
