@@ -26,7 +26,8 @@ from prestage.engine.loading.loading import load_inputs
 from prestage.engine.prediction import Range
 from prestage.engine.scenario.scenario import load_scenario
 from prestage.errors import InputError
-from prestage.output.published import check_picture, told, write_picture
+from prestage.output.published import told
+from prestage.output.published_plot import check_picture, write_picture
 
 
 def said(name: str, measured: float, ours: float | None, **row: Any) -> Predicted:
