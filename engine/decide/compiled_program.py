@@ -65,6 +65,7 @@ from .visit_commands import (
     READS_BACK,
     SCHEDULE,
     SETTINGS,
+    WAITS,
     add,
     order_dense,
     order_idle,
@@ -119,6 +120,9 @@ def end_step(t: Tables, g: Word, q: Word, step: Word) -> None:
         d[g + D_RESULTS] = 0
     if d[g + D_HAS_HEAD]:
         add(rows, LAUNCH, gpu, HEAD, COMPUTE, -1, d[q + Q_SAMPLED], -1, -1, -1, -1, -1)
+        if settings[WAITS]:
+            add(rows, _OUTPUT, gpu, -1, -1, -1, -1, -1, -1, first + OUTPUT, -1, -1)
+            add(rows, NOTICE, gpu, -1, -1, -1, -1, -1, -1, first + OUTPUT, -1, -1)
     if d[g + D_AWAITS_TOKENS]:
         order_tokens(settings, d[q + Q_SAMPLED], rows)
     if sends:

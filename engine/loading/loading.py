@@ -15,6 +15,7 @@ import numpy.typing as npt
 from ...errors import InputError
 from ...kept import KEPT, file_state, frozen
 from ...resources.profile import load_profile
+from ...resources.runtime import load_runtime
 from ...workloads.batches import Step, every_row, plan_steps, warmup_steps
 from ...workloads.fitted import FittedRouting
 from ...workloads.guesses import Guesses
@@ -59,8 +60,9 @@ def load_inputs(scenario: Scenario, trace: RoutingTrace | None = None) -> Inputs
     if scenario.model.sizes == "trace":
         model = _sized(model, trace)
     _check_pieces(scenario, model)
+    runtime = load_runtime(scenario.runtime.name)
     if scenario.requests is not None:
-        return with_requests(Inputs(scenario, model, profile, trace, [], budget_bytes=0, guesses=None))
+        return with_requests(Inputs(scenario, model, profile, trace, [], 0, guesses=None, runtime=runtime))
     steps = steps_of(scenario, trace)
     if not steps:
         prefill = scenario.workload.prefill
@@ -71,7 +73,8 @@ def load_inputs(scenario: Scenario, trace: RoutingTrace | None = None) -> Inputs
         warmup_steps(steps, scenario.workload.warmup)
     except InputError as error:
         raise ScenarioError(f"workload.{error}") from None
-    inputs = completed(Inputs(scenario, model, profile, trace, steps, budget_bytes=0, guesses=None))
+    bare = Inputs(scenario, model, profile, trace, steps, budget_bytes=0, guesses=None, runtime=runtime)
+    inputs = completed(bare)
     check_duration(inputs)
     return inputs
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ...resources.links import Links
 from ...resources.profile import Profile
+from ...resources.runtime import DEFAULT, Runtime, load_runtime
 from ...workloads.batches import Step
 from ...workloads.guesses import Guesses
 from ...workloads.model import Model
@@ -62,6 +63,8 @@ class Inputs:
     #: Where a scheduler makes the steps: how, and, of a run that has begun, those that it has pulled: its `steps`.
     pulls: Pulls | None = None
     pulled: Pulled | None = None
+    #: The software that is predicted.
+    runtime: Runtime = field(default_factory=lambda: load_runtime(DEFAULT))
 
     @property
     def parts(self) -> tuple[Inputs, ...]:
