@@ -14,7 +14,7 @@ from ...resources.timeline import DECOMPRESS, EXPERT, HEAD, Timeline
 from ...workloads.batches import DECODE, PREFILL
 from ..costs.costs import CopyCost, Costs, KernelCost, ReadCost, ReadCosts
 from ..costs.offload_costs import CpuCosts, ShrunkCosts
-from ..costs.scatter import Scattering
+from ..costs.scatter import scattering
 from ..decide.commands import H2D, PREFETCH_LANE, Command
 from ..policies.copy_order import COPY_ORDERS, ByRank
 from ..policies.miss import LOW_PRECISION
@@ -125,7 +125,7 @@ class GpuLanes:
         self.timeline, self.costs = timeline, costs
         self._scenario, self._experts = scenario, costs.model.experts
         self._tables = {phase: costs.by_layer(phase) for phase in (PREFILL, DECODE)}
-        self._scattering = None if costs.scatter is None else Scattering(costs.scatter)
+        self._scattering = scattering(costs.scatter)
         self._shrunk = ShrunkCosts(costs, scenario)
         model = costs.model
         #: The bytes of every expert as it is copied (layers * experts,), and whether they differ within a layer.
