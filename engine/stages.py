@@ -79,10 +79,10 @@ def with_profile(inputs: Inputs, profile: Profile, *, timed: bool = False) -> In
 def compute_ns(costs: Costs, model: Model, trace: RoutingTrace, steps: Sequence[Step]) -> list[int]:
     """Returns the kernels' time of each layer over some steps, in ns (layers,); the head's is with the last layer."""
     total = [0] * model.layers
-    for step in steps:
+    for number, step in enumerate(steps):
         tokens = len(step.rows)
         for layer, accesses in enumerate(step_accesses(trace, step)):
-            total[layer] += costs.dense(layer, tokens, step.phase).ns
+            total[layer] += costs.attending(costs.dense(layer, tokens, step.phase), layer, number).ns
             total[layer] += sum(costs.expert(layer, count, step.phase).ns for count in accesses.tokens)
         total[-1] += costs.head(step.sampled).ns
     return total
@@ -109,6 +109,7 @@ def stage_model(model: Model, first: int, count: int) -> Model:
         head_bytes=model.head_bytes if last == model.layers else 0,
         kv_bytes_per_token=kept_bytes,
         caches=caches,
+        attention=model.attention[first:last],
         parameters=None,
         active_parameters=None,
         embedding_bytes=model.embedding_bytes if first == 0 else 0,

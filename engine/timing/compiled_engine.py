@@ -25,11 +25,16 @@ from . import compiled_host as code
 from .compiled_lanes import rate_row
 from .lanes import ArrivalLane, Lane, QueueLane
 from .memory import (
+    ADDED_WORDS,
+    AN_BESIDE,
+    AN_NS,
     ARRIVAL_WORDS,
     ARRIVALS,
     AS_READY,
     ASKED,
     ASKED_FOR,
+    AT_KINDS,
+    AT_STEP,
     BY_RANK,
     CPU_SHAPE,
     CROWD_TIMES,
@@ -45,6 +50,7 @@ from .memory import (
     G_AFTER,
     G_ARRIVALS,
     G_ASSIGNED,
+    G_ATTENTION,
     G_BACK,
     G_BUDGET,
     G_BY_PRIORITY,
@@ -475,7 +481,10 @@ class Layout:
                     self.prices.append(price)
                 shapes[phase, what, layer] = known[key]
         table = self.memory.put(shapes.ravel().tolist())
-        self._set(at, {G_SHAPES: table, G_KINDS: kinds, G_LAYERS: layers})
+        attention, added = lanes.costs.attention, -1
+        if attention.counts:
+            added = self.memory.put([-1, *attention.kind_of, *[0] * (ADDED_WORDS * len(attention.firsts))])
+        self._set(at, {G_SHAPES: table, G_KINDS: kinds, G_LAYERS: layers, G_ATTENTION: added})
 
     def _move(self, costs: Any, size_bytes: int, lane: Lane, slowdown: float, target: int) -> int:
         """Returns the address of what it takes to send so many bytes to another GPU."""
@@ -627,10 +636,24 @@ class CompiledEngine:
         """Ask what a kernel takes that nobody has asked for yet."""
         words, floats = self._memory.words, self._memory.floats
         shape, tokens = int(words[ASKED]), int(words[ASKED_FOR])
+        if shape < 0:
+            self._attend(-1 - shape, tokens)
+            return
         cost = self._layout.prices[shape](tokens)
         at = int(words[KERNELS] + (shape * words[KERNEL_TOKENS] + tokens) * KERNEL_WORDS)
         words[at : at + K_SLOWDOWN] = (1, cost.ns, cost.launches, cost.host_ns, cost.issue_ns)
         floats[at + K_SLOWDOWN] = cost.slowdown
+
+    def _attend(self, number: int, step: int) -> None:
+        """Put down what attention adds to the dense parts of a GPU in a step."""
+        words, floats = self._memory.words, self._memory.floats
+        costs = self._machine.gpus[number].lanes.costs
+        at = int(words[words[words[GPUS] + 1 + number] + G_ATTENTION])
+        words[at + AT_STEP] = step
+        first = at + AT_KINDS + len(costs.attention.kind_of)
+        for kind, added in enumerate(costs.attention_in(step)):
+            words[first + kind * ADDED_WORDS + AN_NS] = added.ns
+            floats[first + kind * ADDED_WORDS + AN_BESIDE] = added.beside_copy_ns
 
     def _find_rates(self) -> None:
         """Work out, exactly, how transfers that run at once share the links, and keep it."""

@@ -47,11 +47,16 @@ from .compiled_lanes import (
 from .memory import (
     A_DEPARTURE,
     A_THREAD,
+    ADDED_WORDS,
     AN_ARRIVAL,
+    AN_BESIDE,
+    AN_NS,
     ARRIVAL_WORDS,
     ARRIVALS,
     ASKED,
     ASKED_FOR,
+    AT_KINDS,
+    AT_STEP,
     CPU_SHAPE,
     D_HOST,
     D_REQUEST,
@@ -65,6 +70,7 @@ from .memory import (
     G_AFTER,
     G_ARRIVALS,
     G_ASSIGNED,
+    G_ATTENTION,
     G_BACK,
     G_BUDGET,
     G_BUSY_SINCE,
@@ -290,10 +296,22 @@ def price_of(m: Words, row: Word) -> Word:
 
 
 @compiled
+def attention_of(m: Words, row: Word) -> Word:
+    """Returns where it stands what attention adds to a dense part; -1 of other commands, and where it adds nothing."""
+    if m[row + C_OP] != O_LAUNCH or m[row + C_KIND] != DENSE:
+        return np.int64(-1)
+    return m[gpu_of(m, row) + G_ATTENTION]
+
+
+@compiled
 def knows_prices(m: Words, thread: Word) -> Word:
     """Whether all prices of a portion are known; if not, note which is asked for."""
     for at in range(m[thread + T_COUNT]):
         row = m[thread + T_ROWS] + at * COLUMNS
+        attention = attention_of(m, row)
+        if attention >= 0 and m[attention + AT_STEP] != m[row + C_EXTRA]:
+            m[ASKED], m[ASKED_FOR] = -1 - m[row + C_GPU], m[row + C_EXTRA]
+            return False
         price = price_of(m, row)
         if price >= 0 and not m[price + K_KNOWN]:
             m[ASKED], m[ASKED_FOR] = shape_of(m, row), max(0, m[row + C_TOKENS])
@@ -473,6 +491,15 @@ def launch(m: Words, f: Reals, thread: Word, row: Word) -> Word:
     if price >= 0:
         ns, launches, host, issue = m[price + K_NS], m[price + K_LAUNCHES], m[price + K_HOST], m[price + K_ISSUE]
         slowdown = f[price + K_SLOWDOWN]
+        attention = attention_of(m, row)
+        if attention >= 0:
+            kind_of = m[attention + AT_KINDS + m[row + C_LAYER]]
+            added = attention + AT_KINDS + m[gpu + G_LAYERS] + kind_of * ADDED_WORDS
+            longer = ns + m[added + AN_NS]
+            if longer > ns:
+                slowdown = max(1.0, (ns * slowdown + f[added + AN_BESIDE]) / longer)
+                issue += issue_after(longer, launches, host) - issue_after(ns, launches, host)
+                ns = longer
     else:
         saved = (m[gpu + G_MEMBERS] - 1) * m[gpu + G_GROUPED_CONSTANT]
         ns = max(m[gpu + G_MEMBER_NS] - saved, m[gpu + G_MOST_NS])
