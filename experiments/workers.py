@@ -27,8 +27,8 @@ Done = TypeVar("Done")
 CONNECT_S = 10
 #: How often a process looks whether the one that started it is still there.
 _LOOK_S = 1
-#: joblib starts a worker anew that was idle for long or has grown by 300 MB, as one does that reads machine code; it warns
-#: in a thread of its own, which ends, and with it every task, where warnings are errors. Nobody has to do anything.
+#: joblib starts a worker anew that was idle for long or has grown by 300 MB, as one does that reads machine code; it
+#: warns in a thread of its own, which ends, and with it every task, where warnings are errors. Nobody has to act.
 _STARTED_ANEW = "A worker stopped while some jobs were given to the executor"
 warnings.filterwarnings("ignore", message=_STARTED_ANEW)
 

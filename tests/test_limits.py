@@ -16,9 +16,6 @@ _OPTIONS = "public: each parameter is an option by its name, with a default"
 _FIELDS = "a record: a parameter for each field, called once for each span or command"
 #: Files with more lines.
 LONG_FILES = {
-    "engine/timing/compiled_engine.py": _NEXT,
-    "engine/timing/compiled_host.py": _NEXT,
-    "engine/timing/compiled_lanes.py": _NEXT,
     "engine/timing/host.py": _NEXT,
 }
 #: Functions with more lines or branches.

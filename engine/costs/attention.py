@@ -108,9 +108,9 @@ class Attention:
     def _rows(self, step: int) -> _Rows:
         """Returns what the rows of a step that live on this GPU attend to."""
         inputs, rows = self._inputs, self._inputs.steps[step].rows
-        placed = inputs.placed
-        if placed is not None and placed.moves_tokens:
-            rows = rows[placed.homes[step] == int(inputs.device.removeprefix("gpu"))]
+        layout = inputs.expert_parallel
+        if layout is not None and layout.moves_tokens:
+            rows = rows[layout.homes[step] == int(inputs.device.removeprefix("gpu"))]
         positions = inputs.trace.position[rows].astype(np.float64) + (self._start or 0) + 1
         _, places, counts = np.unique(inputs.trace.sequence[rows], return_inverse=True, return_counts=True)
         prompts = tuple(positions[places == number] for number in np.flatnonzero(counts > 1))

@@ -30,8 +30,10 @@ from ..decide.decision_words import (
 )
 from ..decide.decision_words import ROOM as NO_ROOM
 from ..decide.decision_words import STEPS as NO_STEPS
-from .compiled_host import COLUMNS, advance, backlogs, end_busy
-from .compiled_lanes import Reals, Word, Words
+from .compiled_clock import advance, backlogs
+from .compiled_launch import end_busy
+from .compiled_prices import COLUMNS
+from .compiled_work import Reals, Word, Words
 from .memory import (
     DROPPED,
     DROPPED_WORDS,

@@ -8,8 +8,8 @@ from typing import Any
 
 from ..decide.compiled_decisions import Decisions
 from .compiled_engine import CompiledEngine
-from .compiled_host import COLUMNS
 from .compiled_loop import carry_on
+from .compiled_prices import COLUMNS
 from .memory import DONE, G_PART, ROOM, SPACE, STEPS, T_CAPACITY, T_PROGRAM, T_ROWS
 
 

@@ -1,0 +1,140 @@
+"""The clock that drives all, compiled: what comes next, lane by lane and thread by thread."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .compiled_host import carry_out, end_part, wake_parts
+from .compiled_lanes import backlog, end, keep_engine, try_start
+from .compiled_prices import knows_prices
+from .compiled_queue import enter
+from .compiled_work import Reals, Word, Words, compiled
+from .memory import (
+    ARRIVALS,
+    DONE,
+    DROPPED,
+    G_H2D,
+    G_PREFETCH,
+    GPUS,
+    L_END,
+    L_ENTERING,
+    L_KEEPS,
+    L_WAKE,
+    LANES,
+    NEVER,
+    NODES_EACH,
+    NODES_LEFT,
+    NOW,
+    PORTION,
+    PRICE,
+    R_CAPACITY,
+    R_COUNT,
+    RATE,
+    RECORD_ROOM,
+    RECORDS,
+    SPACE,
+    T_AT,
+    T_COUNT,
+    T_GOES_ON,
+    T_PART_OF,
+    THREADS,
+    W_ISSUED,
+    WORK_EACH,
+    WORK_LEFT,
+)
+
+#: Kinds of events, in the order in which they come at one instant (see `lanes.Instant`).
+ENTERS, ENDS, KEEPS, GOES_ON, STARTS = range(5)
+KIND_BITS, ALL = 3, 7
+
+
+@compiled
+def next_event(m: Words) -> tuple[Word, Word]:
+    """Returns what comes next: its instant and kind (ends, entries, then as of `Instant`) as one number, and where."""
+    first: Word = NEVER << KIND_BITS
+    where: Word = -1
+    lanes = m[LANES]
+    for place in range(lanes + 1, lanes + 1 + m[lanes]):
+        lane = m[place]
+        comes = min(m[lane + L_END] << KIND_BITS | ENDS, m[lane + L_WAKE] << KIND_BITS | STARTS)
+        comes = min(comes, m[lane + L_KEEPS] << KIND_BITS | KEEPS)
+        if m[lane + L_ENTERING] >= 0:
+            comes = min(comes, max(m[NOW], m[m[lane + L_ENTERING] + W_ISSUED]) << KIND_BITS | ENTERS)
+        if comes < first:
+            first, where = comes, lane
+    threads = m[THREADS]
+    for place in range(threads + 1, threads + 1 + m[threads]):
+        comes = m[m[place] + T_GOES_ON] << KIND_BITS | GOES_ON
+        if comes < first:
+            first, where = comes, m[place]
+    return first, where
+
+
+@compiled
+def has_room(m: Words, region: Word, more: Word) -> Word:
+    """Whether a region has room for so many more records."""
+    return m[region + R_COUNT] + more < m[region + R_CAPACITY]
+
+
+@compiled
+def has_space(m: Words, thread: Word) -> Word:
+    """Whether there is room for all that a thread's portion may take and record (-1: any one event)."""
+    gpus = m[m[GPUS]]
+    more = 8 + (m[thread + T_COUNT] + gpus * gpus if thread >= 0 else 0)
+    return (
+        m[RECORDS] + more < m[RECORD_ROOM]
+        and has_room(m, m[ARRIVALS], more)
+        and has_room(m, m[DROPPED], 1)
+        and m[WORK_LEFT] > WORK_EACH * more
+        and m[NODES_LEFT] > NODES_EACH * more
+    )
+
+
+@compiled
+def backlogs(m: Words, f: Reals, gpu: Word) -> Word:
+    """Returns the copy time that is queued on a GPU's link now, in ns."""
+    first, second = m[gpu + G_H2D], m[gpu + G_PREFETCH]
+    return backlog(m, f, first) + (backlog(m, f, second) if second != first else 0)
+
+
+@compiled
+def advance(m: Words, f: Reals, thread: Word) -> tuple[Word, Word]:
+    """Go on until something is asked for: return what (see `memory`), and by which thread, if it is one's.
+
+    `thread` has a new portion, which it carries out first; -1 where there is none.
+    """
+    if thread >= 0:
+        if not has_space(m, thread):
+            return SPACE, thread
+        if not knows_prices(m, thread):
+            return PRICE, thread
+        if carry_out(m, f, thread):
+            return PORTION, thread
+    while True:
+        first, where = next_event(m)
+        at, kind = first >> KIND_BITS, first & ALL
+        if at >= NEVER:
+            return DONE, np.int64(-1)
+        if not has_space(m, where if kind == GOES_ON else np.int64(-1)):
+            return SPACE, np.int64(-1)
+        m[NOW] = at
+        if kind == ENDS:
+            if not end(m, f, where):
+                return RATE, np.int64(-1)
+        elif kind == ENTERS:
+            enter(m, where)
+        elif kind == KEEPS:
+            keep_engine(m, where)
+        elif kind == STARTS:
+            if not try_start(m, f, where):
+                return RATE, np.int64(-1)
+        else:
+            m[where + T_GOES_ON] = NEVER
+            before, done = m[where + T_AT], carry_out(m, f, where)
+            if m[where + T_PART_OF] >= 0:
+                if m[where + T_AT] > before:
+                    wake_parts(m)
+                if done:
+                    end_part(m, where)
+            elif done:
+                return PORTION, where

@@ -1,0 +1,121 @@
+"""What commands take, compiled: rows of the tables of prices, which Python fills in as they are asked for."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ...resources.timeline import DECOMPRESS, DENSE, HEAD
+from ..decide.commands import Command, Op
+from ..policies.miss import LOW_PRECISION
+from .compiled_work import Word, Words, compiled
+from .memory import (
+    ASKED,
+    ASKED_FOR,
+    AT_STEP,
+    CPU_SHAPE,
+    DENSE_SHAPE,
+    EXPERT_SHAPE,
+    FROM_CPU_SHAPE,
+    G_ATTENTION,
+    G_COPY_OF,
+    G_EXPERTS,
+    G_KINDS,
+    G_LAYERS,
+    G_SHAPES,
+    G_SIZED,
+    GPUS,
+    HEAD_SHAPE,
+    K_KNOWN,
+    KERNEL_TOKENS,
+    KERNEL_WORDS,
+    KERNELS,
+    LOW_SHAPE,
+    P_CLASS,
+    SIZED_SHAPE,
+    T_COUNT,
+    T_ROWS,
+    TO_CPU_SHAPE,
+    UNPACK_SHAPE,
+)
+
+# The operations and columns of commands by number, which compiled code takes for constants.
+O_VISIT, O_WAIT, O_RECLAIM, O_TOUCH, O_JOIN, O_OUTPUT, O_LAUNCH, O_MEMBER = (int(op) for op in list(Op)[:8])
+O_COPY, O_READBACK, O_NOTICE, O_DECIDE, O_HOLD, O_PREDICT, O_PROMOTE, O_TO_CPU = (int(op) for op in list(Op)[8:16])
+O_CPU, O_FROM_CPU, O_UNPACK, O_READ, O_CATCH_UP, O_TURN, O_RECEIVE, O_SEND = (int(op) for op in list(Op)[16:24])
+O_CALL, O_EXCHANGE, O_FETCH, O_STORE, O_LEAVE, O_PART, O_BEHIND = (int(op) for op in list(Op)[24:31])
+COLUMNS = len(Command._fields)
+C_OP, C_GPU, C_KIND, C_LANE, C_LAYER, C_TOKENS, C_EXPERT, C_COPY, C_REGISTER, C_PEER, C_EXTRA = range(COLUMNS)
+
+
+@compiled
+def gpu_of(m: Words, row: Word) -> Word:
+    """Returns the GPU that a command is for."""
+    return m[m[GPUS] + 1 + m[row + C_GPU]]
+
+
+@compiled
+def shape_of(m: Words, row: Word) -> Word:
+    """Returns the shape that prices a command; -1 if none does."""
+    op, kind, layer, gpu = m[row + C_OP], m[row + C_KIND], m[row + C_LAYER], gpu_of(m, row)
+    what: Word = -1
+    phase: Word = 0
+    if op in (O_LAUNCH, O_MEMBER):
+        phase = max(0, m[row + C_PEER])
+        if kind == DENSE:
+            what = DENSE_SHAPE
+        elif kind == HEAD:
+            what, layer = HEAD_SHAPE, 0
+        elif kind == DECOMPRESS:
+            what, layer = UNPACK_SHAPE, m[row + C_EXPERT] // m[gpu + G_EXPERTS]
+        elif m[row + C_TOKENS] < 0:
+            return np.int64(-1)  # what its members come to
+        elif m[row + C_EXTRA] == LOW_PRECISION:
+            what = LOW_SHAPE
+        elif m[gpu + G_SIZED]:
+            what = SIZED_SHAPE + m[m[m[gpu + G_COPY_OF] + m[row + C_EXPERT]] + P_CLASS]
+        else:
+            what = EXPERT_SHAPE
+    elif op == O_UNPACK:
+        what, layer = UNPACK_SHAPE, m[row + C_EXPERT] // m[gpu + G_EXPERTS]
+    elif op == O_CPU:
+        what = CPU_SHAPE
+    elif op == O_TO_CPU:
+        what = TO_CPU_SHAPE
+    elif op == O_FROM_CPU:
+        what = FROM_CPU_SHAPE
+    else:
+        return what
+    return m[m[gpu + G_SHAPES] + (phase * m[gpu + G_KINDS] + what) * m[gpu + G_LAYERS] + layer]
+
+
+@compiled
+def price_of(m: Words, row: Word) -> Word:
+    """Returns what a command's kernel takes; -1 if nothing prices it."""
+    shape = shape_of(m, row)
+    if shape < 0:
+        return shape
+    return m[KERNELS] + (shape * m[KERNEL_TOKENS] + max(0, m[row + C_TOKENS])) * KERNEL_WORDS
+
+
+@compiled
+def attention_of(m: Words, row: Word) -> Word:
+    """Returns where it stands what attention adds to a dense part; -1 of other commands, and where it adds nothing."""
+    if m[row + C_OP] != O_LAUNCH or m[row + C_KIND] != DENSE:
+        return np.int64(-1)
+    return m[gpu_of(m, row) + G_ATTENTION]
+
+
+@compiled
+def knows_prices(m: Words, thread: Word) -> Word:
+    """Whether all prices of a portion are known; if not, note which is asked for."""
+    for at in range(m[thread + T_COUNT]):
+        row = m[thread + T_ROWS] + at * COLUMNS
+        attention = attention_of(m, row)
+        if attention >= 0 and m[attention + AT_STEP] != m[row + C_EXTRA]:
+            m[ASKED], m[ASKED_FOR] = -1 - m[row + C_GPU], m[row + C_EXTRA]
+            return False
+        price = price_of(m, row)
+        if price >= 0 and not m[price + K_KNOWN]:
+            m[ASKED], m[ASKED_FOR] = shape_of(m, row), max(0, m[row + C_TOKENS])
+            return False
+    return True
