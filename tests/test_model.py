@@ -18,7 +18,7 @@ MIB = 2**20
 # Total parameters as their authors publish them, in units of 10**9 and to the digit they give: Mixtral paper,
 # section 3; Qwen3 report, table 2 and its model card; OLMoE paper, section 1; DeepSeek-V2 paper, appendix B;
 # DeepSeek-V3's README_WEIGHTS (without multi-token prediction); gpt-oss model card, table 1; Switch Transformers, table
-# 9; NLLB, section 8; model cards, and of Qwen3.8-Flash-Next (without the table of n-grams), GLM-4.5-Air, MiniMax-M2.5 and
+# 9; NLLB, section 8; model cards; of Qwen3.8-Flash-Next (without the table of n-grams), GLM-4.5-Air, MiniMax-M2.5 and
 # Kimi-K2, whose cards round otherwise, the count of their tensors.
 PUBLISHED_BILLIONS = {
     "mixtral-8x7b": ("46.7", 32, 8, 2),

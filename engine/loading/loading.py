@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from ...errors import InputError
 from ...resources.profile import load_profile
@@ -15,6 +16,7 @@ from ...workloads.fitted import FittedRouting
 from ...workloads.guesses import Guesses
 from ...workloads.importers import open_trace
 from ...workloads.model import Model, load_model
+from ...workloads.popularity import popular_trace
 from ...workloads.synthetic import synthesize
 from ...workloads.trace import RoutingTrace
 from ..costs.costs import Costs, part_costs, pieces_of
@@ -27,6 +29,7 @@ from ..scenario.amounts import ScenarioError, parse_bytes
 from ..scenario.inputs import Inputs
 from ..scenario.predicting import FREE, predictor_cost, scenario_predictor
 from ..scenario.scenario import Scenario
+from ..scenario.sections import DRAWN_BY
 from .capacity import check, fixed_parts, gib, kv_cache_bytes
 from .deciders import make_host_memory, make_manager, make_prefetch
 from .duration import check_duration
@@ -226,7 +229,10 @@ def _load_trace(scenario: Scenario, model: Model) -> RoutingTrace:
             prefill_tokens=synthetic.prefill_tokens,
             seed=scenario.seed,
         )
-    options = synthetic.model_dump(exclude={"fit", "tokens", "working_set"})
+    if synthetic.popularity is not None:
+        shape = (synthetic.tokens, synthetic.sequences, synthetic.prefill_tokens)
+        return popular_trace(Path(synthetic.popularity), model, *shape, scenario.seed)
+    options = synthetic.model_dump(exclude={*DRAWN_BY, "tokens", "working_set"})
     try:
         return synthesize(
             synthetic.tokens,
