@@ -16,6 +16,7 @@ from ...workloads.batches import Step
 from ...workloads.guesses import Guesses
 from ...workloads.model import Model
 from ...workloads.trace import RoutingTrace
+from ...workloads.trace_checks import POPULARITY
 from ..costs.costs import Costs
 from ..decide.dispatch import step_accesses
 from ..policies.split import Layers, divide
@@ -125,6 +126,7 @@ def stage_trace(trace: RoutingTrace, first: int, count: int) -> RoutingTrace:
         return None if array is None else array[:, here]
 
     extra = {name: value[:, here] for name, value in trace.extra.items() if name == "residency"}
+    extra |= {name: value[here] for name, value in trace.extra.items() if name == POPULARITY}
     return replace(
         trace,
         experts=trace.experts[:, here],
