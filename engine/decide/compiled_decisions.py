@@ -28,7 +28,7 @@ from . import decision_words as w
 from .compiled_program import next_portion
 from .compiled_shared import next_shared_portion
 from .decision_words import Memory, Tables, addresses
-from .dispatch import later_steps
+from .guessed import later_steps
 from .lookups import list_lookups
 from .program import Gpu
 from .sources import EVICTIONS, PREFETCHES, Source

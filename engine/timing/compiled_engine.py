@@ -34,7 +34,7 @@ from .memory import (
     G_BUDGET,
     G_EXCHANGE_NS,
     G_NOW,
-    GPUS,
+    G_NUMBER,
     K_SLOWDOWN,
     KERNEL_TOKENS,
     KERNEL_WORDS,
@@ -188,18 +188,21 @@ class CompiledEngine:
         words, floats = self._memory.words, self._memory.floats
         shape, tokens = int(words[ASKED]), int(words[ASKED_FOR])
         if shape < 0:
-            self._attend(-1 - shape, tokens)
+            if tokens < 0:
+                self._attend(-shape, -1 - tokens)
+            else:
+                self._layout.draw(-shape, tokens)
             return
         cost = self._layout.prices[shape](tokens)
         at = int(words[KERNELS] + (shape * words[KERNEL_TOKENS] + tokens) * KERNEL_WORDS)
         words[at : at + K_SLOWDOWN] = (1, cost.ns, cost.launches, cost.host_ns, cost.issue_ns)
         floats[at + K_SLOWDOWN] = cost.slowdown
 
-    def _attend(self, number: int, step: int) -> None:
-        """Put down what attention adds to the dense parts of a GPU in a step."""
+    def _attend(self, gpu: int, step: int) -> None:
+        """Put down what attention adds to the dense parts of a GPU, by its address, in a step."""
         words, floats = self._memory.words, self._memory.floats
-        costs = self._machine.gpus[number].lanes.costs
-        at = int(words[words[words[GPUS] + 1 + number] + G_ATTENTION])
+        costs = self._machine.gpus[int(words[gpu + G_NUMBER])].lanes.costs
+        at = int(words[gpu + G_ATTENTION])
         words[at + AT_STEP] = step
         first = at + AT_KINDS + len(costs.attention.kind_of)
         for kind, added in enumerate(costs.attention_in(step)):

@@ -7,7 +7,7 @@ import numpy as np
 from ...resources.timeline import DECOMPRESS, DENSE, HEAD
 from ..decide.commands import Command, Op
 from ..policies.miss import LOW_PRECISION
-from .compiled_work import Word, Words, compiled
+from .compiled_work import Real, Reals, Word, Words, compiled
 from .memory import (
     ASKED,
     ASKED_FOR,
@@ -15,12 +15,16 @@ from .memory import (
     CPU_SHAPE,
     DENSE_SHAPE,
     EXPERT_SHAPE,
+    F_END,
+    F_NEXT,
+    FACTOR_WORDS,
     FROM_CPU_SHAPE,
     G_ATTENTION,
     G_COPY_OF,
     G_EXPERTS,
     G_KINDS,
     G_LAYERS,
+    G_SCATTER,
     G_SHAPES,
     G_SIZED,
     GPUS,
@@ -31,8 +35,10 @@ from .memory import (
     KERNELS,
     LOW_SHAPE,
     P_CLASS,
+    SCATTERS,
     SIZED_SHAPE,
     T_COUNT,
+    T_GPUS,
     T_ROWS,
     TO_CPU_SHAPE,
     UNPACK_SHAPE,
@@ -42,7 +48,8 @@ from .memory import (
 O_VISIT, O_WAIT, O_RECLAIM, O_TOUCH, O_JOIN, O_OUTPUT, O_LAUNCH, O_MEMBER = (int(op) for op in list(Op)[:8])
 O_COPY, O_READBACK, O_NOTICE, O_DECIDE, O_HOLD, O_PREDICT, O_PROMOTE, O_TO_CPU = (int(op) for op in list(Op)[8:16])
 O_CPU, O_FROM_CPU, O_UNPACK, O_READ, O_CATCH_UP, O_TURN, O_RECEIVE, O_SEND = (int(op) for op in list(Op)[16:24])
-O_CALL, O_EXCHANGE, O_FETCH, O_STORE, O_LEAVE, O_PART, O_BEHIND = (int(op) for op in list(Op)[24:31])
+O_CALL, O_EXCHANGE, O_FETCH, O_STORE, O_LEAVE, O_PART, O_BEHIND, O_ENTER = (int(op) for op in list(Op)[24:32])
+O_EXIT = int(Op.EXIT)
 COLUMNS = len(Command._fields)
 C_OP, C_GPU, C_KIND, C_LANE, C_LAYER, C_TOKENS, C_EXPERT, C_COPY, C_REGISTER, C_PEER, C_EXTRA = range(COLUMNS)
 
@@ -106,13 +113,47 @@ def attention_of(m: Words, row: Word) -> Word:
 
 
 @compiled
+def factor_of(m: Words, f: Reals, gpu: Word, what: Word) -> Real:
+    """Returns the factor of a GPU's next event that scatters so."""
+    at = m[gpu + G_SCATTER] + what * FACTOR_WORDS
+    m[at + F_NEXT] += 1
+    return f[m[at + F_NEXT] - 1]
+
+
+@compiled
+def times(ns: Word, factor: Real) -> Word:
+    """Returns so many times as long, rounded as Python does."""
+    return np.int64(np.rint(ns * factor))
+
+
+@compiled
+def knows_factors(m: Words, thread: Word) -> Word:
+    """Whether enough factors are drawn for a portion, whatever is in it; if not, note for which GPU."""
+    gpus = m[thread + T_GPUS]
+    for number in range(gpus + 1, gpus + 1 + m[gpus]):
+        at = m[m[number] + G_SCATTER]
+        for what in range(SCATTERS if at >= 0 else 0):
+            drawn = at + what * FACTOR_WORDS
+            if m[drawn + F_END] - m[drawn + F_NEXT] < m[thread + T_COUNT]:
+                m[ASKED], m[ASKED_FOR] = -m[number], m[thread + T_COUNT]
+                return False
+    return True
+
+
+@compiled
 def knows_prices(m: Words, thread: Word) -> Word:
-    """Whether all prices of a portion are known; if not, note which is asked for."""
+    """Whether all prices of a portion are known, and factors drawn; if not, note which is asked for.
+
+    A shape is, for so many tokens; less than 0, it is a GPU's address, for so many factors; or, where these are less
+    than 0, for what attention adds in step -1 - that.
+    """
+    if not knows_factors(m, thread):
+        return False
     for at in range(m[thread + T_COUNT]):
         row = m[thread + T_ROWS] + at * COLUMNS
         attention = attention_of(m, row)
         if attention >= 0 and m[attention + AT_STEP] != m[row + C_EXTRA]:
-            m[ASKED], m[ASKED_FOR] = -1 - m[row + C_GPU], m[row + C_EXTRA]
+            m[ASKED], m[ASKED_FOR] = -gpu_of(m, row), -1 - m[row + C_EXTRA]
             return False
         price = price_of(m, row)
         if price >= 0 and not m[price + K_KNOWN]:

@@ -19,7 +19,6 @@ from ..costs.all_to_all import AllToAll
 from ..costs.costs import Costs
 from ..decide.dispatch import Visit
 from ..decide.expert_parallel import ParallelVisit, traffic
-from ..decide.host_memory import HostMemory
 from ..decide.memory_manager import MemoryManager
 from ..decide.pipeline import Flow, received_steps, sent_bytes
 from ..decide.program import SharedLayers, Stage, stages_program
@@ -49,7 +48,6 @@ class StageRun:
     scenario: Scenario
     prefetching: bool
     gauge: Gauge
-    host_memory: HostMemory | None = None
 
 
 def run_stages(
@@ -69,12 +67,13 @@ def run_stages(
     most_tokens = max((len(step.rows) for step in steps), default=0)
     simulation = Simulation(len(runs), engine)
     simulation.network = network
+    tier = simulation.host_rooms(runs[0].manager.experts, [run.costs for run in runs])
     gpus = [
         OneGpu(
             simulation, number, run.manager, run.costs, run.scenario,
             prefetching=run.prefetching, most_tokens=most_tokens,
             host="host" if one_thread or len(runs) == 1 else f"host{number}", gauge=run.gauge,
-            link=None if links is None else links.host_link(number, run.costs, network), host_memory=run.host_memory,
+            link=None if links is None else links.host_link(number, run.costs, network), tier=tier,
         )
         for number, run in enumerate(runs)
     ]  # fmt: skip
@@ -86,6 +85,7 @@ def run_stages(
             has_head=run is runs[-1],
             receives=None if flow is None else received_steps(flow, number),
             sends=None if flow is None else sent_bytes(flow, number, len(runs)),
+            alone=tier is not None and len(runs) > 1 and not one_thread,
         )
         for number, (one, run) in enumerate(zip(gpus, runs, strict=True))
     ]  # fmt: skip
@@ -244,11 +244,12 @@ def run_shared(
     simulation, network = Simulation(len(ready), engine), links.network(costs)
     simulation.network = network
     most_tokens = max((len(step.rows) for step in inputs.steps), default=0)
+    tier = simulation.host_rooms(model.experts, costs[:1])
     gpus = [
         OneGpu(
             simulation, number, gpu.manager, gpu.costs, scenario, prefetching=gpu.prefetch.guesses > 0,
             most_tokens=most_tokens, host="host" if one_thread else f"host{number}",
-            link=links.host_link(number, gpu.costs, network), gauge=gauge, lends=scenario.parallel.lends,
+            link=links.host_link(number, gpu.costs, network), gauge=gauge, lends=scenario.parallel.lends, tier=tier,
         )
         for number, (gpu, gauge) in enumerate(zip(ready, gauges, strict=True))
     ]  # fmt: skip
