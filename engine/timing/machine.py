@@ -95,6 +95,10 @@ class HostLanes:
         return self.drive
 
 
+#: The title of a stream for decompression.
+_ASIDE = "decompression (side stream)"
+
+
 class GpuLanes:
     """What is busy by itself on one GPU, each a lane, and the costs of its work.
 
@@ -141,8 +145,7 @@ class GpuLanes:
         self.d2h = Lane(env, instant, timeline, number["d2h"])
         self.side = Lane(env, instant, timeline, number["predictor"])
         if scenario.compression.where != "none" and scenario.compression.lane == "side":
-            aside = timeline.add_lane(device, "side", "decompression (side stream)")
-            self.unpacking = ArrivalLane(env, instant, timeline, aside)
+            self.unpacking = ArrivalLane(env, instant, timeline, timeline.add_lane(device, "side", _ASIDE))
         streams = list(dict.fromkeys(self.copies.values()))
         shared = shared or HostLanes()
         if scenario.uses_cpu:
