@@ -10,11 +10,11 @@ import simpy
 from ...resources.lags import Lags
 from ...resources.links import HostLink
 from ...resources.network import Crowd, Transfer
-from ...resources.timeline import DECOMPRESS, EXPERT, HEAD, Timeline
+from ...resources.timeline import DECOMPRESS, DENSE, EXPERT, HEAD, Timeline
 from ...workloads.batches import DECODE, PREFILL
 from ..costs.costs import CopyCost, Costs, KernelCost, ReadCost, ReadCosts
 from ..costs.offload_costs import CpuCosts, ShrunkCosts
-from ..costs.scatter import Scattering
+from ..costs.scatter import scattering
 from ..decide.commands import H2D, PREFETCH_LANE, Command
 from ..policies.copy_order import COPY_ORDERS, ByRank
 from ..policies.miss import LOW_PRECISION
@@ -125,7 +125,7 @@ class GpuLanes:
         self.timeline, self.costs = timeline, costs
         self._scenario, self._experts = scenario, costs.model.experts
         self._tables = {phase: costs.by_layer(phase) for phase in (PREFILL, DECODE)}
-        self._scattering = None if costs.scatter is None else Scattering(costs.scatter)
+        self._scattering = scattering(costs.scatter)
         self._shrunk = ShrunkCosts(costs, scenario)
         self._set_sizes(size_of)
         self._transfers = None if link is None else link.transfers
@@ -263,6 +263,8 @@ class GpuLanes:
             return self.decompress(command.expert)
         if members:
             return self.costs.grouped(layer, members, phase)
+        if kind == DENSE:
+            return self.costs.attending(self.kernel_of(kind, layer, phase, tokens), layer, command.extra)
         if command.extra == LOW_PRECISION:
             return self.low_precision(layer, phase, tokens)
         if self._size_of is not None and kind == EXPERT:
