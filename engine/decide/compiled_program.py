@@ -61,6 +61,7 @@ from .visit_commands import (
     O_WAVE,
     READS_BACK,
     SETTINGS,
+    WAITS,
     add,
     order_dense,
     order_readback,
@@ -82,7 +83,7 @@ def begin_layer(t: Tables, g: Word, q: Word, step: Word, layer: Word) -> None:
     add(rows, _VISIT, gpu, -1, -1, -1, -1, -1, -1, -1, -1, int(layer == 0))
     if layer == 0 and d[g + D_RECEIVES] >= 0 and d[d[g + D_RECEIVES] + step] >= 0:
         add(rows, _RECEIVE, gpu, DENSE, -1, -1, -1, -1, -1, -1, -1, d[d[g + D_RECEIVES] + step])
-    order_dense(settings, layer, tokens, d[q + Q_PHASE], d[g + D_RESULTS], rows)
+    order_dense(settings, layer, tokens, step, d[q + Q_PHASE], d[g + D_RESULTS], rows)
     d[g + D_RESULTS] = 0
     if settings[READS_BACK]:
         order_readback(settings, layer, tokens, rows)
@@ -113,6 +114,9 @@ def end_step(t: Tables, g: Word, q: Word, step: Word) -> None:
         d[g + D_RESULTS] = 0
     if d[g + D_HAS_HEAD]:
         add(rows, LAUNCH, gpu, HEAD, COMPUTE, -1, d[q + Q_SAMPLED], -1, -1, -1, -1, -1)
+        if settings[WAITS]:
+            add(rows, _OUTPUT, gpu, -1, -1, -1, -1, -1, -1, first + OUTPUT, -1, -1)
+            add(rows, NOTICE, gpu, -1, -1, -1, -1, -1, -1, first + OUTPUT, -1, -1)
     if sends:
         add(rows, _OUTPUT, gpu, -1, -1, -1, -1, -1, -1, first + OUTPUT, -1, -1)
         wait(rows, gpu, first + OUTPUT, 1)

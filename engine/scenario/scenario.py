@@ -24,14 +24,17 @@ from ...bounded import parse_toml, read
 from ...errors import InputError
 from ...plain import beyond_64_bits
 from ...resources.parts.section import lay_machine
+from ...resources.runtime import load_runtime
 from ...words import problems, unknown_name
 from ...workloads.importers import shipped_traces
 from ...workloads.learned import shipped_weights
 from ..policies.miss import MISS
 from .amounts import ScenarioError
 from .rows import find_row
+from .runtimes import RuntimeSection, refused_by, with_defaults
 from .section import Section
 from .sections import (
+    DRAWN_BY,
     FIT_REPLACES,
     DispatchSection,
     MachineSection,
@@ -55,6 +58,7 @@ class Scenario(Section):
     seed: int = Field(default=0, ge=0, lt=2**63)
     model: ModelSection = ModelSection()
     machine: MachineSection = MachineSection()
+    runtime: RuntimeSection = RuntimeSection()
     workload: WorkloadSection
     memory: MemorySection = MemorySection()
     predictor: PredictorSection = PredictorSection()
@@ -66,6 +70,18 @@ class Scenario(Section):
     miss: MissSection = MissSection()
     compression: CompressionSection = CompressionSection()
     requests: RequestsSection | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _runtime_sets_what_nobody_says(cls, given: Any) -> Any:
+        return with_defaults(given, cls) if isinstance(given, Mapping) else given
+
+    @model_validator(mode="after")
+    def _runtime_can(self) -> Scenario:
+        refused = refused_by(self.plain())
+        if refused is not None:
+            raise InputError(refused)
+        return self
 
     @model_validator(mode="after")
     def _goes_together(self) -> Scenario:
@@ -128,7 +144,8 @@ def load_scenario(name: str | Path | None = None, settings: Iterable[str] = ()) 
     data, source = scenario_data(name)
     if isinstance(settings, str):
         raise ScenarioError(f"settings = {settings!r}: give a list of them: [{settings!r}]")
-    for setting in settings:
+    # A runtime brings keys of its own over the file's; other settings go before these.
+    for setting in sorted(settings, key=lambda each: not each.strip().startswith("runtime.name")):
         apply_setting(data, setting)
     return make_scenario(data, source)
 
@@ -177,8 +194,12 @@ def _read(name: str | Path | None, source: str) -> dict[str, Any]:
     data = parse_toml(text, source, ScenarioError)
     if folder is not None:
         workload = data.get("workload")
+        runtime = data.get("runtime")
+        if isinstance(runtime, dict) and str(runtime.get("name")).endswith((".toml", ".json")):
+            _find_beside(folder, runtime, "name")
         _find_beside(folder, workload, "trace")
-        _find_beside(folder, workload.get("synthetic") if isinstance(workload, dict) else None, "fit")
+        for key in DRAWN_BY:
+            _find_beside(folder, workload.get("synthetic") if isinstance(workload, dict) else None, key)
         _find_beside(folder, data.get("predictor"), "weights")
         requests = data.get("requests")
         _find_beside(folder, requests, "trace")
@@ -224,6 +245,10 @@ def lay(data: dict[str, Any], key: str, value: Any) -> None:
         _take_out(data, parts)
         return
     _drop_replaced(data, parts, value)
+    if parts == ["runtime", "name"] and isinstance(value, str):
+        for section, keys in load_runtime(value).defaults.items():
+            for name in keys:
+                _take_out(data, [section, name])
     for part in parts[:-1]:
         if data.get(part) is None:
             data[part] = {}
@@ -274,8 +299,8 @@ def _drop_replaced(data: dict[str, Any], parts: list[str], value: Any) -> None:
         elif parts[1:2] == ["synthetic"]:
             workload.pop("trace", None)
         synthetic = workload.get("synthetic")
-        if parts[1:] == ["synthetic", "fit"] and isinstance(synthetic, dict):
-            for key in FIT_REPLACES:
+        if parts[1:2] == ["synthetic"] and parts[-1] in DRAWN_BY and isinstance(synthetic, dict):
+            for key in {*FIT_REPLACES, *DRAWN_BY} - {parts[-1]}:
                 synthetic.pop(key, None)
     if parts == ["predictor", "name"] and value != "learned" and isinstance(predictor, dict):
         predictor.pop("weights", None)

@@ -251,7 +251,8 @@ class Layout:
             w.G_SYNCHRONIZE: costs.synchronize_ns, w.G_SYNCHRONIZE_BESIDE: costs.synchronize_beside_copy_ns,
             w.G_RESUME: costs.resume_ns, w.G_COPY_RESUME: costs.copy_resume_ns, w.G_LAUNCH: costs.launch_ns,
             w.G_COPY_LATENCY: costs.copy_latency_ns, w.G_TURN: costs.turn_ns,
-            w.G_TO_CPU: costs.enqueue_ns + costs.records_ns, w.G_PREDICT: costs.predict.ns,
+            w.G_TO_CPU: costs.to_cpu_ns, w.G_FROM_CPU: costs.runtime.cpu_return_ns,
+            w.G_OWN_LAYER: costs.runtime.layer_ns, w.G_OWN_STEP: costs.runtime.step_ns, w.G_PREDICT: costs.predict.ns,
             w.G_PREDICT_LAUNCHES: costs.predict.launches, w.G_PREDICT_HOST: costs.predict.host_ns,
             w.G_PREDICT_ISSUE: costs.predict.issue_ns,
             w.G_OTHERS_EVERY: other.every_ns if other else 0, w.G_OTHERS_NS: other.ns if other else 0,
@@ -346,7 +347,10 @@ class Layout:
                     self.prices.append(price)
                 shapes[phase, what, layer] = known[key]
         table = self.memory.put(shapes.ravel().tolist())
-        self._set(at, {w.G_SHAPES: table, w.G_KINDS: kinds, w.G_LAYERS: layers})
+        attention, added = lanes.costs.attention, -1
+        if attention.counts:
+            added = self.memory.put([-1, *attention.kind_of, *[0] * (w.ADDED_WORDS * len(attention.firsts))])
+        self._set(at, {w.G_SHAPES: table, w.G_KINDS: kinds, w.G_LAYERS: layers, w.G_ATTENTION: added})
 
     def _move(self, costs: Any, size_bytes: int, lane: Lane, slowdown: float, target: int) -> int:
         """Returns the address of what it takes to send so many bytes to another GPU."""
