@@ -10,7 +10,7 @@ import simpy
 from ...resources.lags import Lags
 from ...resources.links import HostLink
 from ...resources.network import Crowd, Transfer
-from ...resources.timeline import DECOMPRESS, EXPERT, HEAD, Timeline
+from ...resources.timeline import DECOMPRESS, DENSE, EXPERT, HEAD, Timeline
 from ...workloads.batches import DECODE, PREFILL
 from ..costs.costs import CopyCost, Costs, KernelCost, ReadCost, ReadCosts
 from ..costs.offload_costs import CpuCosts, ShrunkCosts
@@ -270,6 +270,8 @@ class GpuLanes:
             return self.decompress(command.expert)
         if members:
             return self.costs.grouped(layer, members, phase)
+        if kind == DENSE:
+            return self.costs.attending(self.kernel_of(kind, layer, phase, tokens), layer, command.extra)
         if command.extra == LOW_PRECISION:
             return self.low_precision(layer, phase, tokens)
         if self._size_of is not None and kind == EXPERT:
