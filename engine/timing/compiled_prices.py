@@ -11,6 +11,7 @@ from .compiled_work import Real, Reals, Word, Words, compiled
 from .memory import (
     ASKED,
     ASKED_FOR,
+    AT_STEP,
     CPU_SHAPE,
     DENSE_SHAPE,
     EXPERT_SHAPE,
@@ -18,6 +19,7 @@ from .memory import (
     F_NEXT,
     FACTOR_WORDS,
     FROM_CPU_SHAPE,
+    G_ATTENTION,
     G_COPY_OF,
     G_EXPERTS,
     G_KINDS,
@@ -103,6 +105,14 @@ def price_of(m: Words, row: Word) -> Word:
 
 
 @compiled
+def attention_of(m: Words, row: Word) -> Word:
+    """Returns where it stands what attention adds to a dense part; -1 of other commands, and where it adds nothing."""
+    if m[row + C_OP] != O_LAUNCH or m[row + C_KIND] != DENSE:
+        return np.int64(-1)
+    return m[gpu_of(m, row) + G_ATTENTION]
+
+
+@compiled
 def factor_of(m: Words, f: Reals, gpu: Word, what: Word) -> Real:
     """Returns the factor of a GPU's next event that scatters so."""
     at = m[gpu + G_SCATTER] + what * FACTOR_WORDS
@@ -134,12 +144,17 @@ def knows_factors(m: Words, thread: Word) -> Word:
 def knows_prices(m: Words, thread: Word) -> Word:
     """Whether all prices of a portion are known, and factors drawn; if not, note which is asked for.
 
-    A shape is, for so many tokens; less than 0, it is a GPU's address, for so many factors.
+    A shape is, for so many tokens; less than 0, it is a GPU's address, for so many factors; or, where these are less
+    than 0, for what attention adds in step -1 - that.
     """
     if not knows_factors(m, thread):
         return False
     for at in range(m[thread + T_COUNT]):
         row = m[thread + T_ROWS] + at * COLUMNS
+        attention = attention_of(m, row)
+        if attention >= 0 and m[attention + AT_STEP] != m[row + C_EXTRA]:
+            m[ASKED], m[ASKED_FOR] = -gpu_of(m, row), -1 - m[row + C_EXTRA]
+            return False
         price = price_of(m, row)
         if price >= 0 and not m[price + K_KNOWN]:
             m[ASKED], m[ASKED_FOR] = shape_of(m, row), max(0, m[row + C_TOKENS])
