@@ -123,27 +123,19 @@ def run_all(
         flow = None if inputs.links is None else flow_of(inputs.model, inputs.trace, inputs.steps)
         decoded = run_stages(
             runs, inputs.steps, flow, inputs.links, one_thread=one_thread, engine=engine,
-            sources=_sources(ready, engine), ticks=watch(iter(range(inputs.layer_visits))),
+            sources=_sources(ready, engine, hosts), ticks=watch(iter(range(inputs.layer_visits))),
         )  # fmt: skip
     return [_recording(gpu, found, host) for gpu, found, host in zip(ready, decoded, hosts, strict=True)]
 
 
-def _all_sources(ready: Sequence[Prepared]) -> list[Source]:
-    """Returns what each GPU decides by."""
-    return [
-        source_of(gpu.inputs, gpu.manager, gpu.prefetch, host_memory=gpu.inputs.scenario.tiers.host_budget != "all")
-        for gpu in ready
-    ]
-
-
-def _sources(ready: Sequence[Prepared], engine: str) -> list[Source]:
+def _sources(ready: Sequence[Prepared], engine: str, hosts: Sequence[HostMemory | None]) -> list[Source]:
     """Returns what each GPU decides by, where compiled code decides on all of them."""
     if engine != "compiled":
         return []
-    from .decide.sources import decided_in_python
+    from .decide.sources import stages_in_python
 
-    sources = _all_sources(ready)
-    return [] if any(map(decided_in_python, sources)) else sources
+    sources = [source_of(gpu.inputs, gpu.manager, gpu.prefetch, host) for gpu, host in zip(ready, hosts, strict=True)]
+    return [] if stages_in_python(sources) else sources
 
 
 def _shared(inputs: Inputs, ready: Sequence[Prepared], engine: str) -> list[Source]:
@@ -152,7 +144,7 @@ def _shared(inputs: Inputs, ready: Sequence[Prepared], engine: str) -> list[Sour
         return []
     from .decide.sources import shared_in_python
 
-    placed, sources = inputs.placed, _all_sources(ready)
+    placed, sources = inputs.placed, [source_of(gpu.inputs, gpu.manager, gpu.prefetch) for gpu in ready]
     assert placed is not None
     owners = [len(gpus) for of_layer in placed.owners for gpus in of_layer]
     return [] if shared_in_python(sources, placed.remote, inputs.scenario.parallel.lends, owners) else sources

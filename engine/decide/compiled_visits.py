@@ -33,6 +33,7 @@ from .decision_words import (
     D_ROOMS,
     D_SETTINGS,
     D_SHARED,
+    D_TIER,
     D_UNPIN_FIRST,
     D_VISIT,
     D_WATCHES,
@@ -248,15 +249,25 @@ def leave_out_resolved(t: Tables) -> None:
 
 
 @compiled
+def note_next_uses(t: Tables, g: Word, p: Word) -> None:
+    """Let the policy of a memory's pool that knows the future know when the experts of a visit are used next."""
+    d = t.words
+    if d[g + D_EVICTION] != BELADY:
+        return
+    state = t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_EXPERTS] + 4]
+    first = d[g + D_FOLLOWING] + d[g + D_FOLLOWED]
+    for number in range(d[X_SERVED]):
+        begin(state, t.served[number, S_EXPERT] - d[p + P_EXPERT], d[first + number])
+    d[g + D_FOLLOWED] += d[X_SERVED]
+
+
+@compiled
 def serve(t: Tables, g: Word, q: Word, layer: Word) -> None:
     """Serve a visit's look-ups, wave by wave; what the last wave holds stays pinned."""
     d, visit, p = t.words, t.words[X_VISIT], pool_of(t, g, layer * t.words[g + D_LAYER_EXPERTS])
-    if d[g + D_EVICTION] == BELADY:
-        state = t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_EXPERTS] + 4]
-        first = d[g + D_FOLLOWING] + d[g + D_FOLLOWED]
-        for number in range(d[X_SERVED]):
-            begin(state, t.served[number, S_EXPERT] - d[p + P_EXPERT], d[first + number])
-        d[g + D_FOLLOWED] += d[X_SERVED]
+    note_next_uses(t, g, p)
+    if d[g + D_TIER] >= 0:
+        note_next_uses(t, d[g + D_TIER], pool_of(t, d[g + D_TIER], np.int64(0)))
     lacking = find(t, g)
     d[visit + V_CPU_TOKENS] = send_to_cpu(t, g, q, layer) if lacking and d[g + D_ON_CPU] else 0
     d[g + D_MISSES] += lacking

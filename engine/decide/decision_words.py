@@ -65,7 +65,10 @@ X_REGISTERS, X_ROOM_FOR, X_ASKS, X_SERVED, X_COPIED, X_TAKEN, X_RESOLVED, X_VISI
 #: A GPU. Its settings and rooms; what the scenario says of memory and prefetching; the memory as it is; counts; its
 #: part of each step; records; the most that a visit may come to; the steps that are laid out, what they choose and
 #: guess; registers that may be taken again; the clock, for policies that look at it; whether it serves some experts
-#: alone.
+#: alone; the most registers that a visit may take; host memory, where it is a cache (-1: it holds every expert), and
+#: whether prefetches go there alone. Host memory has these words, too, as far as they mean anything there (`D_ROOMS`
+#: is then, by register of a room's bytes, that of the copies out of it); and the requests of a read of an expert of
+#: each layer, how many copies found theirs, and the bytes read.
 (
     D_SETTINGS, D_ROOMS, D_EXPERTS, D_LAYERS, D_LAYER_EXPERTS, D_SHARED, D_EVICTION, D_POOLS, D_PREFETCH, D_HORIZONS,
     D_K, D_COPY_NS, D_LEAST, D_DECAY, D_POPULAR, D_PROTECTS, D_DROPS, D_UNPIN_FIRST, D_WATCHES, D_ON_CPU, D_CPU_MOST,
@@ -74,8 +77,8 @@ X_REGISTERS, X_ROOM_FOR, X_ASKS, X_SERVED, X_COPIED, X_TAKEN, X_RESOLVED, X_VISI
     D_ADMITTED, D_EVICTED, D_RESOLVED, D_MOST_COPIES, D_MOST_EVICTED, D_RECENCY, D_ASKED,
     D_FIRST_STEP, D_END_STEP, D_STEPS, D_CHOSEN, D_PER_TOKEN, D_LATER, D_LATER_COLUMNS, D_GUESSES, D_RANKS,
     D_CONFIDENCES, D_BUDGETS, D_FOLLOWING, D_FOLLOWED, D_GATES, D_FREE, D_FREE_COUNT,
-    D_NOW, D_BACKLOG, D_FILTERS, D_WORDS,
-) = range(65)  # fmt: skip
+    D_NOW, D_BACKLOG, D_FILTERS, D_MOST_REGISTERS, D_TIER, D_STAGES, D_REQUESTS, D_FOUND, D_READ_BYTES, D_WORDS,
+) = range(71)  # fmt: skip
 
 #: A pool: its bytes, and what is free in the order in which it became free: a ring of (bytes, register of whose room it
 #: was, -1 for none); what its policy knows; its first expert on the GPU, and how many it has.

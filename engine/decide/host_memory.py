@@ -106,7 +106,7 @@ class HostRooms:
     """
 
     def __init__(self, memory: HostMemory, registers: Registers, requests: Sequence[int]) -> None:
-        self._memory, self._registers, self._requests = memory, registers, requests
+        self._memory, self._registers, self.requests = memory, registers, requests
         self._of: dict[int, tuple[int, int]] = {}
 
     def bring(self, copy: int) -> Brought:
@@ -133,5 +133,5 @@ class HostRooms:
                 self._registers.give(filled)
                 self._registers.give(leaving)
         filled, leaving = self._of[admission.copy] = self._registers.take(), self._registers.take()
-        requests = self._requests[admission.expert // self._memory.manager.experts]
+        requests = self.requests[admission.expert // self._memory.manager.experts]
         return Brought(admission.copy, filled, leaving, requests, tuple(freed))

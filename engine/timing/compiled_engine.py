@@ -15,7 +15,7 @@ from .compiled_coupling import rate_row
 from .compiled_launch import end_busy
 from .compiled_layout import RECORDED, Driven, Layout, Machine
 from .compiled_peers import settle_arrivals
-from .compiled_prices import COLUMNS
+from .compiled_prices import ROW_WORDS
 from .memory import (
     ARRIVAL_WORDS,
     ARRIVALS,
@@ -140,14 +140,14 @@ class CompiledEngine:
         layout, memory = self._layout, self._memory
         if len(portion) > memory.words[at + T_CAPACITY]:
             capacity = 2 * len(portion)
-            rows = memory.allocate(capacity * COLUMNS)
+            rows = memory.allocate(capacity * ROW_WORDS)
             memory.words[at + T_ROWS], memory.words[at + T_CAPACITY] = rows, capacity
         most = int(portion[:, _REGISTER].max()) + 1
         if most > layout.registers:
             layout.add_registers(most)
         words = memory.words
         rows = int(words[at + T_ROWS])
-        words[rows : rows + portion.size] = portion.ravel()
+        words[rows : rows + len(portion) * ROW_WORDS].reshape(-1, ROW_WORDS)[:, : portion.shape[1]] = portion
         words[at + T_COUNT], words[at + T_AT] = len(portion), 0
         for gpu in driven.gpus:
             place, state = layout.gpus[gpu], self._machine.gpus[gpu].state
@@ -238,9 +238,9 @@ class CompiledEngine:
             spans, accesses, decisions = (
                 self._records(int(memory[at + place]), words) for place, words in RECORDED.items()
             )
-            one.lanes.timeline.extend(spans.tobytes())
+            one.lanes.timeline.extend(spans.reshape(-1).view(np.uint8).data)
             one.state.accesses.extend(accesses.astype("<i4").tobytes())
-            one.state.decided.extend(decisions.tobytes())
+            one.state.decided.extend(decisions.reshape(-1).view(np.uint8).data)
         memory[RECORDS] = 0
         region, known = int(memory[ARRIVALS]), int(settle_arrivals(memory))
         arrivals = self._records(region, ARRIVAL_WORDS)

@@ -43,12 +43,14 @@ O_CPU, O_FROM_CPU, O_UNPACK, O_READ, O_CATCH_UP, O_TURN, O_RECEIVE, O_SEND = (in
 O_CALL, O_EXCHANGE, O_FETCH, O_STORE, O_LEAVE, O_PART, O_BEHIND = (int(op) for op in list(Op)[24:31])
 COLUMNS = len(Command._fields)
 C_OP, C_GPU, C_KIND, C_LANE, C_LAYER, C_TOKENS, C_EXPERT, C_COPY, C_REGISTER, C_PEER, C_EXTRA = range(COLUMNS)
+#: What a row has besides in a thread's portion: where its GPU is, and what prices it (-1: nothing).
+C_PLACE, C_PRICE, ROW_WORDS = range(COLUMNS, COLUMNS + 3)
 
 
 @compiled
 def gpu_of(m: Words, row: Word) -> Word:
     """Returns the GPU that a command is for."""
-    return m[m[GPUS] + 1 + m[row + C_GPU]]
+    return m[row + C_PLACE]
 
 
 @compiled
@@ -89,19 +91,22 @@ def shape_of(m: Words, row: Word) -> Word:
 @compiled
 def price_of(m: Words, row: Word) -> Word:
     """Returns what a command's kernel takes; -1 if nothing prices it."""
-    shape = shape_of(m, row)
-    if shape < 0:
-        return shape
-    return m[KERNELS] + (shape * m[KERNEL_TOKENS] + max(0, m[row + C_TOKENS])) * KERNEL_WORDS
+    return m[row + C_PRICE]
 
 
 @compiled
-def knows_prices(m: Words, thread: Word) -> Word:
-    """Whether all prices of a portion are known; if not, note which is asked for."""
-    for at in range(m[thread + T_COUNT]):
-        row = m[thread + T_ROWS] + at * COLUMNS
-        price = price_of(m, row)
-        if price >= 0 and not m[price + K_KNOWN]:
-            m[ASKED], m[ASKED_FOR] = shape_of(m, row), max(0, m[row + C_TOKENS])
-            return False
+def prepare(m: Words, thread: Word) -> Word:
+    """Look up where the GPUs and prices of a portion's commands are; if one is not known yet, note it: False."""
+    row = m[thread + T_ROWS]
+    for _ in range(m[thread + T_COUNT]):
+        m[row + C_PLACE] = m[m[GPUS] + 1 + m[row + C_GPU]]
+        shape, tokens = shape_of(m, row), max(0, m[row + C_TOKENS])
+        price: Word = -1
+        if shape >= 0:
+            price = m[KERNELS] + (shape * m[KERNEL_TOKENS] + tokens) * KERNEL_WORDS
+            if not m[price + K_KNOWN]:
+                m[ASKED], m[ASKED_FOR] = shape, tokens
+                return False
+        m[row + C_PRICE] = price
+        row += ROW_WORDS
     return True

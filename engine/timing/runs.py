@@ -29,7 +29,8 @@ from .records import COPIES_FROM, Decoded
 from .simulation import OneGpu, Simulation
 
 if TYPE_CHECKING:
-    from ..decide.compiled_decisions import Decisions, Shared
+    from ..decide.compiled_decisions import Decisions
+    from ..decide.decision_layout import Shared
     from ..decide.sources import Source
 
 #: Compiled code makes its commands, too; a stage that inherits from it may order anything.
@@ -86,7 +87,8 @@ def _decisions(
     sources: Sequence[Source], gpus: Sequence[OneGpu], stages: Sequence[Stage], threads: Sequence[Sequence[int]]
 ) -> Decisions:
     """Returns the compiled decisions of all stages."""
-    from ..decide.compiled_decisions import Decisions, Part  # which compiles at its first import
+    from ..decide.compiled_decisions import Decisions  # which compiles at its first import
+    from ..decide.decision_layout import Part
 
     parts = [
         Part(one, stage.gpu, gpu.note_resolved, stage.has_head, stage.receives, stage.sends)
@@ -143,7 +145,7 @@ class SharingGpus:
 
     def shared(self, inputs: Inputs, *, one_thread: bool) -> Shared:
         """Returns how compiled decisions share the experts, where each has one owner."""
-        from ..decide.compiled_decisions import Shared  # which compiles at its first import
+        from ..decide.decision_layout import Shared
 
         placed, trace = inputs.placed, inputs.trace
         assert placed is not None
@@ -245,7 +247,8 @@ def run_shared(
     )
     simulation.thread(layers.program(inputs.steps, placed.homes), gpus, sharing.exchanges)
     if sources and not layers.apart:
-        from ..decide.compiled_decisions import Decisions, Part  # which compiles at its first import
+        from ..decide.compiled_decisions import Decisions  # which compiles at its first import
+        from ..decide.decision_layout import Part
 
         parts = [Part(source, one.gpu, one.note_resolved) for source, one in zip(sources, gpus, strict=True)]
         shared = sharing.shared(inputs, one_thread=one_thread and len(gpus) > 1)
