@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..engine.decide.pipeline import flow_of, sent_bytes
 from ..engine.loading.loading import load_inputs
-from ..engine.pipeline import flow_of, sent_bytes
 from ..engine.run import Progress
 from ..engine.scenario.amounts import ScenarioError
 from ..engine.scenario.inputs import Inputs

@@ -15,11 +15,11 @@ from ..engine.costs.costs import pieces_of, token_bucket
 from ..engine.decide.commands import FIXED_REGISTERS, H2D, PREFETCH_LANE, Command, Op
 from ..engine.decide.dispatch import Visit
 from ..engine.decide.memory_manager import MemoryManager
+from ..engine.decide.pipeline import flow_of, received_steps, sent_bytes
 from ..engine.decide.program import Gpu, Program, Stage, stages_program
 from ..engine.decide.registers import Registers
 from ..engine.decide.tables import Rooms
 from ..engine.loading.deciders import dispatched, make_manager, make_prefetch
-from ..engine.pipeline import flow_of, received_steps, sent_bytes
 from ..engine.policies.copy_order import COPY_ORDERS, ByRank, Fifo, Priority, TwoStreams
 from ..engine.scenario.inputs import Inputs
 from ..engine.timing.simulation import visit_settings

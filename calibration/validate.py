@@ -18,13 +18,13 @@ from ..engine.costs.costs import Costs, part_costs
 from ..engine.costs.uncertainty import replicate_costs
 from ..engine.decide.memory_manager import DEMANDED, PREFETCHED
 from ..engine.loading.loading import load_inputs
+from ..engine.loading.stages import with_profile
 from ..engine.measure.merge import makespan_ns as run_ns
 from ..engine.measure.recording import LATE, Recording
 from ..engine.measure.time_split import time_split
 from ..engine.run import prepared, run_all
 from ..engine.scenario.inputs import Inputs
 from ..engine.scenario.scenario import Scenario
-from ..engine.stages import with_profile
 from ..engine.timing.records import Decoded
 from ..resources.profile import Profile
 from ..resources.profile_costs import Duration, DurationBesideCopy, TransferCost

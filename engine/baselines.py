@@ -15,8 +15,8 @@ from ..resources.spool import Spool
 from .costs.costs import Costs, part_costs
 from .decide.memory_manager import BudgetError, MemoryManager
 from .decide.partition import divider
-from .expert_parallel import held
 from .loading.deciders import make_manager
+from .loading.expert_parallel import held
 from .loading.offloading import plain
 from .measure.merge import makespan_ns
 from .policies.eviction import EVICTION
@@ -94,9 +94,9 @@ def _resident_inputs(inputs: Inputs) -> Inputs:
 
 
 def _resident_manager(inputs: Inputs, spool: Spool) -> MemoryManager:
-    model, placed = inputs.model, inputs.placed
+    model, layout = inputs.model, inputs.expert_parallel
     manager = MemoryManager(model.expert_bytes, model.experts, model.total_expert_bytes, EVICTION["lru"], spool=spool)
-    manager.preload(range(model.total_experts) if placed is None else held(placed, inputs.device))
+    manager.preload(range(model.total_experts) if layout is None else held(layout, inputs.device))
     return manager
 
 
@@ -175,8 +175,8 @@ def _only_fetching(inputs: Inputs) -> Inputs:
     """Returns the inputs with every miss fetched whole, and nothing lent between GPUs."""
     if not inputs.scenario.only_fetches:
         inputs = replace(inputs, scenario=plain(inputs.scenario))
-    if inputs.placed is not None:
-        inputs = replace(inputs, placed=replace(inputs.placed, spare_experts=0))
+    if inputs.expert_parallel is not None:
+        inputs = replace(inputs, expert_parallel=replace(inputs.expert_parallel, spare_experts=0))
     return inputs
 
 

@@ -18,10 +18,9 @@ from .costs.costs import Costs
 from .decide.dispatch import Visit
 from .decide.host_memory import HostMemory
 from .decide.memory_manager import MemoryManager
-from .expert_parallel import decided
-from .loading.deciders import dispatched, make_host_memory, make_manager, make_prefetch, source_of
+from .decide.pipeline import flow_of
+from .loading.deciders import dispatched, dispatched_together, make_host_memory, make_manager, make_prefetch, source_of
 from .measure.recording import Recording
-from .pipeline import StageRun, flow_of
 from .policies.copy_order import COPY_ORDERS, Fifo, Priority, TwoStreams
 from .policies.prefetch import Gauge, Prefetch
 from .scenario.amounts import ScenarioError
@@ -93,14 +92,14 @@ def run_all(
     Costs that are drawn anew for every kernel are asked for by SimPy processes, one after the other.
     """
     engine = "simpy" if any(gpu.costs.drawn_anew for gpu in ready) else engine_for(inputs, engine).engine
-    from .timing.runs import run_shared, run_stages  # which compile at their first use
+    from .timing.runs import StageRun, run_shared, run_stages  # which compile at their first use
 
     gauges = [Gauge() for _ in ready]
     hosts: list[HostMemory | None] = [None for _ in ready]
     one_thread = inputs.scenario.parallel.dispatch_threads == "one"
-    if inputs.placed is not None and inputs.links is not None:
+    if inputs.expert_parallel is not None and inputs.links is not None:
         managers, prefetches = [gpu.manager for gpu in ready], [gpu.prefetch for gpu in ready]
-        visits = watch(decided(inputs, managers, prefetches, gauges))
+        visits = watch(dispatched_together(inputs, managers, prefetches, gauges))
         decoded = run_shared(
             inputs, ready, gauges, visits, one_thread=one_thread, engine=engine, sources=_shared(inputs, ready, engine),
             ticks=watch(iter(range(inputs.layer_visits))),
@@ -144,10 +143,10 @@ def _shared(inputs: Inputs, ready: Sequence[Prepared], engine: str) -> list[Sour
         return []
     from .decide.sources import shared_in_python
 
-    placed, sources = inputs.placed, [source_of(gpu.inputs, gpu.manager, gpu.prefetch) for gpu in ready]
-    assert placed is not None
-    owners = [len(gpus) for of_layer in placed.owners for gpus in of_layer]
-    return [] if shared_in_python(sources, placed.remote, inputs.scenario.parallel.lends, owners) else sources
+    layout, sources = inputs.expert_parallel, [source_of(gpu.inputs, gpu.manager, gpu.prefetch) for gpu in ready]
+    assert layout is not None
+    owners = [len(gpus) for of_layer in layout.owners for gpus in of_layer]
+    return [] if shared_in_python(sources, layout.remote, inputs.scenario.parallel.lends, owners) else sources
 
 
 class Chosen(NamedTuple):

@@ -20,7 +20,6 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import InputError
-from ..resources.network import Carried
 from ..resources.spool import Spool
 from ..resources.timeline import Timeline
 from ..workloads.batches import continued_steps, warmup_steps
@@ -28,10 +27,8 @@ from .baselines import compared, run_baseline
 from .costs.costs import Costs, part_costs
 from .costs.uncertainty import replicate_costs, summary, without_uncertainty
 from .decide.memory_manager import MemoryManager
-from .expert_parallel import sent_tokens_and_experts, shadow_misses, sharing_metrics
-from .links import Links
 from .loading.capacity import described
-from .loading.deciders import dispatched, make_manager, source_of
+from .loading.deciders import dispatched, dispatched_together, make_manager, source_of
 from .loading.loading import load_inputs
 from .loading.offloading import low_precision
 from .measure.accesses import miss_keys
@@ -42,7 +39,7 @@ from .measure.misses import offloading_metrics
 from .measure.recording import Recording
 from .measure.result import RunResult
 from .measure.speed import Serving
-from .pipeline import flow_of, sent
+from .measure.traffic import carried_between, sharing_metrics
 from .policies.prefetch import NoPrefetch
 from .run import Chosen, Prepared, Progress, engine_for, prepared, run_all, watched
 from .scenario.inputs import Inputs
@@ -147,7 +144,7 @@ def simulate_inputs(
         figures=figures,
         deduplication=_deduplication(inputs, recordings),
         links=_links(inputs, recordings),
-        sharing=None if inputs.placed is None else sharing_metrics(recordings),
+        sharing=None if inputs.expert_parallel is None else sharing_metrics(recordings),
         baselines=compared(known, figures),
         replicates=summary(_replicates(inputs, replicates, progress)) if replicates else None,
         offloading=_offloading(inputs, recordings, costs),
@@ -230,13 +227,24 @@ def _shadow_misses(
     if not any(gpu.prefetch.horizons for gpu in ready):
         return [None] * len(ready)
     managers = [make_manager(part, Spool(stream, keep=False)) for part in inputs.parts]
-    if inputs.placed is not None:
-        missed = shadow_misses(inputs, managers)
+    if inputs.expert_parallel is not None:
+        missed = _misses_together(inputs, managers)
     else:
         missed = [_misses_alone(part, own, engine) for part, own in zip(inputs.parts, managers, strict=True)]
     for manager in managers:  # what is mapped stays readable
         manager.spool.remove()
     return list(missed)
+
+
+def _misses_together(inputs: Inputs, managers: Sequence[MemoryManager]) -> list[npt.NDArray[np.int64]]:
+    """Returns what each GPU's cache (`managers`, fresh ones) misses without prefetch, as `metrics.miss_keys`."""
+    missed = [manager.spool.column("missed", np.int64) for manager in managers]
+    for visit in dispatched_together(inputs, managers, [NoPrefetch() for _ in managers]):
+        for manager, keys, own in zip(managers, missed, visit.visits, strict=True):
+            keys.buffer += miss_keys([own], inputs.model.total_experts).tobytes()
+            if not visit.layer:
+                manager.spool.flush()
+    return [keys.array() for keys in missed]
 
 
 def _misses_alone(inputs: Inputs, manager: MemoryManager, engine: str) -> npt.NDArray[np.int64]:
@@ -256,14 +264,7 @@ def _misses_alone(inputs: Inputs, manager: MemoryManager, engine: str) -> npt.ND
 def _links(inputs: Inputs, recordings: Sequence[Recording]) -> list[dict[str, Any]] | None:
     """Returns what each link between GPUs carried; None where there are none."""
     links = inputs.links
-    return None if links is None else link_usage(recordings, links, _sent(inputs, recordings, links))
-
-
-def _sent(inputs: Inputs, recordings: Sequence[Recording], links: Links) -> list[Carried]:
-    """Returns what GPUs have sent each other."""
-    if inputs.placed is not None:
-        return sent_tokens_and_experts(inputs, recordings, links)
-    return sent(recordings, flow_of(inputs.model, inputs.trace, inputs.steps), links)
+    return None if links is None else link_usage(recordings, links, carried_between(inputs, recordings, links))
 
 
 def _digest(inputs: Inputs) -> str | None:

@@ -16,3 +16,6 @@ from .machine import tiny_scenario as tiny_scenario
 from .machine import tiny_trace as tiny_trace
 from .random_runs import random_inputs as random_inputs
 from .random_runs import random_trace as random_trace
+from .serving import serve as serve
+from .serving import tiny_requests as tiny_requests
+from .serving import tiny_server as tiny_server

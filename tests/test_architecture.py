@@ -42,8 +42,6 @@ FLOORS = [
     {"cli"},
 ]
 FLOOR_OF = {folder: number for number, floor in enumerate(FLOORS) for folder in floor}
-#: Files of several GPUs, which lie in `engine` by themselves, and may be imported from anywhere in it.
-SEVERAL_GPUS = {f"engine/{name}.py" for name in ("expert_parallel", "links", "pipeline", "placed", "stages")}
 #: Imports that go up all the same, each with what would mend it.
 GO_UP = {
     ("engine/loading/loading.py", "engine/run.py"): "a searched split of a pipeline is found by running samples",
@@ -61,8 +59,10 @@ TORCH_PROGRAMS = "workloads/training"
 #: Where the discrete-event kernel may be imported at all: decisions know no clock.
 CLOCKED = {"engine", "resources"}
 CLOCK_FREE = [
-    "engine/placed.py",
-    *(f"engine/decide/{name}.py" for name in ("memory_manager", "dispatch", "host_memory", "program")),
+    *(
+        f"engine/decide/{name}.py"
+        for name in ("memory_manager", "dispatch", "host_memory", "program", "expert_parallel", "pipeline")
+    ),
     *(f"engine/replay/{name}.py" for name in ("replay", "compiled")),
 ]
 #: What was measured is kept with the sources, and not shipped: no command reads it unless it is named.
@@ -134,15 +134,13 @@ def test_a_folder_imports_only_those_below_it_even_inside_functions_and_for_type
         assert {name_of(module) for module in loaded} <= BELOW_ALL
     elif home:
         up = {name_of(module) for module in loaded if not goes_down(path, module)}
-        if home.startswith("engine"):
-            up -= SEVERAL_GPUS
         assert up == {to for of, to in GO_UP if of == name_of(path)}
     else:
         assert "calibration" not in {folder_of(module) for module in loaded}
 
 
 def test_what_may_go_up_is_there() -> None:
-    named = SEVERAL_GPUS | {name for pair in GO_UP for name in pair}
+    named = {name for pair in GO_UP for name in pair}
     assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
 
 

@@ -180,7 +180,7 @@ def play(seed: int, folder: Path) -> str:
     inputs = accepted(seed, folder)
     if inputs is None:
         return "refused"
-    if inputs.placed is not None:
+    if inputs.expert_parallel is not None:
         return "parallel.gpus"
     return next((why for part in inputs.parts if (why := compare(part)) is not None), "alike")
 

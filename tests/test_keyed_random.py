@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from prestage.workloads.keyed_random import uniform
+from prestage.workloads.keyed_random import uniform, uniform_one
 
 #: Outputs 0 to 2 of SplitMix64 seeded with 0, as published with many implementations of it.
 SPLITMIX64_SEED_0 = (0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F)
@@ -27,7 +27,7 @@ def test_a_chain_seeds_each_generator_with_the_output_before(keys: tuple[int, ..
     state = 0
     for key in keys:
         state = splitmix64(state, key & WORD)
-    assert uniform(*keys) == (state >> 11) / 2**53
+    assert uniform(*keys) == uniform_one(*keys) == (state >> 11) / 2**53
 
 
 def test_keys_broadcast_and_agree_with_one_by_one() -> None:

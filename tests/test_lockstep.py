@@ -27,13 +27,12 @@ from tiny import (
 
 from prestage.engine.costs.all_to_all import AllToAll
 from prestage.engine.costs.costs import part_costs
-from prestage.engine.expert_parallel import decided, place, routes
-from prestage.engine.links import Links
-from prestage.engine.loading.deciders import make_manager, make_prefetch
+from prestage.engine.decide.expert_parallel import REMOTE
+from prestage.engine.loading.deciders import dispatched_together, make_manager, make_prefetch
+from prestage.engine.loading.expert_parallel import place
 from prestage.engine.loading.loading import load_inputs
 from prestage.engine.measure.recording import Recording
 from prestage.engine.measure.time_split import time_split
-from prestage.engine.placed import REMOTE
 from prestage.engine.policies.placement import PLACEMENT
 from prestage.engine.run import prepared, run_all
 from prestage.engine.scenario.amounts import ScenarioError
@@ -41,6 +40,7 @@ from prestage.engine.scenario.inputs import Inputs
 from prestage.engine.scenario.scenario import Scenario, load_scenario, make_scenario
 from prestage.engine.scenario.sections import DISPATCH_THREADS
 from prestage.engine.simulate import simulate_inputs
+from prestage.resources.links import Links, LinkSetting
 from prestage.resources.profile import Profile, make_profile
 from prestage.resources.timeline import COMBINE, DEMAND, DENSE, DISPATCH, EXPERT, PEER, PREDICT, PREFETCH, SPAN
 
@@ -100,8 +100,8 @@ def intervals(recording: Recording, *kinds: int) -> list[tuple[int, int]]:
 
 def all_to_all(topology: dict[str, Any], gpus: int) -> AllToAll:
     profile = machine(gpus, topology=topology)
-    links = Links(profile, shared(gpus, 1), gpus, "parallel.gpus")
-    return AllToAll(routes(links), links.topology, TOKEN_BYTES)
+    links = Links(profile, gpus, LinkSetting())
+    return AllToAll(links.routes(), links.topology, TOKEN_BYTES)
 
 
 @settings(max_examples=50)
@@ -290,7 +290,7 @@ def test_the_engine_decides_what_is_decided_without_a_clock(drawn: Spread) -> No
     recordings = run(inputs)
     managers = [make_manager(part) for part in inputs.parts]
     policies = [make_prefetch(part.scenario, part.model) for part in inputs.parts]
-    found = list(decided(inputs, managers, policies))
+    found = list(dispatched_together(inputs, managers, policies))
     assert len(found) == inputs.layer_visits
     for gpu, (recording, manager) in enumerate(zip(recordings, managers, strict=True)):
         assert recording.manager.copy_expert.tolist() == manager.copy_expert.tolist()

@@ -14,13 +14,13 @@ from tiny import tiny_model, tiny_pipeline, tiny_profile, tiny_scenario, tiny_to
 from prestage.engine.costs.costs import part_costs
 from prestage.engine.loading.deciders import dispatched, make_manager
 from prestage.engine.loading.loading import load_inputs
+from prestage.engine.loading.stages import stage_guesses, stage_model, stage_trace
 from prestage.engine.measure.comparison import compare
 from prestage.engine.measure.merge import makespan_ns
 from prestage.engine.policies.prefetch import NoPrefetch
 from prestage.engine.run import prepared, run_all
 from prestage.engine.scenario.scenario import load_scenario
 from prestage.engine.simulate import simulate
-from prestage.engine.stages import stage_guesses, stage_model, stage_trace
 from prestage.experiments.compare import load_run
 from prestage.output.run_folder import write_result
 from prestage.output.tables.runs import print_result

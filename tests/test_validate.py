@@ -26,11 +26,11 @@ from prestage.calibration.validate import (
 )
 from prestage.engine.costs.costs import Costs, part_costs
 from prestage.engine.loading.loading import load_inputs
+from prestage.engine.loading.stages import with_profile
 from prestage.engine.measure.merge import makespan_ns
 from prestage.engine.measure.recording import Recording
 from prestage.engine.run import prepared, run_all
 from prestage.engine.scenario.scenario import Scenario, make_scenario
-from prestage.engine.stages import with_profile
 from prestage.resources.profile import Profile, load_profile
 from prestage.resources.timeline import LAUNCH, READBACK
 

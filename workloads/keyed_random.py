@@ -23,6 +23,8 @@ _ROUNDS = ((np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)), (np.uint64(27), np.ui
 _LAST_SHIFT = np.uint64(31)
 _ONE = np.uint64(1)
 _WORD = (1 << 64) - 1
+_GAMMA_INT = int(_GAMMA)
+_ROUNDS_INT = tuple((int(shift), int(factor)) for shift, factor in _ROUNDS)
 
 
 def uniform(*keys: Key) -> npt.NDArray[np.float64]:
@@ -45,6 +47,17 @@ def uniform(*keys: Key) -> npt.NDArray[np.float64]:
     for word in words:
         state = _mix(state + (np.atleast_1d(word) + _ONE) * _GAMMA)
     return ((state >> np.uint64(11)).astype(np.float64) * 2.0**-53).reshape(shape)
+
+
+def uniform_one(*keys: int) -> float:
+    """Returns the one number that `uniform` gives for these integers, without arrays: many times quicker for one."""
+    state = 0
+    for key in keys:
+        state = (state + ((key & _WORD) + 1) * _GAMMA_INT) & _WORD
+        for shift, factor in _ROUNDS_INT:
+            state = ((state ^ (state >> shift)) * factor) & _WORD
+        state ^= state >> 31
+    return (state >> 11) * 2.0**-53
 
 
 def _words(key: Key) -> npt.NDArray[np.uint64]:

@@ -160,6 +160,10 @@ class Model:
         """Returns the one number that names expert `index` of MoE layer `layer`, both from 0."""
         return layer * self.experts + index
 
+    def activation_bytes(self, tokens: int) -> int:
+        """Returns the bytes of so many tokens' hidden states: in 16 bits, unless the weights have more."""
+        return tokens * self.hidden * (4 if self.dense_dtype == "float32" else 2)
+
     def dtype_bits(self, part: Literal["expert", "dense"]) -> float:
         """Returns the bits per weight of the routed experts or of the dense part's matrices."""
         return float(bits_of(self.expert_dtype if part == "expert" else self.dense_dtype))

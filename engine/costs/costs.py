@@ -20,7 +20,6 @@ from ...resources.lags import Lags
 from ...resources.profile import Profile
 from ...resources.profile_costs import ComputeCosts, CopyCosts, ExpertPoint, HostCosts, KernelPoint, ProfileError
 from ...workloads.batches import DECODE
-from ...workloads.model import Model
 from ..scenario.scenario import Scenario
 from .attention import Attention
 from .surface_costs import Kernels, SurfaceCosts, dense_kernels, expert_kernels, head_kernels
@@ -434,15 +433,6 @@ class Costs:
 
     def _launches(self, kernels: int) -> int:
         return kernels if self._mode == "eager" else 1
-
-
-#: Bytes of one number of a hidden state on its way: kernels compute in 16 bits, unless the weights have more.
-_ACTIVATION_BYTES = {"float32": 4}
-
-
-def activation_bytes(model: Model, tokens: int) -> int:
-    """Returns the bytes of so many tokens' hidden states."""
-    return tokens * model.hidden * _ACTIVATION_BYTES.get(model.dense_dtype, 2)
 
 
 def token_bucket(tokens: int) -> int:

@@ -14,7 +14,7 @@ from ...dtypes import bits_of
 from ...resources.profile_costs import CpuExpertPoint, KernelRule, ProfileError
 from ...workloads.batches import DECODE
 from ..scenario.scenario import Scenario
-from .costs import Costs, KernelCost, activation_bytes
+from .costs import Costs, KernelCost
 
 #: Matrices of an expert as the CPU's are measured (gate, up, down).
 _MATRICES = 3
@@ -130,7 +130,7 @@ class CpuCosts:
 
     def activations_ns(self, tokens: int) -> int:
         """Returns the copy of so many tokens' activations to the host."""
-        return self._costs.profile.d2h.alone.ns(activation_bytes(self._model, tokens))
+        return self._costs.profile.d2h.alone.ns(self._model.activation_bytes(tokens))
 
     def there_and_back_ns(self, tokens: int) -> int:
         """Returns the way of so many tokens to the host, which has to notice that they came, and of their results."""
@@ -138,7 +138,7 @@ class CpuCosts:
 
     def results_ns(self, tokens: int) -> int:
         """Returns the copy of so many tokens' results to the GPU."""
-        return self._costs.h2d.alone.ns(activation_bytes(self._model, tokens))
+        return self._costs.h2d.alone.ns(self._model.activation_bytes(tokens))
 
 
 def _weight_bytes(point: CpuExpertPoint) -> float:

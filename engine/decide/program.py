@@ -17,9 +17,9 @@ import numpy.typing as npt
 
 from ...resources.timeline import ACTIVATION, COMBINE, DENSE, DISPATCH, EXPERT, HEAD
 from ...workloads.batches import Step
-from ..placed import PlacedVisit
 from .commands import CHOICE, COMPUTE, FIXED_REGISTERS, OUTPUT, RESULTS, TOKENS, Command, Op
 from .dispatch import Visit
+from .expert_parallel import ParallelVisit
 from .host_memory import HostRooms
 from .registers import Registers
 from .tables import Loans, Rooms, visit_tables
@@ -270,8 +270,8 @@ class SharedLayers:
     """
 
     def __init__(
-        self, gpus: Sequence[Gpu], visits: Iterator[PlacedVisit], layers: int, one_thread: bool,
-        moves: Callable[[Array], bool], decided: Callable[[PlacedVisit], None],
+        self, gpus: Sequence[Gpu], visits: Iterator[ParallelVisit], layers: int, one_thread: bool,
+        moves: Callable[[Array], bool], decided: Callable[[ParallelVisit], None],
     ) -> None:  # fmt: skip
         self._gpus, self._visits, self._layers, self._one = gpus, visits, layers, one_thread
         self._moves, self._decided = moves, decided
@@ -354,7 +354,7 @@ class SharedLayers:
         for gpu in self._turns():
             self._rows.add(Op.NOTICE, gpu.number, register=self._choices)
 
-    def _send(self, visit: PlacedVisit, moves: bool, tokens: list[int]) -> None:
+    def _send(self, visit: ParallelVisit, moves: bool, tokens: list[int]) -> None:
         """Note what was decided, and let tokens go to the GPUs that have their experts."""
         for gpu, own in zip(self._turns(), visit.visits, strict=True):
             gpu.decide(self._rows, own)
@@ -374,7 +374,7 @@ class SharedLayers:
             self._rows.add(Op.WAIT, 0, register=register, extra=0)
         self._rows.add(Op.EXCHANGE, 0, kind=kind)
 
-    def _serve(self, visit: PlacedVisit, phase: int) -> None:
+    def _serve(self, visit: ParallelVisit, phase: int) -> None:
         for gpu, own in zip(self._each(), visit.visits, strict=True):
             loans = self._loans(visit, gpu.number) if gpu.settings[LENDS] else None
             gpu.serve(self._rows, own, phase, loans)
@@ -384,7 +384,7 @@ class SharedLayers:
                 gpu.registers.give(register)
             self._left.clear()
 
-    def _loans(self, visit: PlacedVisit, gpu: int) -> Loans:
+    def _loans(self, visit: ParallelVisit, gpu: int) -> Loans:
         """Returns what a GPU's copies have to do with other GPUs' memory, by register."""
         stores: dict[int, tuple[int, int, int, int]] = {}
         registers = self._gpus[gpu].registers

@@ -17,11 +17,11 @@ import numpy.typing as npt
 from ...workloads.batches import Step
 from ...workloads.model import Model
 from ...workloads.trace import RoutingTrace
-from ..expert_parallel import held
 from ..scenario.amounts import ScenarioError, parse_budget, parse_bytes
 from ..scenario.inputs import Inputs
 from ..scenario.scenario import Scenario
 from .deciders import make_manager, make_prefetch
+from .expert_parallel import held
 from .offloading import kept_bytes, low_precision
 
 #: What lies in a memory, by the names that results use.
@@ -123,7 +123,7 @@ def gpu_parts(part: Inputs) -> dict[str, int]:
         KV_CACHE: int(cached[fullest]),
         EXPERTS: budget_bytes - low_bytes,
         LOW: low_bytes,
-        SPARE: 0 if part.placed is None else part.placed.spare_experts * max(model.expert_bytes),
+        SPARE: 0 if part.expert_parallel is None else part.expert_parallel.spare_experts * max(model.expert_bytes),
     }
     total = scenario.memory.total_bytes
     if total is not None:
@@ -238,7 +238,7 @@ def _for_experts(memory: Memory) -> int:
 def _resident(part: Inputs, memory: Memory) -> Memory:
     """Returns a GPU's memory with all experts that it serves in place of its room for experts."""
     model = part.model
-    experts = range(model.total_experts) if part.placed is None else held(part.placed, part.device)
+    experts = range(model.total_experts) if part.expert_parallel is None else held(part.expert_parallel, part.device)
     held_bytes = sum(model.expert_bytes[expert // model.experts] for expert in experts)
     if part.scenario.memory.scope == "shared":
         held_bytes = _all_experts(model, part.scenario)
@@ -248,9 +248,9 @@ def _resident(part: Inputs, memory: Memory) -> Memory:
 
 def _lives_here(part: Inputs) -> npt.NDArray[np.bool_] | None:
     """Returns which rows of a GPU's steps are of sequences whose KV cache it keeps; None if all are."""
-    if part.placed is None or not part.placed.moves_tokens:
+    if part.expert_parallel is None or not part.expert_parallel.moves_tokens:
         return None
-    here: npt.NDArray[np.bool_] = np.concatenate(part.placed.homes) == int(part.device.removeprefix("gpu"))
+    here: npt.NDArray[np.bool_] = np.concatenate(part.expert_parallel.homes) == int(part.device.removeprefix("gpu"))
     return here
 
 

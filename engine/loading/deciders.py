@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ...resources.spool import Spool
 from ...workloads.model import Model
 from ..decide.dispatch import Visit, visits
+from ..decide.expert_parallel import ParallelVisit, Worker, parallel_visits
 from ..decide.host_memory import HostMemory
 from ..decide.memory_manager import BudgetError, MemoryManager
 from ..decide.partition import divider
@@ -132,6 +133,18 @@ def dispatched(
         miss=make_miss(inputs),
     )
     return decided if host_memory is None else host_memory.through(decided)
+
+
+def dispatched_together(
+    inputs: Inputs, managers: Sequence[MemoryManager], prefetches: Sequence[Prefetch], gauges: Sequence[Gauge] = ()
+) -> Iterator[ParallelVisit]:
+    """Returns the visits of a run over several GPUs, decided one by one as they are asked for."""
+    assert inputs.expert_parallel is not None
+    workers = [
+        Worker(manager, prefetch, part.steps, part.guesses, gauges[number] if gauges else None)
+        for number, (part, manager, prefetch) in enumerate(zip(inputs.gpus, managers, prefetches, strict=True))
+    ]
+    return parallel_visits(inputs.expert_parallel, inputs.trace, workers, issue=inputs.scenario.prefetch.issue)
 
 
 def source_of(

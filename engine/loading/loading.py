@@ -20,21 +20,20 @@ from ...workloads.trace import RoutingTrace
 from ..costs.costs import Costs, part_costs, pieces_of
 from ..decide.memory_manager import BudgetError
 from ..decide.partition import divider
-from ..expert_parallel import place
-from ..links import Links
 from ..measure.merge import makespan_ns as run_ns
-from ..pipeline import pipeline_routes
 from ..policies.eviction import EVICTION
 from ..run import prepared, run_all
 from ..scenario.amounts import ScenarioError, parse_bytes
 from ..scenario.inputs import Inputs
 from ..scenario.predicting import FREE, predictor_cost, scenario_predictor
 from ..scenario.scenario import Scenario
-from ..stages import OF_WHOLE_MODEL, SAMPLE_STEPS, stage_inputs, stage_layers
 from .capacity import check, fixed_parts, gib, kv_cache_bytes
 from .deciders import make_host_memory, make_manager, make_prefetch
 from .duration import check_duration
+from .expert_parallel import place
+from .links import links_of
 from .offloading import make_miss
+from .stages import OF_WHOLE_MODEL, SAMPLE_STEPS, stage_inputs, stage_layers
 
 #: In so many pieces an expert is copied at most: 4 KiB each of a quarter of a GiB.
 MOST_PIECES = 1 << 16
@@ -129,8 +128,8 @@ def _in_stages(whole: Inputs) -> Inputs:
     """Returns inputs with those of each stage of a pipeline; raise if a stage cannot run, or a link is not there."""
     scenario, stages = whole.scenario, whole.scenario.parallel.stages
     if stages > 1:
-        links = Links(whole.profile, scenario, stages, "parallel.stages")
-        pipeline_routes(links)  # refuses GPUs that no copy can go between
+        links = links_of(whole, stages, "parallel.stages")
+        links.to_next()  # refuses GPUs that no copy can go between
         whole = replace(whole, links=links)
     if scenario.predictor.name in OF_WHOLE_MODEL:
         whole = replace(whole, guesses=_guesses(whole))

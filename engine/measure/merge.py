@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ...resources.links import Links
 from ...resources.network import Carried, link_loads
 from ...resources.timeline import DEMAND, DENSE, HEAD, PREFETCH, LaneName, Timeline
-from ..links import Links
 from . import metrics
 from .accesses import ACCESS_RATES, access_rates, accesses_from
 from .metrics import gpu_metrics, overlapped_ns, span_bytes

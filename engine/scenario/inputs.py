@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...resources.links import Links
 from ...resources.profile import Profile
 from ...workloads.batches import Step
 from ...workloads.guesses import Guesses
 from ...workloads.model import Model
 from ...workloads.trace import RoutingTrace
-from ..links import Links
-from ..placed import Placed
+from ..decide.expert_parallel import ExpertParallel
 from .predicting import FREE, PredictorCost
 from .scenario import Scenario
 
@@ -37,7 +37,7 @@ class Inputs:
     links: Links | None = None
     #: The inputs of each of the GPUs that share the experts of all layers, in order, and how the experts lie on them.
     gpus: tuple[Inputs, ...] = ()
-    placed: Placed | None = None
+    expert_parallel: ExpertParallel | None = None
 
     @property
     def parts(self) -> tuple[Inputs, ...]:

@@ -17,8 +17,8 @@ from ...workloads.batches import PREFILL_MODES, parse_warmup
 from ...workloads.guesses import MOST_HORIZONS
 from ...workloads.predictors import PREDICTORS
 from ..decide.dispatch import ISSUE
+from ..decide.expert_parallel import REMOTE
 from ..decide.memory_manager import PROTECTION
-from ..placed import REMOTE
 from ..policies.placement import OBJECTIVES, PLACEMENT
 from ..policies.prefetch import PREFETCH
 from ..policies.split import SPLITS

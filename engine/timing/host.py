@@ -14,10 +14,10 @@ from typing import Any
 import numpy.typing as npt
 import simpy
 
+from ...resources.links import PeerCosts
 from ...resources.timeline import ACTIVATION, CPU_EXPERT, DECOMPRESS, EXPERT, LAUNCH, PEER, PREDICT, PREFETCH
 from ..costs.costs import KernelCost
 from ..decide.commands import COMPUTE, FIXED_REGISTERS, H2D, SIDE, TOKENS, Command, Op
-from ..links import PeerCosts
 from ..policies.copy_order import QueuedCopy
 from .lanes import HOSTS, Instant, Lane, QueueLane, Story, Work, until_ended
 from .machine import GpuLanes

@@ -8,13 +8,13 @@ from dataclasses import replace
 import simpy
 
 from ...resources.lags import Lags
+from ...resources.links import HostLink
 from ...resources.network import Crowd, Transfer
 from ...resources.timeline import DECOMPRESS, EXPERT, HEAD, Timeline
 from ...workloads.batches import DECODE, PREFILL
 from ..costs.costs import CopyCost, Costs, KernelCost, ReadCost, ReadCosts
 from ..costs.offload_costs import CpuCosts, ShrunkCosts
 from ..decide.commands import H2D, PREFETCH_LANE, Command
-from ..links import HostLink
 from ..policies.copy_order import COPY_ORDERS, ByRank
 from ..policies.miss import LOW_PRECISION
 from ..scenario.scenario import Scenario

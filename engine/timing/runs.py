@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import permutations
 from typing import TYPE_CHECKING, Any
@@ -11,18 +11,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from ...resources.links import Links
 from ...resources.network import Network
 from ...workloads.batches import Step
 from ...workloads.trace import RoutingTrace
 from ..costs.all_to_all import AllToAll
-from ..costs.costs import activation_bytes
+from ..costs.costs import Costs
+from ..decide.dispatch import Visit
+from ..decide.expert_parallel import ParallelVisit, traffic
+from ..decide.host_memory import HostMemory
+from ..decide.memory_manager import MemoryManager
+from ..decide.pipeline import Flow, received_steps, sent_bytes
 from ..decide.program import SharedLayers, Stage, stages_program
-from ..expert_parallel import routes
-from ..links import Links
-from ..pipeline import Flow, StageRun, pipeline_routes, received_steps, sent_bytes
-from ..placed import PlacedVisit, traffic
 from ..policies.prefetch import Gauge
 from ..scenario.inputs import Inputs
+from ..scenario.scenario import Scenario
 from .host import Arrivals, Exchanges, Sending
 from .lanes import Lane
 from .records import COPIES_FROM, Decoded
@@ -37,6 +40,19 @@ if TYPE_CHECKING:
 _COMPILED_STAGE = Stage
 
 
+@dataclass(frozen=True)
+class StageRun:
+    """What one stage runs: its visits, as they are decided; `prefetching`: its predictor runs too."""
+
+    visits: Iterator[Visit]
+    manager: MemoryManager
+    costs: Costs
+    scenario: Scenario
+    prefetching: bool
+    gauge: Gauge
+    host_memory: HostMemory | None = None
+
+
 def run_stages(
     runs: Sequence[StageRun], steps: Sequence[Step], flow: Flow | None, links: Links | None, *, one_thread: bool,
     engine: str, sources: Sequence[Source] = (), ticks: Iterator[Any] | None = None,
@@ -49,7 +65,7 @@ def run_stages(
     """
     network = None
     if links is not None:
-        pipeline_routes(links)  # what is sent over them counts on the network
+        links.to_next()  # what is sent over them counts on the network
         network = links.network([run.costs for run in runs])
     most_tokens = max((len(step.rows) for step in steps), default=0)
     simulation = Simulation(len(runs), engine)
@@ -99,7 +115,7 @@ def _decisions(
 
 def _connect(engine: Simulation, gpus: Sequence[OneGpu], flow: Flow, links: Links, network: Network | None) -> None:
     """Let each stage send its activations to the next, and the last one its tokens to the first."""
-    for number, (one, costs) in enumerate(zip(gpus, pipeline_routes(links), strict=True)):
+    for number, (one, costs) in enumerate(zip(gpus, links.to_next(), strict=True)):
         to = (number + 1) % len(gpus)
         arrivals = gpus[to].state.receives = Arrivals(engine.env, costs.arrival_ns)
         disturbers = one.lanes.streams if costs.slowed else []
@@ -134,7 +150,7 @@ class SharingGpus:
         """Whether an exchange of so many tokens takes any time."""
         return self._all_to_all.ns(traffic) > 0
 
-    def note(self, visit: PlacedVisit) -> None:
+    def note(self, visit: ParallelVisit) -> None:
         """Note what was decided."""
         self._traffic = visit.traffic
         for one, own in zip(self._gpus, visit.visits, strict=True):
@@ -147,13 +163,13 @@ class SharingGpus:
         """Returns how compiled decisions share the experts, where each has one owner."""
         from ..decide.decision_layout import Shared
 
-        placed, trace = inputs.placed, inputs.trace
-        assert placed is not None
-        owner = np.array([gpus[0] for of_layer in placed.owners for gpus in of_layer], dtype=np.int64)
+        layout, trace = inputs.expert_parallel, inputs.trace
+        assert layout is not None
+        owner = np.array([gpus[0] for of_layer in layout.owners for gpus in of_layer], dtype=np.int64)
         by_layer = owner.reshape(trace.layers, -1)
 
         def laid_out(first: int, end: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
-            steps = zip(inputs.steps[first:end], placed.homes[first:end], strict=True)
+            steps = zip(inputs.steps[first:end], layout.homes[first:end], strict=True)
             laid = [self._laid_out(trace, step, home, by_layer) for step, home in steps]
             lives, serves, exchanges = (np.array(values, dtype=np.int64) for values in zip(*laid, strict=True))
             return lives, serves, exchanges
@@ -212,7 +228,7 @@ def run_shared(
     inputs: Inputs,
     ready: Sequence[Any],
     gauges: Sequence[Gauge],
-    visits: Iterator[PlacedVisit],
+    visits: Iterator[ParallelVisit],
     *,
     one_thread: bool,
     engine: str,
@@ -224,8 +240,8 @@ def run_shared(
     `ready` has each GPU's manager, costs and prefetch policy; `visits` are those of all, decided as they are asked for.
     With `sources`, compiled code decides instead, as in `run_stages`.
     """
-    links, placed, scenario, model = inputs.links, inputs.placed, inputs.scenario, inputs.model
-    assert links is not None and placed is not None
+    links, layout, scenario, model = inputs.links, inputs.expert_parallel, inputs.scenario, inputs.model
+    assert links is not None and layout is not None
     costs = [gpu.costs for gpu in ready]
     simulation, network = Simulation(len(ready), engine), links.network(costs)
     simulation.network = network
@@ -238,14 +254,14 @@ def run_shared(
         )
         for number, (gpu, gauge) in enumerate(zip(ready, gauges, strict=True))
     ]  # fmt: skip
-    exchange = AllToAll(routes(links), links.topology, activation_bytes(model, 1))
-    if placed.moves_tokens:
+    exchange = AllToAll(links.routes(), links.topology, model.activation_bytes(1))
+    if layout.moves_tokens:
         links.estimates["all-to-all"] = exchange.rule
     sharing = SharingGpus(simulation, gpus, links, network, exchange, model.expert_bytes, lends=scenario.parallel.lends)
     layers = SharedLayers(
         [one.gpu for one in gpus], visits, model.layers, one_thread and len(gpus) > 1, sharing.moves, sharing.note
     )
-    simulation.thread(layers.program(inputs.steps, placed.homes), gpus, sharing.exchanges)
+    simulation.thread(layers.program(inputs.steps, layout.homes), gpus, sharing.exchanges)
     if sources and not layers.apart:
         from ..decide.compiled_decisions import Decisions  # which compiles at its first import
         from ..decide.decision_layout import Part

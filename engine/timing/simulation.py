@@ -14,6 +14,7 @@ import numpy.typing as npt
 import simpy
 
 from ...errors import InputError
+from ...resources.links import HostLink
 from ...resources.network import Network
 from ...resources.timeline import SPAN, Timeline
 from ...words import unknown_name
@@ -26,7 +27,6 @@ from ..decide.program import Gpu, Program
 from ..decide.registers import Registers
 from ..decide.tables import Rooms
 from ..decide.visit_commands import AWAITS_GUESSES, FROM_HOST, FROM_HOST_ASIDE, ON_GPU, ON_GPU_ASIDE, settings_array
-from ..links import HostLink
 from ..policies.prefetch import Gauge
 from ..scenario.scenario import Scenario
 from ..scenario.sections import ON_GPU as ON_GPU_LANES

@@ -11,15 +11,15 @@ from functools import partial
 from itertools import accumulate
 from typing import Any
 
-from ..resources.profile import Profile
-from ..workloads.batches import Step
-from ..workloads.guesses import Guesses
-from ..workloads.model import Model
-from ..workloads.trace import RoutingTrace
-from .costs.costs import Costs
-from .decide.dispatch import step_accesses
-from .policies.split import Layers, divide
-from .scenario.inputs import Inputs
+from ...resources.profile import Profile
+from ...workloads.batches import Step
+from ...workloads.guesses import Guesses
+from ...workloads.model import Model
+from ...workloads.trace import RoutingTrace
+from ..costs.costs import Costs
+from ..decide.dispatch import step_accesses
+from ..policies.split import Layers, divide
+from ..scenario.inputs import Inputs
 
 #: Predictors that know the whole model's layers; all others guess from what a stage sees of the trace.
 OF_WHOLE_MODEL = ("learned", "recorded")

@@ -7,37 +7,14 @@ same sequences. What is decided at a stage depends on that stage's order alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from ..resources.network import Carried
-from ..resources.timeline import ACTIVATION
-from ..workloads.batches import Step, continued_steps
-from ..workloads.model import Model
-from ..workloads.trace import RoutingTrace
-from .costs.costs import Costs, activation_bytes
-from .decide.dispatch import Visit
-from .decide.host_memory import HostMemory
-from .decide.memory_manager import MemoryManager
-from .links import Links, PeerCosts
-from .measure.recording import Recording
-from .policies.prefetch import Gauge
-from .scenario.scenario import Scenario
-
-
-@dataclass(frozen=True)
-class StageRun:
-    """What one stage runs: its visits, as they are decided; `prefetching`: its predictor runs too."""
-
-    visits: Iterator[Visit]
-    manager: MemoryManager
-    costs: Costs
-    scenario: Scenario
-    prefetching: bool
-    gauge: Gauge
-    host_memory: HostMemory | None = None
+from ...workloads.batches import Step, continued_steps
+from ...workloads.model import Model
+from ...workloads.trace import RoutingTrace
 
 
 @dataclass(frozen=True)
@@ -67,7 +44,7 @@ def flow_of(model: Model, trace: RoutingTrace, steps: Sequence[Step]) -> Flow:
         _TOKEN_BYTES * len(np.unique(trace.sequence[step.rows])) if number in needed else 0
         for number, step in enumerate(steps)
     ]
-    return Flow(steps, continued, [activation_bytes(model, len(step.rows)) for step in steps], token_bytes)
+    return Flow(steps, continued, [model.activation_bytes(len(step.rows)) for step in steps], token_bytes)
 
 
 def received_steps(flow: Flow, stage: int) -> list[int]:
@@ -80,20 +57,3 @@ def received_steps(flow: Flow, stage: int) -> list[int]:
 def sent_bytes(flow: Flow, stage: int, stages: int) -> Sequence[int]:
     """Returns what a stage sends to the next one at each step, or the last one to the first (steps,)."""
     return flow.activation_bytes if stage < stages - 1 else flow.token_bytes
-
-
-def pipeline_routes(links: Links) -> list[PeerCosts]:
-    """Returns what copies from each stage to the next take, and from the last to the first; raise if a route lacks."""
-    gpus = len(links.gpus)
-    return [links.peer(number, (number + 1) % gpus) for number in range(gpus)]
-
-
-def sent(recordings: Sequence[Recording], flow: Flow, links: Links) -> list[Carried]:
-    """Returns what each stage of a finished run has sent to the next, and the last one to the first."""
-    carried = []
-    for number, (recording, costs) in enumerate(zip(recordings, pipeline_routes(links), strict=True)):
-        copies = recording.spans[recording.spans["kind"] == ACTIVATION]
-        size_bytes = np.array(sent_bytes(flow, number, len(recordings)), dtype=np.int64)
-        step = copies["visit"] // len(recording.expert_bytes)
-        carried.append(Carried(costs.route, size_bytes[step], copies["start_ns"], copies["end_ns"]))
-    return carried

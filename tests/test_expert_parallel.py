@@ -15,12 +15,10 @@ from random_cases import Case, cases, decide
 from tiny import tiny_trace
 
 from prestage.engine.decide.dispatch import step_accesses
-from prestage.engine.decide.memory_manager import MemoryManager
-from prestage.engine.loading.deciders import make_manager, make_prefetch
-from prestage.engine.placed import (
+from prestage.engine.decide.expert_parallel import (
     REMOTE,
-    Placed,
-    PlacedVisit,
+    ExpertParallel,
+    ParallelVisit,
     Prices,
     Store,
     Worker,
@@ -28,8 +26,10 @@ from prestage.engine.placed import (
     homes,
     own_guesses,
     own_steps,
-    placed_visits,
+    parallel_visits,
 )
+from prestage.engine.decide.memory_manager import MemoryManager
+from prestage.engine.loading.deciders import make_manager, make_prefetch
 from prestage.engine.policies.eviction import EVICTION
 from prestage.engine.policies.placement import PLACEMENT, Owners, Request
 from prestage.engine.policies.prefetch import NoPrefetch
@@ -42,25 +42,25 @@ def steps_of(*rows: Sequence[int]) -> list[Step]:
     return [Step(DECODE, np.array(row, dtype=np.int64)) for row in rows]
 
 
-def on_demand(placed: Placed, trace: RoutingTrace, steps: list[Step], slots: int) -> list[PlacedVisit]:
+def on_demand(layout: ExpertParallel, trace: RoutingTrace, steps: list[Step], slots: int) -> list[ParallelVisit]:
     """Decide a run without prefetch, every GPU having room for so many experts of one byte."""
     workers = [
         Worker(
             MemoryManager([1] * trace.layers, trace.num_experts, slots, EVICTION["lru"]),
             NoPrefetch(),
-            steps if placed.moves_tokens else own_steps(steps, placed.homes, gpu),
+            steps if layout.moves_tokens else own_steps(steps, layout.homes, gpu),
         )
-        for gpu in range(placed.gpus)
+        for gpu in range(layout.gpus)
     ]
-    return list(placed_visits(placed, trace, workers))
+    return list(parallel_visits(layout, trace, workers))
 
 
-def served(visit: PlacedVisit) -> list[dict[int, int]]:
+def served(visit: ParallelVisit) -> list[dict[int, int]]:
     """What each GPU serves: tokens by expert."""
     return [dict(zip(v.accesses.experts, v.accesses.tokens, strict=True)) for v in visit.visits]
 
 
-def misses(visit: PlacedVisit) -> list[list[int]]:
+def misses(visit: ParallelVisit) -> list[list[int]]:
     return [[admission.expert for admission in admissions(own)] for own in visit.visits]
 
 
@@ -80,7 +80,7 @@ def test_tokens_go_to_the_owners_of_their_experts_once_each() -> None:
     # second step, token 2 has one on each GPU and token 3 both on GPU 1.
     trace = tiny_trace([[[0, 2]], [[2, 0]], [[0, 1]], [[1, 3]]], sequence=np.array([0, 1, 0, 1], dtype=np.int32))
     steps = steps_of([0, 1], [2, 3])
-    first, second = on_demand(Placed(2, EVEN_ODD, homes(trace, steps, 2)), trace, steps, 4)
+    first, second = on_demand(ExpertParallel(2, EVEN_ODD, homes(trace, steps, 2)), trace, steps, 4)
     assert served(first) == [{0: 2, 2: 2}, {}]
     assert first.visits[0].accesses.recency == [2, 0]
     assert first.traffic is not None and first.traffic.tolist() == [[0, 0], [1, 0]]  # one way for two experts
@@ -96,7 +96,7 @@ def test_of_several_owners_the_one_with_the_fewest_tokens_in_the_visit_serves() 
     owners: Owners = [[(0, 1), (0, 1), (0,)]]
     trace = tiny_trace([[[0, 2]], [[1, 2]]], 3, sequence=np.array([0, 1], dtype=np.int32))
     steps = steps_of([0, 1])
-    (visit,) = on_demand(Placed(2, owners, homes(trace, steps, 2)), trace, steps, 3)
+    (visit,) = on_demand(ExpertParallel(2, owners, homes(trace, steps, 2)), trace, steps, 3)
     assert served(visit) == [{2: 2}, {0: 1, 1: 1}]
     assert visit.traffic is not None and visit.traffic.tolist() == [[0, 1], [1, 0]]
 
@@ -106,7 +106,7 @@ def test_bytes_come_from_another_gpu_that_has_them_an_owner_before_others() -> N
     # owns it. GPU 2 gets it from GPU 1, the owner. In the second step everybody has it.
     trace = tiny_trace([[[1]]] * 6, sequence=np.array([0, 1, 2] * 2, dtype=np.int32))
     steps = steps_of([0, 1, 2], [3, 4, 5])
-    first, second = on_demand(Placed(3, EVEN_ODD, homes(trace, steps, 3), "peer"), trace, steps, 1)
+    first, second = on_demand(ExpertParallel(3, EVEN_ODD, homes(trace, steps, 3), "peer"), trace, steps, 1)
     assert misses(first) == [[1], [1], [1]]
     assert first.sources == [{}, {0: (0, 0)}, {0: (1, 0)}]
     assert first.traffic is None
@@ -116,7 +116,7 @@ def test_bytes_come_from_another_gpu_that_has_them_an_owner_before_others() -> N
 def test_from_the_host_alone_no_gpu_knows_of_another() -> None:
     trace = tiny_trace([[[1]], [[1]]], sequence=np.array([0, 1], dtype=np.int32))
     steps = steps_of([0, 1])
-    (visit,) = on_demand(Placed(2, EVEN_ODD, homes(trace, steps, 2), "host"), trace, steps, 1)
+    (visit,) = on_demand(ExpertParallel(2, EVEN_ODD, homes(trace, steps, 2), "host"), trace, steps, 1)
     assert (misses(visit), visit.sources) == ([[1], [1]], [{}, {}])
 
 
@@ -135,8 +135,8 @@ def test_what_costs_least_decides(
     # Tokens 0 and 2 live on GPU 0, which brings expert 1 from the host, as nobody has it. Then it is GPU 1's turn.
     trace = tiny_trace([[[1]], [[1]], [[1]]], sequence=np.array([0, 1, 2], dtype=np.int32))
     steps = steps_of([0, 1, 2])
-    placed = Placed(2, EVEN_ODD, homes(trace, steps, 2), "cost", Prices(token_ns, [host_ns], [peer_ns]))
-    (visit,) = on_demand(placed, trace, steps, 1)
+    layout = ExpertParallel(2, EVEN_ODD, homes(trace, steps, 2), "cost", Prices(token_ns, [host_ns], [peer_ns]))
+    (visit,) = on_demand(layout, trace, steps, 1)
     assert served(visit) == expected
     assert visit.sources == sources
     assert visit.traffic is not None and int(visit.traffic.sum()) == (1 if expected[1] == {} else 0)
@@ -150,8 +150,8 @@ def test_what_is_evicted_goes_to_another_gpus_spare_memory_and_is_fetched_back_f
     #   number 0 lay.
     trace = tiny_trace([[[0]], [[2]], [[0]], [[2]]])
     steps = steps_of([0], [1], [2], [3])
-    placed = Placed(2, EVEN_ODD, homes(trace, steps, 2), spare_experts=1)
-    found = on_demand(placed, trace, steps, 1)
+    layout = ExpertParallel(2, EVEN_ODD, homes(trace, steps, 2), spare_experts=1)
+    found = on_demand(layout, trace, steps, 1)
     assert [visit.sources[0] for visit in found] == [{}, {}, {2: (1, 0)}, {}]
     assert [visit.stores[0] for visit in found] == [{}, {0: Store(0, 1, 0, -1)}, {}, {2: Store(0, 1, 1, 0)}]
 
@@ -161,8 +161,8 @@ def test_spare_memory_keeps_what_came_last_and_room_for_two_lets_them_pass() -> 
     # stored as number 1 (room never used), 0 as number 2 where 0 lay before.
     trace = tiny_trace([[[0]], [[2]], [[0]], [[2]]])
     steps = steps_of([0], [1], [2], [3])
-    placed = Placed(2, EVEN_ODD, homes(trace, steps, 2), spare_experts=2)
-    found = on_demand(placed, trace, steps, 1)
+    layout = ExpertParallel(2, EVEN_ODD, homes(trace, steps, 2), spare_experts=2)
+    found = on_demand(layout, trace, steps, 1)
     assert [visit.sources[0] for visit in found] == [{}, {}, {2: (1, 0)}, {3: (1, 1)}]
     assert [visit.stores[0] for visit in found] == [
         {},
@@ -178,7 +178,7 @@ def test_spare_memory_keeps_what_came_last_and_room_for_two_lets_them_pass() -> 
 WHOLE = {"host_budget": "all", "prefetch": "gpu"}
 
 
-def over(inputs: Inputs, gpus: int, remote: str, placement: str = "round-robin", **options: Any) -> list[PlacedVisit]:
+def over(inputs: Inputs, gpus: int, remote: str, placement: str = "round-robin", **options: Any) -> list[ParallelVisit]:
     """Decide a random run over several GPUs, each with the whole budget."""
     sizes = inputs.model.expert_bytes
     owners = PLACEMENT[placement](Request(gpus, inputs.trace, sizes, replicas=2, replica_bytes=4 * max(sizes)))
@@ -192,8 +192,8 @@ def over(inputs: Inputs, gpus: int, remote: str, placement: str = "round-robin",
             part = replace(inputs, steps=own_steps(inputs.steps, lives, gpu), guesses=own)
         prefetch = make_prefetch(inputs.scenario, inputs.model)
         workers.append(Worker(make_manager(part), prefetch, part.steps, part.guesses))
-    placed = Placed(gpus, owners, lives, remote, prices, **options)
-    return list(placed_visits(placed, inputs.trace, workers, issue=inputs.scenario.prefetch.issue))
+    layout = ExpertParallel(gpus, owners, lives, remote, prices, **options)
+    return list(parallel_visits(layout, inputs.trace, workers, issue=inputs.scenario.prefetch.issue))
 
 
 @settings(max_examples=40)

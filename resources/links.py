@@ -8,16 +8,15 @@ out, through one network.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import permutations
+from typing import Protocol
 
-from ..resources.lags import Lags
-from ..resources.network import Network, Transfer, contended
-from ..resources.profile import Profile
-from ..resources.profile_costs import DurationBesideCopy
-from ..resources.topology import Route, Topology
-from .costs.costs import Costs
-from .scenario.amounts import ScenarioError
-from .scenario.scenario import Scenario
+from .lags import Lags
+from .network import Network, Transfer, contended
+from .profile import Profile
+from .profile_costs import DurationBesideCopy
+from .topology import Route, Topology, TopologyError
 
 
 @dataclass(frozen=True)
@@ -31,16 +30,55 @@ class HostLink:
     transfers: Sequence[Transfer]
 
 
+@dataclass(frozen=True)
+class LinkSetting:
+    """What of a scenario changes the copies over links.
+
+    `free`: neither calls nor gaps cost anything; `contention`: copies slow one another down; `timed`: every copy is
+    timed by one more event.
+    """
+
+    free: bool = False
+    contention: bool = False
+    timed: bool = False
+
+
+class CopyTimes(Protocol):
+    """The copy of one expert from the host."""
+
+    @property
+    def queued_ns(self) -> int:
+        """What the copy takes behind another."""
+
+    @property
+    def pieces(self) -> int:
+        """In how many pieces it goes."""
+
+
+class HostCopies(Protocol):
+    """One GPU's copies from the host, as `Costs` has them."""
+
+    @property
+    def expert_bytes(self) -> Sequence[int]:
+        """The bytes that move for an expert of each layer (layers,)."""
+
+    @property
+    def copies(self) -> Sequence[CopyTimes]:
+        """What these take (layers,)."""
+
+    @property
+    def by_priority(self) -> bool:
+        """Whether they go piece by piece out of a queue by rank."""
+
+
 class PeerCosts:
     """What copies from one GPU to another take: their time by size, their host's calls and the lags of their lane.
 
-    `timed` as of `Costs`. What stands in for a cost that the profile lacks is added to `estimates`.
+    What stands in for a cost that the profile lacks is added to `estimates`.
     """
 
-    def __init__(
-        self, route: Route, profile: Profile, scenario: Scenario, estimates: dict[str, str], *, timed: bool = False
-    ) -> None:
-        free = scenario.dispatch.mode == "free"
+    def __init__(self, route: Route, profile: Profile, setting: LinkSetting, estimates: dict[str, str]) -> None:
+        free = setting.free
         # Nobody has measured copies that are staged through host memory: they are no faster than the graph says.
         measured = None if route.staged else profile.peer
         if measured is None:
@@ -52,11 +90,11 @@ class PeerCosts:
         self.route = route
         self._costs = measured
         self.latency_ns = 0 if free else copies.launch_latency.ns
-        records = 2 if timed else 1
+        records = 2 if setting.timed else 1
         enqueue = profile.host.peer_enqueue or profile.host.copy_enqueue
         self.host_ns = 0 if free else enqueue.ns + records * profile.host.event_record.ns
         gap_ns, wait = copies.gap.ns, copies.event_wait_gap
-        beside = scenario.copy_.contention
+        beside = setting.contention
         wait_longer_ns = wait.disturbed_ns - wait.ns if beside else 0
         self.lags = Lags(gap_ns) if free else Lags(gap_ns, 0, wait.ns, wait_longer_ns)
         longer = profile.contention.peer_beside_copy if beside and profile.contention else None
@@ -94,25 +132,23 @@ def _more(cost: DurationBesideCopy | None, than: DurationBesideCopy) -> int:
 
 
 class Links:
-    """The links of a machine with so many GPUs at work, for as many runs as there are; `timed` as of `Costs`.
+    """The links of a machine with so many GPUs at work, for as many runs as there are.
 
-    Raises ScenarioError naming the `key` that asks for them if the profile's machine has fewer GPUs.
+    Raises TopologyError if the profile's machine has fewer GPUs.
     """
 
-    def __init__(self, profile: Profile, scenario: Scenario, gpus: int, key: str, *, timed: bool = False) -> None:
+    def __init__(self, profile: Profile, gpus: int, setting: LinkSetting) -> None:
         topology = profile.topology
         have = len(topology.gpus) if topology is not None else 1
         if topology is None or have < gpus:
             known = f"{have} GPUs" if have > 1 else "1 GPU" if topology is not None else "no topology, so 1 GPU"
-            raise ScenarioError(
-                f"{key} = {gpus}: profile {profile.name} has {known}: choose a machine.profile with {gpus}"
-            )
+            raise TopologyError(f"profile {profile.name} has {known}: choose a machine.profile with {gpus}")
         self.gpus = topology.gpus[:gpus]
         self.topology: Topology = topology
         self.host_routes = [topology.route(topology.host_of(gpu), gpu) for gpu in self.gpus]
         #: What stands in for costs that the profile lacks, as of `Costs`.
         self.estimates: dict[str, str] = {}
-        self._profile, self._scenario, self._key, self._timed = profile, scenario, key, timed
+        self._profile, self._setting = profile, setting
         self._peers: dict[tuple[int, int], PeerCosts] = {}
         self._routes: dict[tuple[int, int], Route] = {}
 
@@ -122,24 +158,37 @@ class Links:
             self._routes[source, target] = self.topology.route(self.gpus[source], self.gpus[target])
         return self._routes[source, target]
 
+    def routes(self) -> dict[tuple[int, int], Route]:
+        """Returns the way from each GPU to each other one; TopologyError if there is none."""
+        return {pair: self.route(*pair) for pair in permutations(range(len(self.gpus)), 2)}
+
     def peer(self, source: int, target: int) -> PeerCosts:
         """Returns what copies from one GPU to another take; TopologyError if there is no route."""
         if (source, target) not in self._peers:
             self._peers[source, target] = PeerCosts(
-                self.route(source, target), self._profile, self._scenario, self.estimates, timed=self._timed
+                self.route(source, target), self._profile, self._setting, self.estimates
             )
         return self._peers[source, target]
 
+    def peers(self) -> dict[tuple[int, int], PeerCosts]:
+        """Returns what copies from each GPU to each other one take; from then on they count where links are shared."""
+        return {pair: self.peer(*pair) for pair in self.routes()}
+
+    def to_next(self) -> list[PeerCosts]:
+        """Returns what copies from each GPU to the next take, and from the last to the first, as in a pipeline."""
+        gpus = len(self.gpus)
+        return [self.peer(number, (number + 1) % gpus) for number in range(gpus)]
+
     def with_profile(self, profile: Profile, *, timed: bool = False) -> Links:
         """Returns these links at the costs of another profile."""
-        return Links(profile, self._scenario, len(self.gpus), self._key, timed=timed)
+        return Links(profile, len(self.gpus), replace(self._setting, timed=timed))
 
-    def network(self, costs: Sequence[Costs]) -> Network | None:
+    def network(self, costs: Sequence[HostCopies]) -> Network | None:
         """Returns a network for one run, given each GPU's costs; None if its copies can never slow one another down.
 
         Copies between GPUs count for what `peer` was asked before.
         """
-        if not self._scenario.copy_.contention:
+        if not self._setting.contention:
             return None
         asked = []
         for route, own in zip(self.host_routes, costs, strict=True):
@@ -149,7 +198,7 @@ class Links:
         asked += [(peer.route, long * 10**9 // max(1, peer.queued_ns(long))) for peer in self._peers.values()]
         return Network(self.topology) if contended(asked, self.topology) else None
 
-    def host_link(self, gpu: int, costs: Costs, network: Network | None) -> HostLink | None:
+    def host_link(self, gpu: int, costs: HostCopies, network: Network | None) -> HostLink | None:
         """Returns the way from the host to one GPU, for its copies to share; None where they never have to."""
         if network is None:
             return None

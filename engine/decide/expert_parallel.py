@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..workloads.batches import Step
-from ..workloads.guesses import Guesses
-from ..workloads.trace import RoutingTrace
-from .decide.dispatch import Accesses, Part, Visit, merge, step_accesses, visits, whole
-from .decide.memory_manager import Admission, MemoryManager
-from .policies.placement import Owners
-from .policies.prefetch import Gauge, Prefetch
+from ...workloads.batches import Step
+from ...workloads.guesses import Guesses
+from ...workloads.trace import RoutingTrace
+from ..policies.placement import Owners
+from ..policies.prefetch import Gauge, Prefetch
+from .dispatch import Accesses, Part, Visit, merge, step_accesses, visits, whole
+from .memory_manager import Admission, MemoryManager
 
 Array = npt.NDArray[Any]
 
@@ -43,7 +43,7 @@ class Prices:
 
 
 @dataclass(frozen=True)
-class Placed:
+class ExpertParallel:
     """How a run is laid out: the owners of each expert, and the GPU that each row of each step lives on (rows,)."""
 
     gpus: int
@@ -61,7 +61,7 @@ class Placed:
 
 
 @dataclass(slots=True)
-class PlacedVisit:
+class ParallelVisit:
     """One layer visit of all GPUs: what each serves, the tokens that move, and copies from one GPU to another.
 
     `traffic[a, b]` tokens of GPU a have experts served on GPU b (0 for a = b); None where tokens never move. `sources`
@@ -132,18 +132,18 @@ class Worker:
     gauge: Gauge | None = None
 
 
-def placed_visits(
-    placed: Placed, trace: RoutingTrace, workers: Sequence[Worker], *, issue: str = "after_launch"
-) -> Iterator[PlacedVisit]:
+def parallel_visits(
+    layout: ExpertParallel, trace: RoutingTrace, workers: Sequence[Worker], *, issue: str = "after_launch"
+) -> Iterator[ParallelVisit]:
     """Yields every layer visit of the run, decided when it is asked for, GPU 0 first.
 
     With spare memory all experts must be of one size, and what is evicted must make room at once.
     """
     managers = [worker.manager for worker in workers]
     sharing: _Sharing | None = None
-    if placed.moves_tokens:
-        kind = _ByCost if placed.remote == "cost" else _ByOwner
-        sharing = kind(placed, trace, workers[0].steps, managers, workers[0].guesses, workers[0].prefetch)
+    if layout.moves_tokens:
+        kind = _ByCost if layout.remote == "cost" else _ByOwner
+        sharing = kind(layout, trace, workers[0].steps, managers, workers[0].guesses, workers[0].prefetch)
     streams = [
         visits(
             trace,
@@ -158,14 +158,14 @@ def placed_visits(
         for gpu, worker in enumerate(workers)
     ]
     sources: Callable[[int, Visit], dict[int, tuple[int, int]]] | None = None
-    if placed.remote in ("peer", "cost"):
-        sources = partial(_from_peers, placed, managers)
-    spare = _Spare(placed) if placed.spare_experts else None
+    if layout.remote in ("peer", "cost"):
+        sources = partial(_from_peers, layout, managers)
+    spare = _Spare(layout) if layout.spare_experts else None
     nothing: list[dict[int, Any]] = [{} for _ in workers]
-    for number in range(len(placed.homes) * trace.layers):
+    for number in range(len(layout.homes) * trace.layers):
         index, layer = divmod(number, trace.layers)
         traffic = sharing.turn(index, layer) if sharing is not None else None
-        visit = PlacedVisit(number, index, layer, [], traffic, nothing, nothing)
+        visit = ParallelVisit(number, index, layer, [], traffic, nothing, nothing)
         if sources is not None or spare is not None:
             visit.sources, visit.stores = [], []
         for gpu, stream in enumerate(streams):
@@ -199,16 +199,16 @@ def admissions(visit: Visit) -> Iterator[Admission]:
 
 
 def _from_peers(
-    placed: Placed, managers: Sequence[MemoryManager], gpu: int, visit: Visit
+    layout: ExpertParallel, managers: Sequence[MemoryManager], gpu: int, visit: Visit
 ) -> dict[int, tuple[int, int]]:
     """Returns the copies of a visit that come from another GPU, which has the expert: an owner of it before others."""
     found = {}
-    prices = placed.prices
+    prices = layout.prices
     for admission in admissions(visit):
         layer, index = divmod(admission.expert, managers[gpu].experts)
         if prices is not None and prices.host_ns[layer] < prices.peer_ns[layer]:
             continue
-        holder = _holder(admission.expert, placed.owners[layer][index], managers, gpu)
+        holder = _holder(admission.expert, layout.owners[layer][index], managers, gpu)
         if holder is not None:
             found[admission.copy] = (holder, managers[holder].assigned[admission.expert])
     return found
@@ -230,12 +230,12 @@ class _Spare:
     cache and prefetch buffers" (ISCA 1990). What lies there longest makes room.
     """
 
-    def __init__(self, placed: Placed) -> None:
-        self._owners = [gpus for layer in placed.owners for gpus in layer]
-        self._expert_of: list[dict[int, int]] = [{} for _ in range(placed.gpus)]  # by GPU and copy
+    def __init__(self, layout: ExpertParallel) -> None:
+        self._owners = [gpus for layer in layout.owners for gpus in layer]
+        self._expert_of: list[dict[int, int]] = [{} for _ in range(layout.gpus)]  # by GPU and copy
         # By GPU: what is stored, oldest first (expert -> number), and free rooms (what lay there; -1: nothing).
-        self._stored: list[dict[int, int]] = [{} for _ in range(placed.gpus)]
-        self._free: list[deque[int]] = [deque([-1] * placed.spare_experts) for _ in range(placed.gpus)]
+        self._stored: list[dict[int, int]] = [{} for _ in range(layout.gpus)]
+        self._free: list[deque[int]] = [deque([-1] * layout.spare_experts) for _ in range(layout.gpus)]
         self._where: dict[int, int] = {}
         self._count = 0
 
@@ -288,15 +288,15 @@ class _Sharing:
 
     def __init__(
         self,
-        placed: Placed,
+        layout: ExpertParallel,
         trace: RoutingTrace,
         steps: Sequence[Step],
         managers: Sequence[MemoryManager],
         guesses: Guesses | None,
         prefetch: Prefetch,
     ) -> None:
-        self._placed, self._trace, self._steps, self._managers = placed, trace, steps, managers
-        self._owners = [gpus for layer in placed.owners for gpus in layer]
+        self._layout, self._trace, self._steps, self._managers = layout, trace, steps, managers
+        self._owners = [gpus for layer in layout.owners for gpus in layer]
         self._prefetch = prefetch
         whole_step = whole(trace, steps, guesses, prefetch)
         self._ranked, self._confidences = whole_step.ranked, whole_step.confidences
@@ -334,7 +334,7 @@ class _Sharing:
         self, ranked: list[list[list[int]]], confident: list[list[list[float]]] | None
     ) -> tuple[list[list[list[list[int]]]], list[list[list[list[float]]]]]:
         """Returns the guesses, and confidences if any, [layer][horizon - 1][rank by token], for each GPU its own."""
-        owners, gpus = self._owners, range(self._placed.gpus)
+        owners, gpus = self._owners, range(self._layout.gpus)
         guesses: list[list[list[list[int]]]] = [[[[] for _ in layer] for layer in ranked] for _ in gpus]
         confidences: list[list[list[list[float]]]] = [[[[] for _ in layer] for layer in ranked] for _ in gpus]
         for layer, of_layer in enumerate(ranked):
@@ -368,34 +368,34 @@ class _ByOwner(_Sharing):
 
     def _begin(self, index: int) -> None:
         super()._begin(index)
-        step, self._home = self._steps[index], self._placed.homes[index]
+        step, self._home = self._steps[index], self._layout.homes[index]
         self._looked_up = step_accesses(self._trace, step)
         self._chosen = self._trace.experts[step.rows]
         self._present = None if self._trace.present is None else self._trace.present[step.rows]
         if not self._replicated:
             layers = np.arange(self._trace.layers)[:, None]
             servers = self._only[layers, self._chosen]
-            self._traffic = traffic(servers, self._home, self._present, self._placed.gpus)
+            self._traffic = traffic(servers, self._home, self._present, self._layout.gpus)
 
     def _share(self, layer: int) -> Array:
         accesses = next(self._looked_up)
         if not self._replicated:
-            self._now = _split(accesses, self._server, self._placed.gpus)
+            self._now = _split(accesses, self._server, self._layout.gpus)
             of_layer: Array = self._traffic[layer]
             return of_layer
         server = self._serve(accesses)
-        self._now = _split(accesses, server, self._placed.gpus)
+        self._now = _split(accesses, server, self._layout.gpus)
         table = self._only[layer].copy()
         first = layer * self._trace.num_experts
         for expert in accesses.experts:
             table[expert - first] = server[expert]
         present = None if self._present is None else self._present[:, layer : layer + 1]
-        moved: Array = traffic(table[self._chosen[:, layer : layer + 1]], self._home, present, self._placed.gpus)[0]
+        moved: Array = traffic(table[self._chosen[:, layer : layer + 1]], self._home, present, self._layout.gpus)[0]
         return moved
 
     def _serve(self, accesses: Accesses) -> dict[int, int]:
         """Returns the GPU that serves each expert of a visit."""
-        load = [0] * self._placed.gpus
+        load = [0] * self._layout.gpus
         server = {}
         for expert, tokens in zip(accesses.experts, accesses.tokens, strict=True):
             gpu = server[expert] = self._server[expert]
@@ -425,8 +425,8 @@ class _ByCost(_Sharing):
         gate = None if weights is None else weights[step.rows[rows], layer].tolist()
         homes = home[rows].tolist()
         server = self._serve(layer, ids, homes)
-        pairs: list[list[int]] = [[] for _ in range(self._placed.gpus)]
-        gates: list[list[float]] = [[] for _ in range(self._placed.gpus)]
+        pairs: list[list[int]] = [[] for _ in range(self._layout.gpus)]
+        gates: list[list[float]] = [[] for _ in range(self._layout.gpus)]
         servers = []
         for place, (experts, own) in enumerate(zip(ids, homes, strict=True)):
             for rank, expert in enumerate(experts):
@@ -436,12 +436,12 @@ class _ByCost(_Sharing):
                 gates[gpu].append(1.0 if gate is None else gate[place][rank])
         self._now = [merge(own_pairs, own_gate) for own_pairs, own_gate in zip(pairs, gates, strict=True)]
         shape = (len(rows), 1, self._trace.k)
-        moved: Array = traffic(np.array(servers, dtype=np.int64).reshape(shape), home[rows], None, self._placed.gpus)[0]
+        moved: Array = traffic(np.array(servers, dtype=np.int64).reshape(shape), home[rows], None, self._layout.gpus)[0]
         return moved
 
     def _begin(self, index: int) -> None:
         super()._begin(index)
-        self._step, self._home = self._steps[index], self._placed.homes[index]
+        self._step, self._home = self._steps[index], self._layout.homes[index]
 
     def _serve(self, layer: int, ids: list[list[int]], homes: list[int]) -> dict[tuple[int, int], int]:
         """Returns the GPU that serves each (home, expert) of a visit."""
@@ -449,7 +449,7 @@ class _ByCost(_Sharing):
         for experts, home in zip(ids, homes, strict=True):
             for expert in experts:
                 tokens[home, expert] = tokens.get((home, expert), 0) + 1
-        prices, managers = self._placed.prices, self._managers
+        prices, managers = self._layout.prices, self._managers
         assert prices is not None
         coming: dict[int, int] = {}  # experts that nobody had, and who gets them
         server: dict[tuple[int, int], int] = {}

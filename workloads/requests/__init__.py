@@ -1,0 +1,1 @@
+"""Requests under load: who arrives when and wants how much, KV blocks, steps, what comes out. No clock, no engine."""

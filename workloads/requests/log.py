@@ -1,0 +1,111 @@
+"""What is recorded of requests and steps while they run: whole numbers, appended, from which all metrics are made."""
+
+from __future__ import annotations
+
+from array import array
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from .queue import Live
+
+Array = npt.NDArray[np.int64]
+
+
+class FinishedRequest(NamedTuple):
+    """One request that has all its tokens; instants in ns. `cached` positions of it were found, not computed."""
+
+    number: int
+    arrival_ns: int
+    started_ns: int
+    first_token_ns: int
+    finished_ns: int
+    prompt_tokens: int
+    output_tokens: int
+    preempted: int
+    cached: int
+
+
+class StepRecord(NamedTuple):
+    """One step: when it was asked for and when its tokens were there, what it ran and gave, and what stood by."""
+
+    start_ns: int
+    end_ns: int
+    rows: int
+    tokens: int
+    running: int
+    waiting: int
+    kv_blocks: int
+    preempted: int
+    drafts: int
+    accepted: int
+
+
+class RequestLog:
+    """The columns of FinishedRequest and StepRecord, and of every token whose it is and when it was there.
+
+    `requests`, `steps` and `token_times()` give them as arrays. `changes` are instants at which the number of requests
+    in the system changed, with the change: of the arrivals, and of the ends.
+    """
+
+    def __init__(self) -> None:
+        self._requests = array("q")
+        self._steps = array("q")
+        self._token_request = array("q")
+        self._token_ns = array("q")
+        self._first_token_ns: dict[int, int] = {}
+        self._changes = array("q")
+
+    def arrived(self, arrival_ns: int) -> None:
+        """Record that a request arrived."""
+        self._changes.extend((arrival_ns, 1))
+
+    def gave(self, request: int, tokens: int, end_ns: int) -> None:
+        """Record that a request was given tokens."""
+        self._first_token_ns.setdefault(request, end_ns)
+        self._token_request.extend([request] * tokens)
+        self._token_ns.extend([end_ns] * tokens)
+
+    def finished(self, live: Live, end_ns: int) -> None:
+        """Record that a request has all its tokens."""
+        request = live.request
+        first_ns = self._first_token_ns.pop(request.number)
+        record = FinishedRequest(
+            request.number, request.arrival_ns, live.started_ns, first_ns, end_ns,
+            request.prompt_tokens, request.output_tokens, live.preempted, live.cached,
+        )  # fmt: skip
+        self._requests.extend(record)
+        self._changes.extend((end_ns, -1))
+
+    def step(self, record: StepRecord) -> None:
+        """Record a step that has ended."""
+        self._steps.extend(record)
+
+    @property
+    def requests(self) -> dict[str, Array]:
+        """The columns of FinishedRequest, each (requests,), in order of number."""
+        table = _table(self._requests, len(FinishedRequest._fields))
+        table = table[np.argsort(table[:, 0], kind="stable")]
+        return dict(zip(FinishedRequest._fields, table.T, strict=True))
+
+    @property
+    def steps(self) -> dict[str, Array]:
+        """The columns of StepRecord, each (steps,)."""
+        return dict(zip(StepRecord._fields, _table(self._steps, len(StepRecord._fields)).T, strict=True))
+
+    def token_times(self) -> tuple[Array, Array]:
+        """Returns the request of each token and when it was there, both (tokens,), by request and then by time."""
+        request, end_ns = (np.array(column, dtype=np.int64) for column in (self._token_request, self._token_ns))
+        order = np.argsort(request, kind="stable")
+        return request[order], end_ns[order]
+
+    @property
+    def changes(self) -> Array:
+        """Instants in ns and how the number of requests changed then, (changes, 2), in order of time."""
+        table = _table(self._changes, 2)
+        return table[np.argsort(table[:, 0], kind="stable")]
+
+
+def _table(column: array[int], width: int) -> Array:
+    return np.array(column, dtype=np.int64).reshape(-1, width)
