@@ -145,8 +145,8 @@ def _shared(inputs: Inputs, ready: Sequence[Prepared], engine: str) -> list[Sour
 
     layout, sources = inputs.expert_parallel, [source_of(gpu.inputs, gpu.manager, gpu.prefetch) for gpu in ready]
     assert layout is not None
-    owners = [len(gpus) for of_layer in layout.owners for gpus in of_layer]
-    return [] if shared_in_python(sources, layout.remote, inputs.scenario.parallel.lends, owners) else sources
+    spares = layout.spare_experts > 0
+    return [] if shared_in_python(sources, layout.remote, spares=spares) else sources
 
 
 class Chosen(NamedTuple):

@@ -64,12 +64,23 @@ class Decisions:
         for at, numbers in zip(self.threads, threads, strict=True):
             gpus = memory.put_list(self.gpus[number] for number in numbers)
             self._layout.set(at, {
-                w.H_GPUS: gpus, w.H_LAYER: -1, w.H_STEPS: len(layout.steps), w.H_SHARES: shared is not None,
+                w.H_GPUS: gpus, w.H_LAYER: -1, w.H_STEPS: len(parts[0].source.steps), w.H_SHARES: shared is not None,
                 w.H_ONE: shared is not None and shared.one_thread,
             })  # fmt: skip
+        if shared is not None:
+            self._lay_out_loans(int(memory.words[self.threads[0] + w.H_GPUS]))
         most_experts = max(len(manager.size_of) for _, _, manager in layout.memories)
         self._leaving = np.zeros(2 * most_experts, dtype=np.int64)
         self._make_scratch()
+
+    def _lay_out_loans(self, gpus: int) -> None:
+        """Let GPUs that share experts know each other, and the registers of rooms that they have before the run."""
+        for part, at in zip(self._parts, self.gpus, strict=True):
+            self._layout.set(at, {w.D_GPUS: gpus})
+            for copy in part.source.manager.assigned.values():
+                room, words = part.gpu.rooms.of(copy), self._layout.memory.words
+                for place, register in ((w.D_LANDED, room.landed), (w.D_LENT, room.lent)):
+                    words[words[at + place] + room.register] = register
 
     def _make_scratch(self) -> None:
         """Make the tables of a visit as large as any may need them."""
@@ -117,19 +128,32 @@ class Decisions:
     def lay_out_steps(self) -> None:
         """Lay out the next steps of the GPU that asks for them."""
         number = self.gpus.index(int(self._layout.memory.words[w.X_ASKS]))
-        part, at, words = self._parts[number], self.gpus[number], self._layout.memory.words
-        first = int(words[at + w.D_END_STEP])
-        end = self._last_step(part, first)
-        source, steps = part.source, self._layout.steps[first:end]
-        first_row, end_row = int(self._layout.rows[first]), int(self._layout.rows[end])
+        first = int(self._layout.memory.words[self.gpus[number] + w.D_END_STEP])
+        apart = self._shared is not None and not self._shared.in_common
+        numbers = range(len(self.gpus)) if apart else [number]
+        end = min(self._last_step(each, first) for each in numbers)
+        for each in numbers:
+            self._lay_out_own_steps(each, first, end)
+        if self._shared is not None:
+            self._lay_out_shared(self._shared, first, end)
+        self._renew()
+
+    def _lay_out_own_steps(self, number: int, first: int, end: int) -> None:
+        """Lay out some steps of a GPU."""
+        part, at = self._parts[number], self.gpus[number]
+        source, all_rows = part.source, self._layout.rows[number]
+        steps = source.steps[first:end]
+        sampled = [step.sampled for step in (steps if self._shared is None else self._shared.steps[first:end])]
+        first_row, end_row = int(all_rows[first]), int(all_rows[end])
         rows = np.concatenate([step.rows for step in steps])
         chosen: Array = source.trace.experts[rows].astype(np.int64)
         if source.trace.present is not None:
             chosen[~source.trace.present[rows]] = -1
         self._put(number, w.D_CHOSEN, chosen)
-        places = self._layout.rows[first:end] - first_row
+        places = (all_rows[first:end] - first_row).tolist()
         laid = [
-            [int(place), len(step.rows), step.phase, step.sampled] for place, step in zip(places, steps, strict=True)
+            [place, len(step.rows), step.phase, count]
+            for place, step, count in zip(places, steps, sampled, strict=True)
         ]
         self._put(number, w.D_STEPS, np.array(laid, dtype=np.int64))
         later, guesses = self._layout.later[number], source.guesses
@@ -146,29 +170,28 @@ class Decisions:
         if source.trace.weights is not None and self._layout.memory.words[at + w.D_ON_CPU]:
             self._put(number, w.D_GATES, source.trace.weights[rows])
         self._layout.set(at, {w.D_FIRST_STEP: first, w.D_END_STEP: end})
-        if self._shared is not None:
-            self._lay_out_shared(self._shared, first, end)
-        self._renew()
 
     def _lay_out_shared(self, shared: Shared, first: int, end: int) -> None:
         """Lay out what GPUs that share experts have in common of some steps, and what each has by itself."""
         words, thread = self._layout.memory.words, self.threads[0]
-        for number, at in enumerate(self.gpus[1:], 1):
+        for number, at in enumerate(self.gpus[1:] if shared.in_common else (), 1):
             for place in _IN_COMMON:
                 words[at + place] = words[self.gpus[0] + place]
             self._put_budgets(number, first, end)
-        for place, values in zip((w.H_LIVES, w.H_SERVES, w.H_EXCHANGES), shared.laid_out(first, end), strict=True):
-            self._layout.set(thread, {place: self._area(thread, place, values)})
+        places = (w.H_LIVES, w.H_SERVES, w.H_EXCHANGES, w.H_SERVERS)
+        for place, values in zip(places, shared.laid_out(first, end), strict=True):
+            self._layout.set(thread, {place: -1 if values is None else self._area(thread, place, values)})
 
-    def _last_step(self, part: Part, first: int) -> int:
-        """Returns the step before which so many numbers are laid out as are at once; one step at least."""
-        trace, guesses = part.source.trace, part.source.guesses
+    def _last_step(self, number: int, first: int) -> int:
+        """Returns the step before which so many numbers of a GPU are laid out as are at once; one step at least."""
+        source, all_rows = self._parts[number].source, self._layout.rows[number]
+        trace, guesses = source.trace, source.guesses
         each = trace.k
-        if guesses is not None and part.source.prefetch.guesses:
+        if guesses is not None and source.prefetch.guesses:
             each += guesses.experts.shape[2] * guesses.experts.shape[3]
-        most_rows = self._layout.rows[first] + _NUMBERS_AT_ONCE // (each * trace.layers)
-        end = min(int(np.searchsorted(self._layout.rows, most_rows)), first + _VISITS_AT_ONCE // trace.layers)
-        return min(max(end, first + 1), len(self._layout.steps))
+        most_rows = all_rows[first] + _NUMBERS_AT_ONCE // (each * trace.layers)
+        end = min(int(np.searchsorted(all_rows, most_rows)), first + _VISITS_AT_ONCE // trace.layers)
+        return min(max(end, first + 1), len(source.steps))
 
     def _put_budgets(self, number: int, first: int, end: int) -> None:
         """Lay out the budgets of a GPU's pools in some steps, where they change."""
@@ -236,7 +259,9 @@ class Decisions:
     def _make_registers(self, count: int) -> None:
         """Make room for so many registers."""
         memory, old = self._layout.memory, self.registers
-        for at, place in product([at for at, _, _ in self._layout.memories], (w.D_FREE, w.D_ROOMS)):
+        for at, place in product(
+            [at for at, _, _ in self._layout.memories], (w.D_FREE, w.D_ROOMS, w.D_LANDED, w.D_LENT)
+        ):
             before = int(memory.words[at + place])
             kept = memory.words[before : before + old].copy()
             to = memory.allocate(count)

@@ -24,8 +24,13 @@ from .decision_words import (
     D_FOUND,
     D_FREE,
     D_FREE_COUNT,
+    D_FROM_PEERS,
     D_FULLEST,
+    D_GPUS,
+    D_LANDED,
     D_LAYER_EXPERTS,
+    D_LENDS,
+    D_LENT,
     D_MISSES,
     D_POOLS,
     D_PROTECTED,
@@ -39,6 +44,7 @@ from .decision_words import (
     D_WATCHES,
     D_WAVE,
     E_COPY,
+    E_OWNED,
     E_ROOM,
     E_SIZE,
     E_UNTIL,
@@ -71,17 +77,23 @@ from .visit_commands import (
     O_FIRST,
     O_FREED,
     O_FREED_LAST,
+    O_FROM,
+    O_LANDED,
     O_LAST,
     O_LEAVING,
     O_NUMBER,
+    O_PEER,
+    O_READ,
     O_REQUESTS,
     O_ROOM,
     O_TARGET,
     O_WAVE,
     S_EXPERT,
     STAGED,
+    T_LANDED,
     T_LEFT,
     T_LENT,
+    T_PEER,
     T_ROOM,
 )
 
@@ -150,6 +162,11 @@ def note_taken(t: Tables, g: Word, holder: Word, register: Word, left: Word) -> 
     if holder != g:
         row[T_LENT] = d[d[holder + D_ROOMS] + register]
         if not left:
+            give_register(t, g, row[T_LENT])
+    elif d[g + D_LENDS]:
+        row[T_LANDED], row[T_LENT], row[T_PEER] = d[d[g + D_LANDED] + register], d[d[g + D_LENT] + register], -1
+        if not left:
+            give_register(t, g, row[T_LANDED])
             give_register(t, g, row[T_LENT])
 
 
@@ -309,6 +326,25 @@ def stage(t: Tables, g: Word, expert: Word) -> None:
 
 
 @compiled
+def find_at_peer(t: Tables, g: Word, expert: Word, copied: Words) -> None:
+    """Let a copy come from the first other GPU that has the expert, an owner of it before others, if there is one."""
+    d, gpus = t.words, t.words[g + D_GPUS]
+    holder: Word = -1
+    for number in range(d[gpus]):
+        other = d[gpus + 1 + number]
+        row = t.experts[d[other + D_EXPERTS] + expert]
+        if other == g or row[E_COPY] < 0 or (holder >= 0 and not row[E_OWNED]):
+            continue
+        if holder < 0 or not t.experts[d[d[gpus + 1 + holder] + D_EXPERTS] + expert, E_OWNED]:
+            holder = number
+    if holder >= 0:
+        other = d[gpus + 1 + holder]
+        room = t.experts[d[other + D_EXPERTS] + expert, E_ROOM]
+        copied[O_PEER], copied[O_FROM] = holder, d[d[other + D_LANDED] + room]
+        copied[O_READ] = d[d[other + D_LENT] + room]
+
+
+@compiled
 def claim(t: Tables, g: Word, expert: Word, wave: Word, target: Word, at: Word) -> Word:
     """Give an absent expert room for a copy meant for visit `target`; False, with nothing changed, if it finds none.
 
@@ -325,6 +361,12 @@ def claim(t: Tables, g: Word, expert: Word, wave: Word, target: Word, at: Word) 
     take_room(t, g, g, p, row[E_SIZE], 1)
     copied[O_LAST] = d[X_TAKEN]
     copied[O_ROOM] = row[E_ROOM] = take_register(t, g)
+    if d[g + D_LENDS]:
+        copied[O_LANDED] = d[d[g + D_LANDED] + row[E_ROOM]] = take_register(t, g)
+        d[d[g + D_LENT] + row[E_ROOM]] = take_register(t, g)
+        copied[O_PEER] = -1
+        if d[g + D_FROM_PEERS]:
+            find_at_peer(t, g, expert, copied)
     note_admission(t, g, expert, DEMANDED if wave >= 0 else PREFETCHED)
     if d[g + D_TIER] >= 0:
         bring(t, g, expert, int(wave >= 0), copied)

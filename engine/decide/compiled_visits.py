@@ -31,6 +31,7 @@ from .decision_words import (
     D_RESOLVED,
     D_RESULTS,
     D_ROOMS,
+    D_SERVERS,
     D_SETTINGS,
     D_SHARED,
     D_TIER,
@@ -63,6 +64,7 @@ from .decision_words import (
     Tables,
 )
 from .visit_commands import (
+    GPU,
     O_COPY,
     O_ROOM,
     R_EXPERT,
@@ -105,7 +107,7 @@ def look_up(t: Tables, g: Word, q: Word, layer: Word) -> None:
     d, rows, k = t.words, t.words[q + Q_ROWS], t.words[g + D_PER_TOKEN]
     base = 0 if d[g + D_SHARED] else layer * d[g + D_LAYER_EXPERTS]
     stamp, count = d[g + D_VISIT] + 1, np.int64(0)
-    recency, filters = d[g + D_RECENCY], d[g + D_FILTERS]
+    recency, filters, servers, gpu = d[g + D_RECENCY], d[g + D_FILTERS], d[g + D_SERVERS], d[d[g + D_SETTINGS] + GPU]
     for token in range(rows):
         first = d[g + D_CHOSEN] + first_chosen(t, g, q, layer, token)
         for at in range(first, first + k):
@@ -113,7 +115,7 @@ def look_up(t: Tables, g: Word, q: Word, layer: Word) -> None:
                 break
             expert = base + d[at]
             row = t.experts[d[g + D_EXPERTS] + expert]
-            if filters and not row[E_OWNED]:
+            if filters and not (row[E_OWNED] if servers < 0 else d[servers + d[at]] == gpu):
                 continue
             if row[E_SEEN] == stamp:
                 t.served[row[E_PLACE], S_TOKENS] += 1

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from ...workloads.batches import Step
 from ...workloads.stacks import next_visits
 from ..policies.compiled_eviction import BELADY, NEXT, admit, make_state
 from ..policies.eviction_informed import Static
@@ -24,6 +25,7 @@ from .lookups import list_lookups
 from .memory_manager import MemoryManager
 from .program import Gpu
 from .sources import EVICTIONS, PREFETCHES, Source
+from .visit_commands import LENDS
 
 Array = npt.NDArray[Any]
 
@@ -47,15 +49,31 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Shared:
-    """How GPUs share the experts of every layer: the only owner of each (layers * experts,).
+    """How GPUs share the experts of every layer: whether each owns any (GPUs, layers * experts).
 
-    `laid_out(first, end)` returns, of these steps, the tokens of each GPU (steps, GPUs), who serves any (steps, layers,
-    GPUs), and what exchanges take, in ns (steps, layers).
+    `in_common`: all go through the same steps, each with what it serves; else each with its own tokens alone.
+    `from_peers`: copies come from another GPU that has the expert. `steps` are the run's.
     """
 
-    owner: Array
+    owned: Array
     one_thread: bool
-    laid_out: Callable[[int, int], tuple[Array, Array, Array]]
+    in_common: bool
+    from_peers: bool
+    steps: Sequence[Step]
+    laid_out: Callable[[int, int], Together]
+
+
+class Together(NamedTuple):
+    """What GPUs that share experts do together in some steps.
+
+    The tokens of each GPU (steps, GPUs), who serves any (steps, layers, GPUs), what exchanges take, in ns (steps,
+    layers), and which GPU serves each expert (steps, layers, experts); None: its only owner.
+    """
+
+    lives: Array
+    serves: Array
+    exchanges: Array
+    servers: Array | None = None
 
 
 class Layout:
@@ -65,10 +83,9 @@ class Layout:
         self.parts, self.shared = parts, shared
         self.memory = memory = Memory()
         memory.allocate(w.HEADER)
-        self.steps = parts[0].source.steps
-        rows = [len(step.rows) for step in self.steps]
-        #: The first row of each step, and the end of the last; the most rows of one.
-        self.rows, self._most_tokens = np.cumsum([0, *rows]), max(rows, default=0)
+        #: By GPU: the first row of each step, and the end of the last; of all, the most rows of one.
+        self.rows = [np.cumsum([0, *(len(step.rows) for step in part.source.steps)]) for part in parts]
+        self._most_tokens = max((len(step.rows) for part in parts for step in part.source.steps), default=0)
         self.gpus = [memory.allocate(w.D_WORDS) for _ in parts]
         self.hosts = [-1 if part.source.host_memory is None else memory.allocate(w.D_WORDS) for part in parts]
         #: Every memory: where it is, whose it is, and what managed it so far.
@@ -86,7 +103,7 @@ class Layout:
         self.states = np.concatenate(states)
         #: By memory: when each look-up's expert is used next, for the policy that knows.
         self.following = {at: self._next_uses(at, part, manager) for at, part, manager in self.memories}
-        self.later = [self._later_visits(part) for part in (parts[:1] if shared else parts)]
+        self.later = [self._later_visits(part) for part in (parts[:1] if shared and shared.in_common else parts)]
 
     def set(self, at: int, values: Mapping[int, int]) -> None:
         """Set words by their distance from an address."""
@@ -106,6 +123,11 @@ class Layout:
         elif isinstance(part.source.prefetch, Popularity):
             asked = min(asked, part.source.prefetch.horizons * options.k)
         return self.most_accesses(part) + asked
+
+    def _most_registers(self, part: Part) -> int:
+        """Returns the most registers that a visit may take."""
+        rooms = 3 if part.source.host_memory is not None or part.gpu.settings[LENDS] else 1
+        return rooms * self.most_copies(part)
 
     def _lay_out_terms(self, number: int, part: Part) -> None:
         """Lay out what a scenario says of a GPU's decisions."""
@@ -131,8 +153,10 @@ class Layout:
             w.D_RECENCY: memory.allocate(self.most_accesses(part) + 1),
             w.D_ASKED: memory.allocate(prefetch.horizons * trace.num_experts + 1),
             w.D_RANKS: 0 if guesses is None else guesses.experts.shape[3], w.D_GATES: -1, w.D_BUDGETS: -1,
-            w.D_FILTERS: self.shared is not None, w.D_TIER: self.hosts[number], w.D_STAGES: source.to_host,
-            w.D_MOST_REGISTERS: self.most_copies(part) * (3 if source.host_memory is not None else 1),
+            w.D_FILTERS: self.shared is not None and self.shared.in_common, w.D_SERVERS: -1,
+            w.D_FROM_PEERS: self.shared is not None and self.shared.from_peers,
+            w.D_LENDS: part.gpu.settings[LENDS], w.D_TIER: self.hosts[number], w.D_STAGES: source.to_host,
+            w.D_MOST_REGISTERS: sum(map(self._most_registers, self.parts if self.shared else [part])),
         })  # fmt: skip
         floats = memory.floats
         floats[at + w.D_LEAST], floats[at + w.D_DECAY] = options.threshold, options.decay
@@ -146,7 +170,7 @@ class Layout:
         own = self.experts[first : first + len(sizes)]
         own[:, [w.E_WAVE, w.E_UNTIL, w.E_COPY, w.E_ROOM]] = -1
         own[:, w.E_SIZE] = sizes
-        own[:, w.E_OWNED] = 1 if self.shared is None else self.shared.owner == self.parts.index(part)
+        own[:, w.E_OWNED] = 1 if self.shared is None else self.shared.owned[self.parts.index(part)]
         for expert, copy in manager.assigned.items():
             own[expert, w.E_COPY], own[expert, w.E_ROOM] = copy, part.gpu.rooms.of(copy).register
         per_pool = len(sizes) // len(manager.pools)
@@ -211,7 +235,7 @@ class Layout:
         if not horizons:
             return None
         most = (layers - 1 + horizons) // layers
-        return np.array(later_steps(part.source.trace, self.steps, most), dtype=np.int64).reshape(-1, most + 1)
+        return np.array(later_steps(part.source.trace, part.source.steps, most), dtype=np.int64).reshape(-1, most + 1)
 
 
 def _admit_preloaded(manager: MemoryManager, kind: int, states: Sequence[Array], per_pool: int) -> None:

@@ -86,20 +86,18 @@ def stages_in_python(sources: Sequence[Source]) -> str | None:
     return why
 
 
-def shared_in_python(sources: Sequence[Source], remote: str, lends: bool, owners: Sequence[int]) -> str | None:
+def shared_in_python(sources: Sequence[Source], remote: str, *, spares: bool) -> str | None:
     """Returns the key that has the decisions of GPUs that share experts made in Python; None where compiled code does.
 
-    `lends`: GPUs keep experts for one another; `owners` is how many GPUs own each expert.
+    `spares`: GPUs keep experts that another one evicts.
     """
     why = next((key for source in sources if (key := decided_in_python(source)) is not None), None)
     if why is not None:
         return why
-    if remote != "tokens":
+    if remote == "cost":
         return "parallel.remote"
-    if lends:
+    if spares:
         return "parallel.spare_bytes"
-    if any(count != 1 for count in owners):
-        return "parallel.placement"
     if any(type(pool.policy) is Belady for source in sources for pool in source.manager.pools):
         return "memory.eviction"
     if any(isinstance(source.prefetch, prefetch.AdaptiveMemory | prefetch.AdaptiveLink) for source in sources):

@@ -22,7 +22,6 @@ from .memory import (
     NODES_LEFT,
     NOW,
     PORTION,
-    PRICE,
     R_CAPACITY,
     R_COUNT,
     RATE,
@@ -73,8 +72,9 @@ def advance(m: Words, f: Reals, thread: Word) -> tuple[Word, Word]:
     if thread >= 0:
         if not has_space(m, thread):
             return SPACE, thread
-        if not prepare(m, thread):
-            return PRICE, thread
+        asked = prepare(m, thread)
+        if asked >= 0:
+            return asked, thread
         if carry_out(m, f, thread):
             return PORTION, thread
     while True:

@@ -33,6 +33,7 @@ from .memory import (
     KERNEL_WORDS,
     KERNELS,
     L_NUMBER,
+    LANE,
     NODES_EACH,
     NODES_LEFT,
     NOW,
@@ -109,6 +110,8 @@ class CompiledEngine:
             self._price()
         elif why == RATE:
             self._find_rates()
+        elif why == LANE:
+            self._name_lane()
         else:
             self._make_space()
 
@@ -154,14 +157,14 @@ class CompiledEngine:
             words[place + G_ASSIGNED], words[place + G_BUDGET] = state.assigned
         if self._machine.exchange_ns is not None and (portion[:, 0] == Op.EXCHANGE).any():
             words[layout.gpus[0] + G_EXCHANGE_NS] = self._machine.exchange_ns()
-        if self._machine.peers:
-            self._name_lanes(portion)
 
-    def _name_lanes(self, portion: Array) -> None:
-        """Give the lanes of copies between GPUs their places in the timelines, at their first use."""
-        for op, gpu, peer in portion[np.isin(portion[:, 0], (Op.FETCH, Op.STORE))][:, [0, 1, 9]].tolist():
-            lane = self._machine.peers[(peer, gpu) if op == Op.FETCH else (gpu, peer)][1]()
-            self._memory.words[self._layout.lane_of(lane) + L_NUMBER] = lane.number
+    def _name_lane(self) -> None:
+        """Give a lane of copies between GPUs its place in a timeline, at its first use, by the command that asks."""
+        words = self._memory.words
+        command = Command._make(words[words[ASKED] : words[ASKED] + len(Command._fields)].tolist())
+        pair = (command.peer, command.gpu) if command.op == Op.FETCH else (command.gpu, command.peer)
+        lane = self._machine.peers[pair][1]()
+        words[self._layout.lane_of(lane) + L_NUMBER] = lane.number
 
     def _drop(self) -> None:
         """Tell the memory managers which prefetches were dropped since the last decision."""

@@ -19,6 +19,7 @@ from .memory import (
     G_EXPERTS,
     G_KINDS,
     G_LAYERS,
+    G_PEERS,
     G_SHAPES,
     G_SIZED,
     GPUS,
@@ -27,8 +28,12 @@ from .memory import (
     KERNEL_TOKENS,
     KERNEL_WORDS,
     KERNELS,
+    L_NUMBER,
+    LANE,
     LOW_SHAPE,
+    M_LANE,
     P_CLASS,
+    PRICE,
     SIZED_SHAPE,
     T_COUNT,
     T_ROWS,
@@ -95,8 +100,21 @@ def price_of(m: Words, row: Word) -> Word:
 
 
 @compiled
+def way_of(m: Words, row: Word) -> Word:
+    """Returns what it takes to copy a command's expert from another GPU, or to it."""
+    gpu = gpu_of(m, row)
+    of_class = m[m[m[gpu + G_COPY_OF] + m[row + C_EXPERT]] + P_CLASS]
+    # By class: for each other GPU the way from it, then the way to it.
+    place = 2 * (of_class * m[m[GPUS]] + m[row + C_PEER]) + (0 if m[row + C_OP] == O_FETCH else 1)
+    return m[m[gpu + G_PEERS] + place]
+
+
+@compiled
 def prepare(m: Words, thread: Word) -> Word:
-    """Look up where the GPUs and prices of a portion's commands are; if one is not known yet, note it: False."""
+    """Look up where the GPUs and prices of a portion's commands are; return what is asked for, or -1 if all is known.
+
+    That is a price, or a place in a timeline of a lane between GPUs, which has one from its first use on.
+    """
     row = m[thread + T_ROWS]
     for _ in range(m[thread + T_COUNT]):
         m[row + C_PLACE] = m[m[GPUS] + 1 + m[row + C_GPU]]
@@ -106,7 +124,10 @@ def prepare(m: Words, thread: Word) -> Word:
             price = m[KERNELS] + (shape * m[KERNEL_TOKENS] + tokens) * KERNEL_WORDS
             if not m[price + K_KNOWN]:
                 m[ASKED], m[ASKED_FOR] = shape, tokens
-                return False
+                return PRICE
         m[row + C_PRICE] = price
+        if (m[row + C_OP] == O_FETCH or m[row + C_OP] == O_STORE) and m[m[way_of(m, row) + M_LANE] + L_NUMBER] < 0:
+            m[ASKED] = row
+            return LANE
         row += ROW_WORDS
-    return True
+    return np.int64(-1)

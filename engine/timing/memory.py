@@ -107,8 +107,8 @@ R_AT, R_COUNT, R_CAPACITY, REGION_WORDS = range(4)
 SPAN_WORDS, NOTE_WORDS, ARRIVAL_WORDS, DROPPED_WORDS = 5, 3, 4, 3
 
 #: What the engine comes back with: all is done; a thread wants its next portion, a price, the rates of a set of
-#: transfers; or memory runs out. Compiled decisions: the next steps, or more room.
-DONE, PORTION, PRICE, RATE, SPACE, STEPS, ROOM = range(7)
+#: transfers, or a lane's place in a timeline; or memory runs out. Compiled decisions: the next steps, or more room.
+DONE, PORTION, PRICE, RATE, SPACE, STEPS, ROOM, LANE = range(8)
 #: The most work and nodes that a command takes.
 WORK_EACH, NODES_EACH = 2, 24
 
