@@ -106,6 +106,14 @@ class ProductTable(_Table):
             smooth[place] = np.where(peak, between, here)
         return smooth
 
+    @cached_property
+    def most_flops_per_ns(self) -> float:
+        """The most operations a ns of any measured product; 0 if none was."""
+        rows, columns, tokens = (np.array(getattr(self, name), dtype=np.float64) for name, _ in self.axes)
+        flops = (2 * rows[:, None, None] * columns[:, None] * tokens).ravel()
+        ns = np.array(self.ns, dtype=np.float64)
+        return float(np.divide(flops, ns, out=np.zeros_like(ns), where=ns > 0).max())
+
     def product_ns(self, rows: float, columns: float, tokens: float) -> float:
         """Returns what one product takes behind another, in ns."""
         return self._between(self._log_ns if rows in self.rows else self._smooth, (rows, columns, tokens))

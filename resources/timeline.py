@@ -67,6 +67,22 @@ def covered_ns(start_ns: npt.NDArray[Any], end_ns: npt.NDArray[Any]) -> int:
     return int((ends_ns - starts_ns).sum())
 
 
+def _in_order(spans: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Returns spans by their ends, of equal ends by lane, of equal lanes as they are; the same array if they are so.
+
+    Sorted twice, since a sort that takes over what is in order already, as much of a timeline is, takes one number.
+    """
+    ends_ns, lanes = np.ascontiguousarray(spans["end_ns"]), spans["lane"].astype(np.int64)
+    before = np.diff(ends_ns)
+    if ((before > 0) | ((before == 0) & (np.diff(lanes) >= 0))).all():
+        return spans
+    order = np.argsort(ends_ns, kind="stable")
+    instants = np.cumsum(np.diff(ends_ns[order], prepend=ends_ns[order[0]]) > 0)
+    order = order[np.argsort(instants * (1 << 16) + lanes[order], kind="stable")]
+    ordered: npt.NDArray[Any] = spans[order]
+    return ordered
+
+
 @dataclass(frozen=True)
 class LaneName:
     """A lane as people see it: `device` ("gpu0", "host"), `role` (one of ROLES) and a title for its track."""
@@ -76,21 +92,6 @@ class LaneName:
     title: str
 
 
-#: Later than any instant of a run that ends within a day; an end before it and a lane make one number.
-_ONE_NUMBER_NS = 1 << 47
-
-
-def _order(spans: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """Returns the places of spans in order: by their ends, of equal ends by lane, else as they were recorded.
-
-    They come nearly so, which a stable sort of one number for each makes use of.
-    """
-    ends, lanes = spans["end_ns"], spans["lane"]
-    if len(spans) and 0 <= int(ends.min()) <= int(ends.max()) < _ONE_NUMBER_NS:
-        return np.argsort(ends << 16 | lanes, kind="stable")
-    return np.lexsort((lanes, ends))
-
-
 class Timeline:
     """All spans of one run: in the order of recording or, once they are settled, in that of their ends."""
 
@@ -98,6 +99,7 @@ class Timeline:
         """Keep the spans in a column of dtype SPAN; without one, in memory."""
         self.lanes: list[LaneName] = []
         self._spans = Column(SPAN) if column is None else column
+        self._settled = True  # or not, while it does not matter
         #: Adds packed spans; lanes that record many call it with `pack_span` themselves.
         self.extend = self._spans.buffer.extend
 
@@ -127,13 +129,14 @@ class Timeline:
 
         Without it all do; nothing that is recorded later may end earlier. Without a file, all stay where they are.
         """
-        buffer = self._spans.buffer
-        recorded = np.frombuffer(buffer, dtype=SPAN)  # which can be written to, as the buffer can
-        spans = recorded[_order(recorded)]
-        if until_ns is None or not self._spans.in_file:
-            recorded[:] = spans
+        if not self._spans.in_file:
+            self._settled = False  # until somebody looks
             return
-        del recorded  # so that the buffer may be cut
+        buffer = self._spans.buffer
+        spans = _in_order(np.frombuffer(bytes(buffer), dtype=SPAN))
+        if until_ns is None:
+            buffer[:] = spans.tobytes()
+            return
         ended = int(np.searchsorted(spans["end_ns"], until_ns))
         buffer[:] = spans[:ended].tobytes()
         self._spans.flush()
@@ -147,7 +150,25 @@ class Timeline:
 
         It is a read-only view, so that a long timeline is not held twice: while it lives, nothing can be recorded.
         """
+        if not self._settled:
+            self._settled = True
+            recorded = self._spans.array()
+            ordered = _in_order(recorded)
+            if ordered is not recorded:
+                self._spans.buffer[:] = ordered.tobytes()
         return self._spans.array()
+
+    def last_end_ns(self, role: str) -> int:
+        """Returns the latest end of any span on the lanes of one role, 0 without any; no order is made for that."""
+        recorded = self._spans.array()
+        ends_ns = recorded["end_ns"][self.on_lanes(recorded, role)]
+        return int(ends_ns.max(initial=0))
+
+    def on_lanes(self, spans: npt.NDArray[Any], role: str) -> npt.NDArray[np.bool_]:
+        """Returns which of some of its spans are on the lanes of one role."""
+        of_role = np.array([lane.role == role for lane in self.lanes], dtype=np.bool_)
+        which: npt.NDArray[np.bool_] = of_role[spans["lane"]] if len(spans) else np.zeros(0, dtype=np.bool_)
+        return which
 
     def lanes_with(self, role: str) -> list[int]:
         """Returns the numbers of the lanes of one role."""

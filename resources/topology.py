@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
@@ -246,11 +247,26 @@ class Topology(Part):
             raise TopologyError(f"topology: there is no route from a host to {gpu}")
         return min(ways, key=lambda route: (-route.bytes_per_second, len(route.links))).source
 
+    @cached_property
+    def _graph(self) -> nx.DiGraph[str]:
+        return self.graph()
+
+    @cached_property
+    def _found(self) -> dict[tuple[str, str, frozenset[LinkKind]], Route | None]:
+        """Routes over links of some kinds that were asked for, for a run asks for those of all GPUs again and again."""
+        return {}
+
     def _direct(self, source: str, target: str, kinds: Collection[LinkKind]) -> Route | None:
         """Returns the best route over links of some kinds that no third memory is on; None if there is none."""
+        asked = (source, target, frozenset(kinds))
+        if asked not in self._found:
+            self._found[asked] = self._widest(*asked)
+        return self._found[asked]
+
+    def _widest(self, source: str, target: str, kinds: Collection[LinkKind]) -> Route | None:
         import networkx as nx
 
-        graph = self.graph()
+        graph = self._graph
         inner = {node.name for node in self.nodes if node.kind in _INNER} | {source, target}
         usable = [(a, b) for a, b, edge in graph.edges(data=True) if {a, b} <= inner and edge["kind"] in kinds]
         widths = sorted({graph.edges[edge]["bytes_per_second"] for edge in usable}, reverse=True)
@@ -270,7 +286,7 @@ class Topology(Part):
         return min(ways, key=lambda route: (-route.bytes_per_second, len(route.links)), default=None)
 
     def _along(self, nodes: list[str], *, staged: bool = False) -> Route:
-        graph = self.graph()
+        graph = self._graph
         edges = [graph.edges[edge] for edge in pairwise(nodes)]
         links = tuple(edge["name"] for edge in edges)
         passes, carries = Counter(links), self.capacities()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import configparser
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -16,6 +17,7 @@ BELOW_ALL = {
     "dtypes.py",
     "errors.py",
     "files.py",
+    "kept.py",
     "machine_code.py",
     "machine_words.py",
     "plain.py",
@@ -75,10 +77,12 @@ def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+@cache
 def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
+@cache
 def imports(path: Path, *, runs: bool = False, at_import: bool = False) -> list[tuple[int, str, str]]:
     """(level, module, name) of every import.
 
@@ -101,6 +105,7 @@ def imports(path: Path, *, runs: bool = False, at_import: bool = False) -> list[
     return found
 
 
+@cache
 def target(path: Path, level: int, module: str, name: str) -> Path | None:
     """The module of this project that an import loads; None for others'."""
     if level == 0:

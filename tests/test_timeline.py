@@ -43,3 +43,20 @@ def test_a_lane_has_a_known_role() -> None:
     with pytest.raises(ValueError, match=f"role = 'copier': choose one of {', '.join(ROLES)}"):
         timeline.add_lane("gpu0", "copier", "copies")
     assert len(KINDS) == len(set(KINDS))
+
+
+def test_spans_are_by_their_ends_then_by_lane_then_as_they_came_and_are_ordered_only_when_somebody_looks() -> None:
+    timeline = Timeline()
+    for role in ("compute", "h2d", "compute"):
+        timeline.add_lane("gpu0", role, role)
+    for number, (end_ns, lane) in enumerate([(9, 2), (5, 1), (9, 0), (7, 1), (5, 0), (5, 1), (9, 0)]):
+        timeline.record(0, end_ns, 0, number, -1, -1, lane, DENSE)
+    timeline.settle()
+    assert timeline.last_end_ns("compute") == 9
+    assert timeline.last_end_ns("h2d") == 7
+    assert timeline.last_end_ns("d2h") == 0
+    assert timeline.spans()["expert"].tolist() == [4, 1, 5, 3, 2, 6, 0]
+    assert timeline.spans()["expert"][timeline.on_lanes(timeline.spans(), "h2d")].tolist() == [1, 5, 3]
+    timeline.record(0, 6, 0, 7, -1, -1, 0, DENSE)
+    timeline.settle()
+    assert timeline.spans()["expert"].tolist() == [4, 1, 5, 7, 3, 2, 6, 0]

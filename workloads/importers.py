@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import resources
 from inspect import signature
 from os import PathLike
@@ -149,13 +150,20 @@ def open_trace(path: str | PathLike[str]) -> RoutingTrace:
 
     A file of a shipped one's name comes before it; a folder is no trace. Raises TraceError.
     """
+    with trace_file(path) as file:
+        if file is not None:
+            return RoutingTrace.load(file)
+    return import_trace(path, next(format for ending, format in _LOGS.items() if str(path).endswith(ending)))
+
+
+@contextmanager
+def trace_file(path: str | PathLike[str]) -> Iterator[Path | None]:
+    """Gives the file of a trace, or of a shipped one's name; None for a log, which is imported."""
     if str(path) in shipped_traces() and not Path(path).is_file():
         with resources.as_file(resources.files("prestage") / "workloads" / "data" / f"{path}.safetensors") as file:
-            return RoutingTrace.load(file)
-    for ending, format in _LOGS.items():
-        if str(path).endswith(ending):
-            return import_trace(path, format)
-    return RoutingTrace.load(path)
+            yield file
+    else:
+        yield None if str(path).endswith(tuple(_LOGS)) else Path(path)
 
 
 def _format_of(path: Path, named: str) -> str:

@@ -26,6 +26,7 @@ import safetensors.numpy
 
 from ..errors import InputError
 from ..files import made_folder, write_file
+from ..kept import KEPT, file_state, frozen
 from .batches import Step
 from .guesses import Guesses, Int64s, Run, best_of
 from .network import Shape, logits
@@ -43,7 +44,7 @@ FORMAT = "prestage-predictor-1"
 _LOGIT_STEP = 2.0**-10
 _LARGEST_STEPS = 1 << 19
 #: Tokens whose guesses are computed together.
-_TOKENS_AT_ONCE = 16
+_TOKENS_AT_ONCE = 64
 _LATENCY_ROUNDS = 50
 
 
@@ -73,7 +74,8 @@ class Weights:
         """Returns the arrays as torch tensors of this type."""
         import torch
 
-        return {name: torch.from_numpy(a).to(device, getattr(torch, dtype)) for name, a in self.arrays.items()}
+        # numpy widens halves many times faster than torch does.
+        return {name: torch.from_numpy(a.astype(dtype)).to(device) for name, a in self.arrays.items()}
 
     def check_fits(self, trace: RoutingTrace) -> None:
         """Raise WeightsError if the trace is of a model of another shape than the one that these were trained for."""
@@ -134,14 +136,20 @@ def load_weights(source: str | Path) -> Weights:
     """
     if str(source) in shipped_weights():
         with resources.as_file(_shipped()) as folder:
-            return _read(folder / f"{source}.safetensors", str(source))
+            return _kept(folder / f"{source}.safetensors", str(source))
     path = Path(source)
     if path.is_dir():
         path = path / WEIGHTS_FILE
     if not path.is_file():
         known = ", ".join(shipped_weights())
         raise WeightsError(f"{path}: no such file: give a folder that `prestage predictor train` wrote, or {known}")
-    return _read(path, str(path))
+    return _kept(path, str(path))
+
+
+def _kept(path: Path, source: str) -> Weights:
+    """Returns the weights of a file, the same ones while neither it nor what was measured of it has changed."""
+    key = ("weights", source, file_state(path), file_state(latency_file(path)))
+    return KEPT.get(key, lambda: _read(path, source), lambda weights: frozen(weights.arrays.values()))
 
 
 def _read(path: Path, source: str) -> Weights:
@@ -212,7 +220,7 @@ class Learned:
             )
         experts, confidences = run.no_guesses(n), run.no_confidences(n)
         for places, scores in self._scores(run):
-            experts[places], confidences[places] = _ranked(scores[:, :, :horizons], n, trace.k)
+            experts[places], confidences[places] = _ranked(scores, n, trace.k)
         return run.guesses(experts, confidences)
 
     def _scores(self, run: Run) -> Iterator[tuple[slice, npt.NDArray[np.float64]]]:
@@ -224,7 +232,8 @@ class Learned:
         with torch.inference_mode(), one_thread():
             for first in range(0, len(known), _TOKENS_AT_ONCE):
                 places = slice(first, first + _TOKENS_AT_ONCE)
-                yield places, logits(weights, self.weights.shape, *gather(run.chosen, known[places])).numpy()
+                asked = gather(run.chosen, known[places])
+                yield places, logits(weights, self.weights.shape, *asked, horizons=run.horizons).numpy()
 
 
 @contextmanager

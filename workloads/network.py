@@ -114,7 +114,12 @@ def initial_weights(shape: Shape, seed: int) -> dict[str, npt.NDArray[np.float32
 
 
 def logits(
-    weights: dict[str, Tensor], shape: Shape, chosen: Tensor, context: Tensor, layers: slice = slice(None)
+    weights: dict[str, Tensor],
+    shape: Shape,
+    chosen: Tensor,
+    context: Tensor,
+    layers: slice = slice(None),
+    horizons: int | None = None,
 ) -> Tensor:
     """Returns the logits (tokens, layers, horizons, experts) of the experts that each layer ahead will use.
 
@@ -122,6 +127,7 @@ def logits(
     context  int64 (tokens, context + 1), rows of `chosen`: each token itself and those before it, latest first; -1
              for none.
     layers   the layers whose visits guess.
+    horizons how many layers ahead they guess, at most and without it as many as the network was made for.
     """
     import torch
     import torch.nn.functional as F
@@ -134,15 +140,17 @@ def logits(
         state = state + _look_back(part, shape, state, visits, context, distance, reach)
         thought = F.gelu(_norm(state, part["think.norm"]) @ part["think.up"] + part["think.up_bias"])
         state = state + thought @ part["think.down"]
-    ahead = _norm(state, weights["norm"]) @ weights["horizon"] + weights["horizon_bias"]
-    ahead = ahead.view(*ahead.shape[:2], shape.horizons, shape.width)
+    horizons = shape.horizons if horizons is None else horizons
+    made = slice(horizons * shape.width)
+    ahead = _norm(state, weights["norm"]) @ weights["horizon"][:, made] + weights["horizon_bias"][made]
+    ahead = ahead.view(*ahead.shape[:2], horizons, shape.width)
     here = torch.arange(shape.layers, device=chosen.device)[layers]
-    target = (here[:, None] + torch.arange(1, shape.horizons + 1, device=chosen.device)) % shape.layers
+    target = (here[:, None] + torch.arange(1, horizons + 1, device=chosen.device)) % shape.layers
     return torch.stack(
         [
             torch.einsum("tlw,lew->tle", ahead[:, :, h], weights["expert"][target[:, h]])
             + weights["expert_bias"][target[:, h]]
-            for h in range(shape.horizons)
+            for h in range(horizons)
         ],
         dim=2,
     )

@@ -463,6 +463,9 @@ PREDICTORS: dict[str, Callable[..., Predictor]] = {
     "learned": _learned,
 }
 
+#: Predictors whose guesses depend on nothing but what they are made with and asked.
+SHIPPED = (Oracle, PreviousToken, Frequency, Transition, Context, Activation, Recorded, Learned)
+
 
 def make_predictor(name: str, *, seed: int = 0, **options: Any) -> Predictor:
     """Returns the predictor of that name in PREDICTORS, built with its options, and with the seed if it draws at all.

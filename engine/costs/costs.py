@@ -135,9 +135,8 @@ class Costs:
         self._mode = scenario.dispatch.mode
         self._chunk_bytes = scenario.copy_.chunk_bytes
         self.by_priority = scenario.copy_.by_rank
-        # By layer and tokens; the head stands behind the dense part of the last layer.
-        self._experts: list[dict[int, KernelCost]] = [{} for _ in range(model.layers)]
-        self._dense: list[dict[int, KernelCost]] = [{} for _ in range(model.layers + 1)]
+        #: By what it is, its weights' bytes, which may be the same in many layers, and tokens.
+        self._known: dict[tuple[str, int, int], KernelCost] = {}
         self.estimates: dict[str, str] = {}
         memory = scenario.copy_.host_memory or ("pinned" if "pinned" in profile.h2d else "pageable")
         if memory not in profile.h2d:
@@ -303,32 +302,34 @@ class Costs:
 
     def _dense_part(self, layer: int, tokens: int) -> KernelCost:
         """Returns the dense part of one layer over so many tokens, without what attention adds with the context."""
-        cost = self._dense[layer].get(tokens)
+        model, size = self.model, self.model.dense_bytes[layer]
+        cost = self._known.get(("dense", size, tokens))
         if cost is None:
-            model, size = self.model, self.model.dense_bytes[layer]
             kernels = dense_kernels(model.hidden, model.dense_dtype, model.dense_kernels, size)
             cost = self._kernel("dense part", self._dense_points.get(size, ()), kernels, tokens)
-            self._dense[layer][tokens] = cost
+            self._known["dense", size, tokens] = cost
         return cost
 
     def head(self, tokens: int) -> KernelCost:
         """Returns the head over `tokens` positions, one for each sequence of a step (`Step.sampled`)."""
         tokens = self.run_tokens(tokens, DECODE)  # a prefill step has one position: there is nothing to pad
-        cost = self._dense[-1].get(tokens)
+        model, size = self.model, self.model.head_bytes
+        cost = self._known.get(("head", size, tokens))
         if cost is None:
-            model, size = self.model, self.model.head_bytes
             kernels = head_kernels(model.hidden, model.dense_dtype, size)
             cost = self._kernel("head", self._head_points.get(size, ()), kernels, tokens)
-            self._dense[-1][tokens] = cost
+            self._known["head", size, tokens] = cost
         return cost
 
     def expert(self, layer: int, tokens: int, phase: int = DECODE) -> KernelCost:
         """Returns one expert's kernels over `tokens` tokens of a step of a phase."""
         tokens = self.run_tokens(tokens, phase)
-        cost = self._experts[layer].get(tokens)
+        size = self.model.expert_bytes[layer]
+        cost = self._known.get(("expert", size, tokens))
         if cost is None:
             points = self._expert_points.get(self.model.expert_ff, ())
-            cost = self._experts[layer][tokens] = self._kernel("expert", points, self._expert_kernels(layer), tokens)
+            cost = self._kernel("expert", points, self._expert_kernels(layer), tokens)
+            self._known["expert", size, tokens] = cost
         return cost
 
     def _expert_kernels(self, layer: int) -> Kernels:

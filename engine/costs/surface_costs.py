@@ -95,7 +95,6 @@ class SurfaceCosts:
         self._products = {table.dtype: table for table in surface.products}
         self._small: dict[tuple[str, str], SmallTable] = {(table.what, table.dtype): table for table in surface.small}
         self._stand_in = self._products.get(_STAND_IN) or surface.products[0]
-        self._flops_per_ns = _fastest(self._stand_in)
 
     def group(self, part: Group) -> GroupCosts:
         """Returns what a part's groups take beside their kernels."""
@@ -126,7 +125,7 @@ class SurfaceCosts:
         share = (float(bits_of(dtype)) if bits is None else bits) / float(bits_of(self._stand_in.dtype))
         shrunk = max(1.0, product.columns * share)
         flops = 2 * product.rows * product.columns * tokens
-        return max(self._stand_in.product_ns(product.rows, shrunk, tokens), flops / self._flops_per_ns)
+        return max(self._stand_in.product_ns(product.rows, shrunk, tokens), flops / self._stand_in.most_flops_per_ns)
 
     def small_ns(self, what: str, dtype: str, elements: int) -> float:
         """Returns what one small kernel over so many elements takes."""
@@ -179,17 +178,6 @@ class SurfaceCosts:
         """Returns the products of a dtype, or those of another of as many bits where these are the stand-in's."""
         table = self._products.get(dtype)
         return self._stand_in if table is None and bits_of(dtype) == bits_of(self._stand_in.dtype) else table
-
-
-def _fastest(table: ProductTable) -> float:
-    """Returns the most operations a ns of any measured product."""
-    best, numbers = 0.0, iter(table.ns)
-    for rows in table.rows:
-        for columns in table.columns:
-            for tokens in table.tokens:
-                ns = next(numbers)
-                best = max(best, 2 * rows * columns * tokens / ns if ns else 0.0)
-    return best
 
 
 def _only(tables: Sequence[_Table]) -> _Table:

@@ -5,15 +5,20 @@ A trace, guesses and budgets are the same for every run of a scenario; of a pipe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from ...errors import InputError
+from ...kept import KEPT, file_state, frozen
 from ...resources.profile import load_profile
 from ...workloads.batches import Step, plan_steps, warmup_steps
 from ...workloads.fitted import FittedRouting
 from ...workloads.guesses import Guesses
-from ...workloads.importers import open_trace
+from ...workloads.importers import open_trace, trace_file
 from ...workloads.model import Model, load_model
 from ...workloads.synthetic import synthesize
 from ...workloads.trace import RoutingTrace
@@ -25,7 +30,7 @@ from ..policies.eviction import EVICTION
 from ..run import prepared, run_all
 from ..scenario.amounts import ScenarioError, parse_bytes
 from ..scenario.inputs import Inputs
-from ..scenario.predicting import FREE, predictor_cost, scenario_predictor
+from ..scenario.predicting import FREE, guesses_of, predictor_cost
 from ..scenario.scenario import Scenario
 from .capacity import check, fixed_parts, gib, kv_cache_bytes
 from .deciders import make_host_memory, make_manager, make_prefetch
@@ -169,7 +174,7 @@ def _guesses(bare: Inputs) -> Guesses | None:
         horizons, ranks = max(1, scenario.prefetch.lookahead), scenario.prefetch.k or bare.model.top_k
     if not ranks:
         return None
-    guesses = scenario_predictor(scenario, bare.first_layer).guess(bare.trace, bare.steps, horizons, ranks)
+    guesses = guesses_of(scenario, bare.first_layer, bare.trace, bare.steps, horizons, ranks)
     if policy.needs_confidences and guesses.confidences is None:
         raise ScenarioError(
             f"prefetch.policy = {scenario.prefetch.policy!r} needs confidences, and predictor.name = "
@@ -214,6 +219,34 @@ def _check_pieces(scenario: Scenario, model: Model) -> None:
 
 
 def _load_trace(scenario: Scenario, model: Model) -> RoutingTrace:
+    """Returns the trace that a scenario names, read-only; the same one where it is kept."""
+    key = _trace_key(scenario, model)
+    if key is None:
+        return _make_trace(scenario, model)
+    return KEPT.get(key, lambda: _make_trace(scenario, model), lambda trace: frozen(_arrays(trace)))
+
+
+def _trace_key(scenario: Scenario, model: Model) -> Hashable:
+    """Returns all that a scenario's trace is made of; None if it is of a log, which is imported each time."""
+    synthetic = scenario.workload.synthetic
+    if scenario.workload.trace is not None:
+        with trace_file(scenario.workload.trace) as path:
+            state = None if path is None else file_state(path)
+    elif synthetic is not None and synthetic.fit is not None:
+        state = file_state(synthetic.fit)
+    else:
+        state = (model.layers, model.experts, model.top_k)
+    made = (synthetic and synthetic.model_dump_json(), scenario.seed if synthetic else None)
+    return None if state is None else ("trace", state, made)
+
+
+def _arrays(trace: RoutingTrace) -> list[npt.NDArray[Any] | None]:
+    """Returns the arrays of a trace."""
+    named = (value for value in vars(trace).values() if isinstance(value, np.ndarray))
+    return [*named, *trace.extra.values()]
+
+
+def _make_trace(scenario: Scenario, model: Model) -> RoutingTrace:
     workload = scenario.workload
     if workload.trace is not None:
         return open_trace(workload.trace)

@@ -75,15 +75,16 @@ def miss_causes(recording: Recording, shadow_misses: Array | None) -> Array:
     Compulsory and capacity as in Hill & Smith (1989), "Evaluating associativity in CPU caches"; pollution is the
     prefetcher's doing: the same cache without it, in a shadow run, had the expert.
     """
-    in_order = np.argsort(recording.access_visit, kind="stable")
-    _, first = np.unique(recording.access_expert[in_order], return_index=True)
-    compulsory = np.zeros(len(recording.access_expert), dtype=bool)
-    compulsory[in_order[first]] = True
-    polluted = np.zeros(len(compulsory), dtype=bool)
+    missed = np.flatnonzero(recording.outcomes == MISS)
+    first = np.full(recording.manager.experts * len(recording.expert_bytes), -1, dtype=np.int64)
+    backwards = np.argsort(recording.access_visit, kind="stable")[::-1]
+    first[recording.access_expert[backwards]] = backwards  # the one that is written last stays
+    cause = np.full(len(recording.outcomes), -1, dtype=np.int64)
+    cause[missed] = 2
     if shadow_misses is not None:
-        polluted = ~np.isin(_access_keys(recording), shadow_misses)
-    cause = np.where(compulsory, 0, np.where(polluted, 1, 2))
-    return np.where(recording.outcomes == MISS, cause, -1)
+        cause[missed[~np.isin(_access_keys(recording)[missed], shadow_misses)]] = 1
+    cause[missed[first[recording.access_expert[missed]] == missed]] = 0
+    return cause
 
 
 def miss_keys(visits: Iterable[Visit], total_experts: int) -> Array:

@@ -57,10 +57,10 @@ def gpu_metrics(
             "evict": manager.evicted,
         },
         "prefetch": _count(recording.copy_fates, FATES),
-        "misses": (causes := _count(miss_causes(recording, shadow_misses), MISS_CAUSES)),
+        "misses": (causes := _count(why := miss_causes(recording, shadow_misses), MISS_CAUSES)),
         "pollution": causes["pollution"],
         "bytes": _bytes(recording),
-        "by_layer": by_layer(recording, shadow_misses),
+        "by_layer": by_layer(recording, why),
         "time": (time := time_split(recording, run_ns)),
         "stall_ms": time["stall_ms"],
         "host_held_ms": host_held_ns(recording) / 1e6,
@@ -109,7 +109,7 @@ def tiers(recording: Recording) -> dict[str, Any] | None:
         return None
     spans = recording.spans
     lanes = recording.decoded.timeline.lanes_with("nvme")
-    reads = spans[np.isin(spans["lane"], lanes)]
+    reads = spans[recording.decoded.timeline.on_lanes(spans, "nvme")]
     busy_ns = int((reads["end_ns"] - reads["start_ns"]).sum())
     within = {side: np.minimum(reads[side], recording.makespan_ns) for side in ("start_ns", "end_ns")}
     within_ns = int((within["end_ns"] - within["start_ns"]).sum())
@@ -146,8 +146,11 @@ def memory_utilization(recording: Recording, run_ns: int | None = None) -> float
     return float((np.maximum(0, until_ns - time_ns) * share).sum() / run_ns)
 
 
-def by_layer(recording: Recording, shadow_misses: Array | None) -> list[dict[str, int]]:
-    """Return, layer by layer, the outcomes of accesses, the causes of misses, the fates of prefetches and the bytes."""
+def by_layer(recording: Recording, causes: Array) -> list[dict[str, int]]:
+    """Return, layer by layer, the outcomes of accesses, the causes of misses, the fates of prefetches and the bytes.
+
+    `causes` are those of each access's miss, as `miss_causes` returns them.
+    """
     layers = len(recording.expert_bytes)
     columns: dict[str, Array] = {}
 
@@ -158,7 +161,7 @@ def by_layer(recording: Recording, shadow_misses: Array | None) -> list[dict[str
             columns[name] = np.bincount(layer[chosen], weights=weights, minlength=layers)
 
     tally(OUTCOMES, recording.outcomes, recording.access_layer)
-    tally([f"{cause}_miss" for cause in MISS_CAUSES], miss_causes(recording, shadow_misses), recording.access_layer)
+    tally([f"{cause}_miss" for cause in MISS_CAUSES], causes, recording.access_layer)
     tally([f"prefetch_{fate}" for fate in FATES], recording.copy_fates, recording.copy_layer)
     tally(["demand_bytes", "prefetch_bytes"], recording.copy_reason, recording.copy_layer, recording.copied_bytes)
     return [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -51,22 +51,18 @@ class Recording:
     host_memory: HostMemory | None = None
     copies_hold_host: bool = False
     moved: tuple[Sequence[int], Sequence[int]] | None = None
-    _spans: Array = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_spans", self.decoded.timeline.spans())
-
-    @property
+    @cached_property
     def spans(self) -> Array:
-        """All spans, dtype SPAN."""
-        return self._spans
+        """All spans, dtype SPAN, in order."""
+        return self.decoded.timeline.spans()
 
     def forget(self) -> None:
         """Let go of all arrays that were derived, if the records lie in files; they are derived anew when asked for."""
-        if isinstance(self._spans, np.memmap):
+        if isinstance(vars(self).get("spans"), np.memmap):
             derived = [name for name in vars(self) if isinstance(getattr(Recording, name, None), cached_property)]
             for name in derived:
-                if isinstance(vars(self)[name], np.ndarray):
+                if name != "spans" and isinstance(vars(self)[name], np.ndarray):
                     del vars(self)[name]
 
     @cached_property
@@ -77,7 +73,7 @@ class Recording:
     @cached_property
     def copy_spans(self) -> Array:
         """The copies of experts to this GPU, from the host or from another GPU, in order of start."""
-        copied = (self._on_lanes("h2d") | (self._spans["kind"] == PEER)) & (self._spans["copy"] >= 0)
+        copied = (self._on_lanes("h2d") | (self.spans["kind"] == PEER)) & (self.spans["copy"] >= 0)
         return self._in_order(copied)
 
     @cached_property
@@ -106,11 +102,10 @@ class Recording:
         return whole
 
     def _on_lanes(self, role: str) -> Array:
-        which: Array = np.isin(self._spans["lane"], self.decoded.timeline.lanes_with(role))
-        return which
+        return self.decoded.timeline.on_lanes(self.spans, role)
 
     def _in_order(self, which: Array) -> Array:
-        spans = self._spans[which]
+        spans = self.spans[which]
         if (np.diff(spans["start_ns"]) >= 0).all():  # on first-in first-out lanes they are
             return spans
         return spans[np.argsort(spans["start_ns"], kind="stable")]
@@ -123,7 +118,7 @@ class Recording:
     @cached_property
     def makespan_ns(self) -> int:
         """From 0 to the end of the last kernel."""
-        return int(self.compute_spans["end_ns"].max(initial=0))
+        return self.decoded.timeline.last_end_ns("compute")
 
     @cached_property
     def copy_reason(self) -> Array:
@@ -158,9 +153,9 @@ class Recording:
     @cached_property
     def first_access(self) -> Array:
         """Index of the first access of each copy (copies,); -1 where there was none."""
-        copies, first = np.unique(self.decoded.accesses["copy"], return_index=True)
+        copies = self.decoded.accesses["copy"]
         index = np.full(len(self.copy_reason), -1, dtype=np.int64)
-        index[copies] = first
+        index[copies[::-1]] = np.arange(len(copies))[::-1]  # the one that is written last stays
         return index
 
     # Of every access: first those that have a copy, in order, then those that a miss policy resolved without one.

@@ -77,7 +77,7 @@ def _waiting_for_bytes(recording: Recording, gpu_came_last: Array) -> Array:
     has_copy = spans["copy"] >= 0
     ready_ns = np.full(len(spans), -1, dtype=np.int64)
     ready_ns[has_copy] = recording.copy_end_ns[spans["copy"][has_copy]]
-    needs_bytes = np.isin(spans["kind"], (EXPERT, DECOMPRESS))
+    needs_bytes = (spans["kind"] == EXPERT) | (spans["kind"] == DECOMPRESS)
     if len(recording.resolved):
         results_ns = _results_before(recording)
         ready_ns, needs_bytes = np.maximum(ready_ns, results_ns), needs_bytes | (results_ns >= 0)
@@ -85,7 +85,8 @@ def _waiting_for_bytes(recording: Recording, gpu_came_last: Array) -> Array:
     lags = recording.kernel_lags
     held_up = (spans["start_ns"] > spans["issued_ns"]) & (gap_ns > max(lags.gap_ns, lags.gap_disturbed_ns))
     held_up &= ~gpu_came_last
-    came_last = np.isin(spans["start_ns"] - ready_ns, (lags.after_other_ns, lags.after_other_disturbed_ns))
+    since_ns = spans["start_ns"] - ready_ns
+    came_last = (since_ns == lags.after_other_ns) | (since_ns == lags.after_other_disturbed_ns)
     waiting: Array = needs_bytes & (gap_ns > 0) & (held_up | came_last)
     return waiting
 
@@ -133,8 +134,7 @@ def _visit_and_kind(of: Array) -> Array:
 def _host_predictions(recording: Recording) -> Array:
     """Returns the spans of the host thread's predicting or, where the GPU predicts, of its waiting for guesses."""
     spans = recording.spans
-    lanes = recording.decoded.timeline.lanes_with("host")
-    predictions: Array = spans[np.isin(spans["lane"], lanes) & (spans["kind"] == PREDICT)]
+    predictions: Array = spans[recording.decoded.timeline.on_lanes(spans, "host") & (spans["kind"] == PREDICT)]
     if not len(predictions):
         predictions = spans[spans["kind"] == GUESSES]
         predictions["start_ns"] = predictions["issued_ns"]  # the host has waited since it asked

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...kept import KEPT, digest_of, frozen
+from ...workloads.batches import Step
+from ...workloads.guesses import Guesses
 from ...workloads.learned import load_weights
-from ...workloads.predictors import Predictor, make_predictor
+from ...workloads.predictors import SHIPPED, Predictor, make_predictor
+from ...workloads.trace import RoutingTrace
 from .amounts import ScenarioError
 from .scenario import Scenario
 from .sections import ON_GPU, PredictorSection
@@ -30,13 +35,42 @@ def scenario_predictor(scenario: Scenario, first_layer: int = 0) -> Predictor:
 
     Raises ValueError if its weights cannot be used.
     """
+    return make_predictor(scenario.predictor.name, seed=scenario.seed, **_options(scenario, first_layer))
+
+
+def _options(scenario: Scenario, first_layer: int) -> dict[str, Any]:
+    """Returns what a scenario says to its predictor."""
     section = scenario.predictor
     options: dict[str, dict[str, Any]] = {
         "oracle": {"recall": section.recall, "first_layer": first_layer},
         "context": {"context": section.context},
         "learned": {"weights": section.weights},
     }
-    return make_predictor(section.name, seed=scenario.seed, **options.get(section.name, {}))
+    return options.get(section.name, {})
+
+
+def guesses_of(
+    scenario: Scenario, first_layer: int, trace: RoutingTrace, steps: Sequence[Step], horizons: int, n: int
+) -> Guesses:
+    """Returns what a scenario's predictor guesses; the same arrays for the same question, where they are kept.
+
+    A predictor of one's own is asked each time. Raises ValueError as `scenario_predictor` and its `guess` do.
+    """
+    predictor = scenario_predictor(scenario, first_layer)
+    if type(predictor) not in SHIPPED:
+        return predictor.guess(trace, steps, horizons, n)
+    options = _options(scenario, first_layer)
+    if "weights" in options:
+        options["weights"] = load_weights(options["weights"])  # the same object for the same file
+    rows = [step.rows for step in steps]
+    known = [trace.experts, trace.present, trace.sequence, trace.position, trace.phase]
+    asked = digest_of([*known, trace.predictions, trace.confidences, *rows])
+    key = (type(predictor), *options.items(), scenario.seed, trace.num_experts, asked, horizons, n)
+    return KEPT.get(
+        key,
+        lambda: predictor.guess(trace, steps, horizons, n),
+        lambda guesses: frozen([guesses.rows, guesses.experts, guesses.confidences]),
+    )
 
 
 def predictor_cost(section: PredictorSection) -> PredictorCost:

@@ -43,6 +43,7 @@ from .sections import (
     WorkloadSection,
 )
 from .sections_memory import CompressionSection, CopySection, MemorySection, MissSection, TiersSection
+from .sections_requests import RequestsSection
 
 #: How many of a scenario's faults are told.
 _MOST_PROBLEMS = 20
@@ -64,10 +65,18 @@ class Scenario(Section):
     tiers: TiersSection = TiersSection()
     miss: MissSection = MissSection()
     compression: CompressionSection = CompressionSection()
+    requests: RequestsSection | None = None
 
     @model_validator(mode="after")
     def _offloading_fits(self) -> Scenario:
         for wrong, text in _unfit(self):
+            if wrong:
+                raise InputError(text)
+        return self
+
+    @model_validator(mode="after")
+    def _requests_make_the_steps(self) -> Scenario:
+        for wrong, text in _unfit_for_requests(self):
             if wrong:
                 raise InputError(text)
         return self
@@ -168,7 +177,10 @@ class Scenario(Section):
 
     def plain(self) -> dict[str, Any]:
         """Returns the scenario as plain data, by the names that its TOML uses, all defaults filled in."""
-        return self.model_dump(by_alias=True)
+        plain = self.model_dump(by_alias=True)
+        if self.requests is None:
+            del plain["requests"]
+        return plain
 
 
 def _unfit(scenario: Scenario) -> Iterator[tuple[bool, str]]:
@@ -201,6 +213,29 @@ def _unfit(scenario: Scenario) -> Iterator[tuple[bool, str]]:
     yield (
         low and miss.fetch_behind and not memory.caching,
         "miss.fetch_behind = true: needs memory.caching = true, else what it fetches leaves before it is used",
+    )
+
+
+def _unfit_for_requests(scenario: Scenario) -> Iterator[tuple[bool, str]]:
+    """Yields (whether it is so, what to say) of what does not go together with [requests]."""
+    requests, workload, parallel = scenario.requests, scenario.workload, scenario.parallel
+    if requests is None:
+        return
+    for key, given, wanted in (
+        ("workload.batch", workload.batch, 1),
+        ("workload.tokens", workload.tokens, None),
+        ("workload.context", workload.context, None),
+        ("parallel.stages", parallel.stages, 1),
+        ("parallel.micro_batches", parallel.micro_batches, 1),
+        ("parallel.gpus", parallel.gpus, 1),
+    ):
+        yield (
+            given != wanted,
+            f"{key} = {given}: with [requests], whose scheduler makes the steps of one GPU: leave it out",
+        )
+    yield (
+        requests.kv.boundary == "moving" and scenario.memory.total_bytes is None,
+        "requests.kv.boundary = 'moving': give memory.total_bytes, of which experts and KV blocks take their parts",
     )
 
 
@@ -263,6 +298,10 @@ def _read(name: str | Path | None, source: str) -> dict[str, Any]:
         _find_beside(folder, workload, "trace")
         _find_beside(folder, workload.get("synthetic") if isinstance(workload, dict) else None, "fit")
         _find_beside(folder, data.get("predictor"), "weights")
+        requests = data.get("requests")
+        _find_beside(folder, requests, "trace")
+        speculation = requests.get("speculation") if isinstance(requests, dict) else None
+        _find_beside(folder, speculation, "acceptance")
     return data
 
 
@@ -342,8 +381,11 @@ def _take_out(data: dict[str, Any], parts: Sequence[str]) -> None:
 
 
 def _drop_replaced(data: dict[str, Any], parts: list[str], value: Any) -> None:
-    """Take out what a setting replaces: a trace and a synthetic one, and weights of another predictor."""
+    """Take out what a setting replaces: a trace and a synthetic one, weights of another predictor, a fixed batch."""
     workload, predictor = (data.get(section) for section in ("workload", "predictor"))
+    if parts[0] == "requests" and data.get("requests") is None and isinstance(workload, dict):
+        for key in ("batch", "tokens", "context", "warmup"):
+            workload.pop(key, None)
     if parts[:1] == ["workload"] and isinstance(workload, dict):
         if parts[1:] == ["trace"]:
             workload.pop("synthetic", None)

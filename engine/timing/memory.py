@@ -9,6 +9,7 @@ not come.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterable
 
 import numpy as np
@@ -113,11 +114,19 @@ DONE, PORTION, PRICE, RATE, SPACE, STEPS, ROOM, LANE = range(8)
 WORK_EACH, NODES_EACH = 2, 24
 
 
+def _zeros(words: int) -> Ints:
+    """Returns so many words, all 0, of pages that nobody has used: those that are not written to cost nothing.
+
+    What an allocator takes back from a run before, it has to clear.
+    """
+    return np.frombuffer(mmap.mmap(-1, 8 * words), dtype=np.int64)
+
+
 class Memory:
     """The words, as they are laid out before a run and grow during it."""
 
     def __init__(self, gpus: int) -> None:
-        self.words: Ints = np.zeros((1 + gpus) << 20, dtype=np.int64)  # pages that nobody writes to cost nothing
+        self.words: Ints = _zeros((1 + gpus) << 20)
         self._used = 0
 
     @property
@@ -129,7 +138,7 @@ class Memory:
         """Returns the address of so many words more, all 0."""
         at, self._used = self._used, self._used + words
         if self._used > len(self.words):
-            self.words = np.concatenate([self.words, np.zeros(max(len(self.words), words), dtype=np.int64)])
+            self.words = np.concatenate([self.words, _zeros(max(len(self.words), words))])
         return at
 
     def put(self, values: Iterable[int]) -> int:
