@@ -34,7 +34,7 @@ from .clocks import Clocks
 from .cuda import Calls, CudaError, Gpu
 from .host import DISTURBED, Cores
 from .measured import SPAN_COLUMNS, Measured, MeasuredGpu, Times, makespan_ns
-from .part import Part, Shared, Way, check_slots
+from .part import Part, Shared, Way, Ways, check_slots
 from .plan import ExecutionError, Plan, check_executable, decision_counts, make_plans
 from .profiler import record_profile
 from .scenario_sets import SETS, scenarios
@@ -62,7 +62,7 @@ class Execution:
         self.threads = 1 if one_thread else len(plans)
         ways = _ways(used, inputs, one_thread) if inputs.links is not None else [None] * len(plans)
         self.parts = [
-            Part(used[number], part, plan, shared, clock=number, receives=ways[number - 1], sends=ways[number])
+            Part(used[number], part, plan, shared, clock=number, ways=Ways(ways[number - 1], ways[number]))
             for number, (part, plan) in enumerate(zip(inputs.parts, plans, strict=True))
         ]
 

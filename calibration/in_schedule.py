@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -147,6 +147,18 @@ def _between(run: Measured, stages: Sequence[_Stage], repeat: int, copying: Sequ
                 yield "arrival_gap", {"to": number, "beside_copy": beside_copy}, start_ns - arrived_ns
 
 
+class _Kernel(NamedTuple):
+    """A kernel group as it ran: what it is, over how many tokens, behind which copy, and when."""
+
+    kind: int
+    visit: int
+    tokens: int
+    copy: int
+    start_ns: int
+    end_ns: int
+    issued_ns: int
+
+
 class _Observer:
     """Goes through one repeat on one GPU in the order in which the host asked for its spans."""
 
@@ -195,7 +207,7 @@ class _Observer:
                 yield f"host:{entry}", {**key, "first": first}, issued_ns - stamp_ns
             stamp_ns, first = issued_ns, kind == READBACK
             if kind in _KERNELS:
-                yield from self._kernel(kind, visit, tokens, copy, start_ns, end_ns, issued_ns)
+                yield from self._kernel(_Kernel(kind, visit, tokens, copy, start_ns, end_ns, issued_ns))
                 if kind == EXPERT:
                     self._reader_end[slot] = end_ns
             elif kind == READBACK:
@@ -219,9 +231,8 @@ class _Observer:
             return "readback" if kind == READBACK else "send"
         return "copy_reuse" if slot in self._reader_end else "copy_fresh"
 
-    def _kernel(
-        self, kind: int, visit: int, tokens: int, copy: int, start_ns: int, end_ns: int, issued_ns: int
-    ) -> Iterator[Observation]:
+    def _kernel(self, kernel: _Kernel) -> Iterator[Observation]:
+        kind, visit, tokens, copy, start_ns, end_ns, issued_ns = kernel
         free_ns, self._free["compute"] = self._free["compute"], end_ns
         waits = kind == EXPERT and copy in self._copy_end
         copied_ns = self._copy_end.pop(copy) if waits else -1

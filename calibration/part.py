@@ -82,6 +82,14 @@ class Way:
     made: Sequence[Event]
 
 
+@dataclass(frozen=True)
+class Ways:
+    """The ways that a stage receives by and sends by, if it does."""
+
+    receives: Way | None = None
+    sends: Way | None = None
+
+
 def check_slots(inputs: Inputs, slots: int, free_bytes: int) -> None:
     """Raise CudaError if so many experts take more than is free of a GPU, or one takes more than the pool."""
     size_bytes = inputs.model.expert_bytes[0]
@@ -111,12 +119,11 @@ class Part:
         shared: Shared,
         *,
         clock: int = 0,
-        receives: Way | None = None,
-        sends: Way | None = None,
+        ways: Ways = Ways(),
     ) -> None:
-        """Make everything on `gpu`, whose clock has this number; the way that a stage receives by, and sends by."""
+        """Make everything on `gpu`, whose clock has this number; `ways` are those from and to other stages."""
         self._gpu, self._inputs, self.plan = gpu, inputs, plan
-        self._receives, self._sends = receives, sends
+        self._receives, self._sends = ways.receives, ways.sends
         model, scenario = inputs.model, inputs.scenario
         size_bytes = model.expert_bytes[0]
         check_slots(inputs, plan.slots, gpu.free_bytes())
@@ -142,8 +149,8 @@ class Part:
         for entry in plan.entries:
             if entry.kind == READBACK:  # it follows the dense part on the same stream
                 self._starts[entry.mark] = self._ends[entry.mark - 1]
-            elif entry.kind == ACTIVATION and sends is not None:
-                self._ends[entry.mark] = sends.ends[self._step_of(entry)]
+            elif entry.kind == ACTIVATION and ways.sends is not None:
+                self._ends[entry.mark] = ways.sends.ends[self._step_of(entry)]
             elif entry.kind in COPIES:
                 self._clocks[entry.mark : entry.mark + entry.marks] = [copies_clock] * entry.marks
         order = scenario.copy_.order()

@@ -15,6 +15,7 @@ import typer
 from ..errors import InputError
 from . import calibrate, machine, model, predictor, timeline, trace
 from .console import stop_status
+from .decode import calibrate_decode
 from .experiments import breakeven, compare, suite, sweep
 from .guide import reproduce
 from .pictures import plot, report, topology
@@ -37,6 +38,7 @@ app.command("compile")(compile_engine)
 app.add_typer(machine.app, name="machine")
 app.add_typer(trace.app, name="trace")
 app.add_typer(model.app, name="model")
+calibrate.app.command("decode")(calibrate_decode)
 app.add_typer(calibrate.app, name="calibrate")
 app.add_typer(calibrate.benchmark_app, name="benchmark")
 app.add_typer(predictor.app, name="predictor")
@@ -56,6 +58,10 @@ def _options(
     _: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and stop.")
     ] = False,
+    _plugin: Annotated[
+        list[str] | None,
+        typer.Option("--plugin", metavar="FILE.py", help="Load a policy, predictor, … of your own; with any command."),
+    ] = None,
 ) -> None:
     pass
 
@@ -73,6 +79,26 @@ def main() -> None:
     sys.exit(terminal.flushed(_status(sys.argv[1:] or ["--help"])))
 
 
+def _plugged(arguments: list[str]) -> list[str]:
+    """Load what `--plugin` names, wherever it stands, and what is installed; returns the other arguments."""
+    from .. import plugins
+
+    plugins.load_asked()
+    others: list[str] = []
+    waiting = iter(arguments)
+    for argument in waiting:
+        if argument == "--":
+            return [*others, argument, *waiting]
+        if argument.partition("=")[0] != "--plugin":
+            others.append(argument)
+            continue
+        name = argument.partition("=")[2] or next(waiting, "")
+        if not name:
+            raise InputError("--plugin: name a Python file or a module; `prestage --help` tells more")
+        plugins.load_plugin(name)
+    return others
+
+
 def _status(arguments: list[str]) -> int:
     """Run a command and return its exit status."""
     from . import terminal
@@ -81,6 +107,7 @@ def _status(arguments: list[str]) -> int:
         for argument in arguments:
             if any("\ud800" <= character <= "\udfff" for character in argument):
                 raise InputError(f"{argument!r}: not UTF-8: results and messages are, so give it another name")
+        arguments = _plugged(arguments)
         return int(app(args=arguments, prog_name="prestage", standalone_mode=False) or 0)
     except _UsageError as error:
         asked = error.ctx.command_path if error.ctx else "prestage"

@@ -18,6 +18,8 @@ import traceback
 from pathlib import Path
 from typing import Any, TextIO
 
+from .. import plugins
+
 FAULT, REFUSED, BROKEN_PIPE = 1, 2, 141
 #: The longest line that refuses something: what was given may be a whole file.
 LONGEST_LINE = 2000
@@ -57,6 +59,11 @@ def refuse(message: str) -> int:
 
 def report_fault() -> int:
     """Show where the exception under way arose and ask for a report; return the status."""
+    added = [plugin.name for plugin in plugins.loaded()]
+    if added:
+        return _say(
+            f"{traceback.format_exc()}prestage: this is a fault of {' or '.join(added)}, or of Prestage\n", FAULT
+        )
     last = "prestage: this is a fault of Prestage, not of what it was given; please report it with the lines above\n"
     return _say(f"{traceback.format_exc()}{last}", FAULT)
 

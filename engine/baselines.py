@@ -16,8 +16,7 @@ from .costs.costs import Costs, part_costs
 from .decide.memory_manager import BudgetError, MemoryManager
 from .decide.partition import divider
 from .loading.deciders import make_manager
-from .loading.expert_parallel import held
-from .loading.offloading import plain
+from .loading.offloading import plain, served_experts
 from .measure.merge import makespan_ns
 from .policies.eviction import EVICTION
 from .policies.prefetch import NoPrefetch
@@ -94,9 +93,9 @@ def _resident_inputs(inputs: Inputs) -> Inputs:
 
 
 def _resident_manager(inputs: Inputs, spool: Spool) -> MemoryManager:
-    model, layout = inputs.model, inputs.expert_parallel
+    model = inputs.model
     manager = MemoryManager(model.expert_bytes, model.experts, model.total_expert_bytes, EVICTION["lru"], spool=spool)
-    manager.preload(range(model.total_experts) if layout is None else held(layout, inputs.device))
+    manager.preload(served_experts(inputs))
     return manager
 
 

@@ -89,24 +89,26 @@ def run_all(
 ) -> list[Recording]:
     """Simulate one run, by one of ENGINES or as `engine_for` says, and return what was recorded on each GPU.
 
-    Costs that are drawn anew for every kernel are asked for by SimPy processes, one after the other.
+    Copies that scatter and share links with other GPUs' go by SimPy: compiled code knows how transfers of so many ns
+    share them, not of any.
     """
-    engine = "simpy" if any(gpu.costs.drawn_anew for gpu in ready) else engine_for(inputs, engine).engine
+    scatters = any(gpu.costs.scatter is not None for gpu in ready)
+    shares = inputs.links is not None and inputs.scenario.copy_.contention
+    engine = "simpy" if scatters and shares else engine_for(inputs, engine).engine
     from .timing.runs import StageRun, run_shared, run_stages  # which compile at their first use
 
     gauges = [Gauge() for _ in ready]
-    hosts: list[HostMemory | None] = [None for _ in ready]
+    host = make_host_memory(inputs, ready[0].manager.spool)
     one_thread = inputs.scenario.parallel.dispatch_threads == "one"
     if inputs.expert_parallel is not None and inputs.links is not None:
         managers, prefetches = [gpu.manager for gpu in ready], [gpu.prefetch for gpu in ready]
-        visits = watch(dispatched_together(inputs, managers, prefetches, gauges))
+        visits = watch(dispatched_together(inputs, managers, prefetches, gauges, host))
         decoded = run_shared(
-            inputs, ready, gauges, visits, one_thread=one_thread, engine=engine, sources=_shared(inputs, ready, engine),
-            ticks=watch(iter(range(inputs.layer_visits))),
+            inputs, ready, gauges, visits, one_thread=one_thread, engine=engine,
+            sources=_shared(inputs, ready, engine, host), ticks=watch(iter(range(inputs.layer_visits))),
         )  # fmt: skip
         ready = [replace(gpu, inputs=replace(gpu.inputs, steps=inputs.steps)) for gpu in ready]
     else:
-        hosts = [make_host_memory(gpu.inputs, gpu.manager.spool) for gpu in ready]
         runs = [
             StageRun(
                 watch(dispatched(gpu.inputs, gpu.manager, gpu.prefetch, gauge, host)),
@@ -115,35 +117,34 @@ def run_all(
                 gpu.inputs.scenario,
                 gpu.prefetch.guesses > 0,
                 gauge,
-                host,
             )
-            for gpu, gauge, host in zip(ready, gauges, hosts, strict=True)
+            for gpu, gauge in zip(ready, gauges, strict=True)
         ]
         flow = None if inputs.links is None else flow_of(inputs.model, inputs.trace, inputs.steps)
         decoded = run_stages(
             runs, inputs.steps, flow, inputs.links, one_thread=one_thread, engine=engine,
-            sources=_sources(ready, engine, hosts), ticks=watch(iter(range(inputs.layer_visits))),
+            sources=_sources(ready, engine, host), ticks=watch(iter(range(inputs.layer_visits))),
         )  # fmt: skip
-    return [_recording(gpu, found, host) for gpu, found, host in zip(ready, decoded, hosts, strict=True)]
+    return [_recording(gpu, found, host) for gpu, found in zip(ready, decoded, strict=True)]
 
 
-def _sources(ready: Sequence[Prepared], engine: str, hosts: Sequence[HostMemory | None]) -> list[Source]:
+def _sources(ready: Sequence[Prepared], engine: str, host: HostMemory | None) -> list[Source]:
     """Returns what each GPU decides by, where compiled code decides on all of them."""
     if engine != "compiled":
         return []
     from .decide.sources import stages_in_python
 
-    sources = [source_of(gpu.inputs, gpu.manager, gpu.prefetch, host) for gpu, host in zip(ready, hosts, strict=True)]
+    sources = [source_of(gpu.inputs, gpu.manager, gpu.prefetch, host) for gpu in ready]
     return [] if stages_in_python(sources) else sources
 
 
-def _shared(inputs: Inputs, ready: Sequence[Prepared], engine: str) -> list[Source]:
+def _shared(inputs: Inputs, ready: Sequence[Prepared], engine: str, host: HostMemory | None) -> list[Source]:
     """Returns what each of the GPUs that share experts decides by, where compiled code decides."""
     if engine != "compiled":
         return []
     from .decide.sources import shared_in_python
 
-    layout, sources = inputs.expert_parallel, [source_of(gpu.inputs, gpu.manager, gpu.prefetch) for gpu in ready]
+    layout, sources = inputs.expert_parallel, [source_of(gpu.inputs, gpu.manager, gpu.prefetch, host) for gpu in ready]
     assert layout is not None
     spares = layout.spare_experts > 0
     return [] if shared_in_python(sources, layout.remote, spares=spares) else sources

@@ -153,7 +153,7 @@ def simulate_inputs(
         capacity=described(inputs),
         predictions_sha256=_digest(inputs),
         model=inputs.model,
-        budget_bytes=sum(gpu["budget_bytes"] for gpu in figures["gpus"]) + low_precision(inputs)[1],
+        budget_bytes=sum(gpu["budget_bytes"] for gpu in figures["gpus"]) + _low_bytes(inputs),
         scenario=inputs.scenario,
         versions=versions(),
     )
@@ -161,10 +161,13 @@ def simulate_inputs(
 
 
 def _offloading(inputs: Inputs, recordings: Sequence[Recording], costs: Sequence[Costs]) -> dict[str, Any]:
-    """Returns what a run says of misses that are not fetched, which no pipeline has."""
-    if inputs.stages:
-        return {}
-    return offloading_metrics(recordings[0], costs[0], inputs.scenario, low_precision(inputs)[1])
+    """Returns what a run says of misses that are not fetched, and of experts in fewer bytes."""
+    return offloading_metrics(recordings, costs, inputs.scenario, _low_bytes(inputs))
+
+
+def _low_bytes(inputs: Inputs) -> int:
+    """Returns what low-precision copies take in the memories of all GPUs."""
+    return sum(low_precision(part)[1] for part in inputs.parts)
 
 
 def _estimates(inputs: Inputs, costs: Sequence[Costs]) -> dict[str, str]:

@@ -10,13 +10,18 @@ import io
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import orjson
 
 from ..engine.scenario.rows import JournalError, Row, flat, parsed, read_rows
 from ..files import check_file, naming, replacing
+from ..output.shown import frame, latex, table_html
+from ..output.tables.sweeps import sweep_cells
 from ..resources.parts.written import PARTS
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 try:
     import fcntl
@@ -195,6 +200,29 @@ class Rows:
     def errors(self) -> Iterator[Row]:
         """The rows of scenarios that failed."""
         return (row for row in self if row["error"] is not None)
+
+    def to_pandas(self) -> DataFrame:
+        """Returns the rows as a DataFrame, a column for each figure by its dotted name.
+
+        Raises InputError without pandas.
+        """
+        return frame(flat(row) for row in self)
+
+    def to_latex(self) -> str:
+        """Returns the varied settings and main figures of each row as a LaTeX tabular."""
+        return latex(*sweep_cells(self))
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write every figure of every row as .csv, or as .parquet by the file's ending. Raises JournalError."""
+        check_export(Path(path))
+        export(self, Path(path))
+
+    def __repr__(self) -> str:
+        return f"<Rows of {self.path}: {len(self):,}, {sum(1 for _ in self.errors):,} of them failed>"
+
+    def _repr_html_(self) -> str:
+        columns, rows = sweep_cells(self)
+        return table_html(repr(self), [tuple(columns), *map(tuple, rows)])
 
 
 def check_export(path: Path) -> None:

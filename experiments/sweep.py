@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import orjson
 
+from .. import plugins
 from ..engine.baselines import BASELINES, baseline_scenario, run_baseline
 from ..engine.costs.costs import part_costs
 from ..engine.loading.loading import load_inputs
@@ -193,6 +194,7 @@ class Plan:
             "model": self._hash("model", scenario.model.preset),
             "trace": self._hash("trace", trace) if trace is not None else None,
             "fit": self._hash("fit", fit) if fit is not None else None,
+            **({"plugins": plugins.digest()} if plugins.loaded() else {}),
         }
 
     def _hash(self, what: str, name: str) -> str:
@@ -239,8 +241,14 @@ def run_task(task: Task) -> bytes:
     except Exception as error:  # whatever it is, it is this scenario's, and the others go on
         what = f"{type(error).__name__}: {' '.join(str(error).split())}"
         return failed_row(task, f"a fault of Prestage, please report it: {what}")
-    head = {"key": task.key, "settings": task.point, "error": None, "sha256": task.hashes}
+    head = {"key": task.key, "settings": task.point, "error": None, "sha256": task.hashes, **_plugged()}
     return orjson.dumps({**head, **{name: value for name, value in result.data.items() if name != "by_layer"}})
+
+
+def _plugged() -> dict[str, list[str]]:
+    """Returns what a row says of the plug-ins that it ran with; nothing without any."""
+    names = [plugin.name for plugin in plugins.loaded()]
+    return {"plugins": names} if names else {}
 
 
 def failed_row(task: Task, error: str) -> bytes:
@@ -251,6 +259,7 @@ def failed_row(task: Task, error: str) -> bytes:
             "settings": task.point,
             "error": error,
             "sha256": task.hashes,
+            **_plugged(),
             "seed": task.scenario.get("seed"),
             "scenario": task.scenario,
             "versions": versions(),

@@ -18,6 +18,7 @@ from joblib import Parallel, delayed, parallel_config
 from joblib.externals.loky import get_reusable_executor
 from joblib.externals.loky.process_executor import BrokenProcessPool
 
+from .. import plugins
 from ..errors import InputError
 
 Task = TypeVar("Task")
@@ -92,7 +93,7 @@ class Workers:
                     if task is None:
                         return
                     flying[number] = task
-                yield delayed(_numbered)(work, number, task)
+                yield delayed(_numbered)(work, number, task, plugins.loaded())
 
         done = False
         while not done:
@@ -111,7 +112,7 @@ class Workers:
 
     def _alone(self, work: Callable[[Task], Done], task: Task) -> Done | None:
         try:
-            return next(iter(self._parallel([delayed(_numbered)(work, 0, task)])))[1]  # type: ignore[no-any-return]
+            return next(iter(self._parallel([delayed(_numbered)(work, 0, task, plugins.loaded())])))[1]  # type: ignore[no-any-return]
         except self._deaths:
             return None
 
@@ -129,7 +130,10 @@ class Workers:
             results.close()
 
 
-def _numbered(work: Callable[[Task], Done], number: int, task: Task) -> tuple[int, Done]:
+def _numbered(
+    work: Callable[[Task], Done], number: int, task: Task, added: Iterable[plugins.Plugin]
+) -> tuple[int, Done]:
+    plugins.load_same(added)
     return number, work(task)
 
 

@@ -27,6 +27,7 @@ from ..errors import InputError
 from ..files import replacing
 from ..resources.timeline import KINDS, SPAN, Timeline
 from ..workloads.model import MOST_BYTES
+from .shown import Shown
 
 if TYPE_CHECKING:
     from ..engine.simulate import Result
@@ -68,8 +69,8 @@ class SavedRunError(InputError):
     """A folder that holds no result; the message names the file and what would be right."""
 
 
-@dataclass(frozen=True)
-class Run:
+@dataclass(frozen=True, repr=False)
+class Run(Shown):
     """A run by name: `data` as in result.json, and structured arrays of the dtypes of TABLES."""
 
     name: str
@@ -96,6 +97,9 @@ class Run:
         """From 0 to the end of the last kernel."""
         makespan_ns: int = round(self.data["makespan_ms"] * 1e6)
         return makespan_ns
+
+    def _run(self) -> Run:
+        return self
 
 
 def run_of(result: Result, name: str = "run") -> Run:

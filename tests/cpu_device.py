@@ -55,6 +55,8 @@ class CpuGraph:
 class CpuDevice:
     """The surface of `prestage.calibration.cuda.Gpu`; several stand for several GPUs."""
 
+    device = torch.device("cpu")
+
     def __init__(self, index: int = 0) -> None:
         self.index = index
         self.current: CpuStream | None = None

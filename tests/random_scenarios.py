@@ -154,7 +154,67 @@ def play(seed: int, folder: Path, limit_s: int = 20) -> Outcome:
 
 def accepted(seed: int, folder: Path) -> Inputs | None:
     """Draw a scenario and take keys out until it is accepted; None if none of it is."""
-    rng, data = Random(seed + 2), draw(seed, folder)
+    return accepted_of(draw(seed, folder), seed)
+
+
+def composed(seed: int, folder: Path) -> dict[str, Any]:
+    """Returns the plain data of a random scenario of several GPUs, or micro-batches, with much that goes with them.
+
+    Drives, misses on the CPU, preloading, budgets of a total, compression, copy orders and predictors that take time.
+    """
+    rng = Random(seed)
+    data = _fresh(rng, folder)
+    data["model"]["layers"] = layers = data["model"]["layers"]
+    workload = data["workload"]
+    workload |= {"batch": rng.choice((1, 2, 4)), "prefill": rng.choice(("skip", "whole", "chunked"))}
+    data["machine"] = {"profile": _host_of_several(rng, folder)}
+    stages = min(layers, rng.choice((2, 2, 3)))
+    data["parallel"] = rng.choice((
+        {"stages": stages}, {"stages": stages, "micro_batches": 2}, {"gpus": 2}, {"gpus": 3}, {"micro_batches": 2},
+    )) | {"dispatch_threads": rng.choice(("per-gpu", "one"))}  # fmt: skip
+    if "gpus" in data["parallel"]:
+        data["parallel"] |= {"remote": rng.choice(("tokens", "tokens", "peer", "host", "cost"))}
+        data["parallel"] |= {"placement": rng.choice(("round-robin", "replicated")), "replica_bytes": "1GiB"}
+        data["parallel"] |= {"spare_bytes": "2GiB"} if rng.random() < 0.3 else {}
+    data["memory"] = {"capacity": "ignore", "gpu_budget": rng.choice(("30%", "60%", "3experts", "9experts"))}
+    data["memory"] |= rng.choice(({}, {"scope": "per-layer"}, {"eviction": rng.choice(("lfu", "belady", "static"))}))
+    data["memory"] |= {"preload": rng.choice(("popular", "layers"))} if rng.random() < 0.4 else {}
+    data["memory"] |= {"total_bytes": rng.choice(("24GB", "80GiB"))} if rng.random() < 0.2 else {}
+    if rng.random() < 0.6:
+        data["tiers"] = {"host_budget": rng.choice(("3experts", "9experts", "50%"))}
+        data["tiers"] |= {"prefetch": rng.choice(("gpu", "host")), "io_lanes": rng.choice((1, 2, 5))}
+        data["tiers"] |= {"chunk_bytes": rng.choice((0, 3_000_001)), "host_policy": rng.choice(("lru", "belady"))}
+    if rng.random() < 0.6:
+        policy = rng.choice(("cpu", "cpu", "balanced", "cost", "low_precision", "skip"))
+        data["miss"] = {"policy": policy, "cpu_gb_per_s": rng.choice((4, 40, 400)), "threshold": 0.2}
+    if rng.random() < 0.2:
+        data["compression"] = {"where": rng.choice(("host", "gpu")), "ratio": 0.5, "decompress_gb_per_s": 100}
+        data["compression"] |= {"lane": rng.choice(("side", "compute"))}
+    data["predictor"] = {"latency_us": rng.choice((0, 0, 30)), "lane": rng.choice(("gpu", "host", "compute"))}
+    data["prefetch"] = {
+        "lookahead": rng.choice((0, 1, 2)),
+        "policy": rng.choice(("top-k", "cost-aware", "adaptive-link")),
+    }
+    data["dispatch"] = {"mode": rng.choice(("eager", "graph")), "launch_queue_depth": rng.choice((5, 1000))}
+    data["dispatch"] |= {"router_readback": False} if rng.random() < 0.2 else {}
+    data["copy"] = {"discipline": rng.choice(("fifo", "two_streams", "priority"))}
+    data["copy"] |= {"host_memory": "pageable"} if rng.random() < 0.2 else {}
+    return data
+
+
+def _host_of_several(rng: Random, folder: Path) -> str:
+    """Returns a machine of several GPUs with a drive, as shipped ones have each, in a file."""
+    name = rng.choice(("h200-x2", "h100-x2", "rtx3090-x2", "rtx4090-x4", "h200-hgx-x8"))
+    data = json.loads(load_profile(name).model_dump_json(exclude_none=True))
+    data["nvme"] = json.loads(load_profile("rtx3090-nvme").model_dump_json(exclude_none=True))["nvme"]
+    path = folder / "several.json"
+    path.write_text(json.dumps(data), encoding="utf-8")
+    return str(path)
+
+
+def accepted_of(data: dict[str, Any], seed: int) -> Inputs | None:
+    """Take keys out of a scenario until it is accepted, drawn by a seed; None if none of it is."""
+    rng = Random(seed + 2)
     while True:
         try:
             return load_inputs(make_scenario(data))

@@ -30,6 +30,7 @@ from prestage.calibration.samples import load_samples
 from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.scenario import Scenario, load_scenario
 from prestage.engine.scenario.sections import SyntheticSection
+from prestage.engine.scenario.together import APART
 from prestage.engine.simulate import simulate
 from prestage.experiments.sweep import sweep
 from prestage.guide.reproduce import TABLES as PUBLISHED
@@ -102,6 +103,11 @@ def scenario() -> str:
             lines += ["# Instead of trace:", "# [workload.synthetic]", *_comment(synthetic.__doc__)]
             lines += [f"# {_key('workload.synthetic', *item)}" for item in synthetic.model_dump().items()]
     return "\n".join([*lines, "```"])
+
+
+def apart() -> str:
+    """What cannot go together yet, why, and what to do instead."""
+    return table(["what", "why", "instead"], [[row.what, row.why, row.instead] for row in APART])
 
 
 #: What can become of misses, and the shipped scenario that does it; `balanced` that fetches is a plain LRU cache.
@@ -523,6 +529,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "drives": drives,
     "phone": phone,
     "scenario": scenario,
+    "apart": apart,
     "reality": reality,
     "reality-rows": reality_rows,
     "two-gpus": two_gpus,

@@ -21,6 +21,7 @@ BELOW_ALL = {
     "machine_code.py",
     "machine_words.py",
     "plain.py",
+    "plugins.py",
     "units.py",
     "words.py",
 }
@@ -41,6 +42,7 @@ FLOORS = [
     {"guide"},
     {"experiments"},
     {"calibration"},
+    {"notebook"},
     {"cli"},
 ]
 FLOOR_OF = {folder: number for number, floor in enumerate(FLOORS) for folder in floor}

@@ -116,7 +116,7 @@ def test_the_gate_weight_that_each_precision_computed_is_told() -> None:
     scenario = tiny_scenario(compression={"mixed": [[0.25, 1.0], [0.75, 0.25]]})
     model = tiny_model(1, top_k=2)
     recording = tiny_run(model, tiny_profile(), trace, scenario)
-    assert precision_mass(recording, model, [[0.25, 1.0], [0.75, 0.25]]) == {"1": 0.375, "0.25": 0.625}
+    assert precision_mass([recording], [model], [[0.25, 1.0], [0.75, 0.25]]) == {"1": 0.375, "0.25": 0.625}
 
 
 def test_bytes_are_rounded_up_from_the_decimal_ratio() -> None:
@@ -134,10 +134,10 @@ def test_bytes_are_rounded_up_from_the_decimal_ratio() -> None:
         ({"where": "host", **TAKES, "mixed": [[1.0, 0.5]]}, {}, "give one of the two"),
         ({"mixed": [[0.5, 0.5]]}, {}, "pairs whose shares come to 1"),
         ({"mixed": [[1.0, 2.0]]}, {}, "pairs whose shares come to 1"),
-        ({"mixed": [[1.0, 0.5]]}, {"memory": {"scope": "per-layer"}}, "needs memory.scope = 'global'"),
-        ({"where": "gpu", **TAKES}, {"dispatch": {"expert_kernel": "grouped"}}, "needs dispatch.expert_kernel"),
+        ({"mixed": [[1.0, 0.5]]}, {"memory": {"scope": "per-layer"}}, "choose memory.scope = 'global'"),
+        ({"where": "gpu", **TAKES}, {"dispatch": {"expert_kernel": "grouped"}}, "choose dispatch.expert_kernel"),
         ({"where": "gpu", **TAKES}, {"memory": {"scope": "shared"}}, "memory.scope = 'shared'"),
-        ({"where": "gpu", **TAKES}, {"miss": {"policy": "low_precision"}}, "needs compression.where = 'none'"),
+        ({"where": "gpu", **TAKES}, {"miss": {"policy": "low_precision"}}, "with compression.where = 'gpu'"),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_one_line(

@@ -1,6 +1,7 @@
 """The engines that carry out commands: SimPy's, the reference, and the compiled one, end at the same nanoseconds.
 
-python tests/test_engines.py --first 0 --count 3000 plays many scenarios drawn from all sections together.
+python tests/test_engines.py --first 0 --count 3000 plays many scenarios drawn from all sections together, or with
+--composed of several GPUs and what goes with them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from random_cases import Case, books, cases, played
-from random_scenarios import accepted
+from random_scenarios import accepted, accepted_of, composed, draw
 from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_scenario
 
 from prestage.engine.costs.costs import Costs
@@ -162,11 +163,13 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--first", type=int, default=0)
     options.add_argument("--count", type=int, default=1000)
+    options.add_argument("--composed", action="store_true")
     asked = options.parse_args()
     counts: Counter[str] = Counter()
     for seed in range(asked.first, asked.first + asked.count):
         with tempfile.TemporaryDirectory() as folder:
-            inputs = accepted(seed, Path(folder))
+            data = (composed if asked.composed else draw)(seed, Path(folder))
+            inputs = accepted_of(data, seed)
             if inputs is None:
                 counts["refused"] += 1
                 continue

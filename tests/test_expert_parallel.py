@@ -20,15 +20,14 @@ from prestage.engine.decide.expert_parallel import (
     ExpertParallel,
     ParallelVisit,
     Prices,
-    Store,
     Worker,
-    admissions,
     homes,
     own_guesses,
     own_steps,
     parallel_visits,
 )
 from prestage.engine.decide.memory_manager import MemoryManager
+from prestage.engine.decide.spare_memory import Store
 from prestage.engine.loading.deciders import make_manager, make_prefetch
 from prestage.engine.policies.eviction import EVICTION
 from prestage.engine.policies.placement import PLACEMENT, Owners, Request
@@ -61,7 +60,7 @@ def served(visit: ParallelVisit) -> list[dict[int, int]]:
 
 
 def misses(visit: ParallelVisit) -> list[list[int]]:
-    return [[admission.expert for admission in admissions(own)] for own in visit.visits]
+    return [[admission.expert for admission in own.admissions()] for own in visit.visits]
 
 
 def test_a_sequence_lives_where_the_fewest_others_do_and_stays_there() -> None:
@@ -174,7 +173,7 @@ def test_spare_memory_keeps_what_came_last_and_room_for_two_lets_them_pass() -> 
 
 # What holds in all cases.
 
-#: Host memory holds every expert: as a cache it serves one GPU.
+#: Host memory holds every expert.
 WHOLE = {"host_budget": "all", "prefetch": "gpu"}
 
 
@@ -262,7 +261,7 @@ def test_spare_memory_changes_where_bytes_come_from_and_nothing_else(case: Case,
     for visit in found:
         for gpu, own in enumerate(visit.visits):
             gone = {store.expert: store for store in visit.stores[gpu].values()}
-            for admission in admissions(own):
+            for admission in own.admissions():
                 for copy in admission.former:
                     store = visit.stores[gpu].get(copy)
                     if store is not None:

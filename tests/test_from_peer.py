@@ -70,10 +70,10 @@ def test_what_cannot_be_is_refused() -> None:
         tiny_costs(tiny_model(1), tiny_profile(), scenario)
     data = {"workload": {"synthetic": {"tokens": 4}}}
     for keys, says in (
-        ({"parallel": {"stages": 2}}, "set parallel.stages and parallel.gpus = 1"),
+        ({"parallel": {"stages": 2}}, "parallel.stages = 2: the GPU that holds all experts does nothing else"),
         ({"copy": {"source": "peer", "host_memory": "pinned"}}, "source = 'peer' copies from no host_memory"),
         ({"tiers": {"host_budget": "50%"}}, "tiers.host_budget"),
-        ({"miss": {"policy": "cpu"}}, r"leave out \[miss\]"),
+        ({"miss": {"policy": "cpu"}}, "miss.policy = 'cpu'"),
     ):
         with pytest.raises(ScenarioError, match=says):
             make_scenario({"copy": {"source": "peer"}, **data, **keys})

@@ -31,8 +31,6 @@ LONG_FUNCTIONS = {
 #: Functions with more parameters; the command line's are its options.
 MANY_PARAMETERS = {
     "calibration/execute.py execute": _OPTIONS,
-    "calibration/in_schedule.py _Observer._kernel": _NEXT,
-    "calibration/part.py Part.__init__": _NEXT,
     "calibration/scenario_sets.py _pipe": "a row of a table",
     "engine/decide/dispatch.py visits": _OPTIONS,
     "engine/decide/memory_manager.py MemoryManager.__init__": _OPTIONS,

@@ -23,8 +23,11 @@ from tiny import (
 )
 
 from prestage.engine.costs.costs import part_costs, token_bucket
+from prestage.engine.costs.uncertainty import replicate_costs
+from prestage.engine.loading.loading import load_inputs
 from prestage.engine.measure.recording import Recording
 from prestage.engine.run import prepared, run_all
+from prestage.engine.scenario.scenario import load_scenario
 from prestage.engine.simulate import simulate_inputs
 from prestage.engine.timing.lanes import couple
 from prestage.resources.lags import Lags
@@ -318,3 +321,31 @@ def test_a_profile_that_is_silent_about_uncertainty_has_no_spread_and_a_warning_
     makespan = data["replicates"]["makespan_ms"]
     assert makespan["p5"] == makespan["p50"] == makespan["p95"] == data["makespan_ms"]
     assert any("percentiles are too narrow" in warning for warning in data["warnings"])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("default",),
+        ("default", "dispatch.mode=eager", "dispatch.router_readback=false", "dispatch.launch_queue_depth=12"),
+        ("default", "copy.discipline=priority", "copy.chunk_bytes=1000000", "prefetch.policy=cost-aware"),
+        ("default", "dispatch.expert_kernel=grouped", "workload.batch=4", "copy.discipline=two_streams"),
+        ("pipeline-2", "copy.contention=false", "workload.tokens=20", "workload.prefill=skip"),
+        ("speed", "machine.profile=h200", "workload.tokens=50"),  # more events than are drawn at once
+    ],
+)
+def test_events_scatter_alike_by_either_engine(settings: tuple[str, ...]) -> None:
+    name, *changes = settings
+    changes = changes if "tokens" in " ".join(changes) else [*changes, "workload.tokens=30"]
+    inputs = load_inputs(load_scenario(name, changes))
+    plain = [recording.spans.tolist() for recording in run_all(inputs, prepared(inputs, part_costs(inputs)))]
+    drawn = zip(*(replicate_costs(part, 2) for part in inputs.parts), strict=True)
+    found = []
+    for costs in drawn:
+        each = [
+            [recording.spans.tolist() for recording in run_all(inputs, prepared(inputs, costs), engine=engine)]
+            for engine in ("simpy", "compiled")
+        ]
+        assert each[0] == each[1]
+        found.append(each[0])
+    assert found[0] != found[1] != plain

@@ -24,7 +24,7 @@ def budgets_of(total: str, sequence: list[int], **memory: str) -> list[int] | No
     trace = tiny_trace([[[0]]] * len(sequence), sequence=np.array(sequence))
     steps = plan_steps(trace.sequence, trace.phase, batch=2)
     scenario = tiny_scenario(memory={"gpu_budget": "100%", "total_bytes": total, **memory}, workload={"batch": 2})
-    return expert_budgets(scenario, MODEL, trace, steps, 80)
+    return expert_budgets(Inputs(scenario, MODEL, tiny_profile(), trace, steps, budget_bytes=80, guesses=None))
 
 
 def test_experts_get_what_weights_cache_and_workspace_leave_and_no_more_than_their_budget() -> None:
@@ -55,8 +55,8 @@ def test_a_run_never_holds_more_than_the_budget_of_its_step_and_says_so() -> Non
     trace = tiny_trace([[[token % 4]] for token in range(6)])
     steps = plan_steps(trace.sequence, trace.phase)
     scenario = tiny_scenario(memory={"gpu_budget": "100%", "total_bytes": "100B"})
-    budgets = expert_budgets(scenario, MODEL, trace, steps, 80)
-    inputs = Inputs(scenario, MODEL, tiny_profile(), trace, steps, 80, None, budgets)
+    bare = Inputs(scenario, MODEL, tiny_profile(), trace, steps, budget_bytes=80, guesses=None)
+    inputs = replace(bare, budgets=expert_budgets(bare))
     result = simulate_inputs(inputs, baselines=False)
     visits = result.recording.decoded.visits
     # 85, 75, 65, 55, 45 and 35 bytes, in whole experts of 20 and 80 at most.

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from prestage.cli import app
 from prestage.engine.decide.dispatch import LOOKUPS
+from prestage.engine.policies.eviction import EVICTION
 from prestage.engine.replay.compiled import KINDS
 from prestage.engine.replay.miss_ratio import DEFAULT_POLICIES, miss_ratio_curves
 from prestage.engine.replay.replay import replay_trace
@@ -61,6 +62,15 @@ def test_every_point_is_what_the_replay_counts(
             assert (curve["hits"][at], data["accesses"]) == (replayed["hits"], replayed["accesses"])
             rate = replayed["hit_rate"]
             assert curve["miss_ratio"][at] == (None if rate is None else pytest.approx(1 - rate))
+
+
+@pytest.mark.parametrize("policy", sorted(EVICTION.keys() - KINDS.keys()))
+def test_a_policy_in_python_alone_has_a_curve_too(policy: str) -> None:
+    random = np.random.default_rng(2)
+    chosen = np.argsort(random.random((60, LAYERS, EXPERTS)), axis=2)[..., :2].astype(np.uint8)
+    trace, budgets = sized(RoutingTrace(chosen, EXPERTS), [2] * LAYERS), ["8B", "16B"]
+    curve = miss_ratio_curves(trace, capacities=budgets, policies=[policy, "lru"])["policies"][policy]
+    assert curve["hits"] == [replay_trace(trace, budget, eviction=policy)["hits"] for budget in budgets]
 
 
 def test_given_capacities_are_those_of_the_replay_in_layers_of_several_sizes() -> None:

@@ -195,7 +195,7 @@ def test_what_host_memory_holds_costs_what_it_costs_today() -> None:
     took = [D + R + P + X] * 2 + [D + P + X] * 2
     assert [int(end) for end in recording.step_end_ns] == [sum(took[: n + 1]) for n in range(4)]
     assert [int(end) for end in today.step_end_ns] == [(n + 1) * (D + P + X) for n in range(4)]
-    assert tiers(today) is None
+    assert tiers([today]) is None
 
 
 def test_a_room_in_host_memory_is_read_into_once_the_copy_out_of_it_has_ended() -> None:
@@ -239,7 +239,7 @@ def test_a_prefetch_as_far_as_host_memory_leaves_the_copy_to_the_demand() -> Non
         assert spans(recording, READ) == [(3, 53), (read_ns - R, read_ns)]
         assert spans(recording, DEMAND) == [(53, 73), (copied_ns - P, copied_ns)]
         assert not spans(recording, PREFETCH)
-        data = tiers(recording)
+        data = tiers([recording])
         assert data is not None
         assert (data["host_hits"], data["host_misses"], data["staged_reads"]) == (1, 1, 1)
         assert recording.makespan_ns == copied_ns + X
@@ -252,7 +252,7 @@ def test_what_several_tokens_guess_is_read_ahead_once() -> None:
         memory={"gpu_budget": "1experts"}, workload={"batch": 3}, prefetch={"lookahead": 1},
         tiers={"host_budget": "1experts", "prefetch": "host"},
     )  # fmt: skip
-    data = tiers(tiny_run(tiny_model(2), tiny_profile(), trace, scenario))
+    data = tiers([tiny_run(tiny_model(2), tiny_profile(), trace, scenario)])
     assert data is not None and data["staged_reads"] == 2
 
 
@@ -290,7 +290,7 @@ def test_other_work_takes_the_compute_stream_once_it_is_due_when_the_host_begins
 def test_the_result_says_what_host_memory_held_and_the_drive_did() -> None:
     recording = small("2experts", [[[0]], [[1]], [[0]], [[2]], [[1]]], io_lanes=2)
     # 0 and 1 are read, 0 is found, 2 takes the room of 1, which was used longest ago, and 1 is read again.
-    data = tiers(recording)
+    data = tiers([recording])
     assert data == {
         "host_budget_bytes": 2 * P,
         "host_hits": 1,
@@ -400,7 +400,7 @@ def test_a_long_run_remembers_the_last_use_of_no_more_experts_than_have_room_or_
     manager, host_memory, costs = make_manager(inputs), make_host_memory(inputs), Costs(inputs)
     assert host_memory is not None and costs.reads is not None
     registers = Registers(FIXED_REGISTERS)
-    host = HostRooms(host_memory, registers, [read.requests for read in costs.reads.by_layer])
+    host = HostRooms(model.experts, registers, [read.requests for read in costs.reads.by_layer])
     gpu = Gpu(settings_of(scenario, costs, True), Rooms(registers), registers, host)
     visits = dispatched(inputs, manager, make_prefetch(scenario, model), None, host_memory)
     for step in stages_program([Stage(gpu, visits, 3, inputs.steps, lambda visit: None)]):
@@ -416,10 +416,10 @@ def host_decisions(inputs: Inputs) -> Iterator[tuple[int, int, tuple[int, ...]]]
     """(copy to the GPU, or -1; its read; the reads whose room that takes, where it is ordered) in order."""
     host = make_host_memory(inputs)
     assert host is not None
-    for _ in dispatched(inputs, make_manager(inputs), make_prefetch(inputs.scenario, inputs.model), None, host):
-        yield from ((copy, read, room.former if room else ()) for copy, (read, room) in host.decided.items())
-        yield from ((-1, read.copy, read.former) for read in host.staged)
-        host.decided.clear()
+    for visit in dispatched(inputs, make_manager(inputs), make_prefetch(inputs.scenario, inputs.model), None, host):
+        assert visit.reads is not None
+        yield from ((copy, read, room.former if room else ()) for copy, (read, room) in visit.reads.copies.items())
+        yield from ((-1, read.copy, read.former) for _, read in visit.reads.staged)
 
 
 def by_copy(spans: Any) -> tuple[dict[int, int], dict[int, int]]:
@@ -439,7 +439,7 @@ def test_every_read_is_made_once_in_all_its_requests(case: Case) -> None:
     inputs = case.inputs()
     recording = play(inputs)
     costs = Costs(inputs).reads
-    host, data = recording.host_memory, tiers(recording)
+    host, data = recording.host_memory, tiers([recording])
     assert costs is not None and host is not None and data is not None
     layers = [expert // inputs.model.experts for expert in host.manager.copy_expert]
     assert data["read_requests"] == sum(costs.by_layer[layer].requests for layer in layers)

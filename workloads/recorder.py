@@ -7,6 +7,7 @@ biased, grouped and capacity-limited routers come out as the model used them.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 
-#: Before, routers returned other things.
+#: Before, the routers of switch_transformers returned other things; those of all other families did not since 5.17.
 _TRANSFORMERS = ">=5.24"
 #: How many experts a recorded guess ranks.
 GUESSES = 16
@@ -69,6 +70,11 @@ def family_of(config: Any) -> _Family:
             f"model type {kind!r} has no routers that can be recorded: choose a model of {', '.join(FAMILIES)}"
         )
     return FAMILIES[kind]
+
+
+def cache_name(model: Any) -> str:
+    """Returns what a model's forward pass, and its output, call the KV cache: `cache` since transformers 5.24."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 @contextmanager

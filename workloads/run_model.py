@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..bounded import read
-from .recorder import RecordError, family_of, record
+from .recorder import RecordError, cache_name, family_of, record
 from .trace import RoutingTrace
 
 if TYPE_CHECKING:
@@ -235,6 +235,7 @@ class _Runner:
         self._encoded: Any = None
         self._mask = mask
         self._cache: Any = None
+        self._cache_name = cache_name(model)
 
     def prefill(self) -> Tensor:
         """Run the prompt; return the logits (batch, columns, vocabulary)."""
@@ -266,7 +267,7 @@ class _Runner:
                 "decoder_input_ids": tokens,
                 "decoder_attention_mask": self._mask,
             }
-        output = self._model(**inputs, cache=self._cache, use_cache=True)
-        self._cache = output.cache
+        output = self._model(**inputs, **{self._cache_name: self._cache}, use_cache=True)
+        self._cache = getattr(output, self._cache_name)
         logits: Tensor = output.logits
         return logits

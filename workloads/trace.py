@@ -40,7 +40,7 @@ def _not_given() -> Array:
 _NOT_GIVEN: Array = np.empty(0, dtype=np.int32)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class RoutingTrace:
     """The choices of a router, and what else is known of them.
 
@@ -95,6 +95,21 @@ class RoutingTrace:
             put("phase", np.full(rows, DECODE, dtype=np.uint8))
         put("meta", {"num_experts": self.num_experts, **self.meta})
         put("extra", {name: np.asarray(value) for name, value in self.extra.items()})
+
+    def summary(self) -> str:
+        """Returns in a line how much there is: tokens, sequences, layers, experts, and what else is known."""
+        decode = int(np.count_nonzero(self.phase == DECODE))
+        known = [name for name in ("weights", "present", "predictions") if getattr(self, name) is not None]
+        return (
+            f"{self.tokens:,} tokens ({decode:,} decode) of {len(np.unique(self.sequence)):,} sequences, "
+            f"{self.layers} layers of {self.num_experts} experts, top-{self.k}"
+            + (f", with {', '.join([*known, *self.extra])}" if known or self.extra else "")
+        )
+
+    def __repr__(self) -> str:
+        if self.experts.ndim != 3:
+            return f"<RoutingTrace: experts {self.experts.shape}, which check() refuses>"
+        return f"<RoutingTrace: {self.summary()}>"
 
     @property
     def tokens(self) -> int:

@@ -26,6 +26,7 @@ from .surface_costs import Kernels, SurfaceCosts, dense_kernels, expert_kernels,
 
 if TYPE_CHECKING:
     from ..scenario.inputs import Inputs
+    from .scatter import Scatter
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +121,9 @@ class Costs:
     puts an event before it too. Raises ProfileError if the profile lacks what the scenario needs.
     """
 
-    #: Whether they are drawn anew whenever they are asked for, so that none may be kept.
-    drawn_anew = False
-
-    def __init__(self, inputs: Inputs, *, timed: bool = False) -> None:
+    def __init__(self, inputs: Inputs, *, timed: bool = False, scatter: Scatter | None = None) -> None:
+        #: What each event takes more or less than these costs; None where all take what they say.
+        self.scatter = scatter
         model, profile, scenario = inputs.model, inputs.profile, inputs.scenario
         if scenario.copy_.source == "peer":
             profile = from_peer(profile)
@@ -272,7 +272,7 @@ class Costs:
             )
         lanes = tiers.io_lanes or nvme.lanes
         costs = []
-        for size_bytes in self.model.expert_bytes:
+        for size_bytes in self.expert_bytes:
             requests = pieces_of(size_bytes, tiers.chunk_bytes)
             request_ns = nvme.read.ns(-(-size_bytes // requests))
             costs.append(ReadCost(requests, request_ns, 0 if self._mode == "free" else nvme.order.ns))

@@ -8,20 +8,20 @@ the clock. Draws are keyed by (seed, replicate, cost), so the same scenario draw
 from __future__ import annotations
 
 import math
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel
 
-from ...resources.profile import Profile, make_profile
-from ...workloads.batches import DECODE
+from ...resources.profile import Profile
 from ...workloads.keyed_random import uniform
 from ..scenario.inputs import Inputs
-from .costs import ByTokens, CopyCost, Costs, KernelCost
+from ..scenario.scenario import Scenario
+from .costs import Costs
+from .scatter import Scatter, box_muller, crc
 
 #: What of a cost grows with its factor, and what shrinks.
 _TIMES = (
@@ -35,15 +35,37 @@ _SHAPE = ("hidden", "expert_ff", "weight_bytes", "dtype", "kernels", "context", 
 SUMMARIZED = ("makespan_ms", "tokens_per_second")
 PERCENTILES = (5, 50, 95)
 
-_BLOCK = 4096
-
 
 def replicate_costs(inputs: Inputs, count: int, *, timed: bool = False) -> Iterator[Costs]:
     """Yields the costs of each replicate of a run on one GPU; `timed` as `Costs` takes it."""
-    plain, seed, name = inputs.profile.model_dump(), inputs.scenario.seed, inputs.profile.name
+    scenario, hidden = inputs.scenario, inputs.model.hidden
+    profile = _of_width(inputs.profile, hidden, "eager" if scenario.dispatch.mode == "eager" else "graph")
+    unsure = dict(_unsure(profile, "profile"))
+    ways = _ways_to(unsure)
+    drawn = _normals(scenario.seed, count, [crc(path) for path in unsure])
     for number in range(count):
-        drawn = make_profile(_drawn(plain, "profile", (seed, number)), f"replicate {number} of {name}")
-        yield _ScatteredCosts(replace(inputs, profile=drawn), number, timed)
+        factors = {
+            path: math.exp(sigma * float(z)) for (path, sigma), z in zip(unsure.items(), drawn[number], strict=True)
+        }
+        scatter = _scatter_of(inputs.profile, scenario, hidden, number)
+        yield Costs(replace(inputs, profile=_drawn(profile, "profile", factors, ways)), timed=timed, scatter=scatter)
+
+
+def _of_width(profile: Profile, hidden: int, dispatch: str) -> Profile:
+    """Returns a profile with the measured points alone that a model of this width may be priced by."""
+    compute = profile.compute
+    ours = {
+        name: tuple(point for point in getattr(compute, name) if (point.hidden, point.dispatch) == (hidden, dispatch))
+        for name in ("experts", "dense", "heads")
+    }
+    return profile.model_copy(update={"compute": compute.model_copy(update=ours)})
+
+
+def _normals(seed: int, count: int, numbers: Sequence[int]) -> npt.NDArray[np.float64]:
+    """Returns the standard normal number of each replicate and cost, (count, costs)."""
+    replicate = np.arange(count)[:, None]
+    radius, angle = (uniform(seed, replicate, np.array(numbers, dtype=np.int64), half, 0) for half in (0, 1))
+    return box_muller(radius, angle)
 
 
 def summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -68,19 +90,58 @@ def without_uncertainty(profile: Profile) -> list[str]:
     return [name for name, known in costs.items() if not any(cost.uncertainty for cost in known)]
 
 
-def _drawn(value: Any, path: str, keys: tuple[int, int]) -> Any:
-    """Returns plain data with every cost in it multiplied by the factor drawn for its path."""
-    if isinstance(value, list | tuple):
-        return [_drawn(item, path, keys) for item in value]
-    if not isinstance(value, dict):
+def _unsure(value: Any, path: str) -> Iterator[tuple[str, float]]:
+    """Yields the path of every cost in a part of a profile that says how far it can be off, and how far."""
+    if isinstance(value, tuple):
+        for item in value if value and isinstance(value[0], BaseModel) else ():
+            yield from _unsure(item, path)
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from _unsure(item, f"{path}.{name}")
+    elif isinstance(value, BaseModel):
+        unsure = getattr(value, "uncertainty", None)
+        if unsure is not None:
+            yield _key(value, path), math.hypot(unsure.run_spread, unsure.held_back_error)
+        else:
+            for name in type(value).model_fields:
+                yield from _unsure(getattr(value, name), f"{path}.{name}")
+
+
+def _key(cost: BaseModel, path: str) -> str:
+    """Returns what costs of a path share a factor by."""
+    known = type(cost).model_fields
+    return f"{path}/" + "/".join(str(getattr(cost, name)) for name in _SHAPE if name in known)
+
+
+def _ways_to(unsure: Iterable[str]) -> frozenset[str]:
+    """Returns the paths of all parts of a profile in which there are costs of these keys."""
+    paths = {key.partition("/")[0] for key in unsure}
+    return frozenset(
+        path[:end] for path in paths for end in range(1, len(path) + 1) if path[end : end + 1] in ("", ".")
+    )
+
+
+def _drawn(value: Any, path: str, factors: Mapping[str, float], ways: Container[str]) -> Any:
+    """Returns a part of a profile with every cost in it multiplied by its factor; `ways` as of `_ways_to`.
+
+    What holds no such cost is the same object, with all that was worked out of it.
+    """
+    if path not in ways:
         return value
-    unsure = value.get("uncertainty")
-    if unsure is None:
-        return {name: _drawn(item, f"{path}.{name}", keys) for name, item in value.items()}
-    shape = "/".join(str(value[name]) for name in _SHAPE if name in value)
-    sigma = math.hypot(unsure["run_spread"], unsure["held_back_error"])
-    factor = math.exp(sigma * float(_normal(*keys, _number(f"{path}/{shape}"), 0)[0]))
-    return {name: _times(name, item, factor) for name, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_drawn(item, path, factors, ways) for item in value)
+    if isinstance(value, dict):
+        return {name: _drawn(item, f"{path}.{name}", factors, ways) for name, item in value.items()}
+    if not isinstance(value, BaseModel):
+        return value
+    held = {name: getattr(value, name) for name in type(value).model_fields}
+    if held.get("uncertainty") is None:
+        changed = {name: _drawn(item, f"{path}.{name}", factors, ways) for name, item in held.items()}
+    else:
+        factor = factors[_key(value, path)]
+        changed = {name: _times(name, item, factor) for name, item in held.items()}
+    changed = {name: item for name, item in changed.items() if item is not held[name]}
+    return value.model_copy(update=changed) if changed else value
 
 
 def _times(name: str, item: Any, factor: float) -> Any:
@@ -91,103 +152,27 @@ def _times(name: str, item: Any, factor: float) -> Any:
     if name in _RATES:
         return max(1, round(item / factor))
     if name == "points":
-        return [(size, round(ns * factor)) for size, ns in item]
+        return tuple((size, round(ns * factor)) for size, ns in item)
     if name == "factor":  # what the neighbor adds is what is unsure
         return min(20.0, max(0.5, item * factor))
     return item
 
 
-def _normal(seed: int, replicate: int, what: int, first: int, count: int = 1) -> npt.NDArray[np.float64]:
-    """Returns standard normal numbers `first` to `first + count`, by Box and Muller (1958) from keyed uniform ones."""
-    index = np.arange(first, first + count)
-    radius, angle = (uniform(seed, replicate, what, half, index) for half in (0, 1))
-    drawn: npt.NDArray[np.float64] = np.sqrt(-2 * np.log1p(-radius)) * np.cos(2 * np.pi * angle)
-    return drawn
-
-
-def _number(name: str) -> int:
-    """Returns a number for a name, the same everywhere."""
-    return zlib.crc32(name.encode())
-
-
-class _Anew(ByTokens):
-    """What something costs over so many tokens, drawn anew each time."""
-
-    def __getitem__(self, tokens: int) -> KernelCost:
-        return self._cost(tokens)
-
-
-class _ScatteredCosts(Costs):
-    """Costs of which every kernel, launch and copy is drawn anew when it is asked for."""
-
-    drawn_anew = True
-
-    def __init__(self, inputs: Inputs, replicate: int, timed: bool) -> None:
-        super().__init__(inputs, timed=timed)
-        model, profile, scenario = inputs.model, inputs.profile, inputs.scenario
-
-        def factors(what: str, scatter: float) -> Callable[[], float]:
-            return _factors((scenario.seed, replicate, _number(what)), scatter)
-
-        compute, host = profile.compute, profile.host
-        launch = host.launch if scenario.dispatch.mode == "eager" else host.graph_launch
-        self._host_factor = factors("host", launch.uncertainty.scatter if launch.uncertainty else 0.0)
-        self._kernel_factor = {
-            part: factors(part, _scatter(points, model.hidden))
-            for part, points in (("expert", compute.experts), ("dense", compute.dense), ("head", compute.heads))
-        }
-        queued = (profile.h2d.get("pinned") or next(iter(profile.h2d.values()))).queued
-        copy_factor = factors("copy", queued.uncertainty.scatter if queued.uncertainty else 0.0)
-        self.copies = _ScatteredCopies(self.copies, copy_factor)
-
-    def by_layer(self, phase: int = DECODE) -> tuple[list[ByTokens], list[ByTokens]]:
-        """Returns what gives every kernel a cost of its own."""
-        layers = range(self.model.layers)
-        dense: list[ByTokens] = [_Anew(partial(self.dense, layer, phase=phase)) for layer in layers]
-        return dense, [_Anew(partial(self.expert, layer, phase=phase)) for layer in layers]
-
-    def dense(self, layer: int, tokens: int, phase: int = DECODE) -> KernelCost:
-        """Returns the dense part of one layer, drawn."""
-        return self._scattered("dense", super().dense(layer, tokens, phase))
-
-    def head(self, tokens: int) -> KernelCost:
-        """Returns the head, drawn."""
-        return self._scattered("head", super().head(tokens))
-
-    def expert(self, layer: int, tokens: int, phase: int = DECODE) -> KernelCost:
-        """Returns one expert's kernels, drawn."""
-        return self._scattered("expert", super().expert(layer, tokens, phase))
-
-    def _scattered(self, part: str, cost: KernelCost) -> KernelCost:
-        ns, host_ns = cost.ns * self._kernel_factor[part](), cost.host_ns * self._host_factor()
-        return replace(cost, ns=round(ns), host_ns=round(host_ns))
-
-
-class _ScatteredCopies(Sequence[CopyCost]):
-    """The costs of copies by layer, each drawn anew when it is asked for."""
-
-    def __init__(self, copies: Sequence[CopyCost], factor: Callable[[], float]) -> None:
-        self._copies, self._factor = copies, factor
-
-    def __len__(self) -> int:
-        return len(self._copies)
-
-    @overload
-    def __getitem__(self, layer: int) -> CopyCost: ...
-    @overload
-    def __getitem__(self, layer: slice) -> Sequence[CopyCost]: ...
-    def __getitem__(self, layer: int | slice) -> CopyCost | Sequence[CopyCost]:
-        """Returns the cost of the next copy of an expert of this layer."""
-        if isinstance(layer, slice):
-            return self._copies[layer]
-        cost, factor = self._copies[layer], self._factor()
-        return replace(
-            cost,
-            queued_ns=round(cost.queued_ns * factor),
-            alone_ns=round(cost.alone_ns * factor),
-            piece_queued_ns=round(cost.piece_queued_ns * factor),
-            piece_alone_ns=round(cost.piece_alone_ns * factor),
-        )
+def _scatter_of(profile: Profile, scenario: Scenario, hidden: int, replicate: int) -> Scatter:
+    """Returns how far single kernels, launches and copies of a profile scatter in a replicate."""
+    compute, host = profile.compute, profile.host
+    launch = host.launch if scenario.dispatch.mode == "eager" else host.graph_launch
+    queued = (profile.h2d.get("pinned") or next(iter(profile.h2d.values()))).queued
+    parts = {"expert": compute.experts, "dense": compute.dense, "head": compute.heads}
+    return Scatter(
+        scenario.seed,
+        replicate,
+        {name: _scatter(points, hidden) for name, points in parts.items()}
+        | {
+            name: cost.uncertainty.scatter if cost.uncertainty else 0.0
+            for name, cost in (("host", launch), ("copy", queued))
+        },
+    )
 
 
 def _scatter(points: Sequence[Any], hidden: int) -> float:
@@ -195,15 +180,3 @@ def _scatter(points: Sequence[Any], hidden: int) -> float:
     known = [point for point in points if point.uncertainty]
     ours = [point for point in known if point.hidden == hidden] or known
     return float(np.median([point.uncertainty.scatter for point in ours])) if ours else 0.0
-
-
-def _factors(keys: tuple[int, int, int], scatter: float) -> Callable[[], float]:
-    """Returns what gives the factor of one event after the other."""
-
-    def draw() -> Iterator[float]:
-        first = 1
-        while True:
-            yield from np.maximum(0.1, 1 + scatter * _normal(*keys, first, _BLOCK)).tolist()
-            first += _BLOCK
-
-    return draw().__next__

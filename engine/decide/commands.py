@@ -83,6 +83,10 @@ class Op(IntEnum):
     PART = 29
     #: In a part: the thread waits until that of GPU `peer` has carried out the first `extra` commands of its own.
     BEHIND = 30
+    #: The host thread waits until no other one is between an ENTER and an EXIT: what threads that share host memory
+    #: decide there, they have ordered before another decides.
+    ENTER = 31
+    EXIT = 32
 
 
 class Command(NamedTuple):

@@ -23,6 +23,7 @@ from .host_memory import HostMemory
 from .visit_commands import (
     COLUMNS,
     COPIED_COLUMNS,
+    LENDS,
     O_REQUESTS,
     RESOLVED_COLUMNS,
     SERVED_COLUMNS,
@@ -58,7 +59,7 @@ class Decisions:
         self._layout.set(0, {
             w.X_REGISTERS: registers.count, w.X_ROOM_FOR: 0, w.X_VISIT: memory.allocate(VISIT_COLUMNS),
         })  # fmt: skip
-        most = sum(int(memory.words[at + w.D_MOST_REGISTERS]) for at in self.gpus)
+        most = max(int(memory.words[at + w.D_MOST_REGISTERS]) for at in self.gpus)
         self._make_registers(max(1024, registers.count + 2 * most))
         self.threads = [memory.allocate(w.THREAD_WORDS) for _ in threads]
         for at, numbers in zip(self.threads, threads, strict=True):
@@ -77,7 +78,7 @@ class Decisions:
         """Let GPUs that share experts know each other, and the registers of rooms that they have before the run."""
         for part, at in zip(self._parts, self.gpus, strict=True):
             self._layout.set(at, {w.D_GPUS: gpus})
-            for copy in part.source.manager.assigned.values():
+            for copy in part.source.manager.assigned.values() if part.gpu.settings[LENDS] else ():
                 room, words = part.gpu.rooms.of(copy), self._layout.memory.words
                 for place, register in ((w.D_LANDED, room.landed), (w.D_LENT, room.lent)):
                     words[words[at + place] + room.register] = register
@@ -259,9 +260,9 @@ class Decisions:
     def _make_registers(self, count: int) -> None:
         """Make room for so many registers."""
         memory, old = self._layout.memory, self.registers
-        for at, place in product(
-            [at for at, _, _ in self._layout.memories], (w.D_FREE, w.D_ROOMS, w.D_LANDED, w.D_LENT)
-        ):
+        every = product([at for at, _, _ in self._layout.memories], (w.D_FREE, w.D_ROOMS))
+        lending = product([at for at in self.gpus if memory.words[at + w.D_LENDS]], (w.D_LANDED, w.D_LENT))
+        for at, place in (*every, *lending):
             before = int(memory.words[at + place])
             kept = memory.words[before : before + old].copy()
             to = memory.allocate(count)

@@ -158,11 +158,11 @@ def note_taken(t: Tables, g: Word, holder: Word, register: Word, left: Word) -> 
     d[X_TAKEN] += 1
     row[T_ROOM], row[T_LEFT] = register, left
     if not left:
-        give_register(t, g, register)
+        give_register(t, holder, register)
     if holder != g:
         row[T_LENT] = d[d[holder + D_ROOMS] + register]
         if not left:
-            give_register(t, g, row[T_LENT])
+            give_register(t, holder, row[T_LENT])
     elif d[g + D_LENDS]:
         row[T_LANDED], row[T_LENT], row[T_PEER] = d[d[g + D_LANDED] + register], d[d[g + D_LENT] + register], -1
         if not left:
@@ -283,8 +283,8 @@ def read(t: Tables, g: Word, expert: Word, demanded: Word, copied: Words) -> Non
     make_room(t, host, p, expert, demanded, DEMANDED_AT)  # a pool holds one expert at least, and nobody is pinned
     take_room(t, g, host, p, row[E_SIZE], 1)
     copied[O_FREED_LAST] = d[X_TAKEN]
-    row[E_ROOM] = take_register(t, g)
-    d[d[host + D_ROOMS] + row[E_ROOM]] = take_register(t, g)
+    row[E_ROOM] = take_register(t, host)
+    d[d[host + D_ROOMS] + row[E_ROOM]] = take_register(t, host)
     note_admission(t, host, expert, DEMANDED if demanded else PREFETCHED)
     state = t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_EXPERTS] + 4]
     admit(d[host + D_EVICTION], state, expert - d[p + P_EXPERT], demanded)

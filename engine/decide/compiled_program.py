@@ -109,12 +109,13 @@ def end_step(t: Tables, g: Word, q: Word, step: Word) -> None:
     settings = d[d[g + D_SETTINGS] : d[g + D_SETTINGS] + _SETTINGS]
     gpu, first = settings[GPU], settings[FIRST_REGISTER]
     add(rows, _CATCH_UP, gpu, -1, -1, -1, -1, -1, -1, -1, -1, -1)
+    sends = d[g + D_SENDS] >= 0 and d[d[g + D_SENDS] + step] > 0
+    if d[g + D_RESULTS] and (d[g + D_HAS_HEAD] or sends):
+        wait(rows, gpu, first + RESULTS, 1)
+        d[g + D_RESULTS] = 0
     if d[g + D_HAS_HEAD]:
-        if d[g + D_RESULTS]:
-            wait(rows, gpu, first + RESULTS, 1)
-            d[g + D_RESULTS] = 0
         add(rows, LAUNCH, gpu, HEAD, COMPUTE, -1, d[q + Q_SAMPLED], -1, -1, -1, -1, -1)
-    if d[g + D_SENDS] >= 0 and d[d[g + D_SENDS] + step]:
+    if sends:
         add(rows, _OUTPUT, gpu, -1, -1, -1, -1, -1, -1, first + OUTPUT, -1, -1)
         wait(rows, gpu, first + OUTPUT, 1)
         add(rows, _SEND, gpu, ACTIVATION, -1, -1, -1, -1, -1, -1, -1, step)

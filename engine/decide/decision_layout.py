@@ -20,7 +20,7 @@ from ..policies.eviction_informed import Static
 from ..policies.prefetch import Popularity
 from . import decision_words as w
 from .decision_words import Memory
-from .dispatch import later_steps
+from .guessed import later_steps
 from .lookups import list_lookups
 from .memory_manager import MemoryManager
 from .program import Gpu

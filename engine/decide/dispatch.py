@@ -6,9 +6,8 @@ the same decisions. Only the order counts here; what o'clock it is, nobody asks.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Any, NamedTuple
 
@@ -21,16 +20,13 @@ from ...workloads.guesses import Guesses
 from ...workloads.trace import RoutingTrace
 from ..policies.miss import CPU, LOW_PRECISION, Absent, Miss, Resolved
 from ..policies.prefetch import Gauge, Moment, Prefetch
+from .guessed import later_steps, ranked_confidences, ranked_guesses
 from .memory_manager import Admission, MemoryManager, Wave
 
 #: When prefetches are enqueued: after the launch of the visit's experts, or before it.
 ISSUE = ("after_launch", "before_launch")
 #: What one access is: a unique expert of the batch, or every (token, expert) pair by itself.
 LOOKUPS = ("batch", "single")
-
-
-#: How many rows of guesses become lists at once.
-_ROWS_AT_ONCE = 256
 
 
 @dataclass(slots=True)
@@ -83,12 +79,25 @@ NOTHING_RESOLVED = Resolution()
 
 
 @dataclass(slots=True)
+class HostReads:
+    """Where host memory, if it is a cache, has what a visit needs of it: the read that brings or brought each expert.
+
+    Beside it is the room that the read is given, where it has to be made: by `copies` to the GPU, by experts `on_cpu`,
+    and of the experts `staged`, which are read for nobody yet.
+    """
+
+    copies: dict[int, tuple[int, Admission | None]] = field(default_factory=dict)
+    on_cpu: dict[int, tuple[int, Admission | None]] = field(default_factory=dict)
+    staged: list[tuple[int, Admission]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class Visit:
     """One layer visit as dispatched: its look-ups, the waves that serve it and the prefetches that follow.
 
     A prefetch is (admission, target visit number); `staged` are experts to prefetch into host memory alone. At the end
     `assigned_bytes` of `budget_bytes` are given out. What a miss policy has found another way for, its `resolution`, is
-    not in `accesses`.
+    not in `accesses`, but in all that was `asked`. Where host memory is a cache, it fills in the `reads`.
     """
 
     number: int
@@ -101,6 +110,26 @@ class Visit:
     budget_bytes: int
     staged: Sequence[int] = ()
     resolution: Resolution = NOTHING_RESOLVED
+    reads: HostReads | None = None
+    all_accesses: Accesses | None = None
+
+    @property
+    def asked(self) -> Accesses:
+        """All look-ups, whatever became of them."""
+        return self.all_accesses or self.accesses
+
+    @property
+    def computes(self) -> bool:
+        """Whether the GPU has an expert to run, of whatever precision."""
+        resolved = self.resolution.accesses
+        return bool(self.accesses.experts) or any(access.way == LOW_PRECISION for access in resolved)
+
+    def admissions(self) -> Iterator[Admission]:
+        """Yields the admissions of the visit in the order in which they were decided."""
+        for wave in self.waves:
+            yield from wave.admitted
+        for admission, _ in self.prefetches:
+            yield admission
 
     def missed(self) -> Iterator[int]:
         """Yields the experts that were absent: those that were fetched, and those that need not be."""
@@ -136,8 +165,8 @@ def whole(
     apart = 0 if shared else trace.num_experts
     return Part(
         (step_accesses(trace, step) for step in steps),
-        _ranked_guesses(guesses, steps, apart) if guesses is not None and prefetch.guesses else None,
-        _confidences(guesses, steps) if guesses is not None and prefetch.needs_confidences else None,
+        ranked_guesses(guesses, steps, apart) if guesses is not None and prefetch.guesses else None,
+        ranked_confidences(guesses, steps) if guesses is not None and prefetch.needs_confidences else None,
     )
 
 
@@ -194,6 +223,7 @@ def visits(
         visit = Visit(number, index, layer, accesses, waves, prefetches, assigned_bytes, budget_bytes, staged)
         if resolution is not None:
             visit.resolution, visit.accesses = resolution, accesses.without(resolution.accesses)
+            visit.all_accesses = accesses
         yield visit
 
 
@@ -429,57 +459,3 @@ def merge(pairs: list[int], gate: list[float]) -> Accesses:
         last[expert] = None
     recency = list(last)
     return Accesses(list(tokens), list(tokens.values()), recency, [weight[expert] for expert in recency])
-
-
-def _ranked_guesses(guesses: Guesses, steps: Sequence[Step], experts: int) -> Iterator[list[list[list[int]]]]:
-    """Yield, step by step, the guessed experts of each layer and horizon: [layer][horizon - 1][rank by token].
-
-    A layer's experts are numbered `experts` after those of the layer before.
-    """
-    _, layers, horizons, _ = guesses.experts.shape
-    ahead = np.arange(layers)[:, None] + np.arange(1, horizons + 1)
-    offset = (ahead % layers * experts)[:, :, None]
-    first = start = end = 0
-    for step in steps:
-        last = first + len(step.rows)
-        if last > end or not end:  # turn many rows into lists at once: most steps have one
-            start, end = first, max(last, first + _ROWS_AT_ONCE)
-            index = guesses.experts[start:end].astype(np.int64)
-            ids: npt.NDArray[np.int64] = np.where(index < 0, -1, index + offset)
-            by_row = ids.tolist()
-        if last == first + 1:
-            yield by_row[first - start]
-        else:
-            together = np.moveaxis(ids[first - start : last - start], 0, -1)
-            yield together.reshape(layers, horizons, -1).tolist()
-        first = last
-
-
-def _confidences(guesses: Guesses, steps: Sequence[Step]) -> Iterator[list[list[list[float]]]]:
-    """Yield, step by step, the confidences of the guesses, laid out as `_ranked_guesses` lays out experts."""
-    assert guesses.confidences is not None
-    _, layers, horizons, _ = guesses.experts.shape
-    first = 0
-    for step in steps:
-        last = first + len(step.rows)
-        together = np.moveaxis(guesses.confidences[first:last], 0, -1)
-        yield together.reshape(layers, horizons, -1).tolist()
-        first = last
-
-
-def later_steps(trace: RoutingTrace, steps: Sequence[Step], most: int) -> list[list[int]]:
-    """Return, for each step, itself and the first step that one of its sequences takes 1, 2, … `most` of its own later.
-
-    -1 where there is none: guesses that cross the token boundary so often have no visit to be for.
-    """
-    upcoming: dict[int, deque[int]] = {}
-    later = []
-    for index in range(len(steps) - 1, -1, -1):
-        own = [
-            upcoming.setdefault(sequence, deque(maxlen=most))
-            for sequence in dict.fromkeys(trace.sequence[steps[index].rows].tolist())
-        ]
-        later.append([index, *(min((s[ahead] for s in own if ahead < len(s)), default=-1) for ahead in range(most))])
-        for following in own:
-            following.appendleft(index)
-    return later[::-1]

@@ -8,7 +8,6 @@ replay and the engine decide the same.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,10 +19,13 @@ import numpy.typing as npt
 from ...workloads.batches import Step
 from ...workloads.guesses import Guesses
 from ...workloads.trace import RoutingTrace
+from ..policies.miss import Miss
 from ..policies.placement import Owners
 from ..policies.prefetch import Gauge, Prefetch
 from .dispatch import Accesses, Part, Visit, merge, step_accesses, visits, whole
-from .memory_manager import Admission, MemoryManager
+from .host_memory import HostMemory
+from .memory_manager import MemoryManager
+from .spare_memory import SpareMemory, Store
 
 Array = npt.NDArray[Any]
 
@@ -59,6 +61,11 @@ class ExpertParallel:
         """Whether tokens may go to another GPU."""
         return self.remote in ("tokens", "cost")
 
+    def served(self, gpu: int) -> list[int]:
+        """Returns the experts that a GPU may serve: those that it owns, or all if no token moves."""
+        flat = [gpus for of_layer in self.owners for gpus in of_layer]
+        return [expert for expert, gpus in enumerate(flat) if not self.moves_tokens or gpu in gpus]
+
 
 @dataclass(slots=True)
 class ParallelVisit:
@@ -76,16 +83,6 @@ class ParallelVisit:
     traffic: Array | None
     sources: list[dict[int, tuple[int, int]]]
     stores: list[dict[int, Store]]
-
-
-@dataclass(frozen=True, slots=True)
-class Store:
-    """Spare room for an evicted expert: on which GPU, its number there, and what lay there before (-1: nothing)."""
-
-    expert: int
-    gpu: int
-    number: int
-    former: int
 
 
 def homes(trace: RoutingTrace, steps: Sequence[Step], gpus: int) -> list[Array]:
@@ -130,14 +127,23 @@ class Worker:
     steps: Sequence[Step]
     guesses: Guesses | None = None
     gauge: Gauge | None = None
+    budgets: Sequence[int] | None = None
+    miss: Miss | None = None
 
 
 def parallel_visits(
-    layout: ExpertParallel, trace: RoutingTrace, workers: Sequence[Worker], *, issue: str = "after_launch"
+    layout: ExpertParallel,
+    trace: RoutingTrace,
+    workers: Sequence[Worker],
+    *,
+    issue: str = "after_launch",
+    host: HostMemory | None = None,
+    to_host: bool = False,
 ) -> Iterator[ParallelVisit]:
     """Yields every layer visit of the run, decided when it is asked for, GPU 0 first.
 
-    With spare memory all experts must be of one size, and what is evicted must make room at once.
+    With spare memory all experts must be of one size, and what is evicted must make room at once. `host` is host
+    memory, if it is a cache; `to_host` as of `dispatch.visits`.
     """
     managers = [worker.manager for worker in workers]
     sharing: _Sharing | None = None
@@ -153,6 +159,9 @@ def parallel_visits(
             worker.guesses,
             issue=issue,
             gauge=worker.gauge,
+            budgets=worker.budgets,
+            to_host=to_host,
+            miss=worker.miss,
             part=None if sharing is None else sharing.part(gpu),
         )
         for gpu, worker in enumerate(workers)
@@ -160,7 +169,7 @@ def parallel_visits(
     sources: Callable[[int, Visit], dict[int, tuple[int, int]]] | None = None
     if layout.remote in ("peer", "cost"):
         sources = partial(_from_peers, layout, managers)
-    spare = _Spare(layout) if layout.spare_experts else None
+    spare = SpareMemory(layout.owners, layout.spare_experts, managers) if layout.spare_experts else None
     nothing: list[dict[int, Any]] = [{} for _ in workers]
     for number in range(len(layout.homes) * trace.layers):
         index, layer = divmod(number, trace.layers)
@@ -178,6 +187,8 @@ def parallel_visits(
                 fetched, stored = spare.moves(gpu, own_visit)
                 visit.sources.append(fetched)
                 visit.stores.append(stored)
+        if host is not None:
+            host.decide(visit.visits, lent=visit.sources)
         yield visit
 
 
@@ -190,21 +201,13 @@ def own_guesses(guesses: Guesses | None, homes: Sequence[Array], gpu: int) -> Gu
     return Guesses(guesses.rows[own], guesses.experts[own], None if confidences is None else confidences[own])
 
 
-def admissions(visit: Visit) -> Iterator[Admission]:
-    """Yields the admissions of a visit in the order in which they were decided."""
-    for wave in visit.waves:
-        yield from wave.admitted
-    for admission, _ in visit.prefetches:
-        yield admission
-
-
 def _from_peers(
     layout: ExpertParallel, managers: Sequence[MemoryManager], gpu: int, visit: Visit
 ) -> dict[int, tuple[int, int]]:
     """Returns the copies of a visit that come from another GPU, which has the expert: an owner of it before others."""
     found = {}
     prices = layout.prices
-    for admission in admissions(visit):
+    for admission in visit.admissions():
         layer, index = divmod(admission.expert, managers[gpu].experts)
         if prices is not None and prices.host_ns[layer] < prices.peer_ns[layer]:
             continue
@@ -221,66 +224,6 @@ def _holder(expert: int, owners: Sequence[int], managers: Sequence[MemoryManager
         if other != gpu and expert in managers[other].assigned:
             return other
     return None
-
-
-class _Spare:
-    """The GPUs' spare memory: experts that another GPU has evicted, until that GPU fetches them back.
-
-    A victim cache: Jouppi, "Improving direct-mapped cache performance by the addition of a small fully-associative
-    cache and prefetch buffers" (ISCA 1990). What lies there longest makes room.
-    """
-
-    def __init__(self, layout: ExpertParallel) -> None:
-        self._owners = [gpus for layer in layout.owners for gpus in layer]
-        self._expert_of: list[dict[int, int]] = [{} for _ in range(layout.gpus)]  # by GPU and copy
-        # By GPU: what is stored, oldest first (expert -> number), and free rooms (what lay there; -1: nothing).
-        self._stored: list[dict[int, int]] = [{} for _ in range(layout.gpus)]
-        self._free: list[deque[int]] = [deque([-1] * layout.spare_experts) for _ in range(layout.gpus)]
-        self._where: dict[int, int] = {}
-        self._count = 0
-
-    def moves(self, gpu: int, visit: Visit) -> tuple[dict[int, tuple[int, int]], dict[int, Store]]:
-        """Returns the visit's copies that come out of spare memory, and where its evicted experts are stored.
-
-        An expert is stored before the one that takes its room is fetched, so that neither waits for the other.
-        """
-        fetched: dict[int, tuple[int, int]] = {}
-        stored: dict[int, Store] = {}
-        expert_of = self._expert_of[gpu]
-        for admission in admissions(visit):
-            expert_of[admission.copy] = admission.expert
-            for copy in admission.former:
-                store = self._store(expert_of.pop(copy), admission.expert)
-                if store is not None:
-                    stored[copy] = store
-            other = self._where.pop(admission.expert, None)
-            if other is not None:
-                number = self._stored[other].pop(admission.expert)
-                self._free[other].append(number)
-                fetched[admission.copy] = (other, number)
-        return fetched, stored
-
-    def _store(self, expert: int, keep: int) -> Store | None:
-        """Find room for an expert on a GPU that does not own it, the freest first; `keep` must stay where it is."""
-        others = [gpu for gpu in range(len(self._free)) if gpu not in self._owners[expert]]
-        if expert in self._where or not others:
-            return None
-        other = max(others, key=lambda gpu: len(self._free[gpu]))
-        if not self._free[other]:
-            oldest = {gpu: next((old for old in self._stored[gpu] if old != keep), None) for gpu in others}
-            ages = {gpu: self._stored[gpu][old] for gpu, old in oldest.items() if old is not None}
-            if not ages:
-                return None
-            other = min(ages, key=ages.__getitem__)
-            leaver = oldest[other]
-            assert leaver is not None
-            del self._where[leaver]
-            self._free[other].append(self._stored[other].pop(leaver))
-        former = self._free[other].popleft()
-        number = self._stored[other][expert] = self._count
-        self._count += 1
-        self._where[expert] = other
-        return Store(expert, other, number, former)
 
 
 class _Sharing:

@@ -30,7 +30,8 @@ SCOPES = ("global", "per-layer", "benefit", "shared")
 #: Whether a prefetched expert is safe from other prefetches until the visit it is meant for.
 PROTECTION = ("until_target", "none")
 
-DEMANDED, PREFETCHED, PRELOADED = range(3)
+COPY_REASONS = ("demanded", "prefetched", "preloaded")
+DEMANDED, PREFETCHED, PRELOADED = range(len(COPY_REASONS))
 
 #: No expert at all.
 _NONE: Set[int] = frozenset()

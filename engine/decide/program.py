@@ -22,6 +22,7 @@ from .dispatch import Visit
 from .expert_parallel import ParallelVisit
 from .host_memory import HostRooms
 from .registers import Registers
+from .spare_memory import Store
 from .tables import Loans, Rooms, visit_tables
 from .visit_commands import (
     COLUMNS,
@@ -29,6 +30,7 @@ from .visit_commands import (
     GPU,
     LENDS,
     READS_BACK,
+    TIERS,
     add,
     order_dense,
     order_readback,
@@ -196,10 +198,14 @@ class Gpu:
 
     def head(self, rows: Rows, tokens: int) -> None:
         """Order the head over `tokens` positions."""
+        self.await_results(rows)
+        rows.add(Op.LAUNCH, self.number, kind=HEAD, lane=COMPUTE, tokens=tokens)
+
+    def await_results(self, rows: Rows) -> None:
+        """Let the next work wait for what the CPU has computed for this visit, if anything."""
         if self.results:
             rows.add(Op.WAIT, self.number, register=self.register(RESULTS), extra=1)
             self.results = False
-        rows.add(Op.LAUNCH, self.number, kind=HEAD, lane=COMPUTE, tokens=tokens)
 
 
 @dataclass(frozen=True)
@@ -207,7 +213,8 @@ class Stage:
     """One GPU of a pipeline, or the only one: its visits as they are decided, and what it is to do with its steps.
 
     `receives` (steps,) is the step whose data from the stage before each one waits for (-1: none);
-    `sends` (steps,) the bytes that go to the next stage. `decided` is told each visit as it is decided.
+    `sends` (steps,) the bytes that go to the next stage. `decided` is told each visit as it is decided. Where threads
+    share host memory, each visit is `alone` from its decision until it is ordered.
     """
 
     gpu: Gpu
@@ -218,6 +225,7 @@ class Stage:
     has_head: bool = True
     receives: Sequence[int] | None = None
     sends: Sequence[int] | None = None
+    alone: bool = False
 
     def step(self, rows: Rows, step: int) -> Iterator[Array]:
         """Yields the portions of one step."""
@@ -231,15 +239,20 @@ class Stage:
                 gpu.read_back(rows, layer, tokens)
                 rows.add(Op.NOTICE, gpu.number, register=gpu.register(CHOICE))
             rows.add(Op.CATCH_UP, gpu.number)
+            if self.alone:
+                rows.add(Op.ENTER, gpu.number)
             yield rows.portion()
             visit = next(self.visits)
             self.decided(visit)
             gpu.decide(rows, visit)
             self.serve(rows, visit, phase)
+            if self.alone:
+                rows.add(Op.EXIT, gpu.number)
         rows.add(Op.CATCH_UP, gpu.number)
         if self.has_head:
             gpu.head(rows, self.steps[step].sampled)
         if self.sends is not None and self.sends[step]:
+            gpu.await_results(rows)
             rows.add(Op.OUTPUT, gpu.number, register=gpu.register(OUTPUT))
             rows.add(Op.WAIT, gpu.number, register=gpu.register(OUTPUT), extra=1)
             rows.add(Op.SEND, gpu.number, kind=ACTIVATION, extra=step)
@@ -275,7 +288,7 @@ class SharedLayers:
     ) -> None:  # fmt: skip
         self._gpus, self._visits, self._layers, self._one = gpus, visits, layers, one_thread
         self._moves, self._decided = moves, decided
-        self._rows = Rows(share_registers=any(gpu.settings[LENDS] for gpu in gpus))
+        self._rows = Rows(share_registers=any(gpu.settings[LENDS] or gpu.settings[TIERS] for gpu in gpus))
         self._choices = len(gpus) * FIXED_REGISTERS  # the register of the last choice of all
         self._shelves: dict[tuple[int, int], int] = {}  # registers of spare memory, by GPU and number
         self._left: list[int] = []  # registers that nobody needs once a visit is ordered
@@ -289,7 +302,7 @@ class SharedLayers:
             yield self._step(step, np.bincount(home, minlength=len(self._gpus)).tolist())
 
     def _step(self, step: Step, tokens: list[int]) -> Iterator[Array]:
-        rows, gpus, phase = self._rows, self._gpus, step.phase
+        rows, phase = self._rows, step.phase
         for layer in range(self._layers):
             self._dense(layer, tokens, phase)
             self._choose(layer, tokens)
@@ -299,10 +312,9 @@ class SharedLayers:
             self._decided(visit)
             moves = visit.traffic is not None and self._moves(visit.traffic)
             self._send(visit, moves, tokens)
-            self._serve(visit, phase)
+            self._serve(visit, phase, moves)
             if moves:
-                served = [gpu for gpu, own in zip(gpus, visit.visits, strict=True) if own.accesses.experts]
-                self._exchange(COMBINE, [gpu.register(OUTPUT) for gpu in served])
+                self._exchange(COMBINE, self._outputs(visit))
             self._back = moves
         for gpu, count in zip(self._each(), tokens, strict=True):
             if count:
@@ -363,8 +375,17 @@ class SharedLayers:
         homes = [gpu for gpu, count in zip(self._gpus, tokens, strict=True) if count]
         self._exchange(DISPATCH, [gpu.register(OUTPUT) for gpu in homes])
         for gpu, own in zip(self._turns(), visit.visits, strict=True):
-            if own.accesses.experts:
+            if own.computes:
                 self._rows.add(Op.RECEIVE, gpu.number, kind=EXPERT, register=gpu.register(TOKENS))
+
+    def _outputs(self, visit: ParallelVisit) -> list[int]:
+        """Returns the registers of what the GPUs, and the CPU for them, have computed of a visit."""
+        registers = []
+        for gpu, own in zip(self._gpus, visit.visits, strict=True):
+            registers += [gpu.register(OUTPUT)] if own.computes else []
+            registers += [gpu.register(RESULTS)] if gpu.results else []
+            gpu.results = False
+        return registers
 
     def _exchange(self, kind: int, after: Sequence[int]) -> None:
         """Order an exchange of tokens once some registers' work has ended."""
@@ -374,31 +395,44 @@ class SharedLayers:
             self._rows.add(Op.WAIT, 0, register=register, extra=0)
         self._rows.add(Op.EXCHANGE, 0, kind=kind)
 
-    def _serve(self, visit: ParallelVisit, phase: int) -> None:
+    def _serve(self, visit: ParallelVisit, phase: int, moves: bool) -> None:
         for gpu, own in zip(self._each(), visit.visits, strict=True):
+            if moves and own.resolution.cpu_tokens:  # what goes to the CPU has come from other GPUs
+                self._rows.add(Op.WAIT, gpu.number, register=gpu.register(TOKENS), extra=0)
             loans = self._loans(visit, gpu.number) if gpu.settings[LENDS] else None
             gpu.serve(self._rows, own, phase, loans)
-            if own.accesses.experts:
+            if own.computes:
                 self._rows.add(Op.OUTPUT, gpu.number, register=gpu.register(OUTPUT))
             for register in self._left:
                 gpu.registers.give(register)
             self._left.clear()
 
     def _loans(self, visit: ParallelVisit, gpu: int) -> Loans:
-        """Returns what a GPU's copies have to do with other GPUs' memory, by register."""
+        """Returns what a GPU's copies have to do with other GPUs' memory, by register, in the order of its admissions.
+
+        What is fetched out of spare memory may leave its room to what is stored next.
+        """
         stores: dict[int, tuple[int, int, int, int]] = {}
-        registers = self._gpus[gpu].registers
-        for copy, store in visit.stores[gpu].items():
-            shelf = self._shelves[store.gpu, store.number] = registers.take()
-            former = self._shelves.pop((store.gpu, store.former), -1)
-            self._left += [former] if former >= 0 else []
-            stores[copy] = (store.gpu, store.expert, shelf, former)
         sources: dict[int, tuple[int, int, int]] = {}
-        for copy, (other, number) in visit.sources[gpu].items():
-            shelf = self._shelves.get((other, number), -1)
-            if shelf >= 0:
-                sources[copy] = (other, shelf, -1)
-            else:
-                room = self._gpus[other].rooms.of(number)
-                sources[copy] = (other, room.landed, room.lent)
+        for admission in visit.visits[gpu].admissions():
+            for copy in admission.former:
+                if copy in visit.stores[gpu]:
+                    stores[copy] = self._stored(visit.stores[gpu][copy], self._gpus[gpu].registers)
+            if admission.copy in visit.sources[gpu]:
+                sources[admission.copy] = self._source(*visit.sources[gpu][admission.copy])
         return Loans(sources, stores)
+
+    def _stored(self, store: Store, registers: Registers) -> tuple[int, int, int, int]:
+        """Returns where an evicted expert goes: GPU, expert, and the registers of its room and of what lay there."""
+        shelf = self._shelves[store.gpu, store.number] = registers.take()
+        former = self._shelves.pop((store.gpu, store.former), -1)
+        self._left += [former] if former >= 0 else []
+        return store.gpu, store.expert, shelf, former
+
+    def _source(self, other: int, number: int) -> tuple[int, int, int]:
+        """Returns where a copy from another GPU comes from: out of its spare memory, or of its own."""
+        shelf = self._shelves.get((other, number), -1)
+        if shelf >= 0:
+            return other, shelf, -1
+        room = self._gpus[other].rooms.of(number)
+        return other, room.landed, room.lent

@@ -72,6 +72,8 @@ def decided_in_python(source: Source) -> str | None:
         return "miss.policy"
     if source.host_memory is not None and type(source.host_memory.manager.pools[0].policy) not in EVICTIONS:
         return "tiers.host_policy"
+    if source.host_memory is not None and source.miss is not None:
+        return "miss.policy"
     guesses = source.guesses
     if source.prefetch.guesses and (guesses is None or guesses.horizons != source.prefetch.horizons):
         return "prefetch.lookahead"

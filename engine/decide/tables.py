@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from .dispatch import Visit
-from .host_memory import Brought, HostRooms
+from ..policies.miss import CPU, Resolved
+from .dispatch import HostReads, Visit
+from .host_memory import HostRooms
 from .memory_manager import Admission
 from .registers import Registers
 from .visit_commands import COPIED_COLUMNS, PREFETCHED, RESOLVED_COLUMNS, SERVED_COLUMNS, STAGED, TAKEN_COLUMNS
@@ -89,8 +90,8 @@ _ALL_IN_HOST = (-1, -1, -1, 0, 0, 0)
 class _Copies:
     """The table of a visit's copies, and that of the rooms that they take, as they are filled."""
 
-    def __init__(self, rooms: Rooms, loans: Loans, host: HostRooms | None) -> None:
-        self._rooms, self._loans, self._host = rooms, loans, host
+    def __init__(self, rooms: Rooms, loans: Loans, host: HostRooms | None, reads: HostReads | None) -> None:
+        self._rooms, self._loans, self._host, self._reads = rooms, loans, host, reads
         self.copies: list[tuple[int, ...]] = []
         self.taken: list[tuple[int, ...]] = []
         self.requests = 0
@@ -107,7 +108,8 @@ class _Copies:
         room = rooms.admit(admission.copy)
         source = loans.sources.get(admission.copy, _HERE)
         last = len(self.taken)
-        tier = _ALL_IN_HOST if self._host is None else self._tier(self._host.bring(admission.copy))
+        lent = admission.copy in loans.sources
+        tier = _ALL_IN_HOST if lent or self._reads is None else self._tier(*self._reads.copies[admission.copy])
         self.copies.append((
             admission.expert, admission.copy, room.register, wave, target, first, last, *source, room.landed, *tier,
         ))  # fmt: skip
@@ -115,13 +117,21 @@ class _Copies:
 
     def stage(self) -> None:
         """Add what is read into host memory for no copy."""
-        for expert, brought in self._host.staged() if self._host is not None else ():
+        for expert, admission in self._reads.staged if self._reads is not None else ():
             first = len(self.taken)
-            tier = self._tier(brought)
+            tier = self._tier(admission.copy, admission)
             self.copies.append((expert, -1, -1, STAGED, -1, first, first, *_HERE, -1, *tier))
 
-    def _tier(self, brought: Brought) -> tuple[int, ...]:
+    def resolve(self, access: Resolved) -> tuple[int, ...]:
+        """Returns the row of an access that needs no copy, or of some of its tokens."""
+        on_cpu = self._reads is not None and access.way == CPU
+        tier = self._tier(*self._reads.on_cpu[access.expert]) if on_cpu and self._reads else _ALL_IN_HOST
+        return access.expert, access.way, access.tokens, *tier
+
+    def _tier(self, read: int, admission: Admission | None) -> tuple[int, ...]:
         """Returns the columns that say where an expert lies in host memory, and by which read."""
+        assert self._host is not None
+        brought = self._host.bring(read, admission)
         first = len(self.taken)
         self.taken += [(room.filled, int(room.left), -1, room.leaving, *_STAYS) for room in brought.freed]
         self.requests += brought.requests
@@ -135,7 +145,8 @@ def visit_tables(
 
     `host` are the rooms of host memory, where that does not hold every expert.
     """
-    copies = _Copies(rooms, loans or _NO_LOANS, host)
+    copies = _Copies(rooms, loans or _NO_LOANS, host, visit.reads)
+    resolved = [copies.resolve(access) for access in visit.resolution.accesses]
     served_by: dict[int, tuple[int, int, int, int]] = {}
     for number, wave in enumerate(visit.waves):
         for expert, copy in wave.found.items():
@@ -146,7 +157,6 @@ def visit_tables(
         copies.add(admission, PREFETCHED, target)
     copies.stage()
     experts = zip(visit.accesses.experts, visit.accesses.tokens, strict=True)
-    resolved = [(access.expert, access.way, access.tokens) for access in visit.resolution.accesses]
     return Tables(
         np.array([visit.number, visit.layer, len(visit.waves), visit.resolution.cpu_tokens, phase], dtype=np.int64),
         _table([(expert, tokens, *served_by[expert]) for expert, tokens in experts], SERVED_COLUMNS),

@@ -76,8 +76,11 @@ PREFETCHED, STAGED = -1, -2
 #: copies of them, the GPU that stores the expert (-1: none), the register of where it lies there, and of what lay
 #: there. Of a room of host memory: what stands for its bytes is T_ROOM, for copies of them T_LENT.
 T_ROOM, T_LEFT, T_LANDED, T_LENT, T_PEER, T_EXPERT, T_SHELF, T_FORMER, TAKEN_COLUMNS = range(9)
-#: By access that needs no copy, or some of its tokens: its way, and the tokens.
-R_EXPERT, R_WAY, R_TOKENS, RESOLVED_COLUMNS = range(4)
+#: By access that needs no copy, or some of its tokens: its way, and the tokens; if the CPU computes it, where it lies
+#: in host memory, as of a copy.
+R_EXPERT, R_WAY, R_TOKENS, R_FILLED, R_LEAVING, R_NUMBER, R_REQUESTS, R_FREED, R_FREED_LAST, RESOLVED_COLUMNS = range(
+    10
+)
 
 #: What is known of a room: its bytes are on their way, and no kernel waits for them yet; they came compressed.
 UNREAD, PACKED = 1, 2
@@ -124,7 +127,26 @@ def order_readback(settings: Words, layer: Word, tokens: Word, rows: Table) -> N
 
 
 @_compiled
-def order_resolved(settings: Words, visit: Words, resolved: Table, rows: Table) -> bool:
+def order_read(settings: Words, expert: Word, tier: Words, taken: Table, behind: Word, rows: Table) -> None:
+    """Read an expert into host memory, if it has to be, behind what leaves the rooms that it takes and a register.
+
+    `tier` are the columns of its row that say where it lies there (O_FILLED or R_FILLED, and what follows).
+    """
+    gpu, filled, read, requests, first, last = settings[GPU], tier[0], tier[2], tier[3], tier[4], tier[5]
+    if requests == 0:
+        return
+    for place in range(first, last):
+        left = taken[place, T_LEFT]
+        add(rows, RECLAIM, gpu, -1, -1, -1, left, -1, -1, taken[place, T_ROOM], -1, 0)
+        add(rows, RECLAIM, gpu, -1, -1, -1, left, -1, -1, taken[place, T_LENT], -1, 0)
+    if behind >= 0:
+        wait(rows, gpu, behind, 0)
+    for request in range(requests):
+        add(rows, READ, gpu, READ_SPAN, -1, -1, -1, expert, read, filled, -1, int(request == 0))
+
+
+@_compiled
+def order_resolved(settings: Words, visit: Words, resolved: Table, taken: Table, rows: Table) -> bool:
     """Launch what low precision stands in for, and let the CPU compute the rest, one expert after another."""
     gpu, results, layer = settings[GPU], settings[FIRST_REGISTER] + RESULTS, visit[V_LAYER]
     on_cpu = False
@@ -143,8 +165,13 @@ def order_resolved(settings: Words, visit: Words, resolved: Table, rows: Table) 
     for number in range(len(resolved)):
         access = resolved[number]
         if access[R_WAY] == ON_CPU:
+            if settings[TIERS]:
+                order_read(settings, access[R_EXPERT], access[R_FILLED:], taken, -1, rows)
+                wait(rows, gpu, access[R_FILLED], 0)
             wait(rows, gpu, results, 0)
             add(rows, CPU, gpu, -1, -1, layer, access[R_TOKENS], access[R_EXPERT], -1, -1, -1, -1)
+            if settings[TIERS]:
+                add(rows, LEAVE, gpu, -1, -1, -1, -1, -1, -1, access[R_LEAVING], -1, -1)
     add(rows, TOUCH, gpu, -1, -1, -1, -1, -1, -1, results, -1, -1)
     wait(rows, gpu, results, 0)
     add(rows, FROM_CPU, gpu, -1, -1, layer, visit[V_CPU_TOKENS], -1, -1, results, -1, -1)
@@ -166,33 +193,16 @@ def order_stores(settings: Words, taken: Table, first: Word, last: Word, rows: T
 
 
 @_compiled
-def order_read(settings: Words, copies: Table, number: Word, taken: Table, behind: Word, rows: Table) -> None:
-    """Read an expert into host memory, if it has to be, behind what leaves the rooms that it takes and a register."""
-    gpu, copied = settings[GPU], copies[number]
-    if copied[O_REQUESTS] == 0:
-        return
-    for place in range(copied[O_FREED], copied[O_FREED_LAST]):
-        left = taken[place, T_LEFT]
-        add(rows, RECLAIM, gpu, -1, -1, -1, left, -1, -1, taken[place, T_ROOM], -1, 0)
-        add(rows, RECLAIM, gpu, -1, -1, -1, left, -1, -1, taken[place, T_LENT], -1, 0)
-    if behind >= 0:
-        wait(rows, gpu, behind, 0)
-    expert, read, filled = copied[O_EXPERT], copied[O_NUMBER], copied[O_FILLED]
-    for request in range(copied[O_REQUESTS]):
-        add(rows, READ, gpu, READ_SPAN, -1, -1, -1, expert, read, filled, -1, int(request == 0))
-
-
-@_compiled
 def order_copy(
     settings: Words, rooms: Words, kind: Word, lane: Word, copies: Table, number: Word, taken: Table, behind: Word,
     rows: Table,
 ) -> None:  # fmt: skip
     """Copy an expert into its room, behind the last readers of what lay there, and behind a register if it is one."""
     gpu, lends, copied = settings[GPU], settings[LENDS], copies[number]
-    by_gpu = settings[GPU_ISSUES] and kind == PREFETCH
+    by_gpu, tiers = settings[GPU_ISSUES] and kind == PREFETCH, settings[TIERS] and copied[O_PEER] < 0
     room, expert, copy, first, last = copied[O_ROOM], copied[O_EXPERT], copied[O_COPY], copied[O_FIRST], copied[O_LAST]
-    if settings[TIERS]:
-        order_read(settings, copies, number, taken, behind, rows)
+    if tiers:
+        order_read(settings, expert, copied[O_FILLED:], taken, behind, rows)
     if lends:
         order_stores(settings, taken, first, last, rows)
     for place in range(first, last):
@@ -214,7 +224,7 @@ def order_copy(
             add(rows, RECLAIM, gpu, -1, -1, -1, taken[place, T_LEFT], -1, -1, taken[place, T_LENT], -1, 0)
     if behind >= 0:
         wait(rows, gpu, behind, 0)
-    if settings[TIERS]:
+    if tiers:
         wait(rows, gpu, copied[O_FILLED], 0)
     if copied[O_PEER] < 0:
         add(rows, COPY, gpu, kind, lane, -1, int(by_gpu), expert, copy, room, -1, copied[O_TARGET])
@@ -225,7 +235,7 @@ def order_copy(
             add(rows, TOUCH, gpu, -1, -1, -1, -1, -1, -1, copied[O_FROM], -1, -1)
         else:
             add(rows, JOIN, gpu, -1, -1, -1, -1, -1, -1, copied[O_READ], -1, -1)
-    if settings[TIERS]:
+    if tiers:
         add(rows, LEAVE, gpu, -1, -1, -1, -1, -1, -1, copied[O_LEAVING], -1, -1)
     if lends:
         add(rows, TOUCH, gpu, -1, -1, -1, -1, -1, -1, copied[O_LANDED], -1, -1)
@@ -324,7 +334,8 @@ def order_prefetches(settings: Words, rooms: Words, visit: Words, copies: Table,
             order_copy(settings, rooms, PREFETCH, settings[PREFETCH_LANE], copies, number, taken, behind, rows)
     for number in range(len(copies)):
         if copies[number, O_WAVE] == STAGED:
-            order_read(settings, copies, number, taken, behind, rows)
+            copied = copies[number]
+            order_read(settings, copied[O_EXPERT], copied[O_FILLED:], taken, behind, rows)
 
 
 @_compiled
@@ -337,7 +348,7 @@ def order_visit(
     `rooms` (registers,) is what is known of each room, from visit to visit.
     """
     gpu, last = settings[GPU], visit[V_WAVES] - 1
-    on_cpu = order_resolved(settings, visit, resolved, rows)
+    on_cpu = order_resolved(settings, visit, resolved, taken, rows)
     for wave in range(visit[V_WAVES]):
         if settings[BY_PRIORITY]:
             for number in range(len(served)):

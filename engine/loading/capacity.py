@@ -21,8 +21,7 @@ from ..scenario.amounts import ScenarioError, parse_budget, parse_bytes
 from ..scenario.inputs import Inputs
 from ..scenario.scenario import Scenario
 from .deciders import make_manager, make_prefetch
-from .expert_parallel import held
-from .offloading import kept_bytes, low_precision
+from .offloading import kept_bytes, low_precision, served_experts
 
 #: What lies in a memory, by the names that results use.
 DENSE, HEAD, EMBEDDING, KV_CACHE = "dense weights", "head", "input embedding", "KV cache"
@@ -106,7 +105,7 @@ def memories(inputs: Inputs) -> list[Memory]:
     elif host:
         found.append(Memory("host", "host", host, *profile.capacity("host", "host")))
     if scenario.tiers.host_budget != "all":
-        parts = {EXPERTS: _all_experts(inputs.model, scenario)}
+        parts = {_as_they_lie(scenario): _lying_bytes(inputs.model, scenario)}
         found.append(Memory("drive", "nvme", parts, *profile.capacity("nvme", "drive")))
     return found
 
@@ -114,8 +113,7 @@ def memories(inputs: Inputs) -> list[Memory]:
 def gpu_parts(part: Inputs) -> dict[str, int]:
     """Returns what one GPU's memory keeps when its KV cache is largest, in bytes by name."""
     scenario, model = part.scenario, part.model
-    start = scenario.workload.context or 0
-    cached = kv_cache_bytes(model, part.trace, part.steps, start, here=_lives_here(part))
+    cached = cached_bytes(part)
     fullest = int(np.argmax(cached))
     budget_bytes = part.budget_bytes if part.budgets is None else part.budgets[fullest]
     low_bytes = low_precision(part)[1]
@@ -129,6 +127,12 @@ def gpu_parts(part: Inputs) -> dict[str, int]:
     if total is not None:
         parts[NOT_GIVEN] = max(0, parse_bytes(total) - sum(parts.values()))
     return {name: size_bytes for name, size_bytes in parts.items() if size_bytes}
+
+
+def cached_bytes(part: Inputs) -> npt.NDArray[np.int64]:
+    """Returns the bytes of one GPU's KV cache at each step (steps,)."""
+    start = part.scenario.workload.context or 0
+    return kv_cache_bytes(part.model, part.trace, part.steps, start, here=_lives_here(part))
 
 
 def fixed_parts(scenario: Scenario, model: Model, predictor_bytes: int) -> dict[str, int]:
@@ -148,10 +152,10 @@ def host_parts(inputs: Inputs) -> dict[str, int]:
     parts = {TABLE: model.host_table_bytes}
     if scenario.tiers.host_budget != "all":
         scope = "shared" if scenario.memory.scope == "shared" else "global"
-        parts[EXPERTS] = parse_budget(scenario.tiers.host_budget, model.expert_bytes, model.experts, scope)
+        sizes = [scenario.compression.copied_bytes(size_bytes) for size_bytes in model.expert_bytes]
+        parts[_as_they_lie(scenario)] = parse_budget(scenario.tiers.host_budget, sizes, model.experts, scope)
     elif scenario.copy_.source == "host":
-        name = EXPERTS if scenario.compression.where == "none" else COMPRESSED
-        parts[name] = sum(_copied_bytes(part) for part in (inputs.stages or (inputs,)))
+        parts[_as_they_lie(scenario)] = sum(_copied_bytes(part) for part in (inputs.stages or (inputs,)))
     predictor = inputs.predictor
     if scenario.predictor.lane == "host":
         parts[PREDICTOR] = predictor.memory_bytes
@@ -238,8 +242,7 @@ def _for_experts(memory: Memory) -> int:
 def _resident(part: Inputs, memory: Memory) -> Memory:
     """Returns a GPU's memory with all experts that it serves in place of its room for experts."""
     model = part.model
-    experts = range(model.total_experts) if part.expert_parallel is None else held(part.expert_parallel, part.device)
-    held_bytes = sum(model.expert_bytes[expert // model.experts] for expert in experts)
+    held_bytes = sum(model.expert_bytes[expert // model.experts] for expert in served_experts(part))
     if part.scenario.memory.scope == "shared":
         held_bytes = _all_experts(model, part.scenario)
     rest = {name: size for name, size in memory.parts.items() if name not in (*FOR_EXPERTS, NOT_GIVEN)}
@@ -252,6 +255,17 @@ def _lives_here(part: Inputs) -> npt.NDArray[np.bool_] | None:
         return None
     here: npt.NDArray[np.bool_] = np.concatenate(part.expert_parallel.homes) == int(part.device.removeprefix("gpu"))
     return here
+
+
+def _lying_bytes(model: Model, scenario: Scenario) -> int:
+    """Returns the bytes of all experts where they are copied from; of one layer's where all layers use these."""
+    copied = [scenario.compression.copied_bytes(size_bytes) for size_bytes in model.expert_bytes]
+    return model.experts * (copied[0] if scenario.memory.scope == "shared" else sum(copied))
+
+
+def _as_they_lie(scenario: Scenario) -> str:
+    """Returns the name of the experts that lie where they are copied from."""
+    return EXPERTS if scenario.compression.where == "none" else COMPRESSED
 
 
 def _all_experts(model: Model, scenario: Scenario) -> int:
@@ -274,13 +288,22 @@ def _copied_bytes(part: Inputs) -> int:
 
 
 def _staying(part: Inputs) -> Sequence[int]:
-    """Returns the experts that never leave a GPU: those preloaded, where nothing is copied or all have room."""
+    """Returns the experts that never leave a GPU: those preloaded, where nothing is copied or all have room.
+
+    Of several GPUs that share the experts, those that stay with all who may serve them.
+    """
     scenario, model = part.scenario, part.model
+    if part.expert_parallel is not None and part.gpus:
+        kept = [set(_staying(gpu)) for gpu in part.gpus]
+        owners = enumerate(gpus for of_layer in part.expert_parallel.owners for gpus in of_layer)
+        tokens_move = part.expert_parallel.remote == "tokens"
+        return [expert for expert, gpus in owners if tokens_move and all(expert in kept[gpu] for gpu in gpus)]
     if scenario.memory.preload == "none":
         return ()
     room = part.budget_bytes if part.budgets is None else min(part.budgets)
     only_cpu = scenario.miss.policy == "cpu" and scenario.miss.cpu_max_tokens is None
-    if room < model.total_expert_bytes and not (only_cpu and not make_prefetch(scenario, model).horizons):
+    needed_bytes = sum(model.expert_bytes[expert // model.experts] for expert in served_experts(part))
+    if room < needed_bytes and not (only_cpu and not make_prefetch(scenario, model).horizons):
         return ()
     return list(make_manager(part).assigned)
 

@@ -18,7 +18,7 @@ from ..policies.prefetch_share import PREFETCH_SHARE
 from ..scenario.amounts import ScenarioError, parse_budget
 from ..scenario.inputs import Inputs
 from ..scenario.scenario import Scenario
-from .offloading import kept_bytes, low_precision, make_miss, preload
+from .offloading import cached_budgets, kept_bytes, low_precision, make_miss, preload
 
 if TYPE_CHECKING:
     from ..decide.sources import Source
@@ -94,12 +94,13 @@ def make_host_memory(inputs: Inputs, spool: Spool | None = None) -> HostMemory |
     model, tiers = inputs.model, inputs.scenario.tiers
     if tiers.host_budget == "all":
         return None
+    sizes = [inputs.scenario.compression.copied_bytes(size_bytes) for size_bytes in model.expert_bytes]
     scope = "shared" if inputs.scenario.memory.scope == "shared" else "global"
-    budget_bytes = parse_budget(tiers.host_budget, model.expert_bytes, model.experts, scope)
+    budget_bytes = parse_budget(tiers.host_budget, sizes, model.experts, scope)
     setting = _setting(inputs)
     try:
         manager = MemoryManager(
-            model.expert_bytes,
+            sizes,
             model.experts,
             budget_bytes,
             EVICTION[tiers.host_policy],
@@ -109,7 +110,7 @@ def make_host_memory(inputs: Inputs, spool: Spool | None = None) -> HostMemory |
         )
     except BudgetError as error:
         raise ScenarioError(f"tiers.host_budget = {tiers.host_budget!r}: {error}") from None
-    return HostMemory(manager, model.expert_bytes)
+    return HostMemory(manager, sizes)
 
 
 def dispatched(
@@ -128,23 +129,33 @@ def dispatched(
         inputs.guesses,
         issue=inputs.scenario.prefetch.issue,
         gauge=gauge,
-        budgets=inputs.budgets,
+        budgets=cached_budgets(inputs),
         to_host=inputs.scenario.tiers.prefetch == "host",
         miss=make_miss(inputs),
     )
-    return decided if host_memory is None else host_memory.through(decided)
+    return decided if host_memory is None else host_memory.through(decided, inputs.first_layer)
 
 
 def dispatched_together(
-    inputs: Inputs, managers: Sequence[MemoryManager], prefetches: Sequence[Prefetch], gauges: Sequence[Gauge] = ()
+    inputs: Inputs,
+    managers: Sequence[MemoryManager],
+    prefetches: Sequence[Prefetch],
+    gauges: Sequence[Gauge] = (),
+    host: HostMemory | None = None,
 ) -> Iterator[ParallelVisit]:
-    """Returns the visits of a run over several GPUs, decided one by one as they are asked for."""
+    """Returns the visits of a run over several GPUs, decided one by one as they are asked for, with host memory's."""
     assert inputs.expert_parallel is not None
     workers = [
-        Worker(manager, prefetch, part.steps, part.guesses, gauges[number] if gauges else None)
+        Worker(
+            manager, prefetch, part.steps, part.guesses, gauges[number] if gauges else None, cached_budgets(part),
+            make_miss(part),
+        )
         for number, (part, manager, prefetch) in enumerate(zip(inputs.gpus, managers, prefetches, strict=True))
-    ]
-    return parallel_visits(inputs.expert_parallel, inputs.trace, workers, issue=inputs.scenario.prefetch.issue)
+    ]  # fmt: skip
+    return parallel_visits(
+        inputs.expert_parallel, inputs.trace, workers, issue=inputs.scenario.prefetch.issue, host=host,
+        to_host=inputs.scenario.tiers.prefetch == "host",
+    )  # fmt: skip
 
 
 def source_of(
@@ -154,6 +165,6 @@ def source_of(
     from ..decide.sources import Source
 
     return Source(
-        inputs.trace, inputs.steps, manager, prefetch, inputs.guesses, inputs.scenario.prefetch.issue, inputs.budgets,
-        make_miss(inputs), host_memory, inputs.scenario.tiers.prefetch == "host",
+        inputs.trace, inputs.steps, manager, prefetch, inputs.guesses, inputs.scenario.prefetch.issue,
+        cached_budgets(inputs), make_miss(inputs), host_memory, inputs.scenario.tiers.prefetch == "host",
     )  # fmt: skip

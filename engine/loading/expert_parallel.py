@@ -90,10 +90,3 @@ def prices(links: Links, costs: Costs, token_bytes: int) -> Prices:
         [copy.queued_ns for copy in costs.copies],
         [max(peer.queued_ns(size_bytes) for peer in links.peers().values()) for size_bytes in costs.expert_bytes],
     )
-
-
-def held(layout: ExpertParallel, device: str) -> list[int]:
-    """Returns the experts that a GPU holds if everything is resident: what it owns, or all if no token moves."""
-    flat = [gpus for of_layer in layout.owners for gpus in of_layer]
-    number = int(device.removeprefix("gpu"))
-    return [expert for expert, gpus in enumerate(flat) if not layout.moves_tokens or number in gpus]

@@ -32,12 +32,12 @@ from ..scenario.amounts import ScenarioError, parse_bytes
 from ..scenario.inputs import Inputs
 from ..scenario.predicting import FREE, guesses_of, predictor_cost
 from ..scenario.scenario import Scenario
-from .capacity import check, fixed_parts, gib, kv_cache_bytes
+from .capacity import cached_bytes, check, fixed_parts, gib
 from .deciders import make_host_memory, make_manager, make_prefetch
 from .duration import check_duration
 from .expert_parallel import place
 from .links import links_of
-from .offloading import make_miss
+from .offloading import cached_budgets, kept_bytes, low_precision, make_miss
 from .stages import OF_WHOLE_MODEL, SAMPLE_STEPS, stage_inputs, stage_layers
 
 #: In so many pieces an expert is copied at most: 4 KiB each of a quarter of a GiB.
@@ -97,36 +97,61 @@ def completed(bare: Inputs) -> Inputs:
         guesses = bare.guesses or _guesses(bare)
         predictor = predictor_cost(bare.scenario.predictor) if guesses is not None else FREE
         inputs = place(replace(bare, guesses=guesses, predictor=predictor), make_manager)
+        inputs = _with_budgets(inputs)
     else:
         inputs = _in_stages(bare) if max(parallel.stages, parallel.micro_batches) > 1 else _on_one_gpu(bare)
+    make_host_memory(inputs)  # refuses one without room for an expert
     check(inputs)
     return inputs
 
 
 def _on_one_gpu(bare: Inputs) -> Inputs:
     """Returns the inputs of a whole model, or of one stage."""
-    scenario, model, trace, steps = bare.scenario, bare.model, bare.trace, bare.steps
+    scenario, model = bare.scenario, bare.model
     guesses = bare.guesses or _guesses(bare)
     budget_bytes = scenario.memory.budget_bytes(model.expert_bytes, model.experts)
     predictor = predictor_cost(scenario.predictor) if guesses is not None else FREE
-    budgets = expert_budgets(scenario, model, trace, steps, budget_bytes, predictor.gpu_memory_bytes)
-    if budgets is not None:
-        budget_bytes = max(budgets)
-        try:
-            divider(scenario.memory.scope, model.expert_bytes, trace)(min(budgets))
-        except BudgetError as error:
-            given = f"memory.total_bytes = {scenario.memory.total_bytes!r}"
-            rest = fixed_parts(scenario, model, predictor.gpu_memory_bytes)
-            rest["KV cache"] = int(kv_cache_bytes(model, trace, steps, scenario.workload.context or 0).max())
-            parts = " + ".join(f"{name} {gib(size_bytes)}" for name, size_bytes in rest.items() if size_bytes)
-            raise ScenarioError(f"{given}: less {parts}, too little is left: {error}") from None
-    inputs = replace(bare, budget_bytes=budget_bytes, guesses=guesses, budgets=budgets, predictor=predictor)
+    inputs = _of_total(replace(bare, budget_bytes=budget_bytes, guesses=guesses, predictor=predictor))
     # Before anything runs, these refuse a budget that is too small and what the profile or the trace lacks.
     make_manager(inputs)
-    make_host_memory(inputs)
     make_miss(inputs)
     Costs(inputs)
     return inputs
+
+
+def _of_total(part: Inputs) -> Inputs:
+    """Returns one GPU's inputs with its budget before each step, where experts have what is left of a total."""
+    budgets = expert_budgets(part)
+    if budgets is None:
+        return part
+    part = replace(part, budgets=budgets, budget_bytes=max(budgets))
+    _check_least(part)
+    return part
+
+
+def _with_budgets(whole: Inputs) -> Inputs:
+    """Returns the inputs of GPUs that share the experts with what each has of a total; raise if one cannot run."""
+    gpus = tuple(map(_of_total, whole.gpus))
+    for part in gpus:
+        make_miss(part)
+    return replace(whole, gpus=gpus, budget_bytes=sum(part.budget_bytes for part in gpus))
+
+
+def _check_least(inputs: Inputs) -> None:
+    """Refuse a total of which too little is left for experts when the KV cache is largest."""
+    budgets, scenario, model = cached_budgets(inputs), inputs.scenario, inputs.model
+    if budgets is None:
+        return
+    sizes, size_of = kept_bytes(inputs)
+    try:
+        divider(scenario.memory.scope, size_of or sizes, inputs.trace)(min(budgets))
+    except BudgetError as error:
+        given = f"memory.total_bytes = {scenario.memory.total_bytes!r}"
+        rest = fixed_parts(scenario, model, inputs.predictor.gpu_memory_bytes)
+        rest["KV cache"] = int(cached_bytes(inputs).max())
+        rest["low-precision copies"] = low_precision(inputs)[1]
+        parts = " + ".join(f"{name} {gib(size_bytes)}" for name, size_bytes in rest.items() if size_bytes)
+        raise ScenarioError(f"{given}: less {parts}, too little is left: {error}") from None
 
 
 def _in_stages(whole: Inputs) -> Inputs:
@@ -136,8 +161,12 @@ def _in_stages(whole: Inputs) -> Inputs:
         links = links_of(whole, stages, "parallel.stages")
         links.to_next()  # refuses GPUs that no copy can go between
         whole = replace(whole, links=links)
+    # Host memory sees the layers of all stages; a predictor of the whole model is asked once for all.
+    of_host = getattr(EVICTION[scenario.tiers.host_policy], "needs_guesses", False)
+    guesses = _guesses(whole) if of_host or scenario.predictor.name in OF_WHOLE_MODEL else None
+    host_guesses = guesses if of_host else None
     if scenario.predictor.name in OF_WHOLE_MODEL:
-        whole = replace(whole, guesses=_guesses(whole))
+        whole = replace(whole, guesses=guesses)
 
     def cut(counts: Sequence[int], steps: list[Step]) -> Inputs:
         parts = []
@@ -149,7 +178,7 @@ def _in_stages(whole: Inputs) -> Inputs:
                 raise ScenarioError(f"the stage on {bare.device}, layers {layers}: {error}") from None
         budget_bytes = sum(part.budget_bytes for part in parts)
         return replace(
-            whole, steps=steps, stages=tuple(parts), budget_bytes=budget_bytes, guesses=None,
+            whole, steps=steps, stages=tuple(parts), budget_bytes=budget_bytes, guesses=host_guesses,
             predictor=parts[0].predictor,
         )  # fmt: skip
 
@@ -188,19 +217,17 @@ def _evicts_by_guesses(scenario: Scenario) -> bool:
     return any(getattr(policy, "needs_guesses", False) for policy in policies)
 
 
-def expert_budgets(
-    scenario: Scenario, model: Model, trace: RoutingTrace, steps: list[Step], most_bytes: int, predictor_bytes: int = 0
-) -> list[int] | None:
-    """Returns the expert budget before each step, `most_bytes` at most.
+def expert_budgets(part: Inputs) -> list[int] | None:
+    """Returns the expert budget of one GPU before each step, at most what it is given without a total.
 
     It is what the KV cache and all else (`fixed_parts`) leave of the total; None without a total.
     """
-    total = scenario.memory.total_bytes
+    total = part.scenario.memory.total_bytes
     if total is None:
         return None
-    left_bytes = parse_bytes(total) - sum(fixed_parts(scenario, model, predictor_bytes).values())
-    kv_bytes = kv_cache_bytes(model, trace, steps, scenario.workload.context or 0).tolist()
-    return [min(most_bytes, left_bytes - size_bytes) for size_bytes in kv_bytes]
+    fixed_bytes = sum(fixed_parts(part.scenario, part.model, part.predictor.gpu_memory_bytes).values())
+    left_bytes = parse_bytes(total) - fixed_bytes
+    return [min(part.budget_bytes, left_bytes - size_bytes) for size_bytes in cached_bytes(part).tolist()]
 
 
 def _check_pieces(scenario: Scenario, model: Model) -> None:

@@ -48,20 +48,38 @@ def _ratios(mixed: list[list[float]], experts: int) -> list[float]:
 
 
 def low_precision(inputs: Inputs) -> tuple[Collection[int], int]:
-    """Returns the experts with a copy in low precision in GPU memory, the most popular first and the bytes of these."""
+    """Returns the experts with a copy in low precision in GPU memory, the most popular first and the bytes of these.
+
+    They stay for the whole run: where the budget changes with the KV cache, they have their share of the smallest.
+    """
     miss, model = inputs.scenario.miss, inputs.model
     if miss.policy != "low_precision":
         return (), 0
-    most_bytes = inputs.budget_bytes * miss.low_share
+    most_bytes = (inputs.budget_bytes if inputs.budgets is None else min(inputs.budgets)) * miss.low_share
     popular = popularity(_setting(inputs))
     chosen: list[int] = []
     total_bytes = 0
-    for expert in sorted(range(model.total_experts), key=lambda expert: -popular[expert]):
+    for expert in sorted(served_experts(inputs), key=lambda expert: -popular[expert]):
         size_bytes = shrunk(model.expert_bytes[expert // model.experts], miss.low_ratio)
         if total_bytes + size_bytes <= most_bytes:
             chosen.append(expert)
             total_bytes += size_bytes
     return frozenset(chosen), total_bytes
+
+
+def served_experts(inputs: Inputs) -> Collection[int]:
+    """Returns the experts that a GPU may serve: all of its layers, or those that it owns of GPUs that share them."""
+    if inputs.expert_parallel is None or not inputs.expert_parallel.moves_tokens:
+        return range(inputs.model.total_experts)
+    return dict.fromkeys(inputs.expert_parallel.served(int(inputs.device.removeprefix("gpu"))))
+
+
+def cached_budgets(inputs: Inputs) -> list[int] | None:
+    """Returns what whole experts have of the budget before each step; None where it is constant."""
+    if inputs.budgets is None:
+        return None
+    low_bytes = low_precision(inputs)[1]
+    return [budget_bytes - low_bytes for budget_bytes in inputs.budgets]
 
 
 def preload(manager: MemoryManager, inputs: Inputs) -> None:
@@ -70,7 +88,9 @@ def preload(manager: MemoryManager, inputs: Inputs) -> None:
     ScenarioError if layers that are named do not fit.
     """
     memory = inputs.scenario.memory
-    wanted = PRELOAD[memory.preload](_setting(inputs), memory.cpu_layers or 0)
+    first_layer = max(0, (memory.cpu_layers or 0) - inputs.first_layer)
+    served = served_experts(inputs)
+    wanted = [expert for expert in PRELOAD[memory.preload](_setting(inputs), first_layer) if expert in served]
     fitting = manager.fitting(wanted)
     if memory.cpu_layers is not None and len(fitting) < len(wanted):
         needed_bytes = sum(manager.size_of[expert] for expert in wanted)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from ...resources.links import Links
 from ...resources.network import Carried, link_loads
-from ...resources.timeline import DEMAND, DENSE, HEAD, PREFETCH, LaneName, Timeline
+from ...resources.timeline import DEMAND, DENSE, HEAD, PREFETCH, READ, LaneName, Timeline
 from . import metrics
 from .accesses import ACCESS_RATES, access_rates, accesses_from
 from .metrics import gpu_metrics, overlapped_ns, span_bytes
@@ -125,7 +125,8 @@ def merged_timeline(recordings: Sequence[Recording]) -> Timeline:
         if not recording.manager.shared:
             first = recording.first_layer * recording.manager.experts
             spans["expert"] = np.where(spans["expert"] < 0, -1, spans["expert"] + first)
-        spans["copy"] = np.where(spans["copy"] < 0, -1, spans["copy"] + copies)
+        own_copies = (spans["copy"] >= 0) & (spans["kind"] != READ)  # reads are numbered for all GPUs
+        spans["copy"] = np.where(own_copies, spans["copy"] + copies, spans["copy"])
         copies += len(recording.manager.copy_expert)
         timeline.extend(spans.tobytes())
     return timeline
@@ -213,7 +214,7 @@ def _merged(recordings: Sequence[Recording], each: Sequence[dict[str, Any]]) -> 
         "memory_utilization": _mean(each, "memory_utilization", lambda at: budget_bytes(recordings[at])),
         # GPUs that hold the same layers visit them together.
         "layer_visits": sum({r.first_layer: len(r.decoded.visits) for r in recordings}.values()),
-        "tiers": None,  # host memory as a cache serves one GPU
+        "tiers": metrics.tiers(recordings),
     }
 
 

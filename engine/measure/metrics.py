@@ -68,7 +68,7 @@ def gpu_metrics(
         "link_utilization": link_utilization(recording, run_ns),
         "memory_utilization": memory_utilization(recording, run_ns),
         "layer_visits": len(recording.decoded.visits),
-        "tiers": tiers(recording),
+        "tiers": tiers([recording]),
     }
 
 
@@ -97,22 +97,24 @@ def link_utilization(recording: Recording, run_ns: int | None = None) -> float |
     return ratio(covered_ns(*(np.minimum(copies[side], run_ns) for side in ("start_ns", "end_ns"))), run_ns)
 
 
-def tiers(recording: Recording) -> dict[str, Any] | None:
-    """Returns what copies to the GPU found in host memory and what was read; None where it holds every expert.
+def tiers(recordings: Sequence[Recording]) -> dict[str, Any] | None:
+    """Returns what the run's copies to the GPUs found in host memory and what was read; None where it has every expert.
 
-    A hit is a copy whose expert was in host memory, or on its way there; a staged read is a prefetch into host memory
-    alone. Utilization is the share of the makespan that the lanes were busy, on average; what is read after the end
-    does not count.
+    An expert that the CPU computes counts as one that is copied. A hit is a copy whose expert was in host memory, or on
+    its way there; a staged read is a prefetch into host memory alone. Utilization is the share of the makespan that the
+    lanes were busy, on average; what is read after the end does not count.
     """
-    host = recording.host_memory
+    host, run_ns = recordings[0].host_memory, max(recording.makespan_ns for recording in recordings)
     if host is None:
         return None
-    spans = recording.spans
-    lanes = recording.decoded.timeline.lanes_with("nvme")
-    reads = spans[recording.decoded.timeline.on_lanes(spans, "nvme")]
-    busy_ns = int((reads["end_ns"] - reads["start_ns"]).sum())
-    within = {side: np.minimum(reads[side], recording.makespan_ns) for side in ("start_ns", "end_ns")}
-    within_ns = int((within["end_ns"] - within["start_ns"]).sum())
+    lanes = recordings[0].decoded.timeline.lanes_with("nvme")
+    requests = busy_ns = within_ns = 0
+    for recording in recordings:
+        reads = recording.spans[recording.decoded.timeline.on_lanes(recording.spans, "nvme")]
+        requests += len(reads)
+        busy_ns += int((reads["end_ns"] - reads["start_ns"]).sum())
+        within = {side: np.minimum(reads[side], run_ns) for side in ("start_ns", "end_ns")}
+        within_ns += int((within["end_ns"] - within["start_ns"]).sum())
     return {
         "host_budget_bytes": host.manager.budget_bytes,
         "host_hits": host.hits,
@@ -121,10 +123,10 @@ def tiers(recording: Recording) -> dict[str, Any] | None:
         "host_evict": host.manager.evicted,
         "staged_reads": host.staged_reads,
         "read_bytes": host.read_bytes,
-        "read_requests": len(reads),
+        "read_requests": requests,
         "io_lanes": len(lanes),
         "read_busy_ms": busy_ns / 1e6,
-        "read_utilization": ratio(within_ns, recording.makespan_ns * len(lanes)),
+        "read_utilization": ratio(within_ns, run_ns * len(lanes)),
     }
 
 

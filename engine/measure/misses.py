@@ -21,36 +21,39 @@ from .time_split import cpu_stall_ns
 
 
 def offloading_metrics(
-    recording: Recording, costs: Costs, scenario: Scenario, low_precision_bytes: int
+    recordings: Sequence[Recording], costs: Sequence[Costs], scenario: Scenario, low_precision_bytes: int
 ) -> dict[str, Any]:
     """Returns what a run says beyond others where its misses are not all fetched, or its experts are in fewer bytes.
 
-    `miss` (see `miss_metrics`), with the bytes that low-precision copies hold; `decompress_ms`; `precision_mass`.
+    Of all its GPUs: `miss` (see `miss_metrics`), with the bytes that low-precision copies hold; `decompress_ms`;
+    `precision_mass`.
     """
     data: dict[str, Any] = {}
     if scenario.miss.policy != "fetch":
         data["miss"] = {
-            **miss_metrics(recording, costs, scenario),
+            **miss_metrics(recordings, costs, scenario),
             "low_precision_bytes": low_precision_bytes,
         }
     if scenario.compression.where != "none":
-        data["decompress_ms"] = decompress_ms(recording)
+        data["decompress_ms"] = sum(map(decompress_ms, recordings))
     if scenario.compression.mixed is not None:
-        data["precision_mass"] = precision_mass(recording, costs.model, scenario.compression.mixed)
+        models = [own.model for own in costs]
+        data["precision_mass"] = precision_mass(recordings, models, scenario.compression.mixed)
     return data
 
 
-def miss_metrics(recording: Recording, costs: Costs, scenario: Scenario) -> dict[str, Any]:
-    """Returns what became of the misses, as plain data for JSON.
+def miss_metrics(recordings: Sequence[Recording], costs: Sequence[Costs], scenario: Scenario) -> dict[str, Any]:
+    """Returns what became of the misses of all GPUs, as plain data for JSON.
 
     `ways` split counts.miss; `tokens` are (token, expert) pairs, and `gate_mass` their share of all gate weight, by way
     (None where the trace has no weights); a partly skipped expert counts in these two, and as fetched in `ways`.
     """
-    resolved, whole = recording.resolved, recording.resolved_accesses
-    misses = int((recording.outcomes == MISS).sum())
+    resolved = np.concatenate([recording.resolved for recording in recordings])
+    whole = np.concatenate([recording.resolved_accesses for recording in recordings])
+    misses = sum(int((recording.outcomes == MISS).sum()) for recording in recordings)
     ways = _by_way(np.bincount(whole["way"], minlength=len(WAYS)).tolist())
     ways[WAYS[FETCHED]] = misses - len(whole)
-    total = gate_mass(recording)
+    total = gate_mass(recordings)
     mass = None
     if total is not None and total.any():
         mass = {name: float(total_of / total.sum()) for name, total_of in _summed(resolved, "gate").items()}
@@ -59,33 +62,47 @@ def miss_metrics(recording: Recording, costs: Costs, scenario: Scenario) -> dict
         "ways": ways,
         "tokens": {name: int(tokens) for name, tokens in _summed(resolved, "tokens").items()},
         "gate_mass": mass,
-        "by_layer": _by_layer(recording, total),
+        "by_layer": _by_layer(recordings, total),
     }
     if len(resolved) and (resolved["way"] == CPU).any():
-        data["cpu"] = _cpu(recording, CpuCosts(costs, scenario), costs)
+        data["cpu"] = _cpu(recordings, costs, scenario)
     return data
 
 
-def gate_mass(recording: Recording) -> npt.NDArray[np.float64] | None:
+def gate_mass(recordings: Sequence[Recording]) -> npt.NDArray[np.float64] | None:
     """Returns the gate weight of all that was looked up, by layer (layers,); None where the trace has no weights."""
-    if recording.trace.weights is None:
+    if recordings[0].trace.weights is None:
         return None
-    mass: npt.NDArray[np.float64] = _routed(recording).reshape(-1, recording.trace.num_experts).sum(axis=1)
-    return mass
+    return np.concatenate([
+        _routed(recording).reshape(-1, recording.trace.num_experts).sum(axis=1)
+        for recording in _of_layers(recordings)
+    ])  # fmt: skip
 
 
-def precision_mass(recording: Recording, model: Model, mixed: Sequence[Sequence[float]]) -> dict[str, float]:
+def _of_layers(recordings: Sequence[Recording]) -> list[Recording]:
+    """Returns one recording for each group of layers: GPUs that share the experts of a layer have one trace."""
+    return list({recording.first_layer: recording for recording in recordings}.values())
+
+
+def precision_mass(
+    recordings: Sequence[Recording], models: Sequence[Model], mixed: Sequence[Sequence[float]]
+) -> dict[str, float]:
     """Returns the share of all gate weight (of all tokens, without weights) that experts of each ratio computed.
 
-    `mixed` are [share, ratio] pairs; the keys are the ratios as they are written there.
+    `models` are of each GPU's layers. `mixed` are [share, ratio] pairs; the keys are the ratios as they are written.
     """
-    routed, sizes = _routed(recording), np.array(recording.manager.size_of)
-    whole = np.repeat(model.expert_bytes, model.experts)
-    shares = {}
-    for _, ratio in mixed:
-        here = sizes == np.array([shrunk(int(size_bytes), ratio) for size_bytes in whole])
-        shares[f"{ratio:g}"] = float(routed[here].sum() / routed.sum()) if routed.any() else 0.0
-    return shares
+    of_ratio = dict.fromkeys((f"{ratio:g}" for _, ratio in mixed), 0.0)
+    all_routed = 0.0
+    known = {recording.first_layer: model for recording, model in zip(recordings, models, strict=True)}
+    for recording in _of_layers(recordings):
+        model = known[recording.first_layer]
+        routed, sizes = _routed(recording), np.array(recording.manager.size_of)
+        all_routed += float(routed.sum())
+        whole = np.repeat(model.expert_bytes, model.experts)
+        for ratio in dict.fromkeys(ratio for _, ratio in mixed):
+            here = sizes == np.array([shrunk(int(size_bytes), ratio) for size_bytes in whole])
+            of_ratio[f"{ratio:g}"] += float(routed[here].sum())
+    return {name: total / all_routed if all_routed else 0.0 for name, total in of_ratio.items()}
 
 
 def _routed(recording: Recording) -> npt.NDArray[np.float64]:
@@ -116,12 +133,16 @@ def _summed(resolved: npt.NDArray[Any], column: str) -> dict[str, Any]:
     return {name: value for way, (name, value) in enumerate(_by_way(sums).items()) if way != FETCHED}
 
 
-def _by_layer(recording: Recording, total: npt.NDArray[np.float64] | None) -> list[dict[str, Any]]:
+def _by_layer(recordings: Sequence[Recording], total: npt.NDArray[np.float64] | None) -> list[dict[str, Any]]:
     """Return, layer by layer, the (token, expert) pairs of each way and the share of the layer's gate weight."""
     rows = []
-    layer_of = recording.resolved["visit"] % len(recording.expert_bytes)
-    for layer in range(len(recording.expert_bytes)):
-        here = recording.resolved[layer_of == layer]
+    layers = max(recording.first_layer + len(recording.expert_bytes) for recording in recordings)
+    resolved = np.concatenate([recording.resolved for recording in recordings])
+    layer_of = np.concatenate([
+        recording.first_layer + recording.resolved["visit"] % len(recording.expert_bytes) for recording in recordings
+    ])  # fmt: skip
+    for layer in range(layers):
+        here = resolved[layer_of == layer]
         row: dict[str, Any] = {"layer": layer}
         row.update((name, int(tokens)) for name, tokens in _summed(here, "tokens").items())
         for name, mass in _summed(here, "gate").items():
@@ -130,25 +151,27 @@ def _by_layer(recording: Recording, total: npt.NDArray[np.float64] | None) -> li
     return rows
 
 
-def _cpu(recording: Recording, cpu: CpuCosts, costs: Costs) -> dict[str, Any]:
+def _cpu(recordings: Sequence[Recording], costs: Sequence[Costs], scenario: Scenario) -> dict[str, Any]:
     """Returns how busy the CPU was, how long the GPU stalled for it, and what its experts would have cost to fetch.
 
-    `cpu_ms` and `fetch_ms` are the profile's, by themselves; `fetch_is_shorter` for all of them says that no expert was
-    done sooner on the CPU.
+    Of several GPUs the stall is the mean, as that of `time` is. `cpu_ms` and `fetch_ms` are the profile's, by
+    themselves; `fetch_is_shorter` for all of them says that no expert was done sooner on the CPU.
     """
-    spans = recording.spans[recording.spans["kind"] == CPU_EXPERT]
-    rows = recording.resolved[recording.resolved["way"] == CPU]
-    layers = (rows["visit"] % len(recording.expert_bytes)).tolist()
-    cpu_ns = fetch_ns = shorter = 0
-    for (layer, tokens), count in Counter(zip(layers, rows["tokens"].tolist(), strict=True)).items():
-        on_cpu_ns = cpu.expert(layer, tokens).ns + cpu.there_and_back_ns(tokens)
-        fetched_ns = costs.copies[layer].queued_ns + costs.expert(layer, tokens).ns
-        cpu_ns += count * on_cpu_ns
-        fetch_ns += count * fetched_ns
-        shorter += count * (fetched_ns <= on_cpu_ns)
+    busy_ns = cpu_ns = fetch_ns = shorter = 0
+    for recording, own in zip(recordings, costs, strict=True):
+        cpu, spans = CpuCosts(own, scenario), recording.spans[recording.spans["kind"] == CPU_EXPERT]
+        busy_ns += int((spans["end_ns"] - spans["start_ns"]).sum())
+        rows = recording.resolved[recording.resolved["way"] == CPU]
+        layers = (rows["visit"] % len(recording.expert_bytes)).tolist()
+        for (layer, tokens), count in Counter(zip(layers, rows["tokens"].tolist(), strict=True)).items():
+            on_cpu_ns = cpu.expert(layer, tokens).ns + cpu.there_and_back_ns(tokens)
+            fetched_ns = own.copies[layer].queued_ns + own.expert(layer, tokens).ns
+            cpu_ns += count * on_cpu_ns
+            fetch_ns += count * fetched_ns
+            shorter += count * (fetched_ns <= on_cpu_ns)
     return {
-        "busy_ms": float((spans["end_ns"] - spans["start_ns"]).sum()) / 1e6,
-        "stall_ms": cpu_stall_ns(recording) / 1e6,
+        "busy_ms": busy_ns / 1e6,
+        "stall_ms": sum(map(cpu_stall_ns, recordings)) / len(recordings) / 1e6,
         "cpu_ms": cpu_ns / 1e6,
         "fetch_ms": fetch_ns / 1e6,
         "fetch_is_shorter": shorter,

@@ -1,8 +1,9 @@
 """Miss-ratio curves: what share of the look-ups misses, for many capacities and several policies.
 
 LRU and Belady's rule are stack algorithms: one pass gives every capacity, exactly, where a pool's experts are of one
-size and its largest visit fits. Everything else is replayed, capacity by capacity. Both ways count what
-`replay.replay_trace` counts with the same budget, to the last access.
+size and its largest visit fits. Everything else is replayed, capacity by capacity: in machine code, or by the memory
+manager where a policy is in Python alone, some ten times slower. All ways count what `replay.replay_trace` counts with
+the same budget, to the last access.
 """
 
 from __future__ import annotations
@@ -15,15 +16,17 @@ import numpy.typing as npt
 
 from ...errors import InputError
 from ...words import unknown_name
-from ...workloads.batches import plan_steps
+from ...workloads.batches import Step, plan_steps
 from ...workloads.stacks import belady_depths, lru_depths
 from ...workloads.trace import RoutingTrace
 from ..decide.dispatch import LOOKUPS
 from ..decide.lookups import Lookups, list_lookups
+from ..decide.memory_manager import MemoryManager
 from ..decide.partition import divider
+from ..policies.eviction import EVICTION
 from ..scenario.amounts import parse_budget
 from .compiled import KINDS, replay_pool
-from .replay import expert_sizes
+from .replay import FOUND, expert_sizes, replay, setting_of
 
 #: The policies that one pass serves, with the depths it finds.
 STACKS: dict[str, Callable[[Lookups, int], npt.NDArray[np.int32]]] = {
@@ -58,27 +61,35 @@ def miss_ratio_curves(
     """
     policies = list(dict.fromkeys(policies))
     for policy in policies:
-        if policy not in KINDS:
-            raise InputError(unknown_name("policy", policy, KINDS))
+        if policy not in EVICTION:
+            raise InputError(unknown_name("policy", policy, EVICTION))
     if lookup not in LOOKUPS:
         raise InputError(unknown_name("lookup", lookup, LOOKUPS))
     sizes = expert_sizes(trace, model, expert_bytes, capacities)
     known = sizes or [1] * trace.layers
     steps = plan_steps(trace.sequence, trace.phase, batch=batch)
-    pools = _capacities(trace, capacities, points, known, scope)
+    budgets = _budgets(trace, capacities, points, known, scope)
+    pools = list(budgets)
     shared = scope == "shared"
     layers = [None] if scope in ("global", "shared") else range(trace.layers)
     hits = {policy: np.zeros(len(pools), dtype=np.int64) for policy in policies}
+    in_code = [policy for policy in policies if policy in KINDS]
+    in_python = [policy for policy in policies if policy not in KINDS]
+    total = len(layers) * len(in_code) + len(pools) * len(in_python)
     accesses = 0
     for number, layer in enumerate(layers):
         lookups = list_lookups(trace, steps, lookup, layer, shared=shared)
         accesses += len(lookups.experts)
         pool_sizes = known[:1] if shared else known if layer is None else [known[layer]] * trace.layers
         room_bytes = [pool_bytes[number] for pool_bytes in pools]
-        for done, policy in enumerate(policies):
+        for done, policy in enumerate(in_code):
             if progress is not None:
-                progress("curves", number * len(policies) + done, len(layers) * len(policies))
+                progress("curves", number * len(in_code) + done, total)
             hits[policy] += pool_hits(policy, lookups, room_bytes, pool_sizes, trace.num_experts)
+    for done, policy in enumerate(in_python):
+        if progress is not None:
+            progress("curves", len(layers) * len(in_code) + done * len(pools), total)
+        hits[policy] += _managed_hits(policy, trace, steps, list(budgets.values()), known, scope=scope, lookup=lookup)
     total_bytes = parse_budget("100%", known, trace.num_experts, scope)
     return {
         "model": trace.meta.get("model"),
@@ -95,6 +106,25 @@ def miss_ratio_curves(
             for policy, found in hits.items()
         },
     }
+
+
+def _managed_hits(
+    policy: str,
+    trace: RoutingTrace,
+    steps: Sequence[Step],
+    budgets: Sequence[int],
+    sizes: Sequence[int],
+    *,
+    scope: str,
+    lookup: str,
+) -> npt.NDArray[np.int64]:
+    """Returns how many look-ups are found with each of these budgets in bytes, by the memory manager."""
+    setting, divide = setting_of(trace, steps, policy, lookup), divider(scope, sizes, trace)
+    managers = (
+        MemoryManager(sizes, trace.num_experts, budget, EVICTION[policy], setting=setting, scope=scope, divide=divide)
+        for budget in budgets
+    )
+    return np.array([replay(trace, steps, manager, lookup=lookup).count(FOUND) for manager in managers])
 
 
 def _described(
@@ -130,10 +160,10 @@ def pool_hits(
     return hits
 
 
-def _capacities(
+def _budgets(
     trace: RoutingTrace, capacities: Sequence[str], points: int, expert_bytes: Sequence[int], scope: str
-) -> list[list[int]]:
-    """Returns the bytes of each pool for each capacity, ascending, each once."""
+) -> dict[tuple[int, ...], int]:
+    """Returns the budget of each capacity by the bytes of each of its pools, ascending, each once."""
     divide = divider(scope, expert_bytes, trace)
     if capacities:
         if len(capacities) > MOST_POINTS:
@@ -145,4 +175,5 @@ def _capacities(
         total_bytes = parse_budget("100%", expert_bytes, trace.num_experts, scope)
         least_bytes = max(expert_bytes) * (1 if scope in ("global", "shared") else trace.layers)
         budgets = [max(least_bytes, total_bytes * point // points) for point in range(1, points + 1)]
-    return [list(pools) for pools in sorted({tuple(divide(budget)) for budget in budgets}, key=sum)]
+    found = {tuple(divide(budget)): budget for budget in budgets}
+    return {pools: found[pools] for pools in sorted(found, key=sum)}

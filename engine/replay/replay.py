@@ -162,11 +162,7 @@ def replay_trace(
         outcome, evict = COMPILED[eviction](trace, steps, pools, known, lookup, shared=scope == "shared")
         replayed = Replayed(trace, outcome, evict)
     else:
-        guesses = None
-        if getattr(EVICTION[eviction], "needs_guesses", False):
-            horizons = trace.layers if lookahead is None else lookahead
-            guesses = make_predictor(predictor).guess(trace, steps, horizons, trace.k)
-        setting = Setting(trace=trace, steps=steps, single=lookup == "single", guesses=guesses)
+        setting = setting_of(trace, steps, eviction, lookup, (predictor, lookahead))
         manager = MemoryManager(
             known, trace.num_experts, budget_bytes, EVICTION[eviction], setting=setting, scope=scope, divide=divide
         )
@@ -183,6 +179,23 @@ def replay_trace(
         "lookup": lookup,
         "warnings": [cliff] if cliff else [],
     }
+
+
+def setting_of(
+    trace: RoutingTrace,
+    steps: Sequence[Step],
+    eviction: str,
+    lookup: str,
+    guessing: tuple[str, int | None] = ("transition", None),
+) -> Setting:
+    """Returns what an eviction policy may know beforehand; with guesses, by a predictor so many layers ahead (None:
+    all), if it goes by them."""
+    guesses = None
+    if getattr(EVICTION[eviction], "needs_guesses", False):
+        predictor, lookahead = guessing
+        horizons = trace.layers if lookahead is None else lookahead
+        guesses = make_predictor(predictor).guess(trace, steps, horizons, trace.k)
+    return Setting(trace=trace, steps=steps, single=lookup == "single", guesses=guesses)
 
 
 def _counted(replayed: Replayed) -> dict[str, Any]:

@@ -71,6 +71,7 @@ _KINDS: dict[str, tuple[type | tuple[type, ...], bool]] = {
     "settings": (dict, False),
     "sha256": (dict, False),
     "versions": (dict, False),
+    "plugins": (list, False),
 }
 
 

@@ -6,7 +6,7 @@ error that names the nearest known one. Any key can be set from outside with `se
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
+from ... import plugins
 from ...bounded import parse_toml, read
 from ...errors import InputError
 from ...plain import beyond_64_bits
@@ -26,14 +27,12 @@ from ...resources.parts.section import lay_machine
 from ...words import problems, unknown_name
 from ...workloads.importers import shipped_traces
 from ...workloads.learned import shipped_weights
-from ..policies.copy_order import COPY_ORDERS, orders_by_rank
 from ..policies.miss import MISS
-from .amounts import ScenarioError, parse_bytes
+from .amounts import ScenarioError
 from .rows import find_row
 from .section import Section
 from .sections import (
     FIT_REPLACES,
-    ON_GPU,
     DispatchSection,
     MachineSection,
     ModelSection,
@@ -44,6 +43,7 @@ from .sections import (
 )
 from .sections_memory import CompressionSection, CopySection, MemorySection, MissSection, TiersSection
 from .sections_requests import RequestsSection
+from .together import clashes
 
 #: How many of a scenario's faults are told.
 _MOST_PROBLEMS = 20
@@ -68,17 +68,18 @@ class Scenario(Section):
     requests: RequestsSection | None = None
 
     @model_validator(mode="after")
-    def _offloading_fits(self) -> Scenario:
-        for wrong, text in _unfit(self):
-            if wrong:
-                raise InputError(text)
+    def _goes_together(self) -> Scenario:
+        for text in clashes(self):
+            raise InputError(text)
         return self
 
     @model_validator(mode="after")
-    def _requests_make_the_steps(self) -> Scenario:
-        for wrong, text in _unfit_for_requests(self):
-            if wrong:
-                raise InputError(text)
+    def _a_moving_boundary_divides_a_total(self) -> Scenario:
+        if self.requests is not None and self.requests.kv.boundary == "moving" and self.memory.total_bytes is None:
+            raise InputError(
+                "requests.kv.boundary = 'moving': give memory.total_bytes, of which experts and KV blocks take their "
+                "parts"
+            )
         return self
 
     @property
@@ -91,80 +92,6 @@ class Scenario(Section):
     def uses_cpu(self) -> bool:
         """Whether misses may be computed on the CPU."""
         return bool(getattr(MISS[self.miss.policy], "uses_cpu", False))
-
-    @model_validator(mode="after")
-    def _sharing_is_known(self) -> Scenario:
-        """Refuse what GPUs that share the experts cannot do."""
-        if self.parallel.gpus == 1:
-            return self
-        if self.memory.scope not in ("global", "per-layer"):
-            raise InputError(f"memory.scope = {self.memory.scope!r}: with parallel.gpus, choose global or per-layer")
-        if self.memory.total_bytes is not None:
-            raise InputError("memory.total_bytes: with parallel.gpus, give memory.gpu_budget alone")
-        if self.memory.preload != "none":
-            raise InputError(f"memory.preload = {self.memory.preload!r}: with parallel.gpus, choose none")
-        if not self.dispatch.router_readback:
-            raise InputError(
-                "dispatch.router_readback = false: with parallel.gpus, hosts meet at every choice: set true"
-            )
-        if parse_bytes(self.parallel.spare_bytes) and not self.memory.caching:
-            raise InputError("memory.caching = false: with parallel.spare_bytes, evicted experts are kept: set true")
-        if self.copy_.by_rank and self.parallel.lends:
-            streams = " or ".join(name for name in COPY_ORDERS if name not in orders_by_rank())
-            raise InputError(
-                f"copy.discipline = {self.copy_.discipline!r}: where GPUs copy experts from one another, one may be "
-                f"waiting for what another puts off: choose {streams}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _dropping_knows_the_visit(self) -> Scenario:
-        prefetch = self.prefetch
-        if not self.memory.caching and (prefetch.protect, prefetch.issue) != ("until_target", "after_launch"):
-            raise InputError("memory.caching = false: needs prefetch.protect = 'until_target', issue = 'after_launch'")
-        return self
-
-    @model_validator(mode="after")
-    def _the_gpu_can_issue_copies(self) -> Scenario:
-        if self.prefetch.issued_by != "gpu":
-            return self
-        copy, lane = self.copy_, self.predictor.lane
-        for wrong, text in (
-            (lane not in ON_GPU, f"predictor.lane = {lane!r}, where the host has the guesses: choose gpu or compute"),
-            (copy.by_rank, f"copy.discipline = {copy.discipline!r}, a queue of the host's: choose another"),
-            (copy.host_memory == "pageable", "copy.host_memory = 'pageable', which the host copies: choose pinned"),
-            (self.tiers.host_budget != "all", "tiers.host_budget, for reads that the host orders: set it to 'all'"),
-            (not self.only_fetches, "[miss] or [compression], whose work the host orders: leave them out"),
-            (self.parallel.lends, "copies between GPUs, which the host orders: choose another parallel.remote"),
-        ):
-            if wrong:
-                raise InputError(
-                    f"prefetch.issued_by = 'gpu' does not go with {text}, or set prefetch.issued_by = 'host'"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _host_cache_serves_one_gpu(self) -> Scenario:
-        parallel = self.parallel
-        if self.tiers.host_budget != "all" and max(parallel.stages, parallel.micro_batches, parallel.gpus) > 1:
-            raise InputError(
-                f"tiers.host_budget = {self.tiers.host_budget!r}: host memory as a cache serves one GPU without "
-                "micro-batches; give 'all', or parallel.stages, parallel.micro_batches and parallel.gpus = 1"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _a_peer_holds_all_experts_and_does_nothing_else(self) -> Scenario:
-        if self.copy_.source == "peer" and max(self.parallel.stages, self.parallel.gpus) > 1:
-            raise InputError(
-                "copy.source = 'peer': a GPU that holds experts has no stage and no share of them: set parallel.stages "
-                "and parallel.gpus = 1"
-            )
-        if self.copy_.source == "peer" and self.tiers.host_budget != "all":
-            raise InputError("copy.source = 'peer': no expert lies in host memory: set tiers.host_budget = 'all'")
-        if self.copy_.source == "peer" and not self.only_fetches:
-            raise InputError("copy.source = 'peer': no expert lies in host memory: leave out [miss] and [compression]")
-        return self
 
     @model_validator(mode="after")
     def _micro_batches_have_places(self) -> Scenario:
@@ -183,62 +110,6 @@ class Scenario(Section):
         return plain
 
 
-def _unfit(scenario: Scenario) -> Iterator[tuple[bool, str]]:
-    """Yields (whether it is so, what to say) of what does not go together with misses that are not fetched."""
-    memory, miss, compression = scenario.memory, scenario.miss, scenario.compression
-    policy, packed, mixed = miss.policy, compression.where != "none", compression.mixed is not None
-    low = policy == "low_precision"
-    shared, grouped = memory.scope == "shared", scenario.dispatch.expert_kernel == "grouped"
-    chosen = f"miss.policy = {policy!r}" if policy != "fetch" else "[compression]"
-    beyond = not scenario.only_fetches
-    yield shared and beyond, f"{chosen}: with memory.scope = 'shared', choose miss.policy = 'fetch' and no compression"
-    yield shared and memory.preload != "none", "memory.scope = 'shared': needs memory.preload = 'none'"
-    yield mixed and memory.scope != "global", f"compression.mixed: needs memory.scope = 'global' (not {memory.scope!r})"
-    several = max(scenario.parallel.stages, scenario.parallel.micro_batches, scenario.parallel.gpus) > 1
-    yield several and beyond, f"{chosen}: with [parallel], choose miss.policy = 'fetch' and no compression"
-    tiered = scenario.tiers.host_budget != "all"
-    yield tiered and beyond, f"{chosen}: with tiers.host_budget, choose miss.policy = 'fetch' and no compression"
-    yield (
-        several and memory.cpu_layers is not None,
-        f"memory.cpu_layers = {memory.cpu_layers}: with [parallel], leave it out",
-    )
-    yield low and (mixed or packed), "miss.policy = 'low_precision': needs compression.where = 'none' and no mixed"
-    one_by_one = "needs dispatch.expert_kernel = 'separate': what a group of such kernels takes is not known"
-    yield grouped and low, f"miss.policy = 'low_precision': {one_by_one}"
-    yield grouped and (mixed or packed), f"[compression]: {one_by_one}"
-    yield (
-        low and memory.total_bytes is not None,
-        "miss.policy = 'low_precision': give memory.gpu_budget alone, no total",
-    )
-    yield (
-        low and miss.fetch_behind and not memory.caching,
-        "miss.fetch_behind = true: needs memory.caching = true, else what it fetches leaves before it is used",
-    )
-
-
-def _unfit_for_requests(scenario: Scenario) -> Iterator[tuple[bool, str]]:
-    """Yields (whether it is so, what to say) of what does not go together with [requests]."""
-    requests, workload, parallel = scenario.requests, scenario.workload, scenario.parallel
-    if requests is None:
-        return
-    for key, given, wanted in (
-        ("workload.batch", workload.batch, 1),
-        ("workload.tokens", workload.tokens, None),
-        ("workload.context", workload.context, None),
-        ("parallel.stages", parallel.stages, 1),
-        ("parallel.micro_batches", parallel.micro_batches, 1),
-        ("parallel.gpus", parallel.gpus, 1),
-    ):
-        yield (
-            given != wanted,
-            f"{key} = {given}: with [requests], whose scheduler makes the steps of one GPU: leave it out",
-        )
-    yield (
-        requests.kv.boundary == "moving" and scenario.memory.total_bytes is None,
-        "requests.kv.boundary = 'moving': give memory.total_bytes, of which experts and KV blocks take their parts",
-    )
-
-
 def scenario_names() -> list[str]:
     """Returns the names of the shipped scenarios."""
     folder = resources.files("prestage") / "engine" / "scenario" / "shipped"
@@ -254,11 +125,18 @@ def load_scenario(name: str | Path | None = None, settings: Iterable[str] = ()) 
     (`section.key=`) the key is taken out, and has its default again. A trace, a fit or weights named in a file are
     looked for beside that file; named in a setting, in the current folder. Raises ScenarioError.
     """
-    source = "scenario 'default'" if name is None else f"scenario {str(name)!r}"
-    data = _read(name, source)
+    data, source = scenario_data(name)
+    if isinstance(settings, str):
+        raise ScenarioError(f"settings = {settings!r}: give a list of them: [{settings!r}]")
     for setting in settings:
         apply_setting(data, setting)
     return make_scenario(data, source)
+
+
+def scenario_data(name: str | Path | None = None) -> tuple[dict[str, Any], str]:
+    """Returns a scenario's plain data, as it was written, and what messages call it. Raises ScenarioError."""
+    source = "scenario 'default'" if name is None else f"scenario {str(name)!r}"
+    return _read(name, source), source
 
 
 def make_scenario(data: Mapping[str, Any], source: str = "scenario") -> Scenario:
@@ -276,7 +154,11 @@ def _read(name: str | Path | None, source: str) -> dict[str, Any]:
     path = Path(name) if name is not None else None
     if path is not None and ".jsonl#" in path.name:
         file, _, key = str(path).rpartition("#")
-        data: dict[str, Any] = find_row(file, key)["scenario"]
+        row = find_row(file, key)
+        missing = set(row.get("plugins", ())) - {plugin.name for plugin in plugins.loaded()}
+        if missing:
+            raise ScenarioError(f"{source}: ran with plug-ins: add --plugin {' --plugin '.join(sorted(missing))}")
+        data: dict[str, Any] = row["scenario"]
         return data
     if path is not None and (path.suffix == ".toml" or path.is_file()):
         try:

@@ -19,8 +19,10 @@ from .compiled_prices import (
     O_CPU,
     O_FROM_CPU,
     O_TO_CPU,
+    factor_of,
     gpu_of,
     price_of,
+    times,
 )
 from .compiled_queue import copy_in_queue, give_up, promote, submit
 from .compiled_work import (
@@ -41,6 +43,7 @@ from .memory import (
     A_DEPARTURE,
     D_HOST,
     D_REQUEST,
+    F_COPY,
     G_AFTER,
     G_BACK,
     G_BY_PRIORITY,
@@ -61,6 +64,7 @@ from .memory import (
     G_READBACK_LATENCY,
     G_READBACK_SLOWDOWN,
     G_READS,
+    G_SCATTER,
     G_TO_CPU,
     G_UNPACKING,
     K_HOST,
@@ -93,9 +97,13 @@ def copy(m: Words, f: Reals, row: Word) -> None:
         m[gpu + G_NOW] += m[price + P_HOST]
     pay_waits(m, gpu)
     issued = m[gpu + G_NOW] + m[gpu + G_COPY_LATENCY]
+    queued, alone = m[price + P_QUEUED], m[price + P_ALONE]
+    if m[gpu + G_SCATTER] >= 0:
+        factor = factor_of(m, f, gpu, F_COPY)
+        queued, alone = times(queued, factor), times(alone, factor)
     work = new_work(
-        m, f, gpu, m[row + C_KIND], m[price + P_QUEUED], m[price + P_ALONE], issued, f[gpu + G_COPY_SLOWDOWN],
-        m[price + P_TRANSFER], row, m[row + C_REGISTER],
+        m, f, gpu, m[row + C_KIND], queued, alone, issued, f[gpu + G_COPY_SLOWDOWN], m[price + P_TRANSFER], row,
+        m[row + C_REGISTER],
     )  # fmt: skip
     if m[gpu + G_BY_PRIORITY]:
         m[work + W_RANK] = 1 if m[row + C_KIND] == PREFETCH else 0
@@ -121,6 +129,7 @@ def read(m: Words, f: Reals, row: Word) -> None:
             lane, least = m[at], other
     ns, now = m[cost + D_REQUEST], m[gpu + G_NOW]
     work = new_work(m, f, gpu, m[row + C_KIND], ns, ns, now, 1.0, -1, row, -1)
+    m[work + W_HELD_BACK] = 1
     submit(m, lane, work)
     if m[row + C_EXTRA]:
         set_register(m, m[row + C_REGISTER], work)
@@ -194,4 +203,6 @@ def do_without(m: Words, f: Reals, row: Word) -> None:
         pay_waits(m, gpu)
         m[gpu + G_NOW] += m[price + K_HOST]
     ns = m[price + K_NS]
-    submit(m, lane, new_work(m, f, gpu, kind, ns, ns, m[gpu + G_NOW], slowdown, -1, row, m[row + C_REGISTER]))
+    work = new_work(m, f, gpu, kind, ns, ns, m[gpu + G_NOW], slowdown, -1, row, m[row + C_REGISTER])
+    m[work + W_HELD_BACK] = 1
+    submit(m, lane, work)

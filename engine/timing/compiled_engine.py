@@ -183,6 +183,9 @@ class CompiledEngine:
         """Ask what a kernel takes that nobody has asked for yet."""
         words, floats = self._memory.words, self._memory.floats
         shape, tokens = int(words[ASKED]), int(words[ASKED_FOR])
+        if shape < 0:
+            self._layout.draw(-shape, tokens)
+            return
         cost = self._layout.prices[shape](tokens)
         at = int(words[KERNELS] + (shape * words[KERNEL_TOKENS] + tokens) * KERNEL_WORDS)
         words[at : at + K_SLOWDOWN] = (1, cost.ns, cost.launches, cost.host_ns, cost.issue_ns)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from .compiled_agenda import goes_on
 from .compiled_copies import copy, demand, do_without, leave, read, read_back, reclaim
 from .compiled_coupling import disturbed
@@ -18,7 +20,9 @@ from .compiled_prices import (
     O_CATCH_UP,
     O_COPY,
     O_DECIDE,
+    O_ENTER,
     O_EXCHANGE,
+    O_EXIT,
     O_FETCH,
     O_HOLD,
     O_JOIN,
@@ -77,9 +81,12 @@ from .memory import (
     T_COUNT,
     T_GPU,
     T_GPUS,
+    T_INSIDE,
+    T_OUTSIDE,
     T_PART_OF,
     T_PARTS,
     T_ROWS,
+    THREADS,
 )
 
 # Commands.
@@ -178,6 +185,25 @@ def is_behind(m: Words, thread: Word, row: Word) -> Word:
 
 
 @compiled
+def passes(m: Words, thread: Word, row: Word) -> Word:
+    """Let the thread come to where only one may be at a time, or leave it; False if another is there."""
+    threads, gpu = m[THREADS], gpu_of(m, row)
+    entering = m[row + C_OP] == O_ENTER
+    for place in range(threads + 1, threads + 1 + m[threads]):
+        other = m[place]
+        if entering and m[other + T_INSIDE]:
+            m[thread + T_OUTSIDE] = 1
+            return False
+        if not entering and m[other + T_OUTSIDE]:
+            goes_on(m, other, m[NOW])
+    if m[thread + T_OUTSIDE]:
+        m[thread + T_OUTSIDE] = 0
+        m[gpu + G_NOW] = max(m[gpu + G_NOW], m[NOW])
+    m[thread + T_INSIDE] = np.int64(entering)
+    return True
+
+
+@compiled
 def carry_out_one(m: Words, f: Reals, thread: Word, row: Word) -> Word:
     """Carry out a command; False if the thread has to wait first, and comes to it again."""
     op = m[row + C_OP]
@@ -193,6 +219,8 @@ def carry_out_one(m: Words, f: Reals, thread: Word, row: Word) -> Word:
             notice(m, gpu, row)
     elif op == O_BEHIND:
         return is_behind(m, thread, row)
+    elif op in (O_ENTER, O_EXIT):
+        return passes(m, thread, row)
     elif op == O_COPY:
         copy(m, f, row)
     elif op == O_READ:

@@ -35,6 +35,7 @@ from .memory import (
     L_LONGER,
     L_NEXT,
     L_NUMBER,
+    L_ORDERED,
     L_SINCE,
     L_SLOT,
     L_START,
@@ -56,6 +57,7 @@ from .memory import (
     W_COPY,
     W_END,
     W_EXPERT,
+    W_GPU,
     W_ISSUED,
     W_KIND,
     W_NEXT,
@@ -129,6 +131,7 @@ def start(m: Words, f: Reals, lane: Word, work: Word, alone: Word) -> Word:
             return False
     m[lane + L_NEXT], m[lane + L_GOES_ON], m[lane + L_ACTIVE] = -1, 0, work
     m[work + W_STARTED] = 1
+    m[lane + L_ORDERED] -= m[work + W_NS]
     m[lane + L_START] = m[NOW]
     f[lane + L_LEFT] = m[work + W_ALONE] if alone else m[work + W_NS]
     if transfer >= 0:
@@ -202,9 +205,10 @@ def end(m: Words, f: Reals, lane: Word) -> Word:
     turns = m[lane + L_TURNS]
     for at in range(turns + 1, turns + 1 + m[turns]):
         m[m[at] + L_FREE] = now
+    gpu = m[lane + L_GPU]
     record_span(
-        m, m[lane + L_GPU], m[lane + L_START], now, m[work + W_ISSUED], m[work + W_EXPERT], m[work + W_VISIT],
-        m[work + W_COPY], m[lane + L_NUMBER], m[work + W_KIND],
+        m, gpu if gpu >= 0 else m[work + W_GPU], m[lane + L_START], now, m[work + W_ISSUED], m[work + W_EXPERT],
+        m[work + W_VISIT], m[work + W_COPY], m[lane + L_NUMBER], m[work + W_KIND],
     )  # fmt: skip
     if m[work + W_PIECES] > 1:
         m[work + W_PIECES] -= 1
@@ -250,6 +254,8 @@ def backlog(m: Words, f: Reals, lane: Word) -> Word:
         done = (m[NOW] - m[lane + L_SINCE]) / f[lane + L_STRETCH]
         total += max(np.int64(0), np.int64(np.rint(f[lane + L_LEFT] - done)))
         total += m[active + W_NS] * (m[active + W_PIECES] - 1)
+    if m[lane + L_GPU] < 0:  # GPUs share it
+        return total + m[lane + L_ORDERED]
     if work >= 0:
         total += m[work + W_NS] * m[work + W_PIECES]
     work = m[lane + L_FIRST]

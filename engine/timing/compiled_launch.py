@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ...resources.timeline import DECOMPRESS, EXPERT, LAUNCH, PREDICT
+from ...resources.timeline import DECOMPRESS, DENSE, EXPERT, HEAD, LAUNCH, PREDICT
 from ..decide.commands import COMPUTE, SIDE
 from .compiled_lanes import record_span
-from .compiled_prices import C_COPY, C_EXPERT, C_KIND, C_LANE, C_REGISTER, C_TOKENS, gpu_of, price_of
+from .compiled_prices import C_COPY, C_EXPERT, C_KIND, C_LANE, C_REGISTER, C_TOKENS, factor_of, gpu_of, price_of, times
 from .compiled_queue import submit
 from .compiled_work import (
     Real,
@@ -23,6 +23,10 @@ from .compiled_work import (
 )
 from .memory import (
     A_THREAD,
+    F_DENSE,
+    F_EXPERT,
+    F_HEAD,
+    F_HOST,
     G_ACCESSES,
     G_AFTER,
     G_BUSY_SINCE,
@@ -50,6 +54,7 @@ from .memory import (
     G_PREDICT_LAUNCHES,
     G_QUEUED,
     G_RING,
+    G_SCATTER,
     G_SIDE,
     G_VISIT,
     G_WAIT,
@@ -70,6 +75,7 @@ from .memory import (
     W_COPY,
     W_END,
     W_EXPERT,
+    W_GPU,
     W_ISSUED,
     W_KIND,
     W_NS,
@@ -110,7 +116,7 @@ def new_work(
     """Returns new work behind what was waited for; a register, if any, stands for it."""
     work = free_work(m)
     m[work + W_NS], m[work + W_ALONE], m[work + W_ISSUED], m[work + W_TRANSFER] = ns, alone, issued, transfer
-    m[work + W_KIND], m[work + W_VISIT] = kind, m[gpu + G_VISIT]
+    m[work + W_KIND], m[work + W_VISIT], m[work + W_GPU] = kind, m[gpu + G_VISIT], gpu
     m[work + W_EXPERT], m[work + W_COPY] = m[row + C_EXPERT], m[row + C_COPY]
     f[work + W_SLOWDOWN] = slowdown
     m[work + W_AFTER] = m[gpu + G_AFTER]
@@ -221,6 +227,11 @@ def launch(m: Words, f: Reals, thread: Word, row: Word) -> Word:
         issue = issue_after(ns, launches, host)
     if m[gpu + G_WATCHES] and not has_place(m, thread, gpu, launches):
         return False
+    if m[gpu + G_SCATTER] >= 0 and kind != DECOMPRESS:
+        part = F_DENSE if kind == DENSE else F_HEAD if kind == HEAD else F_EXPERT
+        exact = issue_after(ns, launches, host)
+        ns, host = times(ns, factor_of(m, f, gpu, part)), times(host, factor_of(m, f, gpu, F_HOST))
+        issue += issue_after(ns, launches, host) - exact
     held = m[gpu + G_HELD]
     if held:
         issue += issue_after(ns + held, launches, host) - issue_after(ns, launches, host)

@@ -18,6 +18,7 @@ from ...resources.network import Crowd, CrowdShare, Network, Share
 from ...resources.timeline import DENSE, EXPERT, HEAD
 from ...workloads.batches import DECODE, PREFILL
 from ..costs.costs import KernelCost
+from ..costs.scatter import SCATTERED, Scatter
 from ..decide.commands import H2D, PREFETCH_LANE
 from ..decide.program import Program
 from . import memory as w
@@ -27,6 +28,8 @@ from .lanes import ArrivalLane, Lane, QueueLane
 
 #: What the memory begins with; what fills up is made larger.
 _WORK, _NODES, _RECORDS, _RATES, _ROWS = 1 << 11, 1 << 12, 1 << 14, 1 << 10, 1 << 9
+#: Factors of a kind that are drawn ahead.
+_FEWEST_DRAWN, _MOST_DRAWN = 1 << 10, 1 << 14
 #: What is recorded of a GPU, and the words of a record.
 RECORDED = {w.G_SPANS: w.SPAN_WORDS, w.G_ACCESSES: w.NOTE_WORDS, w.G_DECISIONS: w.NOTE_WORDS}
 
@@ -57,6 +60,29 @@ class Machine:
     peers: dict[tuple[int, int], tuple[Any, Callable[[], Lane], Lane]] = field(default_factory=dict)
 
 
+class Factors:
+    """The factors of a GPU's events of one kind: those to come next are in memory, more are drawn as they are used."""
+
+    def __init__(self, scatter: Scatter, what: str, at: int) -> None:
+        self._scatter, self._what, self._at = scatter, what, at
+        self._drawn, self._place, self._room = 0, 0, 0
+
+    def draw(self, memory: w.Memory, number: int) -> None:
+        """Draw until there are so many, and as many again as have been, for the next time."""
+        first, end = (int(memory.words[self._at + field]) for field in (w.F_NEXT, w.F_END))
+        left = end - first
+        if left >= number:
+            return
+        count = number - left + min(max(self._drawn, _FEWEST_DRAWN), _MOST_DRAWN)
+        if left + count > self._room:
+            self._room = 2 * (left + count)
+            self._place = memory.allocate(self._room)
+        floats, factors = memory.floats, self._scatter.factors(self._what, self._drawn, count)
+        floats[self._place : self._place + left + count] = np.concatenate([floats[first:end], factors])
+        self._drawn += count
+        memory.words[self._at + w.F_NEXT], memory.words[self._at + w.F_END] = self._place, self._place + left + count
+
+
 class Layout:
     """A machine laid out in memory; `prices` are what shapes cost, by number, and `transfers` what transfers are."""
 
@@ -67,6 +93,7 @@ class Layout:
         self.transfers: list[tuple[Any, int]] = []
         self._transfer_of: dict[tuple[int, int, int], int] = {}
         self._crowds: dict[Crowd, int] = {}
+        self._scatters: dict[int, list[Factors]] = {}
         memory = self.memory
         memory.allocate(w.HEADER)
         self.lanes = [memory.allocate(w.LANE_WORDS) for _ in machine.lanes]
@@ -193,7 +220,7 @@ class Layout:
             w.L_AFTER_ISSUE_DISTURBED: lags.after_issue_longer_ns, w.L_LONGER: lags.longer,
             w.L_SLOWED_BY: slowed, w.L_NUMBER: lane.number,
             w.L_SLOT: self.slots[lane.share.slot] if isinstance(lane.share, Share) else -1,
-            w.L_CROWD: self._crowd_of(lane), w.L_GPU: self.gpus[self.gpu_of(lane)],
+            w.L_CROWD: self._crowd_of(lane), w.L_GPU: -1 if lane.serves_all else self.gpus[self.gpu_of(lane)],
             w.L_FIRST: -1, w.L_LAST: -1, w.L_ENTERING: -1, w.L_LAST_ENTERING: -1, w.L_NEXT: -1, w.L_ACTIVE: -1,
             w.L_FREE: -(10**18), w.L_END: w.NEVER, w.L_WAKE: w.NEVER, w.L_KEEPS: w.NEVER, w.L_ENTERS: w.NEVER,
         })  # fmt: skip
@@ -251,6 +278,7 @@ class Layout:
         })  # fmt: skip
         self._set_floats(at, {w.G_COPY_SLOWDOWN: lanes.copy_slowdown, w.G_READBACK_SLOWDOWN: costs.readback_slowdown})
         self._set(at, {place: self.memory.put_region(_RECORDS, words) for place, words in RECORDED.items()})
+        self._lay_out_scatter(costs.scatter, at)
         sizes = self._lay_out_copies(one, at)
         self._lay_out_shapes(one, at, sizes)
         self._lay_out_moves(number, at, sizes)
@@ -258,6 +286,19 @@ class Layout:
         io_lanes = -1 if drive is None else self.memory.put_list(self._lane_of[id(lane)] for lane in drive.lanes)
         by_layer = [] if reads is None else [ns for cost in reads.by_layer for ns in (cost.request_ns, cost.host_ns)]
         self._set(at, {w.G_IO_LANES: io_lanes, w.G_READS: self.memory.put(by_layer)})
+
+    def _lay_out_scatter(self, scatter: Scatter | None, at: int) -> None:
+        """Lay out where a GPU's factors stand, of which none is drawn yet."""
+        table = -1 if scatter is None else self.memory.allocate(w.SCATTERS * w.FACTOR_WORDS)
+        self._set(at, {w.G_SCATTER: table})
+        if scatter is not None:
+            self._scatters[at] = [Factors(scatter, what, table + number * w.FACTOR_WORDS)
+                                  for number, what in enumerate(SCATTERED)]  # fmt: skip
+
+    def draw(self, gpu: int, number: int) -> None:
+        """Draw a GPU's next factors, until there are so many of each."""
+        for factors in self._scatters[gpu]:
+            factors.draw(self.memory, number)
 
     def _transfer(self, transfer: Any, queued_ns: int, alone_ns: int, lanes: Iterable[Lane]) -> int:
         """Returns the number of a transfer over shared links, which takes one time behind others and one by itself.

@@ -7,19 +7,23 @@ import numpy as np
 from ...resources.timeline import DECOMPRESS, DENSE, HEAD
 from ..decide.commands import Command, Op
 from ..policies.miss import LOW_PRECISION
-from .compiled_work import Word, Words, compiled
+from .compiled_work import Real, Reals, Word, Words, compiled
 from .memory import (
     ASKED,
     ASKED_FOR,
     CPU_SHAPE,
     DENSE_SHAPE,
     EXPERT_SHAPE,
+    F_END,
+    F_NEXT,
+    FACTOR_WORDS,
     FROM_CPU_SHAPE,
     G_COPY_OF,
     G_EXPERTS,
     G_KINDS,
     G_LAYERS,
     G_PEERS,
+    G_SCATTER,
     G_SHAPES,
     G_SIZED,
     GPUS,
@@ -34,8 +38,10 @@ from .memory import (
     M_LANE,
     P_CLASS,
     PRICE,
+    SCATTERS,
     SIZED_SHAPE,
     T_COUNT,
+    T_GPUS,
     T_ROWS,
     TO_CPU_SHAPE,
     UNPACK_SHAPE,
@@ -45,7 +51,8 @@ from .memory import (
 O_VISIT, O_WAIT, O_RECLAIM, O_TOUCH, O_JOIN, O_OUTPUT, O_LAUNCH, O_MEMBER = (int(op) for op in list(Op)[:8])
 O_COPY, O_READBACK, O_NOTICE, O_DECIDE, O_HOLD, O_PREDICT, O_PROMOTE, O_TO_CPU = (int(op) for op in list(Op)[8:16])
 O_CPU, O_FROM_CPU, O_UNPACK, O_READ, O_CATCH_UP, O_TURN, O_RECEIVE, O_SEND = (int(op) for op in list(Op)[16:24])
-O_CALL, O_EXCHANGE, O_FETCH, O_STORE, O_LEAVE, O_PART, O_BEHIND = (int(op) for op in list(Op)[24:31])
+O_CALL, O_EXCHANGE, O_FETCH, O_STORE, O_LEAVE, O_PART, O_BEHIND, O_ENTER = (int(op) for op in list(Op)[24:32])
+O_EXIT = int(Op.EXIT)
 COLUMNS = len(Command._fields)
 C_OP, C_GPU, C_KIND, C_LANE, C_LAYER, C_TOKENS, C_EXPERT, C_COPY, C_REGISTER, C_PEER, C_EXTRA = range(COLUMNS)
 #: What a row has besides in a thread's portion: where its GPU is, and what prices it (-1: nothing).
@@ -110,11 +117,42 @@ def way_of(m: Words, row: Word) -> Word:
 
 
 @compiled
+def factor_of(m: Words, f: Reals, gpu: Word, what: Word) -> Real:
+    """Returns the factor of a GPU's next event that scatters so."""
+    at = m[gpu + G_SCATTER] + what * FACTOR_WORDS
+    m[at + F_NEXT] += 1
+    return f[m[at + F_NEXT] - 1]
+
+
+@compiled
+def times(ns: Word, factor: Real) -> Word:
+    """Returns so many times as long, rounded as Python does."""
+    return np.int64(np.rint(ns * factor))
+
+
+@compiled
+def knows_factors(m: Words, thread: Word) -> Word:
+    """Whether enough factors are drawn for a portion, whatever is in it; if not, note for which GPU."""
+    gpus = m[thread + T_GPUS]
+    for number in range(gpus + 1, gpus + 1 + m[gpus]):
+        at = m[m[number] + G_SCATTER]
+        for what in range(SCATTERS if at >= 0 else 0):
+            drawn = at + what * FACTOR_WORDS
+            if m[drawn + F_END] - m[drawn + F_NEXT] < m[thread + T_COUNT]:
+                m[ASKED], m[ASKED_FOR] = -m[number], m[thread + T_COUNT]
+                return False
+    return True
+
+
+@compiled
 def prepare(m: Words, thread: Word) -> Word:
     """Look up where the GPUs and prices of a portion's commands are; return what is asked for, or -1 if all is known.
 
-    That is a price, or a place in a timeline of a lane between GPUs, which has one from its first use on.
+    That is a price, of a shape for so many tokens; or factors, so many, for the GPU whose address is less than 0; or a
+    place in a timeline of a lane between GPUs, which has one from its first use on.
     """
+    if not knows_factors(m, thread):
+        return PRICE
     row = m[thread + T_ROWS]
     for _ in range(m[thread + T_COUNT]):
         m[row + C_PLACE] = m[m[GPUS] + 1 + m[row + C_GPU]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ...resources.timeline import DECOMPRESS
 from .compiled_agenda import goes_on, reschedule, wake
 from .compiled_work import (
     Word,
@@ -39,6 +40,7 @@ from .memory import (
     L_LAST,
     L_LAST_ENTERING,
     L_NEXT,
+    L_ORDERED,
     N_NEXT,
     N_WHAT,
     N_WHO,
@@ -54,8 +56,10 @@ from .memory import (
     W_EXPERT,
     W_HELD_BACK,
     W_ISSUED,
+    W_KIND,
     W_LANE,
     W_NEXT,
+    W_NS,
     W_NUMBER,
     W_PIECES,
     W_RANK,
@@ -123,6 +127,7 @@ def submit(m: Words, lane: Word, work: Word) -> None:
     """Queue work; the lane looks at it once nothing else happens at this instant."""
     m[work + W_LANE] = lane
     hold(m, work)
+    m[lane + L_ORDERED] += m[work + W_NS]
     if m[lane + L_KIND] == BY_RANK:
         m[NUMBER] += 1
         m[work + W_NUMBER] = m[NUMBER]
@@ -181,8 +186,10 @@ def precedes(m: Words, one: Word, other: Word) -> Word:
 @compiled
 def is_stale(m: Words, lane: Word, work: Word) -> Word:
     """Whether a queued prefetch's target has been dispatched without it; if so, note that it is dropped."""
+    if m[work + W_RANK] == 0 or m[work + W_STARTED]:
+        return False
     gpu = m[lane + L_GPU]
-    if not m[gpu + G_DROPS_STALE] or m[work + W_RANK] == 0 or m[work + W_STARTED]:
+    if not m[gpu + G_DROPS_STALE]:
         return False
     if m[work + W_TARGET] >= m[gpu + G_VISIT]:
         return False
@@ -280,7 +287,7 @@ def copy_in_queue(m: Words, work: Word, lane: Word) -> Word:
     if m[work + W_LANE] == lane:
         return work
     node = m[work + W_AFTER]
-    if node >= 0 and m[m[work + W_LANE] + L_KIND] == AS_READY and m[m[node + N_WHAT] + W_LANE] == lane:
+    if node >= 0 and m[work + W_KIND] == DECOMPRESS and m[m[node + N_WHAT] + W_LANE] == lane:
         return m[node + N_WHAT]
     return np.int64(-1)
 

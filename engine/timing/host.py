@@ -70,6 +70,14 @@ class Exchanges:
 
 
 @dataclass(eq=False)
+class Gate:
+    """What one thread at a time is behind; those that wait for it to come out look again whenever one has."""
+
+    taken: bool = False
+    waiting: list[simpy.Event] = field(default_factory=list)
+
+
+@dataclass(eq=False)
 class GpuState:
     """One GPU as the host thread that dispatches to it sees it: its lanes, and its place in the program.
 
@@ -124,8 +132,9 @@ class Thread:
         gpus: dict[int, GpuState],
         registers: dict[int, tuple[Work, ...]],
         exchanges: Exchanges | None = None,
+        gate: Gate | None = None,
     ) -> None:
-        self._exchanges = exchanges
+        self._exchanges, self._gate = exchanges, gate or Gate()
         self._env, self._instant, self._gpus, self._registers = env, instant, gpus, registers
         self._number = min(gpus)
         self._at: GpuState | None = None
@@ -179,6 +188,22 @@ class Thread:
             yield moves
             yield self._instant.turn(HOSTS, self._number)
             gpu.now_ns = max(gpu.now_ns, int(self._env.now))
+
+    def _enter(self, gpu: GpuState, command: Command) -> Story:
+        """Wait until no other thread is at what this one comes to."""
+        gate = self._gate
+        while gate.taken:
+            comes_out = self._env.event()
+            gate.waiting.append(comes_out)
+            yield comes_out
+            yield self._instant.turn(HOSTS, self._number)
+            gpu.now_ns = max(gpu.now_ns, int(self._env.now))
+        gate.taken = True
+
+    def _exit(self, gpu: GpuState, command: Command) -> None:
+        self._gate.taken = False
+        while self._gate.waiting:
+            self._gate.waiting.pop().succeed()
 
     # The clock.
 
@@ -246,7 +271,7 @@ class Thread:
         """Let a room of host memory be free, as far as this copy goes, when it has ended or is given up."""
         copy = gpu.last
         assert copy is not None
-        if isinstance(copy.lane, QueueLane):
+        if isinstance(gpu.lanes.copies[H2D], QueueLane):
             copy.leaves = Work(self._env.event(), 0, 0, 0, (), copy.kind, copy.visit)
         self._join_register(command.register, copy.leaves or copy)
 
@@ -261,8 +286,9 @@ class Thread:
     ) -> Work:
         """Submit work of `ns`, behind other work and on an idle lane, behind what was waited for."""
         work = Work(
-            self._env.event(), *ns, issued_ns, tuple(gpu.after), kind, gpu.visit, command.expert, command.copy, **more
-        )
+            self._env.event(), *ns, issued_ns, tuple(gpu.after), kind, gpu.visit, command.expert, command.copy,
+            timeline=gpu.lanes.timeline, **{"held_back": lane.serves_all, **more},
+        )  # fmt: skip
         gpu.after.clear()
         gpu.last = work
         if command.register >= 0:
@@ -307,7 +333,7 @@ class Thread:
         return work
 
     def _kernel_cost(self, gpu: GpuState, command: Command) -> KernelCost:
-        cost = gpu.lanes.kernel(command, gpu.members)
+        cost = gpu.lanes.launched(command, gpu.members)
         gpu.members = []
         if gpu.held_ns:
             cost, gpu.held_ns = replace(cost, ns=cost.ns + gpu.held_ns), 0
@@ -319,7 +345,7 @@ class Thread:
 
     def _copy(self, gpu: GpuState, command: Command) -> None:
         lanes = gpu.lanes
-        cost, lane = lanes.copy_cost(command.expert), lanes.copies[command.lane]
+        cost, lane = lanes.copied(command.expert), lanes.copies[command.lane]
         if command.tokens != 1:
             gpu.now_ns += cost.host_ns
         self._pay_waits(gpu)
@@ -524,4 +550,6 @@ CARRY_OUT: dict[int, Carry] = {
     Op.STORE: Thread._store,
     Op.LEAVE: Thread._leave,
     Op.BEHIND: Thread._behind,
+    Op.ENTER: Thread._enter,
+    Op.EXIT: Thread._exit,
 }

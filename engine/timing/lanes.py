@@ -97,6 +97,8 @@ class Work:
     cancelled: bool = False
     end_ns: int | None = None
     lane: Lane | None = None
+    #: That of the GPU which it is for.
+    timeline: Timeline | None = None
     #: Of a copy that may be given up: work that ends when it has ended, or is.
     leaves: Work | None = None
 
@@ -151,6 +153,8 @@ class Lane:
     disturbers: list[Lane] = field(default_factory=list)
     slowed_by: list[tuple[Lane, float]] = field(default_factory=list)
     share: Share | CrowdShare | None = None
+    #: Whether GPUs share it: its spans are on the timelines of those that they are for.
+    serves_all: bool = False
 
     def __post_init__(self) -> None:
         self.order = len(self.instant.lanes)
@@ -264,7 +268,8 @@ class Lane:
             self.share.end()
         for lane in (self, *self.turns):
             lane._free_ns = self.now_ns
-        self.timeline.record(
+        timeline = work.timeline if self.serves_all and work.timeline is not None else self.timeline
+        timeline.record(
             start_ns, self.now_ns, work.issued_ns, work.expert, work.visit, work.copy, self.number, work.kind
         )
         self._finish(work)
@@ -353,6 +358,8 @@ class QueueLane(Lane):
         work.lane = self
         if work.wanted is not None:
             work.rank = self.rank(work.wanted)
+        if self.serves_all:
+            self.waiting[work] = None
         self._renumber(work)
         self.env.process(self._enter(work))
         return work
@@ -412,6 +419,8 @@ class QueueLane(Lane):
             self._filled.succeed()
 
     def _queued(self) -> Iterable[Work]:
+        if self.serves_all:  # all that is ordered, whether or not it has entered
+            return self.waiting
         queued = {id(work): work for rank, number, work in self._heap if number == work.number and not work.cancelled}
         if self._next is not None:
             queued[id(self._next)] = self._next
@@ -452,10 +461,10 @@ class QueueLane(Lane):
 
 
 def couple(lanes: Iterable[Lane]) -> None:
-    """Tell each lane whom to retime when it starts or ends: those that it shares with, or disturbs."""
+    """Tell each lane whom to retime, too, when it starts or ends: those that it shares with, or disturbs."""
     lanes = list(lanes)
     for lane in lanes:
-        lane.neighbors = [
+        lane.neighbors += [
             other
             for other in lanes
             if lane in (*other.sharing, *other.turns, *other.disturbers, *(one for one, _ in other.slowed_by))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import simpy
 
@@ -14,6 +14,7 @@ from ...resources.timeline import DECOMPRESS, EXPERT, HEAD, Timeline
 from ...workloads.batches import DECODE, PREFILL
 from ..costs.costs import CopyCost, Costs, KernelCost, ReadCost, ReadCosts
 from ..costs.offload_costs import CpuCosts, ShrunkCosts
+from ..costs.scatter import Scattering
 from ..decide.commands import H2D, PREFETCH_LANE, Command
 from ..policies.copy_order import COPY_ORDERS, ByRank
 from ..policies.miss import LOW_PRECISION
@@ -42,24 +43,64 @@ def add_lanes(timeline: Timeline, discipline: str, device: str = "gpu0", host: s
 
 
 class Drive:
-    """The I/O lanes of a drive: what is in flight on them shares it."""
+    """The I/O lanes of a drive, which what is in flight shares; if GPUs share it, see `HostLanes`."""
 
-    def __init__(self, env: simpy.Environment, instant: Instant, timeline: Timeline, costs: ReadCosts) -> None:
+    def __init__(
+        self, env: simpy.Environment, instant: Instant, timeline: Timeline, costs: ReadCosts, *, shared: bool
+    ) -> None:
         times = costs.times_as_long
-        numbers = [timeline.add_lane("nvme0", "nvme", f"I/O lane {number}") for number in range(len(times))]
-        self.lanes = [Lane(env, instant, timeline, number) for number in numbers]
-        self.costs = costs
+        kind = QueueLane if shared else Lane
+        self.lanes = [kind(env, instant, timeline, number) for number in add_io_lanes(timeline, costs)]
+        for lane in self.lanes:
+            lane.serves_all = shared
         if costs.shared:
             crowd = Crowd(times)
             for lane in self.lanes:
                 lane.join(crowd.share())
 
 
+def add_io_lanes(timeline: Timeline, costs: ReadCosts) -> list[int]:
+    """Add the I/O lanes of a drive and return their numbers."""
+    return [timeline.add_lane("nvme0", "nvme", f"I/O lane {number}") for number, _ in enumerate(costs.times_as_long)]
+
+
+@dataclass
+class HostLanes:
+    """What the GPUs of one host share, made for the first of them: the CPU that computes experts, and the drive.
+
+    `several`: there is more than one. Then, of what is ready, what was ordered first goes first: one GPU's work does
+    not hold up another's by what it waits for. The lanes have the same numbers in every GPU's timeline.
+    """
+
+    several: bool = False
+    cpu: Lane | None = None
+    drive: Drive | None = None
+
+    def add_cpu(self, env: simpy.Environment, instant: Instant, timeline: Timeline, costs: Costs) -> Lane:
+        """Returns the lane of the CPU, on one more timeline."""
+        number = timeline.add_lane("host", "cpu", "CPU experts")
+        if self.cpu is None:
+            kind = QueueLane if self.several else Lane
+            self.cpu = kind(env, instant, timeline, number, Lags(after_other_ns=costs.synchronize_ns))
+            self.cpu.serves_all = self.several
+        assert self.cpu.number == number
+        return self.cpu
+
+    def add_drive(self, env: simpy.Environment, instant: Instant, timeline: Timeline, reads: ReadCosts) -> Drive:
+        """Returns the drive, on one more timeline."""
+        if self.drive is None:
+            self.drive = Drive(env, instant, timeline, reads, shared=self.several)
+        else:
+            assert [lane.number for lane in self.drive.lanes] == add_io_lanes(timeline, reads)
+        return self.drive
+
+
 class GpuLanes:
     """What is busy by itself on one GPU, each a lane, and the costs of its work.
 
     `size_of` (layers * experts,) are the bytes of every expert where they differ within a layer. `link` is the way of
-    its copies where other GPUs' copies share it. `is_stale` is asked of a copy when its turn comes.
+    its copies where other GPUs' copies share it, `shared` what it has in common with other GPUs. `is_stale` is asked of
+    a copy when its turn comes.
     """
 
     def __init__(
@@ -74,11 +115,13 @@ class GpuLanes:
         host: str = "host",
         size_of: Sequence[int] | None = None,
         link: HostLink | None = None,
+        shared: HostLanes | None = None,
         is_stale: Callable[[Work], bool] = lambda work: False,
     ) -> None:
         self.timeline, self.costs = timeline, costs
         self._scenario, self._experts = scenario, costs.model.experts
         self._tables = {phase: costs.by_layer(phase) for phase in (PREFILL, DECODE)}
+        self._scattering = None if costs.scatter is None else Scattering(costs.scatter)
         self._shrunk = ShrunkCosts(costs, scenario)
         model = costs.model
         #: The bytes of every expert as it is copied (layers * experts,), and whether they differ within a layer.
@@ -110,20 +153,20 @@ class GpuLanes:
             aside = timeline.add_lane(device, "side", "decompression (side stream)")
             self.unpacking = ArrivalLane(env, instant, timeline, aside)
         streams = list(dict.fromkeys(self.copies.values()))
+        shared = shared or HostLanes()
         if scenario.uses_cpu:
-            self._add_cpu(env, instant, device, streams)
+            self.cpu = shared.add_cpu(env, instant, timeline, costs)
+            self._add_results(env, instant, device, streams)
         self._couple(streams, link)
-        self.drive = None if costs.reads is None else Drive(env, instant, timeline, costs.reads)
+        self.drive = None if costs.reads is None else shared.add_drive(env, instant, timeline, costs.reads)
 
-    def _add_cpu(self, env: simpy.Environment, instant: Instant, device: str, streams: list[Lane]) -> None:
-        """Make the lane of the CPU, which shares the host's memory with the copies, and a stream for its results.
+    def _add_results(self, env: simpy.Environment, instant: Instant, device: str, streams: list[Lane]) -> None:
+        """Make a stream for the results of the CPU, which shares the host's memory with the copies.
 
         On the copies' own stream a result would wait for copies that wait for the kernels behind it.
         """
         costs, timeline = self.costs, self.timeline
         self.cpu_costs = CpuCosts(costs, self._scenario)
-        lags = Lags(after_other_ns=costs.synchronize_ns)
-        self.cpu = Lane(env, instant, timeline, timeline.add_lane("host", "cpu", "CPU experts"), lags)
         number = timeline.add_lane(device, "h2d", "copy engine H2D, results of the CPU")
         lags = replace(costs.copy_lags, after_other_ns=costs.copy_lags.after_other_ns + costs.enqueue_ns)
         self.back = Lane(env, instant, timeline, number, lags)
@@ -131,7 +174,7 @@ class GpuLanes:
             instant.put_last(streams[0])
         streams.append(self.back)
         if self._scenario.copy_.contention:
-            self.cpu.disturbers = streams
+            self.cpu.disturbers = [*self.cpu.disturbers, *streams]
             for lane in streams:
                 lane.slowed_by = [(self.cpu, self.cpu_costs.copy_slowdown)]
 
@@ -196,8 +239,18 @@ class GpuLanes:
         """Returns what decompressing an expert of a layer takes."""
         return self._shrunk.decompress(layer)
 
+    def launched(self, command: Command, members: list[int]) -> KernelCost:
+        """Returns what the next launch takes, which may scatter; `members` as `kernel` takes them."""
+        cost = self.kernel(command, members)
+        return cost if self._scattering is None else self._scattering.kernel(command.kind, cost)
+
+    def copied(self, expert: int) -> CopyCost:
+        """Returns what the next copy, of this expert, takes, which may scatter."""
+        cost = self.copy_cost(expert)
+        return cost if self._scattering is None else self._scattering.copy(cost)
+
     def kernel(self, command: Command, members: list[int]) -> KernelCost:
-        """Returns what a launch takes; `members` are the tokens of the experts of a grouped kernel."""
+        """Returns what such launches take; `members` are the tokens of the experts of a grouped kernel."""
         kind, layer, tokens, phase = command.kind, command.layer, command.tokens, command.peer
         if kind == DECOMPRESS:
             return self.decompress(command.expert)

@@ -34,19 +34,20 @@ IN_ORDER, AS_READY, BY_RANK = range(3)
 #: A lane: what it was made with; the lists of lanes that have to do with it; its queue, and what enters one by rank
 #: later; what is running; when that ends, when a start is tried, and when it says whether it keeps an engine; when
 #: work enters by rank; and where its word is of what comes next.
+#: If GPUs share it, it is nobody's, and knows what it has been ordered to do and has not begun.
 (
     L_KIND, L_GAP, L_GAP_DISTURBED, L_AFTER_OTHER, L_AFTER_OTHER_DISTURBED, L_AFTER_ISSUE_DISTURBED, L_SLOT, L_NUMBER,
     L_GPU, L_SHARING, L_TURNS, L_DISTURBERS, L_SLOWED_BY, L_NEIGHBORS, L_FIRST, L_LAST, L_ENTERING, L_LAST_ENTERING,
     L_NEXT, L_ACTIVE, L_FREE, L_START, L_SINCE, L_END, L_WAKE, L_KEEPS, L_WAITS_FOR_ENGINE, L_GOES_ON, L_LEFT,
-    L_STRETCH, L_LONGER, L_SHARING_FACTOR, L_CROWD, L_ENTERS, L_KEY, LANE_WORDS,
-) = range(36)  # fmt: skip
+    L_STRETCH, L_LONGER, L_SHARING_FACTOR, L_CROWD, L_ENTERS, L_KEY, L_ORDERED, LANE_WORDS,
+) = range(37)  # fmt: skip
 
 #: A piece of work; `after` and `waiting` are lists of nodes: of work that must have ended, and of who waits for it.
 (
     W_NS, W_ALONE, W_ISSUED, W_KIND, W_VISIT, W_EXPERT, W_COPY, W_LANE, W_TRANSFER, W_RANK, W_TARGET, W_NUMBER,
-    W_PIECES, W_STARTED, W_CANCELLED, W_END, W_NEXT, W_AFTER, W_WAITING, W_REFERENCES, W_SLOWDOWN, W_HELD_BACK,
+    W_PIECES, W_STARTED, W_CANCELLED, W_END, W_NEXT, W_AFTER, W_WAITING, W_REFERENCES, W_SLOWDOWN, W_HELD_BACK, W_GPU,
     WORK_WORDS,
-) = range(23)  # fmt: skip
+) = range(24)  # fmt: skip
 
 #: A node of a list: what stands there, the next node, and, of who waits, what it is.
 N_WHAT, N_NEXT, N_WHO, NODE_WORDS = range(4)
@@ -76,16 +77,21 @@ CROWD_BUSY, CROWD_LANES, CROWD_TIMES = range(3)
     G_RING, G_MEMBERS, G_MEMBER_NS, G_MOST_NS, G_MEMBER_LAUNCHES, G_MEMBER_HOST, G_EXCHANGE_NS, G_ASSIGNED, G_BUDGET,
     G_SHAPES, G_LAYERS, G_COPY_OF, G_SENDS, G_PEERS, G_ARRIVALS, G_MEMBER_SLOWDOWN, G_COPY_SLOWDOWN,
     G_READBACK_SLOWDOWN, G_KINDS, G_PREDICT_LAUNCHES, G_PREDICT_HOST, G_PREDICT_ISSUE, G_IO_LANES, G_READS, G_PART,
-    G_SPANS, G_ACCESSES, G_DECISIONS, G_THREAD, GPU_WORDS,
-) = range(77)  # fmt: skip
+    G_SPANS, G_ACCESSES, G_DECISIONS, G_THREAD, G_SCATTER, GPU_WORDS,
+) = range(78)  # fmt: skip
 
 #: A host thread: its number, its portion and place in it, where it says when it goes on, at which GPU it is, and the
 #: thread among compiled decisions, if they are; how many parts it waits for. One that carries out a part (see
 #: `commands`) belongs to a GPU, and to the thread that waits for it; and whether it waits for another part's.
+#: Whether it is where only one may be at a time, or waits to come there.
 (
     T_NUMBER, T_ROWS, T_CAPACITY, T_COUNT, T_AT, T_KEY, T_GPU, T_GPUS, T_PROGRAM, T_PARTS, T_PART_OF, T_BEHIND,
-    THREAD_WORDS,
-) = range(13)  # fmt: skip
+    T_INSIDE, T_OUTSIDE, THREAD_WORDS,
+) = range(15)  # fmt: skip
+
+#: What scatters (see `costs.scatter.SCATTERED`), and of each the next factor's address, and the end of those drawn.
+F_DENSE, F_EXPERT, F_HEAD, F_HOST, F_COPY, SCATTERS = range(6)
+F_NEXT, F_END, FACTOR_WORDS = range(3)
 
 #: What a kernel takes, if it has been asked for.
 K_KNOWN, K_NS, K_LAUNCHES, K_HOST, K_ISSUE, K_SLOWDOWN, KERNEL_WORDS = range(7)

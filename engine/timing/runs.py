@@ -20,7 +20,6 @@ from ..costs.costs import Costs
 from ..decide.decision_layout import Shared, Together
 from ..decide.dispatch import Visit, step_accesses
 from ..decide.expert_parallel import ParallelVisit, served_by, traffic
-from ..decide.host_memory import HostMemory
 from ..decide.memory_manager import MemoryManager
 from ..decide.pipeline import Flow, received_steps, sent_bytes
 from ..decide.program import SharedLayers, Stage, stages_program
@@ -51,7 +50,6 @@ class StageRun:
     scenario: Scenario
     prefetching: bool
     gauge: Gauge
-    host_memory: HostMemory | None = None
 
 
 def run_stages(
@@ -71,12 +69,13 @@ def run_stages(
     most_tokens = max((len(step.rows) for step in steps), default=0)
     simulation = Simulation(len(runs), engine)
     simulation.network = network
+    tier = simulation.host_rooms(runs[0].manager.experts, [run.costs for run in runs])
     gpus = [
         OneGpu(
             simulation, number, run.manager, run.costs, run.scenario,
             prefetching=run.prefetching, most_tokens=most_tokens,
             host="host" if one_thread or len(runs) == 1 else f"host{number}", gauge=run.gauge,
-            link=None if links is None else links.host_link(number, run.costs, network), host_memory=run.host_memory,
+            link=None if links is None else links.host_link(number, run.costs, network), tier=tier,
         )
         for number, run in enumerate(runs)
     ]  # fmt: skip
@@ -88,6 +87,7 @@ def run_stages(
             has_head=run is runs[-1],
             receives=None if flow is None else received_steps(flow, number),
             sends=None if flow is None else sent_bytes(flow, number, len(runs)),
+            alone=tier is not None and len(runs) > 1 and not one_thread,
         )
         for number, (one, run) in enumerate(zip(gpus, runs, strict=True))
     ]  # fmt: skip
@@ -274,11 +274,12 @@ def run_shared(
     simulation, network = Simulation(len(ready), engine), links.network(costs)
     simulation.network = network
     most_tokens = max((len(step.rows) for step in inputs.steps), default=0)
+    tier = simulation.host_rooms(model.experts, costs[:1])
     gpus = [
         OneGpu(
             simulation, number, gpu.manager, gpu.costs, scenario, prefetching=gpu.prefetch.guesses > 0,
             most_tokens=most_tokens, host="host" if one_thread else f"host{number}",
-            link=links.host_link(number, gpu.costs, network), gauge=gauge, lends=scenario.parallel.lends,
+            link=links.host_link(number, gpu.costs, network), gauge=gauge, lends=scenario.parallel.lends, tier=tier,
         )
         for number, (gpu, gauge) in enumerate(zip(ready, gauges, strict=True))
     ]  # fmt: skip

@@ -21,7 +21,7 @@ from ...words import unknown_name
 from ..costs.costs import Costs
 from ..decide.commands import COMPUTE, FIXED_REGISTERS, HOST, PREFETCH_LANE, SIDE
 from ..decide.dispatch import Visit
-from ..decide.host_memory import HostMemory, HostRooms
+from ..decide.host_memory import HostRooms
 from ..decide.memory_manager import MemoryManager
 from ..decide.program import Gpu, Program
 from ..decide.registers import Registers
@@ -31,9 +31,9 @@ from ..policies.prefetch import Gauge
 from ..scenario.scenario import Scenario
 from ..scenario.sections import ON_GPU as ON_GPU_LANES
 from .collector import collector_off
-from .host import Exchanges, GpuState, Thread
+from .host import Exchanges, Gate, GpuState, Thread
 from .lanes import Instant, Lane, Work
-from .machine import GpuLanes
+from .machine import GpuLanes, HostLanes
 from .ready import note_ready
 from .records import RECORDS, RESOLVED, Decoded, pack_resolved
 
@@ -50,7 +50,7 @@ class OneGpu:
     def __init__(
         self, engine: Simulation, number: int, manager: MemoryManager, costs: Costs, scenario: Scenario, *,
         prefetching: bool, most_tokens: int, host: str = "host", link: HostLink | None = None,
-        gauge: Gauge | None = None, lends: bool = False, host_memory: HostMemory | None = None,
+        gauge: Gauge | None = None, lends: bool = False, tier: HostRooms | None = None,
     ) -> None:  # fmt: skip
         self.manager, self._scenario, self.most_tokens = manager, scenario, most_tokens
         self.drops_stale = scenario.copy_.drop_stale
@@ -58,7 +58,8 @@ class OneGpu:
         timeline = Timeline(spool.column("spans", SPAN))
         self.lanes = GpuLanes(
             engine.env, engine.instant, timeline, costs, scenario,
-            device=f"gpu{number}", host=host, size_of=manager.size_of, link=link, is_stale=self._is_stale,
+            device=f"gpu{number}", host=host, size_of=manager.size_of, link=link, shared=engine.host_lanes,
+            is_stale=self._is_stale,
         )  # fmt: skip
         dispatch = scenario.dispatch
         watches = not dispatch.router_readback or costs.most_launches(most_tokens) > dispatch.launch_queue_depth
@@ -74,9 +75,6 @@ class OneGpu:
         engine.gpus.append(self)
         registers = engine.registers.own()
         rooms = Rooms(registers, manager.assigned.values(), lends=lends)
-        tier = None
-        if host_memory is not None and costs.reads is not None:
-            tier = HostRooms(host_memory, registers, [read.requests for read in costs.reads.by_layer])
         settings = settings_of(scenario, costs, prefetching, number, lends)
         may_wait = watches or costs.copies_hold_host or bool(settings[AWAITS_GUESSES])
         self.gpu = Gpu(settings, rooms, registers, tier, may_wait)
@@ -140,12 +138,22 @@ class Simulation:
         self.registers = Registers(gpus * FIXED_REGISTERS + 1)
         self._values: dict[int, tuple[Work, ...]] = {}
         self.network: Network | None = None
+        self.host_lanes = HostLanes(several=gpus > 1)
+        self._gate = Gate()
         self.gpus: list[OneGpu] = []
         self._threads: list[Any] = []
         self.peers: dict[Any, Any] = {}
         self.exchanges: Exchanges | None = None
         self._decisions: Decisions | None = None
         self._ticks: Iterator[Any] = iter(())
+
+    def host_rooms(self, experts: int, costs: Sequence[Costs]) -> HostRooms | None:
+        """Returns the rooms of host memory, given the costs of GPUs with other layers each; None where it is no cache.
+
+        All that wait for them are in one order, whichever thread orders it; so they have registers of their own.
+        """
+        requests = [read.requests for own in costs if own.reads is not None for read in own.reads.by_layer]
+        return HostRooms(experts, self.registers.own(), requests) if requests else None
 
     def thread(self, program: Program, gpus: Sequence[OneGpu], exchanges: Exchanges | None = None) -> None:
         """Let a host thread dispatch to some GPUs."""
@@ -177,7 +185,8 @@ class Simulation:
             self._run_compiled()
             return
         for program, states, exchanges, flush in self._threads:
-            self.env.process(Thread(self.env, self.instant, states, self._values, exchanges).run(program, flush))
+            thread = Thread(self.env, self.instant, states, self._values, exchanges, self._gate)
+            self.env.process(thread.run(program, flush))
         with collector_off():
             self.env.run()
 

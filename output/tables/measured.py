@@ -200,3 +200,12 @@ def print_kernels(rows: Sequence[dict[str, Any]]) -> None:
         console.print(table)
         _say_more(console, {"kinds of work": len(here)})
     _say_more(console, {"lanes": len(lanes)})
+
+
+def print_decoded(rows: Iterable[tuple[str, float, float | None, Mapping[str, int]]]) -> None:
+    """Print what each setting of a real runtime took: name, tokens per second, spread, and what was decided."""
+    table = columns_of("setting", "tokens/s", "spread", "found", "miss", "prefetch")
+    for name, rate, spread, counts in rows:
+        decided = (f"{counts[key]:,}" for key in ("found", "miss", "prefetch"))
+        table.add_row(name, f"{rate:,.2f}", "" if spread is None else f"{spread:.1%}", *decided)
+    plain_console().print(table)

@@ -28,12 +28,23 @@ def print_sweep(rows: Iterable[dict[str, Any]]) -> None:
     """Print the fastest rows of a sweep."""
     console = plain_console()
     best = heapq.nlargest(_BEST_ROWS, rows, key=lambda row: row.get("tokens_per_second") or 0.0)
-    table = columns_of(*(key for key in best[0]["settings"]), *SWEEP_COLUMNS, "key")
-    for row in best:
-        figures = [show(row.get(key)) for key, show in SWEEP_COLUMNS.values()]
-        table.add_row(*(str(value) for value in row["settings"].values()), *figures, row["key"][:8])
+    columns, cells = sweep_cells(best)
+    table = columns_of(*columns)
+    for row in cells:
+        table.add_row(*row)
     console.print(Text(f"The {len(best)} fastest", style="bold"))
     console.print(table)
+
+
+def sweep_cells(rows: Iterable[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Returns rows of a sweep as a table: its columns, the varied settings first, and the cells of each row."""
+    keys: dict[str, None] = {}
+    cells = []
+    for row in rows:
+        keys.update(dict.fromkeys(row["settings"]))
+        figures = [show(row.get(key)) for key, show in SWEEP_COLUMNS.values()]
+        cells.append([*(str(value) for value in row["settings"].values()), *figures, row["key"][:8]])
+    return [*keys, *SWEEP_COLUMNS, "key"], cells
 
 
 #: The columns of the best configurations of a suite's studies.

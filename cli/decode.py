@@ -1,0 +1,76 @@
+"""`prestage calibrate decode`: a real model, decoded with its experts in host memory, as the simulator decides."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .console import print_json, progress_shown
+from .options import Json
+
+
+def calibrate_decode(
+    model: Annotated[str, typer.Argument(help="A transformers model's folder or name, or a preset: random weights.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder for decode.json and a trace a setting.")],
+    gpu_budget: Annotated[
+        list[str] | None, typer.Option(help="What experts have of the GPU: 25%, 4GiB, 512experts; repeat it.")
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Sequences that run together (1); repeat it.")] = None,
+    context: Annotated[list[int] | None, typer.Option(help="Tokens of each that are cached (100); repeat it.")] = None,
+    prefetch: Annotated[
+        list[int] | None, typer.Option(help="Experts a token to prefetch for each layer ahead (0: none); repeat it.")
+    ] = None,
+    run: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="BUDGET,BATCH,CONTEXT,PREFETCH,own|recorded",
+            help="One setting, in place of all combinations of the options above; repeat it.",
+        ),
+    ] = None,
+    routing: Annotated[
+        Path | None, typer.Option(help="A trace whose choices are used in place of the routers', which still run.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text to prompt with; without it, random tokens.")] = None,
+    tokens: Annotated[int, typer.Option(help="Decode steps of a run.")] = 48,
+    warmup: Annotated[int, typer.Option(help="How many of them count in no rate: the memory fills.")] = 16,
+    lookahead: Annotated[int, typer.Option(help="How many layers ahead is prefetched.")] = 1,
+    predictor: Annotated[
+        str, typer.Option(help="gates (the next layers' routers); with --routing also any of the simulator's.")
+    ] = "gates",
+    eviction: Annotated[str, typer.Option(help="The eviction policy.")] = "lru",
+    layers: Annotated[int | None, typer.Option(help="Only the model's first so many layers.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Experts a token, in place of the model's.")] = None,
+    repeats: Annotated[int, typer.Option(help="How many repeats of each setting, in rounds.")] = 7,
+    deadline: Annotated[float | None, typer.Option(help="Begin no run after so many seconds.")] = None,
+    profile: Annotated[str, typer.Option(help="The machine that the scenarios written beside name.")] = "h200-pcie5",
+    device: Annotated[int, typer.Option(help="Which CUDA GPU.")] = 0,
+    json: Json = False,
+) -> None:
+    """Decode a model with its experts in host memory and a cache of them on the GPU, and note what it took.
+
+    Attention, routers, KV cache and head are the model's own; the memory manager decides as in a simulation, of which
+    each setting's scenario and routing are written.
+    """
+    from ..calibration.cuda import Gpu
+    from ..calibration.decode.runs import DecodeConfig, Point, decode_all, parse_point, summary
+    from ..output.tables.measured import print_decoded
+
+    if run:
+        points = [parse_point(each) for each in run]
+    else:
+        grid = product(gpu_budget or ["25%"], batch or [1], context or [100], prefetch or [0])
+        points = [Point(*each, routing is not None) for each in grid]
+    config = DecodeConfig(
+        model, points, tokens=tokens, warmup=warmup, lookahead=lookahead, predictor=predictor, eviction=eviction,
+        routing=routing, text=text, layers=layers, top_k=top_k, repeats=repeats, deadline_s=deadline, profile=profile,
+    )  # fmt: skip
+    with progress_shown() as progress:
+        report = decode_all(Gpu(device), config, out, progress)
+    if json:
+        print_json(report)
+        return
+    print_decoded(summary(report))
+    typer.echo(str(out / "decode.json"))

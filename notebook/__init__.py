@@ -1,0 +1,1 @@
+"""What a notebook works with: runs from a name and settings, and results that show themselves."""

@@ -1,0 +1,45 @@
+"""What there is by name: scenarios, models, machines, traces, and the members of every table of policies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from ..engine.policies.copy_order import COPY_ORDERS
+from ..engine.policies.eviction import EVICTION
+from ..engine.policies.miss import MISS
+from ..engine.policies.placement import PLACEMENT
+from ..engine.policies.prefetch import PREFETCH
+from ..engine.scenario.scenario import scenario_names
+from ..errors import InputError
+from ..output.shown import FRAMES
+from ..resources.profile import profile_names
+from ..words import unknown_name
+from ..workloads.importers import shipped_traces
+from ..workloads.model import preset_names
+from ..workloads.predictors import PREDICTORS
+
+#: What can be listed, and how.
+_KINDS: dict[str, Callable[[], Iterable[str]]] = {
+    "copy orders": lambda: COPY_ORDERS,
+    "evictions": lambda: EVICTION,
+    "machines": profile_names,
+    "misses": lambda: MISS,
+    "models": preset_names,
+    "placements": lambda: PLACEMENT,
+    "predictors": lambda: PREDICTORS,
+    "prefetches": lambda: PREFETCH,
+    "scenarios": scenario_names,
+    "tables": lambda: FRAMES,
+    "traces": shipped_traces,
+}
+
+
+def names(kind: str) -> list[str]:
+    """Returns the names that a scenario may give: of models, machines, traces, evictions, … Raises InputError.
+
+    `kind` is one of copy orders, evictions, machines, misses, models, placements, predictors, prefetches, scenarios,
+    tables and traces; a policy that was added is among them.
+    """
+    if kind not in _KINDS:
+        raise InputError(unknown_name("kind", kind, _KINDS))
+    return sorted(_KINDS[kind]())

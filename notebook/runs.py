@@ -1,0 +1,123 @@
+"""Runs, comparisons and sweeps as a notebook asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..engine import simulate as simulating
+from ..engine.measure import comparison
+from ..engine.run import Progress
+from ..errors import InputError
+from ..output.saved import Run, run_of
+from ..output.shown import Shown, csv_text, frame, latex, table_html
+from ..output.tables.layout import number_of
+from .settings import Given, scenario_of
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+class Result(Shown, simulating.Result):
+    """A finished run: what it says, what each GPU recorded, and how it shows itself."""
+
+    __repr__ = Shown.__repr__  # the dataclass's would print every array
+
+    @cached_property
+    def run(self) -> Run:
+        """The run as figures and saved folders have it: its data, timeline, accesses, copies, memory and tokens."""
+        return run_of(self)
+
+    def _run(self) -> Run:
+        return self.run
+
+    @property
+    def _figures(self) -> Mapping[str, Any]:
+        return self.data  # without the arrays of the run
+
+
+def simulate(
+    scenario: Given = None,
+    *,
+    baselines: bool | Mapping[str, float] = True,
+    check_prefetch: bool = False,
+    replicates: int = 0,
+    progress: Progress | None = None,
+    stream: Path | None = None,
+    engine: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    **keys: Any,
+) -> Result:
+    """Simulate a scenario: `simulate("default", tokens=20)`.
+
+    `scenario` is a shipped one's name, a TOML file, plain data by sections, a Scenario, or None for the default;
+    `settings` maps keys, with their section or alone where that is clear, to values, and so do further `keys`. The
+    rest is as the command has it: `baselines=False` leaves out the two runs that speedup and
+    resident_ms need; `check_prefetch` also runs the same cache without prefetch; `replicates` more runs, with costs
+    drawn from their uncertainty, give percentiles; `stream` is a folder that keeps the timeline while it grows;
+    `engine` is "compiled" or "simpy". Raises InputError.
+    """
+    return _shown(
+        simulating.simulate(
+            scenario_of(scenario, {**(settings or {}), **keys}),
+            baselines=baselines,
+            check_prefetch=check_prefetch,
+            replicates=replicates,
+            progress=progress,
+            stream=stream,
+            engine=engine,
+        )
+    )
+
+
+def _shown(result: simulating.Result) -> Result:
+    return Result(**{each.name: getattr(result, each.name) for each in fields(result)})
+
+
+class Comparison(dict[str, Any]):
+    """Runs side by side: `figures`, `ratios` to the first, `settings` that differ, `where` the time went."""
+
+    def to_pandas(self) -> DataFrame:
+        """Returns the figures as a DataFrame: a row for each, a column for each run.
+
+        Raises InputError without pandas.
+        """
+        return frame(self["figures"]).T.set_axis(self["runs"], axis=1)
+
+    def to_latex(self) -> str:
+        """Returns the figures as a LaTeX tabular."""
+        return latex(["", *self["runs"]], self._cells())
+
+    def to_csv(self) -> str:
+        """Returns the figures as CSV, None as an empty cell."""
+        return csv_text(["figure", *self["runs"]], [(name, *values) for name, values in self["figures"].items()])
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        return [(name, *(number_of(each, 3) for each in values)) for name, values in self["figures"].items()]
+
+    def __repr__(self) -> str:
+        return f"<Comparison of {', '.join(self['runs'])}: {len(self['figures'])} figures>"
+
+    def _repr_html_(self) -> str:
+        return table_html("Runs side by side", [("", *self["runs"]), *self._cells()])
+
+
+def compare(runs: Mapping[str, Any] | Sequence[Shown]) -> Comparison:
+    """Returns two or more runs side by side, all against the first.
+
+    `runs` maps names to results, or to their plain data (`Result.data`, a result.json); a list of results is named by
+    number, or as `load_result` named them. Raises CompareError.
+    """
+    if not isinstance(runs, Mapping):
+        runs = {getattr(run, "name", f"run {number}"): run for number, run in enumerate(runs, 1)}
+    return Comparison(comparison.compare({name: _data_of(name, run) for name, run in runs.items()}))
+
+
+def _data_of(name: str, run: Any) -> Mapping[str, Any]:
+    data = run if isinstance(run, Mapping) else getattr(run, "data", None)
+    if not isinstance(data, Mapping):
+        raise InputError(f"{name} = {type(run).__name__}: give a Result, a loaded run, or a result's data")
+    return data

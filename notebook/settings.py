@@ -1,0 +1,70 @@
+"""Scenarios from Python: a name, a file, plain data or a scenario, with settings laid over it by their keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+from ..engine.scenario.amounts import ScenarioError
+from ..engine.scenario.scenario import Scenario, lay, make_scenario, scenario_data
+from ..words import shown, unknown_key
+
+Given = Scenario | Mapping[str, Any] | str | Path | None
+
+
+def scenario_of(given: Given = None, settings: Mapping[str, Any] | None = None) -> Scenario:
+    """Returns a scenario with settings laid over it.
+
+    `given` is one, a shipped one's name, a TOML file, plain data by sections, or None for the default. A key of
+    `settings` is `section.key`, or the key alone where only one section has it: `tokens` is `workload.tokens`. Raises
+    ScenarioError, which says what would do.
+    """
+    if isinstance(given, Scenario):
+        data, source = given.plain(), "scenario"
+    elif isinstance(given, Mapping):
+        data, source = _copied(given), "scenario"
+    elif given is None or isinstance(given, str | Path):
+        data, source = scenario_data(given)
+    else:
+        raise ScenarioError(
+            f"scenario = {shown(given)}: give the name of a shipped one, a TOML file, a dict of sections or a Scenario"
+        )
+    for key, value in (settings or {}).items():
+        lay(data, _whole_key(key), value)
+    return make_scenario(data, source)
+
+
+def scenario_keys() -> list[str]:
+    """Returns every key of a scenario, as `section.key`."""
+    return list(_keys(Scenario, ""))
+
+
+def _keys(section: type[BaseModel], prefix: str) -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        key = f"{prefix}{field.alias or name}"
+        kinds = [field.annotation, *get_args(field.annotation)]
+        inner = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+        yield from [key] if inner is None else _keys(inner, f"{key}.")
+
+
+def _whole_key(key: str) -> str:
+    """Returns a key with its section. Raises ScenarioError for one that no section has, and for one of several."""
+    if "." in key or key == "seed":
+        return key
+    keys = scenario_keys()
+    found = [whole for whole in keys if whole.rpartition(".")[2] == key]
+    if not found:
+        raise ScenarioError(unknown_key(key, sorted({whole.rpartition(".")[2] for whole in keys})))
+    least = min(whole.count(".") for whole in found)
+    found = [whole for whole in found if whole.count(".") == least]  # `tokens` is the workload's, before synthetic's
+    if len(found) > 1:
+        choices = " or ".join(f"{{{whole!r}: …}}" for whole in found)
+        raise ScenarioError(f"{key}: is a key of several sections: give settings={choices}")
+    return found[0]
+
+
+def _copied(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copied(value) if isinstance(value, Mapping) else value for key, value in data.items()}
