@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .console import print_json
+from ..errors import InputError
+from .console import print_json, progress_shown
 from .options import Json
 
 
 def reproduce(
     tables: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[TABLE]...", help="The published tables to run again; without one, all of them."),
+        typer.Argument(
+            metavar="[TABLE]...",
+            help="The guide's tables to run again; without one, all of them. Or 'published': runs of real engines.",
+        ),
+    ] = None,
+    sources: Annotated[
+        list[str] | None, typer.Option("--source", help="Of 'published', this source alone; repeat it for more.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Of 'published', a .png, .pdf or .svg: predicted by measured.")
     ] = None,
     json: Json = False,
 ) -> None:
@@ -24,7 +35,13 @@ def reproduce(
       prestage reproduce
       prestage reproduce inference caching
       prestage reproduce virtual-memory --json
+      prestage reproduce published --source llmfit
     """
+    if tables == ["published"]:
+        _published(sources or [], out, json)
+        return
+    if sources or out is not None:
+        raise InputError("--source, --out: go with `prestage reproduce published`")
     from ..guide import reproduce as published
 
     data = published.reproduce(tables or ())
@@ -34,3 +51,33 @@ def reproduce(
     from ..output.tables.guide import print_reproduction
 
     print_reproduction(data)
+
+
+def _published(sources: list[str], out: Path | None, json: bool) -> None:
+    """Predict published runs of real engines, and say how far off that is."""
+    from ..calibration.published_rows import load_source, predictions, source_names, summary
+    from ..output.published import print_published
+    from ..output.published_plot import check_picture, write_picture
+    from ..words import unknown_name
+
+    for name in sources:
+        if name not in source_names():
+            raise InputError(unknown_name("--source", name, source_names()))
+    if out is not None:
+        check_picture(out)
+    total = sum(len(load_source(name).rows) for name in sources or source_names())
+    with progress_shown() as progress:
+        rows = []
+        for done, row in enumerate(predictions(sources), 1):
+            rows.append(row)
+            if progress is not None:
+                progress("published rows", done, total)
+    data = {"rows": [row.plain() for row in rows], "summary": summary(rows)}
+    if out is not None:
+        write_picture(data["rows"], out)
+    if json:
+        print_json(data)
+        return
+    print_published(data)
+    if out is not None:
+        typer.echo(str(out))

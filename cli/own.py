@@ -21,6 +21,9 @@ Cpu = Annotated[str | None, typer.Option(help="Its processor, such as 7950x or '
 Ram = Annotated[str | None, typer.Option(help="Its memory, such as '64GB DDR5-5600' or '2x DDR5-5600'.")]
 Link = Annotated[str | None, typer.Option(help="The link to each GPU, such as 'pcie4 x8' or 25.2GB/s.")]
 Drive = Annotated[str | None, typer.Option(help="Its drive, such as '2TB 7GB/s' or samsung-990-pro.")]
+Runtime = Annotated[
+    str | None, typer.Option(help="The software to predict, as runtime.name takes it: llama.cpp …", show_default=False)
+]
 Context = Annotated[
     int | None, typer.Option(min=0, help="Positions in the KV cache before a sequence begins, as workload.context.")
 ]
@@ -37,6 +40,7 @@ class Own:
     link: str | None = None
     drive: str | None = None
     context: int | None = None
+    runtime: str | None = None
 
     def parts(self) -> dict[str, str]:
         """Returns the parts that are given, by their keys."""
@@ -55,6 +59,7 @@ class Own:
         from ..resources.parts.written import joined_parts, times
 
         settings = [] if self.model is None else [_setting("model.preset", self.model)]
+        settings += [] if self.runtime is None else [f"runtime.name={self.runtime}"]
         settings += [] if self.context is None else [f"workload.context={self.context}"]
         if self.gpu is None:
             return settings + [_setting(f"machine.{key}", value) for key, value in self.parts().items()]

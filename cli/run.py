@@ -11,7 +11,7 @@ import typer
 
 from .console import print_json, progress_shown, say_replaced
 from .options import Json, Settings, expert_bytes_of, listed, opened_trace
-from .own import Context, Cpu, Drive, Gpu, Link, Model, Own, Ram
+from .own import Context, Cpu, Drive, Gpu, Link, Model, Own, Ram, Runtime
 
 
 def run(
@@ -26,6 +26,7 @@ def run(
     link: Link = None,
     drive: Drive = None,
     context: Context = None,
+    runtime: Runtime = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -59,6 +60,7 @@ def run(
     Examples:
       prestage run --out prestage-out
       prestage run --model gpt-oss-120b --gpu rtx4090 --ram "64GB DDR5-5600"
+      prestage run --model gpt-oss-20b --gpu rtx3060 --ram "2x DDR4-3200" --runtime llama.cpp
       prestage run --set prefetch.lookahead=0 --set memory.gpu_budget=50%
       prestage run gpt-oss-20b --set workload.trace=trace.npz --json
       prestage run my-scenario.toml --no-baselines --check-prefetch
@@ -73,7 +75,7 @@ def run(
     from ..files import check_folder, made_folder
     from ..output.run_folder import write_result
 
-    own = Own(model, gpu, cpu, ram, link, drive, context)
+    own = Own(model, gpu, cpu, ram, link, drive, context, runtime)
     chosen = load_scenario(own.scenario(scenario), [*own.settings(scenario), *(settings or ())])
     inputs = load_inputs(chosen)
     if out is not None:

@@ -18,8 +18,6 @@ import traceback
 from pathlib import Path
 from typing import Any, TextIO
 
-from .. import plugins
-
 FAULT, REFUSED, BROKEN_PIPE = 1, 2, 141
 #: The longest line that refuses something: what was given may be a whole file.
 LONGEST_LINE = 2000
@@ -59,6 +57,8 @@ def refuse(message: str) -> int:
 
 def report_fault() -> int:
     """Show where the exception under way arose and ask for a report; return the status."""
+    from .. import plugins
+
     added = [plugin.name for plugin in plugins.loaded()]
     if added:
         return _say(

@@ -41,6 +41,7 @@ from .measure.result import RunResult
 from .measure.speed import Serving
 from .measure.traffic import carried_between, sharing_metrics
 from .policies.prefetch import NoPrefetch
+from .prediction import Range, ranges, unsure
 from .run import Chosen, Prepared, Progress, engine_for, prepared, run_all, watched
 from .scenario.inputs import Inputs
 from .scenario.scenario import Scenario
@@ -60,11 +61,25 @@ class Result:
     serving: Serving = field(default_factory=Serving)
     #: Which engine ran, and why. It is not in `data`, which is the same by either.
     engine: Chosen = field(default_factory=lambda: Chosen("compiled"))
+    #: What ran.
+    inputs: Inputs | None = field(default=None, repr=False)
 
     @cached_property
     def data(self) -> dict[str, Any]:
         """What the run says as plain data for JSON, without `wall_s`."""
         return self.said.plain()
+
+    @cached_property
+    def unsure(self) -> list[str]:
+        """The costs of the run that nobody measured, in words; none where all were."""
+        return [] if self.inputs is None else unsure(self.inputs, self.said.estimates)
+
+    @cached_property
+    def range(self) -> dict[str, Range] | None:
+        """What the run's figures may be, by name, drawn when it is asked for; None where all costs were measured."""
+        if self.inputs is None or not self.unsure:
+            return None
+        return ranges(self.inputs, self.serving, self.data)
 
     @property
     def recording(self) -> Recording:
@@ -78,8 +93,13 @@ class Result:
         return merged_timeline(self.recordings)
 
     def json_data(self) -> dict[str, Any]:
-        """Returns `data` with what may differ between runs of one scenario: the engine, why it, and `wall_s`."""
-        return {**self.data, "engine": self.engine.engine, "engine_why": self.engine.why, "wall_s": self.wall_s}
+        """Returns `data` with what may differ between runs of one scenario: the engine, why it, and `wall_s`.
+
+        And with what the figures may be where not all costs were measured: `range`, drawn now, and `unsure`.
+        """
+        drawn = None if self.range is None else {name: band._asdict() for name, band in self.range.items()}
+        why = {"engine": self.engine.engine, "engine_why": self.engine.why, "wall_s": self.wall_s}
+        return {**self.data, "range": drawn, "unsure": self.unsure, **why}
 
 
 def simulate(
@@ -157,7 +177,7 @@ def simulate_inputs(
         scenario=inputs.scenario,
         versions=versions(),
     )
-    return Result(replace(said, warnings=_warnings(inputs, said)), recordings, wall_s, serving, chosen)
+    return Result(replace(said, warnings=_warnings(inputs, said)), recordings, wall_s, serving, chosen, inputs)
 
 
 def _offloading(inputs: Inputs, recordings: Sequence[Recording], costs: Sequence[Costs]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 #: What a cost says of its numbers; all else in it are the numbers.
-_SAID = frozenset({"source", "note", "samples", "uncertainty", "device"})
+_SAID = frozenset({"source", "note", "samples", "uncertainty", "spread", "device"})
 #: Forms of which a cost has one: a table, or a line.
 _FORMS = (frozenset({"points"}), frozenset({"latency_ns", "bytes_per_second"}))
 #: What a profile says of its own device alone.

@@ -21,7 +21,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from ..errors import InputError
 from ..words import problems, unknown_name
 from .extending import extended, own
-from .facts import Bytes, Cost, Fact, Part
+from .facts import Bytes, BytesPerSecond, Cost, Fact, Part
 from .parts.assemble import assembled
 from .parts.tables import PartError
 from .parts.written import is_of_parts
@@ -54,6 +54,13 @@ class Contention(Part):
     copy_beside_all_gpus: Factor | None = None
     compute_beside_peer: Factor | None = None
     peer_beside_copy: Duration | None = None
+
+
+class Processor(Cost):
+    """What the host's processors read of their memory with all threads (STREAM's triad or a sum), and their cores."""
+
+    bytes_per_second: BytesPerSecond = Field(gt=0)
+    cores: int | None = Field(default=None, gt=0, le=1 << 20)
 
 
 class Capacity(Fact):
@@ -147,6 +154,7 @@ class Profile(Part):
     allocation: Allocation | None = None
     topology: Topology | None = None
     host_memory: Capacity | None = None
+    processor: Processor | None = None
     unified_memory: bool = False
 
     @model_validator(mode="after")

@@ -19,6 +19,7 @@ from ..engine.scenario.inputs import Inputs
 from ..engine.scenario.predicting import predictor_cost
 from ..engine.scenario.scenario import Scenario, make_scenario
 from ..resources.profile import Profile
+from ..resources.runtime import load_runtime
 from ..workloads.model import Model
 from ..workloads.predictors import make_predictor
 from ..workloads.trace import RoutingTrace
@@ -223,7 +224,8 @@ def tiny_inputs(model: Model, profile: Profile, trace: RoutingTrace, scenario: S
         guesses = predictor.guess(trace, steps, policy.horizons, policy.guesses)
     budget_bytes = scenario.memory.budget_bytes(model.expert_bytes, model.experts)
     cost = predictor_cost(scenario.predictor)
-    return Inputs(scenario, model, profile, trace, steps, budget_bytes, guesses, predictor=cost)
+    runtime = load_runtime(scenario.runtime.name)
+    return Inputs(scenario, model, profile, trace, steps, budget_bytes, guesses, predictor=cost, runtime=runtime)
 
 
 def record(inputs: Inputs, engine: str | None = None) -> Recording:

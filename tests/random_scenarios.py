@@ -39,6 +39,7 @@ from prestage.engine.simulate import simulate_inputs
 from prestage.errors import InputError
 from prestage.resources.profile import Contention, Profile, load_profile, make_profile, profile_names
 from prestage.resources.profile_costs import ComputeCosts, HostCosts
+from prestage.resources.runtime import runtime_names
 from prestage.workloads.fitted import ECHO_TOKENS, FittedRouting, LayerFit, class_ends
 from prestage.workloads.importers import open_trace
 from prestage.workloads.model import load_model, preset_names
@@ -61,6 +62,7 @@ _TEXTS: dict[str, tuple[str, ...]] = {
     "parallel.spare_bytes": _BYTES[:5],
     "tiers.host_budget": ("all", *_BUDGETS),
     "model.dtype": tuple(DTYPES),
+    "runtime.name": tuple(runtime_names()),
 }
 #: Integers that cost time or memory in proportion, and what is drawn for each.
 _SMALL: dict[str, tuple[int, ...]] = {

@@ -10,6 +10,7 @@ import pytest
 from cpu_device import CpuDevice
 from test_cli import Prestage
 from test_cli import prestage as prestage
+from test_llama_cpp import FAMILIES, SHAPES
 
 from prestage.calibration.decode import models
 from prestage.calibration.decode.deciding import Deciding, Filling
@@ -19,6 +20,7 @@ from prestage.calibration.decode.runtime import Runtime
 from prestage.calibration.plan import decision_counts
 from prestage.engine.loading.loading import load_inputs
 from prestage.engine.scenario.scenario import Scenario
+from prestage.workloads.model import load_model
 from prestage.workloads.trace import RoutingTrace
 
 torch = pytest.importorskip("torch")
@@ -146,17 +148,26 @@ def test_a_recorded_choice_gets_the_weights_of_the_routers_ranks(saved: Any) -> 
     assert not torch.allclose(torch.stack(other.logits, dim=1), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_random_weights_have_a_presets_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "POOL_BYTES", 30 * 2**20)
-    loaded = load(CpuDevice(), "olmoe-1b-7b", layers=1)
-    assert (loaded.layers, loaded.num_experts, loaded.top_k, loaded.random) == (1, 64, 8, True)
-    assert loaded.layout.expert_bytes == 3 * 2048 * 1024 * 2
+def test_random_weights_have_the_shapes_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = tmp_path / "small.toml"
+    shapes.write_text(SHAPES.format(**FAMILIES["qwen3moe"]))
+    monkeypatch.setattr(models, "POOL_BYTES", 10 * 3 * 512 * 256 * 2)
+    loaded = load(CpuDevice(), str(shapes), layers=2)
+    assert (loaded.layers, loaded.num_experts, loaded.top_k, loaded.random) == (2, 8, 2, True)
+    assert loaded.layout.expert_bytes == 3 * 512 * 256 * 2 == load_model(shapes).expert_bytes[0]
     views = loaded.layout.views(loaded.host[0])
     assert {name: tuple(view.shape) for name, view in views.items()} == {
-        "gate_up_proj": (2048, 2048),
-        "down_proj": (2048, 1024),
+        "gate_up_proj": (512, 512),
+        "down_proj": (512, 256),
     }
-    assert len(loaded.host) == 64 and not torch.equal(loaded.host[0], loaded.host[1])
+    assert len(loaded.host) == 16 and torch.equal(loaded.host[0], loaded.host[10]), "a pool of ten stands for all"
+    assert not torch.equal(loaded.host[0], loaded.host[1])
+    out = tmp_path / "out"
+    report = decode_all(
+        CpuDevice(), DecodeConfig(str(shapes), [Point("50%", 2, 6, 2)], tokens=4, warmup=1, repeats=1), out
+    )
+    (run,) = report["runs"]
+    assert run["counts"] == [simulated_counts(run, out)]
 
 
 def test_a_setting_is_one_text() -> None:

@@ -173,6 +173,8 @@ def evicted(name: str, story: str, slots: int, **known: object) -> str:
         ("arc", 3, "ABABCD", "C"),
         # A is demanded of four in the first tenth (one step of ten): it is the popular one, the others take turns.
         ("static", 2, "ABCDEFGHIJ", "BCDEFGHI"),
+        # A prefetch, a, stays; what is demanded takes turns in what is left.
+        ("preloaded", 3, "aBCDBE", "BCD"),
         # B is used next, then A, then C never: for D, C goes; for E, D, which is never used again.
         ("belady", 3, "ABCDBAE", "CD"),
     ],

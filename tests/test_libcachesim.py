@@ -40,7 +40,7 @@ SAME: dict[str, tuple[str, int, int]] = {
 }
 #: What belongs to no entry of SAME: libCacheSim has no such policy (its LFU forgets), or draws by other luck (random).
 OURS_ALONE = {
-    *("lfu", "lrfu", "random", "static"),
+    *("lfu", "lrfu", "random", "static", "preloaded"),
     *("least-stale", "activation-aware", "gate-weight", "predictive"),
 }
 NEVER = np.iinfo(np.int64).max

@@ -22,6 +22,7 @@ from ...resources.profile_costs import ComputeCosts, CopyCosts, ExpertPoint, Hos
 from ...workloads.batches import DECODE
 from ..scenario.scenario import Scenario
 from .attention import Attention
+from .runtime_costs import RuntimeCosts, launched_model
 from .surface_costs import Kernels, SurfaceCosts, dense_kernels, expert_kernels, head_kernels
 
 if TYPE_CHECKING:
@@ -127,8 +128,10 @@ class Costs:
         model, profile, scenario = inputs.model, inputs.profile, inputs.scenario
         if scenario.copy_.source == "peer":
             profile = from_peer(profile)
-        self.model = model
+        model = self.model = launched_model(model, inputs.runtime)
         self.profile = profile
+        self.own = inputs.runtime
+        self.runtime = RuntimeCosts(inputs.runtime, free=scenario.dispatch.mode == "free")
         #: What the copy of an expert of each layer moves.
         self.expert_bytes: Sequence[int] = [scenario.compression.copied_bytes(size) for size in model.expert_bytes]
         self._rule = profile.compute.rule
@@ -143,7 +146,7 @@ class Costs:
             known = ", ".join(profile.h2d)
             raise ProfileError(f"copy.host_memory = {memory!r}: profile {profile.name} has {known} only")
         self.h2d = h2d = profile.h2d[memory]
-        self.copies_hold_host = memory == "pageable"
+        self.copies_hold_host = memory == "pageable" or self.runtime.holds_host
         self.copy_slowdown = profile.contention.copy_beside_compute.factor if profile.contention else 1.0
         #: How many times as long copies of several streams that share a link take together as one after the other.
         self.copies_sharing = 1.0
@@ -153,17 +156,18 @@ class Costs:
         self.interruptions = profile.compute.interruptions
         self.predict_ns = round(inputs.predictor.latency_us * 1000)
         self._set_host_costs(profile.host, records=2 if timed else 1)
+        self.copy_latency_ns = 0 if self._mode == "free" else h2d.launch_latency.ns
         self.copies: Sequence[CopyCost] = [self.copy(size_bytes) for size_bytes in self.expert_bytes]
         self.reads = self._reads(profile, scenario)
         self._set_lags(profile, h2d)
         self._set_readback(profile)
-        self.copy_latency_ns = 0 if self._mode == "free" else h2d.launch_latency.ns
         self._set_measured(profile.compute)
         self._attention = Attention(inputs, profile, "eager" if self._mode == "eager" else "graph")
         self.predict = KernelCost(self.predict_ns, 1.0, 1, self.launch_ns + self.records_ns, self._latency_ns)
         if self.copies_hold_host and scenario.prefetch.issued_by == "gpu":
             raise ProfileError(
-                f"prefetch.issued_by = 'gpu': profile {profile.name} has pageable memory only: set 'host'"
+                "prefetch.issued_by = 'gpu': here the host waits for every copy (pageable memory, or a runtime that "
+                "synchronizes): set 'host'"
             )
 
     def _set_lags(self, profile: Profile, h2d: CopyCosts) -> None:
@@ -175,9 +179,11 @@ class Costs:
         gap = compute.graph_gap if self._mode == "graph" else compute.eager_gap
         wait, latency = compute.event_wait_gap, compute.launch_latency
         issue_longer_ns = 0 if latency.beside_copy_ns is None else latency.beside_copy_ns - latency.ns
+        own = self.runtime.gap_factor
         self.kernel_lags = Lags(
-            gap.ns, gap.disturbed_ns - gap.ns, wait.ns, wait.disturbed_ns - wait.ns, issue_longer_ns
-        )
+            round(gap.ns * own), round((gap.disturbed_ns - gap.ns) * own), wait.ns, wait.disturbed_ns - wait.ns,
+            issue_longer_ns,
+        )  # fmt: skip
         if self.by_priority:  # the host enqueues a copy when it has noticed the end of the one before
             gap_ns = max(0, self.synchronize_ns + self.enqueue_ns + self.records_ns + h2d.launch_latency.ns)
         self.copy_lags = Lags(gap_ns, 0, h2d.event_wait_gap.ns)
@@ -209,6 +215,11 @@ class Costs:
         self.copy_resume_ns = 0 if free else host.copy_resume.ns
         self.synchronize_ns = 0 if free else host.synchronize.ns
         self.synchronize_beside_copy_ns = 0 if free else host.synchronize.disturbed_ns
+
+    @property
+    def to_cpu_ns(self) -> int:
+        """The host's time to hand a visit's work to the CPU."""
+        return self.enqueue_ns + self.records_ns + self.runtime.cpu_submit_ns
 
     def _set_measured(self, compute: ComputeCosts) -> None:
         """Pick out the measured points of this model's shapes, by their size: inner width, or weight bytes."""
@@ -250,14 +261,19 @@ class Costs:
     def copy(self, size_bytes: int) -> CopyCost:
         """Returns the copy of an expert of so many bytes to the GPU."""
         h2d = self.h2d
-        pieces = pieces_of(size_bytes, self._chunk_bytes)
+        pieces = max(pieces_of(size_bytes, self._chunk_bytes), self.runtime.copies.per_expert)
         piece_bytes = -(-size_bytes // pieces)
-        alone_ns = h2d.alone.ns(piece_bytes)
-        queued_ns = alone_ns if self.by_priority else h2d.queued.ns(piece_bytes)
+        alone_ns = self.runtime.copy_ns(h2d.alone, piece_bytes)
+        queued_ns = alone_ns if self.by_priority else self.runtime.copy_ns(h2d.queued, piece_bytes)
         rest_ns = (pieces - 1) * (queued_ns + h2d.gap.ns)
+        if self.runtime.copies.synchronized:  # the next is ordered once the host has noticed this one's end
+            order_ns = self.enqueue_ns + self.runtime.copy_call_ns + self.copy_latency_ns
+            queued_ns = alone_ns = alone_ns + self.synchronize_ns
+            rest_ns = (pieces - 1) * (alone_ns + order_ns)
         # By priority, every piece is enqueued by itself and has its own events.
         records = pieces if self.by_priority else 1
-        host_ns = pieces * self.enqueue_ns + records * self.records_ns
+        calls = 1 if self.runtime.copies.synchronized else pieces  # the others are within the copy's time
+        host_ns = calls * (self.enqueue_ns + self.runtime.copy_call_ns) + records * self.records_ns
         return CopyCost(queued_ns + rest_ns, alone_ns + rest_ns, queued_ns, alone_ns, pieces, host_ns)
 
     def _reads(self, profile: Profile, scenario: Scenario) -> ReadCosts | None:
@@ -395,11 +411,13 @@ class Costs:
         if points and points[0].device:
             beyond = " and, beyond their tokens, by its rule" if tokens > points[-1].tokens else ""
             self.estimates[what] = f"as measured on {points[0].device}{beyond}, not on this machine"
+        ns, beside_ns = self.runtime.kernel_ns(what, ns), self.runtime.kernel_ns(what, beside_ns)
         launches, host_ns = 1, self.launch_ns + self.records_ns
         if self._mode == "eager":
             launches, products = kernels.launches, len(kernels.products)
             product_ns = self._product_launch(kernels.dtype)
             host_ns = self.records_ns + products * product_ns + (launches - products) * self.launch_ns
+        host_ns = self.runtime.launch_ns(what, host_ns)
         return KernelCost(round(ns), beside_ns / ns if ns else 1.0, launches, host_ns, latency_ns)
 
     def _product_launch(self, dtype: str) -> int:

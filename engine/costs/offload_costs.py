@@ -15,29 +15,32 @@ from ...resources.profile_costs import CpuExpertPoint, KernelRule, ProfileError
 from ...workloads.batches import DECODE
 from ..scenario.scenario import Scenario
 from .costs import Costs, KernelCost
+from .cpu_streams import TOKENS_A_PASS, CpuStream, cpu_stream
 
 #: Matrices of an expert as the CPU's are measured (gate, up, down).
 _MATRICES = 3
-#: A CPU that is given as a bandwidth reads an expert's weights once for so many tokens, as those measured do.
-_TOKENS_A_PASS = 16
 
 
 class CpuCosts:
-    """Experts on the CPU, by the measured points of a run's profile or a bandwidth that its scenario gives."""
+    """Experts on the CPU, by the measured points of a run's profile, or what is read of its memory."""
 
     def __init__(self, costs: Costs, scenario: Scenario) -> None:
         self._costs, self._model = costs, costs.model
         profile, miss = costs.profile, scenario.miss
-        self._bytes_per_second = None if miss.cpu_gb_per_s is None else miss.cpu_gb_per_s * 1e9
+        self._stream = cpu_stream(costs.own, profile, miss)
         self._rule = None if profile.compute.cpu_experts else profile.compute.cpu_rule
         self._known: dict[tuple[int, int], KernelCost] = {}
         contention = profile.contention if scenario.copy_.contention else None
         beside = contention.copy_beside_cpu_experts if contention is not None else None
         #: How many times as long a copy takes beside an expert on the CPU: they share the host's memory.
         self.copy_slowdown = 1.0 if beside is None else beside.factor
-        if beside is None and scenario.copy_.contention:
+        #: How many times as long an expert takes beside a copy, where the stream says so.
+        self._beside_copy = 1.0
+        if self._stream is not None and scenario.copy_.contention:
+            self.copy_slowdown = self._beside_copy = self._shared_memory(self._stream)
+        elif beside is None and scenario.copy_.contention:
             costs.estimates["copies beside experts on the CPU"] = "not measured: neither slows the other down"
-        if self._bytes_per_second is None and self._rule is None:
+        if self._stream is None and self._rule is None:
             self._choose_points(miss.cpu_threads)
 
     def _choose_points(self, threads: int | None) -> None:
@@ -69,13 +72,8 @@ class CpuCosts:
 
     def _expert(self, weight_bytes: int, tokens: int) -> KernelCost:
         estimates = self._costs.estimates
-        if self._bytes_per_second is not None:
-            passes = max(1.0, tokens / _TOKENS_A_PASS)
-            estimates["expert on the CPU"] = (
-                f"weight bytes / {self._bytes_per_second / 1e9:g} GB/s (miss.cpu_gb_per_s), "
-                f"in proportion beyond {_TOKENS_A_PASS} tokens"
-            )
-            return KernelCost(round(weight_bytes * passes * 1e9 / self._bytes_per_second), 1.0, 1, 0)
+        if self._stream is not None:
+            return self._by_stream(self._stream, weight_bytes, tokens)
         if self._rule is not None:
             return self._by_rule(self._rule, weight_bytes, tokens)
         if not self._points:
@@ -91,6 +89,30 @@ class CpuCosts:
         ns = float(np.interp(tokens, counts, [point.ns for point in self._points])) * beyond
         beside_ns = float(np.interp(tokens, counts, [point.beside_copy_ns for point in self._points])) * beyond
         return KernelCost(round(ns), max(1.0, beside_ns / ns), 1, 0)
+
+    def _by_stream(self, stream: CpuStream, weight_bytes: int, tokens: int) -> KernelCost:
+        """Returns an expert at the share of STREAM that the runtime reaches, or as long as its operations take."""
+        rate, words = stream.rate(self._model.expert_dtype, weight_bytes, tokens)
+        rule = self._costs.profile.compute.cpu_rule
+        flops = 2 * tokens * weight_bytes * 8 / self._model.dtype_bits("expert")
+        read_ns = weight_bytes * 1e9 / rate * (max(1.0, tokens / TOKENS_A_PASS) if rule is None else 1.0)
+        computed_ns = 0.0 if rule is None else flops * 1e9 / rule.flops_per_second
+        beyond = f"in proportion beyond {TOKENS_A_PASS} tokens"
+        if rule is not None:
+            beyond = f"or 2 x weights x tokens / {rule.flops_per_second / 1e9:,.0f} GFLOP/s if that is longer"
+        self._costs.estimates["expert on the CPU"] = f"weight bytes / {rate / 1e9:.1f} GB/s: {words}; {beyond}"
+        return KernelCost(round(max(read_ns, computed_ns)), self._beside_copy, 1, 0)
+
+    def _shared_memory(self, stream: CpuStream) -> float:
+        """Returns how many times as long copies and experts on the CPU take beside each other."""
+        model, copied = self._model, max(self._costs.expert_bytes)
+        rate, _ = stream.rate(model.expert_dtype, max(model.expert_bytes), 1)
+        copies = copied * 1e9 / max(1, self._costs.copies[0].queued_ns)
+        factor = round(stream.beside(rate, copies), 3)
+        self._costs.estimates["copies beside experts on the CPU"] = (
+            f"both take {factor:g} times as long: {rate / 1e9:.1f} and {copies / 1e9:.1f} GB/s alone, of one memory"
+        )
+        return factor
 
     def _by_rule(self, rule: KernelRule, weight_bytes: int, tokens: int) -> KernelCost:
         """Returns what the profile's rule for the CPU says of an expert."""

@@ -63,6 +63,7 @@ from .visit_commands import (
     O_WAVE,
     READS_BACK,
     SETTINGS,
+    WAITS,
     add,
     order_dense,
     order_readback,
@@ -115,6 +116,9 @@ def end_step(t: Tables, g: Word, q: Word, step: Word) -> None:
         d[g + D_RESULTS] = 0
     if d[g + D_HAS_HEAD]:
         add(rows, LAUNCH, gpu, HEAD, COMPUTE, -1, d[q + Q_SAMPLED], -1, -1, -1, -1, -1)
+        if settings[WAITS]:
+            add(rows, _OUTPUT, gpu, -1, -1, -1, -1, -1, -1, first + OUTPUT, -1, -1)
+            add(rows, NOTICE, gpu, -1, -1, -1, -1, -1, -1, first + OUTPUT, -1, -1)
     if sends:
         add(rows, _OUTPUT, gpu, -1, -1, -1, -1, -1, -1, first + OUTPUT, -1, -1)
         wait(rows, gpu, first + OUTPUT, 1)

@@ -16,6 +16,7 @@ from .decision_words import (
     D_DROPS,
     D_EVICTION,
     D_EXPERTS,
+    D_FETCH_FROM,
     D_FILTERS,
     D_FOLLOWED,
     D_FOLLOWING,
@@ -271,7 +272,8 @@ def serve(t: Tables, g: Word, q: Word, layer: Word) -> None:
     if d[g + D_TIER] >= 0:
         note_next_uses(t, d[g + D_TIER], pool_of(t, d[g + D_TIER], np.int64(0)))
     lacking = find(t, g)
-    d[visit + V_CPU_TOKENS] = send_to_cpu(t, g, q, layer) if lacking and d[g + D_ON_CPU] else 0
+    on_cpu = lacking and d[g + D_ON_CPU] and (d[g + D_FETCH_FROM] < 0 or d[q + Q_ROWS] < d[g + D_FETCH_FROM])
+    d[visit + V_CPU_TOKENS] = send_to_cpu(t, g, q, layer) if on_cpu else 0
     d[g + D_MISSES] += lacking
     wave: Word = 0
     while True:

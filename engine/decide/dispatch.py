@@ -358,6 +358,8 @@ def _resolve(
 ) -> Resolution:
     """Returns what a policy makes of a visit's experts that are absent."""
     absent = [expert for expert in experts if expert not in assigned]
+    if miss.terms.fetch_from is not None and len(step.rows) >= miss.terms.fetch_from:
+        absent = []  # nothing is resolved another way
     resolved = miss.resolve(layer, _absent(trace, step, layer, absent)) if absent else []
     on_cpu = [access.expert for access in resolved if access.way == CPU]
     return Resolution(resolved, _tokens_of(trace, step, layer, on_cpu) if on_cpu else 0)

@@ -31,6 +31,7 @@ from .visit_commands import (
     LENDS,
     READS_BACK,
     TIERS,
+    WAITS,
     add,
     order_dense,
     order_readback,
@@ -200,6 +201,9 @@ class Gpu:
         """Order the head over `tokens` positions."""
         self.await_results(rows)
         rows.add(Op.LAUNCH, self.number, kind=HEAD, lane=COMPUTE, tokens=tokens)
+        if self.settings[WAITS]:
+            rows.add(Op.OUTPUT, self.number, register=self.register(OUTPUT))
+            rows.add(Op.NOTICE, self.number, register=self.register(OUTPUT))
 
     def await_results(self, rows: Rows) -> None:
         """Let the next work wait for what the CPU has computed for this visit, if anything."""

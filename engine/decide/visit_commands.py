@@ -39,6 +39,7 @@ PROMOTE, TO_CPU, CPU, FROM_CPU, UNPACK = (
     int(Op.PROMOTE), int(Op.TO_CPU), int(Op.CPU), int(Op.FROM_CPU), int(Op.UNPACK),
 )  # fmt: skip
 FETCH, STORE, READ, LEAVE = int(Op.FETCH), int(Op.STORE), int(Op.READ), int(Op.LEAVE)
+OUTPUT_OP = int(Op.OUTPUT)
 COLUMNS = len(Command._fields)
 
 # What a scenario says of every visit: an array of integers.
@@ -47,11 +48,12 @@ COLUMNS = len(Command._fields)
 PLAIN, ON_GPU, ON_GPU_ASIDE, FROM_HOST, FROM_HOST_ASIDE = range(5)
 SETTINGS = (
     "gpu", "first_register", "reads_back", "by_priority", "prefetch_first", "resident_first", "grouped", "holds",
-    "predictor_lane", "prefetch_lane", "packing", "lends", "awaits_guesses", "gpu_issues", "tiers",
+    "predictor_lane", "prefetch_lane", "packing", "lends", "awaits_guesses", "gpu_issues", "tiers", "gathers",
+    "cpu_blocks", "waits",
 )  # fmt: skip
 (
     GPU, FIRST_REGISTER, READS_BACK, BY_PRIORITY, PREFETCH_FIRST, RESIDENT_FIRST, GROUPED, HOLDS, PREDICTOR_LANE,
-    PREFETCH_LANE, PACKING, LENDS, AWAITS_GUESSES, GPU_ISSUES, TIERS,
+    PREFETCH_LANE, PACKING, LENDS, AWAITS_GUESSES, GPU_ISSUES, TIERS, GATHERS, CPU_BLOCKS, WAITS,
 ) = range(len(SETTINGS))  # fmt: skip
 
 # A visit: an array of integers, and tables of what it serves, of its copies, of the rooms they take, and of what needs
@@ -84,6 +86,9 @@ R_EXPERT, R_WAY, R_TOKENS, R_FILLED, R_LEAVING, R_NUMBER, R_REQUESTS, R_FREED, R
 
 #: What is known of a room: its bytes are on their way, and no kernel waits for them yet; they came compressed.
 UNREAD, PACKED = 1, 2
+
+#: At most so many commands behind a copy belong to it.
+_BEHIND_A_COPY = 4
 
 #: None of these makes an array: Numba need not count who holds which.
 _compiled = partial(compiled_once, _nrt=False)
@@ -173,6 +178,8 @@ def order_resolved(settings: Words, visit: Words, resolved: Table, taken: Table,
             if settings[TIERS]:
                 add(rows, LEAVE, gpu, -1, -1, -1, -1, -1, -1, access[R_LEAVING], -1, -1)
     add(rows, TOUCH, gpu, -1, -1, -1, -1, -1, -1, results, -1, -1)
+    if settings[CPU_BLOCKS]:
+        add(rows, HOLD, gpu, -1, -1, -1, -1, -1, -1, results, -1, -1)
     wait(rows, gpu, results, 0)
     add(rows, FROM_CPU, gpu, -1, -1, layer, visit[V_CPU_TOKENS], -1, -1, results, -1, -1)
     return True
@@ -224,6 +231,9 @@ def order_copy(
             add(rows, RECLAIM, gpu, -1, -1, -1, taken[place, T_LEFT], -1, -1, taken[place, T_LENT], -1, 0)
     if behind >= 0:
         wait(rows, gpu, behind, 0)
+    if settings[GATHERS]:  # a kernel on the compute stream: behind all that was launched there
+        add(rows, OUTPUT_OP, gpu, -1, -1, -1, -1, -1, -1, settings[FIRST_REGISTER] + OUTPUT, -1, -1)
+        wait(rows, gpu, settings[FIRST_REGISTER] + OUTPUT, 0)
     if tiers:
         wait(rows, gpu, copied[O_FILLED], 0)
     if copied[O_PEER] < 0:
@@ -339,6 +349,16 @@ def order_prefetches(settings: Words, rooms: Words, visit: Words, copies: Table,
 
 
 @_compiled
+def wait_for_gathers(settings: Words, rows: Table) -> None:
+    """Let the next kernel wait for the last copy so far: a gather kernel, which had the compute stream to itself."""
+    last = rows[0, 0]
+    for at in range(last, max(0, last - _BEHIND_A_COPY), -1):
+        if rows[at, 0] == COPY:
+            wait(rows, settings[GPU], rows[at, 8], 0)
+            return
+
+
+@_compiled
 def order_visit(
     settings: Words, rooms: Words, visit: Words, served: Table, copies: Table, taken: Table, resolved: Table,
     rows: Table,
@@ -363,6 +383,8 @@ def order_visit(
                 order_copy(settings, rooms, DEMAND, H2D, copies, number, taken, -1, rows)
         if settings[PREFETCH_FIRST] and wave == last:
             order_prefetches(settings, rooms, visit, copies, taken, rows)
+        if settings[GATHERS]:
+            wait_for_gathers(settings, rows)
         if settings[GROUPED]:
             order_grouped(settings, rooms, visit, served, wave, rows)
         elif settings[RESIDENT_FIRST]:
@@ -372,6 +394,8 @@ def order_visit(
             order_experts(settings, rooms, visit, served, wave, -1, rows)
     if not settings[PREFETCH_FIRST]:
         order_prefetches(settings, rooms, visit, copies, taken, rows)
+        if settings[GATHERS]:
+            wait_for_gathers(settings, rows)
     return on_cpu
 
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from ...errors import InputError
 from ...kept import KEPT, file_state, frozen
 from ...resources.profile import load_profile
+from ...resources.runtime import load_runtime
 from ...workloads.batches import Step, plan_steps, warmup_steps
 from ...workloads.fitted import FittedRouting
 from ...workloads.guesses import Guesses
@@ -68,7 +69,9 @@ def load_inputs(scenario: Scenario, trace: RoutingTrace | None = None) -> Inputs
         warmup_steps(steps, scenario.workload.warmup)
     except InputError as error:
         raise ScenarioError(f"workload.{error}") from None
-    inputs = completed(Inputs(scenario, model, profile, trace, steps, budget_bytes=0, guesses=None))
+    runtime = load_runtime(scenario.runtime.name)
+    bare = Inputs(scenario, model, profile, trace, steps, budget_bytes=0, guesses=None, runtime=runtime)
+    inputs = completed(bare)
     check_duration(inputs)
     return inputs
 

@@ -118,6 +118,7 @@ def make_miss(inputs: Inputs) -> Miss | None:
     settings = scenario.miss
     terms = Terms(
         cpu_max_tokens=settings.cpu_max_tokens,
+        fetch_from=settings.fetch_tokens(inputs.model.experts, inputs.model.top_k),
         low=low_precision(inputs)[0],
         fetch_behind=settings.fetch_behind and name == "low_precision",
         threshold=settings.threshold,
@@ -143,6 +144,7 @@ def _with_costs(terms: Terms, inputs: Inputs) -> Terms:
         copy_ns=lambda layer, tokens: costs.copies[layer].queued_ns,
         kernel_ns=kernel_ns,
         cpu_max_tokens=terms.cpu_max_tokens,
+        fetch_from=terms.fetch_from,
     )
 
 

@@ -45,6 +45,7 @@ def stage_inputs(whole: Inputs, counts: Sequence[int]) -> list[Inputs]:
                 guesses=None if whole.guesses is None else stage_guesses(whole.guesses, first, count),
                 device=f"gpu{number}",
                 first_layer=first,
+                runtime=whole.runtime,
             )
         )
     return stages

@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from itertools import chain
 
 from .eviction_base import NO_SETTING as NO_SETTING
 from .eviction_base import Chain, Ranking, add_decayed
@@ -42,6 +43,33 @@ class Fifo(Eviction):
     def victims(self) -> Iterator[int]:
         """Walk in order."""
         return iter(self._order)
+
+
+class Preloaded(Eviction):
+    """Keep what was there before it was demanded: experts that were demanded take turns in what is left, first come.
+
+    With preloaded layers, as llama.cpp: what it copies for a large batch is used once, and leaves first.
+    """
+
+    def __init__(self, setting: Setting = NO_SETTING) -> None:
+        super().__init__(setting)
+        self._demanded: OrderedDict[int, None] = OrderedDict()
+        self._kept: OrderedDict[int, None] = OrderedDict()
+
+    def admit(self, expert: int, demanded: bool) -> None:
+        """Put it behind its like."""
+        (self._demanded if demanded else self._kept)[expert] = None
+
+    def use(self, expert: int, weight: float) -> None:
+        """Do nothing."""
+
+    def evict(self, expert: int) -> None:
+        """Take it out."""
+        del (self._demanded if expert in self._demanded else self._kept)[expert]
+
+    def victims(self) -> Iterator[int]:
+        """Walk through those that were demanded, then all others."""
+        return chain(self._demanded, self._kept)
 
 
 class Lru(Fifo):
@@ -266,6 +294,7 @@ EVICTION: dict[str, Callable[[Setting], Eviction]] = {
     "random": Random,
     "least-stale": LeastStale,
     "static": Static,
+    "preloaded": Preloaded,
     "activation-aware": ActivationAware,
     "gate-weight": GateWeight,
     "predictive": Predictive,

@@ -49,7 +49,8 @@ class Terms:
     """What policies go by, each by what it needs.
 
     `cpu_ns`: what an expert takes on the CPU, and `there_and_back_ns` its activations to the host and its result back;
-    `copy_ns`: its copy to the GPU; `kernel_ns`: its kernels there. `low`: the experts with a copy in low precision;
+    `copy_ns`: its copy to the GPU; `kernel_ns`: its kernels there. From `fetch_from` tokens of a step on nobody is
+    asked, and all is fetched. `low`: the experts with a copy in low precision;
     with `fetch_behind`, what is used so is prefetched for the layer's next visit.
     """
 
@@ -58,6 +59,7 @@ class Terms:
     copy_ns: Takes = _nothing
     kernel_ns: Takes = _nothing
     cpu_max_tokens: int | None = None
+    fetch_from: int | None = None
     low: Collection[int] = ()
     fetch_behind: bool = False
     threshold: float = 0.0

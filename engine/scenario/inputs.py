@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ...resources.links import Links
 from ...resources.profile import Profile
+from ...resources.runtime import DEFAULT, Runtime, load_runtime
 from ...workloads.batches import Step
 from ...workloads.guesses import Guesses
 from ...workloads.model import Model
@@ -38,6 +39,8 @@ class Inputs:
     #: The inputs of each of the GPUs that share the experts of all layers, in order, and how the experts lie on them.
     gpus: tuple[Inputs, ...] = ()
     expert_parallel: ExpertParallel | None = None
+    #: The software that is predicted.
+    runtime: Runtime = field(default_factory=lambda: load_runtime(DEFAULT))
 
     @property
     def parts(self) -> tuple[Inputs, ...]:

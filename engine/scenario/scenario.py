@@ -24,12 +24,14 @@ from ...bounded import parse_toml, read
 from ...errors import InputError
 from ...plain import beyond_64_bits
 from ...resources.parts.section import lay_machine
+from ...resources.runtime import load_runtime
 from ...words import problems, unknown_name
 from ...workloads.importers import shipped_traces
 from ...workloads.learned import shipped_weights
 from ..policies.miss import MISS
 from .amounts import ScenarioError
 from .rows import find_row
+from .runtimes import RuntimeSection, refused_by, with_defaults
 from .section import Section
 from .sections import (
     FIT_REPLACES,
@@ -55,6 +57,7 @@ class Scenario(Section):
     seed: int = Field(default=0, ge=0, lt=2**63)
     model: ModelSection = ModelSection()
     machine: MachineSection = MachineSection()
+    runtime: RuntimeSection = RuntimeSection()
     workload: WorkloadSection
     memory: MemorySection = MemorySection()
     predictor: PredictorSection = PredictorSection()
@@ -66,6 +69,18 @@ class Scenario(Section):
     miss: MissSection = MissSection()
     compression: CompressionSection = CompressionSection()
     requests: RequestsSection | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _runtime_sets_what_nobody_says(cls, given: Any) -> Any:
+        return with_defaults(given, cls) if isinstance(given, Mapping) else given
+
+    @model_validator(mode="after")
+    def _runtime_can(self) -> Scenario:
+        refused = refused_by(self.plain())
+        if refused is not None:
+            raise InputError(refused)
+        return self
 
     @model_validator(mode="after")
     def _goes_together(self) -> Scenario:
@@ -128,7 +143,8 @@ def load_scenario(name: str | Path | None = None, settings: Iterable[str] = ()) 
     data, source = scenario_data(name)
     if isinstance(settings, str):
         raise ScenarioError(f"settings = {settings!r}: give a list of them: [{settings!r}]")
-    for setting in settings:
+    # A runtime brings keys of its own over the file's; other settings go before these.
+    for setting in sorted(settings, key=lambda each: not each.strip().startswith("runtime.name")):
         apply_setting(data, setting)
     return make_scenario(data, source)
 
@@ -177,6 +193,9 @@ def _read(name: str | Path | None, source: str) -> dict[str, Any]:
     data = parse_toml(text, source, ScenarioError)
     if folder is not None:
         workload = data.get("workload")
+        runtime = data.get("runtime")
+        if isinstance(runtime, dict) and str(runtime.get("name")).endswith((".toml", ".json")):
+            _find_beside(folder, runtime, "name")
         _find_beside(folder, workload, "trace")
         _find_beside(folder, workload.get("synthetic") if isinstance(workload, dict) else None, "fit")
         _find_beside(folder, data.get("predictor"), "weights")
@@ -224,6 +243,10 @@ def lay(data: dict[str, Any], key: str, value: Any) -> None:
         _take_out(data, parts)
         return
     _drop_replaced(data, parts, value)
+    if parts == ["runtime", "name"] and isinstance(value, str):
+        for section, keys in load_runtime(value).defaults.items():
+            for name in keys:
+                _take_out(data, [section, name])
     for part in parts[:-1]:
         if data.get(part) is None:
             data[part] = {}

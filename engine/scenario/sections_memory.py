@@ -26,6 +26,9 @@ from .section import LEAST_GB_PER_S, MOST_GB_PER_S, MOST_US, Bytes, GbPerS, Sect
 #: Where experts lie compressed: nowhere; in host memory, so that copies are shorter; in GPU memory too.
 COMPRESSED = ("none", "host", "gpu")
 
+#: From how many tokens of a step on misses are fetched, whoever computes them in smaller ones.
+FETCH_FROM = r"^[1-9][0-9]{0,8}tokens(/expert)?$"
+
 #: What decompresses: the compute stream, in the way of the kernels, or the GPU's side stream.
 DECOMPRESS_LANES = ("compute", "side")
 
@@ -169,22 +172,32 @@ class MissSection(Section):
 
     `fetch` copies it; `cpu` computes it on the CPU, `cost` does whichever of the two the profile says is shorter and
     `balanced` whichever is done first by what the visit has given to each so far; an expert that more than
-    `cpu_max_tokens` tokens chose is fetched. `low_precision` uses a copy of it at `low_ratio` of its bytes, if it has
-    one: such copies, the most popular first, have `low_share` of the budget at most; with `fetch_behind` the expert
-    itself is copied behind. `skip` leaves it out for tokens whose gate weight is under `threshold`, and fetches for the
-    others; weights are the trace's, as its router gave them. The CPU's time is the profile's, for `cpu_threads` (not
-    set: as many as were measured), or for a shape that was not measured an estimate; `cpu_gb_per_s`, what the CPU reads
-    of host memory, takes the place of both.
+    `cpu_max_tokens` tokens chose is fetched, and so is every one in a step of `fetch_from` tokens or more: '32tokens',
+    or '32tokens/expert', which is times experts over top-k. `low_precision` uses a copy of it at `low_ratio` of its
+    bytes, if it has one: such copies, the most popular first, have `low_share` of the budget at most; with
+    `fetch_behind` the expert itself is copied behind. `skip` leaves it out for tokens whose gate weight is under
+    `threshold`, and fetches for the others; weights are the trace's, as its router gave them. The CPU's time is the
+    profile's, for `cpu_threads` (not set: as many as were measured), or for a shape that was not measured an estimate.
+    `cpu_gb_per_s`, what the CPU reads of host memory (STREAM), takes the place of both: experts reach a share of it,
+    the runtime's.
     """
 
     policy: Annotated[str, one_of(MISS)] = "fetch"
     threshold: float = Field(default=0.05, ge=0)
     cpu_threads: int | None = Field(default=None, ge=1)
     cpu_max_tokens: int | None = Field(default=None, ge=0)
+    fetch_from: str | None = Field(default=None, pattern=FETCH_FROM)
     cpu_gb_per_s: GbPerS | None = Field(default=None, ge=LEAST_GB_PER_S, le=MOST_GB_PER_S)
     low_ratio: float = Field(default=0.25, gt=0, lt=1)
     low_share: float = Field(default=0.5, gt=0, lt=1)
     fetch_behind: bool = True
+
+    def fetch_tokens(self, experts: int, top_k: int) -> int | None:
+        """Returns from how many tokens of a step on misses are fetched, for a layer of so many experts; None: never."""
+        if self.fetch_from is None:
+            return None
+        tokens, _, each = self.fetch_from.partition("tokens")
+        return -(-int(tokens) * experts // top_k) if each else int(tokens)
 
 
 class CompressionSection(Section):

@@ -54,6 +54,7 @@ from .memory import (
     G_CPU,
     G_D2H,
     G_EXPERTS,
+    G_FROM_CPU,
     G_H2D,
     G_IO_LANES,
     G_LAST,
@@ -198,6 +199,7 @@ def do_without(m: Words, f: Reals, row: Word) -> None:
         lane, kind, slowdown = m[gpu + G_CPU], CPU_EXPERT, f[price + K_SLOWDOWN]
     elif op == O_FROM_CPU:
         lane, slowdown = m[gpu + G_BACK], f[gpu + G_COPY_SLOWDOWN]
+        m[gpu + G_NOW] += m[gpu + G_FROM_CPU]
     else:
         lane, kind = m[gpu + G_UNPACKING], DECOMPRESS
         pay_waits(m, gpu)

@@ -65,6 +65,8 @@ from .memory import (
     G_NOW,
     G_OTHERS_EVERY,
     G_OTHERS_NS,
+    G_OWN_LAYER,
+    G_OWN_STEP,
     G_QUEUED,
     G_READS_BACK,
     G_RESUME,
@@ -119,6 +121,7 @@ def begin_visit(m: Words, row: Word) -> None:
     """Begin a visit; at the first of a forward pass, what other work has taken holds up the first kernel."""
     gpu = gpu_of(m, row)
     m[gpu + G_VISIT] += 1
+    m[gpu + G_NOW] += m[gpu + G_OWN_LAYER] + (m[gpu + G_OWN_STEP] if m[row + C_EXTRA] == 1 else 0)
     every = m[gpu + G_OTHERS_EVERY]
     if every and m[row + C_EXTRA]:
         due = (m[gpu + G_NOW] - m[gpu + G_INTERRUPTED]) // every
@@ -213,6 +216,8 @@ def carry_out_one(m: Words, f: Reals, thread: Word, row: Word) -> Word:
         return launch(m, f, thread, row)
     if op in (O_NOTICE, O_HOLD):
         gpu = gpu_of(m, row)
+        if op == O_NOTICE:
+            end_busy(m, gpu)
         if not reaches_end(m, thread, gpu, m[m[REGISTERS] + m[row + C_REGISTER]]):
             return False
         if op == O_NOTICE:

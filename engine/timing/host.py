@@ -303,6 +303,8 @@ class Thread:
     def _visit(self, gpu: GpuState, command: Command) -> None:
         """Begin a visit; at the first of a forward pass, what other work has taken holds up the first kernel."""
         gpu.visit += 1
+        own = gpu.lanes.costs.runtime
+        gpu.now_ns += own.layer_ns + (own.step_ns if command.extra == 1 else 0)
         other = gpu.lanes.costs.interruptions
         if other is not None and command.extra:
             due = (gpu.now_ns - gpu.interrupted_ns) // other.every_ns
@@ -397,6 +399,7 @@ class Thread:
 
     def _notice(self, gpu: GpuState, command: Command) -> Story:
         """Go on once the router's choice, or guesses, have been noticed."""
+        gpu.end_busy()
         yield from self._wait_for(gpu, self._registers[command.register])
         costs = gpu.lanes.costs
         beside = gpu.lanes.d2h.disturbed
@@ -436,7 +439,7 @@ class Thread:
 
     def _to_cpu(self, gpu: GpuState, command: Command) -> None:
         lanes = gpu.lanes
-        gpu.now_ns += lanes.costs.enqueue_ns + lanes.costs.records_ns
+        gpu.now_ns += lanes.costs.to_cpu_ns
         ns = lanes.cpu_costs.activations_ns(command.tokens)
         self._submit(gpu, lanes.d2h, ACTIVATION, (ns, ns), gpu.now_ns, command)
 
@@ -449,6 +452,7 @@ class Thread:
     def _from_cpu(self, gpu: GpuState, command: Command) -> None:
         lanes = gpu.lanes
         ns = lanes.cpu_costs.results_ns(command.tokens)
+        gpu.now_ns += lanes.costs.runtime.cpu_return_ns
         self._submit(gpu, lanes.back, ACTIVATION, (ns, ns), gpu.now_ns, command, slowdown=lanes.copy_slowdown)
 
     def _unpack(self, gpu: GpuState, command: Command) -> None:

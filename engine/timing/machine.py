@@ -95,6 +95,10 @@ class HostLanes:
         return self.drive
 
 
+#: The title of a stream for decompression.
+_ASIDE = "decompression (side stream)"
+
+
 class GpuLanes:
     """What is busy by itself on one GPU, each a lane, and the costs of its work.
 
@@ -126,11 +130,8 @@ class GpuLanes:
         model = costs.model
         #: The bytes of every expert as it is copied (layers * experts,), and whether they differ within a layer.
         self.sized = scenario.compression.mixed is not None
-        self.sizes = (
-            size_of
-            if self.sized and size_of is not None
-            else [size for size in model.expert_bytes for _ in range(model.experts)]
-        )
+        alike = [size for size in model.expert_bytes for _ in range(model.experts)]
+        self.sizes = size_of if self.sized and size_of is not None else alike
         self._size_of = size_of if scenario.compression.mixed is not None else None
         self._copies_of = None if self._size_of is None else {size: costs.copy(size) for size in set(self._size_of)}
         self._transfers = None if link is None else link.transfers
@@ -150,8 +151,7 @@ class GpuLanes:
         self.d2h = Lane(env, instant, timeline, number["d2h"])
         self.side = Lane(env, instant, timeline, number["predictor"])
         if scenario.compression.where != "none" and scenario.compression.lane == "side":
-            aside = timeline.add_lane(device, "side", "decompression (side stream)")
-            self.unpacking = ArrivalLane(env, instant, timeline, aside)
+            self.unpacking = ArrivalLane(env, instant, timeline, timeline.add_lane(device, "side", _ASIDE))
         streams = list(dict.fromkeys(self.copies.values()))
         shared = shared or HostLanes()
         if scenario.uses_cpu:

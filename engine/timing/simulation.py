@@ -26,7 +26,17 @@ from ..decide.memory_manager import MemoryManager
 from ..decide.program import Gpu, Program
 from ..decide.registers import Registers
 from ..decide.tables import Rooms
-from ..decide.visit_commands import AWAITS_GUESSES, FROM_HOST, FROM_HOST_ASIDE, ON_GPU, ON_GPU_ASIDE, settings_array
+from ..decide.visit_commands import (
+    AWAITS_GUESSES,
+    CPU_BLOCKS,
+    FROM_HOST,
+    FROM_HOST_ASIDE,
+    GATHERS,
+    ON_GPU,
+    ON_GPU_ASIDE,
+    WAITS,
+    settings_array,
+)
 from ..policies.prefetch import Gauge
 from ..scenario.scenario import Scenario
 from ..scenario.sections import ON_GPU as ON_GPU_LANES
@@ -76,7 +86,7 @@ class OneGpu:
         registers = engine.registers.own()
         rooms = Rooms(registers, manager.assigned.values(), lends=lends)
         settings = settings_of(scenario, costs, prefetching, number, lends)
-        may_wait = watches or costs.copies_hold_host or bool(settings[AWAITS_GUESSES])
+        may_wait = watches or costs.copies_hold_host or bool(settings[[AWAITS_GUESSES, CPU_BLOCKS, WAITS]].any())
         self.gpu = Gpu(settings, rooms, registers, tier, may_wait)
 
     def note_resolved(self, accesses: npt.NDArray[np.int64]) -> None:
@@ -231,7 +241,10 @@ def settings_of(
 ) -> npt.NDArray[np.int64]:
     """Returns what a scenario says of every visit of a GPU."""
     predicts = prefetching and costs.predict_ns > 0 and scenario.predictor.lane != "free"
-    return visit_settings(scenario, predicts=predicts, holds=costs.copies_hold_host, gpu=gpu, lends=lends)
+    settings = visit_settings(scenario, predicts=predicts, holds=costs.copies_hold_host, gpu=gpu, lends=lends)
+    own = costs.runtime
+    settings[[GATHERS, CPU_BLOCKS, WAITS]] = own.copies.mover == "kernel", own.cpu_blocks, own.waits
+    return settings
 
 
 def visit_settings(

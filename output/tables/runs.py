@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from ...engine.prediction import Range
 from .layout import columns_of, number_of, plain_console, print_rows, share_of
 
 
@@ -59,9 +60,15 @@ def headline(data: Mapping[str, Any]) -> str:
     share, batch = data["budget_bytes"] / data["expert_bytes_total"], scenario["workload"]["batch"]
     return (
         f"{model['name']} ({model['layers']} x {model['experts']} experts, top-{model['top_k']}) on "
-        f"{scenario['machine']['profile']}, {trace}, batch {batch}; room for {share:.1%} of the experts "
-        f"({data['budget_bytes'] / 2**30:.2f} GiB{_share_of_gpus(data)})"
+        f"{scenario['machine']['profile']}{_by_runtime(scenario)}, {trace}, batch {batch}; room for {share:.1%} of the "
+        f"experts ({data['budget_bytes'] / 2**30:.2f} GiB{_share_of_gpus(data)})"
     )
+
+
+def _by_runtime(scenario: Mapping[str, Any]) -> str:
+    """Returns which runtime was predicted, if the result says it."""
+    name = scenario.get("runtime", {}).get("name")
+    return f" by {name}" if name else ""
 
 
 def _share_of_gpus(data: Mapping[str, Any]) -> str:
@@ -160,6 +167,8 @@ def speed_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("overlap", share_of(data["overlap"], 1), "of copy time has compute beside it"),
         ("memory utilization", share_of(data["memory_utilization"], 1), "of the expert budget"),
     ]
+    if data.get("range"):
+        rows += list(_range_rows(data))
     if "replicates" in data:
         rows += [
             _replicate_row(data["replicates"], "makespan_ms", 3),
@@ -175,6 +184,20 @@ def speed_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             ),
         ]
     return rows
+
+
+def _range_rows(data: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Yields what is known of figures whose costs were not all measured: with as many digits as that is."""
+    names = {"tokens_per_second": ("tokens/s", ""), "makespan_ms": ("makespan", " ms")}
+    unsure = data["unsure"]
+    others = f" and {len(unsure) - 2} more" if len(unsure) > 2 else ""
+    for number, (key, (name, unit)) in enumerate(names.items()):
+        if key in data["range"]:
+            band = Range(**data["range"][key])
+            low, high = (f"{band.rounded(value):,.6g}" for value in (band.p5, band.p95))
+            why = f"; not measured: {', '.join(unsure[:2])}{others}" if number == 0 else ""
+            known = f"{band.rounded(data[key]):,.6g}{unit}"
+            yield f"{name}, as far as known", known, f"{low} to {high}{unit} (p5 to p95){why}"
 
 
 def _would_not_fit(data: Mapping[str, Any]) -> str:

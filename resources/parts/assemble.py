@@ -22,6 +22,8 @@ _READ_NS, _LANES, _ORDER_NS = 80_000, 4, 5_000
 #: What threads of a processor take to begin an expert and to meet at its end: assumed.
 _THREADS_NS = 10_000
 _LINK_NS = 500
+#: How far what is read of memory is off, where it is said or known of a memory: assumed.
+_MEMORY_SPREAD = 0.1
 #: One memory: what is read is where it is computed; this stands for no time.
 _NO_COPY_BYTES_PER_SECOND = 900_000_000_000
 
@@ -35,10 +37,11 @@ def assembled(name: str, without: Iterable[str] = ()) -> _Plain:
     """
     parts = choose(name, without)
     if parts.gpu is None:
-        return {**_identity(parts, None), **_on_processor(parts)}
+        return {**_identity(parts, None), **_memory_rate(parts), **_on_processor(parts)}
     machine = nearest(parts.gpu, without)
     profile = {
         **_identity(parts, machine),
+        **_memory_rate(parts),
         "d2d": _within(parts.gpu, machine),
         "compute": {**_compute(parts, parts.gpu, machine), "surface": _kernels(parts.gpu, without)},
         "host": _taken(machine.data["host"], machine, transfer_spread("host")),
@@ -86,6 +89,17 @@ def _identity(parts: Chosen, machine: MeasuredMachine | None) -> _Plain:
         if capacity is not None and "topology" not in profile:
             profile["nvme"]["drive"] = {"capacity_bytes": capacity, "source": "datasheet"}
     return profile
+
+
+def _memory_rate(parts: Chosen) -> _Plain:
+    """Returns what the processors read of the host's memory, where the memory is known."""
+    reach = parts.ram_reach
+    if reach is None:
+        return {}
+    cores: _Plain = {} if parts.processor.cores is None else {"cores": parts.processor.cores}
+    # How far machines differ in what they reach of a datasheet is within the shares of it that CPU experts reach.
+    fact = _fact(reach.words, _off(_MEMORY_SPREAD), bytes_per_second=reach.bytes_per_second, **cores)
+    return {"processor": fact}
 
 
 def _compute(parts: Chosen, gpu: Gpu, machine: MeasuredMachine) -> _Plain:

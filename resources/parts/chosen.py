@@ -54,6 +54,7 @@ class Processor:
     words: str
     memory: str | None
     pcie: int | None
+    cores: int | None = None
 
 
 @dataclass(frozen=True)
@@ -144,11 +145,13 @@ def _processor(text: str | None) -> tuple[Processor, str | None]:
         count, ghz = cores if cores is not None else (_DEFAULT_CORES, None)
         title = f"{sockets * count} cores" if cores is not None else ""
         flops, words = _flops(sockets * count, ghz or _DEFAULT_GHZ, _DEFAULT_INSTRUCTIONS)
-        return Processor(title, flops, f"{words}, assumed", None, None), None
+        known = sockets * count if cores is not None else None
+        return Processor(title, flops, f"{words}, assumed", None, None, known), None
     cpu: Cpu = find_cpu(name)
     flops, words = _flops(sockets * cpu.cores, cpu.ghz, cpu.instructions)
     title = f"{sockets} x {cpu.title}" if sockets > 1 else cpu.title
-    return Processor(title, flops, f"{words} ({cpu.source})", cpu.memory, cpu.pcie), _filled(cpu.memory, sockets)
+    processor = Processor(title, flops, f"{words} ({cpu.source})", cpu.memory, cpu.pcie, sockets * cpu.cores)
+    return processor, _filled(cpu.memory, sockets)
 
 
 def _filled(memory: str, sockets: int) -> str:

@@ -1,0 +1,1 @@
+"""Published runs of real engines: a TOML file a source."""

@@ -1,0 +1,1 @@
+"""Models that published runs used and nothing else here does."""

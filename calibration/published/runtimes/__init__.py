@@ -1,0 +1,1 @@
+"""Runtimes that published runs used and nothing else here does."""

@@ -1,0 +1,132 @@
+"""How far a run's costs may be off: the same machine and runtime at costs drawn from what each says of itself.
+
+Every cost has one factor a draw, log-normal, of the spread that it states, or that its source usually has. Of n draws
+each cost has one in every n-th of its distribution, in an order of its own: a Latin hypercube (McKay, Beckman and
+Conover, "A comparison of three methods for selecting values of input variables", Technometrics 21(2), 1979). Orders are
+keyed by (seed, cost), so the same scenario draws the same.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from statistics import NormalDist
+from typing import Any, TypeVar
+
+import numpy as np
+
+from ...resources.facts import Fact, Part
+from ...resources.runtime import OwnCost, OwnShare, Runtime
+from ...workloads.keyed_random import uniform
+from ..scenario.inputs import Inputs
+from .costs import Costs
+from .cpu_streams import MIDDLE, SPREAD
+
+#: How far costs are off whose profile does not say it, by where they are from (relative standard deviation).
+UNSTATED = {"measured": 0.02, "fitted": 0.05, "published": 0.15, "datasheet": 0.15, "assumed": 0.3}
+#: Those that were measured on another device.
+_FOREIGN = 0.2
+#: What grows with a cost's factor, and what shrinks.
+_TIMES = {
+    *("ns", "beside_copy_ns", "alone_ns", "latency_ns", "constant_ns", "product_ns", "small_kernel_ns"),
+    *("eager_kernel_ns", "factor", "count"),
+}
+_RATES = {"bytes_per_second", "flops_per_second", "share"}
+#: What tells the costs of a list apart; points over tokens share the factor of their shape.
+_SHAPE = ("hidden", "expert_ff", "weight_bytes", "dtype", "kernels", "context", "dispatch")
+
+_AnyPart = TypeVar("_AnyPart", bound=Part)
+#: The factor of a cost, by its path and spread.
+Draw = Callable[[str, float], float]
+
+
+def drawn_costs(inputs: Inputs, count: int, *, timed: bool = False) -> Iterator[Costs]:
+    """Yields the costs of each draw on one GPU; `timed` as `Costs` takes it."""
+    runtime = _with_share(inputs)
+    for number in range(count):
+        draw = _drawing(inputs.scenario.seed, number, count)
+        profile, own = _drawn(inputs.profile, "profile", draw), _drawn(runtime, "runtime", draw)
+        yield Costs(replace(inputs, profile=profile, runtime=own), timed=timed)
+
+
+def structure(seed: int, count: int, sigma: float) -> list[float]:
+    """Returns a factor for each draw of what no cost stands for: that a runtime works otherwise than is thought."""
+    return [_drawing(seed, number, count)("structure", sigma) for number in range(count)]
+
+
+def _with_share(inputs: Inputs) -> Runtime:
+    """Returns the runtime with the share of STREAM that a bandwidth alone is taken for, so that it is drawn."""
+    runtime = inputs.runtime
+    if runtime.costs.cpu_stream is not None or runtime.cpu_rates or inputs.scenario.miss.cpu_gb_per_s is None:
+        return runtime
+    share = OwnShare(share=MIDDLE, spread=SPREAD, source="assumed")
+    return runtime.model_copy(update={"costs": runtime.costs.model_copy(update={"cpu_stream": share})})
+
+
+def _drawing(seed: int, number: int, count: int) -> Draw:
+    """Returns what gives each cost its factor in one of so many draws."""
+    strata = np.arange(count)
+
+    def draw(path: str, sigma: float) -> float:
+        if sigma == 0:
+            return 1.0
+        order = np.argsort(uniform(seed, zlib.crc32(path.encode()), strata), kind="stable")
+        return math.exp(sigma * NormalDist().inv_cdf((int(order[number]) + 0.5) / count))
+
+    return draw
+
+
+def _sigma(cost: Any) -> float:
+    if isinstance(cost, OwnCost):
+        return cost.sigma
+    unsure = getattr(cost, "uncertainty", None)
+    if unsure is not None:
+        return math.hypot(unsure.run_spread, unsure.held_back_error)
+    if not isinstance(cost, Fact):
+        return 0.0
+    foreign = cost.device is not None and cost.source == "measured"
+    return _FOREIGN if foreign else UNSTATED[cost.source]
+
+
+def _drawn(part: _AnyPart, path: str, draw: Draw) -> _AnyPart:
+    """Returns a part with every cost in it times the factor drawn for its path; itself if there is none."""
+    names = type(part).model_fields
+    shape = "/".join(str(getattr(part, name)) for name in _SHAPE if name in names)
+    is_cost = isinstance(part, OwnCost) or hasattr(part, "uncertainty")
+    factor = draw(f"{path}/{shape}", _sigma(part)) if is_cost else 1.0
+    changed: dict[str, Any] = {}
+    for name in names:
+        value = getattr(part, name)
+        new = _drawn_value(value, f"{path}.{name}", draw)
+        if new is value and factor != 1:
+            new = _scaled(name, value, factor)
+        if new is not value:
+            changed[name] = new
+    return part.model_copy(update=changed) if changed else part
+
+
+def _drawn_value(value: Any, path: str, draw: Draw) -> Any:
+    if isinstance(value, Part):
+        return _drawn(value, path, draw)
+    if isinstance(value, tuple) and value and isinstance(value[0], Part):
+        return tuple(_drawn(each, path, draw) for each in value)
+    if isinstance(value, Mapping) and any(isinstance(each, Part) for each in value.values()):
+        return {key: _drawn_value(each, f"{path}.{key}", draw) for key, each in value.items()}
+    return value
+
+
+def _scaled(name: str, value: Any, factor: float) -> Any:
+    if name == "points" and value is not None:
+        return tuple((size, round(ns * factor)) for size, ns in value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    if name in _TIMES:
+        least = 1 if name == "count" else 0.5 if name == "factor" else None
+        grown = value * factor if isinstance(value, float) else round(value * factor)
+        return grown if least is None else max(least, grown)
+    if name in _RATES:
+        shrunk = value / factor if isinstance(value, float) else max(1, round(value / factor))
+        return min(1.0, shrunk) if name == "share" else shrunk
+    return value

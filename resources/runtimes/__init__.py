@@ -1,0 +1,1 @@
+"""Shipped runtimes: a TOML file each."""
