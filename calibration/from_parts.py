@@ -17,7 +17,7 @@ from ..resources.parts.assemble import assembled
 from ..resources.parts.kernels import DECODE_TOKENS, EXPERT_KERNELS, EXPERT_PRODUCTS, groups
 from ..resources.parts.reached import MEASURED, measured, nearest
 from ..resources.profile import Profile, load_profile, make_profile
-from ..resources.profile_costs import CopyCosts, KernelPoint
+from ..resources.profile_costs import CopyCosts, KernelPoint, ProfileError
 from ..workloads.model import Model, load_model, preset_names
 from .measured import load_all
 from .validate import compare, predicted_ms
@@ -62,21 +62,28 @@ def cost_ratios(name: str) -> list[Ratios]:
 
 
 def attention_ratios(name: str) -> list[Ratios]:
-    """Returns how dense parts of one token with what attention adds by bytes compare with those measured, by context.
+    """Returns how dense parts of one token with what the surface says of attention compare with those measured.
 
-    The model of each measured shape says what a layer's cache holds; the dense part without context is as measured.
+    By context; the surface is the machine's own, or that which its parts give it. The model of each measured shape says
+    what a layer attends to; the dense part without context is as measured. Latent attention was measured expanded, as
+    no engine decodes it, and does not count.
     """
     profile = load_profile(name)
-    rate = measured(name).kernels.memory_share * measured(name).gpu.memory_bytes_per_second
+    surface = profile.compute.surface or from_parts(name).compute.surface
+    if surface is None:
+        raise ProfileError(f"profile {name}: neither it nor its parts have a surface")
+    costs = SurfaceCosts(surface, "graph")
     models = [load_model(preset) for preset in preset_names()]
     families: dict[int, list[float]] = {}
     bare = {_dense_shape(point): point.ns for point in profile.compute.dense if not point.context and point.tokens == 1}
     for point in profile.compute.dense:
         of = [each for each in models if _is_of(point, each)]
         if point.context and of and point.tokens == 1:
-            read_bytes = point.context * of[0].kv_bytes_per_token / of[0].layers
-            made_ns = bare[_dense_shape(point)] + read_bytes * 1e9 / rate
-            families.setdefault(point.context, []).append(made_ns / point.ns)
+            attends = of[0].attention_of(of[0].dense_bytes.index(point.weight_bytes))
+            if not any(each.latent_dim for each in attends):
+                added_ns = sum(costs.cached_ns(1, each.kv_heads, each.key_bytes, point.context) for each in attends)
+                ratio = (bare[_dense_shape(point)] + added_ns) / point.ns
+                families.setdefault(point.context, []).append(ratio)
     return [Ratios(f"dense part at {context:,} positions", tuple(found)) for context, found in sorted(families.items())]
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import orjson
 
 from ..engine.scenario.rows import JournalError, Row, flat, parsed, read_rows
+from ..engine.scenario.sections import DRAWN_BY, FIT_REPLACES
 from ..files import check_file, naming, replacing
 from ..output.shown import frame, latex, table_html
 from ..output.tables.sweeps import sweep_cells
@@ -133,7 +134,12 @@ def sweep_rows(path: str | Path) -> Iterator[Row]:
 _SETTLED = {
     "workload.trace": ("workload.synthetic",),
     "workload.synthetic": ("workload.trace",),
-    "workload.synthetic.fit": ("workload.synthetic.skew", "workload.synthetic.working_set", "workload.synthetic.reuse"),
+    **{
+        f"workload.synthetic.{key}": tuple(
+            f"workload.synthetic.{other}" for other in (*FIT_REPLACES, *DRAWN_BY) if other != key
+        )
+        for key in DRAWN_BY
+    },
     "predictor.name": ("predictor.weights",),
     **{f"machine.{part}": ("machine.profile",) for part in PARTS},
 }

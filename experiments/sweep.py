@@ -27,6 +27,7 @@ from ..engine.scenario.amounts import ScenarioError
 from ..engine.scenario.inputs import Inputs
 from ..engine.scenario.rows import Row
 from ..engine.scenario.scenario import Scenario, make_scenario
+from ..engine.scenario.sections import DRAWN_BY
 from ..engine.simulate import simulate_inputs, versions
 from ..engine.timing.ready import make_ready
 from ..errors import InputError
@@ -34,6 +35,7 @@ from ..resources.profile import load_profile
 from ..workloads.fitted import FittedRouting
 from ..workloads.importers import open_trace
 from ..workloads.model import load_model
+from ..workloads.popularity import load_popularity
 from ..workloads.trace import RoutingTrace
 from ..workloads.trace_limits import TraceError
 from .grid import Grid, Point, make_grid
@@ -188,12 +190,13 @@ class Plan:
     def hashes(self, scenario: Scenario) -> Hashes:
         """Returns the hashes of what a scenario names."""
         trace, synthetic = scenario.workload.trace, scenario.workload.synthetic
-        fit = synthetic.fit if synthetic is not None else None
+        named = {key: getattr(synthetic, key, None) for key in DRAWN_BY}
+        drawn_by = next((self._hash(key, name) for key, name in named.items() if name is not None), None)
         return {
             "profile": self._hash("profile", scenario.machine.profile),
             "model": self._hash("model", scenario.model.preset),
             "trace": self._hash("trace", trace) if trace is not None else None,
-            "fit": self._hash("fit", fit) if fit is not None else None,
+            "fit": drawn_by,
             **({"plugins": plugins.digest()} if plugins.loaded() else {}),
         }
 
@@ -313,5 +316,6 @@ _CONTENT: dict[str, Callable[[str], str]] = {
     "profile": lambda name: _sha256(load_profile(name).model_dump(mode="json")),
     "model": lambda name: _sha256(load_model(name)),
     "fit": lambda path: _sha256(asdict(FittedRouting.load(path))),
+    "popularity": lambda path: _sha256(load_popularity(Path(path)).tolist()),
     "trace": lambda path: _trace_sha256(open_trace(path)),
 }

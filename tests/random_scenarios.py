@@ -78,7 +78,7 @@ _SMALL: dict[str, tuple[int, ...]] = {
 #: Keys that are drawn apart, since they say together which model and which trace of it run on what.
 _DRAWN_APART: tuple[str, ...] = (
     *("model.preset", "model.layers", "model.experts", "model.top_k", "machine.profile", "workload.trace"),
-    *("workload.synthetic", "workload.synthetic.fit", "predictor.weights"),
+    *("workload.synthetic", "workload.synthetic.fit", "workload.synthetic.popularity", "predictor.weights"),
 )
 #: Keys that stay when others are taken out: without them a run would be of another model, or long.
 _STAYING = (*_DRAWN_APART, "workload.tokens", "workload.synthetic.tokens")

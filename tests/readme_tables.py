@@ -478,7 +478,7 @@ def from_parts() -> str:
 
 
 def attention_growth() -> str:
-    """How the dense part grows with the context by the bytes of the cache, against what was measured."""
+    """How the dense part grows with the context by the surface, against what was measured."""
     rows = []
     for name in checks.names():
         for row in checks.attention_ratios(name):

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_surface import attention_data
 from tiny import ASSUMED, HIDDEN, tiny_model, tiny_profile, tiny_scenario, tiny_trace
 
 from prestage.engine.costs.costs import Costs
@@ -17,76 +18,132 @@ from prestage.engine.scenario.inputs import Inputs
 from prestage.engine.scenario.scenario import load_scenario
 from prestage.engine.simulate import simulate
 from prestage.resources.profile import Profile, make_profile
-from prestage.workloads.batches import DECODE, PREFILL
-from prestage.workloads.model import Cached, Model
+from prestage.resources.timeline import DENSE
+from prestage.testing import record
+from prestage.workloads.batches import DECODE, PREFILL, Step
+from prestage.workloads.model import Attending, Cached
 
 # One layer; a token adds 10 bytes to its cache. The tiny machine reads a byte in a ns, and operations take no time.
 MODEL = replace(tiny_model(1), kv_bytes_per_token=10)
 
 
-def costs(context: int | None, model: Model = MODEL, profile: Profile | None = None, tokens: int = 3) -> Costs:
-    """The costs of a sequence of so many decode tokens, positions 0, 1, 2, …, of which `context` came before."""
-    workload: dict[str, Any] = {"prefill": "skip"} | ({} if context is None else {"context": context})
-    scenario = tiny_scenario(workload=workload)
-    trace = tiny_trace([[[0]]] * tokens, sequence=np.zeros(tokens, dtype=int))
-    inputs = Inputs(scenario, model, profile or tiny_profile(), trace, steps_of(scenario, trace), 0, None)
-    return Costs(inputs)
+def inputs(context: int | None, **keys: Any) -> Inputs:
+    """One sequence of so many tokens, positions 0, 1, 2, …, decoded one by one or a prompt; `context` came before."""
+    tokens, phase = keys.pop("tokens", 3), keys.pop("phase", DECODE)
+    workload: dict[str, Any] = {} if context is None else {"context": context}
+    scenario = tiny_scenario(workload=workload | ({"prefill": "skip"} if phase == DECODE else {}))
+    trace = tiny_trace([[[0]]] * tokens, sequence=np.zeros(tokens, dtype=int), phase=np.full(tokens, phase))
+    model, profile = keys.pop("model", MODEL), keys.pop("profile", None) or tiny_profile()
+    steps = keys.pop("steps", None) or steps_of(scenario, trace)
+    return Inputs(scenario, model, profile, trace, steps, 0, None, **keys)
 
 
-def added(context: int | None, tokens: int = 1, phase: int = DECODE, **keys: Any) -> int:
-    model = keys.get("model", MODEL)
-    return costs(context, **keys).dense(0, tokens, phase).ns - costs(None, model=model).dense(0, tokens, phase).ns
+def added(context: int | None, step: int = 0, **keys: Any) -> int:
+    """What attention adds to the dense part of layer 0 in a step."""
+    costs = Costs(inputs(context, **keys))
+    plain = costs.dense(0, 1)
+    return costs.attending(plain, 0, step).ns - plain.ns
+
+
+def named(context: int, **keys: Any) -> str | None:
+    costs = Costs(inputs(context, **keys))
+    costs.attending(costs.dense(0, 1), 0, 0)
+    return costs.estimates.get("attention over the context")
 
 
 def test_without_the_key_attention_takes_no_longer_for_what_is_cached() -> None:
     assert added(None) == 0
-    assert costs(None).estimates.get("attention over the context") is None
+    costs = Costs(inputs(None))
+    costs.attending(costs.dense(0, 1), 0, 0)
+    assert "attention over the context" not in costs.estimates
 
 
-def test_decoding_reads_every_rows_cache() -> None:
-    # Positions 0, 1, 2 attend to 1, 2, 3: 2 x 10 bytes in the mean, and as much more for 100 that were there before.
-    assert added(0) == 20
-    assert added(100) == 20 + 1000
-    assert added(100, tokens=4) == 4 * (20 + 1000)  # each of four sequences has its own
-    assert "bytes of the cache / 1000000000 B/s" in named(100)
+def test_decoding_reads_what_is_cached_at_each_step() -> None:
+    # The steps attend to 1, 2, 3 positions of 10 bytes, and to 100 that were there before.
+    assert [added(0, step) for step in range(3)] == [10, 20, 30]
+    assert [added(100, step) for step in range(3)] == [1010, 1020, 1030]
+    assert "bytes of the cache / 1000000000 B/s" in str(named(100))
 
 
-def named(context: int) -> str:
-    found = costs(context)
-    found.dense(0, 1)
-    return found.estimates["attention over the context"]
+def test_each_sequence_of_a_step_has_its_own_cache() -> None:
+    together = [Step(DECODE, np.array([0, 1]))]
+    trace = tiny_trace([[[0]], [[0]]], sequence=np.array([0, 1]), position=np.array([4, 8]))
+    scenario = tiny_scenario(workload={"context": 100})
+    costs = Costs(Inputs(scenario, MODEL, tiny_profile(), trace, together, 0, None))
+    assert costs.attention_in(0)[0].ns == (105 + 109) * 10
 
 
-def test_a_window_ends_what_is_read() -> None:
+def test_a_window_ends_what_is_read_and_states_never_grow() -> None:
     windowed = replace(MODEL, caches=((Cached(6, window=50), Cached(4)), ()))
-    # 6 bytes of the last 50 positions, 4 of all of 101, 102, 103.
-    assert added(100, model=windowed) == 6 * 50 + 4 * 102
+    # 6 bytes of the last 50 positions, 4 of all 101.
+    assert added(100, model=windowed) == 6 * 50 + 4 * 101
     nothing = replace(MODEL, caches=((Cached(state_bytes=7),), ()))  # linear attention keeps a state, whatever came
-    assert added(100, model=nothing) == 0
+    assert added(100, model=nothing) == added(10**6, model=nothing) == 0
+    half = replace(MODEL, attention=((Attending(1, 1, 4, 8, most=100, ratio=4),),))
+    assert (added(39, model=half), added(10**6, model=half)) == (8 * 10, 8 * 25)  # a key for four positions, 25 at most
+
+
+def prompt(context: int, tokens: int, **keys: Any) -> int:
+    return added(context, tokens=tokens, phase=PREFILL, **keys)
 
 
 def test_a_prompt_reads_the_cache_once_a_tile() -> None:
-    scenario = tiny_scenario(workload={"context": 100})
-    trace = tiny_trace([[[0]]] * 3, sequence=np.zeros(3, dtype=int), phase=np.full(3, PREFILL))
-    inputs = Inputs(scenario, MODEL, tiny_profile(), trace, steps_of(scenario, trace), 0, None)
-    found, plain = Costs(inputs), costs(None)
-    for tokens, tiles in ((3, 1), (128, 1), (129, 2)):
-        ns = found.dense(0, tokens, PREFILL).ns - plain.dense(0, tokens, PREFILL).ns
-        assert ns == tiles * 102 * 10
+    # Rows attend to 101, 102, … positions: the mean of them, for each 128 rows.
+    assert prompt(100, 3) == 102 * 10
+    assert prompt(100, 128) == round(164.5 * 10)
+    assert prompt(100, 129) == 2 * 165 * 10
 
 
-def test_operations_bound_a_long_prompt() -> None:
+def slow() -> Profile:
     data = tiny_profile().model_dump()
     data["compute"]["rule"]["flops_per_second"] = 10**9
-    scenario = tiny_scenario(workload={"context": 100})
-    trace = tiny_trace([[[0]]] * 3, sequence=np.zeros(3, dtype=int), phase=np.full(3, PREFILL))
-    inputs = Inputs(scenario, MODEL, make_profile(data, "slow"), trace, steps_of(scenario, trace), 0, None)
-    bare = Inputs(tiny_scenario(), MODEL, make_profile(data, "slow"), trace, inputs.steps, 0, None)
-    ns = Costs(inputs).dense(0, 64, PREFILL).ns - Costs(bare).dense(0, 64, PREFILL).ns
-    assert ns == 4 * 64 * HIDDEN * 102  # an operation a ns
+    return make_profile(data, "slow")
 
 
-def test_measured_contexts_go_before_the_rule() -> None:
+def test_operations_bound_a_long_prompt_and_grow_with_its_square() -> None:
+    # An operation a ns, 4 x hidden of them for each pair of positions: 1 + 2 + … + n pairs.
+    for tokens in (64, 640):
+        assert prompt(0, tokens, profile=slow()) == 4 * HIDDEN * tokens * (tokens + 1) // 2
+    # Of a chunk behind 100 positions, each row has 100 more.
+    assert prompt(100, 64, profile=slow()) == 4 * HIDDEN * (64 * 65 // 2 + 6400)
+    # Through a window of 4 the pairs grow with the tokens alone.
+    narrow = replace(MODEL, attention=((Attending(3, 1, 5, 10, most=4),),))
+    assert prompt(0, 100, profile=slow(), model=narrow) == 4 * 3 * 5 * (1 + 2 + 3 + 97 * 4)
+
+
+def test_a_compressed_cache_is_decoded_in_its_own_width() -> None:
+    model = replace(MODEL, attention=((Attending(10, 1, 3, 1, latent_dim=7),),))
+    assert added(99, model=model, profile=slow()) == 4 * 10 * 7 * 100
+    assert prompt(0, 100, model=model, profile=slow()) == 4 * 10 * 3 * 5050
+
+
+def surfaced(**more: Any) -> Profile:
+    data = tiny_profile().model_dump()
+    data["compute"] |= {"experts": [], "surface": attention_data()}
+    return make_profile(data, "with a surface")
+
+
+def test_the_surface_goes_before_the_rule() -> None:
+    # 1 ns for each KV head of 64 (256 bytes) and position: two of them, 1,000 positions and more.
+    model = replace(MODEL, attention=((Attending(1, 2, 64, 512),),))
+    assert added(999, model=model, profile=surfaced()) == pytest.approx(2000, rel=1e-3)
+    assert added(31_999, model=model, profile=surfaced()) == pytest.approx(64_000, rel=1e-3)
+    assert "surface of single kernels" in str(named(999, model=model, profile=surfaced()))
+    # Prompts take their tokens squared / 100 ns a head; a chunk what a whole prompt of as many pairs takes.
+    assert prompt(0, 2000, model=model, profile=surfaced()) == pytest.approx(40_000, rel=2e-3)
+    pairs = 1000 * 1000 + 1000 * 1001 / 2
+    assert prompt(1000, 1000, model=model, profile=surfaced()) == pytest.approx(2 * pairs / 100, rel=2e-3)
+    # A few rows behind a long context read all of it.
+    assert prompt(10**6, 2, model=model, profile=surfaced()) == pytest.approx(2 * 10**6, rel=1e-3)
+
+
+def test_beside_a_copy_attention_takes_longer_by_what_it_reads() -> None:
+    model = replace(MODEL, attention=((Attending(1, 1, 64, 1024),),))
+    found = Costs(inputs(1023, model=model, profile=surfaced())).attention_in(0)[0]
+    assert found.beside_copy_ns - found.ns == pytest.approx(1000, abs=1)  # 1,000 ns for the MiB that 1,024 keys are
+
+
+def test_measured_contexts_go_before_all_else() -> None:
     data = tiny_profile().model_dump()
     shape = {"hidden": HIDDEN, "weight_bytes": MODEL.dense_bytes[0], "dtype": MODEL.dense_dtype, "tokens": 1}
     shape |= {"kernels": MODEL.dense_kernels, "dispatch": "graph", **ASSUMED}
@@ -95,18 +152,42 @@ def test_measured_contexts_go_before_the_rule() -> None:
     profile = make_profile(data, "measured")
 
     def over(context: int) -> int:
-        scenario = tiny_scenario(workload={"context": context}, dispatch={"mode": "graph"})
-        trace = tiny_trace([[[0]]], sequence=np.zeros(1, dtype=int))
-        inputs = Inputs(scenario, MODEL, profile, trace, steps_of(scenario, trace), 0, None)
-        found = Costs(inputs)
-        ns = found.dense(0, 1).ns
-        assert "attention over the context" not in found.estimates
+        found = inputs(context, tokens=1, profile=profile)
+        costs = Costs(replace(found, scenario=tiny_scenario(workload={"context": context}, dispatch={"mode": "graph"})))
+        ns = costs.attending(costs.dense(0, 1), 0, 0).ns
+        assert "attention over the context" not in costs.estimates
         return ns
 
     assert over(49) == 55  # 50 positions: half of the way to 60
     assert over(199) == 80
     assert over(399) == 120  # beyond: 20 more for each 100
     assert over(99) == 60
+
+
+@pytest.mark.parametrize("engine", ["simpy", "compiled"])
+def test_steps_of_a_run_take_longer_as_the_context_grows(engine: str) -> None:
+    found = inputs(100, tokens=4)
+    spans = record(replace(found, budget_bytes=10**6), engine=engine).spans
+    dense = np.sort(spans[spans["kind"] == DENSE], order="start_ns")
+    assert np.diff(dense["end_ns"] - dense["start_ns"]).tolist() == [10, 10, 10]
+
+
+@pytest.mark.parametrize("name", ["gpt-oss-20b", "pipeline-2", "placement-8"])
+def test_both_engines_agree_on_how_the_context_grows(name: str) -> None:
+    short, long = (
+        [
+            simulate(
+                load_scenario(name, ["workload.tokens=4", f"workload.context={context}"]),
+                baselines=False,
+                engine=engine,
+            )
+            for engine in ("compiled", "simpy")
+        ]
+        for context in (0, 8000)
+    )
+    for compiled, by_simpy in (short, long):
+        assert compiled.timeline.spans().tobytes() == by_simpy.timeline.spans().tobytes()
+    assert long[0].data["makespan_ms"] > short[0].data["makespan_ms"]
 
 
 def test_the_cache_holds_what_was_there_before_until_a_sequence_leaves() -> None:

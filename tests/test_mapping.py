@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from prestage.engine.loading.deciders import make_manager
+from prestage.engine.loading.loading import load_inputs
+from prestage.engine.loading.stages import stage_trace
+from prestage.engine.scenario.amounts import ScenarioError
+from prestage.engine.scenario.scenario import load_scenario, make_scenario
 from prestage.workloads.importers import open_trace
 from prestage.workloads.mapping import map_trace
 from prestage.workloads.model import load_model
@@ -139,3 +145,48 @@ def test_counts_must_be_of_the_model_and_have_enough_experts(tmp_path: Path) -> 
         popular_trace(path, model, 10, 1, 0, 0)
     with pytest.raises(TraceError, match=r"tokens = 3: must be at least sequences = 4"):
         draw_by(np.ones((1, 4)), 3, 1, sequences=4)
+
+
+def popular(tmp_path: Path, **synthetic: Any) -> dict[str, Any]:
+    """A scenario of two layers of four experts whose trace is drawn by COUNTS, two of eight experts in memory."""
+    (tmp_path / "counts.json").write_text(json.dumps(COUNTS))
+    return {
+        "model": {"preset": "mixtral-8x7b", "layers": len(COUNTS), "experts": 4, "top_k": 1},
+        "workload": {"synthetic": {"popularity": str(tmp_path / "counts.json"), "tokens": 40} | synthetic},
+        "memory": {"gpu_budget": "2experts", "eviction": "static", "preload": "popular"},
+    }
+
+
+def test_a_scenario_draws_its_trace_by_counts_and_places_experts_by_them(tmp_path: Path) -> None:
+    inputs = load_inputs(make_scenario(popular(tmp_path)))
+    assert inputs.trace.experts.tolist() == draw_by(np.array(COUNTS, dtype=float), 40, 1).experts.tolist()
+    manager = make_manager(inputs)
+    most = sorted(range(8), key=lambda expert: -np.ravel(COUNTS)[expert])[:2]
+    assert sorted(manager.assigned) == sorted(most)
+    # The counts stay with a part of a trace, and with a stage's layers.
+    rows = inputs.trace.select(np.arange(2))
+    assert rows.extra["popularity"].tolist() == COUNTS
+    assert stage_trace(rows, 1, 1).extra["popularity"].tolist() == COUNTS[1:]
+
+
+def test_counts_of_a_scenario_in_a_file_lie_beside_it_and_change_a_sweeps_rows(tmp_path: Path) -> None:
+    popular(tmp_path)
+    (tmp_path / "s.toml").write_text(
+        '[model]\nlayers = 2\nexperts = 4\ntop_k = 1\n[workload.synthetic]\npopularity = "counts.json"\n'
+    )
+    assert load_inputs(load_scenario(tmp_path / "s.toml")).trace.tokens == 500
+    synthetic = load_scenario("synthetic", ["workload.synthetic.popularity=x.csv"]).workload.synthetic
+    assert synthetic is not None
+    assert not {"skew", "reuse", "fit"} & synthetic.model_fields_set
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"skew": 0.5}, r"workload\.synthetic: skew: no meaning with popularity"),
+        ({"fit": "x.json"}, r"popularity: no meaning with fit"),
+    ],
+)
+def test_counts_take_the_place_of_other_ways_to_draw(tmp_path: Path, more: dict[str, Any], message: str) -> None:
+    with pytest.raises(ScenarioError, match=message):
+        make_scenario(popular(tmp_path, **more))

@@ -17,8 +17,9 @@ MIB = 2**20
 
 # Total parameters as their authors publish them, in units of 10**9 and to the digit they give: Mixtral paper,
 # section 3; Qwen3 report, table 2 and its model card; OLMoE paper, section 1; DeepSeek-V2 paper, appendix B;
-# DeepSeek-V3's README_WEIGHTS (without multi-token prediction); gpt-oss model card, table 1; of Qwen3.8-Flash-Next its
-# tensors' count, without the table of n-grams.
+# DeepSeek-V3's README_WEIGHTS (without multi-token prediction); gpt-oss model card, table 1; Switch Transformers, table
+# 9; NLLB, section 8; model cards; of Qwen3.8-Flash-Next (without the table of n-grams), GLM-4.5-Air, MiniMax-M2.5 and
+# Kimi-K2, whose cards round otherwise, the count of their tensors.
 PUBLISHED_BILLIONS = {
     "mixtral-8x7b": ("46.7", 32, 8, 2),
     "qwen3-30b-a3b": ("30.5", 48, 128, 8),
@@ -29,6 +30,15 @@ PUBLISHED_BILLIONS = {
     "gpt-oss-20b": ("20.9", 24, 32, 4),
     "gpt-oss-120b": ("116.8", 36, 128, 4),
     "qwen3.8-flash-next": ("125.7", 48, 512, 10),
+    "qwen3-next-80b-a3b": ("80", 48, 512, 10),
+    "qwen3.6-35b-a3b": ("35", 40, 256, 8),
+    "qwen3-235b-a22b": ("235", 94, 128, 8),
+    "glm-4.7-flash": ("30", 46, 64, 4),
+    "glm-4.5-air": ("107", 45, 128, 8),
+    "minimax-m2.5": ("229", 62, 256, 8),
+    "kimi-k2": ("1026", 60, 384, 8),
+    "switch-large-128": ("26", 24, 128, 1),
+    "nllb-moe-54b": ("54.5", 12, 128, 2),
 }
 
 # The smallest file that uses every rule: d = dense block, M = MoE block, in the order d d M d M d.
@@ -94,7 +104,7 @@ def dropped(text: str, table: str) -> str:
 # --- Presets --------------------------------------------------------------------------------------------------------
 
 
-def test_the_ten_presets_are_shipped() -> None:
+def test_the_presets_are_shipped() -> None:
     assert preset_names() == sorted([*PUBLISHED_BILLIONS, "switch-base-128"])
 
 

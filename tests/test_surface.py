@@ -93,27 +93,26 @@ def test_a_table_that_does_not_fill_its_grid_is_refused(change: dict[str, Any], 
         ProductTable(**data)
 
 
-def test_attention_grows_with_sequences_times_kv_heads_and_a_window_bounds_it() -> None:
-    # 1 ns for each KV head and position.
+def attention_data() -> dict[str, Any]:
+    """1 ns for each KV head and position; a prompt takes its tokens squared / 100 ns."""
     ns = tuple(streams * positions for streams in (1, 8) for positions in (1, 1000))
     attention = AttentionTable(dtype="bfloat16", streams=(1, 8), head_dims=(64,), positions=(1, 1000), ns=ns)
-    data = surface_data(attention=[attention.model_dump()])
-    costs = SurfaceCosts(Surface.model_validate(data), "graph")
+    prompts = PromptTable(dtype="bfloat16", heads=(1,), head_dims=(64,), tokens=(100, 1000), ns=(100, 10_000))
+    return surface_data(attention=[attention.model_dump()], prompts=[prompts.model_dump()])
+
+
+def test_attention_grows_with_sequences_times_kv_heads_and_with_bytes_and_that_of_a_prompt_with_its_square() -> None:
+    costs = SurfaceCosts(Surface.model_validate(attention_data()), "graph")
     assert costs.attention_ns(2, 4, 64, 1000) == pytest.approx(8000)
     assert costs.attention_ns(2, 4, 64, 32000) == pytest.approx(8 * 32000)
-    assert costs.attention_ns(2, 4, 64, 32000, window=500) == pytest.approx(8 * 500)
-
-
-def test_attention_of_a_prompt_grows_with_its_square_and_with_a_window_by_the_band_that_is_left() -> None:
-    ns = (100, 10_000)  # tokens^2 / 100
-    prompts = PromptTable(dtype="bfloat16", heads=(1,), head_dims=(64,), tokens=(100, 1000), ns=ns)
-    costs = SurfaceCosts(Surface.model_validate(surface_data(prompts=[prompts.model_dump()])), "graph")
+    # 4 KV heads of 64, keys and values in 16 bits, are 1,024 bytes a position; as many again in heads twice as wide.
+    assert costs.cached_ns(2, 4, 1024, 1000) == pytest.approx(8000)
+    assert costs.cached_ns(2, 4, 2048, 1000) == pytest.approx(16_000)
     assert costs.prompt_ns(1, 64, 4000) == pytest.approx(160_000)
-    assert costs.prompt_ns(1, 64, 1000, window=1000) == pytest.approx(10_000)
-    # Of the 1000^2 / 2 pairs, those within 100: 1000 x 100 - 100^2 / 2, or 19 % of them.
-    assert costs.prompt_ns(1, 64, 1000, window=100) == pytest.approx(1900)
+    bare = SurfaceCosts(Surface.model_validate(surface_data()), "graph")
+    assert (costs.has_attention, costs.has_prompts, bare.has_attention) == (True, True, False)
     with pytest.raises(LookupError, match="no attention"):
-        costs.attention_ns(1, 1, 64, 10)
+        bare.attention_ns(1, 1, 64, 10)
 
 
 # Groups of kernels.
@@ -201,6 +200,7 @@ TINY_GRID = Grid(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_shape_of_the_grid_is_measured_and_the_garbage_collector_is_on_again() -> None:
     assert gc.isenabled()
     seen = measure_surface(GatedDevice(), TINY_GRID)
@@ -291,6 +291,7 @@ def test_samples_keep_a_surface_compressed_and_refuse_a_shape_of_other_sizes(tmp
         load_samples(tmp_path / "wrong.json")
 
 
+@pytest.mark.slow
 def test_a_measured_surface_becomes_a_profiles(tmp_path: Path) -> None:
     measured = surface_samples(GatedDevice(), measure_surface(GatedDevice(), TINY_GRID))
     surface = Surface.model_validate(fit_surface(measured, Evidence([]), {}))

@@ -44,6 +44,28 @@ class Cached:
 
 
 @dataclass(frozen=True)
+class Attending:
+    """What one attention of a layer looks at for every row: the last `most` positions (0: all), `ratio` a key.
+
+    `heads` query heads of `head_dim`, the mean of the widths of keys and values (0 heads: not known). `kv_heads` share
+    the `key_bytes` that a row reads of the cache for each key. `latent_dim` is the width in which decoding attends to a
+    compressed cache (0: `head_dim`).
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    key_bytes: int
+    most: int = 0
+    ratio: int = 1
+    latent_dim: int = 0
+
+    def keys(self, positions: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Returns how many keys rows look at that have so many positions before them, themselves included."""
+        return (np.minimum(positions, self.most) if self.most else positions) / self.ratio
+
+
+@dataclass(frozen=True)
 class Model:
     """What a run needs to know of a model. Build it with `load_model`.
 
@@ -62,6 +84,8 @@ class Model:
     - `caches`: what the blocks of each layer, and last those behind the last layer, keep of a sequence; empty where all
       keep the same and it grows with every token.
     - `host_table_bytes`: a table that is looked up in host memory and is no expert.
+    - `attention`: what the blocks of each layer attend to, those behind the last layer with it; empty where no more is
+      known than what is cached (see `attention_of`).
 
     Raises ModelError naming the field and its value if a number is out of range or a length is not `layers`.
     """
@@ -88,6 +112,7 @@ class Model:
     active_parameters: int | None = None
     caches: tuple[tuple[Cached, ...], ...] = ()
     host_table_bytes: int = 0
+    attention: tuple[tuple[Attending, ...], ...] = ()
 
     def __post_init__(self) -> None:
         for field in _AT_LEAST_ONE:
@@ -111,6 +136,8 @@ class Model:
             raise ModelError(
                 f"model {self.name}: caches: must have one entry per layer and one more, {self.layers + 1}"
             )
+        if self.attention and len(self.attention) != self.layers:
+            raise ModelError(f"model {self.name}: attention: must have one entry per layer, {self.layers}")
         total_bytes = self.total_expert_bytes + sum(self.dense_bytes) + self.head_bytes + self.host_table_bytes
         kept_bytes = self.kv_bytes_per_token + self.state_bytes
         for what, size in (("all weights", total_bytes), ("kv_bytes_per_token", kept_bytes)):
@@ -150,6 +177,18 @@ class Model:
         for each in (each for layer in self.caches for each in layer):
             kept += each.bytes_per_token * (np.minimum(tokens, each.window) if each.window else tokens)
         return kept
+
+    def attention_of(self, layer: int) -> tuple[Attending, ...]:
+        """Returns what a layer's blocks attend to; where only its cache is known, heads of 128 that are as wide."""
+        if self.attention:
+            return self.attention[layer]
+        caches = self.caches[layer] if self.caches else (Cached(self.kv_bytes_per_token // self.layers),)
+        heads = max(1, self.hidden // 128)
+        return tuple(
+            Attending(heads, max(1, size // 512), self.hidden // heads, size, each.window)
+            for each in caches
+            if (size := each.bytes_per_token)
+        )
 
     @cached_property
     def uniform(self) -> bool:

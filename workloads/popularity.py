@@ -1,6 +1,6 @@
 """Popularity: how often each expert of a layer was chosen, as counts in CSV or JSON, and traces drawn by it.
 
-With `memory.preload = "popular"` a trace drawn so makes a static placement by the counts.
+A trace drawn so keeps the counts: with `memory.preload = "popular"` they place the experts, and not the draws.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ..bounded import check_json, check_memory, read
 from .keyed_random import uniform
 from .model import Model
 from .trace import RoutingTrace
+from .trace_checks import POPULARITY
 from .trace_limits import MAX_EXPERTS, MAX_LAYERS, TraceError, check_total_experts
 
 Counts = npt.NDArray[np.float64]
@@ -94,6 +95,7 @@ def draw_by(
         position=position,
         phase=(position >= prefill_tokens).astype(np.uint8),
         meta={"source": f"drawn by popularity, seed {seed}"},
+        extra={POPULARITY: counts},
     )
 
 

@@ -23,7 +23,16 @@ import numpy.typing as npt
 from ..bounded import check_need
 from ..files import replacing
 from .batches import DECODE, PREFILL
-from .trace_checks import KNOWN_EXTRA, LAYOUT, agree_on_num_experts, check_array, check_floats, first_wrong, parse_meta
+from .trace_checks import (
+    KNOWN_EXTRA,
+    LAYOUT,
+    POPULARITY,
+    agree_on_num_experts,
+    check_array,
+    check_floats,
+    first_wrong,
+    parse_meta,
+)
 from .trace_files import format_of
 from .trace_limits import MAX_TOP_K, Array, TraceError, check_num_experts, check_total_experts
 
@@ -273,6 +282,8 @@ class RoutingTrace:
         return type(self)(num_experts=self.num_experts, meta=dict(self.meta), extra=extra, **chosen)
 
     def _follows_rows(self, name: str, value: Array) -> bool:
+        if name == POPULARITY:
+            return False
         if name in KNOWN_EXTRA:
             return KNOWN_EXTRA[name].axes[0] == "row"
         return value.ndim > 0 and len(value) == self.tokens

@@ -38,6 +38,8 @@ KNOWN_EXTRA = {
     "dense_bytes": Layout((), ("layer",), low=0),
     "residency": Layout((), ("row", "layer", "slot"), low=0, high=2),
 }
+#: An extra array (layers, experts) of numbers that say how popular experts are, whatever the rows chose.
+POPULARITY = "popularity"
 _SIZES_IN_WORDS = {"row": "tokens", "layer": "layers", "slot": "k", "horizon": "horizons", "rank": "n"}
 
 

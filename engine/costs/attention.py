@@ -1,43 +1,69 @@
 """What attention adds to a layer's dense part with what is cached, where a scenario says where its sequences start.
 
-A row of a step attends to what its sequence has cached, within each cache's window. What that adds is taken at the mean
-over all rows of a phase: a run's sum is right where it grows with every position, and its steps are alike. Where it was
-measured for the dense part's shape, decoding goes by these points, and beyond them as between the last two; else by the
-bytes that are read and the operations that are made, and the run names the estimate.
+It is priced by step, for a step's rows say what is cached: a row attends to the positions of its sequence up to its
+own, or to the last so many. Rows that are alone in their sequence decode, together; several of one sequence are a
+prompt, or a chunk of one, and cost what a whole prompt of as many pairs of positions costs, but at least one look at
+all keys. Linear attention and state spaces attend to nothing that grows.
+
+Where it was measured for the dense part's shape, decoding goes by these points; else by the GPU's surface of single
+kernels; where there is none, by the bytes that are read and the operations that are made. The first alone is no
+estimate.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from math import sqrt
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ...resources.profile import Profile
 from ...resources.profile_costs import KernelPoint
-from ...workloads.batches import DECODE, PREFILL
+from ...workloads.model import Attending
+from .surface_costs import SurfaceCosts
 
 if TYPE_CHECKING:
     from ..scenario.inputs import Inputs
 
 #: Rows of a prompt that read the cache together, a tile of FlashAttention's kernels (Dao 2023, arXiv:2307.08691).
 TILE_ROWS = 128
+_MIB = 2**20
 
 Numbers = npt.NDArray[np.float64]
 
 
-class Attention:
-    """What attention adds on one GPU, by layer, tokens and phase; nothing where a scenario names no context."""
+class Added(NamedTuple):
+    """What attention adds to a kernel group, in ns: on a quiet GPU, and beside a copy to it."""
 
-    def __init__(self, inputs: Inputs, profile: Profile, dispatch: str) -> None:
-        self._model, self._rule = inputs.model, profile.compute.rule
-        self._contexts: dict[int, Numbers] = {}
-        start = inputs.scenario.workload.context
-        if start is None:
-            return
-        self._contexts = {phase: _contexts(inputs, phase, start) for phase in (PREFILL, DECODE)}
-        known = (self._model.hidden, self._model.dense_dtype, dispatch, self._model.dense_kernels)
+    ns: int
+    beside_copy_ns: float
+
+
+class _Rows(NamedTuple):
+    """The positions that rows attend to, themselves included: of those that decode, and of each prompt (or chunk)."""
+
+    decoding: Numbers
+    prompts: tuple[Numbers, ...]
+
+
+class Attention:
+    """What attention adds on one GPU, by step and kind of layer; nothing where a scenario names no context.
+
+    `kind_of` (layers,) numbers the layers that attend alike; `firsts` is a layer of each kind.
+    """
+
+    def __init__(self, inputs: Inputs, profile: Profile, surface: SurfaceCosts | None, dispatch: str) -> None:
+        self._inputs, self._model, self._surface, self._rule = inputs, inputs.model, surface, profile.compute.rule
+        self._start = inputs.scenario.workload.context
+        self._known: dict[int, list[Added]] = {}
+        model = self._model
+        alike = [(model.attention_of(layer), model.dense_bytes[layer]) for layer in range(model.layers)]
+        kinds = {each: kind for kind, each in enumerate(dict.fromkeys(alike))}
+        self.kind_of = [kinds[each] for each in alike]
+        self.firsts = [self.kind_of.index(kind) for kind in range(len(kinds))]
+        known = (model.hidden, model.dense_dtype, dispatch, model.dense_kernels)
         points = [point for point in profile.compute.dense if _shape(point) == known]
         if self._rule.device is None:  # a rule of this machine's own goes before another machine's points
             points = [point for point in points if point.device is None]
@@ -45,51 +71,94 @@ class Attention:
         growths = {size: _growth(point for point in points if point.weight_bytes == size) for size in sizes}
         self._growth = {size: growth for size, growth in growths.items() if growth is not None}
 
-    def ns(self, layer: int, tokens: int, phase: int) -> tuple[float, str]:
-        """Returns what it adds to a layer's dense part over so many tokens, in ns, and how that is estimated.
+    @property
+    def counts(self) -> bool:
+        """Whether it adds anything in this run."""
+        return self._start is not None
 
-        The words are empty where it was measured.
-        """
-        contexts = self._contexts.get(phase)
-        if contexts is None or not len(contexts):
-            return 0.0, ""
-        growth = self._growth.get(self._model.dense_bytes[layer])
-        if phase == DECODE and growth is not None:
-            return tokens * _along(contexts, *growth), ""
-        rule, passes = self._rule, tokens if phase == DECODE else -(-tokens // TILE_ROWS)
-        read_ns = passes * self._read_bytes(layer, contexts) * 1e9 / rule.bytes_per_second
-        positions = float(self._within(layer, contexts).mean())
-        flops_ns = 4 * tokens * self._model.hidden * positions * 1e9 / rule.flops_per_second
-        words = (
+    def by_kind(self, step: int) -> list[Added]:
+        """Returns what it adds to the dense part of each kind of layer in a step."""
+        found = self._known.get(step)
+        if found is None:
+            rows = self._rows(step)
+            found = self._known[step] = [self._added(layer, rows) for layer in self.firsts]
+        return found
+
+    def heaviest_step(self) -> int:
+        """Returns the step whose rows attend to most positions in all."""
+        sums = [sum(float(part.sum()) for part in (rows.decoding, *rows.prompts)) for rows in self._each_step()]
+        return int(np.argmax(sums)) if sums else 0
+
+    def words(self, layer: int) -> str:
+        """Returns how it is estimated in a layer; nothing where decoding was measured."""
+        if self._model.dense_bytes[layer] in self._growth:
+            return ""
+        if self._surface is not None and self._surface.has_attention:
+            return self._surface.attention_described()
+        rule = self._rule
+        return (
             f"bytes of the cache / {rule.bytes_per_second} B/s, read once for {TILE_ROWS} rows of a prompt, or "
-            f"4 x hidden x positions x tokens / {rule.flops_per_second} FLOP/s if that is more ({rule.provenance})"
-        )
-        return max(read_ns, flops_ns), words
-
-    def _read_bytes(self, layer: int, contexts: Numbers) -> float:
-        """Returns the mean of what one row reads of a layer's caches."""
-        model = self._model
-        if not model.caches:
-            return model.kv_bytes_per_token / model.layers * float(contexts.mean())
-        return sum(
-            cache.bytes_per_token * float(np.minimum(contexts, cache.window or np.inf).mean())
-            for cache in model.caches[layer]
+            f"4 x heads x width x pairs of positions / {rule.flops_per_second} FLOP/s if that is more "
+            f"({rule.provenance})"
         )
 
-    def _within(self, layer: int, contexts: Numbers) -> Numbers:
-        """Returns how many positions each row attends to, within the widest window of a layer's caches."""
-        if not self._model.caches:
-            return contexts
-        widest = [cache.window or np.inf for cache in self._model.caches[layer] if cache.bytes_per_token]
-        return np.minimum(contexts, max(widest, default=0.0))
+    def _each_step(self) -> Iterable[_Rows]:
+        return (self._rows(step) for step in range(len(self._inputs.steps)))
 
+    def _rows(self, step: int) -> _Rows:
+        """Returns what the rows of a step that live on this GPU attend to."""
+        inputs, rows = self._inputs, self._inputs.steps[step].rows
+        layout = inputs.expert_parallel
+        if layout is not None and layout.moves_tokens:
+            rows = rows[layout.homes[step] == int(inputs.device.removeprefix("gpu"))]
+        positions = inputs.trace.position[rows].astype(np.float64) + (self._start or 0) + 1
+        _, places, counts = np.unique(inputs.trace.sequence[rows], return_inverse=True, return_counts=True)
+        prompts = tuple(positions[places == number] for number in np.flatnonzero(counts > 1))
+        return _Rows(positions[counts[places] == 1], prompts)
 
-def _contexts(inputs: Inputs, phase: int, start: int) -> Numbers:
-    """Returns the positions that each row of a phase attends to, itself included."""
-    rows = [step.rows for step in inputs.steps if step.phase == phase]
-    if not rows:
-        return np.zeros(0)
-    return inputs.trace.position[np.concatenate(rows)].astype(np.float64) + start + 1
+    def _added(self, layer: int, rows: _Rows) -> Added:
+        attends, model = self._model.attention_of(layer), self._model
+        growth = self._growth.get(model.dense_bytes[layer])
+        decoding_ns = sum(self._decoding_ns(each, rows.decoding) for each in attends) if len(rows.decoding) else 0.0
+        if growth is not None:
+            decoding_ns = _along(rows.decoding, *growth)
+        prompts_ns = sum(self._prompt_ns(each, prompt) for each in attends for prompt in rows.prompts)
+        ns = decoding_ns + prompts_ns
+        if self._surface is None:
+            return Added(round(ns), ns * self._rule.beside_copy_factor)
+        read = sum(
+            each.key_bytes * float(keys)
+            for each in attends
+            for keys in (each.keys(rows.decoding).sum(), *(each.keys(prompt).max() for prompt in rows.prompts))
+        )
+        return Added(round(ns), ns + self._surface.longer_beside_copy_ns(read))
+
+    def _decoding_ns(self, attends: Attending, positions: Numbers) -> float:
+        """Returns what one attention of rows takes that are each alone in their sequence."""
+        keys = attends.keys(positions)
+        if self._surface is None or not self._surface.has_attention:
+            return self._by_rule_ns(attends, float(keys.sum()), float(keys.sum()), attends.latent_dim)
+        read_ns = self._surface.cached_ns(len(positions), attends.kv_heads, attends.key_bytes, float(keys.mean()))
+        flops = 4 * attends.heads * (attends.latent_dim or attends.head_dim) * float(keys.sum())
+        return max(read_ns, flops / self._surface.flops_per_ns)
+
+    def _prompt_ns(self, attends: Attending, positions: Numbers) -> float:
+        """Returns what one attention of several rows of one sequence takes."""
+        keys = attends.keys(positions)
+        pairs, most = float(keys.sum()), float(keys.max())
+        surface = self._surface
+        if surface is None or not surface.has_attention:
+            return self._by_rule_ns(attends, -(-len(positions) // TILE_ROWS) * float(keys.mean()), pairs, 0)
+        read_ns = surface.cached_ns(1, attends.kv_heads, attends.key_bytes, most)
+        if not attends.heads or not surface.has_prompts:
+            return -(-len(positions) // TILE_ROWS) * read_ns
+        # Of a whole prompt every row looks at half of its tokens in the mean.
+        return max(read_ns, surface.prompt_ns(attends.heads, attends.head_dim, sqrt(2 * pairs)))
+
+    def _by_rule_ns(self, attends: Attending, keys_read: float, pairs: float, width: int) -> float:
+        read_ns = keys_read * attends.key_bytes * 1e9 / self._rule.bytes_per_second
+        flops = 4 * attends.heads * (width or attends.head_dim) * pairs
+        return max(read_ns, flops * 1e9 / self._rule.flops_per_second)
 
 
 def _shape(point: KernelPoint) -> tuple[int, str, str, int]:
@@ -107,7 +176,7 @@ def _growth(points: Iterable[KernelPoint]) -> tuple[Numbers, Numbers] | None:
 
 
 def _along(at: Numbers, contexts: Numbers, added: Numbers) -> float:
-    """Returns the mean of a line through measured points, which goes on beyond the last as between the last two."""
+    """Returns the sum over rows of a line through measured points, which goes on beyond the last as before it."""
     slope = (added[-1] - added[-2]) / (contexts[-1] - contexts[-2])
     beyond = np.maximum(0.0, at - contexts[-1]) * slope
-    return float((np.interp(at, contexts, added) + beyond).mean())
+    return float((np.interp(at, contexts, added) + beyond).sum())

@@ -21,7 +21,7 @@ from ...resources.profile import Profile
 from ...resources.profile_costs import ComputeCosts, CopyCosts, ExpertPoint, HostCosts, KernelPoint, ProfileError
 from ...workloads.batches import DECODE
 from ..scenario.scenario import Scenario
-from .attention import Attention
+from .attention import Added, Attention
 from .runtime_costs import RuntimeCosts, launched_model
 from .surface_costs import Kernels, SurfaceCosts, dense_kernels, expert_kernels, head_kernels
 
@@ -162,7 +162,9 @@ class Costs:
         self._set_lags(profile, h2d)
         self._set_readback(profile)
         self._set_measured(profile.compute)
-        self._attention = Attention(inputs, profile, "eager" if self._mode == "eager" else "graph")
+        dispatch = "eager" if self._mode == "eager" else "graph"
+        #: What attention adds to the dense parts with what is cached, by step.
+        self.attention = Attention(inputs, profile, self._surface, dispatch)
         self.predict = KernelCost(self.predict_ns, 1.0, 1, self.launch_ns + self.records_ns, self._latency_ns)
         if self.copies_hold_host and scenario.prefetch.issued_by == "gpu":
             raise ProfileError(
@@ -305,16 +307,26 @@ class Costs:
         return token_bucket(tokens) if self._mode == "graph" and phase == DECODE else tokens
 
     def dense(self, layer: int, tokens: int, phase: int = DECODE) -> KernelCost:
-        """Returns the dense part of one layer over `tokens` tokens of a step of a phase."""
-        cost = self._dense_part(layer, self.run_tokens(tokens, phase))
-        added_ns, words = self._attention.ns(layer, tokens, phase)
-        if not added_ns:
+        """Returns the dense part of one layer over `tokens` tokens of a step of a phase, but for `attending`."""
+        return self._dense_part(layer, self.run_tokens(tokens, phase))
+
+    def attending(self, cost: KernelCost, layer: int, step: int) -> KernelCost:
+        """Returns what a layer's dense part costs with what attention adds in a step."""
+        if not self.attention.counts:
             return cost
-        if words:
-            self.estimates["attention over the context"] = words
-        ns = cost.ns + round(added_ns)
-        beside_ns = cost.ns * cost.slowdown + added_ns * self._rule.beside_copy_factor
-        return replace(cost, ns=ns, slowdown=max(1.0, beside_ns / ns))
+        added = self.attention_in(step)[self.attention.kind_of[layer]]
+        if not added.ns:
+            return cost
+        ns = cost.ns + added.ns
+        return replace(cost, ns=ns, slowdown=max(1.0, (cost.ns * cost.slowdown + added.beside_copy_ns) / ns))
+
+    def attention_in(self, step: int) -> list[Added]:
+        """Returns what attention adds in a step, by kind of layer, and names how that is estimated."""
+        found = self.attention.by_kind(step)
+        for added, layer in zip(found, self.attention.firsts, strict=True):
+            if added.ns and (words := self.attention.words(layer)):
+                self.estimates["attention over the context"] = words
+        return found
 
     def _dense_part(self, layer: int, tokens: int) -> KernelCost:
         """Returns the dense part of one layer over so many tokens, without what attention adds with the context."""

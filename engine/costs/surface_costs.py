@@ -132,26 +132,57 @@ class SurfaceCosts:
         table = self._small.get((what, dtype)) or self._small.get((what, self._stand_in.dtype))
         return 0.0 if table is None else table.small_ns(elements)
 
-    def attention_ns(self, sequences: int, kv_heads: int, head_dim: int, positions: int, window: int = 0) -> float:
-        """Returns what attention of one new token of each sequence takes in a layer; `window` 0 is all positions.
+    @property
+    def flops_per_ns(self) -> float:
+        """Operations a ns of the quickest product."""
+        return self._stand_in.most_flops_per_ns
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether attention of decoding was measured."""
+        return bool(self._surface.attention)
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether attention of prompts was measured."""
+        return bool(self._surface.prompts)
+
+    def attention_ns(self, sequences: int, kv_heads: int, head_dim: float, positions: float) -> float:
+        """Returns what attention of one new token of each sequence takes in a layer.
 
         Raises LookupError if the surface has no attention.
         """
         table: AttentionTable = _only(self._surface.attention)
-        seen = min(positions, window) if window else positions
-        return table.attention_ns(sequences * kv_heads, head_dim, max(1, seen))
+        return table.attention_ns(sequences * kv_heads, head_dim, max(1.0, positions))
 
-    def prompt_ns(self, heads: int, head_dim: int, tokens: int, window: int = 0) -> float:
-        """Returns what causal attention over a prompt takes in a layer; with a window it grows linearly beyond it.
+    def cached_ns(self, sequences: int, kv_heads: int, key_bytes: int, keys: float) -> float:
+        """Returns what it takes to attend to so many keys of each sequence that take `key_bytes`, with their values.
+
+        Heads of another width, dtype or kind cost what heads of as many bytes cost.
+        """
+        table: AttentionTable = _only(self._surface.attention)
+        head_dim = key_bytes * 8 / (2 * kv_heads * float(bits_of(table.dtype)))
+        return self.attention_ns(sequences, kv_heads, head_dim, keys)
+
+    def prompt_ns(self, heads: int, head_dim: int, tokens: float) -> float:
+        """Returns what causal attention over a prompt takes in a layer.
 
         Raises LookupError if the surface has no attention of prompts.
         """
         table: PromptTable = _only(self._surface.prompts)
-        if not window or tokens <= window:
-            return table.prompt_ns(heads, head_dim, tokens)
-        # A band of the triangle is left: window x (tokens - window / 2) of tokens^2 / 2.
-        share = window * (2 * tokens - window) / tokens**2
-        return max(table.prompt_ns(heads, head_dim, window), share * table.prompt_ns(heads, head_dim, tokens))
+        return table.prompt_ns(heads, head_dim, max(1.0, tokens))
+
+    def longer_beside_copy_ns(self, read_bytes: float) -> float:
+        """Returns how much longer kernels take beside a copy that read so many bytes."""
+        return self._surface.beside_copy_ns_per_mib * read_bytes / _MIB
+
+    def attention_described(self) -> str:
+        """Returns what an estimate of attention is made of, in words."""
+        of = "" if self._surface.device is None else f", of {self._surface.device} and not this machine"
+        return (
+            f"interpolated on the surface of single kernels ({self._surface.source}{of}): heads as those of as many "
+            f"bytes of cache, a prompt as a whole one of as many pairs of positions"
+        )
 
     def constant_ns(self, kernels: Kernels) -> float:
         """Returns what a group takes whose products read next to nothing."""

@@ -28,7 +28,8 @@ class Op(IntEnum):
     JOIN = 4
     #: The register stands for the last kernel that serves the step.
     OUTPUT = 5
-    #: Launch a group of kernels on the compute stream: `kind`, at `layer`, over `tokens`.
+    #: Launch a group of kernels on the compute stream: `kind`, at `layer`, over `tokens`; of a dense part, in step
+    #: `extra`.
     LAUNCH = 6
     #: One expert over `tokens` tokens is part of the grouped kernel that is launched next.
     MEMBER = 7

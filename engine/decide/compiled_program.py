@@ -85,7 +85,7 @@ def begin_layer(t: Tables, g: Word, q: Word, step: Word, layer: Word) -> None:
     add(rows, _VISIT, gpu, -1, -1, -1, -1, -1, -1, -1, -1, int(layer == 0))
     if layer == 0 and d[g + D_RECEIVES] >= 0 and d[d[g + D_RECEIVES] + step] >= 0:
         add(rows, _RECEIVE, gpu, DENSE, -1, -1, -1, -1, -1, -1, -1, d[d[g + D_RECEIVES] + step])
-    order_dense(settings, layer, tokens, d[q + Q_PHASE], d[g + D_RESULTS], rows)
+    order_dense(settings, layer, tokens, step, d[q + Q_PHASE], d[g + D_RESULTS], rows)
     d[g + D_RESULTS] = 0
     if settings[READS_BACK]:
         order_readback(settings, layer, tokens, rows)

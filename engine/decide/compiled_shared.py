@@ -102,7 +102,7 @@ def begin_layer_of_all(t: Tables, h: Word, lives: Word, q: Word, layer: Word) ->
             if d[h + H_BACK]:
                 receive(t, gpu, DENSE)
             settings = d[d[g + D_SETTINGS] : d[g + D_SETTINGS] + _SETTINGS]
-            order_dense(settings, layer, d[lives + gpu], d[q + Q_PHASE], d[g + D_RESULTS], rows)
+            order_dense(settings, layer, d[lives + gpu], d[h + H_STEP], d[q + Q_PHASE], d[g + D_RESULTS], rows)
             d[g + D_RESULTS] = 0
     choices = count * FIXED_REGISTERS
     first = True

@@ -171,9 +171,9 @@ class Gpu:
         """Returns the number of a register that every GPU has."""
         return int(self.settings[FIRST_REGISTER]) + name
 
-    def dense(self, rows: Rows, layer: int, tokens: int, phase: int) -> None:
-        """Order a layer's dense part."""
-        order_dense(self.settings, layer, tokens, phase, self.results, rows.room_for(_SOME_ROWS))
+    def dense(self, rows: Rows, layer: int, tokens: int, step: int, phase: int) -> None:
+        """Order a layer's dense part in a step."""
+        order_dense(self.settings, layer, tokens, step, phase, self.results, rows.room_for(_SOME_ROWS))
         self.results = False
 
     def read_back(self, rows: Rows, layer: int, tokens: int) -> None:
@@ -238,7 +238,7 @@ class Stage:
             rows.add(Op.VISIT, gpu.number, extra=int(layer == 0))
             if self.receives is not None and layer == 0 and self.receives[step] >= 0:
                 rows.add(Op.RECEIVE, gpu.number, kind=DENSE, extra=self.receives[step])
-            gpu.dense(rows, layer, tokens, phase)
+            gpu.dense(rows, layer, tokens, step, phase)
             if gpu.reads_back:
                 gpu.read_back(rows, layer, tokens)
                 rows.add(Op.NOTICE, gpu.number, register=gpu.register(CHOICE))
@@ -302,13 +302,13 @@ class SharedLayers:
 
     def program(self, steps: Sequence[Step], homes: Sequence[Array]) -> Program:
         """Yields the program; `homes` (steps,) are the GPUs of each step's tokens."""
-        for step, home in zip(steps, homes, strict=True):
-            yield self._step(step, np.bincount(home, minlength=len(self._gpus)).tolist())
+        for number, (step, home) in enumerate(zip(steps, homes, strict=True)):
+            yield self._step(number, step, np.bincount(home, minlength=len(self._gpus)).tolist())
 
-    def _step(self, step: Step, tokens: list[int]) -> Iterator[Array]:
+    def _step(self, number: int, step: Step, tokens: list[int]) -> Iterator[Array]:
         rows, phase = self._rows, step.phase
         for layer in range(self._layers):
-            self._dense(layer, tokens, phase)
+            self._dense(layer, tokens, number, phase)
             self._choose(layer, tokens)
             rows.add(Op.CATCH_UP, 0, extra=1)
             yield rows.portion()
@@ -347,13 +347,13 @@ class SharedLayers:
         if self._back:
             self._rows.add(Op.RECEIVE, gpu.number, kind=kind, register=gpu.register(TOKENS))
 
-    def _dense(self, layer: int, tokens: list[int], phase: int) -> None:
+    def _dense(self, layer: int, tokens: list[int], step: int, phase: int) -> None:
         """Order the dense part of each GPU's tokens; a thread that waits for no other reads its choice back at once."""
         for gpu, count in zip(self._each(), tokens, strict=True):
             self._rows.add(Op.VISIT, gpu.number, extra=0)
             if count:
                 self._receive(gpu, DENSE)
-                gpu.dense(self._rows, layer, count, phase)
+                gpu.dense(self._rows, layer, count, step, phase)
                 if self.apart:
                     gpu.read_back(self._rows, layer, count)
 

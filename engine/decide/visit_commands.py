@@ -114,12 +114,14 @@ def wait(rows: Table, gpu: Word, register: Word, calls: Word) -> None:
 
 
 @_compiled
-def order_dense(settings: Words, layer: Word, tokens: Word, phase: Word, results: Word, rows: Table) -> None:
-    """Launch the dense part of a layer over `tokens` tokens, behind the CPU's `results`, if there are any."""
+def order_dense(
+    settings: Words, layer: Word, tokens: Word, step: Word, phase: Word, results: Word, rows: Table
+) -> None:
+    """Launch the dense part of a layer over a step's `tokens` tokens, behind the CPU's `results`, if there are any."""
     gpu, first = settings[GPU], settings[FIRST_REGISTER]
     if results:
         wait(rows, gpu, first + RESULTS, 1)
-    add(rows, LAUNCH, gpu, DENSE, COMPUTE, layer, tokens, -1, -1, first + CHOICE, phase, -1)
+    add(rows, LAUNCH, gpu, DENSE, COMPUTE, layer, tokens, -1, -1, first + CHOICE, phase, step)
     add(rows, TOUCH, gpu, -1, -1, -1, -1, -1, -1, first + OUTPUT, -1, -1)
 
 

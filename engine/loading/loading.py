@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from ...workloads.fitted import FittedRouting
 from ...workloads.guesses import Guesses
 from ...workloads.importers import open_trace, trace_file
 from ...workloads.model import Model, load_model
+from ...workloads.popularity import popular_trace
 from ...workloads.synthetic import synthesize
 from ...workloads.trace import RoutingTrace
 from ..costs.costs import Costs, part_costs, pieces_of
@@ -33,6 +35,7 @@ from ..scenario.amounts import ScenarioError, parse_bytes
 from ..scenario.inputs import Inputs
 from ..scenario.predicting import FREE, guesses_of, predictor_cost
 from ..scenario.scenario import Scenario
+from ..scenario.sections import DRAWN_BY
 from .capacity import cached_bytes, check, fixed_parts, gib
 from .deciders import make_host_memory, make_manager, make_prefetch
 from .duration import check_duration
@@ -264,6 +267,8 @@ def _trace_key(scenario: Scenario, model: Model) -> Hashable:
             state = None if path is None else file_state(path)
     elif synthetic is not None and synthetic.fit is not None:
         state = file_state(synthetic.fit)
+    elif synthetic is not None and synthetic.popularity is not None:
+        state = (file_state(synthetic.popularity), model.layers, model.experts, model.top_k)
     else:
         state = (model.layers, model.experts, model.top_k)
     made = (synthetic and synthetic.model_dump_json(), scenario.seed if synthetic else None)
@@ -289,7 +294,10 @@ def _make_trace(scenario: Scenario, model: Model) -> RoutingTrace:
             prefill_tokens=synthetic.prefill_tokens,
             seed=scenario.seed,
         )
-    options = synthetic.model_dump(exclude={"fit", "tokens", "working_set"})
+    if synthetic.popularity is not None:
+        shape = (synthetic.tokens, synthetic.sequences, synthetic.prefill_tokens)
+        return popular_trace(Path(synthetic.popularity), model, *shape, scenario.seed)
+    options = synthetic.model_dump(exclude={*DRAWN_BY, "tokens", "working_set"})
     try:
         return synthesize(
             synthetic.tokens,

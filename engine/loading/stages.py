@@ -16,6 +16,7 @@ from ...workloads.batches import Step
 from ...workloads.guesses import Guesses
 from ...workloads.model import Model
 from ...workloads.trace import RoutingTrace
+from ...workloads.trace_checks import POPULARITY
 from ..costs.costs import Costs
 from ..decide.dispatch import step_accesses
 from ..policies.split import Layers, divide
@@ -80,10 +81,10 @@ def with_profile(inputs: Inputs, profile: Profile, *, timed: bool = False) -> In
 def compute_ns(costs: Costs, model: Model, trace: RoutingTrace, steps: Sequence[Step]) -> list[int]:
     """Returns the kernels' time of each layer over some steps, in ns (layers,); the head's is with the last layer."""
     total = [0] * model.layers
-    for step in steps:
+    for number, step in enumerate(steps):
         tokens = len(step.rows)
         for layer, accesses in enumerate(step_accesses(trace, step)):
-            total[layer] += costs.dense(layer, tokens, step.phase).ns
+            total[layer] += costs.attending(costs.dense(layer, tokens, step.phase), layer, number).ns
             total[layer] += sum(costs.expert(layer, count, step.phase).ns for count in accesses.tokens)
         total[-1] += costs.head(step.sampled).ns
     return total
@@ -110,6 +111,7 @@ def stage_model(model: Model, first: int, count: int) -> Model:
         head_bytes=model.head_bytes if last == model.layers else 0,
         kv_bytes_per_token=kept_bytes,
         caches=caches,
+        attention=model.attention[first:last],
         parameters=None,
         active_parameters=None,
         embedding_bytes=model.embedding_bytes if first == 0 else 0,
@@ -125,6 +127,7 @@ def stage_trace(trace: RoutingTrace, first: int, count: int) -> RoutingTrace:
         return None if array is None else array[:, here]
 
     extra = {name: value[:, here] for name, value in trace.extra.items() if name == "residency"}
+    extra |= {name: value[here] for name, value in trace.extra.items() if name == POPULARITY}
     return replace(
         trace,
         experts=trace.experts[:, here],

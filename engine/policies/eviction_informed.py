@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import InputError
+from ...workloads.trace_checks import POPULARITY
 from .eviction_base import NO_SETTING, Eviction, Ranking, Setting, add_decayed
 
 
@@ -56,12 +57,12 @@ def popularity(setting: Setting) -> list[float]:
     """Returns the popularity of every expert of the model: given by the trace, or learned in a part of the steps."""
     trace = setting.known_trace()
     popular: list[float]
-    if "popularity" not in trace.extra:
+    if POPULARITY not in trace.extra:
         learned = setting.steps[: -(-len(setting.steps) // LEARNED_PART)]
         used, _ = _accesses(replace(setting, steps=learned))
         popular = np.bincount(used, minlength=trace.layers * trace.num_experts).tolist()
         return popular
-    given = np.asarray(trace.extra["popularity"], dtype=float)
+    given = np.asarray(trace.extra[POPULARITY], dtype=float)
     if given.shape != (trace.layers, trace.num_experts) or np.isnan(given).any():
         raise InputError(
             f"trace array popularity {given.shape}: must be numbers (layers, experts) = "

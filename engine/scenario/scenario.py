@@ -34,6 +34,7 @@ from .rows import find_row
 from .runtimes import RuntimeSection, refused_by, with_defaults
 from .section import Section
 from .sections import (
+    DRAWN_BY,
     FIT_REPLACES,
     DispatchSection,
     MachineSection,
@@ -197,7 +198,8 @@ def _read(name: str | Path | None, source: str) -> dict[str, Any]:
         if isinstance(runtime, dict) and str(runtime.get("name")).endswith((".toml", ".json")):
             _find_beside(folder, runtime, "name")
         _find_beside(folder, workload, "trace")
-        _find_beside(folder, workload.get("synthetic") if isinstance(workload, dict) else None, "fit")
+        for key in DRAWN_BY:
+            _find_beside(folder, workload.get("synthetic") if isinstance(workload, dict) else None, key)
         _find_beside(folder, data.get("predictor"), "weights")
         requests = data.get("requests")
         _find_beside(folder, requests, "trace")
@@ -297,8 +299,8 @@ def _drop_replaced(data: dict[str, Any], parts: list[str], value: Any) -> None:
         elif parts[1:2] == ["synthetic"]:
             workload.pop("trace", None)
         synthetic = workload.get("synthetic")
-        if parts[1:] == ["synthetic", "fit"] and isinstance(synthetic, dict):
-            for key in FIT_REPLACES:
+        if parts[1:2] == ["synthetic"] and parts[-1] in DRAWN_BY and isinstance(synthetic, dict):
+            for key in {*FIT_REPLACES, *DRAWN_BY} - {parts[-1]}:
                 synthetic.pop(key, None)
     if parts == ["predictor", "name"] and value != "learned" and isinstance(predictor, dict):
         predictor.pop("weights", None)

@@ -50,7 +50,8 @@ DISPATCH_THREADS = ("per-gpu", "one")
 MOST_CONTEXT = 1 << 24
 #: More GPUs than one machine has, stages of them, or parts of a batch between them.
 MOST_GPUS = 1024
-#: Keys of [workload.synthetic] that a fit takes the place of.
+#: Keys of [workload.synthetic] that name a file to draw by, and those that either takes the place of.
+DRAWN_BY = ("fit", "popularity")
 FIT_REPLACES = ("skew", "working_set", "reuse")
 
 
@@ -99,10 +100,12 @@ class MachineSection(Section):
 class SyntheticSection(Section):
     """A trace drawn by the synthetic generator, in the shape of the model, or by what was fitted to a real one.
 
-    `fit` is a file that `prestage trace fit` wrote; it takes the place of skew, working_set and reuse.
+    `fit` is a file that `prestage trace fit` wrote, `popularity` one of how often each expert of a layer was chosen
+    (CSV or JSON), which places experts, too; either takes the place of skew, working_set and reuse.
     """
 
     fit: str | None = None
+    popularity: str | None = None
     tokens: int = Field(default=500, ge=1)
     skew: float = Field(default=0.5, ge=0)
     working_set: int | None = Field(default=None, ge=1)
@@ -113,8 +116,12 @@ class SyntheticSection(Section):
     @model_validator(mode="after")
     def _fit_stands_alone(self) -> SyntheticSection:
         without_meaning = set(FIT_REPLACES) & self.model_fields_set
-        if self.fit is not None and without_meaning:
-            raise InputError(f"{', '.join(sorted(without_meaning))}: no meaning with fit, which says it: leave out")
+        drawn_by = [key for key in DRAWN_BY if getattr(self, key) is not None]
+        if len(drawn_by) > 1:
+            raise InputError("popularity: no meaning with fit, which says it: leave one of them out")
+        if drawn_by and without_meaning:
+            keys = ", ".join(sorted(without_meaning))
+            raise InputError(f"{keys}: no meaning with {drawn_by[0]}, which says it: leave out")
         return self
 
 

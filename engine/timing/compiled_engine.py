@@ -17,17 +17,24 @@ from .compiled_layout import RECORDED, Driven, Layout, Machine
 from .compiled_peers import settle_arrivals
 from .compiled_prices import ROW_WORDS
 from .memory import (
+    ADDED_WORDS,
+    AN_BESIDE,
+    AN_NS,
     ARRIVAL_WORDS,
     ARRIVALS,
     ASKED,
     ASKED_FOR,
+    AT_KINDS,
+    AT_STEP,
     DONE,
     DROPPED,
     DROPPED_WORDS,
     G_ASSIGNED,
+    G_ATTENTION,
     G_BUDGET,
     G_EXCHANGE_NS,
     G_NOW,
+    G_NUMBER,
     K_SLOWDOWN,
     KERNEL_TOKENS,
     KERNEL_WORDS,
@@ -184,12 +191,26 @@ class CompiledEngine:
         words, floats = self._memory.words, self._memory.floats
         shape, tokens = int(words[ASKED]), int(words[ASKED_FOR])
         if shape < 0:
-            self._layout.draw(-shape, tokens)
+            if tokens < 0:
+                self._attend(-shape, -1 - tokens)
+            else:
+                self._layout.draw(-shape, tokens)
             return
         cost = self._layout.prices[shape](tokens)
         at = int(words[KERNELS] + (shape * words[KERNEL_TOKENS] + tokens) * KERNEL_WORDS)
         words[at : at + K_SLOWDOWN] = (1, cost.ns, cost.launches, cost.host_ns, cost.issue_ns)
         floats[at + K_SLOWDOWN] = cost.slowdown
+
+    def _attend(self, gpu: int, step: int) -> None:
+        """Put down what attention adds to the dense parts of a GPU, by its address, in a step."""
+        words, floats = self._memory.words, self._memory.floats
+        costs = self._machine.gpus[int(words[gpu + G_NUMBER])].lanes.costs
+        at = int(words[gpu + G_ATTENTION])
+        words[at + AT_STEP] = step
+        first = at + AT_KINDS + len(costs.attention.kind_of)
+        for kind, added in enumerate(costs.attention_in(step)):
+            words[first + kind * ADDED_WORDS + AN_NS] = added.ns
+            floats[first + kind * ADDED_WORDS + AN_BESIDE] = added.beside_copy_ns
 
     def _find_rates(self) -> None:
         """Work out, exactly, how transfers that run at once share the links, and keep it."""

@@ -5,7 +5,20 @@ from __future__ import annotations
 from ...resources.timeline import DECOMPRESS, DENSE, EXPERT, HEAD, LAUNCH, PREDICT
 from ..decide.commands import COMPUTE, SIDE
 from .compiled_lanes import record_span
-from .compiled_prices import C_COPY, C_EXPERT, C_KIND, C_LANE, C_REGISTER, C_TOKENS, factor_of, gpu_of, price_of, times
+from .compiled_prices import (
+    C_COPY,
+    C_EXPERT,
+    C_KIND,
+    C_LANE,
+    C_LAYER,
+    C_REGISTER,
+    C_TOKENS,
+    attention_of,
+    factor_of,
+    gpu_of,
+    price_of,
+    times,
+)
 from .compiled_queue import submit
 from .compiled_work import (
     Real,
@@ -23,6 +36,10 @@ from .compiled_work import (
 )
 from .memory import (
     A_THREAD,
+    ADDED_WORDS,
+    AN_BESIDE,
+    AN_NS,
+    AT_KINDS,
     F_DENSE,
     F_EXPERT,
     F_HEAD,
@@ -41,6 +58,7 @@ from .memory import (
     G_LAST,
     G_LAST_KERNEL,
     G_LAUNCHED,
+    G_LAYERS,
     G_MEMBER_HOST,
     G_MEMBER_LAUNCHES,
     G_MEMBER_NS,
@@ -220,6 +238,15 @@ def launch(m: Words, f: Reals, thread: Word, row: Word) -> Word:
     if price >= 0:
         ns, launches, host, issue = m[price + K_NS], m[price + K_LAUNCHES], m[price + K_HOST], m[price + K_ISSUE]
         slowdown = f[price + K_SLOWDOWN]
+        attention = attention_of(m, row)
+        if attention >= 0:
+            kind_of = m[attention + AT_KINDS + m[row + C_LAYER]]
+            added = attention + AT_KINDS + m[gpu + G_LAYERS] + kind_of * ADDED_WORDS
+            longer = ns + m[added + AN_NS]
+            if longer > ns:
+                slowdown = max(1.0, (ns * slowdown + f[added + AN_BESIDE]) / longer)
+                issue += issue_after(longer, launches, host) - issue_after(ns, launches, host)
+                ns = longer
     else:
         saved = (m[gpu + G_MEMBERS] - 1) * m[gpu + G_GROUPED_CONSTANT]
         ns = max(m[gpu + G_MEMBER_NS] - saved, m[gpu + G_MOST_NS])

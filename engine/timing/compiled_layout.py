@@ -362,7 +362,10 @@ class Layout:
                     self.prices.append(price)
                 shapes[phase, what, layer] = known[key]
         table = self.memory.put(shapes.ravel().tolist())
-        self._set(at, {w.G_SHAPES: table, w.G_KINDS: kinds, w.G_LAYERS: layers})
+        attention, added = lanes.costs.attention, -1
+        if attention.counts:
+            added = self.memory.put([-1, *attention.kind_of, *[0] * (w.ADDED_WORDS * len(attention.firsts))])
+        self._set(at, {w.G_SHAPES: table, w.G_KINDS: kinds, w.G_LAYERS: layers, w.G_ATTENTION: added})
 
     def _move(self, costs: Any, size_bytes: int, lane: Lane, slowdown: float, target: int) -> int:
         """Returns the address of what it takes to send so many bytes to another GPU."""

@@ -11,6 +11,7 @@ from .compiled_work import Real, Reals, Word, Words, compiled
 from .memory import (
     ASKED,
     ASKED_FOR,
+    AT_STEP,
     CPU_SHAPE,
     DENSE_SHAPE,
     EXPERT_SHAPE,
@@ -18,6 +19,7 @@ from .memory import (
     F_NEXT,
     FACTOR_WORDS,
     FROM_CPU_SHAPE,
+    G_ATTENTION,
     G_COPY_OF,
     G_EXPERTS,
     G_KINDS,
@@ -117,6 +119,14 @@ def way_of(m: Words, row: Word) -> Word:
 
 
 @compiled
+def attention_of(m: Words, row: Word) -> Word:
+    """Returns where it stands what attention adds to a dense part; -1 of other commands, and where it adds nothing."""
+    if m[row + C_OP] != O_LAUNCH or m[row + C_KIND] != DENSE:
+        return np.int64(-1)
+    return m[gpu_of(m, row) + G_ATTENTION]
+
+
+@compiled
 def factor_of(m: Words, f: Reals, gpu: Word, what: Word) -> Real:
     """Returns the factor of a GPU's next event that scatters so."""
     at = m[gpu + G_SCATTER] + what * FACTOR_WORDS
@@ -148,14 +158,19 @@ def knows_factors(m: Words, thread: Word) -> Word:
 def prepare(m: Words, thread: Word) -> Word:
     """Look up where the GPUs and prices of a portion's commands are; return what is asked for, or -1 if all is known.
 
-    That is a price, of a shape for so many tokens; or factors, so many, for the GPU whose address is less than 0; or a
-    place in a timeline of a lane between GPUs, which has one from its first use on.
+    That is a price, of a shape for so many tokens; or, if it is less than 0, for a GPU's address, so many factors, or
+    where these are less than 0, what attention adds in step -1 - that; or a place in a timeline of a lane between GPUs,
+    which has one from its first use on.
     """
     if not knows_factors(m, thread):
         return PRICE
     row = m[thread + T_ROWS]
     for _ in range(m[thread + T_COUNT]):
         m[row + C_PLACE] = m[m[GPUS] + 1 + m[row + C_GPU]]
+        attention = attention_of(m, row)
+        if attention >= 0 and m[attention + AT_STEP] != m[row + C_EXTRA]:
+            m[ASKED], m[ASKED_FOR] = -gpu_of(m, row), -1 - m[row + C_EXTRA]
+            return PRICE
         shape, tokens = shape_of(m, row), max(0, m[row + C_TOKENS])
         price: Word = -1
         if shape >= 0:

@@ -67,7 +67,7 @@ CROWD_BUSY, CROWD_LANES, CROWD_TIMES = range(3)
 
 #: A GPU: what the host's calls take there; its lanes; its place in the program; its launch queue; the kernel that is
 #: being grouped; tables of shapes, of copies, and of what goes to other GPUs; the GPU among compiled decisions;
-#: records.
+#: records; what attention adds (-1: nothing).
 (
     G_NUMBER, G_WAIT, G_READBACK_ENQUEUE, G_READBACK_LATENCY, G_READBACK, G_SYNCHRONIZE, G_SYNCHRONIZE_BESIDE, G_RESUME,
     G_COPY_RESUME, G_LAUNCH, G_COPY_LATENCY, G_TURN, G_TO_CPU, G_FROM_CPU,
@@ -78,8 +78,8 @@ CROWD_BUSY, CROWD_LANES, CROWD_TIMES = range(3)
     G_RING, G_MEMBERS, G_MEMBER_NS, G_MOST_NS, G_MEMBER_LAUNCHES, G_MEMBER_HOST, G_EXCHANGE_NS, G_ASSIGNED, G_BUDGET,
     G_SHAPES, G_LAYERS, G_COPY_OF, G_SENDS, G_PEERS, G_ARRIVALS, G_MEMBER_SLOWDOWN, G_COPY_SLOWDOWN,
     G_READBACK_SLOWDOWN, G_KINDS, G_PREDICT_LAUNCHES, G_PREDICT_HOST, G_PREDICT_ISSUE, G_IO_LANES, G_READS, G_PART,
-    G_SPANS, G_ACCESSES, G_DECISIONS, G_THREAD, G_SCATTER, GPU_WORDS,
-) = range(81)  # fmt: skip
+    G_SPANS, G_ACCESSES, G_DECISIONS, G_THREAD, G_SCATTER, G_ATTENTION, GPU_WORDS,
+) = range(82)  # fmt: skip
 
 #: A host thread: its number, its portion and place in it, where it says when it goes on, at which GPU it is, and the
 #: thread among compiled decisions, if they are; how many parts it waits for. One that carries out a part (see
@@ -100,6 +100,10 @@ K_KNOWN, K_NS, K_LAUNCHES, K_HOST, K_ISSUE, K_SLOWDOWN, KERNEL_WORDS = range(7)
 DENSE_SHAPE, HEAD_SHAPE, EXPERT_SHAPE, LOW_SHAPE, UNPACK_SHAPE, CPU_SHAPE, TO_CPU_SHAPE, FROM_CPU_SHAPE, SIZED_SHAPE = (
     range(9)
 )
+#: What attention adds to dense parts: the step that it is known for (-1: none), then the kind of each layer, then for
+#: each kind how many ns, and how many beside a copy.
+AT_STEP, AT_KINDS = range(2)
+AN_NS, AN_BESIDE, ADDED_WORDS = range(3)
 #: What a copy takes, or a piece of it where a queue by rank has them; the transfer is what it moves over shared links.
 P_QUEUED, P_ALONE, P_PIECES, P_HOST, P_TRANSFER, P_CLASS, COPY_WORDS = range(7)
 #: What a read takes, by layer: a request, and the host's call.

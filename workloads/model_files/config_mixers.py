@@ -100,8 +100,9 @@ def multi_latent(config: Config) -> Mixers:
 
 def indexed_latent(config: Config) -> Mixers:
     """Returns latent attention with an indexer of the tokens that it looks at."""
+    chosen = {"index_top_k": config.count("index_topk", default=0, least=0)}
     more = {"index_heads": config.count("index_n_heads"), "index_dim": config.count("index_head_dim")}
-    tables = {"attention": latent(config, **more), "shared_index": latent(config)}
+    tables = {"attention": latent(config, **more, **chosen), "shared_index": latent(config, **chosen)}
     kinds = config.of_blocks("indexer_types")
     shared = kinds is not None
     return used(
@@ -136,7 +137,11 @@ def delta_hybrid(config: Config) -> Mixers:
     gate = "channel" if config.flag("attn_output_gate", default=True) else "none"
     full = attention(config, qk_norm="head", gate=gate, bias=config.flag("attention_bias"))
     if config.get("indexer_n_heads") is not None:
-        full |= {"index_heads": config.count("indexer_n_heads"), "index_dim": config.count("indexer_head_dim")}
+        full |= {
+            "index_heads": config.count("indexer_n_heads"),
+            "index_dim": config.count("indexer_head_dim"),
+            "index_top_k": config.count("indexer_topk", default=0, least=0),
+        }
     kinds = config.of_blocks("layer_types")
     every = 1 if kinds else config.count("full_attention_interval", default=4)
     linears = (
@@ -278,7 +283,12 @@ def minimax_sparse(config: Config) -> Mixers:
     """Returns MiniMax-M3's attention, in most blocks with an indexer of blocks of tokens."""
     full = attention(config, qk_norm="head")
     sparse = config.section("sparse_attention_config")
-    index = {"index_heads": sparse.count("sparse_num_index_heads"), "index_dim": sparse.count("sparse_index_dim")}
+    index = {
+        "index_heads": sparse.count("sparse_num_index_heads"),
+        "index_dim": sparse.count("sparse_index_dim"),
+        "index_top_k": sparse.count("sparse_topk_blocks", default=0, least=0)
+        * sparse.count("sparse_block_size", default=1),
+    }
     pattern = sparse.entries("sparse_attention_freq") or [1] * config.blocks
     of_block = ["indexed" if each else "attention" for each in pattern[: config.blocks]]
     return used({"attention": full, "indexed": full | index}, of_block)
@@ -296,7 +306,11 @@ def compressed(config: Config) -> Mixers:
         "window": config.count("sliding_window"),
         "streams": config.count("hc_mult"),
     }
-    index = {"index_heads": config.count("index_n_heads"), "index_dim": config.count("index_head_dim")}
+    index = {
+        "index_heads": config.count("index_n_heads"),
+        "index_dim": config.count("index_head_dim"),
+        "index_top_k": config.count("index_topk", default=0, least=0),
+    }
     ratios = config.of_blocks("compress_ratios")
     if ratios is None or any(type(ratio) is not int or ratio < 0 for ratio in ratios):
         raise ModelError(f"{config.where}: compress_ratios = {shown(ratios)}: must be a list of integers of at least 0")

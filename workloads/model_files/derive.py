@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from ..model import Cached, Model
-from .mixers import AnyMixer, Kept
-from .shapes import Dtypes, Shapes, Stack
+from ..model import Attending, Cached, Model
+from .mixers import Attends, Kept
+from .shapes import Dtypes, Shapes
 from .weights import Weights, bytes_of
 
 
 class _Part(NamedTuple):
-    """The dense part of one MoE layer, or the end of the model: its weights, and what its blocks keep."""
+    """The dense part of one MoE layer, or the end of the model: its weights, what its blocks keep and attend to."""
 
     weights: Weights
     kept: tuple[Kept, ...]
+    attends: tuple[Attends, ...]
 
 
 def derive(shapes: Shapes, layers: int) -> Model:
@@ -52,6 +53,7 @@ def derive(shapes: Shapes, layers: int) -> Model:
         active_parameters=resident + layers * moe.top_k * expert.total + table.total,
         caches=_caches(kept, dtypes) if _differs(shapes) else (),
         host_table_bytes=shapes.host_table_bytes,
+        attention=_attention(kept, dtypes),
     )
 
 
@@ -68,23 +70,21 @@ def _parts(shapes: Shapes) -> list[_Part]:
         "none": Weights(),
     }
     parts: list[_Part] = []
-    weights, kept = Weights(), list[Kept]()
+    weights, kept, attends = Weights(), list[Kept](), list[Attends]()
     for stack in shapes.stacks:
         for name, part in zip(stack.mixer_of_block, stack.feed_forward_of_block, strict=True):
             mixer = shapes.mixer(name)
             if mixer is not None:
                 weights = weights.plus(mixer.weights(hidden).plus(norm), stack.attentions)
-                kept += _kept(mixer, stack)
+                times = stack.attentions if stack.caches is None else stack.caches
+                kept += list(mixer.kept) * times
+                attends += list(mixer.attends) * times
             weights = weights.plus(feed_forward[part]).plus(streams, 2)
             if part == "moe":
-                parts.append(_Part(weights, tuple(kept)))
-                weights, kept = Weights(), []
+                parts.append(_Part(weights, tuple(kept), tuple(attends)))
+                weights, kept, attends = Weights(), [], []
         weights = weights.plus(mixed if shapes.streams else norm)
-    return [*parts, _Part(weights, tuple(kept))]
-
-
-def _kept(mixer: AnyMixer, stack: Stack) -> list[Kept]:
-    return list(mixer.kept) * (stack.attentions if stack.caches is None else stack.caches)
+    return [*parts, _Part(weights, tuple(kept), tuple(attends))]
 
 
 def _differs(shapes: Shapes) -> bool:
@@ -106,3 +106,14 @@ def _caches(parts: Iterable[_Part], dtypes: Dtypes) -> tuple[tuple[Cached, ...],
         found = [Cached(bytes_of(count, dtypes.of_kv), window) for window, count in sorted(values.items()) if count]
         caches.append((*found, Cached(state_bytes=state)) if state else tuple(found))
     return tuple(caches)
+
+
+def _attention(parts: Sequence[_Part], dtypes: Dtypes) -> tuple[tuple[Attending, ...], ...]:
+    """Returns what each layer attends to, the end of the model with the last one."""
+    *layers, tail = [tuple(_attending(each, dtypes) for each in part.attends) for part in parts]
+    return (*layers[:-1], layers[-1] + tail)
+
+
+def _attending(attends: Attends, dtypes: Dtypes) -> Attending:
+    heads, kv_heads, head_dim, values, *more = attends
+    return Attending(heads, kv_heads, head_dim, bytes_of(values, dtypes.of_kv), *more)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from ...dtypes import dtype_of
 from ...errors import InputError
 from ...words import shown
-from ..model import Cached, Model, ModelError
+from ..model import Attending, Cached, Model, ModelError
 from .gguf import Header, Tensor, read_header
 
 _BLOCK = re.compile(r"blk\.(?P<block>\d+)\.(?P<name>.+)")
@@ -73,6 +73,7 @@ def read_gguf(path: Path) -> Model:
         active_parameters=active - (0 if tied else blocks.weights("token_embd.weight")),
         caches=caches,
         host_table_bytes=blocks.table_bytes,
+        attention=tuple(_attending(facts, group) for group in [*layers[:-1], layers[-1] + tail]),
     )
 
 
@@ -228,16 +229,35 @@ def _cached(facts: _Facts, group: Iterable[_Block]) -> tuple[Cached, ...]:
     return (*kept, Cached(state_bytes=_STATE_BYTES * state)) if state else tuple(kept)
 
 
+def _attending(facts: _Facts, group: Iterable[_Block]) -> tuple[Attending, ...]:
+    """Returns what some blocks attend to; in full, where a sparse attention's indexer is not described."""
+    found = []
+    for block in group:
+        if block.attends and not block.recurrent:
+            heads, window = facts.count("attention.head_count", block=block.number), _window(facts, block.number)
+            key, value = _widths(facts, block.number)
+            values, width = _values(facts, block.number), -(-(key + value) // 2)
+            rank = facts.get("attention.kv_lora_rank")
+            kv_heads = 1 if rank is not None else max(1, values // max(1, key + value))
+            latent = 0 if rank is None else -(-(values + facts.count("attention.kv_lora_rank")) // 2)
+            found.append(Attending(heads, kv_heads, width, _KV_BYTES * values, window, latent_dim=latent))
+    return tuple(found)
+
+
 def _values(facts: _Facts, block: int) -> int:
     """Returns the values that one token adds to a block's cache."""
     if facts.get("attention.kv_lora_rank") is not None:
         return facts.count("attention.kv_lora_rank") + facts.count("rope.dimension_count", 0)
     heads = facts.count("attention.head_count", block=block)
-    usual = facts.count("embedding_length") // max(1, heads)
-    kind = "_swa" if _window(facts, block) else ""
+    return facts.count("attention.head_count_kv", heads, block) * sum(_widths(facts, block))
+
+
+def _widths(facts: _Facts, block: int) -> tuple[int, int]:
+    """Returns the widths of a key and of a value of a block's heads; where keys are compressed, as they are made."""
+    usual = facts.count("embedding_length") // max(1, facts.count("attention.head_count", block=block))
+    kind = "_mla" if facts.get("attention.key_length_mla") is not None else "_swa" if _window(facts, block) else ""
     key = facts.count(f"attention.key_length{kind}", facts.count("attention.key_length", usual))
-    value = facts.count(f"attention.value_length{kind}", facts.count("attention.value_length", usual))
-    return facts.count("attention.head_count_kv", heads, block) * (key + value)
+    return key, facts.count(f"attention.value_length{kind}", facts.count("attention.value_length", usual))
 
 
 def _window(facts: _Facts, block: int) -> int:

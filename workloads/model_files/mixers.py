@@ -33,13 +33,43 @@ class Kept(NamedTuple):
     state_values: int = 0
 
 
-class GroupedQuery(Table):
+class Attends(NamedTuple):
+    """What an attention looks at for one row: query heads over cached keys (see `workloads.model.Attending`).
+
+    `values_per_key` are read of the cache for each key, in `kv_heads` equal parts.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    values_per_key: int
+    most: int = 0
+    ratio: int = 1
+    latent_dim: int = 0
+
+
+def _indexer(heads: int, dim: int, ratio: int = 1) -> tuple[Attends, ...]:
+    """Returns what an indexer looks at: a key for each position (or so many), and no values."""
+    return (Attends(heads, 1, -(-dim // 2), dim, ratio=ratio),) if heads else ()
+
+
+class _Keeps(Table):
+    """A mixer that attends to nothing that grows."""
+
+    @property
+    def attends(self) -> tuple[Attends, ...]:
+        """What it looks at of the positions before a row."""
+        return ()
+
+
+class GroupedQuery(_Keeps):
     """Attention whose query heads share key and value heads (Ainslie et al. 2023, arXiv:2305.13245).
 
     `sinks`: one logit a query head. `qk_norm`: a norm of each head's queries and keys ("head"), or of all ("whole").
     `value_dim`: of a value head, left out as `head_dim`. `qkv_bias`: biases of queries, keys and values alone. `gate`:
     of the output, one number a head, or one a channel. `values = "keys"`: one projection gives both, cached twice.
-    `index_heads` of `index_dim` are an indexer's, which caches one key a token.
+    `index_heads` of `index_dim` are an indexer's, which caches one key a token; a row attends to the `index_top_k`
+    positions that it chooses (0: to all).
     """
 
     kind: Literal["gqa"]
@@ -56,6 +86,7 @@ class GroupedQuery(Table):
     window: CountOrNone = 0
     index_heads: CountOrNone = 0
     index_dim: CountOrNone = 0
+    index_top_k: CountOrNone = 0
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
@@ -68,6 +99,14 @@ class GroupedQuery(Table):
         """What it keeps of one sequence."""
         values = self.kv_heads * (self.head_dim + (self.value_dim or self.head_dim))
         return (Kept(values + (self.index_dim if self.index_heads else 0), self.window),)
+
+    @property
+    def attends(self) -> tuple[Attends, ...]:
+        """What it looks at of the positions before a row."""
+        width = self.head_dim + (self.value_dim or self.head_dim)
+        most = self.window or self.index_top_k
+        attention = Attends(self.heads, self.kv_heads, -(-width // 2), self.kv_heads * width, most)
+        return (attention, *_indexer(self.index_heads, self.index_dim))
 
     def weights(self, hidden: int) -> Weights:
         """Returns its weights in a model of this width."""
@@ -86,11 +125,12 @@ class GroupedQuery(Table):
         return Weights(hidden * projected, bias + sinks + norms)
 
 
-class Latent(Table):
+class Latent(_Keeps):
     """Multi-head latent attention, which caches one compressed vector (DeepSeek-V2, arXiv:2405.04434, section 2.1).
 
     `q_lora_rank` 0: the queries are projected directly. `index_heads` of `index_dim` are those of a sparse attention's
-    indexer, which reads the low-rank queries and caches one key a token (DeepSeek-V3.2, arXiv:2512.02556, section 2).
+    indexer, which reads the low-rank queries and caches one key a token; a row attends to the `index_top_k` positions
+    that it chooses, 0 to all (DeepSeek-V3.2, arXiv:2512.02556, section 2).
     """
 
     kind: Literal["mla"]
@@ -103,6 +143,7 @@ class Latent(Table):
     gate: Literal["none", "channel"] = "none"
     index_heads: CountOrNone = 0
     index_dim: CountOrNone = 0
+    index_top_k: CountOrNone = 0
 
     @model_validator(mode="after")
     def _indexes(self) -> Self:
@@ -114,6 +155,16 @@ class Latent(Table):
     def kept(self) -> tuple[Kept, ...]:
         """What it keeps of one sequence."""
         return (Kept(self.kv_lora_rank + self.qk_rope_head_dim + (self.index_dim if self.index_heads else 0)),)
+
+    @property
+    def attends(self) -> tuple[Attends, ...]:
+        """What it looks at: of a prompt by heads of their own width, decoding by all heads in the compressed one."""
+        width = self.qk_nope_head_dim + self.qk_rope_head_dim + self.v_head_dim
+        cached = self.kv_lora_rank + self.qk_rope_head_dim
+        latent = Attends(
+            self.heads, 1, -(-width // 2), cached, self.index_top_k, latent_dim=-(-(cached + self.kv_lora_rank) // 2)
+        )
+        return (latent, *_indexer(self.index_heads, self.index_dim))
 
     def weights(self, hidden: int) -> Weights:
         """Returns its weights in a model of this width."""
@@ -130,11 +181,12 @@ class Latent(Table):
         return Weights(q + kv_a + kv_b + output + index, rank + self.kv_lora_rank + norm)
 
 
-class Compressed(Table):
+class Compressed(_Keeps):
     """DeepSeek-V4's attention: over a window, and over keys compressed by `ratio` (0: the window alone).
 
     Keys are values too. Queries and outputs have low ranks, the outputs' by `o_groups`; `index_heads` are an indexer's
-    over compressed keys, which overlap then; `streams` residual streams are mixed before and behind the block's parts.
+    over compressed keys, which overlap then, `index_top_k` of them chosen (0: all); `streams` residual streams are
+    mixed before and behind the block's parts.
     """
 
     kind: Literal["compressed"]
@@ -148,6 +200,7 @@ class Compressed(Table):
     streams: Count
     index_heads: CountOrNone = 0
     index_dim: CountOrNone = 0
+    index_top_k: CountOrNone = 0
 
     @property
     def kept(self) -> tuple[Kept, ...]:
@@ -155,6 +208,16 @@ class Compressed(Table):
         window = Kept(self.head_dim, self.window)
         index = self.index_dim if self.index_heads else 0
         return (window, Kept(-(-(self.head_dim + index) // self.ratio))) if self.ratio else (window,)
+
+    @property
+    def attends(self) -> tuple[Attends, ...]:
+        """What it looks at of the positions before a row: its window, and compressed keys."""
+        window = Attends(self.heads, 1, self.head_dim, self.head_dim, self.window)
+        if not self.ratio:
+            return (window,)
+        most = self.index_top_k * self.ratio
+        compressed = Attends(self.heads, 1, self.head_dim, self.head_dim, most, self.ratio)
+        return (window, compressed, *_indexer(self.index_heads, self.index_dim, self.ratio))
 
     def weights(self, hidden: int) -> Weights:
         """Returns its weights in a model of this width."""
@@ -175,7 +238,7 @@ class Compressed(Table):
         return Weights(matrices, small + 2 * (mixed * self.streams * hidden + mixed + 3))
 
 
-class GatedDelta(Table):
+class GatedDelta(_Keeps):
     """A gated delta rule (Yang et al. 2024, arXiv:2412.06464), as Qwen3-Next has it; its state is a matrix a head."""
 
     kind: Literal["gated_delta"]
@@ -203,7 +266,7 @@ class GatedDelta(Table):
         return Weights(hidden * (projected + values), small)
 
 
-class KimiDelta(Table):
+class KimiDelta(_Keeps):
     """Kimi delta attention, a delta rule with a gate a channel (Kimi Linear, arXiv:2510.26692, section 3).
 
     The gates go through two matrices of rank `head_dim`, the output's through one with `output_gate` = "whole".
@@ -230,7 +293,7 @@ class KimiDelta(Table):
         return Weights(4 * hidden * inner + gates + hidden * self.heads, small)
 
 
-class Lightning(Table):
+class Lightning(_Keeps):
     """Lightning attention, linear attention with a decay and an output gate (MiniMax-01, arXiv:2501.08313)."""
 
     kind: Literal["lightning"]
@@ -248,7 +311,7 @@ class Lightning(Table):
         return Weights(5 * hidden * inner, inner)
 
 
-class Mamba(Table):
+class Mamba(_Keeps):
     """A selective state space (Gu and Dao 2023, arXiv:2312.00752); with `norms` of its step, input and output."""
 
     kind: Literal["mamba"]
@@ -270,7 +333,7 @@ class Mamba(Table):
         return Weights(matrices, small + (self.rank + 2 * self.state if self.norms else 0))
 
 
-class Mamba2(Table):
+class Mamba2(_Keeps):
     """A state space of heads (Dao and Gu 2024, arXiv:2405.21060), its inputs and outputs shared by groups."""
 
     kind: Literal["mamba2"]
@@ -300,7 +363,7 @@ class Mamba2(Table):
         return Weights(hidden * (projected + inner), small)
 
 
-class ShortConvolution(Table):
+class ShortConvolution(_Keeps):
     """A gated short convolution (LFM2, arXiv:2511.23404): two gates, the convolution, and the way out."""
 
     kind: Literal["short_convolution"]
@@ -317,7 +380,7 @@ class ShortConvolution(Table):
         return Weights(4 * hidden * hidden, hidden * (self.width + (5 if self.bias else 0)))
 
 
-class Stated(Table):
+class Stated(_Keeps):
     """Any other mixer, by its numbers: what it multiplies by, and what it keeps of a sequence."""
 
     kind: Literal["stated"]
@@ -331,6 +394,12 @@ class Stated(Table):
     def kept(self) -> tuple[Kept, ...]:
         """What it keeps of one sequence."""
         return (Kept(self.values_per_token, self.window, self.state_values),)
+
+    @property
+    def attends(self) -> tuple[Attends, ...]:
+        """What it reads of its cache; of heads nothing is known."""
+        values = self.values_per_token
+        return (Attends(0, max(1, values // 256), 0, values, self.window),) if values else ()
 
     def weights(self, hidden: int) -> Weights:
         """Returns its weights in a model of this width."""

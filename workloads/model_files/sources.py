@@ -92,6 +92,7 @@ def _of_tensors(model: Model, changes: Changes, dtype: str | None) -> Model:
         expert_bytes=model.expert_bytes[:layers],
         dense_bytes=model.dense_bytes[:layers],
         caches=(*model.caches[:layers], model.caches[-1]) if model.caches else (),
+        attention=model.attention[:layers],
         kv_bytes_per_token=sum(
             each.bytes_per_token for layer in (*model.caches[:layers], model.caches[-1]) for each in layer
         ),
