@@ -86,6 +86,11 @@ def test_capacity_of_a_scenario_lies_between_a_rate_that_is_met_and_one_that_is_
     assert "requests/s are met" in capacity_line(found)
 
 
+def test_replicates_serve_the_requests_anew() -> None:
+    drawn = simulate(load_scenario("synthetic", [*SMALL, "machine.profile=h200"]), baselines=False, replicates=2)
+    assert drawn.data["replicates"]["makespan_ms"]["p50"] > 0
+
+
 def test_a_saved_run_has_its_requests(tmp_path: Path) -> None:
     result = run()
     write_result(result, tmp_path / "out")
