@@ -24,7 +24,7 @@ from ..engine.costs.offload_costs import CpuCosts
 from ..engine.costs.ranges import drawn_costs
 from ..engine.loading.deciders import dispatched, make_manager, make_prefetch
 from ..engine.loading.loading import load_inputs
-from ..engine.prediction import DRAWS, Range, percentiles
+from ..engine.prediction import DRAWS, Range, middles, percentiles
 from ..engine.scenario.inputs import Inputs
 from ..engine.scenario.scenario import apply_setting, make_scenario
 from ..engine.simulate import simulate_inputs
@@ -238,7 +238,7 @@ def _measured_as(row: Row, source: str, inputs: Inputs, draws: int) -> Predicted
     result = simulate_inputs(inputs, baselines=False)
     spread = result.range or {}
     name = "time_to_first_token_ms" if row.unit == "prompt tokens/s" else "tokens_per_second"
-    value, band = result.data[name], spread.get(name)
+    value, band = middles(result.data)[name], spread.get(name)
     if row.unit == "prompt tokens/s":
         tokens = row.prompt or 1
         value, band = tokens * 1e3 / value, band and Range(*(tokens * 1e3 / each for each in reversed(band)))

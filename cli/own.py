@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+#: The GPU of whoever asks for the machine that the command runs on.
+DETECT = "detect"
 #: What a run begins with that names a model or a machine and no scenario.
 BASE = "one-gpu"
 
@@ -15,7 +17,8 @@ Model = Annotated[
     str | None, typer.Option(help="The model, as model.preset takes it: gpt-oss-120b …", show_default=False)
 ]
 Gpu = Annotated[
-    str | None, typer.Option(help="The machine's GPU, such as rtx4090, '2x rtx3090' or none; see `machine list`.")
+    str | None,
+    typer.Option(help="The GPU: rtx4090, '2x rtx3090', none; detect is all of this machine. See `machine list`."),
 ]
 Cpu = Annotated[str | None, typer.Option(help="Its processor, such as 7950x or '2x xeon-8480+'.")]
 Ram = Annotated[str | None, typer.Option(help="Its memory, such as '64GB DDR5-5600' or '2x DDR5-5600'.")]
@@ -43,9 +46,15 @@ class Own:
     runtime: str | None = None
 
     def parts(self) -> dict[str, str]:
-        """Returns the parts that are given, by their keys."""
+        """Returns the parts that are given, by their keys; of this machine, those that it tells and nobody gives."""
         named = {"gpu": self.gpu, "link": self.link, "cpu": self.cpu, "ram": self.ram, "drive": self.drive}
-        return {key: value for key, value in named.items() if value is not None}
+        given = {key: value for key, value in named.items() if value is not None}
+        if self.gpu != DETECT:
+            return given
+        from ..resources.parts.detect import detect
+
+        del given["gpu"]
+        return {"gpu": "none", **detect().parts, **given}
 
     def scenario(self, name: str | None) -> str | None:
         """Returns the scenario to begin with: the one named, or the one for whoever names a model or a machine."""
@@ -61,10 +70,11 @@ class Own:
         settings = [] if self.model is None else [_setting("model.preset", self.model)]
         settings += [] if self.runtime is None else [f"runtime.name={self.runtime}"]
         settings += [] if self.context is None else [f"workload.context={self.context}"]
+        parts = self.parts()
         if self.gpu is None:
-            return settings + [_setting(f"machine.{key}", value) for key, value in self.parts().items()]
-        count = times(self.gpu)[0]
-        settings.append(_setting("machine.profile", joined_parts(self.parts())))
+            return settings + [_setting(f"machine.{key}", value) for key, value in parts.items()]
+        count = times(parts["gpu"])[0]
+        settings.append(_setting("machine.profile", joined_parts(parts)))
         return [*settings, f"parallel.stages={count}"] if name is None and count > 1 else settings
 
 

@@ -64,7 +64,7 @@ def _measured(inputs: Inputs) -> bool:
 
 def ranges(inputs: Inputs, serving: Serving, figures: Mapping[str, Any], draws: int = DRAWS) -> dict[str, Range]:
     """Returns the range of each of FIGURES that a run has, `figures` being its own."""
-    few, figures = _beginning(inputs), _flat(figures)
+    few, figures = _beginning(inputs), middles(figures)
     shorter = few is not inputs
     point = _figures(few, part_costs(few), serving) if shorter else figures
     drawn = zip(*(drawn_costs(part, draws) for part in few.parts), strict=True)
@@ -95,10 +95,10 @@ def _figures(inputs: Inputs, costs: list[Costs], serving: Serving) -> dict[str, 
     recordings = run_all(inputs, prepared(inputs, costs), engine=engine_for(inputs).engine)
     warm = min(serving.warmup_steps, len(inputs.steps) - 1)
     speed = step_metrics(recordings, replace(serving, warmup_steps=warm))
-    return {**_flat(speed), "makespan_ms": makespan_ns(recordings) / 1e6}
+    return {**middles(speed), "makespan_ms": makespan_ns(recordings) / 1e6}
 
 
-def _flat(figures: Mapping[str, Any]) -> dict[str, Any]:
+def middles(figures: Mapping[str, Any]) -> dict[str, Any]:
     """Returns figures by name, of percentiles the middle one."""
     middle = {name: value["p50"] for name, value in figures.items() if isinstance(value, Mapping) and "p50" in value}
     return {**figures, **middle}

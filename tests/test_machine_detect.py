@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 
+from prestage.cli.own import Own
 from prestage.output.parts import costs_of, listed_parts, print_costs, print_parts, shares
 from prestage.resources.parts.chosen import choose
 from prestage.resources.parts.detect import Detected, detect, tell_cpu, tell_gpus, tell_memory
@@ -116,3 +119,17 @@ def test_shares_are_told_with_their_spread() -> None:
     by_name = {row["of"]: row for row in shares()}
     assert 0.7 < by_name["link"]["share"] < 0.9
     assert all(row["off"] > 0 for row in by_name.values())
+
+
+def test_a_command_takes_this_machine_as_it_is_detected_but_for_what_is_given() -> None:
+    told = Detected({"gpu": "2x rtx3090", "link": "pcie4 x16", "cpu": "7950x", "ram": "64GB"}, [])
+    with patch("prestage.resources.parts.detect.detect", return_value=told):
+        settings = Own(model="m.gguf", gpu="detect", ram="64GB DDR5-5600").settings(None)
+        assert Own(gpu="detect").scenario(None) == "one-gpu"
+    assert settings == [
+        'model.preset="m.gguf"',
+        'machine.profile="gpu=2x rtx3090, link=pcie4 x16, cpu=7950x, ram=64GB DDR5-5600"',
+        "parallel.stages=2",
+    ]
+    with patch("prestage.resources.parts.detect.detect", return_value=Detected({"ram": "32GB"}, [])):
+        assert Own(gpu="detect").settings(None) == ['machine.profile="gpu=none, ram=32GB"']

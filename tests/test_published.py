@@ -67,7 +67,13 @@ def test_what_cannot_be_run_says_why() -> None:
 
 
 def test_routing_is_tuned_to_a_stated_share_found() -> None:
-    settings = ["workload.tokens=60", "memory.gpu_budget=25%", "prefetch.lookahead=0", "model.preset=olmoe-1b-7b"]
+    settings = [
+        "workload.tokens=60",
+        "memory.gpu_budget=25%",
+        "prefetch.lookahead=0",
+        "model.preset=olmoe-1b-7b",
+        "model.layers=2",
+    ]
     inputs = load_inputs(
         load_scenario("synthetic", [*settings, "workload.synthetic.tokens=60", "workload.synthetic.prefill_tokens=0"])
     )

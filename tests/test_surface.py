@@ -200,6 +200,7 @@ TINY_GRID = Grid(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_shape_of_the_grid_is_measured_and_the_garbage_collector_is_on_again() -> None:
     assert gc.isenabled()
     seen = measure_surface(GatedDevice(), TINY_GRID)
@@ -290,6 +291,7 @@ def test_samples_keep_a_surface_compressed_and_refuse_a_shape_of_other_sizes(tmp
         load_samples(tmp_path / "wrong.json")
 
 
+@pytest.mark.slow
 def test_a_measured_surface_becomes_a_profiles(tmp_path: Path) -> None:
     measured = surface_samples(GatedDevice(), measure_surface(GatedDevice(), TINY_GRID))
     surface = Surface.model_validate(fit_surface(measured, Evidence([]), {}))

@@ -196,10 +196,10 @@ def warmup_steps(steps: Sequence[Step], warmup: str) -> int:
 
 def rows_by_sequence(sequence: npt.NDArray[np.integer]) -> list[list[int]]:
     """Returns the rows of each sequence, sequences in order of first appearance, rows in file order."""
-    rows: dict[int, list[int]] = {}
-    for row, name in enumerate(sequence.tolist()):
-        rows.setdefault(name, []).append(row)
-    return list(rows.values())
+    order = np.argsort(sequence, kind="stable")
+    named = np.asarray(sequence)[order]
+    each = [rows.tolist() for rows in np.split(order, np.flatnonzero(named[1:] != named[:-1]) + 1) if len(rows)]
+    return sorted(each, key=lambda rows: rows[0])
 
 
 def decode_tokens(steps: Sequence[Step]) -> int:

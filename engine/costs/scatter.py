@@ -66,6 +66,11 @@ class Scattering:
         )
 
 
+def scattering(scatter: Scatter | None) -> Scattering | None:
+    """Returns what scatters the costs of events; None where nothing does."""
+    return None if scatter is None else Scattering(scatter)
+
+
 def _each(scatter: Scatter, what: str) -> Iterator[float]:
     for first in count(step=_BLOCK):
         yield from scatter.factors(what, first, _BLOCK).tolist()

@@ -107,10 +107,10 @@ class Recording:
         return self.decoded.timeline.on_lanes(self.spans, role)
 
     def _in_order(self, which: Array) -> Array:
-        spans = self.spans[which]
+        spans = self.spans.take(np.flatnonzero(which))
         if (np.diff(spans["start_ns"]) >= 0).all():  # on first-in first-out lanes they are
             return spans
-        return spans[np.argsort(spans["start_ns"], kind="stable")]
+        return spans.take(np.argsort(spans["start_ns"], kind="stable"))
 
     def bytes_of(self, experts: Array) -> Array:
         """Returns the bytes that a whole copy of each of these experts moves, of one size within a layer."""

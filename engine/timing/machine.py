@@ -14,7 +14,7 @@ from ...resources.timeline import DECOMPRESS, DENSE, EXPERT, HEAD, Timeline
 from ...workloads.batches import DECODE, PREFILL
 from ..costs.costs import CopyCost, Costs, KernelCost, ReadCost, ReadCosts
 from ..costs.offload_costs import CpuCosts, ShrunkCosts
-from ..costs.scatter import Scattering
+from ..costs.scatter import scattering
 from ..decide.commands import H2D, PREFETCH_LANE, Command
 from ..policies.copy_order import COPY_ORDERS, ByRank
 from ..policies.miss import LOW_PRECISION
@@ -134,15 +134,9 @@ class GpuLanes:
         self.timeline, self.costs = timeline, costs
         self._scenario, self._experts = scenario, costs.model.experts
         self._tables = {phase: costs.by_layer(phase) for phase in (PREFILL, DECODE)}
-        self._scattering = None if costs.scatter is None else Scattering(costs.scatter)
+        self._scattering = scattering(costs.scatter)
         self._shrunk = ShrunkCosts(costs, scenario)
-        model = costs.model
-        #: The bytes of every expert as it is copied (layers * experts,), and whether they differ within a layer.
-        self.sized = scenario.compression.mixed is not None
-        alike = [size for size in model.expert_bytes for _ in range(model.experts)]
-        self.sizes = size_of if self.sized and size_of is not None else alike
-        self._size_of = size_of if scenario.compression.mixed is not None else None
-        self._copies_of = None if self._size_of is None else {size: costs.copy(size) for size in set(self._size_of)}
+        self._set_sizes(size_of)
         self._transfers = None if link is None else link.transfers
         self.reads_back = scenario.dispatch.router_readback
         self.copy_slowdown = costs.copy_slowdown if scenario.copy_.contention else 1.0
@@ -173,6 +167,19 @@ class GpuLanes:
         self.copies = {H2D: h2d, PREFETCH_LANE: h2d}
         if "prefetch" in number:
             self.copies[PREFETCH_LANE] = Lane(env, instant, timeline, number["prefetch"], costs.copy_lags)
+
+    def _set_sizes(self, size_of: Sequence[int] | None) -> None:
+        """Set what every expert is copied as, and what that takes where it differs within a layer."""
+        costs, scenario, model = self.costs, self._scenario, self.costs.model
+        #: The bytes of every expert as it is copied (layers * experts,), and whether they differ within a layer.
+        self.sized = scenario.compression.mixed is not None
+        self.sizes = (
+            size_of
+            if self.sized and size_of is not None
+            else [size for size in model.expert_bytes for _ in range(model.experts)]
+        )
+        self._size_of = size_of if scenario.compression.mixed is not None else None
+        self._copies_of = None if self._size_of is None else {size: costs.copy(size) for size in set(self._size_of)}
 
     def _add_results(self, env: simpy.Environment, instant: Instant, device: str, streams: list[Lane]) -> None:
         """Make a stream for the results of the CPU, which shares the host's memory with the copies.

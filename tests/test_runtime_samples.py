@@ -1,0 +1,55 @@
+"""What real runtimes took on an H200, as committed: `calibrate decode` and llama-bench, raw."""
+
+import gzip
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prestage.workloads.importers import open_trace
+
+FOLDER = Path(__file__).parent.parent / "calibration" / "samples" / "h200-runtimes"
+MODELS = {"gpt-oss-20b": 9, "olmoe-1b-7b": 9, "qwen3-30b-a3b": 9, "mixtral-8x7b": 4}
+
+
+def decoded(model: str) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads(gzip.decompress((FOLDER / model / "decode.json.gz").read_bytes()))
+    return report
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_each_setting_lies_beside_the_routing_that_it_met(model: str) -> None:
+    report = decoded(model)
+    assert report["machine"]["device"] == "NVIDIA H200" and report["machine"]["driver"] and report["machine"]["date"]
+    assert report["machine"]["versions"]["torch"] and report["machine"]["versions"]["transformers"]
+    assert len(report["runs"]) == MODELS[model]
+    for run in report["runs"]:
+        file = FOLDER / model / run["scenario"]["workload"]["trace"]
+        assert hashlib.sha256(file.read_bytes()).hexdigest() == run["trace_sha256"]
+        trace = open_trace(str(file))
+        assert (trace.layers, trace.k) == (report["model"]["layers"], report["model"]["top_k"])
+        assert all(len(repeat["step_ns"]) == report["tokens"] for repeat in run["repeats"])
+
+
+def test_llama_bench_gives_samples_of_every_cell_in_two_rounds() -> None:
+    first, *processes = map(json.loads, gzip.decompress((FOLDER / "llama-bench.jsonl.gz").read_bytes()).splitlines())
+    assert first["driver"] and first["date"] and first["gpu"] == "NVIDIA H200" and first["llama.cpp"]
+    cells: dict[tuple[Any, ...], set[int]] = {}
+    keys = ("model_filename", "n_cpu_moe", "n_threads", "n_prompt", "n_gen", "n_depth", "load_mode")
+    for process in processes:
+        for row in process["rows"]:
+            cells.setdefault(tuple(row[key] for key in keys), set()).add(process["round"])
+            assert len(row["samples_ns"]) == 2
+    assert len(cells) == 76
+    assert sum(len(rounds) >= 2 for rounds in cells.values()) == 74  # the last process of the second round was cut off
+
+
+def test_no_sample_names_a_folder_of_the_machine() -> None:
+    files = [file for file in FOLDER.rglob("*") if file.is_file()]
+    assert len(files) == 31 + 4 + 2
+    for file in files:
+        content = file.read_bytes()
+        content = gzip.decompress(content) if file.suffix == ".gz" else content
+        assert not any(folder in content for folder in (b"/tmp", b"/root", b"/work", b"/home")), file
