@@ -99,8 +99,8 @@ def run_all(
 
     if inputs.pulls is not None:
         inputs = ready[0].inputs  # which has the steps of this run, as they are pulled
-    by = CarriedOutBy(engine, _sources(inputs, ready, engine), watch(iter(range(inputs.layer_visits))))
     host, runs = make_host_memory(inputs, ready[0].manager.spool), [_gpu_run(gpu) for gpu in ready]
+    by = CarriedOutBy(engine, _sources(inputs, ready, engine, host), watch(iter(range(inputs.layer_visits))))
     if inputs.expert_parallel is not None and inputs.links is not None:
         managers, prefetches = [gpu.manager for gpu in ready], [gpu.prefetch for gpu in ready]
         visits = watch(dispatched_together(inputs, managers, prefetches, [run.gauge for run in runs], host))
@@ -123,21 +123,17 @@ def _gpu_run(gpu: Prepared) -> GpuRun:
     return GpuRun(gpu.manager, gpu.costs, gpu.inputs.scenario, gpu.prefetch.guesses > 0, Gauge())
 
 
-def _sources(inputs: Inputs, ready: Sequence[Prepared], engine: str) -> list[Source]:
+def _sources(inputs: Inputs, ready: Sequence[Prepared], engine: str, host: HostMemory | None) -> list[Source]:
     """Returns what each GPU decides by, where compiled code decides on all of them."""
     if engine != "compiled":
         return []
-    from .decide.sources import decided_in_python, shared_in_python
+    from .decide.sources import shared_in_python, stages_in_python
 
-    sources = [
-        source_of(gpu.inputs, gpu.manager, gpu.prefetch, host_memory=gpu.inputs.scenario.tiers.host_budget != "all")
-        for gpu in ready
-    ]
+    sources = [source_of(gpu.inputs, gpu.manager, gpu.prefetch, host) for gpu in ready]
     layout = inputs.expert_parallel
     if layout is None:
-        return [] if any(map(decided_in_python, sources)) else sources
-    owners = [len(gpus) for of_layer in layout.owners for gpus in of_layer]
-    return [] if shared_in_python(sources, layout.remote, inputs.scenario.parallel.lends, owners) else sources
+        return [] if stages_in_python(sources) else sources
+    return [] if shared_in_python(sources, layout.remote, spares=layout.spare_experts > 0) else sources
 
 
 class Chosen(NamedTuple):

@@ -16,23 +16,27 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_cases import Case, cases
+from random_cases import cases
 from random_scenarios import accepted
 
 from prestage.engine.costs.costs import Costs
-from prestage.engine.decide.compiled_decisions import Decisions, Part
+from prestage.engine.decide.compiled_decisions import Decisions
+from prestage.engine.decide.decision_layout import Part
+from prestage.engine.decide.host_memory import HostRooms
 from prestage.engine.decide.memory_manager import MemoryManager
 from prestage.engine.decide.program import Gpu, Stage, stages_program
 from prestage.engine.decide.registers import Registers
 from prestage.engine.decide.sources import EVICTIONS, PREFETCHES, Source, decided_in_python
 from prestage.engine.decide.tables import Rooms
-from prestage.engine.loading.deciders import dispatched, make_manager, make_prefetch
-from prestage.engine.loading.offloading import make_miss
+from prestage.engine.loading.deciders import dispatched, make_host_memory, make_manager, make_prefetch, source_of
+from prestage.engine.loading.loading import load_inputs
 from prestage.engine.policies.eviction import EVICTION
 from prestage.engine.policies.prefetch import PREFETCH, Gauge
 from prestage.engine.scenario.inputs import Inputs
+from prestage.engine.scenario.scenario import load_scenario
 from prestage.engine.timing.simulation import settings_of
 
+READS = ("hits", "misses", "staged_reads", "read_bytes")
 COUNTS = ("dropped", "guessed", "unique_guesses", "saved_copies", "assigned", "assigned_bytes", "budget_bytes")
 
 
@@ -46,7 +50,12 @@ class Played:
         registers = Registers(7)
         predicts = self.prefetch.guesses > 0
         rooms = Rooms(registers, self.manager.assigned.values())
-        self.gpu = Gpu(settings_of(inputs.scenario, costs, predicts), rooms, registers)
+        self.host = make_host_memory(inputs)
+        tier = None
+        if self.host is not None and costs.reads is not None:
+            requests = [read.requests for read in costs.reads.by_layer]
+            tier = HostRooms(inputs.model.experts, registers.own(), requests)
+        self.gpu = Gpu(settings_of(inputs.scenario, costs, predicts), rooms, registers, tier)
         self.random = Random(0)
         self.now_ns = self.backlog_ns = 0
         self.resolved: list[tuple[Any, ...]] = []
@@ -58,7 +67,7 @@ class Played:
     def in_python(self) -> list[Any]:
         gauge = Gauge()
         gauge.now_ns, gauge.backlog_ns = lambda: self.now_ns, lambda: self.backlog_ns
-        visits = dispatched(self.inputs, self.manager, self.prefetch, gauge)
+        visits = dispatched(self.inputs, self.manager, self.prefetch, gauge, self.host)
 
         def decided(visit: Any) -> None:
             for one in visit.resolution.accesses:
@@ -90,11 +99,7 @@ class Played:
         return portions
 
     def source(self) -> Source:
-        inputs, scenario = self.inputs, self.inputs.scenario
-        return Source(
-            inputs.trace, inputs.steps, self.manager, self.prefetch, inputs.guesses, scenario.prefetch.issue,
-            inputs.budgets, make_miss(inputs), scenario.tiers.host_budget != "all",
-        )  # fmt: skip
+        return source_of(self.inputs, self.manager, self.prefetch, self.host)
 
 
 def records(manager: MemoryManager) -> list[Any]:
@@ -115,17 +120,37 @@ def compare(inputs: Inputs) -> str | None:
     for number, (mine, reference) in enumerate(zip(made, expected, strict=True)):
         assert mine == reference, f"portion {number}"
     assert records(ours.manager) == records(theirs.manager)
+    if ours.host is not None and theirs.host is not None:
+        assert records(ours.host.manager) == records(theirs.host.manager)
+        assert [getattr(ours.host, name) for name in READS] == [getattr(theirs.host, name) for name in READS]
     assert ours.resolved == theirs.resolved
     return None
 
 
-FREE = {"tiers": {"host_budget": "all"}}
+#: Host memory keeps experts by a policy of any kind; one that is not compiled decides in Python.
+COMPILED_HOST = sorted(name for name, policy in EVICTION.items() if policy in EVICTIONS)
 
 
 @settings(max_examples=100)
-@given(case=cases(**FREE))
-def test_random_runs_are_decided_alike(case: Case) -> None:
-    assert compare(case.inputs()) is None
+@given(data=st.data())
+def test_random_runs_are_decided_alike(data: st.DataObject) -> None:
+    tiers = {"host_policy": data.draw(st.sampled_from(COMPILED_HOST))}
+    assert compare(data.draw(cases(tiers=tiers)).inputs()) is None
+
+
+@pytest.mark.parametrize("name", COMPILED_HOST)
+@settings(max_examples=30)
+@given(data=st.data())
+def test_host_memory_decides_by_every_compiled_policy_as_its_class(name: str, data: st.DataObject) -> None:
+    # Room for two or three experts of the sizes that are drawn: reads that make others leave, in rooms left over.
+    tiers = {"host_policy": name, "host_budget": f"{data.draw(st.integers(30, 90))}B"}
+    assert compare(data.draw(cases(tiers=tiers)).inputs()) is None
+
+
+def test_host_memory_by_a_policy_that_is_not_compiled_is_decided_in_python() -> None:
+    scenario = load_scenario("nvme", ["workload.tokens=2", "tiers.host_policy=arc"])
+    inputs = load_inputs(scenario)
+    assert compare(inputs) == "tiers.host_policy"
 
 
 @pytest.mark.parametrize("name", [name for name, policy in EVICTION.items() if policy in EVICTIONS])
@@ -136,7 +161,8 @@ def test_every_compiled_eviction_policy_decides_as_its_class(name: str, data: st
     if data.draw(st.booleans()):
         fixed["memory"]["caching"] = False
         fixed["prefetch"] = {"protect": "until_target", "issue": "after_launch"}
-    case = data.draw(cases(predictor={"name": "frequency"}, **fixed, **FREE))
+    fixed["tiers"] = {"host_policy": "lru"}
+    case = data.draw(cases(predictor={"name": "frequency"}, **fixed))
     assert compare(case.inputs()) is None
 
 
@@ -145,7 +171,8 @@ def test_every_compiled_eviction_policy_decides_as_its_class(name: str, data: st
 @given(data=st.data())
 def test_every_compiled_prefetch_policy_decides_as_its_class(name: str, data: st.DataObject) -> None:
     # The frequency predictor gives confidences, which some policies need.
-    case = data.draw(cases(prefetch={"policy": name}, predictor={"name": "frequency"}, **FREE))
+    chosen = {"policy": name}
+    case = data.draw(cases(prefetch=chosen, predictor={"name": "frequency"}, tiers={"host_policy": "fifo"}))
     assert compare(case.inputs()) is None
 
 

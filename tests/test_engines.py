@@ -22,6 +22,7 @@ from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_scenario
 
 from prestage.engine.costs.costs import Costs
 from prestage.engine.decide.commands import Command, Op
+from prestage.engine.decide.compiled_decisions import Decisions
 from prestage.engine.decide.program import Gpu, Stage, stages_program
 from prestage.engine.decide.registers import Registers
 from prestage.engine.decide.tables import Rooms
@@ -57,6 +58,19 @@ def test_gpus_that_share_experts_end_alike_by_simpy_and_compiled(remote: str, th
     chosen += ["predictor.latency_us=30", "predictor.lane=gpu"]
     inputs = load_inputs(load_scenario("placement-8", chosen))
     assert played(inputs, "compiled") == played(inputs, "simpy")
+
+
+@pytest.mark.parametrize("remote", ["tokens", "host", "peer"])
+@pytest.mark.parametrize("placement", ["round-robin", "replicated"])
+def test_gpus_that_share_experts_by_compiled_decisions_end_alike(remote: str, placement: str) -> None:
+    # A replica of an expert is served where the fewest tokens are; where no token moves, each GPU has its own steps.
+    chosen = ["workload.tokens=16", f"parallel.remote={remote}", f"parallel.placement={placement}"]
+    chosen += ["parallel.replica_bytes=8GiB"] if placement == "replicated" else []
+    inputs = load_inputs(load_scenario("placement-8", chosen))
+    with patch.object(Decisions, "finish", autospec=True, side_effect=Decisions.finish) as finished:
+        compiled = played(inputs, "compiled")
+    assert finished.call_count == 1
+    assert compiled == played(inputs, "simpy")
 
 
 @settings(max_examples=250)

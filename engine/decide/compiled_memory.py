@@ -21,18 +21,30 @@ from .decision_words import (
     D_EVICTED,
     D_EVICTION,
     D_EXPERTS,
+    D_FOUND,
     D_FREE,
     D_FREE_COUNT,
+    D_FROM_PEERS,
     D_FULLEST,
+    D_GPUS,
+    D_LANDED,
     D_LAYER_EXPERTS,
+    D_LENDS,
+    D_LENT,
+    D_MISSES,
     D_POOLS,
     D_PROTECTED,
     D_PROTECTED_COUNT,
     D_PROTECTS,
+    D_READ_BYTES,
+    D_REQUESTS,
+    D_ROOMS,
+    D_TIER,
     D_UNUSED,
     D_WATCHES,
     D_WAVE,
     E_COPY,
+    E_OWNED,
     E_ROOM,
     E_SIZE,
     E_UNTIL,
@@ -55,9 +67,35 @@ from .decision_words import (
     X_SERVED,
     X_TAKEN,
     Tables,
+    Words,
 )
 from .memory_manager import DEMANDED, PREFETCHED
-from .visit_commands import O_COPY, O_EXPERT, O_FIRST, O_LAST, O_ROOM, O_TARGET, O_WAVE, S_EXPERT, T_LEFT, T_ROOM
+from .visit_commands import (
+    O_COPY,
+    O_EXPERT,
+    O_FILLED,
+    O_FIRST,
+    O_FREED,
+    O_FREED_LAST,
+    O_FROM,
+    O_LANDED,
+    O_LAST,
+    O_LEAVING,
+    O_NUMBER,
+    O_PEER,
+    O_READ,
+    O_REQUESTS,
+    O_ROOM,
+    O_TARGET,
+    O_WAVE,
+    S_EXPERT,
+    STAGED,
+    T_LANDED,
+    T_LEFT,
+    T_LENT,
+    T_PEER,
+    T_ROOM,
+)
 
 Word = Any
 
@@ -114,8 +152,27 @@ def give_room(t: Tables, g: Word, p: Word, size_bytes: Word, register: Word) -> 
 
 
 @compiled
-def take_room(t: Tables, g: Word, p: Word, size_bytes: Word, notes: Word) -> None:
-    """Take room off what is free; `notes`: write whose it was into the visit's table, and let those registers go."""
+def note_taken(t: Tables, g: Word, holder: Word, register: Word, left: Word) -> None:
+    """Write whose room is taken into the visit's table, and let its registers go unless some of it is left."""
+    d, row = t.words, t.taken[t.words[X_TAKEN]]
+    d[X_TAKEN] += 1
+    row[T_ROOM], row[T_LEFT] = register, left
+    if not left:
+        give_register(t, holder, register)
+    if holder != g:
+        row[T_LENT] = d[d[holder + D_ROOMS] + register]
+        if not left:
+            give_register(t, holder, row[T_LENT])
+    elif d[g + D_LENDS]:
+        row[T_LANDED], row[T_LENT], row[T_PEER] = d[d[g + D_LANDED] + register], d[d[g + D_LENT] + register], -1
+        if not left:
+            give_register(t, g, row[T_LANDED])
+            give_register(t, g, row[T_LENT])
+
+
+@compiled
+def take_room(t: Tables, g: Word, holder: Word, p: Word, size_bytes: Word, notes: Word) -> None:
+    """Take room off what is free in a memory: a GPU's, or the host's below it; `notes`: note whose it was."""
     d = t.words
     d[p + P_FREE_BYTES] -= size_bytes
     while size_bytes > 0:
@@ -123,11 +180,7 @@ def take_room(t: Tables, g: Word, p: Word, size_bytes: Word, notes: Word) -> Non
         extent_bytes, register = d[at], d[at + 1]
         left = extent_bytes > size_bytes
         if notes and register >= 0:
-            row = t.taken[d[X_TAKEN]]
-            row[T_ROOM], row[T_LEFT] = register, left
-            d[X_TAKEN] += 1
-            if not left:
-                give_register(t, g, register)
+            note_taken(t, g, holder, register, left)
         if left:
             d[at] = extent_bytes - size_bytes
             return
@@ -184,6 +237,114 @@ def evict_for(t: Tables, g: Word, p: Word, lacking_bytes: Word, at: Word) -> Wor
 
 
 @compiled
+def make_room(t: Tables, g: Word, p: Word, expert: Word, demanded: Word, at: Word) -> Word:
+    """Make room for an absent expert in a memory, at visit `at`; False, and nobody leaves, if that cannot be."""
+    d = t.words
+    if demanded and d[g + D_EVICTION] == S3FIFO:
+        state = t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_EXPERTS] + 4]
+        miss(d[g + D_EVICTION], state, expert - d[p + P_EXPERT])
+    lacking_bytes = t.experts[d[g + D_EXPERTS] + expert, E_SIZE] - d[p + P_FREE_BYTES]
+    return lacking_bytes <= 0 or evict_for(t, g, p, lacking_bytes, at)
+
+
+@compiled
+def note_admission(t: Tables, g: Word, expert: Word, reason: Word) -> None:
+    """Note that an expert has room in a memory now, by a new copy."""
+    d = t.words
+    row = t.experts[d[g + D_EXPERTS] + expert]
+    row[E_COPY] = d[g + D_COPIES]
+    d[g + D_COPIES] += 1
+    d[g + D_ASSIGNED] += row[E_SIZE]
+    region = d[g + D_ADMITTED]
+    record = d[region + R_AT] + d[region + R_COUNT] * ADMITTED_WORDS
+    d[record], d[record + 1] = expert, reason
+    d[region + R_COUNT] += 1
+
+
+@compiled
+def note_use(t: Tables, g: Word, p: Word, expert: Word, found: Word) -> None:
+    """Tell the policy that an expert was used: it was found, or admitted on demand."""
+    d = t.words
+    state = t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_EXPERTS] + 4]
+    if found:
+        use(d[g + D_EVICTION], state, expert - d[p + P_EXPERT])
+    else:
+        admit(d[g + D_EVICTION], state, expert - d[p + P_EXPERT], 1)
+
+
+# Host memory above a drive: what `host_memory` decides.
+
+
+@compiled
+def read(t: Tables, g: Word, expert: Word, demanded: Word, copied: Words) -> None:
+    """Read an absent expert into host memory."""
+    d, host = t.words, t.words[g + D_TIER]
+    p, row = pool_of(t, host, expert), t.experts[d[host + D_EXPERTS] + expert]
+    make_room(t, host, p, expert, demanded, DEMANDED_AT)  # a pool holds one expert at least, and nobody is pinned
+    take_room(t, g, host, p, row[E_SIZE], 1)
+    copied[O_FREED_LAST] = d[X_TAKEN]
+    row[E_ROOM] = take_register(t, host)
+    d[d[host + D_ROOMS] + row[E_ROOM]] = take_register(t, host)
+    note_admission(t, host, expert, DEMANDED if demanded else PREFETCHED)
+    state = t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_EXPERTS] + 4]
+    admit(d[host + D_EVICTION], state, expert - d[p + P_EXPERT], demanded)
+    copied[O_REQUESTS] = d[d[host + D_REQUESTS] + expert // d[host + D_LAYER_EXPERTS]]
+    d[host + D_READ_BYTES] += row[E_SIZE]
+
+
+@compiled
+def bring(t: Tables, g: Word, expert: Word, demanded: Word, copied: Words) -> None:
+    """Look up in host memory what is copied to the GPU, and read it first if it is absent there."""
+    d, host = t.words, t.words[g + D_TIER]
+    row = t.experts[d[host + D_EXPERTS] + expert]
+    copied[O_REQUESTS], copied[O_FREED], copied[O_FREED_LAST] = 0, d[X_TAKEN], d[X_TAKEN]
+    if row[E_COPY] < 0:
+        d[host + D_MISSES] += 1
+        read(t, g, expert, demanded, copied)
+    else:
+        d[host + D_FOUND] += 1
+        if demanded:
+            note_use(t, host, pool_of(t, host, expert), expert, 1)
+    copied[O_NUMBER], copied[O_FILLED] = row[E_COPY], row[E_ROOM]
+    copied[O_LEAVING] = d[d[host + D_ROOMS] + row[E_ROOM]]
+
+
+@compiled
+def stage(t: Tables, g: Word, expert: Word) -> None:
+    """Read an expert into host memory for no copy, if it is absent there."""
+    d, host = t.words, t.words[g + D_TIER]
+    row = t.experts[d[host + D_EXPERTS] + expert]
+    if row[E_COPY] >= 0:
+        return
+    copied = t.copies[d[X_COPIED]]
+    d[X_COPIED] += 1
+    copied[O_EXPERT], copied[O_COPY], copied[O_ROOM], copied[O_WAVE], copied[O_TARGET] = expert, -1, -1, STAGED, -1
+    copied[O_FIRST], copied[O_LAST], copied[O_FREED] = d[X_TAKEN], d[X_TAKEN], d[X_TAKEN]
+    read(t, g, expert, 0, copied)
+    copied[O_NUMBER], copied[O_FILLED] = row[E_COPY], row[E_ROOM]
+    copied[O_LEAVING] = d[d[host + D_ROOMS] + row[E_ROOM]]
+
+
+@compiled
+def find_at_peer(t: Tables, g: Word, expert: Word, copied: Words) -> None:
+    """Let a copy come from the first other GPU that has the expert, an owner of it before others, if there is one."""
+    d, gpus = t.words, t.words[g + D_GPUS]
+    holder: Word = -1
+    for number in range(d[gpus]):
+        other = d[gpus + 1 + number]
+        row = t.experts[d[other + D_EXPERTS] + expert]
+        if other == g or row[E_COPY] < 0 or (holder >= 0 and not row[E_OWNED]):
+            continue
+        if holder < 0 or not t.experts[d[d[gpus + 1 + holder] + D_EXPERTS] + expert, E_OWNED]:
+            holder = number
+    if holder >= 0:
+        other = d[gpus + 1 + holder]
+        room = t.experts[d[other + D_EXPERTS] + expert, E_ROOM]
+        copied[O_PEER], copied[O_FROM] = holder, d[d[other + D_LANDED] + room]
+        copied[O_READ] = d[d[other + D_LENT] + room]
+
+
+@compiled
 def claim(t: Tables, g: Word, expert: Word, wave: Word, target: Word, at: Word) -> Word:
     """Give an absent expert room for a copy meant for visit `target`; False, with nothing changed, if it finds none.
 
@@ -191,27 +352,24 @@ def claim(t: Tables, g: Word, expert: Word, wave: Word, target: Word, at: Word) 
     """
     d, p = t.words, pool_of(t, g, expert)
     row = t.experts[d[g + D_EXPERTS] + expert]
-    size_bytes = row[E_SIZE]
-    if wave >= 0 and d[g + D_EVICTION] == S3FIFO:
-        state = t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_EXPERTS] + 4]
-        miss(d[g + D_EVICTION], state, expert - d[p + P_EXPERT])
-    lacking_bytes = size_bytes - d[p + P_FREE_BYTES]
-    if lacking_bytes > 0 and not evict_for(t, g, p, lacking_bytes, at):
+    if not make_room(t, g, p, expert, int(wave >= 0), at):
         return False
     copied = t.copies[d[X_COPIED]]
     d[X_COPIED] += 1
     copied[O_EXPERT], copied[O_COPY], copied[O_WAVE], copied[O_TARGET] = expert, d[g + D_COPIES], wave, target
     copied[O_FIRST] = d[X_TAKEN]
-    take_room(t, g, p, size_bytes, 1)
+    take_room(t, g, g, p, row[E_SIZE], 1)
     copied[O_LAST] = d[X_TAKEN]
     copied[O_ROOM] = row[E_ROOM] = take_register(t, g)
-    row[E_COPY] = d[g + D_COPIES]
-    d[g + D_COPIES] += 1
-    d[g + D_ASSIGNED] += size_bytes
-    region = d[g + D_ADMITTED]
-    record = d[region + R_AT] + d[region + R_COUNT] * ADMITTED_WORDS
-    d[record], d[record + 1] = expert, DEMANDED if wave >= 0 else PREFETCHED
-    d[region + R_COUNT] += 1
+    if d[g + D_LENDS]:
+        copied[O_LANDED] = d[d[g + D_LANDED] + row[E_ROOM]] = take_register(t, g)
+        d[d[g + D_LENT] + row[E_ROOM]] = take_register(t, g)
+        copied[O_PEER] = -1
+        if d[g + D_FROM_PEERS]:
+            find_at_peer(t, g, expert, copied)
+    note_admission(t, g, expert, DEMANDED if wave >= 0 else PREFETCHED)
+    if d[g + D_TIER] >= 0:
+        bring(t, g, expert, int(wave >= 0), copied)
     return True
 
 
@@ -234,17 +392,6 @@ def prefetch(t: Tables, g: Word, expert: Word, target: Word, at: Word) -> Word:
         row[E_UNUSED] = 1
         d[g + D_UNUSED] += row[E_SIZE]
     return True
-
-
-@compiled
-def note_use(t: Tables, g: Word, p: Word, expert: Word, found: Word) -> None:
-    """Tell the policy that an expert was used: it was found, or admitted on demand."""
-    d = t.words
-    state = t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_EXPERTS] + 4]
-    if found:
-        use(d[g + D_EVICTION], state, expert - d[p + P_EXPERT])
-    else:
-        admit(d[g + D_EVICTION], state, expert - d[p + P_EXPERT], 1)
 
 
 @compiled
@@ -310,5 +457,5 @@ def resize(t: Tables, g: Word, budgets: Word) -> None:
         elif more_bytes < 0:
             while d[p + P_FREE_BYTES] < -more_bytes:
                 evict_for(t, g, p, 1, DEMANDED_AT)
-            take_room(t, g, p, -more_bytes, 0)
+            take_room(t, g, g, p, -more_bytes, 0)
     d[g + D_BUDGET] = total_bytes

@@ -9,9 +9,10 @@ import numpy.typing as npt
 
 from ...resources.timeline import DEMAND
 from .commands import FIXED_REGISTERS, Command
-from .compiled_decisions import Decisions, Part
+from .compiled_decisions import Decisions
 from .compiled_memory import compiled
 from .compiled_program import next_portion
+from .decision_layout import Part
 from .decision_words import DECIDED, END, ROOM, STEPS, Tables
 from .program import Gpu
 from .registers import Registers

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .compiled_memory import compiled, prefetch
+from .compiled_memory import compiled, prefetch, stage
 from .decision_words import (
     ADAPTIVE_LINK,
     ADAPTIVE_MEMORY,
@@ -39,6 +39,7 @@ from .decision_words import (
     D_PREFETCH,
     D_RANKS,
     D_SHARED,
+    D_STAGES,
     D_UNIQUE,
     D_UNUSED,
     D_VISIT,
@@ -243,7 +244,9 @@ def prefetch_for(t: Tables, g: Word, q: Word, step: Word, layer: Word) -> None:
         d[g + D_UNIQUE] += 1
         if row[E_COPY] >= 0:
             continue
-        if prefetch(t, g, expert, row[E_TARGET], at):
+        if d[g + D_STAGES]:
+            stage(t, g, expert)
+        elif prefetch(t, g, expert, row[E_TARGET], at):
             row[E_SAVED] += row[E_TIMES] - 1
         else:
             d[g + D_DROPPED] += 1

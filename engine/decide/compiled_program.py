@@ -22,6 +22,7 @@ from .decision_words import (
     D_LAYERS,
     D_MOST_COPIES,
     D_MOST_EVICTED,
+    D_MOST_REGISTERS,
     D_POOLS,
     D_RECEIVES,
     D_RESOLVED,
@@ -29,6 +30,7 @@ from .decision_words import (
     D_SENDS,
     D_SETTINGS,
     D_STEPS,
+    D_TIER,
     D_VISIT,
     DECIDED,
     END,
@@ -132,16 +134,26 @@ def end_step(t: Tables, g: Word, q: Word, step: Word) -> None:
 
 
 @compiled
+def has_room_to_change(t: Tables, g: Word, most: Word) -> Word:
+    """Whether all that so many copies may change in a memory has room."""
+    d = t.words
+    admitted, evicted = d[g + D_ADMITTED], d[g + D_EVICTED]
+    return (
+        d[admitted + R_COUNT] + most <= d[admitted + R_CAPACITY]
+        and d[evicted + R_COUNT] + d[g + D_MOST_EVICTED] <= d[evicted + R_CAPACITY]
+        and d[g + D_FULLEST] + d[g + D_MOST_EVICTED] < d[d[d[g + D_POOLS] + 1] + P_CAPACITY]
+    )
+
+
+@compiled
 def has_room_for_visit(t: Tables, g: Word) -> Word:
     """Whether all that a visit may come to has room."""
-    d, most = t.words, t.words[g + D_MOST_COPIES]
-    admitted, evicted, resolved = d[g + D_ADMITTED], d[g + D_EVICTED], d[g + D_RESOLVED]
+    d, most, resolved = t.words, t.words[g + D_MOST_COPIES], t.words[g + D_RESOLVED]
     return (
-        d[X_REGISTERS] + most <= d[X_ROOM_FOR]
-        and d[admitted + R_COUNT] + most <= d[admitted + R_CAPACITY]
-        and d[evicted + R_COUNT] + d[g + D_MOST_EVICTED] <= d[evicted + R_CAPACITY]
+        d[X_REGISTERS] + d[g + D_MOST_REGISTERS] <= d[X_ROOM_FOR]
         and d[resolved + R_COUNT] + most <= d[resolved + R_CAPACITY]
-        and d[g + D_FULLEST] + d[g + D_MOST_EVICTED] < d[d[d[g + D_POOLS] + 1] + P_CAPACITY]
+        and has_room_to_change(t, g, most)
+        and (d[g + D_TIER] < 0 or has_room_to_change(t, d[g + D_TIER], most))
     )
 
 

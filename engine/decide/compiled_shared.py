@@ -1,7 +1,7 @@
 """The program of GPUs that share the experts of every layer, by compiled code: `program.SharedLayers`, row for row.
 
-Tokens go to the only owner of what they chose. What each exchange takes is laid out with the steps, and so is who
-serves anybody: none of it depends on what a memory holds.
+Tokens go to an owner of what they chose, or every GPU serves its own. What each exchange takes is laid out with the
+steps, and so is who serves what: none of it depends on what a memory holds.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from .decision_words import (
     D_BUDGETS,
     D_END_STEP,
     D_FIRST_STEP,
+    D_LAYER_EXPERTS,
     D_LAYERS,
     D_POOLS,
     D_RESULTS,
+    D_SERVERS,
     D_SETTINGS,
     D_STEPS,
     DECIDED,
@@ -34,6 +36,7 @@ from .decision_words import (
     H_LAYER,
     H_LIVES,
     H_ONE,
+    H_SERVERS,
     H_SERVES,
     H_STEP,
     H_STEPS,
@@ -152,10 +155,11 @@ def serve_all(t: Tables, h: Word, step: Word, layer: Word) -> None:
                 receive(t, gpu, EXPERT)
     for gpu in range(d[gpus]):
         g = turn(t, h, gpu)
-        q = d[g + D_STEPS] + at * STEP_WORDS
         if layer == 0 and d[g + D_BUDGETS] >= 0:
             resize(t, g, d[g + D_BUDGETS] + at * d[d[g + D_POOLS]])
-        decide_visit(t, g, q, step, layer)
+        if d[h + H_SERVERS] >= 0:
+            d[g + D_SERVERS] = d[h + H_SERVERS] + place * d[g + D_LAYER_EXPERTS]
+        decide_visit(t, g, d[g + D_STEPS] + at * STEP_WORDS, step, layer)
         decisions += 1 + d[h + H_ONE]
         rows[decisions, 5] = int(d[X_COPIED] > 0 and t.copies[0, O_WAVE] == 0)  # whether it fetches
         order_own(t, g)

@@ -32,8 +32,10 @@ from .decision_words import (
     D_RESOLVED,
     D_RESULTS,
     D_ROOMS,
+    D_SERVERS,
     D_SETTINGS,
     D_SHARED,
+    D_TIER,
     D_UNPIN_FIRST,
     D_VISIT,
     D_WATCHES,
@@ -63,6 +65,7 @@ from .decision_words import (
     Tables,
 )
 from .visit_commands import (
+    GPU,
     O_COPY,
     O_ROOM,
     R_EXPERT,
@@ -105,7 +108,7 @@ def look_up(t: Tables, g: Word, q: Word, layer: Word) -> None:
     d, rows, k = t.words, t.words[q + Q_ROWS], t.words[g + D_PER_TOKEN]
     base = 0 if d[g + D_SHARED] else layer * d[g + D_LAYER_EXPERTS]
     stamp, count = d[g + D_VISIT] + 1, np.int64(0)
-    recency, filters = d[g + D_RECENCY], d[g + D_FILTERS]
+    recency, filters, servers, gpu = d[g + D_RECENCY], d[g + D_FILTERS], d[g + D_SERVERS], d[d[g + D_SETTINGS] + GPU]
     for token in range(rows):
         first = d[g + D_CHOSEN] + first_chosen(t, g, q, layer, token)
         for at in range(first, first + k):
@@ -113,7 +116,7 @@ def look_up(t: Tables, g: Word, q: Word, layer: Word) -> None:
                 break
             expert = base + d[at]
             row = t.experts[d[g + D_EXPERTS] + expert]
-            if filters and not row[E_OWNED]:
+            if filters and not (row[E_OWNED] if servers < 0 else d[servers + d[at]] == gpu):
                 continue
             if row[E_SEEN] == stamp:
                 t.served[row[E_PLACE], S_TOKENS] += 1
@@ -249,15 +252,25 @@ def leave_out_resolved(t: Tables) -> None:
 
 
 @compiled
+def note_next_uses(t: Tables, g: Word, p: Word) -> None:
+    """Let the policy of a memory's pool that knows the future know when the experts of a visit are used next."""
+    d = t.words
+    if d[g + D_EVICTION] != BELADY:
+        return
+    state = t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_EXPERTS] + 4]
+    first = d[g + D_FOLLOWING] + d[g + D_FOLLOWED]
+    for number in range(d[X_SERVED]):
+        begin(state, t.served[number, S_EXPERT] - d[p + P_EXPERT], d[first + number])
+    d[g + D_FOLLOWED] += d[X_SERVED]
+
+
+@compiled
 def serve(t: Tables, g: Word, q: Word, layer: Word) -> None:
     """Serve a visit's look-ups, wave by wave; what the last wave holds stays pinned."""
     d, visit, p = t.words, t.words[X_VISIT], pool_of(t, g, layer * t.words[g + D_LAYER_EXPERTS])
-    if d[g + D_EVICTION] == BELADY:
-        state = t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_EXPERTS] + 4]
-        first = d[g + D_FOLLOWING] + d[g + D_FOLLOWED]
-        for number in range(d[X_SERVED]):
-            begin(state, t.served[number, S_EXPERT] - d[p + P_EXPERT], d[first + number])
-        d[g + D_FOLLOWED] += d[X_SERVED]
+    note_next_uses(t, g, p)
+    if d[g + D_TIER] >= 0:
+        note_next_uses(t, d[g + D_TIER], pool_of(t, d[g + D_TIER], np.int64(0)))
     lacking = find(t, g)
     on_cpu = lacking and d[g + D_ON_CPU] and (d[g + D_FETCH_FROM] < 0 or d[q + Q_ROWS] < d[g + D_FETCH_FROM])
     d[visit + V_CPU_TOKENS] = send_to_cpu(t, g, q, layer) if on_cpu else 0

@@ -65,7 +65,13 @@ X_REGISTERS, X_ROOM_FOR, X_ASKS, X_SERVED, X_COPIED, X_TAKEN, X_RESOLVED, X_VISI
 #: A GPU. Its settings and rooms; what the scenario says of memory and prefetching; the memory as it is; counts; its
 #: part of each step; records; the most that a visit may come to; the steps that are laid out, what they choose and
 #: guess; registers that may be taken again; the clock, for policies that look at it; whether it serves some experts
-#: alone; whether its host waits for what a step samples.
+#: alone; the most registers that a visit may take; host memory, where it is a cache (-1: it holds every expert), and
+#: whether prefetches go there alone. Host memory has these words, too, as far as they mean anything there (`D_ROOMS`
+#: is then, by register of a room's bytes, that of the copies out of it); and the requests of a read of an expert of
+#: each layer, how many copies found theirs, and the bytes read. Where GPUs share experts: which of its owners serves
+#: each of the visit's (-1: its only one), the list of all GPUs, whether they lend, whether copies come from another one
+#: that has the expert, and, by register of a room, those of its bytes and of the copies out of it. Whether the
+#: host waits for what a step samples.
 (
     D_SETTINGS, D_ROOMS, D_EXPERTS, D_LAYERS, D_LAYER_EXPERTS, D_SHARED, D_EVICTION, D_POOLS, D_PREFETCH, D_HORIZONS,
     D_K, D_COPY_NS, D_LEAST, D_DECAY, D_POPULAR, D_PROTECTS, D_DROPS, D_UNPIN_FIRST, D_WATCHES, D_ON_CPU, D_CPU_MOST,
@@ -74,8 +80,9 @@ X_REGISTERS, X_ROOM_FOR, X_ASKS, X_SERVED, X_COPIED, X_TAKEN, X_RESOLVED, X_VISI
     D_ADMITTED, D_EVICTED, D_RESOLVED, D_MOST_COPIES, D_MOST_EVICTED, D_RECENCY, D_ASKED,
     D_FIRST_STEP, D_END_STEP, D_STEPS, D_CHOSEN, D_PER_TOKEN, D_LATER, D_LATER_COLUMNS, D_GUESSES, D_RANKS,
     D_CONFIDENCES, D_BUDGETS, D_FOLLOWING, D_FOLLOWED, D_GATES, D_FREE, D_FREE_COUNT,
-    D_NOW, D_BACKLOG, D_FILTERS, D_AWAITS_TOKENS, D_WORDS,
-) = range(67)  # fmt: skip
+    D_NOW, D_BACKLOG, D_FILTERS, D_MOST_REGISTERS, D_TIER, D_STAGES, D_REQUESTS, D_FOUND, D_READ_BYTES,
+    D_SERVERS, D_GPUS, D_LENDS, D_FROM_PEERS, D_LANDED, D_LENT, D_AWAITS_TOKENS, D_WORDS,
+) = range(79)  # fmt: skip
 
 #: A pool: its bytes, and what is free in the order in which it became free: a ring of (bytes, register of whose room it
 #: was, -1 for none); what its policy knows; its first expert on the GPU, and how many it has.
@@ -92,12 +99,12 @@ Q_FIRST, Q_ROWS, Q_PHASE, Q_SAMPLED, STEP_WORDS = range(5)
 #: A host thread: the list of its GPUs; where it is: which of them, the step, the layer to be decided (-1: none yet). Of
 #: GPUs that share experts: whether they do, whether one thread turns to all of them, whether tokens are to come back,
 #: what the exchange takes that is ordered next; and of the steps that are laid out what exchanges take, where tokens
-#: live, and who serves any. Where a scheduler makes the steps: until when there is nothing to do (0: now there is), and
-#: what the host takes to make one.
+#: live, who serves any, and who serves each expert (-1: its only owner). Where a scheduler makes the steps: until when
+#: there is nothing to do (0: now there is), and what the host takes to make one.
 (
     H_GPUS, H_AT, H_STEP, H_LAYER, H_STEPS, H_DONE, H_SHARES, H_ONE, H_BACK, H_EXCHANGE_NS, H_EXCHANGES, H_LIVES,
-    H_SERVES, H_IDLE_UNTIL, H_SCHEDULE_NS, THREAD_WORDS,
-) = range(16)  # fmt: skip
+    H_SERVES, H_SERVERS, H_IDLE_UNTIL, H_SCHEDULE_NS, THREAD_WORDS,
+) = range(17)  # fmt: skip
 
 #: An expert: what holds it (as `compiled_eviction` has it); its copy (-1: absent) and room; whether it was prefetched
 #: and nobody has used it; the visit that looked it up last, its place there; the visit that guessed it last, how often

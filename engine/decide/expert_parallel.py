@@ -296,11 +296,25 @@ class _Sharing:
         raise NotImplementedError
 
 
-class _ByOwner(_Sharing):
-    """Every choice is served by an owner of the expert; of several, by the one with the fewest tokens in the visit.
+def served_by(owners: Sequence[Sequence[int]], accesses: Accesses, gpus: int) -> dict[int, int]:
+    """Returns which of its owners serves each expert of a visit: of several, the one with the fewest tokens in it.
 
     Experts with one owner count first, then the others in order of access; ties go to the first GPU.
     """
+    load, server = [0] * gpus, {}
+    for expert, tokens in zip(accesses.experts, accesses.tokens, strict=True):
+        server[expert] = owners[expert][0]
+        if len(owners[expert]) == 1:
+            load[owners[expert][0]] += tokens
+    for expert, tokens in zip(accesses.experts, accesses.tokens, strict=True):
+        if len(owners[expert]) > 1:
+            gpu = server[expert] = min(owners[expert], key=load.__getitem__)
+            load[gpu] += tokens
+    return server
+
+
+class _ByOwner(_Sharing):
+    """Every choice is served by an owner of the expert (`served_by`)."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -326,7 +340,7 @@ class _ByOwner(_Sharing):
             self._now = _split(accesses, self._server, self._layout.gpus)
             of_layer: Array = self._traffic[layer]
             return of_layer
-        server = self._serve(accesses)
+        server = served_by(self._owners, accesses, self._layout.gpus)
         self._now = _split(accesses, server, self._layout.gpus)
         table = self._only[layer].copy()
         first = layer * self._trace.num_experts
@@ -335,20 +349,6 @@ class _ByOwner(_Sharing):
         present = None if self._present is None else self._present[:, layer : layer + 1]
         moved: Array = traffic(table[self._chosen[:, layer : layer + 1]], self._home, present, self._layout.gpus)[0]
         return moved
-
-    def _serve(self, accesses: Accesses) -> dict[int, int]:
-        """Returns the GPU that serves each expert of a visit."""
-        load = [0] * self._layout.gpus
-        server = {}
-        for expert, tokens in zip(accesses.experts, accesses.tokens, strict=True):
-            gpu = server[expert] = self._server[expert]
-            if gpu >= 0:
-                load[gpu] += tokens
-        for expert, tokens in zip(accesses.experts, accesses.tokens, strict=True):
-            if server[expert] < 0:
-                gpu = server[expert] = min(self._owners[expert], key=load.__getitem__)
-                load[gpu] += tokens
-        return server
 
 
 class _ByCost(_Sharing):

@@ -137,7 +137,7 @@ class HostRooms:
 
     def __init__(self, experts: int, registers: Registers, requests: Sequence[int]) -> None:
         """Name the rooms of experts, so many of each layer."""
-        self._experts, self._registers, self._requests = experts, registers, requests
+        self._experts, self._registers, self.requests = experts, registers, requests
         self._of: dict[int, tuple[int, int]] = {}
 
     def bring(self, read: int, admission: Admission | None) -> Brought:
@@ -156,5 +156,5 @@ class HostRooms:
                 self._registers.give(filled)
                 self._registers.give(leaving)
         filled, leaving = self._of[admission.copy] = self._registers.take(), self._registers.take()
-        requests = self._requests[admission.expert // self._experts]
+        requests = self.requests[admission.expert // self._experts]
         return Brought(admission.copy, filled, leaving, requests, tuple(freed))

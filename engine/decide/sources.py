@@ -13,6 +13,7 @@ from ..policies import eviction, eviction_queues, prefetch
 from ..policies.eviction_informed import Belady, Static
 from ..policies.miss import Cpu, Miss
 from . import decision_words as words
+from .host_memory import HostMemory
 from .memory_manager import MemoryManager
 
 #: The policies that are compiled, by class: one that inherits from them may do anything.
@@ -44,7 +45,7 @@ PREFETCHES: dict[type, int] = {
 class Source:
     """What one GPU decides by: as `dispatch.visits` takes it.
 
-    `host_memory`: host memory does not hold every expert.
+    `host_memory` is what host memory holds, where that is not every expert; `to_host`: prefetches go there alone.
     """
 
     trace: RoutingTrace
@@ -55,7 +56,8 @@ class Source:
     issue: str = "after_launch"
     budgets: Sequence[int] | None = None
     miss: Miss | None = None
-    host_memory: bool = False
+    host_memory: HostMemory | None = None
+    to_host: bool = False
 
 
 def decided_in_python(source: Source) -> str | None:
@@ -68,32 +70,42 @@ def decided_in_python(source: Source) -> str | None:
         return "memory.prefetch_limit"
     if source.miss is not None and type(source.miss) is not Cpu:
         return "miss.policy"
-    if source.host_memory:
-        return "tiers.host_budget"
+    if source.host_memory is not None and type(source.host_memory.manager.pools[0].policy) not in EVICTIONS:
+        return "tiers.host_policy"
+    if source.host_memory is not None and source.miss is not None:
+        return "miss.policy"
     guesses = source.guesses
     if source.prefetch.guesses and (guesses is None or guesses.horizons != source.prefetch.horizons):
         return "prefetch.lookahead"
     return None
 
 
-def shared_in_python(sources: Sequence[Source], remote: str, lends: bool, owners: Sequence[int]) -> str | None:
+def stages_in_python(sources: Sequence[Source]) -> str | None:
+    """Returns the key that has the decisions of a pipeline's stages made in Python; None where compiled code does."""
+    why = next((key for source in sources if (key := decided_in_python(source)) is not None), None)
+    if why is None and len(sources) > 1 and any(source.host_memory is not None for source in sources):
+        return "tiers.host_budget"
+    return why
+
+
+def shared_in_python(sources: Sequence[Source], remote: str, *, spares: bool) -> str | None:
     """Returns the key that has the decisions of GPUs that share experts made in Python; None where compiled code does.
 
-    `lends`: GPUs keep experts for one another; `owners` is how many GPUs own each expert.
+    `spares`: GPUs keep experts that another one evicts.
     """
     why = next((key for source in sources if (key := decided_in_python(source)) is not None), None)
     if why is not None:
         return why
-    if remote != "tokens":
+    if remote == "cost":
         return "parallel.remote"
-    if lends:
+    if spares:
         return "parallel.spare_bytes"
-    if any(count != 1 for count in owners):
-        return "parallel.placement"
     if any(type(pool.policy) is Belady for source in sources for pool in source.manager.pools):
         return "memory.eviction"
     if any(isinstance(source.prefetch, prefetch.AdaptiveMemory | prefetch.AdaptiveLink) for source in sources):
         return "prefetch.policy"
     if any(source.miss is not None for source in sources):
         return "miss.policy"
+    if any(source.host_memory is not None for source in sources):
+        return "tiers.host_budget"
     return "memory.scope" if any(source.manager.shared for source in sources) else None

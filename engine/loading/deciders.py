@@ -158,11 +158,13 @@ def dispatched_together(
     )  # fmt: skip
 
 
-def source_of(inputs: Inputs, manager: MemoryManager, prefetch: Prefetch, *, host_memory: bool = False) -> Source:
-    """Returns what one GPU decides by; `host_memory`: there is less of it than all experts take."""
+def source_of(
+    inputs: Inputs, manager: MemoryManager, prefetch: Prefetch, host_memory: HostMemory | None = None
+) -> Source:
+    """Returns what one GPU decides by; `host_memory` is what host memory holds, where that is not every expert."""
     from ..decide.sources import Source
 
     return Source(
         inputs.trace, inputs.steps, manager, prefetch, inputs.guesses, inputs.scenario.prefetch.issue,
-        cached_budgets(inputs), make_miss(inputs), host_memory,
+        cached_budgets(inputs), make_miss(inputs), host_memory, inputs.scenario.tiers.prefetch == "host",
     )  # fmt: skip

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from .compiled_agenda import ALL, ENDS, ENTERS, GOES_ON, KEEPS, KIND_BITS, STARTS, next_event, rests
 from .compiled_host import carry_out, end_part, wake_parts
 from .compiled_lanes import backlog, end, keep_engine, try_start
-from .compiled_prices import knows_prices
+from .compiled_prices import prepare
 from .compiled_queue import enter
 from .compiled_work import Reals, Word, Words, compiled
 from .memory import (
@@ -16,17 +17,11 @@ from .memory import (
     G_H2D,
     G_PREFETCH,
     GPUS,
-    L_END,
-    L_ENTERING,
-    L_KEEPS,
-    L_WAKE,
-    LANES,
     NEVER,
     NODES_EACH,
     NODES_LEFT,
     NOW,
     PORTION,
-    PRICE,
     R_CAPACITY,
     R_COUNT,
     RATE,
@@ -35,39 +30,10 @@ from .memory import (
     SPACE,
     T_AT,
     T_COUNT,
-    T_GOES_ON,
     T_PART_OF,
-    THREADS,
-    W_ISSUED,
     WORK_EACH,
     WORK_LEFT,
 )
-
-#: Kinds of events, in the order in which they come at one instant (see `lanes.Instant`).
-ENTERS, ENDS, KEEPS, GOES_ON, STARTS = range(5)
-KIND_BITS, ALL = 3, 7
-
-
-@compiled
-def next_event(m: Words) -> tuple[Word, Word]:
-    """Returns what comes next: its instant and kind (ends, entries, then as of `Instant`) as one number, and where."""
-    first: Word = NEVER << KIND_BITS
-    where: Word = -1
-    lanes = m[LANES]
-    for place in range(lanes + 1, lanes + 1 + m[lanes]):
-        lane = m[place]
-        comes = min(m[lane + L_END] << KIND_BITS | ENDS, m[lane + L_WAKE] << KIND_BITS | STARTS)
-        comes = min(comes, m[lane + L_KEEPS] << KIND_BITS | KEEPS)
-        if m[lane + L_ENTERING] >= 0:
-            comes = min(comes, max(m[NOW], m[m[lane + L_ENTERING] + W_ISSUED]) << KIND_BITS | ENTERS)
-        if comes < first:
-            first, where = comes, lane
-    threads = m[THREADS]
-    for place in range(threads + 1, threads + 1 + m[threads]):
-        comes = m[m[place] + T_GOES_ON] << KIND_BITS | GOES_ON
-        if comes < first:
-            first, where = comes, m[place]
-    return first, where
 
 
 @compiled
@@ -106,8 +72,9 @@ def advance(m: Words, f: Reals, thread: Word) -> tuple[Word, Word]:
     if thread >= 0:
         if not has_space(m, thread):
             return SPACE, thread
-        if not knows_prices(m, thread):
-            return PRICE, thread
+        asked = prepare(m, thread)
+        if asked >= 0:
+            return asked, thread
         if carry_out(m, f, thread):
             return PORTION, thread
     while True:
@@ -129,7 +96,7 @@ def advance(m: Words, f: Reals, thread: Word) -> tuple[Word, Word]:
             if not try_start(m, f, where):
                 return RATE, np.int64(-1)
         else:
-            m[where + T_GOES_ON] = NEVER
+            rests(m, where)
             before, done = m[where + T_AT], carry_out(m, f, where)
             if m[where + T_PART_OF] >= 0:
                 if m[where + T_AT] > before:

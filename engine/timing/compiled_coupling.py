@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from .compiled_agenda import reschedule
 from .compiled_work import Reals, Word, Words, compiled
 from .memory import (
     ASKED,
@@ -84,6 +85,7 @@ def go_on(m: Words, f: Reals, lane: Word) -> None:
     f[lane + L_STRETCH] = stretch_of(m, f, lane)
     m[lane + L_SINCE] = m[NOW]
     m[lane + L_END] = m[NOW] + np.int64(np.rint(f[lane + L_LEFT] * f[lane + L_STRETCH]))
+    reschedule(m, lane)
 
 
 @compiled

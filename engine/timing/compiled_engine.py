@@ -15,7 +15,7 @@ from .compiled_coupling import rate_row
 from .compiled_launch import end_busy
 from .compiled_layout import RECORDED, Driven, Layout, Machine
 from .compiled_peers import settle_arrivals
-from .compiled_prices import COLUMNS
+from .compiled_prices import ROW_WORDS
 from .memory import (
     ADDED_WORDS,
     AN_BESIDE,
@@ -40,6 +40,7 @@ from .memory import (
     KERNEL_WORDS,
     KERNELS,
     L_NUMBER,
+    LANE,
     NODES_EACH,
     NODES_LEFT,
     NOW,
@@ -116,6 +117,8 @@ class CompiledEngine:
             self._price()
         elif why == RATE:
             self._find_rates()
+        elif why == LANE:
+            self._name_lane()
         else:
             self._make_space()
 
@@ -147,28 +150,28 @@ class CompiledEngine:
         layout, memory = self._layout, self._memory
         if len(portion) > memory.words[at + T_CAPACITY]:
             capacity = 2 * len(portion)
-            rows = memory.allocate(capacity * COLUMNS)
+            rows = memory.allocate(capacity * ROW_WORDS)
             memory.words[at + T_ROWS], memory.words[at + T_CAPACITY] = rows, capacity
         most = int(portion[:, _REGISTER].max()) + 1
         if most > layout.registers:
             layout.add_registers(most)
         words = memory.words
         rows = int(words[at + T_ROWS])
-        words[rows : rows + portion.size] = portion.ravel()
+        words[rows : rows + len(portion) * ROW_WORDS].reshape(-1, ROW_WORDS)[:, : portion.shape[1]] = portion
         words[at + T_COUNT], words[at + T_AT] = len(portion), 0
         for gpu in driven.gpus:
             place, state = layout.gpus[gpu], self._machine.gpus[gpu].state
             words[place + G_ASSIGNED], words[place + G_BUDGET] = state.assigned
         if self._machine.exchange_ns is not None and (portion[:, 0] == Op.EXCHANGE).any():
             words[layout.gpus[0] + G_EXCHANGE_NS] = self._machine.exchange_ns()
-        if self._machine.peers:
-            self._name_lanes(portion)
 
-    def _name_lanes(self, portion: Array) -> None:
-        """Give the lanes of copies between GPUs their places in the timelines, at their first use."""
-        for op, gpu, peer in portion[np.isin(portion[:, 0], (Op.FETCH, Op.STORE))][:, [0, 1, 9]].tolist():
-            lane = self._machine.peers[(peer, gpu) if op == Op.FETCH else (gpu, peer)][1]()
-            self._memory.words[self._layout.lane_of(lane) + L_NUMBER] = lane.number
+    def _name_lane(self) -> None:
+        """Give a lane of copies between GPUs its place in a timeline, at its first use, by the command that asks."""
+        words = self._memory.words
+        command = Command._make(words[words[ASKED] : words[ASKED] + len(Command._fields)].tolist())
+        pair = (command.peer, command.gpu) if command.op == Op.FETCH else (command.gpu, command.peer)
+        lane = self._machine.peers[pair][1]()
+        words[self._layout.lane_of(lane) + L_NUMBER] = lane.number
 
     def _drop(self) -> None:
         """Tell the memory managers which prefetches were dropped since the last decision."""
@@ -262,9 +265,9 @@ class CompiledEngine:
             spans, accesses, decisions = (
                 self._records(int(memory[at + place]), words) for place, words in RECORDED.items()
             )
-            one.lanes.timeline.extend(spans.tobytes())
+            one.lanes.timeline.extend(spans.reshape(-1).view(np.uint8).data)
             one.state.accesses.extend(accesses.astype("<i4").tobytes())
-            one.state.decided.extend(decisions.tobytes())
+            one.state.decided.extend(decisions.reshape(-1).view(np.uint8).data)
         memory[RECORDS] = 0
         region, known = int(memory[ARRIVALS]), int(settle_arrivals(memory))
         arrivals = self._records(region, ARRIVAL_WORDS)

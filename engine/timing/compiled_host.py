@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from .compiled_agenda import goes_on
 from .compiled_copies import copy, demand, do_without, leave, read, read_back, reclaim
 from .compiled_coupling import disturbed
 from .compiled_launch import add_member, end_busy, launch, note, predict, reaches_end, take_launched
@@ -14,7 +15,6 @@ from .compiled_prices import (
     C_PEER,
     C_REGISTER,
     C_TOKENS,
-    COLUMNS,
     O_BEHIND,
     O_CALL,
     O_CATCH_UP,
@@ -46,6 +46,7 @@ from .compiled_prices import (
     O_TURN,
     O_VISIT,
     O_WAIT,
+    ROW_WORDS,
     gpu_of,
 )
 from .compiled_work import Reals, Word, Words, compiled, copied_works, join_register, set_register
@@ -82,7 +83,6 @@ from .memory import (
     T_AT,
     T_BEHIND,
     T_COUNT,
-    T_GOES_ON,
     T_GPU,
     T_GPUS,
     T_INSIDE,
@@ -158,7 +158,7 @@ def catch_up(m: Words, thread: Word, row: Word) -> None:
         gpus = m[thread + T_GPUS]
         for at in range(gpus + 1, gpus + 1 + m[gpus]):
             now = min(now, m[m[at] + G_NOW])
-    m[thread + T_GOES_ON] = max(now, m[NOW])
+    goes_on(m, thread, max(now, m[NOW]))
 
 
 @compiled
@@ -208,7 +208,7 @@ def passes(m: Words, thread: Word, row: Word) -> Word:
             m[thread + T_OUTSIDE] = 1
             return False
         if not entering and m[other + T_OUTSIDE]:
-            m[other + T_GOES_ON] = m[NOW]
+            goes_on(m, other, m[NOW])
     if m[thread + T_OUTSIDE]:
         m[thread + T_OUTSIDE] = 0
         m[gpu + G_NOW] = max(m[gpu + G_NOW], m[NOW])
@@ -282,12 +282,13 @@ def carry_out_one(m: Words, f: Reals, thread: Word, row: Word) -> Word:
 def begin_parts(m: Words, thread: Word) -> None:
     """Let the GPUs' own threads carry out the parts that are next, all of which this one waits for."""
     while m[thread + T_AT] < m[thread + T_COUNT]:
-        row = m[thread + T_ROWS] + m[thread + T_AT] * COLUMNS
+        row = m[thread + T_ROWS] + m[thread + T_AT] * ROW_WORDS
         if m[row + C_OP] != O_PART:
             return
         part = m[gpu_of(m, row) + G_THREAD]
-        m[part + T_ROWS], m[part + T_COUNT], m[part + T_AT] = row + COLUMNS, m[row + C_EXTRA], 0
-        m[part + T_PART_OF], m[part + T_GOES_ON] = thread, m[NOW]
+        m[part + T_ROWS], m[part + T_COUNT], m[part + T_AT] = row + ROW_WORDS, m[row + C_EXTRA], 0
+        m[part + T_PART_OF] = thread
+        goes_on(m, part, m[NOW])
         m[thread + T_PARTS] += 1
         m[thread + T_AT] += 1 + m[row + C_EXTRA]
 
@@ -299,7 +300,7 @@ def wake_parts(m: Words) -> None:
     for at in range(gpus + 1, gpus + 1 + m[gpus]):
         part = m[m[at] + G_THREAD]
         if m[part + T_BEHIND]:
-            m[part + T_GOES_ON] = m[NOW]
+            goes_on(m, part, m[NOW])
 
 
 @compiled
@@ -308,14 +309,14 @@ def end_part(m: Words, part: Word) -> None:
     thread = m[part + T_PART_OF]
     m[thread + T_PARTS] -= 1
     if m[thread + T_PARTS] == 0:
-        m[thread + T_GOES_ON] = m[NOW]
+        goes_on(m, thread, m[NOW])
 
 
 @compiled
 def carry_out(m: Words, f: Reals, thread: Word) -> Word:
     """Carry out a thread's commands from where it is; whether it has come to their end, and neither waits nor rests."""
     while m[thread + T_AT] < m[thread + T_COUNT]:
-        row = m[thread + T_ROWS] + m[thread + T_AT] * COLUMNS
+        row = m[thread + T_ROWS] + m[thread + T_AT] * ROW_WORDS
         if m[row + C_OP] == O_PART:
             begin_parts(m, thread)
             return False

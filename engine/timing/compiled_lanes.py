@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from .compiled_agenda import reschedule, wake
 from .compiled_coupling import count_in_crowd, go_on, knows_rates, occupy, tell_neighbors
 from .compiled_queue import append, choose, finish
 from .compiled_work import Reals, Word, Words, compiled, wait_for
@@ -126,7 +127,7 @@ def start(m: Words, f: Reals, lane: Word, work: Word, alone: Word) -> Word:
     if slot >= 0 and m[work + W_TRANSFER] >= 0:
         transfer = 2 * m[work + W_TRANSFER] + np.int64(alone)
         if not knows_rates(m, slot, transfer):
-            m[lane + L_WAKE] = m[NOW]
+            wake(m, lane)
             return False
     m[lane + L_NEXT], m[lane + L_GOES_ON], m[lane + L_ACTIVE] = -1, 0, work
     m[work + W_STARTED] = 1
@@ -147,6 +148,7 @@ def try_start(m: Words, f: Reals, lane: Word) -> Word:
     """Start the next work if it may start now; False if a rate is asked for that is not known."""
     now = m[NOW]
     m[lane + L_WAKE] = NEVER
+    reschedule(m, lane)
     if m[lane + L_ACTIVE] >= 0 or (m[lane + L_NEXT] < 0 and not choose(m, lane)):
         return True
     work = m[lane + L_NEXT]
@@ -167,6 +169,7 @@ def try_start(m: Words, f: Reals, lane: Word) -> Word:
     begins = max(begins, ready, following)
     if begins > now:
         m[lane + L_WAKE] = begins
+        reschedule(m, lane)
         return True
     return start(m, f, lane, work, ready > following)
 
@@ -217,6 +220,7 @@ def end(m: Words, f: Reals, lane: Word) -> Word:
         m[lane + L_GOES_ON], m[lane + L_KEEPS] = 1, now
     elif m[lane + L_FIRST] >= 0:
         m[lane + L_WAKE] = now
+    reschedule(m, lane)
     return True
 
 
@@ -224,9 +228,10 @@ def end(m: Words, f: Reals, lane: Word) -> Word:
 def keep_engine(m: Words, lane: Word) -> None:
     """Say whether an engine stays with a lane: if its next work may start as soon as the gap has passed."""
     m[lane + L_KEEPS] = NEVER
+    reschedule(m, lane)
     following, stays = m[lane + L_FIRST], False
     if following >= 0:
-        m[lane + L_WAKE] = m[NOW]
+        wake(m, lane)
         if m[lane + L_KIND] != BY_RANK:
             last = last_cause(m, following)
             by = m[NOW] + m[lane + L_GAP]
@@ -238,7 +243,7 @@ def keep_engine(m: Words, lane: Word) -> None:
     for at in range(others + 1, others + 1 + m[others]):
         if m[m[at] + L_WAITS_FOR_ENGINE]:
             m[m[at] + L_WAITS_FOR_ENGINE] = 0
-            m[m[at] + L_WAKE] = m[NOW]
+            wake(m, m[at])
 
 
 @compiled

@@ -22,7 +22,8 @@ from ..costs.scatter import SCATTERED, Scatter
 from ..decide.commands import H2D, PREFETCH_LANE
 from ..decide.program import Program
 from . import memory as w
-from .compiled_prices import COLUMNS
+from .compiled_agenda import GOES_ON, KIND_BITS
+from .compiled_prices import ROW_WORDS
 from .lanes import ArrivalLane, Lane, QueueLane
 
 #: What the memory begins with; what fills up is made larger.
@@ -113,14 +114,15 @@ class Layout:
         self.add_space()
         for number, (at, driven) in enumerate(zip(self.threads, threads, strict=True)):
             gpus = memory.put_list(self.gpus[gpu] for gpu in driven.gpus)
-            rows = memory.allocate(_ROWS * COLUMNS)
+            rows = memory.allocate(_ROWS * ROW_WORDS)
             self._set(
                 at,
                 {w.T_NUMBER: number, w.T_ROWS: rows, w.T_CAPACITY: _ROWS, w.T_GPU: -1, w.T_GPUS: gpus, w.T_PART_OF: -1},
             )
         for at, gpu in zip(parts, self.gpus, strict=True):
-            self._set(at, {w.T_GPU: gpu, w.T_GPUS: memory.put_list([gpu]), w.T_PART_OF: -1, w.T_GOES_ON: w.NEVER})
+            self._set(at, {w.T_GPU: gpu, w.T_GPUS: memory.put_list([gpu]), w.T_PART_OF: -1})
             self._set(gpu, {w.G_THREAD: at})
+        self._lay_out_agenda([*self.threads, *parts])
         self.slots: dict[int, int] = {}
         self._links: dict[int, set[str]] = {}
         self._lay_out_network()
@@ -154,6 +156,19 @@ class Layout:
         kept = words[old : old + self.registers].tolist()
         self.registers = 2 * count
         self._set(0, {w.REGISTERS: self.memory.put([*kept, *[-1] * (self.registers - len(kept))])})
+
+    def _lay_out_agenda(self, threads: Sequence[int]) -> None:
+        """Lay out the words that say what each lane and thread does next: the threads of the run begin now."""
+        owners = [*self.lanes, *threads]
+        keys = self.memory.put([w.NEVER << KIND_BITS] * len(owners))
+        self.memory.put(owners)
+        self._set(0, {w.KEYS: keys, w.KEY_COUNT: len(owners)})
+        for number, at in enumerate(self.lanes):
+            self._set(at, {w.L_KEY: keys + number})
+        for number, at in enumerate(threads, len(self.lanes)):
+            self._set(at, {w.T_KEY: keys + number})
+        for at in self.threads:
+            self._set(int(self.memory.words[at + w.T_KEY]), {0: GOES_ON})
 
     def _lay_out_network(self) -> None:
         """Lay out a slot for each lane that has a part of the network."""
@@ -207,7 +222,7 @@ class Layout:
             w.L_SLOT: self.slots[lane.share.slot] if isinstance(lane.share, Share) else -1,
             w.L_CROWD: self._crowd_of(lane), w.L_GPU: -1 if lane.serves_all else self.gpus[self.gpu_of(lane)],
             w.L_FIRST: -1, w.L_LAST: -1, w.L_ENTERING: -1, w.L_LAST_ENTERING: -1, w.L_NEXT: -1, w.L_ACTIVE: -1,
-            w.L_FREE: -(10**18), w.L_END: w.NEVER, w.L_WAKE: w.NEVER, w.L_KEEPS: w.NEVER,
+            w.L_FREE: -(10**18), w.L_END: w.NEVER, w.L_WAKE: w.NEVER, w.L_KEEPS: w.NEVER, w.L_ENTERS: w.NEVER,
         })  # fmt: skip
         self._set_floats(at, {w.L_STRETCH: 1.0, w.L_SHARING_FACTOR: lane.sharing_factor})
 

@@ -32,7 +32,7 @@ from ..decide.decision_words import ROOM as NO_ROOM
 from ..decide.decision_words import STEPS as NO_STEPS
 from .compiled_clock import advance, backlogs
 from .compiled_launch import end_busy
-from .compiled_prices import COLUMNS
+from .compiled_prices import COLUMNS, ROW_WORDS
 from .compiled_work import Reals, Word, Words
 from .memory import (
     DROPPED,
@@ -85,7 +85,7 @@ def take_portion(t: Tables, m: Words, thread: Word) -> None:
     for row in range(1, count + 1):
         for column in range(COLUMNS):
             m[to + column] = rows[row, column]
-        to += COLUMNS
+        to += ROW_WORDS
     m[thread + T_COUNT], m[thread + T_AT] = count, 0
     gpus = m[thread + T_GPUS]
     for at in range(gpus + 1, gpus + 1 + m[gpus]):

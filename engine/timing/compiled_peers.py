@@ -7,7 +7,7 @@ import numpy as np
 from ...resources.timeline import ACTIVATION, PEER
 from ..decide.commands import FIXED_REGISTERS, TOKENS
 from .compiled_launch import new_work, pay_waits
-from .compiled_prices import C_EXPERT, C_EXTRA, C_KIND, C_OP, C_PEER, C_REGISTER, O_FETCH, gpu_of
+from .compiled_prices import C_EXTRA, C_KIND, C_REGISTER, gpu_of, way_of
 from .compiled_queue import submit
 from .compiled_work import (
     Reals,
@@ -30,13 +30,11 @@ from .memory import (
     G_AFTER,
     G_ARRIVALS,
     G_CALLS,
-    G_COPY_OF,
     G_EXCHANGE,
     G_EXCHANGE_NS,
     G_KERNEL_AFTER,
     G_NOW,
     G_NUMBER,
-    G_PEERS,
     G_SENDS,
     G_VISIT,
     GPUS,
@@ -51,7 +49,6 @@ from .memory import (
     M_TRANSFER,
     N_NEXT,
     N_WHAT,
-    P_CLASS,
     R_AT,
     R_COUNT,
     REGISTERS,
@@ -138,11 +135,7 @@ def send(m: Words, f: Reals, row: Word) -> None:
 @compiled
 def move_expert(m: Words, f: Reals, row: Word) -> None:
     """Enqueue a copy of an expert from another GPU, or to it, by this one's host thread."""
-    gpu = gpu_of(m, row)
-    of_class = m[m[m[gpu + G_COPY_OF] + m[row + C_EXPERT]] + P_CLASS]
-    # By class: for each other GPU the way from it, then the way to it.
-    place = 2 * (of_class * m[m[GPUS]] + m[row + C_PEER]) + (0 if m[row + C_OP] == O_FETCH else 1)
-    move_work(m, f, gpu, m[m[gpu + G_PEERS] + place], PEER, row)
+    move_work(m, f, gpu_of(m, row), way_of(m, row), PEER, row)
 
 
 @compiled

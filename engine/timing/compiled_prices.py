@@ -24,6 +24,7 @@ from .memory import (
     G_EXPERTS,
     G_KINDS,
     G_LAYERS,
+    G_PEERS,
     G_SCATTER,
     G_SHAPES,
     G_SIZED,
@@ -33,8 +34,12 @@ from .memory import (
     KERNEL_TOKENS,
     KERNEL_WORDS,
     KERNELS,
+    L_NUMBER,
+    LANE,
     LOW_SHAPE,
+    M_LANE,
     P_CLASS,
+    PRICE,
     SCATTERS,
     SIZED_SHAPE,
     T_COUNT,
@@ -52,12 +57,14 @@ O_CALL, O_EXCHANGE, O_FETCH, O_STORE, O_LEAVE, O_PART, O_BEHIND, O_ENTER = (int(
 O_EXIT, O_IDLE, O_SCHEDULE = (int(op) for op in list(Op)[32:35])
 COLUMNS = len(Command._fields)
 C_OP, C_GPU, C_KIND, C_LANE, C_LAYER, C_TOKENS, C_EXPERT, C_COPY, C_REGISTER, C_PEER, C_EXTRA = range(COLUMNS)
+#: What a row has besides in a thread's portion: where its GPU is, and what prices it (-1: nothing).
+C_PLACE, C_PRICE, ROW_WORDS = range(COLUMNS, COLUMNS + 3)
 
 
 @compiled
 def gpu_of(m: Words, row: Word) -> Word:
     """Returns the GPU that a command is for."""
-    return m[m[GPUS] + 1 + m[row + C_GPU]]
+    return m[row + C_PLACE]
 
 
 @compiled
@@ -98,10 +105,17 @@ def shape_of(m: Words, row: Word) -> Word:
 @compiled
 def price_of(m: Words, row: Word) -> Word:
     """Returns what a command's kernel takes; -1 if nothing prices it."""
-    shape = shape_of(m, row)
-    if shape < 0:
-        return shape
-    return m[KERNELS] + (shape * m[KERNEL_TOKENS] + max(0, m[row + C_TOKENS])) * KERNEL_WORDS
+    return m[row + C_PRICE]
+
+
+@compiled
+def way_of(m: Words, row: Word) -> Word:
+    """Returns what it takes to copy a command's expert from another GPU, or to it."""
+    gpu = gpu_of(m, row)
+    of_class = m[m[m[gpu + G_COPY_OF] + m[row + C_EXPERT]] + P_CLASS]
+    # By class: for each other GPU the way from it, then the way to it.
+    place = 2 * (of_class * m[m[GPUS]] + m[row + C_PEER]) + (0 if m[row + C_OP] == O_FETCH else 1)
+    return m[m[gpu + G_PEERS] + place]
 
 
 @compiled
@@ -141,22 +155,32 @@ def knows_factors(m: Words, thread: Word) -> Word:
 
 
 @compiled
-def knows_prices(m: Words, thread: Word) -> Word:
-    """Whether all prices of a portion are known, and factors drawn; if not, note which is asked for.
+def prepare(m: Words, thread: Word) -> Word:
+    """Look up where the GPUs and prices of a portion's commands are; return what is asked for, or -1 if all is known.
 
-    A shape is, for so many tokens; less than 0, it is a GPU's address, for so many factors; or, where these are less
-    than 0, for what attention adds in step -1 - that.
+    That is a price, of a shape for so many tokens; or, if it is less than 0, for a GPU's address, so many factors, or
+    where these are less than 0, what attention adds in step -1 - that; or a place in a timeline of a lane between GPUs,
+    which has one from its first use on.
     """
     if not knows_factors(m, thread):
-        return False
-    for at in range(m[thread + T_COUNT]):
-        row = m[thread + T_ROWS] + at * COLUMNS
+        return PRICE
+    row = m[thread + T_ROWS]
+    for _ in range(m[thread + T_COUNT]):
+        m[row + C_PLACE] = m[m[GPUS] + 1 + m[row + C_GPU]]
         attention = attention_of(m, row)
         if attention >= 0 and m[attention + AT_STEP] != m[row + C_EXTRA]:
             m[ASKED], m[ASKED_FOR] = -gpu_of(m, row), -1 - m[row + C_EXTRA]
-            return False
-        price = price_of(m, row)
-        if price >= 0 and not m[price + K_KNOWN]:
-            m[ASKED], m[ASKED_FOR] = shape_of(m, row), max(0, m[row + C_TOKENS])
-            return False
-    return True
+            return PRICE
+        shape, tokens = shape_of(m, row), max(0, m[row + C_TOKENS])
+        price: Word = -1
+        if shape >= 0:
+            price = m[KERNELS] + (shape * m[KERNEL_TOKENS] + tokens) * KERNEL_WORDS
+            if not m[price + K_KNOWN]:
+                m[ASKED], m[ASKED_FOR] = shape, tokens
+                return PRICE
+        m[row + C_PRICE] = price
+        if (m[row + C_OP] == O_FETCH or m[row + C_OP] == O_STORE) and m[m[way_of(m, row) + M_LANE] + L_NUMBER] < 0:
+            m[ASKED] = row
+            return LANE
+        row += ROW_WORDS
+    return np.int64(-1)

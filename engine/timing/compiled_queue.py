@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ...resources.timeline import DECOMPRESS
+from .compiled_agenda import goes_on, reschedule, wake
 from .compiled_work import (
     Word,
     Words,
@@ -32,6 +33,7 @@ from .memory import (
     G_VISIT,
     L_ACTIVE,
     L_ENTERING,
+    L_ENTERS,
     L_FIRST,
     L_GPU,
     L_KIND,
@@ -39,15 +41,14 @@ from .memory import (
     L_LAST_ENTERING,
     L_NEXT,
     L_ORDERED,
-    L_WAKE,
     N_NEXT,
     N_WHAT,
     N_WHO,
+    NEVER,
     NOW,
     NUMBER,
     R_AT,
     R_COUNT,
-    T_GOES_ON,
     W_AFTER,
     W_CANCELLED,
     W_COPY,
@@ -92,7 +93,15 @@ def append(m: Words, lane: Word, work: Word) -> None:
         m[lane + L_FIRST] = work
     m[lane + L_LAST] = work
     if m[lane + L_ACTIVE] < 0 and m[lane + L_NEXT] < 0:
-        m[lane + L_WAKE] = m[NOW]
+        wake(m, lane)
+
+
+@compiled
+def enters_at(m: Words, lane: Word) -> None:
+    """Note when the first of what will enter a lane's queue does."""
+    work = m[lane + L_ENTERING]
+    m[lane + L_ENTERS] = max(m[NOW], m[work + W_ISSUED]) if work >= 0 else NEVER
+    reschedule(m, lane)
 
 
 @compiled
@@ -108,6 +117,7 @@ def will_enter(m: Words, lane: Word, work: Word) -> None:
         m[before + W_NEXT] = work
     else:
         m[lane + L_ENTERING] = work
+        enters_at(m, lane)
     if following < 0:
         m[lane + L_LAST_ENTERING] = work
 
@@ -134,6 +144,7 @@ def enter(m: Words, lane: Word) -> None:
     m[lane + L_ENTERING] = m[work + W_NEXT]
     if m[lane + L_ENTERING] < 0:
         m[lane + L_LAST_ENTERING] = -1
+    enters_at(m, lane)
     append(m, lane, work)
 
 
@@ -201,9 +212,9 @@ def finish(m: Words, work: Word) -> None:
             what, who = m[node + N_WHAT], m[node + N_WHO]
             node = drop_node(m, node)
             if who == A_LANE:
-                m[what + L_WAKE] = m[NOW]
+                wake(m, what)
             elif who == A_THREAD:
-                m[what + T_GOES_ON] = m[NOW]
+                goes_on(m, what, m[NOW])
             elif who == A_WORK:
                 if joins_now(m, what):
                     join_queue(m, what)

@@ -9,7 +9,7 @@ from typing import Any
 from ..decide.compiled_decisions import Decisions
 from .compiled_engine import CompiledEngine
 from .compiled_loop import carry_on
-from .compiled_prices import COLUMNS
+from .compiled_prices import ROW_WORDS
 from .memory import DONE, G_PART, ROOM, SPACE, STEPS, T_CAPACITY, T_PROGRAM, T_ROWS
 
 
@@ -72,7 +72,7 @@ class DecidingEngine:
         layout, most = self._engine.layout, len(self._decisions.tables.rows)
         for at in layout.threads:
             if layout.memory.words[at + T_CAPACITY] < most:
-                rows = layout.memory.allocate(most * COLUMNS)
+                rows = layout.memory.allocate(most * ROW_WORDS)
                 layout.memory.words[at + T_ROWS], layout.memory.words[at + T_CAPACITY] = rows, most
         if self._decisions.registers > layout.registers:
             layout.add_registers(self._decisions.registers)

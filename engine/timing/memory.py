@@ -23,21 +23,24 @@ NEVER = 1 << 59
 #: How a lane takes work: as it was submitted; as it became ready; by rank.
 IN_ORDER, AS_READY, BY_RANK = range(3)
 
-#: The run as a whole: the instant; the lists of lanes, threads and GPUs; free work and nodes, and how many there are.
+#: The run as a whole: the instant; the lists of lanes, threads and GPUs; free work and nodes, and how many there are;
+#: what comes next, a word for each lane and thread, and behind these words whose each is.
 (
     NOW, LANES, THREADS, GPUS, FREE_WORK, WORK_LEFT, FREE_NODE, NODES_LEFT, NUMBER, REGISTERS, KERNELS, KERNEL_TOKENS,
-    RATES, RATE_ROWS, RATE_WORDS, RATES_KNOWN, ASKED, ASKED_FOR, RECORDS, RECORD_ROOM, ARRIVALS, DROPPED, HEADER,
-) = range(23)  # fmt: skip
+    RATES, RATE_ROWS, RATE_WORDS, RATES_KNOWN, ASKED, ASKED_FOR, RECORDS, RECORD_ROOM, ARRIVALS, DROPPED, KEYS,
+    KEY_COUNT, HEADER,
+) = range(25)  # fmt: skip
 
 #: A lane: what it was made with; the lists of lanes that have to do with it; its queue, and what enters one by rank
-#: later; what is running; when that ends, when a start is tried, and when it says whether it keeps an engine.
+#: later; what is running; when that ends, when a start is tried, and when it says whether it keeps an engine; when
+#: work enters by rank; and where its word is of what comes next.
 #: If GPUs share it, it is nobody's, and knows what it has been ordered to do and has not begun.
 (
     L_KIND, L_GAP, L_GAP_DISTURBED, L_AFTER_OTHER, L_AFTER_OTHER_DISTURBED, L_AFTER_ISSUE_DISTURBED, L_SLOT, L_NUMBER,
     L_GPU, L_SHARING, L_TURNS, L_DISTURBERS, L_SLOWED_BY, L_NEIGHBORS, L_FIRST, L_LAST, L_ENTERING, L_LAST_ENTERING,
     L_NEXT, L_ACTIVE, L_FREE, L_START, L_SINCE, L_END, L_WAKE, L_KEEPS, L_WAITS_FOR_ENGINE, L_GOES_ON, L_LEFT,
-    L_STRETCH, L_LONGER, L_SHARING_FACTOR, L_CROWD, L_ORDERED, LANE_WORDS,
-) = range(35)  # fmt: skip
+    L_STRETCH, L_LONGER, L_SHARING_FACTOR, L_CROWD, L_ENTERS, L_KEY, L_ORDERED, LANE_WORDS,
+) = range(37)  # fmt: skip
 
 #: A piece of work; `after` and `waiting` are lists of nodes: of work that must have ended, and of who waits for it.
 (
@@ -78,12 +81,12 @@ CROWD_BUSY, CROWD_LANES, CROWD_TIMES = range(3)
     G_SPANS, G_ACCESSES, G_DECISIONS, G_THREAD, G_SCATTER, G_ATTENTION, GPU_WORDS,
 ) = range(82)  # fmt: skip
 
-#: A host thread: its number, its portion and place in it, when it goes on, at which GPU it is, and the thread among
-#: compiled decisions, if they are; how many parts it waits for. One that carries out a part (see `commands`) belongs
-#: to a GPU, and to the thread that waits for it; and whether it waits for another part's. Whether it
-#: is where only one may be at a time, or waits to come there.
+#: A host thread: its number, its portion and place in it, where it says when it goes on, at which GPU it is, and the
+#: thread among compiled decisions, if they are; how many parts it waits for. One that carries out a part (see
+#: `commands`) belongs to a GPU, and to the thread that waits for it; and whether it waits for another part's.
+#: Whether it is where only one may be at a time, or waits to come there.
 (
-    T_NUMBER, T_ROWS, T_CAPACITY, T_COUNT, T_AT, T_GOES_ON, T_GPU, T_GPUS, T_PROGRAM, T_PARTS, T_PART_OF, T_BEHIND,
+    T_NUMBER, T_ROWS, T_CAPACITY, T_COUNT, T_AT, T_KEY, T_GPU, T_GPUS, T_PROGRAM, T_PARTS, T_PART_OF, T_BEHIND,
     T_INSIDE, T_OUTSIDE, THREAD_WORDS,
 ) = range(15)  # fmt: skip
 
@@ -116,8 +119,8 @@ R_AT, R_COUNT, R_CAPACITY, REGION_WORDS = range(4)
 SPAN_WORDS, NOTE_WORDS, ARRIVAL_WORDS, DROPPED_WORDS = 5, 3, 4, 3
 
 #: What the engine comes back with: all is done; a thread wants its next portion, a price, the rates of a set of
-#: transfers; or memory runs out. Compiled decisions: the next steps, or more room.
-DONE, PORTION, PRICE, RATE, SPACE, STEPS, ROOM = range(7)
+#: transfers, or a lane's place in a timeline; or memory runs out. Compiled decisions: the next steps, or more room.
+DONE, PORTION, PRICE, RATE, SPACE, STEPS, ROOM, LANE = range(8)
 #: The most work and nodes that a command takes.
 WORK_EACH, NODES_EACH = 2, 24
 

@@ -15,7 +15,9 @@ from ...resources.links import Links
 from ...workloads.batches import Step
 from ...workloads.trace import RoutingTrace
 from ..costs.all_to_all import AllToAll
-from ..decide.expert_parallel import ParallelVisit, traffic
+from ..decide.decision_layout import Shared, Together
+from ..decide.dispatch import step_accesses
+from ..decide.expert_parallel import ParallelVisit, served_by, traffic
 from ..decide.host_memory import HostRooms
 from ..decide.pipeline import Flow, flow_of, received_steps, sent_bytes
 from ..decide.program import Program, SharedLayers, Stage, pulled_program, stages_program
@@ -29,7 +31,8 @@ from .records import COPIES_FROM, Decoded
 from .simulation import GpuRun, OneGpu, Simulation
 
 if TYPE_CHECKING:
-    from ..decide.compiled_decisions import Decisions, Shared
+    from ..decide.compiled_decisions import Decisions
+    from ..decide.decision_layout import Shared
     from ..decide.sources import Source
 
 #: Compiled code makes its commands, too; a stage that inherits from it may order anything.
@@ -128,7 +131,8 @@ def _decisions(
     threads: Sequence[Sequence[int]],
 ) -> Decisions:  # fmt: skip
     """Returns the compiled decisions of all stages."""
-    from ..decide.compiled_decisions import Decisions, Part  # which compiles at its first import
+    from ..decide.compiled_decisions import Decisions  # which compiles at its first import
+    from ..decide.decision_layout import Part
 
     parts = [
         Part(one, stage.gpu, gpu.note_resolved, stage.has_head, stage.receives, stage.sends)
@@ -152,6 +156,17 @@ def _connect(engine: Simulation, gpus: Sequence[OneGpu], flow: Flow, links: Link
             one.lanes.timeline, f"gpu{number}", f"copy engine to gpu{to}", costs.lags, engine.network, disturbers
         )
         one.state.sends = Sending(lane, costs, sent_bytes(flow, number, len(gpus)), arrivals)
+
+
+def _servers(
+    trace: RoutingTrace, step: Step, owners: Sequence[Sequence[int]], only: npt.NDArray[Any], gpus: int
+) -> npt.NDArray[np.int64]:
+    """Returns the GPU that serves each expert in a step (layers, experts); of those that nobody chose, any."""
+    table = only.copy()
+    for accesses in step_accesses(trace, step):
+        for expert, gpu in served_by(owners, accesses, gpus).items():
+            table.flat[expert] = gpu
+    return table
 
 
 class SharingGpus:
@@ -189,31 +204,47 @@ class SharingGpus:
                 column.buffer.frombytes(tokens.astype(np.int32).tobytes())
 
     def shared(self, inputs: Inputs, *, one_thread: bool) -> Shared:
-        """Returns how compiled decisions share the experts, where each has one owner."""
-        from ..decide.compiled_decisions import Shared  # which compiles at its first import
+        """Returns how compiled decisions share the experts, where who serves what is known before the run."""
+        from ..decide.decision_layout import Shared
 
         layout, trace = inputs.expert_parallel, inputs.trace
         assert layout is not None
-        owner = np.array([gpus[0] for of_layer in layout.owners for gpus in of_layer], dtype=np.int64)
-        by_layer = owner.reshape(trace.layers, -1)
+        owners = [gpus for of_layer in layout.owners for gpus in of_layer]
+        owned = np.zeros((layout.gpus, len(owners)), dtype=bool)
+        for expert, gpus in enumerate(owners):
+            owned[list(gpus), expert] = True
+        only = np.array([gpus[0] for gpus in owners], dtype=np.int64).reshape(trace.layers, -1)
+        replicated = layout.moves_tokens and any(len(gpus) > 1 for gpus in owners)
 
-        def laid_out(first: int, end: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
-            steps = zip(inputs.steps[first:end], layout.homes[first:end], strict=True)
-            laid = [self._laid_out(trace, step, home, by_layer) for step, home in steps]
+        def laid_out(first: int, end: int) -> Together:
+            laid, servers = [], []
+            for step, home in zip(inputs.steps[first:end], layout.homes[first:end], strict=True):
+                if not layout.moves_tokens:
+                    laid.append(self._own(trace, step, home))
+                    continue
+                servers.append(_servers(trace, step, owners, only, layout.gpus) if replicated else only)
+                laid.append(self._laid_out(trace, step, home, servers[-1]))
             lives, serves, exchanges = (np.array(values, dtype=np.int64) for values in zip(*laid, strict=True))
-            return lives, serves, exchanges
+            return Together(lives, serves, exchanges, np.array(servers) if replicated else None)
 
-        return Shared(owner, one_thread, laid_out)
+        return Shared(owned, one_thread, layout.moves_tokens, layout.remote == "peer", inputs.steps, laid_out)
+
+    def _own(self, trace: RoutingTrace, step: Step, home: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], ...]:
+        """Returns what `_laid_out` does where each GPU serves its own tokens."""
+        count = len(self._gpus)
+        here = np.ones((len(step.rows), trace.layers), bool) if trace.present is None else trace.present[step.rows]
+        serves = np.stack([here[home == gpu].any(axis=0) for gpu in range(count)], axis=1)
+        return np.bincount(home, minlength=count), serves, np.zeros(trace.layers, dtype=np.int64)
 
     def _laid_out(
-        self, trace: RoutingTrace, step: Step, home: npt.NDArray[Any], owner: npt.NDArray[Any]
-    ) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
+        self, trace: RoutingTrace, step: Step, home: npt.NDArray[Any], server: npt.NDArray[Any]
+    ) -> tuple[npt.NDArray[Any], ...]:
         """Returns the tokens of each GPU in a step, who serves any (layers, GPUs), and what exchanges take (layers,).
 
-        The tokens that these send are noted.
+        `server` (layers, experts) serves each expert. The tokens that these send are noted.
         """
         gpus, layers = len(self._gpus), np.arange(trace.layers)
-        servers = owner[layers[:, None], trace.experts[step.rows]]
+        servers = server[layers[:, None], trace.experts[step.rows]]
         present = None if trace.present is None else trace.present[step.rows]
         moved = traffic(servers, home, present, gpus)
         serves = np.zeros((trace.layers, gpus), dtype=np.int64)
@@ -272,7 +303,8 @@ def run_shared(
     layers = SharedLayers([one.gpu for one in gpus], visits, model.layers, turns, sharing.moves, sharing.note)
     simulation.thread(layers.program(inputs.steps, layout.homes), gpus, sharing.exchanges)
     if by.sources and not layers.apart:
-        from ..decide.compiled_decisions import Decisions, Part  # which compiles at its first import
+        from ..decide.compiled_decisions import Decisions  # which compiles at its first import
+        from ..decide.decision_layout import Part
 
         parts = [Part(source, one.gpu, one.note_resolved) for source, one in zip(by.sources, gpus, strict=True)]
         shared = sharing.shared(inputs, one_thread=turns)

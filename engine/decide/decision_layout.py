@@ -1,0 +1,254 @@
+"""What compiled decisions begin with, in words and tables: a scenario's terms, memories, and what policies know.
+
+A memory is a GPU's, or the host's where that is a cache above a drive; both have rooms, and a policy that says who
+leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ...workloads.batches import Step
+from ...workloads.stacks import next_visits
+from ..policies.compiled_eviction import BELADY, NEXT, admit, make_state
+from ..policies.eviction_informed import Static
+from ..policies.prefetch import Popularity
+from . import decision_words as w
+from .decision_words import Memory
+from .guessed import later_steps
+from .lookups import list_lookups
+from .memory_manager import MemoryManager
+from .program import Gpu
+from .pulled import Pulled
+from .sources import EVICTIONS, PREFETCHES, Source
+from .visit_commands import LENDS
+
+Array = npt.NDArray[Any]
+
+_FAR = 1 << 60
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What one GPU decides by, and what it is to do with its steps (as `program.Stage` has it).
+
+    `resolved` is told what needs no copy, an array of (visit, expert, way, tokens, gate), the last as bits of a float.
+    """
+
+    source: Source
+    gpu: Gpu
+    resolved: Callable[[Array], None]
+    has_head: bool = True
+    receives: Sequence[int] | None = None
+    sends: Sequence[int] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """How GPUs share the experts of every layer: whether each owns any (GPUs, layers * experts).
+
+    `in_common`: all go through the same steps, each with what it serves; else each with its own tokens alone.
+    `from_peers`: copies come from another GPU that has the expert. `steps` are the run's.
+    """
+
+    owned: Array
+    one_thread: bool
+    in_common: bool
+    from_peers: bool
+    steps: Sequence[Step]
+    laid_out: Callable[[int, int], Together]
+
+
+class Together(NamedTuple):
+    """What GPUs that share experts do together in some steps.
+
+    The tokens of each GPU (steps, GPUs), who serves any (steps, layers, GPUs), what exchanges take, in ns (steps,
+    layers), and which GPU serves each expert (steps, layers, experts); None: its only owner.
+    """
+
+    lives: Array
+    serves: Array
+    exchanges: Array
+    servers: Array | None = None
+
+
+class Layout:
+    """The memories of a run's GPUs, laid out: where `gpus` are, and the `hosts` of each (-1: it holds every expert)."""
+
+    def __init__(self, parts: Sequence[Part], shared: Shared | None, pulled: Pulled | None = None) -> None:
+        self.parts, self.shared, self._pulled = parts, shared, pulled
+        self.memory = memory = Memory()
+        memory.allocate(w.HEADER)
+        #: By GPU: the first row of each step, and the end of the last; of all, the most rows of one.
+        self.rows = [np.cumsum([0, *(len(step.rows) for step in part.source.steps)]) for part in parts]
+        self._most_tokens = max((len(step.rows) for part in parts for step in part.source.steps), default=0)
+        if pulled is not None:
+            self._most_tokens = pulled.most_tokens
+        self.gpus = [memory.allocate(w.D_WORDS) for _ in parts]
+        self.hosts = [-1 if part.source.host_memory is None else memory.allocate(w.D_WORDS) for part in parts]
+        #: Every memory: where it is, whose it is, and what managed it so far.
+        self.memories = [(at, part, part.source.manager) for at, part in zip(self.gpus, parts, strict=True)]
+        for at, part in zip(self.hosts, parts, strict=True):
+            if part.source.host_memory is not None:
+                self.memories.append((at, part, part.source.host_memory.manager))
+        firsts = np.cumsum([0, *(len(manager.size_of) for _, _, manager in self.memories)]).tolist()
+        self.experts = np.zeros((firsts[-1], w.E_COLUMNS), dtype=np.int64)
+        states: list[Array] = []
+        for number, part in enumerate(parts):
+            self._lay_out_terms(number, part)
+        for (at, part, manager), first in zip(self.memories, firsts, strict=False):
+            self._lay_out_memory(at, part, manager, first, states)
+        self.states = np.concatenate(states)
+        #: By memory: when each look-up's expert is used next, for the policy that knows.
+        self.following = {at: self._next_uses(at, part, manager) for at, part, manager in self.memories}
+        self.later = [self._later_visits(part) for part in (parts[:1] if shared and shared.in_common else parts)]
+
+    def set(self, at: int, values: Mapping[int, int]) -> None:
+        """Set words by their distance from an address."""
+        for word, value in values.items():
+            self.memory.words[at + word] = value
+
+    def most_accesses(self, part: Part) -> int:
+        """Returns the most experts that a visit may look up."""
+        return min(self._most_tokens * part.source.trace.k, part.source.trace.num_experts)
+
+    def most_copies(self, part: Part) -> int:
+        """Returns the most copies that a visit may come to."""
+        options, guesses = part.source.prefetch.options, part.source.guesses
+        asked = part.source.prefetch.horizons * part.source.trace.num_experts
+        if guesses is not None and part.source.prefetch.guesses:
+            asked = min(asked, part.source.prefetch.horizons * guesses.experts.shape[3] * self._most_tokens)
+        elif isinstance(part.source.prefetch, Popularity):
+            asked = min(asked, part.source.prefetch.horizons * options.k)
+        return self.most_accesses(part) + asked
+
+    def _most_registers(self, part: Part) -> int:
+        """Returns the most registers that a visit may take."""
+        rooms = 3 if part.source.host_memory is not None or part.gpu.settings[LENDS] else 1
+        return rooms * self.most_copies(part)
+
+    def _lay_out_terms(self, number: int, part: Part) -> None:
+        """Lay out what a scenario says of a GPU's decisions."""
+        source, memory, at = part.source, self.memory, self.gpus[number]
+        manager, prefetch = source.manager, source.prefetch
+        options, trace, miss = prefetch.options, source.trace, source.miss
+        guesses = source.guesses if prefetch.guesses else None
+        most = None if miss is None else miss.terms.cpu_max_tokens
+        fetch_from = None if miss is None else miss.terms.fetch_from
+        memory_words = len(manager.size_of)
+        popular = memory_words if isinstance(prefetch, Popularity) else 0
+        protected = 2 * (memory_words + self.most_copies(part)) if manager.drop_after_visit else 0
+        self.set(at, {
+            w.D_SETTINGS: memory.put(part.gpu.settings), w.D_LAYERS: trace.layers,
+            w.D_SHARED: manager.shared, w.D_PER_TOKEN: trace.k, w.D_PREFETCH: PREFETCHES[type(prefetch)],
+            w.D_HORIZONS: prefetch.horizons, w.D_K: options.k, w.D_COPY_NS: options.copy_ns,
+            w.D_POPULAR: memory.allocate(popular), w.D_PROTECTS: manager.protects, w.D_DROPS: manager.drop_after_visit,
+            w.D_UNPIN_FIRST: source.issue == "after_launch", w.D_WATCHES: manager.watches_unused,
+            w.D_ON_CPU: miss is not None, w.D_CPU_MOST: -1 if most is None else most,
+            w.D_FETCH_FROM: -1 if fetch_from is None else fetch_from,
+            w.D_PROTECTED: memory.allocate(protected), w.D_RESULTS: part.gpu.results, w.D_HAS_HEAD: part.has_head,
+            w.D_RECEIVES: -1 if part.receives is None else memory.put(part.receives),
+            w.D_SENDS: -1 if part.sends is None else memory.put(part.sends),
+            w.D_MOST_COPIES: self.most_copies(part),
+            w.D_RECENCY: memory.allocate(self.most_accesses(part) + 1),
+            w.D_ASKED: memory.allocate(prefetch.horizons * trace.num_experts + 1),
+            w.D_RANKS: 0 if guesses is None else guesses.experts.shape[3], w.D_GATES: -1, w.D_BUDGETS: -1,
+            w.D_FILTERS: self.shared is not None and self.shared.in_common, w.D_SERVERS: -1,
+            w.D_AWAITS_TOKENS: self._pulled is not None,
+            w.D_FROM_PEERS: self.shared is not None and self.shared.from_peers,
+            w.D_LENDS: part.gpu.settings[LENDS], w.D_TIER: self.hosts[number], w.D_STAGES: source.to_host,
+            w.D_MOST_REGISTERS: sum(map(self._most_registers, self.parts if self.shared else [part])),
+        })  # fmt: skip
+        floats = memory.floats
+        floats[at + w.D_LEAST], floats[at + w.D_DECAY] = options.threshold, options.decay
+        capacity = max(1 << 12, 2 * self.most_copies(part)) if miss is not None else 0
+        region = memory.put([memory.allocate(capacity * w.RESOLVED_WORDS), 0, capacity or _FAR])
+        self.set(at, {w.D_RESOLVED: region})
+
+    def _lay_out_memory(self, at: int, part: Part, manager: MemoryManager, first: int, states: list[Array]) -> None:
+        """Lay out a memory as it is: who has room, what is free, and what the policies know of it."""
+        kind, sizes = EVICTIONS[type(manager.pools[0].policy)], manager.size_of
+        own = self.experts[first : first + len(sizes)]
+        own[:, [w.E_WAVE, w.E_UNTIL, w.E_COPY, w.E_ROOM]] = -1
+        own[:, w.E_SIZE] = sizes
+        own[:, w.E_OWNED] = 1 if self.shared is None else self.shared.owned[self.parts.index(part)]
+        for expert, copy in manager.assigned.items():
+            own[expert, w.E_COPY], own[expert, w.E_ROOM] = copy, part.gpu.rooms.of(copy).register
+        per_pool = len(sizes) // len(manager.pools)
+        most_evicted = len(sizes) + self.most_copies(part) + 1
+        capacity = 2 * most_evicted + 6
+        pools = []
+        for place, pool in enumerate(manager.pools):
+            state = make_state(per_pool, pool.policy.setting.capacity)
+            if isinstance(pool.policy, Static):
+                popular: Array = np.array(pool.policy.popularity, dtype=np.float64)
+                ranks = np.unique(popular, return_inverse=True)[1]
+                state[:per_pool, NEXT] = ranks.reshape(-1)[place * per_pool :][:per_pool]
+            row = sum(map(len, states))
+            states.append(state)
+            ring = self.memory.allocate(2 * capacity)
+            for count, (size_bytes, copy) in enumerate(pool.free):
+                self.memory.words[ring + 2 * count] = size_bytes
+                self.memory.words[ring + 2 * count + 1] = -1 if copy < 0 else part.gpu.rooms.of(copy).register
+            pools.append(self.memory.put([
+                pool.budget_bytes, pool.free_bytes, ring, capacity, 0, len(pool.free), row, place * per_pool, per_pool,
+            ]))  # fmt: skip
+        if kind != BELADY:  # which needs to know the next uses first
+            _admit_preloaded(manager, kind, states[len(states) - len(pools) :], per_pool)
+        self.set(at, {
+            w.D_EXPERTS: first, w.D_LAYER_EXPERTS: part.source.trace.num_experts, w.D_EVICTION: kind,
+            w.D_POOLS: self.memory.put_list(pools), w.D_COPIES: manager.copies, w.D_WAVE: 1,
+            w.D_ASSIGNED: manager.assigned_bytes, w.D_BUDGET: manager.budget_bytes, w.D_FULLEST: 1,
+            w.D_MOST_EVICTED: most_evicted,
+        })  # fmt: skip
+        for record, words, most in (
+            (w.D_ADMITTED, w.ADMITTED_WORDS, self.most_copies(part)), (w.D_EVICTED, w.EVICTED_WORDS, most_evicted)
+        ):  # fmt: skip
+            room = max(1 << 12, 2 * most)
+            self.set(at, {record: self.memory.put([self.memory.allocate(room * words), 0, room])})
+        if part.gpu.host is not None and at in self.hosts:
+            self.set(at, {w.D_REQUESTS: self.memory.put(part.gpu.host.requests)})
+
+    def _next_uses(self, at: int, part: Part, manager: MemoryManager) -> Array | None:
+        """Returns when each look-up's expert is used next, for the policy that knows, which is told the first uses."""
+        words = self.memory.words
+        if words[at + w.D_EVICTION] != BELADY:
+            return None
+        source, count = part.source, len(manager.size_of)
+        lookups = list_lookups(source.trace, source.steps, "batch", shared=manager.shared)
+        visits = np.repeat(np.arange(len(lookups.starts) - 1), np.diff(lookups.starts))
+        first = np.full(count, len(lookups.starts) - 1)
+        first[lookups.experts[::-1]] = visits[::-1]
+        pools = int(words[at + w.D_POOLS])
+        states = []
+        for place in range(int(words[pools])):
+            p = int(words[pools + 1 + place])
+            row, expert, experts = (int(words[p + field]) for field in (w.P_STATE, w.P_EXPERT, w.P_EXPERTS))
+            state = self.states[row : row + experts + 4]
+            state[:experts, NEXT] = first[expert : expert + experts]
+            states.append(state)
+        _admit_preloaded(manager, BELADY, states, count // len(states))
+        following = next_visits(lookups.experts, lookups.starts, count)
+        return np.asarray(following)
+
+    def _later_visits(self, part: Part) -> Callable[[int, int], Array] | None:
+        horizons, layers = part.source.prefetch.horizons, part.source.trace.layers
+        if not horizons:
+            return None
+        most = (layers - 1 + horizons) // layers
+        later = later_steps(part.source.trace, part.source.steps, most)
+        if self._pulled is not None:
+            return lambda first, end: np.array([later[step] for step in range(first, end)], dtype=np.int64)
+        table = np.array(later, dtype=np.int64).reshape(-1, most + 1)
+        return lambda first, end: table[first:end]
+
+
+def _admit_preloaded(manager: MemoryManager, kind: int, states: Sequence[Array], per_pool: int) -> None:
+    """Let a policy know who has room before the run."""
+    for expert in manager.assigned:
+        admit(kind, states[expert // per_pool], expert % per_pool, 0)
