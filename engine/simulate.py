@@ -151,6 +151,9 @@ def simulate_inputs(
     ready = prepared(inputs, costs, stream)
     recordings = run_all(inputs, ready, watched(progress, "simulate", inputs.layer_visits), chosen.engine)
     wall_s = time.perf_counter() - began
+    unbegun = inputs
+    if inputs.pulls is not None:
+        (inputs,) = (gpu.inputs for gpu in ready)  # which has the steps that were pulled
     serving = serving_of(inputs)
     figures = run_metrics(recordings, _shadow_misses(inputs, ready, stream, chosen.engine), serving)
     known = dict(baselines) if isinstance(baselines, Mapping) else {}
@@ -159,14 +162,14 @@ def simulate_inputs(
         wanted.append("no_prefetch")
         if not any(gpu.prefetch.horizons for gpu in ready):
             known["no_prefetch"] = figures["makespan_ms"]
-    known.update((name, run_baseline(name, inputs, costs, progress, stream)) for name in wanted if name not in known)
+    known.update((name, run_baseline(name, unbegun, costs, progress, stream)) for name in wanted if name not in known)
     said = RunResult(
         figures=figures,
         deduplication=_deduplication(inputs, recordings),
         links=_links(inputs, recordings),
         sharing=None if inputs.expert_parallel is None else sharing_metrics(recordings),
         baselines=compared(known, figures),
-        replicates=summary(_replicates(inputs, replicates, progress)) if replicates else None,
+        replicates=summary(_replicates(unbegun, replicates, progress)) if replicates else None,
         offloading=_offloading(inputs, recordings, costs),
         estimates=_estimates(inputs, costs),
         predictor=inputs.predictor,
@@ -223,6 +226,8 @@ def versions() -> dict[str, str]:
 
 def serving_of(inputs: Inputs) -> Serving:
     """Returns what the speed of a run is measured by; of a pipeline, with the step that each step goes on from."""
+    if inputs.pulled is not None:
+        return Serving(log=getattr(inputs.pulled.source, "log", None))
     previous = None
     if inputs.stages:
         previous = [max(before, default=-1) for before in continued_steps(inputs.steps, inputs.trace.sequence)]
