@@ -37,6 +37,7 @@ from .measure.merge import makespan_ns as run_ns
 from .measure.metrics import saved_bytes
 from .measure.misses import offloading_metrics
 from .measure.recording import Recording
+from .measure.request_metrics import run_requests
 from .measure.result import RunResult
 from .measure.speed import Serving
 from .measure.traffic import carried_between, sharing_metrics
@@ -179,8 +180,17 @@ def simulate_inputs(
         budget_bytes=sum(gpu["budget_bytes"] for gpu in figures["gpus"]) + _low_bytes(inputs),
         scenario=inputs.scenario,
         versions=versions(),
+        requests=_requests(inputs, serving),
     )
     return Result(replace(said, warnings=_warnings(inputs, said)), recordings, wall_s, serving, chosen, inputs)
+
+
+def _requests(inputs: Inputs, serving: Serving) -> dict[str, Any] | None:
+    """Returns what requests under load came to; None where a fixed batch runs."""
+    section, pulls = inputs.scenario.requests, inputs.pulls
+    if section is None or pulls is None or serving.log is None:
+        return None
+    return run_requests(serving.log, section, pulls.failed)
 
 
 def _offloading(inputs: Inputs, recordings: Sequence[Recording], costs: Sequence[Costs]) -> dict[str, Any]:
