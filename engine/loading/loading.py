@@ -137,6 +137,8 @@ def with_requests(bare: Inputs) -> Inputs:
             raise ScenarioError(
                 f"{key} = {name!r}: it must know all steps beforehand, and [requests] makes them as it goes"
             )
+    if scenario.requests.kv.boundary == "moving" and scenario.miss.policy == "low_precision":
+        raise ScenarioError("requests.kv.boundary = 'moving': with miss.policy = 'low_precision', choose 'fixed'")
     guesses = bare.guesses or _guesses(replace(bare, steps=every_row(trace.sequence, trace.phase)))
     predictor = predictor_cost(scenario.predictor) if guesses is not None else FREE
     total = memory.total_bytes
