@@ -19,6 +19,7 @@ import numpy as np
 from ..engine.measure.request_metrics import ServiceLevel
 from ..engine.scenario.amounts import ScenarioError
 from ..engine.scenario.scenario import Scenario, make_scenario
+from ..engine.scenario.sections_requests import LEAST_RATE, MOST_RATE
 from ..engine.simulate import simulate
 from ..errors import InputError
 from ..workloads.requests.arrivals import ARRIVALS
@@ -26,8 +27,8 @@ from ..workloads.requests.arrivals import ARRIVALS
 #: What is simulated: a rate in requests a second and a seed; what comes out is a run's `requests`.
 Measure = Callable[[float, int], dict[str, Any]]
 Progress = Callable[[str, int, int], None]
-#: Rates are doubled, or halved, so many times at most to find one that is missed, or met.
-MOST_DOUBLINGS = 20
+#: So many requests run in the mean where they are as good as alone.
+_ALONE = 0.01
 #: Two-sided quantiles of Student's distribution at 95 % by degrees of freedom, and of the normal one beyond.
 _STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
 _NORMAL = 1.960
@@ -155,16 +156,24 @@ def _bracket(found: Search, first_rate: float) -> tuple[float | None, float | No
     """Returns a rate that is met and the double of it that is missed; None for one that there is not."""
     rate = first_rate
     if found.meets(rate):
-        for _ in range(MOST_DOUBLINGS):
-            if not found.meets(2 * rate):
-                return rate, 2 * rate
-            rate *= 2
+        while rate < MOST_RATE:
+            faster = min(2 * rate, MOST_RATE)
+            if not found.meets(faster):
+                return rate, faster
+            rate = faster
         return rate, None
-    for _ in range(MOST_DOUBLINGS):
-        if found.meets(rate / 2):
-            return rate / 2, rate
-        rate /= 2
+    while rate > LEAST_RATE and not _alone(found.at(rate)):
+        slower = max(rate / 2, LEAST_RATE)
+        if found.meets(slower):
+            return slower, rate
+        rate = slower
     return None, rate
+
+
+def _alone(point: Point) -> bool:
+    """Whether requests hardly ever meet at a rate: coming slower would change nothing."""
+    running: float = point.latencies["running"] or 0.0
+    return running < _ALONE
 
 
 def _why(found: Search, low: float | None, high: float | None) -> str | None:

@@ -16,6 +16,8 @@ from .section import MOST_US, Section, one_of
 
 #: More requests than anybody waits for.
 MOST_REQUESTS = 10_000_000
+#: Requests a second: one in eleven days, and more than any machine serves.
+LEAST_RATE, MOST_RATE = 1e-6, 1e6
 #: How a window's edges are written.
 _EDGE = re.compile(r"\s*(\d{1,9}(?:\.\d{1,6})?)\s*(%|requests)\s*")
 #: How a KV budget is written, beside bytes.
@@ -133,7 +135,7 @@ class RequestsSection(Section):
     """
 
     arrivals: Annotated[str, one_of([*ARRIVALS, CLOSED, TRACE])] = "poisson"
-    rate: float = Field(default=1.0, ge=1e-6, le=1e6)
+    rate: float = Field(default=1.0, ge=LEAST_RATE, le=MOST_RATE)
     cv: float = Field(default=1.0, ge=1e-3, le=100)
     on_s: float = Field(default=1.0, ge=1e-6, le=1e6)
     off_s: float = Field(default=1.0, ge=0, le=1e6)

@@ -70,7 +70,7 @@ def print_capacity(data: Mapping[str, Any]) -> None:
     rows = [
         (
             f"{point['rate']:,.3g}",
-            f"{point['share']:.1%} ± {point['half_width']:.1%}",
+            f"{point['share']:.1%}",
             {True: "met", False: "missed", None: "undecided"}[point["met"]]
             + (", overloaded" if point["overloaded"] else ""),
             *(_number(point[key]["p95"]) for key in ("ttft_ms", "itl_ms", "e2e_ms")),
@@ -78,7 +78,7 @@ def print_capacity(data: Mapping[str, Any]) -> None:
         )
         for point in data["curve"]
     ]
-    table = columns_of("requests/s", "as promised", "", "TTFT p95, ms", "ITL p95, ms", "end to end p95, ms", "tokens/s")
+    table = columns_of("requests/s", "served so", "", "TTFT p95", "ITL p95", "end to end p95, ms", "tokens/s")
     for row in rows:
         table.add_row(*row)
     console.print(table)
