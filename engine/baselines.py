@@ -54,6 +54,7 @@ def run_baseline(
     changed = baseline.inputs(inputs)
     if changed.scenario is not inputs.scenario:
         costs = part_costs(changed)
+    changed = changed.begun()
     ready = [
         Prepared(part, own, baseline.manager(part, Spool(stream, keep=False)), NoPrefetch())
         for part, own in zip(changed.parts, costs, strict=True)
@@ -89,6 +90,8 @@ def _resident_scenario(scenario: Scenario) -> Scenario:
 
 def _resident_inputs(inputs: Inputs) -> Inputs:
     fetching = _only_fetching(inputs)
+    if fetching.pulls is not None:
+        fetching = replace(fetching, pulls=replace(fetching.pulls, budget_of=None))
     return replace(fetching, budgets=None, stages=tuple(replace(stage, budgets=None) for stage in fetching.stages))
 
 

@@ -18,7 +18,6 @@ from .costs.costs import Costs
 from .decide.dispatch import Visit
 from .decide.host_memory import HostMemory
 from .decide.memory_manager import MemoryManager
-from .decide.pipeline import flow_of
 from .loading.deciders import dispatched, dispatched_together, make_host_memory, make_manager, make_prefetch, source_of
 from .measure.recording import Recording
 from .policies.copy_order import COPY_ORDERS, Fifo, Priority, TwoStreams
@@ -30,6 +29,7 @@ from .timing.records import Decoded
 
 if TYPE_CHECKING:
     from .decide.sources import Source
+    from .timing.simulation import GpuRun
 
 #: Called with what is running, and how many of how many layer visits are done.
 Progress = Callable[[str, int, int], None]
@@ -39,7 +39,7 @@ Watch = Callable[[Iterator[Any]], Iterator[Any]]
 
 def watched(progress: Progress | None, what: str, total: int) -> Watch:
     """Returns what tells `progress` of every hundredth part of the visits."""
-    if progress is None:
+    if progress is None or not total:  # nobody knows how many steps a scheduler will make
         return iter
     every = max(1, total // 100)
     counter = itertools.count(1)  # over all GPUs
@@ -67,7 +67,7 @@ class Prepared:
 def prepared(inputs: Inputs, costs: Sequence[Costs], stream: Path | None = None) -> list[Prepared]:
     """Returns what each GPU of a run needs, as the scenario wants it; `stream` is a folder for what is recorded."""
     ready = []
-    for part, own in zip(inputs.parts, costs, strict=True):
+    for part, own in zip(inputs.begun().parts, costs, strict=True):
         manager = make_manager(part, Spool(None if stream is None else stream / part.device))
         prefetch = make_prefetch(part.scenario, part.model, own.copies[0].queued_ns)
         ready.append(Prepared(part, own, manager, prefetch))
@@ -95,59 +95,45 @@ def run_all(
     scatters = any(gpu.costs.scatter is not None for gpu in ready)
     shares = inputs.links is not None and inputs.scenario.copy_.contention
     engine = "simpy" if scatters and shares else engine_for(inputs, engine).engine
-    from .timing.runs import StageRun, run_shared, run_stages  # which compile at their first use
+    from .timing.runs import CarriedOutBy, run_shared, run_stages  # which compile at their first use
 
-    gauges = [Gauge() for _ in ready]
-    host = make_host_memory(inputs, ready[0].manager.spool)
-    one_thread = inputs.scenario.parallel.dispatch_threads == "one"
+    if inputs.pulls is not None:
+        inputs = ready[0].inputs  # which has the steps of this run, as they are pulled
+    host, runs = make_host_memory(inputs, ready[0].manager.spool), [_gpu_run(gpu) for gpu in ready]
+    by = CarriedOutBy(engine, _sources(inputs, ready, engine, host), watch(iter(range(inputs.layer_visits))))
     if inputs.expert_parallel is not None and inputs.links is not None:
         managers, prefetches = [gpu.manager for gpu in ready], [gpu.prefetch for gpu in ready]
-        visits = watch(dispatched_together(inputs, managers, prefetches, gauges, host))
-        decoded = run_shared(
-            inputs, ready, gauges, visits, one_thread=one_thread, engine=engine,
-            sources=_shared(inputs, ready, engine, host), ticks=watch(iter(range(inputs.layer_visits))),
-        )  # fmt: skip
+        visits = watch(dispatched_together(inputs, managers, prefetches, [run.gauge for run in runs], host))
+        decoded = run_shared(inputs, runs, visits, by)
         ready = [replace(gpu, inputs=replace(gpu.inputs, steps=inputs.steps)) for gpu in ready]
     else:
-        runs = [
-            StageRun(
-                watch(dispatched(gpu.inputs, gpu.manager, gpu.prefetch, gauge, host)),
-                gpu.manager,
-                gpu.costs,
-                gpu.inputs.scenario,
-                gpu.prefetch.guesses > 0,
-                gauge,
-            )
-            for gpu, gauge in zip(ready, gauges, strict=True)
+        visits_of = [
+            watch(dispatched(gpu.inputs, gpu.manager, gpu.prefetch, run.gauge, host))
+            for gpu, run in zip(ready, runs, strict=True)
         ]
-        flow = None if inputs.links is None else flow_of(inputs.model, inputs.trace, inputs.steps)
-        decoded = run_stages(
-            runs, inputs.steps, flow, inputs.links, one_thread=one_thread, engine=engine,
-            sources=_sources(ready, engine, host), ticks=watch(iter(range(inputs.layer_visits))),
-        )  # fmt: skip
+        runs = [replace(run, visits=visits) for run, visits in zip(runs, visits_of, strict=True)]
+        decoded = run_stages(inputs, runs, by)
     return [_recording(gpu, found, host) for gpu, found in zip(ready, decoded, strict=True)]
 
 
-def _sources(ready: Sequence[Prepared], engine: str, host: HostMemory | None) -> list[Source]:
+def _gpu_run(gpu: Prepared) -> GpuRun:
+    """Returns what a GPU is run with."""
+    from .timing.simulation import GpuRun
+
+    return GpuRun(gpu.manager, gpu.costs, gpu.inputs.scenario, gpu.prefetch.guesses > 0, Gauge())
+
+
+def _sources(inputs: Inputs, ready: Sequence[Prepared], engine: str, host: HostMemory | None) -> list[Source]:
     """Returns what each GPU decides by, where compiled code decides on all of them."""
     if engine != "compiled":
         return []
-    from .decide.sources import stages_in_python
+    from .decide.sources import shared_in_python, stages_in_python
 
     sources = [source_of(gpu.inputs, gpu.manager, gpu.prefetch, host) for gpu in ready]
-    return [] if stages_in_python(sources) else sources
-
-
-def _shared(inputs: Inputs, ready: Sequence[Prepared], engine: str, host: HostMemory | None) -> list[Source]:
-    """Returns what each of the GPUs that share experts decides by, where compiled code decides."""
-    if engine != "compiled":
-        return []
-    from .decide.sources import shared_in_python
-
-    layout, sources = inputs.expert_parallel, [source_of(gpu.inputs, gpu.manager, gpu.prefetch, host) for gpu in ready]
-    assert layout is not None
-    spares = layout.spare_experts > 0
-    return [] if shared_in_python(sources, layout.remote, spares=spares) else sources
+    layout = inputs.expert_parallel
+    if layout is None:
+        return [] if stages_in_python(sources) else sources
+    return [] if shared_in_python(sources, layout.remote, spares=layout.spare_experts > 0) else sources
 
 
 class Chosen(NamedTuple):
@@ -176,7 +162,7 @@ def engine_for(inputs: Inputs, engine: str | None = None) -> Chosen:
         return Chosen("simpy", why)
     if engine is None:
         visits = inputs.layer_visits * max(1, len(inputs.gpus))
-        if visits < LONG_VISITS and not is_ready():
+        if inputs.pulls is None and visits < LONG_VISITS and not is_ready():
             return Chosen("simpy", NOT_COMPILED)
     return Chosen("compiled")
 
@@ -197,4 +183,5 @@ def _recording(gpu: Prepared, decoded: Decoded, host_memory: HostMemory | None =
     return Recording(
         decoded, gpu.manager, inputs.trace, inputs.steps, costs.expert_bytes, pieces, costs.kernel_lags,
         inputs.device, inputs.first_layer, host_memory, costs.copies_hold_host, moved,
+        () if inputs.pulled is None else inputs.pulled.idle,
     )  # fmt: skip

@@ -46,7 +46,7 @@ def timeout_s(count: int = 100_000) -> float:
 
 def decided_in_python(inputs: Inputs, engine: str) -> float:
     """Returns the processor time of a run whose decisions are made in Python."""
-    with mock.patch.object(runs, "_sources", lambda *_: []), mock.patch.object(runs, "_shared", lambda *_: []):
+    with mock.patch.object(runs, "_sources", lambda *_: []):
         return run_s(inputs, engine)
 
 

@@ -42,6 +42,15 @@ class Step:
         return len(self.rows) if self.phase == DECODE else min(1, len(self.rows))
 
 
+class PulledSteps(list[Step]):
+    """The steps that a run has pulled from a scheduler so far: what comes behind the last of them nobody knows."""
+
+
+def every_row(sequence: npt.NDArray[np.integer], phase: npt.NDArray[np.integer]) -> list[Step]:
+    """Returns steps that run every row of a trace once: what is known of each row whoever schedules it, and when."""
+    return plan_steps(sequence, phase, batch=1, prefill="whole")
+
+
 @dataclass
 class _Place:
     """What is left to run of the sequence in a place, and the step that the one before it ended with (-1: none)."""

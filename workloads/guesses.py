@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +36,7 @@ _PIECE = 1 << 20
 class Guesses:
     """Ranked guesses of every simulated token at every layer; the arrays are taken over and made read-only.
 
-    rows         int64 (rows,): the trace rows that the steps run, in order of step and place.
+    rows         int64 (rows,): the trace rows that the steps run, each once, in order of step and place.
     experts      int16 (rows, layers, horizons, n), best first, -1 = no guess. `experts[i, l, h - 1]` is guessed by
                  token `rows[i]` once its choice at layer l is known, for layer (l + h) % layers of the token
                  (l + h) // layers tokens on (0: itself), the next being its sequence's first in a later step.
@@ -57,6 +58,20 @@ class Guesses:
     def horizons(self) -> int:
         """How many layers ahead the farthest guesses are for."""
         return int(self.experts.shape[2])
+
+    @cached_property
+    def _place_of(self) -> Int64s:
+        """Where the guesses of each trace row lie, -1 for one without any."""
+        places = np.full(int(self.rows.max(initial=-1)) + 1, -1, dtype=np.int64)
+        places[self.rows] = np.arange(len(self.rows))
+        return places
+
+    def places(self, rows: Int64s) -> Int64s:
+        """Returns where the guesses of some trace rows lie among `rows`, of the same shape. IndexError without any."""
+        places = self._place_of[rows]
+        if len(places) and places.min() < 0:
+            raise IndexError(f"no guesses were made for row {rows[places.argmin()]} of the trace")
+        return places
 
     @property
     def digest(self) -> str:

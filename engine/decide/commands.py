@@ -88,6 +88,10 @@ class Op(IntEnum):
     #: decide there, they have ordered before another decides.
     ENTER = 31
     EXIT = 32
+    #: The host has nothing to do until instant `extra`, in ns.
+    IDLE = 33
+    #: The host takes `extra` ns to make the next step of what waits and runs.
+    SCHEDULE = 34
 
 
 class Command(NamedTuple):

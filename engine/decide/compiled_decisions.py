@@ -14,12 +14,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ...workloads.batches import Step
+from ...workloads.requests.request import Wait
+from ..policies.prefetch import Gauge
 from . import decision_words as w
 from .compiled_program import next_portion
 from .compiled_shared import next_shared_portion
 from .decision_layout import Layout, Part, Shared
 from .decision_words import Tables, addresses
 from .host_memory import HostMemory
+from .pulled import Pulled
 from .visit_commands import (
     COLUMNS,
     COPIED_COLUMNS,
@@ -37,6 +41,8 @@ Array = npt.NDArray[Any]
 _NUMBERS_AT_ONCE, _VISITS_AT_ONCE = 1 << 16, 1 << 12
 #: Rows of commands that any visit needs besides those of its accesses, copies and rooms, and the most for each.
 _SOME_ROWS, _ROWS_EACH, _ROWS_TAKEN = 64, 8, 2
+#: More steps than any run has.
+_FAR = 1 << 60
 
 #: What GPUs that share experts have in common of the steps that are laid out.
 _IN_COMMON = (
@@ -50,9 +56,12 @@ class Decisions:
     With `shared`, one thread goes through every layer on all GPUs together.
     """
 
-    def __init__(self, parts: Sequence[Part], threads: Sequence[Sequence[int]], shared: Shared | None = None) -> None:
-        self._parts, self._shared = parts, shared
-        self._layout = layout = Layout(parts, shared)
+    def __init__(
+        self, parts: Sequence[Part], threads: Sequence[Sequence[int]], shared: Shared | None = None,
+        pulls: tuple[Pulled, Gauge] | None = None,
+    ) -> None:  # fmt: skip
+        self._parts, self._shared, self._pulls = parts, shared, pulls
+        self._layout = layout = Layout(parts, shared, None if pulls is None else pulls[0])
         memory, registers = layout.memory, parts[0].gpu.registers
         self.gpus = layout.gpus
         self._areas: dict[tuple[int, int], tuple[int, int]] = {}
@@ -65,7 +74,8 @@ class Decisions:
         for at, numbers in zip(self.threads, threads, strict=True):
             gpus = memory.put_list(self.gpus[number] for number in numbers)
             self._layout.set(at, {
-                w.H_GPUS: gpus, w.H_LAYER: -1, w.H_STEPS: len(parts[0].source.steps), w.H_SHARES: shared is not None,
+                w.H_GPUS: gpus, w.H_LAYER: -1, w.H_STEPS: _FAR if pulls else len(parts[0].source.steps),
+                w.H_SCHEDULE_NS: pulls[0].schedule_ns if pulls else 0, w.H_SHARES: shared is not None,
                 w.H_ONE: shared is not None and shared.one_thread,
             })  # fmt: skip
         if shared is not None:
@@ -127,12 +137,14 @@ class Decisions:
         return int(self._layout.memory.words[w.X_ROOM_FOR])
 
     def lay_out_steps(self) -> None:
-        """Lay out the next steps of the GPU that asks for them."""
+        """Lay out the next steps of the GPU that asks for them: of a scheduler, the one that it makes now, if any."""
+        if self._pulls is not None and not self._pull(*self._pulls):
+            return
         number = self.gpus.index(int(self._layout.memory.words[w.X_ASKS]))
         first = int(self._layout.memory.words[self.gpus[number] + w.D_END_STEP])
         apart = self._shared is not None and not self._shared.in_common
         numbers = range(len(self.gpus)) if apart else [number]
-        end = min(self._last_step(each, first) for each in numbers)
+        end = first + 1 if self._pulls else min(self._last_step(each, first) for each in numbers)
         for each in numbers:
             self._lay_out_own_steps(each, first, end)
         if self._shared is not None:
@@ -142,35 +154,44 @@ class Decisions:
     def _lay_out_own_steps(self, number: int, first: int, end: int) -> None:
         """Lay out some steps of a GPU."""
         part, at = self._parts[number], self.gpus[number]
-        source, all_rows = part.source, self._layout.rows[number]
+        source = part.source
         steps = source.steps[first:end]
         sampled = [step.sampled for step in (steps if self._shared is None else self._shared.steps[first:end])]
-        first_row, end_row = int(all_rows[first]), int(all_rows[end])
         rows = np.concatenate([step.rows for step in steps])
         chosen: Array = source.trace.experts[rows].astype(np.int64)
         if source.trace.present is not None:
             chosen[~source.trace.present[rows]] = -1
         self._put(number, w.D_CHOSEN, chosen)
-        places = (all_rows[first:end] - first_row).tolist()
-        laid = [
-            [place, len(step.rows), step.phase, count]
-            for place, step, count in zip(places, steps, sampled, strict=True)
-        ]
+        laid, place = [], 0
+        for step, count in zip(steps, sampled, strict=True):
+            laid.append([place, len(step.rows), step.phase, max(1, count)])
+            place += len(step.rows)
         self._put(number, w.D_STEPS, np.array(laid, dtype=np.int64))
         later, guesses = self._layout.later[number], source.guesses
         if later is not None:
-            self._put(number, w.D_LATER, later[first:end])
-            self._layout.set(at, {w.D_LATER_COLUMNS: later.shape[1]})
+            following_steps = later(first, end)
+            self._put(number, w.D_LATER, following_steps)
+            self._layout.set(at, {w.D_LATER_COLUMNS: following_steps.shape[1]})
         if guesses is not None and part.source.prefetch.guesses:
-            self._put(number, w.D_GUESSES, guesses.experts[first_row:end_row])
+            places = guesses.places(rows)
+            self._put(number, w.D_GUESSES, guesses.experts[places])
             if guesses.confidences is not None and part.source.prefetch.needs_confidences:
-                self._put(number, w.D_CONFIDENCES, guesses.confidences[first_row:end_row])
+                self._put(number, w.D_CONFIDENCES, guesses.confidences[places])
         self._put_budgets(number, first, end)
         for owner in (at, self._layout.hosts[number]):
             self._put_following(owner, chosen.size)
         if source.trace.weights is not None and self._layout.memory.words[at + w.D_ON_CPU]:
             self._put(number, w.D_GATES, source.trace.weights[rows])
         self._layout.set(at, {w.D_FIRST_STEP: first, w.D_END_STEP: end})
+
+    def _pull(self, pulled: Pulled, gauge: Gauge) -> bool:
+        """Whether the scheduler makes a step now; if not, its thread idles for a while, or is at its end."""
+        found, thread = pulled.next(gauge.now_ns()), self.threads[0]
+        if found is None:
+            self._layout.set(thread, {w.H_STEPS: len(self._parts[0].source.steps)})
+        elif isinstance(found, Wait):
+            self._layout.set(thread, {w.H_IDLE_UNTIL: found.until_ns})
+        return isinstance(found, Step)
 
     def _lay_out_shared(self, shared: Shared, first: int, end: int) -> None:
         """Lay out what GPUs that share experts have in common of some steps, and what each has by itself."""

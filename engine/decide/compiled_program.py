@@ -12,6 +12,7 @@ from .compiled_memory import compiled, resize
 from .compiled_visits import decide_visit, order_own
 from .decision_words import (
     D_ADMITTED,
+    D_AWAITS_TOKENS,
     D_BUDGETS,
     D_END_STEP,
     D_EVICTED,
@@ -36,7 +37,9 @@ from .decision_words import (
     H_AT,
     H_DONE,
     H_GPUS,
+    H_IDLE_UNTIL,
     H_LAYER,
+    H_SCHEDULE_NS,
     H_STEP,
     H_STEPS,
     P_CAPACITY,
@@ -62,11 +65,14 @@ from .visit_commands import (
     NOTICE,
     O_WAVE,
     READS_BACK,
+    SCHEDULE,
     SETTINGS,
     WAITS,
     add,
     order_dense,
+    order_idle,
     order_readback,
+    order_tokens,
     wait,
 )
 
@@ -119,6 +125,8 @@ def end_step(t: Tables, g: Word, q: Word, step: Word) -> None:
         if settings[WAITS]:
             add(rows, _OUTPUT, gpu, -1, -1, -1, -1, -1, -1, first + OUTPUT, -1, -1)
             add(rows, NOTICE, gpu, -1, -1, -1, -1, -1, -1, first + OUTPUT, -1, -1)
+    if d[g + D_AWAITS_TOKENS]:
+        order_tokens(settings, d[q + Q_SAMPLED], rows)
     if sends:
         add(rows, _OUTPUT, gpu, -1, -1, -1, -1, -1, -1, first + OUTPUT, -1, -1)
         wait(rows, gpu, first + OUTPUT, 1)
@@ -170,10 +178,16 @@ def next_portion(t: Tables, h: Word) -> Word:
     g = d[d[h + H_GPUS] + 1 + d[h + H_AT]]
     d[X_ASKS] = g
     if step < d[g + D_FIRST_STEP] or step >= d[g + D_END_STEP]:
-        return np.int64(STEPS)
+        if not d[h + H_IDLE_UNTIL]:
+            return np.int64(STEPS)
+        order_idle(d[d[g + D_SETTINGS] : d[g + D_SETTINGS] + _SETTINGS], d[h + H_IDLE_UNTIL], t.rows)
+        d[h + H_IDLE_UNTIL] = 0
+        return np.int64(DECIDED)
     q = d[g + D_STEPS] + (step - d[g + D_FIRST_STEP]) * STEP_WORDS
     if layer < 0:
         settings = d[g + D_SETTINGS]
+        if d[h + H_SCHEDULE_NS]:
+            add(t.rows, SCHEDULE, d[settings + GPU], -1, -1, -1, -1, -1, -1, -1, -1, d[h + H_SCHEDULE_NS])
         add(t.rows, _TURN, d[settings + GPU], -1, -1, -1, -1, -1, -1, -1, -1, 1)
         begin_layer(t, g, q, step, np.int64(0))
         d[h + H_LAYER] = 0

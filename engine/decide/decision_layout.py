@@ -24,6 +24,7 @@ from .guessed import later_steps
 from .lookups import list_lookups
 from .memory_manager import MemoryManager
 from .program import Gpu
+from .pulled import Pulled
 from .sources import EVICTIONS, PREFETCHES, Source
 from .visit_commands import LENDS
 
@@ -79,13 +80,15 @@ class Together(NamedTuple):
 class Layout:
     """The memories of a run's GPUs, laid out: where `gpus` are, and the `hosts` of each (-1: it holds every expert)."""
 
-    def __init__(self, parts: Sequence[Part], shared: Shared | None) -> None:
-        self.parts, self.shared = parts, shared
+    def __init__(self, parts: Sequence[Part], shared: Shared | None, pulled: Pulled | None = None) -> None:
+        self.parts, self.shared, self._pulled = parts, shared, pulled
         self.memory = memory = Memory()
         memory.allocate(w.HEADER)
         #: By GPU: the first row of each step, and the end of the last; of all, the most rows of one.
         self.rows = [np.cumsum([0, *(len(step.rows) for step in part.source.steps)]) for part in parts]
         self._most_tokens = max((len(step.rows) for part in parts for step in part.source.steps), default=0)
+        if pulled is not None:
+            self._most_tokens = pulled.most_tokens
         self.gpus = [memory.allocate(w.D_WORDS) for _ in parts]
         self.hosts = [-1 if part.source.host_memory is None else memory.allocate(w.D_WORDS) for part in parts]
         #: Every memory: where it is, whose it is, and what managed it so far.
@@ -156,6 +159,7 @@ class Layout:
             w.D_ASKED: memory.allocate(prefetch.horizons * trace.num_experts + 1),
             w.D_RANKS: 0 if guesses is None else guesses.experts.shape[3], w.D_GATES: -1, w.D_BUDGETS: -1,
             w.D_FILTERS: self.shared is not None and self.shared.in_common, w.D_SERVERS: -1,
+            w.D_AWAITS_TOKENS: self._pulled is not None,
             w.D_FROM_PEERS: self.shared is not None and self.shared.from_peers,
             w.D_LENDS: part.gpu.settings[LENDS], w.D_TIER: self.hosts[number], w.D_STAGES: source.to_host,
             w.D_MOST_REGISTERS: sum(map(self._most_registers, self.parts if self.shared else [part])),
@@ -232,12 +236,16 @@ class Layout:
         following = next_visits(lookups.experts, lookups.starts, count)
         return np.asarray(following)
 
-    def _later_visits(self, part: Part) -> Array | None:
+    def _later_visits(self, part: Part) -> Callable[[int, int], Array] | None:
         horizons, layers = part.source.prefetch.horizons, part.source.trace.layers
         if not horizons:
             return None
         most = (layers - 1 + horizons) // layers
-        return np.array(later_steps(part.source.trace, part.source.steps, most), dtype=np.int64).reshape(-1, most + 1)
+        later = later_steps(part.source.trace, part.source.steps, most)
+        if self._pulled is not None:
+            return lambda first, end: np.array([later[step] for step in range(first, end)], dtype=np.int64)
+        table = np.array(later, dtype=np.int64).reshape(-1, most + 1)
+        return lambda first, end: table[first:end]
 
 
 def _admit_preloaded(manager: MemoryManager, kind: int, states: Sequence[Array], per_pool: int) -> None:

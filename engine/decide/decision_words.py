@@ -70,7 +70,8 @@ X_REGISTERS, X_ROOM_FOR, X_ASKS, X_SERVED, X_COPIED, X_TAKEN, X_RESOLVED, X_VISI
 #: is then, by register of a room's bytes, that of the copies out of it); and the requests of a read of an expert of
 #: each layer, how many copies found theirs, and the bytes read. Where GPUs share experts: which of its owners serves
 #: each of the visit's (-1: its only one), the list of all GPUs, whether they lend, whether copies come from another one
-#: that has the expert, and, by register of a room, those of its bytes and of the copies out of it.
+#: that has the expert, and, by register of a room, those of its bytes and of the copies out of it. Whether the
+#: host waits for what a step samples.
 (
     D_SETTINGS, D_ROOMS, D_EXPERTS, D_LAYERS, D_LAYER_EXPERTS, D_SHARED, D_EVICTION, D_POOLS, D_PREFETCH, D_HORIZONS,
     D_K, D_COPY_NS, D_LEAST, D_DECAY, D_POPULAR, D_PROTECTS, D_DROPS, D_UNPIN_FIRST, D_WATCHES, D_ON_CPU, D_CPU_MOST,
@@ -80,8 +81,8 @@ X_REGISTERS, X_ROOM_FOR, X_ASKS, X_SERVED, X_COPIED, X_TAKEN, X_RESOLVED, X_VISI
     D_FIRST_STEP, D_END_STEP, D_STEPS, D_CHOSEN, D_PER_TOKEN, D_LATER, D_LATER_COLUMNS, D_GUESSES, D_RANKS,
     D_CONFIDENCES, D_BUDGETS, D_FOLLOWING, D_FOLLOWED, D_GATES, D_FREE, D_FREE_COUNT,
     D_NOW, D_BACKLOG, D_FILTERS, D_MOST_REGISTERS, D_TIER, D_STAGES, D_REQUESTS, D_FOUND, D_READ_BYTES,
-    D_SERVERS, D_GPUS, D_LENDS, D_FROM_PEERS, D_LANDED, D_LENT, D_WORDS,
-) = range(78)  # fmt: skip
+    D_SERVERS, D_GPUS, D_LENDS, D_FROM_PEERS, D_LANDED, D_LENT, D_AWAITS_TOKENS, D_WORDS,
+) = range(79)  # fmt: skip
 
 #: A pool: its bytes, and what is free in the order in which it became free: a ring of (bytes, register of whose room it
 #: was, -1 for none); what its policy knows; its first expert on the GPU, and how many it has.
@@ -98,11 +99,12 @@ Q_FIRST, Q_ROWS, Q_PHASE, Q_SAMPLED, STEP_WORDS = range(5)
 #: A host thread: the list of its GPUs; where it is: which of them, the step, the layer to be decided (-1: none yet). Of
 #: GPUs that share experts: whether they do, whether one thread turns to all of them, whether tokens are to come back,
 #: what the exchange takes that is ordered next; and of the steps that are laid out what exchanges take, where tokens
-#: live, who serves any, and who serves each expert (-1: its only owner).
+#: live, who serves any, and who serves each expert (-1: its only owner). Where a scheduler makes the steps: until when
+#: there is nothing to do (0: now there is), and what the host takes to make one.
 (
     H_GPUS, H_AT, H_STEP, H_LAYER, H_STEPS, H_DONE, H_SHARES, H_ONE, H_BACK, H_EXCHANGE_NS, H_EXCHANGES, H_LIVES,
-    H_SERVES, H_SERVERS, THREAD_WORDS,
-) = range(15)  # fmt: skip
+    H_SERVES, H_SERVERS, H_IDLE_UNTIL, H_SCHEDULE_NS, THREAD_WORDS,
+) = range(17)  # fmt: skip
 
 #: An expert: what holds it (as `compiled_eviction` has it); its copy (-1: absent) and room; whether it was prefetched
 #: and nobody has used it; the visit that looked it up last, its place there; the visit that guessed it last, how often

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import InputError
-from ...workloads.batches import Step
+from ...workloads.batches import PulledSteps, Step
 from ...workloads.guesses import Guesses
 from ...workloads.trace import RoutingTrace
 from ..policies.miss import CPU, LOW_PRECISION, Absent, Miss, Resolved
@@ -203,7 +203,7 @@ def visits(
         asking = _Asking(
             manager, prefetch, layers, shared, later, moment, issue == "after_launch", to_host, part.owned
         )  # fmt: skip
-    for number, asked, step_guesses, confidences in _looked_up(part, steps, layers, manager, budgets):
+    for number, asked, step_guesses, confidences in _looked_up(part, layers, manager, budgets):
         index, layer = divmod(number, layers)
         accesses = asked.by_index(shared) if shared else asked
         resolution = None if miss is None else _resolve(
@@ -216,7 +216,7 @@ def visits(
         else:
             missed = sum(len(wave.admitted) for wave in waves) + elsewhere if prefetch.reads_moment else 0
             prefetches, staged, asked_for = asking.visit(number, layer, asked, missed, step_guesses, confidences)
-        if resolution is not None and fetches_behind and index + 1 < len(steps):
+        if resolution is not None and fetches_behind and (index + 1 < len(steps) or isinstance(steps, PulledSteps)):
             behind = [access for access in resolution.accesses if access.expert not in asked_for]
             prefetches = [*prefetches, *_fetched_behind(manager, behind, number + layers)]
         assigned_bytes, budget_bytes = manager.assigned_bytes, manager.budget_bytes
@@ -228,17 +228,17 @@ def visits(
 
 
 def _looked_up(
-    part: Part, steps: Sequence[Step], layers: int, manager: MemoryManager, budgets: Sequence[int] | None
+    part: Part, layers: int, manager: MemoryManager, budgets: Sequence[int] | None
 ) -> Iterator[tuple[int, Accesses, Any, Any]]:
     """Yields each visit's number, look-ups, guesses and confidences; the memory has each step's budget before."""
     no_guesses: list[list[list[int]]] = [[]] * layers
-    for index in range(len(steps)):
+    for index, by_layer in enumerate(part.accesses):
         if budgets is not None:
             manager.resize(budgets[index])
         guesses = next(part.ranked) if part.ranked is not None else no_guesses
         confidences = next(part.confidences) if part.confidences is not None else None
         first = index * layers
-        for layer, accesses in enumerate(next(part.accesses)):
+        for layer, accesses in enumerate(by_layer):
             yield first + layer, accesses, guesses[layer], confidences[layer] if confidences is not None else None
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ...workloads.batches import Step
+from ...workloads.batches import PulledSteps, Step
 from ...workloads.guesses import Guesses
 from ...workloads.trace import RoutingTrace
 
@@ -24,39 +25,56 @@ def ranked_guesses(guesses: Guesses, steps: Sequence[Step], experts: int) -> Ite
     _, layers, horizons, _ = guesses.experts.shape
     ahead = np.arange(layers)[:, None] + np.arange(1, horizons + 1)
     offset = (ahead % layers * experts)[:, :, None]
-    first = start = end = 0
+
+    def numbered(which: Any) -> npt.NDArray[np.int64]:
+        index = guesses.experts[which].astype(np.int64)
+        ids: npt.NDArray[np.int64] = np.where(index < 0, -1, index + offset)
+        return ids
+
+    by_row: list[list[list[list[int]]]] = []
+    start = end = 0
     for step in steps:
-        last = first + len(step.rows)
-        if last > end or not end:  # turn many rows into lists at once: most steps have one
-            start, end = first, max(last, first + _ROWS_AT_ONCE)
-            index = guesses.experts[start:end].astype(np.int64)
-            ids: npt.NDArray[np.int64] = np.where(index < 0, -1, index + offset)
-            by_row = ids.tolist()
-        if last == first + 1:
-            yield by_row[first - start]
-        else:
-            together = np.moveaxis(ids[first - start : last - start], 0, -1)
-            yield together.reshape(layers, horizons, -1).tolist()
-        first = last
+        places = guesses.places(step.rows)
+        if len(places) != 1:
+            yield np.moveaxis(numbered(places), 0, -1).reshape(layers, horizons, -1).tolist()
+            continue
+        place = int(places[0])
+        if place == end:  # turn many rows into lists at once: most steps have one, the next
+            start, end = place, min(place + _ROWS_AT_ONCE, len(guesses.rows))
+            by_row = numbered(slice(start, end)).tolist()
+        yield by_row[place - start] if start <= place < end else numbered(place).tolist()
 
 
 def ranked_confidences(guesses: Guesses, steps: Sequence[Step]) -> Iterator[list[list[list[float]]]]:
     """Yield, step by step, the confidences of the guesses, laid out as `ranked_guesses` lays out experts."""
     assert guesses.confidences is not None
     _, layers, horizons, _ = guesses.experts.shape
-    first = 0
     for step in steps:
-        last = first + len(step.rows)
-        together = np.moveaxis(guesses.confidences[first:last], 0, -1)
+        together = np.moveaxis(guesses.confidences[guesses.places(step.rows)], 0, -1)
         yield together.reshape(layers, horizons, -1).tolist()
-        first = last
 
 
-def later_steps(trace: RoutingTrace, steps: Sequence[Step], most: int) -> list[list[int]]:
+class _Following(Sequence[Sequence[int]]):
+    """For any step, itself and the `most` steps behind it."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+
+    def __len__(self) -> int:
+        return 0
+
+    def __getitem__(self, index: Any) -> Any:
+        return range(index, index + self._most + 1)
+
+
+def later_steps(trace: RoutingTrace, steps: Sequence[Step], most: int) -> Sequence[Sequence[int]]:
     """Return, for each step, itself and the first step that one of its sequences takes 1, 2, … `most` of its own later.
 
-    -1 where there is none: guesses that cross the token boundary so often have no visit to be for.
+    -1 where there is none: guesses that cross the token boundary so often have no visit to be for. Of steps that are
+    pulled from a scheduler nobody knows the next: they are taken to go on with the same sequences.
     """
+    if isinstance(steps, PulledSteps):
+        return _Following(most)
     upcoming: dict[int, deque[int]] = {}
     later = []
     for index in range(len(steps) - 1, -1, -1):

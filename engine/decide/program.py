@@ -17,10 +17,13 @@ import numpy.typing as npt
 
 from ...resources.timeline import ACTIVATION, COMBINE, DENSE, DISPATCH, EXPERT, HEAD
 from ...workloads.batches import Step
+from ...workloads.requests.request import Wait
+from ..policies.prefetch import Gauge
 from .commands import CHOICE, COMPUTE, FIXED_REGISTERS, OUTPUT, RESULTS, TOKENS, Command, Op
 from .dispatch import Visit
 from .expert_parallel import ParallelVisit
 from .host_memory import HostRooms
+from .pulled import Pulled
 from .registers import Registers
 from .spare_memory import Store
 from .tables import Loans, Rooms, visit_tables
@@ -34,7 +37,9 @@ from .visit_commands import (
     WAITS,
     add,
     order_dense,
+    order_idle,
     order_readback,
+    order_tokens,
     order_visit,
 )
 
@@ -227,6 +232,8 @@ class Stage:
     steps: Sequence[Step]
     decided: Callable[[Visit], None]
     has_head: bool = True
+    #: Whether the host waits for the tokens that a step samples, as one that schedules by them does.
+    awaits_tokens: bool = False
     receives: Sequence[int] | None = None
     sends: Sequence[int] | None = None
     alone: bool = False
@@ -254,7 +261,9 @@ class Stage:
                 rows.add(Op.EXIT, gpu.number)
         rows.add(Op.CATCH_UP, gpu.number)
         if self.has_head:
-            gpu.head(rows, self.steps[step].sampled)
+            gpu.head(rows, max(1, self.steps[step].sampled))  # of chunks, too, whose logits nobody looks at
+        if self.awaits_tokens:
+            order_tokens(gpu.settings, max(1, self.steps[step].sampled), rows.room_for(_SOME_ROWS))
         if self.sends is not None and self.sends[step]:
             gpu.await_results(rows)
             rows.add(Op.OUTPUT, gpu.number, register=gpu.register(OUTPUT))
@@ -272,6 +281,22 @@ def stages_program(stages: Sequence[Stage]) -> Program:
     rows = Rows()
     for step in range(len(stages[0].steps)):
         yield _through(stages, rows, step)
+
+
+def pulled_program(stage: Stage, pulled: Pulled, gauge: Gauge) -> Program:
+    """Yields the program of a thread that asks a scheduler for each step when it has the tokens of the one before.
+
+    It idles while there is nothing to run. `gauge` is the thread's clock.
+    """
+    rows = Rows()
+    while (found := pulled.next(gauge.now_ns())) is not None:
+        if isinstance(found, Wait):
+            order_idle(stage.gpu.settings, found.until_ns, rows.room_for(_SOME_ROWS))
+            yield iter([rows.portion()])
+        else:
+            if pulled.schedule_ns:
+                rows.add(Op.SCHEDULE, stage.gpu.number, extra=pulled.schedule_ns)
+            yield _through([stage], rows, len(pulled.steps) - 1)
 
 
 def _through(stages: Sequence[Stage], rows: Rows, step: int) -> Iterator[Array]:

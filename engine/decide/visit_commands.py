@@ -39,7 +39,7 @@ PROMOTE, TO_CPU, CPU, FROM_CPU, UNPACK = (
     int(Op.PROMOTE), int(Op.TO_CPU), int(Op.CPU), int(Op.FROM_CPU), int(Op.UNPACK),
 )  # fmt: skip
 FETCH, STORE, READ, LEAVE = int(Op.FETCH), int(Op.STORE), int(Op.READ), int(Op.LEAVE)
-OUTPUT_OP = int(Op.OUTPUT)
+OUTPUT_OP, CATCH_UP, IDLE, SCHEDULE = int(Op.OUTPUT), int(Op.CATCH_UP), int(Op.IDLE), int(Op.SCHEDULE)
 COLUMNS = len(Command._fields)
 
 # What a scenario says of every visit: an array of integers.
@@ -131,6 +131,24 @@ def order_readback(settings: Words, layer: Word, tokens: Word, rows: Table) -> N
     gpu, first = settings[GPU], settings[FIRST_REGISTER]
     wait(rows, gpu, first + OUTPUT, 0)
     add(rows, READBACK, gpu, READBACK_SPAN, -1, layer, tokens, -1, -1, first + CHOICE, -1, -1)
+
+
+@_compiled
+def order_tokens(settings: Words, tokens: Word, rows: Table) -> None:
+    """Copy what the head has sampled at `tokens` positions to the host, which waits for it."""
+    gpu, first = settings[GPU], settings[FIRST_REGISTER]
+    add(rows, OUTPUT_OP, gpu, -1, -1, -1, -1, -1, -1, first + OUTPUT, -1, -1)
+    wait(rows, gpu, first + OUTPUT, 0)
+    add(rows, READBACK, gpu, READBACK_SPAN, -1, -1, tokens, -1, -1, first + CHOICE, -1, -1)
+    add(rows, NOTICE, gpu, -1, -1, -1, -1, -1, -1, first + CHOICE, -1, -1)
+    add(rows, CATCH_UP, gpu, -1, -1, -1, -1, -1, -1, -1, -1, -1)
+
+
+@_compiled
+def order_idle(settings: Words, until_ns: Word, rows: Table) -> None:
+    """Let the host have nothing to do until an instant."""
+    add(rows, IDLE, settings[GPU], -1, -1, -1, -1, -1, -1, -1, -1, until_ns)
+    add(rows, CATCH_UP, settings[GPU], -1, -1, -1, -1, -1, -1, -1, -1, -1)
 
 
 @_compiled

@@ -113,12 +113,10 @@ def memories(inputs: Inputs) -> list[Memory]:
 def gpu_parts(part: Inputs) -> dict[str, int]:
     """Returns what one GPU's memory keeps when its KV cache is largest, in bytes by name."""
     scenario, model = part.scenario, part.model
-    cached = cached_bytes(part)
-    fullest = int(np.argmax(cached))
-    budget_bytes = part.budget_bytes if part.budgets is None else part.budgets[fullest]
+    kv_bytes, budget_bytes = _fullest(part)
     low_bytes = low_precision(part)[1]
     parts = fixed_parts(scenario, model, part.predictor.gpu_memory_bytes) | {
-        KV_CACHE: int(cached[fullest]),
+        KV_CACHE: kv_bytes,
         EXPERTS: budget_bytes - low_bytes,
         LOW: low_bytes,
         SPARE: 0 if part.expert_parallel is None else part.expert_parallel.spare_experts * max(model.expert_bytes),
@@ -127,6 +125,16 @@ def gpu_parts(part: Inputs) -> dict[str, int]:
     if total is not None:
         parts[NOT_GIVEN] = max(0, parse_bytes(total) - sum(parts.values()))
     return {name: size_bytes for name, size_bytes in parts.items() if size_bytes}
+
+
+def _fullest(part: Inputs) -> tuple[int, int]:
+    """Returns the bytes of the KV cache when it is largest, and the expert budget then."""
+    pulls = part.pulls
+    if pulls is not None:
+        return pulls.kv_bytes, part.budget_bytes if pulls.least_bytes is None else pulls.least_bytes
+    cached = cached_bytes(part)
+    fullest = int(np.argmax(cached))
+    return int(cached[fullest]), part.budget_bytes if part.budgets is None else part.budgets[fullest]
 
 
 def cached_bytes(part: Inputs) -> npt.NDArray[np.int64]:
@@ -301,6 +309,8 @@ def _staying(part: Inputs) -> Sequence[int]:
     if scenario.memory.preload == "none":
         return ()
     room = part.budget_bytes if part.budgets is None else min(part.budgets)
+    if part.pulls is not None and part.pulls.least_bytes is not None:
+        room = part.pulls.least_bytes
     only_cpu = scenario.miss.policy == "cpu" and scenario.miss.cpu_max_tokens is None
     needed_bytes = sum(model.expert_bytes[expert // model.experts] for expert in served_experts(part))
     if room < needed_bytes and not (only_cpu and not make_prefetch(scenario, model).horizons):

@@ -17,7 +17,7 @@ from ...errors import InputError
 from ...kept import KEPT, file_state, frozen
 from ...resources.profile import load_profile
 from ...resources.runtime import load_runtime
-from ...workloads.batches import Step, plan_steps, warmup_steps
+from ...workloads.batches import Step, every_row, plan_steps, warmup_steps
 from ...workloads.fitted import FittedRouting
 from ...workloads.guesses import Guesses
 from ...workloads.importers import open_trace, trace_file
@@ -32,7 +32,7 @@ from ..measure.merge import makespan_ns as run_ns
 from ..policies.eviction import EVICTION
 from ..run import prepared, run_all
 from ..scenario.amounts import ScenarioError, parse_bytes
-from ..scenario.inputs import Inputs
+from ..scenario.inputs import Inputs, Pulls
 from ..scenario.predicting import FREE, guesses_of, predictor_cost
 from ..scenario.scenario import Scenario
 from ..scenario.sections import DRAWN_BY
@@ -42,6 +42,7 @@ from .duration import check_duration
 from .expert_parallel import place
 from .links import links_of
 from .offloading import cached_budgets, kept_bytes, low_precision, make_miss
+from .requests import load_requests
 from .stages import OF_WHOLE_MODEL, SAMPLE_STEPS, stage_inputs, stage_layers
 
 #: In so many pieces an expert is copied at most: 4 KiB each of a quarter of a GiB.
@@ -62,6 +63,9 @@ def load_inputs(scenario: Scenario, trace: RoutingTrace | None = None) -> Inputs
     if scenario.model.sizes == "trace":
         model = _sized(model, trace)
     _check_pieces(scenario, model)
+    runtime = load_runtime(scenario.runtime.name)
+    if scenario.requests is not None:
+        return with_requests(Inputs(scenario, model, profile, trace, [], 0, guesses=None, runtime=runtime))
     steps = steps_of(scenario, trace)
     if not steps:
         prefill = scenario.workload.prefill
@@ -72,7 +76,6 @@ def load_inputs(scenario: Scenario, trace: RoutingTrace | None = None) -> Inputs
         warmup_steps(steps, scenario.workload.warmup)
     except InputError as error:
         raise ScenarioError(f"workload.{error}") from None
-    runtime = load_runtime(scenario.runtime.name)
     bare = Inputs(scenario, model, profile, trace, steps, budget_bytes=0, guesses=None, runtime=runtime)
     inputs = completed(bare)
     check_duration(inputs)
@@ -122,6 +125,44 @@ def _on_one_gpu(bare: Inputs) -> Inputs:
     make_manager(inputs)
     make_miss(inputs)
     Costs(inputs)
+    return inputs
+
+
+def with_requests(bare: Inputs) -> Inputs:
+    """Returns inputs of one GPU whose steps a scheduler makes of requests; ScenarioError if they cannot be served."""
+    scenario, model, trace, memory = bare.scenario, bare.model, bare.trace, bare.scenario.memory
+    assert scenario.requests is not None
+    for key, name in (("memory.eviction", memory.eviction), ("tiers.host_policy", scenario.tiers.host_policy)):
+        if getattr(EVICTION[name], "needs_future", False):
+            raise ScenarioError(
+                f"{key} = {name!r}: it must know all steps beforehand, and [requests] makes them as it goes"
+            )
+    if scenario.requests.kv.boundary == "moving" and scenario.miss.policy == "low_precision":
+        raise ScenarioError("requests.kv.boundary = 'moving': with miss.policy = 'low_precision', choose 'fixed'")
+    guesses = bare.guesses or _guesses(replace(bare, steps=every_row(trace.sequence, trace.phase)))
+    predictor = predictor_cost(scenario.predictor) if guesses is not None else FREE
+    total = memory.total_bytes
+    held_bytes = bare.profile.capacity("gpu", bare.device)[0] if total is None else parse_bytes(total)
+    rest_bytes = sum(fixed_parts(scenario, model, predictor.gpu_memory_bytes).values())
+    room_bytes = None if held_bytes is None else held_bytes - rest_bytes
+    load = load_requests(scenario.requests, model, trace, scenario.seed, room_bytes, total=total is not None)
+    most_bytes = memory.budget_bytes(model.expert_bytes, model.experts)
+    budget_bytes = load.expert_bytes(most_bytes)
+    least_bytes = budget_bytes if load.room_bytes is None else min(most_bytes, load.room_bytes - load.room.kv_bytes)
+    try:
+        divider(memory.scope, model.expert_bytes, trace)(least_bytes)
+    except BudgetError as error:
+        raise ScenarioError(f"requests.kv.budget = {scenario.requests.kv.budget!r}: with it, {error}") from None
+    pulls = Pulls(
+        load.server, load.most_tokens, load.schedule_ns, load.room.kv_bytes, load.budget_of(most_bytes), least_bytes,
+        load.failed,
+    )  # fmt: skip
+    inputs = replace(bare, budget_bytes=budget_bytes, guesses=guesses, predictor=predictor, pulls=pulls)
+    make_manager(inputs)
+    make_host_memory(inputs)
+    make_miss(inputs)
+    Costs(inputs)
+    check(inputs)
     return inputs
 
 

@@ -76,8 +76,8 @@ def served_experts(inputs: Inputs) -> Collection[int]:
 
 def cached_budgets(inputs: Inputs) -> list[int] | None:
     """Returns what whole experts have of the budget before each step; None where it is constant."""
-    if inputs.budgets is None:
-        return None
+    if inputs.budgets is None or inputs.pulled is not None:  # which grow as the run goes, with no low precision
+        return inputs.budgets
     low_bytes = low_precision(inputs)[1]
     return [budget_bytes - low_bytes for budget_bytes in inputs.budgets]
 

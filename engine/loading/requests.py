@@ -17,6 +17,7 @@ import numpy.typing as npt
 from ...bounded import read_json
 from ...errors import InputError
 from ...words import shown
+from ...workloads.batches import Step
 from ...workloads.model import Model
 from ...workloads.requests.arrivals import CLOSED, TRACE, Closed, Open, Process, Source, arrival_instants
 from ...workloads.requests.kv_blocks import KvBlocks, PrefixBlocks
@@ -118,12 +119,17 @@ class RequestLoad:
         kept = 0 if self.section.kv.boundary == "moving" else self.room.kv_bytes
         return min(most_bytes, self.room_bytes - kept)
 
-    def budget_of(self, most_bytes: int) -> Callable[[RequestStep], int] | None:
+    def budget_of(self, most_bytes: int) -> Callable[[Step], int] | None:
         """Returns what says the room for experts in a step, where the boundary to the KV blocks moves."""
         room_bytes, block_bytes = self.room_bytes, self.room.block_bytes
         if self.section.kv.boundary != "moving" or room_bytes is None:
             return None
-        return lambda step: min(most_bytes, room_bytes - step.kv_blocks * block_bytes)
+
+        def budget_bytes(step: Step) -> int:
+            kv_blocks = step.kv_blocks if isinstance(step, RequestStep) else self.room.blocks
+            return min(most_bytes, room_bytes - kv_blocks * block_bytes)
+
+        return budget_bytes
 
 
 def load_requests(

@@ -86,7 +86,7 @@ def served(recordings: Sequence[Recording], serving: Serving) -> Served:
     """Returns the steps of a run in time: each has ended once its heads have, on whichever GPUs they run."""
     first = recordings[0]
     end_ns, took_ns = _step_times_ns(recordings, serving.previous)
-    return Served(first.steps, first.trace.sequence, end_ns, took_ns, makespan_ns(recordings))
+    return Served(first.steps, first.trace.sequence, end_ns, took_ns, makespan_ns(recordings), serving.log)
 
 
 def _step_times_ns(recordings: Sequence[Recording], previous: Sequence[int] | None) -> tuple[Array, Array]:

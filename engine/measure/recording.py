@@ -51,6 +51,8 @@ class Recording:
     host_memory: HostMemory | None = None
     copies_hold_host: bool = False
     moved: tuple[Sequence[int], Sequence[int]] | None = None
+    #: When the host had nothing to do, in ns (from, until), where a scheduler makes the steps.
+    idle: Sequence[tuple[int, int]] = ()
 
     @cached_property
     def spans(self) -> Array:

@@ -20,6 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ...workloads.batches import DECODE, Step
+from ...workloads.requests.log import RequestLog
+from ...workloads.requests.request import RequestStep
 
 Array = npt.NDArray[Any]
 
@@ -36,6 +38,8 @@ class Serving:
 
     warmup_steps: int = 0
     previous: Sequence[int] | None = None
+    #: Of requests under load: what was recorded of them.
+    log: RequestLog | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class Served:
     end_ns: Array
     took_ns: Array
     run_ns: int
+    log: RequestLog | None = None
 
     @cached_property
     def decodes(self) -> Array:
@@ -70,7 +75,7 @@ class Served:
     @cached_property
     def requests(self) -> Requests:
         """The requests of the run and their output tokens."""
-        return _requests(self)
+        return _requests(self) if self.log is None else _logged(self, self.log)
 
     @cached_property
     def gaps_ns(self) -> Array:
@@ -177,6 +182,22 @@ def spread_ms(ns: Array) -> dict[str, float | None]:
 
 def _rate(tokens: int, ns: int) -> float | None:
     return tokens * 1e9 / ns if ns else None
+
+
+def _logged(served: Served, log: RequestLog) -> Requests:
+    """Returns the requests that were recorded under load; a token's place is that of its request's last row."""
+    number, token_ns = log.token_times()
+    step = np.searchsorted(log.steps["end_ns"], token_ns)
+    ends: dict[tuple[int, int], int] = {}
+    place = 0
+    for index, each in enumerate(served.steps):
+        for part in each.parts if isinstance(each, RequestStep) else ():
+            place += part.tokens
+            ends[index, part.request] = place - 1
+    token_at = [ends[key] for key in zip(step.tolist(), number.tolist(), strict=True)]
+    requests = log.requests
+    request = np.searchsorted(requests["number"], number)
+    return Requests(request, step, np.array(token_at, dtype=np.int64), token_ns, requests["arrival_ns"])
 
 
 def _requests(served: Served) -> Requests:

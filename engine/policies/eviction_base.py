@@ -58,6 +58,8 @@ class Eviction:
     """
 
     needs_guesses = False
+    #: Whether it must know all steps of a run before it begins.
+    needs_future = False
 
     def __init__(self, setting: Setting = NO_SETTING) -> None:
         self.setting = setting

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import InputError
+from ...workloads.batches import DECODE, PulledSteps, Step
 from ...workloads.trace_checks import POPULARITY
 from .eviction_base import NO_SETTING, Eviction, Ranking, Setting, add_decayed
 
@@ -59,6 +60,8 @@ def popularity(setting: Setting) -> list[float]:
     popular: list[float]
     if POPULARITY not in trace.extra:
         learned = setting.steps[: -(-len(setting.steps) // LEARNED_PART)]
+        if isinstance(setting.steps, PulledSteps):  # nobody knows them before they run
+            learned = [Step(DECODE, np.arange(-(-trace.tokens // LEARNED_PART)))]
         used, _ = _accesses(replace(setting, steps=learned))
         popular = np.bincount(used, minlength=trace.layers * trace.num_experts).tolist()
         return popular
@@ -171,6 +174,8 @@ class ActivationAware(Eviction):
     prefetching has least time for early layers. A sequence in flight has begun and not ended; their counts are summed.
     """
 
+    needs_future = True
+
     EPSILON = 1e-3
 
     def __init__(self, setting: Setting = NO_SETTING) -> None:
@@ -256,7 +261,6 @@ class Predictive(Eviction):
         super().__init__(setting)
         self._layers = setting.known_trace().layers
         self._clock = _StepClock(setting)
-        self._first_row = np.cumsum([0, *(len(step.rows) for step in setting.steps)]).tolist()
         self._now = -1  # in layer visits, also where every pair is looked up by itself
         self._uses = 0
         self._expected: dict[int, int] = {}  # expert -> when
@@ -281,9 +285,9 @@ class Predictive(Eviction):
 
     def _expect(self, step: int, layer: int) -> None:
         """Take the guesses that a step's tokens make at a layer, for layers of this pool."""
-        assert self.setting.guesses is not None
-        rows = slice(self._first_row[step], self._first_row[step + 1])
-        by_horizon = np.moveaxis(self.setting.guesses.experts[rows, layer], 1, 0)
+        guesses = self.setting.guesses
+        assert guesses is not None
+        by_horizon = np.moveaxis(guesses.experts[guesses.places(self.setting.steps[step].rows), layer], 1, 0)
         for ahead, guessed in enumerate(by_horizon.reshape(len(by_horizon), -1).tolist(), 1):
             target = (layer + ahead) % self._layers
             if target not in self.setting.layers:
@@ -332,6 +336,8 @@ class Belady(Eviction):
     trace, so it needs a setting with trace and steps. Experts never used again go first, ties to who was put there
     first. A prefetched expert's next use is the one after the visit that fetched it.
     """
+
+    needs_future = True
 
     def __init__(self, setting: Setting = NO_SETTING) -> None:
         super().__init__(setting)
@@ -401,16 +407,17 @@ class _StepClock:
 
     def __init__(self, setting: Setting) -> None:
         trace = setting.known_trace()
+        self._layers = 0 if setting.single else trace.layers
+        self._ends: list[int] = []
         if setting.single:  # a visit is a (token, expert) pair
             routed = np.full(trace.tokens, trace.layers) if trace.present is None else trace.present.sum(axis=1)
-            visits = [int(routed[step.rows].sum()) * trace.k for step in setting.steps]
-        else:
-            visits = [trace.layers] * len(setting.steps)
-        self._ends = np.cumsum(visits).tolist()
+            self._ends = np.cumsum([int(routed[step.rows].sum()) * trace.k for step in setting.steps]).tolist()
         self._step = 0
 
     def step_of(self, visit: int) -> int:
         """Returns the step of a visit."""
+        if self._layers:
+            return visit // self._layers
         while visit >= self._ends[self._step]:
             self._step += 1
         return self._step

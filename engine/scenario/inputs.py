@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 from ...resources.links import Links
 from ...resources.profile import Profile
@@ -10,10 +11,30 @@ from ...resources.runtime import DEFAULT, Runtime, load_runtime
 from ...workloads.batches import Step
 from ...workloads.guesses import Guesses
 from ...workloads.model import Model
+from ...workloads.requests.request import StepSource
 from ...workloads.trace import RoutingTrace
 from ..decide.expert_parallel import ExpertParallel
+from ..decide.pulled import Pulled
 from .predicting import FREE, PredictorCost
 from .scenario import Scenario
+
+
+@dataclass(frozen=True)
+class Pulls:
+    """A scheduler that makes the steps of a run as it goes: `source` makes a fresh one for each run.
+
+    No step has more than `most_tokens` tokens, and the host takes `schedule_ns` to make one. KV caches take `kv_bytes`
+    of GPU memory at most. `budget_of` says the expert budget before each step, `least_bytes` or more, where that moves.
+    """
+
+    source: Callable[[], StepSource]
+    most_tokens: int
+    schedule_ns: int = 0
+    kv_bytes: int = 0
+    budget_of: Callable[[Step], int] | None = None
+    least_bytes: int | None = None
+    #: How many requests of a trace are left out, as they were given no token.
+    failed: int = 0
 
 
 @dataclass(frozen=True)
@@ -39,6 +60,9 @@ class Inputs:
     #: The inputs of each of the GPUs that share the experts of all layers, in order, and how the experts lie on them.
     gpus: tuple[Inputs, ...] = ()
     expert_parallel: ExpertParallel | None = None
+    #: Where a scheduler makes the steps: how, and, of a run that has begun, those that it has pulled: its `steps`.
+    pulls: Pulls | None = None
+    pulled: Pulled | None = None
     #: The software that is predicted.
     runtime: Runtime = field(default_factory=lambda: load_runtime(DEFAULT))
 
@@ -46,6 +70,21 @@ class Inputs:
     def parts(self) -> tuple[Inputs, ...]:
         """The inputs of each GPU by itself: of the stages, of those that share the experts, or these."""
         return self.stages or self.gpus or (self,)
+
+    def begun(self) -> Inputs:
+        """Returns the inputs of one run: where a scheduler makes the steps, with a fresh one and no step yet."""
+        pulls = self.pulls
+        if pulls is None:
+            return self
+        pulled = Pulled(pulls.source(), pulls.most_tokens, pulls.schedule_ns, pulls.budget_of)
+        return replace(self, steps=pulled.steps, budgets=pulled.budgets, pulled=pulled)
+
+    @property
+    def most_tokens(self) -> int:
+        """The most tokens that a step has."""
+        if self.pulls is not None:
+            return self.pulls.most_tokens
+        return max((len(step.rows) for step in self.steps), default=0)
 
     @property
     def guessers(self) -> tuple[Inputs, ...]:

@@ -25,6 +25,7 @@ from .compiled_prices import (
     O_EXIT,
     O_FETCH,
     O_HOLD,
+    O_IDLE,
     O_JOIN,
     O_LAUNCH,
     O_LEAVE,
@@ -38,6 +39,7 @@ from .compiled_prices import (
     O_READBACK,
     O_RECEIVE,
     O_RECLAIM,
+    O_SCHEDULE,
     O_SEND,
     O_STORE,
     O_TOUCH,
@@ -127,6 +129,14 @@ def begin_visit(m: Words, row: Word) -> None:
         due = (m[gpu + G_NOW] - m[gpu + G_INTERRUPTED]) // every
         m[gpu + G_INTERRUPTED] += due * every
         m[gpu + G_HELD] = due * m[gpu + G_OTHERS_NS]
+
+
+@compiled
+def idle_until(m: Words, gpu: Word, until: Word) -> None:
+    """Let the host have nothing to do until an instant."""
+    end_busy(m, gpu)
+    m[gpu + G_NOW] = max(m[gpu + G_NOW], until)
+    m[gpu + G_BUSY_SINCE] = m[gpu + G_NOW]
 
 
 @compiled
@@ -254,6 +264,10 @@ def carry_out_one(m: Words, f: Reals, thread: Word, row: Word) -> Word:
         m[gpu_of(m, row) + G_NOW] += m[gpu_of(m, row) + G_LAUNCH]
     elif op == O_EXCHANGE:
         exchange(m, f, row)
+    elif op == O_IDLE:
+        idle_until(m, gpu_of(m, row), m[row + C_EXTRA])
+    elif op == O_SCHEDULE:
+        m[gpu_of(m, row) + G_NOW] += m[row + C_EXTRA]
     elif op in (O_FETCH, O_STORE):
         move_expert(m, f, row)
     else:

@@ -31,7 +31,7 @@ class Instant:
     """What is to happen once nothing else does at an instant, by kind and number."""
 
     def __init__(self, env: simpy.Environment) -> None:
-        self._env = env
+        self.env = env
         self._waiting: list[tuple[int, int, int, simpy.Event]] = []
         self._count = 0
         self._runs = False
@@ -47,16 +47,16 @@ class Instant:
 
     def turn(self, kind: int, number: int) -> simpy.Event:
         """Returns an event that comes at this instant, when it is the turn of this kind and number."""
-        event = self._env.event()
+        event = self.env.event()
         self._count += 1
         heapq.heappush(self._waiting, (kind, number, self._count, event))
         if not self._runs:
             self._runs = True
-            self._env.process(self._serve())
+            self.env.process(self._serve())
         return event
 
     def _serve(self) -> Story:
-        env = self._env
+        env = self.env
         while self._waiting:
             while env.peek() <= env.now:
                 yield env.timeout(0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import simpy
@@ -20,7 +20,7 @@ from ..policies.copy_order import COPY_ORDERS, ByRank
 from ..policies.miss import LOW_PRECISION
 from ..scenario.scenario import Scenario
 from ..scenario.sections_memory import shrunk
-from .lanes import ArrivalLane, Instant, Lane, QueueLane, Work, couple
+from .lanes import ArrivalLane, Instant, Lane, QueueLane, couple
 
 
 def contended(costs: Costs, scenario: Scenario) -> bool:
@@ -99,29 +99,38 @@ class HostLanes:
 _ASIDE = "decompression (side stream)"
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a GPU is in a run: its number, the name of its host thread, and its way to host memory, if others share it.
+
+    `shared` is what it has in common with other GPUs. `lends`: GPUs keep experts for one another. No step has more than
+    `most_tokens` tokens there.
+    """
+
+    number: int = 0
+    host: str = "host"
+    link: HostLink | None = None
+    lends: bool = False
+    most_tokens: int = 1
+    shared: HostLanes | None = None
+
+    @property
+    def device(self) -> str:
+        """The GPU's name."""
+        return f"gpu{self.number}"
+
+
 class GpuLanes:
     """What is busy by itself on one GPU, each a lane, and the costs of its work.
 
-    `size_of` (layers * experts,) are the bytes of every expert where they differ within a layer. `link` is the way of
-    its copies where other GPUs' copies share it, `shared` what it has in common with other GPUs. `is_stale` is asked of
-    a copy when its turn comes.
+    `size_of` (layers * experts,) are the bytes of every expert where they differ within a layer.
     """
 
     def __init__(
-        self,
-        env: simpy.Environment,
-        instant: Instant,
-        timeline: Timeline,
-        costs: Costs,
-        scenario: Scenario,
-        *,
-        device: str = "gpu0",
-        host: str = "host",
+        self, instant: Instant, timeline: Timeline, costs: Costs, scenario: Scenario, place: Place,
         size_of: Sequence[int] | None = None,
-        link: HostLink | None = None,
-        shared: HostLanes | None = None,
-        is_stale: Callable[[Work], bool] = lambda work: False,
-    ) -> None:
+    ) -> None:  # fmt: skip
+        env, device, link = instant.env, place.device, place.link
         self.timeline, self.costs = timeline, costs
         self._scenario, self._experts = scenario, costs.model.experts
         self._tables = {phase: costs.by_layer(phase) for phase in (PREFILL, DECODE)}
@@ -131,28 +140,33 @@ class GpuLanes:
         self._transfers = None if link is None else link.transfers
         self.reads_back = scenario.dispatch.router_readback
         self.copy_slowdown = costs.copy_slowdown if scenario.copy_.contention else 1.0
-        number = add_lanes(timeline, scenario.copy_.discipline, device, host)
+        number = add_lanes(timeline, scenario.copy_.discipline, device, place.host)
         self.host = number["host"]
-        order = scenario.copy_.order()
-        kind = QueueLane if isinstance(order, ByRank) else Lane
-        h2d = kind(env, instant, timeline, number["h2d"], costs.copy_lags)
-        if isinstance(h2d, QueueLane) and isinstance(order, ByRank):
-            h2d.rank, h2d.is_stale = order.rank, is_stale
-        self.copies = {H2D: h2d, PREFETCH_LANE: h2d}
-        if "prefetch" in number:
-            self.copies[PREFETCH_LANE] = Lane(env, instant, timeline, number["prefetch"], costs.copy_lags)
+        self._add_copies(instant, number)
         self.compute = Lane(env, instant, timeline, number["compute"], costs.kernel_lags)
         self.d2h = Lane(env, instant, timeline, number["d2h"])
         self.side = Lane(env, instant, timeline, number["predictor"])
         if scenario.compression.where != "none" and scenario.compression.lane == "side":
             self.unpacking = ArrivalLane(env, instant, timeline, timeline.add_lane(device, "side", _ASIDE))
         streams = list(dict.fromkeys(self.copies.values()))
-        shared = shared or HostLanes()
+        shared = place.shared or HostLanes()
         if scenario.uses_cpu:
             self.cpu = shared.add_cpu(env, instant, timeline, costs)
             self._add_results(env, instant, device, streams)
         self._couple(streams, link)
         self.drive = None if costs.reads is None else shared.add_drive(env, instant, timeline, costs.reads)
+
+    def _add_copies(self, instant: Instant, number: dict[str, int]) -> None:
+        """Make the streams of copies from the host, as the copy order has them."""
+        env, timeline, costs = instant.env, self.timeline, self.costs
+        order = self._scenario.copy_.order()
+        kind = QueueLane if isinstance(order, ByRank) else Lane
+        h2d = kind(env, instant, timeline, number["h2d"], costs.copy_lags)
+        if isinstance(h2d, QueueLane) and isinstance(order, ByRank):
+            h2d.rank = order.rank
+        self.copies = {H2D: h2d, PREFETCH_LANE: h2d}
+        if "prefetch" in number:
+            self.copies[PREFETCH_LANE] = Lane(env, instant, timeline, number["prefetch"], costs.copy_lags)
 
     def _set_sizes(self, size_of: Sequence[int] | None) -> None:
         """Set what every expert is copied as, and what that takes where it differs within a layer."""

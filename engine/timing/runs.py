@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import permutations
 from typing import TYPE_CHECKING, Any
@@ -12,24 +12,23 @@ import numpy as np
 import numpy.typing as npt
 
 from ...resources.links import Links
-from ...resources.network import Network
 from ...workloads.batches import Step
 from ...workloads.trace import RoutingTrace
 from ..costs.all_to_all import AllToAll
-from ..costs.costs import Costs
 from ..decide.decision_layout import Shared, Together
-from ..decide.dispatch import Visit, step_accesses
+from ..decide.dispatch import step_accesses
 from ..decide.expert_parallel import ParallelVisit, served_by, traffic
-from ..decide.memory_manager import MemoryManager
-from ..decide.pipeline import Flow, received_steps, sent_bytes
-from ..decide.program import SharedLayers, Stage, stages_program
+from ..decide.host_memory import HostRooms
+from ..decide.pipeline import Flow, flow_of, received_steps, sent_bytes
+from ..decide.program import Program, SharedLayers, Stage, pulled_program, stages_program
+from ..decide.pulled import Pulled
 from ..policies.prefetch import Gauge
 from ..scenario.inputs import Inputs
-from ..scenario.scenario import Scenario
-from .host import Arrivals, Exchanges, Sending
+from .host_state import Arrivals, Exchanges, Sending
 from .lanes import Lane
+from .machine import Place
 from .records import COPIES_FROM, Decoded
-from .simulation import OneGpu, Simulation
+from .simulation import GpuRun, OneGpu, Simulation
 
 if TYPE_CHECKING:
     from ..decide.compiled_decisions import Decisions
@@ -41,68 +40,96 @@ _COMPILED_STAGE = Stage
 
 
 @dataclass(frozen=True)
-class StageRun:
-    """What one stage runs: its visits, as they are decided; `prefetching`: its predictor runs too."""
+class CarriedOutBy:
+    """What carries a run out: one of `simulation.ENGINES`; with `sources`, compiled code decides.
 
-    visits: Iterator[Visit]
-    manager: MemoryManager
-    costs: Costs
-    scenario: Scenario
-    prefetching: bool
-    gauge: Gauge
-
-
-def run_stages(
-    runs: Sequence[StageRun], steps: Sequence[Step], flow: Flow | None, links: Links | None, *, one_thread: bool,
-    engine: str, sources: Sequence[Source] = (), ticks: Iterator[Any] | None = None,
-) -> list[Decoded]:  # fmt: skip
-    """Run the stages of a pipeline, each on a GPU of its own, and return what was recorded on each.
-
-    `links` are those between the GPUs, and `flow` what passes; None for one stage. `one_thread` serves all stages of a
-    step before the next; otherwise each GPU has a thread of its own. With `sources`, compiled code decides, which draws
-    from `ticks` once for every visit.
+    That draws from `ticks` once for every visit.
     """
-    network = None
+
+    engine: str
+    sources: Sequence[Source] = ()
+    ticks: Iterator[Any] = field(default_factory=lambda: iter(()))
+
+
+def run_stages(inputs: Inputs, runs: Sequence[GpuRun], by: CarriedOutBy) -> list[Decoded]:
+    """Run one GPU, or the stages of a pipeline, each on a GPU of its own, and return what was recorded on each.
+
+    One host thread serves all stages of a step before the next, or each GPU has a thread of its own.
+    """
+    links, one_thread = inputs.links, inputs.scenario.parallel.dispatch_threads == "one" or len(runs) == 1
+    simulation = Simulation(len(runs), by.engine)
+    flow = None
     if links is not None:
         links.to_next()  # what is sent over them counts on the network
-        network = links.network([run.costs for run in runs])
-    most_tokens = max((len(step.rows) for step in steps), default=0)
-    simulation = Simulation(len(runs), engine)
-    simulation.network = network
+        simulation.network = links.network([run.costs for run in runs])
+        flow = flow_of(inputs.model, inputs.trace, inputs.steps)
     tier = simulation.host_rooms(runs[0].manager.experts, [run.costs for run in runs])
-    gpus = [
-        OneGpu(
-            simulation, number, run.manager, run.costs, run.scenario,
-            prefetching=run.prefetching, most_tokens=most_tokens,
-            host="host" if one_thread or len(runs) == 1 else f"host{number}", gauge=run.gauge,
-            link=None if links is None else links.host_link(number, run.costs, network), tier=tier,
-        )
-        for number, run in enumerate(runs)
-    ]  # fmt: skip
+    gpus = _gpus(simulation, inputs, runs, tier, one_thread=one_thread)
     if links is not None and flow is not None:
-        _connect(simulation, gpus, flow, links, network)
-    stages = [
-        Stage(
-            one.gpu, run.visits, len(run.costs.model.expert_bytes), steps, one.note,
-            has_head=run is runs[-1],
-            receives=None if flow is None else received_steps(flow, number),
-            sends=None if flow is None else sent_bytes(flow, number, len(runs)),
-            alone=tier is not None and len(runs) > 1 and not one_thread,
-        )
-        for number, (one, run) in enumerate(zip(gpus, runs, strict=True))
-    ]  # fmt: skip
+        _connect(simulation, gpus, flow, links)
+    alone = tier is not None and len(runs) > 1 and not one_thread
+    stages = _stages(inputs, gpus, runs, flow, alone=alone)
     threads = [[*range(len(gpus))]] if one_thread else [[number] for number in range(len(gpus))]
     for served in threads:
-        simulation.thread(stages_program([stages[number] for number in served]), [gpus[number] for number in served])
-    if sources and all(type(stage) is _COMPILED_STAGE for stage in stages):
-        simulation.decided_by(_decisions(sources, gpus, stages, threads), ticks or iter(()))
+        program = _program(inputs, [stages[number] for number in served], runs[served[0]].gauge)
+        simulation.thread(program, [gpus[number] for number in served])
+    if by.sources and all(type(stage) is _COMPILED_STAGE for stage in stages):
+        simulation.decided_by(_decisions(inputs, by.sources, gpus, stages, threads), by.ticks)
     simulation.run()
     return [one.recorded() for one in gpus]
 
 
+def _stages(
+    inputs: Inputs, gpus: Sequence[OneGpu], runs: Sequence[GpuRun], flow: Flow | None, *, alone: bool
+) -> list[Stage]:
+    """Returns what each GPU is to do with the steps; `alone` as of `Stage`."""
+    return [
+        Stage(
+            one.gpu, run.visits, len(run.costs.model.expert_bytes), inputs.steps, one.note,
+            has_head=run is runs[-1], awaits_tokens=inputs.pulled is not None,
+            receives=None if flow is None else received_steps(flow, number),
+            sends=None if flow is None else sent_bytes(flow, number, len(runs)),
+            alone=alone,
+        )
+        for number, (one, run) in enumerate(zip(gpus, runs, strict=True))
+    ]  # fmt: skip
+
+
+def _gpus(
+    simulation: Simulation, inputs: Inputs, runs: Sequence[GpuRun], tier: HostRooms | None, *, one_thread: bool
+) -> list[OneGpu]:
+    """Returns the GPUs of a run, in order; each has a host thread of its own, or all have one."""
+    links, network, lends = inputs.links, simulation.network, inputs.scenario.parallel.lends
+    return [
+        OneGpu(
+            simulation,
+            run,
+            Place(
+                number,
+                "host" if one_thread else f"host{number}",
+                None if links is None else links.host_link(number, run.costs, network),
+                lends,
+                inputs.most_tokens,
+                simulation.host_lanes,
+            ),
+            tier,
+        )
+        for number, run in enumerate(runs)
+    ]
+
+
+def _program(inputs: Inputs, stages: Sequence[Stage], gauge: Gauge) -> Program:
+    """Returns the program of a thread: of steps that are known, or of those that it pulls from a scheduler."""
+    if inputs.pulled is None:
+        return stages_program(stages)
+    (stage,) = stages
+    return pulled_program(stage, inputs.pulled, gauge)
+
+
 def _decisions(
-    sources: Sequence[Source], gpus: Sequence[OneGpu], stages: Sequence[Stage], threads: Sequence[Sequence[int]]
-) -> Decisions:
+    inputs: Inputs, sources: Sequence[Source], gpus: Sequence[OneGpu], stages: Sequence[Stage],
+    threads: Sequence[Sequence[int]],
+) -> Decisions:  # fmt: skip
     """Returns the compiled decisions of all stages."""
     from ..decide.compiled_decisions import Decisions  # which compiles at its first import
     from ..decide.decision_layout import Part
@@ -111,17 +138,22 @@ def _decisions(
         Part(one, stage.gpu, gpu.note_resolved, stage.has_head, stage.receives, stage.sends)
         for one, gpu, stage in zip(sources, gpus, stages, strict=True)
     ]
-    return Decisions(parts, threads)
+    return Decisions(parts, threads, pulls=_pulls(inputs, gpus))
 
 
-def _connect(engine: Simulation, gpus: Sequence[OneGpu], flow: Flow, links: Links, network: Network | None) -> None:
+def _pulls(inputs: Inputs, gpus: Sequence[OneGpu]) -> tuple[Pulled, Gauge] | None:
+    """Returns the scheduler of a run and the clock that it goes by, if there is one."""
+    return None if inputs.pulled is None else (inputs.pulled, gpus[0].gauge)
+
+
+def _connect(engine: Simulation, gpus: Sequence[OneGpu], flow: Flow, links: Links) -> None:
     """Let each stage send its activations to the next, and the last one its tokens to the first."""
     for number, (one, costs) in enumerate(zip(gpus, links.to_next(), strict=True)):
         to = (number + 1) % len(gpus)
         arrivals = gpus[to].state.receives = Arrivals(engine.env, costs.arrival_ns)
         disturbers = one.lanes.streams if costs.slowed else []
         lane = engine.lane(
-            one.lanes.timeline, f"gpu{number}", f"copy engine to gpu{to}", costs.lags, network, disturbers
+            one.lanes.timeline, f"gpu{number}", f"copy engine to gpu{to}", costs.lags, engine.network, disturbers
         )
         one.state.sends = Sending(lane, costs, sent_bytes(flow, number, len(gpus)), arrivals)
 
@@ -140,23 +172,23 @@ def _servers(
 class SharingGpus:
     """GPUs that share the experts of every layer: the lanes between them, and the tokens that they exchange."""
 
-    def __init__(
-        self, engine: Simulation, gpus: Sequence[OneGpu], links: Links, network: Network | None, exchange: AllToAll,
-        expert_bytes: Sequence[int], *, lends: bool,
-    ) -> None:  # fmt: skip
-        self._engine, self._gpus, self._links, self._network, self._all_to_all = engine, gpus, links, network, exchange
+    def __init__(self, engine: Simulation, gpus: Sequence[OneGpu], inputs: Inputs, links: Links) -> None:
+        self._engine, self._gpus, self._links = engine, gpus, links
+        self._all_to_all = AllToAll(links.routes(), links.topology, inputs.model.activation_bytes(1))
+        if inputs.expert_parallel is not None and inputs.expert_parallel.moves_tokens:
+            links.estimates["all-to-all"] = self._all_to_all.rule
         self._traffic: npt.NDArray[Any] | None = None
         self._lanes: dict[tuple[int, int], Lane] = {}
         self._moved = [one.spool.column("sent", np.int32) for one in gpus]
         lanes = {
             number: engine.lane(one.lanes.timeline, f"gpu{number}", "all-to-all") for number, one in enumerate(gpus)
         }
-        if lends:
+        if inputs.scenario.parallel.lends:
             self._lanes = {pair: self._make_lane(*pair) for pair in permutations(range(len(gpus)), 2)}
             engine.peers = {
                 pair: (links.peer(*pair), partial(self._lane_from, *pair), lane) for pair, lane in self._lanes.items()
             }
-        self.exchanges = Exchanges(lanes, self._ns, links.peer, self._lane_from, expert_bytes)
+        self.exchanges = Exchanges(lanes, self._ns, links.peer, self._lane_from, inputs.model.expert_bytes)
 
     def moves(self, traffic: npt.NDArray[Any]) -> bool:
         """Whether an exchange of so many tokens takes any time."""
@@ -239,8 +271,8 @@ class SharingGpus:
         """Make the lane of copies from one GPU to another; its place in the timeline is given at its first use."""
         timeline, costs = self._gpus[target].lanes.timeline, self._links.peer(source, target)
         lane = Lane(self._engine.env, self._engine.instant, timeline, -1, costs.lags)
-        if self._network is not None:
-            lane.join(self._network.share())
+        if self._engine.network is not None:
+            lane.join(self._engine.network.share())
         return lane
 
     def _lane_from(self, source: int, target: int) -> Lane:
@@ -253,50 +285,29 @@ class SharingGpus:
 
 
 def run_shared(
-    inputs: Inputs,
-    ready: Sequence[Any],
-    gauges: Sequence[Gauge],
-    visits: Iterator[ParallelVisit],
-    *,
-    one_thread: bool,
-    engine: str,
-    sources: Sequence[Source] = (),
-    ticks: Iterator[Any] | None = None,
+    inputs: Inputs, runs: Sequence[GpuRun], visits: Iterator[ParallelVisit], by: CarriedOutBy
 ) -> list[Decoded]:
     """Run GPUs that go through every layer together and return what was recorded on each.
 
-    `ready` has each GPU's manager, costs and prefetch policy; `visits` are those of all, decided as they are asked for.
-    With `sources`, compiled code decides instead, as in `run_stages`.
+    `visits` are those of all, decided as they are asked for.
     """
-    links, layout, scenario, model = inputs.links, inputs.expert_parallel, inputs.scenario, inputs.model
+    links, layout, model = inputs.links, inputs.expert_parallel, inputs.model
     assert links is not None and layout is not None
-    costs = [gpu.costs for gpu in ready]
-    simulation, network = Simulation(len(ready), engine), links.network(costs)
-    simulation.network = network
-    most_tokens = max((len(step.rows) for step in inputs.steps), default=0)
-    tier = simulation.host_rooms(model.experts, costs[:1])
-    gpus = [
-        OneGpu(
-            simulation, number, gpu.manager, gpu.costs, scenario, prefetching=gpu.prefetch.guesses > 0,
-            most_tokens=most_tokens, host="host" if one_thread else f"host{number}",
-            link=links.host_link(number, gpu.costs, network), gauge=gauge, lends=scenario.parallel.lends, tier=tier,
-        )
-        for number, (gpu, gauge) in enumerate(zip(ready, gauges, strict=True))
-    ]  # fmt: skip
-    exchange = AllToAll(links.routes(), links.topology, model.activation_bytes(1))
-    if layout.moves_tokens:
-        links.estimates["all-to-all"] = exchange.rule
-    sharing = SharingGpus(simulation, gpus, links, network, exchange, model.expert_bytes, lends=scenario.parallel.lends)
-    layers = SharedLayers(
-        [one.gpu for one in gpus], visits, model.layers, one_thread and len(gpus) > 1, sharing.moves, sharing.note
-    )
+    one_thread = inputs.scenario.parallel.dispatch_threads == "one"
+    simulation = Simulation(len(runs), by.engine)
+    simulation.network = links.network([run.costs for run in runs])
+    tier = simulation.host_rooms(model.experts, [runs[0].costs])
+    gpus = _gpus(simulation, inputs, runs, tier, one_thread=one_thread)
+    sharing = SharingGpus(simulation, gpus, inputs, links)
+    turns = one_thread and len(gpus) > 1
+    layers = SharedLayers([one.gpu for one in gpus], visits, model.layers, turns, sharing.moves, sharing.note)
     simulation.thread(layers.program(inputs.steps, layout.homes), gpus, sharing.exchanges)
-    if sources and not layers.apart:
+    if by.sources and not layers.apart:
         from ..decide.compiled_decisions import Decisions  # which compiles at its first import
         from ..decide.decision_layout import Part
 
-        parts = [Part(source, one.gpu, one.note_resolved) for source, one in zip(sources, gpus, strict=True)]
-        shared = sharing.shared(inputs, one_thread=one_thread and len(gpus) > 1)
-        simulation.decided_by(Decisions(parts, [range(len(gpus))], shared), ticks or iter(()))
+        parts = [Part(source, one.gpu, one.note_resolved) for source, one in zip(by.sources, gpus, strict=True)]
+        shared = sharing.shared(inputs, one_thread=turns)
+        simulation.decided_by(Decisions(parts, [range(len(gpus))], shared), by.ticks)
     simulation.run()
     return sharing.recorded()

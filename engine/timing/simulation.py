@@ -6,6 +6,7 @@ Both engines are given the same lanes, costs and commands, and come to the same 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,6 @@ import numpy.typing as npt
 import simpy
 
 from ...errors import InputError
-from ...resources.links import HostLink
 from ...resources.network import Network
 from ...resources.timeline import SPAN, Timeline
 from ...words import unknown_name
@@ -41,9 +41,10 @@ from ..policies.prefetch import Gauge
 from ..scenario.scenario import Scenario
 from ..scenario.sections import ON_GPU as ON_GPU_LANES
 from .collector import collector_off
-from .host import Exchanges, Gate, GpuState, Thread
-from .lanes import Instant, Lane, Work
-from .machine import GpuLanes, HostLanes
+from .host import Thread
+from .host_state import Exchanges, Gate, GpuState
+from .lanes import Instant, Lane, QueueLane, Work
+from .machine import GpuLanes, HostLanes, Place
 from .ready import note_ready
 from .records import RECORDS, RESOLVED, Decoded, pack_resolved
 
@@ -54,25 +55,36 @@ if TYPE_CHECKING:
 ENGINES = ("simpy", "compiled")
 
 
+@dataclass(frozen=True)
+class GpuRun:
+    """What one GPU of a run decides with and is charged by; `prefetching`: its predictor runs too.
+
+    `visits` are those of a GPU by itself, as they are decided.
+    """
+
+    manager: MemoryManager
+    costs: Costs
+    scenario: Scenario
+    prefetching: bool
+    gauge: Gauge = field(default_factory=Gauge)
+    visits: Iterator[Visit] = field(default_factory=lambda: iter(()))
+
+
 class OneGpu:
     """One GPU of a run: its lanes and books, what its commands are made of, and what is recorded."""
 
-    def __init__(
-        self, engine: Simulation, number: int, manager: MemoryManager, costs: Costs, scenario: Scenario, *,
-        prefetching: bool, most_tokens: int, host: str = "host", link: HostLink | None = None,
-        gauge: Gauge | None = None, lends: bool = False, tier: HostRooms | None = None,
-    ) -> None:  # fmt: skip
-        self.manager, self._scenario, self.most_tokens = manager, scenario, most_tokens
+    def __init__(self, engine: Simulation, run: GpuRun, place: Place, tier: HostRooms | None = None) -> None:
+        manager, costs, scenario, gauge, lends = run.manager, run.costs, run.scenario, run.gauge, place.lends
+        self.manager, self._scenario, self.most_tokens = manager, scenario, place.most_tokens
         self.drops_stale = scenario.copy_.drop_stale
         spool = self.spool = manager.spool
         timeline = Timeline(spool.column("spans", SPAN))
-        self.lanes = GpuLanes(
-            engine.env, engine.instant, timeline, costs, scenario,
-            device=f"gpu{number}", host=host, size_of=manager.size_of, link=link, shared=engine.host_lanes,
-            is_stale=self._is_stale,
-        )  # fmt: skip
+        self.lanes = GpuLanes(engine.instant, timeline, costs, scenario, place, manager.size_of)
+        for lane in self.lanes.streams:
+            if isinstance(lane, QueueLane):
+                lane.is_stale = self._is_stale
         dispatch = scenario.dispatch
-        watches = not dispatch.router_readback or costs.most_launches(most_tokens) > dispatch.launch_queue_depth
+        watches = not dispatch.router_readback or costs.most_launches(self.most_tokens) > dispatch.launch_queue_depth
         self._columns = [spool.column(name, dtype) for name, dtype in RECORDS.items()]
         accesses, decided, arrived = (column.buffer for column in self._columns)
         self.state = GpuState(
@@ -80,12 +92,11 @@ class OneGpu:
         )
         self._resolved = bytearray()
         self.gauge = gauge
-        if gauge is not None:
-            gauge.now_ns, gauge.backlog_ns = lambda: self.state.now_ns, self.lanes.backlog_ns
+        gauge.now_ns, gauge.backlog_ns = lambda: self.state.now_ns, self.lanes.backlog_ns
         engine.gpus.append(self)
         registers = engine.registers.own()
         rooms = Rooms(registers, manager.assigned.values(), lends=lends)
-        settings = settings_of(scenario, costs, prefetching, number, lends)
+        settings = settings_of(scenario, costs, run.prefetching, place.number, lends)
         may_wait = watches or costs.copies_hold_host or bool(settings[[AWAITS_GUESSES, CPU_BLOCKS, WAITS]].any())
         self.gpu = Gpu(settings, rooms, registers, tier, may_wait)
 

@@ -1,0 +1,63 @@
+"""Steps that a run pulls from a scheduler, one at a time, as its clock goes on.
+
+The scheduler may look at what has finished, and when. What it makes a step of is decided without a clock all the same:
+an engine says what o'clock it is, and that is all that it says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ...errors import InputError
+from ...workloads.batches import PulledSteps, Step
+from ...workloads.requests.request import StepSource, Wait
+
+
+class Pulled:
+    """The steps of one run as it pulls them, and the expert budget before each, if `budget_of` says that it changes.
+
+    No step may have more than `most_tokens` tokens. `schedule_ns` is what the host takes to make one. `idle` are the
+    intervals (from, until) in ns in which there was nothing to run.
+    """
+
+    def __init__(
+        self,
+        source: StepSource,
+        most_tokens: int,
+        schedule_ns: int = 0,
+        budget_of: Callable[[Step], int] | None = None,
+    ) -> None:
+        self.source, self.schedule_ns = source, schedule_ns
+        self.steps = PulledSteps()
+        self.budgets: list[int] | None = None if budget_of is None else []
+        self.idle: list[tuple[int, int]] = []
+        self.most_tokens, self._budget_of = most_tokens, budget_of
+        self._runs = False
+
+    def next(self, now_ns: int) -> Step | Wait | None:
+        """Returns what the scheduler makes of now, when the tokens of the step before, if there was one, are there.
+
+        Raises InputError for a step without tokens or with too many, and for waiting for an instant that has passed.
+        """
+        if self._runs:
+            self._runs = False
+            self.source.ended(now_ns)
+        found = self.source.next_step(now_ns)
+        if isinstance(found, Wait):
+            if found.until_ns <= now_ns:
+                raise InputError(f"the scheduler waits for {found.until_ns} ns at {now_ns} ns: must be later")
+            self.idle.append((now_ns, found.until_ns))
+        elif found is not None:
+            self._take(found)
+        return found
+
+    def _take(self, step: Step) -> None:
+        if not 1 <= len(step.rows) <= self.most_tokens:
+            raise InputError(
+                f"step {len(self.steps)} of the scheduler has {len(step.rows)} tokens: must have 1 to "
+                f"{self.most_tokens}"
+            )
+        self._runs = True
+        self.steps.append(step)
+        if self.budgets is not None and self._budget_of is not None:
+            self.budgets.append(self._budget_of(step))

@@ -1,0 +1,83 @@
+"""Requests under load, from a scenario to a result: the same by either engine, and latencies on the run's own clock."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from prestage.engine.loading.loading import load_inputs
+from prestage.engine.scenario.amounts import ScenarioError
+from prestage.engine.scenario.scenario import Scenario, make_scenario
+from prestage.engine.simulate import Result, simulate
+from prestage.resources.timeline import HEAD
+
+
+def scenario(**sections: Any) -> Scenario:
+    """Returns a few short requests to a model of which a quarter of the experts has room."""
+    data: dict[str, Any] = {
+        "model": {"preset": "gpt-oss-20b"},
+        "machine": {"profile": "h200-pcie5"},
+        "workload": {"synthetic": {"tokens": 64, "sequences": 4, "prefill_tokens": 8}},
+        "memory": {"gpu_budget": "25%"},
+        "prefetch": {"lookahead": 1},
+        "requests": {"rate": 4.0, "count": 5, "prompt_tokens": 12, "output_tokens": 3},
+    }
+    for name, keys in sections.items():
+        data[name] = {**data.get(name, {}), **keys}
+    return make_scenario(data)
+
+
+def served(chosen: Scenario, engine: str) -> Result:
+    return simulate(chosen, baselines=False, engine=engine)
+
+
+@pytest.mark.parametrize("scheduler", ["chunked", "static"])
+def test_requests_run_the_same_by_either_engine(scheduler: str) -> None:
+    chosen = scenario(requests={"scheduler": {"name": scheduler, "max_num_batched_tokens": 16, "step_us": 20.0}})
+    one, other = (served(chosen, engine) for engine in ("simpy", "compiled"))
+    assert one.recording.spans.tolist() == other.recording.spans.tolist()
+    assert one.data == other.data
+    steps = one.recording.steps
+    assert sum(len(step.rows) for step in steps) == 5 * (12 + 3 - 1)  # each position once, the last token not run
+
+
+def test_latencies_are_those_of_the_run() -> None:
+    found = served(scenario(), "simpy")
+    log = found.serving.log
+    assert log is not None
+    requests, steps = log.requests, log.steps
+    heads = found.recording.spans[found.recording.spans["kind"] == HEAD]
+    # The host has the tokens once they are read back, behind the head; nothing starts before it is asked for.
+    assert (steps["end_ns"] > np.sort(heads["end_ns"])).all()
+    assert (steps["start_ns"][1:] >= steps["end_ns"][:-1]).all()
+    first_ms = (requests["first_token_ns"] - requests["arrival_ns"]) / 1e6
+    assert found.data["time_to_first_token_ms"]["mean"] == pytest.approx(first_ms.mean())
+    assert (requests["started_ns"] >= requests["arrival_ns"]).all()
+    # Whoever waited for nobody found the host idle until it came.
+    waited_for = {until for _, until in found.recording.idle}
+    assert waited_for
+    assert waited_for <= set(requests["arrival_ns"].tolist())
+
+
+def test_what_needs_the_future_is_refused() -> None:
+    with pytest.raises(ScenarioError, match=r"memory.eviction = 'belady': it must know all steps beforehand"):
+        load_inputs(scenario(memory={"eviction": "belady"}))
+
+
+def test_a_kv_cache_takes_its_room_from_the_experts() -> None:
+    fixed = load_inputs(scenario(memory={"gpu_budget": "100%", "total_bytes": "10GiB"}))
+    assert fixed.pulls is not None
+    assert fixed.budget_bytes + fixed.pulls.kv_bytes < 10 * 2**30
+    moving = scenario(
+        memory={"gpu_budget": "100%", "total_bytes": "10GiB"},
+        requests={
+            "kv": {"boundary": "moving", "budget": "2GiB"},
+            "rate": 400.0,
+            "prompt_tokens": 600,
+        },  # more than an expert
+    )
+    found = served(moving, "simpy")
+    budgets = found.recording.decoded.visits["budget_bytes"]
+    assert len(set(budgets.tolist())) > 1
