@@ -18,7 +18,7 @@ from prestage.resources.runtime import load_runtime
 
 ROOT = Path(__file__).parent.parent
 SAMPLES = ROOT / "calibration" / "samples" / "h200-runtimes"
-MIXTRAL = {
+MIXTRAL: dict[str, dict[str, Any]] = {
     "model": {"layers": 4, "dtype": "q4_k"},
     "miss": {"cpu_gb_per_s": 300.0},
     "workload": {"synthetic": {"tokens": 4}},

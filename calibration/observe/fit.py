@@ -85,7 +85,7 @@ class Predictor:
         whole = float(result.data["makespan_ms"])
         on_cpu = (result.data.get("miss") or {}).get("cpu") or {"busy_ms": 0.0}
         lanes = (gpu["time"]["compute_ms"], (gpu["link_utilization"] or 0.0) * whole, on_cpu["busy_ms"])
-        return step * max(lanes) / whole
+        return step * float(max(lanes)) / whole
 
 
 def _inputs(observation: Observation, runtime: str) -> Inputs:
