@@ -19,6 +19,7 @@ from .decode import calibrate_decode
 from .experiments import breakeven, compare, suite, sweep
 from .guide import reproduce
 from .pictures import plot, report, topology
+from .requests import capacity
 from .run import compile_engine, mrc, replay, run
 
 app = typer.Typer(
@@ -30,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _COMMANDS: tuple[Callable[..., None], ...] = (
-    run, sweep, suite, plot, report, topology, compare, breakeven, replay, reproduce, mrc,
+    run, sweep, suite, plot, report, topology, compare, breakeven, capacity, replay, reproduce, mrc,
 )  # fmt: skip
 for _command in _COMMANDS:
     app.command()(_command)

@@ -37,6 +37,7 @@ from .measure.merge import makespan_ns as run_ns
 from .measure.metrics import saved_bytes
 from .measure.misses import offloading_metrics
 from .measure.recording import Recording
+from .measure.request_metrics import run_requests
 from .measure.result import RunResult
 from .measure.speed import Serving
 from .measure.traffic import carried_between, sharing_metrics
@@ -76,8 +77,11 @@ class Result:
 
     @cached_property
     def range(self) -> dict[str, Range] | None:
-        """What the run's figures may be, by name, drawn when it is asked for; None where all costs were measured."""
-        if self.inputs is None or not self.unsure:
+        """What the run's figures may be, by name, drawn when it is asked for; None where all costs were measured.
+
+        None of requests under load, too: with other costs other steps are made, and nothing short stands for them.
+        """
+        if self.inputs is None or not self.unsure or self.inputs.pulls is not None:
             return None
         return ranges(self.inputs, self.serving, self.data)
 
@@ -179,8 +183,17 @@ def simulate_inputs(
         budget_bytes=sum(gpu["budget_bytes"] for gpu in figures["gpus"]) + _low_bytes(inputs),
         scenario=inputs.scenario,
         versions=versions(),
+        requests=_requests(inputs, serving),
     )
     return Result(replace(said, warnings=_warnings(inputs, said)), recordings, wall_s, serving, chosen, inputs)
+
+
+def _requests(inputs: Inputs, serving: Serving) -> dict[str, Any] | None:
+    """Returns what requests under load came to; None where a fixed batch runs."""
+    section, pulls = inputs.scenario.requests, inputs.pulls
+    if section is None or pulls is None or serving.log is None:
+        return None
+    return run_requests(serving.log, section, pulls.failed)
 
 
 def _offloading(inputs: Inputs, recordings: Sequence[Recording], costs: Sequence[Costs]) -> dict[str, Any]:
@@ -240,8 +253,10 @@ def _replicates(inputs: Inputs, count: int, progress: Progress | None) -> list[d
     # The same seed for all GPUs: what is drawn is how far the profile is off, and they share it.
     drawn = zip(*(replicate_costs(part, count) for part in inputs.parts), strict=True)
     for number, costs in enumerate(drawn, 1):
-        recordings = run_all(inputs, prepared(inputs, costs))
-        speed = step_metrics(recordings, serving_of(inputs))
+        ready = prepared(inputs, costs)
+        recordings = run_all(inputs, ready)
+        serving = serving_of(inputs if inputs.pulls is None else ready[0].inputs)
+        speed = step_metrics(recordings, serving)
         results.append({"makespan_ms": run_ns(recordings) / 1e6, "tokens_per_second": speed["tokens_per_second"]})
         if progress is not None:
             progress("replicates", number, count)

@@ -1,7 +1,8 @@
 """A finished run as figures need it: its data, its timeline, and what became of every access, copy and decode token.
 
 `run_of` makes one of a Result, `load_result` of a folder that `prestage run --out` wrote: both hold the same numbers.
-The folder's `run.safetensors` has an array for each field of TABLES, named "table.field"; the metadata names the lanes.
+The folder's `run.safetensors` has an array for each field of TABLES, named "table.field", and of a run under load for
+those of its requests; the metadata names the lanes.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from ..errors import InputError
 from ..files import replacing
 from ..resources.timeline import KINDS, SPAN, Timeline
 from ..workloads.model import MOST_BYTES
+from ..workloads.requests.log import FinishedRequest, RequestLog
 from .shown import Shown
 
 if TYPE_CHECKING:
@@ -49,6 +51,9 @@ TABLES = {
     "memory": np.dtype([("time_ns", "<i8"), ("assigned_bytes", "<i8"), ("budget_bytes", "<i8"), ("gpu", "<u2")]),
     "token": np.dtype([("took_ns", "<i8"), ("gap_ns", "<i8")]),
 }
+#: A row for each request, of a run under load alone: what `FinishedRequest` has.
+REQUEST = "request"
+_REQUEST_ROW = np.dtype([(field, "<i8") for field in FinishedRequest._fields])
 
 
 #: What figures and reports read of a result.json.
@@ -80,6 +85,7 @@ class Run(Shown):
     copies: Array
     memory: Array
     tokens: Array
+    requests: Array | None = None
 
     @property
     def title(self) -> str:
@@ -113,7 +119,16 @@ def run_of(result: Result, name: str = "run") -> Run:
         np.concatenate([_copies(recording) for recording in recordings]),
         np.concatenate([_memory(recording, gpu) for gpu, recording in enumerate(recordings)]),
         _tokens(served(recordings, result.serving)),
+        None if result.serving.log is None else _requests(result.serving.log),
     )
+
+
+def _requests(log: RequestLog) -> Array:
+    columns = log.requests
+    table = np.empty(len(columns["number"]), dtype=_REQUEST_ROW)
+    for field, values in columns.items():
+        table[field] = values
+    return table
 
 
 def _accesses(recording: Recording, layers: int) -> Array:
@@ -159,6 +174,8 @@ def save_run(run: Run, path: Path) -> None:
         "memory": run.memory,
         "token": run.tokens,
     }
+    if run.requests is not None:
+        tables[REQUEST] = run.requests
     arrays = {
         f"{name}.{field}": np.ascontiguousarray(table[field])
         for name, table in tables.items()
@@ -196,6 +213,7 @@ def load_result(where: str | Path, name: str | None = None) -> Run:
         tables["copy"],
         tables["memory"],
         tables["token"],
+        tables.get(REQUEST),
     )
     if run.makespan_ns != makespan_ns:
         raise SavedRunError(f"{path}: is of another run than the result.json beside it; run `prestage run --out` again")
@@ -275,6 +293,10 @@ def _read(path: Path) -> tuple[Timeline, int, dict[str, Array]]:
             )
             for name, dtype in TABLES.items()
         }
+        if f"{REQUEST}.number" in arrays:
+            fields = _REQUEST_ROW.names or ()
+            columns = [_column(arrays, f"{REQUEST}.{field}", np.dtype("<i8")) for field in fields]
+            tables[REQUEST] = np.array(list(zip(*columns, strict=True)), dtype=_REQUEST_ROW)
         timeline.extend(tables["span"].tobytes())
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise SavedRunError(f"{path}: is not what `prestage run --out` writes: {error}") from None

@@ -22,6 +22,7 @@ from typing import Any
 
 from eviction_tables import layers, policies
 from new_user import path_table
+from request_tables import request_keys, request_loads
 
 from prestage.calibration import from_parts as checks
 from prestage.calibration.check_kernels import check_kernels, check_text
@@ -529,6 +530,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "drives": drives,
     "phone": phone,
     "scenario": scenario,
+    "request-keys": request_keys,
+    "request-loads": request_loads,
     "apart": apart,
     "reality": reality,
     "reality-rows": reality_rows,

@@ -19,6 +19,8 @@ ROOT = Path(__file__).parent.parent
 #: A small run, and what is made of it before the commands are tried.
 SMALL = ["--set", "model.layers=3", "--set", "workload.tokens=4", "--set", "workload.synthetic.tokens=8"]
 SMALL += ["--set", "workload.synthetic.prefill_tokens=2"]
+CAPACITY = ["--set", "model.layers=2", "--set", "requests.count=6", "--set", "requests.prompt_tokens=4"]
+CAPACITY += ["--set", "requests.output_tokens=2", "--replicates", "1", "--precision", "0.9"]
 PREPARED = [
     ["trace", "synth", "--model", "olmoe-1b-7b", "--tokens", "30", "--sequences", "3", "-o", "t.npz"],
     ["run", "synthetic", *SMALL, "--out", "run", "--stream", "stream"],
@@ -46,6 +48,7 @@ TRIED: dict[tuple[str, ...], tuple[list[str], int]] = {
     ("topology",): (["h200-hgx-x8", "-o", "machine.svg"], 0),
     ("compare",): (["run", "run/result.json", "--plot", "fall.png"], 0),
     ("breakeven",): (["synthetic", *SMALL], 0),
+    ("capacity",): (["synthetic", "--slo", "ttft_ms=1", *CAPACITY], 0),
     ("replay",): (["t.npz", "--budget", "25%", "--eviction", "sieve"], 0),
     ("reproduce",): (["transfers"], 0),
     ("mrc",): (["t.npz", "--points", "4", "-o", "mrc.csv"], 0),

@@ -71,7 +71,12 @@ def test_a_kv_cache_takes_its_room_from_the_experts() -> None:
     assert fixed.pulls is not None
     assert fixed.budget_bytes + fixed.pulls.kv_bytes < 10 * 2**30
     moving = scenario(
-        memory={"gpu_budget": "100%", "total_bytes": "10GiB"}, requests={"kv": {"boundary": "moving", "budget": "2GiB"}}
+        memory={"gpu_budget": "100%", "total_bytes": "10GiB"},
+        requests={
+            "kv": {"boundary": "moving", "budget": "2GiB"},
+            "rate": 400.0,
+            "prompt_tokens": 600,
+        },  # more than an expert
     )
     found = served(moving, "simpy")
     budgets = found.recording.decoded.visits["budget_bytes"]

@@ -30,7 +30,8 @@ from .visit_commands import LENDS
 
 Array = npt.NDArray[Any]
 
-_FAR = 1 << 60
+#: More than anything comes to.
+FAR = 1 << 60
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,6 +159,7 @@ class Layout:
             w.D_RECENCY: memory.allocate(self.most_accesses(part) + 1),
             w.D_ASKED: memory.allocate(prefetch.horizons * trace.num_experts + 1),
             w.D_RANKS: 0 if guesses is None else guesses.experts.shape[3], w.D_GATES: -1, w.D_BUDGETS: -1,
+            w.D_AWAITS_TOKENS: self._pulled is not None,
             w.D_FILTERS: self.shared is not None and self.shared.in_common, w.D_SERVERS: -1,
             w.D_AWAITS_TOKENS: self._pulled is not None,
             w.D_FROM_PEERS: self.shared is not None and self.shared.from_peers,
@@ -167,7 +169,7 @@ class Layout:
         floats = memory.floats
         floats[at + w.D_LEAST], floats[at + w.D_DECAY] = options.threshold, options.decay
         capacity = max(1 << 12, 2 * self.most_copies(part)) if miss is not None else 0
-        region = memory.put([memory.allocate(capacity * w.RESOLVED_WORDS), 0, capacity or _FAR])
+        region = memory.put([memory.allocate(capacity * w.RESOLVED_WORDS), 0, capacity or FAR])
         self.set(at, {w.D_RESOLVED: region})
 
     def _lay_out_memory(self, at: int, part: Part, manager: MemoryManager, first: int, states: list[Array]) -> None:

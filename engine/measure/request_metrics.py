@@ -15,12 +15,13 @@ import numpy.typing as npt
 
 from ...errors import InputError
 from ...workloads.requests.log import RequestLog
+from ..scenario.sections_requests import RequestsSection, SloSection, edge_requests
 from .speed import spread_ms
 
 Array = npt.NDArray[Any]
 
 #: The backlog grows for ever if of those that came in the window so many more are left, and more than luck explains.
-_GROWTH, _DEVIATIONS = 0.1, 3
+_GROWTH, _DEVIATIONS = 0.05, 3
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,10 @@ class ServiceLevel:
         named = {"ttft": self.ttft_ms, "itl": self.itl_ms, "tpot": self.tpot_ms, "e2e": self.e2e_ms}
         return {name: limit for name, limit in named.items() if limit is not None}
 
+    def limits_ms(self) -> dict[str, float]:
+        """Returns what is promised, by the keys of a scenario."""
+        return {f"{name}_ms": limit for name, limit in self.limits().items()}
+
 
 @dataclass(frozen=True)
 class Latencies:
@@ -68,6 +73,19 @@ class Latencies:
     gaps: Array
     gap_of: Array
     token_ns: Array
+
+
+def level_of(section: SloSection | None) -> ServiceLevel:
+    """Returns what a scenario promises; nothing without its section."""
+    return ServiceLevel() if section is None else ServiceLevel(**section.model_dump())
+
+
+def run_requests(log: RequestLog, section: RequestsSection, failed: int = 0) -> dict[str, Any]:
+    """Returns what a run says of the requests of a scenario, as `request_metrics`; `failed` of a trace are left out."""
+    count = len(log.requests["number"])
+    window = Window(edge_requests(section.warmup, count), edge_requests(section.cooldown, count))
+    level = level_of(section.slo)
+    return {**request_metrics(log, window, level if level.limits() else None), "failed": failed}
 
 
 def latencies(log: RequestLog) -> Latencies:
@@ -130,7 +148,7 @@ def request_metrics(log: RequestLog, window: Window, level: ServiceLevel | None 
         "tokens_per_request_step": _tokens_per_part(steps),
         "little": little(log),
         "overloaded": overloaded(log, begin_ns, end_ns),
-        "goodput": None if level is None else _goodput(found, counted, level, seconds),
+        "goodput": None if level is None else _goodput(found, counted, ended, level, seconds),
     }
 
 
@@ -190,8 +208,8 @@ def little(log: RequestLog) -> dict[str, float | None]:
 def overloaded(log: RequestLog, begin_ns: int, end_ns: int) -> bool:
     """Returns whether the backlog grew as it does above capacity: requests come faster than they are served.
 
-    Of those that came between the two instants, a tenth more is left at the end than was there at the beginning, and
-    more than three deviations of a Poisson number of that size.
+    Of those that came between the two instants, a twentieth more is left at the end than was there at the beginning,
+    and more than three deviations of a Poisson number of that size.
     """
     changes = log.changes
     arrivals = changes[changes[:, 1] > 0, 0]
@@ -201,13 +219,16 @@ def overloaded(log: RequestLog, begin_ns: int, end_ns: int) -> bool:
     return bool(int(changes[inside, 1].sum()) > max(_GROWTH * came, _DEVIATIONS * came**0.5))
 
 
-def _goodput(found: Latencies, counted: Array, level: ServiceLevel, seconds: float) -> dict[str, Any]:
-    """Returns how many of the counted requests got what was promised, and what share missed which promise."""
+def _goodput(found: Latencies, counted: Array, ended: Array, level: ServiceLevel, seconds: float) -> dict[str, Any]:
+    """Returns what share of the counted requests got what was promised, and missed which promise.
+
+    The rate is of those that got it and `ended` in the window.
+    """
     missed = misses(found, level)
-    met = counted & ~np.logical_or.reduce([np.zeros(len(counted), dtype=bool), *missed.values()])
-    number = int(counted.sum())
+    got = ~np.logical_or.reduce([np.zeros(len(counted), dtype=bool), *missed.values()])
+    met, number = counted & got, int(counted.sum())
     return {
-        "requests_per_second": int(met.sum()) / seconds,
+        "requests_per_second": int((ended & got).sum()) / seconds,
         "share": int(met.sum()) / number,
         "missed": {name: int((counted & late).sum()) / number for name, late in missed.items()},
         "met": int(met.sum()) >= level.share * number,

@@ -41,11 +41,13 @@ class RunResult:
     #: The versions of what made it, by package.
     versions: Mapping[str, str]
     warnings: Sequence[str] = ()
+    #: What requests under load came to (`request_metrics.run_requests`); None without them.
+    requests: Mapping[str, Any] | None = None
 
     def plain(self) -> dict[str, Any]:
         """Returns the result as plain data for JSON, in the order of result.json; parts not there have no key."""
         model = self.model
-        parts = {"links": self.links, "sharing": self.sharing}
+        parts = {"requests": self.requests, "links": self.links, "sharing": self.sharing}
         return {
             **self.figures,
             "deduplication": self.deduplication,

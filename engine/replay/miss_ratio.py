@@ -8,7 +8,8 @@ the same budget, to the last access.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -66,38 +67,18 @@ def miss_ratio_curves(
     if lookup not in LOOKUPS:
         raise InputError(unknown_name("lookup", lookup, LOOKUPS))
     sizes = expert_sizes(trace, model, expert_bytes, capacities)
-    known = sizes or [1] * trace.layers
     steps = plan_steps(trace.sequence, trace.phase, batch=batch)
-    budgets = _budgets(trace, capacities, points, known, scope)
-    pools = list(budgets)
-    shared = scope == "shared"
-    layers = [None] if scope in ("global", "shared") else range(trace.layers)
-    hits = {policy: np.zeros(len(pools), dtype=np.int64) for policy in policies}
-    in_code = [policy for policy in policies if policy in KINDS]
-    in_python = [policy for policy in policies if policy not in KINDS]
-    total = len(layers) * len(in_code) + len(pools) * len(in_python)
-    accesses = 0
-    for number, layer in enumerate(layers):
-        lookups = list_lookups(trace, steps, lookup, layer, shared=shared)
-        accesses += len(lookups.experts)
-        pool_sizes = known[:1] if shared else known if layer is None else [known[layer]] * trace.layers
-        room_bytes = [pool_bytes[number] for pool_bytes in pools]
-        for done, policy in enumerate(in_code):
-            if progress is not None:
-                progress("curves", number * len(in_code) + done, total)
-            hits[policy] += pool_hits(policy, lookups, room_bytes, pool_sizes, trace.num_experts)
-    for done, policy in enumerate(in_python):
-        if progress is not None:
-            progress("curves", len(layers) * len(in_code) + done * len(pools), total)
-        hits[policy] += _managed_hits(policy, trace, steps, list(budgets.values()), known, scope=scope, lookup=lookup)
-    total_bytes = parse_budget("100%", known, trace.num_experts, scope)
+    cache = _Cache(trace, steps, sizes or [1] * trace.layers, scope, lookup)
+    budgets = _budgets(trace, capacities, points, cache.sizes, scope)
+    hits, accesses = _hits(cache, budgets, policies, progress)
+    total_bytes = parse_budget("100%", cache.sizes, trace.num_experts, scope)
     return {
         "model": trace.meta.get("model"),
         "accesses": accesses,
         "scope": scope,
         "lookup": lookup,
         "batch": batch,
-        "capacities": _described(pools, known, total_bytes, exact=bool(sizes)),
+        "capacities": _described(list(budgets), cache.sizes, total_bytes, exact=bool(sizes)),
         "policies": {
             policy: {
                 "hits": found.tolist(),
@@ -108,23 +89,54 @@ def miss_ratio_curves(
     }
 
 
-def _managed_hits(
-    policy: str,
-    trace: RoutingTrace,
-    steps: Sequence[Step],
-    budgets: Sequence[int],
-    sizes: Sequence[int],
-    *,
-    scope: str,
-    lookup: str,
-) -> npt.NDArray[np.int64]:
+@dataclass(frozen=True)
+class _Cache:
+    """What is replayed, with the bytes of an expert of each layer (layers,), and how."""
+
+    trace: RoutingTrace
+    steps: Sequence[Step]
+    sizes: Sequence[int]
+    scope: str
+    lookup: str
+
+
+def _hits(
+    cache: _Cache, budgets: Mapping[tuple[int, ...], int], policies: Sequence[str], progress: Progress | None
+) -> tuple[dict[str, npt.NDArray[np.int64]], int]:
+    """Returns how many look-ups each policy finds with each budget, and how many look-ups there are."""
+    trace, sizes, shared = cache.trace, cache.sizes, cache.scope == "shared"
+    pools = list(budgets)
+    layers = [None] if cache.scope in ("global", "shared") else range(trace.layers)
+    hits = {policy: np.zeros(len(pools), dtype=np.int64) for policy in policies}
+    in_code = [policy for policy in policies if policy in KINDS]
+    in_python = [policy for policy in policies if policy not in KINDS]
+    total = len(layers) * len(in_code) + len(pools) * len(in_python)
+    accesses = 0
+    for number, layer in enumerate(layers):
+        lookups = list_lookups(trace, cache.steps, cache.lookup, layer, shared=shared)
+        accesses += len(lookups.experts)
+        pool_sizes = sizes[:1] if shared else sizes if layer is None else [sizes[layer]] * trace.layers
+        room_bytes = [pool_bytes[number] for pool_bytes in pools]
+        for done, policy in enumerate(in_code):
+            if progress is not None:
+                progress("curves", number * len(in_code) + done, total)
+            hits[policy] += pool_hits(policy, lookups, room_bytes, pool_sizes, trace.num_experts)
+    for done, policy in enumerate(in_python):
+        if progress is not None:
+            progress("curves", len(layers) * len(in_code) + done * len(pools), total)
+        hits[policy] += _managed_hits(policy, cache, list(budgets.values()))
+    return hits, accesses
+
+
+def _managed_hits(policy: str, cache: _Cache, budgets: Sequence[int]) -> npt.NDArray[np.int64]:
     """Returns how many look-ups are found with each of these budgets in bytes, by the memory manager."""
-    setting, divide = setting_of(trace, steps, policy, lookup), divider(scope, sizes, trace)
+    trace, sizes, scope = cache.trace, cache.sizes, cache.scope
+    setting, divide = setting_of(trace, cache.steps, policy, cache.lookup), divider(scope, sizes, trace)
     managers = (
         MemoryManager(sizes, trace.num_experts, budget, EVICTION[policy], setting=setting, scope=scope, divide=divide)
         for budget in budgets
     )
-    return np.array([replay(trace, steps, manager, lookup=lookup).count(FOUND) for manager in managers])
+    return np.array([replay(trace, cache.steps, each, lookup=cache.lookup).count(FOUND) for each in managers])
 
 
 def _described(

@@ -33,6 +33,8 @@ class Pulls:
     kv_bytes: int = 0
     budget_of: Callable[[Step], int] | None = None
     least_bytes: int | None = None
+    #: How many requests of a trace are left out, as they were given no token.
+    failed: int = 0
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from ...engine.prediction import Range
 from .layout import columns_of, number_of, plain_console, print_rows, share_of
+from .requests import print_requests
 
 
 def print_result(data: dict[str, Any]) -> None:
@@ -17,7 +18,10 @@ def print_result(data: dict[str, Any]) -> None:
     console = plain_console()
     console.print(Text(headline(data)))
     print_rows(console, "What each memory keeps, at its fullest", capacity_rows(data))
-    print_rows(console, "Speed", speed_rows(data))
+    if "requests" in data:
+        print_requests(data["requests"])
+    else:
+        print_rows(console, "Speed", speed_rows(data))
     counts, accesses = data["counts"], data["accesses"]
     outcomes = ("prefetch_hit", "cache_hit", "late", "miss")
     print_rows(
@@ -57,10 +61,12 @@ def headline(data: Mapping[str, Any]) -> str:
     """Returns in a line what ran: model, machine, trace, batch and room."""
     scenario, model = data["scenario"], data["model"]
     trace = scenario["workload"]["trace"] or "a synthetic trace"
-    share, batch = data["budget_bytes"] / data["expert_bytes_total"], scenario["workload"]["batch"]
+    share, batch = data["budget_bytes"] / data["expert_bytes_total"], f"batch {scenario['workload']['batch']}"
+    if "requests" in data:
+        batch = f"{data['requests']['requests']:,} requests by {scenario['requests']['scheduler']['name']}"
     return (
         f"{model['name']} ({model['layers']} x {model['experts']} experts, top-{model['top_k']}) on "
-        f"{scenario['machine']['profile']}{_by_runtime(scenario)}, {trace}, batch {batch}; room for {share:.1%} of the "
+        f"{scenario['machine']['profile']}{_by_runtime(scenario)}, {trace}, {batch}; room for {share:.1%} of the "
         f"experts ({data['budget_bytes'] / 2**30:.2f} GiB{_share_of_gpus(data)})"
     )
 

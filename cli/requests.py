@@ -1,0 +1,55 @@
+"""The command of requests under load: `capacity`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .console import print_json, progress_shown
+from .options import Json, Settings
+
+
+def capacity(
+    scenario: Annotated[
+        str | None, typer.Argument(help="A scenario's TOML file or the name of a shipped one; without it, the default.")
+    ] = None,
+    slo: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--slo", metavar="KEY=MS", help="A promise: ttft_ms, itl_ms, tpot_ms, e2e_ms, or share; repeat it."
+        ),
+    ] = None,
+    settings: Settings = None,
+    replicates: Annotated[
+        int, typer.Option(min=1, max=1000, help="Runs of every rate, each with a seed of its own.")
+    ] = 5,
+    precision: Annotated[
+        float, typer.Option(help="How far the rate that is met and the one that is missed may be apart.")
+    ] = 0.05,
+    json: Json = False,
+) -> None:
+    """Find the highest rate of requests at which a service level is met, with the curve of latency against rate.
+
+    \b
+    Examples:
+      prestage capacity synthetic --set requests.count=200 --slo ttft_ms=500 --slo itl_ms=60
+      prestage capacity my-scenario.toml --slo e2e_ms=4000 --slo share=0.9 --replicates 3 --json
+
+    Rates are bisected; every rate is run with the same seeds. Without --slo, the scenario's [requests.slo] is meant.
+    """
+    from ..engine.measure.request_metrics import level_of
+    from ..engine.scenario.scenario import load_scenario
+    from ..experiments.serving_capacity import serving_capacity
+
+    promised = [f"requests.slo.{one}" for one in slo or ()]
+    chosen = load_scenario(scenario, [*(settings or ()), *promised])
+    level = level_of(None if chosen.requests is None else chosen.requests.slo)
+    with progress_shown() as progress:
+        data = serving_capacity(chosen, level, replicates=replicates, precision=precision, progress=progress)
+    if json:
+        print_json(data)
+        return
+    from ..output.tables.requests import print_capacity
+
+    print_capacity(data)
