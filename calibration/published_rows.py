@@ -8,7 +8,7 @@ to it under the row's capacity and policy, before any time is simulated. What ca
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from itertools import pairwise
@@ -284,13 +284,25 @@ def summary(rows: Sequence[Predicted]) -> dict[str, Any]:
         "median_error": weighted_median(errors),
         "within_p5_p95": sum(weights[row.row.id] for row in rows if row.within),
         "median_width": weighted_median(widths),
-        "interval_score": _mean_score(known, weights, lambda row: (row.range.p5, row.range.p95)),
-        "interval_score_half_to_twice": _mean_score(known, weights, lambda row: (row.value / 2, row.value * 2)),
+        "interval_score": _mean_score(known, weights, _band),
+        "interval_score_half_to_twice": _mean_score(known, weights, lambda row: (_value(row) / 2, _value(row) * 2)),
         "ordered": sum(right for _, _, right in pairs),
         "ordered_of": len(pairs),
         "wrong_order": [f"{first}, {second}" for first, second, right in pairs if not right],
-        "beyond_twice": [row.row.id for row in known if not 0.5 <= row.value / row.row.measured <= 2],
+        "beyond_twice": [row.row.id for row in known if not 0.5 <= _value(row) / row.row.measured <= 2],
     }
+
+
+def _value(row: Predicted) -> float:
+    """Returns what is predicted for a row that could be run."""
+    assert row.value is not None
+    return row.value
+
+
+def _band(row: Predicted) -> tuple[float, float]:
+    """Returns p5 and p95 of a row that could be run."""
+    assert row.range is not None
+    return row.range.p5, row.range.p95
 
 
 def _weights(rows: Sequence[Predicted]) -> dict[str, float]:
@@ -309,10 +321,12 @@ def weighted_median(values: Sequence[tuple[float, float]]) -> float | None:
     return None
 
 
-def _mean_score(rows: Sequence[Predicted], weights: Mapping[str, float], band: Any) -> float | None:
+def _mean_score(
+    rows: Sequence[Predicted], weights: Mapping[str, float], band: Callable[[Predicted], tuple[float, float]]
+) -> float | None:
     """Returns the mean interval score of logarithms at 90 % (Gneiting and Raftery, JASA 102, 2007): less is better."""
     total = sum(weights[row.row.id] for row in rows)
-    scores = [weights[row.row.id] * interval_score(*band(row), row.row.measured) for row in rows]
+    scores = [weights[row.row.id] * interval_score(*band(row), measured=row.row.measured) for row in rows]
     return sum(scores) / total if total else None
 
 

@@ -72,9 +72,10 @@ def _published(sources: list[str], out: Path | None, json: bool) -> None:
             rows.append(row)
             if progress is not None:
                 progress("published rows", done, total)
-    data = {"rows": [row.plain() for row in rows], "summary": summary(rows)}
+    plain = [row.plain() for row in rows]
+    data = {"rows": plain, "summary": summary(rows)}
     if out is not None:
-        write_picture(data["rows"], out)
+        write_picture(plain, out)
     if json:
         print_json(data)
         return

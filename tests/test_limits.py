@@ -17,7 +17,6 @@ _FIELDS = "a record: a parameter for each field, called once for each span or co
 #: Functions with more lines or branches.
 LONG_FUNCTIONS = {
     "engine/decide/memory_manager.py MemoryManager.__init__": "sets up one thing after another",
-    "engine/replay/miss_ratio.py miss_ratio_curves": _NEXT,
     "engine/replay/compiled.py _replay": "machine code: one loop, whose parts would be copied into it",
     "engine/timing/compiled_host.py carry_out_one": "machine code: a branch for each command",
     "workloads/importers.py _format_of": "a branch for each format",
@@ -31,7 +30,6 @@ MANY_PARAMETERS = {
     "engine/decide/dispatch.py visits": _OPTIONS,
     "engine/decide/memory_manager.py MemoryManager.__init__": _OPTIONS,
     "engine/replay/compiled.py replay_compiled": _OPTIONS,
-    "engine/replay/miss_ratio.py _managed_hits": _NEXT,
     "engine/replay/miss_ratio.py miss_ratio_curves": _OPTIONS,
     "engine/replay/replay.py replay_trace": _OPTIONS,
     "engine/simulate.py simulate": _OPTIONS,

@@ -108,9 +108,8 @@ def test_an_interval_is_scored_by_its_width_and_by_twenty_times_what_it_misses()
 
 
 def test_neighbors_are_ordered_as_measured_or_not() -> None:
-    group = {"group": "g"}
     figures = {"one": (10, 9), "two": (20, 8), "three": (20.5, 30)}
-    rows = [said("a", *pair, id=name, **group) for name, pair in figures.items()]
+    rows = [said("a", *pair, id=name, group="g") for name, pair in figures.items()]
     # 20 and 20.5 differ by less than 5 %.
     assert list(neighbors(rows)) == [("one", "two", False)]
 
