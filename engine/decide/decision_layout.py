@@ -159,7 +159,6 @@ class Layout:
             w.D_RECENCY: memory.allocate(self.most_accesses(part) + 1),
             w.D_ASKED: memory.allocate(prefetch.horizons * trace.num_experts + 1),
             w.D_RANKS: 0 if guesses is None else guesses.experts.shape[3], w.D_GATES: -1, w.D_BUDGETS: -1,
-            w.D_AWAITS_TOKENS: self._pulled is not None,
             w.D_FILTERS: self.shared is not None and self.shared.in_common, w.D_SERVERS: -1,
             w.D_AWAITS_TOKENS: self._pulled is not None,
             w.D_FROM_PEERS: self.shared is not None and self.shared.from_peers,
