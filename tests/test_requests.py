@@ -87,6 +87,11 @@ def test_a_process_that_cannot_be_is_refused(wrong: dict[str, float], says: str)
         Process(**wrong)
 
 
+def test_arrivals_without_end_are_refused() -> None:
+    with pytest.raises(InputError, match=r"rate = 1e-06: the last of 10,000 requests would come after 1e\+10 s"):
+        arrival_instants("constant", Process(rate=1e-6), 10_000, seed=0)
+
+
 @pytest.mark.parametrize("name", LENGTHS)
 def test_lengths_have_their_mean_and_spread_and_begin_alike_however_many(name: str) -> None:
     cv = {"fixed": 0.0, "uniform": 0.4, "exponential": 1.0, "lognormal": 0.7}[name]

@@ -20,7 +20,7 @@ from ..policies.prefetch import Gauge
 from . import decision_words as w
 from .compiled_program import next_portion
 from .compiled_shared import next_shared_portion
-from .decision_layout import FAR, Layout, Part, Shared
+from .decision_layout import Layout, Part, Shared
 from .decision_words import Tables, addresses
 from .host_memory import HostMemory
 from .pulled import Pulled
@@ -41,6 +41,8 @@ Array = npt.NDArray[Any]
 _NUMBERS_AT_ONCE, _VISITS_AT_ONCE = 1 << 16, 1 << 12
 #: Rows of commands that any visit needs besides those of its accesses, copies and rooms, and the most for each.
 _SOME_ROWS, _ROWS_EACH, _ROWS_TAKEN = 64, 8, 2
+#: More steps than any run has.
+_FAR = 1 << 60
 
 #: What GPUs that share experts have in common of the steps that are laid out.
 _IN_COMMON = (
@@ -72,7 +74,7 @@ class Decisions:
         for at, numbers in zip(self.threads, threads, strict=True):
             gpus = memory.put_list(self.gpus[number] for number in numbers)
             self._layout.set(at, {
-                w.H_GPUS: gpus, w.H_LAYER: -1, w.H_STEPS: FAR if pulls else len(parts[0].source.steps),
+                w.H_GPUS: gpus, w.H_LAYER: -1, w.H_STEPS: _FAR if pulls else len(parts[0].source.steps),
                 w.H_SCHEDULE_NS: pulls[0].schedule_ns if pulls else 0, w.H_SHARES: shared is not None,
                 w.H_ONE: shared is not None and shared.one_thread,
             })  # fmt: skip

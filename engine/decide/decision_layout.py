@@ -30,8 +30,7 @@ from .visit_commands import LENDS
 
 Array = npt.NDArray[Any]
 
-#: More than anything comes to.
-FAR = 1 << 60
+_FAR = 1 << 60
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,7 +167,7 @@ class Layout:
         floats = memory.floats
         floats[at + w.D_LEAST], floats[at + w.D_DECAY] = options.threshold, options.decay
         capacity = max(1 << 12, 2 * self.most_copies(part)) if miss is not None else 0
-        region = memory.put([memory.allocate(capacity * w.RESOLVED_WORDS), 0, capacity or FAR])
+        region = memory.put([memory.allocate(capacity * w.RESOLVED_WORDS), 0, capacity or _FAR])
         self.set(at, {w.D_RESOLVED: region})
 
     def _lay_out_memory(self, at: int, part: Part, manager: MemoryManager, first: int, states: list[Array]) -> None:

@@ -75,15 +75,10 @@ def served_experts(inputs: Inputs) -> Collection[int]:
 
 
 def cached_budgets(inputs: Inputs) -> list[int] | None:
-    """Returns what whole experts have of the budget before each step; None where it is constant.
-
-    Where a scheduler makes the steps, it is the list that grows with them.
-    """
-    if inputs.budgets is None:
-        return None
-    low_bytes = low_precision(inputs)[1]
-    if not low_bytes:
+    """Returns what whole experts have of the budget before each step; None where it is constant."""
+    if inputs.budgets is None or inputs.pulled is not None:  # which grow as the run goes, with no low precision
         return inputs.budgets
+    low_bytes = low_precision(inputs)[1]
     return [budget_bytes - low_bytes for budget_bytes in inputs.budgets]
 
 

@@ -133,9 +133,9 @@ class RequestsSection(Section):
     """
 
     arrivals: Annotated[str, one_of([*ARRIVALS, CLOSED, TRACE])] = "poisson"
-    rate: float = Field(default=1.0, gt=0, le=1e6)
-    cv: float = Field(default=1.0, gt=0, le=100)
-    on_s: float = Field(default=1.0, gt=0, le=1e6)
+    rate: float = Field(default=1.0, ge=1e-6, le=1e6)
+    cv: float = Field(default=1.0, ge=1e-3, le=100)
+    on_s: float = Field(default=1.0, ge=1e-6, le=1e6)
     off_s: float = Field(default=1.0, ge=0, le=1e6)
     users: int = Field(default=8, ge=1, le=MOST_REQUESTS)
     think_s: float = Field(default=0.0, ge=0, le=1e6)

@@ -27,6 +27,8 @@ CLOSED, TRACE = "closed", "trace"
 _GAPS = 0x20001
 _THINK = 0x20003
 _SECOND_NS = 1e9
+#: Some thirty years: what comes later is a mistake.
+_MOST_SECONDS = 1e9
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,18 @@ def _from_gaps(gaps_s: Floats) -> Floats:
 
 
 def arrival_instants(name: str, process: Process, count: int, seed: int) -> Instants:
-    """Returns the instants, in ns, int64 (count,), at which requests arrive by one of ARRIVALS."""
+    """Returns the instants, in ns, int64 (count,), at which requests arrive by one of ARRIVALS.
+
+    Raises InputError for requests that would come too late to be meant.
+    """
     random = np.random.default_rng([seed, _GAPS])
-    return np.rint(ARRIVALS[name](process, count, random)[:count] * _SECOND_NS).astype(np.int64)
+    instants_s = ARRIVALS[name](process, count, random)[:count]
+    if instants_s[-1] > _MOST_SECONDS:
+        raise InputError(
+            f"rate = {process.rate:g}: the last of {count:,} requests would come after {instants_s[-1]:.3g} s: must be "
+            f"by {_MOST_SECONDS:g} s: raise the rate, or ask for fewer"
+        )
+    return np.rint(instants_s * _SECOND_NS).astype(np.int64)
 
 
 class Source(Protocol):
