@@ -18,6 +18,7 @@ from .console import stop_status
 from .decode import calibrate_decode
 from .experiments import breakeven, compare, suite, sweep
 from .guide import reproduce
+from .observe import calibrate_observe
 from .pictures import plot, report, topology
 from .requests import capacity
 from .run import compile_engine, mrc, replay, run
@@ -40,6 +41,7 @@ app.add_typer(machine.app, name="machine")
 app.add_typer(trace.app, name="trace")
 app.add_typer(model.app, name="model")
 calibrate.app.command("decode")(calibrate_decode)
+calibrate.app.command("observe")(calibrate_observe)
 app.add_typer(calibrate.app, name="calibrate")
 app.add_typer(calibrate.benchmark_app, name="benchmark")
 app.add_typer(predictor.app, name="predictor")

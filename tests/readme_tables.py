@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from eviction_tables import layers, policies
@@ -26,6 +27,7 @@ from request_tables import request_keys, request_loads
 
 from prestage.calibration import from_parts as checks
 from prestage.calibration.check_kernels import check_kernels, check_text
+from prestage.calibration.observe.reality import line_ns, sizes
 from prestage.calibration.report import markdown
 from prestage.calibration.samples import load_samples
 from prestage.engine.scenario.amounts import ScenarioError
@@ -424,6 +426,50 @@ def held_out() -> str:
     return f"{markdown(ours, every_row=False)}\n\n{markdown(own, every_row=True)}"
 
 
+def _signed(row: dict[str, Any], key: str) -> str:
+    return f"{row[key] / row['measured_ns'] - 1:+.1%}"
+
+
+def _runtime_rows(name: str) -> str:
+    """Every setting of a real runtime: measured, predicted as shipped and with what was fitted to others, baselines."""
+    report = json.loads((ROOT / "calibration" / "validation" / f"h200-{name}.json").read_text(encoding="utf-8"))
+    rows = report["rows"]
+    held = [row for row in rows if not row["fitted_to"]]
+    keys = {"predicted_ns": "as shipped", "first_ns": "first choice of constants", "fitted_ns": "second choice",
+            "busiest_ns": "busiest lane alone"}  # fmt: skip
+    if len(held) < len(rows):
+        for row, ns in zip(rows, line_ns(rows), strict=True):
+            row["line_ns"] = ns
+        keys["line_ns"] = "a line through the fitted runs"
+    summary = []
+    for key, words in keys.items():
+        middle, worst = sizes(held, key)
+        summary.append([words, f"{middle:.1%}", f"{worst:.1%}"])
+    spreads = [row["spread"] for row in rows if row["spread"] is not None]
+    text = (
+        f"{len(rows)} settings, {len(held)} of them in no second fit; the median spread is {median(spreads):.1%}.\n\n"
+    )
+    text += table([f"{len(held)} settings, time of a step", "median error", "worst"], summary)
+    each = [
+        [row["name"] + (" (fitted)" if row["fitted_to"] else ""), f"{row['measured_ns'] / 1e6:,.2f}",
+         str(row["samples"]), "-" if row["spread"] is None else f"{row['spread']:.1%}",
+         f"{row['predicted_ns'] / 1e6:,.2f}", *(_signed(row, key) for key in keys if key != "line_ns")]
+        for row in rows
+    ]  # fmt: skip
+    columns = ["setting", "measured, ms", "n", "spread", "as shipped, ms", "error", "first", "second", "busiest lane"]
+    return f"{text}\n\n{table(columns, each)}"
+
+
+def runs_decoded() -> str:
+    """What `calibrate decode` measured on an H200, beside what is predicted."""
+    return _runtime_rows("decode")
+
+
+def runs_llama_cpp() -> str:
+    """What llama-bench measured on an H200, beside what is predicted."""
+    return _runtime_rows("llama.cpp")
+
+
 #: Each stands in one page or several.
 def engines() -> str:
     """What a run takes by each engine."""
@@ -543,6 +589,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "replay-speed": replay_speed,
     "timeline-speed": timeline_speed,
     "engines": engines,
+    "runs-decoded": runs_decoded,
+    "runs-llama.cpp": runs_llama_cpp,
     "models": models,
 }
 

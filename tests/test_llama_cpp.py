@@ -81,9 +81,10 @@ def test_a_file_is_read_as_the_shapes_with_other_types(tmp_path: Path, architect
     assert reader.fields["general.architecture"].contents() == architecture
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     kind = gguf.GGMLQuantizationType[TYPES[experts].name]
+    off = 0.42 if experts == "mxfp4" else 0.12  # its scales are whole powers of two: at most sqrt(2) off
     for name, width in (("up", asked.hidden), ("down", asked.expert_ff)):
         weights = gguf.dequantize(tensors[f"blk.1.ffn_{name}_exps.weight"].data[0], kind)
-        assert weights.shape[-1] == width and weights.std() * width**0.5 == pytest.approx(1, rel=0.12)
+        assert weights.shape[-1] == width and weights.std() * width**0.5 == pytest.approx(1, rel=off)
 
 
 @pytest.mark.parametrize(

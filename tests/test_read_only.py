@@ -62,6 +62,7 @@ TRIED: dict[tuple[str, ...], tuple[list[str], int]] = {
     ("calibrate", "fit-run"): (["phone", "none.log", "--tokens", "3", "-o", "p.json"], 2),
     ("calibrate", "check-run"): (["phone", "none.log", "--after", "3"], 2),
     ("calibrate", "decode"): (["none", "-o", "decoded"], 2),
+    ("calibrate", "observe"): (["none.json", "--runtime", "llama.cpp", "-o", "mine.toml"], 2),
     ("calibrate", "execute"): (["validation", "-o", "executed"], 2),
     ("calibrate", "validate"): (["--profile", "h200", "--measured", str(MEASURED), "-o", "validation"], 0),
     ("benchmark", "transfer"): (["--profile", "h200", "-o", "transfer.png"], 0),

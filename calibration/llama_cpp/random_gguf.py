@@ -71,8 +71,11 @@ def _q6_k(blocks: int, spread: float) -> Bytes:
 
 
 def _mxfp4(blocks: int, spread: float) -> Bytes:
-    """An exponent (E8M0, OCP Microscaling Formats 1.0), then 32 numbers of 4 bits (E2M1), of root mean square 2.9."""
-    exponent = 127 + round(math.log2(spread / 2.9))
+    """An exponent (E8M0, OCP Microscaling Formats 1.0), then 32 numbers of 4 bits (E2M1), of root mean square 2.9.
+
+    Half of the exponents are one less: 2.3 in all, and as near to the spread as a whole power of two comes.
+    """
+    exponent = 127 + round(math.log2(spread / 2.3))
     drawn = np.random.default_rng(3).integers(exponent - 1, exponent + 1, (blocks, 1)).astype(np.uint8)
     return np.concatenate([drawn, _bits(blocks, 16)], axis=1)
 

@@ -209,3 +209,19 @@ def print_decoded(rows: Iterable[tuple[str, float, float | None, Mapping[str, in
         decided = (f"{counts[key]:,}" for key in ("found", "miss", "prefetch"))
         table.add_row(name, f"{rate:,.2f}", "" if spread is None else f"{spread:.1%}", *decided)
     plain_console().print(table)
+
+
+def print_observed(found: Mapping[str, Any]) -> None:
+    """Print what was fitted to a runtime's settings: costs, and the errors, fitted and left out."""
+    console = plain_console()
+    costs = columns_of("cost", "before", "fitted", "known within")
+    for name, cost in found["costs"].items():
+        within = f"{cost['spread']:.0%} (before {cost['spread_before']:.0%})"
+        costs.add_row(name, f"{cost['prior']:,.6g}", f"{cost['value']:,.6g}", within)
+    console.print(costs)
+    table = columns_of("setting", "ms a step", "spread", "fitted", "left out")
+    for row in found["settings"]:
+        off = (f"{row[key] / row['measured_ns'] - 1:+.1%}" for key in ("fitted_ns", "left_out_ns"))
+        spread = "" if row["spread"] is None else f"{row['spread']:.1%}"
+        table.add_row(row["name"], f"{row['measured_ns'] / 1e6:,.3f}", spread, *off)
+    console.print(table)

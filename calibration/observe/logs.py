@@ -1,0 +1,227 @@
+"""Logs of real runtimes, as observations: a scenario, and what a decode step of it took.
+
+Three kinds are known by what they hold: the file of `calibrate decode`, `llama-bench -o json` or `jsonl`, and CSV whose
+columns are keys of a scenario and `tokens_per_second`. Each may be gzipped.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+from ...bounded import read, unpacked
+from ...errors import InputError
+from ...workloads.model import load_model
+from ..decode.runs import FORMAT
+
+_KINDS = "the decode.json of calibrate decode, llama-bench -o json or jsonl, or CSV with a column tokens_per_second"
+#: Repeats of one setting that differ by more contradict each other.
+_CONTRADICTS = 1.5
+
+
+class ObserveError(InputError):
+    """A log that cannot be read, or from which nothing can be fitted."""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One setting: `ns` a decode step (the median), over `samples`, whose quartiles lie `spread` of it apart.
+
+    `settings` are a scenario's sections; `group` is the model.
+    """
+
+    name: str
+    group: str
+    settings: Mapping[str, Any]
+    ns: float
+    samples: int
+    spread: float | None
+
+
+@dataclass(frozen=True)
+class Context:
+    """What logs leave out: the machine, the model (llama-bench, CSV), and more sections of the scenario."""
+
+    profile: str | None = None
+    model: str | None = None
+    more: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+def load_logs(files: Sequence[Path], context: Context = Context()) -> list[Observation]:
+    """Returns the observations of all files. Raises ObserveError, naming the file and what would be right."""
+    found = [each for file in files for each in _read(file, context)]
+    if len(found) < 2:
+        raise ObserveError(f"{', '.join(map(str, files))}: {len(found)} setting: give at least two, that differ")
+    return found
+
+
+def _read(file: Path, context: Context) -> list[Observation]:
+    content = read(file, ObserveError)
+    content = unpacked(content, file, ObserveError)
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ObserveError(f"{file}: is not text: give {_KINDS}") from error
+    if not text.lstrip().startswith(("{", "[")):
+        return _csv(file, text, context)
+    rows = _objects(file, text)
+    if len(rows) == 1 and rows[0].get("format") == FORMAT:
+        return _decoded(file, rows[0], context)
+    # Rows as llama-bench prints them, or in the lines of our own driver.
+    rows = [row for each in rows for row in (each["rows"] if isinstance(each.get("rows"), list) else [each])]
+    rows = [row for row in rows if isinstance(row, dict) and "samples_ns" in row]
+    if not rows:
+        raise ObserveError(f"{file}: no row has samples_ns: give {_KINDS}")
+    return llama_bench(file, rows, context)
+
+
+def _objects(file: Path, text: str) -> list[dict[str, Any]]:
+    try:
+        whole = json.loads(text)
+    except ValueError:
+        try:
+            whole = [json.loads(line) for line in text.splitlines() if line.strip()]
+        except ValueError as error:
+            raise ObserveError(f"{file}: is neither JSON nor JSON lines: {error}") from error
+    rows = whole if isinstance(whole, list) else [whole]
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise ObserveError(f"{file}: holds no objects: give {_KINDS}")
+    return rows
+
+
+def _merged(settings: Mapping[str, Any], context: Context) -> dict[str, Any]:
+    """Returns sections with what the context says on top."""
+    sections = {name: dict(keys) if isinstance(keys, Mapping) else keys for name, keys in settings.items()}
+    if context.profile is not None:
+        sections["machine"] = {"profile": context.profile}
+    for name, keys in context.more.items():
+        sections[name] = {**sections.get(name, {}), **keys}
+    return sections
+
+
+def spread(samples: Sequence[float]) -> float | None:
+    """Returns the distance between the quartiles over the median; None for fewer than three samples."""
+    if len(samples) < 3:
+        return None
+    low, _, high = quantiles(samples, n=4, method="inclusive")
+    return (high - low) / median(samples)
+
+
+def _decoded(file: Path, report: Mapping[str, Any], context: Context) -> list[Observation]:
+    """Returns the settings of a decode.json; their traces lie beside it."""
+    found = []
+    try:
+        for run in report["runs"]:
+            settings = deepcopy(run["scenario"])
+            trace = file.parent / settings["workload"]["trace"]
+            if not trace.is_file():
+                raise ObserveError(f"{file}: {run['name']}: its trace {trace} is not there: keep both together")
+            settings["workload"]["trace"] = str(trace)
+            batch = settings["workload"]["batch"]
+            steps = [batch * 1e9 / repeat["tokens_per_second"] for repeat in run["repeats"]]
+            sections = _merged(settings, context)
+            found.append(
+                Observation(run["name"], report["model"]["name"], sections, median(steps), len(steps), spread(steps))
+            )
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise ObserveError(f"{file}: is not a whole {FORMAT}: {type(error).__name__}: {error}") from error
+    return found
+
+
+def llama_bench(file: Path, rows: Sequence[Mapping[str, Any]], context: Context) -> list[Observation]:
+    """Returns the settings of llama-bench's rows that generate, those of several rounds together.
+
+    Rows of a prompt are left out. Raises ObserveError for several models, another model than the one that is given, and
+    rows that contradict each other.
+    """
+    names = sorted({str(row.get("model_filename")) for row in rows})
+    if len(names) > 1:
+        raise ObserveError(f"{file}: holds rows of {', '.join(names)}: give each model's rows by themselves")
+    if context.model is None:
+        raise ObserveError(f"{file}: llama-bench says nothing of layers and experts: give --model")
+    sections = context.more.get("model", {})
+    model = load_model(context.model)
+    layers = int(sections.get("layers", model.layers))
+    cells: dict[tuple[int, int, int, bool], list[float]] = {}
+    try:
+        for row in rows:
+            if row["n_prompt"] == 0 and row["n_gen"] > 0:
+                whole = row.get("use_mmap", row.get("load_mode") not in ("none", "dio"))
+                cell = (min(row["n_cpu_moe"], layers), row["n_threads"], row["n_depth"], bool(whole))
+                cells.setdefault(cell, []).extend(each / row["n_gen"] for each in row["samples_ns"])
+        _check_model(file, rows[0], model.parameters, model.layers == layers)
+    except (KeyError, TypeError) as error:
+        raise ObserveError(f"{file}: is not llama-bench's: {type(error).__name__}: {error}") from error
+    return [_cell(file, cell, samples, context, (layers, model.experts)) for cell, samples in cells.items()]
+
+
+def _check_model(file: Path, row: Mapping[str, Any], parameters: int | None, whole: bool) -> None:
+    said = row["model_n_params"]
+    if whole and parameters is not None and abs(said / parameters - 1) > 0.05:
+        raise ObserveError(
+            f"{file}: model_n_params = {said:,}, but --model has {parameters:,}: give the model that was run, or "
+            "--set model.layers for a cut one"
+        )
+
+
+def _cell(file: Path, cell: tuple[int, int, int, bool], samples: Sequence[float], context: Context,
+          shape: tuple[int, int]) -> Observation:  # fmt: skip
+    """Returns one setting of llama-bench; `shape` is the model's layers, and experts a layer."""
+    on_cpu, threads, depth, mmap = cell
+    layers, experts = shape
+    name = f"{context.model}-ncmoe{on_cpu}-t{threads}-d{depth}{'' if mmap else '-nommap'}"
+    if max(samples) > _CONTRADICTS * min(samples):
+        low, high = min(samples) / 1e6, max(samples) / 1e6
+        raise ObserveError(
+            f"{file}: {name}: {low:.3f} and {high:.3f} ms a token contradict each other: measure it again"
+        )
+    settings = {
+        "model": {"preset": context.model},
+        "workload": {"synthetic": {"tokens": 16}, "prefill": "skip", "context": depth, "warmup": "2steps"},
+        "memory": {"cpu_layers": on_cpu, "gpu_budget": f"{max((layers - on_cpu) * experts, 1)}experts"},
+        "copy": {"host_memory": "pageable" if mmap else "pinned"},
+        "miss": {"cpu_threads": threads},
+    }
+    sections = _merged(settings, context)
+    return Observation(name, str(context.model), sections, median(samples), len(samples), spread(samples))
+
+
+def _csv(file: Path, text: str, context: Context) -> list[Observation]:
+    """Returns the rows of a table: a column `tokens_per_second`, all others keys such as memory.gpu_budget."""
+    table = csv.DictReader(io.StringIO(text))
+    columns = table.fieldnames or []
+    if "tokens_per_second" not in columns or not all("." in name for name in columns if name != "tokens_per_second"):
+        raise ObserveError(
+            f"{file}: columns {', '.join(columns)[:200]}: give {_KINDS}; the others are keys of a scenario"
+        )
+    return list(_csv_rows(file, table, context))
+
+
+def _csv_rows(file: Path, table: csv.DictReader[str], context: Context) -> Iterator[Observation]:
+    for number, row in enumerate(table, start=2):
+        try:
+            rate = float(row.pop("tokens_per_second"))
+        except (TypeError, ValueError):
+            rate = 0.0
+        if not 0 < rate < float("inf") or None in row.values():
+            raise ObserveError(
+                f"{file}: line {number}: tokens_per_second must be a number above 0, and no column missing"
+            )
+        settings: dict[str, Any] = {"model": {"preset": context.model} if context.model else {}}
+        for key, value in row.items():
+            section, _, name = key.partition(".")
+            settings.setdefault(section, {})[name] = int(value) if value.isdigit() else value
+        sections = _merged(settings, context)
+        workload = sections.setdefault("workload", {})
+        if "trace" not in workload:
+            sections["workload"] = {"synthetic": {"tokens": 16}, "prefill": "skip", "warmup": "2steps"} | workload
+        batch = int(sections.get("workload", {}).get("batch", 1))
+        group = str(sections["model"].get("preset", "model"))
+        yield Observation(f"line {number}", group, sections, batch * 1e9 / rate, 1, None)

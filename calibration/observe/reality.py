@@ -1,0 +1,165 @@
+"""How well Prestage predicts the runs of real runtimes in `calibration/samples/h200-runtimes`: the report, as JSON.
+
+    python -m prestage.calibration.observe.reality decode OUT.json
+    python -m prestage.calibration.observe.reality llama.cpp OUT.json
+
+What is fitted to which runs is said here: of three models two runs each, of mixtral-8x7b none; and for llama.cpp, two
+models for each that is predicted.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...bounded import read, unpacked
+from ...files import write_file
+from .fit import GUESS, Fitted, Predictor, fit, median_worst
+from .logs import Context, Observation, ObserveError, llama_bench, load_logs
+
+SAMPLES = Path(__file__).parent.parent / "samples" / "h200-runtimes"
+DECODED = ("gpt-oss-20b", "olmoe-1b-7b", "qwen3-30b-a3b", "mixtral-8x7b")
+#: The runs that constants of all models together are fitted to: the first choice, made before any error was seen.
+COMMON = (
+    "gpt-oss-20b-25pct-b1-c100-p0-own", "gpt-oss-20b-25pct-b1-c100-p4-own", "olmoe-1b-7b-25pct-b1-c100-p0-own",
+    "olmoe-1b-7b-25pct-b1-c100-p8-own", "qwen3-30b-a3b-25pct-b1-c100-p0-own", "qwen3-30b-a3b-60pct-b4-c100-p0-own",
+)  # fmt: skip
+DECODE_COSTS = ("layer", "expert", GUESS)
+#: The runs that each model's own constants are fitted to: a quarter of the experts, one sequence, with and without
+#: prefetching. Chosen when the errors of the first choice were known.
+OWN = re.compile("(gpt-oss|olmoe|qwen3).*-25pct-b1-c100-p[0-9]-own")
+#: Files of llama-bench: the model, its layers, its experts' type.
+BENCHED = {"mixtral-8x7b": (4, "q4_k"), "qwen3-30b-a3b": (12, "q4_k"), "gpt-oss-20b": (8, "mxfp4"),
+           "olmoe-1b-7b": (8, "q8_0")}  # fmt: skip
+#: The models that constants are fitted to, for each that is predicted.
+HELD_OUT = {
+    "mixtral-8x7b": ("qwen3-30b-a3b", "gpt-oss-20b"), "qwen3-30b-a3b": ("mixtral-8x7b", "gpt-oss-20b"),
+    "gpt-oss-20b": ("mixtral-8x7b", "qwen3-30b-a3b"), "olmoe-1b-7b": ("qwen3-30b-a3b", "gpt-oss-20b"),
+}  # fmt: skip
+#: The first choice, made before any error was seen; it said nothing of `layer` and `cpu_stream`.
+FIRST_COSTS = ("step", "layer", "cpu_submit", "cpu_core", "cpu_stream")
+#: Chosen when the first one's errors were known: rows without the CPU took less than the GPU's kernels alone.
+BENCH_COSTS = ("step", "gpu_kernels", "cpu_submit", "cpu_core")
+#: What the machine's memory gives its 16 cores, which was not measured: assumed, as eight channels of DDR5-4800.
+CPU_GB_PER_S = 307.0
+
+
+def decoded() -> list[Observation]:
+    """Returns the runs of `calibrate decode`."""
+    return load_logs([SAMPLES / model / "decode.json.gz" for model in DECODED], Context(profile="h200"))
+
+
+def benched() -> list[Observation]:
+    """Returns the settings of llama-bench that generate."""
+    file = SAMPLES / "llama-bench.jsonl.gz"
+    lines = map(json.loads, unpacked(read(file, ObserveError), file, ObserveError).splitlines())
+    rows = [row for line in lines for row in line.get("rows", ())]
+    found = []
+    for model, (layers, dtype) in BENCHED.items():
+        own = [row for row in rows if row["model_filename"].startswith(model)]
+        more = {
+            "model": {"layers": layers} | ({"bits_per_weight": 8.5} if dtype == "q8_0" else {"dtype": dtype}),
+            "miss": {"cpu_gb_per_s": CPU_GB_PER_S},
+        }
+        found += llama_bench(file, own, Context("h200", model, more))
+    return found
+
+
+def report(observations: Sequence[Observation], before: Sequence[float], after: Sequence[float],
+           busiest: Sequence[float], fitted_to: Sequence[bool]) -> list[dict[str, Any]]:  # fmt: skip
+    """Returns a row a setting: what was measured and predicted, in ns a decode step."""
+    rows = zip(observations, before, after, busiest, fitted_to, strict=True)
+    return [
+        {
+            "name": each.name, "model": each.group, "samples": each.samples, "spread": each.spread,
+            "measured_ns": round(each.ns), "predicted_ns": round(shipped), "fitted_ns": round(own),
+            "busiest_ns": round(lane), "fitted_to": seen,
+        }
+        for each, shipped, own, lane, seen in rows
+    ]  # fmt: skip
+
+
+def _costs(fitted: Fitted) -> dict[str, Any]:
+    return {
+        name: {"prior": fitted.priors[name], "value": value, "before": fitted.before[name], "after": fitted.after[name]}
+        for name, value in fitted.values.items()
+    }
+
+
+def decode_report(engine: str | None = None) -> dict[str, Any]:
+    """Returns the report of `calibrate decode`'s runs."""
+    observations = decoded()
+    predictor = Predictor(observations, "transformers", engine)
+    everything = range(len(observations))
+    before = [predictor.ns(number, {}) for number in everything]
+    busiest = [predictor.busiest_ns(number) for number in everything]
+    common = fit(predictor, observations, DECODE_COSTS, [n for n in everything if observations[n].name in COMMON])
+    fits = [{"fitted_to": list(COMMON), "costs": _costs(common), "sums": list(common.sums)}]
+    seen, after = [OWN.fullmatch(each.name) is not None for each in observations], list(before)
+    for model in DECODED:
+        own = [number for number in everything if observations[number].group == model]
+        chosen = [number for number in own if seen[number]]
+        if chosen:
+            fitted = fit(predictor, observations, DECODE_COSTS, chosen)
+            runs = [observations[number].name for number in chosen]
+            fits.append({"predicts": model, "fitted_to": runs, "costs": _costs(fitted), "sums": list(fitted.sums)})
+            for number in own:
+                after[number] = predictor.ns(number, fitted.values)
+    rows = report(observations, before, after, busiest, seen)
+    for number, row in enumerate(rows):
+        row |= {"first_ns": round(predictor.ns(number, common.values)), "first_to": row["name"] in COMMON}
+    return {"runtime": "transformers", "fits": fits, "rows": rows}
+
+
+def bench_report(engine: str | None = None) -> dict[str, Any]:
+    """Returns the report of llama-bench's rows, each model predicted by a fit to two others."""
+    observations = benched()
+    predictor = Predictor(observations, "llama.cpp", engine)
+    everything = range(len(observations))
+    before = [predictor.ns(number, {}) for number in everything]
+    busiest = [predictor.busiest_ns(number) for number in everything]
+    after, first, fits = list(before), list(before), []
+    for model, others in HELD_OUT.items():
+        chosen = [number for number in everything if observations[number].group in others]
+        for names, into in ((FIRST_COSTS, first), (BENCH_COSTS, after)):
+            fitted = fit(predictor, observations, names, chosen)
+            told = {"costs": _costs(fitted), "sums": list(fitted.sums)}
+            fits.append({"predicts": model, "fitted_to": list(others)} | told)
+            for number in everything:
+                if observations[number].group == model:
+                    into[number] = predictor.ns(number, fitted.values)
+    rows = report(observations, before, after, busiest, [False] * len(observations))
+    for row, ns in zip(rows, first, strict=True):
+        row["first_ns"] = round(ns)
+    return {"runtime": "llama.cpp", "fits": fits, "rows": rows}
+
+
+def sizes(rows: Sequence[dict[str, Any]], key: str) -> tuple[float, float]:
+    """Returns the median and the worst size of a prediction's error."""
+    return median_worst([row[key] / row["measured_ns"] - 1 for row in rows])
+
+
+def line_ns(rows: Sequence[dict[str, Any]]) -> list[float]:
+    """Returns what a line through the fitted runs, over the busiest lane's time, says of each row."""
+    seen = [row for row in rows if row["fitted_to"]]
+    slope, start = np.polyfit([row["busiest_ns"] for row in seen], [row["measured_ns"] for row in seen], 1)
+    return [float(start + slope * row["busiest_ns"]) for row in rows]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run from the command line."""
+    made = {"decode": decode_report, "llama.cpp": bench_report}
+    if len(arguments) not in (2, 3) or arguments[0] not in made:
+        sys.exit(str(__doc__))
+    found = made[arguments[0]](*arguments[2:])
+    write_file(Path(arguments[1]), json.dumps(found, indent=1).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

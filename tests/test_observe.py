@@ -1,0 +1,190 @@
+"""`prestage calibrate observe`: logs read, costs fitted that simulations were made with, and bad logs told of."""
+
+import gzip
+import json
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from prestage.calibration.observe.fit import Predictor, errors, fit, median_worst, with_costs
+from prestage.calibration.observe.logs import Context, Observation, ObserveError, load_logs
+from prestage.calibration.observe.reality import sizes
+from prestage.cli.entry import app
+from prestage.resources.runtime import load_runtime
+
+ROOT = Path(__file__).parent.parent
+SAMPLES = ROOT / "calibration" / "samples" / "h200-runtimes"
+MIXTRAL: dict[str, dict[str, Any]] = {
+    "model": {"layers": 4, "dtype": "q4_k"},
+    "miss": {"cpu_gb_per_s": 300.0},
+    "workload": {"synthetic": {"tokens": 4}},
+}
+ROW = {
+    "model_filename": "m.gguf", "model_n_params": 6_067_228_672, "n_prompt": 0, "n_gen": 4, "n_depth": 0,
+    "n_threads": 8,
+    "n_cpu_moe": 0, "use_mmap": True, "samples_ns": [4_000_000, 4_400_000],
+}  # fmt: skip
+
+
+def bench_rows() -> list[dict[str, Any]]:
+    layers = [ROW | {"n_cpu_moe": n, "samples_ns": [4_000_000 * (1 + n)]} for n in (0, 1, 4)]
+    return [*layers, ROW | {"n_prompt": 512, "n_gen": 0}]
+
+
+def written(folder: Path, rows: Any, name: str = "log.json") -> Path:
+    file = folder / name
+    file.write_text(rows if isinstance(rows, str) else json.dumps(rows))
+    return file
+
+
+def context() -> Context:
+    return Context("h200", "mixtral-8x7b", MIXTRAL)
+
+
+def test_decode_json_gives_each_settings_scenario_and_time() -> None:
+    found = load_logs([SAMPLES / "mixtral-8x7b" / "decode.json.gz"], Context("h200"))
+    assert [each.samples for each in found] == [1, 1, 1, 1] or all(each.samples >= 1 for each in found)
+    report = json.loads(gzip.decompress((SAMPLES / "mixtral-8x7b" / "decode.json.gz").read_bytes()))
+    for each, run in zip(found, report["runs"], strict=True):
+        batch = run["scenario"]["workload"]["batch"]
+        assert each.ns == pytest.approx(batch * 1e9 / run["tokens_per_second"], rel=0.02)
+        assert Path(each.settings["workload"]["trace"]).is_file() and each.settings["machine"] == {"profile": "h200"}
+
+
+@pytest.mark.parametrize("form", ["array", "lines", "gzip"])
+def test_llama_bench_gives_generation_by_layers_on_the_cpu(tmp_path: Path, form: str) -> None:
+    lines = "\n".join(json.dumps(row) for row in bench_rows())
+    file = written(tmp_path, lines if form != "array" else bench_rows())
+    if form == "gzip":
+        file.write_bytes(gzip.compress(file.read_bytes()))
+    found = load_logs([file], context())
+    assert [each.settings["memory"]["cpu_layers"] for each in found] == [0, 1, 4]
+    assert [each.settings["memory"]["gpu_budget"] for each in found] == ["32experts", "24experts", "1experts"]
+    assert [each.ns for each in found] == [1e6, 2e6, 5e6]
+    assert all(each.settings["copy"]["host_memory"] == "pageable" for each in found)
+    old = load_logs(
+        [written(tmp_path, [row | {"load_mode": "none", "use_mmap": False} for row in bench_rows()])], context()
+    )
+    assert all(each.settings["copy"]["host_memory"] == "pinned" for each in old)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("no log at all\nreally", "columns no log at all"),
+        ("{broken", "neither JSON nor JSON lines"),
+        ('[{"latency": 3}]', "no row has samples_ns"),
+        (json.dumps([ROW]), "1 setting: give at least two"),
+        (json.dumps([ROW, ROW | {"model_filename": "n.gguf"}]), "holds rows of m.gguf, n.gguf"),
+        (json.dumps([ROW, ROW | {"samples_ns": [9_000_000]}]), "contradict each other"),
+        (json.dumps([{"samples_ns": [1], "n_prompt": 0}]), "is not llama-bench's: KeyError: 'n_gen'"),
+        (
+            "memory.gpu_budget,tokens_per_second\n25%,30\n50%,fast\n",
+            "line 3: tokens_per_second must be a number above 0",
+        ),
+        ('{"format": "prestage-decode-1", "runs": [{}]}', "is not a whole prestage-decode-1"),
+    ],
+)
+def test_bad_logs_are_told_of_in_one_line(tmp_path: Path, text: str, told: str) -> None:
+    file = written(tmp_path, text)
+    with pytest.raises(ObserveError) as caught:
+        load_logs([file], context())
+    assert told in str(caught.value) and str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_another_model_than_the_one_that_was_run_is_told_of(tmp_path: Path) -> None:
+    file = written(tmp_path, bench_rows())
+    with pytest.raises(ObserveError, match="model_n_params = 6,067,228,672, but --model has"):
+        load_logs([file], Context("h200", "mixtral-8x7b"))
+    with pytest.raises(ObserveError, match="give --model"):
+        load_logs([file])
+
+
+def made(tmp_path: Path, truth: dict[str, float]) -> tuple[list[Observation], Predictor]:
+    """Returns observations that simulations with other costs made."""
+    found = load_logs([written(tmp_path, bench_rows())], context())
+    predictor = Predictor(found, "llama.cpp", "simpy")
+    return [replace(each, ns=predictor.ns(n, truth)) for n, each in enumerate(found)], predictor
+
+
+def test_the_costs_that_made_the_times_are_found_again(tmp_path: Path) -> None:
+    truth = {"step": 600_000.0, "cpu_core": 3e9}
+    observations, predictor = made(tmp_path, truth)
+    fitted = fit(predictor, observations, list(truth))
+    for name, value in truth.items():
+        assert fitted.values[name] == pytest.approx(value, rel=0.1), name
+        assert fitted.after[name] < fitted.before[name] / 2
+    assert median_worst(errors(observations, fitted.predicted))[1] < 0.03
+    assert max(map(abs, errors(observations, fitted.left_out))) >= max(map(abs, errors(observations, fitted.predicted)))
+    shipped = [predictor.ns(n, {}) for n in range(3)]
+    assert median_worst(errors(observations, shipped))[1] > 0.2
+
+
+def test_costs_without_a_part_keep_their_priors_and_parallel_ones_are_reported(tmp_path: Path) -> None:
+    observations, predictor = made(tmp_path, {"step": 400_000.0})
+    fitted = fit(predictor, observations[:1], ["step", "layer", "cpu_core"])
+    assert fitted.values["cpu_core"] == pytest.approx(fitted.priors["cpu_core"])
+    assert fitted.after["cpu_core"] == pytest.approx(fitted.before["cpu_core"])
+    assert ("step", "layer") in fitted.sums
+    assert "`cpu_core` has no part" in fitted.helps
+    with pytest.raises(ObserveError, match=r"--fit expert: llama\.cpp has no such cost"):
+        fit(predictor, observations, ["expert"])
+
+
+def test_guessing_is_a_cost_of_the_layers_that_guess() -> None:
+    runtime = load_runtime("transformers")
+    assert runtime.costs.layer is not None
+    for guesses, more in ((False, 0), (True, 5_000)):
+        changed = with_costs(runtime, {"layer": 70_000.0, "guess": 5_000.0}, guesses).costs.layer
+        assert changed is not None and changed.ns == 70_000 + more
+
+
+def test_the_command_writes_a_file_that_a_run_takes(tmp_path: Path) -> None:
+    table = "memory.cpu_layers,memory.gpu_budget,tokens_per_second\n0,32experts,700\n4,1experts,60\n"
+    file, out = written(tmp_path, table, "log.csv"), tmp_path / "mine.toml"
+    settings = [
+        "model.layers=4",
+        "model.dtype=q4_k",
+        "miss.cpu_gb_per_s=300",
+        "miss.cpu_threads=8",
+        "workload.prefill=skip",
+    ]
+    options = [option for each in settings for option in ("--set", each)]
+    arguments = ["calibrate", "observe", str(file), "--runtime", "llama.cpp", "-o", str(out), "--machine", "h200",
+                 "--model", "mixtral-8x7b", "--fit", "step", "--fit", "cpu_core", *options]  # fmt: skip
+    ran = CliRunner().invoke(app, arguments)
+    assert ran.exit_code == 0, ran.output
+    assert "left out one by one: median error" in ran.output and "cpu_core" in ran.output
+    costs = tomllib.loads(out.read_text())["costs"]
+    runtime = load_runtime(str(out))
+    assert runtime.costs.cpu_core is not None and runtime.costs.cpu_core.source == "fitted"
+    assert runtime.costs.cpu_core.bytes_per_second == costs["cpu_core"]["bytes_per_second"]
+    assert runtime.costs.cpu_submit == load_runtime("llama.cpp").costs.cpu_submit
+
+
+def test_a_table_whose_keys_are_no_scenarios_is_told_of(tmp_path: Path) -> None:
+    file = written(tmp_path, "memory.gpu_bugdet,tokens_per_second\n25%,30\n50%,40\n", "log.csv")
+    with pytest.raises(ObserveError, match=r"line 2: .*gpu_bugdet"):
+        Predictor(load_logs([file], Context("h200", "mixtral-8x7b")), "transformers")
+
+
+@pytest.mark.parametrize("name", ["decode", "llama.cpp"])
+def test_the_report_is_of_the_committed_samples(name: str) -> None:
+    report = json.loads((ROOT / "calibration" / "validation" / f"h200-{name}.json").read_text())
+    assert len(report["rows"]) == {"decode": 31, "llama.cpp": 40}[name]
+    if name == "decode":
+        files = [SAMPLES / model / "decode.json.gz" for model in dict.fromkeys(row["model"] for row in report["rows"])]
+        found = {each.name: each for each in load_logs(files, Context("h200"))}
+        assert all(row["measured_ns"] == round(found[row["name"]].ns) for row in report["rows"])
+        held = [row for row in report["rows"] if not row["fitted_to"]]
+        assert sizes(held, "predicted_ns")[0] < sizes(held, "busiest_ns")[0] / 3
+        mixtral = [row for row in held if row["model"] == "mixtral-8x7b"]
+        assert sizes(mixtral, "predicted_ns")[1] < 0.02 and all(
+            row["fitted_ns"] == row["predicted_ns"] for row in mixtral
+        )
+        predictor = Predictor([found[row["name"]] for row in mixtral[:1]], "transformers", "simpy")
+        assert predictor.ns(0, {}) == pytest.approx(mixtral[0]["predicted_ns"], rel=1e-6)
