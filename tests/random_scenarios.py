@@ -88,8 +88,9 @@ _STAYING = (*_DRAWN_APART, "workload.tokens", "workload.synthetic.tokens")
 KEYS = tuple(
     f"{field.alias or name}.{key}"
     for name, field in Scenario.model_fields.items()
-    if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-    for key in field.annotation.model_fields
+    for kind in (field.annotation, *get_args(field.annotation))  # a section, or one that may be left out
+    if isinstance(kind, type) and issubclass(kind, BaseModel)
+    for key in kind.model_fields
 )
 
 
