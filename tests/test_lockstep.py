@@ -217,7 +217,7 @@ def test_two_that_copy_from_one_gpu_share_its_port() -> None:
     for contention, end_ns in ((True, 63), (False, 28)):
         plain = shared(3, 3, remote="peer").plain()
         scenario = make_scenario({**plain, "copy": {**plain["copy"], "contention": contention}})
-        _, second, third = run(tiny_pipeline(tiny_model(1, 3), machine(3), trace, scenario))
+        _, second, third = run(tiny_pipeline(tiny_model(1), machine(3), trace, scenario))
         assert intervals(second, PEER) == intervals(third, PEER) == [(23, end_ns)]
 
 

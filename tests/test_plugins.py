@@ -164,4 +164,4 @@ def test_a_module_is_loaded_by_its_name(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_fault_may_be_the_plug_ins(mru: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mru.write_text(MRU.replace("super().__init__(setting)", "raise KeyError"), encoding="utf-8")
     assert status(["run", "--plugin", str(mru), "--set", "memory.eviction=mru"]) == 1
-    assert f"this is a fault of {mru} or Prestage" in capsys.readouterr().err
+    assert f"this is a fault of {mru}, or of Prestage" in capsys.readouterr().err
