@@ -77,8 +77,10 @@ def test_routing_is_tuned_to_a_stated_share_found() -> None:
     inputs = load_inputs(
         load_scenario("synthetic", [*settings, "workload.synthetic.tokens=60", "workload.synthetic.prefill_tokens=0"])
     )
-    for share in (0.5, 0.8):
+    for share in (0.8, 0.9):
         assert found_share(tuned(inputs, share)) == pytest.approx(share, abs=0.03)
+    least = found_share(tuned(inputs, 0.1))  # without any reuse
+    assert 0.1 < least < 0.8
 
 
 # What the table comes to.
