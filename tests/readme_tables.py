@@ -30,11 +30,11 @@ from prestage.calibration.check_kernels import check_kernels, check_text
 from prestage.calibration.observe.reality import line_ns, sizes
 from prestage.calibration.report import markdown
 from prestage.calibration.samples import load_samples
-from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.scenario import Scenario, load_scenario
 from prestage.engine.scenario.sections import SyntheticSection
 from prestage.engine.scenario.together import APART
 from prestage.engine.simulate import simulate
+from prestage.errors import InputError
 from prestage.experiments.sweep import sweep
 from prestage.guide.reproduce import TABLES as PUBLISHED
 from prestage.guide.reproduce import virtual_memory
@@ -280,7 +280,7 @@ def _key(section: str, key: str, value: object) -> str:
     line = f"{key} is not set" if value is None else f"{key} = {json.dumps(value)}"
     try:
         load_scenario("synthetic", [f"{section}.{key}=?"])
-    except ScenarioError as error:
+    except InputError as error:
         choices = re.search(r"choose one of (.*)|must be '(.*)'", str(error))
         if choices:
             line += f"  # {choices[1] or choices[2].replace(chr(39), '')}"
