@@ -150,7 +150,7 @@ def test_a_result_names_what_it_is_of() -> None:
     assert data["model"] == {"name": "gpt-oss-20b", "layers": 6, "experts": 32, "top_k": 4}
     assert set(data["versions"]) == {"prestage", "python", "simpy", "numpy"}
     assert len(data["predictions_sha256"]) == 64
-    assert set(result_of("seed=7").json_data()) == {*data, "engine", "engine_why", "wall_s"}
+    assert set(result_of("seed=7").json_data()) == {*data, "engine", "engine_why", "range", "unsure", "wall_s"}
 
 
 # Baselines.
