@@ -99,7 +99,8 @@ def _gpus(
     simulation: Simulation, inputs: Inputs, runs: Sequence[GpuRun], tier: HostRooms | None, *, one_thread: bool
 ) -> list[OneGpu]:
     """Returns the GPUs of a run, in order; each has a host thread of its own, or all have one."""
-    links, network, lends = inputs.links, simulation.network, inputs.scenario.parallel.lends
+    links, network = inputs.links, simulation.network
+    lends = inputs.expert_parallel is not None and inputs.scenario.parallel.lends
     return [
         OneGpu(
             simulation,
