@@ -33,7 +33,7 @@ def capacity(
 
     \b
     Examples:
-      prestage capacity synthetic --set requests.count=200 --slo ttft_ms=500 --slo itl_ms=60
+      prestage capacity synthetic --set model.layers=2 --set requests.prompt_tokens=16 --slo ttft_ms=500
       prestage capacity my-scenario.toml --slo e2e_ms=4000 --slo share=0.9 --replicates 3 --json
 
     Rates are bisected; every rate is run with the same seeds. Without --slo, the scenario's [requests.slo] is meant.
