@@ -81,7 +81,12 @@ _DRAWN_APART: tuple[str, ...] = (
     *("workload.synthetic", "workload.synthetic.fit", "workload.synthetic.popularity", "predictor.weights"),
 )
 #: Keys that stay when others are taken out: without them a run would be of another model, or long.
-_STAYING = (*_DRAWN_APART, "workload.tokens", "workload.synthetic.tokens")
+_STAYING = (
+    *(*_DRAWN_APART, "workload.tokens", "workload.synthetic.tokens"),
+    *("requests.count", "requests.prompt_tokens", "requests.output_tokens"),
+)
+#: Requests of a length and number that both engines serve soon.
+_FEW_REQUESTS = {"count": 5, "prompt_tokens": 7, "output_tokens": 4}
 
 
 #: Every key of every section, as a scenario's TOML names it.
@@ -118,6 +123,8 @@ def draw(seed: int, folder: Path) -> dict[str, Any]:
                 data[name] = _value(rng, name, field)
         elif rng.random() < _SECTION:
             _draw_section(rng, name, kind, data.setdefault(name, {}))
+    if isinstance(data.get("requests"), dict):
+        data["requests"].update(_FEW_REQUESTS)
     return data
 
 
