@@ -16,6 +16,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import NamedTuple
@@ -62,10 +63,16 @@ def load_plugin(name: str | Path) -> Plugin:
 def load_asked() -> None:
     """Load the entry points of installed packages, and what the environment names; each once."""
     named = [name for name in os.environ.get(VARIABLE, "").split(os.pathsep) if name]
-    for name in [*(point.value.partition(":")[0] for point in entry_points(group=GROUP)), *named]:
+    for name in [*_installed(), *named]:
         if name not in _asked:
             _asked.add(name)
             load_plugin(name)
+
+
+@cache
+def _installed() -> tuple[str, ...]:
+    """Returns the modules that installed packages name: looked up once, for that reads the metadata of them all."""
+    return tuple(point.value.partition(":")[0] for point in entry_points(group=GROUP))
 
 
 def loaded() -> tuple[Plugin, ...]:

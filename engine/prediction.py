@@ -15,6 +15,7 @@ import numpy as np
 
 from .costs.costs import Costs, part_costs
 from .costs.ranges import drawn_costs, structure
+from .costs.uncertainty import PERCENTILES
 from .measure.merge import makespan_ns, step_metrics
 from .measure.speed import Serving
 from .run import engine_for, prepared, run_all
@@ -106,4 +107,4 @@ def middles(figures: Mapping[str, Any]) -> dict[str, Any]:
 
 def percentiles(values: Sequence[float]) -> Range:
     """Returns the percentiles 5, 50 and 95 of some draws."""
-    return Range(*np.percentile(values, (5, 50, 95)).tolist())
+    return Range(*np.percentile(values, PERCENTILES).tolist())

@@ -7,17 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from .pictures import save
-
-_PICTURES = (".png", ".pdf", ".svg")
+from . import pictures
 
 
 def check_picture(path: Path) -> None:
     """Refuse a path that is none of a picture's, before anything runs."""
-    if path.suffix not in _PICTURES:
-        raise InputError(f"--out = {str(path)!r}: write a {', '.join(_PICTURES)}")
-    if not path.parent.is_dir():
-        raise InputError(f"--out = {str(path)!r}: no such folder")
+    try:
+        pictures.check_picture(path)
+    except InputError as error:
+        raise InputError(f"--out {error}") from None
 
 
 def write_picture(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -43,7 +41,7 @@ def write_picture(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     )
     axes.set_title("Published runs, predicted blind; shaded: half to twice", fontsize=10)
     axes.legend(fontsize=6, loc="upper left")
-    save(figure, path)
+    pictures.save(figure, path)
 
 
 def _speeds(row: Mapping[str, Any]) -> tuple[float, float, float, float]:

@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 
     from .saved import Run
 
-#: What a summary has of the figures under "Speed", beside the rates.
-Summary = list[tuple[str, str, str]]
-
 
 class Shown:
     """What a run shows of itself. Whoever inherits says how to get its figures and arrays (`_run`)."""

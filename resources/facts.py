@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -73,6 +74,11 @@ class Uncertainty(Part):
     run_spread: float = Field(ge=0)
     scatter: float = Field(ge=0)
     held_back_error: float = Field(ge=0)
+
+    @property
+    def sigma(self) -> float:
+        """How far the cost itself can be off, whatever single events do."""
+        return math.hypot(self.run_spread, self.held_back_error)
 
 
 class Cost(Fact):

@@ -359,7 +359,7 @@ def _reported(run: Run, config: DecodeConfig, out: Path) -> dict[str, Any]:
         "same_routing": all(_same(steps.routing, first.routing) for _, steps, _ in run.repeats),
         "counts": [counts for _, _, counts in run.repeats],
         "tokens_per_second": median(rates),
-        "spread": _spread(rates),
+        "spread": quartile_spread(rates),
         "repeats": [
             rounds | {"tokens_per_second": rate, "step_ns": steps.step_ns}
             for rate, (rounds, steps, _) in zip(rates, run.repeats, strict=True)
@@ -390,12 +390,12 @@ def tokens_per_second(steps: Steps, warmup: int) -> float:
     return tokens * 1e9 / sum(steps.step_ns[warmup:])
 
 
-def _spread(rates: Sequence[float]) -> float | None:
-    """Returns the distance between the quartiles over the median; None for fewer than three repeats."""
-    if len(rates) < 3:
+def quartile_spread(samples: Sequence[float]) -> float | None:
+    """Returns the distance between the quartiles over the median; None for fewer than three samples."""
+    if len(samples) < 3:
         return None
-    low, _, high = quantiles(rates, n=4, method="inclusive")
-    return (high - low) / median(rates)
+    low, _, high = quantiles(samples, n=4, method="inclusive")
+    return (high - low) / median(samples)
 
 
 def summary(report: Mapping[str, Any]) -> list[tuple[str, float, float | None, Mapping[str, int]]]:

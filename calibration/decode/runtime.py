@@ -142,7 +142,7 @@ class Runtime:
                 if forced is not None:
                     tokens = forced[:, step : step + 1]
                 self._step = _Step(self._loaded, len(tokens), decides)
-                self._given = None if routing is None else (routing[step], given[step])  # type: ignore[index]
+                self._given = None if routing is None or given is None else (routing[step], given[step])
                 begun = perf_counter_ns()
                 cache, logits = self._forward_pass(tokens, prompt.context + step, cache)
                 tokens = logits[:, -1:].argmax(dim=-1)

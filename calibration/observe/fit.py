@@ -116,13 +116,7 @@ def with_costs(runtime: Runtime, values: Mapping[str, float], guesses: bool = Fa
     for name, value in values.items():
         if name != GUESS:
             key, _, _ = _number(runtime, name)
-            exact = (
-                round(value)
-                if key in ("ns", "bytes_per_second", "count")
-                else min(value, 1.0)
-                if key == "share"
-                else value
-            )
+            exact = value if key == "factor" else min(value, 1.0) if key == "share" else round(value)
             changed[name] = getattr(runtime.costs, name).model_copy(update={key: exact})
     if guesses and GUESS in values:
         layer = changed.get("layer", runtime.costs.layer)

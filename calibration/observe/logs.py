@@ -13,13 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 from ...bounded import read, unpacked
 from ...errors import InputError
 from ...workloads.model import load_model
-from ..decode.runs import FORMAT
+from ..decode.runs import FORMAT, quartile_spread
 
 _KINDS = "the decode.json of calibrate decode, llama-bench -o json or jsonl, or CSV with a column tokens_per_second"
 #: Repeats of one setting that differ by more contradict each other.
@@ -106,14 +106,6 @@ def _merged(settings: Mapping[str, Any], context: Context) -> dict[str, Any]:
     return sections
 
 
-def spread(samples: Sequence[float]) -> float | None:
-    """Returns the distance between the quartiles over the median; None for fewer than three samples."""
-    if len(samples) < 3:
-        return None
-    low, _, high = quantiles(samples, n=4, method="inclusive")
-    return (high - low) / median(samples)
-
-
 def _decoded(file: Path, report: Mapping[str, Any], context: Context) -> list[Observation]:
     """Returns the settings of a decode.json; their traces lie beside it."""
     found = []
@@ -127,9 +119,8 @@ def _decoded(file: Path, report: Mapping[str, Any], context: Context) -> list[Ob
             batch = settings["workload"]["batch"]
             steps = [batch * 1e9 / repeat["tokens_per_second"] for repeat in run["repeats"]]
             sections = _merged(settings, context)
-            found.append(
-                Observation(run["name"], report["model"]["name"], sections, median(steps), len(steps), spread(steps))
-            )
+            taken = (median(steps), len(steps), quartile_spread(steps))
+            found.append(Observation(run["name"], report["model"]["name"], sections, *taken))
     except (KeyError, TypeError, ZeroDivisionError) as error:
         raise ObserveError(f"{file}: is not a whole {FORMAT}: {type(error).__name__}: {error}") from error
     return found
@@ -190,7 +181,7 @@ def _cell(file: Path, cell: tuple[int, int, int, bool], samples: Sequence[float]
         "miss": {"cpu_threads": threads},
     }
     sections = _merged(settings, context)
-    return Observation(name, str(context.model), sections, median(samples), len(samples), spread(samples))
+    return Observation(name, str(context.model), sections, median(samples), len(samples), quartile_spread(samples))
 
 
 def _csv(file: Path, text: str, context: Context) -> list[Observation]:

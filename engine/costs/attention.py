@@ -110,7 +110,7 @@ class Attention:
         inputs, rows = self._inputs, self._inputs.steps[step].rows
         layout = inputs.expert_parallel
         if layout is not None and layout.moves_tokens:
-            rows = rows[layout.homes[step] == int(inputs.device.removeprefix("gpu"))]
+            rows = rows[layout.homes[step] == inputs.gpu_number]
         positions = inputs.trace.position[rows].astype(np.float64) + (self._start or 0) + 1
         _, places, counts = np.unique(inputs.trace.sequence[rows], return_inverse=True, return_counts=True)
         prompts = tuple(positions[places == number] for number in np.flatnonzero(counts > 1))

@@ -23,19 +23,15 @@ from ...workloads.keyed_random import uniform
 from ..scenario.inputs import Inputs
 from .costs import Costs
 from .cpu_streams import MIDDLE, SPREAD
+from .uncertainty import RATES, TIMES, cost_key
 
 #: How far costs are off whose profile does not say it, by where they are from (relative standard deviation).
 UNSTATED = {"measured": 0.02, "fitted": 0.05, "published": 0.15, "datasheet": 0.15, "assumed": 0.3}
 #: Those that were measured on another device.
 _FOREIGN = 0.2
-#: What grows with a cost's factor, and what shrinks.
-_TIMES = {
-    *("ns", "beside_copy_ns", "alone_ns", "latency_ns", "constant_ns", "product_ns", "small_kernel_ns"),
-    *("eager_kernel_ns", "factor", "count"),
-}
-_RATES = {"bytes_per_second", "flops_per_second", "share"}
-#: What tells the costs of a list apart; points over tokens share the factor of their shape.
-_SHAPE = ("hidden", "expert_ff", "weight_bytes", "dtype", "kernels", "context", "dispatch")
+#: What grows with a cost's factor, and what shrinks: a runtime's own costs, too.
+_TIMES = {*TIMES, "factor", "count"}
+_RATES = {*RATES, "share"}
 
 _AnyPart = TypeVar("_AnyPart", bound=Part)
 #: The factor of a cost, by its path and spread.
@@ -83,7 +79,7 @@ def _sigma(cost: Any) -> float:
         return cost.sigma
     unsure = getattr(cost, "uncertainty", None)
     if unsure is not None:
-        return math.hypot(unsure.run_spread, unsure.held_back_error)
+        return float(unsure.sigma)
     if not isinstance(cost, Fact):
         return 0.0
     foreign = cost.device is not None and cost.source == "measured"
@@ -92,12 +88,10 @@ def _sigma(cost: Any) -> float:
 
 def _drawn(part: _AnyPart, path: str, draw: Draw) -> _AnyPart:
     """Returns a part with every cost in it times the factor drawn for its path; itself if there is none."""
-    names = type(part).model_fields
-    shape = "/".join(str(getattr(part, name)) for name in _SHAPE if name in names)
     is_cost = isinstance(part, OwnCost) or hasattr(part, "uncertainty")
-    factor = draw(f"{path}/{shape}", _sigma(part)) if is_cost else 1.0
+    factor = draw(cost_key(part, path), _sigma(part)) if is_cost else 1.0
     changed: dict[str, Any] = {}
-    for name in names:
+    for name in type(part).model_fields:
         value = getattr(part, name)
         new = _drawn_value(value, f"{path}.{name}", draw)
         if new is value and factor != 1:

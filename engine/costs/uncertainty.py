@@ -24,11 +24,11 @@ from .costs import Costs
 from .scatter import Scatter, box_muller, crc
 
 #: What of a cost grows with its factor, and what shrinks.
-_TIMES = (
+TIMES = (
     *("ns", "beside_copy_ns", "alone_ns", "latency_ns"),
     *("constant_ns", "product_ns", "small_kernel_ns", "eager_kernel_ns"),
 )
-_RATES = ("bytes_per_second", "flops_per_second")
+RATES = ("bytes_per_second", "flops_per_second")
 #: What tells the costs of a list apart; points over tokens share the factor of their shape.
 _SHAPE = ("hidden", "expert_ff", "weight_bytes", "dtype", "kernels", "context", "dispatch")
 #: Of a run's result, what is summarized.
@@ -101,13 +101,13 @@ def _unsure(value: Any, path: str) -> Iterator[tuple[str, float]]:
     elif isinstance(value, BaseModel):
         unsure = getattr(value, "uncertainty", None)
         if unsure is not None:
-            yield _key(value, path), math.hypot(unsure.run_spread, unsure.held_back_error)
+            yield cost_key(value, path), unsure.sigma
         else:
             for name in type(value).model_fields:
                 yield from _unsure(getattr(value, name), f"{path}.{name}")
 
 
-def _key(cost: BaseModel, path: str) -> str:
+def cost_key(cost: BaseModel, path: str) -> str:
     """Returns what costs of a path share a factor by."""
     known = type(cost).model_fields
     return f"{path}/" + "/".join(str(getattr(cost, name)) for name in _SHAPE if name in known)
@@ -138,7 +138,7 @@ def _drawn(value: Any, path: str, factors: Mapping[str, float], ways: Container[
     if held.get("uncertainty") is None:
         changed = {name: _drawn(item, f"{path}.{name}", factors, ways) for name, item in held.items()}
     else:
-        factor = factors[_key(value, path)]
+        factor = factors[cost_key(value, path)]
         changed = {name: _times(name, item, factor) for name, item in held.items()}
     changed = {name: item for name, item in changed.items() if item is not held[name]}
     return value.model_copy(update=changed) if changed else value
@@ -147,9 +147,9 @@ def _drawn(value: Any, path: str, factors: Mapping[str, float], ways: Container[
 def _times(name: str, item: Any, factor: float) -> Any:
     if item is None:
         return None
-    if name in _TIMES:
+    if name in TIMES:
         return round(item * factor)
-    if name in _RATES:
+    if name in RATES:
         return max(1, round(item / factor))
     if name == "points":
         return tuple((size, round(ns * factor)) for size, ns in item)

@@ -261,7 +261,7 @@ def _lives_here(part: Inputs) -> npt.NDArray[np.bool_] | None:
     """Returns which rows of a GPU's steps are of sequences whose KV cache it keeps; None if all are."""
     if part.expert_parallel is None or not part.expert_parallel.moves_tokens:
         return None
-    here: npt.NDArray[np.bool_] = np.concatenate(part.expert_parallel.homes) == int(part.device.removeprefix("gpu"))
+    here: npt.NDArray[np.bool_] = np.concatenate(part.expert_parallel.homes) == part.gpu_number
     return here
 
 

@@ -71,7 +71,7 @@ def served_experts(inputs: Inputs) -> Collection[int]:
     """Returns the experts that a GPU may serve: all of its layers, or those that it owns of GPUs that share them."""
     if inputs.expert_parallel is None or not inputs.expert_parallel.moves_tokens:
         return range(inputs.model.total_experts)
-    return dict.fromkeys(inputs.expert_parallel.served(int(inputs.device.removeprefix("gpu"))))
+    return dict.fromkeys(inputs.expert_parallel.served(inputs.gpu_number))
 
 
 def cached_budgets(inputs: Inputs) -> list[int] | None:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from ...errors import InputError
 from ...workloads.requests.log import RequestLog
 from ..scenario.sections_requests import RequestsSection, SloSection, edge_requests
+from .recording import ratio
 from .speed import spread_ms
 
 Array = npt.NDArray[Any]
@@ -143,8 +144,8 @@ def request_metrics(log: RequestLog, window: Window, level: ServiceLevel | None 
         "steps": len(steps["rows"]),
         "rows_per_step": float(steps["rows"].mean()) if len(steps["rows"]) else None,
         "preemptions": int(steps["preempted"].sum()),
-        "prefix_hit_rate": int(requests["cached"].sum()) / prompt_tokens if prompt_tokens else None,
-        "draft_acceptance": _ratio(int(steps["accepted"].sum()), int(steps["drafts"].sum())),
+        "prefix_hit_rate": ratio(int(requests["cached"].sum()), prompt_tokens),
+        "draft_acceptance": ratio(int(steps["accepted"].sum()), int(steps["drafts"].sum())),
         "tokens_per_request_step": _tokens_per_part(steps),
         "little": little(log),
         "overloaded": overloaded(log, begin_ns, end_ns),
@@ -177,17 +178,13 @@ def _mean_over_time(steps: dict[str, Array], name: str, begin_ns: int, end_ns: i
     """Returns the mean of what each step had, over the time of the steps between two instants; nothing is 0."""
     start = np.clip(steps["start_ns"], begin_ns, end_ns)
     end = np.clip(steps["end_ns"], begin_ns, end_ns)
-    return _ratio(int((steps[name] * (end - start)).sum()), end_ns - begin_ns)
+    return ratio(int((steps[name] * (end - start)).sum()), end_ns - begin_ns)
 
 
 def _tokens_per_part(steps: dict[str, Array]) -> float | None:
     """Returns the mean tokens that a request with drafts is given in a step; None without drafts."""
     drafted = steps["drafts"] > 0
     return None if not drafted.any() else float((steps["tokens"][drafted]).sum() / steps["running"][drafted].sum())
-
-
-def _ratio(part: int, whole: int) -> float | None:
-    return part / whole if whole > 0 else None
 
 
 def little(log: RequestLog) -> dict[str, float | None]:
@@ -202,7 +199,7 @@ def little(log: RequestLog) -> dict[str, float | None]:
     whole_ns = int(time_ns[-1] - time_ns[0])
     inside = int((present[:-1] * np.diff(time_ns)).sum())
     spent = int((requests["finished_ns"] - requests["arrival_ns"]).sum())
-    return {"in_system": _ratio(inside, whole_ns), "rate_times_latency": _ratio(spent, whole_ns)}
+    return {"in_system": ratio(inside, whole_ns), "rate_times_latency": ratio(spent, whole_ns)}
 
 
 def overloaded(log: RequestLog, begin_ns: int, end_ns: int) -> bool:

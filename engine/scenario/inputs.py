@@ -71,6 +71,11 @@ class Inputs:
         """The inputs of each GPU by itself: of the stages, of those that share the experts, or these."""
         return self.stages or self.gpus or (self,)
 
+    @property
+    def gpu_number(self) -> int:
+        """Which GPU runs it, as a number."""
+        return int(self.device.removeprefix("gpu"))
+
     def begun(self) -> Inputs:
         """Returns the inputs of one run: where a scheduler makes the steps, with a fresh one and no step yet."""
         pulls = self.pulls

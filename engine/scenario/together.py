@@ -142,10 +142,9 @@ def _ordered_by_the_host(scenario: Scenario) -> Keys:
         copy__host_memory=scenario.copy_.host_memory == "pageable",
         tiers__host_budget=_reads(scenario),
         miss__policy=scenario.miss.policy != "fetch",
-        compression__where=scenario.compression.where != "none",
-        compression__mixed=scenario.compression.mixed is not None,
     )
-    return _with("prefetch.issued_by", scenario.prefetch.issued_by == "gpu", (*others, *_lent(scenario)))
+    kinds = (*others, *_in_fewer_bytes(scenario), *_lent(scenario))
+    return _with("prefetch.issued_by", scenario.prefetch.issued_by == "gpu", kinds)
 
 
 def _held_by_a_peer(scenario: Scenario) -> Keys:
