@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..resources.spool import Spool
 from ..words import unknown_name
+from ..workloads.batches import Step
 from .costs.costs import Costs
 from .decide.dispatch import Visit
 from .decide.host_memory import HostMemory
@@ -68,10 +70,18 @@ def prepared(inputs: Inputs, costs: Sequence[Costs], stream: Path | None = None)
     """Returns what each GPU of a run needs, as the scenario wants it; `stream` is a folder for what is recorded."""
     ready = []
     for part, own in zip(inputs.begun().parts, costs, strict=True):
+        own = own if part.pulled is None else _pulling(own, part.steps)
         manager = make_manager(part, Spool(None if stream is None else stream / part.device))
         prefetch = make_prefetch(part.scenario, part.model, own.copies[0].queued_ns)
         ready.append(Prepared(part, own, manager, prefetch))
     return ready
+
+
+def _pulling(costs: Costs, steps: list[Step]) -> Costs:
+    """Returns the same costs for a run that pulls its steps; what they estimate is noted together."""
+    found = copy(costs)
+    found.attention = costs.attention.of_steps(steps)
+    return found
 
 
 #: What carries out a run's commands: compiled code, or SimPy processes, the reference.

@@ -134,7 +134,7 @@ def time_parts(run: Run) -> Bars:
     """Returns the parts of the makespan, a bar for each GPU."""
     gpus = run.data["gpus"]
     parts = [
-        Part(label, color, np.array([gpu["time"][f"{part}_ms"] for gpu in gpus]))
+        Part(label, color, np.array([gpu["time"].get(f"{part}_ms", 0.0) for gpu in gpus]))
         for part in PARTS
         for color, label in (PART_COLORS[part],)
     ]

@@ -54,6 +54,7 @@ PART_COLORS: Palette = {
     "predictor": ("#cc79a7", "predictor"),
     "bubble": ("#b8860b", "bubble: another stage"),
     "drain": ("#56b4e9", "drain"),
+    "idle": ("#c8c8c8", "idle: nothing to serve"),
 }
 #: Of several of one kind, such as GPUs.
 SERIES_COLORS = ("#0072b2", "#009e73", "#cc79a7", "#f0a830", "#56b4e9", "#8c8c8c", "#8060c0", "#b8860b")

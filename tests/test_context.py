@@ -22,6 +22,7 @@ from prestage.resources.timeline import DENSE
 from prestage.testing import record
 from prestage.workloads.batches import DECODE, PREFILL, Step
 from prestage.workloads.model import Attending, Cached
+from prestage.workloads.requests.request import Part, RequestStep
 
 # One layer; a token adds 10 bytes to its cache. The tiny machine reads a byte in a ns, and operations take no time.
 MODEL = replace(tiny_model(1), kv_bytes_per_token=10)
@@ -71,6 +72,19 @@ def test_each_sequence_of_a_step_has_its_own_cache() -> None:
     scenario = tiny_scenario(workload={"context": 100})
     costs = Costs(Inputs(scenario, MODEL, tiny_profile(), trace, together, 0, None))
     assert costs.attention_in(0)[0].ns == (105 + 109) * 10
+
+
+def test_a_request_attends_to_its_own_positions_whatever_row_stands_for_it() -> None:
+    # Request 0 has 7 positions cached and decodes; of request 1's prompt positions 4 and 5 come: by the rule, a tile of
+    # rows reads the cache once, (5 + 6) / 2 positions in the mean.
+    parts = (Part(0, 7, 1, 1), Part(1, 4, 2, 0))
+    steps: list[Step] = [RequestStep(PREFILL, np.zeros(3, dtype=int), parts=parts)]
+    trace = tiny_trace([[[0]]], sequence=np.array([0]), position=np.array([30]))
+    plain = Inputs(tiny_scenario(), MODEL, tiny_profile(), trace, steps, 0, None)
+    assert not Costs(plain).attention.counts, "a fixed batch without a context"
+    served = tiny_scenario(requests={"rate": 1.0})
+    costs = Costs(replace(plain, scenario=served))
+    assert costs.attention_in(0)[0].ns == 8 * 10 + 55
 
 
 def test_a_window_ends_what_is_read_and_states_never_grow() -> None:

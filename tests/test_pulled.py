@@ -14,6 +14,7 @@ from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_scenario, tiny_trac
 
 from prestage.engine.costs.costs import part_costs
 from prestage.engine.measure.recording import Recording
+from prestage.engine.measure.time_split import time_split
 from prestage.engine.run import prepared, run_all
 from prestage.engine.scenario.inputs import Inputs, Pulls
 from prestage.errors import InputError
@@ -32,6 +33,7 @@ class FirstCome:
 
     requests: list[tuple[int, list[int]]]
     told: list[tuple[str, int]] = field(default_factory=list)
+    busy_ns: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._waiting = deque(self.requests)
@@ -47,6 +49,7 @@ class FirstCome:
 
     def ended(self, end_ns: int, link_busy_ns: int = 0) -> None:
         self.told.append(("ended", end_ns))
+        self.busy_ns.append(link_busy_ns)
         self._live = [rows for rows in self._live if rows]
 
 
@@ -85,6 +88,12 @@ def test_a_step_is_made_of_what_is_there_when_the_one_before_has_ended(engine: s
     ]  # fmt: skip
     assert [step.rows.tolist() for step in found.steps] == [[0], [2], [1], [3]]
     assert list(found.idle) == [(70, 200)]
+    assert source.busy_ns == [20, 0, 20, 20], "one copy a step, but for the hit"
+    # Four times 3 + 7 ns of kernels, three waits of 20 ns for bytes, and nothing to run for 130 ns.
+    assert time_split(found) == {
+        "compute_ms": 40e-6, "stall_ms": 60e-6, "host_ms": 0, "predictor_ms": 0, "bubble_ms": 0, "drain_ms": 0,
+        "idle_ms": 130e-6,
+    }  # fmt: skip
     kernels = found.compute_spans[np.isin(found.compute_spans["kind"], (DENSE, EXPERT))]
     assert [(KINDS[span["kind"]], int(span["start_ns"]), int(span["end_ns"])) for span in kernels] == [
         ("dense", 0, 3), ("expert", 23, 30), ("dense", 30, 33), ("expert", 33, 40),

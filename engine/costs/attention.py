@@ -1,7 +1,7 @@
-"""What attention adds to a layer's dense part with what is cached, where a scenario says where its sequences start.
+"""What attention adds to a layer's dense part with what is cached, where that is known: of requests, or by a context.
 
-It is priced by step, for a step's rows say what is cached: a row attends to the positions of its sequence up to its
-own, or to the last so many. Rows that are alone in their sequence decode, together; several of one sequence are a
+It is priced by step, for a step's rows say what is cached: a row attends to the positions of its request, or of its
+sequence behind the scenario's context, up to its own, or to the last so many. Rows that are alone in their sequence decode, together; several of one sequence are a
 prompt, or a chunk of one, and cost what a whole prompt of as many pairs of positions costs, but at least one look at
 all keys. Linear attention and state spaces attend to nothing that grows.
 
@@ -13,6 +13,8 @@ estimate.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import copy
+from dataclasses import replace
 from math import sqrt
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,7 +23,9 @@ import numpy.typing as npt
 
 from ...resources.profile import Profile
 from ...resources.profile_costs import KernelPoint
+from ...workloads.batches import Step
 from ...workloads.model import Attending
+from ...workloads.requests.request import Part, RequestStep
 from .surface_costs import SurfaceCosts
 
 if TYPE_CHECKING:
@@ -30,6 +34,8 @@ if TYPE_CHECKING:
 #: Rows of a prompt that read the cache together, a tile of FlashAttention's kernels (Dao 2023, arXiv:2307.08691).
 TILE_ROWS = 128
 _MIB = 2**20
+#: Steps whose prices are kept: more than any run has under way at once.
+_KEPT = 256
 
 Numbers = npt.NDArray[np.float64]
 
@@ -49,7 +55,7 @@ class _Rows(NamedTuple):
 
 
 class Attention:
-    """What attention adds on one GPU, by step and kind of layer; nothing where a scenario names no context.
+    """What attention adds on one GPU, by step and kind of layer; nothing for a fixed batch without a context.
 
     `kind_of` (layers,) numbers the layers that attend alike; `firsts` is a layer of each kind.
     """
@@ -57,7 +63,8 @@ class Attention:
     def __init__(self, inputs: Inputs, profile: Profile, surface: SurfaceCosts | None, dispatch: str) -> None:
         self._inputs, self._model, self._surface, self._rule = inputs, inputs.model, surface, profile.compute.rule
         self._start = inputs.scenario.workload.context
-        self._known: dict[int, list[Added]] = {}
+        self._by_requests = inputs.scenario.requests is not None
+        self._known: dict[int, list[Added]] = {}  # the last _KEPT steps
         model = self._model
         alike = [(model.attention_of(layer), model.dense_bytes[layer]) for layer in range(model.layers)]
         kinds = {each: kind for kind, each in enumerate(dict.fromkeys(alike))}
@@ -71,16 +78,24 @@ class Attention:
         growths = {size: _growth(point for point in points if point.weight_bytes == size) for size in sizes}
         self._growth = {size: growth for size, growth in growths.items() if growth is not None}
 
+    def of_steps(self, steps: list[Step]) -> Attention:
+        """Returns the same for other steps: those that a run pulls."""
+        other = copy(self)
+        other._inputs, other._known = replace(self._inputs, steps=steps), {}
+        return other
+
     @property
     def counts(self) -> bool:
         """Whether it adds anything in this run."""
-        return self._start is not None
+        return self._start is not None or self._by_requests
 
     def by_kind(self, step: int) -> list[Added]:
         """Returns what it adds to the dense part of each kind of layer in a step."""
         found = self._known.get(step)
         if found is None:
             rows = self._rows(step)
+            if len(self._known) == _KEPT:
+                del self._known[next(iter(self._known))]
             found = self._known[step] = [self._added(layer, rows) for layer in self.firsts]
         return found
 
@@ -107,7 +122,10 @@ class Attention:
 
     def _rows(self, step: int) -> _Rows:
         """Returns what the rows of a step that live on this GPU attend to."""
-        inputs, rows = self._inputs, self._inputs.steps[step].rows
+        inputs, found = self._inputs, self._inputs.steps[step]
+        if isinstance(found, RequestStep):
+            return _rows_of(found.parts)
+        rows = found.rows
         layout = inputs.expert_parallel
         if layout is not None and layout.moves_tokens:
             rows = rows[layout.homes[step] == inputs.gpu_number]
@@ -159,6 +177,13 @@ class Attention:
         read_ns = keys_read * attends.key_bytes * 1e9 / self._rule.bytes_per_second
         flops = 4 * attends.heads * (width or attends.head_dim) * pairs
         return max(read_ns, flops * 1e9 / self._rule.flops_per_second)
+
+
+def _rows_of(parts: tuple[Part, ...]) -> _Rows:
+    """Returns what the rows of requests attend to: all that their request has before them, and themselves."""
+    first, tokens = (np.array(column, dtype=np.float64) for column in list(zip(*parts, strict=True))[1:3])
+    prompts = (np.arange(part.first + 1.0, part.first + part.tokens + 1) for part in parts if part.tokens > 1)
+    return _Rows(first[tokens == 1] + 1, tuple(prompts))
 
 
 def _shape(point: KernelPoint) -> tuple[int, str, str, int]:

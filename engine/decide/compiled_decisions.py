@@ -186,7 +186,7 @@ class Decisions:
 
     def _pull(self, pulled: Pulled, gauge: Gauge) -> bool:
         """Whether the scheduler makes a step now; if not, its thread idles for a while, or is at its end."""
-        found, thread = pulled.next(gauge.now_ns()), self.threads[0]
+        found, thread = pulled.next(gauge.now_ns(), gauge.link_busy_ns()), self.threads[0]
         if found is None:
             self._layout.set(thread, {w.H_STEPS: len(self._parts[0].source.steps)})
         elif isinstance(found, Wait):

@@ -289,7 +289,7 @@ def pulled_program(stage: Stage, pulled: Pulled, gauge: Gauge) -> Program:
     It idles while there is nothing to run. `gauge` is the thread's clock.
     """
     rows = Rows()
-    while (found := pulled.next(gauge.now_ns())) is not None:
+    while (found := pulled.next(gauge.now_ns(), gauge.link_busy_ns())) is not None:
         if isinstance(found, Wait):
             order_idle(stage.gpu.settings, found.until_ns, rows.room_for(_SOME_ROWS))
             yield iter([rows.portion()])

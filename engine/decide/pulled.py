@@ -33,15 +33,17 @@ class Pulled:
         self.idle: list[tuple[int, int]] = []
         self.most_tokens, self._budget_of = most_tokens, budget_of
         self._runs = False
+        self._link_busy_ns = 0
 
-    def next(self, now_ns: int) -> Step | Wait | None:
+    def next(self, now_ns: int, link_busy_ns: int = 0) -> Step | Wait | None:
         """Returns what the scheduler makes of now, when the tokens of the step before, if there was one, are there.
 
-        Raises InputError for a step without tokens or with too many, and for waiting for an instant that has passed.
+        `link_busy_ns` is how long copies to the GPU have taken since the run began. Raises InputError for a step without tokens or with too many, and for waiting for an instant that has passed.
         """
         if self._runs:
             self._runs = False
-            self.source.ended(now_ns)
+            self.source.ended(now_ns, link_busy_ns - self._link_busy_ns)
+        self._link_busy_ns = link_busy_ns
         found = self.source.next_step(now_ns)
         if isinstance(found, Wait):
             if found.until_ns <= now_ns:

@@ -35,7 +35,7 @@ def _visit_ns(part: Inputs, costs: Costs, tokens: int) -> tuple[int, str, int]:
     used = min(model.experts, tokens * model.top_k)
     each: dict[str, tuple[int, int]] = {
         "the dense part": (1, max(costs.dense(layer, tokens).ns for layer in range(model.layers))),
-        "attention": (1, _attention_ns(costs)),
+        "attention": (1, _attention_ns(costs, len(part.steps))),
         "the head": (1, costs.head(tokens).ns),
         "a prediction": (tokens, costs.predict_ns),
         "the kernels of an expert": (used, max(costs.expert(layer, tokens).ns for layer in range(model.layers))),
@@ -56,8 +56,8 @@ def _visit_ns(part: Inputs, costs: Costs, tokens: int) -> tuple[int, str, int]:
     return sum(times.values()), longest, each[longest][1]
 
 
-def _attention_ns(costs: Costs) -> int:
-    """Returns what attention adds to a dense part at most."""
-    if not costs.attention.counts:
+def _attention_ns(costs: Costs, steps: int) -> int:
+    """Returns what attention adds to a dense part at most; of steps that are still to be made, nothing is known."""
+    if not costs.attention.counts or not steps:
         return 0
     return max(added.ns for added in costs.attention_in(costs.attention.heaviest_step()))

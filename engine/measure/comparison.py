@@ -1,6 +1,6 @@
 """Comparisons: runs side by side, and where the time between them arises, to the nanosecond.
 
-A makespan is compute + stall + host + predictor + bubble + drain on every GPU, so the difference of two makespans is
+A makespan is compute + stall + host + predictor + bubble + drain on every GPU, and idle under load, so the difference of two makespans is
 the sum of the differences of these parts: nothing is left over.
 """
 
@@ -18,7 +18,7 @@ from ..scenario.rows import flat
 from .result_data import check_result
 
 #: The parts of a makespan, in the order in which they are told.
-PARTS = ("compute", "stall", "host", "predictor", "bubble", "drain")
+PARTS = ("compute", "stall", "host", "predictor", "bubble", "drain", "idle")
 #: What is set side by side, where the runs have it.
 FIGURES = (
     "tokens_per_second",
@@ -131,7 +131,7 @@ def _parts_ns(run: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     parts_ns = {}
     # A result from before there were several GPUs has one.
     for gpu in run.get("gpus") or [{"device": "gpu0", "time": run["time"]}]:
-        parts = {part: round(gpu["time"][f"{part}_ms"] * 1e6) for part in PARTS}
+        parts = {part: round(gpu["time"].get(f"{part}_ms", 0.0) * 1e6) for part in PARTS}
         if sum(parts.values()) != makespan_ns:
             raise CompareError(
                 f"{gpu['device']}: the parts of time come to {sum(parts.values())} ns and makespan_ms to "
@@ -152,6 +152,7 @@ def _where(first: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, dict
                 "difference_ms": (after[gpu][part] - parts[part]) / 1e6,
             }
             for part in PARTS
+            if part != "idle" or parts[part] or after[gpu][part]
         }
         for gpu, parts in before.items()
         if gpu in after

@@ -34,6 +34,7 @@ class _Time(_Written):
     predictor_ms: _Ms
     bubble_ms: _Ms
     drain_ms: _Ms
+    idle_ms: _Ms = 0.0
 
 
 class _Gpu(_Written):

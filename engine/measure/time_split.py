@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ...resources.timeline import DECOMPRESS, DENSE, EXPERT, GUESSES, HEAD, KINDS, PREDICT
+from ...workloads.batches import PulledSteps
 from .recording import Array, Recording
 
 
@@ -16,21 +17,31 @@ def time_split(recording: Recording, run_ns: int | None = None) -> dict[str, flo
     compute + stall (its bytes, the CPU's results, or, inside host gaps, pageable copies that hold the host's thread) +
     host (its launch, and the GPU's own gap between launches) + predictor (its kernels on the compute stream, and
     inside host gaps its time on the host thread, or the host's wait for its guesses) + bubble (what another GPU sends)
-    + drain (after its last kernel, until the run ends at `run_ns` on another GPU) = makespan.
+    + drain (after its last kernel, until the run ends at `run_ns` on another GPU) = makespan. Where a scheduler makes
+    the steps, the time of the host's gaps in which it had nothing to run is apart, as idle.
     """
     spans, gaps = recording.compute_spans, _Gaps(recording)
     busy_ns = spans["end_ns"] - spans["start_ns"]
     predicting = spans["kind"] == PREDICT
     on_host, held = gaps.within_host(_host_predictions(recording)), gaps.within_host(_held_host(recording))
+    idle = gaps.within_host(idle_spans(recording))
     parts_ns = {
         "compute_ms": int(busy_ns[~predicting].sum()),
         "stall_ms": int(gaps.ns[gaps.for_bytes].sum()) + held,
-        "host_ms": int(gaps.of_host_ns.sum()) - on_host - held,
+        "host_ms": int(gaps.of_host_ns.sum()) - on_host - held - idle,
         "predictor_ms": int(busy_ns[predicting].sum()) + on_host,
         "bubble_ms": int(gaps.ns[gaps.for_gpu].sum()),
         "drain_ms": 0 if run_ns is None else run_ns - recording.makespan_ns,
     }
+    if isinstance(recording.steps, PulledSteps):
+        parts_ns["idle_ms"] = idle
     return {name: ns / 1e6 for name, ns in parts_ns.items()}
+
+
+def idle_spans(recording: Recording) -> Array:
+    """Returns when there was nothing to run, in order: spans of start_ns and end_ns."""
+    idle: Array = np.array(list(recording.idle), dtype=[("start_ns", "<i8"), ("end_ns", "<i8")])
+    return idle
 
 
 def host_held_ns(recording: Recording) -> int:

@@ -20,6 +20,8 @@ class Gauge:
         self.now_ns: Callable[[], int] = lambda: 0
         #: Copy time queued on the link, in ns.
         self.backlog_ns: Callable[[], int] = lambda: 0
+        #: How long copies to the GPU have kept their lanes busy since the run began, in ns.
+        self.link_busy_ns: Callable[[], int] = lambda: 0
 
 
 @dataclass

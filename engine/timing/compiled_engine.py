@@ -33,13 +33,18 @@ from .memory import (
     G_ATTENTION,
     G_BUDGET,
     G_EXCHANGE_NS,
+    G_H2D,
     G_NOW,
     G_NUMBER,
+    G_PREFETCH,
     K_SLOWDOWN,
     KERNEL_TOKENS,
     KERNEL_WORDS,
     KERNELS,
+    L_ACTIVE,
+    L_BUSY,
     L_NUMBER,
+    L_START,
     LANE,
     NODES_EACH,
     NODES_LEFT,
@@ -97,6 +102,15 @@ class CompiledEngine:
     def backlog_ns(self, gpu: int) -> int:
         """Returns the copy time that is queued on a GPU's link now, in ns."""
         return int(backlogs(self._memory.words, self._memory.floats, self._layout.gpus[gpu]))
+
+    def link_busy_ns(self, gpu: int) -> int:
+        """Returns how long the copy lanes to a GPU have been busy until now, in ns."""
+        words, at = self._memory.words, self._layout.gpus[gpu]
+        busy_ns = 0
+        for lane in {int(words[at + G_H2D]), int(words[at + G_PREFETCH])}:
+            busy_ns += int(words[lane + L_BUSY])
+            busy_ns += int(words[NOW] - words[lane + L_START]) if words[lane + L_ACTIVE] >= 0 else 0
+        return busy_ns
 
     def run(self) -> None:
         """Run until nothing is left to do."""

@@ -20,6 +20,7 @@ from .memory import (
     L_AFTER_ISSUE_DISTURBED,
     L_AFTER_OTHER,
     L_AFTER_OTHER_DISTURBED,
+    L_BUSY,
     L_CROWD,
     L_DISTURBERS,
     L_END,
@@ -198,6 +199,7 @@ def end(m: Words, f: Reals, lane: Word) -> Word:
     if moves and not knows_rates(m, slot, -1):
         return False
     m[lane + L_ACTIVE], m[lane + L_END], m[lane + L_FREE] = -1, NEVER, now
+    m[lane + L_BUSY] += now - m[lane + L_START]
     if moves:
         occupy(m, f, slot, -1)
     if m[lane + L_CROWD] >= 0:

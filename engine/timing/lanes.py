@@ -164,6 +164,7 @@ class Lane:
         self.active: Work | None = None
         self.neighbors: list[Lane] = []
         self._left_ns = 0.0
+        self._start_ns = self._busy_ns = 0
         self._stretch, self._since_ns, self._end_ns = 1.0, 0, NEVER
         self._free_ns = NEVER
         self._goes_on = False  # between two pieces of work that the engine does not leave this lane for
@@ -194,6 +195,10 @@ class Lane:
     def disturbed(self) -> bool:
         """Whether one of the disturbers is busy now."""
         return any(lane.active is not None for lane in self.disturbers)
+
+    def busy_ns(self) -> int:
+        """Returns how long it has been busy until now."""
+        return self._busy_ns + (self.now_ns - self._start_ns if self.active is not None else 0)
 
     def backlog_ns(self) -> int:
         """Returns the undisturbed work that is queued or running now, in ns."""
@@ -250,6 +255,7 @@ class Lane:
         self._goes_on, self.active, work.started = False, work, True
         self.waiting.pop(work, None)
         start_ns, self._left_ns = self.now_ns, float(ns)
+        self._start_ns = start_ns
         if self.share is not None:
             self.share.begin(work.transfer, ns)
         self._tell()
@@ -264,6 +270,7 @@ class Lane:
                 done_ns = (self.now_ns - self._since_ns) / self._stretch
                 self._left_ns = max(0.0, self._left_ns - done_ns)
         self.active = None
+        self._busy_ns += self.now_ns - start_ns
         if self.share is not None:
             self.share.end()
         for lane in (self, *self.turns):

@@ -227,6 +227,10 @@ class GpuLanes:
         """Returns the copy time that is queued on the link now, in ns."""
         return sum(lane.backlog_ns() for lane in self.streams)
 
+    def link_busy_ns(self) -> int:
+        """Returns how long the copy streams to the GPU have been busy until now, in ns."""
+        return sum(lane.busy_ns() for lane in self.streams)
+
     # What work takes.
 
     def kernel_of(self, kind: int, layer: int, phase: int, tokens: int) -> KernelCost:

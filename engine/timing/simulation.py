@@ -93,6 +93,7 @@ class OneGpu:
         self._resolved = bytearray()
         self.gauge = gauge
         gauge.now_ns, gauge.backlog_ns = lambda: self.state.now_ns, self.lanes.backlog_ns
+        gauge.link_busy_ns = self.lanes.link_busy_ns
         engine.gpus.append(self)
         registers = engine.registers.own()
         rooms = Rooms(registers, manager.assigned.values(), lends=lends)
@@ -237,6 +238,7 @@ class Simulation:
                     partial(engine.now_ns, number),
                     partial(engine.backlog_ns, number),
                 )
+                one.gauge.link_busy_ns = partial(engine.link_busy_ns, number)
         if self._decisions is None:
             with collector_off():
                 engine.run()

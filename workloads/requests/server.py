@@ -65,7 +65,6 @@ class Server:
         self._live: dict[int, Live] = {}
         self._rows_of: dict[int, Rows] = {}
         self._running: _Planned | None = None
-        self._last_end_ns = 0
 
     def next_step(self, now_ns: int) -> RequestStep | Wait | None:
         """Returns the step to dispatch now, or how long there is nothing to do, or None when all requests are served.
@@ -151,8 +150,8 @@ class Server:
                 self.log.gave(part.request, given, end_ns)
             if live.produced == live.request.output_tokens:
                 self._leave(live, end_ns)
-        queue.link_busy = link_busy_ns / max(1, end_ns - self._last_end_ns)
-        self._last_end_ns = end_ns
+        # Streams that share a link are busy at once.
+        queue.link_busy = min(1.0, link_busy_ns / max(1, end_ns - step.start_ns))
         self.log.step(StepRecord(start_ns=step.start_ns, end_ns=end_ns, tokens=tokens, **step.record))
         self._running = None
 
