@@ -1,7 +1,7 @@
 """Comparisons: runs side by side, and where the time between them arises, to the nanosecond.
 
-A makespan is compute + stall + host + predictor + bubble + drain on every GPU, and idle under load, so the difference of
-two makespans is the sum of the differences of these parts: nothing is left over.
+A makespan is compute + stall + host + predictor + bubble + drain on every GPU, and idle under load, so the difference
+of two makespans is the sum of the differences of these parts: nothing is left over.
 """
 
 from __future__ import annotations
