@@ -1,9 +1,9 @@
 """What attention adds to a layer's dense part with what is cached, where that is known: of requests, or by a context.
 
 It is priced by step, for a step's rows say what is cached: a row attends to the positions of its request, or of its
-sequence behind the scenario's context, up to its own, or to the last so many. Rows that are alone in their sequence decode, together; several of one sequence are a
-prompt, or a chunk of one, and cost what a whole prompt of as many pairs of positions costs, but at least one look at
-all keys. Linear attention and state spaces attend to nothing that grows.
+sequence behind the scenario's context, up to its own, or to the last so many. Rows that are alone in their sequence
+decode, together; several of one sequence are a prompt, or a chunk of one, and cost what a whole prompt of as many pairs
+of positions costs, but at least one look at all keys. Linear attention and state spaces attend to nothing that grows.
 
 Where it was measured for the dense part's shape, decoding goes by these points; else by the GPU's surface of single
 kernels; where there is none, by the bytes that are read and the operations that are made. The first alone is no
