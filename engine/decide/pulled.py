@@ -38,8 +38,8 @@ class Pulled:
     def next(self, now_ns: int, link_busy_ns: int = 0) -> Step | Wait | None:
         """Returns what the scheduler makes of now, when the tokens of the step before, if there was one, are there.
 
-        `link_busy_ns` is how long copies to the GPU have taken since the run began. Raises InputError for a step without
-        tokens or with too many, and for waiting for an instant that has passed.
+        `link_busy_ns` is how long copies to the GPU have taken since the run began. Raises InputError for a step
+        without tokens or with too many, and for waiting for an instant that has passed.
         """
         if self._runs:
             self._runs = False
