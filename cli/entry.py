@@ -22,6 +22,7 @@ from .observe import calibrate_observe
 from .pictures import plot, report, topology
 from .requests import capacity
 from .run import compile_engine, mrc, replay, run
+from .show import show
 
 app = typer.Typer(
     help="""Simulate Mixture-of-Experts inference with expert offloading and prefetching.
@@ -32,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _COMMANDS: tuple[Callable[..., None], ...] = (
-    run, sweep, suite, plot, report, topology, compare, breakeven, capacity, replay, reproduce, mrc,
+    run, show, sweep, suite, plot, report, topology, compare, breakeven, capacity, replay, reproduce, mrc,
 )  # fmt: skip
 for _command in _COMMANDS:
     app.command()(_command)

@@ -58,7 +58,15 @@ class Own:
 
     def scenario(self, name: str | None) -> str | None:
         """Returns the scenario to begin with: the one named, or the one for whoever names a model or a machine."""
-        return BASE if name is None and (self.model is not None or self.parts()) else name
+        return BASE if self._begins_anew(name) else name
+
+    def _begins_anew(self, name: str | None) -> bool:
+        """Whether no scenario is named: a model's name beside a machine is the model, also if a scenario has it."""
+        from ..workloads.model import preset_names
+
+        if name is None:
+            return self.model is not None or bool(self.parts())
+        return name in preset_names() and bool(self.parts())
 
     def settings(self, name: str | None) -> list[str]:
         """Returns the settings of a scenario that say the same; `name` is the scenario that was named, if one was.
@@ -66,8 +74,12 @@ class Own:
         A GPU begins a machine anew. Several GPUs are the stages of a pipeline, unless a scenario says what they are.
         """
         from ..resources.parts.written import joined_parts, times
+        from ..workloads.fitted import shipped_fits
 
-        settings = [] if self.model is None else [_setting("model.preset", self.model)]
+        anew = self._begins_anew(name)
+        model = self.model if self.model is not None or not anew else name
+        settings = [] if model is None else [_setting("model.preset", model)]
+        settings += [f"workload.synthetic.fit={model}"] if anew and model in shipped_fits() else []
         settings += [] if self.runtime is None else [f"runtime.name={self.runtime}"]
         settings += [] if self.context is None else [f"workload.context={self.context}"]
         parts = self.parts()
@@ -75,7 +87,7 @@ class Own:
             return settings + [_setting(f"machine.{key}", value) for key, value in parts.items()]
         count = times(parts["gpu"])[0]
         settings.append(_setting("machine.profile", joined_parts(parts)))
-        return [*settings, f"parallel.stages={count}"] if name is None and count > 1 else settings
+        return [*settings, f"parallel.stages={count}"] if anew and count > 1 else settings
 
 
 def _setting(key: str, value: str) -> str:

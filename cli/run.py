@@ -16,7 +16,10 @@ from .own import Context, Cpu, Drive, Gpu, Link, Model, Own, Ram, Runtime
 
 def run(
     scenario: Annotated[
-        str | None, typer.Argument(help="A scenario's TOML file or the name of a shipped one; without it, the default.")
+        str | None,
+        typer.Argument(
+            help="A scenario's TOML file, the name of a shipped one, or a model's; without it, the default."
+        ),
     ] = None,
     settings: Settings = None,
     model: Model = None,
@@ -52,6 +55,7 @@ def run(
         str | None,
         typer.Option(help="What carries the run out: compiled, or simpy, the reference: same numbers."),
     ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Tell why, of every warning.")] = False,
     json: Json = False,
 ) -> None:
     """Simulate a scenario: how fast it decodes, what was hit, late or missed, and where the time went.
@@ -65,7 +69,7 @@ def run(
       prestage run gpt-oss-20b --set workload.trace=trace.npz --json
       prestage run my-scenario.toml --no-baselines --check-prefetch
 
-    The README lists every key; a key or name that does not exist is refused with those that do.
+    `prestage show` tells what would run; docs/scenario.md lists every key.
     """
     from ..engine.loading.loading import load_inputs
     from ..engine.run import NOT_COMPILED, engine_for
@@ -102,7 +106,7 @@ def run(
         return
     from ..output.tables.runs import print_result
 
-    print_result(result.json_data())
+    print_result(result.json_data(), verbose)
     for line in written:
         typer.echo(line)
 

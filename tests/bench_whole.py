@@ -16,7 +16,7 @@ from prestage.engine.simulate import simulate_inputs
 from prestage.engine.timing.ready import make_ready
 from prestage.kept import KEPT
 
-SCENARIOS = ("default", "gpt-oss-20b", "pipeline-2", "cpu-experts", "nvme", "placement-8", "speed")
+SCENARIOS = ("guide", "gpt-oss-20b", "pipeline-2", "cpu-experts", "nvme", "placement-8", "speed")
 ROUNDS = 3
 COLUMNS = ("scenario", "layer visits", "loading, s", "again, s", "run, metrics, s", "with baselines, s")
 

@@ -33,11 +33,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def default_run() -> Any:
-    """The default scenario's Result, without its baselines."""
+    """Scenario guide's Result, without its baselines."""
     from prestage.engine.scenario.scenario import load_scenario
     from prestage.engine.simulate import simulate
 
-    return simulate(load_scenario(), baselines=False)
+    return simulate(load_scenario("guide"), baselines=False)
 
 
 @pytest.fixture(scope="session")

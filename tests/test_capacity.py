@@ -470,9 +470,9 @@ def test_sizes_are_said_in_the_unit_that_shows_them() -> None:
 
 def test_a_predictor_on_the_host_lies_in_host_memory() -> None:
     on_host = load_inputs(
-        load_scenario("default", ["predictor.lane=host", "workload.tokens=4", "predictor.latency_us=1"])
+        load_scenario("guide", ["predictor.lane=host", "workload.tokens=4", "predictor.latency_us=1"])
     )
-    on_gpu = load_inputs(load_scenario("default", ["predictor.lane=gpu", "workload.tokens=4"]))
+    on_gpu = load_inputs(load_scenario("guide", ["predictor.lane=gpu", "workload.tokens=4"]))
     size_bytes = on_gpu.predictor.gpu_memory_bytes
     assert size_bytes > 0
     assert kept(on_gpu)["gpu0"]["predictor"] == size_bytes and "predictor" not in kept(on_gpu)["host"]

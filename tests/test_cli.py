@@ -34,6 +34,7 @@ SMALL_RUN = ["run", "synthetic", *(part for setting in SMALL for part in ("--set
 COMMANDS = [
     [],
     ["run"],
+    ["show"],
     ["sweep"],
     ["suite"],
     ["plot"],
@@ -128,9 +129,7 @@ def test_version_is_that_of_the_distribution(prestage: Prestage) -> None:
 def test_run_without_a_scenario_runs_the_default_and_prints_tables(tmp_path: Path) -> None:
     ran = prestage_outside("run", "--set", "workload.tokens=80", cwd=tmp_path, COLUMNS="200")
     assert (ran.status, ran.err) == (0, "")
-    assert ran.out.startswith(
-        "switch-base-128 (12 x 128 experts, top-1) on h200 by prestage, guide, batch 4; room for 50.0%"
-    )
+    assert ran.out.startswith("gpt-oss-20b (24 x 32 experts, top-4) on gpu=rtx4060, ram=32GB DDR5-5600 by prestage, ")
     for said in ("tokens per second", "hit rate", "prefetch_hit", "cache_hit", "late", "miss", "useful", "wasted"):
         assert re.search(rf"^ *{said} ", ran.out, re.MULTILINE), said
     for said in ("Where ", "stall", "speedup", "all resident", "memory utilization"):

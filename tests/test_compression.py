@@ -211,10 +211,10 @@ def check_decompressed(recording: Recording, where: str) -> None:
 
 
 def test_half_the_bytes_and_free_decompression_are_a_link_twice_as_fast() -> None:
-    # On the default's real trace, with all else as it is.
+    # On a real trace, with all else as it is.
     settings = ["workload.tokens=20", "compression.where=host", "compression.ratio=0.5"]
     settings += ["compression.decompress_gb_per_s=1e6", "compression.decompress_us=0"]
-    packed, plain = simulate(load_scenario(None, settings)), simulate(load_scenario(None, settings[:1]))
+    packed, plain = simulate(load_scenario("guide", settings)), simulate(load_scenario("guide", settings[:1]))
     assert packed.data["counts"]["miss"] == plain.data["counts"]["miss"]
     assert 2 * packed.data["bytes"]["demand"] == plain.data["bytes"]["demand"]
     assert packed.data["makespan_ms"] < plain.data["makespan_ms"]
@@ -225,7 +225,7 @@ def test_half_the_bytes_and_free_decompression_are_a_link_twice_as_fast() -> Non
 
 def test_the_constant_of_decompression_is_the_rules_where_it_is_not_given() -> None:
     settings = ["workload.tokens=2", "compression.where=host", "compression.decompress_gb_per_s=500"]
-    data = simulate(load_scenario(None, settings), baselines=False).data
-    rule = load_inputs(load_scenario(None, settings)).profile.compute.rule
+    data = simulate(load_scenario("guide", settings), baselines=False).data
+    rule = load_inputs(load_scenario("guide", settings)).profile.compute.rule
     assert data["estimates"]["decompression"].startswith(f"{rule.constant_ns} ns, the profile's rule")
     assert data["decompress_ms"] > 0

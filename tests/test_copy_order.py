@@ -82,7 +82,7 @@ def test_a_demanded_prefetch_takes_the_rank_of_a_demand() -> None:
 def test_an_order_says_when_bytes_come_and_nothing_else(name: str) -> None:
     def decided(discipline: str) -> list[int]:
         settings = ["workload.tokens=6", "prefetch.policy=top-k", "prefetch.lookahead=2", "memory.gpu_budget=40experts"]
-        scenario = load_scenario("default", [*settings, f"copy.discipline={discipline}"])
+        scenario = load_scenario("guide", [*settings, f"copy.discipline={discipline}"])
         counts = simulate(scenario, baselines=False, engine="simpy").data["counts"]
         found = counts["prefetch_hit"] + counts["cache_hit"] + counts["late"]
         return [found, counts["miss"], counts["prefetch"], counts["evict"]]
@@ -95,7 +95,7 @@ def test_an_order_of_ones_own_that_ranks_as_priority_does_ends_at_the_same_nanos
     settings = ["workload.tokens=6", "prefetch.lookahead=2", "copy.chunk_bytes=4194304", "copy.drop_stale=true"]
 
     def spans(discipline: str) -> bytes:
-        inputs = load_inputs(load_scenario("default", [*settings, f"copy.discipline={discipline}"]))
+        inputs = load_inputs(load_scenario("guide", [*settings, f"copy.discipline={discipline}"]))
         (recording,) = run_all(inputs, prepared(inputs, part_costs(inputs)), engine="simpy")
         return recording.spans.tobytes()
 
@@ -125,7 +125,7 @@ def test_an_order_that_an_engine_does_not_know_runs_by_simpy_and_is_refused_wher
     assert engine_for(queueing("priority"), "compiled") == ("compiled", "")
     with pytest.raises(ScenarioError, match=r"'deadline': engine 'compiled' knows fifo, two_streams, priority alone"):
         engine_for(inputs, "compiled")
-    scenario = load_scenario("default", ["copy.discipline=deadline", "workload.tokens=2"])
+    scenario = load_scenario("guide", ["copy.discipline=deadline", "workload.tokens=2"])
     assert simulate(scenario).engine == ("simpy", why)  # and so do its baselines
 
 

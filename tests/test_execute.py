@@ -370,7 +370,7 @@ def test_an_execution_that_is_refused_leaves_no_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "runs"
-    words = ["calibrate", "execute", "default", "speed", "-o", str(out), "--set", "dispatch.mode=free"]
+    words = ["calibrate", "execute", "guide", "speed", "-o", str(out), "--set", "dispatch.mode=free"]
     monkeypatch.setattr("sys.argv", ["prestage", *words])
     with pytest.raises(SystemExit) as ended:
         cli.main()
@@ -424,7 +424,7 @@ def test_without_a_gpu_one_line_names_the_shipped_profiles() -> None:
 
 def test_a_set_and_its_scenarios_have_names_and_are_not_changed() -> None:
     assert len(chosen_scenarios(["validation"])) == len(scenarios("validation"))
-    assert list(chosen_scenarios(["qwen-graph-ahead0", "default"])) == ["qwen-graph-ahead0", "default"]
+    assert list(chosen_scenarios(["qwen-graph-ahead0", "guide"])) == ["qwen-graph-ahead0", "guide"]
     with pytest.raises(ScenarioError, match="--set 'seed=1'"):
         chosen_scenarios(["qwen-graph-ahead0"], ["seed=1"])
 

@@ -104,10 +104,10 @@ def made_run(**changes: Any) -> Run:
 
 @pytest.fixture(scope="module")
 def default_runs() -> list[Run]:
-    """The default scenario's first tokens, and the same without prefetch."""
+    """The first tokens of scenario guide, and the same without prefetch."""
     settings = ["workload.tokens=60"], ["workload.tokens=60", "prefetch.lookahead=0"]
-    results = [simulate(load_scenario(None, each)) for each in settings]
-    return [run_of(result, name) for result, name in zip(results, ("default", "no prefetch"), strict=True)]
+    results = [simulate(load_scenario("guide", each)) for each in settings]
+    return [run_of(result, name) for result, name in zip(results, ("guide", "no prefetch"), strict=True)]
 
 
 def values(bars: Bars) -> dict[str, list[float]]:

@@ -65,10 +65,10 @@ def test_what_differs_in_anything_that_guesses_are_made_of_does_not_share_them(s
 
 def test_what_is_kept_is_what_would_be_made() -> None:
     for settings in (LEARNED, ("workload.tokens=20", "prefetch.lookahead=3")):
-        kept = load_inputs(load_scenario("default", settings))
-        again = load_inputs(load_scenario("default", settings))
+        kept = load_inputs(load_scenario("guide", settings))
+        again = load_inputs(load_scenario("guide", settings))
         KEPT.clear()
-        anew = load_inputs(load_scenario("default", settings))
+        anew = load_inputs(load_scenario("guide", settings))
         assert again.guesses is kept.guesses
         assert anew.guesses is not kept.guesses
         assert anew.guesses is not None and kept.guesses is not None

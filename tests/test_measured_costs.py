@@ -326,10 +326,10 @@ def test_a_profile_that_is_silent_about_uncertainty_has_no_spread_and_a_warning_
 @pytest.mark.parametrize(
     "settings",
     [
-        ("default",),
-        ("default", "dispatch.mode=eager", "dispatch.router_readback=false", "dispatch.launch_queue_depth=12"),
-        ("default", "copy.discipline=priority", "copy.chunk_bytes=1000000", "prefetch.policy=cost-aware"),
-        ("default", "dispatch.expert_kernel=grouped", "workload.batch=4", "copy.discipline=two_streams"),
+        ("guide",),
+        ("guide", "dispatch.mode=eager", "dispatch.router_readback=false", "dispatch.launch_queue_depth=12"),
+        ("guide", "copy.discipline=priority", "copy.chunk_bytes=1000000", "prefetch.policy=cost-aware"),
+        ("guide", "dispatch.expert_kernel=grouped", "workload.batch=4", "copy.discipline=two_streams"),
         ("pipeline-2", "copy.contention=false", "workload.tokens=20", "workload.prefill=skip"),
         ("speed", "machine.profile=h200", "workload.tokens=50"),  # more events than are drawn at once
     ],

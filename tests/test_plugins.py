@@ -73,14 +73,14 @@ def test_a_run_goes_by_a_policy_of_ones_own(mru: Path, way: str, capsys: pytest.
 
 def test_without_it_the_policy_is_unknown(mru: Path) -> None:
     with pytest.raises(ScenarioError, match=r"eviction = 'mru'"):
-        load_scenario("default", ["memory.eviction=mru"])
+        load_scenario("guide", ["memory.eviction=mru"])
 
 
 @pytest.mark.process
 def test_workers_load_what_began_the_sweep_and_a_row_says_so(mru: Path, tmp_path: Path) -> None:
     plugins.load_plugin(mru)
     grid = {"memory.eviction": ["lru", "mru"]}
-    rows = list(sweep("default", grid, settings=SMALL, out=tmp_path / "rows.jsonl", workers=2))
+    rows = list(sweep("guide", grid, settings=SMALL, out=tmp_path / "rows.jsonl", workers=2))
     assert [row["error"] for row in rows] == [None, None]
     assert rows[1]["plugins"] == [str(mru)]
     again = f"{tmp_path / 'rows.jsonl'}#{rows[1]['key']}"
@@ -95,7 +95,7 @@ def test_a_plug_in_that_changes_makes_other_rows(mru: Path, tmp_path: Path) -> N
     for comment in ("", "# another\n"):
         mru.write_text(MRU + comment, encoding="utf-8")
         plugins.load_plugin(mru)
-        rows = sweep("default", {"workload.tokens": [4]}, out=tmp_path / f"rows{len(keys)}.jsonl", workers=1)
+        rows = sweep("guide", {"workload.tokens": [4]}, out=tmp_path / f"rows{len(keys)}.jsonl", workers=1)
         keys += [row["key"] for row in rows]
     assert len(set(keys)) == 2
 

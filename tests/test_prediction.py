@@ -73,10 +73,10 @@ def test_a_cost_that_says_nothing_is_as_far_off_as_its_source_usually_is() -> No
 
 
 def test_a_run_of_measured_costs_is_a_figure_and_any_other_a_range() -> None:
-    known = simulate(load_scenario("default", ["workload.tokens=4"]), baselines=False, engine="simpy")
+    known = simulate(load_scenario("guide", ["workload.tokens=4"]), baselines=False, engine="simpy")
     assert known.unsure == [] and known.range is None and known.json_data()["range"] is None
     settings = ["workload.tokens=4", "runtime.name=transformers"]
-    guessed = simulate(load_scenario("default", settings), baselines=False, engine="simpy")
+    guessed = simulate(load_scenario("guide", settings), baselines=False, engine="simpy")
     assert any("transformers: layer (assumed)" in cost for cost in guessed.unsure)
     band = guessed.range["tokens_per_second"] if guessed.range else Range(0, 0, 0)
     assert band.p5 < guessed.data["tokens_per_second"] < band.p95

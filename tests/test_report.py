@@ -34,7 +34,7 @@ from prestage.resources.timeline import DENSE, EXPERT, HEAD, Timeline
 
 @pytest.fixture(scope="module")
 def result() -> Result:
-    return simulate(load_scenario(None, ["workload.tokens=60"]))
+    return simulate(load_scenario("guide", ["workload.tokens=60"]))
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def folder(result: Result, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def two(folder: Path) -> list[Run]:
     """That run, and the same without prefetch."""
     settings = ["workload.tokens=60", "prefetch.lookahead=0"]
-    return [load_result(folder), run_of(simulate(load_scenario(None, settings)), "second")]
+    return [load_result(folder), run_of(simulate(load_scenario("guide", settings)), "second")]
 
 
 @pytest.fixture(scope="module")

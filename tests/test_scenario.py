@@ -438,8 +438,8 @@ def test_a_key_without_a_value_has_its_default_again(settings: list[str], key: s
 
 @pytest.mark.parametrize("nothing", ["", "none"])
 def test_without_its_trace_a_workload_is_drawn(nothing: str) -> None:
-    assert load_scenario(None).workload.trace == "guide"
-    workload = load_scenario(None, [f"workload.trace={nothing}"]).workload
+    assert load_scenario("guide").workload.trace == "guide"
+    workload = load_scenario("guide", [f"workload.trace={nothing}"]).workload
     assert (workload.trace, workload.synthetic) == (None, SyntheticSection())
     kept = load_scenario("synthetic", [f"workload.trace={nothing}"]).workload.synthetic
     assert kept == load_scenario("synthetic").workload.synthetic
@@ -454,7 +454,7 @@ def test_a_key_that_does_not_exist_cannot_be_taken_out(setting: str) -> None:
 def test_a_grid_may_take_a_key_out() -> None:
     grid = make_grid("synthetic", {"workload.tokens": ["none", 5]})
     assert [grid.scenario(point).workload.tokens for point in grid.points()] == [None, 5]
-    over = make_grid(None, {"workload.synthetic.tokens": [10, 20]})  # in place of the default's trace
+    over = make_grid("guide", {"workload.synthetic.tokens": [10, 20]})  # in place of its trace
     assert [grid.scenario(point).workload.synthetic for grid, point in [(over, next(over.points()))]] == [
         SyntheticSection(tokens=10)
     ]

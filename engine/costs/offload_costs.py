@@ -50,9 +50,12 @@ class CpuCosts:
         measured = measured or list(profile.compute.cpu_experts)
         known = sorted({point.threads for point in measured})
         if not known:
+            or_else = "choose a profile that was measured with it"
+            if profile.name.startswith("gpu="):
+                or_else = "name the machine's memory (machine.ram = '2x DDR5-5600', --ram)"
             raise ProfileError(
                 f"miss.policy uses the CPU, and profile {profile.name} has no compute.cpu_experts: set "
-                f"miss.cpu_gb_per_s to what the CPU reads of host memory, or choose a profile that was measured with it"
+                f"miss.cpu_gb_per_s to what the CPU reads of host memory, or {or_else}"
             )
         threads = known[-1] if threads is None else threads
         if threads not in known:

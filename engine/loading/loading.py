@@ -18,7 +18,7 @@ from ...kept import KEPT, file_state, frozen
 from ...resources.profile import load_profile
 from ...resources.runtime import load_runtime
 from ...workloads.batches import Step, every_row, plan_steps, warmup_steps
-from ...workloads.fitted import FittedRouting
+from ...workloads.fitted import FittedRouting, fit_file
 from ...workloads.guesses import Guesses
 from ...workloads.importers import open_trace, trace_file
 from ...workloads.model import Model, load_model
@@ -307,7 +307,8 @@ def _trace_key(scenario: Scenario, model: Model) -> Hashable:
         with trace_file(scenario.workload.trace) as path:
             state = None if path is None else file_state(path)
     elif synthetic is not None and synthetic.fit is not None:
-        state = file_state(synthetic.fit)
+        with fit_file(synthetic.fit) as path:
+            state = file_state(path)
     elif synthetic is not None and synthetic.popularity is not None:
         state = (file_state(synthetic.popularity), model.layers, model.experts, model.top_k)
     else:

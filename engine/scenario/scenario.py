@@ -26,8 +26,10 @@ from ...plain import beyond_64_bits
 from ...resources.parts.section import lay_machine
 from ...resources.runtime import load_runtime
 from ...words import problems, unknown_name
+from ...workloads.fitted import shipped_fits
 from ...workloads.importers import shipped_traces
 from ...workloads.learned import shipped_weights
+from ...workloads.model import preset_names
 from ..policies.miss import MISS
 from .amounts import ScenarioError
 from .rows import find_row
@@ -50,6 +52,8 @@ from .together import clashes
 
 #: How many of a scenario's faults are told.
 _MOST_PROBLEMS = 20
+#: What a run of a model by its name begins with.
+OF_A_MODEL = "one-gpu"
 
 
 class Scenario(Section):
@@ -135,19 +139,24 @@ def scenario_names() -> list[str]:
 def load_scenario(name: str | Path | None = None, settings: Iterable[str] = ()) -> Scenario:
     """Returns a scenario: a TOML file's, a shipped one's by name, the embedded default's, or a sweep's row's.
 
-    A row is named by its journal and the beginning of its key, `results.jsonl#1f3a`.
+    A row is named by its journal and the beginning of its key, `results.jsonl#1f3a`. A shipped model's name that is no
+    scenario's is the scenario `one-gpu` with that model.
 
     `settings` are `section.key=value` strings laid over it; a value is read as TOML, or as a bare string; without one
     (`section.key=`) the key is taken out, and has its default again. A trace, a fit or weights named in a file are
     looked for beside that file; named in a setting, in the current folder. Raises ScenarioError.
     """
     data, source = scenario_data(name)
-    if isinstance(settings, str):
-        raise ScenarioError(f"settings = {settings!r}: give a list of them: [{settings!r}]")
-    # A runtime brings keys of its own over the file's; other settings go before these.
-    for setting in sorted(settings, key=lambda each: not each.strip().startswith("runtime.name")):
+    for setting in in_order(settings):
         apply_setting(data, setting)
     return make_scenario(data, source)
+
+
+def in_order(settings: Iterable[str]) -> list[str]:
+    """Returns settings as they are laid over a scenario: a runtime brings keys of its own, other settings follow."""
+    if isinstance(settings, str):
+        raise ScenarioError(f"settings = {settings!r}: give a list of them: [{settings!r}]")
+    return sorted(settings, key=lambda each: not each.strip().startswith("runtime.name"))
 
 
 def scenario_data(name: str | Path | None = None) -> tuple[dict[str, Any], str]:
@@ -186,32 +195,46 @@ def _read(name: str | Path | None, source: str) -> dict[str, Any]:
             raise ScenarioError(f"{source}: not UTF-8 text") from None
         folder = path.parent
     else:
-        shipped = "default" if name is None else str(name)
-        if shipped not in scenario_names():
-            raise ScenarioError(unknown_name("scenario", shipped, [*scenario_names(), "FILE.toml"]))
-        text = (resources.files("prestage") / "engine" / "scenario" / "shipped" / f"{shipped}.toml").read_text("utf-8")
-        folder = None
+        return _shipped("default" if name is None else str(name), source)
     data = parse_toml(text, source, ScenarioError)
-    if folder is not None:
-        workload = data.get("workload")
-        runtime = data.get("runtime")
-        if isinstance(runtime, dict) and str(runtime.get("name")).endswith((".toml", ".json")):
-            _find_beside(folder, runtime, "name")
-        _find_beside(folder, workload, "trace")
-        for key in DRAWN_BY:
-            _find_beside(folder, workload.get("synthetic") if isinstance(workload, dict) else None, key)
-        _find_beside(folder, data.get("predictor"), "weights")
-        requests = data.get("requests")
-        _find_beside(folder, requests, "trace")
-        speculation = requests.get("speculation") if isinstance(requests, dict) else None
-        _find_beside(folder, speculation, "acceptance")
+    workload = data.get("workload")
+    runtime = data.get("runtime")
+    if isinstance(runtime, dict) and str(runtime.get("name")).endswith((".toml", ".json")):
+        _find_beside(folder, runtime, "name")
+    _find_beside(folder, workload, "trace")
+    for key in DRAWN_BY:
+        _find_beside(folder, workload.get("synthetic") if isinstance(workload, dict) else None, key)
+    _find_beside(folder, data.get("predictor"), "weights")
+    requests = data.get("requests")
+    _find_beside(folder, requests, "trace")
+    speculation = requests.get("speculation") if isinstance(requests, dict) else None
+    _find_beside(folder, speculation, "acceptance")
     return data
+
+
+def _shipped(name: str, source: str) -> dict[str, Any]:
+    """Returns the plain data of a shipped scenario, or of the one that runs a shipped model."""
+    model = name if name in preset_names() and name not in scenario_names() else None
+    if model is None and name not in scenario_names():
+        raise ScenarioError(unknown_name("scenario", name, [*scenario_names(), "a model's name", "FILE.toml"]))
+    file = resources.files("prestage") / "engine" / "scenario" / "shipped" / f"{OF_A_MODEL if model else name}.toml"
+    data = parse_toml(file.read_text("utf-8"), source, ScenarioError)
+    if model is not None:
+        name_model(data, model)
+    return data
+
+
+def name_model(data: dict[str, Any], model: str) -> None:
+    """Lay a model over plain data; where the routing is drawn, it is by the fit to that model's, if one ships."""
+    data.setdefault("model", {})["preset"] = model
+    if model in shipped_fits() and data.get("workload", {}).get("synthetic") is not None:
+        lay(data, "workload.synthetic.fit", model)
 
 
 def _find_beside(folder: Path, section: Any, key: str) -> None:
     """Make a file that a section names relative to the folder of the scenario, unless it is one that ships."""
     named = section.get(key) if isinstance(section, dict) else None
-    if isinstance(named, str) and named not in (*shipped_traces(), *shipped_weights()):
+    if isinstance(named, str) and named not in (*shipped_traces(), *shipped_weights(), *shipped_fits()):
         section[key] = str(folder / named)
 
 
@@ -302,5 +325,15 @@ def _drop_replaced(data: dict[str, Any], parts: list[str], value: Any) -> None:
         if parts[1:2] == ["synthetic"] and parts[-1] in DRAWN_BY and isinstance(synthetic, dict):
             for key in {*FIT_REPLACES, *DRAWN_BY} - {parts[-1]}:
                 synthetic.pop(key, None)
+        if parts[1:2] == ["synthetic"] and parts[-1] in FIT_REPLACES:
+            _drop_shipped_fit(synthetic)
+    if parts == ["model", "preset"] and isinstance(workload, dict):
+        _drop_shipped_fit(workload.get("synthetic"))
     if parts == ["predictor", "name"] and value != "learned" and isinstance(predictor, dict):
         predictor.pop("weights", None)
+
+
+def _drop_shipped_fit(synthetic: Any) -> None:
+    """Take a shipped fit out of what is drawn: it is of one model, which another takes the place of."""
+    if isinstance(synthetic, dict) and synthetic.get("fit") in shipped_fits():
+        del synthetic["fit"]

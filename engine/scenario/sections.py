@@ -115,7 +115,8 @@ class SyntheticSection(Section):
 
     @model_validator(mode="after")
     def _fit_stands_alone(self) -> SyntheticSection:
-        without_meaning = set(FIT_REPLACES) & self.model_fields_set
+        fields = type(self).model_fields
+        without_meaning = {key for key in FIT_REPLACES if getattr(self, key) != fields[key].default}
         drawn_by = [key for key in DRAWN_BY if getattr(self, key) is not None]
         if len(drawn_by) > 1:
             raise InputError("popularity: no meaning with fit, which says it: leave one of them out")

@@ -98,10 +98,12 @@ def _saturated_link(inputs: Inputs, data: dict[str, Any]) -> str | None:
     if busy is None or busy < SATURATED or not data["counts"]["prefetch"]:
         return None
     unused = moved["prefetch_not_used"] / (moved["demand"] + moved["prefetch"])
+    orders_by_need = inputs.scenario.copy_.discipline == "priority"
+    instead = "" if orders_by_need else ", or copy.discipline = priority with chunk_bytes and drop_stale"
     return (
         f"saturated link: copies keep it busy for {busy:.0%} of the run and {unused:.0%} of their bytes are prefetched "
-        f"and never used, so that demand waits behind guesses; lower prefetch.k or lookahead, use a larger budget, or "
-        f"copy.discipline = priority with chunk_bytes and drop_stale"
+        f"and never used, so that demand waits behind guesses; lower prefetch.k or lookahead, or use a larger "
+        f"budget{instead}"
     )
 
 
@@ -151,9 +153,15 @@ def _host_bound(inputs: Inputs, data: dict[str, Any]) -> str | None:
             f"host-bound: the GPUs wait for the host for {share:.0%} of the run, because one thread serves them all in "
             f"turn; use parallel.dispatch_threads = per-gpu"
         )
+    dispatch = inputs.scenario.dispatch
+    remedies = [
+        "dispatch.mode = graph" if dispatch.mode == "eager" else "",
+        "dispatch.expert_kernel = grouped" if dispatch.expert_kernel == "separate" else "",
+        "a larger batch",
+    ]
     return (
         f"host-bound: the GPU waits for the host's launches and read-backs for {share:.0%} of the run, which no cache "
-        f"or prefetch shortens; use dispatch.mode = graph, expert_kernel = grouped or a larger batch"
+        f"or prefetch shortens; use {' or '.join(filter(None, remedies))}"
     )
 
 
@@ -192,7 +200,7 @@ def _prefill_dominates(inputs: Inputs, data: dict[str, Any]) -> str | None:
         return None
     return (
         f"prefill dominates: {share:.0%} of the run is prefill, so hit rates and stall say little of decoding; "
-        f" set workload.prefill = skip, or run more decode tokens"
+        f"set workload.prefill = skip, or run more decode tokens"
     )
 
 
@@ -243,8 +251,8 @@ def _estimated(inputs: Inputs, data: dict[str, Any]) -> str | None:
     if not data["estimates"]:
         return None
     return (
-        f"estimated cost in use: {', '.join(data['estimates'])}, not measured on this machine; calibrate it, or read "
-        f"under estimates how each was made"
+        f"estimated cost in use: {', '.join(data['estimates'])}, of which nothing was measured for this shape on this "
+        f"machine; calibrate it, or see estimates in result.json"
     )
 
 
@@ -258,7 +266,7 @@ def _uncalibrated(inputs: Inputs, data: dict[str, Any]) -> str | None:
         said.append(f"{', '.join(families)} (of {device})")
     return (
         f"uncalibrated cost in use: {', '.join(said)} of profile {inputs.profile.name}; trust comparisons more than "
-        f"absolute times, or calibrate this machine"
+        f"absolute times"
     )
 
 
@@ -267,7 +275,7 @@ def _free_prediction(inputs: Inputs, data: dict[str, Any]) -> str | None:
         data["predictor"]["latency_us"] and inputs.scenario.predictor.lane != "free"
     ):
         return None
-    return "prediction is free: its time is not charged; set predictor.latency_us and lane to what your predictor takes"
+    return "prediction is free: its time is not charged; set predictor.latency_us to what yours takes"
 
 
 def _latency_of_a_cpu(inputs: Inputs, data: dict[str, Any]) -> str | None:

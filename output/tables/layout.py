@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
@@ -22,12 +23,17 @@ def columns_of(*columns: str) -> Table:
     return table
 
 
-def print_rows(console: Console, title: str, rows: Iterable[tuple[str, ...]]) -> None:
+def print_rows(
+    console: Console,
+    title: str,
+    rows: Iterable[tuple[str, ...]],
+    justify: Sequence[JustifyMethod] = ("left", "right", "left"),
+) -> None:
     """Print rows of a name, a number and a note, under a title."""
     console.print(Text(f"\n{title}", style="bold"))
     table = Table(show_header=False, box=None, padding=(0, 2))
-    for justify in ("left", "right", "left"):
-        table.add_column(justify=justify)
+    for number, each in enumerate(justify):
+        table.add_column(justify=each, no_wrap=number == 0)
     for row in rows:
         table.add_row(*row)
     console.print(table)
@@ -41,3 +47,44 @@ def number_of(value: float | None, digits: int) -> str:
 def share_of(part: float | None, whole: float, digits: int = 1) -> str:
     """Returns a part of a whole in percent, `-` where undefined."""
     return "-" if part is None or not whole else f"{part / whole:.{digits}%}"
+
+
+def known_of(value: float | None, digits: int) -> str:
+    """Returns a number with so many significant digits, as `26.8` or `1,360`; `-` for None."""
+    if value is None:
+        return "-"
+    if not value or not math.isfinite(value):
+        return f"{value:,.0f}"
+    rounded = float(f"{value:.{digits}g}")
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(rounded))))
+    return f"{rounded:,.{decimals}f}"
+
+
+def time_of(ms: float | None, digits: int = 4) -> str:
+    """Returns a time in the unit that people would use for it: `669 us`, `37.4 ms`, `8.03 s`, `21.5 min`."""
+    if ms is None:
+        return "-"
+    for unit_ms, unit, from_ms in ((60e3, "min", 600e3), (1e3, "s", 10e3), (1.0, "ms", 1.0), (1e-3, "us", 0.0)):
+        if abs(ms) >= from_ms:
+            return f"{known_of(ms / unit_ms, digits)} {unit}"
+    raise ValueError(f"time {ms}: not a number")
+
+
+def size_of(size_bytes: float, digits: int = 3) -> str:
+    """Returns a number of bytes in the unit that people would use for it: `24 KiB`, `13.3 MiB`, `56.2 GiB`."""
+    for unit_bytes, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if abs(size_bytes) >= unit_bytes:
+            return f"{known_of(size_bytes / unit_bytes, digits)} {unit}"
+    return f"{size_bytes:,.0f} B"
+
+
+def print_warnings(console: Console, warnings: Iterable[str], verbose: bool = False) -> None:
+    """Print warnings, the gravest first: a line of each with what would help, or with `verbose` all of it."""
+    warnings = list(warnings)
+    for number, warning in enumerate(warnings):
+        name, _, rest = warning.partition(": ")
+        said = warning if verbose else f"{name}: {rest.rpartition('; ')[2]}"
+        line = Text(f"{'' if number else chr(10)}warning: {said}", style="yellow")
+        console.print(line, no_wrap=not verbose, overflow="fold" if verbose else "ellipsis", crop=False)
+    if warnings and not verbose:
+        console.print(Text("with -v, why"), style="dim")

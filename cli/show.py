@@ -1,0 +1,55 @@
+"""`prestage show`: what a run would be made of, before it runs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .console import print_json
+from .options import Json, Settings
+from .own import Context, Cpu, Drive, Gpu, Link, Model, Own, Ram, Runtime
+
+
+def show(
+    scenario: Annotated[
+        str | None, typer.Argument(help="A scenario's TOML file, a shipped one's or a model's name; or the default.")
+    ] = None,
+    settings: Settings = None,
+    model: Model = None,
+    gpu: Gpu = None,
+    cpu: Cpu = None,
+    ram: Ram = None,
+    link: Link = None,
+    drive: Drive = None,
+    context: Context = None,
+    runtime: Runtime = None,
+    all_keys: Annotated[bool, typer.Option("--all", help="List all keys, also those that have their default.")] = False,
+    toml: Annotated[
+        bool, typer.Option("--toml", help="Print the whole scenario as TOML, to change and to run.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Show a scenario as it would run: where each value comes from, what each memory keeps, and the runtime.
+
+    \b
+    Examples:
+      prestage show
+      prestage show qwen3-30b-a3b --gpu rtx4090 --ram "64GB DDR5-5600" --runtime llama.cpp
+      prestage show gpt-oss-20b --toml > mine.toml
+    """
+    from ..engine.loading.shown import shown
+    from ..engine.scenario.origins import origins, toml_of
+
+    own = Own(model, gpu, cpu, ram, link, drive, context, runtime)
+    loaded, keys = origins(own.scenario(scenario), [*own.settings(scenario), *(settings or ())])
+    if toml:
+        typer.echo(toml_of(keys), nl=False)
+        return
+    data = shown(loaded, keys)
+    if json:
+        print_json(data)
+        return
+    from ..output.tables.scenario import print_scenario
+
+    print_scenario(data, all_keys)
