@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -44,6 +44,16 @@ def calibrate_decode(
     layers: Annotated[int | None, typer.Option(help="Only the model's first so many layers.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Experts a token, in place of the model's.")] = None,
     repeats: Annotated[int, typer.Option(help="How many repeats of each setting, in rounds.")] = 7,
+    requests: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SCENARIO",
+            help="Serve the requests of this scenario in real time, in place of fixed batches; see `calibrate served`.",
+        ),
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting laid over the scenario of --requests; repeat it.")
+    ] = None,
     deadline: Annotated[float | None, typer.Option(help="Begin no run after so many seconds.")] = None,
     profile: Annotated[str, typer.Option(help="The machine that the scenarios written beside name.")] = "h200-pcie5",
     device: Annotated[int, typer.Option(help="Which CUDA GPU.")] = 0,
@@ -53,9 +63,17 @@ def calibrate_decode(
 
     Attention, routers, KV cache and head are the model's own; the memory manager decides as in a simulation, of which
     each setting's scenario and routing are written.
+
+    With --requests a scenario's server makes the steps as the real clock goes; its trace says the experts. Of the other
+    options --layers, --top-k, --repeats, --deadline and --device are meant then.
     """
     from ..calibration.cuda import Gpu
     from ..calibration.decode.runs import DecodeConfig, Point, decode_all, parse_point, summary
+
+    if requests is not None:
+        serving = (model, requests, tuple(settings or ()), layers, top_k, repeats, deadline)
+        _serve(Gpu(device), serving, out, as_json=json)
+        return
     from ..output.tables.measured import print_decoded
 
     if run:
@@ -74,3 +92,41 @@ def calibrate_decode(
         return
     print_decoded(summary(report))
     typer.echo(str(out / "decode.json"))
+
+
+def _serve(gpu: Any, serving: tuple[Any, ...], out: Path, *, as_json: bool) -> None:
+    """Serve requests, and say how it went."""
+    from ..calibration.decode.serving import ServeConfig, serve_all
+
+    with progress_shown() as progress:
+        report = serve_all(gpu, ServeConfig(*serving), out, progress)
+    if as_json:
+        print_json(report)
+        return
+    for number, repeat in enumerate(report["repeats"]):
+        waits = repeat["requests"]
+        typer.echo(
+            f"repeat {number}: {len(repeat['steps']):,} steps, TTFT p50 {waits['ttft_ms']['p50']:,.1f} ms, "
+            f"ITL p50 {waits['itl_ms']['p50']:,.1f} ms"
+        )
+    typer.echo(str(out / "served.json"))
+
+
+def calibrate_served(
+    files: Annotated[list[Path], typer.Argument(help="served.json of `calibrate decode --requests`, or its folder.")],
+    json: Json = False,
+) -> None:
+    """Hold what was served in real time against the simulation: the same steps, and the same requests by its clock.
+
+    Steps are compared one by one, with the very schedule of each repeat. Waits and the order of admissions are those of
+    a simulation that schedules by itself.
+    """
+    from ..calibration.decode.served import compare_served, read_served
+    from ..output.tables.requests import print_served
+
+    compared = [compare_served(read_served(file)) for file in files]
+    if json:
+        print_json({"served": compared})
+        return
+    for one in compared:
+        print_served(one)

@@ -15,7 +15,7 @@ import typer
 from ..errors import InputError
 from . import calibrate, machine, model, predictor, timeline, trace
 from .console import stop_status
-from .decode import calibrate_decode
+from .decode import calibrate_decode, calibrate_served
 from .experiments import breakeven, compare, suite, sweep
 from .guide import reproduce
 from .observe import calibrate_observe
@@ -42,6 +42,7 @@ app.add_typer(machine.app, name="machine")
 app.add_typer(trace.app, name="trace")
 app.add_typer(model.app, name="model")
 calibrate.app.command("decode")(calibrate_decode)
+calibrate.app.command("served")(calibrate_served)
 calibrate.app.command("observe")(calibrate_observe)
 app.add_typer(calibrate.app, name="calibrate")
 app.add_typer(calibrate.benchmark_app, name="benchmark")

@@ -173,10 +173,10 @@ def decode_all(gpu: Any, config: DecodeConfig, out: Path, progress: Progress | N
     loaded = load(gpu, config.model, layers=config.layers, top_k=config.top_k, seed=config.seed)
     recorded = None if config.routing is None else open_trace(config.routing)
     runs = [_run(config, loaded, recorded, point) for point in config.points]
-    runtime = Runtime(gpu, loaded, max(_slots(run.inputs) for run in runs))
+    runtime = Runtime(gpu, loaded, max(slots_of(run.inputs) for run in runs))
     prompts = dict.fromkeys((point.batch, point.context) for point in config.points)
     filled = {key: runtime.fill(_prompt_tokens(config, loaded, *key)) for key in prompts}
-    report, cores = _machine(gpu, config, loaded) | {"runs": []}, Cores()
+    report, cores = _same_for_all(gpu, config, loaded) | {"runs": []}, Cores()
     gc.collect()
     gc.freeze()  # what is loaded stays: a collection before each run need not look at it
     try:
@@ -205,7 +205,7 @@ def decode_all(gpu: Any, config: DecodeConfig, out: Path, progress: Progress | N
     return report
 
 
-def _slots(inputs: Inputs) -> int:
+def slots_of(inputs: Inputs) -> int:
     """Returns how many experts the budget of a run holds."""
     return inputs.budget_bytes // inputs.model.expert_bytes[0]
 
@@ -317,23 +317,26 @@ def _decode(runtime: Runtime, run: Run, prompt: Prompt, config: DecodeConfig) ->
     return steps, decides.counts()
 
 
-def _machine(gpu: Any, config: DecodeConfig, loaded: Loaded) -> dict[str, Any]:
-    """Returns what is the same for all runs."""
+def machine_of(gpu: Any, name: str, loaded: Loaded) -> dict[str, Any]:
+    """Returns on what and with which model something was run."""
     machine = gpu.describe()
     machine["versions"] = machine["versions"] | {
         name: metadata.version(name) for name in ("transformers", "prestage") if _is_installed(name)
     }
     return {
-        "format": FORMAT,
         "machine": machine | {"date": f"{datetime.now(UTC):%Y-%m-%d}"},
         "model": {
-            "name": config.model, "layers": loaded.layers, "experts": loaded.num_experts, "top_k": loaded.top_k,
+            "name": name, "layers": loaded.layers, "experts": loaded.num_experts, "top_k": loaded.top_k,
             "expert_bytes": loaded.layout.expert_bytes, "dtype": str(loaded.layout.dtype).split(".")[-1],
             "random_weights": loaded.random, "attention": loaded.model.config._attn_implementation,
         },
-        "tokens": config.tokens,
-        "warmup_steps": config.warmup,
     }  # fmt: skip
+
+
+def _same_for_all(gpu: Any, config: DecodeConfig, loaded: Loaded) -> dict[str, Any]:
+    """Returns what is the same for all runs."""
+    same = {"format": FORMAT} | machine_of(gpu, config.model, loaded)
+    return same | {"tokens": config.tokens, "warmup_steps": config.warmup}
 
 
 def _is_installed(name: str) -> bool:

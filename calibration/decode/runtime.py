@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from time import perf_counter_ns
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -65,6 +65,15 @@ class Prompt:
     cache: Any
     tokens: Any
     context: int
+
+
+class PackedRows(NamedTuple):
+    """The rows of a step of several requests: tokens, positions (rows,), the mask, and which rows get logits."""
+
+    tokens: Array
+    positions: Array
+    mask: Any
+    sampled: Array
 
 
 class Runtime:
@@ -156,6 +165,38 @@ class Runtime:
         self._step = self._given = None
         self._gpu.synchronize()
         return taken
+
+    @contextmanager
+    def serving(self, decides: Decides) -> Iterator[None]:
+        """Begin with no expert on the GPU, to run steps of `packed_step` by these decisions."""
+        import torch
+
+        self._decides = decides
+        self._forget()
+        gc.collect()
+        with torch.inference_mode(), self._on_compute(), collector_off():
+            yield
+        self._given = None
+        self._gpu.synchronize()
+
+    def packed_step(self, rows: PackedRows, routing: Array, cache: Any) -> list[int]:
+        """Run rows of several requests as one; return the likeliest token behind each of `rows.sampled`.
+
+        `routing` (rows, layers, k) takes the place of the routers' choices, whose kernels still run.
+        """
+        import torch
+
+        device = self._loaded.model.device
+        self._given = routing, torch.from_numpy(routing).to(device)
+        tokens, positions, sampled = (
+            torch.from_numpy(each).to(device) for each in (rows.tokens, rows.positions, rows.sampled)
+        )
+        output = self._loaded.model(
+            input_ids=tokens[None], position_ids=positions[None], attention_mask=rows.mask, use_cache=True,
+            logits_to_keep=sampled, **{self._loaded.cache_name: cache},
+        )  # fmt: skip
+        following: list[int] = output.logits[0].argmax(dim=-1).tolist()
+        return following
 
     @contextmanager
     def _on_compute(self) -> Iterator[None]:

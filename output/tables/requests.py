@@ -97,3 +97,23 @@ def capacity_line(data: Mapping[str, Any]) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:,.1f}" if value >= 10 else f"{value:,.3g}"
+
+
+def print_served(data: Mapping[str, Any]) -> None:
+    """Print what was served in real time beside the simulation."""
+    console = plain_console()
+    console.print(Text(f"{data['model']}: {data['requests']:,} requests served", style="bold"))
+    table = columns_of("same steps", "measured, ms", "simulated, ms", "median error", "median off", "sum")
+    for number, repeat in enumerate(data["repeats"]):
+        errors = (f"{repeat[name]:+.1%}" for name in ("median_error", "median_off", "sum_error"))
+        name = f"repeat {number}, {repeat['steps']:,} steps"
+        table.add_row(name, _number(repeat["measured_ms"]), _number(repeat["simulated_ms"]), *errors)
+    console.print(table)
+    table = columns_of("by its own clock", "measured, ms", "of repeats", "simulated, ms", "error")
+    for name, wait in data["waits"].items():
+        spread = f"{_number(wait['least_ms'])}-{_number(wait['most_ms'])}"
+        row = (_number(wait["measured_ms"]), spread, _number(wait["simulated_ms"]), f"{wait['error']:+.1%}")
+        table.add_row(name.replace("_ms.", " "), *row)
+    console.print(table)
+    same, repeats = sum(data["admitted"]), len(data["admitted"])
+    console.print(Text(f"admitted in the simulation's order: {same} of {repeats} repeats"))

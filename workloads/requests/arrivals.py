@@ -105,7 +105,9 @@ def arrival_instants(name: str, process: Process, count: int, seed: int) -> Inst
 
 
 class Source(Protocol):
-    """Where requests come from."""
+    """Where requests come from: all of them, and those that have arrived."""
+
+    requests: Sequence[Request]
 
     def arrived(self, now_ns: int) -> list[Request]:
         """Returns the requests that have arrived by now and were not returned before, in order."""
@@ -121,19 +123,19 @@ class Open:
     """Requests that arrive when they arrive, whatever becomes of the others."""
 
     def __init__(self, requests: Sequence[Request]) -> None:
-        self._requests = requests
+        self.requests = requests
         self._next = 0
 
     def arrived(self, now_ns: int) -> list[Request]:
         """Returns the requests that have arrived by now and were not returned before, in order."""
         first = self._next
-        while self._next < len(self._requests) and self._requests[self._next].arrival_ns <= now_ns:
+        while self._next < len(self.requests) and self.requests[self._next].arrival_ns <= now_ns:
             self._next += 1
-        return list(self._requests[first : self._next])
+        return list(self.requests[first : self._next])
 
     def next_ns(self) -> int | None:
         """Returns when the next request arrives, None if none is left."""
-        return self._requests[self._next].arrival_ns if self._next < len(self._requests) else None
+        return self.requests[self._next].arrival_ns if self._next < len(self.requests) else None
 
     def finished(self, request: Request, now_ns: int) -> None:
         """Nobody waits for it."""
@@ -149,7 +151,7 @@ class Closed:
     def __init__(self, requests: Sequence[Request], users: int, think_ns: int, seed: int) -> None:
         if users < 1 or think_ns < 0:
             raise InputError(f"users = {users}, thinking {think_ns} ns: must be at least 1 user and 0 ns")
-        self._requests = requests
+        self.requests = requests
         self._think_ns, self._seed = think_ns, seed
         self._coming: list[tuple[int, int]] = [(0, number) for number in range(min(users, len(requests)))]
         self._given = len(self._coming)
@@ -159,7 +161,7 @@ class Closed:
         found = []
         while self._coming and self._coming[0][0] <= now_ns:
             arrival_ns, number = heapq.heappop(self._coming)
-            found.append(replace(self._requests[number], arrival_ns=arrival_ns))
+            found.append(replace(self.requests[number], arrival_ns=arrival_ns))
         return found
 
     def next_ns(self) -> int | None:
@@ -168,7 +170,7 @@ class Closed:
 
     def finished(self, request: Request, now_ns: int) -> None:
         """Let its user think, and send the next."""
-        if self._given == len(self._requests):
+        if self._given == len(self.requests):
             return
         drawn = uniform_one(self._seed, _THINK, self._given)
         thought_ns = round(-self._think_ns * float(np.log1p(-drawn)))

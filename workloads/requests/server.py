@@ -60,7 +60,7 @@ class Server:
     ) -> None:
         self.log = RequestLog()
         self.queue = queue
-        self._source, self._scheduler = source, scheduler
+        self.source, self._scheduler = source, scheduler
         self._rows, self._speculation = rows, speculation
         self._live: dict[int, Live] = {}
         self._rows_of: dict[int, Rows] = {}
@@ -72,12 +72,12 @@ class Server:
         Raises InputError if the scheduler schedules nobody though there are requests.
         """
         assert self._running is None, "next_step before the step before has ended"
-        for request in self._source.arrived(now_ns):
+        for request in self.source.arrived(now_ns):
             live = self._live[request.number] = Live(request)
             self.queue.waiting.append(live)
             self.log.arrived(request.arrival_ns)
         if not self._live:
-            next_ns = self._source.next_ns()
+            next_ns = self.source.next_ns()
             return None if next_ns is None else Wait(next_ns)
         queue = self.queue
         queue.begin()
@@ -158,6 +158,6 @@ class Server:
     def _leave(self, live: Live, end_ns: int) -> None:
         self.queue.finish(live)
         self.log.finished(live, end_ns)
-        self._source.finished(live.request, end_ns)
+        self.source.finished(live.request, end_ns)
         del self._live[live.request.number]
         del self._rows_of[live.request.number]
