@@ -6,6 +6,7 @@ exist beforehand, so that launching is all that is left to do, and to time. With
 
 from __future__ import annotations
 
+import ctypes
 import platform
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -101,6 +102,26 @@ class Gpu:
 
         return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
+    def write_flag(self, flags: Any, number: int, stream: Any) -> Call:
+        """Returns the call that lets a stream write 1 to a word of pinned memory (words,) int32, behind its work."""
+        return _driver().cuStreamWriteValue32_v2, (stream.cuda_stream, flags.data_ptr() + 4 * number, 1, 0)
+
+    def wait_flag(self, flags: Any, number: int, stream: Any) -> Call:
+        """Returns the call that makes a stream wait until a word of pinned memory is 1 or more."""
+        return _driver().cuStreamWaitValue32_v2, (stream.cuda_stream, flags.data_ptr() + 4 * number, 1, 0)
+
+    def between(self, target: Any, source: Any, stream: Any) -> Call:
+        """Returns the call that copies bytes to or from another GPU, on a stream of either."""
+        size_bytes = min(target.numel() * target.element_size(), source.numel() * source.element_size())
+        return _driver().cuMemcpyAsync, (target.data_ptr(), source.data_ptr(), size_bytes, stream.cuda_stream)
+
+    def meet(self, other: Gpu) -> None:
+        """Let this GPU and another one reach each other's memory: torch opens the way at the first copy."""
+        there = other.empty(1)
+        here = self.empty(1)
+        here.copy_(there)
+        there.copy_(here)
+
     def graph_pool(self) -> Any:
         """Returns a new memory pool for graphs that are kept and dropped together."""
         import torch
@@ -151,12 +172,33 @@ class Gpu:
         return {
             "device": torch.cuda.get_device_name(self.index),
             "gpu_memory_bytes": torch.cuda.get_device_properties(self.index).total_memory,
-            "driver": _driver(),
+            "driver": _driver_version(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda},
         }
 
 
-def _driver() -> str:
+@cache
+def _driver() -> Any:
+    """Returns the CUDA driver's library with the calls that torch has not; each raises CudaError if it fails."""
+    word, size, address = ctypes.c_uint, ctypes.c_size_t, ctypes.c_void_p
+    library = ctypes.CDLL("libcuda.so.1")
+    for name, types in (
+        ("cuStreamWriteValue32_v2", (address, size, word, word)),
+        ("cuStreamWaitValue32_v2", (address, size, word, word)),
+        ("cuMemcpyAsync", (size, size, size, address)),
+    ):
+        function = getattr(library, name)
+        function.argtypes, function.errcheck = types, _check_driver
+    return library
+
+
+def _check_driver(status: int, function: Any, args: Any) -> int:
+    if status:
+        raise CudaError(f"{function.__name__}: CUDA driver error {status}")
+    return status
+
+
+def _driver_version() -> str:
     """Returns the version of the NVIDIA driver, as the kernel module says it."""
     try:
         words = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").splitlines()[0].split()
@@ -211,9 +253,21 @@ class Workload:
         self._expert_x = self._random("expert x", most_tokens, hidden, dtype=dtype, scale=1.0, seed=3)
         self._expert_y = self._empty("expert y", most_tokens, hidden, dtype=dtype)
         self._gate, self._up = (self._empty(name, most_tokens, inner, dtype=dtype) for name in ("gate", "up"))
+        self._most_tokens = most_tokens
         self.dense = cache(self._dense)
         self.expert = cache(self._expert)
         self.head = cache(self._head)
+        self.predict = cache(self._predict)
+
+    @property
+    def tokens(self) -> Any:
+        """The hidden states that dense parts begin with (most_tokens, hidden)."""
+        return self._x
+
+    @property
+    def inputs(self) -> Any:
+        """The hidden states that experts begin with (most_tokens, hidden)."""
+        return self._expert_x
 
     @property
     def output(self) -> Any:
@@ -284,6 +338,20 @@ class Workload:
         calls += [_negate(y)] * (model.expert_kernels - len(calls))
         return self._launched(tuple(calls))
 
+    def _predict(self, tokens: int) -> Calls:
+        """Returns a linear predictor over `tokens` tokens: a score for each expert, and the best of them."""
+        import torch
+
+        model = self._model
+        dtype, shape = model.dense_dtype, (self._most_tokens, model.experts)
+        weights = self._random("predictor", model.hidden, model.experts, dtype=dtype, scale=model.hidden**-0.5, seed=4)
+        scores = self._empty("scores", *shape, dtype=dtype)[:tokens]
+        best = self._empty("best", self._most_tokens, model.top_k, dtype=dtype)[:tokens]
+        self.guesses = self._empty("guesses", self._most_tokens, model.top_k, dtype="int64")
+        product = _with_out("mm", self._x[:tokens], weights, scores)
+        top = partial(torch.topk, out=(best, self.guesses[:tokens])), (scores, model.top_k)
+        return self._launched((product, top))
+
     def _head(self, tokens: int) -> Calls:
         """Returns the head's product over `tokens` tokens."""
         return self._launched((_product(self._x[:tokens], self._head_weights, self._logits[:tokens]),))
@@ -305,14 +373,14 @@ def expert_weights_bytes(model: Model) -> int:
     return model.expert_matrices * model.hidden * model.expert_ff * itemsize(model.expert_dtype)
 
 
-def without_kernels(model: Model) -> list[str]:
+def without_kernels(model: Model, *, experts: bool = True) -> list[str]:
     """Returns what is wrong with a model whose products cannot be made; nothing if they can."""
     wrongs = [
         f"model {model.name}: {key} = {dtype!r}: only {', '.join(EXECUTABLE_DTYPES)} can be executed"
         for key, dtype in (("expert_dtype", model.expert_dtype), ("dense_dtype", model.dense_dtype))
-        if dtype not in EXECUTABLE_DTYPES
+        if dtype not in EXECUTABLE_DTYPES and (experts or key == "dense_dtype")
     ]
-    if model.expert_dtype in EXECUTABLE_DTYPES and expert_weights_bytes(model) > min(model.expert_bytes):
+    if experts and model.expert_dtype in EXECUTABLE_DTYPES and expert_weights_bytes(model) > min(model.expert_bytes):
         wrongs.append(f"model {model.name}: {min(model.expert_bytes)} bytes an expert do not hold its matrices")
     return wrongs
 

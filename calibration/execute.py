@@ -32,12 +32,15 @@ from ..engine.timing.collector import collector_off
 from ..errors import InputError
 from .clocks import Clocks
 from .cuda import Calls, CudaError, Gpu
+from .entries import ExecutionError, Plan
+from .executable import check_executable
 from .host import DISTURBED, Cores
-from .measured import SPAN_COLUMNS, Measured, MeasuredGpu, Times, makespan_ns
-from .part import Part, Shared, Way, Ways, check_slots
-from .plan import ExecutionError, Plan, check_executable, decision_counts, make_plans
+from .measured import LANE, SPAN_COLUMNS, Measured, MeasuredGpu, Times, lane_column, makespan_ns
+from .part import Part
+from .plan import decision_counts, make_plans
 from .profiler import record_profile
 from .scenario_sets import SETS, scenarios
+from .shared import Shared, Way, Ways, check_slots, slot_bytes
 
 #: How many runs are made at most for each that counts, where others disturb the host.
 ATTEMPTS = 4
@@ -60,11 +63,13 @@ class Execution:
         self.clocks = Clocks(used)
         one_thread = inputs.scenario.parallel.dispatch_threads == "one"
         self.threads = 1 if one_thread else len(plans)
-        ways = _ways(used, inputs, one_thread) if inputs.links is not None else [None] * len(plans)
+        ways = _ways(used, inputs, one_thread) if inputs.stages else [None] * len(plans)
         self.parts = [
             Part(used[number], part, plan, shared, clock=number, ways=Ways(ways[number - 1], ways[number]))
             for number, (part, plan) in enumerate(zip(inputs.parts, plans, strict=True))
         ]
+        for part in self.parts:
+            part.lay_out(self.parts)
 
     def run(self) -> list[Times]:
         """Run once and return the times; everything launched has ended when it returns."""
@@ -78,6 +83,8 @@ class Execution:
             for (calls, _), into in zip(programs[1:], stamps[1:], strict=True)
         ]
         with collector_off(), _often(self.threads):
+            for part in self.parts:
+                part.beside.start()
             self.clocks.set()
             for thread in others:
                 thread.start()
@@ -85,6 +92,8 @@ class Execution:
             for thread in others:
                 thread.join()
         if failed:
+            for part in self.parts:
+                part.beside.join()
             raise failed[0]
         for part in self.parts:
             part.synchronize()
@@ -229,12 +238,13 @@ def undisturbed(execution: Execution, repeats: int, cores: Cores) -> tuple[list[
 
 
 def _spans(plan: Plan) -> dict[str, npt.NDArray[np.int64]]:
-    """Returns SPAN_COLUMNS of a plan's spans (marks,)."""
+    """Returns SPAN_COLUMNS of a plan's spans (marks,), and their lanes where the kinds do not say these."""
     marks = [entry.marks for entry in plan.entries]
-    return {
-        column: np.repeat(np.array([getattr(entry, column) for entry in plan.entries], dtype=np.int64), marks)
-        for column in SPAN_COLUMNS
-    }
+    columns = {name: [getattr(entry, name) for entry in plan.entries] for name in SPAN_COLUMNS}
+    lanes = lane_column([(entry.kind, entry.lane) for entry in plan.entries])
+    if lanes is not None:
+        columns[LANE] = lanes
+    return {name: np.repeat(np.array(values, dtype=np.int64), marks) for name, values in columns.items()}
 
 
 def execute_all(
@@ -291,8 +301,9 @@ def check_room(gpus: Sequence[Any], inputs: Mapping[str, Inputs]) -> None:
     refused: dict[str, InputError] = {}
     for name, ready in inputs.items():
         for number, part in enumerate(ready.parts):
-            size_bytes, free_bytes = part.model.expert_bytes[0], gpus[number].free_bytes()
-            most = min(part.budget_bytes // size_bytes, part.model.total_experts)
+            size_bytes, free_bytes = slot_bytes(part), gpus[number].free_bytes()
+            least_bytes = min(part.scenario.compression.kept_bytes(size) for size in part.model.expert_bytes)
+            most = min(part.budget_bytes // least_bytes, part.model.total_experts)
             if most * size_bytes > free_bytes:
                 most = make_plans(ready)[number].slots
             try:

@@ -19,8 +19,9 @@ from ..engine.policies.copy_order import Fifo
 from ..engine.scenario.scenario import Scenario
 from ..resources.timeline import ACTIVATION, DENSE, EXPERT, HEAD, READBACK
 from ..workloads.model import Model, load_model
+from .entries import Passing
 from .measured import Measured, Numbers, Times
-from .plan import Passing, passings
+from .plan import passings
 
 #: A copy or a kernel that started so much later than its lane was free found it idle.
 IDLE_NS = 20_000

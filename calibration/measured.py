@@ -25,19 +25,54 @@ from ..engine.scenario.scenario import Scenario, make_scenario
 from ..engine.timing.machine import add_lanes
 from ..errors import InputError
 from ..files import replacing
-from ..resources.timeline import ACTIVATION, DEMAND, DENSE, EXPERT, HEAD, LAUNCH, PREFETCH, READBACK, Timeline
+from ..resources.timeline import (
+    ACTIVATION,
+    CPU_EXPERT,
+    DEMAND,
+    DENSE,
+    EXPERT,
+    HEAD,
+    KINDS,
+    LAUNCH,
+    PREFETCH,
+    READ,
+    READBACK,
+    Timeline,
+)
 from ..words import problems, shown
 
 FORMAT = "prestage measured run 1"
 
 #: What is kept of every span, in the order in which the host asked for them.
 SPAN_COLUMNS = ("kind", "visit", "expert", "copy", "slot", "tokens")
+#: What is kept besides where a run has other lanes than these: the place in LANES of each span's.
+LANE = "lane"
 _LANES = {
     DENSE: "compute", EXPERT: "compute", HEAD: "compute", DEMAND: "h2d", PREFETCH: "h2d", READBACK: "d2h",
     ACTIVATION: "peer",
 }  # fmt: skip
+#: The lanes of entries that the kinds of spans tell apart.
+ALWAYS = ("compute", "h2d", "prefetch", "d2h", "peer")
+#: Lanes of entries, and the role and title of those that not every run has; decompression aside is one lane.
+LANES = (
+    *ALWAYS,
+    *("to_cpu", "back", "cpu", "drive", "side", "guesses", "aside"),
+    *("all-to-all", "fetch", "store"),
+)
+_MORE_LANES = {
+    "to_cpu": ("d2h", "copy engine D2H, tokens for the CPU"),
+    "back": ("h2d", "copy engine H2D, results of the CPU"),
+    "cpu": ("cpu", "CPU experts"),
+    "drive": ("nvme", "reads from the drive"),
+    "aside": ("side", "decompression (side stream)"),
+    "all-to-all": ("peer", "all-to-all"),
+    "fetch": ("peer", "copies from another GPU"),
+    "store": ("peer", "copies to another GPU"),
+}
 
 _KERNELS = (DENSE, EXPERT, HEAD)
+_OF_SPAN = ("expert", "visit", "copy", "kind")
+_BESIDE = (CPU_EXPERT, READ)
 #: A hundred days: more than any run takes, and so few that sums of times fit.
 MOST_NS = 10**16
 
@@ -65,6 +100,7 @@ class _Spans(_Part):
     expert: _Column
     copy_: _Column = Field(alias="copy")
     slot: _Column
+    lane: Annotated[list[Annotated[int, Field(ge=0, lt=len(LANES))]], Field(min_length=1)] | None = None
     tokens: Annotated[list[_Count], Field(min_length=1)]
 
 
@@ -145,8 +181,10 @@ class MeasuredGpu:
     counts: Mapping[str, int]
     verified: int
 
-    def work(self, repeat: int, mode: str) -> Iterator[tuple[int, int, int, int, int, int, int]]:
-        """Yields (start, end, asked for, expert, visit, copy, kind) of every span that was made.
+    def work(self, repeat: int, mode: str) -> Iterator[tuple[int, int, int, int, int, int, int, int]]:
+        """Yields (start, end, asked for, expert, visit, copy, kind, lane) of every span that was made.
+
+        The lane is its place in LANES, or -1 where the kind says it.
 
         On an idle stream the event before some work comes before the host has even asked for the work: then that is
         when it starts. Not so for a group of several launches (`mode` eager), which starts with its first.
@@ -154,9 +192,11 @@ class MeasuredGpu:
         times = self.repeats[repeat]
         asked_ns = np.minimum(times.issued_ns, times.end_ns)
         several = (mode == "eager") & np.isin(self.spans["kind"], (DENSE, EXPERT))
+        several |= np.isin(self.spans["kind"], _BESIDE)  # their own threads take the time
         starts_ns = np.where(several, times.start_ns, np.maximum(times.start_ns, asked_ns))
         when = (column.tolist() for column in (starts_ns, times.end_ns, times.issued_ns))
-        what = (self.spans[name].tolist() for name in ("expert", "visit", "copy", "kind"))
+        lanes = self.spans.get(LANE, np.full(len(times.start_ns), -1))
+        what = (column.tolist() for column in (*(self.spans[name] for name in _OF_SPAN), lanes))
         for span in zip(*when, *what, times.start_ns.tolist(), strict=True):
             if span[-1] >= 0:
                 yield span[:-1]
@@ -211,8 +251,14 @@ class Measured:
             if len(self.gpus) > 1:
                 to = (number + 1) % len(self.gpus)
                 lanes[-1]["peer"] = timeline.add_lane(f"gpu{number}", "peer", f"copy engine to gpu{to}")
-            for start_ns, end_ns, issued_ns, expert, visit, copied, kind in gpu.work(median, mode):
-                lane = lanes[-1]["prefetch" if kind == PREFETCH and "prefetch" in lanes[-1] else _LANES[kind]]
+            for name in sorted({LANES[place] for place in gpu.spans[LANE].tolist()} if LANE in gpu.spans else ()):
+                if name in _MORE_LANES and name not in lanes[-1]:
+                    role, title = _MORE_LANES[name]
+                    device = {"cpu": "host", "nvme": "nvme0"}.get(role, f"gpu{number}")
+                    lanes[-1][name] = timeline.add_lane(device, role, title)
+            for start_ns, end_ns, issued_ns, expert, visit, copied, kind, place in gpu.work(median, mode):
+                name = "prefetch" if kind == PREFETCH and "prefetch" in lanes[-1] else _LANES.get(kind, "compute")
+                lane = lanes[-1][name if place < 0 else _track(LANES[place], lanes[-1])]
                 timeline.record(start_ns, end_ns, issued_ns, expert, visit, copied, lane, kind)
             timelines.append(timeline)
         numbers = list(range(len(timelines)))
@@ -306,6 +352,13 @@ def makespan_ns(spans: Sequence[Mapping[str, Numbers]], times: Sequence[Times]) 
     return max(int(its.end_ns[np.isin(what["kind"], _KERNELS)].max()) for what, its in zip(spans, times, strict=True))
 
 
+def lane_column(entries: Sequence[tuple[int, str]]) -> list[int] | None:
+    """Returns the LANE of each entry, given its kind and its lane; None if all kinds say theirs."""
+    if all(kind in _LANES and lane in ALWAYS for kind, lane in entries):
+        return None
+    return [LANES.index(lane.rstrip("0123456789")) for _, lane in entries]
+
+
 def _host_work(gpus: Mapping[int, MeasuredGpu], repeat: int) -> Iterator[tuple[int, int, int, int]]:
     """Yields (gpu, visit, start, end) of what one host thread did for its GPUs, from one wait or GPU to the next."""
     moments = []  # (when, GPU, visit, when the host goes on)
@@ -334,7 +387,7 @@ def _plain(gpu: MeasuredGpu) -> dict[str, Any]:
     return {
         "counts": dict(gpu.counts),
         "verified": gpu.verified,
-        "spans": {name: gpu.spans[name].tolist() for name in SPAN_COLUMNS},
+        "spans": {name: gpu.spans[name].tolist() for name in (*SPAN_COLUMNS, LANE) if name in gpu.spans},
         "repeats": [
             {field.name: _packed(getattr(times, field.name)) for field in fields(Times)} for times in gpu.repeats
         ],
@@ -347,6 +400,8 @@ def _measured_gpu(data: _Gpu) -> MeasuredGpu:
         name: np.array(getattr(data.spans, "copy_" if name == "copy" else name), dtype=np.int64)
         for name in SPAN_COLUMNS
     }
+    if data.spans.lane is not None:
+        spans[LANE] = np.array(data.spans.lane, dtype=np.int64)
     repeats = tuple(
         Times(**{field.name: _unpacked(getattr(times, field.name)) for field in fields(Times)})
         for times in data.repeats
@@ -354,9 +409,10 @@ def _measured_gpu(data: _Gpu) -> MeasuredGpu:
     for name, column in spans.items():
         if len(column) != len(spans["kind"]):
             raise MeasuredError(f"spans.{name}: {len(column):,} values: must be {len(spans['kind']):,}, one a span")
-    kinds = sorted(set(spans["kind"].tolist()) - _LANES.keys())
+    known = _LANES.keys() if LANE not in spans else range(len(KINDS))
+    kinds = sorted(set(spans["kind"].tolist()) - set(known))
     if kinds:
-        raise MeasuredError(f"spans.kind: {kinds[0]}: choose from {', '.join(map(str, sorted(_LANES)))}")
+        raise MeasuredError(f"spans.kind: {kinds[0]}: choose from {', '.join(map(str, sorted(known)))}")
     if not np.isin(spans["kind"], _KERNELS).any():
         raise MeasuredError("spans.kind: no kernel: must have one")
     if (spans["tokens"][np.isin(spans["kind"], _KERNELS)] < 1).any():
@@ -393,6 +449,12 @@ def _check_median(run: Measured) -> None:
             f"makespans_ns: the median is {run.makespan_ns:,}, and the repeats that are kept take "
             f"{', '.join(f'{ns:,}' for ns in kept[:9])} ns"
         )
+
+
+def _track(lane: str, known: Mapping[str, int]) -> str:
+    """Returns the name of a lane as a timeline has it, of those that it may have."""
+    name = {"side": "predictor", "guesses": "d2h"}.get(lane, lane)
+    return name if name in known else "h2d"
 
 
 def _packed(values: Numbers) -> list[int]:

@@ -7,106 +7,42 @@ cache.
 
 from __future__ import annotations
 
-import heapq
-from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
-from threading import Event
-from time import perf_counter_ns
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..engine.policies.copy_order import ByRank, QueuedCopy, Rank
+from ..engine.policies.copy_order import ByRank
 from ..engine.scenario.inputs import Inputs
-from ..errors import InputError
-from ..resources.timeline import ACTIVATION, DENSE, EXPERT, HEAD, PREFETCH, READBACK
+from ..resources.timeline import (
+    ACTIVATION,
+    DECOMPRESS,
+    DENSE,
+    EXPERT,
+    GUESSES,
+    HEAD,
+    PEER,
+    PREDICT,
+    READBACK,
+)
+from .beside import Beside, is_beside
 from .clocks import Clocks
-from .cuda import Call, Calls, CudaError, Workload, run
-from .host import Cores
+from .copy_queue import CopyQueue
+from .cuda import Call, Calls, Workload, run
+from .entries import COPIES, STREAMS, Entry, Plan
+from .grouped import Grouped
 from .measured import Times
-from .plan import COPIES, STREAMS, Entry, Plan
+from .shared import Shared, Ways, check_slots, row_bytes, slot_bytes
+from .unpack import unpacking
 
-#: Bytes of host memory that the experts' copies alias if they need more.
-POOL_BYTES = 3 * 2**30
 #: For how many tokens a workload has room at least.
 MANY_TOKENS = 64
-
-
-class Shared:
-    """What executions share: memory that experts are copied from, filled with random weights once, and GPU memory.
-
-    Each buffer holds numbers of its own, so that a slot's bytes tell which buffer they came from. The pool lies in
-    host memory, pinned or not, or in the memory of the GPU `peer`. `cores` knows how fast the host can be.
-    """
-
-    def __init__(self, gpu: Any, size_bytes: int = POOL_BYTES, *, pinned: bool = True, peer: Any = None) -> None:
-        self.cores = Cores()
-        self.peer = peer
-        self._on_gpu: dict[int, dict[Any, Any]] = {}
-        self.bytes = gpu.host_empty(size_bytes, pinned=pinned) if peer is None else peer.empty(size_bytes)
-        piece = 64 * 2**20
-        for number, start in enumerate(range(0, size_bytes, piece)):
-            part = self.bytes[start : start + piece]
-            random = gpu.random(len(part) // 2, dtype="bfloat16", scale=0.02, seed=1000 + number)
-            part.copy_(random.view(part.dtype))
-        gpu.synchronize()
-
-    def on(self, gpu: Any) -> dict[Any, Any]:
-        """Returns what workloads on a GPU share there."""
-        return self._on_gpu.setdefault(gpu.index, {})
-
-    def buffers(self, count: int, size_bytes: int) -> list[Any]:
-        """Returns a buffer of `size_bytes` for each of `count` experts; they repeat where the pool is too small."""
-        different = len(self.bytes) // size_bytes
-        if not different:
-            raise InputError(f"an expert of {size_bytes} bytes is larger than the pool of {len(self.bytes)} bytes")
-        views = [self.bytes[at * size_bytes : (at + 1) * size_bytes] for at in range(min(count, different))]
-        return [views[number % different] for number in range(count)]
-
-
-@dataclass(frozen=True)
-class Way:
-    """The way from one GPU to another: memory on both, the events behind each step's copy, and the streams.
-
-    torch orders a copy between GPUs behind the current streams of both: that of the first makes it, and `behind` is one
-    of the second that has nothing else to do. Between two threads, `made` says of each step whether the copy is
-    enqueued: only then can a stream wait for its event.
-    """
-
-    source: Any
-    target: Any
-    behind: Any
-    ends: Sequence[Any]
-    made: Sequence[Event]
-
-
-@dataclass(frozen=True)
-class Ways:
-    """The ways that a stage receives by and sends by, if it does."""
-
-    receives: Way | None = None
-    sends: Way | None = None
-
-
-def check_slots(inputs: Inputs, slots: int, free_bytes: int) -> None:
-    """Raise CudaError if so many experts take more than is free of a GPU, or one takes more than the pool."""
-    size_bytes = inputs.model.expert_bytes[0]
-    if size_bytes > POOL_BYTES:
-        raise CudaError(
-            f"model {inputs.model.name}: an expert takes {size_bytes / 2**30:.1f} GiB, and the pool that experts are "
-            f"copied from {POOL_BYTES / 2**30:.1f} GiB"
-        )
-    if slots * size_bytes > free_bytes:
-        raise CudaError(
-            f"memory.gpu_budget = {inputs.scenario.memory.gpu_budget!r}: {slots} experts take "
-            f"{slots * size_bytes / 2**30:.1f} GiB, and {free_bytes / 2**30:.1f} GiB of the GPU are free"
-        )
+_NO_WAYS = Ways()
 
 
 class Part:
-    """One GPU's part of a scenario, ready to run: `program` are the calls, step by step.
+    """One GPU's part of a scenario, ready to run: `program` are the calls, step by step, once they are laid out.
 
     Raises ExecutionError or CudaError if the scenario has parts that cannot be executed.
     """
@@ -119,48 +55,62 @@ class Part:
         shared: Shared,
         *,
         clock: int = 0,
-        ways: Ways = Ways(),
+        ways: Ways = _NO_WAYS,
     ) -> None:
         """Make everything on `gpu`, whose clock has this number; `ways` are those from and to other stages."""
         self._gpu, self._inputs, self.plan = gpu, inputs, plan
         self._receives, self._sends = ways.receives, ways.sends
         model, scenario = inputs.model, inputs.scenario
-        size_bytes = model.expert_bytes[0]
         check_slots(inputs, plan.slots, gpu.free_bytes())
-        self._host = shared.buffers(model.total_experts, size_bytes)
-        self.slots = gpu.empty(max(1, plan.slots), size_bytes)
+        self._packing = scenario.compression.where
+        self._host = shared.buffers([size for size in model.expert_bytes for _ in range(model.experts)])
+        self._copied = [scenario.compression.copied_bytes(len(buffer)) for buffer in self._host]
+        self.slots = gpu.empty(max(1, plan.slots), slot_bytes(inputs))
+        #: Where copies land that are decompressed behind their arrival, and experts that are for one use.
+        self._landing = gpu.empty(plan.slots, row_bytes(max(self._copied))) if self._packing == "host" else self.slots
+        self._scratch = gpu.empty(max(1, plan.scratches), max(model.expert_bytes)) if plan.scratches else self.slots
         # As many tokens for all small runs: then their workloads share the same memory.
         most_tokens = max(MANY_TOKENS, *(entry.tokens for entry in plan.entries))
         graphs = scenario.dispatch.mode == "graph"
-        self.workload = Workload(gpu, model, self.slots, most_tokens=most_tokens, graphs=graphs, shared=shared.on(gpu))
+        self.workload = Workload(
+            gpu, model, self._scratch, most_tokens=most_tokens, graphs=graphs, shared=shared.on(gpu)
+        )
+        waves = [entry for entry in plan.entries if entry.members]
+        self.grouped = Grouped(gpu, model, self.slots, self.workload.inputs, waves) if waves else None
         self._compute = gpu.stream()
         # A copy is made by the GPU that the bytes come from.
         copying = gpu if shared.peer is None else shared.peer
         self._behind = None if shared.peer is None else gpu.stream()
-        streams = {"compute": self._compute, "h2d": copying.stream(), "prefetch": copying.stream()}
-        streams["peer"] = gpu.stream()
+        streams = {name: gpu.stream() for name in {*STREAMS.values()} - {"compute", "h2d", "prefetch"}}
+        streams |= {"compute": self._compute, "h2d": copying.stream(), "prefetch": copying.stream()}
         self._streams = {lane: streams[name] for lane, name in STREAMS.items()}
         copies_clock = clock if shared.peer is None else clock + 1
         self._choice = gpu.empty(most_tokens * model.top_k, dtype="int32")
         self._host_choice = gpu.host_empty(most_tokens * model.top_k, dtype="int32")
+        self._host_guesses = gpu.host_empty(most_tokens, model.top_k, dtype="int64")
+        self.beside = Beside(gpu, inputs, plan, shared, self._host)
+        self._results = gpu.empty(most_tokens, model.hidden, dtype=model.dense_dtype)
+        sent = [entry.size_bytes for entry in plan.entries if entry.lane == "all-to-all"]
+        self.sent = gpu.empty(max([1, *sent]))
+        self.received = gpu.empty(max([1, *sent]))
         self._starts = [gpu.event() for _ in range(plan.marks)]
         self._ends = [gpu.event() for _ in range(plan.marks)]
         self._clocks = [clock] * plan.marks
         for entry in plan.entries:
-            if entry.kind == READBACK:  # it follows the dense part on the same stream
+            if entry.kind in (READBACK, GUESSES):  # it follows the kernels on the same stream
                 self._starts[entry.mark] = self._ends[entry.mark - 1]
-            elif entry.kind == ACTIVATION and ways.sends is not None:
+            elif entry.lane == "peer" and ways.sends is not None:
                 self._ends[entry.mark] = ways.sends.ends[self._step_of(entry)]
             elif entry.kind in COPIES:
                 self._clocks[entry.mark : entry.mark + entry.marks] = [copies_clock] * entry.marks
         order = scenario.copy_.order()
-        self._queue = _CopyQueue(plan.entries, self._ends, order) if isinstance(order, ByRank) else None
+        self._queue = CopyQueue(plan.entries, self._ends, order) if isinstance(order, ByRank) else None
         self.program: list[Calls] = []
         self.turns: list[tuple[int, int]] = []
         self._stamp_of: list[int] = []
         self._wait_stamps: list[tuple[int, int, int]] = []
-        self._lay_out()
-        gpu.synchronize()
+        self._parts: Sequence[Part] = [self]
+        self._unpacked = {entry.copy for entry in plan.entries if entry.kind == DECOMPRESS}
 
     @property
     def turn(self) -> Calls:
@@ -169,56 +119,119 @@ class Part:
 
     # From entries to calls.
 
-    def _lay_out(self) -> None:
-        """Make the calls of each step of the program; note the step of each entry, and the steps around each wait.
+    def lay_out(self, parts: Sequence[Part]) -> None:
+        """Make the calls of each step of the program, given those of all GPUs; note the steps of entries and waits.
 
         `turns` are the plan's, by steps of the program in place of entries.
         """
+        self._parts = parts
+        if len(parts) == 2 and any(entry.source[0] >= 0 for entry in self.plan.entries):
+            self._gpu.meet(next(part for part in parts if part is not self)._gpu)
         program, plan = self.program, self.plan
         poll: Calls = ((self._queue.poll, ()),) if self._queue is not None else ()
         turn_of = {end: turn for turn, end in plan.turns}
         for number, entry in enumerate(plan.entries):
             program.append(poll + self._promotes(entry) + self._calls(number, entry))
             self._stamp_of.append(len(program) - 1)
-            for other in entry.host_waits:
-                program.append(self._host_wait(other))
-                if plan.entries[other].kind == READBACK:
+            for gpu, other in entry.host_waits:
+                part = parts[gpu]
+                program.append(part.host_wait(other))
+                if part.plan.entries[other].kind == READBACK:
                     self._wait_stamps.append((entry.visit, len(program) - 2, len(program) - 1))
             if number + 1 in turn_of:
                 self.turns.append((turn_of[number + 1], len(program)))
         if self._queue is not None:
             program.append(((self._queue.drain, ()),))
             self.turns[-1] = (self.turns[-1][0], len(program))
+        self._gpu.synchronize()
 
-    def _host_wait(self, number: int) -> Calls:
+    def host_wait(self, number: int) -> Calls:
         """Returns the calls by which the host waits for the end of an entry; copies in its queue go on meanwhile."""
         entry, queue = self.plan.entries[number], self._queue
-        end = self._ends[entry.mark + entry.marks - 1]
+        if is_beside(entry):
+            return (self.beside.host_wait(number),)
+        end = self.end_of(number)
         if queue is None:
             return ((end.synchronize, ()),)
         made: Calls = ((queue.wait_until_made, (number,)),) if entry.kind in COPIES else ()
         return (*made, (queue.wait_for, (end,)))
 
+    def end_of(self, number: int) -> Any:
+        """Returns the event at the end of an entry."""
+        entry = self.plan.entries[number]
+        return self._ends[entry.mark + entry.marks - 1]
+
     def _calls(self, number: int, entry: Entry) -> Calls:
-        if entry.kind == ACTIVATION:
+        """Returns the calls of an entry, and behind them the flag of its end if a thread beside the host's waits."""
+        if is_beside(entry):
+            return self.beside.orders(number)
+        calls = self._work(number, entry)
+        if entry.signals:
+            calls += (self.beside.tells(number, self._streams[entry.lane]),)
+        return calls
+
+    def _work(self, number: int, entry: Entry) -> Calls:
+        kind, lane = entry.kind, entry.lane
+        if lane == "peer":
             return self._send(entry)
-        kernels = {
-            DENSE: lambda: self.workload.dense(entry.layer, entry.tokens),
-            EXPERT: lambda: self.workload.expert(entry.slot, entry.tokens),
-            HEAD: lambda: self.workload.head(entry.tokens),
-        }
-        if entry.kind in kernels:
-            before = self._receive(entry) if entry.receives >= 0 else self._waits(entry)
-            return before + self._timed(entry.mark, kernels[entry.kind](), self._compute)
-        if entry.kind == READBACK:
+        if kind in (READBACK, GUESSES):
+            return self._read_back(entry)
+        if kind in COPIES:
+            if self._queue is not None:
+                return self._queue.prepare(number, [self._queued_piece(entry, piece) for piece in range(entry.marks)])
+            copies = tuple(self._piece(entry, piece) for piece in range(self.plan.pieces))
+            return self._on_copy_stream(entry, self._waits(entry) + self._timed(entry, copies))
+        made = self._waits(entry) if entry.receives < 0 else self._receive(entry)
+        made += self._timed(entry, self._group(entry))
+        return made if lane == "compute" else (self._gpu.use(self._streams[lane]), *made, self._gpu.use(self._compute))
+
+    def _group(self, entry: Entry) -> Calls:
+        """Returns what an entry does of kernels, and of copies that are no experts from the host."""
+        kind = entry.kind
+        if kind == EXPERT and entry.members:
+            assert self.grouped is not None
+            return self.grouped.calls(entry)
+        if kind == EXPERT:
+            return self.workload.expert(entry.slot if entry.scratch < 0 else entry.scratch, entry.tokens)
+        if kind == DENSE:
+            return self.workload.dense(entry.layer, entry.tokens)
+        if kind == HEAD:
+            return self.workload.head(entry.tokens)
+        if kind == PREDICT:
+            return self.workload.predict(entry.tokens)
+        if kind == DECOMPRESS:
+            into = self.slots[entry.slot] if entry.scratch < 0 else self._scratch[entry.scratch]
+            return (unpacking(self._landing[entry.slot], into),)
+        if kind == ACTIVATION:  # to the CPU, or from it
+            source, target = self.workload.tokens, self.beside.tokens
+            if entry.lane == "back":
+                source, target = self.beside.results, self._results
+            source, target = (each[: entry.tokens].view(target.dtype) for each in (source, target))
+            return ((target.copy_, (source, True)),)
+        return self._to_other(entry)
+
+    def _to_other(self, entry: Entry) -> Calls:
+        """Returns the copy between this GPU and another one: of tokens, or of an expert."""
+        other, stream = self._parts[entry.source[0]], self._streams[entry.lane]
+        if entry.kind != PEER:
+            if not entry.size_bytes:
+                return ()
+            sent, received = self.sent[: entry.size_bytes], other.received[: entry.size_bytes]
+            return (self._gpu.between(received, sent, stream),)
+        mine, its = self.slots[entry.slot], other.slots[entry.source[1]]
+        target, source = (mine, its) if entry.lane == "fetch" else (its, mine)
+        return (self._gpu.between(target, source, stream),)
+
+    def _read_back(self, entry: Entry) -> Calls:
+        """Returns the calls that copy the choice, or guesses, to the host, behind what has made them."""
+        stream = self._streams[entry.lane]
+        if entry.kind == GUESSES:
+            target, source = self._host_guesses[: entry.tokens], self.workload.guesses[: entry.tokens]
+        else:
             count = entry.tokens * self._inputs.model.top_k
-            copy = (self._host_choice[:count].copy_, (self._choice[:count], True))
-            return copy, (self._ends[entry.mark].record, (self._compute,))
-        if self._queue is not None:
-            return self._queue.prepare(number, [self._queued_piece(entry, piece) for piece in range(entry.marks)])
-        copies = tuple(self._piece(entry, piece) for piece in range(self.plan.pieces))
-        timed = self._timed(entry.mark, copies, self._streams[entry.lane])
-        return self._on_copy_stream(entry, self._waits(entry) + timed)
+            target, source = self._host_choice[:count], self._choice[:count]
+        made: Calls = ((target.copy_, (source, True)), (self._ends[entry.mark].record, (stream,)))
+        return made if stream is self._compute else (self._gpu.use(stream), *made, self._gpu.use(self._compute))
 
     def _send(self, entry: Entry) -> Calls:
         """Returns the calls that copy what the last kernel leaves to the next GPU."""
@@ -226,8 +239,7 @@ class Part:
         assert way is not None
         copy = (way.target[: entry.size_bytes].copy_, (way.source[: entry.size_bytes], True))
         stream = self._streams["peer"]
-        timed = self._timed(entry.mark, (copy,), stream)
-        calls = (self._gpu.use(way.behind), self._gpu.use(stream), *self._waits(entry), *timed)
+        calls = (self._gpu.use(way.behind), self._gpu.use(stream), *self._waits(entry), *self._timed(entry, (copy,)))
         made: Calls = ((way.made[self._step_of(entry)].set, ()),) if way.made else ()
         return (*calls, *made, self._gpu.use(self._compute))
 
@@ -251,13 +263,19 @@ class Part:
         stream = self._streams[entry.lane]
         calls: list[Call] = []
         for other in entry.waits:
-            if self._queue is not None and self.plan.entries[other].kind in COPIES:
-                calls.append((self._queue.wait_until_made, (other,)))
             last = self.plan.entries[other]
-            calls.append((self._ends[last.mark + last.marks - 1].wait, (stream,)))
+            if is_beside(last):
+                calls.append(self.beside.awaits(other, stream))
+                continue
+            if self._queue is not None and last.kind in COPIES:
+                calls.append((self._queue.wait_until_made, (other,)))
+            calls.append((self.end_of(other).wait, (stream,)))
+        calls += [(self._parts[gpu].end_of(other).wait, (stream,)) for gpu, other in entry.others]
         return tuple(calls)
 
-    def _timed(self, mark: int, calls: Calls, stream: Any) -> Calls:
+    def _timed(self, entry: Entry, calls: Calls, piece: int = 0) -> Calls:
+        """Returns calls with an event before and behind them."""
+        mark, stream = entry.mark + piece, self._streams[entry.lane]
         return (self._starts[mark].record, (stream,)), *calls, (self._ends[mark].record, (stream,))
 
     def _on_copy_stream(self, entry: Entry, calls: Calls) -> Calls:
@@ -266,42 +284,58 @@ class Part:
 
     def _piece(self, entry: Entry, piece: int) -> Call:
         """Returns the call that copies one piece of an expert into its slot."""
-        size_bytes = len(self._host[entry.expert])
+        source = self._host[entry.expert] if entry.host_slot < 0 else self.beside.host_slots[entry.host_slot]
+        size_bytes = self._copied[entry.expert]
         piece_bytes = -(-size_bytes // self.plan.pieces)
         here = slice(piece * piece_bytes, min(size_bytes, (piece + 1) * piece_bytes))
-        return self.slots[entry.slot][here].copy_, (self._host[entry.expert][here], True)
+        return self._landing[entry.slot][here].copy_, (source[here], True)
 
     def _queued_piece(self, entry: Entry, piece: int) -> Calls:
         """Returns the calls that make one piece of a copy from the priority queue."""
         waits = self._waits(entry) if piece == 0 else ()
-        timed = self._timed(entry.mark + piece, (self._piece(entry, piece),), self._streams[entry.lane])
-        return self._on_copy_stream(entry, waits + timed)
+        return self._on_copy_stream(entry, waits + self._timed(entry, (self._piece(entry, piece),), piece))
 
     def holds_right_bytes(self, expert: int, slot: int) -> bool:
-        """Whether a slot holds what the host has of an expert, byte for byte."""
-        here = self.slots[slot]
-        return bool((here == self._host[expert].to(here.device)).all())
+        """Whether a slot holds what the host has of an expert, decompressed or as it is, byte for byte."""
+        here, copied = self.slots[slot], self._host[expert][: self._copied[expert]]
+        there = copied.to(here.device)
+        if self._packing == "host" and self.plan.manager.assigned[expert] not in self._unpacked:
+            here = self._landing[slot]  # nobody has used it
+        elif self._packing == "host":
+            wanted = here.clone()
+            run((unpacking(there, wanted[: len(self._host[expert])]),))
+            return bool((here == wanted).all())
+        return bool((here[: len(there)] == there).all())
 
     # Running.
 
     def synchronize(self) -> None:
-        """Wait for all that was launched."""
+        """Wait for all that was launched, and for the threads beside. Raises CudaError if one of these failed."""
         self._gpu.synchronize()
+        self.beside.join()
+        self.beside.check()
 
     def let_go(self) -> None:
         """Let no thread wait for what others have not enqueued."""
+        self.beside.let_go()
         if self._receives is not None:
             for made in self._receives.made:
                 made.set()
 
     def make_ready(self) -> None:
-        """Forget the last run, let the GPU become idle, and turn to it."""
+        """Forget the last run, put what is preloaded in its place, let the GPU become idle, and turn to it."""
         if self._queue is not None:
             self._queue.clear()
         if self._receives is not None:
             for made in self._receives.made:
                 made.clear()
         run(self.turn)
+        for expert, slot in self.plan.preloaded.items():
+            self._landing[slot][: self._copied[expert]].copy_(self._host[expert][: self._copied[expert]])
+            if self._packing == "host":
+                run((unpacking(self._landing[slot], self.slots[slot]),))
+        if self.grouped is not None:
+            self.grouped.begin()
         self._gpu.synchronize()
 
     def times(self, stamps: npt.NDArray[np.int64], clocks: Clocks) -> Times:
@@ -315,103 +349,28 @@ class Part:
             made = ~copies | (queued_ns >= 0)
             issued_ns = np.where(copies, np.where(made, queued_ns - clocks.host_zero_ns, -1), issued_ns)
         start_ns, end_ns = np.full((2, plan.marks), -1, dtype=np.int64)
+        for number, entry in enumerate(plan.entries):
+            if is_beside(entry):
+                made[entry.mark] = False
+                when_ns = self.beside.when_ns(number)
+                start_ns[entry.mark], end_ns[entry.mark] = (ns - clocks.host_zero_ns for ns in when_ns)
         for mark in np.flatnonzero(made).tolist():
             start_ns[mark] = clocks.at_ns(self._clocks[mark], self._starts[mark])
             end_ns[mark] = clocks.at_ns(self._clocks[mark], self._ends[mark])
         return Times(start_ns, end_ns, issued_ns, *self._known(stamps), stamps[-1:])
 
     def _known(self, stamps: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Returns when the host began to wait for each visit's choice (-1: never), and when it knew it."""
-        dense = [step for entry, step in zip(self.plan.entries, self._stamp_of, strict=True) if entry.kind == DENSE]
-        known_ns = stamps[dense]
-        from_ns = np.full(len(known_ns), -1, dtype=np.int64)
+        """Returns when the host began to wait for each visit's choice (-1: never), and when it knew it.
+
+        Where nothing was waited for, that is when the dense part was launched, or what came last before.
+        """
+        visits = len(self.plan.visits)
+        known_ns, from_ns = np.zeros(visits, dtype=np.int64), np.full(visits, -1, dtype=np.int64)
+        for entry, step in zip(self.plan.entries, self._stamp_of, strict=True):
+            if entry.kind == DENSE:
+                known_ns[entry.visit] = stamps[step]
         for visit, before, behind in self._wait_stamps:
-            from_ns[visit], known_ns[visit] = stamps[before], stamps[behind]
-        return from_ns, known_ns
-
-
-class _CopyQueue:
-    """The host-side queue of an order by rank; one copy under way at a time.
-
-    The host thread itself looks (`poll`) whether the copy under way has ended, before each entry and while it waits.
-    """
-
-    def __init__(self, entries: Sequence[Entry], ends: Sequence[Any], order: ByRank) -> None:
-        self._entries, self._ends, self._order = entries, ends, order
-        self._pieces: dict[int, list[Calls]] = {}
-        self._first_rank: dict[int, Rank] = {}
-        self.clear()
-
-    def prepare(self, number: int, pieces: list[Calls]) -> Calls:
-        """Say what makes each piece of a copy, and return the call that queues it."""
-        self._pieces[number], entry = pieces, self._entries[number]
-        self._first_rank[number] = self._order.rank(QueuedCopy(entry.kind != PREFETCH, entry.target, entry.expert))
-        return ((self.push, (number,)),)
-
-    def demand(self, number: int, visit: int) -> Call:
-        """Returns the call by which a visit demands a copy that may still be queued."""
-        return self.promote, (number, self._order.rank(QueuedCopy(True, visit, self._entries[number].expert)))
-
-    def clear(self) -> None:
-        """Forget the last run."""
-        #: Of each span, when its copy was enqueued (-1: it was not).
-        self.issued_ns = array("q", [-1]) * len(self._ends)
-        self._heap: list[tuple[Rank, int]] = []
-        self._rank: dict[int, Rank] = {}  # what is queued
-        self._next_piece: dict[int, int] = {}
-        self._under_way: Any = None
-
-    def push(self, number: int) -> None:
-        """Queue a copy; one into the same room that nobody has used need not be made any more."""
-        self._rank.pop(self._entries[number].overtakes, None)
-        self._next_piece[number] = 0
-        self._queue(number, self._first_rank[number])
-        self.poll()
-
-    def promote(self, number: int, rank: Rank) -> None:
-        """Give a copy that is still queued, and is demanded now, its rank."""
-        if number in self._rank:
-            self._queue(number, rank)
-
-    def poll(self) -> None:
-        """Enqueue the next piece of the first copy, if none is under way."""
-        if self._under_way is not None:
-            if not self._under_way.query():
-                return
-            self._under_way = None
-        while self._heap:
-            rank, number = heapq.heappop(self._heap)
-            if self._rank.get(number) == rank:
-                self._enqueue(number, rank)
-                return
-
-    def wait_until_made(self, number: int) -> None:
-        """Wait until a copy is enqueued whole: only then can a stream wait for its event."""
-        while number in self._rank:
-            self.poll()
-
-    def wait_for(self, event: Any) -> None:
-        """Wait for an event, and keep the copies going meanwhile."""
-        while not event.query():
-            self.poll()
-
-    def drain(self) -> None:
-        """Enqueue all that is queued."""
-        while self._rank:
-            self.poll()
-
-    def _queue(self, number: int, rank: Rank) -> None:
-        self._rank[number] = rank
-        heapq.heappush(self._heap, (rank, number))
-
-    def _enqueue(self, number: int, rank: Rank) -> None:
-        pieces, piece = self._pieces[number], self._next_piece[number]
-        run(pieces[piece])
-        mark = self._entries[number].mark + piece
-        self.issued_ns[mark] = perf_counter_ns()
-        self._under_way = self._ends[mark]
-        self._next_piece[number] = piece + 1
-        if piece + 1 < len(pieces):
-            heapq.heappush(self._heap, (rank, number))
-        else:
-            del self._rank[number]
+            if from_ns[visit] < 0:
+                from_ns[visit] = stamps[before]
+            known_ns[visit] = stamps[behind]
+        return from_ns, np.maximum.accumulate(known_ns)

@@ -83,6 +83,29 @@ class CpuDevice:
     def event(self) -> CpuEvent:
         return CpuEvent()
 
+    def write_flag(self, flags: torch.Tensor, number: int, stream: CpuStream) -> Call:
+        assert isinstance(stream, CpuStream)
+        return flags.numpy().__setitem__, (number, 1)
+
+    def wait_flag(self, flags: torch.Tensor, number: int, stream: CpuStream) -> Call:
+        assert isinstance(stream, CpuStream)
+        return self._wait_flag, (flags.numpy(), number)
+
+    def _wait_flag(self, words: Any, number: int) -> None:
+        """Only threads beside this one write the flag: what this one would have to write hangs here, and fails."""
+        until = time.monotonic() + 30
+        while not words[number]:
+            assert time.monotonic() < until, "a wait for a flag that nobody writes"
+            time.sleep(0)
+
+    def between(self, target: torch.Tensor, source: torch.Tensor, stream: CpuStream) -> Call:
+        assert isinstance(stream, CpuStream)
+        size = min(target.numel(), source.numel())
+        return target[:size].copy_, (source[:size],)
+
+    def meet(self, other: CpuDevice) -> None:
+        pass
+
     def graph_pool(self) -> None:
         return None
 

@@ -20,8 +20,9 @@ from cpu_device import CpuDevice
 from tiny import tiny_inputs, tiny_profile, tiny_scenario
 
 from prestage import cli
-from prestage.calibration import plan as calibration_plan
+from prestage.calibration import planner as calibration_planner
 from prestage.calibration.cuda import CudaError, Gpu, Workload, expert_matrices
+from prestage.calibration.entries import ExecutionError
 from prestage.calibration.execute import (
     Execution,
     check_room,
@@ -33,9 +34,9 @@ from prestage.calibration.execute import (
 )
 from prestage.calibration.host import Cores
 from prestage.calibration.measured import MeasuredError, load_measured, makespan_ns
-from prestage.calibration.part import Shared
-from prestage.calibration.plan import ExecutionError, decision_counts, make_plan, make_planners
+from prestage.calibration.plan import decision_counts, make_plan, make_planners
 from prestage.calibration.scenario_sets import scenarios
+from prestage.calibration.shared import Shared
 from prestage.engine.costs.costs import Costs, part_costs
 from prestage.engine.decide.commands import OUTPUT, Command, Op
 from prestage.engine.decide.dispatch import Visit
@@ -143,7 +144,7 @@ def test_every_expert_computes_with_its_own_weights(variant: str, shared: Shared
     inputs = small_inputs(**VARIANTS[variant])
     execution = Execution([CpuDevice()], inputs, shared)
     (part,) = execution.parts
-    host = shared.buffers(LAYERS * EXPERTS, EXPERT_BYTES)
+    host = shared.buffers([EXPERT_BYTES] * LAYERS * EXPERTS)
     seen = []
 
     def check(expert: int, tokens: int) -> None:
@@ -228,10 +229,10 @@ class Synchronous(Stage):
 @pytest.mark.parametrize("discipline", ["fifo", "priority"])
 def test_a_dispatch_pattern_is_executed_as_its_commands_say(discipline: str, shared: Shared) -> None:
     # The host waits for the last kernel of each layer, behind the prefetches that it has ordered meanwhile.
-    with patch.object(calibration_plan, "Stage", Synchronous), patch.object(runs, "Stage", Synchronous):
+    with patch.object(calibration_planner, "Stage", Synchronous), patch.object(runs, "Stage", Synchronous):
         inputs = small_inputs(copy={"discipline": discipline}, dispatch={"mode": "eager", "router_readback": False})
         entries = make_plan(inputs).entries
-        waits = [(number, other) for number, entry in enumerate(entries) for other in entry.host_waits]
+        waits = [(number, other) for number, entry in enumerate(entries) for _, other in entry.host_waits]
         assert len(waits) == LAYERS * 12
         assert all(entries[other].kind == EXPERT and entries[other].visit == entries[at].visit for at, other in waits)
         (timeline,) = execute([CpuDevice()], inputs, "synchronous", shared, repeats=1).timelines()

@@ -8,7 +8,7 @@ from test_execute import EXPERT_BYTES, EXPERTS, LAYERS, VARIANTS, expect_the_sim
 
 from prestage.calibration.cuda import Gpu
 from prestage.calibration.execute import Execution
-from prestage.calibration.part import Shared
+from prestage.calibration.shared import Shared
 
 pytestmark = [
     pytest.mark.gpu,

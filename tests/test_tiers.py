@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from random_cases import Case, cases, play
 from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_run, tiny_scenario, tiny_trace
 
-from prestage.calibration.plan import ExecutionError, check_executable
+from prestage.calibration.entries import ExecutionError
+from prestage.calibration.executable import check_executable
 from prestage.engine.costs.costs import Costs
 from prestage.engine.decide.commands import FIXED_REGISTERS
 from prestage.engine.decide.dispatch import Visit

@@ -18,10 +18,11 @@ from tiny import tiny_pipeline, tiny_profile, tiny_scenario
 
 from prestage.calibration.clocks import Clocks
 from prestage.calibration.cuda import CudaError, expert_matrices
+from prestage.calibration.entries import ExecutionError
 from prestage.calibration.execute import Execution, execute, gpus_needed
 from prestage.calibration.measured import load_measured
-from prestage.calibration.part import Shared
-from prestage.calibration.plan import ExecutionError, make_plans
+from prestage.calibration.plan import make_plans
+from prestage.calibration.shared import Shared
 from prestage.engine.costs.costs import part_costs
 from prestage.engine.run import prepared, run_all
 from prestage.engine.scenario.inputs import Inputs
@@ -91,7 +92,7 @@ def test_every_expert_of_every_stage_computes_with_its_own_weights(variant: str,
     execution = Execution(gpus(), inputs, shared)
     seen: list[list[int]] = []
     for part, stage in zip(execution.parts, inputs.stages, strict=True):
-        host = shared.buffers(stage.model.total_experts, EXPERT_BYTES)
+        host = shared.buffers([EXPERT_BYTES] * stage.model.total_experts)
         here: list[int] = []
         seen.append(here)
 
