@@ -30,6 +30,8 @@ STREAMS = {
 }  # fmt: skip
 #: The lanes of threads beside the host's: experts on the CPU, and reads from a drive.
 CPU, DRIVE = "cpu", "drive"
+#: That of an entry at which the host only waits.
+HOST_LANE = "host"
 
 #: An entry of any GPU: the GPU's number and the entry's.
 Ref = tuple[int, int]

@@ -239,9 +239,10 @@ def undisturbed(execution: Execution, repeats: int, cores: Cores) -> tuple[list[
 
 def _spans(plan: Plan) -> dict[str, npt.NDArray[np.int64]]:
     """Returns SPAN_COLUMNS of a plan's spans (marks,), and their lanes where the kinds do not say these."""
-    marks = [entry.marks for entry in plan.entries]
-    columns = {name: [getattr(entry, name) for entry in plan.entries] for name in SPAN_COLUMNS}
-    lanes = lane_column([(entry.kind, entry.lane) for entry in plan.entries])
+    entries = [entry for entry in plan.entries if entry.marks]
+    marks = [entry.marks for entry in entries]
+    columns = {name: [getattr(entry, name) for entry in entries] for name in SPAN_COLUMNS}
+    lanes = lane_column([(entry.kind, entry.lane) for entry in entries])
     if lanes is not None:
         columns[LANE] = lanes
     return {name: np.repeat(np.array(values, dtype=np.int64), marks) for name, values in columns.items()}
@@ -254,10 +255,12 @@ def execute_all(
     repeats: int = 5,
     keep_all: bool = False,
     profile: Path | None = None,
+    drive: Path | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Measured]:
     """Execute scenarios one after the other on CUDA GPUs from `device` on, as `execute` does, sharing memory.
 
+    `drive` is a file that is written on the drive which experts are read from, and removed in the end.
     All scenarios have been loaded and checked when this returns; each runs when it is asked for. Raises InputError
     naming all that cannot be executed, CudaError also without as many GPUs.
     """
@@ -271,10 +274,12 @@ def execute_all(
         for done, (name, ready) in enumerate(inputs.items()):
             if progress is not None:
                 progress("execute", done, len(inputs))
-            ours = _shared_by(shared, gpus, ready)
+            ours = _shared_by(shared, gpus, ready, drive)
             yield execute(gpus, ready, name, ours, repeats=repeats, keep_all=keep_all, profile=profile)
             gc.collect()  # an execution's calls refer to each other
             first.release()
+        for ours in shared.values():
+            ours.close()
 
     return one_by_one()
 
@@ -329,13 +334,13 @@ def gpus_needed(inputs: Inputs) -> int:
     return len(inputs.parts) + (inputs.scenario.copy_.source == "peer")
 
 
-def _shared_by(shared: dict[str, Shared], gpus: Sequence[Any], inputs: Inputs) -> Shared:
+def _shared_by(shared: dict[str, Shared], gpus: Sequence[Any], inputs: Inputs, drive: Path | None) -> Shared:
     """Returns what executions share that copy from where this one does, made if it is the first of them."""
     copy = inputs.scenario.copy_
     peer = gpus[len(inputs.parts)] if copy.source == "peer" else None
     where = "peer" if peer is not None else copy.host_memory or "pinned"
     if where not in shared:
-        shared[where] = Shared(gpus[0], pinned=where == "pinned", peer=peer)
+        shared[where] = Shared(gpus[0], pinned=where == "pinned", peer=peer, drive=drive)
     return shared[where]
 
 

@@ -30,7 +30,7 @@ from .beside import Beside, is_beside
 from .clocks import Clocks
 from .copy_queue import CopyQueue
 from .cuda import Call, Calls, Workload, run
-from .entries import COPIES, STREAMS, Entry, Plan
+from .entries import COPIES, HOST_LANE, STREAMS, Entry, Plan
 from .grouped import Grouped
 from .measured import Times
 from .shared import Shared, Ways, check_slots, row_bytes, slot_bytes
@@ -163,6 +163,8 @@ class Part:
 
     def _calls(self, number: int, entry: Entry) -> Calls:
         """Returns the calls of an entry, and behind them the flag of its end if a thread beside the host's waits."""
+        if entry.lane == HOST_LANE:
+            return ()
         if is_beside(entry):
             return self.beside.orders(number)
         calls = self._work(number, entry)

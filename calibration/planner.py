@@ -34,7 +34,19 @@ from ..resources.timeline import (
     READBACK,
 )
 from ..workloads.batches import DECODE
-from .entries import ASIDE, COPIES, CPU, DRIVE, STREAMS, Entry, ExecutionError, Passing, Plan, Ref
+from .entries import (
+    ASIDE,
+    COPIES,
+    CPU,
+    DRIVE,
+    HOST_LANE,
+    STREAMS,
+    Entry,
+    ExecutionError,
+    Passing,
+    Plan,
+    Ref,
+)
 
 
 @dataclass
@@ -70,6 +82,7 @@ class Planner:
         lends = scenario.parallel.gpus > 1 and scenario.parallel.lends
         preloaded = dict(self.manager.assigned)
         own = registers.own()
+        self._lends = lends
         self._rooms = Rooms(own, preloaded.values(), lends=lends)
         requests = [pieces_of(size, scenario.tiers.chunk_bytes) for size in model.expert_bytes]
         tier = None if self._host is None else HostRooms(model.experts, registers.own(), requests)
@@ -92,7 +105,9 @@ class Planner:
         self._slots = self._marks = self._host_slots = self._unpacked = 0
         self._register: dict[int, tuple[Ref, ...]] = {} if known is None else known
         self._slot_of: dict[int, int] = {}  # by the register of a room
-        self._landed: dict[int, int] = {}  # the same, by what says that its bytes are there
+        self._slot_by_copy: dict[int, int] = {}
+        self._landed: dict[int, int] = {}  # by what says that its bytes are there
+        self._from = -1  # what was waited for last that says so
         self._host_slot_of: dict[int, int] = {}  # of host memory, by the register of what fills it
         self._free: list[int] = []
         self._free_host: list[int] = []
@@ -108,7 +123,8 @@ class Planner:
         self._aside = self._most_unpacked = self._unpacked_here = 0
         self._preloaded: dict[int, int] = {}
         for expert, copy in preloaded.items():
-            self._preloaded[expert] = self._slot_of[self._rooms.of(copy).register] = self._new_slot()
+            slot = self._slot_of[self._rooms.of(copy).register] = self._slot_by_copy[copy] = self._new_slot()
+            self._preloaded[expert] = slot
 
     def stage(self) -> Stage:
         """Returns what this GPU is to do, by itself or as a stage of a pipeline."""
@@ -203,13 +219,18 @@ class Planner:
             self._ahead.host_slot = self._host_slot_of[command.register]
         for planner in self.beside:
             if command.register in planner._landed:
+                self._from = command.register
                 self._ahead.former = self._ahead.source
                 self._ahead.source = planner.number, planner._landed[command.register]
 
     def _hold(self, command: Command) -> None:
-        """Let the host wait for what a register stands for, behind all that it has called for so far."""
-        if self._entries:
-            self._entries[-1].host_waits += self._register.get(command.register, ())
+        """Let the host wait for what a register stands for, behind all that it has called for so far.
+
+        Where it has called for nothing since it turned to this GPU, the wait is an entry by itself, without a span.
+        """
+        if len(self.beside) > 1 and (not self._entries or (self._turns and self._turns[-1][1] == len(self._entries))):
+            self._entries.append(Entry(-1, self._visit, self._layer, 0, HOST_LANE, mark=self._marks, marks=0))
+        self._entries[-1].host_waits += self._register.get(command.register, ())
 
     def _reclaim(self, command: Command) -> None:
         """Let the next copy have a room's slot; what is left of the room is nobody's, but waits are for it too."""
@@ -230,8 +251,8 @@ class Planner:
     def _touch(self, command: Command) -> None:
         self._register[command.register] = (self._ref(),)
         last = self._entries[-1]
-        copied = last.copy >= 0 and last.kind in (*COPIES, PEER)
-        if copied and self._rooms.of(last.copy).landed == command.register:
+        copied = last.kind in COPIES or last.lane == "fetch"
+        if self._lends and copied and command.register != self._from:
             self._lands(self, command.register, last.slot)
 
     def _lands(self, there: Planner, register: int, slot: int) -> None:
@@ -286,12 +307,11 @@ class Planner:
             self._last_kernel = len(self._entries) - 1
 
     def _member(self, command: Command) -> None:
-        slot = self._slot_of[self._rooms.of(command.copy).register]
-        self._members.append((slot, self._padded(command.tokens)))
+        self._members.append((self._slot_by_copy[command.copy], self._padded(command.tokens)))
 
     def _unpacks(self, command: Command) -> dict[str, Any]:
         """Returns where an expert lies that is decompressed now, and where to: its room, or one for a single use."""
-        slot = self._slot_of[self._rooms.of(command.copy).register]
+        slot = self._slot_by_copy[command.copy]
         if self._packed == "host":
             return {"slot": slot}
         self._unpacked, self._unpacked_here = self._unpacked_here, self._unpacked_here + 1
@@ -323,7 +343,7 @@ class Planner:
     def _copy(self, command: Command) -> None:
         slot, freed_by = self._take_slot()
         self._ahead.waits += freed_by
-        self._slot_of[command.register] = slot
+        self._slot_of[command.register] = self._slot_by_copy[command.copy] = slot
         layer, marks = command.expert // self._experts, self._pieces if self._queued else 1
         lane, host_slot = self._copy_lanes[command.lane], self._ahead.host_slot
         self._add(
@@ -391,7 +411,7 @@ class Planner:
         source = self._ahead.source
         slot, freed_by = self._take_slot()
         self._ahead.waits += freed_by
-        self._slot_of[command.register] = slot
+        self._slot_of[command.register] = self._slot_by_copy[command.copy] = slot
         layer = command.expert // self._experts
         self._add(command, PEER, "fetch", 0, layer=layer, slot=slot, source=source)
 

@@ -195,6 +195,10 @@ def calibrate_execute(
     profiler: Annotated[
         Path | None, typer.Option(help="Also run once under PyTorch's profiler and write its trace (.json, .json.gz).")
     ] = None,
+    drive: Annotated[
+        Path | None,
+        typer.Option(help="A file to write, and remove, on the drive that experts are read from (tiers.host_budget)."),
+    ] = None,
     settings: Settings = None,
 ) -> None:
     """Execute scenarios on a CUDA GPU, with the decisions that a simulation makes, timed by CUDA events."""
@@ -207,12 +211,13 @@ def calibrate_execute(
         raise InputError(f"--out {out}: {len(chosen)} scenarios need a folder")
     if profiler is not None and len(chosen) > 1:
         raise InputError(f"--profiler {profiler}: one trace holds one scenario, and {len(chosen)} are to be executed")
-    for path in filter(None, (out if single else None, profiler)):
+    for path in filter(None, (out if single else None, profiler, drive)):
         check_file(path)
     with nullcontext() if single else made_folder(out), progress_shown() as progress:
         runs = execute_all(
-            chosen, device=device, repeats=repeats, keep_all=all_repeats, profile=profiler, progress=progress
-        )
+            chosen, device=device, repeats=repeats, keep_all=all_repeats, profile=profiler, drive=drive,
+            progress=progress,
+        )  # fmt: skip
         if not single:
             out.mkdir(parents=True, exist_ok=True)
         for run in runs:

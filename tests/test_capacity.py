@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from tiny import ASSUMED, tiny_inputs, tiny_model, tiny_pipeline, tiny_profile, tiny_scenario, tiny_trace
 from typer.testing import CliRunner
 
-from prestage.calibration.execute import execute_all
 from prestage.calibration.entries import ExecutionError
+from prestage.calibration.execute import execute_all
 from prestage.cli import app
 from prestage.engine.loading.capacity import CapacityError, described, gib, host_parts, kv_cache_bytes, memories
 from prestage.engine.loading.loading import load_inputs

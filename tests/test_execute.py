@@ -246,8 +246,8 @@ def test_a_dispatch_pattern_is_executed_as_its_commands_say(discipline: str, sha
 
 def test_a_command_that_no_cuda_call_stands_for_is_refused_by_its_name() -> None:
     (planner,) = make_planners(small_inputs())
-    with pytest.raises(ExecutionError, match=r"command EXCHANGE: no CUDA call is made for it \(execution on a GPU\)"):
-        planner.carry_out(Command(Op.EXCHANGE, *([-1] * 10)))
+    with pytest.raises(ExecutionError, match=r"command IDLE: no CUDA call is made for it \(execution on a GPU\)"):
+        planner.carry_out(Command(Op.IDLE, *([-1] * 10)))
 
 
 def test_counts_are_those_of_the_manager() -> None:
@@ -301,14 +301,12 @@ def test_the_timeline_has_its_causes_before_its_effects(shared: Shared) -> None:
     ("sections", "says"),
     [
         ({"dispatch": {"mode": "free"}}, "eager or graph"),
-        ({"dispatch": {"mode": "eager", "expert_kernel": "grouped"}}, "separate"),
         ({"copy": {"discipline": "priority", "drop_stale": True}}, "drop_stale"),
-        ({"predictor": {"latency_us": 3.0}}, "latency_us"),
         ({"prefetch": {"issued_by": "gpu"}}, "issued_by"),
         ({"miss": {"policy": "low_precision"}}, "miss.policy"),
         ({"compression": {"mixed": [[1.0, 0.5]]}}, r"\[compression\]"),
-        ({"memory": {"preload": "popular"}}, "memory.preload"),
-        ({"parallel": {"gpus": 2}}, "parallel.gpus"),
+        ({"parallel": {"gpus": 3, "dispatch_threads": "one"}}, "parallel.gpus = 3"),
+        ({"parallel": {"gpus": 2}}, "parallel.dispatch_threads = 'per-gpu'"),
         ({"prefetch": {"policy": "adaptive-link", "lookahead": 1}}, "prefetch.policy = 'adaptive-link' decides by"),
     ],
 )
@@ -336,7 +334,7 @@ def test_a_model_whose_products_cannot_be_made_is_refused_before_anything_runs(
 
 
 def test_all_reasons_of_a_scenario_are_named_at_once() -> None:
-    with pytest.raises(ExecutionError, match=r"drop_stale.*memory\.preload.*dense_dtype = 'int8'"):
+    with pytest.raises(ExecutionError, match=r"drop_stale.*miss\.policy.*dense_dtype = 'int8'"):
         make_plan(
             small_inputs(
                 replace(small_model(), dense_dtype="int8"),

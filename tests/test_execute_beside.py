@@ -14,7 +14,7 @@ import pytest
 import torch
 from cpu_device import CpuDevice
 from test_execute import EXPERT_BYTES, EXPERTS, FF, HIDDEN, LAYERS, _Spans, small_inputs, small_model
-from tiny import ASSUMED, tiny_profile
+from tiny import ASSUMED, tiny_pipeline, tiny_profile, tiny_scenario
 
 from prestage.calibration.cuda import CudaError, expert_matrices
 from prestage.calibration.entries import ExecutionError
@@ -172,3 +172,83 @@ def test_every_expert_computes_with_its_own_weights_wherever_it_lies(variant: st
 
 def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
     return bool((one[: len(other)] == other).all())
+
+
+@pytest.mark.parametrize("discipline", ["fifo", "two_streams"])
+def test_experts_of_unequal_sizes_have_slots_of_the_largest_and_come_whole(discipline: str, shared: Shared) -> None:
+    sizes = (EXPERT_BYTES, EXPERT_BYTES + 1000, EXPERT_BYTES + 1500)
+    model = replace(small_model(), name="unequal", expert_bytes=sizes)
+    inputs = small_inputs(model, memory={"gpu_budget": f"{7 * EXPERT_BYTES}B"}, copy={"discipline": discipline})
+    execution = Execution([CpuDevice()], inputs, shared)
+    (part,) = execution.parts
+    assert part.slots.shape[1] == max(sizes)
+    execution.run()
+    assert all(part.holds_right_bytes(expert, slot) for expert, slot in part.plan.resident.items())
+    (simulated,) = run_all(inputs, prepared(inputs, part_costs(inputs)))
+    assert len(part.plan.entries) == len(_Spans(simulated.spans).spans)
+    copies = [entry for entry in part.plan.entries if entry.copy >= 0 and entry.kind in (3, 4)]
+    assert len(copies) > part.plan.slots  # slots are used again
+
+
+def test_a_budget_that_the_kv_cache_shrinks_is_kept(shared: Shared) -> None:
+    model = replace(small_model(), kv_bytes_per_token=EXPERT_BYTES // 2)
+    memory = {"gpu_budget": "100%", "total_bytes": f"{14 * EXPERT_BYTES + sum(model.dense_bytes) + model.head_bytes}B"}
+    small = small_inputs(model)
+    scenario = tiny_scenario(memory=memory, predictor={"recall": 0.7}, dispatch={"mode": "eager"})
+    inputs = tiny_pipeline(model, small.profile, small.trace, scenario)
+    assert inputs.budgets is not None and len(set(inputs.budgets)) > 1
+    measured = execute([CpuDevice()], inputs, "total", shared, repeats=1)
+    (simulated,) = run_all(inputs, prepared(inputs, part_costs(inputs)))
+    assert measured.gpus[0].counts["evict"] == simulated.manager.evicted
+    assert make_plan(inputs).slots <= -(-max(inputs.budgets) // EXPERT_BYTES)
+
+
+def test_the_threads_that_fail_to_read_end_the_run_with_a_line(shared: Shared) -> None:
+    execution = Execution([CpuDevice()], inputs_of("drive"), shared)
+    (part,) = execution.parts
+    part.beside._requests[3, 0] = 1 << 40  # behind the file's end
+    with pytest.raises(CudaError, match="a read from the drive failed"):
+        execution.run()
+
+
+def test_a_drive_without_a_file_is_named() -> None:
+    pool = Shared(CpuDevice(), LAYERS * EXPERTS * 8192)
+    with pytest.raises(CudaError, match=r"tiers\.host_budget.*--drive FILE"):
+        Execution([CpuDevice()], inputs_of("drive"), pool)
+
+
+@pytest.mark.parametrize(
+    ("sections", "says"),
+    [
+        ({"dispatch": {"mode": "eager", "expert_kernel": "grouped"}}, "only as a graph"),
+        ({"miss": CPU, "copy": {"discipline": "two_streams"}}, "copies from the host in one stream"),
+        ({"miss": {"policy": "skip"}}, "miss.policy = 'skip': choose fetch, cpu, cost, balanced"),
+        ({"predictor": {"latency_us": 3.0, "lane": "host"}}, "predictor.lane = 'host'"),
+        ({"compression": {**HALF, "ratio": 0.5}}, "compression.ratio = 0.5"),
+    ],
+)
+def test_what_none_of_these_can_do_is_refused_by_its_key(sections: dict[str, Any], says: str) -> None:
+    with pytest.raises(ExecutionError, match=says):
+        make_plan(replace(inputs_of("predictor"), scenario=small_inputs(**sections).scenario))
+
+
+def test_a_thread_beside_waits_for_a_signal_of_every_stream_that_it_depends_on() -> None:
+    entries = make_plan(inputs_of("drive and CPU")).entries
+    reads = [entry for entry in entries if entry.kind == READ]
+    assert any(entry.waits for entry in reads)
+    for entry in entries:
+        if entry.kind in (READ, CPU_EXPERT):
+            for other in entry.waits:
+                assert entries[other].signals or entries[other].kind in (READ, CPU_EXPERT)
+
+
+def test_guesses_are_read_back_behind_the_predictor_and_waited_for() -> None:
+    entries = make_plan(inputs_of("predictor")).entries
+    for number, entry in enumerate(entries):
+        if entry.kind == GUESSES:
+            assert entries[number - 1].kind == PREDICT and entry.host_waits == ((0, number),)
+    assert sum(entry.kind == GUESSES for entry in entries) > 0
+    aside = {
+        entry.lane for entry in make_plan(inputs_of("compressed on the GPU, aside")).entries if entry.kind == DECOMPRESS
+    }
+    assert aside == {"aside0", "aside1", "aside2", "aside3"}

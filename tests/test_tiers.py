@@ -16,8 +16,6 @@ from hypothesis import strategies as st
 from random_cases import Case, cases, play
 from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_run, tiny_scenario, tiny_trace
 
-from prestage.calibration.entries import ExecutionError
-from prestage.calibration.executable import check_executable
 from prestage.engine.costs.costs import Costs
 from prestage.engine.decide.commands import FIXED_REGISTERS
 from prestage.engine.decide.dispatch import Visit
@@ -33,7 +31,7 @@ from prestage.engine.policies.copy_order import COPY_ORDERS
 from prestage.engine.policies.eviction import EVICTION
 from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.inputs import Inputs
-from prestage.engine.scenario.scenario import load_scenario, make_scenario
+from prestage.engine.scenario.scenario import load_scenario
 from prestage.engine.simulate import simulate, simulate_inputs
 from prestage.engine.timing.simulation import settings_of
 from prestage.resources.profile import Profile, load_profile, make_profile, profile_names
@@ -513,20 +511,6 @@ def test_the_lanes_of_a_profile_together_read_no_faster_than_the_link_to_its_dri
 def test_sizes_of_the_trace_need_a_trace_that_has_them() -> None:
     with pytest.raises(ScenarioError, match=r"model\.sizes = 'trace': the trace does not say"):
         load_inputs(load_scenario("synthetic", ["model.sizes=trace"]))
-
-
-def test_tiers_are_simulated_not_executed() -> None:
-    scenario = make_scenario(
-        {
-            "workload": {"trace": "none"},
-            "dispatch": {"mode": "graph"},
-            "tiers": {"host_budget": "1experts"},
-            "prefetch": {"lookahead": 0},
-        }
-    )
-    inputs = tiny_inputs(tiny_model(1), tiny_profile(), tiny_trace([[[0]]]), scenario)
-    with pytest.raises(ExecutionError, match=r"tiers\.host_budget: no drive is read"):
-        check_executable(inputs)
 
 
 def test_baselines_go_through_the_same_tiers_but_the_resident_one_which_reads_nothing() -> None:

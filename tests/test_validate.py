@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from prestage.calibration.entries import Plan
 from prestage.calibration.in_schedule import samples
 from prestage.calibration.measured import SPAN_COLUMNS, Measured, MeasuredGpu, Times
-from prestage.calibration.entries import Plan
 from prestage.calibration.plan import decision_counts, make_plans
 from prestage.calibration.report import markdown, write_report
 from prestage.calibration.scenario_sets import SETS, scenarios
