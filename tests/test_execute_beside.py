@@ -81,7 +81,8 @@ def inputs_of(variant: str) -> Inputs:
         }
     )
     sections = VARIANTS[variant]
-    return replace(small_inputs(model_of(variant), **sections), profile=profile)
+    inputs: Inputs = replace(small_inputs(model_of(variant), **sections), profile=profile)
+    return inputs
 
 
 @pytest.fixture(scope="module")
@@ -133,10 +134,12 @@ def test_every_expert_computes_with_its_own_weights_wherever_it_lies(variant: st
             scales = weights[count : packed_bytes(len(weights))].view(torch.bfloat16).float()
             weights = (values * scales.view(-1, 1)).bfloat16().view(-1).view(torch.uint8)
         first, second, last = expert_matrices(model, weights)
-        return ((x @ first.t()).relu() * (x @ second.t())) @ last.t()
+        made: torch.Tensor = ((x @ first.t()).relu() * (x @ second.t())) @ last.t()
+        return made
 
     def check(entry: Any) -> None:
         if entry.members:
+            assert part.grouped is not None
             for member, (slot, tokens) in enumerate(entry.members):
                 (expert,) = (one for one in range(len(host)) if same_bytes(part.slots[slot], host[one]))
                 found = part.grouped.outputs[member, :tokens]
