@@ -14,6 +14,7 @@ from typing import Any
 
 from ..engine.scenario.inputs import Inputs
 from ..errors import InputError
+from ..files import replacing
 from .cuda import CudaError
 from .host import Cores
 
@@ -92,11 +93,9 @@ class Shared:
                 "tiers.host_budget: experts are read from a drive: name a file there that may be written, --drive FILE"
             )
         try:
-            with self._drive.open("wb") as file:
+            with replacing(self._drive) as file:
                 file.write(memoryview(self.bytes.numpy()))
                 file.write(bytes(ALIGNED))
-                file.flush()
-                os.fsync(file.fileno())
             self._fd = os.open(self._drive, os.O_RDONLY | os.O_DIRECT)
             with mmap.mmap(-1, ALIGNED) as page:
                 os.preadv(self._fd, [page], 0)
