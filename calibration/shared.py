@@ -1,6 +1,4 @@
-"""What executions share: the memory that experts are copied from, the file that they are read from, and the ways
-between GPUs.
-"""
+"""What executions share: memory that experts are copied from, a file that they are read from, ways between GPUs."""
 
 from __future__ import annotations
 
