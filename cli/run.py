@@ -5,13 +5,16 @@ from __future__ import annotations
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .console import print_json, progress_shown, say_replaced
 from .options import Json, Settings, expert_bytes_of, listed, opened_trace
 from .own import Context, Cpu, Drive, Gpu, Link, Model, Own, Ram, Runtime
+
+if TYPE_CHECKING:
+    from ..engine.scenario.scenario import Scenario
 
 
 def run(
@@ -55,6 +58,7 @@ def run(
         str | None,
         typer.Option(help="What carries the run out: compiled, or simpy, the reference: same numbers."),
     ] = None,
+    bench: Annotated[bool, typer.Option("--bench", help="Run pp512 and tg128 of it, as llama-bench has them.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Tell why, of every warning.")] = False,
     json: Json = False,
 ) -> None:
@@ -64,7 +68,7 @@ def run(
     Examples:
       prestage run --out prestage-out
       prestage run --model gpt-oss-120b --gpu rtx4090 --ram "64GB DDR5-5600"
-      prestage run --model gpt-oss-20b --gpu rtx3060 --ram "2x DDR4-3200" --runtime llama.cpp
+      prestage run gpt-oss-20b --gpu rtx3060 --ram "2x DDR4-3200" --runtime llama.cpp --bench
       prestage run --set prefetch.lookahead=0 --set memory.gpu_budget=50%
       prestage run gpt-oss-20b --set workload.trace=trace.npz --json
       prestage run my-scenario.toml --no-baselines --check-prefetch
@@ -81,6 +85,9 @@ def run(
 
     own = Own(model, gpu, cpu, ram, link, drive, context, runtime)
     chosen = load_scenario(own.scenario(scenario), [*own.settings(scenario), *(settings or ())])
+    if bench:
+        _bench(chosen, json)
+        return
     inputs = load_inputs(chosen)
     if out is not None:
         check_folder(out)
@@ -109,6 +116,20 @@ def run(
     print_result(result.json_data(), verbose)
     for line in written:
         typer.echo(line)
+
+
+def _bench(scenario: Scenario, json: bool) -> None:
+    """Run and print what llama-bench would measure of a scenario."""
+    from ..experiments.bench import bench
+
+    with progress_shown() as progress:
+        data = bench(scenario, progress=progress)
+    if json:
+        print_json(data)
+        return
+    from ..output.tables.runs import print_bench
+
+    print_bench(data)
 
 
 def compile_engine() -> None:

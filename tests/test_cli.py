@@ -331,7 +331,7 @@ def test_import_makes_a_trace_that_replays_as_its_log_does(prestage: Prestage, t
 # Bad input: one line on standard error, exit status 2, nothing on standard output, nothing written.
 
 BAD_RUN: list[tuple[list[str], str]] = [
-    (["defalt"], "speed, synthetic, FILE.toml (did you mean 'default'?)"),
+    (["defalt"], "speed, synthetic, a model's name, FILE.toml (did you mean 'default'?)"),
     (["none.toml"], "scenario 'none.toml': cannot be read: No such file or directory"),
     (["--set", "prefetch.lookahed=2"], "prefetch.lookahed: no such key; did you mean 'lookahead'?"),
     (["--set", "workload.synthetic.skw=2"], "workload.synthetic.skw: no such key; did you mean 'skew'?"),

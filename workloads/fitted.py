@@ -33,7 +33,7 @@ from ..bounded import read
 from ..errors import InputError
 from ..files import write_file
 from ..machine_code import compiled
-from .synthetic import check_drawn, check_whole, draw_weights, join_sequences, share_evenly
+from .synthetic import check_drawn, check_prefill, check_whole, draw_weights, join_sequences, share_evenly
 from .trace import RoutingTrace
 from .trace_limits import MAX_EXPERTS, MAX_TOP_K, check_total_experts
 
@@ -146,7 +146,7 @@ class FittedRouting:
         """
         check_whole("tokens", tokens, 1, None)
         check_whole("sequences", sequences, 1, tokens)
-        check_whole("prefill_tokens", prefill_tokens, 0, tokens // sequences)
+        check_prefill(prefill_tokens, tokens, sequences)
         check_whole("seed", seed, 0, None)
         check_drawn(tokens, len(self.layers), self.top_k, sequences)
         return self.draw(share_evenly(tokens, sequences), seed, prefill_tokens)

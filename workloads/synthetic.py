@@ -77,7 +77,7 @@ class SyntheticConfig:
             check_whole(name, getattr(self, name), low, high)
         check_total_experts("synthetic", self.layers, self.experts, InputError)
         check_drawn(self.tokens, self.layers, self.top_k, self.sequences)
-        check_whole("prefill_tokens", self.prefill_tokens, 0, self.tokens // self.sequences)
+        check_prefill(self.prefill_tokens, self.tokens, self.sequences)
         if self.working_set is not None:
             check_whole("working_set", self.working_set, self.top_k, self.experts)
         for name, most in (("skew", MAX_SKEW), ("reuse", 1.0)):
@@ -92,11 +92,17 @@ def check_drawn(tokens: int, layers: int, top_k: int, sequences: int) -> None:
     check_memory(f"tokens = {tokens:,} (layers {layers:,}, top-{top_k}, sequences {sequences:,})", need_bytes)
 
 
-def check_whole(name: str, value: object, low: int, high: int | None) -> None:
-    """Raise ValueError naming the parameter, its value and its bounds unless it is an integer low..high."""
+def check_whole(name: str, value: object, low: int, high: int | None, why: str = "") -> None:
+    """Raise ValueError naming the parameter, its value, its bounds and why, unless it is an integer low..high."""
     if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
         allowed = f"at least {low}" if high is None else f"{low}..{high}"
-        raise InputError(f"{name} = {value!r}: must be an integer, {allowed}")
+        raise InputError(f"{name} = {value!r}: must be an integer, {allowed}{why}")
+
+
+def check_prefill(prefill_tokens: int, tokens: int, sequences: int) -> None:
+    """Refuse a prompt longer than a sequence, of which `tokens` are shared evenly: ValueError that says how long."""
+    most = tokens // sequences
+    check_whole("prefill_tokens", prefill_tokens, 0, most, f" (tokens = {tokens} of {sequences} sequences)")
 
 
 def synthesize(

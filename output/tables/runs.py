@@ -348,3 +348,28 @@ def _says_the_same(wait: Mapping[str, Any], said: Sequence[Mapping[str, Any]]) -
 def _replicate_row(replicates: dict[str, Any], name: str, digits: int) -> tuple[str, str, str]:
     low, middle, high = (known_of(replicates[name][percentile], digits) for percentile in ("p5", "p50", "p95"))
     return f"{name.replace('_', ' ')}, p50", middle, f"p5 {low}, p95 {high} of {replicates['count']} replicates"
+
+
+def print_bench(data: Mapping[str, Any]) -> None:
+    """Print the tests of `experiments.bench` as llama-bench prints its own: a table in Markdown."""
+    model = data["model"]
+    named = [f"{model['name']} {model['dtype']}", size_of(model["bytes"]), f"{model['parameters'] / 1e9:.1f} B"]
+    columns = ["model", "size", "params", "runtime", "test", "t/s"]
+    if data["cpu_layers"] is not None:
+        columns.insert(4, "n-cpu-moe")
+    rows = []
+    for row in data["rows"]:
+        band, digits = row["range"], _MEASURED_DIGITS
+        known = ""
+        if band is not None:
+            digits = min(digits, max(2, Range(**band).digits))
+            known = f" ({known_of(band['p5'], digits)} to {known_of(band['p95'], digits)})"
+        on_cpu = [] if data["cpu_layers"] is None else [str(data["cpu_layers"])]
+        speed = known_of(row["tokens_per_second"], digits) + known
+        rows.append([*named, data["runtime"], *on_cpu, row["test"], speed])
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    console = plain_console()
+    console.print(Text(f"{model['name']} on {data['machine']}"))
+    for cells in (columns, ["-" * width for width in widths], *rows):
+        line = " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+        console.print(Text(f"| {line} |"), no_wrap=True, overflow="ignore", crop=False)

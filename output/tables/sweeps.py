@@ -24,16 +24,59 @@ SWEEP_COLUMNS: dict[str, tuple[str, Callable[[float | None], str]]] = {
 _BEST_ROWS = 10
 
 
+#: How the figures of a row are headed in a terminal, in the order in which they are left out where it is narrow.
+_NARROW = {"memory": "memory", "late": "late", "over no cache": "no cache", "stall": "stall", "hit": "hit"}
+_HEADS = {**_NARROW, "over same cache": "same cache"}
+#: So many reasons of failed rows are told.
+_MOST_REASONS = 5
+
+
 def print_sweep(rows: Iterable[dict[str, Any]]) -> None:
-    """Print the fastest rows of a sweep."""
+    """Print the fastest rows of a sweep as wide as the terminal is, and why others failed."""
     console = plain_console()
-    best = heapq.nlargest(_BEST_ROWS, rows, key=lambda row: row.get("tokens_per_second") or 0.0)
-    columns, cells = sweep_cells(best)
-    table = columns_of(*columns)
-    for row in cells:
-        table.add_row(*row)
-    console.print(Text(f"The {len(best)} fastest", style="bold"))
-    console.print(table)
+    reasons: dict[str, list[Mapping[str, Any]]] = {}
+    best = heapq.nlargest(_BEST_ROWS, _ran(rows, reasons), key=lambda row: row["tokens_per_second"] or 0.0)
+    if best:
+        columns, cells = sweep_cells(best)
+        kept = _fitting(columns, cells, console.width)
+        table = columns_of(*(_short(name, columns) for name in kept))
+        for row in cells:
+            table.add_row(*(cell for name, cell in zip(columns, row, strict=True) if name in kept))
+        console.print(Text(f"The {len(best)} fastest", style="bold"))
+        console.print(table)
+    for reason, failed in list(reasons.items())[:_MOST_REASONS]:
+        settings = setting_words(failed[0]["settings"])
+        others = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
+        console.print(Text(f"could not run ({settings}{others}): {reason}", style="yellow"))
+    if len(reasons) > _MOST_REASONS:
+        console.print(Text(f"… and for {len(reasons) - _MOST_REASONS} other reasons", style="yellow"))
+
+
+def _ran(rows: Iterable[dict[str, Any]], reasons: dict[str, list[Mapping[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """Yields the rows that ran; notes the others by their reason."""
+    for row in rows:
+        if row.get("error") is None:
+            yield row
+        else:
+            reasons.setdefault(row["error"], []).append(row)
+
+
+def _short(name: str, columns: Iterable[str]) -> str:
+    """Returns a column's heading: of a key its last word, where no other column has that."""
+    last = name.rpartition(".")[2]
+    alone = sum(other.rpartition(".")[2] == last for other in columns) == 1
+    return _HEADS.get(name, last if alone else name)
+
+
+def _fitting(columns: list[str], cells: list[list[str]], width: int) -> list[str]:
+    """Returns the columns that say something and fit into a width, the key always."""
+    said = {name: [row[number] for row in cells] for number, name in enumerate(columns)}
+    kept = [name for name in columns if name not in _NARROW or {*said[name]} - {"0.0%", "-", "-x", "- ms"}]
+    widths = {name: max(map(len, [_short(name, columns), *said[name]])) + 1 for name in kept}
+    for name in _NARROW:
+        if sum(widths[each] for each in kept) > width and name in kept:
+            kept.remove(name)
+    return kept
 
 
 def sweep_cells(rows: Iterable[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -100,6 +143,8 @@ def print_comparison(data: dict[str, Any]) -> None:
     console.print(Text("\nFigures, and their ratio to the first", style="bold"))
     figures = columns_of("", *names)
     for key, values in data["figures"].items():
+        if not any(values):
+            continue
         ratios = [None, *data["ratios"][key][1:]]
         shares = ["" if ratio is None else f" ({ratio:.2f}x)" for ratio in ratios]
         figures.add_row(
@@ -111,6 +156,8 @@ def print_comparison(data: dict[str, Any]) -> None:
             table = columns_of("", names[0], name, "difference")
             parts = {**parts, "makespan": {key: sum(part[key] for part in parts.values()) for key in _DIFFERENCE}}
             for part, ms in parts.items():
+                if not ms["from_ms"] and not ms["to_ms"]:
+                    continue
                 table.add_row(
                     part, *(f"{ms[key]:,.3f} ms" for key in _DIFFERENCE[:2]), f"{ms['difference_ms']:+,.3f} ms"
                 )
