@@ -13,7 +13,10 @@ from prestage.experiments.bench import bench
 from prestage.output.tables.runs import print_bench, print_result
 from prestage.output.tables.sweeps import print_sweep
 
-FEW = {"workload.tokens": 4, "workload.synthetic.tokens": 12, "workload.synthetic.prefill_tokens": 4, "workload.synthetic.sequences": 1}
+FEW = {
+    f"workload.{key}": value for key, value in {"tokens": 4, "synthetic.tokens": 12, "synthetic.sequences": 1}.items()
+}
+FEW["workload.synthetic.prefill_tokens"] = 4
 
 
 @pytest.fixture(autouse=True)
