@@ -16,6 +16,7 @@ from ..errors import InputError
 from . import calibrate, machine, model, predictor, timeline, trace
 from .console import stop_status
 from .decode import calibrate_decode, calibrate_served
+from .doctor import doctor
 from .experiments import breakeven, compare, suite, sweep
 from .guide import reproduce
 from .observe import calibrate_observe
@@ -29,7 +30,6 @@ app = typer.Typer(
 
     Start with `prestage run --out prestage-out`; every command's --help has examples.
     """,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 _COMMANDS: tuple[Callable[..., None], ...] = (
@@ -38,6 +38,7 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
 for _command in _COMMANDS:
     app.command()(_command)
 app.command("compile")(compile_engine)
+app.command()(doctor)
 app.add_typer(machine.app, name="machine")
 app.add_typer(trace.app, name="trace")
 app.add_typer(model.app, name="model")

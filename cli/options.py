@@ -10,9 +10,30 @@ import typer
 if TYPE_CHECKING:
     from ..workloads.trace import RoutingTrace
 
+
+def complete_scenario(incomplete: str) -> list[str]:
+    """Returns the names of scenarios and models that a shell may complete a beginning to."""
+    from ..engine.scenario.scenario import scenario_names
+    from ..workloads.model import preset_names
+
+    return [name for name in sorted({*scenario_names(), *preset_names()}) if name.startswith(incomplete)]
+
+
+def complete_setting(incomplete: str) -> list[str]:
+    """Returns the keys of a scenario that a shell may complete a beginning to, each with its sign."""
+    from ..notebook.settings import scenario_keys
+
+    return [f"{key}=" for key in scenario_keys() if key.startswith(incomplete)]
+
+
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Set a key, such as prefetch.k=4; KEY= takes it out; repeat it."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Set a key, such as prefetch.k=4; KEY= takes it out; repeat it.",
+        autocompletion=complete_setting,
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else there.")]
 Sequences = Annotated[

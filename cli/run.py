@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .console import print_json, progress_shown, say_replaced
-from .options import Json, Settings, expert_bytes_of, listed, opened_trace
+from .options import Json, Settings, complete_scenario, expert_bytes_of, listed, opened_trace
 from .own import Context, Cpu, Drive, Gpu, Link, Model, Own, Ram, Runtime
 
 if TYPE_CHECKING:
@@ -21,7 +21,8 @@ def run(
     scenario: Annotated[
         str | None,
         typer.Argument(
-            help="A scenario's TOML file, the name of a shipped one, or a model's; without it, the default."
+            help="A scenario's TOML file, the name of a shipped one, or a model's; without it, the default.",
+            autocompletion=complete_scenario,
         ),
     ] = None,
     settings: Settings = None,

@@ -7,13 +7,17 @@ from typing import Annotated
 import typer
 
 from .console import print_json
-from .options import Json, Settings
+from .options import Json, Settings, complete_scenario
 from .own import Context, Cpu, Drive, Gpu, Link, Model, Own, Ram, Runtime
 
 
 def show(
     scenario: Annotated[
-        str | None, typer.Argument(help="A scenario's TOML file, a shipped one's or a model's name; or the default.")
+        str | None,
+        typer.Argument(
+            help="A scenario's TOML file, a shipped one's or a model's name; or the default.",
+            autocompletion=complete_scenario,
+        ),
     ] = None,
     settings: Settings = None,
     model: Model = None,

@@ -35,6 +35,7 @@ COMMANDS = [
     [],
     ["run"],
     ["show"],
+    ["doctor"],
     ["sweep"],
     ["suite"],
     ["plot"],

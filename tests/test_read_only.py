@@ -32,6 +32,7 @@ CONFIG = str(ROOT / "tests" / "data" / "configs" / "OLMoE-1B-7B-0924.json")
 #: Arguments by command; those that are refused with 2 want a GPU, a model or a log that is not there.
 TRIED: dict[tuple[str, ...], tuple[list[str], int]] = {
     ("compile",): ([], 0),
+    ("doctor",): ([], 0),
     ("show",): (["gpt-oss-20b", "--runtime", "llama.cpp", "--gpu", "rtx4090", "--ram", "64GB DDR5-5600"], 0),
     ("machine", "list"): ([], 0),
     ("machine", "show"): (["gpu=rtx4090"], 0),

@@ -1,0 +1,76 @@
+"""What docs/commands.md says of commands holds: the keys of their JSON, their names, completion and the doctor."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import typer
+from test_cli import Prestage
+from test_cli import prestage as prestage
+
+from prestage.cli import doctor
+from prestage.cli.entry import app
+from prestage.cli.options import complete_scenario, complete_setting
+
+PAGE = (Path(__file__).parent.parent / "docs" / "commands.md").read_text(encoding="utf-8")
+DOCUMENTED = dict(re.findall(r"^\| `([\w -]+)` \| (.*) \|$", PAGE.partition("## As data")[2], re.MULTILINE))
+SMALL = ["model.layers=2", "workload.tokens=4", "workload.synthetic.tokens=12", "workload.synthetic.sequences=1"]
+SMALL += ["workload.synthetic.prefill_tokens=2"]
+SET = [part for setting in SMALL for part in ("--set", setting)]
+#: Arguments that end soon, by command; of a run more keys are there than are named.
+TRIED = {
+    "run": ["run", "synthetic", *SET, "--no-baselines"],
+    "run --bench": ["run", "synthetic", *SET, "--bench"],
+    "show": ["show"],
+    "sweep": ["sweep", "synthetic", *SET, "--grid", "prefetch.lookahead=0", "--workers", "1", "-o", "rows.jsonl"],
+    "compare": ["compare", "synthetic", "synthetic,prefetch.lookahead=0", *SET],
+    "breakeven": ["breakeven", "synthetic", *SET],
+    "replay": ["replay", "topk", "--budget", "25%"],
+    "mrc": ["mrc", "topk", "--points", "2", "--policies", "lru"],
+    "trace info": ["trace", "info", "guide"],
+    "model list": ["model", "list"],
+    "machine list": ["machine", "list"],
+    "machine show": ["machine", "show", "gpu=rtx4090"],
+    "machine detect": ["machine", "detect"],
+    "doctor": ["doctor"],
+}
+
+
+def test_every_command_that_is_documented_is_tried() -> None:
+    assert DOCUMENTED.keys() == TRIED.keys()
+
+
+@pytest.mark.parametrize("command", TRIED)
+def test_the_json_of_a_command_has_the_keys_that_are_documented(prestage: Prestage, command: str) -> None:
+    ran = prestage(*TRIED[command], "--json")
+    assert ran.status == 0, ran.err
+    said = re.sub(r"\(each .*?\)", "", DOCUMENTED[command])
+    named, there = set(re.findall(r"`(\w+)`", said)), set(json.loads(ran.out))
+    assert named == there if command != "run" else named <= there
+
+
+def test_every_command_is_named_on_the_page_and_gives_json_or_writes_a_file() -> None:
+    group = typer.main.get_command(app)
+    for name, command in group.commands.items():  # type: ignore[attr-defined]
+        assert f"`{name}`" in PAGE, name
+        for each in getattr(command, "commands", {name: command}).values():
+            options = {option for parameter in each.params for option in parameter.opts}
+            assert options & {"--json", "--out"} or name == "compile", (name, each.name)
+
+
+def test_a_shell_completes_scenarios_models_and_keys() -> None:
+    assert complete_scenario("gpt-oss") == ["gpt-oss-120b", "gpt-oss-20b"]
+    assert complete_scenario("guide-k5") == ["guide-k5-1gb"]
+    assert complete_setting("prefetch.l") == ["prefetch.lookahead="]
+
+
+def test_the_doctor_says_what_is_missing_for_what(prestage: Prestage, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name in ("pandas", "simpy") else found(name))
+    ran = prestage("doctor")
+    assert ran.status == 2 and ran.err == "prestage: missing: simpy: pip install -e . installs what every run needs\n"
+    assert re.search(r"pandas +missing +tables of a run as data frames: extra notebook", ran.out)
+    assert re.search(r"simpy +MISSING", ran.out)
