@@ -74,6 +74,10 @@ def _of_memory(inputs: Inputs) -> list[tuple[bool, str]]:
             f"copy.discipline = {copy.discipline!r}: choose {_executed()}",
         ),
         (miss not in EXECUTED_MISSES, f"miss.policy = {miss!r}: choose {', '.join(EXECUTED_MISSES)}"),
+        (
+            len({each.expert_ff for each in model.by_layer}) > 1,
+            f"model {model.name}: kernels of one width are made, and its layers' experts have several",
+        ),
         (compression.mixed is not None, "[compression] mixed: no kernels in several precisions here; leave it out"),
         (not fits, f"compression.ratio = {compression.ratio:g}: a byte a weight and scales: at least {least:.5g}"),
         (

@@ -353,4 +353,4 @@ def _check_bytes(log: RunLog, read_bytes: Array) -> None:
 def _weight_bytes(inputs: Inputs) -> int:
     """Returns the weight bytes that one decoded token is computed with."""
     model = inputs.model
-    return sum(model.dense_bytes) + model.top_k * sum(model.expert_bytes) + model.head_bytes
+    return sum(model.dense_bytes) + model.chosen_bytes + model.head_bytes

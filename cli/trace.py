@@ -158,13 +158,15 @@ def trace_map(
     Examples:
       prestage trace map guide --model qwen3-30b-a3b -o mapped.safetensors
     """
+    from ..workloads.by_layer import of_model
     from ..workloads.mapping import map_trace
     from ..workloads.model import load_model
     from ..workloads.trace_files import check_trace_file
 
     check_trace_file(out)
     shape = load_model(model)
-    mapped = map_trace(opened_trace(trace), shape.layers, shape.experts, shape.top_k, shape.name, seed)
+    opened = opened_trace(trace)
+    mapped = of_model(shape, lambda experts, top_k: map_trace(opened, shape.layers, experts, top_k, shape.name, seed))
     mapped.save(out)
     _say_what_is_in(out, mapped)
     typer.echo(f"{out}: mapped: {mapped.meta['mapping']}")
@@ -214,6 +216,7 @@ def trace_synth(
 
     import numpy as np
 
+    from ..workloads.by_layer import of_model
     from ..workloads.model import load_model
     from ..workloads.synthetic import synthesize
 
@@ -223,23 +226,23 @@ def trace_synth(
         from ..workloads.popularity import popular_trace
 
         trace = popular_trace(popularity, shape, tokens, sequences, prefill_tokens, seed)
-        trace = replace(trace, meta={**trace.meta, "model": shape.name}, extra={"expert_bytes": sizes})
-        trace.save(out)
-        _say_what_is_in(out, trace)
-        return
-    trace = synthesize(
-        tokens,
-        shape.layers,
-        shape.experts,
-        shape.top_k,
-        skew=skew,
-        working_set=shape.experts if working_set is None else working_set,
-        reuse=reuse,
-        sequences=sequences,
-        prefill_tokens=prefill_tokens,
-        seed=seed,
-    )
-    trace = replace(trace, meta={**trace.meta, "model": shape.name}, extra={"expert_bytes": sizes})
+    else:
+        trace = of_model(
+            shape,
+            lambda experts, top_k: synthesize(
+                tokens,
+                shape.layers,
+                experts,
+                top_k,
+                skew=skew,
+                working_set=experts if working_set is None else working_set,
+                reuse=reuse,
+                sequences=sequences,
+                prefill_tokens=prefill_tokens,
+                seed=seed,
+            ),
+        )
+    trace = replace(trace, meta={**trace.meta, "model": shape.name}).with_extra({"expert_bytes": sizes})
     trace.save(out)
     _say_what_is_in(out, trace)
 

@@ -315,7 +315,7 @@ def _as_one_layer(trace: RoutingTrace) -> RoutingTrace:
         trace.experts.reshape(flat),
         trace.num_experts,
         weights=None if trace.weights is None else trace.weights.reshape(flat),
-        present=None if trace.present is None else trace.present.reshape(-1, 1),
+        present=None if trace.present is None else trace.present.reshape(-1, 1, *trace.present.shape[2:]),
         sequence=np.repeat(trace.sequence, trace.layers),
     )
 

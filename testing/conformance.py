@@ -287,13 +287,13 @@ def _with_another_future(
     trace: RoutingTrace, steps: Sequence[Step], now: int, layer: int, random: np.random.Generator
 ) -> RoutingTrace:
     experts = trace.experts.copy()
-    present = np.ones(experts.shape[:2], dtype=bool) if trace.present is None else trace.present.copy()
+    present = np.ones(experts.shape, dtype=bool) if trace.made is None else trace.made.copy()
     predictions = None if trace.predictions is None else trace.predictions.copy()
     for number, step in enumerate(steps[now:], now):
         first = layer + 1 if number == now else 0
         for row in step.rows:
             experts[row, first:] = distinct(random, (trace.layers - first,), trace.k, trace.num_experts)
-            present[row, first:] = random.random(trace.layers - first) < 0.85
+            present[row, first:] = (random.random(trace.layers - first) < 0.85)[:, None]
             if predictions is not None:
                 predictions[row, first:] = np.roll(predictions[row, first:], 1, axis=-1)
     return replace(trace, experts=experts, present=present, predictions=predictions)

@@ -22,20 +22,26 @@ def distinct(random: np.random.Generator, shape: tuple[int, ...], k: int, expert
 
 
 def random_trace(seed: int, layers: int = 3, experts: int = 6, top_k: int = 2) -> RoutingTrace:
-    """Returns three sequences of prompts and answers, with gaps, recorded predictions and confidences."""
+    """Returns three sequences of prompts and answers, with gaps, recorded predictions and confidences.
+
+    With odd seeds some tokens choose fewer than `top_k` experts.
+    """
     random = np.random.default_rng(seed)
     lengths, prompts = random.integers(2, 7, 3), random.integers(0, 4, 3)
     tokens = int(lengths.sum())
     predictions = distinct(random, (tokens, layers, HORIZONS), GUESSES, experts).astype(np.int16)
     predictions[random.random(predictions.shape) < 0.2] = -1
     position = np.concatenate([np.arange(length) for length in lengths]).astype(np.int32)
+    present = random.random((tokens, layers)) < 0.85
+    if seed % 2:
+        present = present[..., None] & (np.arange(top_k) < random.integers(1, top_k + 1, (tokens, layers, 1)))
     return RoutingTrace(
         experts=distinct(random, (tokens, layers), top_k, experts),
         num_experts=experts,
         sequence=np.repeat(np.arange(3), lengths).astype(np.int32),
         position=position,
         phase=np.where(position < np.repeat(prompts, lengths), PREFILL, DECODE).astype(np.uint8),
-        present=random.random((tokens, layers)) < 0.85,
+        present=present,
         predictions=predictions,
         confidences=random.random(predictions.shape).astype(np.float32),
     )

@@ -131,12 +131,7 @@ def naive_counts(inputs: Inputs) -> VisitCounts:
     accesses = missed = prefetched = first_row = 0
     for index, step in enumerate(steps):
         for layer in range(layers):
-            pairs = [
-                layer * experts + int(expert)
-                for row in step.rows
-                if trace.present is None or trace.present[row, layer]
-                for expert in trace.experts[row, layer]
-            ]
+            pairs = [layer * experts + int(expert) for row in step.rows for expert in trace.chosen(row, layer)]
             unique = list(dict.fromkeys(pairs))
             by_last = list(reversed(dict.fromkeys(reversed(pairs))))
             waves = manager.visit(unique, by_last)

@@ -150,6 +150,8 @@ def traces(draw: st.DrawFn, layers: int, experts: int, top_k: int) -> RoutingTra
     present = None
     if draw(st.booleans()):
         present = random.random((tokens, layers)) < 0.8
+        if draw(st.booleans()):  # of those that are routed, some choose fewer
+            present = present[..., None] & (np.arange(top_k) < random.integers(1, top_k + 1, (tokens, layers, 1)))
         chosen[~present] = 0
     predictions = np.argsort(random.random((tokens, layers, DEEPEST, experts)), axis=3)[..., :2].astype(np.int16)
     predictions[random.random(predictions.shape) < 0.2] = -1

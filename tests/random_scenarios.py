@@ -311,7 +311,10 @@ def _written(rng: Random, trace: RoutingTrace, folder: Path) -> str:
     arrays: dict[str, Any] = {}
     if rng.random() < 0.5:
         arrays["present"] = present = numbers.random((tokens, layers)) < 0.8
-        arrays["experts"] = np.where(present[..., None], trace.experts, 0).astype(trace.experts.dtype)
+        if rng.random() < 0.5:
+            fewer = numbers.integers(1, trace.k + 1, (tokens, layers, 1))
+            arrays["present"] = present = present[..., None] & (np.arange(trace.k) < fewer)
+        arrays["experts"] = np.where(present.reshape(tokens, layers, -1), trace.experts, 0).astype(trace.experts.dtype)
     if rng.random() < 0.5:
         arrays["phase"] = (numbers.random(tokens) < 0.7).astype(np.uint8)
     if rng.random() < 0.3:

@@ -223,9 +223,7 @@ def test_every_choice_is_served_once_and_where_it_may_be(remote: str, case: Case
                     mine = Step(step.phase, step.rows[lives[index] == gpu])
                     assert list(own) == list(step_accesses(inputs.trace, mine))[layer].experts
             if visit.traffic is not None:
-                routed = (
-                    step.rows if inputs.trace.present is None else step.rows[inputs.trace.present[step.rows, layer]]
-                )
+                routed = [row for row in step.rows if inputs.trace.chosen(row, layer)]
                 assert visit.traffic.diagonal().tolist() == [0] * gpus
                 assert visit.traffic.sum() <= len(routed) * min(inputs.model.top_k, gpus)
             for gpu, sources in enumerate(visit.sources):

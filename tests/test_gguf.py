@@ -192,8 +192,13 @@ def without(metadata: dict[str, Any], key: str) -> dict[str, Any]:
         (facts("tiny", expert_used_count=5), OUTSIDE + block(0), r"top_k = 5: must be 1 to experts = 4"),
         (
             facts("tiny"),
-            [*OUTSIDE, *block(0), *[(n, (s[0], s[1], 3) if len(s) == 3 else s, k) for n, s, k in block(1)]],
-            r"block 1 has 3 experts of 3 matrices, block 0 4 of 3: every MoE layer must have the same",
+            OUTSIDE + block(0) + [each for each in block(1) if "gate_exps" not in each[0]],
+            r"block 1: an expert has 2 matrices, in block 0 3: every MoE layer must have the same",
+        ),
+        (
+            facts("tiny"),
+            [*OUTSIDE, *block(0), *[(n, (s[0], s[1], 1) if len(s) == 3 else s, k) for n, s, k in block(1)]],
+            r"layer 1: top-2 of 1 experts of width 16: must be at most top-2 of 4 of 16",
         ),
         (
             facts("tiny"),

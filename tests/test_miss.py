@@ -411,9 +411,10 @@ def test_the_engine_counts_what_the_replay_counts_and_no_token_is_lost(name: str
     # Every (token, expert) pair is served once: by an expert on the GPU, or as it was resolved.
     recording = result.recording
     rows = np.concatenate([step.rows for step in inputs.steps])
-    routed = len(rows) * inputs.trace.layers if inputs.trace.present is None else inputs.trace.present[rows].sum()
+    made = inputs.trace.made
+    choices = len(rows) * inputs.trace.layers * inputs.trace.k if made is None else made[rows].sum()
     served = recording.decoded.accesses["tokens"].sum() + recording.resolved["tokens"].sum()
-    assert served == routed * inputs.trace.k
+    assert served == choices
     decided = [(v.number, r.expert, r.way, r.tokens) for v in visits for r in v.resolution.accesses]
     assert decided == [tuple(row)[:4] for row in recording.resolved.tolist()]
     if name != "fetch":
@@ -429,8 +430,8 @@ def check_miss_metrics(scenario: Scenario, data: dict[str, Any], recording: Reco
         trace, steps = recording.trace, recording.steps
         rows = np.concatenate([step.rows for step in steps])
         weights = recording.trace.weights[rows].astype(float)
-        if trace.present is not None:
-            weights[~trace.present[rows]] = 0
+        if trace.made is not None:
+            weights[~trace.made[rows]] = 0
         assert sum(miss["gate_mass"].values()) == pytest.approx(recording.resolved["gate"].sum() / weights.sum())
         assert sum(miss["gate_mass"].values()) <= 1 + 1e-9
     demanded = recording.copy_reason[recording.decoded.accesses["copy"]] == 0

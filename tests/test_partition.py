@@ -109,7 +109,7 @@ def test_shared_layers_are_one_layer_visited_more_often(trace: RoutingTrace, slo
     trace.sequence[:] = 0
     steps = plan_steps(trace.sequence, trace.phase)
     shared = replay(trace, steps, MemoryManager([1] * 3, 5, slots, Lru, scope="shared"), lookup=lookup)
-    present = None if trace.present is None else trace.present.reshape(-1, 1)
+    present = None if trace.present is None else trace.present.reshape(-1, 1, *trace.present.shape[2:])
     flat = RoutingTrace(trace.experts.reshape(-1, 1, trace.k), 5, present=present)
     steps = plan_steps(flat.sequence, flat.phase)
     alone = replay(flat, steps, MemoryManager([1], 5, slots, Lru), lookup=lookup)

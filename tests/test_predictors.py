@@ -77,8 +77,7 @@ class Plain:
         if token is None:
             return []
         row = self.tokens[token][1]
-        absent = self.trace.present is not None and not self.trace.present[row, layer]
-        return [] if absent else [int(expert) for expert in self.trace.experts[row, layer]]
+        return self.trace.chosen(row, layer)
 
     def same_sequence(self, token: int) -> list[int]:
         sequence = self.trace.sequence[self.tokens[token][1]]

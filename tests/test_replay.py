@@ -168,8 +168,7 @@ def test_under_uniform_routing_a_per_layer_lru_hits_slots_in_experts(experts: in
 def test_with_room_for_all_only_first_uses_miss(trace: RoutingTrace, batch: int) -> None:
     steps = plan_steps(trace.sequence, trace.phase, batch=batch)
     replayed = replay(trace, steps, MemoryManager([1] * 3, 5, 15, Lru))
-    present = np.ones((trace.tokens, 3), dtype=bool) if trace.present is None else trace.present
-    used = {(layer, int(e)) for row, layer in np.argwhere(present) for e in trace.experts[row, layer]}
+    used = {(layer, e) for row in range(trace.tokens) for layer in range(3) for e in trace.chosen(row, layer)}
     assert (replayed.count(MISSED), replayed.evict) == (len(used), 0)
 
 
@@ -319,8 +318,8 @@ def test_replay_finds_what_a_naive_replay_finds(
     outcome = np.full(trace.experts.shape, NOT_LOOKED_UP, dtype=np.uint8)
     for step in steps:
         for layer in range(3):
-            rows = [row for row in step.rows.tolist() if trace.present is None or trace.present[row, layer]]
-            cells = [(row, layer, rank) for row in rows for rank in range(trace.k)]
+            rows = step.rows.tolist()
+            cells = [(row, layer, rank) for row in rows for rank in range(len(trace.chosen(row, layer)))]
             for together in [cells] if lookup == "batch" else [[cell] for cell in cells]:
                 first: dict[int, tuple[int, int, int]] = {}
                 for cell in together:

@@ -41,7 +41,9 @@ def random_trace(seed: int, tokens: int, layers: int, k: int, num_experts: int, 
     scores = rng.random((tokens, layers, num_experts)) ** (1 + np.arange(num_experts))
     experts = np.argsort(scores, axis=-1)[..., :k]
     present = rng.random((tokens, layers)) >= absent
-    return trace_of(np.where(present[..., None], experts, 0), num_experts, present=present)
+    if seed % 2 and absent:
+        present = present[..., None] & (np.arange(k) < rng.integers(1, k + 1, (tokens, layers, 1)))
+    return trace_of(np.where(present.reshape(tokens, layers, -1), experts, 0), num_experts, present=present)
 
 
 # The rule of the memory manager, written down directly.
@@ -50,8 +52,8 @@ def random_trace(seed: int, tokens: int, layers: int, k: int, num_experts: int, 
 def visits_of(trace: RoutingTrace) -> Iterator[list[tuple[int, int]]]:
     for token in range(trace.tokens):
         for layer in range(trace.layers):
-            if trace.present is None or trace.present[token, layer]:
-                yield [(layer, int(expert)) for expert in trace.experts[token, layer]]
+            if chosen := trace.chosen(token, layer):
+                yield [(layer, expert) for expert in chosen]
 
 
 def simulated_hits(trace: RoutingTrace, capacity: int, scope: Scope) -> tuple[int, int]:

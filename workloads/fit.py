@@ -150,7 +150,7 @@ def _class_rates(trace: RoutingTrace) -> FloatArray:
     ends = class_ends(trace.num_experts, trace.k)
     rates = []
     for layer in range(trace.layers):
-        rows = slice(None) if trace.present is None else trace.present[:, layer]
+        rows = slice(None) if trace.routed is None else trace.routed[:, layer]
         one = RoutingTrace(trace.experts[rows, layer : layer + 1], trace.num_experts)
         depths = lru_depths(one, "per-layer")
         classes = np.searchsorted(ends, depths[depths >= 0], side="right")
@@ -164,7 +164,7 @@ def _overlap_between_sequences(trace: RoutingTrace) -> FloatArray:
     if len(numbers) < 2:
         return np.zeros(trace.layers)
     shares = np.zeros((len(numbers), trace.layers, trace.num_experts))
-    routed = np.ones((1, 1)) if trace.present is None else trace.present
+    routed = np.ones((1, 1)) if trace.routed is None else trace.routed
     for slot in range(trace.k):
         np.add.at(shares, (sequence[:, None], np.arange(trace.layers), trace.experts[..., slot]), routed)
     shares *= trace.k / np.maximum(shares.sum(axis=-1, keepdims=True), 1)

@@ -98,12 +98,14 @@ class Run:
     #: The step of each place, and the first place of each step; the last entry closes the last step.
     step: Int64s
     starts: Int64s
-    #: The true experts (rows + 1, layers, k), -1 where absent; the last row is all absent, for place -1.
+    #: The true experts (rows + 1, layers, k), -1 where none is; the last row is all absent, for place -1.
     chosen: Int16s
     #: The first place of the sequence's next step, the last place of its step before, and the place just before.
     next: Int64s
     previous: Int64s
     before: Int64s
+    #: How many experts each layer has (layers,): others are not guessed.
+    experts: Int64s
 
     @classmethod
     def of(cls, trace: RoutingTrace, steps: Sequence[Step], horizons: int, n: int) -> Run:
@@ -125,8 +127,8 @@ class Run:
         step = np.repeat(np.arange(len(steps)), widths)
         chosen = np.full((len(rows) + 1, trace.layers, trace.k), -1, dtype=np.int16)
         chosen[:-1] = trace.experts[rows]
-        if trace.present is not None:
-            chosen[:-1][~trace.present[rows]] = -1
+        if trace.made is not None:
+            chosen[:-1][~trace.made[rows]] = -1
         nxt, previous, before = _neighbors(trace.sequence[rows], step)
         return cls(
             layers=trace.layers,
@@ -139,6 +141,7 @@ class Run:
             next=nxt,
             previous=previous,
             before=before,
+            experts=trace.experts_by_layer.astype(np.int64),
         )
 
     def targets(self) -> Iterator[tuple[Int64s, Int64s]]:
@@ -202,8 +205,12 @@ class Run:
 
     def guesses(self, experts: Int16s, confidences: Floats | None = None) -> Guesses:
         """Freeze the arrays, after taking out what nobody guesses or nobody will use."""
-        for ahead, (token, _) in enumerate(self.targets()):
-            experts[:, :, ahead][~self.can_guess(token)] = -1
+        differ = len(set(self.experts.tolist())) > 1
+        for ahead, (token, layer) in enumerate(self.targets()):
+            guessed = experts[:, :, ahead]
+            guessed[~self.can_guess(token)] = -1
+            if differ:
+                guessed[guessed >= self.experts[layer][:, None]] = -1
         if confidences is not None:
             confidences[experts < 0] = 0
         return Guesses(self.rows, experts, confidences)

@@ -47,6 +47,8 @@ def map_trace(
         f"layers {trace.layers} to {layers} in proportion; experts {trace.num_experts} to {experts}, each for its "
         f"share; choices {trace.k} to {top_k}; seed {seed}"
     )
+    # A layer that chose fewer than others still does, unless more are wanted of all.
+    present = trace.routed if top_k > trace.k or trace.made is None else trace.made[:, :, :top_k]
     meta = {"model": model, "mapping": rule, "mapped_from": str(trace.meta.get("model", ""))}
     return RoutingTrace(
         experts=chosen,
@@ -55,7 +57,7 @@ def map_trace(
         sequence=trace.sequence,
         position=trace.position,
         phase=trace.phase,
-        present=None if trace.present is None else trace.present[:, source_of],
+        present=None if present is None else present[:, source_of],
         meta=meta,
     )
 

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import resources
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -65,11 +65,21 @@ class Attending:
         return (np.minimum(positions, self.most) if self.most else positions) / self.ratio
 
 
+class Routed(NamedTuple):
+    """The routed experts of one layer: how many, of which a token takes `top_k`, and the inner width of each."""
+
+    experts: int
+    top_k: int
+    expert_ff: int
+
+
 @dataclass(frozen=True)
 class Model:
     """What a run needs to know of a model. Build it with `load_model`.
 
-    - `layers`: MoE layers; `experts`: routed experts of one layer, of which each token takes `top_k`.
+    - `layers`: MoE layers; `experts`: routed experts of one layer, of which each token takes `top_k`. Where layers
+      differ in them these, and `expert_ff`, are the most of any, and `by_layer` (layers,) has each one's own; empty
+      where they are alike. Ask `routed(layer)`.
     - `hidden`, `expert_ff`: width of the model and of one routed expert's inner layer, which has `expert_matrices`
       matrices (3 gated, 2 plain) of `expert_dtype`. The dense part's matrices are of `dense_dtype`.
     - `expert_bytes` (layers,): bytes to move for one expert of that layer, biases included.
@@ -113,6 +123,7 @@ class Model:
     caches: tuple[tuple[Cached, ...], ...] = ()
     host_table_bytes: int = 0
     attention: tuple[tuple[Attending, ...], ...] = ()
+    by_layer: tuple[Routed, ...] = ()
 
     def __post_init__(self) -> None:
         for field in _AT_LEAST_ONE:
@@ -122,6 +133,7 @@ class Model:
         if self.top_k > self.experts:
             raise ModelError(f"model {self.name}: top_k = {self.top_k}: must be 1 to experts = {self.experts}")
         check_total_experts(f"model {self.name}", self.layers, self.experts, ModelError)
+        self._check_by_layer()
         for field in ("expert_dtype", "dense_dtype"):
             _check_dtype(self.name, field, getattr(self, field))
         for field, low in (("expert_bytes", 1), ("dense_bytes", 0)):
@@ -144,20 +156,56 @@ class Model:
             if size > MOST_BYTES:
                 raise ModelError(f"model {self.name}: {what}: {size} bytes: must be at most {MOST_BYTES}")
 
+    def _check_by_layer(self) -> None:
+        if self.by_layer and len(self.by_layer) != self.layers:
+            raise ModelError(f"model {self.name}: by_layer: must have one entry per layer, {self.layers}")
+        for layer, (experts, top_k, width) in enumerate(self.by_layer):
+            fits = 1 <= top_k <= min(self.top_k, experts) and experts <= self.experts
+            if not (fits and 1 <= width <= self.expert_ff):
+                raise ModelError(
+                    f"model {self.name}: layer {layer}: top-{top_k} of {experts} experts of width {width}: must be at "
+                    f"most top-{self.top_k} of {self.experts} of {self.expert_ff}, the most of any layer"
+                )
+
     def _check(self, field: str, value: object, low: int) -> None:
         if type(value) is not int or value < low:
             raise ModelError(f"model {self.name}: {field} = {value!r}: must be an integer of at least {low}")
 
     @property
     def total_experts(self) -> int:
-        """Routed experts of all layers; expert ids are 0 to this, exclusive."""
+        """Expert ids are 0 to this, exclusive; layers with fewer experts than others leave some of them out."""
         return self.layers * self.experts
+
+    def routed(self, layer: int) -> Routed:
+        """Returns the routed experts of a layer."""
+        return self.by_layer[layer] if self.by_layer else Routed(self.experts, self.top_k, self.expert_ff)
+
+    @cached_property
+    def experts_by_layer(self) -> tuple[int, ...]:
+        """How many routed experts each layer has (layers,)."""
+        return tuple(self.routed(layer).experts for layer in range(self.layers))
+
+    def ids_of(self, layer: int) -> range:
+        """Returns the ids of a layer's experts."""
+        return range(layer * self.experts, layer * self.experts + self.experts_by_layer[layer])
+
+    @cached_property
+    def ids(self) -> Sequence[int]:
+        """The ids of all experts, ascending."""
+        if not self.by_layer:
+            return range(self.total_experts)
+        return tuple(expert for layer in range(self.layers) for expert in self.ids_of(layer))
 
     # Cached: hot paths ask for these, and a frozen instance never changes.
     @cached_property
     def total_expert_bytes(self) -> int:
         """Bytes of all routed experts."""
-        return self.experts * sum(self.expert_bytes)
+        return sum(size * count for size, count in zip(self.expert_bytes, self.experts_by_layer, strict=True))
+
+    @cached_property
+    def chosen_bytes(self) -> int:
+        """Bytes of the experts that one token takes in all layers."""
+        return sum(size * self.routed(layer).top_k for layer, size in enumerate(self.expert_bytes))
 
     @property
     def embedding_beside_head_bytes(self) -> int:

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..bounded import check_json, check_memory, read
+from .by_layer import of_model
 from .keyed_random import uniform
 from .model import Model
 from .trace import RoutingTrace
@@ -106,7 +107,15 @@ def popular_trace(
     counts = load_popularity(path, model.experts)
     if len(counts) != model.layers:
         raise TraceError(f"{path}: {len(counts)} layers: {model.name} has {model.layers} MoE layers")
-    return draw_by(counts, tokens, model.top_k, sequences=sequences, prefill_tokens=prefill_tokens, seed=seed)
+
+    def draw(experts: int, top_k: int) -> RoutingTrace:
+        own = counts[:, :experts]
+        return draw_by(own, tokens, top_k, sequences=sequences, prefill_tokens=prefill_tokens, seed=seed)
+
+    for layer, experts in enumerate(model.experts_by_layer):
+        if counts[layer, experts:].any():
+            raise TraceError(f"{path}: layer {layer}: counts of {counts.shape[1]} experts: {model.name} has {experts}")
+    return of_model(model, draw)
 
 
 Cell = tuple[int, int, float]

@@ -78,19 +78,24 @@ class Oracle:
                 of_model = self.first_layer + layer[:, None]
                 luck = uniform(self.seed, trace.sequence[target], trace.position[target], of_model, ahead + 1, draws)
                 truth = run.chosen[token[piece], layer]
-                experts[piece, :, ahead] = _spoil(truth, luck, self.recall, n, trace.num_experts)
+                experts[piece, :, ahead] = _spoil(truth, luck, self.recall, n, run.experts[layer])
         confidences = run.no_confidences(n)
         confidences[..., : trace.k] = np.where(experts[..., : trace.k] >= 0, self.recall, 0.0)
         return run.guesses(experts, confidences)
 
 
-def _spoil(truth: Int16s, luck: npt.NDArray[np.float64], recall: float, n: int, num_experts: int) -> Int16s:
-    """Returns the first n ranks of `truth` (…, k), each kept or replaced by `luck` (…, 2 n), its coin and choice."""
+def _spoil(truth: Int16s, luck: npt.NDArray[np.float64], recall: float, n: int, of_layer: Int64s) -> Int16s:
+    """Returns the first n ranks of `truth` (…, layers, k), each kept or replaced by `luck` (…, 2 n): coin and choice.
+
+    Wrong ones are of the layer's experts, `of_layer` (layers,) of them. Where fewer were chosen there are as many
+    guesses less, and none where nothing was.
+    """
     k = truth.shape[-1]
     ranked = np.full((*truth.shape[:-1], n), -1, dtype=np.int16)
+    none = truth < 0
     # What cannot be drawn any more, in ascending order: the true experts, then also the wrong ones in use.
-    barred = list(np.moveaxis(np.sort(truth, axis=-1), -1, 0))
-    free = np.full(truth.shape[:-1], num_experts - k, dtype=np.int16)
+    barred = list(np.moveaxis(np.sort(np.where(none, _NONE_TAKEN, truth), axis=-1), -1, 0))
+    free = (of_layer - k + none.sum(axis=-1)).astype(np.int16)
     for rank in range(n):
         wrong = (luck[..., 2 * rank + 1] * free).astype(np.int16)
         for expert in barred:
@@ -99,13 +104,14 @@ def _spoil(truth: Int16s, luck: npt.NDArray[np.float64], recall: float, n: int, 
         if rank < k:
             kept = luck[..., 2 * rank] < recall
             ranked[..., rank] = np.where(kept, truth[..., rank], ranked[..., rank])
-            replaced &= ~kept
+            replaced &= ~kept & ~none[..., rank]
         ranked[..., rank] = np.where(replaced, wrong, ranked[..., rank])
         free -= replaced
         moving = np.where(replaced, wrong, _NONE_TAKEN)
         for place, expert in enumerate(barred):
             barred[place], moving = np.minimum(expert, moving), np.maximum(expert, moving)
         barred.append(moving)
+    ranked[none[..., 0]] = -1
     return ranked
 
 
@@ -179,7 +185,7 @@ class Transition:
             for piece in run.pieces(cells, int(start), int(end)):
                 scores = np.zeros((len(run.rows[piece]), run.layers, horizons, e), dtype=np.int64)
                 for source in np.moveaxis(run.chosen[piece], -1, 0):
-                    scores += counts[here, ahead, source[..., None]]
+                    scores += counts[here, ahead, source[..., None]] * (source >= 0)[..., None, None]
                 experts[piece], confidences[piece] = best_of(scores, n)
             for piece in run.pieces(cells, int(start), int(end)):
                 source = run.chosen[ago[tokens_on, piece].transpose(2, 0, 1), here]

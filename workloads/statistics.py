@@ -30,14 +30,14 @@ SUMMARY_SHARES = (0.05, 0.10, 0.25, 0.50, 0.75)
 def popularity(trace: RoutingTrace) -> IntArray:
     """Returns how often each expert was chosen, (layers, num_experts)."""
     return np.stack(
-        [np.bincount(_chosen(trace, layer).reshape(-1), minlength=trace.num_experts) for layer in range(trace.layers)]
+        [np.bincount(_chosen(trace, layer), minlength=trace.num_experts) for layer in range(trace.layers)]
     ).astype(np.int64)
 
 
 def _chosen(trace: RoutingTrace, layer: int) -> npt.NDArray[Any]:
-    """Returns the choices made at one layer, (tokens that were routed there, k)."""
+    """Returns the choices made at one layer, one after the other."""
     chosen = trace.experts[:, layer]
-    return chosen if trace.present is None else chosen[trace.present[:, layer]]
+    return chosen.reshape(-1) if trace.made is None else chosen[trace.made[:, layer]]
 
 
 def tokens_by_sequence(trace: RoutingTrace) -> list[int]:
@@ -85,6 +85,8 @@ def normalized_entropy(counts: npt.ArrayLike) -> FloatArray:
 def reuse(trace: RoutingTrace, lag: int = 1) -> FloatArray:
     """Return, by layer, the mean of |experts(t) & experts(t - lag)| / k; (layers,), nan where no token counts.
 
+    Where tokens choose fewer than k, k is what t chooses, and the mean is over choices.
+
     Pairs are rows of one sequence whose positions differ by `lag`, routed at that layer both times.
     Choices drawn uniformly and independently give k / num_experts. Raises ValueError if `lag` is below 1.
     """
@@ -97,16 +99,23 @@ def reuse(trace: RoutingTrace, lag: int = 1) -> FloatArray:
     there = key[found] == key - lag
     now, before = order[there], order[found[there]]
     chosen, earlier = trace.experts[now], trace.experts[before]
+    made = trace.made
+    if made is not None:  # what was not chosen gets numbers of its own, which nothing shares
+        none, slots = trace.num_experts, np.arange(trace.k)
+        chosen, earlier = (
+            np.where(made[now], chosen, none + slots),
+            np.where(made[before], earlier, none + trace.k + slots),
+        )
     # Both are distinct each, so that what they share stands side by side once they are sorted together.
     together = np.sort(np.concatenate([chosen, earlier], axis=-1), axis=-1)
     shared = (together[..., 1:] == together[..., :-1]).sum(axis=-1, dtype=np.uint16)
-    if trace.present is None:
-        counted = np.full(trace.layers, len(now), dtype=np.int64)
+    if made is None or trace.routed is None:
+        counted = np.full(trace.layers, trace.k * len(now), dtype=np.int64)
     else:
-        both = trace.present[now] & trace.present[before]
+        both = trace.routed[now] & trace.routed[before]
         shared[~both] = 0
-        counted = both.sum(axis=0)
-    return _divide(shared.sum(axis=0, dtype=np.int64), trace.k * counted)
+        counted = (made[now].sum(axis=-1) * both).sum(axis=0)
+    return _divide(shared.sum(axis=0, dtype=np.int64), counted)
 
 
 def lru_depths(trace: RoutingTrace, scope: Scope = "global") -> IntArray:
@@ -124,12 +133,15 @@ def lru_depths(trace: RoutingTrace, scope: Scope = "global") -> IntArray:
     layer = np.arange(trace.layers, dtype=np.int64)[:, None] * trace.num_experts
     # Layers never share an expert, so one after the other their streams do not disturb each other.
     visits = trace.experts + layer
-    routed = trace.present
+    made = trace.made
     if scope == "per-layer":
         visits = visits.swapaxes(0, 1)
-        routed = None if routed is None else routed.T
-    items = (visits if routed is None else visits[routed]).reshape(-1).astype(np.int32)
+        made = None if made is None else made.swapaxes(0, 1)
+    items = (visits if made is None else visits[made]).reshape(-1).astype(np.int32)
     starts = np.arange(0, len(items) + 1, trace.k)
+    if made is not None:
+        counts = made.sum(axis=-1).reshape(-1)
+        starts = np.concatenate([[0], np.cumsum(counts[counts > 0])])
     return stacks.lru_depths(items, items, starts, trace.layers * trace.num_experts).astype(np.int64)
 
 
@@ -139,7 +151,7 @@ def capacity_in_experts(trace: RoutingTrace, capacity: float, scope: Scope = "gl
     "All" are the experts of one layer if `scope` is "per-layer". Raises ValueError if it is negative or the share is
     above 1.
     """
-    everything = trace.num_experts * (trace.layers if scope == "global" else 1)
+    everything = int(trace.experts_by_layer.sum()) if scope == "global" else trace.num_experts
     if isinstance(capacity, (int, np.integer)) and not isinstance(capacity, bool) and capacity >= 0:
         return int(capacity)
     if isinstance(capacity, (float, np.floating)) and 0 <= capacity <= 1:

@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,6 +25,7 @@ from ..files import replacing
 from .batches import DECODE, PREFILL
 from .trace_checks import (
     KNOWN_EXTRA,
+    LAYER_EXPERTS,
     LAYOUT,
     POPULARITY,
     agree_on_num_experts,
@@ -62,13 +63,14 @@ class RoutingTrace:
       Left out, all rows are decode tokens of sequence 0, and position counts the rows of a sequence.
       Sequences may be interleaved, but within one, positions increase in file order.
     - `present` bool (tokens, layers), False where the token was not routed at that layer (its experts and
-      weights then mean nothing, and are 0); None: all are.
+      weights then mean nothing, and are 0); None: all are. With an axis more, (tokens, layers, k), it says so of each
+      choice, where layers or tokens choose fewer than k: those that are made stand first.
     - `predictions` int16 (tokens, layers, horizons, n): ranked guesses made at (token, layer) for the layer
       1, 2, ... ahead, -1 for none; `confidences` float16 or float32, same shape; or None.
 
     `meta` is any JSON object; it always names `num_experts`. `extra` holds all other arrays by name, among them
-    `residency` (tokens, layers, k), `expert_bytes` (layers,) and `dense_bytes` (layers,). Making a trace does
-    not check it: call `check()`.
+    `residency` (tokens, layers, k), `expert_bytes`, `dense_bytes` and, where layers have fewer experts than
+    `num_experts`, `layer_experts`, each (layers,). Making a trace does not check it: call `check()`.
     """
 
     experts: Array
@@ -134,6 +136,30 @@ class RoutingTrace:
     def k(self) -> int:
         """How many experts the router chooses at a layer."""
         return int(self.experts.shape[2])
+
+    @property
+    def experts_by_layer(self) -> Array:
+        """How many experts each layer has, (layers,)."""
+        given = self.extra.get(LAYER_EXPERTS)
+        return np.full(self.layers, self.num_experts) if given is None else given
+
+    @property
+    def routed(self) -> Array | None:
+        """Which rows are routed at which layer at all, bool (tokens, layers); None: all are."""
+        return self.present if self.present is None or self.present.ndim < 3 else self.present[..., 0]
+
+    @property
+    def made(self) -> Array | None:
+        """Which of the choices are made, bool (tokens, layers, k); None: all are."""
+        if self.present is None or self.present.ndim > 2:
+            return self.present
+        return np.broadcast_to(self.present[..., None], self.experts.shape)
+
+    def chosen(self, row: int, layer: int) -> list[int]:
+        """Returns what a row chose at a layer, in the router's order; nothing where it was not routed."""
+        chosen: Array = self.experts[row, layer]
+        chosen = chosen if self.made is None else chosen[self.made[row, layer]]
+        return list(chosen.tolist())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], num_experts: int | None = None) -> Self:
@@ -203,25 +229,42 @@ class RoutingTrace:
         for name, layout in LAYOUT.items():
             value = getattr(self, name)
             if value is not None:
+                if name == "present" and value.ndim > len(layout.axes):
+                    layout = layout._replace(axes=(*layout.axes, "slot"))
                 low, high = limits.get(name, (layout.low, layout.high))
                 check_array(where, name, value, layout._replace(low=low, high=high), sizes)
         for name in ("weights", "confidences"):
             value = getattr(self, name)
             if value is not None:
                 check_floats(where, name, value, 0 if name == "weights" else None)
+        self._check_made(where)
         self._check_distinct(where)
         self._check_order(where)
         self._check_extra(where, sizes)
         self._check_meta(where)
 
+    def _check_made(self, where: str) -> None:
+        if self.present is None or self.present.ndim < 3:
+            return
+        late = np.any(self.present[..., 1:] & ~self.present[..., :-1], axis=-1)
+        if late.any():
+            row, layer = first_wrong(late)
+            raise TraceError(
+                f"{where}: present at row {row}, layer {layer}: {self.present[row, layer].tolist()}: must be true of "
+                "the first choices and false of the rest"
+            )
+
     def _check_distinct(self, where: str) -> None:
-        experts = self.experts if self.k < _SORTED_FROM else np.sort(self.experts, axis=-1)
-        for apart in range(1, self.k if self.k < _SORTED_FROM else 2):
+        experts, k = self.experts, self.k
+        if self.present is not None and self.present.ndim > 2:  # numbers beyond any expert's, each its own
+            experts = np.where(self.present, experts, self.num_experts + np.arange(k))
+        experts = experts if k < _SORTED_FROM else np.sort(experts, axis=-1)
+        for apart in range(1, k if k < _SORTED_FROM else 2):
             # Comparing slots that lie `apart` from each other, for every distance, compares every pair; of sorted ones,
             # the neighbors are enough.
             same = (experts[..., apart:] == experts[..., :-apart]).any(axis=-1)
-            if self.present is not None:
-                same &= self.present
+            if self.routed is not None:
+                same &= self.routed
             if same.any():
                 row, layer = first_wrong(same)
                 chosen = self.experts[row, layer].tolist()
@@ -251,6 +294,19 @@ class RoutingTrace:
                 )
             if name in KNOWN_EXTRA:
                 check_array(where, name, value, KNOWN_EXTRA[name], sizes)
+            if name == LAYER_EXPERTS:
+                self._check_layer_experts(where, value)
+
+    def _check_layer_experts(self, where: str, counts: Array) -> None:
+        beyond: Array = np.less_equal(counts[:, None], self.experts)
+        if self.made is not None:
+            beyond = np.logical_and(beyond, self.made)
+        if beyond.any():
+            row, layer, slot = first_wrong(beyond)
+            raise TraceError(
+                f"{where}: experts at row {row}, layer {layer}, slot {slot}: {self.experts[row, layer, slot]}: must be "
+                f"0..{counts[layer] - 1}, as layer_experts says"
+            )
 
     def _check_meta(self, where: str) -> None:
         named = self.meta["num_experts"]
@@ -287,6 +343,10 @@ class RoutingTrace:
         if name in KNOWN_EXTRA:
             return KNOWN_EXTRA[name].axes[0] == "row"
         return value.ndim > 0 and len(value) == self.tokens
+
+    def with_extra(self, arrays: dict[str, Array]) -> Self:
+        """Returns the trace with more extra arrays."""
+        return replace(self, extra={**self.extra, **arrays})
 
     def slice(self, phase: int | None = None, sequences: Iterable[int] | None = None, first: int | None = None) -> Self:
         """Returns the rows of one phase (0 prefill, 1 decode), of these sequences, and of those the first ones.

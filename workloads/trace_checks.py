@@ -32,10 +32,13 @@ LAYOUT = {
     "predictions": Layout(("int16",), ("row", "layer", "horizon", "rank")),
     "confidences": Layout(("float16", "float32"), ("row", "layer", "horizon", "rank")),
 }
+#: The extra array that says how many experts each layer has, where they differ.
+LAYER_EXPERTS = "layer_experts"
 #: Extra arrays whose meaning is known; they are checked too.
 KNOWN_EXTRA = {
     "expert_bytes": Layout((), ("layer",), low=1),
     "dense_bytes": Layout((), ("layer",), low=0),
+    LAYER_EXPERTS: Layout((), ("layer",), low=1),
     "residency": Layout((), ("row", "layer", "slot"), low=0, high=2),
 }
 #: An extra array (layers, experts) of numbers that say how popular experts are, whatever the rows chose.

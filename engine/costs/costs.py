@@ -140,6 +140,7 @@ class Costs:
         self.by_priority = scenario.copy_.by_rank
         #: By what it is, its weights' bytes, which may be the same in many layers, and tokens.
         self._known: dict[tuple[str, int, int], KernelCost] = {}
+        self._known_experts: dict[tuple[int, int, int], KernelCost] = {}
         self.estimates: dict[str, str] = {}
         memory = scenario.copy_.host_memory or ("pinned" if "pinned" in profile.h2d else "pageable")
         if memory not in profile.h2d:
@@ -352,19 +353,19 @@ class Costs:
     def expert(self, layer: int, tokens: int, phase: int = DECODE) -> KernelCost:
         """Returns one expert's kernels over `tokens` tokens of a step of a phase."""
         tokens = self.run_tokens(tokens, phase)
-        size = self.model.expert_bytes[layer]
-        cost = self._known.get(("expert", size, tokens))
+        size, width = self.model.expert_bytes[layer], self.model.routed(layer).expert_ff
+        cost = self._known_experts.get((size, width, tokens))
         if cost is None:
-            points = self._expert_points.get(self.model.expert_ff, ())
+            points = self._expert_points.get(width, ())
             cost = self._kernel("expert", points, self._expert_kernels(layer), tokens)
-            self._known["expert", size, tokens] = cost
+            self._known_experts[size, width, tokens] = cost
         return cost
 
     def _expert_kernels(self, layer: int) -> Kernels:
         """Returns what an expert of a layer launches."""
-        model = self.model
+        model, width = self.model, self.model.routed(layer).expert_ff
         return expert_kernels(
-            model.hidden, model.expert_ff, model.expert_dtype, model.expert_matrices, model.expert_kernels,
+            model.hidden, width, model.expert_dtype, model.expert_matrices, model.expert_kernels,
             model.expert_bytes[layer],
         )  # fmt: skip
 

@@ -62,35 +62,36 @@ class CpuCosts:
             raise ProfileError(f"miss.cpu_threads = {threads}: profile {profile.name} has {', '.join(map(str, known))}")
         self._of_threads = [point for point in measured if point.threads == threads]
         self._device = measured[0].device
-        shape = (model.hidden, model.expert_ff, model.expert_dtype)
-        points = [point for point in self._of_threads if (point.hidden, point.expert_ff, point.dtype) == shape]
+        shape = (model.hidden, model.expert_dtype)
+        points = [point for point in self._of_threads if (point.hidden, point.dtype) == shape]
         self._points = sorted(points, key=lambda point: point.tokens)
 
     def expert(self, layer: int, tokens: int) -> KernelCost:
         """Returns one expert's work over `tokens` tokens, with its slowdown beside a copy to the GPU."""
         cost = self._known.get((layer, tokens))
         if cost is None:
-            cost = self._known[layer, tokens] = self._expert(self._model.expert_bytes[layer], tokens)
+            cost = self._known[layer, tokens] = self._expert(layer, tokens)
         return cost
 
-    def _expert(self, weight_bytes: int, tokens: int) -> KernelCost:
-        estimates = self._costs.estimates
+    def _expert(self, layer: int, tokens: int) -> KernelCost:
+        estimates, weight_bytes = self._costs.estimates, self._model.expert_bytes[layer]
         if self._stream is not None:
             return self._by_stream(self._stream, weight_bytes, tokens)
         if self._rule is not None:
             return self._by_rule(self._rule, weight_bytes, tokens)
-        if not self._points:
+        points = [point for point in self._points if point.expert_ff == self._model.routed(layer).expert_ff]
+        if not points:
             return self._by_line(weight_bytes, tokens)
-        last = self._points[-1]
+        last = points[-1]
         beyond_them = (
             f"in proportion beyond the {last.tokens} tokens that were measured" if tokens > last.tokens else ""
         )
         if beyond_them or self._device is not None:
             estimates["expert on the CPU"] = self._of_device(beyond_them)
-        counts = [point.tokens for point in self._points]
+        counts = [point.tokens for point in points]
         beyond = max(1.0, tokens / last.tokens)
-        ns = float(np.interp(tokens, counts, [point.ns for point in self._points])) * beyond
-        beside_ns = float(np.interp(tokens, counts, [point.beside_copy_ns for point in self._points])) * beyond
+        ns = float(np.interp(tokens, counts, [point.ns for point in points])) * beyond
+        beside_ns = float(np.interp(tokens, counts, [point.beside_copy_ns for point in points])) * beyond
         return KernelCost(round(ns), max(1.0, beside_ns / ns), 1, 0)
 
     def _by_stream(self, stream: CpuStream, weight_bytes: int, tokens: int) -> KernelCost:

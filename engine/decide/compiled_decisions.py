@@ -159,8 +159,8 @@ class Decisions:
         sampled = [step.sampled for step in (steps if self._shared is None else self._shared.steps[first:end])]
         rows = np.concatenate([step.rows for step in steps])
         chosen: Array = source.trace.experts[rows].astype(np.int64)
-        if source.trace.present is not None:
-            chosen[~source.trace.present[rows]] = -1
+        if source.trace.made is not None:
+            chosen[~source.trace.made[rows]] = -1
         self._put(number, w.D_CHOSEN, chosen)
         laid, place = [], 0
         for step, count in zip(steps, sampled, strict=True):

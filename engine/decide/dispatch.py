@@ -368,10 +368,7 @@ def _resolve(
 def _absent(trace: RoutingTrace, step: Step, layer: int, experts: list[int]) -> list[Absent]:
     """Returns what was asked of the absent experts of a layer visit: the gate weights (1.0 where there are none)."""
     gates: dict[int, list[float]] = {expert: [] for expert in experts}
-    rows = step.rows if trace.present is None else step.rows[trace.present[step.rows, layer]]
-    chosen = (trace.experts[rows, layer].astype(np.int64) + layer * trace.num_experts).ravel().tolist()
-    weights = [1.0] * len(chosen) if trace.weights is None else trace.weights[rows, layer].ravel().tolist()
-    for expert, gate in zip(chosen, weights, strict=True):
+    for expert, gate in zip(*_pairs(trace, step.rows, layer), strict=True):
         if expert in gates:
             gates[expert].append(gate)
     return [Absent(expert, gates[expert]) for expert in experts]
@@ -379,9 +376,11 @@ def _absent(trace: RoutingTrace, step: Step, layer: int, experts: list[int]) -> 
 
 def _tokens_of(trace: RoutingTrace, step: Step, layer: int, experts: list[int]) -> int:
     """Returns how many tokens of a layer visit chose at least one of the experts."""
-    rows = step.rows if trace.present is None else step.rows[trace.present[step.rows, layer]]
     index = np.array(experts, dtype=np.int64) - layer * trace.num_experts
-    return int(np.isin(trace.experts[rows, layer], index).any(axis=1).sum())
+    asked = np.isin(trace.experts[step.rows, layer], index)
+    if trace.made is not None:
+        asked &= trace.made[step.rows, layer]
+    return int(asked.any(axis=1).sum())
 
 
 def _fetched_behind(
@@ -424,29 +423,26 @@ def step_accesses(trace: RoutingTrace, step: Step) -> Iterator[Accesses]:
         experts: list[list[int]] = (trace.experts[row] + offsets).tolist()
         weights = repeat([1.0] * trace.k) if trace.weights is None else trace.weights[row].tolist()
         return map(Accesses, experts, repeat([1] * trace.k), experts, weights)
-    return _batch_accesses(trace, rows, trace.experts[rows].astype(np.int64) + offsets)
+    return (merge(*_pairs(trace, rows, layer)) for layer in range(trace.layers))
 
 
-def _batch_accesses(trace: RoutingTrace, rows: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]) -> Iterator[Accesses]:
-    """Yields the look-ups of each layer, of several tokens or of one not everywhere; `ids` (rows, layers, k)."""
-    for layer in range(trace.layers):
-        here = slice(None) if trace.present is None else trace.present[rows, layer]
-        pairs = ids[here, layer].ravel().tolist()
-        gate = [1.0] * len(pairs) if trace.weights is None else trace.weights[rows, layer][here].ravel().tolist()
-        yield merge(pairs, gate)
+def _pairs(trace: RoutingTrace, rows: npt.NDArray[np.int64], layer: int) -> tuple[list[int], list[float]]:
+    """Returns the experts that some rows choose at a layer, one after the other, and their gate weights (1.0: none)."""
+    here = slice(None) if trace.made is None else trace.made[rows, layer]
+    experts: list[int] = (
+        (trace.experts[rows, layer][here].astype(np.int64) + layer * trace.num_experts).ravel().tolist()
+    )
+    if trace.weights is None:
+        return experts, [1.0] * len(experts)
+    return experts, trace.weights[rows, layer][here].ravel().tolist()
 
 
 def single_accesses(trace: RoutingTrace, step: Step) -> Iterator[tuple[int, Accesses]]:
     """Yields (layer, look-up) of every (token, expert) pair by itself, layers in order, tokens in order."""
     for layer in range(trace.layers):
         for row in step.rows.tolist():
-            if trace.present is not None and not trace.present[row, layer]:
-                continue
-            offset = layer * trace.num_experts
-            weights = [1.0] * trace.k if trace.weights is None else trace.weights[row, layer].tolist()
-            for index, weight in zip(trace.experts[row, layer].tolist(), weights, strict=True):
-                expert = [offset + index]
-                yield layer, Accesses(expert, [1], expert, [weight])
+            for expert, weight in zip(*_pairs(trace, np.array([row]), layer), strict=True):
+                yield layer, Accesses([expert], [1], [expert], [weight])
 
 
 def merge(pairs: list[int], gate: list[float]) -> Accesses:

@@ -328,11 +328,11 @@ class _ByOwner(_Sharing):
         step, self._home = self._steps[index], self._layout.homes[index]
         self._looked_up = step_accesses(self._trace, step)
         self._chosen = self._trace.experts[step.rows]
-        self._present = None if self._trace.present is None else self._trace.present[step.rows]
+        self._made = None if self._trace.made is None else self._trace.made[step.rows]
         if not self._replicated:
             layers = np.arange(self._trace.layers)[:, None]
             servers = self._only[layers, self._chosen]
-            self._traffic = traffic(servers, self._home, self._present, self._layout.gpus)
+            self._traffic = traffic(servers, self._home, self._made, self._layout.gpus)
 
     def _share(self, layer: int) -> Array:
         accesses = next(self._looked_up)
@@ -346,8 +346,8 @@ class _ByOwner(_Sharing):
         first = layer * self._trace.num_experts
         for expert in accesses.experts:
             table[expert - first] = server[expert]
-        present = None if self._present is None else self._present[:, layer : layer + 1]
-        moved: Array = traffic(table[self._chosen[:, layer : layer + 1]], self._home, present, self._layout.gpus)[0]
+        made = None if self._made is None else self._made[:, layer : layer + 1]
+        moved: Array = traffic(table[self._chosen[:, layer : layer + 1]], self._home, made, self._layout.gpus)[0]
         return moved
 
 
@@ -360,26 +360,24 @@ class _ByCost(_Sharing):
 
     def _share(self, layer: int) -> Array:
         step, home = self._step, self._home
-        rows = np.arange(len(step.rows))
-        if self._trace.present is not None:
-            rows = rows[self._trace.present[step.rows, layer]]
-        ids = (self._trace.experts[step.rows[rows], layer].astype(np.int64) + layer * self._trace.num_experts).tolist()
-        weights = self._trace.weights
-        gate = None if weights is None else weights[step.rows[rows], layer].tolist()
-        homes = home[rows].tolist()
+        trace, homes = self._trace, home.tolist()
+        ids = (trace.experts[step.rows, layer].astype(np.int64) + layer * trace.num_experts).tolist()
+        made = None if trace.made is None else trace.made[step.rows, layer]
+        if made is not None:
+            ids = [each[:count] for each, count in zip(ids, made.sum(axis=1).tolist(), strict=True)]
+        gate = None if trace.weights is None else trace.weights[step.rows, layer].tolist()
         server = self._serve(layer, ids, homes)
         pairs: list[list[int]] = [[] for _ in range(self._layout.gpus)]
         gates: list[list[float]] = [[] for _ in range(self._layout.gpus)]
-        servers = []
+        servers = np.zeros((len(ids), 1, trace.k), dtype=np.int64)
         for place, (experts, own) in enumerate(zip(ids, homes, strict=True)):
             for rank, expert in enumerate(experts):
                 gpu = server[own, expert]
-                servers.append(gpu)
+                servers[place, 0, rank] = gpu
                 pairs[gpu].append(expert)
                 gates[gpu].append(1.0 if gate is None else gate[place][rank])
         self._now = [merge(own_pairs, own_gate) for own_pairs, own_gate in zip(pairs, gates, strict=True)]
-        shape = (len(rows), 1, self._trace.k)
-        moved: Array = traffic(np.array(servers, dtype=np.int64).reshape(shape), home[rows], None, self._layout.gpus)[0]
+        moved: Array = traffic(servers, home, None if made is None else made[:, None], self._layout.gpus)[0]
         return moved
 
     def _begin(self, index: int) -> None:
@@ -422,17 +420,16 @@ def _split(accesses: Accesses, server: Sequence[int] | dict[int, int], gpus: int
     return parts
 
 
-def traffic(servers: Array, home: Array, present: Array | None, gpus: int) -> Array:
+def traffic(servers: Array, home: Array, made: Array | None, gpus: int) -> Array:
     """Returns how many tokens of each GPU have experts on each other one, by layer (layers, GPUs, GPUs).
 
-    `servers` (rows, layers, k) serve the choices of rows that live on `home` (rows,); `present` (rows, layers) leaves
-    some out. A token goes once to each GPU that has any of its experts, as in DeepEP.
+    `servers` (rows, layers, k) serve the choices of rows that live on `home` (rows,); `made` (rows, layers,
+    k) leaves some out. A token goes once to each GPU that has any of its experts, as in DeepEP.
     """
     rows, layers, _ = servers.shape
-    goes = np.zeros((rows, layers, gpus), dtype=np.int64)
-    np.put_along_axis(goes, servers, 1, axis=2)
-    if present is not None:
-        goes *= present[:, :, None]
+    goes = np.zeros((rows, layers, gpus + 1), dtype=np.int64)  # the last is nobody
+    np.put_along_axis(goes, servers if made is None else np.where(made, servers, gpus), 1, axis=2)
+    goes = goes[..., :gpus]
     lives = (home == np.arange(gpus)[:, None]).astype(np.int64)
     sent: Array = (lives @ goes.reshape(rows, layers * gpus)).reshape(gpus, layers, gpus).transpose(1, 0, 2)
     sent[:, range(gpus), range(gpus)] = 0

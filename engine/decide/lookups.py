@@ -53,7 +53,7 @@ def list_lookups(
     one_by_one = len(rows) == len(steps)
     layers = range(trace.layers) if layer is None else range(layer, layer + 1)
     ends = np.cumsum([0, *(len(step.rows) for step in steps)])
-    present = np.ones((1, 1), dtype=bool) if trace.present is None else trace.present
+    made = np.ones((1, 1, 1), dtype=bool) if trace.made is None else np.ascontiguousarray(trace.made)
     most = len(rows) * len(layers) * trace.k
     experts, cells = np.empty(most, dtype=np.int32), np.empty(most, dtype=np.int64)
     # A token never names an expert twice: without a batch, the first appearance is the last.
@@ -61,8 +61,8 @@ def list_lookups(
     starts = np.zeros(most + 1 if single else len(steps) * len(layers) + 1, dtype=np.int64)
     visits = _list(
         trace.experts,
-        present,
-        trace.present is not None,
+        made,
+        trace.made is not None,
         rows,
         ends,
         layers.start,
@@ -111,7 +111,7 @@ def _number_in_order(chosen: Array, stride: int) -> Array:
 @compiled
 def _list(
     chosen: Array,
-    present: Array,
+    made: Array,
     has_gaps: bool,
     rows: Array,
     ends: Array,
@@ -136,9 +136,9 @@ def _list(
             start = n
             for at in range(ends[step], ends[step + 1]):
                 row = rows[at]
-                if has_gaps and not present[row, layer]:
-                    continue
                 for rank in range(k):
+                    if has_gaps and not made[row, layer, rank]:
+                        break
                     index = chosen[row, layer, rank]
                     if not single:
                         if first_seen[index] == visits:
@@ -155,9 +155,9 @@ def _list(
             back = n
             for at in range(ends[step + 1] - 1, ends[step] - 1, -1) if has_recency else range(0):
                 row = rows[at]
-                if has_gaps and not present[row, layer]:
-                    continue
                 for rank in range(k - 1, -1, -1):
+                    if has_gaps and not made[row, layer, rank]:
+                        continue
                     index = chosen[row, layer, rank]
                     if last_seen[index] != visits:
                         last_seen[index] = visits

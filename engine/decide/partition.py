@@ -36,13 +36,14 @@ def hits_by_slots(trace: RoutingTrace) -> npt.NDArray[np.int64]:
 
     By stack distance, exact from top-k slots on; with fewer a visit is served in waves, and no hits are counted.
     """
-    k, experts = trace.k, trace.num_experts
+    experts = trace.num_experts
     depths = lru_depths(trace, "per-layer")
-    present: npt.NDArray[Any] = np.ones((trace.tokens, trace.layers), bool) if trace.present is None else trace.present
-    ends = np.cumsum(present.sum(axis=0) * k)[:-1]
+    chosen: npt.NDArray[Any] = (
+        np.full((trace.tokens, trace.layers), trace.k) if trace.made is None else trace.made.sum(axis=2)
+    )
     hits = np.zeros((trace.layers, experts + 1), dtype=np.int64)
-    for layer, found in enumerate(np.split(depths, ends)):
-        needed = np.maximum(found[found >= 0] + 1, k)
+    for layer, found in enumerate(np.split(depths, np.cumsum(chosen.sum(axis=0))[:-1])):
+        needed = np.maximum(found[found >= 0] + 1, chosen[:, layer].max())
         hits[layer] = np.cumsum(np.bincount(needed, minlength=experts + 1))
     return hits
 

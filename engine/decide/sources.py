@@ -66,6 +66,8 @@ def decided_in_python(source: Source) -> str | None:
         return "memory.eviction"
     if type(source.prefetch) not in PREFETCHES:
         return "prefetch.policy"
+    if isinstance(source.prefetch, prefetch.NextLayer) and source.prefetch.options.by_layer:
+        return "prefetch.policy"  # compiled, it takes as many experts of every layer
     if source.manager.prefetch_share is not None:
         return "memory.prefetch_limit"
     if source.miss is not None and type(source.miss) is not Cpu:

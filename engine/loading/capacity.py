@@ -161,7 +161,8 @@ def host_parts(inputs: Inputs) -> dict[str, int]:
     if scenario.tiers.host_budget != "all":
         scope = "shared" if scenario.memory.scope == "shared" else "global"
         sizes = [scenario.compression.copied_bytes(size_bytes) for size_bytes in model.expert_bytes]
-        parts[_as_they_lie(scenario)] = parse_budget(scenario.tiers.host_budget, sizes, model.experts, scope)
+        budget = parse_budget(scenario.tiers.host_budget, sizes, model.experts_by_layer, scope)
+        parts[_as_they_lie(scenario)] = budget
     elif scenario.copy_.source == "host":
         parts[_as_they_lie(scenario)] = sum(_copied_bytes(part) for part in (inputs.stages or (inputs,)))
     predictor = inputs.predictor
@@ -268,7 +269,9 @@ def _lives_here(part: Inputs) -> npt.NDArray[np.bool_] | None:
 def _lying_bytes(model: Model, scenario: Scenario) -> int:
     """Returns the bytes of all experts where they are copied from; of one layer's where all layers use these."""
     copied = [scenario.compression.copied_bytes(size_bytes) for size_bytes in model.expert_bytes]
-    return model.experts * (copied[0] if scenario.memory.scope == "shared" else sum(copied))
+    if scenario.memory.scope == "shared":
+        return model.experts * copied[0]
+    return sum(size * count for size, count in zip(copied, model.experts_by_layer, strict=True))
 
 
 def _as_they_lie(scenario: Scenario) -> str:
@@ -292,7 +295,7 @@ def _copied_bytes(part: Inputs) -> int:
     sizes = kept_bytes(part)[1]
     if sizes is None:
         sizes = [compression.copied_bytes(size) for size in model.expert_bytes for _ in range(model.experts)]
-    return sum(sizes) - sum(sizes[expert] for expert in _staying(part))
+    return sum(sizes[expert] for expert in model.ids) - sum(sizes[expert] for expert in _staying(part))
 
 
 def _staying(part: Inputs) -> Sequence[int]:

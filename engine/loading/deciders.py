@@ -43,6 +43,7 @@ def make_prefetch(scenario: Scenario, model: Model, copy_ns: int = 0) -> Prefetc
             decay=settings.decay,
             layers=model.layers,
             experts=model.experts,
+            by_layer=model.experts_by_layer if model.by_layer else (),
             copy_ns=copy_ns,
         )
     )
@@ -96,7 +97,7 @@ def make_host_memory(inputs: Inputs, spool: Spool | None = None) -> HostMemory |
         return None
     sizes = [inputs.scenario.compression.copied_bytes(size_bytes) for size_bytes in model.expert_bytes]
     scope = "shared" if inputs.scenario.memory.scope == "shared" else "global"
-    budget_bytes = parse_budget(tiers.host_budget, sizes, model.experts, scope)
+    budget_bytes = parse_budget(tiers.host_budget, sizes, model.experts_by_layer, scope)
     setting = _setting(inputs)
     try:
         manager = MemoryManager(

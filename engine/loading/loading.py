@@ -18,6 +18,7 @@ from ...kept import KEPT, file_state, frozen
 from ...resources.profile import load_profile
 from ...resources.runtime import load_runtime
 from ...workloads.batches import Step, every_row, plan_steps, warmup_steps
+from ...workloads.by_layer import fitted_to, of_model
 from ...workloads.fitted import FittedRouting, fit_file
 from ...workloads.guesses import Guesses
 from ...workloads.importers import open_trace, trace_file
@@ -25,6 +26,7 @@ from ...workloads.model import Model, load_model
 from ...workloads.popularity import popular_trace
 from ...workloads.synthetic import synthesize
 from ...workloads.trace import RoutingTrace
+from ...workloads.trace_limits import TraceError
 from ..costs.costs import Costs, part_costs, pieces_of
 from ..decide.memory_manager import BudgetError
 from ..decide.partition import divider
@@ -59,10 +61,11 @@ def load_inputs(scenario: Scenario, trace: RoutingTrace | None = None) -> Inputs
     memory = scenario.memory.of_gpu(profile.capacity("gpu", "gpu0")[0] or profile.gpu_memory_bytes)
     scenario = scenario.model_copy(update={"memory": memory})
     trace = _load_trace(scenario, model) if trace is None else trace
-    _check_fit(trace, model)
+    trace = _fitted(trace, model)
     if scenario.model.sizes == "trace":
         model = _sized(model, trace)
     _check_pieces(scenario, model)
+    _check_alike(scenario, model)
     runtime = load_runtime(scenario.runtime.name)
     if scenario.requests is not None:
         return with_requests(Inputs(scenario, model, profile, trace, [], 0, guesses=None, runtime=runtime))
@@ -118,7 +121,7 @@ def _on_one_gpu(bare: Inputs) -> Inputs:
     """Returns the inputs of a whole model, or of one stage."""
     scenario, model = bare.scenario, bare.model
     guesses = bare.guesses or _guesses(bare)
-    budget_bytes = scenario.memory.budget_bytes(model.expert_bytes, model.experts)
+    budget_bytes = scenario.memory.budget_bytes(model.expert_bytes, model.experts_by_layer)
     predictor = predictor_cost(scenario.predictor) if guesses is not None else FREE
     inputs = _of_total(replace(bare, budget_bytes=budget_bytes, guesses=guesses, predictor=predictor))
     # Before anything runs, these refuse a budget that is too small and what the profile or the trace lacks.
@@ -146,7 +149,7 @@ def with_requests(bare: Inputs) -> Inputs:
     rest_bytes = sum(fixed_parts(scenario, model, predictor.gpu_memory_bytes).values())
     room_bytes = None if held_bytes is None else held_bytes - rest_bytes
     load = load_requests(scenario.requests, model, trace, scenario.seed, room_bytes, total=total is not None)
-    most_bytes = memory.budget_bytes(model.expert_bytes, model.experts)
+    most_bytes = memory.budget_bytes(model.expert_bytes, model.experts_by_layer)
     budget_bytes = load.expert_bytes(most_bytes)
     least_bytes = budget_bytes if load.room_bytes is None else min(most_bytes, load.room_bytes - load.room.kv_bytes)
     try:
@@ -341,17 +344,40 @@ def _make_trace(scenario: Scenario, model: Model) -> RoutingTrace:
         return popular_trace(Path(synthetic.popularity), model, *shape, scenario.seed)
     options = synthetic.model_dump(exclude={*DRAWN_BY, "tokens", "working_set"})
     try:
-        return synthesize(
-            synthetic.tokens,
-            model.layers,
-            model.experts,
-            model.top_k,
-            working_set=synthetic.working_set or model.experts,
-            seed=scenario.seed,
-            **options,
+        return of_model(
+            model,
+            lambda experts, top_k: synthesize(
+                synthetic.tokens,
+                model.layers,
+                experts,
+                top_k,
+                working_set=_favored(synthetic.working_set, experts, model),
+                seed=scenario.seed,
+                **options,
+            ),
         )
     except InputError as error:
         raise ScenarioError(f"workload.synthetic.{error}") from None
+
+
+def _check_alike(scenario: Scenario, model: Model) -> None:
+    """Refuse what needs as many experts in every layer."""
+    if len(set(model.experts_by_layer)) > 1:
+        for wrong, key in (
+            (scenario.parallel.gpus > 1, f"parallel.gpus = {scenario.parallel.gpus}"),
+            (scenario.memory.scope == "shared", "memory.scope = 'shared'"),
+        ):
+            if wrong:
+                raise ScenarioError(
+                    f"{key}: needs as many experts in every layer, and layers of {model.name} have "
+                    f"{min(model.experts_by_layer)} to {model.experts}: leave it out"
+                )
+
+
+def _favored(working_set: int | None, experts: int, model: Model) -> int:
+    """Returns the working set of layers with so many experts: all of theirs, where others have more than that."""
+    favored = working_set or experts
+    return min(favored, experts) if favored <= model.experts else favored
 
 
 def _sized(model: Model, trace: RoutingTrace) -> Model:
@@ -363,8 +389,8 @@ def _sized(model: Model, trace: RoutingTrace) -> Model:
     return replace(model, expert_bytes=expert_bytes, dense_bytes=dense_bytes)
 
 
-def _check_fit(trace: RoutingTrace, model: Model) -> None:
-    """Refuse a trace that is not of this model."""
+def _fitted(trace: RoutingTrace, model: Model) -> RoutingTrace:
+    """Returns a trace of this model; ScenarioError if it is not of it."""
     for key, given, wanted in (
         ("model.layers", trace.layers, model.layers),
         ("model.experts", trace.num_experts, model.experts),
@@ -375,3 +401,7 @@ def _check_fit(trace: RoutingTrace, model: Model) -> None:
                 f"{key} = {wanted} ({model.name}), but the trace has {given}: choose its model, or set {key} = {given} "
                 f"(or map the trace to this model: prestage trace map)"
             )
+    try:
+        return fitted_to(model, trace)
+    except TraceError as error:
+        raise ScenarioError(f"workload.trace: {error}, by model {model.name} (prestage trace map)") from None

@@ -28,12 +28,13 @@ def kept_bytes(inputs: Inputs) -> tuple[list[int], list[int] | None]:
     if compression.mixed is None:
         return [compression.kept_bytes(size_bytes) for size_bytes in model.expert_bytes], None
     popular = popularity(_setting(inputs))
-    ratios = _ratios(compression.mixed, model.experts)
-    sizes = [0] * model.total_experts
+    sizes = [size_bytes for size_bytes in model.expert_bytes for _ in range(model.experts)]
     for layer, size_bytes in enumerate(model.expert_bytes):
-        experts = range(layer * model.experts, (layer + 1) * model.experts)
+        experts = model.ids_of(layer)
+        ratios = _ratios(compression.mixed, len(experts))
         for ratio, expert in zip(ratios, sorted(experts, key=lambda expert: -popular[expert]), strict=True):
             sizes[expert] = shrunk(size_bytes, ratio)
+        sizes[experts.stop : (layer + 1) * model.experts] = [sizes[experts[-1]]] * (model.experts - len(experts))
     most = [max(sizes[layer * model.experts : (layer + 1) * model.experts]) for layer in range(model.layers)]
     return most, sizes
 
@@ -70,7 +71,7 @@ def low_precision(inputs: Inputs) -> tuple[Collection[int], int]:
 def served_experts(inputs: Inputs) -> Collection[int]:
     """Returns the experts that a GPU may serve: all of its layers, or those that it owns of GPUs that share them."""
     if inputs.expert_parallel is None or not inputs.expert_parallel.moves_tokens:
-        return range(inputs.model.total_experts)
+        return dict.fromkeys(inputs.model.ids) if inputs.model.by_layer else inputs.model.ids
     return dict.fromkeys(inputs.expert_parallel.served(inputs.gpu_number))
 
 

@@ -175,7 +175,9 @@ def _experts_of(rows: RequestRows, trace: RoutingTrace) -> ExpertsOf:
         own = rows.sequence_of(request)
         if int(own[0]) not in known:
             there = np.zeros((trace.layers, trace.num_experts), dtype=bool)
-            there[np.arange(trace.layers)[None, :, None], trace.experts[own]] = True
+            made = slice(None) if trace.made is None else trace.made[own]
+            layers = np.broadcast_to(np.arange(trace.layers)[None, :, None], trace.experts[own].shape)
+            there[layers[made], trace.experts[own][made]] = True
             known[int(own[0])] = there.ravel()
         return known[int(own[0])]
 

@@ -16,7 +16,7 @@ from ...workloads.batches import Step
 from ...workloads.guesses import Guesses
 from ...workloads.model import Model
 from ...workloads.trace import RoutingTrace
-from ...workloads.trace_checks import POPULARITY
+from ...workloads.trace_checks import LAYER_EXPERTS, POPULARITY
 from ..costs.costs import Costs
 from ..decide.dispatch import step_accesses
 from ..policies.split import Layers, divide
@@ -112,6 +112,7 @@ def stage_model(model: Model, first: int, count: int) -> Model:
         kv_bytes_per_token=kept_bytes,
         caches=caches,
         attention=model.attention[first:last],
+        by_layer=model.by_layer[first:last],
         parameters=None,
         active_parameters=None,
         embedding_bytes=model.embedding_bytes if first == 0 else 0,
@@ -127,7 +128,7 @@ def stage_trace(trace: RoutingTrace, first: int, count: int) -> RoutingTrace:
         return None if array is None else array[:, here]
 
     extra = {name: value[:, here] for name, value in trace.extra.items() if name == "residency"}
-    extra |= {name: value[here] for name, value in trace.extra.items() if name == POPULARITY}
+    extra |= {name: value[here] for name, value in trace.extra.items() if name in (POPULARITY, LAYER_EXPERTS)}
     return replace(
         trace,
         experts=trace.experts[:, here],

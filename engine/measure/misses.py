@@ -111,8 +111,8 @@ def _routed(recording: Recording) -> npt.NDArray[np.float64]:
     rows = np.concatenate([step.rows for step in recording.steps])
     ids = trace.experts[rows].astype(np.int64) + np.arange(trace.layers)[:, None] * trace.num_experts
     weights = np.ones(ids.shape) if trace.weights is None else trace.weights[rows].astype(np.float64)
-    if trace.present is not None:
-        weights = weights * trace.present[rows][:, :, None]
+    if trace.made is not None:
+        weights = weights * trace.made[rows]
     experts = trace.layers * trace.num_experts
     return np.bincount(ids.ravel(), weights=weights.ravel(), minlength=experts).astype(np.float64)
 

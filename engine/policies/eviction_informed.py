@@ -240,11 +240,14 @@ def _chosen(setting: Setting, step: int, layer: int) -> Iterator[tuple[int, list
     """Yields (sequence, its experts) for every token that a step routes at a layer."""
     trace = setting.known_trace()
     rows = setting.steps[step].rows
-    if trace.present is not None:
-        rows = rows[trace.present[rows, layer]]
+    made = trace.made
+    if trace.routed is not None:
+        rows = rows[trace.routed[rows, layer]]
     offset = 0 if setting.shared else layer * setting.experts
-    chosen = trace.experts[rows, layer].astype(np.int64) + offset
-    return zip(trace.sequence[rows].tolist(), chosen.tolist(), strict=True)
+    chosen = (trace.experts[rows, layer].astype(np.int64) + offset).tolist()
+    if made is not None:
+        chosen = [each[:count] for each, count in zip(chosen, made[rows, layer].sum(axis=1).tolist(), strict=True)]
+    return zip(trace.sequence[rows].tolist(), chosen, strict=True)
 
 
 class Predictive(Eviction):
@@ -395,11 +398,13 @@ def _accesses(setting: Setting) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.i
     visit = step[:, None] * len(layers) + np.arange(len(layers))
     # Dispatch goes step by step, layer by layer, then token by token.
     order = np.argsort(visit, axis=None, kind="stable")
-    if trace.present is not None:
-        order = order[trace.present[rows][:, layers].reshape(-1)[order]]
-    experts = chosen.reshape(-1, trace.k)[order].reshape(-1)
-    visits = np.arange(len(experts)) if setting.single else np.repeat(visit.reshape(-1)[order], trace.k)
-    return experts, visits
+    chosen, visits = chosen.reshape(-1, trace.k)[order], np.repeat(visit.reshape(-1)[order], trace.k)
+    if trace.made is None:
+        experts = chosen.reshape(-1)
+    else:
+        made = trace.made[rows][:, layers].reshape(-1, trace.k)[order]
+        experts, visits = chosen[made], visits[made.reshape(-1)]
+    return experts, np.arange(len(experts)) if setting.single else visits
 
 
 class _StepClock:
@@ -410,8 +415,10 @@ class _StepClock:
         self._layers = 0 if setting.single else trace.layers
         self._ends: list[int] = []
         if setting.single:  # a visit is a (token, expert) pair
-            routed = np.full(trace.tokens, trace.layers) if trace.present is None else trace.present.sum(axis=1)
-            self._ends = np.cumsum([int(routed[step.rows].sum()) * trace.k for step in setting.steps]).tolist()
+            pairs = np.full(trace.tokens, trace.layers * trace.k)
+            if trace.made is not None:
+                pairs = trace.made.sum(axis=(1, 2))
+            self._ends = np.cumsum([int(pairs[step.rows].sum()) for step in setting.steps]).tolist()
         self._step = 0
 
     def step_of(self, visit: int) -> int:

@@ -156,10 +156,15 @@ def _balance(counts: Array, gpus: int) -> Array:
 
 def _chosen(trace: RoutingTrace, layer: int, rows: Array) -> Array:
     """Returns which experts of a layer these rows chose (rows that are routed there, experts), 0 or 1."""
-    if trace.present is not None:
-        rows = rows[trace.present[rows, layer]]
+    if trace.routed is not None:
+        rows = rows[trace.routed[rows, layer]]
     chosen = np.zeros((len(rows), trace.num_experts), dtype=np.float32)  # products of it are quick, and exact
-    np.put_along_axis(chosen, trace.experts[rows, layer].astype(np.int64), 1, axis=1)
+    of_row, experts = np.arange(len(rows))[:, None], trace.experts[rows, layer]
+    if trace.made is None:
+        chosen[of_row, experts] = 1
+    else:
+        made = trace.made[rows, layer]
+        chosen[np.broadcast_to(of_row, made.shape)[made], experts[made]] = 1
     return chosen
 
 

@@ -47,7 +47,8 @@ class Options:
     """What a policy is made with; each uses what it needs.
 
     `k` guesses a token and horizon, for `lookahead` layers; `threshold` of confidence; `decay` of confidence a layer;
-    the model's `layers` and `experts` of a layer; `copy_ns`, what the copy of one expert takes.
+    the model's `layers` and `experts` of a layer, the most where each has its own (`by_layer`); `copy_ns`, what the
+    copy of one expert takes.
     """
 
     k: int
@@ -56,6 +57,7 @@ class Options:
     decay: float = 0.7
     layers: int = 1
     experts: int = 1
+    by_layer: Sequence[int] = ()
     copy_ns: int = 0
 
 
@@ -169,9 +171,9 @@ class NextLayer(Prefetch):
     def choose(self, ranked: Sequence[Sequence[int]], moment: Moment) -> Sequence[Sequence[int]]:
         """Returns all experts of the layers, by index."""
         options = self.options
-        ahead = range(moment.layer + 1, moment.layer + options.lookahead + 1)
-        firsts = [layer % options.layers * options.experts for layer in ahead]
-        return [range(first, first + options.experts) for first in firsts]
+        ahead = [(moment.layer + far) % options.layers for far in range(1, options.lookahead + 1)]
+        counts = options.by_layer or [options.experts] * options.layers
+        return [range(layer * options.experts, layer * options.experts + counts[layer]) for layer in ahead]
 
 
 class Popularity(Prefetch):

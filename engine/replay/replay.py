@@ -92,15 +92,15 @@ def _first_cells(trace: RoutingTrace, step: Step, lookup: str) -> Iterator[npt.N
     """Yield, look-up by look-up of a step, the flat indices of the (token, layer, rank) cells that are looked up."""
     shape = trace.experts.shape
     for layer in range(trace.layers):
-        rows = step.rows if trace.present is None else step.rows[trace.present[step.rows, layer]]
-        cells = (rows[:, None] * shape[1] + layer) * shape[2] + np.arange(shape[2])
+        here = slice(None) if trace.made is None else trace.made[step.rows, layer]
+        cells = ((step.rows[:, None] * shape[1] + layer) * shape[2] + np.arange(shape[2]))[here].ravel()
         if lookup == "single":
             yield from cells.reshape(-1, 1)
-        elif len(rows) == 1:
-            yield cells[0]
+        elif len(step.rows) == 1:
+            yield cells
         else:
-            _, first = np.unique(trace.experts[rows, layer], return_index=True)
-            yield cells.ravel()[np.sort(first)]
+            _, first = np.unique(trace.experts[step.rows, layer][here], return_index=True)
+            yield cells[np.sort(first)]
 
 
 @dataclass(frozen=True)

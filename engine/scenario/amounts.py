@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from ...errors import InputError
 from ...units import BYTES, NUMBER
@@ -16,10 +17,10 @@ class ScenarioError(InputError):
     """A scenario that cannot run; the message names the file, the key, the value and what would be right."""
 
 
-def parse_budget(text: str, expert_bytes: Iterable[int], experts: int, scope: str = "global") -> int:
+def parse_budget(text: str, expert_bytes: Iterable[int], experts: int | Sequence[int], scope: str = "global") -> int:
     """Returns the bytes of '25%' (of all experts), '4GiB' or '512experts' (of the largest); ScenarioError else.
 
-    With the scope shared, all experts are those of one layer.
+    `experts` are those of every layer, or (layers,) where they differ. With the scope shared, all are those of one.
     """
     match = AMOUNT.fullmatch(text)
     if match is None:
@@ -28,7 +29,9 @@ def parse_budget(text: str, expert_bytes: Iterable[int], experts: int, scope: st
     sizes = list(expert_bytes)[: 1 if scope == "shared" else None]
     whole, _, decimals = number.partition(".")
     value, scale = int(whole + decimals), int(10 ** len(decimals))
-    factor: int = {"%": sum(sizes) * experts, "experts": max(sizes), **BYTES}[unit]
+    counts = [experts] * len(sizes) if isinstance(experts, int) else experts
+    all_bytes = sum(map(operator.mul, sizes, counts))
+    factor: int = {"%": all_bytes, "experts": max(sizes), **BYTES}[unit]
     budget_bytes = value * factor // (scale * (100 if unit == "%" else 1))
     if budget_bytes > MOST_BYTES:
         raise ScenarioError(f"budget {text!r}: more than any machine has: at most {MOST_BYTES} bytes")

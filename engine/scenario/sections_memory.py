@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
@@ -96,7 +96,7 @@ class MemorySection(Section):
             return self
         return self.model_copy(update={"total_bytes": f"{parse_budget(self.total_bytes, [capacity_bytes], 1)}B"})
 
-    def budget_bytes(self, expert_bytes: Iterable[int], experts: int) -> int:
+    def budget_bytes(self, expert_bytes: Iterable[int], experts: int | Sequence[int]) -> int:
         """Returns the budget in bytes for a model with these bytes per expert (layers,) and experts per layer."""
         return parse_budget(self.gpu_budget, expert_bytes, experts, self.scope)
 

@@ -233,7 +233,7 @@ class SharingGpus:
     def _own(self, trace: RoutingTrace, step: Step, home: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], ...]:
         """Returns what `_laid_out` does where each GPU serves its own tokens."""
         count = len(self._gpus)
-        here = np.ones((len(step.rows), trace.layers), bool) if trace.present is None else trace.present[step.rows]
+        here = np.ones((len(step.rows), trace.layers), bool) if trace.routed is None else trace.routed[step.rows]
         serves = np.stack([here[home == gpu].any(axis=0) for gpu in range(count)], axis=1)
         return np.bincount(home, minlength=count), serves, np.zeros(trace.layers, dtype=np.int64)
 
@@ -246,10 +246,10 @@ class SharingGpus:
         """
         gpus, layers = len(self._gpus), np.arange(trace.layers)
         servers = server[layers[:, None], trace.experts[step.rows]]
-        present = None if trace.present is None else trace.present[step.rows]
-        moved = traffic(servers, home, present, gpus)
+        made = None if trace.made is None else trace.made[step.rows]
+        moved = traffic(servers, home, made, gpus)
         serves = np.zeros((trace.layers, gpus), dtype=np.int64)
-        here = np.ones(servers.shape[:2], dtype=bool) if present is None else present
+        here = slice(None) if made is None else made
         serves[np.broadcast_to(layers[None, :, None], servers.shape)[here], servers[here]] = 1
         ns = self._all_to_all.all_ns(moved)
         for gpu, column in enumerate(self._moved):

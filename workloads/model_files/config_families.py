@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from ...words import shown
 from ..model import ModelError
 from . import config_mixers as mixers
 from .config_fields import Config
@@ -111,6 +112,16 @@ def flattened(config: Config) -> Config:
     return Config(config.where, {**inner, **heads, **config.data})
 
 
+def unblocked(config: Config) -> Config:
+    """Returns a config whose `block_configs` say what each block has (Puzzle) with a list by block for each field."""
+    blocks = config.get("block_configs")
+    if not isinstance(blocks, list) or not blocks or not all(isinstance(each, dict) for each in blocks):
+        raise ModelError(f"{config.where}: block_configs = {shown(blocks)}: must be a list of objects, one a layer")
+    names = {key: "layers_block_type" if key == "block_type" else key for each in blocks for key in each}
+    lists = {name: [each.get(key) for each in blocks] for key, name in names.items()}
+    return Config(config.where, {**config.data, "num_hidden_layers": len(blocks), **lists})
+
+
 class Family(NamedTuple):
     """The fields of a family, its rules, and what an eager implementation launches (assumed)."""
 
@@ -141,6 +152,17 @@ _BAILING = Family(
     after_dense,
     shared_count("num_shared_experts", width="moe_shared_expert_intermediate_size"),
     kernels=42,
+)
+_NEMOTRON = Family(
+    mixers.nemotron_hybrid,
+    nemotron,
+    shared_count("n_shared_experts", width="moe_shared_expert_intermediate_size"),
+    router_bias=True,
+    matrices=2,
+    dense_matrices=2,
+    latent=("moe_latent_size",),
+    kernels=40,
+    expert_kernels=4,
 )
 
 #: By `model_type`, of the language part where there are several parts.
@@ -180,6 +202,9 @@ FAMILIES: dict[str, Family] = {
         kernels=54,
         expert_kernels=9,
     ),
+    "gpt_oss_puzzle": Family(
+        mixers.puzzled, expert_ff=_WIDE, router_bias=True, bias=True, prepare=unblocked, kernels=54, expert_kernels=9
+    ),
     "llama4_text": Family(
         mixers.chunked,
         interleaved,
@@ -203,17 +228,8 @@ FAMILIES: dict[str, Family] = {
         mixers.gemma, every, shared_width("intermediate_size"), top_k=("top_k_experts",), tied=True, kernels=90
     ),
     "mimo_v2_flash": Family(mixers.mimo, after_dense, _SHARED, router_bias=True, kernels=54),
-    "nemotron_h": Family(
-        mixers.nemotron_hybrid,
-        nemotron,
-        shared_count("n_shared_experts", width="moe_shared_expert_intermediate_size"),
-        router_bias=True,
-        matrices=2,
-        dense_matrices=2,
-        latent=("moe_latent_size",),
-        kernels=40,
-        expert_kernels=4,
-    ),
+    "nemotron_h": _NEMOTRON,
+    "nemotron_h_puzzle": _NEMOTRON._replace(prepare=unblocked),
     "step3p7": Family(
         mixers.grouped(qk_norm="head", more={"gate": "head"}),
         after_dense,

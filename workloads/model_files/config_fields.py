@@ -30,6 +30,7 @@ class Config:
     def count(self, *names: str, default: int | None = None, least: int = 1) -> int:
         """Returns a whole number; of a list whose entries are all the same, that. ModelError if it is none."""
         value = self.get(*names)
+        names = (next((name for name in names if self.get(name) is not None), names[0]),)
         if isinstance(value, list) and value and all(each == value[0] for each in value):
             value = value[0]
         if value is None:
@@ -38,11 +39,26 @@ class Config:
             return default
         if isinstance(value, list):
             raise ModelError(
-                f"{self.where}: {names[0]} = {shown(value)}: differs by layer, and every MoE layer must have the same"
+                f"{self.where}: {names[0]} = {shown(value)}: must be one number; of experts, choices, shared experts "
+                "and their widths also a list with one a layer"
             )
         if type(value) is not int or not least <= value <= _MOST:
             raise ModelError(f"{self.where}: {names[0]} = {shown(value)}: must be an integer of at least {least}")
         return value
+
+    def at(self, block: tuple[int, int], moe_layer: tuple[int, int]) -> Config:
+        """Returns these fields as they are of one block: of a list by block, or by MoE layer, its entry.
+
+        Both are a number, from 0, and how many there are.
+        """
+        data = dict(self.data)
+        for key, value in self.data.items():
+            if isinstance(value, list) and not any(isinstance(each, list | dict) for each in value):
+                if len(value) == moe_layer[1]:
+                    data[key] = value[moe_layer[0]]
+                elif len(value) >= block[1]:
+                    data[key] = value[block[0]]
+        return Config(self.where, data, None if self._outer is None else self._outer.at(block, moe_layer))
 
     def flag(self, *names: str, default: bool = False) -> bool:
         """Returns true or false; ModelError for anything else."""

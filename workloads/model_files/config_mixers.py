@@ -88,6 +88,15 @@ def windowed(config: Config, full: dict[str, Any], windows: Mapping[str, Any] | 
     return used(tables, ["window" if kind in _WINDOWS else "attention" for kind in kinds])
 
 
+def puzzled(config: Config) -> Mixers:
+    """Returns attention as gpt-oss has it, over a window of each block's own, or over all where it names none."""
+    full = attention(config, bias=config.flag("attention_bias", default=True), sinks=True)
+    windows = config.of_blocks("sliding_window") or [None] * config.blocks
+    tables = {f"window_{window}": full | {"window": window} for window in windows if window is not None}
+    of_block = ["attention" if window is None else f"window_{window}" for window in windows]
+    return used({"attention": full, **tables}, of_block)
+
+
 def used(tables: Tables, of_block: list[str]) -> Mixers:
     """Returns the tables that blocks use."""
     return Mixers({name: table for name, table in tables.items() if name in of_block}, of_block)

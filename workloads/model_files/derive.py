@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from ..model import Attending, Cached, Model
+from ..model import Attending, Cached, Model, Routed
 from .mixers import Attends, Kept
 from .shapes import Dtypes, Shapes
 from .weights import Weights, bytes_of
@@ -21,10 +21,12 @@ class _Part(NamedTuple):
 
 def derive(shapes: Shapes, layers: int) -> Model:
     """Returns the model of these shapes with its first `layers` MoE layers."""
-    dtypes, moe, hidden = shapes.dtypes, shapes.moe, shapes.hidden
+    dtypes, moe, hidden = shapes.dtypes, [shapes.moe.of(layer) for layer in range(layers)], shapes.hidden
     *dense, tail = _parts(shapes)
     kept = [*dense[:layers], tail]
-    expert = moe.expert_weights(hidden)
+    expert = [each.expert_weights(hidden) for each in moe]
+    routed = [Routed(each.experts, each.top_k, each.expert_ff) for each in moe]
+    most = Routed(*map(max, zip(*routed, strict=True)))
     table = Weights(other=shapes.vocabulary * hidden)
     tables = 1 if shapes.tied_embeddings else 2
     values = sum(each.values_per_token for part in kept for each in part.kept)
@@ -33,27 +35,32 @@ def derive(shapes: Shapes, layers: int) -> Model:
     return Model(
         name=shapes.name,
         layers=layers,
-        experts=moe.experts,
-        top_k=moe.top_k,
+        experts=most.experts,
+        top_k=most.top_k,
         hidden=hidden,
-        expert_ff=moe.expert_ff,
-        expert_matrices=moe.matrices,
+        expert_ff=most.expert_ff,
+        expert_matrices=shapes.moe.matrices,
         expert_dtype=dtypes.expert,
         dense_dtype=dtypes.dense,
-        expert_bytes=(expert.bytes(dtypes.expert, dtypes.of_other),) * layers,
+        expert_bytes=tuple(each.bytes(dtypes.expert, dtypes.of_other) for each in expert),
         dense_bytes=tuple(part.weights.bytes(dtypes.dense, dtypes.of_other) for part in dense[:layers]),
         head_bytes=tail.weights.bytes(dtypes.dense, dtypes.of_other) + bytes_of(table.total, head_dtype),
         dense_kernels=shapes.kernels.dense,
         expert_kernels=shapes.kernels.expert,
         kv_bytes_per_token=bytes_of(values, dtypes.of_kv),
         source=shapes.source,
-        parameters=resident + layers * moe.experts * expert.total + tables * table.total,
+        parameters=resident
+        + sum(each.experts * one.total for each, one in zip(moe, expert, strict=True))
+        + tables * table.total,
         embedding_bytes=bytes_of(table.total, dtypes.of_embedding),
         tied_embeddings=shapes.tied_embeddings,
-        active_parameters=resident + layers * moe.top_k * expert.total + table.total,
+        active_parameters=resident
+        + sum(each.top_k * one.total for each, one in zip(moe, expert, strict=True))
+        + table.total,
         caches=_caches(kept, dtypes) if _differs(shapes) else (),
         host_table_bytes=shapes.host_table_bytes,
         attention=_attention(kept, dtypes),
+        by_layer=tuple(routed) if len(set(routed)) > 1 else (),
     )
 
 
@@ -65,7 +72,6 @@ def _parts(shapes: Shapes) -> list[_Part]:
     # Each of a block's two parts is mixed in, and put back by a matrix of streams x streams.
     streams = mixed.plus(Weights(shapes.streams.count**2 * hidden)) if shapes.streams else mixed
     feed_forward = {
-        "moe": shapes.moe.resident_weights(hidden).plus(norm),
         "dense": shapes.dense.weights(hidden).plus(norm) if shapes.dense else Weights(),
         "none": Weights(),
     }
@@ -79,7 +85,11 @@ def _parts(shapes: Shapes) -> list[_Part]:
                 times = stack.attentions if stack.caches is None else stack.caches
                 kept += list(mixer.kept) * times
                 attends += list(mixer.attends) * times
-            weights = weights.plus(feed_forward[part]).plus(streams, 2)
+            if part == "moe":
+                weights = weights.plus(shapes.moe.of(len(parts)).resident_weights(hidden)).plus(norm)
+            else:
+                weights = weights.plus(feed_forward[part])
+            weights = weights.plus(streams, 2)
             if part == "moe":
                 parts.append(_Part(weights, tuple(kept), tuple(attends)))
                 weights, kept, attends = Weights(), [], []

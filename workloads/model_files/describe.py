@@ -21,6 +21,7 @@ def described(model: Model) -> dict[str, Any]:
         "top_k": model.top_k,
         "hidden": model.hidden,
         "expert_ff": model.expert_ff,
+        "by_layer": [each._asdict() for each in model.by_layer],
         "parameters": model.parameters,
         "active_parameters": model.active_parameters,
         "expert_dtype": model.expert_dtype,
@@ -41,7 +42,7 @@ def described(model: Model) -> dict[str, Any]:
 
 def step_bytes(model: Model) -> int:
     """Returns the weight bytes that one token reads: dense parts, its experts and the head."""
-    return sum(model.dense_bytes) + model.top_k * sum(model.expert_bytes) + model.head_bytes
+    return sum(model.dense_bytes) + model.chosen_bytes + model.head_bytes
 
 
 def shipped() -> list[dict[str, Any]]:

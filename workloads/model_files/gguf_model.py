@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from ...dtypes import dtype_of
 from ...errors import InputError
 from ...words import shown
-from ..model import Attending, Cached, Model, ModelError
+from ..model import Attending, Cached, Model, ModelError, Routed
 from .gguf import Header, Tensor, read_header
 
 _BLOCK = re.compile(r"blk\.(?P<block>\d+)\.(?P<name>.+)")
@@ -43,24 +43,28 @@ def read_gguf(path: Path) -> Model:
         raise ModelError(f"{path}: no tensor of routed experts (blk.N.ffn_up_exps): not a mixture of experts")
     layers, tail = _layers(blocks.blocks)
     experts = _Experts.of(facts, moe)
+    routed_of = [Routed(each.number, each.top_k, each.width) for each in experts]
+    most = Routed(*map(max, zip(*routed_of, strict=True)))
     head = blocks.size("output.weight") or blocks.size("token_embd.weight")
     caches = tuple(_cached(facts, group) for group in [*layers, tail])
     dense = [tensor for block in blocks.blocks for tensor in block.dense]
     routed = [tensor for block in moe for tensor in block.experts]
     used, in_experts = _weights([*dense, *blocks.others]), _weights(routed)
-    active = used + in_experts * facts.count("expert_used_count") // experts.number
+    active = used + sum(
+        _weights(block.experts) * each.top_k // each.number for block, each in zip(moe, experts, strict=True)
+    )
     tied = not blocks.size("output.weight")
     return Model(
         name=str(header.metadata.get("general.name") or path.stem),
         layers=len(moe),
-        experts=experts.number,
-        top_k=facts.count("expert_used_count"),
+        experts=most.experts,
+        top_k=most.top_k,
         hidden=facts.count("embedding_length"),
-        expert_ff=experts.width,
-        expert_matrices=experts.matrices,
+        expert_ff=most.expert_ff,
+        expert_matrices=experts[0].matrices,
         expert_dtype=_most(routed),
         dense_dtype=_most(dense),
-        expert_bytes=tuple(-(-block.expert_bytes // experts.number) for block in moe),
+        expert_bytes=tuple(-(-block.expert_bytes // each.number) for block, each in zip(moe, experts, strict=True)),
         dense_bytes=tuple(sum(block.dense_bytes for block in group) for group in layers),
         head_bytes=head + blocks.size("output_norm.weight") + sum(block.dense_bytes for block in tail),
         dense_kernels=_DENSE_KERNELS,
@@ -74,6 +78,7 @@ def read_gguf(path: Path) -> Model:
         caches=caches,
         host_table_bytes=blocks.table_bytes,
         attention=tuple(_attending(facts, group) for group in [*layers[:-1], layers[-1] + tail]),
+        by_layer=tuple(routed_of) if len(set(routed_of)) > 1 else (),
     )
 
 
@@ -183,23 +188,23 @@ def _layers(blocks: list[_Block]) -> tuple[list[list[_Block]], list[_Block]]:
 
 
 class _Experts(NamedTuple):
-    """How many experts a layer has, the width of one, and its matrices (a fused gate and up are two)."""
+    """A layer's experts, how many a token takes, the width of one, and its matrices (a fused gate and up are two)."""
 
     number: int
+    top_k: int
     width: int
     matrices: int
 
     @classmethod
-    def of(cls, facts: _Facts, moe: list[_Block]) -> _Experts:
-        found = {block.number: cls._of_block(facts, block) for block in moe}
-        first = found[moe[0].number]
-        for number, experts in found.items():
-            if experts[:3:2] != first[:3:2]:
+    def of(cls, facts: _Facts, moe: list[_Block]) -> list[_Experts]:
+        found = [cls._of_block(facts, block) for block in moe]
+        for block, experts in zip(moe, found, strict=True):
+            if experts.matrices != found[0].matrices:
                 raise ModelError(
-                    f"{facts.path}: block {number} has {experts.number} experts of {experts.matrices} matrices, block "
-                    f"{moe[0].number} {first.number} of {first.matrices}: every MoE layer must have the same"
+                    f"{facts.path}: block {block.number}: an expert has {experts.matrices} matrices, in block "
+                    f"{moe[0].number} {found[0].matrices}: every MoE layer must have the same"
                 )
-        return first
+        return found
 
     @classmethod
     def _of_block(cls, facts: _Facts, block: _Block) -> _Experts:
@@ -210,7 +215,8 @@ class _Experts(NamedTuple):
         if down is None or len(down.shape) < 2:
             raise ModelError(f"{facts.path}: blk.{block.number}.ffn_down_exps.weight: missing")
         count = down.shape[2] if len(down.shape) > 2 else sum(n.startswith("ffn_down.") for n, _ in weights)
-        return cls(count, down.shape[0], 3 if parts & {"gate", "gate_up"} else 2)
+        top_k = facts.count("expert_used_count", block=block.number)
+        return cls(count, top_k, down.shape[0], 3 if parts & {"gate", "gate_up"} else 2)
 
 
 def _cached(facts: _Facts, group: Iterable[_Block]) -> tuple[Cached, ...]:

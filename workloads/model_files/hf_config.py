@@ -43,7 +43,7 @@ def shapes_of_config(path: Path) -> dict[str, Any]:
         "tied_embeddings": config.flag("tie_word_embeddings", default=family.tied),
         "dtypes": dtypes_of(path.parent, config),
         "stacks": [_stack(found, parts)],
-        "moe": _moe(config, family),
+        "moe": _moe(config, family, [i for i, part in enumerate(parts) if part == "moe"]),
         "kernels": {"dense": family.kernels, "expert": family.expert_kernels},
     }
     if config.get("hc_lowrank") is not None:
@@ -118,7 +118,23 @@ def _pattern(of_block: list[str]) -> list[str]:
     return of_block
 
 
-def _moe(config: Config, family: Family) -> dict[str, Any]:
+def _moe(config: Config, family: Family, blocks: list[int]) -> dict[str, Any]:
+    """Returns the table of experts, with the MoE layers that differ from most others, given the blocks that are MoE."""
+    numbered = [((block, config.blocks), (layer, len(blocks))) for layer, block in enumerate(blocks)]
+    layers = [_moe_of(config.at(*numbers), family) for numbers in numbered]
+    usual = max(layers, key=layers.count)
+    differing: dict[tuple[Any, ...], list[int]] = {}
+    for layer, moe in enumerate(layers):
+        if moe != usual:
+            differing.setdefault(tuple(moe.items()), []).append(layer)
+    by_layer = [
+        {"layers": numbers, **{key: value for key, value in moe if usual.get(key) != value}}
+        for moe, numbers in differing.items()
+    ]
+    return usual | ({"by_layer": by_layer} if by_layer else {})
+
+
+def _moe_of(config: Config, family: Family) -> dict[str, Any]:
     moe: dict[str, Any] = {
         "experts": config.count(*family.experts),
         "top_k": config.count(*family.top_k),

@@ -6,12 +6,14 @@ feed-forward part (MoE, dense, or none); both may follow a pattern that is repea
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from ...dtypes import dtype_of
 from ...errors import InputError
+from ...words import problems
 from ..trace_limits import MAX_LAYERS
 from .mixers import AnyMixer, Count, CountOrNone, GroupedQuery, Latent, Mixer, Table
 from .weights import Weights
@@ -59,12 +61,23 @@ class Dtypes(Table):
         return self.kv or self.of_other
 
 
+class Differing(Table):
+    """MoE layers, numbered from 0, whose experts differ from the others', and how; what is left out does not."""
+
+    layers: Annotated[list[CountOrNone], Field(min_length=1)]
+    experts: Count | None = None
+    top_k: Count | None = None
+    expert_ff: Count | None = None
+    shared_experts: CountOrNone | None = None
+    shared_ff: CountOrNone | None = None
+
+
 class Moe(Table):
     """The MoE layers' routed experts, router, and shared experts, which are as large as the routed ones.
 
     `shared_ff`: the width of all shared experts together where they differ from the routed ones, and of any dense part
     beside them; `shared_gate`: one number a token weighs them. `latent`: the experts work on so many channels, to and
-    from which two matrices lead.
+    from which two matrices lead. `by_layer`: layers that differ.
     """
 
     experts: Count
@@ -77,6 +90,32 @@ class Moe(Table):
     shared_ff: CountOrNone = 0
     shared_gate: bool = False
     latent: CountOrNone = 0
+    by_layer: list[Differing] = []
+
+    @model_validator(mode="after")
+    def _differ(self) -> Self:
+        named = [layer for each in self.by_layer for layer in each.layers]
+        if twice := [layer for layer in named if named.count(layer) > 1]:
+            raise InputError(f"by_layer: names layer {twice[0]} twice: name each once")
+        for layer in named:
+            try:
+                Moe.model_validate(self.of(layer).model_dump())
+            except ValidationError as error:
+                raise InputError(f"by_layer: layer {layer}: {problems(error, Moe, {})}") from None
+        return self
+
+    def of(self, layer: int) -> Moe:
+        """Returns what the MoE layer of this number has, from 0."""
+        changes: dict[str, Any] = {"by_layer": []}
+        for each in self.by_layer:
+            if layer in each.layers:
+                changes |= each.model_dump(exclude={"layers"}, exclude_none=True)
+        return self.model_copy(update=changes)
+
+    def changed(self, changes: Mapping[str, int]) -> Moe:
+        """Returns these experts with other numbers, the same in every layer."""
+        kept = [each.model_copy(update=dict.fromkeys(changes)) for each in self.by_layer]
+        return self.model_copy(update={**changes, "by_layer": kept})
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -209,6 +248,9 @@ class Shapes(Table):
             raise InputError("dense: missing: some blocks are not MoE, so [dense] must say ff")
         if self.dense is not None and "dense" not in parts:
             raise InputError("dense: every block is MoE, so [dense] must be left out")
+        highest = max((layer for each in self.moe.by_layer for layer in each.layers), default=0)
+        if highest >= self.moe_layers:
+            raise InputError(f"moe.by_layer: layer {highest}: must be 0 to {self.moe_layers - 1}, the MoE layers")
         self._check_mixers({name for stack in self.stacks for name in stack.mixer_of_block})
         return self
 

@@ -82,17 +82,20 @@ def _of_tensors(model: Model, changes: Changes, dtype: str | None) -> Model:
         if value is not None:
             raise ModelError(f"model.{key} = {value!r}: {model.name} is as large as its tensors: leave it out")
     top_k, layers = changes["top_k"] or model.top_k, changes["layers"] or model.layers
-    _check_changes(model.name, model.layers, {**changes, "layers": layers}, model.experts, top_k)
+    _check_changes(model.name, model.layers, {**changes, "layers": layers}, min(model.experts_by_layer), top_k)
+    if changes["top_k"] is not None and top_k != model.top_k:
+        by_layer = tuple(each._replace(top_k=top_k) for each in model.by_layer)
+        model = replace(model, top_k=top_k, by_layer=by_layer, parameters=None)
     if layers == model.layers:
-        return replace(model, top_k=top_k, parameters=model.parameters if top_k == model.top_k else None)
+        return model
     return replace(
         model,
         layers=layers,
-        top_k=top_k,
         expert_bytes=model.expert_bytes[:layers],
         dense_bytes=model.dense_bytes[:layers],
         caches=(*model.caches[:layers], model.caches[-1]) if model.caches else (),
         attention=model.attention[:layers],
+        by_layer=model.by_layer[:layers],
         kv_bytes_per_token=sum(
             each.bytes_per_token for layer in (*model.caches[:layers], model.caches[-1]) for each in layer
         ),
@@ -103,8 +106,9 @@ def _of_tensors(model: Model, changes: Changes, dtype: str | None) -> Model:
 
 def _of_shapes(shapes: Shapes, changes: Changes, dtype: str | None, all_dtype: str | None) -> Model:
     known = shapes.moe_layers
-    moe = shapes.moe.model_copy(update={key: changes[key] for key in ("experts", "top_k") if changes[key] is not None})
-    _check_changes(shapes.name, known, changes, moe.experts, moe.top_k)
+    moe = shapes.moe.changed({key: value for key in ("experts", "top_k") if (value := changes[key]) is not None})
+    for each in (moe, *map(moe.of, range(changes["layers"] or known) if moe.by_layer else ())):
+        _check_changes(shapes.name, known, changes, each.experts, each.top_k)
     dtypes = shapes.dtypes
     if all_dtype is not None:
         alike = dict.fromkeys(("expert", "dense", "embedding", "head"), all_dtype)
