@@ -257,9 +257,7 @@ def test_a_config_lists_what_its_layers_differ_in(tmp_path: Path) -> None:
     model = config(tmp_path, **hunyuan, **lists, num_experts_per_tok=None)
     assert model.by_layer[2] == Routed(8, 1, 16)
     assert model.dense_bytes[2] == model.dense_bytes[1]  # two shared experts of half the width
-    with pytest.raises(
-        ModelError, match=r"num_local_experts = \[8, 4\]: must be one number; of experts, .* a layer"
-    ):
+    with pytest.raises(ModelError, match=r"num_local_experts = \[8, 4\]: must be one number; of experts, .* a layer"):
         config(tmp_path, num_local_experts=[8, 4])
 
 
