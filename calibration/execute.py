@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import sys
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -257,10 +257,12 @@ def execute_all(
     profile: Path | None = None,
     drive: Path | None = None,
     progress: Progress | None = None,
+    failed: Callable[[str, Exception], None] | None = None,
 ) -> Iterator[Measured]:
     """Execute scenarios one after the other on CUDA GPUs from `device` on, as `execute` does, sharing memory.
 
-    `drive` is a file that is written on the drive which experts are read from, and removed in the end.
+    `drive` is a file that is written on the drive which experts are read from, and removed in the end. With
+    `failed`, which is told of a scenario that ends with an error and why, the next ones run nevertheless.
     All scenarios have been loaded and checked when this returns; each runs when it is asked for. Raises InputError
     naming all that cannot be executed, CudaError also without as many GPUs.
     """
@@ -274,8 +276,13 @@ def execute_all(
         for done, (name, ready) in enumerate(inputs.items()):
             if progress is not None:
                 progress("execute", done, len(inputs))
-            ours = _shared_by(shared, gpus, ready, drive)
-            yield execute(gpus, ready, name, ours, repeats=repeats, keep_all=keep_all, profile=profile)
+            try:
+                ours = _shared_by(shared, gpus, ready, drive)
+                yield execute(gpus, ready, name, ours, repeats=repeats, keep_all=keep_all, profile=profile)
+            except Exception as error:
+                if failed is None:
+                    raise
+                failed(name, error)
             gc.collect()  # an execution's calls refer to each other
             first.release()
         for ours in shared.values():

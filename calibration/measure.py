@@ -66,12 +66,18 @@ def measure(
     """
     bench = Bench(gpu, extent)
     probes = [probe for make in (PROBES if what is None else what) for probe in make(bench)]
+    series, depths = take_rounds(probes, extent.rounds, progress), launch_queue_depths(bench)
+    return described(gpu, series, depths)
+
+
+def described(gpu: Any, series: tuple[Series, ...], launch_queue_depth: tuple[int, ...] = ()) -> Samples:
+    """Returns series as samples of the machine that a GPU is in, taken today."""
     return Samples(
         date=datetime.now(UTC).date().isoformat(),
         cpu_threads=os.cpu_count() or 1,
         gpus=gpu.count(),
-        series=take_rounds(probes, extent.rounds, progress),
-        launch_queue_depth=launch_queue_depths(bench),
+        series=series,
+        launch_queue_depth=launch_queue_depth,
         **gpu.describe(),
     )
 

@@ -77,7 +77,7 @@ def _shared_program(inputs: Inputs, planners: Sequence[Planner]) -> Program:
     """Returns the program of one thread that dispatches to GPUs that share the experts of every layer."""
     links, layout = inputs.links, inputs.expert_parallel
     assert links is not None and layout is not None
-    exchange = AllToAll(links.routes(), links.topology, inputs.model.activation_bytes(1))
+    exchange = AllToAll(links.routes(), links.topology, inputs.model.activation_bytes(1), inputs.profile.exchange)
     token_bytes = inputs.model.activation_bytes(1)
 
     def decided(visit: ParallelVisit) -> None:

@@ -52,6 +52,8 @@ TERMS: dict[str, tuple[str, ...]] = {
     "predictor": ("hidden", "experts", "tokens"),
     # One expert on the CPU; beside copies to the GPU ("h2d"), or not ("none").
     "cpu_expert": ("hidden", "size", "dtype", "tokens", "threads", "beside"),
+    # One read from a drive past the system's cache, while so many are in flight.
+    "read": ("bytes", "in_flight"),
 }
 
 Key = dict[str, int | str]
@@ -134,7 +136,7 @@ class Samples(_Part):
     def _has_some(self) -> Samples:
         if not self.series and not self.surface:
             raise InputError("series, surface: give one of the two at least")
-        if self.series and not self.launch_queue_depth:
+        if any(series.term != "read" for series in self.series) and not self.launch_queue_depth:
             raise InputError("launch_queue_depth: missing")
         for number, row in enumerate(self.surface):
             if len(row.shape) != SHAPES[row.what] or row.dtype not in DTYPES:

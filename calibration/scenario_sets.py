@@ -13,6 +13,9 @@ from typing import Any
 
 from ..engine.scenario.scenario import Scenario, make_scenario
 
+#: Settings, as ("section__key", value).
+Sections = tuple[tuple[str, Any], ...]
+
 
 @dataclass(frozen=True)
 class _Shape:
@@ -38,7 +41,7 @@ _SHAPES = {
 
 
 @dataclass(frozen=True)
-class _Line:
+class Line:
     """One scenario: its shape, what the host does, how far and how well it looks ahead, and what else is set."""
 
     shape: str
@@ -46,11 +49,12 @@ class _Line:
     lookahead: int
     recall: float = 1.0
     readback: bool = True
-    sections: tuple[tuple[str, Any], ...] = ()
+    sections: Sections = ()
     note: str = ""
 
     @property
     def name(self) -> str:
+        """What the scenario is called within its set."""
         parts = [self.shape, self.mode, f"ahead{self.lookahead}"]
         if self.lookahead:
             parts.append(f"recall{round(self.recall * 100)}")
@@ -59,24 +63,24 @@ class _Line:
         return "-".join(parts + ([self.note] if self.note else []))
 
 
-def _set(**keys: Any) -> tuple[tuple[str, Any], ...]:
+def as_sections(**keys: Any) -> Sections:
     """Returns settings as `section__key=value`."""
     return tuple(keys.items())
 
 
-_BATCH = _set(workload__batch=4, workload__synthetic__sequences=4)
-_PROMPT = _set(
+_BATCH = as_sections(workload__batch=4, workload__synthetic__sequences=4)
+_PROMPT = as_sections(
     workload__prefill="whole", workload__synthetic__prefill_tokens=32, workload__synthetic__sequences=2,
     workload__synthetic__tokens=104,
 )  # fmt: skip
-_TWO = _set(copy__discipline="two_streams")
-_QUEUE = _set(copy__discipline="priority")
-_PIECES = _set(copy__discipline="priority", copy__chunk_bytes=16 * 2**20)
+_TWO = as_sections(copy__discipline="two_streams")
+_QUEUE = as_sections(copy__discipline="priority")
+_PIECES = as_sections(copy__discipline="priority", copy__chunk_bytes=16 * 2**20)
 
 
 def _stages(micro_batches: int, threads: str = "one", **keys: Any) -> tuple[tuple[str, Any], ...]:
     """Returns settings of a pipeline of two stages over eight sequences, which `micro_batches` divide."""
-    return _set(
+    return as_sections(
         machine__profile="h200-x2", workload__batch=8, workload__synthetic__sequences=8, parallel__stages=2,
         parallel__micro_batches=micro_batches, parallel__dispatch_threads=threads, **keys,
     )  # fmt: skip
@@ -85,46 +89,46 @@ def _stages(micro_batches: int, threads: str = "one", **keys: Any) -> tuple[tupl
 def _pipe(
     shape: str, mode: str, lookahead: int, micro_batches: int, recall: float = 1.0, readback: bool = True,
     threads: str = "one", **keys: Any,
-) -> _Line:  # fmt: skip
+) -> Line:  # fmt: skip
     """Returns a pipeline's scenario; a stage has the budget of `_STAGE_BUDGETS` if `keys` give no other."""
     keys = {"memory__gpu_budget": _STAGE_BUDGETS[shape], **keys}
     note = f"m{micro_batches}" + ("-threads" if threads != "one" else "")
-    return _Line(shape, mode, lookahead, recall, readback, _stages(micro_batches, threads, **keys), note)
+    return Line(shape, mode, lookahead, recall, readback, _stages(micro_batches, threads, **keys), note)
 
 
 #: Room for a part of a stage's experts.
 _STAGE_BUDGETS = {"mixtral": "4experts", "qwen": "60experts", "switch": "60experts", "deepseek": "40experts"}
-_PEER = _set(machine__profile="h200-x2", copy__source="peer")
+_PEER = as_sections(machine__profile="h200-x2", copy__source="peer")
 
 _EVERYWHERE = ("mixtral", "qwen", "switch", "deepseek")
 
 FIT = [
-    *(_Line(shape, mode, 0) for shape in _EVERYWHERE for mode in ("graph", "eager")),
-    *(_Line(shape, mode, 1, 0.9) for shape in _EVERYWHERE for mode in ("graph", "eager")),
-    *(_Line(shape, "graph", 1, 0.9, False) for shape in _EVERYWHERE),
-    *(_Line(shape, "eager", 0, readback=False) for shape in _EVERYWHERE),
-    *(_Line(shape, "graph", 0, sections=_BATCH, note="batch4") for shape in ("mixtral", "qwen")),
-    *(_Line("deepseek", mode, 0, sections=_PROMPT, note="prefill") for mode in ("graph", "eager")),
-    _Line("qwen", "eager", 1, 0.9, sections=_BATCH, note="batch4"),
-    _Line("qwen", "graph", 1, 0.9, sections=_TWO, note="two-streams"),
+    *(Line(shape, mode, 0) for shape in _EVERYWHERE for mode in ("graph", "eager")),
+    *(Line(shape, mode, 1, 0.9) for shape in _EVERYWHERE for mode in ("graph", "eager")),
+    *(Line(shape, "graph", 1, 0.9, False) for shape in _EVERYWHERE),
+    *(Line(shape, "eager", 0, readback=False) for shape in _EVERYWHERE),
+    *(Line(shape, "graph", 0, sections=_BATCH, note="batch4") for shape in ("mixtral", "qwen")),
+    *(Line("deepseek", mode, 0, sections=_PROMPT, note="prefill") for mode in ("graph", "eager")),
+    Line("qwen", "eager", 1, 0.9, sections=_BATCH, note="batch4"),
+    Line("qwen", "graph", 1, 0.9, sections=_TWO, note="two-streams"),
 ]
 
 VALIDATION = [
-    *(_Line(shape, mode, 0) for shape in _EVERYWHERE for mode in ("graph", "eager")),
-    *(_Line(shape, mode, 1, 0.8) for shape in _EVERYWHERE for mode in ("graph", "eager")),
-    *(_Line(shape, "graph", 3, 1.0) for shape in _EVERYWHERE),
-    *(_Line(shape, "graph", 1, 0.6, False) for shape in ("mixtral", "qwen")),
-    *(_Line(shape, "eager", 3, 0.6) for shape in ("mixtral", "switch")),
-    *(_Line(shape, "eager", 1, 1.0, False) for shape in ("qwen", "deepseek")),
-    _Line("qwen", "graph", 1, 0.8, sections=_TWO, note="two-streams"),
-    _Line("switch", "graph", 1, 0.8, sections=_TWO, note="two-streams"),
-    _Line("deepseek", "graph", 3, 0.6, sections=_QUEUE, note="priority"),
-    _Line("mixtral", "graph", 1, 0.8, sections=_PIECES, note="priority-pieces"),
-    _Line("qwen", "graph", 1, 0.8, sections=(*_BATCH, *_set(memory__gpu_budget="320experts")), note="batch4"),
-    _Line("mixtral", "eager", 0, sections=_BATCH, note="batch4"),
-    _Line("deepseek", "graph", 1, 0.8, sections=_PROMPT, note="prefill"),
-    _Line("qwen", "graph", 0, sections=(*_BATCH, *_set(memory__gpu_budget="24experts")), note="waves"),
-    _Line("deepseek", "graph", 0, sections=_set(dispatch__expert_order="resident_first"), note="resident-first"),
+    *(Line(shape, mode, 0) for shape in _EVERYWHERE for mode in ("graph", "eager")),
+    *(Line(shape, mode, 1, 0.8) for shape in _EVERYWHERE for mode in ("graph", "eager")),
+    *(Line(shape, "graph", 3, 1.0) for shape in _EVERYWHERE),
+    *(Line(shape, "graph", 1, 0.6, False) for shape in ("mixtral", "qwen")),
+    *(Line(shape, "eager", 3, 0.6) for shape in ("mixtral", "switch")),
+    *(Line(shape, "eager", 1, 1.0, False) for shape in ("qwen", "deepseek")),
+    Line("qwen", "graph", 1, 0.8, sections=_TWO, note="two-streams"),
+    Line("switch", "graph", 1, 0.8, sections=_TWO, note="two-streams"),
+    Line("deepseek", "graph", 3, 0.6, sections=_QUEUE, note="priority"),
+    Line("mixtral", "graph", 1, 0.8, sections=_PIECES, note="priority-pieces"),
+    Line("qwen", "graph", 1, 0.8, sections=(*_BATCH, *as_sections(memory__gpu_budget="320experts")), note="batch4"),
+    Line("mixtral", "eager", 0, sections=_BATCH, note="batch4"),
+    Line("deepseek", "graph", 1, 0.8, sections=_PROMPT, note="prefill"),
+    Line("qwen", "graph", 0, sections=(*_BATCH, *as_sections(memory__gpu_budget="24experts")), note="waves"),
+    Line("deepseek", "graph", 0, sections=as_sections(dispatch__expert_order="resident_first"), note="resident-first"),
 ]
 
 FIT_TWO_GPUS = [
@@ -136,9 +140,9 @@ FIT_TWO_GPUS = [
     _pipe("deepseek", "graph", 1, 2, 0.9, readback=False),
     _pipe("deepseek", "eager", 0, 4),
     _pipe("switch", "graph", 0, 4, threads="per-gpu"),
-    *(_Line(shape, "graph", 0, sections=_PEER, note="peer") for shape in _EVERYWHERE),
-    *(_Line(shape, "graph", 1, 0.9, sections=_PEER, note="peer") for shape in _EVERYWHERE),
-    _Line("deepseek", "eager", 0, sections=_PEER, note="peer"),
+    *(Line(shape, "graph", 0, sections=_PEER, note="peer") for shape in _EVERYWHERE),
+    *(Line(shape, "graph", 1, 0.9, sections=_PEER, note="peer") for shape in _EVERYWHERE),
+    Line("deepseek", "eager", 0, sections=_PEER, note="peer"),
 ]
 
 TWO_GPUS = [
@@ -155,31 +159,40 @@ TWO_GPUS = [
     _pipe("mixtral", "graph", 1, 4, 0.8, readback=False, workload__synthetic__tokens=48),
     _pipe("qwen", "graph", 0, 4, threads="per-gpu"),
     _pipe("deepseek", "graph", 0, 2, threads="per-gpu"),
-    *(_Line(shape, "graph", 0, sections=_PEER, note="peer") for shape in ("mixtral", "deepseek")),
-    *(_Line(shape, "graph", 1, 0.8, sections=_PEER, note="peer") for shape in ("qwen", "switch")),
-    _Line("qwen", "graph", 1, 0.8, False, sections=_PEER, note="peer"),
+    *(Line(shape, "graph", 0, sections=_PEER, note="peer") for shape in ("mixtral", "deepseek")),
+    *(Line(shape, "graph", 1, 0.8, sections=_PEER, note="peer") for shape in ("qwen", "switch")),
+    Line("qwen", "graph", 1, 0.8, False, sections=_PEER, note="peer"),
 ]
 
-#: The sets by name, each with the seed of its traces and what its scenarios' names begin with.
+_LINES = {"fit": FIT, "validation": VALIDATION, "fit-two-gpus": FIT_TWO_GPUS, "two-gpus": TWO_GPUS}
+#: The sets by name, each with the seed of its traces and what its scenarios' names begin with: of streams and host
+#: alone, of pipelines, of what runs beside (`scenario_sets_beside`), and of two GPUs that share every layer's experts.
 SETS = {
-    "fit": (FIT, 11, "fit-"),
-    "validation": (VALIDATION, 23, ""),
-    "fit-two-gpus": (FIT_TWO_GPUS, 37, "fit-two-"),
-    "two-gpus": (TWO_GPUS, 41, "two-"),
+    "fit": (11, "fit-"),
+    "validation": (23, ""),
+    "fit-two-gpus": (37, "fit-two-"),
+    "two-gpus": (41, "two-"),
+    "fit-beside": (43, "fit-beside-"),
+    "beside": (47, "beside-"),
+    "fit-shared": (53, "fit-shared-"),
+    "shared": (59, "shared-"),
 }
 
 
 def scenarios(set_name: str) -> dict[str, Scenario]:
     """Returns the scenarios of one of SETS by name."""
-    lines, seed, prefix = SETS[set_name]
+    from .scenario_sets_beside import BESIDE, FIT_BESIDE, FIT_SHARED, SHARED
+
+    of_set = {"fit-beside": FIT_BESIDE, "beside": BESIDE, "fit-shared": FIT_SHARED, "shared": SHARED}
+    lines, (seed, prefix) = of_set.get(set_name, _LINES.get(set_name, [])), SETS[set_name]
     return {prefix + line.name: _scenario(line, seed) for line in lines}
 
 
-def _how_many(line: _Line, shape: _Shape) -> dict[str, int]:
+def _how_many(line: Line, shape: _Shape) -> dict[str, int]:
     return {"k": shape.prefetched} if line.recall < 1 else {}
 
 
-def _scenario(line: _Line, seed: int) -> Scenario:
+def _scenario(line: Line, seed: int) -> Scenario:
     shape = _SHAPES[line.shape]
     data: dict[str, Any] = {
         "seed": seed,

@@ -28,11 +28,11 @@ from ..engine.scenario.scenario import Scenario
 from ..engine.timing.records import Decoded
 from ..resources.profile import Profile
 from ..resources.profile_costs import Duration, DurationBesideCopy, TransferCost
-from ..resources.timeline import LAUNCH, PREFETCH, covered_ns
+from ..resources.timeline import CPU_EXPERT, LAUNCH, PREFETCH, READ, covered_ns
 from .measured import Measured
 
 #: Lanes that a bound is taken from, by role.
-ROLES = ("compute", "h2d", "d2h", "host")
+ROLES = ("compute", "h2d", "d2h", "host", "cpu", "nvme")
 #: A bound that errs by so much does not do; a lane that is busy for a larger share decides alone.
 BOUND_FAILS, DECIDES = 0.05, 0.8
 
@@ -54,11 +54,11 @@ def compare(measured: Measured, profile: Profile) -> dict[str, Any]:
     busy_real, busy_made = _busy(executed), _busy(simulated)
     bound = max(busy_made, key=lambda lane: busy_made[lane])
     scenario = measured.scenario
-    equal = all(
-        gpu.counts == _counts(mine) and _same_spans(real, mine, scenario)
-        for gpu, real, mine in zip(measured.gpus, executed, simulated, strict=True)
-    )
     sides = (executed, simulated)
+    # What a GPU stores in another's memory is on the timeline of either.
+    equal = all(
+        gpu.counts == _counts(mine) for gpu, mine in zip(measured.gpus, simulated, strict=True)
+    ) and _same_spans(*sides, scenario)
     return {
         "scenario": measured.name,
         "model": scenario.model.preset,
@@ -84,8 +84,42 @@ def simulate_measured(measured: Measured, profile: Profile, ablation: Ablation |
     scenario = measured.scenario
     if ablation is not None:
         profile, scenario = ablation(profile, scenario)
-    inputs = with_profile(load_inputs(scenario), profile, timed=True)
+    inputs = _as_executed(scenario, profile)
     return _simulate(inputs, part_costs(inputs, timed=True))
+
+
+def _as_executed(scenario: Scenario, profile: Profile) -> Inputs:
+    """Returns the inputs of what was executed, on a profile.
+
+    What a scenario says that the CPU, a predictor or decompression takes is what policies went by; what these took is
+    the profile's, where it has it.
+    """
+    said = load_inputs(scenario)
+    updates: dict[str, Any] = {}
+    if scenario.miss.cpu_gb_per_s is not None:
+        updates["miss"] = scenario.miss.model_copy(update={"cpu_gb_per_s": None})
+    unpacking = profile.compute.unpacking
+    if unpacking is not None and scenario.compression.where != "none":
+        rate = {"decompress_us": unpacking.constant_ns / 1e3, "decompress_gb_per_s": unpacking.bytes_per_second / 1e9}
+        updates["compression"] = scenario.compression.model_copy(update=rate)
+    latency_us = _guess_us(said, profile)
+    if latency_us is not None and scenario.predictor.latency_us:
+        updates["predictor"] = scenario.predictor.model_copy(update={"latency_us": latency_us})
+    if not updates:
+        return with_profile(said, profile, timed=True)
+    timed = load_inputs(scenario.model_copy(update=updates))
+    return replace(with_profile(timed, profile, timed=True), decides_by=said)
+
+
+def _guess_us(inputs: Inputs, profile: Profile) -> float | None:
+    """Returns what the executor's predictor takes over the tokens of most steps; None if it was not measured."""
+    model, tokens = inputs.model, inputs.most_tokens
+    points = [
+        (point.tokens, point.ns)
+        for point in profile.compute.predictors
+        if (point.hidden, point.experts) == (model.hidden, model.experts)
+    ]
+    return None if not points else min(points, key=lambda point: abs(point[0] - tokens))[1] / 1e3
 
 
 def _simulate(inputs: Inputs, costs: Sequence[Costs]) -> list[Recording]:
@@ -94,7 +128,7 @@ def _simulate(inputs: Inputs, costs: Sequence[Costs]) -> list[Recording]:
 
 def predicted_ms(measured: Measured, profile: Profile, replicates: int) -> dict[str, float]:
     """Returns p5, p50 and p95 of the makespan over `replicates` draws of the costs from their uncertainty."""
-    inputs = with_profile(load_inputs(measured.scenario), profile, timed=True)
+    inputs = _as_executed(measured.scenario, profile)
     # The same seed for all GPUs: what is drawn is how far the profile is off, and they share it.
     drawn = (replicate_costs(part, replicates, timed=True) for part in inputs.parts)
     makespans_ms = [run_ns(_simulate(inputs, costs)) / 1e6 for costs in zip(*drawn, strict=True)]
@@ -115,7 +149,17 @@ def _counts(recording: Recording) -> dict[str, int]:
     manager, reasons = recording.manager, Counter(recording.copy_reason.tolist())
     miss, prefetch = reasons[DEMANDED], reasons[PREFETCHED]
     found = len(recording.decoded.accesses) - miss
-    return {"found": found, "miss": miss, "prefetch": prefetch, "dropped": manager.dropped, "evict": manager.evicted}
+    made = Counter(recording.spans["kind"].tolist())
+    more = {"cpu": made[CPU_EXPERT], "read": _reads(recording)}
+    counts = {"found": found, "miss": miss, "prefetch": prefetch}
+    counts |= {name: count for name, count in more.items() if count}
+    return {**counts, "dropped": manager.dropped, "evict": manager.evicted}
+
+
+def _reads(recording: Recording) -> int:
+    """Returns how many experts were read from a drive, in however many requests each."""
+    reads = recording.spans[recording.spans["kind"] == READ]
+    return len(np.unique(reads["copy"]))
 
 
 def _identities(recording: Recording) -> Any:
@@ -124,14 +168,19 @@ def _identities(recording: Recording) -> Any:
     return spans[["kind", "visit", "expert", "copy"]], spans
 
 
-def _same_spans(executed: Recording, simulated: Recording, scenario: Scenario) -> bool:
-    """Whether the same kernels and copies were made; which queued prefetches are given up is a matter of time."""
-    queued = scenario.copy_.by_rank
-    counts = []
-    for recording in (executed, simulated):
-        what, _ = _identities(recording)
-        kinds = what.tolist()
-        counts.append(Counter(row for row in kinds if row[0] != PREFETCH or not queued))
+def _same_spans(executed: Sequence[Recording], simulated: Sequence[Recording], scenario: Scenario) -> bool:
+    """Whether the same kernels and copies were made; which queued prefetches are given up is a matter of time.
+
+    Of each GPU by itself; of GPUs that share experts together, for a copy between two is on the timeline of either.
+    """
+    queued, apart = scenario.copy_.by_rank, scenario.parallel.gpus == 1
+    counts: list[Counter[Any]] = []
+    for side in (executed, simulated):
+        made: Counter[Any] = Counter()
+        for number, recording in enumerate(side):
+            what, _ = _identities(recording)
+            made.update((number if apart else 0, *row) for row in what.tolist() if row[0] != PREFETCH or not queued)
+        counts.append(made)
     return counts[0] == counts[1]
 
 

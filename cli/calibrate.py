@@ -29,16 +29,23 @@ def calibrate_measure(
         list[str] | None,
         typer.Option(help="A model (a preset or a file) whose kernels are measured as points of their own; repeat it."),
     ] = None,
+    drive: Annotated[
+        Path | None,
+        typer.Option(help="Only reads from a drive: a file to write there, read past the cache, and remove."),
+    ] = None,
 ) -> None:
     """Measure what copies, kernels and calls take on a CUDA GPU, and keep every sample."""
     from ..calibration.bench import with_models
     from ..calibration.cuda import Gpu
     from ..calibration.evidence import sample_rows
-    from ..calibration.measure import FULL, LINKS, PROBES, QUICK, measure
+    from ..calibration.measure import FULL, LINKS, PROBES, QUICK, described, measure
+    from ..calibration.measure_drive import measure_drive
     from ..calibration.surface import measure_surface, surface_samples
     from ..files import check_file
 
     check_file(out)
+    if drive is not None and (surface or links or quick or model):
+        raise InputError("--drive: measures the drive alone: leave out --surface, --links, --quick and --model")
     if surface and (links or quick or model):
         raise InputError("--surface: measures the surface alone: leave out --links, --quick and --model")
     extent = with_models(QUICK if quick else FULL, model or ())
@@ -48,7 +55,9 @@ def calibrate_measure(
     if out.exists():
         say_replaced(out, "file")
     with progress_shown() as progress:
-        if surface:
+        if drive is not None:
+            samples = described(gpu, measure_drive(drive))
+        elif surface:
             samples = surface_samples(gpu, measure_surface(gpu, progress=progress))
         else:
             samples = measure(gpu, extent, progress, LINKS if links else PROBES)
@@ -182,7 +191,7 @@ def calibrate_execute(
     scenarios: Annotated[
         list[str],
         typer.Argument(
-            help="TOML files, shipped names, sets (`validation`, `fit`, `two-gpus`, `fit-two-gpus`) or one of a set."
+            help="TOML files, shipped names, sets (validation, two-gpus, beside, shared; fit ones too) or one of a set."
         ),
     ],
     out: Annotated[
@@ -199,6 +208,7 @@ def calibrate_execute(
         Path | None,
         typer.Option(help="A file to write, and remove, on the drive that experts are read from (tiers.host_budget)."),
     ] = None,
+    keep_going: Annotated[bool, typer.Option(help="Go on with the next scenario when one fails.")] = False,
     settings: Settings = None,
 ) -> None:
     """Execute scenarios on a CUDA GPU, with the decisions that a simulation makes, timed by CUDA events."""
@@ -213,10 +223,16 @@ def calibrate_execute(
         raise InputError(f"--profiler {profiler}: one trace holds one scenario, and {len(chosen)} are to be executed")
     for path in filter(None, (out if single else None, profiler, drive)):
         check_file(path)
+    failures: list[str] = []
+
+    def say_failed(name: str, error: Exception) -> None:
+        failures.append(name)
+        typer.echo(f"{name}: failed: {type(error).__name__}: {error}", err=True)
+
     with nullcontext() if single else made_folder(out), progress_shown() as progress:
         runs = execute_all(
             chosen, device=device, repeats=repeats, keep_all=all_repeats, profile=profiler, drive=drive,
-            progress=progress,
+            progress=progress, failed=say_failed if keep_going else None,
         )  # fmt: skip
         if not single:
             out.mkdir(parents=True, exist_ok=True)
@@ -224,6 +240,8 @@ def calibrate_execute(
             path = out if single else out / f"{run.name}.json.gz"
             run.save(path)
             typer.echo(f"{path}: {run.makespan_ns / 1e6:.3f} ms, spread {run.spread:.2%}, {run.disturbed} disturbed")
+    if failures:
+        raise typer.Exit(1)
 
 
 @app.command("validate")

@@ -147,6 +147,8 @@ class Profile(Part):
     d2h: CopyCosts
     d2d: CopyCosts | None = None
     peer: CopyCosts | None = None
+    #: What an exchange of tokens between two GPUs takes, by the bytes that one sends the other.
+    exchange: TransferCost | None = None
     compute: ComputeCosts
     host: HostCosts
     contention: Contention | None = None

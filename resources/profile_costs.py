@@ -190,6 +190,18 @@ class KernelRule(Cost):
         return max(weight_bytes * 1e9 / self.bytes_per_second, flops * 1e9 / self.flops_per_second)
 
 
+class StreamedKernel(Cost):
+    """A kernel that goes through bytes: constant_ns + bytes / bytes_per_second; beside a copy so many times as long."""
+
+    constant_ns: int = Field(ge=0)
+    bytes_per_second: BytesPerSecond = Field(gt=0)
+    beside_copy_factor: float = Field(default=1.0, ge=1, le=10)
+
+    def ns(self, size_bytes: int) -> int:
+        """Returns its duration on a quiet GPU, in ns, rounded up."""
+        return self.constant_ns - (-size_bytes * 10**9 // self.bytes_per_second)
+
+
 class Interruptions(Cost):
     """Other work that takes the compute stream for `ns`, each time `every_ns` after the last: a machine's noise.
 
@@ -214,7 +226,8 @@ class ComputeCosts(Part):
     A shape that was not measured is put together from the `surface`; where there is none, the rule estimates it.
     `event_wait_gap` is from the end of a copy to the start of a kernel that waited for it; `peer_wait_gap` the same
     where the copy came from another GPU (None: as from the host). `cpu_rule` is for experts on the CPU where no
-    `cpu_experts` were measured.
+    `cpu_experts` were measured. `grouped` is one kernel for several experts, over the bytes of all (None: of what each
+    takes), and `unpacking` the decompression of an expert over its bytes, as an execution makes it.
     """
 
     experts: tuple[ExpertPoint, ...] = ()
@@ -225,6 +238,8 @@ class ComputeCosts(Part):
     rule: KernelRule
     surface: Surface | None = None
     cpu_rule: KernelRule | None = None
+    grouped: StreamedKernel | None = None
+    unpacking: StreamedKernel | None = None
     eager_gap: DurationBesideCopy
     graph_gap: DurationBesideCopy
     event_wait_gap: DurationBesideCopy = _NO_GAP
@@ -256,7 +271,12 @@ class HostCosts(Part):
     dense part to the choice being in host memory; `readback_late`, where the host asked for it only after that, from
     its asking (both None: what the profile's D2H copies say). `synchronize` is from there to the host knowing, and
     `resume` what the host's first calls after that wait take longer, `copy_resume` if these enqueue a copy.
-    `peer_enqueue` is that of a copy to or from another GPU (None: as any copy's), `turn` a thread's turning to another.
+    `peer_enqueue` is that of a copy to or from another GPU (None: as any copy's), `turn` a thread's turning to another,
+    `exchange_call` a GPU's part in an exchange of tokens (None: as a launch).
+    Experts on the CPU: `cpu_hand_over` is the time to hand a visit's tokens over, `cpu_take_back` to order the copy of
+    their results beforehand (both None: a copy's enqueue, and nothing). `cpu_notice` is from the tokens' arrival to the
+    start of the first expert (None: as `synchronize`), `cpu_results` from the end of the last to the start of the copy
+    of their results (None: a copy's enqueue, by the CPU's own thread).
     """
 
     launch: Duration
@@ -273,6 +293,11 @@ class HostCosts(Part):
     copy_resume: Duration = NO_TIME
     peer_enqueue: Duration | None = None
     turn: Duration = NO_TIME
+    exchange_call: Duration | None = None
+    cpu_hand_over: Duration | None = None
+    cpu_take_back: Duration | None = None
+    cpu_notice: Duration | None = None
+    cpu_results: Duration | None = None
 
     @field_validator("product_launches", mode="before")
     @classmethod

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ...resources.profile_costs import TransferCost
 from ...resources.topology import Route, Topology
 
 
@@ -21,8 +22,15 @@ class AllToAll:
 
     rule = "the longest latency of a route + the most of bytes / bytes a second over the links of the machine's graph"
 
-    def __init__(self, routes: Mapping[tuple[int, int], Route], topology: Topology, token_bytes: int) -> None:
-        """Take the way from each GPU to each other one."""
+    def __init__(
+        self,
+        routes: Mapping[tuple[int, int], Route],
+        topology: Topology,
+        token_bytes: int,
+        cost: TransferCost | None = None,
+    ) -> None:
+        """Take the way from each GPU to each other one; `cost` is what was measured of two GPUs that exchange."""
+        self._cost, self._token_bytes = cost if len(routes) == 2 else None, token_bytes
         gpus = 1 + max((gpu for pair in routes for gpu in pair), default=0)
         rates = topology.capacities()
         number = {link: index for index, link in enumerate(rates)}
@@ -35,15 +43,24 @@ class AllToAll:
         self._bytes_per_second = np.array(list(rates.values()), dtype=np.int64)[used]
         self._latency_ns = max((route.latency_ns for route in routes.values()), default=0)
 
+    @property
+    def how(self) -> str | None:
+        """How it is estimated, in words; None where it was measured."""
+        return self.rule if self._cost is None else None
+
     def ns(self, traffic: npt.NDArray[Any]) -> int:
         """Returns the time of an exchange, in ns, `traffic[a, b]` tokens from GPU a to GPU b; 0 if none moves."""
         size_bytes = self._passed_bytes @ traffic.ravel()
         if not size_bytes.any():
             return 0
+        if self._cost is not None:
+            return self._cost.ns(int(traffic.max()) * self._token_bytes)
         return self._latency_ns - int((-size_bytes * 10**9 // self._bytes_per_second).min())
 
     def all_ns(self, traffic: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
         """Returns the time of each of some exchanges, in ns (exchanges,), as `ns` does; `traffic` (exchanges, …)."""
+        if self._cost is not None:
+            return np.array([self.ns(one) for one in traffic], dtype=np.int64)
         size_bytes = traffic.reshape(len(traffic), -1) @ self._passed_bytes.T
         ns = self._latency_ns - (-size_bytes * 10**9 // self._bytes_per_second).min(axis=1, initial=0)
         return np.where(size_bytes.any(axis=1), ns, 0)

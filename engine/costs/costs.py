@@ -18,7 +18,15 @@ from ...dtypes import bits_of
 from ...resources.from_peer import from_peer
 from ...resources.lags import Lags
 from ...resources.profile import Profile
-from ...resources.profile_costs import ComputeCosts, CopyCosts, ExpertPoint, HostCosts, KernelPoint, ProfileError
+from ...resources.profile_costs import (
+    ComputeCosts,
+    CopyCosts,
+    Duration,
+    ExpertPoint,
+    HostCosts,
+    KernelPoint,
+    ProfileError,
+)
 from ...workloads.batches import DECODE
 from ..scenario.scenario import Scenario
 from .attention import Added, Attention
@@ -135,6 +143,7 @@ class Costs:
         #: What the copy of an expert of each layer moves.
         self.expert_bytes: Sequence[int] = [scenario.compression.copied_bytes(size) for size in model.expert_bytes]
         self._rule = profile.compute.rule
+        self._grouped = profile.compute.grouped if scenario.dispatch.expert_kernel == "grouped" else None
         self._mode = scenario.dispatch.mode
         self._chunk_bytes = scenario.copy_.chunk_bytes
         self.by_priority = scenario.copy_.by_rank
@@ -162,6 +171,7 @@ class Costs:
         self.reads = self._reads(profile, scenario)
         self._set_lags(profile, h2d)
         self._set_readback(profile)
+        self._set_beside(profile.host)
         self._set_measured(profile.compute)
         dispatch = "eager" if self._mode == "eager" else "graph"
         #: What attention adds to the dense parts with what is cached, by step.
@@ -219,10 +229,20 @@ class Costs:
         self.synchronize_ns = 0 if free else host.synchronize.ns
         self.synchronize_beside_copy_ns = 0 if free else host.synchronize.disturbed_ns
 
-    @property
-    def to_cpu_ns(self) -> int:
-        """The host's time to hand a visit's work to the CPU."""
-        return self.enqueue_ns + self.records_ns + self.runtime.cpu_submit_ns
+    def _set_beside(self, host: HostCosts) -> None:
+        """Set what the way to the CPU and back takes, and the host's calls for that and for exchanges."""
+        free, own = self._mode == "free", self.runtime
+
+        def ns(cost: Duration | None, otherwise_ns: int) -> int:
+            return otherwise_ns if cost is None or free else cost.ns
+
+        #: The host's time to hand a visit's work to the CPU, to order that its results come back, and for an exchange.
+        self.to_cpu_ns = ns(host.cpu_hand_over, self.enqueue_ns + self.records_ns) + own.cpu_submit_ns
+        self.from_cpu_ns = ns(host.cpu_take_back, 0) + own.cpu_return_ns
+        self.exchange_call_ns = ns(host.exchange_call, self.launch_ns)
+        #: From the arrival of tokens to the start of an expert on the CPU, and from its end to the copy of results.
+        self.cpu_notice_ns = ns(host.cpu_notice, self.synchronize_ns)
+        self.cpu_results_ns = ns(host.cpu_results, self.copy_lags.after_other_ns + self.enqueue_ns)
 
     def _set_measured(self, compute: ComputeCosts) -> None:
         """Pick out the measured points of this model's shapes, by their size: inner width, or weight bytes."""
@@ -358,6 +378,9 @@ class Costs:
         if cost is None:
             points = self._expert_points.get(width, ())
             cost = self._kernel("expert", points, self._expert_kernels(layer), tokens)
+            if self._grouped is not None:  # a kernel of several pays the constant once, see `grouped`
+                ns = self.runtime.kernel_ns("expert", self._grouped.ns(size))
+                cost = replace(cost, ns=round(ns), slowdown=self._grouped.beside_copy_factor)
             self._known_experts[size, width, tokens] = cost
         return cost
 
@@ -376,11 +399,12 @@ class Costs:
         return self._launches(model.dense_kernels) + experts * self._launches(model.expert_kernels) + 2
 
     def grouped(self, layer: int, tokens: list[int], phase: int = DECODE) -> KernelCost:
-        """Returns one grouped kernel over several experts: their sum, with what any expert takes paid once."""
+        """Returns one grouped kernel over several experts: measured, or their sum, what any expert takes paid once."""
         costs = [self.expert(layer, count, phase) for count in tokens]
         ns = sum(cost.ns for cost in costs) - (len(costs) - 1) * self.grouped_constant_ns
         ns = max(ns, max(cost.ns for cost in costs))
-        self.estimates["grouped expert kernel"] = "the experts' sum, the rule's constant paid once"
+        if self._grouped is None:
+            self.estimates["grouped expert kernel"] = "the experts' sum, the rule's constant paid once"
         return KernelCost(ns, max(cost.slowdown for cost in costs), costs[0].launches, costs[0].host_ns)
 
     @property
@@ -389,6 +413,8 @@ class Costs:
 
         The rule's constant; of experts that the surface prices, what their kernels take whatever their weights.
         """
+        if self._grouped is not None:
+            return self._grouped.constant_ns
         kernels = self._expert_kernels(0)
         if self._surface is None or self._expert_points.get(self.model.expert_ff):
             return self._rule_constant_ns(kernels)

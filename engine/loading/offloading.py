@@ -125,7 +125,7 @@ def make_miss(inputs: Inputs) -> Miss | None:
         threshold=settings.threshold,
     )
     if scenario.uses_cpu:
-        terms = _with_costs(terms, inputs)
+        terms = _with_costs(terms, inputs.decides_by or inputs)
     return MISS[name](terms)
 
 

@@ -63,6 +63,8 @@ class Inputs:
     #: Where a scheduler makes the steps: how, and, of a run that has begun, those that it has pulled: its `steps`.
     pulls: Pulls | None = None
     pulled: Pulled | None = None
+    #: Of a run that was executed: what its miss policy went by then, in place of this profile and scenario.
+    decides_by: Inputs | None = None
     #: The software that is predicted.
     runtime: Runtime = field(default_factory=lambda: load_runtime(DEFAULT))
 

@@ -59,7 +59,8 @@ class ModelSection(Section):
     """Which model, and what to change in it; with sizes = "trace", layers are as large as the trace says.
 
     `preset` is a shipped name, a TOML file, a Hugging Face config.json or its folder, or a GGUF file. `dtype` is of the
-    routed experts, `bits_per_weight` of all matrices, where nothing else is known.
+    routed experts, `bits_per_weight` of all matrices, where nothing else is known. `expert_bytes` is one number, or one
+    for each layer.
     """
 
     preset: str = "mixtral-8x7b"
@@ -68,7 +69,7 @@ class ModelSection(Section):
     top_k: int | None = Field(default=None, ge=1)
     dtype: str | None = None
     bits_per_weight: float | None = Field(default=None, gt=0, le=64)
-    expert_bytes: Bytes | None = Field(default=None, ge=1)
+    expert_bytes: Annotated[Bytes, Field(ge=1)] | list[Annotated[Bytes, Field(ge=1)]] | None = None
     sizes: Literal["preset", "trace"] = "preset"
 
     def overrides(self) -> dict[str, Any]:

@@ -175,9 +175,11 @@ class SharingGpus:
 
     def __init__(self, engine: Simulation, gpus: Sequence[OneGpu], inputs: Inputs, links: Links) -> None:
         self._engine, self._gpus, self._links = engine, gpus, links
-        self._all_to_all = AllToAll(links.routes(), links.topology, inputs.model.activation_bytes(1))
-        if inputs.expert_parallel is not None and inputs.expert_parallel.moves_tokens:
-            links.estimates["all-to-all"] = self._all_to_all.rule
+        token_bytes, measured = inputs.model.activation_bytes(1), inputs.profile.exchange
+        self._all_to_all = AllToAll(links.routes(), links.topology, token_bytes, measured)
+        estimate = self._all_to_all.how
+        if inputs.expert_parallel is not None and inputs.expert_parallel.moves_tokens and estimate is not None:
+            links.estimates["all-to-all"] = estimate
         self._traffic: npt.NDArray[Any] | None = None
         self._lanes: dict[tuple[int, int], Lane] = {}
         self._moved = [one.spool.column("sent", np.int32) for one in gpus]

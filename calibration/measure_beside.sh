@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# Execute what runs beside the GPU's stream, in parts, within a time: experts on the CPU, reads from a drive, compressed
+# and grouped experts, a predictor, two GPUs that share experts.
+#
+#   bash calibration/measure_beside.sh try|one|two OUT
+#
+# try: a schedule of each kind, once, in two minutes; one: the drive, the sets to fit and to validate, on one GPU; two:
+# the same on two. Python finds prestage and torch. OUT gets runs.tar.gz, the samples of the drive, and a log.
+set -u
+what=$1 out=$(realpath -m "$2")
+began=$(date +%s)
+work=$(mktemp -d -p "${WORK:-$PWD}")
+mkdir -p "$out" "$work/runs"
+read -ra prestage <<<"${PRESTAGE:-python3 -m prestage}"
+export PYTHONFAULTHANDLER=1 PYTHONUNBUFFERED=1
+say() { echo "[$(($(date +%s) - began)) s] $*" | tee -a "$out/log"; }
+pack() { tar -C "$work" -czf "$out/runs.tmp" runs && mv "$out/runs.tmp" "$out/runs.tar.gz"; }
+trap 'pack; rm -rf "$work"; say end' EXIT
+# name, seconds, repeats, scenarios
+execute() {
+  say "$1"
+  mkdir -p "$work/runs/$1"
+  timeout -k 5 -s ABRT "$2" "${prestage[@]}" calibrate execute "${@:4}" -o "$work/runs/$1" --repeats "$3" --keep-going \
+    --drive "$work/experts" >"$work/last" 2>&1
+  local status=$?
+  grep -v "^  0%\|it/s\|^$" "$work/last" | tail -60 | cut -c1-400 | tee -a "$out/log"
+  say "$1: status $status"
+  pack
+}
+{ date -u; nvidia-smi --query-gpu=name,driver_version --format=csv,noheader; lscpu | grep -i "model name\|^CPU(s)"; uname -r
+  df -h "$work" | tail -1; findmnt -n -T "$work" -o FSTYPE,SOURCE; } 2>&1 | tee -a "$out/log"
+f=fit-beside- s=fit-shared-
+case $what in
+try)
+  execute others 45 1 ${f}qwen-graph-ahead0-packed ${f}mixtral-graph-ahead0-packed ${f}deepseek-graph-ahead0-packed-gpu \
+    ${f}qwen-graph-ahead1-recall90-predictor beside-qwen-graph-ahead0-unequal beside-qwen-graph-ahead0-preloaded \
+    beside-qwen-graph-ahead0-total beside-qwen-graph-ahead1-recall80-predictor-compute
+  execute grouped 30 1 ${f}qwen-graph-ahead0-grouped ${f}deepseek-graph-ahead0-grouped-batch4
+  execute cpu 35 1 ${f}qwen-graph-ahead0-cpu ${f}qwen-graph-ahead1-recall90-cpu ${f}qwen-graph-ahead0-cpu-balanced
+  execute drive 45 1 ${f}qwen-graph-ahead0-drive ${f}deepseek-graph-ahead0-drive-pieces beside-qwen-graph-ahead0-drive-and-cpu
+  if [[ $(nvidia-smi -L | wc -l) -gt 1 ]]; then
+    execute shared 60 1 ${s}qwen-graph-ahead0-tokens ${s}qwen-graph-ahead0-peer shared-qwen-graph-ahead0-spare
+  fi
+  ;;
+one)
+  timeout 40 "${prestage[@]}" calibrate measure --drive "$work/experts" -o "$out/drive.json" 2>&1 | tail -3 | tee -a "$out/log"
+  execute fit 150 5 fit-beside
+  execute beside 240 5 beside
+  # What is committed already, to see which costs have moved since.
+  execute validation 60 5 mixtral-graph-ahead0 qwen-graph-ahead0 switch-graph-ahead0 deepseek-graph-ahead0 \
+    qwen-graph-ahead1-recall80 deepseek-graph-ahead1-recall80 qwen-eager-ahead0 mixtral-eager-ahead0 \
+    qwen-graph-ahead3-recall100 switch-graph-ahead1-recall80
+  ;;
+two)
+  execute fit-shared 100 5 fit-shared
+  execute shared 170 5 shared
+  ;;
+*) say "$what: choose try, one or two" ;;
+esac
