@@ -69,6 +69,7 @@ def _of_memory(inputs: Inputs) -> list[tuple[bool, str]]:
     fits = not packed or all(packed_bytes(size) <= compression.copied_bytes(size) for size in model.expert_bytes)
     least = max((packed_bytes(size) / size for size in model.expert_bytes), default=0)
     return [
+        (bool(model.by_layer), f"model {model.name}: experts differ in width or number by layer: no kernels"),
         (
             copy.order not in EXECUTED_ORDERS,
             f"copy.discipline = {copy.discipline!r}: choose {_executed()}",

@@ -18,18 +18,11 @@ from ...dtypes import bits_of
 from ...resources.from_peer import from_peer
 from ...resources.lags import Lags
 from ...resources.profile import Profile
-from ...resources.profile_costs import (
-    ComputeCosts,
-    CopyCosts,
-    Duration,
-    ExpertPoint,
-    HostCosts,
-    KernelPoint,
-    ProfileError,
-)
+from ...resources.profile_costs import ComputeCosts, CopyCosts, ExpertPoint, HostCosts, KernelPoint, ProfileError
 from ...workloads.batches import DECODE
 from ..scenario.scenario import Scenario
 from .attention import Added, Attention
+from .beside_costs import beside_costs
 from .runtime_costs import RuntimeCosts, launched_model
 from .surface_costs import Kernels, SurfaceCosts, dense_kernels, expert_kernels, head_kernels
 
@@ -171,7 +164,7 @@ class Costs:
         self.reads = self._reads(profile, scenario)
         self._set_lags(profile, h2d)
         self._set_readback(profile)
-        self._set_beside(profile.host)
+        self.beside = beside_costs(self, profile.host, free=self._mode == "free")
         self._set_measured(profile.compute)
         dispatch = "eager" if self._mode == "eager" else "graph"
         #: What attention adds to the dense parts with what is cached, by step.
@@ -228,21 +221,6 @@ class Costs:
         self.copy_resume_ns = 0 if free else host.copy_resume.ns
         self.synchronize_ns = 0 if free else host.synchronize.ns
         self.synchronize_beside_copy_ns = 0 if free else host.synchronize.disturbed_ns
-
-    def _set_beside(self, host: HostCosts) -> None:
-        """Set what the way to the CPU and back takes, and the host's calls for that and for exchanges."""
-        free, own = self._mode == "free", self.runtime
-
-        def ns(cost: Duration | None, otherwise_ns: int) -> int:
-            return otherwise_ns if cost is None or free else cost.ns
-
-        #: The host's time to hand a visit's work to the CPU, to order that its results come back, and for an exchange.
-        self.to_cpu_ns = ns(host.cpu_hand_over, self.enqueue_ns + self.records_ns) + own.cpu_submit_ns
-        self.from_cpu_ns = ns(host.cpu_take_back, 0) + own.cpu_return_ns
-        self.exchange_call_ns = ns(host.exchange_call, self.launch_ns)
-        #: From the arrival of tokens to the start of an expert on the CPU, and from its end to the copy of results.
-        self.cpu_notice_ns = ns(host.cpu_notice, self.synchronize_ns)
-        self.cpu_results_ns = ns(host.cpu_results, self.copy_lags.after_other_ns + self.enqueue_ns)
 
     def _set_measured(self, compute: ComputeCosts) -> None:
         """Pick out the measured points of this model's shapes, by their size: inner width, or weight bytes."""

@@ -339,7 +339,7 @@ class Thread:
 
     def _to_cpu(self, gpu: GpuState, command: Command) -> None:
         lanes = gpu.lanes
-        gpu.now_ns += lanes.costs.to_cpu_ns
+        gpu.now_ns += lanes.costs.beside.to_cpu_ns + lanes.costs.runtime.cpu_submit_ns
         ns = lanes.cpu_costs.activations_ns(command.tokens)
         self._submit(gpu, lanes.d2h, ACTIVATION, (ns, ns), gpu.now_ns, command)
 
@@ -352,7 +352,7 @@ class Thread:
     def _from_cpu(self, gpu: GpuState, command: Command) -> None:
         lanes = gpu.lanes
         ns = lanes.cpu_costs.results_ns(command.tokens)
-        gpu.now_ns += lanes.costs.from_cpu_ns
+        gpu.now_ns += lanes.costs.beside.from_cpu_ns + lanes.costs.runtime.cpu_return_ns
         self._submit(gpu, lanes.back, ACTIVATION, (ns, ns), gpu.now_ns, command, slowdown=lanes.copy_slowdown)
 
     def _unpack(self, gpu: GpuState, command: Command) -> None:
@@ -389,7 +389,7 @@ class Thread:
         self._env.process(way.arrivals.follow(command.extra, sent))
 
     def _call(self, gpu: GpuState, command: Command) -> None:
-        gpu.now_ns += gpu.lanes.costs.exchange_call_ns
+        gpu.now_ns += gpu.lanes.costs.beside.exchange_call_ns
 
     def _exchange(self, gpu: GpuState, command: Command) -> None:
         """Let all GPUs exchange tokens at once."""

@@ -81,7 +81,7 @@ class HostLanes:
         number = timeline.add_lane("host", "cpu", "CPU experts")
         if self.cpu is None:
             kind = QueueLane if self.several else Lane
-            self.cpu = kind(env, instant, timeline, number, Lags(after_other_ns=costs.cpu_notice_ns))
+            self.cpu = kind(env, instant, timeline, number, Lags(after_other_ns=costs.beside.notice_ns))
             self.cpu.serves_all = self.several
         assert self.cpu.number == number
         return self.cpu
@@ -189,7 +189,7 @@ class GpuLanes:
         costs, timeline = self.costs, self.timeline
         self.cpu_costs = CpuCosts(costs, self._scenario)
         number = timeline.add_lane(device, "h2d", "copy engine H2D, results of the CPU")
-        lags = replace(costs.copy_lags, after_other_ns=costs.cpu_results_ns)
+        lags = replace(costs.copy_lags, after_other_ns=costs.beside.results_ns)
         self.back = Lane(env, instant, timeline, number, lags)
         if isinstance(streams[0], QueueLane):  # whose next copy is enqueued behind what waits for the engine
             instant.put_last(streams[0])
