@@ -122,6 +122,30 @@ def calibrate_fit(
     typer.echo(str(out))
 
 
+@app.command("fit-beside")
+def calibrate_fit_beside(
+    runs: Annotated[list[Path], typer.Argument(help="Measured runs or folders of them: of the set `fit-beside`.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The profile to write; its name is the file's.")],
+    base: Annotated[str, typer.Option("--base", help="The profile that it extends.")] = "h200",
+    drive: Annotated[
+        Path | None, typer.Option(help="The samples of a drive that `calibrate measure --drive` wrote.")
+    ] = None,
+) -> None:
+    """Fit what runs beside the GPU's stream: the CPU, a drive, decompression, grouped kernels, exchanges of tokens."""
+    from json import dumps
+
+    from ..calibration.fit_beside import fit_beside, written
+    from ..calibration.measured import load_all
+    from ..calibration.samples import load_samples
+    from ..files import check_file, write_file
+
+    check_file(out)
+    data = fit_beside(load_all(runs), None if drive is None else load_samples(drive))
+    text, _ = written(data, out.name.removesuffix(".json"), base)
+    write_file(out, dumps(text, indent=1).encode() + b"\n")
+    typer.echo(str(out))
+
+
 @app.command("fit-run")
 def calibrate_fit_run(
     scenario: Annotated[str, typer.Argument(help="The run's scenario: a TOML file, or a shipped one's name.")],

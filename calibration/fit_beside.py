@@ -1,0 +1,321 @@
+"""Fitting what runs beside the GPU's stream: from executed schedules and reads from a drive, to what a profile adds.
+
+Each cost is the median, or the mean of calm samples, over the spans of schedules in which nothing else decided it. What
+an entry waited for is told by its plan, which is made again from the scenario.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..engine.loading.loading import load_inputs
+from ..engine.scenario.inputs import Inputs
+from ..resources.extending import extended
+from ..resources.profile import Profile, load_profile, make_profile
+from ..resources.profile_costs import ProfileError
+from ..resources.timeline import ACTIVATION, COMBINE, CPU_EXPERT, DECOMPRESS, DISPATCH, EXPERT, PREDICT, READ
+from .entries import COPIES, Plan
+from .measured import Measured, Times
+from .plan import make_plans
+from .samples import Samples
+
+#: A span is beside a copy from this share of its time on.
+_BESIDE = 0.95
+#: How many reads in flight a drive's profile has by itself.
+LANES = 4
+
+#: What was observed: a cost's name, what it depends on, and a value in ns.
+Observation = tuple[str, tuple[Any, ...], float]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One cost as it was observed: how often, its median, mean and quartiles' distance, in ns."""
+
+    n: int
+    median_ns: float
+    mean_ns: float
+    iqr_ns: float
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """What a profile keeps of the samples."""
+        return {"n": self.n, "median_ns": round(self.median_ns, 1), "iqr_ns": round(self.iqr_ns, 1)}
+
+
+def observe(runs: Iterable[Measured]) -> dict[str, dict[tuple[Any, ...], Seen]]:
+    """Returns what was seen in runs, by cost and what it depends on; as of `_observe`."""
+    values: dict[tuple[str, tuple[Any, ...]], list[float]] = defaultdict(list)
+    for run in runs:
+        inputs = load_inputs(run.scenario)
+        plans = make_plans(inputs)
+        for cost, key, value_ns in _observe(run, inputs, plans):
+            values[cost, key].append(value_ns)
+    found: dict[str, dict[tuple[Any, ...], Seen]] = defaultdict(dict)
+    for (cost, key), samples in sorted(values.items(), key=repr):
+        low, middle, high = np.percentile(samples, (25, 50, 75)).tolist()
+        clipped = np.clip(samples, *np.percentile(samples, (2, 98)))
+        found[cost][key] = Seen(len(samples), middle, float(clipped.mean()), high - low)
+    return found
+
+
+def _observe(run: Measured, inputs: Inputs, plans: Sequence[Plan]) -> Iterator[Observation]:
+    """Yields costs of one run.
+
+    - cpu: (hidden, ff, dtype, tokens, threads, beside a copy): an expert on the CPU.
+    - notice, results: from the tokens' arrival to the first expert; from the last one's end to the copy of results.
+    - hand_over, take_back, order, exchange_call: the host's time for the calls of one entry.
+    - unpack, grouped: (bytes, beside a copy): a kernel that makes weights of compressed ones; one for several experts.
+    - predict: (hidden, experts, tokens).
+    - exchange: (bytes,): from the instant at which two GPUs could begin with an exchange to its end.
+    """
+    times = run.times
+    for number, plan in enumerate(plans):
+        model, its = inputs.model, times[number]
+        busy = _copying(plan, its)
+        last_issued_ns = 0.0
+        for entry in plan.entries:
+            if not entry.marks:
+                continue
+            at = entry.mark
+            start_ns, end_ns, issued_ns = (int(column[at]) for column in (its.start_ns, its.end_ns, its.issued_ns))
+            beside = _share(busy, start_ns, end_ns)
+            kept = beside == 0 or beside >= _BESIDE
+            if entry.kind == CPU_EXPERT and kept:
+                shape = (model.hidden, model.expert_ff, model.expert_dtype, entry.tokens)
+                yield "cpu", (*shape, inputs.scenario.miss.cpu_threads, beside > 0), end_ns - start_ns
+            elif entry.kind == ACTIVATION and entry.lane == "to_cpu":
+                known_ns = int(its.choice_known_ns[entry.visit])
+                yield "hand_over", (), issued_ns - max(known_ns, last_issued_ns)
+            elif entry.kind == ACTIVATION and entry.lane == "back":
+                yield "take_back", (), issued_ns - last_issued_ns
+            elif entry.kind == READ and entry.piece == 0:
+                yield "order", (), issued_ns - max(last_issued_ns, int(its.choice_known_ns[entry.visit]))
+            elif entry.kind == DECOMPRESS and kept:
+                yield "unpack", (model.expert_bytes[entry.expert // model.experts], beside > 0), end_ns - start_ns
+            elif entry.kind == EXPERT and entry.members and kept:
+                size_bytes = len(entry.members) * model.expert_bytes[entry.layer]
+                yield "grouped", (size_bytes, beside > 0), end_ns - start_ns
+            elif entry.kind == PREDICT and beside == 0:
+                yield "predict", (model.hidden, model.experts, entry.tokens), end_ns - start_ns
+            last_issued_ns = issued_ns
+        yield from _hand_over(plan, its, busy)
+    if len(plans) == 2:
+        yield from _exchanges(plans, times)
+
+
+def _copying(plan: Plan, times: Times) -> tuple[Any, Any]:
+    """Returns starts and ends of the copies from the host, in order."""
+    marks = [mark for entry in plan.entries if entry.kind in COPIES for mark in range(entry.mark, entry.mark + 1)]
+    starts_ns, ends_ns = times.start_ns[marks], times.end_ns[marks]
+    order = np.argsort(starts_ns)
+    return starts_ns[order], ends_ns[order]
+
+
+def _share(busy: tuple[Any, Any], start_ns: int, end_ns: int) -> float:
+    """Returns for which share of an interval something was busy."""
+    starts_ns, ends_ns = busy
+    if not len(starts_ns) or end_ns <= start_ns:
+        return 0.0
+    overlap = np.minimum(ends_ns, end_ns) - np.maximum(starts_ns, start_ns)
+    return float(overlap[overlap > 0].sum()) / (end_ns - start_ns)
+
+
+def _hand_over(plan: Plan, times: Times, busy: tuple[Any, Any]) -> Iterator[Observation]:
+    """Yields what passes until the CPU begins, and until its results go back while no other copy is under way."""
+    arrived_ns = ended_ns = -1
+    for entry in plan.entries:
+        at = entry.mark
+        if entry.lane == "to_cpu":
+            arrived_ns = int(times.end_ns[at])
+        elif entry.kind == CPU_EXPERT:
+            if entry.begins and all(plan.entries[other].lane == "to_cpu" for other in entry.waits):
+                yield "notice", (), int(times.start_ns[at]) - arrived_ns
+            ended_ns = int(times.end_ns[at])
+        elif entry.lane == "back":
+            start_ns = int(times.start_ns[at])
+            if _share(busy, ended_ns, start_ns) == 0 and int(times.issued_ns[at]) < ended_ns:
+                yield "results", (), start_ns - ended_ns
+
+
+def _exchanges(plans: Sequence[Plan], times: Sequence[Times]) -> Iterator[Observation]:
+    """Yields what exchanges take from the last of their causes to the end of both copies, and the second's calls."""
+    pairs = zip(*([one for one in plan.entries if one.kind in (DISPATCH, COMBINE)] for plan in plans), strict=True)
+    for pair in pairs:
+        causes = [
+            int(times[gpu].end_ns[plans[gpu].entries[other].mark])
+            for number, entry in enumerate(pair)
+            for gpu, other in (*((number, wait) for wait in entry.waits), *entry.others)
+        ]
+        issued_ns = [int(times[number].issued_ns[entry.mark]) for number, entry in enumerate(pair)]
+        end_ns = max(int(times[number].end_ns[entry.mark]) for number, entry in enumerate(pair))
+        yield "exchange", (max(entry.size_bytes for entry in pair),), end_ns - max(*causes, *issued_ns)
+        yield "exchange_call", (), abs(issued_ns[1] - issued_ns[0])
+
+
+def fit_beside(runs: Iterable[Measured], drive: Samples | None = None) -> dict[str, Any]:
+    """Returns what a profile says besides, as plain data to be merged into it: only what was seen.
+
+    Raises ProfileError if nothing was.
+    """
+    seen = observe(runs)
+    host = {
+        name: _duration(seen[cost])
+        for name, cost in (
+            ("cpu_hand_over", "hand_over"), ("cpu_take_back", "take_back"), ("cpu_notice", "notice"),
+            ("cpu_results", "results"), ("exchange_call", "exchange_call"),
+        )
+        if cost in seen
+    }  # fmt: skip
+    compute: dict[str, Any] = {}
+    if "cpu" in seen:
+        compute["cpu_experts"] = _cpu_points(seen["cpu"])
+    if "predict" in seen:
+        compute["predictors"] = [
+            {**_measured(one), "hidden": hidden, "experts": experts, "tokens": tokens, "ns": round(one.mean_ns)}
+            for (hidden, experts, tokens), one in seen["predict"].items()
+        ]
+    for name, cost in (("unpacking", "unpack"), ("grouped", "grouped")):
+        if cost in seen:
+            compute[name] = _line(seen[cost])
+    data: dict[str, Any] = {"host": host, "compute": compute}
+    if "exchange" in seen:
+        data["exchange"] = _exchange(seen["exchange"])
+    if drive is not None:
+        data["nvme"] = _drive(drive, seen.get("order", {}))
+    data = {name: part for name, part in data.items() if part}
+    if not data:
+        raise ProfileError("in these runs nothing works beside the GPU's stream: execute the set fit-beside")
+    return data
+
+
+def written(data: dict[str, Any], name: str, base: str) -> tuple[dict[str, Any], Profile]:
+    """Returns a profile that extends `base` with what was fitted, as plain data and as a profile.
+
+    What is measured of a predictor's other shapes stays as it is there. Raises ProfileError.
+    """
+    known = load_profile(base)
+    compute = dict(data.get("compute", {}))
+    if "predictors" in compute:
+        ours = {(point["hidden"], point["experts"], point["tokens"]) for point in compute["predictors"]}
+        others = [
+            point.model_dump(exclude_none=True)
+            for point in known.compute.predictors
+            if (point.hidden, point.experts, point.tokens) not in ours
+        ]
+        compute["predictors"] = [*compute["predictors"], *others]
+    text: dict[str, Any] = {
+        "extends": base,
+        "name": name,
+        "same_device_as": [known.device],
+        "source": f"{base}'s costs, and of executed schedules what runs beside the GPU's stream (calibrate fit-beside)",
+        **data,
+    }
+    if compute:
+        text["compute"] = compute
+    merged = extended(
+        known.model_dump(exclude_none=True), {key: value for key, value in text.items() if key != "extends"}
+    )
+    return text, make_profile(merged, f"fit of {name}")
+
+
+def _measured(seen: Seen, note: str = "inside schedules") -> dict[str, Any]:
+    return {"source": "measured", "note": note, "samples": seen.shown}
+
+
+def _duration(seen: dict[tuple[Any, ...], Seen]) -> dict[str, Any]:
+    (one,) = seen.values()
+    return {**_measured(one), "ns": max(0, round(one.median_ns))}
+
+
+def _cpu_points(seen: dict[tuple[Any, ...], Seen]) -> list[dict[str, Any]]:
+    """Returns each shape over its tokens; one not seen beside a copy takes so many times as long there as others do."""
+    quiet = {key[:-1]: one for key, one in seen.items() if not key[-1]}
+    ratios = [one.mean_ns / quiet[key[:-1]].mean_ns for key, one in seen.items() if key[-1] and key[:-1] in quiet]
+    ratio = max(1.0, float(np.median(ratios))) if ratios else 1.0
+    points = []
+    for key, one in seen.items():
+        *shape, beside = key
+        if beside and (*shape, False) in seen:
+            continue
+        hidden, inner, dtype, tokens, threads = shape
+        quiet_ns = one.mean_ns / ratio if beside else one.mean_ns
+        disturbed = seen.get((*shape, True))
+        beside_ns = quiet_ns * ratio if disturbed is None else max(quiet_ns, disturbed.mean_ns)
+        points.append({
+            **_measured(one), "hidden": hidden, "expert_ff": inner, "dtype": dtype, "tokens": tokens,
+            "threads": threads, "ns": round(quiet_ns), "beside_copy_ns": round(beside_ns),
+        })  # fmt: skip
+    return points
+
+
+def _line(seen: dict[tuple[Any, ...], Seen]) -> dict[str, Any]:
+    """Returns constant + bytes / rate by least squares of relative residuals, and how much longer beside a copy."""
+    quiet = {size: one for (size, beside), one in seen.items() if not beside} or {
+        size: one for (size, _), one in seen.items()
+    }
+    sizes, times = (np.array(column, dtype=float) for column in (list(quiet), [one.mean_ns for one in quiet.values()]))
+    counts = np.sqrt([one.n for one in quiet.values()])
+    if len(sizes) == 1:
+        constant_ns, ns_per_byte = 0.0, float(times[0] / sizes[0])
+    else:
+        weights = np.stack([counts / times, counts * sizes / times], axis=1)
+        constant_ns, ns_per_byte = np.linalg.lstsq(weights, counts, rcond=None)[0].tolist()
+        if constant_ns < 0:
+            constant_ns, ns_per_byte = 0.0, float((counts @ counts) / (counts @ (counts * sizes / times)))
+    ratios = [one.mean_ns / quiet[size].mean_ns for (size, beside), one in seen.items() if beside and size in quiet]
+    total = Seen(sum(one.n for one in seen.values()), float(np.median(times)), 0.0, 0.0)
+    return {
+        "source": "measured", "note": f"a line through {len(sizes)} sizes inside schedules",
+        "samples": {"n": total.n, "median_ns": total.median_ns, "iqr_ns": 0.0},
+        "constant_ns": round(constant_ns), "bytes_per_second": round(1e9 / ns_per_byte),
+        "beside_copy_factor": round(max(1.0, float(np.median(ratios)) if ratios else 1.0), 4),
+    }  # fmt: skip
+
+
+def _exchange(seen: dict[tuple[Any, ...], Seen]) -> dict[str, Any]:
+    """Returns a table over bytes, made to grow; no smaller exchange takes less than the smallest seen."""
+    points = sorted((size, one.median_ns) for (size,), one in seen.items() if one.n >= 3) or [
+        (size, one.median_ns) for (size,), one in seen.items()
+    ]
+    sizes, times = zip(*points, strict=True)
+    grown = np.minimum.accumulate(np.array(times)[::-1])[::-1]
+    table = [(0, round(grown[0])), *((size, round(ns)) for size, ns in zip(sizes, grown.tolist(), strict=True) if size)]
+    if len(table) == 1:
+        table.append((1 << 30, table[0][1]))
+    total = sum(one.n for one in seen.values())
+    shown = {"n": total, "median_ns": float(np.median(times)), "iqr_ns": 0.0}
+    return {"source": "measured", "note": "inside schedules", "samples": shown, "points": table}
+
+
+def _drive(samples: Samples, order: dict[tuple[Any, ...], Seen]) -> dict[str, Any]:
+    """Returns reads alone over their size, and what several in flight of the size nearest 9 MiB get together."""
+    by_key: dict[tuple[int, int], list[int]] = {
+        (int(series.key["bytes"]), int(series.key["in_flight"])): [ns for of in series.rounds_ns for ns in of]
+        for series in samples.series
+        if series.term == "read"
+    }
+    alone = sorted((size, float(np.median(took))) for (size, count), took in by_key.items() if count == 1)
+    grown = np.minimum.accumulate(np.array([ns for _, ns in alone])[::-1])[::-1]
+    table = [(size, round(ns)) for (size, _), ns in zip(alone, grown.tolist(), strict=True)]
+    size = min((size for size, _ in by_key), key=lambda one: abs(one - 9 * 2**20))
+    together = [(count, count * size * 1e9 / np.mean(took)) for (one, count), took in by_key.items() if one == size]
+    note = f"past the system's cache, {samples.date}, {samples.device}'s machine"
+    total = sum(map(len, by_key.values()))
+    shown = {"n": total, "median_ns": float(np.median([ns for took in by_key.values() for ns in took])), "iqr_ns": 0.0}
+    data = {
+        "read": {"source": "measured", "note": note, "samples": shown, "points": table},
+        "lanes": LANES,
+        "queue_depth": {
+            "source": "measured", "note": f"{note}, {size} bytes each",
+            "bytes_per_second_by_reads": [(count, round(rate)) for count, rate in sorted(together)],
+        },
+    }  # fmt: skip
+    if order:
+        data["order"] = _duration(order)
+    return data

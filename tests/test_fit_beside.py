@@ -1,0 +1,123 @@
+"""What runs beside the GPU's stream is fitted to what was executed: on the CPU's device, whose times are known."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cpu_device import CpuDevice
+
+from prestage.calibration.execute import execute, load_executable
+from prestage.calibration.fit_beside import fit_beside, observe, written
+from prestage.calibration.measured import Measured
+from prestage.calibration.samples import Samples, Series
+from prestage.calibration.scenario_sets import scenarios
+from prestage.calibration.shared import Shared
+from prestage.calibration.validate import compare, simulate_measured
+from prestage.engine.measure.merge import makespan_ns
+from prestage.engine.scenario.scenario import Scenario
+from prestage.resources.profile import load_profile
+from prestage.resources.profile_costs import ProfileError
+from prestage.resources.timeline import CPU_EXPERT, DECOMPRESS, EXPERT, PREDICT
+
+
+def small(name: str) -> Scenario:
+    """A scenario of the set to fit, of a small model and a few tokens."""
+    scenario = scenarios("fit-beside")[name]
+    model = {"preset": "switch-base-128", "layers": 1, "experts": 8}
+    if "packed" in name:
+        model = {"preset": "qwen3-30b-a3b", "layers": 1, "experts": 8, "top_k": 2}
+    data = scenario.plain() | {"model": model}
+    data["memory"] = {**data.get("memory", {}), "gpu_budget": "4experts"}
+    data["workload"]["synthetic"] |= {"tokens": 3, "working_set": 8, "sequences": 1}
+    data["workload"]["batch"] = 1
+    if "drive" in name:
+        data["tiers"]["host_budget"] = "5experts"
+    data.get("miss", {}).pop("cpu_gb_per_s", None)
+    made: Scenario = type(scenario).model_validate(data)
+    return made
+
+
+pytestmark = pytest.mark.slow  # gigabytes go through memory
+
+NAMES = [
+    "fit-beside-switch-graph-ahead0-cpu", "fit-beside-qwen-graph-ahead0-packed", "fit-beside-qwen-graph-ahead0-drive",
+    "fit-beside-qwen-graph-ahead0-grouped", "fit-beside-qwen-graph-ahead1-recall90-predictor",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Measured]:
+    pool = Shared(CpuDevice(), 8 * 28311552, drive=tmp_path_factory.mktemp("drive") / "experts")
+    ready = load_executable({name: small(name) for name in NAMES})
+    made = [execute([CpuDevice()], inputs, name, pool, repeats=1) for name, inputs in ready.items()]
+    pool.close()
+    return made
+
+
+def durations(runs: list[Measured], kind: int) -> Any:
+    """What all spans of a kind took, in ns."""
+    took = []
+    for run in runs:
+        (gpu,), (times,) = run.gpus, run.times
+        here = gpu.spans["kind"] == kind
+        took.append((times.end_ns - times.start_ns)[here])
+    return np.concatenate(took)
+
+
+def test_each_cost_is_what_its_spans_took(runs: list[Measured]) -> None:
+    seen = observe(runs)
+    for cost, kind in (("cpu", CPU_EXPERT), ("unpack", DECOMPRESS), ("predict", PREDICT)):
+        took = durations([run for run in runs if (run.gpus[0].spans["kind"] == kind).any()], kind)
+        assert sum(one.n for one in seen[cost].values()) == len(took) > 0
+        assert min(took) <= min(one.median_ns for one in seen[cost].values()) <= max(took)
+    grouped = [run for run in runs if "grouped" in run.name]
+    assert sum(one.n for one in seen["grouped"].values()) == len(durations(grouped, EXPERT))
+    assert {"notice", "hand_over", "take_back", "order"} <= seen.keys()
+
+
+def drive_samples() -> Samples:
+    """A drive that gives 1 GB/s to one read, and 3 GB/s to four or more together; a read takes 1 ms more."""
+    series = []
+    for size in (2**20, 9 * 2**20):
+        for count, rate in ((1, 1.0), (4, 3.0), (8, 3.0)):
+            series.append(Series(term="read", key={"bytes": size, "in_flight": count}, rounds_ns=((round(size * count / rate),),)))  # fmt: skip  # noqa: E501
+    return Samples(
+        device="a GPU", driver="1", date="2026-01-01", versions={}, gpu_memory_bytes=1, cpu_threads=1, gpus=1,
+        series=tuple(series),
+    )  # fmt: skip
+
+
+def test_a_profile_is_made_that_simulates_what_was_executed(runs: list[Measured], tmp_path: Path) -> None:
+    text, profile = written(fit_beside(runs, drive_samples()), "mine", "h200")
+    assert text["extends"] == "h200" and profile.name == "mine"
+    assert profile.nvme is not None
+    assert [round(profile.nvme.times_as_long(reads), 3) for reads in (1, 4, 8)] == [1.0, 1.333, 2.667]
+    assert profile.nvme.read.ns(9 * 2**20) == 9 * 2**20
+    # Shapes of a predictor that were not seen are as they were; all but what was fitted is the base's.
+    base = load_profile("h200")
+    assert {(point.hidden, point.experts) for point in base.compute.predictors} <= {
+        (point.hidden, point.experts) for point in profile.compute.predictors
+    }
+    assert profile.h2d == base.h2d and profile.compute.experts == base.compute.experts
+    for run in runs:
+        row = compare(run, profile)
+        assert row["counts_equal"], run.name
+
+
+def test_what_policies_went_by_is_kept_where_costs_are_measured_anew(runs: list[Measured]) -> None:
+    # A machine on which the CPU takes ten times as long, and the same decisions.
+    run = runs[0]
+    profile = load_profile("h200-offload")
+    points = tuple(point.model_copy(update={"ns": 10 * point.ns}) for point in profile.compute.cpu_experts)
+    slow = profile.model_copy(update={"compute": profile.compute.model_copy(update={"cpu_experts": points})})
+    told = replace(run, scenario=run.scenario.model_copy(update={"miss": run.scenario.miss.model_copy(update={"policy": "cost", "cpu_gb_per_s": 115.0})}))  # fmt: skip  # noqa: E501
+    here, there = (simulate_measured(told, each) for each in (profile, slow))
+    assert (here[0].spans["kind"] == CPU_EXPERT).sum() == (there[0].spans["kind"] == CPU_EXPERT).sum() > 0
+    assert makespan_ns(there) > makespan_ns(here)
+
+
+def test_runs_without_anything_beside_are_refused() -> None:
+    with pytest.raises(ProfileError, match="execute the set fit-beside"):
+        fit_beside([])
