@@ -53,6 +53,25 @@ class Fit:
     noisy: list[Row]
 
 
+def _surface_of(files: Sequence[Samples]) -> Samples | None:
+    """Returns the first samples of a surface, with the products of dtypes that others have beside it; None without any.
+
+    Raises ProfileError if it is of another GPU than the first file.
+    """
+    measured = [file for file in files if file.surface]
+    for file in measured:
+        if file.device != files[0].device:
+            raise ProfileError(f"the surface is of an {file.device}, and the samples of an {files[0].device}")
+    if not measured:
+        return None
+    first, *others = measured
+    series = list(first.surface)
+    for other in others:
+        known = {row.dtype for row in series}
+        series += [row for row in other.surface if row.what == "product" and row.dtype not in known]
+    return first.model_copy(update={"surface": tuple(series)})
+
+
 def fit(
     samples: Samples,
     name: str,
@@ -66,9 +85,7 @@ def fit(
     ProfileError if something needed is missing.
     """
     evidence = Evidence(sample_rows([samples, *more]), schedule)
-    surface = next((file for file in (samples, *more) if file.surface), None)
-    if surface is not None and surface.device != samples.device:
-        raise ProfileError(f"the surface is of an {surface.device}, and the samples of an {samples.device}")
+    surface = _surface_of([samples, *more])
     fitter = _Fitter(evidence, surface, typical_copies=topology is not None)
     host = fitter.host()
     data: dict[str, Any] = {

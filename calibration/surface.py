@@ -20,9 +20,11 @@ from itertools import product
 from math import prod
 from typing import Any
 
+from ..dtypes import bits_of
 from ..engine.run import Progress
 from .bench import MIB, Bench, Extent
 from .cuda import Calls, itemsize
+from .low_bit import LOW_BIT, divides, products
 from .samples import Dispatch, Kind, Load, Samples, SurfaceSeries
 
 #: Sizes of hidden states and inner layers: powers of two, what lies between, and what many models have.
@@ -40,6 +42,14 @@ _WIDTHS_32 = (256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 16384)
 _COARSE = (128, 512, 1024, 2048, 4096, 8192, 16384)
 #: Powers of two, half-way between them, and three: a library changes its kernels where tokens do not fill a tile.
 _TOKENS = tuple(sorted({*(2**power for power in range(13)), *(3 * 2**power for power in range(11))}))
+
+#: Of products of weights in fewer bits: the sizes of many models' experts, attention and heads.
+_LOW_BIT_ROWS = (
+    *(128, 256, 512, 768, 1024, 1408, 1536, 2048, 2560, 2880, 3072, 4096, 5120, 6144, 7168, 8192, 10240, 14336),
+    *(16384, 24576, 32768, 65536, 131072),
+)
+_LOW_BIT_COLUMNS = (128, 256, 512, 768, 1024, 1408, 1536, 2048, 2560, 2944, 4096, 5120, 6144, 7168, 8192, 14336, 16384)
+_LOW_BIT_TOKENS = (1, 2, 4, 8, 16, 24, 32, 64, 128, 256, 512, 1024, 4096)
 
 #: A row of kernels lasts about so long, so that its start, which is fitted too, counts little; and has so many at most.
 _ROW_NS, _MOST_KERNELS = 100_000, 12
@@ -108,6 +118,15 @@ FULL_GRID = Grid(
         contexts=tuple(2**power for power in (7, *range(9, 18))), prompts=(128, 512, 2048, 8192, 32768),
     ),
 )  # fmt: skip
+#: What `--low-bit` measures: products of weights in fewer bits, to be fitted with a surface that has the rest.
+LOW_BIT_GRID = Grid(
+    products=(
+        Products("float8", _LOW_BIT_ROWS, _LOW_BIT_COLUMNS, _LOW_BIT_TOKENS, 1.2e12),
+        Products("int4_g128", _LOW_BIT_ROWS, _LOW_BIT_COLUMNS, _LOW_BIT_TOKENS[:10], 2e11),
+    ),
+    elements=(),
+    attention=Attention(batches=(), kv_heads=(), groups=(), head_dims=(), contexts=(), prompts=()),
+)  # fmt: skip
 
 
 def measure_surface(gpu: Any, grid: Grid = FULL_GRID, progress: Progress | None = None) -> tuple[SurfaceSeries, ...]:
@@ -154,7 +173,9 @@ class _Row:
 def _product_rows(grid: Grid) -> Iterator[_Row]:
     for part in grid.products:
         for rows, columns, tokens in product(part.rows, part.columns, part.tokens):
-            flops, size_bytes = 2 * rows * columns * tokens, rows * columns * itemsize(part.dtype)
+            flops, size_bytes = 2 * rows * columns * tokens, int(rows * columns * bits_of(part.dtype) / 8)
+            if part.dtype in LOW_BIT and not divides(part.dtype, rows, columns):
+                continue
             if flops > part.most_flops or 2 * size_bytes > grid.pool_bytes or tokens * rows > 2**29:
                 continue
             per_ns = _GUESS_FLOPS_PER_NS.get(part.dtype, _GUESS_FAST_FLOPS_PER_NS)
@@ -213,16 +234,18 @@ class _Rows:
         gpu = bench.gpu
         self._bench = bench
         self._pools = {
-            dtype: gpu.random(grid.pool_bytes // itemsize(dtype), dtype=dtype, scale=0.02, seed=5)
+            dtype: gpu.random(grid.pool_bytes // 2, dtype="bfloat16", scale=0.02, seed=5).view(torch.uint8)
+            if dtype in LOW_BIT
+            else gpu.random(grid.pool_bytes // itemsize(dtype), dtype=dtype, scale=0.02, seed=5)
             for dtype in dict.fromkeys(part.dtype for part in grid.products)
         }
         self._flushed = gpu.random(grid.flush_bytes // 2, dtype="bfloat16", scale=1.0, seed=6)
         self._most = gpu.empty(1, dtype="bfloat16")[0]
-        products, asking = list(_product_rows(grid)), list(_attention_rows(grid))
-        most = max(*(row.shape[1] * row.shape[2] for row in products), *(prod(_queries(row)) for row in asking))
+        made, asking = list(_product_rows(grid)), list(_attention_rows(grid))
+        most = max([*(row.shape[1] * row.shape[2] for row in made), *(prod(_queries(row)) for row in asking)])
         self._inputs = gpu.random(most, dtype="float32", scale=1.0, seed=7)
-        self._outputs = gpu.empty(max(row.shape[0] * row.shape[2] for row in products), dtype="float32")
-        small = max(grid.elements)
+        self._outputs = gpu.empty(max(row.shape[0] * row.shape[2] for row in made), dtype="float32")
+        small = max(grid.elements, default=1)
         # A pool lives as long as one of its graphs does.
         self._pool = gpu.graph_pool()
         self._first = gpu.capture(((torch.neg, (self._flushed[:1],)),), self._pool)
@@ -272,6 +295,10 @@ class _Rows:
         import torch
 
         rows, columns, tokens = row.shape
+        if row.dtype in LOW_BIT:
+            inputs = self._inputs.view(torch.bfloat16)
+            yield from products(row.dtype, (rows, columns, tokens), self._pools[row.dtype], inputs, row.kernels)
+            return
         x, y = self._of(self._inputs, row, tokens, columns), self._of(self._outputs, row, tokens, rows)
         for weights in self._own(row, rows, columns):
             yield partial(torch.mm, out=y), (x, weights.t())

@@ -25,6 +25,10 @@ def calibrate_measure(
     surface: Annotated[
         bool, typer.Option(help="Only the surface of single kernels, from which any model's are put together.")
     ] = False,
+    low_bit: Annotated[
+        bool,
+        typer.Option(help="Only products of weights in 8 and 4 bits, to be fitted together with a surface's samples."),
+    ] = False,
     model: Annotated[
         list[str] | None,
         typer.Option(help="A model (a preset or a file) whose kernels are measured as points of their own; repeat it."),
@@ -40,14 +44,16 @@ def calibrate_measure(
     from ..calibration.evidence import sample_rows
     from ..calibration.measure import FULL, LINKS, PROBES, QUICK, described, measure
     from ..calibration.measure_drive import measure_drive
-    from ..calibration.surface import measure_surface, surface_samples
+    from ..calibration.surface import FULL_GRID, LOW_BIT_GRID, measure_surface, surface_samples
     from ..files import check_file
 
     check_file(out)
-    if drive is not None and (surface or links or quick or model):
-        raise InputError("--drive: measures the drive alone: leave out --surface, --links, --quick and --model")
-    if surface and (links or quick or model):
-        raise InputError("--surface: measures the surface alone: leave out --links, --quick and --model")
+    alone = {"--drive": drive is not None, "--surface": surface, "--low-bit": low_bit}
+    given = [name for name, is_given in alone.items() if is_given]
+    if given and (len(given) > 1 or links or quick or model):
+        others = ", ".join(name for name in alone if name != given[0])
+        what = {"--drive": "the drive", "--surface": "the surface", "--low-bit": "these products"}[given[0]]
+        raise InputError(f"{given[0]}: measures {what} alone: leave out {others}, --links, --quick and --model")
     extent = with_models(QUICK if quick else FULL, model or ())
     gpu = Gpu(device)
     if links and gpu.count() < 2:
@@ -57,8 +63,9 @@ def calibrate_measure(
     with progress_shown() as progress:
         if drive is not None:
             samples = described(gpu, measure_drive(drive))
-        elif surface:
-            samples = surface_samples(gpu, measure_surface(gpu, progress=progress))
+        elif surface or low_bit:
+            grid = LOW_BIT_GRID if low_bit else FULL_GRID
+            samples = surface_samples(gpu, measure_surface(gpu, grid, progress=progress))
         else:
             samples = measure(gpu, extent, progress, LINKS if links else PROBES)
             if not links and not quick:

@@ -12,12 +12,21 @@ import pytest
 from test_calibration import GatedDevice
 from tiny import ASSUMED, tiny_costs, tiny_model, tiny_profile, tiny_scenario
 
+from prestage.calibration import low_bit
 from prestage.calibration.check_kernels import check_kernels, check_text, summary
 from prestage.calibration.evidence import Evidence, Row
 from prestage.calibration.fit_surface import fit_surface, starts_ns
 from prestage.calibration.measured import load_all
 from prestage.calibration.samples import Samples, SamplesError, SurfaceSeries, load_samples
-from prestage.calibration.surface import FULL_GRID, Attention, Grid, Products, measure_surface, surface_samples
+from prestage.calibration.surface import (
+    FULL_GRID,
+    LOW_BIT_GRID,
+    Attention,
+    Grid,
+    Products,
+    measure_surface,
+    surface_samples,
+)
 from prestage.calibration.validate import compare
 from prestage.engine.costs.surface_costs import SurfaceCosts, dense_kernels, expert_kernels, head_kernels
 from prestage.resources.profile import Profile, load_profile, make_profile
@@ -198,6 +207,27 @@ TINY_GRID = Grid(
     attention=Attention((1, 2), (1, 2), (1, 2), (16,), (8, 32), (8,)),
     pool_bytes=2**16, flush_bytes=1024, flood_bytes=1024,
 )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_products_in_8_bits_are_measured_alone() -> None:
+    grid = replace(TINY_GRID, products=(Products("float8", (16, 32), (16, 40), (1, 4), 1e9),), elements=())
+    seen = measure_surface(GatedDevice(), replace(grid, attention=LOW_BIT_GRID.attention))
+    # 40 columns are no multiple of 16.
+    assert {(row.what, row.dtype, row.shape) for row in seen} == {
+        ("product", "float8", (rows, 16, tokens)) for rows in (16, 32) for tokens in (1, 4)
+    }
+
+
+def test_weights_in_4_bits_are_laid_out_in_tiles_and_take_turns() -> None:
+    torch = pytest.importorskip("torch")
+    pool = torch.zeros(3 * 64 * 256 // 2, dtype=torch.uint8)
+    calls = list(low_bit.products("int4_g128", (64, 256, 5), pool, torch.ones(5 * 256, dtype=torch.bfloat16), 4))
+    assert [tuple(args[1].shape) for _, args in calls] == [(64 // 8, 256 // 128, 32, 4)] * 4
+    starts = [args[1].data_ptr() - pool.data_ptr() for _, args in calls]
+    assert starts == [0, 8192, 16384, 0]
+    (x, _, group, scales) = calls[0][1]
+    assert (tuple(x.shape), group, tuple(scales.shape)) == ((5, 256), 128, (2, 64, 2))
 
 
 @pytest.mark.slow
