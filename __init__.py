@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from .engine.scenario.scenario import load_scenario as load_scenario
     from .engine.scenario.scenario import make_scenario as make_scenario
     from .engine.scenario.scenario import scenario_names as scenario_names
+    from .experiments.advice_result import Advised as Advised
+    from .experiments.advise import advise as advise
     from .experiments.breakeven import break_even as break_even
     from .experiments.sweep import sweep as sweep
     from .guide.inference import InferenceConfig as InferenceConfig
@@ -50,6 +52,7 @@ _HOME = {
     "scenario_keys": "notebook.settings",
     "scenario_names": "engine.scenario.scenario",
     "scenario_of": "notebook.settings",
+    "Advised": "experiments.advice_result",
     "InferenceConfig": "guide.inference",
     "InferenceSimulator": "guide.inference",
     "Model": "workloads.model",
@@ -57,6 +60,7 @@ _HOME = {
     "RoutingTrace": "workloads.trace",
     "Scenario": "engine.scenario.scenario",
     "VirtualMemoryManager": "guide.virtual_memory",
+    "advise": "experiments.advise",
     "break_even": "experiments.breakeven",
     "compare": "notebook.runs",
     "load_model": "workloads.model",

@@ -14,6 +14,7 @@ import typer
 
 from ..errors import InputError
 from . import calibrate, machine, model, predictor, timeline, trace
+from .advise import advise
 from .console import stop_status
 from .decode import calibrate_decode, calibrate_served
 from .doctor import doctor
@@ -33,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _COMMANDS: tuple[Callable[..., None], ...] = (
-    run, show, sweep, suite, plot, report, topology, compare, breakeven, capacity, replay, reproduce, mrc,
+    run, advise, show, sweep, suite, plot, report, topology, compare, breakeven, capacity, replay, reproduce, mrc,
 )  # fmt: skip
 for _command in _COMMANDS:
     app.command()(_command)

@@ -22,6 +22,7 @@ from ..bounded import parse_toml, read
 from ..errors import InputError
 from ..units import whole_bytes
 from ..words import problems, unknown_name
+from .advice import Advice
 from .extending import extended
 from .facts import BytesPerSecond, Dtype, Part
 
@@ -167,6 +168,8 @@ class Runtime(Part):
     cpu_blocks: bool = False
     costs: Costs = Costs()
     cpu_rates: tuple[CpuRate, ...] = ()
+    #: What of it can be set, for advice.
+    advice: Advice = Advice()
 
     @property
     def neutral(self) -> bool:

@@ -50,6 +50,7 @@ TRIED: dict[tuple[str, ...], tuple[list[str], int]] = {
     ("topology",): (["h200-hgx-x8", "-o", "machine.svg"], 0),
     ("compare",): (["run", "run/result.json", "--plot", "fall.png"], 0),
     ("breakeven",): (["synthetic", *SMALL], 0),
+    ("advise",): (["synthetic", *SMALL, "--over", "prefetch.lookahead=0,1", "--trials", "2", "--prompt", "4"], 0),
     ("capacity",): (["synthetic", "--slo", "ttft_ms=1", *CAPACITY], 0),
     ("replay",): (["t.npz", "--budget", "25%", "--eviction", "sieve"], 0),
     ("reproduce",): (["transfers"], 0),

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ...resources.facts import Fact, Part
+from ...resources.profile import Profile
 from ...resources.runtime import OwnCost, OwnShare, Runtime
 from ...workloads.keyed_random import uniform
 from ..scenario.inputs import Inputs
@@ -40,11 +41,41 @@ Draw = Callable[[str, float], float]
 
 def drawn_costs(inputs: Inputs, count: int, *, timed: bool = False) -> Iterator[Costs]:
     """Yields the costs of each draw on one GPU; `timed` as `Costs` takes it."""
-    runtime = _with_share(inputs)
     for number in range(count):
-        draw = _drawing(inputs.scenario.seed, number, count)
-        profile, own = _drawn(inputs.profile, "profile", draw), _drawn(runtime, "runtime", draw)
-        yield Costs(replace(inputs, profile=profile, runtime=own), timed=timed)
+        yield costs_times(inputs, _drawing(inputs.scenario.seed, number, count), timed=timed)
+
+
+def costs_times(inputs: Inputs, draw: Draw, *, timed: bool = False) -> Costs:
+    """Returns the costs of a run, each times what `draw` gives for its path and spread."""
+    profile, own = profile_times(inputs.profile, draw), _drawn(_with_share(inputs), "runtime", draw)
+    return Costs(replace(inputs, profile=profile, runtime=own), timed=timed)
+
+
+def profile_times(profile: Profile, draw: Draw) -> Profile:
+    """Returns a profile whose costs are each times what `draw` gives for its path ("profile.…") and spread."""
+    return _drawn(profile, "profile", draw)
+
+
+def unsure_costs(inputs: Inputs) -> dict[str, Fact | OwnCost]:
+    """Returns the costs of a run that may be off, by path, as draws know them; of those that share one, the first."""
+    found: dict[str, Fact | OwnCost] = {}
+    _collect(inputs.profile, "profile", found)
+    _collect(_with_share(inputs), "runtime", found)
+    return found
+
+
+def _collect(value: Any, path: str, found: dict[str, Fact | OwnCost]) -> None:
+    if isinstance(value, tuple):
+        for each in value:
+            _collect(each, path, found)
+    elif isinstance(value, Mapping):
+        for key, each in value.items():
+            _collect(each, f"{path}.{key}", found)
+    elif isinstance(value, Part):
+        if isinstance(value, Fact | OwnCost) and _is_cost(value) and _sigma(value) > 0:
+            found.setdefault(cost_key(value, path), value)
+        for name in type(value).model_fields:
+            _collect(getattr(value, name), f"{path}.{name}", found)
 
 
 def structure(seed: int, count: int, sigma: float) -> list[float]:
@@ -74,6 +105,15 @@ def _drawing(seed: int, number: int, count: int) -> Draw:
     return draw
 
 
+def _is_cost(part: Part) -> bool:
+    return isinstance(part, OwnCost) or hasattr(part, "uncertainty")
+
+
+def spread_of(cost: Fact | OwnCost) -> float:
+    """Returns how far a cost may be off, as the standard deviation of its logarithm."""
+    return _sigma(cost)
+
+
 def _sigma(cost: Any) -> float:
     if isinstance(cost, OwnCost):
         return cost.sigma
@@ -88,8 +128,7 @@ def _sigma(cost: Any) -> float:
 
 def _drawn(part: _AnyPart, path: str, draw: Draw) -> _AnyPart:
     """Returns a part with every cost in it times the factor drawn for its path; itself if there is none."""
-    is_cost = isinstance(part, OwnCost) or hasattr(part, "uncertainty")
-    factor = draw(cost_key(part, path), _sigma(part)) if is_cost else 1.0
+    factor = draw(cost_key(part, path), _sigma(part)) if _is_cost(part) else 1.0
     changed: dict[str, Any] = {}
     for name in type(part).model_fields:
         value = getattr(part, name)

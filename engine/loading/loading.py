@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from ...errors import InputError
 from ...kept import KEPT, file_state, frozen
-from ...resources.profile import load_profile
+from ...resources.profile import Profile, load_profile
 from ...resources.runtime import load_runtime
 from ...workloads.batches import Step, every_row, plan_steps, warmup_steps
 from ...workloads.by_layer import fitted_to, of_model
@@ -51,13 +51,15 @@ from .stages import OF_WHOLE_MODEL, SAMPLE_STEPS, stage_inputs, stage_layers
 MOST_PIECES = 1 << 16
 
 
-def load_inputs(scenario: Scenario, trace: RoutingTrace | None = None) -> Inputs:
-    """Load the model, profile and trace of a scenario and compute its predictions; a `trace` given is used instead.
+def load_inputs(scenario: Scenario, trace: RoutingTrace | None = None, profile: Profile | None = None) -> Inputs:
+    """Load the model, profile and trace of a scenario and compute its predictions.
+
+    A `trace` or `profile` that is given is used instead of the one that it names.
 
     Raises ValueError (ScenarioError, ModelError, ProfileError, TraceError) if something is missing or does not fit.
     """
     model = load_model(scenario.model.preset, **scenario.model.overrides())
-    profile = load_profile(scenario.machine.profile)
+    profile = profile or load_profile(scenario.machine.profile)
     memory = scenario.memory.of_gpu(profile.capacity("gpu", "gpu0")[0] or profile.gpu_memory_bytes)
     scenario = scenario.model_copy(update={"memory": memory})
     trace = _load_trace(scenario, model) if trace is None else trace

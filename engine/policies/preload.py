@@ -2,7 +2,8 @@
 
 With an eviction policy that keeps them (`static`) and misses that are computed on the CPU this is static placement: by
 popularity as Fiddler (Kamahori et al., arXiv:2402.07033) has it, or by layers as llama.cpp's `--n-cpu-moe N`, which
-leaves the experts of the first N layers to the CPU. To add one: write a function, name it in PRELOAD.
+leaves the experts of the first N layers to the CPU. KTransformers calls its ways `frequency`, `front-loading` and
+`uniform`. To add one: write a function, name it in PRELOAD.
 """
 
 from __future__ import annotations
@@ -33,5 +34,22 @@ def last_layers(setting: Setting, first_layer: int) -> Sequence[int]:
     return [layer * setting.experts + index for layer in layers for index in range(setting.experts)]
 
 
+def first_layers(setting: Setting, first_layer: int) -> Sequence[int]:
+    """Take whole layers, from the first that may be taken on: "front-loading" of KTransformers' expert placement."""
+    return range(first_layer * setting.experts, setting.known_trace().layers * setting.experts)
+
+
+def even(setting: Setting, first_layer: int) -> Sequence[int]:
+    """Take as many experts of every layer, by index: "uniform" of KTransformers' expert placement."""
+    layers = range(first_layer, setting.known_trace().layers)
+    return [layer * setting.experts + index for index in range(setting.experts) for layer in layers]
+
+
 #: By the names that a scenario uses.
-PRELOAD: dict[str, Preload] = {"none": nothing, "popular": most_popular, "layers": last_layers}
+PRELOAD: dict[str, Preload] = {
+    "none": nothing,
+    "popular": most_popular,
+    "layers": last_layers,
+    "front": first_layers,
+    "even": even,
+}
