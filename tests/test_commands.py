@@ -27,6 +27,10 @@ TRIED = {
     "show": ["show"],
     "sweep": ["sweep", "synthetic", *SET, "--grid", "prefetch.lookahead=0", "--workers", "1", "-o", "rows.jsonl"],
     "compare": ["compare", "synthetic", "synthetic,prefetch.lookahead=0", *SET],
+    "advise": [
+        *("advise", "synthetic", "--set", "model.layers=2", "--over", "prefetch.lookahead=0,1"),
+        *("--trials", "2", "--prompt", "4", "--output", "4"),
+    ],
     "breakeven": ["breakeven", "synthetic", *SET],
     "replay": ["replay", "topk", "--budget", "25%"],
     "mrc": ["mrc", "topk", "--points", "2", "--policies", "lru"],
