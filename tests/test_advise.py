@@ -54,9 +54,12 @@ def test_a_search_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path: Path) 
     with pytest.raises(KeyboardInterrupt):
         Search(space, ["tokens_per_second"], dies, journal=killed).run(6)
     again: list[Any] = []
-    resumed = Search(
-        space, ["tokens_per_second"], lambda point: again.append(point) or by_budget(point), journal=killed
-    ).run(6)
+
+    def counted(point: Mapping[str, Any]) -> dict[str, float]:
+        again.append(point)
+        return by_budget(point)
+
+    resumed = Search(space, ["tokens_per_second"], counted, journal=killed).run(6)
     assert seen(resumed) == seen(unbroken)
     assert len(again) == 3  # the one under way, and the two that were to come
     assert len({trial.places for trial in unbroken}) == 6 == len(space)  # all of the space, none twice
@@ -91,7 +94,7 @@ def test_sixty_trials_come_near_the_best_of_thousands() -> None:
         rate = min(18.0, 6.0 * 2**threads / 2)
         copied = 0.4 / (12 if pinned else 5)
         prompt = 32 / 2**chunk * (layers * (copied if offload else 0.05 * 2**chunk / rate) + (24 - layers) * 1e-3)
-        return 32 / (prompt + 32 * (layers * 0.05 / rate + 24 * 2e-4))
+        return float(32 / (prompt + 32 * (layers * 0.05 / rate + 24 * 2e-4)))
 
     for seed in range(3):
         tried: list[Any] = []
