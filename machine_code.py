@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 
 import numba
 
+from . import machine_library
+from .collector import collector_off
 from .machine_words import REALS, TABLE, WORDS
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -40,6 +42,12 @@ def compiled(function: Function, **options: Any) -> Function:
     return fast  # type: ignore[no-any-return]
 
 
+def within(function: Function, **options: Any) -> Function:
+    """Returns a function for compiled code alone to call, in whose machine code it then is: nothing else keeps it."""
+    options |= {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    return machine_library.within(numba.njit(**options)(function))  # type: ignore[no-any-return]
+
+
 #: What Numba is told by the annotations of parameters: a word, a float, addresses of words, of floats and of a table.
 _TYPES = {
     "Word": numba.int64,
@@ -50,17 +58,35 @@ _TYPES = {
 }
 
 
-def compiled_once(function: Function, types: Mapping[str, Any] = MappingProxyType({}), **options: Any) -> Function:
-    """Returns the function compiled for the types that its annotations name, now, and for no others.
+def compiled_once(
+    function: Function, types: Mapping[str, Any] = MappingProxyType({}), *, entry: bool = False, **options: Any
+) -> Function:
+    """Returns the function compiled for the types that its annotations name, and for no others.
 
     Annotations are of `Word`, `Real`, `Words`, `Reals` and `Table`, or among `types`. Left to itself, Numba makes one
-    version after another: of literals, of views, of flags.
+    version after another: of literals, of views, of flags. An `entry`, which Python calls, is compiled now, or loaded.
+    Any other is called from compiled code alone: it is compiled when an entry that calls it is, is kept within that
+    one's machine code, and costs no time where that was kept.
     """
-    fast: Any = compiled(function, **options)
     known = {**_TYPES, **types}
-    fast.compile(tuple(known[given] for name, given in function.__annotations__.items() if name != "return"))
-    fast.disable_compile()
-    return fast  # type: ignore[no-any-return]
+    signature = tuple(known[given] for name, given in function.__annotations__.items() if name != "return")
+    if entry:
+        fast: Any = machine_library.entry(compiled(function, **options))
+        with collector_off():
+            fast.compile(signature)
+        fast.disable_compile()
+        return fast  # type: ignore[no-any-return]
+    inner: Any = within(function, **options)
+    find_template = inner.get_call_template
+
+    def compile_and_find(*given: Any) -> Any:
+        if not inner.overloads:
+            inner.compile(signature)
+            inner.disable_compile()
+        return find_template(*given)
+
+    inner.get_call_template = compile_and_find
+    return inner  # type: ignore[no-any-return]
 
 
 #: What machine code is made of.

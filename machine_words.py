@@ -8,10 +8,13 @@ rows and columns. Indices are not checked. Python hands in arrays, int64 or floa
 
 from __future__ import annotations
 
+import mmap
 import operator
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.core.boxing import unbox_array
@@ -30,6 +33,14 @@ from numba.extending import (
 
 _WORD, _REAL = ir.IntType(64), ir.DoubleType()
 _SHIFT = 3  # of an index, to bytes
+
+
+def zeros(words: int) -> npt.NDArray[np.int64]:
+    """Returns so many words, all 0, of pages that nobody has used: those that are not written to cost nothing.
+
+    What an allocator takes back from a run before, it has to clear.
+    """
+    return np.frombuffer(mmap.mmap(-1, 8 * words), dtype=np.int64)
 
 
 class Address(types.Type):

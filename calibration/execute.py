@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..collector import collector_off
 from ..engine.decide.pipeline import flow_of, sent_bytes
 from ..engine.loading.loading import load_inputs
 from ..engine.run import Progress
 from ..engine.scenario.amounts import ScenarioError
 from ..engine.scenario.inputs import Inputs
 from ..engine.scenario.scenario import Scenario, load_scenario
-from ..engine.timing.collector import collector_off
 from ..errors import InputError
 from .clocks import Clocks
 from .cuda import Calls, CudaError, Gpu

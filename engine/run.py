@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..collector import collector_off
 from ..resources.spool import Spool
 from ..words import unknown_name
 from ..workloads.batches import Step
@@ -94,6 +95,7 @@ NOT_COMPILED = "the compiled engine is not compiled yet, and the run is short"
 _KNOWN_ORDERS = (Fifo, TwoStreams, Priority)
 
 
+@collector_off()
 def run_all(
     inputs: Inputs, ready: Sequence[Prepared], watch: Watch = iter, engine: str | None = None
 ) -> list[Recording]:

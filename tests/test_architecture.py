@@ -14,11 +14,13 @@ ROOT = Path(__file__).parent.parent
 #: Modules at the top that are below all: every folder may import them, and they import nothing of ours.
 BELOW_ALL = {
     "bounded.py",
+    "collector.py",
     "dtypes.py",
     "errors.py",
     "files.py",
     "kept.py",
     "machine_code.py",
+    "machine_library.py",
     "machine_words.py",
     "plain.py",
     "plugins.py",

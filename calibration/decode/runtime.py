@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ...collector import collector_off
 from ...engine.decide.dispatch import Visit, launch_order
 from ...engine.decide.memory_manager import Admission, Wave
-from ...engine.timing.collector import collector_off
 from ...workloads.recorder import family_of
 from ..cuda import CudaError
 from .deciding import Filling, Ranked

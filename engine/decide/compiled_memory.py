@@ -32,6 +32,7 @@ from .decision_words import (
     D_LENDS,
     D_LENT,
     D_MISSES,
+    D_OWNED,
     D_POOLS,
     D_PROTECTED,
     D_PROTECTED_COUNT,
@@ -44,7 +45,6 @@ from .decision_words import (
     D_WATCHES,
     D_WAVE,
     E_COPY,
-    E_OWNED,
     E_ROOM,
     E_SIZE,
     E_UNTIL,
@@ -66,6 +66,7 @@ from .decision_words import (
     X_REGISTERS,
     X_SERVED,
     X_TAKEN,
+    Table,
     Tables,
     Words,
 )
@@ -101,6 +102,8 @@ Word = Any
 
 #: None of these makes an array: Numba need not count who holds which.
 compiled = partial(compiled_once, types=TYPES, error_model="numpy", _nrt=False)
+#: Those that Python calls.
+entry = partial(compiled, entry=True)
 
 
 # Registers.
@@ -272,6 +275,13 @@ def note_use(t: Tables, g: Word, p: Word, expert: Word, found: Word) -> None:
         admit(d[g + D_EVICTION], state, expert - d[p + P_EXPERT], 1)
 
 
+@entry
+def admit_preloaded(kind: Word, state: Table, experts: Words, count: Word) -> None:
+    """Take note of so many experts that have room before the run, as if prefetches had brought them."""
+    for number in range(count):
+        admit(kind, state, experts[number], 0)
+
+
 # Host memory above a drive: what `host_memory` decides.
 
 
@@ -333,9 +343,9 @@ def find_at_peer(t: Tables, g: Word, expert: Word, copied: Words) -> None:
     for number in range(d[gpus]):
         other = d[gpus + 1 + number]
         row = t.experts[d[other + D_EXPERTS] + expert]
-        if other == g or row[E_COPY] < 0 or (holder >= 0 and not row[E_OWNED]):
+        if other == g or row[E_COPY] < 0 or (holder >= 0 and not d[d[other + D_OWNED] + expert]):
             continue
-        if holder < 0 or not t.experts[d[d[gpus + 1 + holder] + D_EXPERTS] + expert, E_OWNED]:
+        if holder < 0 or not d[d[d[gpus + 1 + holder] + D_OWNED] + expert]:
             holder = number
     if holder >= 0:
         other = d[gpus + 1 + holder]

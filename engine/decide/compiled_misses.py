@@ -10,7 +10,7 @@ import numpy.typing as npt
 from ...resources.timeline import DEMAND
 from .commands import FIXED_REGISTERS, Command
 from .compiled_decisions import Decisions
-from .compiled_memory import compiled
+from .compiled_memory import entry
 from .compiled_program import next_portion
 from .decision_layout import Part
 from .decision_words import DECIDED, END, ROOM, STEPS, Tables
@@ -29,7 +29,7 @@ _OP, _KIND, _EXPERT, _EXTRA = map(Command._fields.index, ("op", "kind", "expert"
 _AT_ONCE = 1 << 16
 
 
-@compiled
+@entry
 def next_misses(t: Tables, h: Word, total_experts: Word, keys: Words, room: Word) -> tuple[Word, Word]:
     """Decide until there are more than `room` keys, or something else is wanted; return why, and how many there are.
 

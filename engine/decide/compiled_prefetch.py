@@ -35,6 +35,7 @@ from .decision_words import (
     D_LEAST,
     D_MISSES,
     D_NOW,
+    D_OWNED,
     D_POPULAR,
     D_PREFETCH,
     D_RANKS,
@@ -45,7 +46,6 @@ from .decision_words import (
     D_VISIT,
     E_ASKED,
     E_COPY,
-    E_OWNED,
     E_SAVED,
     E_TARGET,
     E_TIMES,
@@ -82,7 +82,8 @@ def ask(t: Tables, g: Word, expert: Word, target: Word) -> None:
 @compiled
 def serves(t: Tables, g: Word, expert: Word) -> Word:
     """Whether a GPU serves an expert."""
-    return t.words[g + D_FILTERS] == 0 or t.experts[t.words[g + D_EXPERTS] + expert, E_OWNED] == 1
+    d = t.words
+    return d[g + D_FILTERS] == 0 or d[d[g + D_OWNED] + expert]
 
 
 @compiled
@@ -238,7 +239,7 @@ def prefetch_for(t: Tables, g: Word, q: Word, step: Word, layer: Word) -> None:
     for number in range(d[asked]):
         expert = d[asked + 1 + number]
         row = t.experts[d[g + D_EXPERTS] + expert]
-        if d[g + D_FILTERS] and not row[E_OWNED]:
+        if not serves(t, g, expert):
             continue
         d[g + D_GUESSED] += row[E_TIMES]
         d[g + D_UNIQUE] += 1

@@ -8,7 +8,7 @@ import numpy as np
 
 from ...resources.timeline import ACTIVATION, DENSE, HEAD
 from .commands import CHOICE, COMPUTE, OUTPUT, RESULTS, Op
-from .compiled_memory import compiled, resize
+from .compiled_memory import compiled, entry, resize
 from .compiled_visits import decide_visit, order_own
 from .decision_words import (
     D_ADMITTED,
@@ -168,7 +168,7 @@ def next_gpu(t: Tables, h: Word) -> None:
         d[h + H_STEP] += 1
 
 
-@compiled
+@entry
 def next_portion(t: Tables, h: Word) -> Word:
     """Put a thread's next portion into `rows`, decided now; return what comes of it (see `decision_words`)."""
     d, step, layer = t.words, t.words[h + H_STEP], t.words[h + H_LAYER]

@@ -12,7 +12,7 @@ import numpy as np
 
 from ...resources.timeline import COMBINE, DENSE, DISPATCH, EXPERT, HEAD
 from .commands import COMPUTE, FIXED_REGISTERS, OUTPUT, RESULTS, TOKENS, Op
-from .compiled_memory import compiled, resize
+from .compiled_memory import compiled, entry, resize
 from .compiled_program import has_room_for_visit
 from .compiled_visits import decide_visit, order_own
 from .decision_words import (
@@ -188,7 +188,7 @@ def end_step_of_all(t: Tables, h: Word, lives: Word, q: Word) -> None:
     d[h + H_BACK] = 0
 
 
-@compiled
+@entry
 def next_shared_portion(t: Tables, h: Word) -> Word:
     """Put the next portion of all GPUs into `rows`, decided now; return what comes of it (see `decision_words`)."""
     d, step, layer, gpus = t.words, t.words[h + H_STEP], t.words[h + H_LAYER], t.words[h + H_GPUS]

@@ -26,6 +26,7 @@ from .decision_words import (
     D_LAYERS,
     D_MISSES,
     D_ON_CPU,
+    D_OWNED,
     D_PER_TOKEN,
     D_PREFETCH,
     D_RECENCY,
@@ -41,7 +42,6 @@ from .decision_words import (
     D_WATCHES,
     D_WAVE,
     E_COPY,
-    E_OWNED,
     E_PLACE,
     E_ROOM,
     E_SEEN,
@@ -109,15 +109,16 @@ def look_up(t: Tables, g: Word, q: Word, layer: Word) -> None:
     base = 0 if d[g + D_SHARED] else layer * d[g + D_LAYER_EXPERTS]
     stamp, count = d[g + D_VISIT] + 1, np.int64(0)
     recency, filters, servers, gpu = d[g + D_RECENCY], d[g + D_FILTERS], d[g + D_SERVERS], d[d[g + D_SETTINGS] + GPU]
+    owned = d[g + D_OWNED] + base
     for token in range(rows):
         first = d[g + D_CHOSEN] + first_chosen(t, g, q, layer, token)
         for at in range(first, first + k):
             if d[at] < 0:
                 break
+            if filters and not (d[owned + d[at]] if servers < 0 else d[servers + d[at]] == gpu):
+                continue
             expert = base + d[at]
             row = t.experts[d[g + D_EXPERTS] + expert]
-            if filters and not (row[E_OWNED] if servers < 0 else d[servers + d[at]] == gpu):
-                continue
             if row[E_SEEN] == stamp:
                 t.served[row[E_PLACE], S_TOKENS] += 1
                 continue
@@ -131,7 +132,7 @@ def look_up(t: Tables, g: Word, q: Word, layer: Word) -> None:
     while place > 0:
         first = d[g + D_CHOSEN] + first_chosen(t, g, q, layer, token)
         for at in range(first + k - 1, first - 1, -1):
-            if d[at] < 0:
+            if d[at] < 0 or (filters and servers < 0 and not d[owned + d[at]]):
                 continue
             row = t.experts[d[g + D_EXPERTS] + base + d[at]]
             if row[E_SEEN] == stamp:

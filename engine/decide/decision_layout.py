@@ -15,12 +15,13 @@ import numpy.typing as npt
 
 from ...workloads.batches import Step
 from ...workloads.stacks import next_visits
-from ..policies.compiled_eviction import BELADY, NEXT, admit, make_state
+from ..policies.compiled_eviction import BELADY, NEXT, make_state
 from ..policies.eviction_informed import Static
 from ..policies.prefetch import Popularity
 from . import decision_words as w
+from .compiled_memory import admit_preloaded
 from .decision_words import Memory
-from .guessed import later_steps
+from .guessed import later_steps, later_table
 from .lookups import list_lookups
 from .memory_manager import MemoryManager
 from .program import Gpu
@@ -82,7 +83,7 @@ class Layout:
 
     def __init__(self, parts: Sequence[Part], shared: Shared | None, pulled: Pulled | None = None) -> None:
         self.parts, self.shared, self._pulled = parts, shared, pulled
-        self.memory = memory = Memory()
+        self.memory = memory = Memory(len(parts))
         memory.allocate(w.HEADER)
         #: By GPU: the first row of each step, and the end of the last; of all, the most rows of one.
         self.rows = [np.cumsum([0, *(len(step.rows) for step in part.source.steps)]) for part in parts]
@@ -159,6 +160,7 @@ class Layout:
             w.D_ASKED: memory.allocate(prefetch.horizons * trace.num_experts + 1),
             w.D_RANKS: 0 if guesses is None else guesses.experts.shape[3], w.D_GATES: -1, w.D_BUDGETS: -1,
             w.D_FILTERS: self.shared is not None and self.shared.in_common, w.D_SERVERS: -1,
+            w.D_OWNED: -1 if self.shared is None else memory.put(self.shared.owned[number]),
             w.D_AWAITS_TOKENS: self._pulled is not None,
             w.D_FROM_PEERS: self.shared is not None and self.shared.from_peers,
             w.D_LENDS: part.gpu.settings[LENDS], w.D_TIER: self.hosts[number], w.D_STAGES: source.to_host,
@@ -176,9 +178,9 @@ class Layout:
         own = self.experts[first : first + len(sizes)]
         own[:, [w.E_WAVE, w.E_UNTIL, w.E_COPY, w.E_ROOM]] = -1
         own[:, w.E_SIZE] = sizes
-        own[:, w.E_OWNED] = 1 if self.shared is None else self.shared.owned[self.parts.index(part)]
-        for expert, copy in manager.assigned.items():
-            own[expert, w.E_COPY], own[expert, w.E_ROOM] = copy, part.gpu.rooms.of(copy).register
+        if manager.assigned:
+            held, copies = list(manager.assigned), list(manager.assigned.values())
+            own[held, w.E_COPY], own[held, w.E_ROOM] = copies, [part.gpu.rooms.of(copy).register for copy in copies]
         per_pool = len(sizes) // len(manager.pools)
         most_evicted = len(sizes) + self.most_copies(part) + 1
         capacity = 2 * most_evicted + 6
@@ -241,14 +243,16 @@ class Layout:
         if not horizons:
             return None
         most = (layers - 1 + horizons) // layers
-        later = later_steps(part.source.trace, part.source.steps, most)
         if self._pulled is not None:
+            later = later_steps(part.source.trace, part.source.steps, most)
             return lambda first, end: np.array([later[step] for step in range(first, end)], dtype=np.int64)
-        table = np.array(later, dtype=np.int64).reshape(-1, most + 1)
+        table = later_table(part.source.trace, part.source.steps, most)
         return lambda first, end: table[first:end]
 
 
 def _admit_preloaded(manager: MemoryManager, kind: int, states: Sequence[Array], per_pool: int) -> None:
     """Let a policy know who has room before the run."""
-    for expert in manager.assigned:
-        admit(kind, states[expert // per_pool], expert % per_pool, 0)
+    pools, experts = np.divmod(np.fromiter(manager.assigned, dtype=np.int64), per_pool)
+    for pool, state in enumerate(states):
+        own = experts[pools == pool]
+        admit_preloaded(kind, state, own, len(own))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ...machine_words import REALS, TABLE, WORDS, Fields
+from ...machine_words import REALS, TABLE, WORDS, Fields, zeros
 from ..policies.compiled_eviction import SIZE, UNTIL, WAVE
 
 Words = npt.NDArray[Any]
@@ -69,9 +69,9 @@ X_REGISTERS, X_ROOM_FOR, X_ASKS, X_SERVED, X_COPIED, X_TAKEN, X_RESOLVED, X_VISI
 #: whether prefetches go there alone. Host memory has these words, too, as far as they mean anything there (`D_ROOMS`
 #: is then, by register of a room's bytes, that of the copies out of it); and the requests of a read of an expert of
 #: each layer, how many copies found theirs, and the bytes read. Where GPUs share experts: which of its owners serves
-#: each of the visit's (-1: its only one), the list of all GPUs, whether they lend, whether copies come from another one
-#: that has the expert, and, by register of a room, those of its bytes and of the copies out of it. Whether the
-#: host waits for what a step samples.
+#: each of the visit's (-1: its only one), whether it owns each of all experts, the list of all GPUs, whether they lend,
+#: whether copies come from another one that has the expert, and, by register of a room, those of its bytes and of the
+#: copies out of it. Whether the host waits for what a step samples.
 (
     D_SETTINGS, D_ROOMS, D_EXPERTS, D_LAYERS, D_LAYER_EXPERTS, D_SHARED, D_EVICTION, D_POOLS, D_PREFETCH, D_HORIZONS,
     D_K, D_COPY_NS, D_LEAST, D_DECAY, D_POPULAR, D_PROTECTS, D_DROPS, D_UNPIN_FIRST, D_WATCHES, D_ON_CPU, D_CPU_MOST,
@@ -81,8 +81,8 @@ X_REGISTERS, X_ROOM_FOR, X_ASKS, X_SERVED, X_COPIED, X_TAKEN, X_RESOLVED, X_VISI
     D_FIRST_STEP, D_END_STEP, D_STEPS, D_CHOSEN, D_PER_TOKEN, D_LATER, D_LATER_COLUMNS, D_GUESSES, D_RANKS,
     D_CONFIDENCES, D_BUDGETS, D_FOLLOWING, D_FOLLOWED, D_GATES, D_FREE, D_FREE_COUNT,
     D_NOW, D_BACKLOG, D_FILTERS, D_MOST_REGISTERS, D_TIER, D_STAGES, D_REQUESTS, D_FOUND, D_READ_BYTES,
-    D_SERVERS, D_GPUS, D_LENDS, D_FROM_PEERS, D_LANDED, D_LENT, D_AWAITS_TOKENS, D_WORDS,
-) = range(79)  # fmt: skip
+    D_SERVERS, D_OWNED, D_GPUS, D_LENDS, D_FROM_PEERS, D_LANDED, D_LENT, D_AWAITS_TOKENS, D_WORDS,
+) = range(80)  # fmt: skip
 
 #: A pool: its bytes, and what is free in the order in which it became free: a ring of (bytes, register of whose room it
 #: was, -1 for none); what its policy knows; its first expert on the GPU, and how many it has.
@@ -108,12 +108,11 @@ Q_FIRST, Q_ROWS, Q_PHASE, Q_SAMPLED, STEP_WORDS = range(5)
 
 #: An expert: what holds it (as `compiled_eviction` has it); its copy (-1: absent) and room; whether it was prefetched
 #: and nobody has used it; the visit that looked it up last, its place there; the visit that guessed it last, how often
-#: and for which visit; the copies that merging saved; whether its GPU serves it.
+#: and for which visit; the copies that merging saved.
 assert (WAVE, UNTIL, SIZE) == (0, 1, 2)
 (
-    E_WAVE, E_UNTIL, E_SIZE, E_COPY, E_ROOM, E_UNUSED, E_SEEN, E_PLACE, E_ASKED, E_TIMES, E_TARGET, E_SAVED, E_OWNED,
-    E_COLUMNS,
-) = range(14)  # fmt: skip
+    E_WAVE, E_UNTIL, E_SIZE, E_COPY, E_ROOM, E_UNUSED, E_SEEN, E_PLACE, E_ASKED, E_TIMES, E_TARGET, E_SAVED, E_COLUMNS,
+) = range(13)  # fmt: skip
 
 #: Prefetch policies.
 NONE, TOP_K, MULTI_STEP, ADAPTIVE_MEMORY, ADAPTIVE_LINK, NEXT_LAYER, POPULARITY, COST_AWARE = range(8)
@@ -126,8 +125,8 @@ DECIDED, STEPS, ROOM, END = range(4)
 class Memory:
     """Words that are laid out before a run, and grow at their end during it."""
 
-    def __init__(self) -> None:
-        self.words: npt.NDArray[np.int64] = np.zeros(1 << 18, dtype=np.int64)  # untouched pages cost nothing
+    def __init__(self, gpus: int) -> None:
+        self.words: npt.NDArray[np.int64] = zeros(gpus << 20)
         self._used = 0
 
     @property
@@ -139,8 +138,8 @@ class Memory:
         """Returns the address of so many words more, all 0."""
         at, self._used = self._used, self._used + words
         if self._used > len(self.words):
-            more = max(len(self.words), self._used - len(self.words))
-            self.words = np.concatenate([self.words, np.zeros(more, dtype=np.int64)])
+            before, self.words = self.words, zeros(max(2 * len(self.words), self._used))
+            self.words[:at] = before[:at]
         return at
 
     def put(self, values: Iterable[int]) -> int:

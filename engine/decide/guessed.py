@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -68,21 +67,30 @@ class _Following(Sequence[Sequence[int]]):
 
 
 def later_steps(trace: RoutingTrace, steps: Sequence[Step], most: int) -> Sequence[Sequence[int]]:
-    """Return, for each step, itself and the first step that one of its sequences takes 1, 2, … `most` of its own later.
+    """Returns what `later_table` does, as lists.
 
-    -1 where there is none: guesses that cross the token boundary so often have no visit to be for. Of steps that are
-    pulled from a scheduler nobody knows the next: they are taken to go on with the same sequences.
+    Of steps that are pulled from a scheduler nobody knows the next: they are taken to go on with the same sequences.
     """
     if isinstance(steps, PulledSteps):
         return _Following(most)
-    upcoming: dict[int, deque[int]] = {}
-    later = []
-    for index in range(len(steps) - 1, -1, -1):
-        own = [
-            upcoming.setdefault(sequence, deque(maxlen=most))
-            for sequence in dict.fromkeys(trace.sequence[steps[index].rows].tolist())
-        ]
-        later.append([index, *(min((s[ahead] for s in own if ahead < len(s)), default=-1) for ahead in range(most))])
-        for following in own:
-            following.appendleft(index)
-    return later[::-1]
+    later: list[list[int]] = later_table(trace, steps, most).tolist()
+    return later
+
+
+def later_table(trace: RoutingTrace, steps: Sequence[Step], most: int) -> npt.NDArray[np.int64]:
+    """Returns, of each step (steps, 1 + most), itself and the first that one of its sequences has 1, 2, … steps later.
+
+    -1 where there is none: guesses that cross the token boundary so often have no visit to be for.
+    """
+    count = len(steps)
+    later = np.full((count, 1 + most), count, dtype=np.int64)
+    later[:, 0] = np.arange(count)
+    rows = np.concatenate([np.empty(0, dtype=np.int64), *(step.rows for step in steps)])
+    of_row = np.repeat(later[:, 0], [len(step.rows) for step in steps])
+    sequences = np.unique(trace.sequence[rows], return_inverse=True)[1].reshape(-1)
+    sequence, step_of = np.divmod(np.unique(sequences * max(1, count) + of_row), max(1, count))
+    for ahead in range(1, 1 + most):
+        goes_on = sequence[ahead:] == sequence[:-ahead]
+        np.minimum.at(later[:, ahead], step_of[:-ahead][goes_on], step_of[ahead:][goes_on])
+    later[later == count] = -1
+    return later

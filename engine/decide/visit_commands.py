@@ -92,9 +92,11 @@ _BEHIND_A_COPY = 4
 
 #: None of these makes an array: Numba need not count who holds which.
 _compiled = partial(compiled_once, _nrt=False)
+#: Those that Python calls.
+_entry = partial(_compiled, entry=True)
 
 
-@_compiled
+@_entry
 def add(
     rows: Table, op: Word, gpu: Word, kind: Word, lane: Word, layer: Word, tokens: Word, expert: Word, copy: Word,
     register: Word, peer: Word, extra: Word,
@@ -113,7 +115,7 @@ def wait(rows: Table, gpu: Word, register: Word, calls: Word) -> None:
     add(rows, WAIT, gpu, -1, -1, -1, -1, -1, -1, register, -1, calls)
 
 
-@_compiled
+@_entry
 def order_dense(
     settings: Words, layer: Word, tokens: Word, step: Word, phase: Word, results: Word, rows: Table
 ) -> None:
@@ -125,7 +127,7 @@ def order_dense(
     add(rows, TOUCH, gpu, -1, -1, -1, -1, -1, -1, first + OUTPUT, -1, -1)
 
 
-@_compiled
+@_entry
 def order_readback(settings: Words, layer: Word, tokens: Word, rows: Table) -> None:
     """Copy the choice that the dense part has made to the host."""
     gpu, first = settings[GPU], settings[FIRST_REGISTER]
@@ -133,7 +135,7 @@ def order_readback(settings: Words, layer: Word, tokens: Word, rows: Table) -> N
     add(rows, READBACK, gpu, READBACK_SPAN, -1, layer, tokens, -1, -1, first + CHOICE, -1, -1)
 
 
-@_compiled
+@_entry
 def order_tokens(settings: Words, tokens: Word, rows: Table) -> None:
     """Copy what the head has sampled at `tokens` positions to the host, which waits for it."""
     gpu, first = settings[GPU], settings[FIRST_REGISTER]
@@ -144,7 +146,7 @@ def order_tokens(settings: Words, tokens: Word, rows: Table) -> None:
     add(rows, CATCH_UP, gpu, -1, -1, -1, -1, -1, -1, -1, -1, -1)
 
 
-@_compiled
+@_entry
 def order_idle(settings: Words, until_ns: Word, rows: Table) -> None:
     """Let the host have nothing to do until an instant."""
     add(rows, IDLE, settings[GPU], -1, -1, -1, -1, -1, -1, -1, -1, until_ns)
@@ -378,7 +380,7 @@ def wait_for_gathers(settings: Words, rows: Table) -> None:
             return
 
 
-@_compiled
+@_entry
 def order_visit(
     settings: Words, rooms: Words, visit: Words, served: Table, copies: Table, taken: Table, resolved: Table,
     rows: Table,

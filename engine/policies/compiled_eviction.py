@@ -23,7 +23,7 @@ def compiled(function: Function) -> Function:
     Numba then need not count who holds which array, atomically and at every call, which would take half of the time;
     its option for that, `_nrt`, is internal.
     """
-    return machine_code.compiled(function, _nrt=False)
+    return machine_code.within(function, _nrt=False)
 
 
 FIFO, LRU, LFU, LFU_INCACHE, CLOCK, SIEVE, S3FIFO, BELADY, STATIC = range(9)

@@ -23,6 +23,8 @@ from .memory import (
 #: Kinds of events, in the order in which they come at one instant (see `lanes.Instant`).
 ENTERS, ENDS, KEEPS, GOES_ON, STARTS = range(5)
 KIND_BITS, ALL = 3, 7
+#: So few words are looked at one by one: where they have just been written, reading several at once has to wait.
+_FEW = 24
 
 
 @compiled
@@ -57,10 +59,15 @@ def rests(m: Words, thread: Word) -> None:
 def next_event(m: Words) -> tuple[Word, Word]:
     """Returns what comes next, its instant and kind as one number, and where; of equal ones the first in order."""
     keys, count = m[KEYS], m[KEY_COUNT]
-    first = m[keys]
+    first, place = m[keys], keys
+    if count <= _FEW:
+        for at in range(keys + 1, keys + count):
+            key = m[at]
+            if key < first:
+                first, place = key, at
+        return first, m[place + count]
     for at in range(keys + 1, keys + count):
         first = min(first, m[at])
-    at = keys
-    while m[at] != first:
-        at += 1
-    return first, m[at + count]
+    while m[place] != first:
+        place += 1
+    return first, m[place + count]

@@ -9,7 +9,7 @@ from .compiled_host import carry_out, end_part, wake_parts
 from .compiled_lanes import backlog, end, keep_engine, try_start
 from .compiled_prices import prepare
 from .compiled_queue import enter
-from .compiled_work import Reals, Word, Words, compiled
+from .compiled_work import Reals, Word, Words, compiled, entry
 from .memory import (
     ARRIVALS,
     DONE,
@@ -44,9 +44,9 @@ def has_room(m: Words, region: Word, more: Word) -> Word:
 
 @compiled
 def has_space(m: Words, thread: Word) -> Word:
-    """Whether there is room for all that a thread's portion may take and record (-1: any one event)."""
+    """Whether there is room for all that a thread's portion may take and record."""
     gpus = m[m[GPUS]]
-    more = 8 + (m[thread + T_COUNT] + gpus * gpus if thread >= 0 else 0)
+    more = 8 + m[thread + T_COUNT] + gpus * gpus
     return (
         m[RECORDS] + more < m[RECORD_ROOM]
         and has_room(m, m[ARRIVALS], more)
@@ -57,13 +57,19 @@ def has_space(m: Words, thread: Word) -> Word:
 
 
 @compiled
+def has_space_for_event(m: Words) -> Word:
+    """Whether there is room for what a lane records at any one event, and for it to wait for something."""
+    return m[RECORDS] + 8 < m[RECORD_ROOM] and m[NODES_LEFT] > 8 * NODES_EACH
+
+
+@entry
 def backlogs(m: Words, f: Reals, gpu: Word) -> Word:
     """Returns the copy time that is queued on a GPU's link now, in ns."""
     first, second = m[gpu + G_H2D], m[gpu + G_PREFETCH]
     return backlog(m, f, first) + (backlog(m, f, second) if second != first else 0)
 
 
-@compiled
+@entry
 def advance(m: Words, f: Reals, thread: Word) -> tuple[Word, Word]:
     """Go on until something is asked for: return what (see `memory`), and by which thread, if it is one's.
 
@@ -82,7 +88,7 @@ def advance(m: Words, f: Reals, thread: Word) -> tuple[Word, Word]:
         at, kind = first >> KIND_BITS, first & ALL
         if at >= NEVER:
             return DONE, np.int64(-1)
-        if not has_space(m, where if kind == GOES_ON else np.int64(-1)):
+        if not (has_space(m, where) if kind == GOES_ON else has_space_for_event(m)):
             return SPACE, np.int64(-1)
         m[NOW] = at
         if kind == ENDS:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .compiled_agenda import reschedule
-from .compiled_work import Reals, Word, Words, compiled
+from .compiled_work import Reals, Word, Words, compiled, entry
 from .memory import (
     ASKED,
     ASKED_FOR,
@@ -122,7 +122,7 @@ def count_in_crowd(m: Words, f: Reals, lane: Word, more: Word) -> None:
 # The network: sets of transfers have rows of known stretches.
 
 
-@compiled
+@entry
 def rate_row(m: Words, slot: Word, transfer: Word) -> Word:
     """Returns where the stretches with this transfer at a slot are, or belong."""
     group = m[slot + S_GROUP]

@@ -26,6 +26,7 @@ from .compiled_work import (
     Word,
     Words,
     compiled,
+    entry,
     free_work,
     hold,
     joined,
@@ -105,7 +106,7 @@ from .memory import (
 # Records.
 
 
-@compiled
+@entry
 def end_busy(m: Words, gpu: Word) -> None:
     """Record the host thread's work since it last began as one span."""
     since, now = m[gpu + G_BUSY_SINCE], m[gpu + G_NOW]

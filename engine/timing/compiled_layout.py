@@ -146,8 +146,8 @@ class Layout:
 
     def add_space(self) -> None:
         """Add free work and nodes, as much as there is."""
-        self.memory.add_free(w.FREE_WORK, w.WORK_LEFT, w.WORK_WORDS, w.W_NEXT, _WORK * self._space)
-        self.memory.add_free(w.FREE_NODE, w.NODES_LEFT, w.NODE_WORDS, w.N_NEXT, _NODES * self._space)
+        self.memory.add_free(w.FREE_WORK, w.WORK_WORDS, w.W_NEXT, _WORK * self._space)
+        self.memory.add_free(w.FREE_NODE, w.NODE_WORDS, w.N_NEXT, _NODES * self._space)
         self._space *= 2
 
     def add_registers(self, count: int) -> None:

@@ -56,6 +56,8 @@ from .memory import (
 )
 
 compiled = partial(compiled_once, types=TYPES, error_model="numpy", _nrt=False)
+#: Those that Python calls.
+entry = partial(compiled, entry=True)
 
 
 @compiled
@@ -117,7 +119,7 @@ def decide_portion(t: Tables, m: Words, f: Reals, thread: Word) -> Word:
     return what
 
 
-@compiled
+@entry
 def carry_on(t: Tables, m: Words, f: Reals, thread: Word, due: Word) -> tuple[Word, Word]:
     """Go on until something is asked for: return what (see `memory`), and by which thread, if it is one's.
 

@@ -16,6 +16,7 @@ from .compiled_work import (
     compiled,
     copied_works,
     drop_works,
+    entry,
     free_work,
     hold,
     joined,
@@ -66,7 +67,7 @@ def note_arrival(m: Words, gpu: Word, kind: Word, work: Word) -> None:
     m[region + R_COUNT] += 1
 
 
-@compiled
+@entry
 def settle_arrivals(m: Words) -> Word:
     """Turn the first arrivals that are known into instants; return how many these are.
 

@@ -14,6 +14,9 @@ from .memory import (
     N_NEXT,
     N_WHAT,
     N_WHO,
+    NEW_NODE,
+    NEW_WORK,
+    NODE_WORDS,
     NODES_LEFT,
     REGISTERS,
     W_AFTER,
@@ -30,6 +33,7 @@ from .memory import (
     W_TARGET,
     W_WAITING,
     WORK_LEFT,
+    WORK_WORDS,
 )
 
 Words = npt.NDArray[Any]
@@ -40,13 +44,19 @@ Reals = npt.NDArray[Any]
 
 #: Addresses are checked nowhere, and none of these makes an array: Numba need not count who holds which.
 compiled = partial(machine_code.compiled_once, error_model="numpy", _nrt=False)
+#: Those that Python calls.
+entry = partial(compiled, entry=True)
 
 
 @compiled
 def node_before(m: Words, what: Word, following: Word) -> Word:
     """Returns a new node before another."""
     node = m[FREE_NODE]
-    m[FREE_NODE] = m[node + N_NEXT]
+    if node >= 0:
+        m[FREE_NODE] = m[node + N_NEXT]
+    else:
+        node = m[NEW_NODE]
+        m[NEW_NODE] += NODE_WORDS
     m[NODES_LEFT] -= 1
     m[node + N_WHAT], m[node + N_NEXT] = what, following
     return node
@@ -86,7 +96,11 @@ def wait_for(m: Words, work: Word, who: Word, what: Word) -> None:
 def free_work(m: Words) -> Word:
     """Returns a piece of work that waits for nothing."""
     work = m[FREE_WORK]
-    m[FREE_WORK] = m[work + W_NEXT]
+    if work >= 0:
+        m[FREE_WORK] = m[work + W_NEXT]
+    else:
+        work = m[NEW_WORK]
+        m[NEW_WORK] += WORK_WORDS
     m[WORK_LEFT] -= 1
     m[work + W_RANK], m[work + W_TARGET], m[work + W_NUMBER], m[work + W_PIECES] = 0, 0, 0, 1
     m[work + W_STARTED], m[work + W_CANCELLED], m[work + W_REFERENCES], m[work + W_HELD_BACK] = 0, 0, 0, 0

@@ -9,11 +9,12 @@ not come.
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
+
+from ...machine_words import zeros
 
 Ints = npt.NDArray[np.int64]
 
@@ -23,13 +24,14 @@ NEVER = 1 << 59
 #: How a lane takes work: as it was submitted; as it became ready; by rank.
 IN_ORDER, AS_READY, BY_RANK = range(3)
 
-#: The run as a whole: the instant; the lists of lanes, threads and GPUs; free work and nodes, and how many there are;
-#: what comes next, a word for each lane and thread, and behind these words whose each is.
+#: The run as a whole: the instant; the lists of lanes, threads and GPUs; free work and nodes: those that were in use,
+#: the first of those that were not, and how many there are in all; what comes next, a word for each lane and thread,
+#: and behind these words whose each is.
 (
-    NOW, LANES, THREADS, GPUS, FREE_WORK, WORK_LEFT, FREE_NODE, NODES_LEFT, NUMBER, REGISTERS, KERNELS, KERNEL_TOKENS,
-    RATES, RATE_ROWS, RATE_WORDS, RATES_KNOWN, ASKED, ASKED_FOR, RECORDS, RECORD_ROOM, ARRIVALS, DROPPED, KEYS,
-    KEY_COUNT, HEADER,
-) = range(25)  # fmt: skip
+    NOW, LANES, THREADS, GPUS, FREE_WORK, NEW_WORK, WORK_LEFT, FREE_NODE, NEW_NODE, NODES_LEFT, NUMBER, REGISTERS,
+    KERNELS, KERNEL_TOKENS, RATES, RATE_ROWS, RATE_WORDS, RATES_KNOWN, ASKED, ASKED_FOR, RECORDS, RECORD_ROOM, ARRIVALS,
+    DROPPED, KEYS, KEY_COUNT, HEADER,
+) = range(27)  # fmt: skip
 
 #: A lane: what it was made with; the lists of lanes that have to do with it; its queue, and what enters one by rank
 #: later; what is running; when that ends, when a start is tried, and when it says whether it keeps an engine; when
@@ -126,20 +128,13 @@ DONE, PORTION, PRICE, RATE, SPACE, STEPS, ROOM, LANE = range(8)
 WORK_EACH, NODES_EACH = 2, 24
 
 
-def _zeros(words: int) -> Ints:
-    """Returns so many words, all 0, of pages that nobody has used: those that are not written to cost nothing.
-
-    What an allocator takes back from a run before, it has to clear.
-    """
-    return np.frombuffer(mmap.mmap(-1, 8 * words), dtype=np.int64)
-
-
 class Memory:
     """The words, as they are laid out before a run and grow during it."""
 
     def __init__(self, gpus: int) -> None:
-        self.words: Ints = _zeros((1 + gpus) << 20)
+        self.words: Ints = zeros((1 + gpus) << 20)
         self._used = 0
+        self._new_ends: dict[int, int] = {}
 
     @property
     def floats(self) -> npt.NDArray[np.float64]:
@@ -150,7 +145,8 @@ class Memory:
         """Returns the address of so many words more, all 0."""
         at, self._used = self._used, self._used + words
         if self._used > len(self.words):
-            self.words = np.concatenate([self.words, _zeros(max(len(self.words), words))])
+            before, self.words = self.words, zeros(max(2 * len(self.words), self._used))
+            self.words[:at] = before[:at]
         return at
 
     def put(self, values: Iterable[int]) -> int:
@@ -176,10 +172,17 @@ class Memory:
         self.words[to : to + count * words] = self.words[at : at + count * words]
         self.words[region + R_AT], self.words[region + R_CAPACITY] = to, 2 * capacity
 
-    def add_free(self, free: int, left: int, words: int, link: int, count: int) -> None:
-        """Add so many free records, linked by one of their words, to the list whose head and length are there."""
-        at = self.allocate(count * words)
-        places = np.arange(count, dtype=np.int64) * words + at
-        self.words[places + link] = np.append(places[1:], self.words[free])
-        self.words[free] = at
-        self.words[left] += count
+    def add_free(self, free: int, fields: int, link: int, count: int) -> None:
+        """Add so many free records of so many words, linked by one of these.
+
+        `free` is the address of the first of those that have been used, behind which stand those of the first that has
+        not and of how many are free. What has not been used is not written to: the rest of what there was is linked.
+        """
+        new, left = free + 1, free + 2
+        at, words = self.allocate(count * fields), self.words
+        rest = np.arange(words[new], self._new_ends.get(new, 0), fields, dtype=np.int64)
+        if len(rest):
+            words[rest + link] = np.append(rest[1:], words[free])
+            words[free] = rest[0]
+        words[new], self._new_ends[new] = at, at + count * fields
+        words[left] += count

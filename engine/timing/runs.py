@@ -213,11 +213,11 @@ class SharingGpus:
         layout, trace = inputs.expert_parallel, inputs.trace
         assert layout is not None
         owners = [gpus for of_layer in layout.owners for gpus in of_layer]
+        counts = [len(gpus) for gpus in owners]
         owned = np.zeros((layout.gpus, len(owners)), dtype=bool)
-        for expert, gpus in enumerate(owners):
-            owned[list(gpus), expert] = True
+        owned[[gpu for gpus in owners for gpu in gpus], np.repeat(np.arange(len(owners)), counts)] = True
         only = np.array([gpus[0] for gpus in owners], dtype=np.int64).reshape(trace.layers, -1)
-        replicated = layout.moves_tokens and any(len(gpus) > 1 for gpus in owners)
+        replicated = layout.moves_tokens and max(counts) > 1
 
         def laid_out(first: int, end: int) -> Together:
             laid, servers = [], []

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import simpy
 
+from ...collector import collector_off
 from ...errors import InputError
 from ...resources.network import Network
 from ...resources.timeline import SPAN, Timeline
@@ -40,7 +41,6 @@ from ..decide.visit_commands import (
 from ..policies.prefetch import Gauge
 from ..scenario.scenario import Scenario
 from ..scenario.sections import ON_GPU as ON_GPU_LANES
-from .collector import collector_off
 from .host import Thread
 from .host_state import Exchanges, Gate, GpuState
 from .lanes import Instant, Lane, QueueLane, Work

@@ -1,4 +1,4 @@
-"""The garbage collector, which has nothing to do in a run."""
+"""The garbage collector, which has nothing to do in a run, nor in compiling."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def collector_off() -> Iterator[None]:
-    """Switch the garbage collector off: a run makes no cycles, and walking its many small objects costs a third."""
+    """Switch the garbage collector off: a run makes few cycles, and walking its many small objects costs a third."""
     was_on = gc.isenabled()
     gc.disable()
     try:
