@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..engine.scenario.inputs import Inputs
-from .cuda import Call, Calls, CudaError
+from .cuda import Call, Calls, CudaError, expert_matrices
 from .entries import CPU, DRIVE, Entry, Plan
 from .shared import Shared, aligned, aligned_empty
 
@@ -218,6 +218,23 @@ class Beside:
 
         if self._shared_words[DRIVE][FAILED]:
             raise CudaError("a read from the drive failed, or came short: is its file as it was written?")
+
+    def wrong_by(self, buffers: Sequence[Any]) -> float:
+        """Returns how far the CPU's sums of the last visit are off, relative to the same products by torch."""
+        import torch
+
+        entries = [self._plan.entries[number] for number in self._on_cpu]
+        visit = [entry for entry in entries if entry.visit == entries[-1].visit]
+        dtype = getattr(torch, self._inputs.model.dense_dtype)
+        x = self.tokens.view(dtype).float()
+        wanted = torch.zeros(self.sums.shape)
+        for entry in visit:
+            matrices = expert_matrices(self._inputs.model, buffers[entry.expert])
+            first, *others, last = (matrix.float() for matrix in matrices)
+            given = x[: entry.tokens]
+            between = (given @ first.t()).relu_()
+            wanted[: entry.tokens] += (between * (given @ others[0].t()) if others else between) @ last.t()
+        return float((torch.from_numpy(self.sums) - wanted).norm() / wanted.norm())
 
     def when_ns(self, number: int) -> tuple[int, int]:
         """Returns when the work of an entry started and ended in the last run, by the clock of `perf_counter_ns`."""

@@ -201,6 +201,8 @@ def execute(
         wrong = [expert for expert, slot in part.plan.resident.items() if not part.holds_right_bytes(expert, slot)]
         if wrong:
             raise CudaError(f"{name}: experts {wrong} are not where the memory manager has put them")
+        if results := part.wrong_results():
+            raise CudaError(f"{name}: {results}")
     spans = [_spans(part.plan) for part in execution.parts]
     makespans_ns = tuple(makespan_ns(spans, times) for times in runs)
     kept = runs if keep_all else [runs[makespans_ns.index(median_low(makespans_ns))]]

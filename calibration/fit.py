@@ -122,13 +122,19 @@ def fit_data(fitted: Fit) -> dict[str, Any]:
     }
 
 
-def write_profile(profile: Profile, path: Path) -> None:
-    """Write a profile as JSON, what is not set left out."""
+def profile_text(profile: Profile) -> str:
+    """Returns a profile as JSON, what is not set left out."""
     data = profile.model_dump(exclude_none=True, exclude_defaults=True)
     text = json.dumps(data, indent=1)
     if "surface" in data["compute"]:  # tens of thousands of numbers: a table's axis, or its durations, are one line
         head, key, tables = text.partition('\n  "surface": ')
         text = head + key + _NUMBERS.sub(lambda found: "".join(found.group().split()), tables)
+    return text
+
+
+def write_profile(profile: Profile, path: Path) -> None:
+    """Write a profile as JSON, what is not set left out."""
+    text = profile_text(profile)
     with replacing(path) as file:
         file.write(text.encode() + b"\n")
 

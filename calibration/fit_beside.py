@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from json import dumps
 from typing import Any
 
 import numpy as np
@@ -18,14 +19,27 @@ from ..engine.scenario.inputs import Inputs
 from ..resources.extending import extended
 from ..resources.profile import Profile, load_profile, make_profile
 from ..resources.profile_costs import ProfileError
-from ..resources.timeline import ACTIVATION, COMBINE, CPU_EXPERT, DECOMPRESS, DISPATCH, EXPERT, PREDICT, READ
+from ..resources.timeline import (
+    ACTIVATION,
+    COMBINE,
+    CPU_EXPERT,
+    DECOMPRESS,
+    DENSE,
+    DISPATCH,
+    EXPERT,
+    HEAD,
+    PREDICT,
+    READ,
+)
 from .entries import COPIES, Plan
+from .fit import profile_text
 from .measured import Measured, Times
 from .plan import make_plans
 from .samples import Samples
 
 #: A span is beside a copy from this share of its time on.
 _BESIDE = 0.95
+_KERNELS = (DENSE, EXPERT, HEAD, DECOMPRESS)
 #: How many reads in flight a drive's profile has by itself.
 LANES = 4
 
@@ -77,7 +91,7 @@ def _observe(run: Measured, inputs: Inputs, plans: Sequence[Plan]) -> Iterator[O
     times = run.times
     for number, plan in enumerate(plans):
         model, its = inputs.model, times[number]
-        busy = _copying(plan, its)
+        busy, kernels = _intervals(plan, its, COPIES), _intervals(plan, its, _KERNELS)
         last_issued_ns = 0.0
         for entry in plan.entries:
             if not entry.marks:
@@ -96,7 +110,7 @@ def _observe(run: Measured, inputs: Inputs, plans: Sequence[Plan]) -> Iterator[O
                 yield "take_back", (), issued_ns - last_issued_ns
             elif entry.kind == READ and entry.piece == 0:
                 yield "order", (), issued_ns - max(last_issued_ns, int(its.choice_known_ns[entry.visit]))
-            elif entry.kind == DECOMPRESS and kept:
+            elif entry.kind == DECOMPRESS and kept and _share(kernels, start_ns, end_ns) <= 2 - _BESIDE:  # its own
                 yield "unpack", (model.expert_bytes[entry.expert // model.experts], beside > 0), end_ns - start_ns
             elif entry.kind == EXPERT and entry.members and kept:
                 size_bytes = len(entry.members) * model.expert_bytes[entry.layer]
@@ -109,9 +123,9 @@ def _observe(run: Measured, inputs: Inputs, plans: Sequence[Plan]) -> Iterator[O
         yield from _exchanges(plans, times)
 
 
-def _copying(plan: Plan, times: Times) -> tuple[Any, Any]:
-    """Returns starts and ends of the copies from the host, in order."""
-    marks = [mark for entry in plan.entries if entry.kind in COPIES for mark in range(entry.mark, entry.mark + 1)]
+def _intervals(plan: Plan, times: Times, kinds: Sequence[int]) -> tuple[Any, Any]:
+    """Returns starts and ends of the entries of some kinds, in order."""
+    marks = [entry.mark for entry in plan.entries if entry.kind in kinds]
     starts_ns, ends_ns = times.start_ns[marks], times.end_ns[marks]
     order = np.argsort(starts_ns)
     return starts_ns[order], ends_ns[order]
@@ -194,10 +208,11 @@ def fit_beside(runs: Iterable[Measured], drive: Samples | None = None) -> dict[s
     return data
 
 
-def written(data: dict[str, Any], name: str, base: str) -> tuple[dict[str, Any], Profile]:
-    """Returns a profile that extends `base` with what was fitted, as plain data and as a profile.
+def written(data: dict[str, Any], name: str, base: str) -> tuple[str, Profile]:
+    """Returns a profile that extends `base` with what was fitted, as a file's text and as a profile.
 
-    What is measured of a predictor's other shapes stays as it is there. Raises ProfileError.
+    Where the base is a file, all of it is in the text. What is measured of a predictor's other shapes stays as it is
+    there. Raises ProfileError.
     """
     known = load_profile(base)
     compute = dict(data.get("compute", {}))
@@ -221,7 +236,8 @@ def written(data: dict[str, Any], name: str, base: str) -> tuple[dict[str, Any],
     merged = extended(
         known.model_dump(exclude_none=True), {key: value for key, value in text.items() if key != "extends"}
     )
-    return text, make_profile(merged, f"fit of {name}")
+    profile = make_profile(merged, f"fit of {name}")
+    return (profile_text(profile) if base.endswith(".json") else dumps(text, indent=1)), profile
 
 
 def _measured(seen: Seen, note: str = "inside schedules") -> dict[str, Any]:

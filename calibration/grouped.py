@@ -67,6 +67,20 @@ class Grouped:
         last = partial(last_product, *launch, self._between, self.outputs, *shape, matrices=model.expert_matrices)
         return ((first, ()), (last, ()), (self._next.add_, (1,)))
 
+    def wrong_by(self, wave: Entry) -> float:
+        """Returns how far the outputs of the last wave are off, relative to the same products one after the other."""
+        import torch
+
+        found, wanted = [], []
+        for member, (slot, tokens) in enumerate(wave.members):
+            first, *others, last = (matrix.float() for matrix in expert_matrices(self._model, self._slots[slot]))
+            x = self._x[:tokens].float()
+            between = (x @ first.t()).relu_()
+            wanted.append((between * (x @ others[0].t()) if others else between) @ last.t())
+            found.append(self.outputs[member, :tokens].float())
+        one, other = torch.cat(found), torch.cat(wanted)
+        return float((one - other).norm() / other.norm())
+
     def _one_by_one(self, tokens: int) -> None:
         row = self._table[int(self._next)]
         for member, slot in enumerate(row.tolist()):

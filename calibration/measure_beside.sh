@@ -4,8 +4,8 @@
 #
 #   bash calibration/measure_beside.sh try|one|two OUT
 #
-# try: a schedule of each kind, once, in two minutes; one: the drive, the sets to fit and to validate, on one GPU; two:
-# the same on two. Python finds prestage and torch. OUT gets runs.tar.gz, the samples of the drive, and a log.
+# try: a schedule of each kind, once, in two minutes; one: the drive, the sets to fit and to validate, on one GPU, in
+# nine minutes at most; two: the same on two, in five. Python finds prestage and torch. OUT gets runs.tar.gz, the samples of the drive, and a log.
 set -u
 what=$1 out=$(realpath -m "$2")
 began=$(date +%s)
@@ -44,10 +44,11 @@ try)
   ;;
 one)
   timeout 40 "${prestage[@]}" calibrate measure --drive "$work/experts" -o "$out/drive.json" 2>&1 | tail -3 | tee -a "$out/log"
-  execute fit 150 5 fit-beside
-  execute beside 240 5 beside
+  execute fit-beside 120 5 fit-beside
+  execute beside 220 5 beside
+  execute fit 110 5 fit
   # What is committed already, to see which costs have moved since.
-  execute validation 60 5 mixtral-graph-ahead0 qwen-graph-ahead0 switch-graph-ahead0 deepseek-graph-ahead0 \
+  execute validation 50 5 mixtral-graph-ahead0 qwen-graph-ahead0 switch-graph-ahead0 deepseek-graph-ahead0 \
     qwen-graph-ahead1-recall80 deepseek-graph-ahead1-recall80 qwen-eager-ahead0 mixtral-eager-ahead0 \
     qwen-graph-ahead3-recall100 switch-graph-ahead1-recall80
   ;;

@@ -29,7 +29,7 @@ from ..resources.timeline import (
 from .beside import Beside, is_beside
 from .clocks import Clocks
 from .copy_queue import CopyQueue
-from .cuda import Call, Calls, Workload, run
+from .cuda import EXECUTABLE_DTYPES, Call, Calls, Workload, run
 from .entries import COPIES, HOST_LANE, STREAMS, Entry, Plan
 from .grouped import Grouped
 from .measured import Times
@@ -39,6 +39,8 @@ from .unpack import unpacking
 #: For how many tokens a workload has room at least.
 MANY_TOKENS = 64
 _NO_WAYS = Ways()
+#: How far results may be off whose sums are made in another order, in the element type.
+_MOST_WRONG = 0.03
 
 
 class Part:
@@ -308,6 +310,14 @@ class Part:
             run((unpacking(there, wanted[: len(self._host[expert])]),))
             return bool((here == wanted).all())
         return bool((here[: len(there)] == there).all())
+
+    def wrong_results(self) -> str:
+        """Returns what the last run has computed wrong, in words: experts in grouped kernels, or on the CPU."""
+        waves = [entry for entry in self.plan.entries if entry.members]
+        off = [("grouped kernels", self.grouped.wrong_by(waves[-1]))] if self.grouped is not None else []
+        if self.beside.cpu_threads and self._inputs.model.expert_dtype in EXECUTABLE_DTYPES:
+            off.append(("experts on the CPU", self.beside.wrong_by(self._host)))
+        return "; ".join(f"{what} are off by {error:.2%}" for what, error in off if not error < _MOST_WRONG)
 
     # Running.
 

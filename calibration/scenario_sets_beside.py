@@ -21,6 +21,7 @@ _LITTLE = {"tiers__host_budget": "30experts"}
 _PACKED = {
     **_HERE, "compression__where": "host", "compression__ratio": 0.508, "compression__decompress_gb_per_s": 1000.0,
 }  # fmt: skip
+_IN_LINE = {"compression__lane": "compute"}
 _GROUPED = {**_HERE, "dispatch__expert_kernel": "grouped"}
 _GUESSES = {**_HERE, "predictor__latency_us": 20.0}
 _UNEQUAL = {**_HERE, "model__expert_bytes": [9437184, 11010048, 14155776, 9961472]}
@@ -51,9 +52,9 @@ FIT_BESIDE = [
     _line("qwen", "drive", _DRIVE),
     _line("switch", "drive", _DRIVE, _LITTLE, lookahead=1),
     _line("deepseek", "drive-pieces", _DRIVE, _LITTLE, tiers__chunk_bytes=4 * 2**20),
-    _line("qwen", "packed", _PACKED),
-    _line("mixtral", "packed", _PACKED, _MIXTRAL, compression__lane="compute"),
-    _line("deepseek", "packed-gpu", _PACKED, compression__where="gpu"),
+    _line("qwen", "packed", _PACKED, _IN_LINE),
+    _line("mixtral", "packed", _PACKED, _MIXTRAL, _IN_LINE),
+    _line("deepseek", "packed-gpu", _PACKED, _IN_LINE, compression__where="gpu"),
     _line("qwen", "grouped", _GROUPED),
     _line("deepseek", "grouped-batch4", _GROUPED, _BATCH),
     _line("qwen", "predictor", _GUESSES, lookahead=1),
@@ -82,10 +83,11 @@ BESIDE = [
     _line("switch", "drive-host", _DRIVE, _LITTLE, lookahead=1, recall=0.8, tiers__prefetch="host"),
     # Compressed experts.
     _line("deepseek", "packed", _PACKED),
-    _line("qwen", "packed-compute", _PACKED, lookahead=1, recall=0.8, compression__lane="compute"),
-    _line("qwen", "packed-gpu", _PACKED, compression__where="gpu", memory__gpu_budget="60experts"),
+    _line("qwen", "packed-compute", _PACKED, _IN_LINE, lookahead=1, recall=0.8),
+    _line("qwen", "packed-gpu", _PACKED, _IN_LINE, compression__where="gpu", memory__gpu_budget="60experts"),
     _line("mixtral", "packed", _PACKED, _MIXTRAL, lookahead=1, recall=0.8),
-    _line("mixtral", "packed-gpu", _PACKED, _MIXTRAL, compression__where="gpu", compression__lane="compute"),
+    _line("mixtral", "packed-gpu", _PACKED, _MIXTRAL, _IN_LINE, compression__where="gpu"),
+    _line("deepseek", "packed-gpu-aside", _PACKED, compression__where="gpu", memory__gpu_budget="40experts"),
     # Unequal sizes, grouped kernels, a predictor.
     _line("qwen", "unequal", _UNEQUAL, memory__gpu_budget="960MiB"),
     _line("qwen", "unequal", _UNEQUAL, lookahead=1, recall=0.8, memory__gpu_budget="1200MiB"),

@@ -139,8 +139,6 @@ def calibrate_fit_beside(
     ] = None,
 ) -> None:
     """Fit what runs beside the GPU's stream: the CPU, a drive, decompression, grouped kernels, exchanges of tokens."""
-    from json import dumps
-
     from ..calibration.fit_beside import fit_beside, written
     from ..calibration.measured import load_all
     from ..calibration.samples import load_samples
@@ -149,7 +147,7 @@ def calibrate_fit_beside(
     check_file(out)
     data = fit_beside(load_all(runs), None if drive is None else load_samples(drive))
     text, _ = written(data, out.name.removesuffix(".json"), base)
-    write_file(out, dumps(text, indent=1).encode() + b"\n")
+    write_file(out, text.encode() + b"\n")
     typer.echo(str(out))
 
 

@@ -1,5 +1,6 @@
 """What runs beside the GPU's stream is fitted to what was executed: on the CPU's device, whose times are known."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def drive_samples() -> Samples:
 
 def test_a_profile_is_made_that_simulates_what_was_executed(runs: list[Measured], tmp_path: Path) -> None:
     text, profile = written(fit_beside(runs, drive_samples()), "mine", "h200")
-    assert text["extends"] == "h200" and profile.name == "mine"
+    assert json.loads(text)["extends"] == "h200" and profile.name == "mine"
     assert profile.nvme is not None
     assert [round(profile.nvme.times_as_long(reads), 3) for reads in (1, 4, 8)] == [1.0, 1.333, 2.667]
     assert profile.nvme.read.ns(9 * 2**20) == 9 * 2**20
