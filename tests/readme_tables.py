@@ -23,6 +23,7 @@ from typing import Any
 
 from eviction_tables import layers, policies
 from new_user import path_table
+from owned_tables import owned
 from request_tables import request_keys, request_loads
 
 from prestage.calibration import from_parts as checks
@@ -563,6 +564,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "schedules-from-parts": schedules_from_parts,
     "part-shares": part_shares,
     "new-user": path_table,
+    "owned": owned,
     "lookahead": lookahead,
     "guide": guide,
     "reproduce": reproduce,

@@ -85,7 +85,7 @@ def test_settings_that_differ_and_ratios_to_the_first_are_told(runs: dict[str, d
         ("miss.ways.cpu", 1864, "1,864"),
         ("miss.gate_mass.skipped", 0.027, "2.7%"),
         ("bytes.demand", 3 * 2**29, "1.50 GiB"),
-        ("inter_token_latency_ms.p50", 10.25, "10.250 ms"),
+        ("inter_token_latency_ms.p50", 10.25, "10.25 ms"),
         ("tokens_per_second", 84.373, "84.37"),
         ("hit_rate", None, "-"),
     ],

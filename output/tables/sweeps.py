@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.text import Text
 
-from .layout import columns_of, number_of, plain_console, share_of
+from .layout import columns_of, known_of, number_of, plain_console, share_of
 
 #: What the table of a sweep shows of each row: its key and how it is written.
 SWEEP_COLUMNS: dict[str, tuple[str, Callable[[float | None], str]]] = {
@@ -71,7 +71,7 @@ def _short(name: str, columns: Iterable[str]) -> str:
 def _fitting(columns: list[str], cells: list[list[str]], width: int) -> list[str]:
     """Returns the columns that say something and fit into a width, the key always."""
     said = {name: [row[number] for row in cells] for number, name in enumerate(columns)}
-    kept = [name for name in columns if name not in _NARROW or {*said[name]} - {"0.0%", "-", "-x", "- ms"}]
+    kept = [name for name in columns if name not in _HEADS or {*said[name]} - {"0.0%", "-", "-x", "- ms"}]
     widths = {name: max(map(len, [_short(name, columns), *said[name]])) + 1 for name in kept}
     for name in _NARROW:
         if sum(widths[each] for each in kept) > width and name in kept:
@@ -172,10 +172,10 @@ def comparison_figure(name: str, value: float | None) -> str:
     if "bytes" in name:
         return f"{value / 2**30:,.2f} GiB"
     if "_ms" in name:
-        return f"{value:,.3f} ms"
+        return f"{known_of(value, 4)} ms"
     if name.startswith(("counts.", "miss.ways.")):
         return f"{value:,}"
-    return f"{value:,.2f}" if name.endswith(("tokens_per_second", "speedup", "imbalance")) else f"{value:.1%}"
+    return known_of(value, 4) if name.endswith(("tokens_per_second", "speedup", "imbalance")) else f"{value:.1%}"
 
 
 def print_break_even(data: dict[str, Any]) -> None:
