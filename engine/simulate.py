@@ -96,14 +96,15 @@ class Result:
         """The timeline of the run, all GPUs on it."""
         return merged_timeline(self.recordings)
 
-    def json_data(self) -> dict[str, Any]:
-        """Returns `data` with what may differ between runs of one scenario: the engine, why it, and `wall_s`.
-
-        And with what the figures may be where not all costs were measured: `range`, drawn now, and `unsure`.
-        """
+    def with_range(self) -> dict[str, Any]:
+        """Returns `data` with what figures may be where not all costs were measured: `range`, drawn now; `unsure`."""
         drawn = None if self.range is None else {name: band._asdict() for name, band in self.range.items()}
+        return {**self.data, "range": drawn, "unsure": self.unsure}
+
+    def json_data(self) -> dict[str, Any]:
+        """Returns `with_range` with what may differ between runs of one scenario: the engine, why it, and `wall_s`."""
         why = {"engine": self.engine.engine, "engine_why": self.engine.why, "wall_s": self.wall_s}
-        return {**self.data, "range": drawn, "unsure": self.unsure, **why}
+        return {**self.with_range(), **why}
 
 
 def simulate(

@@ -36,7 +36,7 @@ class Result(Shown, simulating.Result):
 
     @property
     def _figures(self) -> Mapping[str, Any]:
-        return self.data  # without the arrays of the run
+        return self.with_range()  # without the arrays of the run
 
 
 def simulate(

@@ -21,7 +21,7 @@ from ..errors import InputError
 from ..resources.timeline import KINDS, Timeline
 from ..words import unknown_name
 from .palette import COLORS, FATE_COLORS, IDLE_COLOR, OUTCOME_COLORS, PART_COLORS
-from .pictures import at_changes, bytes_unit, row_names, used_lanes
+from .pictures import at_changes, bytes_unit, row_names, step_ends_ns, used_lanes
 from .plots import default_window
 from .saved import Run
 
@@ -77,6 +77,18 @@ class Grid:
     across: str
     axis: str
 
+    @property
+    def shades(self) -> Array:
+        """How strongly each cell is colored (rows, columns), from 0 to 1: each row on a scale up to its most."""
+        most = np.array([np.nanmax(row, initial=0.0) for row in self.shares])
+        return self.shares / np.where(most > 0, most, 1.0)[:, None]
+
+    @property
+    def scales(self) -> list[str]:
+        """The rows' names, each with the share that is colored most strongly."""
+        most = [np.nanmax(row, initial=0.0) for row in self.shares]
+        return [f"{name}, up to {share:.0%}" for name, share in zip(self.rows, most, strict=True)]
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -97,14 +109,13 @@ class Curve:
 
 @dataclass(frozen=True)
 class Curves:
-    """Lines whose y is a share from 0 to 1; `marks` are named values of x, and `steps` holds y until the next x."""
+    """Steps whose y is a share from 0 to 1, which holds until the next x; `marks` are named values of x."""
 
     curves: Sequence[Curve]
     x_axis: str
     y_axis: str
     unit: str
     marks: dict[str, float]
-    steps: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,6 +128,11 @@ class Spans:
     start_ns: int
     end_ns: int
 
+    @property
+    def step_ends_ns(self) -> Array:
+        """Where steps end (steps,)."""
+        return step_ends_ns(self.timeline)
+
 
 @dataclass(frozen=True)
 class Fall:
@@ -125,6 +141,13 @@ class Fall:
     first: str
     second: str
     steps: Sequence[Step]
+
+    @property
+    def lowest_ms(self) -> float:
+        """Where to begin the axis: where the runs are close, bars from 0 would hide what is between them."""
+        ends_ms = [step.end_ns / 1e6 for step in self.steps]
+        spread_ms = max(ends_ms) - min(ends_ms) or max(ends_ms)
+        return max(0.0, min(ends_ms) - 1.5 * spread_ms)
 
 
 Data = Bars | Grid | Memory | Curves | Spans | Fall
@@ -202,7 +225,7 @@ def access_latency(run: Run) -> Curves:
     ]
     curves.append(Curve("all accesses", _ALL_COLOR, *_cumulative(waits_ms)))
     curves = [curve for curve in curves if len(curve.x)]
-    axis = "from the choice until the bytes are there (ms); hits wait 0"
+    axis = "wait for the bytes (ms); hits wait 0"
     return Curves(curves, axis, "share that waits no longer", "ms", {})
 
 
@@ -232,7 +255,7 @@ def busy_over_time(run: Run) -> Curves:
         if busy and run.makespan_ns:
             share = np.mean(busy, axis=0) / np.diff(edges_ns)
             curves.append(Curve(label, COLORS[kind][0], edges_ns / 1e6, np.append(share, share[-1])))
-    return Curves(curves, "time since the start of the run (ms)", "share of time busy", "ms", {}, steps=True)
+    return Curves(curves, "time since the start (ms)", "share of time busy", "ms", {})
 
 
 def timeline(run: Run) -> Spans:
@@ -267,14 +290,16 @@ FIGURES = {
     ),
     "lanes": Figure("What each lane did", "Busy time by kind of work, and the rest of the run.", lane_time),
     "timeline": Figure(
-        "Timeline", "What ran when on every lane: copies, kernels, and the host that ordered them.", timeline
+        "Timeline",
+        "What ran when on every lane: copies, kernels, and the host that ordered them. Dotted lines end steps.",
+        timeline,
     ),
     "busy": Figure(
         "How busy over time", "Compute streams and copy engines, averaged over short intervals.", busy_over_time
     ),
     "outcomes": Figure(
         "Hit, late and miss by layer",
-        "Of each layer's accesses: found in time, still on the way, or absent.",
+        "Of each layer's accesses: found in time, still on the way, or absent. Each row has a scale of its own.",
         outcomes_by_layer,
     ),
     "wasted": Figure(

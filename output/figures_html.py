@@ -45,10 +45,12 @@ Array = npt.NDArray[Any]
 
 #: Up to so many columns have a name each, and those of a heat map their number in them.
 _FEW_COLUMNS = 24
-#: Room for the names of lanes, so that what lies above a timeline lines up with it.
-_NAMES_PIXELS = 200
+#: Room for a character of lanes' names, and beside them, so that what lies above a timeline lines up with it.
+_LANE_PIXELS, _BESIDE_PIXELS = 7, 26
 #: Seen on light and on dark.
 _GRAY = "#888888"
+#: Ends of so many steps are marked.
+_MOST_STEPS = 5_000
 #: No closer than this can be zoomed in: ms.
 _CLOSEST_MS = 0.0005
 
@@ -101,8 +103,8 @@ def _unit_of(plot: Any, axis: str) -> str | None:
     return said
 
 
-def _plot(height: int, x: tuple[float, float], y: tuple[float, float], **options: Any) -> Any:
-    """Returns an empty plot; a range that ends before it starts runs downwards."""
+def _plot(height: int, x: tuple[float, float], y: tuple[float, float], *, named: bool = False, **options: Any) -> Any:
+    """Returns an empty plot, whose columns may be `named`; a range that ends before it starts runs downwards."""
     plot = figure(
         height=height,
         sizing_mode="stretch_width",
@@ -120,7 +122,37 @@ def _plot(height: int, x: tuple[float, float], y: tuple[float, float], **options
         axis.major_label_text_font_size = "11.5px"
     plot.ygrid.grid_line_color = plot.xgrid.grid_line_color = None
     plot.ygrid.grid_line_alpha = plot.xgrid.grid_line_alpha = 0.22
+    if not named:
+        _fewer_ticks(plot)
     return plot
+
+
+#: Fewer ticks where a plot is narrow: of named places every so manieth, of numbers as many as have room.
+_TICKS_JS = """
+const width = plot.inner_width;
+for (const axis of plot.below) {
+  if (places.length) {
+    const every = Math.max(1, Math.ceil(places.length * room / width));
+    axis.ticker.ticks = places.filter((_, number) => number % every == 0);
+  } else if (axis.ticker.desired_num_ticks)
+    axis.ticker.desired_num_ticks = Math.max(2, Math.min(8, Math.floor(width / 70)));
+}
+"""
+#: A name of up to three digits, in pixels, and of each character beyond.
+_NAME_PIXELS, _CHARACTER_PIXELS = 26, 8
+
+
+def _fewer_ticks(plot: Any, names: Sequence[str] = ()) -> None:
+    """Write as many ticks below a plot as it is wide enough for, whenever that changes; `names` stand at 0, 1, 2 …"""
+    room = max([_NAME_PIXELS, *(_CHARACTER_PIXELS * len(name) for name in names)])
+    arguments = {"plot": plot, "places": list(range(len(names))), "room": room}
+    plot.js_on_change("inner_width", CustomJS(args=arguments, code=_TICKS_JS))
+
+
+def _where_there_is_room(plot: Any, drawn: Any, pixels: int) -> None:
+    """Draw this only where the plot is at least so wide."""
+    code = "drawn.visible = plot.inner_width >= pixels"
+    plot.js_on_change("inner_width", CustomJS(args={"plot": plot, "drawn": drawn, "pixels": pixels}, code=code))
 
 
 def _name_places(axis: Any, names: Sequence[str], every: int = 1) -> None:
@@ -130,9 +162,12 @@ def _name_places(axis: Any, names: Sequence[str], every: int = 1) -> None:
     axis.major_label_overrides = {place: names[place] for place in places}
 
 
-def _sparse(count: int) -> int:
-    """Returns every how manieth of so many columns can have its name written below it, side by side."""
-    return max(1, -(-count // _FEW_COLUMNS))
+def _name_columns(plot: Any, names: Sequence[str]) -> None:
+    """Write names below columns, at first about _FEW_COLUMNS of them, then as many as there is room for."""
+    every = max(1, -(-len(names) // _FEW_COLUMNS))
+    _name_places(plot.xaxis, names)
+    plot.xaxis.ticker.ticks = list(range(0, len(names), every))
+    _fewer_ticks(plot, names)
 
 
 def _tip(plot: Any, renderers: Sequence[Any], text: str, **options: Any) -> None:
@@ -153,8 +188,8 @@ def _bars(data: Bars) -> Any:
         plot.xgrid.grid_line_color = _GRAY
         plot.y_range.tags = ["fixed"]
     else:
-        plot = _plot(260, (-0.6, count - 0.4), (0, most * 1.05))
-        _name_places(plot.xaxis, data.rows, _sparse(count))
+        plot = _plot(260, (-0.6, count - 0.4), (0, most * 1.05), named=True)
+        _name_columns(plot, data.rows)
         plot.xaxis.axis_label, plot.yaxis.axis_label = "layer", data.axis
         plot.ygrid.grid_line_color = _GRAY
     for part in data.parts:
@@ -190,18 +225,20 @@ def _write_shares(plot: Any, data: Bars, total: Array) -> None:
         shares = part.values / np.maximum(total, 1e-300)
         wide = np.flatnonzero((part.values > LABELED * total.max()) & (part.alpha == 1))
         columns = {"x": (stacked + part.values / 2)[wide], "y": wide, "says": [f"{shares[at]:.1%}" for at in wide]}
-        plot.text(
+        numbers = plot.text(
             x="x", y="y", text="says", text_color=ink_on(part.color), text_font_size="11.5px", text_align="center",
             text_baseline="middle", source=ColumnDataSource(columns),
         )  # fmt: skip
+        narrowest = float((part.values[wide] / total.max()).min()) if len(wide) else 1.0
+        _where_there_is_room(plot, numbers, round(44 / narrowest))
         stacked = stacked + part.values
 
 
 def _grid(data: Grid) -> Any:
     rows, columns = data.shares.shape
-    plot = _plot(84 + 34 * rows, (-0.5, columns - 0.5), (rows - 0.5, -0.5))
+    plot = _plot(84 + 34 * rows, (-0.5, columns - 0.5), (rows - 0.5, -0.5), named=True)
     _name_places(plot.yaxis, data.rows)
-    _name_places(plot.xaxis, data.columns, _sparse(columns))
+    _name_columns(plot, data.columns)
     plot.xaxis.axis_label = data.across
     plot.xaxis.axis_line_color = plot.yaxis.axis_line_color = None
     plot.x_range.tags = plot.y_range.tags = ["fixed"]
@@ -211,14 +248,14 @@ def _grid(data: Grid) -> Any:
         {
             "row": down,
             "column": along,
-            "share": shares,
+            "share": data.shades.ravel(),
             "says": ["" if share != share else f"{share:.0%}" for share in shares.tolist()],
             "name": [f"{data.across} {name}: {kind}" for kind in data.rows for name in data.columns],
             "count": [
                 f"{count:,} ({share:.1%})" if share == share else "none"
                 for count, share in zip(data.counts.ravel().tolist(), shares.tolist(), strict=True)
             ],
-            "ink": [DARK_INK if share > 0.55 else LIGHT_INK for share in shares.tolist()],
+            "ink": [DARK_INK if shade > 0.55 else LIGHT_INK for shade in data.shades.ravel().tolist()],
         }
     )
     mapper = LinearColorMapper(palette=Cividis256, low=0, high=1, nan_color="rgba(0,0,0,0)")
@@ -227,10 +264,11 @@ def _grid(data: Grid) -> Any:
         fill_color={"field": "share", "transform": mapper},
     )  # fmt: skip
     if columns <= _FEW_COLUMNS:
-        plot.text(
+        numbers = plot.text(
             x="column", y="row", text="says", text_color="ink", text_font_size="11px", text_align="center",
             text_baseline="middle", source=source,
         )  # fmt: skip
+        _where_there_is_room(plot, numbers, 26 * columns)
     _tip(plot, [cells], f"@name<br><b>@count</b> {escape(data.axis)}")
     return plot
 
@@ -241,7 +279,7 @@ def _memory(data: Memory) -> Any:
     most = max(int(max(sizes.max(), limits.max())) for _, sizes, limits in data.gpus.values())
     scale, unit = bytes_unit(most)
     plot = _plot(260, (0, last_ms), (0, 1.12 * most / scale))
-    plot.xaxis.axis_label, plot.yaxis.axis_label = "time since the start of the run (ms)", f"expert memory ({unit})"
+    plot.xaxis.axis_label, plot.yaxis.axis_label = "time since the start (ms)", f"expert memory ({unit})"
     plot.ygrid.grid_line_color = _GRAY
     for (name, (time_ns, sizes, limits)), color in zip(data.gpus.items(), cycle(SERIES_COLORS), strict=False):
         says = [
@@ -261,7 +299,7 @@ def _memory(data: Memory) -> Any:
 
 def _curves(data: Curves) -> Any:
     most = max((float(curve.x[-1]) for curve in data.curves), default=1.0) or 1.0
-    plot = _plot(260, (0, most if data.steps else 1.02 * most), (0, 1.03))
+    plot = _plot(260, (0, 1.02 * most), (0, 1.03))
     plot.xaxis.axis_label, plot.yaxis.axis_label = data.x_axis, data.y_axis
     plot.yaxis.formatter = NumeralTickFormatter(format="0%")
     plot.ygrid.grid_line_color = _GRAY
@@ -269,17 +307,19 @@ def _curves(data: Curves) -> Any:
     for curve in data.curves:
         source = ColumnDataSource({"x": curve.x, "y": curve.y})
         look = {"line_color": curve.color, "line_width": 2, "source": source, "name": curve.label}
-        lines.append(plot.step(x="x", y="y", mode="after", **look) if data.steps else plot.line(x="x", y="y", **look))
+        lines.append(plot.step(x="x", y="y", mode="after", **look))
     text = f"<b>$name</b><br>@x{{0,0.000}} {data.unit}: @y{{0.0%}} {escape(data.y_axis.removeprefix('share '))}"
     _tip(plot, lines, text, line_policy="nearest")
+    # Beside the last line, or before the first where there is no room, so that no line crosses a label.
+    first, last = min(data.marks.values(), default=0.0), max(data.marks.values(), default=0.0)
+    right = last > 0.7 * most
     for number, (name, at) in enumerate(data.marks.items()):
         plot.add_layout(Span(location=at, dimension="height", line_color=_GRAY, line_dash=[4, 4]))
-        source = ColumnDataSource(
-            {"x": [at], "y": [0.03 + 0.08 * number], "says": [f"{name} {few_digits(at)} {data.unit}"]}
-        )
+        says = [f"{name} {few_digits(at)} {data.unit}"]
+        source = ColumnDataSource({"x": [first if right else last], "y": [0.03 + 0.08 * number], "says": says})
         plot.text(
             x="x", y="y", text="says", text_font_size="11px", text_color=_GRAY, source=source,
-            x_offset=-5 if at > 0.8 * most else 5, text_align="right" if at > 0.8 * most else "left",
+            x_offset=-5 if right else 5, text_align="right" if right else "left",
         )  # fmt: skip
     return plot
 
@@ -288,9 +328,7 @@ def _fall(data: Fall) -> Any:
     names = [data.first, *(step.name for step in data.steps[1:-1]), data.second]
     starts = np.array([step.start_ns for step in data.steps]) / 1e6
     ends = np.array([step.end_ns for step in data.steps]) / 1e6
-    spread = float(np.ptp(ends)) or float(ends.max())
-    # Where the runs are close, bars from 0 would hide what is between them.
-    lowest = max(0.0, float(ends.min()) - 1.5 * spread)
+    spread, lowest = float(np.ptp(ends)) or float(ends.max()), data.lowest_ms
     plot = _plot(440, (-0.6, len(names) - 0.4), (lowest, float(ends.max()) + 0.3 * spread))
     _name_places(plot.xaxis, names)
     plot.yaxis.axis_label = "makespan (ms)" if lowest == 0 else "makespan (ms), not from 0"
@@ -332,7 +370,7 @@ def _spans(data: Spans, limit: int | None) -> Any:
         60 + 44 * len(lanes),
         (data.start_ns / 1e6, data.end_ns / 1e6),
         (len(lanes) - 0.5, -0.5),
-        min_border_left=_NAMES_PIXELS,
+        min_border_left=_BESIDE_PIXELS + _LANE_PIXELS * max(map(len, row_names(data.timeline, lanes)), default=0),
     )
     whole = len(spans) == len(data.timeline)
     first_ms = 0.0 if whole else int(spans["start_ns"].min()) / 1e6
@@ -341,9 +379,21 @@ def _spans(data: Spans, limit: int | None) -> Any:
     plot.y_range.tags = ["fixed"]
     _name_places(plot.yaxis, row_names(data.timeline, lanes))
     plot.yaxis.axis_line_color = None
-    plot.xaxis.axis_label = "time since the start of the run (ms)"
+    plot.xaxis.axis_label = "time since the start (ms)"
     plot.xaxis.ticker, plot.xgrid.grid_line_color = BasicTicker(desired_num_ticks=8), _GRAY
     _draw_spans(plot, spans, lanes, data)
+    ends_ms = data.step_ends_ns[:_MOST_STEPS] / 1e6
+    rows = {"x": ends_ms, "y0": np.full(len(ends_ms), -0.5), "y1": np.full(len(ends_ms), len(lanes) - 0.5)}
+    plot.segment(
+        x0="x",
+        x1="x",
+        y0="y0",
+        y1="y1",
+        line_color=_GRAY,
+        line_dash=[1, 3],
+        source=ColumnDataSource(rows),
+        name="steps",
+    )
     zoom = WheelZoomTool(dimensions="width")
     plot.add_tools(zoom, PanTool(dimensions="width"))
     plot.toolbar.active_scroll = zoom
@@ -393,7 +443,8 @@ def _draw_spans(plot: Any, spans: Array, lanes: Sequence[int], data: Spans) -> N
 def with_overview(busy: Curves, timeline: Any) -> Any:
     """Returns a timeline below how busy the whole run was, where the part that it shows is marked and draggable."""
     plot = _curves(busy)
-    plot.update(height=84, min_border_left=_NAMES_PIXELS, name="overview")
+    plot.x_range.end = max((float(curve.x[-1]) for curve in busy.curves), default=1.0) or 1.0
+    plot.update(height=84, min_border_left=timeline.min_border_left, name="overview")
     plot.xaxis.axis_label = plot.yaxis.axis_label = None
     plot.yaxis.ticker = FixedTicker(ticks=[0, 1])
     tool = RangeTool(x_range=timeline.x_range, start_gesture="pan")

@@ -66,9 +66,9 @@ def _grid(data: Grid, title: str) -> Figure:
     from matplotlib.ticker import PercentFormatter
 
     picture, axes = _axes(1.4 + 0.4 * len(data.rows))
-    image = axes.imshow(data.shares, aspect="auto", cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
-    picture.colorbar(image, ax=axes, label=data.axis, format=PercentFormatter(1))
-    axes.set_yticks(range(len(data.rows)), data.rows)
+    image = axes.imshow(data.shades, aspect="auto", cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
+    picture.colorbar(image, ax=axes, label="of the row's most", format=PercentFormatter(1))
+    axes.set_yticks(range(len(data.rows)), data.scales)
     _number_columns(axes, data.columns)
     axes.set_xlabel(data.across)
     axes.tick_params(length=0)
@@ -92,12 +92,12 @@ def _curves(data: Curves, title: str) -> Figure:
 
     picture, axes = _axes(3.6)
     for curve in data.curves:
-        how = "steps-post" if data.steps else "default"
-        axes.plot(curve.x, curve.y, color=curve.color, linewidth=1.5, drawstyle=how, label=curve.label)
-    for name, at in data.marks.items():
+        axes.plot(curve.x, curve.y, color=curve.color, linewidth=1.5, drawstyle="steps-post", label=curve.label)
+    for number, (name, at) in enumerate(data.marks.items()):
         axes.axvline(at, color="#999999", linewidth=0.8, linestyle=(0, (5, 3)))
+        place = (max(data.marks.values()), 0.02 + 0.07 * number)  # beside the last line, where none crosses it
         axes.annotate(
-            f"{name} {few_digits(at)} {data.unit}", (at, 0.02), xytext=(3, 0), textcoords="offset points", fontsize=8
+            f"{name} {few_digits(at)} {data.unit}", place, xytext=(3, 0), textcoords="offset points", fontsize=8
         )
     axes.set_xlim(left=0)
     axes.set_ylim(0, 1.02)
@@ -122,7 +122,12 @@ def _spans(data: Spans, title: str) -> Figure:
 
 
 def _fall(data: Fall, title: str) -> Figure:
-    return plot_waterfall({data.second: data.steps}, data.first)
+    picture = plot_waterfall({data.second: data.steps}, data.first)
+    (axes,) = picture.axes
+    axes.set_ylim(bottom=data.lowest_ms)
+    if data.lowest_ms:
+        axes.set_ylabel("makespan (ms), not from 0")
+    return picture
 
 
 #: What draws each form.

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from ..errors import InputError
 from ..files import check_file, replacing
-from ..resources.timeline import Timeline
+from ..resources.timeline import KINDS, Timeline
 from .span_names import track_order
 
 if TYPE_CHECKING:
@@ -83,6 +83,13 @@ def used_lanes(timeline: Timeline) -> list[int]:
     """Returns the numbers of the lanes that have a span, in the order in which they are shown."""
     used = set(np.unique(timeline.spans()["lane"]).tolist())
     return [number for number in track_order(timeline) if number in used]
+
+
+def step_ends_ns(timeline: Timeline) -> Array:
+    """Returns when each step ended (steps,), in order: with its last head kernel."""
+    spans = timeline.spans()
+    ends: Array = np.unique(spans["end_ns"][spans["kind"] == KINDS.index("head")])
+    return ends
 
 
 def row_names(timeline: Timeline, rows: list[int]) -> list[str]:

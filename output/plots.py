@@ -23,6 +23,7 @@ from .pictures import (
     few_digits,
     row_names,
     set_title,
+    step_ends_ns,
     style_axes,
     used_lanes,
 )
@@ -109,6 +110,9 @@ def plot_timeline(
     layer_of = layer_of_each(spans, experts_per_layer, layers)
     _label_bars(axes, spans, rows, window, experts_per_layer, layer_of)
 
+    for end in step_ends_ns(timeline).tolist():
+        if start_ns < end < end_ns:
+            axes.axvline(end / scale_ns, color="#777777", linewidth=0.8, linestyle=(0, (1, 2)), zorder=3)
     axes.set_xlim(start_ns / scale_ns, (start_ns + span_ns) / scale_ns)
     axes.set_ylim(max(1, len(rows)) - 0.4, -0.6)
     axes.set_yticks(range(len(rows)), row_names(timeline, rows))

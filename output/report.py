@@ -14,10 +14,12 @@ from typing import Any
 from ..engine.measure.comparison import compare
 from ..engine.measure.recording import OUTCOMES
 from ..engine.scenario.rows import flat
+from .answer import answer_of
 from .figures import FIGURES, SPAN_LIMIT, busy_over_time, figure_data
 from .page import PageError, Section, check_page, html_table, html_tiles, write_page
 from .palette import OUTCOME_COLORS
 from .saved import Run
+from .tables.layout import time_of
 from .tables.runs import headline, speed_rows
 from .tables.sweeps import comparison_figure
 
@@ -45,8 +47,8 @@ _BETTER = {
     "sharing.imbalance": -1,
     "speedup": 1,
 }
-#: What a run's differences are below which are no more than rounding.
-_SAME = 0.0005
+#: Below this share, a difference is not called better or worse.
+_SAME = 0.01
 
 
 def write_report(
@@ -111,9 +113,21 @@ def _summary(run: Run) -> Section:
     of_gpus = f", mean of {len(data['gpus'])} GPUs" if len(data["gpus"]) > 1 else ""
     rows = [
         *speed_rows(data),
-        ("stalled", f"{stall:.1%}", f"{data['stall_ms']:,.3f} ms of {data['makespan_ms']:,.3f} ms{of_gpus}"),
+        ("stalled", f"{stall:.1%}", f"{time_of(data['stall_ms'])} of {time_of(data['makespan_ms'])}{of_gpus}"),
     ]
-    return Section("", html_tiles(rows) + _outcome_bar(data) + _notes(data), name="summary")
+    answer = f'<p class="answer">{escape(answer_of(data))}</p>'
+    return Section("", answer + html_tiles(_folded(rows)) + _outcome_bar(data) + _notes(data), name="summary")
+
+
+def _folded(rows: Sequence[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+    """Returns rows with those that have no name, which go on with the one before, as part of its note."""
+    folded: list[tuple[str, str, str]] = []
+    for name, value, note in rows:
+        if name:
+            folded.append((name, value, note))
+        else:
+            folded[-1] = (*folded[-1][:2], f"{folded[-1][2]}; {note}")
+    return folded
 
 
 def _outcome_bar(data: Mapping[str, Any]) -> str:

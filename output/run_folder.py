@@ -46,7 +46,7 @@ def _write_result(result: Result, folder: Path, all_spans: bool) -> ExportSummar
     experts = result.data["model"]["experts"]
     name = f"{result.data['model']['name']} on {result.data['scenario']['machine']['profile']}"
     time_ns, assigned_bytes, budget_bytes = memory_steps(result.recordings)
-    write_file(folder / "result.json", orjson.dumps(result.data, option=orjson.OPT_INDENT_2) + b"\n")
+    write_file(folder / "result.json", orjson.dumps(result.with_range(), option=orjson.OPT_INDENT_2) + b"\n")
     save_run(run_of(result), folder / RUN_FILE)
     exported = export_timeline(
         result.timeline,

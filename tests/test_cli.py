@@ -175,8 +175,8 @@ def test_out_holds_result_timeline_and_pictures_and_is_said(prestage: Prestage, 
     assert sorted(path.name for path in out.iterdir()) == names
     assert all(f"{out / name}" in ran.out for name in names)
     printed = prestage(*SMALL_RUN, "--json").json()
-    # Not in the file, which is the same by either engine: a range is worked out when it is asked for.
-    for name in ("wall_s", "engine", "engine_why", "range", "unsure"):
+    # Not in the file, which is the same by either engine.
+    for name in ("wall_s", "engine", "engine_why"):
         del printed[name]
     assert json.loads((out / "result.json").read_text()) == printed
     timeline = json.loads(gzip.decompress((out / "timeline.json.gz").read_bytes()))

@@ -319,6 +319,7 @@ def shown_spans(plot: Any) -> list[tuple[str, float, float, int]]:
     return [
         (drawn.name, *values)
         for drawn in plot.renderers
+        if "span" in drawn.tags
         for values in zip(*(drawn.data_source.data[column] for column in ("from", "to", "row")), strict=True)
     ]
 

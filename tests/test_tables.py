@@ -10,7 +10,9 @@ import prestage
 from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.scenario import load_scenario
 from prestage.experiments.bench import bench
-from prestage.output.tables.runs import print_bench, print_result
+from prestage.output.answer import answer_of
+from prestage.output.tables.layout import known_of
+from prestage.output.tables.runs import known_digits, print_bench, print_result
 from prestage.output.tables.sweeps import print_sweep
 
 FEW = {
@@ -109,3 +111,21 @@ def test_a_bench_is_llama_benchs_two_tests(capsys: pytest.CaptureFixture[str]) -
 def test_a_bench_draws_its_routing() -> None:
     with pytest.raises(ScenarioError, match=r"workload.trace = 'guide': a bench draws its routing"):
         bench(load_scenario("guide"))
+
+
+def test_a_report_begins_with_the_question_the_answer_what_binds_and_what_helps() -> None:
+    data = small(**{"predictor.latency_us": 5})
+    said = answer_of(data)
+    share = data["time"]["stall_ms"] / data["makespan_ms"]
+    assert said.startswith(
+        "How fast does gpt-oss-20b decode on h200-pcie5, by prestage, with room for 25% of its experts"
+    )
+    assert f"{share:.0%} of the time is waiting for experts' bytes" in said
+    assert f" to {known_of(data['range']['tokens_per_second']['p95'], known_digits(data))}, as not all costs" in said
+    assert "What would help" in said
+    computing = {**data, "warnings": [], "time": {"compute_ms": 9.0, "stall_ms": 1.0}, "makespan_ms": 10.0}
+    assert answer_of(computing).endswith(
+        "What would help: a faster GPU or a smaller dtype; no cache and no prefetch shortens it."
+    )
+    warned = {**data, "warnings": ["cliff: it falls; use a budget"]}
+    assert answer_of(warned).endswith("What would help (cliff): use a budget.")

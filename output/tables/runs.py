@@ -120,12 +120,12 @@ def _batch(data: Mapping[str, Any]) -> str:
 def headline(data: Mapping[str, Any]) -> str:
     """Returns in a line what ran: model, machine, trace, batch and room."""
     scenario, model = data["scenario"], data["model"]
-    trace = scenario["workload"]["trace"] or "a synthetic trace"
     share = data["budget_bytes"] / data["expert_bytes_total"]
+    room = f"{data['budget_bytes'] / 2**30:.2f} GiB{_share_of_gpus(data)}"
     return (
         f"{model['name']} ({model['layers']} x {model['experts']} experts, top-{model['top_k']}) on "
-        f"{scenario['machine']['profile']}{_by_runtime(scenario)}, {trace}, {_batch(data)}; room for {share:.1%} of "
-        f"the experts ({data['budget_bytes'] / 2**30:.2f} GiB{_share_of_gpus(data)})"
+        f"{scenario['machine']['profile']}{_by_runtime(scenario)}, {_routing(scenario)}, {_batch(data)}; room for "
+        f"{share:.1%} of the experts ({room})"
     )
 
 
