@@ -1,5 +1,6 @@
 """The real runtime: its logits are the plain model's, and its decisions the simulator's, on tiny models and the CPU."""
 
+import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from test_cli import Prestage
 from test_cli import prestage as prestage
 from test_llama_cpp import FAMILIES, SHAPES
 
-from prestage.calibration.decode import models
+from prestage.calibration.decode import models, parts
 from prestage.calibration.decode.deciding import Deciding, Filling
 from prestage.calibration.decode.models import DecodeError, load
 from prestage.calibration.decode.runs import DecodeConfig, Known, Point, decode_all, parse_point
@@ -168,6 +169,17 @@ def test_random_weights_have_the_shapes_of_a_file(tmp_path: Path, monkeypatch: p
     )
     (run,) = report["runs"]
     assert run["counts"] == [simulated_counts(run, out)]
+
+
+def test_parts_time_both_layouts_and_profile_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("SHAPES", ((64, 32),)), ("CACHES", ((1, 2, 10, 8),)), ("_COLD_BYTES", 1 << 14)):
+        monkeypatch.setattr(parts, name, value)
+    rows = [*parts.products(CpuDevice()), *parts.caches(CpuDevice())]
+    assert [row["layout"] for row in rows[:-1]] == ["out_in", "in_out"] * 4 and all(row["us"] > 0 for row in rows)
+    shapes = tmp_path / "small.toml"
+    shapes.write_text(SHAPES.format(**FAMILIES["qwen3moe"]))
+    parts.profile(CpuDevice(), str(shapes), 2, 6, tmp_path / "steps.json.gz")
+    assert b"aten::linear" in gzip.decompress((tmp_path / "steps.json.gz").read_bytes())
 
 
 def test_a_setting_is_one_text() -> None:
