@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..engine.costs.costs import pieces_of, token_bucket
+from ..engine.costs.runtime_costs import pieces_of, token_bucket
 from ..engine.decide.commands import COMPUTE, FIXED_REGISTERS, H2D, PREFETCH_LANE, SIDE, TOKENS, Command, Op
 from ..engine.decide.dispatch import Visit
 from ..engine.decide.host_memory import HostRooms

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
@@ -26,7 +26,7 @@ from ..engine.loading.deciders import dispatched, make_manager, make_prefetch
 from ..engine.loading.loading import load_inputs
 from ..engine.prediction import DRAWS, Range, middles, percentiles
 from ..engine.scenario.inputs import Inputs
-from ..engine.scenario.scenario import apply_setting, make_scenario
+from ..engine.scenario.scenario import Scenario, apply_setting, make_scenario
 from ..engine.simulate import simulate_inputs
 from ..errors import InputError
 from ..resources.facts import Part
@@ -60,9 +60,10 @@ class PublishedError(InputError):
 class Row(Part):
     """One published figure: what ran, what was measured, in which unit, and how the scenario differs from its source's.
 
-    `cpu_layers` are the first layers whose experts the CPU computes, or "all"; `prompt` the tokens of a prompt; `found`
-    the share of look-ups that the source says were found; rows of one `group` are neighbors, whose order counts.
-    `alone` are rates in GB/s of the CPU and of copies by themselves. `missing` says why a row cannot be run.
+    `cpu_layers` are the first layers whose experts the CPU computes, or "all"; `prompt` the tokens of a prompt, which
+    is computed in pieces of a `micro_batch`; `found` the share of look-ups that the source says were found; rows of one
+    `group` are neighbors, whose order counts. `alone` are rates in GB/s of the CPU and of copies by themselves.
+    `missing` says why a row cannot be run.
     """
 
     id: str
@@ -73,6 +74,7 @@ class Row(Part):
     settings: tuple[str, ...] = ()
     cpu_layers: int | Literal["all"] | None = None
     prompt: int | None = Field(default=None, ge=1)
+    micro_batch: int = Field(default=512, ge=1)
     found: float | None = Field(default=None, ge=0, le=1)
     on_cpu: bool = False
     group: str | None = None
@@ -94,7 +96,7 @@ class Source(Part):
 class Predicted:
     """What we say of a row: the figure and its range, the share found, and ours with the stated share.
 
-    `reason` says why there is no figure.
+    `reason` says why there is no figure. `scenario`: what ran, as sections of the keys that are not their defaults.
     """
 
     row: Row
@@ -103,6 +105,7 @@ class Predicted:
     range: Range | None = None
     found: float | None = None
     reason: str | None = None
+    scenario: Mapping[str, Any] | None = None
 
     @property
     def error(self) -> float | None:
@@ -131,6 +134,7 @@ class Predicted:
             "stated_found": self.row.found,
             "found": self.found,
             "reason": self.reason,
+            "scenario": self.scenario,
         }
 
 
@@ -164,9 +168,20 @@ def predicted(row: Row, source: Source, draws: int = DRAWS) -> Predicted:
         inputs = load_inputs(make_scenario(_plain(row, source), row.id))
         if row.found is not None:
             inputs = tuned(inputs, row.found)
-        return _measured_as(row, source.source, inputs, draws)
+        return replace(_measured_as(row, source.source, inputs, draws), scenario=_changed(inputs.scenario))
     except InputError as error:
         return Predicted(row, source.source, reason=str(error))
+
+
+def _changed(scenario: Scenario) -> dict[str, Any]:
+    """Returns the sections and keys of a scenario that are not their defaults."""
+    plain, usual = scenario.plain(), make_scenario({"workload": {"synthetic": {}}}).plain()
+    changed = {
+        name: {key: value for key, value in keys.items() if key not in usual.get(name, {}) or usual[name][key] != value}
+        for name, keys in plain.items()
+        if isinstance(keys, Mapping)
+    }
+    return {name: keys for name, keys in changed.items() if keys}
 
 
 def _plain(row: Row, source: Source) -> dict[str, Any]:
@@ -186,7 +201,11 @@ def _plain(row: Row, source: Source) -> dict[str, Any]:
     if row.prompt is not None:
         # The prompt, then one token; nothing warms up.
         data["workload"]["synthetic"] |= {"tokens": row.prompt + 1, "prefill_tokens": row.prompt}
-        data["workload"] |= {"warmup": "0tokens", "prefill": "chunked", "chunk_tokens": min(row.prompt, 512)}
+        data["workload"] |= {
+            "warmup": "0tokens",
+            "prefill": "chunked",
+            "chunk_tokens": min(row.prompt, row.micro_batch),
+        }
     return data
 
 

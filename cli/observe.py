@@ -14,9 +14,10 @@ from .options import Json
 if TYPE_CHECKING:
     from ..calibration.observe.fit import Fitted
     from ..calibration.observe.logs import Observation
+    from ..resources.runtime import Runtime
 
 #: What is fitted where --fit is not given, by how the runtime works; costs that it lacks are left out.
-_FITTED = ("step", "layer", "expert", "guess", "cpu_submit", "cpu_core", "cpu_stream")
+_FITTED = ("step", "layer", "expert", "guess", "cpu_submit", "cpu_cores", "cpu_core", "cpu_stream")
 
 
 def calibrate_observe(
@@ -28,7 +29,8 @@ def calibrate_observe(
     fit: Annotated[
         list[str] | None,
         typer.Option(
-            help="A cost to fit (layer, step, cpu_core, …; guess: what a layer that prefetches adds); repeat it."
+            help="A cost to fit (layer, step, cpu_submit, …; guess: what a layer that prefetches adds; cpu_cores: what "
+            "threads compute, as a factor); repeat it."
         ),
     ] = None,
     settings: Annotated[
@@ -52,7 +54,7 @@ def calibrate_observe(
         raise InputError(f"--out {out}: a runtime file's name ends in .toml")
     observations = load_logs(logs, Context(machine, model, _sections(settings or ())))
     predictor = Predictor(observations, runtime)
-    names = fit or _chosen(observations, predictor.runtime.costs.given())
+    names = fit or _chosen(observations, predictor.runtime)
     fitted = fitted_to(predictor, observations, names)
     about = f"{runtime}, fitted by `prestage calibrate observe` to {', '.join(file.name for file in logs)}"
     write_file(out, runtime_file(fitted, predictor, runtime, (out.stem, about)).encode())
@@ -93,8 +95,11 @@ def _sections(settings: list[str] | tuple[()]) -> dict[str, dict[str, Any]]:
     return sections
 
 
-def _chosen(observations: list[Observation], costs: dict[str, Any]) -> list[str]:
+def _chosen(observations: list[Observation], runtime: Runtime) -> list[str]:
     """Returns the costs of _FITTED that the runtime has, and that have a part in some setting."""
+    costs = {**runtime.costs.given(), **({"cpu_cores": None} if runtime.cpu_cores else {})}
+    # With what a thread computes of each dtype, the share of STREAM counts for nothing.
+    costs = {name: cost for name, cost in costs.items() if name != "cpu_stream" or not runtime.cpu_cores}
     guesses = any(each.settings.get("prefetch", {}).get("policy", "none") != "none" for each in observations)
     on_cpu = any(each.settings.get("memory", {}).get("cpu_layers") for each in observations)
     names = [name for name in _FITTED if name in costs and (on_cpu or not name.startswith("cpu_"))]

@@ -23,8 +23,6 @@ from .scenario.inputs import Inputs
 
 #: How many draws, and over how many layer visits at most.
 DRAWS, MOST_VISITS = 12, 2_400
-#: How far off a prediction of other software than ours is, whatever its costs: assumed (relative standard deviation).
-STRUCTURE = 0.1
 #: What is given as a range, as ratios of the run's own figure.
 FIGURES = ("tokens_per_second", "makespan_ms", "time_to_first_token_ms")
 #: Estimates that are rules of what was measured, and unsure by nothing else.
@@ -71,7 +69,7 @@ def ranges(inputs: Inputs, serving: Serving, figures: Mapping[str, Any], draws: 
     drawn = zip(*(drawn_costs(part, draws) for part in few.parts), strict=True)
     runs = [_figures(few, list(costs), serving) for costs in drawn]
     own = inputs.runtime.neutral
-    otherwise = [1.0] * draws if own else structure(inputs.scenario.seed, draws, STRUCTURE)
+    otherwise = [1.0] * draws if own else structure(inputs.scenario.seed, draws, inputs.runtime.structure)
     found = {}
     for name in FIGURES:
         if not figures.get(name) or not point.get(name):

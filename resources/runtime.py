@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError
 
-from ..bounded import parse_toml, read
+from ..bounded import parse_toml, read, read_json
 from ..errors import InputError
 from ..units import whole_bytes
 from ..words import problems, unknown_name
@@ -30,6 +30,8 @@ from .facts import BytesPerSecond, Dtype, Part
 #: assumed. Each with how far it is taken to be off where nobody says: a relative standard deviation.
 SPREADS = {"measured": 0.05, "fitted": 0.1, "published": 0.2, "source": 0.3, "assumed": 0.5}
 Known = Literal["measured", "published", "source", "fitted", "assumed"]
+#: How far off predictions of software are that nobody here has run, whatever its costs: assumed, relative.
+STRUCTURE = 0.3
 #: The runtime of a scenario that names none: our own executor, whose costs are the machine's.
 DEFAULT = "prestage"
 
@@ -94,6 +96,17 @@ class CpuRate(OwnCost):
     share: float = Field(gt=0, le=2)
 
 
+class CpuCore(OwnCost):
+    """What one thread computes of experts that lie in its cache: bytes of weights a second, once for each token.
+
+    `tokens` is how many chose an expert: kernels that take several at once do more.
+    """
+
+    dtype: Dtype
+    tokens: int = Field(default=1, ge=1)
+    bytes_per_second: BytesPerSecond = Field(gt=0)
+
+
 class Copies(Part):
     """How an expert comes to the GPU.
 
@@ -113,10 +126,11 @@ class Costs(Part):
     Of the host thread, in ns: `layer` each layer visit, `step` each forward pass (of one sequence: a token), `expert`
     each group of an expert's kernels, `copy_call` each copy, `cpu_submit` and `cpu_return` each visit that computes
     experts on the CPU, before and behind them. Times as long as the machine's: `launch` a launch, `gap` between groups
-    of kernels, `gpu_kernels` all kernels, `gpu_experts` the experts' besides. `dense_launches` and `expert_launches`
-    are kernels that it launches for a layer's dense part and an expert, in place of the model's. `copy_rate` is what
-    its copies reach of the link's rate. Experts on the CPU reach `cpu_stream` of STREAM, and `cpu_core` bytes a second
-    a thread at most; `cpu_rates` of the runtime, where it has them, go before `cpu_stream`.
+    of kernels and what a group takes to start, `gpu_kernels` all kernels, `gpu_experts` the experts' besides.
+    `dense_launches` and `expert_launches` are kernels that it launches for a layer's dense part and an expert, in place
+    of the model's. `copy_rate` is what its copies reach of the link's rate. Experts on the CPU reach `cpu_stream` of
+    STREAM, and `cpu_core` bytes a second a thread at most; `cpu_rates` of the runtime, where it has them, go before
+    `cpu_stream`. With `cpu_cores`, by dtype, these count, and that a thread reads `cpu_thread` of memory at most.
     """
 
     layer: OwnTime | None = None
@@ -134,6 +148,7 @@ class Costs(Part):
     copy_rate: OwnShare | None = None
     cpu_stream: OwnShare | None = None
     cpu_core: OwnRate | None = None
+    cpu_thread: OwnRate | None = None
 
     def given(self) -> dict[str, OwnCost]:
         """Returns the costs that are given, by name."""
@@ -154,7 +169,8 @@ class Runtime(Part):
 
     `defaults` are sections of keys of a scenario; `waits`: the host waits for the end of every forward pass (it samples
     by itself); `cpu_blocks`: the host's thread itself computes experts on the CPU, or waits for them, so that it orders
-    nothing meanwhile.
+    nothing meanwhile. `structure`: how far predictions are off whatever the costs, for the software works otherwise
+    than is thought (relative standard deviation).
     """
 
     name: str
@@ -166,8 +182,10 @@ class Runtime(Part):
     copies: Copies = Copies()
     waits: bool = False
     cpu_blocks: bool = False
+    structure: float = Field(default=STRUCTURE, ge=0, le=3)
     costs: Costs = Costs()
     cpu_rates: tuple[CpuRate, ...] = ()
+    cpu_cores: tuple[CpuCore, ...] = ()
     #: What of it can be set, for advice.
     advice: Advice = Advice()
 
@@ -249,8 +267,10 @@ def _read(name: str, path: Path, key: str) -> dict[str, Any]:
     if not path.is_file():
         raise RuntimeFileError(f"{key} = {name!r}: no such file")
     try:
-        text = read(path, RuntimeFileError).decode("utf-8")
-        data = json.loads(text) if name.endswith(".json") else parse_toml(text, where, RuntimeFileError)
+        if name.endswith(".json"):
+            data = json.loads(read_json(path, RuntimeFileError))
+        else:
+            data = parse_toml(read(path, RuntimeFileError).decode("utf-8"), where, RuntimeFileError)
     except (OSError, UnicodeDecodeError) as error:
         raise RuntimeFileError(f"{key} = {name!r}: cannot be read: {error}") from None
     except (json.JSONDecodeError, RecursionError) as error:

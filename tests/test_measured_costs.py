@@ -22,7 +22,8 @@ from tiny import (
     tiny_trace,
 )
 
-from prestage.engine.costs.costs import part_costs, token_bucket
+from prestage.engine.costs.costs import part_costs
+from prestage.engine.costs.runtime_costs import token_bucket
 from prestage.engine.costs.uncertainty import replicate_costs
 from prestage.engine.loading.loading import load_inputs
 from prestage.engine.measure.recording import Recording

@@ -104,6 +104,66 @@ def test_another_model_than_the_one_that_was_run_is_told_of(tmp_path: Path) -> N
         load_logs([file])
 
 
+def test_another_quantization_than_the_one_that_was_run_is_told_of(tmp_path: Path) -> None:
+    file = written(tmp_path, [row | {"model_size": 3_447_185_408} for row in bench_rows()])
+    whole = {**MIXTRAL, "model": {"layers": 4}}
+    with pytest.raises(ObserveError, match=r"model_size = 3,447,185,408 bytes, but --model has 12,134,457,344: give a"):
+        load_logs([file], Context("h200", "mixtral-8x7b", whole))
+    of_file = str(SAMPLES / "models" / "mixtral-8x7b.toml")
+    assert len(load_logs([file], Context("h200", of_file, whole))) == 3
+
+
+SERVED = {"completed": 100, "total_input_tokens": 20_000, "total_output_tokens": 10_000, "median_tpot_ms": 12.5}
+VLLM = SERVED | {"max_concurrency": 4, "request_rate": "inf", "model_id": "m"}
+SGLANG = SERVED | {"concurrency": 7.6, "max_concurrency": None, "mean_e2e_latency_ms": 900}
+ONE_BATCH = {"run_name": "a", "batch_size": 2, "input_len": 64, "output_len": 32, "median_decode_latency": 0.02}
+
+
+def test_a_servers_benchmark_is_a_step_of_as_many_sequences_as_run_at_once(tmp_path: Path) -> None:
+    files = [written(tmp_path, VLLM, "vllm.json"), written(tmp_path, json.dumps(SGLANG), "sglang.jsonl"),
+             written(tmp_path, json.dumps(ONE_BATCH), "batch.jsonl")]  # fmt: skip
+    found = load_logs(files, Context("h200", "mixtral-8x7b"))
+    assert [each.ns for each in found] == [12.5e6, 12.5e6, 20e6]
+    workloads = [each.settings["workload"] for each in found]
+    assert [each["batch"] for each in workloads] == [4, 8, 2]
+    # A prompt of 200 and half of the 100 that follow; 64 and half of 32.
+    assert [each["context"] for each in workloads] == [250, 250, 80]
+
+
+def test_a_profilers_trace_is_its_marked_steps(tmp_path: Path) -> None:
+    marks = [{"name": f"ProfilerStep#{n}", "cat": "user_annotation", "ts": n, "dur": 1000.0 * n} for n in (2, 3, 4)]
+    on_gpu = [mark | {"cat": "gpu_user_annotation", "dur": 1.0} for mark in marks]
+    files = [written(tmp_path, {"traceEvents": [{"name": "aten::mm", "dur": 5}, *marks, *on_gpu]}, f"{name}.json")
+             for name in "ab"]  # fmt: skip
+    found = load_logs(files, Context("h200", "mixtral-8x7b"))
+    assert [(each.name, each.ns, each.samples) for each in found] == [
+        ("a-1-profiled", 3e6, 3),
+        ("b-1-profiled", 3e6, 3),
+    ]
+    assert found[0].spread == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        (VLLM | {"max_concurrency": None}, "max_concurrency is not there"),
+        (
+            {key: value for key, value in VLLM.items() if key != "completed"},
+            "lacks a part of it: KeyError: 'completed'",
+        ),
+        (VLLM | {"median_tpot_ms": 0}, "holds a time that is no number above 0"),
+        (VLLM | {"median_tpot_ms": "fast"}, "could not convert"),
+        ({"traceEvents": [{"name": "aten::mm"}]}, r"0 marks ProfilerStep#.*call profiler\.step\(\)"),
+        ({"avg_latency": 1.0, "latencies": [1.0]}, "give the result of vllm bench serve"),
+    ],
+)
+def test_a_benchmark_that_lacks_something_is_told_of(tmp_path: Path, row: Any, told: str) -> None:
+    file = written(tmp_path, row)
+    with pytest.raises(ObserveError, match=rf"log\.json: object 1: .*{told}") as caught:
+        load_logs([file], Context("h200", "mixtral-8x7b"))
+    assert "\n" not in str(caught.value)
+
+
 def made(tmp_path: Path, truth: dict[str, float]) -> tuple[list[Observation], Predictor]:
     """Returns observations that simulations with other costs made."""
     found = load_logs([written(tmp_path, bench_rows())], context())
@@ -112,7 +172,7 @@ def made(tmp_path: Path, truth: dict[str, float]) -> tuple[list[Observation], Pr
 
 
 def test_the_costs_that_made_the_times_are_found_again(tmp_path: Path) -> None:
-    truth = {"step": 600_000.0, "cpu_core": 3e9}
+    truth = {"step": 600_000.0, "cpu_cores": 0.5}
     observations, predictor = made(tmp_path, truth)
     fitted = fit(predictor, observations, list(truth))
     for name, value in truth.items():
@@ -126,11 +186,11 @@ def test_the_costs_that_made_the_times_are_found_again(tmp_path: Path) -> None:
 
 def test_costs_without_a_part_keep_their_priors_and_parallel_ones_are_reported(tmp_path: Path) -> None:
     observations, predictor = made(tmp_path, {"step": 400_000.0})
-    fitted = fit(predictor, observations[:1], ["step", "layer", "cpu_core"])
-    assert fitted.values["cpu_core"] == pytest.approx(fitted.priors["cpu_core"])
-    assert fitted.after["cpu_core"] == pytest.approx(fitted.before["cpu_core"])
+    fitted = fit(predictor, observations[:1], ["step", "layer", "cpu_cores"])
+    assert fitted.values["cpu_cores"] == pytest.approx(fitted.priors["cpu_cores"])
+    assert fitted.after["cpu_cores"] == pytest.approx(fitted.before["cpu_cores"])
     assert ("step", "layer") in fitted.sums
-    assert "`cpu_core` has no part" in fitted.helps
+    assert "`cpu_cores` has no part" in fitted.helps
     with pytest.raises(ObserveError, match=r"--fit expert: llama\.cpp has no such cost"):
         fit(predictor, observations, ["expert"])
 
@@ -155,14 +215,17 @@ def test_the_command_writes_a_file_that_a_run_takes(tmp_path: Path) -> None:
     ]
     options = [option for each in settings for option in ("--set", each)]
     arguments = ["calibrate", "observe", str(file), "--runtime", "llama.cpp", "-o", str(out), "--machine", "h200",
-                 "--model", "mixtral-8x7b", "--fit", "step", "--fit", "cpu_core", *options]  # fmt: skip
+                 "--model", "mixtral-8x7b", "--fit", "step", "--fit", "cpu_cores", *options]  # fmt: skip
     ran = CliRunner().invoke(app, arguments)
     assert ran.exit_code == 0, ran.output
-    assert "left out one by one: median error" in ran.output and "cpu_core" in ran.output
-    costs = tomllib.loads(out.read_text())["costs"]
-    runtime = load_runtime(str(out))
-    assert runtime.costs.cpu_core is not None and runtime.costs.cpu_core.source == "fitted"
-    assert runtime.costs.cpu_core.bytes_per_second == costs["cpu_core"]["bytes_per_second"]
+    assert "left out one by one: median error" in ran.output and "cpu_cores" in ran.output
+    cores = tomllib.loads(out.read_text())["cpu_cores"]
+    runtime, shipped = load_runtime(str(out)), load_runtime("llama.cpp")
+    assert [core.bytes_per_second for core in runtime.cpu_cores] == [core["bytes_per_second"] for core in cores]
+    assert all(core.source == "fitted" for core in runtime.cpu_cores)
+    factors = {core.bytes_per_second / other.bytes_per_second
+               for core, other in zip(runtime.cpu_cores, shipped.cpu_cores, strict=True)}  # fmt: skip
+    assert max(factors) == pytest.approx(min(factors), rel=1e-6) and max(factors) != pytest.approx(1.0, rel=1e-3)
     assert runtime.costs.cpu_submit == load_runtime("llama.cpp").costs.cpu_submit
 
 

@@ -53,6 +53,7 @@ def test_no_two_rows_of_the_table_have_one_id() -> None:
 def test_a_row_of_components_is_predicted_with_its_range() -> None:
     rows = {row.row.id: row for row in predictions(["colibri"])}
     both = rows["R27-both"]
+    assert both.scenario is not None and both.scenario["machine"] and "seed" not in both.scenario
     # 70 and 56 GB/s want 126 of what two cores' memory gives together.
     assert both.value is not None and both.range is not None
     assert both.range.p5 < both.value <= 126 and both.range.p5 < both.range.p95

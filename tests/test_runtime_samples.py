@@ -48,7 +48,7 @@ def test_llama_bench_gives_samples_of_every_cell_in_two_rounds() -> None:
 
 def test_no_sample_names_a_folder_of_the_machine() -> None:
     files = [file for file in FOLDER.rglob("*") if file.is_file()]
-    assert len(files) == 31 + 4 + 2
+    assert len(files) == 31 + 4 + 2 + 4
     for file in files:
         content = file.read_bytes()
         content = gzip.decompress(content) if file.suffix == ".gz" else content

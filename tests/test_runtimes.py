@@ -265,6 +265,33 @@ def test_threads_reach_no_more_than_each_alone_and_no_kernel_more_than_stream() 
     assert CpuStream(runtime, 100e9, 16, "here").rate("int8", 1 << 20, 1)[0] == 100e9
 
 
+def threaded(*cores: tuple[str, int, int]) -> Runtime:
+    """A runtime whose threads read 10 GB/s and compute so many GB/s of (dtype, tokens, rate)."""
+    table = [{"dtype": dtype, "tokens": tokens, "bytes_per_second": rate * 10**9, **ASSUMED}
+             for dtype, tokens, rate in cores]  # fmt: skip
+    costs = {"cpu_thread": {"bytes_per_second": 10 * 10**9, **ASSUMED}}
+    return Runtime.model_validate({"name": "own", "cpu_cores": table, "costs": costs})
+
+
+def test_reading_and_computing_in_part_hide_behind_each_other() -> None:
+    runtime = threaded(("int8", 1, 10))
+    # Equal times of 1: the 1.5-norm is 2 ** (2/3). Eight threads read 80 of 100 GB/s, sixteen all of it.
+    assert CpuStream(runtime, 100e9, 8, "here").rate("int8", 1 << 20, 1)[0] == pytest.approx(80e9 / 2 ** (2 / 3))
+    both = (160**-1.5 + 100**-1.5) ** (-1 / 1.5)
+    assert CpuStream(runtime, 100e9, 16, "here").rate("int8", 1 << 20, 1)[0] == pytest.approx(both * 1e9)
+    # Read once for four tokens, computed four times, at the rate of so many.
+    runtime = threaded(("int8", 1, 10), ("int8", 4, 20))
+    four = (80**-1.5 + (8 * 20 / 4) ** -1.5) ** (-1 / 1.5)
+    assert CpuStream(runtime, 100e9, 8, "here").rate("int8", 1 << 20, 4)[0] == pytest.approx(four * 1e9)
+
+
+def test_of_a_dtype_between_two_as_many_weights_are_computed() -> None:
+    # 10 and 40 GB/s of 8 and 32 bits are 10 G weights a second each: of 16 bits, 20 GB/s; of 4, 5.
+    runtime = threaded(("int8", 1, 10), ("float32", 1, 40))
+    stream = CpuStream(runtime, 100e9, 1, "here")
+    assert [stream.computed(dtype, 1) for dtype in ("int4", "bfloat16")] == pytest.approx([5e9, 20e9])
+
+
 def test_a_bandwidth_alone_is_stream_and_the_result_says_by_what_it_was_derated() -> None:
     rate, words = CpuStream(load_runtime("prestage"), 100e9, None, "given").rate("int8", 1 << 20, 1)
     assert rate == pytest.approx(100e9 * MIDDLE) and LOWEST < MIDDLE < HIGHEST

@@ -32,6 +32,8 @@ MODEL_ERROR = 0.03
 GUESS = "guess"
 #: Its prior, in ns, and how far that may be off: the routers ahead, top-k and the memory manager, in Python.
 _GUESS_PRIOR = (300_000, 0.7)
+#: What all threads compute of experts on the CPU, whatever their type, as a factor of the runtime's `cpu_cores`.
+CORES = "cpu_cores"
 _FIELDS = ("ns", "factor", "share", "bytes_per_second", "count")
 _NUDGE = 0.1
 _ROUNDS = 5
@@ -101,11 +103,12 @@ def _number(runtime: Runtime, name: str) -> tuple[str, float, float]:
     """Returns the key, number and spread of a runtime's cost."""
     if name == GUESS:
         return "ns", *_GUESS_PRIOR
+    if name == CORES and runtime.cpu_cores:
+        return "factor", 1.0, max(core.sigma for core in runtime.cpu_cores)
     cost = runtime.costs.given().get(name)
     if cost is None:
-        raise ObserveError(
-            f"--fit {name}: {runtime.name} has no such cost (choose of {', '.join(runtime.costs.given())})"
-        )
+        known = [*runtime.costs.given(), *([CORES] if runtime.cpu_cores else []), GUESS]
+        raise ObserveError(f"--fit {name}: {runtime.name} has no such cost (choose of {', '.join(known)})")
     key = next(key for key in _FIELDS if hasattr(cost, key))
     return key, float(getattr(cost, key)), cost.sigma
 
@@ -114,7 +117,7 @@ def with_costs(runtime: Runtime, values: Mapping[str, float], guesses: bool = Fa
     """Returns the runtime with other numbers; where layers guess ahead, with that added to each layer's."""
     changed: dict[str, Any] = {}
     for name, value in values.items():
-        if name != GUESS:
+        if name not in (GUESS, CORES):
             key, _, _ = _number(runtime, name)
             exact = value if key == "factor" else min(value, 1.0) if key == "share" else round(value)
             changed[name] = getattr(runtime.costs, name).model_copy(update={key: exact})
@@ -123,7 +126,11 @@ def with_costs(runtime: Runtime, values: Mapping[str, float], guesses: bool = Fa
         if layer is None:
             raise ObserveError(f"--fit {GUESS}: {runtime.name} has no cost `layer` that it could be added to")
         changed["layer"] = layer.model_copy(update={"ns": layer.ns + round(values[GUESS])})
-    return runtime.model_copy(update={"costs": runtime.costs.model_copy(update=changed)})
+    cores = tuple(
+        core.model_copy(update={"bytes_per_second": max(1, round(core.bytes_per_second * values.get(CORES, 1.0)))})
+        for core in runtime.cpu_cores
+    )
+    return runtime.model_copy(update={"costs": runtime.costs.model_copy(update=changed), "cpu_cores": cores})
 
 
 def fit(predictor: Predictor, observations: Sequence[Observation], names: Sequence[str],
@@ -213,7 +220,7 @@ def runtime_file(fitted: Fitted, predictor: Predictor, base: str, told: tuple[st
     lines = [f"extends = {json.dumps(base)}", f"name = {json.dumps(name)}", f"about = {json.dumps(about)}"]
     runtime = with_costs(predictor.runtime, fitted.values, guesses)
     for cost in fitted.values:
-        if cost != GUESS:
+        if cost not in (GUESS, CORES):
             key, _, _ = _number(runtime, cost)
             lines += [
                 "",
@@ -222,4 +229,8 @@ def runtime_file(fitted: Fitted, predictor: Predictor, base: str, told: tuple[st
                 'source = "fitted"',
             ]
             lines += [f"spread = {fitted.after[cost]:.3g}"]
+    for core in runtime.cpu_cores if CORES in fitted.values else ():
+        lines += ["", "[[cpu_cores]]", f'dtype = "{core.dtype}"', f"tokens = {core.tokens}"]
+        lines += [f"bytes_per_second = {core.bytes_per_second}", 'source = "fitted"']
+        lines += [f"spread = {fitted.after[CORES]:.3g}"]
     return "\n".join(lines) + "\n"

@@ -1,7 +1,8 @@
 """Logs of real runtimes, as observations: a scenario, and what a decode step of it took.
 
-Three kinds are known by what they hold: the file of `calibrate decode`, `llama-bench -o json` or `jsonl`, and CSV whose
-columns are keys of a scenario and `tokens_per_second`. Each may be gzipped.
+Kinds are known by what they hold: the file of `calibrate decode`, `llama-bench -o json` or `jsonl`, what vLLM's and
+SGLang's benchmarks write, a PyTorch profiler's trace of steps, and CSV whose columns are keys of a scenario and
+`tokens_per_second`. Each may be gzipped.
 """
 
 from __future__ import annotations
@@ -16,14 +17,22 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ...bounded import read, unpacked
+from ...bounded import check_json, read, unpacked
 from ...errors import InputError
-from ...workloads.model import load_model
+from ...workloads.model import Model, load_model
 from ..decode.runs import FORMAT, quartile_spread
+from .serving_logs import Seen, seen, step_ns
 
-_KINDS = "the decode.json of calibrate decode, llama-bench -o json or jsonl, or CSV with a column tokens_per_second"
+_KINDS = (
+    "the decode.json of calibrate decode, llama-bench -o json or jsonl, vllm bench serve --save-result, "
+    "sglang.bench_serving or bench_one_batch, a PyTorch profiler's trace, or CSV with a column tokens_per_second"
+)
 #: Repeats of one setting that differ by more contradict each other.
 _CONTRADICTS = 1.5
+#: How far a model's bytes may be off those of the file that was run: quantizations mix types.
+_OTHER_SIZE = 0.15
+#: What a scenario's [model] changes of a preset.
+_OVERRIDES = ("layers", "experts", "top_k", "dtype", "bits_per_weight", "expert_bytes")
 
 
 class ObserveError(InputError):
@@ -63,17 +72,21 @@ def load_logs(files: Sequence[Path], context: Context = Context()) -> list[Obser
 
 
 def _read(file: Path, context: Context) -> list[Observation]:
-    content = read(file, ObserveError)
-    content = unpacked(content, file, ObserveError)
+    packed = read(file, ObserveError)
+    content = unpacked(packed, file, ObserveError)
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ObserveError(f"{file}: is not text: give {_KINDS}") from error
     if not text.lstrip().startswith(("{", "[")):
         return _csv(file, text, context)
+    check_json(content, file, len(packed), ObserveError)
     rows = _objects(file, text)
     if len(rows) == 1 and rows[0].get("format") == FORMAT:
         return _decoded(file, rows[0], context)
+    served = [(number, found) for number, row in enumerate(rows, 1) if (found := _seen(file, number, row)) is not None]
+    if served:
+        return [_served(file, number, found, context) for number, found in served]
     # Rows as llama-bench prints them, or in the lines of our own driver.
     rows = [row for each in rows for row in (each["rows"] if isinstance(each.get("rows"), list) else [each])]
     rows = [row for row in rows if isinstance(row, dict) and "samples_ns" in row]
@@ -94,6 +107,27 @@ def _objects(file: Path, text: str) -> list[dict[str, Any]]:
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise ObserveError(f"{file}: holds no objects: give {_KINDS}")
     return rows
+
+
+def _seen(file: Path, number: int, row: Mapping[str, Any]) -> Seen | None:
+    try:
+        return seen(row, ObserveError)
+    except ObserveError as error:
+        raise ObserveError(f"{file}: object {number}: {error}") from error
+
+
+def _served(file: Path, number: int, found: Seen, context: Context) -> Observation:
+    """Returns one setting of a server's benchmark, or of a profiled run."""
+    if context.model is None:
+        raise ObserveError(f"{file}: its layers and experts are not said: give --model")
+    workload: dict[str, Any] = {"synthetic": {"tokens": 16 * found.batch}, "prefill": "skip", "batch": found.batch,
+                                "warmup": "2steps"}  # fmt: skip
+    if found.context is not None:
+        workload["context"] = found.context
+    sections = _merged({"model": {"preset": context.model}, "workload": workload}, context)
+    name = f"{file.name.partition('.')[0]}-{number}-{found.name}"
+    spread = quartile_spread(found.samples) if len(found.samples) > 1 else None
+    return Observation(name, context.model, sections, step_ns(found.samples), len(found.samples), spread)
 
 
 def _merged(settings: Mapping[str, Any], context: Context) -> dict[str, Any]:
@@ -137,37 +171,43 @@ def llama_bench(file: Path, rows: Sequence[Mapping[str, Any]], context: Context)
         raise ObserveError(f"{file}: holds rows of {', '.join(names)}: give each model's rows by themselves")
     if context.model is None:
         raise ObserveError(f"{file}: llama-bench says nothing of layers and experts: give --model")
-    sections = context.more.get("model", {})
-    model = load_model(context.model)
-    layers = int(sections.get("layers", model.layers))
+    overrides = {key: value for key, value in context.more.get("model", {}).items() if key in _OVERRIDES}
+    model = load_model(context.model, **overrides)
     cells: dict[tuple[int, int, int, bool], list[float]] = {}
     try:
         for row in rows:
             if row["n_prompt"] == 0 and row["n_gen"] > 0:
                 whole = row.get("use_mmap", row.get("load_mode") not in ("none", "dio"))
-                cell = (min(row["n_cpu_moe"], layers), row["n_threads"], row["n_depth"], bool(whole))
+                cell = (min(row["n_cpu_moe"], model.layers), row["n_threads"], row["n_depth"], bool(whole))
                 cells.setdefault(cell, []).extend(each / row["n_gen"] for each in row["samples_ns"])
-        _check_model(file, rows[0], model.parameters, model.layers == layers)
+        _check_model(file, rows[0], model)
     except (KeyError, TypeError) as error:
         raise ObserveError(f"{file}: is not llama-bench's: {type(error).__name__}: {error}") from error
-    return [_cell(file, cell, samples, context, (layers, model.experts)) for cell, samples in cells.items()]
+    return [_cell(file, cell, samples, context, model) for cell, samples in cells.items()]
 
 
-def _check_model(file: Path, row: Mapping[str, Any], parameters: int | None, whole: bool) -> None:
-    said = row["model_n_params"]
-    if whole and parameters is not None and abs(said / parameters - 1) > 0.05:
+def _check_model(file: Path, row: Mapping[str, Any], model: Model) -> None:
+    """Refuse a model of another number of weights, or of other bytes, than the file that was run."""
+    said, parameters = row["model_n_params"], model.parameters
+    if parameters is not None and abs(said / parameters - 1) > 0.05:
         raise ObserveError(
             f"{file}: model_n_params = {said:,}, but --model has {parameters:,}: give the model that was run, or "
             "--set model.layers for a cut one"
         )
+    size = row.get("model_size")
+    ours = sum(model.dense_bytes) + model.total_expert_bytes + model.head_bytes + model.embedding_beside_head_bytes
+    if size is not None and abs(size / ours - 1) > _OTHER_SIZE:
+        raise ObserveError(
+            f"{file}: model_size = {size:,} bytes, but --model has {ours:,}: give a preset or a file of the "
+            "quantization that was run, or --set model.bits_per_weight"
+        )
 
 
 def _cell(file: Path, cell: tuple[int, int, int, bool], samples: Sequence[float], context: Context,
-          shape: tuple[int, int]) -> Observation:  # fmt: skip
-    """Returns one setting of llama-bench; `shape` is the model's layers, and experts a layer."""
+          model: Model) -> Observation:  # fmt: skip
+    """Returns one setting of llama-bench."""
     on_cpu, threads, depth, mmap = cell
-    layers, experts = shape
-    name = f"{context.model}-ncmoe{on_cpu}-t{threads}-d{depth}{'' if mmap else '-nommap'}"
+    name = f"{model.name}-ncmoe{on_cpu}-t{threads}-d{depth}{'' if mmap else '-nommap'}"
     if max(samples) > _CONTRADICTS * min(samples):
         low, high = min(samples) / 1e6, max(samples) / 1e6
         raise ObserveError(
@@ -176,12 +216,12 @@ def _cell(file: Path, cell: tuple[int, int, int, bool], samples: Sequence[float]
     settings = {
         "model": {"preset": context.model},
         "workload": {"synthetic": {"tokens": 16}, "prefill": "skip", "context": depth, "warmup": "2steps"},
-        "memory": {"cpu_layers": on_cpu, "gpu_budget": f"{max((layers - on_cpu) * experts, 1)}experts"},
+        "memory": {"cpu_layers": on_cpu, "gpu_budget": f"{max((model.layers - on_cpu) * model.experts, 1)}experts"},
         "copy": {"host_memory": "pageable" if mmap else "pinned"},
         "miss": {"cpu_threads": threads},
     }
     sections = _merged(settings, context)
-    return Observation(name, str(context.model), sections, median(samples), len(samples), quartile_spread(samples))
+    return Observation(name, model.name, sections, median(samples), len(samples), quartile_spread(samples))
 
 
 def _csv(file: Path, text: str, context: Context) -> list[Observation]:

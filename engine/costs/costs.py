@@ -11,7 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from ...dtypes import bits_of
@@ -23,7 +23,7 @@ from ...workloads.batches import DECODE
 from ..scenario.scenario import Scenario
 from .attention import Added, Attention
 from .beside_costs import beside_costs
-from .runtime_costs import RuntimeCosts, launched_model
+from .runtime_costs import RuntimeCosts, launched_model, pieces_of, token_bucket
 from .surface_costs import Kernels, SurfaceCosts, dense_kernels, expert_kernels, head_kernels
 
 if TYPE_CHECKING:
@@ -227,7 +227,7 @@ class Costs:
         model, surface = self.model, compute.surface
         if surface is not None and surface.device is not None and self._rule.device is None:
             surface = None
-        self._surface = None if surface is None else SurfaceCosts(surface, self._mode)
+        self._surface = None if surface is None else SurfaceCosts(surface, self._mode, self.runtime.gap_factor)
         self._latency_ns = 0 if self._mode == "free" else compute.launch_latency.ns
         dispatch = "eager" if self._mode == "eager" else "graph"
         self._expert_points: dict[int, list[_Point]] = {}
@@ -379,18 +379,29 @@ class Costs:
     def grouped(self, layer: int, tokens: list[int], phase: int = DECODE) -> KernelCost:
         """Returns one grouped kernel over several experts: measured, or their sum, what any expert takes paid once."""
         costs = [self.expert(layer, count, phase) for count in tokens]
-        ns = sum(cost.ns for cost in costs) - (len(costs) - 1) * self.grouped_constant_ns
+        ns = sum(cost.ns for cost in costs) - (len(costs) - 1) * self.grouped_saved_ns
         ns = max(ns, max(cost.ns for cost in costs))
         if self._grouped is None:
-            self.estimates["grouped expert kernel"] = "the experts' sum, the rule's constant paid once"
+            self.estimates["grouped expert kernel"] = "one expert's, and for each more what more rows take"
         return KernelCost(ns, max(cost.slowdown for cost in costs), costs[0].launches, costs[0].host_ns)
 
-    @property
-    def grouped_constant_ns(self) -> int:
-        """What a grouped kernel pays once, and each of its experts would by itself.
+    @cached_property
+    def grouped_saved_ns(self) -> int:
+        """What each expert beyond the first takes less in a grouped kernel, which reads all its matrices as one.
 
-        The rule's constant; of experts that the surface prices, what their kernels take whatever their weights.
+        By the surface it adds what a matrix of so many more rows takes longer; without one it saves the constant.
         """
+        if self._grouped is not None:
+            return self._grouped.constant_ns
+        kernels, count = self._expert_kernels(0), max(2, self.model.top_k)
+        if self._surface is None:
+            return self._rule_constant_ns(kernels)
+        one, together = (self._surface.time(kernels.of_experts(each), 1).ns for each in (1, count))
+        return max(0, round(self.expert(0, 1).ns - self.runtime.kernel_ns("expert", (together - one) / (count - 1))))
+
+    @property
+    def expert_constant_ns(self) -> int:
+        """What an expert's kernels take whatever their weights."""
         if self._grouped is not None:
             return self._grouped.constant_ns
         kernels = self._expert_kernels(0)
@@ -469,19 +480,6 @@ class Costs:
 
     def _launches(self, kernels: int) -> int:
         return kernels if self._mode == "eager" else 1
-
-
-def token_bucket(tokens: int) -> int:
-    """Returns the tokens of the CUDA graph that serves a decode step of so many: the next power of two.
-
-    Serving engines capture graphs for batch sizes; a prompt runs over the tokens that it has.
-    """
-    return 1 << (tokens - 1).bit_length()
-
-
-def pieces_of(size_bytes: int, chunk_bytes: int) -> int:
-    """Returns in how many pieces of at most `chunk_bytes` a copy is made; 0 stands for one piece of any size."""
-    return -(-size_bytes // chunk_bytes) if chunk_bytes else 1
 
 
 def _between(points: Sequence[_Point], tokens: int) -> tuple[float, float, int]:

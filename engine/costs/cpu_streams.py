@@ -4,6 +4,11 @@ A share was measured for one dtype, size of an expert, tokens and number of thre
 their logarithm, and beyond the last it stays; of threads the nearest measured number counts, and so of tokens. A dtype
 that was not measured has the runtime's own share of any, or where the runtime says nothing the middle of those that
 published engines reach. Threads reach no more than each of them does alone, and no kernel more than STREAM.
+
+Where a runtime says what a thread computes by dtype (`cpu_cores`), of weights that lie in its cache, and what it reads
+of memory (`cpu_thread`, or its part of STREAM), each is a time, and both in part hide behind each other: together they
+take the 1.5-norm of the two. Of a dtype that was not measured, threads compute as many weights a second as of the
+measured ones: straight over the logarithms of bits and weights, beyond them as the last.
 """
 
 from __future__ import annotations
@@ -14,7 +19,7 @@ import numpy as np
 
 from ...dtypes import bits_of
 from ...resources.profile import Profile
-from ...resources.runtime import CpuRate, Runtime
+from ...resources.runtime import CpuCore, CpuRate, Runtime
 from ..scenario.sections_memory import MissSection
 
 #: Between which shares of STREAM the experts of published engines lie, and their middle (a ratio's).
@@ -24,6 +29,9 @@ MIDDLE = (LOWEST * HIGHEST) ** 0.5
 SPREAD = 0.4
 #: What copies and experts on the CPU reach of STREAM together.
 _TOGETHER = 0.95
+#: The norm of the times of reading and computing: 1 if neither hid behind the other, endless if one did wholly. It is
+#: what joins what was measured of both apart and together, on an H200's host.
+_HIDDEN = 1.5
 #: An expert's weights are read once for so many tokens, as by the kernels that were measured.
 TOKENS_A_PASS = 16
 
@@ -46,8 +54,22 @@ class CpuStream:
         low, high = (own.share * np.exp(side * 1.645 * own.sigma) for side in (-1, 1))
         return own.share, f"{own.source}: {low:.2f} to {min(1.0, high):.2f} for this runtime"
 
+    @property
+    def by_thread(self) -> bool:
+        """Whether it is known what a thread reads and what it computes, and how many there are."""
+        known = self._runtime.cpu_cores and self._runtime.costs.cpu_thread is not None
+        return bool(known) and self._threads is not None
+
+    def computed(self, dtype: str, tokens: int) -> float | None:
+        """Returns the bytes of weights a second that all threads compute, each byte once for so many tokens."""
+        if not self._runtime.cpu_cores or self._threads is None:
+            return None
+        return _core_rate(self._runtime.cpu_cores, dtype, tokens) * self._threads / tokens
+
     def rate(self, dtype: str, size_bytes: int, tokens: int) -> tuple[float, str]:
         """Returns the bytes a second that an expert is computed with, and how that was made, in words."""
+        if self.by_thread:
+            return self._by_thread(dtype, tokens)
         share, words = self.share(dtype, size_bytes, tokens)
         rate = share * self._stream
         said = f"{share:.2f} of {self._stream / 1e9:g} GB/s ({self._given}; {words})"
@@ -56,6 +78,18 @@ class CpuStream:
             rate = core.bytes_per_second * self._threads
             said = f"{self._threads} threads of {core.bytes_per_second / 1e9:g} GB/s ({core.source}), below {said}"
         return min(rate, self._stream), said
+
+    def _by_thread(self, dtype: str, tokens: int) -> tuple[float, str]:
+        """Returns bytes of an expert's weights a second, each counted once, by what a thread reads and computes."""
+        computed, thread, threads = self.computed(dtype, tokens), self._runtime.costs.cpu_thread, self._threads
+        assert computed is not None and thread is not None and threads is not None
+        read = min(self._stream, threads * float(thread.bytes_per_second))
+        rate = (read**-_HIDDEN + computed**-_HIDDEN) ** (-1 / _HIDDEN)
+        said = f" over {tokens} tokens" if tokens > 1 else ""
+        return rate, (
+            f"{threads} threads that read {read / 1e9:.1f} GB/s of {self._stream / 1e9:g} ({self._given}) and compute "
+            f"{computed / 1e9:.1f}{said} by the runtime's table, which in part hide behind each other"
+        )
 
     def beside(self, rate: float, copies: float) -> float:
         """Returns how many times as long copies and experts take beside each other: both want more than there is.
@@ -75,6 +109,18 @@ def cpu_stream(runtime: Runtime, profile: Profile, miss: MissSection) -> CpuStre
         return None
     given = f"what the profile says of its memory, {processor.provenance}"
     return CpuStream(runtime, float(processor.bytes_per_second), threads, given)
+
+
+def _core_rate(cores: Sequence[CpuCore], dtype: str, tokens: int) -> float:
+    """Returns what a thread computes of a dtype, in bytes a second for one of so many tokens."""
+    bits = float(bits_of(dtype))
+    known = sorted({float(bits_of(core.dtype)) for core in cores})
+    weights = []
+    for each in known:
+        own = [core for core in cores if float(bits_of(core.dtype)) == each]
+        nearest = min(own, key=lambda core: (abs(np.log(core.tokens / tokens)), core.tokens))
+        weights.append(nearest.bytes_per_second * 8 / each)
+    return float(np.exp(np.interp(np.log(bits), np.log(known), np.log(weights)))) * bits / 8
 
 
 def _nearest(rates: Sequence[CpuRate], threads: int | None, tokens: int) -> list[CpuRate]:

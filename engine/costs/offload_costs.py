@@ -97,13 +97,20 @@ class CpuCosts:
     def _by_stream(self, stream: CpuStream, weight_bytes: int, tokens: int) -> KernelCost:
         """Returns an expert at the share of STREAM that the runtime reaches, or as long as its operations take."""
         rate, words = stream.rate(self._model.expert_dtype, weight_bytes, tokens)
+        if stream.by_thread:
+            self._costs.estimates["expert on the CPU"] = f"weight bytes / {rate / 1e9:.1f} GB/s: {words}"
+            return KernelCost(round(weight_bytes * 1e9 / rate), self._beside_copy, 1, 0)
         rule = self._costs.profile.compute.cpu_rule
-        flops = 2 * tokens * weight_bytes * 8 / self._model.dtype_bits("expert")
-        read_ns = weight_bytes * 1e9 / rate * (max(1.0, tokens / TOKENS_A_PASS) if rule is None else 1.0)
-        computed_ns = 0.0 if rule is None else flops * 1e9 / rule.flops_per_second
-        beyond = f"in proportion beyond {TOKENS_A_PASS} tokens"
-        if rule is not None:
+        read_ns, computed_ns = weight_bytes * 1e9 / rate, 0.0
+        if (computed := stream.computed(self._model.expert_dtype, tokens)) is not None:
+            computed_ns = weight_bytes * 1e9 / computed
+            beyond = f"or / {computed / 1e9:.1f} GB/s, what threads compute over {tokens} tokens, if that is longer"
+        elif rule is not None:
+            computed_ns = 2 * tokens * weight_bytes * 8 / self._model.dtype_bits("expert") * 1e9 / rule.flops_per_second
             beyond = f"or 2 x weights x tokens / {rule.flops_per_second / 1e9:,.0f} GFLOP/s if that is longer"
+        else:
+            read_ns *= max(1.0, tokens / TOKENS_A_PASS)
+            beyond = f"in proportion beyond {TOKENS_A_PASS} tokens"
         self._costs.estimates["expert on the CPU"] = f"weight bytes / {rate / 1e9:.1f} GB/s: {words}; {beyond}"
         return KernelCost(round(max(read_ns, computed_ns)), self._beside_copy, 1, 0)
 
@@ -188,7 +195,7 @@ class ShrunkCosts:
             return cost
         self._costs.estimates["expert in low precision"] = "the expert's own, as much less as the profile's rule says"
         flops = 2 * self._costs.run_tokens(tokens, phase) * (whole_bytes * 8 / self._model.dtype_bits("expert"))
-        constant_ns = self._costs.grouped_constant_ns
+        constant_ns = self._costs.expert_constant_ns
         whole_ns, ns = (constant_ns + self._rule.part_ns(each, flops) for each in (whole_bytes, size_bytes))
         return replace(cost, ns=round(cost.ns * ns / whole_ns)) if whole_ns else cost
 

@@ -71,3 +71,16 @@ def unsure(runtime: Runtime) -> dict[str, OwnCost]:
     """Returns the costs of a runtime that nobody measured, by name."""
     costs = runtime.costs.given().items()
     return {name: cost for name, cost in costs if cost.source not in ("measured", "fitted")}
+
+
+def token_bucket(tokens: int) -> int:
+    """Returns the tokens of the CUDA graph that serves a decode step of so many: the next power of two.
+
+    Serving engines capture graphs for batch sizes; a prompt runs over the tokens that it has.
+    """
+    return 1 << (tokens - 1).bit_length()
+
+
+def pieces_of(size_bytes: int, chunk_bytes: int) -> int:
+    """Returns in how many pieces of at most `chunk_bytes` a copy is made; 0 stands for one piece of any size."""
+    return -(-size_bytes // chunk_bytes) if chunk_bytes else 1

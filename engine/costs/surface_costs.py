@@ -9,7 +9,7 @@ their operations take in 16 bits, whichever is more.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from ...dtypes import bits_of
@@ -50,6 +50,12 @@ class Kernels:
         """Kernels in all."""
         return len(self.products) + len(self.small)
 
+    def of_experts(self, count: int) -> Kernels:
+        """Returns grouped kernels over the weights of so many experts, each with its own tokens."""
+        products = [Product(each.rows * count, each.columns) for each in self.products]
+        small = [(what, elements * count) for what, elements in self.small]
+        return replace(self, products=products, small=small, weight_bytes=self.weight_bytes * count)
+
 
 def expert_kernels(hidden: int, inner: int, dtype: str, matrices: int, kernels: int, size_bytes: int) -> Kernels:
     """Returns the kernels of one expert of `size_bytes`."""
@@ -88,10 +94,13 @@ class GroupTime:
 
 
 class SurfaceCosts:
-    """The kernels of any model on one GPU, in one way of dispatch, by its surface."""
+    """The kernels of any model on one GPU, in one way of dispatch, by its surface.
 
-    def __init__(self, surface: Surface, dispatch: str) -> None:
-        self._surface, self._dispatch = surface, dispatch
+    What a group of kernels takes to start is taken `starts` times: none where one graph holds them all.
+    """
+
+    def __init__(self, surface: Surface, dispatch: str, starts: float = 1.0) -> None:
+        self._surface, self._dispatch, self._starts = surface, dispatch, starts
         self._products = {table.dtype: table for table in surface.products}
         self._small: dict[tuple[str, str], SmallTable] = {(table.what, table.dtype): table for table in surface.small}
         self._stand_in = self._products.get(_STAND_IN) or surface.products[0]
@@ -113,8 +122,9 @@ class SurfaceCosts:
         )
         sum_ns, launches = group.factor * (products_ns + small_ns), kernels.launches
         longer_ns = group.factor * self._surface.beside_copy_ns_per_mib * kernels.weight_bytes / _MIB
-        quiet_ns = group.start_ns + launches * group.kernel_ns + sum_ns
-        beside_ns = group.start_beside_copy_ns + launches * group.kernel_beside_copy_ns + sum_ns + longer_ns
+        start_ns, start_beside_ns = self._starts * group.start_ns, self._starts * group.start_beside_copy_ns
+        quiet_ns = start_ns + launches * group.kernel_ns + sum_ns
+        beside_ns = start_beside_ns + launches * group.kernel_beside_copy_ns + sum_ns + longer_ns
         return GroupTime(quiet_ns, max(quiet_ns, beside_ns), group.launch_latency_ns)
 
     def product_ns(self, dtype: str, product: Product, tokens: int, bits: float | None = None) -> float:
@@ -190,7 +200,8 @@ class SurfaceCosts:
         least = self._stand_in
         floor_ns = least.product_ns(least.rows[0], least.columns[0], 1)
         small_ns = sum(self.small_ns(what, kernels.dtype, width) for what, width in kernels.small)
-        return group.start_ns + kernels.launches * group.kernel_ns + len(kernels.products) * floor_ns + small_ns
+        kernels_ns = kernels.launches * group.kernel_ns + len(kernels.products) * floor_ns + small_ns
+        return self._starts * group.start_ns + kernels_ns
 
     def described(self, kernels: Kernels) -> str:
         """Returns what a group's estimate is made of and how far such were off, in words."""

@@ -27,7 +27,8 @@ from ...workloads.popularity import popular_trace
 from ...workloads.synthetic import synthesize
 from ...workloads.trace import RoutingTrace
 from ...workloads.trace_limits import TraceError
-from ..costs.costs import Costs, part_costs, pieces_of
+from ..costs.costs import Costs, part_costs
+from ..costs.runtime_costs import pieces_of
 from ..decide.memory_manager import BudgetError
 from ..decide.partition import divider
 from ..measure.merge import makespan_ns as run_ns

@@ -52,7 +52,7 @@ from .memory import (
     G_COMPUTE,
     G_DEPTH,
     G_FIRST_LAUNCHED,
-    G_GROUPED_CONSTANT,
+    G_GROUPED_SAVED,
     G_HELD,
     G_HOST,
     G_KERNEL_AFTER,
@@ -249,7 +249,7 @@ def launch(m: Words, f: Reals, thread: Word, row: Word) -> Word:
                 issue += issue_after(longer, launches, host) - issue_after(ns, launches, host)
                 ns = longer
     else:
-        saved = (m[gpu + G_MEMBERS] - 1) * m[gpu + G_GROUPED_CONSTANT]
+        saved = (m[gpu + G_MEMBERS] - 1) * m[gpu + G_GROUPED_SAVED]
         ns = max(m[gpu + G_MEMBER_NS] - saved, m[gpu + G_MOST_NS])
         launches, host, slowdown = m[gpu + G_MEMBER_LAUNCHES], m[gpu + G_MEMBER_HOST], f[gpu + G_MEMBER_SLOWDOWN]
         issue = issue_after(ns, launches, host)

@@ -274,7 +274,7 @@ class Layout:
             w.G_PREDICT_ISSUE: costs.predict.issue_ns,
             w.G_OTHERS_EVERY: other.every_ns if other else 0, w.G_OTHERS_NS: other.ns if other else 0,
             w.G_READS_BACK: lanes.reads_back, w.G_WATCHES: state.watches_queue, w.G_DEPTH: state.queue_depth,
-            w.G_GROUPED_CONSTANT: costs.grouped_constant_ns, w.G_BY_PRIORITY: isinstance(lanes.copies[H2D], QueueLane),
+            w.G_GROUPED_SAVED: costs.grouped_saved_ns, w.G_BY_PRIORITY: isinstance(lanes.copies[H2D], QueueLane),
             w.G_DROPS_STALE: one.drops_stale, w.G_EXPERTS: costs.model.experts, w.G_SIZED: lanes.sized,
             w.G_HOST: lanes.host, w.G_VISIT: -1, w.G_LAST: -1, w.G_LAST_KERNEL: -1, w.G_AFTER: -1,
             w.G_KERNEL_AFTER: -1, w.G_RING: self.memory.allocate(2 * (state.queue_depth + 2)),

@@ -22,8 +22,8 @@ _READ_NS, _LANES, _ORDER_NS = 80_000, 4, 5_000
 #: What threads of a processor take to begin an expert and to meet at its end: assumed.
 _THREADS_NS = 10_000
 _LINK_NS = 500
-#: How far what is read of memory is off, where it is said or known of a memory: assumed.
-_MEMORY_SPREAD = 0.1
+#: How far a rate of memory that is given is off, for it may be a datasheet's: assumed.
+_GIVEN_SPREAD = 0.1
 #: One memory: what is read is where it is computed; this stands for no time.
 _NO_COPY_BYTES_PER_SECOND = 900_000_000_000
 
@@ -97,8 +97,7 @@ def _memory_rate(parts: Chosen) -> _Plain:
     if reach is None:
         return {}
     cores: _Plain = {} if parts.processor.cores is None else {"cores": parts.processor.cores}
-    # How far machines differ in what they reach of a datasheet is within the shares of it that CPU experts reach.
-    fact = _fact(reach.words, _off(_MEMORY_SPREAD), bytes_per_second=reach.bytes_per_second, **cores)
+    fact = _fact(reach.words, _off(max(_GIVEN_SPREAD, reach.spread)), bytes_per_second=reach.bytes_per_second, **cores)
     return {"processor": fact}
 
 
