@@ -3,11 +3,14 @@
 import gzip
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from prestage.dtypes import bits_of
+from prestage.resources.runtime import load_runtime
 from prestage.workloads.importers import open_trace
 
 FOLDER = Path(__file__).parent.parent / "calibration" / "samples" / "h200-runtimes"
@@ -46,9 +49,25 @@ def test_llama_bench_gives_samples_of_every_cell_in_two_rounds() -> None:
     assert sum(len(rounds) >= 2 for rounds in cells.values()) == 74  # the last process of the second round was cut off
 
 
+def test_llama_cpps_cores_are_those_that_were_measured_by_themselves() -> None:
+    cores = {(core.dtype, core.tokens): core.bytes_per_second for core in load_runtime("llama.cpp").cpu_cores}
+    row = re.compile(r"type_a=(\w+),.*n_used=(\d+),b=0,m=(\d+),n=1,k=(\d+),.*- +([0-9.]+) us/run")
+    text = "".join((FOLDER / "components" / f"mul-mat-id-cpu-t8-m{width}.txt").read_text() for width in (768, 2880))
+    found = row.findall(text)
+    assert len(found) == 5
+    for dtype, used, rows, columns, us in found:
+        size_bytes = int(used) * int(rows) * int(columns) * float(bits_of(dtype.lower())) / 8
+        # Two of the types were measured on another day too, within a fifth.
+        assert cores[dtype.lower(), 1] == pytest.approx(size_bytes / float(us) * 1e6 / 8, rel=0.12), dtype
+    threads = [json.loads(line) for line in (FOLDER / "components" / "stream.jsonl").read_text().splitlines()]
+    (eight,) = (each["read_gb_per_s"] for each in threads if each["threads"] == 8)
+    thread = load_runtime("llama.cpp").costs.cpu_thread
+    assert thread is not None and thread.bytes_per_second == pytest.approx(eight / 8 * 1e9, rel=0.1)
+
+
 def test_no_sample_names_a_folder_of_the_machine() -> None:
     files = [file for file in FOLDER.rglob("*") if file.is_file()]
-    assert len(files) == 31 + 4 + 2 + 4
+    assert len(files) == 31 + 4 + 2 + 4 + 10
     for file in files:
         content = file.read_bytes()
         content = gzip.decompress(content) if file.suffix == ".gz" else content
