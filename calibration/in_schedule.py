@@ -20,7 +20,7 @@ from ..engine.scenario.scenario import Scenario
 from ..resources.timeline import ACTIVATION, DENSE, EXPERT, HEAD, READBACK
 from ..workloads.model import Model, load_model
 from .entries import Passing
-from .measured import Measured, Numbers, Times
+from .measured import LANE, Measured, Numbers, Times
 from .plan import passings
 
 #: A copy or a kernel that started so much later than its lane was free found it idle.
@@ -58,9 +58,13 @@ def samples(runs: Iterable[Measured]) -> list[dict[str, Any]]:
     - send: duration of a copy to the next GPU; send_wait_gap: from the kernel's end to its start.
     - arrival_gap: from its end to the start of the kernel that waited for it, on another clock: `to` which stage.
     - host:send; host:turn: the first entry on another GPU, as any dense part's, and what turning there adds.
+
+    Runs with lanes of other kinds, which work beside these, are left out: `fit_beside` looks at them.
     """
     values: dict[tuple[str, tuple[tuple[str, Any], ...]], list[list[int]]] = {}
     for run in runs:
+        if any(LANE in gpu.spans for gpu in run.gpus):
+            continue
         stages = _stages(run)
         for repeat in range(len(run.gpus[0].repeats)):
             here: dict[tuple[str, tuple[tuple[str, Any], ...]], list[int]] = {}

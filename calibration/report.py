@@ -13,6 +13,9 @@ from ..output.markdown import table
 from ..output.pictures import save
 from ..output.plots import plot_errors
 
+#: How many costs that moved are shown.
+MOST_MOVED = 20
+
 
 def write_report(report: dict[str, Any], folder: Path) -> list[Path]:
     """Write validation.json, validation.md and validation.png, all or none, to a folder and return their paths."""
@@ -44,6 +47,8 @@ def markdown(report: dict[str, Any], *, every_row: bool) -> str:
         parts.append(_pairs_table(report["dispatch"]))
     if report["ablation"]:
         parts.append(_ablation_table(report["ablation"]))
+    if any(row["moved"] for row in report.get("drift", ())):
+        parts.append(_drift_table(report["drift"]))
     if every_row:
         parts.append(_rows_table(report["rows"]))
     return "\n\n".join(parts)
@@ -87,6 +92,24 @@ def _pairs_table(pairs: Sequence[dict[str, Any]]) -> str:
 def _ablation_table(ablation: dict[str, dict[str, float]]) -> str:
     rows = [(name, f"{sizes['median']:.2%}", f"{sizes['worst']:.1%}") for name, sizes in ablation.items()]
     return table(("costs with", "median error", "worst"), rows)
+
+
+def _drift_table(drift: Sequence[dict[str, Any]]) -> str:
+    """Returns the costs that have moved, the most first, and how many have not."""
+    moved = [row for row in drift if row["moved"]]
+    rows = [
+        (
+            row["cost"],
+            row["n"],
+            f"{row['profile_ns'] / 1e3:.1f} us",
+            f"{row['measured_ns'] / 1e3:.1f} us",
+            f"{row['change']:+.1%}",
+            f"{row['within']:.1%}",
+        )
+        for row in moved[:MOST_MOVED]
+    ]
+    columns = ("cost that moved", "samples", "profile", "today", "change", "varies by")
+    return f"{len(moved)} of {len(drift)} costs moved.\n\n{table(columns, rows)}"
 
 
 def _rows_table(rows: Sequence[dict[str, Any]]) -> str:

@@ -29,6 +29,7 @@ from ..engine.timing.records import Decoded
 from ..resources.profile import Profile
 from ..resources.profile_costs import Duration, DurationBesideCopy, TransferCost
 from ..resources.timeline import CPU_EXPERT, LAUNCH, PREFETCH, READ, covered_ns
+from .drift import drift_rows, drifts
 from .measured import Measured
 
 #: Lanes that a bound is taken from, by role.
@@ -317,6 +318,7 @@ def validate(
         "summary": summary(rows),
         "dispatch": dispatch_pairs(rows),
         "ablation": ablation_summary(rows) if ablate else None,
+        "drift": drift_rows(drifts(runs, profile)),
         "rows": rows,
     }  # fmt: skip
 

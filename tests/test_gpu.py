@@ -5,10 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from test_execute import EXPERT_BYTES, EXPERTS, LAYERS, VARIANTS, expect_the_simulations_spans, small_inputs
+from test_execute_beside import VARIANTS as BESIDE
+from test_execute_beside import inputs_of
 
 from prestage.calibration.cuda import Gpu
-from prestage.calibration.execute import Execution
+from prestage.calibration.execute import Execution, execute
 from prestage.calibration.shared import Shared
+from prestage.engine.costs.costs import part_costs
+from prestage.engine.run import prepared, run_all
+from prestage.resources.timeline import LAUNCH
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,3 +43,15 @@ def test_what_stays_in_a_slot_are_the_bytes_of_its_expert(variant: str, gpu: Gpu
     (part,) = execution.parts
     assert part.plan.resident
     assert all(part.holds_right_bytes(expert, slot) for expert, slot in part.plan.resident.items())
+
+
+@pytest.mark.parametrize("variant", BESIDE)
+def test_what_runs_beside_makes_the_spans_that_its_simulation_makes(
+    variant: str, gpu: Gpu, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    pool = Shared(gpu, LAYERS * EXPERTS * 8192, drive=tmp_path_factory.mktemp("drive") / "experts")
+    inputs = inputs_of(variant)
+    measured = execute([gpu], inputs, variant, pool, repeats=1)  # and its results are right
+    pool.close()
+    (simulated,) = run_all(inputs, prepared(inputs, part_costs(inputs)))
+    assert len(measured.timelines()[0].spans()) >= len(simulated.spans[simulated.spans["kind"] != LAUNCH])
