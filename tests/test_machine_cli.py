@@ -7,12 +7,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+from gguf_files import OUTSIDE, block, facts, write
+from test_cli import CONFIGS
 
 from prestage.cli import main
 from prestage.cli.own import Own
 from prestage.engine.scenario.scenario import load_scenario
+from prestage.resources.parts.detect import Detected
 from prestage.resources.profile import load_profile
 
 Call = Callable[..., tuple[int, str, str]]
@@ -82,9 +86,35 @@ def test_shares_are_told(prestage: Call) -> None:
     assert "link: 0." in printed
 
 
+#: What makes a run quick: three tokens.
+FEW = ["--set", "workload.tokens=3", "--set", "workload.synthetic.prefill_tokens=2", "--no-baselines", "--json"]
+
+
+def test_a_config_json_on_two_gpus_is_one_command_and_writes_nothing(prestage: Call, tmp_path: Path) -> None:
+    config = str(CONFIGS / "Mixtral-8x7B-v0.1.json")
+    status, out, err = prestage("run", "--model", config, "--gpu", "2x rtx3090", "--ram", "128GB DDR4-3200", *FEW)
+    assert (status, err) == (0, "")
+    data: dict[str, Any] = json.loads(out)
+    assert (data["model"]["name"], data["model"]["layers"]) == ("Mixtral-8x7B-v0.1", 32)
+    assert len(data["gpus"]) == 2
+    assert data["tokens_per_second"] > 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_gguf_file_on_this_machine_is_one_command_and_writes_nothing(prestage: Call, tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    write(path, facts("tiny"), [*OUTSIDE, *block(0), *block(1)])
+    told = Detected({"gpu": "rtx4090", "link": "pcie4 x16", "cpu": "7950x", "ram": "64GB"}, [])
+    with patch("prestage.resources.parts.detect.detect", return_value=told):
+        status, out, err = prestage("run", "--model", str(path), "--gpu", "detect", "--ram", "64GB DDR5-5600", *FEW)
+    assert (status, err) == (0, "")
+    data: dict[str, Any] = json.loads(out)
+    assert data["model"] | {"name": "Tiny", "layers": 2, "experts": 4, "top_k": 2} == data["model"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_model_on_parts_is_one_command(prestage: Call) -> None:
-    few = ["--set", "workload.tokens=3", "--set", "workload.synthetic.prefill_tokens=2", "--no-baselines", "--json"]
-    status, out, err = prestage("run", "--model", "gpt-oss-120b", "--gpu", "rtx4090", "--ram", "64GB DDR5-5600", *few)
+    status, out, err = prestage("run", "--model", "gpt-oss-120b", "--gpu", "rtx4090", "--ram", "64GB DDR5-5600", *FEW)
     assert (status, err) == (0, "")
     data: dict[str, Any] = json.loads(out)
     assert data["model"]["name"] == "gpt-oss-120b"

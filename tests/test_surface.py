@@ -28,7 +28,7 @@ from prestage.calibration.surface import (
     surface_samples,
 )
 from prestage.calibration.validate import compare
-from prestage.engine.costs.surface_costs import SurfaceCosts, dense_kernels, expert_kernels, head_kernels
+from prestage.engine.costs.surface_costs import Product, SurfaceCosts, dense_kernels, expert_kernels, head_kernels
 from prestage.resources.profile import Profile, load_profile, make_profile
 from prestage.resources.profile_costs import ProfileError
 from prestage.resources.scaled_surface import Scale, scaled_surface
@@ -153,6 +153,37 @@ def test_weights_of_another_dtype_cost_what_as_many_bytes_cost_or_their_operatio
     few = replace(half, dtype="int4", weight_bytes=half.weight_bytes // 4)
     assert costs.time(few, 1).ns == pytest.approx(costs.time(half, 1).ns)
     assert "bfloat16 of as many bytes as int4" in costs.described(few)
+
+
+def low_bit_surface() -> Surface:
+    """The surface above, with products in 8 bits that take half as long, and in 4 bits that take four times as long."""
+    data = surface_data()
+    (wide,) = data["products"]
+    data["products"] = [
+        wide,
+        wide | {"dtype": "float8", "ns": [max(1, ns // 2) for ns in wide["ns"]]},
+        wide | {"dtype": "int4_g128", "ns": [4 * ns for ns in wide["ns"]]},
+    ]
+    return Surface.model_validate(data)
+
+
+def test_weights_in_fewer_bits_cost_what_the_nearest_that_were_measured_do() -> None:
+    costs = SurfaceCosts(low_bit_surface(), "graph")
+    # Both sides in 8 bits: 1000 x 100 / 200, and one small kernel that quantizes the activations.
+    assert costs.product_ns("float8", Product(1000, 100), 1) == pytest.approx(500 + 10)
+    # mxfp4 has 4.25 bits, nearest to the 4.15625 of int4_g128: 4 x 10 x 10 / 100, but for the bytes, on one token.
+    share = 4.25 / 4.15625
+    assert costs.product_ns("mxfp4", Product(10, 100), 1) == pytest.approx(10 + 10)  # unpacked, and a 16-bit one
+    assert costs.product_ns("mxfp4", Product(10, 10), 1) == pytest.approx(4 * share, rel=0.02)
+    # int8 goes by 8 bits, without quantized activations, and takes as long as its operations do in 16.
+    assert costs.product_ns("int8", Product(10, 100), 1) == pytest.approx(10)
+    # A runtime whose kernels are told beside 16-bit ones has those of as many bytes, or their operations.
+    beside = SurfaceCosts(low_bit_surface(), "graph", low_bit=False)
+    assert beside.product_ns("mxfp4", Product(1000, 100), 1) == pytest.approx(1000)
+    assert costs.product_ns("mxfp4", Product(1000, 100), 1) == pytest.approx(1000 + 10)
+    kernels = expert_kernels(100, 100, "nvfp4", 3, 5, 3 * 100 * 100 * 9 // 16)
+    assert "products of int4_g128 of as many bytes as nvfp4 weights" in costs.described(kernels)
+    assert "products of bfloat16 of as many bytes as nvfp4 weights" in beside.described(kernels)
 
 
 def with_surface(profile: Profile, **more: Any) -> Profile:

@@ -227,7 +227,8 @@ class Costs:
         model, surface = self.model, compute.surface
         if surface is not None and surface.device is not None and self._rule.device is None:
             surface = None
-        self._surface = None if surface is None else SurfaceCosts(surface, self._mode, self.runtime.gap_factor)
+        starts, fewer = self.runtime.gap_factor, not self.runtime.own_kernels
+        self._surface = None if surface is None else SurfaceCosts(surface, self._mode, starts, low_bit=fewer)
         self._latency_ns = 0 if self._mode == "free" else compute.launch_latency.ns
         dispatch = "eager" if self._mode == "eager" else "graph"
         self._expert_points: dict[int, list[_Point]] = {}

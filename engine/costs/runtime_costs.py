@@ -36,6 +36,11 @@ class RuntimeCosts:
         return 0 if cost is None or self._free else int(cost.ns)
 
     @property
+    def own_kernels(self) -> bool:
+        """Whether its kernels of weights in fewer bits are its own, and told beside 16-bit ones of as many bytes."""
+        return self._costs.gpu_kernels is not None
+
+    @property
     def holds_host(self) -> bool:
         """Whether the host waits for the end of every copy."""
         return self.copies.synchronized or self.copies.mover == "cpu"

@@ -2,14 +2,20 @@
 
 An expert is its matrices, an activation, a multiplication where it is gated, and small kernels up to the number that
 the model states. A dense part is products that read its weights, as it is executed, and small kernels; the head is one
-product. Weights of a dtype that the surface was not measured in cost what 16-bit ones of as many bytes cost, or what
-their operations take in 16 bits, whichever is more.
+product.
+
+Weights in fewer bits cost what the surface's nearest dtype of such weights takes over as many bytes, or what their
+operations take in 16 bits, whichever is more; or unpacking them to 16 bits and a product of these, where that takes
+less, as engines do with many tokens. Where both sides of a product have 8 bits, the activations are quantized by a
+small kernel of their own. A surface without products of such weights, and a runtime whose own kernels are told beside
+16-bit ones, have 16-bit ones of as many bytes in their place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import log
 from typing import TypeVar
 
 from ...dtypes import bits_of
@@ -17,8 +23,8 @@ from ...resources.surface import AttentionTable, Group, GroupCosts, ProductTable
 
 #: Matrix products of a layer's dense part as it is executed and measured; the rest of its kernels are small.
 DENSE_PRODUCTS = 4
-#: In which dtype products of another are made.
-_STAND_IN = "bfloat16"
+#: In which dtype products of another are made, and the one whose products have 8 bits on both sides.
+_STAND_IN, _BOTH_SIDES = "bfloat16", "float8"
 _MIB = 2**20
 
 _Table = TypeVar("_Table")
@@ -99,9 +105,9 @@ class SurfaceCosts:
     What a group of kernels takes to start is taken `starts` times: none where one graph holds them all.
     """
 
-    def __init__(self, surface: Surface, dispatch: str, starts: float = 1.0) -> None:
+    def __init__(self, surface: Surface, dispatch: str, starts: float = 1.0, *, low_bit: bool = True) -> None:
         self._surface, self._dispatch, self._starts = surface, dispatch, starts
-        self._products = {table.dtype: table for table in surface.products}
+        self._products = {table.dtype: table for table in surface.products if low_bit or bits_of(table.dtype) >= 16}
         self._small: dict[tuple[str, str], SmallTable] = {(table.what, table.dtype): table for table in surface.small}
         self._stand_in = self._products.get(_STAND_IN) or surface.products[0]
 
@@ -131,11 +137,17 @@ class SurfaceCosts:
         """Returns what one product takes; `bits` a weight, if they are not the dtype's own."""
         table = self._table(dtype)
         if table is not None:
-            return table.product_ns(product.rows, product.columns, tokens)
-        share = (float(bits_of(dtype)) if bits is None else bits) / float(bits_of(self._stand_in.dtype))
+            ns = table.product_ns(product.rows, product.columns, tokens)
+            return ns + (self.small_ns("negate", _STAND_IN, tokens * product.columns) if dtype == _BOTH_SIDES else 0.0)
+        nearest = self._nearest(dtype)
+        share = (float(bits_of(dtype)) if bits is None else bits) / float(bits_of(nearest.dtype))
         shrunk = max(1.0, product.columns * share)
         flops = 2 * product.rows * product.columns * tokens
-        return max(self._stand_in.product_ns(product.rows, shrunk, tokens), flops / self._stand_in.most_flops_per_ns)
+        ns = max(nearest.product_ns(product.rows, shrunk, tokens), flops / self._stand_in.most_flops_per_ns)
+        if nearest is self._stand_in:
+            return ns
+        unpacked_ns = self.small_ns("negate", _STAND_IN, product.rows * product.columns)
+        return min(ns, unpacked_ns + self._stand_in.product_ns(product.rows, product.columns, tokens))
 
     def small_ns(self, what: str, dtype: str, elements: int) -> float:
         """Returns what one small kernel over so many elements takes."""
@@ -210,11 +222,17 @@ class SurfaceCosts:
         of = "" if surface.device is None else f", of {surface.device} and not this machine"
         weights = kernels.dtype
         if self._table(kernels.dtype) is None:
-            weights = f"{self._stand_in.dtype} of as many bytes as {kernels.dtype}"
+            weights = f"{self._nearest(kernels.dtype).dtype} of as many bytes as {kernels.dtype}"
         return (
             f"interpolated on the surface of single kernels ({surface.source}{of}): {len(kernels.products)} products "
             f"of {weights} weights and {len(kernels.small)} small kernels{within}"
         )
+
+    def _nearest(self, dtype: str) -> ProductTable:
+        """Returns the products whose weights are nearest in bits; the 16-bit ones, where none have fewer than those."""
+        bits = float(bits_of(dtype))
+        fewer = [table for table in self._products.values() if bits_of(table.dtype) < 16] if bits < 16 else []
+        return min(fewer, key=lambda table: abs(log(bits / float(bits_of(table.dtype)))), default=self._stand_in)
 
     def _table(self, dtype: str) -> ProductTable | None:
         """Returns the products of a dtype, or those of another of as many bits where these are the stand-in's."""
