@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from queueing_theory import lindley
 
 from prestage.engine.measure.request_metrics import (
     ServiceLevel,
@@ -146,6 +147,13 @@ def test_waits_are_those_of_queueing_theory(service: str, load: float, count: in
     # Some three standard errors of so few requests; `python tests/queueing_theory.py` takes as many as 2 % needs.
     mean = float(waits_ns(service, load, count, seed=3)[count // 20 :].mean())
     assert mean == pytest.approx(pollaczek_khinchine_ns(service, load), rel=within)
+
+
+def test_every_wait_is_that_of_lindleys_recursion() -> None:
+    """To the nanosecond: the serving loop is the queue that theory speaks of."""
+    lengths = draw_lengths(SERVICES["M"], 500, 7, PROMPTS)
+    arrivals = arrival_instants("poisson", Process(0.9 * 1e9 / 100_000), 500, 7)
+    assert (waits_ns("M", 0.9, 500, seed=7) == lindley(arrivals, lengths * 100)).all()
 
 
 def test_a_load_above_capacity_is_called_overloaded_and_one_below_is_not() -> None:

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from prestage.engine.loading.loading import load_inputs
+from prestage.engine.policies.scheduler import SCHEDULERS
 from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.scenario import Scenario, make_scenario
 from prestage.engine.simulate import Result, simulate
 from prestage.resources.timeline import HEAD
+from prestage.workloads.requests.request import RepeatedStep, RequestStep
 
 
 def scenario(**sections: Any) -> Scenario:
@@ -104,3 +106,29 @@ def test_a_kv_cache_takes_its_room_from_the_experts() -> None:
     found = served(moving, "simpy")
     budgets = found.recording.decoded.visits["budget_bytes"]
     assert len(set(budgets.tolist())) > 1
+
+
+@pytest.mark.parametrize("arrivals", ["poisson", "closed"])
+@pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))
+def test_steps_that_are_known_ahead_are_those_that_would_be_asked_for(scheduler: str, arrivals: str) -> None:
+    """The compiled engine takes many at once; SimPy processes ask for each. Requests come while others decode."""
+    asked = {
+        "arrivals": arrivals, "rate": 30.0, "users": 3, "count": 12, "prompt_tokens": 12,
+        "output_tokens": {"mean": 20, "distribution": "uniform", "cv": 0.5},
+        "warmup": "0%", "cooldown": "0%", "kv": {"budget": "14blocks", "block_tokens": 8},
+        "scheduler": {"name": scheduler, "max_num_batched_tokens": 16, "max_num_seqs": 4},
+    }  # fmt: skip
+    chosen = scenario(model={"layers": 2}, requests=asked)
+    one, other = (served(chosen, engine) for engine in ("simpy", "compiled"))
+    assert other.inputs is not None
+    known = [step for step in other.recording.steps if isinstance(step, RepeatedStep)]
+    assert len(known) > 20, "few were known ahead"
+    parts = [[step.parts for step in run.recording.steps if isinstance(step, RequestStep)] for run in (one, other)]
+    assert parts[0] == parts[1]
+    assert one.recording.spans.tolist() == other.recording.spans.tolist()
+    assert one.data == other.data
+    logs = one.serving.log, other.serving.log
+    assert logs[0] is not None and logs[1] is not None
+    for name in logs[0].steps:
+        assert logs[0].steps[name].tolist() == logs[1].steps[name].tolist(), name
+    assert [each.tolist() for each in logs[0].token_times()] == [each.tolist() for each in logs[1].token_times()]

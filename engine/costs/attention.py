@@ -25,7 +25,7 @@ from ...resources.profile import Profile
 from ...resources.profile_costs import KernelPoint
 from ...workloads.batches import Step
 from ...workloads.model import Attending
-from ...workloads.requests.request import Part, RequestStep
+from ...workloads.requests.request import Part, RepeatedStep, RequestStep
 from .surface_costs import SurfaceCosts
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Attention:
         self._inputs, self._model, self._surface, self._rule = inputs, inputs.model, surface, profile.compute.rule
         self._start = inputs.scenario.workload.context
         self._by_requests = inputs.scenario.requests is not None
-        self._known: dict[int, list[Added]] = {}  # the last _KEPT steps
+        self._known: dict[int, tuple[Step, list[Added]]] = {}  # the last _KEPT steps
         model = self._model
         alike = [(model.attention_of(layer), model.dense_bytes[layer]) for layer in range(model.layers)]
         kinds = {each: kind for kind, each in enumerate(dict.fromkeys(alike))}
@@ -91,12 +91,14 @@ class Attention:
 
     def by_kind(self, step: int) -> list[Added]:
         """Returns what it adds to the dense part of each kind of layer in a step."""
-        found = self._known.get(step)
+        known, at = self._known.get(step), self._inputs.steps[step]  # steps that were known may not be made
+        found = None if known is None or known[0] is not at else known[1]
         if found is None:
             rows = self._rows(step)
             if len(self._known) == _KEPT:
                 del self._known[next(iter(self._known))]
-            found = self._known[step] = [self._added(layer, rows) for layer in self.firsts]
+            found = [self._added(layer, rows) for layer in self.firsts]
+            self._known[step] = at, found
         return found
 
     def heaviest_step(self) -> int:
@@ -123,6 +125,8 @@ class Attention:
     def _rows(self, step: int) -> _Rows:
         """Returns what the rows of a step that live on this GPU attend to."""
         inputs, found = self._inputs, self._inputs.steps[step]
+        if isinstance(found, RepeatedStep):
+            return _Rows(found.cached.astype(np.float64) + 1, ())
         if isinstance(found, RequestStep):
             return _rows_of(found.parts)
         rows = found.rows

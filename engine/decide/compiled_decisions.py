@@ -61,6 +61,7 @@ class Decisions:
         pulls: tuple[Pulled, Gauge] | None = None,
     ) -> None:  # fmt: skip
         self._parts, self._shared, self._pulls = parts, shared, pulls
+        self._repeats = 0
         self._layout = layout = Layout(parts, shared, None if pulls is None else pulls[0])
         memory, registers = layout.memory, parts[0].gpu.registers
         self.gpus = layout.gpus
@@ -144,7 +145,7 @@ class Decisions:
         first = int(self._layout.memory.words[self.gpus[number] + w.D_END_STEP])
         apart = self._shared is not None and not self._shared.in_common
         numbers = range(len(self.gpus)) if apart else [number]
-        end = first + 1 if self._pulls else min(self._last_step(each, first) for each in numbers)
+        end = first + 1 + self._repeats if self._pulls else min(self._last_step(each, first) for each in numbers)
         for each in numbers:
             self._lay_out_own_steps(each, first, end)
         if self._shared is not None:
@@ -186,12 +187,27 @@ class Decisions:
 
     def _pull(self, pulled: Pulled, gauge: Gauge) -> bool:
         """Whether the scheduler makes a step now; if not, its thread idles for a while, or is at its end."""
-        found, thread = pulled.next(gauge.now_ns(), gauge.link_busy_ns()), self.threads[0]
+        thread = self.threads[0]
+        if self._repeats:
+            self._end_repeats(pulled, thread)
+        found = pulled.next(gauge.now_ns(), gauge.link_busy_ns())
         if found is None:
             self._layout.set(thread, {w.H_STEPS: len(self._parts[0].source.steps)})
         elif isinstance(found, Wait):
             self._layout.set(thread, {w.H_IDLE_UNTIL: found.until_ns})
+        else:
+            self._repeats, until_ns = pulled.ahead()
+            ends = self._area(thread, w.H_ENDS, np.zeros(1 + self._repeats, dtype=np.int64))
+            self._layout.set(thread, {w.H_UNTIL: until_ns if self._repeats else 0, w.H_ENDS: ends})
         return isinstance(found, Step)
+
+    def _end_repeats(self, pulled: Pulled, thread: int) -> None:
+        """Tell the scheduler when the steps that it knew have ended, but for the last that ran."""
+        words, (gpu,) = self._layout.memory.words, self.gpus
+        ran = int(words[gpu + w.D_END_STEP] - words[gpu + w.D_FIRST_STEP])
+        ends = int(words[thread + w.H_ENDS])
+        pulled.repeated(words[ends : ends + ran - 1].tolist())
+        self._repeats = 0
 
     def _lay_out_shared(self, shared: Shared, first: int, end: int) -> None:
         """Lay out what GPUs that share experts have in common of some steps, and what each has by itself."""

@@ -23,6 +23,7 @@ from .decision_words import (
     D_MOST_COPIES,
     D_MOST_EVICTED,
     D_MOST_REGISTERS,
+    D_NOW,
     D_POOLS,
     D_RECEIVES,
     D_RESOLVED,
@@ -36,12 +37,14 @@ from .decision_words import (
     END,
     H_AT,
     H_DONE,
+    H_ENDS,
     H_GPUS,
     H_IDLE_UNTIL,
     H_LAYER,
     H_SCHEDULE_NS,
     H_STEP,
     H_STEPS,
+    H_UNTIL,
     P_CAPACITY,
     Q_PHASE,
     Q_ROWS,
@@ -168,6 +171,15 @@ def next_gpu(t: Tables, h: Word) -> None:
         d[h + H_STEP] += 1
 
 
+@compiled
+def end_repeated(t: Tables, g: Word, h: Word, step: Word) -> None:
+    """Note when the step before has ended; where somebody has come by then, what is laid out behind it is not made."""
+    d = t.words
+    d[d[h + H_ENDS] + step - d[g + D_FIRST_STEP] - 1] = d[g + D_NOW]
+    if d[g + D_NOW] >= d[h + H_UNTIL]:
+        d[g + D_END_STEP] = min(d[g + D_END_STEP], step)
+
+
 @entry
 def next_portion(t: Tables, h: Word) -> Word:
     """Put a thread's next portion into `rows`, decided now; return what comes of it (see `decision_words`)."""
@@ -177,6 +189,8 @@ def next_portion(t: Tables, h: Word) -> Word:
         return np.int64(END)
     g = d[d[h + H_GPUS] + 1 + d[h + H_AT]]
     d[X_ASKS] = g
+    if layer < 0 and d[h + H_UNTIL] and step > d[g + D_FIRST_STEP]:
+        end_repeated(t, g, h, step)
     if step < d[g + D_FIRST_STEP] or step >= d[g + D_END_STEP]:
         if not d[h + H_IDLE_UNTIL]:
             return np.int64(STEPS)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from ...errors import InputError
 from ...workloads.batches import PulledSteps, Step
-from ...workloads.requests.request import StepSource, Wait
+from ...workloads.requests.request import Repeating, Repeats, StepSource, Wait
 
 
 class Pulled:
@@ -33,7 +33,7 @@ class Pulled:
         self.idle: list[tuple[int, int]] = []
         self.most_tokens, self._budget_of = most_tokens, budget_of
         self._runs = False
-        self._link_busy_ns = 0
+        self._link_busy_ns = self._known = 0
 
     def next(self, now_ns: int, link_busy_ns: int = 0) -> Step | Wait | None:
         """Returns what the scheduler makes of now, when the tokens of the step before, if there was one, are there.
@@ -53,6 +53,26 @@ class Pulled:
         elif found is not None:
             self._take(found)
         return found
+
+    def ahead(self) -> tuple[int, int]:
+        """Take the steps that the source knows to come behind the last; return how many, and until when they hold.
+
+        Those that have not begun by then are none: `repeated` says which have.
+        """
+        source = self.source
+        steps, until_ns = source.repeats() if isinstance(source, Repeating) else Repeats([], 0)
+        self._known = len(self.steps)
+        for step in steps:
+            self._take(step)
+        return len(steps), until_ns
+
+    def repeated(self, ends_ns: list[int]) -> None:
+        """Learn when the steps ended that ran since `ahead`, but for the last."""
+        del self.steps[self._known + len(ends_ns) :]
+        if self.budgets is not None:
+            del self.budgets[len(self.steps) :]
+        if ends_ns and isinstance(self.source, Repeating):
+            self.source.repeated(ends_ns)
 
     def _take(self, step: Step) -> None:
         if not 1 <= len(step.rows) <= self.most_tokens:

@@ -21,7 +21,6 @@ import numpy.typing as npt
 
 from ...workloads.batches import DECODE, Step
 from ...workloads.requests.log import RequestLog
-from ...workloads.requests.request import RequestStep
 
 Array = npt.NDArray[Any]
 
@@ -188,16 +187,11 @@ def _logged(served: Served, log: RequestLog) -> Requests:
     """Returns the requests that were recorded under load; a token's place is that of its request's last row."""
     number, token_ns = log.token_times()
     step = np.searchsorted(log.steps["end_ns"], token_ns)
-    ends: dict[tuple[int, int], int] = {}
-    place = 0
-    for index, each in enumerate(served.steps):
-        for part in each.parts if isinstance(each, RequestStep) else ():
-            place += part.tokens
-            ends[index, part.request] = place - 1
-    token_at = [ends[key] for key in zip(step.tolist(), number.tolist(), strict=True)]
+    first_row = np.cumsum(served.tokens) - served.tokens
+    token_at = first_row[step] + log.token_rows()
     requests = log.requests
     request = np.searchsorted(requests["number"], number)
-    return Requests(request, step, np.array(token_at, dtype=np.int64), token_ns, requests["arrival_ns"])
+    return Requests(request, step, token_at, token_ns, requests["arrival_ns"])
 
 
 def _requests(served: Served) -> Requests:

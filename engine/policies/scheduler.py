@@ -52,8 +52,23 @@ class Scheduler:
         """Give requests parts of the next step; with requests there and none in a step, it must give one."""
         raise NotImplementedError
 
+    def goes_on(self, queue: Queue) -> bool:
+        """Whether the next plan is known: to let all that run go on by a token, if nobody arrives, ends or decodes yet.
 
-class Static(Scheduler):
+        An engine then need not ask for it. False where a scheduler does not say so.
+        """
+        return False
+
+
+class _GoesOn(Scheduler):
+    """A scheduler that lets all go on that decode, in the order in which they run, where nobody can be admitted."""
+
+    def goes_on(self, queue: Queue) -> bool:
+        """Whether nobody waits, or for a place that only an end makes free."""
+        return not queue.waiting or len(queue.running) >= self.limits.max_num_seqs
+
+
+class Static(_GoesOn):
     """Batches that nobody joins: when one is done, those that wait make the next, each with all its room reserved."""
 
     def plan(self, queue: Queue) -> None:
@@ -65,7 +80,7 @@ class Static(Scheduler):
         _admit_reserved(queue, self.limits)
 
 
-class Orca(Scheduler):
+class Orca(_GoesOn):
     """Continuous batching: who waits joins at any step, whole prompt at once, with all its room reserved.
 
     Yu et al., "Orca: a distributed serving system for transformer-based generative models", OSDI 2022, algorithm 1.
@@ -86,7 +101,7 @@ def _admit_reserved(queue: Queue, limits: Limits) -> None:
             return
 
 
-class PrefillFirst(Scheduler):
+class PrefillFirst(_GoesOn):
     """Steps of prompts as long as some can be admitted, and else a step that decodes all that run (vLLM, version 0).
 
     A step of prompts holds `max_num_batched_tokens` of them, or one longer prompt by itself. A hundredth of the blocks
@@ -113,7 +128,7 @@ class PrefillFirst(Scheduler):
             _go_on(queue, queue.running, [queue.due(live) for live in queue.running])
 
 
-class Chunked(Scheduler):
+class Chunked(_GoesOn):
     """One budget of positions a step, for those that run, in order, and then for those that wait (vLLM, version 1).
 
     Prompts are cut to what is left of the budget. Where blocks are missing for a running request, the last running one
@@ -157,7 +172,7 @@ class Chunked(Scheduler):
         return queue.waiting[0]
 
 
-class Sarathi(Scheduler):
+class Sarathi(_GoesOn):
     """One budget a step: first all that decode, then prompts that have begun, then new ones, in chunks.
 
     Nobody who decodes waits for a prompt. The whole of a prompt has its blocks before it begins. Agrawal et al.,
@@ -205,6 +220,10 @@ class ExpertAware(Chunked):
     def __init__(self, limits: Limits, experts_of: ExpertsOf | None = None) -> None:
         super().__init__(limits, experts_of)
         self._passed: dict[int, int] = {}
+
+    def goes_on(self, queue: Queue) -> bool:
+        """Whether nobody waits: else it looks at the link after every step."""
+        return not queue.waiting
 
     def _admit(self, queue: Queue, budget: int) -> None:
         if not queue.running or queue.link_busy <= self.limits.most_link_busy:

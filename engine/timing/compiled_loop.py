@@ -25,6 +25,7 @@ from ..decide.decision_words import (
     END,
     H_EXCHANGE_NS,
     H_SHARES,
+    H_UNTIL,
     TYPES,
     Tables,
 )
@@ -98,12 +99,14 @@ def take_portion(t: Tables, m: Words, thread: Word) -> None:
 
 @compiled
 def tell_clock(t: Tables, m: Words, f: Reals, thread: Word) -> None:
-    """Let policies that look at the clock see what it is at each GPU of a thread."""
-    d, gpus = t.words, m[thread + T_GPUS]
+    """Let policies and schedulers that look at the clock see what it is at each GPU of a thread."""
+    d, gpus, known = t.words, m[thread + T_GPUS], t.words[m[thread + T_PROGRAM] + H_UNTIL]
     for at in range(gpus + 1, gpus + 1 + m[gpus]):
         g = m[m[at] + G_PART]
         if d[g + D_PREFETCH] == COST_AWARE or d[g + D_PREFETCH] == ADAPTIVE_LINK:
             d[g + D_NOW], d[g + D_BACKLOG] = m[m[at] + G_NOW], backlogs(m, f, m[at])
+        elif known:
+            d[g + D_NOW] = m[m[at] + G_NOW]
 
 
 @compiled

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -54,6 +55,7 @@ class RequestLog:
         self._steps = array("q")
         self._token_request = array("q")
         self._token_ns = array("q")
+        self._token_row = array("q")
         self._first_token_ns: dict[int, int] = {}
         self._changes = array("q")
 
@@ -61,11 +63,12 @@ class RequestLog:
         """Record that a request arrived."""
         self._changes.extend((arrival_ns, 1))
 
-    def gave(self, request: int, tokens: int, end_ns: int) -> None:
-        """Record that a request was given tokens."""
+    def gave(self, request: int, tokens: int, end_ns: int, row: int = 0) -> None:
+        """Record that a request was given tokens; its last row was so many behind the first of the step."""
         self._first_token_ns.setdefault(request, end_ns)
         self._token_request.extend([request] * tokens)
         self._token_ns.extend([end_ns] * tokens)
+        self._token_row.extend([row] * tokens)
 
     def finished(self, live: Live, end_ns: int) -> None:
         """Record that a request has all its tokens."""
@@ -81,6 +84,15 @@ class RequestLog:
     def step(self, record: StepRecord) -> None:
         """Record a step that has ended."""
         self._steps.extend(record)
+
+    def repeated(self, requests: Sequence[int], ends_ns: Array, steps: Array) -> None:
+        """Record steps (steps, fields of StepRecord) that each gave a token to the same requests, at these instants."""
+        for request in requests:
+            self._first_token_ns.setdefault(request, int(ends_ns[0]))
+        self._token_request.frombytes(np.tile(np.array(requests, dtype=np.int64), len(ends_ns)).tobytes())
+        self._token_row.frombytes(np.tile(np.arange(len(requests)), len(ends_ns)).tobytes())
+        self._token_ns.frombytes(np.repeat(ends_ns, len(requests)).tobytes())
+        self._steps.frombytes(steps.astype(np.int64).tobytes())
 
     @property
     def requests(self) -> dict[str, Array]:
@@ -99,6 +111,11 @@ class RequestLog:
         request, end_ns = (np.array(column, dtype=np.int64) for column in (self._token_request, self._token_ns))
         order = np.argsort(request, kind="stable")
         return request[order], end_ns[order]
+
+    def token_rows(self) -> Array:
+        """Returns, for each token, its request's last row among those of its step (tokens,), as `token_times`."""
+        order = np.argsort(np.array(self._token_request, dtype=np.int64), kind="stable")
+        return np.array(self._token_row, dtype=np.int64)[order]
 
     @property
     def changes(self) -> Array:

@@ -6,10 +6,14 @@ through the model, so that a request of p and o tokens has p + o - 1 positions i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
-from ..batches import Step
+import numpy as np
+import numpy.typing as npt
+
+from ..batches import DECODE, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +70,52 @@ class RequestStep(Step):
         return sum(part.sampled for part in self.parts)
 
 
+class RepeatedStep(RequestStep):
+    """A step that comes behind another and lets the same requests go on, each by one token."""
+
+    #: How many positions each request has in the KV cache before it (requests,).
+    cached: npt.NDArray[np.int64]
+
+    def __init__(
+        self, first: RequestStep, rows: npt.NDArray[np.int64], cached: npt.NDArray[np.int64], kv_blocks: int
+    ) -> None:
+        # Thousands are made a second, and the parts of most are never looked at.
+        vars(self).update(phase=DECODE, rows=rows, kv_blocks=kv_blocks, cached=cached, first=first)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Those of the first, each so many positions on."""
+        parts = zip(vars(self)["first"].parts, self.cached.tolist(), strict=True)
+        return tuple(part._replace(first=cached) for part, cached in parts)
+
+    @property
+    def sampled(self) -> int:
+        """How many rows get logits: all."""
+        return len(self.rows)
+
+
+class Repeats(NamedTuple):
+    """Steps that will be made behind the one that was made last, as long as each begins before an instant."""
+
+    steps: list[RequestStep]
+    until_ns: int
+
+
 class Wait(NamedTuple):
     """There is nothing to run before this instant, which is later than now."""
 
     until_ns: int
+
+
+@runtime_checkable
+class Repeating(Protocol):
+    """A source that may know what it will make next, so that an engine need not ask for it step by step."""
+
+    def repeats(self) -> Repeats:
+        """Returns what it makes behind the step that it made last, if nobody arrives; no steps if it does not know."""
+
+    def repeated(self, ends_ns: Sequence[int]) -> None:
+        """Learn that the last step and those that it knew ended at these instants; the one behind them runs."""
 
 
 class StepSource(Protocol):
