@@ -71,7 +71,9 @@ def prepared(inputs: Inputs, costs: Sequence[Costs], stream: Path | None = None)
     """Returns what each GPU of a run needs, as the scenario wants it; `stream` is a folder for what is recorded."""
     ready = []
     for part, own in zip(inputs.begun().parts, costs, strict=True):
-        own = own if part.pulled is None else _pulling(own, part.steps)
+        if part.pulled is not None:
+            own = _pulling(own, part.steps)
+            part.pulled.swap_ns = own.profile.d2h.alone.ns, own.h2d.alone.ns
         manager = make_manager(part, Spool(None if stream is None else stream / part.device))
         prefetch = make_prefetch(part.scenario, part.model, own.copies[0].queued_ns)
         ready.append(Prepared(part, own, manager, prefetch))

@@ -39,6 +39,7 @@ from ..resources.timeline import (
     KINDS,
     PREFETCH,
     READBACK,
+    SWAP,
     Timeline,
 )  # fmt: skip
 from .span_names import CATEGORIES, layer_of_each, layers_of, span_name, track_order
@@ -50,7 +51,8 @@ SPAN_LIMIT = 200_000
 
 #: The kinds that one CUDA graph launches as a whole, where the host launches graphs.
 GRAPHED = (DENSE, EXPERT, HEAD)
-#: Activations between a GPU and its host, for experts that the CPU computes, are called as other copies of their lanes.
+#: Activations between a GPU and its host, for experts that the CPU computes, and KV blocks are called as other copies
+#: of their lanes.
 _ACTIVATIONS = {"d2h": READBACK, "h2d": DEMAND}
 
 _CATEGORIES = [CATEGORIES[kind] for kind in KINDS]
@@ -373,7 +375,7 @@ class _Events:
         for start_ns, end_ns, expert, visit, copy, lane, kind, layer, size_bytes, outcome, correlation, name in rows:
             index = expert % per_layer if expert >= 0 else -1
             own = self._own_names[name] if self._own_names else None
-            called = _ACTIVATIONS.get(tracks.lanes[lane].role, kind) if kind == ACTIVATION else kind
+            called = _ACTIVATIONS.get(tracks.lanes[lane].role, kind) if kind in (ACTIVATION, SWAP) else kind
             args: dict[str, Any] = {}
             if correlation:
                 args = {"device": tracks.pid[lane], "context": 1, "stream": tracks.tid[lane]}

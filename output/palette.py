@@ -17,6 +17,7 @@ COLORS: Palette = {
     "prefetch": ("#f0a830", "prefetch"),
     "readback": ("#8060c0", "choice to host"),
     "guesses": ("#b39ddb", "guesses to host"),
+    "swap": ("#aa7700", "KV blocks swapped"),
     "dense": ("#0072b2", "dense part"),
     "expert": ("#56b4e9", "expert"),
     "head": ("#009e73", "head"),

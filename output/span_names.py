@@ -43,6 +43,7 @@ NAMES = {
     "copy": "Memcpy",
     "collective": "ncclDevKernel",
     "guesses": "Memcpy DtoH (Device -> Pinned)",
+    "swap": "Memcpy HtoD ({memory} -> Device)",
 }
 #: The category of each kind on a GPU's stream; on any other lane all is `cpu_op`.
 CATEGORIES = {
@@ -65,6 +66,7 @@ CATEGORIES = {
     "copy": "gpu_memcpy",
     "collective": "kernel",
     "guesses": "gpu_memcpy",
+    "swap": "gpu_memcpy",
 }
 #: The kinds that are communication between GPUs, though kernels.
 COLLECTIVES = (DISPATCH, COMBINE, COLLECTIVE)

@@ -21,10 +21,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from day_figure import day_figure, drafts_figure
 from eviction_tables import layers, policies
 from new_user import path_table
 from owned_tables import owned
-from request_tables import request_keys, request_loads
+from request_tables import queueing, request_keys
 
 from prestage.calibration import from_parts as checks
 from prestage.calibration.check_kernels import check_kernels, check_text
@@ -579,7 +580,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "phone": phone,
     "scenario": scenario,
     "request-keys": request_keys,
-    "request-loads": request_loads,
+    "request-day": day_figure,
+    "request-drafts": drafts_figure,
+    "queueing": queueing,
     "apart": apart,
     "reality": reality,
     "reality-rows": reality_rows,

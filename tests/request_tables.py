@@ -1,12 +1,10 @@
-"""Figures of docs/requests.md: the keys of [requests], and gpt-oss-20b's real routing under load."""
+"""Figures of docs/requests.md: the keys of [requests], and waits against theory."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel
 
@@ -20,7 +18,6 @@ from prestage.engine.scenario.sections_requests import (
     SloSection,
     SpeculationSection,
 )
-from prestage.engine.simulate import simulate
 from prestage.output.markdown import table
 
 #: The tables of [requests], by their names.
@@ -32,8 +29,6 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "requests.speculation": SpeculationSection,
     "requests.slo": SloSection,
 }
-#: What the table of loads tries: requests a second, with and without prefetching.
-RATES = (0.1, 0.5, 1.0, 2.0, 4.0)
 
 
 def request_keys() -> str:
@@ -60,40 +55,16 @@ def _line(section: str, key: str, value: object) -> str:
     return f"{key} = {json.dumps(value)}"
 
 
-def request_loads() -> str:
-    """gpt-oss-20b's real routing at a quarter of the experts on an H200, by rate, with and without prefetching."""
-    trace = Path(os.environ["PRESTAGE_TRACES"]) / "gpt-oss-20b.npz"
-    columns = ["requests/s", "prefetch", "running", "experts a visit", "found", "TTFT p50, s", "TTFT p95, s",
-               "ITL p50, ms", "ITL p95, ms", "tokens/s", "keeps up"]  # fmt: skip
-    rows = []
-    for rate in RATES:
-        for policy in ("none", "top-k"):
-            settings = [
-                f"workload.trace={trace}",
-                "machine.profile=h200",
-                "memory.gpu_budget=25%",
-                f"prefetch.policy={policy}",
-                f"requests.rate={rate}",
-                "requests.count=60",
-                "requests.prompt_tokens=128",
-                "requests.output_tokens=32",
-            ]
-            data = simulate(load_scenario("gpt-oss-20b", settings), baselines=False).data
-            rows.append([f"{rate:g}", policy, *_cells(data)])
+def queueing() -> str:
+    """Waits in services against Pollaczek-Khinchine, as `python tests/queueing_theory.py` has found them."""
+    lines = (Path(__file__).parent.parent / "docs" / "queueing.jsonl").read_text().splitlines()
+    columns = ["service", "load", "theory", "mean", "half-width", "of theory", "runs", "inside"]
+    rows = [
+        [
+            cell["service"], f"{cell['load']:g}", f"{cell['theory']:.4f}", f"{cell['mean']:.4f}",
+            f"{cell['half_width']:.4f}", f"{cell['relative']:.1%}", str(cell["runs"]),
+            "yes" if cell["inside"] else "no",
+        ]
+        for cell in map(json.loads, lines)
+    ]  # fmt: skip
     return table(columns, rows)
-
-
-def _cells(data: dict[str, Any]) -> list[str]:
-    found, visits = data["requests"], data["requests"]["steps"] * data["model"]["layers"]
-    ttft, itl = found["ttft_ms"], found["itl_ms"]
-    return [
-        f"{found['running']:.1f}",
-        f"{data['accesses'] / visits:.1f}",
-        f"{data['hit_rate']:.1%}",
-        f"{ttft['p50'] / 1e3:.2f}",
-        f"{ttft['p95'] / 1e3:.2f}",
-        f"{itl['p50']:.1f}",
-        f"{itl['p95']:.1f}",
-        f"{found['output_tokens_per_second']:.1f}",
-        "no" if found["overloaded"] else "yes",
-    ]

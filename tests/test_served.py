@@ -12,7 +12,7 @@ from prestage.engine.policies.scheduler import SCHEDULERS
 from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.scenario import Scenario, make_scenario
 from prestage.engine.simulate import Result, simulate
-from prestage.resources.timeline import HEAD
+from prestage.resources.timeline import DENSE, HEAD, SWAP
 from prestage.workloads.requests.request import RepeatedStep, RequestStep
 
 
@@ -54,6 +54,32 @@ def test_a_scheduler_learns_how_busy_the_link_was() -> None:
     assert one.recording.spans.tolist() == other.recording.spans.tolist()
     patient = served(scenario(requests={**asked, "scheduler": {"name": "expert-aware"}}, **sections), "compiled")
     assert one.data["requests"]["running"] < patient.data["requests"]["running"]
+
+
+@pytest.mark.parametrize("discipline", ["fifo", "two_streams", "priority"])
+def test_swapped_blocks_go_over_the_link_of_the_experts(discipline: str) -> None:
+    """Who is preempted goes to host memory and comes back: each block out is a block in, and the next kernel waits."""
+    asked: dict[str, Any] = {
+        "rate": 400.0, "count": 6, "prompt_tokens": 14, "output_tokens": 12, "warmup": "0%", "cooldown": "0%",
+        "kv": {"budget": "6blocks", "block_tokens": 8, "swap_budget": "1GiB"},
+    }  # fmt: skip
+    chosen = scenario(model={"layers": 2}, requests=asked, copy={"discipline": discipline})
+    one, other = (served(chosen, engine) for engine in ("simpy", "compiled"))
+    assert one.recording.spans.tolist() == other.recording.spans.tolist() and one.data == other.data
+    steps = [step for step in one.recording.steps if isinstance(step, RequestStep)]
+    out, back = (sum(getattr(step, f"swap_{way}_bytes") for step in steps) for way in ("out", "in"))
+    assert out == back > 0
+    swaps = one.recording.spans[one.recording.spans["kind"] == SWAP]
+    copies = sum(bool(step.swap_out_bytes) + bool(step.swap_in_bytes) for step in steps)
+    assert len(swaps) == copies
+    dense = one.recording.compute_spans[one.recording.compute_spans["kind"] == DENSE]
+    for swap in swaps:
+        waits = dense[dense["visit"] == swap["visit"] + 1]
+        assert (waits["start_ns"] >= swap["end_ns"]).all() and len(waits) == 1
+    # Two layers of 2 KiB a position, at 55 GB/s and some 10 us a copy; beside a prefetch, twice as long.
+    took_ns = int((swaps["end_ns"] - swaps["start_ns"]).sum())
+    alone_ns = (out + back) / 55 + 10_000 * copies
+    assert 0.75 * alone_ns < took_ns < (2 if discipline == "two_streams" else 1.25) * alone_ns
 
 
 def test_decoding_takes_longer_the_longer_the_request() -> None:

@@ -198,7 +198,10 @@ class Decisions:
         else:
             self._repeats, until_ns = pulled.ahead()
             ends = self._area(thread, w.H_ENDS, np.zeros(1 + self._repeats, dtype=np.int64))
-            self._layout.set(thread, {w.H_UNTIL: until_ns if self._repeats else 0, w.H_ENDS: ends})
+            out_ns, in_ns = pulled.swaps_ns(found)
+            self._layout.set(thread, {
+                w.H_UNTIL: until_ns if self._repeats else 0, w.H_ENDS: ends, w.H_SWAP_OUT: out_ns, w.H_SWAP_IN: in_ns,
+            })  # fmt: skip
         return isinstance(found, Step)
 
     def _end_repeats(self, pulled: Pulled, thread: int) -> None:

@@ -44,6 +44,8 @@ from .decision_words import (
     H_SCHEDULE_NS,
     H_STEP,
     H_STEPS,
+    H_SWAP_IN,
+    H_SWAP_OUT,
     H_UNTIL,
     P_CAPACITY,
     Q_PHASE,
@@ -75,6 +77,7 @@ from .visit_commands import (
     order_dense,
     order_idle,
     order_readback,
+    order_swaps,
     order_tokens,
     wait,
 )
@@ -202,6 +205,9 @@ def next_portion(t: Tables, h: Word) -> Word:
         settings = d[g + D_SETTINGS]
         if d[h + H_SCHEDULE_NS]:
             add(t.rows, SCHEDULE, d[settings + GPU], -1, -1, -1, -1, -1, -1, -1, -1, d[h + H_SCHEDULE_NS])
+        if d[h + H_SWAP_OUT] or d[h + H_SWAP_IN]:
+            order_swaps(d[settings : settings + _SETTINGS], d[h + H_SWAP_OUT], d[h + H_SWAP_IN], t.rows)
+            d[h + H_SWAP_OUT] = d[h + H_SWAP_IN] = 0
         add(t.rows, _TURN, d[settings + GPU], -1, -1, -1, -1, -1, -1, -1, -1, 1)
         begin_layer(t, g, q, step, np.int64(0))
         d[h + H_LAYER] = 0

@@ -101,11 +101,13 @@ Q_FIRST, Q_ROWS, Q_PHASE, Q_SAMPLED, STEP_WORDS = range(5)
 #: what the exchange takes that is ordered next; and of the steps that are laid out what exchanges take, where tokens
 #: live, who serves any, and who serves each expert (-1: its only owner). Where a scheduler makes the steps: until when
 #: there is nothing to do (0: now there is), and what the host takes to make one; until when the steps that are laid out
-#: are those that it makes (0: only one is), and where it is noted when each has ended.
+#: are those that it makes (0: only one is), and where it is noted when each has ended; what it takes to swap KV
+#: blocks out before the step, and in.
 (
     H_GPUS, H_AT, H_STEP, H_LAYER, H_STEPS, H_DONE, H_SHARES, H_ONE, H_BACK, H_EXCHANGE_NS, H_EXCHANGES, H_LIVES,
-    H_SERVES, H_SERVERS, H_IDLE_UNTIL, H_SCHEDULE_NS, H_UNTIL, H_ENDS, THREAD_WORDS,
-) = range(19)  # fmt: skip
+    H_SERVES, H_SERVERS, H_IDLE_UNTIL, H_SCHEDULE_NS, H_UNTIL, H_ENDS, H_SWAP_OUT,
+    H_SWAP_IN, THREAD_WORDS,
+) = range(21)  # fmt: skip
 
 #: An expert: what holds it (as `compiled_eviction` has it); its copy (-1: absent) and room; whether it was prefetched
 #: and nobody has used it; the visit that looked it up last, its place there; the visit that guessed it last, how often

@@ -39,6 +39,7 @@ from .visit_commands import (
     order_dense,
     order_idle,
     order_readback,
+    order_swaps,
     order_tokens,
     order_visit,
 )
@@ -296,6 +297,7 @@ def pulled_program(stage: Stage, pulled: Pulled, gauge: Gauge) -> Program:
         else:
             if pulled.schedule_ns:
                 rows.add(Op.SCHEDULE, stage.gpu.number, extra=pulled.schedule_ns)
+            order_swaps(stage.gpu.settings, *pulled.swaps_ns(found), rows.room_for(_SOME_ROWS))
             yield _through([stage], rows, len(pulled.steps) - 1)
 
 

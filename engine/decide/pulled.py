@@ -10,7 +10,11 @@ from collections.abc import Callable
 
 from ...errors import InputError
 from ...workloads.batches import PulledSteps, Step
-from ...workloads.requests.request import Repeating, Repeats, StepSource, Wait
+from ...workloads.requests.request import Repeating, Repeats, RequestStep, StepSource, Wait
+
+
+def _nothing(size_bytes: int) -> int:
+    return 0
 
 
 class Pulled:
@@ -32,6 +36,8 @@ class Pulled:
         self.budgets: list[int] | None = None if budget_of is None else []
         self.idle: list[tuple[int, int]] = []
         self.most_tokens, self._budget_of = most_tokens, budget_of
+        #: What it takes to copy so many bytes of KV blocks to host memory, and back, in ns.
+        self.swap_ns: tuple[Callable[[int], int], Callable[[int], int]] = (_nothing, _nothing)
         self._runs = False
         self._link_busy_ns = self._known = 0
 
@@ -53,6 +59,14 @@ class Pulled:
         elif found is not None:
             self._take(found)
         return found
+
+    def swaps_ns(self, step: Step) -> tuple[int, int]:
+        """Returns what it takes to swap KV blocks out before a step, and in; 0 for none."""
+        moved = (step.swap_out_bytes, step.swap_in_bytes) if isinstance(step, RequestStep) else (0, 0)
+        out_ns, in_ns = (
+            ns(size_bytes) if size_bytes else 0 for ns, size_bytes in zip(self.swap_ns, moved, strict=True)
+        )
+        return out_ns, in_ns
 
     def ahead(self) -> tuple[int, int]:
         """Take the steps that the source knows to come behind the last; return how many, and until when they hold.

@@ -21,6 +21,7 @@ from ...resources.timeline import DECOMPRESS, DEMAND, DENSE, EXPERT, PREDICT, PR
 from ...resources.timeline import GUESSES as GUESSES_SPAN
 from ...resources.timeline import READ as READ_SPAN
 from ...resources.timeline import READBACK as READBACK_SPAN
+from ...resources.timeline import SWAP as SWAP_SPAN
 from ..policies.miss import CPU as ON_CPU
 from ..policies.miss import LOW_PRECISION
 from .commands import CHOICE, COMPUTE, GUESSES, H2D, HOST, OUTPUT, RESULTS, UNPACKED, Command, Op
@@ -40,6 +41,7 @@ PROMOTE, TO_CPU, CPU, FROM_CPU, UNPACK = (
 )  # fmt: skip
 FETCH, STORE, READ, LEAVE = int(Op.FETCH), int(Op.STORE), int(Op.READ), int(Op.LEAVE)
 OUTPUT_OP, CATCH_UP, IDLE, SCHEDULE = int(Op.OUTPUT), int(Op.CATCH_UP), int(Op.IDLE), int(Op.SCHEDULE)
+SWAP = int(Op.SWAP)
 COLUMNS = len(Command._fields)
 
 # What a scenario says of every visit: an array of integers.
@@ -151,6 +153,18 @@ def order_idle(settings: Words, until_ns: Word, rows: Table) -> None:
     """Let the host have nothing to do until an instant."""
     add(rows, IDLE, settings[GPU], -1, -1, -1, -1, -1, -1, -1, -1, until_ns)
     add(rows, CATCH_UP, settings[GPU], -1, -1, -1, -1, -1, -1, -1, -1, -1)
+
+
+@_compiled
+def order_swaps(settings: Words, out_ns: Word, in_ns: Word, rows: Table) -> None:
+    """Copy KV blocks to host memory, and others back behind them, in so many ns each (0: none), before any kernel."""
+    gpu, register = settings[GPU], settings[FIRST_REGISTER] + CHOICE
+    if out_ns:
+        add(rows, SWAP, gpu, SWAP_SPAN, -1, -1, -1, -1, -1, register, -1, out_ns)
+        wait(rows, gpu, register, 1)
+    if in_ns:
+        add(rows, SWAP, gpu, SWAP_SPAN, H2D, -1, -1, -1, -1, register, -1, in_ns)
+        wait(rows, gpu, register, 1)
 
 
 @_compiled

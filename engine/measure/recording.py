@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...resources.lags import Lags
-from ...resources.timeline import HEAD, PEER
+from ...resources.timeline import HEAD, PEER, SWAP
 from ...workloads.batches import Step
 from ...workloads.trace import RoutingTrace
 from ..decide.host_memory import HostMemory
@@ -87,7 +87,7 @@ class Recording:
     def results_ns(self) -> Array:
         """When the CPU's results of each visit were on the GPU (visits,); -1 where it computed nothing."""
         ends_ns = np.full(len(self.decoded.visits), -1, dtype=np.int64)
-        results = self.link_spans[self.link_spans["copy"] < 0]
+        results = self.link_spans[(self.link_spans["copy"] < 0) & (self.link_spans["kind"] != SWAP)]
         np.maximum.at(ends_ns, results["visit"], results["end_ns"])
         return ends_ns
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ...resources.timeline import DECOMPRESS, DENSE, EXPERT, GUESSES, HEAD, KINDS, PREDICT
+from ...resources.timeline import DECOMPRESS, DENSE, EXPERT, GUESSES, HEAD, KINDS, PREDICT, SWAP
 from ...workloads.batches import PulledSteps
 from .recording import Array, Recording
 
@@ -92,6 +92,9 @@ def _waiting_for_bytes(recording: Recording, gpu_came_last: Array) -> Array:
     if len(recording.resolved):
         results_ns = _results_before(recording)
         ready_ns, needs_bytes = np.maximum(ready_ns, results_ns), needs_bytes | (results_ns >= 0)
+    swapped_ns = _swapped_before(recording)
+    if swapped_ns is not None:
+        ready_ns, needs_bytes = np.maximum(ready_ns, swapped_ns), needs_bytes | (swapped_ns >= 0)
     # A grouped kernel waits for copies that its span does not name: neither its launch nor the lane held it up.
     lags = recording.kernel_lags
     held_up = (spans["start_ns"] > spans["issued_ns"]) & (gap_ns > max(lags.gap_ns, lags.gap_disturbed_ns))
@@ -113,6 +116,21 @@ def _results_before(recording: Recording) -> Array:
     wanted = next_layer | (spans["kind"] == HEAD)
     results_ns: Array = np.where(wanted, recording.results_ns[visits], -1)
     return results_ns
+
+
+def _swapped_before(recording: Recording) -> Array | None:
+    """Returns when the KV blocks were there that each span of the compute stream waited for; None where none was.
+
+    They are ordered before the first visit of a step, whose dense part waits for them.
+    """
+    swaps = recording.spans[recording.spans["kind"] == SWAP]
+    if not len(swaps):
+        return None
+    ends_ns = np.full(len(recording.decoded.visits) + 1, -1, dtype=np.int64)
+    np.maximum.at(ends_ns, swaps["visit"] + 1, swaps["end_ns"])
+    spans = recording.compute_spans
+    swapped_ns: Array = np.where(spans["kind"] == DENSE, ends_ns[spans["visit"]], -1)
+    return swapped_ns
 
 
 def cpu_stall_ns(recording: Recording) -> int:

@@ -68,6 +68,7 @@ from .memory import (
     G_SCATTER,
     G_TO_CPU,
     G_UNPACKING,
+    G_VISIT,
     K_HOST,
     K_NS,
     K_SLOWDOWN,
@@ -175,6 +176,20 @@ def read_back(m: Words, f: Reals, row: Word) -> None:
     submit(
         m, m[gpu + G_D2H], new_work(m, f, gpu, m[row + C_KIND], ns, ns, issued, slowdown, -1, row, m[row + C_REGISTER])
     )
+
+
+@compiled
+def swap(m: Words, f: Reals, row: Word) -> None:
+    """Enqueue a copy of KV blocks to the host or back, as one that is demanded."""
+    gpu, back = gpu_of(m, row), m[row + C_LANE] >= 0
+    m[gpu + G_NOW] += m[gpu + G_READBACK_ENQUEUE]
+    pay_waits(m, gpu)
+    issued, ns = m[gpu + G_NOW] + m[gpu + G_COPY_LATENCY], m[row + C_EXTRA]
+    slowdown = f[gpu + G_COPY_SLOWDOWN]
+    work = new_work(m, f, gpu, m[row + C_KIND], ns, ns, issued, slowdown, -1, row, m[row + C_REGISTER])
+    if back and m[gpu + G_BY_PRIORITY]:
+        m[work + W_RANK], m[work + W_TARGET] = 0, m[gpu + G_VISIT] + 1
+    submit(m, m[gpu + G_H2D] if back else m[gpu + G_D2H], work)
 
 
 @compiled

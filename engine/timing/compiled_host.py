@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .compiled_agenda import goes_on
-from .compiled_copies import copy, demand, do_without, leave, read, read_back, reclaim
+from .compiled_copies import copy, demand, do_without, leave, read, read_back, reclaim, swap
 from .compiled_coupling import disturbed
 from .compiled_launch import add_member, end_busy, launch, note, predict, reaches_end, take_launched
 from .compiled_peers import exchange, move_expert, receive, send
@@ -42,6 +42,7 @@ from .compiled_prices import (
     O_SCHEDULE,
     O_SEND,
     O_STORE,
+    O_SWAP,
     O_TOUCH,
     O_TURN,
     O_VISIT,
@@ -268,6 +269,8 @@ def carry_out_one(m: Words, f: Reals, thread: Word, row: Word) -> Word:
         idle_until(m, gpu_of(m, row), m[row + C_EXTRA])
     elif op == O_SCHEDULE:
         m[gpu_of(m, row) + G_NOW] += m[row + C_EXTRA]
+    elif op == O_SWAP:
+        swap(m, f, row)
     elif op in (O_FETCH, O_STORE):
         move_expert(m, f, row)
     else:

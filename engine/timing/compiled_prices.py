@@ -54,7 +54,7 @@ O_VISIT, O_WAIT, O_RECLAIM, O_TOUCH, O_JOIN, O_OUTPUT, O_LAUNCH, O_MEMBER = (int
 O_COPY, O_READBACK, O_NOTICE, O_DECIDE, O_HOLD, O_PREDICT, O_PROMOTE, O_TO_CPU = (int(op) for op in list(Op)[8:16])
 O_CPU, O_FROM_CPU, O_UNPACK, O_READ, O_CATCH_UP, O_TURN, O_RECEIVE, O_SEND = (int(op) for op in list(Op)[16:24])
 O_CALL, O_EXCHANGE, O_FETCH, O_STORE, O_LEAVE, O_PART, O_BEHIND, O_ENTER = (int(op) for op in list(Op)[24:32])
-O_EXIT, O_IDLE, O_SCHEDULE = (int(op) for op in list(Op)[32:35])
+O_EXIT, O_IDLE, O_SCHEDULE, O_SWAP = (int(op) for op in list(Op)[32:36])
 COLUMNS = len(Command._fields)
 C_OP, C_GPU, C_KIND, C_LANE, C_LAYER, C_TOKENS, C_EXPERT, C_COPY, C_REGISTER, C_PEER, C_EXTRA = range(COLUMNS)
 #: What a row has besides in a thread's portion: where its GPU is, and what prices it (-1: nothing).

@@ -430,6 +430,18 @@ class Thread:
     def _schedule(self, gpu: GpuState, command: Command) -> None:
         gpu.now_ns += command.extra
 
+    def _swap(self, gpu: GpuState, command: Command) -> None:
+        """Enqueue a copy of KV blocks to the host or back, as one that is demanded."""
+        lanes, back = gpu.lanes, command.lane == H2D
+        gpu.now_ns += lanes.costs.readback_enqueue_ns
+        self._pay_waits(gpu)
+        issued_ns, ns = gpu.now_ns + lanes.costs.copy_latency_ns, (command.extra, command.extra)
+        more: dict[str, Any] = {"slowdown": lanes.copy_slowdown}
+        lane = lanes.copies[H2D] if back else lanes.d2h
+        if isinstance(lane, QueueLane):
+            more |= {"wanted": QueuedCopy(True, gpu.visit + 1, -1)}
+        self._submit(gpu, lane, command.kind, ns, issued_ns, command, **more)
+
 
 Carry = Callable[[Thread, GpuState, Command], Story | None]
 #: What each command comes to: a call, or a story where it takes time.
@@ -468,4 +480,5 @@ CARRY_OUT: dict[int, Carry] = {
     Op.EXIT: Thread._exit,
     Op.IDLE: Thread._idle,
     Op.SCHEDULE: Thread._schedule,
+    Op.SWAP: Thread._swap,
 }
