@@ -155,7 +155,7 @@ def order_idle(settings: Words, until_ns: Word, rows: Table) -> None:
     add(rows, CATCH_UP, settings[GPU], -1, -1, -1, -1, -1, -1, -1, -1, -1)
 
 
-@_compiled
+@_entry
 def order_swaps(settings: Words, out_ns: Word, in_ns: Word, rows: Table) -> None:
     """Copy KV blocks to host memory, and others back behind them, in so many ns each (0: none), before any kernel."""
     gpu, register = settings[GPU], settings[FIRST_REGISTER] + CHOICE
