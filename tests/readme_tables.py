@@ -25,7 +25,7 @@ from day_figure import day_figure, drafts_figure
 from eviction_tables import layers, policies
 from new_user import path_table
 from owned_tables import owned
-from request_tables import queueing, request_keys
+from request_tables import queueing, request_keys, served
 
 from prestage.calibration import from_parts as checks
 from prestage.calibration.check_kernels import check_kernels, check_text
@@ -583,6 +583,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "request-day": day_figure,
     "request-drafts": drafts_figure,
     "queueing": queueing,
+    "served": served,
     "apart": apart,
     "reality": reality,
     "reality-rows": reality_rows,

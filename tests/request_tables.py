@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from prestage.calibration.decode.served import compare_served, read_served
 from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.scenario import load_scenario
 from prestage.engine.scenario.sections_requests import (
@@ -20,6 +21,8 @@ from prestage.engine.scenario.sections_requests import (
 )
 from prestage.output.markdown import table
 
+#: What was served in real time: a folder a model.
+SERVED = Path(__file__).parent.parent / "calibration" / "samples" / "h200-served"
 #: The tables of [requests], by their names.
 SECTIONS: dict[str, type[BaseModel]] = {
     "requests": RequestsSection,
@@ -68,3 +71,27 @@ def queueing() -> str:
         for cell in map(json.loads, lines)
     ]  # fmt: skip
     return table(columns, rows)
+
+
+def served() -> str:
+    """What was served in real time on an H200, beside the simulation."""
+    columns = ["model", "what", "measured, ms", "of repeats", "simulated, ms", "error"]
+    rows = []
+    for folder in sorted(SERVED.iterdir()):
+        found = compare_served(read_served(folder))
+        for number, repeat in enumerate(found["repeats"]):
+            what = f"{repeat['steps']} same steps, repeat {number}"
+            errors = f"{repeat['median_error']:+.1%} (their sum {repeat['sum_error']:+.1%})"
+            rows.append([folder.name, what, _ms(repeat["measured_ms"]), "", _ms(repeat["simulated_ms"]), errors])
+        for name, wait in found["waits"].items():
+            spread = f"{_ms(wait['least_ms'])} to {_ms(wait['most_ms'])}"
+            what = name.replace("_ms.", " ").upper().replace(" P", " p")
+            cells = (_ms(wait["measured_ms"]), spread, _ms(wait["simulated_ms"]), f"{wait['error']:+.1%}")
+            rows.append([folder.name, what, *cells])
+        same = f"{sum(found['admitted'])} of {len(found['admitted'])} repeats alike"
+        rows.append([folder.name, "order of admissions", same, "", "", ""])
+    return table(columns, rows)
+
+
+def _ms(value: float) -> str:
+    return f"{value:.1f}"
