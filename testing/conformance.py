@@ -54,6 +54,7 @@ class Watched(Eviction):
     def __init__(self, policy: Eviction, everyone: list[Watched]) -> None:
         self.policy = policy
         self.inside: set[int] = set()
+        self.asked_for_prefetch = False
         everyone.append(self)
 
     def admit(self, expert: int, demanded: bool) -> None:
@@ -80,7 +81,8 @@ class Watched(Eviction):
             assert expert not in walked, f"victims() names expert {expert} twice"
             walked.add(expert)
             yield expert  # whoever asks may stop here
-        assert walked == self.inside, f"victims() leaves out experts {sorted(self.inside - walked)}"
+        spared = getattr(self.policy, "may_spare", False) and self.asked_for_prefetch
+        assert walked == self.inside or spared, f"victims() leaves out experts {sorted(self.inside - walked)}"
 
     def begin(self, visit: int, layer: int, experts: Sequence[int], weights: Sequence[float]) -> None:
         """Pass it on."""
@@ -89,11 +91,13 @@ class Watched(Eviction):
     def miss(self, expert: int, demanded: bool) -> None:
         """Pass it on; the expert is outside."""
         assert expert not in self.inside
+        self.asked_for_prefetch = not demanded
         self.policy.miss(expert, demanded)
 
     def walk(self) -> None:
         """Walk twice over all: a walk may clear marks, but loses nobody."""
         for _ in range(2):
+            self.asked_for_prefetch = False
             assert sorted(self.victims()) == sorted(self.inside)
 
 

@@ -160,6 +160,9 @@ def evicted(name: str, story: str, slots: int, **known: object) -> str:
         ("lrfu", 3, "ABcD", "C"),
         # Room for two, so a half-life of two uses: A's two are worth 2**-1 + 2**-0.5 = 1.2, and B's last one 1.
         ("lrfu", 2, "AABC", "B"),
+        # Four slots, two of them privileged: A and B are, then C, and A falls back with two uses. D was used once and
+        # leaves for E, then E for F, for A has more.
+        ("lfru", 4, "ABCDABCEF", "DE"),
         # A is marked when the hand comes, loses the mark and goes behind C: B leaves, then C, then A.
         ("clock", 3, "ABCADEF", "BCA"),
         # A is marked and stays in front; the hand is past it: B leaves, then C, and not A before the hand is round.
@@ -185,7 +188,7 @@ def test_by_hand(name: str, slots: int, story: str, leave: str) -> None:
 
 def test_every_policy_has_a_case_by_hand() -> None:
     ours = {mark.args[1][i][0] for mark in test_by_hand.pytestmark for i in range(len(mark.args[1]))}  # type: ignore[attr-defined]
-    apart = {"random", "least-stale", "activation-aware", "gate-weight", "predictive"}
+    apart = {"random", "least-stale", "activation-aware", "gate-weight", "heat", "payback", "predictive"}
     assert ours | apart == set(EVICTION)
 
 
@@ -207,6 +210,19 @@ def test_gate_weight_evicts_the_least_weight_of_late() -> None:
     # A 0.9, B 0.1, C 0.5 each once, within a half-life of eight passes: B goes for D, then C (0.5) before D (0.6).
     weights = np.array([0.9, 0.1, 0.5, 0.6, 0.7], dtype=np.float16).reshape(5, 1, 1)
     assert evicted("gate-weight", "ABCDE", 3, weights=weights) == "BC"
+
+
+def test_heat_fades_and_outlives_an_eviction() -> None:
+    # Room for two. A was used twice, so B leaves for C, and C for B, which has two uses by then. D is new: of A (passes
+    # 0 and 1) and B (2 and 4) A is the colder, though each was used twice.
+    assert evicted("heat", "AABCBD", 2) == "BCA"
+
+
+def test_pay_back_gives_no_hot_experts_room_to_a_prefetch_that_is_colder() -> None:
+    # A and B were used, c never: it finds no room under "payback", and takes A's under "heat".
+    assert evicted("payback", "ABc", 2) == ""
+    assert evicted("heat", "ABc", 2) == "A"
+    assert evicted("payback", "ABC", 2) == "A"  # what is demanded gets room
 
 
 def test_least_stale_goes_back_from_the_layer_just_passed() -> None:
@@ -248,7 +264,9 @@ def test_popularity_can_be_given_with_the_trace() -> None:
         evicted("static", "AB", 2, extra={"popularity": np.zeros(2)})
 
 
-@pytest.mark.parametrize("name", ["belady", "static", "gate-weight", "least-stale", "activation-aware", "predictive"])
+@pytest.mark.parametrize(
+    "name", ["belady", "static", "gate-weight", "heat", "payback", "least-stale", "activation-aware", "predictive"]
+)
 def test_an_informed_policy_without_a_trace_says_what_it_needs(name: str) -> None:
     with pytest.raises(ValueError, match="needs to know the trace and the steps"):
         MemoryManager([1], 4, 3, EVICTION[name])

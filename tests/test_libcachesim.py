@@ -40,8 +40,8 @@ SAME: dict[str, tuple[str, int, int]] = {
 }
 #: What belongs to no entry of SAME: libCacheSim has no such policy (its LFU forgets), or draws by other luck (random).
 OURS_ALONE = {
-    *("lfu", "lrfu", "random", "static", "preloaded"),
-    *("least-stale", "activation-aware", "gate-weight", "predictive"),
+    *("lfu", "lrfu", "lfru", "random", "static", "preloaded"),
+    *("least-stale", "activation-aware", "gate-weight", "heat", "payback", "predictive"),
 }
 NEVER = np.iinfo(np.int64).max
 REAL = ["gpt-oss-20b.npz", "olmoe-1b-7b.npz", "qwen3-30b-a3b_k6.npz", "switch-base-8_encoder.npz"]

@@ -195,7 +195,7 @@ def visits(
         raise InputError(f"issue = {issue!r}: choose one of {', '.join(ISSUE)}")
     layers, shared = trace.layers, trace.num_experts if manager.shared else 0
     part = part or whole(trace, steps, guesses, prefetch, shared=manager.shared)
-    fetches_behind = miss is not None and miss.terms.fetch_behind
+    looks_behind = miss is not None and miss.looks_behind
     asking = None
     if prefetch.horizons > 0:
         later = later_steps(trace, steps, (layers - 1 + prefetch.horizons) // layers)
@@ -216,8 +216,8 @@ def visits(
         else:
             missed = sum(len(wave.admitted) for wave in waves) + elsewhere if prefetch.reads_moment else 0
             prefetches, staged, asked_for = asking.visit(number, layer, asked, missed, step_guesses, confidences)
-        if resolution is not None and fetches_behind and (index + 1 < len(steps) or isinstance(steps, PulledSteps)):
-            behind = [access for access in resolution.accesses if access.expert not in asked_for]
+        if miss is not None and resolution is not None and looks_behind and _goes_on(steps, index):
+            behind = [one for one in miss.behind(index, layer, resolution.accesses) if one not in asked_for]
             prefetches = [*prefetches, *_fetched_behind(manager, behind, number + layers)]
         assigned_bytes, budget_bytes = manager.assigned_bytes, manager.budget_bytes
         visit = Visit(number, index, layer, accesses, waves, prefetches, assigned_bytes, budget_bytes, staged)
@@ -383,15 +383,17 @@ def _tokens_of(trace: RoutingTrace, step: Step, layer: int, experts: list[int]) 
     return int(asked.any(axis=1).sum())
 
 
-def _fetched_behind(
-    manager: MemoryManager, resolved: Sequence[Resolved], target: int
-) -> Iterator[tuple[Admission, int]]:
-    """Prefetch what a visit used in low precision, for the next visit of its layer."""
-    for access in resolved:
-        if access.way == LOW_PRECISION:
-            admission = manager.prefetch(access.expert, target)
-            if admission is not None:
-                yield admission, target
+def _goes_on(steps: Sequence[Step], index: int) -> bool:
+    """Whether a step is not known to be the last."""
+    return index + 1 < len(steps) or isinstance(steps, PulledSteps)
+
+
+def _fetched_behind(manager: MemoryManager, experts: Iterable[int], target: int) -> Iterator[tuple[Admission, int]]:
+    """Prefetch what a visit did without, for the next visit of its layer."""
+    for expert in experts:
+        admission = manager.prefetch(expert, target) if expert not in manager.assigned else None
+        if admission is not None:
+            yield admission, target
 
 
 def launch_order(visit: Visit, wave: Wave, resident_first: bool) -> Iterable[tuple[int, int, int]]:

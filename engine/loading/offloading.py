@@ -6,6 +6,7 @@ Their sizes, what lies in memory before the run, and the miss policy with what i
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from itertools import accumulate
 
 from ...workloads.batches import DECODE, PREFILL
@@ -123,6 +124,10 @@ def make_miss(inputs: Inputs) -> Miss | None:
         low=low_precision(inputs)[0],
         fetch_behind=settings.fetch_behind and name == "low_precision",
         threshold=settings.threshold,
+        upload_after=settings.upload_after,
+        upload_most=settings.upload_most,
+        upload_share=settings.upload_share,
+        upload_horizon=settings.upload_horizon,
     )
     if scenario.uses_cpu:
         terms = _with_costs(terms, inputs.decides_by or inputs)
@@ -139,13 +144,12 @@ def _with_costs(terms: Terms, inputs: Inputs) -> Terms:
     def kernel_ns(layer: int, tokens: int) -> int:
         return costs.expert(layer, tokens, DECODE if tokens <= batch else PREFILL).ns
 
-    return Terms(
+    return replace(
+        terms,
         cpu_ns=lambda layer, tokens: cpu.expert(layer, tokens).ns,
         there_and_back_ns=lambda layer, tokens: cpu.there_and_back_ns(tokens),
         copy_ns=lambda layer, tokens: costs.copies[layer].queued_ns,
         kernel_ns=kernel_ns,
-        cpu_max_tokens=terms.cpu_max_tokens,
-        fetch_from=terms.fetch_from,
     )
 
 

@@ -18,8 +18,8 @@ from .eviction_base import NO_SETTING as NO_SETTING
 from .eviction_base import Chain, Ranking, add_decayed
 from .eviction_base import Eviction as Eviction
 from .eviction_base import Setting as Setting
-from .eviction_informed import ActivationAware, Belady, GateWeight, LeastStale, Predictive, Static
-from .eviction_queues import Arc, S3Fifo, TwoQ
+from .eviction_informed import ActivationAware, Belady, GateWeight, Heat, LeastStale, PayBack, Predictive, Static
+from .eviction_queues import Arc, Lfru, S3Fifo, TwoQ
 
 
 class Fifo(Eviction):
@@ -286,6 +286,7 @@ EVICTION: dict[str, Callable[[Setting], Eviction]] = {
     "lfu": Lfu,
     "lfu-incache": LfuIncache,
     "lrfu": Lrfu,
+    "lfru": Lfru,
     "clock": Clock,
     "sieve": Sieve,
     "s3fifo": S3Fifo,
@@ -297,6 +298,8 @@ EVICTION: dict[str, Callable[[Setting], Eviction]] = {
     "preloaded": Preloaded,
     "activation-aware": ActivationAware,
     "gate-weight": GateWeight,
+    "heat": Heat,
+    "payback": PayBack,
     "predictive": Predictive,
     "belady": Belady,
 }

@@ -60,6 +60,8 @@ class Eviction:
     needs_guesses = False
     #: Whether it must know all steps of a run before it begins.
     needs_future = False
+    #: Whether `victims` may leave experts out while room is made for a prefetch, of which `miss` has told.
+    may_spare = False
 
     def __init__(self, setting: Setting = NO_SETTING) -> None:
         self.setting = setting

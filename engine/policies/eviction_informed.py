@@ -114,6 +114,50 @@ class GateWeight(Eviction):
         return iter(self._order)
 
 
+class Heat(GateWeight):
+    """Evict the coldest expert: every use heats it by one, and heat fades by half every HALF_LIFE_STEPS forward passes.
+
+    Least frequently used with dynamic aging (Arlitt et al., "Evaluating content management techniques for web proxy
+    caches", 2000), by forward passes; of absent experts, too, so that one that returns is as hot as its uses made it.
+    """
+
+    def begin(self, visit: int, layer: int, experts: Sequence[int], weights: Sequence[float]) -> None:
+        """Heat the visit's experts."""
+        super().begin(visit, layer, experts, [1.0] * len(experts))
+
+
+class PayBack(Heat):
+    """As heat, and nobody leaves for a prefetch or an upload that is not hotter: it finds no room, and is dropped.
+
+    The admission of TinyLFU (Einziger, Friedman & Manes, "TinyLFU: a highly efficient cache admission policy", ACM
+    Transactions on Storage 13, 2017). What is demanded gets its room.
+    """
+
+    may_spare = True
+
+    def __init__(self, setting: Setting = NO_SETTING) -> None:
+        super().__init__(setting)
+        self._wants: int | None = None  # the prefetch that room is being made for
+
+    def miss(self, expert: int, demanded: bool) -> None:
+        """Remember whom room is made for."""
+        self._wants = None if demanded else expert
+
+    def admit(self, expert: int, demanded: bool) -> None:
+        """Rank it by its heat."""
+        self._wants = None
+        super().admit(expert, demanded)
+
+    def victims(self) -> Iterator[int]:
+        """Walk from the coldest to the hottest; for a prefetch, only who is colder than it."""
+        wants, self._wants = self._wants, None
+        bound = math.inf if wants is None else self._score.get(wants, -math.inf)
+        for expert in super().victims():
+            if wants is not None and self._score.get(expert, -math.inf) >= bound:
+                return
+            yield expert
+
+
 class LeastStale(Eviction):
     """Evict stale experts first, which this forward pass has not touched; of those, the layers that come round last.
 

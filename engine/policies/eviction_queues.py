@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import chain, islice
 
 from .eviction_base import NO_SETTING as NO_SETTING
-from .eviction_base import Chain
+from .eviction_base import Chain, Ranking
 from .eviction_base import Eviction as Eviction
 from .eviction_base import Setting as Setting
 
@@ -255,3 +255,49 @@ class Arc(Eviction):
             left -= 1
             yield expert
         yield from more
+
+
+class Lfru(Eviction):
+    """Half of the room is privileged, an LRU of what was used again; the other half evicts who was used least often.
+
+    Bilal & Kang, "A cache management scheme for efficient content eviction and replication in cache networks" (IEEE
+    Access, 2017): who is pushed out of the privileged half falls back to the other one, with its count. Counts are of
+    the time in memory.
+    """
+
+    def __init__(self, setting: Setting = NO_SETTING) -> None:
+        super().__init__(setting)
+        self._room = max(1, setting.capacity // 2)
+        self._privileged: OrderedDict[int, None] = OrderedDict()
+        self._others = Ranking()
+        self._uses: dict[int, int] = {}
+
+    def admit(self, expert: int, demanded: bool) -> None:
+        """Put it among the others; a demand counts as a use."""
+        self._uses[expert] = int(demanded)
+        self._others.put(expert, int(demanded))
+
+    def use(self, expert: int, weight: float) -> None:
+        """Count it, and give it privilege."""
+        self._uses[expert] += 1
+        if expert in self._others:
+            self._others.remove(expert)
+            self._privileged[expert] = None
+            if len(self._privileged) > self._room:
+                fallen, _ = self._privileged.popitem(last=False)
+                self._others.put(fallen, self._uses[fallen])
+        else:
+            self._privileged.move_to_end(expert)
+
+    def evict(self, expert: int) -> None:
+        """Forget it."""
+        del self._uses[expert]
+        if expert in self._others:
+            self._others.remove(expert)
+        else:
+            del self._privileged[expert]
+
+    def victims(self) -> Iterator[int]:
+        """Walk the others from the fewest uses to the most, then the privileged from the one used longest ago."""
+        yield from self._others
+        yield from self._privileged

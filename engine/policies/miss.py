@@ -51,7 +51,9 @@ class Terms:
     `cpu_ns`: what an expert takes on the CPU, and `there_and_back_ns` its activations to the host and its result back;
     `copy_ns`: its copy to the GPU; `kernel_ns`: its kernels there. From `fetch_from` tokens of a step on nobody is
     asked, and all is fetched. `low`: the experts with a copy in low precision;
-    with `fetch_behind`, what is used so is prefetched for the layer's next visit.
+    with `fetch_behind`, what is used so is prefetched for the layer's next visit. An expert is uploaded behind once so
+    many visits missed it (`upload_after`), at most `upload_most` of them a step, if what they save in `upload_horizon`
+    steps repays the copy, and copies take no more than `upload_share` of the time that the CPU is busy.
     """
 
     cpu_ns: Takes = _nothing
@@ -63,6 +65,10 @@ class Terms:
     low: Collection[int] = ()
     fetch_behind: bool = False
     threshold: float = 0.0
+    upload_after: int = 1
+    upload_most: int = 1
+    upload_share: float = 1.0
+    upload_horizon: int = 1
 
 
 class Miss:
@@ -78,6 +84,18 @@ class Miss:
     def resolve(self, layer: int, absent: Sequence[Absent]) -> list[Resolved]:
         """Returns what needs no copy, in the order of the absent."""
         raise NotImplementedError
+
+    def behind(self, step: int, layer: int, resolved: Sequence[Resolved]) -> Sequence[int]:
+        """Returns the experts to copy behind a visit, for the next one of its layer, the most wanted first.
+
+        It is asked after every visit, with what was resolved there.
+        """
+        return ()
+
+    @property
+    def looks_behind(self) -> bool:
+        """Whether it ever has anything copied behind a visit."""
+        return type(self).behind is not Miss.behind
 
 
 class Fetch(Miss):
@@ -144,6 +162,91 @@ class Balanced(Cpu):
         return sent
 
 
+class Split(Cpu):
+    """Fetch the share f = link / (link + CPU) of what is absent, and compute the rest, so that both end together.
+
+    The q* policy of FreeToken (FlashML-org/FreeToken 0.1.2), f of the rates that both reach beside each other: of m
+    experts the link has the whole number F beside f m with the smaller max(F (1 - f), (m - F) f), the first in the
+    order of access. What slows both down alike leaves f as it is.
+    """
+
+    #: The CPU shares only from so many times the link's rate on.
+    least_ratio = 0.0
+
+    def resolve(self, layer: int, absent: Sequence[Absent]) -> list[Resolved]:
+        """Leave the first F to the link."""
+        may = [access for access in absent if self._may_have(access)]
+        copy_ns, cpu_ns = self.terms.copy_ns(layer, 1), self.terms.cpu_ns(layer, 1)
+        if not may or copy_ns < self.least_ratio * cpu_ns:
+            return []
+        return [to_cpu(access) for access in may[fetched_of(len(may), cpu_ns / max(1, cpu_ns + copy_ns)) :]]
+
+
+def fetched_of(absent: int, link_share: float) -> int:
+    """Returns how many of so many absent experts the link gets, of whose rates it has this share: see `Split`."""
+    below = int(absent * link_share)
+    pairs = [
+        (max(fetched * (1 - link_share), (absent - fetched) * link_share), fetched) for fetched in (below, below + 1)
+    ]
+    return min(pairs)[1]
+
+
+class SplitIfTwice(Split):
+    """Split, but only where the CPU is at least twice as fast as the link, which is when FreeToken chooses to share.
+
+    Measured, that is not enough: an RTX 4090 whose CPU is 2.3 times its link is faster when it fetches
+    (FlashML-org/FreeToken PR 232).
+    """
+
+    least_ratio = 2.0
+
+
+class CpuThenUpload(Cpu):
+    """Compute it on the CPU at once, and upload it behind if it is used again: at most so many a step, if it pays.
+
+    As engines do that keep a cache of hot experts beside the CPU's (thecodacus/llama.cpp PR 5; llama.cpp's MoE cache).
+    What an upload saves is the CPU's time less the GPU's, for as many uses as the visits so far let expect; time is
+    what the profile says, so that the replay decides the same.
+    """
+
+    def __init__(self, terms: Terms) -> None:
+        super().__init__(terms)
+        #: By expert, how many visits missed it since it was last uploaded; by layer, its visits.
+        self._missed: dict[int, int] = {}
+        self._visits: dict[int, int] = {}
+        self._step, self._left = -1, 0
+        self._cpu_ns = self._link_ns = 0
+
+    def behind(self, step: int, layer: int, resolved: Sequence[Resolved]) -> Sequence[int]:
+        """Upload what pays, in the order of access."""
+        terms = self.terms
+        if step != self._step:
+            self._step, self._left = step, terms.upload_most
+        self._visits[layer] = self._visits.get(layer, 0) + 1
+        chosen = []
+        for access in resolved:
+            self._missed[access.expert] = self._missed.get(access.expert, 0) + 1
+            self._cpu_ns += self._on_cpu_ns(layer, access.tokens)
+            if self._left > 0 and self._admits(layer, access):
+                chosen.append(access.expert)
+                self._left -= 1
+                self._link_ns += terms.copy_ns(layer, access.tokens)
+                del self._missed[access.expert]
+        return chosen
+
+    def _on_cpu_ns(self, layer: int, tokens: int) -> int:
+        return self.terms.cpu_ns(layer, tokens) + self.terms.there_and_back_ns(layer, tokens)
+
+    def _admits(self, layer: int, access: Resolved) -> bool:
+        """Whether an expert that was just missed is worth its copy, and the link has time for it."""
+        terms, missed = self.terms, self._missed[access.expert]
+        copy_ns = terms.copy_ns(layer, access.tokens)
+        saved_ns = self._on_cpu_ns(layer, access.tokens) - terms.kernel_ns(layer, access.tokens)
+        expected = missed / self._visits[layer] * terms.upload_horizon
+        in_time = self._link_ns + copy_ns <= terms.upload_share * self._cpu_ns
+        return missed >= terms.upload_after and expected * saved_ns > copy_ns and in_time
+
+
 class LowPrecision(Miss):
     """Use the expert's copy in low precision, if it has one in GPU memory.
 
@@ -159,6 +262,10 @@ class LowPrecision(Miss):
             for access in absent
             if access.expert in low
         ]
+
+    def behind(self, step: int, layer: int, resolved: Sequence[Resolved]) -> Sequence[int]:
+        """Copy what was used so, if that is wanted."""
+        return [access.expert for access in resolved] if self.terms.fetch_behind else ()
 
 
 class Skip(Miss):
@@ -192,6 +299,9 @@ MISS: dict[str, Callable[[Terms], Miss]] = {
     "cpu": Cpu,
     "cost": Cost,
     "balanced": Balanced,
+    "split": Split,
+    "split-if-twice": SplitIfTwice,
+    "cpu-then-upload": CpuThenUpload,
     "low_precision": LowPrecision,
     "skip": Skip,
 }

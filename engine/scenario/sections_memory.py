@@ -171,7 +171,11 @@ class MissSection(Section):
     """What becomes of an access whose expert is absent.
 
     `fetch` copies it; `cpu` computes it on the CPU, `cost` does whichever of the two the profile says is shorter and
-    `balanced` whichever is done first by what the visit has given to each so far; an expert that more than
+    `balanced` whichever is done first by what the visit has given to each so far; `split` gives the link and the CPU
+    their shares of the visit's, `split-if-twice` only where the CPU is twice the link. `cpu-then-upload` computes on
+    the CPU and copies behind what `upload_after` visits missed, at most `upload_most` experts a step, if it saves more
+    in `upload_horizon` steps than the copy takes, and while copies take at most `upload_share` of the CPU's time. An
+    expert that more than
     `cpu_max_tokens` tokens chose is fetched, and so is every one in a step of `fetch_from` tokens or more: '32tokens',
     or '32tokens/expert', which is times experts over top-k. `low_precision` uses a copy of it at `low_ratio` of its
     bytes, if it has one: such copies, the most popular first, have `low_share` of the budget at most; with
@@ -191,6 +195,10 @@ class MissSection(Section):
     low_ratio: float = Field(default=0.25, gt=0, lt=1)
     low_share: float = Field(default=0.5, gt=0, lt=1)
     fetch_behind: bool = True
+    upload_after: int = Field(default=2, ge=1)
+    upload_most: int = Field(default=4, ge=1)
+    upload_share: float = Field(default=1.0, gt=0, le=1)
+    upload_horizon: int = Field(default=64, ge=1)
 
     def fetch_tokens(self, experts: int, top_k: int) -> int | None:
         """Returns from how many tokens of a step on misses are fetched, for a layer of so many experts; None: never."""
