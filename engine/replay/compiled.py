@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from numba.cpython.unsafe.numbers import trailing_zeros
 
+from ... import machine_code, machine_library
+from ...machine_code import Function
 from ...workloads.batches import Step
 from ...workloads.stacks import next_visits
 from ...workloads.trace import RoutingTrace
@@ -43,6 +45,13 @@ from ..policies.compiled_eviction import (
 )
 
 Array = npt.NDArray[Any]
+
+
+def _called(function: Function) -> Function:
+    """Compile a function that Python calls, and that makes no array."""
+    return machine_library.entry(machine_code.compiled(function, _nrt=False))  # type: ignore[no-any-return]
+
+
 Outcome = npt.NDArray[np.uint8]
 
 #: The policies that have a compiled replay, by their names in EVICTION.
@@ -172,7 +181,7 @@ def _after_next_live(live: Array, oldest: np.uint64) -> np.uint64:
     return oldest + np.uint64(trailing_zeros(word)) + _ONE  # type: ignore[call-arg]
 
 
-@compiled
+@_called
 def _lru_one_by_one(chosen: Array, stride: int, capacity: int, live: Array, last: Array, found: Array) -> np.uint64:
     """Replay LRU, every look-up a visit of its own, and return the misses: twice as fast as by visits.
 
@@ -201,7 +210,7 @@ def _lru_one_by_one(chosen: Array, stride: int, capacity: int, live: Array, last
     return misses
 
 
-@compiled
+@_called
 def _lru_by_visits(
     experts: Array, recency: Array, starts: Array, capacity: int, live: Array, last: Array, found: Array
 ) -> int:
@@ -225,7 +234,7 @@ def _lru_by_visits(
     return misses
 
 
-@compiled
+@_called
 def _replay(
     kind: int,
     experts: Array,
