@@ -15,7 +15,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..bounded import read, unpacked
-from ..dtypes import DTYPES
+from ..dtypes import bits_of
 from ..errors import InputError
 from ..words import problems
 
@@ -139,10 +139,13 @@ class Samples(_Part):
         if any(series.term != "read" for series in self.series) and not self.launch_queue_depth:
             raise InputError("launch_queue_depth: missing")
         for number, row in enumerate(self.surface):
-            if len(row.shape) != SHAPES[row.what] or row.dtype not in DTYPES:
+            try:
+                bits_of(row.dtype)
+            except InputError as error:
+                raise InputError(f"surface.{number}: dtype = {row.dtype!r}: {error}") from None
+            if len(row.shape) != SHAPES[row.what]:
                 raise InputError(
-                    f"surface.{number}: {row.what} of {row.dtype} has {len(row.shape)} sizes: give one of "
-                    f"{', '.join(DTYPES)}, and {SHAPES[row.what]} sizes"
+                    f"surface.{number}: {row.what} of {row.dtype} has {len(row.shape)} sizes: give {SHAPES[row.what]}"
                 )
         return self
 

@@ -346,6 +346,12 @@ def test_samples_keep_a_surface_compressed_and_refuse_a_shape_of_other_sizes(tmp
     samples = made_samples(made_series())
     samples.save(tmp_path / "surface.json.gz")
     assert load_samples(tmp_path / "surface.json.gz") == samples
+    grouped = samples.model_copy(update={"surface": tuple(row._replace(dtype="int4_g128") for row in samples.surface)})
+    grouped.save(tmp_path / "grouped.json")
+    assert load_samples(tmp_path / "grouped.json") == grouped
+    (tmp_path / "odd.json").write_text(grouped.model_dump_json().replace("int4_g128", "int4_g129"))
+    with pytest.raises(SamplesError, match=r"surface\.0: dtype = 'int4_g129': choose one of"):
+        load_samples(tmp_path / "odd.json")
     wrong = made_samples(made_series()).model_dump_json().replace("[16,16,1]", "[16,16]")
     (tmp_path / "wrong.json").write_text(wrong)
     with pytest.raises(SamplesError, match="product of bfloat16 has 2 sizes"):
