@@ -120,4 +120,4 @@ def _print(data: dict[str, Any]) -> None:
         for name, each in data["extras"].items()
     ]
     print_rows(console, "What some commands use", extras)
-    typer.echo("\nExit statuses: 0 well, 1 a fault of Prestage, 2 refused in one line, 130 stopped: docs/commands.md")
+    typer.echo("\nExit statuses: 0 well, 1 a fault of Prestage, 2 refused in one line")

@@ -20,6 +20,7 @@ from ..output.charts import plot_sweep
 from ..output.pictures import save
 from ..output.plots import plot_transfer
 from ..output.tables.guide import GUIDE_FIGURES, figure_cells, figure_columns, guide_cells
+from ..output.tables.layout import known_of
 from ..output.tables.measured import TRANSFER_COLUMNS, transfer_cells
 from ..output.tables.sweeps import BEST_COLUMNS, SWEEP_COLUMNS, best_cells, setting_words
 from .suite import SPEED, Finished, Study, SuiteSweep, picture_name, transfer_name
@@ -49,12 +50,20 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Lines:
+    """Sentences, one below the other."""
+
+    lines: Sequence[str]
+
+
+@dataclass(frozen=True)
 class Part:
-    """A heading, text, and what stands below it in this order."""
+    """A heading, text, and what stands below it in this order; on the page, `folded` parts open when asked to."""
 
     title: str
     text: str
-    blocks: Sequence[Table | Picture] = ()
+    blocks: Sequence[Table | Picture | Lines] = ()
+    folded: bool = False
 
 
 def write_suite(finished: Finished, out: Path) -> list[Path]:
@@ -82,24 +91,38 @@ def _as_markdown(data: Mapping[str, Any], parts: Sequence[Part]) -> str:
         for block in part.blocks:
             if isinstance(block, Table):
                 pieces.append(markdown.table(block.columns, block.rows))
+            elif isinstance(block, Lines):
+                pieces.append("\n".join(f"- {line}" for line in block.lines))
             else:
                 pieces.append(f"![{block.caption}](figures/{block.name}.svg)")
     return "\n\n".join(pieces) + "\n"
 
 
 def _write_page(data: Mapping[str, Any], parts: Sequence[Part], path: Path) -> None:
-    from ..output.page import Section, html_picture, html_table, write_page
+    from ..output.page import Section, write_page
 
-    sections = []
-    for part in parts:
-        pieces = [f"<p>{escape(part.text)}</p>"] if part.text else []
-        for block in part.blocks:
-            if isinstance(block, Table):
-                pieces.append(html_table(block.columns, block.rows))
-            else:
-                pieces.append(html_picture(block.figure, block.caption))
-        sections.append(Section(part.title, "\n".join(pieces)))
+    links = "".join(f'<li><a href="#part-{n}">{escape(part.title)}</a></li>' for n, part in enumerate(parts))
+    sections = [Section("Contents", f'<ul class="contents">{links}</ul>', name="contents")]
+    for number, part in enumerate(parts):
+        html = _part_html(part)
+        if part.folded:
+            html = f"<details><summary>Its tables and pictures</summary>{html}</details>"
+        sections.append(Section(part.title, html, name=f"part-{number}"))
     write_page(path, title=data["title"], subtitle=_subtitle(data), sections=sections)
+
+
+def _part_html(part: Part) -> str:
+    from ..output.page import html_picture, html_table
+
+    pieces = [f"<p>{escape(part.text)}</p>"] if part.text else []
+    for block in part.blocks:
+        if isinstance(block, Table):
+            pieces.append(html_table(block.columns, block.rows))
+        elif isinstance(block, Lines):
+            pieces.append(f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in block.lines)}</ul>")
+        else:
+            pieces.append(html_picture(block.figure, block.caption))
+    return "\n".join(pieces)
 
 
 def _subtitle(data: Mapping[str, Any]) -> str:
@@ -111,30 +134,67 @@ def _subtitle(data: Mapping[str, Any]) -> str:
 
 def _parts(finished: Finished) -> Iterator[Part]:
     data = finished.data
+    yield Part("In short", "", [Lines([_in_short(study) for study in data["studies"]])])
     yield Part(
         "The best configurations",
-        "By each metric, over all sweeps of a study but the runs that know the future; of equals, the one with the "
-        "least memory. What changed is against the study's scenario, whose value is where it starts.",
+        "Each metric is asked of all runs of a study. Runs that know the future are left out; of equal runs the one "
+        "with the least memory is named. What changed, and where it starts, is against the study's own scenario.",
         [Table(BEST_COLUMNS, [cells for study in data["studies"] for cells in best_cells(study)])],
     )
+    yield Part("The words", "", [Table(("word", "what it means"), list(_WORDS.items()))], folded=True)
     for name, report in data["transfers"].items():
         picture = Picture(
             f"transfer-{transfer_name(name)}",
             f"Throughput of one copy by its size: {report['machine']}",
             plot_transfer(report),
         )
-        yield Part(f"Transfers: {report['machine']}", "", [Table(TRANSFER_COLUMNS, [*transfer_cells(report)]), picture])
+        blocks = [Table(TRANSFER_COLUMNS, [*transfer_cells(report)]), picture]
+        yield Part(f"Transfers: {report['machine']}", "", blocks, folded=True)
     if data["published"]:
         yield Part(
             "Published tables, run again",
             "Ours is in the guide's accounting, prefetches hidden; charged has every copy charged; overlapped is one "
             "timeline. The verdict is on ours: inside the published range, or how far outside.",
             [_published_table(name, rows) for name, rows in data["published"].items()],
+            folded=True,
         )
     for study, found in zip(finished.suite.studies, data["studies"], strict=True):
         yield _trade_offs(finished, study, found)
         for part in study.sweeps:
             yield _sweep_part(finished, study, part)
+
+
+def _in_short(study: Mapping[str, Any]) -> str:
+    """Returns what a study comes to, in sentences: the fastest setting, and what prefetching gains at most."""
+    by_figure = {found["figure"]: found for found in study["best"]}
+    said = f"{study['title']}."
+    fastest = by_figure.get(SPEED)
+    if fastest is not None and fastest["value"] is not None:
+        gain = f", {fastest['value'] / fastest['start']:.2f} times what it starts with" if fastest["start"] else ""
+        said += f" Fastest with {setting_words(fastest['settings'])}: {known_of(fastest['value'], 3)} tokens/s{gain}."
+    prefetching = by_figure.get("prefetch_speedup")
+    if prefetching is not None and prefetching["value"] is not None:
+        gain = prefetching["value"] - 1
+        said += (
+            f" Prefetching gains {gain:.1%} at most over the same cache without it." if gain > 0 else
+            " Prefetching never gains over the same cache without it."
+        )  # fmt: skip
+    return said
+
+
+#: The words of the tables, explained.
+_WORDS = {
+    "tokens/s": "decoded tokens of all sequences per second",
+    "hit": "share of look-ups whose expert was in GPU memory when the router had chosen",
+    "late": "share of look-ups whose expert was on its way",
+    "memory": "mean share of the room for experts that was in use",
+    "stall": "time in which the compute stream waited for an expert's bytes",
+    "over no cache": "speed against the same run with no prefetch and every expert dropped after its use",
+    "over same cache": "speed against the same cache without prefetch: what prefetching adds",
+    "expert budget": "GPU memory that experts may take",
+    "lookahead": "how many layers ahead experts are guessed and fetched",
+    "recall": "share of the experts that are wanted which a predictor names",
+}
 
 
 def _published_table(name: str, rows: Sequence[dict[str, Any]]) -> Table:
@@ -151,7 +211,7 @@ def _trade_offs(finished: Finished, study: Study, found: Mapping[str, Any]) -> P
         [f"{spot['memory'] / 2**30:.2f}", f"{spot['speed']:.1f}", setting_words(spot["settings"])]
         for spot in found["front"]
     ]
-    blocks: list[Table | Picture] = [Table(("expert budget (GiB)", "tokens/s", "changed"), front)]
+    blocks: list[Table | Picture | Lines] = [Table(("expert budget (GiB)", "tokens/s", "changed"), front)]
     caption = f"{study.title}: speed against memory, and the front of runs that none beats with less memory"
     rows = finished.of_study(study)
     blocks.append(Picture(picture_name(study, None), caption, plot_sweep("pareto", rows, figure=SPEED)))
@@ -174,7 +234,7 @@ def _sweep_part(finished: Finished, study: Study, part: SuiteSweep) -> Part:
         ]
         for row in rows[:_MOST_ROWS]
     ]
-    blocks: list[Table | Picture] = [Table([*part.grid, *SWEEP_COLUMNS], shown)]
+    blocks: list[Table | Picture | Lines] = [Table([*part.grid, *SWEEP_COLUMNS], shown)]
     for number, chart in enumerate(part.charts):
         name = picture_name(study, part, number)
         caption = f"{part.question}: {chart.figure}, {study.name}"
@@ -186,5 +246,8 @@ def _sweep_part(finished: Finished, study: Study, part: SuiteSweep) -> Part:
     fixed = f"With {setting_words(part.settings)}. " if part.settings else ""
     cut = f"The first {_MOST_ROWS} of {len(rows):,} rows; " if len(rows) > _MOST_ROWS else ""
     return Part(
-        f"{study.name}: {part.question}", f"{fixed}{cut}All figures: rows/{study.name}-{part.name}.jsonl.", blocks
+        f"{study.name}: {part.question}",
+        f"{fixed}{cut}All figures: rows/{study.name}-{part.name}.jsonl.",
+        blocks,
+        folded=True,
     )

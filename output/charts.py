@@ -57,6 +57,37 @@ def plot_sweep(
     return CHARTS[kind](kept, x, by, figure)
 
 
+#: What keys and figures are called on an axis, where their own names say too little.
+_LABELS = {
+    "tokens_per_second": "tokens per second",
+    "hit_rate": "hit rate (share of accesses)",
+    "late_rate": "late (share of accesses)",
+    "memory_utilization": "expert memory in use (share)",
+    "speedup": "speed-up over no prefetch and no cache",
+    "prefetch_speedup": "speed-up over the same cache without prefetch",
+    "memory.gpu_budget": "expert budget",
+    "prefetch.k": "experts guessed a layer (k)",
+    "prefetch.lookahead": "lookahead (layers)",
+    "predictor.recall": "recall of the predictor",
+    "copy.chunk_bytes": "chunk (bytes)",
+    "workload.batch": "batch (sequences)",
+}
+#: Units at the ends of names, in words.
+_UNITS = {"_ms": "ms", "_us": "us", "_bytes": "bytes", "_ns": "ns", "_gb_per_s": "GB/s"}
+
+
+def label_of(name: str) -> str:
+    """Returns what a key of a scenario or a figure of a row is called on an axis, with its unit."""
+    if name in _LABELS:
+        return _LABELS[name]
+    of, _, percentile = name.partition(".")
+    for ending, unit in _UNITS.items():
+        for stem, more in ((name, ""), (of, f", {percentile}")):
+            if stem.endswith(ending):
+                return f"{stem.removesuffix(ending).replace('_', ' ')}{more} ({unit})"
+    return name.replace("_", " ")
+
+
 def plot_lines(rows: Sequence[dict[str, Any]], x: str, by: str | None, figure: str) -> Figure:
     """Draw a figure over the values of `x`, a line for each value of `by`."""
     picture, axes = _axes(4.2)
@@ -68,11 +99,11 @@ def plot_lines(rows: Sequence[dict[str, Any]], x: str, by: str | None, figure: s
             list(line.values()),
             color=_LINES[number % len(_LINES)],
             marker=_MARKS[number // len(_LINES) % len(_MARKS)],
-            label=f"{by} = {name}",
+            label=f"{label_of(by or '')} = {name}",
         )
     _name_places(axes, across, place)
-    axes.set_xlabel(x)
-    axes.set_ylabel(figure)
+    axes.set_xlabel(label_of(x))
+    axes.set_ylabel(label_of(figure))
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     if by is not None:
         picture.legend(loc="outside right upper", frameon=False, fontsize=9)
@@ -90,11 +121,11 @@ def plot_heat_map(rows: Sequence[dict[str, Any]], x: str, by: str | None, figure
     picture, axes = _axes(1.6 + 0.45 * len(down))
     grid = [[cells[name].get(value, float("nan")) for value in across] for name in down]
     image = axes.imshow(grid, aspect="auto", cmap="cividis")
-    picture.colorbar(image, ax=axes, label=figure)
+    picture.colorbar(image, ax=axes, label=label_of(figure))
     axes.set_xticks(range(len(across)), [str(value) for value in across])
     axes.set_yticks(range(len(down)), [str(name) for name in down])
-    axes.set_xlabel(x)
-    axes.set_ylabel(by)
+    axes.set_xlabel(label_of(x))
+    axes.set_ylabel(label_of(by))
     dark = sum(image.get_clim()) / 2
     if len(across) * len(down) <= _MOST_LABELS:
         for row, numbers in enumerate(grid):
@@ -133,7 +164,7 @@ def plot_pareto(rows: Sequence[dict[str, Any]], x: str, by: str | None, figure: 
         )
     axes.margins(x=0.15, y=0.15)
     axes.set_xlabel("expert budget (GiB)")
-    axes.set_ylabel(figure)
+    axes.set_ylabel(label_of(figure))
     axes.grid(color="#dddddd", linewidth=0.6)
     picture.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return picture
@@ -159,7 +190,7 @@ def plot_tornado(rows: Sequence[dict[str, Any]], x: str, by: str | None, figure:
     axes.set_xlim(min(effect.low for effect in found) - room, max(effect.high for effect in found) + room)
     axes.set_yticks(range(len(found)), [effect.key for effect in found])
     axes.set_ylim(len(found) - 0.5, -0.5)
-    axes.set_xlabel(f"{figure}, median over all other settings")
+    axes.set_xlabel(f"{label_of(figure)}, median over all other settings")
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)
     axes.tick_params(axis="y", length=0)
     return picture

@@ -9,7 +9,7 @@ import pytest
 
 from prestage.engine.measure.insights import Effect, InsightError, effects, finished, front, table, varying
 from prestage.experiments.grid import make_grid, sweep_names
-from prestage.output.charts import CHARTS, plot_sweep
+from prestage.output.charts import CHARTS, label_of, plot_sweep
 from prestage.output.pictures import save
 
 
@@ -120,3 +120,18 @@ def test_a_sweep_of_ones_own_is_a_file_that_options_change(tmp_path: Path) -> No
         make_grid(path)
     with pytest.raises(ValueError, match=r"'guide-insigths': choose one of .*did you mean 'guide-insights'"):
         make_grid("guide-insigths")
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("tokens_per_second", "tokens per second"),
+        ("inter_token_latency_ms.p50", "inter token latency, p50 (ms)"),
+        ("stall_ms", "stall (ms)"),
+        ("memory.gpu_budget", "expert budget"),
+        ("memory.eviction", "memory.eviction"),
+        ("predictor.latency_us", "predictor.latency (us)"),
+    ],
+)
+def test_an_axis_says_what_it_is_with_its_unit(name: str, label: str) -> None:
+    assert label_of(name) == label
