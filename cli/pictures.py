@@ -55,6 +55,11 @@ def plot(
     if kind in CHARTS:
         if len(results) != 1:
             raise InputError(f"{kind} is drawn from one journal, and {len(results)} are given")
+        if results[0].is_dir():
+            raise InputError(
+                f"{results[0]}: a folder: {kind} is drawn from a sweep's journal (.jsonl); of a run there are "
+                f"{', '.join(FIGURES)}"
+            )
         try:
             picture = plot_sweep(kind, sweep_rows(results[0]), x=x, by=by, figure=figure or "tokens_per_second")
         except InsightError as error:

@@ -148,7 +148,7 @@ def _parts(finished: Finished) -> Iterator[Part]:
             f"Throughput of one copy by its size: {report['machine']}",
             plot_transfer(report),
         )
-        blocks = [Table(TRANSFER_COLUMNS, [*transfer_cells(report)]), picture]
+        blocks: list[Table | Picture | Lines] = [Table(TRANSFER_COLUMNS, [*transfer_cells(report)]), picture]
         yield Part(f"Transfers: {report['machine']}", "", blocks, folded=True)
     if data["published"]:
         yield Part(

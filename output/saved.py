@@ -195,7 +195,10 @@ def load_result(where: str | Path, name: str | None = None) -> Run:
     where = Path(where)
     folder = where.parent if where.name == "result.json" else where
     if not folder.is_dir():
-        raise SavedRunError(f"{where}: there is no such folder; `prestage run --out {folder}` writes one")
+        writes = f"`prestage run --out {folder}` writes one"
+        if where.suffix:  # a page or a timeline, and not the name of a folder
+            writes = "give one that `prestage run --out FOLDER` wrote"
+        raise SavedRunError(f"{where}: there is no such folder; {writes}")
     data = read_result(folder)
     path = folder / RUN_FILE
     try:

@@ -371,6 +371,12 @@ BAD: list[tuple[list[str], str]] = [
         ["plot", "memory", "none", "--x", "seed", "-o", "x.png"],
         "memory is a picture of a run: --x, --by and --figure are",
     ),
+    (
+        ["report", "a.html", "-o", "x.html"],
+        "a.html: there is no such folder; give one that `prestage run --out FOLDER`",
+    ),
+    (["plot", "lines", ".", "-o", "x.png"], ".: a folder: lines is drawn from a sweep's journal (.jsonl); of a run"),
+    (["replay", "guid", "--budget", "25%"], "a log (did you mean 'guide'?)"),
     (["report", "none", "-o", "x.html"], "none: there is no such folder; `prestage run --out none` writes one"),
     (["report", "none", "-o", "x.pdf"], "x.pdf: a report's file must end in .html"),
     (["report"], "Missing argument 'results'; `prestage report --help` tells more"),

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from ..bounded import check_need
 from ..bounded import read as read_bounded
 from ..errors import InputError
+from ..words import unknown_name
 from .routed_experts import KEYS, import_arrays, import_eval_callback
 from .routing_rows import import_rows, is_rows
 from .token_lists import import_guide, import_jsonl, import_topk_ids
@@ -150,6 +151,8 @@ def open_trace(path: str | PathLike[str]) -> RoutingTrace:
 
     A file of a shipped one's name comes before it; a folder is no trace. Raises TraceError.
     """
+    if not Path(path).suffix and str(path) not in shipped_traces() and not Path(path).exists():
+        raise TraceError(unknown_name("trace", str(path), [*shipped_traces(), "FILE.npz", "FILE.safetensors", "a log"]))
     with trace_file(path) as file:
         if file is not None:
             return RoutingTrace.load(file)
