@@ -37,6 +37,7 @@ from .measure.merge import makespan_ns as run_ns
 from .measure.metrics import saved_bytes
 from .measure.misses import offloading_metrics
 from .measure.recording import Recording
+from .measure.request_costs import request_costs
 from .measure.request_metrics import run_requests
 from .measure.result import RunResult
 from .measure.speed import Serving
@@ -184,17 +185,21 @@ def simulate_inputs(
         budget_bytes=sum(gpu["budget_bytes"] for gpu in figures["gpus"]) + _low_bytes(inputs),
         scenario=inputs.scenario,
         versions=versions(),
-        requests=_requests(inputs, serving),
+        requests=_requests(inputs, serving, figures),
     )
     return Result(replace(said, warnings=_warnings(inputs, said)), recordings, wall_s, serving, chosen, inputs)
 
 
-def _requests(inputs: Inputs, serving: Serving) -> dict[str, Any] | None:
+def _requests(inputs: Inputs, serving: Serving, figures: Mapping[str, Any]) -> dict[str, Any] | None:
     """Returns what requests under load came to; None where a fixed batch runs."""
     section, pulls = inputs.scenario.requests, inputs.pulls
     if section is None or pulls is None or serving.log is None:
         return None
-    return run_requests(serving.log, section, pulls.failed)
+    found = run_requests(serving.log, section, pulls.failed)
+    if section.cost is not None:
+        busy_ms = figures["time"]["compute_ms"] + figures["time"]["predictor_ms"]
+        found["cost"] = request_costs(section.cost, serving.log, figures["makespan_ms"], busy_ms)
+    return found
 
 
 def _offloading(inputs: Inputs, recordings: Sequence[Recording], costs: Sequence[Costs]) -> dict[str, Any]:

@@ -149,6 +149,8 @@ _NAMED = {
     "model": "model.preset",
     "trace": "workload.trace",
     "fit": "workload.synthetic.fit",
+    "requests": "requests.trace",
+    "acceptance": "requests.speculation.acceptance",
 }
 
 

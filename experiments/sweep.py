@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -20,6 +20,7 @@ import numpy as np
 import orjson
 
 from .. import plugins
+from ..bounded import read
 from ..engine.baselines import BASELINES, baseline_scenario, run_baseline
 from ..engine.costs.costs import part_costs
 from ..engine.loading.loading import load_inputs
@@ -197,8 +198,19 @@ class Plan:
             "model": self._hash("model", scenario.model.preset),
             "trace": self._hash("trace", trace) if trace is not None else None,
             "fit": drawn_by,
+            **self._asked(scenario),
             **({"plugins": plugins.digest()} if plugins.loaded() else {}),
         }
+
+    def _asked(self, scenario: Scenario) -> Hashes:
+        """Returns the hashes of the files that [requests] names, if any."""
+        section = scenario.requests
+        drafts = None if section is None else section.speculation
+        named = {
+            "requests": None if section is None else section.trace,
+            "acceptance": drafts.acceptance if drafts is not None and isinstance(drafts.acceptance, str) else None,
+        }
+        return {what: self._hash(what, path) for what, path in named.items() if path is not None}
 
     def _hash(self, what: str, name: str) -> str:
         if (what, name) not in self._hashes:
@@ -311,6 +323,13 @@ def _trace_sha256(trace: RoutingTrace) -> str:
     return sha.hexdigest()
 
 
+def _file_sha256(key: str, path: str) -> str:
+    try:
+        return hashlib.sha256(read(Path(path), ScenarioError)).hexdigest()
+    except OSError as error:
+        raise ScenarioError(f"{key} = {path!r}: cannot be read: {error.strerror or error}") from None
+
+
 #: What identifies the contents of what a scenario names; it raises what is wrong with them.
 _CONTENT: dict[str, Callable[[str], str]] = {
     "profile": lambda name: _sha256(load_profile(name).model_dump(mode="json")),
@@ -318,4 +337,6 @@ _CONTENT: dict[str, Callable[[str], str]] = {
     "fit": lambda path: _sha256(asdict(FittedRouting.load(path))),
     "popularity": lambda path: _sha256(load_popularity(Path(path)).tolist()),
     "trace": lambda path: _trace_sha256(open_trace(path)),
+    "requests": partial(_file_sha256, "requests.trace"),
+    "acceptance": partial(_file_sha256, "requests.speculation.acceptance"),
 }

@@ -12,6 +12,7 @@ from prestage.calibration.decode.served import compare_served, read_served
 from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.scenario import load_scenario
 from prestage.engine.scenario.sections_requests import (
+    CostSection,
     KvSection,
     LengthSection,
     RequestsSection,
@@ -31,6 +32,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "requests.kv": KvSection,
     "requests.speculation": SpeculationSection,
     "requests.slo": SloSection,
+    "requests.cost": CostSection,
 }
 
 

@@ -158,3 +158,18 @@ def test_steps_that_are_known_ahead_are_those_that_would_be_asked_for(scheduler:
     for name in logs[0].steps:
         assert logs[0].steps[name].tolist() == logs[1].steps[name].tolist(), name
     assert [each.tolist() for each in logs[0].token_times()] == [each.tolist() for each in logs[1].token_times()]
+
+
+def test_a_million_tokens_cost_what_the_machine_draws_and_costs() -> None:
+    cost = {"watts": 700.0, "idle_watts": 100.0, "price_per_hour": 3.6}
+    found = served(scenario(model={"layers": 2}, requests={"cost": cost}), "compiled").data
+    seconds = found["makespan_ms"] / 1e3
+    busy_s = (found["time"]["compute_ms"] + found["time"]["predictor_ms"]) / 1e3
+    tokens = 5 * 3
+    costs = found["requests"]["cost"]
+    assert costs["price_per_million_tokens"] == pytest.approx(3.6 / 3600 * seconds / tokens * 1e6)
+    joules = 700 * busy_s + 100 * (seconds - busy_s)
+    assert costs["energy_kwh_per_million_tokens"] == pytest.approx(joules / 3.6e6 / tokens * 1e6)
+    assert "cost" not in served(scenario(model={"layers": 2}), "compiled").data["requests"]
+    with pytest.raises(ScenarioError, match="idle_watts: give watts"):
+        scenario(requests={"cost": {"idle_watts": 5.0}})

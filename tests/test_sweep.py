@@ -500,6 +500,23 @@ def test_rows_made_of_a_file_that_has_changed_are_refused(tmp_path: Path) -> Non
         sweep("synthetic", grid, settings=["model.layers=3"], out=tmp_path / "rows.jsonl", workers=1)
 
 
+def test_rows_of_a_request_trace_that_has_changed_are_refused(tmp_path: Path) -> None:
+    asked = tmp_path / "burst.csv"
+    head = "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
+    asked.write_text(head + "5,m,4,2,6,API log\n6,m,3,2,5,API log\n")
+    settings = ["model.layers=2", f"requests.trace={asked}", "requests.warmup=0%", "requests.cooldown=0%"]
+    grid = {"requests.rate": [1.0, 2.0]}
+
+    def swept() -> list[Any]:
+        out = tmp_path / "rows.jsonl"
+        return list(sweep("synthetic", grid, settings=settings, out=out, workers=1, baselines=False))
+
+    assert [row["error"] for row in swept()] == [None, None] and len(swept()) == 2
+    asked.write_text(head + "5,m,4,3,7,API log\n6,m,3,2,5,API log\n")
+    with pytest.raises(JournalError, match=r"the requests '.*burst.csv' had other contents: give another file"):
+        swept()
+
+
 def test_rows_of_two_sweeps_in_one_file_are_not_drawn(tmp_path: Path) -> None:
     # As an older version left them: drawn together, they would be a median over both.
     for batch in (1, 2):

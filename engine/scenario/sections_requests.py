@@ -122,6 +122,24 @@ class SloSection(Section):
     share: float = Field(default=0.99, gt=0, le=1)
 
 
+class CostSection(Section):
+    """What the machine draws and costs, from which energy and money for a million output tokens are counted.
+
+    `watts` are drawn while the compute stream is busy, and `idle_watts` (not set: as many) in the rest of the run,
+    where it waits for copies or has nothing to serve. `price_per_hour` is in any currency.
+    """
+
+    watts: float | None = Field(default=None, gt=0, le=1e9)
+    idle_watts: float | None = Field(default=None, ge=0, le=1e9)
+    price_per_hour: float | None = Field(default=None, ge=0, le=1e9)
+
+    @model_validator(mode="after")
+    def _idle_beside_busy(self) -> CostSection:
+        if self.idle_watts is not None and self.watts is None:
+            raise InputError("idle_watts: give watts, too, what the machine draws while it computes")
+        return self
+
+
 class RequestsSection(Section):
     """Requests under load, in place of a fixed batch: when they arrive and how long they are.
 
@@ -152,6 +170,7 @@ class RequestsSection(Section):
     kv: KvSection = KvSection()
     speculation: SpeculationSection | None = None
     slo: SloSection | None = None
+    cost: CostSection | None = None
 
     @field_validator("warmup", "cooldown", mode="before")
     @classmethod

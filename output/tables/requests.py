@@ -56,6 +56,11 @@ def load_rows(data: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("prompt tokens found in the KV cache", f"{data['prefix_hit_rate']:.1%}"))
     if data["draft_acceptance"] is not None:
         rows.append(("drafts accepted", f"{data['draft_acceptance']:.1%}"))
+    costs = data.get("cost") or {}
+    for name in ("energy_kwh", "price"):
+        if costs.get(name) is not None:
+            each = costs[f"{name}_per_million_tokens"]
+            rows.append((f"{name.replace('_', ', ')} for a million tokens", _number(each)))
     goodput = data["goodput"]
     if goodput is not None:
         met = "met" if goodput["met"] else "missed"
