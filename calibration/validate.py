@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..engine.costs.costs import Costs, part_costs
-from ..engine.costs.uncertainty import replicate_costs
+from ..engine.costs.uncertainty import linked, replicate_costs
 from ..engine.decide.memory_manager import DEMANDED, PREFETCHED
 from ..engine.loading.loading import load_inputs
 from ..engine.loading.stages import with_profile
@@ -132,7 +132,9 @@ def predicted_ms(measured: Measured, profile: Profile, replicates: int) -> dict[
     inputs = _as_executed(measured.scenario, profile)
     # The same seed for all GPUs: what is drawn is how far the profile is off, and they share it.
     drawn = (replicate_costs(part, replicates, timed=True) for part in inputs.parts)
-    makespans_ms = [run_ns(_simulate(inputs, costs)) / 1e6 for costs in zip(*drawn, strict=True)]
+    makespans_ms = [
+        run_ns(_simulate(linked(inputs, costs, timed=True), costs)) / 1e6 for costs in zip(*drawn, strict=True)
+    ]
     return dict(zip(("p5", "p50", "p95"), np.percentile(makespans_ms, (5, 50, 95)).tolist(), strict=True))
 
 

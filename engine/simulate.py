@@ -25,7 +25,7 @@ from ..resources.timeline import Timeline
 from ..workloads.batches import continued_steps, warmup_steps
 from .baselines import compared, run_baseline
 from .costs.costs import Costs, part_costs
-from .costs.uncertainty import replicate_costs, summary, without_uncertainty
+from .costs.uncertainty import linked, replicate_costs, summary, without_uncertainty
 from .decide.memory_manager import MemoryManager
 from .loading.capacity import described
 from .loading.deciders import dispatched, dispatched_together, make_manager, source_of
@@ -259,8 +259,9 @@ def _replicates(inputs: Inputs, count: int, progress: Progress | None) -> list[d
     # The same seed for all GPUs: what is drawn is how far the profile is off, and they share it.
     drawn = zip(*(replicate_costs(part, count) for part in inputs.parts), strict=True)
     for number, costs in enumerate(drawn, 1):
-        ready = prepared(inputs, costs)
-        recordings = run_all(inputs, ready)
+        replicate = linked(inputs, costs)
+        ready = prepared(replicate, costs)
+        recordings = run_all(replicate, ready)
         serving = serving_of(inputs if inputs.pulls is None else ready[0].inputs)
         speed = step_metrics(recordings, serving)
         results.append({"makespan_ms": run_ns(recordings) / 1e6, "tokens_per_second": speed["tokens_per_second"]})

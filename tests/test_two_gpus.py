@@ -24,8 +24,11 @@ from prestage.calibration.measured import load_measured
 from prestage.calibration.plan import make_plans
 from prestage.calibration.shared import Shared
 from prestage.engine.costs.costs import part_costs
+from prestage.engine.costs.uncertainty import linked, replicate_costs
+from prestage.engine.loading.stages import with_profile
 from prestage.engine.run import prepared, run_all
 from prestage.engine.scenario.inputs import Inputs
+from prestage.resources.profile_costs import TransferCost
 from prestage.resources.timeline import ACTIVATION, DENSE, EXPERT, HEAD, KINDS, LAUNCH
 from prestage.workloads.synthetic import synthesize
 
@@ -216,3 +219,17 @@ def test_clocks_are_set_against_each_other_within_half_the_way_there_and_back() 
     assert 0 < clocks.within_ns < 10**7
     apart_ns = events[1].at_ns - 7_000_000_000 - events[0].at_ns
     assert abs(other_ns - one_ns - apart_ns) <= clocks.within_ns + 1
+
+
+def test_a_replicate_draws_what_copies_between_the_gpus_take() -> None:
+    inputs = staged()
+    peer = inputs.profile.peer
+    assert peer is not None and inputs.links is not None
+    unsure = {"run_spread": 0.3, "scatter": 0.0, "held_back_error": 0.0}
+    queued = TransferCost.model_validate({**peer.queued.model_dump(exclude_none=True), "uncertainty": unsure})
+    profile = inputs.profile.model_copy(update={"peer": peer.model_copy(update={"queued": queued})})
+    inputs = with_profile(inputs, profile)
+    assert inputs.links is not None
+    drawn = [linked(inputs, costs) for costs in zip(*(replicate_costs(part, 3) for part in inputs.parts), strict=True)]
+    took = {one.links.peer(0, 1).queued_ns(10**9) for one in drawn if one.links is not None}
+    assert len(took) == 3 and inputs.links.peer(0, 1).queued_ns(10**9) not in took

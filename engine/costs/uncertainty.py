@@ -51,6 +51,13 @@ def replicate_costs(inputs: Inputs, count: int, *, timed: bool = False) -> Itera
         yield Costs(replace(inputs, profile=_drawn(profile, "profile", factors, ways)), timed=timed, scatter=scatter)
 
 
+def linked(inputs: Inputs, costs: Sequence[Costs], *, timed: bool = False) -> Inputs:
+    """Returns the inputs of a replicate: what copies between its GPUs take is drawn with the costs of the first."""
+    if inputs.links is None:
+        return inputs
+    return replace(inputs, links=inputs.links.with_profile(costs[0].profile, timed=timed))
+
+
 def _of_width(profile: Profile, hidden: int, dispatch: str) -> Profile:
     """Returns a profile with the measured points alone that a model of this width may be priced by."""
     compute = profile.compute
