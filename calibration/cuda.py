@@ -236,7 +236,8 @@ class Workload:
         shared: dict[Any, Any] | None = None,
     ) -> None:
         self._gpu, self._model, self._slots, self._graphs = gpu, model, slots, graphs
-        if wrongs := without_kernels(model):
+        experts = model.expert_dtype in EXECUTABLE_DTYPES  # others are computed on the CPU alone
+        if wrongs := without_kernels(model, experts=experts):
             raise CudaError("; ".join(wrongs))
         self._pool = gpu.graph_pool() if graphs else None
         hidden, dtype = model.hidden, model.dense_dtype
@@ -249,7 +250,7 @@ class Workload:
         vocabulary = product_width(hidden, dtype, 1, model.head_bytes)
         self._head_weights = self._random("head", vocabulary, hidden, dtype=dtype, scale=hidden**-0.5, seed=2)
         self._logits = self._empty("logits", most_tokens, vocabulary, dtype=dtype)
-        dtype, inner = model.expert_dtype, model.expert_ff
+        dtype, inner = model.expert_dtype if experts else dtype, model.expert_ff
         self._expert_x = self._random("expert x", most_tokens, hidden, dtype=dtype, scale=1.0, seed=3)
         self._expert_y = self._empty("expert y", most_tokens, hidden, dtype=dtype)
         self._gate, self._up = (self._empty(name, most_tokens, inner, dtype=dtype) for name in ("gate", "up"))

@@ -13,6 +13,9 @@ from .scenario_sets import Line, Sections, as_sections
 _HERE = {"machine__profile": "h200-offload"}
 #: Eight threads at half of what eight read (LIBRARIES of the machine): what policies go by.
 _CPU = {**_HERE, "miss__policy": "cpu", "miss__cpu_threads": 8}
+#: Qwen's experts in one byte a weight, or half of one, and a scale for each group.
+_INT8 = {"model__dtype": "int8", "model__expert_bytes": 4_792_320}
+_INT4 = {"model__dtype": "int4", "model__expert_bytes": 2_433_024}
 _GOES_BY = {"miss__cpu_gb_per_s": 115.0}
 _TOKENS = "workload__synthetic__tokens"
 _BATCH = {"workload__batch": 4, "workload__synthetic__sequences": 4}
@@ -49,6 +52,8 @@ FIT_BESIDE = [
     _line("qwen", "cpu", _CPU, lookahead=1),
     _line("deepseek", "cpu-batch4", _CPU, _BATCH),
     _line("qwen", "cpu-balanced", _CPU, _GOES_BY, miss__policy="balanced"),
+    _line("qwen", "cpu-int8", _CPU, _INT8),
+    _line("qwen", "cpu-int4", _CPU, _INT4),
     _line("qwen", "drive", _DRIVE),
     _line("switch", "drive", _DRIVE, _LITTLE, lookahead=1),
     _line("deepseek", "drive-pieces", _DRIVE, _LITTLE, tiers__chunk_bytes=4 * 2**20),
@@ -69,6 +74,8 @@ BESIDE = [
     _line("mixtral", "cpu", _CPU, _MIXTRAL, lookahead=1, recall=0.8),
     _line("qwen", "cpu-batch4", _CPU, _BATCH),
     _line("qwen", "cpu", _CPU, mode="eager"),
+    _line("qwen", "cpu-int8", _CPU, _INT8),
+    _line("qwen", "cpu-int4", _CPU, _INT4, readback=False),
     _line("qwen", "cpu", _CPU, readback=False),
     _line("deepseek", "cpu-layers", _CPU, memory__preload="layers", memory__cpu_layers=2, memory__gpu_budget="50%"),
     _line("deepseek", "cpu-balanced", _CPU, _GOES_BY, miss__policy="balanced"),
