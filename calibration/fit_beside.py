@@ -28,6 +28,7 @@ from ..resources.timeline import (
     DISPATCH,
     EXPERT,
     HEAD,
+    PEER,
     PREDICT,
     READ,
 )
@@ -83,7 +84,7 @@ def _observe(run: Measured, inputs: Inputs, plans: Sequence[Plan]) -> Iterator[O
 
     - cpu: (hidden, ff, dtype, tokens, threads, beside a copy): an expert on the CPU.
     - notice, results: from the tokens' arrival to the first expert; from the last one's end to the copy of results.
-    - hand_over, take_back, order, exchange_call: the host's time for the calls of one entry.
+    - hand_over, take_back, order, exchange_call, move: the host's time for the calls of one entry.
     - unpack, grouped: (bytes, beside a copy): a kernel that makes weights of compressed ones; one for several experts.
     - predict: (hidden, experts, tokens).
     - exchange: (bytes,): from the instant at which two GPUs could begin with an exchange to its end.
@@ -115,6 +116,8 @@ def _observe(run: Measured, inputs: Inputs, plans: Sequence[Plan]) -> Iterator[O
             elif entry.kind == EXPERT and entry.members and kept:
                 size_bytes = len(entry.members) * model.expert_bytes[entry.layer]
                 yield "grouped", (size_bytes, beside > 0), end_ns - start_ns
+            elif entry.kind == PEER:
+                yield "move", (), issued_ns - last_issued_ns
             elif entry.kind == PREDICT and beside == 0:
                 yield "predict", (model.hidden, model.experts, entry.tokens), end_ns - start_ns
             last_issued_ns = issued_ns
@@ -182,7 +185,7 @@ def fit_beside(runs: Iterable[Measured], drive: Samples | None = None) -> dict[s
         name: _duration(seen[cost])
         for name, cost in (
             ("cpu_hand_over", "hand_over"), ("cpu_take_back", "take_back"), ("cpu_notice", "notice"),
-            ("cpu_results", "results"), ("exchange_call", "exchange_call"),
+            ("cpu_results", "results"), ("exchange_call", "exchange_call"), ("expert_move", "move"),
         )
         if cost in seen
     }  # fmt: skip
@@ -215,6 +218,8 @@ def written(data: dict[str, Any], name: str, base: str) -> tuple[str, Profile]:
     there. Raises ProfileError.
     """
     known = load_profile(base)
+    if "expert_move" in data.get("host", {}):  # with the wait for what lay in its room, which is charged by itself
+        data["host"]["expert_move"]["ns"] = max(0, data["host"]["expert_move"]["ns"] - known.host.event_wait.ns)
     compute = dict(data.get("compute", {}))
     if "predictors" in compute:
         ours = {(point["hidden"], point["experts"], point["tokens"]) for point in compute["predictors"]}
@@ -227,8 +232,8 @@ def written(data: dict[str, Any], name: str, base: str) -> tuple[str, Profile]:
     text: dict[str, Any] = {
         "extends": base,
         "name": name,
-        "same_device_as": [known.device],
-        "source": f"{base}'s costs, and of executed schedules what runs beside the GPU's stream (calibrate fit-beside)",
+        "source": f"{known.source if base.endswith('.json') else f'the costs of {base}'}; of executed schedules what "
+        "works beside the GPU's stream (calibrate fit-beside)",
         **data,
     }
     if compute:

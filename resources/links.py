@@ -35,12 +35,13 @@ class LinkSetting:
     """What of a scenario changes the copies over links.
 
     `free`: neither calls nor gaps cost anything; `contention`: copies slow one another down; `timed`: every copy is
-    timed by one more event.
+    timed by one more event; `moves`: what goes between GPUs are experts, of GPUs that share them.
     """
 
     free: bool = False
     contention: bool = False
     timed: bool = False
+    moves: bool = False
 
 
 class CopyTimes(Protocol):
@@ -93,6 +94,8 @@ class PeerCosts:
         records = 2 if setting.timed else 1
         enqueue = profile.host.peer_enqueue or profile.host.copy_enqueue
         self.host_ns = 0 if free else enqueue.ns + records * profile.host.event_record.ns
+        if setting.moves and not free and profile.host.expert_move is not None:
+            self.host_ns = profile.host.expert_move.ns
         gap_ns, wait = copies.gap.ns, copies.event_wait_gap
         beside = setting.contention
         wait_longer_ns = wait.disturbed_ns - wait.ns if beside else 0

@@ -272,7 +272,8 @@ class HostCosts(Part):
     its asking (both None: what the profile's D2H copies say). `synchronize` is from there to the host knowing, and
     `resume` what the host's first calls after that wait take longer, `copy_resume` if these enqueue a copy.
     `peer_enqueue` is that of a copy to or from another GPU (None: as any copy's), `turn` a thread's turning to another,
-    `exchange_call` a GPU's part in an exchange of tokens (None: as a launch).
+    `exchange_call` a GPU's part in an exchange of tokens (None: as a launch), `expert_move` the calls of an expert's
+    copy between GPUs that share experts, with its events (None: as of a copy in a pipeline).
     Experts on the CPU: `cpu_hand_over` is the time to hand a visit's tokens over, `cpu_take_back` to order the copy of
     their results beforehand (both None: a copy's enqueue, and nothing). `cpu_notice` is from the tokens' arrival to the
     start of the first expert (None: as `synchronize`), `cpu_results` from the end of the last to the start of the copy
@@ -294,6 +295,7 @@ class HostCosts(Part):
     peer_enqueue: Duration | None = None
     turn: Duration = NO_TIME
     exchange_call: Duration | None = None
+    expert_move: Duration | None = None
     cpu_hand_over: Duration | None = None
     cpu_take_back: Duration | None = None
     cpu_notice: Duration | None = None
