@@ -2,9 +2,9 @@
 # Execute what runs beside the GPU's stream, in parts, within a time: experts on the CPU, reads from a drive, compressed
 # and grouped experts, a predictor, two GPUs that share experts.
 #
-#   bash calibration/measure_beside.sh try|one|two OUT
+#   bash calibration/measure_beside.sh try|drive|one|two OUT
 #
-# try: a schedule of each kind, once, in two minutes; one: the drive, the sets to fit and to validate, on one GPU, in
+# drive: the drive, and the CPU in fewer bits, in two minutes; try: a schedule of each kind, once, in two minutes; one: the drive, the sets to fit and to validate, on one GPU, in
 # nine minutes at most; two: the same on two, in five. Python finds prestage and torch. OUT gets runs.tar.gz, the samples of the drive, and a log.
 set -u
 what=$1 out=$(realpath -m "$2")
@@ -42,8 +42,13 @@ try)
     execute shared 60 1 ${s}qwen-graph-ahead0-tokens ${s}qwen-graph-ahead0-peer shared-qwen-graph-ahead0-spare
   fi
   ;;
+drive)
+  timeout 60 "${prestage[@]}" calibrate measure --drive "$work/experts" -o "$out/drive.json" 2>&1 | tail -3 | tee -a "$out/log"
+  execute fit-beside 30 5 ${f}qwen-graph-ahead0-cpu-int8 ${f}qwen-graph-ahead0-cpu-int4
+  execute beside 30 5 beside-qwen-graph-ahead0-cpu-int8 beside-qwen-graph-ahead0-blind-cpu-int4
+  ;;
 one)
-  timeout 40 "${prestage[@]}" calibrate measure --drive "$work/experts" -o "$out/drive.json" 2>&1 | tail -3 | tee -a "$out/log"
+  timeout 60 "${prestage[@]}" calibrate measure --drive "$work/experts" -o "$out/drive.json" 2>&1 | tail -3 | tee -a "$out/log"
   execute fit-beside 120 5 fit-beside
   execute beside 220 5 beside
   execute fit 110 5 fit
@@ -56,5 +61,5 @@ two)
   execute fit-shared 100 5 fit-shared
   execute shared 170 5 shared
   ;;
-*) say "$what: choose try, one or two" ;;
+*) say "$what: choose try, drive, one or two" ;;
 esac

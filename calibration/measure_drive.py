@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from threading import Thread
@@ -20,12 +21,12 @@ from .cuda import CudaError
 from .samples import Series
 
 #: The file that is read, and the sizes of reads: pieces, and experts.
-FILE_BYTES = 2048 * MIB
-SIZES = (1 * MIB, 4 * MIB, 9 * MIB, 16 * MIB, 27 * MIB)
+FILE_BYTES = 1024 * MIB
+SIZES = (1 * MIB, 4 * MIB, 9 * MIB, 27 * MIB)
 #: How many are in flight.
-IN_FLIGHT = (1, 2, 3, 4, 6, 8, 16)
-#: How many bytes are read for one look, and how often each is looked at.
-_LOOK_BYTES, _ROUNDS = 216 * MIB, 3
+IN_FLIGHT = (1, 2, 3, 4, 6, 8)
+#: How many bytes are read for one look, and how often each is looked at; no round but the first begins after so long.
+_LOOK_BYTES, _ROUNDS, _LAST_ROUND_S = 108 * MIB, 3, 20.0
 
 
 def measure_drive(path: Path, sizes: Sequence[int] = SIZES, file_bytes: int = FILE_BYTES) -> tuple[Series, ...]:
@@ -55,7 +56,10 @@ def _look_all(handle: int, sizes: Sequence[int], file_bytes: int) -> Iterator[Se
     random = np.random.default_rng(8)
     seen: dict[tuple[int, int], list[tuple[int, ...]]] = {}
     with mmap.mmap(-1, max(sizes) * max(IN_FLIGHT)) as memory:
-        for _ in range(_ROUNDS):
+        began_s = time.monotonic()
+        for number in range(_ROUNDS):
+            if number and time.monotonic() - began_s > _LAST_ROUND_S:
+                break
             for size in sizes:
                 for count in IN_FLIGHT:
                     took = tuple(_look(handle, memory, size, count, file_bytes, random))
