@@ -4,8 +4,9 @@
 #
 #   bash calibration/measure_beside.sh try|drive|one|two OUT
 #
-# drive: the drive, and the CPU in fewer bits, in two minutes; try: a schedule of each kind, once, in two minutes; one: the drive, the sets to fit and to validate, on one GPU, in
-# nine minutes at most; two: the same on two, in five. Python finds prestage and torch. OUT gets runs.tar.gz, the samples of the drive, and a log.
+# try: a schedule of each kind, once, in two minutes; drive: the drive, and the CPU in fewer bits, in two minutes; one:
+# the drive, the sets to fit and to validate, on one GPU, in nine minutes at most; two: the same on two, in five. Python
+# finds prestage and torch. OUT gets runs.tar.gz, the samples of the drive, and a log.
 set -u
 what=$1 out=$(realpath -m "$2")
 began=$(date +%s)

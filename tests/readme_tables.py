@@ -413,6 +413,42 @@ def two_gpus() -> str:
     return markdown(report, every_row=True)
 
 
+def beside() -> str:
+    """What works beside the GPU's stream, each schedule by itself."""
+    report = json.loads((ROOT / "calibration" / "validation" / "h200-offload.json").read_text(encoding="utf-8"))
+    return f"{_kinds(report['rows'])}\n\n{markdown(report, every_row=True)}"
+
+
+def _kinds(rows: list[dict[str, Any]]) -> str:
+    """The sizes of errors by what runs beside, as the scenarios' names say it."""
+    kinds = {
+        "a drive": ("-drive",), "experts on the CPU": ("-cpu",), "compressed experts": ("-packed",),
+        "unequal sizes, grouped kernels, a predictor": ("-unequal", "-grouped", "-predictor"), "others": ("",),
+    }  # fmt: skip
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in kinds}
+    for row in rows:
+        kind = next(name for name, marks in kinds.items() if any(mark in row["scenario"] for mark in marks))
+        found[kind].append(row)
+    lines = []
+    for name, members in found.items():
+        errors = [abs(row["makespan_error"]) for row in members]
+        spread = median(row["spread"] for row in members)
+        lines.append((name, len(errors), f"{median(errors):.2%}", f"{max(errors):.2%}", f"{spread:.2%}"))
+    return table(("what", "n", "median error", "worst", "machine's own spread (median)"), lines)
+
+
+def shared() -> str:
+    """Two GPUs that share the experts of every layer, each schedule by itself."""
+    report = json.loads((ROOT / "calibration" / "validation" / "h200-pair-shared.json").read_text(encoding="utf-8"))
+    return markdown(report, every_row=True)
+
+
+def pair() -> str:
+    """Pipelines on two H200s."""
+    report = json.loads((ROOT / "calibration" / "validation" / "h200-pair.json").read_text(encoding="utf-8"))
+    return markdown(report, every_row=False)
+
+
 def held_out_kernels() -> str:
     """How near the surface of `h200` comes to kernels, and groups of them, of shapes that it was not measured on."""
     folder = ROOT / "calibration" / "validation" / "h200"
@@ -588,6 +624,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "reality": reality,
     "reality-rows": reality_rows,
     "two-gpus": two_gpus,
+    "beside": beside,
+    "shared": shared,
+    "pair": pair,
     "held-out-kernels": held_out_kernels,
     "held-out": held_out,
     "whole": whole,
