@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
@@ -75,11 +76,25 @@ def digest_of(arrays: Iterable[npt.NDArray[Any] | None]) -> bytes:
     """Returns the SHA-256 of arrays: their types, shapes and values, in order."""
     digest = hashlib.sha256()
     for array in arrays:
-        if array is None:
-            digest.update(b"none ")
-        else:
-            digest.update(f"{array.dtype.str}{array.shape} ".encode())
-            digest.update(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
+        digest.update(b"none" if array is None else _digest(array))
+    return digest.digest()
+
+
+#: Of so few bytes a digest is soon worked out again.
+_SOON_READ_BYTES = 1 << 12
+#: The digests of frozen arrays that live, by `id`; empty before anybody has asked for them.
+_digests: dict[int, bytes] = {}
+
+
+def _digest(array: npt.NDArray[Any]) -> bytes:
+    """Returns the digest of one array, which is worked out once if it is frozen."""
+    known = _digests.get(id(array))
+    if known:
+        return known
+    digest = hashlib.sha256(f"{array.dtype.str}{array.shape} ".encode())
+    digest.update(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
+    if known is not None:
+        _digests[id(array)] = digest.digest()
     return digest.digest()
 
 
@@ -93,5 +108,8 @@ def frozen(arrays: Iterable[npt.NDArray[Any] | None]) -> int:
     for array in arrays:
         if array is not None:
             array.setflags(write=False)
+            if array.nbytes > _SOON_READ_BYTES and id(array) not in _digests:
+                _digests[id(array)] = b""
+                weakref.finalize(array, _digests.pop, id(array), None).atexit = False
             size_bytes += array.nbytes
     return size_bytes

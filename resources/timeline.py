@@ -155,7 +155,7 @@ class Timeline:
             recorded = self._spans.array()
             ordered = _in_order(recorded)
             if ordered is not recorded:
-                self._spans.buffer[:] = ordered.tobytes()
+                np.frombuffer(self._spans.buffer, dtype=SPAN)[:] = ordered
         return self._spans.array()
 
     def last_end_ns(self, role: str) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import InputError
-from ...kept import KEPT, file_state, frozen
+from ...kept import KEPT, digest_of, file_state, frozen
 from ...resources.profile import Profile, load_profile
 from ...resources.runtime import load_runtime
 from ...workloads.batches import Step, every_row, plan_steps, warmup_steps
@@ -48,6 +48,8 @@ from .offloading import cached_budgets, kept_bytes, low_precision, make_miss
 from .requests import load_requests
 from .stages import OF_WHOLE_MODEL, SAMPLE_STEPS, stage_inputs, stage_layers
 
+#: What a step that is kept takes beside its rows.
+_STEP_BYTES = 256
 #: In so many pieces an expert is copied at most: 4 KiB each of a quarter of a GiB.
 MOST_PIECES = 1 << 16
 
@@ -91,14 +93,17 @@ def load_inputs(scenario: Scenario, trace: RoutingTrace | None = None, profile: 
 def steps_of(scenario: Scenario, trace: RoutingTrace) -> list[Step]:
     """Returns the steps that a scenario makes of a trace."""
     workload = scenario.workload
-    return plan_steps(
-        trace.sequence,
-        trace.phase,
-        batch=workload.batch,
-        prefill=workload.prefill,
-        chunk_tokens=workload.chunk_tokens,
-        tokens=workload.tokens,
-        micro_batches=scenario.parallel.micro_batches,
+    asked = {
+        "batch": workload.batch, "prefill": workload.prefill, "chunk_tokens": workload.chunk_tokens,
+        "tokens": workload.tokens, "micro_batches": scenario.parallel.micro_batches,
+    }  # fmt: skip
+    key = (plan_steps, digest_of([trace.sequence, trace.phase]), *asked.values())
+    return list(
+        KEPT.get(
+            key,
+            lambda: plan_steps(trace.sequence, trace.phase, **asked),  # type: ignore[arg-type]
+            lambda steps: frozen(step.rows for step in steps) + _STEP_BYTES * len(steps),
+        )
     )
 
 

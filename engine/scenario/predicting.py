@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from ...kept import KEPT, digest_of, frozen
 from ...workloads.batches import Step
 from ...workloads.guesses import Guesses
@@ -62,9 +64,11 @@ def guesses_of(
     options = _options(scenario, first_layer)
     if "weights" in options:
         options["weights"] = load_weights(options["weights"])  # the same object for the same file
-    rows = [step.rows for step in steps]
     known = [trace.experts, trace.present, trace.sequence, trace.position, trace.phase]
-    asked = digest_of([*known, trace.predictions, trace.confidences, *rows])
+    rows = np.concatenate([step.rows for step in steps]) if steps else None
+    asked = digest_of(
+        [*known, trace.predictions, trace.confidences, rows, np.array([len(step.rows) for step in steps])]
+    )
     key = (type(predictor), *options.items(), scenario.seed, trace.num_experts, asked, horizons, n)
     return KEPT.get(
         key,

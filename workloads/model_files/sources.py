@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,15 @@ def read_shapes(name: str) -> Shapes:
                 f"model {name!r}: {hint}choose one of {', '.join(presets)}, or FILE.toml, {CONFIG}, its folder, "
                 "FILE.gguf"
             )
-        label = f"{name}.toml"
-        text = (resources.files("prestage.workloads.models") / label).read_text(encoding="utf-8")
+        return _preset(name)
+    return _valid(label, parse_toml(text, label, ModelError))
+
+
+@cache
+def _preset(name: str) -> Shapes:
+    """Returns the shapes of a preset that is there."""
+    label = f"{name}.toml"
+    text = (resources.files("prestage.workloads.models") / label).read_text(encoding="utf-8")
     return _valid(label, parse_toml(text, label, ModelError))
 
 
