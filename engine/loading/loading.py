@@ -98,13 +98,11 @@ def steps_of(scenario: Scenario, trace: RoutingTrace) -> list[Step]:
         "tokens": workload.tokens, "micro_batches": scenario.parallel.micro_batches,
     }  # fmt: skip
     key = (plan_steps, digest_of([trace.sequence, trace.phase]), *asked.values())
-    return list(
-        KEPT.get(
-            key,
-            lambda: plan_steps(trace.sequence, trace.phase, **asked),  # type: ignore[arg-type]
-            lambda steps: frozen(step.rows for step in steps) + _STEP_BYTES * len(steps),
-        )
-    )
+    return list(KEPT.get(key, lambda: plan_steps(trace.sequence, trace.phase, **asked), _bytes_of))  # type: ignore[arg-type]
+
+
+def _bytes_of(steps: list[Step]) -> int:
+    return frozen(step.rows for step in steps) + _STEP_BYTES * len(steps)
 
 
 def completed(bare: Inputs) -> Inputs:
