@@ -4,6 +4,7 @@ What a notebook imports: `simulate(load_scenario(...))`, and what goes in and co
 they are first used, so that `import prestage` is quick.
 """
 
+from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from .engine.scenario.scenario import scenario_names as scenario_names
     from .experiments.advice_result import Advised as Advised
     from .experiments.advise import advise as advise
+    from .experiments.bench import bench as bench
     from .experiments.breakeven import break_even as break_even
     from .experiments.sweep import sweep as sweep
     from .guide.inference import InferenceConfig as InferenceConfig
@@ -61,6 +63,7 @@ _HOME = {
     "Scenario": "engine.scenario.scenario",
     "VirtualMemoryManager": "guide.virtual_memory",
     "advise": "experiments.advise",
+    "bench": "experiments.bench",
     "break_even": "experiments.breakeven",
     "compare": "notebook.runs",
     "load_model": "workloads.model",
@@ -81,6 +84,8 @@ _HOME = {
     "timeline_summary": "output.summary",
     "write_report": "output.report",
 }
+#: What commands are called here, where that is another name.
+_COMMANDS = {"mrc": "miss_ratio_curves", "replay": "replay_trace", "run": "simulate", "report": "write_report"}
 __all__ = sorted([*_HOME, "__version__"])
 
 
@@ -88,7 +93,10 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         return import_module("importlib.metadata").version("prestage")
     if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        near = _COMMANDS.get(name) or next(iter(get_close_matches(name, _HOME, 1)), None)
+        raise AttributeError(
+            f"module {__name__!r} has no attribute {name!r}" + (f"; did you mean {near!r}?" if near else "")
+        )
     import_module(".plugins", __name__).load_asked()
     return getattr(import_module(f".{_HOME[name]}", __name__), name)
 

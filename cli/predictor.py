@@ -86,7 +86,7 @@ def predictor_evaluate(
     ] = None,
     predictor: Annotated[
         list[str] | None,
-        typer.Option(help="A predictor's name; repeat it. Without any: all that learn as they go, beside the weights."),
+        typer.Option(help="A predictor's name; repeat it. Without one, every predictor that learns as it goes."),
     ] = None,
     sequences: Sequences = ":",
     horizons: Annotated[int, typer.Option(help="How many layers ahead.")] = 3,

@@ -13,7 +13,9 @@ from ..engine.scenario.scenario import scenario_names
 from ..errors import InputError
 from ..output.shown import FRAMES
 from ..resources.profile import profile_names
+from ..resources.runtime import runtime_names
 from ..words import unknown_name
+from ..workloads.fitted import shipped_fits
 from ..workloads.importers import shipped_traces
 from ..workloads.model import preset_names
 from ..workloads.predictors import PREDICTORS
@@ -22,12 +24,14 @@ from ..workloads.predictors import PREDICTORS
 _KINDS: dict[str, Callable[[], Iterable[str]]] = {
     "copy orders": lambda: COPY_ORDERS,
     "evictions": lambda: EVICTION,
+    "fits": shipped_fits,
     "machines": profile_names,
     "misses": lambda: MISS,
     "models": preset_names,
     "placements": lambda: PLACEMENT,
     "predictors": lambda: PREDICTORS,
     "prefetches": lambda: PREFETCH,
+    "runtimes": runtime_names,
     "scenarios": scenario_names,
     "tables": lambda: FRAMES,
     "traces": shipped_traces,
@@ -37,8 +41,8 @@ _KINDS: dict[str, Callable[[], Iterable[str]]] = {
 def names(kind: str) -> list[str]:
     """Returns the names that a scenario may give: of models, machines, traces, evictions, … Raises InputError.
 
-    `kind` is one of copy orders, evictions, machines, misses, models, placements, predictors, prefetches, scenarios,
-    tables and traces; a policy that was added is among them.
+    `kind` is one of copy orders, evictions, fits, machines, misses, models, placements, predictors, prefetches,
+    runtimes, scenarios, tables and traces; a policy that was added is among them.
     """
     if kind not in _KINDS:
         raise InputError(unknown_name("kind", kind, _KINDS))

@@ -304,11 +304,13 @@ FIGURES = {
     ),
     "wasted": Figure(
         "What became of prefetched bytes",
-        "Bytes that prefetches moved for each layer. Evicted unused and unused ones were wasted.",
+        "Bytes that prefetches moved for each layer. What was evicted unused, or never used until the end, was wasted.",
         prefetched_bytes,
     ),
     "memory": Figure(
-        "Expert memory over time", "Given out to experts; the dashed line is the budget.", memory_over_time
+        "Expert memory over time",
+        "How much of the room for experts was in use. The dashed line is all of it.",
+        memory_over_time,
     ),
     "latency": Figure(
         "Access latency",

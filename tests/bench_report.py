@@ -67,8 +67,8 @@ def measure(run: Run, spans: int, folder: Path) -> dict[str, Any]:
 
 
 def draw(path: Path, folder: Path) -> None:
-    """Take the picture of the README."""
-    write_report([run_of(simulate(load_scenario("guide")))], folder / "report.html")
+    """Take the picture of docs/report.md."""
+    write_report([run_of(simulate(load_scenario("default")))], folder / "report.html")
     with browsing(folder, width=1180) as at:
         at.page.goto(f"{at.url}/report.html")
         at.page.wait_for_function(READY)
