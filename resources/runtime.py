@@ -30,7 +30,8 @@ from .facts import BytesPerSecond, Dtype, Part
 #: assumed. Each with how far it is taken to be off where nobody says: a relative standard deviation.
 SPREADS = {"measured": 0.05, "fitted": 0.1, "published": 0.2, "source": 0.3, "assumed": 0.5}
 Known = Literal["measured", "published", "source", "fitted", "assumed"]
-#: How far off predictions of software are that nobody here has run, whatever its costs: assumed, relative.
+#: How far off predictions of software are that nobody here has run, whatever its costs (relative): as llama.cpp was
+#: before any part of it was measured, .32, the rms of 40 log errors.
 STRUCTURE = 0.3
 #: The runtime of a scenario that names none: our own executor, whose costs are the machine's.
 DEFAULT = "prestage"

@@ -25,6 +25,7 @@ from day_figure import day_figure, drafts_figure
 from eviction_tables import layers, policies
 from new_user import path_table
 from owned_tables import owned
+from published_tables import published_figures, published_rows
 from request_tables import queueing, request_keys, served
 
 from prestage.calibration import from_parts as checks
@@ -636,6 +637,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "engines": engines,
     "runs-decoded": runs_decoded,
     "runs-llama.cpp": runs_llama_cpp,
+    "published-figures": published_figures,
+    "published-rows": published_rows,
     "models": models,
 }
 

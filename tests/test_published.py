@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from published_tables import FIRST, NOW, published_figures, published_rows, rows_of
 
 from prestage.calibration.published_rows import (
     Predicted,
@@ -43,6 +44,16 @@ def test_a_source_says_where_it_is_from_and_what_was_assumed(name: str) -> None:
     source = load_source(name)
     assert source.source and source.notes
     assert len({row.id for row in source.rows}) == len(source.rows)
+
+
+def test_the_committed_table_has_every_row_and_comes_to_what_the_page_says() -> None:
+    rows = rows_of(NOW)
+    assert [row.row.id for row in rows] == [row.id for name in source_names() for row in load_source(name).rows]
+    found = summary(rows)
+    assert len(found["not_run"]) == 1 and found["ordered"] / found["ordered_of"] >= 0.9
+    assert found["interval_score"] < summary(rows_of(FIRST))["interval_score"]
+    page = (Path(__file__).parent.parent / "docs" / "runtimes.md").read_text(encoding="utf-8")
+    assert published_figures() in page and published_rows() in page
 
 
 def test_no_two_rows_of_the_table_have_one_id() -> None:
