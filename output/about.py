@@ -37,6 +37,7 @@ def about_run(result: Result) -> About:
         span_bytes=np.concatenate([span_bytes(recording) for recording in recordings]),
         span_outcomes=np.concatenate([span_outcomes(recording) for recording in recordings]),
         outcome_names=SPAN_OUTCOMES,
+        requests={} if result.serving.log is None else result.serving.log.requests,
         memory={recording.device: resident_steps(recording) for recording in recordings},
     )
 

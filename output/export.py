@@ -42,6 +42,7 @@ from ..resources.timeline import (
     SWAP,
     Timeline,
 )  # fmt: skip
+from .request_tracks import request_events
 from .span_names import CATEGORIES, layer_of_each, layers_of, span_name, track_order
 
 Array = npt.NDArray[Any]
@@ -90,6 +91,8 @@ class About:
     outcome_names: Sequence[str] = ("",)
     span_names: tuple[Array, Sequence[str]] | None = None
     memory: Mapping[str, tuple[Array, Array, Array]] = field(default_factory=dict)
+    #: The columns of requests under load, each of which has a track (see `request_tracks`).
+    requests: Mapping[str, Array] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -296,6 +299,8 @@ class _Events:
             yield from self._calling_thread(caller)
         yield from self._other_threads()
         until_ns = int(self._spans["end_ns"].max(initial=0)) if len(self._spans) < self._total else None
+        for event in request_events(self._about.requests, until_ns):
+            yield event | {"ts": _us(event["ts"])} if "ts" in event else event
         launched = self._launched_by_device()
         for device, pid in self._tracks.gpus.items():
             spans = self._spans[launched[device]]

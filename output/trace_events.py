@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from ..bounded import read
 from ..errors import InputError
+from .request_tracks import REQUEST
 
 GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 CALLS = ("cuda_runtime", "cuda_driver")
@@ -276,6 +277,8 @@ class _Maker:
 
     def half(self, event: dict[str, Any], number: int, phase: Any) -> None:
         """Keep a beginning or an end until all are known; other phases take no time."""
+        if event.get("cat") == REQUEST:  # no lane's work: what a request waited for, as its steps say it
+            return
         if not isinstance(phase, str) or phase not in "BEbeSF":
             if phase is None:
                 self._left_out.add("without a phase", _place(number, event.get("name")))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,9 @@ from prestage.engine.policies.scheduler import SCHEDULERS
 from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.scenario import Scenario, make_scenario
 from prestage.engine.simulate import Result, simulate
+from prestage.output.about import about_run
+from prestage.output.export import export_timeline
+from prestage.output.profiler_trace import load_timeline
 from prestage.resources.timeline import DENSE, HEAD, SWAP
 from prestage.workloads.requests.request import RepeatedStep, RequestStep
 
@@ -173,3 +178,24 @@ def test_a_million_tokens_cost_what_the_machine_draws_and_costs() -> None:
     assert "cost" not in served(scenario(model={"layers": 2}), "compiled").data["requests"]
     with pytest.raises(ScenarioError, match="idle_watts: give watts"):
         scenario(requests={"cost": {"idle_watts": 5.0}})
+
+
+def test_a_timeline_file_has_a_track_a_request(tmp_path: Path) -> None:
+    """From arrival to last token, with what it waited for inside; and the file reads back as the run's spans."""
+    found = served(scenario(model={"layers": 2}), "compiled")
+    export_timeline(found.timeline, tmp_path / "t.json", about_run(found))
+    events = [event for event in json.loads((tmp_path / "t.json").read_text())["traceEvents"] if "id" in event]
+    mine = [event for event in events if event.get("cat") == "request"]
+    assert {event["id"] for event in mine} == set(range(5))
+    assert found.serving.log is not None
+    requests = found.serving.log.requests
+    for number in range(5):
+        own = [(event["ph"], event["name"], round(event["ts"] * 1000)) for event in mine if event["id"] == number]
+        assert own[0] == ("b", f"request {number}", int(requests["arrival_ns"][number]))
+        assert own[-1] == ("e", f"request {number}", int(requests["finished_ns"][number]))
+        assert ("b", "tokens", int(requests["first_token_ns"][number])) in own
+        opened = [phase for phase, _, _ in own]
+        assert opened.count("b") == opened.count("e")
+        assert [at for _, _, at in own] == sorted(at for _, _, at in own), "in order of time"
+    back = load_timeline(tmp_path / "t.json")
+    assert len(back.timeline) == len(found.timeline) and not back.reading.left_out.events
