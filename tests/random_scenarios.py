@@ -195,7 +195,8 @@ def composed(seed: int, folder: Path) -> dict[str, Any]:
         data["tiers"] |= {"prefetch": rng.choice(("gpu", "host")), "io_lanes": rng.choice((1, 2, 5))}
         data["tiers"] |= {"chunk_bytes": rng.choice((0, 3_000_001)), "host_policy": rng.choice(("lru", "belady"))}
     if rng.random() < 0.6:
-        policy = rng.choice(("cpu", "cpu", "balanced", "cost", "split", "cpu-then-upload", "low_precision", "skip"))
+        policy = rng.choice(("cpu", "cpu", "balanced", "cost", "low_precision", "skip"))
+        policy = {"balanced": "split", "cost": "cpu-then-upload"}.get(policy, policy) if seed % 2 else policy
         data["miss"] = {"policy": policy, "cpu_gb_per_s": rng.choice((4, 40, 400)), "threshold": 0.2}
     if rng.random() < 0.2:
         data["compression"] = {"where": rng.choice(("host", "gpu")), "ratio": 0.5, "decompress_gb_per_s": 100}
