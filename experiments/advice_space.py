@@ -210,6 +210,9 @@ def _lay_request(data: dict[str, Any], request: Request) -> None:
     lay(data, "workload.batch", 1)
     scenario = make_scenario(data)
     model = load_model(scenario.model.preset, **scenario.model.overrides())
+    synthetic = scenario.workload.synthetic
+    if synthetic is not None and (synthetic.working_set or 0) > model.experts:  # a default of another model's
+        lay(data, "workload.synthetic.working_set", None)
     run, whole = model.cached_bytes(request.prompt + np.array([request.simulated, request.output])).tolist()
     if whole > run and scenario.memory.workspace_bytes == "0B":
         lay(data, "memory.workspace_bytes", f"{whole - run}B")

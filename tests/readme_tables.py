@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from advice_regret import regret
 from day_figure import day_figure, drafts_figure
 from eviction_tables import layers, policies
 from new_user import path_table
@@ -640,6 +641,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "published-figures": published_figures,
     "published-rows": published_rows,
     "models": models,
+    "advice-regret": regret,
 }
 
 
