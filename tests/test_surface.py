@@ -250,6 +250,14 @@ def test_products_in_8_bits_are_measured_alone() -> None:
     }
 
 
+def test_samples_and_profiles_take_products_of_grouped_weights() -> None:
+    series = made_series()
+    for dtype in ("int4_g128", "float8"):
+        series += [row._replace(dtype=dtype) for row in made_series() if row.what == "product" and row.beside == "none"]
+    surface = Surface.model_validate(fit_surface(made_samples(series), Evidence([]), {}))
+    assert {"bfloat16", "int4_g128", "float8"} <= {table.dtype for table in surface.products}
+
+
 def test_weights_in_4_bits_are_laid_out_in_tiles_and_take_turns() -> None:
     torch = pytest.importorskip("torch")
     pool = torch.zeros(3 * 64 * 256 // 2, dtype=torch.uint8)
