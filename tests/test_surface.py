@@ -175,6 +175,9 @@ def test_weights_in_fewer_bits_cost_what_the_nearest_that_were_measured_do() -> 
     share = 4.25 / 4.15625
     assert costs.product_ns("mxfp4", Product(10, 100), 1) == pytest.approx(10 + 10)  # unpacked, and a 16-bit one
     assert costs.product_ns("mxfp4", Product(10, 10), 1) == pytest.approx(4 * share, rel=0.02)
+    # int4_g128 was measured itself: 4, and for a larger product unpacked too.
+    assert costs.product_ns("int4_g128", Product(10, 10), 1) == pytest.approx(4)
+    assert costs.product_ns("int4_g128", Product(10, 100), 1) == pytest.approx(10 + 10)
     # int8 goes by 8 bits, without quantized activations, and takes as long as its operations do in 16.
     assert costs.product_ns("int8", Product(10, 100), 1) == pytest.approx(10)
     # A runtime whose kernels are told beside 16-bit ones has those of as many bytes, or their operations.

@@ -136,10 +136,10 @@ class SurfaceCosts:
     def product_ns(self, dtype: str, product: Product, tokens: int, bits: float | None = None) -> float:
         """Returns what one product takes; `bits` a weight, if they are not the dtype's own."""
         table = self._table(dtype)
-        if table is not None:
+        if table is not None and (dtype == _BOTH_SIDES or bits_of(dtype) >= 16):
             ns = table.product_ns(product.rows, product.columns, tokens)
             return ns + (self.small_ns("negate", _STAND_IN, tokens * product.columns) if dtype == _BOTH_SIDES else 0.0)
-        nearest = self._nearest(dtype)
+        nearest = table or self._nearest(dtype)
         share = (float(bits_of(dtype)) if bits is None else bits) / float(bits_of(nearest.dtype))
         shrunk = max(1.0, product.columns * share)
         flops = 2 * product.rows * product.columns * tokens
