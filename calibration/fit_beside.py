@@ -32,6 +32,7 @@ from ..resources.timeline import (
     PREDICT,
     READ,
 )
+from ..workloads.model import Model
 from .entries import COPIES, Plan
 from .fit import profile_text
 from .measured import Measured, Times
@@ -85,6 +86,7 @@ def _observe(run: Measured, inputs: Inputs, plans: Sequence[Plan]) -> Iterator[O
     - cpu: (hidden, ff, dtype, tokens, threads, beside a copy): an expert on the CPU.
     - notice, results: from the tokens' arrival to the first expert; from the last one's end to the copy of results.
     - hand_over, take_back, order, exchange_call, move: the host's time for the calls of one entry.
+    - read: (bytes, how many were in flight): a read from a drive.
     - unpack, grouped: (bytes, beside a copy): a kernel that makes weights of compressed ones; one for several experts.
     - predict: (hidden, experts, tokens).
     - exchange: (bytes,): from the instant at which two GPUs could begin with an exchange to its end.
@@ -122,6 +124,7 @@ def _observe(run: Measured, inputs: Inputs, plans: Sequence[Plan]) -> Iterator[O
                 yield "predict", (model.hidden, model.experts, entry.tokens), end_ns - start_ns
             last_issued_ns = issued_ns
         yield from _hand_over(plan, its, busy)
+        yield from _reads(plan, its, inputs.model)
     if len(plans) == 2:
         yield from _exchanges(plans, times)
 
@@ -158,6 +161,16 @@ def _hand_over(plan: Plan, times: Times, busy: tuple[Any, Any]) -> Iterator[Obse
             start_ns = int(times.start_ns[at])
             if _share(busy, ended_ns, start_ns) == 0 and int(times.issued_ns[at]) < ended_ns:
                 yield "results", (), start_ns - ended_ns
+
+
+def _reads(plan: Plan, times: Times, model: Model) -> Iterator[Observation]:
+    """Yields what reads from a drive take, by their bytes and how many were in flight meanwhile, rounded."""
+    reads = [entry for entry in plan.entries if entry.kind == READ]
+    starts_ns, ends_ns = (column[[entry.mark for entry in reads]] for column in (times.start_ns, times.end_ns))
+    for entry, start_ns, end_ns in zip(reads, starts_ns.tolist(), ends_ns.tolist(), strict=True):
+        overlaps_ns = np.maximum(0, np.minimum(ends_ns, end_ns) - np.maximum(starts_ns, start_ns))
+        size_bytes = -(-model.expert_bytes[entry.layer] // entry.pieces)
+        yield "read", (size_bytes, round(float(overlaps_ns.sum()) / max(1, end_ns - start_ns))), end_ns - start_ns
 
 
 def _exchanges(plans: Sequence[Plan], times: Sequence[Times]) -> Iterator[Observation]:
@@ -203,12 +216,29 @@ def fit_beside(runs: Iterable[Measured], drive: Samples | None = None) -> dict[s
     data: dict[str, Any] = {"host": host, "compute": compute}
     if "exchange" in seen:
         data["exchange"] = _exchange(seen["exchange"])
-    if drive is not None:
-        data["nvme"] = _drive(drive, seen.get("order", {}))
+    if drive is not None or "read" in seen:
+        data["nvme"] = _drive(drive, seen)
     data = {name: part for name, part in data.items() if part}
     if not data:
         raise ProfileError("in these runs nothing works beside the GPU's stream: execute the set fit-beside")
     return data
+
+
+def _apart(samples: Samples) -> dict[tuple[int, int], tuple[int, float]]:
+    """Returns how many reads were measured by bytes and how many in flight, and what they took in the mean."""
+    took = {
+        (int(series.key["bytes"]), int(series.key["in_flight"])): [ns for of in series.rounds_ns for ns in of]
+        for series in samples.series
+        if series.term == "read"
+    }
+    return {key: (len(all_ns), float(np.mean(all_ns))) for key, all_ns in took.items()}
+
+
+def _between(apart: dict[tuple[int, int], tuple[int, float]], size_bytes: int) -> float:
+    """Returns what one read of so many bytes alone takes, on straight lines between those that were measured apart."""
+    points = sorted((size, ns) for (size, count), (_, ns) in apart.items() if count == 1)
+    sizes, times = zip(*points, strict=True)
+    return float(np.interp(size_bytes, sizes, times))
 
 
 def written(data: dict[str, Any], name: str, base: str) -> tuple[str, Profile]:
@@ -272,7 +302,30 @@ def _cpu_points(seen: dict[tuple[Any, ...], Seen]) -> list[dict[str, Any]]:
             **_measured(one), "hidden": hidden, "expert_ff": inner, "dtype": dtype, "tokens": tokens,
             "threads": threads, "ns": round(quiet_ns), "beside_copy_ns": round(beside_ns),
         })  # fmt: skip
-    return points
+    return points + list(_more_tokens(points))
+
+
+def _more_tokens(points: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yields points of several tokens of shapes that were seen over one alone: so many times that as of another shape.
+
+    In between the profile's own rule, in proportion, would read the weights anew for every token.
+    """
+    by_shape: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = defaultdict(dict)
+    for point in points:
+        by_shape[tuple(point[name] for name in ("hidden", "expert_ff", "dtype", "threads"))][point["tokens"]] = point
+    many = max(by_shape.values(), key=len)
+    if len(many) == 1 or 1 not in many:
+        return
+    for known in by_shape.values():
+        if set(known) == {1}:
+            for tokens in sorted(set(many) - {1}):
+                times = many[tokens]["ns"] / many[1]["ns"]
+                yield {
+                    **known[1], "tokens": tokens, "source": "fitted",
+                    "note": f"one token's {known[1]['ns']} ns, as many times as for {many[1]['hidden']} x "
+                    f"{many[1]['expert_ff']}, {many[1]['dtype']}",
+                    "ns": round(known[1]["ns"] * times), "beside_copy_ns": round(known[1]["beside_copy_ns"] * times),
+                }  # fmt: skip
 
 
 def _line(seen: dict[tuple[Any, ...], Seen]) -> dict[str, Any]:
@@ -314,29 +367,38 @@ def _exchange(seen: dict[tuple[Any, ...], Seen]) -> dict[str, Any]:
     return {"source": "measured", "note": "inside schedules", "samples": shown, "points": table}
 
 
-def _drive(samples: Samples, order: dict[tuple[Any, ...], Seen]) -> dict[str, Any]:
-    """Returns reads alone over their size, and what several in flight of the size nearest 9 MiB get together."""
-    by_key: dict[tuple[int, int], list[int]] = {
-        (int(series.key["bytes"]), int(series.key["in_flight"])): [ns for of in series.rounds_ns for ns in of]
-        for series in samples.series
-        if series.term == "read"
-    }
-    alone = sorted((size, float(np.median(took))) for (size, count), took in by_key.items() if count == 1)
+def _drive(samples: Samples | None, seen: dict[str, dict[tuple[Any, ...], Seen]]) -> dict[str, Any]:
+    """Returns reads alone over their size, and what several in flight get together: in schedules if any were there.
+
+    Of schedules all sizes count, each by its reads. Reads measured apart give sizes that no schedule had, as many times
+    as long as at the nearest that one had; without schedules, all, and of the size nearest 9 MiB what several get.
+    """
+    apart = {} if samples is None else _apart(samples)
+    if "read" in seen:
+        means = {key: (one.n, one.mean_ns) for key, one in seen["read"].items()}
+        ours, note = {size for size, _ in means}, "inside schedules"
+        for (size, count), (n, ns) in apart.items():
+            near = min(ours, key=lambda one: abs(np.log(one / size)))
+            if count == 1 and (near, 1) in means and abs(near / size - 1) > 0.01:
+                as_long = means[near, 1][1] / _between(apart, near)
+                means[size, 1] = (n, ns * as_long)
+    else:
+        means, note = apart, f"past the system's cache, {'' if samples is None else samples.date}"
+        ours = {min((size for size, _ in means), key=lambda one: abs(one - 9 * 2**20))}
+    alone = sorted((size, ns) for (size, count), (_, ns) in means.items() if count == 1)
     grown = np.minimum.accumulate(np.array([ns for _, ns in alone])[::-1])[::-1]
     table = [(size, round(ns)) for (size, _), ns in zip(alone, grown.tolist(), strict=True)]
-    size = min((size for size, _ in by_key), key=lambda one: abs(one - 9 * 2**20))
-    together = [(count, count * size * 1e9 / np.mean(took)) for (one, count), took in by_key.items() if one == size]
-    note = f"past the system's cache, {samples.date}, {samples.device}'s machine"
-    total = sum(map(len, by_key.values()))
-    shown = {"n": total, "median_ns": float(np.median([ns for took in by_key.values() for ns in took])), "iqr_ns": 0.0}
-    data = {
+    together = []
+    for count in sorted({count for size, count in means if size in ours}):
+        here = [(n, count * size * 1e9 / ns) for (size, of), (n, ns) in means.items() if of == count and size in ours]
+        together.append((count, round(float(np.average([rate for _, rate in here], weights=[n for n, _ in here])))))
+    total = sum(n for n, _ in means.values())
+    shown = {"n": total, "median_ns": round(float(np.median([ns for _, ns in means.values()])), 1), "iqr_ns": 0.0}
+    data: dict[str, Any] = {
         "read": {"source": "measured", "note": note, "samples": shown, "points": table},
         "lanes": LANES,
-        "queue_depth": {
-            "source": "measured", "note": f"{note}, {size} bytes each",
-            "bytes_per_second_by_reads": [(count, round(rate)) for count, rate in sorted(together)],
-        },
-    }  # fmt: skip
-    if order:
-        data["order"] = _duration(order)
+        "queue_depth": {"source": "measured", "note": note, "bytes_per_second_by_reads": together},
+    }
+    if "order" in seen:
+        data["order"] = _duration(seen["order"])
     return data

@@ -59,12 +59,13 @@ def samples(runs: Iterable[Measured]) -> list[dict[str, Any]]:
     - arrival_gap: from its end to the start of the kernel that waited for it, on another clock: `to` which stage.
     - host:send; host:turn: the first entry on another GPU, as any dense part's, and what turning there adds.
 
-    Runs with lanes of other kinds, which work beside these, and of GPUs that share every layer's experts are left out:
-    `fit_beside` looks at them.
+    Runs with lanes of other kinds, which work beside these, with grouped kernels, and of GPUs that share every layer's
+    experts are left out: `fit_beside` looks at them.
     """
     values: dict[tuple[str, tuple[tuple[str, Any], ...]], list[list[int]]] = {}
     for run in runs:
-        if run.scenario.parallel.gpus > 1 or any(LANE in gpu.spans for gpu in run.gpus):
+        others = run.scenario.parallel.gpus > 1 or run.scenario.dispatch.expert_kernel == "grouped"
+        if others or any(LANE in gpu.spans for gpu in run.gpus):
             continue
         stages = _stages(run)
         for repeat in range(len(run.gpus[0].repeats)):
