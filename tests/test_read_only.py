@@ -45,6 +45,7 @@ TRIED: dict[tuple[str, ...], tuple[list[str], int]] = {
     ("model", "check"): (["gpt-oss-120b"], 0),
     ("trace", "map"): (["t.npz", "--model", "mixtral-8x7b", "-o", "mapped.npz"], 0),
     ("calibrate", "check-kernels"): (["none.json"], 2),
+    ("calibrate", "served"): (["none.json"], 2),
     ("calibrate", "fit-beside"): (["none.json", "-o", "profile.json"], 2),
     ("plot",): (["time", "run", "-o", "time.png"], 0),
     ("report",): (["run", "-o", "report.html"], 0),
