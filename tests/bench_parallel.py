@@ -34,7 +34,8 @@ def inputs_of(steps: int, layers: int, experts: int, settings: list[str]) -> Inp
     scenario = load_scenario("placement-8", settings)
     base = load_model(scenario.model.preset)
     expert_bytes, dense_bytes = base.expert_bytes[:1] * layers, base.dense_bytes[1:2] * layers
-    model = replace(base, layers=layers, experts=experts, expert_bytes=expert_bytes, dense_bytes=dense_bytes)
+    bare = replace(base, caches=(), by_layer=(), attention=())
+    model = replace(bare, layers=layers, experts=experts, expert_bytes=expert_bytes, dense_bytes=dense_bytes)
     return synthetic(scenario, model, steps, scenario.workload.batch)
 
 

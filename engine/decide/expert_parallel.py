@@ -64,7 +64,9 @@ class ExpertParallel:
     def served(self, gpu: int) -> list[int]:
         """Returns the experts that a GPU may serve: those that it owns, or all if no token moves."""
         flat = [gpus for of_layer in self.owners for gpus in of_layer]
-        return [expert for expert, gpus in enumerate(flat) if not self.moves_tokens or gpu in gpus]
+        if not self.moves_tokens:
+            return list(range(len(flat)))
+        return [expert for expert, gpus in enumerate(flat) if gpu in gpus]
 
 
 @dataclass(slots=True)
