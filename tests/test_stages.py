@@ -219,8 +219,8 @@ def test_the_table_of_a_pipeline_shows_each_gpu(capsys: pytest.CaptureFixture[st
     shown = capsys.readouterr().out
     assert "mean of 2 compute streams" in shown
     rows = [line.split() for line in shown[shown.index("Each GPU") :].splitlines()]
-    assert rows[1] == ["gpu0", "gpu1"] and rows[2] == ["layers", "0-11", "12-23"]
-    assert [row[0] for row in rows[3:9]] == ["compute", "stall", "host", "predictor", "bubble", "drain"]
+    assert rows[1][:6] == ["layers", "compute", "stall", "host", "bubble", "drain"]
+    assert [row[:2] for row in rows[2:4]] == [["gpu0", "0-11"], ["gpu1", "12-23"]]
 
 
 def test_pipelines_are_compared_gpu_by_gpu() -> None:
