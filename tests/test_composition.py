@@ -6,6 +6,7 @@ the drive 20, on the CPU 30; the hidden state of a token takes 16 ns to the host
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -20,14 +21,17 @@ from tiny import check_books, tiny_model, tiny_pipeline, tiny_profile, tiny_scen
 from prestage.engine.costs.costs import part_costs
 from prestage.engine.loading.capacity import host_parts, memories
 from prestage.engine.loading.deciders import make_manager
+from prestage.engine.loading.loading import load_inputs
 from prestage.engine.loading.offloading import cached_budgets, low_precision, served_experts
 from prestage.engine.measure.merge import makespan_ns
 from prestage.engine.measure.recording import Recording
 from prestage.engine.run import prepared, run_all
 from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.inputs import Inputs
+from prestage.engine.scenario.scenario import make_scenario
 from prestage.engine.scenario.together import APART
 from prestage.engine.simulate import simulate_inputs
+from prestage.resources.profile import load_profile
 from prestage.resources.timeline import ACTIVATION, CPU_EXPERT, DEMAND, KINDS, READ
 from prestage.workloads.trace import RoutingTrace
 
@@ -289,6 +293,24 @@ def test_what_is_drawn_composes_several_gpus_with_drives_the_cpu_and_totals(tmp_
         drawn["preload"] += scenario.memory.preload != "none"
         drawn["total"] += scenario.memory.total_bytes is not None
     assert drawn["several"] >= 15 and min(drawn.values()) >= 2, drawn
+
+
+@pytest.mark.slow
+def test_an_expert_read_in_a_hundred_requests_finds_room_for_all_that_waits_for_them(tmp_path: Path) -> None:
+    profile = json.loads(load_profile("rtx3090-x2").model_dump_json(exclude_none=True))
+    profile["nvme"] = json.loads(load_profile("rtx3090-nvme").model_dump_json(exclude_none=True))["nvme"]
+    (tmp_path / "drive.json").write_text(json.dumps(profile))
+    data = {
+        "model": {"preset": "mixtral-8x7b", "layers": 3, "experts": 64, "top_k": 1},
+        "workload": {"synthetic": {"tokens": 40, "sequences": 1, "prefill_tokens": 0}},
+        "machine": {"profile": str(tmp_path / "drive.json")},
+        "parallel": {"stages": 2, "dispatch_threads": "one"},
+        "memory": {"gpu_budget": "9experts", "capacity": "ignore"},
+        "tiers": {"host_budget": "3experts", "io_lanes": 5, "chunk_bytes": 2000001},
+        "prefetch": {"policy": "top-k", "lookahead": 2},
+    }
+    inputs = load_inputs(make_scenario(data))
+    assert played(inputs, "compiled") == played(inputs, "simpy")
 
 
 @pytest.mark.parametrize("seed", range(12))

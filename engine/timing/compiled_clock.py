@@ -20,6 +20,7 @@ from .memory import (
     NEVER,
     NODES_EACH,
     NODES_LEFT,
+    NODES_ROW,
     NOW,
     PORTION,
     R_CAPACITY,
@@ -52,7 +53,7 @@ def has_space(m: Words, thread: Word) -> Word:
         and has_room(m, m[ARRIVALS], more)
         and has_room(m, m[DROPPED], 1)
         and m[WORK_LEFT] > WORK_EACH * more
-        and m[NODES_LEFT] > NODES_EACH * more
+        and m[NODES_LEFT] > m[NODES_ROW] * more
     )
 
 
