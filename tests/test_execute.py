@@ -339,7 +339,7 @@ def test_all_reasons_of_a_scenario_are_named_at_once() -> None:
             small_inputs(
                 replace(small_model(), dense_dtype="int8"),
                 copy={"discipline": "priority", "drop_stale": True},
-                memory={"preload": "popular", "gpu_budget": "9experts"},
+                miss={"policy": "skip"},
             )
         )
 
@@ -374,7 +374,7 @@ def test_an_execution_that_is_refused_leaves_no_folder(
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 2
-    assert "2 of 2 scenarios cannot be executed, and none was: default: dispatch.mode" in capsys.readouterr().err
+    assert "2 of 2 scenarios cannot be executed, and none was: guide: dispatch.mode" in capsys.readouterr().err
     assert not out.exists()
 
 
