@@ -52,6 +52,9 @@ from .scenario.warnings import warnings_of
 #: Enough for percentiles of any kind.
 MOST_REPLICATES = 10_000
 
+#: How many rows of a trace are divided among GPUs at once.
+_ROWS_AT_ONCE = 1 << 10
+
 
 @dataclass(frozen=True)
 class Result:
@@ -278,7 +281,8 @@ def _shadow_misses(
         return [None] * len(ready)
     managers = [make_manager(part, Spool(stream, keep=False)) for part in inputs.parts]
     if inputs.expert_parallel is not None:
-        missed = _misses_together(inputs, managers)
+        missed = _misses_apart(inputs, managers) if engine == "compiled" else None
+        missed = _misses_together(inputs, managers) if missed is None else missed
     else:
         missed = [_misses_alone(part, own, engine) for part, own in zip(inputs.parts, managers, strict=True)]
     for manager in managers:  # what is mapped stays readable
@@ -295,6 +299,41 @@ def _misses_together(inputs: Inputs, managers: Sequence[MemoryManager]) -> list[
             if not visit.layer:
                 manager.spool.flush()
     return [keys.array() for keys in missed]
+
+
+def _misses_apart(inputs: Inputs, managers: Sequence[MemoryManager]) -> list[npt.NDArray[np.int64]] | None:
+    """Returns what `_misses_together` does, by compiled code, where each GPU serves what it owns alone; else None."""
+    from .decide.sources import shared_in_python
+
+    layout, trace = inputs.expert_parallel, inputs.trace
+    assert layout is not None
+    owners = [gpus for of_layer in layout.owners for gpus in of_layer]
+    sources = [source_of(part, own, NoPrefetch()) for part, own in zip(inputs.parts, managers, strict=True)]
+    in_python = shared_in_python(sources, layout.remote, spares=layout.spare_experts > 0) is not None
+    if in_python or layout.remote != "tokens" or any(len(gpus) > 1 for gpus in owners):
+        return None
+    from .decide.compiled_misses import missed  # which compiles at its first import
+
+    owner = np.array([gpus[0] for gpus in owners]).reshape(trace.layers, -1)
+    return [
+        missed(
+            replace(source, trace=replace(trace, experts=_own_choices(trace.experts, owner == gpu))),
+            inputs.model.total_experts,
+        )
+        for gpu, source in enumerate(sources)
+    ]
+
+
+def _own_choices(experts: npt.NDArray[Any], owned: npt.NDArray[np.bool_]) -> npt.NDArray[Any]:
+    """Returns the choices (tokens, layers, k) of those experts that are owned (layers, experts), then -1s, by token."""
+    chosen = np.empty(experts.shape, dtype=np.int16 if owned.shape[1] < 1 << 15 else np.int32)
+    for first in range(0, len(experts), _ROWS_AT_ONCE):
+        some = experts[first : first + _ROWS_AT_ONCE]
+        own = owned[np.arange(len(owned))[:, None], some]
+        order = np.argsort(~own, axis=2, kind="stable")  # one's own come first, in their order
+        kept = np.where(own, some.astype(chosen.dtype), -1)
+        chosen[first : first + _ROWS_AT_ONCE] = np.take_along_axis(kept, order, 2)
+    return chosen
 
 
 def _misses_alone(inputs: Inputs, manager: MemoryManager, engine: str) -> npt.NDArray[np.int64]:

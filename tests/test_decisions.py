@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from random_cases import cases
 from random_scenarios import accepted
 
+from prestage.engine import simulate
 from prestage.engine.costs.costs import Costs
 from prestage.engine.decide.compiled_decisions import Decisions
 from prestage.engine.decide.decision_layout import Part
@@ -174,6 +175,15 @@ def test_every_compiled_prefetch_policy_decides_as_its_class(name: str, data: st
     chosen = {"policy": name}
     case = data.draw(cases(prefetch=chosen, predictor={"name": "frequency"}, tiers={"host_policy": "fifo"}))
     assert compare(case.inputs()) is None
+
+
+@pytest.mark.parametrize("settings", [[], ["memory.eviction=lfu"], ["workload.batch=5", "memory.eviction=sieve"]])
+def test_gpus_that_serve_what_they_own_miss_alike_by_compiled_code(settings: list[str]) -> None:
+    inputs = load_inputs(load_scenario("placement-8", ["workload.tokens=32", *settings]))
+    apart = simulate._misses_apart(inputs, [make_manager(part) for part in inputs.parts])
+    together = simulate._misses_together(inputs, [make_manager(part) for part in inputs.parts])
+    assert apart is not None
+    assert [keys.tolist() for keys in apart] == [keys.tolist() for keys in together]
 
 
 def play(seed: int, folder: Path) -> str:
