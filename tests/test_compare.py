@@ -36,7 +36,7 @@ def test_the_parts_of_a_difference_add_up_to_it_to_the_nanosecond(runs: dict[str
     assert list(where) == others
     for name in others:
         parts = where[name]["gpu0"]
-        assert list(parts) == list(PARTS)
+        assert list(parts) == [part for part in PARTS if part != "idle"]  # nobody waits for requests
         in_ns = [round(part["difference_ms"] * 1e6) for part in parts.values()]
         assert sum(in_ns) == round(runs[name]["makespan_ms"] * 1e6) - round(runs[first]["makespan_ms"] * 1e6)
         assert any(in_ns)
