@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..collector import collector_off
 from ..resources.spool import Spool
 from ..words import unknown_name
-from ..workloads.batches import Step
 from .costs.costs import Costs
 from .decide.dispatch import Visit
 from .decide.host_memory import HostMemory
@@ -71,19 +70,23 @@ def prepared(inputs: Inputs, costs: Sequence[Costs], stream: Path | None = None)
     """Returns what each GPU of a run needs, as the scenario wants it; `stream` is a folder for what is recorded."""
     ready = []
     for part, own in zip(inputs.begun().parts, costs, strict=True):
-        if part.pulled is not None:
-            own = _pulling(own, part.steps)
-            part.pulled.swap_ns = own.profile.d2h.alone.ns, own.h2d.alone.ns
+        own = costs_of_steps(part, own)
         manager = make_manager(part, Spool(None if stream is None else stream / part.device))
         prefetch = make_prefetch(part.scenario, part.model, own.copies[0].queued_ns)
         ready.append(Prepared(part, own, manager, prefetch))
     return ready
 
 
-def _pulling(costs: Costs, steps: list[Step]) -> Costs:
-    """Returns the same costs for a run that pulls its steps; what they estimate is noted together."""
+def costs_of_steps(begun: Inputs, costs: Costs) -> Costs:
+    """Returns a GPU's costs for a run that has begun: where it pulls its steps, of these.
+
+    What the costs estimate is noted together.
+    """
+    if begun.pulled is None:
+        return costs
+    begun.pulled.swap_ns = costs.profile.d2h.alone.ns, costs.h2d.alone.ns
     found = copy(costs)
-    found.attention = costs.attention.of_steps(steps)
+    found.attention = costs.attention.of_steps(begun.steps)
     return found
 
 

@@ -158,7 +158,7 @@ def play(seed: int, folder: Path, limit_s: int = 20) -> Outcome:
             if not orjson.loads(written)["makespan_ms"] >= 0:
                 return Outcome("fault", f"makespan_ms = {result.data['makespan_ms']}: {data}")
     except (Exception, TooLong):
-        return Outcome("fault", f"{traceback.format_exc()}\n{json.dumps(data)}")
+        return Outcome("fault", f"{traceback.format_exc()}\n{json.dumps(data, default=str)}")
     return Outcome("ran")
 
 
