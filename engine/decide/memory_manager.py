@@ -349,7 +349,8 @@ class MemoryManager:
             if weight is not None:
                 pool.use(expert, weight)
             return None
-        admission = self._claim(expert, pool, PREFETCHED if weight is None else DEMANDED, None)
+        reason = PREFETCHED if weight is None else DEMANDED
+        admission = self._claim(expert, pool, reason, None, spares=False)
         assert admission is not None  # a pool holds one expert at least
         pool.policy.admit(expert, weight is not None)
         return admission
@@ -384,15 +385,18 @@ class MemoryManager:
                 pool.take(-more_bytes)
         self.budget_bytes = sum(budgets)
 
-    def _claim(self, expert: int, pool: _Pool, reason: int, prefetch_at: int | None) -> Admission | None:
+    def _claim(
+        self, expert: int, pool: _Pool, reason: int, prefetch_at: int | None, *, spares: bool = True
+    ) -> Admission | None:
         """Give an absent expert room, evicting what must go; None if that cannot be done, and nothing changes.
 
-        `prefetch_at` is the visit number of a prefetch, which respects protected experts; None is a demand.
+        `prefetch_at` is the visit number of a prefetch, which respects protected experts; None is a demand. A policy
+        that keeps others from making room for a prefetch is not asked to if nothing can do without it (`spares`).
         """
         former: tuple[int, ...]
         partly = -1
         if pool.misses:
-            pool.policy.miss(expert, reason == DEMANDED)
+            pool.policy.miss(expert, reason == DEMANDED or (pool.policy.may_spare and not spares))
         if pool.swaps and not pool.free:  # full, and one expert out makes exactly room for one in
             pinned, until = self._pinned, self._until
             only = self._unused if prefetch_at is not None and self._at_limit(expert) else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .compiled_agenda import ALL, ENDS, ENTERS, GOES_ON, KEEPS, KIND_BITS, STARTS, next_event, rests
-from .compiled_host import carry_out, end_part, wake_parts
+from .compiled_host import SHORT, carry_out, end_part, wake_parts
 from .compiled_lanes import backlog, end, keep_engine, try_start
 from .compiled_prices import prepare
 from .compiled_queue import enter
@@ -18,9 +18,9 @@ from .memory import (
     G_PREFETCH,
     GPUS,
     NEVER,
+    NODES_COMMAND,
     NODES_EACH,
     NODES_LEFT,
-    NODES_ROW,
     NOW,
     PORTION,
     R_CAPACITY,
@@ -28,6 +28,7 @@ from .memory import (
     RATE,
     RECORD_ROOM,
     RECORDS,
+    RESUMES,
     SPACE,
     T_AT,
     T_COUNT,
@@ -53,7 +54,7 @@ def has_space(m: Words, thread: Word) -> Word:
         and has_room(m, m[ARRIVALS], more)
         and has_room(m, m[DROPPED], 1)
         and m[WORK_LEFT] > WORK_EACH * more
-        and m[NODES_LEFT] > m[NODES_ROW] * more
+        and m[NODES_LEFT] > NODES_EACH * more + m[NODES_COMMAND]
     )
 
 
@@ -82,11 +83,17 @@ def advance(m: Words, f: Reals, thread: Word) -> tuple[Word, Word]:
         asked = prepare(m, thread)
         if asked >= 0:
             return asked, thread
-        if carry_out(m, f, thread):
+        done = carry_out(m, f, thread)
+        if done == SHORT:
+            m[RESUMES] = thread
+        elif done:
             return PORTION, thread
     while True:
-        first, where = next_event(m)
-        at, kind = first >> KIND_BITS, first & ALL
+        where, at, kind = m[RESUMES], m[NOW], np.int64(GOES_ON)
+        resumes = where >= 0
+        if not resumes:
+            first, where = next_event(m)
+            at, kind = first >> KIND_BITS, first & ALL
         if at >= NEVER:
             return DONE, np.int64(-1)
         if not (has_space(m, where) if kind == GOES_ON else has_space_for_event(m)):
@@ -103,8 +110,14 @@ def advance(m: Words, f: Reals, thread: Word) -> tuple[Word, Word]:
             if not try_start(m, f, where):
                 return RATE, np.int64(-1)
         else:
-            rests(m, where)
-            before, done = m[where + T_AT], carry_out(m, f, where)
+            before = np.int64(-1)
+            if not resumes:
+                rests(m, where)
+                before = m[where + T_AT]
+            done = carry_out(m, f, where)
+            m[RESUMES] = where if done == SHORT else -1
+            if done == SHORT:
+                continue
             if m[where + T_PART_OF] >= 0:
                 if m[where + T_AT] > before:
                     wake_parts(m)

@@ -46,8 +46,9 @@ from .memory import (
     L_NUMBER,
     L_START,
     LANE,
+    NODES_COMMAND,
+    NODES_EACH,
     NODES_LEFT,
-    NODES_ROW,
     NOW,
     PORTION,
     PRICE,
@@ -254,7 +255,8 @@ class CompiledEngine:
         self.flush()
         words, gpus = self._memory.words, len(self._layout.gpus)
         more = 8 + gpus * gpus + max(int(words[thread + T_COUNT]) for thread in self._layout.threads)
-        if words[WORK_LEFT] <= WORK_EACH * more or words[NODES_LEFT] <= words[NODES_ROW] * more:
+        nodes = NODES_EACH * more + words[NODES_COMMAND]
+        if words[WORK_LEFT] <= WORK_EACH * more or words[NODES_LEFT] <= nodes:
             self._layout.add_space()
         for region, size in ((ARRIVALS, ARRIVAL_WORDS), (DROPPED, DROPPED_WORDS)):
             at = int(words[region])

@@ -79,6 +79,8 @@ from .memory import (
     G_TURN,
     G_VISIT,
     GPUS,
+    NODES_COMMAND,
+    NODES_LEFT,
     NOW,
     REGISTERS,
     T_AT,
@@ -281,6 +283,10 @@ def carry_out_one(m: Words, f: Reals, thread: Word, row: Word) -> Word:
 # Parts.
 
 
+#: What a thread says that has come to no end, for want of nodes.
+SHORT = 2
+
+
 @compiled
 def begin_parts(m: Words, thread: Word) -> None:
     """Let the GPUs' own threads carry out the parts that are next, all of which this one waits for."""
@@ -317,8 +323,13 @@ def end_part(m: Words, part: Word) -> None:
 
 @compiled
 def carry_out(m: Words, f: Reals, thread: Word) -> Word:
-    """Carry out a thread's commands from where it is; whether it has come to their end, and neither waits nor rests."""
+    """Carry out a thread's commands from where it is; whether it has come to their end, and neither waits nor rests.
+
+    SHORT if too few nodes are left for the next one: it goes on there, at once, when there are more.
+    """
     while m[thread + T_AT] < m[thread + T_COUNT]:
+        if m[NODES_LEFT] <= m[NODES_COMMAND]:
+            return SHORT
         row = m[thread + T_ROWS] + m[thread + T_AT] * ROW_WORDS
         if m[row + C_OP] == O_PART:
             begin_parts(m, thread)

@@ -83,10 +83,11 @@ class Factors:
         memory.words[self._at + w.F_NEXT], memory.words[self._at + w.F_END] = self._place, self._place + left + count
 
 
-def _most_requests(machine: Machine) -> int:
-    """Returns in how many requests, at most, an expert is read from a drive; 0 if none is."""
+def _nodes_of_lists(machine: Machine) -> int:
+    """Returns how many nodes a command may take beside its own: by the requests that an expert is read in; 0 if none."""
     reads = [one.lanes.costs.reads for one in machine.gpus]
-    return max((cost.requests for known in reads if known is not None for cost in known.by_layer), default=0)
+    most = max((cost.requests for known in reads if known is not None for cost in known.by_layer), default=0)
+    return w.NODES_OF_LISTS + w.NODES_A_REQUEST * most if most else 0
 
 
 class Layout:
@@ -113,7 +114,7 @@ class Layout:
             w.GPUS: memory.put_list(self.gpus), w.REGISTERS: memory.put([-1] * (1 << 10)),
             w.RECORD_ROOM: _RECORDS, w.ARRIVALS: memory.put_region(1 << 10, w.ARRIVAL_WORDS),
             w.DROPPED: memory.put_region(64 + queued, w.DROPPED_WORDS), w.FREE_WORK: -1, w.FREE_NODE: -1,
-            w.NODES_ROW: w.NODES_EACH + w.NODES_A_REQUEST * _most_requests(machine),
+            w.NODES_COMMAND: _nodes_of_lists(machine), w.RESUMES: -1,
         }  # fmt: skip
         self._set(0, header)
         self.registers = 1 << 10

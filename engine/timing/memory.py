@@ -27,12 +27,12 @@ IN_ORDER, AS_READY, BY_RANK = range(3)
 #: The run as a whole: the instant; the lists of lanes, threads and GPUs; free work and nodes: those that were in use,
 #: the first of those that were not, and how many there are in all; what comes next, a word for each lane and thread,
 #: and behind these words whose each is;
-#: and how many nodes a row of a portion may take.
+#: how many nodes any one command may take, and the thread that ran short of them, which goes on first.
 (
     NOW, LANES, THREADS, GPUS, FREE_WORK, NEW_WORK, WORK_LEFT, FREE_NODE, NEW_NODE, NODES_LEFT, NUMBER, REGISTERS,
     KERNELS, KERNEL_TOKENS, RATES, RATE_ROWS, RATE_WORDS, RATES_KNOWN, ASKED, ASKED_FOR, RECORDS, RECORD_ROOM, ARRIVALS,
-    DROPPED, KEYS, KEY_COUNT, NODES_ROW, HEADER,
-) = range(28)  # fmt: skip
+    DROPPED, KEYS, KEY_COUNT, NODES_COMMAND, RESUMES, HEADER,
+) = range(29)  # fmt: skip
 
 #: A lane: what it was made with; the lists of lanes that have to do with it; its queue, and what enters one by rank
 #: later; what is running; when that ends, when a start is tried, and when it says whether it keeps an engine; when
@@ -125,9 +125,10 @@ SPAN_WORDS, NOTE_WORDS, ARRIVAL_WORDS, DROPPED_WORDS = 5, 3, 4, 3
 #: What the engine comes back with: all is done; a thread wants its next portion, a price, the rates of a set of
 #: transfers, or a lane's place in a timeline; or memory runs out. Compiled decisions: the next steps, or more room.
 DONE, PORTION, PRICE, RATE, SPACE, STEPS, ROOM, LANE = range(8)
-#: The most work and nodes that a command takes; and the nodes for each request that an expert is read in from a drive:
-#: a room's readers stand in lists, of which a command copies, from each room that it writes anew, a few.
-WORK_EACH, NODES_EACH, NODES_A_REQUEST = 2, 24, 4
+#: The most work that a command takes, and the nodes that most of them take. Where a drive is read, a command that writes
+#: rooms anew copies the lists of all that these wait for: a thread goes on while so many nodes are left, and so many for
+#: each request that an expert is read in. Memory that is not written to costs nothing.
+WORK_EACH, NODES_EACH, NODES_OF_LISTS, NODES_A_REQUEST = 2, 24, 1 << 16, 16
 
 
 class Memory:
