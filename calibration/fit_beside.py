@@ -7,7 +7,7 @@ an entry waited for is told by its plan, which is made again from the scenario.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from json import dumps
 from typing import Any
@@ -367,6 +367,20 @@ def _exchange(seen: dict[tuple[Any, ...], Seen]) -> dict[str, Any]:
     return {"source": "measured", "note": "inside schedules", "samples": shown, "points": table}
 
 
+def _near_9_mib(means: Mapping[tuple[int, int], tuple[int, float]]) -> int:
+    """Returns the size of reads, of (size, in flight), that is nearest to 9 MiB."""
+    return min((size for size, _ in means), key=lambda one: abs(one - 9 * 2**20))
+
+
+def _together(means: Mapping[tuple[int, int], tuple[int, float]], sizes: set[int]) -> list[tuple[int, int]]:
+    """Returns what so many reads in flight, of these sizes, get together in bytes a second, each size by its reads."""
+    points = []
+    for count in sorted({count for size, count in means if size in sizes}):
+        here = [(n, count * size * 1e9 / ns) for (size, of), (n, ns) in means.items() if of == count and size in sizes]
+        points.append((count, round(float(np.average([rate for _, rate in here], weights=[n for n, _ in here])))))
+    return points
+
+
 def _drive(samples: Samples | None, seen: dict[str, dict[tuple[Any, ...], Seen]]) -> dict[str, Any]:
     """Returns reads alone over their size, and what several in flight get together: in schedules if any were there.
 
@@ -384,21 +398,21 @@ def _drive(samples: Samples | None, seen: dict[str, dict[tuple[Any, ...], Seen]]
                 means[size, 1] = (n, ns * as_long)
     else:
         means, note = apart, f"past the system's cache, {'' if samples is None else samples.date}"
-        ours = {min((size for size, _ in means), key=lambda one: abs(one - 9 * 2**20))}
+        ours = {_near_9_mib(means)}
     alone = sorted((size, ns) for (size, count), (_, ns) in means.items() if count == 1)
     grown = np.minimum.accumulate(np.array([ns for _, ns in alone])[::-1])[::-1]
     table = [(size, round(ns)) for (size, _), ns in zip(alone, grown.tolist(), strict=True)]
-    together = []
-    for count in sorted({count for size, count in means if size in ours}):
-        here = [(n, count * size * 1e9 / ns) for (size, of), (n, ns) in means.items() if of == count and size in ours]
-        together.append((count, round(float(np.average([rate for _, rate in here], weights=[n for n, _ in here])))))
+    together = _together(means, ours)
+    if len(together) < 2 and apart:  # schedules that never had more than one in flight
+        together = _together(apart, {_near_9_mib(apart)})
     total = sum(n for n, _ in means.values())
     shown = {"n": total, "median_ns": round(float(np.median([ns for _, ns in means.values()])), 1), "iqr_ns": 0.0}
     data: dict[str, Any] = {
         "read": {"source": "measured", "note": note, "samples": shown, "points": table},
         "lanes": LANES,
-        "queue_depth": {"source": "measured", "note": note, "bytes_per_second_by_reads": together},
     }
+    if len(together) > 1:  # of reads that were never alone, or never together, nothing is known
+        data["queue_depth"] = {"source": "measured", "note": note, "bytes_per_second_by_reads": together}
     if "order" in seen:
         data["order"] = _duration(seen["order"])
     return data

@@ -16,7 +16,8 @@ from cpu_device import CpuDevice, CpuEvent
 
 from prestage.calibration.bench import Extent
 from prestage.calibration.evidence import Row, load_schedule, save_rows, uncertainty
-from prestage.calibration.fit import Fit, fit, fit_transfer, solve_host, write_profile
+from prestage.calibration.fit import Fit, fit, fit_transfer, write_profile
+from prestage.calibration.fit_host import solve_host
 from prestage.calibration.measure import LINKS, measure
 from prestage.calibration.samples import TERMS, Key, Samples, SamplesError, Series, load_samples
 from prestage.calibration.transfer import from_profile, from_samples

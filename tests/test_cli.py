@@ -130,7 +130,9 @@ def test_version_is_that_of_the_distribution(prestage: Prestage) -> None:
 def test_run_without_a_scenario_runs_the_default_and_prints_tables(tmp_path: Path) -> None:
     ran = prestage_outside("run", "--set", "workload.tokens=80", cwd=tmp_path, COLUMNS="200")
     assert (ran.status, ran.err) == (0, "")
-    assert ran.out.startswith("gpt-oss-20b (24 x 32 experts, top-4) on gpu=rtx4060, ram=32GB DDR5-5600 by prestage, ")
+    assert ran.out.startswith(
+        "gpt-oss-20b: 24 x 32 experts, top-4, 9.47 GiB\non gpu=rtx4060, ram=32GB DDR5-5600 by prestage; "
+    )
     for said in ("tokens per second", "hit rate", "prefetch_hit", "cache_hit", "late", "miss", "useful", "wasted"):
         assert re.search(rf"^ *{said} ", ran.out, re.MULTILINE), said
     for said in ("Where ", "stall", "speedup", "all resident", "memory utilization"):

@@ -205,7 +205,7 @@ def test_a_scenario_draws_from_a_fit_beside_it(tmp_path: Path) -> None:
 
 
 def test_a_fit_and_what_it_replaces_are_not_given_together() -> None:
-    with pytest.raises(ScenarioError, match=r"workload\.synthetic: reuse, skew: no meaning with fit"):
+    with pytest.raises(ScenarioError, match=r"workload\.synthetic: reuse: no meaning with fit"):
         make_scenario(small_scenario({"fit": "x.json", "skew": 0.5, "reuse": 0.5}))
 
 

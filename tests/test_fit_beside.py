@@ -95,7 +95,8 @@ def test_a_profile_is_made_that_simulates_what_was_executed(runs: list[Measured]
     assert json.loads(text)["extends"] == "h200" and profile.name == "mine"
     assert profile.nvme is not None
     assert [round(profile.nvme.times_as_long(reads), 3) for reads in (1, 4, 8)] == [1.0, 1.333, 2.667]
-    assert profile.nvme.read.ns(9 * 2**20) == 9 * 2**20
+    # Reads are as schedules had them; what sizes none of these had take goes by the drive's own samples.
+    assert profile.nvme.read.ns(9 * 2**20) == pytest.approx(9 * profile.nvme.read.ns(2**20), rel=1e-3)
     # Shapes of a predictor that were not seen are as they were; all but what was fitted is the base's.
     base = load_profile("h200")
     assert {(point.hidden, point.experts) for point in base.compute.predictors} <= {

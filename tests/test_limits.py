@@ -13,27 +13,43 @@ MOST_LINES, MOST_FUNCTION_LINES, MOST_BRANCHES, MOST_PARAMETERS = 500, 60, 20, 6
 MACHINE_CODE = {"compiled", "_compiled", "entry", "_entry"}
 _NEXT = "still to be divided"
 _OPTIONS = "public: each parameter is an option by its name, with a default"
+_KERNEL = "machine code, which takes arrays and numbers one by one"
 _FIELDS = "a record: a parameter for each field, called once for each span or command"
 #: Functions with more lines or branches.
 LONG_FUNCTIONS = {
     "engine/decide/memory_manager.py MemoryManager.__init__": "sets up one thing after another",
+    "calibration/fit_beside.py _observe": _NEXT,
+    "calibration/part.py Part.__init__": "sets up one thing after another",
     "engine/replay/compiled.py _replay": "machine code: one loop, whose parts would be copied into it",
+    "engine/scenario/scenario.py _drop_replaced": _NEXT,
+    "engine/timing/compiled_clock.py advance": "machine code: a branch for each kind of event",
     "engine/timing/compiled_host.py carry_out_one": "machine code: a branch for each command",
     "workloads/importers.py _format_of": "a branch for each format",
+    "workloads/model_files/gguf_model.py read_gguf": _NEXT,
     "workloads/model_files/quantization.py _quantized": "a branch for each format",
     "workloads/training/bpe.py learn": "an algorithm with its books: each step needs all of them",
 }
 #: Functions with more parameters; the command line's are its options.
 MANY_PARAMETERS = {
     "calibration/execute.py execute": _OPTIONS,
+    "calibration/execute.py execute_all": _OPTIONS,
+    "calibration/grouped_kernels.py _first": _KERNEL,
+    "calibration/grouped_kernels.py _last": _KERNEL,
+    "calibration/grouped_kernels.py first_products": _KERNEL,
+    "calibration/grouped_kernels.py last_product": _KERNEL,
     "calibration/scenario_sets.py _pipe": "a row of a table",
+    "calibration/worker_code.py _row": _KERNEL,
+    "calibration/worker_code.py compute_all": _KERNEL,
     "engine/decide/dispatch.py visits": _OPTIONS,
     "engine/decide/memory_manager.py MemoryManager.__init__": _OPTIONS,
+    "engine/replay/compiled.py _lru_by_visits": _KERNEL,
+    "engine/replay/compiled.py _replay": _KERNEL,
     "engine/replay/compiled.py replay_compiled": _OPTIONS,
     "engine/replay/miss_ratio.py miss_ratio_curves": _OPTIONS,
     "engine/replay/replay.py replay_trace": _OPTIONS,
     "engine/simulate.py simulate": _OPTIONS,
     "engine/simulate.py simulate_inputs": _OPTIONS,
+    "experiments/advise.py advise": _OPTIONS,
     "experiments/suite.py run_suite": _OPTIONS,
     "experiments/sweep.py sweep": _OPTIONS,
     "guide/virtual_memory.py VirtualMemoryManager.__init__": _OPTIONS,

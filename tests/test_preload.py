@@ -47,7 +47,7 @@ def test_what_is_wanted_most_is_there_as_far_as_there_is_room(memory: dict[str, 
 
 
 def test_every_way_to_preload_is_told_apart_here() -> None:
-    assert list(PRELOAD) == ["none", "popular", "layers"]
+    assert list(PRELOAD) == ["none", "popular", "layers", "front", "even"]
 
 
 def test_without_a_stated_popularity_the_first_tenth_of_the_steps_says_it() -> None:

@@ -84,7 +84,7 @@ class Factors:
 
 
 def _nodes_of_lists(machine: Machine) -> int:
-    """Returns how many nodes a command may take beside its own: by the requests that an expert is read in; 0 if none."""
+    """Returns how many nodes a command may take for lists: by the requests that an expert is read in; 0 if none."""
     reads = [one.lanes.costs.reads for one in machine.gpus]
     most = max((cost.requests for known in reads if known is not None for cost in known.by_layer), default=0)
     return w.NODES_OF_LISTS + w.NODES_A_REQUEST * most if most else 0

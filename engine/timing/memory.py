@@ -125,8 +125,8 @@ SPAN_WORDS, NOTE_WORDS, ARRIVAL_WORDS, DROPPED_WORDS = 5, 3, 4, 3
 #: What the engine comes back with: all is done; a thread wants its next portion, a price, the rates of a set of
 #: transfers, or a lane's place in a timeline; or memory runs out. Compiled decisions: the next steps, or more room.
 DONE, PORTION, PRICE, RATE, SPACE, STEPS, ROOM, LANE = range(8)
-#: The most work that a command takes, and the nodes that most of them take. Where a drive is read, a command that writes
-#: rooms anew copies the lists of all that these wait for: a thread goes on while so many nodes are left, and so many for
+#: The most work that a command takes, and the nodes that most of them take. Where a drive is read, one that writes a
+#: room anew copies the lists of all that it waits for: a thread goes on while so many nodes are left, and so many for
 #: each request that an expert is read in. Memory that is not written to costs nothing.
 WORK_EACH, NODES_EACH, NODES_OF_LISTS, NODES_A_REQUEST = 2, 24, 1 << 16, 16
 
