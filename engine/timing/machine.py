@@ -147,7 +147,9 @@ class GpuLanes:
         self.d2h = Lane(env, instant, timeline, number["d2h"])
         self.side = Lane(env, instant, timeline, number["predictor"])
         if scenario.compression.where != "none" and scenario.compression.lane == "side":
-            self.unpacking = ArrivalLane(env, instant, timeline, timeline.add_lane(device, "side", _ASIDE))
+            # Each use has a kernel of its own, in order; what a copy brings is decompressed once it is there.
+            kind = Lane if scenario.compression.where == "gpu" else ArrivalLane
+            self.unpacking = kind(env, instant, timeline, timeline.add_lane(device, "side", _ASIDE))
         streams = list(dict.fromkeys(self.copies.values()))
         shared = place.shared or HostLanes()
         if scenario.uses_cpu:
