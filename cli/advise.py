@@ -46,7 +46,7 @@ def advise(
     \b
     Examples:
       prestage advise synthetic --set runtime.name=llama.cpp --set machine.gpu=rtx3060 --prompt 512 --output 128
-      prestage advise my-scenario.toml --goal ttft --within memory=20GiB --over memory.cpu_layers=0..24
+      prestage advise my-scenario.toml --goal ttft --over memory.gpu_budget=25%,50%,75%
       prestage advise my-scenario.toml --goal tokens_per_second --goal memory --plot front.png --journal tried.log
 
     It tries what the runtime's file lists, or what --over does, and prints the runtime's own command line. It does not

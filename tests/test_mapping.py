@@ -183,7 +183,7 @@ def test_counts_of_a_scenario_in_a_file_lie_beside_it_and_change_a_sweeps_rows(t
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"skew": 0.5}, r"workload\.synthetic: skew: no meaning with popularity"),
+        ({"skew": 0.9}, r"workload\.synthetic: skew: no meaning with popularity"),
         ({"fit": "x.json"}, r"popularity: no meaning with fit"),
     ],
 )
