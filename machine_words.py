@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import mmap
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,44 @@ def zeros(words: int) -> npt.NDArray[np.int64]:
     What an allocator takes back from a run before, it has to clear.
     """
     return np.frombuffer(mmap.mmap(-1, 8 * words), dtype=np.int64)
+
+
+class WordMemory:
+    """Words that are laid out before a run, and grow at their end during it."""
+
+    def __init__(self, words: int) -> None:
+        self.words: npt.NDArray[np.int64] = zeros(words)
+        self._used = 0
+
+    @property
+    def floats(self) -> npt.NDArray[np.float64]:
+        """The same words as floats."""
+        return self.words.view(np.float64)
+
+    def allocate(self, words: int) -> int:
+        """Returns the address of so many words more, all 0."""
+        at, self._used = self._used, self._used + words
+        if self._used > len(self.words):
+            before, self.words = self.words, zeros(max(2 * len(self.words), self._used))
+            self.words[:at] = before[:at]
+        return at
+
+    def put(self, values: Iterable[int]) -> int:
+        """Returns the address of some values, one after the other."""
+        array = np.array(values if isinstance(values, list | np.ndarray) else list(values), dtype=np.int64)
+        at = self.allocate(len(array))
+        self.words[at : at + len(array)] = array
+        return at
+
+    def put_list(self, values: Iterable[int]) -> int:
+        """Returns the address of a list: how many values there are, then the values."""
+        values = list(values)
+        return self.put([len(values), *values])
+
+    def set(self, at: int, values: Mapping[int, int]) -> None:
+        """Set words by their distance from an address."""
+        for word, value in values.items():
+            self.words[at + word] = value
 
 
 class Address(types.Type):

@@ -27,7 +27,7 @@ from ..errors import InputError
 from ..resources.profile import load_profile
 from ..resources.runtime import DEFAULT, Runtime, load_runtime
 from ..workloads.model import Model, load_model
-from .grid import Grid, GridError, Point
+from .grid import Grid, GridError, Point, values_by_key
 
 #: So many tokens of an answer are simulated at most.
 MOST_SIMULATED = 32
@@ -246,15 +246,11 @@ def parse_over(options: Iterable[str]) -> dict[str, list[Any]]:
 
     Raises GridError.
     """
-    values: dict[str, list[Any]] = {}
-    for option in options:
-        key, equals, text = (part.strip() for part in option.partition("="))
-        if not equals or not all(key.split(".")):
-            raise GridError(f"--over {option!r}: write it as section.key=first..last, or section.key=value,value,…")
-        if key in values:
-            raise GridError(f"--over {option!r}: {key} has its values already; give them all at once")
-        values[key] = _range(option, text) if ".." in text else [parse_value(part) for part in text.split(",") if part]
-    return values
+    return values_by_key("--over", "section.key=first..last, or section.key=value,value,…", options, _range_or_list)
+
+
+def _range_or_list(option: str, text: str) -> list[Any]:
+    return _range(option, text) if ".." in text else [parse_value(part) for part in text.split(",") if part]
 
 
 def _range(option: str, text: str) -> list[Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from importlib import resources
@@ -126,18 +126,30 @@ def parse_grid(options: Iterable[str]) -> dict[str, list[Any]]:
 
     Raises GridError for a key that comes twice and for a list without values.
     """
+    return values_by_key("--grid", "section.key=value,value,…", options, _listed)
+
+
+def values_by_key(
+    name: str, form: str, options: Iterable[str], parse: Callable[[str, str], list[Any]]
+) -> dict[str, list[Any]]:
+    """Returns the values by key of options `name` of a `form`; `parse` makes them of an option and its text behind `=`.
+
+    Raises GridError for an option of another form, and for a key that comes twice.
+    """
     values: dict[str, list[Any]] = {}
     for option in options:
         key, equals, text = (part.strip() for part in option.partition("="))
         if not equals or not all(key.split(".")):
-            raise GridError(f"--grid {option!r}: write it as section.key=value,value,…")
+            raise GridError(f"{name} {option!r}: write it as {form}")
         if key in values:
-            raise GridError(f"--grid {option!r}: {key} has its values already; give them all at once")
-        parsed = parse_value(text) if text.startswith("[") else None
-        if not isinstance(parsed, list):
-            parsed = [parse_value(part) for part in text.split(",") if part.strip()]
-        values[key] = parsed
+            raise GridError(f"{name} {option!r}: {key} has its values already; give them all at once")
+        values[key] = parse(option, text)
     return values
+
+
+def _listed(_: str, text: str) -> list[Any]:
+    parsed = parse_value(text) if text.startswith("[") else None
+    return parsed if isinstance(parsed, list) else [parse_value(part) for part in text.split(",") if part.strip()]
 
 
 def sweep_names() -> list[str]:

@@ -66,7 +66,7 @@ class Decisions:
         memory, registers = layout.memory, parts[0].gpu.registers
         self.gpus = layout.gpus
         self._areas: dict[tuple[int, int], tuple[int, int]] = {}
-        self._layout.set(0, {
+        self._layout.memory.set(0, {
             w.X_REGISTERS: registers.count, w.X_ROOM_FOR: 0, w.X_VISIT: memory.allocate(VISIT_COLUMNS),
         })  # fmt: skip
         most = max(int(memory.words[at + w.D_MOST_REGISTERS]) for at in self.gpus)
@@ -74,7 +74,7 @@ class Decisions:
         self.threads = [memory.allocate(w.THREAD_WORDS) for _ in threads]
         for at, numbers in zip(self.threads, threads, strict=True):
             gpus = memory.put_list(self.gpus[number] for number in numbers)
-            self._layout.set(at, {
+            self._layout.memory.set(at, {
                 w.H_GPUS: gpus, w.H_LAYER: -1, w.H_STEPS: _FAR if pulls else len(parts[0].source.steps),
                 w.H_SCHEDULE_NS: pulls[0].schedule_ns if pulls else 0, w.H_SHARES: shared is not None,
                 w.H_ONE: shared is not None and shared.one_thread,
@@ -88,7 +88,7 @@ class Decisions:
     def _lay_out_loans(self, gpus: int) -> None:
         """Let GPUs that share experts know each other, and the registers of rooms that they have before the run."""
         for part, at in zip(self._parts, self.gpus, strict=True):
-            self._layout.set(at, {w.D_GPUS: gpus})
+            self._layout.memory.set(at, {w.D_GPUS: gpus})
             for copy in part.source.manager.assigned.values() if part.gpu.settings[LENDS] else ():
                 room, words = part.gpu.rooms.of(copy), self._layout.memory.words
                 for place, register in ((w.D_LANDED, room.landed), (w.D_LENT, room.lent)):
@@ -172,7 +172,7 @@ class Decisions:
         if later is not None:
             following_steps = later(first, end)
             self._put(number, w.D_LATER, following_steps)
-            self._layout.set(at, {w.D_LATER_COLUMNS: following_steps.shape[1]})
+            self._layout.memory.set(at, {w.D_LATER_COLUMNS: following_steps.shape[1]})
         if guesses is not None and part.source.prefetch.guesses:
             places = guesses.places(rows)
             self._put(number, w.D_GUESSES, guesses.experts[places])
@@ -183,7 +183,7 @@ class Decisions:
             self._put_following(owner, chosen.size)
         if source.trace.weights is not None and self._layout.memory.words[at + w.D_ON_CPU]:
             self._put(number, w.D_GATES, source.trace.weights[rows])
-        self._layout.set(at, {w.D_FIRST_STEP: first, w.D_END_STEP: end})
+        self._layout.memory.set(at, {w.D_FIRST_STEP: first, w.D_END_STEP: end})
 
     def _pull(self, pulled: Pulled, gauge: Gauge) -> bool:
         """Whether the scheduler makes a step now; if not, its thread idles for a while, or is at its end."""
@@ -192,14 +192,14 @@ class Decisions:
             self._end_repeats(pulled, thread)
         found = pulled.next(gauge.now_ns(), gauge.link_busy_ns())
         if found is None:
-            self._layout.set(thread, {w.H_STEPS: len(self._parts[0].source.steps)})
+            self._layout.memory.set(thread, {w.H_STEPS: len(self._parts[0].source.steps)})
         elif isinstance(found, Wait):
-            self._layout.set(thread, {w.H_IDLE_UNTIL: found.until_ns})
+            self._layout.memory.set(thread, {w.H_IDLE_UNTIL: found.until_ns})
         else:
             self._repeats, until_ns = pulled.ahead()
             ends = self._area(thread, w.H_ENDS, np.zeros(1 + self._repeats, dtype=np.int64))
             out_ns, in_ns = pulled.swaps_ns(found)
-            self._layout.set(thread, {
+            self._layout.memory.set(thread, {
                 w.H_UNTIL: until_ns if self._repeats else 0, w.H_ENDS: ends, w.H_SWAP_OUT: out_ns, w.H_SWAP_IN: in_ns,
             })  # fmt: skip
         return isinstance(found, Step)
@@ -221,7 +221,7 @@ class Decisions:
             self._put_budgets(number, first, end)
         places = (w.H_LIVES, w.H_SERVES, w.H_EXCHANGES, w.H_SERVERS)
         for place, values in zip(places, shared.laid_out(first, end), strict=True):
-            self._layout.set(thread, {place: -1 if values is None else self._area(thread, place, values)})
+            self._layout.memory.set(thread, {place: -1 if values is None else self._area(thread, place, values)})
 
     def _last_step(self, number: int, first: int) -> int:
         """Returns the step before which so many numbers of a GPU are laid out as are at once; one step at least."""
@@ -248,11 +248,11 @@ class Decisions:
             used = int(self._layout.memory.words[at + w.D_FOLLOWED])
             self._layout.following[at] = following = following[used:]
             values = self._area(at, w.D_FOLLOWING, following[:most])
-            self._layout.set(at, {w.D_FOLLOWING: values, w.D_FOLLOWED: 0})
+            self._layout.memory.set(at, {w.D_FOLLOWING: values, w.D_FOLLOWED: 0})
 
     def _put(self, number: int, place: int, values: Array) -> None:
         """Put values where a GPU has them."""
-        self._layout.set(self.gpus[number], {place: self._area(self.gpus[number], place, values)})
+        self._layout.memory.set(self.gpus[number], {place: self._area(self.gpus[number], place, values)})
 
     def _area(self, owner: int, place: int, values: Array) -> int:
         """Returns where values lie now, floats as such, in an area that is used again."""
@@ -281,7 +281,7 @@ class Decisions:
         pools = int(words[at + w.D_POOLS])
         places = [int(words[pools + 1 + number]) for number in range(int(words[pools]))]
         fullest = max(int(words[p + w.P_COUNT]) for p in places)
-        self._layout.set(at, {w.D_FULLEST: fullest})
+        self._layout.memory.set(at, {w.D_FULLEST: fullest})
         if fullest + words[at + w.D_MOST_EVICTED] < self._ring_size(at):
             return False
         for p in places:
@@ -295,7 +295,7 @@ class Decisions:
         kept = np.roll(extents, -first, axis=0)[:count]
         to = self._layout.memory.allocate(4 * capacity)
         self._layout.memory.words[to : to + 2 * count] = kept.reshape(-1)
-        self._layout.set(p, {w.P_RING: to, w.P_CAPACITY: 2 * capacity, w.P_FIRST: 0})
+        self._layout.memory.set(p, {w.P_RING: to, w.P_CAPACITY: 2 * capacity, w.P_FIRST: 0})
 
     def _make_registers(self, count: int) -> None:
         """Make room for so many registers."""
@@ -307,8 +307,8 @@ class Decisions:
             kept = memory.words[before : before + old].copy()
             to = memory.allocate(count)
             memory.words[to : to + old] = kept
-            self._layout.set(at, {place: to})
-        self._layout.set(0, {w.X_ROOM_FOR: count})
+            self._layout.memory.set(at, {place: to})
+        self._layout.memory.set(0, {w.X_ROOM_FOR: count})
 
     # What comes of it.
 
@@ -369,7 +369,7 @@ class Decisions:
         It is valid until the next is asked for.
         """
         for at in self.gpus:
-            self._layout.set(at, {w.D_NOW: now_ns, w.D_BACKLOG: backlog_ns})
+            self._layout.memory.set(at, {w.D_NOW: now_ns, w.D_BACKLOG: backlog_ns})
         decide = next_portion if self._shared is None else next_shared_portion
         while True:
             why = decide(self.at, self.threads[thread])

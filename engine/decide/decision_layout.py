@@ -6,13 +6,14 @@ leaves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from ...machine_words import WordMemory
 from ...workloads.batches import Step
 from ...workloads.stacks import next_visits
 from ..policies.compiled_eviction import BELADY, NEXT, make_state
@@ -20,7 +21,6 @@ from ..policies.eviction_informed import Static
 from ..policies.prefetch import Popularity
 from . import decision_words as w
 from .compiled_memory import admit_preloaded
-from .decision_words import Memory
 from .guessed import later_steps, later_table
 from .lookups import list_lookups
 from .memory_manager import MemoryManager
@@ -83,7 +83,7 @@ class Layout:
 
     def __init__(self, parts: Sequence[Part], shared: Shared | None, pulled: Pulled | None = None) -> None:
         self.parts, self.shared, self._pulled = parts, shared, pulled
-        self.memory = memory = Memory(len(parts))
+        self.memory = memory = WordMemory(len(parts) << 20)
         memory.allocate(w.HEADER)
         #: By GPU: the first row of each step, and the end of the last; of all, the most rows of one.
         self.rows = [np.cumsum([0, *(len(step.rows) for step in part.source.steps)]) for part in parts]
@@ -108,11 +108,6 @@ class Layout:
         #: By memory: when each look-up's expert is used next, for the policy that knows.
         self.following = {at: self._next_uses(at, part, manager) for at, part, manager in self.memories}
         self.later = [self._later_visits(part) for part in (parts[:1] if shared and shared.in_common else parts)]
-
-    def set(self, at: int, values: Mapping[int, int]) -> None:
-        """Set words by their distance from an address."""
-        for word, value in values.items():
-            self.memory.words[at + word] = value
 
     def most_accesses(self, part: Part) -> int:
         """Returns the most experts that a visit may look up."""
@@ -144,7 +139,7 @@ class Layout:
         memory_words = len(manager.size_of)
         popular = memory_words if isinstance(prefetch, Popularity) else 0
         protected = 2 * (memory_words + self.most_copies(part)) if manager.drop_after_visit else 0
-        self.set(at, {
+        self.memory.set(at, {
             w.D_SETTINGS: memory.put(part.gpu.settings), w.D_LAYERS: trace.layers,
             w.D_SHARED: manager.shared, w.D_PER_TOKEN: trace.k, w.D_PREFETCH: PREFETCHES[type(prefetch)],
             w.D_HORIZONS: prefetch.horizons, w.D_K: options.k, w.D_COPY_NS: options.copy_ns,
@@ -170,7 +165,7 @@ class Layout:
         floats[at + w.D_LEAST], floats[at + w.D_DECAY] = options.threshold, options.decay
         capacity = max(1 << 12, 2 * self.most_copies(part)) if miss is not None else 0
         region = memory.put([memory.allocate(capacity * w.RESOLVED_WORDS), 0, capacity or _FAR])
-        self.set(at, {w.D_RESOLVED: region})
+        self.memory.set(at, {w.D_RESOLVED: region})
 
     def _lay_out_memory(self, at: int, part: Part, manager: MemoryManager, first: int, states: list[Array]) -> None:
         """Lay out a memory as it is: who has room, what is free, and what the policies know of it."""
@@ -202,7 +197,7 @@ class Layout:
             ]))  # fmt: skip
         if kind != BELADY:  # which needs to know the next uses first
             _admit_preloaded(manager, kind, states[len(states) - len(pools) :], per_pool)
-        self.set(at, {
+        self.memory.set(at, {
             w.D_EXPERTS: first, w.D_LAYER_EXPERTS: part.source.trace.num_experts, w.D_EVICTION: kind,
             w.D_POOLS: self.memory.put_list(pools), w.D_COPIES: manager.copies, w.D_WAVE: 1,
             w.D_ASSIGNED: manager.assigned_bytes, w.D_BUDGET: manager.budget_bytes, w.D_FULLEST: 1,
@@ -212,9 +207,9 @@ class Layout:
             (w.D_ADMITTED, w.ADMITTED_WORDS, self.most_copies(part)), (w.D_EVICTED, w.EVICTED_WORDS, most_evicted)
         ):  # fmt: skip
             room = max(1 << 12, 2 * most)
-            self.set(at, {record: self.memory.put([self.memory.allocate(room * words), 0, room])})
+            self.memory.set(at, {record: self.memory.put([self.memory.allocate(room * words), 0, room])})
         if part.gpu.host is not None and at in self.hosts:
-            self.set(at, {w.D_REQUESTS: self.memory.put(part.gpu.host.requests)})
+            self.memory.set(at, {w.D_REQUESTS: self.memory.put(part.gpu.host.requests)})
 
     def _next_uses(self, at: int, part: Part, manager: MemoryManager) -> Array | None:
         """Returns when each look-up's expert is used next, for the policy that knows, which is told the first uses."""

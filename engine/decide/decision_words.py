@@ -6,13 +6,12 @@ first word. What there is of every expert, and what eviction policies know, are 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from ...machine_words import REALS, TABLE, WORDS, Fields, zeros
+from ...machine_words import REALS, TABLE, WORDS, Fields
 from ..policies.compiled_eviction import SIZE, UNTIL, WAVE
 
 Words = npt.NDArray[Any]
@@ -123,36 +122,3 @@ NONE, TOP_K, MULTI_STEP, ADAPTIVE_MEMORY, ADAPTIVE_LINK, NEXT_LAYER, POPULARITY,
 #: What a decision comes back with: it is made; the next steps are to be laid out; there is too little room to make one;
 #: the program is at its end.
 DECIDED, STEPS, ROOM, END = range(4)
-
-
-class Memory:
-    """Words that are laid out before a run, and grow at their end during it."""
-
-    def __init__(self, gpus: int) -> None:
-        self.words: npt.NDArray[np.int64] = zeros(gpus << 20)
-        self._used = 0
-
-    @property
-    def floats(self) -> npt.NDArray[np.float64]:
-        """The same words as floats."""
-        return self.words.view(np.float64)
-
-    def allocate(self, words: int) -> int:
-        """Returns the address of so many words more, all 0."""
-        at, self._used = self._used, self._used + words
-        if self._used > len(self.words):
-            before, self.words = self.words, zeros(max(2 * len(self.words), self._used))
-            self.words[:at] = before[:at]
-        return at
-
-    def put(self, values: Iterable[int]) -> int:
-        """Returns the address of some values, one after the other."""
-        array = np.array(values if isinstance(values, list | np.ndarray) else list(values), dtype=np.int64)
-        at = self.allocate(len(array))
-        self.words[at : at + len(array)] = array
-        return at
-
-    def put_list(self, values: Iterable[int]) -> int:
-        """Returns the address of a list: how many values there are, then the values."""
-        values = list(values)
-        return self.put([len(values), *values])

@@ -116,20 +116,20 @@ class Layout:
             w.DROPPED: memory.put_region(64 + queued, w.DROPPED_WORDS), w.FREE_WORK: -1, w.FREE_NODE: -1,
             w.NODES_COMMAND: _nodes_of_lists(machine), w.RESUMES: -1,
         }  # fmt: skip
-        self._set(0, header)
+        self.memory.set(0, header)
         self.registers = 1 << 10
         self._space = 1
         self.add_space()
         for number, (at, driven) in enumerate(zip(self.threads, threads, strict=True)):
             gpus = memory.put_list(self.gpus[gpu] for gpu in driven.gpus)
             rows = memory.allocate(_ROWS * ROW_WORDS)
-            self._set(
+            self.memory.set(
                 at,
                 {w.T_NUMBER: number, w.T_ROWS: rows, w.T_CAPACITY: _ROWS, w.T_GPU: -1, w.T_GPUS: gpus, w.T_PART_OF: -1},
             )
         for at, gpu in zip(parts, self.gpus, strict=True):
-            self._set(at, {w.T_GPU: gpu, w.T_GPUS: memory.put_list([gpu]), w.T_PART_OF: -1})
-            self._set(gpu, {w.G_THREAD: at})
+            self.memory.set(at, {w.T_GPU: gpu, w.T_GPUS: memory.put_list([gpu]), w.T_PART_OF: -1})
+            self.memory.set(gpu, {w.G_THREAD: at})
         self._lay_out_agenda([*self.threads, *parts])
         self.slots: dict[int, int] = {}
         self._links: dict[int, set[str]] = {}
@@ -141,11 +141,7 @@ class Layout:
         self._group_slots()
         most_tokens = max((one.most_tokens for one in machine.gpus), default=1)
         kernels = memory.allocate(len(self.prices) * (most_tokens + 1) * w.KERNEL_WORDS)
-        self._set(0, {w.KERNELS: kernels, w.KERNEL_TOKENS: most_tokens + 1})
-
-    def _set(self, at: int, values: dict[int, int]) -> None:
-        for word, value in values.items():
-            self.memory.words[at + word] = value
+        self.memory.set(0, {w.KERNELS: kernels, w.KERNEL_TOKENS: most_tokens + 1})
 
     def _set_floats(self, at: int, values: dict[int, float]) -> None:
         floats = self.memory.floats
@@ -163,20 +159,20 @@ class Layout:
         words, old = self.memory.words, int(self.memory.words[w.REGISTERS])
         kept = words[old : old + self.registers].tolist()
         self.registers = 2 * count
-        self._set(0, {w.REGISTERS: self.memory.put([*kept, *[-1] * (self.registers - len(kept))])})
+        self.memory.set(0, {w.REGISTERS: self.memory.put([*kept, *[-1] * (self.registers - len(kept))])})
 
     def _lay_out_agenda(self, threads: Sequence[int]) -> None:
         """Lay out the words that say what each lane and thread does next: the threads of the run begin now."""
         owners = [*self.lanes, *threads]
         keys = self.memory.put([w.NEVER << KIND_BITS] * len(owners))
         self.memory.put(owners)
-        self._set(0, {w.KEYS: keys, w.KEY_COUNT: len(owners)})
+        self.memory.set(0, {w.KEYS: keys, w.KEY_COUNT: len(owners)})
         for number, at in enumerate(self.lanes):
-            self._set(at, {w.L_KEY: keys + number})
+            self.memory.set(at, {w.L_KEY: keys + number})
         for number, at in enumerate(threads, len(self.lanes)):
-            self._set(at, {w.T_KEY: keys + number})
+            self.memory.set(at, {w.T_KEY: keys + number})
         for at in self.threads:
-            self._set(int(self.memory.words[at + w.T_KEY]), {0: GOES_ON})
+            self.memory.set(int(self.memory.words[at + w.T_KEY]), {0: GOES_ON})
 
     def _lay_out_network(self) -> None:
         """Lay out a slot for each lane that has a part of the network."""
@@ -187,7 +183,7 @@ class Layout:
         )
         for slot, lane in joined:
             at = self.slots[slot] = self.memory.allocate(w.SLOT_WORDS)
-            self._set(at, {w.S_LANE: lane, w.S_MOVING: -1})
+            self.memory.set(at, {w.S_LANE: lane, w.S_MOVING: -1})
             self._set_floats(at, {w.S_STRETCH: 1.0})
 
     def _group_slots(self) -> None:
@@ -203,10 +199,10 @@ class Layout:
         for slots, _ in groups:
             at = self.memory.put_list(sorted(slots))
             for slot in slots:
-                self._set(slot, {w.S_GROUP: at})
+                self.memory.set(slot, {w.S_GROUP: at})
         width = w.V_MOVING + 2 * max((len(slots) for slots, _ in groups), default=0)
         rates = self.memory.allocate(_RATES * width)
-        self._set(0, {w.RATE_ROWS: _RATES, w.RATE_WORDS: width, w.RATES: rates})
+        self.memory.set(0, {w.RATE_ROWS: _RATES, w.RATE_WORDS: width, w.RATES: rates})
 
     def _lay_out_lane(self, lane: Lane, at: int) -> None:
         lags, memory = lane.lags, self.memory
@@ -222,7 +218,7 @@ class Layout:
             memory.words[slowed + 1 + 2 * number] = self._lane_of[id(other)]
             memory.floats[slowed + 2 + 2 * number] = factor
         kind = w.BY_RANK if isinstance(lane, QueueLane) else w.AS_READY if isinstance(lane, ArrivalLane) else w.IN_ORDER
-        self._set(at, lists | {
+        self.memory.set(at, lists | {
             w.L_KIND: kind, w.L_GAP: lags.gap_ns, w.L_GAP_DISTURBED: lags.gap_disturbed_ns,
             w.L_AFTER_OTHER: lags.after_other_ns, w.L_AFTER_OTHER_DISTURBED: lags.after_other_disturbed_ns,
             w.L_AFTER_ISSUE_DISTURBED: lags.after_issue_longer_ns, w.L_LONGER: lags.longer,
@@ -268,7 +264,7 @@ class Layout:
             w.G_EXCHANGE: self._machine.exchange[number] if self._machine.exchange else None,
         }  # fmt: skip
         places = {place: -1 if lane is None else self._lane_of[id(lane)] for place, lane in named.items()}
-        self._set(at, places | {
+        self.memory.set(at, places | {
             w.G_NUMBER: number, w.G_WAIT: costs.wait_ns, w.G_READBACK_ENQUEUE: costs.readback_enqueue_ns,
             w.G_READBACK_LATENCY: costs.readback_latency_ns, w.G_READBACK: costs.readback_ns,
             w.G_SYNCHRONIZE: costs.synchronize_ns, w.G_SYNCHRONIZE_BESIDE: costs.synchronize_beside_copy_ns,
@@ -288,7 +284,7 @@ class Layout:
             w.G_KERNEL_AFTER: -1, w.G_RING: self.memory.allocate(2 * (state.queue_depth + 2)),
         })  # fmt: skip
         self._set_floats(at, {w.G_COPY_SLOWDOWN: lanes.copy_slowdown, w.G_READBACK_SLOWDOWN: costs.readback_slowdown})
-        self._set(at, {place: self.memory.put_region(_RECORDS, words) for place, words in RECORDED.items()})
+        self.memory.set(at, {place: self.memory.put_region(_RECORDS, words) for place, words in RECORDED.items()})
         self._lay_out_scatter(costs.scatter, at)
         sizes = self._lay_out_copies(one, at)
         self._lay_out_shapes(one, at, sizes)
@@ -296,12 +292,12 @@ class Layout:
         drive, reads = lanes.drive, costs.reads
         io_lanes = -1 if drive is None else self.memory.put_list(self._lane_of[id(lane)] for lane in drive.lanes)
         by_layer = [] if reads is None else [ns for cost in reads.by_layer for ns in (cost.request_ns, cost.host_ns)]
-        self._set(at, {w.G_IO_LANES: io_lanes, w.G_READS: self.memory.put(by_layer)})
+        self.memory.set(at, {w.G_IO_LANES: io_lanes, w.G_READS: self.memory.put(by_layer)})
 
     def _lay_out_scatter(self, scatter: Scatter | None, at: int) -> None:
         """Lay out where a GPU's factors stand, of which none is drawn yet."""
         table = -1 if scatter is None else self.memory.allocate(w.SCATTERS * w.FACTOR_WORDS)
-        self._set(at, {w.G_SCATTER: table})
+        self.memory.set(at, {w.G_SCATTER: table})
         if scatter is not None:
             self._scatters[at] = [Factors(scatter, what, table + number * w.FACTOR_WORDS)
                                   for number, what in enumerate(SCATTERED)]  # fmt: skip
@@ -341,7 +337,7 @@ class Layout:
                 ns = (cost.piece_queued_ns, cost.piece_alone_ns)
             transfers = self._transfer(transfer, *ns, lanes.streams)
             classes[kind] = memory.put((*ns, cost.pieces, cost.host_ns, transfers, number))
-        self._set(at, {w.G_COPY_OF: memory.put(classes[which.reshape(-1)])})
+        self.memory.set(at, {w.G_COPY_OF: memory.put(classes[which.reshape(-1)])})
         return [lanes.sizes[int(firsts[kind])] for kind in order]
 
     def _lay_out_shapes(self, one: Any, at: int, sizes: Sequence[int]) -> None:
@@ -375,7 +371,7 @@ class Layout:
         attention, added = lanes.costs.attention, -1
         if attention.counts:
             added = self.memory.put([-1, *attention.kind_of, *[0] * (w.ADDED_WORDS * len(attention.firsts))])
-        self._set(at, {w.G_SHAPES: table, w.G_KINDS: kinds, w.G_LAYERS: layers, w.G_ATTENTION: added})
+        self.memory.set(at, {w.G_SHAPES: table, w.G_KINDS: kinds, w.G_LAYERS: layers, w.G_ATTENTION: added})
 
     def _move(self, costs: Any, size_bytes: int, lane: Lane, slowdown: float, target: int) -> int:
         """Returns the address of what it takes to send so many bytes to another GPU."""
@@ -396,7 +392,7 @@ class Layout:
             slowdown = way.costs.slowdown(size_bytes)
             moves[size_bytes] = self._move(way.costs, size_bytes, way.lane, slowdown, (number + 1) % gpus)
         sends = memory.put(moves[size_bytes] for size_bytes in (way.size_bytes if way else ()))
-        self._set(at, {w.G_SENDS: sends, w.G_ARRIVALS: memory.put([-1] * steps)})
+        self.memory.set(at, {w.G_SENDS: sends, w.G_ARRIVALS: memory.put([-1] * steps)})
         peers = []
         for size_bytes in sizes if self._machine.peers else ():
             for other in range(gpus):
@@ -406,7 +402,7 @@ class Layout:
                         peers.append(self._move(costs, size_bytes, lane, 1.0, pair[1]))
                     else:
                         peers.append(-1)
-        self._set(at, {w.G_PEERS: memory.put(peers)})
+        self.memory.set(at, {w.G_PEERS: memory.put(peers)})
 
 
 def _always(price: Callable[[int], KernelCost], layer: int, tokens: int) -> KernelCost:

@@ -9,12 +9,10 @@ not come.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 import numpy.typing as npt
 
-from ...machine_words import zeros
+from ...machine_words import WordMemory
 
 Ints = npt.NDArray[np.int64]
 
@@ -131,38 +129,12 @@ DONE, PORTION, PRICE, RATE, SPACE, STEPS, ROOM, LANE = range(8)
 WORK_EACH, NODES_EACH, NODES_OF_LISTS, NODES_A_REQUEST = 2, 24, 1 << 16, 16
 
 
-class Memory:
-    """The words, as they are laid out before a run and grow during it."""
+class Memory(WordMemory):
+    """The words of a simulation, with regions of records that grow and records that are used again."""
 
     def __init__(self, gpus: int) -> None:
-        self.words: Ints = zeros((1 + gpus) << 20)
-        self._used = 0
+        super().__init__((1 + gpus) << 20)
         self._new_ends: dict[int, int] = {}
-
-    @property
-    def floats(self) -> npt.NDArray[np.float64]:
-        """The same words as floats."""
-        return self.words.view(np.float64)
-
-    def allocate(self, words: int) -> int:
-        """Returns the address of so many words more, all 0."""
-        at, self._used = self._used, self._used + words
-        if self._used > len(self.words):
-            before, self.words = self.words, zeros(max(2 * len(self.words), self._used))
-            self.words[:at] = before[:at]
-        return at
-
-    def put(self, values: Iterable[int]) -> int:
-        """Returns the address of some values, one after the other."""
-        array = np.array(values if isinstance(values, np.ndarray) else list(values), dtype=np.int64)
-        at = self.allocate(len(array))
-        self.words[at : at + len(array)] = array
-        return at
-
-    def put_list(self, values: Iterable[int]) -> int:
-        """Returns the address of a list: how many values there are, then the values."""
-        values = list(values)
-        return self.put([len(values), *values])
 
     def put_region(self, capacity: int, words: int) -> int:
         """Returns the address of a region with room for so many records of so many words."""
