@@ -178,6 +178,8 @@ def evicted(name: str, story: str, slots: int, **known: object) -> str:
         ("static", 2, "ABCDEFGHIJ", "BCDEFGHI"),
         # A prefetch, a, stays; what is demanded takes turns in what is left.
         ("preloaded", 3, "aBCDBE", "BCD"),
+        # The same, and nobody stays beyond its visit, not in free room either; with the visit of A nobody leaves.
+        ("spent", 3, "aBCABE", "BCBE"),
         # B is used next, then A, then C never: for D, C goes; for E, D, which is never used again.
         ("belady", 3, "ABCDBAE", "CD"),
     ],

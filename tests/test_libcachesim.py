@@ -40,7 +40,7 @@ SAME: dict[str, tuple[str, int, int]] = {
 }
 #: What belongs to no entry of SAME: libCacheSim has no such policy (its LFU forgets), or draws by other luck (random).
 OURS_ALONE = {
-    *("lfu", "lrfu", "lfru", "random", "static", "preloaded"),
+    *("lfu", "lrfu", "lfru", "random", "static", "preloaded", "spent"),
     *("least-stale", "activation-aware", "gate-weight", "heat", "payback", "predictive"),
 }
 NEVER = np.iinfo(np.int64).max

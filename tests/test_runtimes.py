@@ -229,6 +229,18 @@ def test_a_step_of_so_many_tokens_is_fetched_whole_and_a_smaller_one_computed(tm
     assert [len(starts(recording, kind)) for kind in (DEMAND, CPU_EXPERT)] == [2, 1]
 
 
+@pytest.mark.parametrize(("eviction", "copied", "computed"), [("preloaded", 2, 0), ("spent", 2, 1)])
+def test_nothing_that_a_prompt_had_copied_is_kept_where_it_is_spent(
+    tmp_path: Path, eviction: str, copied: int, computed: int
+) -> None:
+    # A prompt of two tokens, then one that chooses an expert of the prompt, of one layer with room for all of them.
+    trace = tiny_trace([[[0]], [[1]], [[1]]], phase=np.array([0, 0, 1], dtype=np.uint8))
+    miss = {"policy": "cpu", "fetch_from": "2tokens"}
+    scenario = own_scenario(written(tmp_path), miss=miss, memory={"gpu_budget": "4experts", "eviction": eviction})
+    recording = record(tiny_inputs(tiny_model(1), tiny_profile(), trace, scenario), "compiled")
+    assert [len(starts(recording, kind)) for kind in (DEMAND, CPU_EXPERT)] == [copied, computed]
+
+
 def test_tokens_from_which_all_is_fetched_may_be_counted_for_each_expert() -> None:
     def fetched(text: str) -> int | None:
         miss = make_scenario({"workload": {"trace": "none"}, "miss": {"policy": "cpu", "fetch_from": text}}).miss

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from ...machine_code import compiled_once
-from ..policies.compiled_eviction import DEMANDED_AT, S3FIFO, admit, drop, evict, miss, use, victims
+from ..policies.compiled_eviction import DEMANDED_AT, S3FIFO, SPENT, admit, drop, evict, miss, use, victims
 from .decision_words import (
     ADMITTED_WORDS,
     D_ADMITTED,
@@ -90,6 +90,7 @@ from .visit_commands import (
     O_TARGET,
     O_WAVE,
     S_EXPERT,
+    S_FETCHED,
     STAGED,
     T_LANDED,
     T_LEFT,
@@ -406,14 +407,16 @@ def prefetch(t: Tables, g: Word, expert: Word, target: Word, at: Word) -> Word:
 
 @compiled
 def unpin(t: Tables, g: Word) -> None:
-    """End the visit's hold on its experts; where nothing is kept, they leave now, in the order of their copies."""
+    """End the visit's hold on its experts; those that are not kept leave now, in the order of their copies."""
     d = t.words
-    if d[g + D_DROPS]:
+    spends = d[g + D_EVICTION] == SPENT
+    if d[g + D_DROPS] or spends:
         count = 0
         for number in range(d[X_SERVED]):
             expert = t.served[number, S_EXPERT]
             row = t.experts[d[g + D_EXPERTS] + expert]
-            if row[E_WAVE] == d[g + D_WAVE] and row[E_COPY] >= 0:
+            was_kept = spends and not d[g + D_DROPS] and not t.served[number, S_FETCHED]
+            if row[E_WAVE] == d[g + D_WAVE] and row[E_COPY] >= 0 and not was_kept:
                 place = count
                 while place and t.experts[d[g + D_EXPERTS] + t.leaving[place - 1], E_COPY] > row[E_COPY]:
                     t.leaving[place] = t.leaving[place - 1]

@@ -71,6 +71,7 @@ class _Pool:
         # Hooks that most policies leave as they are cost nothing.
         self.begins = type(policy).begin is not Eviction.begin
         self.misses = type(policy).miss is not Eviction.miss
+        self.spends = type(policy).spent is not Eviction.spent
         self.swaps = swaps  # all experts are of one size: when it is full, one out makes room for one in
         self.budget_bytes = budget_bytes
         self.free_bytes = budget_bytes
@@ -304,10 +305,11 @@ class MemoryManager:
                 policy.admit(expert, True)
 
     def unpin(self) -> None:
-        """End the visit's hold on its experts; with `drop_after_visit` they leave now."""
-        if self.drop_after_visit:
-            for expert in [expert for expert in self.assigned if expert in self._pinned]:
-                self._evict(expert)
+        """End the visit's hold on its experts: those that are spent leave now, with `drop_after_visit` all."""
+        if self.drop_after_visit or self._pools[0].spends:
+            for expert in sorted(self._pinned, key=self.assigned.__getitem__):
+                if self.drop_after_visit or self._pools[expert // self.experts].policy.spent(expert):
+                    self._evict(expert)
         self._pinned = _NONE
 
     def prefetch(self, expert: int, target: int, guesses: int = 1) -> Admission | None:
@@ -427,13 +429,11 @@ class MemoryManager:
         """Whether prefetched experts nobody has used would hold more than their share with this one."""
         if self.prefetch_share is None:
             return False
-        size_bytes = self.size_of[expert]
-        return self.unused_bytes + size_bytes > self.prefetch_share.share * self.budget_bytes
+        return self.unused_bytes + self.size_of[expert] > self.prefetch_share.share * self.budget_bytes
 
     def _make_room(self, pool: _Pool, wanted: int, prefetch_at: int | None) -> bool:
         """Evict until `wanted` has room; evict nothing and return False if that cannot be done."""
-        size_bytes = self.size_of[wanted]
-        lacking = size_bytes - pool.free_bytes
+        lacking = self.size_of[wanted] - pool.free_bytes
         pinned, until = self._pinned, self._until
         only = self._unused if prefetch_at is not None and self._at_limit(wanted) else None
         victims: list[int] = []

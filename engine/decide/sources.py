@@ -24,6 +24,8 @@ EVICTIONS: dict[type, int] = {
     eviction.LfuIncache: compiled.LFU_INCACHE,
     eviction.Clock: compiled.CLOCK,
     eviction.Sieve: compiled.SIEVE,
+    eviction.Preloaded: compiled.PRELOADED,
+    eviction.Spent: compiled.SPENT,
     eviction_queues.S3Fifo: compiled.S3FIFO,
     Belady: compiled.BELADY,
     Static: compiled.STATIC,

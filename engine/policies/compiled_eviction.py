@@ -26,7 +26,7 @@ def compiled(function: Function) -> Function:
     return machine_code.within(function, _nrt=False)
 
 
-FIFO, LRU, LFU, LFU_INCACHE, CLOCK, SIEVE, S3FIFO, BELADY, STATIC = range(9)
+FIFO, LRU, LFU, LFU_INCACHE, CLOCK, SIEVE, S3FIFO, BELADY, STATIC, PRELOADED, SPENT = range(11)
 
 # What holds an expert, by columns: the wave that pins it, the visit until which it is safe from prefetches, its bytes.
 WAVE, UNTIL, SIZE = range(3)
@@ -39,7 +39,8 @@ DEMANDED_AT = 1 << 62
 BEFORE, AFTER, MARK, QUEUE, NEXT, PLACE, HEAP, KEY, RANKED = range(9)
 # Columns of the last row: where Sieve's hand is, S3-FIFO's limits and lengths, how many are in the heap.
 HAND, MOST_SMALL, MOST_MAIN, MOST_GHOSTS, IN_SMALL, IN_MAIN, IN_GHOSTS, HAS_EVICTED, STAMP, COUNT = range(10)
-# Where S3-FIFO has an expert; the first three are queues. The other policies have one, SMALL.
+# Where S3-FIFO has an expert; the first three are queues. Who keeps what was preloaded has that in MAIN, and what was
+# demanded in SMALL. The other policies have one queue, SMALL.
 SMALL, MAIN, GHOSTS, RETURNING, NOWHERE = range(5)
 
 _FAR = 2**31 - 1
@@ -108,7 +109,7 @@ def use(kind: int, state: Array, expert: int) -> None:
     elif kind == LRU:
         _unlink(state, expert)
         _append(state, _queue(state, SMALL), expert)
-    elif kind not in (FIFO, STATIC):
+    elif kind not in (FIFO, STATIC, PRELOADED, SPENT):
         _rank(state, expert, _priority(kind, state, expert, 1))
 
 
@@ -121,7 +122,8 @@ def admit(kind: int, state: Array, expert: int, demanded: int) -> None:
         _push(state, expert, _priority(kind, state, expert, demanded))
     else:
         state[expert, MARK] = 0
-        _append(state, _queue(state, SMALL), expert)
+        kept = kind in (PRELOADED, SPENT) and not demanded
+        _append(state, _queue(state, MAIN if kept else SMALL), expert)
 
 
 @compiled
@@ -149,8 +151,9 @@ def victims(kind: int, state: Array, held: Array, wave: int, at: int, lacking_by
         return _walk_sieve(state, held, wave, at, lacking_bytes, leaving)
     if kind == S3FIFO:
         return _walk_queues(state, held, wave, at, lacking_bytes, leaving)
-    if kind in (FIFO, LRU):
-        return _walk_queue(state, held, wave, at, lacking_bytes, leaving)
+    if kind in (FIFO, LRU, PRELOADED, SPENT):
+        last = MAIN if kind in (PRELOADED, SPENT) else SMALL
+        return _walk_until(last, state, held, wave, at, lacking_bytes, leaving)
     return _walk_heap(state, held, wave, at, lacking_bytes, leaving)
 
 
@@ -180,17 +183,18 @@ def _append(state: Array, queue: int, expert: int) -> None:
 
 
 @compiled
-def _walk_queue(state: Array, held: Array, wave: int, at: int, lacking_bytes: int, leaving: Array) -> int:
-    """Walk from the first to the last."""
-    queue = _queue(state, SMALL)
-    expert = state[queue, AFTER]
+def _walk_until(last: int, state: Array, held: Array, wave: int, at: int, lacking_bytes: int, leaving: Array) -> int:
+    """Walk the queues up to the last that is to be walked, each from its first to its last."""
     count = 0
-    while lacking_bytes > 0 and expert != queue:
-        if not stays(held, expert, wave, at):
-            leaving[count] = expert
-            count += 1
-            lacking_bytes -= held[expert, SIZE]
-        expert = state[expert, AFTER]
+    for number in range(SMALL, last + 1):
+        queue = _queue(state, number)
+        expert = state[queue, AFTER]
+        while lacking_bytes > 0 and expert != queue:
+            if not stays(held, expert, wave, at):
+                leaving[count] = expert
+                count += 1
+                lacking_bytes -= held[expert, SIZE]
+            expert = state[expert, AFTER]
     return count if lacking_bytes <= 0 else 0
 
 

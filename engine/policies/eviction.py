@@ -46,10 +46,7 @@ class Fifo(Eviction):
 
 
 class Preloaded(Eviction):
-    """Keep what was there before it was demanded: experts that were demanded take turns in what is left, first come.
-
-    With preloaded layers, as llama.cpp: what it copies for a large batch is used once, and leaves first.
-    """
+    """Keep what was there before it was demanded: experts that were demanded take turns in what is left, first come."""
 
     def __init__(self, setting: Setting = NO_SETTING) -> None:
         super().__init__(setting)
@@ -70,6 +67,17 @@ class Preloaded(Eviction):
     def victims(self) -> Iterator[int]:
         """Walk through those that were demanded, then all others."""
         return chain(self._demanded, self._kept)
+
+
+class Spent(Preloaded):
+    """Keep what was there before it was demanded: experts that were demanded leave once their visit is over.
+
+    With preloaded layers, as llama.cpp: what it copies for a large batch is used once, and nothing of it is kept.
+    """
+
+    def spent(self, expert: int) -> bool:
+        """Whether it was demanded."""
+        return expert in self._demanded
 
 
 class Lru(Fifo):
@@ -296,6 +304,7 @@ EVICTION: dict[str, Callable[[Setting], Eviction]] = {
     "least-stale": LeastStale,
     "static": Static,
     "preloaded": Preloaded,
+    "spent": Spent,
     "activation-aware": ActivationAware,
     "gate-weight": GateWeight,
     "heat": Heat,

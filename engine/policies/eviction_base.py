@@ -53,8 +53,9 @@ NO_SETTING = Setting()
 class Eviction:
     """What the memory manager asks of an eviction policy; experts are ints, `layer * experts + index`.
 
-    The first four are every policy's; `begin` and `miss` are for those that keep more than the experts in memory.
-    One that `needs_guesses` makes the run ask the predictor even where no prefetch policy does.
+    The first four are every policy's; `begin` and `miss` are for those that keep more than the experts in memory,
+    `spent` for those that keep less than would fit. One that `needs_guesses` makes the run ask the predictor even where
+    no prefetch policy does.
     """
 
     needs_guesses = False
@@ -87,6 +88,10 @@ class Eviction:
 
     def begin(self, visit: int, layer: int, experts: Sequence[int], weights: Sequence[float]) -> None:
         """Take note of a visit before its look-ups: its experts in order of last appearance, with gate weights."""
+
+    def spent(self, expert: int) -> bool:
+        """Whether an expert that a visit used leaves as soon as that is over, though nobody wants its room."""
+        return False
 
     def miss(self, expert: int, demanded: bool) -> None:
         """Take note, before any victim is asked for, of an absent expert that wants room; it may not get it."""
