@@ -25,8 +25,12 @@ NEEDED = (
     "safetensors",
     "joblib",
     "torch",
+    "networkx",
+    "orjson",
 )
 EXTRAS: dict[str, tuple[str, str]] = {
+    "optuna": ("advise", "advise"),
+    "scipy": ("advise: its Gaussian process", "advise"),
     "pandas": ("tables of a run as data frames", "notebook"),
     "pyarrow": ("sweeps as parquet", "parquet"),
     "distributed": ("sweeps on several machines", "cluster"),
@@ -56,7 +60,7 @@ def doctor(json: Json = False) -> None:
         _print(data)
     missing = [name for name, version in data["packages"].items() if version is None]
     if missing:
-        raise InputError(f"missing: {', '.join(missing)}: pip install -e . installs what every run needs")
+        raise InputError(f"missing: {', '.join(missing)}: install prestage again: pip brings what every run needs")
 
 
 def examined() -> dict[str, Any]:

@@ -23,6 +23,7 @@ from typing import Any
 
 from advice_regret import regret
 from day_figure import day_figure, drafts_figure
+from dependencies import dependencies_table
 from eviction_tables import layers, policies
 from new_user import path_table
 from owned_tables import owned
@@ -671,6 +672,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "published-figures": published_figures,
     "published-rows": published_rows,
     "models": models,
+    "dependencies": dependencies_table,
     "advice-regret": regret,
 }
 

@@ -75,6 +75,9 @@ def test_the_doctor_says_what_is_missing_for_what(prestage: Prestage, monkeypatc
     found = doctor._version
     monkeypatch.setattr(doctor, "_version", lambda name: None if name in ("pandas", "simpy") else found(name))
     ran = prestage("doctor")
-    assert ran.status == 2 and ran.err == "prestage: missing: simpy: pip install -e . installs what every run needs\n"
+    assert (
+        ran.status == 2
+        and ran.err == "prestage: missing: simpy: install prestage again: pip brings what every run needs\n"
+    )
     assert re.search(r"pandas +missing +tables of a run as data frames: extra notebook", ran.out)
     assert re.search(r"simpy +MISSING", ran.out)
