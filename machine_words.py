@@ -38,9 +38,9 @@ _SHIFT = 3  # of an index, to bytes
 def zeros(words: int) -> npt.NDArray[np.int64]:
     """Returns so many words, all 0, of pages that nobody has used: those that are not written to cost nothing.
 
-    What an allocator takes back from a run before, it has to clear.
+    What an allocator takes back from a run before, it has to clear; pages that processes may share cost twice as much.
     """
-    return np.frombuffer(mmap.mmap(-1, 8 * words), dtype=np.int64)
+    return np.frombuffer(mmap.mmap(-1, 8 * words, access=mmap.ACCESS_COPY), dtype=np.int64)
 
 
 class WordMemory:

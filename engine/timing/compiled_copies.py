@@ -29,6 +29,8 @@ from .compiled_work import (
     Reals,
     Word,
     Words,
+    causes_of,
+    clear_register,
     compiled,
     copied_works,
     drop_works,
@@ -83,8 +85,10 @@ from .memory import (
     REGISTERS,
     W_AFTER,
     W_HELD_BACK,
+    W_LEFT,
     W_PIECES,
     W_RANK,
+    W_REGISTER,
     W_TARGET,
 )
 
@@ -137,6 +141,7 @@ def read(m: Words, f: Reals, row: Word) -> None:
         set_register(m, m[row + C_REGISTER], work)
     else:
         join_register(m, m[row + C_REGISTER], work)
+    m[work + W_REGISTER] = m[row + C_REGISTER]
 
 
 @compiled
@@ -148,20 +153,24 @@ def leave(m: Words, gpu: Word, register: Word) -> None:
         wait_for(m, work, A_DEPARTURE, hold(m, leaving))
         work = leaving
     join_register(m, register, work)
+    m[work + W_LEFT] = register
 
 
 @compiled
 def reclaim(m: Words, row: Word) -> None:
     """Let the next work wait for the room that it writes anew."""
-    gpu, at = gpu_of(m, row), m[REGISTERS] + m[row + C_REGISTER]
+    gpu, register, left = gpu_of(m, row), m[row + C_REGISTER], m[row + C_TOKENS] == 1
+    at = m[REGISTERS] + register
     node = m[at]
     if m[gpu + G_BY_PRIORITY] and node >= 0 and m[node + N_NEXT] < 0:
         waits = give_up(m, m[gpu + G_H2D], m[node + N_WHAT])
+        m[at] = copied_works(m, waits, np.int64(-1)) if left else np.int64(-1)
+        drop_works(m, node)
+        m[gpu + G_AFTER] = joined(m, waits, m[gpu + G_AFTER])
     else:
-        waits = copied_works(m, node, np.int64(-1))
-    m[at] = copied_works(m, waits, np.int64(-1)) if m[row + C_TOKENS] == 1 else np.int64(-1)
-    drop_works(m, node)
-    m[gpu + G_AFTER] = joined(m, waits, m[gpu + G_AFTER])
+        m[gpu + G_AFTER] = causes_of(m, register, m[gpu + G_AFTER])
+        if not left:
+            clear_register(m, register)
     m[gpu + G_CALLS] += m[row + C_EXTRA]
 
 

@@ -50,7 +50,7 @@ from .compiled_prices import (
     ROW_WORDS,
     gpu_of,
 )
-from .compiled_work import Reals, Word, Words, compiled, copied_works, join_register, set_register
+from .compiled_work import Reals, Word, Words, causes_of, compiled, join_register, set_register
 from .memory import (
     G_AFTER,
     G_ASSIGNED,
@@ -82,7 +82,6 @@ from .memory import (
     NODES_COMMAND,
     NODES_LEFT,
     NOW,
-    REGISTERS,
     T_AT,
     T_BEHIND,
     T_COUNT,
@@ -170,7 +169,7 @@ def move_registers(m: Words, row: Word) -> Word:
     op, register, gpu = m[row + C_OP], m[row + C_REGISTER], gpu_of(m, row)
     if op == O_WAIT:
         if register >= 0:
-            m[gpu + G_AFTER] = copied_works(m, m[m[REGISTERS] + register], m[gpu + G_AFTER])
+            m[gpu + G_AFTER] = causes_of(m, register, m[gpu + G_AFTER])
         m[gpu + G_CALLS] += m[row + C_EXTRA]
     elif op == O_RECLAIM:
         reclaim(m, row)
@@ -231,7 +230,7 @@ def carry_out_one(m: Words, f: Reals, thread: Word, row: Word) -> Word:
         gpu = gpu_of(m, row)
         if op == O_NOTICE:
             end_busy(m, gpu)
-        if not reaches_end(m, thread, gpu, m[m[REGISTERS] + m[row + C_REGISTER]]):
+        if not reaches_end(m, thread, gpu, m[row + C_REGISTER]):
             return False
         if op == O_NOTICE:
             notice(m, gpu, row)

@@ -89,6 +89,8 @@ from .memory import (
     R_AT,
     R_COUNT,
     RECORDS,
+    REGISTERS,
+    SETTLED,
     W_AFTER,
     W_ALONE,
     W_COPY,
@@ -98,6 +100,7 @@ from .memory import (
     W_ISSUED,
     W_KIND,
     W_NS,
+    W_REGISTER,
     W_SLOWDOWN,
     W_TRANSFER,
     W_VISIT,
@@ -143,6 +146,7 @@ def new_work(
     replace(m, gpu + G_LAST, work)
     if register >= 0:
         set_register(m, register, work)
+        m[work + W_REGISTER] = register
     return work
 
 
@@ -187,9 +191,11 @@ def has_place(m: Words, thread: Word, gpu: Word, launches: Word) -> Word:
 
 
 @compiled
-def reaches_end(m: Words, thread: Word, gpu: Word, node: Word) -> Word:
-    """Bring a GPU's clock to the end of all of some work; False if the thread has to wait for one first."""
-    last = m[gpu + G_NOW]
+def reaches_end(m: Words, thread: Word, gpu: Word, register: Word) -> Word:
+    """Bring a GPU's clock to the end of what a register stands for; False if the thread has to wait for it first."""
+    last, node = m[gpu + G_NOW], m[m[REGISTERS] + register]
+    if node <= SETTLED:
+        last = max(last, SETTLED - node)
     while node >= 0:
         work = m[node + N_WHAT]
         if m[work + W_END] < 0:

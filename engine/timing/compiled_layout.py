@@ -83,6 +83,11 @@ class Factors:
         memory.words[self._at + w.F_NEXT], memory.words[self._at + w.F_END] = self._place, self._place + left + count
 
 
+def _most_lag(lane: Lane) -> int:
+    """Returns the longest time that a lane lets pass between a cause and what waits for it."""
+    return max(0, lane.lags.after_other_ns, lane.lags.after_other_disturbed_ns)
+
+
 def _nodes_of_lists(machine: Machine) -> int:
     """Returns how many nodes a command may take for lists: by the requests that an expert is read in; 0 if none."""
     reads = [one.lanes.costs.reads for one in machine.gpus]
@@ -115,11 +120,12 @@ class Layout:
             w.RECORD_ROOM: _RECORDS, w.ARRIVALS: memory.put_region(1 << 10, w.ARRIVAL_WORDS),
             w.DROPPED: memory.put_region(64 + queued, w.DROPPED_WORDS), w.FREE_WORK: -1, w.FREE_NODE: -1,
             w.NODES_COMMAND: _nodes_of_lists(machine), w.RESUMES: -1,
+            w.MOST_LAG: max((_most_lag(lane) for lane in machine.lanes), default=0),
         }  # fmt: skip
         self.memory.set(0, header)
         self.registers = 1 << 10
         self._space = 1
-        self.add_space()
+        self.add_space(_nodes_of_lists(machine))
         for number, (at, driven) in enumerate(zip(self.threads, threads, strict=True)):
             gpus = memory.put_list(self.gpus[gpu] for gpu in driven.gpus)
             rows = memory.allocate(_ROWS * ROW_WORDS)
@@ -148,10 +154,10 @@ class Layout:
         for word, value in values.items():
             floats[at + word] = value
 
-    def add_space(self) -> None:
-        """Add free work and nodes, as much as there is."""
+    def add_space(self, more_nodes: int = 0) -> None:
+        """Add free work and nodes, as much as there is, and so many nodes more."""
         self.memory.add_free(w.FREE_WORK, w.WORK_WORDS, w.W_NEXT, _WORK * self._space)
-        self.memory.add_free(w.FREE_NODE, w.NODE_WORDS, w.N_NEXT, _NODES * self._space)
+        self.memory.add_free(w.FREE_NODE, w.NODE_WORDS, w.N_NEXT, _NODES * self._space + more_nodes)
         self._space *= 2
 
     def add_registers(self, count: int) -> None:

@@ -14,6 +14,7 @@ from .compiled_work import (
     Word,
     Words,
     compiled,
+    copied_register,
     copied_works,
     drop_works,
     entry,
@@ -52,7 +53,6 @@ from .memory import (
     N_WHAT,
     R_AT,
     R_COUNT,
-    REGISTERS,
     W_END,
     W_NUMBER,
 )
@@ -98,7 +98,7 @@ def receive(m: Words, row: Word) -> None:
     """Make the compute stream wait for what another GPU sends."""
     gpu, register = gpu_of(m, row), m[row + C_REGISTER]
     if register >= 0:
-        arrivals = copied_works(m, m[m[REGISTERS] + register], np.int64(-1))
+        arrivals = copied_register(m, register, np.int64(-1))
     else:
         arrivals = node_before(m, hold(m, arrival_of(m, gpu, m[row + C_EXTRA])), np.int64(-1))
     node = arrivals

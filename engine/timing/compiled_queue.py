@@ -16,6 +16,7 @@ from .compiled_work import (
     hold,
     let_go,
     node_before,
+    settle,
     wait_for,
 )
 from .memory import (
@@ -58,11 +59,13 @@ from .memory import (
     W_ISSUED,
     W_KIND,
     W_LANE,
+    W_LEFT,
     W_NEXT,
     W_NS,
     W_NUMBER,
     W_PIECES,
     W_RANK,
+    W_REGISTER,
     W_STARTED,
     W_TARGET,
     W_WAITING,
@@ -221,6 +224,10 @@ def finish(m: Words, work: Word) -> None:
             else:
                 arrival = what
                 m[arrival + W_END] = m[NOW] + (m[sent + W_NUMBER] if who == AN_ARRIVAL else 0)
+        if m[sent + W_REGISTER] >= 0:
+            settle(m, m[sent + W_REGISTER])
+        if m[sent + W_LEFT] >= 0:
+            settle(m, m[sent + W_LEFT])
         if sent != work:
             let_go(m, sent)
         sent = arrival

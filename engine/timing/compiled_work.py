@@ -5,12 +5,14 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from ... import machine_code
 from .memory import (
     FREE_NODE,
     FREE_WORK,
+    MOST_LAG,
     N_NEXT,
     N_WHAT,
     N_WHO,
@@ -18,17 +20,21 @@ from .memory import (
     NEW_WORK,
     NODE_WORDS,
     NODES_LEFT,
+    NOW,
     REGISTERS,
+    SETTLED,
     W_AFTER,
     W_CANCELLED,
     W_END,
     W_HELD_BACK,
     W_LANE,
+    W_LEFT,
     W_NEXT,
     W_NUMBER,
     W_PIECES,
     W_RANK,
     W_REFERENCES,
+    W_REGISTER,
     W_STARTED,
     W_TARGET,
     W_WAITING,
@@ -105,6 +111,7 @@ def free_work(m: Words) -> Word:
     m[work + W_RANK], m[work + W_TARGET], m[work + W_NUMBER], m[work + W_PIECES] = 0, 0, 0, 1
     m[work + W_STARTED], m[work + W_CANCELLED], m[work + W_REFERENCES], m[work + W_HELD_BACK] = 0, 0, 0, 0
     m[work + W_END], m[work + W_NEXT], m[work + W_WAITING], m[work + W_AFTER], m[work + W_LANE] = -1, -1, -1, -1, -1
+    m[work + W_REGISTER], m[work + W_LEFT] = -1, -1
     return work
 
 
@@ -166,6 +173,56 @@ def copied_works(m: Words, node: Word, following: Word) -> Word:
     return following
 
 
+# Registers: what they stand for is a list, or, once all of it has ended, the instant of the last end, so that nobody
+# asks any more for what has ended long ago.
+
+
+@compiled
+def settle(m: Words, register: Word) -> None:
+    """Let a register keep the instant of the last end alone, if all that it stands for has ended."""
+    last, node = np.int64(0), m[m[REGISTERS] + register]
+    if node < 0:
+        return
+    while node >= 0:
+        ended = m[m[node + N_WHAT] + W_END]
+        if ended < 0:
+            return
+        last = max(last, ended)
+        node = m[node + N_NEXT]
+    drop_works(m, m[m[REGISTERS] + register])
+    m[m[REGISTERS] + register] = SETTLED - last
+
+
+@compiled
+def ended_work(m: Words, ended: Word) -> Word:
+    """Returns work that has ended at an instant, and is held."""
+    work = free_work(m)
+    m[work + W_END] = ended
+    return hold(m, work)
+
+
+@compiled
+def copied_register(m: Words, register: Word, following: Word) -> Word:
+    """Returns a list of what a register stands for, before another list."""
+    node = m[m[REGISTERS] + register]
+    if node <= SETTLED:
+        return node_before(m, ended_work(m, SETTLED - node), following)
+    return copied_works(m, node, following)
+
+
+@compiled
+def causes_of(m: Words, register: Word, following: Word) -> Word:
+    """Returns a list of what a register stands for, before another list; none of what nothing can wait for any more.
+
+    Whatever is issued from now on is issued later than any lane would let pass behind it.
+    """
+    settle(m, register)
+    node = m[m[REGISTERS] + register]
+    if node <= SETTLED and SETTLED - node + m[MOST_LAG] <= m[NOW]:
+        return following
+    return copied_register(m, register, following)
+
+
 @compiled
 def set_register(m: Words, register: Word, work: Word) -> None:
     """Let a register stand for one piece of work."""
@@ -176,10 +233,20 @@ def set_register(m: Words, register: Word, work: Word) -> None:
 
 
 @compiled
+def clear_register(m: Words, register: Word) -> None:
+    """Let a register stand for nothing."""
+    at = m[REGISTERS] + register
+    drop_works(m, m[at])
+    m[at] = -1
+
+
+@compiled
 def join_register(m: Words, register: Word, work: Word) -> None:
     """Let a register stand for a piece of work, too; of what has ended it keeps the last."""
     at = m[REGISTERS] + register
-    last, kept, node = -1, node_before(m, hold(m, work), -1), m[at]
+    last, kept, node = np.int64(-1), node_before(m, hold(m, work), -1), m[at]
+    if node <= SETTLED and SETTLED - node + m[MOST_LAG] > m[NOW]:
+        last = ended_work(m, SETTLED - node)
     while node >= 0:
         other = m[node + N_WHAT]
         node = drop_node(m, node)

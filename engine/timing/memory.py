@@ -25,12 +25,13 @@ IN_ORDER, AS_READY, BY_RANK = range(3)
 #: The run as a whole: the instant; the lists of lanes, threads and GPUs; free work and nodes: those that were in use,
 #: the first of those that were not, and how many there are in all; what comes next, a word for each lane and thread,
 #: and behind these words whose each is;
-#: how many nodes any one command may take, and the thread that ran short of them, which goes on first.
+#: how many nodes any one command may take, and the thread that ran short of them, which goes on first; the longest time
+#: that any lane lets pass between a cause and what waits for it.
 (
     NOW, LANES, THREADS, GPUS, FREE_WORK, NEW_WORK, WORK_LEFT, FREE_NODE, NEW_NODE, NODES_LEFT, NUMBER, REGISTERS,
     KERNELS, KERNEL_TOKENS, RATES, RATE_ROWS, RATE_WORDS, RATES_KNOWN, ASKED, ASKED_FOR, RECORDS, RECORD_ROOM, ARRIVALS,
-    DROPPED, KEYS, KEY_COUNT, NODES_COMMAND, RESUMES, HEADER,
-) = range(29)  # fmt: skip
+    DROPPED, KEYS, KEY_COUNT, NODES_COMMAND, RESUMES, MOST_LAG, HEADER,
+) = range(30)  # fmt: skip
 
 #: A lane: what it was made with; the lists of lanes that have to do with it; its queue, and what enters one by rank
 #: later; what is running; when that ends, when a start is tried, and when it says whether it keeps an engine; when
@@ -44,12 +45,16 @@ IN_ORDER, AS_READY, BY_RANK = range(3)
     L_STRETCH, L_LONGER, L_SHARING_FACTOR, L_CROWD, L_ENTERS, L_KEY, L_ORDERED, L_BUSY, LANE_WORDS,
 ) = range(38)  # fmt: skip
 
-#: A piece of work; `after` and `waiting` are lists of nodes: of work that must have ended, and of who waits for it.
+#: A piece of work; `after` and `waiting` are lists of nodes: of work that must have ended, and of who waits for it;
+#: up to two registers that may stand for it (-1: none).
 (
     W_NS, W_ALONE, W_ISSUED, W_KIND, W_VISIT, W_EXPERT, W_COPY, W_LANE, W_TRANSFER, W_RANK, W_TARGET, W_NUMBER,
     W_PIECES, W_STARTED, W_CANCELLED, W_END, W_NEXT, W_AFTER, W_WAITING, W_REFERENCES, W_SLOWDOWN, W_HELD_BACK, W_GPU,
-    WORK_WORDS,
-) = range(24)  # fmt: skip
+    W_REGISTER, W_LEFT, WORK_WORDS,
+) = range(26)  # fmt: skip
+
+#: A register: a list of nodes; -1 for nothing; or, where all has ended, how far below this the last end is.
+SETTLED = -2
 
 #: A node of a list: what stands there, the next node, and, of who waits, what it is.
 N_WHAT, N_NEXT, N_WHO, NODE_WORDS = range(4)
