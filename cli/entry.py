@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Annotated, cast
+from functools import cache
+from typing import Annotated, Any, cast
 
 import typer
+from typer.main import get_command
 
 from ..errors import InputError
 from . import calibrate, machine, model, predictor, timeline, trace
@@ -106,6 +108,12 @@ def _plugged(arguments: list[str]) -> list[str]:
     return others
 
 
+@cache
+def _group() -> Any:
+    """Returns typer's group of all commands, made once a process: most of what a short command takes."""
+    return get_command(app)
+
+
 def _status(arguments: list[str]) -> int:
     """Run a command and return its exit status."""
     from . import terminal
@@ -115,7 +123,7 @@ def _status(arguments: list[str]) -> int:
             if any("\ud800" <= character <= "\udfff" for character in argument):
                 raise InputError(f"{argument!r}: not UTF-8: results and messages are, so give it another name")
         arguments = _plugged(arguments)
-        return int(app(args=arguments, prog_name="prestage", standalone_mode=False) or 0)
+        return int(_group()(args=arguments, prog_name="prestage", standalone_mode=False) or 0)
     except _UsageError as error:
         asked = error.ctx.command_path if error.ctx else "prestage"
         return terminal.refuse(f"{error.format_message().rstrip('.')}; `{asked} --help` tells more")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import configparser
+from collections.abc import Callable
 from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -81,6 +82,24 @@ def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+def of_every(paths: list[Path]) -> Callable[[Callable[[Path], None]], Callable[[], None]]:
+    """Makes one test of what holds for every file: it fails with all files for which it does not, and why."""
+
+    def made(holds: Callable[[Path], None]) -> Callable[[], None]:
+        def test() -> None:
+            wrong = {}
+            for path in paths:
+                try:
+                    holds(path)
+                except AssertionError as error:
+                    wrong[name_of(path)] = str(error)
+            assert paths and not wrong
+
+        return test
+
+    return made
+
+
 @cache
 def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
@@ -135,7 +154,7 @@ def goes_down(path: Path, loaded: Path) -> bool:
     return name_of(loaded) in BELOW_ALL or home == other or FLOOR_OF.get(other, len(FLOORS)) < FLOOR_OF[home]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
+@of_every(MODULES)
 def test_a_folder_imports_only_those_below_it_even_inside_functions_and_for_types(path: Path) -> None:
     home = folder_of(path)
     loaded = {module for found in imports(path) if (module := target(path, *found)) is not None}
@@ -153,19 +172,19 @@ def test_what_may_go_up_is_there() -> None:
     assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
+@of_every(MODULES)
 def test_programs_of_torch_are_loaded_by_nobody_else(path: Path) -> None:
     loaded = [target(path, *found) for found in imports(path, at_import=True)]
     programs = [module for module in loaded if module is not None and name_of(module).startswith(TORCH_PROGRAMS)]
     assert not programs or name_of(path).startswith(TORCH_PROGRAMS)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
+@of_every(MODULES)
 def test_inside_imports_are_relative(path: Path) -> None:
     assert not [module for level, module, _ in imports(path) if level == 0 and module.split(".")[0] == "prestage"]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
+@of_every(MODULES)
 def test_what_is_slow_to_import_is_imported_where_it_is_used(path: Path) -> None:
     loaded = {module.split(".")[0] for level, module, _ in imports(path, at_import=True) if level == 0}
     whole = {"torch"} if name_of(path).startswith(TORCH_PROGRAMS) else {"bokeh"} if name_of(path) == BOKEH else set()
@@ -197,7 +216,7 @@ def test_what_decides_knows_no_clock(name: str) -> None:
             waiting += [loaded] if loaded else []
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
+@of_every(MODULES)
 def test_files_are_written_by_the_one_writer(path: Path) -> None:
     # Growing records and journals are written little by little.
     if name_of(path) in ("files.py", "resources/spool.py", "experiments/journal.py"):
@@ -213,7 +232,7 @@ def test_files_are_written_by_the_one_writer(path: Path) -> None:
             )
 
 
-@pytest.mark.parametrize("path", [ROOT / "__init__.py", *sorted((ROOT / "cli").glob("*.py"))], ids=name_of)
+@of_every([ROOT / "__init__.py", *sorted((ROOT / "cli").glob("*.py"))])
 def test_the_front_door_imports_nothing_of_its_own_until_it_is_used(path: Path) -> None:
     loaded = {module for found in imports(path, at_import=True) if (module := target(path, *found)) is not None}
     assert {name_of(module) for module in loaded if module.parent != ROOT / "cli"} <= {"errors.py"}
@@ -224,7 +243,7 @@ def test_no_circle() -> None:
     assert len(list(TopologicalSorter(graph).static_order())) == len(MODULES)  # CycleError names a circle
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
+@of_every(MODULES)
 def test_every_module_opens_by_saying_what_it_is(path: Path) -> None:
     said = ast.get_docstring(tree_of(path))
     assert said is not None

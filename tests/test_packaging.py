@@ -115,13 +115,6 @@ def test_the_wheel_runs_without_the_repository_and_without_any_extra(built: Path
     assert (tmp_path / "report.html").stat().st_size > 50_000 and '"R27-both"' in done.stdout
 
 
-def test_every_folder_of_modules_is_a_package() -> None:
-    folders = {str(Path(name).parent) for name in tracked() if name.endswith(".py")}
-    assert {folder for folder in folders if folder.split("/")[0] != "tests"} == {
-        folder for folder in packages() if any((ROOT / folder).glob("*.py"))
-    }
-
-
 def test_the_doctor_looks_for_what_is_required_and_for_every_extra_of_users() -> None:
     wanted = {name for name, extra in dependencies.required() if extra == ""}
     assert set(doctor.NEEDED) == wanted
