@@ -20,7 +20,7 @@ from .loading.offloading import plain, served_experts
 from .measure.merge import makespan_ns
 from .policies.eviction import EVICTION
 from .policies.prefetch import NoPrefetch
-from .run import Prepared, Progress, costs_of_steps, run_all, watched
+from .run import Prepared, Progress, begun_parts, run_all, watched
 from .scenario.inputs import Inputs
 from .scenario.scenario import Scenario
 from .scenario.sections import PredictorSection, PrefetchSection, WorkloadSection
@@ -54,10 +54,9 @@ def run_baseline(
     changed = baseline.inputs(inputs)
     if changed.scenario is not inputs.scenario:
         costs = part_costs(changed)
-    changed = changed.begun()
     ready = [
-        Prepared(part, costs_of_steps(part, own), baseline.manager(part, Spool(stream, keep=False)), NoPrefetch())
-        for part, own in zip(changed.parts, costs, strict=True)
+        Prepared(part, own, baseline.manager(part, Spool(stream, keep=False)), NoPrefetch())
+        for part, own in begun_parts(changed, costs)
     ]
     ended_ns = makespan_ns(run_all(changed, ready, watched(progress, baseline.label, changed.layer_visits)))
     for gpu in ready:

@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -69,12 +70,18 @@ class Prepared:
 def prepared(inputs: Inputs, costs: Sequence[Costs], stream: Path | None = None) -> list[Prepared]:
     """Returns what each GPU of a run needs, as the scenario wants it; `stream` is a folder for what is recorded."""
     ready = []
-    for part, own in zip(inputs.begun().parts, costs, strict=True):
-        own = costs_of_steps(part, own)
+    for part, own in begun_parts(inputs, costs):
         manager = make_manager(part, Spool(None if stream is None else stream / part.device))
         prefetch = make_prefetch(part.scenario, part.model, own.copies[0].queued_ns)
         ready.append(Prepared(part, own, manager, prefetch))
     return ready
+
+
+def begun_parts(inputs: Inputs, costs: Sequence[Costs]) -> list[tuple[Inputs, Costs]]:
+    """Returns the inputs and costs of each GPU of a run that begins; replicas have the same costs."""
+    parts = inputs.begun().parts
+    costs = costs if len(costs) == len(parts) else list(costs) * len(parts)
+    return [(part, costs_of_steps(part, own)) for part, own in zip(parts, costs, strict=True)]
 
 
 def costs_of_steps(begun: Inputs, costs: Costs) -> Costs:
@@ -109,6 +116,10 @@ def run_all(
     Copies that scatter and share links with other GPUs' go by SimPy: compiled code knows how transfers of so many ns
     share them, not of any.
     """
+    turns = ready[0].inputs.turns
+    if turns is not None and len(ready) > 1:
+        each = turns.run([partial(run_all, gpu.inputs, [gpu], watch, engine) for gpu in ready])
+        return [_named(recording, gpu.inputs.device) for (recording,), gpu in zip(each, ready, strict=True)]
     scatters = any(gpu.costs.scatter is not None for gpu in ready)
     shares = inputs.links is not None and inputs.scenario.copy_.contention
     engine = "simpy" if scatters and shares else engine_for(inputs, engine).engine
@@ -131,6 +142,13 @@ def run_all(
         runs = [replace(run, visits=visits) for run, visits in zip(runs, visits_of, strict=True)]
         decoded = run_stages(inputs, runs, by)
     return [_recording(gpu, found, host) for gpu, found in zip(ready, decoded, strict=True)]
+
+
+def _named(recording: Recording, device: str) -> Recording:
+    """Returns what a replica recorded, with its lanes told apart from those of others."""
+    lanes, number = recording.decoded.timeline.lanes, device.removeprefix("gpu")
+    lanes[:] = [replace(lane, device=lane.device.rstrip("0123456789") + number) for lane in lanes]
+    return recording
 
 
 def _gpu_run(gpu: Prepared) -> GpuRun:

@@ -23,6 +23,7 @@ from ..errors import InputError
 from ..resources.spool import Spool
 from ..resources.timeline import Timeline
 from ..workloads.batches import continued_steps, warmup_steps
+from ..workloads.requests.log import RequestLog, joined
 from .baselines import compared, run_baseline
 from .costs.costs import Costs, part_costs
 from .costs.uncertainty import linked, replicate_costs, summary, without_uncertainty
@@ -38,7 +39,7 @@ from .measure.metrics import saved_bytes
 from .measure.misses import offloading_metrics
 from .measure.recording import Recording
 from .measure.request_costs import request_costs
-from .measure.request_metrics import run_requests
+from .measure.request_metrics import replica_loads, run_requests
 from .measure.result import RunResult
 from .measure.speed import Serving
 from .measure.traffic import carried_between, sharing_metrics
@@ -160,9 +161,7 @@ def simulate_inputs(
     ready = prepared(inputs, costs, stream)
     recordings = run_all(inputs, ready, watched(progress, "simulate", inputs.layer_visits), chosen.engine)
     wall_s = time.perf_counter() - began
-    unbegun = inputs
-    if inputs.pulls is not None:
-        (inputs,) = (gpu.inputs for gpu in ready)  # which has the steps that were pulled
+    unbegun, inputs = inputs, _ran(inputs, ready)
     serving = serving_of(inputs)
     figures = run_metrics(recordings, _shadow_misses(inputs, ready, stream, chosen.engine), serving)
     known = dict(baselines) if isinstance(baselines, Mapping) else {}
@@ -185,7 +184,9 @@ def simulate_inputs(
         capacity=described(inputs),
         predictions_sha256=_digest(inputs),
         model=inputs.model,
-        budget_bytes=sum(gpu["budget_bytes"] for gpu in figures["gpus"]) + _low_bytes(inputs),
+        # Of replicas, what each of them has.
+        budget_bytes=(sum(gpu["budget_bytes"] for gpu in figures["gpus"]) + _low_bytes(inputs))
+        // max(1, len(inputs.replicas)),
         scenario=inputs.scenario,
         versions=versions(),
         requests=_requests(inputs, serving, figures),
@@ -200,9 +201,28 @@ def _requests(inputs: Inputs, serving: Serving, figures: Mapping[str, Any]) -> d
         return None
     found = run_requests(serving.log, section, pulls.failed)
     if section.cost is not None:
-        busy_ms = figures["time"]["compute_ms"] + figures["time"]["predictor_ms"]
-        found["cost"] = request_costs(section.cost, serving.log, figures["makespan_ms"], busy_ms)
+        machines = section.replicas  # whose times are means
+        busy_ms = machines * (figures["time"]["compute_ms"] + figures["time"]["predictor_ms"])
+        found["cost"] = request_costs(section.cost, serving.log, machines * figures["makespan_ms"], busy_ms)
+    if inputs.replicas:
+        found["replicas"] = replica_loads(_logs(inputs))
     return found
+
+
+def _logs(inputs: Inputs) -> list[RequestLog]:
+    """Returns what was recorded of requests on each machine of a run that has ended."""
+    found = [getattr(part.pulled.source, "log", None) for part in inputs.parts if part.pulled is not None]
+    return [log for log in found if log is not None]
+
+
+def _ran(inputs: Inputs, ready: Sequence[Prepared]) -> Inputs:
+    """Returns the inputs of a run that has ended, with the steps that were pulled."""
+    if inputs.pulls is None:
+        return inputs
+    parts = tuple(gpu.inputs for gpu in ready)
+    if len(parts) == 1:
+        return parts[0]
+    return replace(inputs, replicas=parts, steps=[step for part in parts for step in part.steps])
 
 
 def _offloading(inputs: Inputs, recordings: Sequence[Recording], costs: Sequence[Costs]) -> dict[str, Any]:
@@ -248,8 +268,12 @@ def versions() -> dict[str, str]:
 
 def serving_of(inputs: Inputs) -> Serving:
     """Returns what the speed of a run is measured by; of a pipeline, with the step that each step goes on from."""
-    if inputs.pulled is not None:
-        return Serving(log=getattr(inputs.pulled.source, "log", None))
+    if inputs.pulls is not None:
+        logs = _logs(inputs)
+        if not inputs.replicas:
+            return Serving(log=logs[0] if logs else None)
+        log, order = joined(logs)
+        return Serving(log=log, order=order)
     previous = None
     if inputs.stages:
         previous = [max(before, default=-1) for before in continued_steps(inputs.steps, inputs.trace.sequence)]
@@ -265,7 +289,7 @@ def _replicates(inputs: Inputs, count: int, progress: Progress | None) -> list[d
         replicate = linked(inputs, costs)
         ready = prepared(replicate, costs)
         recordings = run_all(replicate, ready)
-        serving = serving_of(inputs if inputs.pulls is None else ready[0].inputs)
+        serving = serving_of(_ran(inputs, ready))
         speed = step_metrics(recordings, serving)
         results.append({"makespan_ms": run_ns(recordings) / 1e6, "tokens_per_second": speed["tokens_per_second"]})
         if progress is not None:

@@ -164,7 +164,7 @@ def with_requests(bare: Inputs) -> Inputs:
         raise ScenarioError(f"requests.kv.budget = {scenario.requests.kv.budget!r}: with it, {error}") from None
     pulls = Pulls(
         load.server, load.most_tokens, load.schedule_ns, load.room.kv_bytes, load.budget_of(most_bytes), least_bytes,
-        load.failed,
+        load.failed, load.servers if scenario.requests.replicas > 1 else None,
     )  # fmt: skip
     inputs = replace(bare, budget_bytes=budget_bytes, guesses=guesses, predictor=predictor, pulls=pulls)
     make_manager(inputs)

@@ -23,12 +23,14 @@ from ...workloads.requests.arrivals import CLOSED, TRACE, Closed, Open, Process,
 from ...workloads.requests.kv_blocks import KvBlocks, PrefixBlocks
 from ...workloads.requests.lengths import OUTPUTS, PROMPTS, Lengths, draw_lengths
 from ...workloads.requests.queue import Queue, Swapping
+from ...workloads.requests.replicas import Routed, Turns
 from ...workloads.requests.request import Request, RequestStep
 from ...workloads.requests.rows import RequestRows
 from ...workloads.requests.server import Server
 from ...workloads.requests.speculation import Speculation
 from ...workloads.requests.traces import RequestTrace, read_requests
 from ...workloads.trace import RoutingTrace
+from ..policies.router import ROUTERS
 from ..policies.scheduler import SCHEDULERS, Chunked, ExpertsOf, Limits
 from ..scenario.amounts import AMOUNT, ScenarioError, parse_budget, parse_bytes
 from ..scenario.sections_requests import (
@@ -100,11 +102,20 @@ class RequestLoad:
 
     def server(self) -> Server:
         """Returns a server that has served nobody yet."""
+        return self._server_of(self._source())
+
+    def servers(self) -> tuple[Turns, list[Server]]:
+        """Returns a server for each replica, none of which has served anybody yet, and what lets them run in turns."""
+        turns = Turns(self.section.replicas)
+        router = ROUTERS[self.section.router](turns.count)
+        return turns, [self._server_of(share) for share in Routed(self.requests, router, turns).shares]
+
+    def _server_of(self, source: Source) -> Server:
         section, room = self.section, self.room
         kv = (PrefixBlocks if section.kv.prefix_caching else KvBlocks)(room.blocks, room.block_tokens)
         queue = Queue(kv, self.drafts, Swapping(room.host_blocks, room.block_bytes))
         scheduler = SCHEDULERS[section.scheduler.name](_limits(section.scheduler), _experts_of(self.rows, self.trace))
-        return Server(self._source(), queue, scheduler, self.rows, self.speculation)
+        return Server(source, queue, scheduler, self.rows, self.speculation)
 
     def _source(self) -> Source:
         section = self.section

@@ -42,7 +42,7 @@ def run_metrics(
         gpu_metrics(recording, run_ns, misses, warm)
         for recording, misses in zip(one_by_one(recordings), shadow_misses, strict=True)
     ]
-    merged = each[0] if len(each) == 1 else _merged(recordings, each)
+    merged = each[0] if len(each) == 1 else _merged(recordings, each, apart=serving.order is not None)
     if len(each) > 1:
         merged.update(_access_rates(recordings, shadow_misses, warm))
     gpus = [_gpu_entry(recording, data) for recording, data in zip(recordings, each, strict=True)]
@@ -84,7 +84,13 @@ def step_metrics(recordings: Sequence[Recording], serving: Serving | None = None
 
 def served(recordings: Sequence[Recording], serving: Serving) -> Served:
     """Returns the steps of a run in time: each has ended once its heads have, on whichever GPUs they run."""
-    first = recordings[0]
+    first, order = recordings[0], serving.order
+    if order is not None:
+        times = [_step_times_ns([recording], None) for recording in recordings]
+        end_ns, took_ns = (np.concatenate(each)[order] for each in zip(*times, strict=True))
+        all_steps = [step for recording in recordings for step in recording.steps]
+        steps = [all_steps[place] for place in order.tolist()]
+        return Served(steps, first.trace.sequence, end_ns, took_ns, makespan_ns(recordings), serving.log)
     end_ns, took_ns = _step_times_ns(recordings, serving.previous)
     return Served(first.steps, first.trace.sequence, end_ns, took_ns, makespan_ns(recordings), serving.log)
 
@@ -193,8 +199,13 @@ def _gpu_entry(recording: Recording, data: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _merged(recordings: Sequence[Recording], each: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the metrics of several GPUs as those of one, in the same order; `_access_rates` has the rates."""
+def _merged(recordings: Sequence[Recording], each: Sequence[dict[str, Any]], *, apart: bool) -> dict[str, Any]:
+    """Returns the metrics of several GPUs as those of one, in the same order; `_access_rates` has the rates.
+
+    `apart`: they are replicas, each with layer visits of its own; else GPUs that hold the same layers visit them
+    together.
+    """
+    visits = {number if apart else r.first_layer: len(r.decoded.visits) for number, r in enumerate(recordings)}
     causes = _sums(data["misses"] for data in each)
     time = {part: ms / len(each) for part, ms in _sums(data["time"] for data in each).items()}
     return {
@@ -212,8 +223,7 @@ def _merged(recordings: Sequence[Recording], each: Sequence[dict[str, Any]]) -> 
         "overlap": ratio(*map(sum, zip(*map(overlapped_ns, one_by_one(recordings)), strict=True))),
         "link_utilization": _mean(each, "link_utilization", lambda _: 1),
         "memory_utilization": _mean(each, "memory_utilization", lambda at: budget_bytes(recordings[at])),
-        # GPUs that hold the same layers visit them together.
-        "layer_visits": sum({r.first_layer: len(r.decoded.visits) for r in recordings}.values()),
+        "layer_visits": sum(visits.values()),
         "tiers": metrics.tiers(recordings),
     }
 

@@ -104,10 +104,12 @@ def tiers(recordings: Sequence[Recording]) -> dict[str, Any] | None:
     its way there; a staged read is a prefetch into host memory alone. Utilization is the share of the makespan that the
     lanes were busy, on average; what is read after the end does not count.
     """
-    host, run_ns = recordings[0].host_memory, max(recording.makespan_ns for recording in recordings)
-    if host is None:
+    hosts = list({id(one.host_memory): one.host_memory for one in recordings if one.host_memory is not None}.values())
+    run_ns = max(recording.makespan_ns for recording in recordings)
+    if not hosts:
         return None
-    lanes = recordings[0].decoded.timeline.lanes_with("nvme")
+    lanes = len(hosts) * len(recordings[0].decoded.timeline.lanes_with("nvme"))
+    hits, misses = (sum(getattr(host, name) for host in hosts) for name in ("hits", "misses"))
     requests = busy_ns = within_ns = 0
     for recording in recordings:
         reads = recording.spans[recording.decoded.timeline.on_lanes(recording.spans, "nvme")]
@@ -116,17 +118,17 @@ def tiers(recordings: Sequence[Recording]) -> dict[str, Any] | None:
         within = {side: np.minimum(reads[side], run_ns) for side in ("start_ns", "end_ns")}
         within_ns += int((within["end_ns"] - within["start_ns"]).sum())
     return {
-        "host_budget_bytes": host.manager.budget_bytes,
-        "host_hits": host.hits,
-        "host_misses": host.misses,
-        "host_hit_rate": ratio(host.hits, host.hits + host.misses),
-        "host_evict": host.manager.evicted,
-        "staged_reads": host.staged_reads,
-        "read_bytes": host.read_bytes,
+        "host_budget_bytes": sum(host.manager.budget_bytes for host in hosts),
+        "host_hits": hits,
+        "host_misses": misses,
+        "host_hit_rate": ratio(hits, hits + misses),
+        "host_evict": sum(host.manager.evicted for host in hosts),
+        "staged_reads": sum(host.staged_reads for host in hosts),
+        "read_bytes": sum(host.read_bytes for host in hosts),
         "read_requests": requests,
-        "io_lanes": len(lanes),
+        "io_lanes": lanes,
         "read_busy_ms": busy_ns / 1e6,
-        "read_utilization": ratio(within_ns, run_ns * len(lanes)),
+        "read_utilization": ratio(within_ns, run_ns * lanes),
     }
 
 

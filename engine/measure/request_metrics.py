@@ -7,6 +7,7 @@ the first of those left out behind them, or to the end of the run where none are
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,6 +186,20 @@ def _tokens_per_part(steps: dict[str, Array]) -> float | None:
     """Returns the mean tokens that a request with drafts is given in a step; None without drafts."""
     drafted = steps["drafts"] > 0
     return None if not drafted.any() else float((steps["tokens"][drafted]).sum() / steps["running"][drafted].sum())
+
+
+def replica_loads(logs: Sequence[RequestLog]) -> list[dict[str, int]]:
+    """Returns what each of several replicas served: requests, output tokens, steps, preemptions."""
+    return [
+        {
+            "requests": len(log.requests["number"]),
+            "output_tokens": int(log.requests["output_tokens"].sum()),
+            "steps": len(log.steps["rows"]),
+            "preemptions": int(log.steps["preempted"].sum()),
+            "prefix_hit_tokens": int(log.requests["cached"].sum()),
+        }
+        for log in logs
+    ]
 
 
 def little(log: RequestLog) -> dict[str, float | None]:

@@ -39,6 +39,8 @@ class Serving:
     previous: Sequence[int] | None = None
     #: Of requests under load: what was recorded of them.
     log: RequestLog | None = None
+    #: Of several replicas: the place of each step of the log among those of all, one replica's behind another's.
+    order: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -186,9 +188,9 @@ def _rate(tokens: int, ns: int) -> float | None:
 def _logged(served: Served, log: RequestLog) -> Requests:
     """Returns the requests that were recorded under load; a token's place is that of its request's last row."""
     number, token_ns = log.token_times()
-    step = np.searchsorted(log.steps["end_ns"], token_ns)
+    step, row = log.token_places()
     first_row = np.cumsum(served.tokens) - served.tokens
-    token_at = first_row[step] + log.token_rows()
+    token_at = first_row[step] + row
     requests = log.requests
     request = np.searchsorted(requests["number"], number)
     return Requests(request, step, token_at, token_ns, requests["arrival_ns"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from ...resources.links import Links
@@ -11,6 +11,7 @@ from ...resources.runtime import DEFAULT, Runtime, load_runtime
 from ...workloads.batches import Step
 from ...workloads.guesses import Guesses
 from ...workloads.model import Model
+from ...workloads.requests.replicas import Turns
 from ...workloads.requests.request import StepSource
 from ...workloads.trace import RoutingTrace
 from ..decide.expert_parallel import ExpertParallel
@@ -35,6 +36,8 @@ class Pulls:
     least_bytes: int | None = None
     #: How many requests of a trace are left out, as they were given no token.
     failed: int = 0
+    #: Of several replicas: makes a fresh source for each of them, and what lets them run in turns.
+    replicas: Callable[[], tuple[Turns, Sequence[StepSource]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,9 @@ class Inputs:
     #: Where a scheduler makes the steps: how, and, of a run that has begun, those that it has pulled: its `steps`.
     pulls: Pulls | None = None
     pulled: Pulled | None = None
+    #: Of a run of several replicas that has begun: the inputs of each, and what lets them run in turns.
+    replicas: tuple[Inputs, ...] = ()
+    turns: Turns | None = None
     #: Of a run that was executed: what its miss policy went by then, in place of this profile and scenario.
     decides_by: Inputs | None = None
     #: The software that is predicted.
@@ -70,8 +76,8 @@ class Inputs:
 
     @property
     def parts(self) -> tuple[Inputs, ...]:
-        """The inputs of each GPU by itself: of the stages, of those that share the experts, or these."""
-        return self.stages or self.gpus or (self,)
+        """The inputs of each GPU by itself: of stages, of those that share the experts, of replicas, or these."""
+        return self.stages or self.gpus or self.replicas or (self,)
 
     @property
     def gpu_number(self) -> int:
@@ -83,7 +89,19 @@ class Inputs:
         pulls = self.pulls
         if pulls is None:
             return self
-        pulled = Pulled(pulls.source(), pulls.most_tokens, pulls.schedule_ns, pulls.budget_of)
+        if pulls.replicas is None:
+            return self._pulling(pulls.source())
+        turns, sources = pulls.replicas()
+        replicas = [
+            replace(self._pulling(source), device=f"gpu{number}", turns=turns) for number, source in enumerate(sources)
+        ]
+        return replace(self, replicas=tuple(replicas))
+
+    def _pulling(self, source: StepSource) -> Inputs:
+        """Returns these inputs with steps that a source makes, none yet."""
+        pulls = self.pulls
+        assert pulls is not None
+        pulled = Pulled(source, pulls.most_tokens, pulls.schedule_ns, pulls.budget_of)
         return replace(self, steps=pulled.steps, budgets=pulled.budgets, pulled=pulled)
 
     @property

@@ -11,11 +11,14 @@ from ...errors import InputError
 from ...workloads.requests.arrivals import ARRIVALS, CLOSED, TRACE
 from ...workloads.requests.lengths import LENGTHS, MOST_TOKENS, Lengths
 from ...workloads.requests.traces import AUTO, TRACES
+from ..policies.router import ROUTERS
 from ..policies.scheduler import SCHEDULERS
 from .section import MOST_US, Section, one_of
 
 #: More requests than anybody waits for.
 MOST_REQUESTS = 10_000_000
+#: Each is run by itself, with all that it keeps.
+MOST_REPLICAS = 64
 #: Requests a second: one in eleven days, and more than any machine serves.
 LEAST_RATE, MOST_RATE = 1e-6, 1e6
 #: How a window's edges are written.
@@ -149,7 +152,8 @@ class RequestsSection(Section):
     Mooncake or a benchmark; `rate` then takes the place of its times unless `arrivals` = "trace". `count` requests are
     served (not set: 100, or all of the trace), with 512 and 128 tokens where nothing else is said. The first and the
     last of them, as `warmup` and `cooldown` say ("10%" or "50requests"), are left out of all latencies, and their time
-    of the rates.
+    of the rates. Of several `replicas`, each of them this machine with a scheduler of its own, `router` chooses one for
+    each request when it arrives.
     """
 
     arrivals: Annotated[str, one_of([*ARRIVALS, CLOSED, TRACE])] = "poisson"
@@ -166,6 +170,8 @@ class RequestsSection(Section):
     output_tokens: TokenCount | None = None
     warmup: str = "10%"
     cooldown: str = "10%"
+    replicas: int = Field(default=1, ge=1, le=MOST_REPLICAS)
+    router: Annotated[str, one_of(ROUTERS)] = "round-robin"
     scheduler: SchedulerSection = SchedulerSection()
     kv: KvSection = KvSection()
     speculation: SpeculationSection | None = None
@@ -187,6 +193,15 @@ class RequestsSection(Section):
         given = [name for name, value in lengths.items() if value is not None]
         if self.trace is not None and given:
             raise InputError(f"{', '.join(given)}: no meaning with trace, which says it: leave out")
+        return self
+
+    @model_validator(mode="after")
+    def _users_have_one_machine(self) -> RequestsSection:
+        if self.replicas > 1 and self.arrivals == CLOSED:
+            raise InputError(
+                f"replicas = {self.replicas}: with arrivals = 'closed', whose users wait for one machine, must be 1: "
+                "give a replica's share of the users, or arrivals by a rate"
+            )
         return self
 
 

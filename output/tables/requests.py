@@ -52,6 +52,8 @@ def load_rows(data: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("KV blocks (mean)", _number(data["kv_blocks"])),
         ("preemptions", f"{data['preemptions']:,}"),
     ]
+    if "replicas" in data:
+        rows.append(("requests of each replica", ", ".join(f"{each['requests']:,}" for each in data["replicas"])))
     if data["prefix_hit_rate"]:
         rows.append(("prompt tokens found in the KV cache", f"{data['prefix_hit_rate']:.1%}"))
     if data["draft_acceptance"] is not None:

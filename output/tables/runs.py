@@ -113,7 +113,9 @@ def _routing(scenario: Mapping[str, Any]) -> str:
 
 def _batch(data: Mapping[str, Any]) -> str:
     if "requests" in data:
-        return f"{data['requests']['requests']:,} requests by {data['scenario']['requests']['scheduler']['name']}"
+        asked, count = data["scenario"]["requests"], _replicas(data)
+        each = f" on each of {count} replicas ({asked['router']})" if count > 1 else ""
+        return f"{data['requests']['requests']:,} requests by {asked['scheduler']['name']}{each}"
     return f"batch {data['scenario']['workload']['batch']}"
 
 
@@ -135,9 +137,15 @@ def _by_runtime(scenario: Mapping[str, Any]) -> str:
     return f" by {name}" if name else ""
 
 
+def _replicas(data: Mapping[str, Any]) -> int:
+    """Returns how many machines served the requests of a run."""
+    return len(data.get("requests", {}).get("replicas", ())) or 1
+
+
 def _share_of_gpus(data: Mapping[str, Any]) -> str:
     """Returns what share of the GPUs' memory the expert budget is, in words; nothing in a result that does not say."""
     gpus = [memory for memory in data.get("capacity", {"memories": []})["memories"] if memory["kind"] == "gpu"]
+    gpus = gpus[: len(gpus) // _replicas(data)]
     holds_bytes = sum(memory["capacity_bytes"] for memory in gpus)
     whose = "the GPU's memory" if len(gpus) == 1 else f"the memory of {len(gpus)} GPUs"
     return f", {data['budget_bytes'] / holds_bytes:.1%} of {whose}" if gpus else ""

@@ -56,6 +56,7 @@ class RequestLog:
         self._token_request = array("q")
         self._token_ns = array("q")
         self._token_row = array("q")
+        self._token_step = array("q")
         self._first_token_ns: dict[int, int] = {}
         self._changes = array("q")
 
@@ -69,6 +70,7 @@ class RequestLog:
         self._token_request.extend([request] * tokens)
         self._token_ns.extend([end_ns] * tokens)
         self._token_row.extend([row] * tokens)
+        self._token_step.extend([self._ended_steps] * tokens)
 
     def finished(self, live: Live, end_ns: int) -> None:
         """Record that a request has all its tokens."""
@@ -91,8 +93,14 @@ class RequestLog:
             self._first_token_ns.setdefault(request, int(ends_ns[0]))
         self._token_request.frombytes(np.tile(np.array(requests, dtype=np.int64), len(ends_ns)).tobytes())
         self._token_row.frombytes(np.tile(np.arange(len(requests)), len(ends_ns)).tobytes())
+        of_steps = self._ended_steps + np.arange(len(ends_ns))
+        self._token_step.frombytes(np.repeat(of_steps, len(requests)).tobytes())
         self._token_ns.frombytes(np.repeat(ends_ns, len(requests)).tobytes())
         self._steps.frombytes(steps.astype(np.int64).tobytes())
+
+    @property
+    def _ended_steps(self) -> int:
+        return len(self._steps) // len(StepRecord._fields)
 
     @property
     def requests(self) -> dict[str, Array]:
@@ -112,16 +120,41 @@ class RequestLog:
         order = np.argsort(request, kind="stable")
         return request[order], end_ns[order]
 
-    def token_rows(self) -> Array:
-        """Returns, for each token, its request's last row among those of its step (tokens,), as `token_times`."""
+    def token_places(self) -> tuple[Array, Array]:
+        """Returns each token's step, and its request's last row among those of it, both (tokens,), as `token_times`."""
         order = np.argsort(np.array(self._token_request, dtype=np.int64), kind="stable")
-        return np.array(self._token_row, dtype=np.int64)[order]
+        step, row = (np.array(column, dtype=np.int64)[order] for column in (self._token_step, self._token_row))
+        return step, row
 
     @property
     def changes(self) -> Array:
         """Instants in ns and how the number of requests changed then, (changes, 2), in order of time."""
         table = _table(self._changes, 2)
         return table[np.argsort(table[:, 0], kind="stable")]
+
+
+def joined(logs: Sequence[RequestLog]) -> tuple[RequestLog, Array]:
+    """Returns what several replicas recorded as one log, its steps in the order of their ends, and that order.
+
+    It is (steps,): for each step its place among those of all replicas, one replica's behind another's.
+    """
+    found = RequestLog()
+    ends_ns = np.concatenate([log.steps["end_ns"] for log in logs])
+    order = np.argsort(ends_ns, kind="stable")
+    place = np.argsort(order)
+    first = 0
+    for log in logs:
+        found._requests += log._requests
+        found._changes += log._changes
+        found._token_request += log._token_request
+        found._token_ns += log._token_ns
+        found._token_row += log._token_row
+        steps = np.array(log._token_step, dtype=np.int64)
+        found._token_step.frombytes(place[first + steps].tobytes())
+        first += log._ended_steps
+    steps = np.concatenate([_table(log._steps, len(StepRecord._fields)) for log in logs])
+    found._steps.frombytes(steps[order].tobytes())
+    return found, order
 
 
 def _table(column: array[int], width: int) -> Array:
