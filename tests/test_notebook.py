@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +35,24 @@ def test_every_public_name_is_shown_loads_and_says_what_it_is() -> None:
 
 
 def test_the_stubs_that_editors_read_name_what_there_is() -> None:
-    text = Path(prestage.__file__).read_text(encoding="utf-8")
-    named = {line.split()[-1] for line in text.splitlines() if line.startswith("    from .")}
-    assert named == set(prestage.__all__) - {"__version__"}
+    stub = ast.parse(Path(prestage.__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
+    homes = {
+        one.asname: (each.module, one.name)
+        for each in stub.body
+        if isinstance(each, ast.ImportFrom)
+        for one in each.names
+    }
+    listed = next(ast.literal_eval(each.value) for each in stub.body if isinstance(each, ast.Assign))
+    assert listed == prestage.__all__
+    assert homes.keys() == set(prestage.__all__) - {"__version__"}
+    for name, (module, inside) in homes.items():
+        assert name == inside
+        assert getattr(import_module(f"prestage.{module}"), name) is getattr(prestage, name)
 
 
-def test_an_unknown_public_name_is_refused() -> None:
+def test_an_unknown_public_name_is_refused_and_type_checkers_see_it() -> None:
     with pytest.raises(AttributeError, match="no attribute 'simulat'"):
-        prestage.simulat  # noqa: B018
+        prestage.simulat  # type: ignore[attr-defined]  # noqa: B018
 
 
 @pytest.mark.parametrize(
