@@ -37,7 +37,7 @@ _HOME = {
     "record": "workloads.recorder",
     "replay_trace": "engine.replay.replay",
     "run_of": "output.saved",
-    "scenario_keys": "notebook.settings",
+    "scenario_keys": "engine.scenario.scenario",
     "scenario_names": "engine.scenario.scenario",
     "scenario_of": "notebook.settings",
     "simulate": "notebook.runs",

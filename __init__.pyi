@@ -6,6 +6,7 @@ from .engine.scenario.rows import read_rows as read_rows
 from .engine.scenario.scenario import Scenario as Scenario
 from .engine.scenario.scenario import load_scenario as load_scenario
 from .engine.scenario.scenario import make_scenario as make_scenario
+from .engine.scenario.scenario import scenario_keys as scenario_keys
 from .engine.scenario.scenario import scenario_names as scenario_names
 from .experiments.advice_result import Advised as Advised
 from .experiments.advise import advise as advise
@@ -20,7 +21,6 @@ from .notebook.runs import Comparison as Comparison
 from .notebook.runs import Result as Result
 from .notebook.runs import compare as compare
 from .notebook.runs import simulate as simulate
-from .notebook.settings import scenario_keys as scenario_keys
 from .notebook.settings import scenario_of as scenario_of
 from .output.plots import plot_miss_ratios as plot_miss_ratios
 from .output.profiler_trace import load_timeline as load_timeline

@@ -33,16 +33,43 @@ _SUBJECT = re.compile(r"(?:Input|Dictionary|List|Tuple|Set|String|Value) should 
 def unknown_name(key: str, given: object, known: Iterable[str]) -> str:
     """Returns `key = 'given': choose one of …`, with the nearest known name if there is one."""
     known = list(known)
-    near = difflib.get_close_matches(str(given), known, 1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    return f"{key} = {shown(given)}: choose one of {', '.join(known)}{hint}"
+    hint = did_you_mean(given, known)
+    return f"{key} = {shown(given)}: choose one of {', '.join(known)}" + (f" ({hint})" if hint else "")
+
+
+def did_you_mean(given: object, known: Iterable[str]) -> str:
+    """Returns `did you mean 'a' or 'b'?`, or nothing if no known name is near."""
+    near = list(map(repr, nearest(str(given), known)))
+    return f"did you mean {' or '.join(near)}?" if near else ""
+
+
+def nearest(given: str, known: Iterable[str]) -> list[str]:
+    """Returns the known names that a given one may mean, three at most.
+
+    They are written alike but for case and marks (a repository's owner before it counts for nothing), or near in
+    letters, or have it in them.
+    """
+    plain = {name: _letters(name) for name in known}
+    wanted = _letters(given.rpartition("/")[2])
+    alike = [name for name, letters in plain.items() if wanted and letters == wanted]
+    within = [name for name, letters in plain.items() if len(wanted) > 3 and wanted in letters]
+    return (
+        alike[:1]
+        or difflib.get_close_matches(given, plain, 1, cutoff=0.8)
+        or sorted(within, key=len)[:3]
+        or difflib.get_close_matches(given, plain, 1)
+    )
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[\W_]", "", name.lower())
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
     """Returns `section.key: no such key`, with the nearest known one, or all."""
     known = list(known)
-    near = difflib.get_close_matches(key.rpartition(".")[2], known, 1)
-    return f"{key}: no such key; " + (f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}")
+    hint = did_you_mean(key.rpartition(".")[2], known)
+    return f"{key}: no such key; " + (hint or f"known keys: {', '.join(known)}")
 
 
 def shown(value: object) -> str:

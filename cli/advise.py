@@ -8,12 +8,18 @@ from typing import Annotated
 import typer
 
 from .console import print_json, progress_shown, stop_status
-from .options import Json, Settings
+from .options import Json, Settings, complete_scenario
+from .own import NOTHING, Own, takes_own
 
 
+@takes_own
 def advise(
     scenario: Annotated[
-        str | None, typer.Argument(help="A scenario's TOML file or the name of a shipped one; without it, the default.")
+        str | None,
+        typer.Argument(
+            help="A scenario's TOML file, the name of a shipped one, or a model's; without it, the default.",
+            autocompletion=complete_scenario,
+        ),
     ] = None,
     goal: Annotated[
         list[str] | None,
@@ -39,13 +45,14 @@ def advise(
         Path | None, typer.Option(help="Draw all trials and the Pareto front to this .png or .svg.")
     ] = None,
     settings: Settings = None,
+    own: Own = NOTHING,
     json: Json = False,
 ) -> None:
     """Find the settings of a scenario's runtime that do best, what they gain, what binds and what to buy next.
 
     \b
     Examples:
-      prestage advise synthetic --set runtime.name=llama.cpp --set machine.gpu=rtx3060 --prompt 512 --output 128
+      prestage advise gpt-oss-20b --gpu rtx3060 --ram "2x DDR4-3200" --runtime llama.cpp --prompt 512 --output 128
       prestage advise my-scenario.toml --goal ttft --over memory.gpu_budget=25%,50%,75%
       prestage advise my-scenario.toml --goal tokens_per_second --goal memory --plot front.png --journal tried.log
 
@@ -57,10 +64,11 @@ def advise(
 
     if plot is not None:
         check_picture(plot)
+    scenario, settings = own.given(scenario, settings)
     try:
         with progress_shown() as progress:
             found = find(
-                scenario, settings=settings or (), goal=goal or "tokens_per_second", within=within or (), over=over,
+                scenario, settings=settings, goal=goal or "tokens_per_second", within=within or (), over=over,
                 prompt=prompt, output=output, trials=trials, seed=seed, price=price, journal=journal, progress=progress,
             )  # fmt: skip
     except (KeyboardInterrupt, SystemExit) as left:

@@ -22,6 +22,7 @@ from .decode import calibrate_decode, calibrate_served
 from .doctor import doctor
 from .experiments import breakeven, compare, suite, sweep
 from .guide import reproduce
+from .lists import list_names
 from .observe import calibrate_observe
 from .pictures import plot, report, topology
 from .requests import capacity
@@ -41,6 +42,7 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
 for _command in _COMMANDS:
     app.command()(_command)
 app.command("compile")(compile_engine)
+app.command("list")(list_names)
 app.command()(doctor)
 app.add_typer(machine.app, name="machine")
 app.add_typer(trace.app, name="trace")
@@ -125,8 +127,9 @@ def _status(arguments: list[str]) -> int:
         arguments = _plugged(arguments)
         return int(_group()(args=arguments, prog_name="prestage", standalone_mode=False) or 0)
     except _UsageError as error:
-        asked = error.ctx.command_path if error.ctx else "prestage"
-        return terminal.refuse(f"{error.format_message().rstrip('.')}; `{asked} --help` tells more")
+        from .usage import usage_words
+
+        return terminal.refuse(usage_words(error, arguments))
     except InputError as error:
         return terminal.refuse(str(error))
     except BrokenPipeError:

@@ -9,12 +9,18 @@ import typer
 
 from ..errors import InputError
 from .console import print_json, progress_shown, stop_status
-from .options import Json, Settings
+from .options import Json, Settings, complete_scenario
+from .own import NOTHING, Own, takes_own
 
 
+@takes_own
 def sweep(
     scenario: Annotated[
-        str | None, typer.Argument(help="A scenario or a sweep: a TOML file or a shipped one's name; else the default.")
+        str | None,
+        typer.Argument(
+            help="A scenario or a sweep: a TOML file, a shipped one's or a model's name; else the default.",
+            autocompletion=complete_scenario,
+        ),
     ] = None,
     grid: Annotated[
         list[str] | None, typer.Option("--grid", metavar="KEY=V1,V2,…", help="Try these values of a key; repeat it.")
@@ -22,6 +28,7 @@ def sweep(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a key in all of them; repeat it.")
     ] = None,
+    own: Own = NOTHING,
     sample: Annotated[int | None, typer.Option(help="Run so many of the combinations, drawn by the seed.")] = None,
     workers: Annotated[int | None, typer.Option(help="How many processes; all cores without it.")] = None,
     cluster: Annotated[str | None, typer.Option(help="The address of a Dask scheduler whose workers run it.")] = None,
@@ -46,13 +53,14 @@ def sweep(
     from ..experiments.grid import parse_grid
     from ..experiments.sweep import sweep as run_sweep
 
+    scenario, settings = own.given(scenario, settings)
     try:
         with progress_shown(log_every_s=30) as progress:
             rows = run_sweep(
                 scenario,
                 parse_grid(grid or ()),
                 out=out,
-                settings=settings or (),
+                settings=settings,
                 sample=sample,
                 workers=workers,
                 cluster=cluster,
@@ -174,9 +182,17 @@ def compare(
         typer.echo(str(plot))
 
 
+@takes_own
 def breakeven(
-    scenario: Annotated[str | None, typer.Argument(help="A scenario's TOML file or a shipped one's name.")] = None,
+    scenario: Annotated[
+        str | None,
+        typer.Argument(
+            help="A scenario's TOML file, a shipped one's or a model's name; else the default.",
+            autocompletion=complete_scenario,
+        ),
+    ] = None,
     settings: Settings = None,
+    own: Own = NOTHING,
     budgets: Annotated[str, typer.Option(help="Budgets to try: 10%,25%,4GiB; the scenario's without it.")] = "",
     lookaheads: Annotated[str, typer.Option(help="Lookaheads to try: 1,2,3; the scenario's without it.")] = "",
     workers: Annotated[int | None, typer.Option(help="How many processes; all cores without it.")] = None,
@@ -204,7 +220,7 @@ def breakeven(
     tried = parse_grid(f"{key}={values}" for key, values in options.items() if values)
     with progress_shown() as progress:
         data = break_even(
-            load_scenario(scenario, settings or ()),
+            load_scenario(*own.given(scenario, settings)),
             budgets=tried.get("memory.gpu_budget", ()),
             lookaheads=tried.get("prefetch.lookahead", ()),
             workers=workers,

@@ -21,7 +21,7 @@ def complete_scenario(incomplete: str) -> list[str]:
 
 def complete_setting(incomplete: str) -> list[str]:
     """Returns the keys of a scenario that a shell may complete a beginning to, each with its sign."""
-    from ..notebook.settings import scenario_keys
+    from ..engine.scenario.scenario import scenario_keys
 
     return [f"{key}=" for key in scenario_keys() if key.startswith(incomplete)]
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -30,6 +33,11 @@ Runtime = Annotated[
 Context = Annotated[
     int | None, typer.Option(min=0, help="Positions in the KV cache before a sequence begins, as workload.context.")
 ]
+#: By their fields: the options that a command takes in place of its parameter `own`.
+_OPTIONS: dict[str, Any] = {
+    "model": Model, "gpu": Gpu, "cpu": Cpu, "ram": Ram, "link": Link, "drive": Drive, "context": Context,
+    "runtime": Runtime,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,10 @@ class Own:
 
         del given["gpu"]
         return {"gpu": "none", **detect().parts, **given}
+
+    def given(self, name: str | None, settings: list[str] | None) -> tuple[str | None, list[str]]:
+        """Returns the scenario to begin with and all settings, of a command's scenario and its `--set`."""
+        return self.scenario(name), [*self.settings(name), *(settings or ())]
 
     def scenario(self, name: str | None) -> str | None:
         """Returns the scenario to begin with: the one named, or the one for whoever names a model or a machine."""
@@ -88,6 +100,30 @@ class Own:
         count = times(parts["gpu"])[0]
         settings.append(_setting("machine.profile", joined_parts(parts)))
         return [*settings, f"parallel.stages={count}"] if anew and count > 1 else settings
+
+
+#: None of these options given.
+NOTHING = Own()
+
+
+def takes_own(command: Callable[..., None]) -> Callable[..., None]:
+    """Returns a command whose parameter `own` is given by an option for each of its fields."""
+
+    @functools.wraps(command)
+    def with_options(*args: Any, **given: Any) -> None:
+        command(*args, own=Own(**{name: given.pop(name) for name in _OPTIONS}), **given)
+
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+        if parameter.name == "own":
+            parameters += [
+                parameter.replace(name=name, annotation=kind, default=None) for name, kind in _OPTIONS.items()
+            ]
+        else:
+            parameters.append(parameter)
+    with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    with_options.__annotations__ = {each.name: each.annotation for each in parameters}
+    return with_options
 
 
 def _setting(key: str, value: str) -> str:

@@ -7,12 +7,18 @@ from typing import Annotated
 import typer
 
 from .console import print_json, progress_shown
-from .options import Json, Settings
+from .options import Json, Settings, complete_scenario
+from .own import NOTHING, Own, takes_own
 
 
+@takes_own
 def capacity(
     scenario: Annotated[
-        str | None, typer.Argument(help="A scenario's TOML file or the name of a shipped one; without it, the default.")
+        str | None,
+        typer.Argument(
+            help="A scenario's TOML file, the name of a shipped one, or a model's; without it, the default.",
+            autocompletion=complete_scenario,
+        ),
     ] = None,
     slo: Annotated[
         list[str] | None,
@@ -21,6 +27,7 @@ def capacity(
         ),
     ] = None,
     settings: Settings = None,
+    own: Own = NOTHING,
     replicates: Annotated[
         int, typer.Option(min=1, max=1000, help="Runs of every rate, each with a seed of its own.")
     ] = 5,
@@ -43,7 +50,8 @@ def capacity(
     from ..experiments.serving_capacity import serving_capacity
 
     promised = [f"requests.slo.{one}" for one in slo or ()]
-    chosen = load_scenario(scenario, [*(settings or ()), *promised])
+    name, given = own.given(scenario, settings)
+    chosen = load_scenario(name, [*given, *promised])
     level = level_of(None if chosen.requests is None else chosen.requests.slo)
     with progress_shown() as progress:
         data = serving_capacity(chosen, level, replicates=replicates, precision=precision, progress=progress)

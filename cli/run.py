@@ -11,12 +11,13 @@ import typer
 
 from .console import print_json, progress_shown, say_replaced
 from .options import Json, Settings, complete_scenario, expert_bytes_of, listed, opened_trace
-from .own import Context, Cpu, Drive, Gpu, Link, Model, Own, Ram, Runtime
+from .own import NOTHING, Own, takes_own
 
 if TYPE_CHECKING:
     from ..engine.scenario.scenario import Scenario
 
 
+@takes_own
 def run(
     scenario: Annotated[
         str | None,
@@ -26,14 +27,7 @@ def run(
         ),
     ] = None,
     settings: Settings = None,
-    model: Model = None,
-    gpu: Gpu = None,
-    cpu: Cpu = None,
-    ram: Ram = None,
-    link: Link = None,
-    drive: Drive = None,
-    context: Context = None,
-    runtime: Runtime = None,
+    own: Own = NOTHING,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -70,7 +64,7 @@ def run(
       prestage run --out prestage-out
       prestage run --model gpt-oss-120b --gpu rtx4090 --ram "64GB DDR5-5600"
       prestage run gpt-oss-20b --gpu rtx3060 --ram "2x DDR4-3200" --runtime llama.cpp --bench
-      prestage run --set prefetch.lookahead=0 --set memory.gpu_budget=50%
+      prestage run --set prefetch.lookahead=0 --set memory.gpu_budget=25%
       prestage run gpt-oss-20b --set workload.trace=trace.npz --json
       prestage run my-scenario.toml --no-baselines --check-prefetch
 
@@ -84,8 +78,7 @@ def run(
     from ..files import check_folder, made_folder
     from ..output.run_folder import write_result
 
-    own = Own(model, gpu, cpu, ram, link, drive, context, runtime)
-    chosen = load_scenario(own.scenario(scenario), [*own.settings(scenario), *(settings or ())])
+    chosen = load_scenario(*own.given(scenario, settings))
     if bench:
         _bench(chosen, json)
         return

@@ -8,9 +8,10 @@ import typer
 
 from .console import print_json
 from .options import Json, Settings, complete_scenario
-from .own import Context, Cpu, Drive, Gpu, Link, Model, Own, Ram, Runtime
+from .own import NOTHING, Own, takes_own
 
 
+@takes_own
 def show(
     scenario: Annotated[
         str | None,
@@ -20,14 +21,7 @@ def show(
         ),
     ] = None,
     settings: Settings = None,
-    model: Model = None,
-    gpu: Gpu = None,
-    cpu: Cpu = None,
-    ram: Ram = None,
-    link: Link = None,
-    drive: Drive = None,
-    context: Context = None,
-    runtime: Runtime = None,
+    own: Own = NOTHING,
     all_keys: Annotated[bool, typer.Option("--all", help="List all keys, also those that have their default.")] = False,
     toml: Annotated[
         bool, typer.Option("--toml", help="Print the whole scenario as TOML, to change and to run.")
@@ -45,8 +39,7 @@ def show(
     from ..engine.loading.shown import shown
     from ..engine.scenario.origins import origins, toml_of
 
-    own = Own(model, gpu, cpu, ram, link, drive, context, runtime)
-    loaded, keys = origins(own.scenario(scenario), [*own.settings(scenario), *(settings or ())])
+    loaded, keys = origins(*own.given(scenario, settings))
     if toml:
         typer.echo(toml_of(keys), nl=False)
         return

@@ -12,6 +12,7 @@ from ..engine.policies.prefetch import PREFETCH
 from ..engine.scenario.scenario import scenario_names
 from ..errors import InputError
 from ..output.shown import FRAMES
+from ..resources.parts.tables import cpus, gpus
 from ..resources.profile import profile_names
 from ..resources.runtime import runtime_names
 from ..words import unknown_name
@@ -22,9 +23,11 @@ from ..workloads.predictors import PREDICTORS
 
 #: What can be listed, and how.
 _KINDS: dict[str, Callable[[], Iterable[str]]] = {
-    "copy orders": lambda: COPY_ORDERS,
+    "copy-orders": lambda: COPY_ORDERS,
+    "cpus": cpus,
     "evictions": lambda: EVICTION,
     "fits": shipped_fits,
+    "gpus": gpus,
     "machines": profile_names,
     "misses": lambda: MISS,
     "models": preset_names,
@@ -38,11 +41,16 @@ _KINDS: dict[str, Callable[[], Iterable[str]]] = {
 }
 
 
+def kinds() -> list[str]:
+    """Returns what `names` can list."""
+    return list(_KINDS)
+
+
 def names(kind: str) -> list[str]:
     """Returns the names that a scenario may give: of models, machines, traces, evictions, … Raises InputError.
 
-    `kind` is one of copy orders, evictions, fits, machines, misses, models, placements, predictors, prefetches,
-    runtimes, scenarios, tables and traces; a policy that was added is among them.
+    `kind` is one of copy-orders, cpus, evictions, fits, gpus, machines, misses, models, placements, predictors,
+    prefetches, runtimes, scenarios, tables and traces; a policy that was added is among them.
     """
     if kind not in _KINDS:
         raise InputError(unknown_name("kind", kind, _KINDS))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
-
-from pydantic import BaseModel
+from typing import Any
 
 from ..engine.scenario.amounts import ScenarioError
-from ..engine.scenario.scenario import Scenario, lay, make_scenario, scenario_data
+from ..engine.scenario.scenario import Scenario, keys_named, lay, make_scenario, scenario_data, scenario_keys
 from ..words import shown, unknown_key
 
 Given = Scenario | Mapping[str, Any] | str | Path | None
@@ -37,29 +35,13 @@ def scenario_of(given: Given = None, settings: Mapping[str, Any] | None = None) 
     return make_scenario(data, source)
 
 
-def scenario_keys() -> list[str]:
-    """Returns every key of a scenario, as `section.key`."""
-    return list(_keys(Scenario, ""))
-
-
-def _keys(section: type[BaseModel], prefix: str) -> Iterator[str]:
-    for name, field in section.model_fields.items():
-        key = f"{prefix}{field.alias or name}"
-        kinds = [field.annotation, *get_args(field.annotation)]
-        inner = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
-        yield from [key] if inner is None else _keys(inner, f"{key}.")
-
-
 def _whole_key(key: str) -> str:
     """Returns a key with its section. Raises ScenarioError for one that no section has, and for one of several."""
     if "." in key or key == "seed":
         return key
-    keys = scenario_keys()
-    found = [whole for whole in keys if whole.rpartition(".")[2] == key]
+    found = keys_named(key)
     if not found:
-        raise ScenarioError(unknown_key(key, sorted({whole.rpartition(".")[2] for whole in keys})))
-    least = min(whole.count(".") for whole in found)
-    found = [whole for whole in found if whole.count(".") == least]  # `tokens` is the workload's, before synthetic's
+        raise ScenarioError(unknown_key(key, sorted({whole.rpartition(".")[2] for whole in scenario_keys()})))
     if len(found) > 1:
         choices = " or ".join(f"{{{whole!r}: …}}" for whole in found)
         raise ScenarioError(f"{key}: is a key of several sections: give settings={choices}")

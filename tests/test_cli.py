@@ -35,6 +35,7 @@ COMMANDS = [
     [],
     ["run"],
     ["show"],
+    ["list"],
     ["doctor"],
     ["sweep"],
     ["suite"],
@@ -345,7 +346,7 @@ BAD_RUN: list[tuple[list[str], str]] = [
     (["--set", "memory.eviction=lrv"], "memory.eviction = 'lrv': choose one of "),
     (["--set", "memory.gpu_budget=lots"], "gpu_budget = 'lots': write it as '25%', '4GiB' or '512experts'"),
     (["--set", "memory.gpu_budget=1B"], "the expert budget is 1 bytes: it must hold one expert"),
-    (["--set", "model.preset=gpt-oss-21b"], "model 'gpt-oss-21b': did you mean gpt-oss-"),
+    (["--set", "model.preset=gpt-oss-21b"], "model 'gpt-oss-21b': did you mean 'gpt-oss-"),
     (["--set", "model=gpt-oss-20b"], "model = 'gpt-oss-20b': must be a section, such as model.preset"),
     (["--set", "machine.profile=rtx309"], "machine.profile = 'rtx309': choose one of "),
     (["--set", "workload.trace=none.npz"], "none.npz: cannot be read: No such file or directory"),
@@ -409,7 +410,7 @@ BAD: list[tuple[list[str], str]] = [
     (["trace", "synth", "-o", "new.txt"], "new.txt: .txt: a trace's name must end in .npz or .safetensors"),
     (["trace", "synth", "-o", "none/new.npz"], "none/new.npz: there is no folder none"),
     (["trace", "synth", "-o", "new.npz", "--reuse", "2"], "reuse = 2.0: must be a number 0..1"),
-    (["trace", "synth", "-o", "new.npz", "--model", "mixtral"], "model 'mixtral': did you mean mixtral-8x7b?"),
+    (["trace", "synth", "-o", "new.npz", "--model", "mixtral"], "model 'mixtral': did you mean 'mixtral-8x7b'?"),
 ]
 
 

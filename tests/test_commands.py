@@ -14,6 +14,7 @@ from test_cli import prestage as prestage
 from prestage.cli import doctor
 from prestage.cli.entry import app
 from prestage.cli.options import complete_scenario, complete_setting
+from prestage.notebook.lists import names
 
 PAGE = (Path(__file__).parent.parent / "docs" / "commands.md").read_text(encoding="utf-8")
 DOCUMENTED = dict(re.findall(r"^\| `([\w -]+)` \| (.*) \|$", PAGE.partition("## As data")[2], re.MULTILINE))
@@ -35,6 +36,7 @@ TRIED = {
     "replay": ["replay", "topk", "--budget", "25%"],
     "mrc": ["mrc", "topk", "--points", "2", "--policies", "lru"],
     "trace info": ["trace", "info", "guide"],
+    "list": ["list"],
     "model list": ["model", "list"],
     "machine list": ["machine", "list"],
     "machine show": ["machine", "show", "gpu=rtx4090"],
@@ -52,7 +54,7 @@ def test_the_json_of_a_command_has_the_keys_that_are_documented(prestage: Presta
     ran = prestage(*TRIED[command], "--json")
     assert ran.status == 0, ran.err
     said = re.sub(r"\(each .*?\)", "", DOCUMENTED[command])
-    named, there = set(re.findall(r"`(\w+)`", said)), set(json.loads(ran.out))
+    named, there = set(re.findall(r"`([\w-]+)`", said)), set(json.loads(ran.out))
     assert named == there if command != "run" else named <= there
 
 
@@ -69,6 +71,33 @@ def test_a_shell_completes_scenarios_models_and_keys() -> None:
     assert complete_scenario("gpt-oss") == ["gpt-oss-120b", "gpt-oss-20b"]
     assert complete_scenario("guide-k5") == ["guide-k5-1gb"]
     assert complete_setting("prefetch.l") == ["prefetch.lookahead="]
+
+
+def test_names_are_listed_a_line_each(prestage: Prestage) -> None:
+    ran = prestage("list", "evictions")
+    assert ran.status == 0 and ran.out.split() == names("evictions")
+    assert prestage("list", "polices").err.startswith("prestage: kind = 'polices': choose one of copy-orders, ")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("run --tokens 20", "No such option: --tokens: `--set workload.tokens=…` sets it"),
+        ("run --context 8k", "'--context': must be a whole number, not '8k'"),
+        ("trace synth --skew=much", "'--skew': must be a number, not 'much'"),
+        ("run --gpu", "Option '--gpu' requires an argument"),
+        ("version", "No such command 'version': `prestage --version` is it"),
+        ("run --set batch=4", "batch: no such key; did you mean 'workload.batch'?"),
+        ("sweep --grid tokens=4", "tokens: no such key; did you mean 'workload.tokens'?"),
+        ("run mixtral", "FILE.toml (did you mean 'mixtral-8x7b'?)"),
+        ("run Qwen/Qwen3-30B-A3B", "FILE.toml (did you mean 'qwen3-30b-a3b'?)"),
+        ("model show Qwen/Qwen3-30B-A3B", "model 'Qwen/Qwen3-30B-A3B': did you mean 'qwen3-30b-a3b'?"),
+        ("run --set memory.eviction=LRU", "(did you mean 'lru'?)"),
+    ],
+)
+def test_what_newcomers_guess_is_refused_with_what_they_meant(prestage: Prestage, words: str, says: str) -> None:
+    ran = prestage(*words.split())
+    assert (ran.status, ran.out) == (2, "") and says in ran.err
 
 
 def test_the_doctor_says_what_is_missing_for_what(prestage: Prestage, monkeypatch: pytest.MonkeyPatch) -> None:

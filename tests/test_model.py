@@ -349,7 +349,7 @@ def test_an_override_that_cannot_be_is_refused(overrides: dict[str, Any], messag
 
 
 def test_an_unknown_preset_lists_all_and_suggests_the_nearest() -> None:
-    with pytest.raises(ModelError, match=r"model 'Mixtral8x7b': did you mean mixtral-8x7b\?") as caught:
+    with pytest.raises(ModelError, match=r"model 'Mixtral8x7b': did you mean 'mixtral-8x7b'\?") as caught:
         load_model("Mixtral8x7b")
     assert all(name in str(caught.value) for name in preset_names())
     with pytest.raises(ModelError, match=r"model 'zzz': choose one of deepseek-v2-lite, .*, or FILE\.toml"):

@@ -286,7 +286,7 @@ def test_agreement_is_the_share_of_decode_look_ups_found_exactly_if_logged_as_th
         ("50%", {"batch": 0}, "batch = 0: must be at least 1"),
         ("50%", {"expert_bytes": 0}, "expert_bytes = 0: must be at least 1"),
         ("50%", {"model": "mixtral-8x7b"}, "model 'mixtral-8x7b' has 32 MoE layers, but the trace has 2"),
-        ("50%", {"model": "mixtrall"}, "model 'mixtrall': did you mean mixtral-8x7b?"),
+        ("50%", {"model": "mixtrall"}, "model 'mixtrall': did you mean 'mixtral-8x7b'?"),
     ],
 )
 def test_bad_input_is_refused_in_one_clear_line(budget: str, options: dict[str, Any], message: str) -> None:

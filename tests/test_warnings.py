@@ -26,6 +26,10 @@ CASES: dict[str, tuple[list[str], list[str] | None]] = {
         ["machine.profile=rtx3090", "memory.capacity=ignore"],
     ),
     "idle memory": (["memory.total_bytes=9GiB"], ["memory.total_bytes=9GiB", "memory.gpu_budget=100%"]),
+    "capped budget": (
+        ["memory.total_bytes=9GiB", "memory.gpu_budget=95%"],
+        ["memory.total_bytes=9GiB", "memory.gpu_budget=1%"],
+    ),
     "short trace": (["workload.tokens=13"], ["workload.tokens=12"]),
     "empty places": (["workload.batch=2"], ["workload.batch=2", "workload.synthetic.sequences=2"]),
     "cliff": (["memory.gpu_budget=92experts"], ["memory.gpu_budget=93experts"]),

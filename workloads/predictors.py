@@ -8,7 +8,6 @@ steps, and the layers of its own step up to its own (the oracle alone looks ahea
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -18,6 +17,7 @@ import numpy.typing as npt
 
 from ..bounded import check_memory
 from ..errors import InputError
+from ..words import unknown_name
 from .batches import Step
 from .guesses import MOST_HORIZONS, Guesses, Int16s, Int64s, Run, best_of, found_in
 from .keyed_random import uniform
@@ -479,21 +479,15 @@ def make_predictor(name: str, *, seed: int = 0, **options: Any) -> Predictor:
     Raises ValueError if there is no such predictor, it has no such option or lacks one, or a value is impossible.
     """
     if name not in PREDICTORS:
-        raise InputError(_unknown("predictor.name", name, list(PREDICTORS)))
+        raise InputError(unknown_name("predictor.name", name, PREDICTORS))
     known = list(inspect.signature(PREDICTORS[name]).parameters)
     seeds = {"seed": seed} if "seed" in known else {}
     for option in options:
         if option not in known:
             own = [key for key in known if key != "seed"]
-            raise InputError(_unknown(f"option of predictor {name!r}", option, own))
+            raise InputError(unknown_name(f"option of predictor {name!r}", option, own or ["none, it has no options"]))
     try:
         inspect.signature(PREDICTORS[name]).bind(**seeds, **options)
     except TypeError as error:
         raise InputError(f"predictor {name!r}: {error}") from None
     return PREDICTORS[name](**seeds, **options)
-
-
-def _unknown(key: str, given: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(given, known, 1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    return f"{key} = {given!r}: choose one of {', '.join(known) or 'none, it has no options'}{hint}"

@@ -6,10 +6,10 @@ error that names the nearest known one. Any key can be set from outside with `se
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import (
     BaseModel,
@@ -25,7 +25,7 @@ from ...errors import InputError
 from ...plain import beyond_64_bits
 from ...resources.parts.section import lay_machine
 from ...resources.runtime import load_runtime
-from ...words import problems, unknown_name
+from ...words import did_you_mean, problems, shown
 from ...workloads.fitted import shipped_fits
 from ...workloads.importers import shipped_traces
 from ...workloads.learned import shipped_weights
@@ -216,7 +216,9 @@ def _shipped(name: str, source: str) -> dict[str, Any]:
     """Returns the plain data of a shipped scenario, or of the one that runs a shipped model."""
     model = name if name in preset_names() and name not in scenario_names() else None
     if model is None and name not in scenario_names():
-        raise ScenarioError(unknown_name("scenario", name, [*scenario_names(), "a model's name", "FILE.toml"]))
+        hint = did_you_mean(name, [*scenario_names(), *preset_names()])
+        choices = ", ".join([*scenario_names(), "a model's name", "FILE.toml"])
+        raise ScenarioError(f"scenario = {shown(name)}: choose one of {choices}" + (f" ({hint})" if hint else ""))
     file = resources.files("prestage") / "engine" / "scenario" / "shipped" / f"{OF_A_MODEL if model else name}.toml"
     data = parse_toml(file.read_text("utf-8"), source, ScenarioError)
     if model is not None:
@@ -262,6 +264,8 @@ def lay(data: dict[str, Any], key: str, value: Any) -> None:
     """
     parts = key.split(".")
     field = _field(parts)
+    if field is None and len(parts) == 1 and (meant := keys_named(key)):
+        raise ScenarioError(f"{key}: no such key; did you mean {' or '.join(map(repr, meant))}?")
     if parts[0] == "machine" and isinstance(data.get("machine"), dict):
         lay_machine(data["machine"], parts[-1], out=value in ("", None))
     if field is not None and (value in ("", None) or (value == "none" and _may_be_missing(field))):
@@ -279,6 +283,26 @@ def lay(data: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(data, dict):
             raise ScenarioError(f"{key}: {part!r} is a value, not a section")
     data[parts[-1]] = value
+
+
+def scenario_keys() -> list[str]:
+    """Returns every key of a scenario, as `section.key`."""
+    return list(_keys(Scenario, ""))
+
+
+def keys_named(name: str) -> list[str]:
+    """Returns the keys that are called so in their sections; those of an outer section go before an inner one's."""
+    found = [key for key in scenario_keys() if key.rpartition(".")[2] == name]
+    least = min((key.count(".") for key in found), default=0)
+    return [key for key in found if key.count(".") == least]  # `tokens` is the workload's, before synthetic's
+
+
+def _keys(section: type[BaseModel], prefix: str) -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        key = f"{prefix}{field.alias or name}"
+        kinds = [field.annotation, *get_args(field.annotation)]
+        inner = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+        yield from [key] if inner is None else _keys(inner, f"{key}.")
 
 
 def _field(parts: Sequence[str]) -> FieldInfo | None:

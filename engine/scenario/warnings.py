@@ -93,6 +93,24 @@ def _idle_total(inputs: Inputs, data: dict[str, Any]) -> str | None:
     )
 
 
+def _capped_budget(inputs: Inputs, data: dict[str, Any]) -> str | None:
+    scenario, memory = inputs.scenario, inputs.scenario.memory
+    if memory.total_bytes is None or memory.gpu_budget == "100%":
+        return None
+    if scenario.requests is not None or scenario.parallel.gpus > 1:
+        return None  # there the budget is divided by other rules
+    part = min(inputs.parts, key=lambda part: part.budget_bytes)
+    model = part.model
+    asked_bytes = min(memory.budget_bytes(model.expert_bytes, model.experts_by_layer), model.total_expert_bytes)
+    if asked_bytes - part.budget_bytes < max(model.expert_bytes):
+        return None
+    return (
+        f"capped budget: memory.gpu_budget = {memory.gpu_budget} is more than the {part.budget_bytes / 2**30:,.2f} GiB "
+        f"that dense weights, KV cache and workspace leave of memory.total_bytes = {memory.total_bytes}, and experts "
+        f"have only those; set memory.total_bytes too, or take it out (memory.total_bytes=)"
+    )
+
+
 def _saturated_link(inputs: Inputs, data: dict[str, Any]) -> str | None:
     busy, moved = data["link_utilization"], data["bytes"]
     if busy is None or busy < SATURATED or not data["counts"]["prefetch"]:
@@ -362,6 +380,7 @@ def _empty_places(inputs: Inputs, data: dict[str, Any]) -> str | None:
 WARNINGS: tuple[Warn, ...] = (
     _over_capacity,
     _idle_total,
+    _capped_budget,
     _short_trace,
     _empty_places,
     _cliff,

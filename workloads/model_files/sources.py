@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
@@ -13,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ...bounded import parse_toml, read
-from ...words import problems
+from ...words import did_you_mean, problems
 from ..model import Model, ModelError, preset_names
 from .derive import derive
 from .gguf_model import read_gguf
@@ -39,19 +38,16 @@ def read_shapes(name: str) -> Shapes:
     if name.endswith(".json") or path.is_dir():
         data = shapes_of_config(path)
         return _valid(str(path), data)
-    if name.endswith(".toml") or path.name != name:
-        label, text = name, _read_text(path)
-    else:
-        presets = preset_names()
-        if name not in presets:
-            nearest = difflib.get_close_matches(name.lower(), presets, n=1)
-            hint = f"did you mean {nearest[0]}? " if nearest else ""
-            raise ModelError(
-                f"model {name!r}: {hint}choose one of {', '.join(presets)}, or FILE.toml, {CONFIG}, its folder, "
-                "FILE.gguf"
-            )
+    presets = preset_names()
+    if name in presets:
         return _preset(name)
-    return _valid(label, parse_toml(text, label, ModelError))
+    hint = did_you_mean(name, presets)
+    if name.endswith(".toml") or (path.name != name and (path.exists() or not hint)):
+        return _valid(name, parse_toml(_read_text(path), name, ModelError))
+    raise ModelError(
+        f"model {name!r}: {hint}{' ' if hint else ''}choose one of {', '.join(presets)}, or FILE.toml, {CONFIG}, its "
+        "folder, FILE.gguf"
+    )
 
 
 @cache
