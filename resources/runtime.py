@@ -78,6 +78,14 @@ class OwnRate(OwnCost):
     bytes_per_second: BytesPerSecond = Field(gt=0)
 
 
+class OwnProducts(OwnCost):
+    """Its own products of weights in fewer than 16 bits: of the GPU's operations a second in float32, in tiles of so
+    many tokens."""
+
+    of_float32: float = Field(gt=0, le=100)
+    tile: int = Field(ge=8, le=4096)
+
+
 class OwnCount(OwnCost):
     """How many: of kernels that are launched."""
 
@@ -128,6 +136,7 @@ class Costs(Part):
     each group of an expert's kernels, `copy_call` each copy, `cpu_submit` and `cpu_return` each visit that computes
     experts on the CPU, before and behind them. Times as long as the machine's: `launch` a launch, `gap` between groups
     of kernels and what a group takes to start, `gpu_kernels` all kernels, `gpu_experts` the experts' besides.
+    `gpu_products` is what its own products of quantized weights compute a second, at most.
     `dense_launches` and `expert_launches` are kernels that it launches for a layer's dense part and an expert, in place
     of the model's. `copy_rate` is what its copies reach of the link's rate. Experts on the CPU reach `cpu_stream` of
     STREAM, and `cpu_core` bytes a second a thread at most; `cpu_rates` of the runtime, where it has them, go before
@@ -144,6 +153,7 @@ class Costs(Part):
     gap: OwnFactor | None = None
     gpu_kernels: OwnFactor | None = None
     gpu_experts: OwnFactor | None = None
+    gpu_products: OwnProducts | None = None
     dense_launches: OwnCount | None = None
     expert_launches: OwnCount | None = None
     copy_rate: OwnShare | None = None

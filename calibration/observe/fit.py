@@ -34,7 +34,7 @@ GUESS = "guess"
 _GUESS_PRIOR = (300_000, 0.7)
 #: What all threads compute of experts on the CPU, whatever their type, as a factor of the runtime's `cpu_cores`.
 CORES = "cpu_cores"
-_FIELDS = ("ns", "factor", "share", "bytes_per_second", "count")
+_FIELDS = ("ns", "factor", "share", "bytes_per_second", "count", "of_float32")
 _NUDGE = 0.1
 _ROUNDS = 5
 #: Costs whose effects are parallel to this cosine cannot be told apart.
@@ -119,7 +119,7 @@ def with_costs(runtime: Runtime, values: Mapping[str, float], guesses: bool = Fa
     for name, value in values.items():
         if name not in (GUESS, CORES):
             key, _, _ = _number(runtime, name)
-            exact = value if key == "factor" else min(value, 1.0) if key == "share" else round(value)
+            exact = value if key in ("factor", "of_float32") else min(value, 1.0) if key == "share" else round(value)
             changed[name] = getattr(runtime.costs, name).model_copy(update={key: exact})
     if guesses and GUESS in values:
         layer = changed.get("layer", runtime.costs.layer)

@@ -8,11 +8,10 @@ device are estimates too, and a rule of this machine's own goes before them.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from ...dtypes import bits_of
 from ...resources.from_peer import from_peer
@@ -23,8 +22,10 @@ from ...workloads.batches import DECODE
 from ..scenario.scenario import Scenario
 from .attention import Added, Attention
 from .beside_costs import beside_costs
+from .points import Point, between
 from .runtime_costs import RuntimeCosts, launched_model, pieces_of, token_bucket
 from .surface_costs import Kernels, SurfaceCosts, dense_kernels, expert_kernels, head_kernels
+from .tiled_products import TiledProducts
 
 if TYPE_CHECKING:
     from ..scenario.inputs import Inputs
@@ -105,16 +106,6 @@ class ByTokens(dict[int, KernelCost]):
         return cost
 
 
-class _Point(NamedTuple):
-    """A measured kernel group at so many tokens; `device` is another's that it was measured on, or empty."""
-
-    tokens: int
-    ns: int
-    beside_copy_ns: int
-    latency_ns: int
-    device: str = ""
-
-
 class Costs:
     """The costs of one run on one GPU; every method is a table look-up after the first call.
 
@@ -135,6 +126,7 @@ class Costs:
         self.runtime = RuntimeCosts(inputs.runtime, free=scenario.dispatch.mode == "free")
         #: What the copy of an expert of each layer moves.
         self.expert_bytes: Sequence[int] = [scenario.compression.copied_bytes(size) for size in model.expert_bytes]
+        self._tiled = TiledProducts(inputs.runtime.costs.gpu_products, profile.device, inputs.steps)
         self._rule = profile.compute.rule
         self._grouped = profile.compute.grouped if scenario.dispatch.expert_kernel == "grouped" else None
         self._mode = scenario.dispatch.mode
@@ -142,7 +134,7 @@ class Costs:
         self.by_priority = scenario.copy_.by_rank
         #: By what it is, its weights' bytes, which may be the same in many layers, and tokens.
         self._known: dict[tuple[str, int, int], KernelCost] = {}
-        self._known_experts: dict[tuple[int, int, int], KernelCost] = {}
+        self._known_experts: dict[tuple[int, int, int, int], KernelCost] = {}
         self.estimates: dict[str, str] = {}
         memory = scenario.copy_.host_memory or ("pinned" if "pinned" in profile.h2d else "pageable")
         if memory not in profile.h2d:
@@ -231,7 +223,7 @@ class Costs:
         self._surface = None if surface is None else SurfaceCosts(surface, self._mode, starts, low_bit=fewer)
         self._latency_ns = 0 if self._mode == "free" else compute.launch_latency.ns
         dispatch = "eager" if self._mode == "eager" else "graph"
-        self._expert_points: dict[int, list[_Point]] = {}
+        self._expert_points: dict[int, list[Point]] = {}
         for expert in compute.experts:
             if (expert.hidden, expert.dtype, expert.dispatch) == (model.hidden, model.expert_dtype, dispatch):
                 self._expert_points.setdefault(expert.expert_ff, []).append(self._point(expert))
@@ -241,24 +233,24 @@ class Costs:
             for shape, points in table.items():
                 table[shape] = sorted(self._standing_in(points))
 
-    def _standing_in(self, points: list[_Point]) -> list[_Point]:
+    def _standing_in(self, points: list[Point]) -> list[Point]:
         """Returns the points of this machine; if there are none, nor a rule of its own, those of another."""
         ours = [point for point in points if not point.device]
         return ours if ours or self._rule.device is None else points
 
-    def _of_weights(self, measured: Iterable[KernelPoint], dispatch: str, kernels: int) -> dict[int, list[_Point]]:
+    def _of_weights(self, measured: Iterable[KernelPoint], dispatch: str, kernels: int) -> dict[int, list[Point]]:
         shape = (self.model.hidden, self.model.dense_dtype, dispatch, kernels)
-        points: dict[int, list[_Point]] = {}
+        points: dict[int, list[Point]] = {}
         for kernel in measured:
             # What attention adds with the context is `Attention`'s.
             if (kernel.hidden, kernel.dtype, kernel.dispatch, kernel.kernels) == shape and not kernel.context:
                 points.setdefault(kernel.weight_bytes, []).append(self._point(kernel))
         return points
 
-    def _point(self, kernel: ExpertPoint | KernelPoint) -> _Point:
+    def _point(self, kernel: ExpertPoint | KernelPoint) -> Point:
         latency_ns = self._latency_ns if kernel.launch_latency_ns is None else kernel.launch_latency_ns
         latency_ns = 0 if self._mode == "free" else latency_ns
-        return _Point(kernel.tokens, kernel.ns, kernel.beside_copy_ns, latency_ns, kernel.device or "")
+        return Point(kernel.tokens, kernel.ns, kernel.beside_copy_ns, latency_ns, kernel.device or "")
 
     def copy(self, size_bytes: int) -> CopyCost:
         """Returns the copy of an expert of so many bytes to the GPU."""
@@ -335,6 +327,7 @@ class Costs:
         if cost is None:
             kernels = dense_kernels(model.hidden, model.dense_dtype, model.dense_kernels, size)
             cost = self._kernel("dense part", self._dense_points.get(size, ()), kernels, tokens)
+            cost = _at_least(cost, self._tiled.least_ns(model.dense_dtype, size, tokens))
             self._known["dense", size, tokens] = cost
         return cost
 
@@ -353,14 +346,17 @@ class Costs:
         """Returns one expert's kernels over `tokens` tokens of a step of a phase."""
         tokens = self.run_tokens(tokens, phase)
         size, width = self.model.expert_bytes[layer], self.model.routed(layer).expert_ff
-        cost = self._known_experts.get((size, width, tokens))
+        cost = self._known_experts.get((size, width, tokens, phase))
         if cost is None:
             points = self._expert_points.get(width, ())
             cost = self._kernel("expert", points, self._expert_kernels(layer), tokens)
             if self._grouped is not None:  # a kernel of several pays the constant once, see `grouped`
                 ns = self.runtime.kernel_ns("expert", self._grouped.ns(size))
                 cost = replace(cost, ns=round(ns), slowdown=self._grouped.beside_copy_factor)
-            self._known_experts[size, width, tokens] = cost
+            least_ns = self._tiled.least_ns(self.model.expert_dtype, size, tokens, phase)
+            if least_ns:
+                cost = _at_least(cost, least_ns + self.grouped_saved_ns)
+            self._known_experts[size, width, tokens, phase] = cost
         return cost
 
     def _expert_kernels(self, layer: int) -> Kernels:
@@ -422,7 +418,7 @@ class Costs:
             or any(point.beside_copy_ns > point.ns for point in measured)
         )
 
-    def _kernel(self, what: str, points: Sequence[_Point], kernels: Kernels, tokens: int) -> KernelCost:
+    def _kernel(self, what: str, points: Sequence[Point], kernels: Kernels, tokens: int) -> KernelCost:
         """Returns a group of kernels over `tokens` tokens.
 
         Measured, or between two measured; fewer tokens than were measured cost as much as the fewest, more cost what
@@ -436,7 +432,7 @@ class Costs:
             ns, latency_ns = last.ns + more_ns, last.latency_ns
             beside_ns = ns * last.beside_copy_ns / last.ns
         else:
-            ns, beside_ns, latency_ns = _between(points, tokens)
+            ns, beside_ns, latency_ns = between(points, tokens)
         if points and points[0].device:
             beyond = " and, beyond their tokens, by its rule" if tokens > points[-1].tokens else ""
             self.estimates[what] = f"as measured on {points[0].device}{beyond}, not on this machine"
@@ -483,14 +479,9 @@ class Costs:
         return kernels if self._mode == "eager" else 1
 
 
-def _between(points: Sequence[_Point], tokens: int) -> tuple[float, float, int]:
-    """Returns duration, that beside a copy and latency, in ns, on a straight line between the measured neighbors."""
-    at = bisect_left(points, (tokens,))
-    after = points[at]
-    before = points[at - 1] if at else after
-    share = (tokens - before.tokens) / (after.tokens - before.tokens) if at else 0.0
-    ns, beside_ns, latency_ns = (low + share * (high - low) for low, high in zip(before[1:4], after[1:4], strict=True))
-    return ns, beside_ns, round(latency_ns)
+def _at_least(cost: KernelCost, ns: float) -> KernelCost:
+    """Returns a cost that takes at least so long."""
+    return cost if cost.ns >= ns else replace(cost, ns=round(ns))
 
 
 def part_costs(inputs: Inputs, *, timed: bool = False) -> list[Costs]:

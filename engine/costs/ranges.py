@@ -32,7 +32,7 @@ UNSTATED = {"measured": 0.02, "fitted": 0.05, "published": 0.15, "datasheet": 0.
 _FOREIGN = 0.2
 #: What grows with a cost's factor, and what shrinks: a runtime's own costs, too.
 _TIMES = {*TIMES, "factor", "count"}
-_RATES = {*RATES, "share"}
+_RATES = {*RATES, "share", "of_float32"}
 
 _AnyPart = TypeVar("_AnyPart", bound=Part)
 #: The factor of a cost, by its path and spread.

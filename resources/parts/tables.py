@@ -151,6 +151,14 @@ def find_gpu(text: str) -> Gpu:
     return _find("machine.gpu", text, gpus())
 
 
+def gpu_of_device(device: str) -> Gpu | None:
+    """Returns the GPU that a profile's `device` tells of, such as '2 x NVIDIA H200 (141 GB), PCIe 5'; None: unknown."""
+    try:
+        return find_gpu(re.split(r" \(|,", re.sub(r"^\d+ x ", "", device))[0])
+    except PartError:
+        return None
+
+
 def find_cpu(text: str) -> Cpu:
     """Returns the processor of a name such as '7950x' or 'Ryzen 9 7950X'; PartError if none, or several, have it."""
     return _find("machine.cpu", text, cpus())
