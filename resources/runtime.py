@@ -116,6 +116,16 @@ class CpuCore(OwnCost):
     bytes_per_second: BytesPerSecond = Field(gt=0)
 
 
+class Launches(Part):
+    """Kernels that it launches for models whose name begins so, in place of the model's and of what it has for all."""
+
+    model: str = Field(min_length=1)
+    dense: int | None = Field(default=None, ge=1, le=100_000)
+    expert: int | None = Field(default=None, ge=1, le=100_000)
+    source: Known
+    note: str = ""
+
+
 class Copies(Part):
     """How an expert comes to the GPU.
 
@@ -197,6 +207,7 @@ class Runtime(Part):
     costs: Costs = Costs()
     cpu_rates: tuple[CpuRate, ...] = ()
     cpu_cores: tuple[CpuCore, ...] = ()
+    launches: tuple[Launches, ...] = ()
     #: What of it can be set, for advice.
     advice: Advice = Advice()
 

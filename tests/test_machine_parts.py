@@ -186,6 +186,23 @@ def test_a_share_is_the_geometric_mean_and_its_spread_that_of_one_machine() -> N
     assert share.spread == pytest.approx(abs(math.log(0.5 / 0.8)) / math.sqrt(2))
 
 
+def test_pageable_copies_are_as_quick_as_those_of_known_machines_in_the_middle() -> None:
+    h200 = reached.measured("h200")
+    times = reached.pageable_times(h200)
+    # Itself, the other measured one, and a published one of four sizes, each over what the H200's host takes for it.
+    queued = dict(h200.data["h2d"]["pageable"]["queued"]["points"])
+    published = {2**20: 13.73, 2**22: 17.07, 2**24: 18.42, 2**26: 12.88}
+    ratios = [rate * queued[size] / size for size, rate in published.items()]
+    assert times.values[0] == 1 and times.values[2] == pytest.approx(math.prod(ratios) ** 0.25)
+    size, ns = (load_profile("gpu=rtx4090").h2d["pageable"].queued.points or ())[-1]
+    nearest = reached.nearest(find_gpu("rtx4090"))
+    theirs = dict(nearest.data["h2d"]["pageable"]["queued"]["points"])
+    least_ns = min(theirs.values())
+    assert (theirs[size] - least_ns) / (ns - least_ns) == pytest.approx(
+        reached.pageable_times(nearest).middle, rel=1e-3
+    )
+
+
 def test_shares_come_from_the_measured_profiles_and_from_what_is_published() -> None:
     h200 = load_profile("h200").h2d["pinned"].queued.bytes_per_second
     assert h200 is not None

@@ -15,7 +15,7 @@ import pytest
 from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_scenario, tiny_trace
 
 from prestage.engine.costs.cpu_streams import HIGHEST, LOWEST, MIDDLE, CpuStream
-from prestage.engine.costs.runtime_costs import RuntimeCosts
+from prestage.engine.costs.runtime_costs import RuntimeCosts, launched_model
 from prestage.engine.measure.recording import Recording
 from prestage.engine.run import ENGINES
 from prestage.engine.scenario.amounts import ScenarioError
@@ -23,6 +23,7 @@ from prestage.engine.scenario.scenario import Scenario, load_scenario, make_scen
 from prestage.resources.runtime import SPREADS, OwnTime, Runtime, RuntimeFileError, load_runtime, runtime_names
 from prestage.resources.timeline import CPU_EXPERT, DEMAND, DENSE, EXPERT, HEAD
 from prestage.testing import record
+from prestage.workloads.model import load_model
 
 ASSUMED = {"source": "assumed"}
 
@@ -227,6 +228,18 @@ def test_a_step_of_so_many_tokens_is_fetched_whole_and_a_smaller_one_computed(tm
     scenario = own_scenario(written(tmp_path), miss=miss, memory={"gpu_budget": "2experts"})
     recording = record(tiny_inputs(tiny_model(1), tiny_profile(), trace, scenario), engine)
     assert [len(starts(recording, kind)) for kind in (DEMAND, CPU_EXPERT)] == [2, 1]
+
+
+def test_kernels_that_it_launches_for_one_family_of_models_go_before_those_for_all(tmp_path: Path) -> None:
+    file = tmp_path / "own.toml"
+    file.write_text(
+        'name = "own"\n[costs.dense_launches]\ncount = 7\nsource = "assumed"\n'
+        '[[launches]]\nmodel = "gpt-oss"\nexpert = 11\nsource = "source"\n',
+        encoding="utf-8",
+    )
+    gpt, qwen = (launched_model(load_model(name), load_runtime(str(file))) for name in ("gpt-oss-20b", "qwen3-30b-a3b"))
+    assert (gpt.dense_kernels, gpt.expert_kernels) == (7, 11)
+    assert (qwen.dense_kernels, qwen.expert_kernels) == (7, load_model("qwen3-30b-a3b").expert_kernels)
 
 
 @pytest.mark.parametrize(("eviction", "copied", "computed"), [("preloaded", 2, 0), ("spent", 2, 1)])

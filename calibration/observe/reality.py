@@ -4,7 +4,7 @@
     python -m prestage.calibration.observe.reality llama.cpp OUT.json
 
 What is fitted to which runs is said here: of three models two runs each, of mixtral-8x7b none; and for llama.cpp, two
-models for each that is predicted.
+models for each that is predicted, and three rows of the model itself.
 """
 
 from __future__ import annotations
@@ -41,10 +41,13 @@ HELD_OUT = {
     "mixtral-8x7b": ("qwen3-30b-a3b", "gpt-oss-20b"), "qwen3-30b-a3b": ("mixtral-8x7b", "gpt-oss-20b"),
     "gpt-oss-20b": ("mixtral-8x7b", "qwen3-30b-a3b"), "olmoe-1b-7b": ("qwen3-30b-a3b", "gpt-oss-20b"),
 }  # fmt: skip
-#: The first choice, made before any error of any runtime file was seen.
-FIRST_COSTS = ("step", "layer", "cpu_submit", "cpu_cores")
-#: Chosen when the first one's errors were known.
+#: Chosen when the errors of a first choice were known.
 BENCH_COSTS = ("step", "gpu_kernels", "cpu_submit", "cpu_cores")
+#: The three rows of each model that its own constants are fitted to, with as many costs: no layer on the CPU, and the
+#: most layers there with the most and the fewest threads.
+OWN_ROWS = re.compile("mixtral.*-ncmoe(0-t16|4-t16|4-t4)-d0|qwen3.*-ncmoe(0-t16|12-t16|12-t4)-d0|"
+                      "(gpt-oss|olmoe).*-ncmoe(0-t16|8-t16|8-t4)-d0")  # fmt: skip
+OWN_COSTS = ("gpu_kernels", "cpu_submit", "cpu_cores")
 #: What its memory gives 16 threads: 95.3 GB/s, on another day 98.4 (calibration/samples/h200-runtimes/components).
 CPU_GB_PER_S = 97.0
 
@@ -114,23 +117,27 @@ def decode_report(engine: str | None = None) -> dict[str, Any]:
 
 
 def bench_report(engine: str | None = None) -> dict[str, Any]:
-    """Returns the report of llama-bench's rows, each model predicted by a fit to two others."""
+    """Returns the report of llama-bench's rows, each model predicted by fits to two others and to three of its own."""
     observations = benched()
     predictor = Predictor(observations, "llama.cpp", engine)
     everything = range(len(observations))
     before = [predictor.ns(number, {}) for number in everything]
     busiest = [predictor.busiest_ns(number) for number in everything]
     after, first, fits = list(before), list(before), []
+    seen = [OWN_ROWS.fullmatch(each.name) is not None for each in observations]
     for model, others in HELD_OUT.items():
-        chosen = [number for number in everything if observations[number].group in others]
-        for names, into in ((FIRST_COSTS, first), (BENCH_COSTS, after)):
+        foreign = [number for number in everything if observations[number].group in others]
+        own = [number for number in everything if observations[number].group == model]
+        for names, chosen, into in (
+            (BENCH_COSTS, foreign, first), (OWN_COSTS, [number for number in own if seen[number]], after)
+        ):  # fmt: skip
             fitted = fit(predictor, observations, names, chosen)
             told = {"costs": _costs(fitted), "sums": list(fitted.sums)}
-            fits.append({"predicts": model, "fitted_to": list(others)} | told)
-            for number in everything:
-                if observations[number].group == model:
-                    into[number] = predictor.ns(number, fitted.values)
-    rows = report(observations, before, after, busiest, [False] * len(observations))
+            runs = list(others) if chosen is foreign else [observations[number].name for number in chosen]
+            fits.append({"predicts": model, "fitted_to": runs} | told)
+            for number in own:
+                into[number] = predictor.ns(number, fitted.values)
+    rows = report(observations, before, after, busiest, seen)
     for row, ns in zip(rows, first, strict=True):
         row["first_ns"] = round(ns)
     return {"runtime": "llama.cpp", "fits": fits, "rows": rows}

@@ -66,10 +66,13 @@ class RuntimeCosts:
 
 def launched_model(model: Model, runtime: Runtime) -> Model:
     """Returns a model of as many kernels as the runtime launches for its parts."""
-    dense, expert = runtime.costs.dense_launches, runtime.costs.expert_launches
-    if dense is not None:
-        model = replace(model, dense_kernels=dense.count)
-    return model if expert is None else replace(model, expert_kernels=expert.count)
+    costs, dense, expert = runtime.costs, model.dense_kernels, model.expert_kernels
+    dense = dense if costs.dense_launches is None else costs.dense_launches.count
+    expert = expert if costs.expert_launches is None else costs.expert_launches.count
+    for own in runtime.launches:
+        if model.name.startswith(own.model):
+            dense, expert = own.dense or dense, own.expert or expert
+    return replace(model, dense_kernels=dense, expert_kernels=expert)
 
 
 def unsure(runtime: Runtime) -> dict[str, OwnCost]:

@@ -13,7 +13,16 @@ from typing import Any
 
 from .chosen import Chosen, Reach, choose
 from .kernels import KernelFit
-from .reached import MeasuredMachine, copy_share, kernel_spread, nearest, peer_share, surface_of, transfer_spread
+from .reached import (
+    MeasuredMachine,
+    copy_share,
+    kernel_spread,
+    nearest,
+    pageable_times,
+    peer_share,
+    surface_of,
+    transfer_spread,
+)
 from .tables import Gpu
 from .written import figures
 
@@ -198,12 +207,17 @@ def _latency_ns(cost: Mapping[str, Any], bytes_per_second: int) -> int:
 
 
 def _pageable(reach: Reach, machine: MeasuredMachine) -> _Plain:
-    """Returns copies from pageable memory as measured elsewhere, or as long as the link takes if that is longer."""
+    """Returns copies from pageable memory as known machines have them, or as long as the link takes if that is longer.
+
+    What a copy takes beyond the smallest one goes with their middle rate.
+    """
     measured = machine.data["h2d"]["pageable"]
-    copies = {"gap": _taken(measured["gap"], machine, transfer_spread("h2d"))}
+    copies, times = {"gap": _taken(measured["gap"], machine, transfer_spread("h2d"))}, pageable_times(machine)
     for name in ("alone", "queued"):
-        cost = _taken(measured[name], machine, transfer_spread("h2d"))
-        points = [(size, max(ns, round(size * 1e9 / reach.bytes_per_second))) for size, ns in cost["points"]]
+        cost = _taken(measured[name], machine, times.spread)
+        least_ns = cost["points"][0][1]
+        quicker = [(size, least_ns + (ns - least_ns) / times.middle) for size, ns in cost["points"]]
+        points = [(size, round(max(ns, size * 1e9 / reach.bytes_per_second))) for size, ns in quicker]
         copies[name] = {**cost, "points": points}
     return copies
 

@@ -15,6 +15,8 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
+from ...units import whole_bytes
+from ..profile_costs import TransferCost
 from ..scaled_surface import Scale, scaled_surface
 from ..surface import Surface
 from .kernels import KernelFit, errors, fitted
@@ -116,6 +118,29 @@ def link_share(without: Iterable[str] = ()) -> Share:
         if name not in out
     ]
     return Share((*values, *_published("link")))
+
+
+def pageable_times(machine: MeasuredMachine) -> Share:
+    """Returns how many times as fast as a measured machine's copies from pageable memory those of known machines are.
+
+    Of the measured ones, itself among them, and of those that are published: each the geometric mean over the sizes
+    that are published.
+    """
+    rows: dict[str, dict[int, float]] = {}
+    for entry in published():
+        if entry.what == "pageable":
+            rows.setdefault(entry.source, {})[int(str(whole_bytes(entry.of)))] = float(entry.reached)
+    sizes = sorted({size for rates in rows.values() for size in rates})
+    own = _pageable_rates(machine, sizes)
+    known = [_pageable_rates(measured(name), sizes) for name in MEASURED] + list(rows.values())
+    ratios = [[math.log(rate / own[size]) for size, rate in rates.items()] for rates in known]
+    return Share(tuple(math.exp(statistics.fmean(logs)) for logs in ratios))
+
+
+def _pageable_rates(machine: MeasuredMachine, sizes: Iterable[int]) -> dict[int, float]:
+    """Returns the bytes a second of a machine's copies of such sizes from pageable memory, straight between points."""
+    cost = TransferCost.model_validate(machine.data["h2d"]["pageable"]["queued"])
+    return {size: size * 1e9 / cost.ns(size) for size in sizes}
 
 
 def ram_share() -> Share:

@@ -99,9 +99,12 @@ class Drive(Listed):
 
 
 class Reached(Part):
-    """A published measurement: `reached` bytes a second of what a link, memory or processor is said to have (`of`)."""
+    """A published measurement: `reached` bytes a second of what a link, memory or processor is said to have (`of`).
 
-    what: Literal["link", "ram", "cpu"]
+    Of copies from pageable memory, `of` are the bytes of one; the rows of one machine share their `source`.
+    """
+
+    what: Literal["link", "ram", "cpu", "pageable"]
     of: str
     reached: BytesPerSecond = Field(gt=0)
     source: str
