@@ -101,7 +101,10 @@ def report(
 
 def topology(
     machine: Annotated[
-        str, typer.Argument(help="A scenario (a TOML file or a shipped one's name) or a profile (a name, a JSON file).")
+        str,
+        typer.Argument(
+            help="A scenario (a TOML file or a name), a profile (a name, a JSON file), or parts: gpu=rtx4090."
+        ),
     ],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Draw it to this .png, .pdf or .svg.")] = None,
     result: Annotated[

@@ -16,6 +16,8 @@ _MEANT = {
 }
 #: What typer says of a value, in words of a library's.
 _WHOLE = re.compile(r"Input should be a valid integer.*|'.*' is not a valid int(?:eger)?.*")
+_LEAST = re.compile("Input should be greater than or equal to")
+_MOST = re.compile("Input should be less than or equal to")
 _NUMBER = re.compile(r"Input should be a valid number.*|'.*' is not a valid float.*")
 
 
@@ -23,11 +25,14 @@ def usage_words(error: Any, arguments: Sequence[str]) -> str:
     """Returns the line for one of typer's usage errors: what is wrong, what it may have meant, where help is."""
     text = str(error.format_message()).rstrip(".?")
     command = error.ctx.command_path if error.ctx else "prestage"
+    text = _LEAST.sub("must be at least", _MOST.sub("must be at most", text))
     text = _WHOLE.sub("must be a whole number", _NUMBER.sub("must be a number", text))
     given = _given(getattr(getattr(error, "param", None), "opts", ()), arguments)
     if given is not None and given not in text:
         text += f", not {given!r}"
     meant = _key_hint(error) or _command_hint(text)
+    if meant:
+        text = text.partition(" (Possible")[0]
     return f"{text}{meant}; `{command} --help` tells more"
 
 

@@ -15,7 +15,7 @@ from ..engine.measure.merge import step_metrics
 from ..engine.measure.recording import Recording
 from ..engine.measure.speed import Serving
 from ..engine.prediction import middles
-from ..engine.scenario.amounts import ScenarioError, parse_bytes
+from ..engine.scenario.amounts import AMOUNT, ScenarioError, parse_bytes
 from ..engine.scenario.inputs import Inputs
 from ..words import unknown_name
 from .advice_space import Request
@@ -152,6 +152,8 @@ def parse_limits(options: Iterable[str]) -> Limits:
     for option in options:
         name, _, text = (part.strip() for part in option.partition("="))
         if name == "memory":
+            if not text.endswith("%") and AMOUNT.fullmatch(text) is None:
+                raise ScenarioError(f"--within memory={text}: write bytes as '24GiB', or a share of the GPU's as '90%'")
             memory = text if text.endswith("%") else f"{parse_bytes(text)}B"
             continue
         if name not in GOALS:

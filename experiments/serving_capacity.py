@@ -218,7 +218,10 @@ def serving_capacity(
     The search begins at its `requests.rate`. Raises ScenarioError if its requests do not come by a rate.
     """
     if scenario.requests is None:
-        raise ScenarioError("requests: missing: capacity is of requests under load: give a scenario with [requests]")
+        raise ScenarioError(
+            "requests: missing: capacity is of requests under load: give a scenario with [requests], or "
+            "set requests.prompt_tokens = 512"
+        )
     arrivals = scenario.requests.arrivals
     if arrivals not in ARRIVALS:
         raise ScenarioError(f"requests.arrivals = {arrivals!r}: has no rate: choose one of {', '.join(ARRIVALS)}")

@@ -18,6 +18,8 @@ from rich.text import Text
 from ..engine.measure.comparison import read_result
 from ..engine.scenario.scenario import load_scenario, scenario_names
 from ..errors import InputError
+from ..resources.parts.tables import gpus
+from ..resources.parts.written import is_of_parts
 from ..resources.profile import Profile, load_profile, profile_names
 from ..resources.profile_costs import ProfileError
 from ..resources.topology import Route, Topology
@@ -30,10 +32,11 @@ _NAMED = 4
 
 def machine_of(name: str) -> Profile:
     """Returns the profile of this name, or that of the scenario of this name; it has a topology, or ProfileError."""
-    if name not in profile_names() and not name.endswith(".json"):
+    if name not in profile_names() and not name.endswith(".json") and not is_of_parts(name):
         if not name.endswith(".toml") and name not in scenario_names():
             known = [*profile_names(), "FILE.json", *scenario_names(), "FILE.toml"]
-            raise ProfileError(unknown_name("MACHINE", name, known))
+            said = unknown_name("MACHINE", name, known)
+            raise ProfileError(f"{said}; or name its parts: 'gpu={name}'" if name in gpus() else said)
         name = load_scenario(name).machine.profile
     profile = load_profile(name)
     if profile.topology is None:

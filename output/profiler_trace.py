@@ -60,9 +60,12 @@ class Imported:
 def load_timeline(path: str | Path) -> Imported:
     """Read a trace (.json, .json.gz) as far as it can be read; `reading` of the result says how far that was.
 
+    Of a folder that `prestage run --out` wrote, it is its timeline.
     Raises TraceFileError if it is none, and OSError if it cannot be read.
     """
     path = Path(path)
+    if path.is_dir():
+        path = path / "timeline.json.gz"
     events = TraceEvents(path)
     other = events.beside.get("otherData")
     declared = other if isinstance(other, dict) and "lanes" in other else None

@@ -23,7 +23,7 @@ from ..words import problems, unknown_name
 from .extending import extended, own
 from .facts import Bytes, BytesPerSecond, Cost, Fact, Part
 from .parts.assemble import assembled
-from .parts.tables import PartError
+from .parts.tables import PartError, gpus
 from .parts.written import is_of_parts
 from .profile_costs import NO_TIME, ComputeCosts, CopyCosts, Duration, HostCosts, ProfileError, TransferCost
 from .topology import Topology
@@ -265,7 +265,8 @@ def _read(name: str, path: Path, key: str) -> Any:
             raise ProfileError(str(error)) from None
     if not name.endswith(".json"):
         if name not in profile_names():
-            raise ProfileError(unknown_name(key, name, [*profile_names(), "FILE.json"]))
+            said = unknown_name(key, name, [*profile_names(), "FILE.json"])
+            raise ProfileError(f"{said}; or name its parts: 'gpu={name}'" if name in gpus() else said)
         return json.loads(
             (resources.files("prestage") / "calibration" / "profiles" / f"{name}.json").read_text("utf-8")
         )

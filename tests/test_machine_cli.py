@@ -62,7 +62,7 @@ def test_a_machine_is_written_as_a_profile_whose_costs_are_those_of_its_parts(pr
         (["machine", "make", "--ram", "64GB"], "--gpu: missing: name the machine's GPU"),
         (["machine", "make", "--gpu", "rtx4091", "-o", "my.json"], "did you mean 'rtx4090'"),
         (["machine", "make", "--gpu", "rtx4090", "-o", "my.toml"], "a profile is a .json file"),
-        (["machine", "show", "gpu=nothing"], "machine.gpu = 'nothing': choose one of"),
+        (["machine", "show", "gpu=nothing"], "machine.gpu = 'nothing': no such part; see `prestage machine list gpus`"),
         (["run", "--gpu", "rtx4090", "--ram", "much"], "machine.ram = 'much': write it as '2x DDR5-5600'"),
         (["run", "--model", "nothing"], "model 'nothing': "),
     ],

@@ -131,7 +131,7 @@ def test_a_processor_is_found_by_the_names_that_people_give_it(text: str) -> Non
         ("gpu=2x rtx3090", "say what the host's memory holds"),
         ("gpu=2x m3-ultra", "is one with the host's memory: give 1"),
         ("gpu=m3-ultra, link=pcie4", "has the host's memory, and no link"),
-        ("gpu=none, cpu=7950x", "give ram, '64GB DDR5-5600'"),
+        ("gpu=none, cpu=7950x", "give ram with its size"),
         ("gpu=rtx3090, gpus=two", "gpus = 'two': give a number"),
         ("gpu=0x rtx3090", "give at least 1x"),
     ],

@@ -56,6 +56,15 @@ _MOST_PROBLEMS = 20
 OF_A_MODEL = "one-gpu"
 
 
+#: What a key is called by the options of runtimes that are predicted.
+_ELSEWHERE = {
+    "batch_size": ["workload.batch"],
+    "ctx_size": ["workload.context"],
+    "n_cpu_moe": ["memory.cpu_layers"],
+    "threads": ["miss.cpu_threads"],
+}
+
+
 class Scenario(Section):
     """One run, whole. `model_dump()` gives it back as plain data."""
 
@@ -292,7 +301,7 @@ def scenario_keys() -> list[str]:
 
 def keys_named(name: str) -> list[str]:
     """Returns the keys that are called so in their sections; those of an outer section go before an inner one's."""
-    found = [key for key in scenario_keys() if key.rpartition(".")[2] == name]
+    found = [key for key in scenario_keys() if key.rpartition(".")[2] == name] or _ELSEWHERE.get(name, [])
     least = min((key.count(".") for key in found), default=0)
     return [key for key in found if key.count(".") == least]  # `tokens` is the workload's, before synthetic's
 

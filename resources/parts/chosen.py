@@ -101,7 +101,10 @@ def choose(name: str, without: Iterable[str] = ()) -> Chosen:
     processor, sockets_memory = _processor(given.get("cpu"))
     ram = _ram(given.get("ram"), sockets_memory)
     if gpu is None and (ram.capacity_bytes is None or ram.rate is None):
-        raise PartError(f"machine {shown(name)}: gpu={NO_GPU} computes on the processor: give ram, '64GB DDR5-5600'")
+        raise PartError(
+            f"machine {shown(name)}: gpu={NO_GPU} computes on the processor: give ram with its size and its kind, "
+            "'64GB DDR5-5600'"
+        )
     ram_reach = None if ram.rate is None else _reach(ram.rate, "ram")
     if ram.rate is None:
         cpu_reach = None
@@ -126,6 +129,8 @@ def _gpus(given: dict[str, str]) -> tuple[int, Gpu | None]:
         count *= int(given["gpus"])
     if not 1 <= count <= _MOST_GPUS:
         raise PartError(f"machine.gpus = {count}: give 1 to {_MOST_GPUS}")
+    if name.lower() in ("cpu", "no gpu"):
+        raise PartError(f"machine.gpu = {shown(name)}: without a GPU, set machine.gpu = '{NO_GPU}'")
     if name == NO_GPU:
         gpu = None
     elif name.lower() in cpus() and name.lower() not in gpus():

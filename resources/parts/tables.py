@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 from pydantic import Field
 
 from ...errors import InputError
-from ...words import shown, unknown_name
+from ...words import did_you_mean, shown, unknown_name
 from ..facts import Bytes, BytesPerSecond, FlopsPerSecond, Part
 
 
@@ -172,6 +172,10 @@ def find_drive(text: str) -> Drive:
     return _find("machine.drive", text, drives())
 
 
+#: Of more parts than these, a message names the nearest alone.
+_MOST_NAMED = 40
+
+
 def _find(key: str, text: str, table: Mapping[str, _Found]) -> _Found:
     wanted = _plain(text)
     called = {name: {_plain(each) for each in (name, part.title, *part.driver_names)} for name, part in table.items()}
@@ -181,7 +185,11 @@ def _find(key: str, text: str, table: Mapping[str, _Found]) -> _Found:
             return table[found[0]]
         if found:
             raise PartError(f"{key} = {shown(text)}: there are several: choose one of {', '.join(found)}")
-    raise PartError(unknown_name(key, text, table))
+    if len(table) <= _MOST_NAMED:
+        raise PartError(unknown_name(key, text, table))
+    hint = did_you_mean(text, table)
+    kind = key.removeprefix("machine.")
+    raise PartError(f"{key} = {shown(text)}: no such part; {hint or 'see'} `prestage machine list {kind}s` lists all")
 
 
 def _plain(text: str) -> str:

@@ -16,7 +16,8 @@ from .tables import Drive, LinkKind, PartError, find_drive, link_kinds, memory_k
 #: The parts of a machine, in the order in which its name tells them.
 PARTS = ("gpu", "gpus", "link", "cpu", "ram", "drive")
 _MODULE_BYTES = {"MB": 2**20, "MiB": 2**20, "GB": 2**30, "GiB": 2**30, "TB": 2**40, "TiB": 2**40}
-_TIMES = re.compile(r"(\d{1,4})\s*x\s+(.+)|(\d{1,4})x(?=\D)(.+)", re.IGNORECASE)
+#: A count that is glued to its part has three digits at most: 7900xtx is a name.
+_TIMES = re.compile(r"(\d{1,4})\s*x\s+(.+)|(\d{1,3})x(?=\D)(.+)", re.IGNORECASE)
 _LINK = re.compile(r"pci-?e\s*(?:gen)?\s*(\d)(?:\.0)?\s*(?:x\s*(\d{1,2}))?", re.IGNORECASE)
 _RAM = re.compile(
     rf"(?:(?P<modules>\d{{1,3}})\s*x(?=[\s\d])\s*)?(?:(?P<size>{NUMBER})\s*(?P<unit>[MGT]i?B)(?!/)\s*)?"
