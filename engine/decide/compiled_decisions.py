@@ -81,6 +81,8 @@ class Decisions:
             })  # fmt: skip
         if shared is not None:
             self._lay_out_loans(int(memory.words[self.threads[0] + w.H_GPUS]))
+            only = np.where(shared.owned.sum(axis=0) == 1, shared.owned.argmax(axis=0), -1)
+            memory.set(self.threads[0], {w.H_OWNERS: memory.put(only)})
         most_experts = max(len(manager.size_of) for _, _, manager in layout.memories)
         self._leaving = np.zeros(2 * most_experts, dtype=np.int64)
         self._make_scratch()

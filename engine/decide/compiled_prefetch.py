@@ -44,6 +44,7 @@ from .decision_words import (
     D_UNIQUE,
     D_UNUSED,
     D_VISIT,
+    D_WANTED,
     E_ASKED,
     E_COPY,
     E_SAVED,
@@ -136,6 +137,14 @@ def ask_for_guesses(t: Tables, g: Word, q: Word, step: Word, layer: Word, share:
 
 
 @compiled
+def ask_for_own(t: Tables, g: Word) -> None:
+    """Ask for the guesses that a GPU serves, where they have been listed for all."""
+    d, wanted = t.words, t.words[g + D_WANTED]
+    for at in range(wanted + 1, wanted + 1 + 2 * d[wanted], 2):
+        ask(t, g, d[at], d[at + 1])
+
+
+@compiled
 def ask_for_what_pays(t: Tables, g: Word, q: Word, step: Word, layer: Word) -> None:
     """Ask for guesses whose copy is expected to save more stall than it causes, as `CostAware` has it."""
     d, floats, layers = t.words, t.floats, t.words[g + D_LAYERS]
@@ -178,7 +187,8 @@ def ask_for_layers(t: Tables, g: Word, step: Word, layer: Word) -> None:
             return
         base = (layer + ahead) % d[g + D_LAYERS] * experts
         for index in range(experts):
-            ask(t, g, base + index, target)
+            if serves(t, g, base + index):
+                ask(t, g, base + index, target)
 
 
 @compiled
@@ -212,7 +222,8 @@ def ask_for_popular(t: Tables, g: Word, step: Word, layer: Word) -> None:
                     most, best = count, index
             if best < 0:
                 break
-            ask(t, g, base + best, target)
+            if serves(t, g, base + best):
+                ask(t, g, base + best, target)
             last_count, last_index = most, best
 
 
@@ -228,6 +239,8 @@ def prefetch_for(t: Tables, g: Word, q: Word, step: Word, layer: Word) -> None:
         ask_for_layers(t, g, step, layer)
     elif kind == POPULARITY:
         ask_for_popular(t, g, step, layer)
+    elif d[g + D_WANTED] >= 0:
+        ask_for_own(t, g)
     else:
         share = 1.0
         if kind == ADAPTIVE_MEMORY:
@@ -239,8 +252,6 @@ def prefetch_for(t: Tables, g: Word, q: Word, step: Word, layer: Word) -> None:
     for number in range(d[asked]):
         expert = d[asked + 1 + number]
         row = t.experts[d[g + D_EXPERTS] + expert]
-        if not serves(t, g, expert):
-            continue
         d[g + D_GUESSED] += row[E_TIMES]
         d[g + D_UNIQUE] += 1
         if row[E_COPY] >= 0:

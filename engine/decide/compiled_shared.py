@@ -13,19 +13,31 @@ import numpy as np
 from ...resources.timeline import COMBINE, DENSE, DISPATCH, EXPERT, HEAD
 from .commands import COMPUTE, FIXED_REGISTERS, OUTPUT, RESULTS, TOKENS, Op
 from .compiled_memory import compiled, entry, resize
+from .compiled_prefetch import first_guess, serves, target_of
 from .compiled_program import has_room_for_visit
-from .compiled_visits import decide_visit, order_own
+from .compiled_visits import decide_visit, first_chosen, order_own
 from .decision_words import (
     D_BUDGETS,
+    D_CHOSEN,
+    D_CONFIDENCES,
+    D_DECAY,
     D_END_STEP,
+    D_FILTERS,
     D_FIRST_STEP,
+    D_GUESSES,
+    D_HORIZONS,
     D_LAYER_EXPERTS,
     D_LAYERS,
+    D_LEAST,
+    D_OWN,
+    D_PER_TOKEN,
     D_POOLS,
+    D_PREFETCH,
+    D_RANKS,
     D_RESULTS,
-    D_SERVERS,
     D_SETTINGS,
     D_STEPS,
+    D_WANTED,
     DECIDED,
     END,
     H_BACK,
@@ -36,11 +48,14 @@ from .decision_words import (
     H_LAYER,
     H_LIVES,
     H_ONE,
+    H_OWNERS,
     H_SERVERS,
     H_SERVES,
     H_STEP,
     H_STEPS,
+    MULTI_STEP,
     Q_PHASE,
+    Q_ROWS,
     Q_SAMPLED,
     ROOM,
     STEP_WORDS,
@@ -134,6 +149,65 @@ def exchange(t: Tables, h: Word, kind: Word, who: Word) -> None:
 
 
 @compiled
+def divide_choices(t: Tables, h: Word, q: Word, layer: Word, place: Word) -> None:
+    """List for each GPU what it serves of a visit's choices, token by token."""
+    d, gpus = t.words, t.words[h + H_GPUS]
+    first = d[gpus + 1]
+    experts, k = d[first + D_LAYER_EXPERTS], d[first + D_PER_TOKEN]
+    servers = d[h + H_SERVERS] + place * experts if d[h + H_SERVERS] >= 0 else d[h + H_OWNERS] + layer * experts
+    for gpu in range(d[gpus]):
+        d[d[d[gpus + 1 + gpu] + D_OWN]] = 0
+    for token in range(d[q + Q_ROWS]):
+        begin = d[first + D_CHOSEN] + first_chosen(t, first, q, layer, token)
+        for at in range(begin, begin + k):
+            if d[at] < 0:
+                break
+            own = d[d[gpus + 1 + d[servers + d[at]]] + D_OWN]
+            d[own] += 1
+            d[own + d[own]] = d[at]
+
+
+@compiled
+def want(t: Tables, g: Word, expert: Word, target: Word) -> None:
+    """Put a guess for visit `target` into a GPU's list."""
+    d, wanted = t.words, t.words[g + D_WANTED]
+    at = wanted + 1 + 2 * d[wanted]
+    d[at], d[at + 1] = expert, target
+    d[wanted] += 1
+
+
+@compiled
+def divide_guesses(t: Tables, h: Word, q: Word, step: Word, layer: Word) -> None:
+    """List for each GPU what it serves of the guesses that the policy asks for, as `ask_for_guesses` does for one."""
+    d, floats, gpus = t.words, t.floats, t.words[h + H_GPUS]
+    g = d[gpus + 1]
+    layers, rows, ranks = d[g + D_LAYERS], d[q + Q_ROWS], d[g + D_RANKS]
+    sure, least, stride = d[g + D_PREFETCH] == MULTI_STEP, floats[g + D_LEAST], layers * d[g + D_HORIZONS] * ranks
+    for gpu in range(d[gpus]):
+        d[d[d[gpus + 1 + gpu] + D_WANTED]] = 0
+    for ahead in range(1, d[g + D_HORIZONS] + 1):
+        target = target_of(t, g, step, layer + ahead)
+        if target < 0:
+            return
+        first = first_guess(t, g, q, layer, ahead)
+        base = (layer + ahead) % layers * d[g + D_LAYER_EXPERTS]
+        for rank in range(ranks):
+            for row in range(rows):
+                at = first + row * stride + rank
+                expert = base + d[d[g + D_GUESSES] + at]
+                if expert < base or (sure and floats[d[g + D_CONFIDENCES] + at] < least):
+                    continue
+                owner = d[d[h + H_OWNERS] + expert]
+                if owner >= 0:
+                    want(t, d[gpus + 1 + owner], expert, target)
+                    continue
+                for gpu in range(d[gpus]):
+                    if serves(t, d[gpus + 1 + gpu], expert):
+                        want(t, d[gpus + 1 + gpu], expert, target)
+        least /= floats[g + D_DECAY]
+
+
+@compiled
 def serve_all(t: Tables, h: Word, step: Word, layer: Word) -> None:
     """Decide a visit on every GPU, in order, and order what it comes to, tokens there and back included."""
     d, rows, gpus = t.words, t.rows, t.words[h + H_GPUS]
@@ -143,6 +217,11 @@ def serve_all(t: Tables, h: Word, step: Word, layer: Word) -> None:
     lives, serves = d[h + H_LIVES] + at * d[gpus], d[h + H_SERVES] + place * d[gpus]
     d[h + H_EXCHANGE_NS] = d[d[h + H_EXCHANGES] + place]
     moves = d[h + H_EXCHANGE_NS] > 0
+    if d[first + D_FILTERS]:
+        q = d[first + D_STEPS] + at * STEP_WORDS
+        divide_choices(t, h, q, layer, place)
+        if d[first + D_WANTED] >= 0:
+            divide_guesses(t, h, q, step, layer)
     decisions = rows[0, 0]
     for gpu in range(d[gpus]):
         g = turn(t, h, gpu)
@@ -157,8 +236,6 @@ def serve_all(t: Tables, h: Word, step: Word, layer: Word) -> None:
         g = turn(t, h, gpu)
         if layer == 0 and d[g + D_BUDGETS] >= 0:
             resize(t, g, d[g + D_BUDGETS] + at * d[d[g + D_POOLS]])
-        if d[h + H_SERVERS] >= 0:
-            d[g + D_SERVERS] = d[h + H_SERVERS] + place * d[g + D_LAYER_EXPERTS]
         decide_visit(t, g, d[g + D_STEPS] + at * STEP_WORDS, step, layer)
         decisions += 1 + d[h + H_ONE]
         rows[decisions, 5] = int(d[X_COPIED] > 0 and t.copies[0, O_WAVE] == 0)  # whether it fetches

@@ -26,14 +26,13 @@ from .decision_words import (
     D_LAYERS,
     D_MISSES,
     D_ON_CPU,
-    D_OWNED,
+    D_OWN,
     D_PER_TOKEN,
     D_PREFETCH,
     D_RECENCY,
     D_RESOLVED,
     D_RESULTS,
     D_ROOMS,
-    D_SERVERS,
     D_SETTINGS,
     D_SHARED,
     D_TIER,
@@ -65,7 +64,6 @@ from .decision_words import (
     Tables,
 )
 from .visit_commands import (
-    GPU,
     O_COPY,
     O_ROOM,
     R_EXPERT,
@@ -107,16 +105,15 @@ def look_up(t: Tables, g: Word, q: Word, layer: Word) -> None:
     """List a visit's unique experts in order of access, with the tokens of each, and in order of last appearance."""
     d, rows, k = t.words, t.words[q + Q_ROWS], t.words[g + D_PER_TOKEN]
     base = 0 if d[g + D_SHARED] else layer * d[g + D_LAYER_EXPERTS]
-    stamp, count = d[g + D_VISIT] + 1, np.int64(0)
-    recency, filters, servers, gpu = d[g + D_RECENCY], d[g + D_FILTERS], d[g + D_SERVERS], d[d[g + D_SETTINGS] + GPU]
-    owned = d[g + D_OWNED] + base
+    stamp, count, recency = d[g + D_VISIT] + 1, np.int64(0), d[g + D_RECENCY]
+    begin, each = d[g + D_CHOSEN] + first_chosen(t, g, q, layer, np.int64(0)), d[g + D_LAYERS] * k
+    if d[g + D_FILTERS]:  # what it serves stands in one list
+        begin, k, rows = d[g + D_OWN] + 1, d[d[g + D_OWN]], 1
     for token in range(rows):
-        first = d[g + D_CHOSEN] + first_chosen(t, g, q, layer, token)
+        first = begin + token * each
         for at in range(first, first + k):
             if d[at] < 0:
                 break
-            if filters and not (d[owned + d[at]] if servers < 0 else d[servers + d[at]] == gpu):
-                continue
             expert = base + d[at]
             row = t.experts[d[g + D_EXPERTS] + expert]
             if row[E_SEEN] == stamp:
@@ -127,12 +124,12 @@ def look_up(t: Tables, g: Word, q: Word, layer: Word) -> None:
             d[recency + count] = expert
             count += 1
     d[X_SERVED] = count
-    place = count if rows > 1 else 0
+    place = count if d[q + Q_ROWS] > 1 else 0
     token = rows - 1
     while place > 0:
-        first = d[g + D_CHOSEN] + first_chosen(t, g, q, layer, token)
+        first = begin + token * each
         for at in range(first + k - 1, first - 1, -1):
-            if d[at] < 0 or (filters and servers < 0 and not d[owned + d[at]]):
+            if d[at] < 0:
                 continue
             row = t.experts[d[g + D_EXPERTS] + base + d[at]]
             if row[E_SEEN] == stamp:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ...machine_words import WordMemory
+from ...machine_words import WordMemory, zeros
 from ...workloads.batches import Step
 from ...workloads.stacks import next_visits
 from ..policies.compiled_eviction import BELADY, NEXT, make_state
@@ -98,7 +98,7 @@ class Layout:
             if part.source.host_memory is not None:
                 self.memories.append((at, part, part.source.host_memory.manager))
         firsts = np.cumsum([0, *(len(manager.size_of) for _, _, manager in self.memories)]).tolist()
-        self.experts = np.zeros((firsts[-1], w.E_COLUMNS), dtype=np.int64)
+        self.experts = zeros(firsts[-1] * w.E_COLUMNS).reshape(-1, w.E_COLUMNS)
         states: list[Array] = []
         for number, part in enumerate(parts):
             self._lay_out_terms(number, part)
@@ -154,7 +154,7 @@ class Layout:
             w.D_RECENCY: memory.allocate(self.most_accesses(part) + 1),
             w.D_ASKED: memory.allocate(prefetch.horizons * trace.num_experts + 1),
             w.D_RANKS: 0 if guesses is None else guesses.experts.shape[3], w.D_GATES: -1, w.D_BUDGETS: -1,
-            w.D_FILTERS: self.shared is not None and self.shared.in_common, w.D_SERVERS: -1,
+            **self._own_lists(source),
             w.D_OWNED: -1 if self.shared is None else memory.put(self.shared.owned[number]),
             w.D_AWAITS_TOKENS: self._pulled is not None,
             w.D_FROM_PEERS: self.shared is not None and self.shared.from_peers,
@@ -166,6 +166,15 @@ class Layout:
         capacity = max(1 << 12, 2 * self.most_copies(part)) if miss is not None else 0
         region = memory.put([memory.allocate(capacity * w.RESOLVED_WORDS), 0, capacity or _FAR])
         self.memory.set(at, {w.D_RESOLVED: region})
+
+    def _own_lists(self, source: Source) -> dict[int, int]:
+        """Returns where a GPU that serves some experts finds those of the common choices and guesses, if it does."""
+        if self.shared is None or not self.shared.in_common:
+            return {w.D_FILTERS: 0, w.D_WANTED: -1}
+        memory, most, wanted, guesses = self.memory, self._most_tokens, -1, source.guesses
+        if guesses is not None and PREFETCHES[type(source.prefetch)] in (w.TOP_K, w.MULTI_STEP):
+            wanted = memory.allocate(1 + 2 * source.prefetch.horizons * guesses.experts.shape[3] * most)
+        return {w.D_FILTERS: 1, w.D_OWN: memory.allocate(1 + source.trace.k * most), w.D_WANTED: wanted}
 
     def _lay_out_memory(self, at: int, part: Part, manager: MemoryManager, first: int, states: list[Array]) -> None:
         """Lay out a memory as it is: who has room, what is free, and what the policies know of it."""

@@ -67,10 +67,11 @@ X_REGISTERS, X_ROOM_FOR, X_ASKS, X_SERVED, X_COPIED, X_TAKEN, X_RESOLVED, X_VISI
 #: alone; the most registers that a visit may take; host memory, where it is a cache (-1: it holds every expert), and
 #: whether prefetches go there alone. Host memory has these words, too, as far as they mean anything there (`D_ROOMS`
 #: is then, by register of a room's bytes, that of the copies out of it); and the requests of a read of an expert of
-#: each layer, how many copies found theirs, and the bytes read. Where GPUs share experts: which of its owners serves
-#: each of the visit's (-1: its only one), whether it owns each of all experts, the list of all GPUs, whether they lend,
-#: whether copies come from another one that has the expert, and, by register of a room, those of its bytes and of the
-#: copies out of it. Whether the host waits for what a step samples.
+#: each layer, how many copies found theirs, and the bytes read. Where GPUs share experts: lists of what it serves of a
+#: visit's choices and, with the visits that they are for, of its guesses (-1: it looks at all guesses), whether it owns
+#: each of all experts, the list of all GPUs, whether they lend, whether copies come from another one that has the
+#: expert, and, by register of a room, those of its bytes and of the copies out of it. Whether the host waits for what a
+#: step samples.
 (
     D_SETTINGS, D_ROOMS, D_EXPERTS, D_LAYERS, D_LAYER_EXPERTS, D_SHARED, D_EVICTION, D_POOLS, D_PREFETCH, D_HORIZONS,
     D_K, D_COPY_NS, D_LEAST, D_DECAY, D_POPULAR, D_PROTECTS, D_DROPS, D_UNPIN_FIRST, D_WATCHES, D_ON_CPU, D_CPU_MOST,
@@ -80,8 +81,8 @@ X_REGISTERS, X_ROOM_FOR, X_ASKS, X_SERVED, X_COPIED, X_TAKEN, X_RESOLVED, X_VISI
     D_FIRST_STEP, D_END_STEP, D_STEPS, D_CHOSEN, D_PER_TOKEN, D_LATER, D_LATER_COLUMNS, D_GUESSES, D_RANKS,
     D_CONFIDENCES, D_BUDGETS, D_FOLLOWING, D_FOLLOWED, D_GATES, D_FREE, D_FREE_COUNT,
     D_NOW, D_BACKLOG, D_FILTERS, D_MOST_REGISTERS, D_TIER, D_STAGES, D_REQUESTS, D_FOUND, D_READ_BYTES,
-    D_SERVERS, D_OWNED, D_GPUS, D_LENDS, D_FROM_PEERS, D_LANDED, D_LENT, D_AWAITS_TOKENS, D_WORDS,
-) = range(80)  # fmt: skip
+    D_OWN, D_WANTED, D_OWNED, D_GPUS, D_LENDS, D_FROM_PEERS, D_LANDED, D_LENT, D_AWAITS_TOKENS, D_WORDS,
+) = range(81)  # fmt: skip
 
 #: A pool: its bytes, and what is free in the order in which it became free: a ring of (bytes, register of whose room it
 #: was, -1 for none); what its policy knows; its first expert on the GPU, and how many it has.
@@ -101,12 +102,12 @@ Q_FIRST, Q_ROWS, Q_PHASE, Q_SAMPLED, STEP_WORDS = range(5)
 #: live, who serves any, and who serves each expert (-1: its only owner). Where a scheduler makes the steps: until when
 #: there is nothing to do (0: now there is), and what the host takes to make one; until when the steps that are laid out
 #: are those that it makes (0: only one is), and where it is noted when each has ended; what it takes to swap KV
-#: blocks out before the step, and in.
+#: blocks out before the step, and in. The only owner of each expert (-1: it has several).
 (
     H_GPUS, H_AT, H_STEP, H_LAYER, H_STEPS, H_DONE, H_SHARES, H_ONE, H_BACK, H_EXCHANGE_NS, H_EXCHANGES, H_LIVES,
     H_SERVES, H_SERVERS, H_IDLE_UNTIL, H_SCHEDULE_NS, H_UNTIL, H_ENDS, H_SWAP_OUT,
-    H_SWAP_IN, THREAD_WORDS,
-) = range(21)  # fmt: skip
+    H_SWAP_IN, H_OWNERS, THREAD_WORDS,
+) = range(22)  # fmt: skip
 
 #: An expert: what holds it (as `compiled_eviction` has it); its copy (-1: absent) and room; whether it was prefetched
 #: and nobody has used it; the visit that looked it up last, its place there; the visit that guessed it last, how often

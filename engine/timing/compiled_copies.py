@@ -19,6 +19,7 @@ from .compiled_prices import (
     O_CPU,
     O_FROM_CPU,
     O_TO_CPU,
+    copy_price,
     factor_of,
     gpu_of,
     price_of,
@@ -51,7 +52,6 @@ from .memory import (
     G_BY_PRIORITY,
     G_CALLS,
     G_COPY_LATENCY,
-    G_COPY_OF,
     G_COPY_SLOWDOWN,
     G_CPU,
     G_D2H,
@@ -97,7 +97,7 @@ from .memory import (
 def copy(m: Words, f: Reals, row: Word) -> None:
     """Enqueue the copy of an expert to the GPU."""
     gpu = gpu_of(m, row)
-    price = m[m[gpu + G_COPY_OF] + m[row + C_EXPERT]]
+    price = copy_price(m, gpu, m[row + C_EXPERT])
     lane = m[gpu + G_PREFETCH] if m[row + C_LANE] == PREFETCH_LANE else m[gpu + G_H2D]
     if m[row + C_TOKENS] != 1:  # else the GPU issues it
         m[gpu + G_NOW] += m[price + P_HOST]

@@ -343,7 +343,9 @@ class Layout:
                 ns = (cost.piece_queued_ns, cost.piece_alone_ns)
             transfers = self._transfer(transfer, *ns, lanes.streams)
             classes[kind] = memory.put((*ns, cost.pieces, cost.host_ns, transfers, number))
-        self.memory.set(at, {w.G_COPY_OF: memory.put(classes[which.reshape(-1)])})
+        alike = len(order) == 1
+        of_expert = classes if alike else classes[which.reshape(-1)]
+        self.memory.set(at, {w.G_COPY_OF: memory.put(of_expert), w.G_COPY_EACH: not alike})
         return [lanes.sizes[int(firsts[kind])] for kind in order]
 
     def _lay_out_shapes(self, one: Any, at: int, sizes: Sequence[int]) -> None:

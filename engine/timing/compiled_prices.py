@@ -20,6 +20,7 @@ from .memory import (
     FACTOR_WORDS,
     FROM_CPU_SHAPE,
     G_ATTENTION,
+    G_COPY_EACH,
     G_COPY_OF,
     G_EXPERTS,
     G_KINDS,
@@ -68,6 +69,12 @@ def gpu_of(m: Words, row: Word) -> Word:
 
 
 @compiled
+def copy_price(m: Words, gpu: Word, expert: Word) -> Word:
+    """Returns what a copy of an expert takes."""
+    return m[m[gpu + G_COPY_OF] + expert * m[gpu + G_COPY_EACH]]
+
+
+@compiled
 def shape_of(m: Words, row: Word) -> Word:
     """Returns the shape that prices a command; -1 if none does."""
     op, kind, layer, gpu = m[row + C_OP], m[row + C_KIND], m[row + C_LAYER], gpu_of(m, row)
@@ -86,7 +93,7 @@ def shape_of(m: Words, row: Word) -> Word:
         elif m[row + C_EXTRA] == LOW_PRECISION:
             what = LOW_SHAPE
         elif m[gpu + G_SIZED]:
-            what = SIZED_SHAPE + m[m[m[gpu + G_COPY_OF] + m[row + C_EXPERT]] + P_CLASS]
+            what = SIZED_SHAPE + m[copy_price(m, gpu, m[row + C_EXPERT]) + P_CLASS]
         else:
             what = EXPERT_SHAPE
     elif op == O_UNPACK:
@@ -112,7 +119,7 @@ def price_of(m: Words, row: Word) -> Word:
 def way_of(m: Words, row: Word) -> Word:
     """Returns what it takes to copy a command's expert from another GPU, or to it."""
     gpu = gpu_of(m, row)
-    of_class = m[m[m[gpu + G_COPY_OF] + m[row + C_EXPERT]] + P_CLASS]
+    of_class = m[copy_price(m, gpu, m[row + C_EXPERT]) + P_CLASS]
     # By class: for each other GPU the way from it, then the way to it.
     place = 2 * (of_class * m[m[GPUS]] + m[row + C_PEER]) + (0 if m[row + C_OP] == O_FETCH else 1)
     return m[m[gpu + G_PEERS] + place]

@@ -74,7 +74,7 @@ CROWD_BUSY, CROWD_LANES, CROWD_TIMES = range(3)
 
 #: A GPU: what the host's calls take there; its lanes; its place in the program; its launch queue; the kernel that is
 #: being grouped; tables of shapes, of copies, and of what goes to other GPUs; the GPU among compiled decisions;
-#: records; what attention adds (-1: nothing).
+#: records; what attention adds (-1: nothing); whether copies of experts take each their own.
 (
     G_NUMBER, G_WAIT, G_READBACK_ENQUEUE, G_READBACK_LATENCY, G_READBACK, G_SYNCHRONIZE, G_SYNCHRONIZE_BESIDE, G_RESUME,
     G_COPY_RESUME, G_LAUNCH, G_COPY_LATENCY, G_TURN, G_TO_CPU, G_FROM_CPU,
@@ -85,8 +85,9 @@ CROWD_BUSY, CROWD_LANES, CROWD_TIMES = range(3)
     G_RING, G_MEMBERS, G_MEMBER_NS, G_MOST_NS, G_MEMBER_LAUNCHES, G_MEMBER_HOST, G_EXCHANGE_NS, G_ASSIGNED, G_BUDGET,
     G_SHAPES, G_LAYERS, G_COPY_OF, G_SENDS, G_PEERS, G_ARRIVALS, G_MEMBER_SLOWDOWN, G_COPY_SLOWDOWN,
     G_READBACK_SLOWDOWN, G_KINDS, G_PREDICT_LAUNCHES, G_PREDICT_HOST, G_PREDICT_ISSUE, G_IO_LANES, G_READS, G_PART,
-    G_SPANS, G_ACCESSES, G_DECISIONS, G_THREAD, G_SCATTER, G_ATTENTION, GPU_WORDS,
-) = range(82)  # fmt: skip
+    G_SPANS, G_ACCESSES, G_DECISIONS, G_THREAD, G_SCATTER, G_ATTENTION,
+    G_COPY_EACH, GPU_WORDS,
+) = range(83)  # fmt: skip
 
 #: A host thread: its number, its portion and place in it, where it says when it goes on, at which GPU it is, and the
 #: thread among compiled decisions, if they are; how many parts it waits for. One that carries out a part (see
