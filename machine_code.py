@@ -19,16 +19,27 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numba
+from numba.cpython.unsafe import numbers
 
 from . import machine_library
 from .collector import collector_off
-from .machine_words import REALS, TABLE, WORDS
+from .machine_words import REALS, TABLE, UNCOMPILED, WORDS
+
+
+def _trailing_zeros(word: Any) -> int:
+    return (int(word) & -int(word)).bit_length() - 1
+
+
+#: How many of the lowest bits of a word are 0, before the first that is not.
+trailing_zeros: Any = _trailing_zeros if UNCOMPILED else numbers.trailing_zeros
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def compiled(function: Function, **options: Any) -> Function:
-    """Returns the function compiled, with these of Numba's options."""
+    """Returns the function compiled, with these of Numba's options; itself where `NUMBA_DISABLE_JIT` says so."""
+    if UNCOMPILED:
+        return function
     try:
         fast: Any = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # no place to keep it
@@ -68,6 +79,8 @@ def compiled_once(
     Any other is called from compiled code alone: it is compiled when an entry that calls it is, is kept within that
     one's machine code, and costs no time where that was kept.
     """
+    if UNCOMPILED:
+        return function
     known = {**_TYPES, **types}
     signature = tuple(known[given] for name, given in function.__annotations__.items() if name != "return")
     if entry:

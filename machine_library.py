@@ -16,6 +16,8 @@ from llvmlite import binding
 from numba.core import codegen
 from numba.core.registry import CPUDispatcher, cpu_target
 
+from .machine_words import UNCOMPILED
+
 _USED = ("_optimize_final_module", "_finalize_final_module", "_finalize_dynamic_globals", "get_pointer_to_function")
 #: Whether Numba is as expected.
 _KNOWN = all(hasattr(codegen.JITCodeLibrary, name) for name in _USED) and hasattr(codegen.JITCPUCodegen, "set_env")
@@ -94,10 +96,12 @@ def _put_together_as(function: Any, library: type[codegen.JITCodeLibrary]) -> An
 
 def within(function: Any) -> Any:
     """Returns a function that is part of the entries that call it, and that Python cannot call."""
+    if UNCOMPILED:
+        return function
     function.__class__ = _Within
     return _put_together_as(function, _WithinLibrary)
 
 
 def entry(function: Any) -> Any:
     """Returns a function that Python calls, whose own all functions are that it calls."""
-    return _put_together_as(function, _EntryLibrary)
+    return function if UNCOMPILED else _put_together_as(function, _EntryLibrary)

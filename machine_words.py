@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import cgutils, config, types
 from numba.core.boxing import unbox_array
 from numba.core.typeconv import Conversion
 from numba.core.typing.templates import AttributeTemplate
@@ -31,6 +31,9 @@ from numba.extending import (
     type_callable,
     unbox,
 )
+
+#: Whether `NUMBA_DISABLE_JIT` says that nothing is compiled: what would be is Python, and arrays stay arrays.
+UNCOMPILED = bool(config.DISABLE_JIT)
 
 _WORD, _REAL = ir.IntType(64), ir.DoubleType()
 _SHIFT = 3  # of an index, to bytes

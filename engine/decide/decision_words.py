@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ...machine_words import REALS, TABLE, WORDS, Fields
+from ...machine_words import REALS, TABLE, UNCOMPILED, WORDS, Fields
 from ..policies.compiled_eviction import SIZE, UNTIL, WAVE
 
 Words = npt.NDArray[Any]
@@ -51,8 +51,13 @@ TYPES = {
 }
 
 
-def addresses(tables: Tables) -> npt.NDArray[np.int64]:
-    """Returns where the arrays lie and how large they are, for compiled code; they must be kept as long."""
+def addresses(tables: Tables) -> Any:
+    """Returns where the arrays lie and how large they are, for compiled code; they must be kept as long.
+
+    The arrays themselves where nothing is compiled.
+    """
+    if UNCOMPILED:
+        return tables
     rows = [(array.ctypes.data, array.shape[0], array.shape[-1]) for array in tables]
     return np.array(rows, dtype=np.int64).reshape(-1)
 

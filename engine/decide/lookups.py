@@ -103,7 +103,7 @@ def _number_in_order(chosen: Array, stride: int) -> Array:
     for token in range(tokens):
         for layer in range(layers):
             for rank in range(k):
-                experts[n] = layer * stride + chosen[token, layer, rank]
+                experts[n] = layer * stride + int(chosen[token, layer, rank])
                 n += 1
     return experts
 
@@ -139,7 +139,7 @@ def _list(
                 for rank in range(k):
                     if has_gaps and not made[row, layer, rank]:
                         break
-                    index = chosen[row, layer, rank]
+                    index = int(chosen[row, layer, rank])
                     if not single:
                         if first_seen[index] == visits:
                             continue
@@ -158,7 +158,7 @@ def _list(
                 for rank in range(k - 1, -1, -1):
                     if has_gaps and not made[row, layer, rank]:
                         continue
-                    index = chosen[row, layer, rank]
+                    index = int(chosen[row, layer, rank])
                     if last_seen[index] != visits:
                         last_seen[index] = visits
                         back -= 1

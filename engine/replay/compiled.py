@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba.cpython.unsafe.numbers import trailing_zeros
 
 from ... import machine_code, machine_library
-from ...machine_code import Function
+from ...machine_code import Function, trailing_zeros
 from ...workloads.batches import Step
 from ...workloads.stacks import next_visits
 from ...workloads.trace import RoutingTrace
@@ -178,7 +177,7 @@ def _after_next_live(live: Array, oldest: np.uint64) -> np.uint64:
         while live[at] == 0:
             at += _ONE
         oldest, word = at << _WORD_SHIFT, live[at]
-    return oldest + np.uint64(trailing_zeros(word)) + _ONE  # type: ignore[call-arg]
+    return oldest + np.uint64(trailing_zeros(word)) + _ONE
 
 
 @_called

@@ -275,8 +275,14 @@ class CompiledEngine:
         return memory[at : at + count * words].reshape(-1, words)
 
     def flush(self) -> None:
-        """Write out what was recorded, GPU by GPU."""
+        """Write out what was recorded, GPU by GPU.
+
+        Raises RuntimeError where more work or lists were made than there was room for, which nothing shall do: what
+        lies behind them in memory may be wrong by then.
+        """
         memory = self._memory.words
+        if min(memory[WORK_LEFT], memory[NODES_LEFT]) < 0:
+            raise RuntimeError("the compiled engine ran out of room; --engine simpy does without (please report it)")
         for at, one in zip(self._layout.gpus, self._machine.gpus, strict=True):
             spans, accesses, decisions = (
                 self._records(int(memory[at + place]), words) for place, words in RECORDED.items()

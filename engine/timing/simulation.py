@@ -239,13 +239,14 @@ class Simulation:
                     partial(engine.backlog_ns, number),
                 )
                 one.gauge.link_busy_ns = partial(engine.link_busy_ns, number)
-        if self._decisions is None:
-            with collector_off():
-                engine.run()
-            return
-
         ended = [flush for _, _, _, flush in self._threads]
-        with collector_off():
+        with (
+            collector_off(),
+            np.errstate(over="ignore"),
+        ):  # marks of transfers wrap
+            if self._decisions is None:
+                engine.run()
+                return
             DecidingEngine(engine, self._decisions, ended, self._ticks).run()
 
 
