@@ -1,0 +1,74 @@
+"""How far each prediction was off at the last release, and which are off otherwise today:
+
+    python tests/fidelity.py            # rows that moved by more than MOVED points, and whether CHANGELOG names them
+    python tests/fidelity.py --release  # what is committed becomes what later changes are held against
+
+Rows are those of the committed validations (schedules on real GPUs), of real runtimes, and of the table of published
+runs. Other tests show that these are what today's simulation makes; tests/test_fidelity.py that none moved unsaid.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+VALIDATION = ROOT / "calibration" / "validation"
+RELEASED = Path(__file__).parent / "fidelity.json"
+#: By so many points of its error a row may move without a word.
+MOVED = 2.0
+
+
+def errors() -> dict[str, float]:
+    """Returns the error of every committed row in percent, simulated / measured - 1, by "report: row"."""
+    found: dict[str, float] = {}
+    for file in sorted(VALIDATION.glob("*.json")):
+        for row in json.loads(file.read_text(encoding="utf-8"))["rows"]:
+            if "makespan_error" in row:
+                found[f"{file.stem}: {row['scenario']}"] = 100 * row["makespan_error"]
+            else:
+                found[f"{file.stem}: {row['name']}"] = 100 * (row["predicted_ns"] / row["measured_ns"] - 1)
+    for line in (VALIDATION / "published.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row["error"] is not None:
+            found[f"published: {row['id']}"] = 100 * row["error"]
+    return {name: round(error, 2) for name, error in found.items()}
+
+
+def released() -> dict[str, float]:
+    """Returns the errors at the last release."""
+    said: dict[str, float] = json.loads(RELEASED.read_text(encoding="utf-8"))
+    return said
+
+
+def moved(before: dict[str, float], now: dict[str, float]) -> dict[str, str]:
+    """Returns what became of each row that moved by more than MOVED points, or went away."""
+    return {
+        name: f"{error:+.1f} % -> " + ("gone" if name not in now else f"{now[name]:+.1f} %")
+        for name, error in before.items()
+        if name not in now or abs(now[name] - error) > MOVED
+    }
+
+
+def unsaid(changes: dict[str, str], changelog: str) -> dict[str, str]:
+    """Returns those changes whose row is not named between the changelog's first heading and the next release's."""
+    current = changelog.split("\n## ")[1]
+    return {name: change for name, change in changes.items() if f"`{name.partition(': ')[2]}`" not in current}
+
+
+def main() -> None:
+    """Print what moved, or keep what is there now."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--release", action="store_true")
+    if parser.parse_args().release:
+        RELEASED.write_text(json.dumps(errors(), indent=0) + "\n", encoding="utf-8")
+        return
+    changes = moved(released(), errors())
+    silent = unsaid(changes, (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"))
+    for name, change in changes.items():
+        print(f"{name}: {change}{', not in CHANGELOG' if name in silent else ''}")
+
+
+if __name__ == "__main__":
+    main()

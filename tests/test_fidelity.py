@@ -1,0 +1,51 @@
+"""No prediction moves unsaid: against the last release, a row whose error moved is named in CHANGELOG."""
+
+from __future__ import annotations
+
+import fidelity
+import pytest
+from published_tables import NOW, rows_of
+
+from prestage.calibration.measured import load_measured
+from prestage.calibration.published_rows import load_source, predicted, source_names
+from prestage.calibration.validate import compare
+from prestage.resources.profile import load_profile
+
+#: Published rows that are recomputed here, of several sources and kinds; `prestage reproduce published` has all.
+SAMPLE = ("R27-both", "R11-first", "R8-124", "R20c-16k", "R17-int4", "R4-48", "R1", "M2-a100-full", "R18-nllb", "R22")
+#: Reports that no other test recomputes: one schedule of each.
+SCHEDULES = {"h200-held-out": "held-out", "h200-held-out-again": "held-out-again"}
+
+
+def test_every_row_that_moved_since_the_last_release_is_named_in_the_changelog() -> None:
+    changes = fidelity.moved(fidelity.released(), fidelity.errors())
+    assert not fidelity.unsaid(changes, (fidelity.ROOT / "CHANGELOG.md").read_text(encoding="utf-8"))
+
+
+def test_a_row_moves_by_more_than_two_points_or_by_going_away_and_is_named_by_its_own_name() -> None:
+    changes = fidelity.moved(
+        {"r: a": 1.0, "r: b": 1.0, "r: c": -1.0, "r: d": 0.0}, {"r: a": 2.9, "r: b": 3.1, "r: d": -2.1}
+    )
+    assert changes == {"r: b": "+1.0 % -> +3.1 %", "r: c": "-1.0 % -> gone", "r: d": "+0.0 % -> -2.1 %"}
+    said = "# Changelog\n\n## Unreleased\n\n- `b` is nearer, as `cd`.\n\n## 0.1.0\n\n- `c` went.\n"
+    assert set(fidelity.unsaid(changes, said)) == {"r: c", "r: d"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", SAMPLE)
+def test_the_committed_table_of_published_runs_is_what_is_predicted_today(row: str) -> None:
+    (kept,) = [each for each in rows_of(NOW) if each.row.id == row]
+    (source,) = [source for name in source_names() if kept.row in (source := load_source(name)).rows]
+    again = predicted(kept.row, source)
+    assert (again.value, again.error) == (pytest.approx(kept.value), pytest.approx(kept.error)), "prestage reproduce"
+    assert kept.range is not None and again.range is not None
+    assert (again.range.p5, again.range.p95) == (pytest.approx(kept.range.p5), pytest.approx(kept.range.p95))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("report", SCHEDULES)
+def test_schedules_of_shapes_that_were_not_measured_are_simulated_as_reported(report: str) -> None:
+    folder = fidelity.VALIDATION / "h200" / SCHEDULES[report]
+    file = min(folder.glob("*.json.gz"), key=lambda path: path.stat().st_size)
+    row = compare(load_measured(file), load_profile("h200"))
+    assert 100 * row["makespan_error"] == pytest.approx(fidelity.errors()[f"{report}: {row['scenario']}"], abs=0.01)
