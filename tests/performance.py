@@ -3,8 +3,8 @@
     python tests/performance.py          # a table of before and now, and by how much each moved
     python tests/performance.py --write  # what is measured becomes what later changes are held against
 
-Layer visits are in bare SimPy timeouts, and replays in the time that others take for the same accesses: lower is better. A
-machine's speed falls out, its load mostly; what is left is why tests/test_performance.py lets each be SLOWER times as slow.
+Layer visits are in bare SimPy timeouts, replays in the time that others take for the same: lower is better. How fast a
+machine is falls out, how busy it is mostly; for the rest tests/test_performance.py lets each be SLOWER times as slow.
 """
 
 from __future__ import annotations

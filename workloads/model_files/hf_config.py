@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -111,18 +112,22 @@ def _stack(found: Mixers, parts: list[str]) -> dict[str, Any]:
 
 
 def _pattern(of_block: list[str]) -> list[str]:
-    """Returns the shortest beginning that, repeated, gives the whole list."""
-    for length in range(1, len(of_block)):
-        if all(name == of_block[i % length] for i, name in enumerate(of_block)):
-            return of_block[:length]
-    return of_block
+    """Returns the shortest beginning that, repeated, gives the whole list (Knuth, Morris and Pratt, for long lists)."""
+    matched = [0] * len(of_block)  # the longest beginning, not all, that ends at each place
+    for i in range(1, len(of_block)):
+        length = matched[i - 1]
+        while length and of_block[i] != of_block[length]:
+            length = matched[length - 1]
+        matched[i] = length + (of_block[i] == of_block[length])
+    return of_block[: len(of_block) - matched[-1]]
 
 
 def _moe(config: Config, family: Family, blocks: list[int]) -> dict[str, Any]:
     """Returns the table of experts, with the MoE layers that differ from most others, given the blocks that are MoE."""
     numbered = [((block, config.blocks), (layer, len(blocks))) for layer, block in enumerate(blocks)]
     layers = [_moe_of(config.at(*numbers), family) for numbers in numbered]
-    usual = max(layers, key=layers.count)
+    ((common, _),) = Counter(tuple(moe.items()) for moe in layers).most_common(1)
+    usual = dict(common)
     differing: dict[tuple[Any, ...], list[int]] = {}
     for layer, moe in enumerate(layers):
         if moe != usual:
