@@ -17,6 +17,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -207,7 +208,7 @@ def _members(archive: zipfile.ZipFile, path: Path, error: type[InputError]) -> I
                 _check_header(content, member.file_size)
             with archive.open(member) as content:
                 yield name, np.lib.format.read_array(content, allow_pickle=False)
-        except ValueError as problem:
+        except (ValueError, SyntaxError, TokenError) as problem:  # numpy reads a header as Python's literals
             if "Object arrays" in str(problem):
                 raise error(
                     f"{path}: {name}: holds Python objects: must be plain numbers, for nothing is unpickled"

@@ -161,6 +161,7 @@ def of_npz(content: bytes, draw: random.Random) -> bytes:
         case 1:
             arrays[name] = array.astype(draw.choice((np.float64, np.int64, np.int8, np.bool_, np.complex64, "U3")))
         case 2:
+            array = np.atleast_1d(array)
             arrays[name] = draw.choice((array[:0], array[..., None], array[:1], array.ravel(), array.T, array[None]))
         case 3 if array.size and array.dtype.kind in "iuf":
             arrays[name] = array.copy()

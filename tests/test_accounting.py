@@ -6,6 +6,7 @@ One layer or two of four experts of 20 bytes, 20 ns a copy, dense 3 ns, kernel 7
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from random_cases import Case, cases
 from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_scenario, tiny_trace
@@ -81,6 +82,7 @@ def test_where_layers_share_experts_copies_belong_to_the_layer_that_used_them() 
     assert (first["demand_bytes"], second["demand_bytes"]) == (20, 40)
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(case=cases())
 def test_layers_and_causes_add_up_to_the_totals(case: Case) -> None:

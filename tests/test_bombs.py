@@ -407,6 +407,7 @@ def test_no_number_of_an_option_takes_memory_by_its_value(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_grid_of_more_than_can_be_run_is_refused_and_a_sample_of_it_is_not() -> None:
     from prestage.experiments.grid import GridError, make_grid
 

@@ -464,6 +464,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_run(
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_what_fails_while_writing_leaves_what_was_there(prestage: Prestage, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "timeline.json.gz").mkdir()  # a folder in the way of one of the files

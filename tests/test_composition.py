@@ -271,6 +271,7 @@ def test_compressed_experts_are_read_and_copied_in_fewer_bytes_on_every_stage(en
 # Whatever goes together: both engines, and the books.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", range(0, 40, 10))
 def test_random_compositions_end_alike_by_simpy_and_compiled(first: int, tmp_path: Path) -> None:
     for seed in range(first, first + 10):
@@ -279,6 +280,7 @@ def test_random_compositions_end_alike_by_simpy_and_compiled(first: int, tmp_pat
             assert played(inputs, "compiled") == played(inputs, "simpy"), f"seed {seed}"
 
 
+@pytest.mark.slow
 def test_what_is_drawn_composes_several_gpus_with_drives_the_cpu_and_totals(tmp_path: Path) -> None:
     drawn: Counter[str] = Counter()
     for seed in range(60):
@@ -313,6 +315,7 @@ def test_an_expert_read_in_a_hundred_requests_finds_room_for_all_that_waits_for_
     assert played(inputs, "compiled") == played(inputs, "simpy")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(12))
 def test_host_memory_holds_what_it_says_and_every_read_comes_before_its_use(seed: int, tmp_path: Path) -> None:
     inputs = accepted_of(composed(seed, tmp_path), seed)

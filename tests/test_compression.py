@@ -168,6 +168,7 @@ def random_case(data: st.DataObject) -> Case:
     return case
 
 
+@pytest.mark.slow
 @settings(max_examples=3 * EXAMPLES)
 @given(data=st.data())
 def test_bytes_are_conserved_and_every_kernel_has_its_expert_decompressed(data: st.DataObject) -> None:

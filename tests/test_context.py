@@ -186,6 +186,7 @@ def test_steps_of_a_run_take_longer_as_the_context_grows(engine: str) -> None:
     assert np.diff(dense["end_ns"] - dense["start_ns"]).tolist() == [10, 10, 10]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt-oss-20b", "pipeline-2", "placement-8"])
 def test_both_engines_agree_on_how_the_context_grows(name: str) -> None:
     short, long = (

@@ -132,6 +132,7 @@ def compare(inputs: Inputs) -> str | None:
 COMPILED_HOST = sorted(name for name, policy in EVICTION.items() if policy in EVICTIONS)
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(data=st.data())
 def test_random_runs_are_decided_alike(data: st.DataObject) -> None:
@@ -139,6 +140,7 @@ def test_random_runs_are_decided_alike(data: st.DataObject) -> None:
     assert compare(data.draw(cases(tiers=tiers)).inputs()) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED_HOST)
 @settings(max_examples=30)
 @given(data=st.data())
@@ -154,6 +156,7 @@ def test_host_memory_by_a_policy_that_is_not_compiled_is_decided_in_python() -> 
     assert compare(inputs) == "tiers.host_policy"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, policy in EVICTION.items() if policy in EVICTIONS])
 @settings(max_examples=40)
 @given(data=st.data())
@@ -167,6 +170,7 @@ def test_every_compiled_eviction_policy_decides_as_its_class(name: str, data: st
     assert compare(case.inputs()) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, policy in PREFETCH.items() if policy in PREFETCHES])
 @settings(max_examples=40)
 @given(data=st.data())
@@ -196,6 +200,7 @@ def play(seed: int, folder: Path) -> str:
     return next((why for part in inputs.parts if (why := compare(part)) is not None), "alike")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", range(0, 120, 40))
 def test_random_scenarios_of_all_sections_are_decided_alike(first: int, tmp_path: Path) -> None:
     outcomes = Counter(play(seed, tmp_path) for seed in range(first, first + 40))

@@ -52,6 +52,7 @@ def plain_logits(model: Any, *parts: Any) -> Any:
         return model(input_ids=torch.cat(parts, dim=1)).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", DECODERS)
 @pytest.mark.parametrize("batch", [1, 2])
 def test_logits_are_the_plain_models_whatever_is_evicted(saved: Any, family: str, batch: int) -> None:
@@ -92,6 +93,7 @@ def simulated_counts(run: dict[str, Any], out: Path, change: Any = lambda trace:
     return decision_counts(visits, known.manager)
 
 
+@pytest.mark.slow
 def test_decisions_are_those_of_a_simulation_of_the_routing_that_was_met(saved: Any, tmp_path: Path) -> None:
     _, folder = saved("qwen3_moe")
     out = tmp_path / "out"
@@ -115,6 +117,7 @@ def recorded_trace(path: Path, layers: int = 3, experts: int = 20, k: int = 3) -
     return path
 
 
+@pytest.mark.slow
 def test_a_recorded_routing_takes_the_place_of_the_routers(saved: Any, tmp_path: Path) -> None:
     _, folder = saved("qwen3_moe")
     path, out = recorded_trace(tmp_path / "trace.safetensors"), tmp_path / "out"
@@ -129,6 +132,7 @@ def test_a_recorded_routing_takes_the_place_of_the_routers(saved: Any, tmp_path:
         assert run["counts"] == [simulated_counts(run, out)]
 
 
+@pytest.mark.slow
 def test_a_recorded_choice_gets_the_weights_of_the_routers_ranks(saved: Any) -> None:
     """With the model's own choices recorded, the logits are its own."""
     model, folder = saved("mixtral")
@@ -171,6 +175,7 @@ def test_random_weights_have_the_shapes_of_a_file(tmp_path: Path, monkeypatch: p
     assert run["counts"] == [simulated_counts(run, out)]
 
 
+@pytest.mark.slow
 def test_parts_time_both_layouts_and_profile_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("SHAPES", ((64, 32),)), ("CACHES", ((1, 2, 10, 8),)), ("_COLD_BYTES", 1 << 14)):
         monkeypatch.setattr(parts, name, value)

@@ -44,6 +44,7 @@ def replay_counts(inputs: Inputs) -> VisitCounts:
 # Random small runs.
 
 
+@pytest.mark.slow
 @settings(max_examples=EXAMPLES)
 @given(case=cases(copy={"discipline": "fifo"}))
 def test_in_every_fifo_configuration_the_engine_counts_what_the_replay_counts(case: Case) -> None:
@@ -53,6 +54,7 @@ def test_in_every_fifo_configuration_the_engine_counts_what_the_replay_counts(ca
     assert counts == naive_counts(inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("discipline", ["two_streams", "priority"])
 @settings(max_examples=EXAMPLES // 2)
 @given(data=st.data())
@@ -62,6 +64,7 @@ def test_the_discipline_changes_when_bytes_come_but_no_count(discipline: str, da
     assert engine_counts(inputs) == replay_counts(inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVICTION)
 @settings(max_examples=30)
 @given(data=st.data())
@@ -71,6 +74,7 @@ def test_every_eviction_policy_decides_the_same_with_a_clock_and_without(name: s
     assert engine_counts(inputs) == replay_counts(inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in PREFETCH if not getattr(PREFETCH[name], "uses_clock", False)])
 @settings(max_examples=30)
 @given(data=st.data())
@@ -81,6 +85,7 @@ def test_every_prefetch_policy_without_a_clock_decides_the_same_with_one(name: s
     assert engine_counts(inputs) == replay_counts(inputs)
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(case=cases(prefetch={"lookahead": 0}))
 def test_without_prefetch_the_engine_finds_what_the_sequential_replay_finds(case: Case) -> None:
@@ -142,6 +147,7 @@ def load(traces: Path) -> Load:
     return loaded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
 @pytest.mark.parametrize("trace", REAL)
 def test_on_a_real_trace_the_engine_counts_what_the_replay_counts(load: Load, trace: str, configuration: str) -> None:
@@ -163,6 +169,7 @@ def test_on_a_real_trace_of_unequal_experts_too(load: Load) -> None:
     assert counts.prefetch > 0 and counts.evict > 0
 
 
+@pytest.mark.slow
 def test_the_random_runs_cover_what_they_are_meant_to_cover() -> None:
     """Not of the engine but of the cases: what a run may meet, some of them meet."""
     met: dict[str, int] = {}

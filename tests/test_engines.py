@@ -38,6 +38,7 @@ from prestage.resources.timeline import DENSE, EXPERT, HEAD
 from prestage.workloads.trace import RoutingTrace
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(scenario_names()) - {"placement-8"}))
 def test_a_shipped_scenario_ends_alike_by_simpy_and_compiled(name: str) -> None:
     inputs = load_inputs(load_scenario(name, ["workload.tokens=12"]))
@@ -50,6 +51,7 @@ def test_spare_memory_of_less_than_an_expert_is_none_by_either_engine() -> None:
 
 
 # Where GPUs lend each other experts, equal ones start and end at the same instants, and links are shared.
+@pytest.mark.slow
 @pytest.mark.parametrize("remote", ["tokens", "peer", "cost"])
 @pytest.mark.parametrize("threads", ["one", "per-gpu"])
 def test_gpus_that_share_experts_end_alike_by_simpy_and_compiled(remote: str, threads: str) -> None:
@@ -60,6 +62,7 @@ def test_gpus_that_share_experts_end_alike_by_simpy_and_compiled(remote: str, th
     assert played(inputs, "compiled") == played(inputs, "simpy")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remote", ["tokens", "host", "peer"])
 @pytest.mark.parametrize("placement", ["round-robin", "replicated"])
 def test_gpus_that_share_experts_by_compiled_decisions_end_alike(remote: str, placement: str) -> None:
@@ -73,6 +76,7 @@ def test_gpus_that_share_experts_by_compiled_decisions_end_alike(remote: str, pl
     assert compiled == played(inputs, "simpy")
 
 
+@pytest.mark.slow
 @settings(max_examples=250)
 @given(case=cases())
 def test_random_runs_of_one_gpu_end_alike(case: Case) -> None:
@@ -89,6 +93,7 @@ def test_random_runs_of_one_gpu_end_alike(case: Case) -> None:
     assert play("compiled") == play("simpy")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", range(0, 60, 20))
 def test_random_scenarios_of_all_sections_end_alike(first: int, tmp_path: Path) -> None:
     compared = 0

@@ -94,6 +94,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Any:
     assert not drive.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_an_execution_makes_the_spans_that_its_simulation_makes(variant: str, shared: Shared, tmp_path: Path) -> None:
     inputs = inputs_of(variant)

@@ -74,6 +74,7 @@ def test_each_gpu_makes_the_spans_that_its_simulation_makes(variant: str, shared
     assert made == wanted  # what one GPU stores in another's memory is on the timeline of either
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_expert_of_both_gpus_computes_with_its_own_weights(variant: str, shared: Shared) -> None:
     execution = Execution(gpus(), shared_layers(**VARIANTS[variant]), shared)

@@ -124,6 +124,7 @@ def test_another_machines_cpu_is_an_estimate() -> None:
     assert costs.estimates["expert on the CPU"] == "as measured on another, not on this machine"
 
 
+@pytest.mark.slow
 def test_the_transfer_table_says_whose_copies_they_are(tmp_path: Path) -> None:
     mine = extending(tmp_path, h2d={"pinned": {"alone": {"latency_ns": 1, "bytes_per_second": 10**10, **ASSUMED}}})
     assert from_profile(mine)["machine"].endswith(f"(in part as measured on {H200})")

@@ -251,6 +251,7 @@ def of_figure(name: str, runs: list[Run]) -> list[Run]:
     return runs[: FIGURES[name].runs]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIGURES)
 def test_every_figure_of_the_default_run_is_printed(name: str, default_runs: list[Run], tmp_path: Path) -> None:
     save(draw(name, of_figure(name, default_runs)), tmp_path / "figure.pdf")

@@ -112,6 +112,7 @@ def test_gpt_oss_is_reproduced_within_3_points_by_each_draw(traces: Path) -> Non
         assert found[name]["max_difference_of_a_draw"] < 0.03, name
 
 
+@pytest.mark.slow
 def test_a_fit_to_what_a_generator_drew_draws_the_like() -> None:
     # The parameters themselves are not found again: a bonus for recency and popularity do much the same.
     trace = fitted(6, 16, 2, common=0.2, popularity=0.2, drift=0.1, recency=0.4).synthesize(6000, sequences=20, seed=5)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import json
+import zipfile
 from pathlib import Path
 
 import fuzz
 import pytest
+
+from prestage.errors import InputError
 
 #: Damages of each reader here.
 TRIES = 40
@@ -20,3 +25,39 @@ def test_a_damaged_file_is_read_or_refused_in_a_line(name: str, tmp_path: Path) 
     for seed in range(TRIES):
         error = fuzz.crash(reader, fuzz.damaged(reader, seed, valid), tmp_path)
         assert error is None, f"seed {seed}: {error!r}"
+
+
+def _npz_of_a_header(text: str) -> bytes:
+    """An archive whose array has a header of its own words."""
+    written, stream = text.encode(), io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("experts.npy", b"\x93NUMPY\x01\x00" + len(written).to_bytes(2, "little") + written)
+    return stream.getvalue()
+
+
+def _blocks(count: int) -> bytes:
+    """A config of so many blocks, of which the last alone is of experts."""
+    config = json.loads((fuzz.CONFIGS / "DeepSeek-V3.json").read_text())
+    return json.dumps(config | {"num_hidden_layers": count, "first_k_dense_replace": count - 1}).encode()
+
+
+#: What was found: by reader, what is read, and what is said of it (None: nothing, within a second or so).
+FOUND = {
+    "a header that breaks off within brackets": (
+        "trace.npz",
+        _npz_of_a_header("{'descr': (\n"),
+        "experts: damaged",
+    ),
+    "a header indented as no program is": ("trace.npz", _npz_of_a_header("{}\n  1\n 2\n"), "experts: damaged"),
+    "65,536 blocks of a pattern that never repeats": ("config.json of MLA", _blocks(65536), None),
+}
+
+
+@pytest.mark.parametrize("what", FOUND)
+def test_what_was_found_is_read_or_refused_in_a_line(what: str, tmp_path: Path) -> None:
+    name, content, says = FOUND[what]
+    reader = fuzz.READERS[name]
+    assert fuzz.crash(reader, content, tmp_path) is None
+    if says is not None:
+        with pytest.raises(InputError, match=says):
+            reader.read(tmp_path / reader.name)

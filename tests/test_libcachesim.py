@@ -93,6 +93,7 @@ def test_every_policy_is_either_compared_or_said_to_be_ours_alone() -> None:
     assert sorted(EVICTION) == sorted([*SAME, *OURS_ALONE])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAME)
 def test_hits_are_theirs_access_by_access_on_200_random_traces(name: str) -> None:
     random = np.random.default_rng(3)
@@ -114,6 +115,7 @@ def test_hits_are_theirs_access_by_access_on_200_random_traces(name: str) -> Non
     assert hits_matter >= 400
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAME)
 @pytest.mark.parametrize("file", REAL)
 def test_hits_are_theirs_access_by_access_on_real_traces(traces: Path, file: str, name: str) -> None:

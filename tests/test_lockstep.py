@@ -303,6 +303,7 @@ def test_the_engine_decides_what_is_decided_without_a_clock(drawn: Spread) -> No
         assert manager.assigned_bytes <= part.budget_bytes
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(drawn=spread())
 def test_nothing_happens_before_its_cause_and_the_parts_of_time_come_to_the_makespan(drawn: Spread) -> None:
@@ -325,6 +326,7 @@ def test_nothing_happens_before_its_cause_and_the_parts_of_time_come_to_the_make
         assert (used["start_ns"] >= recording.copy_end_ns[used["copy"]]).all()
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(drawn=spread())
 def test_both_engines_end_at_the_same_nanoseconds(drawn: Spread) -> None:

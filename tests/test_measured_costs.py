@@ -281,6 +281,7 @@ def replicated(profile: Profile, count: int = 200, seed: int = 0) -> dict[str, A
     return simulate_inputs(inputs, baselines=False, replicates=count).data
 
 
+@pytest.mark.slow
 def test_replicates_spread_as_their_costs_do() -> None:
     # The copy is nearly all of the makespan: with a factor of exp(0.1 z), 90 % of the runs lie within 10.01 us times
     # exp(-0.1645) to exp(0.1645).

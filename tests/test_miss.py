@@ -396,6 +396,7 @@ def random_case(data: st.DataObject, name: str) -> Case:
     return case
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MISS)
 @settings(max_examples=EXAMPLES)
 @given(data=st.data())
@@ -440,6 +441,7 @@ def check_miss_metrics(scenario: Scenario, data: dict[str, Any], recording: Reco
         assert all(gate < scenario.miss.threshold * tokens for _, _, _, tokens, gate, _ in recording.resolved.tolist())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in MISS if getattr(MISS[name], "uses_cpu", False)])
 @settings(max_examples=EXAMPLES)
 @given(data=st.data())
@@ -504,6 +506,7 @@ def test_the_parts_of_time_come_to_the_makespan_also_when_the_gpu_waits_for_the_
 # In the files of a run.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["low-precision", "skip", "compressed-host", "mixed-precision"])
 def test_a_run_is_written_and_read_with_all_its_accesses(name: str, tmp_path: Path) -> None:
     result = simulate_inputs(load_inputs(load_scenario(name, ["workload.tokens=2"])), baselines=False)

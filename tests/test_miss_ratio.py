@@ -36,6 +36,7 @@ def sized(trace: RoutingTrace, sizes: list[int]) -> RoutingTrace:
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(
     trace=random_traces(LAYERS, EXPERTS, 2),

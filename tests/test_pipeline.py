@@ -176,6 +176,7 @@ def test_hosts_that_run_ahead_by_thousands_of_steps_do_not_call_each_other_ever_
     assert makespan_ns(run_resident(inputs)) == (2 * steps + 1) * T_NS / 2
 
 
+@pytest.mark.slow
 @given(case=cases(tiers={"host_budget": "all"}))
 def test_a_pipeline_of_one_stage_is_a_run_on_one_gpu_to_the_byte_of_its_timeline(case: Case) -> None:
     inputs = case.inputs()
@@ -206,6 +207,7 @@ def pipelines(draw: st.DrawFn) -> Inputs:
     return inputs
 
 
+@pytest.mark.slow
 @given(inputs=pipelines())
 def test_every_stage_decides_what_a_run_of_its_layers_alone_decides(inputs: Inputs) -> None:
     recordings = run_all(inputs, prepared(inputs, part_costs(inputs)))
@@ -220,11 +222,13 @@ def test_every_stage_decides_what_a_run_of_its_layers_alone_decides(inputs: Inpu
         assert recording.manager.dropped == manager.dropped
 
 
+@pytest.mark.slow
 @given(inputs=pipelines())
 def test_both_engines_end_at_the_same_nanoseconds(inputs: Inputs) -> None:
     assert played(inputs, "compiled") == played(inputs, "simpy")
 
 
+@pytest.mark.slow
 @given(inputs=pipelines())
 def test_nothing_happens_before_its_cause_and_the_parts_of_time_come_to_the_makespan(inputs: Inputs) -> None:
     recordings = run_all(inputs, prepared(inputs, part_costs(inputs)))
@@ -248,6 +252,7 @@ def test_nothing_happens_before_its_cause_and_the_parts_of_time_come_to_the_make
         assert (starts_ns >= recordings[-1].step_end_ns[list(before)]).all()
 
 
+@pytest.mark.slow
 @given(inputs=pipelines())
 def test_bytes_are_the_same_on_the_gpus_in_the_totals_and_on_the_links(inputs: Inputs) -> None:
     data = simulate_inputs(inputs, baselines=False).data

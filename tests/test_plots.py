@@ -306,6 +306,7 @@ def test_names_are_no_formulas(ending: str, tmp_path: Path) -> None:
     save(plot_latency({NOT_FORMULAS: [1.0, 2.0]}, title=NOT_FORMULAS), tmp_path / f"latency{ending}")
 
 
+@pytest.mark.slow
 def test_powers_of_ten_are_formulas_still() -> None:
     figure = plot_transfer(from_profile(load_profile("h200")))
     render(figure, io.BytesIO())

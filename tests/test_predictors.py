@@ -156,6 +156,7 @@ def test_nobody_guesses_without_a_choice_or_for_a_token_that_does_not_come(name:
                 assert (guesses.experts[token, layer, ahead] == -1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in PREDICTORS if name not in LOOKS_AHEAD])
 @given(seed=st.integers(0, 999))
 def test_the_future_does_not_change_a_guess(name: str, seed: int) -> None:

@@ -33,6 +33,7 @@ def in_order(chosen: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
     return [(ahead, expert) for ahead, experts in enumerate(chosen, 1) for expert in experts if expert >= 0]
 
 
+@pytest.mark.slow
 @EVERY
 @given(data=st.data(), k=st.integers(1, 4), lookahead=st.integers(1, 5), layer=st.integers(0, 3))
 def test_a_choice_is_an_expert_of_the_layer_it_is_meant_for(

@@ -66,6 +66,7 @@ def lanes_of(imported: Imported) -> dict[tuple[str, str, str], list[tuple[int, i
 # Our own files.
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(st.integers(0, 2**32), st.integers(1, 6), st.booleans())
 def test_an_export_comes_back_span_for_span(seed: int, steps: int, packed: bool) -> None:
@@ -463,6 +464,7 @@ def test_a_text_that_breaks_off_is_read_up_to_there(tmp_path: Path, ending: str)
     assert (imported.reading.breaks_off is None) == ending.endswith("]}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spans", [20, 20_000])
 def test_a_packed_file_that_is_cut_or_broken_is_read_up_to_there(tmp_path: Path, spans: int) -> None:
     events = [work("k", 10 * number, 1 + number % 9) for number in range(spans)]

@@ -110,6 +110,7 @@ def test_every_table_of_figures_has_a_maker_and_every_maker_a_place() -> None:
             assert not re.search(r"\d+\.\d|\d%", row), (page, row)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["reality", "reality-rows", "held-out", "held-out-kernels", "scenario"])
 def test_what_is_shown_is_what_there_is(name: str) -> None:
     """The match with reality is the report's, and the scenario's keys are those there are."""

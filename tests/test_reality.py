@@ -59,6 +59,7 @@ def test_the_report_is_what_the_simulation_makes_of_the_measured_run(scenario: s
         assert kept[key] == (pytest.approx(value, abs=1e-9) if isinstance(value, float) else value), key
 
 
+@pytest.mark.slow
 def test_the_fits_rows_are_what_was_seen_in_the_fit_set() -> None:
     seen = rows_of(samples(load_all([FOLDER / "h200" / "fit"])), "fit")
     kept = load_schedule([FOLDER.parent / "samples" / "h200.rows.json"])

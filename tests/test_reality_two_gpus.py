@@ -72,6 +72,7 @@ def test_the_profile_is_what_the_committed_samples_and_runs_give() -> None:
     assert fitted.profile == load_profile(NAME)
 
 
+@pytest.mark.slow
 def test_the_fits_rows_are_what_was_seen_in_the_fit_set() -> None:
     seen = rows_of(samples(load_all([FOLDER / NAME / "fit-two-gpus"])), "fit")
     kept = load_schedule([SAMPLES / f"{NAME}.rows.json"])

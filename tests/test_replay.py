@@ -55,6 +55,7 @@ def test_the_published_curve_is_reproduced_to_the_printed_digits(
     assert f"{data['bytes_read'] / 2**20:.1f}" == row["read_mib"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mib", BUDGETS_MIB)
 def test_random_eviction_comes_as_near_the_published_curve_as_luck_allows(
     qwen: RoutingTrace, published: dict[tuple[str, int], dict[str, str]], mib: int
@@ -90,6 +91,7 @@ def test_a_trace_without_a_log_has_no_agreement(traces: Path) -> None:
 # Theory: the cliff.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*REAL, str(QWEN / "qwen.route.csv")])
 def test_a_global_lru_of_a_whole_round_of_other_layers_never_hits(traces: Path, name: str) -> None:
     # Between two visits of a layer at batch 1, (layers - 1) x top-k experts of other layers come and go.
@@ -332,6 +334,7 @@ def test_replay_finds_what_a_naive_replay_finds(
     assert replayed.evict == sum(event[0] == "out" for event in naive.log)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED)
 @settings(max_examples=150)
 @given(
@@ -358,6 +361,7 @@ def test_a_compiled_replay_equals_the_reference_to_the_last_access(
     assert evict == reference.evict
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED)
 def test_a_compiled_replay_equals_the_reference_on_a_real_trace_with_a_prompt(qwen: RoutingTrace, name: str) -> None:
     # Experts of two sizes, and a prompt that is one visit of up to 128 experts a layer.

@@ -86,6 +86,7 @@ def test_what_is_saved_of_a_run_gives_its_counts_again(folder: Path) -> None:
     assert len(run.tokens) == run.data["decode_tokens"]
 
 
+@pytest.mark.slow
 def test_what_two_gpus_did_is_saved_with_the_numbers_of_the_whole_model(tmp_path: Path) -> None:
     result = simulate(load_scenario("pipeline-2", ["workload.tokens=8"]), baselines=False)
     write_result(result, tmp_path)
@@ -158,6 +159,7 @@ class Elements(HTMLParser):
             self.text += data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["one.html", "two.html"])
 def test_a_report_names_nothing_outside_itself(pages: Path, name: str) -> None:
     page = (pages / name).read_text(encoding="utf-8")
@@ -190,6 +192,7 @@ def test_a_report_says_first_what_the_terminal_says(pages: Path, folder: Path) -
         assert said in text, said
 
 
+@pytest.mark.slow
 def test_warnings_and_estimates_are_on_the_page_and_names_are_text_not_markup(two: list[Run], tmp_path: Path) -> None:
     notes = {"warnings": ["cliff: it <falls>; climb"], "estimates": {"head": "by the rule"}}
     runs = [replace(run, name=f"<b>{run.name}</script>&", data={**run.data, **notes}) for run in two]

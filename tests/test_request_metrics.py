@@ -141,6 +141,7 @@ def pollaczek_khinchine_ns(service: str, load: float) -> float:
     return load * (1 + cv**2) / (2 * (1 - load)) * 100_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("service", SERVICES)
 @pytest.mark.parametrize(("load", "count", "within"), [(0.3, 6000, 0.1), (0.6, 10_000, 0.15)])
 def test_waits_are_those_of_queueing_theory(service: str, load: float, count: int, within: float) -> None:
