@@ -158,7 +158,7 @@ def of_npz(content: bytes, draw: random.Random) -> bytes:
     match draw.randrange(6):
         case 0:
             del arrays[name]
-        case 1:
+        case 1 if array.dtype.kind in "iufb":
             arrays[name] = array.astype(draw.choice((np.float64, np.int64, np.int8, np.bool_, np.complex64, "U3")))
         case 2:
             array = np.atleast_1d(array)

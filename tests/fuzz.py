@@ -319,7 +319,7 @@ def crash(reader: Reader, content: bytes, folder: Path) -> BaseException | None:
 def damaged(reader: Reader, seed: int, valid: bytes) -> bytes:
     """Returns a valid content damaged as a seed draws it: by the reader's own damage, and now and then once more."""
     draw = random.Random(seed)
-    content = reader.damage(valid, draw)
+    content: bytes = reader.damage(valid, draw)
     if draw.random() < 0.1:
         content = of_bytes(content, draw)
     return content

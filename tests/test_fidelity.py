@@ -37,9 +37,9 @@ def test_the_committed_table_of_published_runs_is_what_is_predicted_today(row: s
     (kept,) = [each for each in rows_of(NOW) if each.row.id == row]
     (source,) = [source for name in source_names() if kept.row in (source := load_source(name)).rows]
     again = predicted(kept.row, source)
-    assert (again.value, again.error) == (pytest.approx(kept.value), pytest.approx(kept.error)), "prestage reproduce"
     assert kept.range is not None and again.range is not None
-    assert (again.range.p5, again.range.p95) == (pytest.approx(kept.range.p5), pytest.approx(kept.range.p95))
+    assert again.value == pytest.approx(kept.value) and again.error == pytest.approx(kept.error), "prestage reproduce"
+    assert again.range.p5 == pytest.approx(kept.range.p5) and again.range.p95 == pytest.approx(kept.range.p95)
 
 
 @pytest.mark.slow
