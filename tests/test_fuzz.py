@@ -41,6 +41,18 @@ def _blocks(count: int) -> bytes:
     return json.dumps(config | {"num_hidden_layers": count, "first_k_dense_replace": count - 1}).encode()
 
 
+def _sampled(samples: list[float]) -> bytes:
+    """Rows of llama-bench, the first with these samples."""
+    rows = json.loads(fuzz.READERS["llama-bench"].make())
+    return json.dumps([rows[0] | {"n_prompt": 0, "n_gen": 8, "samples_ns": samples}, *rows[1:]]).encode()
+
+
+def _log(token: str) -> bytes:
+    return f'{{"req_id": "r1", "token_idx": {token}, "layer": 0, "topk_ids": [1, 7]}}\n'.encode()
+
+
+_YEARS = "TIMESTAMP,ContextTokens,GeneratedTokens\n9999-11-16 18:17:03.9799600,4808,10\n"
+_LARGE = '{"timestamp": 1, "input_length": 1' + "0" * 400 + ', "output_length": 52, "hash_ids": [46]}\n'
 #: What was found: by reader, what is read, and what is said of it (None: nothing, within a second or so).
 FOUND = {
     "a header that breaks off within brackets": (
@@ -49,6 +61,10 @@ FOUND = {
         "experts: damaged",
     ),
     "a header indented as no program is": ("trace.npz", _npz_of_a_header("{}\n  1\n 2\n"), "experts: damaged"),
+    "the number of a token that is infinite": ("log: a row a token and layer", _log("1e400"), "token_idx = 'inf'"),
+    "a year that 64 bits of ns do not reach": ("azure", _YEARS.encode(), "TIMESTAMP = '9999"),
+    "tokens that no float holds": ("mooncake", _LARGE.encode(), "input_length = 1000"),
+    "a row of no samples": ("llama-bench", _sampled([]), r"samples_ns = \[\]"),
     "65,536 blocks of a pattern that never repeats": ("config.json of MLA", _blocks(65536), None),
 }
 

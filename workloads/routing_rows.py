@@ -175,7 +175,7 @@ def _name(values: Mapping[str, Any], names: Sequence[str]) -> str | None:
 def _whole(path: Path, where: str, key: str, value: Any) -> int:
     try:
         number = int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = -1
     if number < 0 or number >= 1 << 31 or isinstance(value, bool):
         raise TraceError(f"{path}: {where}: {key} = {str(value)[:40]!r}: must be an integer of at least 0")

@@ -179,6 +179,10 @@ def llama_bench(file: Path, rows: Sequence[Mapping[str, Any]], context: Context)
             if row["n_prompt"] == 0 and row["n_gen"] > 0:
                 whole = row.get("use_mmap", row.get("load_mode") not in ("none", "dio"))
                 cell = (min(row["n_cpu_moe"], model.layers), row["n_threads"], row["n_depth"], bool(whole))
+                if not row["samples_ns"]:
+                    raise ObserveError(
+                        f"{file}: samples_ns = []: a row needs a sample: run llama-bench with -r 1 or more"
+                    )
                 cells.setdefault(cell, []).extend(each / row["n_gen"] for each in row["samples_ns"])
         _check_model(file, rows[0], model)
     except (KeyError, TypeError) as error:

@@ -78,7 +78,7 @@ class _Rows:
         """Returns a number of tokens, which may be written as text; a whole one as a float too."""
         try:
             number = float(value)  # type: ignore[arg-type]
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if isinstance(value, bool) or not number.is_integer() or not least <= number <= MOST_TOKENS:
             self.wrong(line, key, value, f"an integer {least}..{MOST_TOKENS}")
@@ -88,7 +88,7 @@ class _Rows:
         """Returns an instant in ns that is written in a unit of so many seconds."""
         try:
             number = float(value) * unit_s  # type: ignore[arg-type]
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if isinstance(value, bool) or not 0 <= number <= _MOST_SECONDS:
             self.wrong(line, key, value, f"a number of {'ms' if unit_s < 1 else 's'}, at least 0")
@@ -133,7 +133,7 @@ def read_azure(text: str, where: str) -> RequestTrace:
             day = None if match is None else datetime.fromisoformat(f"{match[1]}T{match[2]}").replace(tzinfo=UTC)
         except ValueError:
             day = None
-        if match is None or day is None:
+        if match is None or day is None or not 1970 <= day.year < 2262:  # what 64 bits of ns hold
             rows.wrong(line, "TIMESTAMP", row["TIMESTAMP"], "a date and time such as '2023-11-16 18:15:46.6805900'")
         arrival_ns = int(day.timestamp()) * 10**9 + int((match[3] or "").ljust(9, "0"))
         prompt = rows.tokens(line, "ContextTokens", row["ContextTokens"], 1)
