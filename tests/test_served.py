@@ -139,6 +139,7 @@ def test_a_kv_cache_takes_its_room_from_the_experts() -> None:
     assert len(set(budgets.tolist())) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arrivals", ["poisson", "closed"])
 @pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))
 def test_steps_that_are_known_ahead_are_those_that_would_be_asked_for(scheduler: str, arrivals: str) -> None:

@@ -72,6 +72,7 @@ def scenario(tmp_path: Path, folder: str, blocks: int = 100, rate: int = 200) ->
     return str(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_packed_rows_have_the_logits_that_each_sequence_has_alone(saved: Any, family: str) -> None:
     """Two prompts come in chunks, one decodes beside the other's chunk, one leaves and a third takes its places."""
@@ -110,6 +111,7 @@ def routing_of(model: Any, text: Any, loaded: Any) -> np.ndarray:
     return np.asarray(trace.experts, dtype=np.int64)
 
 
+@pytest.mark.slow
 def test_what_is_served_is_what_the_simulation_schedules(saved: Any, tmp_path: Path, prestage: Prestage) -> None:
     _, folder = saved("qwen3_moe")
     config = ServeConfig(folder, scenario(tmp_path, folder), repeats=2)
@@ -130,6 +132,7 @@ def test_what_is_served_is_what_the_simulation_schedules(saved: Any, tmp_path: P
     assert shown.status == 0 and "admitted in the simulation's order: 2 of 2" in shown.out
 
 
+@pytest.mark.slow
 def test_who_is_preempted_is_computed_again(saved: Any, tmp_path: Path) -> None:
     _, folder = saved("mixtral")
     # Five blocks of four: two prompts of seven fit, what they come to (nine positions each) does not. All are there

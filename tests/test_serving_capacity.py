@@ -35,6 +35,7 @@ def one_server(level: ServiceLevel, count: int = 2500) -> Measure:
     return measure
 
 
+@pytest.mark.slow
 def test_capacity_is_that_of_a_queue_with_exponential_service() -> None:
     # M/M/1: a request is in the system for longer than t with probability exp(-(mu - lambda) t); mu = 1,000 a second,
     # t = 10 ms, and 90 % are promised: lambda = 1,000 - ln(10) / 0.010 = 770 a second.

@@ -184,6 +184,7 @@ def test_copies_between_gpus_that_nobody_measured_are_named_as_estimates() -> No
     assert "narrowest link" in estimated["estimates"]["copies between GPUs"]
 
 
+@pytest.mark.slow
 def test_the_files_of_a_pipeline_show_both_gpus(tmp_path: Path) -> None:
     result = simulate(load_scenario("synthetic", SMALL), baselines=False)
     write_result(result, tmp_path)
@@ -214,6 +215,7 @@ def test_replicates_of_a_pipeline_draw_the_costs_of_all_gpus() -> None:
     assert makespan_ms["p5"] < makespan_ms["p50"] < makespan_ms["p95"]
 
 
+@pytest.mark.slow
 def test_the_table_of_a_pipeline_shows_each_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     print_result(simulate(load_scenario("synthetic", SMALL), baselines=False).json_data())
     shown = capsys.readouterr().out

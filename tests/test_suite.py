@@ -271,6 +271,7 @@ def test_the_page_loads_in_a_browser_without_a_network(finished: Finished, out: 
     assert not opened.refused
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_best_and_writes_the_folder(
     definition: Path, out: Path, finished: Finished, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

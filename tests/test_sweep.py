@@ -128,6 +128,7 @@ def test_workers_and_a_cluster_are_refused_together() -> None:
 # Rows.
 
 
+@pytest.mark.slow
 def test_a_row_is_what_a_run_of_its_scenario_alone_gives(tmp_path: Path) -> None:
     rows = list(small_sweep(tmp_path / "rows.jsonl"))
     assert [tuple(row["settings"].values()) for row in rows] == [(b, k) for b in ("20%", "40%") for k in (0, 1, 2)]

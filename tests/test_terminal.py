@@ -156,6 +156,7 @@ def commands() -> list[list[str]]:
     return found
 
 
+@pytest.mark.slow
 def test_no_help_is_eaten_as_markup(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     said = ""
     monkeypatch.setenv("COLUMNS", "250")

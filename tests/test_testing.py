@@ -33,6 +33,7 @@ APART = {("predictor", "learned")}
 SHIPPED = [(family, name) for family, asked in CONFORMANCE.items() for name in asked.names]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "name"), [one for one in SHIPPED if one not in APART])
 def test_what_ships_conforms(family: str, name: str) -> None:
     check(family, name, runs=5)

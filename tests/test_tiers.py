@@ -173,6 +173,7 @@ def test_a_curve_that_cannot_be_is_refused_naming_its_key(points: Any, says: str
     assert says in str(caught.value)
 
 
+@pytest.mark.slow
 @given(case=cases(tiers={"host_budget": "2experts"}))
 def test_a_drive_that_is_shared_by_more_lanes_than_it_can_serve_reads_no_faster(case: Case) -> None:
     # Whatever is in flight, the reads of n lanes' worth take at least their time on n lanes.
@@ -324,6 +325,7 @@ def counts(host: HostMemory | None) -> tuple[int, int, int]:
     return host.hits, host.misses, host.manager.evicted
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(case=cases(copy={"drop_stale": False}, tiers={"host_budget": "1experts"}))
 def test_engine_and_replay_find_the_same_in_the_least_host_memory(case: Case) -> None:
@@ -331,6 +333,7 @@ def test_engine_and_replay_find_the_same_in_the_least_host_memory(case: Case) ->
     assert counts(play(inputs).host_memory) == counts(decide_host(inputs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", EVICTION)
 @settings(max_examples=20)
 @given(data=st.data())
@@ -370,6 +373,7 @@ def test_a_host_lru_finds_what_an_independent_lru_fed_with_the_gpus_misses_finds
 # What no run may do.
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(case=cases(copy={"drop_stale": False}, tiers={"host_budget": "2experts"}))
 def test_a_copy_starts_once_its_expert_is_read_and_a_read_once_its_room_is_free(case: Case) -> None:
@@ -432,6 +436,7 @@ def by_copy(spans: Any) -> tuple[dict[int, int], dict[int, int]]:
     return start_ns, end_ns
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(case=cases(tiers={"host_budget": "2experts"}))
 def test_every_read_is_made_once_in_all_its_requests(case: Case) -> None:

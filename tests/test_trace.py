@@ -202,6 +202,7 @@ def test_a_truncated_file_is_refused_in_one_line_wherever_it_is_cut(tmp_path: Pa
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_a_damaged_byte_is_refused_or_harmless_but_never_a_traceback(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"t{suffix}"

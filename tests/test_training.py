@@ -69,6 +69,7 @@ def test_merges_never_cross_a_word() -> None:
     assert not [word for word in words if " " in word[1:]]
 
 
+@pytest.mark.slow
 @given(st.text())
 def test_decoding_gives_back_any_text(text: str) -> None:
     encoder = Encoder(learn(["some text, then some more text\n" * 3], 280))
