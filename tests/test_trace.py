@@ -451,9 +451,9 @@ def test_checking_a_million_choices_takes_well_under_a_third_of_a_second() -> No
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     work()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 # Choosing rows
