@@ -166,15 +166,17 @@ def ask_for_what_pays(t: Tables, g: Word, q: Word, step: Word, layer: Word) -> N
                 index = d[d[g + D_GUESSES] + at]
                 if index < 0 or not serves(t, g, base + index):
                     continue
+                hidden_ns = min(np.float64(copy_ns), max(0.0, ahead * visit_ns - queued_ns))
+                confidence = floats[d[g + D_CONFIDENCES] + at]
+                pays = confidence * hidden_ns > (1.0 - confidence) * harm_ns
+                if not pays and d[d[g + D_ASKED]] == 0:
+                    continue  # nobody has been asked for, and what is known of this one need not be fetched
                 known = t.experts[d[g + D_EXPERTS] + base + index]
                 if known[E_ASKED] == stamp:
                     known[E_TIMES] += 1
-                elif known[E_COPY] < 0:
-                    hidden_ns = min(np.float64(copy_ns), max(0.0, ahead * visit_ns - queued_ns))
-                    confidence = floats[d[g + D_CONFIDENCES] + at]
-                    if confidence * hidden_ns > (1.0 - confidence) * harm_ns:
-                        queued_ns += copy_ns
-                        ask(t, g, base + index, target)
+                elif pays and known[E_COPY] < 0:
+                    queued_ns += copy_ns
+                    ask(t, g, base + index, target)
 
 
 @compiled

@@ -181,7 +181,7 @@ class Layout:
         kind, sizes = EVICTIONS[type(manager.pools[0].policy)], manager.size_of
         own = self.experts[first : first + len(sizes)]
         own[:, [w.E_WAVE, w.E_UNTIL, w.E_COPY, w.E_ROOM]] = -1
-        own[:, w.E_SIZE] = sizes
+        own[:, w.E_SIZE] = sizes[0] if manager.uniform else sizes
         if manager.assigned:
             held, copies = list(manager.assigned), list(manager.assigned.values())
             own[held, w.E_COPY], own[held, w.E_ROOM] = copies, [part.gpu.rooms.of(copy).register for copy in copies]

@@ -332,21 +332,20 @@ class Layout:
     def _lay_out_copies(self, one: Any, at: int) -> list[int]:
         """Lay out what copies take, by class, and the class of every expert; return the bytes of each class."""
         lanes, memory = one.lanes, self.memory
-        _, firsts, which = np.unique(np.array(lanes.sizes), return_index=True, return_inverse=True)
-        order = np.argsort(firsts)  # classes are numbered as they come
-        classes = np.zeros(len(firsts), dtype=np.int64)
-        for number, kind in enumerate(order.tolist()):
-            expert = int(firsts[kind])
+        sizes = list(dict.fromkeys(lanes.sizes))  # classes are numbered as they come
+        classes = {}
+        for number, size_bytes in enumerate(sizes):
+            expert = lanes.sizes.index(size_bytes)
             cost, transfer = lanes.copy_cost(expert), lanes.transfer(expert)
             ns = (cost.queued_ns, cost.alone_ns)
             if isinstance(lanes.copies[H2D], QueueLane):
                 ns = (cost.piece_queued_ns, cost.piece_alone_ns)
             transfers = self._transfer(transfer, *ns, lanes.streams)
-            classes[kind] = memory.put((*ns, cost.pieces, cost.host_ns, transfers, number))
-        alike = len(order) == 1
-        of_expert = classes if alike else classes[which.reshape(-1)]
-        self.memory.set(at, {w.G_COPY_OF: memory.put(of_expert), w.G_COPY_EACH: not alike})
-        return [lanes.sizes[int(firsts[kind])] for kind in order]
+            classes[size_bytes] = memory.put((*ns, cost.pieces, cost.host_ns, transfers, number))
+        alike = len(sizes) == 1
+        of_expert = memory.put(classes[size_bytes] for size_bytes in (sizes if alike else lanes.sizes))
+        self.memory.set(at, {w.G_COPY_OF: of_expert, w.G_COPY_EACH: not alike})
+        return sizes
 
     def _lay_out_shapes(self, one: Any, at: int, sizes: Sequence[int]) -> None:
         """Lay out the shapes by kind and layer, and keep what prices each of them."""
@@ -355,8 +354,13 @@ class Layout:
         kinds = w.SIZED_SHAPE + len(sizes)
         shapes = np.full((2, kinds, layers), -1, dtype=np.int64)
         known: dict[tuple[int, ...], int] = {}
+        alike: dict[tuple[int, ...], int] = {}  # the first layer of these sizes
         for phase, layer in product((PREFILL, DECODE), range(layers)):
             expert_bytes = model.expert_bytes[layer]
+            first = alike.setdefault((phase, model.dense_bytes[layer], expert_bytes), layer)
+            if first != layer:
+                shapes[phase, :, layer] = shapes[phase, :, first]
+                continue
             priced = {
                 w.DENSE_SHAPE: (model.dense_bytes[layer], partial(lanes.kernel_of, DENSE, layer, phase)),
                 w.HEAD_SHAPE: (0, partial(lanes.kernel_of, HEAD, layer, phase)),

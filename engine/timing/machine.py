@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import simpy
 
 from ...resources.lags import Lags
@@ -176,9 +177,7 @@ class GpuLanes:
         #: The bytes of every expert as it is copied (layers * experts,), and whether they differ within a layer.
         self.sized = scenario.compression.mixed is not None
         self.sizes = (
-            size_of
-            if self.sized and size_of is not None
-            else [size for size in model.expert_bytes for _ in range(model.experts)]
+            size_of if self.sized and size_of is not None else np.repeat(model.expert_bytes, model.experts).tolist()
         )
         self._size_of = size_of if scenario.compression.mixed is not None else None
         self._copies_of = None if self._size_of is None else {size: costs.copy(size) for size in set(self._size_of)}
