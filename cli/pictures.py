@@ -17,7 +17,7 @@ def plot(
         str,
         typer.Argument(
             help="Of a sweep: lines, heatmap, pareto, tornado. Of a run: time, lanes, timeline, busy, outcomes, "
-            "wasted, memory, latency, tokens. Of two runs: waterfall."
+            "wasted, memory, latency, tokens; under load requests, first-token, end-to-end. Of two runs: waterfall."
         ),
     ],
     results: Annotated[
@@ -45,7 +45,7 @@ def plot(
     from ..engine.measure.insights import InsightError
     from ..experiments.journal import sweep_rows
     from ..output.charts import CHARTS, plot_sweep
-    from ..output.figures import FIGURES
+    from ..output.figures import ALL_FIGURES
     from ..output.figures_static import draw
     from ..output.pictures import check_picture, save
     from ..output.saved import load_results
@@ -58,18 +58,18 @@ def plot(
         if results[0].is_dir():
             raise InputError(
                 f"{results[0]}: a folder: {kind} is drawn from a sweep's journal (.jsonl); of a run there are "
-                f"{', '.join(FIGURES)}"
+                f"{', '.join(ALL_FIGURES)}"
             )
         try:
             picture = plot_sweep(kind, sweep_rows(results[0]), x=x, by=by, figure=figure or "tokens_per_second")
         except InsightError as error:
             raise InsightError(f"{results[0]}: {error}") from None
-    elif kind in FIGURES:
+    elif kind in ALL_FIGURES:
         if x or by or figure:
             raise InputError(f"{kind} is a picture of a run: --x, --by and --figure are for those of a sweep")
         picture = draw(kind, load_results(results))
     else:
-        raise InputError(unknown_name("KIND", kind, [*CHARTS, *FIGURES]))
+        raise InputError(unknown_name("KIND", kind, [*CHARTS, *ALL_FIGURES]))
     save(picture, out)
     typer.echo(str(out))
 

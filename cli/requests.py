@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -34,6 +35,7 @@ def capacity(
     precision: Annotated[
         float, typer.Option(help="How far the rate that is met and the one that is missed may be apart.")
     ] = 0.05,
+    plot: Annotated[Path | None, typer.Option(help="Draw latency against rate into this .png, .pdf or .svg.")] = None,
     json: Json = False,
 ) -> None:
     """Find the highest rate of requests at which a service level is met, with the curve of latency against rate.
@@ -42,6 +44,7 @@ def capacity(
     Examples:
       prestage capacity synthetic --set model.layers=2 --set requests.prompt_tokens=16 --slo ttft_ms=500
       prestage capacity my-scenario.toml --slo e2e_ms=4000 --slo share=0.9 --replicates 3 --json
+      prestage capacity synthetic --slo ttft_ms=500 --plot capacity.png
 
     Rates are bisected; every rate is run with the same seeds. Without --slo, the scenario's [requests.slo] is meant.
     """
@@ -49,15 +52,26 @@ def capacity(
     from ..engine.scenario.scenario import load_scenario
     from ..experiments.serving_capacity import serving_capacity
 
+    if plot is not None:
+        from ..output.pictures import check_picture
+
+        check_picture(plot)
     promised = [f"requests.slo.{one}" for one in slo or ()]
     name, given = own.given(scenario, settings)
     chosen = load_scenario(name, [*given, *promised])
     level = level_of(None if chosen.requests is None else chosen.requests.slo)
     with progress_shown() as progress:
         data = serving_capacity(chosen, level, replicates=replicates, precision=precision, progress=progress)
+    if plot is not None:
+        from ..output.capacity_plot import plot_capacity
+        from ..output.pictures import save
+
+        save(plot_capacity(data), plot)
     if json:
         print_json(data)
         return
     from ..output.tables.requests import print_capacity
 
     print_capacity(data)
+    if plot is not None:
+        typer.echo(str(plot))

@@ -1,7 +1,7 @@
 """The figures of a run by name: what each one shows, as numbers.
 
 `figures_static` draws them with matplotlib for print, `figures_html` with Bokeh for a page.
-A figure's data is one of a few forms (Bars, Grid, Memory, Curves, Spans, Fall), and whoever draws knows the forms, not
+A figure's data is one of a few forms (Bars, Grid, Memory, Curves, Rows, Spans, Fall); whoever draws knows these, not
 the figures: so both draw the same numbers. To add a figure, write its data function and name it in FIGURES.
 """
 
@@ -20,7 +20,7 @@ from ..engine.measure.time_split import busy_before
 from ..errors import InputError
 from ..resources.timeline import KINDS, Timeline
 from ..words import unknown_name
-from .palette import COLORS, FATE_COLORS, IDLE_COLOR, OUTCOME_COLORS, PART_COLORS
+from .palette import COLORS, FATE_COLORS, IDLE_COLOR, OUTCOME_COLORS, PART_COLORS, REQUEST_COLORS
 from .pictures import at_changes, bytes_unit, row_names, step_ends_ns, used_lanes
 from .plots import default_window
 from .saved import Run
@@ -35,6 +35,8 @@ SPAN_LIMIT = 250_000
 LABELED = 0.06
 #: Samples of memory over time.
 _SAMPLES = 4000
+#: Requests of one picture, each on a row.
+_REQUEST_ROWS = 150
 #: Intervals over which busy time is averaged.
 _INTERVALS = 200
 #: What one curve stands for that is no kind of its own: everything.
@@ -119,6 +121,25 @@ class Curves:
 
 
 @dataclass(frozen=True)
+class RowBars:
+    """One color of bars that lie: the row of each, and from when to when in ms, all (bars,)."""
+
+    label: str
+    color: str
+    row: Array
+    from_ms: Array
+    to_ms: Array
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Bars over time on rows, the first on top."""
+
+    names: Sequence[str]
+    parts: Sequence[RowBars]
+
+
+@dataclass(frozen=True)
 class Spans:
     """A timeline, and the part of it to look at first."""
 
@@ -150,7 +171,7 @@ class Fall:
         return max(0.0, min(ends_ms) - 1.5 * spread_ms)
 
 
-Data = Bars | Grid | Memory | Curves | Spans | Fall
+Data = Bars | Grid | Memory | Curves | Rows | Spans | Fall
 
 
 def time_parts(run: Run) -> Bars:
@@ -271,6 +292,51 @@ def fall(first: Run, second: Run) -> Fall:
     return Fall(first.name, second.name, [before, *changed, after])
 
 
+def first_token(run: Run) -> Curves:
+    """Returns how waits for the first token, and in the queue before it, are spread over requests under load."""
+    return _request_waits(run, {"queueing": ("started_ns", "launch"), "first token": ("first_token_ns", "demand")})
+
+
+def end_to_end(run: Run) -> Curves:
+    """Returns how the times from arrival to last token are spread over requests under load."""
+    return _request_waits(run, {"end to end": ("finished_ns", "dense")})
+
+
+def _request_waits(run: Run, until: dict[str, tuple[str, str]]) -> Curves:
+    """Returns how long after their arrival requests came to instants, with percentiles of the last of these.
+
+    Those at the ends that the run's percentiles leave out are in the curves.
+    """
+    requests = _requests_of(run)
+    waits_ms = {label: (requests[name] - requests["arrival_ns"]) / 1e6 for label, (name, _) in until.items()}
+    curves = [Curve(label, COLORS[kind][0], *_cumulative(waits_ms[label])) for label, (_, kind) in until.items()]
+    last = list(waits_ms.values())[-1]
+    marks = {f"p{percent}": float(np.percentile(last, percent)) for percent in (50, 95, 99)}
+    return Curves(curves, "time since arrival (ms)", "share that waits no longer", "ms", marks)
+
+
+def requests_over_time(run: Run) -> Rows:
+    """Returns what each request under load went through, in order of arrival; of many, those in the middle."""
+    requests = _requests_of(run)
+    requests = requests[np.argsort(requests["arrival_ns"], kind="stable")]
+    first = max(0, (len(requests) - _REQUEST_ROWS) // 2)
+    requests = requests[first : first + _REQUEST_ROWS]
+    instants_ms = [requests[name] / 1e6 for name in ("arrival_ns", "started_ns", "first_token_ns", "finished_ns")]
+    rows = np.arange(len(requests))
+    parts = [
+        RowBars(label, color, rows[to > at], at[to > at], to[to > at])
+        for (color, label), at, to in zip(REQUEST_COLORS.values(), instants_ms[:-1], instants_ms[1:], strict=True)
+    ]
+    names = [f"request {number}" for number in requests["number"].tolist()]
+    return Rows(names, [part for part in parts if len(part.row)])
+
+
+def _requests_of(run: Run) -> Array:
+    if run.requests is None:
+        raise FigureError(f"{run.name}: has no requests under load: give a run of a scenario with [requests]")
+    return run.requests
+
+
 @dataclass(frozen=True)
 class Figure:
     """A figure by name: its title, how to read it, its data function and how many runs that takes."""
@@ -331,12 +397,33 @@ FIGURES = {
     ),
 }
 
+#: Those of a run of requests under load alone.
+REQUEST_FIGURES = {
+    "requests": Figure(
+        "Requests over time",
+        "Each request on a row: how long it waited, until its first token was there, and until it had all.",
+        requests_over_time,
+    ),
+    "first-token": Figure(
+        "Time to first token",
+        "From a request's arrival to the first step with a part of it, and to its first token, with the percentiles of "
+        "that. All requests, those at the ends too.",
+        first_token,
+    ),
+    "end-to-end": Figure(
+        "End to end",
+        "From a request's arrival to its last token, with percentiles. All requests, those at the ends too.",
+        end_to_end,
+    ),
+}
+ALL_FIGURES = FIGURES | REQUEST_FIGURES
+
 
 def figure_data(name: str, runs: Sequence[Run]) -> Data:
     """Returns the data of a figure by name. Raises FigureError for an unknown one, and the wrong number of runs."""
-    if name not in FIGURES:
-        raise FigureError(unknown_name("KIND", name, FIGURES))
-    figure = FIGURES[name]
+    if name not in ALL_FIGURES:
+        raise FigureError(unknown_name("KIND", name, ALL_FIGURES))
+    figure = ALL_FIGURES[name]
     if len(runs) != figure.runs:
         wanted = "one result" if figure.runs == 1 else "two results"
         raise FigureError(f"{name} is drawn from {wanted}, not from {len(runs)}")

@@ -35,7 +35,7 @@ from bokeh.palettes import Cividis256
 from bokeh.plotting import figure
 
 from ..resources.timeline import KINDS
-from .figures import LABELED, SPAN_LIMIT, Bars, Curves, Data, Fall, Grid, Memory, Spans, figure_data
+from .figures import LABELED, SPAN_LIMIT, Bars, Curves, Data, Fall, Grid, Memory, Rows, Spans, figure_data
 from .palette import COLORS, DARK_INK, LIGHT_INK, LIMIT_COLOR, SERIES_COLORS, ink_on
 from .pictures import bytes_unit, few_digits, row_names, used_lanes
 from .saved import Run
@@ -75,6 +75,8 @@ def legend(data: Data) -> list[tuple[str, str]]:
     """Returns (label, color) of what a figure shows in several colors."""
     if isinstance(data, Bars):
         return [(part.label, f"{part.color}{round(255 * part.alpha):02x}") for part in data.parts]
+    if isinstance(data, Rows):
+        return [(part.label, part.color) for part in data.parts]
     if isinstance(data, Curves) and len(data.curves) > 1:
         return [(curve.label, curve.color) for curve in data.curves]
     if isinstance(data, Memory) and len(data.gpus) > 1:
@@ -324,6 +326,23 @@ def _curves(data: Curves) -> Any:
     return plot
 
 
+def _rows(data: Rows) -> Any:
+    first = min((float(part.from_ms.min()) for part in data.parts), default=0.0)
+    last = max((float(part.to_ms.max()) for part in data.parts), default=1.0)
+    plot = _plot(80 + min(520, 16 * len(data.names)), (first, last), (len(data.names) - 0.5, -0.5))
+    _name_places(plot.yaxis, data.names, max(1, -(-len(data.names) // _FEW_COLUMNS)))
+    plot.xaxis.axis_label, plot.yaxis.axis_line_color = "time since the start (ms)", None
+    plot.xgrid.grid_line_color, plot.y_range.tags = _GRAY, ["fixed"]
+    for part in data.parts:
+        columns = {"row": part.row, "from": part.from_ms, "to": part.to_ms, "took": part.to_ms - part.from_ms}
+        source = ColumnDataSource({**columns, "name": [data.names[row] for row in part.row.tolist()]})
+        drawn = plot.hbar(
+            y="row", left="from", right="to", height=0.8, fill_color=part.color, line_color=None, source=source
+        )
+        _tip(plot, [drawn], f"@name<br><b>{part.label}</b><br>@took{{0,0.000}} ms from @from{{0,0.000}} ms")
+    return plot
+
+
 def _fall(data: Fall) -> Any:
     names = [data.first, *(step.name for step in data.steps[1:-1]), data.second]
     starts = np.array([step.start_ns for step in data.steps]) / 1e6
@@ -486,4 +505,11 @@ def _tip_of_spans(plot: Any, drawn: Any, source: Any, label: str) -> None:
 
 
 #: What draws each form; a timeline needs to know its limit besides.
-DRAW: dict[type[Data], Callable[[Any], Any]] = {Bars: _bars, Grid: _grid, Memory: _memory, Curves: _curves, Fall: _fall}
+DRAW: dict[type[Data], Callable[[Any], Any]] = {
+    Bars: _bars,
+    Grid: _grid,
+    Memory: _memory,
+    Curves: _curves,
+    Rows: _rows,
+    Fall: _fall,
+}

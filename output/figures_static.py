@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .charts import plot_waterfall
-from .figures import LABELED, Bars, Curves, Data, Fall, Grid, Memory, Spans, figure_data
+from .figures import LABELED, Bars, Curves, Data, Fall, Grid, Memory, Rows, Spans, figure_data
 from .palette import ink_on
 from .pictures import INK, WIDTH_INCHES, few_digits, set_title, style_axes
 from .plots import draw_memory, plot_timeline
@@ -111,6 +111,20 @@ def _curves(data: Curves, title: str) -> Figure:
     return picture
 
 
+def _rows(data: Rows, title: str) -> Figure:
+    picture, axes = _axes(min(9.0, 1.5 + 0.1 * len(data.names)))
+    for part in data.parts:
+        axes.barh(part.row, part.to_ms - part.from_ms, 0.8, left=part.from_ms, color=part.color, label=part.label)
+    every = -(-len(data.names) // 16)
+    axes.set_yticks(range(0, len(data.names), max(1, every)), data.names[:: max(1, every)])
+    axes.set_ylim(len(data.names) - 0.5, -0.5)
+    axes.set_xlabel("time since the start (ms)")
+    axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+    picture.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    set_title(axes, title)
+    return picture
+
+
 def _spans(data: Spans, title: str) -> Figure:
     return plot_timeline(
         data.timeline,
@@ -136,6 +150,7 @@ DRAW: dict[type[Data], Callable[[Any, str], Figure]] = {
     Grid: _grid,
     Memory: _memory,
     Curves: _curves,
+    Rows: _rows,
     Spans: _spans,
     Fall: _fall,
 }

@@ -57,6 +57,12 @@ PART_COLORS: Palette = {
     "drain": ("#56b4e9", "drain"),
     "idle": ("#c8c8c8", "idle: nothing to serve"),
 }
+#: Of what a request under load goes through.
+REQUEST_COLORS: Palette = {
+    "waits": ("#8c8c8c", "waits"),
+    "prompt": ("#f0a830", "until its first token"),
+    "tokens": ("#0072b2", "tokens"),
+}
 #: Of several of one kind, such as GPUs.
 SERIES_COLORS = ("#0072b2", "#009e73", "#cc79a7", "#f0a830", "#56b4e9", "#8c8c8c", "#8060c0", "#b8860b")
 #: What no lane did, and a limit.

@@ -15,18 +15,19 @@ from ..engine.measure.comparison import compare
 from ..engine.measure.recording import OUTCOMES
 from ..engine.scenario.rows import flat
 from .answer import answer_of
-from .figures import FIGURES, SPAN_LIMIT, busy_over_time, figure_data
+from .figures import ALL_FIGURES, FIGURES, REQUEST_FIGURES, SPAN_LIMIT, busy_over_time, figure_data
 from .page import PageError, Section, check_page, html_table, html_tiles, write_page
 from .palette import OUTCOME_COLORS
 from .saved import Run
 from .tables.layout import time_of
+from .tables.requests import LATENCY_COLUMNS, latency_rows, load_rows
 from .tables.runs import headline, speed_rows
 from .tables.sweeps import comparison_figure
 
 #: Which of a run's figures stand in half a row.
-_HALF = ("wasted", "memory", "latency", "tokens")
+_HALF = ("wasted", "memory", "latency", "tokens", "first-token", "end-to-end")
 #: Which of two runs' figures stand below each other rather than side by side.
-_STACKED = ("time", "lanes", "timeline")
+_STACKED = ("time", "lanes", "timeline", "requests")
 #: What a figure of the comparison is better for: more of it, or less; nothing is said of the others.
 _BETTER = {
     "tokens_per_second": 1,
@@ -84,8 +85,9 @@ def run_sections(run: Run, *, limit: int | None = SPAN_LIMIT) -> list[Section]:
 
     Of its timeline no more than `limit` spans are drawn (None: all).
     """
-    figures = [_figure_section(name, [[run]], limit) for name in _of_one_run()]
-    return [_summary(run), *figures, _settings(run)]
+    figures = [_figure_section(name, [[run]], limit) for name in _of_one_run(run)]
+    load = [] if run.requests is None else [_load(run)]
+    return [_summary(run), *load, *figures, _settings(run)]
 
 
 def comparison_sections(first: Run, second: Run, *, limit: int | None = SPAN_LIMIT) -> list[Section]:
@@ -97,13 +99,21 @@ def comparison_sections(first: Run, second: Run, *, limit: int | None = SPAN_LIM
         raise PageError(f"both results are called {first.name}: give two different ones")
     data = compare({run.name: run.data for run in (first, second)})
     between = replace(_figure_section("waterfall", [[first, second]], limit), half=True)
-    figures = [_figure_section(name, [[first], [second]], limit) for name in _of_one_run()]
+    figures = [_figure_section(name, [[first], [second]], limit) for name in _of_one_run(first, second)]
     return [_differing(data), _side_by_side(data, (first, second)), between, *figures]
 
 
-def _of_one_run() -> list[str]:
+def _of_one_run(*runs: Run) -> list[str]:
     """Returns the figures that have a section of their own; how busy the lanes were lies above the timeline."""
-    return [name for name, figure in FIGURES.items() if figure.runs == 1 and name != "busy"]
+    of_load = [] if any(run.requests is None for run in runs) else list(REQUEST_FIGURES)
+    return [*of_load, *(name for name, figure in FIGURES.items() if figure.runs == 1 and name != "busy")]
+
+
+def _load(run: Run) -> Section:
+    """What became of requests under load: their latencies, and what stood by."""
+    data = run.data["requests"]
+    html = html_table(LATENCY_COLUMNS, latency_rows(data)) + html_table(["", ""], load_rows(data))
+    return Section(f"Latency of {data['counted']:,} of {data['requests']:,} requests, ms", html, name="load")
 
 
 def _summary(run: Run) -> Section:
@@ -184,7 +194,7 @@ def _name(key: str) -> str:
 
 def _figure_section(name: str, groups: Sequence[Sequence[Run]], limit: int | None) -> Section:
     """Returns the section of a figure, drawn of each group of runs, on the same axes; its legend is common to all."""
-    drawing, figure = _figures_html(), FIGURES[name]
+    drawing, figure = _figures_html(), ALL_FIGURES[name]
     data = [figure_data(name, group) for group in groups]
     plots = [drawing.draw_html(each, limit=limit) for each in data]
     for other in plots[1:]:

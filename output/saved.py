@@ -53,7 +53,7 @@ TABLES = {
 }
 #: A row for each request, of a run under load alone: what `FinishedRequest` has.
 REQUEST = "request"
-_REQUEST_ROW = np.dtype([(field, "<i8") for field in FinishedRequest._fields])
+REQUEST_ROW = np.dtype([(field, "<i8") for field in FinishedRequest._fields])
 
 
 #: What figures and reports read of a result.json.
@@ -125,7 +125,7 @@ def run_of(result: Result, name: str = "run") -> Run:
 
 def _requests(log: RequestLog) -> Array:
     columns = log.requests
-    table = np.empty(len(columns["number"]), dtype=_REQUEST_ROW)
+    table = np.empty(len(columns["number"]), dtype=REQUEST_ROW)
     for field, values in columns.items():
         table[field] = values
     return table
@@ -297,9 +297,9 @@ def _read(path: Path) -> tuple[Timeline, int, dict[str, Array]]:
             for name, dtype in TABLES.items()
         }
         if f"{REQUEST}.number" in arrays:
-            fields = _REQUEST_ROW.names or ()
+            fields = REQUEST_ROW.names or ()
             columns = [_column(arrays, f"{REQUEST}.{field}", np.dtype("<i8")) for field in fields]
-            tables[REQUEST] = np.array(list(zip(*columns, strict=True)), dtype=_REQUEST_ROW)
+            tables[REQUEST] = np.array(list(zip(*columns, strict=True)), dtype=REQUEST_ROW)
         timeline.extend(tables["span"].tobytes())
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise SavedRunError(f"{path}: is not what `prestage run --out` writes: {error}") from None

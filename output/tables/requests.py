@@ -17,13 +17,15 @@ _LATENCIES = {
     "tpot_ms": "mean of a request (TPOT)",
     "e2e_ms": "end to end",
 }
+#: What heads their table.
+LATENCY_COLUMNS = ("", "mean", "p50", "p95", "p99")
 
 
 def print_requests(data: Mapping[str, Any]) -> None:
     """Print the latencies and rates of a run's requests."""
     console = plain_console()
     console.print(Text(f"\nLatency of {data['counted']:,} of {data['requests']:,} requests, ms", style="bold"))
-    table = columns_of("", "mean", "p50", "p95", "p99")
+    table = columns_of(*LATENCY_COLUMNS)
     for row in latency_rows(data):
         table.add_row(*row)
     console.print(table)

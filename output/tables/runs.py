@@ -318,7 +318,8 @@ def _rate_rows(data: Mapping[str, Any], digits: int) -> Iterator[tuple[str, str,
     if data["cold"] is not None:
         which = f"decode tokens {warm + 1:,} to {decoded:,}"
     known = _known(data, "tokens_per_second")
-    yield "tokens per second", rate, f"{known}batch {scenario['workload']['batch']}, {which}"
+    batch = "" if "requests" in data else f"batch {scenario['workload']['batch']}, "
+    yield "tokens per second", rate, f"{known}{batch}{which}"
     if rate != sustained:
         yield "sustained", sustained, "with the time of prompts"
     if data["cold"] is not None:
