@@ -137,6 +137,7 @@ def test_experts_have_what_kv_blocks_leave_of_a_total_at_a_boundary_that_stands_
         ({"kv": {"budget": "3experts"}}, GIB, r"write it as '20%', '8GiB' or '2000blocks'"),
         ({"kv": {"swap_budget": "5%"}}, GIB, r"requests.kv.swap_budget: '5%': write bytes as '24GiB'"),
         ({"speculation": {"acceptance": "no.json"}}, GIB, r"speculation.acceptance = 'no.json': cannot be read"),
+        ({"warmup": "60%", "count": 5, "cooldown": "40%"}, GIB, r"'60%' and cooldown = '40%': 3 and 2 leave none of 5"),
         ({"trace": "no.csv"}, GIB, r"requests.no.csv: cannot be read"),
     ],
 )  # fmt: skip

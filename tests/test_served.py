@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from prestage.engine.loading.loading import load_inputs
+from prestage.engine.measure import metrics, recording, time_split
 from prestage.engine.policies.scheduler import SCHEDULERS
 from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.scenario import Scenario, make_scenario
@@ -85,6 +86,23 @@ def test_swapped_blocks_go_over_the_link_of_the_experts(discipline: str) -> None
     took_ns = int((swaps["end_ns"] - swaps["start_ns"]).sum())
     alone_ns = (out + back) / 55 + 10_000 * copies
     assert 0.75 * alone_ns < took_ns < (2 if discipline == "two_streams" else 1.25) * alone_ns
+
+
+def test_a_streamed_run_is_measured_in_parts_to_the_same_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Spans in files are looked at a few at a time: what waits for what may lie in two parts."""
+    asked = {
+        "rate": 400.0, "count": 6, "prompt_tokens": 14, "output_tokens": 12, "slo": {"ttft_ms": 100.0},
+        "kv": {"block_tokens": 4, "budget": "16blocks", "swap_budget": "1MiB"},
+    }  # fmt: skip
+    chosen = scenario(model={"layers": 2}, requests=asked)
+    whole = simulate(chosen, baselines=False).data
+    for module in (recording, time_split, metrics):
+        monkeypatch.setattr(module, "AT_ONCE", 7)
+    streamed = simulate(chosen, baselines=False, stream=tmp_path)
+    assert isinstance(streamed.recording.compute_spans, np.memmap) and streamed.data == whole
+    assert {path.suffix for path in (tmp_path / "gpu0").iterdir()} == {".npy"}  # nothing else is left there
 
 
 def test_decoding_takes_longer_the_longer_the_request() -> None:

@@ -39,6 +39,7 @@ from ..scenario.sections_requests import (
     SpeculationSection,
     TokenCount,
     blocks_of,
+    edge_requests,
 )
 
 #: What is served where nothing says how many, and how long prompts and outputs are.
@@ -159,6 +160,7 @@ def load_requests(
         raise
     except InputError as error:
         raise ScenarioError(f"requests.{error}") from None
+    _check_window(section, len(requests))
     room = _kv_room(section, model, room_bytes)
     load = RequestLoad(
         section, requests, rows, trace, room, seed, speculation, room_bytes if total else None, failed
@@ -294,6 +296,16 @@ def _parsed(key: str, text: str, parse: Callable[[str], int]) -> int:
         return parse(text)
     except ScenarioError as error:
         raise ScenarioError(f"{key}: {error}") from None
+
+
+def _check_window(section: RequestsSection, count: int) -> None:
+    """Refuse a window that leaves out every request."""
+    edges = edge_requests(section.warmup, count), edge_requests(section.cooldown, count)
+    if sum(edges) >= count:
+        raise ScenarioError(
+            f"requests.warmup = {section.warmup!r} and cooldown = {section.cooldown!r}: {edges[0]:,} and {edges[1]:,} "
+            f"leave none of {count:,} requests to measure: give less, or serve more (count)"
+        )
 
 
 def _check_fits(load: RequestLoad) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from ...resources.timeline import DEMAND, PEER, PREFETCH, READBACK, covered_ns
 from ..decide.memory_manager import DEMANDED, PREFETCHED
 from .accesses import MISS_CAUSES, access_rates, accesses_from, miss_causes
-from .recording import FATES, OUTCOMES, Array, Recording, ratio
+from .recording import AT_ONCE, FATES, OUTCOMES, Array, Recording, ratio
 from .speed import Served, speed_metrics
 from .time_split import busy_before, host_held_ns, time_split
 
@@ -81,10 +81,13 @@ def overlapped_ns(recording: Recording) -> tuple[int, int]:
     """Returns the copy time under which the compute stream was busy, and all copy time, in ns."""
     copies = recording.copy_spans
     total_ns = int((copies["end_ns"] - copies["start_ns"]).sum())
-    if not len(recording.compute_spans):
+    spans, busy_ns = recording.compute_spans, 0
+    if not len(spans):
         return 0, 0
-    busy = busy_before(recording.compute_spans)
-    return int((busy(copies["end_ns"]) - busy(copies["start_ns"])).sum()), total_ns
+    for first in range(0, len(spans), AT_ONCE) if total_ns else ():
+        busy = busy_before(spans[first : first + AT_ONCE])
+        busy_ns += int((busy(copies["end_ns"]) - busy(copies["start_ns"])).sum())
+    return busy_ns, total_ns
 
 
 def link_utilization(recording: Recording, run_ns: int | None = None) -> float | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,8 @@ PREFETCH_HIT, CACHE_HIT, LATE, MISS = range(len(OUTCOMES))
 #: How a prefetch can end, by number.
 FATES = ("useful", "late", "wasted", "unused", "cancelled")
 USEFUL, ARRIVED_LATE, WASTED, UNUSED, CANCELLED = range(len(FATES))
+#: Spans that are looked at together where there are very many: some tens of MB.
+AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -107,10 +111,22 @@ class Recording:
         return self.decoded.timeline.on_lanes(self.spans, role)
 
     def _in_order(self, which: Array) -> Array:
-        spans = self.spans.take(np.flatnonzero(which))
+        spans = self._chosen(which)
         if (np.diff(spans["start_ns"]) >= 0).all():  # on first-in first-out lanes they are
             return spans
         return spans.take(np.argsort(spans["start_ns"], kind="stable"))
+
+    def _chosen(self, which: Array) -> Array:
+        """Returns the spans that are chosen; of very many that lie in a file, in one without a name beside it."""
+        spans, count = self.spans, int(np.count_nonzero(which))
+        if not isinstance(spans, np.memmap) or count <= AT_ONCE:
+            return spans.take(np.flatnonzero(which))
+        with tempfile.TemporaryFile(dir=Path(str(spans.filename)).parent) as file:
+            for first in range(0, len(spans), AT_ONCE):
+                part = slice(first, first + AT_ONCE)
+                file.write(spans[part][which[part]].tobytes())
+            file.flush()
+            return np.memmap(file, dtype=spans.dtype, mode="r+", shape=(count,))
 
     def bytes_of(self, experts: Array) -> Array:
         """Returns the bytes that a whole copy of each of these experts moves, of one size within a layer."""
@@ -184,10 +200,12 @@ class Recording:
         copies = self.decoded.accesses["copy"]
         first = self.first_access[copies] == np.arange(len(copies))
         reason = self.copy_reason[copies]
-        found = np.where(first & (reason == PREFETCHED), PREFETCH_HIT, CACHE_HIT)
-        found = np.where(self.wait_ns[: len(found)] > 0, LATE, found)
-        outcomes = np.where(first & (reason == DEMANDED), MISS, found)
-        return np.append(outcomes, np.full(len(self.resolved_accesses), MISS)) if len(self.resolved) else outcomes
+        outcomes = np.full(len(copies), CACHE_HIT, dtype=np.int8)
+        outcomes[first & (reason == PREFETCHED)] = PREFETCH_HIT
+        outcomes[self.wait_ns[: len(copies)] > 0] = LATE
+        outcomes[first & (reason == DEMANDED)] = MISS
+        more = len(self.resolved_accesses) if len(self.resolved) else 0
+        return np.append(outcomes, np.full(more, MISS, dtype=np.int8))
 
     @cached_property
     def copy_fates(self) -> Array:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from ...resources.timeline import DECOMPRESS, DENSE, EXPERT, GUESSES, HEAD, KINDS, PREDICT, SWAP
 from ...workloads.batches import PulledSteps
-from .recording import Array, Recording
+from .recording import AT_ONCE, Array, Recording
 
 
 def time_split(recording: Recording, run_ns: int | None = None) -> dict[str, float]:
@@ -20,21 +20,23 @@ def time_split(recording: Recording, run_ns: int | None = None) -> dict[str, flo
     + drain (after its last kernel, until the run ends at `run_ns` on another GPU) = makespan. Where a scheduler makes
     the steps, the time of the host's gaps in which it had nothing to run is apart, as idle.
     """
-    spans, gaps = recording.compute_spans, _Gaps(recording)
-    busy_ns = spans["end_ns"] - spans["start_ns"]
-    predicting = spans["kind"] == PREDICT
-    on_host, held = gaps.within_host(_host_predictions(recording)), gaps.within_host(_held_host(recording))
-    idle = gaps.within_host(idle_spans(recording))
-    parts_ns = {
-        "compute_ms": int(busy_ns[~predicting].sum()),
-        "stall_ms": int(gaps.ns[gaps.for_bytes].sum()) + held,
-        "host_ms": int(gaps.of_host_ns.sum()) - on_host - held - idle,
-        "predictor_ms": int(busy_ns[predicting].sum()) + on_host,
-        "bubble_ms": int(gaps.ns[gaps.for_gpu].sum()),
-        "drain_ms": 0 if run_ns is None else run_ns - recording.makespan_ns,
-    }
+    parts = (_host_predictions(recording), _held_host(recording), idle_spans(recording))
+    within = [busy_before(part) if len(part) else None for part in parts]
+    parts_ns = dict.fromkeys(("compute_ms", "stall_ms", "host_ms", "predictor_ms", "bubble_ms"), 0)
+    idle_ns = 0
+    for gaps in _all_gaps(recording):
+        busy_ns = gaps.spans["end_ns"] - gaps.spans["start_ns"]
+        predicting = gaps.spans["kind"] == PREDICT
+        of_predictor, of_held, of_idle = (gaps.within_host(before) for before in within)
+        parts_ns["compute_ms"] += int(busy_ns[~predicting].sum())
+        parts_ns["stall_ms"] += int(gaps.ns[gaps.for_bytes].sum()) + of_held
+        parts_ns["host_ms"] += int(gaps.of_host_ns.sum()) - of_predictor - of_held - of_idle
+        parts_ns["predictor_ms"] += int(busy_ns[predicting].sum()) + of_predictor
+        parts_ns["bubble_ms"] += int(gaps.ns[gaps.for_gpu].sum())
+        idle_ns += of_idle
+    parts_ns["drain_ms"] = 0 if run_ns is None else run_ns - recording.makespan_ns
     if isinstance(recording.steps, PulledSteps):
-        parts_ns["idle_ms"] = idle
+        parts_ns["idle_ms"] = idle_ns
     return {name: ns / 1e6 for name, ns in parts_ns.items()}
 
 
@@ -47,70 +49,90 @@ def idle_spans(recording: Recording) -> Array:
 def host_held_ns(recording: Recording) -> int:
     """Returns how much of the stall it is that pageable copies hold the host's thread, which then launches nothing."""
     held = _held_host(recording)
-    return _Gaps(recording).within_host(held) if len(held) else 0
+    before = busy_before(held)
+    return sum(gaps.within_host(before) for gaps in _all_gaps(recording)) if len(held) else 0
+
+
+def cpu_stall_ns(recording: Recording) -> int:
+    """Returns how much of the stall is for the CPU's results."""
+    return sum(
+        int(gaps.ns[gaps.for_bytes & np.isin(gaps.spans["kind"], (DENSE, HEAD))].sum()) for gaps in _all_gaps(recording)
+    )
+
+
+def _all_gaps(recording: Recording) -> Iterator[_Gaps]:
+    """Yields the gaps before the kernels of a GPU, AT_ONCE of them at a time; all where other GPUs send something."""
+    spans, waits = recording.compute_spans, _Waits(recording)
+    at_once = max(1, len(spans)) if len(recording.decoded.arrivals) else AT_ONCE
+    for first in range(0, len(spans), at_once):
+        before_ns = int(spans["end_ns"][first - 1]) if first else 0
+        yield _Gaps(spans[first : first + at_once], before_ns, waits)
+
+
+class _Waits:
+    """What the kernels of a GPU may have waited for."""
+
+    def __init__(self, recording: Recording) -> None:
+        self.recording, self.lags = recording, recording.kernel_lags
+        self._swapped_ns = _swapped(recording)
+
+    def bytes_ns(self, spans: Array) -> tuple[Array, Array]:
+        """Returns when what each of these spans needed was there, -1 for nothing, and which needed bytes or results."""
+        recording = self.recording
+        has_copy = spans["copy"] >= 0
+        ready_ns = np.full(len(spans), -1, dtype=np.int64)
+        ready_ns[has_copy] = recording.copy_end_ns[spans["copy"][has_copy]]
+        needs_bytes = (spans["kind"] == EXPERT) | (spans["kind"] == DECOMPRESS)
+        if len(recording.resolved):
+            results_ns = _results_before(recording, spans)
+            ready_ns, needs_bytes = np.maximum(ready_ns, results_ns), needs_bytes | (results_ns >= 0)
+        if self._swapped_ns is not None:
+            swapped_ns = np.where(spans["kind"] == DENSE, self._swapped_ns[spans["visit"]], -1)
+            ready_ns, needs_bytes = np.maximum(ready_ns, swapped_ns), needs_bytes | (swapped_ns >= 0)
+        return ready_ns, needs_bytes
 
 
 class _Gaps:
-    """The idle time before each kernel of a GPU, and what it is put down to."""
+    """The idle time before each of some kernels, behind one that ended at `before_ns`, and what it is put down to."""
 
-    def __init__(self, recording: Recording) -> None:
-        self._start_ns = recording.compute_spans["start_ns"]
-        self.ns = _gaps_ns(recording)
-        gpu_came_last = _behind_arrivals(recording)
-        self.for_bytes = _waiting_for_bytes(recording, gpu_came_last)
+    def __init__(self, spans: Array, before_ns: int, waits: _Waits) -> None:
+        self.spans = spans
+        self.ns: Array = spans["start_ns"] - np.concatenate([[before_ns], spans["end_ns"][:-1]])
+        gpu_came_last = _behind_arrivals(waits.recording, spans)
+        self.for_bytes = self._waiting_for_bytes(waits, gpu_came_last)
         self.for_gpu = gpu_came_last & (self.ns > 0) & ~self.for_bytes
         self.of_host_ns = self.ns * ~(self.for_bytes | self.for_gpu)
 
-    def within_host(self, busy: Array) -> int:
-        """Returns how much of these spans (in order, not overlapping) lies in gaps that are the host's, in ns."""
-        if not len(busy):
+    def within_host(self, before: Callable[[Array], Array] | None) -> int:
+        """Returns how much of some spans, given by their `busy_before`, lies in gaps that are the host's, in ns."""
+        if before is None:
             return 0
         chosen = self.of_host_ns > 0
-        until_ns, before = self._start_ns[chosen], busy_before(busy)
+        until_ns = self.spans["start_ns"][chosen]
         return int((before(until_ns) - before(until_ns - self.ns[chosen])).sum())
 
+    def _waiting_for_bytes(self, waits: _Waits, gpu_came_last: Array) -> Array:
+        """Returns which spans waited, last of all, for an expert's bytes, KV blocks or the CPU's results.
 
-def _gaps_ns(recording: Recording) -> Array:
-    """Returns how long the compute stream was idle before each of its spans."""
-    ends_ns = recording.compute_spans["end_ns"]
-    gaps_ns: Array = recording.compute_spans["start_ns"] - (
-        np.concatenate([[0], ends_ns[:-1]]) if len(ends_ns) else ends_ns
-    )
-    return gaps_ns
-
-
-def _waiting_for_bytes(recording: Recording, gpu_came_last: Array) -> Array:
-    """Returns which spans of the compute stream waited, last of all, for an expert's bytes or the CPU's results.
-
-    `gpu_came_last` (spans,): what another GPU sent came no earlier than that.
-    """
-    spans, gap_ns = recording.compute_spans, _gaps_ns(recording)
-    has_copy = spans["copy"] >= 0
-    ready_ns = np.full(len(spans), -1, dtype=np.int64)
-    ready_ns[has_copy] = recording.copy_end_ns[spans["copy"][has_copy]]
-    needs_bytes = (spans["kind"] == EXPERT) | (spans["kind"] == DECOMPRESS)
-    if len(recording.resolved):
-        results_ns = _results_before(recording)
-        ready_ns, needs_bytes = np.maximum(ready_ns, results_ns), needs_bytes | (results_ns >= 0)
-    swapped_ns = _swapped_before(recording)
-    if swapped_ns is not None:
-        ready_ns, needs_bytes = np.maximum(ready_ns, swapped_ns), needs_bytes | (swapped_ns >= 0)
-    # A grouped kernel waits for copies that its span does not name: neither its launch nor the lane held it up.
-    lags = recording.kernel_lags
-    held_up = (spans["start_ns"] > spans["issued_ns"]) & (gap_ns > max(lags.gap_ns, lags.gap_disturbed_ns))
-    held_up &= ~gpu_came_last
-    since_ns = spans["start_ns"] - ready_ns
-    came_last = (since_ns == lags.after_other_ns) | (since_ns == lags.after_other_disturbed_ns)
-    waiting: Array = needs_bytes & (gap_ns > 0) & (held_up | came_last)
-    return waiting
+        `gpu_came_last` (spans,): what another GPU sent came no earlier than that.
+        """
+        spans, lags = self.spans, waits.lags
+        ready_ns, needs_bytes = waits.bytes_ns(spans)
+        # A grouped kernel waits for copies that its span does not name: neither its launch nor the lane held it up.
+        held_up = (spans["start_ns"] > spans["issued_ns"]) & (self.ns > max(lags.gap_ns, lags.gap_disturbed_ns))
+        held_up &= ~gpu_came_last
+        since_ns = spans["start_ns"] - ready_ns
+        came_last = (since_ns == lags.after_other_ns) | (since_ns == lags.after_other_disturbed_ns)
+        waiting: Array = needs_bytes & (self.ns > 0) & (held_up | came_last)
+        return waiting
 
 
-def _results_before(recording: Recording) -> Array:
+def _results_before(recording: Recording, spans: Array) -> Array:
     """Returns when the CPU's results were there that each span of the compute stream waited for; -1 for none.
 
     They are wanted by what follows the visit's experts: the next layer's dense part, or the head.
     """
-    spans, layers = recording.compute_spans, len(recording.expert_bytes)
+    layers = len(recording.expert_bytes)
     next_layer = (spans["kind"] == DENSE) & (spans["visit"] % layers > 0)
     visits = np.where(next_layer, spans["visit"] - 1, spans["visit"])
     wanted = next_layer | (spans["kind"] == HEAD)
@@ -118,31 +140,25 @@ def _results_before(recording: Recording) -> Array:
     return results_ns
 
 
-def _swapped_before(recording: Recording) -> Array | None:
-    """Returns when the KV blocks were there that each span of the compute stream waited for; None where none was.
+def _swapped(recording: Recording) -> Array | None:
+    """Returns when the KV blocks were there that the dense part of each visit waited for; None where none was swapped.
 
-    They are ordered before the first visit of a step, whose dense part waits for them.
+    They are ordered before the first visit of a step.
     """
     swaps = recording.spans[recording.spans["kind"] == SWAP]
     if not len(swaps):
         return None
     ends_ns = np.full(len(recording.decoded.visits) + 1, -1, dtype=np.int64)
     np.maximum.at(ends_ns, swaps["visit"] + 1, swaps["end_ns"])
-    spans = recording.compute_spans
-    swapped_ns: Array = np.where(spans["kind"] == DENSE, ends_ns[spans["visit"]], -1)
-    return swapped_ns
+    return ends_ns
 
 
-def cpu_stall_ns(recording: Recording) -> int:
-    """Returns how much of the stall is for the CPU's results."""
-    waiting = _waiting_for_bytes(recording, _behind_arrivals(recording))
-    waiting &= np.isin(recording.compute_spans["kind"], (DENSE, HEAD))
-    return int(_gaps_ns(recording)[waiting].sum())
+def _behind_arrivals(recording: Recording, spans: Array) -> Array:
+    """Returns which kernels started as soon as something had come from another GPU, and not as soon as launched.
 
-
-def _behind_arrivals(recording: Recording) -> Array:
-    """Returns which kernels started as soon as something had come from another GPU, and not as soon as launched."""
-    spans, arrivals, lags = recording.compute_spans, recording.decoded.arrivals, recording.kernel_lags
+    `spans` are all of the compute stream, where anything came.
+    """
+    arrivals, lags = recording.decoded.arrivals, recording.kernel_lags
     waits = np.zeros(len(spans), dtype=bool)
     if not len(arrivals):
         return waits
