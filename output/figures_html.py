@@ -336,9 +336,8 @@ def _rows(data: Rows) -> Any:
     for part in data.parts:
         columns = {"row": part.row, "from": part.from_ms, "to": part.to_ms, "took": part.to_ms - part.from_ms}
         source = ColumnDataSource({**columns, "name": [data.names[row] for row in part.row.tolist()]})
-        drawn = plot.hbar(
-            y="row", left="from", right="to", height=0.8, fill_color=part.color, line_color=None, source=source
-        )
+        look = {"fill_color": part.color, "line_color": None, "source": source}
+        drawn = plot.hbar(y="row", left="from", right="to", height=0.8, **look)
         _tip(plot, [drawn], f"@name<br><b>{part.label}</b><br>@took{{0,0.000}} ms from @from{{0,0.000}} ms")
     return plot
 
@@ -506,10 +505,5 @@ def _tip_of_spans(plot: Any, drawn: Any, source: Any, label: str) -> None:
 
 #: What draws each form; a timeline needs to know its limit besides.
 DRAW: dict[type[Data], Callable[[Any], Any]] = {
-    Bars: _bars,
-    Grid: _grid,
-    Memory: _memory,
-    Curves: _curves,
-    Rows: _rows,
-    Fall: _fall,
-}
+    Bars: _bars, Grid: _grid, Memory: _memory, Curves: _curves, Rows: _rows, Fall: _fall,
+}  # fmt: skip

@@ -192,7 +192,16 @@ def test_what_is_slow_to_import_is_imported_where_it_is_used(path: Path) -> None
     assert ROOT / BOKEH not in [target(path, *found) for found in imports(path, at_import=True)]
     anywhere = {module.split(".")[0] for level, module, _ in imports(path, runs=True) if level == 0}
     if "matplotlib" in anywhere:
-        drawing = ("pictures", "plots", "charts", "machine_plot", "figures_static", "published_plot", "advice_plot")
+        drawing = (
+            "pictures",
+            "plots",
+            "charts",
+            "machine_plot",
+            "figures_static",
+            "published_plot",
+            "advice_plot",
+            "capacity_plot",
+        )
         assert name_of(path) in (f"output/{name}.py" for name in drawing)
     if "bokeh" in anywhere:
         assert name_of(path) in (BOKEH, "output/page.py")

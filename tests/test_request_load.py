@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 from test_request_traces import AZURE, MOONCAKE, VLLM
 
+from prestage.engine.loading.capacity import memories
+from prestage.engine.loading.loading import load_inputs
 from prestage.engine.loading.requests import RequestLoad, load_requests, position_bytes
 from prestage.engine.policies.scheduler import SCHEDULERS
 from prestage.engine.scenario.amounts import ScenarioError
+from prestage.engine.scenario.inputs import Inputs
 from prestage.engine.scenario.scenario import Scenario, load_scenario, make_scenario
 from prestage.engine.scenario.sections_requests import edge_requests
 from prestage.testing import serve
@@ -205,3 +208,28 @@ def test_experts_that_a_request_goes_to_are_those_of_its_sequence() -> None:
     own = made.rows.sequence_of(0)
     there = {(layer, expert) for row in own for layer in range(2) for expert in TRACE.experts[row, layer].tolist()}
     assert set(zip(*np.nonzero(known.reshape(2, 8)), strict=True)) == there
+
+
+def test_what_makes_drafts_leaves_less_room_for_experts() -> None:
+    """Of gpt-oss-20b cut to 4 layers: a draft head is a fifth one, as large as each of them."""
+    data: dict[str, Any] = {
+        "model": {"preset": "gpt-oss-20b", "layers": 4},
+        "machine": {"profile": "h200-pcie5"},
+        "workload": {"synthetic": {"tokens": 16, "sequences": 1, "prefill_tokens": 8}},
+        "memory": {"total_bytes": "3.5GiB", "gpu_budget": "100%"},
+    }
+
+    def room(drafter: str) -> Inputs:
+        speculation = {"drafts": 1, "drafter_bytes": drafter}
+        return load_inputs(
+            make_scenario(data | {"requests": {"kv": {"budget": "100blocks"}, "speculation": speculation}})
+        )
+
+    without, half, layer = (room(drafter) for drafter in ("0B", "0.5GiB", "layer"))
+    assert without.budget_bytes < without.model.total_expert_bytes  # what is taken is taken from experts
+    assert without.budget_bytes - half.budget_bytes == GIB // 2 == memories(half)[0].parts["drafter"]
+    model = layer.model
+    layer_bytes = model.dense_bytes[0] + model.experts * model.expert_bytes[0]
+    assert without.budget_bytes - layer.budget_bytes == layer_bytes == memories(layer)[0].parts["drafter"]
+    with pytest.raises(ScenarioError, match=r"drafter_bytes: '5%': write bytes as '24GiB', or 'layer'"):
+        room("5%")

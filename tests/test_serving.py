@@ -150,6 +150,7 @@ def test_who_is_preempted_is_computed_again(saved: Any, tmp_path: Path) -> None:
     [
         (("dispatch.mode=graph",), "dispatch.mode = 'graph': must be 'eager'"),
         (("requests.speculation.drafts=2",), "requests.speculation = .*: must not be set"),
+        (("requests.replicas=2",), "requests.replicas = 2: must be 1"),
         (("requests.scheduler.name=expert-aware",), "looks at the simulated link"),
     ],
 )

@@ -40,7 +40,7 @@ _ONLY: dict[str, Any] = {
     "dispatch.expert_kernel": "separate", "copy.discipline": "fifo", "copy.source": "host", "miss.policy": "fetch",
     "compression.where": "none", "tiers.host_budget": "all", "parallel.gpus": 1, "parallel.stages": 1,
     "requests.speculation": None, "requests.kv.prefix_caching": False, "requests.kv.swap_budget": "0B",
-    "requests.kv.boundary": "fixed", "prefetch.issue": "after_launch",
+    "requests.kv.boundary": "fixed", "requests.replicas": 1, "prefetch.issue": "after_launch",
 }  # fmt: skip
 #: The last so many ns of a wait are spent looking at the clock.
 _SPIN_NS = 2_000_000

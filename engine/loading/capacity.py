@@ -26,6 +26,7 @@ from .offloading import kept_bytes, low_precision, served_experts
 #: What lies in a memory, by the names that results use.
 DENSE, HEAD, EMBEDDING, KV_CACHE = "dense weights", "head", "input embedding", "KV cache"
 WORKSPACE, PREDICTOR, EXPERTS, LOW = "workspace", "predictor", "experts", "low-precision copies"
+DRAFTER = "drafter"
 TABLE = "table of the model"
 SPARE, NOT_GIVEN, COMPRESSED = "spare room for other GPUs' experts", "left over of the total", "compressed experts"
 #: Of these, what is there for experts.
@@ -151,7 +152,23 @@ def fixed_parts(scenario: Scenario, model: Model, predictor_bytes: int) -> dict[
         EMBEDDING: model.embedding_beside_head_bytes,
         WORKSPACE: parse_bytes(scenario.memory.workspace_bytes),
         PREDICTOR: predictor_bytes,
+        DRAFTER: _drafter_bytes(scenario, model),
     }
+
+
+def _drafter_bytes(scenario: Scenario, model: Model) -> int:
+    """Returns what the maker of drafts keeps on the GPU; ScenarioError for what is no number of bytes."""
+    speculation = None if scenario.requests is None else scenario.requests.speculation
+    if speculation is None:
+        return 0
+    if speculation.drafter_bytes == "layer":
+        dense_bytes = max(model.dense_bytes, default=0)
+        of_layer = zip(model.expert_bytes, model.experts_by_layer, strict=True)
+        return dense_bytes + max(size_bytes * experts for size_bytes, experts in of_layer)
+    try:
+        return parse_bytes(speculation.drafter_bytes)
+    except ScenarioError as error:
+        raise ScenarioError(f"requests.speculation.drafter_bytes: {error}, or 'layer'") from None
 
 
 def host_parts(inputs: Inputs) -> dict[str, int]:

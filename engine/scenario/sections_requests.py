@@ -92,13 +92,15 @@ class SpeculationSection(Section):
     `acceptance` is the probability that a draft is right if those before it are: a number, one for each place, or the
     path of a JSON list of how many were right in steps that were seen. What is wrong goes to the experts of the true
     token's with probability `overlap`, and else to those of another token of its sequence. Drafting takes `draft_us`
-    a step, on the host's time.
+    a step, on the host's time. What makes drafts keeps `drafter_bytes` of GPU memory: "2GiB" for a model of its own, or
+    "layer" for a draft head that is one more layer of this model, experts and all (as DeepSeek's MTP module).
     """
 
     drafts: int = Field(default=1, ge=1, le=64)
     acceptance: float | list[float] | str = 0.7
     overlap: float = Field(default=0.0, ge=0, le=1)
     draft_us: float = Field(default=0.0, ge=0, le=MOST_US)
+    drafter_bytes: str = "0B"
 
     @model_validator(mode="after")
     def _is_a_share(self) -> SpeculationSection:
