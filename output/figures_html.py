@@ -353,19 +353,13 @@ def _fall(data: Fall) -> Any:
     plot.ygrid.grid_line_color = _GRAY
     whole = np.isin(np.arange(len(names)), (0, len(names) - 1))
     colors = np.where(whole, COLORS["dense"][0], np.where(ends > starts, COLORS["demand"][0], COLORS["head"][0]))
-    source = ColumnDataSource(
-        {
-            "place": np.arange(len(names)),
-            "low": np.where(whole, lowest, np.minimum(starts, ends)),
-            "high": np.maximum(starts, ends),
-            "color": colors.tolist(),
-            "name": names,
-            "says": [
-                f"{end - start:{',' if alone else '+,'}.3f}"
-                for start, end, alone in zip(starts.tolist(), ends.tolist(), whole.tolist(), strict=True)
-            ],
-        }
-    )
+    says = [
+        f"{end - start:{',' if alone else '+,'}.3f}"
+        for start, end, alone in zip(starts.tolist(), ends.tolist(), whole.tolist(), strict=True)
+    ]
+    low, high = np.where(whole, lowest, np.minimum(starts, ends)), np.maximum(starts, ends)
+    places = {"place": np.arange(len(names)), "low": low, "high": high}
+    source = ColumnDataSource({**places, "color": colors.tolist(), "name": names, "says": says})
     bars = plot.vbar(
         x="place", bottom="low", top="high", width=0.7, fill_color="color", line_color="color", source=source
     )
@@ -403,15 +397,9 @@ def _spans(data: Spans, limit: int | None) -> Any:
     ends_ms = data.step_ends_ns[:_MOST_STEPS] / 1e6
     rows = {"x": ends_ms, "y0": np.full(len(ends_ms), -0.5), "y1": np.full(len(ends_ms), len(lanes) - 0.5)}
     plot.segment(
-        x0="x",
-        x1="x",
-        y0="y0",
-        y1="y1",
-        line_color=_GRAY,
-        line_dash=[1, 3],
+        x0="x", x1="x", y0="y0", y1="y1", line_color=_GRAY, line_dash=[1, 3], name="steps",
         source=ColumnDataSource(rows),
-        name="steps",
-    )
+    )  # fmt: skip
     zoom = WheelZoomTool(dimensions="width")
     plot.add_tools(zoom, PanTool(dimensions="width"))
     plot.toolbar.active_scroll = zoom
