@@ -42,9 +42,8 @@ def capacity(
 
     \b
     Examples:
-      prestage capacity synthetic --set model.layers=2 --set requests.prompt_tokens=16 --slo ttft_ms=500
+      prestage capacity synthetic --set model.layers=2 --set requests.count=20 --slo ttft_ms=500 --plot c.png
       prestage capacity my-scenario.toml --slo e2e_ms=4000 --slo share=0.9 --replicates 3 --json
-      prestage capacity synthetic --slo ttft_ms=500 --plot capacity.png
 
     Rates are bisected; every rate is run with the same seeds. Without --slo, the scenario's [requests.slo] is meant.
     """
