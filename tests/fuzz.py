@@ -14,6 +14,7 @@ import contextlib
 import gzip
 import io
 import json
+import os
 import random
 import shutil
 import sys
@@ -26,6 +27,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+if "--atheris" in sys.argv:  # before what it is to watch is imported; what is watched cannot be compiled
+    import atheris  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+    os.environ["NUMBA_DISABLE_JIT"] = "1"
+    atheris.instrument_imports(include=["prestage"]).__enter__()
 
 import bad_inputs
 import gguf_files
@@ -354,11 +361,9 @@ def search(name: str, seed: int, seconds: float, keep: Path) -> int:
 
 def guided(name: str, options: list[str]) -> None:
     """Let atheris look for a content that crashes a reader, from its valid one on."""
-    import atheris  # type: ignore[import-not-found,import-untyped,unused-ignore]
-
     reader, folder = READERS[name], Path(tempfile.mkdtemp())
-    with atheris.instrument_imports(include=["prestage"]):
-        crash(reader, reader.make(), folder)  # loads what it needs
+    valid = reader.make()
+    crash(reader, valid, folder)  # loads what it needs
 
     def one(content: bytes) -> None:
         error = crash(reader, content, folder)
@@ -366,7 +371,7 @@ def guided(name: str, options: list[str]) -> None:
             raise error
 
     corpus = Path(tempfile.mkdtemp())
-    (corpus / "valid").write_bytes(reader.make())
+    (corpus / "valid").write_bytes(valid.rstrip(b"\0"))
     atheris.Setup([sys.argv[0], str(corpus), *options], one)
     atheris.Fuzz()
 

@@ -42,8 +42,8 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "engine/measure/time_split.py": ("test_accounting", "test_by_layer", "test_split"),
     "engine/measure/misses.py": ("test_accounting", "test_by_layer"),
     "engine/measure/request_metrics.py": ("test_request_metrics",),
-    "engine/costs/attention.py": ("test_context", "test_beside_costs"),
-    "engine/costs/cpu_streams.py": ("test_beside_costs", "test_miss"),
+    "engine/costs/attention.py": ("test_context", "test_beside_costs", "test_served"),
+    "engine/costs/cpu_streams.py": ("test_runtimes", "test_beside_costs", "test_miss"),
     "engine/costs/scatter.py": ("test_measured_costs",),
     "engine/timing/lanes.py": ("test_lane", "test_copy_order"),
 }  # fmt: skip

@@ -290,6 +290,12 @@ def test_threads_reach_no_more_than_each_alone_and_no_kernel_more_than_stream() 
     assert CpuStream(runtime, 100e9, 16, "here").rate("int8", 1 << 20, 1)[0] == 100e9
 
 
+def test_copies_and_experts_slow_each_other_down_only_beyond_what_both_reach_together() -> None:
+    stream = CpuStream(rates((1 << 20, 8, 1.5)), 100e9, 8, "here")
+    assert stream.beside(40e9, 20e9) == 1.0  # 60 of 95 GB/s
+    assert stream.beside(90e9, 56e9) == pytest.approx(146 / 95)
+
+
 def threaded(*cores: tuple[str, int, int]) -> Runtime:
     """A runtime whose threads read 10 GB/s and compute so many GB/s of (dtype, tokens, rate)."""
     table = [{"dtype": dtype, "tokens": tokens, "bytes_per_second": rate * 10**9, **ASSUMED}
