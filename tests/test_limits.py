@@ -21,11 +21,9 @@ LONG_FUNCTIONS = {
     "calibration/fit_beside.py _observe": _NEXT,
     "calibration/part.py Part.__init__": "sets up one thing after another",
     "engine/replay/compiled.py _replay": "machine code: one loop, whose parts would be copied into it",
-    "engine/scenario/scenario.py _drop_replaced": _NEXT,
     "engine/timing/compiled_clock.py advance": "machine code: a branch for each kind of event",
     "engine/timing/compiled_host.py carry_out_one": "machine code: a branch for each command",
     "workloads/importers.py _format_of": "a branch for each format",
-    "workloads/model_files/gguf_model.py read_gguf": _NEXT,
     "workloads/model_files/quantization.py _quantized": "a branch for each format",
     "workloads/training/bpe.py learn": "an algorithm with its books: each step needs all of them",
 }

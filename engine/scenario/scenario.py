@@ -350,20 +350,26 @@ def _drop_replaced(data: dict[str, Any], parts: list[str], value: Any) -> None:
         for key in ("batch", "tokens", "context", "warmup"):
             workload.pop(key, None)
     if parts[:1] == ["workload"] and isinstance(workload, dict):
-        if parts[1:] == ["trace"]:
-            workload.pop("synthetic", None)
-        elif parts[1:2] == ["synthetic"]:
-            workload.pop("trace", None)
-        synthetic = workload.get("synthetic")
-        if parts[1:2] == ["synthetic"] and parts[-1] in DRAWN_BY and isinstance(synthetic, dict):
-            for key in {*FIT_REPLACES, *DRAWN_BY} - {parts[-1]}:
-                synthetic.pop(key, None)
-        if parts[1:2] == ["synthetic"] and parts[-1] in FIT_REPLACES:
-            _drop_shipped_fit(synthetic)
+        _drop_of_workload(workload, parts[1:])
     if parts == ["model", "preset"] and isinstance(workload, dict):
         _drop_shipped_fit(workload.get("synthetic"))
     if parts == ["predictor", "name"] and value != "learned" and isinstance(predictor, dict):
         predictor.pop("weights", None)
+
+
+def _drop_of_workload(workload: dict[str, Any], parts: list[str]) -> None:
+    """Take out what a setting of the workload replaces: a trace and a synthetic one, and what that is drawn by."""
+    if parts == ["trace"]:
+        workload.pop("synthetic", None)
+    if parts[:1] != ["synthetic"]:
+        return
+    workload.pop("trace", None)
+    synthetic = workload.get("synthetic")
+    if parts[-1] in DRAWN_BY and isinstance(synthetic, dict):
+        for key in {*FIT_REPLACES, *DRAWN_BY} - {parts[-1]}:
+            synthetic.pop(key, None)
+    if parts[-1] in FIT_REPLACES:
+        _drop_shipped_fit(synthetic)
 
 
 def _drop_shipped_fit(synthetic: Any) -> None:

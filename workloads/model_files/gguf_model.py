@@ -50,9 +50,6 @@ def read_gguf(path: Path) -> Model:
     dense = [tensor for block in blocks.blocks for tensor in block.dense]
     routed = [tensor for block in moe for tensor in block.experts]
     used, in_experts = _weights([*dense, *blocks.others]), _weights(routed)
-    active = used + sum(
-        _weights(block.experts) * each.top_k // each.number for block, each in zip(moe, experts, strict=True)
-    )
     tied = not blocks.size("output.weight")
     return Model(
         name=str(header.metadata.get("general.name") or path.stem),
@@ -65,8 +62,8 @@ def read_gguf(path: Path) -> Model:
         expert_dtype=_most(routed),
         dense_dtype=_most(dense),
         expert_bytes=tuple(-(-block.expert_bytes // each.number) for block, each in zip(moe, experts, strict=True)),
-        dense_bytes=tuple(sum(block.dense_bytes for block in group) for group in layers),
-        head_bytes=head + blocks.size("output_norm.weight") + sum(block.dense_bytes for block in tail),
+        dense_bytes=tuple(map(_dense_bytes, layers)),
+        head_bytes=head + blocks.size("output_norm.weight") + _dense_bytes(tail),
         dense_kernels=_DENSE_KERNELS,
         expert_kernels=_EXPERT_KERNELS,
         kv_bytes_per_token=sum(each.bytes_per_token for layer in caches for each in layer),
@@ -74,7 +71,7 @@ def read_gguf(path: Path) -> Model:
         parameters=used + in_experts,
         embedding_bytes=blocks.size("token_embd.weight"),
         tied_embeddings=tied,
-        active_parameters=active - (0 if tied else blocks.weights("token_embd.weight")),
+        active_parameters=used + _chosen_weights(moe, experts) - (0 if tied else blocks.weights("token_embd.weight")),
         caches=caches,
         host_table_bytes=blocks.table_bytes,
         attention=tuple(_attending(facts, group) for group in [*layers[:-1], layers[-1] + tail]),
@@ -84,6 +81,17 @@ def read_gguf(path: Path) -> Model:
 
 def _weights(tensors: list[Tensor]) -> int:
     return sum(tensor.weights for tensor in tensors)
+
+
+def _chosen_weights(blocks: list[_Block], experts: list[_Experts]) -> int:
+    """Returns how many weights of routed experts a token uses."""
+    chosen = (_weights(block.experts) * each.top_k // each.number for block, each in zip(blocks, experts, strict=True))
+    return sum(chosen)
+
+
+def _dense_bytes(blocks: list[_Block]) -> int:
+    """Returns the bytes of what is no expert."""
+    return sum(block.dense_bytes for block in blocks)
 
 
 class _Facts:
