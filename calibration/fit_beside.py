@@ -7,9 +7,10 @@ an entry waited for is told by its plan, which is made again from the scenario.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from json import dumps
+from math import hypot
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from ..resources.timeline import (
 )
 from ..workloads.model import Model
 from .entries import COPIES, Plan
+from .evidence import Row, uncertainty
 from .fit import profile_text
 from .measured import Measured, Times
 from .plan import make_plans
@@ -51,12 +53,18 @@ Observation = tuple[str, tuple[Any, ...], float]
 
 @dataclass(frozen=True)
 class Seen:
-    """One cost as it was observed: how often, its median, mean and quartiles' distance, in ns."""
+    """One cost as it was observed: how often, its median, mean and quartiles' distance, in ns; the median of each run.
+
+    `repeats_apart`: how far the repeats of the runs in which it was seen lie apart, the standard deviation of makespans
+    over their mean.
+    """
 
     n: int
     median_ns: float
     mean_ns: float
     iqr_ns: float
+    run_medians_ns: tuple[float, ...] = ()
+    repeats_apart: float = 0.0
 
     @property
     def shown(self) -> dict[str, Any]:
@@ -66,17 +74,40 @@ class Seen:
 
 def observe(runs: Iterable[Measured]) -> dict[str, dict[tuple[Any, ...], Seen]]:
     """Returns what was seen in runs, by cost and what it depends on; as of `_observe`."""
-    values: dict[tuple[str, tuple[Any, ...]], list[float]] = defaultdict(list)
-    for run in runs:
+    values: dict[tuple[str, tuple[Any, ...]], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    apart = []
+    for number, run in enumerate(runs):
         inputs = load_inputs(run.scenario)
         plans = make_plans(inputs)
+        apart.append(float(np.std(run.makespans_ns) / np.mean(run.makespans_ns)))
         for cost, key, value_ns in _observe(run, inputs, plans):
-            values[cost, key].append(value_ns)
+            values[cost, key][number].append(value_ns)
     found: dict[str, dict[tuple[Any, ...], Seen]] = defaultdict(dict)
-    for (cost, key), samples in sorted(values.items(), key=repr):
+    for (cost, key), by_run in sorted(values.items(), key=lambda item: repr(item[0])):
+        samples = [value_ns for ours in by_run.values() for value_ns in ours]
         low, middle, high = np.percentile(samples, (25, 50, 75)).tolist()
         clipped = np.clip(samples, *np.percentile(samples, (2, 98)))
-        found[cost][key] = Seen(len(samples), middle, float(clipped.mean()), high - low)
+        medians = tuple(float(np.median(ours)) for ours in by_run.values())
+        repeats = float(np.sqrt(np.mean([apart[number] ** 2 for number in by_run])))
+        found[cost][key] = Seen(len(samples), middle, float(clipped.mean()), high - low, medians, repeats)
+    return found
+
+
+def unsure(seen: Collection[Seen], *, decides: bool = False) -> dict[str, float]:
+    """Returns how far a cost can be off, by how far its runs lie apart.
+
+    A cost that `decides` how long a run takes differs between a run's repeats as these do, too; of one that no two runs
+    had no more is known than that.
+    """
+    rows = [
+        Row("", {}, one.n, one.median_ns, one.mean_ns, one.iqr_ns, one.run_medians_ns, one.run_medians_ns)
+        for one in seen
+    ]
+    several = [row for row in rows if len(row.run_medians_ns) > 1]
+    found = uncertainty(several or rows)
+    if decides or not several:
+        repeats = float(np.sqrt(np.mean([one.repeats_apart**2 for one in seen])))
+        found["run_spread"] = round(hypot(found["run_spread"], repeats), 5)
     return found
 
 
@@ -207,7 +238,14 @@ def fit_beside(runs: Iterable[Measured], drive: Samples | None = None) -> dict[s
         compute["cpu_experts"] = _cpu_points(seen["cpu"])
     if "predict" in seen:
         compute["predictors"] = [
-            {**_measured(one), "hidden": hidden, "experts": experts, "tokens": tokens, "ns": round(one.mean_ns)}
+            {
+                **_measured(one),
+                "uncertainty": unsure([one]),
+                "hidden": hidden,
+                "experts": experts,
+                "tokens": tokens,
+                "ns": round(one.mean_ns),
+            }
             for (hidden, experts, tokens), one in seen["predict"].items()
         ]
     for name, cost in (("unpacking", "unpack"), ("grouped", "grouped")):
@@ -281,7 +319,7 @@ def _measured(seen: Seen, note: str = "inside schedules") -> dict[str, Any]:
 
 def _duration(seen: dict[tuple[Any, ...], Seen]) -> dict[str, Any]:
     (one,) = seen.values()
-    return {**_measured(one), "ns": max(0, round(one.median_ns))}
+    return {**_measured(one), "uncertainty": unsure([one]), "ns": max(0, round(one.median_ns))}
 
 
 def _cpu_points(seen: dict[tuple[Any, ...], Seen]) -> list[dict[str, Any]]:
@@ -289,7 +327,7 @@ def _cpu_points(seen: dict[tuple[Any, ...], Seen]) -> list[dict[str, Any]]:
     quiet = {key[:-1]: one for key, one in seen.items() if not key[-1]}
     ratios = [one.mean_ns / quiet[key[:-1]].mean_ns for key, one in seen.items() if key[-1] and key[:-1] in quiet]
     ratio = max(1.0, float(np.median(ratios))) if ratios else 1.0
-    points = []
+    points, off = [], unsure(seen.values(), decides=True)
     for key, one in seen.items():
         *shape, beside = key
         if beside and (*shape, False) in seen:
@@ -299,8 +337,8 @@ def _cpu_points(seen: dict[tuple[Any, ...], Seen]) -> list[dict[str, Any]]:
         disturbed = seen.get((*shape, True))
         beside_ns = quiet_ns * ratio if disturbed is None else max(quiet_ns, disturbed.mean_ns)
         points.append({
-            **_measured(one), "hidden": hidden, "expert_ff": inner, "dtype": dtype, "tokens": tokens,
-            "threads": threads, "ns": round(quiet_ns), "beside_copy_ns": round(beside_ns),
+            **_measured(one), "uncertainty": off, "hidden": hidden, "expert_ff": inner, "dtype": dtype,
+            "tokens": tokens, "threads": threads, "ns": round(quiet_ns), "beside_copy_ns": round(beside_ns),
         })  # fmt: skip
     return points + list(_more_tokens(points))
 
@@ -347,6 +385,7 @@ def _line(seen: dict[tuple[Any, ...], Seen]) -> dict[str, Any]:
     return {
         "source": "measured", "note": f"a line through {len(sizes)} sizes inside schedules",
         "samples": {"n": total.n, "median_ns": total.median_ns, "iqr_ns": 0.0},
+        "uncertainty": unsure(seen.values()),
         "constant_ns": round(constant_ns), "bytes_per_second": round(1e9 / ns_per_byte),
         "beside_copy_factor": round(max(1.0, float(np.median(ratios)) if ratios else 1.0), 4),
     }  # fmt: skip
@@ -364,7 +403,10 @@ def _exchange(seen: dict[tuple[Any, ...], Seen]) -> dict[str, Any]:
         table.append((1 << 30, table[0][1]))
     total = sum(one.n for one in seen.values())
     shown = {"n": total, "median_ns": float(np.median(times)), "iqr_ns": 0.0}
-    return {"source": "measured", "note": "inside schedules", "samples": shown, "points": table}
+    off = unsure(seen.values())
+    return {
+        "source": "measured", "note": "inside schedules", "samples": shown, "uncertainty": off, "points": table,
+    }  # fmt: skip
 
 
 def _near_9_mib(means: Mapping[tuple[int, int], tuple[int, float]]) -> int:
@@ -411,6 +453,8 @@ def _drive(samples: Samples | None, seen: dict[str, dict[tuple[Any, ...], Seen]]
         "read": {"source": "measured", "note": note, "samples": shown, "points": table},
         "lanes": LANES,
     }
+    if "read" in seen:
+        data["read"]["uncertainty"] = unsure(seen["read"].values(), decides=True)
     if len(together) > 1:  # of reads that were never alone, or never together, nothing is known
         data["queue_depth"] = {"source": "measured", "note": note, "bytes_per_second_by_reads": together}
     if "order" in seen:

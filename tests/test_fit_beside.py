@@ -10,12 +10,14 @@ import pytest
 from cpu_device import CpuDevice
 
 from prestage.calibration.execute import execute, load_executable
-from prestage.calibration.fit_beside import fit_beside, observe, written
+from prestage.calibration.fit_beside import Seen, fit_beside, observe, unsure, written
 from prestage.calibration.measured import Measured
 from prestage.calibration.samples import Samples, Series
 from prestage.calibration.scenario_sets import scenarios
 from prestage.calibration.shared import Shared
 from prestage.calibration.validate import compare, simulate_measured
+from prestage.engine.costs.uncertainty import replicate_costs
+from prestage.engine.loading.loading import load_inputs
 from prestage.engine.measure.merge import makespan_ns
 from prestage.engine.scenario.scenario import Scenario
 from prestage.resources.profile import load_profile
@@ -118,6 +120,28 @@ def test_what_policies_went_by_is_kept_where_costs_are_measured_anew(runs: list[
     here, there = (simulate_measured(told, each) for each in (profile, slow))
     assert (here[0].spans["kind"] == CPU_EXPERT).sum() == (there[0].spans["kind"] == CPU_EXPERT).sum() > 0
     assert makespan_ns(there) > makespan_ns(here)
+
+
+def test_a_cost_is_as_unsure_as_its_runs_and_what_decides_a_run_as_its_repeats_lie_apart() -> None:
+    # Medians of 90 and 110 are 10 % off their mean; the first predicts the second 22 % too low.
+    several = Seen(20, 100.0, 100.0, 10.0, (90.0, 110.0), 0.05)
+    alone = Seen(3, 80.0, 80.0, 0.0, (80.0,), 0.12)  # tells nothing of how far runs lie apart
+    found = unsure([several, alone])
+    assert found["run_spread"] == pytest.approx(0.1)
+    assert found["held_back_error"] == pytest.approx(110 / 90 - 1, abs=1e-4)
+    repeats = ((0.05**2 + 0.12**2) / 2) ** 0.5
+    assert unsure([several, alone], decides=True)["run_spread"] == pytest.approx(np.hypot(0.1, repeats), abs=1e-4)
+    assert unsure([alone])["run_spread"] == pytest.approx(0.12)
+
+
+def test_replicates_draw_experts_on_the_cpu_reads_and_hand_over() -> None:
+    inputs = load_inputs(small("fit-beside-qwen-graph-ahead0-drive"))
+    inputs = replace(inputs, profile=load_profile("h200-offload"))
+    drawn = [costs.profile for costs in replicate_costs(inputs, 3)]
+    assert all(profile.nvme is not None and profile.host.cpu_results is not None for profile in drawn)
+    assert len({profile.nvme and profile.nvme.read.ns(9 * 2**20) for profile in [*drawn, inputs.profile]}) == 4
+    assert len({profile.compute.cpu_experts[0].ns for profile in [*drawn, inputs.profile]}) == 4
+    assert len({profile.host.cpu_results and profile.host.cpu_results.ns for profile in [*drawn, inputs.profile]}) == 4
 
 
 def test_runs_without_anything_beside_are_refused() -> None:

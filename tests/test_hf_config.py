@@ -168,6 +168,8 @@ def test_no_type_is_named_twice() -> None:
             {"num_experts": [8, 16]},
             r"num_experts = \[8, 16\]: must be one number; of experts, choices, .* also a list with one a layer",
         ),
+        ({"hidden_size": [2048]}, r"hidden_size = \[2048\]: must be one number"),
+        ({"head_dim": [None, None]}, r"head_dim = \[None, None\]: must be one number"),
         ({"num_experts_per_tok": 200}, r"moe\.top_k.*200|top_k = 200: must be 1 to experts = 128"),
         ({"tie_word_embeddings": "no"}, r"tie_word_embeddings = 'no': must be true or false"),
         ({"torch_dtype": "bf17"}, r"dtype = 'bf17': choose one of float32"),

@@ -235,6 +235,15 @@ def test_the_nearest_measured_machine_is_by_the_ratio_of_memory_rates() -> None:
     assert reached.nearest(find_gpu("h200"), without=["h200"]).name == "h100-x2"
 
 
+def test_a_gpu_without_units_for_8_bits_multiplies_them_in_16() -> None:
+    named = "times its float8 FLOP/s"
+    h200, ada, ampere = (find_gpu(name) for name in ("h200", "rtx4090", "rtx3090"))
+    for gpu, flops in ((ada, ada.flops_per_second["float8"]), (ampere, ampere.flops_per_second["bfloat16"])):
+        surface = reached.surface_of(gpu)
+        assert surface is not None and surface.note is not None
+        assert f"{flops / h200.flops_per_second['float8']:.3g} {named}" in surface.note
+
+
 # The machine that comes of it.
 
 

@@ -173,17 +173,17 @@ def test_weights_in_fewer_bits_cost_what_the_nearest_that_were_measured_do() -> 
     assert costs.product_ns("float8", Product(1000, 100), 1) == pytest.approx(500 + 10)
     # mxfp4 has 4.25 bits, nearest to the 4.15625 of int4_g128: 4 x 10 x 10 / 100, but for the bytes, on one token.
     share = 4.25 / 4.15625
-    assert costs.product_ns("mxfp4", Product(10, 100), 1) == pytest.approx(10 + 10)  # unpacked, and a 16-bit one
     assert costs.product_ns("mxfp4", Product(10, 10), 1) == pytest.approx(4 * share, rel=0.02)
-    # int4_g128 was measured itself: 4, and for a larger product unpacked too.
+    # int4_g128 was measured itself: 4. Over 2 tokens 8, or as long as over one; over 64 as long as 16 bits, 64.
     assert costs.product_ns("int4_g128", Product(10, 10), 1) == pytest.approx(4)
-    assert costs.product_ns("int4_g128", Product(10, 100), 1) == pytest.approx(10 + 10)
+    assert costs.product_ns("int4_g128", Product(10, 10), 2) == pytest.approx(4)
+    assert costs.product_ns("int4_g128", Product(10, 10), 64) == pytest.approx(64)
     # int8 goes by 8 bits, without quantized activations, and takes as long as its operations do in 16.
     assert costs.product_ns("int8", Product(10, 100), 1) == pytest.approx(10)
     # A runtime whose kernels are told beside 16-bit ones has those of as many bytes, or their operations.
     beside = SurfaceCosts(low_bit_surface(), "graph", low_bit=False)
     assert beside.product_ns("mxfp4", Product(1000, 100), 1) == pytest.approx(1000)
-    assert costs.product_ns("mxfp4", Product(1000, 100), 1) == pytest.approx(1000 + 10)
+    assert costs.product_ns("mxfp4", Product(1000, 100), 1) == pytest.approx(4000 * share, rel=0.02)
     kernels = expert_kernels(100, 100, "nvfp4", 3, 5, 3 * 100 * 100 * 9 // 16)
     assert "products of int4_g128 of as many bytes as nvfp4 weights" in costs.described(kernels)
     assert "products of bfloat16 of as many bytes as nvfp4 weights" in beside.described(kernels)
@@ -407,6 +407,22 @@ def test_a_scaled_surface_is_quicker_by_what_bounds_each_kernel_and_less_sure() 
     assert (scaled.source, scaled.device) == ("assumed", "H")
     unsure = scaled.groups["expert"].graph.uncertainty
     assert unsure is not None and unsure.held_back_error == 0.2
+
+
+def test_weights_that_are_unpacked_are_scaled_by_what_any_kernel_reads() -> None:
+    # 16 bits read 2 x 100 x 100 bytes in 1000 ns. 4.15625 bits of as many weights would take 260 ns by that, and the
+    # quickest takes 800: on twice the memory bandwidth, 260 of these take half as long, and not all 800.
+    table = {"rows": [100], "columns": [100], "tokens": [1]}
+    products = [table | {"dtype": "bfloat16", "ns": [1000]}, table | {"dtype": "int4_g128", "ns": [800]}]
+    surface = Surface.model_validate(surface_data(products=products))
+    scale = Scale("H", memory=2.0, flops={"bfloat16": 100.0, "int4_g128": 100.0}, off=0.2)
+    read_ns = 1000 * 4.15625 / 16
+    # Operations take all of the 800 at the quickest rate of their own, and go with FLOP/s.
+    assert scaled_surface(surface, scale).products[1].ns == (8,)
+    slow = [table | {"dtype": "int4_g128", "tokens": [1, 100], "ns": [800, 1600]}]
+    surface = Surface.model_validate(surface_data(products=[products[0], *slow]))
+    # A hundred tokens in 1600: one token's operations take 16 of the 800, less than its bytes do.
+    assert scaled_surface(surface, scale).products[1].ns[0] == pytest.approx(800 - read_ns / 2, abs=1)
 
 
 def test_an_h100_by_the_h200s_surface_and_datasheets_is_near_what_was_measured_on_one() -> None:

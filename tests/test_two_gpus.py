@@ -221,15 +221,17 @@ def test_clocks_are_set_against_each_other_within_half_the_way_there_and_back() 
     assert abs(other_ns - one_ns - apart_ns) <= clocks.within_ns + 1
 
 
-def test_a_replicate_draws_what_copies_between_the_gpus_take() -> None:
+def test_a_replicate_draws_what_copies_and_exchanges_between_the_gpus_take() -> None:
     inputs = staged()
     peer = inputs.profile.peer
     assert peer is not None and inputs.links is not None
     unsure = {"run_spread": 0.3, "scatter": 0.0, "held_back_error": 0.0}
     queued = TransferCost.model_validate({**peer.queued.model_dump(exclude_none=True), "uncertainty": unsure})
-    profile = inputs.profile.model_copy(update={"peer": peer.model_copy(update={"queued": queued})})
-    inputs = with_profile(inputs, profile)
+    changed = {"peer": peer.model_copy(update={"queued": queued}), "exchange": queued}
+    inputs = with_profile(inputs, inputs.profile.model_copy(update=changed))
     assert inputs.links is not None
     drawn = [linked(inputs, costs) for costs in zip(*(replicate_costs(part, 3) for part in inputs.parts), strict=True)]
     took = {one.links.peer(0, 1).queued_ns(10**9) for one in drawn if one.links is not None}
     assert len(took) == 3 and inputs.links.peer(0, 1).queued_ns(10**9) not in took
+    took = {one.profile.exchange.ns(10**9) for one in drawn if one.profile.exchange is not None}
+    assert len(took) == 3 and queued.ns(10**9) not in took

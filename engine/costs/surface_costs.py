@@ -5,10 +5,10 @@ the model states. A dense part is products that read its weights, as it is execu
 product.
 
 Weights in fewer bits cost what the surface's nearest dtype of such weights takes over as many bytes, or what their
-operations take in 16 bits, whichever is more; or unpacking them to 16 bits and a product of these, where that takes
-less, as engines do with many tokens. Where both sides of a product have 8 bits, the activations are quantized by a
-small kernel of their own. A surface without products of such weights, and a runtime whose own kernels are told beside
-16-bit ones, have 16-bit ones of as many bytes in their place.
+operations take in 16 bits, whichever is more; or, where that is less, what they take over one token or a 16-bit product
+over all tokens takes, whichever is more: kernels of many tokens unpack once, while they multiply. Where both sides of a
+product have 8 bits, the activations are quantized by a small kernel of their own. A surface without products of such
+weights, and a runtime whose own kernels are told beside 16-bit ones, have 16-bit ones of as many bytes in their place.
 """
 
 from __future__ import annotations
@@ -146,8 +146,8 @@ class SurfaceCosts:
         ns = max(nearest.product_ns(product.rows, shrunk, tokens), flops / self._stand_in.most_flops_per_ns)
         if nearest is self._stand_in:
             return ns
-        unpacked_ns = self.small_ns("negate", _STAND_IN, product.rows * product.columns)
-        return min(ns, unpacked_ns + self._stand_in.product_ns(product.rows, product.columns, tokens))
+        wide_ns = self._stand_in.product_ns(product.rows, product.columns, tokens)
+        return min(ns, max(nearest.product_ns(product.rows, shrunk, 1), wide_ns))
 
     def small_ns(self, what: str, dtype: str, elements: int) -> float:
         """Returns what one small kernel over so many elements takes."""

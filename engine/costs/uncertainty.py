@@ -52,10 +52,12 @@ def replicate_costs(inputs: Inputs, count: int, *, timed: bool = False) -> Itera
 
 
 def linked(inputs: Inputs, costs: Sequence[Costs], *, timed: bool = False) -> Inputs:
-    """Returns the inputs of a replicate: what copies between its GPUs take is drawn with the costs of the first."""
+    """Returns the inputs of a replicate: what copies and exchanges between its GPUs take is drawn, too."""
     if inputs.links is None:
         return inputs
-    return replace(inputs, links=inputs.links.with_profile(costs[0].profile, timed=timed))
+    drawn = costs[0].profile
+    profile = inputs.profile.model_copy(update={"exchange": drawn.exchange})
+    return replace(inputs, profile=profile, links=inputs.links.with_profile(drawn, timed=timed))
 
 
 def _of_width(profile: Profile, hidden: int, dispatch: str) -> Profile:

@@ -15,6 +15,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
+from ...dtypes import bits_of
 from ...units import whole_bytes
 from ..profile_costs import TransferCost
 from ..scaled_surface import Scale, scaled_surface
@@ -101,10 +102,12 @@ def surface_of(gpu: Gpu, without: Iterable[str] = ()) -> Surface | None:
     assert surface is not None
     theirs, ours = machine.gpu.flops_per_second, gpu.flops_per_second
     half = gpu.half_flops_per_second / machine.gpu.half_flops_per_second
-    flops = {
-        table.dtype: ours[table.dtype] / theirs[table.dtype] if table.dtype in ours and table.dtype in theirs else half
-        for table in surface.products
-    }
+    flops = {table.dtype: half for table in surface.products}
+    for dtype in flops.keys() & theirs.keys():
+        if dtype in ours:
+            flops[dtype] = ours[dtype] / theirs[dtype]
+        elif bits_of(dtype) < 16:  # it has no such units, and multiplies in 16 bits
+            flops[dtype] = gpu.half_flops_per_second / theirs[dtype]
     memory = gpu.memory_bytes_per_second / machine.gpu.memory_bytes_per_second
     return scaled_surface(surface, Scale(machine.device, memory, flops, kernel_spread()))
 

@@ -28,10 +28,10 @@ class Config:
         return None if self._outer is None else self._outer.get(*names)
 
     def count(self, *names: str, default: int | None = None, least: int = 1) -> int:
-        """Returns a whole number; of a list whose entries are all the same, that. ModelError if it is none."""
+        """Returns a whole number; of a list of several that are all the same, that. ModelError if it is none."""
         value = self.get(*names)
         names = (next((name for name in names if self.get(name) is not None), names[0]),)
-        if isinstance(value, list) and value and all(each == value[0] for each in value):
+        if isinstance(value, list) and len(value) > 1 and value[0] is not None and all(v == value[0] for v in value):
             value = value[0]
         if value is None:
             if default is None:
