@@ -432,7 +432,7 @@ def _drive(samples: Samples | None, seen: dict[str, dict[tuple[Any, ...], Seen]]
     apart = {} if samples is None else _apart(samples)
     if "read" in seen:
         means = {key: (one.n, one.mean_ns) for key, one in seen["read"].items()}
-        ours, note = {size for size, _ in means}, "inside schedules"
+        ours, note, off = {size for size, _ in means}, "inside schedules", unsure(seen["read"].values(), decides=True)
         for (size, count), (n, ns) in apart.items():
             near = min(ours, key=lambda one: abs(np.log(one / size)))
             if count == 1 and (near, 1) in means and abs(near / size - 1) > 0.01:
@@ -440,7 +440,7 @@ def _drive(samples: Samples | None, seen: dict[str, dict[tuple[Any, ...], Seen]]
                 means[size, 1] = (n, ns * as_long)
     else:
         means, note = apart, f"past the system's cache, {'' if samples is None else samples.date}"
-        ours = {_near_9_mib(means)}
+        ours, off = {_near_9_mib(means)}, None
     alone = sorted((size, ns) for (size, count), (_, ns) in means.items() if count == 1)
     grown = np.minimum.accumulate(np.array([ns for _, ns in alone])[::-1])[::-1]
     table = [(size, round(ns)) for (size, _), ns in zip(alone, grown.tolist(), strict=True)]
@@ -450,11 +450,9 @@ def _drive(samples: Samples | None, seen: dict[str, dict[tuple[Any, ...], Seen]]
     total = sum(n for n, _ in means.values())
     shown = {"n": total, "median_ns": round(float(np.median([ns for _, ns in means.values()])), 1), "iqr_ns": 0.0}
     data: dict[str, Any] = {
-        "read": {"source": "measured", "note": note, "samples": shown, "points": table},
+        "read": {"source": "measured", "note": note, "samples": shown, "uncertainty": off, "points": table},
         "lanes": LANES,
     }
-    if "read" in seen:
-        data["read"]["uncertainty"] = unsure(seen["read"].values(), decides=True)
     if len(together) > 1:  # of reads that were never alone, or never together, nothing is known
         data["queue_depth"] = {"source": "measured", "note": note, "bytes_per_second_by_reads": together}
     if "order" in seen:
