@@ -26,6 +26,7 @@ from day_figure import day_figure, drafts_figure
 from dependencies import dependencies_table
 from eviction_tables import layers, policies
 from new_user import path_table
+from one_command import one_command
 from owned_tables import owned
 from published_tables import published_figures, published_rows
 from request_tables import queueing, request_keys, served
@@ -631,6 +632,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention-growth": attention_growth,
     "schedules-from-parts": schedules_from_parts,
     "part-shares": part_shares,
+    "one-command": one_command,
     "new-user": path_table,
     "owned": owned,
     "lookahead": lookahead,

@@ -134,6 +134,11 @@ def test_a_processor_is_found_by_the_names_that_people_give_it(text: str) -> Non
         ("gpu=none, cpu=7950x", "give ram with its size"),
         ("gpu=rtx3090, gpus=two", "gpus = 'two': give a number"),
         ("gpu=0x rtx3090", "give at least 1x"),
+        ("gpu=2x rtx3090, gpus=3, ram=64GB DDR5-5600", "machine.gpu says 2x already"),
+        ("gpu=rtx3090, cpu=0 cores 3GHz", "give at least one core"),
+        ("gpu=rtx3090, cpu=4 cores 0GHz", "more than 0"),
+        ("gpu=rtx3090, cpu=7950x, ram=8x DDR5-5600", "the processor has 2 channels"),
+        ("gpu=rtx3090, link=nvlink-c2c", "rtx3090 is not on one: give pcie4 x16"),
     ],
 )
 def test_what_is_no_part_is_refused_with_what_would_do(name: str, message: str) -> None:

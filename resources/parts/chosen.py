@@ -126,7 +126,9 @@ def _gpus(given: dict[str, str]) -> tuple[int, Gpu | None]:
     if "gpus" in given:
         if not given["gpus"].isdecimal():
             raise PartError(f"machine.gpus = {shown(given['gpus'])}: give a number")
-        count *= int(given["gpus"])
+        if count > 1 and count != int(given["gpus"]):
+            raise PartError(f"machine.gpus = {given['gpus']}: machine.gpu says {count}x already: give one of them")
+        count = int(given["gpus"])
     if not 1 <= count <= _MOST_GPUS:
         raise PartError(f"machine.gpus = {count}: give 1 to {_MOST_GPUS}")
     if name.lower() in ("cpu", "no gpu"):
@@ -178,16 +180,25 @@ def _ram(text: str | None, filled: str | None) -> Ram:
         return parse_ram(filled) if filled is not None else Ram(None, None, None)
     channels = parse_ram(filled).channels if filled is not None else None
     ram = parse_ram(text, most_channels=channels or 2)
+    if channels is not None and ram.channels is not None and ram.channels > channels:
+        raise PartError(
+            f"machine.ram = {shown(text)}: the processor has {channels} channels (modules: 4x16GB DDR5-5600)"
+        )
     if ram.rate is None and filled is not None:
         return Ram(ram.capacity_bytes, parse_ram(filled).rate, channels)
     return ram
 
 
 def _link(text: str | None, gpu: Gpu, processor: Processor) -> Rate:
-    if text is not None:
-        return parse_link(text)
     assert gpu.link is not None
     kind, lanes = link_of(gpu.link)
+    if text is not None:
+        said = parse_link(text)
+        if not said.given and link_of(text)[0].kind not in ("pcie", kind.kind):
+            raise PartError(
+                f"machine.link = {shown(text)}: {gpu.name} is not on one: give {gpu.link}, or '25GB/s' as reached"
+            )
+        return said
     slower = f"pcie{processor.pcie}"
     if kind.kind == "pcie" and processor.pcie is not None and slower in link_kinds():
         kind = min(kind, link_kinds()[slower], key=lambda each: each.lane_bytes_per_second)

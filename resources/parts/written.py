@@ -26,6 +26,7 @@ _RAM = re.compile(
     re.IGNORECASE,
 )
 _CORES = re.compile(rf"(\d{{1,4}})\s*cores?(?:\s+(?:at\s+)?({NUMBER})\s*GHz)?", re.IGNORECASE)
+_MOST_GHZ = 20
 
 
 @dataclass(frozen=True)
@@ -188,9 +189,16 @@ def parse_drive(text: str) -> tuple[int | None, Rate]:
 
 
 def parse_cores(text: str) -> tuple[int, float | None] | None:
-    """Returns the cores and GHz (None: not said) of '4 cores 2.8GHz'; None for what names a processor."""
+    """Returns the cores and GHz (None: not said) of '4 cores 2.8GHz'; None for what names a processor. PartError."""
     match = _CORES.fullmatch(text.strip())
-    return None if match is None else (int(match[1]), float(match[2]) if match[2] else None)
+    if match is None:
+        return None
+    cores, ghz = int(match[1]), float(match[2]) if match[2] else None
+    if cores < 1 or (ghz is not None and not 0 < ghz <= _MOST_GHZ):
+        raise PartError(
+            f"machine.cpu = {shown(text)}: give at least one core, of more than 0 and at most {_MOST_GHZ} GHz"
+        )
+    return cores, ghz
 
 
 def _positive(key: str, text: str, rate: int) -> int:

@@ -1,0 +1,69 @@
+"""A model on a machine, described in one command: what each of docs/machine-parts.md's takes, cold and warm.
+
+    python tests/one_command.py
+
+Cold: nothing of this package is compiled yet; warm: the same again. Processor seconds, which other work on the machine
+changes little; nothing is left behind.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from gguf_files import OUTSIDE, block, facts, write
+
+from prestage.output.markdown import table
+
+CONFIG = Path(__file__).parent / "data" / "configs" / "Mixtral-8x7B-v0.1.json"
+#: What is asked, and the command.
+ASKED = {
+    "gpt-oss-120b on a 4090 with 64 GB of DDR5": "run --model gpt-oss-120b --gpu rtx4090 --ram '64GB DDR5-5600'",
+    "a config.json (Mixtral-8x7B) on two 3090s": "run --model config.json --gpu '2x rtx3090' --ram '128GB DDR4-3200'",
+    "a GGUF file (24 layers) on a 4090": "run --model some.gguf --gpu rtx4090 --ram '64GB DDR5-5600'",
+}
+
+
+def seconds(command: str, folder: Path, cache: Path) -> float:
+    """Returns the processor seconds of a command, with what is compiled kept in `cache`; RuntimeError if it fails."""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(cache), "XDG_CACHE_HOME": str(cache), "COLUMNS": "100"}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        f"{sys.executable} -m prestage {command}",
+        shell=True,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{command}: status {done.returncode}: {done.stderr.strip()}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def one_command() -> str:
+    """Returns each command's processor seconds, cold and warm, in Markdown."""
+    rows = []
+    for asked, command in ASKED.items():
+        with tempfile.TemporaryDirectory() as made:
+            folder, cache = Path(made) / "here", Path(made) / "cache"
+            folder.mkdir()
+            (folder / "config.json").write_bytes(CONFIG.read_bytes())
+            write(
+                folder / "some.gguf",
+                facts("tiny", block_count=24),
+                [*OUTSIDE, *(tensor for n in range(24) for tensor in block(n))],
+            )
+            there = sorted(folder.iterdir())
+            rows.append([asked, *(f"{seconds(command, folder, cache):.0f}" for _ in range(2))])
+            assert sorted(folder.iterdir()) == there, "a command wrote a file"
+    return table(["one command", "processor seconds, cold", "warm"], rows)
+
+
+if __name__ == "__main__":
+    print(one_command())
