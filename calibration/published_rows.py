@@ -174,10 +174,14 @@ def predicted(row: Row, source: Source, draws: int = DRAWS) -> Predicted:
 
 
 def _changed(scenario: Scenario) -> dict[str, Any]:
-    """Returns the sections and keys of a scenario that are not their defaults."""
+    """Returns the sections and keys of a scenario that are no defaults; files of the table by their names in it."""
     plain, usual = scenario.plain(), make_scenario({"workload": {"synthetic": {}}}).plain()
     changed = {
-        name: {key: value for key, value in keys.items() if key not in usual.get(name, {}) or usual[name][key] != value}
+        name: {
+            key: value.removeprefix(f"{_folder()}/") if isinstance(value, str) else value
+            for key, value in keys.items()
+            if key not in usual.get(name, {}) or usual[name][key] != value
+        }
         for name, keys in plain.items()
         if isinstance(keys, Mapping)
     }

@@ -500,13 +500,20 @@ def _signed(row: dict[str, Any], key: str) -> str:
     return f"{row[key] / row['measured_ns'] - 1:+.1%}"
 
 
+#: What the two fits of a runtime's report are.
+_FITS = {
+    "decode": ("first choice of constants", "second choice"),
+    "llama.cpp": ("first: constants of two other models", "second: of three rows of the same model"),
+}
+
+
 def _runtime_rows(name: str) -> str:
     """Every setting of a real runtime: measured, predicted as shipped and with what was fitted to others, baselines."""
     report = json.loads((ROOT / "calibration" / "validation" / f"h200-{name}.json").read_text(encoding="utf-8"))
     rows = report["rows"]
     held = [row for row in rows if not row["fitted_to"]]
-    keys = {"predicted_ns": "as shipped", "first_ns": "first choice of constants", "fitted_ns": "second choice",
-            "busiest_ns": "busiest lane alone"}  # fmt: skip
+    first, second = _FITS[name]
+    keys = {"predicted_ns": "as shipped", "first_ns": first, "fitted_ns": second, "busiest_ns": "busiest lane alone"}
     if len(held) < len(rows):
         for row, ns in zip(rows, line_ns(rows), strict=True):
             row["line_ns"] = ns
@@ -538,6 +545,20 @@ def runs_decoded() -> str:
 def runs_llama_cpp() -> str:
     """What llama-bench measured on an H200, beside what is predicted."""
     return _runtime_rows("llama.cpp")
+
+
+def prompts_llama_cpp() -> str:
+    """What llama-bench's prompts took on an H200, beside what is predicted."""
+    report = json.loads((ROOT / "calibration" / "validation" / "h200-llama.cpp-prompts.json").read_text("utf-8"))
+    rows = [
+        [row["model"], str(row["n_prompt"]), str(row["n_cpu_moe"]),
+         "pinned" if row["load_mode"] == "none" else "pageable",
+         f"{row['measured_ns'] / 1e6:,.1f}", f"{row['predicted_ns'] / 1e6:,.1f}", _signed(row, "predicted_ns")]
+        for row in report["rows"]
+    ]  # fmt: skip
+    return table(
+        ["model", "tokens", "layers on the CPU", "host memory", "measured, ms", "predicted, ms", "error"], rows
+    )
 
 
 #: Each stands in one page or several.
@@ -671,6 +692,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "engines": engines,
     "runs-decoded": runs_decoded,
     "runs-llama.cpp": runs_llama_cpp,
+    "prompts-llama.cpp": prompts_llama_cpp,
     "published-figures": published_figures,
     "published-rows": published_rows,
     "models": models,
