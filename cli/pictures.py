@@ -36,6 +36,7 @@ def plot(
     \b
     Examples:
       prestage plot timeline prestage-out -o timeline.pdf
+      prestage plot lanes prestage-out other-out -o lanes.png
       prestage plot outcomes prestage-out -o outcomes.pdf
       prestage plot lines sweep.jsonl --x prefetch.k --by memory.gpu_budget -o lines.png
       prestage plot heatmap sweep.jsonl --figure hit_rate -o heatmap.svg

@@ -8,7 +8,7 @@ the figures: so both draw the same numbers. To add a figure, write its data func
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -196,6 +196,23 @@ def lane_time(run: Run) -> Bars:
     return Bars(row_names(run.timeline, rows), _seen(parts), "time of the lane (ms)", "ms")
 
 
+def paired(bars: Sequence[Bars], names: Sequence[str]) -> Bars:
+    """Returns the bars of several runs on one axis: of each row those of every run, in the order of the runs.
+
+    A row that a run lacks, and a part that it has nothing of, are 0 there.
+    """
+    rows = list(dict.fromkeys(row for each in bars for row in each.rows))
+    first = {part.label: part for each in bars for part in each.parts}
+    values = {label: np.zeros((len(rows), len(bars))) for label in first}
+    for number, each in enumerate(bars):
+        places = [rows.index(row) for row in each.rows]
+        for part in each.parts:
+            values[part.label][places, number] = part.values
+    idle_last = sorted(first.items(), key=lambda entry: entry[1].alpha < 1)
+    parts = [replace(part, values=values[label].ravel()) for label, part in idle_last]
+    return replace(bars[0], rows=[f"{row}: {name}" for row in rows for name in names], parts=parts)
+
+
 def outcomes_by_layer(run: Run) -> Grid:
     """Returns the share of each layer's accesses that came out each way."""
     layers = run.data["by_layer"]
@@ -345,6 +362,8 @@ class Figure:
     reading: str
     data: Callable[..., Data]
     runs: int = 1
+    #: Whether bars of two runs are drawn on one axis too, each row of the one above that row of the other.
+    pairs: bool = False
 
 
 #: The figures of a run, by name, in the order of a page.
@@ -353,8 +372,9 @@ FIGURES = {
         "Where the time went",
         "The makespan on each GPU. An idle gap before a kernel belongs to the last thing that the kernel waited for.",
         time_parts,
+        pairs=True,
     ),
-    "lanes": Figure("What each lane did", "Busy time by kind of work, and the rest of the run.", lane_time),
+    "lanes": Figure("What each lane did", "Busy time by kind of work, and the rest of the run.", lane_time, pairs=True),
     "timeline": Figure(
         "Timeline",
         "What ran when on every lane: copies, kernels, and the host that ordered them. Dotted lines end steps.",
@@ -424,8 +444,10 @@ def figure_data(name: str, runs: Sequence[Run]) -> Data:
     if name not in ALL_FIGURES:
         raise FigureError(unknown_name("KIND", name, ALL_FIGURES))
     figure = ALL_FIGURES[name]
+    if figure.pairs and len(runs) == 2:
+        return paired([figure.data(run) for run in runs], [run.name for run in runs])
     if len(runs) != figure.runs:
-        wanted = "one result" if figure.runs == 1 else "two results"
+        wanted = "two results" if figure.runs == 2 else "one result, or two" if figure.pairs else "one result"
         raise FigureError(f"{name} is drawn from {wanted}, not from {len(runs)}")
     return figure.data(*runs)
 

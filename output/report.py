@@ -27,7 +27,7 @@ from .tables.sweeps import comparison_figure
 #: Which of a run's figures stand in half a row.
 _HALF = ("wasted", "memory", "latency", "tokens", "first-token", "end-to-end")
 #: Which of two runs' figures stand below each other rather than side by side.
-_STACKED = ("time", "lanes", "timeline", "requests")
+_STACKED = ("timeline", "requests")
 #: What a figure of the comparison is better for: more of it, or less; nothing is said of the others.
 _BETTER = {
     "tokens_per_second": 1,
@@ -99,7 +99,10 @@ def comparison_sections(first: Run, second: Run, *, limit: int | None = SPAN_LIM
         raise PageError(f"both results are called {first.name}: give two different ones")
     data = compare({run.name: run.data for run in (first, second)})
     between = replace(_figure_section("waterfall", [[first, second]], limit), half=True)
-    figures = [_figure_section(name, [[first], [second]], limit) for name in _of_one_run(first, second)]
+    figures = [
+        _figure_section(name, [[first, second]] if ALL_FIGURES[name].pairs else [[first], [second]], limit)
+        for name in _of_one_run(first, second)
+    ]
     return [_differing(data), _side_by_side(data, (first, second)), between, *figures]
 
 
@@ -164,9 +167,11 @@ def _side_by_side(data: Mapping[str, Any], runs: Sequence[Run]) -> Section:
     html = html_table(["", *data["runs"], "ratio"], rows)
     if not data["same_work"]:
         html += '<p class="warning"><b>These runs decode different numbers of tokens.</b></p>'
+    by_notes: dict[str, list[str]] = {}
     for run in runs:
-        if notes := _notes(run.data):
-            html += f"<h3>{escape(run.name)}</h3>{notes}"
+        by_notes.setdefault(_notes(run.data), []).append(run.name)
+    for notes, names in by_notes.items():
+        html += f"<h3>{escape(' and '.join(names))}</h3>{notes}" if notes else ""
     return Section("Side by side", html, half=True, name="summary")
 
 

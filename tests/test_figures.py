@@ -22,6 +22,7 @@ from prestage.output.figures import (
     FigureError,
     Grid,
     Memory,
+    Part,
     Spans,
     access_latency,
     busy_over_time,
@@ -30,6 +31,7 @@ from prestage.output.figures import (
     lane_time,
     memory_over_time,
     outcomes_by_layer,
+    paired,
     prefetched_bytes,
     time_parts,
     timeline,
@@ -242,6 +244,28 @@ def test_a_wrong_name_or_number_of_runs_is_refused_with_what_would_be_right() ->
         figure_data("memory", [made_run(), made_run()])
     with pytest.raises(FigureError, match="waterfall is drawn from two results, not from 1"):
         figure_data("waterfall", [made_run()])
+
+
+def test_bars_of_two_runs_stand_on_one_axis_row_by_row() -> None:
+    first, second = made_run(), made_run(name="other")
+    second.data["gpus"][0]["time"] = {**second.data["time"], "stall_ms": 4.0}
+    both, alone = figure_data("time", [first, second]), figure_data("time", [first])
+    assert isinstance(both, Bars) and isinstance(alone, Bars)
+    assert both.rows == [f"{row}: {name}" for row in alone.rows for name in ("made", "other")]
+    values = {part.label: part.values.tolist() for part in both.parts}
+    assert {label: held[0] for label, held in values.items()} == {part.label: part.values[0] for part in alone.parts}
+    assert values["stall: an expert missing"][1] == 4.0 and both.axis == alone.axis
+
+
+def test_a_row_that_one_of_two_runs_lacks_is_0_there() -> None:
+    one = Bars(["a", "b"], [Part("x", "#000", np.array([1.0, 2.0]))], "ms", "ms")
+    other = Bars(["b", "c"], [Part("y", "#111", np.array([3.0, 4.0]))], "ms", "ms")
+    both = paired([one, other], ["1", "2"])
+    assert both.rows == ["a: 1", "a: 2", "b: 1", "b: 2", "c: 1", "c: 2"]
+    assert {part.label: part.values.tolist() for part in both.parts} == {
+        "x": [1, 0, 2, 0, 0, 0],
+        "y": [0, 0, 0, 3, 0, 4],
+    }
 
 
 # Conformance: every figure, also tomorrow's.
