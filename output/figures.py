@@ -445,7 +445,8 @@ def figure_data(name: str, runs: Sequence[Run]) -> Data:
         raise FigureError(unknown_name("KIND", name, ALL_FIGURES))
     figure = ALL_FIGURES[name]
     if figure.pairs and len(runs) == 2:
-        return paired([figure.data(run) for run in runs], [run.name for run in runs])
+        bars = [data for run in runs if isinstance(data := figure.data(run), Bars)]
+        return paired(bars, [run.name for run in runs])
     if len(runs) != figure.runs:
         wanted = "two results" if figure.runs == 2 else "one result, or two" if figure.pairs else "one result"
         raise FigureError(f"{name} is drawn from {wanted}, not from {len(runs)}")
