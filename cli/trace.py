@@ -92,6 +92,9 @@ def trace_record(
     guesses: Annotated[
         int, typer.Option(help="Also record what the routers of so many next layers make of each hidden state.")
     ] = 0,
+    runners_up: Annotated[
+        int, typer.Option(help="Also record so many experts that each router ranked next, for routing.policy.")
+    ] = 0,
     device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, …")] = "auto",
 ) -> None:
     """Run a transformers MoE model over text or prompts and record its routing. Needs prestage\\[record]."""
@@ -99,7 +102,7 @@ def trace_record(
     from ..workloads.trace_files import check_trace_file
 
     check_trace_file(out)
-    config = RecordConfig(sequence_tokens, prompt_tokens, new_tokens, batch, sequences, guesses, device)
+    config = RecordConfig(sequence_tokens, prompt_tokens, new_tokens, batch, sequences, guesses, device, runners_up)
     with progress_shown() as progress:
         trace = record_files(model, text or [], prompts or [], config, progress)
     if out.exists():

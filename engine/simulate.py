@@ -36,7 +36,7 @@ from .measure.accesses import miss_keys
 from .measure.merge import link_usage, merged_timeline, run_metrics, step_metrics
 from .measure.merge import makespan_ns as run_ns
 from .measure.metrics import saved_bytes
-from .measure.misses import offloading_metrics
+from .measure.misses import offloading_metrics, routing_metrics
 from .measure.recording import Recording
 from .measure.request_costs import request_costs
 from .measure.request_metrics import replica_loads, run_requests
@@ -227,7 +227,8 @@ def _ran(inputs: Inputs, ready: Sequence[Prepared]) -> Inputs:
 
 def _offloading(inputs: Inputs, recordings: Sequence[Recording], costs: Sequence[Costs]) -> dict[str, Any]:
     """Returns what a run says of misses that are not fetched, and of experts in fewer bytes."""
-    return offloading_metrics(recordings, costs, inputs.scenario, _low_bytes(inputs))
+    said = offloading_metrics(recordings, costs, inputs.scenario, _low_bytes(inputs))
+    return said if inputs.rerouted is None else {**said, "routing": routing_metrics(inputs)}
 
 
 def _low_bytes(inputs: Inputs) -> int:

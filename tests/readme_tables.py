@@ -3,7 +3,7 @@
     python tests/readme_tables.py [NAME …] [--write]
 
 prints the named tables of TABLES (all without a name), or writes each into its pages between its marks. `lookahead`,
-`eviction`, `per-layer` and `phone` need the real traces (PRESTAGE_TRACES); `new-user` installs everything anew.
+`eviction`, `per-layer`, `routing` and `phone` need the real traces (PRESTAGE_TRACES); `new-user` installs everything anew.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from eviction_tables import layers, policies
 from new_user import path_table
 from one_command import one_command
 from owned_tables import owned
+from policy_tables import routing
 from published_tables import published_figures, published_rows
 from request_tables import queueing, request_keys, served
 
@@ -664,6 +665,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "per-layer": layers,
     "misses": misses,
     "shared-misses": shared_misses,
+    "routing": routing,
     "pipelines": pipelines,
     "sharings": sharings,
     "parallel-speed": parallel_speed,

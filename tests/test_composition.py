@@ -342,6 +342,7 @@ def test_every_row_of_the_table_names_keys_that_there_are_and_says_what_to_do() 
 CLASHES: dict[str, dict[str, Any]] = {
     "memory.scope": {"memory": {"scope": "shared"}, "miss": ON_CPU},
     "parallel.gpus": {"memory": {"scope": "benefit"}, "parallel": {"gpus": 2}},
+    "routing.policy": {"routing": {"policy": "cache-aware"}, "parallel": {"gpus": 2}},
     "compression.mixed": {"memory": {"scope": "per-layer"}, "compression": {"mixed": [[1, 0.5]]}},
     "low_precision": {"miss": {"policy": "low_precision"}, "compression": {"mixed": [[1, 0.5]]}},
     "dispatch.expert_kernel": {"miss": {"policy": "low_precision"}, "dispatch": {"expert_kernel": "grouped"}},

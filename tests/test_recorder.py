@@ -212,6 +212,28 @@ def test_a_guess_is_the_next_layers_router_on_this_layers_state(family: str) -> 
     assert (predictions[:, -2, 1] == -1).all()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_runners_up_come_next_by_gate_on_the_scale_of_the_weights(family: str) -> None:
+    model = tiny(family)
+    ids, mask = padded([6, 4], 6)
+    asked = {"decoder_input_ids": ids} if family == "switch_transformers" else {}
+    with torch.no_grad(), record(model, runners_up=2) as trace:
+        model(input_ids=ids, attention_mask=mask, **asked)
+    trace.check()
+    behind, weights = trace.extra["runners_up"], trace.extra["runners_up_weights"]
+    assert behind.shape == weights.shape == (trace.tokens, trace.layers, 2)
+    assert trace.weights is not None
+    assert (np.diff(weights, axis=2) <= 0).all()
+    if not family.startswith(("deepseek", "phimoe")):  # which choose by groups, or weigh each choice by itself
+        assert (weights[..., 0] <= trace.weights.min(axis=2) + 1e-3).all()
+    if family == "mixtral":  # whose router returns the softmax: the ratio of two gates is that of what it returns
+        gates = routed(model, input_ids=ids, attention_mask=mask)[0][0].reshape(-1, trace.num_experts)
+        gates = gates.softmax(dim=-1) if float(gates.min()) < 0 else gates
+        first = np.take_along_axis(gates[mask.bool().reshape(-1)].numpy(), trace.experts[:, 0].astype(np.int64), 1)
+        next_ = np.take_along_axis(gates[mask.bool().reshape(-1)].numpy(), behind[:, 0].astype(np.int64), 1)
+        np.testing.assert_allclose(weights[:, 0] / trace.weights[:, 0, :1], next_ / first[:, :1], rtol=5e-3)
+
+
 def test_an_encoder_decoder_has_prefill_in_the_encoders_layers_and_decode_in_the_decoders() -> None:
     model = tiny("switch_transformers")
     ids, mask = padded([6, 3], 6)

@@ -8,7 +8,7 @@ biased, grouped and capacity-limited routers come out as the model used them.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -20,6 +20,7 @@ import numpy.typing as npt
 from ..errors import InputError
 from .batches import DECODE, PREFILL
 from .trace import RoutingTrace, by_sequence
+from .trace_checks import RUNNERS_UP, RUNNERS_UP_WEIGHTS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,13 +39,17 @@ class RecordError(InputError):
 
 
 class _Family(NamedTuple):
-    """The class of a family's routers, and the place in their output of each thing; `one_hot`: of the experts."""
+    """The class of a family's routers, and the place in their output of each thing; `one_hot`: of the experts.
+
+    Gate weights are a softmax of logits, or, `sigmoid`, each by itself.
+    """
 
     router: str
     logits: int = 0
     weights: int = 1
     experts: int = 2
     one_hot: bool = False
+    sigmoid: bool = False
 
 
 #: By `config.model_type`.
@@ -53,7 +58,7 @@ FAMILIES = {
     "qwen2_moe": _Family("Qwen2MoeTopKRouter"),
     "qwen3_moe": _Family("Qwen3MoeTopKRouter"),
     "deepseek_v2": _Family("DeepseekV2TopkRouter"),
-    "deepseek_v3": _Family("DeepseekV3TopkRouter"),
+    "deepseek_v3": _Family("DeepseekV3TopkRouter", sigmoid=True),
     "olmoe": _Family("OlmoeTopKRouter"),
     "gpt_oss": _Family("GptOssTopKRouter"),
     "phimoe": _Family("PhimoeTopKRouter"),
@@ -78,7 +83,7 @@ def cache_name(model: Any) -> str:
 
 
 @contextmanager
-def record(model: Any, *, guesses: int = 0, until_end: bool = True) -> Iterator[RoutingTrace]:
+def record(model: Any, *, guesses: int = 0, until_end: bool = True, runners_up: int = 0) -> Iterator[RoutingTrace]:
     """Record every token that `model`, a transformers model of one of the FAMILIES, routes inside the block.
 
     Yields a trace that is empty until the block ends, and then holds one row per token that is not padding:
@@ -93,13 +98,15 @@ def record(model: Any, *, guesses: int = 0, until_end: bool = True) -> Iterator[
     - with `guesses` = H, `predictions` (tokens, layers, H, 16): the router of the layer h ahead applied to what this
       layer's router saw, its own choice first, the others by logit; -1 where there is no such layer. This costs H
       more router calls a layer.
+    - with `runners_up` = n, `runners_up` (tokens, layers, n), the experts that the router ranked next behind its
+      choice, by logit, and `runners_up_weights`, their gates on the scale of `weights`.
 
     A step that continues a cache must continue the one of the step before; beam search reorders rows, and is not
     followed. Raises RecordError for a model without routers, and for a step that cannot be told apart.
     """
     if guesses < 0:
         raise RecordError(f"guesses = {guesses}: must be at least 0")
-    recorder = _Recorder(model, guesses, until_end)
+    recorder = _Recorder(model, guesses, until_end, runners_up)
     trace = recorder.empty_trace()
     handles = recorder.attach()
     try:
@@ -139,12 +146,14 @@ class _Chunk(NamedTuple):
     weights: Array
     present: Array
     predictions: Array | None
+    runners_up: Array | None = None
+    runners_up_weights: Array | None = None
 
 
 class _Recorder:
     """The hooks and what they have seen."""
 
-    def __init__(self, model: Any, guesses: int, until_end: bool) -> None:
+    def __init__(self, model: Any, guesses: int, until_end: bool, runners_up: int) -> None:
         self._model, self._guesses = model, guesses
         self._family = family_of(getattr(model, "config", None))
         self._stacks = _stacks(model)
@@ -157,10 +166,16 @@ class _Recorder:
         router = next(router for stack in self._routers for _, router in stack)
         self._experts = int(router.num_experts)  # type: ignore[arg-type]
         self._k = int(getattr(router, "top_k", 1))
+        if not 0 <= runners_up <= min(GUESSES, self._experts) - self._k:
+            raise RecordError(
+                f"runners_up = {runners_up}: must be 0..{max(0, min(GUESSES, self._experts) - self._k)}, behind the "
+                f"{self._k} of {self._experts} experts that the router chooses"
+            )
+        self._runners_up = runners_up
         self._ends = _end_tokens(model) if until_end else []
         self._batch: _Batch | None = None
         self._step: _Step | None = None
-        self._routed: list[tuple[Tensor, Tensor, list[Tensor]] | None] = []
+        self._routed: list[tuple[Tensor, Tensor, list[Tensor], tuple[Tensor, Tensor] | None] | None] = []
         self._guessing = False
         self._chunks: list[_Chunk] = []
         self._sequences = 0
@@ -260,7 +275,19 @@ class _Recorder:
             experts.detach().reshape(-1, width),
             weights.detach().float().reshape(-1, self._k),
             guesses,
+            self._next_ranked(output) if self._runners_up else None,
         )
+
+    def _next_ranked(self, output: Any) -> tuple[Tensor, Tensor]:
+        """Returns who comes next behind the choice (tokens, n), and with which gates, on the scale of the weights."""
+        ranked = self._rank(output)
+        behind = ranked[:, self._k : self._k + self._runners_up]
+        gates = output[self._family.logits].detach().float().reshape(-1, self._experts)
+        if gates.min() < 0 or gates.sum(dim=-1).sub(1).abs().max() > 1e-3:  # some routers return the softmax itself
+            gates = gates.sigmoid() if self._family.sigmoid else gates.softmax(dim=-1)
+        chosen = gates.gather(1, ranked[:, : self._k]).sum(dim=-1, keepdim=True)
+        weights = output[self._family.weights].detach().float().reshape(-1, self._k).sum(dim=-1, keepdim=True)
+        return behind, gates.gather(1, behind) * (weights / chosen)
 
     def _rank(self, output: Any) -> Tensor:
         """Returns the best guesses (tokens, up to 16): the router's choice, then the others, each by logit."""
@@ -294,6 +321,11 @@ class _Recorder:
                 np.where(present[..., None], weights, 0),
                 present,
                 self._guessed([seen[2] for seen in routed], step.real) if self._guesses else None,
+                *(
+                    _gather([seen[3][part] for seen in routed if seen[3]])[step.real]
+                    for part in (0, 1)
+                    if self._runners_up
+                ),
             )
         )
 
@@ -333,7 +365,16 @@ class _Recorder:
             "phase": np.concatenate([np.full(len(c.experts), c.step.phase, np.uint8) for c in chunks])[order],
             "present": None if present.all() else present,
             "predictions": spread("predictions", -1, np.int16) if self._guesses else None,
+            "extra": self._extra(spread),
             "meta": self._meta(),
+        }
+
+    def _extra(self, spread: Callable[[str, int, npt.DTypeLike], Array]) -> dict[str, Array]:
+        if not self._runners_up:
+            return {}
+        return {
+            RUNNERS_UP: spread(RUNNERS_UP, 0, np.uint8 if self._experts <= 256 else np.uint16),
+            RUNNERS_UP_WEIGHTS: spread(RUNNERS_UP_WEIGHTS, 0, np.float16),
         }
 
     def _meta(self) -> dict[str, Any]:

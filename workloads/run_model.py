@@ -35,7 +35,7 @@ class RecordConfig:
     - `prompt_tokens`: how many of them are prefilled.
     - `new_tokens`: how many tokens follow a prompt, unless the model ends it before.
     - `batch`: sequences that run together. `sequences`: how many to run at most; None: all.
-    - `guesses`: as `record` takes it. `device`: as torch names it, or auto: a GPU if there is one.
+    - `guesses`, `runners_up`: as `record` takes them. `device`: as torch names it, or auto: a GPU if there is one.
     """
 
     sequence_tokens: int = 256
@@ -45,6 +45,7 @@ class RecordConfig:
     sequences: int | None = None
     guesses: int = 0
     device: str = "auto"
+    runners_up: int = 0
 
     def __post_init__(self) -> None:
         for name in ("prompt_tokens", "new_tokens", "batch", "sequences"):
@@ -88,7 +89,7 @@ def record_files(
     sequences = sequences[: config.sequences]
     model = loader.model(config.device)
     # Whether a row has ended is for _run to say: text may hold the end token anywhere.
-    with record(model, guesses=config.guesses, until_end=False) as trace:
+    with record(model, guesses=config.guesses, until_end=False, runners_up=config.runners_up) as trace:
         _run_all(model, sequences, config, progress)
     trace.meta["text"] = [
         {"file": path.name, "sha256": hashlib.sha256(content.encode()).hexdigest()}

@@ -28,6 +28,8 @@ from .trace_checks import (
     LAYER_EXPERTS,
     LAYOUT,
     POPULARITY,
+    RUNNERS_UP,
+    RUNNERS_UP_WEIGHTS,
     agree_on_num_experts,
     check_array,
     check_floats,
@@ -293,9 +295,32 @@ class RoutingTrace:
                     f"{where}: {name}: dtype {value.dtype}: must be plain numbers or strings, for nothing is pickled"
                 )
             if name in KNOWN_EXTRA:
-                check_array(where, name, value, KNOWN_EXTRA[name], sizes)
+                runners = {"runner": value.shape[2]} if value.ndim > 2 else {}
+                check_array(where, name, value, KNOWN_EXTRA[name], {**sizes, **runners})
             if name == LAYER_EXPERTS:
                 self._check_layer_experts(where, value)
+        self._check_runners_up(where)
+
+    def _check_runners_up(self, where: str) -> None:
+        given = {name: self.extra[name] for name in (RUNNERS_UP, RUNNERS_UP_WEIGHTS) if name in self.extra}
+        if len({value.shape for value in given.values()}) > 1:
+            shapes = " and ".join(f"{name} {value.shape}" for name, value in given.items())
+            raise TraceError(f"{where}: {shapes}: must have one shape")
+        if RUNNERS_UP_WEIGHTS in given:
+            check_floats(where, RUNNERS_UP_WEIGHTS, given[RUNNERS_UP_WEIGHTS], 0)
+        if RUNNERS_UP not in given:
+            return
+        ranked = np.concatenate([self.experts.astype(np.int64), given[RUNNERS_UP].astype(np.int64)], axis=2)
+        in_order = np.sort(ranked, axis=2)
+        wrong = (in_order[..., 1:] == in_order[..., :-1]).any(axis=2) | (in_order[..., -1] >= self.num_experts)
+        wrong &= True if self.routed is None else self.routed
+        if wrong.any():
+            row, layer = first_wrong(wrong)
+            raise TraceError(
+                f"{where}: {RUNNERS_UP} at row {row}, layer {layer}: {ranked[row, layer, self.k :].tolist()} behind "
+                f"{ranked[row, layer, : self.k].tolist()}: must be other experts than were chosen, each once, of "
+                f"0..{self.num_experts - 1}"
+            )
 
     def _check_layer_experts(self, where: str, counts: Array) -> None:
         beyond: Array = np.less_equal(counts[:, None], self.experts)
@@ -343,6 +368,19 @@ class RoutingTrace:
         if name in KNOWN_EXTRA:
             return KNOWN_EXTRA[name].axes[0] == "row"
         return value.ndim > 0 and len(value) == self.tokens
+
+    def narrowed(self, k: int) -> Self:
+        """Returns the trace of a model that chooses the first `k` experts only: the others are its runners-up.
+
+        TraceError if there are no gate weights, fewer choices than that, or tokens that choose fewer than others.
+        """
+        if self.weights is None or not 0 < k < self.k or (self.present is not None and self.present.ndim > 2):
+            raise TraceError(
+                f"k = {k}: must be 1..{self.k - 1}, of a trace with weights whose tokens all choose {self.k}"
+            )
+        behind = {RUNNERS_UP: self.experts[..., k:], RUNNERS_UP_WEIGHTS: self.weights[..., k:]}
+        narrow = replace(self, experts=self.experts[..., :k], weights=self.weights[..., :k])
+        return narrow.with_extra(behind)
 
     def with_extra(self, arrays: dict[str, Array]) -> Self:
         """Returns the trace with more extra arrays."""

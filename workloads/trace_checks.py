@@ -34,16 +34,20 @@ LAYOUT = {
 }
 #: The extra array that says how many experts each layer has, where they differ.
 LAYER_EXPERTS = "layer_experts"
+#: The extra arrays that say whom a router ranked next behind its choice, and with which gates (scaled as `weights`).
+RUNNERS_UP, RUNNERS_UP_WEIGHTS = "runners_up", "runners_up_weights"
 #: Extra arrays whose meaning is known; they are checked too.
 KNOWN_EXTRA = {
     "expert_bytes": Layout((), ("layer",), low=1),
     "dense_bytes": Layout((), ("layer",), low=0),
     LAYER_EXPERTS: Layout((), ("layer",), low=1),
     "residency": Layout((), ("row", "layer", "slot"), low=0, high=2),
+    RUNNERS_UP: Layout((), ("row", "layer", "runner"), low=0),
+    RUNNERS_UP_WEIGHTS: Layout(("float16", "float32"), ("row", "layer", "runner")),
 }
 #: An extra array (layers, experts) of numbers that say how popular experts are, whatever the rows chose.
 POPULARITY = "popularity"
-_SIZES_IN_WORDS = {"row": "tokens", "layer": "layers", "slot": "k", "horizon": "horizons", "rank": "n"}
+_SIZES_IN_WORDS = {"row": "tokens", "layer": "layers", "slot": "k", "horizon": "horizons", "rank": "n", "runner": "n"}
 
 
 def check_array(where: str, name: str, value: Array, layout: Layout, sizes: dict[str, int]) -> None:
@@ -78,12 +82,13 @@ def _check_range(where: str, name: str, value: Array, layout: Layout) -> None:
 
 def check_floats(where: str, name: str, value: Array, low: int | None) -> None:
     """Refuse numbers that are not finite, or below `low`."""
+    layout = LAYOUT.get(name) or KNOWN_EXTRA[name]
     fine = np.isfinite(value)
     if low is not None:
         fine &= value >= low
     if not fine.all():
         allowed = "a number" if low is None else f"a number, at least {low}"
-        raise TraceError(f"{where}: {_at(name, LAYOUT[name], value, ~fine)}: must be {allowed}")
+        raise TraceError(f"{where}: {_at(name, layout, value, ~fine)}: must be {allowed}")
 
 
 def first_wrong(wrong: Array) -> tuple[int, ...]:

@@ -425,7 +425,12 @@ def step_accesses(trace: RoutingTrace, step: Step) -> Iterator[Accesses]:
         experts: list[list[int]] = (trace.experts[row] + offsets).tolist()
         weights = repeat([1.0] * trace.k) if trace.weights is None else trace.weights[row].tolist()
         return map(Accesses, experts, repeat([1] * trace.k), experts, weights)
-    return (merge(*_pairs(trace, rows, layer)) for layer in range(trace.layers))
+    return (accesses_at(trace, step, layer) for layer in range(trace.layers))
+
+
+def accesses_at(trace: RoutingTrace, step: Step, layer: int) -> Accesses:
+    """Returns the look-ups of one step at a layer."""
+    return merge(*_pairs(trace, step.rows, layer))
 
 
 def _pairs(trace: RoutingTrace, rows: npt.NDArray[np.int64], layer: int) -> tuple[list[int], list[float]]:

@@ -46,6 +46,7 @@ from .expert_parallel import place
 from .links import links_of
 from .offloading import cached_budgets, kept_bytes, low_precision, make_miss
 from .requests import load_requests
+from .rerouting import rerouted
 from .stages import OF_WHOLE_MODEL, SAMPLE_STEPS, stage_inputs, stage_layers
 
 #: What a step that is kept takes beside its rows.
@@ -129,7 +130,7 @@ def _on_one_gpu(bare: Inputs) -> Inputs:
     guesses = bare.guesses or _guesses(bare)
     budget_bytes = scenario.memory.budget_bytes(model.expert_bytes, model.experts_by_layer)
     predictor = predictor_cost(scenario.predictor) if guesses is not None else FREE
-    inputs = _of_total(replace(bare, budget_bytes=budget_bytes, guesses=guesses, predictor=predictor))
+    inputs = rerouted(_of_total(replace(bare, budget_bytes=budget_bytes, guesses=guesses, predictor=predictor)))
     # Before anything runs, these refuse a budget that is too small and what the profile or the trace lacks.
     make_manager(inputs)
     make_miss(inputs)

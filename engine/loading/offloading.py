@@ -28,7 +28,7 @@ def kept_bytes(inputs: Inputs) -> tuple[list[int], list[int] | None]:
     compression, model = inputs.scenario.compression, inputs.model
     if compression.mixed is None:
         return [compression.kept_bytes(size_bytes) for size_bytes in model.expert_bytes], None
-    popular = popularity(_setting(inputs))
+    popular = popularity(whole_setting(inputs))
     sizes = [size_bytes for size_bytes in model.expert_bytes for _ in range(model.experts)]
     for layer, size_bytes in enumerate(model.expert_bytes):
         experts = model.ids_of(layer)
@@ -58,7 +58,7 @@ def low_precision(inputs: Inputs) -> tuple[Collection[int], int]:
     if miss.policy != "low_precision":
         return (), 0
     most_bytes = (inputs.budget_bytes if inputs.budgets is None else min(inputs.budgets)) * miss.low_share
-    popular = popularity(_setting(inputs))
+    popular = popularity(whole_setting(inputs))
     chosen: list[int] = []
     total_bytes = 0
     for expert in sorted(served_experts(inputs), key=lambda expert: -popular[expert]):
@@ -92,7 +92,7 @@ def preload(manager: MemoryManager, inputs: Inputs) -> None:
     memory = inputs.scenario.memory
     first_layer = max(0, (memory.cpu_layers or 0) - inputs.first_layer)
     served = served_experts(inputs)
-    wanted = [expert for expert in PRELOAD[memory.preload](_setting(inputs), first_layer) if expert in served]
+    wanted = [expert for expert in PRELOAD[memory.preload](whole_setting(inputs), first_layer) if expert in served]
     fitting = manager.fitting(wanted)
     if memory.cpu_layers is not None and len(fitting) < len(wanted):
         needed_bytes = sum(manager.size_of[expert] for expert in wanted)
@@ -153,7 +153,7 @@ def _with_costs(terms: Terms, inputs: Inputs) -> Terms:
     )
 
 
-def _setting(inputs: Inputs) -> Setting:
+def whole_setting(inputs: Inputs) -> Setting:
     """Returns what is known of the run before it starts, as for one pool of all layers."""
     model = inputs.model
     layers = tuple(range(model.layers))

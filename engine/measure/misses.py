@@ -14,6 +14,7 @@ from ...workloads.model import Model
 from ..costs.costs import Costs
 from ..costs.offload_costs import CpuCosts
 from ..policies.miss import CPU, FETCHED, WAYS
+from ..scenario.inputs import Inputs
 from ..scenario.scenario import Scenario
 from ..scenario.sections_memory import shrunk
 from .recording import MISS, Recording
@@ -67,6 +68,17 @@ def miss_metrics(recordings: Sequence[Recording], costs: Sequence[Costs], scenar
     if len(resolved) and (resolved["way"] == CPU).any():
         data["cpu"] = _cpu(recordings, costs, scenario)
     return data
+
+
+def routing_metrics(inputs: Inputs) -> dict[str, Any]:
+    """Returns what routing that knows the cache changed: the share of choices, and of gate weight that is left."""
+    made = inputs.rerouted
+    assert made is not None
+    return {
+        "policy": inputs.scenario.routing.policy,
+        "changed": made.changed / made.choices if made.choices else 0.0,
+        "gate_mass": made.gate_after / made.gate_before if made.gate_before else None,
+    }
 
 
 def gate_mass(recordings: Sequence[Recording]) -> npt.NDArray[np.float64] | None:

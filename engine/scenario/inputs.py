@@ -41,6 +41,19 @@ class Pulls:
 
 
 @dataclass(frozen=True)
+class Rerouted:
+    """What routing that knows the cache made of a trace: of so many choices, how many are of another expert.
+
+    `gate_before` is the gate weight of what the router chose, `gate_after` of what was used.
+    """
+
+    choices: int
+    changed: int
+    gate_before: float
+    gate_after: float
+
+
+@dataclass(frozen=True)
 class Inputs:
     """What a scenario names, loaded and checked: it can be run as it is, any number of times."""
 
@@ -71,6 +84,8 @@ class Inputs:
     turns: Turns | None = None
     #: Of a run that was executed: what its miss policy went by then, in place of this profile and scenario.
     decides_by: Inputs | None = None
+    #: What routing that knows the cache made of the trace, which is then of what was used; None where it knows nothing.
+    rerouted: Rerouted | None = None
     #: The software that is predicted.
     runtime: Runtime = field(default_factory=lambda: load_runtime(DEFAULT))
 

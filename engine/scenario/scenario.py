@@ -44,6 +44,7 @@ from .sections import (
     ParallelSection,
     PredictorSection,
     PrefetchSection,
+    RoutingSection,
     WorkloadSection,
 )
 from .sections_memory import CompressionSection, CopySection, MemorySection, MissSection, TiersSection
@@ -82,6 +83,7 @@ class Scenario(Section):
     tiers: TiersSection = TiersSection()
     miss: MissSection = MissSection()
     compression: CompressionSection = CompressionSection()
+    routing: RoutingSection = RoutingSection()
     requests: RequestsSection | None = None
 
     @model_validator(mode="before")

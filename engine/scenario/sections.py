@@ -21,6 +21,7 @@ from ..decide.expert_parallel import REMOTE
 from ..decide.memory_manager import PROTECTION
 from ..policies.placement import OBJECTIVES, PLACEMENT
 from ..policies.prefetch import PREFETCH
+from ..policies.routing import ROUTING
 from ..policies.split import SPLITS
 from .amounts import parse_bytes
 from .section import MOST_US, Bytes, Section, WrittenBytes, one_of
@@ -157,6 +158,19 @@ class WorkloadSection(Section):
         if (self.trace is None) == (self.synthetic is None):
             raise InputError("give trace (a file) or [workload.synthetic]: one of the two")
         return self
+
+
+class RoutingSection(Section):
+    """Which experts a token uses, of those that its router ranked.
+
+    `cache-aware` takes a resident expert in place of an absent one whose gate weight is greater by at most `margin`,
+    but never of the best `keep`. It needs a trace with `runners_up` and their gate weights, and changes what the model
+    answers: how many choices and how much gate weight is reported, what that does to answers is not known.
+    """
+
+    policy: Annotated[str, one_of(ROUTING)] = "router"
+    margin: float = Field(default=0.1, ge=0)
+    keep: int = Field(default=1, ge=0)
 
 
 class PredictorSection(Section):

@@ -157,6 +157,18 @@ def _held_by_a_peer(scenario: Scenario) -> Keys:
     return _with("copy.source", scenario.copy_.source == "peer", (*others, *_in_fewer_bytes(scenario)))
 
 
+def _routed_again(scenario: Scenario) -> Keys:
+    if scenario.routing.policy == "router" or scenario.requests is not None:
+        return _chosen(routing__policy=scenario.routing.policy != "router")
+    others = _chosen(
+        parallel__stages=scenario.parallel.stages > 1,
+        parallel__micro_batches=scenario.parallel.micro_batches > 1,
+        parallel__gpus=scenario.parallel.gpus > 1,
+        memory__scope=scenario.memory.scope == "shared",
+    )
+    return _with("routing.policy", True, others)
+
+
 def _steps_of_its_own(scenario: Scenario) -> Keys:
     """Returns the first key at fault beside [requests], which is at fault by being there."""
     workload, parallel = scenario.workload, scenario.parallel
@@ -257,6 +269,12 @@ APART: tuple[Apart, ...] = (
         "the GPU that holds all experts does nothing else, and none lies in host memory",
         "choose copy.source = 'host', or leave them out",
         _held_by_a_peer,
+    ),
+    Apart(
+        "`routing.policy` that knows the cache with several GPUs, `memory.scope = shared` or `[requests]`",
+        "choices are made again in the order in which one GPU's memory decides, all steps known",
+        "set routing.policy = 'router'",
+        _routed_again,
     ),
     Apart(
         "`[requests]` with `workload.batch`, `workload.tokens`, `workload.context` or several GPUs",

@@ -43,8 +43,7 @@ def print_result(data: dict[str, Any], verbose: bool = False) -> None:
     print_rows(console, f"{accesses:,} accesses{of_warmup}", _count_rows(outcomes, accesses))
     if counts["miss"]:
         print_rows(console, f"{counts['miss']:,} misses", _count_rows(data["misses"], counts["miss"]))
-    if "miss" in data:
-        print_rows(console, f"What became of the {counts['miss']:,} misses ({data['miss']['policy']})", _way_rows(data))
+    _print_ways(console, data)
     issued, dropped = counts["prefetch"], counts["dropped"]
     if issued or dropped:
         no_room = f" ({dropped:,} more found no room)" if dropped else ""
@@ -177,6 +176,16 @@ def _gib(size_bytes: int) -> str:
     return f"{size_bytes / 2**30:,.2f}"
 
 
+def _print_ways(console: Console, data: dict[str, Any]) -> None:
+    """Print what became of misses that were not simply fetched, and of choices that were made again."""
+    if "miss" in data:
+        misses, policy = data["counts"]["miss"], data["miss"]["policy"]
+        print_rows(console, f"What became of the {misses:,} misses ({policy})", _way_rows(data))
+    if "routing" in data:
+        routing = data["routing"]
+        print_rows(console, f"Routing that knows the cache ({routing['policy']})", _routing_rows(routing))
+
+
 def _way_rows(data: dict[str, Any]) -> list[tuple[str, str, str]]:
     miss, misses = data["miss"], data["counts"]["miss"]
     rows = [
@@ -193,6 +202,17 @@ def _way_rows(data: dict[str, Any]) -> list[tuple[str, str, str]]:
     if "cpu" in miss:
         rows.append(("CPU busy", time_of(miss["cpu"]["busy_ms"]), f"GPU waits {time_of(miss['cpu']['stall_ms'])}"))
     return rows
+
+
+def _routing_rows(routing: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    changed = ("choices changed", share_of(routing["changed"], 1), "of those that a router made")
+    mass = routing["gate_mass"]
+    known = (
+        []
+        if mass is None
+        else [("gate weight used", share_of(mass, 1), "of what the router chose; no claim of quality")]
+    )
+    return [changed, *known]
 
 
 def _print_gpus(console: Console, gpus: Sequence[Mapping[str, Any]], makespan_ms: float) -> None:
