@@ -3,7 +3,8 @@
     python tests/readme_tables.py [NAME …] [--write]
 
 prints the named tables of TABLES (all without a name), or writes each into its pages between its marks. `lookahead`,
-`eviction`, `per-layer`, `routing` and `phone` need the real traces (PRESTAGE_TRACES); `new-user` installs everything anew.
+`eviction`, `per-layer`, `routing` and `phone` need the real traces (PRESTAGE_TRACES); `new-user` installs everything
+anew.
 """
 
 from __future__ import annotations
