@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_scenario, tiny_trace
 
 from prestage.engine.loading.rerouting import rerouted
 from prestage.engine.measure.misses import routing_metrics
@@ -16,7 +15,7 @@ from prestage.engine.scenario.inputs import Inputs
 from prestage.engine.scenario.scenario import Scenario
 from prestage.engine.simulate import simulate_inputs
 from prestage.engine.timing.ready import is_ready
-from prestage.testing import record
+from prestage.testing import record, tiny_inputs, tiny_model, tiny_profile, tiny_scenario, tiny_trace
 from prestage.workloads.synthetic import synthesize
 from prestage.workloads.trace import RoutingTrace
 from prestage.workloads.trace_limits import TraceError

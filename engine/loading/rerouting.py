@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ...workloads.batches import Step
-from ...workloads.trace import POPULARITY, RUNNERS_UP, RUNNERS_UP_WEIGHTS, RoutingTrace
+from ...workloads.trace import RoutingTrace
+from ...workloads.trace_checks import POPULARITY, RUNNERS_UP, RUNNERS_UP_WEIGHTS
 from ..decide.dispatch import Accesses, accesses_at, visits, whole
 from ..decide.memory_manager import MemoryManager
 from ..policies.eviction import EVICTION
@@ -42,6 +43,7 @@ def rerouted(inputs: Inputs) -> Inputs:
     if POPULARITY not in trace.extra:  # learned from what the router chose, as nobody knows yet what comes of it
         popular = np.array(popularity(whole_setting(inputs))).reshape(trace.layers, trace.num_experts)
         trace = trace.with_extra({POPULARITY: popular})
+    assert trace.weights is not None
     chosen = replace(trace, experts=trace.experts.copy(), weights=trace.weights.copy())
     inputs = replace(inputs, trace=chosen)
     manager = make_manager(inputs)
