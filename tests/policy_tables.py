@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from prestage.engine.loading.loading import load_inputs
 from prestage.engine.scenario.scenario import load_scenario
@@ -46,3 +48,74 @@ def routing() -> str:
             cells.append(f"{data['tokens_per_second']:.1f}")
         rows.append(cells)
     return table(["margin", "found", "choices changed", "gate weight less", *MACHINES], rows)
+
+
+#: What is compared in the table of pinned experts, as settings.
+RESIDENCY = {
+    "cache, `lru`": [],
+    "cache, `heat`": ["memory.eviction=heat"],
+    "a tenth of the budget pinned, `lru`": ["memory.preload=popular", "memory.pinned=2.5%"],
+    "two fifths pinned, `lru`": ["memory.preload=popular", "memory.pinned=10%"],
+    "four fifths pinned, `lru`": ["memory.preload=popular", "memory.pinned=20%"],
+    "whole layers, two fifths pinned, `lru`": ["memory.preload=layers", "memory.pinned=10%"],
+    "all pinned (`static`)": ["memory.preload=popular", "memory.eviction=static"],
+}
+
+
+def residency() -> str:
+    """Pinned experts beside a cache: found, and tokens/s on three machines, on gpt-oss-20b's real routing."""
+    return _by_machine(RESIDENCY, lambda data: f"{data['hit_rate']:.1%}", "found", "kept")
+
+
+#: Guesses as routers of later layers make them: this good one, two and three layers ahead.
+NEXT_GATE = "predictor.recall_by_horizon=[0.85,0.75,0.65]"
+GUESSES = {
+    "none": [],
+    "1 layer ahead": ["prefetch.lookahead=1", NEXT_GATE],
+    "3 layers ahead": ["prefetch.lookahead=3", NEXT_GATE],
+    "3 layers ahead, drafts at .6": ["prefetch.lookahead=3", NEXT_GATE, "predictor.draft_recall=0.6"],
+    "3 layers ahead, by rank": ["prefetch.lookahead=3", NEXT_GATE, "copy.discipline=priority", "copy.drop_stale=true"],
+}
+
+
+def next_gate() -> str:
+    """Guesses of later layers' routers by how far they look: found, and tokens/s on three machines."""
+    return _by_machine(
+        GUESSES, lambda data: f"{data['hit_rate']:.1%} + {data['late_rate']:.1%}", "found + late", "guesses"
+    )
+
+
+def _by_machine(rows: dict[str, list[str]], said: Callable[[dict[str, Any]], str], column: str, what: str) -> str:
+    """Returns a table of variants of BASE on the real routing: what is said of the first machine, tokens/s of each."""
+    trace, cells = real_routing(), []
+    for name, changed in rows.items():
+        row = [name]
+        for number, machine in enumerate(MACHINES.values()):
+            scenario = load_scenario("synthetic", [*BASE, *machine, *changed, "workload.warmup=0tokens"])
+            data = simulate_inputs(load_inputs(scenario, trace=trace), baselines=False).data
+            row += [said(data)] * (not number) + [f"{data['tokens_per_second']:.1f}"]
+        cells.append(row)
+    return table([what, column, *MACHINES], cells)
+
+
+#: How a prompt of 1,024 tokens is computed with room for two layers of 24.
+STREAMS = {
+    "on demand": ["prefetch.lookahead=0"],
+    "the router's guesses, 1 layer ahead": ["prefetch.lookahead=1", NEXT_GATE],
+    "`next-layer`": ["prefetch.policy=next-layer", "prefetch.lookahead=1"],
+    "`stream-prefill`": ["prefetch.policy=stream-prefill", "prefetch.lookahead=1", NEXT_GATE],
+}
+
+
+def streams() -> str:
+    """Layers that stream through two buffers: ms to the first token, and tokens/s of 32 decoded behind it."""
+    drawn = ["workload.synthetic.tokens=1056", "workload.synthetic.prefill_tokens=1024", "memory.gpu_budget=8.34%"]
+    rows = []
+    for name, changed in STREAMS.items():
+        row = [name]
+        for machine in MACHINES.values():
+            scenario = load_scenario("synthetic", [*BASE, *machine, *drawn, *changed, "workload.warmup=0tokens"])
+            data = simulate_inputs(load_inputs(scenario), baselines=False).data
+            row.append(f"{data['time_to_first_token_ms']['p50']:,.0f} / {data['tokens_per_second']:.1f}")
+        rows.append(row)
+    return table(["a prompt's experts", *(f"{name}: ms, tokens/s" for name in MACHINES)], rows)

@@ -29,7 +29,7 @@ from eviction_tables import layers, policies
 from new_user import path_table
 from one_command import one_command
 from owned_tables import owned
-from policy_tables import routing
+from policy_tables import next_gate, residency, routing, streams
 from published_tables import published_figures, published_rows
 from request_tables import queueing, request_keys, served
 
@@ -667,6 +667,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "misses": misses,
     "shared-misses": shared_misses,
     "routing": routing,
+    "residency": residency,
+    "next-gate": next_gate,
+    "streams": streams,
     "pipelines": pipelines,
     "sharings": sharings,
     "parallel-speed": parallel_speed,

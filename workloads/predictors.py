@@ -57,35 +57,60 @@ class Oracle:
 
     `first_layer` is the model's layer that is layer 0 of the trace, where that holds a part of the model: a part meets
     the luck of the whole.
+
+    With `by_horizon` it is as good as routers of later layers on this layer's hidden state: a recall for each layer
+    ahead, the last one for all farther ones, and no guess of the next token, whose state nobody has. `draft_recall` is
+    that of guesses of the next token, as a drafted token lets make them.
     """
 
-    def __init__(self, recall: float = 1.0, seed: int = 0, first_layer: int = 0) -> None:
-        if not 0 <= recall <= 1:
-            raise InputError(f"predictor recall = {recall}: must lie between 0 and 1")
+    def __init__(
+        self,
+        recall: float = 1.0,
+        seed: int = 0,
+        first_layer: int = 0,
+        by_horizon: Sequence[float] = (),
+        draft_recall: float | None = None,
+    ) -> None:
+        for share in (recall, *by_horizon, 0.0 if draft_recall is None else draft_recall):
+            if not 0 <= share <= 1:
+                raise InputError(f"predictor recall = {share}: must lie between 0 and 1")
         self.recall = recall
         self.seed = seed
         self.first_layer = first_layer
+        self.by_horizon = tuple(by_horizon)
+        self.draft_recall = draft_recall
+
+    def _recalls(self, layers: int, ahead: int) -> tuple[Floats64, npt.NDArray[np.bool_]]:
+        """Returns the recall of guesses made at each layer (layers,) for so many beyond the next, and who guesses."""
+        recall = self.by_horizon[min(ahead, len(self.by_horizon) - 1)] if self.by_horizon else self.recall
+        crosses = np.arange(layers) + ahead + 1 >= layers
+        drafted = (recall if self.by_horizon == () else 0.0) if self.draft_recall is None else self.draft_recall
+        return np.where(crosses, drafted, recall), ~crosses | (self.draft_recall is not None or not self.by_horizon)
 
     def guess(self, trace: RoutingTrace, steps: Sequence[Step], horizons: int, n: int) -> Guesses:
         """Returns the truth, each expert of it kept with probability `recall`."""
         run = Run.of(trace, steps, horizons, n)
-        experts = run.no_guesses(n)
+        experts, confidences = run.no_guesses(n), run.no_confidences(n)
         # Coin and choice of each rank.
         draws = np.arange(2 * n)
         for ahead, (token, layer) in enumerate(run.targets()):
+            recalls, guessing = self._recalls(run.layers, ahead)
             for piece in run.pieces(run.layers * 2 * n):
                 target = run.rows[token[piece]][..., None]
                 of_model = self.first_layer + layer[:, None]
                 luck = uniform(self.seed, trace.sequence[target], trace.position[target], of_model, ahead + 1, draws)
                 truth = run.chosen[token[piece], layer]
-                experts[piece, :, ahead] = _spoil(truth, luck, self.recall, n, run.experts[layer])
-        confidences = run.no_confidences(n)
-        confidences[..., : trace.k] = np.where(experts[..., : trace.k] >= 0, self.recall, 0.0)
+                guessed = _spoil(truth, luck, recalls, n, run.experts[layer])
+                experts[piece, :, ahead] = np.where(guessing[:, None], guessed, -1)
+            right = experts[:, :, ahead, : trace.k] >= 0
+            confidences[:, :, ahead, : trace.k] = np.where(right, recalls[:, None], 0.0)
         return run.guesses(experts, confidences)
 
 
-def _spoil(truth: Int16s, luck: npt.NDArray[np.float64], recall: float, n: int, of_layer: Int64s) -> Int16s:
+def _spoil(truth: Int16s, luck: Floats64, recall: Floats64, n: int, of_layer: Int64s) -> Int16s:
     """Returns the first n ranks of `truth` (…, layers, k), each kept or replaced by `luck` (…, 2 n): coin and choice.
+
+    `recall` (layers,) is the probability that one is kept.
 
     Wrong ones are of the layer's experts, `of_layer` (layers,) of them. Where fewer were chosen there are as many
     guesses less, and none where nothing was.

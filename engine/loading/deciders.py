@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ...resources.spool import Spool
@@ -13,12 +14,13 @@ from ..decide.host_memory import HostMemory
 from ..decide.memory_manager import BudgetError, MemoryManager
 from ..decide.partition import divider
 from ..policies.eviction import EVICTION, Setting
+from ..policies.pinned import Pinned
 from ..policies.prefetch import PREFETCH, Gauge, NoPrefetch, Options, Prefetch
 from ..policies.prefetch_share import PREFETCH_SHARE
 from ..scenario.amounts import ScenarioError, parse_budget
 from ..scenario.inputs import Inputs
 from ..scenario.scenario import Scenario
-from .offloading import cached_budgets, kept_bytes, low_precision, make_miss, preload
+from .offloading import cached_budgets, kept_bytes, low_precision, make_miss, pinned_experts, preload
 
 if TYPE_CHECKING:
     from ..decide.sources import Source
@@ -45,6 +47,7 @@ def make_prefetch(scenario: Scenario, model: Model, copy_ns: int = 0) -> Prefetc
             experts=model.experts,
             by_layer=model.experts_by_layer if model.by_layer else (),
             copy_ns=copy_ns,
+            stream_pairs=settings.stream_tokens * model.top_k,
         )
     )
 
@@ -56,12 +59,12 @@ def make_manager(inputs: Inputs, spool: Spool | None = None) -> MemoryManager:
     share = None
     if memory.prefetch_limit != "none":
         share = PREFETCH_SHARE[memory.prefetch_limit](memory.prefetch_share, inputs.budget_bytes // max(sizes))
-    setting = _setting(inputs)
+    setting, eviction, pinned = _setting(inputs), EVICTION[memory.eviction], pinned_experts(inputs)
     manager = MemoryManager(
         sizes,
         model.experts,
         inputs.budget_bytes - low_precision(inputs)[1],
-        EVICTION[memory.eviction],
+        partial(Pinned, eviction, pinned) if pinned else eviction,
         setting=setting,
         scope=memory.scope,
         divide=divider(memory.scope, size_of or sizes, inputs.trace),

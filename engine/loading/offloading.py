@@ -17,7 +17,7 @@ from ..policies.eviction import Setting
 from ..policies.eviction_informed import popularity
 from ..policies.miss import MISS, Miss, Terms
 from ..policies.preload import PRELOAD
-from ..scenario.amounts import ScenarioError
+from ..scenario.amounts import ScenarioError, parse_budget
 from ..scenario.inputs import Inputs
 from ..scenario.scenario import Scenario
 from ..scenario.sections_memory import shrunk
@@ -84,15 +84,42 @@ def cached_budgets(inputs: Inputs) -> list[int] | None:
     return [budget_bytes - low_bytes for budget_bytes in inputs.budgets]
 
 
+def _wanted(inputs: Inputs) -> list[int]:
+    """Returns the experts that the scenario wants in memory before the run, the most wanted first."""
+    memory = inputs.scenario.memory
+    first_layer = max(0, (memory.cpu_layers or 0) - inputs.first_layer)
+    served = served_experts(inputs)
+    return [expert for expert in PRELOAD[memory.preload](whole_setting(inputs), first_layer) if expert in served]
+
+
+def pinned_experts(inputs: Inputs) -> Collection[int]:
+    """Returns the experts that stay in GPU memory for the whole run; ScenarioError if they leave none for others."""
+    memory, model = inputs.scenario.memory, inputs.model
+    if not memory.pins:
+        return ()
+    sizes, size_of = kept_bytes(inputs)
+    left_bytes = parse_budget(memory.pinned, sizes, model.experts_by_layer)
+    least_bytes = min(cached_budgets(inputs) or [inputs.budget_bytes - low_precision(inputs)[1]])
+    if left_bytes + max(sizes) > least_bytes:
+        raise ScenarioError(
+            f"memory.pinned = {memory.pinned!r}: {left_bytes} bytes stay, the budget is {least_bytes}: there must be "
+            f"room for one more expert, {max(sizes)} bytes"
+        )
+    pinned = []
+    for expert in _wanted(inputs):
+        left_bytes -= sizes[expert // model.experts] if size_of is None else size_of[expert]
+        if left_bytes < 0:
+            break
+        pinned.append(expert)
+    return frozenset(pinned)
+
+
 def preload(manager: MemoryManager, inputs: Inputs) -> None:
     """Put into an empty memory what the scenario wants there before the run, as far as there is room.
 
     ScenarioError if layers that are named do not fit.
     """
-    memory = inputs.scenario.memory
-    first_layer = max(0, (memory.cpu_layers or 0) - inputs.first_layer)
-    served = served_experts(inputs)
-    wanted = [expert for expert in PRELOAD[memory.preload](whole_setting(inputs), first_layer) if expert in served]
+    memory, wanted = inputs.scenario.memory, _wanted(inputs)
     fitting = manager.fitting(wanted)
     if memory.cpu_layers is not None and len(fitting) < len(wanted):
         needed_bytes = sum(manager.size_of[expert] for expert in wanted)

@@ -48,7 +48,7 @@ class Options:
 
     `k` guesses a token and horizon, for `lookahead` layers; `threshold` of confidence; `decay` of confidence a layer;
     the model's `layers` and `experts` of a layer, the most where each has its own (`by_layer`); `copy_ns`, what the
-    copy of one expert takes.
+    copy of one expert takes; `stream_pairs`, from how many (token, expert) pairs of a visit on layers stream.
     """
 
     k: int
@@ -59,6 +59,7 @@ class Options:
     experts: int = 1
     by_layer: Sequence[int] = ()
     copy_ns: int = 0
+    stream_pairs: int = 1 << 30
 
 
 class Prefetch:
@@ -176,6 +177,28 @@ class NextLayer(Prefetch):
         return [range(layer * options.experts, layer * options.experts + counts[layer]) for layer in ahead]
 
 
+class StreamPrefill(Prefetch):
+    """Fetch every expert of the coming layers in steps of many tokens, and in others each token's k best guesses.
+
+    Layers stream through the memory while a prompt is computed: with `lookahead` 1 and room for two layers, one is
+    computed and one filled. As KTransformers' layerwise prefill, which copies a layer's experts to the GPU from so
+    many tokens on (`--kt-gpu-prefill-token-threshold`), and FlexGen's overlapped layers (Sheng et al. 2023,
+    arXiv:2303.06865). A step has many where its visit has `stream_pairs` (token, expert) pairs.
+    """
+
+    def __init__(self, options: Options) -> None:
+        super().__init__(options)
+        self._layers, self._pairs = NextLayer(options), 0
+
+    def observe(self, experts: Sequence[int], tokens: Sequence[int]) -> None:
+        """Count the visit's pairs."""
+        self._pairs = sum(tokens)
+
+    def choose(self, ranked: Sequence[Sequence[int]], moment: Moment) -> Sequence[Sequence[int]]:
+        """Returns whole layers, or all guesses."""
+        return self._layers.choose(ranked, moment) if self._pairs >= self.options.stream_pairs else ranked
+
+
 class Popularity(Prefetch):
     """Fetch the k experts of each coming layer that most tokens have chosen so far; ties to the lower index."""
 
@@ -252,6 +275,7 @@ PREFETCH: dict[str, Callable[[Options], Prefetch]] = {
     "adaptive-memory": AdaptiveMemory,
     "adaptive-link": AdaptiveLink,
     "next-layer": NextLayer,
+    "stream-prefill": StreamPrefill,
     "popularity": Popularity,
     "cost-aware": CostAware,
 }

@@ -44,7 +44,12 @@ def _options(scenario: Scenario, first_layer: int) -> dict[str, Any]:
     """Returns what a scenario says to its predictor."""
     section = scenario.predictor
     options: dict[str, dict[str, Any]] = {
-        "oracle": {"recall": section.recall, "first_layer": first_layer},
+        "oracle": {
+            "recall": section.recall,
+            "first_layer": first_layer,
+            "by_horizon": tuple(section.recall_by_horizon or ()),
+            "draft_recall": section.draft_recall,
+        },
         "context": {"context": section.context},
         "learned": {"weights": section.weights},
     }

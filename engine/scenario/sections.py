@@ -177,15 +177,26 @@ class PredictorSection(Section):
     """Who guesses the experts of coming layers, how well, and what a guess costs on which lane.
 
     `weights` are those of "learned": a folder, a file or a shipped name. Without `latency_us` a guess takes what was
-    measured for the weights, and nothing for a predictor that has none.
+    measured for the weights, and nothing for a predictor that has none. `recall_by_horizon` models routers of later
+    layers on this layer's hidden state: the oracle's recall one layer ahead, two, and so on, and no guess of the next
+    token; `draft_recall` is that of guesses of the next token, as a drafted token lets make them.
     """
 
     name: Annotated[str, one_of(PREDICTORS)] = "oracle"
     recall: float = Field(default=0.9, ge=0, le=1)
+    recall_by_horizon: list[Annotated[float, Field(ge=0, le=1)]] | None = Field(default=None, min_length=1)
+    draft_recall: float | None = Field(default=None, ge=0, le=1)
     context: int = Field(default=3, ge=1, le=MOST_HORIZONS)
     lane: Annotated[str, one_of(PREDICTOR_LANES)] = "gpu"
     latency_us: float | None = Field(default=None, ge=0, le=MOST_US)
     weights: str | None = None
+
+    @model_validator(mode="after")
+    def _recalls_are_of_the_oracle(self) -> PredictorSection:
+        for key in ("recall_by_horizon", "draft_recall"):
+            if getattr(self, key) is not None and self.name != "oracle":
+                raise InputError(f"{key} = {getattr(self, key)}: goes with name = 'oracle' (given {self.name!r})")
+        return self
 
     @model_validator(mode="after")
     def _weights_are_of_learned(self) -> PredictorSection:
@@ -200,6 +211,7 @@ class PrefetchSection(Section):
 
     What is predicted on the GPU is read back to the host, which waits for it before it enqueues the copies; or, with
     `issued_by` = "gpu", the GPU issues them itself behind the prediction, and they take the host no time.
+    `stream-prefill` fetches whole layers in steps of `stream_tokens` or more.
     """
 
     policy: Annotated[str, one_of(PREFETCH)] = "top-k"
@@ -207,6 +219,7 @@ class PrefetchSection(Section):
     lookahead: int = Field(default=1, ge=0, le=MOST_HORIZONS)
     threshold: float = Field(default=0.5, ge=0, le=1)
     decay: float = Field(default=0.7, gt=0, le=1)
+    stream_tokens: int = Field(default=32, ge=1)
     protect: Annotated[str, one_of(PROTECTION)] = "until_target"
     issue: Annotated[str, one_of(ISSUE)] = "after_launch"
     issued_by: Annotated[str, one_of(ISSUERS)] = "host"

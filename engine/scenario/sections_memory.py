@@ -41,8 +41,10 @@ class MemorySection(Section):
     `prefetch_limit` keeps prefetched experts that nobody has used yet within `prefetch_share` of the budget (fixed), or
     within a share that starts there and follows the workload (adaptive). Without `caching`, what was brought for a
     visit leaves after it. `preload` is what lies there before the run: nothing, the most popular experts, or whole
-    layers from the last one back; with `cpu_layers`, all but those of the first so many layers. What every memory of
-    the machine keeps is added up before the run, and more than it holds is refused, unless `capacity` is "ignore".
+    layers from the last one back; with `cpu_layers`, all but those of the first so many layers. Of what is preloaded
+    the first `pinned`, written as `gpu_budget` is, stay for the whole run, and `eviction` has the rest. What every
+    memory of the machine keeps is added up before the run, and more than it holds is refused, unless `capacity` is
+    "ignore".
     """
 
     gpu_budget: str = "25%"
@@ -56,6 +58,7 @@ class MemorySection(Section):
     capacity: Literal["check", "ignore"] = "check"
     preload: Annotated[str, one_of(PRELOAD)] = "none"
     cpu_layers: int | None = Field(default=None, ge=0)
+    pinned: str = "0%"
 
     @model_validator(mode="before")
     @classmethod
@@ -73,7 +76,24 @@ class MemorySection(Section):
             raise InputError(f"cpu_layers = {self.cpu_layers} needs preload = 'layers' (given {self.preload!r})")
         return self
 
-    @field_validator("gpu_budget", mode="before")
+    @property
+    def pins(self) -> bool:
+        """Whether some experts stay for the whole run."""
+        match = AMOUNT.fullmatch(self.pinned)
+        return match is not None and Fraction(match[1]) > 0
+
+    @model_validator(mode="after")
+    def _pinned_is_preloaded(self) -> MemorySection:
+        if not AMOUNT.fullmatch(self.pinned):
+            raise InputError(f"pinned = {self.pinned!r}: write it as '10%', '4GiB' or '512experts'")
+        if self.pins and (self.preload == "none" or self.scope != "global"):
+            raise InputError(
+                f"pinned = {self.pinned!r} needs a preload, whose first experts stay, and scope = 'global' (given "
+                f"preload = {self.preload!r}, scope = {self.scope!r})"
+            )
+        return self
+
+    @field_validator("gpu_budget", "pinned", mode="before")
     @classmethod
     def _has_a_unit(cls, budget: object) -> object:
         return budget_text(budget, "'25%', '4GiB' or '512experts'")
