@@ -30,6 +30,7 @@ from new_user import path_table
 from one_command import one_command
 from owned_tables import owned
 from policy_tables import next_gate, residency, routing, streams
+from published_pairs import published_pairs
 from published_tables import published_figures, published_rows
 from request_tables import queueing, request_keys, served
 
@@ -704,6 +705,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "models": models,
     "dependencies": dependencies_table,
     "advice-regret": regret,
+    "advice-pairs": published_pairs,
 }
 
 
