@@ -3,8 +3,8 @@
     python tests/published_pairs.py
 
 A pair is two rows of one source and group, of one model, machine, prompt and context, that differ in what a user can
-set (which layers or experts lie where, cache, policy, micro-batch). Predictions are those of the committed table, where no
-row was fitted. Where we see less than advice's noise between the two, it would not recommend either.
+set (which layers or experts lie where, cache, policy, micro-batch). Predictions are those of the committed table, where
+no row was fitted. Where we see less than advice's noise between the two, it would not recommend either.
 """
 
 from __future__ import annotations
