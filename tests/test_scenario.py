@@ -38,7 +38,7 @@ def leaves(sections: dict[str, Any], at: tuple[str, ...] = ()) -> list[tuple[tup
 FULL = load_scenario("synthetic").plain()
 KEYS = [path for path, _ in leaves(FULL)]
 #: Keys that may have a list.
-LISTS = [("parallel", "split"), ("model", "expert_bytes")]
+LISTS = [("parallel", "split"), ("model", "expert_bytes"), ("predictor", "recall_by_horizon")]
 SECTIONS = sorted({path[:-1] for path in KEYS})
 
 
