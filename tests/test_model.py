@@ -453,3 +453,16 @@ def test_a_model_built_by_hand_may_have_experts_of_two_sizes() -> None:
 def test_a_model_built_by_hand_is_checked(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         built(**changes)
+
+
+def test_a_kv_cache_of_fewer_bits_takes_and_reads_as_much_less() -> None:
+    # Q8_0 keeps 34 bytes for 32 values, of which 16 bits make 64.
+    plain, small = load_model("mixtral-8x7b"), load_model("mixtral-8x7b", kv_dtype="q8_0")
+    assert small.kv_bytes_per_token == plain.kv_bytes_per_token * 34 // 64
+    assert load_model("mixtral-8x7b", kv_dtype="float16") == plain
+    tokens = np.array([100])
+    assert small.cached_bytes(tokens).tolist() == [small.kv_bytes_per_token * 100]
+    (before,), (after,) = plain.attention_of(0), small.attention_of(0)
+    assert after.key_bytes == before.key_bytes * 34 // 64 and after.heads == before.heads
+    with pytest.raises(ModelError, match=r"model.kv_dtype = 'q9'"):
+        load_model("mixtral-8x7b", kv_dtype="q9")

@@ -293,14 +293,15 @@ def load_model(
     dtype: str | None = None,
     bits_per_weight: float | None = None,
     expert_bytes: int | Iterable[int] | None = None,
+    kv_dtype: str | None = None,
 ) -> Model:
     """Returns a model by its preset's name, or by the path of a TOML file, a Hugging Face config.json or its folder, or
     a GGUF file.
 
     Overrides, all optional: `layers` keeps the first so many MoE layers, and the head; `experts` and `top_k` change the
     router; `dtype` changes the routed experts' matrices, `bits_per_weight` all matrices, embedding and head too;
-    `expert_bytes` states an expert's size, one number or one per layer, and wins over `dtype`. Everything else is
-    derived again from the shapes.
+    `expert_bytes` states an expert's size, one number or one per layer, and wins over `dtype`; `kv_dtype` is that of
+    keys and values in the cache. Everything else is derived again from the shapes.
 
     Raises ModelError, naming the file, the key, the value and what would be right.
     """
@@ -315,7 +316,31 @@ def load_model(
     except InputError as error:
         raise ModelError(f"model.dtype = {dtype!r}: {error}") from None
     model = open_model(os.fspath(name_or_path), changes, dtype, _per_weight(bits_per_weight))
-    return model if expert_bytes is None else replace(model, expert_bytes=_per_layer(expert_bytes, model.layers))
+    if expert_bytes is not None:
+        model = replace(model, expert_bytes=_per_layer(expert_bytes, model.layers))
+    return model if kv_dtype is None else _cached_in(model, kv_dtype)
+
+
+def _cached_in(model: Model, dtype: str) -> Model:
+    """Returns a model whose keys and values are kept in a dtype, of as many bits as activations have where unsaid."""
+    try:
+        share = bits_of(dtype) / (8 * model.activation_bytes(1) // model.hidden)
+    except InputError as error:
+        raise ModelError(f"model.kv_dtype = {dtype!r}: {error}") from None
+
+    def kept(size_bytes: int) -> int:
+        return -int(-size_bytes * share // 1)
+
+    return replace(
+        model,
+        kv_bytes_per_token=kept(model.kv_bytes_per_token),
+        caches=tuple(
+            tuple(replace(each, bytes_per_token=kept(each.bytes_per_token)) for each in layer) for layer in model.caches
+        ),
+        attention=tuple(
+            tuple(replace(each, key_bytes=kept(each.key_bytes)) for each in layer) for layer in model.attention
+        ),
+    )
 
 
 def _per_weight(bits: float | None) -> str | None:

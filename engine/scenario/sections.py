@@ -61,7 +61,7 @@ class ModelSection(Section):
 
     `preset` is a shipped name, a TOML file, a Hugging Face config.json or its folder, or a GGUF file. `dtype` is of the
     routed experts, `bits_per_weight` of all matrices, where nothing else is known. `expert_bytes` is one number, or one
-    for each layer.
+    for each layer. `kv_dtype` is that of the KV cache (not set: that of activations).
     """
 
     preset: str = "mixtral-8x7b"
@@ -71,6 +71,7 @@ class ModelSection(Section):
     dtype: str | None = None
     bits_per_weight: float | None = Field(default=None, gt=0, le=64)
     expert_bytes: Annotated[Bytes, Field(ge=1)] | list[Annotated[Bytes, Field(ge=1)]] | None = None
+    kv_dtype: str | None = None
     sizes: Literal["preset", "trace"] = "preset"
 
     def overrides(self) -> dict[str, Any]:
