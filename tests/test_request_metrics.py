@@ -11,6 +11,7 @@ from prestage.engine.measure.request_metrics import (
     Window,
     latencies,
     little,
+    overloaded,
     request_metrics,
 )
 from prestage.engine.policies.scheduler import SCHEDULERS, Chunked, Orca, Static
@@ -155,6 +156,18 @@ def test_every_wait_is_that_of_lindleys_recursion() -> None:
     lengths = draw_lengths(SERVICES["M"], 500, 7, PROMPTS)
     arrivals = arrival_instants("poisson", Process(0.9 * 1e9 / 100_000), 500, 7)
     assert (waits_ns("M", 0.9, 500, seed=7) == lindley(arrivals, lengths * 100)).all()
+
+
+def test_a_backlog_that_was_there_at_the_beginning_is_no_growth() -> None:
+    log = RequestLog()
+    for arrival_ns in [1000] * 100:
+        log.arrived(arrival_ns)
+    assert not overloaded(log, 1000, 2000)
+    for arrival_ns in [1001] * 9 + [2001] * 9:  # three deviations of 9 are 9
+        log.arrived(arrival_ns)
+    assert not overloaded(log, 1000, 2000)
+    log.arrived(2000)
+    assert overloaded(log, 1000, 2000)  # of 10, 10 more: 9.5 would have been luck
 
 
 def test_a_load_above_capacity_is_called_overloaded_and_one_below_is_not() -> None:
