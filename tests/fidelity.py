@@ -4,7 +4,7 @@
     python tests/fidelity.py --release  # what is committed becomes what later changes are held against
 
 Rows are those of the committed validations (schedules on real GPUs), of real runtimes, and of the table of published
-runs. Other tests show that these are what today's simulation makes; tests/test_fidelity.py that none moved unsaid.
+runs. tests/test_fidelity.py shows that none moved unsaid, of those committed and of a sample that is predicted again.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def test_the_wheel_has_every_file_of_the_packages_and_no_other(built: Path) -> N
     held = {name.removeprefix("prestage/") for name in names if name.startswith("prestage/")}
     folders = packages()
     inside = {name for name in tracked() if str(Path(name).parent) in folders[1:] and not name.endswith(NOT_PACKAGED)}
-    root = {name for name in tracked() if "/" not in name and (name.endswith(".py") or name == "py.typed")}
+    root = {name for name in tracked() if "/" not in name and (name.endswith((".py", ".pyi")) or name == "py.typed")}
     assert held == inside | root
     said = f"prestage-{setup()['metadata']['version']}.dist-info"
     assert {name.split("/")[0] for name in names} == {"prestage", said}
