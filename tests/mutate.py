@@ -37,7 +37,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "engine/decide/memory_manager.py": ("test_memory_manager", "test_preload", "test_dispatch", "test_partition"),
     "engine/decide/host_memory.py": ("test_tiers",),
     "engine/decide/partition.py": ("test_partition",),
-    "engine/measure/metrics.py": ("test_simulate", "test_accounting", "test_speed"),
+    "engine/measure/metrics.py": ("test_simulate", "test_accounting", "test_speed", "test_tiers"),
     "engine/measure/speed.py": ("test_speed",),
     "engine/measure/time_split.py": ("test_accounting", "test_by_layer", "test_split"),
     "engine/measure/misses.py": ("test_accounting", "test_by_layer"),
