@@ -12,12 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 VALIDATION = ROOT / "calibration" / "validation"
 RELEASED = Path(__file__).parent / "fidelity.json"
 #: By so many points of its error a row may move without a word.
 MOVED = 2.0
+_FOUND = ("samples", "measured_ns", "predicted_ns")
 
 
 def errors() -> dict[str, float]:
@@ -25,15 +27,21 @@ def errors() -> dict[str, float]:
     found: dict[str, float] = {}
     for file in sorted(VALIDATION.glob("*.json")):
         for row in json.loads(file.read_text(encoding="utf-8"))["rows"]:
-            if "makespan_error" in row:
-                found[f"{file.stem}: {row['scenario']}"] = 100 * row["makespan_error"]
-            else:
-                found[f"{file.stem}: {row['name']}"] = 100 * (row["predicted_ns"] / row["measured_ns"] - 1)
+            error = row.get("makespan_error")
+            error = row["predicted_ns"] / row["measured_ns"] - 1 if error is None else error
+            found[f"{file.stem}: {_name(row)}"] = 100 * error
     for line in (VALIDATION / "published.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         if row["error"] is not None:
             found[f"published: {row['id']}"] = 100 * row["error"]
     return {name: round(error, 2) for name, error in found.items()}
+
+
+def _name(row: dict[str, Any]) -> str:
+    """Returns what a row calls itself, or else the settings that it is of."""
+    said = row.get("scenario") or row.get("name")
+    settings = (f"{key}={value}" for key, value in row.items() if isinstance(value, str | int) and key not in _FOUND)
+    return said or ",".join(settings)
 
 
 def released() -> dict[str, float]:
