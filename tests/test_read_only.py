@@ -49,6 +49,7 @@ TRIED: dict[tuple[str, ...], tuple[list[str], int]] = {
     ("calibrate", "fit-beside"): (["none.json", "-o", "profile.json"], 2),
     ("plot",): (["time", "run", "-o", "time.png"], 0),
     ("report",): (["run", "-o", "report.html"], 0),
+    ("list",): (["evictions"], 0),
     ("topology",): (["h200-hgx-x8", "-o", "machine.svg"], 0),
     ("compare",): (["run", "run/result.json", "--plot", "fall.png"], 0),
     ("breakeven",): (["synthetic", *SMALL], 0),
