@@ -33,12 +33,8 @@ WHY = {
     frozenset(("R11c-34", "R11c-30")): _SCATTER,
     frozenset(("R15-fetch", "R15-share")): (
         "shared, it took 1.63 ms a layer, of which 3.19 experts on the CPU and 1.07 over the link explain .16 and .12 "
-        "ms at the rates that the source measured; what the rest is it does not say. The same engine on an RTX 3090 "
-        "(R15b) is predicted within 6 %"
-    ),
-    frozenset(("R20d-gpu", "R20d-cpu")): (
-        "both ranges (p5 to p95) hold both figures: kernels of prompts on this CPU are estimated, and advice would say "
-        "that costs which nobody measured decide"
+        "ms at the rates that the source measured; what the rest is it does not say. The same setting on an RTX "
+        "3090 (R15b-share) is predicted within 10 %"
     ),
 }
 
