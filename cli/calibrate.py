@@ -39,12 +39,12 @@ def calibrate_measure(
     ] = None,
 ) -> None:
     """Measure what copies, kernels and calls take on a CUDA GPU, and keep every sample."""
-    from ..calibration.bench import with_models
-    from ..calibration.cuda import Gpu
-    from ..calibration.evidence import sample_rows
-    from ..calibration.measure import FULL, LINKS, PROBES, QUICK, described, measure
-    from ..calibration.measure_drive import measure_drive
-    from ..calibration.surface import FULL_GRID, LOW_BIT_GRID, measure_surface, surface_samples
+    from ..calibration.device.cuda import Gpu
+    from ..calibration.fit.evidence import sample_rows
+    from ..calibration.measure.bench import with_models
+    from ..calibration.measure.drive import measure_drive
+    from ..calibration.measure.measure import FULL, LINKS, PROBES, QUICK, described, measure
+    from ..calibration.measure.surface import FULL_GRID, LOW_BIT_GRID, measure_surface, surface_samples
     from ..files import check_file
 
     check_file(out)
@@ -101,9 +101,9 @@ def calibrate_fit(
     json: Json = False,
 ) -> None:
     """Fit a profile to samples: each cost with how well it predicts the samples that were held back."""
-    from ..calibration.evidence import check_rows_file, load_schedule, save_rows
-    from ..calibration.fit import fit, fit_data, write_profile
-    from ..calibration.samples import load_samples
+    from ..calibration.fit.evidence import check_rows_file, load_schedule, save_rows
+    from ..calibration.fit.fit import fit, fit_data, write_profile
+    from ..calibration.measure.samples import load_samples
     from ..files import check_file
     from ..resources.profile import load_profile
 
@@ -139,9 +139,9 @@ def calibrate_fit_beside(
     ] = None,
 ) -> None:
     """Fit what runs beside the GPU's stream: the CPU, a drive, decompression, grouped kernels, exchanges of tokens."""
-    from ..calibration.fit_beside import fit_beside, written
-    from ..calibration.measured import load_all
-    from ..calibration.samples import load_samples
+    from ..calibration.executor.measured import load_all
+    from ..calibration.fit.beside import fit_beside, written
+    from ..calibration.measure.samples import load_samples
     from ..files import check_file, write_file
 
     check_file(out)
@@ -161,8 +161,8 @@ def calibrate_fit_run(
     json: Json = False,
 ) -> None:
     """Fit a drive, its lanes and the compute to the beginning of a published run."""
-    from ..calibration.fit import write_profile
-    from ..calibration.published_run import fit_run, fit_text, load_log
+    from ..calibration.fit.fit import write_profile
+    from ..calibration.published.run import fit_run, fit_text, load_log
     from ..engine.scenario.scenario import load_scenario
     from ..files import check_file
 
@@ -185,7 +185,7 @@ def calibrate_check_run(
     json: Json = False,
 ) -> None:
     """Simulate a published run and compare its tokens with the log, and with a straight line in bytes read."""
-    from ..calibration.published_run import check_run, check_text, load_log
+    from ..calibration.published.run import check_run, check_text, load_log
     from ..engine.scenario.scenario import load_scenario
 
     report = check_run(load_scenario(scenario, settings or ()), load_log(log), after)
@@ -202,8 +202,8 @@ def calibrate_check_kernels(
     json: Json = False,
 ) -> None:
     """Compare kernels that were measured with what a profile's surface says of them: shapes that it does not hold."""
-    from ..calibration.check_kernels import check_kernels, check_text, summary
-    from ..calibration.samples import load_samples
+    from ..calibration.fit.check_kernels import check_kernels, check_text, summary
+    from ..calibration.measure.samples import load_samples
     from ..resources.profile import load_profile
 
     checked = check_kernels([load_samples(path) for path in samples], load_profile(profile))
@@ -241,7 +241,7 @@ def calibrate_execute(
     settings: Settings = None,
 ) -> None:
     """Execute scenarios on a CUDA GPU, with the decisions that a simulation makes, timed by CUDA events."""
-    from ..calibration.execute import chosen_scenarios, execute_all
+    from ..calibration.executor.execute import chosen_scenarios, execute_all
     from ..files import check_file, made_folder
 
     chosen = chosen_scenarios(scenarios, settings or ())
@@ -298,10 +298,10 @@ def calibrate_validate(
 
     With --measured no GPU is needed.
     """
-    from ..calibration.execute import chosen_scenarios, execute_all
-    from ..calibration.measured import load_all
-    from ..calibration.report import markdown, write_report
-    from ..calibration.validate import failures, validate
+    from ..calibration.executor.execute import chosen_scenarios, execute_all
+    from ..calibration.executor.measured import load_all
+    from ..calibration.validate.report import markdown, write_report
+    from ..calibration.validate.validate import failures, validate
     from ..resources.profile import load_profile
 
     costs = load_profile(profile)
@@ -332,12 +332,12 @@ def benchmark_transfer(
     json: Json = False,
 ) -> None:
     """Copies and allocations as the guide's table has them: one, ten in a row, throughput; for many models' experts."""
-    from ..calibration import transfer
+    from ..calibration.fit import transfer
 
     if sum(source is not None for source in (samples, profile, device)) > 1:
         raise InputError("--samples, --profile, --device: give one of them")
     if samples is not None:
-        from ..calibration.samples import load_samples
+        from ..calibration.measure.samples import load_samples
 
         report = transfer.from_samples(load_samples(samples))
     elif profile is not None:
@@ -345,8 +345,8 @@ def benchmark_transfer(
 
         report = transfer.from_profile(load_profile(profile))
     else:
-        from ..calibration.cuda import Gpu
-        from ..calibration.measure import FULL, TRANSFERS, measure
+        from ..calibration.device.cuda import Gpu
+        from ..calibration.measure.measure import FULL, TRANSFERS, measure
 
         gpu = Gpu(device or 0)
         with progress_shown() as progress:

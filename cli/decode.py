@@ -67,8 +67,8 @@ def calibrate_decode(
     With --requests a scenario's server makes the steps as the real clock goes; its trace says the experts. Of the other
     options --layers, --top-k, --repeats, --deadline and --device are meant then.
     """
-    from ..calibration.cuda import Gpu
     from ..calibration.decode.runs import DecodeConfig, Point, decode_all, parse_point, summary
+    from ..calibration.device.cuda import Gpu
 
     if requests is not None:
         serving = (model, requests, tuple(settings or ()), layers, top_k, repeats, deadline)

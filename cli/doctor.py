@@ -66,7 +66,7 @@ def doctor(json: Json = False) -> None:
 def examined() -> dict[str, Any]:
     """Returns what `doctor` says as plain data: versions (None: not installed), the engine, caches, CUDA, plug-ins."""
     from .. import plugins
-    from ..calibration.found import found_cuda
+    from ..calibration.device.found import found_cuda
     from ..engine.timing.ready import is_ready
     from ..machine_code import kept_in
     from ..workloads.importers import shipped_traces

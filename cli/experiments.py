@@ -104,7 +104,7 @@ def suite(
     budget, predictor, eviction, lookahead and context, with the best configuration by each metric. The folder then has
     report.html, suite.json, suite.md, figures and a journal of rows for each sweep, which `prestage plot` also draws.
     """
-    from ..calibration.transfer import from_profile, measurement
+    from ..calibration.fit.transfer import from_profile, measurement
     from ..experiments.suite import load_suite, run_suite
     from ..experiments.suite_report import write_suite
     from ..files import check_folder

@@ -55,7 +55,7 @@ def reproduce(
 
 def _published(sources: list[str], out: Path | None, json: bool) -> None:
     """Predict published runs of real engines, and say how far off that is."""
-    from ..calibration.published_rows import load_source, predictions, source_names, summary
+    from ..calibration.published.rows import load_source, predictions, source_names, summary
     from ..output.published import print_published
     from ..output.published_plot import check_picture, write_picture
     from ..words import unknown_name

@@ -70,7 +70,7 @@ def run(
 
     `prestage show` tells what would run; docs/scenario.md lists every key.
     """
-    from ..engine.loading.loading import load_inputs
+    from ..engine.load import load_inputs
     from ..engine.run import NOT_COMPILED, engine_for
     from ..engine.scenario.scenario import load_scenario
     from ..engine.simulate import simulate_inputs

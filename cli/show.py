@@ -36,8 +36,8 @@ def show(
       prestage show qwen3-30b-a3b --gpu rtx4090 --ram "64GB DDR5-5600" --runtime llama.cpp
       prestage show gpt-oss-20b --toml > mine.toml
     """
-    from ..engine.loading.shown import shown
     from ..engine.scenario.origins import origins, toml_of
+    from ..engine.shown import shown
 
     loaded, keys = origins(*own.given(scenario, settings))
     if toml:

@@ -28,9 +28,9 @@ from .baselines import compared, run_baseline
 from .costs.costs import Costs, part_costs
 from .costs.uncertainty import linked, replicate_costs, summary, without_uncertainty
 from .decide.memory_manager import MemoryManager
+from .load import load_inputs
 from .loading.capacity import described
 from .loading.deciders import dispatched, dispatched_together, make_manager, source_of
-from .loading.loading import load_inputs
 from .loading.offloading import low_precision
 from .measure.accesses import miss_keys
 from .measure.merge import link_usage, merged_timeline, run_metrics, step_metrics

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..engine.loading.loading import load_inputs
+from ..engine.load import load_inputs
 from ..engine.scenario.amounts import ScenarioError
 from ..engine.scenario.scenario import (
     Scenario,

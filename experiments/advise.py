@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.costs.costs import part_costs
-from ..engine.loading.loading import load_inputs
+from ..engine.load import load_inputs
 from ..engine.measure.recording import Recording
 from ..engine.measure.request_metrics import level_of
 from ..engine.prediction import Range

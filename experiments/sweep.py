@@ -23,7 +23,7 @@ from .. import plugins
 from ..bounded import read
 from ..engine.baselines import BASELINES, baseline_scenario, run_baseline
 from ..engine.costs.costs import part_costs
-from ..engine.loading.loading import load_inputs
+from ..engine.load import load_inputs
 from ..engine.scenario.amounts import ScenarioError
 from ..engine.scenario.inputs import Inputs
 from ..engine.scenario.rows import Row

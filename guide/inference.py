@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ..engine.loading.loading import load_inputs
+from ..engine.load import load_inputs
 from ..engine.measure.metrics import memory_steps
 from ..engine.measure.recording import OUTCOMES
 from ..engine.policies.eviction import EVICTION

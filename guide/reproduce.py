@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from typing import Any
 
-from ..engine.loading.loading import load_inputs
+from ..engine.load import load_inputs
 from ..engine.scenario.inputs import Inputs
 from ..engine.scenario.scenario import load_scenario
 from ..engine.simulate import simulate, simulate_inputs

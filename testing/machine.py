@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from ..engine.costs.costs import part_costs
+from ..engine.load import steps_of
 from ..engine.loading.deciders import make_prefetch
-from ..engine.loading.loading import steps_of
 from ..engine.measure.recording import Recording
 from ..engine.run import prepared, run_all
 from ..engine.scenario.inputs import Inputs

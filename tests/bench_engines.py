@@ -17,7 +17,7 @@ import simpy
 
 from prestage.engine import run as runs
 from prestage.engine.costs.costs import part_costs
-from prestage.engine.loading.loading import load_inputs
+from prestage.engine.load import load_inputs
 from prestage.engine.run import prepared, run_all
 from prestage.engine.scenario.inputs import Inputs
 from prestage.engine.scenario.scenario import load_scenario

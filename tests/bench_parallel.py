@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from prestage.engine.costs.costs import part_costs
-from prestage.engine.loading.loading import completed
+from prestage.engine.load import completed
 from prestage.engine.run import prepared, run_all
 from prestage.engine.scenario.inputs import Inputs
 from prestage.engine.scenario.scenario import Scenario, load_scenario

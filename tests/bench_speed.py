@@ -22,8 +22,8 @@ import simpy
 
 from prestage.engine.costs.costs import Costs
 from prestage.engine.decide.memory_manager import MemoryManager, pool_budgets
+from prestage.engine.load import load_inputs
 from prestage.engine.loading.deciders import make_manager, make_prefetch
-from prestage.engine.loading.loading import load_inputs
 from prestage.engine.policies.eviction import Lru
 from prestage.engine.replay.compiled import COMPILED
 from prestage.engine.replay.replay import replay

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 
-from prestage.engine.loading.loading import load_inputs
+from prestage.engine.load import load_inputs
 from prestage.engine.scenario.scenario import load_scenario
 from prestage.engine.simulate import simulate_inputs
 from prestage.engine.timing.ready import make_ready

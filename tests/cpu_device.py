@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from prestage.calibration.cuda import Call, Calls, run
+from prestage.calibration.device.cuda import Call, Calls, run
 
 
 class CpuStream:
@@ -53,7 +53,7 @@ class CpuGraph:
 
 
 class CpuDevice:
-    """The surface of `prestage.calibration.cuda.Gpu`; several stand for several GPUs."""
+    """The surface of `prestage.calibration.device.cuda.Gpu`; several stand for several GPUs."""
 
     device = torch.device("cpu")
 

@@ -285,19 +285,19 @@ READERS: dict[str, Reader] = {
     "phone log": Reader(
         "v.csv",
         (_PHONE + "\n" + "".join(f"{n}.5,1.25,0.5,{n}00,0.25,0.125\n" for n in range(12))).encode,
-        _module("calibration.published_run", "load_log"),
+        _module("calibration.published.run", "load_log"),
         of_text,
     ),
     "samples": Reader(
         "s.json",
         _file("calibration/samples/h200-two-gpus.json"),
-        _module("calibration.samples", "load_samples"),
+        _module("calibration.measure.samples", "load_samples"),
         of_json,
     ),
     "measured run": Reader(
         "m.json.gz",
         lambda: _smallest(bad_inputs.MEASURED, "*.json.gz"),
-        _module("calibration.measured", "load_measured"),
+        _module("calibration.executor.measured", "load_measured"),
         in_gzip(of_json),
     ),
     "result": Reader("result.json", lambda: (_saved() / "result.json").read_bytes(), _saved_run, of_json),

@@ -19,7 +19,7 @@ import bench_engines
 from bench_replay import compiled, libcachesim, measure, ordered_dict
 
 from prestage.engine.decide.lookups import list_lookups
-from prestage.engine.loading.loading import load_inputs
+from prestage.engine.load import load_inputs
 from prestage.engine.scenario.scenario import load_scenario
 from prestage.output.markdown import table
 from prestage.workloads.batches import plan_steps

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from prestage.engine.loading.loading import load_inputs
+from prestage.engine.load import load_inputs
 from prestage.engine.scenario.scenario import load_scenario
 from prestage.engine.simulate import simulate_inputs
 from prestage.output.markdown import table

@@ -14,7 +14,7 @@ from itertools import combinations
 
 from published_tables import NOW, rows_of
 
-from prestage.calibration.published_rows import Predicted, load_source, source_names
+from prestage.calibration.published.rows import Predicted, load_source, source_names
 from prestage.output.markdown import table
 
 #: Sections whose keys users set to be faster; a pair may differ in no other.

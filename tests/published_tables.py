@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from prestage.calibration.published_rows import Predicted, load_source, source_names, summary
+from prestage.calibration.published.rows import Predicted, load_source, source_names, summary
 from prestage.engine.prediction import Range
 from prestage.output.markdown import table
 

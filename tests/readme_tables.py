@@ -34,11 +34,11 @@ from published_pairs import published_pairs
 from published_tables import published_figures, published_rows
 from request_tables import queueing, request_keys, served
 
-from prestage.calibration import from_parts as checks
-from prestage.calibration.check_kernels import check_kernels, check_text
+from prestage.calibration.fit.check_kernels import check_kernels, check_text
+from prestage.calibration.measure.samples import load_samples
 from prestage.calibration.observe.reality import line_ns, sizes
-from prestage.calibration.report import markdown
-from prestage.calibration.samples import load_samples
+from prestage.calibration.validate import from_parts as checks
+from prestage.calibration.validate.report import markdown
 from prestage.engine.scenario.scenario import Scenario, load_scenario
 from prestage.engine.scenario.sections import SyntheticSection
 from prestage.engine.scenario.together import APART

@@ -354,7 +354,7 @@ NUMBERS: dict[str, str] = {
 
 @pytest.mark.parametrize("setting", NUMBERS)
 def test_no_number_of_a_scenario_takes_memory_by_its_value(setting: str) -> None:
-    from prestage.engine.loading.loading import load_inputs
+    from prestage.engine.load import load_inputs
     from prestage.engine.scenario.scenario import load_scenario
 
     with pytest.raises(InputError) as caught:

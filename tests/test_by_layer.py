@@ -11,8 +11,8 @@ import pytest
 from gguf_files import facts, write
 
 from prestage.engine.decide.dispatch import step_accesses
+from prestage.engine.load import load_inputs
 from prestage.engine.loading.deciders import make_manager
-from prestage.engine.loading.loading import load_inputs
 from prestage.engine.replay.replay import MISSED, NOT_LOOKED_UP, replay
 from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.scenario import Scenario, make_scenario

@@ -14,13 +14,13 @@ import pytest
 import torch
 from cpu_device import CpuDevice, CpuEvent
 
-from prestage.calibration.bench import Extent
-from prestage.calibration.evidence import Row, load_schedule, save_rows, uncertainty
-from prestage.calibration.fit import Fit, fit, fit_transfer, write_profile
-from prestage.calibration.fit_host import solve_host
-from prestage.calibration.measure import LINKS, measure
-from prestage.calibration.samples import TERMS, Key, Samples, SamplesError, Series, load_samples
-from prestage.calibration.transfer import from_profile, from_samples
+from prestage.calibration.fit.evidence import Row, load_schedule, save_rows, uncertainty
+from prestage.calibration.fit.fit import Fit, fit, fit_transfer, write_profile
+from prestage.calibration.fit.host import solve_host
+from prestage.calibration.fit.transfer import from_profile, from_samples
+from prestage.calibration.measure.bench import Extent
+from prestage.calibration.measure.measure import LINKS, measure
+from prestage.calibration.measure.samples import TERMS, Key, Samples, SamplesError, Series, load_samples
 from prestage.output.plots import plot_transfer
 from prestage.resources.profile import load_profile
 

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from tiny import ASSUMED, tiny_inputs, tiny_model, tiny_pipeline, tiny_profile, tiny_scenario, tiny_trace
 from typer.testing import CliRunner
 
-from prestage.calibration.entries import ExecutionError
-from prestage.calibration.execute import execute_all
+from prestage.calibration.executor.entries import ExecutionError
+from prestage.calibration.executor.execute import execute_all
 from prestage.cli import app
+from prestage.engine.load import load_inputs
 from prestage.engine.loading.capacity import CapacityError, described, gib, host_parts, kv_cache_bytes, memories
-from prestage.engine.loading.loading import load_inputs
 from prestage.engine.scenario.inputs import Inputs
 from prestage.engine.scenario.scenario import load_scenario, make_scenario, scenario_names
 from prestage.engine.simulate import simulate, simulate_inputs

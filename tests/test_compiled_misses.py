@@ -7,8 +7,8 @@ import pytest
 
 from prestage.engine.decide.compiled_misses import missed
 from prestage.engine.decide.sources import decided_in_python
+from prestage.engine.load import load_inputs
 from prestage.engine.loading.deciders import dispatched, make_manager, source_of
-from prestage.engine.loading.loading import load_inputs
 from prestage.engine.measure.accesses import miss_keys
 from prestage.engine.policies.prefetch import NoPrefetch
 from prestage.engine.scenario.scenario import load_scenario

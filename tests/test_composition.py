@@ -19,9 +19,9 @@ from random_scenarios import KEYS, accepted_of, composed
 from tiny import check_books, tiny_model, tiny_pipeline, tiny_profile, tiny_scenario, tiny_trace
 
 from prestage.engine.costs.costs import part_costs
+from prestage.engine.load import load_inputs
 from prestage.engine.loading.capacity import host_parts, memories
 from prestage.engine.loading.deciders import make_manager
-from prestage.engine.loading.loading import load_inputs
 from prestage.engine.loading.offloading import cached_budgets, low_precision, served_experts
 from prestage.engine.measure.merge import makespan_ns
 from prestage.engine.measure.recording import Recording

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from random_cases import Case, cases, decide
 from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_run, tiny_scenario, tiny_trace
 
+from prestage.engine.load import load_inputs
 from prestage.engine.loading.deciders import make_manager
-from prestage.engine.loading.loading import load_inputs
 from prestage.engine.measure.metrics import metrics
 from prestage.engine.measure.misses import precision_mass
 from prestage.engine.measure.recording import Recording

@@ -11,8 +11,8 @@ from test_surface import attention_data
 from tiny import ASSUMED, HIDDEN, tiny_model, tiny_profile, tiny_scenario, tiny_trace
 
 from prestage.engine.costs.costs import Costs
+from prestage.engine.load import load_inputs, steps_of
 from prestage.engine.loading.capacity import kv_cache_bytes
-from prestage.engine.loading.loading import load_inputs, steps_of
 from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.inputs import Inputs
 from prestage.engine.scenario.scenario import load_scenario

@@ -9,10 +9,10 @@ import pytest
 from test_execute import small_inputs
 from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_scenario, tiny_trace
 
-from prestage.calibration.entries import ExecutionError
-from prestage.calibration.executable import check_executable
+from prestage.calibration.executor.entries import ExecutionError
+from prestage.calibration.executor.executable import check_executable
 from prestage.engine.costs.costs import part_costs
-from prestage.engine.loading.loading import load_inputs
+from prestage.engine.load import load_inputs
 from prestage.engine.policies.copy_order import COPY_ORDERS, ByRank, CopyOrder, Fifo, Priority, QueuedCopy, Rank
 from prestage.engine.run import engine_for, prepared, run_all
 from prestage.engine.scenario.amounts import ScenarioError

@@ -29,8 +29,8 @@ from prestage.engine.decide.program import Gpu, Stage, stages_program
 from prestage.engine.decide.registers import Registers
 from prestage.engine.decide.sources import EVICTIONS, PREFETCHES, Source, decided_in_python
 from prestage.engine.decide.tables import Rooms
+from prestage.engine.load import load_inputs
 from prestage.engine.loading.deciders import dispatched, make_host_memory, make_manager, make_prefetch, source_of
-from prestage.engine.loading.loading import load_inputs
 from prestage.engine.policies.eviction import EVICTION
 from prestage.engine.policies.prefetch import PREFETCH, Gauge
 from prestage.engine.scenario.inputs import Inputs

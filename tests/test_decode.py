@@ -18,8 +18,8 @@ from prestage.calibration.decode.deciding import Deciding, Filling
 from prestage.calibration.decode.models import DecodeError, load
 from prestage.calibration.decode.runs import DecodeConfig, Known, Point, decode_all, parse_point
 from prestage.calibration.decode.runtime import Runtime
-from prestage.calibration.plan import decision_counts
-from prestage.engine.loading.loading import load_inputs
+from prestage.calibration.executor.plan import decision_counts
+from prestage.engine.load import load_inputs
 from prestage.engine.scenario.scenario import Scenario
 from prestage.workloads.model import load_model
 from prestage.workloads.trace import RoutingTrace

@@ -14,9 +14,11 @@ import pytest
 from browser import browsing
 from docs_pages import DOCS, ROOT, RUNS, Block, blocks, make_folder, with_outputs, without_keys
 
+from prestage import plugins
 from prestage.engine.decide.program import Stage
 from prestage.engine.policies.copy_order import COPY_ORDERS
 from prestage.engine.policies.eviction import EVICTION
+from prestage.engine.policies.scheduler import SCHEDULERS
 from prestage.engine.timing import runs
 from prestage.engine.timing.host import CARRY_OUT
 from prestage.workloads.importers import IMPORTERS
@@ -31,7 +33,7 @@ WITH_CODE = [page for page in PAGES if any(block.runs for block in blocks(page.r
 def test_the_code_of_a_page_runs_and_prints_what_the_page_shows(page: Path, tmp_path: Path) -> None:
     text = page.read_text(encoding="utf-8")
     with contextlib.ExitStack() as added:  # what a page adds is gone after it
-        for table in (EVICTION, PREDICTORS, IMPORTERS, COPY_ORDERS, CARRY_OUT):
+        for table in (EVICTION, PREDICTORS, IMPORTERS, COPY_ORDERS, CARRY_OUT, SCHEDULERS, plugins._loaded):
             added.enter_context(patch.dict(table))
         added.enter_context(patch.object(runs, "Stage", Stage))
         again = with_outputs(text, make_folder(tmp_path))

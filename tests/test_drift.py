@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from prestage.calibration.drift import drifts
-from prestage.calibration.measured import Measured, load_measured
-from prestage.calibration.report import markdown
-from prestage.calibration.validate import validate
+from prestage.calibration.executor.measured import Measured, load_measured
+from prestage.calibration.validate.drift import drifts
+from prestage.calibration.validate.report import markdown
+from prestage.calibration.validate.validate import validate
 from prestage.resources.profile import load_profile
 
 RUNS = Path(__file__).resolve().parent.parent / "calibration" / "validation" / "h200" / "validation"

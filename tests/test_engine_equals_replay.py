@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from naive import naive_counts
 from random_cases import Case, cases, decide
 
+from prestage.engine.load import load_inputs
 from prestage.engine.loading.deciders import make_manager
-from prestage.engine.loading.loading import load_inputs
 from prestage.engine.policies.eviction import EVICTION
 from prestage.engine.policies.prefetch import PREFETCH
 from prestage.engine.replay.replay import VisitCounts, count_visits, replay

@@ -26,8 +26,8 @@ from prestage.engine.decide.compiled_decisions import Decisions
 from prestage.engine.decide.program import Gpu, Stage, stages_program
 from prestage.engine.decide.registers import Registers
 from prestage.engine.decide.tables import Rooms
+from prestage.engine.load import load_inputs
 from prestage.engine.loading.deciders import dispatched, make_manager, make_prefetch
-from prestage.engine.loading.loading import load_inputs
 from prestage.engine.run import LONG_VISITS, Prepared, engine_for, run_all
 from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.inputs import Inputs

@@ -20,10 +20,11 @@ from cpu_device import CpuDevice
 from tiny import tiny_inputs, tiny_profile, tiny_scenario
 
 from prestage import cli
-from prestage.calibration import planner as calibration_planner
-from prestage.calibration.cuda import CudaError, Gpu, Workload, expert_matrices
-from prestage.calibration.entries import ExecutionError
-from prestage.calibration.execute import (
+from prestage.calibration.device.cuda import CudaError, Gpu, Workload, expert_matrices
+from prestage.calibration.device.host import Cores
+from prestage.calibration.executor import planner as calibration_planner
+from prestage.calibration.executor.entries import ExecutionError
+from prestage.calibration.executor.execute import (
     Execution,
     check_room,
     chosen_scenarios,
@@ -32,11 +33,10 @@ from prestage.calibration.execute import (
     load_executable,
     undisturbed,
 )
-from prestage.calibration.host import Cores
-from prestage.calibration.measured import MeasuredError, load_measured, makespan_ns
-from prestage.calibration.plan import decision_counts, make_plan, make_planners
-from prestage.calibration.scenario_sets import scenarios
-from prestage.calibration.shared import Shared
+from prestage.calibration.executor.measured import MeasuredError, load_measured, makespan_ns
+from prestage.calibration.executor.plan import decision_counts, make_plan, make_planners
+from prestage.calibration.executor.scenario_sets import scenarios
+from prestage.calibration.executor.shared import Shared
 from prestage.engine.costs.costs import Costs, part_costs
 from prestage.engine.decide.commands import OUTPUT, Command, Op
 from prestage.engine.decide.dispatch import Visit

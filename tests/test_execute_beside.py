@@ -16,13 +16,13 @@ from cpu_device import CpuDevice
 from test_execute import EXPERT_BYTES, EXPERTS, FF, HIDDEN, LAYERS, _Spans, small_inputs, small_model
 from tiny import ASSUMED, tiny_pipeline, tiny_profile, tiny_scenario
 
-from prestage.calibration.cuda import CudaError, expert_matrices
-from prestage.calibration.entries import ExecutionError
-from prestage.calibration.execute import Execution, execute
-from prestage.calibration.measured import load_measured
-from prestage.calibration.plan import make_plan
-from prestage.calibration.shared import Shared
-from prestage.calibration.unpack import packed_bytes
+from prestage.calibration.device.cuda import CudaError, expert_matrices
+from prestage.calibration.executor.entries import ExecutionError
+from prestage.calibration.executor.execute import Execution, execute
+from prestage.calibration.executor.measured import load_measured
+from prestage.calibration.executor.plan import make_plan
+from prestage.calibration.executor.shared import Shared
+from prestage.calibration.executor.unpack import packed_bytes
 from prestage.engine.costs.costs import part_costs
 from prestage.engine.run import prepared, run_all
 from prestage.engine.scenario.inputs import Inputs

@@ -10,10 +10,10 @@ from test_execute import EXPERT_BYTES, EXPERTS, LAYERS, small_model
 from test_two_gpus import gpus, without_host
 from tiny import tiny_pipeline, tiny_profile, tiny_scenario
 
-from prestage.calibration.cuda import expert_matrices
-from prestage.calibration.execute import Execution, execute
-from prestage.calibration.plan import make_plans
-from prestage.calibration.shared import Shared
+from prestage.calibration.device.cuda import expert_matrices
+from prestage.calibration.executor.execute import Execution, execute
+from prestage.calibration.executor.plan import make_plans
+from prestage.calibration.executor.shared import Shared
 from prestage.engine.costs.costs import part_costs
 from prestage.engine.run import prepared, run_all
 from prestage.engine.scenario.inputs import Inputs

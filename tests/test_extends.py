@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tiny import ASSUMED, EXPERT_FF, HIDDEN, tiny_costs, tiny_model, tiny_profile, tiny_scenario
 
-from prestage.calibration.transfer import from_profile
+from prestage.calibration.fit.transfer import from_profile
 from prestage.engine.costs.offload_costs import CpuCosts
 from prestage.engine.scenario.scenario import load_scenario
 from prestage.engine.simulate import simulate

@@ -5,9 +5,9 @@ from __future__ import annotations
 import fidelity
 import pytest
 
-from prestage.calibration.measured import load_measured
-from prestage.calibration.published_rows import load_source, predicted, source_names
-from prestage.calibration.validate import compare
+from prestage.calibration.executor.measured import load_measured
+from prestage.calibration.published.rows import load_source, predicted, source_names
+from prestage.calibration.validate.validate import compare
 from prestage.resources.profile import load_profile
 
 #: Published rows that are recomputed here, of several sources and kinds; `prestage reproduce published` has all.

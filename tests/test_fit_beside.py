@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from cpu_device import CpuDevice
 
-from prestage.calibration.execute import execute, load_executable
-from prestage.calibration.fit_beside import Seen, fit_beside, observe, unsure, written
-from prestage.calibration.measured import Measured
-from prestage.calibration.samples import Samples, Series
-from prestage.calibration.scenario_sets import scenarios
-from prestage.calibration.shared import Shared
-from prestage.calibration.validate import compare, simulate_measured
+from prestage.calibration.executor.execute import execute, load_executable
+from prestage.calibration.executor.measured import Measured
+from prestage.calibration.executor.scenario_sets import scenarios
+from prestage.calibration.executor.shared import Shared
+from prestage.calibration.fit.beside import Seen, fit_beside, observe, unsure, written
+from prestage.calibration.measure.samples import Samples, Series
+from prestage.calibration.validate.validate import compare, simulate_measured
 from prestage.engine.costs.uncertainty import replicate_costs
-from prestage.engine.loading.loading import load_inputs
+from prestage.engine.load import load_inputs
 from prestage.engine.measure.merge import makespan_ns
 from prestage.engine.scenario.scenario import Scenario
 from prestage.resources.profile import load_profile

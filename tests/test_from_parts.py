@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from prestage.calibration.from_parts import (
+from prestage.calibration.validate.from_parts import (
     Ratios,
     attention_ratios,
     cost_ratios,

@@ -8,9 +8,9 @@ from test_execute import EXPERT_BYTES, EXPERTS, LAYERS, VARIANTS, expect_the_sim
 from test_execute_beside import VARIANTS as BESIDE
 from test_execute_beside import inputs_of
 
-from prestage.calibration.cuda import Gpu
-from prestage.calibration.execute import Execution, execute
-from prestage.calibration.shared import Shared
+from prestage.calibration.device.cuda import Gpu
+from prestage.calibration.executor.execute import Execution, execute
+from prestage.calibration.executor.shared import Shared
 from prestage.engine.costs.costs import part_costs
 from prestage.engine.run import prepared, run_all
 from prestage.resources.timeline import LAUNCH

@@ -12,7 +12,7 @@ from matplotlib.patches import Rectangle
 
 import prestage
 from prestage import InferenceConfig, InferenceSimulator, RoutingTrace, synthesize
-from prestage.engine.loading.loading import load_inputs
+from prestage.engine.load import load_inputs
 from prestage.engine.scenario.scenario import load_scenario
 from prestage.engine.simulate import simulate
 from prestage.guide.inference import hit_split, in_guides_accounting

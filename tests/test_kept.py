@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from prestage.engine.loading.loading import load_inputs
+from prestage.engine.load import load_inputs
 from prestage.engine.scenario.scenario import Scenario, load_scenario
 from prestage.kept import KEPT, Kept, digest_of, file_state
 from prestage.workloads.synthetic import synthesize

@@ -14,7 +14,7 @@ import safetensors.numpy
 import torch
 from tiny import tiny_scenario
 
-from prestage.engine.loading.loading import load_inputs
+from prestage.engine.load import load_inputs
 from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.predicting import FREE, PredictorCost, predictor_cost, scenario_predictor
 from prestage.engine.scenario.scenario import load_scenario

@@ -11,15 +11,13 @@ from test_architecture import MODULES, name_of, tree_of
 MOST_LINES, MOST_FUNCTION_LINES, MOST_BRANCHES, MOST_PARAMETERS = 500, 60, 20, 6
 #: Of functions in machine code, which take arrays and numbers one by one, parameters are not counted.
 MACHINE_CODE = {"compiled", "_compiled", "entry", "_entry"}
-_NEXT = "still to be divided"
 _OPTIONS = "public: each parameter is an option by its name, with a default"
 _KERNEL = "machine code, which takes arrays and numbers one by one"
 _FIELDS = "a record: a parameter for each field, called once for each span or command"
 #: Functions with more lines or branches.
 LONG_FUNCTIONS = {
     "engine/decide/memory_manager.py MemoryManager.__init__": "sets up one thing after another",
-    "calibration/fit_beside.py _observe": _NEXT,
-    "calibration/part.py Part.__init__": "sets up one thing after another",
+    "calibration/executor/part.py Part.__init__": "sets up one thing after another",
     "engine/replay/compiled.py _replay": "machine code: one loop, whose parts would be copied into it",
     "engine/timing/compiled_clock.py advance": "machine code: a branch for each kind of event",
     "engine/timing/compiled_host.py carry_out_one": "machine code: a branch for each command",
@@ -29,15 +27,15 @@ LONG_FUNCTIONS = {
 }
 #: Functions with more parameters; the command line's are its options.
 MANY_PARAMETERS = {
-    "calibration/execute.py execute": _OPTIONS,
-    "calibration/execute.py execute_all": _OPTIONS,
-    "calibration/grouped_kernels.py _first": _KERNEL,
-    "calibration/grouped_kernels.py _last": _KERNEL,
-    "calibration/grouped_kernels.py first_products": _KERNEL,
-    "calibration/grouped_kernels.py last_product": _KERNEL,
-    "calibration/scenario_sets.py _pipe": "a row of a table",
-    "calibration/worker_code.py _row": _KERNEL,
-    "calibration/worker_code.py compute_all": _KERNEL,
+    "calibration/executor/execute.py execute": _OPTIONS,
+    "calibration/executor/execute.py execute_all": _OPTIONS,
+    "calibration/executor/grouped_kernels.py _first": _KERNEL,
+    "calibration/executor/grouped_kernels.py _last": _KERNEL,
+    "calibration/executor/grouped_kernels.py first_products": _KERNEL,
+    "calibration/executor/grouped_kernels.py last_product": _KERNEL,
+    "calibration/executor/scenario_sets.py _pipe": "a row of a table",
+    "calibration/device/worker_code.py _row": _KERNEL,
+    "calibration/device/worker_code.py compute_all": _KERNEL,
     "engine/decide/dispatch.py visits": _OPTIONS,
     "engine/decide/memory_manager.py MemoryManager.__init__": _OPTIONS,
     "engine/replay/compiled.py _lru_by_visits": _KERNEL,

@@ -28,9 +28,9 @@ from tiny import (
 from prestage.engine.costs.all_to_all import AllToAll
 from prestage.engine.costs.costs import part_costs
 from prestage.engine.decide.expert_parallel import REMOTE
+from prestage.engine.load import load_inputs
 from prestage.engine.loading.deciders import dispatched_together, make_manager, make_prefetch
 from prestage.engine.loading.expert_parallel import place
-from prestage.engine.loading.loading import load_inputs
 from prestage.engine.measure.recording import Recording
 from prestage.engine.measure.time_split import time_split
 from prestage.engine.policies.placement import PLACEMENT

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from prestage.engine.load import load_inputs
 from prestage.engine.loading.deciders import make_manager
-from prestage.engine.loading.loading import load_inputs
 from prestage.engine.loading.stages import stage_trace
 from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.scenario import load_scenario, make_scenario

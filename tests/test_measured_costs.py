@@ -25,7 +25,7 @@ from tiny import (
 from prestage.engine.costs.costs import part_costs
 from prestage.engine.costs.runtime_costs import token_bucket
 from prestage.engine.costs.uncertainty import replicate_costs
-from prestage.engine.loading.loading import load_inputs
+from prestage.engine.load import load_inputs
 from prestage.engine.measure.recording import Recording
 from prestage.engine.run import prepared, run_all
 from prestage.engine.scenario.scenario import load_scenario

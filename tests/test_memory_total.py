@@ -8,7 +8,7 @@ import pytest
 from tiny import tiny_model, tiny_profile, tiny_scenario, tiny_trace
 
 from prestage.engine.decide.memory_manager import MemoryManager
-from prestage.engine.loading.loading import expert_budgets, load_inputs
+from prestage.engine.load import expert_budgets, load_inputs
 from prestage.engine.policies.eviction import Lru
 from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.inputs import Inputs

@@ -21,7 +21,7 @@ from tiny import tiny_costs, tiny_inputs, tiny_model, tiny_profile, tiny_run, ti
 
 from prestage.engine.costs.costs import Costs
 from prestage.engine.costs.offload_costs import CpuCosts
-from prestage.engine.loading.loading import load_inputs
+from prestage.engine.load import load_inputs
 from prestage.engine.loading.offloading import make_miss
 from prestage.engine.measure.metrics import metrics
 from prestage.engine.measure.misses import miss_metrics

@@ -12,7 +12,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from test_export import EXPERTS, made_run  # type: ignore[import-not-found]
 
-from prestage.calibration.transfer import from_profile
+from prestage.calibration.fit.transfer import from_profile
 from prestage.output.charts import CHARTS, plot_sweep
 from prestage.output.machine import describe, machine_of
 from prestage.output.machine_plot import plot_machine

@@ -10,7 +10,7 @@ import pytest
 from published_pairs import WHY, pairs, verdict
 from published_tables import FIRST, NOW, published_figures, published_rows, rows_of
 
-from prestage.calibration.published_rows import (
+from prestage.calibration.published.rows import (
     Predicted,
     Row,
     found_share,
@@ -24,7 +24,7 @@ from prestage.calibration.published_rows import (
     tuned,
     weighted_median,
 )
-from prestage.engine.loading.loading import load_inputs
+from prestage.engine.load import load_inputs
 from prestage.engine.prediction import Range
 from prestage.engine.scenario.scenario import load_scenario
 from prestage.errors import InputError

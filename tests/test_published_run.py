@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from prestage.calibration.published_run import (
+from prestage.calibration.published.run import (
     COLUMNS,
     PublishedRunError,
     RunLog,
@@ -24,7 +24,7 @@ from prestage.calibration.published_run import (
     warm_up,
 )
 from prestage.cli import app
-from prestage.engine.loading.loading import load_inputs
+from prestage.engine.load import load_inputs
 from prestage.engine.measure.recording import Recording
 from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.scenario import Scenario, load_scenario

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prestage.calibration.evidence import load_schedule, rows_of
-from prestage.calibration.in_schedule import samples
-from prestage.calibration.measured import load_all, load_measured
-from prestage.calibration.scenario_sets import scenarios
-from prestage.calibration.validate import compare, dispatch_pairs, summary
+from prestage.calibration.executor.measured import load_all, load_measured
+from prestage.calibration.executor.scenario_sets import scenarios
+from prestage.calibration.fit.evidence import load_schedule, rows_of
+from prestage.calibration.fit.in_schedule import samples
+from prestage.calibration.validate.validate import compare, dispatch_pairs, summary
 from prestage.resources.profile import load_profile
 
 FOLDER = Path(__file__).parent.parent / "calibration" / "validation"

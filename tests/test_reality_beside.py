@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from test_reality import FOLDER, flat
 
-from prestage.calibration.measured import load_all, load_measured
-from prestage.calibration.scenario_sets import scenarios
-from prestage.calibration.validate import compare, summary
+from prestage.calibration.executor.measured import load_all, load_measured
+from prestage.calibration.executor.scenario_sets import scenarios
+from prestage.calibration.validate.validate import compare, summary
 from prestage.resources.profile import load_profile
 
 #: By report: the profile, and the set.

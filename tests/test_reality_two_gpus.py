@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from test_reality import FOLDER, flat
 
-from prestage.calibration.evidence import load_schedule, rows_of
-from prestage.calibration.fit import fit
-from prestage.calibration.in_schedule import samples
-from prestage.calibration.measured import load_all, load_measured
-from prestage.calibration.samples import load_samples
-from prestage.calibration.scenario_sets import scenarios
-from prestage.calibration.validate import compare, summary
+from prestage.calibration.executor.measured import load_all, load_measured
+from prestage.calibration.executor.scenario_sets import scenarios
+from prestage.calibration.fit.evidence import load_schedule, rows_of
+from prestage.calibration.fit.fit import fit
+from prestage.calibration.fit.in_schedule import samples
+from prestage.calibration.measure.samples import load_samples
+from prestage.calibration.validate.validate import compare, summary
 from prestage.resources.profile import load_profile
 
 NAME = "h100-x2"

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from test_request_traces import AZURE, MOONCAKE, VLLM
 
+from prestage.engine.load import load_inputs
 from prestage.engine.loading.capacity import memories
-from prestage.engine.loading.loading import load_inputs
 from prestage.engine.loading.requests import RequestLoad, load_requests, position_bytes
 from prestage.engine.policies.scheduler import SCHEDULERS
 from prestage.engine.scenario.amounts import ScenarioError

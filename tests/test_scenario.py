@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prestage.engine.loading.loading import load_inputs
+from prestage.engine.load import load_inputs
 from prestage.engine.scenario.amounts import ScenarioError, parse_budget, parse_bytes
 from prestage.engine.scenario.scenario import Scenario, load_scenario, make_scenario, scenario_names
 from prestage.engine.scenario.sections import SyntheticSection

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prestage.engine.loading.loading import load_inputs
+from prestage.engine.load import load_inputs
 from prestage.engine.measure import metrics, recording, time_split
 from prestage.engine.policies.scheduler import SCHEDULERS
 from prestage.engine.scenario.amounts import ScenarioError

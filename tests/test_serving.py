@@ -17,7 +17,7 @@ from prestage.calibration.decode.packed import PackedCache, masks
 from prestage.calibration.decode.runtime import PackedRows, Runtime
 from prestage.calibration.decode.served import compare_served, read_served
 from prestage.calibration.decode.serving import ServeConfig, serve_all
-from prestage.engine.loading.loading import load_inputs
+from prestage.engine.load import load_inputs
 from prestage.engine.scenario.scenario import make_scenario
 from prestage.workloads.recorder import record
 

@@ -9,7 +9,7 @@ import pytest
 from test_cli import Prestage
 from test_cli import prestage as prestage
 
-from prestage.engine.loading.loading import load_inputs
+from prestage.engine.load import load_inputs
 from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.origins import origins, toml_of
 from prestage.engine.scenario.scenario import load_scenario, make_scenario, scenario_names

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_scenario, tiny_trace
 
 from prestage.engine.baselines import baseline_scenario
-from prestage.engine.loading.loading import load_inputs
+from prestage.engine.load import load_inputs
 from prestage.engine.measure.comparison import compare
 from prestage.engine.measure.speed import Served, speed, speed_metrics
 from prestage.engine.scenario.amounts import ScenarioError

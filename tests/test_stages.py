@@ -12,8 +12,8 @@ import pytest
 from tiny import tiny_model, tiny_pipeline, tiny_profile, tiny_scenario, tiny_topology, tiny_trace
 
 from prestage.engine.costs.costs import part_costs
+from prestage.engine.load import load_inputs
 from prestage.engine.loading.deciders import dispatched, make_manager
-from prestage.engine.loading.loading import load_inputs
 from prestage.engine.loading.stages import stage_guesses, stage_model, stage_trace
 from prestage.engine.measure.comparison import compare
 from prestage.engine.measure.merge import makespan_ns

@@ -15,7 +15,7 @@ import pytest
 from browser import browsing
 
 from prestage import cli
-from prestage.calibration.transfer import from_profile
+from prestage.calibration.fit.transfer import from_profile
 from prestage.engine.measure.insights import best
 from prestage.engine.scenario.rows import read_rows
 from prestage.engine.scenario.scenario import load_scenario

@@ -12,13 +12,13 @@ import pytest
 from test_calibration import GatedDevice
 from tiny import ASSUMED, tiny_costs, tiny_model, tiny_profile, tiny_scenario
 
-from prestage.calibration import low_bit
-from prestage.calibration.check_kernels import check_kernels, check_text, summary
-from prestage.calibration.evidence import Evidence, Row
-from prestage.calibration.fit_surface import fit_surface, starts_ns
-from prestage.calibration.measured import load_all
-from prestage.calibration.samples import Samples, SamplesError, SurfaceSeries, load_samples
-from prestage.calibration.surface import (
+from prestage.calibration.executor.measured import load_all
+from prestage.calibration.fit.check_kernels import check_kernels, check_text, summary
+from prestage.calibration.fit.evidence import Evidence, Row
+from prestage.calibration.fit.surface import fit_surface, starts_ns
+from prestage.calibration.measure import low_bit
+from prestage.calibration.measure.samples import Samples, SamplesError, SurfaceSeries, load_samples
+from prestage.calibration.measure.surface import (
     FULL_GRID,
     LOW_BIT_GRID,
     Attention,
@@ -27,7 +27,7 @@ from prestage.calibration.surface import (
     measure_surface,
     surface_samples,
 )
-from prestage.calibration.validate import compare
+from prestage.calibration.validate.validate import compare
 from prestage.engine.costs.surface_costs import Product, SurfaceCosts, dense_kernels, expert_kernels, head_kernels
 from prestage.resources.profile import Profile, load_profile, make_profile
 from prestage.resources.profile_costs import ProfileError

@@ -23,8 +23,8 @@ from prestage.engine.decide.host_memory import HostMemory, HostRooms
 from prestage.engine.decide.program import Gpu, Stage, stages_program
 from prestage.engine.decide.registers import Registers
 from prestage.engine.decide.tables import Rooms
+from prestage.engine.load import load_inputs
 from prestage.engine.loading.deciders import dispatched, make_host_memory, make_manager, make_prefetch
-from prestage.engine.loading.loading import load_inputs
 from prestage.engine.measure.metrics import tiers
 from prestage.engine.measure.recording import Recording
 from prestage.engine.policies.copy_order import COPY_ORDERS

@@ -7,7 +7,7 @@ import pytest
 
 from prestage.calibration.observe.prompts import prompts, scenario_of
 from prestage.engine.costs.tiled_products import TiledProducts
-from prestage.engine.loading.loading import load_inputs
+from prestage.engine.load import load_inputs
 from prestage.engine.prediction import middles
 from prestage.engine.scenario.scenario import make_scenario
 from prestage.engine.simulate import simulate_inputs

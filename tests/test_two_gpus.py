@@ -16,13 +16,13 @@ from cpu_device import CpuDevice, CpuEvent, CpuStream
 from test_execute import EXPERT_BYTES, EXPERTS, LAYERS, small_inputs, small_model
 from tiny import tiny_pipeline, tiny_profile, tiny_scenario
 
-from prestage.calibration.clocks import Clocks
-from prestage.calibration.cuda import CudaError, expert_matrices
-from prestage.calibration.entries import ExecutionError
-from prestage.calibration.execute import Execution, execute, gpus_needed
-from prestage.calibration.measured import load_measured
-from prestage.calibration.plan import make_plans
-from prestage.calibration.shared import Shared
+from prestage.calibration.device.clocks import Clocks
+from prestage.calibration.device.cuda import CudaError, expert_matrices
+from prestage.calibration.executor.entries import ExecutionError
+from prestage.calibration.executor.execute import Execution, execute, gpus_needed
+from prestage.calibration.executor.measured import load_measured
+from prestage.calibration.executor.plan import make_plans
+from prestage.calibration.executor.shared import Shared
 from prestage.engine.costs.costs import part_costs
 from prestage.engine.costs.uncertainty import linked, replicate_costs
 from prestage.engine.loading.stages import with_profile

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prestage.calibration.entries import Plan
-from prestage.calibration.in_schedule import samples
-from prestage.calibration.measured import SPAN_COLUMNS, Measured, MeasuredGpu, Times
-from prestage.calibration.plan import decision_counts, make_plans
-from prestage.calibration.report import markdown, write_report
-from prestage.calibration.scenario_sets import SETS, scenarios
-from prestage.calibration.validate import (
+from prestage.calibration.executor.entries import Plan
+from prestage.calibration.executor.measured import SPAN_COLUMNS, Measured, MeasuredGpu, Times
+from prestage.calibration.executor.plan import decision_counts, make_plans
+from prestage.calibration.executor.scenario_sets import SETS, scenarios
+from prestage.calibration.fit.in_schedule import samples
+from prestage.calibration.validate.report import markdown, write_report
+from prestage.calibration.validate.validate import (
     ABLATIONS,
     compare,
     dispatch_pairs,
@@ -26,7 +26,7 @@ from prestage.calibration.validate import (
     validate,
 )
 from prestage.engine.costs.costs import Costs, part_costs
-from prestage.engine.loading.loading import load_inputs
+from prestage.engine.load import load_inputs
 from prestage.engine.loading.stages import with_profile
 from prestage.engine.measure.merge import makespan_ns
 from prestage.engine.measure.recording import Recording

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from prestage import RoutingTrace, VirtualMemoryManager, load_scenario, simulate, synthesize
 from prestage.engine.decide.dispatch import visits
 from prestage.engine.decide.memory_manager import MemoryManager
-from prestage.engine.loading.loading import load_inputs
+from prestage.engine.load import load_inputs
 from prestage.engine.measure.memory_log import (
     CACHE,
     COMPUTATION,

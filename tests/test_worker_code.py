@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from prestage.calibration import worker_code as code
+from prestage.calibration.device import worker_code as code
 
 HIDDEN, FF = 256, 128
 

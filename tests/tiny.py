@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from prestage.engine.costs.costs import Costs, part_costs
 from prestage.engine.decide.memory_manager import MemoryManager
-from prestage.engine.loading.loading import completed, steps_of
+from prestage.engine.load import completed, steps_of
 from prestage.engine.measure.merge import makespan_ns, merged_timeline
 from prestage.engine.measure.recording import Recording
 from prestage.engine.measure.time_split import time_split

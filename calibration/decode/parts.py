@@ -20,8 +20,8 @@ from typing import Any
 
 from ...errors import InputError
 from ...files import write_file
-from ..cuda import Gpu
-from ..profiler import record_profile
+from ..device.cuda import Gpu
+from ..device.profiler import record_profile
 from .deciding import Filling
 from .models import load
 from .runtime import Runtime

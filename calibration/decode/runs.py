@@ -24,16 +24,16 @@ import numpy.typing as npt
 
 from ...bounded import read
 from ...engine.decide.dispatch import Visit
+from ...engine.load import load_inputs
 from ...engine.loading.deciders import dispatched, make_manager, make_prefetch
-from ...engine.loading.loading import load_inputs
 from ...engine.scenario.inputs import Inputs
 from ...engine.scenario.scenario import Scenario
 from ...files import write_file
 from ...workloads.batches import DECODE
 from ...workloads.importers import open_trace
 from ...workloads.trace import RoutingTrace
-from ..host import Cores
-from ..plan import decision_counts
+from ..device.host import Cores
+from ..executor.plan import decision_counts
 from .deciding import Deciding, Ranked
 from .models import DecodeError, Loaded, load
 from .runtime import Prompt, Runtime, Steps

@@ -22,7 +22,7 @@ from ...collector import collector_off
 from ...engine.decide.dispatch import Visit, launch_order
 from ...engine.decide.memory_manager import Admission, Wave
 from ...workloads.recorder import family_of
-from ..cuda import CudaError
+from ..device.cuda import CudaError
 from .deciding import Filling, Ranked
 from .models import Loaded
 

@@ -18,7 +18,7 @@ import orjson
 
 from ...bounded import read, unpacked
 from ...engine.costs.costs import part_costs
-from ...engine.loading.loading import load_inputs
+from ...engine.load import load_inputs
 from ...engine.run import prepared, run_all
 from ...engine.scenario.inputs import Inputs
 from ...engine.scenario.scenario import make_scenario

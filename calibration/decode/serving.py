@@ -19,14 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from ...engine.loading.loading import load_inputs
+from ...engine.load import load_inputs
 from ...engine.measure.request_metrics import run_requests
 from ...engine.scenario.inputs import Inputs
 from ...engine.scenario.scenario import Scenario, load_scenario, make_scenario
 from ...files import write_file
 from ...workloads.requests.request import Part, RequestStep, Wait
 from ...workloads.requests.server import Server
-from ..host import Cores
+from ..device.host import Cores
 from .models import DecodeError, Loaded, load
 from .packed import PackedCache, masks
 from .runs import Known, machine_of, slots_of

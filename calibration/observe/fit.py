@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import ValidationError
 
-from ...engine.loading.loading import load_inputs
+from ...engine.load import load_inputs
 from ...engine.scenario.inputs import Inputs
 from ...engine.scenario.scenario import Scenario
 from ...engine.simulate import simulate_inputs

@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any
 
 from ...bounded import read, unpacked
-from ...engine.loading.loading import load_inputs
+from ...engine.load import load_inputs
 from ...engine.prediction import middles
 from ...engine.scenario.scenario import make_scenario
 from ...engine.simulate import simulate_inputs

@@ -149,7 +149,9 @@ class MemoryLog:
                 accesses.append(self._access("miss", admission.expert, layer, token, cost_ns, charged_ns))
                 misses += 1
             self._finish([*wave.found, *(admission.expert for admission in wave.admitted)], layer, token)
-        if not self._keeps:
+        if self._keeps:  # but for what is spent, which the manager let go at the visit's end
+            self._tell_evictions(len(self._manager.evicted_copies) - self._evictions_noted, layer, token)
+        else:
             self._drop_unused(layer, token)
         self.baseline_ns += sum(prices.copy_ns(number) for number in range(len(experts)))
         self._visits += 1

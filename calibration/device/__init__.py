@@ -1,0 +1,1 @@
+"""What is done on a CUDA device, and how it is timed."""

@@ -1,0 +1,1 @@
+"""Schedules that are executed on GPUs, as the simulation decides them."""

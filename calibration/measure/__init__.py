@@ -1,0 +1,1 @@
+"""What a machine is measured for: copies, kernels, its drive."""

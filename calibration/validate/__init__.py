@@ -1,0 +1,1 @@
+"""What was executed beside what is simulated."""
