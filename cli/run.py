@@ -187,7 +187,9 @@ def replay(
 
 
 def mrc(
-    trace: Annotated[Path, typer.Argument(help="A trace (.safetensors, .npz) or a log that `trace import` reads.")],
+    traces: Annotated[
+        list[Path], typer.Argument(help="Traces (.safetensors, .npz) or logs that `trace import` reads: a panel each.")
+    ],
     capacities: Annotated[
         str, typer.Option(help="Room for experts, with commas between: 10%,4GiB,512experts; evenly spaced without it.")
     ] = "",
@@ -218,26 +220,30 @@ def mrc(
 
     for path in out or ():
         check_miss_ratio_path(path)
-    with progress_shown() as progress:
-        data = miss_ratio_curves(
-            opened_trace(trace),
-            capacities=listed(capacities),
-            points=points,
-            policies=listed(policies) or DEFAULT_POLICIES,
-            scope=scope,
-            lookup=lookup,
-            batch=batch,
-            model=model,
-            expert_bytes=expert_bytes_of(expert_bytes),
-            progress=progress,
-        )
+    curves = []
+    for trace in traces:
+        with progress_shown() as progress:
+            data = miss_ratio_curves(
+                opened_trace(trace),
+                capacities=listed(capacities),
+                points=points,
+                policies=listed(policies) or DEFAULT_POLICIES,
+                scope=scope,
+                lookup=lookup,
+                batch=batch,
+                model=model,
+                expert_bytes=expert_bytes_of(expert_bytes),
+                progress=progress,
+            )
+        curves.append(data if len(traces) == 1 else {"trace": str(trace), **data})
     for path in out or ():
-        write_miss_ratios(data, path)
+        write_miss_ratios(curves, path)
     if json:
-        print_json(data)
+        print_json(curves[0] if len(curves) == 1 else {"traces": curves})
         return
     from ..output.tables.traces import print_miss_ratios
 
-    print_miss_ratios(data)
+    for data in curves:
+        print_miss_ratios(data)
     for path in out or ():
         typer.echo(str(path))

@@ -305,16 +305,43 @@ def plot_errors(rows: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def plot_miss_ratios(data: dict[str, Any], *, title: str | None = None) -> Figure:
-    """Draw the curves of `miss_ratio.miss_ratio_curves`: the share of look-ups that miss over that of experts held."""
+#: Panels of a figure side by side, at most.
+_PANELS = 3
+
+
+def plot_miss_ratios(*curves: dict[str, Any], title: str | None = None) -> Figure:
+    """Draw curves of `miss_ratio.miss_ratio_curves`: the share of look-ups that miss over that of experts held.
+
+    Several of them, of a trace each, have a panel each, named by their `trace` or model; a policy has one color in all.
+    """
     from matplotlib.figure import Figure
+
+    columns = min(len(curves), _PANELS)
+    rows = -(-len(curves) // columns)
+    width = WIDTH_INCHES * (2 / 3 if columns == 1 else 1)
+    figure = Figure(figsize=(width, 4.6 if columns == 1 else 0.4 + 3.4 * rows), layout="constrained")
+    policies = list(dict.fromkeys(policy for data in curves for policy in data["policies"]))
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).reshape(-1)
+    for axes, data in zip(panels, curves, strict=False):
+        _draw_miss_ratios(axes, data, policies)
+        set_title(axes, title if len(curves) == 1 else str(data.get("trace", data["model"])))
+        axes.label_outer()
+    for axes in panels[len(curves) :]:
+        axes.set_visible(False)
+    panels[0].legend(frameon=False, fontsize=9)
+    if len(curves) > 1 and title is not None:
+        figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def _draw_miss_ratios(axes: Axes, data: dict[str, Any], policies: Sequence[str]) -> None:
+    """Draw the curves of one trace; `policies` are all of the figure."""
     from matplotlib.ticker import PercentFormatter
 
-    figure = Figure(figsize=(WIDTH_INCHES * 2 / 3, 4.6), layout="constrained")
-    axes = figure.add_subplot()
     shares = [capacity["share"] for capacity in data["capacities"]]
     marker = "o" if len(shares) == 1 else None
-    for number, (policy, curve) in enumerate(data["policies"].items()):
+    for policy, curve in data["policies"].items():
+        number = policies.index(policy)
         color, dashes = _CURVE_COLORS[number % len(_CURVE_COLORS)], _DASHES[number // len(_CURVE_COLORS) % len(_DASHES)]
         axes.plot(
             shares, curve["miss_ratio"], color=color, linestyle=dashes, linewidth=1.6, marker=marker, label=policy
@@ -327,9 +354,6 @@ def plot_miss_ratios(data: dict[str, Any], *, title: str | None = None) -> Figur
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.grid(color="#dddddd", linewidth=0.6)
-    axes.legend(frameon=False, fontsize=9)
-    set_title(axes, title)
-    return figure
 
 
 def plot_over_tokens(latencies_ms: Mapping[str, Array], *, title: str | None = None) -> Figure:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,21 +73,27 @@ def check_miss_ratio_path(path: Path) -> None:
     check_file(path)
 
 
-def write_miss_ratios(data: dict[str, Any], path: Path) -> None:
-    """Write miss-ratio curves as a table (.csv, a row for each policy and capacity) or a picture (.png, .pdf, .svg).
+def write_miss_ratios(curves: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write the miss-ratio curves of one trace or more, each with its name as `trace`.
 
-    Raises ValueError or OSError if the file cannot be written.
+    As a table (.csv, a row for each policy and capacity) or a picture (.png, .pdf, .svg). Raises ValueError or OSError
+    if the file cannot be written.
     """
     check_miss_ratio_path(path)
     if path.suffix != ".csv":
-        where = f"{data['scope']}, lookup {data['lookup']}, batch {data['batch']}"
-        save(plot_miss_ratios(data, title=f"{data['model'] or 'trace'} ({where})"), path)
+        first = curves[0]
+        what = (first["model"] or "trace") if len(curves) == 1 else f"{len(curves)} traces"
+        where = f"{first['scope']}, lookup {first['lookup']}, batch {first['batch']}"
+        save(plot_miss_ratios(*curves, title=f"{what} ({where})"), path)
         return
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["policy", "capacity_share", "capacity_experts", "capacity_bytes", "accesses", "hits", "miss_ratio"])
-    for policy, curve in data["policies"].items():
-        for capacity, hits, ratio in zip(data["capacities"], curve["hits"], curve["miss_ratio"], strict=True):
-            room = [capacity["share"], capacity["experts"], capacity["bytes"]]
-            rows.writerow([policy, *room, data["accesses"], hits, ratio])
+    named = ["trace"] if len(curves) > 1 else []
+    columns = ("policy", "capacity_share", "capacity_experts", "capacity_bytes", "accesses", "hits", "miss_ratio")
+    rows.writerow([*named, *columns])
+    for data in curves:
+        for policy, curve in data["policies"].items():
+            for capacity, hits, ratio in zip(data["capacities"], curve["hits"], curve["miss_ratio"], strict=True):
+                room = [capacity["share"], capacity["experts"], capacity["bytes"]]
+                rows.writerow([*(data[key] for key in named), policy, *room, data["accesses"], hits, ratio])
     write_file(path, text.getvalue().encode())

@@ -39,7 +39,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "engine/decide/partition.py": ("test_partition",),
     "engine/measure/metrics.py": ("test_simulate", "test_accounting", "test_speed", "test_tiers"),
     "engine/measure/speed.py": ("test_speed",),
-    "engine/measure/time_split.py": ("test_accounting", "test_by_layer", "test_split"),
+    "engine/measure/time_split.py": ("test_accounting", "test_by_layer", "test_decoder", "test_split"),
     "engine/measure/misses.py": ("test_accounting", "test_by_layer"),
     "engine/measure/request_metrics.py": ("test_request_metrics",),
     "engine/costs/attention.py": ("test_context", "test_beside_costs", "test_served"),

@@ -163,7 +163,25 @@ def test_curves_are_drawn_at_their_points() -> None:
     assert np.asarray(axes.lines[0].get_xydata()).tolist() == [[0.5, 0.5], [1.0, 0.5]]
 
 
+def test_several_traces_have_a_panel_a_table_and_rows_each(tmp_path: Path) -> None:
+    files = [str(tmp_path / "a.npz"), str(tmp_path / "b.npz")]
+    traces = [tiny_trace([[[0]], [[1]], [[0]], [[1]]]), tiny_trace([[[0]], [[0]], [[1]], [[1]]])]
+    for file, trace in zip(files, traces, strict=True):
+        trace.save(Path(file))
+    arguments = ["mrc", *files, "--points", "2", "--policies", "fifo,lru", "-o", str(tmp_path / "m.csv")]
+    curves = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)["traces"]
+    expected = [miss_ratio_curves(trace, points=2, policies=["fifo", "lru"]) for trace in traces]
+    assert curves == [{"trace": file, **data} for file, data in zip(files, expected, strict=True)]
+    with (tmp_path / "m.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["trace"] for row in rows] == [file for file in files for _ in range(4)]
+    assert [float(row["miss_ratio"]) for row in rows[:2]] == expected[0]["policies"]["fifo"]["miss_ratio"]
+    panels = plot_miss_ratios(*curves).axes
+    assert [axes.get_title(loc="left") or axes.get_title() for axes in panels] == files
+    assert all(f"{file}: Miss ratios" in CliRunner().invoke(app, arguments).stdout.replace("\n", "") for file in files)
+
+
 @pytest.mark.parametrize("name", ["m.txt", "missing/m.csv"])
 def test_a_file_that_cannot_be_written_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match=r"m\.(txt|csv): "):
-        write_miss_ratios({}, tmp_path / name)
+        write_miss_ratios([{}], tmp_path / name)

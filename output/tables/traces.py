@@ -34,7 +34,8 @@ def print_replay(data: dict[str, Any]) -> None:
 def print_miss_ratios(data: dict[str, Any]) -> None:
     """Print miss-ratio curves: a row for each capacity, a column for each policy."""
     console = plain_console()
-    what = f"Miss ratios of {data['accesses']:,} look-ups ({data['scope']}, lookup {data['lookup']}"
+    of = f"{data['trace']}: " if "trace" in data else ""
+    what = f"{of}Miss ratios of {data['accesses']:,} look-ups ({data['scope']}, lookup {data['lookup']}"
     console.print(Text(f"{what}, batch {data['batch']})", style="bold"))
     table = Table(box=None, padding=(0, 1), collapse_padding=True, pad_edge=False)
     for column in ("room", "experts", *data["policies"]):
