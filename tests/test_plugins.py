@@ -119,7 +119,7 @@ def test_a_plug_in_that_fails_is_one_line_that_says_where(text: str, says: str, 
     file.write_text(text, encoding="utf-8")
     with pytest.raises(InputError, match=f"plugin '{file}': .*{says}"):
         plugins.load_plugin(file)
-    assert not any("bad" in name for name in sys.modules if name.startswith("prestage_plugin"))
+    assert not any(name.startswith("prestage_plugin_bad_") for name in sys.modules)
 
 
 @pytest.mark.parametrize(
