@@ -48,7 +48,7 @@ _KT: dict[str, list[Any]] = {
     "memory.preload": ["popular", "front", "even"],
     "miss.cpu_threads": [2, 4, 8, 12, 16],
     "workload.chunk_tokens": CHUNKS,
-    "miss.fetch_from": ["16tokens", "64tokens", "256tokens", "1000000tokens"],
+    "miss.fetch_from": ["16tokens", "64tokens", "128tokens", "256tokens", "1000000tokens"],
 }
 GPT, LITE = "model.preset=gpt-oss-20b", "model.preset=deepseek-v2-lite"
 #: Settings and space of each case.
