@@ -159,4 +159,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from advice_report import main as as_a_module  # whose functions workers can import
+
+    as_a_module()
