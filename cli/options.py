@@ -35,6 +35,13 @@ Settings = Annotated[
         autocompletion=complete_setting,
     ),
 ]
+ScenarioName = Annotated[
+    str | None,
+    typer.Argument(
+        help="A scenario's TOML file, the name of a shipped one, or a model's; without it, the default.",
+        autocompletion=complete_scenario,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else there.")]
 Sequences = Annotated[
     str, typer.Option(metavar="FIRST:LAST", help="Which sequences, in file order: 61: or :10 or 3:5; all without it.")

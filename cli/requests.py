@@ -8,19 +8,13 @@ from typing import Annotated
 import typer
 
 from .console import print_json, progress_shown
-from .options import Json, Settings, complete_scenario
+from .options import Json, ScenarioName, Settings
 from .own import NOTHING, Own, takes_own
 
 
 @takes_own
 def capacity(
-    scenario: Annotated[
-        str | None,
-        typer.Argument(
-            help="A scenario's TOML file, the name of a shipped one, or a model's; without it, the default.",
-            autocompletion=complete_scenario,
-        ),
-    ] = None,
+    scenario: ScenarioName = None,
     slo: Annotated[
         list[str] | None,
         typer.Option(

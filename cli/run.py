@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .console import print_json, progress_shown, say_replaced
-from .options import Json, Settings, complete_scenario, expert_bytes_of, listed, opened_trace
+from .options import Json, ScenarioName, Settings, expert_bytes_of, listed, opened_trace
 from .own import NOTHING, Own, takes_own
 
 if TYPE_CHECKING:
@@ -19,13 +19,7 @@ if TYPE_CHECKING:
 
 @takes_own
 def run(
-    scenario: Annotated[
-        str | None,
-        typer.Argument(
-            help="A scenario's TOML file, the name of a shipped one, or a model's; without it, the default.",
-            autocompletion=complete_scenario,
-        ),
-    ] = None,
+    scenario: ScenarioName = None,
     settings: Settings = None,
     own: Own = NOTHING,
     out: Annotated[

@@ -115,8 +115,8 @@ def _rows(data: Rows, title: str) -> Figure:
     picture, axes = _axes(min(9.0, 1.5 + 0.1 * len(data.names)))
     for part in data.parts:
         axes.barh(part.row, part.to_ms - part.from_ms, 0.8, left=part.from_ms, color=part.color, label=part.label)
-    every = -(-len(data.names) // 16)
-    axes.set_yticks(range(0, len(data.names), max(1, every)), data.names[:: max(1, every)])
+    every = max(1, -(-len(data.names) // 16))
+    axes.set_yticks(range(0, len(data.names), every), data.names[::every])
     axes.set_ylim(len(data.names) - 0.5, -0.5)
     axes.set_xlabel("time since the start (ms)")
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)

@@ -18,12 +18,10 @@ from rich.text import Text
 from ..engine.measure.comparison import read_result
 from ..engine.scenario.scenario import load_scenario, scenario_names
 from ..errors import InputError
-from ..resources.parts.tables import gpus
 from ..resources.parts.written import is_of_parts
-from ..resources.profile import Profile, load_profile, profile_names
+from ..resources.profile import Profile, load_profile, profile_names, unknown_machine
 from ..resources.profile_costs import ProfileError
 from ..resources.topology import Route, Topology
-from ..words import unknown_name
 from .tables.layout import plain_console
 
 #: Up to so many routes of a kind are named in a row; of more their number is given.
@@ -35,8 +33,7 @@ def machine_of(name: str) -> Profile:
     if name not in profile_names() and not name.endswith(".json") and not is_of_parts(name):
         if not name.endswith(".toml") and name not in scenario_names():
             known = [*profile_names(), "FILE.json", *scenario_names(), "FILE.toml"]
-            said = unknown_name("MACHINE", name, known)
-            raise ProfileError(f"{said}; or name its parts: 'gpu={name}'" if name in gpus() else said)
+            raise ProfileError(unknown_machine("MACHINE", name, known))
         name = load_scenario(name).machine.profile
     profile = load_profile(name)
     if profile.topology is None:

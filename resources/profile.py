@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from functools import cache
 from importlib import resources
 from itertools import pairwise
@@ -256,6 +257,12 @@ def _plain(name: str) -> object:
     return data
 
 
+def unknown_machine(key: str, name: str, known: Iterable[str]) -> str:
+    """Returns the message for a machine of no name that is known, which may be that of a GPU."""
+    said = unknown_name(key, name, known)
+    return f"{said}; or name its parts: 'gpu={name}'" if name in gpus() else said
+
+
 def _read(name: str, path: Path, key: str) -> Any:
     """Returns what a file, or a shipped profile, holds; ProfileError names the `key` that named it."""
     if is_of_parts(name):
@@ -265,8 +272,7 @@ def _read(name: str, path: Path, key: str) -> Any:
             raise ProfileError(str(error)) from None
     if not name.endswith(".json"):
         if name not in profile_names():
-            said = unknown_name(key, name, [*profile_names(), "FILE.json"])
-            raise ProfileError(f"{said}; or name its parts: 'gpu={name}'" if name in gpus() else said)
+            raise ProfileError(unknown_machine(key, name, [*profile_names(), "FILE.json"]))
         return json.loads(
             (resources.files("prestage") / "calibration" / "profiles" / f"{name}.json").read_text("utf-8")
         )

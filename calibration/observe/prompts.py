@@ -14,15 +14,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ...bounded import read, unpacked
 from ...engine.load import load_inputs
 from ...engine.prediction import middles
 from ...engine.scenario.scenario import make_scenario
 from ...engine.simulate import simulate_inputs
 from ...files import write_file
 from ...workloads.model import load_model
-from .logs import ObserveError
-from .reality import BENCHED, CPU_GB_PER_S, SAMPLES
+from .reality import BENCHED, CPU_GB_PER_S, SAMPLES, bench_rows
 
 #: What tells one setting from another.
 _CELL = ("n_prompt", "n_cpu_moe", "n_threads", "n_ubatch", "load_mode")
@@ -30,13 +28,10 @@ _CELL = ("n_prompt", "n_cpu_moe", "n_threads", "n_ubatch", "load_mode")
 
 def prompts() -> Iterator[tuple[str, Mapping[str, Any], list[int]]]:
     """Yields each setting of a prompt: its model, a row of it, and the samples of all its rows, in ns."""
-    file = SAMPLES / "llama-bench.jsonl.gz"
-    lines = map(json.loads, unpacked(read(file, ObserveError), file, ObserveError).splitlines())
-    rows = [row for line in lines for row in line.get("rows", ()) if row["n_prompt"] and not row["n_gen"]]
-    for model in BENCHED:
+    for model, rows in bench_rows():
         cells: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
         for row in rows:
-            if row["model_filename"].startswith(model):
+            if row["n_prompt"] and not row["n_gen"]:
                 cells.setdefault(tuple(row[key] for key in _CELL), []).append(row)
         for own in cells.values():
             yield model, own[0], [ns for row in own for ns in row["samples_ns"]]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from .fit import GUESS, Fitted, Predictor, fit, median_worst
 from .logs import Context, Observation, ObserveError, llama_bench, load_logs
 
 SAMPLES = Path(__file__).parent.parent / "samples" / "h200-runtimes"
+BENCH = SAMPLES / "llama-bench.jsonl.gz"
 DECODED = ("gpt-oss-20b", "olmoe-1b-7b", "qwen3-30b-a3b", "mixtral-8x7b")
 #: The runs that constants of all models together are fitted to: the first choice, made before any error was seen.
 COMMON = (
@@ -57,16 +58,21 @@ def decoded() -> list[Observation]:
     return load_logs([SAMPLES / model / "decode.json.gz" for model in DECODED], Context(profile="h200"))
 
 
+def bench_rows() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Yields the rows of llama-bench, model by model."""
+    lines = map(json.loads, unpacked(read(BENCH, ObserveError), BENCH, ObserveError).splitlines())
+    rows = [row for line in lines for row in line.get("rows", ())]
+    for model in BENCHED:
+        yield model, [row for row in rows if row["model_filename"].startswith(model)]
+
+
 def benched() -> list[Observation]:
     """Returns the settings of llama-bench that generate."""
-    file = SAMPLES / "llama-bench.jsonl.gz"
-    lines = map(json.loads, unpacked(read(file, ObserveError), file, ObserveError).splitlines())
-    rows = [row for line in lines for row in line.get("rows", ())]
     found = []
-    for model, layers in BENCHED.items():
-        own = [row for row in rows if row["model_filename"].startswith(model)]
+    for model, own in bench_rows():
+        layers = BENCHED[model]
         more: dict[str, dict[str, Any]] = {"model": {"layers": layers}, "miss": {"cpu_gb_per_s": CPU_GB_PER_S}}
-        found += llama_bench(file, own, Context("h200", str(SAMPLES / "models" / f"{model}.toml"), more))
+        found += llama_bench(BENCH, own, Context("h200", str(SAMPLES / "models" / f"{model}.toml"), more))
     return found
 
 

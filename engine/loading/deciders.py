@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ...resources.spool import Spool
 from ...workloads.model import Model
-from ..decide.dispatch import Visit, visits
+from ..decide.dispatch import Part, Visit, visits
 from ..decide.expert_parallel import ParallelVisit, Worker, parallel_visits
 from ..decide.host_memory import HostMemory
 from ..decide.memory_manager import BudgetError, MemoryManager
@@ -123,8 +123,12 @@ def dispatched(
     prefetch: Prefetch,
     gauge: Gauge | None = None,
     host_memory: HostMemory | None = None,
+    part: Part | None = None,
 ) -> Iterator[Visit]:
-    """Returns the visits of a run, decided one by one as they are asked for, those of host memory with them."""
+    """Returns the visits of a run, decided one by one as they are asked for, those of host memory with them.
+
+    `part` is what is looked up, where that is not all of the trace.
+    """
     decided = visits(
         inputs.trace,
         inputs.steps,
@@ -136,6 +140,7 @@ def dispatched(
         budgets=cached_budgets(inputs),
         to_host=inputs.scenario.tiers.prefetch == "host",
         miss=make_miss(inputs),
+        part=part,
     )
     return decided if host_memory is None else host_memory.through(decided, inputs.first_layer)
 

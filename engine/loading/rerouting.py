@@ -15,15 +15,15 @@ import numpy.typing as npt
 from ...workloads.batches import Step
 from ...workloads.trace import RoutingTrace
 from ...workloads.trace_checks import POPULARITY, RUNNERS_UP, RUNNERS_UP_WEIGHTS
-from ..decide.dispatch import Accesses, accesses_at, visits, whole
+from ..decide.dispatch import Accesses, accesses_at, whole
 from ..decide.memory_manager import MemoryManager
 from ..policies.eviction import EVICTION
 from ..policies.eviction_informed import popularity
 from ..policies.routing import ROUTING, Leeway
 from ..scenario.amounts import ScenarioError
 from ..scenario.inputs import Inputs, Rerouted
-from .deciders import make_manager, make_prefetch
-from .offloading import cached_budgets, make_miss, whole_setting
+from .deciders import dispatched, make_manager, make_prefetch
+from .offloading import whole_setting
 
 
 def rerouted(inputs: Inputs) -> Inputs:
@@ -49,11 +49,7 @@ def rerouted(inputs: Inputs) -> Inputs:
     manager = make_manager(inputs)
     chooser = _Chooser(trace, chosen, manager, section.policy, Leeway(trace.k, section.margin, section.keep))
     part = replace(whole(chosen, inputs.steps, inputs.guesses, prefetch), accesses=chooser.accesses(inputs.steps))
-    for _ in visits(
-        chosen, inputs.steps, manager, prefetch, inputs.guesses, issue=inputs.scenario.prefetch.issue,
-        budgets=cached_budgets(inputs), to_host=inputs.scenario.tiers.prefetch == "host", miss=make_miss(inputs),
-        part=part,
-    ):  # fmt: skip
+    for _ in dispatched(inputs, manager, prefetch, part=part):
         pass
     return replace(inputs, rerouted=chooser.made())
 

@@ -49,8 +49,10 @@ def idle_spans(recording: Recording) -> Array:
 def host_held_ns(recording: Recording) -> int:
     """Returns how much of the stall it is that pageable copies hold the host's thread, which then launches nothing."""
     held = _held_host(recording)
+    if not len(held):
+        return 0
     before = busy_before(held)
-    return sum(gaps.within_host(before) for gaps in _all_gaps(recording)) if len(held) else 0
+    return sum(gaps.within_host(before) for gaps in _all_gaps(recording))
 
 
 def cpu_stall_ns(recording: Recording) -> int:

@@ -113,19 +113,20 @@ class Layout:
         self.gpus = [memory.allocate(w.GPU_WORDS) for _ in machine.gpus]
         self.threads = [memory.allocate(w.THREAD_WORDS) for _ in threads]
         parts = [memory.allocate(w.THREAD_WORDS) for _ in machine.gpus]
+        lists = _nodes_of_lists(machine)
         queued = sum(len(one.lanes.sizes) for one in machine.gpus)  # all may be dropped at once
         header = {
             w.LANES: memory.put_list(self.lanes), w.THREADS: memory.put_list([*self.threads, *parts]),
             w.GPUS: memory.put_list(self.gpus), w.REGISTERS: memory.put([-1] * (1 << 10)),
             w.RECORD_ROOM: _RECORDS, w.ARRIVALS: memory.put_region(1 << 10, w.ARRIVAL_WORDS),
             w.DROPPED: memory.put_region(64 + queued, w.DROPPED_WORDS), w.FREE_WORK: -1, w.FREE_NODE: -1,
-            w.NODES_COMMAND: _nodes_of_lists(machine), w.RESUMES: -1,
+            w.NODES_COMMAND: lists, w.RESUMES: -1,
             w.MOST_LAG: max((_most_lag(lane) for lane in machine.lanes), default=0),
         }  # fmt: skip
         self.memory.set(0, header)
         self.registers = 1 << 10
         self._space = 1
-        self.add_space(_nodes_of_lists(machine))
+        self.add_space(lists)
         for number, (at, driven) in enumerate(zip(self.threads, threads, strict=True)):
             gpus = memory.put_list(self.gpus[gpu] for gpu in driven.gpus)
             rows = memory.allocate(_ROWS * ROW_WORDS)

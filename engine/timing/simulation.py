@@ -240,10 +240,8 @@ class Simulation:
                 )
                 one.gauge.link_busy_ns = partial(engine.link_busy_ns, number)
         ended = [flush for _, _, _, flush in self._threads]
-        with (
-            collector_off(),
-            np.errstate(over="ignore"),
-        ):  # marks of transfers wrap
+        # Marks of transfers wrap, which NumPy's own arithmetic would warn of where nothing is compiled.
+        with collector_off(), np.errstate(over="ignore"):
             if self._decisions is None:
                 engine.run()
                 return
