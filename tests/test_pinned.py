@@ -33,6 +33,17 @@ def test_a_pinned_expert_stays_whatever_the_policy_says(engine: str, pinned: str
     assert int(recording.spans["end_ns"].max()) == 5 * 10 + 20 * len(missed)
 
 
+def test_what_is_spent_leaves_beside_pinned_experts_too() -> None:
+    # Room for two, 0 and 3 before the run, 0 pinned. 1 is copied in place of 3 and leaves after its visit: the second 1
+    # is copied again, into a room that is free by then.
+    popularity = np.array([[9, 1, 2, 5]])
+    trace = tiny_trace([[[1]], [[1]], [[0]]], extra={"popularity": popularity})
+    memory = {"gpu_budget": "2experts", "preload": "popular", "pinned": "1experts", "eviction": "spent"}
+    manager = record(tiny_inputs(tiny_model(1), tiny_profile(), trace, tiny_scenario(memory=memory))).manager
+    assert manager.copy_expert[manager.copy_reason == 0].tolist() == [1, 1]
+    assert list(manager.assigned) == [0]
+
+
 @pytest.mark.parametrize("name", EVICTION)
 def test_no_policy_is_asked_about_a_pinned_expert(name: str) -> None:
     trace = synthesize(20, 2, 6, 2, seed=1)

@@ -47,3 +47,7 @@ class Pinned(Eviction):
     def miss(self, expert: int, demanded: bool) -> None:
         """Let the policy know: who misses is not pinned."""
         self._rest.miss(expert, demanded)
+
+    def spent(self, expert: int) -> bool:
+        """Whether the policy lets it go, which is not asked about a pinned one."""
+        return expert not in self._pinned and self._rest.spent(expert)
