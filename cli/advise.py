@@ -60,7 +60,7 @@ def advise(
         check_picture(plot)
     scenario, settings = own.given(scenario, settings)
     try:
-        with progress_shown() as progress:
+        with progress_shown(log_every_s=10) as progress:
             found = find(
                 scenario, settings=settings, goal=goal or "tokens_per_second", within=within or (), over=over,
                 prompt=prompt, output=output, trials=trials, seed=seed, price=price, journal=journal, progress=progress,

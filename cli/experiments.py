@@ -9,7 +9,7 @@ import typer
 
 from ..errors import InputError
 from .console import print_json, progress_shown, stop_status
-from .options import Json, Settings, complete_scenario
+from .options import Json, ScenarioName, Settings, complete_scenario
 from .own import NOTHING, Own, takes_own
 
 
@@ -184,13 +184,7 @@ def compare(
 
 @takes_own
 def breakeven(
-    scenario: Annotated[
-        str | None,
-        typer.Argument(
-            help="A scenario's TOML file, a shipped one's or a model's name; else the default.",
-            autocompletion=complete_scenario,
-        ),
-    ] = None,
+    scenario: ScenarioName = None,
     settings: Settings = None,
     own: Own = NOTHING,
     budgets: Annotated[str, typer.Option(help="Budgets to try: 10%,25%,4GiB; the scenario's without it.")] = "",
@@ -218,7 +212,7 @@ def breakeven(
         check_picture(plot)
     options = {"memory.gpu_budget": budgets, "prefetch.lookahead": lookaheads}
     tried = parse_grid(f"{key}={values}" for key, values in options.items() if values)
-    with progress_shown() as progress:
+    with progress_shown(log_every_s=10) as progress:
         data = break_even(
             load_scenario(*own.given(scenario, settings)),
             budgets=tried.get("memory.gpu_budget", ()),

@@ -53,7 +53,7 @@ def capacity(
     name, given = own.given(scenario, settings)
     chosen = load_scenario(name, [*given, *promised])
     level = level_of(None if chosen.requests is None else chosen.requests.slo)
-    with progress_shown() as progress:
+    with progress_shown(log_every_s=10) as progress:
         data = serving_capacity(chosen, level, replicates=replicates, precision=precision, progress=progress)
     if plot is not None:
         from ..output.capacity_plot import plot_capacity

@@ -7,19 +7,13 @@ from typing import Annotated
 import typer
 
 from .console import print_json
-from .options import Json, Settings, complete_scenario
+from .options import Json, ScenarioName, Settings
 from .own import NOTHING, Own, takes_own
 
 
 @takes_own
 def show(
-    scenario: Annotated[
-        str | None,
-        typer.Argument(
-            help="A scenario's TOML file, a shipped one's or a model's name; or the default.",
-            autocompletion=complete_scenario,
-        ),
-    ] = None,
+    scenario: ScenarioName = None,
     settings: Settings = None,
     own: Own = NOTHING,
     all_keys: Annotated[bool, typer.Option("--all", help="List all keys, also those that have their default.")] = False,

@@ -36,6 +36,9 @@ warnings.filterwarnings("ignore", message=_STARTED_ANEW)
 #: So many processes may be asked for, or four times the cores if that is more: each takes memory of its own.
 MOST_WORKERS = 64
 
+#: In what joblib raises, as if the worker had died, for a task that a worker cannot unpickle.
+_UNREADABLE = "failed to un-serialize"
+
 
 class WorkerError(InputError):
     """Workers that cannot be had."""
@@ -80,7 +83,7 @@ class Workers:
         """Yields each task with what `work` made of it, as they finish; None where its worker died of it twice.
 
         Tasks are taken as workers become free, so there may be more than fit into memory. `work` must be importable.
-        Raises WorkerError if the cluster's scheduler is lost.
+        Raises WorkerError if the cluster's scheduler is lost, or workers cannot read a task.
         """
         lock = threading.Lock()
         waiting = enumerate(tasks)
@@ -101,7 +104,12 @@ class Workers:
                 for number, result in self._parallel(taken()):
                     yield flying.pop(number), result
                 done = True
-            except self._deaths:
+            except self._deaths as death:
+                if _UNREADABLE in str(death):
+                    raise WorkerError(
+                        f"workers cannot read what {work.__module__}.{work.__qualname__} is to do: it and its tasks "
+                        f"must be importable where they run: {_last_line(death.__cause__)}"
+                    ) from None
                 with lock:
                     lost = sorted(flying)
                 for number in lost:
@@ -128,6 +136,11 @@ class Workers:
             yield from results
         finally:
             results.close()
+
+
+def _last_line(error: BaseException | None) -> str:
+    """Returns the line of a worker's traceback that names its error."""
+    return str(error).strip().strip('"').strip().rpartition("\n")[2] if error is not None else "no reason given"
 
 
 def _numbered(

@@ -297,6 +297,24 @@ def test_a_task_that_kills_its_worker_is_found_out_and_the_rest_goes_on() -> Non
         assert sorted(workers.run(deadly, range(30))) == [(n, None if n == 5 else n) for n in range(30)]
 
 
+class Unreadable:
+    """A task that no worker can unpickle."""
+
+    def __reduce__(self) -> tuple[type[int], tuple[str]]:
+        return int, ("no number",)
+
+
+def reading(task: Unreadable) -> str:
+    return repr(task)
+
+
+@pytest.mark.process
+def test_a_task_that_workers_cannot_read_stops_all_at_once_saying_so() -> None:
+    said = r"workers cannot read what .*reading is to do: .* ValueError: invalid"
+    with pytest.raises(WorkerError, match=said), Workers(2) as workers:
+        list(workers.run(reading, [Unreadable(), Unreadable()]))
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
     """The rows of the long sweep as this process alone makes them, as sorted lines."""
