@@ -48,7 +48,7 @@ FLOORS = [
     {"calibration/executor", "calibration/measure"},
     {"calibration/fit"},
     {"calibration/validate"},
-    {"calibration/decode", "calibration/llama_cpp"},
+    {"calibration/decode", "calibration/freetoken", "calibration/llama_cpp"},
     {"calibration/observe", "calibration/published"},
     {"calibration", "calibration/profiles"},  # no code
     {"notebook"},

@@ -1,0 +1,1 @@
+"""FreeToken itself: whole runs of it on random weights, and what they took."""
