@@ -101,7 +101,7 @@ def run_way(folder: Path, experts: int, way: str, counted: bool, options: argpar
 
     weight.dummy_moe_expert_sources = drawn_experts
 
-    class Timed(LLM):
+    class Timed(LLM):  # type: ignore[misc]
         """The engine, which also keeps when it got each token."""
 
         stamps: list[float] = []
