@@ -22,6 +22,7 @@ from time import monotonic, perf_counter
 from typing import Any
 
 from ...errors import InputError
+from ...files import write_file
 from ...workloads.model_files.mixers import GroupedQuery
 from ...workloads.model_files.sources import read_shapes
 
@@ -142,8 +143,7 @@ def run_way(folder: Path, experts: int, way: str, counted: bool, options: argpar
 
 
 def _write(out: Path, row: dict[str, Any]) -> None:
-    with out.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    write_file(out, (out.read_bytes() if out.exists() else b"") + json.dumps(row).encode() + b"\n")
 
 
 def _children(options: argparse.Namespace) -> int:
