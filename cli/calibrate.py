@@ -43,6 +43,7 @@ def calibrate_measure(
     from ..calibration.fit.evidence import sample_rows
     from ..calibration.measure.bench import with_models
     from ..calibration.measure.drive import measure_drive
+    from ..calibration.measure.exchanges import measure_collectives
     from ..calibration.measure.measure import FULL, LINKS, PROBES, QUICK, described, measure
     from ..calibration.measure.surface import FULL_GRID, LOW_BIT_GRID, measure_surface, surface_samples
     from ..files import check_file
@@ -68,6 +69,10 @@ def calibrate_measure(
             samples = surface_samples(gpu, measure_surface(gpu, grid, progress=progress))
         else:
             samples = measure(gpu, extent, progress, LINKS if links else PROBES)
+            if links:
+                samples.save(out)  # whatever becomes of the processes
+                more = measure_collectives(gpu.count())
+                samples = samples.model_copy(update={"series": samples.series + more})
             if not links and not quick:
                 samples = samples.model_copy(update={"surface": measure_surface(gpu, progress=progress)})
     samples.save(out)
@@ -137,6 +142,10 @@ def calibrate_fit_beside(
     drive: Annotated[
         Path | None, typer.Option(help="The samples of a drive that `calibrate measure --drive` wrote.")
     ] = None,
+    links: Annotated[
+        Path | None,
+        typer.Option(help="The samples that `calibrate measure --links` wrote: exchanges of sizes that no run has."),
+    ] = None,
 ) -> None:
     """Fit what runs beside the GPU's stream: the CPU, a drive, decompression, grouped kernels, exchanges of tokens."""
     from ..calibration.executor.measured import load_all
@@ -145,7 +154,8 @@ def calibrate_fit_beside(
     from ..files import check_file, write_file
 
     check_file(out)
-    data = fit_beside(load_all(runs), None if drive is None else load_samples(drive))
+    apart = [None if path is None else load_samples(path) for path in (drive, links)]
+    data = fit_beside(load_all(runs), *apart)
     text, _ = written(data, out.name.removesuffix(".json"), base)
     write_file(out, text.encode() + b"\n")
     typer.echo(str(out))

@@ -14,11 +14,13 @@ import pytest
 import torch
 from cpu_device import CpuDevice, CpuEvent
 
+from prestage.calibration.device.cuda import CudaError
 from prestage.calibration.fit.evidence import Row, load_schedule, save_rows, uncertainty
 from prestage.calibration.fit.fit import Fit, fit, fit_transfer, write_profile
 from prestage.calibration.fit.host import solve_host
 from prestage.calibration.fit.transfer import from_profile, from_samples
 from prestage.calibration.measure.bench import Extent
+from prestage.calibration.measure.exchanges import measure_collectives
 from prestage.calibration.measure.measure import LINKS, measure
 from prestage.calibration.measure.samples import TERMS, Key, Samples, SamplesError, Series, load_samples
 from prestage.output.plots import plot_transfer
@@ -128,6 +130,30 @@ def test_what_several_gpus_add_is_measured_by_itself_too(extent: Extent) -> None
     assert {("copy", "peer", "none"), ("copy", "h2d", "all_gpus"), ("peer_wait", None, None)} <= seen
     assert {series.key["call"] for series in links.series if series.term == "host"} == {"peer_enqueue", "turn"}
     assert not any(series.term in ("predictor", "allocation") for series in links.series)
+    exchanges = {(s.key["bytes"], s.key["mode"], s.key["gpus"]) for s in links.series if s.term == "exchange"}
+    sizes = (4096, 8192, 16384, 32768, 65536)
+    assert exchanges == {(size, mode, 2) for size in sizes for mode in ("in a row", "host")}
+
+
+def test_all_to_alls_are_measured_by_a_process_for_each_gpu() -> None:
+    series = measure_collectives(2, (4096, 65536), rounds=2, backend="gloo", make_gpu=GatedDevice)
+    assert [one.key["mode"] for one in series] == ["in a row", "host", "in a row", "host"]
+    assert {(one.key["how"], one.key["bytes"], one.key["gpus"]) for one in series} == {
+        ("gloo", 4096, 2), ("gloo", 65536, 2),
+    }  # fmt: skip
+    assert all(len(one.rounds_ns) == 2 and min(map(min, one.rounds_ns)) > 0 for one in series)
+
+
+class _MissingDevice(GatedDevice):
+    """A device that is not there."""
+
+    def __init__(self, index: int = 0) -> None:
+        raise CudaError(f"GPU {index} is gone")
+
+
+def test_a_process_that_fails_ends_the_measurement_and_says_why() -> None:
+    with pytest.raises(RuntimeError, match=r"gloo: process \d: CudaError: GPU \d is gone"):
+        measure_collectives(2, (4096,), backend="gloo", make_gpu=_MissingDevice)
 
 
 def test_everything_that_there_is_to_measure_is_measured_in_every_round(
@@ -135,7 +161,7 @@ def test_everything_that_there_is_to_measure_is_measured_in_every_round(
 ) -> None:
     beside = {"read"}  # drives are measured alone
     assert {series.term for series in samples_of_two.series} == set(TERMS) - beside
-    assert {series.term for series in samples.series} == set(TERMS) - {"peer_wait"} - beside
+    assert {series.term for series in samples.series} == set(TERMS) - {"peer_wait", "exchange"} - beside
     assert {len(series.rounds_ns) for series in samples_of_two.series} == {2}
 
 

@@ -59,8 +59,13 @@ def shared() -> Shared:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_each_gpu_makes_the_spans_that_its_simulation_makes(variant: str, shared: Shared) -> None:
+    expect_the_spans_of_both(gpus(), variant, shared)
+
+
+def expect_the_spans_of_both(devices: list[Any], variant: str, shared: Shared) -> None:
+    """Execute a variant on two devices, and assert that they make the copies and kernels that its simulation makes."""
     inputs = shared_layers(**VARIANTS[variant])
-    measured = execute(gpus(), inputs, variant, shared, repeats=2)
+    measured = execute(devices, inputs, variant, shared, repeats=2)
     simulated = run_all(inputs, prepared(inputs, part_costs(inputs)))
     wanted: Counter[Any] = Counter()
     made: Counter[Any] = Counter()

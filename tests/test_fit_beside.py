@@ -10,7 +10,7 @@ import pytest
 from cpu_device import CpuDevice
 
 from prestage.calibration.executor.execute import execute, load_executable
-from prestage.calibration.executor.measured import Measured
+from prestage.calibration.executor.measured import Measured, load_measured
 from prestage.calibration.executor.scenario_sets import scenarios
 from prestage.calibration.executor.shared import Shared
 from prestage.calibration.fit.beside import Seen, fit_beside, observe, unsure, written
@@ -23,6 +23,8 @@ from prestage.engine.scenario.scenario import Scenario
 from prestage.resources.profile import load_profile
 from prestage.resources.profile_costs import ProfileError
 from prestage.resources.timeline import CPU_EXPERT, DECOMPRESS, EXPERT, PREDICT
+
+RUNS = Path(__file__).parents[1] / "calibration" / "validation"
 
 
 def small(name: str) -> Scenario:
@@ -147,3 +149,29 @@ def test_replicates_draw_experts_on_the_cpu_reads_and_hand_over() -> None:
 def test_runs_without_anything_beside_are_refused() -> None:
     with pytest.raises(ProfileError, match="execute the set fit-beside"):
         fit_beside([])
+
+
+def links_between_two(took_ns: dict[int, int]) -> Samples:
+    """Samples of exchanges by copies in a row, as many ns by bytes; those of the host are ten times as long."""
+    series = tuple(
+        Series(
+            term="exchange", key={"how": "copies", "bytes": size, "gpus": 2, "mode": mode}, rounds_ns=((ns * times,),)
+        )
+        for size, ns in took_ns.items()
+        for mode, times in (("in a row", 1), ("host", 10))
+    )
+    return Samples(
+        device="GPU", gpus=2, gpu_memory_bytes=1, driver="1", date="2026-11-30", versions={}, cpu_threads=1,
+        launch_queue_depth=(1000,), series=series,
+    )  # fmt: skip
+
+
+def test_exchanges_of_sizes_that_no_schedule_had_take_as_much_more_than_apart_as_the_nearest_one_does() -> None:
+    run = load_measured(RUNS / "h200-pair" / "fit-shared" / "fit-shared-qwen-graph-ahead0-tokens.json.gz")
+    points = fit_beside([run])["exchange"]["points"]
+    largest, took_ns = points[-1]
+    apart = {largest // 4: took_ns // 3, largest: took_ns // 2, largest * 64: 10 * took_ns}
+    found = dict(fit_beside([run], links=links_between_two(apart))["exchange"]["points"])
+    assert found[largest] == took_ns  # what a schedule had stays
+    assert found[largest * 64] == pytest.approx(10 * took_ns + took_ns - took_ns // 2, abs=1)
+    assert set(found) == {0, largest // 4, *dict(points), largest * 64}

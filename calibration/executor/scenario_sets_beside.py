@@ -60,6 +60,8 @@ FIT_BESIDE = [
     _line("qwen", "packed", _PACKED, _IN_LINE),
     _line("mixtral", "packed", _PACKED, _MIXTRAL, _IN_LINE),
     _line("deepseek", "packed-gpu", _PACKED, _IN_LINE, compression__where="gpu"),
+    _line("qwen", "packed-aside", _PACKED, lookahead=1),
+    _line("qwen", "packed-gpu-aside", _PACKED, compression__where="gpu", memory__gpu_budget="60experts"),
     _line("qwen", "grouped", _GROUPED),
     _line("deepseek", "grouped-batch4", _GROUPED, _BATCH),
     _line("qwen", "predictor", _GUESSES, lookahead=1),
@@ -95,6 +97,8 @@ BESIDE = [
     _line("mixtral", "packed", _PACKED, _MIXTRAL, lookahead=1, recall=0.8),
     _line("mixtral", "packed-gpu", _PACKED, _MIXTRAL, _IN_LINE, compression__where="gpu"),
     _line("deepseek", "packed-gpu-aside", _PACKED, compression__where="gpu", memory__gpu_budget="40experts"),
+    _line("qwen", "packed-gpu-aside", _PACKED, compression__where="gpu", lookahead=1, recall=0.8),
+    _line("qwen", "packed-aside", _PACKED, _BATCH),
     # Unequal sizes, grouped kernels, a predictor.
     _line("qwen", "unequal", _UNEQUAL, memory__gpu_budget="960MiB"),
     _line("qwen", "unequal", _UNEQUAL, lookahead=1, recall=0.8, memory__gpu_budget="1200MiB"),
@@ -117,6 +121,8 @@ _SHARED = {
     "machine__profile": "h200-x2", "parallel__gpus": 2, "parallel__dispatch_threads": "one", "workload__batch": 8,
     "workload__synthetic__sequences": 8, _TOKENS: 80,
 }  # fmt: skip
+#: Prompts of 64 tokens, each in a step of its own: exchanges of a quarter of a mebibyte.
+_PROMPTS = {"workload__prefill": "whole", "workload__synthetic__prefill_tokens": 64, _TOKENS: 576}
 _ROOM = {"qwen": "120experts", "deepseek": "70experts"}
 
 
@@ -141,4 +147,5 @@ SHARED = [
     _share("qwen", "host", parallel__remote="host"),
     _share("deepseek", "tokens", mode="eager"),
     _share("qwen", "peer", parallel__remote="peer", lookahead=1, recall=0.8),
+    *(_share(shape, "tokens-prompts", **_PROMPTS) for shape in ("qwen", "deepseek")),
 ]

@@ -231,10 +231,11 @@ def _exchanges(plans: Sequence[Plan], times: Sequence[Times]) -> Iterator[Observ
         yield "exchange_call", (), abs(issued_ns[1] - issued_ns[0])
 
 
-def fit_beside(runs: Iterable[Measured], drive: Samples | None = None) -> dict[str, Any]:
+def fit_beside(runs: Iterable[Measured], drive: Samples | None = None, links: Samples | None = None) -> dict[str, Any]:
     """Returns what a profile says besides, as plain data to be merged into it: only what was seen.
 
-    Raises ProfileError if nothing was.
+    Samples of a `drive` and of the `links` between two GPUs give sizes that no schedule had. Raises ProfileError if
+    nothing was.
     """
     seen = observe(runs)
     host = {
@@ -265,7 +266,7 @@ def fit_beside(runs: Iterable[Measured], drive: Samples | None = None) -> dict[s
             compute[name] = _line(seen[cost])
     data: dict[str, Any] = {"host": host, "compute": compute}
     if "exchange" in seen:
-        data["exchange"] = _exchange(seen["exchange"])
+        data["exchange"] = _exchange(seen["exchange"], {} if links is None else _exchanges_apart(links))
     if drive is not None or "read" in seen:
         data["nvme"] = _drive(drive, seen)
     data = {name: part for name, part in data.items() if part}
@@ -403,22 +404,38 @@ def _line(seen: dict[tuple[Any, ...], Seen]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _exchange(seen: dict[tuple[Any, ...], Seen]) -> dict[str, Any]:
-    """Returns a table over bytes, made to grow; no smaller exchange takes less than the smallest seen."""
-    points = sorted((size, one.median_ns) for (size,), one in seen.items() if one.n >= 3) or [
-        (size, one.median_ns) for (size,), one in seen.items()
-    ]
-    sizes, times = zip(*points, strict=True)
-    grown = np.minimum.accumulate(np.array(times)[::-1])[::-1]
+def _exchanges_apart(samples: Samples) -> dict[int, float]:
+    """Returns what exchanges between two GPUs by copies took in a row, in ns, by bytes."""
+    return {
+        int(series.key["bytes"]): float(np.median([ns for of in series.rounds_ns for ns in of]))
+        for series in samples.series
+        if series.term == "exchange" and (series.key["how"], series.key["mode"]) == ("copies", "in a row")
+    }
+
+
+def _exchange(seen: dict[tuple[Any, ...], Seen], apart: Mapping[int, float]) -> dict[str, Any]:
+    """Returns a table over bytes, made to grow; no smaller exchange takes less than the smallest seen.
+
+    Sizes that no schedule had take what they take `apart`, and as much more as the nearest does inside schedules: what
+    is added there are waits, which do not grow with the bytes.
+    """
+    often = {size: one for (size,), one in seen.items() if one.n >= 3} or {size: one for (size,), one in seen.items()}
+    took = {size: one.median_ns for size, one in often.items()}
+    sizes_apart, ns_apart = sorted(apart), [apart[size] for size in sorted(apart)]
+    for size in sizes_apart:
+        near = min(often, key=lambda one: abs(np.log(max(1, one) / size)))
+        if size not in often:
+            took[size] = apart[size] + often[near].median_ns - float(np.interp(near, sizes_apart, ns_apart))
+    sizes = sorted(took)
+    grown = np.minimum.accumulate([took[size] for size in reversed(sizes)])[::-1]
     table = [(0, round(grown[0])), *((size, round(ns)) for size, ns in zip(sizes, grown.tolist(), strict=True) if size)]
     if len(table) == 1:
         table.append((1 << 30, table[0][1]))
     total = sum(one.n for one in seen.values())
-    shown = {"n": total, "median_ns": float(np.median(times)), "iqr_ns": 0.0}
+    shown = {"n": total, "median_ns": float(np.median([one.median_ns for one in often.values()])), "iqr_ns": 0.0}
     off = unsure(seen.values())
-    return {
-        "source": "measured", "note": "inside schedules", "samples": shown, "uncertainty": off, "points": table,
-    }  # fmt: skip
+    note = f"inside schedules{', and in a row apart from them' if apart else ''}"
+    return {"source": "measured", "note": note, "samples": shown, "uncertainty": off, "points": table}
 
 
 def _near_9_mib(means: Mapping[tuple[int, int], tuple[int, float]]) -> int:

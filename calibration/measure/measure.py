@@ -16,6 +16,7 @@ from typing import Any
 from ...engine.run import Progress
 from .bench import GIB, KIB, MIB, Bench, Extent, MakeProbes, Probe
 from .copies import allocation_probes, batch_probes, contention_probes, copy_probes, link_probes, peer_probes
+from .exchanges import exchange_probes
 from .kernels import (
     cpu_probes,
     host_probes,
@@ -107,18 +108,6 @@ def take_rounds(probes: Sequence[Probe], rounds: int, progress: Progress | None 
     )
 
 
-# Copies.
-
-
-# Several GPUs.
-
-
-# Kernels.
-
-
-# The host and the way between it and the GPU.
-
-
 #: All there is to measure, in order.
 PROBES: tuple[MakeProbes, ...] = (
     copy_probes,
@@ -126,6 +115,7 @@ PROBES: tuple[MakeProbes, ...] = (
     contention_probes,
     link_probes,
     peer_probes,
+    exchange_probes,
     kernel_probes,
     predictor_probes,
     host_probes,
@@ -134,6 +124,6 @@ PROBES: tuple[MakeProbes, ...] = (
     allocation_probes,
 )
 #: What several GPUs of one machine add.
-LINKS: tuple[MakeProbes, ...] = (link_probes, peer_probes)
+LINKS: tuple[MakeProbes, ...] = (link_probes, peer_probes, exchange_probes)
 #: What the transfer benchmark needs.
 TRANSFERS: tuple[MakeProbes, ...] = (copy_probes, batch_probes, allocation_probes)

@@ -41,6 +41,9 @@ TERMS: dict[str, tuple[str, ...]] = {
     "event_wait_gap": ("waits",),
     # From an event on one GPU to one on another that waits for it: half of the way there and back.
     "peer_wait": (),
+    # Of GPUs that each send so many bytes to each other one, by copies or by NCCL's all-to-all: in a row, in which each
+    # waits for the last on all GPUs; or the host's time, for both GPUs (copies) or one of the processes (nccl).
+    "exchange": ("how", "bytes", "gpus", "mode"),
     # Host time of one call; of `turn`, to another GPU and back.
     "host": ("call",),
     # From the return of the last call to the start of the work, on an idle GPU.
