@@ -100,6 +100,18 @@ def _look_at_exchange(bench: Bench, stream: Any, calls: Calls, size_bytes: int) 
     yield "exchange", {**key, "mode": "host"}, [bench.timer.host(stream, calls, _HOST_ROWS)]
 
 
+@dataclass(frozen=True)
+class _Meeting:
+    """What processes that exchange agree upon: their number, how they find each other, and what is measured."""
+
+    gpus: int
+    backend: str
+    make_gpu: Callable[[int], Any]
+    path: Path
+    sizes: tuple[int, ...]
+    rounds: int
+
+
 def measure_collectives(
     gpus: int,
     sizes: Sequence[int] = SIZES,
@@ -115,8 +127,10 @@ def measure_collectives(
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     with TemporaryDirectory() as folder:
-        args = (gpus, backend, make_gpu, Path(folder) / "meeting", tuple(sizes), rounds, results)
-        processes = [context.Process(target=_take_part, args=(rank, *args), daemon=True) for rank in range(gpus)]
+        meeting = _Meeting(gpus, backend, make_gpu, Path(folder) / "meeting", tuple(sizes), rounds)
+        processes = [
+            context.Process(target=_take_part, args=(rank, meeting, results), daemon=True) for rank in range(gpus)
+        ]
         for process in processes:
             process.start()
         try:
@@ -136,20 +150,17 @@ def measure_collectives(
     )
 
 
-def _take_part(
-    rank: int, gpus: int, backend: str, make_gpu: Callable[[int], Any], meeting: Path, sizes: Sequence[int],
-    rounds: int, results: Any,
-) -> None:  # fmt: skip
+def _take_part(rank: int, meeting: _Meeting, results: Any) -> None:
     """Be one of the processes; the first one, and whichever fails, says what was seen."""
     import torch.distributed as dist
 
     try:
-        gpu = make_gpu(rank)
+        gpu = meeting.make_gpu(rank)
         dist.init_process_group(
-            backend, init_method=f"file://{meeting}", rank=rank, world_size=gpus,
+            meeting.backend, init_method=f"file://{meeting.path}", rank=rank, world_size=meeting.gpus,
             timeout=timedelta(seconds=_PATIENCE_S),
         )  # fmt: skip
-        seen = _all_to_alls(gpu, rank, gpus, sizes, rounds)
+        seen = _all_to_alls(gpu, rank, meeting)
         dist.barrier()
         if rank == 0:
             results.put(seen)
@@ -158,17 +169,16 @@ def _take_part(
         results.put(f"process {rank}: {type(error).__name__}: {error}")
 
 
-def _all_to_alls(
-    gpu: Any, rank: int, gpus: int, sizes: Sequence[int], rounds: int
-) -> dict[tuple[int, str], tuple[tuple[int, ...], ...]]:
+def _all_to_alls(gpu: Any, rank: int, meeting: _Meeting) -> dict[tuple[int, str], tuple[tuple[int, ...], ...]]:
     """Returns, by bytes and mode, what all-to-alls took in each round; nothing is sent from a GPU to itself."""
     from torch.distributed import all_to_all_single, barrier
 
+    gpus, sizes = meeting.gpus, meeting.sizes
     stream, gate, start, end = gpu.stream(), gpu.event(), gpu.event(), gpu.event()
     run((gpu.use(stream),))
     received, sent = (gpu.empty((gpus - 1) * max(sizes)).zero_() for _ in range(2))
     seen: dict[tuple[int, str], list[tuple[int, ...]]] = {}
-    for size in (*sizes,) * (rounds + 1):
+    for size in sizes * (meeting.rounds + 1):
         splits = [0 if other == rank else size for other in range(gpus)]
         room = (gpus - 1) * size
         rows_ns, host_ns = [], []
