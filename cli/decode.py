@@ -114,6 +114,10 @@ def _serve(gpu: Any, serving: tuple[Any, ...], out: Path, *, as_json: bool) -> N
 
 def calibrate_served(
     files: Annotated[list[Path], typer.Argument(help="served.json of `calibrate decode --requests`, or its folder.")],
+    runtime: Annotated[
+        str | None,
+        typer.Option(help="The runtime that is simulated, in place of the scenario's: a name or FILE.toml."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Hold what was served in real time against the simulation: the same steps, and the same requests by its clock.
@@ -124,7 +128,8 @@ def calibrate_served(
     from ..calibration.decode.served import compare_served, read_served
     from ..output.tables.requests import print_served
 
-    compared = [compare_served(read_served(file)) for file in files]
+    settings = None if runtime is None else {"runtime": {"name": runtime}}
+    compared = [compare_served(read_served(file), settings) for file in files]
     if json:
         print_json({"served": compared})
         return

@@ -79,7 +79,7 @@ def served() -> str:
     """What was served in real time on an H200, beside the simulation."""
     columns = ["model", "what", "measured, ms", "of repeats", "simulated, ms", "error"]
     rows = []
-    for folder in sorted(SERVED.iterdir()):
+    for folder in sorted(path for path in SERVED.iterdir() if path.is_dir()):
         found = compare_served(read_served(folder))
         for number, repeat in enumerate(found["repeats"]):
             what = f"{repeat['steps']} same steps, repeat {number}"

@@ -83,7 +83,7 @@ def test_packed_rows_have_the_logits_that_each_sequence_has_alone(saved: Any, fa
     runtime = Runtime(CpuDevice(), loaded, loaded.layers * loaded.num_experts)
     texts = torch.randint(3, 60, (3, 9), generator=torch.Generator().manual_seed(3))
     own = [routing_of(model, texts[number], loaded) for number in range(3)]
-    cache = PackedCache(CpuDevice(), loaded, 20)
+    cache = PackedCache(CpuDevice(), loaded, 16)  # of 22 rows: there are no more places than who stays has
     # Request, first position, rows of each step; all of request 0 has left before the last step.
     steps = [[(0, 0, 5)], [(0, 5, 1), (1, 0, 4)], [(1, 4, 1), (0, 6, 1)], [(2, 0, 9), (1, 5, 1)]]
     filling = Filling(loaded.layers, loaded.num_experts, loaded.layout.expert_bytes, runtime.slots)
@@ -101,7 +101,6 @@ def test_packed_rows_have_the_logits_that_each_sequence_has_alone(saved: Any, fa
             for (name, first, count), token in zip(step, given, strict=True):
                 alone = plain_logits(model, texts[name : name + 1, : first + count])[0, -1]
                 assert token == int(alone.argmax()), (number, name)
-    assert cache.used <= 16, "places are used again"
 
 
 def routing_of(model: Any, text: Any, loaded: Any) -> np.ndarray:

@@ -15,6 +15,8 @@ import numpy.typing as npt
 from .models import DecodeError, Loaded
 
 Array = npt.NDArray[np.int64]
+#: What is seen of the cache is so many places, or a multiple: kernels for few shapes.
+_PLACES = 64
 
 
 class PackedCache:
@@ -43,6 +45,7 @@ class PackedCache:
         self._free = list(range(places))
         self._places_of: dict[int, list[int]] = {}
         self._at: Any = None
+        self._places = places
         self.used = 0
 
     def keep(self, requests: set[int]) -> None:
@@ -63,7 +66,8 @@ class PackedCache:
         for place, owner in zip(places, request.tolist(), strict=True):
             self._places_of.setdefault(owner, []).append(place)
         self._request[places], self._position[places] = request, position
-        self.used = 1 + max(max(own) for own in self._places_of.values())
+        last = max(max(own) for own in self._places_of.values())
+        self.used = min((last // _PLACES + 1) * _PLACES, self._places)
         self._at = torch.tensor(places).to(self._layers[0][0].device)
         seen: Array = self._request[None, : self.used] == request[:, None]
         seen &= self._position[None, : self.used] <= position[:, None]

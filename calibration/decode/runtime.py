@@ -101,6 +101,8 @@ class Runtime:
         self._decides: Decides = Filling(loaded.layers, loaded.num_experts, loaded.layout.expert_bytes, self.slots)
         self._given: tuple[Array, Any] | None = None
         self._step: _Step | None = None
+        #: Whether a single row, too, goes through its experts as several do.
+        self._packed = False
         self._forget()
 
     @property
@@ -170,13 +172,17 @@ class Runtime:
     def serving(self, decides: Decides) -> Iterator[None]:
         """Begin with no expert on the GPU, to run steps of `packed_step` by these decisions."""
         import torch
+        from torch.nn.attention import SDPBackend, sdpa_kernel
 
         self._decides = decides
         self._forget()
         gc.collect()
-        with torch.inference_mode(), self._on_compute(), collector_off():
+        # cuDNN's attention makes a plan for every shape that it meets, 40 ms on an H200; shapes here are ever new.
+        attention = sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+        self._packed = True
+        with torch.inference_mode(), attention, self._on_compute(), collector_off():
             yield
-        self._given = None
+        self._given, self._packed = None, False
         self._gpu.synchronize()
 
     def packed_step(self, rows: PackedRows, routing: Array, cache: Any) -> list[int]:
@@ -197,6 +203,23 @@ class Runtime:
         )  # fmt: skip
         following: list[int] = output.logits[0].argmax(dim=-1).tolist()
         return following
+
+    def copy_ns(self, count: int) -> int:
+        """Returns what each of `count` copies of experts takes that queue behind each other, alone on the machine.
+
+        The experts' slots are forgotten.
+        """
+        self._forget()
+        first, last = self._gpu.event(), self._gpu.event()
+        function, args = self._gpu.use(self._copies)
+        function(*args)
+        first.record(self._copies)
+        for number in range(count):
+            room, host = self._rooms[number % self._slot_count], self._loaded.host[number % len(self._loaded.host)]
+            room.copy_(host, non_blocking=True)
+        last.record(self._copies)
+        self._gpu.synchronize()
+        return int(first.elapsed_time(last) * 1e6 / count)
 
     @contextmanager
     def _on_compute(self) -> Iterator[None]:
@@ -226,8 +249,9 @@ class Runtime:
         choice, ranked, index = self._read_back(layer, hidden, index)
         visit = self._decides.visit(layer, choice, ranked)
         output = torch.zeros_like(hidden)
-        chosen = _Chosen(choice, layer * self._loaded.num_experts)
-        positions = None if len(choice) == 1 else chosen.positions(hidden.device)
+        single = len(choice) == 1 and not self._packed
+        chosen = _Chosen(choice, layer * self._loaded.num_experts, single)
+        positions = None if single else chosen.positions(hidden.device)
         for wave in visit.waves:
             self._copy(wave.admitted)
             for expert, tokens, copy in launch_order(visit, wave, False):
@@ -327,9 +351,9 @@ class _Forward:
 class _Chosen:
     """Which (token, rank) pairs of a visit chose each expert, those of an expert together."""
 
-    def __init__(self, choice: Sequence[Sequence[int]], offset: int) -> None:
+    def __init__(self, choice: Sequence[Sequence[int]], offset: int, single: bool) -> None:
         self._offset, self._k = offset, len(choice[0])
-        if len(choice) == 1:
+        if single:
             self._first = {expert: rank for rank, expert in enumerate(choice[0])}
             return
         flat = np.array(choice, dtype=np.int64).reshape(-1)

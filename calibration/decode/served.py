@@ -75,8 +75,8 @@ def compare_served(data: Mapping[str, Any], settings: Mapping[str, Mapping[str, 
     """Returns each repeat beside the simulation, as plain data for JSON; `settings` go over sections of the scenario.
 
     `steps`: their median error (simulated / measured - 1), the median of errors without sign, and the error of their
-    sum. `waits`: measured (the median of repeats), simulated and the error. `admitted`: how many repeats admitted in
-    the simulation's order.
+    sum, and what a copy of an expert took beside them. `waits`: measured (the median of repeats), simulated and the
+    error. `admitted`: how many repeats admitted in the simulation's order.
     """
     scenario = dict(data["scenario"])
     for section, keys in (settings or {}).items():
@@ -110,8 +110,8 @@ def compare_served(data: Mapping[str, Any], settings: Mapping[str, Mapping[str, 
     }  # fmt: skip
 
 
-def _replayed(repeat: Mapping[str, Any], inputs: Inputs) -> dict[str, Any]:
-    """Returns what the steps of a repeat take in the simulation, beside what they took."""
+def replayed_ns(repeat: Mapping[str, Any], inputs: Inputs) -> list[int]:
+    """Returns what each step of a repeat takes in the simulation, in ns, each begun as soon as it can."""
     parts = [tuple(Part(*part) for part in step["parts"]) for step in repeat["steps"]]
     steps = [
         RequestStep(DECODE if is_decode(own) else PREFILL, np.array(step["rows"], dtype=np.int64), parts=own)
@@ -124,13 +124,24 @@ def _replayed(repeat: Mapping[str, Any], inputs: Inputs) -> dict[str, Any]:
     assert inputs.pulls is not None
     replayed = replace(inputs, pulls=replace(inputs.pulls, source=lambda: source))
     run_all(replayed, prepared(replayed, part_costs(replayed)))
-    took = np.array([step["until_ns"] - step["from_ns"] for step in repeat["steps"]])
-    errors = np.array(source.took_ns) / took - 1
+    return source.took_ns
+
+
+def took_ns(repeat: Mapping[str, Any]) -> list[int]:
+    """Returns what each step of a repeat took, in ns."""
+    return [step["until_ns"] - step["from_ns"] for step in repeat["steps"]]
+
+
+def _replayed(repeat: Mapping[str, Any], inputs: Inputs) -> dict[str, Any]:
+    """Returns what the steps of a repeat take in the simulation, beside what they took."""
+    took, simulated = np.array(took_ns(repeat)), np.array(replayed_ns(repeat, inputs))
+    errors = simulated / took - 1
     return {
         "steps": len(took),
         "measured_ms": float(np.median(took)) / 1e6,
-        "simulated_ms": float(np.median(source.took_ns)) / 1e6,
+        "simulated_ms": float(np.median(simulated)) / 1e6,
         "median_error": float(np.median(errors)),
         "median_off": float(np.median(np.abs(errors))),
-        "sum_error": float(np.sum(source.took_ns) / took.sum() - 1),
+        "sum_error": float(simulated.sum() / took.sum() - 1),
+        "copy_ms": [ns / 1e6 for ns in repeat.get("copy_ns", ())],
     }

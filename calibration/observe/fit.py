@@ -23,7 +23,9 @@ from ...engine.scenario.scenario import Scenario
 from ...engine.simulate import simulate_inputs
 from ...resources.runtime import Runtime, load_runtime
 from ...words import problems
+from ..decode.served import replayed_ns
 from .logs import Observation, ObserveError
+from .served_steps import link_share
 
 Floats = npt.NDArray[np.float64]
 #: How far a simulation with the right costs is off, as a share of the time.
@@ -60,23 +62,45 @@ class Fitted:
 
 
 class Predictor:
-    """Simulates observations with other costs of their runtime; each scenario is loaded once."""
+    """Simulates observations with other costs of their runtime; each scenario is loaded once.
+
+    Where copies were measured beside steps that were served, the runtime has what of the link's rate they reached.
+    """
 
     def __init__(self, observations: Sequence[Observation], runtime: str, engine: str | None = None) -> None:
         self.runtime = load_runtime(runtime)
         self._engine = engine
-        self._inputs = [_inputs(each, runtime) for each in observations]
+        loaded: dict[int, Inputs] = {}  # steps that were served have one scenario for all of a file
+        for each in observations:
+            if id(each.settings) not in loaded:
+                loaded[id(each.settings)] = _inputs(each, runtime)
+        self._inputs = [loaded[id(each.settings)] for each in observations]
+        self._steps = [each.steps for each in observations]
+        self._replays: dict[tuple[int, str], list[int]] = {}
+        served = [
+            (steps.repeat, own) for steps, own in zip(self._steps, self._inputs, strict=True) if steps is not None
+        ]
+        self.copy_rate = link_share(served)
+        if self.copy_rate is not None:
+            costs = self.runtime.costs.model_copy(update={"copy_rate": self.copy_rate})
+            self.runtime = self.runtime.model_copy(update={"costs": costs})
         self._known: dict[tuple[int, str], float] = {}
 
     def ns(self, number: int, values: Mapping[str, float]) -> float:
         """Returns what a decode step of an observation takes, in ns, with these costs in place of the runtime's."""
         key = (number, json.dumps(sorted(values.items())))
         if key not in self._known:
-            inputs = self._inputs[number]
+            inputs, steps = self._inputs[number], self._steps[number]
             guesses = inputs.scenario.prefetch.policy != "none"
             changed = replace(inputs, runtime=with_costs(self.runtime, values, guesses))
-            result = simulate_inputs(changed, baselines=False, engine=self._engine)
-            self._known[key] = float(result.data["decode_step_ms"]["mean"]) * 1e6
+            if steps is not None:
+                replay = (id(steps.repeat), key[1])
+                if replay not in self._replays:
+                    self._replays[replay] = replayed_ns(steps.repeat, changed)
+                self._known[key] = steps.median_of(self._replays[replay])
+            else:
+                result = simulate_inputs(changed, baselines=False, engine=self._engine)
+                self._known[key] = float(result.data["decode_step_ms"]["mean"]) * 1e6
         return self._known[key]
 
     def busiest_ns(self, number: int) -> float:
@@ -229,6 +253,15 @@ def runtime_file(fitted: Fitted, predictor: Predictor, base: str, told: tuple[st
                 'source = "fitted"',
             ]
             lines += [f"spread = {fitted.after[cost]:.3g}"]
+    if predictor.copy_rate is not None:
+        rate = predictor.copy_rate
+        lines += [
+            "",
+            "[costs.copy_rate]",
+            f"share = {rate.share}",
+            f'source = "{rate.source}"',
+            f'note = "{rate.note}"',
+        ]
     for core in runtime.cpu_cores if CORES in fitted.values else ():
         lines += ["", "[[cpu_cores]]", f'dtype = "{core.dtype}"', f"tokens = {core.tokens}"]
         lines += [f"bytes_per_second = {core.bytes_per_second}", 'source = "fitted"']

@@ -1,6 +1,6 @@
 """Logs of real runtimes, as observations: a scenario, and what a decode step of it took.
 
-Kinds are known by what they hold: the file of `calibrate decode`, `llama-bench -o json` or `jsonl`, what vLLM's and
+Kinds are known by what they hold: the files of `calibrate decode`, `llama-bench -o json` or `jsonl`, what vLLM's and
 SGLang's benchmarks write, a PyTorch profiler's trace of steps, and CSV whose columns are keys of a scenario and
 `tokens_per_second`. Each may be gzipped.
 """
@@ -21,10 +21,12 @@ from ...bounded import check_json, read, unpacked
 from ...errors import InputError
 from ...workloads.model import Model, load_model
 from ..decode.runs import FORMAT, quartile_spread
+from ..decode.serving import FORMAT as SERVED
+from .served_steps import ServedSteps, steps_by_rows
 from .serving_logs import Seen, seen, step_ns
 
 _KINDS = (
-    "the decode.json of calibrate decode, llama-bench -o json or jsonl, vllm bench serve --save-result, "
+    "the decode.json or served.json of calibrate decode, llama-bench -o json or jsonl, vllm bench serve --save-result, "
     "sglang.bench_serving or bench_one_batch, a PyTorch profiler's trace, or CSV with a column tokens_per_second"
 )
 #: Repeats of one setting that differ by more contradict each other.
@@ -43,7 +45,7 @@ class ObserveError(InputError):
 class Observation:
     """One setting: `ns` a decode step (the median), over `samples`, whose quartiles lie `spread` of it apart.
 
-    `settings` are a scenario's sections; `group` is the model.
+    `settings` are a scenario's sections; `group` is the model. `steps`: the steps that were served, if that is known.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Observation:
     ns: float
     samples: int
     spread: float | None
+    steps: ServedSteps | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,8 @@ def _read(file: Path, context: Context) -> list[Observation]:
     rows = _objects(file, text)
     if len(rows) == 1 and rows[0].get("format") == FORMAT:
         return _decoded(file, rows[0], context)
+    if len(rows) == 1 and rows[0].get("format") == SERVED:
+        return _in_real_time(file, rows[0], context)
     served = [(number, found) for number, row in enumerate(rows, 1) if (found := _seen(file, number, row)) is not None]
     if served:
         return [_served(file, number, found, context) for number, found in served]
@@ -158,6 +163,19 @@ def _decoded(file: Path, report: Mapping[str, Any], context: Context) -> list[Ob
     except (KeyError, TypeError, ZeroDivisionError) as error:
         raise ObserveError(f"{file}: is not a whole {FORMAT}: {type(error).__name__}: {error}") from error
     return found
+
+
+def _in_real_time(file: Path, report: Mapping[str, Any], context: Context) -> list[Observation]:
+    """Returns the steps of a served.json, those of a repeat with as many rows together."""
+    try:
+        sections, model = _merged(report["scenario"], context), report["model"]["name"]
+        return [
+            Observation(f"{model}-repeat{number}-{name}", model, sections, steps.ns, len(steps.numbers), None, steps)
+            for number, repeat in enumerate(report["repeats"])
+            for name, steps in steps_by_rows(repeat).items()
+        ]
+    except (KeyError, TypeError) as error:
+        raise ObserveError(f"{file}: is not a whole {SERVED}: {type(error).__name__}: {error}") from error
 
 
 def llama_bench(file: Path, rows: Sequence[Mapping[str, Any]], context: Context) -> list[Observation]:

@@ -112,11 +112,11 @@ def print_served(data: Mapping[str, Any]) -> None:
     """Print what was served in real time beside the simulation."""
     console = plain_console()
     console.print(Text(f"{data['model']}: {data['requests']:,} requests served", style="bold"))
-    table = columns_of("same steps", "measured, ms", "simulated, ms", "median error", "median off", "sum")
+    table = columns_of("same steps", "measured, ms", "simulated, ms", "median error", "median off", "sum", "a copy, ms")
     for number, repeat in enumerate(data["repeats"]):
         errors = (f"{repeat[name]:+.1%}" for name in ("median_error", "median_off", "sum_error"))
-        name = f"repeat {number}, {repeat['steps']:,} steps"
-        table.add_row(name, _number(repeat["measured_ms"]), _number(repeat["simulated_ms"]), *errors)
+        name, copies = f"repeat {number}, {repeat['steps']:,} steps", ", ".join(f"{ms:.3f}" for ms in repeat["copy_ms"])
+        table.add_row(name, _number(repeat["measured_ms"]), _number(repeat["simulated_ms"]), *errors, copies)
     console.print(table)
     table = columns_of("by its own clock", "measured, ms", "of repeats", "simulated, ms", "error")
     for name, wait in data["waits"].items():
