@@ -17,6 +17,7 @@ from ...dtypes import bits_of
 from ...engine.costs.surface_costs import DENSE_PRODUCTS, product_width
 from ...errors import InputError
 from ...workloads.model import Model
+from .attention import Attended, Caches
 
 #: Something to call, and with what.
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
@@ -217,7 +218,8 @@ class Workload:
     """The kernel groups of a model: dense parts, experts in slots, the head; each eager or as one CUDA graph.
 
     Experts lie in `slots` (slots, expert_bytes) uint8, the first matrices of each slot being its weights. Inputs are
-    constant, so that nothing grows or fades over a run. `most_tokens` bounds the tokens of any group.
+    constant, so that nothing grows or fades over a run. `most_tokens` bounds the tokens of any group, and `most_keys` the
+    positions that attention looks at.
 
     Where memory lies makes the same kernels faster or slower, up to a fifth for a dense part of many short ones. So
     workloads that are to be compared take all but the slots from one `shared` dictionary, which the first ones fill.
@@ -234,6 +236,7 @@ class Workload:
         most_tokens: int,
         graphs: bool,
         shared: dict[Any, Any] | None = None,
+        most_keys: int = 0,
     ) -> None:
         self._gpu, self._model, self._slots, self._graphs = gpu, model, slots, graphs
         experts = model.expert_dtype in EXECUTABLE_DTYPES  # others are computed on the CPU alone
@@ -255,6 +258,7 @@ class Workload:
         self._expert_y = self._empty("expert y", most_tokens, hidden, dtype=dtype)
         self._gate, self._up = (self._empty(name, most_tokens, inner, dtype=dtype) for name in ("gate", "up"))
         self._most_tokens = most_tokens
+        self._caches = Caches(gpu, model.dense_dtype, most_keys)
         self.dense = cache(self._dense)
         self.expert = cache(self._expert)
         self.head = cache(self._head)
@@ -299,14 +303,19 @@ class Workload:
             self._shared[key] = make()
         return self._shared[key]
 
-    def _group(self, products: Sequence[Call], kernels: int, filler: Call) -> Calls:
-        """Spread elementwise kernels evenly behind the products, up to `kernels`; a graph makes one call of all."""
+    def _group(self, products: Sequence[Call], kernels: int, filler: Call, attention: Sequence[Call] = ()) -> Calls:
+        """Spread elementwise kernels evenly behind the products, up to `kernels`; a graph makes one call of all.
+
+        Attention is among the kernels, behind the first pair of products.
+        """
         calls: list[Call] = []
-        missing = max(0, kernels - len(products))
+        missing = max(0, kernels - len(products) - len(attention))
         for number, product in enumerate(products):
             calls.append(product)
             behind = missing * (number + 1) // len(products) - missing * number // len(products)
             calls += [filler] * behind
+            if number == 1:
+                calls += attention
         return self._launched(tuple(calls))
 
     def _launched(self, calls: Calls) -> Calls:
@@ -315,7 +324,7 @@ class Workload:
         run(calls)  # so that no first launch is timed
         return calls
 
-    def _dense(self, layer: int, tokens: int) -> Calls:
+    def _dense(self, layer: int, tokens: int, attended: tuple[Attended, ...] = ()) -> Calls:
         """Returns the group of a layer's dense part over `tokens` tokens: products of its weight bytes and the rest."""
         x, y = self._x[:tokens], self._y[:tokens]
         width = self._width[layer]
@@ -323,7 +332,8 @@ class Workload:
         products: list[Call] = []
         for into, out in self._dense_weights[layer]:
             products += [_product(x, into, inner), _product(inner, out, y)]
-        return self._group(products, self._model.dense_kernels, _negate(y))
+        attention = [self._caches.attention(layer, asked) for asked in attended]
+        return self._group(products, self._model.dense_kernels, _negate(y), attention)
 
     def _expert(self, slot: int, tokens: int) -> Calls:
         """Returns the group of the expert in a slot over `tokens` tokens."""

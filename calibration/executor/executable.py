@@ -8,6 +8,7 @@ from ...engine.scenario.inputs import Inputs
 from ...engine.scenario.scenario import Scenario
 from ...workloads.model import Model
 from ..device.cuda import without_kernels
+from .attending import without_attention
 from .entries import ExecutionError
 from .unpack import packed_bytes
 
@@ -22,7 +23,7 @@ CPU_DTYPES, CPU_ONLY = ("float32", "bfloat16", "int8", "int4"), ("int8", "int4")
 def check_executable(inputs: Inputs) -> None:
     """Refuse what depends on the clock or has no counterpart among the calls that are made, all of it at once."""
     wrongs = [text for wrong, text in (*_of_dispatch(inputs), *_of_memory(inputs), *_of_several(inputs)) if wrong]
-    wrongs += _of_kernels(inputs.scenario, inputs.model)
+    wrongs += _of_kernels(inputs.scenario, inputs.model) + without_attention(inputs)
     if wrongs:
         raise ExecutionError(f"{'; '.join(wrongs)} (execution on a GPU)")
 
@@ -50,7 +51,6 @@ def _of_dispatch(inputs: Inputs) -> list[tuple[bool, str]]:
         ),
         (scenario.copy_.drop_stale, "copy.drop_stale = true: it decides by the clock; set it to false"),
         (by_clock, f"prefetch.policy = {scenario.prefetch.policy!r} decides by the clock: choose another"),
-        (scenario.workload.context is not None, "workload.context: kernels have no KV cache; leave it out"),
         (inputs.pulls is not None, "[requests]: a scheduler decides by the clock; leave it out"),
         (
             inputs.runtime.name != "prestage",

@@ -28,6 +28,7 @@ from ...resources.timeline import (
 )
 from ..device.clocks import Clocks
 from ..device.cuda import EXECUTABLE_DTYPES, Call, Calls, Workload, run
+from .attending import Attends
 from .beside import Beside, is_beside
 from .copy_queue import CopyQueue
 from .entries import COPIES, HOST_LANE, STREAMS, Entry, Plan
@@ -74,9 +75,11 @@ class Part:
         # As many tokens for all small runs: then their workloads share the same memory.
         most_tokens = max(MANY_TOKENS, *(entry.tokens for entry in plan.entries))
         graphs = scenario.dispatch.mode == "graph"
+        self._attends = Attends(inputs)
         self.workload = Workload(
-            gpu, model, self._scratch, most_tokens=most_tokens, graphs=graphs, shared=shared.on(gpu)
-        )
+            gpu, model, self._scratch, most_tokens=most_tokens, graphs=graphs, shared=shared.on(gpu),
+            most_keys=self._attends.most_keys,
+        )  # fmt: skip
         waves = [entry for entry in plan.entries if entry.members]
         self.grouped = Grouped(gpu, model, self.slots, self.workload.inputs, waves) if waves else None
         self._compute = gpu.stream()
@@ -198,7 +201,7 @@ class Part:
         if kind == EXPERT:
             return self.workload.expert(entry.slot if entry.scratch < 0 else entry.scratch, entry.tokens)
         if kind == DENSE:
-            return self.workload.dense(entry.layer, entry.tokens)
+            return self.workload.dense(entry.layer, entry.tokens, self._attends.of(entry.visit))
         if kind == HEAD:
             return self.workload.head(entry.tokens)
         if kind == PREDICT:
