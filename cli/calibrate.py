@@ -29,6 +29,10 @@ def calibrate_measure(
         bool,
         typer.Option(help="Only products of weights in 8 and 4 bits, to be fitted together with a surface's samples."),
     ] = False,
+    launches: Annotated[
+        bool,
+        typer.Option(help="Only what calls of products take of the host, and how many kernels they launch."),
+    ] = False,
     model: Annotated[
         list[str] | None,
         typer.Option(help="A model (a preset or a file) whose kernels are measured as points of their own; repeat it."),
@@ -44,16 +48,17 @@ def calibrate_measure(
     from ..calibration.measure.bench import with_models
     from ..calibration.measure.drive import measure_drive
     from ..calibration.measure.exchanges import measure_collectives
+    from ..calibration.measure.launches import measure_launches
     from ..calibration.measure.measure import FULL, LINKS, PROBES, QUICK, described, measure
     from ..calibration.measure.surface import FULL_GRID, LOW_BIT_GRID, measure_surface, surface_samples
     from ..files import check_file
 
     check_file(out)
-    alone = {"--drive": drive is not None, "--surface": surface, "--low-bit": low_bit}
+    alone = {"--drive": drive is not None, "--surface": surface, "--low-bit": low_bit, "--launches": launches}
     given = [name for name, is_given in alone.items() if is_given]
     if given and (len(given) > 1 or links or quick or model):
         others = ", ".join(name for name in alone if name != given[0])
-        what = {"--drive": "the drive", "--surface": "the surface", "--low-bit": "these products"}[given[0]]
+        what = {"--drive": "the drive", "--surface": "the surface"}.get(given[0], "these products")
         raise InputError(f"{given[0]}: measures {what} alone: leave out {others}, --links, --quick and --model")
     extent = with_models(QUICK if quick else FULL, model or ())
     gpu = Gpu(device)
@@ -64,6 +69,8 @@ def calibrate_measure(
     with progress_shown() as progress:
         if drive is not None:
             samples = described(gpu, measure_drive(drive))
+        elif launches:
+            samples = surface_samples(gpu, measure_launches(gpu, progress=progress))
         elif surface or low_bit:
             grid = LOW_BIT_GRID if low_bit else FULL_GRID
             samples = surface_samples(gpu, measure_surface(gpu, grid, progress=progress))

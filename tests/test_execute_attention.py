@@ -26,21 +26,23 @@ from prestage.workloads.synthetic import synthesize
 #: Two KV heads of 8 for each four query heads, in 16 bits: 4 x 2 x 8 bytes a key.
 FULL = Attending(heads=4, kv_heads=2, head_dim=8, key_bytes=64)
 WINDOW = replace(FULL, most=12)
+CONTEXT = {"trace": "none", "batch": 2, "context": 10, "prefill": "skip"}
 
 
 def model_with(*layers: tuple[Attending, ...]) -> Model:
     attention = (*layers, *((FULL,),) * (LAYERS - len(layers)))
     dense_bytes = (4 * HIDDEN * 32 * 2,) * LAYERS
-    return replace(small_model(), dense_dtype="bfloat16", dense_bytes=dense_bytes, attention=attention)
+    model: Model = replace(small_model(), dense_dtype="bfloat16", dense_bytes=dense_bytes, attention=attention)
+    return model
 
 
 def inputs_with(model: Model, sequences: int = 2, tokens: int = 6, **sections: Any) -> Inputs:
     trace = synthesize(
         tokens, LAYERS, EXPERTS, TOP_K, skew=0.3, working_set=EXPERTS, reuse=0.3, sequences=sequences, seed=4
     )
-    workload = {"trace": "none", "batch": 2, "context": 10, "prefill": "skip"}
-    chosen = {"memory": {"gpu_budget": "12experts"}, "dispatch": {"mode": "graph"}, "workload": workload} | sections
-    return tiny_inputs(model, tiny_profile(), trace, tiny_scenario(**chosen))
+    chosen = {"memory": {"gpu_budget": "12experts"}, "dispatch": {"mode": "graph"}, "workload": CONTEXT} | sections
+    inputs: Inputs = tiny_inputs(model, tiny_profile(), trace, tiny_scenario(**chosen))
+    return inputs
 
 
 def test_a_visit_looks_at_all_keys_of_its_sequences_or_at_those_of_a_window() -> None:
@@ -75,8 +77,8 @@ def test_attention_is_one_of_the_kernels_that_a_dense_part_has_and_looks_at_so_m
 def test_an_execution_with_a_context_makes_the_same_decisions_and_says_nothing_of_plain_dense_parts(mode: str) -> None:
     shared = Shared(CpuDevice(), LAYERS * EXPERTS * EXPERT_BYTES)
     measured, plain = (
-        execute([CpuDevice()], inputs_with(model_with(), dispatch={"mode": mode}, **more), mode, shared, repeats=1)
-        for more in ({}, {"workload": {"trace": "none", "batch": 2}})
+        execute([CpuDevice()], inputs_with(model_with(), dispatch=way, workload=each), mode, shared, repeats=1)
+        for way, each in (({"mode": mode}, CONTEXT), ({"mode": mode}, {"trace": "none", "batch": 2}))
     )
     assert measured.gpus[0].counts == plain.gpus[0].counts
     assert {row["cost"] for row in samples([plain])} >= {"host:dense"}

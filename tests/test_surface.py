@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+from cpu_device import CpuDevice
 from test_calibration import GatedDevice
 from tiny import ASSUMED, tiny_costs, tiny_model, tiny_profile, tiny_scenario
 
@@ -17,6 +18,7 @@ from prestage.calibration.fit.check_kernels import check_kernels, check_text, su
 from prestage.calibration.fit.evidence import Evidence, Row
 from prestage.calibration.fit.surface import fit_surface, starts_ns
 from prestage.calibration.measure import low_bit
+from prestage.calibration.measure.launches import CALLS, Shapes, measure_launches
 from prestage.calibration.measure.samples import Samples, SamplesError, SurfaceSeries, load_samples
 from prestage.calibration.measure.surface import (
     FULL_GRID,
@@ -459,3 +461,10 @@ def test_schedules_of_held_out_shapes_are_simulated_as_near_as_the_documentation
     errors = np.abs([row["makespan_error"] for row in rows])
     assert len(errors) == 12 and all(row["counts_equal"] for row in rows)
     assert np.median(errors) <= 0.015 and errors.max() <= 0.04
+
+
+def test_calls_of_products_are_timed_and_counted_for_each_shape_that_is_not_too_large() -> None:
+    series = measure_launches(CpuDevice(), (Shapes("float32", (16, 32, 2**14), (16, 2**14), (1, 2)),))
+    assert [row.shape[:2] for row in series[::2]] == [(16, 16), (16, 2**14), (32, 16), (32, 2**14), (2**14, 16)]
+    assert {(row.what, row.kernels, len(row.samples_ns)) for row in series} == {("launch", CALLS, 5)}
+    assert all(ns > 0 for row in series for ns in row.samples_ns)

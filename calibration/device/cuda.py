@@ -142,6 +142,21 @@ class Gpu:
             graph.capture_end()
         return graph
 
+    def launches(self, calls: Calls) -> int:
+        """Returns how many kernels, copies and fills the calls launch: the nodes of a CUDA graph of them."""
+        import torch
+
+        with torch.cuda.stream(self._capture_stream):
+            run(calls)
+            self._capture_stream.synchronize()
+            graph = torch.cuda.CUDAGraph(keep_graph=True)
+            graph.capture_begin()
+            run(calls)
+            graph.capture_end()
+        count = ctypes.c_size_t()
+        _driver().cuGraphGetNodes(graph.raw_cuda_graph(), None, ctypes.byref(count))
+        return count.value
+
     def spin(self, ns: int) -> None:
         """Keep the current stream busy for `ns` or longer, if the GPU runs at less than 2 GHz."""
         import torch
@@ -187,6 +202,7 @@ def _driver() -> Any:
         ("cuStreamWriteValue32_v2", (address, size, word, word)),
         ("cuStreamWaitValue32_v2", (address, size, word, word)),
         ("cuMemcpyAsync", (size, size, size, address)),
+        ("cuGraphGetNodes", (address, address, ctypes.POINTER(size))),
     ):
         function = getattr(library, name)
         function.argtypes, function.errcheck = types, _check_driver
@@ -218,8 +234,8 @@ class Workload:
     """The kernel groups of a model: dense parts, experts in slots, the head; each eager or as one CUDA graph.
 
     Experts lie in `slots` (slots, expert_bytes) uint8, the first matrices of each slot being its weights. Inputs are
-    constant, so that nothing grows or fades over a run. `most_tokens` bounds the tokens of any group, and `most_keys` the
-    positions that attention looks at.
+    constant, so that nothing grows or fades over a run. `most_tokens` bounds the tokens of any group, and `most_keys`
+    the positions that attention looks at.
 
     Where memory lies makes the same kernels faster or slower, up to a fifth for a dense part of many short ones. So
     workloads that are to be compared take all but the slots from one `shared` dictionary, which the first ones fill.

@@ -81,10 +81,11 @@ def _of_heads(model: Model) -> list[str]:
         return [f"model {model.name}: dense_dtype = {model.dense_dtype!r}: attention is made in {' or '.join(_DTYPES)}"]
     kinds = {each for layer in range(model.layers) for each in model.attention_of(layer)}
     odd = sum(not _is_plain(each) for each in kinds)
-    return [f"model {model.name}: {odd} of its kinds of attention have no kernels: only plain heads of 16 bits"] * (odd > 0)
+    text = f"model {model.name}: {odd} of its kinds of attention have no kernels: only plain heads of 16 bits"
+    return [text] if odd else []
 
 
 def _is_plain(each: Attending) -> bool:
-    """Whether heads share keys in equal parts, look at each key, and cache keys and values of their width in 16 bits."""
+    """Whether heads share keys in equal parts, look at each, and cache keys and values of their width in 16 bits."""
     divides = each.heads > 0 and each.heads % each.kv_heads == 0
     return divides and each.ratio == 1 and not each.latent_dim and each.key_bytes == 4 * each.kv_heads * each.head_dim

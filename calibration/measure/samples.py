@@ -93,9 +93,9 @@ class Series(_Part):
 
 
 #: What kernels of the surface are, how they are launched, and what runs beside them.
-Kind = Literal["product", "negate", "multiply", "attention", "prompt"]
+Kind = Literal["product", "negate", "multiply", "attention", "prompt", "launch"]
 #: How many sizes the shape of each has.
-SHAPES: dict[str, int] = {"product": 3, "negate": 1, "multiply": 1, "attention": 5, "prompt": 4}
+SHAPES: dict[str, int] = {"product": 3, "negate": 1, "multiply": 1, "attention": 5, "prompt": 4, "launch": 3}
 Dispatch = Literal["graph", "eager"]
 Load = Literal["none", "h2d"]
 
@@ -105,7 +105,8 @@ class SurfaceSeries(NamedTuple):
 
     `what` is a product of (tokens, columns) and (columns, rows), whose shape is (rows, columns, tokens); a small kernel
     (negate, multiply) of so many elements; attention of one new token a sequence (sequences, KV heads, query heads a KV
-    head, head width, positions); or that of a prompt (KV heads, query heads a KV head, head width, tokens).
+    head, head width, positions); or that of a prompt (KV heads, query heads a KV head, head width, tokens). A launch is
+    the host's time for some calls of a product, which launch so many kernels.
     """
 
     what: Kind
