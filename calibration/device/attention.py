@@ -12,7 +12,10 @@ from typing import Any, NamedTuple
 
 
 class Attended(NamedTuple):
-    """One attention of a layer in a step: of so many sequences, over `keys` each; `number` among the layer's own."""
+    """One attention of a layer in a step: of so many sequences, over `keys` each; `number` among the layer's own.
+
+    The cache of a sequence has room for `most_keys`.
+    """
 
     number: int
     heads: int
@@ -20,13 +23,14 @@ class Attended(NamedTuple):
     head_dim: int
     sequences: int
     keys: int
+    most_keys: int
 
 
 class Caches:
-    """The KV caches of a model's layers, each made when it is first looked at, with room for `most_keys`."""
+    """The KV caches of a model's layers, each made when it is first looked at."""
 
-    def __init__(self, gpu: Any, dtype: str, most_keys: int) -> None:
-        self._gpu, self._dtype, self._most_keys = gpu, dtype, most_keys
+    def __init__(self, gpu: Any, dtype: str) -> None:
+        self._gpu, self._dtype = gpu, dtype
         self._made: dict[tuple[int, ...], Any] = {}
 
     def attention(self, layer: int, asked: Attended) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -34,7 +38,7 @@ class Caches:
         import torch
 
         heads, kv_heads, head_dim, sequences = asked.heads, asked.kv_heads, asked.head_dim, asked.sequences
-        cache = self._kept((layer, asked.number), 2, sequences, kv_heads, self._most_keys, head_dim)
+        cache = self._kept((layer, asked.number), 2, sequences, kv_heads, asked.most_keys, head_dim)
         queries = self._kept((), sequences, heads, 1, head_dim)
         keys, values = cache[:, :, :, : asked.keys]
         attend = partial(torch.nn.functional.scaled_dot_product_attention, enable_gqa=heads > kv_heads)

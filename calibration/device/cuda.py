@@ -234,8 +234,7 @@ class Workload:
     """The kernel groups of a model: dense parts, experts in slots, the head; each eager or as one CUDA graph.
 
     Experts lie in `slots` (slots, expert_bytes) uint8, the first matrices of each slot being its weights. Inputs are
-    constant, so that nothing grows or fades over a run. `most_tokens` bounds the tokens of any group, and `most_keys`
-    the positions that attention looks at.
+    constant, so that nothing grows or fades over a run. `most_tokens` bounds the tokens of any group.
 
     Where memory lies makes the same kernels faster or slower, up to a fifth for a dense part of many short ones. So
     workloads that are to be compared take all but the slots from one `shared` dictionary, which the first ones fill.
@@ -252,7 +251,6 @@ class Workload:
         most_tokens: int,
         graphs: bool,
         shared: dict[Any, Any] | None = None,
-        most_keys: int = 0,
     ) -> None:
         self._gpu, self._model, self._slots, self._graphs = gpu, model, slots, graphs
         experts = model.expert_dtype in EXECUTABLE_DTYPES  # others are computed on the CPU alone
@@ -274,7 +272,7 @@ class Workload:
         self._expert_y = self._empty("expert y", most_tokens, hidden, dtype=dtype)
         self._gate, self._up = (self._empty(name, most_tokens, inner, dtype=dtype) for name in ("gate", "up"))
         self._most_tokens = most_tokens
-        self._caches = Caches(gpu, model.dense_dtype, most_keys)
+        self._caches = Caches(gpu, model.dense_dtype)
         self.dense = cache(self._dense)
         self.expert = cache(self._expert)
         self.head = cache(self._head)

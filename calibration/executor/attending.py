@@ -27,11 +27,7 @@ class Attends:
         if start is not None:
             positions = inputs.trace.position
             self._steps = [(len(step.rows), int(positions[step.rows[0]]) + start + 1) for step in inputs.steps]
-
-    @property
-    def most_keys(self) -> int:
-        """At how many positions a row looks at most."""
-        return max((position for _, position in self._steps), default=0)
+        self._most_keys = max((position for _, position in self._steps), default=0)
 
     def of(self, visit: int) -> tuple[Attended, ...]:
         """Returns the attentions of a visit, one behind the other."""
@@ -42,7 +38,7 @@ class Attends:
         return tuple(
             Attended(
                 number, each.heads, each.kv_heads, each.head_dim, sequences,
-                max(1, int(each.keys(np.array([float(position)]))[0])),
+                max(1, int(each.keys(np.array([float(position)]))[0])), self._most_keys,
             )
             for number, each in enumerate(self._model.attention_of(layer))
         )  # fmt: skip

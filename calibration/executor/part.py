@@ -77,10 +77,8 @@ class Part:
         graphs = scenario.dispatch.mode == "graph"
         self._attends = Attends(inputs)
         self.workload = Workload(
-            gpu, model, self._scratch, most_tokens=most_tokens, graphs=graphs, shared=shared.on(gpu),
-            most_keys=self._attends.most_keys,
-        )  # fmt: skip
-        waves = [entry for entry in plan.entries if entry.members]
+            gpu, model, self._scratch, most_tokens=most_tokens, graphs=graphs, shared=shared.on(gpu)
+        )
         self.grouped = Grouped(gpu, model, self.slots, self.workload.inputs, waves) if waves else None
         self._compute = gpu.stream()
         # A copy is made by the GPU that the bytes come from.
