@@ -79,6 +79,7 @@ class Part:
         self.workload = Workload(
             gpu, model, self._scratch, most_tokens=most_tokens, graphs=graphs, shared=shared.on(gpu)
         )
+        waves = [entry for entry in plan.entries if entry.members]
         self.grouped = Grouped(gpu, model, self.slots, self.workload.inputs, waves) if waves else None
         self._compute = gpu.stream()
         # A copy is made by the GPU that the bytes come from.
