@@ -45,6 +45,10 @@ class Contention(Part):
     measured: no run copies much to the host, and what several GPUs share is in the topology.
     `compute_beside_peer` is for kernels beside copies from another GPU (None: as beside copies from the host), and
     `peer_beside_copy` how much longer a copy between GPUs takes beside copies from the host.
+
+    Kernels of two streams share the GPU: `kernels_beside_unpacking` is for those of the compute stream while others
+    decompress experts on a side stream, and `unpacking_beside_kernels` the other way round; `kernels_beside_predictor`
+    and `predictor_beside_kernels` the same of a predictor there. Without them none slows another down.
     """
 
     copy_beside_compute: Factor
@@ -55,6 +59,10 @@ class Contention(Part):
     copy_beside_all_gpus: Factor | None = None
     compute_beside_peer: Factor | None = None
     peer_beside_copy: Duration | None = None
+    kernels_beside_unpacking: Factor | None = None
+    unpacking_beside_kernels: Factor | None = None
+    kernels_beside_predictor: Factor | None = None
+    predictor_beside_kernels: Factor | None = None
 
 
 class Processor(Cost):

@@ -14,11 +14,15 @@ from prestage.engine.loading.stages import with_profile
 from prestage.engine.measure.merge import makespan_ns
 from prestage.engine.run import prepared, run_all
 from prestage.engine.scenario.inputs import Inputs
+from prestage.resources.profile import Factor
 from prestage.resources.profile_costs import Duration, StreamedKernel, TransferCost
 from prestage.resources.timeline import ACTIVATION, COMBINE, CPU_EXPERT, DISPATCH, EXPERT
 
 
-def on(inputs: Inputs, *, host: dict[str, int] | None = None, grouped: bool = False, exchange: bool = False) -> Inputs:
+def on(
+    inputs: Inputs, *, host: dict[str, int] | None = None, grouped: bool = False, exchange: bool = False,
+    factors: dict[str, float] | None = None,
+) -> Inputs:  # fmt: skip
     """The inputs on their machine with more costs measured."""
     profile = inputs.profile
     costs = {name: Duration(ns=ns, **ASSUMED) for name, ns in (host or {}).items()}
@@ -28,6 +32,9 @@ def on(inputs: Inputs, *, host: dict[str, int] | None = None, grouped: bool = Fa
         updates["compute"] = profile.compute.model_copy(update={"grouped": kernel})
     if exchange:
         updates["exchange"] = TransferCost(latency_ns=700, bytes_per_second=10**9, **ASSUMED)
+    if factors:
+        measured = {name: Factor(factor=factor, **ASSUMED) for name, factor in factors.items()}
+        updates["contention"] = profile.contention.model_copy(update=measured)
     return with_profile(inputs, profile.model_copy(update=updates))
 
 
@@ -37,10 +44,17 @@ def spans_of(inputs: Inputs, engine: str) -> list[Any]:
 
 
 CPU_COSTS = {"cpu_hand_over": 70, "cpu_take_back": 50, "cpu_notice": 400, "cpu_results": 90}
+SLOW = {
+    "kernels_beside_unpacking": 4.7, "unpacking_beside_kernels": 1.3, "kernels_beside_predictor": 1.6,
+    "predictor_beside_kernels": 2.2,
+}  # fmt: skip
 CASES: dict[str, tuple[Callable[[], Inputs], dict[str, Any]]] = {
     "CPU": (lambda: inputs_of("CPU"), {"host": CPU_COSTS}),
     "CPU and prefetches": (lambda: inputs_of("CPU and prefetches"), {"host": CPU_COSTS}),
     "grouped": (lambda: inputs_of("grouped"), {"grouped": True}),
+    "decompression aside": (lambda: inputs_of("compressed in host memory, aside"), {"factors": SLOW}),
+    "decompression on the GPU, aside": (lambda: inputs_of("compressed on the GPU, aside"), {"factors": SLOW}),
+    "predictor aside": (lambda: inputs_of("predictor in graphs"), {"factors": SLOW}),
     "exchanges": (shared_layers, {"host": {"exchange_call": 130}, "exchange": True}),
     "moves": (lambda: shared_layers(parallel={"remote": "peer"}), {"host": {"expert_move": 210}}),
 }

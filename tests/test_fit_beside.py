@@ -13,7 +13,8 @@ from prestage.calibration.executor.execute import execute, load_executable
 from prestage.calibration.executor.measured import Measured, load_measured
 from prestage.calibration.executor.scenario_sets import scenarios
 from prestage.calibration.executor.shared import Shared
-from prestage.calibration.fit.beside import Seen, fit_beside, observe, unsure, written
+from prestage.calibration.fit.beside import fit_beside, observe, written
+from prestage.calibration.fit.seen import Seen, unsure
 from prestage.calibration.measure.samples import Samples, Series
 from prestage.calibration.validate.validate import compare, simulate_measured
 from prestage.engine.costs.uncertainty import replicate_costs

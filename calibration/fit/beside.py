@@ -7,10 +7,8 @@ an entry waited for is told by its plan, which is made again from the scenario.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from json import dumps
-from math import hypot
 from typing import Any
 
 import numpy as np
@@ -38,40 +36,16 @@ from ..executor.entries import COPIES, Entry, Plan
 from ..executor.measured import Measured, Times
 from ..executor.plan import make_plans
 from ..measure.samples import Samples
-from .evidence import Row, uncertainty
 from .fit import profile_text
+from .seen import BESIDE, Busy, Seen, intervals, share_of, unsure
+from .side_by_side import side_by_side
 
-#: A span is beside a copy from this share of its time on.
-_BESIDE = 0.95
 _KERNELS = (DENSE, EXPERT, HEAD, DECOMPRESS)
 #: How many reads in flight a drive's profile has by itself.
 LANES = 4
 
 #: What was observed: a cost's name, what it depends on, and a value in ns.
 Observation = tuple[str, tuple[Any, ...], float]
-#: When something was busy: starts and ends, in ns, in order.
-Busy = tuple[Any, Any]
-
-
-@dataclass(frozen=True)
-class Seen:
-    """One cost as it was observed: how often, its median, mean and quartiles' distance, in ns; the median of each run.
-
-    `repeats_apart`: how far the repeats of the runs in which it was seen lie apart, the standard deviation of makespans
-    over their mean.
-    """
-
-    n: int
-    median_ns: float
-    mean_ns: float
-    iqr_ns: float
-    run_medians_ns: tuple[float, ...] = ()
-    repeats_apart: float = 0.0
-
-    @property
-    def shown(self) -> dict[str, Any]:
-        """What a profile keeps of the samples."""
-        return {"n": self.n, "median_ns": round(self.median_ns, 1), "iqr_ns": round(self.iqr_ns, 1)}
 
 
 def observe(runs: Iterable[Measured]) -> dict[str, dict[tuple[Any, ...], Seen]]:
@@ -95,24 +69,6 @@ def observe(runs: Iterable[Measured]) -> dict[str, dict[tuple[Any, ...], Seen]]:
     return found
 
 
-def unsure(seen: Collection[Seen], *, decides: bool = False) -> dict[str, float]:
-    """Returns how far a cost can be off, by how far its runs lie apart.
-
-    A cost that `decides` how long a run takes differs between a run's repeats as these do, too; of one that no two runs
-    had no more is known than that.
-    """
-    rows = [
-        Row("", {}, one.n, one.median_ns, one.mean_ns, one.iqr_ns, one.run_medians_ns, one.run_medians_ns)
-        for one in seen
-    ]
-    several = [row for row in rows if len(row.run_medians_ns) > 1]
-    found = uncertainty(several or rows)
-    if decides or not several:
-        repeats = float(np.sqrt(np.mean([one.repeats_apart**2 for one in seen])))
-        found["run_spread"] = round(hypot(found["run_spread"], repeats), 5)
-    return found
-
-
 def _observe(run: Measured, inputs: Inputs, plans: Sequence[Plan]) -> Iterator[Observation]:
     """Yields costs of one run.
 
@@ -127,7 +83,7 @@ def _observe(run: Measured, inputs: Inputs, plans: Sequence[Plan]) -> Iterator[O
     times = run.times
     for number, plan in enumerate(plans):
         its = times[number]
-        busy, kernels = _intervals(plan, its, COPIES), _intervals(plan, its, _KERNELS)
+        busy, kernels = intervals(plan, its, COPIES), intervals(plan, its, _KERNELS)
         last_issued_ns = 0
         for entry in plan.entries:
             if not entry.marks:
@@ -158,35 +114,18 @@ def _work(entry: Entry, times: Times, busy: Busy, kernels: Busy, inputs: Inputs)
     """Yields what an entry's own work took, if copies were under way throughout or not at all."""
     model = inputs.model
     start_ns, end_ns = int(times.start_ns[entry.mark]), int(times.end_ns[entry.mark])
-    beside = _share(busy, start_ns, end_ns)
-    if 0 < beside < _BESIDE:
+    beside = share_of(busy, start_ns, end_ns)
+    if 0 < beside < BESIDE:
         return
     if entry.kind == CPU_EXPERT:
         shape = (model.hidden, model.expert_ff, model.expert_dtype, entry.tokens)
         yield "cpu", (*shape, inputs.scenario.miss.cpu_threads, beside > 0), end_ns - start_ns
-    elif entry.kind == DECOMPRESS and _share(kernels, start_ns, end_ns) <= 2 - _BESIDE:  # its own
+    elif entry.kind == DECOMPRESS and share_of(kernels, start_ns, end_ns) <= 2 - BESIDE:  # its own
         yield "unpack", (model.expert_bytes[entry.expert // model.experts], beside > 0), end_ns - start_ns
     elif entry.kind == EXPERT and entry.members:
         yield "grouped", (len(entry.members) * model.expert_bytes[entry.layer], beside > 0), end_ns - start_ns
     elif entry.kind == PREDICT and beside == 0:
         yield "predict", (model.hidden, model.experts, entry.tokens), end_ns - start_ns
-
-
-def _intervals(plan: Plan, times: Times, kinds: Sequence[int]) -> Busy:
-    """Returns starts and ends of the entries of some kinds, in order."""
-    marks = [entry.mark for entry in plan.entries if entry.kind in kinds]
-    starts_ns, ends_ns = times.start_ns[marks], times.end_ns[marks]
-    order = np.argsort(starts_ns)
-    return starts_ns[order], ends_ns[order]
-
-
-def _share(busy: Busy, start_ns: int, end_ns: int) -> float:
-    """Returns for which share of an interval something was busy."""
-    starts_ns, ends_ns = busy
-    if not len(starts_ns) or end_ns <= start_ns:
-        return 0.0
-    overlap = np.minimum(ends_ns, end_ns) - np.maximum(starts_ns, start_ns)
-    return float(overlap[overlap > 0].sum()) / (end_ns - start_ns)
 
 
 def _hand_over(plan: Plan, times: Times, busy: Busy) -> Iterator[Observation]:
@@ -202,7 +141,7 @@ def _hand_over(plan: Plan, times: Times, busy: Busy) -> Iterator[Observation]:
             ended_ns = int(times.end_ns[at])
         elif entry.lane == "back":
             start_ns = int(times.start_ns[at])
-            if _share(busy, ended_ns, start_ns) == 0 and int(times.issued_ns[at]) < ended_ns:
+            if share_of(busy, ended_ns, start_ns) == 0 and int(times.issued_ns[at]) < ended_ns:
                 yield "results", (), start_ns - ended_ns
 
 
@@ -237,6 +176,7 @@ def fit_beside(runs: Iterable[Measured], drive: Samples | None = None, links: Sa
     Samples of a `drive` and of the `links` between two GPUs give sizes that no schedule had. Raises ProfileError if
     nothing was.
     """
+    runs = list(runs)
     seen = observe(runs)
     host = {
         name: _duration(seen[cost])
@@ -264,7 +204,7 @@ def fit_beside(runs: Iterable[Measured], drive: Samples | None = None, links: Sa
     for name, cost in (("unpacking", "unpack"), ("grouped", "grouped")):
         if cost in seen:
             compute[name] = _line(seen[cost])
-    data: dict[str, Any] = {"host": host, "compute": compute}
+    data: dict[str, Any] = {"host": host, "compute": compute, "contention": side_by_side(runs)}
     if "exchange" in seen:
         data["exchange"] = _exchange(seen["exchange"], {} if links is None else _exchanges_apart(links))
     if drive is not None or "read" in seen:

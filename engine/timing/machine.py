@@ -217,7 +217,24 @@ class GpuLanes:
             self.compute.disturbers = self.d2h.disturbers = streams
             for lane in streams:
                 lane.disturbers = [self.compute]
-        couple([*streams, self.compute, self.d2h, *([self.cpu] if hasattr(self, "cpu") else [])])
+        beside = [getattr(self, name) for name in ("cpu", "unpacking") if hasattr(self, name)]
+        self._share_gpu()
+        couple([*streams, self.compute, self.d2h, self.side, *beside])
+
+    def _share_gpu(self) -> None:
+        """Let kernels of side streams and of the compute stream slow each other down, by the factors of the profile."""
+        contention = self.costs.profile.contention
+        if contention is None or not self._scenario.copy_.contention:
+            return
+        pairs = [(self.side, contention.kernels_beside_predictor, contention.predictor_beside_kernels)]
+        if hasattr(self, "unpacking"):
+            factors = contention.kernels_beside_unpacking, contention.unpacking_beside_kernels
+            pairs.append((self.unpacking, *factors))
+        for lane, slows, slowed in pairs:
+            if slows is not None:
+                self.compute.slowed_by = [*self.compute.slowed_by, (lane, slows.factor)]
+            if slowed is not None:
+                lane.slowed_by = [(self.compute, slowed.factor)]
 
     @property
     def streams(self) -> list[Lane]:
