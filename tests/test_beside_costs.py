@@ -32,7 +32,7 @@ def on(
         updates["compute"] = profile.compute.model_copy(update={"grouped": kernel})
     if exchange:
         updates["exchange"] = TransferCost(latency_ns=700, bytes_per_second=10**9, **ASSUMED)
-    if factors:
+    if factors and profile.contention is not None:
         measured = {name: Factor(factor=factor, **ASSUMED) for name, factor in factors.items()}
         updates["contention"] = profile.contention.model_copy(update=measured)
     return with_profile(inputs, profile.model_copy(update=updates))
