@@ -33,6 +33,7 @@ from .decide.memory_manager import BudgetError
 from .decide.partition import divider
 from .loading.capacity import cached_bytes, check, fixed_parts, gib
 from .loading.deciders import make_host_memory, make_manager, make_prefetch
+from .loading.drafting import with_draft_layers
 from .loading.duration import check_duration
 from .loading.expert_parallel import place
 from .loading.links import links_of
@@ -74,6 +75,8 @@ def load_inputs(scenario: Scenario, trace: RoutingTrace | None = None, profile: 
     _check_alike(scenario, model)
     runtime = load_runtime(scenario.runtime.name)
     if scenario.requests is not None:
+        if scenario.requests.draft_layers:
+            model, trace = with_draft_layers(model, trace, scenario.requests.draft_layers)
         return with_requests(Inputs(scenario, model, profile, trace, [], 0, guesses=None, runtime=runtime))
     steps = steps_of(scenario, trace)
     if not steps:

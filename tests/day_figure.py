@@ -3,8 +3,8 @@
     python tests/day_figure.py
 
 simulates every rate with and without prefetching, with the boundary between KV blocks and experts at three places, and
-with two drafts of two acceptances, and writes a line a run to docs/requests-day.jsonl, from which the page's tables are
-made. It takes some two minutes; the trace is that of PRESTAGE_TRACES.
+with two drafts of two acceptances, given or made by draft layers, and writes a line a run to docs/requests-day.jsonl,
+from which the page's tables are made. It takes some three minutes; the trace is that of PRESTAGE_TRACES.
 """
 
 from __future__ import annotations
@@ -32,13 +32,17 @@ COMMON = (
 
 
 def runs() -> Iterator[dict[str, Any]]:
-    """What is simulated: rate, prefetch policy, share of the KV blocks, and the acceptance of two drafts, if any."""
+    """What is simulated: rate, prefetch policy, share of the KV blocks, and the acceptance of two drafts, if any.
+
+    `layers`: whether draft layers make them, which have experts of their own.
+    """
     for rate in RATES:
         for share in SHARES:
             for policy in ("none", "top-k"):
-                yield {"rate": rate, "prefetch": policy, "kv": share, "acceptance": None}
+                yield {"rate": rate, "prefetch": policy, "kv": share, "acceptance": None, "layers": False}
         for acceptance in DRAFTS:
-            yield {"rate": rate, "prefetch": "none", "kv": MIDDLE, "acceptance": acceptance}
+            for layers in (False, True):
+                yield {"rate": rate, "prefetch": "none", "kv": MIDDLE, "acceptance": acceptance, "layers": layers}
 
 
 def one(run: dict[str, Any]) -> dict[str, Any]:
@@ -49,7 +53,8 @@ def one(run: dict[str, Any]) -> dict[str, Any]:
         f"requests.kv.budget={run['kv']}",
     ]  # fmt: skip
     if run["acceptance"] is not None:
-        settings += ["requests.speculation.drafts=2", f"requests.speculation.acceptance={run['acceptance']}"]
+        settings += ["requests.speculation.drafts=2", f"requests.speculation.acceptance={run['acceptance']}",
+                     f"requests.speculation.draft_layers={str(run['layers']).lower()}"]  # fmt: skip
     data = simulate(load_scenario("gpt-oss-20b", settings), baselines=False).data
     found = data["requests"]
     visits = found["steps"] * data["model"]["layers"]
@@ -86,13 +91,19 @@ def drafts_figure() -> str:
                "ITL p50, ms", "ITL p95, ms", "tokens/s", "keeps up", "TPOT p50, ms"]  # fmt: skip
     rows = [
         [
-            f"{run['rate']:g}", "no drafts" if run["acceptance"] is None else f"{run['acceptance']:g}",
+            f"{run['rate']:g}", _drafts(run),
             f"{run['tokens_a_step'] or 1:.2f}", *_cells(run), f"{run['tpot_p50']:.1f}",
         ]
         for run in read()
         if run["kv"] == MIDDLE and run["prefetch"] == "none"
     ]  # fmt: skip
     return table(columns, rows)
+
+
+def _drafts(run: dict[str, Any]) -> str:
+    if run["acceptance"] is None:
+        return "no drafts"
+    return f"{run['acceptance']:g}" + (", by draft layers" if run["layers"] else "")
 
 
 def _cells(run: dict[str, Any]) -> list[str]:

@@ -136,6 +136,10 @@ class Costs:
         self._known: dict[tuple[str, int, int], KernelCost] = {}
         self._known_experts: dict[tuple[int, int, int, int], KernelCost] = {}
         self.estimates: dict[str, str] = {}
+        #: How often a step runs the head: for its own tokens, and for the drafts of each draft layer.
+        self._heads = 1 + (0 if scenario.requests is None else scenario.requests.draft_layers)
+        if self._heads > 1:
+            self.estimates["draft layers"] = "each as the last layer, routed as that one routes the tokens ahead"
         memory = scenario.copy_.host_memory or ("pinned" if "pinned" in profile.h2d else "pageable")
         if memory not in profile.h2d:
             known = ", ".join(profile.h2d)
@@ -339,6 +343,9 @@ class Costs:
         if cost is None:
             kernels = head_kernels(model.hidden, model.dense_dtype, size)
             cost = self._kernel("head", self._head_points.get(size, ()), kernels, tokens)
+            if self._heads > 1:
+                ns, launches, host_ns = (self._heads * each for each in (cost.ns, cost.launches, cost.host_ns))
+                cost = replace(cost, ns=ns, launches=launches, host_ns=host_ns)
             self._known["head", size, tokens] = cost
         return cost
 

@@ -93,7 +93,9 @@ class SpeculationSection(Section):
     path of a JSON list of how many were right in steps that were seen. What is wrong goes to the experts of the true
     token's with probability `overlap`, and else to those of another token of its sequence. Drafting takes `draft_us`
     a step, on the host's time. What makes drafts keeps `drafter_bytes` of GPU memory: "2GiB" for a model of its own, or
-    "layer" for a draft head that is one more layer of this model, experts and all (as DeepSeek's MTP module).
+    "layer" for a draft head that is one more layer of this model, experts and all (as DeepSeek's MTP module). With
+    `draft_layers` each draft is made by such a layer behind the model's own, over all rows of a step and on the compute
+    stream, the head once more for each; its experts are kept in `memory` and copied as those of any other layer.
     """
 
     drafts: int = Field(default=1, ge=1, le=64)
@@ -101,6 +103,16 @@ class SpeculationSection(Section):
     overlap: float = Field(default=0.0, ge=0, le=1)
     draft_us: float = Field(default=0.0, ge=0, le=MOST_US)
     drafter_bytes: str = "0B"
+    draft_layers: bool = False
+
+    @model_validator(mode="after")
+    def _is_there_once(self) -> SpeculationSection:
+        if self.draft_layers and self.drafter_bytes != "0B":
+            raise InputError(
+                f"drafter_bytes = {self.drafter_bytes!r}: with draft_layers, what makes drafts is part of the model: "
+                "leave one of the two out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _is_a_share(self) -> SpeculationSection:
@@ -196,6 +208,11 @@ class RequestsSection(Section):
         if self.trace is not None and given:
             raise InputError(f"{', '.join(given)}: no meaning with trace, which says it: leave out")
         return self
+
+    @property
+    def draft_layers(self) -> int:
+        """How many draft layers run behind the model's own: one for each draft, or none."""
+        return self.speculation.drafts if self.speculation is not None and self.speculation.draft_layers else 0
 
     @model_validator(mode="after")
     def _users_have_one_machine(self) -> RequestsSection:
