@@ -136,10 +136,7 @@ class Costs:
         self._known: dict[tuple[str, int, int], KernelCost] = {}
         self._known_experts: dict[tuple[int, int, int, int], KernelCost] = {}
         self.estimates: dict[str, str] = {}
-        #: How often a step runs the head: for its own tokens, and for the drafts of each draft layer.
-        self._heads = 1 + (0 if scenario.requests is None else scenario.requests.draft_layers)
-        if self._heads > 1:
-            self.estimates["draft layers"] = "each as the last layer, routed as that one routes the tokens ahead"
+        self._set_heads(scenario)
         memory = scenario.copy_.host_memory or ("pinned" if "pinned" in profile.h2d else "pageable")
         if memory not in profile.h2d:
             known = ", ".join(profile.h2d)
@@ -171,6 +168,12 @@ class Costs:
                 "prefetch.issued_by = 'gpu': here the host waits for every copy (pageable memory, or a runtime that "
                 "synchronizes): set 'host'"
             )
+
+    def _set_heads(self, scenario: Scenario) -> None:
+        """Note how often a step runs the head: for its own tokens, and for the drafts of each draft layer."""
+        self._heads = 1 + (0 if scenario.requests is None else scenario.requests.draft_layers)
+        if self._heads > 1:
+            self.estimates["draft layers"] = "each as the last layer, routed as that one routes the tokens ahead"
 
     def _set_lags(self, profile: Profile, h2d: CopyCosts) -> None:
         """Set how long the lanes take from a cause to a start; where dispatch is free, only copies have gaps."""
