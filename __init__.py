@@ -41,7 +41,7 @@ _HOME = {
     "scenario_names": "engine.scenario.scenario",
     "scenario_of": "notebook.settings",
     "simulate": "notebook.runs",
-    "sweep": "experiments.sweep",
+    "sweep": "notebook.runs",
     "synthesize": "workloads.synthetic",
     "timeline_summary": "output.summary",
     "write_report": "output.report",

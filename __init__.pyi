@@ -12,7 +12,6 @@ from .experiments.advice_result import Advised as Advised
 from .experiments.advise import advise as advise
 from .experiments.bench import bench as bench
 from .experiments.breakeven import break_even as break_even
-from .experiments.sweep import sweep as sweep
 from .guide.inference import InferenceConfig as InferenceConfig
 from .guide.inference import InferenceSimulator as InferenceSimulator
 from .guide.virtual_memory import VirtualMemoryManager as VirtualMemoryManager
@@ -21,6 +20,7 @@ from .notebook.runs import Comparison as Comparison
 from .notebook.runs import Result as Result
 from .notebook.runs import compare as compare
 from .notebook.runs import simulate as simulate
+from .notebook.runs import sweep as sweep
 from .notebook.settings import scenario_of as scenario_of
 from .output.plots import plot_miss_ratios as plot_miss_ratios
 from .output.profiler_trace import load_timeline as load_timeline

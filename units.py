@@ -40,6 +40,21 @@ def whole_flops(value: object) -> object:
     return _whole(value, FLOPS, "a whole number of operations a second, or as '756TFLOP/s'")
 
 
+def rate_words(value: float, units: Mapping[str, int]) -> str:
+    """Returns a rate in four digits and the greatest unit of thousands that it reaches: '4.2 TB/s', '790 TFLOP/s'."""
+    reached = {unit: size for unit, size in units.items() if size <= max(value, 1) and "iB" not in unit}
+    unit = max(reached, key=reached.__getitem__)
+    return f"{value / units[unit]:.4g} {unit}"
+
+
+def bytes_words(size_bytes: int) -> str:
+    """Returns a number of bytes as people say it: '12.62 MiB', '-3.05 GiB', '20 bytes'."""
+    for unit in ("GiB", "MiB"):
+        if abs(size_bytes) >= BYTES[unit]:
+            return f"{size_bytes / BYTES[unit]:,.2f} {unit}"
+    return f"{size_bytes:,} bytes"
+
+
 def option_bytes(option: str, text: str) -> int:
     """Returns the bytes that an option of the command line gives; InputError names the option and the text."""
     try:

@@ -16,8 +16,9 @@ def plot(
     kind: Annotated[
         str,
         typer.Argument(
-            help="Of a sweep: lines, heatmap, pareto, tornado. Of a run: time, lanes, timeline, busy, outcomes, "
-            "wasted, memory, latency, tokens; under load requests, first-token, end-to-end. Of two runs: waterfall."
+            help="Of a sweep: lines, heatmap, pareto, tornado. Of one run or two: time, lanes, timeline. Of one: busy, "
+            "outcomes, wasted, memory, latency, tokens; under load requests, first-token, end-to-end. Of two: "
+            "waterfall."
         ),
     ],
     results: Annotated[
@@ -36,7 +37,7 @@ def plot(
     \b
     Examples:
       prestage plot timeline prestage-out -o timeline.pdf
-      prestage plot lanes prestage-out other-out -o lanes.png
+      prestage plot timeline prestage-out other-out -o both.png
       prestage plot outcomes prestage-out -o outcomes.pdf
       prestage plot lines sweep.jsonl --x prefetch.k --by memory.gpu_budget -o lines.png
       prestage plot heatmap sweep.jsonl --figure hit_rate -o heatmap.svg

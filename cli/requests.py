@@ -39,7 +39,7 @@ def capacity(
       prestage capacity synthetic --set model.layers=2 --set requests.count=20 --slo ttft_ms=500 --plot c.png
       prestage capacity my-scenario.toml --slo e2e_ms=4000 --slo share=0.9 --replicates 3 --json
 
-    Rates are bisected; every rate is run with the same seeds. Without --slo, the scenario's [requests.slo] is meant.
+    Rates are bisected; every rate is run with the same seeds. Without --slo, the scenario says it (requests.slo).
     """
     from ..engine.measure.request_metrics import level_of
     from ..engine.scenario.scenario import load_scenario

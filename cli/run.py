@@ -137,7 +137,7 @@ def compile_engine() -> None:
 def replay(
     trace: Annotated[Path, typer.Argument(help="A trace (.safetensors, .npz) or a log that `trace import` reads.")],
     budget: Annotated[str, typer.Option(help="Room for experts: 4000MiB, 512experts or 25%.")],
-    eviction: Annotated[str, typer.Option(help="The eviction policy; a wrong name lists them all.")] = "lru",
+    eviction: Annotated[str, typer.Option(help="The eviction policy, of `prestage list evictions`.")] = "lru",
     scope: Annotated[
         str,
         typer.Option(help="One pool for all layers (global), one each (per-layer, benefit), or shared experts."),

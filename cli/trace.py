@@ -49,7 +49,10 @@ def trace_import(
     log: Annotated[Path, typer.Argument(help="The log to read.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The trace to write: .safetensors or .npz.")],
     format: Annotated[
-        str, typer.Option(help="The log's format, such as jsonl; any other name lists them all.")
+        str,
+        typer.Option(
+            help="The log's format: rows, arrays, eval-callback, topk-ids, jsonl, guide, bigmoeonedge; or found (auto)."
+        ),
     ] = "auto",
     num_experts: Annotated[int | None, typer.Option(help="Experts a layer, where the log does not say it.")] = None,
     layers: Annotated[

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 from ..engine import simulate as simulating
 from ..engine.measure import comparison
 from ..engine.run import Progress
+from ..engine.scenario.scenario import Scenario
 from ..errors import InputError
+from ..experiments import sweep as sweeping
+from ..experiments.journal import Rows
 from ..output.saved import Run, run_of
 from ..output.shown import Shown, csv_text, frame, latex, table_html
 from ..output.tables.layout import number_of
-from .settings import Given, scenario_of
+from .settings import Given, scenario_of, settings_of, whole_key
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -114,6 +117,45 @@ def compare(runs: Mapping[str, Any] | Sequence[Shown]) -> Comparison:
     if not isinstance(runs, Mapping):
         runs = {getattr(run, "name", f"run {number}"): run for number, run in enumerate(runs, 1)}
     return Comparison(comparison.compare({name: _data_of(name, run) for name, run in runs.items()}))
+
+
+def sweep(
+    scenario: Scenario | str | Path | None = None,
+    grid: Mapping[str, Sequence[Any]] | None = None,
+    *,
+    out: str | Path = "sweep.jsonl",
+    settings: Iterable[str] | Mapping[str, Any] = (),
+    sample: int | None = None,
+    workers: int | None = None,
+    cluster: str | None = None,
+    baselines: bool = True,
+    progress: Progress | None = None,
+    **keys: Any,
+) -> Rows:
+    """Run every combination of a grid's values: `sweep("default", {"prefetch.k": [1, 2, 4]}, tokens=20)`.
+
+    `scenario` is one, the name or file of one, or of a sweep, which has a grid of its own; `grid` maps keys to values.
+    Keys, of the grid, of `settings` and further `keys`, stand with their section or alone where that is clear;
+    `settings` may also be texts, `key=value`. The rest is as the command has it: `out` is the journal (.jsonl), or a
+    .csv or .parquet file exported at the end from a journal beside it, whose finished rows are not run again; `sample`
+    runs so many combinations; `workers` processes (all cores; 1 is this process), or those of the Dask scheduler at
+    the address `cluster`, run them; `baselines` are run once for all rows that share them; `progress` is called with
+    (what, done, total).
+
+    Raises ValueError (GridError, ScenarioError, JournalError, WorkerError, …) and OSError before anything runs.
+    """
+    given = list(settings_of(settings) if isinstance(settings, Mapping) else settings)
+    return sweeping.sweep(
+        scenario,
+        None if grid is None else {whole_key(key): values for key, values in grid.items()},
+        out=out,
+        settings=[*given, *settings_of(keys)],
+        sample=sample,
+        workers=workers,
+        cluster=cluster,
+        baselines=baselines,
+        progress=progress,
+    )
 
 
 def _data_of(name: str, run: Any) -> Mapping[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,20 @@ def scenario_of(given: Given = None, settings: Mapping[str, Any] | None = None) 
             f"scenario = {shown(given)}: give the name of a shipped one, a TOML file, a dict of sections or a Scenario"
         )
     for key, value in (settings or {}).items():
-        lay(data, _whole_key(key), value)
+        lay(data, whole_key(key), value)
     return make_scenario(data, source)
 
 
-def _whole_key(key: str) -> str:
+def settings_of(keys: Mapping[str, Any]) -> list[str]:
+    """Returns settings as texts, `section.key=value`, as `--set` takes them; None takes a key out."""
+    texts = {
+        key: value if isinstance(value, str) else "" if value is None else json.dumps(value)
+        for key, value in keys.items()
+    }
+    return [f"{whole_key(key)}={text}" for key, text in texts.items()]
+
+
+def whole_key(key: str) -> str:
     """Returns a key with its section. Raises ScenarioError for one that no section has, and for one of several."""
     if "." in key or key == "seed":
         return key

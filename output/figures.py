@@ -21,7 +21,7 @@ from ..errors import InputError
 from ..resources.timeline import KINDS, Timeline
 from ..words import unknown_name
 from .palette import COLORS, FATE_COLORS, IDLE_COLOR, OUTCOME_COLORS, PART_COLORS, REQUEST_COLORS
-from .pictures import at_changes, bytes_unit, row_names, step_ends_ns, used_lanes
+from .pictures import at_changes, bytes_unit, few_digits, row_names, step_ends_ns, used_lanes
 from .plots import default_window
 from .saved import Run
 
@@ -118,6 +118,12 @@ class Curves:
     y_axis: str
     unit: str
     marks: dict[str, float]
+
+    @property
+    def x_words(self) -> str:
+        """What the x axis is, with its marks in a second line: beside the lines themselves, curves would cross them."""
+        marks = ", ".join(f"{name} {few_digits(at)}" for name, at in self.marks.items())
+        return f"{self.x_axis}\n{marks}" if marks else self.x_axis
 
 
 @dataclass(frozen=True)

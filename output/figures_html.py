@@ -37,7 +37,7 @@ from bokeh.plotting import figure
 from ..resources.timeline import KINDS
 from .figures import LABELED, SPAN_LIMIT, Bars, Curves, Data, Fall, Grid, Memory, Rows, Spans, figure_data
 from .palette import COLORS, DARK_INK, LIGHT_INK, LIMIT_COLOR, SERIES_COLORS, ink_on
-from .pictures import bytes_unit, few_digits, row_names, used_lanes
+from .pictures import bytes_unit, row_names, used_lanes
 from .saved import Run
 from .span_names import layer_of_each
 
@@ -101,8 +101,9 @@ def link(first: Any, second: Any) -> None:
 
 
 def _unit_of(plot: Any, axis: str) -> str | None:
+    """Returns what an axis is of, without the marks in the second line of its label."""
     said: str | None = (plot.xaxis if axis == "x_range" else plot.yaxis)[0].axis_label
-    return said
+    return said and said.partition("\n")[0]
 
 
 def _plot(height: int, x: tuple[float, float], y: tuple[float, float], *, named: bool = False, **options: Any) -> Any:
@@ -302,7 +303,7 @@ def _memory(data: Memory) -> Any:
 def _curves(data: Curves) -> Any:
     most = max((float(curve.x[-1]) for curve in data.curves), default=1.0) or 1.0
     plot = _plot(260, (0, 1.02 * most), (0, 1.03))
-    plot.xaxis.axis_label, plot.yaxis.axis_label = data.x_axis, data.y_axis
+    plot.xaxis.axis_label, plot.yaxis.axis_label = data.x_words, data.y_axis
     plot.yaxis.formatter = NumeralTickFormatter(format="0%")
     plot.ygrid.grid_line_color = _GRAY
     lines = []
@@ -312,17 +313,8 @@ def _curves(data: Curves) -> Any:
         lines.append(plot.step(x="x", y="y", mode="after", **look))
     text = f"<b>$name</b><br>@x{{0,0.000}} {data.unit}: @y{{0.0%}} {escape(data.y_axis.removeprefix('share '))}"
     _tip(plot, lines, text, line_policy="nearest")
-    # Beside the last line, or before the first where there is no room, so that no line crosses a label.
-    first, last = min(data.marks.values(), default=0.0), max(data.marks.values(), default=0.0)
-    right = last > 0.7 * most
-    for number, (name, at) in enumerate(data.marks.items()):
+    for at in data.marks.values():
         plot.add_layout(Span(location=at, dimension="height", line_color=_GRAY, line_dash=[4, 4]))
-        says = [f"{name} {few_digits(at)} {data.unit}"]
-        source = ColumnDataSource({"x": [first if right else last], "y": [0.03 + 0.08 * number], "says": says})
-        plot.text(
-            x="x", y="y", text="says", text_font_size="11px", text_color=_GRAY, source=source,
-            x_offset=-5 if right else 5, text_align="right" if right else "left",
-        )  # fmt: skip
     return plot
 
 

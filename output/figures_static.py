@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .charts import plot_waterfall
-from .figures import LABELED, Bars, Curves, Data, Fall, Grid, Memory, Rows, Spans, figure_data
+from .figures import LABELED, Bars, Curves, Data, Fall, Grid, Memory, Rows, Spans, figure_data, timeline
 from .palette import ink_on
-from .pictures import INK, WIDTH_INCHES, few_digits, set_title, style_axes
-from .plots import draw_memory, plot_timeline
+from .pictures import INK, WIDTH_INCHES, set_title, style_axes
+from .plots import Look, draw_memory, plot_timelines
 from .saved import Run
 
 if TYPE_CHECKING:
@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 
 
 def draw(name: str, runs: Sequence[Run]) -> Figure:
-    """Draw a figure of FIGURES by name. Raises FigureError for an unknown name and the wrong number of runs."""
+    """Draw a figure of FIGURES by name. Raises FigureError for an unknown name and the wrong number of runs.
+
+    Timelines of two runs lie one above the other, to one scale.
+    """
+    if name == "timeline" and len(runs) == 2:
+        return plot_timelines([_look(timeline(run), f"{run.name}: {run.title}") for run in runs])
     data = figure_data(name, runs)
     return DRAW[type(data)](data, " and ".join(dict.fromkeys(run.title for run in runs)))
 
@@ -93,16 +98,12 @@ def _curves(data: Curves, title: str) -> Figure:
     picture, axes = _axes(3.6)
     for curve in data.curves:
         axes.plot(curve.x, curve.y, color=curve.color, linewidth=1.5, drawstyle="steps-post", label=curve.label)
-    for number, (name, at) in enumerate(data.marks.items()):
+    for at in data.marks.values():
         axes.axvline(at, color="#999999", linewidth=0.8, linestyle=(0, (5, 3)))
-        place = (max(data.marks.values()), 0.02 + 0.07 * number)  # beside the last line, where none crosses it
-        axes.annotate(
-            f"{name} {few_digits(at)} {data.unit}", place, xytext=(3, 0), textcoords="offset points", fontsize=8
-        )
     axes.set_xlim(left=0)
     axes.set_ylim(0, 1.02)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.set_xlabel(data.x_axis)
+    axes.set_xlabel(data.x_words)
     axes.set_ylabel(data.y_axis)
     axes.grid(color="#dddddd", linewidth=0.6)
     if len(data.curves) > 1:
@@ -126,13 +127,11 @@ def _rows(data: Rows, title: str) -> Figure:
 
 
 def _spans(data: Spans, title: str) -> Figure:
-    return plot_timeline(
-        data.timeline,
-        start_ns=data.start_ns,
-        end_ns=data.end_ns,
-        experts_per_layer=data.experts_per_layer,
-        title=title,
-    )
+    return plot_timelines([_look(data, title)])
+
+
+def _look(data: Spans, title: str) -> Look:
+    return Look(data.timeline, data.start_ns, data.end_ns, data.experts_per_layer, title)
 
 
 def _fall(data: Fall, title: str) -> Figure:

@@ -28,6 +28,10 @@ class PageError(InputError):
     """A page that cannot be written; the message says why, and what would be right."""
 
 
+#: Of a cell with words in it.
+_WORDS = ' class="words"'
+
+
 @dataclass(frozen=True)
 class Section:
     """A part of a page: a title, HTML, and a Bokeh layout below it, or several side by side by their captions.
@@ -69,18 +73,25 @@ def check_page(path: Path) -> None:
 
 
 def html_table(header: Sequence[str], rows: Sequence[Sequence[str | tuple[str, str]]]) -> str:
-    """Returns a table as HTML: the first column to the left, all others, which are numbers, to the right.
+    """Returns a table as HTML: the first column and columns of words to the left, numbers to the right.
 
     A cell may be (text, "good") or (text, "bad"), which gives it a color.
     """
-    head = "".join(f"<th>{escape(name)}</th>" for name in header)
-    body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
+    words = [all(_in_words(row[column]) for row in rows if column < len(row)) for column in range(len(header))]
+    head = "".join(f"<th{_WORDS if word else ''}>{escape(name)}</th>" for name, word in zip(header, words, strict=True))
+    body = "".join("<tr>" + "".join(map(_cell, row, words)) + "</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _cell(content: str | tuple[str, str]) -> str:
+def _in_words(content: str | tuple[str, str]) -> bool:
+    """Returns whether a cell is of words: a text with a letter before any digit."""
+    text = content if isinstance(content, str) else content[0]
+    return text[:1].isalpha()
+
+
+def _cell(content: str | tuple[str, str], word: bool) -> str:
     if isinstance(content, str):
-        return f"<td>{escape(content)}</td>"
+        return f"<td{_WORDS if word else ''}>{escape(content)}</td>"
     text, kind = content
     return f'<td class="{kind}">{escape(text)}</td>'
 
@@ -90,7 +101,7 @@ def html_picture(picture: Figure, says: str) -> str:
     stream = io.BytesIO()
     render(picture, stream)
     data = base64.b64encode(stream.getvalue()).decode()
-    return f'<img class="picture" alt="{escape(says)}" src="data:image/png;base64,{data}">'
+    return f'<div class="scroll"><img class="picture" alt="{escape(says)}" src="data:image/png;base64,{data}"></div>'
 
 
 def html_tiles(rows: Sequence[tuple[str, str, str]]) -> str:

@@ -53,7 +53,7 @@ PART_COLORS: Palette = {
     "stall": ("#d55e00", "stall: an expert missing"),
     "host": ("#8c8c8c", "host"),
     "predictor": ("#cc79a7", "predictor"),
-    "bubble": ("#b8860b", "bubble: another stage"),
+    "bubble": ("#b8860b", "bubble: another GPU"),
     "drain": ("#56b4e9", "drain"),
     "idle": ("#c8c8c8", "idle: nothing to serve"),
 }

@@ -73,6 +73,16 @@ def default_window(timeline: Timeline) -> tuple[int, int]:
     return int(starts_ns[chosen]), int(ends_ns[chosen + 1])
 
 
+class Look(NamedTuple):
+    """What of a timeline is drawn: from `start_ns` to `end_ns` of the run, under a title, if it has one."""
+
+    timeline: Timeline
+    start_ns: int
+    end_ns: int
+    experts_per_layer: int
+    title: str | None = None
+
+
 def plot_timeline(
     timeline: Timeline,
     *,
@@ -86,24 +96,47 @@ def plot_timeline(
     Spans wide enough say their layer, or layer and expert. Of more than 200 lanes the first are drawn, and the picture
     says so. Raises ValueError if the window ends before it starts.
     """
-    from matplotlib.figure import Figure
-
-    spans = timeline.spans()
     if end_ns is None:
-        end_ns = max(start_ns, int(spans["end_ns"].max(initial=0)))
+        end_ns = max(start_ns, int(timeline.spans()["end_ns"].max(initial=0)))
     if end_ns < start_ns:
         raise InputError(f"end_ns = {end_ns}: the window starts at {start_ns}, so it must end there or later")
-    lanes = used_lanes(timeline) or track_order(timeline)
+    return plot_timelines([Look(timeline, start_ns, end_ns, experts_per_layer, title)])
+
+
+def plot_timelines(looks: Sequence[Look]) -> Figure:
+    """Draw timelines one above the other, as `plot_timeline` does, to one scale: each from its own start."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    length_ns = max(look.end_ns - look.start_ns for look in looks)
+    heights = [0.8 + 0.5 * max(1, min(_MOST_ROWS, len(_lanes(look.timeline)))) for look in looks]
+    figure = Figure(figsize=(WIDTH_INCHES, 0.7 + sum(heights)), layout="constrained")
+    rows = figure.subplots(len(looks), 1, squeeze=False, height_ratios=heights)[:, 0]
+    drawn: set[str] = set()
+    for axes, look in zip(rows, looks, strict=True):
+        drawn |= _draw_look(axes, look._replace(end_ns=look.start_ns + length_ns))
+    handles = [Patch(facecolor=color, label=label) for kind, (color, label) in COLORS.items() if kind in drawn]
+    if handles:
+        figure.legend(
+            handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, handlelength=1.2, fontsize=9
+        )
+    return figure
+
+
+def _lanes(timeline: Timeline) -> list[int]:
+    return used_lanes(timeline) or track_order(timeline)
+
+
+def _draw_look(axes: Axes, look: Look) -> set[str]:
+    """Draw a timeline's window, a row for each lane; returns the kinds of work that are in it."""
+    timeline, start_ns, end_ns, experts_per_layer, title = look
+    spans, lanes = timeline.spans(), _lanes(timeline)
     rows, left_out = lanes[:_MOST_ROWS], max(0, len(lanes) - _MOST_ROWS)
     layers = layers_of(spans, experts_per_layer)
     spans = spans[(spans["start_ns"] < end_ns) & (spans["end_ns"] > start_ns)]
     spans = spans[np.isin(spans["lane"], rows)] if left_out else spans
     span_ns = end_ns - start_ns or 1000
     scale_ns, unit = _time_unit(span_ns)
-
-    figure = Figure(figsize=(WIDTH_INCHES, 1.5 + 0.5 * max(1, len(rows))), layout="constrained")
-    axes = figure.add_subplot()
-    kinds = [kind for kind in COLORS if (spans["kind"] == KINDS.index(kind)).any()]
     window = _Window(start_ns, end_ns, scale_ns)
     for row, lane in enumerate(rows):
         _draw_lane(axes, spans[spans["lane"] == lane], row, window, apart=len(spans) <= _FEW)
@@ -124,14 +157,7 @@ def plot_timeline(
     if not len(spans):
         axes.text(0.5, 0.5, "nothing ran in this window", transform=axes.transAxes, ha="center", va="center", color=INK)
     set_title(axes, title)
-    if kinds:
-        from matplotlib.patches import Patch
-
-        handles = [Patch(facecolor=color, label=label) for kind, (color, label) in COLORS.items() if kind in kinds]
-        figure.legend(
-            handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, handlelength=1.2, fontsize=9
-        )
-    return figure
+    return {kind for kind in COLORS if (spans["kind"] == KINDS.index(kind)).any()}
 
 
 class _Window(NamedTuple):

@@ -14,7 +14,7 @@ from typing import Any
 from ..engine.measure.comparison import compare
 from ..engine.measure.recording import OUTCOMES
 from ..engine.scenario.rows import flat
-from .answer import answer_of
+from .answer import answer_of, difference_of
 from .figures import ALL_FIGURES, FIGURES, REQUEST_FIGURES, SPAN_LIMIT, busy_over_time, figure_data
 from .page import PageError, Section, check_page, html_table, html_tiles, write_page
 from .palette import OUTCOME_COLORS
@@ -103,7 +103,7 @@ def comparison_sections(first: Run, second: Run, *, limit: int | None = SPAN_LIM
         _figure_section(name, [[first, second]] if ALL_FIGURES[name].pairs else [[first], [second]], limit)
         for name in _of_one_run(first, second)
     ]
-    return [_differing(data), _side_by_side(data, (first, second)), between, *figures]
+    return [_difference(data, first, second), _differing(data), _side_by_side(data, (first, second)), between, *figures]
 
 
 def _of_one_run(*runs: Run) -> list[str]:
@@ -173,6 +173,12 @@ def _side_by_side(data: Mapping[str, Any], runs: Sequence[Run]) -> Section:
     for notes, names in by_notes.items():
         html += f"<h3>{escape(' and '.join(names))}</h3>{notes}" if notes else ""
     return Section("Side by side", html, half=True, name="summary")
+
+
+def _difference(data: Mapping[str, Any], first: Run, second: Run) -> Section:
+    """In words, which of two runs is faster and why; nothing of runs that are no comparison."""
+    said = difference_of(first.data, second.data, (first.name, second.name)) if data["same_work"] else ""
+    return Section("", f'<p class="answer">{escape(said)}</p>' if said else "", name="answer")
 
 
 def _differing(data: Mapping[str, Any]) -> Section:

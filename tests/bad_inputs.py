@@ -256,7 +256,7 @@ _SET: list[tuple[str, str]] = [
     ("workload.synthetic.fit=none.json", "none.json"),
     ("memory.gpu_budget=-1GiB", "gpu_budget = '-1GiB'"),
     ("memory.gpu_budget=nanGiB", "gpu_budget = 'nanGiB'"),
-    ("memory.gpu_budget=0%", "bytes: it must hold one expert"),
+    ("memory.gpu_budget=0%", ": it must hold one expert"),
     ("memory.gpu_budget=4 gib", "gpu_budget = '4 gib'"),
     ("memory.gpu_budget=99999999999999999999TiB", "more than any machine has"),
     ("memory.gpu_budget=true", "memory.gpu_budget"),

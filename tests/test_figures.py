@@ -246,6 +246,28 @@ def test_a_wrong_name_or_number_of_runs_is_refused_with_what_would_be_right() ->
         figure_data("waterfall", [made_run()])
 
 
+def test_timelines_of_two_runs_lie_one_above_the_other_to_one_scale_each_from_its_own_start() -> None:
+    first, second = made_run(), made_run(name="other")
+    upper, lower = draw("timeline", [first, second]).axes
+    assert [axes.get_title(loc="left") for axes in (upper, lower)] == [
+        "made: made on nowhere",
+        "other: made on nowhere",
+    ]
+    width_ms = [right - left for left, right in (upper.get_xlim(), lower.get_xlim())]
+    assert width_ms == [20.0, 20.0] and upper.get_xlim()[0] == timeline(first).start_ns / MS
+
+
+def test_percentiles_are_named_under_the_axis_where_no_curve_crosses_them() -> None:
+    curves = figure_data("tokens", [made_run()])
+    assert isinstance(curves, Curves)
+    assert curves.x_words == "time of a decode token (ms)\np50 20, p95 20"
+    (axes,) = draw("tokens", [made_run()]).axes
+    assert axes.get_xlabel() == curves.x_words and not axes.texts
+    first, second = draw_html(curves), draw_html(replace(curves, marks={"p50": 3.0}))
+    link(first, second)
+    assert first.x_range is second.x_range
+
+
 def test_bars_of_two_runs_stand_on_one_axis_row_by_row() -> None:
     first, second = made_run(), made_run(name="other")
     second.data["gpus"][0]["time"] = {**second.data["time"], "stall_ms": 4.0}

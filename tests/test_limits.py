@@ -50,6 +50,7 @@ MANY_PARAMETERS = {
     "experiments/sweep.py sweep": _OPTIONS,
     "guide/virtual_memory.py VirtualMemoryManager.__init__": _OPTIONS,
     "notebook/runs.py simulate": _OPTIONS,
+    "notebook/runs.py sweep": _OPTIONS,
     "resources/timeline.py Timeline.record": _FIELDS,
     "workloads/batches.py plan_steps": _OPTIONS,
     "workloads/model.py load_model": _OPTIONS,

@@ -413,7 +413,7 @@ def test_streamed_to_files_a_run_is_the_same(drawn: Spread) -> None:
     [
         (["machine.profile=h200-x2"], "parallel.gpus = 8: profile h200-x2 has 2 GPUs"),
         (["machine.profile=h200-pcie5"], "parallel.gpus = 8: profile h200-pcie5 has no topology"),
-        (["memory.gpu_budget=1MiB"], "gpu0 of parallel.gpus = 8: the expert budget is 1048576 bytes: it must hold one"),
+        (["memory.gpu_budget=1MiB"], "gpu0 of parallel.gpus = 8: the expert budget is 1.00 MiB: it must hold one"),
         (["parallel.placement=best"], "parallel.placement = 'best'"),
         (["parallel.stages=2"], "gpus = 8 with stages = 2"),
         (["parallel.remote=peer", "parallel.spare_bytes=1GiB"], "needs remote = 'tokens'"),

@@ -16,6 +16,7 @@ from prestage.engine.measure.recording import FATES, OUTCOMES
 from prestage.engine.scenario.amounts import ScenarioError
 from prestage.errors import InputError
 from prestage.notebook.runs import Result
+from prestage.notebook.settings import settings_of
 from prestage.output.figures import FIGURES
 from prestage.output.shown import FRAMES, csv_text, latex
 
@@ -162,6 +163,14 @@ def test_rows_of_a_sweep_are_tables(tmp_path: Path) -> None:
         "default", {"prefetch.lookahead": [0, 1]}, out=tmp_path / "s.jsonl", settings=["workload.tokens=8"], workers=1
     )
     assert repr(rows).endswith("s.jsonl: 2, 0 of them failed>")
+    # Keys stand alone where that is clear, and values as they are: the same rows, of which none runs again.
+    again = prestage.sweep("default", {"lookahead": [0, 1]}, out=tmp_path / "s.jsonl", tokens=8, workers=1)
+    assert [row["key"] for row in again] == [row["key"] for row in rows]
+    with pytest.raises(ScenarioError, match="token: no such key; did you mean 'tokens'"):
+        prestage.sweep("default", {"lookahead": [0]}, out=tmp_path / "s.jsonl", token=8)
+    assert settings_of({"tokens": 8, "caching": False, "cpu_layers": None, "prefetch.k": "4"}) == [
+        "workload.tokens=8", "memory.caching=false", "memory.cpu_layers=", "prefetch.k=4",
+    ]  # fmt: skip
     assert rows._repr_html_().count("<tr>") == 3
     assert rows.to_latex().splitlines()[2].startswith(r"prefetch.lookahead & tokens/s")
     rows.to_csv(tmp_path / "rows.csv")

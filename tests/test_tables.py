@@ -10,7 +10,7 @@ import prestage
 from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.scenario import load_scenario
 from prestage.experiments.bench import bench
-from prestage.output.answer import answer_of
+from prestage.output.answer import answer_of, difference_of
 from prestage.output.tables.layout import known_of
 from prestage.output.tables.runs import known_digits, print_bench, print_result
 from prestage.output.tables.sweeps import print_sweep
@@ -113,6 +113,21 @@ def test_a_bench_draws_its_routing() -> None:
         bench(load_scenario("guide"))
 
 
+def test_a_comparison_begins_with_which_run_is_faster_by_how_much_and_in_which_parts_of_the_time() -> None:
+    def run(rate: float, makespan_ms: float, **parts: float) -> dict[str, Any]:
+        return {"tokens_per_second": rate, "makespan_ms": makespan_ms, "time": parts}
+
+    first = run(10.0, 100.0, compute_ms=60.0, stall_ms=40.0, host_ms=0.0)
+    second = run(8.0, 125.0, compute_ms=50.0, stall_ms=74.5, host_ms=0.5)
+    assert difference_of(first, second, ("a", "b")) == (
+        "b is 20% slower than a: 8.000 tokens per second against 10.00. Its run takes 25.0 ms longer: "
+        "34.5 ms more waiting for experts' bytes, 10.0 ms less computing."
+    )
+    assert difference_of(second, first, ("b", "a")).startswith("a is 25% faster than b: ")
+    assert difference_of(first, first, ("a", "b")) == "b is as fast as a: 10.00 tokens per second against 10.00."
+    assert difference_of(first, {**second, "tokens_per_second": None}, ("a", "b")) == ""
+
+
 def test_a_report_begins_with_the_question_the_answer_what_binds_and_what_helps() -> None:
     data = small(**{"predictor.latency_us": 5})
     said = answer_of(data)
@@ -123,5 +138,7 @@ def test_a_report_begins_with_the_question_the_answer_what_binds_and_what_helps(
     assert "What would help" in said
     computing = {**data, "warnings": [], "time": {"compute_ms": 9.0, "stall_ms": 1.0}, "makespan_ms": 10.0}
     assert answer_of(computing).endswith("; no cache and no prefetch shortens it.")
+    free = {**data, "range": {"tokens_per_second": {"p5": 10.0, "p50": 10.0, "p95": 10.0}}}
+    assert " to " not in answer_of(free).partition("?")[2].partition("tokens per second")[2].partition(".")[0]
     warned = {**data, "warnings": ["cliff: it falls; use a budget"]}
     assert answer_of(warned).endswith("What would help (cliff): use a budget.")

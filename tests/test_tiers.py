@@ -491,7 +491,7 @@ def test_a_bad_setting_is_named(setting: str, says: str) -> None:
 
 
 def test_host_memory_without_room_for_one_expert_is_refused() -> None:
-    with pytest.raises(ScenarioError, match=r"tiers\.host_budget = '1MiB': the expert budget is 1048576 bytes"):
+    with pytest.raises(ScenarioError, match=r"tiers\.host_budget = '1MiB': the expert budget is 1.00 MiB"):
         load_inputs(load_scenario("synthetic", [*NVME, "tiers.host_budget=1MiB"]))
 
 

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from ...resources.profile import Profile
 from ...resources.profile_costs import KernelPoint
+from ...units import FLOPS, RATES, rate_words
 from ...workloads.batches import Step
 from ...workloads.model import Attending
 from ...workloads.requests.request import Part, RepeatedStep, RequestStep
@@ -113,10 +114,10 @@ class Attention:
         if self._surface is not None and self._surface.has_attention:
             return self._surface.attention_described()
         rule = self._rule
+        reads, computes = rate_words(rule.bytes_per_second, RATES), rate_words(rule.flops_per_second, FLOPS)
         return (
-            f"bytes of the cache / {rule.bytes_per_second} B/s, read once for {TILE_ROWS} rows of a prompt, or "
-            f"4 x heads x width x pairs of positions / {rule.flops_per_second} FLOP/s if that is more "
-            f"({rule.provenance})"
+            f"bytes of the cache / {reads}, read once for {TILE_ROWS} rows of a prompt, or "
+            f"4 x heads x width x pairs of positions / {computes} if that is more ({rule.provenance})"
         )
 
     def _each_step(self) -> Iterable[_Rows]:

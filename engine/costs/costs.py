@@ -18,6 +18,7 @@ from ...resources.from_peer import from_peer
 from ...resources.lags import Lags
 from ...resources.profile import Profile
 from ...resources.profile_costs import ComputeCosts, CopyCosts, ExpertPoint, HostCosts, KernelPoint, ProfileError
+from ...units import FLOPS, RATES, rate_words
 from ...workloads.batches import DECODE
 from ..scenario.scenario import Scenario
 from .attention import Added, Attention
@@ -480,8 +481,8 @@ class Costs:
         flops = 2 * tokens * (weight_bytes * 8 / dtype_bits)
         part_ns = rule.part_ns(weight_bytes, flops)
         self.estimates[what] = (
-            f"{group_ns} ns + max(weight bytes / {rule.bytes_per_second} B/s, "
-            f"2 x weights x tokens / {rule.flops_per_second} FLOP/s) ({rule.provenance})"
+            f"{group_ns / 1e3:g} us + max(weight bytes / {rate_words(rule.bytes_per_second, RATES)}, "
+            f"2 x weights x tokens / {rate_words(rule.flops_per_second, FLOPS)}) ({rule.provenance})"
         )
         return group_ns + part_ns, group_ns + part_ns * rule.beside_copy_factor
 

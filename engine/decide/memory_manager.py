@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from ...errors import InputError
 from ...resources.spool import Spool
+from ...units import bytes_words
 from ..policies.eviction import NO_SETTING, Eviction, Setting
 from ..policies.prefetch_share import FixedShare
 
@@ -469,7 +470,7 @@ class MemoryManager:
 
 
 def pool_budgets(expert_bytes: Sequence[int], budget_bytes: int, scope: str) -> list[int]:
-    """Returns the bytes of each pool: one for all layers, or one a layer; each layer's pool where there is one a layer.
+    """Returns the bytes of each pool: one for all layers, or one a layer.
 
     Room that no whole expert can use is left out where all experts of a pool are of one size. Raises BudgetError if a
     pool cannot hold one expert of its layers, ValueError if there is no such scope, it is benefit, which needs a trace
@@ -482,9 +483,8 @@ def pool_budgets(expert_bytes: Sequence[int], budget_bytes: int, scope: str) -> 
         raise InputError("scope = 'benefit' needs a trace to measure it on: give divide")
     if scope in ("global", "shared"):
         return [_usable("the expert budget", expert_bytes, budget_bytes)]
-    layers = len(expert_bytes)
-    where = f"a layer's share (1/{layers}) of the expert budget"
-    return [_usable(where, [size_bytes], budget_bytes // layers) for size_bytes in expert_bytes]
+    where = f"a layer's share (1/{len(expert_bytes)}) of the expert budget"
+    return [_usable(where, [size_bytes], budget_bytes // len(expert_bytes)) for size_bytes in expert_bytes]
 
 
 def check_sizes(expert_bytes: Sequence[int], scope: str) -> None:
@@ -496,5 +496,5 @@ def check_sizes(expert_bytes: Sequence[int], scope: str) -> None:
 def _usable(where: str, sizes: Sequence[int], budget_bytes: int) -> int:
     """Returns the bytes of a pool that experts of these sizes can use."""
     if budget_bytes < max(sizes):
-        raise BudgetError(f"{where} is {budget_bytes} bytes: it must hold one expert, {max(sizes)} bytes")
+        raise BudgetError(f"{where} is {bytes_words(budget_bytes)}: it must hold one expert, {bytes_words(max(sizes))}")
     return budget_bytes - budget_bytes % sizes[0] if min(sizes) == max(sizes) else budget_bytes

@@ -309,7 +309,7 @@ def _known(data: Mapping[str, Any], key: str) -> str:
     if band is None:
         return ""
     low, high = (known_of(band[end], known_digits(data)) for end in ("p5", "p95"))
-    return f"{low} to {high} (p5 to p95); "
+    return f"{low} to {high} (p5 to p95); " if low != high else ""
 
 
 def _would_not_fit(data: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
