@@ -107,6 +107,10 @@ def calibrate_fit(
         str | None,
         typer.Option(help="A profile whose graph of several GPUs is this machine's: how fast its links are is fitted."),
     ] = None,
+    extends: Annotated[
+        str | None,
+        typer.Option(help="The profile of one such GPU: write what several of one machine add to it (--topology)."),
+    ] = None,
     rows_out: Annotated[
         Path | None, typer.Option(help="Also write what the runs show as rows (.rows.json), far smaller than the runs.")
     ] = None,
@@ -115,6 +119,7 @@ def calibrate_fit(
     """Fit a profile to samples: each cost with how well it predicts the samples that were held back."""
     from ..calibration.fit.evidence import check_rows_file, load_schedule, save_rows
     from ..calibration.fit.fit import fit, fit_data, write_profile
+    from ..calibration.fit.links import links_of, write_links
     from ..calibration.measure.samples import load_samples
     from ..files import check_file
     from ..resources.profile import load_profile
@@ -128,10 +133,17 @@ def calibrate_fit(
     graph = None if topology is None else load_profile(topology).topology
     if topology is not None and graph is None:
         raise InputError(f"--topology {topology}: that profile has no topology")
+    if extends is not None:
+        load_profile(extends)
+        if topology is None:
+            raise InputError(f"--extends {extends}: what several GPUs add needs --topology, too")
     fitted = fit(first, out.name.removesuffix(".json"), rows, more, graph)
     if rows_out is not None:
         save_rows(rows, rows_out)
-    write_profile(fitted.profile, out)
+    if extends is None:
+        write_profile(fitted.profile, out)
+    else:
+        write_links(links_of(fitted.profile, first, extends), out)
     if json:
         print_json(fit_data(fitted))
         return

@@ -15,9 +15,11 @@ import torch
 from cpu_device import CpuDevice, CpuEvent
 
 from prestage.calibration.device.cuda import CudaError
+from prestage.calibration.fit.beside import written
 from prestage.calibration.fit.evidence import Row, load_schedule, save_rows, uncertainty
 from prestage.calibration.fit.fit import Fit, fit, fit_transfer, write_profile
 from prestage.calibration.fit.host import solve_host
+from prestage.calibration.fit.links import links_of, write_links
 from prestage.calibration.fit.transfer import from_profile, from_samples
 from prestage.calibration.measure.bench import Extent
 from prestage.calibration.measure.exchanges import measure_collectives
@@ -180,6 +182,23 @@ def test_what_two_gpus_add_is_fitted_and_so_are_the_links_of_their_graph(samples
         seen = [size * 1e9 / one.ns(size) for cost in costs for one in (cost.alone, cost.queued) for size in sizes]
         assert max(seen) <= speeds[kind]
     assert profile.topology.node("gpu1").capacity_bytes == samples_of_two.gpu_memory_bytes
+
+
+def test_what_several_gpus_add_extends_the_profile_of_one(samples_of_two: Samples, tmp_path: Path) -> None:
+    graph = load_profile("h200-x2").topology
+    fitted = fit(samples_of_two, "mine", topology=graph).profile
+    path = tmp_path / "mine.json"
+    write_links(links_of(fitted, samples_of_two, "h200"), path)
+    made, one = load_profile(str(path)), load_profile("h200")
+    assert (made.device, made.date) == ("2 x CPU", samples_of_two.date)
+    assert made.peer == fitted.peer and made.topology == fitted.topology
+    assert made.host.turn == fitted.host.turn and made.host.launch.ns == one.host.launch.ns
+    assert made.compute.peer_wait_gap == fitted.compute.peer_wait_gap
+    assert [point.ns for point in made.compute.experts] == [point.ns for point in one.compute.experts]
+    # What is fitted to schedules of both comes on top, and the file still extends that profile.
+    text, again = written({"host": {"exchange_call": {"ns": 5, "source": "measured"}}}, "mine", str(path))
+    assert json.loads(text)["extends"] == "h200" and again.host.turn == fitted.host.turn
+    assert again.host.exchange_call is not None and again.host.exchange_call.ns == 5
 
 
 def test_a_profile_is_fitted_from_what_was_measured(samples: Samples) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from json import dumps
+from json import dumps, loads
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -235,8 +236,8 @@ def _between(apart: dict[tuple[int, int], tuple[int, float]], size_bytes: int) -
 def written(data: dict[str, Any], name: str, base: str) -> tuple[str, Profile]:
     """Returns a profile that extends `base` with what was fitted, as a file's text and as a profile.
 
-    Where the base is a file, all of it is in the text. What is measured of a predictor's other shapes stays as it is
-    there. Raises ProfileError.
+    Where the base is a file, all of it is in the text; of one that extends a shipped profile, what it adds to that.
+    What is measured of a predictor's other shapes stays as it is there. Raises ProfileError.
     """
     known = load_profile(base)
     if "expert_move" in data.get("host", {}):  # with the wait for what lay in its room, which is charged by itself
@@ -250,6 +251,7 @@ def written(data: dict[str, Any], name: str, base: str) -> tuple[str, Profile]:
             if (point.hidden, point.experts, point.tokens) not in ours
         ]
         compute["predictors"] = [*compute["predictors"], *others]
+    patch = _patch(base)
     text: dict[str, Any] = {
         "extends": base,
         "name": name,
@@ -263,7 +265,16 @@ def written(data: dict[str, Any], name: str, base: str) -> tuple[str, Profile]:
         known.model_dump(exclude_none=True), {key: value for key, value in text.items() if key != "extends"}
     )
     profile = make_profile(merged, f"fit of {name}")
+    if "extends" in patch:
+        added = {key: value for key, value in text.items() if key != "extends"}
+        return dumps(extended(patch, added), indent=1), profile
     return (profile_text(profile) if base.endswith(".json") else dumps(text, indent=1)), profile
+
+
+def _patch(base: str) -> dict[str, Any]:
+    """Returns a profile's file as it is, if it is one that extends a shipped profile; else nothing."""
+    data: dict[str, Any] = loads(Path(base).read_bytes()) if base.endswith(".json") else {}
+    return data if not str(data.get("extends", ".json")).endswith(".json") else {}
 
 
 def _measured(seen: Seen, note: str = "inside schedules") -> dict[str, Any]:
