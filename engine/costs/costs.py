@@ -23,6 +23,7 @@ from ...workloads.batches import DECODE
 from ..scenario.scenario import Scenario
 from .attention import Added, Attention
 from .beside_costs import beside_costs
+from .grouped_kernels import GROUPED_BY_SURFACE, GroupedKernels
 from .points import Point, between
 from .runtime_costs import RuntimeCosts, launched_model, pieces_of, token_bucket
 from .surface_costs import Kernels, SurfaceCosts, dense_kernels, expert_kernels, head_kernels
@@ -129,7 +130,8 @@ class Costs:
         self.expert_bytes: Sequence[int] = [scenario.compression.copied_bytes(size) for size in model.expert_bytes]
         self._tiled = TiledProducts(inputs.runtime.costs.gpu_products, profile.device, inputs.steps)
         self._rule = profile.compute.rule
-        self._grouped = profile.compute.grouped if scenario.dispatch.expert_kernel == "grouped" else None
+        self._groups = scenario.dispatch.expert_kernel == "grouped"
+        self._grouped = profile.compute.grouped if self._groups else None
         self._mode = scenario.dispatch.mode
         self._chunk_bytes = scenario.copy_.chunk_bytes
         self.by_priority = scenario.copy_.by_rank
@@ -229,6 +231,9 @@ class Costs:
             surface = None
         starts, fewer = self.runtime.gap_factor, not self.runtime.own_kernels
         self._surface = None if surface is None else SurfaceCosts(surface, self._mode, starts, low_bit=fewer)
+        by_surface = self._groups and self._grouped is None and self._surface is not None
+        price = partial(self._kernel, "expert", ())
+        self._by_surface = GroupedKernels(model, self._expert_kernels, price) if by_surface else None
         self._latency_ns = 0 if self._mode == "free" else compute.launch_latency.ns
         dispatch = "eager" if self._mode == "eager" else "graph"
         self._expert_points: dict[int, list[Point]] = {}
@@ -360,7 +365,13 @@ class Costs:
         cost = self._known_experts.get((size, width, tokens, phase))
         if cost is None:
             points = self._expert_points.get(width, ())
-            cost = self._kernel("expert", points, self._expert_kernels(layer), tokens)
+            if self._by_surface is not None:
+                cost = self._by_surface.expert(layer, tokens)
+                self.estimates["grouped expert kernel"] = GROUPED_BY_SURFACE
+                if points:  # the surface was measured as well as these
+                    self.estimates.pop("expert", None)
+            else:
+                cost = self._kernel("expert", points, self._expert_kernels(layer), tokens)
             if self._grouped is not None:  # a kernel of several pays the constant once, see `grouped`
                 ns = self.runtime.kernel_ns("expert", self._grouped.ns(size))
                 cost = replace(cost, ns=round(ns), slowdown=self._grouped.beside_copy_factor)
@@ -389,29 +400,24 @@ class Costs:
         costs = [self.expert(layer, count, phase) for count in tokens]
         ns = sum(cost.ns for cost in costs) - (len(costs) - 1) * self.grouped_saved_ns
         ns = max(ns, max(cost.ns for cost in costs))
-        if self._grouped is None:
-            self.estimates["grouped expert kernel"] = "one expert's, and for each more what more rows take"
+        if self._grouped is None and self._by_surface is None:
+            self.estimates["grouped expert kernel"] = "each expert's, what any takes paid once"
         return KernelCost(ns, max(cost.slowdown for cost in costs), costs[0].launches, costs[0].host_ns)
 
     @cached_property
     def grouped_saved_ns(self) -> int:
-        """What each expert beyond the first takes less in a grouped kernel, which reads all its matrices as one.
-
-        By the surface it adds what a matrix of so many more rows takes longer; without one it saves the constant.
-        """
+        """What each expert beyond the first takes less in a grouped kernel: the constant."""
         if self._grouped is not None:
             return self._grouped.constant_ns
-        kernels, count = self._expert_kernels(0), max(2, self.model.top_k)
-        if self._surface is None:
-            return self._rule_constant_ns(kernels)
-        one, together = (self._surface.time(kernels.of_experts(each), 1).ns for each in (1, count))
-        return max(0, round(self.expert(0, 1).ns - self.runtime.kernel_ns("expert", (together - one) / (count - 1))))
+        if self._by_surface is not None:
+            return self._by_surface.constant_ns
+        return self._rule_constant_ns(self._expert_kernels(0))
 
     @property
     def expert_constant_ns(self) -> int:
         """What an expert's kernels take whatever their weights."""
-        if self._grouped is not None:
-            return self._grouped.constant_ns
+        if self._grouped is not None or self._by_surface is not None:
+            return self.grouped_saved_ns
         kernels = self._expert_kernels(0)
         if self._surface is None or self._expert_points.get(self.model.expert_ff):
             return self._rule_constant_ns(kernels)
