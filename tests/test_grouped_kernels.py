@@ -43,7 +43,7 @@ def test_all_of_a_layers_experts_take_at_least_the_time_in_which_their_weights_a
     # 128 experts of 9 MiB at the H200's 4.8 TB/s are 252 us; engines' own kernels took 301 to 316 us over 64 tokens
     # (AIConfigurator 0.12.0: vLLM, SGLang and TensorRT-LLM, one H200).
     ns = costs_of().grouped(0, [4] * 128).ns
-    assert 128 * 3 * 2048 * 768 * 2 / 4.8e12 * 1e9 < ns
+    assert ns > 128 * 3 * 2048 * 768 * 2 / 4.8e12 * 1e9
     assert ns == pytest.approx(308_000, rel=0.06)
 
 
