@@ -9,7 +9,7 @@ device are estimates too, and a rule of this machine's own goes before them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ from .attention import Added, Attention
 from .beside_costs import beside_costs
 from .grouped_kernels import GROUPED_BY_SURFACE, GroupedKernels
 from .points import Point, between
+from .results import CopyCost, KernelCost, ReadCost, ReadCosts
 from .runtime_costs import RuntimeCosts, launched_model, pieces_of, token_bucket
 from .surface_costs import Kernels, SurfaceCosts, dense_kernels, expert_kernels, head_kernels
 from .tiled_products import TiledProducts
@@ -32,68 +33,6 @@ from .tiled_products import TiledProducts
 if TYPE_CHECKING:
     from ..scenario.inputs import Inputs
     from .scatter import Scatter
-
-
-@dataclass(frozen=True, slots=True)
-class KernelCost:
-    """One launch group: its duration on a quiet GPU, the factor beside a copy, its launches and the host's time.
-
-    `latency_ns` is from the return of the host's last call to the start on an idle lane; it may be below 0.
-    `issue_ns` is from the host's first call to the start on an idle lane: several launches count as one piece of work,
-    as late as its last launch demands.
-    """
-
-    ns: int
-    slowdown: float
-    launches: int
-    host_ns: int
-    latency_ns: int = 0
-    issue_ns: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        first_ns, before_last_ns = self.host_ns // self.launches, self.ns * (self.launches - 1) // self.launches
-        issue_ns = self.latency_ns + max(first_ns, self.host_ns - before_last_ns)
-        object.__setattr__(self, "issue_ns", issue_ns)
-
-
-@dataclass(frozen=True, slots=True)
-class CopyCost:
-    """One expert's copy, in `pieces` equal pieces: its duration queued and on an idle engine, whole and by piece.
-
-    `host_ns` is what enqueuing all of it takes the host.
-    """
-
-    queued_ns: int
-    alone_ns: int
-    piece_queued_ns: int
-    piece_alone_ns: int
-    pieces: int
-    host_ns: int
-
-
-@dataclass(frozen=True, slots=True)
-class ReadCost:
-    """One expert's read from the drive: so many equal requests, what each takes alone, and the host's time."""
-
-    requests: int
-    request_ns: int
-    host_ns: int
-
-
-@dataclass(frozen=True, slots=True)
-class ReadCosts:
-    """What reads take: the cost of an expert of each layer (layers,), and what those in flight on the lanes share.
-
-    `times_as_long` (lanes,): how many times as long as alone a request takes while 1, 2, … lanes read.
-    """
-
-    by_layer: Sequence[ReadCost]
-    times_as_long: Sequence[float]
-
-    @property
-    def shared(self) -> bool:
-        """Whether requests in flight at once slow each other down, or speed each other up."""
-        return any(times != 1 for times in self.times_as_long)
 
 
 class ByTokens(dict[int, KernelCost]):

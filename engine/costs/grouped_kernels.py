@@ -11,13 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 from ...workloads.model import Model
+from .results import KernelCost
 from .surface_costs import Kernels
-
-if TYPE_CHECKING:
-    from .costs import KernelCost
 
 #: How that is said of an estimate.
 GROUPED_BY_SURFACE = "of each expert its share of one product over the rows of all of its layer's"

@@ -14,8 +14,9 @@ from ...dtypes import bits_of
 from ...resources.profile_costs import CpuExpertPoint, KernelRule, ProfileError
 from ...workloads.batches import DECODE
 from ..scenario.scenario import Scenario
-from .costs import Costs, KernelCost
+from .costs import Costs
 from .cpu_streams import TOKENS_A_PASS, CpuStream, cpu_stream
+from .results import KernelCost
 
 #: Matrices of an expert as the CPU's are measured (gate, up, down).
 _MATRICES = 3

@@ -17,7 +17,7 @@ import numpy as np
 from ...resources.network import Crowd, CrowdShare, Network, Share
 from ...resources.timeline import DENSE, EXPERT, HEAD
 from ...workloads.batches import DECODE, PREFILL
-from ..costs.costs import KernelCost
+from ..costs.results import KernelCost
 from ..costs.scatter import SCATTERED, Scatter
 from ..decide.commands import H2D, PREFETCH_LANE
 from ..decide.program import Program

@@ -1,0 +1,68 @@
+"""What costs are told as: one launch group, one copy, one read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class KernelCost:
+    """One launch group: its duration on a quiet GPU, the factor beside a copy, its launches and the host's time.
+
+    `latency_ns` is from the return of the host's last call to the start on an idle lane; it may be below 0.
+    `issue_ns` is from the host's first call to the start on an idle lane: several launches count as one piece of work,
+    as late as its last launch demands.
+    """
+
+    ns: int
+    slowdown: float
+    launches: int
+    host_ns: int
+    latency_ns: int = 0
+    issue_ns: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        first_ns, before_last_ns = self.host_ns // self.launches, self.ns * (self.launches - 1) // self.launches
+        issue_ns = self.latency_ns + max(first_ns, self.host_ns - before_last_ns)
+        object.__setattr__(self, "issue_ns", issue_ns)
+
+
+@dataclass(frozen=True, slots=True)
+class CopyCost:
+    """One expert's copy, in `pieces` equal pieces: its duration queued and on an idle engine, whole and by piece.
+
+    `host_ns` is what enqueuing all of it takes the host.
+    """
+
+    queued_ns: int
+    alone_ns: int
+    piece_queued_ns: int
+    piece_alone_ns: int
+    pieces: int
+    host_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReadCost:
+    """One expert's read from the drive: so many equal requests, what each takes alone, and the host's time."""
+
+    requests: int
+    request_ns: int
+    host_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReadCosts:
+    """What reads take: the cost of an expert of each layer (layers,), and what those in flight on the lanes share.
+
+    `times_as_long` (lanes,): how many times as long as alone a request takes while 1, 2, … lanes read.
+    """
+
+    by_layer: Sequence[ReadCost]
+    times_as_long: Sequence[float]
+
+    @property
+    def shared(self) -> bool:
+        """Whether requests in flight at once slow each other down, or speed each other up."""
+        return any(times != 1 for times in self.times_as_long)
