@@ -489,6 +489,12 @@ def held_out() -> str:
     return f"{markdown(ours, every_row=False)}\n\n{markdown(own, every_row=True)}"
 
 
+def held_out_context() -> str:
+    """Schedules that attend to a context, simulated with `h200` and with the profile of a machine of that kind."""
+    ours, pair = (_validation(f"h200-held-out-context{name}") for name in ("", "-pair"))
+    return f"{markdown(ours, every_row=False)}\n\n{markdown(pair, every_row=True)}"
+
+
 def held_out_again() -> str:
     """Eager schedules among them, executed again on another day with more repeats, simulated with `h200`."""
     return markdown(_validation("h200-held-out-again"), every_row=True)
@@ -692,6 +698,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "held-out-kernels": held_out_kernels,
     "held-out": held_out,
     "held-out-again": held_out_again,
+    "held-out-context": held_out_context,
     "whole": whole,
     "speed": speed,
     "replay-speed": replay_speed,

@@ -44,3 +44,17 @@ def test_a_validation_says_which_costs_moved(run: Measured) -> None:
     changed = h200.model_copy(update={"compute": h200.compute.model_copy(update={"graph_gap": gap})})
     text = markdown(validate([run], changed), every_row=False)
     assert "costs moved." in text and "| gap between graphs |" in text
+
+
+def test_what_the_hosts_calls_take_is_told_together(run: Measured) -> None:
+    # Every call of the host twice as dear in the profile: what was measured is half of that, further off than it varied.
+    h200 = load_profile("h200")
+    costs = {name: getattr(h200.host, name) for name in ("graph_launch", "event_record", "event_wait", "copy_enqueue")}
+    costs |= {name: getattr(h200.host, name) for name in ("readback_enqueue", "resume", "copy_resume")}
+    twice = {name: cost.model_copy(update={"ns": 2 * cost.ns}) for name, cost in costs.items()}
+    changed = h200.model_copy(update={"host": h200.host.model_copy(update=twice)})
+    before, after = (
+        {one.name: one for one in drifts([run], profile)}["calls of the host, graph"] for profile in (h200, changed)
+    )
+    assert not before.moved and after.moved
+    assert 1 + after.change == pytest.approx((1 + before.change) / 2, rel=1e-3)

@@ -19,7 +19,7 @@ def solve_host(rows: Sequence[Row], record_ns: float) -> dict[str, int]:
     """
     equations: list[tuple[dict[str, int], float, float, int]] = []
     for row in rows:
-        counted = _calls_of(row)
+        counted = calls_of(row)
         records = counted.pop("event_record")
         equations.append((counted, row.calm_ns - records * record_ns, row.calm_ns, row.n))
     names = sorted({name for counted, _, _, _ in equations for name in counted})
@@ -32,12 +32,12 @@ def solve_host(rows: Sequence[Row], record_ns: float) -> dict[str, int]:
     return {name: max(0, round(ns)) for name, ns in zip(names, solution.tolist(), strict=True)}
 
 
-def _calls_of(row: Row) -> dict[str, int]:
+def calls_of(row: Row) -> dict[str, int]:
     """Returns how many calls of each kind an entry makes; the first one behind a wait also resumes."""
     entry, key = row.cost.removeprefix("peer:").partition(":")[2], row.key
     if key.get("first"):
         resume = "copy_resume" if entry.startswith("copy") else "resume"
-        return {**_calls_of(replace(row, key={**key, "first": False})), resume: 1}
+        return {**calls_of(replace(row, key={**key, "first": False})), resume: 1}
     if entry == "readback":
         return {"readback_enqueue": 1, "event_record": 1}
     if entry.startswith("copy"):
@@ -46,7 +46,7 @@ def _calls_of(row: Row) -> dict[str, int]:
     if entry == "send":
         return {"peer_enqueue": 1, "event_record": 2, "event_wait": 1}
     if entry == "turn":
-        dense = _calls_of(replace(row, cost="host:dense"))
+        dense = calls_of(replace(row, cost="host:dense"))
         return {**dense, "turn": 1, **({"event_wait": 1} if key["receives"] else {})}
     counted = {"event_record": 2, **({"event_wait": 1} if entry == "expert_first_use" else {})}
     if key["dispatch"] == "graph":

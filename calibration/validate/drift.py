@@ -1,7 +1,8 @@
 """Drift: which costs of a profile have moved since it was fitted, told by schedules that were executed today.
 
 Every cost that a schedule shows by itself is set beside what the profile says of the same. One has moved if it is off
-by more than it varied between the runs that it was fitted to. What the host's calls take shows in whole schedules.
+by more than it varied between the runs that it was fitted to. The host's calls are told together, for each way of
+dispatch: what all entries take beside what the profile says of their calls.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from ...resources.facts import Cost
 from ...resources.profile import Profile
 from ..executor.measured import Measured
 from ..fit.evidence import Row
+from ..fit.host import calls_of
 from ..fit.in_schedule import samples
 
 #: Costs vary by so much without having moved, as a share, besides so many times what they vary between runs.
@@ -52,7 +54,35 @@ def drifts(runs: Iterable[Measured], profile: Profile) -> list[Drift]:
             if ns and row.n >= _LEAST_SAMPLES:
                 spread = 0.0 if cost.uncertainty is None else cost.uncertainty.run_spread
                 found.append(Drift(name, row.n, ns, row.typical_ns, STEADY + SIGMAS * spread))
-    return sorted(found, key=lambda one: -abs(one.change) / one.within)
+    return sorted([*found, *_host_calls(rows, profile)], key=lambda one: -abs(one.change) / one.within)
+
+
+def _host_calls(rows: Sequence[Row], profile: Profile) -> Iterator[Drift]:
+    """Yields what the host's calls take in each way of dispatch, an entry in the mean."""
+    for dispatch in ("eager", "graph"):
+        seen = [row for row in rows if row.cost.startswith("host:") and row.key.get("dispatch") == dispatch]
+        told = [(row, *cost) for row in seen if (cost := _calls_cost(row, profile)) is not None and cost[0]]
+        n = sum(row.n for row, *_ in told)
+        if n < _LEAST_SAMPLES:
+            continue
+        said_ns = sum(row.n * ns for row, ns, _ in told)
+        sure_ns = sum(row.n * ns * spread for row, ns, spread in told)
+        measured_ns = sum(row.n * row.typical_ns for row, *_ in told)
+        within = STEADY + SIGMAS * sure_ns / said_ns
+        yield Drift(f"calls of the host, {dispatch}", n, round(said_ns / n), measured_ns / n, within)
+
+
+def _calls_cost(row: Row, profile: Profile) -> tuple[float, float] | None:
+    """Returns what a profile says of an entry's calls, in ns, and how much that varied; None if it lacks one."""
+    ns, vary_ns = 0.0, 0.0
+    for name, count in calls_of(row).items():
+        call, _, dtype = name.partition(":")
+        cost = profile.host.product_launches.get(dtype) if dtype else getattr(profile.host, call, None)
+        if cost is None:
+            return None
+        ns += count * cost.ns
+        vary_ns += count * cost.ns * (0.0 if cost.uncertainty is None else cost.uncertainty.run_spread)
+    return ns, vary_ns / ns if ns else 0.0
 
 
 def _said(row: Row, profile: Profile) -> Iterator[tuple[str, int, Cost]]:
