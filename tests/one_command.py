@@ -2,8 +2,8 @@
 
     python tests/one_command.py
 
-Cold: the first command in a clean clone, where nothing is compiled; warm: the same again. Processor seconds, which other
-work on the machine changes little, and those of the clock, which it lengthens; nothing is left behind.
+Cold: the first command in a clean clone, where nothing is compiled; warm: the same again. Processor seconds, which
+other work on the machine changes little, and those of the clock, which it lengthens; nothing is left behind.
 """
 
 from __future__ import annotations
