@@ -47,7 +47,7 @@ def test_a_validation_says_which_costs_moved(run: Measured) -> None:
 
 
 def test_what_the_hosts_calls_take_is_told_together(run: Measured) -> None:
-    # Every call of the host twice as dear in the profile: what was measured is half of that, further off than it varied.
+    # Every call of the host twice as dear in the profile: what was measured is half of that, and so it has moved.
     h200 = load_profile("h200")
     costs = {name: getattr(h200.host, name) for name in ("graph_launch", "event_record", "event_wait", "copy_enqueue")}
     costs |= {name: getattr(h200.host, name) for name in ("readback_enqueue", "resume", "copy_resume")}
