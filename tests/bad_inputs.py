@@ -326,6 +326,8 @@ _SET: list[tuple[str, str]] = [
     ("miss.threshold=-1", "miss.threshold = -1"),
     ("miss.cpu_threads=0", "miss.cpu_threads = 0"),
     ("miss.cpu_max_tokens=-1", "miss.cpu_max_tokens = -1"),
+    ("miss.deferred_experts=-1", "miss.deferred_experts = -1"),
+    ("miss.deferred_experts=1", "miss: deferred_experts = 1 with policy = 'fetch'"),
     ("miss.cpu_gb_per_s=0", "miss.cpu_gb_per_s = 0"),
     ("miss.cpu_gb_per_s=5e-324", "miss.cpu_gb_per_s = 5e-324"),
     ("miss.low_ratio=1.0", "miss.low_ratio = 1.0"),

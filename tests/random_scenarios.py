@@ -198,6 +198,7 @@ def composed(seed: int, folder: Path) -> dict[str, Any]:
         policy = rng.choice(("cpu", "cpu", "balanced", "cost", "low_precision", "skip"))
         policy = {"balanced": "split", "cost": "cpu-then-upload"}.get(policy, policy) if seed % 2 else policy
         data["miss"] = {"policy": policy, "cpu_gb_per_s": rng.choice((4, 40, 400)), "threshold": 0.2}
+        data["miss"] |= {"deferred_experts": 1 + seed % 2} if seed % 3 == 0 else {}
     if rng.random() < 0.2:
         data["compression"] = {"where": rng.choice(("host", "gpu")), "ratio": 0.5, "decompress_gb_per_s": 100}
         data["compression"] |= {"lane": rng.choice(("side", "compute"))}

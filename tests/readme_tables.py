@@ -166,16 +166,18 @@ def misses() -> str:
 #: Machines on which misses are shared; the CPU of the second and third is assumed to read so much.
 SHARED_MACHINES = {**WAY_MACHINES, "RTX 4090": ["machine.gpu=rtx4090", "machine.cpu=7950x", "miss.cpu_gb_per_s=60"]}
 SHARED_POLICIES = ("fetch", "cpu", "cost", "balanced", "split", "split-if-twice", "cpu-then-upload")
+DEFERRED = ("cpu", "balanced")
 
 
 def shared_misses() -> str:
     """The same workload and memory with misses shared between the link and the CPU, by policy, on three machines."""
     columns = ["miss.policy", *(f"{machine}: found, link, CPU busy, tokens/s" for machine in SHARED_MACHINES)]
     rows = []
-    for policy in SHARED_POLICIES:
-        cells = [f"`{policy}`"]
+    for policy, deferred in (*((policy, 0) for policy in SHARED_POLICIES), *((policy, 2) for policy in DEFERRED)):
+        cells = [f"`{policy}`" + (f", {deferred} of 6 deferred" if deferred else "")]
+        settings = [f"miss.policy={policy}"] + ([f"miss.deferred_experts={deferred}"] if deferred else [])
         for machine in SHARED_MACHINES.values():
-            data = simulate(load_scenario("balanced", [f"miss.policy={policy}", *machine]), baselines=False).data
+            data = simulate(load_scenario("balanced", [*settings, *machine]), baselines=False).data
             busy = data.get("miss", {}).get("cpu", {}).get("busy_ms", 0.0) / data["makespan_ms"]
             shares = (data["hit_rate"], data["link_utilization"], busy)
             cells.append(" / ".join(f"{share:.0%}" for share in shares) + f" / {data['tokens_per_second']:.1f}")

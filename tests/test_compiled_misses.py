@@ -25,6 +25,7 @@ CASES = {
     "a budget that shrinks": ("memory.total_bytes=10GiB",),
     "misses on the CPU": ("miss.policy=cpu", "miss.cpu_gb_per_s=50"),
     "few tokens on the CPU": ("miss.policy=cpu", "miss.cpu_gb_per_s=50", "miss.cpu_max_tokens=1", "workload.batch=3"),
+    "deferred": ("miss.policy=cpu", "miss.cpu_gb_per_s=50", "miss.deferred_experts=2", "workload.batch=3"),
     "static": ("memory.eviction=static",),
     "what was preloaded stays": ("memory.eviction=preloaded", "memory.preload=popular", "memory.gpu_budget=10%"),
     "what was demanded goes": (

@@ -354,6 +354,7 @@ CLASHES: dict[str, dict[str, Any]] = {
         "compression": {"where": "gpu", "decompress_gb_per_s": 1.0}, "parallel": {"gpus": 2, "remote": "peer"},
     },
     "parallel.remote": {"miss": ON_CPU, "parallel": {"gpus": 2, "remote": "cost"}},
+    "miss.deferred_experts": {"miss": {**ON_CPU, "deferred_experts": 1}, "parallel": {"gpus": 2}},
     "prefetch.issued_by": {"prefetch": {"issued_by": "gpu"}, "tiers": {"host_budget": "50%"}},
     "copy.source": {"copy": {"source": "peer"}, "miss": ON_CPU},
     "workload.batch": {"requests": {}, "workload": {"batch": 2}},

@@ -26,7 +26,7 @@ from prestage.engine.loading.offloading import make_miss
 from prestage.engine.measure.metrics import metrics
 from prestage.engine.measure.misses import miss_metrics
 from prestage.engine.measure.recording import OUTCOMES, Recording
-from prestage.engine.policies.miss import CPU, MISS, SKIPPED, Absent, Resolved, Terms
+from prestage.engine.policies.miss import CPU, DEFERRED, MISS, SKIPPED, Absent, Resolved, Terms
 from prestage.engine.replay.replay import count_visits
 from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.scenario import Scenario, load_scenario, make_scenario
@@ -91,6 +91,58 @@ def test_the_next_layer_waits_for_the_result_of_this_one() -> None:
     recording = tiny_run(tiny_model(2), tiny_profile(), tiny_trace([[[0], [1]]]), tiny_scenario(miss={"policy": "cpu"}))
     assert spans_of(recording, CPU_EXPERT) == [(19, 49), (65 + 19, 65 + 49)]
     assert recording.makespan_ns == 2 * 65
+
+
+WEIGHED = np.array([[[0.7, 0.3], [0.2, 0.8]]], dtype=np.float16)
+
+
+@pytest.mark.parametrize(
+    ("deferred", "on_cpu", "back", "makespan_ns"),
+    [
+        # Layer 0: dense 3, activations 16, expert 0 in 30, its result in 16, from 49 on. Expert 1, the lesser, follows
+        # on the CPU while the GPU runs layer 1's dense part (65 to 68) and its activations come (84): 30 ns hidden.
+        # The last layer defers nothing: 84 + 60 + 16.
+        (1, [(19, 49), (49, 79), (84, 114), (114, 144)], [(49, 65), (144, 160)], 160),
+        # Both wait for nothing: layer 1's dense part runs at once, its activations behind those of layer 0 (35), and
+        # the CPU has layer 0's two before its own.
+        (2, [(19, 49), (49, 79), (79, 109), (109, 139)], [(139, 155)], 155),
+    ],
+)
+def test_what_is_deferred_is_computed_while_the_gpu_goes_on_and_comes_with_the_next_layers_results(
+    deferred: int, on_cpu: list[tuple[int, int]], back: list[tuple[int, int]], makespan_ns: int
+) -> None:
+    trace = tiny_trace([[[0, 1], [0, 1]]], weights=WEIGHED)
+    scenario = tiny_scenario(miss={"policy": "cpu", "deferred_experts": deferred})
+    recording = tiny_run(tiny_model(2, top_k=2), tiny_profile(), trace, scenario)
+    assert spans_of(recording, CPU_EXPERT) == on_cpu
+    assert [span for span in spans_of(recording, ACTIVATION) if span in back] == back
+    assert recording.makespan_ns == makespan_ns
+    data = metrics(recording)
+    assert sum(data["time"].values()) == pytest.approx(makespan_ns / 1e6)
+    assert data["counts"]["miss"] == 4
+
+
+def test_deferred_results_are_waited_for_also_by_a_layer_whose_experts_all_lie_on_the_gpu() -> None:
+    # Expert 0 in layer 0 is at once, expert 1 until 79; layer 1's experts run from 68 to 82, then its head needs the
+    # result, 79 + 16.
+    trace = tiny_trace([[[0, 1], [0, 1]]], **popular([0.0] * 4, [1.0, 0.9, 0.0, 0.0]), weights=WEIGHED)
+    memory = {"gpu_budget": "2experts", "preload": "popular", "eviction": "static"}
+    scenario = tiny_scenario(miss={"policy": "cpu", "deferred_experts": 1}, memory=memory)
+    recording = tiny_run(tiny_model(2, top_k=2, head_ns=5), tiny_profile(), trace, scenario)
+    assert spans_of(recording, CPU_EXPERT) == [(19, 49), (49, 79)]
+    assert spans_of(recording, EXPERT) == [(68, 75), (75, 82)]
+    assert recording.makespan_ns == 79 + 16 + 5
+
+
+def test_an_expert_that_one_token_has_among_its_best_is_not_deferred_for_another() -> None:
+    # Token 0: 0 before 1; token 1: 1 before 2. Expert 2 alone is nobody's best; without weights the order says so.
+    weights = np.array([[[0.7, 0.3], [0.7, 0.3]], [[0.6, 0.4], [0.6, 0.4]]], dtype=np.float16)
+    for more in ({"weights": weights}, {}):
+        trace = tiny_trace([[[0, 1], [0, 1]], [[1, 2], [1, 2]]], sequence=np.array([0, 1]), **more)
+        scenario = tiny_scenario(miss={"policy": "cpu", "deferred_experts": 1}, workload={"batch": 2})
+        resolved = tiny_run(tiny_model(2, top_k=2), tiny_profile(), trace, scenario).resolved
+        ways = [(int(row["visit"]), int(row["expert"]) % 4) for row in resolved if row["way"] == DEFERRED]
+        assert ways == [(0, 2)]
 
 
 def test_the_cpu_and_a_copy_slow_each_other_down() -> None:
@@ -258,12 +310,13 @@ def test_what_is_skipped_takes_nothing() -> None:
     assert recording.makespan_ns == 30 + 3 + 40 + 7
     assert metrics(recording)["bytes"]["demand"] == 3 * 20
     data = miss_metrics([recording], [tiny_costs(model, tiny_profile(), scenario)], scenario)
-    assert data["ways"] == {"fetched": 3, "cpu": 0, "low_precision": 0, "skipped": 1}
+    assert data["ways"] == {"fetched": 3, "cpu": 0, "low_precision": 0, "skipped": 1, "deferred": 0}
     assert data["gate_mass"]["skipped"] == 0.25 / 2
     assert data["by_layer"] == [
         {
-            "layer": 0, "cpu": 0, "low_precision": 0, "skipped": 1,
+            "layer": 0, "cpu": 0, "low_precision": 0, "skipped": 1, "deferred": 0,
             "cpu_gate_mass": 0.0, "low_precision_gate_mass": 0.0, "skipped_gate_mass": 0.125,
+            "deferred_gate_mass": 0.0,
         }
     ]  # fmt: skip
 
@@ -370,7 +423,7 @@ def test_a_profile_that_knows_nothing_of_the_cpu_is_refused_unless_a_bandwidth_i
 # Whatever the run.
 
 
-def random_case(data: st.DataObject, name: str) -> Case:
+def random_case(data: st.DataObject, name: str, deferred: tuple[int, ...] = (0,)) -> Case:
     """A random run under a miss policy, with as much of a preloaded memory as there is room for."""
     scope = data.draw(st.sampled_from(["global", "per-layer"]))
     kernel = "separate" if name == "low_precision" else data.draw(st.sampled_from(["separate", "grouped"]))
@@ -380,6 +433,7 @@ def random_case(data: st.DataObject, name: str) -> Case:
             "threshold": data.draw(st.sampled_from([0.1, 0.5, 1.5])),
             "low_share": data.draw(st.sampled_from([0.1, 0.4])),
             "cpu_max_tokens": data.draw(st.sampled_from([None, 1, 2])),
+            "deferred_experts": data.draw(st.sampled_from(deferred)) if getattr(MISS[name], "uses_cpu", False) else 0,
             "fetch_behind": data.draw(st.booleans()),
         },
         "dispatch": {"expert_kernel": kernel},
@@ -401,7 +455,7 @@ def random_case(data: st.DataObject, name: str) -> Case:
 @settings(max_examples=EXAMPLES)
 @given(data=st.data())
 def test_the_engine_counts_what_the_replay_counts_and_no_token_is_lost(name: str, data: st.DataObject) -> None:
-    inputs = random_case(data, name).inputs()
+    inputs = random_case(data, name, deferred=(0, 1, 2)).inputs()
     visits, manager = decide(inputs)
     counts = count_visits(visits, manager)
     result = simulate_inputs(inputs, baselines=False)

@@ -75,6 +75,7 @@ def _of_memory(inputs: Inputs) -> list[tuple[bool, str]]:
             f"copy.discipline = {copy.discipline!r}: choose {_executed()}",
         ),
         (miss not in EXECUTED_MISSES, f"miss.policy = {miss!r}: choose {', '.join(EXECUTED_MISSES)}"),
+        (scenario.miss.deferred_experts > 0, "miss.deferred_experts: leave it out"),
         (
             len({each.expert_ff for each in model.by_layer}) > 1,
             f"model {model.name}: kernels of one width are made, and its layers' experts have several",

@@ -19,7 +19,7 @@ from ...engine.decide.pipeline import flow_of, received_steps, sent_bytes
 from ...engine.decide.program import Program, SharedLayers, stages_program
 from ...engine.decide.registers import Registers
 from ...engine.loading.deciders import dispatched_together
-from ...engine.policies.miss import CPU as ON_CPU
+from ...engine.policies.miss import BY_CPU
 from ...engine.scenario.inputs import Inputs
 from .entries import Passing, Plan, Ref
 from .executable import check_executable
@@ -129,7 +129,7 @@ def decision_counts(visits: Iterable[Visit], manager: MemoryManager) -> dict[str
         counts["found"] += sum(len(wave.found) for wave in visit.waves)
         counts["miss"] += sum(len(wave.admitted) for wave in visit.waves)
         counts["prefetch"] += len(visit.prefetches)
-        counts["cpu"] += sum(access.way == ON_CPU for access in visit.resolution.accesses)
+        counts["cpu"] += sum(access.way in BY_CPU for access in visit.resolution.accesses)
         if visit.reads is not None:
             found = (*visit.reads.copies.values(), *visit.reads.on_cpu.values())
             counts["read"] += len(visit.reads.staged) + sum(admission is not None for _, admission in found)

@@ -116,6 +116,7 @@ class Command(NamedTuple):
 H2D, PREFETCH_LANE, COMPUTE, SIDE, HOST = range(5)
 
 #: Registers that every GPU has, from the first of its own on (`first_register`): the router's choice, the last kernel
-#: that serves the step, the predictor's guesses, the CPU's results, what is decompressed for one use, and the tokens
-#: that come from other GPUs. After those of all GPUs comes one for the last choice of all, then rooms.
-CHOICE, OUTPUT, GUESSES, RESULTS, UNPACKED, TOKENS, FIXED_REGISTERS = range(7)
+#: that serves the step, the predictor's guesses, the CPU's results, what is decompressed for one use, the tokens that
+#: come from other GPUs, and what the CPU computes for the next layer. After those of all GPUs comes one for the last
+#: choice of all, then rooms.
+CHOICE, OUTPUT, GUESSES, RESULTS, UNPACKED, TOKENS, LATER, FIXED_REGISTERS = range(8)

@@ -8,11 +8,13 @@ import numpy as np
 
 from ..policies.compiled_eviction import BELADY, DEMANDED_AT, begin
 from ..policies.miss import CPU as ON_CPU
+from ..policies.miss import DEFERRED
 from .compiled_memory import claim, compiled, drop_prefetched, first_use, note_use, pool_of, unpin
 from .compiled_prefetch import count_tokens, prefetch_for
 from .decision_words import (
     D_CHOSEN,
     D_CPU_MOST,
+    D_DEFERRED,
     D_DROPS,
     D_EVICTION,
     D_EXPERTS,
@@ -187,10 +189,43 @@ def fetch(t: Tables, g: Word, wave: Word) -> Word:
 
 
 @compiled
+def among_best(t: Tables, g: Word, first: Word, place: Word, most: Word) -> bool:
+    """Whether one of a token's choices, which begin at `first`, is among its best `most` by gate weight.
+
+    Ties, and choices without gate weights, go by their order.
+    """
+    d, better = t.words, np.int64(0)
+    for at in range(first, first + d[g + D_PER_TOKEN]):
+        if d[d[g + D_CHOSEN] + at] < 0 or at == place:
+            continue
+        if d[g + D_GATES] < 0 or t.floats[d[g + D_GATES] + at] == t.floats[d[g + D_GATES] + place]:
+            better += at < place
+        elif t.floats[d[g + D_GATES] + at] > t.floats[d[g + D_GATES] + place]:
+            better += 1
+    return bool(better < most)
+
+
+@compiled
+def way_on_cpu(t: Tables, g: Word, q: Word, layer: Word, expert: Word) -> Word:
+    """Returns whether the CPU computes an expert for this layer or, if no token has it among its best, for the next."""
+    d, k = t.words, t.words[g + D_PER_TOKEN]
+    if d[g + D_DEFERRED] == 0 or layer == d[g + D_LAYERS] - 1:
+        return np.int64(ON_CPU)
+    for token in range(d[q + Q_ROWS]):
+        first = first_chosen(t, g, q, layer, token)
+        for at in range(first, first + k):
+            chosen = d[d[g + D_CHOSEN] + at] + layer * d[g + D_LAYER_EXPERTS] == expert
+            if chosen and among_best(t, g, first, at, k - d[g + D_DEFERRED]):
+                return np.int64(ON_CPU)
+    return np.int64(DEFERRED)
+
+
+@compiled
 def note_resolved(t: Tables, g: Word, q: Word, layer: Word, number: Word) -> None:
     """Note that the CPU computes all of an access: its tokens, and the sum of their gate weights."""
     d, served, k = t.words, t.served[number], t.words[g + D_PER_TOKEN]
     expert, gate = served[S_EXPERT], 0.0
+    way = way_on_cpu(t, g, q, layer, expert)
     if d[g + D_GATES] < 0:
         gate = float(served[S_TOKENS])
     else:
@@ -201,11 +236,11 @@ def note_resolved(t: Tables, g: Word, q: Word, layer: Word, number: Word) -> Non
                 if d[d[g + D_CHOSEN] + at] + base == expert:
                     gate += t.floats[d[g + D_GATES] + at]
     row = t.resolved[d[X_RESOLVED]]
-    row[R_EXPERT], row[R_WAY], row[R_TOKENS] = expert, ON_CPU, served[S_TOKENS]
+    row[R_EXPERT], row[R_WAY], row[R_TOKENS] = expert, way, served[S_TOKENS]
     d[X_RESOLVED] += 1
     region = d[g + D_RESOLVED]
     at = d[region + R_AT] + d[region + R_COUNT] * RESOLVED_WORDS
-    d[at], d[at + 1], d[at + 2], d[at + 3] = d[g + D_VISIT], expert, ON_CPU, served[S_TOKENS]
+    d[at], d[at + 1], d[at + 2], d[at + 3] = d[g + D_VISIT], expert, way, served[S_TOKENS]
     t.floats[at + 4] = gate
     d[region + R_COUNT] += 1
 

@@ -146,6 +146,7 @@ class Layout:
             w.D_POPULAR: memory.allocate(popular), w.D_PROTECTS: manager.protects, w.D_DROPS: manager.drop_after_visit,
             w.D_UNPIN_FIRST: source.issue == "after_launch", w.D_WATCHES: manager.watches_unused,
             w.D_ON_CPU: miss is not None, w.D_CPU_MOST: -1 if most is None else most,
+            w.D_DEFERRED: 0 if miss is None else miss.terms.deferred,
             w.D_FETCH_FROM: -1 if fetch_from is None else fetch_from,
             w.D_PROTECTED: memory.allocate(protected), w.D_RESULTS: part.gpu.results, w.D_HAS_HEAD: part.has_head,
             w.D_RECEIVES: -1 if part.receives is None else memory.put(part.receives),

@@ -18,7 +18,7 @@ from ...errors import InputError
 from ...workloads.batches import PulledSteps, Step
 from ...workloads.guesses import Guesses
 from ...workloads.trace import RoutingTrace
-from ..policies.miss import CPU, LOW_PRECISION, Absent, Miss, Resolved
+from ..policies.miss import BY_CPU, LOW_PRECISION, Absent, Miss, Resolved, defer
 from ..policies.prefetch import Gauge, Moment, Prefetch
 from .guessed import later_steps, ranked_confidences, ranked_guesses
 from .memory_manager import Admission, MemoryManager, Wave
@@ -361,7 +361,9 @@ def _resolve(
     if miss.terms.fetch_from is not None and len(step.rows) >= miss.terms.fetch_from:
         absent = []  # nothing is resolved another way
     resolved = miss.resolve(layer, _absent(trace, step, layer, absent)) if absent else []
-    on_cpu = [access.expert for access in resolved if access.way == CPU]
+    on_cpu = [access.expert for access in resolved if access.way in BY_CPU]
+    if miss.terms.deferred and on_cpu and layer < trace.layers - 1:
+        defer(resolved, _best(trace, step, layer, trace.k - miss.terms.deferred))
     return Resolution(resolved, _tokens_of(trace, step, layer, on_cpu) if on_cpu else 0)
 
 
@@ -381,6 +383,21 @@ def _tokens_of(trace: RoutingTrace, step: Step, layer: int, experts: list[int]) 
     if trace.made is not None:
         asked &= trace.made[step.rows, layer]
     return int(asked.any(axis=1).sum())
+
+
+def _best(trace: RoutingTrace, step: Step, layer: int, most: int) -> set[int]:
+    """Returns the experts of a layer visit that are among the best `most` of any token, by gate weight.
+
+    Ties, and tokens of a trace without gate weights, go by the router's order.
+    """
+    if most <= 0:
+        return set()
+    best: set[int] = set()
+    for row in step.rows:
+        experts, gates = _pairs(trace, np.array([row]), layer)
+        ranked = sorted(range(len(experts)), key=lambda place: -gates[place])
+        best.update(experts[place] for place in ranked[:most])
+    return best
 
 
 def _goes_on(steps: Sequence[Step], index: int) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from ..policies.miss import CPU
+from ..policies.miss import BY_CPU
 from .dispatch import HostReads, Visit
 from .memory_manager import Admission, MemoryManager
 from .registers import Registers
@@ -64,7 +64,7 @@ class HostMemory:
         """Returns where the experts of one GPU's visit, the first of which is `first` of the model, come from."""
         found = HostReads()
         for access in visit.resolution.accesses:
-            if access.way == CPU:
+            if access.way in BY_CPU:
                 found.on_cpu[access.expert] = self._look_up(access.expert + first, weights[access.expert + first])
         for wave in visit.waves:
             for admission in wave.admitted:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..policies.miss import CPU, Resolved
+from ..policies.miss import BY_CPU, Resolved
 from .dispatch import HostReads, Visit
 from .host_memory import HostRooms
 from .memory_manager import Admission
@@ -124,7 +124,7 @@ class _Copies:
 
     def resolve(self, access: Resolved) -> tuple[int, ...]:
         """Returns the row of an access that needs no copy, or of some of its tokens."""
-        on_cpu = self._reads is not None and access.way == CPU
+        on_cpu = self._reads is not None and access.way in BY_CPU
         tier = self._tier(*self._reads.on_cpu[access.expert]) if on_cpu and self._reads else _ALL_IN_HOST
         return access.expert, access.way, access.tokens, *tier
 

@@ -23,8 +23,8 @@ from ...resources.timeline import READ as READ_SPAN
 from ...resources.timeline import READBACK as READBACK_SPAN
 from ...resources.timeline import SWAP as SWAP_SPAN
 from ..policies.miss import CPU as ON_CPU
-from ..policies.miss import LOW_PRECISION
-from .commands import CHOICE, COMPUTE, GUESSES, H2D, HOST, OUTPUT, RESULTS, UNPACKED, Command, Op
+from ..policies.miss import DEFERRED, LOW_PRECISION
+from .commands import CHOICE, COMPUTE, GUESSES, H2D, HOST, LATER, OUTPUT, RESULTS, UNPACKED, Command, Op
 
 Array = npt.NDArray[Any]
 # What compiled functions take (see `machine_code`).
@@ -187,38 +187,76 @@ def order_read(settings: Words, expert: Word, tier: Words, taken: Table, behind:
 
 
 @_compiled
-def order_resolved(settings: Words, visit: Words, resolved: Table, taken: Table, rows: Table) -> bool:
-    """Launch what low precision stands in for, and let the CPU compute the rest, one expert after another."""
-    gpu, results, layer = settings[GPU], settings[FIRST_REGISTER] + RESULTS, visit[V_LAYER]
-    on_cpu = False
+def order_low(settings: Words, visit: Words, resolved: Table, rows: Table) -> None:
+    """Launch what low precision stands in for."""
     for number in range(len(resolved)):
         access = resolved[number]
         if access[R_WAY] == LOW_PRECISION:
             add(
-                rows, LAUNCH, gpu, EXPERT, COMPUTE, layer, access[R_TOKENS], access[R_EXPERT], -1, -1, visit[V_PHASE],
-                LOW_PRECISION,
+                rows, LAUNCH, settings[GPU], EXPERT, COMPUTE, visit[V_LAYER], access[R_TOKENS], access[R_EXPERT], -1,
+                -1, visit[V_PHASE], LOW_PRECISION,
             )  # fmt: skip
-        on_cpu = on_cpu or access[R_WAY] == ON_CPU
-    if not on_cpu:
-        return False
-    wait(rows, gpu, settings[FIRST_REGISTER] + CHOICE, 0)
-    add(rows, TO_CPU, gpu, -1, -1, layer, visit[V_CPU_TOKENS], -1, -1, results, -1, -1)
+
+
+@_compiled
+def order_on_cpu(
+    settings: Words, visit: Words, resolved: Table, way: Word, behind: Word, taken: Table, rows: Table
+) -> None:
+    """Let the CPU compute what has a way, one expert after another, each behind a register that then stands for all."""
+    gpu = settings[GPU]
     for number in range(len(resolved)):
         access = resolved[number]
-        if access[R_WAY] == ON_CPU:
-            if settings[TIERS]:
-                order_read(settings, access[R_EXPERT], access[R_FILLED:], taken, -1, rows)
-                wait(rows, gpu, access[R_FILLED], 0)
-            wait(rows, gpu, results, 0)
-            add(rows, CPU, gpu, -1, -1, layer, access[R_TOKENS], access[R_EXPERT], -1, -1, -1, -1)
-            if settings[TIERS]:
-                add(rows, LEAVE, gpu, -1, -1, -1, -1, -1, -1, access[R_LEAVING], -1, -1)
-    add(rows, TOUCH, gpu, -1, -1, -1, -1, -1, -1, results, -1, -1)
+        if access[R_WAY] != way:
+            continue
+        if settings[TIERS]:
+            order_read(settings, access[R_EXPERT], access[R_FILLED:], taken, -1, rows)
+            wait(rows, gpu, access[R_FILLED], 0)
+        wait(rows, gpu, behind, 0)
+        add(rows, CPU, gpu, -1, -1, visit[V_LAYER], access[R_TOKENS], access[R_EXPERT], -1, -1, -1, -1)
+        if settings[TIERS]:
+            add(rows, LEAVE, gpu, -1, -1, -1, -1, -1, -1, access[R_LEAVING], -1, -1)
+
+
+@_compiled
+def order_results(settings: Words, layer: Word, tokens: Word, behind: Word, rows: Table) -> None:
+    """Bring the CPU's results of so many tokens to the GPU behind a register."""
+    gpu = settings[GPU]
     if settings[CPU_BLOCKS]:
-        add(rows, HOLD, gpu, -1, -1, -1, -1, -1, -1, results, -1, -1)
-    wait(rows, gpu, results, 0)
-    add(rows, FROM_CPU, gpu, -1, -1, layer, visit[V_CPU_TOKENS], -1, -1, results, -1, -1)
-    return True
+        add(rows, HOLD, gpu, -1, -1, -1, -1, -1, -1, behind, -1, -1)
+    wait(rows, gpu, behind, 0)
+    add(rows, FROM_CPU, gpu, -1, -1, layer, tokens, -1, -1, settings[FIRST_REGISTER] + RESULTS, -1, -1)
+
+
+@_compiled
+def order_resolved(settings: Words, rooms: Words, visit: Words, resolved: Table, taken: Table, rows: Table) -> bool:
+    """Launch what low precision stands in for, and let the CPU compute the rest; return whether it has results.
+
+    What was deferred by the visit before comes with its results: the CPU, which does one thing after another, has done
+    it before. `rooms` has at LATER for how many tokens it was.
+    """
+    gpu, layer, tokens = settings[GPU], visit[V_LAYER], visit[V_CPU_TOKENS]
+    results, later = settings[FIRST_REGISTER] + RESULTS, settings[FIRST_REGISTER] + LATER
+    pending, at_once, deferred = rooms[later], False, False
+    order_low(settings, visit, resolved, rows)
+    for number in range(len(resolved)):
+        at_once = at_once or resolved[number, R_WAY] == ON_CPU
+        deferred = deferred or resolved[number, R_WAY] == DEFERRED
+    if pending and not at_once:
+        order_results(settings, layer, pending, later, rows)
+    rooms[later] = tokens if deferred else 0
+    if at_once or deferred:
+        sent = results if at_once else later
+        wait(rows, gpu, settings[FIRST_REGISTER] + CHOICE, 0)
+        add(rows, TO_CPU, gpu, -1, -1, layer, tokens, -1, -1, sent, -1, -1)
+        order_on_cpu(settings, visit, resolved, ON_CPU, sent, taken, rows)
+        if at_once:
+            add(rows, TOUCH, gpu, -1, -1, -1, -1, -1, -1, results, -1, -1)
+        if deferred:
+            order_on_cpu(settings, visit, resolved, DEFERRED, sent, taken, rows)
+            add(rows, TOUCH, gpu, -1, -1, -1, -1, -1, -1, later, -1, -1)
+    if at_once:
+        order_results(settings, layer, max(tokens, pending), results, rows)
+    return at_once or pending > 0
 
 
 @_compiled
@@ -404,7 +442,7 @@ def order_visit(
     `rooms` (registers,) is what is known of each room, from visit to visit.
     """
     gpu, last = settings[GPU], visit[V_WAVES] - 1
-    on_cpu = order_resolved(settings, visit, resolved, taken, rows)
+    on_cpu = order_resolved(settings, rooms, visit, resolved, taken, rows)
     for wave in range(visit[V_WAVES]):
         if settings[BY_PRIORITY]:
             for number in range(len(served)):

@@ -151,6 +151,7 @@ def make_miss(inputs: Inputs) -> Miss | None:
         low=low_precision(inputs)[0],
         fetch_behind=settings.fetch_behind and name == "low_precision",
         threshold=settings.threshold,
+        deferred=settings.deferred_experts,
         upload_after=settings.upload_after,
         upload_most=settings.upload_most,
         upload_share=settings.upload_share,

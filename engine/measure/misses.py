@@ -13,7 +13,7 @@ from ...resources.timeline import CPU_EXPERT, DECOMPRESS
 from ...workloads.model import Model
 from ..costs.costs import Costs
 from ..costs.offload_costs import CpuCosts
-from ..policies.miss import CPU, FETCHED, WAYS
+from ..policies.miss import BY_CPU, FETCHED, WAYS
 from ..scenario.inputs import Inputs
 from ..scenario.scenario import Scenario
 from ..scenario.sections_memory import shrunk
@@ -65,7 +65,7 @@ def miss_metrics(recordings: Sequence[Recording], costs: Sequence[Costs], scenar
         "gate_mass": mass,
         "by_layer": _by_layer(recordings, total),
     }
-    if len(resolved) and (resolved["way"] == CPU).any():
+    if np.isin(resolved["way"], BY_CPU).any():
         data["cpu"] = _cpu(recordings, costs, scenario)
     return data
 
@@ -173,7 +173,7 @@ def _cpu(recordings: Sequence[Recording], costs: Sequence[Costs], scenario: Scen
     for recording, own in zip(recordings, costs, strict=True):
         cpu, spans = CpuCosts(own, scenario), recording.spans[recording.spans["kind"] == CPU_EXPERT]
         busy_ns += int((spans["end_ns"] - spans["start_ns"]).sum())
-        rows = recording.resolved[recording.resolved["way"] == CPU]
+        rows = recording.resolved[np.isin(recording.resolved["way"], BY_CPU)]
         layers = (rows["visit"] % len(recording.expert_bytes)).tolist()
         for (layer, tokens), count in Counter(zip(layers, rows["tokens"].tolist(), strict=True)).items():
             on_cpu_ns = cpu.expert(layer, tokens).ns + cpu.there_and_back_ns(tokens)

@@ -18,7 +18,7 @@ from ...workloads.batches import Step
 from ...workloads.trace import RoutingTrace
 from ..decide.host_memory import HostMemory
 from ..decide.memory_manager import DEMANDED, PREFETCHED, MemoryManager
-from ..policies.miss import CPU
+from ..policies.miss import BY_CPU
 from ..timing.records import RESOLVED, Decoded
 
 Array = npt.NDArray[Any]
@@ -183,7 +183,7 @@ class Recording:
         """How long after the choice was known each access's bytes, or results, were there (accesses,), 0 if before."""
         there_ns = self.copy_end_ns[self.decoded.accesses["copy"]]
         if len(self.resolved_accesses):
-            on_cpu = self.resolved_accesses["way"] == CPU
+            on_cpu = np.isin(self.resolved_accesses["way"], BY_CPU)
             there_ns = np.append(there_ns, np.where(on_cpu, self.results_ns[self.resolved_accesses["visit"]], 0))
         waits_ns: Array = np.maximum(0, there_ns - self.decoded.visits["choice_known_ns"][self.access_visit])
         return waits_ns

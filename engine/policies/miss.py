@@ -11,8 +11,10 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 #: What can become of an access whose expert is absent, by number.
-WAYS = ("fetched", "cpu", "low_precision", "skipped")
-FETCHED, CPU, LOW_PRECISION, SKIPPED = range(len(WAYS))
+WAYS = ("fetched", "cpu", "low_precision", "skipped", "deferred")
+FETCHED, CPU, LOW_PRECISION, SKIPPED, DEFERRED = range(len(WAYS))
+#: What the CPU computes, for this layer or the next.
+BY_CPU = (CPU, DEFERRED)
 
 #: What something takes over so many tokens at a layer, in ns: called with (layer, tokens).
 Takes = Callable[[int, int], int]
@@ -51,7 +53,8 @@ class Terms:
     `cpu_ns`: what an expert takes on the CPU, and `there_and_back_ns` its activations to the host and its result back;
     `copy_ns`: its copy to the GPU; `kernel_ns`: its kernels there. From `fetch_from` tokens of a step on nobody is
     asked, and all is fetched. `low`: the experts with a copy in low precision;
-    with `fetch_behind`, what is used so is prefetched for the layer's next visit. An expert is uploaded behind once so
+    with `fetch_behind`, what is used so is prefetched for the layer's next visit. Of each token's experts the
+    `deferred` of least gate weight, if the CPU computes them, may be a layer late. An expert is uploaded behind once so
     many visits missed it (`upload_after`), at most `upload_most` of them a step, if what they save in `upload_horizon`
     steps repays the copy, and copies take no more than `upload_share` of the time that the CPU is busy.
     """
@@ -65,6 +68,7 @@ class Terms:
     low: Collection[int] = ()
     fetch_behind: bool = False
     threshold: float = 0.0
+    deferred: int = 0
     upload_after: int = 1
     upload_most: int = 1
     upload_share: float = 1.0
@@ -291,6 +295,18 @@ class Skip(Miss):
 def to_cpu(access: Absent) -> Resolved:
     """Returns that the CPU computes all of an access."""
     return Resolved(access.expert, CPU, len(access.gates), sum(access.gates))
+
+
+def defer(resolved: Sequence[Resolved], at_once: Collection[int]) -> None:
+    """Put off to the next layer what the CPU computes, but for the experts that are wanted at once.
+
+    The expert deferral of KTransformers (Chen et al. 2025, SOSP, doi:10.1145/3731569.3764843; kt-kernel's
+    `select_deferred_experts`): an expert is wanted at once if any token has it among its best, whoever lies on the GPU
+    counted in; the others' results are added to the next layer's. The last layer puts off nothing.
+    """
+    for access in resolved:
+        if access.way == CPU and access.expert not in at_once:
+            access.way = DEFERRED
 
 
 #: By the names that a scenario uses.

@@ -202,11 +202,14 @@ class MissSection(Section):
     `fetch_behind` the expert itself is copied behind. `skip` leaves it out for tokens whose gate weight is under
     `threshold`, and fetches for the others; weights are the trace's, as its router gave them. The CPU's time is the
     profile's, for `cpu_threads` (not set: as many as were measured), or for a shape that was not measured an estimate.
+    Of each token's experts the `deferred_experts` of least gate weight, where the CPU computes them, may be done for
+    the next layer instead, whose result theirs is added to, unless another token has them among its others.
     `cpu_gb_per_s`, what the CPU reads of host memory (STREAM), takes the place of both: experts reach a share of it,
     the runtime's.
     """
 
     policy: Annotated[str, one_of(MISS)] = "fetch"
+    deferred_experts: int = Field(default=0, ge=0)
     threshold: float = Field(default=0.05, ge=0)
     cpu_threads: int | None = Field(default=None, ge=1)
     cpu_max_tokens: int | None = Field(default=None, ge=0)
@@ -219,6 +222,16 @@ class MissSection(Section):
     upload_most: int = Field(default=4, ge=1)
     upload_share: float = Field(default=1.0, gt=0, le=1)
     upload_horizon: int = Field(default=64, ge=1)
+
+    @model_validator(mode="after")
+    def _defers_what_the_cpu_computes(self) -> MissSection:
+        if self.deferred_experts and not getattr(MISS[self.policy], "uses_cpu", False):
+            using = [name for name, policy in MISS.items() if getattr(policy, "uses_cpu", False)]
+            raise InputError(
+                f"deferred_experts = {self.deferred_experts} with policy = {self.policy!r}: only what the CPU computes "
+                f"is deferred: choose one of {', '.join(using)}"
+            )
+        return self
 
     def fetch_tokens(self, experts: int, top_k: int) -> int | None:
         """Returns from how many tokens of a step on misses are fetched, for a layer of so many experts; None: never."""

@@ -147,6 +147,11 @@ def _ordered_by_the_host(scenario: Scenario) -> Keys:
     return _with("prefetch.issued_by", scenario.prefetch.issued_by == "gpu", kinds)
 
 
+def _deferred(scenario: Scenario) -> Keys:
+    several = _chosen(parallel__gpus=scenario.parallel.gpus > 1)
+    return _with("miss.deferred_experts", scenario.miss.deferred_experts > 0, several)
+
+
 def _held_by_a_peer(scenario: Scenario) -> Keys:
     others = _chosen(
         parallel__stages=scenario.parallel.stages > 1,
@@ -255,6 +260,12 @@ APART: tuple[Apart, ...] = (
         "each says where a miss is served for the least cost, and not what the other would",
         "choose another parallel.remote",
         _dealt_out_twice,
+    ),
+    Apart(
+        "`miss.deferred_experts` with `parallel.gpus`",
+        "GPUs that share a layer's experts put its results together before the next layer, and of none later",
+        "leave one of the two out",
+        _deferred,
     ),
     Apart(
         "`prefetch.issued_by = gpu` with guesses or copies of the host's: `predictor.lane = host` or `free`, "
