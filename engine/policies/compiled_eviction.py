@@ -26,7 +26,7 @@ def compiled(function: Function) -> Function:
     return machine_code.within(function, _nrt=False)
 
 
-FIFO, LRU, LFU, LFU_INCACHE, CLOCK, SIEVE, S3FIFO, BELADY, STATIC, PRELOADED, SPENT = range(11)
+FIFO, LRU, LFU, LFU_INCACHE, CLOCK, SIEVE, S3FIFO, BELADY, STATIC, PRELOADED, SPENT, SCORED = range(12)
 
 # What holds an expert, by columns: the wave that pins it, the visit until which it is safe from prefetches, its bytes.
 WAVE, UNTIL, SIZE = range(3)
@@ -68,7 +68,7 @@ def marks(kind: int) -> bool:
 @compiled
 def ranks(kind: int) -> bool:
     """Whether a policy keeps its experts in a heap, out of which `victims` takes whom it returns."""
-    return kind in (LFU, LFU_INCACHE, BELADY, STATIC)
+    return kind in (LFU, LFU_INCACHE, BELADY, STATIC, SCORED)
 
 
 @compiled
@@ -93,6 +93,14 @@ def begin(state: Array, expert: int, following: int) -> None:
 
 
 @compiled
+def score(state: Array, expert: int, rank: int, resident: bool) -> None:
+    """Take note, as a visit begins, of the rank among all scores of an expert that it looks up."""
+    state[expert, NEXT] = rank
+    if resident:
+        _rank(state, expert, _priority(SCORED, state, expert, 0))
+
+
+@compiled
 def miss(kind: int, state: Array, expert: int) -> None:
     """Take note, before any victim is asked for, of an absent expert that wants room."""
     if kind == S3FIFO and state[expert, QUEUE] == GHOSTS:
@@ -109,7 +117,7 @@ def use(kind: int, state: Array, expert: int) -> None:
     elif kind == LRU:
         _unlink(state, expert)
         _append(state, _queue(state, SMALL), expert)
-    elif kind not in (FIFO, STATIC, PRELOADED, SPENT):
+    elif kind not in (FIFO, STATIC, PRELOADED, SPENT, SCORED):
         _rank(state, expert, _priority(kind, state, expert, 1))
 
 
@@ -336,7 +344,7 @@ def _priority(kind: int, state: Array, expert: int, used: int) -> int:
     state[len(state) - 1, STAMP] += 1
     if kind == BELADY:
         rank = _FAR - state[expert, NEXT]
-    elif kind == STATIC:
+    elif kind in (STATIC, SCORED):
         rank = state[expert, NEXT]
     else:
         rank = state[expert, MARK] = state[expert, MARK] + used

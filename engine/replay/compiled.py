@@ -29,6 +29,7 @@ from ..policies.compiled_eviction import (
     LFU_INCACHE,
     LRU,
     S3FIFO,
+    SCORED,
     SIEVE,
     SIZE,
     WAVE,
@@ -39,6 +40,7 @@ from ..policies.compiled_eviction import (
     make_state,
     marks,
     miss,
+    score,
     use,
     victims,
 )
@@ -110,12 +112,14 @@ def replay_pool(
     expert_bytes: Sequence[int],
     num_experts: int,
     found: Outcome,
+    scores: Array | None = None,
 ) -> int:
     """Replay one pool's look-ups: set `found` (n,) to 1 or 0 for each, and return the evictions.
 
-    `expert_bytes` (layers,) are the sizes of the experts that the pool may hold.
+    `expert_bytes` (layers,) are the sizes of the experts that the pool may hold. A policy that goes by `scores` (n,)
+    has those of the look-ups in the order of last appearance, as of `scores.ranked_scores`.
     """
-    kind, capacity = KINDS[eviction], pool_bytes // max(expert_bytes)
+    kind, capacity = KINDS[eviction] if scores is None else SCORED, pool_bytes // max(expert_bytes)
     experts = len(expert_bytes) * num_experts
     if kind == LRU and min(expert_bytes) == max(expert_bytes) and capacity >= lookups.largest_visit:
         live, last = _past(len(found) + capacity, experts)
@@ -124,7 +128,9 @@ def replay_pool(
         else:
             misses = _lru_by_visits(lookups.experts, lookups.recency, lookups.starts, capacity, live, last, found)
         return max(0, misses - capacity)
-    following = next_visits(lookups.experts, lookups.starts, experts) if kind == BELADY else np.empty(0, np.int32)
+    following = np.empty(0, np.int32) if scores is None else scores
+    if kind == BELADY:
+        following = next_visits(lookups.experts, lookups.starts, experts)
     held = np.full((experts, 3), -1, dtype=np.int64)
     held[:, SIZE] = np.repeat(np.array(expert_bytes, dtype=np.int64), num_experts)
     evicted = _replay(
@@ -266,6 +272,9 @@ def _replay(
                 found[at] = 0
                 missing[lacking] = expert
                 lacking += 1
+        if kind == SCORED:
+            for at in range(first, last):
+                score(state, recency[at], following[at], resident[recency[at]])
         size_bytes = held[experts[first], SIZE]  # a visit's experts are of one layer
         taken, most = last - first - lacking, pool_bytes // size_bytes
         served = 0

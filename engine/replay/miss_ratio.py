@@ -28,6 +28,7 @@ from ..policies.eviction import EVICTION
 from ..scenario.amounts import parse_budget
 from .compiled import KINDS, replay_pool
 from .replay import FOUND, expert_sizes, replay, setting_of
+from .scores import has_scores, ranked_scores
 
 #: The policies that one pass serves, with the depths it finds.
 STACKS: dict[str, Callable[[Lookups, int], npt.NDArray[np.int32]]] = {
@@ -108,8 +109,8 @@ def _hits(
     pools = list(budgets)
     layers = [None] if cache.scope in ("global", "shared") else range(trace.layers)
     hits = {policy: np.zeros(len(pools), dtype=np.int64) for policy in policies}
-    in_code = [policy for policy in policies if policy in KINDS]
-    in_python = [policy for policy in policies if policy not in KINDS]
+    in_code = [policy for policy in policies if policy in KINDS or has_scores(policy, cache.steps, cache.lookup)]
+    in_python = [policy for policy in policies if policy not in in_code]
     total = len(layers) * len(in_code) + len(pools) * len(in_python)
     accesses = 0
     for number, layer in enumerate(layers):
@@ -120,7 +121,8 @@ def _hits(
         for done, policy in enumerate(in_code):
             if progress is not None:
                 progress("curves", number * len(in_code) + done, total)
-            hits[policy] += pool_hits(policy, lookups, room_bytes, pool_sizes, trace.num_experts)
+            scores = None if policy in KINDS else ranked_scores(policy, lookups, trace, cache.steps)
+            hits[policy] += pool_hits(policy, lookups, room_bytes, pool_sizes, trace.num_experts, scores)
     for done, policy in enumerate(in_python):
         if progress is not None:
             progress("curves", len(layers) * len(in_code) + done * len(pools), total)
@@ -154,9 +156,13 @@ def _described(
 
 
 def pool_hits(
-    policy: str, lookups: Lookups, room_bytes: Sequence[int], expert_bytes: Sequence[int], num_experts: int
-) -> npt.NDArray[np.int64]:
-    """Returns how many of a pool's look-ups are found with each of these budgets; `expert_bytes` (layers,)."""
+    policy: str, lookups: Lookups, room_bytes: Sequence[int], expert_bytes: Sequence[int], num_experts: int,
+    scores: npt.NDArray[Any] | None = None,
+) -> npt.NDArray[np.int64]:  # fmt: skip
+    """Returns how many of a pool's look-ups are found with each of these budgets; `expert_bytes` (layers,).
+
+    `scores` as of `ranked_scores`, for a policy that has them.
+    """
     hits = np.zeros(len(room_bytes), dtype=np.int64)
     replayed = list(range(len(room_bytes)))
     if policy in STACKS and min(expert_bytes) == max(expert_bytes):
@@ -167,7 +173,7 @@ def pool_hits(
         replayed = np.flatnonzero(slots < lookups.largest_visit).tolist()
     found = np.empty(len(lookups.experts), dtype=np.uint8)
     for at in replayed:
-        replay_pool(policy, lookups, room_bytes[at], expert_bytes, num_experts, found)
+        replay_pool(policy, lookups, room_bytes[at], expert_bytes, num_experts, found, scores)
         hits[at] = np.count_nonzero(found)
     return hits
 
