@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from advice_regret import regret
+from advice_regret import beside_fit, regret, whole_models
 from day_figure import day_figure, drafts_figure
 from dependencies import dependencies_table
 from eviction_tables import layers, policies
@@ -714,6 +714,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "models": models,
     "dependencies": dependencies_table,
     "advice-regret": regret,
+    "advice-regret-whole": whole_models,
+    "advice-fit": beside_fit,
     "advice-pairs": published_pairs,
 }
 

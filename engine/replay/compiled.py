@@ -112,14 +112,12 @@ def replay_pool(
     expert_bytes: Sequence[int],
     num_experts: int,
     found: Outcome,
-    scores: Array | None = None,
 ) -> int:
     """Replay one pool's look-ups: set `found` (n,) to 1 or 0 for each, and return the evictions.
 
-    `expert_bytes` (layers,) are the sizes of the experts that the pool may hold. A policy that goes by `scores` (n,)
-    has those of the look-ups in the order of last appearance, as of `scores.ranked_scores`.
+    `expert_bytes` (layers,) are the sizes of the experts that the pool may hold.
     """
-    kind, capacity = KINDS[eviction] if scores is None else SCORED, pool_bytes // max(expert_bytes)
+    kind, capacity = KINDS[eviction] if lookups.scores is None else SCORED, pool_bytes // max(expert_bytes)
     experts = len(expert_bytes) * num_experts
     if kind == LRU and min(expert_bytes) == max(expert_bytes) and capacity >= lookups.largest_visit:
         live, last = _past(len(found) + capacity, experts)
@@ -128,7 +126,7 @@ def replay_pool(
         else:
             misses = _lru_by_visits(lookups.experts, lookups.recency, lookups.starts, capacity, live, last, found)
         return max(0, misses - capacity)
-    following = np.empty(0, np.int32) if scores is None else scores
+    following = np.empty(0, np.int32) if lookups.scores is None else lookups.scores
     if kind == BELADY:
         following = next_visits(lookups.experts, lookups.starts, experts)
     held = np.full((experts, 3), -1, dtype=np.int64)

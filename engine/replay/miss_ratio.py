@@ -9,7 +9,7 @@ the same budget, to the last access.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -122,7 +122,8 @@ def _hits(
             if progress is not None:
                 progress("curves", number * len(in_code) + done, total)
             scores = None if policy in KINDS else ranked_scores(policy, lookups, trace, cache.steps)
-            hits[policy] += pool_hits(policy, lookups, room_bytes, pool_sizes, trace.num_experts, scores)
+            scored = replace(lookups, scores=scores)
+            hits[policy] += pool_hits(policy, scored, room_bytes, pool_sizes, trace.num_experts)
     for done, policy in enumerate(in_python):
         if progress is not None:
             progress("curves", len(layers) * len(in_code) + done * len(pools), total)
@@ -156,13 +157,9 @@ def _described(
 
 
 def pool_hits(
-    policy: str, lookups: Lookups, room_bytes: Sequence[int], expert_bytes: Sequence[int], num_experts: int,
-    scores: npt.NDArray[Any] | None = None,
-) -> npt.NDArray[np.int64]:  # fmt: skip
-    """Returns how many of a pool's look-ups are found with each of these budgets; `expert_bytes` (layers,).
-
-    `scores` as of `ranked_scores`, for a policy that has them.
-    """
+    policy: str, lookups: Lookups, room_bytes: Sequence[int], expert_bytes: Sequence[int], num_experts: int
+) -> npt.NDArray[np.int64]:
+    """Returns how many of a pool's look-ups are found with each of these budgets; `expert_bytes` (layers,)."""
     hits = np.zeros(len(room_bytes), dtype=np.int64)
     replayed = list(range(len(room_bytes)))
     if policy in STACKS and min(expert_bytes) == max(expert_bytes):
@@ -173,7 +170,7 @@ def pool_hits(
         replayed = np.flatnonzero(slots < lookups.largest_visit).tolist()
     found = np.empty(len(lookups.experts), dtype=np.uint8)
     for at in replayed:
-        replay_pool(policy, lookups, room_bytes[at], expert_bytes, num_experts, found, scores)
+        replay_pool(policy, lookups, room_bytes[at], expert_bytes, num_experts, found)
         hits[at] = np.count_nonzero(found)
     return hits
 

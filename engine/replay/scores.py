@@ -52,5 +52,5 @@ def ranked_scores(policy: str, lookups: Lookups, trace: RoutingTrace, steps: Seq
     for expert, at, weight in zip(lookups.recency.tolist(), now, weights.tolist(), strict=True):
         score = score_of[expert] = add_decayed(score_of.get(expert, -math.inf), at, weight)
         scores.append(score)
-    ranks: Array = np.unique(np.array(scores), return_inverse=True)[1].astype(np.int64)
+    ranks: Array = np.unique(np.array(scores), return_inverse=True)[1].astype(np.int32)
     return ranks
