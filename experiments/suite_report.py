@@ -137,8 +137,8 @@ def _parts(finished: Finished) -> Iterator[Part]:
     yield Part("In short", "", [Lines([_in_short(study) for study in data["studies"]])])
     yield Part(
         "The best configurations",
-        "Each metric is asked of all runs of a study. Runs that know the future are left out; of equal runs the one "
-        "with the least memory is named. What changed, and where it starts, is against the study's own scenario.",
+        "For each metric, the best of all runs of a study. Runs that know the future are left out. Of equal runs, the "
+        "one with the least memory is named. A study starts at its own scenario, and says what changed from there.",
         [Table(BEST_COLUMNS, [cells for study in data["studies"] for cells in best_cells(study)])],
     )
     yield Part("The words", "", [Table(("word", "what it means"), list(_WORDS.items()))], folded=True)

@@ -43,6 +43,8 @@ from .span_names import layer_of_each
 
 Array = npt.NDArray[Any]
 
+#: Names of more letters than this are written aslant under the bars of a waterfall, so that they do not meet.
+_LONG_NAME = 9
 #: Up to so many columns have a name each, and those of a heat map their number in them.
 _FEW_COLUMNS = 24
 #: Room for a character of lanes' names, and beside them, so that what lies above a timeline lines up with it.
@@ -341,6 +343,8 @@ def _fall(data: Fall) -> Any:
     spread, lowest = float(np.ptp(ends)) or float(ends.max()), data.lowest_ms
     plot = _plot(440, (-0.6, len(names) - 0.4), (lowest, float(ends.max()) + 0.3 * spread))
     _name_places(plot.xaxis, names)
+    if max(map(len, names)) > _LONG_NAME:
+        plot.xaxis.major_label_orientation = 0.6
     plot.yaxis.axis_label = "makespan (ms)" if lowest == 0 else "makespan (ms), not from 0"
     plot.ygrid.grid_line_color = _GRAY
     whole = np.isin(np.arange(len(names)), (0, len(names) - 1))

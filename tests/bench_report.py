@@ -5,7 +5,7 @@
 Prints, as JSON, for the N spans around the middle of the shipped scenario gpt-oss-20b: the file's MB, the seconds that
 writing and opening took, and the ms from a change of the timeline's axis to the paint: median and longest of a zoom
 from everything to 1/16384 of it. In headless Chromium, which draws without a graphics card. `--picture` draws the
-README's picture instead: the top of the default run's report.
+pictures of docs/report.md instead: the top of the default run's report, and of two runs' on a narrow, dark screen.
 """
 
 from __future__ import annotations
@@ -67,15 +67,24 @@ def measure(run: Run, spans: int, folder: Path) -> dict[str, Any]:
 
 
 def draw(path: Path, folder: Path) -> None:
-    """Take the picture of docs/report.md."""
-    write_report([run_of(simulate(load_scenario("default")))], folder / "report.html")
-    with browsing(folder, width=1180) as at:
-        at.page.goto(f"{at.url}/report.html")
+    """Take the pictures of docs/report.md: one run, wide and light, and two side by side, on a phone, dark."""
+    runs = [simulate(load_scenario("default", [f"prefetch.lookahead={ahead}"])) for ahead in (1, 0)]
+    write_report([run_of(runs[0])], folder / "report.html")
+    write_report([run_of(runs[0], "prefetching"), run_of(runs[1], "on demand")], folder / "two.html")
+    _picture(path, folder, "report.html", "timeline", width=1180)
+    _picture(path.with_stem(f"{path.stem}-two-narrow"), folder, "two.html", "lanes", width=420, color_scheme="dark")
+
+
+def _picture(path: Path, folder: Path, page: str, last: str, **looked: Any) -> None:
+    """Take a picture of a page from its top to the end of a section, by its id."""
+    with browsing(folder, **looked) as at:
+        at.page.goto(f"{at.url}/{page}")
         at.page.wait_for_function(READY)
         at.page.evaluate(PAINTED)
-        last = at.page.locator("#timeline").bounding_box()
-        top = {"x": 0, "y": 0, "width": 1180, "height": last["y"] + last["height"] + 16}
+        end = at.page.locator(f"#{last}").bounding_box()
+        top = {"x": 0, "y": 0, "width": looked["width"], "height": end["y"] + end["height"] + 16}
         at.page.screenshot(path=path, full_page=True, clip=top)
+        assert not at.console_errors, at.console_errors
 
 
 def main() -> None:

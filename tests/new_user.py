@@ -1,9 +1,11 @@
 """A new user's path, timed from a clean clone: what README.md says to type, then the report and a look at it.
 
     python tests/new_user.py [--keep DIR]
+    python tests/new_user.py --ways
 
-prints a table of commands and seconds. Packages are fetched anew, whatever this machine has kept of them; the report is
-opened in Chromium where there is one.
+prints a table of commands and seconds; with `--ways`, of the five ways of new users in tests/test_paths.py, as
+installed here. Packages are fetched anew, whatever this machine has kept of them; the report is opened in Chromium
+where there is one.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import resource
 import shutil
 import subprocess
 import tempfile
@@ -67,11 +70,32 @@ def path_table(keep: Path | None = None) -> str:
     return "\n".join([*lines, f"| all | {total:.1f} |"])
 
 
+def ways_table() -> str:
+    """Returns the five ways of new users and what each takes, as Markdown: commands, processor and wall seconds."""
+    from test_paths import WAYS, walked
+
+    lines = ["| who | commands | processor seconds | seconds |", "|---|---|---|---|"]
+    for who, script in WAYS.items():
+        before, began = resource.getrusage(resource.RUSAGE_CHILDREN), perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            walked(script, Path(folder))
+        after, took_s = resource.getrusage(resource.RUSAGE_CHILDREN), perf_counter() - began
+        busy_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        number = len(re.findall(r"^!? ?(?:prestage|python) ", script, re.MULTILINE))
+        lines.append(f"| {who} | {number} | {busy_s:.0f} | {took_s:.0f} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--keep", type=Path, help="Leave the clone in this folder.")
-    keep = parser.parse_args().keep
+    parser.add_argument("--ways", action="store_true", help="Time the five ways of new users instead.")
+    arguments = parser.parse_args()
+    if arguments.ways:
+        print(ways_table())
+        return
+    keep = arguments.keep
     if keep is not None:
         keep.mkdir(parents=True, exist_ok=True)
     print(path_table(keep))

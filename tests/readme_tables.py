@@ -26,7 +26,7 @@ from advice_regret import beside_fit, regret, whole_models
 from day_figure import day_figure, drafts_figure
 from dependencies import dependencies_table
 from eviction_tables import layers, policies
-from new_user import path_table
+from new_user import path_table, ways_table
 from one_command import one_command
 from owned_tables import owned
 from policy_tables import next_gate, residency, routing, streams
@@ -666,6 +666,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "part-shares": part_shares,
     "one-command": one_command,
     "new-user": path_table,
+    "ways": ways_table,
     "owned": owned,
     "lookahead": lookahead,
     "guide": guide,

@@ -18,13 +18,14 @@ PAGE = ROOT / "docs" / "suite.md"
 FIGURES = ROOT / "docs" / "suite"
 INTRODUCTION = """# The benchmark suite
 
-Made by `python tests/suite_page.py DIR`, which runs `prestage suite -o DIR`: the comprehensive suite of the "Memory
-Management Simulation Guide" as one command, on the guide's machine and on two others. In full it takes some minutes on
-two cores, with `--quick` about one; one that is killed goes on where it was. The folder then has `report.html` with
-all that stands here, `suite.json`, the figures, and a journal for each sweep, whose rows `prestage plot` draws and
-`prestage run DIR/rows/NAME.jsonl#KEY` runs again. On a machine with a CUDA GPU its transfers are measured too.
+`prestage suite -o DIR` runs the comprehensive suite of the "Memory Management Simulation Guide" as one command, on the
+guide's machine and on two others. In full it takes some minutes on two cores, with `--quick` half a minute. A suite
+that is killed goes on where it was. The folder then has `report.html` with the content of this page, `suite.json`, the
+figures, and a journal for each sweep. `prestage plot` draws a journal's rows, and `prestage run
+DIR/rows/NAME.jsonl#KEY` runs one again. On a machine with a CUDA GPU the suite measures its transfers too.
 
-What it runs is data: `experiments/suites/default.toml`. Copy it, change it, and run `prestage suite mine.toml`.
+`experiments/suites/default.toml` says what runs. Copy it, change it, and run `prestage suite mine.toml`. This page is
+made by `python tests/suite_page.py DIR`.
 """
 
 

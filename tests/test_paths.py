@@ -66,16 +66,38 @@ prestage run --set workload.tokens=4 --set prefetch.lookahead=0 --no-baselines -
 prestage timeline summary first/timeline.json.gz second/timeline.json.gz
 prestage plot waterfall first second -o fall.svg
 prestage plot timeline first -o timeline.pdf
+prestage plot timeline first second -o both.png
 prestage report first second -o both.html
 """
+#: A notebook's cells, run in order.
+NOTEBOOK = f"""
+python - <<'END'
+import json
+from pathlib import Path
+
+for notebook in sorted(Path({str(ROOT / "docs" / "notebooks")!r}).glob("*.ipynb")):
+    names = {{}}
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+END
+"""
+#: Who goes which way; the notebook's cells are also tested one by one below.
+WAYS = {
+    "a hobbyist with one card": HOBBYIST,
+    "an engineer with eight GPUs and load": ENGINEER,
+    "a researcher with a policy of her own": RESEARCHER,
+    "a user of notebooks": NOTEBOOK,
+    "a reader of timelines": TIMELINES,
+}
 
 
 def walked(script: str, folder: Path) -> str:
     """Run a script in an empty folder, as a shell would; returns what it prints, and refuses a slow one."""
-    shell = f'prestage() {{ {sys.executable!r} -m prestage "$@"; }}\nset -euo pipefail\n{script}'
+    shell = f'python() {{ {sys.executable!r} "$@"; }}\nprestage() {{ python -m prestage "$@"; }}\nset -euo pipefail\n'
     environment = {**os.environ, "MPLBACKEND": "Agg", "COLUMNS": "80"}
     began = time.monotonic()
-    done = subprocess.run(["bash", "-c", shell], cwd=folder, env=environment, capture_output=True, text=True)
+    done = subprocess.run(["bash", "-c", shell + script], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - began < MOST_S
     return done.stdout
