@@ -46,9 +46,10 @@ class Contention(Part):
     `compute_beside_peer` is for kernels beside copies from another GPU (None: as beside copies from the host), and
     `peer_beside_copy` how much longer a copy between GPUs takes beside copies from the host.
 
-    Kernels of two streams share the GPU: `kernels_beside_unpacking` is for those of the compute stream while others
-    decompress experts on a side stream, and `unpacking_beside_kernels` the other way round; `kernels_beside_predictor`
-    and `predictor_beside_kernels` the same of a predictor there. Without them none slows another down.
+    Kernels of two streams share the GPU: a decompression on a side stream takes it whole but for its beginning and end,
+    and `unpacking_leaves` is what kernels of the compute stream get done beside one; `unpacking_beside_kernels` is how
+    many times as long it takes beside them. `kernels_beside_predictor` and `predictor_beside_kernels` are for a
+    predictor on a side stream. Without them none slows another down.
     """
 
     copy_beside_compute: Factor
@@ -59,7 +60,7 @@ class Contention(Part):
     copy_beside_all_gpus: Factor | None = None
     compute_beside_peer: Factor | None = None
     peer_beside_copy: Duration | None = None
-    kernels_beside_unpacking: Factor | None = None
+    unpacking_leaves: Duration | None = None
     unpacking_beside_kernels: Factor | None = None
     kernels_beside_predictor: Factor | None = None
     predictor_beside_kernels: Factor | None = None

@@ -472,6 +472,43 @@ def shared() -> str:
     return markdown(report, every_row=True)
 
 
+def exchanges() -> str:
+    """What two H200s take to exchange data, by bytes that each sends the other, from the samples as they are."""
+    seen: dict[int, dict[tuple[str, str], float]] = {}
+    for series in load_samples(ROOT / "calibration" / "samples" / "h200-x2.json.gz").series:
+        if series.term == "exchange":
+            size, how, mode = (series.key[name] for name in ("bytes", "how", "mode"))
+            us = median(ns for of in series.rounds_ns for ns in of) / 1000
+            seen.setdefault(int(size), {})[str(how), str(mode)] = us
+    columns = [(how, mode) for mode in ("in a row", "host") for how in ("copies", "nccl")]
+    rows = []
+    for size, took in sorted(seen.items()):
+        shown = f"{size >> 10} KiB" if size < 1 << 20 else f"{size >> 20} MiB"
+        rows.append([shown, *(f"{took[column]:.1f} us" for column in columns)])
+    names = ("copies, in a row", "NCCL, in a row", "host, both GPUs' copies", "host, a process's NCCL call")
+    return table(["each sends", *names], rows)
+
+
+def _report_of(name: str) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((ROOT / "calibration" / "validation" / f"{name}.json").read_text("utf-8"))
+    return report
+
+
+def aside() -> str:
+    """Decompression beside kernels, executed on another H200, and what of the profile had moved there."""
+    return markdown(_report_of("h200-aside"), every_row=True).rpartition("\n\n")[2]
+
+
+def shared_again() -> str:
+    """GPUs that share experts, executed again beside another program."""
+    return markdown(_report_of("h200-x2-shared"), every_row=True)
+
+
+def drift() -> str:
+    """Which costs of `h200` had moved on one GPU of the machine with two."""
+    return markdown(_report_of("h200-x2-drift"), every_row=False)
+
+
 def pair() -> str:
     """Pipelines on two H200s."""
     report = json.loads((ROOT / "calibration" / "validation" / "h200-pair.json").read_text(encoding="utf-8"))
@@ -698,6 +735,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "beside": beside,
     "shared": shared,
     "pair": pair,
+    "exchanges": exchanges,
+    "aside": aside,
+    "shared-again": shared_again,
+    "drift": drift,
     "held-out-kernels": held_out_kernels,
     "held-out": held_out,
     "held-out-again": held_out_again,

@@ -27,6 +27,7 @@ from prestage.engine.scenario.scenario import Scenario, load_scenario
 from prestage.engine.scenario.sections_memory import COMPRESSED, DECOMPRESS_LANES, shrunk
 from prestage.engine.simulate import simulate, simulate_inputs
 from prestage.resources.profile import Factor
+from prestage.resources.profile_costs import Duration
 from prestage.resources.timeline import DECOMPRESS, DEMAND, EXPERT
 
 TAKES = {"ratio": 0.5, "decompress_us": 0.004, "decompress_gb_per_s": 2.0}
@@ -82,20 +83,23 @@ def test_the_side_stream_decompresses_beside_kernels_and_the_compute_stream_in_t
     ("factors", "decompressed", "kernels"),
     [
         # From 27 on one of 14 ns and a kernel of 7: the kernel has done 1 when the other ends, at 41, and has 6 left.
-        ({"kernels_beside_unpacking": 14.0}, [(13, 27), (27, 41)], [(27, 47), (47, 54)]),
+        ({"unpacking_leaves": 1}, [(13, 27), (27, 41)], [(27, 47), (47, 54)]),
         # The other takes twice as long beside it, until 55: 2 are done, 5 left.
         (
-            {"kernels_beside_unpacking": 14.0, "unpacking_beside_kernels": 2.0},
+            {"unpacking_leaves": 1, "unpacking_beside_kernels": 2.0},
             [(13, 27), (27, 55)], [(27, 60), (60, 67)],
         ),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("engine", ["simpy", "compiled"])
 def test_kernels_of_two_streams_share_the_gpu_where_the_profile_says_how(
-    factors: dict[str, float], decompressed: list[Any], kernels: list[Any], engine: str
+    factors: dict[str, Any], decompressed: list[Any], kernels: list[Any], engine: str
 ) -> None:
     profile = tiny_profile()
-    measured = {name: Factor(factor=factor, **ASSUMED) for name, factor in factors.items()}
+    measured = {
+        name: Duration(ns=value, **ASSUMED) if name == "unpacking_leaves" else Factor(factor=value, **ASSUMED)
+        for name, value in factors.items()
+    }
     profile = profile.model_copy(update={"contention": profile.contention.model_copy(update=measured)})
     inputs = tiny_inputs(tiny_model(1, top_k=2), profile, tiny_trace([[[0, 1]]]), compressed("host"))
     (recording,) = run_all(inputs, prepared(inputs, part_costs(inputs)), engine=engine)

@@ -3,6 +3,9 @@
 A kernel that takes q by itself took d, and for o of that the other stream was busy. In o it did what it does by itself
 in q - (d - o): beside the other, it took o / (q - d + o) times as long. The sums of both over all kernels give the
 factor, so that a kernel that stood still counts, and one that was touched hardly does.
+
+Decompression takes the whole GPU while it runs, whatever the bytes. What kernels get done beside it is then the same
+for one of them, not for its time.
 """
 
 from __future__ import annotations
@@ -21,9 +24,9 @@ from ..executor.measured import Measured, Times
 from ..executor.plan import make_plans
 from .seen import BESIDE, Busy, Seen, busy_with, intervals, share_of, unsure
 
-#: Of each kind of work aside: the factor of kernels beside it, and its own beside kernels.
+#: Of each kind of work aside: what is said of kernels beside it, and of itself beside kernels.
 _FACTORS = {
-    DECOMPRESS: ("kernels_beside_unpacking", "unpacking_beside_kernels"),
+    DECOMPRESS: ("unpacking_leaves", "unpacking_beside_kernels"),
     PREDICT: ("kernels_beside_predictor", "predictor_beside_kernels"),
 }
 _KERNELS = (DENSE, EXPERT, HEAD)
@@ -42,27 +45,47 @@ class _Span:
 
 
 def side_by_side(runs: Iterable[Measured]) -> dict[str, dict[str, Any]]:
-    """Returns the factors of a profile's contention that runs show, as plain data; none where nothing ran aside."""
-    seen: dict[str, list[list[_Span]]] = defaultdict(list)
-    apart: dict[str, list[float]] = defaultdict(list)
+    """Returns what a profile's contention says of side streams, as plain data; nothing where nothing ran aside."""
+    seen: dict[str, list[_Beside]] = defaultdict(list)
     for run in runs:
+        apart = float(np.std(run.makespans_ns) / np.mean(run.makespans_ns))
         for plan, times in zip(make_plans(load_inputs(run.scenario)), run.times, strict=True):
-            for name, spans in _spans(plan, times):
-                seen[name].append(spans)
-                apart[name].append(float(np.std(run.makespans_ns) / np.mean(run.makespans_ns)))
+            for name, spans, one_ns in _spans(plan, times):
+                count, beside_ns, done_ns = _sums(spans)
+                if count >= _LEAST:
+                    # What is left beside one: of the time beside, as many as go into it.
+                    per_ns = one_ns if name == "unpacking_leaves" else 1.0
+                    seen[name].append(_Beside(count, beside_ns / per_ns, done_ns, apart))
     found = {}
     for name, by_run in seen.items():
-        sums = np.array([_sums(spans) for spans in by_run])
-        count = int(sums[:, 0].sum())
-        if count >= _LEAST:
-            factor = _factor(*sums[:, 1:].sum(axis=0))
-            runs_of = tuple(_factor(beside, done) for n, beside, done in sums if n >= _LEAST)
-            of = Seen(count, factor, factor, 0.0, runs_of, float(np.sqrt(np.mean(np.square(apart[name])))))
-            found[name] = {
-                "source": "measured", "note": "inside schedules", "samples": {"n": count, "median_ns": 0, "iqr_ns": 0},
-                "uncertainty": unsure([of]), "factor": round(factor, 4),
-            }  # fmt: skip
+        value_of = _left if name == "unpacking_leaves" else _factor
+        value = value_of(sum(one.beside for one in by_run), sum(one.done_ns for one in by_run))
+        values = tuple(value_of(one.beside, one.done_ns) for one in by_run)
+        count = sum(one.count for one in by_run)
+        of = Seen(count, value, value, 0.0, values, float(np.sqrt(np.mean([one.apart**2 for one in by_run]))))
+        found[name] = {
+            "source": "measured", "note": f"inside schedules: {count} kernels", "uncertainty": unsure([of]),
+            **({"ns": round(value)} if name == "unpacking_leaves" else {"factor": round(value, 4)}),
+        }  # fmt: skip
     return found
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """Of one run: kernels that had others beside them, for how long (or beside how many), what they did, in ns.
+
+    `apart`: how far the run's repeats lie apart, as a share.
+    """
+
+    count: int
+    beside: float
+    done_ns: float
+    apart: float
+
+
+def _left(beside: float, done_ns: float) -> float:
+    """Returns what kernels get done beside one kernel aside, in ns: no less than nothing."""
+    return max(1.0, done_ns / beside)
 
 
 def _factor(beside_ns: float, done_ns: float) -> float:
@@ -94,8 +117,8 @@ def _by_itself_ns(alone: Sequence[_Span], copied: float) -> float:
     return float(np.mean(quiet) + copied * (np.mean(beside) - np.mean(quiet)))
 
 
-def _spans(plan: Plan, times: Times) -> Iterator[tuple[str, list[_Span]]]:
-    """Yields, for each factor that a run shows, the kernels that it is of.
+def _spans(plan: Plan, times: Times) -> Iterator[tuple[str, list[_Span], float]]:
+    """Yields, for each thing that a run shows, the kernels that it is of, and what one kernel aside takes, in ns.
 
     Of several kernels aside at once no one tells what it would take: these count as what others have beside them alone.
     """
@@ -105,10 +128,13 @@ def _spans(plan: Plan, times: Times) -> Iterator[tuple[str, list[_Span]]]:
         aside = [entry for entry in plan.entries if entry.kind == kind and entry.lane != "compute"]
         if aside:
             busy, kernels = busy_with(aside, times), busy_with(compute, times)
-            yield slows, [_span(entry, times, busy, copies) for entry in compute if entry.kind == EXPERT]
             spans = [_span(entry, times, kernels, copies) for entry in aside]
             together = [_overlap_ns(entry, times, busy) for entry in aside]
-            yield slowed, [span for span, ns in zip(spans, together, strict=True) if ns <= span.took_ns]
+            single = [span for span, ns in zip(spans, together, strict=True) if ns <= span.took_ns]
+            alone = [span for span in single if not span.beside_ns] or single or spans
+            one_ns = float(np.mean([span.took_ns for span in alone]))
+            yield slows, [_span(entry, times, busy, copies) for entry in compute if entry.kind == EXPERT], one_ns
+            yield slowed, single, one_ns
 
 
 def _overlap_ns(entry: Entry, times: Times, busy: Busy) -> float:

@@ -11,6 +11,7 @@ import simpy
 from ...resources.lags import Lags
 from ...resources.links import HostLink
 from ...resources.network import Crowd, Transfer
+from ...resources.profile import Factor
 from ...resources.timeline import DECOMPRESS, DENSE, EXPERT, HEAD, Timeline
 from ...workloads.batches import DECODE, PREFILL
 from ..costs.costs import Costs
@@ -28,6 +29,10 @@ from .lanes import ArrivalLane, Instant, Lane, QueueLane, couple
 def contended(costs: Costs, scenario: Scenario) -> bool:
     """Whether copies and kernels slow each other down in a run."""
     return scenario.copy_.contention and (costs.slowed_beside_copies or costs.copy_slowdown > 1)
+
+
+def _factor(known: Factor | None) -> float:
+    return 1.0 if known is None else known.factor
 
 
 def add_lanes(timeline: Timeline, discipline: str, device: str = "gpu0", host: str = "host") -> dict[str, int]:
@@ -227,13 +232,16 @@ class GpuLanes:
         contention = self.costs.profile.contention
         if contention is None or not self._scenario.copy_.contention:
             return
-        pairs = [(self.side, contention.kernels_beside_predictor, contention.predictor_beside_kernels)]
+        pairs = [(self.side, _factor(contention.kernels_beside_predictor), contention.predictor_beside_kernels)]
         if hasattr(self, "unpacking"):
-            factors = contention.kernels_beside_unpacking, contention.unpacking_beside_kernels
-            pairs.append((self.unpacking, *factors))
+            slows, leaves = 1.0, contention.unpacking_leaves
+            if leaves is not None:
+                took_ns = sum(self.decompress_layer(layer).ns for layer in range(self.costs.model.layers))
+                slows = max(1.0, took_ns / self.costs.model.layers / max(1, leaves.ns))
+            pairs.append((self.unpacking, slows, contention.unpacking_beside_kernels))
         for lane, slows, slowed in pairs:
-            if slows is not None:
-                self.compute.slowed_by = [*self.compute.slowed_by, (lane, slows.factor)]
+            if slows != 1.0:
+                self.compute.slowed_by = [*self.compute.slowed_by, (lane, slows)]
             if slowed is not None:
                 lane.slowed_by = [(self.compute, slowed.factor)]
 
