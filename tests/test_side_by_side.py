@@ -69,8 +69,8 @@ def test_what_a_simulation_was_given_is_found_again(variant: str, factors: dict[
     marks = sum(entry.marks for entry in plan.entries)
     start_ns, end_ns = np.full((2, marks), -1, dtype=np.int64)
     for entry in plan.entries:
-        if found := taken[entry.kind, entry.visit, entry.expert]:
-            start_ns[entry.mark], end_ns[entry.mark] = found.pop(0)
+        if spans_of := taken[entry.kind, entry.visit, entry.expert]:
+            start_ns[entry.mark], end_ns[entry.mark] = spans_of.pop(0)
     stamps = np.zeros(marks, dtype=np.int64)
     times = Times(start_ns, end_ns, stamps, stamps, stamps, stamps[:1])
     found = {name: (_sums(spans), one_ns) for name, spans, one_ns in _spans(plan, times)}
