@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..resources.facts import Fact
-from ..resources.parts.reached import cpu_share, kernel_spread, link_share, ram_share, transfer_spread
+from ..resources.parts.reached import DESKTOP_CHANNELS, cpu_share, kernel_spread, link_share, ram_share, transfer_spread
 from ..resources.parts.tables import cpus, drives, gpus, link_kinds, memory_kinds
 from ..resources.profile import Profile, profile_names
 from .tables.layout import plain_console
@@ -86,7 +86,12 @@ def print_costs(data: Mapping[str, Any]) -> None:
 
 def shares() -> list[dict[str, Any]]:
     """Returns what is usually reached of datasheets' figures, how far machines differ in it and of how many that is."""
-    found = [("link", link_share()), ("host memory", ram_share()), ("experts on the CPU, of host memory", cpu_share())]
+    found = [
+        ("link", link_share()),
+        (f"host memory, up to {DESKTOP_CHANNELS} channels", ram_share(DESKTOP_CHANNELS)),
+        ("host memory, more channels", ram_share(DESKTOP_CHANNELS + 1)),
+        ("experts on the CPU, of host memory", cpu_share()),
+    ]
     rows: list[dict[str, Any]] = [
         {"of": name, "share": share.middle, "off": share.spread, "machines": len(share.values)} for name, share in found
     ]

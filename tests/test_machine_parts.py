@@ -284,6 +284,16 @@ def test_what_no_datasheet_tells_is_anothers_and_is_off_by_as_much_as_machines_d
     assert launch.uncertainty.held_back_error == pytest.approx(reached.transfer_spread("host"), abs=1e-5)
 
 
+def test_more_than_two_channels_are_read_at_less_of_their_rate() -> None:
+    desktop, server = reached.ram_share(2), reached.ram_share(8)
+    by_hand = [36 / 48, 46 / 51.2, 95 / 102.4, 63 / 76.8]
+    assert sorted(desktop.values) == pytest.approx(sorted(by_hand))
+    assert len(server.values) == 6 and server.middle < 0.75 < desktop.middle
+    rates = {ram: load_profile(f"gpu=rtx4090, ram={ram}").processor for ram in ("2x DDR4-3200", "8x DDR4-3200")}
+    two, eight = (rate.bytes_per_second for rate in rates.values() if rate is not None)
+    assert eight / two == pytest.approx(4 * server.middle / desktop.middle, rel=0.01)
+
+
 def test_several_gpus_are_a_graph_on_one_memory() -> None:
     topology = load_profile("gpu=2x rtx3090, ram=128GB DDR4-3200, drive=2TB 7GB/s").topology
     assert topology is not None
@@ -291,7 +301,7 @@ def test_several_gpus_are_a_graph_on_one_memory() -> None:
     assert topology.route("gpu0", "gpu1").staged  # a GeForce reads no other's memory
     peer = load_profile("gpu=2x rtx3090, ram=128GB DDR4-3200").peer
     assert peer is not None  # into and out of the host's memory, which both halves share
-    assert peer.queued.bytes_per_second == pytest.approx(51.2e9 * reached.ram_share().middle / 2, rel=5e-3)
+    assert peer.queued.bytes_per_second == pytest.approx(51.2e9 * reached.ram_share(2).middle / 2, rel=5e-3)
     assert topology.node("host0").capacity_bytes == 128 * GIB
     assert topology.named("nvme") == ("nvme0",)
     with_switch = load_profile("gpu=8x h100, ram=1TB 16x DDR5-4800")
@@ -311,7 +321,7 @@ def test_one_memory_has_no_copies_and_a_processor_launches_nothing() -> None:
 def test_copies_and_experts_on_the_processor_share_the_memory() -> None:
     tight = load_profile("gpu=rtx4090, ram=2x DDR4-3200")
     assert tight.contention is not None and tight.contention.copy_beside_cpu_experts is not None
-    ram, cpu = 51.2 * reached.ram_share().middle, 51.2 * reached.cpu_share().middle
+    ram, cpu = 51.2 * reached.ram_share(2).middle, 51.2 * reached.cpu_share().middle
     both = cpu + 31.5077 * reached.link_share().middle
     assert tight.contention.copy_beside_cpu_experts.factor == pytest.approx(both / ram, rel=0.01)
     wide = load_profile("gpu=rtx4090, ram=12x DDR5-4800")

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ...words import shown
-from .reached import cpu_share, link_share, ram_share
+from .reached import DESKTOP_CHANNELS, Share, cpu_share, link_share, ram_share
 from .tables import Cpu, Gpu, PartError, cpus, find_cpu, find_gpu, gpus, link_kinds
 from .written import (
     Ram,
@@ -105,14 +105,14 @@ def choose(name: str, without: Iterable[str] = ()) -> Chosen:
             f"machine {shown(name)}: gpu={NO_GPU} computes on the processor: give ram with its size and its kind, "
             "'64GB DDR5-5600'"
         )
-    ram_reach = None if ram.rate is None else _reach(ram.rate, "ram")
+    ram_reach = None if ram.rate is None else _reach(ram.rate, ram_share(ram.channels or DESKTOP_CHANNELS))
     if ram.rate is None:
         cpu_reach = None
     else:
         of = ram.rate.bytes_per_second
         share = cpu_share()
         cpu_reach = Reach(figures(of * share.middle), share.spread, f"{share.middle:.2f} of {ram.rate.words}", of)
-    link = None if gpu is None or gpu.unified else _reach(_link(given.get("link"), gpu, processor), "link", without)
+    link = None if gpu is None or gpu.unified else _reach(_link(given.get("link"), gpu, processor), link_share(without))
     if link is None and "link" in given:
         raise PartError(f"machine.link = {shown(given['link'])}: {given['gpu']} has the host's memory, and no link")
     drive = parse_drive(given["drive"]) if "drive" in given else None
@@ -205,9 +205,8 @@ def _link(text: str | None, gpu: Gpu, processor: Processor) -> Rate:
     return parse_link(written_link(kind, lanes))
 
 
-def _reach(rate: Rate, what: str, without: Iterable[str] = ()) -> Reach:
+def _reach(rate: Rate, share: Share) -> Reach:
     if rate.given:
         return Reach(rate.bytes_per_second, 0.0, rate.words, rate.bytes_per_second)
-    share = link_share(without) if what == "link" else ram_share()
     words = f"{share.middle:.2f} of {rate.words}"
     return Reach(figures(rate.bytes_per_second * share.middle), share.spread, words, rate.bytes_per_second)

@@ -22,10 +22,13 @@ from ..scaled_surface import Scale, scaled_surface
 from ..surface import Surface
 from .kernels import KernelFit, errors, fitted
 from .tables import Gpu, PartError, gpus, published
-from .written import parse_link, parse_rate
+from .written import parse_link, parse_ram, parse_rate
 
 #: The shipped profiles that were measured, and which GPU of the table, on which link, each has.
 MEASURED = {"h200": ("h200", "pcie5 x16"), "h100-x2": ("h100", "pcie5 x16")}
+
+#: Up to so many channels of memory belong to a desktop's or a laptop's processor.
+DESKTOP_CHANNELS = 2
 
 
 @dataclass(frozen=True)
@@ -146,9 +149,20 @@ def _pageable_rates(machine: MeasuredMachine, sizes: Iterable[int]) -> dict[int,
     return {size: size * 1e9 / cost.ns(size) for size in sizes}
 
 
-def ram_share() -> Share:
-    """Returns what reading reaches of a memory's datasheet rate, by what others have published."""
-    return Share(tuple(_published("ram")))
+def ram_share(channels: int) -> Share:
+    """Returns what reading reaches of the datasheet rate of a memory of so many channels, by what others have published.
+
+    Of desktops' two channels nearly all is read. More of them are shared by processors of several dies or sockets, whose
+    links to the memory, and not its modules, are often what is slowest.
+    """
+    rows = [(parse_ram(entry.of), entry.reached) for entry in published() if entry.what == "ram"]
+    return Share(
+        tuple(
+            reached / ram.rate.bytes_per_second
+            for ram, reached in rows
+            if ram.rate is not None and ((ram.channels or 1) > DESKTOP_CHANNELS) == (channels > DESKTOP_CHANNELS)
+        )
+    )
 
 
 def cpu_share() -> Share:
