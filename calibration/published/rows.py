@@ -23,7 +23,7 @@ from ...engine.costs.cpu_streams import cpu_stream
 from ...engine.costs.offload_costs import CpuCosts
 from ...engine.costs.ranges import drawn_costs
 from ...engine.load import load_inputs
-from ...engine.loading.deciders import dispatched, make_manager, make_prefetch
+from ...engine.loading.deciders import dispatched, make_host_memory, make_manager, make_prefetch
 from ...engine.prediction import DRAWS, Range, middles, percentiles
 from ...engine.scenario.inputs import Inputs
 from ...engine.scenario.scenario import Scenario, apply_setting, make_scenario
@@ -243,14 +243,21 @@ def _with_reuse(inputs: Inputs, reuse: float) -> Inputs:
 
 
 def found_share(inputs: Inputs) -> float:
-    """Returns the share of look-ups that find their expert, decided without a clock, behind the warmup."""
-    found = looked_up = 0
+    """Returns the share of look-ups that find their expert, decided without a clock, behind the warmup.
+
+    Where host memory is a cache over a drive, an expert is found that is read from no drive.
+    """
+    host = make_host_memory(inputs)
+    visits = dispatched(inputs, make_manager(inputs), make_prefetch(inputs.scenario, inputs.model))
+    missed = looked_up = read = 0
     first = inputs.model.layers * (len(inputs.steps) // 3)
-    for visit in dispatched(inputs, make_manager(inputs), make_prefetch(inputs.scenario, inputs.model)):
+    for visit in visits if host is None else host.through(visits):
+        misses = sum(len(wave.admitted) for wave in visit.waves) if host is None else host.misses - read
+        read = 0 if host is None else host.misses
         if visit.number >= first:
             looked_up += len(visit.accesses.experts)
-            found += sum(len(wave.found) for wave in visit.waves)
-    return found / max(1, looked_up)
+            missed += misses
+    return 1 - missed / max(1, looked_up)
 
 
 def _measured_as(row: Row, source: str, inputs: Inputs, draws: int) -> Predicted:
