@@ -49,7 +49,7 @@ class Attending:
 
     `heads` query heads of `head_dim`, the mean of the widths of keys and values (0 heads: not known). `kv_heads` share
     the `key_bytes` that a row reads of the cache for each key. `latent_dim` is the width in which decoding attends to a
-    compressed cache (0: `head_dim`).
+    compressed cache (0: `head_dim`). One that `indexes` chooses the keys of another, which is sparse.
     """
 
     heads: int
@@ -59,6 +59,7 @@ class Attending:
     most: int = 0
     ratio: int = 1
     latent_dim: int = 0
+    indexes: bool = False
 
     def keys(self, positions: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """Returns how many keys rows look at that have so many positions before them, themselves included."""

@@ -42,7 +42,7 @@ _TOKENS, _WARMUP = 48, "24tokens"
 _HALVINGS, _NEAR = 9, 0.005
 #: What any row begins with.
 _BASE: dict[str, Any] = {
-    "workload": {"synthetic": {"skew": 0.6, "reuse": 0.45}, "warmup": _WARMUP},
+    "workload": {"synthetic": {"skew": 0.6, "reuse": 0.4}, "warmup": _WARMUP},
     "memory": {"capacity": "ignore"},
     "prefetch": {"lookahead": 0},
 }

@@ -64,6 +64,9 @@ class Attention:
     def __init__(self, inputs: Inputs, profile: Profile, surface: SurfaceCosts | None, dispatch: str) -> None:
         self._inputs, self._model, self._surface, self._rule = inputs, inputs.model, surface, profile.compute.rule
         self._start = inputs.scenario.workload.context
+        own = inputs.runtime.costs.indexed
+        #: What the runtime takes by itself for a position that sparse attention has cached, in ns.
+        self._indexed_ns = 0 if own is None else own.ns
         self._by_requests = inputs.scenario.requests is not None
         self._known: dict[int, tuple[Step, list[Added]]] = {}  # the last _KEPT steps
         model = self._model
@@ -145,6 +148,8 @@ class Attention:
         decoding_ns = sum(self._decoding_ns(each, rows.decoding) for each in attends) if len(rows.decoding) else 0.0
         if growth is not None:
             decoding_ns = _along(rows.decoding, *growth)
+        if self._indexed_ns and any(each.indexes for each in attends):
+            decoding_ns += self._indexed_ns * float(rows.decoding.sum())
         prompts_ns = sum(self._prompt_ns(each, prompt) for each in attends for prompt in rows.prompts)
         ns = decoding_ns + prompts_ns
         if self._surface is None:

@@ -46,11 +46,12 @@ class Attends(NamedTuple):
     most: int = 0
     ratio: int = 1
     latent_dim: int = 0
+    indexes: bool = False
 
 
 def _indexer(heads: int, dim: int, ratio: int = 1) -> tuple[Attends, ...]:
     """Returns what an indexer looks at: a key for each position (or so many), and no values."""
-    return (Attends(heads, 1, -(-dim // 2), dim, ratio=ratio),) if heads else ()
+    return (Attends(heads, 1, -(-dim // 2), dim, ratio=ratio, indexes=True),) if heads else ()
 
 
 class _Keeps(Table):
