@@ -69,12 +69,14 @@ def ranges(inputs: Inputs, serving: Serving, figures: Mapping[str, Any], draws: 
     drawn = zip(*(drawn_costs(part, draws) for part in few.parts), strict=True)
     runs = [_figures(few, list(costs), serving) for costs in drawn]
     own = inputs.runtime.neutral
-    otherwise = [1.0] * draws if own else structure(inputs.scenario.seed, draws, inputs.runtime.structure)
+    sigma = 0.0 if own else inputs.runtime.structure
+    prompts = 0.0 if own else max(sigma, inputs.runtime.prompts)
     found = {}
     for name in FIGURES:
         if not figures.get(name) or not point.get(name):
             continue
         ratios = [run[name] / point[name] for run in runs]
+        otherwise = structure(inputs.scenario.seed, draws, prompts if name == "time_to_first_token_ms" else sigma)
         times = [factor if name == "tokens_per_second" else 1 / factor for factor in otherwise]
         values = figures[name] * np.array(ratios) * np.array(times)
         found[name] = percentiles(values.tolist())

@@ -33,6 +33,9 @@ Known = Literal["measured", "published", "source", "fitted", "assumed"]
 #: How far off predictions of software are that nobody here has run, whatever its costs (relative): as llama.cpp was
 #: before any part of it was measured, .32, the rms of 40 log errors.
 STRUCTURE = 0.3
+#: Likewise of prompts: the rms of the log errors of our own 36 prompts of llama.cpp, whose machine and kernels were
+#: measured by themselves. No other runtime's prompts were measured.
+PROMPTS = 0.49
 #: The runtime of a scenario that names none: our own executor, whose costs are the machine's.
 DEFAULT = "prestage"
 
@@ -193,7 +196,7 @@ class Runtime(Part):
     `defaults` are sections of keys of a scenario; `waits`: the host waits for the end of every forward pass (it samples
     by itself); `cpu_blocks`: the host's thread itself computes experts on the CPU, or waits for them, so that it orders
     nothing meanwhile. `structure`: how far predictions are off whatever the costs, for the software works otherwise
-    than is thought (relative standard deviation).
+    than is thought (relative standard deviation), and `prompts` how far those of prompts are, if that is more.
     """
 
     name: str
@@ -206,6 +209,7 @@ class Runtime(Part):
     waits: bool = False
     cpu_blocks: bool = False
     structure: float = Field(default=STRUCTURE, ge=0, le=3)
+    prompts: float = Field(default=PROMPTS, ge=0, le=3)
     costs: Costs = Costs()
     cpu_rates: tuple[CpuRate, ...] = ()
     cpu_cores: tuple[CpuCore, ...] = ()
