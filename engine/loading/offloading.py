@@ -20,7 +20,7 @@ from ..policies.preload import PRELOAD
 from ..scenario.amounts import ScenarioError, parse_budget
 from ..scenario.inputs import Inputs
 from ..scenario.scenario import Scenario
-from ..scenario.sections_memory import shrunk
+from ..scenario.sections_memory import WHOLE_LAYERS, shrunk
 
 
 def kept_bytes(inputs: Inputs) -> tuple[list[int], list[int] | None]:
@@ -98,8 +98,10 @@ def pinned_experts(inputs: Inputs) -> Collection[int]:
     if not memory.pins:
         return ()
     sizes, size_of = kept_bytes(inputs)
-    left_bytes = parse_budget(memory.pinned, sizes, model.experts_by_layer)
     least_bytes = min(cached_budgets(inputs) or [inputs.budget_bytes - low_precision(inputs)[1]])
+    if memory.pinned == WHOLE_LAYERS:
+        return _whole_layers(inputs, least_bytes)
+    left_bytes = parse_budget(memory.pinned, sizes, model.experts_by_layer)
     if left_bytes + max(sizes) > least_bytes:
         raise ScenarioError(
             f"memory.pinned = {memory.pinned!r}: {left_bytes} bytes stay, the budget is {least_bytes}: there must be "
@@ -111,6 +113,27 @@ def pinned_experts(inputs: Inputs) -> Collection[int]:
         if left_bytes < 0:
             break
         pinned.append(expert)
+    return frozenset(pinned)
+
+
+def _whole_layers(inputs: Inputs, budget_bytes: int) -> Collection[int]:
+    """Returns the experts of all layers, the most wanted first, that leave room in a budget for two of the largest."""
+    sizes, size_of = kept_bytes(inputs)
+    experts = inputs.model.experts
+    layers: dict[int, list[int]] = {}
+    for expert in _wanted(inputs):
+        layers.setdefault(expert // experts, []).append(expert)
+    taken = {
+        layer: sum(sizes[layer] if size_of is None else size_of[expert] for expert in group)
+        for layer, group in layers.items()
+    }
+    left_bytes = budget_bytes - 2 * max(taken.values(), default=0)
+    pinned: list[int] = []
+    for layer, group in layers.items():
+        left_bytes -= taken[layer]
+        if left_bytes < 0:
+            break
+        pinned += group
     return frozenset(pinned)
 
 

@@ -23,6 +23,9 @@ from ..policies.preload import PRELOAD
 from .amounts import AMOUNT, parse_budget
 from .section import LEAST_GB_PER_S, MOST_GB_PER_S, MOST_US, Bytes, GbPerS, Section, WrittenBytes, budget_text, one_of
 
+#: What is pinned if whole layers are, as many as leave room for two.
+WHOLE_LAYERS = "layers"
+
 #: Where experts lie compressed: nowhere; in host memory, so that copies are shorter; in GPU memory too.
 COMPRESSED = ("none", "host", "gpu")
 
@@ -42,7 +45,8 @@ class MemorySection(Section):
     within a share that starts there and follows the workload (adaptive). Without `caching`, what was brought for a
     visit leaves after it. `preload` is what lies there before the run: nothing, the most popular experts, or whole
     layers from the last one back; with `cpu_layers`, all but those of the first so many layers. Of what is preloaded
-    the first `pinned`, written as `gpu_budget` is, stay for the whole run, and `eviction` has the rest. What every
+    the first `pinned`, written as `gpu_budget` is, stay for the whole run, and `eviction` has the rest; "layers" are
+    all whole layers that leave room for two. What every
     memory of the machine keeps is added up before the run, and more than it holds is refused, unless `capacity` is
     "ignore".
     """
@@ -79,13 +83,17 @@ class MemorySection(Section):
     @property
     def pins(self) -> bool:
         """Whether some experts stay for the whole run."""
+        if self.pinned == WHOLE_LAYERS:
+            return True
         match = AMOUNT.fullmatch(self.pinned)
         return match is not None and Fraction(match[1]) > 0
 
     @model_validator(mode="after")
     def _pinned_is_preloaded(self) -> MemorySection:
-        if not AMOUNT.fullmatch(self.pinned):
-            raise InputError(f"pinned = {self.pinned!r}: write it as '10%', '4GiB' or '512experts'")
+        if self.pinned != WHOLE_LAYERS and not AMOUNT.fullmatch(self.pinned):
+            raise InputError(f"pinned = {self.pinned!r}: write it as '10%', '4GiB', '512experts' or '{WHOLE_LAYERS}'")
+        if self.pinned == WHOLE_LAYERS and self.preload not in ("layers", "front"):
+            raise InputError(f"pinned = 'layers' needs preload = 'layers' or 'front' (given {self.preload!r})")
         if self.pins and (self.preload == "none" or self.scope != "global"):
             raise InputError(
                 f"pinned = {self.pinned!r} needs a preload, whose first experts stay, and scope = 'global' (given "
