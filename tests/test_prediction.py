@@ -101,3 +101,11 @@ def test_a_wider_spread_gives_a_wider_range() -> None:
 )
 def test_a_figure_has_as_many_digits_as_are_known(band: Range, value: float, known: float) -> None:
     assert band.rounded(value) == known
+
+
+def test_prompts_are_less_sure_than_decoding_in_software_whose_prompts_were_not_measured() -> None:
+    settings = ["workload.prefill=whole", "workload.synthetic.prefill_tokens=4", "runtime.name=transformers"]
+    found = simulate(load_scenario("synthetic", settings), baselines=False).range
+    assert found is not None
+    wide, narrow = found["time_to_first_token_ms"], found["tokens_per_second"]
+    assert wide.p95 / wide.p5 > 1.3 * narrow.p95 / narrow.p5

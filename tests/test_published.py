@@ -96,6 +96,17 @@ def test_routing_is_tuned_to_a_stated_share_found() -> None:
     assert 0.1 < least < 0.8
 
 
+def test_over_a_drive_what_is_read_from_no_drive_is_found() -> None:
+    settings = ["workload.tokens=20", "model.preset=olmoe-1b-7b", "model.layers=2", "memory.gpu_budget=8experts"]
+    settings += ["workload.synthetic.tokens=20", "workload.synthetic.prefill_tokens=0", "prefetch.lookahead=0"]
+    drive = ["machine.profile=gpu=none, cpu=16 cores, ram=64GB DDR5-5600, drive=7GB/s"]
+    little, much = (
+        found_share(load_inputs(load_scenario("synthetic", [*settings, *drive, f"tiers.host_budget={share}"])))
+        for share in ("15%", "100%")
+    )
+    assert little < 0.7 < 0.85 < much, "in a cache of all experts only the first look-ups miss"
+
+
 # What the table comes to.
 
 
