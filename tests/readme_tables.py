@@ -609,6 +609,18 @@ def prompts_llama_cpp() -> str:
     )
 
 
+def runs_freetoken() -> str:
+    """What whole runs of FreeToken took on an H200, beside what is predicted."""
+    report = json.loads((ROOT / "calibration" / "validation" / "h200-freetoken.json").read_text("utf-8"))
+    rows = [
+        ["fetched" if row["way"] == "offload" else "shared with the CPU", f"{row['slots']:,} of {row['experts']:,}",
+         f"{row['missed']:.0%}", str(row["rounds"]), f"{row['measured_ns'] / 1e6:,.2f}",
+         f"{row['predicted_ns'] / 1e6:,.2f}", _signed(row, "predicted_ns")]
+        for row in sorted(report["rows"], key=lambda row: (row["way"] != "offload", row["slots"]))
+    ]  # fmt: skip
+    return table(["misses", "slots", "missed", "rounds", "measured, ms", "as shipped, ms", "error"], rows)
+
+
 #: Each stands in one page or several.
 def engines() -> str:
     """What a run takes by each engine."""
@@ -751,6 +763,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "runs-decoded": runs_decoded,
     "runs-llama.cpp": runs_llama_cpp,
     "prompts-llama.cpp": prompts_llama_cpp,
+    "runs-freetoken": runs_freetoken,
     "published-figures": published_figures,
     "published-rows": published_rows,
     "models": models,

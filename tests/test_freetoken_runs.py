@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from prestage.calibration.freetoken import runs
+from prestage.calibration.freetoken import compared, runs
 
 pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -84,3 +84,34 @@ def test_where_the_engine_stops_is_written_down(tmp_path: Path, monkeypatch: pyt
 def test_a_model_of_another_kind_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert runs.main(["mixtral-8x7b", str(tmp_path / "out.jsonl")]) == 2
     assert "mixtral-8x7b': give one of Qwen3-MoE's kind, such as qwen3-30b-a3b" in capsys.readouterr().err
+
+
+def test_runs_are_compared_with_what_is_predicted_as_shipped(tmp_path: Path) -> None:
+    def row(way: str, slots: int, number: int, ms: float, **more: Any) -> dict[str, Any]:
+        return {"way": way, "slots": slots, "experts": 128, "round": number, "steps_s": [ms / 1e3] * 3, **more}
+
+    counted = {"missed": {"miss_rate": 0.75}}
+    # A sharing engine that counts is slower for it: its time is left out, what it counts is not.
+    rows = [row("offload", 32, n, ms, **counted) for n, ms in enumerate((2.0, 3.0, 2.5))]
+    rows += [row("hybrid", 32, 0, 1.5), row("hybrid", 32, 0, 9.0, **counted), row("cpu", 0, 0, 4.0)]
+    file, bandwidths = tmp_path / "runs.jsonl", tmp_path / "bandwidths.json"
+    file.write_text("".join(json.dumps(each) + "\n" for each in [{"command": []}, *rows]), encoding="utf-8")
+    bandwidths.write_text(json.dumps({"ceilings": {"cpu_stream_read_gbs": 90.0}}), encoding="utf-8")
+    found = {each["way"]: each for each in compared.measured(file)}
+    assert [found[way]["measured_ns"] for way in ("offload", "hybrid", "cpu")] == pytest.approx([2.5e6, 1.5e6, 4e6])
+    assert (found["hybrid"]["missed"], found["cpu"]["missed"], found["offload"]["rounds"]) == (0.75, None, 3)
+    out = tmp_path / "report.json"
+    options = ["--model", "qwen3-30b-a3b", "--layers", "1", "--threads", "8", "-o", str(out)]
+    assert compared.main([str(file), str(bandwidths), *options]) == 0
+    said = {each["way"]: each["predicted_ns"] for each in json.loads(out.read_text(encoding="utf-8"))["rows"]}
+    assert set(said) == {"offload", "hybrid", "cpu"} and min(said.values()) > 1e5
+    assert said["hybrid"] < said["cpu"], "sharing with the processor takes less than the processor alone"
+
+
+def test_a_file_without_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, bandwidths = tmp_path / "runs.jsonl", tmp_path / "bandwidths.json"
+    file.write_text('{"status": 1}\n', encoding="utf-8")
+    bandwidths.write_text('{"ceilings": {"cpu_stream_read_gbs": 90.0}}', encoding="utf-8")
+    options = ["--model", "qwen3-30b-a3b", "--layers", "1", "--threads", "8", "-o", str(tmp_path / "report.json")]
+    assert compared.main([str(file), str(bandwidths), *options]) == 2
+    assert "no run has ended" in capsys.readouterr().err

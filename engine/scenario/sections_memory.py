@@ -46,9 +46,8 @@ class MemorySection(Section):
     visit leaves after it. `preload` is what lies there before the run: nothing, the most popular experts, or whole
     layers from the last one back; with `cpu_layers`, all but those of the first so many layers. Of what is preloaded
     the first `pinned`, written as `gpu_budget` is, stay for the whole run, and `eviction` has the rest; "layers" are
-    all whole layers that leave room for two. What every
-    memory of the machine keeps is added up before the run, and more than it holds is refused, unless `capacity` is
-    "ignore".
+    all whole layers that leave room for two. What every memory of the machine keeps is added up before the run, and
+    more than it holds is refused, unless `capacity` is "ignore".
     """
 
     gpu_budget: str = "25%"
