@@ -92,8 +92,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     write_file(options.out, json.dumps({"runtime": "freetoken", "stream_gbs": stream, "rows": rows}, indent=1).encode())
     for row in rows:
-        error = row["predicted_ns"] / row["measured_ns"] - 1
-        print(f"{row['way']} {row['slots']}: {row['measured_ns'] / 1e6:.2f} ms, {error:+.1%}")
+        off = row["predicted_ns"] / row["measured_ns"] - 1
+        print(f"{row['way']} {row['slots']}: {row['measured_ns'] / 1e6:.2f} ms, {off:+.1%}")
     return 0
 
 

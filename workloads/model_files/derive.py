@@ -125,5 +125,6 @@ def _attention(parts: Sequence[_Part], dtypes: Dtypes) -> tuple[tuple[Attending,
 
 
 def _attending(attends: Attends, dtypes: Dtypes) -> Attending:
-    heads, kv_heads, head_dim, values, *more = attends
-    return Attending(heads, kv_heads, head_dim, bytes_of(values, dtypes.of_kv), *more)
+    heads, kv_heads, head_dim, values, most, ratio, latent_dim, indexes = attends
+    key_bytes = bytes_of(values, dtypes.of_kv)
+    return Attending(heads, kv_heads, head_dim, key_bytes, most, ratio, latent_dim, indexes)
