@@ -22,7 +22,6 @@ from ...engine.scenario.scenario import make_scenario
 from ...engine.simulate import simulate
 from ...errors import InputError
 from ...files import write_file
-from ..decode.runs import quartile_spread
 
 #: What each way of the runs is in a scenario.
 POLICY = {"offload": "fetch", "hybrid": "split", "cpu": "cpu"}
@@ -48,8 +47,7 @@ def measured(file: Path) -> Iterator[dict[str, Any]]:
         rounds = [fmean(row["steps_s"]) * 1e9 for row in found]
         yield {
             "way": way, "slots": slots, "experts": found[0]["experts"], "rounds": len(rounds),
-            "measured_ns": median(rounds), "spread": quartile_spread(rounds) if len(rounds) > 1 else None,
-            "missed": counted.get((way, slots)),
+            "measured_ns": median(rounds), "missed": counted.get((way, slots)),
         }  # fmt: skip
 
 
