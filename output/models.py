@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,7 +46,7 @@ def print_model(data: dict[str, Any]) -> None:
     expert = f"{high / _MIB:.2f} MiB" if low == high else f"{low / _MIB:.2f} to {high / _MIB:.2f} MiB by layer"
     rows = [
         ("weights", billions(data["parameters"]), f"{billions(data['active_parameters'])} for a token, with the head"),
-        ("MoE layers", str(data["layers"]), f"top-{data['top_k']} of {data['experts']} experts"),
+        ("MoE layers", str(data["layers"]), _routed(data)),
         ("all weights", _gib(data["weight_bytes"]), ""),
         ("experts", _gib(data["total_expert_bytes"]), f"{expert} each, {data['expert_dtype']}"),
         ("dense part", _gib(data["dense_bytes"]), data["dense_dtype"]),
@@ -67,6 +68,15 @@ def print_model(data: dict[str, Any]) -> None:
 def billions(weights: int | None) -> str:
     """Returns a number of weights as people write it: 46.7 B."""
     return "-" if weights is None else f"{weights / 1e9:,.1f} B"
+
+
+def _routed(data: dict[str, Any]) -> str:
+    """Returns how many experts a token takes of how many; where layers differ, in how many of them."""
+    kinds = Counter((each["top_k"], each["experts"]) for each in data["by_layer"])
+    if len(kinds) < 2:
+        return f"top-{data['top_k']} of {data['experts']} experts"
+    words = [f"top-{top_k} of {experts} experts in {count}" for (top_k, experts), count in kinds.items()]
+    return ", ".join(words) if len(words) < 4 else f"{', '.join(words[:3])}, and {len(words) - 3} other kinds"
 
 
 def _gib(size_bytes: int) -> str:

@@ -34,6 +34,25 @@ def test_show_says_what_a_model_moves(prestage: Prestage) -> None:  # noqa: F811
     assert "76.5 MiB" in prestage("model", "show", str(CONFIGS / "Qwen3-Next-80B-A3B.json")).out
 
 
+def test_show_says_where_layers_differ(prestage: Prestage, tmp_path: Path) -> None:  # noqa: F811
+    file = tmp_path / "two.toml"
+    file.write_text(
+        """
+        name = "two"
+        source = "mine"
+        hidden = 256
+        vocabulary = 1000
+        stacks = [{blocks = 5}]
+        dtypes = {expert = "bf16", dense = "bf16"}
+        attention = {kind = "gqa", heads = 4, kv_heads = 2, head_dim = 64}
+        kernels = {dense = 40, expert = 5}
+        moe = {experts = 8, top_k = 2, expert_ff = 128, by_layer = [{layers = [3, 4], experts = 4, top_k = 1}]}
+        """,
+        encoding="utf-8",
+    )
+    assert "top-2 of 8 experts in 3, top-1 of 4 experts in 2" in prestage("model", "show", str(file)).out
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.json")))
 def test_an_imported_model_is_the_same(tmp_path: Path, name: str) -> None:
     path = tmp_path / "some.toml"
