@@ -24,6 +24,7 @@ from numba.core.typing.templates import AttributeTemplate
 from numba.extending import (
     NativeValue,
     infer_getattr,
+    intrinsic,
     lower_builtin,
     lower_getattr_generic,
     models,
@@ -35,7 +36,7 @@ from numba.extending import (
 #: Whether `NUMBA_DISABLE_JIT` says that nothing is compiled: what would be is Python, and arrays stay arrays.
 UNCOMPILED = bool(config.DISABLE_JIT)
 
-_WORD, _REAL = ir.IntType(64), ir.DoubleType()
+_BYTE, _WORD, _REAL = ir.IntType(8), ir.IntType(64), ir.DoubleType()
 _SHIFT = 3  # of an index, to bytes
 #: Bytes of a large page.
 _LARGE_PAGE = 2 << 20
@@ -276,6 +277,29 @@ def _some_rows(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     part = context.make_helper(builder, sig.args[1], args[1])
     at = builder.gep(table.at, [builder.mul(part.start, table.columns)])
     return _table(context, builder, at, builder.sub(part.stop, part.start), table.columns)
+
+
+@intrinsic
+def _fetch_soon(typing_context: Any, what: Any, index: Any) -> Any:
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        place = builder.bitcast(_place(context, builder, *args, *sig.args), _BYTE.as_pointer())
+        flag = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [place.type, flag, flag, flag])
+        for_writing, to_stay, data = flag(1), flag(3), flag(1)
+        builder.call(
+            builder.module.declare_intrinsic("llvm.prefetch", [place.type], kind), [place, for_writing, to_stay, data]
+        )
+        return context.get_dummy_value()
+
+    return types.none(what, index), lower
+
+
+def _fetch_nothing(words: Any, index: Any) -> None:
+    """Do nothing: Python fetches what it reads when it reads it."""
+
+
+#: Let the processor fetch a word of memory into its cache: it is not waited for, and what is done meanwhile is free.
+fetch_soon: Any = _fetch_nothing if UNCOMPILED else _fetch_soon
 
 
 @lower_builtin(len, Rows)

@@ -85,6 +85,8 @@ class Decisions:
             memory.set(self.threads[0], {w.H_OWNERS: memory.put(only)})
         most_experts = max(len(manager.size_of) for _, _, manager in layout.memories)
         self._leaving = np.zeros(2 * most_experts, dtype=np.int64)
+        #: By memory: of every expert, the copies that merging saved.
+        self._saved = {at: np.zeros(len(manager.size_of), dtype=np.int64) for at, _, manager in layout.memories}
         self._make_scratch()
 
     def _lay_out_loans(self, gpus: int) -> None:
@@ -327,6 +329,8 @@ class Decisions:
         for at, _, manager in self._layout.memories:
             admitted = self._records(at, w.D_ADMITTED, w.ADMITTED_WORDS)
             manager.record(admitted, self._records(at, w.D_EVICTED, w.EVICTED_WORDS)[:, 0])
+            some = np.flatnonzero(admitted[:, 2])
+            np.add.at(self._saved[at], admitted[some, 0], admitted[some, 2])
         for part, at in zip(self._parts, self.gpus, strict=True):
             resolved = self._records(at, w.D_RESOLVED, w.RESOLVED_WORDS)
             if len(resolved):
@@ -342,8 +346,8 @@ class Decisions:
             manager.dropped += int(words[at + w.D_DROPPED])
             manager.guessed += int(words[at + w.D_GUESSED])
             manager.unique_guesses += int(words[at + w.D_UNIQUE])
-            saved = np.flatnonzero(own[:, w.E_SAVED])
-            manager.saved_copies += Counter(dict(zip(saved.tolist(), own[saved, w.E_SAVED].tolist(), strict=True)))
+            saved = np.flatnonzero(self._saved[at])
+            manager.saved_copies += Counter(dict(zip(saved.tolist(), self._saved[at][saved].tolist(), strict=True)))
             manager.assigned_bytes, manager.budget_bytes = (
                 int(words[at + place]) for place in (w.D_ASSIGNED, w.D_BUDGET)
             )

@@ -10,7 +10,20 @@ from functools import partial
 from typing import Any
 
 from ...machine_code import compiled_once
-from ..policies.compiled_eviction import DEMANDED_AT, S3FIFO, SPENT, admit, drop, evict, miss, use, victims
+from ...machine_words import fetch_soon
+from ..policies.compiled_eviction import (
+    DEMANDED_AT,
+    S3FIFO,
+    SPENT,
+    WAVE,
+    admit,
+    drop,
+    evict,
+    miss,
+    next_victim,
+    use,
+    victims,
+)
 from .decision_words import (
     ADMITTED_WORDS,
     D_ADMITTED,
@@ -24,6 +37,7 @@ from .decision_words import (
     D_FOUND,
     D_FREE,
     D_FREE_COUNT,
+    D_FRESH,
     D_FROM_PEERS,
     D_FULLEST,
     D_GPUS,
@@ -48,7 +62,6 @@ from .decision_words import (
     E_ROOM,
     E_SIZE,
     E_UNTIL,
-    E_UNUSED,
     E_WAVE,
     P_BUDGET,
     P_CAPACITY,
@@ -201,10 +214,10 @@ def take_room(t: Tables, g: Word, holder: Word, p: Word, size_bytes: Word, notes
 @compiled
 def first_use(t: Tables, g: Word, expert: Word) -> None:
     """Note that a prefetched expert is used, or leaves, for the first time."""
-    row = t.experts[t.words[g + D_EXPERTS] + expert]
-    if row[E_UNUSED]:
-        row[E_UNUSED] = 0
-        t.words[g + D_UNUSED] -= row[E_SIZE]
+    d, fresh = t.words, t.words[g + D_FRESH] + expert
+    if d[fresh]:
+        d[fresh] = 0
+        d[g + D_UNUSED] -= t.experts[d[g + D_EXPERTS] + expert, E_SIZE]
 
 
 @compiled
@@ -237,6 +250,9 @@ def evict_for(t: Tables, g: Word, p: Word, lacking_bytes: Word, at: Word) -> Wor
     count = victims(d[g + D_EVICTION], state, held, d[g + D_WAVE], at, lacking_bytes, t.leaving)
     for number in range(count):
         leave(t, g, p, d[p + P_EXPERT] + t.leaving[number], 1)
+    coming = next_victim(state)
+    if coming < len(held):
+        fetch_soon(held[coming], WAVE)
     return count > 0
 
 
@@ -261,8 +277,15 @@ def note_admission(t: Tables, g: Word, expert: Word, reason: Word) -> None:
     d[g + D_ASSIGNED] += row[E_SIZE]
     region = d[g + D_ADMITTED]
     record = d[region + R_AT] + d[region + R_COUNT] * ADMITTED_WORDS
-    d[record], d[record + 1] = expert, reason
+    d[record], d[record + 1], d[record + 2] = expert, reason, 0
     d[region + R_COUNT] += 1
+
+
+@compiled
+def note_saved(t: Tables, g: Word, copies: Word) -> None:
+    """Note how many copies merging guesses saved of the expert that was given room last."""
+    d, region = t.words, t.words[g + D_ADMITTED]
+    d[d[region + R_AT] + (d[region + R_COUNT] - 1) * ADMITTED_WORDS + 2] = copies
 
 
 @compiled
@@ -400,7 +423,7 @@ def prefetch(t: Tables, g: Word, expert: Word, target: Word, at: Word) -> Word:
             d[place], d[place + 1] = expert, row[E_COPY]
             d[g + D_PROTECTED_COUNT] += 1
     if d[g + D_WATCHES]:
-        row[E_UNUSED] = 1
+        d[d[g + D_FRESH] + expert] = 1
         d[g + D_UNUSED] += row[E_SIZE]
     return True
 

@@ -9,10 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from .compiled_memory import compiled, prefetch, stage
+from .compiled_memory import compiled, note_saved, prefetch, stage
 from .decision_words import (
+    A_EXPERT,
+    A_TARGET,
+    A_TIMES,
     ADAPTIVE_LINK,
     ADAPTIVE_MEMORY,
+    ASKED_WORDS,
     COST_AWARE,
     D_ASKED,
     D_BACKLOG,
@@ -47,9 +51,7 @@ from .decision_words import (
     D_WANTED,
     E_ASKED,
     E_COPY,
-    E_SAVED,
-    E_TARGET,
-    E_TIMES,
+    E_PLACE,
     MULTI_STEP,
     NEXT_LAYER,
     POPULARITY,
@@ -71,13 +73,14 @@ def ask(t: Tables, g: Word, expert: Word, target: Word) -> None:
     if d[g + D_SHARED]:
         expert %= d[g + D_LAYER_EXPERTS]
     row, stamp = t.experts[d[g + D_EXPERTS] + expert], d[g + D_VISIT] + 1
-    if row[E_ASKED] == stamp:
-        row[E_TIMES] += 1
-        return
-    row[E_ASKED], row[E_TIMES], row[E_TARGET] = stamp, 1, target
     asked = d[g + D_ASKED]
+    if row[E_ASKED] == stamp:
+        d[asked + row[E_PLACE] + A_TIMES] += 1
+        return
+    place = 1 + d[asked] * ASKED_WORDS
+    row[E_ASKED], row[E_PLACE] = stamp, place
     d[asked] += 1
-    d[asked + d[asked]] = expert
+    d[asked + place + A_EXPERT], d[asked + place + A_TIMES], d[asked + place + A_TARGET] = expert, 1, target
 
 
 @compiled
@@ -173,7 +176,7 @@ def ask_for_what_pays(t: Tables, g: Word, q: Word, step: Word, layer: Word) -> N
                     continue  # nobody has been asked for, and what is known of this one need not be fetched
                 known = t.experts[d[g + D_EXPERTS] + base + index]
                 if known[E_ASKED] == stamp:
-                    known[E_TIMES] += 1
+                    d[d[g + D_ASKED] + known[E_PLACE] + A_TIMES] += 1
                 elif pays and known[E_COPY] < 0:
                     queued_ns += copy_ns
                     ask(t, g, base + index, target)
@@ -251,16 +254,17 @@ def prefetch_for(t: Tables, g: Word, q: Word, step: Word, layer: Word) -> None:
             waiting = d[g + D_BACKLOG] / d[g + D_COPY_NS] if d[g + D_COPY_NS] else 0.0
             share = 1.0 - waiting / d[g + D_K]
         ask_for_guesses(t, g, q, step, layer, share)
-    for number in range(d[asked]):
-        expert = d[asked + 1 + number]
-        row = t.experts[d[g + D_EXPERTS] + expert]
-        d[g + D_GUESSED] += row[E_TIMES]
-        d[g + D_UNIQUE] += 1
-        if row[E_COPY] >= 0:
+    d[g + D_UNIQUE] += d[asked]
+    guess = asked + 1
+    for _ in range(d[asked]):
+        expert, times, target = d[guess + A_EXPERT], d[guess + A_TIMES], d[guess + A_TARGET]
+        guess += ASKED_WORDS
+        d[g + D_GUESSED] += times
+        if t.experts[d[g + D_EXPERTS] + expert, E_COPY] >= 0:
             continue
         if d[g + D_STAGES]:
             stage(t, g, expert)
-        elif prefetch(t, g, expert, row[E_TARGET], at):
-            row[E_SAVED] += row[E_TIMES] - 1
-        else:
+        elif not prefetch(t, g, expert, target, at):
             d[g + D_DROPPED] += 1
+        elif times > 1:
+            note_saved(t, g, times - 1)

@@ -153,7 +153,7 @@ class Layout:
             w.D_SENDS: -1 if part.sends is None else memory.put(part.sends),
             w.D_MOST_COPIES: self.most_copies(part),
             w.D_RECENCY: memory.allocate(self.most_accesses(part) + 1),
-            w.D_ASKED: memory.allocate(prefetch.horizons * trace.num_experts + 1),
+            w.D_ASKED: memory.allocate(prefetch.horizons * trace.num_experts * w.ASKED_WORDS + 1),
             w.D_RANKS: 0 if guesses is None else guesses.experts.shape[3], w.D_GATES: -1, w.D_BUDGETS: -1,
             **self._own_lists(source),
             w.D_OWNED: -1 if self.shared is None else memory.put(self.shared.owned[number]),
@@ -212,6 +212,7 @@ class Layout:
             w.D_POOLS: self.memory.put_list(pools), w.D_COPIES: manager.copies, w.D_WAVE: 1,
             w.D_ASSIGNED: manager.assigned_bytes, w.D_BUDGET: manager.budget_bytes, w.D_FULLEST: 1,
             w.D_MOST_EVICTED: most_evicted,
+            w.D_FRESH: self.memory.allocate(len(sizes) if manager.watches_unused else 0),
         })  # fmt: skip
         for record, words, most in (
             (w.D_ADMITTED, w.ADMITTED_WORDS, self.most_copies(part)), (w.D_EVICTED, w.EVICTED_WORDS, most_evicted)

@@ -80,14 +80,14 @@ X_REGISTERS, X_ROOM_FOR, X_ASKS, X_SERVED, X_COPIED, X_TAKEN, X_RESOLVED, X_VISI
 (
     D_SETTINGS, D_ROOMS, D_EXPERTS, D_LAYERS, D_LAYER_EXPERTS, D_SHARED, D_EVICTION, D_POOLS, D_PREFETCH, D_HORIZONS,
     D_K, D_COPY_NS, D_LEAST, D_DECAY, D_POPULAR, D_PROTECTS, D_DROPS, D_UNPIN_FIRST, D_WATCHES, D_ON_CPU, D_CPU_MOST,
-    D_DEFERRED, D_FETCH_FROM, D_WAVE, D_VISIT, D_ASSIGNED, D_BUDGET, D_UNUSED, D_PROTECTED, D_PROTECTED_COUNT,
+    D_DEFERRED, D_FETCH_FROM, D_WAVE, D_VISIT, D_ASSIGNED, D_BUDGET, D_UNUSED, D_FRESH, D_PROTECTED, D_PROTECTED_COUNT,
     D_COPIES, D_DROPPED, D_GUESSED, D_UNIQUE, D_MISSES, D_FULLEST, D_RESULTS, D_HAS_HEAD, D_RECEIVES, D_SENDS,
     D_ADMITTED, D_EVICTED, D_RESOLVED, D_MOST_COPIES, D_MOST_EVICTED, D_RECENCY, D_ASKED,
     D_FIRST_STEP, D_END_STEP, D_STEPS, D_CHOSEN, D_PER_TOKEN, D_LATER, D_LATER_COLUMNS, D_GUESSES, D_RANKS,
     D_CONFIDENCES, D_BUDGETS, D_FOLLOWING, D_FOLLOWED, D_GATES, D_FREE, D_FREE_COUNT,
     D_NOW, D_BACKLOG, D_FILTERS, D_MOST_REGISTERS, D_TIER, D_STAGES, D_REQUESTS, D_FOUND, D_READ_BYTES,
     D_OWN, D_WANTED, D_OWNED, D_GPUS, D_LENDS, D_FROM_PEERS, D_LANDED, D_LENT, D_AWAITS_TOKENS, D_WORDS,
-) = range(82)  # fmt: skip
+) = range(83)  # fmt: skip
 
 #: A pool: its bytes, and what is free in the order in which it became free: a ring of (bytes, register of whose room it
 #: was, -1 for none); what its policy knows; its first expert on the GPU, and how many it has.
@@ -95,8 +95,9 @@ P_BUDGET, P_FREE_BYTES, P_RING, P_CAPACITY, P_FIRST, P_COUNT, P_STATE, P_EXPERT,
 
 #: A record region: where it begins, how many there are, and how many have room.
 R_AT, R_COUNT, R_CAPACITY, REGION_WORDS = range(4)
-#: Words of records: of a copy (expert, reason); of an evicted copy; of an access that is not fetched.
-ADMITTED_WORDS, EVICTED_WORDS, RESOLVED_WORDS = 2, 1, 5
+#: Words of records: of a copy (expert, reason, copies that merging saved); of an evicted copy; of an access that is not
+#: fetched.
+ADMITTED_WORDS, EVICTED_WORDS, RESOLVED_WORDS = 3, 1, 5
 
 #: A step that is laid out: its first row among those that are, how many it has, its phase and what it samples.
 Q_FIRST, Q_ROWS, Q_PHASE, Q_SAMPLED, STEP_WORDS = range(5)
@@ -114,13 +115,13 @@ Q_FIRST, Q_ROWS, Q_PHASE, Q_SAMPLED, STEP_WORDS = range(5)
     H_SWAP_IN, H_OWNERS, THREAD_WORDS,
 ) = range(22)  # fmt: skip
 
-#: An expert: what holds it (as `compiled_eviction` has it); its copy (-1: absent) and room; whether it was prefetched
-#: and nobody has used it; the visit that looked it up last, its place there; the visit that guessed it last, how often
-#: and for which visit; the copies that merging saved.
+#: An expert: what holds it (as `compiled_eviction` has it); its copy (-1: absent) and room; the visits that looked it
+#: up and guessed it last, and its place in the list of this visit's experts or, later, of its guesses. So many words
+#: are one line of a processor's cache; where there are many experts, most that are asked for have to be fetched there.
 assert (WAVE, UNTIL, SIZE) == (0, 1, 2)
-(
-    E_WAVE, E_UNTIL, E_SIZE, E_COPY, E_ROOM, E_UNUSED, E_SEEN, E_PLACE, E_ASKED, E_TIMES, E_TARGET, E_SAVED, E_COLUMNS,
-) = range(13)  # fmt: skip
+E_WAVE, E_UNTIL, E_SIZE, E_COPY, E_ROOM, E_SEEN, E_PLACE, E_ASKED, E_COLUMNS = range(9)
+#: A guess in a visit's list: the expert, how often it was guessed, and for which visit.
+A_EXPERT, A_TIMES, A_TARGET, ASKED_WORDS = range(4)
 
 #: Prefetch policies.
 NONE, TOP_K, MULTI_STEP, ADAPTIVE_MEMORY, ADAPTIVE_LINK, NEXT_LAYER, POPULARITY, COST_AWARE = range(8)

@@ -165,6 +165,13 @@ def victims(kind: int, state: Array, held: Array, wave: int, at: int, lacking_by
     return _walk_heap(state, held, wave, at, lacking_bytes, leaving)
 
 
+@compiled
+def next_victim(state: Array) -> int:
+    """Returns who is likely to go next: the first in line where a policy has a line, else a row that is no expert's."""
+    first: int = state[_queue(state, SMALL), AFTER]
+    return first
+
+
 # Queues: doubly linked lists, columns BEFORE and AFTER.
 
 

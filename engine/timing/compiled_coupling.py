@@ -25,6 +25,7 @@ from .memory import (
     L_SLOWED_BY,
     L_STRETCH,
     NOW,
+    RATE_FOUND,
     RATE_ROWS,
     RATE_WORDS,
     RATES,
@@ -152,7 +153,8 @@ def rate_row(m: Words, slot: Word, transfer: Word) -> Word:
 @compiled
 def knows_rates(m: Words, slot: Word, transfer: Word) -> Word:
     """Whether the stretches with this transfer at a slot are known; if not, note that they are asked for."""
-    if m[rate_row(m, slot, transfer) + V_GROUP]:
+    m[RATE_FOUND] = rate_row(m, slot, transfer)
+    if m[m[RATE_FOUND] + V_GROUP]:
         return True
     m[ASKED], m[ASKED_FOR] = slot, transfer
     return False
@@ -160,9 +162,12 @@ def knows_rates(m: Words, slot: Word, transfer: Word) -> Word:
 
 @compiled
 def occupy(m: Words, f: Reals, slot: Word, transfer: Word) -> None:
-    """Let a transfer take its part, or leave it (-1); all whose rate that changes go on at another speed."""
+    """Let a transfer take its part, or leave it (-1); all whose rate that changes go on at another speed.
+
+    The rates are those that `knows_rates` has found.
+    """
     group = m[slot + S_GROUP]
-    values = rate_row(m, slot, transfer) + V_MOVING + m[group]
+    values = m[RATE_FOUND] + V_MOVING + m[group]
     m[slot + S_MOVING] = transfer
     for at in range(m[group]):
         place = m[group + 1 + at]

@@ -22,7 +22,7 @@ from ..costs.scatter import SCATTERED, Scatter
 from ..decide.commands import H2D, PREFETCH_LANE
 from ..decide.program import Program
 from . import memory as w
-from .compiled_agenda import GOES_ON, KIND_BITS
+from .compiled_agenda import BLOCK, FEW, GOES_ON, KIND_BITS
 from .compiled_prices import ROW_WORDS
 from .lanes import ArrivalLane, Lane, QueueLane
 
@@ -171,15 +171,20 @@ class Layout:
     def _lay_out_agenda(self, threads: Sequence[int]) -> None:
         """Lay out the words that say what each lane and thread does next: the threads of the run begin now."""
         owners = [*self.lanes, *threads]
-        keys = self.memory.put([w.NEVER << KIND_BITS] * len(owners))
-        self.memory.put(owners)
-        self.memory.set(0, {w.KEYS: keys, w.KEY_COUNT: len(owners)})
+        nobody = -len(owners) % BLOCK
+        keys = self.memory.put([w.NEVER << KIND_BITS] * (len(owners) + nobody))
+        self.memory.put([*owners, *[-1] * nobody])
+        self.memory.set(0, {w.KEYS: keys, w.KEY_COUNT: len(owners) + nobody})
         for number, at in enumerate(self.lanes):
             self.memory.set(at, {w.L_KEY: keys + number})
         for number, at in enumerate(threads, len(self.lanes)):
             self.memory.set(at, {w.T_KEY: keys + number})
         for at in self.threads:
             self.memory.set(int(self.memory.words[at + w.T_KEY]), {0: GOES_ON})
+        if len(owners) > FEW:
+            blocks = self.memory.words[keys : keys + len(owners) + nobody].reshape(-1, BLOCK)
+            places = keys + BLOCK * np.arange(len(blocks)) + blocks.argmin(axis=1)
+            self.memory.set(0, {w.FIRSTS: self.memory.put(np.stack([blocks.min(axis=1), places], axis=1).ravel())})
 
     def _lay_out_network(self) -> None:
         """Lay out a slot for each lane that has a part of the network."""

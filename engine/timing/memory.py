@@ -24,14 +24,14 @@ IN_ORDER, AS_READY, BY_RANK = range(3)
 
 #: The run as a whole: the instant; the lists of lanes, threads and GPUs; free work and nodes: those that were in use,
 #: the first of those that were not, and how many there are in all; what comes next, a word for each lane and thread,
-#: and behind these words whose each is;
-#: how many nodes any one command may take, and the thread that ran short of them, which goes on first; the longest time
-#: that any lane lets pass between a cause and what waits for it.
+#: and behind these words whose each is, and the first of each block of them (0: there are no blocks); where the rates
+#: are that somebody has asked for last; how many nodes any one command may take, and the thread that ran short of
+#: them, which goes on first; the longest time that any lane lets pass between a cause and what waits for it.
 (
     NOW, LANES, THREADS, GPUS, FREE_WORK, NEW_WORK, WORK_LEFT, FREE_NODE, NEW_NODE, NODES_LEFT, NUMBER, REGISTERS,
     KERNELS, KERNEL_TOKENS, RATES, RATE_ROWS, RATE_WORDS, RATES_KNOWN, ASKED, ASKED_FOR, RECORDS, RECORD_ROOM, ARRIVALS,
-    DROPPED, KEYS, KEY_COUNT, NODES_COMMAND, RESUMES, MOST_LAG, HEADER,
-) = range(30)  # fmt: skip
+    DROPPED, KEYS, KEY_COUNT, FIRSTS, RATE_FOUND, NODES_COMMAND, RESUMES, MOST_LAG, HEADER,
+) = range(32)  # fmt: skip
 
 #: A lane: what it was made with; the lists of lanes that have to do with it; its queue, and what enters one by rank
 #: later; what is running; when that ends, when a start is tried, and when it says whether it keeps an engine; when
