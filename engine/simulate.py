@@ -332,14 +332,13 @@ def _misses_apart(inputs: Inputs, managers: Sequence[MemoryManager]) -> list[npt
 
     layout, trace = inputs.expert_parallel, inputs.trace
     assert layout is not None
-    owners = [gpus for of_layer in layout.owners for gpus in of_layer]
     sources = [source_of(part, own, NoPrefetch()) for part, own in zip(inputs.parts, managers, strict=True)]
     in_python = shared_in_python(sources, layout.remote, spares=layout.spare_experts > 0) is not None
-    if in_python or layout.remote != "tokens" or any(len(gpus) > 1 for gpus in owners):
+    if in_python or layout.remote != "tokens" or layout.owned.sum(axis=0).max() > 1:
         return None
     from .decide.compiled_misses import missed  # which compiles at its first import
 
-    owner = np.array([gpus[0] for gpus in owners]).reshape(trace.layers, -1)
+    owner = layout.first_owners.reshape(trace.layers, -1)
     return [
         missed(
             replace(source, trace=replace(trace, experts=_own_choices(trace.experts, owner == gpu))),

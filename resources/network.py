@@ -7,6 +7,7 @@ timeline afterwards, as everything else is.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,25 +39,39 @@ def max_min(
     """
     wanted = list(demands) if demands is not None else [None] * len(flows)
     uses = [Counter(flow) for flow in flows]
-    left = {link: Fraction(capacities[link]) for flow in uses for link in flow}
-    rates = [Fraction(0)] * len(flows)
+    # Whole numbers of one unit, which becomes smaller where a link is shared out: sums of fractions take longer.
+    bounds = [*(want for want in wanted if want is not None), *(capacities[link] for flow in uses for link in flow)]
+    unit = math.lcm(*(bound.denominator for bound in bounds))
+    left = {link: int(capacities[link] * unit) for flow in uses for link in flow}
+    want_of = [None if want is None else int(want * unit) for want in wanted]
+    rates = [0] * len(flows)
     rising = list(range(len(flows)))
     while rising:
         weight: Counter[str] = Counter()
         for flow in rising:
-            weight.update(uses[flow])
-        level_of = {link: left[link] / times for link, times in weight.items()}
-        bounds = [*level_of.values(), *(Fraction(want) for flow in rising if (want := wanted[flow]) is not None)]
-        if not bounds:
+            for link, times in uses[flow].items():
+                weight[link] += times
+        levels = [(left[link], times) for link, times in weight.items()]
+        levels += [(want, 1) for flow in rising if (want := want_of[flow]) is not None]
+        if not levels:
             raise InputError(f"flow {rising[0]} passes no link and has no demand: nothing bounds its rate")
-        level = min(bounds)
-        settled = [flow for flow in rising if wanted[flow] == level or any(level_of[n] == level for n in uses[flow])]
+        level, parts = levels[0]
+        for bound, times in levels:
+            if bound * parts < level * times:
+                level, parts = bound, times
+        if parts > 1:
+            unit *= parts
+            left = {link: rest * parts for link, rest in left.items()}
+            want_of = [None if want is None else want * parts for want in want_of]
+            rates = [rate * parts for rate in rates]
+        full = {link for link, times in weight.items() if left[link] == times * level}
+        settled = {flow for flow in rising if want_of[flow] == level or not full.isdisjoint(uses[flow])}
         for flow in settled:
             rates[flow] = level
             for link, times in uses[flow].items():
                 left[link] -= times * level
         rising = [flow for flow in rising if flow not in settled]
-    return rates
+    return [Fraction(rate, unit) for rate in rates]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -136,7 +151,7 @@ class Network:
         asked = [Fraction(transfer.size_bytes * 10**9, ns) for _, transfer, ns in moving]
         rates = max_min([transfer.route.links for _, transfer, _ in moving], self._capacities, asked)
         for (slot, _, _), want, rate in zip(moving, asked, rates, strict=True):
-            stretches[slot] = float(want / rate)
+            stretches[slot] = 1.0 if rate == want else float(want / rate)
         return stretches
 
 

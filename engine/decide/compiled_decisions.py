@@ -6,7 +6,6 @@ and tables (`decision_layout`), and what was decided is written back into the ma
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from itertools import product
 from typing import Any
@@ -347,7 +346,7 @@ class Decisions:
             manager.guessed += int(words[at + w.D_GUESSED])
             manager.unique_guesses += int(words[at + w.D_UNIQUE])
             saved = np.flatnonzero(self._saved[at])
-            manager.saved_copies += Counter(dict(zip(saved.tolist(), self._saved[at][saved].tolist(), strict=True)))
+            manager.saved_copies.update(dict(zip(saved.tolist(), self._saved[at][saved].tolist(), strict=True)))
             manager.assigned_bytes, manager.budget_bytes = (
                 int(words[at + place]) for place in (w.D_ASSIGNED, w.D_BUDGET)
             )

@@ -6,7 +6,7 @@ leaves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ import numpy.typing as npt
 from ...machine_words import WordMemory, zeros
 from ...workloads.batches import Step
 from ...workloads.stacks import next_visits
-from ..policies.compiled_eviction import BELADY, NEXT, make_state
+from ..policies.compiled_eviction import BELADY, COLUMNS, EXTRA_ROWS, NEXT, begin_states
 from ..policies.eviction_informed import Static
 from ..policies.prefetch import Popularity
 from . import decision_words as w
@@ -99,12 +99,13 @@ class Layout:
                 self.memories.append((at, part, part.source.host_memory.manager))
         firsts = np.cumsum([0, *(len(manager.size_of) for _, _, manager in self.memories)]).tolist()
         self.experts = zeros(firsts[-1] * w.E_COLUMNS).reshape(-1, w.E_COLUMNS)
-        states: list[Array] = []
+        pools = [len(manager.size_of) + EXTRA_ROWS * len(manager.pools) for _, _, manager in self.memories]
+        self.states = zeros(sum(pools) * COLUMNS).reshape(-1, COLUMNS)
+        rows = np.cumsum([0, *pools]).tolist()
         for number, part in enumerate(parts):
             self._lay_out_terms(number, part)
-        for (at, part, manager), first in zip(self.memories, firsts, strict=False):
-            self._lay_out_memory(at, part, manager, first, states)
-        self.states = np.concatenate(states)
+        for (at, part, manager), first, row in zip(self.memories, firsts, rows, strict=False):
+            self._lay_out_memory(at, part, manager, first, row)
         #: By memory: when each look-up's expert is used next, for the policy that knows.
         self.following = {at: self._next_uses(at, part, manager) for at, part, manager in self.memories}
         self.later = [self._later_visits(part) for part in (parts[:1] if shared and shared.in_common else parts)]
@@ -177,36 +178,36 @@ class Layout:
             wanted = memory.allocate(1 + 2 * source.prefetch.horizons * guesses.experts.shape[3] * most)
         return {w.D_FILTERS: 1, w.D_OWN: memory.allocate(1 + source.trace.k * most), w.D_WANTED: wanted}
 
-    def _lay_out_memory(self, at: int, part: Part, manager: MemoryManager, first: int, states: list[Array]) -> None:
-        """Lay out a memory as it is: who has room, what is free, and what the policies know of it."""
-        kind, sizes = EVICTIONS[type(manager.pools[0].policy)], manager.size_of
+    def _lay_out_memory(self, at: int, part: Part, manager: MemoryManager, first: int, row: int) -> None:
+        """Lay out a memory as it is: who has room, what is free, and what the policies know of it, from a row on."""
+        kind, sizes, count = EVICTIONS[type(manager.pools[0].policy)], manager.size_of, len(manager.pools)
         own = self.experts[first : first + len(sizes)]
         own[:, [w.E_WAVE, w.E_UNTIL, w.E_COPY, w.E_ROOM]] = -1
         own[:, w.E_SIZE] = sizes[0] if manager.uniform else sizes
         if manager.assigned:
             held, copies = list(manager.assigned), list(manager.assigned.values())
             own[held, w.E_COPY], own[held, w.E_ROOM] = copies, [part.gpu.rooms.of(copy).register for copy in copies]
-        per_pool = len(sizes) // len(manager.pools)
+        per_pool = len(sizes) // count
+        states = self.states[row : row + len(sizes) + EXTRA_ROWS * count].reshape(count, -1, COLUMNS)
+        begin_states(kind, states, [pool.policy.setting.capacity for pool in manager.pools])
         most_evicted = len(sizes) + self.most_copies(part) + 1
         capacity = 2 * most_evicted + 6
         pools = []
         for place, pool in enumerate(manager.pools):
-            state = make_state(per_pool, pool.policy.setting.capacity)
             if isinstance(pool.policy, Static):
                 popular: Array = np.array(pool.policy.popularity, dtype=np.float64)
                 ranks = np.unique(popular, return_inverse=True)[1]
-                state[:per_pool, NEXT] = ranks.reshape(-1)[place * per_pool :][:per_pool]
-            row = sum(map(len, states))
-            states.append(state)
+                states[place, :per_pool, NEXT] = ranks.reshape(-1)[place * per_pool :][:per_pool]
             ring = self.memory.allocate(2 * capacity)
-            for count, (size_bytes, copy) in enumerate(pool.free):
-                self.memory.words[ring + 2 * count] = size_bytes
-                self.memory.words[ring + 2 * count + 1] = -1 if copy < 0 else part.gpu.rooms.of(copy).register
+            for number, (size_bytes, copy) in enumerate(pool.free):
+                self.memory.words[ring + 2 * number] = size_bytes
+                self.memory.words[ring + 2 * number + 1] = -1 if copy < 0 else part.gpu.rooms.of(copy).register
             pools.append(self.memory.put([
-                pool.budget_bytes, pool.free_bytes, ring, capacity, 0, len(pool.free), row, place * per_pool, per_pool,
+                pool.budget_bytes, pool.free_bytes, ring, capacity, 0, len(pool.free), row + place * states.shape[1],
+                place * per_pool, per_pool,
             ]))  # fmt: skip
         if kind != BELADY:  # which needs to know the next uses first
-            _admit_preloaded(manager, kind, states[len(states) - len(pools) :], per_pool)
+            _admit_preloaded(manager, kind, states, per_pool)
         self.memory.set(at, {
             w.D_EXPERTS: first, w.D_LAYER_EXPERTS: part.source.trace.num_experts, w.D_EVICTION: kind,
             w.D_POOLS: self.memory.put_list(pools), w.D_COPIES: manager.copies, w.D_WAVE: 1,
@@ -256,7 +257,7 @@ class Layout:
         return lambda first, end: table[first:end]
 
 
-def _admit_preloaded(manager: MemoryManager, kind: int, states: Sequence[Array], per_pool: int) -> None:
+def _admit_preloaded(manager: MemoryManager, kind: int, states: Iterable[Array], per_pool: int) -> None:
     """Let a policy know who has room before the run."""
     pools, experts = np.divmod(np.fromiter(manager.assigned, dtype=np.int64), per_pool)
     for pool, state in enumerate(states):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -61,12 +61,24 @@ class ExpertParallel:
         """Whether tokens may go to another GPU."""
         return self.remote in ("tokens", "cost")
 
+    @cached_property
+    def owned(self) -> Array:
+        """Whether each GPU owns an expert (GPUs, layers * experts)."""
+        owners = [gpus for of_layer in self.owners for gpus in of_layer]
+        experts = np.repeat(np.arange(len(owners)), [len(gpus) for gpus in owners])
+        owned = np.zeros((self.gpus, len(owners)), dtype=bool)
+        owned[[gpu for gpus in owners for gpu in gpus], experts] = True
+        return owned
+
+    @cached_property
+    def first_owners(self) -> Array:
+        """The first owner of each expert (layers * experts,)."""
+        return np.array([gpus[0] for of_layer in self.owners for gpus in of_layer], dtype=np.int64)
+
     def served(self, gpu: int) -> list[int]:
         """Returns the experts that a GPU may serve: those that it owns, or all if no token moves."""
-        flat = [gpus for of_layer in self.owners for gpus in of_layer]
-        if not self.moves_tokens:
-            return list(range(len(flat)))
-        return [expert for expert, gpus in enumerate(flat) if gpu in gpus]
+        found: list[int] = np.flatnonzero(self.owned[gpu] | (not self.moves_tokens)).tolist()
+        return found
 
 
 @dataclass(slots=True)

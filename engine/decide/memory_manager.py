@@ -136,17 +136,18 @@ class MemoryManager:
             raise InputError(f"protect = {protect!r}: choose one of {', '.join(PROTECTION)}")
         self.experts = experts
         self.shared = scope == "shared"
+        each_size, per_layer = (expert_bytes, 1) if size_of is None else (size_of, experts)
         if size_of is None:
             size_of = [size_bytes for size_bytes in expert_bytes for _ in range(experts)]
         self.size_of = size_of
-        self.uniform = min(size_of) == max(size_of)
+        self.uniform = min(each_size) == max(each_size)
         self.divide = divide or partial(pool_budgets, expert_bytes, scope=scope)
         budgets = self.divide(budget_bytes)
         layers = range(len(expert_bytes))
         groups = [tuple(layers)] if len(budgets) == 1 else [(layer,) for layer in layers]
         self._pools: list[_Pool] = []
         for pool_bytes, group in zip(budgets, groups, strict=True):
-            sizes = size_of[group[0] * experts : (group[-1] + 1) * experts]
+            sizes = each_size[group[0] * per_layer : (group[-1] + 1) * per_layer]
             known = replace(
                 setting, capacity=pool_bytes // max(sizes), layers=group, experts=experts, shared=self.shared
             )

@@ -310,9 +310,11 @@ def _copied_bytes(part: Inputs) -> int:
     if part.scenario.memory.scope == "shared":
         return compression.copied_bytes(model.expert_bytes[0]) * model.experts
     sizes = kept_bytes(part)[1]
-    if sizes is None:
-        sizes = [compression.copied_bytes(size) for size in model.expert_bytes for _ in range(model.experts)]
-    return sum(sizes[expert] for expert in model.ids) - sum(sizes[expert] for expert in _staying(part))
+    if sizes is not None:
+        return sum(sizes[expert] for expert in model.ids) - sum(sizes[expert] for expert in _staying(part))
+    copied = [compression.copied_bytes(size) for size in model.expert_bytes]
+    total_bytes = sum(size * count for size, count in zip(copied, model.experts_by_layer, strict=True))
+    return total_bytes - sum(copied[expert // model.experts] for expert in _staying(part))
 
 
 def _staying(part: Inputs) -> Sequence[int]:
@@ -323,9 +325,10 @@ def _staying(part: Inputs) -> Sequence[int]:
     scenario, model = part.scenario, part.model
     if part.expert_parallel is not None and part.gpus:
         kept = [set(_staying(gpu)) for gpu in part.gpus]
+        if part.expert_parallel.remote != "tokens" or not any(kept):
+            return ()
         owners = enumerate(gpus for of_layer in part.expert_parallel.owners for gpus in of_layer)
-        tokens_move = part.expert_parallel.remote == "tokens"
-        return [expert for expert, gpus in owners if tokens_move and all(expert in kept[gpu] for gpu in gpus)]
+        return [expert for expert, gpus in owners if all(expert in kept[gpu] for gpu in gpus)]
     if scenario.memory.preload == "none":
         return ()
     room = part.budget_bytes if part.budgets is None else min(part.budgets)

@@ -15,7 +15,7 @@ from ...workloads.trace_limits import MAX_TOTAL_EXPERTS
 from ..costs.costs import Costs
 from ..decide.expert_parallel import ExpertParallel, Prices, homes, own_guesses, own_steps
 from ..decide.memory_manager import BudgetError, MemoryManager
-from ..policies.placement import PLACEMENT, Owners, Request
+from ..policies.placement import PLACEMENT, Request
 from ..scenario.amounts import ScenarioError, parse_budget, parse_bytes
 from ..scenario.inputs import Inputs
 from .links import links_of
@@ -52,7 +52,7 @@ def place(whole: Inputs, make_manager: Callable[[Inputs], MemoryManager]) -> Inp
         layout = replace(layout, prices=prices(links, Costs(whole), model.activation_bytes(1)))
     gpus = []
     for number in range(parallel.gpus):
-        budget_bytes = _budget_bytes(whole, owners, number)
+        budget_bytes = _budget_bytes(whole, layout, number)
         part = replace(whole, device=f"gpu{number}", expert_parallel=layout, budget_bytes=budget_bytes)
         if not layout.moves_tokens:
             own = own_steps(whole.steps, lives, number)
@@ -66,20 +66,18 @@ def place(whole: Inputs, make_manager: Callable[[Inputs], MemoryManager]) -> Inp
     return replace(whole, gpus=tuple(gpus), expert_parallel=layout, links=links, budget_bytes=budget_bytes)
 
 
-def _budget_bytes(whole: Inputs, owners: Owners, gpu: int) -> int:
+def _budget_bytes(whole: Inputs, layout: ExpertParallel, gpu: int) -> int:
     """Returns the expert memory of one GPU: a share of the experts that it owns, or so many bytes or experts."""
     budget, sizes = whole.scenario.memory.gpu_budget, whole.model.expert_bytes
     if budget.rstrip().endswith("%"):
-        return parse_budget(budget, [owned_bytes(owners, sizes, gpu)], 1)
+        return parse_budget(budget, [owned_bytes(layout, sizes, gpu)], 1)
     return parse_budget(budget, sizes, whole.model.experts)
 
 
-def owned_bytes(owners: Owners, expert_bytes: Sequence[int], gpu: int) -> int:
+def owned_bytes(layout: ExpertParallel, expert_bytes: Sequence[int], gpu: int) -> int:
     """Returns the bytes of all experts that a GPU owns."""
-    return sum(
-        size_bytes * sum(gpu in gpus for gpus in of_layer)
-        for size_bytes, of_layer in zip(expert_bytes, owners, strict=True)
-    )
+    counts = layout.owned[gpu].reshape(len(expert_bytes), -1).sum(axis=1).tolist()
+    return sum(size_bytes * count for size_bytes, count in zip(expert_bytes, counts, strict=True))
 
 
 def prices(links: Links, costs: Costs, token_bytes: int) -> Prices:

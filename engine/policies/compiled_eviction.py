@@ -6,6 +6,7 @@ is, is a number that every function branches on, so that one loop is compiled, o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ DEMANDED_AT = 1 << 62
 # expert and after its last; and one of numbers.
 # Columns of an expert's row, of which HEAP is that of whoever is at this place of the heap:
 BEFORE, AFTER, MARK, QUEUE, NEXT, PLACE, HEAP, KEY, RANKED = range(9)
+COLUMNS, EXTRA_ROWS = 10, 4
 # Columns of the last row: where Sieve's hand is, S3-FIFO's limits and lengths, how many are in the heap.
 HAND, MOST_SMALL, MOST_MAIN, MOST_GHOSTS, IN_SMALL, IN_MAIN, IN_GHOSTS, HAS_EVICTED, STAMP, COUNT = range(10)
 # Where S3-FIFO has an expert; the first three are queues. Who keeps what was preloaded has that in MAIN, and what was
@@ -46,17 +48,20 @@ SMALL, MAIN, GHOSTS, RETURNING, NOWHERE = range(5)
 _FAR = 2**31 - 1
 
 
-def make_state(experts: int, capacity: int) -> Array:
-    """Returns what a policy knows at first; `capacity` is how many of the largest experts its pool holds."""
-    state = np.zeros((experts + 4, 10), dtype=np.int64)
-    state[:experts, QUEUE] = NOWHERE
+def begin_states(kind: int, states: Array, capacities: Sequence[int]) -> None:
+    """Lay out what a policy knows at first of some pools; `states` (pools, experts + EXTRA_ROWS, COLUMNS) are all 0.
+
+    `capacities` are how many of the largest experts each pool holds.
+    """
+    experts, held = states.shape[1] - EXTRA_ROWS, np.array(capacities, dtype=np.int64)
+    if kind == S3FIFO:  # the others do not look at it, and what nobody has written to costs nothing
+        states[:, :experts, QUEUE] = NOWHERE
     for queue in range(experts, experts + 3):
-        state[queue, BEFORE] = state[queue, AFTER] = queue
-    state[-1, HAND] = experts
-    state[-1, MOST_SMALL] = -(-capacity // 10)
-    state[-1, MOST_MAIN] = capacity - state[-1, MOST_SMALL]
-    state[-1, MOST_GHOSTS] = capacity * 9 // 10
-    return state
+        states[:, queue, [BEFORE, AFTER]] = queue
+    states[:, -1, HAND] = experts
+    states[:, -1, MOST_SMALL] = -(-held // 10)
+    states[:, -1, MOST_MAIN] = held + -held // 10
+    states[:, -1, MOST_GHOSTS] = held * 9 // 10
 
 
 @compiled

@@ -23,7 +23,9 @@ from ..decide.lookups import Lookups, in_file_order, list_lookups
 from ..policies.compiled_eviction import (
     BELADY,
     CLOCK,
+    COLUMNS,
     DEMANDED_AT,
+    EXTRA_ROWS,
     FIFO,
     LFU,
     LFU_INCACHE,
@@ -35,9 +37,9 @@ from ..policies.compiled_eviction import (
     WAVE,
     admit,
     begin,
+    begin_states,
     compiled,
     evict,
-    make_state,
     marks,
     miss,
     score,
@@ -131,6 +133,8 @@ def replay_pool(
         following = next_visits(lookups.experts, lookups.starts, experts)
     held = np.full((experts, 3), -1, dtype=np.int64)
     held[:, SIZE] = np.repeat(np.array(expert_bytes, dtype=np.int64), num_experts)
+    states = np.zeros((1, experts + EXTRA_ROWS, COLUMNS), dtype=np.int64)
+    begin_states(kind, states, [capacity])
     evicted = _replay(
         kind,
         lookups.experts,
@@ -138,7 +142,7 @@ def replay_pool(
         lookups.starts,
         following,
         pool_bytes,
-        make_state(experts, capacity),
+        states[0],
         np.zeros(experts, dtype=np.bool_),  # who is in memory, as the policy knows
         held,
         np.empty(experts, dtype=np.int32),  # room for a visit's misses

@@ -73,7 +73,7 @@ from .memory import (
     WORK_EACH,
     WORK_LEFT,
 )
-from .records import pack_arrival
+from .records import ARRIVAL
 
 Array = npt.NDArray[Any]
 
@@ -293,7 +293,10 @@ class CompiledEngine:
         memory[RECORDS] = 0
         region, known = int(memory[ARRIVALS]), int(settle_arrivals(memory))
         arrivals = self._records(region, ARRIVAL_WORDS)
-        for gpu, visit, kind, ns in arrivals[:known].tolist():
-            self._machine.gpus[gpu].state.arrived.extend(pack_arrival(visit, kind, ns))
+        for number, one in enumerate(self._machine.gpus if known else ()):
+            own = arrivals[:known][arrivals[:known, 0] == number, 1:]
+            packed = np.empty(len(own), dtype=ARRIVAL)
+            packed["visit"], packed["kind"], packed["arrived_ns"] = own.T
+            one.state.arrived.extend(packed.tobytes())
         arrivals[: len(arrivals) - known] = arrivals[known:].copy()
         memory[region + R_COUNT] = len(arrivals) - known

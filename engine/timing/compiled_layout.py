@@ -338,7 +338,8 @@ class Layout:
     def _lay_out_copies(self, one: Any, at: int) -> list[int]:
         """Lay out what copies take, by class, and the class of every expert; return the bytes of each class."""
         lanes, memory = one.lanes, self.memory
-        sizes = list(dict.fromkeys(lanes.sizes))  # classes are numbered as they come
+        of_layer = lanes.costs.model.expert_bytes
+        sizes = list(dict.fromkeys(lanes.sizes if lanes.sized else of_layer))  # classes are numbered as they come
         classes = {}
         for number, size_bytes in enumerate(sizes):
             expert = lanes.sizes.index(size_bytes)

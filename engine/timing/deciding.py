@@ -57,7 +57,6 @@ class DecidingEngine:
 
     def _write_out(self) -> None:
         """Let what was recorded move to files, if there are any."""
-        self._decisions.flush()
         for ended in self._ended:
             ended()
 

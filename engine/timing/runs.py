@@ -213,11 +213,8 @@ class SharingGpus:
         layout, trace = inputs.expert_parallel, inputs.trace
         assert layout is not None
         owners = [gpus for of_layer in layout.owners for gpus in of_layer]
-        counts = [len(gpus) for gpus in owners]
-        owned = np.zeros((layout.gpus, len(owners)), dtype=bool)
-        owned[[gpu for gpus in owners for gpu in gpus], np.repeat(np.arange(len(owners)), counts)] = True
-        only = np.array([gpus[0] for gpus in owners], dtype=np.int64).reshape(trace.layers, -1)
-        replicated = layout.moves_tokens and max(counts) > 1
+        only = layout.first_owners.reshape(trace.layers, -1)
+        replicated = layout.moves_tokens and layout.owned.sum(axis=0).max() > 1
 
         def laid_out(first: int, end: int) -> Together:
             laid, servers = [], []
@@ -230,7 +227,7 @@ class SharingGpus:
             lives, serves, exchanges = (np.array(values, dtype=np.int64) for values in zip(*laid, strict=True))
             return Together(lives, serves, exchanges, np.array(servers) if replicated else None)
 
-        return Shared(owned, one_thread, layout.moves_tokens, layout.remote == "peer", inputs.steps, laid_out)
+        return Shared(layout.owned, one_thread, layout.moves_tokens, layout.remote == "peer", inputs.steps, laid_out)
 
     def _own(self, trace: RoutingTrace, step: Step, home: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], ...]:
         """Returns what `_laid_out` does where each GPU serves its own tokens."""
