@@ -338,25 +338,29 @@ def _misses_apart(inputs: Inputs, managers: Sequence[MemoryManager]) -> list[npt
         return None
     from .decide.compiled_misses import missed  # which compiles at its first import
 
-    owner = layout.first_owners.reshape(trace.layers, -1)
+    owner = layout.first_owners.reshape(trace.layers, -1)[np.arange(trace.layers)[:, None], trace.experts]
+    owner = owner.astype(np.min_scalar_type(layout.gpus))
     return [
         missed(
-            replace(source, trace=replace(trace, experts=_own_choices(trace.experts, owner == gpu))),
+            replace(source, trace=replace(trace, experts=_own_choices(trace.experts, owner, gpu))),
             inputs.model.total_experts,
         )
         for gpu, source in enumerate(sources)
     ]
 
 
-def _own_choices(experts: npt.NDArray[Any], owned: npt.NDArray[np.bool_]) -> npt.NDArray[Any]:
-    """Returns the choices (tokens, layers, k) of those experts that are owned (layers, experts), then -1s, by token."""
-    chosen = np.empty(experts.shape, dtype=np.int16 if owned.shape[1] < 1 << 15 else np.int32)
+def _own_choices(experts: npt.NDArray[Any], owner: npt.NDArray[Any], gpu: int) -> npt.NDArray[Any]:
+    """Returns the choices (tokens, layers, k) of those experts that a GPU owns, in their order, then -1s, by token.
+
+    `owner` (tokens, layers, k) owns what was chosen.
+    """
+    chosen = np.full(experts.shape, -1, dtype=np.int16 if experts.dtype.itemsize < 2 else np.int32)
     for first in range(0, len(experts), _ROWS_AT_ONCE):
-        some = experts[first : first + _ROWS_AT_ONCE]
-        own = owned[np.arange(len(owned))[:, None], some]
-        order = np.argsort(~own, axis=2, kind="stable")  # one's own come first, in their order
-        kept = np.where(own, some.astype(chosen.dtype), -1)
-        chosen[first : first + _ROWS_AT_ONCE] = np.take_along_axis(kept, order, 2)
+        part = slice(first, first + _ROWS_AT_ONCE)
+        own = owner[part] == gpu
+        place = np.cumsum(own, axis=2, dtype=np.int8 if own.shape[2] < 1 << 7 else np.int64)[own] - 1
+        begin = np.flatnonzero(own) // own.shape[2] * own.shape[2]
+        chosen[part].reshape(-1)[begin + place] = experts[part][own]
     return chosen
 
 

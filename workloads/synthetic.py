@@ -139,7 +139,9 @@ def synthesize(
     popularity = _popularity(config)
     lengths = share_evenly(tokens, sequences)
     parts = [_route(config, popularity, number, length) for number, length in enumerate(lengths)]
-    return join_sequences(parts, experts, prefill_tokens, {"model": "synthetic", "synthetic": asdict(config)})
+    chosen = _reused([fresh for fresh, _, _ in parts], [keep for _, keep, _ in parts])
+    routed = [(own, weights) for own, (_, _, weights) in zip(chosen, parts, strict=True)]
+    return join_sequences(routed, experts, prefill_tokens, {"model": "synthetic", "synthetic": asdict(config)})
 
 
 def share_evenly(tokens: int, sequences: int) -> list[int]:
@@ -204,38 +206,57 @@ def _first_of_race(times: FloatArray, count: int) -> IntArray:
     If times are exponential over probability, this draws without replacement: Efraimidis, Spirakis, "Weighted
     random sampling with a reservoir", Information Processing Letters 97(5), 2006.
     """
-    if count < times.shape[-1]:
-        first = np.argpartition(times, count - 1, axis=-1)[..., :count]
-    else:
-        first = np.broadcast_to(np.arange(count), times.shape)
+    last = np.partition(times, count - 1, axis=-1)[..., count - 1, None]
+    first = np.flatnonzero(times <= last) % times.shape[-1]
+    if first.size * times.shape[-1] == times.size * count:
+        first = first.reshape(*times.shape[:-1], count)
+    else:  # some arrive at once: the first in order win
+        first = np.argsort(times, axis=-1, kind="stable")[..., :count]
     order = np.argsort(np.take_along_axis(times, first, axis=-1), axis=-1, kind="stable")
     return np.take_along_axis(first, order, axis=-1)
 
 
 def _route(
     config: SyntheticConfig, popularity: FloatArray, sequence: int, length: int
-) -> tuple[npt.NDArray[Any], npt.NDArray[np.float16]]:
-    """Returns the choices of one sequence and their weights, each (length, layers, k)."""
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_], npt.NDArray[np.float16]]:
+    """Returns what each token of one sequence draws, which experts of the token before it keeps, and the weights.
+
+    Each is (length, layers, k).
+    """
     shape = (length, config.layers, config.top_k)
     chosen = np.empty(shape, dtype=np.uint8 if config.experts <= 256 else np.uint16)
+    kept = np.empty(shape, dtype=np.bool_)
     weights = np.empty(shape, dtype=np.float16)
     probabilities = _favor(config, popularity, sequence)
     draws, keeps, scores = (_generator(config, purpose, sequence) for purpose in (_DRAWS, _KEEPS, _WEIGHTS))
-    previous: IntArray | None = None
     rows = max(1, _CHUNK_NUMBERS // (config.layers * config.experts))
     for first in range(0, length, rows):
         chunk = slice(first, min(first + rows, length))
         size = (chunk.stop - chunk.start, config.layers)
-        fresh = _first_of_race(draws.standard_exponential((*size, config.experts)) / probabilities, config.top_k)
-        keep = keeps.random((*size, config.top_k)) < config.reuse
-        if config.reuse == 0:
-            chosen[chunk] = fresh
-        else:
-            for row in range(size[0]):
-                previous = fresh[row] if previous is None else _keep_some(previous, keep[row], fresh[row])
-                chosen[first + row] = previous
+        times = draws.standard_exponential((*size, config.experts)) / probabilities
+        chosen[chunk] = _first_of_race(times, config.top_k)
+        kept[chunk] = keeps.random((*size, config.top_k)) < config.reuse
         weights[chunk] = draw_weights(scores, (*size, config.top_k))
-    return chosen, weights
+    return chosen, kept, weights
+
+
+def _reused(drawn: Sequence[npt.NDArray[Any]], keep: Sequence[npt.NDArray[np.bool_]]) -> list[npt.NDArray[Any]]:
+    """Returns the choices of sequences, given what each token draws and keeps; no sequence is longer than one before.
+
+    All sequences go on token by token together: a token depends on the one before it alone.
+    """
+    if not any(kept.any() for kept in keep):
+        return list(drawn)
+    chosen = np.concatenate(drawn)
+    kept = np.concatenate(keep)
+    lengths = np.array([len(own) for own in drawn])
+    starts = np.cumsum(lengths) - lengths
+    _, layers, k = chosen.shape
+    for position in range(1, max(lengths)):
+        rows = starts[: np.count_nonzero(lengths > position)] + position
+        previous, fresh = (chosen[those].reshape(-1, k).astype(np.int32) for those in (rows - 1, rows))
+        chosen[rows] = _keep_some(previous, kept[rows].reshape(-1, k), fresh).reshape(-1, layers, k)
+    return np.split(chosen, starts[1:])
 
 
 def _keep_some(previous: IntArray, keep: npt.NDArray[np.bool_], fresh: IntArray) -> IntArray:
@@ -244,12 +265,12 @@ def _keep_some(previous: IntArray, keep: npt.NDArray[np.bool_], fresh: IntArray)
     Of the k fresh ones at most as many are kept ones as are kept, so the others always fill the places.
     """
     kept = np.where(keep, previous, -1)
-    repeated = (fresh[:, :, None] == kept[:, None, :]).any(axis=2)
-    both = np.concatenate([previous, fresh], axis=1)
-    # A stable sort by "not to be used" moves the usable ones to the front and keeps their order.
-    unusable = np.concatenate([~keep, repeated], axis=1)
-    order = unusable.argsort(axis=1, kind="stable")[:, : previous.shape[1]]
-    kept_first: IntArray = both[np.arange(len(both))[:, None], order]
+    repeated = np.zeros(fresh.shape, dtype=np.bool_)
+    for column in kept.T:
+        repeated |= fresh == column[:, None]
+    usable = np.concatenate([keep, ~repeated], axis=1)
+    first = usable & (np.cumsum(usable, axis=1) <= previous.shape[1])
+    kept_first: IntArray = np.concatenate([previous, fresh], axis=1)[first].reshape(previous.shape)
     return kept_first
 
 

@@ -52,6 +52,8 @@ from .decision_words import (
     E_ASKED,
     E_COPY,
     E_PLACE,
+    H_GPUS,
+    H_OWNERS,
     MULTI_STEP,
     NEXT_LAYER,
     POPULARITY,
@@ -110,8 +112,33 @@ def first_guess(t: Tables, g: Word, q: Word, layer: Word, ahead: Word) -> Word:
 
 
 @compiled
-def ask_for_guesses(t: Tables, g: Word, q: Word, step: Word, layer: Word, share: Real) -> None:
-    """Ask for guesses: those sure enough, or the first part of the ranks, so much of all; rank by rank, by token."""
+def want(t: Tables, g: Word, expert: Word, target: Word) -> None:
+    """Put a guess for visit `target` into a GPU's list."""
+    d, wanted = t.words, t.words[g + D_WANTED]
+    at = wanted + 1 + 2 * d[wanted]
+    d[at], d[at + 1] = expert, target
+    d[wanted] += 1
+
+
+@compiled
+def want_where_served(t: Tables, h: Word, expert: Word, target: Word) -> None:
+    """Put a guess into the lists of those GPUs of a thread that serve the expert."""
+    d, gpus = t.words, t.words[h + H_GPUS]
+    owner = d[d[h + H_OWNERS] + expert]
+    if owner >= 0:
+        want(t, d[gpus + 1 + owner], expert, target)
+        return
+    for gpu in range(d[gpus]):
+        if serves(t, d[gpus + 1 + gpu], expert):
+            want(t, d[gpus + 1 + gpu], expert, target)
+
+
+@compiled
+def ask_for_guesses(t: Tables, h: Word, g: Word, q: Word, step: Word, layer: Word, share: Real) -> None:
+    """Ask for guesses: those sure enough, or the first part of the ranks, so much of all; rank by rank, by token.
+
+    A GPU asks for those that it serves; or a thread `h`, which is -1 otherwise, lists them for all of its GPUs.
+    """
     d, floats, layers = t.words, t.floats, t.words[g + D_LAYERS]
     sure = d[g + D_PREFETCH] == MULTI_STEP
     least = floats[g + D_LEAST]
@@ -131,7 +158,9 @@ def ask_for_guesses(t: Tables, g: Word, q: Word, step: Word, layer: Word, share:
             at = first + row * stride + rank
             index = d[d[g + D_GUESSES] + at]
             counts = index >= 0 and (not sure or floats[d[g + D_CONFIDENCES] + at] >= least)
-            if counts and serves(t, g, base + index):
+            if counts and h >= 0:
+                want_where_served(t, h, base + index, target)
+            elif counts and serves(t, g, base + index):
                 ask(t, g, base + index, target)
             row += 1
             if row == rows:
@@ -253,7 +282,7 @@ def prefetch_for(t: Tables, g: Word, q: Word, step: Word, layer: Word) -> None:
         elif kind == ADAPTIVE_LINK:
             waiting = d[g + D_BACKLOG] / d[g + D_COPY_NS] if d[g + D_COPY_NS] else 0.0
             share = 1.0 - waiting / d[g + D_K]
-        ask_for_guesses(t, g, q, step, layer, share)
+        ask_for_guesses(t, np.int64(-1), g, q, step, layer, share)
     d[g + D_UNIQUE] += d[asked]
     guess = asked + 1
     for _ in range(d[asked]):

@@ -13,27 +13,20 @@ import numpy as np
 from ...resources.timeline import COMBINE, DENSE, DISPATCH, EXPERT, HEAD
 from .commands import COMPUTE, FIXED_REGISTERS, OUTPUT, RESULTS, TOKENS, Op
 from .compiled_memory import compiled, entry, resize
-from .compiled_prefetch import first_guess, serves, target_of
+from .compiled_prefetch import ask_for_guesses
 from .compiled_program import has_room_for_visit
 from .compiled_visits import decide_visit, first_chosen, order_own
 from .decision_words import (
     D_BUDGETS,
     D_CHOSEN,
-    D_CONFIDENCES,
-    D_DECAY,
     D_END_STEP,
     D_FILTERS,
     D_FIRST_STEP,
-    D_GUESSES,
-    D_HORIZONS,
     D_LAYER_EXPERTS,
     D_LAYERS,
-    D_LEAST,
     D_OWN,
     D_PER_TOKEN,
     D_POOLS,
-    D_PREFETCH,
-    D_RANKS,
     D_RESULTS,
     D_SETTINGS,
     D_STEPS,
@@ -53,7 +46,6 @@ from .decision_words import (
     H_SERVES,
     H_STEP,
     H_STEPS,
-    MULTI_STEP,
     Q_PHASE,
     Q_ROWS,
     Q_SAMPLED,
@@ -168,43 +160,12 @@ def divide_choices(t: Tables, h: Word, q: Word, layer: Word, place: Word) -> Non
 
 
 @compiled
-def want(t: Tables, g: Word, expert: Word, target: Word) -> None:
-    """Put a guess for visit `target` into a GPU's list."""
-    d, wanted = t.words, t.words[g + D_WANTED]
-    at = wanted + 1 + 2 * d[wanted]
-    d[at], d[at + 1] = expert, target
-    d[wanted] += 1
-
-
-@compiled
 def divide_guesses(t: Tables, h: Word, q: Word, step: Word, layer: Word) -> None:
-    """List for each GPU what it serves of the guesses that the policy asks for, as `ask_for_guesses` does for one."""
-    d, floats, gpus = t.words, t.floats, t.words[h + H_GPUS]
-    g = d[gpus + 1]
-    layers, rows, ranks = d[g + D_LAYERS], d[q + Q_ROWS], d[g + D_RANKS]
-    sure, least, stride = d[g + D_PREFETCH] == MULTI_STEP, floats[g + D_LEAST], layers * d[g + D_HORIZONS] * ranks
+    """List for each GPU what it serves of the guesses that the policy asks for."""
+    d, gpus = t.words, t.words[h + H_GPUS]
     for gpu in range(d[gpus]):
         d[d[d[gpus + 1 + gpu] + D_WANTED]] = 0
-    for ahead in range(1, d[g + D_HORIZONS] + 1):
-        target = target_of(t, g, step, layer + ahead)
-        if target < 0:
-            return
-        first = first_guess(t, g, q, layer, ahead)
-        base = (layer + ahead) % layers * d[g + D_LAYER_EXPERTS]
-        for rank in range(ranks):
-            for row in range(rows):
-                at = first + row * stride + rank
-                expert = base + d[d[g + D_GUESSES] + at]
-                if expert < base or (sure and floats[d[g + D_CONFIDENCES] + at] < least):
-                    continue
-                owner = d[d[h + H_OWNERS] + expert]
-                if owner >= 0:
-                    want(t, d[gpus + 1 + owner], expert, target)
-                    continue
-                for gpu in range(d[gpus]):
-                    if serves(t, d[gpus + 1 + gpu], expert):
-                        want(t, d[gpus + 1 + gpu], expert, target)
-        least /= floats[g + D_DECAY]
+    ask_for_guesses(t, h, d[gpus + 1], q, step, layer, 1.0)
 
 
 @compiled

@@ -165,7 +165,7 @@ class Recording:
     def copy_end_ns(self) -> Array:
         """When each copy's bytes were all there (copies,); -1 for one that was never made, 0 for a preloaded one."""
         end_ns: Array = np.where(self.copy_reason > PREFETCHED, 0, -1).astype(np.int64)
-        np.maximum.at(end_ns, self.copy_spans["copy"], self.copy_spans["end_ns"])
+        end_ns[self.copy_spans["copy"]] = self.copy_spans["end_ns"]  # the last piece stays, which is written last
         return end_ns
 
     @cached_property

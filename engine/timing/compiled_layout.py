@@ -163,10 +163,12 @@ class Layout:
 
     def add_registers(self, count: int) -> None:
         """Make room for so many registers, at least."""
-        words, old = self.memory.words, int(self.memory.words[w.REGISTERS])
-        kept = words[old : old + self.registers].tolist()
+        old, kept = int(self.memory.words[w.REGISTERS]), self.registers
         self.registers = 2 * count
-        self.memory.set(0, {w.REGISTERS: self.memory.put([*kept, *[-1] * (self.registers - len(kept))])})
+        to = self.memory.allocate(self.registers)
+        words = self.memory.words
+        words[to : to + kept], words[to + kept : to + self.registers] = words[old : old + kept], -1
+        self.memory.set(0, {w.REGISTERS: to})
 
     def _lay_out_agenda(self, threads: Sequence[int]) -> None:
         """Lay out the words that say what each lane and thread does next: the threads of the run begin now."""
