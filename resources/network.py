@@ -81,6 +81,11 @@ class Transfer:
     route: Route
     size_bytes: int
 
+    def asks(self, ns: int) -> dict[str, Fraction]:
+        """Returns what it asks of each link where it takes so long by itself, in bytes a second; of none if it is 0."""
+        rate = Fraction(self.size_bytes * 10**9, ns) if ns else Fraction(0)
+        return {link: rate * times for link, times in Counter(self.route.links).items()}
+
 
 class Share:
     """One lane's part of a network: one transfer at a time, and how many times as long it takes now.
@@ -124,6 +129,17 @@ class Network:
         self._shares.append(share)
         self._running.append(None)
         return share
+
+    def scarce(self, asked: Iterable[Mapping[str, Fraction]]) -> set[str]:
+        """Returns the links that cannot carry all that lanes ask of them at most (by link, a mapping for each lane).
+
+        No other link slows a transfer down: its fair share is never less than what one of those that pass it asks for.
+        """
+        total: Counter[str] = Counter()
+        for of_lane in asked:
+            for link, rate in of_lane.items():
+                total[link] += rate  # type: ignore[assignment]
+        return {link for link, rate in total.items() if rate > self._capacities[link]}
 
     def _occupy(self, slot: int, running: tuple[Transfer, int] | None) -> None:
         """Note what runs on a lane, and tell those others whose rate this changes."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import partial
 from itertools import product
 from typing import Any
@@ -139,7 +140,8 @@ class Layout:
             self.memory.set(gpu, {w.G_THREAD: at})
         self._lay_out_agenda([*self.threads, *parts])
         self.slots: dict[int, int] = {}
-        self._links: dict[int, set[str]] = {}
+        #: By slot: the most that one transfer at a time asks of each link, in bytes a second.
+        self._asked: dict[int, dict[str, Fraction]] = {}
         self._lay_out_network()
         for lane, at in zip(machine.lanes, self.lanes, strict=True):
             self._lay_out_lane(lane, at)
@@ -201,10 +203,12 @@ class Layout:
             self._set_floats(at, {w.S_STRETCH: 1.0})
 
     def _group_slots(self) -> None:
-        """Let each slot know those of all lanes that may share a link with it, or with one of these."""
+        """Let each slot know those of all lanes that may share out a link with it, or with one of these."""
         groups: list[tuple[set[int], set[str]]] = []
+        network = self._machine.network
+        scarce = set() if network is None else network.scarce(self._asked.values())
         for slot in self.slots.values():
-            slots, links = {slot}, set(self._links.get(slot, ()))
+            slots, links = {slot}, scarce.intersection(self._asked.get(slot, ()))
             for group in [group for group in groups if group[1] & links]:
                 groups.remove(group)
                 slots |= group[0]
@@ -330,7 +334,9 @@ class Layout:
             return -1
         for lane in lanes:
             if isinstance(lane.share, Share):
-                self._links.setdefault(self.slots[lane.share.slot], set()).update(transfer.route.links)
+                asked = self._asked.setdefault(self.slots[lane.share.slot], {})
+                for link, rate in [*transfer.asks(queued_ns).items(), *transfer.asks(alone_ns).items()]:
+                    asked[link] = max(asked.get(link, Fraction(0)), rate)
         key = (id(transfer), queued_ns, alone_ns)
         if key not in self._transfer_of:
             self._transfer_of[key] = len(self.transfers) // 2
