@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,8 @@ import numpy.typing as npt
 from ..errors import InputError
 from .timeline import covered_ns
 from .topology import Route, Topology
+
+Key = TypeVar("Key")
 
 #: How many sets of transfers' rates are kept; a run has few sizes of copies, and meets the same sets again and again.
 _KEPT = 1 << 16
@@ -37,41 +39,54 @@ def max_min(
     until a link is full or a demand met, which settles the flows concerned (Bertsekas and Gallager, Data Networks,
     2nd edition, 1992, section 6.5.2). Raises ValueError for a flow that nothing bounds.
     """
-    wanted = list(demands) if demands is not None else [None] * len(flows)
     uses = [Counter(flow) for flow in flows]
+    known = dict(enumerate(demands)) if demands is not None else {}
+    wanted = {flow: want for flow, want in known.items() if want is not None}
     # Whole numbers of one unit, which becomes smaller where a link is shared out: sums of fractions take longer.
-    bounds = [*(want for want in wanted if want is not None), *(capacities[link] for flow in uses for link in flow)]
-    unit = math.lcm(*(bound.denominator for bound in bounds))
-    left = {link: int(capacities[link] * unit) for flow in uses for link in flow}
-    want_of = [None if want is None else int(want * unit) for want in wanted]
-    rates = [0] * len(flows)
-    rising = list(range(len(flows)))
+    unit = math.lcm(*(bound.denominator for bound in [*capacities.values(), *wanted.values()]))
+    left = _in_units(capacities, unit)
+    wants = _in_units(wanted, unit)
+    rates = dict.fromkeys(range(len(flows)), 0)
+    rising = [*rates]
     while rising:
         weight: Counter[str] = Counter()
         for flow in rising:
-            for link, times in uses[flow].items():
-                weight[link] += times
-        levels = [(left[link], times) for link, times in weight.items()]
-        levels += [(want, 1) for flow in rising if (want := want_of[flow]) is not None]
-        if not levels:
-            raise InputError(f"flow {rising[0]} passes no link and has no demand: nothing bounds its rate")
-        level, parts = levels[0]
-        for bound, times in levels:
-            if bound * parts < level * times:
-                level, parts = bound, times
+            weight.update(uses[flow])
+        level, parts = _lowest(rising, left, weight, wants)
         if parts > 1:
             unit *= parts
-            left = {link: rest * parts for link, rest in left.items()}
-            want_of = [None if want is None else want * parts for want in want_of]
-            rates = [rate * parts for rate in rates]
+            left, wants, rates = _in_units(left, parts), _in_units(wants, parts), _in_units(rates, parts)
         full = {link for link, times in weight.items() if left[link] == times * level}
-        settled = {flow for flow in rising if want_of[flow] == level or not full.isdisjoint(uses[flow])}
+        settled = {flow for flow in rising if wants.get(flow) == level or not full.isdisjoint(uses[flow])}
         for flow in settled:
             rates[flow] = level
             for link, times in uses[flow].items():
                 left[link] -= times * level
         rising = [flow for flow in rising if flow not in settled]
-    return [Fraction(rate, unit) for rate in rates]
+    return [Fraction(rate, unit) for rate in rates.values()]
+
+
+def _in_units(values: Mapping[Key, int | Fraction], unit: int) -> dict[Key, int]:
+    """Returns values as whole numbers of units, so many of which are one."""
+    return {key: int(value * unit) for key, value in values.items()}
+
+
+def _lowest(
+    rising: Sequence[int], left: Mapping[str, int], weight: Mapping[str, int], wants: Mapping[int, int]
+) -> tuple[int, int]:
+    """Returns the lowest rate that a link or a demand allows all flows that rise: so much, divided into so many parts.
+
+    Raises ValueError if nothing bounds them.
+    """
+    levels = [(left[link], times) for link, times in weight.items()]
+    levels += [(wants[flow], 1) for flow in rising if flow in wants]
+    if not levels:
+        raise InputError(f"flow {rising[0]} passes no link and has no demand: nothing bounds its rate")
+    level, parts = levels[0]
+    for bound, times in levels:
+        if bound * parts < level * times:
+            level, parts = bound, times
+    return level, parts
 
 
 @dataclass(frozen=True, eq=False, slots=True)

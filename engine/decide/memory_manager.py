@@ -137,9 +137,7 @@ class MemoryManager:
         self.experts = experts
         self.shared = scope == "shared"
         each_size, per_layer = (expert_bytes, 1) if size_of is None else (size_of, experts)
-        if size_of is None:
-            size_of = [size_bytes for size_bytes in expert_bytes for _ in range(experts)]
-        self.size_of = size_of
+        self.size_of = size_of or [size_bytes for size_bytes in expert_bytes for _ in range(experts)]
         self.uniform = min(each_size) == max(each_size)
         self.divide = divide or partial(pool_budgets, expert_bytes, scope=scope)
         budgets = self.divide(budget_bytes)
