@@ -1,10 +1,11 @@
 """Valid files of every reader, and what becomes of them when they are damaged: a value, or one line that refuses.
 
     python tests/fuzz.py [READER …] [--seconds 30] [--seed 0]   # damages, drawn from the seed; prints what crashed
-    python tests/fuzz.py READER --atheris [-runs=100000 …]      # guided by coverage, where `pip install atheris` works
+    python tests/fuzz.py [READER …] --atheris [--seconds 30]    # guided by coverage, where `pip install atheris` works
 
-A crash is any exception but an InputError or what the operating system said, which `cli/entry.py` makes one line of.
-Its file is kept for a case in tests/test_fuzz.py. To add a reader: a row of READERS.
+Guided, every reader has so many seconds in a process of its own; half of the changes are its own damages, so that a
+packed file stays one. A crash is any exception but an InputError or what the operating system said, which
+`cli/entry.py` makes one line of. Its file is kept for a case in tests/test_fuzz.py. To add a reader: a row of READERS.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import io
 import json
 import os
 import random
+import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -365,8 +368,8 @@ def search(name: str, seed: int, seconds: float, keep: Path) -> int:
     return len(seen)
 
 
-def guided(name: str, options: list[str]) -> None:
-    """Let atheris look for a content that crashes a reader, from its valid one on."""
+def guided(name: str, seed: int, seconds: float, keep: Path) -> None:
+    """Let atheris look for a content that crashes a reader, from its valid one on; it ends the process."""
     reader, folder = READERS[name], Path(tempfile.mkdtemp())
     valid = reader.make()
     crash(reader, valid, folder)  # loads what it needs
@@ -376,10 +379,38 @@ def guided(name: str, options: list[str]) -> None:
         if error is not None:
             raise error
 
-    corpus = Path(tempfile.mkdtemp())
-    (corpus / "valid").write_bytes(valid.rstrip(b"\0"))
-    atheris.Setup([sys.argv[0], str(corpus), *options], one)
+    def change(content: bytes, most: int, drawn: int) -> bytes:
+        draw = random.Random(drawn)
+        if draw.random() < 0.5:
+            with contextlib.suppress(Exception):  # what is broken already is no file of its kind to be damaged
+                found: bytes = reader.damage(content, draw)[:most]
+                return found
+        mutated: bytes = atheris.Mutate(content, most)
+        return mutated
+
+    (folder / "corpus").mkdir()
+    (folder / "corpus" / "valid").write_bytes(valid)
+    budget = [f"-max_total_time={seconds:.0f}", f"-seed={seed + 1}", f"-max_len={2 * len(valid) + 4096}"]
+    kept = [f"-artifact_prefix={keep}/{reader.name}-", "-print_final_stats=1"]
+    atheris.Setup([sys.argv[0], str(folder / "corpus"), *budget, *kept], one, custom_mutator=change)
     atheris.Fuzz()
+
+
+def guided_apart(name: str, seed: int, seconds: float, keep: Path) -> int:
+    """Let atheris look at a reader in a process of its own; print what it did. Returns 1 if it found a crash."""
+    options = ["--seconds", str(seconds), "--seed", str(seed), "--keep", str(keep)]
+    done = subprocess.run(
+        [sys.executable, __file__, name, "--atheris", "--one", *options], capture_output=True, text=True, check=False
+    )
+    said = done.stdout + done.stderr
+    tried = re.search(r"number_of_executed_units: *(\d+)", said)
+    covered = re.findall(r"cov: (\d+)", said) or ["?"]
+    found = "nothing found" if done.returncode == 0 else "a crash"
+    count = tried[1] if tried else "?"
+    print(f"{name}: {count} tried, {covered[0]} places covered, then {covered[-1]}: {found}", flush=True)
+    if done.returncode:
+        print(said[-3000:], flush=True)
+    return int(done.returncode != 0)
 
 
 def main() -> None:
@@ -390,10 +421,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--atheris", action="store_true")
-    known, options = parser.parse_known_args()
-    if known.atheris:
-        guided(known.readers[0], options)
-    elif sum(search(name, known.seed, known.seconds, known.keep) for name in known.readers or READERS):
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    how = search if not given.atheris else guided if given.one else guided_apart
+    if sum(how(name, given.seed, given.seconds, given.keep) or 0 for name in given.readers or READERS):
         sys.exit(1)
 
 

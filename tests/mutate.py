@@ -1,10 +1,12 @@
 """Mutation testing: small changes to the code, one at a time, and whether the tests of that code notice.
 
-    python tests/mutate.py [--count 60] [--seed 0] [--module NAME …]
+    python tests/mutate.py [--count 60] [--seed 0] [--module NAME …] [--journal FILE] [--quick]
 
 prints every change that no test noticed, and how many were. Changes are drawn from all of the TARGETS by the seed:
 another comparison, operator, number, truth or end of a condition, a statement less. Each runs in a process of its
-own, in which the module is loaded changed; files stay as they are, and machine code that is made there is not kept.
+own (tests/mutated.py); files stay as they are, and machine code that is made there is not kept. The journal holds a
+line of JSON for each change that was tried; the same command goes on where it ended.
+With --quick no test is asked that is marked slow, or that does not run the changed function.
 Modules that are compiled are no targets: that they do as their Python does is tested elsewhere, on random runs.
 """
 
@@ -13,44 +15,79 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
-import importlib.util
+import json
 import os
 import random
-import resource
-import signal
 import sys
-from collections.abc import Iterator
-from importlib.machinery import SourceFileLoader
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import mutated
 
 ROOT = Path(__file__).parent.parent
 #: By module: the tests that are to notice, quickest first.
 TARGETS: dict[str, tuple[str, ...]] = {
+    "engine/policies/copy_order.py": ("test_copy_order", "test_tiers"),
     "engine/policies/eviction.py": ("test_eviction", "test_memory_manager", "test_replay"),
-    "engine/policies/eviction_queues.py": ("test_eviction", "test_libcachesim"),
     "engine/policies/eviction_base.py": ("test_eviction", "test_memory_manager"),
-    "engine/policies/prefetch.py": ("test_prefetch", "test_prefetch_share", "test_dispatch"),
+    "engine/policies/eviction_informed.py": ("test_eviction", "test_memory_manager", "test_decisions"),
+    "engine/policies/eviction_queues.py": ("test_eviction", "test_libcachesim"),
     "engine/policies/miss.py": ("test_miss", "test_miss_upload"),
+    "engine/policies/pinned.py": ("test_pinned",),
     "engine/policies/placement.py": ("test_placement", "test_expert_parallel"),
+    "engine/policies/prefetch.py": ("test_prefetch", "test_prefetch_share", "test_dispatch"),
+    "engine/policies/prefetch_share.py": ("test_prefetch_share",),
+    "engine/policies/preload.py": ("test_preload", "test_composition"),
+    "engine/policies/router.py": ("test_replicas",),
+    "engine/policies/routing.py": ("test_routing",),
     "engine/policies/scheduler.py": ("test_scheduler", "test_requests_run", "test_serving"),
-    "engine/decide/memory_manager.py": ("test_memory_manager", "test_preload", "test_dispatch", "test_partition"),
+    "engine/policies/split.py": ("test_split", "test_stages"),
+    "engine/decide/dispatch.py": ("test_dispatch", "test_by_layer", "test_decisions"),
+    "engine/decide/expert_parallel.py": ("test_expert_parallel", "test_lockstep"),
+    "engine/decide/guessed.py": ("test_prefetch", "test_decisions", "test_simulate"),
     "engine/decide/host_memory.py": ("test_tiers",),
+    "engine/decide/lookups.py": ("test_dispatch", "test_simulate", "test_accounting"),
+    "engine/decide/memory_manager.py": ("test_memory_manager", "test_preload", "test_dispatch", "test_partition"),
     "engine/decide/partition.py": ("test_partition",),
+    "engine/decide/pipeline.py": ("test_pipeline", "test_stages"),
+    "engine/decide/program.py": ("test_engines", "test_tiers", "test_decisions"),
+    "engine/decide/pulled.py": ("test_pulled",),
+    "engine/decide/sources.py": ("test_expert_parallel", "test_compiled_misses", "test_decisions"),
+    "engine/decide/spare_memory.py": ("test_expert_parallel",),
+    "engine/measure/accesses.py": ("test_accounting", "test_engine_equals_replay"),
+    "engine/measure/comparison.py": ("test_compare", "test_stages"),
+    "engine/measure/insights.py": ("test_insights",),
+    "engine/measure/memory_log.py": ("test_virtual_memory", "test_tiers"),
+    "engine/measure/merge.py": ("test_pipeline", "test_stages", "test_composition"),
     "engine/measure/metrics.py": ("test_simulate", "test_accounting", "test_speed", "test_tiers"),
+    "engine/measure/misses.py": ("test_accounting", "test_by_layer", "test_compression"),
+    "engine/measure/recording.py": ("test_accounting", "test_about", "test_tiers"),
+    "engine/measure/request_metrics.py": ("test_request_metrics",),
     "engine/measure/speed.py": ("test_speed",),
     "engine/measure/time_split.py": ("test_accounting", "test_by_layer", "test_decoder", "test_split"),
-    "engine/measure/misses.py": ("test_accounting", "test_by_layer"),
-    "engine/measure/request_metrics.py": ("test_request_metrics",),
+    "engine/measure/traffic.py": ("test_expert_parallel",),
+    "engine/costs/all_to_all.py": ("test_lockstep",),
     "engine/costs/attention.py": ("test_context", "test_beside_costs", "test_served"),
+    "engine/costs/costs.py": ("test_beside_costs", "test_measured_costs", "test_context", "test_miss"),
     "engine/costs/cpu_streams.py": ("test_runtimes", "test_beside_costs", "test_miss"),
+    "engine/costs/offload_costs.py": ("test_miss", "test_extends", "test_compression"),
+    "engine/costs/ranges.py": ("test_prediction",),
+    "engine/costs/runtime_costs.py": ("test_runtimes", "test_measured_costs"),
     "engine/costs/scatter.py": ("test_measured_costs",),
-    "engine/timing/lanes.py": ("test_lane", "test_copy_order"),
+    "engine/costs/surface_costs.py": ("test_surface",),
+    "engine/costs/tiled_products.py": ("test_tiled_products",),
+    "engine/costs/uncertainty.py": ("test_measured_costs", "test_prediction", "test_extends"),
+    "engine/timing/deciding.py": ("test_decode", "test_serving"),
+    "engine/timing/host.py": ("test_copy_order", "test_lane", "test_engines", "test_simulate"),
+    "engine/timing/host_state.py": ("test_copy_order", "test_engines"),
+    "engine/timing/lanes.py": ("test_lane", "test_copy_order", "test_network"),
+    "engine/timing/machine.py": ("test_topology", "test_engines", "test_tiers"),
+    "engine/timing/memory.py": ("test_tiers", "test_engines", "test_accounting"),
+    "engine/timing/runs.py": ("test_requests_run", "test_stages", "test_speed"),
+    "engine/timing/simulation.py": ("test_engines", "test_decisions", "test_tiers"),
 }  # fmt: skip
-#: The tests that are asked, those that answer soon before the others.
-MARKS = ("not slow", "slow and not process and not docs and not browser and not gpu")
-#: Seconds of processor time that the tests of one change may take; a change that never ends is noticed.
-MOST_S = 120
 _OTHER: dict[type[ast.AST], tuple[type[ast.AST], ...]] = {
     ast.Lt: (ast.LtE, ast.Gt), ast.LtE: (ast.Lt, ast.Gt), ast.Gt: (ast.GtE, ast.Lt), ast.GtE: (ast.Gt, ast.Lt),
     ast.Eq: (ast.NotEq,), ast.NotEq: (ast.Eq,), ast.Is: (ast.IsNot,), ast.IsNot: (ast.Is,), ast.In: (ast.NotIn,),
@@ -99,12 +136,11 @@ def _changes(node: ast.AST) -> list[Any]:
     return []
 
 
-def changed(tree: ast.Module, at: int, draw: random.Random) -> tuple[ast.Module, str]:
-    """Returns a module with the place of a number changed, and what was: "line: before -> after"."""
+def changed(tree: ast.Module, at: int, how: Any) -> tuple[ast.Module, str]:
+    """Returns a module with the place of a number changed in a way, and what was: "line: before -> after"."""
     tree = copy.deepcopy(tree)
     node: Any = places(tree)[at]
     before, line = ast.unparse(node), node.lineno
-    how = draw.choice(_changes(node))
     match how:
         case "not":
             node.value = not node.value
@@ -128,68 +164,52 @@ def changed(tree: ast.Module, at: int, draw: random.Random) -> tuple[ast.Module,
     return tree, f"{line}: {first[0]} -> {first[1]}"
 
 
-def noticed(module: str, tree: ast.Module, log: Path, marks: tuple[str, ...] = MARKS) -> bool:
-    """Returns whether the tests of a module fail on it as it is in `tree`; what they print goes to `log`."""
-    for chosen in marks:
-        child = os.fork()
-        if child == 0:
-            os._exit(_tested(module, tree, log, chosen))
-        _, status = os.waitpid(child, 0)
-        if os.waitstatus_to_exitcode(status) not in (0, 5):  # 5: no test has these marks
-            return True
-    return False
-
-
-def _tested(module: str, tree: ast.Module, log: Path, marks: str) -> int:
-    """Runs the tests of a changed module in this process, and returns their exit status."""
-    import pytest
-    from numba.core import caching
-
-    resource.setrlimit(resource.RLIMIT_CPU, (MOST_S, MOST_S))
-    signal.signal(signal.SIGXCPU, signal.SIG_DFL)
-    with log.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    caching.IndexDataCacheFile.save = lambda *_: None  # type: ignore[method-assign]
-    path, plain = str(ROOT / module), SourceFileLoader.get_code
-
-    def get_code(self: SourceFileLoader, name: str) -> Any:
-        if os.path.realpath(self.path) == os.path.realpath(path):
-            return compile(tree, self.path, "exec")
-        return plain(self, name)
-
-    SourceFileLoader.get_code = get_code  # type: ignore[method-assign,assignment]
-    quiet = ["-q", "-x", "-p", "no:cacheprovider", "--tb=line"]
-    tests = [str(ROOT / "tests" / f"{name}.py") for name in TARGETS[module]]
-    return int(pytest.main([*quiet, "-m", marks, *tests]))
-
-
 def main() -> None:
     """Draw changes, run the tests on each, and print those that nobody noticed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--module", action="append", choices=TARGETS)
+    parser.add_argument("--journal", type=Path)
+    parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()
-    for name in ("numpy", "numba", "simpy", "pydantic", "typer", "rich"):  # each process has them then
-        importlib.util.find_spec(name)
-        __import__(name)
-    trees = {module: ast.parse((ROOT / module).read_text(encoding="utf-8")) for module in given.module or TARGETS}
-    every = [(module, at) for module, tree in trees.items() for at in range(len(places(tree)))]
+    scratch = Path(os.environ.get("TMPDIR", "/tmp")) / f"mutate-{os.getpid()}.log"
+    journal: Path = given.journal or scratch.with_suffix(".jsonl")
+    targets = {module: TARGETS[module] for module in given.module or TARGETS}
+    trees = {module: ast.parse((ROOT / module).read_text(encoding="utf-8")) for module in targets}
+    ways = {module: [_changes(node) for node in places(tree)] for module, tree in trees.items()}
+    every = [(module, at) for module, of_places in ways.items() for at in range(len(of_places))]
     draw = random.Random(given.seed)
     chosen = draw.sample(every, min(given.count, len(every)))
-    log = Path(os.environ.get("TMPDIR", "/tmp")) / f"mutate-{os.getpid()}.log"
-    survived, passes = 0, set()
-    for number, (module, at) in enumerate(chosen, 1):
-        if module not in passes and noticed(module, trees[module], log, ("not slow",)):
-            raise SystemExit(f"{module}: its tests fail as it is: see {log}")
-        passes.add(module)
-        tree, what = changed(trees[module], at, draw)
-        if not noticed(module, tree, log):
-            survived += 1
-            print(f"{module}:{what}: nobody noticed", flush=True)
-        print(f"{number - survived} of {number} noticed", file=sys.stderr, flush=True)
-    print(f"{len(chosen) - survived} of {len(chosen)} noticed, of {len(every)} possible")
+    hows = [draw.choice(ways[module][at]) for module, at in chosen]
+
+    def work(noticed: Callable[..., tuple[bool, str]]) -> None:
+        done, survived = _read(journal), 0
+        for number, ((module, at), how) in enumerate(zip(chosen, hows, strict=True), 1):
+            tree, what = changed(trees[module], at, how)
+            if (module, what) not in done:
+                begun = time.monotonic()
+                fails, by = noticed(module, trees[module], tree)
+                row = {"module": module, "change": what, "noticed": fails, "by": by}
+                with journal.open("a", encoding="utf-8") as file:
+                    print(json.dumps(row | {"seconds": round(time.monotonic() - begun, 1)}), file=file)
+                done[module, what] = fails
+            if not done[module, what]:
+                survived += 1
+                print(f"{module}:{what}: nobody noticed", flush=True)
+            print(f"{number - survived} of {number} noticed", file=sys.stderr, flush=True)
+        print(f"{len(chosen) - survived} of {len(chosen)} noticed, of {len(every)} possible", flush=True)
+
+    marks = mutated.MARKS + " and not slow" * given.quick
+    mutated.tried(targets, work, marks, (scratch, journal.with_suffix(".first")))
+
+
+def _read(journal: Path) -> dict[tuple[str, str], bool]:
+    """Returns what the journal knows: by module and change, whether a test noticed."""
+    if not journal.exists():
+        return {}
+    rows = [json.loads(line) for line in journal.read_text(encoding="utf-8").splitlines()]
+    return {(row["module"], row["change"]): row["noticed"] for row in rows}
 
 
 if __name__ == "__main__":

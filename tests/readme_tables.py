@@ -33,6 +33,7 @@ from policy_tables import next_gate, residency, routing, streams
 from published_pairs import published_pairs
 from published_tables import published_figures, published_rows
 from request_tables import queueing, request_keys, served
+from sizes import how_big, layers_of_tests, lines
 
 from prestage.calibration.fit.check_kernels import check_kernels, check_text
 from prestage.calibration.measure.samples import load_samples
@@ -716,6 +717,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "one-command": one_command,
     "new-user": path_table,
     "ways": ways_table,
+    "sizes": how_big,
+    "lines": lines,
+    "tests": layers_of_tests,
     "owned": owned,
     "lookahead": lookahead,
     "guide": guide,

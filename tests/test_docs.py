@@ -18,6 +18,7 @@ from prestage import plugins
 from prestage.engine.decide.program import Stage
 from prestage.engine.policies.copy_order import COPY_ORDERS
 from prestage.engine.policies.eviction import EVICTION
+from prestage.engine.policies.prefetch import PREFETCH
 from prestage.engine.policies.scheduler import SCHEDULERS
 from prestage.engine.timing import runs
 from prestage.engine.timing.host import CARRY_OUT
@@ -33,7 +34,7 @@ WITH_CODE = [page for page in PAGES if any(block.runs for block in blocks(page.r
 def test_the_code_of_a_page_runs_and_prints_what_the_page_shows(page: Path, tmp_path: Path) -> None:
     text = page.read_text(encoding="utf-8")
     with contextlib.ExitStack() as added:  # what a page adds is gone after it
-        for table in (EVICTION, PREDICTORS, IMPORTERS, COPY_ORDERS, CARRY_OUT, SCHEDULERS, plugins._loaded):
+        for table in (EVICTION, PREFETCH, PREDICTORS, IMPORTERS, COPY_ORDERS, CARRY_OUT, SCHEDULERS, plugins._loaded):
             added.enter_context(patch.dict(table))
         added.enter_context(patch.object(runs, "Stage", Stage))
         again = with_outputs(text, make_folder(tmp_path))
@@ -53,6 +54,7 @@ def test_code_that_is_not_run_says_why(page: Path) -> None:
     ("name", "table", "key"),
     [
         ("add-a-policy", EVICTION, "mru"),
+        ("add-a-prefetch-policy", PREFETCH, "agreed"),
         ("add-a-predictor", PREDICTORS, "hot"),
         ("add-an-importer", IMPORTERS, "pipes"),
         ("add-a-copy-order", COPY_ORDERS, "deadline"),
@@ -97,6 +99,16 @@ def test_the_code_map_has_every_folder_and_leads_to_every_recipe() -> None:
     assert {f"{name}.md" for name in re.findall(r"\]\(([\w-]+)\.md\)", added)} == {page.name for page in RECIPES}
     for path in re.findall(r"`([\w/]+(?:/[\w.]+)+)` \|$", added, re.MULTILINE):
         assert (ROOT / path).exists(), path
+
+
+def test_what_the_code_map_says_is_decided_somewhere_is_defined_there() -> None:
+    text = (DOCS / "code-map.md").read_text(encoding="utf-8")
+    table = text.partition("## Where it is decided")[2].partition("\n## ")[0]
+    rows = re.findall(r"`([\w.]+)` in `([\w/.]+)`", table)
+    assert len(rows) > 8
+    for name, file in rows:
+        defined = rf"^ *(def|class) {name.rpartition('.')[2]}\b|^{name}\b"
+        assert re.search(defined, (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE), (name, file)
 
 
 @pytest.fixture(scope="module")

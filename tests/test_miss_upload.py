@@ -82,6 +82,21 @@ def test_uploads_keep_to_their_share_of_the_link() -> None:
     assert uploaded(policy, [0], [1], [2]) == [[], [1], []]  # 12.4, 24.8, 37.2 against 20, 20, 40
 
 
+def test_copies_take_no_more_than_the_time_that_the_cpu_is_busy_if_nothing_else_is_said() -> None:
+    # 62 ns on the CPU and a copy of 63: it must wait for the second miss, when the CPU has been busy for 124.
+    policy = CpuThenUpload(terms(copy_ns=63, upload_most=9, upload_horizon=99))
+    assert uploaded(policy, [0], [1]) == [[], [1]]
+
+
+def test_what_nobody_states_takes_no_time() -> None:
+    # An expert on the CPU for nothing saves nothing, and a copy for nothing never pays.
+    unstated = Terms()
+    assert [
+        rule(0, 1) for rule in (unstated.cpu_ns, unstated.there_and_back_ns, unstated.copy_ns, unstated.kernel_ns)
+    ] == [0] * 4
+    assert uploaded(CpuThenUpload(unstated), [0], [0]) == [[], []]
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_what_the_cpu_computed_is_on_the_gpu_when_it_is_wanted_again(engine: str) -> None:
     # dense 3, activations 16, the CPU's 30, the result 16: at 65 the second token begins. The upload is ordered behind

@@ -246,6 +246,18 @@ def test_who_is_aware_of_experts_admits_nobody_while_the_link_is_busy_as_long_as
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
+def test_the_next_step_is_known_where_nobody_waits_or_all_places_are_taken(name: str) -> None:
+    queue = Queue(KvBlocks(100, 1))
+    scheduler = SCHEDULERS[name](Limits(max_num_seqs=1))
+    assert scheduler.goes_on(queue)
+    queue.waiting.append(Live(tiny_requests((0, 2, 2))[0]))
+    assert not scheduler.goes_on(queue)
+    queue.running.append(Live(tiny_requests((0, 2, 2))[0]))
+    # Whoever is aware of experts looks at the link after every step.
+    assert scheduler.goes_on(queue) == (name != "expert-aware")
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("kind", [KvBlocks, PrefixBlocks])
 def test_every_scheduler_serves_all_within_its_limits_and_keeps_the_blocks(name: str, kind: type[KvBlocks]) -> None:
     random = np.random.default_rng(3)

@@ -41,9 +41,6 @@ ExpertsOf = Callable[[int], npt.NDArray[np.bool_]]
 class Scheduler:
     """What all schedulers are made with: limits, and whom to ask for a request's experts."""
 
-    #: Whether it looks at `queue.link_busy`, the share of the last step in which experts were copied to the GPU.
-    uses_link = False
-
     def __init__(self, limits: Limits, experts_of: ExpertsOf | None = None) -> None:
         self.limits = limits
         self.experts_of = experts_of
@@ -214,8 +211,6 @@ class ExpertAware(Chunked):
     gain. Nobody is passed over more than `patience` times; and while the last step kept the link to the GPU busy for
     more than `most_link_busy` of its time, nobody is admitted, as long as somebody runs.
     """
-
-    uses_link = True
 
     def __init__(self, limits: Limits, experts_of: ExpertsOf | None = None) -> None:
         super().__init__(limits, experts_of)

@@ -116,18 +116,18 @@ _Found = TypeVar("_Found", bound=Listed)
 _MAKERS = re.compile(r"nvidia|geforce|tesla|amd|radeon|instinct|intel|apple|\bcore\b|generation")
 
 
-def gpus() -> Mapping[str, Gpu]:
-    """Returns the table of GPUs by name."""
+def gpus() -> dict[str, Gpu]:
+    """Returns the table of GPUs by name; code of a user's own may add to it."""
     return _by_name("gpus", Gpu)
 
 
-def cpus() -> Mapping[str, Cpu]:
-    """Returns the table of processors by name."""
+def cpus() -> dict[str, Cpu]:
+    """Returns the table of processors by name; code of a user's own may add to it."""
     return _by_name("cpus", Cpu)
 
 
-def drives() -> Mapping[str, Drive]:
-    """Returns the table of drives by name."""
+def drives() -> dict[str, Drive]:
+    """Returns the table of drives by name; code of a user's own may add to it."""
     return _by_name("drives", Drive)
 
 
@@ -187,9 +187,9 @@ def _find(key: str, text: str, table: Mapping[str, _Found]) -> _Found:
             raise PartError(f"{key} = {shown(text)}: there are several: choose one of {', '.join(found)}")
     if len(table) <= _MOST_NAMED:
         raise PartError(unknown_name(key, text, table))
-    hint = did_you_mean(text, table)
-    kind = key.removeprefix("machine.")
-    raise PartError(f"{key} = {shown(text)}: no such part; {hint or 'see'} `prestage machine list {kind}s` lists all")
+    kind, hint = key.removeprefix("machine."), did_you_mean(text, table)
+    where = f"`prestage machine list {kind}s`, or add it as docs/machine-parts.md says"
+    raise PartError(f"{key} = {shown(text)}: no such part; {f'{hint} ' if hint else ''}see {where}")
 
 
 def _plain(text: str) -> str:
@@ -198,7 +198,7 @@ def _plain(text: str) -> str:
 
 
 @cache
-def _by_name(table: str, row: type[_Found]) -> Mapping[str, _Found]:
+def _by_name(table: str, row: type[_Found]) -> dict[str, _Found]:
     return {part.name: part for part in _rows(table, row)}
 
 
