@@ -8,7 +8,6 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from prestage.calibration.decode.served import compare_served, read_served
 from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.scenario import load_scenario
 from prestage.engine.scenario.sections_requests import (
@@ -22,8 +21,7 @@ from prestage.engine.scenario.sections_requests import (
 )
 from prestage.output.markdown import table
 
-#: What was served in real time: a folder a model.
-SERVED = Path(__file__).parent.parent / "calibration" / "samples" / "h200-served"
+ROOT = Path(__file__).parent.parent
 #: The tables of [requests], by their names.
 SECTIONS: dict[str, type[BaseModel]] = {
     "requests": RequestsSection,
@@ -62,7 +60,7 @@ def _line(section: str, key: str, value: object) -> str:
 
 def queueing() -> str:
     """Waits in services against Pollaczek-Khinchine, as `python tests/queueing_theory.py` has found them."""
-    lines = (Path(__file__).parent.parent / "docs" / "queueing.jsonl").read_text().splitlines()
+    lines = (ROOT / "docs" / "queueing.jsonl").read_text().splitlines()
     columns = ["service", "load", "theory", "mean", "half-width", "of theory", "runs", "inside"]
     rows = [
         [
@@ -76,23 +74,23 @@ def queueing() -> str:
 
 
 def served() -> str:
-    """What was served in real time on an H200, beside the simulation."""
-    columns = ["model", "what", "measured, ms", "of repeats", "simulated, ms", "error"]
-    rows = []
-    for folder in sorted(path for path in SERVED.iterdir() if path.is_dir()):
-        found = compare_served(read_served(folder))
+    """What was served in real time on an H200, beside the simulation, as `python tests/served_report.py` found it."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    ways: list[str] = []
+    for found in map(json.loads, (ROOT / "docs" / "served.jsonl").read_text().splitlines()):
+        model = found["model"]
+        ways += [found["costs"]] if found["costs"] not in ways else []
         for number, repeat in enumerate(found["repeats"]):
-            what = f"{repeat['steps']} same steps, repeat {number}"
-            errors = f"{repeat['median_error']:+.1%} (their sum {repeat['sum_error']:+.1%})"
-            rows.append([folder.name, what, _ms(repeat["measured_ms"]), "", _ms(repeat["simulated_ms"]), errors])
+            what = f"{repeat['steps']} same steps, repeat {number}, median"
+            rows.setdefault((model, what), [_ms(repeat["measured_ms"]), ""]).append(f"{repeat['median_error']:+.1%}")
         for name, wait in found["waits"].items():
-            spread = f"{_ms(wait['least_ms'])} to {_ms(wait['most_ms'])}"
             what = name.replace("_ms.", " ").upper().replace(" P", " p")
-            cells = (_ms(wait["measured_ms"]), spread, _ms(wait["simulated_ms"]), f"{wait['error']:+.1%}")
-            rows.append([folder.name, what, *cells])
-        same = f"{sum(found['admitted'])} of {len(found['admitted'])} repeats alike"
-        rows.append([folder.name, "order of admissions", same, "", "", ""])
-    return table(columns, rows)
+            spread = f"{_ms(wait['least_ms'])} to {_ms(wait['most_ms'])}"
+            rows.setdefault((model, what), [_ms(wait["measured_ms"]), spread]).append(f"{wait['error']:+.1%}")
+        alike = f"{sum(found['admitted'])} of {len(found['admitted'])} alike"
+        rows.setdefault((model, "order of admissions, repeats"), ["", ""]).append(alike)
+    columns = ["model", "what", "measured, ms", "of repeats", *(f"costs {way}: error" for way in ways)]
+    return table(columns, [[*key, *cells] for key, cells in rows.items()])
 
 
 def _ms(value: float) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from prestage.engine.load import load_inputs
-from prestage.engine.measure import metrics, recording, time_split
+from prestage.engine.measure import metrics, parts, time_split
 from prestage.engine.policies.scheduler import SCHEDULERS
 from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.scenario import Scenario, make_scenario
@@ -98,7 +98,7 @@ def test_a_streamed_run_is_measured_in_parts_to_the_same_numbers(
     }  # fmt: skip
     chosen = scenario(model={"layers": 2}, requests=asked)
     whole = simulate(chosen, baselines=False).data
-    for module in (recording, time_split, metrics):
+    for module in (parts, time_split, metrics):
         monkeypatch.setattr(module, "AT_ONCE", 7)
     streamed = simulate(chosen, baselines=False, stream=tmp_path)
     assert isinstance(streamed.recording.compute_spans, np.memmap) and streamed.data == whole

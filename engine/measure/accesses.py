@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..decide.dispatch import Visit
+from .parts import filled, parts_of
 from .recording import CACHE_HIT, LATE, MISS, Array, Recording, ratio
 
 #: Why an access missed: its expert was never used before; it would have been found without prefetching; neither.
@@ -32,23 +33,20 @@ class AccessSums:
 def accesses_from(recording: Recording, shadow_misses: Array | None, first_step: int = 0) -> AccessSums:
     """Returns the sums over one GPU's accesses from a step on; `shadow_misses` as `gpu_metrics` takes them."""
     layers = len(recording.expert_bytes)
-    outcomes, waits_ns = recording.outcomes, recording.wait_ns
-    if first_step:
-        there = recording.access_visit >= first_step * layers
-        outcomes, waits_ns = outcomes[there], waits_ns[there]
     missed = None
     if shadow_misses is not None:
         first_key = first_step * layers * recording.manager.experts * layers
-        missed = int(np.count_nonzero(shadow_misses >= first_key))
-    late = outcomes == LATE
-    return AccessSums(
-        len(outcomes),
-        int(np.count_nonzero(outcomes <= CACHE_HIT)),
-        int(np.count_nonzero(late)),
-        int(waits_ns.sum()),
-        int(waits_ns[late].sum()),
-        missed,
-    )
+        missed = sum(int(np.count_nonzero(shadow_misses[part] >= first_key)) for part in parts_of(len(shadow_misses)))
+    sums = np.zeros(5, dtype=np.int64)
+    for part in parts_of(len(recording.outcomes)):
+        outcomes, waits_ns = recording.outcomes[part], recording.wait_ns[part]
+        if first_step:
+            there = recording.access_visit[part] >= first_step * layers
+            outcomes, waits_ns = outcomes[there], waits_ns[there]
+        late = outcomes == LATE
+        hits = np.count_nonzero(outcomes <= CACHE_HIT)
+        sums += [len(outcomes), hits, np.count_nonzero(late), waits_ns.sum(), waits_ns[late].sum()]
+    return AccessSums(*sums.tolist(), missed)
 
 
 #: The names of what `access_rates` returns.
@@ -75,23 +73,41 @@ def miss_causes(recording: Recording, shadow_misses: Array | None) -> Array:
     Compulsory and capacity as in Hill & Smith (1989), "Evaluating associativity in CPU caches"; pollution is the
     prefetcher's doing: the same cache without it, in a shadow run, had the expert.
     """
-    missed = np.flatnonzero(recording.outcomes == MISS)
-    first = np.full(recording.manager.experts * len(recording.expert_bytes), -1, dtype=np.int64)
-    backwards = np.argsort(recording.access_visit, kind="stable")[::-1]
-    first[recording.access_expert[backwards]] = backwards  # the one that is written last stays
-    cause = np.full(len(recording.outcomes), -1, dtype=np.int64)
-    cause[missed] = 2
-    if shadow_misses is not None:
-        cause[missed[~_among(_access_keys(recording)[missed], shadow_misses)]] = 1
-    cause[missed[first[recording.access_expert[missed]] == missed]] = 0
-    return cause
+    total = recording.manager.experts * len(recording.expert_bytes)
+    visits, experts, outcomes = recording.access_visit, recording.access_expert, recording.outcomes
+    first = _first_accesses(recording, total)
+    ordered = None if shadow_misses is None else np.append(np.sort(shadow_misses), np.iinfo(np.int64).max)
+
+    def of(part: slice) -> Array:
+        missed = np.flatnonzero(outcomes[part] == MISS)
+        used = experts[part][missed]
+        cause = np.full(part.stop - part.start, -1, dtype=np.int8)
+        cause[missed] = 2
+        if ordered is not None:  # keys that are nearly in order are found sooner than by sorting them
+            keys = visits[part][missed].astype(np.int64) * total + used
+            cause[missed[ordered[np.searchsorted(ordered, keys)] != keys]] = 1
+        cause[missed[first[used] == missed + part.start]] = 0
+        return cause
+
+    return filled(recording.spans, len(outcomes), np.int8, of)
 
 
-def _among(keys: Array, known: Array) -> Array:
-    """Returns which keys are known; keys that are nearly in order are found sooner than by sorting them."""
-    ordered = np.append(np.sort(known), np.iinfo(np.int64).max)
-    found: Array = ordered[np.searchsorted(ordered, keys)] == keys
-    return found
+def _first_accesses(recording: Recording, total: int) -> Array:
+    """Returns the number of the first access of each of `total` experts (experts,), in order of visits; -1 for none.
+
+    Accesses that have a copy stand in this order, and so do, behind them, those that needed none.
+    """
+    visits, experts = recording.access_visit, recording.access_expert
+    copied, never = len(recording.decoded.accesses), np.iinfo(np.int64).max
+    first, visit = np.full(total, -1, dtype=np.int64), np.full(total, never)
+    for start, stop in ((0, copied), (copied, len(visits))):
+        for part in parts_of(stop - start):
+            used = experts[start + part.start : start + part.stop]
+            of_part, places = np.unique(used, return_index=True)
+            numbers = places + start + part.start
+            earlier = visits[numbers] < visit[of_part]
+            first[of_part[earlier]], visit[of_part[earlier]] = numbers[earlier], visits[numbers[earlier]]
+    return first
 
 
 def miss_keys(visits: Iterable[Visit], total_experts: int) -> Array:
@@ -100,9 +116,3 @@ def miss_keys(visits: Iterable[Visit], total_experts: int) -> Array:
         [visit.number * total_experts + expert for visit in visits for expert in visit.missed()],
         dtype=np.int64,
     )
-
-
-def _access_keys(recording: Recording) -> Array:
-    total = recording.manager.experts * len(recording.expert_bytes)
-    keys: Array = recording.access_visit.astype(np.int64) * total + recording.access_expert
-    return keys

@@ -14,7 +14,8 @@ import numpy as np
 from ...resources.timeline import DEMAND, PEER, PREFETCH, READBACK, covered_ns
 from ..decide.memory_manager import DEMANDED, PREFETCHED
 from .accesses import MISS_CAUSES, access_rates, accesses_from, miss_causes
-from .recording import AT_ONCE, FATES, OUTCOMES, Array, Recording, ratio
+from .parts import AT_ONCE, counted, filled, parts_of
+from .recording import FATES, OUTCOMES, Array, Recording, ratio
 from .speed import Served, speed_metrics
 from .time_split import busy_before, host_held_ns, time_split
 
@@ -147,10 +148,14 @@ def memory_utilization(recording: Recording, run_ns: int | None = None) -> float
     run_ns = recording.makespan_ns if run_ns is None else run_ns
     if not run_ns:
         return None
-    until_ns = np.minimum(np.concatenate([time_ns[1:], [run_ns]]), run_ns)
-    share = assigned_bytes / budget_bytes
+
+    def of(part: slice) -> Array:
+        ends_ns = time_ns[part.start + 1 : part.stop + 1]
+        until_ns = np.minimum(ends_ns if part.stop < len(time_ns) else np.append(ends_ns, run_ns), run_ns)
+        return np.maximum(0, until_ns - time_ns[part]) * (assigned_bytes[part] / budget_bytes[part])
+
     # Not a dot product, which BLAS adds up in an order that depends on how many threads it has.
-    return float((np.maximum(0, until_ns - time_ns) * share).sum() / run_ns)
+    return float(filled(recording.spans, len(time_ns), np.float64, of).sum() / run_ns)
 
 
 def by_layer(recording: Recording, causes: Array) -> list[dict[str, int]]:
@@ -162,10 +167,13 @@ def by_layer(recording: Recording, causes: Array) -> list[dict[str, int]]:
     columns: dict[str, Array] = {}
 
     def tally(names: Sequence[str], what: Array, layer: Array, weight: Array | None = None) -> None:
-        for number, name in enumerate(names):
-            chosen = what == number
-            weights = None if weight is None else weight[chosen]
-            columns[name] = np.bincount(layer[chosen], weights=weights, minlength=layers)
+        sums = np.zeros(len(names) * layers, dtype=np.int64)
+        for part in parts_of(len(what)):
+            chosen = (what[part] >= 0) & (what[part] < len(names))
+            cells = what[part][chosen].astype(np.int64) * layers + layer[part][chosen]
+            weights = None if weight is None else weight[part][chosen]
+            sums += np.bincount(cells, weights=weights, minlength=len(sums)).astype(np.int64)
+        columns.update(zip(names, sums.reshape(len(names), layers), strict=True))
 
     tally(OUTCOMES, recording.outcomes, recording.access_layer)
     tally([f"{cause}_miss" for cause in MISS_CAUSES], causes, recording.access_layer)
@@ -205,15 +213,15 @@ def saved_bytes(recording: Recording) -> int:
 
 
 def _count(numbers: Array, names: Sequence[str]) -> dict[str, int]:
-    counts = np.bincount(numbers[numbers >= 0], minlength=len(names)).tolist()
+    counts = counted((numbers[part] for part in parts_of(len(numbers))), len(names)).tolist()
     return dict(zip(names, counts, strict=True))
 
 
 def _bytes(recording: Recording) -> dict[str, int]:
-    moved, reason = recording.copied_bytes, recording.copy_reason
-    unused = recording.first_access < 0
-    return {
-        "demand": int(moved[reason == DEMANDED].sum()),
-        "prefetch": int(moved[reason == PREFETCHED].sum()),
-        "prefetch_not_used": int(moved[(reason == PREFETCHED) & unused].sum()),
-    }
+    moved, reason, first = recording.copied_bytes, recording.copy_reason, recording.first_access
+    sums = np.zeros(3, dtype=np.int64)
+    for part in parts_of(len(moved)):
+        prefetched = reason[part] == PREFETCHED
+        for number, which in enumerate((reason[part] == DEMANDED, prefetched, prefetched & (first[part] < 0))):
+            sums[number] += moved[part][which].sum()
+    return dict(zip(("demand", "prefetch", "prefetch_not_used"), sums.tolist(), strict=True))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +18,7 @@ from ..decide.host_memory import HostMemory
 from ..decide.memory_manager import DEMANDED, PREFETCHED, MemoryManager
 from ..policies.miss import BY_CPU
 from ..timing.records import RESOLVED, Decoded
+from .parts import ascending, chosen, filled, parts_of, room
 
 Array = npt.NDArray[Any]
 #: What an access can turn out to be, by number.
@@ -29,8 +28,6 @@ PREFETCH_HIT, CACHE_HIT, LATE, MISS = range(len(OUTCOMES))
 #: How a prefetch can end, by number.
 FATES = ("useful", "late", "wasted", "unused", "cancelled")
 USEFUL, ARRIVED_LATE, WASTED, UNUSED, CANCELLED = range(len(FATES))
-#: Spans that are looked at together where there are very many: some tens of MB.
-AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -74,18 +71,19 @@ class Recording:
     @cached_property
     def compute_spans(self) -> Array:
         """The compute stream's spans in order of start."""
-        return self._in_order(self._on_lanes("compute"))
+        return self._in_order(lambda spans: self._on_lanes(spans, "compute"))
 
     @cached_property
     def copy_spans(self) -> Array:
         """The copies of experts to this GPU, from the host or from another GPU, in order of start."""
-        copied = (self._on_lanes("h2d") | (self.spans["kind"] == PEER)) & (self.spans["copy"] >= 0)
-        return self._in_order(copied)
+        return self._in_order(
+            lambda spans: (self._on_lanes(spans, "h2d") | (spans["kind"] == PEER)) & (spans["copy"] >= 0)
+        )
 
     @cached_property
     def link_spans(self) -> Array:
         """All copies from the host to the GPU in order of start, the CPU's results among them."""
-        return self._in_order(self._on_lanes("h2d"))
+        return self._in_order(lambda spans: self._on_lanes(spans, "h2d"))
 
     @cached_property
     def results_ns(self) -> Array:
@@ -107,26 +105,18 @@ class Recording:
         whole: Array = self.resolved[self.resolved["whole"]]
         return whole
 
-    def _on_lanes(self, role: str) -> Array:
-        return self.decoded.timeline.on_lanes(self.spans, role)
+    def _on_lanes(self, spans: Array, role: str) -> Array:
+        return self.decoded.timeline.on_lanes(spans, role)
 
-    def _in_order(self, which: Array) -> Array:
-        spans = self._chosen(which)
-        if (np.diff(spans["start_ns"]) >= 0).all():  # on first-in first-out lanes they are
+    def _in_order(self, which: Callable[[Array], Array]) -> Array:
+        """Returns the spans that are chosen, `which` (spans,) bool of some of them, in order of start."""
+        spans = chosen(self.spans, lambda part: which(self.spans[part]))
+        if ascending(spans["start_ns"]):  # on first-in first-out lanes they are
             return spans
         return spans.take(np.argsort(spans["start_ns"], kind="stable"))
 
-    def _chosen(self, which: Array) -> Array:
-        """Returns the spans that are chosen; of very many that lie in a file, in one without a name beside it."""
-        spans, count = self.spans, int(np.count_nonzero(which))
-        if not isinstance(spans, np.memmap) or count <= AT_ONCE:
-            return spans.take(np.flatnonzero(which))
-        with tempfile.TemporaryFile(dir=Path(str(spans.filename)).parent) as file:
-            for first in range(0, len(spans), AT_ONCE):
-                part = slice(first, first + AT_ONCE)
-                file.write(spans[part][which[part]].tobytes())
-            file.flush()
-            return np.memmap(file, dtype=spans.dtype, mode="r+", shape=(count,))
+    def _filled(self, count: int, dtype: npt.DTypeLike, of: Callable[[slice], Any]) -> Array:
+        return filled(self.spans, count, dtype, of)
 
     def bytes_of(self, experts: Array) -> Array:
         """Returns the bytes that a whole copy of each of these experts moves, of one size within a layer."""
@@ -147,82 +137,112 @@ class Recording:
     @cached_property
     def whole_copies(self) -> tuple[Array, Array]:
         """The bytes that each copy moves, and the spans that it has, if it is made whole (copies,)."""
-        which = self.copy_layer if self.moved is None else np.array(self.manager.copy_expert, dtype=np.int64)
-        sizes, pieces = self.moved or (self.expert_bytes, self.copy_pieces)
-        return np.array(sizes, dtype=np.int64)[which], np.array(pieces, dtype=np.int64)[which]
+        which = self.copy_layer if self.moved is None else self.manager.copy_expert
+        both = (np.array(each, dtype=np.int64) for each in (self.moved or (self.expert_bytes, self.copy_pieces)))
+        sizes, pieces = (
+            self._filled(len(which), np.int64, lambda part, of_each=of_each: of_each[which[part]]) for of_each in both
+        )
+        return sizes, pieces
 
     @cached_property
     def copied_bytes(self) -> Array:
         """Bytes that each copy moved (copies,): all, those of the pieces that were made, or none."""
-        sizes, pieces = self.whole_copies
-        made = np.bincount(self.copy_spans["copy"], minlength=len(sizes))
-        moved: Array = np.minimum(sizes, made * -(-sizes // pieces))
-        whole = self.copy_spans["copy"][self.copy_spans["kind"] == PEER]
+        (sizes, pieces), copies = self.whole_copies, self.copy_spans
+        moved = self._filled(len(sizes), np.int64, lambda part: 0)
+        for part in parts_of(len(copies)):
+            np.add.at(moved, copies["copy"][part], 1)
+        for part in parts_of(len(sizes)):
+            moved[part] = np.minimum(sizes[part], moved[part] * -(-sizes[part] // pieces[part]))
+        whole = copies["copy"][copies["kind"] == PEER]
         moved[whole] = sizes[whole]
         return moved
 
     @cached_property
     def copy_end_ns(self) -> Array:
         """When each copy's bytes were all there (copies,); -1 for one that was never made, 0 for a preloaded one."""
-        end_ns: Array = np.where(self.copy_reason > PREFETCHED, 0, -1).astype(np.int64)
-        end_ns[self.copy_spans["copy"]] = self.copy_spans["end_ns"]  # the last piece stays, which is written last
+        reason, copies = self.copy_reason, self.copy_spans
+        end_ns = self._filled(len(reason), np.int64, lambda part: np.where(reason[part] > PREFETCHED, 0, -1))
+        for part in parts_of(len(copies)):
+            end_ns[copies["copy"][part]] = copies["end_ns"][part]  # the last piece stays, which is written last
         return end_ns
 
     @cached_property
     def first_access(self) -> Array:
         """Index of the first access of each copy (copies,); -1 where there was none."""
         copies = self.decoded.accesses["copy"]
-        index = np.full(len(self.copy_reason), -1, dtype=np.int64)
-        index[copies[::-1]] = np.arange(len(copies))[::-1]  # the one that is written last stays
+        index = self._filled(len(self.copy_reason), np.int64, lambda part: -1)
+        for part in reversed(list(parts_of(len(copies)))):
+            index[copies[part][::-1]] = np.arange(part.start, part.stop)[::-1]  # the one that is written last stays
         return index
 
     # Of every access: first those that have a copy, in order, then those that a miss policy resolved without one.
 
+    def _by_access(self, dtype: npt.DTypeLike, of: Callable[[slice, Array], Any], resolved: Any) -> Array:
+        """Returns a number for each access: `of` a slice of those with a copy, and their copies; then `resolved`."""
+        accesses = self.decoded.accesses
+        made = room(self.spans, len(accesses) + len(self.resolved_accesses), dtype)
+        for part in parts_of(len(accesses)):
+            made[part] = of(part, accesses["copy"][part])
+        made[len(accesses) :] = resolved
+        return made
+
     @cached_property
     def wait_ns(self) -> Array:
         """How long after the choice was known each access's bytes, or results, were there (accesses,), 0 if before."""
-        there_ns = self.copy_end_ns[self.decoded.accesses["copy"]]
-        if len(self.resolved_accesses):
-            on_cpu = np.isin(self.resolved_accesses["way"], BY_CPU)
-            there_ns = np.append(there_ns, np.where(on_cpu, self.results_ns[self.resolved_accesses["visit"]], 0))
-        waits_ns: Array = np.maximum(0, there_ns - self.decoded.visits["choice_known_ns"][self.access_visit])
-        return waits_ns
+        known_ns, visits = self.decoded.visits["choice_known_ns"], self.decoded.accesses["visit"]
+        end_ns, behind, behind_ns = self.copy_end_ns, self.resolved_accesses, 0
+        if len(behind):
+            there_ns = np.where(np.isin(behind["way"], BY_CPU), self.results_ns[behind["visit"]], 0)
+            behind_ns = np.maximum(0, there_ns - known_ns[behind["visit"]])
+        return self._by_access(
+            np.int64, lambda part, copies: np.maximum(0, end_ns[copies] - known_ns[visits[part]]), behind_ns
+        )
 
     @cached_property
     def access_visit(self) -> Array:
         """The visit of each access (accesses,)."""
         visits = self.decoded.accesses["visit"]
-        return np.append(visits, self.resolved_accesses["visit"]) if len(self.resolved_accesses) else visits
+        if not len(self.resolved_accesses):
+            return visits
+        return self._by_access(np.int32, lambda part, _: visits[part], self.resolved_accesses["visit"])
 
     @cached_property
     def outcomes(self) -> Array:
         """What each access turned out to be (accesses,): an index into OUTCOMES."""
-        copies = self.decoded.accesses["copy"]
-        first = self.first_access[copies] == np.arange(len(copies))
-        reason = self.copy_reason[copies]
-        outcomes = np.full(len(copies), CACHE_HIT, dtype=np.int8)
-        outcomes[first & (reason == PREFETCHED)] = PREFETCH_HIT
-        outcomes[self.wait_ns[: len(copies)] > 0] = LATE
-        outcomes[first & (reason == DEMANDED)] = MISS
-        more = len(self.resolved_accesses) if len(self.resolved) else 0
-        return np.append(outcomes, np.full(more, MISS, dtype=np.int8))
+        first_access, reasons, waits_ns = self.first_access, self.copy_reason, self.wait_ns
+
+        def of(part: slice, copies: Array) -> Array:
+            first = first_access[copies] == np.arange(part.start, part.stop)
+            reason = reasons[copies]
+            outcomes = np.full(len(copies), CACHE_HIT, dtype=np.int8)
+            outcomes[first & (reason == PREFETCHED)] = PREFETCH_HIT
+            outcomes[waits_ns[part] > 0] = LATE
+            outcomes[first & (reason == DEMANDED)] = MISS
+            return outcomes
+
+        return self._by_access(np.int8, of, MISS)
 
     @cached_property
     def copy_fates(self) -> Array:
         """How each prefetch ended (copies,): an index into FATES; -1 for a copy that was no prefetch."""
-        used = self.first_access >= 0
-        outcome = np.full(len(used), -1)
-        outcome[used] = self.outcomes[self.first_access[used]]
-        evicted = np.zeros(len(used), dtype=bool)
+        first_access, reasons, end_ns, outcomes = self.first_access, self.copy_reason, self.copy_end_ns, self.outcomes
+        evicted = np.zeros(len(first_access), dtype=bool)
         evicted[self.manager.evicted_copies] = True
-        unused = np.where(self.copy_end_ns < 0, CANCELLED, np.where(evicted, WASTED, UNUSED))
-        fate = np.where(used, np.where(outcome == LATE, ARRIVED_LATE, USEFUL), unused)
-        return np.where(self.copy_reason == PREFETCHED, fate, -1)
+
+        def of(part: slice) -> Array:
+            first = first_access[part]
+            outcome = np.where(first >= 0, outcomes[np.maximum(first, 0)], -1) if len(outcomes) else first
+            unused = np.where(end_ns[part] < 0, CANCELLED, np.where(evicted[part], WASTED, UNUSED))
+            fate = np.where(first >= 0, np.where(outcome == LATE, ARRIVED_LATE, USEFUL), unused)
+            return np.where(reasons[part] == PREFETCHED, fate, -1)
+
+        return self._filled(len(first_access), np.int64, of)
 
     @cached_property
     def copy_layer(self) -> Array:
         """The layer of each copy's expert (copies,); where layers share experts, of its first use or of who asked."""
-        layers: Array = np.array(self.manager.copy_expert, dtype=np.int64) // self.manager.experts
+        experts = self.manager.copy_expert
+        layers = self._filled(len(experts), np.int64, lambda part: experts[part] // self.manager.experts)
         if self.manager.shared and len(self.decoded.accesses):
             asked = np.zeros(len(layers), dtype=np.int64)
             asked[self.copy_spans["copy"]] = self.copy_spans["visit"]
@@ -233,14 +253,15 @@ class Recording:
     @cached_property
     def access_layer(self) -> Array:
         """The layer of each access (accesses,)."""
-        layers: Array = self.access_visit % len(self.expert_bytes)
-        return layers
+        visits, layers = self.access_visit, len(self.expert_bytes)
+        return self._filled(len(visits), visits.dtype, lambda part: visits[part] % layers)
 
     @cached_property
     def access_expert(self) -> Array:
         """The expert of each access (accesses,)."""
-        experts: Array = np.array(self.manager.copy_expert, dtype=np.int64)[self.decoded.accesses["copy"]]
-        return np.append(experts, self.resolved_accesses["expert"]) if len(self.resolved_accesses) else experts
+        experts = self.manager.copy_expert
+        behind = self.resolved_accesses["expert"]
+        return self._by_access(np.int64, lambda _, copies: experts[copies], behind)
 
     @cached_property
     def step_end_ns(self) -> Array:

@@ -8,7 +8,8 @@ import numpy as np
 
 from ...resources.timeline import DECOMPRESS, DENSE, EXPERT, GUESSES, HEAD, KINDS, PREDICT, SWAP
 from ...workloads.batches import PulledSteps
-from .recording import AT_ONCE, Array, Recording
+from .parts import AT_ONCE
+from .recording import Array, Recording
 
 
 def time_split(recording: Recording, run_ns: int | None = None) -> dict[str, float]:
