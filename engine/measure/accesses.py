@@ -43,10 +43,11 @@ def accesses_from(recording: Recording, shadow_misses: Array | None, first_step:
         if first_step:
             there = recording.access_visit[part] >= first_step * layers
             outcomes, waits_ns = outcomes[there], waits_ns[there]
-        late = outcomes == LATE
-        hits = np.count_nonzero(outcomes <= CACHE_HIT)
-        sums += [len(outcomes), hits, np.count_nonzero(late), waits_ns.sum(), waits_ns[late].sum()]
-    return AccessSums(*sums.tolist(), missed)
+        behind = outcomes == LATE
+        found = np.count_nonzero(outcomes <= CACHE_HIT)
+        sums += [len(outcomes), found, np.count_nonzero(behind), waits_ns.sum(), waits_ns[behind].sum()]
+    accesses, hits, late, waited_ns, late_ns = sums.tolist()
+    return AccessSums(accesses, hits, late, waited_ns, late_ns, missed)
 
 
 #: The names of what `access_rates` returns.

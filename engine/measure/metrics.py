@@ -152,7 +152,8 @@ def memory_utilization(recording: Recording, run_ns: int | None = None) -> float
     def of(part: slice) -> Array:
         ends_ns = time_ns[part.start + 1 : part.stop + 1]
         until_ns = np.minimum(ends_ns if part.stop < len(time_ns) else np.append(ends_ns, run_ns), run_ns)
-        return np.maximum(0, until_ns - time_ns[part]) * (assigned_bytes[part] / budget_bytes[part])
+        weighted: Array = np.maximum(0, until_ns - time_ns[part]) * (assigned_bytes[part] / budget_bytes[part])
+        return weighted
 
     # Not a dot product, which BLAS adds up in an order that depends on how many threads it has.
     return float(filled(recording.spans, len(time_ns), np.float64, of).sum() / run_ns)

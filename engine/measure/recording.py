@@ -138,11 +138,13 @@ class Recording:
     def whole_copies(self) -> tuple[Array, Array]:
         """The bytes that each copy moves, and the spans that it has, if it is made whole (copies,)."""
         which = self.copy_layer if self.moved is None else self.manager.copy_expert
-        both = (np.array(each, dtype=np.int64) for each in (self.moved or (self.expert_bytes, self.copy_pieces)))
-        sizes, pieces = (
-            self._filled(len(which), np.int64, lambda part, of_each=of_each: of_each[which[part]]) for of_each in both
-        )
-        return sizes, pieces
+
+        def of(each: Sequence[int]) -> Array:
+            of_each = np.array(each, dtype=np.int64)
+            return self._filled(len(which), np.int64, lambda part: of_each[which[part]])
+
+        sizes, pieces = self.moved or (self.expert_bytes, self.copy_pieces)
+        return of(sizes), of(pieces)
 
     @cached_property
     def copied_bytes(self) -> Array:
