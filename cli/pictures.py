@@ -17,8 +17,8 @@ def plot(
         str,
         typer.Argument(
             help="Of a sweep: lines, heatmap, pareto, tornado. Of one run or two: time, lanes, timeline. Of one: busy, "
-            "outcomes, wasted, memory, latency, tokens; under load requests, first-token, end-to-end. Of two: "
-            "waterfall."
+            "outcomes, wasted, memory, latency, tokens; under load concurrency, requests, first-token, end-to-end. "
+            "Of two: waterfall."
         ),
     ],
     results: Annotated[

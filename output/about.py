@@ -38,6 +38,7 @@ def about_run(result: Result) -> About:
         span_outcomes=np.concatenate([span_outcomes(recording) for recording in recordings]),
         outcome_names=SPAN_OUTCOMES,
         requests={} if result.serving.log is None else result.serving.log.requests,
+        steps={} if result.serving.log is None else result.serving.log.steps,
         memory={recording.device: resident_steps(recording) for recording in recordings},
     )
 

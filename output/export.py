@@ -42,7 +42,7 @@ from ..resources.timeline import (
     SWAP,
     Timeline,
 )  # fmt: skip
-from .request_tracks import request_events
+from .request_tracks import REQUESTS_PID, request_events
 from .span_names import CATEGORIES, layer_of_each, layers_of, span_name, track_order
 
 Array = npt.NDArray[Any]
@@ -62,6 +62,8 @@ _OFF_GPU = ("host", "cpu", "nvme")
 # As in a profiler's trace, a GPU's process is numbered as the GPU, and streams from 7; the host's main thread has its
 # process's number. Unlike there, no two GPUs share a stream's number: readers of one rank tell streams by it alone.
 _HOST_PID, _FIRST_STREAM = 1000, 7
+#: Counters of requests under load: what each shows, by the column of the steps.
+LOAD_COUNTERS = {"requests": {"running": "running", "waiting": "waiting"}, "KV blocks": {"in use": "kv_blocks"}}
 # Stands for the lane of a host thread that was not recorded.
 _NO_LANE = 2**16
 
@@ -93,6 +95,8 @@ class About:
     memory: Mapping[str, tuple[Array, Array, Array]] = field(default_factory=dict)
     #: The columns of requests under load, each of which has a track (see `request_tracks`).
     requests: Mapping[str, Array] = field(default_factory=dict)
+    #: The columns of their steps, of which counters say who runs and waits, and how many KV blocks are in use.
+    steps: Mapping[str, Array] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -301,6 +305,8 @@ class _Events:
         until_ns = int(self._spans["end_ns"].max(initial=0)) if len(self._spans) < self._total else None
         for event in request_events(self._about.requests, until_ns):
             yield event | {"ts": _us(event["ts"])} if "ts" in event else event
+        for name, series in LOAD_COUNTERS.items() if self._about.steps else ():
+            yield from _counter(name, tuple(series), _held(self._about.steps, series), REQUESTS_PID, until_ns)
         launched = self._launched_by_device()
         for device, pid in self._tracks.gpus.items():
             spans = self._spans[launched[device]]
@@ -423,6 +429,12 @@ def _queued(spans: Array) -> tuple[Array, Array]:
     is_copy = np.array([category == "gpu_memcpy" for category in _CATEGORIES])[spans["kind"]]
     one = np.stack([~is_copy, is_copy], axis=1).astype(np.int8)
     return _running(np.concatenate([issued_ns, start_ns]), np.concatenate([one, -one]))
+
+
+def _held(steps: Mapping[str, Array], series: Mapping[str, str]) -> tuple[Array, Array]:
+    """Returns (time_ns, (samples, series)) of some columns of steps: what those under way hold, all replicas' added."""
+    values = np.stack([steps[column] for column in series.values()], axis=1)
+    return _running(np.concatenate([steps["start_ns"], steps["end_ns"]]), np.concatenate([values, -values]))
 
 
 def _call_starts(end_ns: Array, work_start_ns: Array, work_end_ns: Array) -> Array:

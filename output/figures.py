@@ -1,8 +1,8 @@
 """The figures of a run by name: what each one shows, as numbers.
 
 `figures_static` draws them with matplotlib for print, `figures_html` with Bokeh for a page.
-A figure's data is one of a few forms (Bars, Grid, Memory, Curves, Rows, Spans, Fall); whoever draws knows these, not
-the figures: so both draw the same numbers. To add a figure, write its data function and name it in FIGURES.
+A figure's data is one of a few forms (`figure_forms`); whoever draws knows these, not the figures: so both draw the
+same numbers. To add a figure, write its data function and name it in FIGURES.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..engine.measure.comparison import PARTS, Step, waterfall
+from ..engine.measure.comparison import PARTS, waterfall
 from ..engine.measure.recording import FATES, LATE, MISS, OUTCOMES
 from ..engine.measure.time_split import busy_before
-from ..errors import InputError
 from ..resources.timeline import KINDS, Timeline
 from ..words import unknown_name
+from .figure_forms import Bars, Curve, Curves, Data, Fall, FigureError, Grid, Memory, Part, RowBars, Rows, Spans
 from .palette import COLORS, FATE_COLORS, IDLE_COLOR, OUTCOME_COLORS, PART_COLORS, REQUEST_COLORS
-from .pictures import at_changes, bytes_unit, few_digits, row_names, step_ends_ns, used_lanes
+from .pictures import at_changes, bytes_unit, few_digits, row_names, used_lanes
 from .plots import default_window
 from .saved import Run
 
@@ -37,147 +37,10 @@ LABELED = 0.06
 _SAMPLES = 4000
 #: Requests of one picture, each on a row.
 _REQUEST_ROWS = 150
-#: Intervals over which busy time is averaged.
+#: Intervals over which busy time, and what stood by, are averaged.
 _INTERVALS = 200
 #: What one curve stands for that is no kind of its own: everything.
 _ALL_COLOR = "#7a7a7a"
-
-
-class FigureError(InputError):
-    """A figure that cannot be drawn; the message says which, and what would be right."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """One color of a stacked bar chart: a value for each row (rows,)."""
-
-    label: str
-    color: str
-    values: Array
-    alpha: float = 1.0
-
-
-@dataclass(frozen=True)
-class Bars:
-    """Stacked bars: a few rows that lie (`across`), or a column for each of many. All values are in `unit`."""
-
-    rows: Sequence[str]
-    parts: Sequence[Part]
-    axis: str
-    unit: str
-    across: bool = True
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A heat map of shares from 0 to 1 (rows, columns), with the `counts` behind them; a share may be NaN."""
-
-    rows: Sequence[str]
-    columns: Sequence[str]
-    shares: Array
-    counts: Array
-    across: str
-    axis: str
-
-    @property
-    def shades(self) -> Array:
-        """How strongly each cell is colored (rows, columns), from 0 to 1: each row on a scale up to its most."""
-        most = np.array([np.nanmax(row, initial=0.0) for row in self.shares])
-        return self.shares / np.where(most > 0, most, 1.0)[:, None]
-
-    @property
-    def scales(self) -> list[str]:
-        """The rows' names, each with the share that is colored most strongly."""
-        most = [np.nanmax(row, initial=0.0) for row in self.shares]
-        return [f"{name}, up to {share:.0%}" for name, share in zip(self.rows, most, strict=True)]
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes over time on each GPU, and their limit: (time_ns, assigned_bytes, budget_bytes) by its name."""
-
-    gpus: dict[str, tuple[Array, Array, Array]]
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One line: x and y, both (points,)."""
-
-    label: str
-    color: str
-    x: Array
-    y: Array
-
-
-@dataclass(frozen=True)
-class Curves:
-    """Steps whose y is a share from 0 to 1, which holds until the next x; `marks` are named values of x."""
-
-    curves: Sequence[Curve]
-    x_axis: str
-    y_axis: str
-    unit: str
-    marks: dict[str, float]
-
-    @property
-    def x_words(self) -> str:
-        """What the x axis is, with its marks in a second line: beside the lines themselves, curves would cross them."""
-        marks = ", ".join(f"{name} {few_digits(at)}" for name, at in self.marks.items())
-        return f"{self.x_axis}\n{marks}" if marks else self.x_axis
-
-
-@dataclass(frozen=True)
-class RowBars:
-    """One color of bars that lie: the row of each, and from when to when in ms, all (bars,)."""
-
-    label: str
-    color: str
-    row: Array
-    from_ms: Array
-    to_ms: Array
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Bars over time on rows, the first on top."""
-
-    names: Sequence[str]
-    parts: Sequence[RowBars]
-
-
-@dataclass(frozen=True)
-class Spans:
-    """A timeline, and the part of it to look at first."""
-
-    timeline: Timeline
-    layers: int
-    experts_per_layer: int
-    start_ns: int
-    end_ns: int
-
-    @property
-    def step_ends_ns(self) -> Array:
-        """Where steps end (steps,)."""
-        return step_ends_ns(self.timeline)
-
-
-@dataclass(frozen=True)
-class Fall:
-    """The bars that lead from one run's makespan to another's."""
-
-    first: str
-    second: str
-    steps: Sequence[Step]
-
-    @property
-    def lowest_ms(self) -> float:
-        """Where to begin the axis: where the runs are close, bars from 0 would hide what is between them."""
-        ends_ms = [step.end_ns / 1e6 for step in self.steps]
-        spread_ms = max(ends_ms) - min(ends_ms) or max(ends_ms)
-        return max(0.0, min(ends_ms) - 1.5 * spread_ms)
-
-
-Data = Bars | Grid | Memory | Curves | Rows | Spans | Fall
 
 
 def time_parts(run: Run) -> Bars:
@@ -354,6 +217,45 @@ def requests_over_time(run: Run) -> Rows:
     return Rows(names, [part for part in parts if len(part.row)])
 
 
+def concurrency(run: Run) -> Curves:
+    """Returns how many requests ran and waited, and KV blocks were in use, as shares of the most that there were.
+
+    Each is averaged over intervals of the time from 0 to the last step's end; of replicas it is their sum.
+    """
+    steps = _steps_of(run)
+    edges_ns = np.linspace(0, max(1, int(steps["end_ns"].max())), _INTERVALS + 1)
+    curves = []
+    for name, kind, label in (
+        ("running", "dense", "running requests"),
+        ("waiting", "launch", "waiting requests"),
+        ("kv_blocks", "demand", "KV blocks"),
+    ):
+        mean = _means(steps["start_ns"], steps["end_ns"], steps[name], edges_ns)
+        most = float(mean.max(initial=0.0))
+        share = mean / most if most else mean
+        curves.append(
+            Curve(f"{label}, up to {few_digits(most)}", COLORS[kind][0], edges_ns / 1e6, np.append(share, share[-1]))
+        )
+    return Curves(curves, "time since the start (ms)", "share of the most", "ms", {})
+
+
+def _means(start_ns: Array, end_ns: Array, values: Array, edges_ns: Array) -> Array:
+    """Returns the mean of each interval (edges - 1,) of what is added up: `values` (steps,), from start to end each."""
+    time_ns = np.concatenate([start_ns, end_ns])
+    order = np.argsort(time_ns, kind="stable")
+    time_ns, level = time_ns[order], np.cumsum(np.concatenate([values, -values])[order])
+    area = np.concatenate([[0.0], np.cumsum(level[:-1] * np.diff(time_ns))])
+    means: Array = np.diff(np.interp(edges_ns, time_ns, area)) / np.diff(edges_ns)
+    return means
+
+
+def _steps_of(run: Run) -> Array:
+    _requests_of(run)
+    if run.steps is None or not len(run.steps):
+        raise FigureError(f"{run.name}: does not say what each step held: an earlier version saved it; run it again")
+    return run.steps
+
+
 def _requests_of(run: Run) -> Array:
     if run.requests is None:
         raise FigureError(f"{run.name}: has no requests under load: give a run of a scenario with [requests]")
@@ -425,6 +327,12 @@ FIGURES = {
 
 #: Those of a run of requests under load alone.
 REQUEST_FIGURES = {
+    "concurrency": Figure(
+        "Requests and KV blocks over time",
+        "Requests that run and that wait, and KV blocks in use, each as a share of its most, averaged over short "
+        "intervals.",
+        concurrency,
+    ),
     "requests": Figure(
         "Requests over time",
         "Each request on a row: how long it waited, until its first token was there, and until it had all.",

@@ -35,7 +35,8 @@ from bokeh.palettes import Cividis256
 from bokeh.plotting import figure
 
 from ..resources.timeline import KINDS
-from .figures import LABELED, SPAN_LIMIT, Bars, Curves, Data, Fall, Grid, Memory, Rows, Spans, figure_data
+from .figure_forms import Bars, Curves, Data, Fall, Grid, Memory, Rows, Spans
+from .figures import LABELED, SPAN_LIMIT, figure_data
 from .palette import COLORS, DARK_INK, LIGHT_INK, LIMIT_COLOR, SERIES_COLORS, ink_on
 from .pictures import bytes_unit, row_names, used_lanes
 from .saved import Run

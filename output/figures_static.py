@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .charts import plot_waterfall
-from .figures import LABELED, Bars, Curves, Data, Fall, Grid, Memory, Rows, Spans, figure_data, timeline
+from .figure_forms import Bars, Curves, Data, Fall, Grid, Memory, Rows, Spans
+from .figures import LABELED, figure_data, timeline
 from .palette import ink_on
 from .pictures import INK, WIDTH_INCHES, set_title, style_axes
 from .plots import Look, draw_memory, plot_timelines

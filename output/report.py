@@ -109,6 +109,8 @@ def comparison_sections(first: Run, second: Run, *, limit: int | None = SPAN_LIM
 def _of_one_run(*runs: Run) -> list[str]:
     """Returns the figures that have a section of their own; how busy the lanes were lies above the timeline."""
     of_load = [] if any(run.requests is None for run in runs) else list(REQUEST_FIGURES)
+    if any(run.steps is None for run in runs):  # as an earlier version saved them
+        of_load = [name for name in of_load if name != "concurrency"]
     return [*of_load, *(name for name, figure in FIGURES.items() if figure.runs == 1 and name != "busy")]
 
 

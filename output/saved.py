@@ -2,7 +2,7 @@
 
 `run_of` makes one of a Result, `load_result` of a folder that `prestage run --out` wrote: both hold the same numbers.
 The folder's `run.safetensors` has an array for each field of TABLES, named "table.field", and of a run under load for
-those of its requests; the metadata names the lanes.
+those of its requests and steps; the metadata names the lanes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..errors import InputError
 from ..files import replacing
 from ..resources.timeline import KINDS, SPAN, Timeline
 from ..workloads.model import MOST_BYTES
-from ..workloads.requests.log import FinishedRequest, RequestLog
+from ..workloads.requests.log import FinishedRequest, StepRecord
 from .shown import Shown
 
 if TYPE_CHECKING:
@@ -54,6 +54,9 @@ TABLES = {
 #: A row for each request, of a run under load alone: what `FinishedRequest` has.
 REQUEST = "request"
 REQUEST_ROW = np.dtype([(field, "<i8") for field in FinishedRequest._fields])
+#: A row for each step of such a run: what `StepRecord` has.
+STEP = "step"
+STEP_ROW = np.dtype([(field, "<i8") for field in StepRecord._fields])
 
 
 #: What figures and reports read of a result.json.
@@ -86,6 +89,7 @@ class Run(Shown):
     memory: Array
     tokens: Array
     requests: Array | None = None
+    steps: Array | None = None
 
     @property
     def title(self) -> str:
@@ -110,7 +114,7 @@ class Run(Shown):
 
 def run_of(result: Result, name: str = "run") -> Run:
     """Returns a finished run as figures need it."""
-    recordings, layers = result.recordings, result.data["model"]["layers"]
+    recordings, layers, log = result.recordings, result.data["model"]["layers"], result.serving.log
     return Run(
         name,
         result.data,
@@ -119,13 +123,13 @@ def run_of(result: Result, name: str = "run") -> Run:
         np.concatenate([_copies(recording) for recording in recordings]),
         np.concatenate([_memory(recording, gpu) for gpu, recording in enumerate(recordings)]),
         _tokens(served(recordings, result.serving)),
-        None if result.serving.log is None else _requests(result.serving.log),
+        None if log is None else _rows_of(log.requests, REQUEST_ROW),
+        None if log is None else _rows_of(log.steps, STEP_ROW),
     )
 
 
-def _requests(log: RequestLog) -> Array:
-    columns = log.requests
-    table = np.empty(len(columns["number"]), dtype=REQUEST_ROW)
+def _rows_of(columns: dict[str, Array], dtype: np.dtype[Any]) -> Array:
+    table = np.empty(len(next(iter(columns.values()))), dtype=dtype)
     for field, values in columns.items():
         table[field] = values
     return table
@@ -176,6 +180,8 @@ def save_run(run: Run, path: Path) -> None:
     }
     if run.requests is not None:
         tables[REQUEST] = run.requests
+    if run.steps is not None:
+        tables[STEP] = run.steps
     arrays = {
         f"{name}.{field}": np.ascontiguousarray(table[field])
         for name, table in tables.items()
@@ -217,6 +223,7 @@ def load_result(where: str | Path, name: str | None = None) -> Run:
         tables["memory"],
         tables["token"],
         tables.get(REQUEST),
+        tables.get(STEP),
     )
     if run.makespan_ns != makespan_ns:
         raise SavedRunError(f"{path}: is of another run than the result.json beside it; run `prestage run --out` again")
@@ -236,6 +243,9 @@ def _check_within(path: Path, tables: dict[str, Array], timeline: Timeline, run:
         "memory.budget_bytes": (0, 4 * MOST_BYTES), "token.took_ns": (0, whole),
         "memory.gpu": (0, len(run.gpu_names) - 1),
     }  # fmt: skip
+    if run.steps is not None:
+        bounds |= {f"{STEP}.{name}": (0, whole) for name in ("start_ns", "end_ns")}
+        bounds |= {f"{STEP}.{name}": (0, 2**31) for name in ("running", "waiting", "kv_blocks")}
     for name, (least, most) in bounds.items():
         table, _, column = name.partition(".")
         values = tables[table][column]
@@ -296,10 +306,11 @@ def _read(path: Path) -> tuple[Timeline, int, dict[str, Array]]:
             )
             for name, dtype in TABLES.items()
         }
-        if f"{REQUEST}.number" in arrays:
-            fields = REQUEST_ROW.names or ()
-            columns = [_column(arrays, f"{REQUEST}.{field}", np.dtype("<i8")) for field in fields]
-            tables[REQUEST] = np.array(list(zip(*columns, strict=True)), dtype=REQUEST_ROW)
+        for name, dtype in ((REQUEST, REQUEST_ROW), (STEP, STEP_ROW)):
+            fields = dtype.names or ()
+            if f"{name}.{fields[0]}" in arrays:
+                columns = [_column(arrays, f"{name}.{field}", np.dtype("<i8")) for field in fields]
+                tables[name] = np.array(list(zip(*columns, strict=True)), dtype=dtype)
         timeline.extend(tables["span"].tobytes())
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise SavedRunError(f"{path}: is not what `prestage run --out` writes: {error}") from None

@@ -13,17 +13,9 @@ from matplotlib.colors import to_hex
 from prestage.engine.measure.recording import FATES, LATE, MISS
 from prestage.engine.scenario.scenario import load_scenario
 from prestage.engine.simulate import simulate
+from prestage.output.figure_forms import Bars, Curves, Data, Fall, FigureError, Grid, Memory, Part, Spans
 from prestage.output.figures import (
     FIGURES,
-    Bars,
-    Curves,
-    Data,
-    Fall,
-    FigureError,
-    Grid,
-    Memory,
-    Part,
-    Spans,
     access_latency,
     busy_over_time,
     fall,

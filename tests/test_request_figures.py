@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -12,12 +13,13 @@ import pytest
 from prestage.engine.scenario.scenario import make_scenario
 from prestage.engine.simulate import simulate
 from prestage.output.capacity_plot import plot_capacity
-from prestage.output.figures import REQUEST_FIGURES, FigureError, figure_data, first_token, requests_over_time
+from prestage.output.figure_forms import FigureError
+from prestage.output.figures import REQUEST_FIGURES, concurrency, figure_data, first_token, requests_over_time
 from prestage.output.figures_html import draw_html, legend
 from prestage.output.figures_static import draw
 from prestage.output.pictures import save
 from prestage.output.report import run_sections
-from prestage.output.saved import REQUEST_ROW, Run, run_of
+from prestage.output.saved import REQUEST_ROW, STEP_ROW, Run, run_of
 
 MS = 10**6
 
@@ -56,6 +58,26 @@ def test_waits_for_the_first_token_and_in_the_queue_are_spread_by_request() -> N
     assert data.marks == {"p50": 25.0, "p95": pytest.approx(38.5), "p99": pytest.approx(39.7)}
 
 
+def test_who_runs_and_waits_is_averaged_over_time_and_added_up_over_replicas() -> None:
+    # Steps from 0 to 100 ms and from 150 to 200, and beside the latter another replica's: 50 ms without one between.
+    steps = np.zeros(3, dtype=STEP_ROW)
+    steps["start_ns"], steps["end_ns"] = [0, 150 * MS, 150 * MS], [100 * MS, 200 * MS, 200 * MS]
+    steps["running"], steps["waiting"], steps["kv_blocks"] = [2, 1, 3], [0, 0, 0], [10, 20, 20]
+    run = cast(Run, SimpleNamespace(name="made", requests=np.zeros(1, dtype=REQUEST_ROW), steps=steps))
+    running, waiting, blocks = concurrency(run).curves
+    assert running.label == "running requests, up to 4" and blocks.label == "KV blocks, up to 40"
+    for at_ms, share, held in ((50.5, 0.5, 0.25), (120.5, 0.0, 0.0), (160.5, 1.0, 1.0)):
+        place = np.searchsorted(running.x, at_ms, side="right") - 1
+        assert (running.y[place], blocks.y[place], waiting.y[place]) == (share, held, 0.0)
+
+
+def test_a_run_of_an_earlier_version_has_no_steps_to_draw(run: Run) -> None:
+    earlier = replace(run, steps=None)
+    with pytest.raises(FigureError, match="run: does not say what each step held: an earlier version saved it"):
+        concurrency(earlier)
+    assert "concurrency" not in [section.name for section in run_sections(earlier)]
+
+
 @pytest.fixture(scope="module")
 def run() -> Run:
     asked = {"rate": 60.0, "count": 12, "prompt_tokens": 12, "output_tokens": 4}
@@ -82,7 +104,7 @@ def test_every_figure_is_printed_and_drawn_on_a_page(name: str, run: Run, tmp_pa
 def test_a_page_of_a_run_under_load_says_its_latencies_and_has_these_figures(run: Run) -> None:
     sections = run_sections(run)
     names = [section.name for section in sections]
-    assert names[:5] == ["summary", "load", *REQUEST_FIGURES]
+    assert names[: 2 + len(REQUEST_FIGURES)] == ["summary", "load", *REQUEST_FIGURES]
     assert "first token (TTFT)" in sections[1].html and "running, waiting (mean)" in sections[1].html
 
 

@@ -94,8 +94,12 @@ def test_replicates_serve_the_requests_anew() -> None:
 def test_a_saved_run_has_its_requests(tmp_path: Path) -> None:
     result = run()
     write_result(result, tmp_path / "out")
-    loaded = load_result(tmp_path / "out").requests
-    assert loaded is not None
+    found = load_result(tmp_path / "out")
+    loaded, steps = found.requests, found.steps
+    assert loaded is not None and steps is not None
+    assert len(steps) == result.data["requests"]["steps"]
+    assert result.serving.log is not None
+    assert all((steps[name] == column).all() for name, column in result.serving.log.steps.items())
     assert loaded["number"].tolist() == list(range(12))
     ttft_ms = np.sort((loaded["first_token_ns"] - loaded["arrival_ns"])[1:11]).mean() / 1e6
     assert ttft_ms == pytest.approx(result.data["requests"]["ttft_ms"]["mean"])

@@ -203,7 +203,7 @@ def test_a_timeline_file_has_a_track_a_request(tmp_path: Path) -> None:
     """From arrival to last token, with what it waited for inside; and the file reads back as the run's spans."""
     found = served(scenario(model={"layers": 2}), "compiled")
     export_timeline(found.timeline, tmp_path / "t.json", about_run(found))
-    events = [event for event in json.loads((tmp_path / "t.json").read_text())["traceEvents"] if "id" in event]
+    events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
     mine = [event for event in events if event.get("cat") == "request"]
     assert {event["id"] for event in mine} == set(range(5))
     assert found.serving.log is not None
@@ -216,5 +216,17 @@ def test_a_timeline_file_has_a_track_a_request(tmp_path: Path) -> None:
         opened = [phase for phase, _, _ in own]
         assert opened.count("b") == opened.count("e")
         assert [at for _, _, at in own] == sorted(at for _, _, at in own), "in order of time"
+    # What each step held stands in counters, from its start to its end.
+    held = {"requests": {}, "KV blocks": {}}  # type: dict[str, dict[int, dict[str, int]]]
+    for event in events:
+        if event["ph"] == "C" and event["name"] in held:
+            held[event["name"]][round(event["ts"] * 1000)] = event["args"]
+    steps = found.serving.log.steps
+    for name, series in {"requests": ("running", "waiting"), "KV blocks": ("kv_blocks",)}.items():
+        at = np.array(sorted(held[name]))
+        for place, start_ns in enumerate(steps["start_ns"].tolist()):
+            last = int(at[np.searchsorted(at, start_ns, side="right") - 1])
+            assert list(held[name][last].values()) == [steps[column][place] for column in series]
+        assert set(held[name][int(at[-1])].values()) == {0} and at[-1] == steps["end_ns"][-1]
     back = load_timeline(tmp_path / "t.json")
     assert len(back.timeline) == len(found.timeline) and not back.reading.left_out.events
