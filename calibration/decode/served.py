@@ -112,7 +112,7 @@ def compare_served(data: Mapping[str, Any], settings: Mapping[str, Mapping[str, 
 
 def replayed_ns(repeat: Mapping[str, Any], inputs: Inputs) -> list[int]:
     """Returns what each step of a repeat takes in the simulation, in ns, each begun as soon as it can."""
-    parts = [tuple(Part(*part) for part in step["parts"]) for step in repeat["steps"]]
+    parts = [parts_of(step) for step in repeat["steps"]]
     steps = [
         RequestStep(DECODE if is_decode(own) else PREFILL, np.array(step["rows"], dtype=np.int64), parts=own)
         for own, step in zip(parts, repeat["steps"], strict=True)
@@ -125,6 +125,11 @@ def replayed_ns(repeat: Mapping[str, Any], inputs: Inputs) -> list[int]:
     replayed = replace(inputs, pulls=replace(inputs.pulls, source=lambda: source))
     run_all(replayed, prepared(replayed, part_costs(replayed)))
     return source.took_ns
+
+
+def parts_of(step: Mapping[str, Any]) -> tuple[Part, ...]:
+    """Returns which rows of which requests a step of a repeat has."""
+    return tuple(Part(*part) for part in step["parts"])
 
 
 def took_ns(repeat: Mapping[str, Any]) -> list[int]:

@@ -77,10 +77,12 @@ class Predictor:
         self._inputs = [loaded[id(each.settings)] for each in observations]
         self._steps = [each.steps for each in observations]
         self._replays: dict[tuple[int, str], list[int]] = {}
-        served = [
-            (steps.repeat, own) for steps, own in zip(self._steps, self._inputs, strict=True) if steps is not None
-        ]
-        self.copy_rate = link_share(served)
+        served = {
+            id(steps.repeat): (steps.repeat, own)
+            for steps, own in zip(self._steps, self._inputs, strict=True)
+            if steps is not None
+        }
+        self.copy_rate = link_share(served.values())
         if self.copy_rate is not None:
             costs = self.runtime.costs.model_copy(update={"copy_rate": self.copy_rate})
             self.runtime = self.runtime.model_copy(update={"costs": costs})

@@ -1,12 +1,12 @@
 """What `calibrate decode --requests` served, as observations: the steps of about as many rows are one setting.
 
-Each is predicted by a simulation of the very steps of its repeat. What copies took between the repeats says how much of
-the link's rate they reach: that is measured, and not fitted.
+Those with rows of a prompt are another. Each is predicted by a simulation of the very steps of its repeat. What copies
+took between the repeats says how much of the link's rate they reach: that is measured, and not fitted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -14,10 +14,9 @@ from typing import Any
 from ...engine.costs.costs import part_costs
 from ...engine.scenario.inputs import Inputs
 from ...resources.runtime import OwnShare
-from ..decode.served import took_ns
+from ...workloads.requests.request import is_decode
+from ..decode.served import parts_of, took_ns
 
-#: Steps of more rows have a prompt's rows among them.
-_FEW_ROWS = 8
 #: Fewer steps have no median worth the name.
 _LEAST_STEPS = 3
 
@@ -40,17 +39,17 @@ class ServedSteps:
 
 
 def steps_by_rows(repeat: Mapping[str, Any]) -> dict[str, ServedSteps]:
-    """Returns the steps of a repeat by how many rows they have: 1, 2, 3 to 4, 5 to 8, and more."""
+    """Returns the steps of a repeat: those that decode, by their rows (1, 2, 3 to 4, …), and those with prompts."""
     numbers: dict[str, list[int]] = {}
     for number, step in enumerate(repeat["steps"]):
         rows = len(step["rows"])
         most = 1 << (rows - 1).bit_length()
-        few = f"{most // 2 + 1}-{most}rows" if most > 2 else f"{most}rows"
-        numbers.setdefault(few if rows <= _FEW_ROWS else "prompts", []).append(number)
+        decoding = f"{most // 2 + 1}-{most}rows" if most > 2 else f"{most}rows"
+        numbers.setdefault(decoding if is_decode(parts_of(step)) else "prompts", []).append(number)
     return {name: ServedSteps(repeat, tuple(own)) for name, own in sorted(numbers.items()) if len(own) >= _LEAST_STEPS}
 
 
-def link_share(repeats: Sequence[tuple[Mapping[str, Any], Inputs]]) -> OwnShare | None:
+def link_share(repeats: Iterable[tuple[Mapping[str, Any], Inputs]]) -> OwnShare | None:
     """Returns the share of the link's rate that copies reached beside repeats; None if nobody looked, or all of it."""
     shares = []
     for repeat, inputs in repeats:
