@@ -37,9 +37,12 @@ def scenario_of(given: Given = None, settings: Mapping[str, Any] | None = None) 
 
 
 def settings_of(keys: Mapping[str, Any]) -> list[str]:
-    """Returns settings as texts, `section.key=value`, as `--set` takes them; None takes a key out."""
+    """Returns settings as texts, `section.key=value`, as `--set` takes them; None takes a key out.
+
+    What JSON has no form for, such as a path, is the text that it prints as.
+    """
     texts = {
-        key: value if isinstance(value, str) else "" if value is None else json.dumps(value)
+        key: value if isinstance(value, str) else "" if value is None else json.dumps(value, default=str)
         for key, value in keys.items()
     }
     return [f"{whole_key(key)}={text}" for key, text in texts.items()]
