@@ -425,27 +425,30 @@ def timeline_speed() -> str:
     return table(["a million spans, written by", "seconds", "peak memory", "file"], rows)
 
 
+def _validation(name: str) -> dict[str, Any]:
+    """Returns a committed report of calibration/validation."""
+    text = (ROOT / "calibration" / "validation" / f"{name}.json").read_text("utf-8")
+    return dict(json.loads(text))
+
+
 def reality() -> str:
     """How well simulated makespans match those measured on a GPU, from the committed report of `calibrate validate`."""
-    report = json.loads((ROOT / "calibration" / "validation" / "h200.json").read_text(encoding="utf-8"))
-    return markdown(report, every_row=False)
+    return markdown(_validation("h200"), every_row=False)
 
 
 def reality_rows() -> str:
     """Every schedule of the same report."""
-    report = json.loads((ROOT / "calibration" / "validation" / "h200.json").read_text(encoding="utf-8"))
-    return markdown(report, every_row=True).rpartition("\n\n")[2]
+    return markdown(_validation("h200"), every_row=True).rpartition("\n\n")[2]
 
 
 def two_gpus() -> str:
     """The same on two GPUs, each schedule by itself."""
-    report = json.loads((ROOT / "calibration" / "validation" / "h100-x2.json").read_text(encoding="utf-8"))
-    return markdown(report, every_row=True)
+    return markdown(_validation("h100-x2"), every_row=True)
 
 
 def beside() -> str:
     """What works beside the GPU's stream, each schedule by itself."""
-    report = json.loads((ROOT / "calibration" / "validation" / "h200-offload.json").read_text(encoding="utf-8"))
+    report = _validation("h200-offload")
     return f"{_kinds(report['rows'])}\n\n{markdown(report, every_row=True)}"
 
 
@@ -469,8 +472,7 @@ def _kinds(rows: list[dict[str, Any]]) -> str:
 
 def shared() -> str:
     """Two GPUs that share the experts of every layer, each schedule by itself."""
-    report = json.loads((ROOT / "calibration" / "validation" / "h200-pair-shared.json").read_text(encoding="utf-8"))
-    return markdown(report, every_row=True)
+    return markdown(_validation("h200-pair-shared"), every_row=True)
 
 
 def exchanges() -> str:
@@ -490,30 +492,24 @@ def exchanges() -> str:
     return table(["each sends", *names], rows)
 
 
-def _report_of(name: str) -> dict[str, Any]:
-    report: dict[str, Any] = json.loads((ROOT / "calibration" / "validation" / f"{name}.json").read_text("utf-8"))
-    return report
-
-
 def aside() -> str:
-    """Decompression beside kernels, executed on another H200, and what of the profile had moved there."""
-    return markdown(_report_of("h200-aside"), every_row=True).rpartition("\n\n")[2]
+    """Decompression beside kernels, executed on another H200: each schedule."""
+    return markdown(_validation("h200-aside"), every_row=True).rpartition("\n\n")[2]
 
 
 def shared_again() -> str:
     """GPUs that share experts, executed again beside another program."""
-    return markdown(_report_of("h200-x2-shared"), every_row=True)
+    return markdown(_validation("h200-x2-shared"), every_row=True)
 
 
 def drift() -> str:
     """Which costs of `h200` had moved on one GPU of the machine with two."""
-    return markdown(_report_of("h200-x2-drift"), every_row=False)
+    return markdown(_validation("h200-x2-drift"), every_row=False)
 
 
 def pair() -> str:
     """Pipelines on two H200s."""
-    report = json.loads((ROOT / "calibration" / "validation" / "h200-pair.json").read_text(encoding="utf-8"))
-    return markdown(report, every_row=False)
+    return markdown(_validation("h200-pair"), every_row=False)
 
 
 def held_out_kernels() -> str:
@@ -540,11 +536,6 @@ def held_out_again() -> str:
     return markdown(_validation("h200-held-out-again"), every_row=True)
 
 
-def _validation(name: str) -> dict[str, Any]:
-    text = (ROOT / "calibration" / "validation" / f"{name}.json").read_text("utf-8")
-    return dict(json.loads(text))
-
-
 def _signed(row: dict[str, Any], key: str) -> str:
     return f"{row[key] / row['measured_ns'] - 1:+.1%}"
 
@@ -558,7 +549,7 @@ _FITS = {
 
 def _runtime_rows(name: str) -> str:
     """Every setting of a real runtime: measured, predicted as shipped and with what was fitted to others, baselines."""
-    report = json.loads((ROOT / "calibration" / "validation" / f"h200-{name}.json").read_text(encoding="utf-8"))
+    report = _validation(f"h200-{name}")
     rows = report["rows"]
     held = [row for row in rows if not row["fitted_to"]]
     first, second = _FITS[name]
@@ -598,7 +589,7 @@ def runs_llama_cpp() -> str:
 
 def prompts_llama_cpp() -> str:
     """What llama-bench's prompts took on an H200, beside what is predicted."""
-    report = json.loads((ROOT / "calibration" / "validation" / "h200-llama.cpp-prompts.json").read_text("utf-8"))
+    report = _validation("h200-llama.cpp-prompts")
     rows = [
         [row["model"], str(row["n_prompt"]), str(row["n_cpu_moe"]),
          "pinned" if row["load_mode"] == "none" else "pageable",
@@ -612,7 +603,7 @@ def prompts_llama_cpp() -> str:
 
 def runs_freetoken() -> str:
     """What whole runs of FreeToken took on an H200, beside what is predicted."""
-    report = json.loads((ROOT / "calibration" / "validation" / "h200-freetoken.json").read_text("utf-8"))
+    report = _validation("h200-freetoken")
     rows = [
         ["fetched" if row["way"] == "offload" else "shared with the CPU", f"{row['slots']:,} of {row['experts']:,}",
          f"{row['missed']:.0%}", str(row["rounds"]), f"{row['measured_ns'] / 1e6:,.2f}",
