@@ -22,11 +22,10 @@ from ...engine.scenario.scenario import make_scenario
 from ...engine.simulate import simulate
 from ...errors import InputError
 from ...files import write_file
+from .runs import TOKENS, WARMUP
 
 #: What each way of the runs is in a scenario.
 POLICY = {"offload": "fetch", "hybrid": "split", "cpu": "cpu"}
-#: As the runs: decode tokens, of which the first warm the cache up.
-_TOKENS, _WARMUP = 192, 64
 
 
 def measured(file: Path) -> Iterator[dict[str, Any]]:
@@ -63,7 +62,7 @@ def predicted_ns(row: Mapping[str, Any], stream: float, options: argparse.Namesp
         "model": {"preset": options.model, "layers": options.layers},
         "machine": {"profile": options.profile},
         "runtime": {"name": "freetoken"},
-        "workload": {"synthetic": {"tokens": _TOKENS, "skew": 0.0, "reuse": 0.0}, "warmup": f"{_WARMUP}tokens"},
+        "workload": {"synthetic": {"tokens": WARMUP + TOKENS, "skew": 0.0, "reuse": 0.0}, "warmup": f"{WARMUP}tokens"},
         "memory": memory,
         "miss": miss,
     }

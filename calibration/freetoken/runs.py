@@ -30,15 +30,16 @@ from ...workloads.model_files.sources import read_shapes
 WAYS = (("offload", True), ("hybrid", False), ("hybrid", True), ("cpu", False))
 #: Slots as shares of all experts.
 SHARES = (0.25, 0.5, 0.75, 1.0)
-_WARMUP, _TOKENS, _PROMPT = 64, 128, 16
+#: Decode tokens of a run: first those that warm the cache up, then those that count. Tokens of its prompt.
+WARMUP, TOKENS, _PROMPT = 64, 128, 16
 #: So hot that every token is as likely as any.
 _TEMPERATURE = 1e4
 #: What is left of attention's last product, beside the experts'.
 _ATTENTION = 1e-3
 
 
-def write_checkpoint(model: str, layers: int, folder: Path) -> int:
-    """Write the files of a model that FreeToken reads before it draws weights; return how many experts there are.
+def write_checkpoint(model: str, layers: int, folder: Path) -> None:
+    """Write the files of a model that FreeToken reads before it draws weights.
 
     Raises InputError for a model that is not of Qwen3-MoE's kind.
     """
@@ -61,7 +62,6 @@ def write_checkpoint(model: str, layers: int, folder: Path) -> int:
     config.save_pretrained(folder)
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({str(each): each for each in range(16)}, unk_token="0"))
     transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="0").save_pretrained(folder)
-    return layers * moe.experts
 
 
 def drawn_experts(config: Any, *, dtype: Any) -> tuple[list[Any], list[Any]]:
@@ -122,7 +122,7 @@ def run_way(folder: Path, experts: int, way: str, counted: bool, options: argpar
     scale_dense(engine.engine.model)
     cache = engine.engine.moe_offload_cache
     _write(options.out, {"way": way, "counted": counted, "started_s": monotonic() - began})
-    sampling = SamplingParams(temperature=_TEMPERATURE, ignore_eos=True, max_tokens=_WARMUP + _TOKENS)
+    sampling = SamplingParams(temperature=_TEMPERATURE, ignore_eos=True, max_tokens=WARMUP + TOKENS)
     for number in range(1 if counted and way == "hybrid" else options.rounds):
         shares = [0.0] if way == "cpu" else random.Random(number).sample(SHARES, len(SHARES))
         for place, share in enumerate(shares):
@@ -134,7 +134,7 @@ def run_way(folder: Path, experts: int, way: str, counted: bool, options: argpar
             engine.stamps = []
             prompt = torch.randint(16, 1000, (_PROMPT,), generator=torch.Generator().manual_seed(number)).tolist()
             engine.generate([prompt], sampling)
-            steps = [after - before for before, after in zip(engine.stamps, engine.stamps[1:], strict=False)][_WARMUP:]
+            steps = [after - before for before, after in zip(engine.stamps, engine.stamps[1:], strict=False)][WARMUP:]
             row = {"way": way, "slots": slots, "experts": experts, "round": number, "place": place, "steps_s": steps,
                    "fetched_share": getattr(cache, "hybrid_fetch_fraction", None)}  # fmt: skip
             _write(options.out, row | ({"missed": cache.decode_miss_stats()} if counted else {}))
