@@ -84,9 +84,11 @@ def calibrate_measure(
                 samples = samples.model_copy(update={"surface": measure_surface(gpu, progress=progress)})
     samples.save(out)
     noisy = sum(row.noisy for row in sample_rows([samples]))
+    shapes = "shapes of products" if launches else "shapes of the surface"
+    then = "" if launches else f"; next: prestage calibrate fit {out} -o PROFILE.json"
     typer.echo(
         f"{out}: {len(samples.series)} series, {noisy} of them with an interquartile range over 10 % of the median, "
-        f"and {len(samples.surface)} shapes of the surface; next: prestage calibrate fit {out} -o PROFILE.json"
+        f"and {len(samples.surface)} {shapes}{then}"
     )
 
 

@@ -84,7 +84,7 @@ def html_table(header: Sequence[str], rows: Sequence[Sequence[str | tuple[str, s
 
 
 def _in_words(content: str | tuple[str, str]) -> bool:
-    """Returns whether a cell is of words: a text with a letter before any digit."""
+    """Returns whether a cell is of words: a text that begins with a letter."""
     text = content if isinstance(content, str) else content[0]
     return text[:1].isalpha()
 

@@ -185,7 +185,8 @@ class _Observer:
         self._settings, self._spans, self._model, self._times = settings, spans, stage.model, times
         self._passing = stage.passing
         self._dispatch = settings.dispatch.mode
-        self._attends = settings.workload.context is not None
+        #: What also attends to a context: its time is no cost of a dense part alone.
+        self._attending = () if settings.workload.context is None else (DENSE,)
         # Where the queue of launches may be full, or the host looks after copies too, calls take longer.
         one_thread = stage.passing is None or settings.parallel.dispatch_threads == "one"
         self._times_host = one_thread and settings.dispatch.router_readback and not settings.copy_.by_rank
@@ -212,7 +213,7 @@ class _Observer:
                 continue
             entry = self._entry_name(kind, copy, slot)
             turned = self._passing is not None and kind == DENSE and visit % self._model.layers == 0
-            if self._times_host and not turned and not (self._attends and kind == DENSE):
+            if self._times_host and not turned and kind not in self._attending:
                 key = _host_key(self._settings, self._model, kind)
                 yield f"host:{entry}", {**key, "first": first}, issued_ns - stamp_ns
             stamp_ns, first = issued_ns, kind == READBACK
@@ -249,8 +250,8 @@ class _Observer:
         group = self._group_key(kind, visit, tokens)
         beside_ns = self._copying.before(end_ns) - self._copying.before(start_ns)
         quiet, disturbed = not beside_ns, beside_ns >= _BESIDE * (end_ns - start_ns)
-        attends = self._attends and kind == DENSE
-        if issued_ns <= start_ns and (quiet or disturbed) and not attends:
+        clear = (quiet or disturbed) and kind not in self._attending
+        if issued_ns <= start_ns and clear:
             yield _KERNELS[kind], {**group, "beside_copy": disturbed}, end_ns - start_ns
         if self._receives(kind, visit):
             return
@@ -262,7 +263,7 @@ class _Observer:
             # The copy that it waited for has just ended; the next may have begun.
             beside_copy = self._copying.before(start_ns) > self._copying.before(copied_ns)
             yield "event_wait_gap", {"dispatch": self._dispatch, "beside_copy": beside_copy}, start_ns - copied_ns
-        elif issued_ns > max(free_ns, copied_ns) and (quiet or disturbed) and not attends:
+        elif issued_ns > max(free_ns, copied_ns) and clear:
             yield "idle_tail", {"what": _KERNELS[kind], **group, "beside_copy": disturbed}, end_ns - issued_ns
 
     def _receives(self, kind: int, visit: int) -> bool:
