@@ -93,6 +93,16 @@ def test_a_type_that_is_not_known_has_the_bytes_of_its_place_and_is_named(path: 
         load_model(path)
 
 
+@pytest.mark.parametrize("lost", [1, 500, 1500, 2800, 8000, 100_000])
+def test_a_type_that_is_not_known_has_all_its_bytes_wherever_the_file_is_cut(path: Path, lost: int) -> None:
+    """A download ends anywhere: within the last three tensors, of 1,120 bytes and of that type, or before them."""
+    unknown = block(0, up=144, down=144)
+    header = write(path, facts("tiny"), OUTSIDE + block(1) + unknown[:7] + unknown[10:] + unknown[7:10])
+    content = path.read_bytes()
+    path.write_bytes(content[: max(header, len(content) - lost)])
+    assert load_model(path).expert_bytes[0] == 3 * 1120 // 4
+
+
 def test_fused_gate_and_up_are_two_matrices(path: Path) -> None:
     tensors = [t for t in block(0) if "gate_exps" not in t[0] and "up_exps" not in t[0]]
     fused = [("blk.0.ffn_gate_up_exps.weight", (32, 32, 4), 8)]

@@ -9,8 +9,9 @@ from __future__ import annotations
 import mmap
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,10 +77,7 @@ class Tensor(NamedTuple):
     @property
     def weights(self) -> int:
         """How many weights it holds."""
-        count = 1
-        for length in self.shape:
-            count *= length
-        return count
+        return prod(self.shape)
 
 
 class Header(NamedTuple):
@@ -131,6 +129,11 @@ class _Placed(NamedTuple):
     shape: tuple[int, ...]
     type: int
     offset: int
+
+    @property
+    def weights(self) -> int:
+        """How many weights it holds."""
+        return prod(self.shape)
 
 
 class _Reader:
@@ -216,19 +219,38 @@ class _Reader:
         if type(alignment) is not int or not 1 <= alignment <= _MOST_ALIGNMENT:
             raise ModelError(f"{self._path}: general.alignment = {shown(alignment)}: must be 1 to {_MOST_ALIGNMENT:,}")
         begins = -(-self._at // alignment) * alignment
-        places = sorted({tensor.offset for tensor in placed} | {max(0, len(self._content) - begins)})
-        after = dict(pairwise(places))
+        by_place = _by_place(placed, len(self._content) - begins)
         for tensor in placed:
-            weights = Tensor(tensor.name, "", tensor.shape, 0).weights
             if tensor.type in TYPES:
                 dtype, block, block_bytes = TYPES[tensor.type]
-                yield Tensor(tensor.name, dtype, tensor.shape, -(-weights // block) * block_bytes)
+                yield Tensor(tensor.name, dtype, tensor.shape, -(-tensor.weights // block) * block_bytes)
                 continue
-            size_bytes = after.get(tensor.offset, 0)
-            size_bytes = size_bytes - tensor.offset if size_bytes > tensor.offset else 0
+            size_bytes = by_place(tensor)
             if not size_bytes:
                 raise ModelError(
                     f"{self._path}: tensor {shown(tensor.name)}: type {tensor.type} is not known, and the file is cut "
                     "before its end: give the whole file, or set model.bits_per_weight on its config.json"
                 )
             yield Tensor(tensor.name, f"type {tensor.type}", tensor.shape, size_bytes)
+
+
+def _by_place(placed: Sequence[_Placed], end: int) -> Callable[[_Placed], int]:
+    """Returns the rule of a tensor's bytes where its type is not known: up to the next one's place.
+
+    A file may be cut anywhere before its `end`. So the last tensor has as many bytes a weight as the largest other of
+    its type, and only without one goes up to the end; 0 where that is cut off.
+    """
+    last = max((tensor.offset for tensor in placed), default=0)
+    after = dict(pairwise(sorted({tensor.offset for tensor in placed} | {max(last, end)})))
+    largest: dict[int, _Placed] = {}
+    for tensor in sorted(placed, key=lambda each: each.weights):
+        if tensor.offset < last and tensor.weights:
+            largest[tensor.type] = tensor
+
+    def size_bytes(tensor: _Placed) -> int:
+        like = largest.get(tensor.type) if tensor.offset == last else None
+        if like is not None:
+            return -(-tensor.weights * (after[like.offset] - like.offset) // like.weights)
+        return after.get(tensor.offset, tensor.offset) - tensor.offset
+
+    return size_bytes
