@@ -41,14 +41,34 @@ CONTEXT_SPLITS = {"gpt-oss-20b": (":61", "61:82"), "guide": ("216:288", ":18")}
 SHOWN = {"gpt-oss-20b": "4", "guide": "10"}
 INTRODUCTION = """# Predictors on real routing
 
-Made by `python tests/predictor_report.py` from `docs/predictors.json`, which it also makes. The trained predictor
-learned from one part of each trace's sequences; all are scored on another part, and those that count as they go have
-run over everything that the trained one saw. Recall is of the experts used, by the list's first k guesses.
+How well each predictor names the experts that a layer will use, on two real traces. The predictor `learned` was trained
+on one part of each trace's sequences ([training one](train-a-predictor.md)). All predictors are scored on another part.
+The other predictors learn while they run. Before they are scored they run over all other sequences, those that
+`learned` was trained on among them.
+
+- *Top-1*: how often the first guess is an expert that the next layer uses.
+- *Recall*: the share of the experts used that are among the first guesses, of which `@4` counts four. *1 ahead* is the
+  next layer. Behind the last layer come the first layers of the next token.
+- *Miscalibration*: how far the confidence in a guess is from how often such guesses are right, for the next layer
+  (expected calibration error). A dash stands where a predictor states no confidence.
+
+`python tests/predictor_report.py` makes this page from `docs/predictors.json`. Given the traces, it makes that too.
 """
-BOUNDS_EXPLAINED = """No predictor that knows the target layer and what the table says, and nothing else, exceeds
-`hindsight` (the best fixed answers to each such context on this very trace), which in turn cannot exceed `Fano` (the
-same from the entropy alone; with k of many experts used it allows 100% long before all is certain). A context seen
-seldom looks more certain than it is, so both err upward. The trained predictor knows more, and may exceed them.
+BOUNDS_EXPLAINED = """These bounds hold for predictors that know the target layer and what the second column says, but
+nothing else. *Hindsight* is what the best fixed answer to each such context gets on this very trace. *Fano* is Fano's
+inequality, which needs the entropy of the choices alone, and is never below hindsight. Where a token uses several
+experts, it reaches 100% long before the choice is certain. A context that occurs seldom looks more certain than it
+is, so both bounds are rather too high than too low. The trained predictor knows more than these contexts, and may
+exceed them.
+
+"""
+CONTEXT_EXPLAINED = """The trained predictor again, by how many tokens it looks back. Each was trained for three epochs
+and scored on fewer sequences than above; for `guide` it was also trained on fewer. So compare these rows with each
+other only.
+
+"""
+LAYERS_EXPLAINED = """Recall of the trained predictor by target layer. In brackets: the points by which it exceeds the
+best of the other predictors there, and which that is.
 
 """
 
@@ -160,8 +180,8 @@ def page() -> str:
     parts = [
         ("All layers together", predictors_table()),
         ("Bounds on top-1, one layer ahead", BOUNDS_EXPLAINED + bounds_table()),
-        ("Context length (fewer epochs and sequences than above)", contexts_table()),
-        *((f"By layer: {trace}", layers_table(trace)) for trace in SHOWN),
+        ("Context length", CONTEXT_EXPLAINED + contexts_table()),
+        *((f"By layer: {trace}", LAYERS_EXPLAINED + layers_table(trace)) for trace in SHOWN),
     ]
     return INTRODUCTION + "".join(f"\n## {title}\n\n{table}\n" for title, table in parts)
 

@@ -115,7 +115,9 @@ def scenario() -> str:
             synthetic = SyntheticSection()
             lines += ["# Instead of trace:", "# [workload.synthetic]", *_comment(synthetic.__doc__)]
             lines += [f"# {_key('workload.synthetic', *item)}" for item in synthetic.model_dump().items()]
-    return "\n".join([*lines, "```"])
+    text = "\n".join([*lines, "```"])
+    given = 'trace = "t.safetensors"'
+    return text.replace(given, f"{given}  # an example: nothing is set, and one is drawn")
 
 
 def apart() -> str:
