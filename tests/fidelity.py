@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ VALIDATION = ROOT / "calibration" / "validation"
 RELEASED = Path(__file__).parent / "fidelity.json"
 #: By so many points of its error a row may move without a word.
 MOVED = 2.0
+#: A figure as changes are told.
+_PERCENT = r"[-+]\d+\.\d"
 _FOUND = ("samples", "measured_ns", "predicted_ns")
 
 
@@ -60,9 +63,21 @@ def moved(before: dict[str, float], now: dict[str, float]) -> dict[str, str]:
 
 
 def unsaid(changes: dict[str, str], changelog: str) -> dict[str, str]:
-    """Returns those changes whose row is not named between the changelog's first heading and the next release's."""
+    """Returns those changes that the changelog does not tell between its first heading and the next release's.
+
+    A row that went away is named. One that moved is named with its error of today last in brackets behind it, to
+    within MOVED: a row may move again after it was told of.
+    """
     current = changelog.split("\n## ")[1]
-    return {name: change for name, change in changes.items() if f"`{name.partition(': ')[2]}`" not in current}
+    return {name: change for name, change in changes.items() if not _is_told(name.partition(": ")[2], change, current)}
+
+
+def _is_told(row: str, change: str, text: str) -> bool:
+    """Returns whether a text names a row, and, unless it is gone, what it moved to."""
+    if change.endswith("gone"):
+        return f"`{row}`" in text
+    told = re.findall(rf"`{re.escape(row)}`\s+\([^)]*?({_PERCENT})\s+%\)", text)
+    return any(abs(float(percent) - float(re.findall(_PERCENT, change)[-1])) <= MOVED for percent in told)
 
 
 def main() -> None:

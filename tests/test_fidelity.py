@@ -16,7 +16,7 @@ SAMPLE = ("R27-both", "R11-first", "R8-124", "R20c-16k", "R17-int4", "R4-48", "R
 SCHEDULES = {"h200-held-out": "held-out", "h200-held-out-again": "held-out-again"}
 
 
-def test_every_row_that_moved_since_the_last_release_is_named_in_the_changelog() -> None:
+def test_every_row_that_moved_since_the_last_release_is_told_in_the_changelog() -> None:
     changes = fidelity.moved(fidelity.released(), fidelity.errors())
     assert not fidelity.unsaid(changes, (fidelity.ROOT / "CHANGELOG.md").read_text(encoding="utf-8"))
 
@@ -26,8 +26,10 @@ def test_a_row_moves_by_more_than_two_points_or_by_going_away_and_is_named_by_it
         {"r: a": 1.0, "r: b": 1.0, "r: c": -1.0, "r: d": 0.0}, {"r: a": 2.9, "r: b": 3.1, "r: d": -2.1}
     )
     assert changes == {"r: b": "+1.0 % -> +3.1 %", "r: c": "-1.0 % -> gone", "r: d": "+0.0 % -> -2.1 %"}
-    said = "# Changelog\n\n## Unreleased\n\n- `b` is nearer, as `cd`.\n\n## 0.1.0\n\n- `c` went.\n"
+    said = "# Changelog\n\n## Unreleased\n\n- `b` (+1.0 to\n  +3.1 %) is nearer, as `cd`.\n\n## 0.1.0\n\n- `c` went.\n"
     assert set(fidelity.unsaid(changes, said)) == {"r: c", "r: d"}
+    # Told of before it moved on: that does not say where it is.
+    assert set(fidelity.unsaid({"r: b": "+1.0 % -> +5.3 %"}, said)) == {"r: b"}
 
 
 def unsaid(name: str, error: float) -> dict[str, str]:
