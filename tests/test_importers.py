@@ -1,10 +1,12 @@
 """Logs of other engines become traces: what they hold, and what is refused; the traces that ship."""
 
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import pytest
 
+from prestage.cli.trace import trace_import
 from prestage.workloads.importers import IMPORTERS, import_trace, open_trace, shipped_traces
 from prestage.workloads.trace import RoutingTrace
 from prestage.workloads.trace_limits import TraceError
@@ -189,6 +191,12 @@ def test_an_unknown_format_and_a_missing_file_are_refused(tmp_path: Path) -> Non
         import_trace(write(tmp_path), "vllm")
     with pytest.raises(TraceError, match="cannot be read: No such file"):
         import_trace(tmp_path / "none.csv", "bigmoeonedge")
+
+
+def test_the_commands_help_names_every_importer_that_ships() -> None:
+    said = str(get_type_hints(trace_import, include_extras=True)["format"].__metadata__[0].help)
+    named = said.removeprefix("The log's format: ").partition(";")[0].split(", ")
+    assert sorted(named) == sorted(IMPORTERS)
 
 
 @pytest.mark.parametrize("name", IMPORTERS)

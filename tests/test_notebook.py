@@ -171,6 +171,7 @@ def test_rows_of_a_sweep_are_tables(tmp_path: Path) -> None:
     assert settings_of({"tokens": 8, "caching": False, "cpu_layers": None, "prefetch.k": "4"}) == [
         "workload.tokens=8", "memory.caching=false", "memory.cpu_layers=", "prefetch.k=4",
     ]  # fmt: skip
+    assert settings_of({"workload.trace": Path("mine.npz")}) == ['workload.trace="mine.npz"']
     assert rows._repr_html_().count("<tr>") == 3
     assert rows.to_latex().splitlines()[2].startswith(r"prefetch.lookahead & tokens/s")
     rows.to_csv(tmp_path / "rows.csv")
