@@ -7,7 +7,6 @@ in a CUDA graph of the calls, and calls are timed on an idle GPU, whose work is 
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +14,7 @@ from itertools import product
 from time import perf_counter_ns
 from typing import Any
 
+from ...collector import collector_off
 from ...engine.run import Progress
 from ..device.cuda import Calls, itemsize, run
 from .samples import SurfaceSeries
@@ -57,8 +57,7 @@ def measure_launches(
         most = max(each[0] * each[1] for each in todo), max(part.tokens) * max(*part.rows, *part.columns)
         weights, inputs = (gpu.random(count, dtype=part.dtype, scale=0.02, seed=5) for count in most)
         outputs = gpu.empty(most[1] * itemsize(part.dtype)).view(inputs.dtype)
-        gc.disable()
-        try:
+        with collector_off():
             for done, (rows, columns, tokens) in enumerate(todo):
                 calls = _calls(weights, inputs, outputs, rows, columns, tokens)
                 kernels = gpu.launches(calls)
@@ -67,8 +66,6 @@ def measure_launches(
                 series.append(SurfaceSeries("launch", part.dtype, "eager", "none", shape, kernels, samples_ns))
                 if progress is not None and done % 100 == 0:
                     progress("launches", done, len(todo))
-        finally:
-            gc.enable()
     return tuple(series)
 
 

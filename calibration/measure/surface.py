@@ -10,7 +10,6 @@ the whole row and not between its kernels.
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from itertools import product
 from math import prod
 from typing import Any
 
+from ...collector import collector_off
 from ...dtypes import bits_of
 from ...engine.run import Progress
 from ..device.cuda import Calls, itemsize
@@ -138,14 +138,11 @@ def measure_surface(gpu: Any, grid: Grid = FULL_GRID, progress: Progress | None 
     rows = _Rows(Bench(gpu, extent), grid)
     todo = [*_product_rows(grid), *_small_rows(grid), *_attention_rows(grid)]
     series = []
-    gc.disable()
-    try:
+    with collector_off():
         for done, row in enumerate(todo):
             series.append(rows.time(row))
             if progress is not None and done % 100 == 0:
                 progress("surface", done, len(todo))
-    finally:
-        gc.enable()
     return tuple(series)
 
 
