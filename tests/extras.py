@@ -72,14 +72,19 @@ WITHOUT = NEEDS | {
 _NO_REFUSAL = ("core", "docs", "machine", *FOR_TESTS)
 
 
+def tracked() -> list[Path]:
+    """Returns what git tracks and what is new, as paths below the root."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [Path(name) for name in listed.split("\0") if name and (ROOT / name).is_file()]
+
+
 def wheel(python: str, folder: Path) -> tuple[Path, Path]:
-    """Returns the wheel of what git tracks here, changes included, and the folder of the copy that it is made of."""
+    """Returns the wheel of what is here, changes included, and the folder of the copy that it is made of."""
     copy = folder / "repository"
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in filter(None, listed.split("\0")):
-        if (ROOT / name).exists():
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, copy / name)
+    for path in tracked():
+        (copy / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, copy / path)
     command = [python, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder), str(copy)]
     subprocess.run(command, check=True)
     (found,) = folder.glob("prestage-*.whl")
@@ -91,8 +96,8 @@ def bash(environment: Path, folder: Path, command: str) -> tuple[bool, str]:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     path = f"export PATH={environment}/bin:$PATH VIRTUAL_ENV={environment}; unset PYTHONPATH; set -e\n"
-    options = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
-    done = subprocess.run(["bash", "-c", path + command], cwd=folder, check=False, **options)  # type: ignore[call-overload]
+    script = ["bash", "-c", path + command]
+    done = subprocess.run(script, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     said = (done.stderr.strip() or done.stdout.strip()).splitlines()
     return done.returncode == 0, said[-1] if said else ""
 

@@ -12,7 +12,6 @@ import contextlib
 import io
 import os
 import resource
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from extras import tracked, wheel
 
 from prestage.output.markdown import table
 
@@ -36,18 +36,11 @@ LAYERS = {
 _IMPORTED = "import sys, prestage; print(len(sys.modules))"
 
 
-def tracked() -> list[Path]:
-    """Returns what git tracks and what is new, as paths below the root."""
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    return [Path(name) for name in listed.split("\0") if name and (ROOT / name).is_file()]
-
-
 def how_big() -> str:
     """The wheel, and what starting takes where no machine code was kept before."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        wheel = _wheel(folder)
+        made, _ = wheel(sys.executable, folder)
         listed = (
             ["-c", _IMPORTED],
             ["-m", "prestage", "--help"],
@@ -55,23 +48,13 @@ def how_big() -> str:
         )
         _seconds(listed[0], folder)  # Python's own files are written
         lines = [
-            ["wheel", f"{wheel / 1e6:.1f} MB"],
+            ["wheel", f"{made.stat().st_size / 1e6:.1f} MB"],
             ["`import prestage`", f"{_seconds(listed[0], folder):.2f} s"],
             ["`prestage --help`", f"{_seconds(listed[1], folder):.2f} s"],
             ["`prestage run`, the first time", f"{_seconds(listed[2], folder):.1f} s"],
             ["the second time, before `prestage compile`", f"{_seconds(listed[2], folder):.2f} s"],
         ]
     return table(["what", "measured"], lines)
-
-
-def _wheel(folder: Path) -> int:
-    """Returns the bytes of a wheel, built of a copy of what is tracked."""
-    for path in tracked():
-        (folder / "tree" / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / path, folder / "tree" / path)
-    command = [sys.executable, "-m", "pip", "wheel", "-qq", "--no-deps", "-w", str(folder), str(folder / "tree")]
-    subprocess.run(command, check=True)
-    return next(folder.glob("*.whl")).stat().st_size
 
 
 def _seconds(arguments: list[str], folder: Path) -> float:
