@@ -568,7 +568,8 @@ def test_the_examples_of_the_help_run(
         for number, out in enumerate(("prestage-out", "other-out")):
             assert prestage(*SMALL_RUN, "--set", f"seed={number}", "--no-baselines", "--out", out).status == 0
     ran = prestage(*shlex.split(example.partition(" > ")[0]), *smaller)
-    assert (ran.status, ran.err) == (0, "")
+    said = [line for line in ran.err.splitlines() if not line.endswith(" min left")]  # how far a long one is
+    assert (ran.status, said) == (0, [])
     assert ran.out
 
 

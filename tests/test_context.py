@@ -63,7 +63,7 @@ def test_decoding_reads_what_is_cached_at_each_step() -> None:
     # The steps attend to 1, 2, 3 positions of 10 bytes, and to 100 that were there before.
     assert [added(0, step) for step in range(3)] == [10, 20, 30]
     assert [added(100, step) for step in range(3)] == [1010, 1020, 1030]
-    assert "bytes of the cache / 1000000000 B/s" in str(named(100))
+    assert "bytes of the cache / 1 GB/s" in str(named(100))
 
 
 def test_each_sequence_of_a_step_has_its_own_cache() -> None:

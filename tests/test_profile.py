@@ -126,7 +126,7 @@ def test_an_expert_that_was_not_measured_is_estimated_by_the_stated_rule_and_sai
     assert model.expert_bytes[0] == 13_236_480
     assert costs.expert(0, 1).ns == 13_500 + 3_152
     assert list(costs.estimates) == ["expert"]
-    assert "4200000000000 B/s" in costs.estimates["expert"]
+    assert "4.2 TB/s" in costs.estimates["expert"]
 
 
 # Every shipped profile.

@@ -67,7 +67,7 @@ def test_llama_cpps_cores_are_those_that_were_measured_by_themselves() -> None:
 
 def test_no_sample_names_a_folder_of_the_machine() -> None:
     files = [file for file in FOLDER.rglob("*") if file.is_file()]
-    assert len(files) == 31 + 4 + 2 + 4 + 10
+    assert len(files) == 31 + 4 + 2 + 4 + 10 + 2
     for file in files:
         content = file.read_bytes()
         content = gzip.decompress(content) if file.suffix == ".gz" else content
