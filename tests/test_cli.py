@@ -553,6 +553,8 @@ def test_the_examples_of_the_help_run(
     (tmp_path / "my-suite.toml").write_text(SMALL_SUITE)
     (tmp_path / "config.json").write_bytes((CONFIGS / "OLMoE-1B-7B-0924.json").read_bytes())
     smaller = ["--set", "workload.tokens=2"] if example.split()[0] in ("run", "sweep", "compare", "breakeven") else []
+    if example.startswith("advise "):
+        smaller = ["--trials", "6"]
     if example.startswith("capacity "):
         smaller = ["--set", "model.layers=2", "--set", "requests.count=20"]
     if example.startswith("suite ") and "my-suite.toml" not in example:

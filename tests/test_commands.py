@@ -100,7 +100,7 @@ def test_names_are_listed_a_line_each(prestage: Prestage) -> None:
         ("run --replicates=-1", "'--replicates': must be at least 0, not '-1'"),
         ("run --gpu 7950x", "machine.gpu = '7950x': is a processor"),
         ("run --gpu cpu", "machine.gpu = 'cpu': without a GPU, set machine.gpu = 'none'"),
-        ("run --gpu rtx4099", "did you mean 'rtx4090'? see `prestage machine list gpus`, or add it as docs/machine-parts.md"),
+        ("run --gpu rtx4099", "did you mean 'rtx4090'? see `prestage machine list gpus`, or add it as docs/"),
         ("run --set machine.profile=rtx4090", "or name its parts: 'gpu=rtx4090'"),
         ("topology rtx4090", "or name its parts: 'gpu=rtx4090'"),
         ("advise --within memory=20", "--within memory=20: write bytes as '24GiB'"),
