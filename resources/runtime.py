@@ -148,9 +148,9 @@ class Costs(Part):
     Of the host thread, in ns: `layer` each layer visit, `step` each forward pass (of one sequence: a token), `expert`
     each group of an expert's kernels, `copy_call` each copy, `cpu_submit` and `cpu_return` each visit that computes
     experts on the CPU, before and behind them, `indexed` each position that a layer of sparse attention has cached, for
-    a row that decodes. Times as long as the machine's: `launch` a launch, `gap` between groups
-    of kernels and what a group takes to start, `gpu_kernels` all kernels, `gpu_experts` the experts' besides.
-    `gpu_products` is what its own products of quantized weights compute a second, at most.
+    a row that decodes (within the dense part, for the GPU waits). Times as long as the machine's: `launch` a launch,
+    `gap` between groups of kernels and what a group takes to start, `gpu_kernels` all kernels, `gpu_experts` the
+    experts' besides. `gpu_products` is what its own products of quantized weights compute a second, at most.
     `dense_launches` and `expert_launches` are kernels that it launches for a layer's dense part and an expert, in place
     of the model's. `copy_rate` is what its copies reach of the link's rate. Experts on the CPU reach `cpu_stream` of
     STREAM, and `cpu_core` bytes a second a thread at most; `cpu_rates` of the runtime, where it has them, go before

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from prestage.engine.costs.costs import Costs
@@ -9,6 +11,7 @@ from prestage.engine.costs.surface_costs import SurfaceCosts, expert_kernels
 from prestage.engine.load import load_inputs
 from prestage.engine.scenario.scenario import load_scenario
 from prestage.resources.profile import load_profile
+from prestage.workloads.model import Routed
 
 #: Qwen3-30B-A3B's experts: 128 of 2048 x 768, of which a token takes 8.
 EXPERT = expert_kernels(2048, 768, "bfloat16", 3, 5, 3 * 2048 * 768 * 2)
@@ -45,6 +48,17 @@ def test_all_of_a_layers_experts_take_at_least_the_time_in_which_their_weights_a
     ns = costs_of().grouped(0, [4] * 128).ns
     assert ns > 128 * 3 * 2048 * 768 * 2 / 4.8e12 * 1e9
     assert ns == pytest.approx(308_000, rel=0.06)
+
+
+def test_an_expert_of_a_layer_with_fewer_costs_the_same_whichever_layer_is_asked_for_first() -> None:
+    settings = ["model.preset=qwen3-30b-a3b", "machine.profile=h200", "workload.tokens=4", "dispatch.mode=graph"]
+    inputs = load_inputs(load_scenario("one-gpu", [*settings, "dispatch.expert_kernel=grouped"]))
+    last = inputs.model.layers - 1
+    by_layer = (Routed(128, 8, 768),) * last + (Routed(16, 8, 768),)
+    inputs = replace(inputs, model=replace(inputs.model, by_layer=by_layer))
+    alone, behind = Costs(inputs), Costs(inputs)
+    assert behind.expert(0, 1).ns != alone.expert(last, 1).ns
+    assert behind.expert(last, 1) == alone.expert(last, 1)
 
 
 def test_only_grouped_kernels_are_told_as_such() -> None:

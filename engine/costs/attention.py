@@ -58,15 +58,16 @@ class _Rows(NamedTuple):
 class Attention:
     """What attention adds on one GPU, by step and kind of layer; nothing for a fixed batch without a context.
 
-    `kind_of` (layers,) numbers the layers that attend alike; `firsts` is a layer of each kind.
+    `kind_of` (layers,) numbers the layers that attend alike; `firsts` is a layer of each kind. The runtime takes
+    `indexed_ns` by itself for each position that sparse attention has cached.
     """
 
-    def __init__(self, inputs: Inputs, profile: Profile, surface: SurfaceCosts | None, dispatch: str) -> None:
+    def __init__(
+        self, inputs: Inputs, profile: Profile, surface: SurfaceCosts | None, dispatch: str, indexed_ns: int = 0
+    ) -> None:
         self._inputs, self._model, self._surface, self._rule = inputs, inputs.model, surface, profile.compute.rule
         self._start = inputs.scenario.workload.context
-        own = inputs.runtime.costs.indexed
-        #: What the runtime takes by itself for a position that sparse attention has cached, in ns.
-        self._indexed_ns = 0 if own is None else own.ns
+        self._indexed_ns = indexed_ns
         self._by_requests = inputs.scenario.requests is not None
         self._known: dict[int, tuple[Step, list[Added]]] = {}  # the last _KEPT steps
         model = self._model

@@ -25,10 +25,10 @@ from .attention import Added, Attention
 from .beside_costs import beside_costs
 from .grouped_kernels import GROUPED_BY_SURFACE, GroupedKernels
 from .points import Point, between
-from .results import CopyCost, KernelCost, ReadCost, ReadCosts
 from .runtime_costs import RuntimeCosts, launched_model, pieces_of, token_bucket
 from .surface_costs import Kernels, SurfaceCosts, dense_kernels, expert_kernels, head_kernels
 from .tiled_products import TiledProducts
+from .values import CopyCost, KernelCost, ReadCost, ReadCosts
 
 if TYPE_CHECKING:
     from ..scenario.inputs import Inputs
@@ -76,7 +76,8 @@ class Costs:
         self.by_priority = scenario.copy_.by_rank
         #: By what it is, its weights' bytes, which may be the same in many layers, and tokens.
         self._known: dict[tuple[str, int, int], KernelCost] = {}
-        self._known_experts: dict[tuple[int, int, int, int], KernelCost] = {}
+        #: By the bytes of an expert, its layer's experts and their width, tokens and phase.
+        self._known_experts: dict[tuple[int, ...], KernelCost] = {}
         self.estimates: dict[str, str] = {}
         self._set_heads(scenario)
         memory = scenario.copy_.host_memory or ("pinned" if "pinned" in profile.h2d else "pageable")
@@ -103,7 +104,7 @@ class Costs:
         self._set_measured(profile.compute)
         dispatch = "eager" if self._mode == "eager" else "graph"
         #: What attention adds to the dense parts with what is cached, by step.
-        self.attention = Attention(inputs, profile, self._surface, dispatch)
+        self.attention = Attention(inputs, profile, self._surface, dispatch, self.runtime.indexed_ns)
         self.predict = KernelCost(self.predict_ns, 1.0, 1, self.launch_ns + self.records_ns, self._latency_ns)
         if self.copies_hold_host and scenario.prefetch.issued_by == "gpu":
             raise ProfileError(
@@ -300,14 +301,15 @@ class Costs:
     def expert(self, layer: int, tokens: int, phase: int = DECODE) -> KernelCost:
         """Returns one expert's kernels over `tokens` tokens of a step of a phase."""
         tokens = self.run_tokens(tokens, phase)
-        size, width = self.model.expert_bytes[layer], self.model.routed(layer).expert_ff
-        cost = self._known_experts.get((size, width, tokens, phase))
+        size, (experts, _, width) = self.model.expert_bytes[layer], self.model.routed(layer)
+        key = (size, experts, width, tokens, phase)
+        cost = self._known_experts.get(key)
         if cost is None:
             points = self._expert_points.get(width, ())
             if self._by_surface is not None:
                 cost = self._by_surface.expert(layer, tokens)
                 self.estimates["grouped expert kernel"] = GROUPED_BY_SURFACE
-                if points:  # the surface was measured as well as these
+                if points and not points[0].device:  # the surface was measured as well as these
                     self.estimates.pop("expert", None)
             else:
                 cost = self._kernel("expert", points, self._expert_kernels(layer), tokens)
@@ -317,7 +319,7 @@ class Costs:
             least_ns = self._tiled.least_ns(self.model.expert_dtype, size, tokens, phase)
             if least_ns:
                 cost = _at_least(cost, least_ns + self.grouped_saved_ns)
-            self._known_experts[size, width, tokens, phase] = cost
+            self._known_experts[key] = cost
         return cost
 
     def _expert_kernels(self, layer: int) -> Kernels:
@@ -335,12 +337,12 @@ class Costs:
         return self._launches(model.dense_kernels) + experts * self._launches(model.expert_kernels) + 2
 
     def grouped(self, layer: int, tokens: list[int], phase: int = DECODE) -> KernelCost:
-        """Returns one grouped kernel over several experts: measured, or their sum, what any expert takes paid once."""
+        """Returns one grouped kernel over several experts: measured, or their sum with the constant of one."""
         costs = [self.expert(layer, count, phase) for count in tokens]
         ns = sum(cost.ns for cost in costs) - (len(costs) - 1) * self.grouped_saved_ns
         ns = max(ns, max(cost.ns for cost in costs))
         if self._grouped is None and self._by_surface is None:
-            self.estimates["grouped expert kernel"] = "each expert's, what any takes paid once"
+            self.estimates["grouped expert kernel"] = "the sum of each expert's kernels, with the constant of one"
         return KernelCost(ns, max(cost.slowdown for cost in costs), costs[0].launches, costs[0].host_ns)
 
     @cached_property

@@ -13,11 +13,11 @@ from dataclasses import replace
 from functools import cached_property
 
 from ...workloads.model import Model
-from .results import KernelCost
 from .surface_costs import Kernels
+from .values import KernelCost
 
-#: How that is said of an estimate.
-GROUPED_BY_SURFACE = "of each expert its share of one product over the rows of all of its layer's"
+#: What the result says of it.
+GROUPED_BY_SURFACE = "each expert's share of one product over the rows of all experts of its layer"
 
 
 class GroupedKernels:

@@ -16,7 +16,7 @@ from ...workloads.batches import DECODE
 from ..scenario.scenario import Scenario
 from .costs import Costs
 from .cpu_streams import TOKENS_A_PASS, CpuStream, cpu_stream
-from .results import KernelCost
+from .values import KernelCost
 
 #: Matrices of an expert as the CPU's are measured (gate, up, down).
 _MATRICES = 3

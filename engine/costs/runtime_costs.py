@@ -22,6 +22,8 @@ class RuntimeCosts:
         self.layer_ns, self.step_ns = self._time("layer"), self._time("step")
         self.cpu_submit_ns, self.cpu_return_ns = self._time("cpu_submit"), self._time("cpu_return")
         self.copy_call_ns, self._expert_ns = self._time("copy_call"), self._time("expert")
+        #: For a position that sparse attention has cached: the GPU waits for it.
+        self.indexed_ns = self._time("indexed")
         #: Whether the host waits for the end of a forward pass, and is held while the CPU computes experts.
         self.waits, self.cpu_blocks = runtime.waits, runtime.cpu_blocks
         launch = runtime.costs.launch

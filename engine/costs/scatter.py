@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from ...resources.timeline import DENSE, EXPERT, HEAD
 from ...workloads.keyed_random import uniform
-from .results import CopyCost, KernelCost
+from .values import CopyCost, KernelCost
 
 #: What scatters, by number: kernels of the three parts of a model, the host's time to launch one, copies of experts.
 SCATTERED = ("dense", "expert", "head", "host", "copy")

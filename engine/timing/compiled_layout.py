@@ -18,8 +18,8 @@ import numpy as np
 from ...resources.network import Crowd, CrowdShare, Network, Share
 from ...resources.timeline import DENSE, EXPERT, HEAD
 from ...workloads.batches import DECODE, PREFILL
-from ..costs.results import KernelCost
 from ..costs.scatter import SCATTERED, Scatter
+from ..costs.values import KernelCost
 from ..decide.commands import H2D, PREFETCH_LANE
 from ..decide.program import Program
 from . import memory as w
@@ -175,10 +175,10 @@ class Layout:
     def _lay_out_agenda(self, threads: Sequence[int]) -> None:
         """Lay out the words that say what each lane and thread does next: the threads of the run begin now."""
         owners = [*self.lanes, *threads]
-        nobody = -len(owners) % BLOCK
-        keys = self.memory.put([w.NEVER << KIND_BITS] * (len(owners) + nobody))
-        self.memory.put([*owners, *[-1] * nobody])
-        self.memory.set(0, {w.KEYS: keys, w.KEY_COUNT: len(owners) + nobody})
+        count = -(-len(owners) // BLOCK) * BLOCK
+        keys = self.memory.put([w.NEVER << KIND_BITS] * count)
+        self.memory.put([*owners, *[-1] * (count - len(owners))])  # the last block may have words of nobody
+        self.memory.set(0, {w.KEYS: keys, w.KEY_COUNT: count})
         for number, at in enumerate(self.lanes):
             self.memory.set(at, {w.L_KEY: keys + number})
         for number, at in enumerate(threads, len(self.lanes)):
@@ -186,7 +186,7 @@ class Layout:
         for at in self.threads:
             self.memory.set(int(self.memory.words[at + w.T_KEY]), {0: GOES_ON})
         if len(owners) > FEW:
-            blocks = self.memory.words[keys : keys + len(owners) + nobody].reshape(-1, BLOCK)
+            blocks = self.memory.words[keys : keys + count].reshape(-1, BLOCK)
             places = keys + BLOCK * np.arange(len(blocks)) + blocks.argmin(axis=1)
             self.memory.set(0, {w.FIRSTS: self.memory.put(np.stack([blocks.min(axis=1), places], axis=1).ravel())})
 

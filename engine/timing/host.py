@@ -14,7 +14,7 @@ import numpy.typing as npt
 import simpy
 
 from ...resources.timeline import ACTIVATION, CPU_EXPERT, DECOMPRESS, EXPERT, PEER, PREDICT, PREFETCH
-from ..costs.results import KernelCost
+from ..costs.values import KernelCost
 from ..decide.commands import COMPUTE, FIXED_REGISTERS, H2D, SIDE, TOKENS, Command, Op
 from ..policies.copy_order import QueuedCopy
 from .host_state import Exchanges, Gate, GpuState

@@ -16,8 +16,8 @@ from ...resources.timeline import DECOMPRESS, DENSE, EXPERT, HEAD, Timeline
 from ...workloads.batches import DECODE, PREFILL
 from ..costs.costs import Costs
 from ..costs.offload_costs import CpuCosts, ShrunkCosts
-from ..costs.results import CopyCost, KernelCost, ReadCost, ReadCosts
 from ..costs.scatter import scattering
+from ..costs.values import CopyCost, KernelCost, ReadCost, ReadCosts
 from ..decide.commands import H2D, PREFETCH_LANE, Command
 from ..policies.copy_order import COPY_ORDERS, ByRank
 from ..policies.miss import LOW_PRECISION

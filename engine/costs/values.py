@@ -1,4 +1,4 @@
-"""What costs are told as: one launch group, one copy, one read."""
+"""Costs as values: of one launch group, one copy, one read."""
 
 from __future__ import annotations
 
