@@ -63,6 +63,18 @@ def test_guesses_of_what_came_behind_the_last_layer_are_none() -> None:
     assert longer.predictions[..., 0].tolist() == [[[0, -1], [-1, -1], [-1, -1]], [[4, -1], [-1, -1], [-1, -1]]]
 
 
+def test_arrays_by_layer_go_on_and_arrays_of_another_meaning_stay_whatever_their_length() -> None:
+    """Two rows of two layers: an array by row, and one that nobody knows, are as long as one by layer."""
+    runners = np.array([[[2], [3]], [[3], [2]]])
+    extra = {"expert_bytes": np.array([7, 9]), "runners_up": runners, "domain": np.array([4, 5])}
+    trace = RoutingTrace(np.array([[[0], [1]], [[1], [0]]], dtype=np.uint8), 4, extra=extra)
+    _, longer = with_draft_layers(tiny_model(2), trace, 1)
+    assert longer.extra["expert_bytes"].tolist() == [7, 9, 9]
+    assert longer.extra["runners_up"][..., 0].tolist() == [[2, 3, 2], [3, 2, 2]]
+    assert longer.extra["domain"].tolist() == [4, 5]
+    longer.check()
+
+
 @pytest.mark.parametrize("preset", ["qwen3-30b-a3b", "gpt-oss-20b", "deepseek-v2-lite"])
 def test_a_draft_layer_takes_what_a_layer_takes(preset: str) -> None:
     model = load_model(preset)

@@ -16,6 +16,10 @@ import numpy.typing as npt
 from ...dtypes import bits_of
 from ...workloads.model import Model
 from ...workloads.trace import RoutingTrace
+from ...workloads.trace_checks import KNOWN_EXTRA, POPULARITY
+
+#: The axes of the extra arrays that have one of layers.
+_AXES = {name: layout.axes for name, layout in KNOWN_EXTRA.items()} | {POPULARITY: ("layer", "expert")}
 
 
 def with_draft_layers(model: Model, trace: RoutingTrace, count: int) -> tuple[Model, RoutingTrace]:
@@ -65,9 +69,10 @@ def _routed(trace: RoutingTrace, count: int) -> RoutingTrace:
 
     extra = dict(trace.extra)
     for name, value in trace.extra.items():
-        if name == "residency":
+        axes = _AXES.get(name, ())
+        if axes[:2] == ("row", "layer"):
             extra[name] = longer(value)
-        elif value.ndim and len(value) == trace.layers:  # by layer
+        elif axes[:1] == ("layer",):
             extra[name] = np.concatenate([value, np.repeat(value[-1:], count, axis=0)])
     return replace(
         trace,
