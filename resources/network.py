@@ -8,7 +8,7 @@ timeline afterwards, as everything else is.
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -40,8 +40,7 @@ def max_min(
     2nd edition, 1992, section 6.5.2). Raises ValueError for a flow that nothing bounds.
     """
     uses = [Counter(flow) for flow in flows]
-    known = dict(enumerate(demands)) if demands is not None else {}
-    wanted = {flow: want for flow, want in known.items() if want is not None}
+    wanted = {flow: want for flow, want in enumerate(demands or ()) if want is not None}
     # Whole numbers of one unit, which becomes smaller where a link is shared out: sums of fractions take longer.
     unit = math.lcm(*(bound.denominator for bound in [*capacities.values(), *wanted.values()]))
     left = _in_units(capacities, unit)
@@ -148,12 +147,12 @@ class Network:
     def scarce(self, asked: Iterable[Mapping[str, Fraction]]) -> set[str]:
         """Returns the links that cannot carry all that lanes ask of them at most (by link, a mapping for each lane).
 
-        No other link slows a transfer down: its fair share is never less than what one of those that pass it asks for.
+        No other link slows a transfer down: it carries what all that may pass it at once ask for together.
         """
-        total: Counter[str] = Counter()
+        total: defaultdict[str, Fraction] = defaultdict(Fraction)
         for of_lane in asked:
             for link, rate in of_lane.items():
-                total[link] += rate  # type: ignore[assignment]
+                total[link] += rate
         return {link for link, rate in total.items() if rate > self._capacities[link]}
 
     def _occupy(self, slot: int, running: tuple[Transfer, int] | None) -> None:

@@ -152,7 +152,7 @@ def _pageable_rates(machine: MeasuredMachine, sizes: Iterable[int]) -> dict[int,
 def ram_share(channels: int) -> Share:
     """Returns what reading reaches of the datasheet rate of a memory of so many channels, by what is published.
 
-    Of desktops' two channels nearly all is read. More of them are shared by processors of several dies or sockets,
+    Desktops' two channels and servers' many are apart: the latter are shared by processors of several dies or sockets,
     whose links to the memory, and not its modules, are often what is slowest.
     """
     rows = [(parse_ram(entry.of), entry.reached) for entry in published() if entry.what == "ram"]
