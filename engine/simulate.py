@@ -334,12 +334,12 @@ def _misses_apart(inputs: Inputs, managers: Sequence[MemoryManager]) -> list[npt
     assert layout is not None
     sources = [source_of(part, own, NoPrefetch()) for part, own in zip(inputs.parts, managers, strict=True)]
     in_python = shared_in_python(sources, layout.remote, spares=layout.spare_experts > 0) is not None
-    if in_python or layout.remote != "tokens" or layout.owned.sum(axis=0).max() > 1:
+    if in_python or layout.remote != "tokens" or layout.replicated:
         return None
     from .decide.compiled_misses import missed  # which compiles at its first import
 
-    owner = layout.first_owners.reshape(trace.layers, -1)[np.arange(trace.layers)[:, None], trace.experts]
-    owner = owner.astype(np.min_scalar_type(layout.gpus))
+    owners = layout.first_owners.astype(np.min_scalar_type(layout.gpus)).reshape(trace.layers, -1)
+    owner = owners[np.arange(trace.layers)[:, None], trace.experts]
     return [
         missed(
             replace(source, trace=replace(trace, experts=_own_choices(trace.experts, owner, gpu))),

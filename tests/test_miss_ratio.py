@@ -19,7 +19,7 @@ from prestage.engine.policies.eviction import EVICTION
 from prestage.engine.replay.compiled import KINDS
 from prestage.engine.replay.miss_ratio import DEFAULT_POLICIES, miss_ratio_curves
 from prestage.engine.replay.replay import replay_trace
-from prestage.engine.replay.scores import SCORED
+from prestage.engine.replay.scores import SCORING
 from prestage.output.plots import plot_miss_ratios
 from prestage.output.run_folder import write_miss_ratios
 from prestage.output.tables.traces import print_miss_ratios
@@ -56,7 +56,7 @@ def test_every_point_is_what_the_replay_counts(
         sizes = sizes[:1] * LAYERS
     trace = sized(trace, sizes)
     chosen: dict[str, Any] = {"batch": batch, "scope": scope, "lookup": lookup}
-    data = miss_ratio_curves(trace, points=points, policies=[*KINDS, *SCORED], **chosen)
+    data = miss_ratio_curves(trace, points=points, policies=[*KINDS, *SCORING], **chosen)
     if scope == "per-layer" and min(sizes) != max(sizes):
         return  # what pools of several sizes keep of a budget is less, and no budget of its own: see the next test
     for at, capacity in enumerate(data["capacities"]):

@@ -13,6 +13,7 @@ from ...machine_code import compiled_once
 from ...machine_words import fetch_soon
 from ..policies.compiled_eviction import (
     DEMANDED_AT,
+    EXTRA_ROWS,
     S3FIFO,
     SPENT,
     WAVE,
@@ -225,7 +226,7 @@ def leave(t: Tables, g: Word, p: Word, expert: Word, found: Word) -> None:
     """Let an expert lose its room; `found`: `victims` has found it."""
     d, kind = t.words, t.words[g + D_EVICTION]
     row = t.experts[d[g + D_EXPERTS] + expert]
-    state = t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_EXPERTS] + 4]
+    state = t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_EXPERTS] + EXTRA_ROWS]
     if found:
         evict(kind, state, expert - d[p + P_EXPERT])
     else:
@@ -246,7 +247,7 @@ def evict_for(t: Tables, g: Word, p: Word, lacking_bytes: Word, at: Word) -> Wor
     d = t.words
     first = d[g + D_EXPERTS] + d[p + P_EXPERT]
     held = t.experts[first : first + d[p + P_EXPERTS]]
-    state = t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_EXPERTS] + 4]
+    state = t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_EXPERTS] + EXTRA_ROWS]
     count = victims(d[g + D_EVICTION], state, held, d[g + D_WAVE], at, lacking_bytes, t.leaving)
     for number in range(count):
         leave(t, g, p, d[p + P_EXPERT] + t.leaving[number], 1)
@@ -261,7 +262,7 @@ def make_room(t: Tables, g: Word, p: Word, expert: Word, demanded: Word, at: Wor
     """Make room for an absent expert in a memory, at visit `at`; False, and nobody leaves, if that cannot be."""
     d = t.words
     if demanded and d[g + D_EVICTION] == S3FIFO:
-        state = t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_EXPERTS] + 4]
+        state = t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_EXPERTS] + EXTRA_ROWS]
         miss(d[g + D_EVICTION], state, expert - d[p + P_EXPERT])
     lacking_bytes = t.experts[d[g + D_EXPERTS] + expert, E_SIZE] - d[p + P_FREE_BYTES]
     return lacking_bytes <= 0 or evict_for(t, g, p, lacking_bytes, at)
@@ -292,7 +293,7 @@ def note_saved(t: Tables, g: Word, copies: Word) -> None:
 def note_use(t: Tables, g: Word, p: Word, expert: Word, found: Word) -> None:
     """Tell the policy that an expert was used: it was found, or admitted on demand."""
     d = t.words
-    state = t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_EXPERTS] + 4]
+    state = t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_EXPERTS] + EXTRA_ROWS]
     if found:
         use(d[g + D_EVICTION], state, expert - d[p + P_EXPERT])
     else:
@@ -320,7 +321,7 @@ def read(t: Tables, g: Word, expert: Word, demanded: Word, copied: Words) -> Non
     row[E_ROOM] = take_register(t, host)
     d[d[host + D_ROOMS] + row[E_ROOM]] = take_register(t, host)
     note_admission(t, host, expert, DEMANDED if demanded else PREFETCHED)
-    state = t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_EXPERTS] + 4]
+    state = t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_EXPERTS] + EXTRA_ROWS]
     admit(d[host + D_EVICTION], state, expert - d[p + P_EXPERT], demanded)
     copied[O_REQUESTS] = d[d[host + D_REQUESTS] + expert // d[host + D_LAYER_EXPERTS]]
     d[host + D_READ_BYTES] += row[E_SIZE]
@@ -414,7 +415,7 @@ def prefetch(t: Tables, g: Word, expert: Word, target: Word, at: Word) -> Word:
     if not claim(t, g, expert, -1, target, at):
         return False
     p, row = pool_of(t, g, expert), t.experts[d[g + D_EXPERTS] + expert]
-    state = t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_EXPERTS] + 4]
+    state = t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_EXPERTS] + EXTRA_ROWS]
     admit(d[g + D_EVICTION], state, expert - d[p + P_EXPERT], 0)
     if d[g + D_PROTECTS]:
         row[E_UNTIL] = target

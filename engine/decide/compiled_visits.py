@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..policies.compiled_eviction import BELADY, DEMANDED_AT, begin
+from ..policies.compiled_eviction import BELADY, DEMANDED_AT, EXTRA_ROWS, begin
 from ..policies.miss import CPU as ON_CPU
 from ..policies.miss import DEFERRED
 from .compiled_memory import claim, compiled, drop_prefetched, first_use, note_use, pool_of, unpin
@@ -290,7 +290,7 @@ def note_next_uses(t: Tables, g: Word, p: Word) -> None:
     d = t.words
     if d[g + D_EVICTION] != BELADY:
         return
-    state = t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_EXPERTS] + 4]
+    state = t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_EXPERTS] + EXTRA_ROWS]
     first = d[g + D_FOLLOWING] + d[g + D_FOLLOWED]
     for number in range(d[X_SERVED]):
         begin(state, t.served[number, S_EXPERT] - d[p + P_EXPERT], d[first + number])

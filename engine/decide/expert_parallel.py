@@ -75,9 +75,16 @@ class ExpertParallel:
         """The first owner of each expert (layers * experts,)."""
         return np.array([gpus[0] for of_layer in self.owners for gpus in of_layer], dtype=np.int64)
 
+    @cached_property
+    def replicated(self) -> bool:
+        """Whether an expert has more than one owner."""
+        return bool(self.owned.sum(axis=0).max() > 1)
+
     def served(self, gpu: int) -> list[int]:
         """Returns the experts that a GPU may serve: those that it owns, or all if no token moves."""
-        found: list[int] = np.flatnonzero(self.owned[gpu] | (not self.moves_tokens)).tolist()
+        if not self.moves_tokens:
+            return list(range(self.owned.shape[1]))
+        found: list[int] = np.flatnonzero(self.owned[gpu]).tolist()
         return found
 
 

@@ -301,8 +301,8 @@ def defer(resolved: Sequence[Resolved], at_once: Collection[int]) -> None:
     """Put off to the next layer what the CPU computes, but for the experts that are wanted at once.
 
     The expert deferral of KTransformers (Chen et al. 2025, SOSP, doi:10.1145/3731569.3764843; kt-kernel's
-    `select_deferred_experts`): an expert is wanted at once if any token has it among its best, whoever lies on the GPU
-    counted in; the others' results are added to the next layer's. The last layer puts off nothing.
+    `select_deferred_experts`): an expert is wanted at once if any token has it among its best, experts on the GPU
+    counted too; the others' results are added to the next layer's. The last layer puts off nothing.
     """
     for access in resolved:
         if access.way == CPU and access.expert not in at_once:

@@ -22,12 +22,12 @@ from ..policies.eviction_informed import GateWeight, Heat, PayBack
 Array = npt.NDArray[Any]
 
 #: The policies, by their names in EVICTION. On demand alone, nobody is spared by pay-back.
-SCORED: dict[str, type[GateWeight]] = {"gate-weight": GateWeight, "heat": Heat, "payback": PayBack}
+SCORING: dict[str, type[GateWeight]] = {"gate-weight": GateWeight, "heat": Heat, "payback": PayBack}
 
 
 def has_scores(policy: str, steps: Sequence[Step], lookup: str) -> bool:
     """Whether a policy's scores follow from the look-ups: gate weights only where each look-up is one token's."""
-    if policy not in SCORED:
+    if policy not in SCORING:
         return False
     return policy != "gate-weight" or lookup == "single" or all(len(step.rows) == 1 for step in steps)
 
@@ -46,7 +46,7 @@ def ranked_scores(policy: str, lookups: Lookups, trace: RoutingTrace, steps: Seq
     for number, step in enumerate(steps):
         step_of[step.rows] = number
     # All of a visit's look-ups are of one step.
-    now = (step_of[cells // per_row] / SCORED[policy].HALF_LIFE_STEPS).tolist()
+    now = (step_of[cells // per_row] / SCORING[policy].HALF_LIFE_STEPS).tolist()
     score_of: dict[int, float] = {}
     scores = []
     for expert, at, weight in zip(lookups.recency.tolist(), now, weights.tolist(), strict=True):

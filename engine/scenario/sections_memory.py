@@ -92,7 +92,7 @@ class MemorySection(Section):
         if self.pinned != WHOLE_LAYERS and not AMOUNT.fullmatch(self.pinned):
             raise InputError(f"pinned = {self.pinned!r}: write it as '10%', '4GiB', '512experts' or '{WHOLE_LAYERS}'")
         if self.pinned == WHOLE_LAYERS and self.preload not in ("layers", "front"):
-            raise InputError(f"pinned = 'layers' needs preload = 'layers' or 'front' (given {self.preload!r})")
+            raise InputError(f"pinned = {self.pinned!r} needs preload = 'layers' or 'front' (given {self.preload!r})")
         if self.pins and (self.preload == "none" or self.scope != "global"):
             raise InputError(
                 f"pinned = {self.pinned!r} needs a preload, whose first experts stay, and scope = 'global' (given "
@@ -209,10 +209,9 @@ class MissSection(Section):
     `fetch_behind` the expert itself is copied behind. `skip` leaves it out for tokens whose gate weight is under
     `threshold`, and fetches for the others; weights are the trace's, as its router gave them. The CPU's time is the
     profile's, for `cpu_threads` (not set: as many as were measured), or for a shape that was not measured an estimate.
-    Of each token's experts the `deferred_experts` of least gate weight, where the CPU computes them, may be done for
-    the next layer instead, whose result theirs is added to, unless another token has them among its others.
     `cpu_gb_per_s`, what the CPU reads of host memory (STREAM), takes the place of both: experts reach a share of it,
-    the runtime's.
+    the runtime's. Of each token's experts the `deferred_experts` of least gate weight, if the CPU computes them, are
+    added to the result of the next layer instead, unless another token has them among its others.
     """
 
     policy: Annotated[str, one_of(MISS)] = "fetch"

@@ -214,7 +214,7 @@ class SharingGpus:
         assert layout is not None
         owners = [gpus for of_layer in layout.owners for gpus in of_layer]
         only = layout.first_owners.reshape(trace.layers, -1)
-        replicated = layout.moves_tokens and layout.owned.sum(axis=0).max() > 1
+        replicated = layout.moves_tokens and layout.replicated
 
         def laid_out(first: int, end: int) -> Together:
             laid, servers = [], []
