@@ -16,6 +16,8 @@ from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_scenario, tiny_trac
 
 from prestage.engine.costs.cpu_streams import HIGHEST, LOWEST, MIDDLE, CpuStream
 from prestage.engine.costs.runtime_costs import RuntimeCosts, launched_model
+from prestage.engine.load import load_inputs
+from prestage.engine.loading.deciders import make_manager
 from prestage.engine.measure.recording import Recording
 from prestage.engine.run import ENGINES
 from prestage.engine.scenario.amounts import ScenarioError
@@ -151,6 +153,16 @@ def test_what_a_runtime_cannot_do_is_refused_in_one_line(tmp_path: Path) -> None
     with pytest.raises(ScenarioError) as refused:
         own_scenario(name)
     assert "miss.policy = 'fetch': Theirs computes absent experts on the CPU: set 'cpu'" in str(refused.value)
+
+
+def test_a_runtime_that_keeps_all_experts_is_refused_where_there_is_less_room() -> None:
+    def inputs(gib: int) -> Any:
+        return load_inputs(load_scenario("synthetic", [*settings, f"memory.total_bytes={gib}GiB"]))
+
+    settings = ["runtime.name=vllm", "memory.gpu_budget=100%", "prefetch.lookahead=0", "workload.tokens=4"]
+    make_manager(inputs(14))  # 9.5 GiB of experts, 3.3 of the rest
+    with pytest.raises(ScenarioError, match="vLLM keeps every expert on the GPU: they take 10165616640 bytes"):
+        make_manager(inputs(12))
 
 
 # What it costs, by hand.

@@ -140,8 +140,9 @@ def _whole_layers(inputs: Inputs, budget_bytes: int) -> Collection[int]:
 def preload(manager: MemoryManager, inputs: Inputs) -> None:
     """Put into an empty memory what the scenario wants there before the run, as far as there is room.
 
-    ScenarioError if layers that are named do not fit.
+    ScenarioError if layers that are named do not fit, or not all of a runtime that keeps every expert there.
     """
+    _refuse_less_than_all(manager, inputs)
     memory, wanted = inputs.scenario.memory, _wanted(inputs)
     fitting = manager.fitting(wanted)
     if memory.cpu_layers is not None and len(fitting) < len(wanted):
@@ -152,6 +153,18 @@ def preload(manager: MemoryManager, inputs: Inputs) -> None:
             f"give more budget"
         )
     manager.preload(fitting)
+
+
+def _refuse_less_than_all(manager: MemoryManager, inputs: Inputs) -> None:
+    """Raise ScenarioError where the runtime has one budget only, all experts, and other memory leaves less."""
+    only = inputs.runtime.only.get("memory.gpu_budget")
+    needed_bytes = sum(manager.size_of[expert] for expert in served_experts(inputs))
+    if only is not None and needed_bytes > manager.budget_bytes:
+        title = inputs.runtime.title or inputs.runtime.name
+        raise ScenarioError(
+            f"runtime.name = {inputs.runtime.name!r}: {title} {only.why}: they take {needed_bytes} bytes, and there is "
+            f"room for {manager.budget_bytes}: give more memory, a smaller model.dtype, or another runtime.name"
+        )
 
 
 def make_miss(inputs: Inputs) -> Miss | None:
