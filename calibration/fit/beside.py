@@ -251,30 +251,28 @@ def written(data: dict[str, Any], name: str, base: str) -> tuple[str, Profile]:
             if (point.hidden, point.experts, point.tokens) not in ours
         ]
         compute["predictors"] = [*compute["predictors"], *others]
-    patch = _patch(base)
-    text: dict[str, Any] = {
-        "extends": base,
+    added: dict[str, Any] = {
         "name": name,
         "source": f"{known.source if base.endswith('.json') else f'the costs of {base}'}; of executed schedules what "
         "works beside the GPU's stream (calibrate fit-beside)",
         **data,
     }
     if compute:
-        text["compute"] = compute
-    merged = extended(
-        known.model_dump(exclude_none=True), {key: value for key, value in text.items() if key != "extends"}
-    )
-    profile = make_profile(merged, f"fit of {name}")
-    if "extends" in patch:
-        added = {key: value for key, value in text.items() if key != "extends"}
+        added["compute"] = compute
+    profile = make_profile(extended(known.model_dump(exclude_none=True), added), f"fit of {name}")
+    if patch := _patch(base):
         return dumps(extended(patch, added), indent=1), profile
-    return (profile_text(profile) if base.endswith(".json") else dumps(text, indent=1)), profile
+    if base.endswith(".json"):
+        return profile_text(profile), profile
+    return dumps({"extends": base, **added}, indent=1), profile
 
 
 def _patch(base: str) -> dict[str, Any]:
     """Returns a profile's file as it is, if it is one that extends a shipped profile; else nothing."""
-    data: dict[str, Any] = loads(Path(base).read_bytes()) if base.endswith(".json") else {}
-    return data if not str(data.get("extends", ".json")).endswith(".json") else {}
+    if not base.endswith(".json"):
+        return {}
+    data: dict[str, Any] = loads(Path(base).read_bytes())
+    return data if "extends" in data and not data["extends"].endswith(".json") else {}
 
 
 def _measured(seen: Seen, note: str = "inside schedules") -> dict[str, Any]:
