@@ -112,12 +112,15 @@ class Run(Shown):
         return self
 
 
-def run_of(result: Result, name: str = "run") -> Run:
-    """Returns a finished run as figures need it."""
+def run_of(result: Result, name: str = "run", *, ranges: bool = False) -> Run:
+    """Returns a finished run as figures need it.
+
+    `ranges`: with p5 and p95 of its figures where not all costs were measured, for which twelve more runs are made.
+    """
     recordings, layers, log = result.recordings, result.data["model"]["layers"], result.serving.log
     return Run(
         name,
-        result.data,
+        result.with_range() if ranges else result.data,
         result.timeline,
         np.concatenate([_accesses(recording, layers) for recording in recordings]),
         np.concatenate([_copies(recording) for recording in recordings]),

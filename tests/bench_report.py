@@ -69,8 +69,9 @@ def measure(run: Run, spans: int, folder: Path) -> dict[str, Any]:
 def draw(path: Path, folder: Path) -> None:
     """Take the pictures of docs/report.md: one run, wide and light, and two side by side, on a phone, dark."""
     runs = [simulate(load_scenario("default", [f"prefetch.lookahead={ahead}"])) for ahead in (1, 0)]
-    write_report([run_of(runs[0])], folder / "report.html")
-    write_report([run_of(runs[0], "prefetching"), run_of(runs[1], "on demand")], folder / "two.html")
+    write_report([run_of(runs[0], ranges=True)], folder / "report.html")
+    named = zip(("prefetching", "on demand"), runs, strict=True)
+    write_report([run_of(run, name, ranges=True) for name, run in named], folder / "two.html")
     _picture(path, folder, "report.html", "timeline", width=1180)
     _picture(path.with_stem(f"{path.stem}-two-narrow"), folder, "two.html", "lanes", width=420, color_scheme="dark")
 

@@ -74,6 +74,13 @@ def test_a_loaded_run_is_the_run_that_was_written(result: Result, folder: Path) 
     assert load_result(folder / "result.json", "mine").name == "mine"
 
 
+def test_a_run_for_a_report_has_ranges_if_it_is_asked() -> None:
+    result = simulate(load_scenario("default", ["workload.tokens=4"]), baselines=False)
+    assert run_of(result).data.get("range") is None
+    band = run_of(result, ranges=True).data["range"]["tokens_per_second"]
+    assert band["p5"] < band["p95"]
+
+
 def test_what_is_saved_of_a_run_gives_its_counts_again(folder: Path) -> None:
     run = load_result(folder)
     counts = run.data["counts"]
