@@ -24,6 +24,7 @@ from prestage.engine.scenario.scenario import load_scenario
 
 #: Scenarios, for how many decode tokens by compiled code, and for how many by the slower ones.
 RUNS = {
+    "default": (200, 20),
     "speed": (1000, 40), "guide": (2000, 60), "gpt-oss-20b": (800, 40), "pipeline-2": (800, 20),
     "nvme": (100, 10), "cpu-experts": (500, 40), "placement-8": (256, 64),
 }  # fmt: skip
