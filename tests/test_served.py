@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from prestage.engine.load import load_inputs
-from prestage.engine.measure import metrics, parts, time_split
+from prestage.engine.measure import parts
 from prestage.engine.policies.scheduler import SCHEDULERS
 from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.scenario import Scenario, make_scenario
@@ -98,11 +98,19 @@ def test_a_streamed_run_is_measured_in_parts_to_the_same_numbers(
     }  # fmt: skip
     chosen = scenario(model={"layers": 2}, requests=asked)
     whole = simulate(chosen, baselines=False).data
-    for module in (parts, time_split, metrics):
-        monkeypatch.setattr(module, "AT_ONCE", 7)
+    monkeypatch.setattr(parts, "AT_ONCE", 7)
     streamed = simulate(chosen, baselines=False, stream=tmp_path)
     assert isinstance(streamed.recording.compute_spans, np.memmap) and streamed.data == whole
     assert {path.suffix for path in (tmp_path / "gpu0").iterdir()} == {".npy"}  # nothing else is left there
+
+
+def test_accesses_without_a_copy_are_measured_in_parts_to_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the CPU computes stands behind all accesses that have a copy: an expert's first may be of either."""
+    chosen = scenario(model={"layers": 2}, miss={"policy": "cpu", "cpu_gb_per_s": 50, "cpu_max_tokens": 1})
+    whole = simulate(chosen, baselines=False).data
+    assert whole["miss"]["ways"]["cpu"] > 7 < whole["miss"]["ways"]["fetched"]
+    monkeypatch.setattr(parts, "AT_ONCE", 7)
+    assert simulate(chosen, baselines=False).data == whole
 
 
 def test_decoding_takes_longer_the_longer_the_request() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from ...resources.timeline import DEMAND, PEER, PREFETCH, READBACK, covered_ns
 from ..decide.memory_manager import DEMANDED, PREFETCHED
 from .accesses import MISS_CAUSES, access_rates, accesses_from, miss_causes
-from .parts import AT_ONCE, counted, filled, parts_of
+from .parts import counted, filled, parts_of
 from .recording import FATES, OUTCOMES, Array, Recording, ratio
 from .speed import Served, speed_metrics
 from .time_split import busy_before, host_held_ns, time_split
@@ -85,8 +85,8 @@ def overlapped_ns(recording: Recording) -> tuple[int, int]:
     spans, busy_ns = recording.compute_spans, 0
     if not len(spans):
         return 0, 0
-    for first in range(0, len(spans), AT_ONCE) if total_ns else ():
-        busy = busy_before(spans[first : first + AT_ONCE])
+    for part in parts_of(len(spans)) if total_ns else ():
+        busy = busy_before(spans[part])
         busy_ns += int((busy(copies["end_ns"]) - busy(copies["start_ns"])).sum())
     return busy_ns, total_ns
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from ...resources.timeline import DECOMPRESS, DENSE, EXPERT, GUESSES, HEAD, KINDS, PREDICT, SWAP
 from ...workloads.batches import PulledSteps
-from .parts import AT_ONCE
+from .parts import parts_of
 from .recording import Array, Recording
 
 
@@ -64,12 +64,12 @@ def cpu_stall_ns(recording: Recording) -> int:
 
 
 def _all_gaps(recording: Recording) -> Iterator[_Gaps]:
-    """Yields the gaps before the kernels of a GPU, AT_ONCE of them at a time; all where other GPUs send something."""
+    """Yields the gaps before the kernels of a GPU, some at a time; all at once where other GPUs send something."""
     spans, waits = recording.compute_spans, _Waits(recording)
-    at_once = max(1, len(spans)) if len(recording.decoded.arrivals) else AT_ONCE
-    for first in range(0, len(spans), at_once):
-        before_ns = int(spans["end_ns"][first - 1]) if first else 0
-        yield _Gaps(spans[first : first + at_once], before_ns, waits)
+    together = len(spans) and len(recording.decoded.arrivals)
+    for part in [slice(0, len(spans))] if together else parts_of(len(spans)):
+        before_ns = int(spans["end_ns"][part.start - 1]) if part.start else 0
+        yield _Gaps(spans[part], before_ns, waits)
 
 
 class _Waits:
