@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 from importlib import import_module
 from pathlib import Path
@@ -196,6 +197,8 @@ def test_csv_leaves_out_what_is_not_known() -> None:
 def test_a_trace_prints_how_much_there_is() -> None:
     trace = prestage.RoutingTrace(experts=np.zeros((6, 2, 1), dtype=np.uint8), num_experts=4)
     assert repr(trace) == "<RoutingTrace: 6 tokens (6 decode) of 1 sequences, 2 layers of 4 experts, top-1>"
+    shown = dataclasses.replace(trace, meta={"model": "a <b> & c"})._repr_html_()
+    assert shown == f"<p><b>a &lt;b&gt; &amp; c</b>: {trace.summary()}</p>"
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
+from html import escape
 from pathlib import Path
 from typing import Any, Self
 
@@ -123,6 +124,12 @@ class RoutingTrace:
         if self.experts.ndim != 3:
             return f"<RoutingTrace: experts {self.experts.shape}, which check() refuses>"
         return f"<RoutingTrace: {self.summary()}>"
+
+    def _repr_html_(self) -> str:
+        if self.experts.ndim != 3:
+            return f"<p>{escape(repr(self))}</p>"
+        model = self.meta.get("model") or "a model that the trace does not name"
+        return f"<p><b>{escape(str(model))}</b>: {escape(self.summary())}</p>"
 
     @property
     def tokens(self) -> int:
