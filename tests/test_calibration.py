@@ -27,6 +27,7 @@ from prestage.calibration.measure.measure import LINKS, measure
 from prestage.calibration.measure.samples import TERMS, Key, Samples, SamplesError, Series, load_samples
 from prestage.output.plots import plot_transfer
 from prestage.resources.profile import load_profile
+from prestage.resources.profile_costs import ProfileError
 
 TINY_MODEL = """
 name = "tiny"
@@ -135,6 +136,8 @@ def test_what_several_gpus_add_is_measured_by_itself_too(extent: Extent) -> None
     exchanges = {(s.key["bytes"], s.key["mode"], s.key["gpus"]) for s in links.series if s.term == "exchange"}
     sizes = (4096, 8192, 16384, 32768, 65536)
     assert exchanges == {(size, mode, 2) for size in sizes for mode in ("in a row", "host")}
+    with pytest.raises(ProfileError, match=r"^samples: only what several GPUs add \(--links\): give those of one GPU"):
+        fit(links, "mine")
 
 
 def test_all_to_alls_are_measured_by_a_process_for_each_gpu() -> None:

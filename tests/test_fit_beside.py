@@ -176,3 +176,13 @@ def test_exchanges_of_sizes_that_no_schedule_had_take_as_much_more_than_apart_as
     assert found[largest] == took_ns  # what a schedule had stays
     assert found[largest * 64] == pytest.approx(10 * took_ns + took_ns - took_ns // 2, abs=1)
     assert set(found) == {0, largest // 4, *dict(points), largest * 64}
+
+
+def test_links_that_are_not_of_exchanges_and_runs_without_any_are_refused() -> None:
+    run = load_measured(RUNS / "h200-pair" / "fit-shared" / "fit-shared-qwen-graph-ahead0-tokens.json.gz")
+    apart = links_between_two({4096: 10_000})
+    with pytest.raises(ProfileError, match=r"^links: no series of exchanges by copies: must be what"):
+        fit_beside([run], links=apart.model_copy(update={"series": ()}))
+    alone = load_measured(RUNS / "h200-offload" / "fit-beside" / "fit-beside-mixtral-graph-ahead0-packed.json.gz")
+    with pytest.raises(ProfileError, match=r"^links: in these runs GPUs exchange nothing: execute the set fit-shared$"):
+        fit_beside([alone], links=apart)

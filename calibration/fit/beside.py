@@ -175,10 +175,12 @@ def fit_beside(runs: Iterable[Measured], drive: Samples | None = None, links: Sa
     """Returns what a profile says besides, as plain data to be merged into it: only what was seen.
 
     Samples of a `drive` and of the `links` between two GPUs give sizes that no schedule had. Raises ProfileError if
-    nothing was.
+    nothing was, and if `links` are not of exchanges or the runs have none.
     """
     runs = list(runs)
     seen = observe(runs)
+    if links is not None and "exchange" not in seen:
+        raise ProfileError("links: in these runs GPUs exchange nothing: execute the set fit-shared")
     host = {
         name: _duration(seen[cost])
         for name, cost in (
@@ -355,11 +357,14 @@ def _line(seen: dict[tuple[Any, ...], Seen]) -> dict[str, Any]:
 
 def _exchanges_apart(samples: Samples) -> dict[int, float]:
     """Returns what exchanges between two GPUs by copies took in a row, in ns, by bytes."""
-    return {
+    found = {
         int(series.key["bytes"]): float(np.median([ns for of in series.rounds_ns for ns in of]))
         for series in samples.series
         if series.term == "exchange" and (series.key["how"], series.key["mode"]) == ("copies", "in a row")
     }
+    if not found:
+        raise ProfileError("links: no series of exchanges by copies: must be what `calibrate measure --links` wrote")
+    return found
 
 
 def _exchange(seen: dict[tuple[Any, ...], Seen], apart: Mapping[int, float]) -> dict[str, Any]:

@@ -316,6 +316,8 @@ class _Fitter:
         evidence = self._evidence
         calls = {str(row.key["call"]): row for row in evidence.micro("host")}
         self._need(calls, "host calls")
+        if "product_launch" not in calls:
+            raise ProfileError("samples: only what several GPUs add (--links): give those of one GPU behind them, too")
         costs: dict[str, Any] = {name: self._duration(f"host.{name}", [row]) for name, row in calls.items()}
         if "turn" in costs:  # to another GPU and back
             costs["turn"]["ns"] //= 2
