@@ -43,7 +43,6 @@ def capacity(
     """
     from ..engine.measure.request_metrics import level_of
     from ..engine.scenario.scenario import load_scenario
-    from ..engine.timing.ready import make_ready
     from ..experiments.serving_capacity import serving_capacity
 
     if plot is not None:
@@ -55,7 +54,6 @@ def capacity(
     chosen = load_scenario(name, [*given, *promised])
     level = level_of(None if chosen.requests is None else chosen.requests.slo)
     with progress_shown(log_every_s=10) as progress:
-        make_ready(progress)
         data = serving_capacity(chosen, level, replicates=replicates, precision=precision, progress=progress)
     if plot is not None:
         from ..output.capacity_plot import plot_capacity

@@ -21,6 +21,7 @@ from ..engine.scenario.amounts import ScenarioError
 from ..engine.scenario.scenario import Scenario, make_scenario
 from ..engine.scenario.sections_requests import LEAST_RATE, MOST_RATE
 from ..engine.simulate import simulate
+from ..engine.timing.ready import make_ready
 from ..errors import InputError
 from ..workloads.requests.arrivals import ARRIVALS
 
@@ -225,6 +226,7 @@ def serving_capacity(
     arrivals = scenario.requests.arrivals
     if arrivals not in ARRIVALS:
         raise ScenarioError(f"requests.arrivals = {arrivals!r}: has no rate: choose one of {', '.join(ARRIVALS)}")
+    make_ready(progress)
 
     def measure(rate: float, seed: int) -> dict[str, Any]:
         data = scenario.plain()

@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 from unittest.mock import patch
@@ -71,17 +72,24 @@ def path_table(keep: Path | None = None) -> str:
     return "\n".join([*lines, f"| all | {total:.1f} |"])
 
 
+@contextmanager
+def clean_clone() -> Iterator[tuple[Path, Path]]:
+    """Yields an empty folder to work in, and one to import prestage from: a clean clone, where nothing is compiled."""
+    with tempfile.TemporaryDirectory() as made:
+        folder, packages = Path(made) / "here", Path(made) / "packages"
+        folder.mkdir()
+        clone = ["git", "clone", "--quiet", "--shared", str(ROOT), str(packages / "prestage")]
+        subprocess.run(clone, check=True)
+        yield folder, packages
+
+
 def ways_table() -> str:
     """Returns the five ways of new users and what each takes, as Markdown: commands, processor and wall seconds."""
     from test_paths import WAYS, walked
 
     lines = ["| who | commands | processor seconds | seconds |", "|---|---|---|---|"]
     for who, script in WAYS.items():
-        with tempfile.TemporaryDirectory() as made:
-            folder, packages = Path(made) / "here", Path(made) / "packages"
-            folder.mkdir()
-            clone = ["git", "clone", "--quiet", "--shared", str(ROOT), str(packages / "prestage")]
-            subprocess.run(clone, check=True)
+        with clean_clone() as (folder, packages):
             before, began = resource.getrusage(resource.RUSAGE_CHILDREN), perf_counter()
             with patch.dict(os.environ, PYTHONPATH=str(packages)):
                 walked(script, folder, most_s=float("inf"))

@@ -12,15 +12,14 @@ import os
 import resource
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 from gguf_files import OUTSIDE, block, facts, write
+from new_user import clean_clone
 
 from prestage.output.markdown import table
 
-ROOT = Path(__file__).parent.parent
 CONFIG = Path(__file__).parent / "data" / "configs" / "Mixtral-8x7B-v0.1.json"
 #: What is asked, and the command.
 ASKED = {
@@ -55,11 +54,7 @@ def one_command() -> str:
     """Returns each command's seconds, cold and warm, in Markdown."""
     rows = []
     for asked, command in ASKED.items():
-        with tempfile.TemporaryDirectory() as made:
-            folder, packages = Path(made) / "here", Path(made) / "packages"
-            folder.mkdir()
-            clone = ["git", "clone", "--quiet", "--shared", str(ROOT), str(packages / "prestage")]
-            subprocess.run(clone, check=True)
+        with clean_clone() as (folder, packages):
             (folder / "config.json").write_bytes(CONFIG.read_bytes())
             write(
                 folder / "some.gguf",

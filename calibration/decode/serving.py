@@ -10,8 +10,7 @@ from __future__ import annotations
 import gc
 import heapq
 import json
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -25,6 +24,7 @@ from ...engine.measure.request_metrics import run_requests
 from ...engine.scenario.inputs import Inputs
 from ...engine.scenario.scenario import Scenario, load_scenario, make_scenario
 from ...files import write_file
+from ...workloads.learned import one_thread
 from ...workloads.requests.request import Part, RequestStep, Wait
 from ...workloads.requests.server import Server
 from ..device.host import Cores
@@ -104,7 +104,7 @@ def serve_all(gpu: Any, config: ServeConfig, out: Path, progress: Progress | Non
                 break
             if progress is not None:
                 progress("serve", number + 1, config.repeats + 1)
-            with cores.quietest(), _one_thread():
+            with cores.quietest(), one_thread():
                 before_ns = runtime.copy_ns(_COPIES)
                 ran = serve_once(gpu, runtime, loaded, inputs)
                 slowdown, copies_ns = round(cores.slowdown(), 3), [before_ns, runtime.copy_ns(_COPIES)]
@@ -123,19 +123,6 @@ def serve_all(gpu: Any, config: ServeConfig, out: Path, progress: Progress | Non
     if not report:
         raise DecodeError(f"--deadline {config.deadline_s}: passed before a repeat could be counted: give more seconds")
     return report
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Let torch compute on the host's own thread alone: others would wait for the core that it stays on."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _checked(scenario: Scenario) -> Scenario:
