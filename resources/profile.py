@@ -29,11 +29,14 @@ from .parts.written import is_of_parts
 from .profile_costs import NO_TIME, ComputeCosts, CopyCosts, Duration, HostCosts, ProfileError, TransferCost
 from .topology import Topology
 
+#: A factor by which something takes longer beside something else lies between these.
+LEAST_FACTOR, MOST_FACTOR = 0.5, 20.0
+
 
 class Factor(Cost):
     """How many times as long something takes beside something else."""
 
-    factor: float = Field(ge=0.5, le=20)
+    factor: float = Field(ge=LEAST_FACTOR, le=MOST_FACTOR)
 
 
 class Contention(Part):

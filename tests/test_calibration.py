@@ -204,6 +204,29 @@ def test_what_several_gpus_add_extends_the_profile_of_one(samples_of_two: Sample
     assert again.host.exchange_call is not None and again.host.exchange_call.ns == 5
 
 
+def test_a_disturbed_measurement_is_fitted_all_the_same(samples_of_two: Samples) -> None:
+    """Whatever a busy machine makes of single samples: a hundredth, or a thousand times as long."""
+    graph, rng, notes = load_profile("h200-x2").topology, np.random.default_rng(0), ""
+    for _ in range(20):
+        series = [
+            one.model_copy(
+                update={
+                    "rounds_ns": tuple(
+                        tuple(max(1, round(ns * rng.choice([0.01, 1, 1, 1, 1, 100, 1000]))) for ns in taken)
+                        for taken in one.rounds_ns
+                    )
+                }
+            )
+            for one in samples_of_two.series
+        ]
+        disturbed = fit(samples_of_two.model_copy(update={"series": tuple(series)}), "tiny-x2", topology=graph).profile
+        assert disturbed.contention is not None
+        factors = [cost for _, cost in disturbed.contention if hasattr(cost, "factor")]
+        assert all(0.5 <= cost.factor <= 20 for cost in factors)
+        notes += " ".join(cost.note or "" for cost in factors)
+    assert "was measured: disturbed, measure again" in notes
+
+
 def test_a_profile_is_fitted_from_what_was_measured(samples: Samples) -> None:
     profile = fit(samples, "tiny").profile
     assert {(point.expert_ff, point.tokens, point.dispatch) for point in profile.compute.experts} == {

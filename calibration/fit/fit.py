@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ...files import replacing
-from ...resources.profile import Profile, make_profile
+from ...resources.profile import LEAST_FACTOR, MOST_FACTOR, Profile, make_profile
 from ...resources.profile_costs import ProfileError, TransferCost
 from ...resources.topology import Topology
 from ..measure.samples import Samples
@@ -477,4 +477,11 @@ def _measured(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _factor(factor: float, rows: Sequence[Row], note: str) -> dict[str, Any]:
+    """Returns how many times as long something takes beside something else; 1, or the most, where that is absurd.
+
+    Nothing is twice as fast in company: such a factor is that of a measurement that was disturbed, as its note says.
+    """
+    if not LEAST_FACTOR <= factor <= MOST_FACTOR:
+        note = f"{note}; {factor:.3g} was measured: disturbed, measure again"
+        factor = 1.0 if factor < LEAST_FACTOR else MOST_FACTOR
     return {"factor": round(factor, 4), "source": "measured", "note": note, "uncertainty": uncertainty(rows)}
