@@ -1,12 +1,14 @@
 """Mutation testing: small changes to the code, one at a time, and whether the tests of that code notice.
 
-    python tests/mutate.py [--count 60] [--seed 0] [--module NAME …] [--journal FILE] [--quick]
+    python tests/mutate.py [--count 60] [--seed 0] [--module NAME …] [--journal FILE] [--quick] [--again]
 
 prints every change that no test noticed, and how many were. Changes are drawn from all of the TARGETS by the seed:
 another comparison, operator, number, truth or end of a condition, a statement less. Each runs in a process of its
 own (tests/mutated.py); files stay as they are, and machine code that is made there is not kept. The journal holds a
 line of JSON for each change that was tried; the same command goes on where it ended.
-With --quick no test is asked that is marked slow, or that does not run the changed function.
+A module's own tests are asked first, then those of the other modules that run the changed function.
+With --quick no test is asked that is marked slow, or that does not run the changed function. With --again those
+changes of the journal that nobody noticed are tried once more, and no others.
 Modules that are compiled are no targets: that they do as their Python does is tested elsewhere, on random runs.
 """
 
@@ -88,6 +90,11 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "engine/timing/runs.py": ("test_requests_run", "test_stages", "test_speed"),
     "engine/timing/simulation.py": ("test_engines", "test_decisions", "test_tiers"),
 }  # fmt: skip
+#: Tests of whole runs, which are asked about every module's functions that they run.
+WHOLE_RUNS = (
+    "test_composition", "test_accepted_runs", "test_engine_properties", "test_golden", "test_statistics",
+    "test_inference", "test_show", "test_sweep", "test_capacity", "test_reality",
+)  # fmt: skip
 _OTHER: dict[type[ast.AST], tuple[type[ast.AST], ...]] = {
     ast.Lt: (ast.LtE, ast.Gt), ast.LtE: (ast.Lt, ast.Gt), ast.Gt: (ast.GtE, ast.Lt), ast.GtE: (ast.Gt, ast.Lt),
     ast.Eq: (ast.NotEq,), ast.NotEq: (ast.Eq,), ast.Is: (ast.IsNot,), ast.IsNot: (ast.Is,), ast.In: (ast.NotIn,),
@@ -172,6 +179,7 @@ def main() -> None:
     parser.add_argument("--module", action="append", choices=TARGETS)
     parser.add_argument("--journal", type=Path)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--again", action="store_true")
     given = parser.parse_args()
     scratch = Path(os.environ.get("TMPDIR", "/tmp")) / f"mutate-{os.getpid()}.log"
     journal: Path = given.journal or scratch.with_suffix(".jsonl")
@@ -185,23 +193,29 @@ def main() -> None:
 
     def work(noticed: Callable[..., tuple[bool, str]]) -> None:
         done, survived = _read(journal), 0
-        for number, ((module, at), how) in enumerate(zip(chosen, hows, strict=True), 1):
+        again = {change for change, fails in done.items() if given.again and not fails}
+        number = 0
+        for (module, at), how in zip(chosen, hows, strict=True):
             tree, what = changed(trees[module], at, how)
-            if (module, what) not in done:
+            if given.again and (module, what) not in done:
+                continue
+            if (module, what) in again or (module, what) not in done:
                 begun = time.monotonic()
                 fails, by = noticed(module, trees[module], tree)
                 row = {"module": module, "change": what, "noticed": fails, "by": by}
                 with journal.open("a", encoding="utf-8") as file:
                     print(json.dumps(row | {"seconds": round(time.monotonic() - begun, 1)}), file=file)
                 done[module, what] = fails
+            number += 1
             if not done[module, what]:
                 survived += 1
                 print(f"{module}:{what}: nobody noticed", flush=True)
             print(f"{number - survived} of {number} noticed", file=sys.stderr, flush=True)
-        print(f"{len(chosen) - survived} of {len(chosen)} noticed, of {len(every)} possible", flush=True)
+        print(f"{number - survived} of {number} noticed, of {len(every)} possible", flush=True)
 
     marks = mutated.MARKS + " and not slow" * given.quick
-    mutated.tried(targets, work, marks, (scratch, journal.with_suffix(".first")))
+    first = journal.with_suffix(".first" if given.quick else ".first-slow")
+    mutated.tried(targets, WHOLE_RUNS, work, marks, (scratch, first))
 
 
 def _read(journal: Path) -> dict[tuple[str, str], bool]:

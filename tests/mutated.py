@@ -39,16 +39,22 @@ class FirstRun:
     def __init__(self, seconds: Mapping[str, float], ran: Mapping[str, list[str]]) -> None:
         self._seconds, self._ran = dict(seconds), {test: set(names) for test, names in ran.items()}
 
-    def order(self, items: list[Any], functions: set[str], quick: bool) -> list[Any]:
+    def order(self, items: list[Any], own: tuple[str, ...], functions: set[str], quick: bool) -> list[Any]:
         """Returns the tests in the order in which they are to be asked about a change of these functions.
 
-        `quick`: none but those that run one of them.
+        Those of the `own` files that run one of them, those of other files that do, and, unless `quick`, the rest of
+        the own ones.
         """
 
-        def late(item: Any) -> tuple[bool, float]:
-            return not functions & self._ran.get(item.nodeid, set()), self._seconds.get(item.nodeid, 0.0)
+        def late(item: Any) -> tuple[bool, bool, float]:
+            runs = bool(functions & self._ran.get(item.nodeid, set()))
+            return not runs, item.path.stem not in own, self._seconds.get(item.nodeid, 0.0)
 
-        return sorted((item for item in items if not (quick and late(item)[0])), key=late)
+        def asked(item: Any) -> bool:
+            runs_none, of_others, _ = late(item)
+            return not (runs_none and (quick or of_others))
+
+        return sorted(filter(asked, items), key=late)
 
     def limit_s(self, items: list[Any]) -> int:
         """Returns the seconds of processor time after which a change of code counts as one that never ends."""
@@ -57,15 +63,16 @@ class FirstRun:
 
 def tried(
     tests: Mapping[str, tuple[str, ...]],
+    also: tuple[str, ...],
     work: Callable[[Callable[..., tuple[bool, str]]], None],
     marks: str,
     files: tuple[Path, Path],
 ) -> None:
     """Collect the tests of all modules, run them once as they are, then call `work` with what tries a change.
 
-    `tests`: by module (a path below the root), its test files. `marks`: of those that are asked. `files`: what tests
-    print; and where the first run is kept, for the next time. What tries a change takes a module, its tree and its
-    changed tree, and returns whether a test failed, and which.
+    `tests`: by module (a path below the root), its test files. `also`: test files of no module alone. `marks`: of
+    those that are asked. `files`: what tests print; and where the first run is kept, for the next time. What tries a
+    change takes a module, its tree and its changed tree, and returns whether a test failed, and which.
     """
     import pytest
 
@@ -80,7 +87,7 @@ def tried(
             work(lambda module, tree, new: _noticed(session, first, tests[module], (module, tree, new), log))
             return True
 
-    of_all = sorted({name for names in tests.values() for name in names})
+    of_all = sorted({name for names in (*tests.values(), also) for name in names})
     if pytest.main([*_QUIET, "-m", marks, *_paths(of_all)], plugins=[Session()]):
         raise SystemExit("the tests cannot be run")
 
@@ -130,13 +137,13 @@ def _noticed(
 ) -> tuple[bool, str]:
     """Returns whether a test fails on a change, and its name."""
     module, tree, new = change
-    items = [item for item in session.items if item.path.stem in files]
     pairs = _changed_functions(module, tree, new)
     report = log.with_suffix(".failed")
     report.unlink(missing_ok=True)
     if pairs is not None:
         quick = "not slow" in session.config.option.markexpr
-        items = first.order(items, {f"{module}:{old.co_qualname}" for _, old, _ in pairs}, quick)
+        names = {f"{module}:{old.co_qualname}" for _, old, _ in pairs}
+        items = first.order(session.items, files, names, quick)
 
         def exchanged() -> int:
             for function, _, code in pairs:
@@ -150,6 +157,8 @@ def _noticed(
         source.write_text(ast.unparse(new), encoding="utf-8")
         marks = session.config.option.markexpr
         command = [sys.executable, __file__, module, str(source), str(report), marks, *_paths(files)]
+
+        items = [item for item in session.items if item.path.stem in files]
 
         def anew() -> int:
             return subprocess.run(command, check=False, cwd=ROOT).returncode

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import fidelity
 import pytest
 
 from prestage.calibration.executor.measured import load_measured
 from prestage.calibration.published.rows import load_source, predicted, source_names
 from prestage.calibration.validate.validate import compare
-from prestage.resources.profile import load_profile
+from prestage.resources.profile import Profile, load_profile
+from prestage.resources.profile_costs import TransferCost
 
 #: Published rows that are recomputed here, of several sources and kinds; `prestage reproduce published` has all.
 SAMPLE = ("R27-both", "R11-first", "R8-124", "R20c-16k", "R17-int4", "R4-48", "R1", "M2-a100-full", "R18-nllb", "R22")
-#: Reports that no other test recomputes: one schedule of each.
-SCHEDULES = {"h200-held-out": "held-out", "h200-held-out-again": "held-out-again"}
+#: Schedules that are simulated anew, by report: two bound by the host, and one by the link. test_reality.py has all
+#: of the third report.
+SCHEDULES = {
+    "h200-held-out": "held-out/held-j-eager",
+    "h200-held-out-again": "held-out-again/held-j-eager",
+    "h200": "validation/qwen-graph-ahead0-waves",
+}
 
 
 def test_every_row_that_moved_since_the_last_release_is_told_in_the_changelog() -> None:
@@ -48,10 +56,33 @@ def test_a_published_run_is_predicted_as_at_the_last_release_or_the_changelog_na
     assert error is not None and not unsaid(f"published: {row}", error)
 
 
+def simulated(report: str, profile: Profile) -> dict[str, Any]:
+    """Returns the row of a report's schedule of SCHEDULES on a machine."""
+    return compare(load_measured(fidelity.VALIDATION / "h200" / f"{SCHEDULES[report]}.json.gz"), profile)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("report", SCHEDULES)
-def test_a_schedule_of_shapes_that_were_not_measured_is_simulated_as_at_the_last_release(report: str) -> None:
-    folder = fidelity.VALIDATION / "h200" / SCHEDULES[report]
-    file = min(folder.glob("*.json.gz"), key=lambda path: path.stat().st_size)
-    row = compare(load_measured(file), load_profile("h200"))
+def test_a_schedule_is_simulated_as_at_the_last_release_or_the_changelog_names_it(report: str) -> None:
+    row = simulated(report, load_profile("h200"))
     assert not unsaid(f"{report}: {row['scenario']}", row["makespan_error"])
+
+
+def slower(copy: TransferCost) -> TransferCost:
+    """Returns a copy that takes a tenth longer."""
+    if copy.points is None:
+        assert copy.bytes_per_second is not None
+        return copy.model_copy(update={"bytes_per_second": copy.bytes_per_second * 10 // 11})
+    return copy.model_copy(update={"points": tuple((size, ns * 11 // 10) for size, ns in copy.points)})
+
+
+@pytest.mark.slow
+def test_a_link_a_tenth_slower_is_a_change_that_has_to_be_told() -> None:
+    profile = load_profile("h200")
+    links = {
+        memory: costs.model_copy(update={"alone": slower(costs.alone), "queued": slower(costs.queued)})
+        for memory, costs in profile.h2d.items()
+    }
+    error = simulated("h200", profile.model_copy(update={"h2d": links}))["makespan_error"]
+    assert error == pytest.approx(simulated("h200", profile)["makespan_error"] + 0.094, abs=0.01), "94 % are copies"
+    assert unsaid("h200: qwen-graph-ahead0-waves", error)

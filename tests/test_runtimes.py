@@ -7,6 +7,7 @@ nothing unless it says so.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from prestage.engine.measure.recording import Recording
 from prestage.engine.run import ENGINES
 from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.scenario import Scenario, load_scenario, make_scenario
-from prestage.resources.runtime import SPREADS, OwnTime, Runtime, RuntimeFileError, load_runtime, runtime_names
+from prestage.resources.runtime import PROMPTS, SPREADS, OwnTime, Runtime, RuntimeFileError, load_runtime, runtime_names
 from prestage.resources.timeline import CPU_EXPERT, DEMAND, DENSE, EXPERT, HEAD
 from prestage.testing import record
 from prestage.workloads.model import load_model
@@ -346,3 +347,26 @@ def test_what_copies_and_experts_want_of_one_memory_beyond_what_it_has_slows_bot
     assert stream.beside(40e9, 40e9) == 1.0
     # 70 and 50 alone, of 95 together.
     assert stream.beside(70e9, 50e9) == pytest.approx(120 / 95)
+
+
+def validated(name: str) -> list[dict[str, Any]]:
+    """The rows of a committed report."""
+    folder = Path(__file__).parent.parent / "calibration" / "validation"
+    rows: list[dict[str, Any]] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+    return rows
+
+
+def rms_of_logs(rows: list[dict[str, Any]]) -> float:
+    return math.sqrt(sum(math.log(row["predicted_ns"] / row["measured_ns"]) ** 2 for row in rows) / len(rows))
+
+
+def test_how_far_software_is_off_is_what_the_committed_runs_were_off() -> None:
+    llama_cpp = validated("h200-llama.cpp")
+    held_out = [row for row in llama_cpp if row["model"] in ("gpt-oss-20b", "olmoe-1b-7b")]
+    assert len(held_out) == 20 and load_runtime("llama.cpp").structure == pytest.approx(
+        rms_of_logs(held_out), abs=0.005
+    )
+    prompts = validated("h200-llama.cpp-prompts")
+    assert len(prompts) == 36 and pytest.approx(rms_of_logs(prompts), abs=0.005) == PROMPTS
+    decoded = validated("h200-decode")
+    assert len(decoded) == 31 and 0 < load_runtime("transformers").structure - rms_of_logs(decoded) < 0.03
