@@ -111,11 +111,13 @@ class CpuRate(OwnCost):
 class CpuCore(OwnCost):
     """What one thread computes of experts that lie in its cache: bytes of weights a second, once for each token.
 
-    `tokens` is how many chose an expert: kernels that take several at once do more.
+    `tokens` is how many chose an expert: kernels that take several at once do more. `threads` is how many computed
+    together, for more of them may each do less; such a rate counts for its dtype alone, and there before others.
     """
 
     dtype: Dtype
     tokens: int = Field(default=1, ge=1)
+    threads: int | None = Field(default=None, ge=1)
     bytes_per_second: BytesPerSecond = Field(gt=0)
 
 

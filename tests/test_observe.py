@@ -5,6 +5,7 @@ import json
 import tomllib
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -51,8 +52,26 @@ def test_decode_json_gives_each_settings_scenario_and_time() -> None:
     report = json.loads(gzip.decompress((SAMPLES / "mixtral-8x7b" / "decode.json.gz").read_bytes()))
     for each, run in zip(found, report["runs"], strict=True):
         batch = run["scenario"]["workload"]["batch"]
-        assert each.ns == pytest.approx(batch * 1e9 / run["tokens_per_second"], rel=0.02)
+        assert each.ns == pytest.approx(batch * 1e9 / run["tokens_per_second"], rel=0.02)  # one repeat each
         assert Path(each.settings["workload"]["trace"]).is_file() and each.settings["machine"] == {"profile": "h200"}
+
+
+@pytest.mark.parametrize(("slower", "counted"), [
+    ((1.0, 1.14, 1.15), (0, 1)),
+    ((2.0, 1.3, 1.6), (1,)),
+    ((None, None, None), (0, 1, 2)),
+])  # fmt: skip
+def test_repeats_on_a_core_that_was_slowed_down_do_not_count(
+    tmp_path: Path, slower: tuple[float | None, ...], counted: tuple[int, ...]
+) -> None:
+    report = json.loads(gzip.decompress((SAMPLES / "mixtral-8x7b" / "decode.json.gz").read_bytes()))
+    for run in report["runs"]:
+        (tmp_path / run["scenario"]["workload"]["trace"]).write_bytes(b"")
+        run["repeats"] = [{"tokens_per_second": rate} | ({} if factor is None else {"host_slowdown": factor})
+                          for rate, factor in zip((10.0, 20.0, 40.0), slower, strict=True)]  # fmt: skip
+    found = load_logs([written(tmp_path, [report], "decode.json")], Context("h200"))
+    steps = [found[0].settings["workload"]["batch"] * 1e9 / (10.0, 20.0, 40.0)[number] for number in counted]
+    assert found[0].samples == len(counted) and found[0].ns == pytest.approx(median(steps))
 
 
 @pytest.mark.parametrize("form", ["array", "lines", "gzip"])

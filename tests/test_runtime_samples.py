@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,18 +50,31 @@ def test_llama_bench_gives_samples_of_every_cell_in_two_rounds() -> None:
     assert sum(len(rounds) >= 2 for rounds in cells.values()) == 74  # the last process of the second round was cut off
 
 
+def measured_cores(threads: int, *widths: int) -> Iterator[tuple[str, int, float]]:
+    """Yields what each of so many threads computed by itself: dtype, tokens, bytes a second."""
+    row = re.compile(r"type_a=(\w+),.*n_used=(\d+),b=0,m=(\d+),n=(\d+),k=(\d+),.*- +([0-9.]+) us/run")
+    for width in widths:
+        text = (FOLDER / "components" / f"mul-mat-id-cpu-t{threads}-m{width}.txt").read_text()
+        for dtype, used, rows, tokens, columns, us in row.findall(text):
+            size_bytes = int(used) * int(rows) * int(columns) * float(bits_of(dtype.lower())) / 8
+            yield dtype.lower(), int(tokens), int(tokens) * size_bytes / float(us) * 1e6 / threads
+
+
 def test_llama_cpps_cores_are_those_that_were_measured_by_themselves() -> None:
-    cores = {(core.dtype, core.tokens): core.bytes_per_second for core in load_runtime("llama.cpp").cpu_cores}
-    row = re.compile(r"type_a=(\w+),.*n_used=(\d+),b=0,m=(\d+),n=1,k=(\d+),.*- +([0-9.]+) us/run")
-    text = "".join((FOLDER / "components" / f"mul-mat-id-cpu-t8-m{width}.txt").read_text() for width in (768, 2880))
-    found = row.findall(text)
+    cores = {
+        (core.dtype, core.tokens, core.threads): core.bytes_per_second for core in load_runtime("llama.cpp").cpu_cores
+    }
+    found = [each for each in measured_cores(8, 768, 2880) if each[1] == 1]
     assert len(found) == 5
-    for dtype, used, rows, columns, us in found:
-        size_bytes = int(used) * int(rows) * int(columns) * float(bits_of(dtype.lower())) / 8
+    for dtype, tokens, rate in found:
         # Two of the types were measured on another day too, within a fifth.
-        assert cores[dtype.lower(), 1] == pytest.approx(size_bytes / float(us) * 1e6 / 8, rel=0.12), dtype
-    threads = [json.loads(line) for line in (FOLDER / "components" / "stream.jsonl").read_text().splitlines()]
-    (eight,) = (each["read_gb_per_s"] for each in threads if each["threads"] == 8)
+        assert cores[dtype, tokens, None] == pytest.approx(rate, rel=0.12), dtype
+    for threads in (4, 8, 16):
+        (one, four) = measured_cores(threads, 2880)
+        for dtype, tokens, rate in (one, four):
+            assert cores[dtype, tokens, threads] == pytest.approx(rate, rel=0.02), (threads, tokens)
+    reads = [json.loads(line) for line in (FOLDER / "components" / "stream.jsonl").read_text().splitlines()]
+    (eight,) = (each["read_gb_per_s"] for each in reads if each["threads"] == 8)
     thread = load_runtime("llama.cpp").costs.cpu_thread
     assert thread is not None and thread.bytes_per_second == pytest.approx(eight / 8 * 1e9, rel=0.1)
 

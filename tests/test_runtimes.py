@@ -329,6 +329,18 @@ def test_reading_and_computing_in_part_hide_behind_each_other() -> None:
     assert CpuStream(runtime, 100e9, 8, "here").rate("int8", 1 << 20, 4)[0] == pytest.approx(four * 1e9)
 
 
+def test_threads_together_compute_what_lies_between_measured_numbers_of_them() -> None:
+    table = [{"dtype": "int8", "threads": count, "bytes_per_second": rate * 10**9, **ASSUMED}
+             for count, rate in ((4, 7), (8, 7), (16, 4))]  # fmt: skip
+    every = {"dtype": "int8", "bytes_per_second": 5 * 10**9, **ASSUMED}
+    runtime = Runtime.model_validate({"name": "own", "cpu_cores": [*table, every]})
+    # 28, 56 and 64 GB/s of 4, 8 and 16 together: 60 of 12. Beyond them each does what it did: 2 x 7 and 32 x 4.
+    computed = [CpuStream(runtime, 100e9, threads, "here").computed("int8", 1) for threads in (2, 4, 8, 12, 16, 32)]
+    assert computed == pytest.approx([14e9, 28e9, 56e9, 60e9, 64e9, 128e9])
+    # Of another dtype, the rate of any number of threads: as many weights, of half the bits.
+    assert CpuStream(runtime, 100e9, 16, "here").computed("int4", 1) == pytest.approx(16 * 2.5e9)
+
+
 def test_of_a_dtype_between_two_as_many_weights_are_computed() -> None:
     # 10 and 40 GB/s of 8 and 32 bits are 10 G weights a second each: of 16 bits, 20 GB/s; of 4, 5.
     runtime = threaded(("int8", 1, 10), ("float32", 1, 40))
@@ -363,10 +375,10 @@ def rms_of_logs(rows: list[dict[str, Any]]) -> float:
 def test_how_far_software_is_off_is_what_the_committed_runs_were_off() -> None:
     llama_cpp = validated("h200-llama.cpp")
     held_out = [row for row in llama_cpp if row["model"] in ("gpt-oss-20b", "olmoe-1b-7b")]
-    assert len(held_out) == 20 and load_runtime("llama.cpp").structure == pytest.approx(
-        rms_of_logs(held_out), abs=0.005
-    )
+    # Its file says why it is the larger one, of before.
+    assert len(held_out) == 20 and 0 < load_runtime("llama.cpp").structure - rms_of_logs(held_out) < 0.06
     prompts = validated("h200-llama.cpp-prompts")
     assert len(prompts) == 36 and pytest.approx(rms_of_logs(prompts), abs=0.005) == PROMPTS
     decoded = validated("h200-decode")
-    assert len(decoded) == 31 and 0 < load_runtime("transformers").structure - rms_of_logs(decoded) < 0.03
+    # The report's repeats are those that nobody disturbed; with the others it was .17.
+    assert len(decoded) == 31 and 0 < load_runtime("transformers").structure - rms_of_logs(decoded) < 0.09

@@ -266,6 +266,7 @@ def runtime_file(fitted: Fitted, predictor: Predictor, base: str, told: tuple[st
         ]
     for core in runtime.cpu_cores if CORES in fitted.values else ():
         lines += ["", "[[cpu_cores]]", f'dtype = "{core.dtype}"', f"tokens = {core.tokens}"]
+        lines += [] if core.threads is None else [f"threads = {core.threads}"]
         lines += [f"bytes_per_second = {core.bytes_per_second}", 'source = "fitted"']
         lines += [f"spread = {fitted.after[CORES]:.3g}"]
     return "\n".join(lines) + "\n"

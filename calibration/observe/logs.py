@@ -22,6 +22,7 @@ from ...errors import InputError
 from ...workloads.model import Model, load_model
 from ..decode.runs import FORMAT, quartile_spread
 from ..decode.serving import FORMAT as SERVED
+from ..device.host import DISTURBED
 from .served_steps import ServedSteps, steps_by_rows
 from .serving_logs import Seen, seen, step_ns
 
@@ -156,13 +157,23 @@ def _decoded(file: Path, report: Mapping[str, Any], context: Context) -> list[Ob
                 raise ObserveError(f"{file}: {run['name']}: its trace {trace} is not there: keep both together")
             settings["workload"]["trace"] = str(trace)
             batch = settings["workload"]["batch"]
-            steps = [batch * 1e9 / repeat["tokens_per_second"] for repeat in run["repeats"]]
+            steps = [batch * 1e9 / repeat["tokens_per_second"] for repeat in _undisturbed(run["repeats"])]
             sections = _merged(settings, context)
             taken = (median(steps), len(steps), quartile_spread(steps))
             found.append(Observation(run["name"], report["model"]["name"], sections, *taken))
     except (KeyError, TypeError, ZeroDivisionError) as error:
         raise ObserveError(f"{file}: is not a whole {FORMAT}: {type(error).__name__}: {error}") from error
     return found
+
+
+def _undisturbed(repeats: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """Returns the repeats whose core nobody slowed down, as of executed schedules; else the least disturbed one.
+
+    Files without `host_slowdown` do not say which: all repeats count.
+    """
+    slower = [repeat.get("host_slowdown", 1.0) for repeat in repeats]
+    quiet = [repeat for repeat, factor in zip(repeats, slower, strict=True) if factor < DISTURBED]
+    return quiet or [repeats[slower.index(min(slower))]]
 
 
 def _in_real_time(file: Path, report: Mapping[str, Any], context: Context) -> list[Observation]:

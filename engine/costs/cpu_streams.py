@@ -8,7 +8,9 @@ published engines reach. Threads reach no more than each of them does alone, and
 Where a runtime says what a thread computes by dtype (`cpu_cores`), of weights that lie in its cache, and what it reads
 of memory (`cpu_thread`, or its part of STREAM), each is a time, and both in part hide behind each other: together they
 take the 1.5-norm of the two. Of a dtype that was not measured, threads compute as many weights a second as of the
-measured ones: straight over the logarithms of bits and weights, beyond them as the last.
+measured ones: straight over the logarithms of bits and weights, beyond them as the last. What was measured of the
+nearest number of tokens counts. Of a dtype that was measured with several numbers of threads, what these compute
+together runs straight between them; with more, or fewer, each does what it did with the nearest.
 """
 
 from __future__ import annotations
@@ -64,7 +66,7 @@ class CpuStream:
         """Returns the bytes of weights a second that all threads compute, each byte once for so many tokens."""
         if not self._runtime.cpu_cores or self._threads is None:
             return None
-        return _core_rate(self._runtime.cpu_cores, dtype, tokens) * self._threads / tokens
+        return _core_rate(self._runtime.cpu_cores, dtype, tokens, self._threads) * self._threads / tokens
 
     def rate(self, dtype: str, size_bytes: int, tokens: int) -> tuple[float, str]:
         """Returns the bytes a second that an expert is computed with, and how that was made, in words."""
@@ -111,16 +113,32 @@ def cpu_stream(runtime: Runtime, profile: Profile, miss: MissSection) -> CpuStre
     return CpuStream(runtime, float(processor.bytes_per_second), threads, given)
 
 
-def _core_rate(cores: Sequence[CpuCore], dtype: str, tokens: int) -> float:
-    """Returns what a thread computes of a dtype, in bytes a second for one of so many tokens."""
+def _core_rate(cores: Sequence[CpuCore], dtype: str, tokens: int, threads: int) -> float:
+    """Returns what each of so many threads computes of a dtype, in bytes a second for one of so many tokens."""
     bits = float(bits_of(dtype))
+    together = [core for core in cores if core.threads is not None and float(bits_of(core.dtype)) == bits]
+    if together:
+        return _thread_rate(_at_tokens(together, tokens), threads)
+    cores = [core for core in cores if core.threads is None] or cores
     known = sorted({float(bits_of(core.dtype)) for core in cores})
     weights = []
     for each in known:
         own = [core for core in cores if float(bits_of(core.dtype)) == each]
-        nearest = min(own, key=lambda core: (abs(np.log(core.tokens / tokens)), core.tokens))
-        weights.append(nearest.bytes_per_second * 8 / each)
+        weights.append(_at_tokens(own, tokens)[0].bytes_per_second * 8 / each)
     return float(np.exp(np.interp(np.log(bits), np.log(known), np.log(weights)))) * bits / 8
+
+
+def _at_tokens(cores: Sequence[CpuCore], tokens: int) -> list[CpuCore]:
+    """Returns the rates of the nearest number of tokens, by its ratio."""
+    nearest = min((core.tokens for core in cores), key=lambda one: (abs(np.log(one / tokens)), one))
+    return [core for core in cores if core.tokens == nearest]
+
+
+def _thread_rate(cores: Sequence[CpuCore], threads: int) -> float:
+    """Returns what each of so many threads computes: what they do together runs straight between measured numbers."""
+    counts, rates = np.array(sorted((core.threads, core.bytes_per_second) for core in cores), dtype=np.float64).T
+    inside = float(np.clip(threads, counts[0], counts[-1]))
+    return float(np.interp(inside, counts, counts * rates)) / inside
 
 
 def _nearest(rates: Sequence[CpuRate], threads: int | None, tokens: int) -> list[CpuRate]:
