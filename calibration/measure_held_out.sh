@@ -1,10 +1,16 @@
 #!/usr/bin/env bash
 # Execute held-out schedules on one CUDA GPU, within a time: those that attend to a context, as graphs and eager, then
-# the eager ones of before; and what calls of products take of the host.
+# the eager ones of before; and what calls of products take of the host. Between them schedules of the set `fit` are
+# executed, so that host and copies of that very session can be fitted: most of an eager error is the host's day.
 #
 #   bash calibration/measure_held_out.sh SECONDS OUT
 #
 # Run it in the repository's root; Python finds prestage and torch. OUT gets runs.tar.gz, launches.json.gz and a log.
+# Then, without a GPU, where OUT/runs.tar.gz was unpacked:
+#
+#   s=calibration/samples/h200
+#   prestage calibrate fit $s.json $s.surface.json.gz OUT/launches.json.gz --in-schedule runs/fit -o own.json
+#   prestage calibrate validate --profile own.json --measured runs/held-out-context --tolerance 0.08 -o report
 set -u
 seconds=$1 out=$(realpath -m "$2")
 began=$(date +%s)
@@ -27,8 +33,19 @@ grep -v "%|\|it/s\|^$" "$work/last" | tail -20 | cut -c1-400 | tee -a "$out/log"
 held=calibration/validation/held-out
 mapfile -t files < <(ls $held-context/*-graph.toml $held-context/*-eager.toml)
 for name in c d j f k b a l i g; do files+=("$held/held-$name-eager.toml"); done
-say "execute ${#files[@]}"
-timeout -k 5 -s ABRT "$(left)" "${prestage[@]}" calibrate execute "${files[@]}" -o "$work/runs/held-out-context" \
+fit=()
+for way in eager graph; do
+  for model in mixtral qwen switch deepseek; do fit+=("fit-$model-$way-ahead0" "fit-$model-$way-ahead1-recall90"); done
+done
+mixed=() every=$((${#files[@]} / ${#fit[@]}))
+for at in "${!files[@]}"; do # one of the fit in front of every second or so
+  if ((at % every == 0 && at / every < ${#fit[@]})); then mixed+=("${fit[at / every]}"); fi
+  mixed+=("${files[at]}")
+done
+say "execute ${#mixed[@]}"
+timeout -k 5 -s ABRT "$(left)" "${prestage[@]}" calibrate execute "${mixed[@]}" -o "$work/runs/held-out-context" \
   --all-repeats --repeats "${REPEATS:-5}" --keep-going >"$work/last" 2>&1
 say "execute: status $?, $(ls "$work/runs/held-out-context" | wc -l) files"
+mkdir "$work/runs/fit"
+find "$work/runs/held-out-context" -name "fit-*" -exec mv -t "$work/runs/fit" {} +
 grep -v "it/s\|^$" "$work/last" | tail -60 | cut -c1-400 | tee -a "$out/log"

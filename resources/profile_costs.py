@@ -265,7 +265,8 @@ class ComputeCosts(Part):
 class HostCosts(Part):
     """The dispatching thread's time for each call.
 
-    `launch` is that of a small kernel and `product_launches` that of a matrix product by dtype (else as any kernel's);
+    `launch` is that of a small kernel and `product_launches` that of a matrix product by dtype (else as any kernel's),
+    `further_launch` that of each kernel beyond its first that a product's call launches (see `surface.LaunchTable`);
     `copy_enqueue` that of a copy to the GPU and `readback_enqueue` that of the choice's (None: as any copy's).
     `event_record` and `event_wait` put an event, or a wait for one, on a stream. `readback` is from the end of the
     dense part to the choice being in host memory; `readback_late`, where the host asked for it only after that, from
@@ -285,6 +286,7 @@ class HostCosts(Part):
     copy_enqueue: Duration
     synchronize: DurationBesideCopy
     product_launches: dict[str, Duration] = {}
+    further_launch: Duration = NO_TIME
     readback_enqueue: Duration | None = None
     event_record: Duration = NO_TIME
     event_wait: Duration = NO_TIME

@@ -52,6 +52,7 @@ def scaled_surface(surface: Surface, scale: Scale) -> Surface:
             for part, groups in surface.groups.items()
         },
         beside_copy_ns_per_mib=surface.beside_copy_ns_per_mib / scale.memory,
+        launches=surface.launches,
     )
 
 

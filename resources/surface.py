@@ -29,6 +29,11 @@ _Sizes = Annotated[tuple[Annotated[int, Field(ge=1, le=2**40)], ...], Field(min_
 _Numbers = npt.NDArray[np.float64]
 
 
+def _must_grow(name: str, sizes: Sequence[int]) -> None:
+    if any(after <= before for before, after in pairwise(sizes)):
+        raise InputError(f"{name}: sizes must grow")
+
+
 class _Table(Part):
     """Durations in ns over a grid, the last axis fastest; 0 where nothing was measured."""
 
@@ -41,8 +46,7 @@ class _Table(Part):
     def _fills_its_grid(self) -> _Table:
         for name, _ in self.axes:
             sizes = getattr(self, name)
-            if any(after <= before for before, after in pairwise(sizes)):
-                raise InputError(f"{name}: sizes must grow")
+            _must_grow(name, sizes)
         count = prod(len(getattr(self, name)) for name, _ in self.axes)
         if len(self.ns) != count:
             raise InputError(f"ns: {len(self.ns)} numbers: {' x '.join(name for name, _ in self.axes)} makes {count}")
@@ -163,6 +167,45 @@ class PromptTable(_Table):
         return self._between(self._log_ns, (heads, head_dim, tokens))
 
 
+class LaunchTable(Part):
+    """How many kernels one call of a product launches, over a grid as of `ProductTable`; 0 where none was counted.
+
+    A library splits a product of few tokens and many columns over several blocks, and adds up their parts in a second
+    kernel.
+    """
+
+    dtype: Dtype
+    rows: _Sizes
+    columns: _Sizes
+    tokens: _Sizes
+    kernels: Annotated[tuple[Annotated[int, Field(ge=0, le=1000)], ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _fills_its_grid(self) -> LaunchTable:
+        for name, sizes in zip(("rows", "columns", "tokens"), self._sizes, strict=True):
+            _must_grow(name, sizes)
+        count = prod(map(len, self._sizes))
+        if len(self.kernels) != count:
+            raise InputError(f"kernels: {len(self.kernels)} numbers: rows x columns x tokens makes {count}")
+        return self
+
+    @property
+    def _sizes(self) -> tuple[Sequence[int], ...]:
+        return self.rows, self.columns, self.tokens
+
+    def launched(self, rows: int, columns: int, tokens: int) -> int:
+        """Returns the kernels of the nearest shape that was counted, along each axis, that has not more columns."""
+        row, column, token = (
+            min(range(len(sizes)), key=lambda place: abs(log(size / sizes[place])))
+            for size, sizes in zip((rows, columns, tokens), self._sizes, strict=True)
+        )
+        for place in range(column, -1, -1):
+            count = self.kernels[(row * len(self.columns) + place) * len(self.tokens) + token]
+            if count:
+                return count
+        return 1
+
+
 class GroupCosts(Cost):
     """What a group of kernels takes beside the kernels themselves, in one way of dispatch.
 
@@ -189,6 +232,7 @@ class Surface(Fact):
     """All that is known of single kernels on a GPU, whatever the model.
 
     Beside a copy to the GPU, products take `beside_copy_ns_per_mib` longer for each MiB of weights that they read.
+    `launches` count what the host's calls of products launch; without, each launches one kernel.
     """
 
     products: Annotated[tuple[ProductTable, ...], Field(min_length=1)]
@@ -197,6 +241,7 @@ class Surface(Fact):
     prompts: tuple[PromptTable, ...] = ()
     groups: dict[Group, GroupsByDispatch]
     beside_copy_ns_per_mib: float = Field(default=0.0, ge=0, le=1e6)
+    launches: tuple[LaunchTable, ...] = ()
 
     @model_validator(mode="after")
     def _has_every_group(self) -> Surface:

@@ -18,16 +18,26 @@ from prestage.calibration.device.cuda import CudaError
 from prestage.calibration.fit.beside import written
 from prestage.calibration.fit.evidence import Row, load_schedule, save_rows, uncertainty
 from prestage.calibration.fit.fit import Fit, fit, fit_transfer, write_profile
-from prestage.calibration.fit.host import solve_host
+from prestage.calibration.fit.host import calls_of, further_launch_ns, launch_tables, solve_host
 from prestage.calibration.fit.links import links_of, write_links
 from prestage.calibration.fit.transfer import from_profile, from_samples
 from prestage.calibration.measure.bench import Extent
 from prestage.calibration.measure.exchanges import measure_collectives
+from prestage.calibration.measure.launches import CALLS
 from prestage.calibration.measure.measure import LINKS, measure
-from prestage.calibration.measure.samples import TERMS, Key, Samples, SamplesError, Series, load_samples
+from prestage.calibration.measure.samples import (
+    TERMS,
+    Key,
+    Samples,
+    SamplesError,
+    Series,
+    SurfaceSeries,
+    load_samples,
+)
 from prestage.output.plots import plot_transfer
 from prestage.resources.profile import load_profile
 from prestage.resources.profile_costs import ProfileError
+from prestage.resources.surface import LaunchTable
 
 TINY_MODEL = """
 name = "tiny"
@@ -279,6 +289,41 @@ def test_the_calls_of_whole_entries_are_solved_for() -> None:
     }
 
 
+def test_what_a_product_launches_beyond_one_kernel_is_known_beforehand() -> None:
+    # As above, eager: of an expert of 64 x 32, products of 64 rows and 32 columns launch a second kernel, for 3 ns.
+    counted = LaunchTable(dtype="bfloat16", rows=(32, 64), columns=(32, 64), tokens=(1,), kernels=(1, 1, 2, 1))
+    key: dict[str, Any] = {"dispatch": "eager", "dtype": "bfloat16", "first": False, "hidden": 64, "size": 32}
+    expert, head = {**key, "kernels": 5, "products": 3}, {**key, "kernels": 1, "products": 1}
+    rows = [
+        row("host:expert_again", 2 + 2 * 5 + 3 * 10 + 3, **expert),
+        row("host:expert_first_use", 2 + 2 * 5 + 3 * 10 + 3 + 4, **expert),
+        row("host:head", 2 + 10, **{**head, "size": 64 * 64 * 2}),
+    ]
+    assert [calls_of(one, [counted]).get("further_launch") for one in rows] == [1, 1, None]
+    solved = solve_host(rows, 1, [counted], further_ns=3)
+    assert solved == {"launch": 5, "product_launches:bfloat16": 10, "event_wait": 4}
+    # Not told of it, all of it passes for small kernels.
+    assert solve_host(rows, 1)["launch"] > 5
+
+
+def test_a_second_kernel_costs_what_calls_of_two_take_more_than_those_of_one() -> None:
+    def counted(shape: tuple[int, ...], kernels: int, *ns: int, dtype: str = "bfloat16") -> SurfaceSeries:
+        return SurfaceSeries("launch", dtype, "eager", "none", shape, kernels * CALLS, tuple(CALLS * one for one in ns))
+
+    series = [counted((16, 16, 1), 1, 9, 10, 90), counted((16, 32, 1), 2, 14, 15, 16), counted((32, 16, 1), 1, 10)]
+    assert further_launch_ns(series) == 5
+    assert further_launch_ns(series[::2]) is None
+    (table,) = launch_tables(series)
+    assert (table.rows, table.columns, table.tokens, table.kernels) == ((16, 32), (16, 32), (1,), (1, 2, 1, 0))
+    # What was not counted launches what fewer columns do; beyond the grid counts its end, between the nearest.
+    assert [table.launched(rows, columns, 7) for rows, columns in ((32, 32), (16, 999), (9, 21), (22, 23))] == [
+        1,
+        2,
+        1,
+        2,
+    ]
+
+
 def test_what_is_held_back_is_the_last_run_and_rows_count_by_how_long_they_take() -> None:
     # The first row's last run is 10 % over the others; the second is exact and takes nine times as long.
     rows = [row("a", 100, runs=(100, 100, 110)), row("a", 900, runs=(900, 900, 900))]
@@ -394,7 +439,7 @@ SAMPLES = Path(__file__).parent.parent / "calibration" / "samples"
 
 
 def committed_fit() -> Fit:
-    names = (".json", "-two-gpus.json", ".surface.json.gz", ".low-bit.json.gz")
+    names = (".json", "-two-gpus.json", ".surface.json.gz", ".low-bit.json.gz", "-launches.json.gz")
     one, *more = (load_samples(SAMPLES / f"h200{name}") for name in names)
     return fit(one, "h200", load_schedule([SAMPLES / "h200.rows.json"]), more)
 

@@ -245,3 +245,16 @@ def test_a_file_of_a_shipped_name_comes_before_it(tmp_path: Path, monkeypatch: p
     (tmp_path / "guide").write_bytes(b"")
     with pytest.raises(TraceError, match="guide"):
         open_trace("guide")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("pop.csv", "layer,expert,count\n0,0,10\n0,1,5\n1,0,3\n"), ("pop.json", '{"0": {"0": 4, "1": 2}}')],
+)
+def test_counts_of_experts_are_no_trace_and_the_message_says_where_they_belong(
+    tmp_path: Path, name: str, text: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    for read in (open_trace, lambda path: import_trace(path, "auto")):
+        with pytest.raises(TraceError, match=rf"{name}: counts .*, and is no trace: set workload.synthetic.popularity"):
+            read(tmp_path / name)

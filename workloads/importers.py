@@ -24,6 +24,7 @@ from ..bounded import check_need
 from ..bounded import read as read_bounded
 from ..errors import InputError
 from ..words import unknown_name
+from .popularity import load_popularity
 from .routed_experts import KEYS, import_arrays, import_eval_callback
 from .routing_rows import import_rows, is_rows
 from .token_lists import import_guide, import_jsonl, import_topk_ids
@@ -82,12 +83,13 @@ def import_trace(
         raise TraceError(f"layers = {layers}: must be 1..{MAX_LAYERS}")
     path = Path(path)
     try:
-        if format == AUTO or format in _LISTS:
-            format = _format_of(path, format)
-        if "layers" in signature(IMPORTERS[format]).parameters:
-            trace = IMPORTERS[format](path, num_experts, layers=layers)
-        else:
-            trace = IMPORTERS[format](path, num_experts)
+        with _counts_named(path):
+            if format == AUTO or format in _LISTS:
+                format = _format_of(path, format)
+            if "layers" in signature(IMPORTERS[format]).parameters:
+                trace = IMPORTERS[format](path, num_experts, layers=layers)
+            else:
+                trace = IMPORTERS[format](path, num_experts)
     except OSError as error:
         raise TraceError(f"{path}: cannot be read: {error.strerror or error}") from error
     trace.check(str(path))
@@ -137,6 +139,8 @@ _BEGINNING_BYTES = 1 << 16
 
 #: Which importer reads a log, by how its name ends.
 _LOGS = {".route.csv": "bigmoeonedge", ".npy": "arrays", ".csv": AUTO, ".jsonl": AUTO}
+#: How the names of files end that may count how often experts were chosen.
+_COUNTED = (".csv", ".json")
 
 
 def shipped_traces() -> list[str]:
@@ -153,10 +157,32 @@ def open_trace(path: str | PathLike[str]) -> RoutingTrace:
     """
     if not Path(path).suffix and str(path) not in shipped_traces() and not Path(path).exists():
         raise TraceError(unknown_name("trace", str(path), [*shipped_traces(), "FILE.npz", "FILE.safetensors", "a log"]))
-    with trace_file(path) as file:
+    with trace_file(path) as file, _counts_named(Path(path)):
         if file is not None:
             return RoutingTrace.load(file)
     return import_trace(path, next(format for ending, format in _LOGS.items() if str(path).endswith(ending)))
+
+
+@contextmanager
+def _counts_named(path: Path) -> Iterator[None]:
+    """Lets what is no trace be refused as what it is, where it counts how often experts were chosen."""
+    try:
+        yield
+    except TraceError:
+        if path.suffix in _COUNTED and _holds_counts(path):
+            raise TraceError(
+                f"{path}: counts how often each expert was chosen, and is no trace: set workload.synthetic.popularity "
+                f"= '{path}', or draw a trace: prestage trace synth --popularity {path} -o TRACE.safetensors"
+            ) from None
+        raise
+
+
+def _holds_counts(path: Path) -> bool:
+    try:
+        load_popularity(path)
+    except TraceError:
+        return False
+    return True
 
 
 @contextmanager

@@ -71,9 +71,7 @@ def draw_by(
     all, the first `prefill_tokens` of each sequence are its prompt's. Raises TraceError where a layer lacks experts.
     """
     layers, experts = counts.shape
-    short = np.flatnonzero((counts > 0).sum(axis=1) < top_k)
-    if len(short):
-        raise TraceError(f"layer {short[0]}: fewer than {top_k} experts were ever chosen: give counts of more")
+    _check_chosen(counts, top_k)
     if not 1 <= sequences <= tokens or not 0 <= prefill_tokens * sequences < tokens:
         raise TraceError(
             f"tokens = {tokens}: must be at least sequences = {sequences}, and more than their prompts' "
@@ -100,6 +98,12 @@ def draw_by(
     )
 
 
+def _check_chosen(counts: Counts, top_k: int, where: str = "") -> None:
+    short = np.flatnonzero((counts > 0).sum(axis=1) < top_k)
+    if len(short):
+        raise TraceError(f"{where}layer {short[0]}: fewer than {top_k} experts were ever chosen: give counts of more")
+
+
 def popular_trace(
     path: Path, model: Model, tokens: int, sequences: int, prefill_tokens: int, seed: int
 ) -> RoutingTrace:
@@ -110,6 +114,7 @@ def popular_trace(
 
     def draw(experts: int, top_k: int) -> RoutingTrace:
         own = counts[:, :experts]
+        _check_chosen(own, top_k, f"{path}: ")
         return draw_by(own, tokens, top_k, sequences=sequences, prefill_tokens=prefill_tokens, seed=seed)
 
     for layer, experts in enumerate(model.experts_by_layer):

@@ -24,6 +24,7 @@ from ...resources.profile_costs import ProfileError, TransferCost
 from ...resources.topology import Topology
 from ..measure.samples import Samples
 from .evidence import (
+    MICRO,
     SCHEDULE,
     Evidence,
     Points,
@@ -35,7 +36,7 @@ from .evidence import (
     uncertainty,
     weighted_mean_ns,
 )
-from .host import solve_host
+from .host import FURTHER, further_launch_ns, launch_tables, solve_host
 from .kernels import KernelFitter
 from .surface import fit_surface
 
@@ -57,20 +58,23 @@ class Fit:
 def _surface_of(files: Sequence[Samples]) -> Samples | None:
     """Returns the first samples of a surface, with the products of dtypes that others have beside it; None without any.
 
+    Counted launches are no surface, and all files' are with it.
+
     Raises ProfileError if it is of another GPU than the first file.
     """
-    measured = [file for file in files if file.surface]
+    measured = [file for file in files if any(row.what != "launch" for row in file.surface)]
     for file in measured:
         if file.device != files[0].device:
             raise ProfileError(f"the surface is of an {file.device}, and the samples of an {files[0].device}")
     if not measured:
         return None
     first, *others = measured
-    series = list(first.surface)
+    launches = [row for file in files for row in file.surface if row.what == "launch"]
+    series = [row for row in first.surface if row.what != "launch"]
     for other in others:
         known = {row.dtype for row in series}
         series += [row for row in other.surface if row.what == "product" and row.dtype not in known]
-    return first.model_copy(update={"surface": tuple(series)})
+    return first.model_copy(update={"surface": (*series, *launches)})
 
 
 def fit(
@@ -287,6 +291,8 @@ class _Fitter:
     def _fit_surface(self, samples: Samples, points: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         """Returns the surface, and report how far groups are off that are put together of its kernels."""
         surface = fit_surface(samples, self._evidence, points)
+        if tables := launch_tables(samples.surface):
+            surface["launches"] = tables
         for (part, by_dispatch), dispatch in product(surface["groups"].items(), ("graph", "eager")):
             group = by_dispatch[dispatch]
             if "uncertainty" in group:
@@ -325,7 +331,12 @@ class _Fitter:
         entries = evidence.schedule_like("host:") + evidence.schedule_like("peer:host:")
         note = f"{SCHEDULE}: the calls of whole entries, solved for"
         known = {"source": "measured", "note": note, "uncertainty": uncertainty(entries)}
-        for name, ns in solve_host(entries, calls["event_record"].calm_ns).items():
+        counted = [] if self._surface is None else self._surface.surface
+        further_ns = further_launch_ns(counted)
+        if further_ns is not None:
+            costs[FURTHER] = {"ns": round(further_ns), "source": "measured", "note": MICRO}
+        tables, record_ns = launch_tables(counted), calls["event_record"].calm_ns
+        for name, ns in solve_host(entries, record_ns, tables, further_ns or 0.0).items():
             call, _, dtype = name.partition(":")
             if dtype:
                 costs["product_launches"][dtype] = {"ns": ns, **known}

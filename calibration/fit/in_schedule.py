@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median_low
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,7 +51,9 @@ def samples(runs: Iterable[Measured]) -> list[dict[str, Any]]:
     - copy_beside_all_gpus: the same as copy_queued while all other GPUs copied too, where there are any.
     - copies_at_once: of two streams' copies, how long an earlier one was still under way.
     - readback: from the dense part's end to the choice's arrival; synchronize: from there to the host's knowing.
-    - host:*: the host's time for the calls of one entry; `first`: the first behind a wait.
+    - host:*: the host's time for the calls of one entry; `first`: the first behind a wait. Eager ones have the shape,
+      for a call of a product may launch more than one kernel: `size` is an expert's width, or the weight bytes of the
+      head or of a typical layer.
 
     Where experts lie in another GPU's memory, what copies take and what they do to kernels beside them has `peer:`
     before its name. Between the stages of a pipeline:
@@ -328,7 +331,11 @@ def _host_key(settings: Scenario, model: Model, kind: int) -> dict[str, Any]:
         return {"dispatch": settings.dispatch.mode}
     kernels, products = _size(model, kind)
     dtype = model.expert_dtype if kind == EXPERT else model.dense_dtype
-    return {"dispatch": settings.dispatch.mode, "kernels": kernels, "products": products, "dtype": dtype}
+    key = {"dispatch": settings.dispatch.mode, "kernels": kernels, "products": products, "dtype": dtype}
+    if settings.dispatch.mode != "eager":
+        return key
+    size = {DENSE: median_low(model.dense_bytes), EXPERT: model.expert_ff, HEAD: model.head_bytes}[kind]
+    return {**key, "hidden": model.hidden, "size": size}
 
 
 def _size(model: Model, kind: int) -> tuple[int, int]:

@@ -156,12 +156,18 @@ class _Rows:
 
 def _table(each: dict[tuple[int, ...], float], names: Sequence[str]) -> dict[str, Any]:
     """Returns shapes and what each takes as axes and numbers over their grid; 0 where there is none."""
-    axes = [sorted({shape[number] for shape in each}) for number in range(len(names))]
+    named = axes_of(each, names)
+    axes = list(named.values())
     grid = np.zeros([len(axis) for axis in axes], dtype=np.int64)
     places = [{size: place for place, size in enumerate(axis)} for axis in axes]
     for shape, ns in each.items():
         grid[tuple(place[size] for place, size in zip(places, shape, strict=True))] = max(1, round(ns))
-    return {**dict(zip(names, axes, strict=True)), "ns": grid.ravel().tolist()}
+    return {**named, "ns": grid.ravel().tolist()}
+
+
+def axes_of(shapes: Iterable[tuple[int, ...]], names: Sequence[str]) -> dict[str, list[int]]:
+    """Returns the sizes of shapes along each axis, by its name."""
+    return {name: sorted({shape[number] for shape in shapes}) for number, name in enumerate(names)}
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,8 @@ def _host_calls(rows: Sequence[Row], profile: Profile) -> Iterator[Drift]:
 def _calls_cost(row: Row, profile: Profile) -> tuple[float, float] | None:
     """Returns what a profile says of an entry's calls, in ns, and how much that varied; None if it lacks one."""
     ns, vary_ns = 0.0, 0.0
-    for name, count in calls_of(row).items():
+    tables = () if profile.compute.surface is None else profile.compute.surface.launches
+    for name, count in calls_of(row, tables).items():
         call, _, dtype = name.partition(":")
         cost = profile.host.product_launches.get(dtype) if dtype else getattr(profile.host, call, None)
         if cost is None:

@@ -26,7 +26,15 @@ from .beside_costs import beside_costs
 from .grouped_kernels import GROUPED_BY_SURFACE, GroupedKernels
 from .points import Point, between
 from .runtime_costs import RuntimeCosts, launched_model, pieces_of, token_bucket
-from .surface_costs import Kernels, SurfaceCosts, dense_kernels, expert_kernels, head_kernels
+from .surface_costs import (
+    DENSE_PRODUCTS,
+    Kernels,
+    SurfaceCosts,
+    dense_kernels,
+    expert_kernels,
+    further_launches,
+    head_kernels,
+)
 from .tiled_products import TiledProducts
 from .values import CopyCost, KernelCost, ReadCost, ReadCosts
 
@@ -153,6 +161,7 @@ class Costs:
         self._product_launch_ns = {
             dtype: 0 if free else product.ns for dtype, product in host.product_launches.items() if eager
         }
+        self._further_launch_ns = 0 if free else host.further_launch.ns
         self.records_ns = 0 if free else records * host.event_record.ns
         self.wait_ns = 0 if free else host.event_wait.ns
         self.enqueue_ns = 0 if free else host.copy_enqueue.ns
@@ -171,6 +180,8 @@ class Costs:
             surface = None
         starts, fewer = self.runtime.gap_factor, not self.runtime.own_kernels
         self._surface = None if surface is None else SurfaceCosts(surface, self._mode, starts, low_bit=fewer)
+        #: What calls of the library's products launch; kernels of a runtime's own are no calls of these.
+        self._launched = compute.surface.launches if compute.surface is not None and fewer else ()
         by_surface = self._groups and self._grouped is None and self._surface is not None
         price = partial(self._kernel, "expert", ())
         self._by_surface = GroupedKernels(model, self._expert_kernels, price) if by_surface else None
@@ -334,7 +345,9 @@ class Costs:
         """Returns the most launches of one layer visit with so many tokens, the head and a prediction included."""
         model = self.model
         experts = min(model.experts, tokens * model.top_k)
-        return self._launches(model.dense_kernels) + experts * self._launches(model.expert_kernels) + 2
+        # A product's call may launch a second kernel.
+        dense, expert = model.dense_kernels + DENSE_PRODUCTS, model.expert_kernels + model.expert_matrices
+        return self._launches(dense) + experts * self._launches(expert) + 2
 
     def grouped(self, layer: int, tokens: list[int], phase: int = DECODE) -> KernelCost:
         """Returns one grouped kernel over several experts: measured, or their sum with the constant of one."""
@@ -397,9 +410,10 @@ class Costs:
         ns, beside_ns = self.runtime.kernel_ns(what, ns), self.runtime.kernel_ns(what, beside_ns)
         launches, host_ns = 1, self.launch_ns + self.records_ns
         if self._mode == "eager":
-            launches, products = kernels.launches, len(kernels.products)
-            product_ns = self._product_launch(kernels.dtype)
-            host_ns = self.records_ns + products * product_ns + (launches - products) * self.launch_ns
+            products, further = len(kernels.products), further_launches(self._launched, kernels, tokens)
+            launches = kernels.launches + further
+            host_ns = self.records_ns + products * self._product_launch(kernels.dtype)
+            host_ns += (kernels.launches - products) * self.launch_ns + further * self._further_launch_ns
         host_ns = self.runtime.launch_ns(what, host_ns)
         return KernelCost(round(ns), beside_ns / ns if ns else 1.0, launches, host_ns, latency_ns)
 

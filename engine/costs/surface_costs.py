@@ -19,7 +19,16 @@ from math import log
 from typing import TypeVar
 
 from ...dtypes import bits_of
-from ...resources.surface import AttentionTable, Group, GroupCosts, ProductTable, PromptTable, SmallTable, Surface
+from ...resources.surface import (
+    AttentionTable,
+    Group,
+    GroupCosts,
+    LaunchTable,
+    ProductTable,
+    PromptTable,
+    SmallTable,
+    Surface,
+)
 
 #: Matrix products of a layer's dense part as it is executed and measured; the rest of its kernels are small.
 DENSE_PRODUCTS = 4
@@ -88,6 +97,18 @@ def head_kernels(hidden: int, dtype: str, size_bytes: int) -> Kernels:
 def product_width(hidden: int, dtype: str, products: int, size_bytes: int) -> int:
     """Returns the other width of products with the hidden state that together read about `size_bytes`."""
     return max(16, int(size_bytes * 8 / (products * hidden * bits_of(dtype))) // 16 * 16)
+
+
+def further_launches(tables: Sequence[LaunchTable], kernels: Kernels, tokens: int) -> int:
+    """Returns how many kernels the calls of a group's products launch beyond one each, by a surface's tables.
+
+    A dtype of which none was counted launches what one of as many bits does; without one, nothing more.
+    """
+    alike = [table for table in tables if bits_of(table.dtype) == bits_of(kernels.dtype)]
+    table = next((table for table in alike if table.dtype == kernels.dtype), alike[0] if alike else None)
+    if table is None:
+        return 0
+    return sum(table.launched(each.rows, each.columns, tokens) - 1 for each in kernels.products)
 
 
 @dataclass(frozen=True, slots=True)

@@ -347,7 +347,7 @@ def _in_use(place: str, inputs: Inputs) -> bool:
     if mode != "free":
         used += ["host.copy_enqueue", "host.synchronize", "host.event_", "host.resume", "host.copy_resume"]
         used += [f"compute.{mode}_gap", "compute.event_wait_gap", "compute.launch_latency"]
-        used += ["host.graph_launch"] if mode == "graph" else ["host.launch", "host.product_launches."]
+        used += ["host.graph_launch"] if mode == "graph" else ["host.launch", "host.product_launches.", "host.further_"]
     return place.startswith(tuple(used))
 
 
