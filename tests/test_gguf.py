@@ -103,6 +103,23 @@ def test_a_type_that_is_not_known_has_all_its_bytes_wherever_the_file_is_cut(pat
     assert load_model(path).expert_bytes[0] == 3 * 1120 // 4
 
 
+@pytest.mark.parametrize("kept", [100_000, 1 << 20, 2_000_000])
+def test_the_only_tensor_of_a_type_that_is_not_known_is_not_taken_for_whole_where_a_download_ends(
+    path: Path, kept: int
+) -> None:
+    """The last tensor alone is of the type, 35 bytes for 64 weights: of 2 MB, a rest is no whole number of its rows."""
+    shape = (2048, 512, 4)
+    large = [("blk.0.ffn_up_exps.weight", shape, 144)]
+    first = [tensor for tensor in block(0) if tensor[0] != large[0][0]]
+    write(path, facts("tiny", block_count=1), OUTSIDE + first + large)
+    whole = path.read_bytes()
+    sizes = {tensor.name: tensor.size_bytes for tensor in read_header(path).tensors}
+    assert sizes[large[0][0]] == size_of(shape, 144)
+    path.write_bytes(whole[:kept])
+    with pytest.raises(ModelError, match="type 144 is not known, and the file is cut before its end"):
+        read_header(path)
+
+
 def test_fused_gate_and_up_are_two_matrices(path: Path) -> None:
     tensors = [t for t in block(0) if "gate_exps" not in t[0] and "up_exps" not in t[0]]
     fused = [("blk.0.ffn_gate_up_exps.weight", (32, 32, 4), 8)]

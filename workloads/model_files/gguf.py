@@ -58,6 +58,8 @@ TYPES: dict[int, tuple[str, int, int]] = {
 #: By the number of a kind of value: how `struct` reads one, without text and lists.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _LIST = 8, 9
+#: Weights of the longest block that a type has; shorter ones divide it.
+_LONGEST_BLOCK = 256
 _MAGIC = b"GGUF"
 #: No model comes near: a file that says more is damaged.
 _MOST_ENTRIES, _MOST_DIMENSIONS, _MOST_ALIGNMENT = 1 << 20, 8, 1 << 16
@@ -219,7 +221,7 @@ class _Reader:
         if type(alignment) is not int or not 1 <= alignment <= _MOST_ALIGNMENT:
             raise ModelError(f"{self._path}: general.alignment = {shown(alignment)}: must be 1 to {_MOST_ALIGNMENT:,}")
         begins = -(-self._at // alignment) * alignment
-        by_place = _by_place(placed, len(self._content) - begins)
+        by_place = _by_place(placed, len(self._content) - begins, alignment)
         for tensor in placed:
             if tensor.type in TYPES:
                 dtype, block, block_bytes = TYPES[tensor.type]
@@ -234,11 +236,11 @@ class _Reader:
             yield Tensor(tensor.name, f"type {tensor.type}", tensor.shape, size_bytes)
 
 
-def _by_place(placed: Sequence[_Placed], end: int) -> Callable[[_Placed], int]:
+def _by_place(placed: Sequence[_Placed], end: int, alignment: int) -> Callable[[_Placed], int]:
     """Returns the rule of a tensor's bytes where its type is not known: up to the next one's place.
 
     A file may be cut anywhere before its `end`. So the last tensor has as many bytes a weight as the largest other of
-    its type, and only without one goes up to the end; 0 where that is cut off.
+    its type, and only without one goes up to the end: 0 where that is cut off, or within its rows.
     """
     last = max((tensor.offset for tensor in placed), default=0)
     after = dict(pairwise(sorted({tensor.offset for tensor in placed} | {max(last, end)})))
@@ -251,6 +253,16 @@ def _by_place(placed: Sequence[_Placed], end: int) -> Callable[[_Placed], int]:
         like = largest.get(tensor.type) if tensor.offset == last else None
         if like is not None:
             return -(-tensor.weights * (after[like.offset] - like.offset) // like.weights)
-        return after.get(tensor.offset, tensor.offset) - tensor.offset
+        found = after.get(tensor.offset, tensor.offset) - tensor.offset
+        return found if tensor.offset != last or _is_whole(tensor, found, alignment) else 0
 
     return size_bytes
+
+
+def _is_whole(tensor: _Placed, size_bytes: int, alignment: int) -> bool:
+    """Whether all rows, or all blocks, of a tensor of an unknown type have as many bytes, but for padding behind them.
+
+    A download is cut anywhere: of a tensor of many rows that leaves a rest, all but surely.
+    """
+    parts = (tensor.weights // tensor.shape[0], -(-tensor.weights // _LONGEST_BLOCK)) if tensor.weights else ()
+    return any(part <= size_bytes and size_bytes % part < alignment for part in parts)
