@@ -73,6 +73,9 @@ def show(
 
 @app.command("make")
 def make(
+    machine: Annotated[
+        str | None, typer.Argument(help="Its parts, as `machine show` takes them; options go before these.")
+    ] = None,
     gpu: Gpu = None,
     cpu: Cpu = None,
     ram: Ram = None,
@@ -87,22 +90,24 @@ def make(
     Examples:
       prestage machine make --gpu rtx4090 --ram "64GB DDR5-5600" --cpu 7950x -o my.json
       prestage machine make --gpu "2x rtx3090" --ram "128GB DDR4-3200" --link "pcie4 x8" -o two.json
+      prestage machine make "gpu=rtx4090, ram=64GB DDR5-5600" -o my.json
 
     `machine.profile = "my.json"` then runs on it; parts can stand in a scenario too: machine.gpu, machine.ram, ….
     """
     from ..errors import InputError
     from ..files import check_file
     from ..resources.parts.made import write_profile
-    from ..resources.parts.written import joined_parts
+    from ..resources.parts.written import joined_parts, split_parts
 
-    if gpu is None:
+    said = {} if machine is None else split_parts(machine)
+    if gpu is None and "gpu" not in said:
         raise InputError("--gpu: missing: name the machine's GPU, such as rtx4090, or none")
     if out.suffix != ".json":
         raise InputError(f"--out = {str(out)!r}: a profile is a .json file")
     check_file(out)
     if out.exists():
         say_replaced(out, "profile")
-    parts = Own(gpu=gpu, cpu=cpu, ram=ram, link=link, drive=drive).parts()
+    parts = {**said, **Own(gpu=gpu, cpu=cpu, ram=ram, link=link, drive=drive).parts()}
     write_profile(joined_parts(parts), name or out.stem, out)
     typer.echo(str(out))
 

@@ -52,6 +52,10 @@ def test_a_machine_is_written_as_a_profile_whose_costs_are_those_of_its_parts(pr
     same = load_profile("gpu=2x rtx3090, link=pcie4 x8, cpu=5950x, ram=128GB DDR4-3200")
     assert made.name == "two"
     assert made.model_copy(update={"name": same.name}) == same
+    # Named as `show` takes them, but for the link, which an option says.
+    said = "gpu=2x rtx3090, link=pcie3 x1, cpu=5950x, ram=128GB DDR4-3200"
+    assert prestage("machine", "make", said, "--link", "pcie4 x8", "-o", "said.json")[0] == 0
+    assert load_profile(str(tmp_path / "said.json")).model_copy(update={"name": same.name}) == same
     shown = json.loads(prestage("machine", "show", "two.json", "--json")[1])
     assert shown["profile"] == "two" and len(shown["costs"]) > 20
 
@@ -60,6 +64,8 @@ def test_a_machine_is_written_as_a_profile_whose_costs_are_those_of_its_parts(pr
     ("arguments", "message"),
     [
         (["machine", "make", "--ram", "64GB"], "--gpu: missing: name the machine's GPU"),
+        (["machine", "make", "ram=64GB"], "--gpu: missing: name the machine's GPU"),
+        (["machine", "make", "h200"], "'h200': write it as gpu=rtx4090"),
         (["machine", "make", "--gpu", "rtx4091", "-o", "my.json"], "did you mean 'rtx4090'"),
         (["machine", "make", "--gpu", "rtx4090", "-o", "my.toml"], "a profile is a .json file"),
         (["machine", "show", "gpu=nothing"], "machine.gpu = 'nothing': no such part; see `prestage machine list gpus`"),
