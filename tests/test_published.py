@@ -71,6 +71,21 @@ def test_a_row_of_components_is_predicted_with_its_range() -> None:
     assert both.range.p5 < both.value <= 126 and both.range.p5 < both.range.p95
 
 
+def test_of_a_request_the_prompt_takes_time_too() -> None:
+    source = load_source("llmfit")
+    (row,) = (each for each in source.rows if each.id == "R2")
+    whole = predicted(row, source, draws=3)
+    decoding = predicted(row.model_copy(update={"unit": "tokens/s", "answer": 48}), source, draws=3)
+    prompt = predicted(row.model_copy(update={"unit": "prompt tokens/s", "answer": None}), source, draws=3)
+    assert whole.value is not None and decoding.value is not None and prompt.value is not None
+    first_s = 22 / prompt.value
+    assert whole.value == pytest.approx(300 / (first_s + 299 / decoding.value), rel=1e-3)
+    assert whole.range is not None and whole.range.p5 < whole.range.p50 < whole.range.p95
+    # Of a longer answer the prompt is a smaller part.
+    longer = predicted(row.model_copy(update={"answer": 3000}), source, draws=3).value
+    assert longer is not None and whole.value < longer < decoding.value
+
+
 def test_what_cannot_be_run_says_why() -> None:
     source = load_source("ktransformers")
     (row,) = [row for row in source.rows if row.id == "R16b"]

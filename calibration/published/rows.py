@@ -27,13 +27,15 @@ from ...engine.loading.deciders import dispatched, make_host_memory, make_manage
 from ...engine.prediction import DRAWS, Range, middles, percentiles
 from ...engine.scenario.inputs import Inputs
 from ...engine.scenario.scenario import Scenario, apply_setting, make_scenario
-from ...engine.simulate import simulate_inputs
+from ...engine.simulate import Result, simulate_inputs
 from ...errors import InputError
 from ...resources.facts import Part
 from ...words import problems
 from ...workloads.model import load_model
 
-Unit = Literal["tokens/s", "s/token", "prompt tokens/s", "us of CPU experts", "GB/s together"]
+Unit = Literal["tokens/s", "s/token", "prompt tokens/s", "tokens/s of a request", "us of CPU experts", "GB/s together"]
+#: The unit that divides the tokens of an answer by the time of the whole request, its prompt included.
+_OF_REQUEST = "tokens/s of a request"
 #: Units of which less is better.
 _TIMES = ("s/token", "us of CPU experts")
 #: Decode tokens of a row, and how many of them warm the cache up, if the row says nothing.
@@ -61,8 +63,9 @@ class Row(Part):
     """One published figure: what ran, what was measured, in which unit, and how the scenario differs from its source's.
 
     `cpu_layers` are the first layers whose experts the CPU computes, or "all"; `prompt` the tokens of a prompt, which
-    is computed in pieces of a `micro_batch`; `found` the share of look-ups that the source says were found; rows of one
-    `group` are neighbors, whose order counts. `alone` are rates in GB/s of the CPU and of copies by themselves.
+    is computed in pieces of a `micro_batch`; `answer` the tokens of its answer, where the whole request was timed;
+    `found` the share of look-ups that the source says were found; rows of one `group` are neighbors, whose order
+    counts. `alone` are rates in GB/s of the CPU and of copies by themselves.
     `missing` says why a row cannot be run.
     """
 
@@ -75,6 +78,7 @@ class Row(Part):
     cpu_layers: int | Literal["all"] | None = None
     prompt: int | None = Field(default=None, ge=1)
     micro_batch: int = Field(default=512, ge=1)
+    answer: int | None = Field(default=None, ge=1)
     found: float | None = Field(default=None, ge=0, le=1)
     on_cpu: bool = False
     group: str | None = None
@@ -203,8 +207,9 @@ def _plain(row: Row, source: Source) -> dict[str, Any]:
         room = (model.layers - layers + 1) * model.experts
         data["memory"] |= {"cpu_layers": layers, "preload": "layers", "gpu_budget": f"{room}experts"}
     if row.prompt is not None:
-        # The prompt, then one token; nothing warms up.
-        data["workload"]["synthetic"] |= {"tokens": row.prompt + 1, "prefill_tokens": row.prompt}
+        # The prompt, then one token, or some that stand for the answer's; nothing warms up.
+        decoded = 1 if row.answer is None else min(row.answer, _TOKENS)
+        data["workload"]["synthetic"] |= {"tokens": row.prompt + decoded, "prefill_tokens": row.prompt}
         data["workload"] |= {
             "warmup": "0tokens",
             "prefill": "chunked",
@@ -273,10 +278,28 @@ def _measured_as(row: Row, source: str, inputs: Inputs, draws: int) -> Predicted
     if row.unit == "prompt tokens/s":
         tokens = row.prompt or 1
         value, band = tokens * 1e3 / value, band and Range(*(tokens * 1e3 / each for each in reversed(band)))
+    elif row.unit == _OF_REQUEST:
+        return _of_request(row, source, result)
     elif row.unit in _TIMES:
         value, band = 1 / value, band and Range(*(1 / each for each in reversed(band)))
     share = found_share(inputs) if row.found is not None else None
     return Predicted(row, source, value, band or Range(value, value, value), share)
+
+
+def _of_request(row: Row, source: str, result: Result) -> Predicted:
+    """Returns the tokens of an answer a second of its request: the first by its time, the rest by their rate."""
+
+    def rate(first_ms: float, tokens_per_second: float) -> float:
+        answer = row.answer or 1
+        return answer / (first_ms / 1e3 + (answer - 1) / tokens_per_second)
+
+    middle, spread = middles(result.data), result.range or {}
+    value = rate(middle["time_to_first_token_ms"], middle["tokens_per_second"])
+    first, decoding = spread.get("time_to_first_token_ms"), spread.get("tokens_per_second")
+    band = Range(value, value, value)
+    if first is not None and decoding is not None:  # both are slow, or quick, together
+        band = Range(*(rate(slow, fast) for slow, fast in zip(reversed(first), decoding, strict=True)))
+    return Predicted(row, source, value, band)
 
 
 def _experts_us(row: Row, inputs: Inputs, costs: Costs) -> float:
