@@ -17,7 +17,7 @@ from ..errors import InputError
 from ..kept import KEPT, digest_of, file_state, frozen
 from ..resources.profile import Profile, load_profile
 from ..resources.runtime import load_runtime
-from ..workloads.batches import Step, every_row, plan_steps, warmup_steps
+from ..workloads.batches import PlannedSteps, Step, every_row, plan_steps, warmup_steps
 from ..workloads.by_layer import fitted_to, of_model
 from ..workloads.fitted import FittedRouting, fit_file
 from ..workloads.guesses import Guesses
@@ -102,7 +102,7 @@ def steps_of(scenario: Scenario, trace: RoutingTrace) -> list[Step]:
         "tokens": workload.tokens, "micro_batches": scenario.parallel.micro_batches,
     }  # fmt: skip
     key = (plan_steps, digest_of([trace.sequence, trace.phase]), *asked.values())
-    return list(KEPT.get(key, lambda: plan_steps(trace.sequence, trace.phase, **asked), _bytes_of))  # type: ignore[arg-type]
+    return PlannedSteps(KEPT.get(key, lambda: plan_steps(trace.sequence, trace.phase, **asked), _bytes_of))  # type: ignore[arg-type]
 
 
 def _bytes_of(steps: list[Step]) -> int:

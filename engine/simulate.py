@@ -320,7 +320,7 @@ def _misses_together(inputs: Inputs, managers: Sequence[MemoryManager]) -> list[
     missed = [manager.spool.column("missed", np.int64) for manager in managers]
     for visit in dispatched_together(inputs, managers, [NoPrefetch() for _ in managers]):
         for manager, keys, own in zip(managers, missed, visit.visits, strict=True):
-            keys.buffer += miss_keys([own], inputs.model.total_experts).tobytes()
+            keys.buffer.extend(miss_keys([own], inputs.model.total_experts).tobytes())
             if not visit.layer:
                 manager.spool.flush()
     return [keys.array() for keys in missed]

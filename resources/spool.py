@@ -26,17 +26,18 @@ HELD_BACK_BYTES = 1 << 20
 class Column:
     """Records of one dtype in a growing buffer: an `array` of 32-bit integers, or a bytearray of anything else, packed.
 
-    Whoever records appends to `buffer`, which is always the same object.
+    Whoever records appends to `buffer`, which is always the same object, or adds many records at once.
     """
 
-    __slots__ = ("_dtype", "_path", "_written", "buffer")
+    __slots__ = ("_added", "_buffer", "_dtype", "_path", "_written")
 
     def __init__(self, dtype: npt.DTypeLike, path: Path | None = None) -> None:
         """Keep them in memory, or in a file once they are flushed; a file that is there is replaced."""
         self._dtype = np.dtype(dtype)
         self._path = path
         self._written = 0
-        self.buffer: Any = array("i") if self._dtype == np.int32 else bytearray()
+        self._buffer: Any = array("i") if self._dtype == np.int32 else bytearray()
+        self._added: list[bytes] = []
         if path is not None:
             with path.open("wb") as file:
                 self._write_header(file)
@@ -45,6 +46,21 @@ class Column:
         """Say how many records there are; numpy leaves room there for any number."""
         header = npy.header_data_from_array_1_0(np.empty(0, self._dtype)) | {"shape": (self._written,)}
         npy.write_array_header_1_0(file, header)
+
+    def add(self, records: bytes) -> None:
+        """Add packed records behind all others; they join the buffer once somebody asks for it.
+
+        So it grows once: where many are appended piece by piece, it is copied again and again.
+        """
+        self._added.append(records)
+
+    @property
+    def buffer(self) -> Any:
+        """What is recorded and in no file yet."""
+        if self._added:
+            added, self._added = b"".join(self._added), []
+            (self._buffer.frombytes if isinstance(self._buffer, array) else self._buffer.extend)(added)
+        return self._buffer
 
     def __len__(self) -> int:
         return self._written + memoryview(self.buffer).nbytes // self._dtype.itemsize

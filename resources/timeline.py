@@ -103,6 +103,10 @@ class Timeline:
         #: Adds packed spans; lanes that record many call it with `pack_span` themselves.
         self.extend = self._spans.buffer.extend
 
+    def add(self, spans: bytes) -> None:
+        """Add many packed spans at once."""
+        self._spans.add(spans)
+
     def add_lane(self, device: str, role: str, title: str) -> int:
         """Returns the number of a new lane; `role` must be one of ROLES."""
         if role not in ROLES:

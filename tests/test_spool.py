@@ -18,7 +18,7 @@ def test_a_column_is_what_was_appended_in_order(tmp_path: Path, in_file: bool) -
     column = Column(PAIR, tmp_path / "pairs.npy" if in_file else None)
     assert column.array().tolist() == []
     for a in range(5):
-        column.buffer += np.array((a, a * a), dtype=PAIR).tobytes()
+        column.buffer.extend(np.array((a, a * a), dtype=PAIR).tobytes())
         if a % 2:
             column.flush()
     assert len(column) == 5
@@ -38,10 +38,10 @@ def test_whole_numbers_are_appended_one_by_one(tmp_path: Path) -> None:
 def test_what_is_flushed_is_in_the_file_and_not_in_memory(tmp_path: Path) -> None:
     spool = Spool(tmp_path / "run")
     column = spool.column("bytes", np.uint8)
-    column.buffer += b"x" * HELD_BACK_BYTES
+    column.buffer.extend(b"x" * HELD_BACK_BYTES)
     spool.flush()
     assert len(column.buffer) == HELD_BACK_BYTES, "small pieces wait"
-    column.buffer += b"y"
+    column.buffer.extend(b"y")
     spool.flush()
     assert len(column.buffer) == 0 and len(column) == HELD_BACK_BYTES + 1
     assert len(np.load(tmp_path / "run" / "bytes.npy", mmap_mode="r")) == HELD_BACK_BYTES + 1
@@ -50,7 +50,7 @@ def test_what_is_flushed_is_in_the_file_and_not_in_memory(tmp_path: Path) -> Non
 def test_without_a_folder_nothing_is_flushed() -> None:
     spool = Spool()
     column = spool.column("bytes", np.uint8)
-    column.buffer += b"x" * (HELD_BACK_BYTES + 1)
+    column.buffer.extend(b"x" * (HELD_BACK_BYTES + 1))
     spool.flush()
     assert len(column.buffer) == HELD_BACK_BYTES + 1
 
@@ -58,7 +58,7 @@ def test_without_a_folder_nothing_is_flushed() -> None:
 def test_what_is_not_kept_is_removed(tmp_path: Path) -> None:
     spool = Spool(tmp_path, keep=False)
     column = spool.column("bytes", np.uint8)
-    column.buffer += b"abc"
+    column.buffer.extend(b"abc")
     assert column.array().tolist() == [97, 98, 99]
     (inside,) = tmp_path.iterdir()
     assert (inside / "bytes.npy").is_file()
@@ -69,7 +69,7 @@ def test_what_is_not_kept_is_removed(tmp_path: Path) -> None:
 def test_a_spool_within_another_is_flushed_with_it_into_a_folder_inside(tmp_path: Path) -> None:
     outer = Spool(tmp_path)
     column = outer.within("inner").column("bytes", np.uint8)
-    column.buffer += bytes(HELD_BACK_BYTES + 1)
+    column.buffer.extend(bytes(HELD_BACK_BYTES + 1))
     outer.flush()
     assert not column.buffer
     assert len(np.load(tmp_path / "inner" / "bytes.npy")) == HELD_BACK_BYTES + 1

@@ -11,6 +11,8 @@ import re
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +42,55 @@ class Step:
     def sampled(self) -> int:
         """How many positions get logits: the last one of each sequence, of which a prefill step has one."""
         return len(self.rows) if self.phase == DECODE else min(1, len(self.rows))
+
+
+class StepColumns(NamedTuple):
+    """Steps as arrays: the first row of each, and the end of the last (steps + 1,); all their rows; phases; samples.
+
+    `rows` (rows,) are those of the trace; `phases` and `sampled` (steps,) as `Step` has them.
+    """
+
+    starts: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int64]
+    phases: npt.NDArray[np.int64]
+    sampled: npt.NDArray[np.int64]
+
+    @property
+    def most_rows(self) -> int:
+        """The most rows of one step."""
+        return int(np.diff(self.starts).max(initial=0))
+
+
+class PlannedSteps(list[Step]):
+    """The steps of a run that are all known before it, and do not change any more once somebody asks for `columns`."""
+
+    @cached_property
+    def columns(self) -> StepColumns:
+        """All of them as arrays."""
+        return _columns_of(self)
+
+
+def columns_of(steps: Sequence[Step]) -> StepColumns:
+    """Returns steps as arrays, which those that are planned keep."""
+    return steps.columns if isinstance(steps, PlannedSteps) else _columns_of(steps)
+
+
+def some_columns(steps: Sequence[Step], first: int, end: int) -> StepColumns:
+    """Returns some of the steps as arrays, from one to before another."""
+    if not isinstance(steps, PlannedSteps):
+        return _columns_of(steps[first:end])
+    known = steps.columns
+    starts = known.starts[first : end + 1]
+    rows = known.rows[starts[0] : starts[-1]]
+    return StepColumns(starts - starts[0], rows, known.phases[first:end], known.sampled[first:end])
+
+
+def _columns_of(steps: Sequence[Step]) -> StepColumns:
+    counts = np.array([len(step.rows) for step in steps], dtype=np.int64)
+    phases = np.array([step.phase for step in steps], dtype=np.int64)
+    rows = np.concatenate([np.empty(0, dtype=np.int64), *(step.rows for step in steps)])
+    sampled = np.array([step.sampled for step in steps], dtype=np.int64)
+    return StepColumns(np.concatenate([[0], np.cumsum(counts)]), rows, phases, sampled)
 
 
 class PulledSteps(list[Step]):
@@ -82,7 +133,7 @@ def plan_steps(
     sizes = [min(size, len(waiting)) for size in evenly(batch, micro_batches)]
     places = [[_Place() for _ in range(size)] for size in sizes]
     is_prompt = (phase == PREFILL).tolist()
-    steps: list[Step] = []
+    steps = PlannedSteps()
     came: list[tuple[int, int]] = []
     left = len(phase) if tokens is None else tokens
     ran = True

@@ -13,13 +13,15 @@ from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ...dtypes import bits_of
 from ...resources.from_peer import from_peer
 from ...resources.lags import Lags
 from ...resources.profile import Profile
 from ...resources.profile_costs import ComputeCosts, CopyCosts, ExpertPoint, HostCosts, KernelPoint, ProfileError
 from ...units import FLOPS, RATES, rate_words
-from ...workloads.batches import DECODE
+from ...workloads.batches import DECODE, PREFILL
 from ..scenario.scenario import Scenario
 from .attention import Added, Attention
 from .beside_costs import beside_costs
@@ -252,11 +254,23 @@ class Costs:
             costs.append(ReadCost(requests, request_ns, 0 if self._mode == "free" else nvme.order.ns))
         return ReadCosts(costs, [nvme.times_as_long(reads) for reads in range(1, lanes + 1)])
 
-    def by_layer(self, phase: int = DECODE) -> tuple[list[ByTokens], list[ByTokens]]:
-        """Returns what each layer's dense part, and an expert of it, takes by tokens in a step of a phase."""
+    @cached_property
+    def by_layer(self) -> dict[int, tuple[list[ByTokens], list[ByTokens]]]:
+        """By phase of a step: what each layer's dense part, and an expert of it, takes by tokens."""
         layers = range(self.model.layers)
-        dense = [ByTokens(partial(self.dense, layer, phase=phase)) for layer in layers]
-        return dense, [ByTokens(partial(self.expert, layer, phase=phase)) for layer in layers]
+        return {
+            phase: (
+                [ByTokens(partial(self.dense, layer, phase=phase)) for layer in layers],
+                [ByTokens(partial(self.expert, layer, phase=phase)) for layer in layers],
+            )
+            for phase in (PREFILL, DECODE)
+        }
+
+    @cached_property
+    def size_of(self) -> list[int]:
+        """The bytes of every expert (layers * experts,), where a layer's are of one size."""
+        sizes: list[int] = np.repeat(self.model.expert_bytes, self.model.experts).tolist()
+        return sizes
 
     def run_tokens(self, tokens: int, phase: int) -> int:
         """Returns over how many tokens kernels run that serve so many: a graph of a decode step is padded."""
@@ -457,5 +471,15 @@ def _at_least(cost: KernelCost, ns: float) -> KernelCost:
 
 
 def part_costs(inputs: Inputs, *, timed: bool = False) -> list[Costs]:
-    """Returns the costs of each GPU of a run; `timed` as `Costs` takes it."""
-    return [Costs(part, timed=timed) for part in inputs.parts]
+    """Returns the costs of each GPU of a run; `timed` as `Costs` takes it.
+
+    GPUs that are charged alike have the same object, which is asked for everything once.
+    """
+    made: dict[tuple[int, ...], Costs] = {}
+    found = []
+    for part in inputs.parts:
+        same = tuple(map(id, (part.model, part.profile, part.scenario, part.runtime, part.predictor, part.steps)))
+        if same not in made or made[same].attention.counts:  # which differs by the tokens that live there
+            made[same] = Costs(part, timed=timed)
+        found.append(made[same])
+    return found

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...workloads.batches import Step
+from ...workloads.batches import Step, some_columns
 from ...workloads.requests.request import Wait
 from ..policies.prefetch import Gauge
 from . import decision_words as w
@@ -159,18 +159,16 @@ class Decisions:
         """Lay out some steps of a GPU."""
         part, at = self._parts[number], self.gpus[number]
         source = part.source
-        steps = source.steps[first:end]
-        sampled = [step.sampled for step in (steps if self._shared is None else self._shared.steps[first:end])]
-        rows = np.concatenate([step.rows for step in steps])
+        steps = some_columns(source.steps, first, end)
+        common = steps if self._shared is None else some_columns(self._shared.steps, first, end)
+        rows = steps.rows
         chosen: Array = source.trace.experts[rows].astype(np.int64)
         if source.trace.made is not None:
             chosen[~source.trace.made[rows]] = -1
         self._put(number, w.D_CHOSEN, chosen)
-        laid, place = [], 0
-        for step, count in zip(steps, sampled, strict=True):
-            laid.append([place, len(step.rows), step.phase, max(1, count)])
-            place += len(step.rows)
-        self._put(number, w.D_STEPS, np.array(laid, dtype=np.int64))
+        sampled = np.maximum(common.sampled, 1)
+        laid = np.stack([steps.starts[:-1], np.diff(steps.starts), steps.phases, sampled], axis=1)
+        self._put(number, w.D_STEPS, laid)
         later, guesses = self._layout.later[number], source.guesses
         if later is not None:
             following_steps = later(first, end)

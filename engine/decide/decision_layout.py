@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...machine_words import WordMemory, zeros
-from ...workloads.batches import Step
+from ...workloads.batches import Step, columns_of
 from ...workloads.stacks import next_visits
 from ..policies.compiled_eviction import BELADY, COLUMNS, EXTRA_ROWS, NEXT, begin_states
 from ..policies.eviction_informed import Static
@@ -86,10 +86,9 @@ class Layout:
         self.memory = memory = WordMemory(len(parts) << 20)
         memory.allocate(w.HEADER)
         #: By GPU: the first row of each step, and the end of the last; of all, the most rows of one.
-        self.rows = [np.cumsum([0, *(len(step.rows) for step in part.source.steps)]) for part in parts]
-        self._most_tokens = max((len(step.rows) for part in parts for step in part.source.steps), default=0)
-        if pulled is not None:
-            self._most_tokens = pulled.most_tokens
+        columns = [columns_of(part.source.steps) for part in parts]
+        self.rows = [own.starts for own in columns]
+        self._most_tokens = max(own.most_rows for own in columns) if pulled is None else pulled.most_tokens
         self.gpus = [memory.allocate(w.D_WORDS) for _ in parts]
         self.hosts = [-1 if part.source.host_memory is None else memory.allocate(w.D_WORDS) for part in parts]
         #: Every memory: where it is, whose it is, and what managed it so far.
@@ -182,7 +181,7 @@ class Layout:
         """Lay out a memory as it is: who has room, what is free, and what the policies know of it, from a row on."""
         kind, sizes, count = EVICTIONS[type(manager.pools[0].policy)], manager.size_of, len(manager.pools)
         own = self.experts[first : first + len(sizes)]
-        own[:, [w.E_WAVE, w.E_UNTIL, w.E_COPY, w.E_ROOM]] = -1
+        own[:, w.E_WAVE : w.E_UNTIL + 1] = own[:, w.E_COPY : w.E_ROOM + 1] = -1
         own[:, w.E_SIZE] = sizes[0] if manager.uniform else sizes
         if manager.assigned:
             held, copies = list(manager.assigned), list(manager.assigned.values())

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...workloads.batches import PulledSteps, Step
+from ...workloads.batches import PulledSteps, Step, columns_of
 from ...workloads.guesses import Guesses
 from ...workloads.trace import RoutingTrace
 
@@ -85,9 +85,9 @@ def later_table(trace: RoutingTrace, steps: Sequence[Step], most: int) -> npt.ND
     count = len(steps)
     later = np.full((count, 1 + most), count, dtype=np.int64)
     later[:, 0] = np.arange(count)
-    rows = np.concatenate([np.empty(0, dtype=np.int64), *(step.rows for step in steps)])
-    of_row = np.repeat(later[:, 0], [len(step.rows) for step in steps])
-    sequences = np.unique(trace.sequence[rows], return_inverse=True)[1].reshape(-1)
+    columns = columns_of(steps)
+    of_row = np.repeat(later[:, 0], np.diff(columns.starts))
+    sequences = np.unique(trace.sequence[columns.rows], return_inverse=True)[1].reshape(-1)
     sequence, step_of = np.divmod(np.unique(sequences * max(1, count) + of_row), max(1, count))
     for ahead in range(1, 1 + most):
         goes_on = sequence[ahead:] == sequence[:-ahead]

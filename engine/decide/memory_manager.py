@@ -186,9 +186,9 @@ class MemoryManager:
     def record(self, admitted: npt.NDArray[np.int64], evicted: npt.NDArray[np.int64]) -> None:
         """Take over what was decided elsewhere: (expert, reason) of new copies (copies, 2), and the copies evicted."""
         self._copies += len(admitted)
-        self._copy_experts.buffer.frombytes(admitted[:, 0].astype(np.int32).tobytes())
-        self._copy_reasons.buffer.extend(admitted[:, 1].astype(np.uint8).tobytes())
-        self._evictions.buffer.frombytes(evicted.astype(np.int32).tobytes())
+        self._copy_experts.add(admitted[:, 0].astype(np.int32).tobytes())
+        self._copy_reasons.add(admitted[:, 1].astype(np.uint8).tobytes())
+        self._evictions.add(evicted.astype(np.int32).tobytes())
 
     @property
     def copies(self) -> int:

@@ -41,7 +41,7 @@ def flow_of(model: Model, trace: RoutingTrace, steps: Sequence[Step]) -> Flow:
     continued = continued_steps(steps, trace.sequence)
     needed = {step for before in continued for step in before}
     token_bytes = [
-        _TOKEN_BYTES * len(np.unique(trace.sequence[step.rows])) if number in needed else 0
+        _TOKEN_BYTES * len(set(trace.sequence[step.rows].tolist())) if number in needed else 0
         for number, step in enumerate(steps)
     ]
     return Flow(steps, continued, [model.activation_bytes(len(step.rows)) for step in steps], token_bytes)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from ...resources.links import Links
 from ...resources.profile import Profile
 from ...resources.runtime import DEFAULT, Runtime, load_runtime
-from ...workloads.batches import Step
+from ...workloads.batches import Step, columns_of
 from ...workloads.guesses import Guesses
 from ...workloads.model import Model
 from ...workloads.requests.replicas import Turns
@@ -124,7 +124,7 @@ class Inputs:
         """The most tokens that a step has."""
         if self.pulls is not None:
             return self.pulls.most_tokens
-        return max((len(step.rows) for step in self.steps), default=0)
+        return columns_of(self.steps).most_rows
 
     @property
     def guessers(self) -> tuple[Inputs, ...]:

@@ -29,14 +29,17 @@ from .memory import (
     DONE,
     DROPPED,
     DROPPED_WORDS,
+    G_ACCESSES,
     G_ASSIGNED,
     G_ATTENTION,
     G_BUDGET,
+    G_DECISIONS,
     G_EXCHANGE_NS,
     G_H2D,
     G_NOW,
     G_NUMBER,
     G_PREFETCH,
+    G_SPANS,
     K_SLOWDOWN,
     KERNEL_TOKENS,
     KERNEL_WORDS,
@@ -270,7 +273,7 @@ class CompiledEngine:
     def _records(self, region: int, words: int) -> Array:
         """Returns the records of a region (records, words), and forget them."""
         memory = self._memory.words
-        at, count = int(memory[region + R_AT]), int(memory[region + R_COUNT])
+        at, count = memory[region : region + R_CAPACITY].tolist()
         memory[region + R_COUNT] = 0
         return memory[at : at + count * words].reshape(-1, words)
 
@@ -284,12 +287,12 @@ class CompiledEngine:
         if min(memory[WORK_LEFT], memory[NODES_LEFT]) < 0:
             raise RuntimeError("the compiled engine ran out of room; --engine simpy does without (please report it)")
         for at, one in zip(self._layout.gpus, self._machine.gpus, strict=True):
-            spans, accesses, decisions = (
-                self._records(int(memory[at + place]), words) for place, words in RECORDED.items()
-            )
-            one.lanes.timeline.extend(spans.reshape(-1).view(np.uint8).data)
-            one.state.accesses.extend(accesses.astype("<i4").tobytes())
-            one.state.decided.extend(decisions.reshape(-1).view(np.uint8).data)
+            accesses, decisions, _ = one.columns
+            columns = ((G_SPANS, one.lanes.timeline), (G_ACCESSES, accesses), (G_DECISIONS, decisions))
+            for place, column in columns:
+                records = self._records(int(memory[at + place]), RECORDED[place])
+                if len(records):
+                    column.add((records.astype("<i4") if place == G_ACCESSES else records).tobytes())
         memory[RECORDS] = 0
         region, known = int(memory[ARRIVALS]), int(settle_arrivals(memory))
         arrivals = self._records(region, ARRIVAL_WORDS)
@@ -297,6 +300,6 @@ class CompiledEngine:
             own = arrivals[:known][arrivals[:known, 0] == number, 1:]
             packed = np.empty(len(own), dtype=ARRIVAL)
             packed["visit"], packed["kind"], packed["arrived_ns"] = own.T
-            one.state.arrived.extend(packed.tobytes())
+            one.columns[-1].add(packed.tobytes())
         arrivals[: len(arrivals) - known] = arrivals[known:].copy()
         memory[region + R_COUNT] = len(arrivals) - known

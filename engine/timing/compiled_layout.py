@@ -106,6 +106,8 @@ class Layout:
         self.transfers: list[tuple[Any, int]] = []
         self._transfer_of: dict[tuple[int, int, int], int] = {}
         self._crowds: dict[Crowd, int] = {}
+        #: By the costs of GPUs whose experts are of one size in a layer: their shapes.
+        self._shapes_of: dict[int, dict[int, int]] = {}
         self._scatters: dict[int, list[Factors]] = {}
         memory = self.memory
         memory.allocate(w.HEADER)
@@ -364,6 +366,17 @@ class Layout:
 
     def _lay_out_shapes(self, one: Any, at: int, sizes: Sequence[int]) -> None:
         """Lay out the shapes by kind and layer, and keep what prices each of them."""
+        lanes, attention = one.lanes, one.lanes.costs.attention
+        alike = self._shapes_of.get(id(lanes.costs))
+        if alike is None or lanes.sized:
+            alike = self._shapes_of[id(lanes.costs)] = self._make_shapes(one, sizes)
+        added = -1
+        if attention.counts:
+            added = self.memory.put([-1, *attention.kind_of, *[0] * (w.ADDED_WORDS * len(attention.firsts))])
+        self.memory.set(at, alike | {w.G_ATTENTION: added})
+
+    def _make_shapes(self, one: Any, sizes: Sequence[int]) -> dict[int, int]:
+        """Returns what a GPU's words say of its shapes."""
         lanes, model = one.lanes, one.lanes.costs.model
         layers = len(model.expert_bytes)
         kinds = w.SIZED_SHAPE + len(sizes)
@@ -394,11 +407,7 @@ class Layout:
                     known[key] = len(self.prices)
                     self.prices.append(price)
                 shapes[phase, what, layer] = known[key]
-        table = self.memory.put(shapes.ravel().tolist())
-        attention, added = lanes.costs.attention, -1
-        if attention.counts:
-            added = self.memory.put([-1, *attention.kind_of, *[0] * (w.ADDED_WORDS * len(attention.firsts))])
-        self.memory.set(at, {w.G_SHAPES: table, w.G_KINDS: kinds, w.G_LAYERS: layers, w.G_ATTENTION: added})
+        return {w.G_SHAPES: self.memory.put(shapes.reshape(-1)), w.G_KINDS: kinds, w.G_LAYERS: layers}
 
     def _move(self, costs: Any, size_bytes: int, lane: Lane, slowdown: float, target: int) -> int:
         """Returns the address of what it takes to send so many bytes to another GPU."""

@@ -13,7 +13,6 @@ from ...resources.links import HostLink
 from ...resources.network import Crowd, Transfer
 from ...resources.profile import Factor
 from ...resources.timeline import DECOMPRESS, DENSE, EXPERT, HEAD, Timeline
-from ...workloads.batches import DECODE, PREFILL
 from ..costs.costs import Costs
 from ..costs.offload_costs import CpuCosts, ShrunkCosts
 from ..costs.scatter import scattering
@@ -140,7 +139,7 @@ class GpuLanes:
         env, device, link = instant.env, place.device, place.link
         self.timeline, self.costs = timeline, costs
         self._scenario, self._experts = scenario, costs.model.experts
-        self._tables = {phase: costs.by_layer(phase) for phase in (PREFILL, DECODE)}
+        self._tables = costs.by_layer
         self._scattering = scattering(costs.scatter)
         self._shrunk = ShrunkCosts(costs, scenario)
         self._set_sizes(size_of)
@@ -179,12 +178,10 @@ class GpuLanes:
 
     def _set_sizes(self, size_of: Sequence[int] | None) -> None:
         """Set what every expert is copied as, and what that takes where it differs within a layer."""
-        costs, scenario, model = self.costs, self._scenario, self.costs.model
+        costs, scenario = self.costs, self._scenario
         #: The bytes of every expert as it is copied (layers * experts,), and whether they differ within a layer.
         self.sized = scenario.compression.mixed is not None
-        self.sizes = (
-            size_of if self.sized and size_of is not None else np.repeat(model.expert_bytes, model.experts).tolist()
-        )
+        self.sizes = size_of if self.sized and size_of is not None else costs.size_of
         self._size_of = size_of if scenario.compression.mixed is not None else None
         self._copies_of = None if self._size_of is None else {size: costs.copy(size) for size in set(self._size_of)}
 

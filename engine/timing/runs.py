@@ -252,7 +252,7 @@ class SharingGpus:
         serves[np.broadcast_to(layers[None, :, None], servers.shape)[here], servers[here]] = 1
         ns = self._all_to_all.all_ns(moved)
         for gpu, column in enumerate(self._moved):
-            column.buffer.frombytes(moved[ns > 0, gpu].astype(np.int32).tobytes())
+            column.add(moved[ns > 0, gpu].astype(np.int32).tobytes())
         return np.bincount(home, minlength=gpus), serves, ns
 
     def recorded(self) -> list[Decoded]:

@@ -85,8 +85,9 @@ class OneGpu:
                 lane.is_stale = self._is_stale
         dispatch = scenario.dispatch
         watches = not dispatch.router_readback or costs.most_launches(self.most_tokens) > dispatch.launch_queue_depth
-        self._columns = [spool.column(name, dtype) for name, dtype in RECORDS.items()]
-        accesses, decided, arrived = (column.buffer for column in self._columns)
+        #: What is recorded besides spans: accesses, visits, arrivals.
+        self.columns = [spool.column(name, dtype) for name, dtype in RECORDS.items()]
+        accesses, decided, arrived = (column.buffer for column in self.columns)
         self.state = GpuState(
             self.lanes, dispatch.launch_queue_depth, watches, accesses=accesses, decided=decided, arrived=arrived
         )
@@ -127,7 +128,7 @@ class OneGpu:
         """Returns what was recorded, once SimPy has run out of events."""
         self.state.record_arrivals()
         self.lanes.timeline.settle()
-        arrays = [column.array() for column in self._columns]
+        arrays = [column.array() for column in self.columns]
         resolved = np.frombuffer(memoryview(self._resolved).toreadonly(), dtype=RESOLVED)
         accesses, visits, arrivals = arrays
         return Decoded(
