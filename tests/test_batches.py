@@ -9,10 +9,12 @@ from prestage.workloads.batches import (
     DECODE,
     PREFILL,
     Step,
+    columns_of,
     continued_steps,
     decode_tokens,
     plan_steps,
     rows_by_sequence,
+    some_columns,
 )
 
 P, D = PREFILL, DECODE
@@ -184,3 +186,18 @@ def test_a_decode_step_goes_on_from_the_last_steps_of_its_sequences_and_a_prompt
     assert continued_steps(steps, sequence) == [(), (0,), (1,), (2,), ()]
     # C decodes on from its own first step, however long ago that was.
     assert continued_steps([steps[2], steps[3], Step(D, np.array([3, 6]))], sequence) == [(), (0,), (0, 1)]
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_steps_are_told_as_arrays_all_of_them_or_some(kept: bool) -> None:
+    sequence, phase = np.array([0, 0, 0, 1, 1]), np.array([PREFILL, PREFILL, DECODE, PREFILL, DECODE])
+    planned = plan_steps(sequence, phase, batch=2)
+    steps = planned if kept else list(planned)
+    # Both prompts by themselves, then one step of the two decode tokens.
+    told = columns_of(steps)
+    assert (told.starts.tolist(), told.rows.tolist()) == ([0, 2, 3, 5], [0, 1, 3, 2, 4])
+    assert (told.phases.tolist(), told.sampled.tolist()) == ([PREFILL, PREFILL, DECODE], [1, 1, 2])
+    assert told.most_rows == 2 and columns_of([]).most_rows == 0
+    some = some_columns(steps, 1, 3)
+    assert (some.starts.tolist(), some.rows.tolist()) == ([0, 1, 3], [3, 2, 4])
+    assert (some.phases.tolist(), some.sampled.tolist()) == ([PREFILL, DECODE], [1, 2])

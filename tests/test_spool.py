@@ -93,3 +93,16 @@ def test_a_timeline_in_a_file_is_that_in_memory(tmp_path: Path) -> None:
             column.flush()
     assert len(kept) == len(streamed) == 10
     assert (kept.spans() == streamed.spans()).all()
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+@pytest.mark.parametrize("dtype", [np.int32, np.uint8])
+def test_what_is_added_at_once_comes_behind_what_was_appended(tmp_path: Path, dtype: type, in_file: bool) -> None:
+    column = Column(dtype, tmp_path / "numbers.npy" if in_file else None)
+    column.buffer.append(1)
+    column.add(np.array([2, 3], dtype).tobytes())
+    column.add(np.array([4], dtype).tobytes())
+    column.buffer.append(5)
+    assert len(column) == 5
+    column.add(np.array([6], dtype).tobytes())
+    assert column.array().tolist() == [1, 2, 3, 4, 5, 6]

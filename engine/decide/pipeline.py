@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from ...workloads.batches import Step, continued_steps
 from ...workloads.model import Model
 from ...workloads.trace import RoutingTrace
