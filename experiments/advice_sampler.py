@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..workloads.learned import one_thread
+
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
@@ -113,7 +115,8 @@ def _by_process(axes: Axes, tried: Sequence[Tried], seed: int, number: int) -> t
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # that it knows runs to be repeatable
         study.sampler = optuna.samplers.GPSampler(seed=chance, n_startup_trials=1, deterministic_objective=True)
-    params = study.ask(distributions).params
+    with one_thread():
+        params = study.ask(distributions).params
     return tuple(int(params[name]) for name in distributions)
 
 

@@ -1,6 +1,7 @@
 """What every test may ask for."""
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,10 @@ from hypothesis import settings
 
 settings.register_profile("prestage", derandomize=True, deadline=None)
 settings.load_profile("prestage")
+
+# What tests start keeps what it compiles, as with users: else each process would compile the package anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 #: What a test is marked as, if it is slow by what it does: `pytest -m "not slow"` leaves it out.
 SLOW_BY_NATURE = ("process", "browser", "docs", "gpu")

@@ -15,12 +15,13 @@ import io
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from warm import shell_function
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -31,12 +32,12 @@ _BLOCK = re.compile(
     re.DOTALL | re.MULTILINE,
 )
 #: `prestage` as the shell of a user knows it, and with fewer tokens for `prestage run`.
-SHELL = f"""
+SHELL = """
 set -euo pipefail
-prestage() {{
+prestage() {
     if [ "$1" = run ]; then set -- "$@" $FEWER; fi
-    {sys.executable!r} -m prestage "$@"
-}}
+    warm_prestage "$@"
+}
 """
 FEWER = "--set workload.tokens=4"
 
@@ -89,7 +90,9 @@ def _python(code: str, module: dict[str, Any], folder: Path) -> str:
 
 def _shell(code: str, folder: Path, fewer: str) -> str:
     environment = {**os.environ, "FEWER": fewer, "MPLBACKEND": "Agg", "COLUMNS": "110", "TERM": "dumb"}
-    done = subprocess.run(["bash", "-c", SHELL + code], cwd=folder, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "-c", shell_function() + SHELL + code], cwd=folder, env=environment, capture_output=True, text=True
+    )
     if done.returncode:
         raise AssertionError(f"{code}\nended with status {done.returncode}: {done.stderr}")
     return "".join(f"{line.rstrip()}\n" for line in done.stdout.splitlines())

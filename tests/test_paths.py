@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from warm import shell_function
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
@@ -92,9 +93,14 @@ WAYS = {
 }
 
 
-def walked(script: str, folder: Path, most_s: float = MOST_S) -> str:
-    """Run a script in an empty folder, as a shell would; returns what it prints, and refuses a slow one."""
-    shell = f'python() {{ {sys.executable!r} "$@"; }}\nprestage() {{ python -m prestage "$@"; }}\nset -euo pipefail\n'
+def walked(script: str, folder: Path, most_s: float = MOST_S, *, warm: bool = False) -> str:
+    """Run a script in an empty folder, as a shell would; returns what it prints, and refuses a slow one.
+
+    `warm`: each command in a process that has everything imported already.
+    """
+    command = "warm_prestage" if warm else "python -m prestage"
+    shell = shell_function() if warm else ""
+    shell += f'python() {{ {sys.executable!r} "$@"; }}\nprestage() {{ {command} "$@"; }}\nset -euo pipefail\n'
     environment = {**os.environ, "MPLBACKEND": "Agg", "COLUMNS": "80"}
     began = time.monotonic()
     done = subprocess.run(["bash", "-c", shell + script], cwd=folder, env=environment, capture_output=True, text=True)
@@ -106,7 +112,7 @@ def walked(script: str, folder: Path, most_s: float = MOST_S) -> str:
 @pytest.mark.process
 @pytest.mark.docs
 def test_a_hobbyist_knows_whether_it_fits_how_fast_it_is_and_what_llama_bench_would_say(tmp_path: Path) -> None:
-    said = walked(HOBBYIST, tmp_path)
+    said = walked(HOBBYIST, tmp_path, warm=True)
     assert "gpu0" in said and "tokens per second" in said and "| tg128 |" in said
     assert max(len(line.rstrip()) for line in said.splitlines() if not line.startswith("|")) <= 80
 
@@ -114,14 +120,14 @@ def test_a_hobbyist_knows_whether_it_fits_how_fast_it_is_and_what_llama_bench_wo
 @pytest.mark.process
 @pytest.mark.docs
 def test_an_engineer_with_eight_gpus_sees_each_of_them_requests_and_a_row_again(tmp_path: Path) -> None:
-    said = walked(ENGINEER, tmp_path)
+    said = walked(ENGINEER, tmp_path, warm=True)
     assert "Each GPU" in said and "requests/s" in said and "The 2 fastest" in said
 
 
 @pytest.mark.process
 @pytest.mark.docs
 def test_a_researcher_runs_a_policy_from_outside_everywhere(tmp_path: Path) -> None:
-    said = walked(RESEARCHER, tmp_path)
+    said = walked(RESEARCHER, tmp_path, warm=True)
     assert "mine, misses are copied" in " ".join(said.split()) and re.search("lru +mine +belady", said)
 
 
@@ -146,5 +152,5 @@ def test_a_notebook_runs_from_its_first_cell_to_its_last(
 @pytest.mark.process
 @pytest.mark.docs
 def test_a_reader_of_timelines_compares_two(tmp_path: Path) -> None:
-    said = walked(TIMELINES, tmp_path)
+    said = walked(TIMELINES, tmp_path, warm=True)
     assert "gpu0: kernels" in said and (tmp_path / "both.html").stat().st_size > 100_000

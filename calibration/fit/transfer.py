@@ -12,7 +12,7 @@ from typing import Any
 from ...engine.run import Progress
 from ...resources.profile import Profile
 from ...resources.profile_costs import CopyCosts
-from ...workloads.model import Model, load_model, preset_names
+from ...workloads.model import load_model, preset_names
 from ..device.cuda import CudaError, Gpu
 from ..measure.measure import FULL, QUICK, TRANSFERS, measure
 from ..measure.samples import Samples
@@ -36,13 +36,13 @@ _CURVE_BYTES = tuple(2**power for power in range(12, 31))
 def from_samples(samples: Samples) -> dict[str, Any]:
     """Returns the benchmark of measured samples: rows, allocations and curves, as plain data."""
     evidence = Evidence(sample_rows([samples]))
-    rows = []
+    rows, models = [], _models()
     for direction, memory in WAYS:
         key = {"direction": direction, "memory": memory}
         for single in evidence.micro("copy_batch", **key, copies=1):
             size_bytes = int(single.key["bytes"])
             ten = evidence.micro("copy_batch", **key, bytes=size_bytes, copies=BATCH)
-            rows += [_row(direction, memory, size_bytes, single.median_ns, batch.median_ns) for batch in ten]
+            rows += [_row((direction, memory), size_bytes, single.median_ns, batch.median_ns, models) for batch in ten]
     allocations = []
     for one in evidence.micro("allocation", blocks=1):
         how, size_bytes = str(one.key["how"]), int(one.key["bytes"])
@@ -77,13 +77,13 @@ def measurement(
 
 def from_profile(profile: Profile) -> dict[str, Any]:
     """Returns what a profile says of the same: a copy alone, then nine queued behind it."""
-    rows, curves = [], {}
-    sizes = sorted({GUIDE_BYTES, *(model.expert_bytes[0] for model in _models())})
+    rows, curves, models = [], {}, _models()
+    sizes = sorted({GUIDE_BYTES, *models})
     for direction, memory, costs in _copies(profile):
         for size_bytes in sizes:
             single_ns = costs.alone.ns(size_bytes)
             ten_ns = single_ns + (BATCH - 1) * (costs.gap.ns + costs.queued.ns(size_bytes))
-            rows.append(_row(direction, memory, size_bytes, single_ns, ten_ns))
+            rows.append(_row((direction, memory), size_bytes, single_ns, ten_ns, models))
         curves[WAYS[direction, memory]] = [
             (size, size / costs.alone.ns(size)) for size in _CURVE_BYTES if costs.alone.ns(size)
         ]
@@ -108,11 +108,13 @@ def _copies(profile: Profile) -> Iterator[tuple[str, str, CopyCosts]]:
             yield direction, memory, costs
 
 
-def _row(direction: str, memory: str, size_bytes: int, single_ns: float, ten_ns: float) -> dict[str, Any]:
+def _row(
+    way: tuple[str, str], size_bytes: int, single_ns: float, ten_ns: float, models: dict[int, list[str]]
+) -> dict[str, Any]:
     return {
-        "way": WAYS[direction, memory],
+        "way": WAYS[way],
         "bytes": size_bytes,
-        "models": [model.name for model in _models() if model.expert_bytes[0] == size_bytes],
+        "models": models.get(size_bytes, []),
         "single_ms": single_ns / 1e6,
         "ten_ms": ten_ns / 1e6,
         "gb_per_s": BATCH * size_bytes / ten_ns,
@@ -123,8 +125,12 @@ def _allocation(how: str, size_bytes: int, single_ns: float, ten_ns: float) -> d
     return {"how": how, "bytes": size_bytes, "single_ms": single_ns / 1e6, "ten_ms": ten_ns / 1e6}
 
 
-def _models() -> list[Model]:
-    return [load_model(name) for name in preset_names()]
+def _models() -> dict[int, list[str]]:
+    """Returns the names of the shipped models by the bytes of their experts."""
+    named: dict[int, list[str]] = {}
+    for model in map(load_model, preset_names()):
+        named.setdefault(model.expert_bytes[0], []).append(model.name)
+    return named
 
 
 def _report(
