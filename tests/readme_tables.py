@@ -4,7 +4,7 @@
 
 prints the named tables of TABLES (all without a name), or writes each into its pages between its marks. `lookahead`,
 `eviction`, `per-layer`, `routing` and `phone` need the real traces (PRESTAGE_TRACES); `new-user` installs everything
-anew.
+anew; `coverage` needs the package of that name, and half an hour.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from statistics import median
 from typing import Any
 
 from advice_regret import beside_fit, regret, whole_models
+from coverage_by_layer import coverage
 from day_figure import day_figure, drafts_figure
 from dependencies import dependencies_table
 from eviction_tables import layers, policies
@@ -713,6 +714,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sizes": how_big,
     "lines": lines,
     "tests": layers_of_tests,
+    "coverage": coverage,
     "owned": owned,
     "lookahead": lookahead,
     "guide": guide,
