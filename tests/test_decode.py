@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from prestage.calibration.decode.runtime import Runtime
 from prestage.calibration.executor.plan import decision_counts
 from prestage.engine.load import load_inputs
 from prestage.engine.scenario.scenario import Scenario
+from prestage.workloads.learned import one_thread
 from prestage.workloads.model import load_model
 from prestage.workloads.trace import RoutingTrace
 
@@ -28,6 +30,13 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers", reason="transformers (the extra `record`) is not installed")
 
 from test_recorder import DECODERS, tiny  # noqa: E402 - needs transformers
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_models_on_one_core() -> Iterator[None]:
+    """Several take twice the time of models as small as these."""
+    with one_thread():
+        yield
 
 
 @pytest.fixture

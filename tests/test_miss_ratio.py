@@ -180,7 +180,8 @@ def test_several_traces_have_a_panel_a_table_and_rows_each(tmp_path: Path) -> No
     assert [float(row["miss_ratio"]) for row in rows[:2]] == expected[0]["policies"]["fifo"]["miss_ratio"]
     panels = plot_miss_ratios(*curves).axes
     assert [axes.get_title(loc="left") or axes.get_title() for axes in panels] == files
-    assert all(f"{file}: Miss ratios" in CliRunner().invoke(app, arguments).stdout.replace("\n", "") for file in files)
+    said = "".join(CliRunner().invoke(app, arguments).stdout.split())  # a long path is broken wherever the line ends
+    assert all(f"{file}:Missratios" in said for file in files)
 
 
 @pytest.mark.parametrize("name", ["m.txt", "missing/m.csv"])
