@@ -78,7 +78,7 @@ def serve(address: str) -> None:
     listening.bind(address)
     listening.listen()
     os.write(1, b"ready\n")
-    while listening in select.select([listening, 0], [], [])[0]:
+    while listening.fileno() in select.select([listening.fileno(), 0], [], [])[0]:
         with listening.accept()[0] as asked:
             if not os.fork():
                 _answer(asked)
