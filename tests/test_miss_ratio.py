@@ -16,10 +16,9 @@ from typer.testing import CliRunner
 from prestage.cli import app
 from prestage.engine.decide.dispatch import LOOKUPS
 from prestage.engine.policies.eviction import EVICTION
-from prestage.engine.replay.compiled import KINDS
+from prestage.engine.replay.compiled import COMPILED, KINDS
 from prestage.engine.replay.miss_ratio import DEFAULT_POLICIES, miss_ratio_curves
 from prestage.engine.replay.replay import replay_trace
-from prestage.engine.replay.scores import SCORING
 from prestage.output.plots import plot_miss_ratios
 from prestage.output.run_folder import write_miss_ratios
 from prestage.output.tables.traces import print_miss_ratios
@@ -56,7 +55,7 @@ def test_every_point_is_what_the_replay_counts(
         sizes = sizes[:1] * LAYERS
     trace = sized(trace, sizes)
     chosen: dict[str, Any] = {"batch": batch, "scope": scope, "lookup": lookup}
-    data = miss_ratio_curves(trace, points=points, policies=[*KINDS, *SCORING], **chosen)
+    data = miss_ratio_curves(trace, points=points, policies=list(EVICTION), **chosen)
     if scope == "per-layer" and min(sizes) != max(sizes):
         return  # what pools of several sizes keep of a budget is less, and no budget of its own: see the next test
     for at, capacity in enumerate(data["capacities"]):
@@ -67,13 +66,19 @@ def test_every_point_is_what_the_replay_counts(
             assert curve["miss_ratio"][at] == (None if rate is None else pytest.approx(1 - rate))
 
 
-@pytest.mark.parametrize("policy", sorted(EVICTION.keys() - KINDS.keys()))
-def test_a_policy_in_python_alone_has_a_curve_too(policy: str) -> None:
+def test_gate_weights_of_a_batch_are_in_python_alone_and_have_a_curve_too() -> None:
     random = np.random.default_rng(2)
     chosen = np.argsort(random.random((60, LAYERS, EXPERTS)), axis=2)[..., :2].astype(np.uint8)
-    trace, budgets = sized(RoutingTrace(chosen, EXPERTS), [2] * LAYERS), ["8B", "16B"]
-    curve = miss_ratio_curves(trace, capacities=budgets, policies=[policy, "lru"])["policies"][policy]
-    assert curve["hits"] == [replay_trace(trace, budget, eviction=policy)["hits"] for budget in budgets]
+    sequence = np.repeat([0, 1], 30).astype(np.int32)
+    trace, budgets = sized(RoutingTrace(chosen, EXPERTS, sequence=sequence), [2] * LAYERS), ["8B", "16B"]
+    policies = ["gate-weight", "lru"]
+    curve = miss_ratio_curves(trace, capacities=budgets, policies=policies, batch=2)["policies"]["gate-weight"]
+    replayed = [replay_trace(trace, budget, eviction="gate-weight", batch=2)["hits"] for budget in budgets]
+    assert curve["hits"] == replayed
+
+
+def test_every_policy_has_a_compiled_replay() -> None:
+    assert COMPILED.keys() == EVICTION.keys()
 
 
 def test_given_capacities_are_those_of_the_replay_in_layers_of_several_sizes() -> None:

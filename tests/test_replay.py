@@ -15,9 +15,9 @@ from tiny import tiny_trace
 
 from prestage.engine.decide.dispatch import LOOKUPS
 from prestage.engine.decide.memory_manager import MemoryManager, pool_budgets
-from prestage.engine.policies.eviction import EVICTION, Lru, Setting
-from prestage.engine.replay.compiled import COMPILED
-from prestage.engine.replay.replay import FOUND, MISSED, NOT_LOOKED_UP, Replayed, replay, replay_trace
+from prestage.engine.policies.eviction import EVICTION, Lru
+from prestage.engine.replay.compiled import COMPILED, is_compiled
+from prestage.engine.replay.replay import FOUND, MISSED, NOT_LOOKED_UP, Replayed, replay, replay_trace, setting_of
 from prestage.engine.scenario.warnings import cliff_warning
 from prestage.workloads.batches import DECODE, PREFILL, plan_steps
 from prestage.workloads.importers import open_trace
@@ -352,11 +352,13 @@ def test_a_compiled_replay_equals_the_reference_to_the_last_access(
         sizes = sizes[:1] * 3
     budget = max(sizes) * (3 if scope == "per-layer" else 1) + spare
     steps = plan_steps(trace.sequence, trace.phase, batch=batch)
-    setting = Setting(trace=trace, steps=steps, single=lookup == "single")
+    if not is_compiled(name, steps, lookup):
+        return
+    setting = setting_of(trace, steps, name, lookup)
     manager = MemoryManager(sizes, 5, budget, EVICTION[name], setting=setting, scope=scope)
     reference = replay(trace, steps, manager, lookup=lookup)
     pools, shared = pool_budgets(sizes, budget, scope), scope == "shared"
-    outcome, evict = COMPILED[name](trace, steps, pools, sizes, lookup, shared=shared)
+    outcome, evict = COMPILED[name](trace, steps, pools, sizes, lookup, shared=shared, setting=setting)
     assert np.array_equal(outcome, reference.outcome)
     assert evict == reference.evict
 
@@ -367,10 +369,12 @@ def test_a_compiled_replay_equals_the_reference_on_a_real_trace_with_a_prompt(qw
     # Experts of two sizes, and a prompt that is one visit of up to 128 experts a layer.
     sizes = [int(size) for size in qwen.extra["expert_bytes"]]
     steps = plan_steps(qwen.sequence, qwen.phase)
-    setting = Setting(trace=qwen, steps=steps)
+    if not is_compiled(name, steps, "batch"):
+        return
+    setting = setting_of(qwen, steps, name, "batch")
     manager = MemoryManager(sizes, qwen.num_experts, 2000 << 20, EVICTION[name], setting=setting)
     reference = replay(qwen, steps, manager)
-    outcome, evict = COMPILED[name](qwen, steps, [2000 << 20], sizes, "batch")
+    outcome, evict = COMPILED[name](qwen, steps, [2000 << 20], sizes, "batch", setting=setting)
     assert np.array_equal(outcome, reference.outcome)
     assert evict == reference.evict
 
@@ -379,11 +383,13 @@ def test_a_compiled_replay_equals_the_reference_on_a_real_trace_with_a_prompt(qw
 def test_a_compiled_replay_equals_the_reference_on_a_real_trace_pair_by_pair(traces: Path, name: str) -> None:
     trace = open_trace(traces / "olmoe-1b-7b.npz")
     steps = plan_steps(trace.sequence, trace.phase)
-    setting = Setting(trace=trace, steps=steps, single=True)
+    setting = setting_of(trace, steps, name, "single")
     sizes, slots = [1] * trace.layers, 20 * trace.layers
     manager = MemoryManager(sizes, trace.num_experts, slots, EVICTION[name], setting=setting, scope="per-layer")
     reference = replay(trace, steps, manager, lookup="single")
-    outcome, evict = COMPILED[name](trace, steps, pool_budgets(sizes, slots, "per-layer"), sizes, "single")
+    outcome, evict = COMPILED[name](
+        trace, steps, pool_budgets(sizes, slots, "per-layer"), sizes, "single", setting=setting
+    )
     assert np.array_equal(outcome, reference.outcome)
     assert evict == reference.evict
 

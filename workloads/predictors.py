@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from ..bounded import check_memory
 from ..errors import InputError
+from ..machine_code import compiled
 from ..words import unknown_name
 from .batches import Step
 from .guesses import MOST_HORIZONS, Guesses, Int16s, Int64s, Run, best_of, found_in
@@ -106,24 +107,64 @@ class Transition:
         e = trace.num_experts
         _check_counts("transition", run.layers * horizons * e**2)
         counts = np.zeros((run.layers, horizons, e, e), dtype=np.int32)
-        here, ahead = np.indices((run.layers, horizons), sparse=True)
-        tokens_on, target_layer = np.divmod(here + ahead + 1, run.layers)
-        block = (here * horizons + ahead)[..., None, None] * e
-        ago = run.tokens_ago(int(tokens_on.max()))
-        cells = run.layers * horizons * max(e, run.k**2)
-        for start, end in zip(run.starts[:-1], run.starts[1:], strict=True):
-            for piece in run.pieces(cells, int(start), int(end)):
-                scores = np.zeros((len(run.rows[piece]), run.layers, horizons, e), dtype=np.int64)
-                for source in np.moveaxis(run.chosen[piece], -1, 0):
-                    scores += counts[here, ahead, source[..., None]] * (source >= 0)[..., None, None]
-                experts[piece], confidences[piece] = best_of(scores, n)
-            for piece in run.pieces(cells, int(start), int(end)):
-                source = run.chosen[ago[tokens_on, piece].transpose(2, 0, 1), here]
-                target = run.chosen[piece][:, target_layer]
-                pair = (block + source[..., :, None]) * e + target[..., None, :]
-                seen = (source >= 0)[..., :, None] & (target >= 0)[..., None, :]
-                np.add.at(counts.reshape(-1), pair[seen], 1)
+        ago = run.tokens_ago((run.layers - 1 + horizons) // run.layers)
+        _guess_transitions(run.chosen, run.starts, ago, counts, experts, confidences)
         return run.guesses(experts, confidences)
+
+
+@compiled
+def _guess_transitions(
+    chosen: npt.NDArray[Any],
+    starts: npt.NDArray[Any],
+    ago: npt.NDArray[Any],
+    counts: npt.NDArray[Any],
+    experts: npt.NDArray[Any],
+    confidences: npt.NDArray[Any],
+) -> None:
+    """Fill in the guesses of every step by the `counts` (layers, horizons, experts, experts) of the steps before it.
+
+    `chosen`, `starts` and `ago` are those of a `Run`; guesses and their confidences are (rows, layers, horizons, n).
+    """
+    _, layers, horizons, n = experts.shape
+    most = min(n, counts.shape[3])
+    scores = np.zeros(counts.shape[3], dtype=np.int64)
+    for step in range(len(starts) - 1):
+        for place in range(starts[step], starts[step + 1]):
+            for layer in range(layers):
+                for ahead in range(horizons):
+                    scores[:] = 0
+                    for source in chosen[place, layer]:
+                        if source >= 0:
+                            scores += counts[layer, ahead, source]
+                    total = max(scores.sum(), 1)
+                    found = _rank_best(scores, experts[place, layer, ahead, :most])
+                    for rank in range(found):
+                        score = scores[experts[place, layer, ahead, rank]]
+                        confidences[place, layer, ahead, rank] = score / total
+        for place in range(starts[step], starts[step + 1]):
+            for layer in range(layers):
+                for ahead in range(horizons):
+                    tokens_on, target = divmod(layer + ahead + 1, layers)
+                    for source in chosen[ago[tokens_on, place], layer]:
+                        for used in chosen[place, target]:
+                            if source >= 0 and used >= 0:
+                                counts[layer, ahead, source, used] += 1
+
+
+@compiled
+def _rank_best(scores: npt.NDArray[Any], best: npt.NDArray[Any]) -> int:
+    """Put the indices of the highest scores above 0 into `best`, ties to the lower; return how many there are."""
+    found = 0
+    for index in range(len(scores)):
+        if scores[index] == 0 or (found == len(best) and scores[index] <= scores[best[found - 1]]):
+            continue
+        at = min(found, len(best) - 1)
+        found = min(found + 1, len(best))
+        while at > 0 and scores[best[at - 1]] < scores[index]:
+            best[at] = best[at - 1]
+            at -= 1
+        best[at] = index
+    return found
 
 
 def _check_counts(name: str, pairs: int) -> None:

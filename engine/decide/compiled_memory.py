@@ -16,7 +16,6 @@ from ..policies.compiled_eviction import (
     EXTRA_ROWS,
     S3FIFO,
     SPENT,
-    WAVE,
     admit,
     drop,
     evict,
@@ -25,6 +24,7 @@ from ..policies.compiled_eviction import (
     use,
     victims,
 )
+from ..policies.compiled_orders import WAVE
 from .decision_words import (
     ADMITTED_WORDS,
     D_ADMITTED,

@@ -16,7 +16,8 @@ import numpy.typing as npt
 from ...machine_words import WordMemory, zeros
 from ...workloads.batches import Step, columns_of
 from ...workloads.stacks import next_visits
-from ..policies.compiled_eviction import BELADY, COLUMNS, EXTRA_ROWS, NEXT, begin_states
+from ..policies.compiled_eviction import BELADY, EXTRA_ROWS, begin_states
+from ..policies.compiled_orders import COLUMNS, NEXT
 from ..policies.eviction_informed import Static
 from ..policies.prefetch import Popularity
 from . import decision_words as w

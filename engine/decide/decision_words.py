@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...machine_words import REALS, TABLE, UNCOMPILED, WORDS, Fields
-from ..policies.compiled_eviction import SIZE, UNTIL, WAVE
+from ..policies.compiled_orders import SIZE, UNTIL, WAVE
 
 Words = npt.NDArray[Any]
 Table = npt.NDArray[Any]

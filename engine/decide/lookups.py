@@ -26,8 +26,7 @@ class Lookups:
     `experts` int32 (n,) are `layer * experts + index`, unique within a visit, in access order; `recency` int32 (n,) the
     same of each visit in the order of their last appearance; visit i is `starts[i]` to `starts[i + 1]`, int64 (v + 1,).
     `cells` int64 (n,) is each one's place in the flattened trace (tokens, layers, k); None if they fill it in order.
-    The largest visit looks `largest_visit` experts up. A policy that goes by `scores` (n,) has those of the look-ups in
-    the order of last appearance, as of `replay.scores.ranked_scores`.
+    The largest visit looks `largest_visit` experts up.
     """
 
     experts: npt.NDArray[np.int32]
@@ -35,7 +34,6 @@ class Lookups:
     starts: npt.NDArray[np.int64]
     cells: npt.NDArray[np.int64] | None
     largest_visit: int
-    scores: npt.NDArray[np.int32] | None = None
 
 
 def list_lookups(

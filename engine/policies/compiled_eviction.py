@@ -7,40 +7,38 @@ is, is a number that every function branches on, so that one loop is compiled, o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from ... import machine_code
-from ...machine_code import Function
-
-Array = npt.NDArray[Any]
-
-
-def compiled(function: Function) -> Function:
-    """Compile a function that makes no array.
-
-    Numba then need not count who holds which array, atomically and at every call, which would take half of the time;
-    its option for that, `_nrt`, is internal.
-    """
-    return machine_code.within(function, _nrt=False)
-
+from .compiled_orders import (
+    AFTER,
+    BEFORE,
+    COUNT,
+    KEY,
+    MARK,
+    NEXT,
+    QUEUE,
+    SIZE,
+    Array,
+    append,
+    compiled,
+    pop,
+    push,
+    rank,
+    stays,
+    take_out,
+    unlink,
+)
 
 FIFO, LRU, LFU, LFU_INCACHE, CLOCK, SIEVE, S3FIFO, BELADY, STATIC, PRELOADED, SPENT, SCORED = range(12)
 
-# What holds an expert, by columns: the wave that pins it, the visit until which it is safe from prefetches, its bytes.
-WAVE, UNTIL, SIZE = range(3)
 #: Later than any visit: who makes room on demand, from which nothing but a pin is safe.
 DEMANDED_AT = 1 << 62
 
-# A policy's state is one int64 array. It has a row for each expert; one for each queue, which stands before its first
-# expert and after its last; and one of numbers.
-# Columns of an expert's row, of which HEAP is that of whoever is at this place of the heap:
-BEFORE, AFTER, MARK, QUEUE, NEXT, PLACE, HEAP, KEY, RANKED = range(9)
-COLUMNS, EXTRA_ROWS = 10, 4
-# Columns of the last row: where Sieve's hand is, S3-FIFO's limits and lengths, how many are in the heap.
-HAND, MOST_SMALL, MOST_MAIN, MOST_GHOSTS, IN_SMALL, IN_MAIN, IN_GHOSTS, HAS_EVICTED, STAMP, COUNT = range(10)
+#: Rows of a state beside those of the experts: three queues, and the numbers.
+EXTRA_ROWS = 4
+# Columns of the last row: where Sieve's hand is, S3-FIFO's limits and lengths, the last stamp; then COUNT.
+HAND, MOST_SMALL, MOST_MAIN, MOST_GHOSTS, IN_SMALL, IN_MAIN, IN_GHOSTS, HAS_EVICTED, STAMP = range(9)
 # Where S3-FIFO has an expert; the first three are queues. Who keeps what was preloaded has that in MAIN, and what was
 # demanded in SMALL. The other policies have one queue, SMALL.
 SMALL, MAIN, GHOSTS, RETURNING, NOWHERE = range(5)
@@ -80,15 +78,8 @@ def ranks(kind: int) -> bool:
 def drop(kind: int, state: Array, expert: int) -> None:
     """Forget an expert that loses its room without having been found by `victims`."""
     if ranks(kind):
-        _take_out(state, expert)
+        take_out(state, len(state) - 1, 0, expert)
     evict(kind, state, expert)
-
-
-@compiled
-def stays(held: Array, expert: int, wave: int, at: int) -> bool:
-    """Whether an expert is pinned by this wave, or safe from what is prefetched at visit `at`."""
-    held_on: bool = held[expert, WAVE] == wave or held[expert, UNTIL] > at
-    return held_on
 
 
 @compiled
@@ -98,11 +89,11 @@ def begin(state: Array, expert: int, following: int) -> None:
 
 
 @compiled
-def score(state: Array, expert: int, rank: int, resident: bool) -> None:
+def score(state: Array, expert: int, order: int, resident: bool) -> None:
     """Take note, as a visit begins, of the rank among all scores of an expert that it looks up."""
-    state[expert, NEXT] = rank
+    state[expert, NEXT] = order
     if resident:
-        _rank(state, expert, _priority(SCORED, state, expert, 0))
+        rank(state, 0, expert, _priority(SCORED, state, expert, 0))
 
 
 @compiled
@@ -120,10 +111,10 @@ def use(kind: int, state: Array, expert: int) -> None:
     elif kind == S3FIFO:
         state[expert, MARK] += 1
     elif kind == LRU:
-        _unlink(state, expert)
-        _append(state, _queue(state, SMALL), expert)
+        unlink(state, expert)
+        append(state, _queue(state, SMALL), expert)
     elif kind not in (FIFO, STATIC, PRELOADED, SPENT, SCORED):
-        _rank(state, expert, _priority(kind, state, expert, 1))
+        rank(state, 0, expert, _priority(kind, state, expert, 1))
 
 
 @compiled
@@ -132,11 +123,11 @@ def admit(kind: int, state: Array, expert: int, demanded: int) -> None:
     if kind == S3FIFO:
         _admit_to_queue(state, expert)
     elif ranks(kind):
-        _push(state, expert, _priority(kind, state, expert, demanded))
+        push(state, len(state) - 1, 0, expert, _priority(kind, state, expert, demanded))
     else:
         state[expert, MARK] = 0
         kept = kind in (PRELOADED, SPENT) and not demanded
-        _append(state, _queue(state, MAIN if kept else SMALL), expert)
+        append(state, _queue(state, MAIN if kept else SMALL), expert)
 
 
 @compiled
@@ -149,7 +140,7 @@ def evict(kind: int, state: Array, expert: int) -> None:
     elif not ranks(kind):
         if kind == SIEVE and state[len(state) - 1, HAND] == expert:
             state[len(state) - 1, HAND] = state[expert, AFTER]
-        _unlink(state, expert)
+        unlink(state, expert)
 
 
 @compiled
@@ -177,29 +168,13 @@ def next_victim(state: Array) -> int:
     return first
 
 
-# Queues: doubly linked lists, columns BEFORE and AFTER.
+# Queues.
 
 
 @compiled
 def _queue(state: Array, queue: int) -> int:
     """Returns a queue's own node."""
     return len(state) - 4 + queue
-
-
-@compiled
-def _unlink(state: Array, expert: int) -> None:
-    before, after = state[expert, BEFORE], state[expert, AFTER]
-    state[before, AFTER] = after
-    state[after, BEFORE] = before
-
-
-@compiled
-def _append(state: Array, queue: int, expert: int) -> None:
-    last = state[queue, BEFORE]
-    state[last, AFTER] = expert
-    state[expert, BEFORE] = last
-    state[expert, AFTER] = queue
-    state[queue, BEFORE] = expert
 
 
 @compiled
@@ -228,8 +203,8 @@ def _walk_clock(state: Array, held: Array, wave: int, at: int, lacking_bytes: in
         following = state[expert, AFTER]
         if state[expert, MARK]:
             state[expert, MARK] = 0
-            _unlink(state, expert)
-            _append(state, queue, expert)
+            unlink(state, expert)
+            append(state, queue, expert)
             if following == queue:
                 following = expert
         elif not stays(held, expert, wave, at):
@@ -282,11 +257,11 @@ def _move(state: Array, expert: int, queue: int) -> None:
     """Take an expert out of the queue that it is in, if it is in one, and put it last in another, or nowhere."""
     old = state[expert, QUEUE]
     if old <= GHOSTS:
-        _unlink(state, expert)
+        unlink(state, expert)
         state[len(state) - 1, IN_SMALL + old] -= 1
     state[expert, QUEUE] = queue
     if queue <= GHOSTS:
-        _append(state, _queue(state, queue), expert)
+        append(state, _queue(state, queue), expert)
         state[len(state) - 1, IN_SMALL + queue] += 1
 
 
@@ -346,8 +321,7 @@ def _walk_queues(state: Array, held: Array, wave: int, at: int, lacking_bytes: i
     return count if lacking_bytes <= 0 else 0
 
 
-# Rankings: a heap, the lowest key first. A key that grows (more uses) is noted and its expert sinks only when it comes
-# to the top; one that falls (a later next use) rises at once.
+# Rankings: a heap of compiled_orders.py, by (rank, stamp).
 
 
 @compiled
@@ -355,87 +329,13 @@ def _priority(kind: int, state: Array, expert: int, used: int) -> int:
     """Returns the key of an expert that was used, or came: its uses, or how near its next one is; ties to who came."""
     state[len(state) - 1, STAMP] += 1
     if kind == BELADY:
-        rank = _FAR - state[expert, NEXT]
+        order = _FAR - state[expert, NEXT]
     elif kind in (STATIC, SCORED):
-        rank = state[expert, NEXT]
+        order = state[expert, NEXT]
     else:
-        rank = state[expert, MARK] = state[expert, MARK] + used
-    key: int = (rank << 32) | state[len(state) - 1, STAMP]
+        order = state[expert, MARK] = state[expert, MARK] + used
+    key: int = (order << 32) | state[len(state) - 1, STAMP]
     return key
-
-
-@compiled
-def _rank(state: Array, expert: int, key: int) -> None:
-    """Give an expert in the heap another key."""
-    state[expert, KEY] = key
-    if key < state[expert, RANKED]:
-        state[expert, RANKED] = key
-        _rise(state, expert, state[expert, PLACE])
-
-
-@compiled
-def _push(state: Array, expert: int, key: int) -> None:
-    """Put an expert into the heap."""
-    state[expert, KEY] = state[expert, RANKED] = key
-    state[len(state) - 1, COUNT] += 1
-    _rise(state, expert, state[len(state) - 1, COUNT] - 1)
-
-
-@compiled
-def _pop(state: Array) -> int:
-    """Take the expert with the lowest key out of the heap."""
-    while state[state[0, HEAP], RANKED] != state[state[0, HEAP], KEY]:
-        state[state[0, HEAP], RANKED] = state[state[0, HEAP], KEY]
-        _sink(state, state[0, HEAP], 0)
-    first: int = state[0, HEAP]
-    _take_out(state, first)
-    return first
-
-
-@compiled
-def _take_out(state: Array, expert: int) -> None:
-    """Take an expert out of the heap."""
-    place = state[expert, PLACE]
-    state[len(state) - 1, COUNT] -= 1
-    last = state[state[len(state) - 1, COUNT], HEAP]
-    if last != expert:
-        _sink(state, last, place)
-        _rise(state, last, state[last, PLACE])
-
-
-@compiled
-def _rise(state: Array, expert: int, place: int) -> None:
-    """Put an expert at a place of the heap, or as far above as it belongs."""
-    while place > 0:
-        above = (place - 1) >> 1
-        other = state[above, HEAP]
-        if state[other, RANKED] <= state[expert, RANKED]:
-            break
-        state[place, HEAP] = other
-        state[other, PLACE] = place
-        place = above
-    state[place, HEAP] = expert
-    state[expert, PLACE] = place
-
-
-@compiled
-def _sink(state: Array, expert: int, place: int) -> None:
-    """Put an expert at a place of the heap, or as far below as it belongs."""
-    size = state[len(state) - 1, COUNT]
-    while True:
-        below = 2 * place + 1
-        if below >= size:
-            break
-        if below + 1 < size and state[state[below + 1, HEAP], RANKED] < state[state[below, HEAP], RANKED]:
-            below += 1
-        other = state[below, HEAP]
-        if state[expert, RANKED] <= state[other, RANKED]:
-            break
-        state[place, HEAP] = other
-        state[other, PLACE] = place
-        place = below
-    state[place, HEAP] = expert
-    state[expert, PLACE] = place
 
 
 @compiled
@@ -444,7 +344,7 @@ def _walk_heap(state: Array, held: Array, wave: int, at: int, lacking_bytes: int
     count = 0
     end = aside = 2 * len(held)  # who stays waits at the back of `leaving`
     while lacking_bytes > 0 and state[len(state) - 1, COUNT]:
-        expert = _pop(state)
+        expert = pop(state, len(state) - 1, 0)
         if stays(held, expert, wave, at):
             aside -= 1
             leaving[aside] = expert
@@ -453,9 +353,9 @@ def _walk_heap(state: Array, held: Array, wave: int, at: int, lacking_bytes: int
             count += 1
             lacking_bytes -= held[expert, SIZE]
     for place in range(aside, end):
-        _push(state, leaving[place], state[leaving[place], KEY])
+        push(state, len(state) - 1, 0, leaving[place], state[leaving[place], KEY])
     if lacking_bytes <= 0:
         return count
     for place in range(count):
-        _push(state, leaving[place], state[leaving[place], KEY])
+        push(state, len(state) - 1, 0, leaving[place], state[leaving[place], KEY])
     return 0

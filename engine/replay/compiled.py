@@ -1,13 +1,14 @@
 """Compiled replays: the same decisions as the memory manager's, on demand only, at the speed of machine code.
 
 Each pool's look-ups, laid out flat, go through one loop that looks up, pins, makes room and serves in waves; a policy
-is what the loop asks of compiled_eviction.py. LRU has a loop of its own for the common case. Every replay here equals
+is what the loop asks of compiled_on_demand.py. LRU has a loop of its own for the common case. Every replay here equals
 `replay.replay` with the policy of the same name to the last access; tests hold it to that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,29 +24,32 @@ from ..decide.lookups import Lookups, in_file_order, list_lookups
 from ..policies.compiled_eviction import (
     BELADY,
     CLOCK,
-    COLUMNS,
-    DEMANDED_AT,
-    EXTRA_ROWS,
     FIFO,
     LFU,
     LFU_INCACHE,
     LRU,
+    PRELOADED,
     S3FIFO,
-    SCORED,
     SIEVE,
-    SIZE,
-    WAVE,
-    admit,
     begin,
-    begin_states,
-    compiled,
+)
+from ..policies.compiled_on_demand import (
+    ARC,
+    LFRU,
+    LRFU,
+    TWO_Q,
+    admit,
     evict,
+    make_state,
     marks,
     miss,
-    score,
+    note,
     use,
     victims,
 )
+from ..policies.compiled_orders import NEXT, SIZE, WAVE, compiled
+from ..policies.eviction_base import NO_SETTING, Setting
+from .notes import NOTES, Notes, notes_of, takes_notes
 
 Array = npt.NDArray[Any]
 
@@ -57,7 +61,7 @@ def _called(function: Function) -> Function:
 
 Outcome = npt.NDArray[np.uint8]
 
-#: The policies that have a compiled replay, by their names in EVICTION.
+#: The policies that have a compiled replay without notes, by their names in EVICTION. On demand, `preloaded` is FIFO.
 KINDS = {
     "fifo": FIFO,
     "lru": LRU,
@@ -66,6 +70,11 @@ KINDS = {
     "clock": CLOCK,
     "sieve": SIEVE,
     "s3fifo": S3FIFO,
+    "2q": TWO_Q,
+    "arc": ARC,
+    "lfru": LFRU,
+    "lrfu": LRFU,
+    "preloaded": PRELOADED,
     "belady": BELADY,
 }
 
@@ -79,11 +88,12 @@ def replay_compiled(
     lookup: str,
     *,
     shared: bool = False,
+    setting: Setting = NO_SETTING,
 ) -> tuple[Outcome, int]:
     """Replay on demand; return the outcome of each (token, layer, rank), as in `Replayed`, and the evictions.
 
     `pool_bytes` has one entry for a global pool, or one a layer; `expert_bytes` (layers,). With `shared`, layers share
-    the experts of the same index, and one pool.
+    the experts of the same index, and one pool. A policy of NOTES needs the `setting` of the whole run.
     """
     if shared:
         expert_bytes = expert_bytes[:1]
@@ -97,14 +107,35 @@ def replay_compiled(
         return outcome.reshape(trace.experts.shape), max(0, misses - capacity)
     evicted = 0
     for pool, room_bytes in enumerate(pool_bytes):
-        lookups = list_lookups(trace, steps, lookup, pool if len(pool_bytes) > 1 else None, shared=shared)
+        layer = pool if len(pool_bytes) > 1 else None
+        lookups = list_lookups(trace, steps, lookup, layer, shared=shared)
+        notes = pool_notes(eviction, lookups, setting, layer, shared=shared)
         sizes = expert_bytes if len(pool_bytes) == 1 else [expert_bytes[pool]] * trace.layers
         whole = lookups.cells is None
         found = outcome if whole else np.empty(len(lookups.experts), dtype=np.uint8)
-        evicted += replay_pool(eviction, lookups, room_bytes, sizes, trace.num_experts, found)
+        evicted += replay_pool(eviction, lookups, room_bytes, sizes, trace.num_experts, found, notes)
         if not whole:
             outcome[lookups.cells] = found
     return outcome.reshape(trace.experts.shape), evicted
+
+
+def is_compiled(eviction: str, steps: Sequence[Step], lookup: str) -> bool:
+    """Whether a policy has a compiled replay of these steps."""
+    return eviction in COMPILED and (eviction not in NOTES or takes_notes(eviction, steps, lookup))
+
+
+def pool_notes(
+    eviction: str, lookups: Lookups, setting: Setting, layer: int | None, *, shared: bool = False
+) -> Notes | None:
+    """Returns the notes of a policy for the pool of one layer, or of all; None if it has none.
+
+    `setting` is the whole run's, with its trace.
+    """
+    if eviction not in NOTES:
+        return None
+    trace = setting.known_trace()
+    group = tuple(range(trace.layers)) if layer is None else (layer,)
+    return notes_of(eviction, lookups, replace(setting, layers=group, experts=trace.num_experts, shared=shared))
 
 
 def replay_pool(
@@ -114,12 +145,16 @@ def replay_pool(
     expert_bytes: Sequence[int],
     num_experts: int,
     found: Outcome,
+    notes: Notes | None = None,
 ) -> int:
     """Replay one pool's look-ups: set `found` (n,) to 1 or 0 for each, and return the evictions.
 
-    `expert_bytes` (layers,) are the sizes of the experts that the pool may hold.
+    `expert_bytes` (layers,) are the sizes of the experts that the pool may hold. A policy of NOTES needs its `notes`.
     """
-    kind, capacity = KINDS[eviction] if lookups.scores is None else SCORED, pool_bytes // max(expert_bytes)
+    if eviction == "spent":  # what a visit demanded leaves with it: on demand alone, nothing is ever there
+        found[:] = 0
+        return len(found)
+    kind, capacity = KINDS[eviction] if notes is None else NOTES[eviction][0], pool_bytes // max(expert_bytes)
     experts = len(expert_bytes) * num_experts
     if kind == LRU and min(expert_bytes) == max(expert_bytes) and capacity >= lookups.largest_visit:
         live, last = _past(len(found) + capacity, experts)
@@ -128,21 +163,29 @@ def replay_pool(
         else:
             misses = _lru_by_visits(lookups.experts, lookups.recency, lookups.starts, capacity, live, last, found)
         return max(0, misses - capacity)
-    following = np.empty(0, np.int32) if lookups.scores is None else lookups.scores
+    following = np.empty(0, np.int32)
     if kind == BELADY:
         following = next_visits(lookups.experts, lookups.starts, experts)
+    if notes is None:
+        notes = Notes(np.zeros_like(lookups.starts))
     held = np.full((experts, 3), -1, dtype=np.int64)
     held[:, SIZE] = np.repeat(np.array(expert_bytes, dtype=np.int64), num_experts)
-    states = np.zeros((1, experts + EXTRA_ROWS, COLUMNS), dtype=np.int64)
-    begin_states(kind, states, [capacity])
+    state, reals = make_state(kind, capacity, len(expert_bytes), num_experts)
+    if notes.ranks is not None:
+        state[:experts, NEXT] = notes.ranks[:experts]  # shared, only the first layer has any
     evicted = _replay(
         kind,
         lookups.experts,
         lookups.recency,
         lookups.starts,
         following,
+        notes.experts,
+        notes.values,
+        notes.starts,
         pool_bytes,
-        states[0],
+        state,
+        reals,
+        notes.luck.copy(),
         np.zeros(experts, dtype=np.bool_),  # who is in memory, as the policy knows
         held,
         np.empty(experts, dtype=np.int32),  # room for a visit's misses
@@ -248,8 +291,13 @@ def _replay(
     recency: Array,
     starts: Array,
     following: Array,
+    noted: Array,
+    values: Array,
+    note_starts: Array,
     pool_bytes: int,
     state: Array,
+    reals: Array,
+    luck: Array,
     resident: Array,
     held: Array,
     missing: Array,
@@ -274,22 +322,21 @@ def _replay(
                 found[at] = 0
                 missing[lacking] = expert
                 lacking += 1
-        if kind == SCORED:
-            for at in range(first, last):
-                score(state, recency[at], following[at], resident[recency[at]])
+        for at in range(note_starts[visit], note_starts[visit + 1]):
+            note(kind, state, reals, noted[at], values[at], resident[noted[at]])
         size_bytes = held[experts[first], SIZE]  # a visit's experts are of one layer
         taken, most = last - first - lacking, pool_bytes // size_bytes
         served = 0
         while True:
             while served < lacking:
                 expert = missing[served]
-                miss(kind, state, expert)
+                miss(kind, state, reals, expert)
                 if taken == most:
                     if marks(kind):  # the walk for room is in vain, but it clears marks
-                        victims(kind, state, held, wave, DEMANDED_AT, pool_bytes + 1, leaving)
+                        victims(kind, state, reals, luck, held, wave, pool_bytes + 1, leaving)
                     break
                 if free_bytes < size_bytes:
-                    count = victims(kind, state, held, wave, DEMANDED_AT, size_bytes - free_bytes, leaving)
+                    count = victims(kind, state, reals, luck, held, wave, size_bytes - free_bytes, leaving)
                     for at in range(count):
                         victim = leaving[at]
                         evict(kind, state, victim)
@@ -304,9 +351,9 @@ def _replay(
                 expert = recency[at]
                 if held[expert, WAVE] == wave:
                     if resident[expert]:
-                        use(kind, state, expert)
+                        use(kind, state, reals, expert)
                     else:
-                        admit(kind, state, expert, 1)
+                        admit(kind, state, reals, expert)
                         resident[expert] = True
             if served == lacking:
                 break
@@ -316,4 +363,7 @@ def _replay(
 
 
 #: The compiled replays by policy: (trace, steps, pool_bytes, expert_bytes, lookup) -> (outcome, evictions).
-COMPILED: dict[str, Callable[..., tuple[Outcome, int]]] = {name: partial(replay_compiled, name) for name in KINDS}
+#: See `is_compiled`.
+COMPILED: dict[str, Callable[..., tuple[Outcome, int]]] = {
+    name: partial(replay_compiled, name) for name in [*KINDS, *NOTES, "spent"]
+}

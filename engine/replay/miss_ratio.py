@@ -2,14 +2,14 @@
 
 LRU and Belady's rule are stack algorithms: one pass gives every capacity, exactly, where a pool's experts are of one
 size and its largest visit fits. Everything else is replayed, capacity by capacity: in machine code, or by the memory
-manager where a policy is in Python alone, some ten times slower. All ways count what `replay.replay_trace` counts with
+manager where that has no such policy, some hundred times slower. All ways count what `replay.replay_trace` counts with
 the same budget, to the last access.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,15 +26,17 @@ from ..decide.memory_manager import MemoryManager
 from ..decide.partition import divider
 from ..policies.eviction import EVICTION
 from ..scenario.amounts import parse_budget
-from .compiled import KINDS, replay_pool
+from .compiled import is_compiled, pool_notes, replay_pool
+from .notes import Notes
 from .replay import FOUND, expert_sizes, replay, setting_of
-from .scores import has_scores, ranked_scores
 
 #: The policies that one pass serves, with the depths it finds.
 STACKS: dict[str, Callable[[Lookups, int], npt.NDArray[np.int32]]] = {
     "lru": lambda lookups, experts: lru_depths(lookups.experts, lookups.recency, lookups.starts, experts),
     "belady": lambda lookups, experts: belady_depths(lookups.experts, lookups.starts, experts),
 }
+#: The policies that do on demand alone what another does: nothing is preloaded, or spared from a prefetch.
+AS_ON_DEMAND = {"preloaded": "fifo", "payback": "heat"}
 #: More points than this no curve shows.
 MOST_POINTS = 10_000
 #: What is drawn where nothing else is asked for.
@@ -108,9 +110,11 @@ def _hits(
     trace, sizes, shared = cache.trace, cache.sizes, cache.scope == "shared"
     pools = list(budgets)
     layers = [None] if cache.scope in ("global", "shared") else range(trace.layers)
+    asked, policies = policies, list(dict.fromkeys(AS_ON_DEMAND.get(policy, policy) for policy in policies))
     hits = {policy: np.zeros(len(pools), dtype=np.int64) for policy in policies}
-    in_code = [policy for policy in policies if policy in KINDS or has_scores(policy, cache.steps, cache.lookup)]
+    in_code = [policy for policy in policies if is_compiled(policy, cache.steps, cache.lookup)]
     in_python = [policy for policy in policies if policy not in in_code]
+    settings = {policy: setting_of(trace, cache.steps, policy, cache.lookup) for policy in in_code}
     total = len(layers) * len(in_code) + len(pools) * len(in_python)
     accesses = 0
     for number, layer in enumerate(layers):
@@ -121,14 +125,13 @@ def _hits(
         for done, policy in enumerate(in_code):
             if progress is not None:
                 progress("curves", number * len(in_code) + done, total)
-            scores = None if policy in KINDS else ranked_scores(policy, lookups, trace, cache.steps)
-            scored = replace(lookups, scores=scores)
-            hits[policy] += pool_hits(policy, scored, room_bytes, pool_sizes, trace.num_experts)
+            notes = pool_notes(policy, lookups, settings[policy], layer, shared=shared)
+            hits[policy] += pool_hits(policy, lookups, room_bytes, pool_sizes, trace.num_experts, notes)
     for done, policy in enumerate(in_python):
         if progress is not None:
             progress("curves", len(layers) * len(in_code) + done * len(pools), total)
         hits[policy] += _managed_hits(policy, cache, list(budgets.values()))
-    return hits, accesses
+    return {policy: hits[AS_ON_DEMAND.get(policy, policy)] for policy in asked}, accesses
 
 
 def _managed_hits(policy: str, cache: _Cache, budgets: Sequence[int]) -> npt.NDArray[np.int64]:
@@ -157,7 +160,12 @@ def _described(
 
 
 def pool_hits(
-    policy: str, lookups: Lookups, room_bytes: Sequence[int], expert_bytes: Sequence[int], num_experts: int
+    policy: str,
+    lookups: Lookups,
+    room_bytes: Sequence[int],
+    expert_bytes: Sequence[int],
+    num_experts: int,
+    notes: Notes | None = None,
 ) -> npt.NDArray[np.int64]:
     """Returns how many of a pool's look-ups are found with each of these budgets; `expert_bytes` (layers,)."""
     hits = np.zeros(len(room_bytes), dtype=np.int64)
@@ -170,7 +178,7 @@ def pool_hits(
         replayed = np.flatnonzero(slots < lookups.largest_visit).tolist()
     found = np.empty(len(lookups.experts), dtype=np.uint8)
     for at in replayed:
-        replay_pool(policy, lookups, room_bytes[at], expert_bytes, num_experts, found)
+        replay_pool(policy, lookups, room_bytes[at], expert_bytes, num_experts, found, notes)
         hits[at] = np.count_nonzero(found)
     return hits
 

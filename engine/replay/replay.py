@@ -25,7 +25,7 @@ from ..decide.partition import divider
 from ..policies.eviction import EVICTION, Setting
 from ..scenario.amounts import parse_budget
 from ..scenario.warnings import cliff_warning
-from .compiled import COMPILED
+from .compiled import COMPILED, is_compiled
 
 #: What became of each (token, layer, rank): missed, found, or not looked up (a repeat within the batch, or not run).
 MISSED, FOUND, NOT_LOOKED_UP = 0, 1, 255
@@ -158,11 +158,12 @@ def replay_trace(
         raise InputError(unknown_name("lookup", lookup, LOOKUPS))
     if lookahead is not None and lookahead < 1:
         raise InputError(f"lookahead = {lookahead}: must be at least 1")
-    if eviction in COMPILED:
-        outcome, evict = COMPILED[eviction](trace, steps, pools, known, lookup, shared=scope == "shared")
+    setting = setting_of(trace, steps, eviction, lookup, (predictor, lookahead))
+    if is_compiled(eviction, steps, lookup):
+        shared = scope == "shared"
+        outcome, evict = COMPILED[eviction](trace, steps, pools, known, lookup, shared=shared, setting=setting)
         replayed = Replayed(trace, outcome, evict)
     else:
-        setting = setting_of(trace, steps, eviction, lookup, (predictor, lookahead))
         manager = MemoryManager(
             known, trace.num_experts, budget_bytes, EVICTION[eviction], setting=setting, scope=scope, divide=divide
         )
