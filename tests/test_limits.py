@@ -19,6 +19,7 @@ LONG_FUNCTIONS = {
     "engine/decide/memory_manager.py MemoryManager.__init__": "sets up one thing after another",
     "calibration/executor/part.py Part.__init__": "sets up one thing after another",
     "engine/replay/compiled.py _replay": "machine code: one loop, whose parts would be copied into it",
+    "engine/replay/notes.py _activate": "machine code: one loop, whose parts would be copied into it",
     "engine/timing/compiled_clock.py advance": "machine code: a branch for each kind of event",
     "engine/timing/compiled_host.py carry_out_one": "machine code: a branch for each command",
     "workloads/importers.py _format_of": "a branch for each format",

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -109,11 +109,11 @@ def replay_compiled(
     for pool, room_bytes in enumerate(pool_bytes):
         layer = pool if len(pool_bytes) > 1 else None
         lookups = list_lookups(trace, steps, lookup, layer, shared=shared)
-        notes = pool_notes(eviction, lookups, setting, layer, shared=shared)
+        policy = pool_policy(eviction, lookups, setting, layer, shared=shared)
         sizes = expert_bytes if len(pool_bytes) == 1 else [expert_bytes[pool]] * trace.layers
         whole = lookups.cells is None
         found = outcome if whole else np.empty(len(lookups.experts), dtype=np.uint8)
-        evicted += replay_pool(eviction, lookups, room_bytes, sizes, trace.num_experts, found, notes)
+        evicted += replay_pool(policy, lookups, room_bytes, sizes, trace.num_experts, found)
         if not whole:
             outcome[lookups.cells] = found
     return outcome.reshape(trace.experts.shape), evicted
@@ -124,33 +124,38 @@ def is_compiled(eviction: str, steps: Sequence[Step], lookup: str) -> bool:
     return eviction in COMPILED and (eviction not in NOTES or takes_notes(eviction, steps, lookup))
 
 
-def pool_notes(
-    eviction: str, lookups: Lookups, setting: Setting, layer: int | None, *, shared: bool = False
-) -> Notes | None:
-    """Returns the notes of a policy for the pool of one layer, or of all; None if it has none.
+class PoolPolicy(NamedTuple):
+    """A policy by its name in EVICTION, with its notes of one pool; None if it has none."""
 
-    `setting` is the whole run's, with its trace.
-    """
+    eviction: str
+    notes: Notes | None
+
+
+def pool_policy(
+    eviction: str, lookups: Lookups, setting: Setting, layer: int | None, *, shared: bool = False
+) -> PoolPolicy:
+    """Returns a policy for the pool of one layer, or of all; `setting` is the whole run's, with its trace."""
     if eviction not in NOTES:
-        return None
+        return PoolPolicy(eviction, None)
     trace = setting.known_trace()
     group = tuple(range(trace.layers)) if layer is None else (layer,)
-    return notes_of(eviction, lookups, replace(setting, layers=group, experts=trace.num_experts, shared=shared))
+    known = replace(setting, layers=group, experts=trace.num_experts, shared=shared)
+    return PoolPolicy(eviction, notes_of(eviction, lookups, known))
 
 
 def replay_pool(
-    eviction: str,
+    policy: PoolPolicy,
     lookups: Lookups,
     pool_bytes: int,
     expert_bytes: Sequence[int],
     num_experts: int,
     found: Outcome,
-    notes: Notes | None = None,
 ) -> int:
     """Replay one pool's look-ups: set `found` (n,) to 1 or 0 for each, and return the evictions.
 
-    `expert_bytes` (layers,) are the sizes of the experts that the pool may hold. A policy of NOTES needs its `notes`.
+    `expert_bytes` (layers,) are the sizes of the experts that the pool may hold.
     """
+    eviction, notes = policy
     if eviction == "spent":  # what a visit demanded leaves with it: on demand alone, nothing is ever there
         found[:] = 0
         return len(found)

@@ -26,8 +26,7 @@ from ..decide.memory_manager import MemoryManager
 from ..decide.partition import divider
 from ..policies.eviction import EVICTION
 from ..scenario.amounts import parse_budget
-from .compiled import is_compiled, pool_notes, replay_pool
-from .notes import Notes
+from .compiled import PoolPolicy, is_compiled, pool_policy, replay_pool
 from .replay import FOUND, expert_sizes, replay, setting_of
 
 #: The policies that one pass serves, with the depths it finds.
@@ -125,8 +124,8 @@ def _hits(
         for done, policy in enumerate(in_code):
             if progress is not None:
                 progress("curves", number * len(in_code) + done, total)
-            notes = pool_notes(policy, lookups, settings[policy], layer, shared=shared)
-            hits[policy] += pool_hits(policy, lookups, room_bytes, pool_sizes, trace.num_experts, notes)
+            here = pool_policy(policy, lookups, settings[policy], layer, shared=shared)
+            hits[policy] += pool_hits(here, lookups, room_bytes, pool_sizes, trace.num_experts)
     for done, policy in enumerate(in_python):
         if progress is not None:
             progress("curves", len(layers) * len(in_code) + done * len(pools), total)
@@ -160,25 +159,20 @@ def _described(
 
 
 def pool_hits(
-    policy: str,
-    lookups: Lookups,
-    room_bytes: Sequence[int],
-    expert_bytes: Sequence[int],
-    num_experts: int,
-    notes: Notes | None = None,
+    policy: PoolPolicy, lookups: Lookups, room_bytes: Sequence[int], expert_bytes: Sequence[int], num_experts: int
 ) -> npt.NDArray[np.int64]:
     """Returns how many of a pool's look-ups are found with each of these budgets; `expert_bytes` (layers,)."""
     hits = np.zeros(len(room_bytes), dtype=np.int64)
     replayed = list(range(len(room_bytes)))
-    if policy in STACKS and min(expert_bytes) == max(expert_bytes):
+    if policy.eviction in STACKS and min(expert_bytes) == max(expert_bytes):
         slots = np.array(room_bytes, dtype=np.int64) // expert_bytes[0]
-        depths = STACKS[policy](lookups, len(expert_bytes) * num_experts)
+        depths = STACKS[policy.eviction](lookups, len(expert_bytes) * num_experts)
         hits_below = np.concatenate([[0], np.cumsum(np.bincount(depths[depths >= 0]))])
         hits[:] = hits_below[np.minimum(slots, len(hits_below) - 1)]
         replayed = np.flatnonzero(slots < lookups.largest_visit).tolist()
     found = np.empty(len(lookups.experts), dtype=np.uint8)
     for at in replayed:
-        replay_pool(policy, lookups, room_bytes[at], expert_bytes, num_experts, found, notes)
+        replay_pool(policy, lookups, room_bytes[at], expert_bytes, num_experts, found)
         hits[at] = np.count_nonzero(found)
     return hits
 
