@@ -91,6 +91,7 @@ def run(
             stream=stream,
             engine=engine,
         )
+        result.draw_range(progress)
         if out is not None and (out / "result.json").exists():
             say_replaced(out, "run")
         written = [] if out is None else write_result(result, out, all_spans=all_spans)

@@ -18,7 +18,7 @@ from .costs.ranges import drawn_costs, structure
 from .costs.uncertainty import PERCENTILES
 from .measure.merge import makespan_ns, step_metrics
 from .measure.speed import Serving
-from .run import engine_for, prepared, run_all
+from .run import Progress, engine_for, prepared, run_all
 from .scenario.inputs import Inputs
 
 #: How many draws, and over how many layer visits at most.
@@ -61,13 +61,25 @@ def _measured(inputs: Inputs) -> bool:
     return all(fact.source in ("measured", "fitted") and fact.device is None for fact in facts)
 
 
-def ranges(inputs: Inputs, serving: Serving, figures: Mapping[str, Any], draws: int = DRAWS) -> dict[str, Range]:
-    """Returns the range of each of FIGURES that a run has, `figures` being its own."""
+def ranges(
+    inputs: Inputs,
+    serving: Serving,
+    figures: Mapping[str, Any],
+    draws: int = DRAWS,
+    progress: Progress | None = None,
+) -> dict[str, Range]:
+    """Returns the range of each of FIGURES that a run has, `figures` being its own; `progress` is told of the draws."""
     few, figures = _beginning(inputs), middles(figures)
     shorter = few is not inputs
     point = _figures(few, part_costs(few), serving) if shorter else figures
     drawn = zip(*(drawn_costs(part, draws) for part in few.parts), strict=True)
-    runs = [_figures(few, list(costs), serving) for costs in drawn]
+    runs = []
+    for costs in drawn:
+        if progress is not None:
+            progress("range", len(runs), draws)
+        runs.append(_figures(few, list(costs), serving))
+    if progress is not None:
+        progress("range", draws, draws)
     own = inputs.runtime.neutral
     sigma = 0.0 if own else inputs.runtime.structure
     prompts = 0.0 if own else max(sigma, inputs.runtime.prompts)

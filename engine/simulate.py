@@ -86,9 +86,17 @@ class Result:
 
         None of requests under load, too: with other costs other steps are made, and nothing short stands for them.
         """
+        return self._drawn_range(None)
+
+    def draw_range(self, progress: Progress | None) -> None:
+        """Draw `range` now, as it takes a while, and tell `progress` how far it is."""
+        if "range" not in vars(self):
+            vars(self)["range"] = self._drawn_range(progress)
+
+    def _drawn_range(self, progress: Progress | None) -> dict[str, Range] | None:
         if self.inputs is None or not self.unsure or self.inputs.pulls is not None:
             return None
-        return ranges(self.inputs, self.serving, self.data)
+        return ranges(self.inputs, self.serving, self.data, progress=progress)
 
     @property
     def recording(self) -> Recording:

@@ -38,6 +38,8 @@ def bench(
     """
     prompted = simulate(_of(scenario, prompt, 1), baselines=False, progress=progress)
     generating = simulate(_of(scenario, 0, generated), baselines=False, progress=progress)
+    for result in (prompted, generating):
+        result.draw_range(progress)
     first_ms = prompted.data["time_to_first_token_ms"]["p50"]
     rows = [
         BenchRow(f"pp{prompt}", prompt / first_ms * 1e3, _rates(prompted, prompt)),

@@ -10,7 +10,7 @@ import pytest
 from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_scenario, tiny_trace
 
 from prestage.engine.costs.ranges import UNSTATED, drawn_costs, structure
-from prestage.engine.prediction import Range, ranges, unsure
+from prestage.engine.prediction import DRAWS, Range, ranges, unsure
 from prestage.engine.scenario.inputs import Inputs
 from prestage.engine.scenario.scenario import load_scenario
 from prestage.engine.simulate import simulate
@@ -81,6 +81,18 @@ def test_a_run_of_measured_costs_is_a_figure_and_any_other_a_range() -> None:
     band = guessed.range["tokens_per_second"] if guessed.range else Range(0, 0, 0)
     assert band.p5 < guessed.data["tokens_per_second"] < band.p95
     assert guessed.json_data()["range"]["tokens_per_second"]["p5"] == band.p5
+
+
+def test_drawing_a_range_says_how_far_it_is_once() -> None:
+    settings = ["workload.tokens=4", "runtime.name=transformers"]
+    guessed = simulate(load_scenario("guide", settings), baselines=False, engine="simpy")
+    told: list[tuple[str, int, int]] = []
+    for _ in range(2):
+        guessed.draw_range(lambda *step: told.append(step))
+    assert told == [("range", done, DRAWS) for done in range(DRAWS + 1)] and guessed.range
+    measured = simulate(load_scenario("guide", ["workload.tokens=4"]), baselines=False, engine="simpy")
+    measured.draw_range(lambda *step: told.append(step))
+    assert len(told) == DRAWS + 1 and measured.range is None
 
 
 def test_a_wider_spread_gives_a_wider_range() -> None:
