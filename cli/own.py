@@ -74,11 +74,11 @@ class Own:
 
     def _begins_anew(self, name: str | None) -> bool:
         """Whether no scenario is named: a model's name beside a machine is the model, also if a scenario has it."""
-        from ..workloads.model import preset_names
+        from ..workloads.model import names_model
 
         if name is None:
             return self.model is not None or bool(self.parts())
-        return name in preset_names() and bool(self.parts())
+        return names_model(name) and bool(self.parts())
 
     def settings(self, name: str | None) -> list[str]:
         """Returns the settings of a scenario that say the same; `name` is the scenario that was named, if one was.

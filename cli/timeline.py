@@ -86,3 +86,23 @@ def timeline_summaries(
     from ..output.tables.measured import print_timelines
 
     print_timelines(summaries)
+
+
+@app.command("late")
+def timeline_late(
+    run: Annotated[Path, typer.Argument(help="A folder that `prestage run --out` wrote.")], json: Json = False
+) -> None:
+    """Tell which prefetches of a run came late, and why: ordered too late, or behind other copies.
+
+    Such as `prestage timeline late prestage-out`.
+    """
+    from ..output.late import late_data
+    from ..output.saved import load_result
+
+    data = late_data(load_result(run))
+    if json:
+        print_json(data)
+        return
+    from ..output.tables.measured import print_late
+
+    print_late(data)

@@ -127,7 +127,9 @@ def _part_html(part: Part) -> str:
 
 def _subtitle(data: Mapping[str, Any]) -> str:
     runs = sum(study["choices"] for study in data["studies"])
-    what = f"{len(data['transfers'])} machines' copies, {len(data['published'])} published tables, {runs:,} runs"
+    counted = [(len(data["transfers"]), "machine's copies", "machines' copies")]
+    counted += [(len(data["published"]), "published table", "published tables"), (runs, "run", "runs")]
+    what = ", ".join(f"{number:,} {one if number == 1 else many}" for number, one, many in counted if number)
     made = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
     return f"{what}{', over fewer tokens (--quick)' if data['quick'] else ''}; {made}."
 
@@ -171,7 +173,11 @@ def _in_short(study: Mapping[str, Any]) -> str:
     fastest = by_figure.get(SPEED)
     if fastest is not None and fastest["value"] is not None:
         gain = f", {fastest['value'] / fastest['start']:.2f} times what it starts with" if fastest["start"] else ""
-        said += f" Fastest with {setting_words(fastest['settings'])}: {known_of(fastest['value'], 3)} tokens/s{gain}."
+        speed = f"{known_of(fastest['value'], 3)} tokens/s"
+        said += (
+            f" Fastest with {setting_words(fastest['settings'])}: {speed}{gain}." if fastest["settings"] else
+            f" Nothing that was tried is faster than what it starts with, {speed}."
+        )  # fmt: skip
     prefetching = by_figure.get("prefetch_speedup")
     if prefetching is not None and prefetching["value"] is not None:
         gain = prefetching["value"] - 1

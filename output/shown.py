@@ -16,6 +16,7 @@ from ..engine.measure.recording import FATES, OUTCOMES
 from ..errors import InputError
 from ..resources.timeline import KINDS
 from ..words import unknown_name
+from .late import late_prefetches
 from .tables.runs import headline, speed_rows
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ class Shown:
 
         Times are in ns, sizes in bytes; `tokens` has a row for each decode token, `accesses` for each expert that a
         layer visit asked for, `copies` for each copy to a GPU, `spans` for each span of the timeline, `layers` for
-        each layer's counts, `memory` for each change of the expert memory. Raises InputError for another name, and
+        each layer's counts, `memory` for each change of the expert memory, `late` for each prefetch that came
+        late, with its why (`late.late_prefetches`). Raises InputError for another name, and
         without pandas.
         """
         if table not in FRAMES:
@@ -147,4 +149,5 @@ FRAMES: dict[str, Callable[[Run], Any]] = {
     "spans": _spans,
     "layers": lambda run: run.data["by_layer"],
     "memory": _memory,
+    "late": lambda run: _columns(late_prefetches(run)),
 }

@@ -57,6 +57,7 @@ COMMANDS = [
     ["timeline"],
     ["timeline", "import"],
     ["timeline", "summary"],
+    ["timeline", "late"],
     ["predictor"],
     ["predictor", "train"],
     ["predictor", "evaluate"],
@@ -502,6 +503,17 @@ def test_import_shows_kernels_and_writes_timelines_and_pictures(prestage: Presta
     assert data["kernels"][0]["samples"]["n"] == 14
     assert prestage("timeline", "import", "again.json.gz", "-o", "again.png", "--json").json()["gpus"] == data["gpus"]
     assert (tmp_path / "again.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_late_prefetches_are_told_with_their_why(prestage: Prestage) -> None:
+    assert prestage("run", "--set", "workload.tokens=20", "--no-baselines", "--out", "run").status == 0
+    data = prestage("timeline", "late", "run", "--json").json()
+    assert data["late"] == data["ordered_too_late"] + data["behind_others"]
+    fates = json.loads(Path("run/result.json").read_text())["prefetch"]
+    assert (data["prefetches"], data["late"]) == (sum(fates.values()), fates["late"])
+    words = prestage("timeline", "late", "run").out
+    assert f"{data['late']:,} of {data['prefetches']:,} prefetches came late" in words
+    assert f"{data['behind_others']:,} waited behind other copies" in words
 
 
 # Help.

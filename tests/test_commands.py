@@ -39,6 +39,7 @@ TRIED = {
         *("--replicates", "1", "--precision", "0.5"),
     ],
     "topology": ["topology", "h200-x2"],
+    "timeline late": ["timeline", "late", "run"],
     "reproduce": ["reproduce", "transfers"],
     "predictor evaluate": ["predictor", "evaluate", "topk", "--predictor", "previous-token", "--recall", "6"],
     "replay": ["replay", "topk", "--budget", "25%"],
@@ -61,6 +62,8 @@ def test_every_command_that_is_documented_is_tried() -> None:
 
 @pytest.mark.parametrize("command", TRIED)
 def test_the_json_of_a_command_has_the_keys_that_are_documented(prestage: Prestage, command: str) -> None:
+    if "run" in TRIED[command][1:]:
+        assert prestage(*TRIED["run"], "--out", "run").status == 0
     ran = prestage(*TRIED[command], "--json")
     assert ran.status == 0, ran.err
     said = re.sub(r"\(each .*?\)", "", DOCUMENTED[command])
@@ -117,6 +120,22 @@ def test_names_are_listed_a_line_each(prestage: Prestage) -> None:
 def test_what_newcomers_guess_is_refused_with_what_they_meant(prestage: Prestage, words: str, says: str) -> None:
     ran = prestage(*words.split())
     assert (ran.status, ran.out) == (2, "") and says in ran.err
+
+
+def test_a_model_s_file_or_its_folder_stands_where_a_model_s_name_does(prestage: Prestage, tmp_path: Path) -> None:
+    config = {"model_type": "mixtral", "hidden_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8}
+    config |= {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 1024, "vocab_size": 32000}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text(json.dumps(config))
+    by_name = prestage("show", "--model", "mine", "--gpu", "rtx4060", "--json").json()
+    assert by_name["model"]["layers"] == 2
+    for given in ("mine", "mine/config.json"):
+        shown = prestage("show", given, "--gpu", "rtx4060", "--json").json()
+        assert (shown["model"], shown["budget_bytes"]) == (by_name["model"], by_name["budget_bytes"])
+        assert prestage("show", given, "--json").json()["model"] == by_name["model"]
+    (tmp_path / "empty").mkdir()
+    assert "scenario = 'empty': is a folder: give a scenario's name" in prestage("run", "empty").err
+    assert "none.gguf: cannot be read: No such file" in prestage("run", "none.gguf").err
 
 
 def test_the_doctor_says_what_is_missing_for_what(prestage: Prestage, monkeypatch: pytest.MonkeyPatch) -> None:

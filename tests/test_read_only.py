@@ -76,6 +76,7 @@ TRIED: dict[tuple[str, ...], tuple[list[str], int]] = {
     ("predictor", "evaluate"): (["t.npz", "--weights", "weights"], 0),
     ("timeline", "import"): ([str(PROFILED), "-o", "timeline.json.gz"], 0),
     ("timeline", "summary"): (["run/timeline.json.gz"], 0),
+    ("timeline", "late"): (["run"], 0),
 }
 Restricted = Callable[..., subprocess.CompletedProcess[str]]
 

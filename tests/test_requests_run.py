@@ -111,6 +111,7 @@ def test_the_terminal_shows_latencies_and_load(capsys: pytest.CaptureFixture[str
     data: dict[str, Any] = result.json_data()
     print_result(data)
     said = " ".join(capsys.readouterr().out.split())
-    assert "12 requests by chunked" in said
+    assert "12 requests by scheduler chunked" in said
+    assert not any("prefill dominates" in warning for warning in data["warnings"])  # prompts are what was asked for
     assert "Latency of 10 of 12 requests, ms" in said
     assert "0.0%: missed" in said

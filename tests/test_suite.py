@@ -21,7 +21,7 @@ from prestage.engine.scenario.rows import read_rows
 from prestage.engine.scenario.scenario import load_scenario
 from prestage.engine.simulate import simulate
 from prestage.experiments.suite import BASE, Finished, SuiteError, load_suite, run_suite, suite_names
-from prestage.experiments.suite_report import write_suite
+from prestage.experiments.suite_report import _in_short, _subtitle, write_suite
 from prestage.resources.profile import load_profile
 
 #: Two sweeps of one small study: eight runs of some hundredths of a second, and its scenario.
@@ -334,3 +334,19 @@ def test_a_suite_that_does_not_exist_is_refused_with_those_that_do() -> None:
 def test_rows_are_those_of_a_sweep_that_can_be_run_again(out: Path, finished: Finished) -> None:
     rows = list(read_rows(out / "rows" / "small-budget.jsonl"))
     assert [row["key"] for row in finished.rows[STUDY, "budget"]] == [row["key"] for row in rows]
+
+
+def test_a_study_whose_start_is_the_fastest_says_so() -> None:
+    best = {"figure": "tokens_per_second", "value": 24.46, "start": 24.46, "settings": {}}
+    assert _in_short({"title": "A card", "best": [best]}) == (
+        "A card. Nothing that was tried is faster than what it starts with, 24.5 tokens/s."
+    )
+    faster = {**best, "value": 48.92, "settings": {"prefetch.k": 2}}
+    assert _in_short({"title": "A card", "best": [faster]}) == (
+        "A card. Fastest with prefetch.k = 2: 48.9 tokens/s, 2.00 times what it starts with."
+    )
+
+
+def test_the_subtitle_counts_what_is_there() -> None:
+    data = {"transfers": {}, "published": {"transfers": []}, "studies": [{"choices": 12}], "versions": {"simpy": "4"}}
+    assert _subtitle({**data, "quick": False}) == "1 published table, 12 runs; simpy 4."

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import resources
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -283,6 +284,14 @@ def preset_names() -> list[str]:
     """Returns the names of the shipped models, sorted."""
     files = resources.files(f"{__package__}.models").iterdir()
     return sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml"))
+
+
+def names_model(name: str) -> bool:
+    """Whether a name is a model's: one that ships, a GGUF file, a config.json, or the folder of either."""
+    path = Path(name)
+    if name in preset_names() or name.endswith((".gguf", ".json")):
+        return True
+    return path.is_dir() and ((path / "config.json").is_file() or any(path.glob("*.gguf")))
 
 
 def load_model(

@@ -29,7 +29,7 @@ from ...words import did_you_mean, problems, shown
 from ...workloads.fitted import shipped_fits
 from ...workloads.importers import shipped_traces
 from ...workloads.learned import shipped_weights
-from ...workloads.model import preset_names
+from ...workloads.model import names_model, preset_names
 from ..policies.miss import MISS
 from .amounts import ScenarioError
 from .rows import find_row
@@ -197,7 +197,7 @@ def _read(name: str | Path | None, source: str) -> dict[str, Any]:
             raise ScenarioError(f"{source}: ran with plug-ins: add --plugin {' --plugin '.join(sorted(missing))}")
         data: dict[str, Any] = row["scenario"]
         return data
-    if path is not None and (path.suffix == ".toml" or path.is_file()):
+    if path is not None and (path.suffix == ".toml" or path.is_file()) and not names_model(str(name)):
         try:
             text = read(path, ScenarioError).decode("utf-8")
         except OSError as error:
@@ -224,9 +224,11 @@ def _read(name: str | Path | None, source: str) -> dict[str, Any]:
 
 
 def _shipped(name: str, source: str) -> dict[str, Any]:
-    """Returns the plain data of a shipped scenario, or of the one that runs a shipped model."""
-    model = name if name in preset_names() and name not in scenario_names() else None
+    """Returns the plain data of a shipped scenario, or of the one that runs a model."""
+    model = name if names_model(name) and name not in scenario_names() else None
     if model is None and name not in scenario_names():
+        if Path(name).is_dir():
+            raise ScenarioError(f"scenario = {shown(name)}: is a folder: give a scenario's name, a model or FILE.toml")
         hint = did_you_mean(name, [*scenario_names(), *preset_names()])
         choices = ", ".join([*scenario_names(), "a model's name", "FILE.toml"])
         raise ScenarioError(f"scenario = {shown(name)}: choose one of {choices}" + (f" ({hint})" if hint else ""))

@@ -210,8 +210,8 @@ def _overloaded_link(inputs: Inputs, data: dict[str, Any]) -> str | None:
 
 
 def _prefill_dominates(inputs: Inputs, data: dict[str, Any]) -> str | None:
-    if not (data["tokens_per_second"] and data["prefill_tokens"]):
-        return None
+    if inputs.scenario.requests is not None or not (data["tokens_per_second"] and data["prefill_tokens"]):
+        return None  # requests bring their prompts, and a server is also idle
     decode_ms = data["decode_tokens"] / (data["cold"] or data)["tokens_per_second"] * 1e3
     share = 1 - decode_ms / data["makespan_ms"]
     if share <= PREFILL_DOMINATES:

@@ -15,6 +15,9 @@ from .layout import columns_of, number_of, plain_console, share_of
 #: The columns of the transfer benchmark.
 TRANSFER_COLUMNS = ("", "MiB", "single", "ten", "throughput of ten", "an expert of")
 
+#: The times of a late prefetch.
+_LATE_TIMES = ("had_ms", "queued_ms", "copied_ms", "late_ms")
+
 
 def print_transfer(data: dict[str, Any]) -> None:
     """Print the transfer benchmark: one copy, ten in a row and their throughput, by way and size; and allocations."""
@@ -150,6 +153,29 @@ def print_timelines(summaries: Mapping[str, dict[str, Any]]) -> None:
     for name, summary in summaries.items():
         for line in _reading_lines(summary.get("reading")):
             console.print(Text(f"{name}: {line}", style="yellow"))
+
+
+def print_late(data: Mapping[str, Any]) -> None:
+    """Print a run's late prefetches: why they were, and those that were waited for longest."""
+    console = plain_console()
+    console.print(f"{data['late']:,} of {data['prefetches']:,} prefetches came late")
+    if not data["late"]:
+        return
+    console.print(
+        f"  {data['ordered_too_late']:,} were ordered too late: their copy alone takes longer than they had\n"
+        f"  {data['behind_others']:,} waited behind other copies, without which they had come in time"
+    )
+    table = columns_of("layer", "expert", "ordered in", "used in", "had", "queued", "copied", "late by")
+    for row in data["worst"]:
+        numbers = [f"{row[name]:,}" for name in ("layer", "expert", "ordered_visit", "used_visit")]
+        table.add_row(*numbers, *(f"{row[name]:,.2f} ms" for name in _LATE_TIMES))
+    table.add_row("median", "", "", "", *(f"{data['medians'][name]:,.2f} ms" for name in _LATE_TIMES))
+    console.print()
+    console.print(f"The {len(data['worst'])} that were waited for longest; they were ordered and used in layer visits")
+    console.print(table)
+    console.print(
+        "had: from the order to the router's choice; queued: behind other copies; had + late by = queued + copied"
+    )
 
 
 def _say_more(console: Console, numbers: Mapping[str, int]) -> None:

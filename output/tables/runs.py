@@ -114,7 +114,7 @@ def _batch(data: Mapping[str, Any]) -> str:
     if "requests" in data:
         asked, count = data["scenario"]["requests"], _replicas(data)
         each = f" on each of {count} replicas ({asked['router']})" if count > 1 else ""
-        return f"{data['requests']['requests']:,} requests by {asked['scheduler']['name']}{each}"
+        return f"{data['requests']['requests']:,} requests by scheduler {asked['scheduler']['name']}{each}"
     return f"batch {data['scenario']['workload']['batch']}"
 
 
