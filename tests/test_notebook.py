@@ -91,6 +91,8 @@ def test_what_cannot_be_meant_is_refused_with_what_would_do(given: Any, settings
 def test_a_setting_that_is_no_list_is_refused() -> None:
     with pytest.raises(ScenarioError, match=r"give a list of them: \['workload.tokens=20'\]"):
         prestage.load_scenario("default", "workload.tokens=20")
+    with pytest.raises(ScenarioError, match=r"give a list, such as .*; `simulate` takes a dict"):
+        prestage.load_scenario("default", {"workload.tokens": 20})  # type: ignore[arg-type]
 
 
 def test_every_key_that_stands_alone_is_found() -> None:

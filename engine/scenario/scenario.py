@@ -167,6 +167,10 @@ def in_order(settings: Iterable[str]) -> list[str]:
     """Returns settings as they are laid over a scenario: a runtime brings keys of its own, other settings follow."""
     if isinstance(settings, str):
         raise ScenarioError(f"settings = {settings!r}: give a list of them: [{settings!r}]")
+    if isinstance(settings, Mapping):
+        raise ScenarioError(
+            f"settings = {shown(settings)}: give a list, such as ['workload.tokens=20']; `simulate` takes a dict"
+        )
     return sorted(settings, key=lambda each: not each.strip().startswith("runtime.name"))
 
 
