@@ -23,7 +23,7 @@ _NUMBER = re.compile(r"Input should be a valid number.*|'.*' is not a valid floa
 
 def usage_words(error: Any, arguments: Sequence[str]) -> str:
     """Returns the line for one of typer's usage errors: what is wrong, what it may have meant, where help is."""
-    text = str(error.format_message()).rstrip(".?")
+    text = str(error.format_message()).rstrip(".?") or "Missing command"
     command = error.ctx.command_path if error.ctx else "prestage"
     text = _LEAST.sub("must be at least", _MOST.sub("must be at most", text))
     text = _WHOLE.sub("must be a whole number", _NUMBER.sub("must be a number", text))

@@ -73,7 +73,7 @@ def ranges(
     shorter = few is not inputs
     point = _figures(few, part_costs(few), serving) if shorter else figures
     drawn = zip(*(drawn_costs(part, draws) for part in few.parts), strict=True)
-    runs = []
+    runs: list[dict[str, Any]] = []
     for costs in drawn:
         if progress is not None:
             progress("range", len(runs), draws)

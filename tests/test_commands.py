@@ -95,6 +95,7 @@ def test_names_are_listed_a_line_each(prestage: Prestage) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
+        ("benchmark", "prestage: Missing command; `prestage benchmark --help` tells more"),
         ("run --tokens 20", "No such option: --tokens: `--set workload.tokens=…` sets it"),
         ("run --context 8k", "'--context': must be a whole number, not '8k'"),
         ("trace synth --skew=much", "'--skew': must be a number, not 'much'"),

@@ -92,7 +92,7 @@ def test_a_setting_that_is_no_list_is_refused() -> None:
     with pytest.raises(ScenarioError, match=r"give a list of them: \['workload.tokens=20'\]"):
         prestage.load_scenario("default", "workload.tokens=20")
     with pytest.raises(ScenarioError, match=r"give a list, such as .*; `simulate` takes a dict"):
-        prestage.load_scenario("default", {"workload.tokens": 20})  # type: ignore[arg-type]
+        prestage.load_scenario("default", {"workload.tokens": 20})
 
 
 def test_every_key_that_stands_alone_is_found() -> None:
