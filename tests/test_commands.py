@@ -95,7 +95,6 @@ def test_names_are_listed_a_line_each(prestage: Prestage) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ("benchmark", "prestage: Missing command; `prestage benchmark --help` tells more"),
         ("run --tokens 20", "No such option: --tokens: `--set workload.tokens=…` sets it"),
         ("run --context 8k", "'--context': must be a whole number, not '8k'"),
         ("trace synth --skew=much", "'--skew': must be a number, not 'much'"),
@@ -121,6 +120,12 @@ def test_names_are_listed_a_line_each(prestage: Prestage) -> None:
 def test_what_newcomers_guess_is_refused_with_what_they_meant(prestage: Prestage, words: str, says: str) -> None:
     ran = prestage(*words.split())
     assert (ran.status, ran.out) == (2, "") and says in ran.err
+
+
+def test_a_group_alone_shows_its_commands_and_says_that_one_is_missing(prestage: Prestage) -> None:
+    ran = prestage("benchmark")
+    assert (ran.status, ran.err) == (2, "prestage: Missing command; `prestage benchmark --help` tells more\n")
+    assert "transfer" in ran.out
 
 
 def test_a_model_s_file_or_its_folder_stands_where_a_model_s_name_does(prestage: Prestage, tmp_path: Path) -> None:
