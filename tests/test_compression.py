@@ -18,7 +18,7 @@ from prestage.engine.costs.costs import part_costs
 from prestage.engine.load import load_inputs
 from prestage.engine.loading.deciders import make_manager
 from prestage.engine.measure.metrics import metrics
-from prestage.engine.measure.misses import precision_mass
+from prestage.engine.measure.misses import decompress_ms, precision_mass
 from prestage.engine.measure.recording import Recording
 from prestage.engine.replay.replay import count_visits
 from prestage.engine.run import prepared, run_all
@@ -61,6 +61,7 @@ def test_a_copy_moves_the_compressed_bytes_and_its_kernel_waits_for_the_decompre
     assert spans_of(recording, EXPERT) == [(27, 34), (37, 44)]
     assert stall_ns(recording) == 24
     assert metrics(recording)["bytes"]["demand"] == 10
+    assert decompress_ms(recording) == pytest.approx(14e-6)
     assert recording.decoded.visits["assigned_bytes"].tolist() == [20, 20]
 
 

@@ -163,6 +163,8 @@ def evicted(name: str, story: str, slots: int, **known: object) -> str:
         # Four slots, two of them privileged: A and B are, then C, and A falls back with two uses. D was used once and
         # leaves for E, then E for F, for A has more.
         ("lfru", 4, "ABCDABCEF", "DE"),
+        # Privileged are C and D, with two uses each; A fell back with three and B with five, and of these A leaves.
+        ("lfru", 4, "AAABBBBBCCDDE", "A"),
         # A is marked when the hand comes, loses the mark and goes behind C: B leaves, then C, then A.
         ("clock", 3, "ABCADEF", "BCA"),
         # A is marked and stays in front; the hand is past it: B leaves, then C, and not A before the hand is round.
@@ -172,6 +174,8 @@ def evicted(name: str, story: str, slots: int, **known: object) -> str:
         ("s3fifo", 10, "ABCDEFGHIJKA", "AK"),
         # Four slots, one of them for newcomers. A leaves for E and is remembered, B for A, which goes to the main LRU.
         ("2q", 4, "ABCDEA", "AB"),
+        # A, B and C come back, to the main LRU; E alone is a newcomer, no more than their part, and A leaves for F.
+        ("2q", 4, "ABCDEABCF", "ABCDA"),
         # A and B were used twice and are in the second LRU; the first one's target is still 0, so C leaves.
         ("arc", 3, "ABABCD", "C"),
         # A is demanded of four in the first tenth (one step of ten): it is the popular one, the others take turns.

@@ -104,6 +104,14 @@ def all_to_all(topology: dict[str, Any], gpus: int) -> AllToAll:
     return AllToAll(links.routes(), links.topology, TOKEN_BYTES)
 
 
+def test_the_longest_latency_of_a_route_counts() -> None:
+    topology = switched(3)
+    topology["links"][-1]["latency_ns"] = 50  # the last GPU's port: 51 ns to and from it, 2 ns between the others
+    traffic = np.zeros((3, 3), dtype=np.int64)
+    traffic[0, 1] = 1
+    assert all_to_all(topology, 3).ns(traffic) == 51 + TOKEN_BYTES
+
+
 @settings(max_examples=50)
 @given(data=st.data(), gpus=st.integers(2, 5), latency_ns=st.integers(0, 9))
 def test_an_exchange_takes_the_latency_and_the_most_that_one_gpu_sends_or_receives(

@@ -379,10 +379,19 @@ def test_one_measured_shape_says_nothing_of_another() -> None:
 def test_a_bandwidth_takes_the_place_of_the_profile() -> None:
     cpu, costs = cpu_costs("gpt-oss-20b", cpu_gb_per_s=50.0)
     size_bytes = costs.model.expert_bytes[0]
-    # It is what STREAM reads, of which experts reach the middle of .25 and .94.
+    # It is what STREAM reads, of which experts reach the middle of .25 and .94: 24.2 GB/s.
     ns = size_bytes / (50 * math.sqrt(0.25 * 0.94))
     assert cpu.expert(0, 1).ns == cpu.expert(0, 16).ns == round(ns)
     assert cpu.expert(0, 32).ns == round(2 * ns)
+    assert costs.estimates["expert on the CPU"].startswith("weight bytes / 24.2 GB/s: 0.48 of 50 GB/s")
+
+
+def test_what_the_cpu_did_is_told_with_its_time() -> None:
+    # Two tokens, one after the other, each 3 + 16 + 2 x 30 + 16 + 5: the CPU computes for 60 of each 100 ns.
+    trace, scenario = tiny_trace([[[0, 1]], [[0, 1]]]), tiny_scenario(miss={"policy": "cpu"})
+    inputs = tiny_inputs(tiny_model(1, top_k=2, head_ns=5), tiny_profile(), trace, scenario)
+    told = simulate_inputs(inputs, baselines=False).data["miss"]["cpu"]
+    assert told["busy_ms"] == pytest.approx(120e-6) and told["cpu_ms"] == pytest.approx(4 * (16 + 30 + 16) / 1e6)
 
 
 # What is refused.

@@ -60,6 +60,14 @@ def test_no_guess_no_prefetch(name: str) -> None:
 # The members, one by one.
 
 
+def test_policies_say_what_they_read() -> None:
+    # Who reads the clock is exempt from counting as the replay does; who reads the moment is told of it.
+    clock = {name for name in PREFETCH if getattr(PREFETCH[name], "uses_clock", False)}
+    moment = {name for name in PREFETCH if getattr(PREFETCH[name], "reads_moment", False)}
+    assert clock == {"adaptive-link", "cost-aware"}
+    assert {"adaptive-memory", *clock} <= moment
+
+
 def test_none_asks_for_no_guesses_and_fetches_nothing() -> None:
     policy = policy_of("none")
     assert (policy.horizons, policy.guesses) == (0, 0)

@@ -38,6 +38,9 @@ def inputs(**memory: object) -> Inputs:
         ({"preload": "layers", "gpu_budget": "6experts"}, [4, 5, 6, 7, 0, 1]),
         ({"preload": "layers", "gpu_budget": "6experts", "cpu_layers": 1}, [4, 5, 6, 7]),
         ({"preload": "layers", "gpu_budget": "1experts", "cpu_layers": 2}, []),
+        # Whole layers from the first on; as many of each layer, by index.
+        ({"preload": "front", "gpu_budget": "6experts"}, [0, 1, 2, 3, 4, 5]),
+        ({"preload": "even", "gpu_budget": "6experts"}, [0, 4, 1, 5, 2, 6]),
     ],
 )
 def test_what_is_wanted_most_is_there_as_far_as_there_is_room(memory: dict[str, object], there: list[int]) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_scenario, tiny_trace
 
-from prestage.engine.costs.cpu_streams import HIGHEST, LOWEST, MIDDLE, CpuStream
+from prestage.engine.costs.cpu_streams import HIGHEST, LOWEST, MIDDLE, SPREAD, CpuStream
 from prestage.engine.costs.runtime_costs import RuntimeCosts, launched_model
 from prestage.engine.load import load_inputs
 from prestage.engine.loading.deciders import make_manager
@@ -23,6 +23,7 @@ from prestage.engine.measure.recording import Recording
 from prestage.engine.run import ENGINES
 from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.scenario import Scenario, load_scenario, make_scenario
+from prestage.resources.profile_costs import TransferCost
 from prestage.resources.runtime import PROMPTS, SPREADS, OwnTime, Runtime, RuntimeFileError, load_runtime, runtime_names
 from prestage.resources.timeline import CPU_EXPERT, DEMAND, DENSE, EXPERT, HEAD
 from prestage.testing import record
@@ -359,6 +360,19 @@ def test_what_copies_and_experts_want_of_one_memory_beyond_what_it_has_slows_bot
     assert stream.beside(40e9, 40e9) == 1.0
     # 70 and 50 alone, of 95 together.
     assert stream.beside(70e9, 50e9) == pytest.approx(120 / 95)
+
+
+def test_copies_that_reach_half_of_the_rate_take_as_much_longer_as_their_bytes_do() -> None:
+    # Of 100 + 40 ns the 40 are for the bytes; at half of the rate they are 80, at a quarter 160.
+    cost = TransferCost(latency_ns=100, bytes_per_second=10**9, source="measured")
+    for share, ns in ((1.0, 140), (0.5, 180), (0.25, 260)):
+        rate = {"copy_rate": {"share": share, "source": "assumed"}}
+        costs = RuntimeCosts(Runtime.model_validate({"name": "own", "costs": rate}), free=False)
+        assert costs.copy_ns(cost, 40) == ns
+
+
+def test_the_spread_of_a_share_has_the_published_engines_as_its_p5_and_p95() -> None:
+    assert math.log(HIGHEST / LOWEST) / 2 / 1.645 == pytest.approx(SPREAD, abs=0.01)
 
 
 def validated(name: str) -> list[dict[str, Any]]:

@@ -62,6 +62,9 @@ def test_equal_counts_layers_and_compute_and_memory_weigh_them() -> None:
 def test_of_equally_heavy_divisions_the_most_even_is_taken() -> None:
     # The 9 is alone at best; the rest is 1 + 1 | 1 + 1, and not 1 | 1 + 1 + 1.
     assert balanced([9, 1, 1, 1, 1], 3) == (1, 2, 2)
+    # 5 + 2 | 9 | 8 | 1 has the squares 49 + 81 + 64 + 1 = 195 and 5 | 2 | 9 | 8 + 1 has 25 + 4 + 81 + 81 = 191; their
+    # cubes are 1,585 and 1,591.
+    assert balanced([5, 2, 9, 8, 1], 4) == (1, 1, 1, 2)
 
 
 def test_a_search_moves_layers_as_long_as_the_simulated_run_gets_shorter() -> None:
