@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from random_cases import Case, cases
-from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_scenario, tiny_trace
+from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_run, tiny_scenario, tiny_trace
 
 from prestage.engine.measure.accesses import MISS_CAUSES
 from prestage.engine.measure.recording import FATES, OUTCOMES
@@ -58,6 +58,18 @@ def test_the_link_is_used_within_the_makespan_only() -> None:
     data = run([[[0]], [[1]], [[0]]], 1, "8experts", [[[[-1]]], [[[3]]], [[[-1]]]], prefetch={"lookahead": 1})
     assert data["makespan_ms"] == 70 / 1e6
     assert data["link_utilization"] == (20 + 20 + 17) / 70
+
+
+def test_copies_overlap_with_the_kernels_that_run_meanwhile() -> None:
+    # Dense 0-3, copies 3-23 and 23-43, kernels 23-30 and 43-50: 7 of 40 ns.
+    model, trace = tiny_model(1, top_k=2), tiny_trace([[[0, 1]]])
+    inputs = tiny_inputs(model, tiny_profile(), trace, tiny_scenario(memory={"gpu_budget": "8experts"}))
+    assert simulate_inputs(inputs, baselines=False).data["overlap"] == 7 / 40
+
+
+def test_without_the_cpu_no_visit_has_its_results() -> None:
+    recording = tiny_run(tiny_model(1), tiny_profile(), tiny_trace([[[0]]]), tiny_scenario())
+    assert recording.results_ns.tolist() == [-1]
 
 
 def test_layers_are_told_apart() -> None:

@@ -201,6 +201,12 @@ def test_a_launch_may_begin_before_its_last_call_returns() -> None:
     assert recording.compute_spans["start_ns"][0] == 10 - 4
 
 
+def test_the_host_enqueues_a_copy_by_priority_when_it_knows_that_the_one_before_has_ended() -> None:
+    profile = changed(tiny_profile(), host={"synchronize": fixed(5), "copy_enqueue": fixed(1)})
+    scenario = tiny_scenario(dispatch={"mode": "graph"}, copy={"discipline": "priority"})
+    assert tiny_costs(tiny_model(1), profile, scenario).copy_lags.gap_ns == 5 + 1
+
+
 # Lags of lanes.
 
 

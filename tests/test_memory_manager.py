@@ -38,6 +38,15 @@ def use(manager: MemoryManager, number: int, *experts: int) -> None:
     manager.unpin()
 
 
+def test_a_smaller_budget_also_takes_the_room_that_nobody_had() -> None:
+    manager = slots(4)
+    use(manager, 0, 1)
+    manager.resize(2)
+    for number, expert in enumerate((2, 3), 1):
+        use(manager, number, expert)
+    assert list(manager.assigned) == [2, 3]
+
+
 def admitted(waves: list[Wave]) -> list[list[int]]:
     return [[admission.expert for admission in wave.admitted] for wave in waves]
 

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from random_cases import Case, cases, decide
-from tiny import tiny_costs, tiny_inputs, tiny_model, tiny_profile, tiny_run, tiny_scenario, tiny_trace
+from tiny import ASSUMED, tiny_costs, tiny_inputs, tiny_model, tiny_profile, tiny_run, tiny_scenario, tiny_trace
 
 from prestage.engine.costs.costs import Costs
 from prestage.engine.costs.offload_costs import CpuCosts
@@ -33,7 +33,7 @@ from prestage.engine.scenario.scenario import Scenario, load_scenario, make_scen
 from prestage.engine.simulate import simulate_inputs
 from prestage.output.run_folder import write_result
 from prestage.output.saved import load_result
-from prestage.resources.profile import load_profile
+from prestage.resources.profile import load_profile, make_profile
 from prestage.resources.profile_costs import ProfileError
 from prestage.resources.timeline import ACTIVATION, CPU_EXPERT, EXPERT, KINDS
 from prestage.workloads.model import load_model
@@ -374,6 +374,20 @@ def test_one_measured_shape_says_nothing_of_another() -> None:
     model = replace(tiny_model(1), expert_ff=16)
     with pytest.raises(ProfileError, match=r"no compute.cpu_experts of one token that say how model tiny's"):
         CpuCosts(tiny_costs(model, profile, scenario), scenario).expert(0, 1)
+
+
+def test_a_rule_for_the_cpu_takes_bytes_or_operations_and_copies_slow_it_down() -> None:
+    # 20 bytes of int8 at 1 GB/s take 20 ns; over 10 tokens their 400 operations take 40 at 10 GFLOP/s. Beside a copy
+    # all but the constant 10 ns is half as long again.
+    rule = {"constant_ns": 10, "bytes_per_second": 10**9, "flops_per_second": 10**10, "beside_copy_factor": 1.5}
+    plain = tiny_profile().model_dump()
+    plain["compute"].update(cpu_experts=[], cpu_rule={**rule, **ASSUMED})
+    scenario = tiny_scenario(miss={"policy": "cpu"})
+    costs = tiny_costs(tiny_model(1), make_profile(plain, "by rule"), scenario)
+    one, ten = (CpuCosts(costs, scenario).expert(0, tokens) for tokens in (1, 10))
+    assert (one.ns, one.slowdown) == (30, pytest.approx(40 / 30))
+    assert (ten.ns, ten.slowdown) == (50, pytest.approx(70 / 50))
+    assert "weight bytes / 1.0 GB/s, 2 x weights x tokens / 10 GFLOP/s" in costs.estimates["expert on the CPU"]
 
 
 def test_a_bandwidth_takes_the_place_of_the_profile() -> None:

@@ -20,6 +20,7 @@ from prestage.engine.policies.scheduler import (
     Scheduler,
     Static,
 )
+from prestage.engine.scenario.sections_requests import SchedulerSection
 from prestage.errors import InputError
 from prestage.testing import serve, tiny_requests, tiny_server
 from prestage.testing.serving import Served
@@ -308,3 +309,7 @@ def test_a_scheduler_that_gives_nobody_a_part_is_said_so_and_not_run_for_ever() 
 def test_a_request_that_never_fits_is_said_so() -> None:
     with pytest.raises(InputError, match=r"request 0 \(9 \+ 1 tokens\) with 2 of 2 KV blocks free"):
         serve(tiny_server(tiny_requests((0, 9, 1)), Orca, KvBlocks(2, 4)), 1)
+
+
+def test_limits_that_nobody_sets_are_those_of_a_scenario() -> None:
+    assert Limits(**SchedulerSection().model_dump(exclude={"name", "step_us"})) == Limits()
