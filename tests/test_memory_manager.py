@@ -45,6 +45,10 @@ def test_a_smaller_budget_also_takes_the_room_that_nobody_had() -> None:
     for number, expert in enumerate((2, 3), 1):
         use(manager, number, expert)
     assert list(manager.assigned) == [2, 3]
+    manager.resize(4)
+    for number, expert in enumerate((4, 5, 6), 3):
+        use(manager, number, expert)
+    assert list(manager.assigned) == [3, 4, 5, 6]
 
 
 def admitted(waves: list[Wave]) -> list[list[int]]:

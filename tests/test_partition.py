@@ -54,6 +54,11 @@ def test_hits_by_slots_are_those_of_a_replay_with_so_many_slots_a_layer(trace: R
     assert (outcome == FOUND).sum(axis=(0, 2)).tolist() == hits_by_slots(trace)[:, slots].tolist()
 
 
+def test_of_equal_divisions_the_last_layer_gets_the_fewer_slots() -> None:
+    # Three slots hit 11 times as 1 + 2 and as 2 + 1.
+    assert most_hits(np.array([[0, 5, 6], [0, 5, 6]]), 3) == [2, 1]
+
+
 def test_by_hand_the_layer_that_repeats_itself_gets_one_slot_and_the_one_that_wanders_the_rest() -> None:
     # Layer 0 always takes expert 0; layer 1 goes round 0 1 2. Of four slots an equal division gives two each, and the
     # round of three never hits; one and three hit every time after the first round: 5 and 3 of six tokens.
