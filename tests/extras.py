@@ -1,15 +1,17 @@
 """Each extra alone: the wheel with it in an empty environment, without the repository, and the command that needs it.
 
-    python tests/extras.py [EXTRA …] [--python PYTHON …] [--pip OPTION …]
+    python tests/extras.py [EXTRA …] [--python PYTHON …] [--pip OPTION …] [--write]
 
 builds the wheel from a clean copy of what git tracks, installs it into a new environment of each Python, and prints a
 table: what each extra brought, what `pip check` said, and whether its command ran there, and how it refused without it.
+With --write the table of docs/dependencies.md has these rows, in place of those of the same Python and extra.
 Exit status 1 if anything failed. `core` is the wheel without any extra. Packages are fetched if they are not here.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import subprocess
 import sys
@@ -63,6 +65,16 @@ NEEDS = {
     "test": _TEST + "test_eviction.py",
     "timeline-test": 'python -c "import pandas, plotly, psutil, yaml, playwright, viztracer" && prestage doctor',
 }
+#: By extra: what that command does, as the page says it.
+DOES = {
+    "core": "`run`, `report`, `reproduce`", "advise": "`advise` finds settings", "docs": "the site, `--strict`",
+    "cluster": "a sweep on a Dask scheduler and worker", "machine": "`machine detect`, `doctor`",
+    "notebook": "`to_pandas`", "parquet": "a sweep to `rows.parquet`", "record": "`trace record` of a tiny Mixtral",
+    "test": "`pytest tests/test_eviction.py`", "timeline-test": "what it brings is imported, `doctor`",
+}  # fmt: skip
+PAGE = ROOT / "docs" / "dependencies.md"
+_COLUMNS = ["Python", "extra", "packages", "pip check", "with it", "without it"]
+_MARKED = re.compile(r"(<!-- tests/extras\.py -->\n)(.*?)(\n<!-- end -->)", re.DOTALL)
 #: By extra: what refuses without it, if not the same.
 WITHOUT = NEEDS | {
     "cluster": _CLUSTER.strip().splitlines()[-1],
@@ -172,17 +184,32 @@ def _link(source: str, target: str) -> None:
     Path(target).hardlink_to(source)
 
 
+def on_page(rows: list[list[str]], page: str) -> str:
+    """Returns a page whose table has rows of `tried`, each in the place of the one of its Python and extra."""
+    found = _MARKED.search(page)
+    assert found is not None
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in found[2].splitlines()[2:]]
+    kept = {(line[0], line[1]): line for line in lines}
+    for version, extra, brought, _, clean, ran, without in rows:
+        does = DOES[extra.strip("`")] if ran == "ran" else ran
+        kept[version, extra] = [version, extra, brought, clean, does, without]
+    return _MARKED.sub(lambda match: match[1] + table(_COLUMNS, [*kept.values()]) + match[3], page)
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("extras", nargs="*", help="core, or an extra of setup.cfg; all without one")
     parser.add_argument("--python", action="append", help="another Python, once for each")
     parser.add_argument("--pip", action="append", default=[], help="an option of pip install, such as --pip=--no-index")
+    parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
     rows = []
     for python in given.python or [sys.executable]:
         with tempfile.TemporaryDirectory() as folder:
             rows += tried(python, given.extras or ["core", *EXTRAS, *FOR_TESTS], given.pip, Path(folder))
+    if given.write:
+        PAGE.write_text(on_page(rows, PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     print(table(["Python", "extra", "packages", "installed in", "pip check", "its command", "without it"], rows))
     sys.exit(any("failed" in cell for row in rows for cell in row))
 

@@ -136,7 +136,7 @@ def _changes(node: ast.AST) -> list[Any]:
             return ["negated"]
         case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name)) if name in _CALLED:
             return ["called"]
-        case ast.Return(value=ast.expr()):
+        case ast.Return(value=ast.expr() as value) if ast.unparse(value) != "None":
             return ["nothing"]
         case ast.Expr(value=ast.Call()):
             return ["left out"]

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 #: Rows of a prompt that read the cache together, a tile of FlashAttention's kernels (Dao 2023, arXiv:2307.08691).
 TILE_ROWS = 128
-_MIB = 2**20
 #: Steps whose prices are kept: more than any run has under way at once.
 _KEPT = 256
 
