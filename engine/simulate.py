@@ -186,7 +186,7 @@ def simulate_inputs(
         sharing=None if inputs.expert_parallel is None else sharing_metrics(recordings),
         baselines=compared(known, figures),
         replicates=summary(_replicates(unbegun, replicates, progress)) if replicates else None,
-        offloading=_offloading(inputs, recordings, costs),
+        offloading=_offloading(inputs, recordings, [gpu.costs for gpu in ready]),
         estimates=_estimates(inputs, costs),
         predictor=inputs.predictor,
         capacity=described(inputs),

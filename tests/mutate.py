@@ -92,7 +92,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 #: Tests of whole runs, which are asked about every module's functions that they run.
 WHOLE_RUNS = (
-    "test_composition", "test_accepted_runs", "test_engine_properties", "test_golden", "test_statistics",
+    "test_drawn", "test_composition", "test_accepted_runs", "test_engine_properties", "test_golden", "test_statistics",
     "test_inference", "test_show", "test_sweep", "test_capacity", "test_reality",
 )  # fmt: skip
 _OTHER: dict[type[ast.AST], tuple[type[ast.AST], ...]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def test_what_goes_wrong_on_one_replica_ends_all() -> None:
         served(requests, Lost(2), [10, 10])
 
 
-def ran(engine: str, **requests: Any) -> Result:
+def ran(engine: str, sections: Mapping[str, Any] | None = None, **requests: Any) -> Result:
     asked = {"rate": 400.0, "count": 10, "prompt_tokens": 12, "output_tokens": 4, "slo": {"ttft_ms": 500.0}}
     data: dict[str, Any] = {
         "model": {"preset": "gpt-oss-20b", "layers": 2},
@@ -111,7 +112,18 @@ def ran(engine: str, **requests: Any) -> Result:
         "prefetch": {"lookahead": 1},
         "requests": asked | requests,
     }
-    return simulate(make_scenario(data), baselines=False, engine=engine)
+    return simulate(make_scenario(data | dict(sections or {})), baselines=False, engine=engine)
+
+
+@pytest.mark.parametrize(
+    "sections", [{"compression": {"mixed": [[1, 0.5]]}}, {"miss": {"policy": "cpu", "cpu_gb_per_s": 40}}]
+)
+def test_replicas_say_what_became_of_their_experts(sections: dict[str, Any]) -> None:
+    one, two = (ran("simpy", sections, replicas=count).data for count in (1, 2))
+    if "miss" in sections:
+        assert two["miss"]["ways"]["cpu"] == two["counts"]["miss"] > one["counts"]["miss"] / 2
+    else:
+        assert two["precision_mass"] == one["precision_mass"] == {"0.5": 1.0}
 
 
 def test_replicas_run_the_same_by_either_engine_and_are_measured_together(tmp_path: Path) -> None:
@@ -142,7 +154,7 @@ def log_times(result: Result, number: int) -> Any:
 
 def test_two_machines_draw_and_cost_twice_what_one_does() -> None:
     """Two machines that stand idle for nearly all of the run cost twice as much a run as one does."""
-    sparse = {"rate": 0.5, "count": 4, "cost": {"watts": 400.0, "price_per_hour": 3.0}}
+    sparse: dict[str, Any] = {"rate": 0.5, "count": 4, "cost": {"watts": 400.0, "price_per_hour": 3.0}}
     one, two = (ran("compiled", **sparse, replicas=count).data["requests"]["cost"] for count in (1, 2))
     assert two["price"] == pytest.approx(2 * one["price"], rel=0.01)
     assert two["energy_kwh"] == pytest.approx(2 * one["energy_kwh"], rel=0.01)
