@@ -2,8 +2,8 @@
 
 A proposal follows from the space, the trials before, the seed and the trial's number, and from nothing else. The first
 ones are a Latin hypercube; then Optuna's sampler, which goes by expected improvement of the logarithms of the goals'
-figures (of hypervolume, with several goals), takes turns with neighbors of the best trial. What cannot run is taken to
-be worse than all that can.
+figures (of hypervolume, with several goals), takes turns with neighbors of the best trial and, once those are used up,
+of the best trial of each value of an unordered key. What cannot run is taken to be worse than all that can.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 #: So many trials come before the Gaussian process has a say.
 FIRST = 12
-#: Every so many trials look beside the best one.
+#: Every so many trials look beside the best ones.
 _TURNS = 2
 #: How much worse than the worst a trial is taken to be that cannot run, in the range of all figures.
 _WORSE = 0.25
@@ -73,21 +73,36 @@ def _anywhere(axes: Axes, luck: random.Random) -> tuple[int, ...]:
 def _beside_best(
     axes: Axes, known: Sequence[Tried], seen: set[tuple[int, ...]], luck: random.Random
 ) -> tuple[int, ...]:
-    """Returns the places of a neighbor of the best trial that was not tried: one key else, the next values of an order.
+    """Returns the places of a neighbor of the best trial that was not tried; of several goals, one is drawn.
 
-    Of several goals one is drawn that the trial is the best by. What fits barely is often best, which a process that
-    takes all that does not fit for bad shies away from.
+    What fits barely is often best, which a process that takes all that does not fit for bad shies away from. Once all
+    neighbors were tried, those of the best trial of each value of an unordered key follow, ends of orders included:
+    another policy may need another threshold, so that changing one of the two is worse than changing neither.
     """
     goal = luck.randrange(len(known[0][1] or ()))
-    best, _ = max(known, key=lambda each: each[1][goal] if each[1] is not None else 0.0)
-    beside = [
-        (*best[:axis], place, *best[axis + 1 :])
-        for axis, size in enumerate(axes.sizes)
-        for place in ((best[axis] - 1, best[axis] + 1) if axes.ordered[axis] else range(size))
-        if 0 <= place < size
-    ]
-    fresh = [places for places in beside if places not in seen]
-    return luck.choice(fresh) if fresh else best
+    by_goal = sorted(known, key=lambda each: each[1][goal] if each[1] is not None else 0.0, reverse=True)
+    ranked = [places for places, _ in by_goal]
+    fresh = [places for places in _beside(axes, ranked[0]) if places not in seen]
+    if fresh:
+        return luck.choice(fresh)
+    unordered = [axis for axis, ordered in enumerate(axes.ordered) if not ordered]
+    leaders = {(axis, places[axis]): places for places in reversed(ranked) for axis in unordered}
+    starts = list(dict.fromkeys([ranked[0], *leaders.values()]))
+    for start in luck.sample(starts, len(starts)):
+        fresh = [places for places in _beside(axes, start, ends=True) if places not in seen]
+        if fresh:
+            return luck.choice(fresh)
+    return ranked[0]
+
+
+def _beside(axes: Axes, start: tuple[int, ...], ends: bool = False) -> list[tuple[int, ...]]:
+    """Returns the neighbors of a trial: one key else, the next values of an order, and with `ends` also its ends."""
+    beside = []
+    for axis, size in enumerate(axes.sizes):
+        near = {start[axis] - 1, start[axis] + 1} | ({0, size - 1} if ends else set())
+        places = sorted(near) if axes.ordered[axis] else range(size)
+        beside += [(*start[:axis], place, *start[axis + 1 :]) for place in places if 0 <= place < size]
+    return beside
 
 
 def _hypercube(axes: Axes, seed: int, number: int) -> tuple[int, ...]:

@@ -83,6 +83,18 @@ def test_what_is_tried_follows_from_the_seed_the_number_and_what_was_tried() -> 
     assert propose(axes, [], 8, 0) != propose(axes, [], 7, 0)
 
 
+def test_with_no_neighbor_of_the_best_left_each_policy_is_tried_with_other_settings_of_the_rest() -> None:
+    axes = Axes([6, 3], [True, False])
+    tried: list[Any] = [((0, 0), (1.0,)), ((1, 0), (0.5,)), ((0, 1), (0.9,)), ((0, 2), None)]
+    tried += [((3, 2), (0.8,)), ((5, 2), (0.1,))]
+    # Beside the best of each policy, (0, 0), (0, 1) and (3, 2), and at the ends of the order.
+    beside = {(5, 0), (1, 1), (5, 1), (2, 2), (4, 2), (3, 0), (3, 1)}
+    assert {propose(axes, tried, seed, 20) for seed in range(100)} == beside
+    assert {propose(axes, tried[:3], seed, 20) for seed in range(20)} == {(0, 2)}  # a neighbor of the best comes first
+    alone = Axes([6], [True])  # without a policy, the ends
+    assert {propose(alone, [((1,), (1.0,)), ((0,), (0.5,)), ((2,), None)], seed, 20) for seed in range(20)} == {(5,)}
+
+
 @pytest.mark.slow
 def test_sixty_trials_come_near_the_best_of_thousands() -> None:
     axes = Axes([25, 6, 6, 2, 2], [True, True, True, False, False])
