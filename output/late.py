@@ -1,7 +1,7 @@
 """Prefetches that came late, each with its why: what it had before its use, what it waited for, and what it took.
 
 had + late = queued + copied: from the order to the instant the router's choice was known, and what was missing then,
-against the wait behind other copies and the copy's own time.
+against the wait before the copy, behind others or for its read from a drive, and the copy's own time.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ from ..resources.timeline import PREFETCH
 if TYPE_CHECKING:
     from .saved import Run
 
-#: A late prefetch: the layer and the expert; the layer visits that ordered and used it, as `accesses` numbers them;
-#: when it was ordered; and the four times of which `had_ns + late_ns = queued_ns + copied_ns`.
-LATE_PREFETCH = np.dtype(
-    [("layer", "<i8"), ("expert", "<i8"), ("ordered_visit", "<i8"), ("used_visit", "<i8"), ("ordered_ns", "<i8")]
-    + [(name, "<i8") for name in ("had_ns", "queued_ns", "copied_ns", "late_ns")]
-)
-#: The times of one.
+#: The times of a late prefetch, of which `had_ns + late_ns = queued_ns + copied_ns`.
 TIMES = ("had_ns", "queued_ns", "copied_ns", "late_ns")
+#: A late prefetch: the layer and the expert; the layer visits that ordered and used it, as `accesses` numbers them;
+#: when it was ordered; and its TIMES.
+LATE_PREFETCH = np.dtype(
+    [(name, "<i8") for name in ("layer", "expert", "ordered_visit", "used_visit", "ordered_ns", *TIMES)]
+)
 
 
 def late_prefetches(run: Run) -> npt.NDArray[Any]:
@@ -77,7 +76,8 @@ def late_data(run: Run) -> dict[str, Any]:
     """Returns what is to be said of a run's late prefetches, as plain data.
 
     `late`; of them `ordered_too_late`, whose copy takes longer than they had, and `behind_others`, which would have
-    come in time but for the copies before them; `medians` in ms; `worst`, the ten that were waited for longest.
+    come in time but for the copies before them, or the drive; `medians` in ms; `worst`, the ten that were waited for
+    longest.
     """
     late = late_prefetches(run)
     too_late = int(np.count_nonzero(late["copied_ns"] > late["had_ns"]))

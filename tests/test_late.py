@@ -54,9 +54,11 @@ def test_none_late_is_no_row() -> None:
 @settings(max_examples=30)
 @given(cases())
 def test_what_a_late_prefetch_had_and_lacked_is_what_it_waited_and_took(case: Case) -> None:
-    finished = run_of(simulate_inputs(case.inputs(), baselines=False))
-    late = late_prefetches(finished)
-    assert len(late) == finished.data["prefetch"]["late"]
+    result = simulate_inputs(case.inputs(), baselines=False)
+    late = late_prefetches(run_of(result))
+    assert len(late) == result.data["prefetch"]["late"]
+    known_ns = result.recording.decoded.visits["choice_known_ns"][late["used_visit"]]
+    assert (late["ordered_ns"] + late["had_ns"] == known_ns).all()
     assert (late["had_ns"] + late["late_ns"] == late["queued_ns"] + late["copied_ns"]).all()
     assert (late["queued_ns"] >= 0).all()
     assert (late["copied_ns"] > 0).all()
@@ -65,7 +67,10 @@ def test_what_a_late_prefetch_had_and_lacked_is_what_it_waited_and_took(case: Ca
 
 def test_several_gpus_and_damaged_runs_are_refused_in_a_line() -> None:
     good = run([[[0]], [[0]], [[1]]], 1, [[[[-1]]], [[[1]]], [[[-1]]]])
+    other = good.accesses.copy()
+    other["expert"] = 0
     for broken, why in (
+        (replace(good, accesses=other), "an expert that came late was used nowhere: damaged"),
         (replace(good, copies=good.copies[:1]), "is copy 1 of 1: damaged"),
         (replace(good, accesses=good.accesses[:1]), "no access waited for them: damaged"),
     ):

@@ -163,7 +163,7 @@ def print_late(data: Mapping[str, Any]) -> None:
         return
     console.print(
         f"  {data['ordered_too_late']:,} were ordered too late: their copy alone takes longer than they had\n"
-        f"  {data['behind_others']:,} waited behind other copies, without which they had come in time"
+        f"  {data['behind_others']:,} waited behind other copies or for the drive; alone they would be in time"
     )
     table = columns_of("layer", "expert", "ordered in", "used in", "had", "queued", "copied", "late by")
     for row in data["worst"]:
@@ -174,7 +174,8 @@ def print_late(data: Mapping[str, Any]) -> None:
     console.print(f"The {len(data['worst'])} that were waited for longest; they were ordered and used in layer visits")
     console.print(table)
     console.print(
-        "had: from the order to the router's choice; queued: behind other copies; had + late by = queued + copied"
+        "had: from the order to the router's choice; had + late by = queued + copied\n"
+        "queued: behind other copies, or for the drive"
     )
 
 
