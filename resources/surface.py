@@ -8,7 +8,7 @@ is a library's choice for that very size, and says nothing of sizes between.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from math import log, prod
@@ -29,9 +29,14 @@ _Sizes = Annotated[tuple[Annotated[int, Field(ge=1, le=2**40)], ...], Field(min_
 _Numbers = npt.NDArray[np.float64]
 
 
-def _must_grow(name: str, sizes: Sequence[int]) -> None:
-    if any(after <= before for before, after in pairwise(sizes)):
-        raise InputError(f"{name}: sizes must grow")
+def _must_fill(axes: Mapping[str, Sequence[int]], name: str, numbers: Sequence[int]) -> None:
+    """Raises InputError if the sizes along an axis do not grow, or there is not one number for each shape."""
+    for axis, sizes in axes.items():
+        if any(after <= before for before, after in pairwise(sizes)):
+            raise InputError(f"{axis}: sizes must grow")
+    count = prod(map(len, axes.values()))
+    if len(numbers) != count:
+        raise InputError(f"{name}: {len(numbers)} numbers: {' x '.join(axes)} makes {count}")
 
 
 class _Table(Part):
@@ -44,12 +49,7 @@ class _Table(Part):
 
     @model_validator(mode="after")
     def _fills_its_grid(self) -> _Table:
-        for name, _ in self.axes:
-            sizes = getattr(self, name)
-            _must_grow(name, sizes)
-        count = prod(len(getattr(self, name)) for name, _ in self.axes)
-        if len(self.ns) != count:
-            raise InputError(f"ns: {len(self.ns)} numbers: {' x '.join(name for name, _ in self.axes)} makes {count}")
+        _must_fill({name: getattr(self, name) for name, _ in self.axes}, "ns", self.ns)
         if self.ns[0] == 0:
             raise InputError("ns: the smallest shape must have been measured")
         return self
@@ -182,22 +182,14 @@ class LaunchTable(Part):
 
     @model_validator(mode="after")
     def _fills_its_grid(self) -> LaunchTable:
-        for name, sizes in zip(("rows", "columns", "tokens"), self._sizes, strict=True):
-            _must_grow(name, sizes)
-        count = prod(map(len, self._sizes))
-        if len(self.kernels) != count:
-            raise InputError(f"kernels: {len(self.kernels)} numbers: rows x columns x tokens makes {count}")
+        _must_fill({"rows": self.rows, "columns": self.columns, "tokens": self.tokens}, "kernels", self.kernels)
         return self
 
-    @property
-    def _sizes(self) -> tuple[Sequence[int], ...]:
-        return self.rows, self.columns, self.tokens
-
     def launched(self, rows: int, columns: int, tokens: int) -> int:
-        """Returns the kernels of the nearest shape that was counted, along each axis, that has not more columns."""
+        """Returns the kernels of the nearest shape; if it was not counted, of the next with fewer columns; else 1."""
         row, column, token = (
             min(range(len(sizes)), key=lambda place: abs(log(size / sizes[place])))
-            for size, sizes in zip((rows, columns, tokens), self._sizes, strict=True)
+            for size, sizes in ((rows, self.rows), (columns, self.columns), (tokens, self.tokens))
         )
         for place in range(column, -1, -1):
             count = self.kernels[(row * len(self.columns) + place) * len(self.tokens) + token]

@@ -316,12 +316,27 @@ def test_a_second_kernel_costs_what_calls_of_two_take_more_than_those_of_one() -
     (table,) = launch_tables(series)
     assert (table.rows, table.columns, table.tokens, table.kernels) == ((16, 32), (16, 32), (1,), (1, 2, 1, 0))
     # What was not counted launches what fewer columns do; beyond the grid counts its end, between the nearest.
-    assert [table.launched(rows, columns, 7) for rows, columns in ((32, 32), (16, 999), (9, 21), (22, 23))] == [
-        1,
-        2,
-        1,
-        2,
-    ]
+    launched = {(32, 32): 1, (16, 999): 2, (9, 21): 1, (22, 23): 2}
+    assert {shape: table.launched(*shape, 7) for shape in launched} == launched
+
+
+@pytest.mark.parametrize(("given", "why"), [
+    ({"kernels": (1, 2)}, "kernels: 2 numbers: rows x columns x tokens makes 4"),
+    ({"columns": (32, 16)}, "columns: sizes must grow"),
+])  # fmt: skip
+def test_counted_launches_that_do_not_fill_their_grid_are_refused(given: dict[str, Any], why: str) -> None:
+    whole = {"dtype": "bfloat16", "rows": (16, 32), "columns": (16, 32), "tokens": (1,), "kernels": (1, 2, 1, 0)}
+    with pytest.raises(ValueError, match=why):
+        LaunchTable.model_validate(whole | given)
+
+
+def test_counted_launches_are_of_the_same_gpu_and_beside_a_surface(samples: Samples) -> None:
+    counted = SurfaceSeries("launch", "bfloat16", "eager", "none", (16, 16, 1), CALLS, (9,))
+    launches = samples.model_copy(update={"series": (), "surface": (counted,)})
+    with pytest.raises(ProfileError, match="launches were counted without a surface"):
+        fit(samples, "tiny", more=[launches])
+    with pytest.raises(ProfileError, match="the surface is of an other"):
+        fit(samples, "tiny", more=[launches.model_copy(update={"device": "other"})])
 
 
 def test_what_is_held_back_is_the_last_run_and_rows_count_by_how_long_they_take() -> None:

@@ -56,20 +56,20 @@ class Fit:
 
 
 def _surface_of(files: Sequence[Samples]) -> Samples | None:
-    """Returns the first samples of a surface, with the products of dtypes that others have beside it; None without any.
+    """Returns the first samples of a surface, or None; with products of dtypes that only others have, and all launches.
 
-    Counted launches are no surface, and all files' are with it.
-
-    Raises ProfileError if it is of another GPU than the first file.
+    Raises ProfileError if one is of another GPU than the first file, or launches were counted without a surface.
     """
-    measured = [file for file in files if any(row.what != "launch" for row in file.surface)]
-    for file in measured:
-        if file.device != files[0].device:
+    for file in files:
+        if file.surface and file.device != files[0].device:
             raise ProfileError(f"the surface is of an {file.device}, and the samples of an {files[0].device}")
+    launches = [row for file in files for row in file.surface if row.what == "launch"]
+    measured = [file for file in files if any(row.what != "launch" for row in file.surface)]
     if not measured:
+        if launches:
+            raise ProfileError("samples: launches were counted without a surface: give its samples, too (--surface)")
         return None
     first, *others = measured
-    launches = [row for file in files for row in file.surface if row.what == "launch"]
     series = [row for row in first.surface if row.what != "launch"]
     for other in others:
         known = {row.dtype for row in series}
