@@ -86,6 +86,14 @@ def test_of_a_request_the_prompt_takes_time_too() -> None:
     assert longer is not None and whole.value < longer < decoding.value
 
 
+@pytest.mark.parametrize("left_out", ["prompt", "answer"])
+def test_a_whole_request_has_a_prompt_and_an_answer(left_out: str) -> None:
+    row = {"id": "x", "what": "x", "measured": 1, "unit": "tokens/s of a request", "prompt": 22, "answer": 300}
+    del row[left_out]
+    with pytest.raises(ValueError, match="give the tokens of its prompt and of its answer"):
+        Row.model_validate(row)
+
+
 def test_what_cannot_be_run_says_why() -> None:
     source = load_source("ktransformers")
     (row,) = [row for row in source.rows if row.id == "R16b"]

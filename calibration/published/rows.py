@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from ...bounded import parse_toml
 from ...engine.costs.costs import Costs
@@ -84,6 +84,12 @@ class Row(Part):
     group: str | None = None
     alone: tuple[float, float] | None = None
     missing: str | None = None
+
+    @model_validator(mode="after")
+    def _names_its_request(self) -> Row:
+        if self.unit == _OF_REQUEST and None in (self.prompt, self.answer):
+            raise InputError(f"unit = {self.unit!r}: give the tokens of its prompt and of its answer")
+        return self
 
 
 class Source(Part):
@@ -279,27 +285,29 @@ def _measured_as(row: Row, source: str, inputs: Inputs, draws: int) -> Predicted
         tokens = row.prompt or 1
         value, band = tokens * 1e3 / value, band and Range(*(tokens * 1e3 / each for each in reversed(band)))
     elif row.unit == _OF_REQUEST:
-        return _of_request(row, source, result)
+        value, band = _of_request(row.answer or 1, result)
     elif row.unit in _TIMES:
         value, band = 1 / value, band and Range(*(1 / each for each in reversed(band)))
     share = found_share(inputs) if row.found is not None else None
     return Predicted(row, source, value, band or Range(value, value, value), share)
 
 
-def _of_request(row: Row, source: str, result: Result) -> Predicted:
-    """Returns the tokens of an answer a second of its request: the first by its time, the rest by their rate."""
+def _of_request(answer: int, result: Result) -> tuple[float, Range | None]:
+    """Returns the tokens of an answer a second of its request, and its range.
+
+    The first token counts by its time, the rest by their rate.
+    """
 
     def rate(first_ms: float, tokens_per_second: float) -> float:
-        answer = row.answer or 1
         return answer / (first_ms / 1e3 + (answer - 1) / tokens_per_second)
 
     middle, spread = middles(result.data), result.range or {}
     value = rate(middle["time_to_first_token_ms"], middle["tokens_per_second"])
     first, decoding = spread.get("time_to_first_token_ms"), spread.get("tokens_per_second")
-    band = Range(value, value, value)
-    if first is not None and decoding is not None:  # both are slow, or quick, together
-        band = Range(*(rate(slow, fast) for slow, fast in zip(reversed(first), decoding, strict=True)))
-    return Predicted(row, source, value, band)
+    if first is None or decoding is None:
+        return value, None
+    # Both are slow, or quick, together.
+    return value, Range(*map(rate, reversed(first), decoding))
 
 
 def _experts_us(row: Row, inputs: Inputs, costs: Costs) -> float:
