@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from naive import NaiveManager
 from random_cases import traces as random_traces
@@ -352,8 +352,7 @@ def test_a_compiled_replay_equals_the_reference_to_the_last_access(
         sizes = sizes[:1] * 3
     budget = max(sizes) * (3 if scope == "per-layer" else 1) + spare
     steps = plan_steps(trace.sequence, trace.phase, batch=batch)
-    if not is_compiled(name, steps, lookup):
-        return
+    assume(is_compiled(name, steps, lookup))
     setting = setting_of(trace, steps, name, lookup)
     manager = MemoryManager(sizes, 5, budget, EVICTION[name], setting=setting, scope=scope)
     reference = replay(trace, steps, manager, lookup=lookup)
@@ -364,13 +363,11 @@ def test_a_compiled_replay_equals_the_reference_to_the_last_access(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("name", sorted(COMPILED.keys() - {"gate-weight"}))  # in Python where a step has many tokens
 def test_a_compiled_replay_equals_the_reference_on_a_real_trace_with_a_prompt(qwen: RoutingTrace, name: str) -> None:
     # Experts of two sizes, and a prompt that is one visit of up to 128 experts a layer.
     sizes = [int(size) for size in qwen.extra["expert_bytes"]]
     steps = plan_steps(qwen.sequence, qwen.phase)
-    if not is_compiled(name, steps, "batch"):
-        return
     setting = setting_of(qwen, steps, name, "batch")
     manager = MemoryManager(sizes, qwen.num_experts, 2000 << 20, EVICTION[name], setting=setting)
     reference = replay(qwen, steps, manager)
@@ -392,8 +389,3 @@ def test_a_compiled_replay_equals_the_reference_on_a_real_trace_pair_by_pair(tra
     )
     assert np.array_equal(outcome, reference.outcome)
     assert evict == reference.evict
-
-
-@pytest.mark.parametrize("name", COMPILED)
-def test_a_compiled_replay_has_the_reference_s_name(name: str) -> None:
-    assert name in EVICTION
