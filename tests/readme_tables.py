@@ -23,7 +23,7 @@ from statistics import median
 from typing import Any
 
 from advice_regret import beside_fit, regret, whole_models
-from coverage_by_layer import coverage
+from coverage_by_folder import coverage
 from day_figure import day_figure, drafts_figure
 from dependencies import dependencies_table
 from eviction_tables import layers, policies
