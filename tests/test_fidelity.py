@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import fidelity
+import numpy as np
 import pytest
 
 from prestage.calibration.executor.measured import load_measured
@@ -22,6 +23,17 @@ SCHEDULES = {
     "h200-held-out-again": "held-out-again/held-j-eager",
     "h200": "validation/qwen-graph-ahead0-waves",
 }
+
+
+def test_the_readme_tells_the_errors_of_the_committed_reports() -> None:
+    errors = {name: abs(error) for name, error in fidelity.errors().items()}
+    schedules = [error for name, error in errors.items() if name.startswith("h200: ")]
+    held_out = ("h200-llama.cpp: gpt-oss-20b-", "h200-llama.cpp: olmoe-1b-7b-")
+    software = [error for name, error in errors.items() if name.startswith(held_out)]
+    told = " ".join((fidelity.ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"{len(schedules)} schedules" in told
+    assert f"time is {np.median(schedules):.1f} %, the 90th percentile {np.percentile(schedules, 90):.1f} %" in told
+    assert f"off by {np.median(software):.0f} % in the median and {max(software):.0f} % at worst" in told
 
 
 def test_every_row_that_moved_since_the_last_release_is_told_in_the_changelog() -> None:
