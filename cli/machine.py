@@ -74,7 +74,7 @@ def show(
 @app.command("make")
 def make(
     machine: Annotated[
-        str | None, typer.Argument(help="Its parts, as `machine show` takes them; options go before these.")
+        str | None, typer.Argument(help="Its parts, as `machine show` takes them; options override these.")
     ] = None,
     gpu: Gpu = None,
     cpu: Cpu = None,

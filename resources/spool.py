@@ -26,7 +26,8 @@ HELD_BACK_BYTES = 1 << 20
 class Column:
     """Records of one dtype in a growing buffer: an `array` of 32-bit integers, or a bytearray of anything else, packed.
 
-    Whoever records appends to `buffer`, which is always the same object, or adds many records at once.
+    Whoever records appends to `buffer`, which is always the same object, or adds many records at once. Who does both
+    asks for `buffer` anew after each `add`: what was added is not in it before.
     """
 
     __slots__ = ("_added", "_buffer", "_dtype", "_path", "_written")

@@ -4,9 +4,9 @@
 
 Prints, as JSON, for the N spans around the middle of the shipped scenario gpt-oss-20b: the file's MB, the seconds that
 writing and opening took, and the ms from a change of the timeline's axis to the paint: median and longest of a zoom
-from everything to 1/16384 of it. In headless Chromium, which draws without a graphics card. `--pictures` draws
-the pictures of docs/report.md instead (PICTURES). `--look` takes every page whole, at 1280 and 420
-pixels, light and dark, to be looked at: one run, two, requests under load, and a suite of sweeps.
+from everything to 1/16384 of it. In headless Chromium, which draws without a graphics card. `--pictures` draws the
+pictures of docs/report.md instead (PICTURES). `--look` takes every page whole, at 1280 and 420 pixels, light and dark,
+to be looked at: one run, two, requests under load, and a suite of sweeps.
 """
 
 from __future__ import annotations
@@ -154,8 +154,9 @@ def main() -> None:
     """Measure, or draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--spans", type=int, nargs="+", default=[100_000, 200_000, 400_000])
-    parser.add_argument("--pictures", type=Path)
-    parser.add_argument("--look", type=Path)
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--pictures", type=Path)
+    instead.add_argument("--look", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if arguments.look is not None:

@@ -32,9 +32,9 @@ COMMON = (
     "olmoe-1b-7b-25pct-b1-c100-p8-own", "qwen3-30b-a3b-25pct-b1-c100-p0-own", "qwen3-30b-a3b-60pct-b4-c100-p0-own",
 )  # fmt: skip
 DECODE_COSTS = ("layer", "expert", GUESS)
-#: The runs that each model's own constants are fitted to: of one sequence and of four, so that time of a layer and of
-#: an expert can be told apart; of guessing, which they do not do, they leave the prior. Chosen when the errors of other
-#: choices were known.
+#: The runs that each model's own constants are fitted to: of one sequence and of four, so that the time of a layer and
+#: that of an expert can be told apart. They do not guess, so the time of guessing stays as assumed. Chosen when the
+#: errors of other choices were known.
 OWN = re.compile("(gpt-oss|olmoe|qwen3).*-(100pct-b1|60pct-b4)-c100-p0-own")
 #: Files of llama-bench: the model, in whose file of shapes its types stand, and its layers.
 BENCHED = {"mixtral-8x7b": 4, "qwen3-30b-a3b": 12, "gpt-oss-20b": 8, "olmoe-1b-7b": 8}
