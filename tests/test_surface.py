@@ -479,6 +479,22 @@ def test_a_product_whose_library_launches_two_kernels_takes_the_host_longer_and_
     assert expert.host_ns == calls_ns + host.further_launch.ns and host.further_launch.ns > 0
 
 
+@pytest.mark.parametrize("kernels", [1, 3])
+def test_the_most_launches_of_a_visit_are_those_of_products_of_as_many_kernels_as_were_counted(kernels: int) -> None:
+    settings = {"model": {"preset": "mixtral-8x7b"}, "machine": {"profile": "h200"}, "dispatch": {"mode": "eager"}}
+    inputs = load_inputs(make_scenario({**settings, "workload": {"synthetic": {"tokens": 1}}}))
+    compute = inputs.profile.compute
+    assert compute.surface is not None
+    launches = tuple(
+        table.model_copy(update={"kernels": (kernels,) * len(table.kernels)}) for table in compute.surface.launches
+    )
+    compute = compute.model_copy(update={"surface": compute.surface.model_copy(update={"launches": launches})})
+    costs = Costs(replace(inputs, profile=inputs.profile.model_copy(update={"compute": compute})))
+    dense, expert, head = costs.dense(0, 1).launches, costs.expert(0, 1).launches, costs.head(1).launches
+    # The prediction is one.
+    assert costs.most_launches(1) == dense + costs.model.top_k * expert + head + 1
+
+
 def test_calls_of_products_are_timed_and_counted_for_each_shape_that_is_not_too_large() -> None:
     series = measure_launches(CpuDevice(), (Shapes("float32", (16, 32, 2**14), (16, 2**14), (1, 2)),))
     assert [row.shape[:2] for row in series[::2]] == [(16, 16), (16, 2**14), (32, 16), (32, 2**14), (2**14, 16)]

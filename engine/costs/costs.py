@@ -359,9 +359,11 @@ class Costs:
         """Returns the most launches of one layer visit with so many tokens, the head and a prediction included."""
         model = self.model
         experts = min(model.experts, tokens * model.top_k)
-        # A product's call may launch a second kernel.
-        dense, expert = model.dense_kernels + DENSE_PRODUCTS, model.expert_kernels + model.expert_matrices
-        return self._launches(dense) + experts * self._launches(expert) + 2
+        # So many kernels more than one may a product's call launch.
+        further = max([1, *(max(table.kernels) for table in self._launched)]) - 1
+        dense = self._launches(model.dense_kernels + DENSE_PRODUCTS * further)
+        expert = self._launches(model.expert_kernels + model.expert_matrices * further)
+        return dense + experts * expert + self._heads * self._launches(1 + further) + 1
 
     def grouped(self, layer: int, tokens: list[int], phase: int = DECODE) -> KernelCost:
         """Returns one grouped kernel over several experts: measured, or their sum with the constant of one."""
