@@ -112,7 +112,8 @@ class CpuCore(OwnCost):
     """What one thread computes of experts that lie in its cache: bytes of weights a second, once for each token.
 
     `tokens` is how many chose an expert: kernels that take several at once do more. `threads` is how many computed
-    together, for more of them may each do less; such a rate counts for its dtype alone, and there before others.
+    together, for more of them may each do less; such a rate counts for its dtype before others, and for other dtypes
+    only where all rates are such.
     """
 
     dtype: Dtype

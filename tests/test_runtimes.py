@@ -340,6 +340,9 @@ def test_threads_together_compute_what_lies_between_measured_numbers_of_them() -
     assert computed == pytest.approx([14e9, 28e9, 56e9, 60e9, 64e9, 128e9])
     # Of another dtype, the rate of any number of threads: as many weights, of half the bits.
     assert CpuStream(runtime, 100e9, 16, "here").computed("int4", 1) == pytest.approx(16 * 2.5e9)
+    # Without one, that of as many threads, in whatever order they stand.
+    runtime = Runtime.model_validate({"name": "own", "cpu_cores": table})
+    assert CpuStream(runtime, 100e9, 16, "here").computed("int4", 1) == pytest.approx(16 * 2e9)
 
 
 def test_of_a_dtype_between_two_as_many_weights_are_computed() -> None:

@@ -123,8 +123,9 @@ def _core_rate(cores: Sequence[CpuCore], dtype: str, tokens: int, threads: int) 
     known = sorted({float(bits_of(core.dtype)) for core in cores})
     weights = []
     for each in known:
-        own = [core for core in cores if float(bits_of(core.dtype)) == each]
-        weights.append(_at_tokens(own, tokens)[0].bytes_per_second * 8 / each)
+        own = _at_tokens([core for core in cores if float(bits_of(core.dtype)) == each], tokens)
+        rate = own[0].bytes_per_second if own[0].threads is None else _thread_rate(own, threads)
+        weights.append(rate * 8 / each)
     return float(np.exp(np.interp(np.log(bits), np.log(known), np.log(weights)))) * bits / 8
 
 
