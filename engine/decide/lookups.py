@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...machine_code import compiled
-from ...workloads.batches import Step
+from ...workloads.batches import Step, columns_of
 from ...workloads.trace import RoutingTrace
 
 Array = npt.NDArray[Any]
@@ -49,10 +49,9 @@ def list_lookups(
         experts = _number_in_order(trace.experts, stride)
         size = 1 if single else trace.k
         return Lookups(experts, experts, np.arange(0, len(experts) + 1, size), None, size)
-    rows = _rows(steps)
+    ends, rows, *_ = columns_of(steps)
     one_by_one = len(rows) == len(steps)
     layers = range(trace.layers) if layer is None else range(layer, layer + 1)
-    ends = np.cumsum([0, *(len(step.rows) for step in steps)])
     made = np.ones((1, 1, 1), dtype=bool) if trace.made is None else np.ascontiguousarray(trace.made)
     most = len(rows) * len(layers) * trace.k
     experts, cells = np.empty(most, dtype=np.int32), np.empty(most, dtype=np.int64)
@@ -85,13 +84,8 @@ def in_file_order(trace: RoutingTrace, steps: Sequence[Step]) -> bool:
     """Whether the run looks up all that is in the trace, one token after the other in the order of the file."""
     if trace.present is not None or len(steps) != trace.tokens:
         return False
-    rows = _rows(steps)
+    rows = columns_of(steps).rows
     return len(rows) == trace.tokens and bool((rows == np.arange(trace.tokens)).all())
-
-
-def _rows(steps: Sequence[Step]) -> npt.NDArray[np.int64]:
-    """Returns the rows of all steps, one step after the other."""
-    return np.concatenate([step.rows for step in steps]) if steps else np.empty(0, dtype=np.int64)
 
 
 @compiled

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import InputError
-from ...workloads.batches import DECODE, PulledSteps, Step
+from ...workloads.batches import DECODE, PulledSteps, Step, columns_of
 from ...workloads.trace_checks import POPULARITY
 from .eviction_base import NO_SETTING, Eviction, Ranking, Setting, add_decayed
 
@@ -434,8 +434,8 @@ def _uses(setting: Setting) -> tuple[array[int], list[int], list[int]]:
 def _accesses(setting: Setting) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Returns all (token, expert) pairs that the pool's layers will look up, in order: experts, and visits from 0."""
     trace = setting.known_trace()
-    rows = np.concatenate([np.empty(0, dtype=np.int64), *(step.rows for step in setting.steps)])
-    step = np.repeat(np.arange(len(setting.steps)), [len(step.rows) for step in setting.steps])
+    starts, rows, *_ = columns_of(setting.steps)
+    step = np.repeat(np.arange(len(setting.steps)), np.diff(starts))
     layers = np.array(setting.layers, dtype=np.int64)
     offset = 0 if setting.shared else layers * setting.experts
     chosen = trace.experts[rows][:, layers].astype(np.int64) + np.reshape(offset, (1, -1, 1))

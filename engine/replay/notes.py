@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...machine_code import compiled
-from ...workloads.batches import Step
+from ...workloads.batches import Step, columns_of
 from ..decide.lookups import Lookups
 from ..policies import compiled_on_demand as kinds
 from ..policies.compiled_eviction import SCORED, STATIC
@@ -28,7 +28,7 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True, eq=False)
 class Notes:
-    """What a policy learns of v visits: `experts` and `values` int32 (n,), visit i's from `starts[i]` on.
+    """What a policy learns of v visits: `experts` and `values` int32 (n,), visit i's from `starts[i]` (v + 1,) on.
 
     Beside them what it knows before: a rank of each expert (`ranks` int64 (experts,)), and `Random`'s `luck`.
     """
@@ -65,16 +65,10 @@ def _visits(lookups: Lookups, setting: Setting) -> tuple[Array, Array]:
 
 def _step_of(setting: Setting) -> Array:
     """Returns the forward pass of each row of the trace."""
+    columns = columns_of(setting.steps)
     step_of = np.zeros(setting.known_trace().tokens, dtype=np.int64)
-    for number, step in enumerate(setting.steps):
-        step_of[step.rows] = number
+    step_of[columns.rows] = np.repeat(np.arange(len(setting.steps)), np.diff(columns.starts))
     return step_of
-
-
-def _rows(setting: Setting) -> tuple[Array, Array]:
-    """Returns the rows of all forward passes, and where each one's begin."""
-    rows = np.concatenate([np.empty(0, dtype=np.int64), *(step.rows for step in setting.steps)])
-    return rows, np.cumsum([0, *(len(step.rows) for step in setting.steps)])
 
 
 def _random(lookups: Lookups, setting: Setting) -> Notes:
@@ -124,12 +118,13 @@ def _expectations(lookups: Lookups, setting: Setting) -> Notes:
     """Returns when experts are expected from now on, as `Predictive` has it: a visit's number, from 1 on, or 0."""
     trace, guesses = setting.known_trace(), setting.guesses
     assert guesses is not None  # `Predictive` asks for them
-    rows, starts = _rows(setting)
+    columns = columns_of(setting.steps)
     step, layer = _visits(lookups, setting)
     in_pool = np.isin(np.arange(trace.layers), setting.layers)
     stride = 0 if setting.shared else setting.experts
     total = trace.layers * setting.experts
-    found = (guesses.experts, guesses.places(rows), starts, step, layer, in_pool, stride, total)
+    places = guesses.places(columns.rows)
+    found = (guesses.experts, places, columns.starts, step, layer, in_pool, stride, total)
     return _counted(len(step), lambda *room: _expect(*found, *room))
 
 
@@ -204,7 +199,7 @@ def _expect(
 def _activations(lookups: Lookups, setting: Setting) -> Notes:
     """Returns how many tokens of the sequences in flight chose an expert, whenever that changes (`ActivationAware`)."""
     trace = setting.known_trace()
-    rows, row_starts = _rows(setting)
+    row_starts, rows, *_ = columns_of(setting.steps)
     step, layer = _visits(lookups, setting)
     sequence = np.unique(trace.sequence, return_inverse=True)[1].reshape(-1)
     first, last = np.full(sequence.max(initial=0) + 1, len(setting.steps)), np.full(sequence.max(initial=0) + 1, -1)
@@ -247,7 +242,7 @@ def _activate(
     tokens = np.zeros(total, dtype=np.int64)  # of all sequences in flight
     used = np.zeros((in_flight, total), dtype=np.int32)  # of each
     order = np.zeros((in_flight, total), dtype=np.int32)  # the experts that each has used, first use first
-    kinds_used = np.zeros(in_flight, dtype=np.int64)
+    distinct = np.zeros(in_flight, dtype=np.int64)  # and how many these are
     slot_of = np.full(len(last), -1, dtype=np.int64)
     free, flying = np.arange(in_flight), np.zeros(in_flight, dtype=np.int64)
     spare, flights, count = in_flight, 0, 0
@@ -263,9 +258,9 @@ def _activate(
                 flying[kept] = flying[at]
                 kept += 1
                 continue
-            gone = order[slot, : kinds_used[slot]]
+            gone = order[slot, : distinct[slot]]
             count = _forget(used[slot], gone, tokens, writes, experts, values, count)
-            kinds_used[slot] = 0
+            distinct[slot] = 0
             free[spare] = slot
             spare += 1
         if not is_begun:
@@ -285,8 +280,8 @@ def _activate(
                     break
                 expert = layer[visit] * stride + int(chosen[row, layer[visit], place])
                 if used[slot, expert] == 0:
-                    order[slot, kinds_used[slot]] = expert
-                    kinds_used[slot] += 1
+                    order[slot, distinct[slot]] = expert
+                    distinct[slot] += 1
                 used[slot, expert] += 1
                 tokens[expert] += 1
                 if writes:
