@@ -68,7 +68,6 @@ from .compiled_orders import (
     push,
     rank,
     settle,
-    sink,
     take_out,
     unlink,
 )
@@ -271,6 +270,7 @@ def _privilege(state: Array, expert: int) -> None:
 def _count_decayed(state: Array, reals: Array, expert: int) -> None:
     """Count a use of LRFU: its value is what `add_decayed` makes of it.
 
+    That is more than before: with room for n experts, a use adds some 1 / n or more, which rounding does not take away.
     The base is read, lest the compiler takes another function for 2.0 ** x, which may round elsewhere.
     """
     experts = all_experts(state)
@@ -278,17 +278,7 @@ def _count_decayed(state: Array, reals: Array, expert: int) -> None:
     value = math.log2(1.0 + reals[experts + BASE] ** (reals[expert] - now)) + now
     reals[expert] = value
     state[expert, NEXT] = stamped(state, 0)
-    key = _bits(value)
-    if key == state[expert, KEY]:  # as good as before, but the last to be so
-        settle_tie(state, expert)
-    rank(state, 0, expert, key)
-
-
-@compiled
-def settle_tie(state: Array, expert: int) -> None:
-    """Put an expert in the heap behind all that are equal to it."""
-    state[expert, TIE] = state[expert, NEXT]
-    sink(state, len(state) - 1, 0, expert, state[expert, PLACE])
+    rank(state, 0, expert, _bits(value))
 
 
 @compiled

@@ -65,7 +65,8 @@ def append(state: Array, line: int, expert: int) -> None:
 
 # Heaps, the lowest key first. A key that grows (more uses) is noted and its expert sinks only when it comes to the top;
 # one that falls (a later next use) rises at once. A heap is known by the row that counts its experts and by its first
-# place, which is 0 where there is one heap. Equal keys go by TIE; keys that carry a stamp are never equal.
+# place, which is 0 where there is one heap. Equal keys go by TIE, which becomes NEXT where a grown key is settled; keys
+# that carry a stamp are never equal.
 
 
 @compiled
