@@ -134,7 +134,7 @@ def note(kind: int, state: Array, reals: Array, expert: int, value: int, residen
         state[expert, NEXT] = value
         reals[line - all_experts(state)] = _STALE_PRIORITY
         if resident:
-            rank(state, first_place(state, expert), expert, stamped(state, value))
+            rank(state, first_place(state, expert), expert, stamped(state, state[expert, NEXT]))
 
 
 @compiled
