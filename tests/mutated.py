@@ -30,6 +30,8 @@ ROOT = Path(__file__).parent.parent
 MARKS = "not process and not docs and not browser and not gpu"
 #: A change may take this many seconds of processor time more than three times what its tests take without it.
 MORE_S = 30
+#: And no more memory than this: a loop that a change makes endless would otherwise take all there is.
+MOST_BYTES = 8 << 30
 _QUIET = ("-q", "-x", "-s", "-p", "no:cacheprovider", "--tb=line")
 
 
@@ -213,7 +215,9 @@ def _in_a_copy(work: Callable[[], int], log: Path, limit_s: int) -> int:
 
 
 def _limit(seconds: int) -> None:
+    """Limit this process in its processor time and memory."""
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
     signal.signal(signal.SIGXCPU, signal.SIG_DFL)
 
 
