@@ -85,15 +85,16 @@ def gate_mass(recordings: Sequence[Recording]) -> npt.NDArray[np.float64] | None
     """Returns the gate weight of all that was looked up, by layer (layers,); None where the trace has no weights."""
     if recordings[0].trace.weights is None:
         return None
-    return np.concatenate([
-        _routed(recording).reshape(-1, recording.trace.num_experts).sum(axis=1)
-        for recording in _of_layers(recordings)
-    ])  # fmt: skip
+    total = np.zeros(max(recording.first_layer + recording.trace.layers for recording in recordings))
+    for recording in _of_layers(recordings):
+        first, layers = recording.first_layer, recording.trace.layers
+        total[first : first + layers] += _routed(recording).reshape(layers, -1).sum(axis=1)
+    return total
 
 
 def _of_layers(recordings: Sequence[Recording]) -> list[Recording]:
-    """Returns one recording for each group of layers: GPUs that share the experts of a layer have one trace."""
-    return list({recording.first_layer: recording for recording in recordings}.values())
+    """Returns one recording for each group of layers of each replica: GPUs that share experts have the same steps."""
+    return list({(recording.first_layer, id(recording.steps)): recording for recording in recordings}.values())
 
 
 def precision_mass(
@@ -120,7 +121,7 @@ def precision_mass(
 def _routed(recording: Recording) -> npt.NDArray[np.float64]:
     """Returns the gate weight that was routed to each expert (layers * experts,); tokens where there are no weights."""
     trace = recording.trace
-    rows = np.concatenate([step.rows for step in recording.steps])
+    rows = np.concatenate([*(step.rows for step in recording.steps), np.zeros(0, np.int64)])  # a replica may have none
     ids = trace.experts[rows].astype(np.int64) + np.arange(trace.layers)[:, None] * trace.num_experts
     weights = np.ones(ids.shape) if trace.weights is None else trace.weights[rows].astype(np.float64)
     if trace.made is not None:
