@@ -171,6 +171,15 @@ def test_spare_memory_keeps_what_came_last_and_room_for_two_lets_them_pass() -> 
     ]
 
 
+def test_what_is_evicted_goes_to_the_gpu_with_most_spare_room() -> None:
+    # Of three GPUs with spare room for one each, GPU 0 owns 0, 1 and 2 and has room for one: 0 goes to GPU 1, and 1 to
+    # GPU 2, which is freer by then.
+    trace, steps = tiny_trace([[[0]], [[1]], [[2]]]), steps_of([0], [1], [2])
+    layout = ExpertParallel(3, [[(0,), (0,), (0,), (1,)]], homes(trace, steps, 3), spare_experts=1)
+    stores = [visit.stores[0] for visit in on_demand(layout, trace, steps, 1)]
+    assert stores == [{}, {0: Store(0, 1, 0, -1)}, {1: Store(1, 2, 1, -1)}]
+
+
 # What holds in all cases.
 
 #: Host memory holds every expert.

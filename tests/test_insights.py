@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from prestage.engine.measure.insights import Effect, InsightError, effects, finished, front, table, varying
+from prestage.engine.measure.insights import Effect, InsightError, best, effects, finished, front, table, varying
 from prestage.experiments.grid import make_grid, sweep_names
 from prestage.output.charts import CHARTS, label_of, plot_sweep
 from prestage.output.pictures import save
@@ -69,8 +69,17 @@ def test_the_front_is_what_no_other_row_beats() -> None:
     rows = finished(
         [row(1, "", speed, memory) for memory, speed in memory_and_speed], "tokens_per_second", "budget_bytes"
     )
-    best = front(rows, "tokens_per_second", "budget_bytes")
-    assert [(spot.memory, spot.speed) for spot in best] == [(1, 10.0), (3, 31.0)]
+    spots = front(rows, "tokens_per_second", "budget_bytes")
+    assert [(spot.memory, spot.speed) for spot in spots] == [(1, 10.0), (3, 31.0)]
+
+
+def test_the_best_row_has_most_or_least_and_of_equals_the_least_memory() -> None:
+    memory_and_speed = [(3, 30.0), (1, 30.0), (4, 9.0), (2, 9.0)]
+    rows = finished(
+        [row(1, "", speed, memory) for memory, speed in memory_and_speed], "tokens_per_second", "budget_bytes"
+    )
+    found = [best(rows, "tokens_per_second", "budget_bytes", most=most) for most in (True, False)]
+    assert [(each["tokens_per_second"], each["budget_bytes"]) for each in found] == [(30.0, 1), (9.0, 2)]
 
 
 @pytest.mark.parametrize("kind", CHARTS)

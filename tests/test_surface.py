@@ -31,13 +31,21 @@ from prestage.calibration.measure.surface import (
 )
 from prestage.calibration.validate.validate import compare
 from prestage.engine.costs.costs import Costs
-from prestage.engine.costs.surface_costs import Product, SurfaceCosts, dense_kernels, expert_kernels, head_kernels
+from prestage.engine.costs.surface_costs import (
+    Kernels,
+    Product,
+    SurfaceCosts,
+    dense_kernels,
+    expert_kernels,
+    further_launches,
+    head_kernels,
+)
 from prestage.engine.load import load_inputs
 from prestage.engine.scenario.scenario import make_scenario
 from prestage.resources.profile import Profile, load_profile, make_profile
 from prestage.resources.profile_costs import ProfileError
 from prestage.resources.scaled_surface import Scale, scaled_surface
-from prestage.resources.surface import AttentionTable, ProductTable, PromptTable, Surface
+from prestage.resources.surface import AttentionTable, LaunchTable, ProductTable, PromptTable, Surface
 
 ROOT = Path(__file__).parent.parent
 MEASURED = {"source": "measured"}
@@ -477,6 +485,15 @@ def test_a_product_whose_library_launches_two_kernels_takes_the_host_longer_and_
     assert expert.launches == model.expert_kernels + 1 and costs["graph"].expert(0, 1).launches == 1
     calls_ns = 3 * host.product_launches["bfloat16"].ns + 2 * host.launch.ns + host.event_record.ns
     assert expert.host_ns == calls_ns + host.further_launch.ns and host.further_launch.ns > 0
+
+
+def test_launches_are_those_counted_with_the_same_dtype_before_another_of_as_many_bits() -> None:
+    tables = [
+        LaunchTable(dtype=dtype, tokens=(1,), rows=(16,), columns=(16,), kernels=(kernels,))
+        for dtype, kernels in (("float16", 2), ("bfloat16", 3))
+    ]
+    for dtype, more in (("bfloat16", 2), ("float16", 1), ("float32", 0)):
+        assert further_launches(tables, Kernels("expert", dtype, [Product(16, 16)], [], 512), 1) == more
 
 
 @pytest.mark.parametrize("kernels", [1, 3])
