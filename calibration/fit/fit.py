@@ -187,6 +187,8 @@ class _Fitter:
 
     def __init__(self, evidence: Evidence, surface: Samples | None = None, *, typical_copies: bool = False) -> None:
         self._evidence, self._surface, self._typical_copies = evidence, surface, typical_copies
+        self._counted = () if surface is None else surface.surface
+        self._launched = launch_tables(self._counted)
         self.terms: list[Term] = []
 
     # Copies.
@@ -291,8 +293,8 @@ class _Fitter:
     def _fit_surface(self, samples: Samples, points: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         """Returns the surface, and report how far groups are off that are put together of its kernels."""
         surface = fit_surface(samples, self._evidence, points)
-        if tables := launch_tables(samples.surface):
-            surface["launches"] = tables
+        if self._launched:
+            surface["launches"] = self._launched
         for (part, by_dispatch), dispatch in product(surface["groups"].items(), ("graph", "eager")):
             group = by_dispatch[dispatch]
             if "uncertainty" in group:
@@ -331,12 +333,11 @@ class _Fitter:
         entries = evidence.schedule_like("host:") + evidence.schedule_like("peer:host:")
         note = f"{SCHEDULE}: the calls of whole entries, solved for"
         known = {"source": "measured", "note": note, "uncertainty": uncertainty(entries)}
-        counted = [] if self._surface is None else self._surface.surface
-        further_ns = further_launch_ns(counted)
+        further_ns = further_launch_ns(self._counted)
         if further_ns is not None:
             costs[FURTHER] = {"ns": round(further_ns), "source": "measured", "note": MICRO}
-        tables, record_ns = launch_tables(counted), calls["event_record"].calm_ns
-        for name, ns in solve_host(entries, record_ns, tables, further_ns or 0.0).items():
+        record_ns = calls["event_record"].calm_ns
+        for name, ns in solve_host(entries, record_ns, self._launched, further_ns or 0.0).items():
             call, _, dtype = name.partition(":")
             if dtype:
                 costs["product_launches"][dtype] = {"ns": ns, **known}
