@@ -6,8 +6,10 @@
 #
 # CARRIED holds llama.cpp.tar.xz (calibration/llama_cpp/build.py cut) and traces/ (gpt-oss-20b.npz, olmoe-1b-7b.npz,
 # qwen3-30b-a3b_k6.npz). Python finds prestage, torch, transformers and gguf. OUT gets results.tar.gz and a log, both
-# kept up to date. For a trial on a small machine: PRESTAGE (what runs prestage), LAYERS, TOKENS, REPEATS, ARCHITECTURE
-# (none: without CUDA), JOBS, CONTEXT, MODELS; LLAMA_BIN: a folder of programs that are built already.
+# kept up to date. FLASH_ATTENTION=1 builds llama.cpp's kernels of that and uses them; MODELS=none decodes nothing, and
+# then JOBS may be all cores. For a trial on a small machine: PRESTAGE (what runs prestage), LAYERS, TOKENS, REPEATS,
+# ARCHITECTURE (none: without CUDA), JOBS, CONTEXT, MODELS, PROGRAMS; LLAMA_BIN: a folder of programs that are built already
+# (none: llama.cpp is left out).
 set -u
 seconds=$1 carried=$(realpath "$2") out=$(realpath -m "$3")
 began=$(date +%s)
@@ -32,16 +34,23 @@ trap 'pack; say "end"' EXIT
 
 cuda=(--cuda --architecture "$architecture")
 [[ $architecture == none ]] && cuda=()
+flash=()
+[[ -n ${FLASH_ATTENTION:-} ]] && flash=(--flash-attention)
+read -ra programs <<<"${PROGRAMS:-llama-bench test-backend-ops}"
+reserve=8 # seconds at the end
+[[ ${programs[*]} == *test-backend-ops* ]] && reserve=60
 build=
 if [[ -z ${LLAMA_BIN:-} ]]; then
   say "build with $jobs jobs"
   on "0-$((jobs - 1))" setsid nice -n 5 python3 -m prestage.calibration.llama_cpp.build make "$carried/llama.cpp.tar.xz" \
-    "$work/llama" "${cuda[@]}" --jobs "$jobs" >"$work/results/build.log" 2>&1 &
+    "$work/llama" "${cuda[@]}" "${flash[@]}" --jobs "$jobs" \
+    --programs "${programs[@]}" >"$work/results/build.log" 2>&1 &
   build=$!
 fi
 
 # name, experts' type, layers
 ggufs=("qwen3-30b-a3b q4_k 12" "gpt-oss-20b mxfp4 8" "mixtral-8x7b q4_k 4" "olmoe-1b-7b q8_0 8")
+[[ ${LLAMA_BIN:-} == none ]] && ggufs=()
 files=()
 for each in "${ggufs[@]}"; do
   read -r model type layers <<<"$each"
@@ -57,6 +66,7 @@ writing=$!
 
 # model, trace, layers, experts a token, seconds, and whether with recorded routing
 models=${MODELS:-"gpt-oss-20b,gpt-oss-20b.npz,12,4,88 olmoe-1b-7b,olmoe-1b-7b.npz,16,8,88 qwen3-30b-a3b,qwen3-30b-a3b_k6.npz,16,6,88 mixtral-8x7b,,8,2,45"}
+[[ $models == none ]] && models=
 for each in $models; do
   IFS=, read -r model trace layers k limit <<<"$each"
   runs=(--run "25%,1,100,0,own" --run "25%,1,100,$k,own" --run "60%,4,100,0,own" --run "25%,1,$context,0,own")
@@ -81,7 +91,8 @@ fi
 bin=${LLAMA_BIN:-$work/llama/build/bin}
 if [[ -x $bin/llama-bench ]]; then
   python3 -m prestage.calibration.llama_cpp.bench "$bin/llama-bench" "$work/results/llama-bench.jsonl" "${files[@]}" \
-    --threads "$cores" --repeats 2 --rounds 3 --depth "$((context / 2))" --seconds $(($(left) - 60)) 2>&1 | tee -a "$out/log"
+    --threads "$cores" --repeats 2 --rounds 3 --depth "$((context / 2))" "${flash[@]}" --seconds $(($(left) - reserve)) 2>&1 |
+    tee -a "$out/log"
   pack
 fi
 if [[ -x $bin/test-backend-ops ]] && (($(left) > 20)); then
