@@ -83,9 +83,9 @@ class Own:
     def settings(self, name: str | None) -> list[str]:
         """Returns the settings of a scenario that say the same; `name` is the scenario that was named, if one was.
 
-        A GPU begins a machine anew. Several GPUs are the stages of a pipeline, unless a scenario says what they are.
+        A GPU begins a machine anew.
         """
-        from ..resources.parts.written import joined_parts, times
+        from ..resources.parts.written import joined_parts
         from ..workloads.fitted import shipped_fits
 
         anew = self._begins_anew(name)
@@ -97,9 +97,7 @@ class Own:
         parts = self.parts()
         if self.gpu is None:
             return settings + [_setting(f"machine.{key}", value) for key, value in parts.items()]
-        count = times(parts["gpu"])[0]
-        settings.append(_setting("machine.profile", joined_parts(parts)))
-        return [*settings, f"parallel.stages={count}"] if anew and count > 1 else settings
+        return [*settings, _setting("machine.profile", joined_parts(parts))]
 
 
 #: None of these options given.

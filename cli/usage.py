@@ -14,6 +14,8 @@ _MEANT = {
     "simulate": "prestage run",
     "version": "prestage --version",
 }
+#: Options that people give for several GPUs.
+_GPUS = ("--gpus", "--num-gpus", "--n-gpus", "--ngpus")
 #: What typer says of a value, in words of a library's.
 _WHOLE = re.compile(r"Input should be a valid integer.*|'.*' is not a valid int(?:eger)?.*")
 _LEAST = re.compile("Input should be greater than or equal to")
@@ -30,7 +32,7 @@ def usage_words(error: Any, arguments: Sequence[str]) -> str:
     given = _given(getattr(getattr(error, "param", None), "opts", ()), arguments)
     if given is not None and given not in text:
         text += f", not {given!r}"
-    meant = _key_hint(error) or _command_hint(text)
+    meant = _gpus_hint(error, arguments) or _key_hint(error) or _command_hint(text)
     if meant:
         text = text.partition(" (Possible")[0]
     return f"{text}{meant}; `{command} --help` tells more"
@@ -45,10 +47,26 @@ def _given(options: Sequence[str], arguments: Sequence[str]) -> str | None:
     return None
 
 
+def _gpus_hint(error: Any, arguments: Sequence[str]) -> str:
+    """Returns what to write for several GPUs, of which two keys tell: what there is, and what is done with them."""
+    option = getattr(error, "option_name", "")
+    if option not in _GPUS or not _takes_settings(error):
+        return ""
+    count = _given([option], arguments) or "N"
+    return (
+        f": write `--gpu '{count}x rtx4090' --ram '128GB DDR5-5600'`, or `--set machine.gpus={count}` of a machine of "
+        f"parts, and each has some of the layers; with `--set parallel.gpus={count}` too, some experts of every layer"
+    )
+
+
+def _takes_settings(error: Any) -> bool:
+    return error.ctx is not None and any("--set" in option.opts for option in error.ctx.command.params)
+
+
 def _key_hint(error: Any) -> str:
     """Returns how a key is set that somebody took for an option of a command that runs scenarios."""
     name = getattr(error, "option_name", "").lstrip("-").replace("-", "_")
-    if not name or error.ctx is None or all("--set" not in option.opts for option in error.ctx.command.params):
+    if not name or not _takes_settings(error):
         return ""
     from ..engine.scenario.scenario import keys_named
 

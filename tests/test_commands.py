@@ -100,6 +100,11 @@ def test_names_are_listed_a_line_each(prestage: Prestage) -> None:
         ("trace synth --skew=much", "'--skew': must be a number, not 'much'"),
         ("run --gpu", "Option '--gpu' requires an argument"),
         ("run --n-cpu-moe 15", "No such option: --n-cpu-moe: `--set memory.cpu_layers=…` sets it"),
+        ("run --gpus 4", "No such option: --gpus: write `--gpu '4x rtx4090' --ram '128GB DDR5-5600'`, or `--set mac"),
+        (
+            "sweep --num-gpus=2",
+            "with `--set parallel.gpus=2` too, some experts of every layer; `prestage sweep --help`",
+        ),
         ("run --replicates=-1", "'--replicates': must be at least 0, not '-1'"),
         ("run --gpu 7950x", "machine.gpu = '7950x': is a processor"),
         ("run --gpu cpu", "machine.gpu = 'cpu': without a GPU, set machine.gpu = 'none'"),

@@ -135,7 +135,8 @@ def test_options_are_settings_of_a_scenario() -> None:
     assert scenario.machine.profile == "gpu=2x rtx3090, ram=64GB DDR4-3200"
     assert (scenario.model.preset, scenario.parallel.stages) == ("gpt-oss-20b", 2)
     assert alone.scenario("synthetic") == "synthetic"
-    assert load_scenario("synthetic", alone.settings("synthetic")).parallel.stages == 1  # the scenario's own
+    assert load_scenario("synthetic", alone.settings("synthetic")).parallel.stages == 2
+    assert load_scenario("placement-8", alone.settings("placement-8")).parallel.stages == 1  # it says what GPUs do
     ram = Own(ram="128GB DDR5-5600")
     scenario = load_scenario(ram.scenario(None), ram.settings(None))
     assert scenario.machine.profile == "gpu=rtx4090, ram=128GB DDR5-5600"

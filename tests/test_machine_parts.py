@@ -12,6 +12,7 @@ import pytest
 from pydantic import BaseModel
 
 from prestage.engine.scenario.amounts import ScenarioError
+from prestage.engine.scenario.origins import origins
 from prestage.engine.scenario.scenario import load_scenario, make_scenario
 from prestage.engine.simulate import simulate
 from prestage.resources.facts import Fact
@@ -347,6 +348,36 @@ def test_parts_in_a_scenario_are_the_name_of_a_profile() -> None:
     assert scenario.plain()["machine"] == {"profile": scenario.machine.profile}
     assert make_scenario(scenario.plain()).machine == scenario.machine
     assert load_scenario("synthetic", ["machine.gpu=4090"]).machine.profile == "gpu=4090"  # a number, as TOML reads it
+
+
+@pytest.mark.parametrize(
+    ("sections", "stages"),
+    [
+        ({"machine": {"gpu": "rtx4090", "gpus": 4}}, 4),
+        ({"machine": {"gpu": "4x rtx4090"}}, 4),
+        ({"machine": {"profile": "gpu=4x rtx4090"}, "parallel": {"placement": "linear"}}, 4),
+        ({"machine": {"gpu": "rtx4090"}}, 1),
+        ({"machine": {"profile": "h200-hgx-x8"}}, 1),  # a profile of eight is taken for what it costs
+        ({"machine": {"gpu": "4x rtx4090"}, "parallel": {"stages": 2}}, 2),
+        ({"machine": {"gpu": "4x rtx4090"}, "parallel": {"gpus": 4}}, 1),
+        ({"machine": {"gpu": "2x rtx4090"}, "copy": {"source": "peer"}}, 1),
+        ({"machine": {"gpu": "2x rtx4090"}, "workload": {"synthetic": {"tokens": 4}}, "requests": {"rate": 1.0}}, 1),
+    ],
+)
+def test_gpus_that_parts_count_are_stages_where_nothing_says_what_they_do(
+    sections: dict[str, Any], stages: int
+) -> None:
+    scenario = make_scenario({"workload": WORKLOAD, **sections})
+    assert scenario.parallel.stages == stages
+    assert make_scenario(scenario.plain()) == scenario
+
+
+def test_a_setting_of_several_gpus_is_shown_as_what_follows_from_it() -> None:
+    scenario, keys = origins("one-gpu", ["machine.gpus=4"])
+    assert scenario == load_scenario("one-gpu", ["machine.gpu=4x rtx4090"]).model_copy(
+        update={"machine": scenario.machine}
+    )
+    assert next(key for key in keys if key.key == "parallel.stages")[1:] == (4, 1, "follows from others")
 
 
 def test_a_setting_of_a_part_takes_a_profiles_place_and_leaves_other_parts() -> None:

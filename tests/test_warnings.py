@@ -13,6 +13,7 @@ from prestage.engine.simulate import simulate
 SMALL = ["workload.tokens=12", "workload.synthetic.tokens=12", "workload.synthetic.sequences=1"]
 SMALL += ["workload.synthetic.prefill_tokens=0"]
 PIPELINE = ["machine.profile=h200-x2", "parallel.stages=2", "workload.synthetic.sequences=4"]
+PARTS = "machine.profile=gpu=rtx4090, ram=64GB DDR5-5600"
 SHARED_UPLINK = ["machine.profile=rtx4090-x4", "parallel.gpus=4", "memory.gpu_budget=12%", "workload.batch=4"]
 SHARED_UPLINK += ["workload.synthetic.sequences=4"]
 #: A machine that was measured with its CPU; a trace with gate weights.
@@ -52,6 +53,9 @@ CASES: dict[str, tuple[list[str], list[str] | None]] = {
     "much is skipped": ([*SKIP, "prefetch.lookahead=0", "miss.threshold=1"], [*SKIP, "miss.threshold=0.01"]),
     "estimated cost in use": ([], None),
     "uncalibrated cost in use": ([], ["dispatch.mode=free", "dispatch.router_readback=false"]),
+    "idle GPUs": (["machine.profile=h200-hgx-x8", "parallel.stages=4"], [*PIPELINE]),
+    "idle drive": ([f"{PARTS}, drive=7GB/s"], [f"{PARTS}, drive=7GB/s", "tiers.host_budget=50%"]),
+    "idle CPU": ([f"{PARTS}, cpu=7950x"], [f"{PARTS}, cpu=7950x", "miss.policy=cpu"]),
     "prediction is free": ([], ["predictor.latency_us=5"]),
 }
 
@@ -111,3 +115,21 @@ def test_one_thread_for_all_gpus_is_told_as_what_holds_them_up() -> None:
     said = warned([*settings, "parallel.dispatch_threads=one"])["host-bound"]
     assert "one thread serves them all in turn" in said and "use parallel.dispatch_threads = per-gpu" in said
     assert "one thread" not in warned(settings).get("host-bound", "")
+
+
+def test_idle_gpus_are_told_by_the_keys_that_put_them_to_work() -> None:
+    eight = "machine.profile=h200-hgx-x8"
+    said = warned([eight])["idle GPUs"]
+    assert said == (
+        "idle GPUs: the machine has 8, and one of them is at work; set parallel.stages = 8 or parallel.gpus = 8 to use "
+        "all"
+    )
+    served = warned([eight, "requests.rate=100", "requests.count=3", "requests.replicas=2"])["idle GPUs"]
+    assert "2 of them are at work; set requests.replicas = 8" in served
+    assert "idle GPUs" not in warned(["machine.profile=h200-x2", "copy.source=peer"])
+
+
+def test_a_processor_that_copies_wait_for_is_not_idle() -> None:
+    older = "machine.profile=gpu=rtx5090, cpu=5950x, ram=64GB DDR4-3200"  # its PCIe 4 is slower than the GPU's 5
+    assert "idle CPU" not in warned([older])
+    assert "idle CPU" in warned([f"{older}, link=pcie4 x16"])

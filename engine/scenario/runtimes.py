@@ -1,4 +1,4 @@
-"""What a scenario's runtime sets where nobody else does, and what it cannot do."""
+"""What a scenario's runtime, or its machine's GPUs, set where nobody else does, and what a runtime cannot do."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from ...resources.parts.section import gpus_of
 from ...resources.runtime import DEFAULT, Runtime, RuntimeFileError, load_runtime
 from ...words import problems, unknown_name
 from .section import Section
@@ -32,12 +33,33 @@ def with_defaults(given: Mapping[str, Any], scenario: type[BaseModel]) -> Mappin
     _check_keys(runtime, scenario)
     laid = dict(given)
     for section, keys in runtime.defaults.items():
-        own = laid.get(section, {})
-        if isinstance(own, Section):
-            own = own.model_dump(by_alias=True, exclude_unset=True)
-        if isinstance(own, Mapping):
+        own = _said(laid, section)
+        if own is not None:
             laid[section] = {**keys, **own}
     return laid
+
+
+def with_all_gpus(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns a scenario's plain data in which all GPUs that its machine's parts count are at work.
+
+    Where nothing says how, they are the stages of a pipeline, as runtimes give whole layers to GPUs; but [requests]
+    are served by one GPU, and one that experts are copied from does nothing else.
+    """
+    machine, parallel, copies = (_said(given, section) for section in ("machine", "parallel", "copy"))
+    if machine is None or parallel is None or {"stages", "gpus"} & parallel.keys():
+        return given
+    count = gpus_of(machine)
+    if count == 1 or given.get("requests") is not None or (copies or {}).get("source") == "peer":
+        return given
+    return {**given, "parallel": {**parallel, "stages": count}}
+
+
+def _said(given: Mapping[str, Any], section: str) -> Mapping[str, Any] | None:
+    """Returns what a scenario's plain data say in a section; None if it is none, which is told with all else."""
+    own = given.get(section, {})
+    if isinstance(own, Section):
+        return own.model_dump(by_alias=True, exclude_unset=True)
+    return own if isinstance(own, Mapping) else None
 
 
 def refused_by(scenario: Mapping[str, Any]) -> str | None:

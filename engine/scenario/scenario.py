@@ -33,7 +33,7 @@ from ...workloads.model import names_model, preset_names
 from ..policies.miss import MISS
 from .amounts import ScenarioError
 from .rows import find_row
-from .runtimes import RuntimeSection, refused_by, with_defaults
+from .runtimes import RuntimeSection, refused_by, with_all_gpus, with_defaults
 from .section import Section
 from .sections import (
     DRAWN_BY,
@@ -88,8 +88,8 @@ class Scenario(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _runtime_sets_what_nobody_says(cls, given: Any) -> Any:
-        return with_defaults(given, cls) if isinstance(given, Mapping) else given
+    def _runtime_and_gpus_set_what_nobody_says(cls, given: Any) -> Any:
+        return with_all_gpus(with_defaults(given, cls)) if isinstance(given, Mapping) else given
 
     @model_validator(mode="after")
     def _runtime_can(self) -> Scenario:

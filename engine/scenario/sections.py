@@ -84,6 +84,7 @@ class MachineSection(Section):
 
     Parts are a `gpu` of the table, `gpus` of them, and where it is known the `link` to each, the `cpu`, the `ram` and
     the `drive`: 'pcie4 x16', '7950x', '64GB DDR5-5600', '2TB 7GB/s'. What is left out is what goes with the rest.
+    Several GPUs that are parts are the stages of a pipeline where [parallel] does not say what they do.
     """
 
     profile: str = "h200-pcie5"

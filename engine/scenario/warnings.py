@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from ...resources.facts import Fact
+from ...resources.parts.section import serves_copies
+from ...resources.parts.written import is_of_parts, split_parts
 from .sections import ON_GPU
 
 if TYPE_CHECKING:
@@ -183,6 +185,44 @@ def _host_bound(inputs: Inputs, data: dict[str, Any]) -> str | None:
     )
 
 
+def _idle_gpus(inputs: Inputs, data: dict[str, Any]) -> str | None:
+    scenario, topology = inputs.scenario, inputs.profile.topology
+    there = 0 if topology is None else sum(node.kind == "gpu" for node in topology.nodes)
+    replicas = 1 if scenario.requests is None else scenario.requests.replicas
+    used = max(scenario.parallel.stages, scenario.parallel.gpus, replicas) + (scenario.copy_.source == "peer")
+    if used >= there:
+        return None
+    keys = ["parallel.stages", "parallel.gpus"] if scenario.requests is None else ["requests.replicas"]
+    ways = " or ".join(f"{key} = {there}" for key in keys)
+    at_work = "one of them is" if used == 1 else f"{used} of them are"
+    return f"idle GPUs: the machine has {there}, and {at_work} at work; set {ways} to use all"
+
+
+def _idle_drive(inputs: Inputs, data: dict[str, Any]) -> str | None:
+    if "drive" not in _parts(inputs) or inputs.scenario.tiers.host_budget != "all":
+        return None
+    return (
+        "idle drive: nothing is read from machine.drive, because all experts lie in host memory; set tiers.host_budget "
+        "= 50%, or less, to read some from it"
+    )
+
+
+def _idle_cpu(inputs: Inputs, data: dict[str, Any]) -> str | None:
+    profile = inputs.scenario.machine.profile
+    if "cpu" not in _parts(inputs) or inputs.scenario.uses_cpu or serves_copies(profile, "cpu"):
+        return None
+    return (
+        f"idle CPU: machine.cpu makes nothing faster or slower, because no expert is computed on it (miss.policy = "
+        f"{inputs.scenario.miss.policy}); set miss.policy = cpu to compute misses on it"
+    )
+
+
+def _parts(inputs: Inputs) -> dict[str, str]:
+    """Returns the parts that the machine was put together from; none of a profile that was measured or written."""
+    profile = inputs.scenario.machine.profile
+    return split_parts(profile) if is_of_parts(profile) else {}
+
+
 def _bubbles(inputs: Inputs, data: dict[str, Any]) -> str | None:
     parallel = inputs.scenario.parallel
     share = data["time"]["bubble_ms"] / data["makespan_ms"] if data["makespan_ms"] else 0.0
@@ -193,7 +233,8 @@ def _bubbles(inputs: Inputs, data: dict[str, Any]) -> str | None:
         why = "the one with most to copy or to compute holds up the others at every layer"
         remedy = "use another parallel.placement, or a larger memory.gpu_budget"
     elif parallel.micro_batches < parallel.stages:
-        why = f"{parallel.micro_batches} micro-batches cannot keep {parallel.stages} stages busy"
+        batches = "one micro-batch" if parallel.micro_batches == 1 else f"{parallel.micro_batches} micro-batches"
+        why = f"{batches} cannot keep {parallel.stages} stages busy"
         remedy = f"use parallel.micro_batches = {parallel.stages} or more, with as large a batch"
     return f"bubbles: GPUs wait for each other for {share:.0%} of the run, because {why}; {remedy}"
 
@@ -390,6 +431,7 @@ WARNINGS: tuple[Warn, ...] = (
     _overloaded_link,
     _below_break_even,
     _host_bound,
+    _idle_gpus,
     _bubbles,
     _prefill_dominates,
     _slower_on_cpu,
@@ -399,6 +441,8 @@ WARNINGS: tuple[Warn, ...] = (
     _uncalibrated,
     _free_prediction,
     _latency_of_a_cpu,
+    _idle_drive,
+    _idle_cpu,
 )
 
 

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...words import shown
+from .chosen import choose
 from .tables import PartError
-from .written import PARTS, is_of_parts, joined_parts, split_parts
+from .written import PARTS, is_of_parts, joined_parts, split_parts, times
 
 
 def of_parts(section: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,3 +42,25 @@ def lay_machine(section: dict[str, Any], key: str, *, out: bool = False) -> None
     elif key in PARTS and (told or not out):
         section.pop("profile", None)
         section.update({**told, **section})
+
+
+def gpus_of(section: Mapping[str, Any]) -> int:
+    """Returns how many GPUs the parts of a section are: 1 where it has none, or what cannot be read.
+
+    What is wrong with it is told when the machine is made.
+    """
+    try:
+        profile = of_parts(section).get("profile")
+        parts = split_parts(profile) if isinstance(profile, str) and is_of_parts(profile) else {}
+        return int(parts["gpus"]) if "gpus" in parts else times(parts.get("gpu", ""))[0]
+    except ValueError:
+        return 1
+
+
+def serves_copies(profile: str, part: str) -> bool:
+    """Returns whether a part that a profile's name tells has a say in what copies to a GPU, or all of it, reach."""
+    chosen = choose(profile)
+    if chosen.link is None:
+        return True  # of one memory
+    others = choose(joined_parts({key: value for key, value in split_parts(profile).items() if key != part}))
+    return chosen.copies.bytes_per_second != others.copies.bytes_per_second
