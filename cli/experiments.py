@@ -148,6 +148,7 @@ def compare(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a key in all scenarios; repeat it.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the waterfall to this .png, .pdf or .svg.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Tell why, of every warning.")] = False,
     json: Json = False,
 ) -> None:
     """Set runs side by side: figures, ratios to the first, and where the time between them arises.
@@ -156,16 +157,22 @@ def compare(
     Examples:
       prestage compare default default,prefetch.lookahead=0
       prestage compare gpt-oss-20b gpt-oss-20b,copy.discipline=priority --set workload.tokens=50 --plot waterfall.png
+
+    A run that is refused is left out of the comparison and named at its end, with status 2.
     """
     from ..engine.measure.comparison import compare as compare_runs
     from ..engine.measure.comparison import waterfall
-    from ..experiments.compare import load_run
+    from ..experiments.compare import load_runs
     from ..output.pictures import check_picture
 
     if plot is not None:
         check_picture(plot)
-    loaded = {name: load_run(name, settings or ()) for name in runs}
-    data = compare_runs(loaded)
+    with progress_shown() as progress:
+        loaded, refused = load_runs(runs, settings or (), progress=progress)
+    left_out = InputError("; ".join(why if why.startswith(name) else f"{name}: {why}" for name, why in refused.items()))
+    if refused and len(loaded) < 2:
+        raise left_out
+    data = {**compare_runs(loaded), "refused": refused}
     if plot is not None:
         from ..output.charts import plot_waterfall
         from ..output.pictures import save
@@ -174,12 +181,14 @@ def compare(
         save(plot_waterfall({name: waterfall(loaded[first], loaded[name]) for name in others}, first), plot)
     if json:
         print_json(data)
-        return
-    from ..output.tables.sweeps import print_comparison
+    else:
+        from ..output.tables.comparison import print_comparison
 
-    print_comparison(data)
-    if plot is not None:
-        typer.echo(str(plot))
+        print_comparison(data, verbose)
+        if plot is not None:
+            typer.echo(str(plot))
+    if refused:
+        raise left_out
 
 
 @takes_own

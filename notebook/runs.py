@@ -108,15 +108,28 @@ class Comparison(dict[str, Any]):
         return table_html("Runs side by side", [("", *self["runs"]), *self._cells()])
 
 
-def compare(runs: Mapping[str, Any] | Sequence[Shown]) -> Comparison:
-    """Returns two or more runs side by side, all against the first.
+def compare(*runs: Any) -> Comparison:
+    """Returns two or more runs side by side, all against the first: `compare(one, other)`.
 
-    `runs` maps names to results, or to their plain data (`Result.data`, a result.json); a list of results is named by
-    number, or as `load_result` named them. Raises CompareError.
+    A run is a result, or its plain data (`Result.data`, a result.json). They may also be in one list, or in one dict by
+    names; without names they are called as `load_result` named them, else by number. Raises InputError, CompareError.
     """
-    if not isinstance(runs, Mapping):
-        runs = {getattr(run, "name", f"run {number}"): run for number, run in enumerate(runs, 1)}
-    return Comparison(comparison.compare({name: _data_of(name, run) for name, run in runs.items()}))
+    given = runs[0] if len(runs) == 1 else runs
+    if isinstance(given, Mapping) and not _is_data(given):
+        named = dict(given)
+    elif isinstance(given, Iterable) and not isinstance(given, str | Mapping):
+        named = {}
+        for number, run in enumerate(given, 1):
+            name = getattr(run, "name", f"run {number}")
+            named[name if name not in named else f"{name} ({number})"] = run
+    else:
+        raise InputError(f"runs = {type(given).__name__}: give two or more results: compare(one, other)")
+    return Comparison(comparison.compare({name: _data_of(name, run) for name, run in named.items()}))
+
+
+def _is_data(run: Any) -> bool:
+    """Whether a mapping is the data of one run, and not of runs by their names."""
+    return isinstance(run, Mapping) and "makespan_ms" in run
 
 
 def sweep(
@@ -159,7 +172,7 @@ def sweep(
 
 
 def _data_of(name: str, run: Any) -> Mapping[str, Any]:
-    data = run if isinstance(run, Mapping) else getattr(run, "data", None)
-    if not isinstance(data, Mapping):
+    data = getattr(run, "data", run)
+    if not _is_data(data):
         raise InputError(f"{name} = {type(run).__name__}: give a Result, a loaded run, or a result's data")
     return data

@@ -19,10 +19,10 @@ from .figures import ALL_FIGURES, FIGURES, REQUEST_FIGURES, SPAN_LIMIT, busy_ove
 from .page import PageError, Section, check_page, html_table, html_tiles, write_page
 from .palette import OUTCOME_COLORS
 from .saved import Run
+from .tables.comparison import comparison_figure
 from .tables.layout import time_of
 from .tables.requests import LATENCY_COLUMNS, latency_rows, load_rows
 from .tables.runs import headline, speed_rows
-from .tables.sweeps import comparison_figure
 
 #: Which of a run's figures stand in half a row.
 _HALF = ("wasted", "memory", "latency", "tokens", "first-token", "end-to-end")

@@ -385,6 +385,10 @@ BAD: list[tuple[list[str], str]] = [
     (["report", "none", "-o", "x.pdf"], "x.pdf: a report's file must end in .html"),
     (["report"], "Missing argument 'results'; `prestage report --help` tells more"),
     (["compare", "default"], "give at least two different runs to compare"),
+    (
+        ["compare", "default", "synthetic,memory.eviction=x"],
+        "synthetic,memory.eviction=x: scenario 'synthetic': memory",
+    ),
     (["compare", "none.json", "default"], "none.json: cannot be read: No such file or directory"),
     (["breakeven", "--set", "prefetch.lookahead=0"], "prefetch.lookahead = 0: nothing is prefetched"),
     (["breakeven", "--budgets", "lots"], "gpu_budget = 'lots': write it as"),

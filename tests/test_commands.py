@@ -159,3 +159,14 @@ def test_the_doctor_says_what_is_missing_for_what(prestage: Prestage, monkeypatc
     )
     assert re.search(r"pandas +missing +tables of a run as data frames: extra notebook", ran.out)
     assert re.search(r"simpy +MISSING", ran.out)
+
+
+def test_a_comparison_goes_on_without_a_run_that_is_refused_and_ends_naming_it(prestage: Prestage) -> None:
+    runs = ["synthetic", "synthetic,memory.eviction=nosuch", "synthetic,prefetch.lookahead=0"]
+    ran = prestage("compare", *runs, *SET)
+    assert ran.status == 2 and f"Where {runs[2]} differs" in ran.out and "nosuch" not in ran.out
+    assert ran.err.startswith(f"prestage: {runs[1]}: scenario 'synthetic': memory.eviction = 'nosuch': choose one of ")
+    data = json.loads(prestage("compare", *runs, *SET, "--json").out)
+    assert data["runs"] == [runs[0], runs[2]] and list(data["refused"]) == [runs[1]]
+    alone = prestage("compare", *runs[:2], *SET)
+    assert (alone.status, alone.out) == (2, "") and alone.err == ran.err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,16 @@ from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.scenario import Scenario, load_scenario
 from prestage.engine.simulate import simulate
 from prestage.experiments.breakeven import PROBES, STEPS, bracket, break_even
-from prestage.experiments.compare import load_run
+from prestage.experiments.compare import load_run, load_runs
 from prestage.output.charts import plot_break_even, plot_waterfall
-from prestage.output.tables.sweeps import break_even_words, comparison_figure
+from prestage.output.tables.comparison import comparison_figure, print_comparison
+from prestage.output.tables.sweeps import break_even_words
 from prestage.resources.profile import load_profile
 
 SMALL = ["model.layers=6", "workload.tokens=12", "workload.synthetic.tokens=12", "workload.synthetic.sequences=1"]
 SMALL += ["workload.synthetic.prefill_tokens=0"]
+#: A warning of every run.
+ALL = ["estimated: all; calibrate it"]
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +110,50 @@ def test_a_scenario_whose_last_setting_names_a_json_file_is_a_scenario(tmp_path:
     assert data["scenario"]["machine"]["profile"] == str(profile)
 
 
+def printed(data: dict[str, Any], capsys: pytest.CaptureFixture[str], verbose: bool = False) -> list[str]:
+    """What `compare` prints on 80 columns."""
+    print_comparison(data, verbose)
+    return capsys.readouterr().out.splitlines()
+
+
+def test_names_that_do_not_fit_beside_one_another_are_numbers_that_a_list_explains(
+    runs: dict[str, dict[str, Any]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    many = {f"synthetic,memory.eviction=lru,predictor.seed={seed}": runs["synthetic"] for seed in range(7)}
+    lines = printed(compare(many), capsys)
+    assert lines[:7] == [f"run {number}  {name}" for number, name in enumerate(many, 1)]
+    assert max(map(len, lines)) <= 80 and not any("…" in line for line in lines[:-6])
+    figures = lines[lines.index("Figures, and their ratio to the first") : lines.index("Where run 2 differs (gpu0)")]
+    heads = [re.findall(r"run (\d)", line) for line in figures if line.startswith(" ") and "run" in line]
+    assert len(heads) > 1 and {first for first, *_ in heads} == {"1"}  # each table is beside the first
+    assert [number for _, *others in heads for number in others] == list("234567")
+    assert sum(line.startswith("makespan_ms") for line in figures) == len(heads)
+    short = printed(compare({"one": runs["synthetic"], "two": runs["synthetic"]}), capsys)
+    assert short[0] == "Settings that differ" and short[1].split() == ["one", "two"]
+
+
+def test_warnings_are_told_once_with_the_runs_that_they_are_of(
+    runs: dict[str, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = {**runs["synthetic"], "warnings": ["short trace: 9 of 13; use a longer trace", *ALL]}
+    data = compare({"a": {**runs["synthetic"], "warnings": ALL}, "b": short})
+    said = [line for line in printed(data, capsys) if line.startswith("warning")]
+    assert said == ["warning: short trace (b): use a longer trace", "warning: estimated: calibrate it"]
+    said = [line for line in printed(data, capsys, verbose=True) if line.startswith("warning")]
+    assert said == ["warning: short trace (b): 9 of 13; use a longer trace", "warning: estimated: all; calibrate it"]
+    assert load_run("synthetic", [*SMALL, "workload.tokens=13"])["warnings"][0].startswith("short trace: ")
+
+
+def test_a_run_that_is_refused_is_named_and_the_others_are_compared() -> None:
+    names = ["synthetic", "synthetic,memory.eviction=nosuch", "synthetic,prefetch.lookahead=0", "nosuch.json"]
+    told: list[tuple[str, int, int]] = []
+    loaded, refused = load_runs(names, SMALL, progress=lambda *what: told.append(what))
+    assert list(loaded) == [names[0], names[2]] and list(refused) == [names[1], names[3]]
+    assert "memory.eviction = 'nosuch': choose one of" in refused[names[1]]
+    assert [(done, total) for what, done, total in told if what == "runs"] == [(0, 4), (1, 4), (2, 4), (3, 4)]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -126,7 +174,7 @@ def test_one_run_and_parts_that_do_not_add_up_are_refused(runs: dict[str, dict[s
     with pytest.raises(CompareError, match="at least two"):
         compare({"a": runs["synthetic"]})
     broken = {**runs["synthetic"], "makespan_ms": 1.0}
-    with pytest.raises(CompareError, match="the parts of time come to"):
+    with pytest.raises(CompareError, match="b: gpu0: the parts of time come to"):
         compare({"a": runs["synthetic"], "b": broken})
 
 

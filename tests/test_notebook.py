@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import re
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from prestage.errors import InputError
 from prestage.notebook.runs import Result
 from prestage.notebook.settings import settings_of
 from prestage.output.figures import FIGURES
+from prestage.output.run_folder import write_result
 from prestage.output.shown import FRAMES, csv_text, latex
 
 
@@ -153,12 +156,32 @@ def test_runs_side_by_side_are_tables(result: Result) -> None:
     assert compared.to_csv().splitlines()[0] == "figure,ahead,not"
     assert compared.to_latex().count("&") == 2 * (1 + len(compared["figures"]))
     assert result.plot("waterfall", other).axes
-    assert prestage.compare([result, other])["runs"] == ["run 1", "run 2"]
+    for runs in ([result, other],), (result, other), (result.data, other.data):
+        assert prestage.compare(*runs) == {**prestage.compare({"run 1": result, "run 2": other})}
 
 
-def test_what_is_no_run_is_not_compared(result: Result) -> None:
-    with pytest.raises(InputError, match="b = int: give a Result"):
-        prestage.compare({"a": result, "b": 7})
+def test_runs_of_one_name_are_all_compared(result: Result, tmp_path: Path) -> None:
+    for folder in "one", "two":
+        write_result(result, tmp_path / folder / "run")
+    loaded = [prestage.load_result(tmp_path / folder / "run") for folder in ("one", "two")]
+    assert prestage.compare(*loaded)["runs"] == ["run", "run (2)"]
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda result: [{"a": result, "b": 7}], "b = int: give a Result"),
+        (lambda result: [result, "default"], "run 2 = str: give a Result"),
+        (lambda result: [result], "runs = Result: give two or more results: compare(one, other)"),
+        (lambda result: ["default"], "runs = str: give two or more results"),
+        (lambda result: [result.data], "runs = dict: give two or more results"),
+        (lambda result: [], "give at least two different runs to compare"),
+        (lambda result: [result, {"a": 1}], "run 2 = dict: give a Result"),
+    ],
+)
+def test_what_is_no_run_is_not_compared(result: Result, make: Callable[[Result], list[Any]], says: str) -> None:
+    with pytest.raises(InputError, match=re.escape(says)):
+        prestage.compare(*make(result))
 
 
 def test_rows_of_a_sweep_are_tables(tmp_path: Path) -> None:

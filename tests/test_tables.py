@@ -96,6 +96,14 @@ def test_a_sweep_fits_the_terminal_with_whole_keys_and_failed_rows_with_reasons(
     )
 
 
+def test_rows_that_ran_less_than_they_are_headed_by_say_so(capsys: pytest.CaptureFixture[str]) -> None:
+    short = "short trace: workload.tokens = 99, and the trace has 9; use a longer trace"
+    asked, less = rows(2)
+    print_sweep([{**asked, "warnings": ["estimated: costs"]}, {**less, "warnings": [short, "estimated: costs"]}])
+    told = " ".join(" ".join(printed(capsys)[4:]).split())
+    assert told == f"warning: {short} (memory.gpu_budget = 25%, prefetch.lookahead = 1)"
+
+
 def test_a_bench_is_llama_benchs_two_tests(capsys: pytest.CaptureFixture[str]) -> None:
     scenario = load_scenario("default", ["model.layers=24", "memory.cpu_layers=", "seed=1"])
     data = bench(scenario, prompt=8, generated=4)

@@ -89,7 +89,8 @@ def compare(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Returns two or more runs side by side, as plain data for JSON: all against the first.
 
     `figures` and `ratios` (to the first) are lists in the order of `runs`, None where undefined; `settings` are those
-    that differ; `where` has, for every run but the first, each GPU's parts: from_ms, to_ms and their difference.
+    that differ; `where` has, for every run but the first, each GPU's parts: from_ms, to_ms and their difference;
+    `warnings` are those of each run.
     Raises CompareError.
     """
     if len(runs) < 2:
@@ -99,19 +100,21 @@ def compare(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     figures = {name: _of(flattened, name) for name in FIGURES}
     figures = {name: values for name, values in figures.items() if any(value is not None for value in values)}
     first = runs[names[0]]
+    parts_ns = {name: _parts_ns(name, run) for name, run in runs.items()}
     return {
         "runs": names,
         "settings": _differing([flat(run["scenario"]) for run in runs.values()]),
         "same_work": all(run.get("decode_tokens") == first.get("decode_tokens") for run in runs.values()),
         "figures": figures,
         "ratios": {name: [_ratio(value, values[0]) for value in values] for name, values in figures.items()},
-        "where": {name: _where(first, runs[name]) for name in names[1:]},
+        "where": {name: _where(parts_ns[names[0]], parts_ns[name]) for name in names[1:]},
+        "warnings": {name: list(run.get("warnings", ())) for name, run in runs.items()},
     }
 
 
 def waterfall(first: Mapping[str, Any], second: Mapping[str, Any], gpu: str = "gpu0") -> list[Step]:
     """Returns the bars that lead from one makespan to another: the first, each part's difference, the second."""
-    parts = _parts_ns(first), _parts_ns(second)
+    parts = _parts_ns("first", first), _parts_ns("second", second)
     if not all(gpu in run for run in parts):
         raise CompareError(
             f"waterfall: a run has no {gpu}: its GPUs are {', '.join(min(parts, key=lambda run: gpu in run))}"
@@ -125,7 +128,7 @@ def waterfall(first: Mapping[str, Any], second: Mapping[str, Any], gpu: str = "g
     return [*steps, Step("second", 0, at)]
 
 
-def _parts_ns(run: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+def _parts_ns(name: str, run: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     """Returns the parts of a run's makespan on each GPU, in ns, which add up to it."""
     makespan_ns = round(run["makespan_ms"] * 1e6)
     parts_ns = {}
@@ -134,16 +137,17 @@ def _parts_ns(run: Mapping[str, Any]) -> dict[str, dict[str, int]]:
         parts = {part: round(gpu["time"].get(f"{part}_ms", 0.0) * 1e6) for part in PARTS}
         if sum(parts.values()) != makespan_ns:
             raise CompareError(
-                f"{gpu['device']}: the parts of time come to {sum(parts.values())} ns and makespan_ms to "
+                f"{name}: {gpu['device']}: the parts of time come to {sum(parts.values())} ns and makespan_ms to "
                 f"{makespan_ns} ns"
             )
         parts_ns[gpu["device"]] = parts
     return parts_ns
 
 
-def _where(first: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+def _where(
+    before: Mapping[str, Mapping[str, int]], after: Mapping[str, Mapping[str, int]]
+) -> dict[str, dict[str, dict[str, float]]]:
     """Returns where two runs differ, on each GPU that both have."""
-    before, after = _parts_ns(first), _parts_ns(other)
     return {
         gpu: {
             part: {

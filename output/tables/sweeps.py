@@ -1,4 +1,4 @@
-"""Many runs as tables: sweeps, suites, comparisons, break-even."""
+"""Many runs as tables: sweeps, suites, break-even."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.text import Text
 
-from .layout import columns_of, known_of, number_of, plain_console, share_of
+from .layout import columns_of, number_of, plain_console, share_of
 
 #: What the table of a sweep shows of each row: its key and how it is written.
 SWEEP_COLUMNS: dict[str, tuple[str, Callable[[float | None], str]]] = {
@@ -27,6 +27,8 @@ _BEST_ROWS = 10
 #: How the figures of a row are headed in a terminal, in the order in which they are left out where it is narrow.
 _NARROW = {"memory": "memory", "late": "late", "over no cache": "no cache", "stall": "stall", "hit": "hit"}
 _HEADS = {**_NARROW, "over same cache": "same cache"}
+#: Warnings of rows that ran less than they are headed by.
+_NOT_AS_ASKED = ("short trace", "empty places")
 #: So many reasons of failed rows are told.
 _MOST_REASONS = 5
 
@@ -44,6 +46,8 @@ def print_sweep(rows: Iterable[dict[str, Any]]) -> None:
             table.add_row(*(cell for name, cell in zip(columns, row, strict=True) if name in kept))
         console.print(Text(f"The {len(best)} fastest", style="bold"))
         console.print(table)
+        for warning, of in _not_as_asked(best).items():
+            console.print(Text(f"warning: {warning} ({of})", style="yellow"))
     for reason, failed in list(reasons.items())[:_MOST_REASONS]:
         settings = setting_words(failed[0]["settings"])
         others = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
@@ -59,6 +63,16 @@ def _ran(rows: Iterable[dict[str, Any]], reasons: dict[str, list[Mapping[str, An
             yield row
         else:
             reasons.setdefault(row["error"], []).append(row)
+
+
+def _not_as_asked(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Returns the warnings of rows that ran less than was asked, each with the settings of its rows."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        for warning in row.get("warnings", ()):
+            if warning.startswith(_NOT_AS_ASKED):
+                found.setdefault(warning, []).append(setting_words(row["settings"]))
+    return {warning: "; ".join(of) for warning, of in found.items()}
 
 
 def _short(name: str, columns: Iterable[str]) -> str:
@@ -123,59 +137,6 @@ def setting_words(settings: Mapping[str, Any]) -> str:
 
 def _digits(value: float | None) -> str:
     return "-" if value is None else f"{value:,.4g}"
-
-
-#: The columns of where a difference arises.
-_DIFFERENCE = ("from_ms", "to_ms", "difference_ms")
-
-
-def print_comparison(data: dict[str, Any]) -> None:
-    """Print runs side by side, and where the time between them arises."""
-    console = plain_console()
-    names = data["runs"]
-    if not data["same_work"]:
-        console.print(Text("warning: these runs decode different numbers of tokens", style="yellow"))
-    console.print(Text("Settings that differ", style="bold"))
-    settings = columns_of("", *names)
-    for key, values in data["settings"].items():
-        settings.add_row(key, *(str(value) for value in values))
-    console.print(settings)
-    console.print(Text("\nFigures, and their ratio to the first", style="bold"))
-    figures = columns_of("", *names)
-    for key, values in data["figures"].items():
-        if not any(values):
-            continue
-        ratios = [None, *data["ratios"][key][1:]]
-        shares = ["" if ratio is None else f" ({ratio:.2f}x)" for ratio in ratios]
-        figures.add_row(
-            key, *(comparison_figure(key, value) + share for value, share in zip(values, shares, strict=True))
-        )
-    console.print(figures)
-    for name, gpus in data["where"].items():
-        for gpu, parts in gpus.items():
-            table = columns_of("", names[0], name, "difference")
-            parts = {**parts, "makespan": {key: sum(part[key] for part in parts.values()) for key in _DIFFERENCE}}
-            for part, ms in parts.items():
-                if not ms["from_ms"] and not ms["to_ms"]:
-                    continue
-                table.add_row(
-                    part, *(f"{ms[key]:,.3f} ms" for key in _DIFFERENCE[:2]), f"{ms['difference_ms']:+,.3f} ms"
-                )
-            console.print(Text(f"\nWhere {name} differs ({gpu})", style="bold"))
-            console.print(table)
-
-
-def comparison_figure(name: str, value: float | None) -> str:
-    """Returns a figure of a comparison with its unit, which its name gives; counts are whole."""
-    if value is None:
-        return "-"
-    if "bytes" in name:
-        return f"{value / 2**30:,.2f} GiB"
-    if "_ms" in name:
-        return f"{known_of(value, 4)} ms"
-    if name.startswith(("counts.", "miss.ways.")):
-        return f"{value:,}"
-    return known_of(value, 4) if name.endswith(("tokens_per_second", "speedup", "imbalance")) else f"{value:.1%}"
 
 
 def print_break_even(data: dict[str, Any]) -> None:
