@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from ..engine import simulate as simulating
 from ..engine.measure import comparison
@@ -127,7 +127,7 @@ def compare(*runs: Any) -> Comparison:
     return Comparison(comparison.compare({name: _data_of(name, run) for name, run in named.items()}))
 
 
-def _is_data(run: Any) -> bool:
+def _is_data(run: Any) -> TypeGuard[Mapping[str, Any]]:
     """Whether a mapping is the data of one run, and not of runs by their names."""
     return isinstance(run, Mapping) and "makespan_ms" in run
 
