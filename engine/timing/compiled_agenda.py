@@ -67,6 +67,13 @@ def wake(m: Words, lane: Word) -> None:
 
 
 @compiled
+def wake_at(m: Words, lane: Word, at: Word) -> None:
+    """Let an idle lane try to start work at an instant, or at this one if that has passed."""
+    m[lane + L_WAKE] = max(m[NOW], at)
+    reschedule(m, lane)
+
+
+@compiled
 def goes_on(m: Words, thread: Word, at: Word) -> None:
     """Let a thread go on at an instant."""
     set_key(m, m[thread + T_KEY], at << KIND_BITS | GOES_ON)

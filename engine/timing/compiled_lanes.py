@@ -10,10 +10,9 @@ import numpy as np
 
 from .compiled_agenda import reschedule, wake
 from .compiled_coupling import count_in_crowd, go_on, knows_rates, occupy, tell_neighbors
-from .compiled_queue import append, choose, finish
-from .compiled_work import Reals, Word, Words, compiled, wait_for
+from .compiled_queue import append, choose, finish, last_cause, look, ready_at, waits_for_cause
+from .compiled_work import Reals, Word, Words, compiled
 from .memory import (
-    A_LANE,
     BY_RANK,
     G_SPANS,
     L_ACTIVE,
@@ -44,19 +43,15 @@ from .memory import (
     L_TURNS,
     L_WAITS_FOR_ENGINE,
     L_WAKE,
-    N_NEXT,
-    N_WHAT,
     NEVER,
     NOW,
     R_AT,
     R_COUNT,
     RECORDS,
     SPAN_WORDS,
-    W_AFTER,
     W_ALONE,
     W_CANCELLED,
     W_COPY,
-    W_END,
     W_EXPERT,
     W_GPU,
     W_ISSUED,
@@ -68,35 +63,6 @@ from .memory import (
     W_TRANSFER,
     W_VISIT,
 )
-
-
-@compiled
-def last_cause(m: Words, work: Word) -> Word:
-    """Returns when the last of what work waits for has ended; 0 if it waits for nothing, -1 if one has not ended."""
-    last: Word = 0
-    node = m[work + W_AFTER]
-    while node >= 0:
-        ended = m[m[node + N_WHAT] + W_END]
-        if ended < 0:
-            return np.int64(-1)
-        last = max(last, ended)
-        node = m[node + N_NEXT]
-    return last
-
-
-@compiled
-def ready_at(issued: Word, last: Word, after_other: Word) -> Word:
-    """Returns when work may start, so long behind the last of its causes; 0 stands for none."""
-    return max(issued, last + after_other) if last else issued
-
-
-@compiled
-def waits_for_cause(m: Words, lane: Word, work: Word) -> None:
-    """Let the lane be told when the first of what work waits for, that has not ended, does."""
-    node = m[work + W_AFTER]
-    while m[m[node + N_WHAT] + W_END] >= 0:
-        node = m[node + N_NEXT]
-    wait_for(m, m[node + N_WHAT], A_LANE, lane)
 
 
 @compiled
@@ -149,15 +115,17 @@ def try_start(m: Words, f: Reals, lane: Word) -> Word:
     """Start the next work if it may start now; False if a rate is asked for that is not known."""
     now = m[NOW]
     m[lane + L_WAKE] = NEVER
-    reschedule(m, lane)
     if m[lane + L_ACTIVE] >= 0 or (m[lane + L_NEXT] < 0 and not choose(m, lane)):
+        reschedule(m, lane)
         return True
     work = m[lane + L_NEXT]
     last = last_cause(m, work)
     if last < 0:
+        reschedule(m, lane)
         waits_for_cause(m, lane, work)
         return True
     if engine_is_busy(m, lane):
+        reschedule(m, lane)
         m[lane + L_WAITS_FOR_ENGINE] = 1
         return True
     ready = ready_at(m[work + W_ISSUED], last, m[lane + L_AFTER_OTHER])
@@ -220,9 +188,9 @@ def end(m: Words, f: Reals, lane: Word) -> Word:
     tell_neighbors(m, f, lane)
     if m[turns]:
         m[lane + L_GOES_ON], m[lane + L_KEEPS] = 1, now
-    elif m[lane + L_FIRST] >= 0:
-        m[lane + L_WAKE] = now
     reschedule(m, lane)
+    if not m[turns] and m[lane + L_NEXT] < 0 and m[lane + L_FIRST] >= 0:
+        look(m, lane)
     return True
 
 

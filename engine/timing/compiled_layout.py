@@ -239,7 +239,8 @@ class Layout:
             memory.floats[slowed + 2 + 2 * number] = factor
         kind = w.BY_RANK if isinstance(lane, QueueLane) else w.AS_READY if isinstance(lane, ArrivalLane) else w.IN_ORDER
         self.memory.set(at, lists | {
-            w.L_KIND: kind, w.L_GAP: lags.gap_ns, w.L_GAP_DISTURBED: lags.gap_disturbed_ns,
+            w.L_KIND: kind, w.L_OPEN: kind == w.BY_RANK or bool(lane.turns),
+            w.L_GAP: lags.gap_ns, w.L_GAP_DISTURBED: lags.gap_disturbed_ns,
             w.L_AFTER_OTHER: lags.after_other_ns, w.L_AFTER_OTHER_DISTURBED: lags.after_other_disturbed_ns,
             w.L_AFTER_ISSUE_DISTURBED: lags.after_issue_longer_ns, w.L_LONGER: lags.longer,
             w.L_SLOWED_BY: slowed, w.L_NUMBER: lane.number,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ...resources.timeline import DECOMPRESS
-from .compiled_agenda import goes_on, reschedule, wake
+from .compiled_agenda import goes_on, reschedule, wake, wake_at
 from .compiled_work import (
     Word,
     Words,
@@ -33,14 +33,18 @@ from .memory import (
     G_NUMBER,
     G_VISIT,
     L_ACTIVE,
+    L_AFTER_OTHER,
     L_ENTERING,
     L_ENTERS,
     L_FIRST,
+    L_FREE,
+    L_GAP,
     L_GPU,
     L_KIND,
     L_LAST,
     L_LAST_ENTERING,
     L_NEXT,
+    L_OPEN,
     L_ORDERED,
     N_NEXT,
     N_WHAT,
@@ -71,6 +75,71 @@ from .memory import (
     W_WAITING,
 )
 
+# What a lane starts next.
+
+
+@compiled
+def take_out(m: Words, lane: Word, work: Word, before: Word) -> None:
+    """Take work out of a queue, behind other work or, if that is -1, at its head."""
+    following = m[work + W_NEXT]
+    if before >= 0:
+        m[before + W_NEXT] = following
+    else:
+        m[lane + L_FIRST] = following
+    if m[lane + L_LAST] == work:
+        m[lane + L_LAST] = before
+
+
+@compiled
+def last_cause(m: Words, work: Word) -> Word:
+    """Returns when the last of what work waits for has ended; 0 if it waits for nothing, -1 if one has not ended."""
+    last: Word = 0
+    node = m[work + W_AFTER]
+    while node >= 0:
+        ended = m[m[node + N_WHAT] + W_END]
+        if ended < 0:
+            return np.int64(-1)
+        last = max(last, ended)
+        node = m[node + N_NEXT]
+    return last
+
+
+@compiled
+def ready_at(issued: Word, last: Word, after_other: Word) -> Word:
+    """Returns when work may start, so long behind the last of its causes; 0 stands for none."""
+    return max(issued, last + after_other) if last else issued
+
+
+@compiled
+def waits_for_cause(m: Words, lane: Word, work: Word) -> None:
+    """Let the lane be told when the first of what work waits for, that has not ended, does."""
+    node = m[work + W_AFTER]
+    while m[m[node + N_WHAT] + W_END] >= 0:
+        node = m[node + N_NEXT]
+    wait_for(m, m[node + N_WHAT], A_LANE, lane)
+
+
+@compiled
+def look(m: Words, lane: Word) -> None:
+    """Let an idle lane try to start work when it may start: at once, later, or when something has ended.
+
+    Where nothing that still comes at this instant can change which work is next, that is known now.
+    """
+    if m[lane + L_OPEN]:
+        wake(m, lane)
+        return
+    if m[lane + L_NEXT] < 0:
+        m[lane + L_NEXT] = m[lane + L_FIRST]
+        take_out(m, lane, m[lane + L_NEXT], np.int64(-1))
+    work = m[lane + L_NEXT]
+    last = last_cause(m, work)
+    if last < 0:
+        waits_for_cause(m, lane, work)
+        return
+    ready = ready_at(m[work + W_ISSUED], last, m[lane + L_AFTER_OTHER])
+    wake_at(m, lane, max(ready, m[lane + L_FREE] + m[lane + L_GAP]))
+
+
 # Joining.
 
 
@@ -96,7 +165,7 @@ def append(m: Words, lane: Word, work: Word) -> None:
         m[lane + L_FIRST] = work
     m[lane + L_LAST] = work
     if m[lane + L_ACTIVE] < 0 and m[lane + L_NEXT] < 0:
-        wake(m, lane)
+        look(m, lane)
 
 
 @compiled
@@ -165,18 +234,6 @@ def join_queue(m: Words, work: Word) -> None:
 
 
 @compiled
-def take_out(m: Words, lane: Word, work: Word, before: Word) -> None:
-    """Take work out of a queue, behind other work or, if that is -1, at its head."""
-    following = m[work + W_NEXT]
-    if before >= 0:
-        m[before + W_NEXT] = following
-    else:
-        m[lane + L_FIRST] = following
-    if m[lane + L_LAST] == work:
-        m[lane + L_LAST] = before
-
-
-@compiled
 def precedes(m: Words, one: Word, other: Word) -> Word:
     """Whether one piece of work goes before another."""
     if m[one + W_RANK] != m[other + W_RANK]:
@@ -215,7 +272,7 @@ def finish(m: Words, work: Word) -> None:
             what, who = m[node + N_WHAT], m[node + N_WHO]
             node = drop_node(m, node)
             if who == A_LANE:
-                wake(m, what)
+                look(m, what)
             elif who == A_THREAD:
                 goes_on(m, what, m[NOW])
             elif who == A_WORK:

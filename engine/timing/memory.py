@@ -37,13 +37,13 @@ IN_ORDER, AS_READY, BY_RANK = range(3)
 #: later; what is running; when that ends, when a start is tried, and when it says whether it keeps an engine; when
 #: work enters by rank; and where its word is of what comes next.
 #: If GPUs share it, it is nobody's, and knows what it has been ordered to do and has not begun; and how long work that
-#: has ended kept it busy.
+#: has ended kept it busy; and whether what it starts next is open until it does: it goes by rank, or takes turns.
 (
     L_KIND, L_GAP, L_GAP_DISTURBED, L_AFTER_OTHER, L_AFTER_OTHER_DISTURBED, L_AFTER_ISSUE_DISTURBED, L_SLOT, L_NUMBER,
     L_GPU, L_SHARING, L_TURNS, L_DISTURBERS, L_SLOWED_BY, L_NEIGHBORS, L_FIRST, L_LAST, L_ENTERING, L_LAST_ENTERING,
     L_NEXT, L_ACTIVE, L_FREE, L_START, L_SINCE, L_END, L_WAKE, L_KEEPS, L_WAITS_FOR_ENGINE, L_GOES_ON, L_LEFT,
-    L_STRETCH, L_LONGER, L_SHARING_FACTOR, L_CROWD, L_ENTERS, L_KEY, L_ORDERED, L_BUSY, LANE_WORDS,
-) = range(38)  # fmt: skip
+    L_STRETCH, L_LONGER, L_SHARING_FACTOR, L_CROWD, L_ENTERS, L_KEY, L_ORDERED, L_BUSY, L_OPEN, LANE_WORDS,
+) = range(39)  # fmt: skip
 
 #: A piece of work; `after` and `waiting` are lists of nodes: of work that must have ended, and of who waits for it;
 #: up to two registers that may stand for it (-1: none).
