@@ -8,6 +8,7 @@ is a library's choice for that very size, and says nothing of sizes between.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -72,10 +73,19 @@ class _Table(Part):
                 along[..., place] = np.where(np.isneginf(along[..., place]), grown, along[..., place])
         return logs
 
-    def _between(self, values: _Numbers, sizes: Sequence[float]) -> float:
-        """Returns the duration for a size along each axis, in ns; below an axis the smallest size counts."""
+    @cached_property
+    def _lines(self) -> dict[tuple[float, ...], tuple[list[float], float]]:
+        """What `_line` has found, by all sizes but the last."""
+        return {}
+
+    @cached_property
+    def _last_steps(self) -> list[float]:
+        return self._log_sizes[-1].tolist()  # type: ignore[no-any-return]
+
+    def _line(self, values: _Numbers, sizes: Sequence[float]) -> tuple[list[float], float]:
+        """Returns logarithms of durations along the last axis, for a size along each other; and what to add to each."""
         beyond = 0.0
-        for size, steps, (_, power) in zip(sizes, self._log_sizes, self.axes, strict=True):
+        for size, steps, (_, power) in zip(sizes, self._log_sizes, self.axes, strict=False):
             at = max(log(size), float(steps[0]))
             if at >= steps[-1]:
                 beyond += power * (at - float(steps[-1]))
@@ -84,7 +94,23 @@ class _Table(Part):
             after = int(np.searchsorted(steps, at, side="right"))
             share = (at - steps[after - 1]) / (steps[after] - steps[after - 1])
             values = values[after - 1] * (1 - share) + values[after] * share
-        return float(np.exp(float(values) + beyond))
+        return values.tolist(), beyond
+
+    def _between(self, values: _Numbers, *sizes: float) -> float:
+        """Returns the duration for a size along each axis, in ns; below an axis the smallest size counts.
+
+        `values` are logarithms as of `_log_ns`, always the same for the same sizes but the last.
+        """
+        line = self._lines.get(sizes[:-1])
+        if line is None:
+            line = self._lines[sizes[:-1]] = self._line(values, sizes[:-1])
+        (along, beyond), steps = line, self._last_steps
+        at = max(log(sizes[-1]), steps[0])
+        if at >= steps[-1]:
+            return float(np.exp(along[-1] + (beyond + self.axes[-1][1] * (at - steps[-1]))))
+        after = bisect_right(steps, at)
+        share = (at - steps[after - 1]) / (steps[after] - steps[after - 1])
+        return float(np.exp(along[after - 1] * (1 - share) + along[after] * share + beyond))
 
 
 class ProductTable(_Table):
@@ -120,7 +146,7 @@ class ProductTable(_Table):
 
     def product_ns(self, rows: float, columns: float, tokens: float) -> float:
         """Returns what one product takes behind another, in ns."""
-        return self._between(self._log_ns if rows in self.rows else self._smooth, (rows, columns, tokens))
+        return self._between(self._log_ns if rows in self.rows else self._smooth, rows, columns, tokens)
 
 
 class SmallTable(_Table):
@@ -134,7 +160,7 @@ class SmallTable(_Table):
 
     def small_ns(self, elements: float) -> float:
         """Returns what one small kernel takes behind another, in ns."""
-        return self._between(self._log_ns, (elements,))
+        return self._between(self._log_ns, elements)
 
 
 class AttentionTable(_Table):
@@ -149,7 +175,7 @@ class AttentionTable(_Table):
 
     def attention_ns(self, streams: float, head_dim: float, positions: float) -> float:
         """Returns what the attention of one layer takes, in ns; `streams` is sequences times KV heads."""
-        return self._between(self._log_ns, (streams, head_dim, positions))
+        return self._between(self._log_ns, streams, head_dim, positions)
 
 
 class PromptTable(_Table):
@@ -164,7 +190,7 @@ class PromptTable(_Table):
 
     def prompt_ns(self, heads: float, head_dim: float, tokens: float) -> float:
         """Returns what the attention of one layer over a prompt takes, in ns."""
-        return self._between(self._log_ns, (heads, head_dim, tokens))
+        return self._between(self._log_ns, heads, head_dim, tokens)
 
 
 class LaunchTable(Part):

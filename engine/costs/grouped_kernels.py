@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property
 
 from ...workloads.model import Model
 from .surface_costs import Kernels
@@ -29,7 +29,8 @@ class GroupedKernels:
     def __init__(
         self, model: Model, kernels_of: Callable[[int], Kernels], price: Callable[[Kernels, int], KernelCost]
     ) -> None:
-        self._model, self._kernels_of, self._price = model, kernels_of, price
+        self._model, self._price = model, price
+        self._kernels_of = cache(lambda layer, experts: kernels_of(layer).of_experts(experts))
 
     @cached_property
     def constant_ns(self) -> int:
@@ -49,4 +50,4 @@ class GroupedKernels:
 
     def _of(self, layer: int, experts: int, tokens: int) -> KernelCost:
         """Returns a kernel over so many experts of a layer, of so many tokens each."""
-        return self._price(self._kernels_of(layer).of_experts(experts), tokens)
+        return self._price(self._kernels_of(layer, experts), tokens)

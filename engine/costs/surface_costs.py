@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from math import log
 from typing import TypeVar
 
@@ -131,6 +132,7 @@ class SurfaceCosts:
         self._products = {table.dtype: table for table in surface.products if low_bit or bits_of(table.dtype) >= 16}
         self._small: dict[tuple[str, str], SmallTable] = {(table.what, table.dtype): table for table in surface.small}
         self._stand_in = self._products.get(_STAND_IN) or surface.products[0]
+        self._measured, self._named = cache(self._find_measured), cache(self._name)
 
     def group(self, part: Group) -> GroupCosts:
         """Returns what a part's groups take beside their kernels."""
@@ -156,12 +158,11 @@ class SurfaceCosts:
 
     def product_ns(self, dtype: str, product: Product, tokens: int, bits: float | None = None) -> float:
         """Returns what one product takes; `bits` a weight, if they are not the dtype's own."""
-        table = self._table(dtype)
-        if table is not None and (dtype == _BOTH_SIDES or bits_of(dtype) >= 16):
+        table, own_bits, nearest_bits = self._measured(dtype)
+        if own_bits is None:
             ns = table.product_ns(product.rows, product.columns, tokens)
             return ns + (self.small_ns("negate", _STAND_IN, tokens * product.columns) if dtype == _BOTH_SIDES else 0.0)
-        nearest = table or self._nearest(dtype)
-        share = (float(bits_of(dtype)) if bits is None else bits) / float(bits_of(nearest.dtype))
+        nearest, share = table, (own_bits if bits is None else bits) / nearest_bits
         shrunk = max(1.0, product.columns * share)
         flops = 2 * product.rows * product.columns * tokens
         ns = max(nearest.product_ns(product.rows, shrunk, tokens), flops / self._stand_in.most_flops_per_ns)
@@ -241,13 +242,25 @@ class SurfaceCosts:
         surface, unsure = self._surface, self.group(kernels.part).uncertainty
         within = "" if unsure is None else f", within {unsure.held_back_error:.0%} (rms of measured ones)"
         of = "" if surface.device is None else f", of {surface.device} and not this machine"
-        weights = kernels.dtype
-        if self._table(kernels.dtype) is None:
-            weights = f"{self._nearest(kernels.dtype).dtype} of as many bytes as {kernels.dtype}"
         return (
             f"interpolated on the surface of single kernels ({surface.source}{of}): {len(kernels.products)} products "
-            f"of {weights} weights and {len(kernels.small)} small kernels{within}"
+            f"of {self._named(kernels.dtype)} weights and {len(kernels.small)} small kernels{within}"
         )
+
+    def _find_measured(self, dtype: str) -> tuple[ProductTable, float | None, float]:
+        """Returns the products that price a dtype's, the bits of a weight of it, and of theirs.
+
+        None in place of its bits where they need not be compared.
+        """
+        table = self._table(dtype)
+        if table is not None and (dtype == _BOTH_SIDES or bits_of(dtype) >= 16):
+            return table, None, float(bits_of(table.dtype))
+        nearest = table or self._nearest(dtype)
+        return nearest, float(bits_of(dtype)), float(bits_of(nearest.dtype))
+
+    def _name(self, dtype: str) -> str:
+        """Returns what weights of a dtype are priced as, in words."""
+        return dtype if self._table(dtype) else f"{self._nearest(dtype).dtype} of as many bytes as {dtype}"
 
     def _nearest(self, dtype: str) -> ProductTable:
         """Returns the products whose weights are nearest in bits; the 16-bit ones, where none have fewer than those."""
