@@ -86,6 +86,9 @@ class Column:
     def array(self) -> npt.NDArray[Any]:
         """Returns all records, read-only; while they live, nothing can be recorded that stays in memory."""
         self.flush()
+        if self._added and not self._buffer and not self._written:
+            self._added = [b"".join(self._added)]
+            return np.frombuffer(self._added[0], dtype=self._dtype)
         if not self._written:
             return np.frombuffer(memoryview(self.buffer).toreadonly(), dtype=self._dtype)
         records: npt.NDArray[Any] = np.load(self._path or "", mmap_mode="r")

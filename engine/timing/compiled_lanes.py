@@ -156,7 +156,7 @@ def record_span(
     m[at + 3] = (expert & low) | (visit << 32)
     m[at + 4] = (copy & low) | (lane << 32) | (kind << 48)
     m[region + R_COUNT] += 1
-    m[RECORDS] += 1
+    m[RECORDS] = max(m[RECORDS], m[region + R_COUNT])
 
 
 @compiled

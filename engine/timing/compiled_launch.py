@@ -124,7 +124,7 @@ def note(m: Words, region: Word, first: Word, second: Word, third: Word) -> None
     at = m[region + R_AT] + m[region + R_COUNT] * NOTE_WORDS
     m[at], m[at + 1], m[at + 2] = first, second, third
     m[region + R_COUNT] += 1
-    m[RECORDS] += 1
+    m[RECORDS] = max(m[RECORDS], m[region + R_COUNT])
 
 
 # Work.

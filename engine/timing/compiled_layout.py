@@ -28,7 +28,7 @@ from .compiled_prices import ROW_WORDS
 from .lanes import ArrivalLane, Lane, QueueLane
 
 #: What the memory begins with; what fills up is made larger.
-_WORK, _NODES, _RECORDS, _RATES, _ROWS = 1 << 11, 1 << 12, 1 << 14, 1 << 10, 1 << 9
+_WORK, _NODES, _RECORDS, _ARRIVALS, _RATES, _ROWS = 1 << 11, 1 << 12, 1 << 14, 1 << 11, 1 << 10, 1 << 9
 #: Factors of a kind that are drawn ahead.
 _FEWEST_DRAWN, _MOST_DRAWN = 1 << 10, 1 << 14
 #: What is recorded of a GPU, and the words of a record.
@@ -121,7 +121,7 @@ class Layout:
         header = {
             w.LANES: memory.put_list(self.lanes), w.THREADS: memory.put_list([*self.threads, *parts]),
             w.GPUS: memory.put_list(self.gpus), w.REGISTERS: memory.put([-1] * (1 << 10)),
-            w.RECORD_ROOM: _RECORDS, w.ARRIVALS: memory.put_region(1 << 10, w.ARRIVAL_WORDS),
+            w.RECORD_ROOM: _RECORDS, w.ARRIVALS: memory.put_region(_ARRIVALS, w.ARRIVAL_WORDS),
             w.DROPPED: memory.put_region(64 + queued, w.DROPPED_WORDS), w.FREE_WORK: -1, w.FREE_NODE: -1,
             w.NODES_COMMAND: lists, w.RESUMES: -1,
             w.MOST_LAG: max((_most_lag(lane) for lane in machine.lanes), default=0),

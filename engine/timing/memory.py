@@ -123,7 +123,7 @@ M_LANE, M_QUEUED, M_ALONE, M_HOST, M_LATENCY, M_TRANSFER, M_LAG, M_TARGET, M_SLO
 R_AT, R_COUNT, R_CAPACITY, REGION_WORDS = range(4)
 #: Words of a span (as of `resources.timeline.SPAN`); of an access or a decision; of an arrival, of which the end is not
 #: known yet: its GPU, what waited for it, and the work; of a dropped prefetch. How many spans, accesses and decisions
-#: there are since they were written out is counted together.
+#: there are since they were written out is counted by the fullest of all regions.
 SPAN_WORDS, NOTE_WORDS, ARRIVAL_WORDS, DROPPED_WORDS = 5, 3, 4, 3
 
 #: What the engine comes back with: all is done; a thread wants its next portion, a price, the rates of a set of
