@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import InputError
+from .units import bytes_words
 
 #: What reading a file may take in memory: so much, or so many times its size if that is more.
 LEAST_ALLOWED_BYTES, ALLOWED_TIMES = 512 << 20, 128
@@ -39,7 +40,6 @@ MOST_TOML_BYTES, MOST_KEY_PARTS = 1 << 20, 64
 #: Upper bounds of what each of these characters of JSON becomes in Python, beside its own byte.
 _JSON_BYTES = {b"[": 72, b"{": 200, b",": 40, b":": 40, b'"': 16}
 _GZIP = b"\x1f\x8b"
-_UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 _PIECE_BYTES = 1 << 20
 #: Where one key or value of TOML ends and another may begin.
 _TOML_ENDS = re.compile(r"[=,\[\]{}\n]")
@@ -59,8 +59,9 @@ def check_need(
     """Refuse what would take more memory than a file of this size may ask for; `what` says what it is."""
     if need_bytes > allowed_bytes(file_bytes):
         raise error(
-            f"{where}: {what} would take {in_words(need_bytes)} of memory, and a file of {in_words(file_bytes)} may "
-            f"ask for {in_words(allowed_bytes(file_bytes))}: damaged, or not what it says"
+            f"{where}: {what} would take {bytes_words(need_bytes)} of memory, and a file of "
+            f"{bytes_words(file_bytes)} may ask for {bytes_words(allowed_bytes(file_bytes))}: damaged, "
+            "or not what it says"
         )
 
 
@@ -69,8 +70,8 @@ def check_memory(what: str, need_bytes: int, error: type[InputError] = InputErro
     most_bytes = min(MOST_ASKED_BYTES, _memory_bytes())
     if need_bytes > most_bytes:
         raise error(
-            f"{what}: would take {in_words(need_bytes)} of memory, and at most {in_words(most_bytes)} may be taken: "
-            "ask for less"
+            f"{what}: would take {bytes_words(need_bytes)} of memory, and at most {bytes_words(most_bytes)} may be "
+            "taken: ask for less"
         )
 
 
@@ -86,14 +87,6 @@ def _memory_bytes() -> int:
     return bytes_here if limit_bytes < 0 else min(bytes_here, limit_bytes)
 
 
-def in_words(size_bytes: int) -> str:
-    """Returns bytes as people write them: '4.4 GiB'."""
-    if size_bytes < 1024:
-        return f"{size_bytes:,} bytes"
-    power = min((size_bytes.bit_length() - 1) // 10, len(_UNITS))
-    return f"{size_bytes * 10 // 1024**power / 10:,.1f} {_UNITS[power - 1]}"
-
-
 def read(path: Path, error: type[InputError] = InputError) -> bytes:
     """Returns a file's bytes; of a pipe or a device those up to MOST_STREAMED_BYTES and refuse more. Raises OSError."""
     with path.open("rb") as stream:
@@ -101,7 +94,7 @@ def read(path: Path, error: type[InputError] = InputError) -> bytes:
             return stream.read()
         content = stream.read(MOST_STREAMED_BYTES + 1)
     if len(content) > MOST_STREAMED_BYTES:
-        raise error(f"{path}: no file, and more than {in_words(MOST_STREAMED_BYTES)} come out of it: give a file")
+        raise error(f"{path}: no file, and more than {bytes_words(MOST_STREAMED_BYTES)} come out of it: give a file")
     return content
 
 
@@ -117,7 +110,7 @@ def unpacked(content: bytes, where: object, error: type[InputError] = InputError
                 size += len(piece)
                 if size > most:
                     raise error(
-                        f"{where}: {in_words(len(content))} that unpack to more than {in_words(most)}: "
+                        f"{where}: {bytes_words(len(content))} that unpack to more than {bytes_words(most)}: "
                         "damaged, or not what it says"
                     )
                 pieces.append(piece)
@@ -142,7 +135,7 @@ def read_json(path: Path, error: type[InputError] = InputError) -> bytes:
 def parse_toml(text: str, where: object, error: type[InputError] = InputError) -> dict[str, Any]:
     """Returns a TOML document's data; refuse what is no TOML, and what no person would write."""
     if len(text) > MOST_TOML_BYTES:
-        raise error(f"{where}: {in_words(len(text))} of TOML: must be at most {in_words(MOST_TOML_BYTES)}")
+        raise error(f"{where}: {bytes_words(len(text))} of TOML: must be at most {bytes_words(MOST_TOML_BYTES)}")
     for part in _TOML_ENDS.split(text):
         dots = _TOML_QUOTED.sub("", part.partition("#")[0]).count(".") if part.count(".") > MOST_KEY_PARTS else 0
         if dots > MOST_KEY_PARTS:
@@ -171,8 +164,9 @@ def read_npz(path: Path, error: type[InputError] = InputError) -> dict[str, Arra
                 most = max(LEAST_UNPACKED_BYTES, UNPACKED_TIMES * file_bytes)
                 if size > most:
                     raise error(
-                        f"{path}: {in_words(file_bytes)} that unpack to {in_words(size)}: at most {in_words(most)} are "
-                        "read of such a file: damaged, or not what it says (save it without compression)"
+                        f"{path}: {bytes_words(file_bytes)} that unpack to {bytes_words(size)}: at most "
+                        f"{bytes_words(most)} are read of such a file: damaged, or not what it says (save it without "
+                        "compression)"
                     )
                 return dict(_members(archive, path, error))
         except InputError:

@@ -13,6 +13,7 @@ BYTES = {
     **{f"{prefix}iB": 2 ** (10 * power) for power, prefix in enumerate("KMGTP", 1)},
     **{f"{prefix}B": 10 ** (3 * power) for power, prefix in enumerate("KMGTP", 1)},
 }
+_BINARY = tuple(unit for unit in BYTES if "i" in unit)
 RATES = {f"{unit}/s": factor for unit, factor in BYTES.items()}
 FLOPS = {"FLOP/s": 1, **{f"{prefix}FLOP/s": 10 ** (3 * power) for power, prefix in enumerate("KMGTP", 1)}}
 #: A number as people write it; no longer than any real one is.
@@ -49,10 +50,8 @@ def rate_words(value: float, units: Mapping[str, int]) -> str:
 
 def bytes_words(size_bytes: int) -> str:
     """Returns a number of bytes as people say it: '12.62 MiB', '-3.05 GiB', '20 bytes'."""
-    for unit in ("GiB", "MiB"):
-        if abs(size_bytes) >= BYTES[unit]:
-            return f"{size_bytes / BYTES[unit]:,.2f} {unit}"
-    return f"{size_bytes:,} bytes"
+    power = min((abs(size_bytes).bit_length() - 1) // 10, len(_BINARY)) if size_bytes else 0
+    return f"{size_bytes / 1024**power:,.2f} {_BINARY[power - 1]}" if power else f"{size_bytes:,} bytes"
 
 
 def option_bytes(option: str, text: str) -> int:

@@ -17,6 +17,7 @@ from ..errors import InputError
 from ..kept import KEPT, digest_of, file_state, frozen
 from ..resources.profile import Profile, load_profile
 from ..resources.runtime import load_runtime
+from ..units import bytes_words
 from ..workloads.batches import PlannedSteps, Step, every_row, plan_steps, warmup_steps
 from ..workloads.by_layer import fitted_to, of_model
 from ..workloads.fitted import FittedRouting, fit_file
@@ -31,7 +32,7 @@ from .costs.costs import Costs, part_costs
 from .costs.runtime_costs import pieces_of
 from .decide.memory_manager import BudgetError
 from .decide.partition import divider
-from .loading.capacity import cached_bytes, check, fixed_parts, gib
+from .loading.capacity import cached_bytes, check, fixed_parts
 from .loading.deciders import make_host_memory, make_manager, make_prefetch
 from .loading.drafting import with_draft_layers
 from .loading.duration import check_duration
@@ -210,7 +211,7 @@ def _check_least(inputs: Inputs) -> None:
         rest = fixed_parts(scenario, model, inputs.predictor.gpu_memory_bytes)
         rest["KV cache"] = int(cached_bytes(inputs).max())
         rest["low-precision copies"] = low_precision(inputs)[1]
-        parts = " + ".join(f"{name} {gib(size_bytes)}" for name, size_bytes in rest.items() if size_bytes)
+        parts = " + ".join(f"{name} {bytes_words(size_bytes)}" for name, size_bytes in rest.items() if size_bytes)
         raise ScenarioError(f"{given}: less {parts}, too little is left: {error}") from None
 
 

@@ -9,10 +9,11 @@ from .load import load_inputs
 from .loading.capacity import EXPERTS, LOW, described
 from .scenario.origins import Key
 from .scenario.scenario import Scenario
+from .scenario.warnings import warnings_before
 
 
 def shown(scenario: Scenario, keys: Sequence[Key]) -> dict[str, Any]:
-    """Returns a scenario's keys with their origins, its model, its sums by memory and its runtime.
+    """Returns a scenario's keys with their origins, its model, its sums by memory, its runtime, and what to beware of.
 
     Loads what the scenario names; raises what loading does for what cannot run, or does not fit.
     """
@@ -28,4 +29,5 @@ def shown(scenario: Scenario, keys: Sequence[Key]) -> dict[str, Any]:
         "budget_bytes": budget_bytes,
         "capacity": capacity,
         "runtime": {"name": runtime.name, "title": runtime.title or runtime.name, "not_measured": runtime.unmeasured},
+        "warnings": warnings_before(inputs, capacity),
     }

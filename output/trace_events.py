@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from ..bounded import read
 from ..errors import InputError
+from ..units import bytes_words
 from .request_tracks import REQUEST
 
 GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -455,7 +456,7 @@ def _unpacked(path: Path, packed: bytes, reading: Reading) -> bytearray:
             at += len(chunk)
             if len(out) > most:
                 raise TraceFileError(
-                    f"{path}: unpacks to more than {most / 2**20:,.0f} MiB, {len(out) // len(packed):,} times its "
+                    f"{path}: unpacks to more than {bytes_words(most)}, {len(out) // len(packed):,} times its "
                     "size: no trace does; unpack it first if it is one"
                 )
         at -= len(member.unused_data)

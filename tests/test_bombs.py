@@ -25,13 +25,13 @@ from prestage.bounded import (
     MOST_ASKED_BYTES,
     allowed_bytes,
     check_memory,
-    in_words,
     parse_toml,
     read_json,
     read_npz,
     unpacked,
 )
 from prestage.errors import InputError
+from prestage.units import bytes_words
 
 MOST_FILE_BYTES, MOST_BYTES, MOST_S = 4_000_000, 1 << 30, 10
 #: How many millions of bytes a bomb may have.
@@ -327,7 +327,7 @@ def test_no_small_file_takes_much_memory_or_time(tmp_path: Path, name: str) -> N
     arguments = arguments or ["run", "synthetic", "--set", "model.preset={file}"]
     given = [argument.format(file=f"./{file}") for argument in arguments]
     status, said, took_s, peak_bytes = run(given, tmp_path)
-    assert (took_s < MOST_S, peak_bytes < MOST_BYTES) == (True, True), (took_s, in_words(peak_bytes))
+    assert (took_s < MOST_S, peak_bytes < MOST_BYTES) == (True, True), (took_s, bytes_words(peak_bytes))
     if message is not None:
         assert (status, said.count("\n")) == (2, 1), said[:1000]
         assert message in said
@@ -454,7 +454,7 @@ def test_npz_arrays_come_back_as_they_are(tmp_path: Path) -> None:
 
 def test_memory_that_nobody_has_is_refused_and_what_is_needed_is_not() -> None:
     check_memory("so much", 1000)
-    with pytest.raises(InputError, match=r"^so much: would take 8\.0 PiB of memory, and at most .*: ask for less$"):
+    with pytest.raises(InputError, match=r"^so much: would take 8\.00 PiB of memory, and at most .*: ask for less$"):
         check_memory("so much", MOST_ASKED_BYTES << 20)
 
 
@@ -466,6 +466,6 @@ def test_toml_of_long_texts_with_many_dots_is_read() -> None:
 
 
 def test_sizes_are_written_as_people_do() -> None:
-    assert [in_words(size) for size in (0, 1023, 1024, 1536, 4_724_464_026, 1 << 62)] == [
-        "0 bytes", "1,023 bytes", "1.0 KiB", "1.5 KiB", "4.4 GiB", "4.0 EiB",
+    assert [bytes_words(size) for size in (0, 1023, 1024, 1536, 4_724_464_026, 1 << 62)] == [
+        "0 bytes", "1,023 bytes", "1.00 KiB", "1.50 KiB", "4.40 GiB", "4,096.00 PiB",
     ]  # fmt: skip

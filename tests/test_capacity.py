@@ -18,7 +18,7 @@ from prestage.calibration.executor.entries import ExecutionError
 from prestage.calibration.executor.execute import execute_all
 from prestage.cli import app
 from prestage.engine.load import load_inputs
-from prestage.engine.loading.capacity import CapacityError, described, gib, host_parts, kv_cache_bytes, memories
+from prestage.engine.loading.capacity import CapacityError, described, host_parts, kv_cache_bytes, memories
 from prestage.engine.scenario.inputs import Inputs
 from prestage.engine.scenario.scenario import load_scenario, make_scenario, scenario_names
 from prestage.engine.simulate import simulate, simulate_inputs
@@ -461,12 +461,6 @@ def test_the_command_refuses_it_in_one_line() -> None:
     settings = [part for setting in TOO_MUCH for part in ("--set", setting)]
     done = CliRunner().invoke(app, ["run", "synthetic", *settings])
     assert isinstance(done.exception, CapacityError)
-
-
-def test_sizes_are_said_in_the_unit_that_shows_them() -> None:
-    assert [gib(size) for size in (3 * 2**30, 2**25, 2**20, 300, 0)] == [
-        "3.00 GiB", "0.03 GiB", "1.00 MiB", "0.29 KiB", "0 B",
-    ]  # fmt: skip
 
 
 def test_a_predictor_on_the_host_lies_in_host_memory() -> None:

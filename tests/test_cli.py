@@ -271,7 +271,7 @@ def test_replay_says_what_it_found_in_json_and_in_words(prestage: Prestage, tmp_
     words = prestage("replay", "log.route.csv", "--budget", "4MiB").out
     assert re.search(r"all +1 of 4 +25\.000%", words)
     assert re.search(r"decode only +1 of 2 +50\.000%", words)
-    assert re.search(r"bytes read +3\.0 MiB +0 evictions", words)
+    assert re.search(r"bytes read +3\.00 MiB +0 evictions", words)
     assert re.search(r"logged residency +agrees on +100\.000%", words)
 
 

@@ -13,6 +13,7 @@ from prestage.engine.load import load_inputs
 from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.origins import origins, toml_of
 from prestage.engine.scenario.scenario import load_scenario, make_scenario, scenario_names
+from prestage.engine.simulate import simulate
 from prestage.output.tables.layout import known_of, size_of, time_of
 from prestage.workloads.fitted import FittedRouting, shipped_fits
 from prestage.workloads.model import load_model, preset_names
@@ -95,3 +96,15 @@ def test_show_prints_what_differs_and_runs_nothing(prestage: Prestage, monkeypat
 )
 def test_numbers_have_the_digits_that_are_known_and_units_for_people(said: str, wanted: str) -> None:
     assert said == wanted
+
+
+def test_what_can_be_told_before_a_run_is_shown_with_its_reason(prestage: Prestage) -> None:
+    settings = ["memory.gpu_budget=24GiB", "machine.drive=2TB 7GB/s"]
+    asked = [part for setting in settings for part in ("--set", setting)]
+    said = " ".join(prestage("show", "default", *asked).out.split())
+    assert "warning: capped budget: memory.gpu_budget = 24GiB is more than the 3.74 GiB that dense weights" in said
+    assert "leave of memory.total_bytes = 7.60 GiB, and experts have only those" in said
+    assert "warning: idle drive: nothing is read from machine.drive" in said
+    told = json.loads(prestage("show", "default", *asked, "--json").out)["warnings"]
+    assert set(told) < set(simulate(load_scenario("default", settings), baselines=False).data["warnings"])
+    assert not json.loads(prestage("show", "--json").out)["warnings"]

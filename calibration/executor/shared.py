@@ -13,6 +13,7 @@ from typing import Any
 from ...engine.scenario.inputs import Inputs
 from ...errors import InputError
 from ...files import replacing
+from ...units import bytes_words
 from ..device.cuda import CudaError
 from ..device.host import Cores
 
@@ -154,11 +155,11 @@ def check_slots(inputs: Inputs, slots: int, free_bytes: int) -> None:
     size_bytes = slot_bytes(inputs)
     if size_bytes > POOL_BYTES:
         raise CudaError(
-            f"model {inputs.model.name}: an expert takes {size_bytes / 2**30:.1f} GiB, and the pool that experts are "
-            f"copied from {POOL_BYTES / 2**30:.1f} GiB"
+            f"model {inputs.model.name}: an expert takes {bytes_words(size_bytes)}, and the pool that experts are "
+            f"copied from {bytes_words(POOL_BYTES)}"
         )
     if slots * size_bytes > free_bytes:
         raise CudaError(
             f"memory.gpu_budget = {inputs.scenario.memory.gpu_budget!r}: {slots} experts take "
-            f"{slots * size_bytes / 2**30:.1f} GiB, and {free_bytes / 2**30:.1f} GiB of the GPU are free"
+            f"{bytes_words(slots * size_bytes)}, and {bytes_words(free_bytes)} of the GPU are free"
         )

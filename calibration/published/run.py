@@ -29,6 +29,7 @@ from ...engine.scenario.inputs import Inputs
 from ...engine.scenario.scenario import Scenario
 from ...errors import InputError
 from ...resources.profile import Profile
+from ...units import bytes_words
 
 Array = npt.NDArray[np.float64]
 
@@ -345,8 +346,8 @@ def _check_bytes(log: RunLog, read_bytes: Array) -> None:
     logged = log.columns["read_bytes"][: len(read_bytes)]
     if len(logged) != len(read_bytes) or abs(read_bytes.sum() / logged.sum() - 1) > BYTES_TOLERANCE:
         raise PublishedRunError(
-            f"{log.path}: read_bytes: {logged.sum() / 2**20:,.1f} MiB in {len(logged)} tokens, and the scenario reads "
-            f"{read_bytes.sum() / 2**20:,.1f} MiB in {len(read_bytes)}: trace, budget and eviction must be the run's"
+            f"{log.path}: read_bytes: {bytes_words(int(logged.sum()))} in {len(logged)} tokens, and the scenario reads "
+            f"{bytes_words(int(read_bytes.sum()))} in {len(read_bytes)}: trace, budget and eviction must be the run's"
         )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ...units import bytes_words
 from ...workloads.batches import Step
 from ...workloads.model import Model
 from ...workloads.trace import RoutingTrace
@@ -31,8 +32,6 @@ TABLE = "table of the model"
 SPARE, NOT_GIVEN, COMPRESSED = "spare room for other GPUs' experts", "left over of the total", "compressed experts"
 #: Of these, what is there for experts.
 FOR_EXPERTS = (EXPERTS, LOW, COMPRESSED, SPARE)
-
-_GIB = 2**30
 
 
 class CapacityError(ScenarioError):
@@ -66,15 +65,7 @@ class Memory:
     def words(self) -> str:
         """The sum in words, the largest part first."""
         parts = sorted(self.parts.items(), key=lambda part: -part[1])
-        return " + ".join(f"{name} {gib(size_bytes)}" for name, size_bytes in parts if size_bytes)
-
-
-def gib(size_bytes: int) -> str:
-    """Say a number of bytes in GiB, a small one in MiB, KiB or bytes."""
-    for unit, name in ((_GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if size_bytes >= unit / 100:
-            return f"{size_bytes / unit:,.2f} {name}"
-    return f"{size_bytes} B"
+        return " + ".join(f"{name} {bytes_words(size_bytes)}" for name, size_bytes in parts if size_bytes)
 
 
 def check(inputs: Inputs) -> None:
@@ -347,9 +338,9 @@ def _refusal(inputs: Inputs, memory: Memory, more: int) -> str:
     key, remedy = _key_and_remedy(inputs.scenario, memory)
     others = f" (and {more} more)" if more else ""
     return (
-        f"{key}: {memory.name}{others} would keep {gib(memory.sum_bytes)}, "
-        f"{gib(memory.sum_bytes - memory.capacity_bytes)} more than the {gib(memory.capacity_bytes)} that it holds "
-        f"(profile {inputs.profile.name}, {memory.stated_by}): {memory.words}; {remedy}"
+        f"{key}: {memory.name}{others} would keep {bytes_words(memory.sum_bytes)}, "
+        f"{bytes_words(memory.sum_bytes - memory.capacity_bytes)} more than the {bytes_words(memory.capacity_bytes)} "
+        f"that it holds (profile {inputs.profile.name}, {memory.stated_by}): {memory.words}; {remedy}"
     )
 
 
@@ -371,4 +362,4 @@ def _key_and_remedy(scenario: Scenario, memory: Memory) -> tuple[str, str]:
     room_bytes = memory.capacity_bytes - rest_bytes
     budget = scenario.memory.gpu_budget
     of_what = " of the experts" if budget.rstrip().endswith("%") else ""
-    return f"memory.gpu_budget = {budget!r}{of_what}", f"there is room for {gib(room_bytes)} of them"
+    return f"memory.gpu_budget = {budget!r}{of_what}", f"there is room for {bytes_words(room_bytes)} of them"

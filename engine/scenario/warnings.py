@@ -14,6 +14,8 @@ from pydantic import BaseModel
 from ...resources.facts import Fact
 from ...resources.parts.section import serves_copies
 from ...resources.parts.written import is_of_parts, split_parts
+from ...units import bytes_words
+from .amounts import parse_bytes
 from .sections import ON_GPU
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ def cliff_warning(budget_bytes: int, expert_bytes: Sequence[int], k: int, scope:
     return (
         f"cliff: this global LRU evicts every expert before it is used again, because one token uses "
         f"{(layers - 1) * k} experts of other layers in between ((layers - 1) x top-k): its decode hit rate at batch 1 "
-        f"is exactly 0 without prefetching; use {instead}a budget of at least {least_bytes / 2**20:,.1f} MiB"
+        f"is exactly 0 without prefetching; use {instead}a budget of at least {bytes_words(least_bytes)}"
     )
 
 
@@ -70,7 +72,7 @@ def _over_capacity(inputs: Inputs, data: dict[str, Any]) -> str | None:
     if not over:
         return None
     sums = ", ".join(
-        f"{memory['memory']} {memory['sum_bytes'] / 2**30:,.2f} of {memory['capacity_bytes'] / 2**30:,.2f} GiB"
+        f"{memory['memory']} {bytes_words(memory['sum_bytes'])} of {bytes_words(memory['capacity_bytes'])}"
         for memory in over
     )
     return (
@@ -89,8 +91,8 @@ def _idle_total(inputs: Inputs, data: dict[str, Any]) -> str | None:
     if min(idle_bytes, short_bytes) < max(inputs.model.expert_bytes):
         return None
     return (
-        f"idle memory: memory.gpu_budget = {memory.gpu_budget} leaves {idle_bytes / 2**30:,.2f} GiB of "
-        f"memory.total_bytes = {memory.total_bytes} to nobody; set memory.gpu_budget = 100% to give experts all that "
+        f"idle memory: memory.gpu_budget = {memory.gpu_budget} leaves {bytes_words(idle_bytes)} of "
+        f"{_total(memory.total_bytes)} to nobody; set memory.gpu_budget = 100% to give experts all that "
         f"is left"
     )
 
@@ -102,15 +104,20 @@ def _capped_budget(inputs: Inputs, data: dict[str, Any]) -> str | None:
     if scenario.requests is not None or scenario.parallel.gpus > 1:
         return None  # there the budget is divided by other rules
     part = min(inputs.parts, key=lambda part: part.budget_bytes)
-    model = part.model
+    model, room_bytes = part.model, min(part.budgets or (part.budget_bytes,))
     asked_bytes = min(memory.budget_bytes(model.expert_bytes, model.experts_by_layer), model.total_expert_bytes)
-    if asked_bytes - part.budget_bytes < max(model.expert_bytes):
+    if asked_bytes - room_bytes < max(model.expert_bytes):
         return None
     return (
-        f"capped budget: memory.gpu_budget = {memory.gpu_budget} is more than the {part.budget_bytes / 2**30:,.2f} GiB "
-        f"that dense weights, KV cache and workspace leave of memory.total_bytes = {memory.total_bytes}, and experts "
-        f"have only those; set memory.total_bytes too, or take it out (memory.total_bytes=)"
+        f"capped budget: memory.gpu_budget = {memory.gpu_budget} is more than the {bytes_words(room_bytes)} that dense "
+        f"weights, KV cache and workspace leave of {_total(memory.total_bytes)}, and experts have only those; set "
+        f"memory.total_bytes too, or take it out (memory.total_bytes=)"
     )
+
+
+def _total(total_bytes: str) -> str:
+    """Returns the key of a total with what it comes to: of a share of the GPU's memory, the bytes are known by now."""
+    return f"memory.total_bytes = {bytes_words(parse_bytes(total_bytes))}"
 
 
 def _saturated_link(inputs: Inputs, data: dict[str, Any]) -> str | None:
@@ -444,8 +451,15 @@ WARNINGS: tuple[Warn, ...] = (
     _idle_drive,
     _idle_cpu,
 )
+#: Those that need no run: of its metrics they look at `capacity` at most.
+_BEFORE = (_over_capacity, _idle_total, _capped_budget, _empty_places, _cliff, _idle_gpus, _idle_drive, _idle_cpu)
 
 
 def warnings_of(inputs: Inputs, data: dict[str, Any]) -> list[str]:
     """Returns the warnings of one run, given its metrics."""
     return [said for warning in WARNINGS if (said := warning(inputs, data)) is not None]
+
+
+def warnings_before(inputs: Inputs, capacity: dict[str, Any]) -> list[str]:
+    """Returns the warnings of one run that can be told before it runs, given what its memories keep."""
+    return [said for warning in _BEFORE if (said := warning(inputs, {"capacity": capacity})) is not None]

@@ -122,7 +122,7 @@ def headline(data: Mapping[str, Any]) -> str:
     """Returns in a line what ran: model, machine, trace, batch and room."""
     scenario, model = data["scenario"], data["model"]
     share = data["budget_bytes"] / data["expert_bytes_total"]
-    room = f"{data['budget_bytes'] / 2**30:.2f} GiB{_share_of_gpus(data)}"
+    room = f"{size_of(data['budget_bytes'])}{_share_of_gpus(data)}"
     return (
         f"{model['name']} ({model['layers']} x {model['experts']} experts, top-{model['top_k']}) on "
         f"{scenario['machine']['profile']}{_by_runtime(scenario)}, {_routing(scenario)}, {_batch(data)}; room for "
@@ -264,7 +264,7 @@ def _tier_rows(tiers: Mapping[str, Any]) -> tuple[str, list[tuple[str, str, str]
     """Returns the title and rows of what host memory held and the drive below it did."""
     copies = tiers["host_hits"] + tiers["host_misses"]
     busy = f"{tiers['io_lanes']} I/O lanes busy {share_of(tiers['read_utilization'], 1)}"
-    return f"{copies:,} copies from host memory ({tiers['host_budget_bytes'] / 2**30:.2f} GiB of experts)", [
+    return f"{copies:,} copies from host memory ({size_of(tiers['host_budget_bytes'])} of experts)", [
         ("found there", f"{tiers['host_hits']:,}", share_of(tiers["host_hits"], copies)),
         ("read first", f"{tiers['host_misses']:,}", share_of(tiers["host_misses"], copies)),
         ("read ahead", f"{tiers['staged_reads']:,}", "into host memory alone"),

@@ -7,12 +7,12 @@ from typing import Any
 
 from rich.text import Text
 
-from .layout import plain_console, print_rows
+from .layout import plain_console, print_rows, print_warnings
 from .runs import capacity_rows, head_lines
 
 
 def print_scenario(data: Mapping[str, Any], all_keys: bool = False) -> None:
-    """Print what would run: three lines, the sums of the memories, and the keys that differ from the defaults."""
+    """Print what would run: three lines, memories' sums, keys that differ from the defaults, what to beware of."""
     console = plain_console()
     for line in head_lines(data):
         console.print(Text(line))
@@ -24,6 +24,7 @@ def print_scenario(data: Mapping[str, Any], all_keys: bool = False) -> None:
     unsure = data["runtime"]["not_measured"]
     known = "" if not unsure else f"; not measured of it: {', '.join(unsure)}"
     console.print(Text(f"\nRuntime {data['runtime']['name']}{known}"))
+    print_warnings(console, data["warnings"], verbose=True)
 
 
 def differs(key: Mapping[str, Any]) -> bool:

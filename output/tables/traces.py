@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from .layout import number_of, plain_console, print_rows, share_of
+from .layout import number_of, plain_console, print_rows, share_of, size_of
 
 
 def print_replay(data: dict[str, Any]) -> None:
@@ -20,7 +20,7 @@ def print_replay(data: dict[str, Any]) -> None:
         ("decode only", decode, share_of(data["hit_rate_decode"], 1, 3)),
         (
             "bytes read",
-            "unknown (--model or --expert-bytes says)" if read is None else f"{read / 2**20:,.1f} MiB",
+            "unknown (--model or --expert-bytes says)" if read is None else size_of(read),
             f"{data['evict']:,} evictions",
         ),
     ]
