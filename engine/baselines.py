@@ -13,8 +13,9 @@ from typing import Any
 
 from ..resources.spool import Spool
 from .costs.costs import Costs, part_costs
-from .decide.memory_manager import BudgetError, MemoryManager
+from .decide.memory_manager import MemoryManager
 from .decide.partition import divider
+from .decide.pools import BudgetError
 from .loading.deciders import make_manager
 from .loading.offloading import plain, served_experts
 from .measure.merge import makespan_ns
@@ -111,7 +112,19 @@ def _nothing_more(baseline_ms: float, figures: Figures) -> dict[str, float | Non
 def _uncached_scenario(scenario: Scenario) -> Scenario:
     kept = {"gpu_budget", "scope", "total_bytes", "workspace_bytes"}  # the scope says what a share is of
     memory = MemorySection(**scenario.memory.model_dump(include=kept), capacity="ignore")
-    return _without_predictor(plain(_demand_only(scenario)).model_copy(update={"memory": memory}))
+    changed = _inclusive(plain(_demand_only(scenario)))
+    return _without_predictor(changed.model_copy(update={"memory": memory}))
+
+
+def _uncached_inputs(inputs: Inputs) -> Inputs:
+    fetching = _only_fetching(inputs)
+    exclusive = fetching.scenario.tiers.inclusion == "exclusive"
+    return replace(fetching, scenario=_inclusive(fetching.scenario)) if exclusive else fetching
+
+
+def _inclusive(scenario: Scenario) -> Scenario:
+    """Returns the scenario with host memory that keeps what it hands out: what is dropped comes back to no memory."""
+    return scenario.model_copy(update={"tiers": scenario.tiers.model_copy(update={"inclusion": "inclusive"})})
 
 
 def _uncached_manager(inputs: Inputs, spool: Spool) -> MemoryManager:
@@ -183,7 +196,7 @@ def _only_fetching(inputs: Inputs) -> Inputs:
 
 BASELINES = {
     "resident": Baseline("all resident", _resident_scenario, _resident_inputs, _resident_manager, _nothing_more),
-    "baseline": Baseline("no prefetch, no cache", _uncached_scenario, _only_fetching, _uncached_manager, _speedup),
+    "baseline": Baseline("no prefetch, no cache", _uncached_scenario, _uncached_inputs, _uncached_manager, _speedup),
     "no_prefetch": Baseline(
         "same cache, no prefetch", _unprefetched_scenario, _same_inputs, make_manager, _prefetch_speedup
     ),

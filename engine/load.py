@@ -30,8 +30,8 @@ from ..workloads.trace import RoutingTrace
 from ..workloads.trace_limits import TraceError
 from .costs.costs import Costs, part_costs
 from .costs.runtime_costs import pieces_of
-from .decide.memory_manager import BudgetError
 from .decide.partition import divider
+from .decide.pools import BudgetError
 from .loading.capacity import cached_bytes, check, fixed_parts
 from .loading.deciders import make_host_memory, make_manager, make_prefetch
 from .loading.drafting import with_draft_layers

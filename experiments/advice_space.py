@@ -27,7 +27,7 @@ from ..errors import InputError
 from ..resources.profile import load_profile
 from ..resources.runtime import DEFAULT, Runtime, load_runtime
 from ..workloads.model import Model, load_model
-from .grid import Grid, GridError, Point, values_by_key
+from .grid import MOST_ROWS, Grid, GridError, Point, values_by_key
 
 #: So many tokens of an answer are simulated at most.
 MOST_SIMULATED = 32
@@ -157,7 +157,8 @@ def make_space(
         first = make_scenario(data, source)
     model = load_model(first.model.preset, **first.model.overrides())
     values, ordered = _values(runtime, first, model, over)
-    space = Space(Grid({**data, "seed": first.seed}, values), ordered, runtime, model, request)
+    # A search runs few of them, however many there are.
+    space = Space(Grid({**data, "seed": first.seed}, values, sample=MOST_ROWS), ordered, runtime, model, request)
     return _fitted(space, said)
 
 
@@ -227,10 +228,11 @@ def _values(
         known = {key for key in over if key in runtime.advice.settings and runtime.advice.settings[key].ordered}
         return {key: list(values) for key, values in over.items()}, frozenset(numbers | known)
     processor = load_profile(scenario.machine.profile).processor
-    cores = None if processor is None else processor.cores
+    cores, plain = None if processor is None else processor.cores, scenario.plain()
     values = {
         key: tunable.choices(layers=model.layers, cores=cores, top_k=min(model.top_k, model.experts // 2))
         for key, tunable in runtime.advice.settings.items()
+        if not any(_value(plain, other) == value for other, value in tunable.unless.items())
     }
     values = {key: listed for key, listed in values.items() if len(listed) > 1}
     if not values:

@@ -18,6 +18,7 @@ COLORS: Palette = {
     "readback": ("#8060c0", "choice to host"),
     "guesses": ("#b39ddb", "guesses to host"),
     "swap": ("#aa7700", "KV blocks swapped"),
+    "demotion": ("#6a3d9a", "evicted expert to host"),
     "dense": ("#0072b2", "dense part"),
     "expert": ("#56b4e9", "expert"),
     "head": ("#009e73", "head"),

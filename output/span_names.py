@@ -44,6 +44,7 @@ NAMES = {
     "collective": "ncclDevKernel",
     "guesses": "Memcpy DtoH (Device -> Pinned)",
     "swap": "Memcpy HtoD ({memory} -> Device)",
+    "demotion": "Memcpy DtoH (Device -> {memory})",
 }
 #: The category of each kind on a GPU's stream; on any other lane all is `cpu_op`.
 CATEGORIES = {
@@ -67,6 +68,7 @@ CATEGORIES = {
     "collective": "kernel",
     "guesses": "gpu_memcpy",
     "swap": "gpu_memcpy",
+    "demotion": "gpu_memcpy",
 }
 #: The kinds that are communication between GPUs, though kernels.
 COLLECTIVES = (DISPATCH, COMBINE, COLLECTIVE)

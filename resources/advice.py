@@ -25,7 +25,8 @@ class Tunable(Part):
     and three quarters of them, "top_k" 1 to twice the experts of a token. `option` is what the command line says, with
     {value}; of a value in percent there are {share}, of 1, and {per_layer}, so many experts of a layer. `written` goes
     before it, by value. `also` are keys that go with a value, with {room}: the experts of all other layers, and of one
-    more, which is what a large batch is copied to. Values that are not `ordered` have no neighbors.
+    more, which is what a large batch is copied to. Values that are not `ordered` have no neighbors. It is not searched
+    beside a value of `unless`, by key, which leaves it nothing to do.
     """
 
     values: tuple[Value, ...] | Literal["layers", "threads", "top_k"]
@@ -33,6 +34,7 @@ class Tunable(Part):
     written: dict[str, str] = {}
     also: dict[str, str] = {}
     ordered: bool = True
+    unless: dict[str, Value] = {}
 
     @model_validator(mode="after")
     def _option_reads(self) -> Tunable:

@@ -22,12 +22,12 @@ KINDS = (
     *("dense", "expert", "head", "demand", "prefetch", "readback", "predict", "launch"),
     *("activation", "dispatch", "combine", "peer", "cpu_expert", "decompress", "read"),
     *("kernel", "copy", "collective"),
-    *("guesses", "swap"),
+    *("guesses", "swap", "demotion"),
 )
 DENSE, EXPERT, HEAD, DEMAND, PREFETCH, READBACK, PREDICT, LAUNCH = range(8)
 ACTIVATION, DISPATCH, COMBINE, PEER, CPU_EXPERT, DECOMPRESS, READ = range(8, 15)
 KERNEL, COPY, COLLECTIVE = range(15, 18)
-GUESSES, SWAP = 18, 19
+GUESSES, SWAP, DEMOTION = 18, 19, 20
 
 #: What a lane is for: one of these roles.
 ROLES = ("compute", "h2d", "d2h", "predictor", "host", "peer", "cpu", "nvme", "side")

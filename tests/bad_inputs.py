@@ -318,6 +318,8 @@ _SET: list[tuple[str, str]] = [
     ("tiers.host_budget=some", "host_budget = 'some'"),
     ("tiers.host_budget=50%", "tiers.host_budget = '50%'"),
     ("tiers.host_policy=x", "tiers.host_policy = 'x'"),
+    ("tiers.inclusion=x", "tiers.inclusion = 'x'"),
+    ("tiers.inclusion=exclusive", "inclusion = 'exclusive'"),
     ("tiers.io_lanes=0", "tiers.io_lanes = 0"),
     ("tiers.io_lanes=100000", "tiers.io_lanes = 100000"),
     ("tiers.chunk_bytes=-4", "tiers.chunk_bytes"),

@@ -21,7 +21,8 @@ from typing import Any
 import simpy
 
 from prestage.engine.costs.costs import Costs
-from prestage.engine.decide.memory_manager import MemoryManager, pool_budgets
+from prestage.engine.decide.memory_manager import MemoryManager
+from prestage.engine.decide.pools import pool_budgets
 from prestage.engine.load import load_inputs
 from prestage.engine.loading.deciders import make_manager, make_prefetch
 from prestage.engine.policies.eviction import Lru

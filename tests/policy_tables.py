@@ -124,3 +124,36 @@ def streams() -> str:
             row.append(f"{data['time_to_first_token_ms']['p50']:,.0f} / {data['tokens_per_second']:.1f}")
         rows.append(row)
     return table(["a prompt's experts", *(f"{name}: ms, tokens/s" for name in MACHINES)], rows)
+
+
+#: Real routing, by model, and the shares of the experts that the GPU and host memory have room for.
+ROUTED = {"gpt-oss-20b": "gpt-oss-20b", "qwen3-30b-a3b": "qwen3-30b-a3b_k6", "olmoe-1b-7b": "olmoe-1b-7b"}
+ROOMS = (("25%", "25%"), ("25%", "50%"), ("35%", "50%"), ("25%", "75%"))
+#: Two machines with a drive, and the rules of what host memory keeps.
+WITH_DRIVE = {
+    "RTX 4090, PCIe 4": ["machine.gpu=rtx4090", "machine.cpu=7950x", "machine.drive=990pro"],
+    "RTX 3090, PCIe 4": ["machine.profile=rtx3090-nvme"],
+}
+INCLUSIONS = ("inclusive", "exclusive")
+
+
+def inclusion() -> str:
+    """What host memory over a drive has of the copies to the GPU, and tokens/s, by which of them it keeps."""
+    columns = ["routing", "GPU", "host memory", *(f"found there, {rule}" for rule in INCLUSIONS)]
+    columns += [f"{machine}: tokens/s, {rule}" for machine in WITH_DRIVE for rule in INCLUSIONS]
+    rows = []
+    for model, name in ROUTED.items():
+        trace = open_trace(Path(os.environ["PRESTAGE_TRACES"]) / f"{name}.npz")
+        trace = trace.select(slice(0, min(TOKENS, trace.tokens)))
+        base = [f"model.preset={model}", f"model.top_k={trace.k}", "prefetch.lookahead=0", "dispatch.mode=graph"]
+        for gpu, host in ROOMS:
+            found, speeds = [], []
+            for number, machine in enumerate(WITH_DRIVE.values()):
+                for rule in INCLUSIONS:
+                    room = [f"memory.gpu_budget={gpu}", f"tiers.host_budget={host}", f"tiers.inclusion={rule}"]
+                    scenario = load_scenario("synthetic", [*base, *machine, *room, "workload.warmup=0tokens"])
+                    data = simulate_inputs(load_inputs(scenario, trace=trace), baselines=False).data
+                    found += [] if number else [f"{data['tiers']['host_hit_rate']:.0%}"]
+                    speeds.append(f"{data['tokens_per_second']:.1f}")
+            rows.append([model, gpu, host, *found, *speeds])
+    return table(columns, rows)

@@ -219,4 +219,13 @@ def scenarios(draw: st.DrawFn, model: Model, fixed: dict[str, dict[str, Any]]) -
         sections.setdefault(name, {}).update(keys)
     if sections["tiers"]["host_budget"] != "all":
         sections["tiers"].setdefault("prefetch", draw(st.sampled_from(["gpu", "gpu", "host"])))
+        if _may_be_exclusive(sections):
+            sections["tiers"].setdefault("inclusion", draw(st.sampled_from(["inclusive", "exclusive"])))
     return make_scenario({"seed": draw(st.integers(0, 9)), **sections})
+
+
+def _may_be_exclusive(sections: dict[str, dict[str, Any]]) -> bool:
+    """Whether what the GPU evicts may come back to host memory (see `together`)."""
+    memory, copy = sections["memory"], sections["copy"]
+    others = (not memory.get("caching", True), memory.get("eviction") == "spent", copy.get("drop_stale", False))
+    return not any(others) and "parallel" not in sections and "compression" not in sections

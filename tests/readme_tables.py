@@ -30,7 +30,7 @@ from eviction_tables import layers, policies
 from new_user import path_table, ways_table
 from one_command import one_command
 from owned_tables import owned
-from policy_tables import next_gate, residency, routing, streams
+from policy_tables import inclusion, next_gate, residency, routing, streams
 from published_pairs import published_pairs
 from published_tables import published_figures, published_rows
 from request_tables import queueing, request_keys, served
@@ -732,6 +732,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sharings": sharings,
     "parallel-speed": parallel_speed,
     "drives": drives,
+    "inclusion": inclusion,
     "phone": phone,
     "scenario": scenario,
     "request-keys": request_keys,

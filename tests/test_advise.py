@@ -219,6 +219,12 @@ def test_what_a_runtimes_file_lists_makes_scenarios(name: str) -> None:
             assert isinstance(tunable.words(value, 32), str)
 
 
+def test_what_host_memory_keeps_is_searched_only_where_it_does_not_keep_all() -> None:
+    of_host = {"tiers.host_policy", "tiers.inclusion"}
+    assert of_host <= set(make_space("nvme").keys)
+    assert not of_host & set(make_space("synthetic", SMALL).keys)
+
+
 def test_a_runtime_that_lists_nothing_wants_the_space_to_be_given() -> None:
     with pytest.raises(InputError, match=r"runtime\.name = 'vllm'.*give --over"):
         make_space("synthetic", ["runtime.name=vllm"])

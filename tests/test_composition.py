@@ -349,6 +349,7 @@ CLASHES: dict[str, dict[str, Any]] = {
     "memory.caching": {"miss": {"policy": "low_precision"}, "memory": {"caching": False}},
     "dispatch.router_readback": {"dispatch": {"router_readback": False}, "parallel": {"gpus": 2}},
     "tiers.host_policy": {"tiers": {"host_budget": "50%", "host_policy": "belady"}, "parallel": {"stages": 2}},
+    "tiers.inclusion": {"tiers": {"host_budget": "50%", "inclusion": "exclusive"}, "parallel": {"stages": 2}},
     "copy.discipline": {"copy": {"discipline": "priority"}, "parallel": {"gpus": 2, "remote": "peer"}},
     "compression.where": {
         "compression": {"where": "gpu", "decompress_gb_per_s": 1.0}, "parallel": {"gpus": 2, "remote": "peer"},

@@ -54,8 +54,8 @@ class Played:
         self.host = make_host_memory(inputs)
         tier = None
         if self.host is not None and costs.reads is not None:
-            requests = [read.requests for read in costs.reads.by_layer]
-            tier = HostRooms(inputs.model.experts, registers.own(), requests)
+            requests, back_ns = zip(*((read.requests, read.back_ns) for read in costs.reads.by_layer), strict=True)
+            tier = HostRooms(inputs.model.experts, registers.own(), requests, back_ns)
         self.gpu = Gpu(settings_of(inputs.scenario, costs, predicts), rooms, registers, tier)
         self.random = Random(0)
         self.now_ns = self.backlog_ns = 0

@@ -127,7 +127,7 @@ def test_nothing_pinned_is_evicted_and_a_prefetch_without_room_is_dropped() -> N
     assert manager.prefetch(3, 1) is None
     assert (manager.dropped, evicted(manager)) == (1, [])
     manager.unpin()
-    assert manager.prefetch(3, 1) == Admission(3, 2, (0,))
+    assert manager.prefetch(3, 1) == Admission(3, 2, (0,), evicted=((1, 0),))
     assert (manager.dropped, evicted(manager)) == (1, [1])
 
 
@@ -145,7 +145,7 @@ def test_until_its_target_a_prefetched_expert_is_safe_from_other_prefetches() ->
     # From visit 2 on, 2 may go; 3 may not.
     manager.visit(2, 0, [], [], [])
     manager.unpin()
-    assert manager.prefetch(4, 3) == Admission(4, 3, (1,))
+    assert manager.prefetch(4, 3) == Admission(4, 3, (1,), evicted=((2, 1),))
     assert manager.prefetch(5, 3) is None
     assert (manager.dropped, evicted(manager)) == (3, [1, 2])
 
@@ -218,7 +218,9 @@ def test_freed_room_is_taken_again_in_the_order_in_which_it_was_freed() -> None:
     manager = slots(2)
     use(manager, 0, 1, 2)  # copies 0 and 1
     (wave,) = visit(manager, 1, 3, 4)  # 1 leaves first
-    assert wave.admitted == [Admission(3, 2, (0,)), Admission(4, 3, (1,))]
+    assert wave.admitted == [
+        Admission(3, 2, (0,), evicted=((1, 0),)), Admission(4, 3, (1,), evicted=((2, 1),))
+    ]  # fmt: skip
     manager.unpin()
     manager.cancel(4)
     manager.cancel(3)
@@ -236,15 +238,15 @@ def test_experts_of_unequal_sizes_take_and_leave_rooms_in_parts() -> None:
     # Expert 1 needs 2 bytes and 1 is free: the oldest (expert 0) leaves its 2. It takes the byte never used and one
     # that copy 0 has left.
     (wave,) = visit(manager, 2, 1)
-    assert wave.admitted == [Admission(1, 2, (0,), partly=0)]
+    assert wave.admitted == [Admission(1, 2, (0,), partly=0, evicted=((0, 0),))]
     manager.unpin()
     # Expert 11 needs 3; 1 (of copy 0) is free: expert 10 leaves 3. It takes the byte of copy 0 and two of copy 1.
     (wave,) = visit(manager, 3, 11)
-    assert wave.admitted == [Admission(11, 3, (0, 1), partly=1)]
+    assert wave.admitted == [Admission(11, 3, (0, 1), partly=1, evicted=((10, 1),))]
     manager.unpin()
     # Expert 12 needs 3; 1 (of copy 1) is free, expert 1 leaves 2: the byte of copy 1, then the two of copy 2.
     (wave,) = visit(manager, 4, 12)
-    assert wave.admitted == [Admission(12, 4, (1, 2))]
+    assert wave.admitted == [Admission(12, 4, (1, 2), evicted=((1, 2),))]
     assert evicted(manager) == [0, 10, 1]
     assert manager.assigned_bytes == 6
 
@@ -252,7 +254,7 @@ def test_experts_of_unequal_sizes_take_and_leave_rooms_in_parts() -> None:
 def test_a_large_expert_evicts_as_many_small_ones_as_it_needs_or_none() -> None:
     manager = MemoryManager([1, 3], 10, 3, Lru)
     use(manager, 0, 0, 1, 2)
-    assert manager.prefetch(10, 1) == Admission(10, 3, (0, 1, 2))
+    assert manager.prefetch(10, 1) == Admission(10, 3, (0, 1, 2), evicted=((0, 0), (1, 1), (2, 2)))
     assert evicted(manager) == [0, 1, 2]
     # With one small expert pinned it does not fit, and then nobody is evicted for it.
     manager = MemoryManager([1, 3], 10, 3, Lru)
@@ -335,7 +337,7 @@ def test_preloaded_experts_are_there_without_a_copy_and_leave_like_others() -> N
     assert wave == Wave({5: 1}, [])
     manager.unpin()
     (wave,) = visit(manager, 1, 6)
-    assert wave.admitted == [Admission(6, 2, (0,))]
+    assert wave.admitted == [Admission(6, 2, (0,), evicted=((4, 0),))]
     with pytest.raises(BudgetError, match=r"expert 3: 1 bytes to preload, 0 are free"):
         manager.preload([3])
 

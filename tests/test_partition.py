@@ -12,8 +12,9 @@ from random_cases import traces as random_traces
 from tiny import tiny_trace
 
 from prestage.engine.decide.dispatch import Accesses
-from prestage.engine.decide.memory_manager import SCOPES, BudgetError, MemoryManager
+from prestage.engine.decide.memory_manager import MemoryManager
 from prestage.engine.decide.partition import divider, hits_by_slots, most_hits
+from prestage.engine.decide.pools import SCOPES, BudgetError
 from prestage.engine.policies.eviction import EVICTION, Lru, Setting
 from prestage.engine.replay.replay import FOUND, count_visits, replay, replay_trace
 from prestage.engine.simulate import simulate_inputs

@@ -14,7 +14,8 @@ from random_cases import traces as random_traces
 from tiny import tiny_trace
 
 from prestage.engine.decide.dispatch import LOOKUPS
-from prestage.engine.decide.memory_manager import MemoryManager, pool_budgets
+from prestage.engine.decide.memory_manager import MemoryManager
+from prestage.engine.decide.pools import pool_budgets
 from prestage.engine.policies.eviction import EVICTION, Lru
 from prestage.engine.replay.compiled import COMPILED, is_compiled
 from prestage.engine.replay.replay import FOUND, MISSED, NOT_LOOKED_UP, Replayed, replay, replay_trace, setting_of

@@ -91,6 +91,7 @@ def _of_memory(inputs: Inputs) -> list[tuple[bool, str]]:
             "tiers.host_budget, [miss] on the CPU and [compression]: copies from the host in one stream: set "
             "copy.discipline = 'fifo' and copy.source = 'host'",
         ),
+        (scenario.tiers.inclusion == "exclusive", "tiers.inclusion = 'exclusive': set it to 'inclusive'"),
         ((tiers or on_cpu) and copy.host_memory == "pageable", "copy.host_memory = 'pageable': set it to 'pinned'"),
         (packed and (on_cpu or tiers), "[compression] with [miss] on the CPU or [tiers]: executed one at a time"),
         (

@@ -251,7 +251,8 @@ class Costs:
         for size_bytes in self.expert_bytes:
             requests = pieces_of(size_bytes, tiers.chunk_bytes)
             request_ns = nvme.read.ns(-(-size_bytes // requests))
-            costs.append(ReadCost(requests, request_ns, 0 if self._mode == "free" else nvme.order.ns))
+            order_ns, back_ns = 0 if self._mode == "free" else nvme.order.ns, profile.d2h.alone.ns(size_bytes)
+            costs.append(ReadCost(requests, request_ns, order_ns, back_ns))
         return ReadCosts(costs, [nvme.times_as_long(reads) for reads in range(1, lanes + 1)])
 
     @cached_property

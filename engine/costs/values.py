@@ -45,11 +45,15 @@ class CopyCost:
 
 @dataclass(frozen=True, slots=True)
 class ReadCost:
-    """One expert's read from the drive: so many equal requests, what each takes alone, and the host's time."""
+    """One expert's read from the drive: so many equal requests, what each takes alone, and the host's time.
+
+    `back_ns` is what its copy back from the GPU takes, whose room it leaves.
+    """
 
     requests: int
     request_ns: int
     host_ns: int
+    back_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,7 +92,7 @@ class Op(IntEnum):
     IDLE = 33
     #: The host takes `extra` ns to make the next step of what waits and runs.
     SCHEDULE = 34
-    #: Copy KV blocks, in `extra` ns, to host memory, or, on `lane` H2D, back.
+    #: Copy KV blocks, or an expert that is evicted, in `extra` ns, to host memory, or, on `lane` H2D, back.
     SWAP = 35
 
 

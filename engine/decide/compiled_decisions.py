@@ -101,7 +101,7 @@ class Decisions:
         """Make the tables of a visit as large as any may need them."""
         parts = self._parts
         served = max(map(self._layout.most_accesses, parts)) + 1
-        copies = max(map(self._layout.most_copies, parts)) + 1
+        copies = max(self._layout.most_copies(part) + self._layout.most_demoted(part) for part in parts) + 1
         taken = copies
         words = self._layout.memory.words
         for at, _, manager in self._layout.memories:

@@ -10,8 +10,8 @@ import numpy.typing as npt
 from ...resources.timeline import DEMAND
 from .commands import FIXED_REGISTERS, Command
 from .compiled_decisions import Decisions
-from .compiled_memory import entry
 from .compiled_program import next_portion
+from .compiled_rooms import entry
 from .decision_layout import Part
 from .decision_words import DECIDED, END, ROOM, STEPS, Tables
 from .program import Gpu

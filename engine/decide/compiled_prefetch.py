@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from .compiled_memory import compiled, note_saved, prefetch, stage
+from .compiled_host_memory import stage
+from .compiled_memory import prefetch
+from .compiled_rooms import compiled, note_saved
 from .decision_words import (
     A_EXPERT,
     A_TARGET,

@@ -8,7 +8,8 @@ import numpy as np
 
 from ...resources.timeline import ACTIVATION, DENSE, HEAD
 from .commands import CHOICE, COMPUTE, OUTPUT, RESULTS, Op
-from .compiled_memory import compiled, entry, resize
+from .compiled_memory import resize
+from .compiled_rooms import compiled, entry
 from .compiled_visits import decide_visit, order_own
 from .decision_words import (
     D_ADMITTED,
@@ -159,7 +160,7 @@ def has_room_for_visit(t: Tables, g: Word) -> Word:
         d[X_REGISTERS] + d[g + D_MOST_REGISTERS] <= d[X_ROOM_FOR]
         and d[resolved + R_COUNT] + most <= d[resolved + R_CAPACITY]
         and has_room_to_change(t, g, most)
-        and (d[g + D_TIER] < 0 or has_room_to_change(t, d[g + D_TIER], most))
+        and (d[g + D_TIER] < 0 or has_room_to_change(t, d[g + D_TIER], d[d[g + D_TIER] + D_MOST_COPIES]))
     )
 
 

@@ -12,9 +12,10 @@ import numpy as np
 
 from ...resources.timeline import COMBINE, DENSE, DISPATCH, EXPERT, HEAD
 from .commands import COMPUTE, FIXED_REGISTERS, OUTPUT, RESULTS, TOKENS, Op
-from .compiled_memory import compiled, entry, resize
+from .compiled_memory import resize
 from .compiled_prefetch import ask_for_guesses
 from .compiled_program import has_room_for_visit
+from .compiled_rooms import compiled, entry
 from .compiled_visits import decide_visit, first_chosen, order_own
 from .decision_words import (
     D_BUDGETS,

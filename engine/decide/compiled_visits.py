@@ -9,8 +9,9 @@ import numpy as np
 from ..policies.compiled_eviction import BELADY, DEMANDED_AT, EXTRA_ROWS, begin
 from ..policies.miss import CPU as ON_CPU
 from ..policies.miss import DEFERRED
-from .compiled_memory import claim, compiled, drop_prefetched, first_use, note_use, pool_of, unpin
+from .compiled_memory import claim, drop_prefetched, unpin
 from .compiled_prefetch import count_tokens, prefetch_for
+from .compiled_rooms import compiled, first_use, note_use, pool_of
 from .decision_words import (
     D_CHOSEN,
     D_CPU_MOST,
@@ -179,10 +180,9 @@ def fetch(t: Tables, g: Word, wave: Word) -> Word:
         served = t.served[number]
         if served[S_WAVE] != _LACKS:
             continue
-        expert = served[S_EXPERT]
+        expert, copied = served[S_EXPERT], t.copies[d[X_COPIED]]
         if not claim(t, g, expert, wave, d[g + D_VISIT], DEMANDED_AT):
             return False
-        copied = t.copies[d[X_COPIED] - 1]
         served[S_COPY], served[S_ROOM], served[S_WAVE], served[S_FETCHED] = copied[O_COPY], copied[O_ROOM], wave, 1
         t.experts[d[g + D_EXPERTS] + expert, E_WAVE] = d[g + D_WAVE]
     return True

@@ -21,7 +21,7 @@ from ..policies.compiled_orders import COLUMNS, NEXT
 from ..policies.eviction_informed import Static
 from ..policies.prefetch import Popularity
 from . import decision_words as w
-from .compiled_memory import admit_preloaded
+from .compiled_rooms import admit_preloaded
 from .guessed import later_steps, later_table
 from .lookups import list_lookups
 from .memory_manager import MemoryManager
@@ -124,10 +124,17 @@ class Layout:
             asked = min(asked, part.source.prefetch.horizons * options.k)
         return self.most_accesses(part) + asked
 
+    def most_demoted(self, part: Part) -> int:
+        """Returns the most experts that may come back from the GPU at a visit: all that are there, or come there."""
+        host = part.source.host_memory
+        if host is None or not host.exclusive:
+            return 0
+        return len(part.source.manager.size_of) + self.most_copies(part)
+
     def _most_registers(self, part: Part) -> int:
         """Returns the most registers that a visit may take."""
         rooms = 3 if part.source.host_memory is not None or part.gpu.settings[LENDS] else 1
-        return rooms * self.most_copies(part)
+        return rooms * self.most_copies(part) + 2 * self.most_demoted(part)
 
     def _lay_out_terms(self, number: int, part: Part) -> None:
         """Lay out what a scenario says of a GPU's decisions."""
@@ -152,7 +159,6 @@ class Layout:
             w.D_PROTECTED: memory.allocate(protected), w.D_RESULTS: part.gpu.results, w.D_HAS_HEAD: part.has_head,
             w.D_RECEIVES: -1 if part.receives is None else memory.put(part.receives),
             w.D_SENDS: -1 if part.sends is None else memory.put(part.sends),
-            w.D_MOST_COPIES: self.most_copies(part),
             w.D_RECENCY: memory.allocate(self.most_accesses(part) + 1),
             w.D_ASKED: memory.allocate(prefetch.horizons * trace.num_experts * w.ASKED_WORDS + 1),
             w.D_RANKS: 0 if guesses is None else guesses.experts.shape[3], w.D_GATES: -1, w.D_BUDGETS: -1,
@@ -190,7 +196,8 @@ class Layout:
         per_pool = len(sizes) // count
         states = self.states[row : row + len(sizes) + EXTRA_ROWS * count].reshape(count, -1, COLUMNS)
         begin_states(kind, states, [pool.policy.setting.capacity for pool in manager.pools])
-        most_evicted = len(sizes) + self.most_copies(part) + 1
+        most_copies = self.most_copies(part) + (self.most_demoted(part) if at in self.hosts else 0)
+        most_evicted = len(sizes) + most_copies + 1
         capacity = 2 * most_evicted + 6
         pools = []
         for place, pool in enumerate(manager.pools):
@@ -212,16 +219,20 @@ class Layout:
             w.D_EXPERTS: first, w.D_LAYER_EXPERTS: part.source.trace.num_experts, w.D_EVICTION: kind,
             w.D_POOLS: self.memory.put_list(pools), w.D_COPIES: manager.copies, w.D_WAVE: 1,
             w.D_ASSIGNED: manager.assigned_bytes, w.D_BUDGET: manager.budget_bytes, w.D_FULLEST: 1,
-            w.D_MOST_EVICTED: most_evicted,
+            w.D_MOST_COPIES: most_copies, w.D_MOST_EVICTED: most_evicted,
             w.D_FRESH: self.memory.allocate(len(sizes) if manager.watches_unused else 0),
         })  # fmt: skip
         for record, words, most in (
-            (w.D_ADMITTED, w.ADMITTED_WORDS, self.most_copies(part)), (w.D_EVICTED, w.EVICTED_WORDS, most_evicted)
+            (w.D_ADMITTED, w.ADMITTED_WORDS, most_copies), (w.D_EVICTED, w.EVICTED_WORDS, most_evicted)
         ):  # fmt: skip
             room = max(1 << 12, 2 * most)
             self.memory.set(at, {record: self.memory.put([self.memory.allocate(room * words), 0, room])})
-        if part.gpu.host is not None and at in self.hosts:
-            self.memory.set(at, {w.D_REQUESTS: self.memory.put(part.gpu.host.requests)})
+        host = part.source.host_memory
+        if part.gpu.host is not None and host is not None and at in self.hosts:
+            self.memory.set(at, {
+                w.D_REQUESTS: self.memory.put(part.gpu.host.requests), w.D_EXCLUSIVE: host.exclusive,
+                w.D_KEPT_FREE: host.free_bytes, w.D_BACK_NS: self.memory.put(part.gpu.host.back_ns),
+            })  # fmt: skip
 
     def _next_uses(self, at: int, part: Part, manager: MemoryManager) -> Array | None:
         """Returns when each look-up's expert is used next, for the policy that knows, which is told the first uses."""

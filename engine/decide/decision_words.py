@@ -72,11 +72,12 @@ X_REGISTERS, X_ROOM_FOR, X_ASKS, X_SERVED, X_COPIED, X_TAKEN, X_RESOLVED, X_VISI
 #: alone; the most registers that a visit may take; host memory, where it is a cache (-1: it holds every expert), and
 #: whether prefetches go there alone. Host memory has these words, too, as far as they mean anything there (`D_ROOMS`
 #: is then, by register of a room's bytes, that of the copies out of it); and the requests of a read of an expert of
-#: each layer, how many copies found theirs, and the bytes read. Where GPUs share experts: lists of what it serves of a
-#: visit's choices and, with the visits that they are for, of its guesses (-1: it looks at all guesses), whether it owns
-#: each of all experts, the list of all GPUs, whether they lend, whether copies come from another one that has the
-#: expert, and, by register of a room, those of its bytes and of the copies out of it. Whether the host waits for what a
-#: step samples.
+#: each layer, how many copies found theirs, and the bytes read; whether what is copied to the GPU leaves it, what is
+#: kept free then, and what an expert's copy back takes, by layer. Where GPUs share experts: lists of what it serves of
+#: a visit's choices and, with the visits that they are for, of its guesses (-1: it looks at all guesses), whether it
+#: owns each of all experts, the list of all GPUs, whether they lend, whether copies come from another one that has the
+#: expert, and, by register of a room, those of its bytes and of the copies out of it. Whether the host waits for what
+#: a step samples.
 (
     D_SETTINGS, D_ROOMS, D_EXPERTS, D_LAYERS, D_LAYER_EXPERTS, D_SHARED, D_EVICTION, D_POOLS, D_PREFETCH, D_HORIZONS,
     D_K, D_COPY_NS, D_LEAST, D_DECAY, D_POPULAR, D_PROTECTS, D_DROPS, D_UNPIN_FIRST, D_WATCHES, D_ON_CPU, D_CPU_MOST,
@@ -86,8 +87,9 @@ X_REGISTERS, X_ROOM_FOR, X_ASKS, X_SERVED, X_COPIED, X_TAKEN, X_RESOLVED, X_VISI
     D_FIRST_STEP, D_END_STEP, D_STEPS, D_CHOSEN, D_PER_TOKEN, D_LATER, D_LATER_COLUMNS, D_GUESSES, D_RANKS,
     D_CONFIDENCES, D_BUDGETS, D_FOLLOWING, D_FOLLOWED, D_GATES, D_FREE, D_FREE_COUNT,
     D_NOW, D_BACKLOG, D_FILTERS, D_MOST_REGISTERS, D_TIER, D_STAGES, D_REQUESTS, D_FOUND, D_READ_BYTES,
+    D_EXCLUSIVE, D_KEPT_FREE, D_BACK_NS,
     D_OWN, D_WANTED, D_OWNED, D_GPUS, D_LENDS, D_FROM_PEERS, D_LANDED, D_LENT, D_AWAITS_TOKENS, D_WORDS,
-) = range(83)  # fmt: skip
+) = range(86)  # fmt: skip
 
 #: A pool: its bytes, and what is free in the order in which it became free: a ring of (bytes, register of whose room it
 #: was, -1 for none); what its policy knows; its first expert on the GPU, and how many it has.

@@ -83,12 +83,14 @@ class HostReads:
     """Where host memory, if it is a cache, has what a visit needs of it: the read that brings or brought each expert.
 
     Beside it is the room that the read is given, where it has to be made: by `copies` to the GPU, by experts `on_cpu`,
-    and of the experts `staged`, which are read for nobody yet.
+    and of the experts `staged`, which are read for nobody yet. `demoted`, by the copy that they make room for: the
+    experts that the GPU has evicted and host memory takes in, each with its copy on the GPU and its room here.
     """
 
     copies: dict[int, tuple[int, Admission | None]] = field(default_factory=dict)
     on_cpu: dict[int, tuple[int, Admission | None]] = field(default_factory=dict)
     staged: list[tuple[int, Admission]] = field(default_factory=list)
+    demoted: dict[int, list[tuple[int, int, Admission]]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ admission says whose former room it took, because a copy must wait for the last 
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,25 +21,19 @@ import numpy.typing as npt
 
 from ...errors import InputError
 from ...resources.spool import Spool
-from ...units import bytes_words
 from ..policies.eviction import NO_SETTING, Eviction, Setting
 from ..policies.prefetch_share import FixedShare
+from .pools import BudgetError, Pool, pool_budgets
 
-#: How room is divided: one pool for all layers; an equal one for each; one for each, by the hits it brings; one for
-#: all, where layers share the experts of the same index.
-SCOPES = ("global", "per-layer", "benefit", "shared")
 #: Whether a prefetched expert is safe from other prefetches until the visit it is meant for.
 PROTECTION = ("until_target", "none")
 
-COPY_REASONS = ("demanded", "prefetched", "preloaded")
-DEMANDED, PREFETCHED, PRELOADED = range(len(COPY_REASONS))
+#: In a tier below another, `demoted`: the tier above has evicted it.
+COPY_REASONS = ("demanded", "prefetched", "preloaded", "demoted")
+DEMANDED, PREFETCHED, PRELOADED, DEMOTED = range(len(COPY_REASONS))
 
 #: No expert at all.
 _NONE: Set[int] = frozenset()
-
-
-class BudgetError(InputError):
-    """The expert budget cannot hold a single expert of some layer."""
 
 
 @dataclass(slots=True)
@@ -47,12 +41,15 @@ class Admission:
     """Room given to `expert` (copy number `copy`): the copies whose former room it took, in order.
 
     `partly` is the last of them, if some of its room is still free, so that a later admission names it again; or -1.
+    `evicted` are (expert, copy) of those that had to leave for it, in order: where sizes differ, perhaps not those
+    whose room it took.
     """
 
     expert: int
     copy: int
     former: tuple[int, ...]
     partly: int = -1
+    evicted: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(slots=True)
@@ -61,45 +58,6 @@ class Wave:
 
     found: dict[int, int]
     admitted: list[Admission]
-
-
-class _Pool:
-    """A budget of bytes, what lies in it, and what is free, in the order in which it became free."""
-
-    def __init__(self, budget_bytes: int, policy: Eviction, swaps: bool) -> None:
-        self.policy = policy
-        self.use = policy.use
-        # Hooks that most policies leave as they are cost nothing.
-        self.begins = type(policy).begin is not Eviction.begin
-        self.misses = type(policy).miss is not Eviction.miss
-        self.spends = type(policy).spent is not Eviction.spent
-        self.swaps = swaps  # all experts are of one size: when it is full, one out makes room for one in
-        self.budget_bytes = budget_bytes
-        self.free_bytes = budget_bytes
-        # (bytes, copy whose room it was; -1 for room never used)
-        self.free: deque[tuple[int, int]] = deque([(budget_bytes, -1)] if budget_bytes else ())
-
-    def take(self, size_bytes: int) -> tuple[int, ...]:
-        """Take `size_bytes` off the free list and return the copies whose former room that was."""
-        self.free_bytes -= size_bytes
-        extent_bytes, copy = self.free.popleft()
-        if extent_bytes == size_bytes:  # experts of one size reuse each other's room exactly
-            return (copy,) if copy >= 0 else ()
-        former: list[int] = []
-        while True:
-            if copy >= 0:
-                former.append(copy)
-            if extent_bytes > size_bytes:
-                self.free.appendleft((extent_bytes - size_bytes, copy))
-            size_bytes -= extent_bytes
-            if size_bytes <= 0:
-                return tuple(former)
-            extent_bytes, copy = self.free.popleft()
-
-    def give(self, size_bytes: int, copy: int) -> None:
-        """Put the room of a copy at the end of the free list."""
-        self.free_bytes += size_bytes
-        self.free.append((size_bytes, copy))
 
 
 class MemoryManager:
@@ -143,13 +101,13 @@ class MemoryManager:
         budgets = self.divide(budget_bytes)
         layers = range(len(expert_bytes))
         groups = [tuple(layers)] if len(budgets) == 1 else [(layer,) for layer in layers]
-        self._pools: list[_Pool] = []
+        self._pools: list[Pool] = []
         for pool_bytes, group in zip(budgets, groups, strict=True):
             sizes = each_size[group[0] * per_layer : (group[-1] + 1) * per_layer]
             known = replace(
                 setting, capacity=pool_bytes // max(sizes), layers=group, experts=experts, shared=self.shared
             )
-            pool = _Pool(pool_bytes, eviction(known), min(sizes) == max(sizes))
+            pool = Pool(pool_bytes, eviction(known), min(sizes) == max(sizes))
             self._pools += [pool] * len(group)
         self.protects = protect == "until_target"
         self.drop_after_visit = drop_after_visit
@@ -179,7 +137,7 @@ class MemoryManager:
         self.saved_copies: Counter[int] = Counter()
 
     @property
-    def pools(self) -> list[_Pool]:
+    def pools(self) -> list[Pool]:
         """The pools, in the order of their layers."""
         return list(dict.fromkeys(self._pools))
 
@@ -357,6 +315,28 @@ class MemoryManager:
         pool.policy.admit(expert, weight is not None)
         return admission
 
+    def take_in(self, expert: int, keep: int) -> Admission | None:
+        """Give room to an expert that a tier above has evicted, which is no use of it; `keep` stays where it is.
+
+        None if it has room, or finds none. Nothing may be pinned.
+        """
+        if expert in self.assigned:
+            return None
+        pool = self._pools[expert // self.experts]
+        self._pinned = {keep}
+        admission = self._claim(expert, pool, DEMOTED, None, spares=False)
+        self._pinned = _NONE
+        if admission is not None:
+            pool.policy.admit(expert, False)
+        return admission
+
+    def release(self, expert: int, free_bytes: int) -> None:
+        """Let go of an expert that a tier above has taken over, and of others until so much of its pool is free."""
+        self._evict(expert)
+        pool = self._pools[expert // self.experts]
+        while pool.free_bytes < free_bytes and self.assigned:
+            self._evict(next(pool.policy.victims()))
+
     def drop_prefetched(self, number: int) -> None:
         """Let go of what was prefetched for visits up to `number` and is still protected: wrong guesses.
 
@@ -388,7 +368,7 @@ class MemoryManager:
         self.budget_bytes = sum(budgets)
 
     def _claim(
-        self, expert: int, pool: _Pool, reason: int, prefetch_at: int | None, *, spares: bool = True
+        self, expert: int, pool: Pool, reason: int, prefetch_at: int | None, *, spares: bool = True
     ) -> Admission | None:
         """Give an absent expert room, evicting what must go; None if that cannot be done, and nothing changes.
 
@@ -396,6 +376,7 @@ class MemoryManager:
         that keeps others from making room for a prefetch is not asked to if nothing can do without it (`spares`).
         """
         former: tuple[int, ...]
+        evicted: tuple[tuple[int, int], ...] = ()
         partly = -1
         if pool.misses:
             pool.policy.miss(expert, reason == DEMANDED or (pool.policy.may_spare and not spares))
@@ -410,10 +391,13 @@ class MemoryManager:
             else:
                 return None
             former = (self._forget(victim, pool),)
+            evicted = ((victim, former[0]),)
         else:
             size_bytes = self.size_of[expert]
-            if pool.free_bytes < size_bytes and not self._make_room(pool, expert, prefetch_at):
-                return None
+            if pool.free_bytes < size_bytes:
+                evicted = self._make_room(pool, expert, prefetch_at)
+                if not evicted:
+                    return None
             former = pool.take(size_bytes)
             if former and pool.free and pool.free[0][1] == former[-1]:
                 partly = former[-1]
@@ -423,7 +407,7 @@ class MemoryManager:
         self._copy_experts.buffer.append(expert)
         self._copy_reasons.buffer.append(reason)
         self.assigned[expert] = copy
-        return Admission(expert, copy, former, partly)
+        return Admission(expert, copy, former, partly, evicted)
 
     def _at_limit(self, expert: int) -> bool:
         """Whether prefetched experts nobody has used would hold more than their share with this one."""
@@ -431,8 +415,8 @@ class MemoryManager:
             return False
         return self.unused_bytes + self.size_of[expert] > self.prefetch_share.share * self.budget_bytes
 
-    def _make_room(self, pool: _Pool, wanted: int, prefetch_at: int | None) -> bool:
-        """Evict until `wanted` has room; evict nothing and return False if that cannot be done."""
+    def _make_room(self, pool: Pool, wanted: int, prefetch_at: int | None) -> tuple[tuple[int, int], ...]:
+        """Evict until `wanted` has room; return (expert, copy) of those evicted: none if that cannot be done."""
         lacking = self.size_of[wanted] - pool.free_bytes
         pinned, until = self._pinned, self._until
         only = self._unused if prefetch_at is not None and self._at_limit(wanted) else None
@@ -445,12 +429,13 @@ class MemoryManager:
             victims.append(expert)
             lacking -= self.size_of[expert]
             if lacking <= 0:
+                evicted = tuple((victim, self.assigned[victim]) for victim in victims)
                 for victim in victims:
                     self._evict(victim)
-                return True
-        return False
+                return evicted
+        return ()
 
-    def _forget(self, expert: int, pool: _Pool) -> int:
+    def _forget(self, expert: int, pool: Pool) -> int:
         """Make an expert absent; return the copy whose room it leaves, which the caller gives on."""
         copy = self.assigned.pop(expert)
         self._until.pop(expert, None)
@@ -466,34 +451,3 @@ class MemoryManager:
         pool, size_bytes = self._pools[expert // self.experts], self.size_of[expert]
         pool.give(size_bytes, self._forget(expert, pool))
         self.assigned_bytes -= size_bytes
-
-
-def pool_budgets(expert_bytes: Sequence[int], budget_bytes: int, scope: str) -> list[int]:
-    """Returns the bytes of each pool: one for all layers, or one a layer.
-
-    Room that no whole expert can use is left out where all experts of a pool are of one size. Raises BudgetError if a
-    pool cannot hold one expert of its layers, ValueError if there is no such scope, it is benefit, which needs a trace
-    (see `partition.divider`), or it is shared by layers whose experts differ in size.
-    """
-    if scope not in SCOPES:
-        raise InputError(f"scope = {scope!r}: choose one of {', '.join(SCOPES)}")
-    check_sizes(expert_bytes, scope)
-    if scope == "benefit":
-        raise InputError("scope = 'benefit' needs a trace to measure it on: give divide")
-    if scope in ("global", "shared"):
-        return [_usable("the expert budget", expert_bytes, budget_bytes)]
-    where = f"a layer's share (1/{len(expert_bytes)}) of the expert budget"
-    return [_usable(where, [size_bytes], budget_bytes // len(expert_bytes)) for size_bytes in expert_bytes]
-
-
-def check_sizes(expert_bytes: Sequence[int], scope: str) -> None:
-    """Raise ValueError if the scope needs experts of one size in all layers, and these are not."""
-    if scope in ("benefit", "shared") and min(expert_bytes) != max(expert_bytes):
-        raise InputError(f"scope = {scope!r} needs experts of one size in all layers: choose global or per-layer")
-
-
-def _usable(where: str, sizes: Sequence[int], budget_bytes: int) -> int:
-    """Returns the bytes of a pool that experts of these sizes can use."""
-    if budget_bytes < max(sizes):
-        raise BudgetError(f"{where} is {bytes_words(budget_bytes)}: it must hold one expert, {bytes_words(max(sizes))}")
-    return budget_bytes - budget_bytes % sizes[0] if min(sizes) == max(sizes) else budget_bytes

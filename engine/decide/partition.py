@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from ...workloads.statistics import lru_depths
 from ...workloads.trace import RoutingTrace
-from .memory_manager import check_sizes, pool_budgets
+from .pools import check_sizes, pool_budgets
 
 
 def divider(scope: str, expert_bytes: Sequence[int], trace: RoutingTrace) -> Callable[[int], list[int]]:

@@ -15,10 +15,18 @@ import numpy.typing as npt
 
 from ..policies.miss import BY_CPU, Resolved
 from .dispatch import HostReads, Visit
-from .host_memory import HostRooms
+from .host_memory import Brought, HostRooms
 from .memory_manager import Admission
 from .registers import Registers
-from .visit_commands import COPIED_COLUMNS, PREFETCHED, RESOLVED_COLUMNS, SERVED_COLUMNS, STAGED, TAKEN_COLUMNS
+from .visit_commands import (
+    COPIED_COLUMNS,
+    DEMOTED,
+    PREFETCHED,
+    RESOLVED_COLUMNS,
+    SERVED_COLUMNS,
+    STAGED,
+    TAKEN_COLUMNS,
+)
 
 Array = npt.NDArray[Any]
 
@@ -99,6 +107,8 @@ class _Copies:
     def add(self, admission: Admission, wave: int, target: int) -> int:
         """Add a copy, and return the register of its room."""
         first, rooms, loans = len(self.taken), self._rooms, self._loans
+        demoted = () if self._reads is None else self._reads.demoted.get(admission.copy, ())
+        back = [(expert, rooms.of(copy).register, taken_in) for expert, copy, taken_in in demoted]
         for copy in admission.former:
             room = rooms.of(copy)
             left = int(copy == admission.partly)
@@ -113,6 +123,8 @@ class _Copies:
         self.copies.append((
             admission.expert, admission.copy, room.register, wave, target, first, last, *source, room.landed, *tier,
         ))  # fmt: skip
+        for expert, register, taken_in in back:
+            self._take_in(expert, register, taken_in)
         return room.register
 
     def stage(self) -> None:
@@ -128,13 +140,23 @@ class _Copies:
         tier = self._tier(*self._reads.on_cpu[access.expert]) if on_cpu and self._reads else _ALL_IN_HOST
         return access.expert, access.way, access.tokens, *tier
 
+    def _take_in(self, expert: int, register: int, admission: Admission) -> None:
+        """Add what comes back from the GPU, out of the room of a register, behind the copy that it makes room for."""
+        assert self._host is not None
+        first = len(self.taken)
+        tier = self._columns(self._host.take_in(admission))
+        self.copies.append((expert, -1, register, DEMOTED, -1, first, first, *_HERE, -1, *tier))
+
     def _tier(self, read: int, admission: Admission | None) -> tuple[int, ...]:
         """Returns the columns that say where an expert lies in host memory, and by which read."""
         assert self._host is not None
         brought = self._host.bring(read, admission)
+        self.requests += brought.requests
+        return self._columns(brought)
+
+    def _columns(self, brought: Brought) -> tuple[int, ...]:
         first = len(self.taken)
         self.taken += [(room.filled, int(room.left), -1, room.leaving, *_STAYS) for room in brought.freed]
-        self.requests += brought.requests
         return brought.filled, brought.leaving, brought.read, brought.requests, first, len(self.taken)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...machine_code import compiled_once
-from ...resources.timeline import DECOMPRESS, DEMAND, DENSE, EXPERT, PREDICT, PREFETCH
+from ...resources.timeline import DECOMPRESS, DEMAND, DEMOTION, DENSE, EXPERT, PREDICT, PREFETCH
 from ...resources.timeline import GUESSES as GUESSES_SPAN
 from ...resources.timeline import READ as READ_SPAN
 from ...resources.timeline import READBACK as READBACK_SPAN
@@ -68,14 +68,15 @@ S_EXPERT, S_TOKENS, S_COPY, S_ROOM, S_WAVE, S_FETCHED, SERVED_COLUMNS = range(7)
 #: Where GPUs lend each other experts: the GPU that it comes from (-1: the host), the register that stands for its bytes
 #: there, the one to join when they have been read (-1: that same one), and the one of its own bytes.
 #: Where host memory is a cache: the registers of the expert's bytes there and of the copies out of its room, the read
-#: that brings them, in how many requests (0: it is there, or on its way), and where the rooms that it takes begin and
-#: end in the table of rooms taken.
+#: that brings them, in how many requests (0: it is there, or on its way; of what comes back from the GPU: what its copy
+#: takes, in ns), and where the rooms that it takes begin and end in the table of rooms taken.
 (
     O_EXPERT, O_COPY, O_ROOM, O_WAVE, O_TARGET, O_FIRST, O_LAST, O_PEER, O_FROM, O_READ, O_LANDED, O_FILLED, O_LEAVING,
     O_NUMBER, O_REQUESTS, O_FREED, O_FREED_LAST, COPIED_COLUMNS,
 ) = range(18)  # fmt: skip
-#: Instead of a wave: a prefetch; a read into host memory for no copy.
-PREFETCHED, STAGED = -1, -2
+#: Instead of a wave: a prefetch; a read into host memory for no copy; a copy back into host memory, out of O_ROOM,
+#: which stands behind the copy that it makes room for.
+PREFETCHED, STAGED, DEMOTED = -1, -2, -3
 #: By room that is taken: whether some of it is left. Where GPUs lend each other experts: what stands for its bytes, for
 #: copies of them, the GPU that stores the expert (-1: none), the register of where it lies there, and of what lay
 #: there. Of a room of host memory: what stands for its bytes is T_ROOM, for copies of them T_LENT.
@@ -168,18 +169,25 @@ def order_swaps(settings: Words, out_ns: Word, in_ns: Word, rows: Table) -> None
 
 
 @_compiled
+def reclaim_in_host(settings: Words, tier: Words, taken: Table, rows: Table) -> None:
+    """Let the next work wait for what leaves the rooms of host memory that it takes."""
+    gpu = settings[GPU]
+    for place in range(tier[4], tier[5]):
+        left = taken[place, T_LEFT]
+        add(rows, RECLAIM, gpu, -1, -1, -1, left, -1, -1, taken[place, T_ROOM], -1, 0)
+        add(rows, RECLAIM, gpu, -1, -1, -1, left, -1, -1, taken[place, T_LENT], -1, 0)
+
+
+@_compiled
 def order_read(settings: Words, expert: Word, tier: Words, taken: Table, behind: Word, rows: Table) -> None:
     """Read an expert into host memory, if it has to be, behind what leaves the rooms that it takes and a register.
 
     `tier` are the columns of its row that say where it lies there (O_FILLED or R_FILLED, and what follows).
     """
-    gpu, filled, read, requests, first, last = settings[GPU], tier[0], tier[2], tier[3], tier[4], tier[5]
+    gpu, filled, read, requests = settings[GPU], tier[0], tier[2], tier[3]
     if requests == 0:
         return
-    for place in range(first, last):
-        left = taken[place, T_LEFT]
-        add(rows, RECLAIM, gpu, -1, -1, -1, left, -1, -1, taken[place, T_ROOM], -1, 0)
-        add(rows, RECLAIM, gpu, -1, -1, -1, left, -1, -1, taken[place, T_LENT], -1, 0)
+    reclaim_in_host(settings, tier, taken, rows)
     if behind >= 0:
         wait(rows, gpu, behind, 0)
     for request in range(requests):
@@ -274,6 +282,19 @@ def order_stores(settings: Words, taken: Table, first: Word, last: Word, rows: T
 
 
 @_compiled
+def order_demotions(settings: Words, copies: Table, number: Word, taken: Table, rows: Table) -> None:
+    """Copy what makes room for a copy back to host memory, behind its last reader; its room is then as if read."""
+    gpu, at = settings[GPU], number + 1
+    while at < len(copies) and copies[at, O_WAVE] == DEMOTED:
+        back = copies[at]
+        reclaim_in_host(settings, back[O_FILLED:], taken, rows)
+        wait(rows, gpu, back[O_ROOM], 1)
+        add(rows, SWAP, gpu, DEMOTION, -1, -1, -1, back[O_EXPERT], -1, back[O_FILLED], -1, back[O_REQUESTS])
+        add(rows, TOUCH, gpu, -1, -1, -1, -1, -1, -1, back[O_ROOM], -1, -1)
+        at += 1
+
+
+@_compiled
 def order_copy(
     settings: Words, rooms: Words, kind: Word, lane: Word, copies: Table, number: Word, taken: Table, behind: Word,
     rows: Table,
@@ -284,23 +305,14 @@ def order_copy(
     room, expert, copy, first, last = copied[O_ROOM], copied[O_EXPERT], copied[O_COPY], copied[O_FIRST], copied[O_LAST]
     if tiers:
         order_read(settings, expert, copied[O_FILLED:], taken, behind, rows)
+        order_demotions(settings, copies, number, taken, rows)
     if lends:
         order_stores(settings, taken, first, last, rows)
     for place in range(first, last):
         add(
-            rows,
-            RECLAIM,
-            gpu,
-            -1,
-            -1,
-            -1,
-            taken[place, T_LEFT],
-            -1,
-            -1,
-            taken[place, T_ROOM],
-            -1,
+            rows, RECLAIM, gpu, -1, -1, -1, taken[place, T_LEFT], -1, -1, taken[place, T_ROOM], -1,
             int(place == first and not by_gpu),
-        )
+        )  # fmt: skip
         if lends:
             add(rows, RECLAIM, gpu, -1, -1, -1, taken[place, T_LEFT], -1, -1, taken[place, T_LENT], -1, 0)
     if behind >= 0:

@@ -11,8 +11,9 @@ from ...workloads.model import Model
 from ..decide.dispatch import Part, Visit, visits
 from ..decide.expert_parallel import ParallelVisit, Worker, parallel_visits
 from ..decide.host_memory import HostMemory
-from ..decide.memory_manager import BudgetError, MemoryManager
+from ..decide.memory_manager import MemoryManager
 from ..decide.partition import divider
+from ..decide.pools import BudgetError
 from ..policies.eviction import EVICTION, Setting
 from ..policies.pinned import Pinned
 from ..policies.prefetch import PREFETCH, Gauge, NoPrefetch, Options, Prefetch
@@ -114,7 +115,9 @@ def make_host_memory(inputs: Inputs, spool: Spool | None = None) -> HostMemory |
         )
     except BudgetError as error:
         raise ScenarioError(f"tiers.host_budget = {tiers.host_budget!r}: {error}") from None
-    return HostMemory(manager, sizes)
+    # For what a token's visit reads, and for what comes back for it.
+    free_bytes = min(2 * model.top_k * max(sizes), budget_bytes // 2)
+    return HostMemory(manager, sizes, exclusive=tiers.inclusion == "exclusive", free_bytes=free_bytes)
 
 
 def dispatched(

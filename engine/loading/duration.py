@@ -44,6 +44,9 @@ def _visit_ns(part: Inputs, costs: Costs, tokens: int) -> tuple[int, str, int]:
     if costs.reads is not None:
         read = max(read.requests * read.request_ns + read.host_ns for read in costs.reads.by_layer)
         each["the read of an expert"] = (used + ahead, read)
+        if scenario.tiers.inclusion == "exclusive":
+            back_ns = max(read.back_ns for read in costs.reads.by_layer)
+            each["the copy of an expert back to host memory"] = (used + ahead, back_ns)
     if scenario.uses_cpu:
         cpu = CpuCosts(costs, scenario)
         each["an expert on the CPU"] = (used, max(cpu.expert(layer, tokens).ns for layer in range(model.layers)))

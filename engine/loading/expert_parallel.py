@@ -14,7 +14,8 @@ from ...resources.topology import TopologyError
 from ...workloads.trace_limits import MAX_TOTAL_EXPERTS
 from ..costs.costs import Costs
 from ..decide.expert_parallel import ExpertParallel, Prices, homes, own_guesses, own_steps
-from ..decide.memory_manager import BudgetError, MemoryManager
+from ..decide.memory_manager import MemoryManager
+from ..decide.pools import BudgetError
 from ..policies.placement import PLACEMENT, Request
 from ..scenario.amounts import ScenarioError, parse_budget, parse_bytes
 from ..scenario.inputs import Inputs

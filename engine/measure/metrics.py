@@ -105,8 +105,9 @@ def tiers(recordings: Sequence[Recording]) -> dict[str, Any] | None:
     """Returns what the run's copies to the GPUs found in host memory and what was read; None where it has every expert.
 
     An expert that the CPU computes counts as one that is copied. A hit is a copy whose expert was in host memory, or on
-    its way there; a staged read is a prefetch into host memory alone. Utilization is the share of the makespan that the
-    lanes were busy, on average; what is read after the end does not count.
+    its way there; a staged read is a prefetch into host memory alone; what is demoted comes back from the GPU.
+    Utilization is the share of the makespan that the lanes were busy, on average; what is read after the end does not
+    count.
     """
     hosts = list({id(one.host_memory): one.host_memory for one in recordings if one.host_memory is not None}.values())
     run_ns = max(recording.makespan_ns for recording in recordings)
@@ -128,6 +129,8 @@ def tiers(recordings: Sequence[Recording]) -> dict[str, Any] | None:
         "host_hit_rate": ratio(hits, hits + misses),
         "host_evict": sum(host.manager.evicted for host in hosts),
         "staged_reads": sum(host.staged_reads for host in hosts),
+        "demoted": sum(len(host.demoted) for host in hosts),
+        "demoted_bytes": sum(host.demoted_bytes for host in hosts),
         "read_bytes": sum(host.read_bytes for host in hosts),
         "read_requests": requests,
         "io_lanes": lanes,

@@ -14,7 +14,7 @@ from pydantic import (
 
 from ...errors import InputError
 from ...units import BYTES
-from ..decide.memory_manager import SCOPES
+from ..decide.pools import SCOPES
 from ..policies.copy_order import COPY_ORDERS, ByRank, CopyOrder, orders_by_rank
 from ..policies.eviction import EVICTION
 from ..policies.miss import MISS
@@ -170,12 +170,14 @@ class TiersSection(Section):
 
     With "all", host memory holds every expert and nothing is read. Else it is a cache, empty at first, from which
     `host_policy` says who goes; an expert that it lacks is read in requests of at most `chunk_bytes` (0: in one),
-    which `io_lanes` serve, each one at a time (left out: as many as the profile was measured with). What is
+    which `io_lanes` serve, each one at a time (left out: as many as the profile was measured with). "inclusive", it
+    keeps what is copied to the GPU; "exclusive", that leaves it, and what the GPU evicts is copied back. What is
     prefetched goes through host memory to the GPU, or as far as host memory (`prefetch` = "host").
     """
 
     host_budget: str = "all"
     host_policy: Annotated[str, one_of(EVICTION)] = "lru"
+    inclusion: Literal["inclusive", "exclusive"] = "inclusive"
     io_lanes: int | None = Field(default=None, ge=1, le=1024)
     chunk_bytes: Bytes = Field(default=0, ge=0)
     prefetch: Literal["gpu", "host"] = "gpu"
@@ -189,6 +191,10 @@ class TiersSection(Section):
     def _budget_reads(self) -> TiersSection:
         if self.prefetch == "host" and self.host_budget == "all":
             raise InputError("prefetch = 'host': host memory has every expert; give a host_budget, or prefetch = 'gpu'")
+        if self.inclusion == "exclusive" and self.host_budget == "all":
+            raise InputError(
+                "inclusion = 'exclusive': host memory has every expert; give a host_budget, or inclusion = 'inclusive'"
+            )
         if self.host_budget != "all" and not AMOUNT.fullmatch(self.host_budget):
             raise InputError(f"host_budget = {self.host_budget!r}: write it as 'all', '50%', '16GiB' or '512experts'")
         return self

@@ -131,6 +131,18 @@ def _in_order(scenario: Scenario) -> Keys:
     return _with("tiers.host_policy", _reads(scenario) and informed, others)
 
 
+def _comes_back(scenario: Scenario) -> Keys:
+    others = _chosen(
+        parallel__stages=scenario.parallel.stages > 1,
+        parallel__gpus=scenario.parallel.gpus > 1,
+        memory__caching=not scenario.memory.caching,
+        memory__eviction=scenario.memory.eviction == "spent",
+        copy__drop_stale=scenario.copy_.drop_stale,
+        compression__where=scenario.compression.where == "host",
+    )
+    return _with("tiers.inclusion", scenario.tiers.inclusion == "exclusive", others)
+
+
 def _put_off(scenario: Scenario) -> Keys:
     return _with("copy.discipline", scenario.copy_.by_rank, _lent(scenario))
 
@@ -241,6 +253,13 @@ APART: tuple[Apart, ...] = (
         "visits come to host memory as threads come, not step by step",
         "choose another tiers.host_policy, or parallel.dispatch_threads = 'one'",
         _in_order,
+    ),
+    Apart(
+        "`tiers.inclusion = exclusive` with several GPUs, `memory.caching = false`, `memory.eviction = spent`, "
+        "`copy.drop_stale` or `compression.where = host`",
+        "only what one GPU evicts for another expert comes back to host memory, as it lies on the GPU",
+        "set tiers.inclusion = 'inclusive', or leave them out",
+        _comes_back,
     ),
     Apart(
         "`copy.discipline` by rank with copies between GPUs: `parallel.remote = peer` or `cost`, or "

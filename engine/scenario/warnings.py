@@ -389,6 +389,7 @@ def _in_use(place: str, inputs: Inputs) -> bool:
     if scenario.dispatch.router_readback or guesses_come:
         used += ["d2h.alone"] if inputs.profile.host.readback is None else ["host.readback"]
     used += ["nvme."] if scenario.tiers.host_budget != "all" else []
+    used += ["d2h."] if scenario.tiers.inclusion == "exclusive" else []
     used += ["contention.copy_beside_compute"] if scenario.copy_.contention else []
     if scenario.miss.policy in ("cpu", "cost", "balanced"):
         used += ["d2h.alone", *(["contention.copy_beside_cpu_experts"] if scenario.copy_.contention else [])]

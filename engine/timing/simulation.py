@@ -175,8 +175,9 @@ class Simulation:
 
         All that wait for them are in one order, whichever thread orders it; so they have registers of their own.
         """
-        requests = [read.requests for own in costs if own.reads is not None for read in own.reads.by_layer]
-        return HostRooms(experts, self.registers.own(), requests) if requests else None
+        reads = [read for own in costs if own.reads is not None for read in own.reads.by_layer]
+        requests, back_ns = [read.requests for read in reads], [read.back_ns for read in reads]
+        return HostRooms(experts, self.registers.own(), requests, back_ns) if reads else None
 
     def thread(self, program: Program, gpus: Sequence[OneGpu], exchanges: Exchanges | None = None) -> None:
         """Let a host thread dispatch to some GPUs."""

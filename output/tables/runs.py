@@ -264,10 +264,12 @@ def _tier_rows(tiers: Mapping[str, Any]) -> tuple[str, list[tuple[str, str, str]
     """Returns the title and rows of what host memory held and the drive below it did."""
     copies = tiers["host_hits"] + tiers["host_misses"]
     busy = f"{tiers['io_lanes']} I/O lanes busy {share_of(tiers['read_utilization'], 1)}"
+    back = [("copied back", f"{tiers['demoted']:,}", "from the GPU, which evicted them")] if tiers["demoted"] else []
     return f"{copies:,} copies from host memory ({size_of(tiers['host_budget_bytes'])} of experts)", [
         ("found there", f"{tiers['host_hits']:,}", share_of(tiers["host_hits"], copies)),
         ("read first", f"{tiers['host_misses']:,}", share_of(tiers["host_misses"], copies)),
         ("read ahead", f"{tiers['staged_reads']:,}", "into host memory alone"),
+        *back,
         ("read", size_of(tiers["read_bytes"]), busy),
     ]
 
