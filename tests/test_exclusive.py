@@ -147,7 +147,7 @@ def test_a_victim_cache_by_lru_finds_what_a_naive_one_finds(data: st.DataObject)
         leaving = [one for one in held if one != keep]
         while leaving and sum(held.values()) + size > budget:
             del held[leaving.pop(0)]
-        return sum(held.values()) + size <= budget
+        return bool(sum(held.values()) + size <= budget)
 
     for visit, _, in_host in decided(inputs):
         for admission in visit.admissions():

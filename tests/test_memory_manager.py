@@ -16,11 +16,10 @@ from prestage.engine.decide.memory_manager import (
     PREFETCHED,
     PRELOADED,
     Admission,
-    BudgetError,
     MemoryManager,
     Wave,
-    pool_budgets,
 )
+from prestage.engine.decide.pools import BudgetError, pool_budgets
 from prestage.engine.policies.eviction import Lru
 
 
