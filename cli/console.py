@@ -6,10 +6,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Timer
 from time import monotonic
 from typing import Any
 
 import typer
+
+#: For so long a command may be silent at a terminal.
+SILENT_S = 1.0
 
 
 def print_json(data: dict[str, Any]) -> None:
@@ -32,10 +36,13 @@ def stop_status(left: KeyboardInterrupt | SystemExit) -> int:
 
 
 @contextmanager
-def progress_shown(log_every_s: float | None = None) -> Iterator[Callable[[str, int, int], None] | None]:
+def progress_shown(
+    log_every_s: float | None = None, *, doing: str = "loading"
+) -> Iterator[Callable[[str, int, int], None] | None]:
     """Show on standard error how far things are; yield what moves it.
 
-    A person at a terminal sees a bar with an estimate. Elsewhere a line is written every `log_every_s`, or nothing.
+    A person at a terminal sees a bar with an estimate; if nothing is told for a second, what is being done. Elsewhere
+    a line is written every `log_every_s`, or nothing.
     """
     if not sys.stderr.isatty():
         yield None if log_every_s is None else _logged(log_every_s)
@@ -46,13 +53,22 @@ def progress_shown(log_every_s: float | None = None) -> Iterator[Callable[[str, 
 
     with Progress(console=Console(stderr=True), transient=True) as bars:
         tasks: dict[str, Any] = {}
+        unknown = bars.add_task(escape(doing), total=None, visible=False)
+        waiting = Timer(SILENT_S, bars.update, (unknown,), {"visible": True})
+        waiting.daemon = True
+        waiting.start()
 
         def move(what: str, done: int, total: int) -> None:
             if what not in tasks:
+                waiting.cancel()
+                bars.update(unknown, visible=False)
                 tasks[what] = bars.add_task(escape(what), total=total)
             bars.update(tasks[what], completed=done)
 
-        yield move
+        try:
+            yield move
+        finally:
+            waiting.cancel()
 
 
 def _logged(every_s: float) -> Callable[[str, int, int], None]:

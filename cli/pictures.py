@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import InputError
-from .console import print_json
+from .console import print_json, progress_shown
 from .options import Json
 
 
@@ -44,6 +44,12 @@ def plot(
       prestage plot pareto sweep.jsonl -o pareto.png
       prestage plot tornado sweep.jsonl -o tornado.png
     """
+    with progress_shown(doing="drawing"):
+        _plot(kind, results, out, x, by, figure)
+    typer.echo(str(out))
+
+
+def _plot(kind: str, results: list[Path], out: Path, x: str | None, by: str | None, figure: str | None) -> None:
     from ..engine.measure.insights import InsightError
     from ..experiments.journal import sweep_rows
     from ..output.charts import CHARTS, plot_sweep
@@ -73,7 +79,6 @@ def plot(
     else:
         raise InputError(unknown_name("KIND", kind, [*CHARTS, *ALL_FIGURES]))
     save(picture, out)
-    typer.echo(str(out))
 
 
 def report(
@@ -92,12 +97,13 @@ def report(
 
     `prestage plot KIND` draws each of its figures for print.
     """
-    from ..output.page import check_page
-    from ..output.report import write_report
-    from ..output.saved import load_results
+    with progress_shown(doing="writing the report"):
+        from ..output.page import check_page
+        from ..output.report import write_report
+        from ..output.saved import load_results
 
-    check_page(out)
-    write_report(load_results(results), out, all_spans=all_spans)
+        check_page(out)
+        write_report(load_results(results), out, all_spans=all_spans)
     typer.echo(f"{out} (open it in a browser)")
 
 

@@ -64,19 +64,20 @@ def run(
 
     `prestage show` tells what would run; docs/scenario.md lists every key.
     """
-    from ..engine.load import load_inputs
-    from ..engine.run import NOT_COMPILED, engine_for
-    from ..engine.scenario.scenario import load_scenario
-    from ..engine.simulate import simulate_inputs
-    from ..engine.timing.ready import make_ready
-    from ..files import check_folder, made_folder
-    from ..output.run_folder import write_result
+    with progress_shown():
+        from ..engine.load import load_inputs
+        from ..engine.run import NOT_COMPILED, engine_for
+        from ..engine.scenario.scenario import load_scenario
+        from ..engine.simulate import simulate_inputs
+        from ..engine.timing.ready import make_ready
+        from ..files import check_folder, made_folder
+        from ..output.run_folder import write_result
 
-    chosen = load_scenario(*own.given(scenario, settings))
-    if bench:
+        chosen = load_scenario(*own.given(scenario, settings))
+        inputs = None if bench else load_inputs(chosen)
+    if inputs is None:
         _bench(chosen, json)
         return
-    inputs = load_inputs(chosen)
     if out is not None:
         check_folder(out)
     with nullcontext() if stream is None else made_folder(stream, keep=False), progress_shown() as progress:
@@ -159,20 +160,21 @@ def replay(
       prestage replay log.route.csv --budget 4000MiB --json
       prestage replay trace.npz --budget 512experts --scope per-layer --lookup single
     """
-    from ..engine.replay.replay import replay_trace
+    with progress_shown():
+        from ..engine.replay.replay import replay_trace
 
-    data = replay_trace(
-        opened_trace(trace),
-        budget,
-        eviction=eviction,
-        scope=scope,
-        lookup=lookup,
-        batch=batch,
-        model=model,
-        expert_bytes=expert_bytes_of(expert_bytes),
-        predictor=predictor,
-        lookahead=lookahead,
-    )
+        data = replay_trace(
+            opened_trace(trace),
+            budget,
+            eviction=eviction,
+            scope=scope,
+            lookup=lookup,
+            batch=batch,
+            model=model,
+            expert_bytes=expert_bytes_of(expert_bytes),
+            predictor=predictor,
+            lookahead=lookahead,
+        )
     if json:
         print_json(data)
         return

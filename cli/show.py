@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .console import print_json
+from .console import print_json, progress_shown
 from .options import Json, ScenarioName, Settings
 from .own import NOTHING, Own, takes_own
 
@@ -30,14 +30,15 @@ def show(
       prestage show qwen3-30b-a3b --gpu rtx4090 --ram "64GB DDR5-5600" --runtime llama.cpp
       prestage show gpt-oss-20b --toml > mine.toml
     """
-    from ..engine.scenario.origins import origins, toml_of
-    from ..engine.shown import shown
+    with progress_shown():
+        from ..engine.scenario.origins import origins, toml_of
+        from ..engine.shown import shown
 
-    loaded, keys = origins(*own.given(scenario, settings))
+        loaded, keys = origins(*own.given(scenario, settings))
+        data = {} if toml else shown(loaded, keys)
     if toml:
         typer.echo(toml_of(keys), nl=False)
         return
-    data = shown(loaded, keys)
     if json:
         print_json(data)
         return

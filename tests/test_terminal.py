@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -168,3 +169,28 @@ def test_no_help_is_eaten_as_markup(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     for words in ("[workload.synthetic]", "prestage[record]"):
         assert words in said
     assert "\\[" not in said
+
+
+def seen_at_a_terminal(code: str) -> str:
+    """What a process writes on standard error where that is a terminal."""
+    ours, theirs = os.openpty()
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=theirs, env={**os.environ, "TERM": "xterm"})
+    os.close(theirs)
+    written = b""
+    with suppress(OSError):  # Linux says so when the last who had it open has left
+        while part := os.read(ours, 1 << 16):
+            written += part
+    os.close(ours)
+    assert process.wait() == 0
+    return written.decode()
+
+
+@pytest.mark.process
+def test_what_tells_nothing_for_a_second_says_what_it_does() -> None:
+    begin = (
+        "import time; from prestage.cli.console import progress_shown\nwith progress_shown(doing='drawing') as move: "
+    )
+    assert "drawing" in seen_at_a_terminal(f"{begin}time.sleep(1.8)")
+    assert "drawing" not in seen_at_a_terminal(f"{begin}time.sleep(0.2)")
+    told = seen_at_a_terminal(f"{begin}move('steps', 1, 2); time.sleep(1.8)")
+    assert "steps" in told and "drawing" not in told
