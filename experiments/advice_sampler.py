@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..workloads.learned import one_thread
+from ..workloads.torch_threads import one_thread
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

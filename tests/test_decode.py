@@ -22,8 +22,8 @@ from prestage.calibration.decode.runtime import Runtime
 from prestage.calibration.executor.plan import decision_counts
 from prestage.engine.load import load_inputs
 from prestage.engine.scenario.scenario import Scenario
-from prestage.workloads.learned import one_thread
 from prestage.workloads.model import load_model
+from prestage.workloads.torch_threads import one_thread
 from prestage.workloads.trace import RoutingTrace
 
 torch = pytest.importorskip("torch")

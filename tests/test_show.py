@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from pathlib import Path
 
 import pytest
 from test_cli import Prestage
@@ -44,6 +45,20 @@ def test_the_whole_toml_of_a_scenario_is_that_scenario(name: str) -> None:
 def test_a_models_name_is_a_scenario(name: str) -> None:
     scenario = load_scenario(name)
     assert (scenario.model.preset, scenario.memory.total_bytes) == (name, "95%")
+
+
+@pytest.mark.parametrize("name", ["mixtral-8x7b", "default", "mine"])
+def test_a_scenarios_file_goes_before_what_ships_under_its_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prestage: Prestage
+) -> None:
+    (tmp_path / name).write_text(
+        "[model]\npreset = 'olmoe-1b-7b'\n[workload]\ntokens = 3\n[workload.synthetic]\ntokens = 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert load_scenario(name).model.preset == "olmoe-1b-7b"
+    for parts in [], ["--gpu", "rtx4090"]:
+        shown = json.loads(prestage("show", name, *parts, "--json").out)
+        assert (shown["model"]["name"], shown["scenario"]["workload"]["tokens"]) == ("olmoe-1b-7b", 3)
 
 
 def test_a_name_that_nothing_has_is_refused_with_the_nearest() -> None:

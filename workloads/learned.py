@@ -12,7 +12,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib import resources
@@ -30,6 +29,7 @@ from ..kept import KEPT, file_state, frozen
 from .batches import Step
 from .guesses import Guesses, Int64s, Run, best_of
 from .network import Shape, logits
+from .torch_threads import one_thread
 from .trace import RoutingTrace
 
 if TYPE_CHECKING:
@@ -234,19 +234,6 @@ class Learned:
                 places = slice(first, first + _TOKENS_AT_ONCE)
                 asked = gather(run.chosen, known[places])
                 yield places, logits(weights, self.weights.shape, *asked, horizons=run.horizons).numpy()
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch compute on one core: with so little to do, threads would wait for each other on a busy machine."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def gather(chosen: npt.NDArray[np.int16], known: Int64s) -> tuple[Tensor, Tensor]:

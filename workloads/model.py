@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from ..dtypes import bits_of, dtype_of
 from ..errors import InputError
+from .model_files.named import is_config, is_gguf
 from .trace_limits import check_total_experts
 
 #: What all experts of a model, its dense parts and head may take together: an exbibyte, so that sums fit into 64 bits.
@@ -287,11 +288,11 @@ def preset_names() -> list[str]:
 
 
 def names_model(name: str) -> bool:
-    """Whether a name is a model's: one that ships, a GGUF file, a config.json, or the folder of either."""
-    path = Path(name)
-    if name in preset_names() or name.endswith((".gguf", ".json")):
-        return True
-    return path.is_dir() and ((path / "config.json").is_file() or any(path.glob("*.gguf")))
+    """Whether a name that may be a scenario's is a model's: a GGUF file, a config.json, the folder of one, or a preset.
+
+    A file that is called like a preset is no model, but what it says.
+    """
+    return is_gguf(name) or is_config(name) or (name in preset_names() and not Path(name).is_file())
 
 
 def load_model(

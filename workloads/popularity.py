@@ -70,8 +70,13 @@ def draw_by(
     Choices are the `top_k` largest of log(count) and a Gumbel number (Efraimidis and Spirakis 2006); of `tokens` in
     all, the first `prefill_tokens` of each sequence are its prompt's. Raises TraceError where a layer lacks experts.
     """
-    layers, experts = counts.shape
     _check_chosen(counts, top_k)
+    return _drawn(counts, top_k, tokens, sequences, prefill_tokens, seed)
+
+
+def _drawn(counts: Counts, top_k: int, tokens: int, sequences: int, prefill_tokens: int, seed: int) -> RoutingTrace:
+    """Returns the trace of `draw_by`, where every layer has experts enough."""
+    layers, experts = counts.shape
     if not 1 <= sequences <= tokens or not 0 <= prefill_tokens * sequences < tokens:
         raise TraceError(
             f"tokens = {tokens}: must be at least sequences = {sequences}, and more than their prompts' "
@@ -115,7 +120,7 @@ def popular_trace(
     def draw(experts: int, top_k: int) -> RoutingTrace:
         own = counts[:, :experts]
         _check_chosen(own, top_k, f"{path}: ")
-        return draw_by(own, tokens, top_k, sequences=sequences, prefill_tokens=prefill_tokens, seed=seed)
+        return _drawn(own, top_k, tokens, sequences, prefill_tokens, seed)
 
     for layer, experts in enumerate(model.experts_by_layer):
         if counts[layer, experts:].any():

@@ -24,9 +24,9 @@ from ...engine.measure.request_metrics import run_requests
 from ...engine.scenario.inputs import Inputs
 from ...engine.scenario.scenario import Scenario, load_scenario, make_scenario
 from ...files import write_file
-from ...workloads.learned import one_thread
 from ...workloads.requests.request import Part, RequestStep, Wait
 from ...workloads.requests.server import Server
+from ...workloads.torch_threads import one_thread
 from ..device.host import Cores
 from .models import DecodeError, Loaded, load
 from .packed import PackedCache, masks

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from ...bounded import check_json, read_json
 from ..model import Model, ModelError
 from .config_fields import Config
-from .hf_config import CONFIG, language
+from .hf_config import language
+from .named import CONFIG
 
 INDEX = "model.safetensors.index.json"
 #: Longer headers are none: a model of 100,000 tensors has some 15 MB.

@@ -13,11 +13,10 @@ from ..model import ModelError
 from .config_families import SAME, Family, family_of
 from .config_fields import Config
 from .config_mixers import Mixers
+from .named import CONFIG
 from .quantization import dtypes_of
 from .weights import bytes_of
 
-#: The name of the file in a model's folder.
-CONFIG = "config.json"
 #: Where a config of several parts has its language model.
 _LANGUAGE = ("text_config", "llm_config", "language_config", "thinker_config")
 _DRAFTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules")

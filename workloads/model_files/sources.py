@@ -16,7 +16,8 @@ from ...words import did_you_mean, problems
 from ..model import Model, ModelError, preset_names
 from .derive import derive
 from .gguf_model import read_gguf
-from .hf_config import CONFIG, shapes_of_config
+from .hf_config import shapes_of_config
+from .named import CONFIG, is_gguf
 from .shapes import Shapes
 
 Changes = Mapping[str, int | None]
@@ -68,15 +69,13 @@ def _valid(label: str, data: dict[str, Any]) -> Shapes:
 def _gguf(name: str) -> Path | None:
     """Returns the GGUF file that is meant; of a folder without a config.json, the one in it."""
     path = Path(name)
-    if name.endswith(".gguf"):
-        return path
-    if path.is_dir() and not (path / CONFIG).is_file():
-        found = sorted(path.glob("*.gguf"))
-        first = [each for each in found if "-of-" not in each.name or "-00001-of-" in each.name]
-        if len(first) > 1:
-            raise ModelError(f"{path}: {len(first)} models: name one of {', '.join(each.name for each in first[:8])}")
-        return first[0] if first else None
-    return None
+    if not is_gguf(name) or not path.is_dir():
+        return path if is_gguf(name) else None
+    found = sorted(path.glob("*.gguf"))
+    first = [each for each in found if "-of-" not in each.name or "-00001-of-" in each.name]
+    if len(first) > 1:
+        raise ModelError(f"{path}: {len(first)} models: name one of {', '.join(each.name for each in first[:8])}")
+    return first[0] if first else None
 
 
 def _of_tensors(model: Model, changes: Changes, dtype: str | None) -> Model:
