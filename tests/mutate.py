@@ -1,6 +1,7 @@
 """Mutation testing: small changes to the code, one at a time, and whether the tests of that code notice.
 
     python tests/mutate.py [--count 60] [--seed 0] [--module NAME …] [--journal FILE] [--quick] [--again]
+                           [--seconds S] [--part I/N]
 
 prints every change that no test noticed, and how many were. Changes are drawn from all of the TARGETS by the seed:
 another comparison, operator, number, truth or end of a condition, a statement less. Each runs in a process of its
@@ -8,7 +9,9 @@ own (tests/mutated.py); files stay as they are, and machine code that is made th
 line of JSON for each change that was tried; the same command goes on where it ended.
 A module's own tests are asked first, then those of the other modules that run the changed function.
 With --quick no test is asked that is marked slow, or that does not run the changed function. With --again those
-changes of the journal that nobody noticed are tried once more, and no others.
+changes of the journal that nobody noticed are tried once more, and no others. With --seconds only so many tests are
+asked about a change as take that long as the code is: a change that a later one would notice then counts as one that
+nobody did. With --part 1/2 every second change is tried, from the first on: several processes can share a journal.
 Modules that are compiled are no targets: that they do as their Python does is tested elsewhere, on random runs.
 """
 
@@ -180,7 +183,10 @@ def main() -> None:
     parser.add_argument("--journal", type=Path)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--again", action="store_true")
+    parser.add_argument("--seconds", type=float, default=float("inf"))
+    parser.add_argument("--part", default="1/1")
     given = parser.parse_args()
+    part, parts = map(int, given.part.split("/"))
     scratch = Path(os.environ.get("TMPDIR", "/tmp")) / f"mutate-{os.getpid()}.log"
     journal: Path = given.journal or scratch.with_suffix(".jsonl")
     targets = {module: TARGETS[module] for module in given.module or TARGETS}
@@ -195,7 +201,7 @@ def main() -> None:
         done, survived = _read(journal), 0
         again = {change for change, fails in done.items() if given.again and not fails}
         number = 0
-        for (module, at), how in zip(chosen, hows, strict=True):
+        for (module, at), how in list(zip(chosen, hows, strict=True))[part - 1 :: parts]:
             tree, what = changed(trees[module], at, how)
             if given.again and (module, what) not in done:
                 continue
@@ -213,9 +219,9 @@ def main() -> None:
             print(f"{number - survived} of {number} noticed", file=sys.stderr, flush=True)
         print(f"{number - survived} of {number} noticed, of {len(every)} possible", flush=True)
 
-    marks = mutated.MARKS + " and not slow" * given.quick
+    asked = mutated.Asked(mutated.MARKS + " and not slow" * given.quick, given.seconds)
     first = journal.with_suffix(".first" if given.quick else ".first-slow")
-    mutated.tried(targets, WHOLE_RUNS, work, marks, (scratch, first))
+    mutated.tried(targets, WHOLE_RUNS, work, asked, (scratch, first))
 
 
 def _read(journal: Path) -> dict[tuple[str, str], bool]:

@@ -20,7 +20,9 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
+from itertools import accumulate
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
@@ -35,17 +37,30 @@ MOST_BYTES = 8 << 30
 _QUIET = ("-q", "-x", "-s", "-p", "no:cacheprovider", "--tb=line")
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Which tests are asked about a change: those of these marks, as far as they take so many seconds together."""
+
+    marks: str
+    seconds: float
+
+    @property
+    def quick(self) -> bool:
+        """Whether none is slow."""
+        return "not slow" in self.marks
+
+
 class FirstRun:
     """What the tests do on the code as it is: by test, its seconds and the functions that it ran."""
 
     def __init__(self, seconds: Mapping[str, float], ran: Mapping[str, list[str]]) -> None:
         self._seconds, self._ran = dict(seconds), {test: set(names) for test, names in ran.items()}
 
-    def order(self, items: list[Any], own: tuple[str, ...], functions: set[str], quick: bool) -> list[Any]:
+    def order(self, items: list[Any], own: tuple[str, ...], functions: set[str], limits: Asked) -> list[Any]:
         """Returns the tests in the order in which they are to be asked about a change of these functions.
 
-        Those of the `own` files that run one of them, those of other files that do, and, unless `quick`, the rest of
-        the own ones.
+        Those of the `own` files that run one of them, those of other files that do, and, unless all are quick, the rest
+        of the own ones.
         """
 
         def late(item: Any) -> tuple[bool, bool, float]:
@@ -54,9 +69,11 @@ class FirstRun:
 
         def asked(item: Any) -> bool:
             runs_none, of_others, _ = late(item)
-            return not (runs_none and (quick or of_others))
+            return not (runs_none and (limits.quick or of_others))
 
-        return sorted(filter(asked, items), key=late)
+        chosen = sorted(filter(asked, items), key=late)
+        until = accumulate(self._seconds.get(item.nodeid, 0.0) for item in chosen)
+        return [item for item, seconds in zip(chosen, until, strict=True) if seconds <= limits.seconds]
 
     def limit_s(self, items: list[Any]) -> int:
         """Returns the seconds of processor time after which a change of code counts as one that never ends."""
@@ -67,14 +84,14 @@ def tried(
     tests: Mapping[str, tuple[str, ...]],
     also: tuple[str, ...],
     work: Callable[[Callable[..., tuple[bool, str]]], None],
-    marks: str,
+    asked: Asked,
     files: tuple[Path, Path],
 ) -> None:
     """Collect the tests of all modules, run them once as they are, then call `work` with what tries a change.
 
-    `tests`: by module (a path below the root), its test files. `also`: test files of no module alone. `marks`: of
-    those that are asked. `files`: what tests print; and where the first run is kept, for the next time. What tries a
-    change takes a module, its tree and its changed tree, and returns whether a test failed, and which.
+    `tests`: by module (a path below the root), its test files. `also`: test files of no module alone. `files`: what
+    tests print; and where the first run is kept, for the next time. What tries a change takes a module, its tree and
+    its changed tree, and returns whether a test failed, and which.
     """
     import pytest
 
@@ -86,11 +103,11 @@ def tried(
             if session.testsfailed:
                 raise SystemExit("the tests cannot be collected")
             first = _first_run(session, tests, log, kept)
-            work(lambda module, tree, new: _noticed(session, first, tests[module], (module, tree, new), log))
+            work(lambda module, tree, new: _noticed(session, (first, asked), tests[module], (module, tree, new), log))
             return True
 
     of_all = sorted({name for names in (*tests.values(), also) for name in names})
-    if pytest.main([*_QUIET, "-m", marks, *_paths(of_all)], plugins=[Session()]):
+    if pytest.main([*_QUIET, "-m", asked.marks, *_paths(of_all)], plugins=[Session()]):
         raise SystemExit("the tests cannot be run")
 
 
@@ -135,17 +152,20 @@ class _Recorder:
 
 
 def _noticed(
-    session: Any, first: FirstRun, files: tuple[str, ...], change: tuple[str, ast.Module, ast.Module], log: Path
+    session: Any,
+    known: tuple[FirstRun, Asked],
+    files: tuple[str, ...],
+    change: tuple[str, ast.Module, ast.Module],
+    log: Path,
 ) -> tuple[bool, str]:
     """Returns whether a test fails on a change, and its name."""
-    module, tree, new = change
+    (first, asked), (module, tree, new) = known, change
     pairs = _changed_functions(module, tree, new)
     report = log.with_suffix(".failed")
     report.unlink(missing_ok=True)
     if pairs is not None:
-        quick = "not slow" in session.config.option.markexpr
         names = {f"{module}:{old.co_qualname}" for _, old, _ in pairs}
-        items = first.order(session.items, files, names, quick)
+        items = first.order(session.items, files, names, asked)
 
         def exchanged() -> int:
             for function, _, code in pairs:
@@ -157,9 +177,7 @@ def _noticed(
     else:
         source = log.with_suffix(".py")
         source.write_text(ast.unparse(new), encoding="utf-8")
-        marks = session.config.option.markexpr
-        command = [sys.executable, __file__, module, str(source), str(report), marks, *_paths(files)]
-
+        command = [sys.executable, __file__, module, str(source), str(report), asked.marks, *_paths(files)]
         items = [item for item in session.items if item.path.stem in files]
 
         def anew() -> int:

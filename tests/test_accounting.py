@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from random_cases import Case, cases
 from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_run, tiny_scenario, tiny_trace
 
-from prestage.engine.measure.accesses import MISS_CAUSES
+from prestage.engine.measure.accesses import MISS_CAUSES, AccessSums, accesses_from
 from prestage.engine.measure.recording import FATES, OUTCOMES
+from prestage.engine.measure.time_split import time_split
 from prestage.engine.simulate import simulate_inputs
 from prestage.workloads.guesses import Guesses
 
@@ -60,6 +61,17 @@ def test_the_link_is_used_within_the_makespan_only() -> None:
     assert data["link_utilization"] == (20 + 20 + 17) / 70
 
 
+def test_a_gap_whose_bytes_come_as_its_kernel_is_launched_is_stall_also_the_first() -> None:
+    # The host launches in 20 ns: the dense part at 20, the expert at 43 (it notices the choice at 23), when the copy of
+    # 23-43 ends. Of a gap that two things end at once, bytes come first. The host alone is waited for until 20
+    # and, behind the expert of 43-50, for the head at 63.
+    eager = tiny_scenario(dispatch={"mode": "eager"})
+    recording = tiny_run(tiny_model(1), tiny_profile(launch_ns=20), tiny_trace([[[0]]]), eager)
+    assert {name: round(ms * 1e6) for name, ms in time_split(recording).items() if ms} == {
+        "compute_ms": 10, "stall_ms": 20, "host_ms": 20 + 13,
+    }  # fmt: skip
+
+
 def test_copies_overlap_with_the_kernels_that_run_meanwhile() -> None:
     # Dense 0-3, copies 3-23 and 23-43, kernels 23-30 and 43-50: 7 of 40 ns.
     model, trace = tiny_model(1, top_k=2), tiny_trace([[[0, 1]]])
@@ -70,6 +82,17 @@ def test_copies_overlap_with_the_kernels_that_run_meanwhile() -> None:
 def test_without_the_cpu_no_visit_has_its_results() -> None:
     recording = tiny_run(tiny_model(1), tiny_profile(), tiny_trace([[[0]]]), tiny_scenario())
     assert recording.results_ns.tolist() == [-1]
+
+
+def test_rates_from_a_step_on_leave_out_the_accesses_before_it() -> None:
+    # Everything fits: the first token misses twice, the second finds both, the third misses at its last layer. Each
+    # miss waits 20 ns. The cache alone missed the same three: visits 0, 1 and 5, of experts 0, 5 and 6 of eight.
+    trace = tiny_trace([[[0], [1]], [[0], [1]], [[0], [2]]])
+    recording = tiny_run(tiny_model(2), tiny_profile(), trace, tiny_scenario())
+    alone = np.array([0 * 8 + 0, 1 * 8 + 5, 5 * 8 + 6])
+    assert accesses_from(recording, alone) == AccessSums(6, 3, 0, 60, 0, 3)
+    assert accesses_from(recording, alone, 1) == AccessSums(4, 3, 0, 20, 0, 1)
+    assert accesses_from(recording, None, 2) == AccessSums(2, 1, 0, 20, 0, None)
 
 
 def test_layers_are_told_apart() -> None:

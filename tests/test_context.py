@@ -87,6 +87,17 @@ def test_a_request_attends_to_its_own_positions_whatever_row_stands_for_it() -> 
     assert costs.attention_in(0)[0].ns == 8 * 10 + 55
 
 
+def test_what_a_step_adds_is_worked_out_once_and_anew_where_another_step_takes_its_place() -> None:
+    steps: list[Step] = [RequestStep(DECODE, np.array([0]), parts=(Part(0, first, 1, 1),)) for first in (10, 20)]
+    attention = Costs(inputs(0, steps=steps)).attention
+    first = attention.by_kind(0)
+    assert first[0].ns == 11 * 10
+    assert attention.by_kind(1)[0].ns == 21 * 10
+    assert attention.by_kind(0) is first
+    steps[0] = RequestStep(DECODE, np.array([0]), parts=(Part(0, 30, 1, 1),))  # the source thought better of it
+    assert attention.by_kind(0)[0].ns == 31 * 10
+
+
 def test_a_window_ends_what_is_read_and_states_never_grow() -> None:
     windowed = replace(MODEL, caches=((Cached(6, window=50), Cached(4)), ()))
     # 6 bytes of the last 50 positions, 4 of all 101.

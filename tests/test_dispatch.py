@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_scenario, tiny_trace
 
-from prestage.engine.decide.dispatch import Visit, single_accesses, step_accesses, visits
+from prestage.engine.decide.dispatch import Visit, launch_order, single_accesses, step_accesses, visits
 from prestage.engine.decide.memory_manager import MemoryManager
 from prestage.engine.loading.deciders import dispatched, make_manager, make_prefetch
 from prestage.workloads.batches import DECODE, PREFILL, Step, plan_steps
@@ -46,6 +46,21 @@ def play(
 def prefetched(visit: Visit) -> list[tuple[int, int]]:
     """(expert, target visit) of each prefetch of a visit."""
     return [(admission.expert, target) for admission, target in visit.prefetches]
+
+
+def test_experts_are_launched_in_the_order_of_access_or_those_that_were_found_first() -> None:
+    # Room for three: 3 and 1 come at the first visit; of 0, 1, 2, 3 the second finds 1 and 3, and 0 has room in the
+    # first wave, 2 in the place of one of these in another.
+    batch, _ = play(tiny_trace([[[3, 1]], [[3, 1]], [[0, 1]], [[2, 3]]], sequence=np.array([0, 1, 0, 1])), 3, batch=2)
+    first, second = batch
+    assert [visit.accesses.experts for visit in batch] == [[3, 1], [0, 1, 2, 3]]
+    assert list(launch_order(first, first.waves[0], False)) == [(3, 2, 0), (1, 2, 1)]
+    wave, last = second.waves
+    assert (list(wave.found), [admission.expert for admission in wave.admitted]) == ([1, 3], [0])
+    assert list(launch_order(second, wave, False)) == [(0, 1, 2), (1, 1, 1), (3, 1, 0)]
+    assert list(launch_order(second, wave, True)) == [(1, 1, 1), (3, 1, 0), (0, 1, 2)]
+    for resident_first in (False, True):
+        assert list(launch_order(second, last, resident_first)) == [(2, 1, 3)]
 
 
 # Look-ups.

@@ -23,7 +23,7 @@ from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_scenario
 from prestage.engine.costs.costs import Costs
 from prestage.engine.decide.commands import Command, Op
 from prestage.engine.decide.compiled_decisions import Decisions
-from prestage.engine.decide.program import Gpu, Stage, stages_program
+from prestage.engine.decide.program import Gpu, Rows, Stage, stages_program
 from prestage.engine.decide.registers import Registers
 from prestage.engine.decide.tables import Rooms
 from prestage.engine.load import load_inputs
@@ -43,6 +43,17 @@ from prestage.workloads.trace import RoutingTrace
 def test_a_shipped_scenario_ends_alike_by_simpy_and_compiled(name: str) -> None:
     inputs = load_inputs(load_scenario(name, ["workload.tokens=12"]))
     assert played(inputs, "compiled") == played(inputs, "simpy")
+
+
+def test_a_buffer_of_commands_has_room_for_what_was_asked_and_keeps_what_is_in_it() -> None:
+    rows = Rows()
+    buffer = rows.room_for(1)
+    whole = len(buffer)
+    rows.add(Op.TURN, 7)
+    assert rows.room_for(whole - 2) is buffer  # the first row counts the others
+    for more in (whole - 1, 3 * whole):
+        assert len(rows.room_for(more)) >= 2 + more
+    assert [(row[0], row[1]) for row in rows.portion().tolist()] == [(Op.TURN, 7)]
 
 
 def test_spare_memory_of_less_than_an_expert_is_none_by_either_engine() -> None:

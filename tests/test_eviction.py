@@ -13,6 +13,7 @@ from tiny import tiny_trace
 from prestage.engine.decide.memory_manager import MemoryManager
 from prestage.engine.policies.eviction import EVICTION, Lru, Setting
 from prestage.engine.policies.eviction_base import Chain, Ranking
+from prestage.engine.policies.eviction_queues import Arc
 from prestage.engine.replay.replay import FOUND, replay, replay_trace
 from prestage.testing.conformance import check_no_early_eviction, check_same_evictions, check_victims
 from prestage.workloads.batches import plan_steps
@@ -190,6 +191,42 @@ def evicted(name: str, story: str, slots: int, **known: object) -> str:
 )
 def test_by_hand(name: str, slots: int, story: str, leave: str) -> None:
     assert evicted(name, story, slots) == leave
+
+
+def arc(capacity: int, *experts: int) -> Arc:
+    """A policy with room for all of these, which were demanded and came."""
+    policy = Arc(Setting(capacity=capacity))
+    for expert in experts:
+        policy.miss(expert, True)
+        policy.admit(expert, True)
+    return policy
+
+
+def test_arc_remembers_no_more_than_it_has_room_for_also_where_a_batch_evicts_before_it_admits() -> None:
+    # 3 and 4 are of one batch: both evict (1, all of T1, is forgotten; 2 is remembered) before either comes. Then T1
+    # is full, and 2 is forgotten, too: it comes back as a stranger, to T1, behind 4.
+    policy = arc(2, 1, 2)
+    for expert, leaves in ((3, 1), (4, 2)):
+        policy.miss(expert, True)
+        policy.evict(leaves)
+    policy.admit(3, True)
+    policy.admit(4, True)
+    policy.miss(2, True)
+    policy.evict(3)
+    policy.admit(2, True)
+    assert list(policy.victims()) == [4, 2]
+
+
+def test_arc_remembers_as_many_as_it_has_room_for() -> None:
+    # 1 was used twice; 2 left for 3 and is remembered, one in T1 and one in B1. It comes back: the target for T1 rises
+    # to the one that is there, and of T2 it is that one leaves.
+    policy = arc(2, 1, 2)
+    policy.use(1, 1.0)
+    policy.miss(3, True)
+    policy.evict(2)
+    policy.admit(3, True)
+    policy.miss(2, True)
+    assert list(policy.victims()) == [1, 3]
 
 
 def test_every_policy_has_a_case_by_hand() -> None:

@@ -31,9 +31,10 @@ from prestage.engine.decide.spare_memory import Store
 from prestage.engine.loading.deciders import make_manager, make_prefetch
 from prestage.engine.policies.eviction import EVICTION
 from prestage.engine.policies.placement import PLACEMENT, Owners, Request
-from prestage.engine.policies.prefetch import NoPrefetch
+from prestage.engine.policies.prefetch import NextLayer, NoPrefetch, Options, Prefetch, StreamPrefill
 from prestage.engine.scenario.inputs import Inputs
 from prestage.workloads.batches import DECODE, Step
+from prestage.workloads.guesses import Guesses
 from prestage.workloads.trace import RoutingTrace
 
 
@@ -178,6 +179,28 @@ def test_what_is_evicted_goes_to_the_gpu_with_most_spare_room() -> None:
     layout = ExpertParallel(3, [[(0,), (0,), (0,), (1,)]], homes(trace, steps, 3), spare_experts=1)
     stores = [visit.stores[0] for visit in on_demand(layout, trace, steps, 1)]
     assert stores == [{}, {0: Store(0, 1, 0, -1)}, {1: Store(1, 2, 1, -1)}]
+
+
+def test_where_spare_memory_is_full_what_came_first_leaves() -> None:
+    # As above with four experts of GPU 0: 2 finds both spare rooms full, and 0 has been stored for longest.
+    trace, steps = tiny_trace([[[0]], [[1]], [[2]], [[3]]]), steps_of([0], [1], [2], [3])
+    layout = ExpertParallel(3, [[(0,)] * 4], homes(trace, steps, 3), spare_experts=1)
+    stores = [visit.stores[0] for visit in on_demand(layout, trace, steps, 1)]
+    assert stores == [{}, {0: Store(0, 1, 0, -1)}, {1: Store(1, 2, 1, -1)}, {2: Store(2, 1, 2, 0)}]
+
+
+@pytest.mark.parametrize("policy", [NextLayer, StreamPrefill])
+def test_a_gpu_fetches_ahead_what_it_serves_also_where_a_policy_wants_whole_layers(policy: type[Prefetch]) -> None:
+    # A token lives on each GPU, GPU 0 owns the even experts. Of the next layer's four each fetches its own two; a
+    # policy that goes by guesses in other steps (of 7 and 6 here) wants the whole layer in one of many tokens.
+    trace = tiny_trace([[[0], [1]], [[1], [2]]], sequence=np.array([0, 1], dtype=np.int32))
+    steps, options = steps_of([0, 1]), Options(k=1, lookahead=1, layers=2, experts=4, stream_pairs=1)
+    layout = ExpertParallel(2, EVEN_ODD * 2, homes(trace, steps, 2))
+    guesses = Guesses(np.array([0, 1]), np.array([[[[3]], [[-1]]], [[[2]], [[-1]]]], dtype=np.int16))
+    workers = [Worker(MemoryManager([1, 1], 4, 8, EVICTION["lru"]), policy(options), steps, guesses) for _ in range(2)]
+    first, last = parallel_visits(layout, trace, workers)
+    assert [[admission.expert for admission, _ in own.prefetches] for own in first.visits] == [[4, 6], [5, 7]]
+    assert [own.prefetches for own in last.visits] == [[], []]
 
 
 # What holds in all cases.

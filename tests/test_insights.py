@@ -7,7 +7,17 @@ from typing import Any
 
 import pytest
 
-from prestage.engine.measure.insights import Effect, InsightError, best, effects, finished, front, table, varying
+from prestage.engine.measure.insights import (
+    Effect,
+    InsightError,
+    best,
+    effects,
+    finished,
+    front,
+    table,
+    values_of,
+    varying,
+)
 from prestage.experiments.grid import make_grid, sweep_names
 from prestage.output.charts import CHARTS, label_of, plot_sweep
 from prestage.output.pictures import save
@@ -55,6 +65,12 @@ def test_the_median_over_all_other_settings_is_what_a_table_shows() -> None:
         "50%": {1: 21.0, 2: 20.0},
     }
     assert list(table(rows, "prefetch.k", None, "tokens_per_second")[None].items()) == [(1, 16.0), (2, 15.0)]
+
+
+def test_values_stand_in_order_if_all_are_numbers_and_else_as_the_rows_have_them() -> None:
+    assert values_of([row(k, "25%", 1.0) for k in (4, 1, 4, 2)], "prefetch.k") == [1, 2, 4]
+    mixed = [{"settings": {"prefetch.k": value}} for value in (4, "auto", 1)]
+    assert values_of(mixed, "prefetch.k") == [4, "auto", 1]
 
 
 def test_the_strongest_setting_comes_first_with_the_values_at_its_ends() -> None:

@@ -26,10 +26,11 @@ def test_work_on_an_idle_lane_takes_its_alone_time_and_queued_work_keeps_the_gap
     lanes = Lanes()
     lane = lanes.lane(lags=Lags(3))
     # The first finds an idle lane (12 ns); the second is queued: 3 ns later, 10 ns. The third comes at 26, after the
-    # lane could have taken it (25 + 3 = 28), so it is still queued; the fourth at 50 finds the lane idle again.
-    for issued_ns in (0, 0, 26, 50):
+    # lane was free but before it could have taken it (25 + 3 = 28), so it is still queued. So is the fourth, which
+    # comes just as the lane can take it (38 + 3); the fifth at 60 finds the lane idle again.
+    for issued_ns in (0, 0, 26, 41, 60):
         lanes.submit(lane, 10, alone_ns=12, issued_ns=issued_ns)
-    assert lanes.intervals() == [(0, 12), (15, 25), (28, 38), (50, 62)]
+    assert lanes.intervals() == [(0, 12), (15, 25), (28, 38), (41, 51), (60, 72)]
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from prestage.engine.decide.memory_manager import (
 )
 from prestage.engine.decide.pools import BudgetError, pool_budgets
 from prestage.engine.policies.eviction import Lru
+from prestage.engine.policies.eviction_base import Setting
 
 
 def slots(budget: int, protect: str = "until_target", drop_after_visit: bool = False) -> MemoryManager:
@@ -278,6 +279,20 @@ def test_each_layer_has_its_own_pool_where_the_scope_is_per_layer() -> None:
     for number, expert in enumerate((1, 10, 2, 3)):
         use(together, number, expert)
     assert evicted(together) == []
+
+
+def test_a_pool_of_one_layer_holds_as_many_experts_as_their_own_size_allows() -> None:
+    made: list[Setting] = []
+
+    def eviction(setting: Setting) -> Lru:
+        made.append(setting)
+        return Lru(setting)
+
+    MemoryManager([2, 4, 8], 10, 48, eviction, scope="per-layer")  # 16 bytes for each layer
+    assert [(setting.layers, setting.capacity) for setting in made] == [((0,), 8), ((1,), 4), ((2,), 2)]
+    made.clear()
+    MemoryManager([2, 4, 8], 10, 48, eviction)
+    assert [(setting.layers, setting.capacity) for setting in made] == [((0, 1, 2), 6)]  # whatever they are
 
 
 def test_the_budget_is_divided_and_rounded_down_to_what_experts_can_use() -> None:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_scenario, tiny_trace
 
-from prestage.engine.costs.ranges import UNSTATED, drawn_costs, structure
+from prestage.engine.costs.cpu_streams import MIDDLE
+from prestage.engine.costs.ranges import UNSTATED, drawn_costs, structure, unsure_costs
 from prestage.engine.prediction import DRAWS, Range, ranges, unsure
 from prestage.engine.scenario.inputs import Inputs
 from prestage.engine.scenario.scenario import load_scenario
 from prestage.engine.simulate import simulate
 from prestage.resources.profile import make_profile
-from prestage.resources.runtime import Runtime
+from prestage.resources.runtime import OwnShare, Runtime
 
 
 def inputs_of(spread: float = 0.0, source: str = "measured", **runtime: Any) -> Inputs:
@@ -59,6 +61,22 @@ def test_a_runtimes_costs_are_drawn_too_and_a_share_is_never_more_than_all() -> 
     rates = [cost.copy_rate.share for cost in drawn if cost.copy_rate is not None]
     assert max(shares) == 1.0 and len(set(rates)) > 30
     assert float(np.std(np.log(rates))) == pytest.approx(0.5, rel=0.3)
+
+
+def test_a_bandwidth_that_is_taken_as_stream_is_off_by_the_share_that_is_reached_and_nothing_else_is() -> None:
+    def shares(gb_per_s: float | None, **runtime: Any) -> list[tuple[str, float | None]]:
+        made = inputs_of(**runtime)
+        miss = {} if gb_per_s is None else {"cpu_gb_per_s": gb_per_s}
+        found = unsure_costs(replace(made, scenario=tiny_scenario(miss=miss)))
+        return [(path, cost.share) for path, cost in found.items() if isinstance(cost, OwnShare)]
+
+    own = {"costs": {"cpu_stream": {"share": 0.9, "source": "assumed"}}}
+    rates = [{"dtype": "int8", "expert_bytes": 20, "threads": 8, "share": 0.7, "source": "measured", "note": "by hand"}]
+    (of_bandwidth,) = shares(50.0)
+    assert of_bandwidth == ("runtime.costs.cpu_stream/", MIDDLE)
+    assert shares(None) == []
+    assert shares(50.0, **own) == [("runtime.costs.cpu_stream/", 0.9)]
+    assert "runtime.costs.cpu_stream/" not in dict(shares(50.0, cpu_rates=rates))
 
 
 def test_a_cost_that_says_nothing_is_as_far_off_as_its_source_usually_is() -> None:

@@ -13,13 +13,14 @@ import pytest
 from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_scenario, tiny_trace
 
 from prestage.engine.costs.costs import part_costs
+from prestage.engine.decide.guessed import later_steps
 from prestage.engine.measure.recording import Recording
 from prestage.engine.measure.time_split import time_split
 from prestage.engine.run import prepared, run_all
 from prestage.engine.scenario.inputs import Inputs, Pulls
 from prestage.errors import InputError
 from prestage.resources.timeline import DENSE, EXPERT, KINDS
-from prestage.workloads.batches import DECODE, Step, every_row
+from prestage.workloads.batches import DECODE, PulledSteps, Step, every_row
 from prestage.workloads.predictors import make_predictor
 from prestage.workloads.requests.request import Wait
 
@@ -60,6 +61,11 @@ def served(
     pulled = replace(inputs, steps=[], pulls=Pulls(source, most_tokens, schedule_ns))
     (recording,) = run_all(pulled, prepared(pulled, part_costs(pulled)), engine=engine)
     return recording
+
+
+def test_steps_that_are_pulled_are_taken_to_go_on_with_the_same_sequences() -> None:
+    later = later_steps(tiny_trace([[[0]]]), PulledSteps(), 2)
+    assert [list(later[step]) for step in (0, 7)] == [[0, 1, 2], [7, 8, 9]]
 
 
 def by_hand(expert_ns: int, **sections: Any) -> Inputs:

@@ -44,6 +44,20 @@ def test_latencies_by_hand() -> None:
     assert found.gap_of.tolist() == [0, 0, 1]
 
 
+def test_tokens_of_requests_that_have_not_ended_belong_to_none() -> None:
+    # A wants nine tokens and had three when the run was stopped, C wants nine and had one; B, between, has both of its.
+    server = tiny_server(tiny_requests((0, 5, 9), (0, 2, 2), (15 * MS, 2, 9)), Orca)
+    for step in range(3):
+        assert isinstance(server.next_step(step * 10 * MS), RequestStep)
+        server.ended((step + 1) * 10 * MS)
+    assert server.log.token_times()[0].tolist() == [0, 0, 0, 1, 1, 2]
+    found = latencies(server.log)
+    assert (found.ttft / MS).tolist() == [10]
+    assert (found.worst_gap / MS).tolist() == (found.gaps / MS).tolist() == [10]
+    assert found.gap_of.tolist() == [0]
+    assert (found.token_ns / MS).tolist() == [10, 20]
+
+
 def test_rates_and_what_stood_by_by_hand() -> None:
     data = request_metrics(by_hand(), NONE)
     assert data["window_s"] == [0.0, 0.04]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ import numpy as np
 import pytest
 from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_scenario, tiny_trace
 
+from prestage.engine.costs.costs import Costs
 from prestage.engine.costs.cpu_streams import HIGHEST, LOWEST, MIDDLE, SPREAD, CpuStream
+from prestage.engine.costs.offload_costs import CpuCosts
 from prestage.engine.costs.runtime_costs import RuntimeCosts, launched_model
 from prestage.engine.load import load_inputs
 from prestage.engine.loading.deciders import make_manager
@@ -310,6 +313,20 @@ def test_copies_and_experts_slow_each_other_down_only_beyond_what_both_reach_tog
     assert stream.beside(90e9, 56e9) == pytest.approx(146 / 95)
 
 
+@pytest.mark.parametrize("sizes", [[1000, 64_000], [64_000, 1000]])
+def test_how_copies_and_experts_slow_each_other_down_goes_by_the_largest_experts(sizes: list[int]) -> None:
+    # Of 2 GB/s the large experts' kernels reach 0.6, the small ones' 0.2; a byte is copied in a ns. The memory gives 95
+    # of 100 to both.
+    runtime = rates((1000, 8, 0.2), (64_000, 8, 0.6))
+    scenario = tiny_scenario(miss={"policy": "cpu", "cpu_gb_per_s": 2.0, "cpu_threads": 8})
+    made = tiny_inputs(tiny_model(2, copy_ns=sizes), tiny_profile(), tiny_trace([[[0], [0]]]), scenario)
+    costs = Costs(replace(made, runtime=runtime))
+    assert CpuCosts(costs, scenario).copy_slowdown == round((1.2 + 1.0) / (0.95 * 2), 3)
+    assert costs.estimates["copies beside experts on the CPU"] == (
+        "both take 1.158 times as long: 1.2 and 1.0 GB/s alone, of one memory"
+    )
+
+
 def threaded(*cores: tuple[str, int, int]) -> Runtime:
     """A runtime whose threads read 10 GB/s and compute so many GB/s of (dtype, tokens, rate)."""
     table = [{"dtype": dtype, "tokens": tokens, "bytes_per_second": rate * 10**9, **ASSUMED}
@@ -327,7 +344,12 @@ def test_reading_and_computing_in_part_hide_behind_each_other() -> None:
     # Read once for four tokens, computed four times, at the rate of so many.
     runtime = threaded(("int8", 1, 10), ("int8", 4, 20))
     four = (80**-1.5 + (8 * 20 / 4) ** -1.5) ** (-1 / 1.5)
-    assert CpuStream(runtime, 100e9, 8, "here").rate("int8", 1 << 20, 4)[0] == pytest.approx(four * 1e9)
+    rate, words = CpuStream(runtime, 100e9, 8, "here").rate("int8", 1 << 20, 4)
+    assert rate == pytest.approx(four * 1e9)
+    assert words == (
+        "8 threads that read 80.0 GB/s of 100 (here) and compute 40.0 over 4 tokens by the runtime's table, which in "
+        "part hide behind each other"
+    )
 
 
 def test_threads_together_compute_what_lies_between_measured_numbers_of_them() -> None:

@@ -6,7 +6,7 @@ On the tiny machine a byte takes a ns to read and a ns to copy; a read costs a l
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from prestage.engine.costs.costs import Costs
 from prestage.engine.decide.commands import FIXED_REGISTERS
 from prestage.engine.decide.dispatch import Visit
 from prestage.engine.decide.host_memory import HostMemory, HostRooms
-from prestage.engine.decide.memory_manager import DEMOTED
+from prestage.engine.decide.memory_manager import DEMOTED, MemoryManager
 from prestage.engine.decide.program import Gpu, Stage, stages_program
 from prestage.engine.decide.registers import Registers
 from prestage.engine.decide.tables import Rooms
@@ -29,7 +29,7 @@ from prestage.engine.loading.deciders import dispatched, make_host_memory, make_
 from prestage.engine.measure.metrics import tiers
 from prestage.engine.measure.recording import Recording
 from prestage.engine.policies.copy_order import COPY_ORDERS
-from prestage.engine.policies.eviction import EVICTION
+from prestage.engine.policies.eviction import EVICTION, Lru
 from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.inputs import Inputs
 from prestage.engine.scenario.scenario import load_scenario
@@ -326,6 +326,22 @@ def counts(host: HostMemory | None) -> tuple[int, int, int]:
     """Hits, misses and evictions."""
     assert host is not None
     return host.hits, host.misses, host.manager.evicted
+
+
+def test_host_memory_numbers_visits_by_the_layers_of_the_model() -> None:
+    class Watching(Lru):
+        def begin(self, visit: int, layer: int, experts: Sequence[int], weights: Sequence[float]) -> None:
+            begun.append((visit, layer, list(experts)))
+
+    begun: list[tuple[int, int, list[int]]] = []
+    # A stage of layers 1 and 2 of a model of four layers of four experts, in which nothing is ever found.
+    inputs = tiny_inputs(
+        tiny_model(2), tiny_profile(), tiny_trace([[[0], [1]], [[2], [3]]]), tiny_scenario(memory={"caching": False})
+    )
+    decided = dispatched(inputs, make_manager(inputs), make_prefetch(inputs.scenario, inputs.model))
+    host = HostMemory(MemoryManager([P] * 4, 4, 8 * P, Watching), [P] * 4)
+    assert len(list(host.through(decided, first_layer=1))) == 4
+    assert begun == [(1, 1, [4]), (2, 2, [9]), (5, 1, [6]), (6, 2, [11])]
 
 
 @pytest.mark.slow

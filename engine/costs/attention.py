@@ -191,9 +191,8 @@ class Attention:
 
 def _rows_of(parts: tuple[Part, ...]) -> _Rows:
     """Returns what the rows of requests attend to: all that their request has before them, and themselves."""
-    first, tokens = (np.array(column, dtype=np.float64) for column in list(zip(*parts, strict=True))[1:3])
     prompts = (np.arange(part.first + 1.0, part.first + part.tokens + 1) for part in parts if part.tokens > 1)
-    return _Rows(first[tokens == 1] + 1, tuple(prompts))
+    return _Rows(np.array([part.first + 1.0 for part in parts if part.tokens == 1]), tuple(prompts))
 
 
 def _shape(point: KernelPoint) -> tuple[int, str, str, int]:

@@ -116,10 +116,11 @@ class CpuCosts:
         return KernelCost(round(max(read_ns, computed_ns)), self._beside_copy, 1, 0)
 
     def _shared_memory(self, stream: CpuStream) -> float:
-        """Returns how many times as long copies and experts on the CPU take beside each other."""
-        model, copied = self._model, max(self._costs.expert_bytes)
-        rate, _ = stream.rate(model.expert_dtype, max(model.expert_bytes), 1)
-        copies = copied * 1e9 / max(1, self._costs.copies[0].queued_ns)
+        """Returns how many times as long copies and experts on the CPU take beside each other: the largest of them."""
+        model, copied = self._model, self._costs.expert_bytes
+        largest = max(range(model.layers), key=copied.__getitem__)
+        rate, _ = stream.rate(model.expert_dtype, model.expert_bytes[largest], 1)
+        copies = copied[largest] * 1e9 / max(1, self._costs.copies[largest].queued_ns)
         factor = round(stream.beside(rate, copies), 3)
         self._costs.estimates["copies beside experts on the CPU"] = (
             f"both take {factor:g} times as long: {rate / 1e9:.1f} and {copies / 1e9:.1f} GB/s alone, of one memory"

@@ -141,8 +141,6 @@ def _drawn(value: Any, path: str, factors: Mapping[str, float], ways: Container[
         return tuple(_drawn(item, path, factors, ways) for item in value)
     if isinstance(value, dict):
         return {name: _drawn(item, f"{path}.{name}", factors, ways) for name, item in value.items()}
-    if not isinstance(value, BaseModel):
-        return value
     held = {name: getattr(value, name) for name in type(value).model_fields}
     if held.get("uncertainty") is None:
         changed = {name: _drawn(item, f"{path}.{name}", factors, ways) for name, item in held.items()}

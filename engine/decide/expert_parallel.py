@@ -275,7 +275,7 @@ class _Sharing:
             ((self._now[gpu] for _ in layers) for _ in self._steps),
             None if self._ranked is None else (self._guesses[gpu] for _ in self._steps),
             None if self._confidences is None else (self._confident[gpu] for _ in self._steps),
-            None if self._prefetch.guesses else self._owned(gpu),
+            self._owned(gpu),
         )
 
     def _owned(self, gpu: int) -> frozenset[int]:

@@ -28,8 +28,8 @@ class Pulled:
         self,
         source: StepSource,
         most_tokens: int,
-        schedule_ns: int = 0,
-        budget_of: Callable[[Step], int] | None = None,
+        schedule_ns: int,
+        budget_of: Callable[[Step], int] | None,
     ) -> None:
         self.source, self.schedule_ns = source, schedule_ns
         self.steps = PulledSteps()

@@ -94,10 +94,8 @@ def latencies(log: RequestLog) -> Latencies:
     """Returns the latencies of all finished requests."""
     requests = log.requests
     request, token_ns = log.token_times()
-    place = np.searchsorted(requests["number"], request)
-    # Tokens of requests that have not ended belong to none.
-    ended = (place < len(requests["number"])) & np.isin(request, requests["number"])
-    place, token_ns = place[ended], token_ns[ended]
+    ended = np.isin(request, requests["number"])  # tokens of requests that have not ended belong to none
+    place, token_ns = np.searchsorted(requests["number"], request[ended]), token_ns[ended]
     first = np.diff(place, prepend=-1) != 0
     gaps = np.diff(token_ns, prepend=0)[~first]
     gap_of = place[~first]
