@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -30,6 +31,8 @@ class PageError(InputError):
 
 #: Of a cell with words in it.
 _WORDS = ' class="words"'
+#: Where a key may be broken.
+_JOINT = re.compile(r"(?<=[a-z0-9])([._])(?=[a-z])")
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,9 @@ def html_table(header: Sequence[str], rows: Sequence[Sequence[str | tuple[str, s
     A cell may be (text, "good") or (text, "bad"), which gives it a color.
     """
     words = [all(_in_words(row[column]) for row in rows if column < len(row)) for column in range(len(header))]
-    head = "".join(f"<th{_WORDS if word else ''}>{escape(name)}</th>" for name, word in zip(header, words, strict=True))
+    head = "".join(
+        f"<th{_WORDS if word else ''}>{_breakable(name)}</th>" for name, word in zip(header, words, strict=True)
+    )
     body = "".join("<tr>" + "".join(map(_cell, row, words)) + "</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
@@ -91,9 +96,14 @@ def _in_words(content: str | tuple[str, str]) -> bool:
 
 def _cell(content: str | tuple[str, str], word: bool) -> str:
     if isinstance(content, str):
-        return f"<td{_WORDS if word else ''}>{escape(content)}</td>"
+        return f"<td{_WORDS if word else ''}>{_breakable(content)}</td>"
     text, kind = content
     return f'<td class="{kind}">{escape(text)}</td>'
+
+
+def _breakable(text: str) -> str:
+    """Returns a text as HTML whose keys (`memory.gpu_budget`) may go on in another line behind a dot or underscore."""
+    return _JOINT.sub(r"\1<wbr>", escape(text))
 
 
 def html_picture(picture: Figure, says: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -269,6 +270,21 @@ def test_the_page_loads_in_a_browser_without_a_network(finished: Finished, out: 
     assert len(widths) == 3 and all(widths)
     assert not opened.console_errors
     assert not opened.refused
+
+
+@pytest.mark.browser
+def test_the_best_configurations_are_whole_on_a_narrow_screen(finished: Finished, out: Path) -> None:
+    write_suite(finished, out)
+    with browsing(out) as opened:
+        opened.page.set_viewport_size({"width": 420, "height": 900})
+        opened.page.goto(f"{opened.url}/report.html")
+        table = opened.page.locator("table", has_text="where it starts")
+        assert re.search(r"[a-z]+\.[a-z_]+ = ", table.inner_text())  # keys, which may be broken behind their dots alone
+        assert table.evaluate("table => table.parentElement.scrollWidth <= table.parentElement.clientWidth")
+        cut = (
+            "table => [...table.querySelectorAll('td, th')].filter(cell => cell.scrollWidth > cell.clientWidth).length"
+        )
+        assert table.evaluate(cut) == 0
 
 
 @pytest.mark.slow
