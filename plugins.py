@@ -80,6 +80,13 @@ def loaded() -> tuple[Plugin, ...]:
     return tuple(_loaded.values())
 
 
+def whose_fault() -> str:
+    """Returns what an error that nobody foresaw is called: a fault of what was added, where something was, or ours."""
+    if not _loaded:
+        return "a fault of Prestage, not of what it was given; please report it"
+    return f"a fault of {' or '.join(_loaded)}, or of Prestage; `prestage.testing.check` tries what was added"
+
+
 def load_same(plugins: Iterable[Plugin]) -> None:
     """Load what another process has loaded. Raises InputError where a plug-in is not there, or is another here."""
     for plugin in plugins:

@@ -59,13 +59,7 @@ def report_fault() -> int:
     """Show where the exception under way arose and ask for a report; return the status."""
     from .. import plugins
 
-    added = [plugin.name for plugin in plugins.loaded()]
-    if added:
-        return _say(
-            f"{traceback.format_exc()}prestage: this is a fault of {' or '.join(added)}, or of Prestage\n", FAULT
-        )
-    last = "prestage: this is a fault of Prestage, not of what it was given; please report it with the lines above\n"
-    return _say(f"{traceback.format_exc()}{last}", FAULT)
+    return _say(f"{traceback.format_exc()}prestage: this is {plugins.whose_fault()}\n", FAULT)
 
 
 def flushed(status: int) -> int:

@@ -7,6 +7,7 @@ that it names. Every row can be run again alone: `prestage run results.jsonl#KEY
 from __future__ import annotations
 
 import hashlib
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -254,8 +255,9 @@ def run_task(task: Task) -> bytes:
     except InputError as error:
         return failed_row(task, " ".join(str(error).split()))
     except Exception as error:  # whatever it is, it is this scenario's, and the others go on
-        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        return failed_row(task, f"a fault of Prestage, please report it: {what}")
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"{type(error).__name__}: {' '.join(str(error).split())} ({where.filename}, line {where.lineno})"
+        return failed_row(task, f"{plugins.whose_fault()}: {what}")
     head = {"key": task.key, "settings": task.point, "error": None, "sha256": task.hashes, **_plugged()}
     figures = {name: value for name, value in result.data.items() if name != "by_layer"}
     # As it was asked for: a run knows more, such as the bytes of a share of memory, by which no row is known again.

@@ -16,6 +16,7 @@ from prestage import plugins
 from prestage.cli.entry import _status as status
 from prestage.engine.policies.eviction import EVICTION
 from prestage.engine.scenario.amounts import ScenarioError
+from prestage.engine.scenario.rows import read_rows
 from prestage.engine.scenario.scenario import load_scenario
 from prestage.errors import InputError
 from prestage.experiments.sweep import sweep
@@ -164,4 +165,15 @@ def test_a_module_is_loaded_by_its_name(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_fault_may_be_the_plug_ins(mru: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mru.write_text(MRU.replace("super().__init__(setting)", "raise KeyError"), encoding="utf-8")
     assert status(["run", "--plugin", str(mru), "--set", "memory.eviction=mru"]) == 1
-    assert f"this is a fault of {mru}, or of Prestage" in capsys.readouterr().err
+    assert f"this is a fault of {mru}, or of Prestage; `prestage.testing.check` tries what" in capsys.readouterr().err
+
+
+def test_a_row_says_whose_fault_it_may_be_and_where(mru: Path, tmp_path: Path) -> None:
+    mru.write_text(MRU.replace("super().__init__(setting)", "raise KeyError('mine')"), encoding="utf-8")
+    journal = str(tmp_path / "rows.jsonl")
+    sweep = ["sweep", "--plugin", str(mru), "--grid", "memory.eviction=lru,mru", "--set", "workload.tokens=3"]
+    assert status([*sweep, "--no-baselines", "--workers", "1", "-o", journal]) == 0
+    (said,) = [row["error"] for row in read_rows(journal) if row["error"]]
+    line = next(number for number, text in enumerate(mru.read_text().splitlines(), 1) if "raise KeyError" in text)
+    assert said.startswith(f"a fault of {mru}, or of Prestage;")
+    assert said.endswith(f"KeyError: 'mine' ({mru}, line {line})")
