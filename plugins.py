@@ -127,10 +127,22 @@ def _run(name: str, how: Callable[[], object]) -> None:
     try:
         how()
     except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
+        places = traceback.extract_tb(error.__traceback__)
+        own = [place for place in places if Path(place.filename).resolve() == Path(name).resolve()]
+        place = [*places, *own][-1]  # where it is the file's own, and not that of a library that it calls
         line = getattr(error, "lineno", None) or place.lineno
         file = getattr(error, "filename", None) or place.filename
-        raise InputError(f"plugin {name!r}: {file}, line {line}: {type(error).__name__}: {error}") from None
+        raise InputError(f"plugin {name!r}: {file}, line {line}: {_told(error)}") from None
+
+
+def _told(error: Exception) -> str:
+    """Returns an error in words: of a row that is refused, what is wrong with each of its values."""
+    from pydantic import ValidationError
+
+    if not isinstance(error, ValidationError):
+        return f"{type(error).__name__}: {error}"
+    found = ((".".join(map(str, each["loc"])), each["msg"].removeprefix("Value error, ")) for each in error.errors())
+    return f"{error.title}: {'; '.join(': '.join(filter(None, each)) for each in found)}"
 
 
 def _digest(data: bytes) -> str:

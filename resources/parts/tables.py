@@ -9,11 +9,14 @@ from functools import cache
 from importlib import resources
 from typing import Literal, TypeVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ...errors import InputError
 from ...words import did_you_mean, shown, unknown_name
 from ..facts import Bytes, BytesPerSecond, FlopsPerSecond, Part
+
+#: No GPU's memory is as slow: a number without its unit.
+LEAST_BYTES_PER_SECOND = 10**9
 
 
 class PartError(InputError):
@@ -47,6 +50,17 @@ class Gpu(Listed):
     pcie_peer: bool = False
     nvlink_bytes_per_second: BytesPerSecond | None = Field(default=None, gt=0)
     unified: bool = False
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Gpu:
+        if self.link is None and not self.unified:
+            raise InputError(f"{self.name}: link: say what it is plugged into, such as 'pcie4 x16'; or unified = True")
+        if not {"bfloat16", "float16", "float32"} & self.flops_per_second.keys():
+            raise InputError(f"{self.name}: flops_per_second: give that of bfloat16, float16 or float32")
+        if self.memory_bytes_per_second < LEAST_BYTES_PER_SECOND:
+            given = f"{self.memory_bytes_per_second:,} bytes a second"
+            raise InputError(f"{self.name}: memory_bytes_per_second: {given}: write it with its unit, '448GB/s'")
+        return self
 
     @property
     def half_flops_per_second(self) -> int:
