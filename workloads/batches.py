@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import InputError
+
+Made = TypeVar("Made")
 
 PREFILL, DECODE = 0, 1
 #: What happens to prompt tokens: left out, one step a sequence, or steps of `chunk_tokens`.
@@ -68,6 +70,24 @@ class PlannedSteps(list[Step]):
     def columns(self) -> StepColumns:
         """All of them as arrays."""
         return _columns_of(self)
+
+    @cached_property
+    def worked_out(self) -> dict[tuple[Hashable, int], tuple[Any, Any]]:
+        """What `worked_out_of` has found, by what that is and the array that it was made of; and that array."""
+        return {}
+
+
+def worked_out_of(steps: Sequence[Step], sequence: npt.NDArray[Any], what: Hashable, make: Callable[[], Made]) -> Made:
+    """Returns what is made of steps and the sequence of each row of their trace, which those that are planned keep.
+
+    `what` says what that is; nobody changes it.
+    """
+    if not isinstance(steps, PlannedSteps):
+        return make()
+    known, key = steps.worked_out, (what, id(sequence))
+    if key not in known:
+        known[key] = make(), sequence
+    return known[key][0]  # type: ignore[no-any-return]
 
 
 def columns_of(steps: Sequence[Step]) -> StepColumns:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ...workloads.batches import PulledSteps, Step, columns_of
+from ...workloads.batches import PulledSteps, Step, columns_of, worked_out_of
 from ...workloads.guesses import Guesses
 from ...workloads.trace import RoutingTrace
 
@@ -82,6 +83,10 @@ def later_table(trace: RoutingTrace, steps: Sequence[Step], most: int) -> npt.ND
 
     -1 where there is none: guesses that cross the token boundary so often have no visit to be for.
     """
+    return worked_out_of(steps, trace.sequence, ("later", most), partial(_later_table, trace, steps, most))
+
+
+def _later_table(trace: RoutingTrace, steps: Sequence[Step], most: int) -> npt.NDArray[np.int64]:
     count = len(steps)
     later = np.full((count, 1 + most), count, dtype=np.int64)
     later[:, 0] = np.arange(count)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from ...workloads.batches import Step, continued_steps
+from ...workloads.batches import Step, continued_steps, worked_out_of
 from ...workloads.model import Model
 from ...workloads.trace import RoutingTrace
 
@@ -36,13 +37,19 @@ _TOKEN_BYTES = 8
 
 def flow_of(model: Model, trace: RoutingTrace, steps: Sequence[Step]) -> Flow:
     """Returns what passes between the stages of a model: a hidden state for each token, an id for each sequence."""
+    continued, token_bytes = worked_out_of(steps, trace.sequence, "flow", partial(_tokens_back, trace, steps))
+    return Flow(steps, continued, [model.activation_bytes(len(step.rows)) for step in steps], token_bytes)
+
+
+def _tokens_back(trace: RoutingTrace, steps: Sequence[Step]) -> tuple[Sequence[tuple[int, ...]], Sequence[int]]:
+    """Returns `continued` and `token_bytes` of `Flow`."""
     continued = continued_steps(steps, trace.sequence)
     needed = {step for before in continued for step in before}
     token_bytes = [
         _TOKEN_BYTES * len(set(trace.sequence[step.rows].tolist())) if number in needed else 0
         for number, step in enumerate(steps)
     ]
-    return Flow(steps, continued, [model.activation_bytes(len(step.rows)) for step in steps], token_bytes)
+    return continued, token_bytes
 
 
 def received_steps(flow: Flow, stage: int) -> list[int]:

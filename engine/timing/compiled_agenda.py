@@ -15,6 +15,7 @@ from .memory import (
     L_ENTERS,
     L_KEEPS,
     L_KEY,
+    L_OPEN,
     L_WAKE,
     NEVER,
     NOW,
@@ -53,8 +54,10 @@ def set_key(m: Words, at: Word, key: Word) -> None:
 def reschedule(m: Words, lane: Word) -> None:
     """Note what a lane does next: its instant and kind as one number."""
     comes = min(m[lane + L_END] << KIND_BITS | ENDS, m[lane + L_WAKE] << KIND_BITS | STARTS)
-    comes = min(comes, m[lane + L_KEEPS] << KIND_BITS | KEEPS)
-    set_key(m, m[lane + L_KEY], min(comes, m[lane + L_ENTERS] << KIND_BITS | ENTERS))
+    if m[lane + L_OPEN]:
+        comes = min(comes, m[lane + L_KEEPS] << KIND_BITS | KEEPS)
+        comes = min(comes, m[lane + L_ENTERS] << KIND_BITS | ENTERS)
+    set_key(m, m[lane + L_KEY], comes)
 
 
 @compiled

@@ -15,6 +15,7 @@ from .compiled_work import Reals, Word, Words, compiled
 from .memory import (
     BY_RANK,
     G_SPANS,
+    IN_ORDER,
     L_ACTIVE,
     L_AFTER_ISSUE_DISTURBED,
     L_AFTER_OTHER,
@@ -224,7 +225,7 @@ def backlog(m: Words, f: Reals, lane: Word) -> Word:
         done = (m[NOW] - m[lane + L_SINCE]) / f[lane + L_STRETCH]
         total += max(np.int64(0), np.int64(np.rint(f[lane + L_LEFT] - done)))
         total += m[active + W_NS] * (m[active + W_PIECES] - 1)
-    if m[lane + L_GPU] < 0:  # GPUs share it
+    if m[lane + L_GPU] < 0 or m[lane + L_KIND] == IN_ORDER:  # GPUs share it, or all that is ordered is queued
         return total + m[lane + L_ORDERED]
     if work >= 0:
         total += m[work + W_NS] * m[work + W_PIECES]

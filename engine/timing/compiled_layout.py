@@ -28,7 +28,7 @@ from .compiled_prices import ROW_WORDS
 from .lanes import ArrivalLane, Lane, QueueLane
 
 #: What the memory begins with; what fills up is made larger.
-_WORK, _NODES, _RECORDS, _ARRIVALS, _RATES, _ROWS = 1 << 11, 1 << 12, 1 << 14, 1 << 11, 1 << 10, 1 << 9
+_WORK, _NODES, _RECORDS, _ARRIVALS, _RATES, _ROWS = 1 << 11, 1 << 12, 1 << 13, 1 << 12, 1 << 10, 1 << 9
 #: Factors of a kind that are drawn ahead.
 _FEWEST_DRAWN, _MOST_DRAWN = 1 << 10, 1 << 14
 #: What is recorded of a GPU, and the words of a record.
@@ -140,7 +140,7 @@ class Layout:
         for at, gpu in zip(parts, self.gpus, strict=True):
             self.memory.set(at, {w.T_GPU: gpu, w.T_GPUS: memory.put_list([gpu]), w.T_PART_OF: -1})
             self.memory.set(gpu, {w.G_THREAD: at})
-        self._lay_out_agenda([*self.threads, *parts])
+        self._lay_out_agenda([*self.threads, *(parts if machine.exchange else ())])  # else none has a part
         self.slots: dict[int, int] = {}
         #: By slot: the most that one transfer at a time asks of each link, in bytes a second.
         self._asked: dict[int, dict[str, Fraction]] = {}
@@ -177,7 +177,7 @@ class Layout:
     def _lay_out_agenda(self, threads: Sequence[int]) -> None:
         """Lay out the words that say what each lane and thread does next: the threads of the run begin now."""
         owners = [*self.lanes, *threads]
-        count = -(-len(owners) // BLOCK) * BLOCK
+        count = -(-len(owners) // BLOCK) * BLOCK if len(owners) > FEW else len(owners)
         keys = self.memory.put([w.NEVER << KIND_BITS] * count)
         self.memory.put([*owners, *[-1] * (count - len(owners))])  # the last block may have words of nobody
         self.memory.set(0, {w.KEYS: keys, w.KEY_COUNT: count})
