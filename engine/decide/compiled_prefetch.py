@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ...machine_words import fetch_soon
 from .compiled_host_memory import stage
 from .compiled_memory import prefetch
 from .compiled_rooms import compiled, note_saved
@@ -47,6 +48,7 @@ from .decision_words import (
     D_RANKS,
     D_SHARED,
     D_STAGES,
+    D_TIER,
     D_UNIQUE,
     D_UNUSED,
     D_VISIT,
@@ -85,6 +87,8 @@ def ask(t: Tables, g: Word, expert: Word, target: Word) -> None:
     row[E_ASKED], row[E_PLACE] = stamp, place
     d[asked] += 1
     d[asked + place + A_EXPERT], d[asked + place + A_TIMES], d[asked + place + A_TARGET] = expert, 1, target
+    if row[E_COPY] < 0 and d[g + D_TIER] >= 0:
+        fetch_soon(t.experts[d[d[g + D_TIER] + D_EXPERTS] + expert], E_COPY)
 
 
 @compiled
@@ -120,6 +124,7 @@ def want(t: Tables, g: Word, expert: Word, target: Word) -> None:
     at = wanted + 1 + 2 * d[wanted]
     d[at], d[at + 1] = expert, target
     d[wanted] += 1
+    fetch_soon(t.experts[d[g + D_EXPERTS] + expert], E_ASKED)
 
 
 @compiled

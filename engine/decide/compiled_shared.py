@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ...machine_words import fetch_soon
 from ...resources.timeline import COMBINE, DENSE, DISPATCH, EXPERT, HEAD
 from .commands import COMPUTE, FIXED_REGISTERS, OUTPUT, RESULTS, TOKENS, Op
 from .compiled_memory import resize
@@ -21,6 +22,7 @@ from .decision_words import (
     D_BUDGETS,
     D_CHOSEN,
     D_END_STEP,
+    D_EXPERTS,
     D_FILTERS,
     D_FIRST_STEP,
     D_LAYER_EXPERTS,
@@ -33,6 +35,7 @@ from .decision_words import (
     D_STEPS,
     D_WANTED,
     DECIDED,
+    E_SEEN,
     END,
     H_BACK,
     H_DONE,
@@ -155,9 +158,11 @@ def divide_choices(t: Tables, h: Word, q: Word, layer: Word, place: Word) -> Non
         for at in range(begin, begin + k):
             if d[at] < 0:
                 break
-            own = d[d[gpus + 1 + d[servers + d[at]]] + D_OWN]
+            g = d[gpus + 1 + d[servers + d[at]]]
+            own = d[g + D_OWN]
             d[own] += 1
             d[own + d[own]] = d[at]
+            fetch_soon(t.experts[d[g + D_EXPERTS] + layer * experts + d[at]], E_SEEN)
 
 
 @compiled

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ...machine_words import fetch_soon
 from ..policies.compiled_eviction import BELADY, DEMANDED_AT, EXTRA_ROWS, begin
 from ..policies.miss import CPU as ON_CPU
 from ..policies.miss import DEFERRED
@@ -126,6 +127,8 @@ def look_up(t: Tables, g: Word, q: Word, layer: Word) -> None:
             t.served[count, S_EXPERT], t.served[count, S_TOKENS] = expert, 1
             d[recency + count] = expert
             count += 1
+            if row[E_COPY] < 0 and d[g + D_TIER] >= 0:
+                fetch_soon(t.experts[d[d[g + D_TIER] + D_EXPERTS] + expert], E_COPY)
     d[X_SERVED] = count
     place = count if d[q + Q_ROWS] > 1 else 0
     token = rows - 1
