@@ -108,11 +108,31 @@ def test_a_worker_that_finds_another_file_refuses(mru: Path) -> None:
         plugins.load_same([plugin])
 
 
+def card(**changes: str) -> str:
+    """A file that adds a card, with some of its figures changed, or left out where nothing is given."""
+    figures = {"name": "'mine'", "title": "'Mine'", "memory_bytes": "'8GB'", "memory_bytes_per_second": "'448GB/s'"}
+    figures |= {
+        "flops_per_second": "{'float32': '19TFLOP/s'}",
+        "link": "'pcie4 x8'",
+        "source": "'its maker'",
+        **changes,
+    }
+    given = ", ".join(f"{name}={value}" for name, value in figures.items() if value)
+    return f"from prestage.resources.parts.tables import Gpu, gpus\ngpus()['mine'] = Gpu({given})\n"
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
         ("def f(:\n", "line 1: SyntaxError"),
         ("x = 1\nEVICTION['mine'] = 1\n", "line 2: NameError: name 'EVICTION' is not defined"),
+        (card(source=""), "line 2: Gpu: source: Field required"),
+        (card(link=""), "line 2: Gpu: mine: link: say what it is plugged into, such as 'pcie4 x16'; or unified = True"),
+        (
+            card(flops_per_second="{'int8': 9}"),
+            "line 2: Gpu: mine: flops_per_second: give that of bfloat16, float16 or",
+        ),
+        (card(memory_bytes_per_second="448"), "line 2: .*448 bytes a second: write it with its unit, '448GB/s'"),
     ],
 )
 def test_a_plug_in_that_fails_is_one_line_that_says_where(text: str, says: str, tmp_path: Path) -> None:
