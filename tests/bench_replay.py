@@ -142,7 +142,7 @@ def main() -> None:
     for layers, experts, top_k in SHAPES:
         tokens = -(-arguments.accesses // (layers * top_k))
         trace = synthesize(tokens, layers, experts, top_k, skew=0.8, reuse=0.3, seed=1)
-        accesses = list_lookups(trace, plan_steps(trace.sequence, trace.phase), "single").experts
+        accesses = list_lookups(trace, plan_steps(trace.sequence, trace.phase), "single", shared=False).experts
         with tempfile.TemporaryDirectory() as folder:
             replays: dict[str, tuple[Replay, int]] = {"compiled": (compiled(trace), arguments.repeats)}
             if "libcachesim" not in missing:

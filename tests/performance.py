@@ -49,7 +49,7 @@ def replays() -> dict[str, float]:
     """Returns the time of the compiled replay by that of others, for the same accesses."""
     layers, experts, top_k, count = REPLAYED
     trace = synthesize(count // (layers * top_k), layers, experts, top_k, skew=0.8, reuse=0.3, seed=1)
-    accesses = list_lookups(trace, plan_steps(trace.sequence, trace.phase), "single").experts
+    accesses = list_lookups(trace, plan_steps(trace.sequence, trace.phase), "single", shared=False).experts
     with tempfile.TemporaryDirectory() as folder:
         others = {"replay by OrderedDict": (ordered_dict(accesses), 3)}
         if find_spec("libcachesim") is not None:

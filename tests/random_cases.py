@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
-from tiny import tiny_inputs, tiny_model, tiny_profile
+from tiny import books, tiny_inputs, tiny_model, tiny_profile
 
 from prestage.engine.costs.costs import Costs, part_costs
 from prestage.engine.decide.dispatch import Visit
@@ -63,22 +63,6 @@ def play(inputs: Inputs) -> Recording:
     """Simulate it."""
     costs = Costs(inputs)
     return run(inputs, costs, make_manager(inputs), make_prefetch(inputs.scenario, inputs.model))
-
-
-def books(recordings: list[Recording]) -> list[tuple[bytes, ...]]:
-    """What each GPU recorded."""
-    return [
-        (
-            one.spans.tobytes(),
-            one.decoded.accesses.tobytes(),
-            one.decoded.visits.tobytes(),
-            one.decoded.arrivals.tobytes(),
-            one.decoded.sent.tobytes(),
-            b"" if one.decoded.resolved is None else one.decoded.resolved.tobytes(),
-            str(one.decoded.timeline.lanes).encode(),
-        )
-        for one in recordings
-    ]
 
 
 def played(inputs: Inputs, engine: str) -> list[tuple[bytes, ...]]:

@@ -40,6 +40,8 @@ def test_the_choices_copy_to_the_host_is_of_a_number_for_each_token_and_choice()
     moved = span_bytes(recording)[recording.spans["kind"] == READBACK]
     steps = [len(step.rows) for step in recording.steps]
     assert moved.tolist() == [4 * tokens for tokens in steps]
+    two = tiny_run(tiny_model(1, top_k=2), tiny_profile(), tiny_trace([[[0, 1]]] * 3), tiny_scenario())
+    assert span_bytes(two)[two.spans["kind"] == READBACK].tolist() == [4 * 2] * 3
 
 
 def test_kernels_say_what_their_access_was_and_prefetches_how_they_ended() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from test_execute_beside import inputs_of
 from test_execute_shared_layers import shared_layers
-from tiny import ASSUMED
+from tiny import ASSUMED, run_alike
 
 from prestage.engine.costs.costs import Costs, part_costs
 from prestage.engine.loading.stages import with_profile
@@ -71,7 +71,7 @@ def test_both_engines_take_them_to_the_same_nanosecond_and_they_count(case: str)
 
 def test_the_way_to_the_cpu_and_back_is_what_was_measured() -> None:
     inputs = on(inputs_of("CPU"), host=CPU_COSTS)
-    (recording,) = run_all(inputs, prepared(inputs, part_costs(inputs)))
+    (recording,) = run_alike(inputs)
     for visit in set(recording.spans["visit"][recording.spans["kind"] == CPU_EXPERT].tolist()):
         here = recording.spans[recording.spans["visit"] == visit]
         there, back = sorted(here[here["kind"] == ACTIVATION], key=lambda span: int(span["start_ns"]))
@@ -94,7 +94,7 @@ def test_a_grouped_kernel_takes_its_constant_once_and_the_bytes_of_all() -> None
 
 def test_an_exchange_takes_what_was_measured_of_the_bytes_that_go_one_way() -> None:
     inputs = on(shared_layers(), exchange=True)
-    recordings = run_all(inputs, prepared(inputs, part_costs(inputs)))
+    recordings = run_alike(inputs)
     token = inputs.model.activation_bytes(1)
     took = {
         int(span["end_ns"] - span["start_ns"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -148,6 +149,15 @@ def test_host_memory_decides_by_every_compiled_policy_as_its_class(name: str, da
     # Room for two or three experts of the sizes that are drawn: reads that make others leave, in rooms left over.
     tiers = {"host_policy": name, "host_budget": f"{data.draw(st.integers(30, 90))}B"}
     assert compare(data.draw(cases(tiers=tiers)).inputs()) is None
+
+
+def test_guesses_of_more_layers_than_are_fetched_ahead_are_decided_by_in_python() -> None:
+    inputs = load_inputs(load_scenario("guide", ["workload.tokens=2", "prefetch.lookahead=1"]))
+    source = Played(inputs).source()
+    assert source.guesses is not None and decided_in_python(source) is None
+    further = replace(source.guesses, experts=np.repeat(source.guesses.experts, 2, axis=2))
+    assert decided_in_python(replace(source, guesses=further)) == "prefetch.lookahead"
+    assert decided_in_python(replace(source, guesses=None)) == "prefetch.lookahead"
 
 
 def test_host_memory_by_a_policy_that_is_not_compiled_is_decided_in_python() -> None:

@@ -16,9 +16,9 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from random_cases import Case, books, cases, played
+from random_cases import Case, cases, played
 from random_scenarios import accepted, accepted_of, composed, draw
-from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_scenario
+from tiny import books, tiny_inputs, tiny_model, tiny_profile, tiny_scenario
 
 from prestage.engine.costs.costs import Costs
 from prestage.engine.decide.commands import Command, Op

@@ -217,6 +217,15 @@ def test_arc_remembers_no_more_than_it_has_room_for_also_where_a_batch_evicts_be
     assert list(policy.victims()) == [4, 2]
 
 
+def test_arc_counts_uses_of_a_prefetched_expert_from_the_first_on() -> None:
+    policy = arc(2)
+    policy.admit(1, False)
+    policy.use(1, 1.0)  # the first, as that which a demanded one comes by
+    policy.use(1, 1.0)
+    policy.admit(2, True)
+    assert list(policy.victims()) == [2, 1]
+
+
 def test_arc_remembers_as_many_as_it_has_room_for() -> None:
     # 1 was used twice; 2 left for 3 and is remembered, one in T1 and one in B1. It comes back: the target for T1 rises
     # to the one that is there, and of T2 it is that one leaves.

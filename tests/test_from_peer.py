@@ -3,11 +3,9 @@
 from typing import Any
 
 import pytest
-from tiny import tiny_costs, tiny_inputs, tiny_model, tiny_pipeline, tiny_profile, tiny_scenario, tiny_trace
+from tiny import run_alike, tiny_costs, tiny_inputs, tiny_model, tiny_pipeline, tiny_profile, tiny_scenario, tiny_trace
 
-from prestage.engine.costs.costs import part_costs
 from prestage.engine.measure.recording import Recording
-from prestage.engine.run import prepared, run_all
 from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.inputs import Inputs
 from prestage.engine.scenario.scenario import make_scenario
@@ -32,18 +30,14 @@ def changed(profile: Profile, **sections: dict[str, Any]) -> Profile:
     return Profile.model_validate(data)
 
 
-def run_of(inputs: Inputs) -> list[Recording]:
-    return run_all(inputs, prepared(inputs, part_costs(inputs)))
-
-
 def test_experts_in_a_peers_memory_come_at_the_costs_of_copies_between_gpus() -> None:
     # One layer, two tokens that want two experts: the dense part 0-3, a copy of 5 + 20 ns, the expert's kernel 28-35.
     profile = tiny_profile(gpus=2, peer_latency_ns=5)
     trace = tiny_trace([[[0]], [[1]]])
-    (peer,) = run_of(tiny_inputs(tiny_model(1), profile, trace, tiny_scenario(copy={"source": "peer"})))
+    (peer,) = run_alike(tiny_inputs(tiny_model(1), profile, trace, tiny_scenario(copy={"source": "peer"})))
     assert spans_of(peer, "demand") == [(3, 28), (38, 63)]
     assert spans_of(peer, "expert") == [(28, 35), (63, 70)]
-    (host,) = run_of(tiny_inputs(tiny_model(1), profile, trace, tiny_scenario()))
+    (host,) = run_alike(tiny_inputs(tiny_model(1), profile, trace, tiny_scenario()))
     assert spans_of(host, "demand") == [(3, 23), (33, 53)]
 
 
@@ -92,7 +86,7 @@ def test_a_thread_takes_its_time_to_turn_to_another_gpu() -> None:
     turning = changed(plain, host={"turn": {"ns": 4, **ASSUMED}})
     first_ns = []
     for profile in (plain, turning):
-        start_ns, end_ns = spans_of(run_of(pipeline(profile, [[[0], [1]]]))[1], "launch")[0]
+        start_ns, end_ns = spans_of(run_alike(pipeline(profile, [[[0], [1]]]))[1], "launch")[0]
         first_ns.append(end_ns - start_ns)
     assert first_ns == [10, 14]  # the launch of the second GPU's dense part
 
@@ -100,8 +94,8 @@ def test_a_thread_takes_its_time_to_turn_to_another_gpu() -> None:
 def test_a_kernel_starts_later_behind_what_comes_from_another_gpu() -> None:
     plain = tiny_profile(gpus=2, peer_latency_ns=5)
     later = changed(plain, compute={"peer_wait_gap": {"ns": 3, **ASSUMED}})
-    begun = [spans_of(run_of(pipeline(profile, [[[0], [1]]]))[1], "dense")[0][0] for profile in (plain, later)]
-    arrived = spans_of(run_of(pipeline(plain, [[[0], [1]]]))[0], "activation")[0][1]
+    begun = [spans_of(run_alike(pipeline(profile, [[[0], [1]]]))[1], "dense")[0][0] for profile in (plain, later)]
+    arrived = spans_of(run_alike(pipeline(plain, [[[0], [1]]]))[0], "activation")[0][1]
     assert begun == [arrived, arrived + 3]
 
 
@@ -121,7 +115,7 @@ def test_a_copy_between_gpus_takes_longer_beside_a_copy_from_the_host(contention
         copy={"contention": contention},
     )
     trace = tiny_trace([[[0], [0]], [[1], [1]]], sequence=[0, 1])
-    first, _ = run_of(tiny_pipeline(tiny_model(2, copy_ns=200), profile, trace, scenario))
+    first, _ = run_alike(tiny_pipeline(tiny_model(2, copy_ns=200), profile, trace, scenario))
     (sent, _), (_, fetched) = spans_of(first, "activation"), spans_of(first, "demand")
     assert fetched[0] <= sent[0] and sent[1] <= fetched[1]
     assert sent[1] - sent[0] == took_ns

@@ -12,6 +12,7 @@ from tiny import (
     ASSUMED,
     EXPERT_FF,
     HIDDEN,
+    run_alike,
     tiny_costs,
     tiny_inputs,
     tiny_model,
@@ -22,7 +23,6 @@ from tiny import (
     tiny_trace,
 )
 
-from prestage.engine.costs.costs import part_costs
 from prestage.engine.costs.runtime_costs import token_bucket
 from prestage.engine.costs.uncertainty import replicate_costs
 from prestage.engine.load import load_inputs
@@ -124,7 +124,7 @@ def test_only_decode_steps_are_padded_and_a_prompt_has_its_head_computed_for_one
     experts = np.repeat(PROMPTS.experts, layers, axis=1)
     trace = replace(PROMPTS, experts=experts)
     inputs = tiny_pipeline(tiny_model(layers, head_ns=5), profile, trace, scenario)
-    recordings = run_all(inputs, prepared(inputs, part_costs(inputs)))
+    recordings = run_alike(inputs)
     decoded = [2, 1] if "gpus" in sections.get("parallel", {}) else [4 if mode == "graph" else 3]
     assert took(recordings, DENSE) == sorted([6 * tokens for tokens in decoded + [5] * 3] * layers)
     assert took(recordings, HEAD) == sorted([10 * tokens for tokens in decoded + [1] * 3])
@@ -174,6 +174,11 @@ def test_the_host_pays_for_products_small_kernels_events_and_waits() -> None:
     costs = tiny_costs(model, profile, scenario)
     timed = tiny_costs(model, profile, scenario, timed=True)
     assert timed.dense(0, 1).host_ns - costs.dense(0, 1).host_ns == 1  # an event before it as well
+    # A graph is launched at once, and has its event.
+    graph = tiny_costs(
+        model, changed(profile, host={"graph_launch": fixed(7)}), tiny_scenario(dispatch={"mode": "graph"})
+    )
+    assert (graph.dense(0, 1).host_ns, graph.dense(0, 1).launches) == (7 + 1, 1)
 
 
 def test_a_read_back_that_is_asked_for_late_takes_less_and_the_host_resumes_slowly() -> None:
@@ -192,6 +197,10 @@ def test_a_read_back_that_is_asked_for_late_takes_less_and_the_host_resumes_slow
     recording = tiny_run(tiny_model(1), profile, tiny_trace([[[0]]]), tiny_scenario(dispatch={"mode": "graph"}))
     assert recording.decoded.visits["choice_known_ns"].tolist() == [22]
     assert recording.copy_spans["issued_ns"].tolist() == [22 + 9 + 1]
+    # Without a measured one, a late one takes what any takes.
+    del host["readback_late"]
+    profile = changed(tiny_profile(), host=host)
+    assert tiny_costs(tiny_model(1), profile, tiny_scenario(dispatch={"mode": "graph"})).readback_latency_ns == 0
 
 
 def test_a_launch_may_begin_before_its_last_call_returns() -> None:
@@ -307,6 +316,20 @@ def test_the_scatter_of_single_events_averages_out() -> None:
     assert (makespan["p95"] - makespan["p5"]) / makespan["p50"] == pytest.approx(2 * 1.645 * 0.01, rel=0.25)
 
 
+@pytest.mark.parametrize(("mode", "scatter"), [("eager", 0.1), ("graph", 0.3)])
+def test_launches_scatter_as_those_of_their_dispatch(mode: str, scatter: float) -> None:
+    host = {
+        name: {**fixed(100), "uncertainty": unsure(0.0, share)}
+        for name, share in (("launch", 0.1), ("graph_launch", 0.3))
+    }
+    inputs = tiny_inputs(
+        tiny_model(1), changed(copying(None), host=host), tiny_trace([[[0]]]), tiny_scenario(dispatch={"mode": mode})
+    )
+    (costs,) = replicate_costs(inputs, 1)
+    assert costs.scatter is not None
+    assert costs.scatter.of["host"] == scatter
+
+
 def test_every_kernel_scatters_by_itself() -> None:
     # A hundred dense parts of 10 us, and nothing else that takes time: 1 % together if each is drawn anew, 10 % if not.
     points = [dense_point(3, 10_000, mode, uncertainty=unsure(0.0, 0.1)) for mode in ("eager", "graph")]
@@ -346,7 +369,7 @@ def test_events_scatter_alike_by_either_engine(settings: tuple[str, ...]) -> Non
     name, *changes = settings
     changes = changes if "tokens" in " ".join(changes) else [*changes, "workload.tokens=30"]
     inputs = load_inputs(load_scenario(name, changes))
-    plain = [recording.spans.tolist() for recording in run_all(inputs, prepared(inputs, part_costs(inputs)))]
+    plain = [recording.spans.tolist() for recording in run_alike(inputs)]
     drawn = zip(*(replicate_costs(part, 2) for part in inputs.parts), strict=True)
     found = []
     for costs in drawn:

@@ -16,6 +16,7 @@ from random_cases import Case, cases, decide, play, played
 from tiny import (
     check_books,
     peers,
+    run_alike,
     run_resident,
     tiny_model,
     tiny_pipeline,
@@ -29,7 +30,7 @@ from prestage.engine.costs.costs import part_costs
 from prestage.engine.measure.merge import makespan_ns, run_metrics
 from prestage.engine.measure.recording import Recording
 from prestage.engine.measure.time_split import time_split
-from prestage.engine.run import prepared, run_all
+from prestage.engine.run import ENGINES, prepared, run_all
 from prestage.engine.scenario.inputs import Inputs
 from prestage.engine.scenario.scenario import make_scenario
 from prestage.engine.scenario.sections import DISPATCH_THREADS
@@ -105,6 +106,22 @@ def test_activations_and_tokens_take_their_way_between_the_stages() -> None:
     assert time_split(second, 135) == {**parts, "bubble_ms": 95e-6, "drain_ms": 0}
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_each_stage_sends_to_the_next_and_the_last_to_the_first(engine: str) -> None:
+    # As above, with three stages of one layer: 10 ns, and 20 more where its expert is copied first. Step 0: stage 0 at
+    # 0-30, stage 1 at 51-81, stage 2 at 102-132; its id is at stage 0 at 145. Step 1: 145-155, 176-186, and 207.
+    trace = sequences(1, 2, 3)
+    inputs = tiny_pipeline(tiny_model(3), tiny_profile(gpus=3, peer_latency_ns=5), trace, staged(3, 1, 1))
+    recordings = run_all(inputs, prepared(inputs, part_costs(inputs)), engine=engine)
+    assert [spans_of(recording, "activation") for recording in recordings] == [
+        [(30, 51), (155, 176)], [(81, 102), (186, 207)], [(132, 145)],
+    ]  # fmt: skip
+    titles = [[lane.title for lane in recording.decoded.timeline.lanes] for recording in recordings]
+    assert [[title for title in of_gpu if "to gpu" in title] for of_gpu in titles] == [
+        ["copy engine to gpu1"], ["copy engine to gpu2"], ["copy engine to gpu0"],
+    ]  # fmt: skip
+
+
 def test_an_offloaded_stage_fetches_while_the_other_computes() -> None:
     # Two stages of one layer, room for one expert each, two micro-batches of one token; copies take 20 ns.
     # Stage 0: dense 0-3, copy 3-23, expert 23-30. Micro-batch 1 wants another expert: dense 30-33, its copy may
@@ -113,7 +130,7 @@ def test_an_offloaded_stage_fetches_while_the_other_computes() -> None:
     trace = tiny_trace([[[0], [1]], [[2], [3]]], sequence=[0, 1])
     scenario = staged(2, 2, 2, memory={"gpu_budget": "1experts"})
     inputs = tiny_pipeline(tiny_model(2), tiny_profile(gpus=2), trace, scenario)
-    first, second = run_all(inputs, prepared(inputs, part_costs(inputs)))
+    first, second = run_alike(inputs)
     assert spans_of(first, "demand") == [(3, 23), (33, 53)]
     assert spans_of(first, "expert") == [(23, 30), (53, 60)]
     assert spans_of(second, "demand") == [(33, 53), (63, 83)]
@@ -132,7 +149,7 @@ def test_stages_that_load_at_once_share_the_hosts_link() -> None:
     for contention, second_copy, makespan in ((True, (33, 73), 110), (False, (33, 53), 90)):
         scenario = staged(2, 2, 2, memory={"gpu_budget": "1experts"}, copy={"contention": contention})
         inputs = tiny_pipeline(tiny_model(2), profile, trace, scenario)
-        recordings = run_all(inputs, prepared(inputs, part_costs(inputs)))
+        recordings = run_alike(inputs)
         assert spans_of(recordings[0], "demand") == [(3, 23), second_copy]
         assert spans_of(recordings[1], "demand")[0] == second_copy
         assert makespan_ns(recordings) == makespan
@@ -210,7 +227,7 @@ def pipelines(draw: st.DrawFn) -> Inputs:
 @pytest.mark.slow
 @given(inputs=pipelines())
 def test_every_stage_decides_what_a_run_of_its_layers_alone_decides(inputs: Inputs) -> None:
-    recordings = run_all(inputs, prepared(inputs, part_costs(inputs)))
+    recordings = run_alike(inputs)
     for part, recording in zip(inputs.parts, recordings, strict=True):
         visits, manager = decide(part)
         assert len(recording.decoded.visits) == len(visits) == part.layer_visits
@@ -231,7 +248,7 @@ def test_both_engines_end_at_the_same_nanoseconds(inputs: Inputs) -> None:
 @pytest.mark.slow
 @given(inputs=pipelines())
 def test_nothing_happens_before_its_cause_and_the_parts_of_time_come_to_the_makespan(inputs: Inputs) -> None:
-    recordings = run_all(inputs, prepared(inputs, part_costs(inputs)))
+    recordings = run_alike(inputs)
     check_books(recordings)
     if len(recordings) == 1:
         return

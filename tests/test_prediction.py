@@ -11,7 +11,7 @@ import pytest
 from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_scenario, tiny_trace
 
 from prestage.engine.costs.cpu_streams import MIDDLE
-from prestage.engine.costs.ranges import UNSTATED, drawn_costs, structure, unsure_costs
+from prestage.engine.costs.ranges import UNSTATED, drawn_costs, spread_of, structure, unsure_costs
 from prestage.engine.prediction import DRAWS, Range, ranges, unsure
 from prestage.engine.scenario.inputs import Inputs
 from prestage.engine.scenario.scenario import load_scenario
@@ -76,6 +76,9 @@ def test_a_bandwidth_that_is_taken_as_stream_is_off_by_the_share_that_is_reached
     assert of_bandwidth == ("runtime.costs.cpu_stream/", MIDDLE)
     assert shares(None) == []
     assert shares(50.0, **own) == [("runtime.costs.cpu_stream/", 0.9)]
+    costs = unsure_costs(inputs_of(0.3, **own))
+    assert "profile.h2d.pinned.alone/" in costs, list(costs)
+    assert spread_of(costs["profile.h2d.pinned.alone/"]) == pytest.approx(0.3)
     assert "runtime.costs.cpu_stream/" not in dict(shares(50.0, cpu_rates=rates))
 
 

@@ -17,7 +17,7 @@ import pytest
 from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_scenario, tiny_trace
 
 from prestage.engine.costs.costs import Costs
-from prestage.engine.costs.cpu_streams import HIGHEST, LOWEST, MIDDLE, SPREAD, CpuStream
+from prestage.engine.costs.cpu_streams import HIGHEST, LOWEST, MIDDLE, SPREAD, CpuStream, cpu_stream
 from prestage.engine.costs.offload_costs import CpuCosts
 from prestage.engine.costs.runtime_costs import RuntimeCosts, launched_model
 from prestage.engine.load import load_inputs
@@ -26,6 +26,7 @@ from prestage.engine.measure.recording import Recording
 from prestage.engine.run import ENGINES
 from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.scenario import Scenario, load_scenario, make_scenario
+from prestage.resources.profile import load_profile
 from prestage.resources.profile_costs import TransferCost
 from prestage.resources.runtime import PROMPTS, SPREADS, OwnTime, Runtime, RuntimeFileError, load_runtime, runtime_names
 from prestage.resources.timeline import CPU_EXPERT, DEMAND, DENSE, EXPERT, HEAD
@@ -372,6 +373,21 @@ def test_of_a_dtype_between_two_as_many_weights_are_computed() -> None:
     runtime = threaded(("int8", 1, 10), ("float32", 1, 40))
     stream = CpuStream(runtime, 100e9, 1, "here")
     assert [stream.computed(dtype, 1) for dtype in ("int4", "bfloat16")] == pytest.approx([5e9, 20e9])
+
+
+def test_a_share_of_stream_that_a_runtime_names_is_said_with_its_spread() -> None:
+    share = {"share": 0.5, "spread": 0.2, "source": "assumed"}
+    runtime = Runtime.model_validate({"name": "own", "costs": {"cpu_stream": share}})
+    rate, words = CpuStream(runtime, 100e9, None, "given").rate("int8", 1 << 20, 1)
+    # Nine of ten lie within 1.645 standard deviations of the logarithm: 0.5 times e to the -0.329 and 0.329.
+    assert rate == 50e9
+    assert words == "0.50 of 100 GB/s (given; assumed: 0.36 to 0.69 for this runtime)"
+    # Without a bandwidth of the scenario's, STREAM is what the profile says of its processor's memory.
+    profile = load_profile("gpu=rtx4090, ram=2x DDR5-5600")
+    stream = cpu_stream(runtime, profile, tiny_scenario(miss={"policy": "cpu"}).miss)
+    assert stream is not None and profile.processor is not None
+    assert stream.rate("int8", 1 << 20, 1)[0] == 0.5 * profile.processor.bytes_per_second
+    assert cpu_stream(runtime, tiny_profile(), tiny_scenario(miss={"policy": "cpu"}).miss) is None
 
 
 def test_a_bandwidth_alone_is_stream_and_the_result_says_by_what_it_was_derated() -> None:

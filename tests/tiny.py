@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from prestage.engine.measure.recording import Recording
 from prestage.engine.measure.time_split import time_split
 from prestage.engine.policies.eviction import EVICTION
 from prestage.engine.policies.prefetch import NoPrefetch
-from prestage.engine.run import Prepared, run_all
+from prestage.engine.run import Prepared, prepared, run_all
 from prestage.engine.scenario.inputs import Inputs
 from prestage.engine.scenario.scenario import Scenario
 from prestage.resources.profile import Profile
@@ -27,7 +28,6 @@ from prestage.testing.machine import (
     tiny_inputs,
     tiny_model,
     tiny_profile,
-    tiny_run,
     tiny_scenario,
     tiny_topology,
     tiny_trace,
@@ -36,8 +36,9 @@ from prestage.workloads.model import Model
 from prestage.workloads.trace import RoutingTrace
 
 __all__ = [
-    "ASSUMED", "EXPERT_FF", "HIDDEN", "check_books", "peers", "run_resident", "tiny_costs", "tiny_inputs", "tiny_model",
-    "tiny_pipeline", "tiny_profile", "tiny_run", "tiny_scenario", "tiny_topology", "tiny_trace",
+    "ASSUMED", "EXPERT_FF", "HIDDEN", "books", "check_books", "peers", "run_alike", "run_resident", "tiny_costs",
+    "tiny_inputs", "tiny_model", "tiny_pipeline", "tiny_profile", "tiny_run", "tiny_scenario", "tiny_topology",
+    "tiny_trace",
 ]  # fmt: skip
 
 
@@ -47,15 +48,52 @@ def tiny_pipeline(model: Model, profile: Profile, trace: RoutingTrace, scenario:
     return completed(Inputs(scenario, model, profile, trace, steps, budget_bytes=0, guesses=None))
 
 
+def books(recordings: list[Recording]) -> list[tuple[bytes, ...]]:
+    """What each GPU recorded."""
+    return [
+        (
+            one.spans.tobytes(),
+            one.decoded.accesses.tobytes(),
+            one.decoded.visits.tobytes(),
+            one.decoded.arrivals.tobytes(),
+            one.decoded.sent.tobytes(),
+            b"" if one.decoded.resolved is None else one.decoded.resolved.tobytes(),
+            str(one.decoded.timeline.lanes).encode(),
+        )
+        for one in recordings
+    ]
+
+
+def run_alike(inputs: Inputs, ready: Callable[[Inputs], Sequence[Prepared]] | None = None) -> list[Recording]:
+    """Run inputs by the engine that a user gets, and return what it recorded, which SimPy's must have recorded, too.
+
+    What is worked by hand is so held against either; `ready` makes what a run begins with, anew for each.
+    """
+    make = ready or (lambda inputs: prepared(inputs, part_costs(inputs)))
+    found, reference = (run_all(inputs, make(inputs), **engine) for engine in ({}, {"engine": "simpy"}))
+    assert books(found) == books(reference)
+    return found
+
+
+def tiny_run(model: Model, profile: Profile, trace: RoutingTrace, scenario: Scenario) -> Recording:
+    """Simulate hand-made inputs on one GPU, as `run_alike` does."""
+    (recording,) = run_alike(tiny_inputs(model, profile, trace, scenario))
+    return recording
+
+
 def run_resident(inputs: Inputs) -> list[Recording]:
-    """Run inputs with every expert in memory from the start, on all GPUs."""
-    ready = []
-    for part, costs in zip(inputs.parts, part_costs(inputs), strict=True):
-        model = part.model
-        manager = MemoryManager(model.expert_bytes, model.experts, model.total_expert_bytes, EVICTION["lru"])
-        manager.preload(range(model.total_experts))
-        ready.append(Prepared(part, costs, manager, NoPrefetch()))
-    return run_all(inputs, ready)
+    """Run inputs with every expert in memory from the start, on all GPUs, as `run_alike` does."""
+
+    def ready(inputs: Inputs) -> list[Prepared]:
+        made = []
+        for part, costs in zip(inputs.parts, part_costs(inputs), strict=True):
+            model = part.model
+            manager = MemoryManager(model.expert_bytes, model.experts, model.total_expert_bytes, EVICTION["lru"])
+            manager.preload(range(model.total_experts))
+            made.append(Prepared(part, costs, manager, NoPrefetch()))
+        return made
+
+    return run_alike(inputs, ready)
 
 
 def tiny_costs(model: Model, profile: Profile, scenario: Scenario, *, timed: bool = False) -> Costs:

@@ -37,7 +37,7 @@ class Lookups:
 
 
 def list_lookups(
-    trace: RoutingTrace, steps: Sequence[Step], lookup: str, layer: int | None = None, *, shared: bool = False
+    trace: RoutingTrace, steps: Sequence[Step], lookup: str, layer: int | None = None, *, shared: bool
 ) -> Lookups:
     """Lay the look-ups of a run out, of all layers or of one; `lookup` "single" makes each its own visit.
 

@@ -214,7 +214,7 @@ def _requests(served: Served) -> Requests:
     is_token[-1:] = True
     ends = np.append(turns[1:], True)[: len(turns)]
     end_ns = served.end_ns[step]
-    arrival_ns = np.concatenate([[0], end_ns[ends][:-1]]) if len(order) else end_ns
+    arrival_ns = np.roll(end_ns[ends], 1)  # the first turn of a sequence arrives as is said below
     free_after = {name: after for step in served.steps for name, after in step.came}
     came_after = np.array([free_after.get(name, -1) for name in sequence[begins].tolist()], dtype=np.int64)
     arrival_ns[begins[turns]] = np.where(came_after >= 0, served.end_ns[came_after], 0)

@@ -354,7 +354,7 @@ class QueueLane(Lane):
         self._count = 0
         self._filled: simpy.Event | None = None
         #: The rank of a copy, as a copy order says it.
-        self.rank: Callable[[QueuedCopy], Rank] = lambda copy: (0, 0)
+        self.rank: Callable[[QueuedCopy], Rank]
         self._next: Work | None = None  # taken from the queue, waiting for its start
         #: Asked when work's turn comes; True drops it (a stale prefetch).
         self.is_stale: Callable[[Work], bool] = lambda work: False
