@@ -253,7 +253,7 @@ def test_a_global_lru_too_small_for_one_round_never_hits_and_says_why() -> None:
     small = ("memory.gpu_budget=20experts", "prefetch.lookahead=0")
     (warning,) = warnings_about("cliff", *small)
     assert " 20 experts of other layers" in warning and "scope = per-layer" in warning
-    assert f"at least {21 * 13_236_480 / 2**20:,.1f} MiB" in warning
+    assert f"at least {21 * 13_236_480 / 2**20:,.2f} MiB" in warning
     assert not warnings_about("cliff", "memory.gpu_budget=21experts", "prefetch.lookahead=0")
     assert not warnings_about("cliff", "memory.scope=per-layer")
 
