@@ -66,7 +66,8 @@ def play(inputs: Inputs) -> Recording:
 
 
 def played(inputs: Inputs, engine: str) -> list[tuple[bytes, ...]]:
-    return books(run_all(inputs, prepared(inputs, part_costs(inputs)), engine=engine))
+    found: list[tuple[bytes, ...]] = books(run_all(inputs, prepared(inputs, part_costs(inputs)), engine=engine))
+    return found
 
 
 def decide(inputs: Inputs) -> tuple[list[Visit], MemoryManager]:

@@ -70,7 +70,7 @@ def test_a_bandwidth_that_is_taken_as_stream_is_off_by_the_share_that_is_reached
         found = unsure_costs(replace(made, scenario=tiny_scenario(miss=miss)))
         return [(path, cost.share) for path, cost in found.items() if isinstance(cost, OwnShare)]
 
-    own = {"costs": {"cpu_stream": {"share": 0.9, "source": "assumed"}}}
+    own: dict[str, Any] = {"costs": {"cpu_stream": {"share": 0.9, "source": "assumed"}}}
     rates = [{"dtype": "int8", "expert_bytes": 20, "threads": 8, "share": 0.7, "source": "measured", "note": "by hand"}]
     (of_bandwidth,) = shares(50.0)
     assert of_bandwidth == ("runtime.costs.cpu_stream/", MIDDLE)
