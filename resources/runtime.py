@@ -132,6 +132,18 @@ class Launches(Part):
     note: str = ""
 
 
+class CacheMove(OwnShare):
+    """What kernels move of a layer's KV cache for rows that decode, beside one look at it: bytes read and written.
+
+    For models whose name begins so. `times` the keys and values that a row looks at, and `times_heads` again for each
+    query head of a KV head; at a `share` of the rate that the GPU reads weights with.
+    """
+
+    model: str = ""
+    times: float = Field(default=0.0, ge=0, le=1000)
+    times_heads: float = Field(default=0.0, ge=0, le=1000)
+
+
 class Copies(Part):
     """How an expert comes to the GPU.
 
@@ -217,13 +229,14 @@ class Runtime(Part):
     cpu_rates: tuple[CpuRate, ...] = ()
     cpu_cores: tuple[CpuCore, ...] = ()
     launches: tuple[Launches, ...] = ()
+    cache_moves: tuple[CacheMove, ...] = ()
     #: What of it can be set, for advice.
     advice: Advice = Advice()
 
     @property
     def neutral(self) -> bool:
         """Whether it costs nothing beyond the machine."""
-        return not self.costs.given() and self.copies == Copies() and not (self.waits or self.cpu_blocks)
+        return self.copies == Copies() and not (self.costs.given() or self.cache_moves or self.waits or self.cpu_blocks)
 
     @property
     def unmeasured(self) -> list[str]:

@@ -27,6 +27,7 @@ from ...units import FLOPS, RATES, rate_words
 from ...workloads.batches import Step
 from ...workloads.model import Attending
 from ...workloads.requests.request import Part, RepeatedStep, RequestStep
+from .runtime_costs import OwnAttention
 from .surface_costs import SurfaceCosts
 
 if TYPE_CHECKING:
@@ -57,16 +58,17 @@ class _Rows(NamedTuple):
 class Attention:
     """What attention adds on one GPU, by step and kind of layer; nothing for a fixed batch without a context.
 
-    `kind_of` (layers,) numbers the layers that attend alike; `firsts` is a layer of each kind. The runtime takes
-    `indexed_ns` by itself for each position that sparse attention has cached.
+    `kind_of` (layers,) numbers the layers that attend alike; `firsts` is a layer of each kind. `own` is what the
+    runtime takes by itself: for each position that sparse attention has cached, and for what it moves of the cache.
     """
 
     def __init__(
-        self, inputs: Inputs, profile: Profile, surface: SurfaceCosts | None, dispatch: str, indexed_ns: int = 0
-    ) -> None:
+        self, inputs: Inputs, profile: Profile, surface: SurfaceCosts | None, dispatch: str,
+        own: OwnAttention,
+    ) -> None:  # fmt: skip
         self._inputs, self._model, self._surface, self._rule = inputs, inputs.model, surface, profile.compute.rule
         self._start = inputs.scenario.workload.context
-        self._indexed_ns = indexed_ns
+        self._indexed_ns, self._moves = own
         self._by_requests = inputs.scenario.requests is not None
         self._known: dict[int, tuple[Step, list[Added]]] = {}  # the last _KEPT steps
         model = self._model
@@ -150,6 +152,7 @@ class Attention:
             decoding_ns = _along(rows.decoding, *growth)
         if self._indexed_ns and any(each.indexes for each in attends):
             decoding_ns += self._indexed_ns * float(rows.decoding.sum())
+        decoding_ns += sum(self._moved_ns(each, rows.decoding) for each in attends)
         prompts_ns = sum(self._prompt_ns(each, prompt) for each in attends for prompt in rows.prompts)
         ns = decoding_ns + prompts_ns
         if self._surface is None:
@@ -169,6 +172,13 @@ class Attention:
         read_ns = self._surface.cached_ns(len(positions), attends.kv_heads, attends.key_bytes, float(keys.mean()))
         flops = 4 * attends.heads * (attends.latent_dim or attends.head_dim) * float(keys.sum())
         return max(read_ns, flops / self._surface.flops_per_ns)
+
+    def _moved_ns(self, attends: Attending, positions: Numbers) -> float:
+        """Returns what the runtime takes to move what rows that decode look at."""
+        heads = attends.heads / attends.kv_heads if attends.heads else 1.0
+        moved = sum((move.times + move.times_heads * heads) / move.share for move in self._moves)
+        cached = attends.key_bytes * float(attends.keys(positions).sum())
+        return moved * cached * 1e9 / self._rule.bytes_per_second
 
     def _prompt_ns(self, attends: Attending, positions: Numbers) -> float:
         """Returns what one attention of several rows of one sequence takes."""

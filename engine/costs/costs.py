@@ -114,7 +114,8 @@ class Costs:
         self._set_measured(profile.compute)
         dispatch = "eager" if self._mode == "eager" else "graph"
         #: What attention adds to the dense parts with what is cached, by step.
-        self.attention = Attention(inputs, profile, self._surface, dispatch, self.runtime.indexed_ns)
+        own = self.runtime.attention_of(self.model)
+        self.attention = Attention(inputs, profile, self._surface, dispatch, own)
         self.predict = KernelCost(self.predict_ns, 1.0, 1, self.launch_ns + self.records_ns, self._latency_ns)
         if self.copies_hold_host and scenario.prefetch.issued_by == "gpu":
             raise ProfileError(

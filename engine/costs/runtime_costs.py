@@ -7,23 +7,29 @@ number. All else is added to the machine's costs, or multiplies them.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 from ...resources.profile_costs import TransferCost
-from ...resources.runtime import OwnCost, Runtime
+from ...resources.runtime import CacheMove, OwnCost, Runtime
 from ...workloads.model import Model
+
+
+class OwnAttention(NamedTuple):
+    """What a runtime's attention costs beyond the machine's: ns a position of sparse attention, and what is moved."""
+
+    indexed_ns: int = 0
+    moves: tuple[CacheMove, ...] = ()
 
 
 class RuntimeCosts:
     """A runtime's own costs; with `free` dispatch the host's calls take nothing."""
 
     def __init__(self, runtime: Runtime, *, free: bool) -> None:
-        self._costs, self.copies, self._free = runtime.costs, runtime.copies, free
+        self._costs, self.copies, self._free, self._moves = runtime.costs, runtime.copies, free, runtime.cache_moves
         #: The costs that count in every run: of the host thread, in ns.
         self.layer_ns, self.step_ns = self._time("layer"), self._time("step")
         self.cpu_submit_ns, self.cpu_return_ns = self._time("cpu_submit"), self._time("cpu_return")
         self.copy_call_ns, self._expert_ns = self._time("copy_call"), self._time("expert")
-        #: For a position that sparse attention has cached: the GPU waits for it.
-        self.indexed_ns = self._time("indexed")
         #: Whether the host waits for the end of a forward pass, and is held while the CPU computes experts.
         self.waits, self.cpu_blocks = runtime.waits, runtime.cpu_blocks
         launch = runtime.costs.launch
@@ -36,6 +42,12 @@ class RuntimeCosts:
     def _time(self, name: str) -> int:
         cost = getattr(self._costs, name)
         return 0 if cost is None or self._free else int(cost.ns)
+
+    def attention_of(self, model: Model) -> OwnAttention:
+        """Returns what attention of a model costs besides; the GPU waits for the host's time of sparse attention."""
+        return OwnAttention(
+            self._time("indexed"), tuple(each for each in self._moves if model.name.startswith(each.model))
+        )
 
     @property
     def own_kernels(self) -> bool:
