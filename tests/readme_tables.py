@@ -548,51 +548,89 @@ _FITS = {
     "decode": ("first choice of constants", "second choice"),
     "llama.cpp": ("first: constants of two other models", "second: of three rows of the same model"),
 }
+#: Errors are counted that are larger; one within the spread of its setting may be the setting's.
+_WANTED = 0.10
 
 
-def _runtime_rows(name: str) -> str:
-    """Every setting of a real runtime: measured, predicted as shipped and with what was fitted to others, baselines."""
-    report = _validation(f"h200-{name}")
-    rows = report["rows"]
+def _errors(rows: list[dict[str, Any]], key: str) -> list[str]:
+    """The median and the worst error, how many are beyond _WANTED, and how many of those within their spread."""
+    middle, worst = sizes(rows, key)
+    beyond = [row for row in rows if abs(row[key] / row["measured_ns"] - 1) > _WANTED]
+    within = [row for row in beyond if row["spread"] and abs(row[key] / row["measured_ns"] - 1) <= row["spread"]]
+    return [f"{middle:.1%}", f"{worst:.1%}", str(len(beyond)), str(len(within))]
+
+
+def _error_table(name: str, rows: list[dict[str, Any]]) -> str:
+    """The errors of a report's rows that are in no second fit, and of the baselines."""
     held = [row for row in rows if not row["fitted_to"]]
     first, second = _FITS[name]
-    keys = {"predicted_ns": "as shipped", "first_ns": first, "fitted_ns": second, "busiest_ns": "busiest lane alone"}
-    if len(held) < len(rows):
-        for row, ns in zip(rows, line_ns(rows), strict=True):
-            row["line_ns"] = ns
-        keys["line_ns"] = "a line through the fitted runs"
-    summary = []
-    for key, words in keys.items():
-        middle, worst = sizes(held, key)
-        summary.append([words, f"{middle:.1%}", f"{worst:.1%}"])
-    spreads = [row["spread"] for row in rows if row["spread"] is not None]
-    text = (
-        f"{len(rows)} settings, {len(held)} of them in no second fit; the median spread is {median(spreads):.1%}.\n\n"
+    keys = {"predicted_ns": "as shipped", "first_ns": first, "fitted_ns": second, "busiest_ns": "busiest lane alone",
+            "line_ns": "a line through the fitted runs"}  # fmt: skip
+    for row, ns in zip(rows, line_ns(rows), strict=True):
+        row["line_ns"] = ns
+    lines = [[words, *_errors(held, key)] for key, words in keys.items()]
+    return table(
+        [f"{len(held)} settings, time of a step", "median error", "worst", "beyond 10%", "within spread"], lines
     )
-    text += table([f"{len(held)} settings, time of a step", "median error", "worst"], summary)
+
+
+def _runtime_rows(name: str, report: str) -> str:
+    """Every setting of a real runtime: measured, predicted as shipped and with what was fitted to others, baselines."""
+    rows = _validation(report)["rows"]
+    spreads = [row["spread"] for row in rows if row["spread"] is not None]
+    held = sum(not row["fitted_to"] for row in rows)
+    text = f"{len(rows)} settings, {held} of them in no second fit; the median spread is {median(spreads):.1%}."
+    keys = ("predicted_ns", "first_ns", "fitted_ns", "busiest_ns")
     each = [
         [row["name"] + (" (fitted)" if row["fitted_to"] else ""), f"{row['measured_ns'] / 1e6:,.2f}",
          str(row["samples"]), "-" if row["spread"] is None else f"{row['spread']:.1%}",
-         f"{row['predicted_ns'] / 1e6:,.2f}", *(_signed(row, key) for key in keys if key != "line_ns")]
+         f"{row['predicted_ns'] / 1e6:,.2f}", *(_signed(row, key) for key in keys)]
         for row in rows
     ]  # fmt: skip
     columns = ["setting", "measured, ms", "n", "spread", "as shipped, ms", "error", "first", "second", "busiest lane"]
-    return f"{text}\n\n{table(columns, each)}"
+    return f"{text}\n\n{_error_table(name, rows)}\n\n{table(columns, each)}"
 
 
 def runs_decoded() -> str:
     """What `calibrate decode` measured on an H200, beside what is predicted."""
-    return _runtime_rows("decode")
+    return _runtime_rows("decode", "h200-decode-2026-12-01")
+
+
+def runs_decoded_all() -> str:
+    """The same with all repeats, whoever slowed the host."""
+    rows = _validation("h200-decode-2026-12-01")["rows"]
+    return _error_table("decode", [row | row["all"] for row in rows])
+
+
+def runs_decoded_before() -> str:
+    """The errors of an earlier day's."""
+    return _error_table("decode", _validation("h200-decode")["rows"])
 
 
 def runs_llama_cpp() -> str:
-    """What llama-bench measured on an H200, beside what is predicted."""
-    return _runtime_rows("llama.cpp")
+    """What llama-bench measured on an H200 with flash attention, beside what is predicted."""
+    return _runtime_rows("llama.cpp", "h200-llama.cpp-flash")
+
+
+def runs_llama_cpp_before() -> str:
+    """The errors of earlier rows, without flash attention."""
+    return _error_table("llama.cpp", _validation("h200-llama.cpp")["rows"])
+
+
+def runs_blind() -> str:
+    """What was predicted of later runs before anything was changed, with constants fitted to the earlier ones."""
+    keys = {"predicted_ns": "as shipped", "earlier_first_ns": "earlier constants, first",
+            "earlier_ns": "earlier constants, second"}  # fmt: skip
+    lines = []
+    for runtime, report in (("transformers", "decode-2026-12-01"), ("llama.cpp", "llama.cpp-flash")):
+        rows = _validation(f"h200-{report}-blind")["rows"]
+        lines += [[runtime, str(len(rows)), words, *_errors(rows, key)] for key, words in keys.items()]
+    return table(["runtime", "settings", "constants", "median error", "worst", "beyond 10%", "within spread"], lines)
 
 
 def prompts_llama_cpp() -> str:
-    """What llama-bench's prompts took on an H200, beside what is predicted."""
-    report = _validation("h200-llama.cpp-prompts")
+    """What llama-bench's prompts took on an H200 with flash attention, beside what is predicted."""
+    report = _validation("h200-llama.cpp-flash-prompts")
     rows = [
         [row["model"], str(row["n_prompt"]), str(row["n_cpu_moe"]),
          "pinned" if row["load_mode"] == "none" else "pageable",
@@ -761,7 +799,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "timeline-speed": timeline_speed,
     "engines": engines,
     "runs-decoded": runs_decoded,
+    "runs-decoded-all": runs_decoded_all,
+    "runs-decoded-before": runs_decoded_before,
     "runs-llama.cpp": runs_llama_cpp,
+    "runs-llama.cpp-before": runs_llama_cpp_before,
+    "runs-blind": runs_blind,
     "prompts-llama.cpp": prompts_llama_cpp,
     "runs-freetoken": runs_freetoken,
     "published-figures": published_figures,

@@ -72,6 +72,8 @@ def test_repeats_on_a_core_that_was_slowed_down_do_not_count(
     found = load_logs([written(tmp_path, [report], "decode.json")], Context("h200"))
     steps = [found[0].settings["workload"]["batch"] * 1e9 / (10.0, 20.0, 40.0)[number] for number in counted]
     assert found[0].samples == len(counted) and found[0].ns == pytest.approx(median(steps))
+    (every, *_) = load_logs([tmp_path / "decode.json"], Context("h200", disturbed=True))
+    assert every.samples == 3
 
 
 @pytest.mark.parametrize("form", ["array", "lines", "gzip"])
@@ -113,6 +115,22 @@ def test_bad_logs_are_told_of_in_one_line(tmp_path: Path, text: str, told: str) 
     with pytest.raises(ObserveError) as caught:
         load_logs([file], context())
     assert told in str(caught.value) and str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("samples_ns", "refused"), [
+    ((4_000_000, 4_100_000, 4_200_000, 4_300_000, 9_000_000), False),
+    ((4_000_000, 4_100_000, 4_200_000, 9_000_000), True),
+    ((2_000_000, 4_000_000, 4_100_000, 9_000_000, 9_000_000), True),
+])  # fmt: skip
+def test_of_many_samples_one_may_contradict_the_others(
+    tmp_path: Path, samples_ns: tuple[int, ...], refused: bool
+) -> None:
+    file = written(tmp_path, [*bench_rows(), ROW | {"n_cpu_moe": 2, "samples_ns": list(samples_ns)}])
+    if refused:
+        with pytest.raises(ObserveError, match="contradict each other"):
+            load_logs([file], context())
+    else:
+        assert load_logs([file], context())[-1].ns == median(samples_ns) / 4
 
 
 def test_another_model_than_the_one_that_was_run_is_told_of(tmp_path: Path) -> None:

@@ -30,8 +30,9 @@ _KINDS = (
     "the decode.json or served.json of calibrate decode, llama-bench -o json or jsonl, vllm bench serve --save-result, "
     "sglang.bench_serving or bench_one_batch, a PyTorch profiler's trace, or CSV with a column tokens_per_second"
 )
-#: Repeats of one setting that differ by more contradict each other.
+#: Repeats of one setting that differ by more contradict each other; of so many, the shortest and the longest aside.
 _CONTRADICTS = 1.5
+_MANY = 5
 #: How far a model's bytes may be off those of the file that was run: quantizations mix types.
 _OTHER_SIZE = 0.15
 #: What a scenario's [model] changes of a preset.
@@ -60,11 +61,15 @@ class Observation:
 
 @dataclass(frozen=True)
 class Context:
-    """What logs leave out: the machine, the model (llama-bench, CSV), and more sections of the scenario."""
+    """What logs leave out: the machine, the model (llama-bench, CSV), and more sections of the scenario.
+
+    With `disturbed`, repeats of a decode.json count too in which other programs slowed the host's core.
+    """
 
     profile: str | None = None
     model: str | None = None
     more: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    disturbed: bool = False
 
 
 def load_logs(files: Sequence[Path], context: Context = Context()) -> list[Observation]:
@@ -157,7 +162,8 @@ def _decoded(file: Path, report: Mapping[str, Any], context: Context) -> list[Ob
                 raise ObserveError(f"{file}: {run['name']}: its trace {trace} is not there: keep both together")
             settings["workload"]["trace"] = str(trace)
             batch = settings["workload"]["batch"]
-            steps = [batch * 1e9 / repeat["tokens_per_second"] for repeat in _undisturbed(run["repeats"])]
+            repeats = run["repeats"] if context.disturbed else _undisturbed(run["repeats"])
+            steps = [batch * 1e9 / repeat["tokens_per_second"] for repeat in repeats]
             sections = _merged(settings, context)
             taken = (median(steps), len(steps), quartile_spread(steps))
             found.append(Observation(run["name"], report["model"]["name"], sections, *taken))
@@ -241,8 +247,9 @@ def _cell(file: Path, cell: tuple[int, int, int, bool], samples: Sequence[float]
     """Returns one setting of llama-bench."""
     on_cpu, threads, depth, mmap = cell
     name = f"{model.name}-ncmoe{on_cpu}-t{threads}-d{depth}{'' if mmap else '-nommap'}"
-    if max(samples) > _CONTRADICTS * min(samples):
-        low, high = min(samples) / 1e6, max(samples) / 1e6
+    middle = sorted(samples)[1:-1] if len(samples) >= _MANY else sorted(samples)
+    if middle[-1] > _CONTRADICTS * middle[0]:
+        low, high = middle[0] / 1e6, middle[-1] / 1e6
         raise ObserveError(
             f"{file}: {name}: {low:.3f} and {high:.3f} ms a token contradict each other: measure it again"
         )

@@ -1,8 +1,9 @@
 """Prompts that llama-bench measured on an H200, each beside what is predicted of it: the report, as JSON.
 
-    python -m prestage.calibration.observe.prompts OUT.json
+    python -m prestage.calibration.observe.prompts OUT.json [flash]
 
-No cost was fitted to a prompt. Tokens of the files are drawn, and so is the routing here: each token's experts anew.
+`flash`: those with flash attention. No cost was fitted to a prompt. Tokens of the files are drawn, and so is the
+routing here: each token's experts anew.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from ...engine.scenario.scenario import make_scenario
 from ...engine.simulate import simulate_inputs
 from ...files import write_file
 from ...workloads.model import load_model
-from .reality import BENCHED, CPU_GB_PER_S, SAMPLES, bench_rows
+from .reality import BENCH, BENCH_FLASH, BENCHED, CPU_GB_PER_S, SAMPLES, bench_rows
 
 #: What tells one setting from another.
 _CELL = ("n_prompt", "n_cpu_moe", "n_threads", "n_ubatch", "load_mode")
 
 
-def prompts() -> Iterator[tuple[str, Mapping[str, Any], list[int]]]:
+def prompts(bench: Path) -> Iterator[tuple[str, Mapping[str, Any], list[int]]]:
     """Yields each setting of a prompt: its model, a row of it, and the samples of all its rows, in ns."""
-    for model, rows in bench_rows():
+    for model, rows in bench_rows(bench):
         cells: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
         for row in rows:
             if row["n_prompt"] and not row["n_gen"]:
@@ -60,10 +61,10 @@ def scenario_of(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def report() -> list[dict[str, Any]]:
+def report(bench: Path) -> list[dict[str, Any]]:
     """Returns a row a setting: what a prompt took and what is predicted, in ns."""
     found = []
-    for name, row, samples in prompts():
+    for name, row, samples in prompts(bench):
         result = simulate_inputs(load_inputs(make_scenario(scenario_of(name, row))), baselines=False)
         found.append({
             "model": name, **{key: row[key] for key in _CELL}, "samples": len(samples), "measured_ns": median(samples),
@@ -74,9 +75,11 @@ def report() -> list[dict[str, Any]]:
 
 def main(arguments: Sequence[str]) -> None:
     """Run from the command line."""
-    if len(arguments) != 1:
+    out, *flash = arguments or [""]
+    if not out or flash not in ([], ["flash"]):
         sys.exit(str(__doc__))
-    write_file(Path(arguments[0]), json.dumps({"rows": report()}, indent=1).encode() + b"\n")
+    rows = report(BENCH_FLASH if flash else BENCH)
+    write_file(Path(out), json.dumps({"rows": rows}, indent=1).encode() + b"\n")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """How well Prestage predicts the runs of real runtimes in `calibration/samples/h200-runtimes`: the report, as JSON.
 
-    python -m prestage.calibration.observe.reality decode OUT.json
-    python -m prestage.calibration.observe.reality llama.cpp OUT.json
+    python -m prestage.calibration.observe.reality decode OUT.json [ENGINE]
 
-What is fitted to which runs is said here: of three models two runs each, of mixtral-8x7b none; and for llama.cpp, two
-models for each that is predicted, and three rows of the model itself.
+In place of `decode`: `decode-2026-12-01`, `llama.cpp` or `llama.cpp-flash`. What is fitted to which runs is said here:
+of three models two runs each, of mixtral-8x7b none; and for llama.cpp, two models for each that is predicted, and three
+rows of the model itself. Later runs are also predicted by the constants of the earlier ones' committed report.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ from .fit import GUESS, Fitted, Predictor, fit, median_worst
 from .logs import Context, Observation, ObserveError, llama_bench, load_logs
 
 SAMPLES = Path(__file__).parent.parent / "samples" / "h200-runtimes"
-BENCH = SAMPLES / "llama-bench.jsonl.gz"
+VALIDATION = Path(__file__).parent.parent / "validation"
+#: Earlier runs, and later ones: on another day, and of llama.cpp with flash attention.
+DAYS = ("decode.json.gz", "decode-2026-12-01.json.gz")
+BENCH, BENCH_FLASH = SAMPLES / "llama-bench.jsonl.gz", SAMPLES / "llama-bench-flash.jsonl.gz"
 DECODED = ("gpt-oss-20b", "olmoe-1b-7b", "qwen3-30b-a3b", "mixtral-8x7b")
 #: The runs that constants of all models together are fitted to: the first choice, made before any error was seen.
 COMMON = (
@@ -54,26 +58,27 @@ OWN_COSTS = ("gpu_kernels", "cpu_submit", "cpu_cores")
 CPU_GB_PER_S = 97.0
 
 
-def decoded() -> list[Observation]:
-    """Returns the runs of `calibrate decode`."""
-    return load_logs([SAMPLES / model / "decode.json.gz" for model in DECODED], Context(profile="h200"))
+def decoded(file: str = DAYS[0], *, disturbed: bool = False) -> list[Observation]:
+    """Returns the runs of `calibrate decode`, of a day; with repeats in which others slowed the host, or without."""
+    context = Context(profile="h200", disturbed=disturbed)
+    return load_logs([SAMPLES / model / file for model in DECODED], context)
 
 
-def bench_rows() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+def bench_rows(bench: Path = BENCH) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Yields the rows of llama-bench, model by model."""
-    lines = map(json.loads, unpacked(read(BENCH, ObserveError), BENCH, ObserveError).splitlines())
+    lines = map(json.loads, unpacked(read(bench, ObserveError), bench, ObserveError).splitlines())
     rows = [row for line in lines for row in line.get("rows", ())]
     for model in BENCHED:
         yield model, [row for row in rows if row["model_filename"].startswith(model)]
 
 
-def benched() -> list[Observation]:
+def benched(bench: Path = BENCH) -> list[Observation]:
     """Returns the settings of llama-bench that generate."""
     found = []
-    for model, own in bench_rows():
+    for model, own in bench_rows(bench):
         layers = BENCHED[model]
         more: dict[str, dict[str, Any]] = {"model": {"layers": layers}, "miss": {"cpu_gb_per_s": CPU_GB_PER_S}}
-        found += llama_bench(BENCH, own, Context("h200", str(SAMPLES / "models" / f"{model}.toml"), more))
+        found += llama_bench(bench, own, Context("h200", str(SAMPLES / "models" / f"{model}.toml"), more))
     return found
 
 
@@ -98,34 +103,66 @@ def _costs(fitted: Fitted) -> dict[str, Any]:
     }
 
 
-def decode_report(engine: str | None = None) -> dict[str, Any]:
-    """Returns the report of `calibrate decode`'s runs."""
-    observations = decoded()
-    predictor = Predictor(observations, "transformers", engine)
+def earlier_fits(report: str) -> Iterator[tuple[str | None, list[str], dict[str, float]]]:
+    """Yields the fits of a committed report: the model that each predicts (None: all), its runs, and its costs."""
+    for each in json.loads((VALIDATION / f"{report}.json").read_text(encoding="utf-8"))["fits"]:
+        yield each.get("predicts"), each["fitted_to"], {name: cost["value"] for name, cost in each["costs"].items()}
+
+
+def add_earlier(rows: Sequence[dict[str, Any]], predictor: Predictor, report: str,
+                first: Sequence[Sequence[str]]) -> None:  # fmt: skip
+    """Add to each row what the constants of an earlier report say of it; `first` are the runs of its first fits."""
+    fits = list(earlier_fits(report))
+    for number, row in enumerate(rows):
+        row |= {"earlier_first_ns": row["predicted_ns"], "earlier_ns": row["predicted_ns"]}
+        for model, runs, values in fits:
+            if model in (None, row["model"]):
+                key = "earlier_first_ns" if tuple(runs) in first else "earlier_ns"
+                row[key] = round(predictor.ns(number, values))
+
+
+def _decode_fits(predictor: Predictor, observations: Sequence[Observation],
+                 before: Sequence[float]) -> tuple[list[dict[str, Any]], list[float], list[float]]:  # fmt: skip
+    """Returns the fits, and what the first and the second choice of runs say of each observation, in ns."""
     everything = range(len(observations))
-    before = [predictor.ns(number, {}) for number in everything]
-    busiest = [predictor.busiest_ns(number) for number in everything]
     common = fit(predictor, observations, DECODE_COSTS, [n for n in everything if observations[n].name in COMMON])
     fits = [{"fitted_to": list(COMMON), "costs": _costs(common), "sums": list(common.sums)}]
-    seen, after = [OWN.fullmatch(each.name) is not None for each in observations], list(before)
+    after = list(before)
     for model in DECODED:
         own = [number for number in everything if observations[number].group == model]
-        chosen = [number for number in own if seen[number]]
+        chosen = [number for number in own if OWN.fullmatch(observations[number].name)]
         if chosen:
             fitted = fit(predictor, observations, DECODE_COSTS, chosen)
             runs = [observations[number].name for number in chosen]
             fits.append({"predicts": model, "fitted_to": runs, "costs": _costs(fitted), "sums": list(fitted.sums)})
             for number in own:
                 after[number] = predictor.ns(number, fitted.values)
-    rows = report(observations, before, after, busiest, seen)
-    for number, row in enumerate(rows):
-        row |= {"first_ns": round(predictor.ns(number, common.values)), "first_to": row["name"] in COMMON}
-    return {"runtime": "transformers", "fits": fits, "rows": rows}
+    return fits, [predictor.ns(number, common.values) for number in everything], after
 
 
-def bench_report(engine: str | None = None) -> dict[str, Any]:
+def decode_report(engine: str | None = None, file: str = DAYS[0]) -> dict[str, Any]:
+    """Returns the report of `calibrate decode`'s runs, of a day: with repeats that nobody disturbed, and `all`."""
+    observations = decoded(file)
+    predictor = Predictor(observations, "transformers", engine)
+    everything = range(len(observations))
+    before = [predictor.ns(number, {}) for number in everything]
+    busiest = [predictor.busiest_ns(number) for number in everything]
+    fits, first, after = _decode_fits(predictor, observations, before)
+    rows = report(observations, before, after, busiest, [OWN.fullmatch(each.name) is not None for each in observations])
+    repeats = decoded(file, disturbed=True)
+    all_fits, all_first, all_after = _decode_fits(predictor, repeats, before)
+    for number, (row, each) in enumerate(zip(rows, repeats, strict=True)):
+        row |= {"first_ns": round(first[number]), "first_to": row["name"] in COMMON}
+        row["all"] = {"samples": each.samples, "spread": each.spread, "measured_ns": round(each.ns),
+                      "first_ns": round(all_first[number]), "fitted_ns": round(all_after[number])}  # fmt: skip
+    if file != DAYS[0]:
+        add_earlier(rows, predictor, "h200-decode", [COMMON])
+    return {"runtime": "transformers", "fits": fits, "all_fits": all_fits, "rows": rows}
+
+
+def bench_report(engine: str | None = None, bench: Path = BENCH) -> dict[str, Any]:
     """Returns the report of llama-bench's rows, each model predicted by fits to two others and to three of its own."""
-    observations = benched()
+    observations = benched(bench)
     predictor = Predictor(observations, "llama.cpp", engine)
     everything = range(len(observations))
     before = [predictor.ns(number, {}) for number in everything]
@@ -147,6 +184,8 @@ def bench_report(engine: str | None = None) -> dict[str, Any]:
     rows = report(observations, before, after, busiest, seen)
     for row, ns in zip(rows, first, strict=True):
         row["first_ns"] = round(ns)
+    if bench != BENCH:
+        add_earlier(rows, predictor, "h200-llama.cpp", list(HELD_OUT.values()))
     return {"runtime": "llama.cpp", "fits": fits, "rows": rows}
 
 
@@ -164,7 +203,10 @@ def line_ns(rows: Sequence[dict[str, Any]]) -> list[float]:
 
 def main(arguments: Sequence[str]) -> None:
     """Run from the command line."""
-    made = {"decode": decode_report, "llama.cpp": bench_report}
+    made: dict[str, Callable[..., dict[str, Any]]] = {
+        "decode": decode_report, "decode-2026-12-01": partial(decode_report, file=DAYS[1]),
+        "llama.cpp": bench_report, "llama.cpp-flash": partial(bench_report, bench=BENCH_FLASH),
+    }  # fmt: skip
     if len(arguments) not in (2, 3) or arguments[0] not in made:
         sys.exit(str(__doc__))
     found = made[arguments[0]](*arguments[2:])
