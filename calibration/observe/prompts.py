@@ -27,7 +27,7 @@ from .reality import BENCH, BENCH_FLASH, BENCHED, CPU_GB_PER_S, SAMPLES, bench_r
 _CELL = ("n_prompt", "n_cpu_moe", "n_threads", "n_ubatch", "load_mode")
 
 
-def prompts(bench: Path) -> Iterator[tuple[str, Mapping[str, Any], list[int]]]:
+def prompts(bench: Path = BENCH) -> Iterator[tuple[str, Mapping[str, Any], list[int]]]:
     """Yields each setting of a prompt: its model, a row of it, and the samples of all its rows, in ns."""
     for model, rows in bench_rows(bench):
         cells: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
