@@ -161,7 +161,7 @@ def test_guesses_of_more_layers_than_are_fetched_ahead_are_decided_by_in_python(
 
 
 def test_host_memory_by_a_policy_that_is_not_compiled_is_decided_in_python() -> None:
-    scenario = load_scenario("nvme", ["workload.tokens=2", "tiers.host_policy=arc"])
+    scenario = load_scenario("nvme", ["workload.tokens=2", "tiers.host_policy=predictive"])
     inputs = load_inputs(scenario)
     assert compare(inputs) == "tiers.host_policy"
 

@@ -363,6 +363,24 @@ def test_a_compiled_replay_equals_the_reference_to_the_last_access(
     assert evict == reference.evict
 
 
+def test_a_compiled_replay_forgets_sequences_in_the_order_in_which_they_end() -> None:
+    # Sequence 1 ends after step 1, sequence 0 after step 2, which looks nobody up. Expert 1 was forgotten first, so it
+    # is the one that sequence 2 evicts for its expert 2 at step 3, and misses at step 4.
+    trace = RoutingTrace(
+        np.array([0, 0, 0, 1, 1, 0, 2, 1], dtype=np.uint8).reshape(-1, 1, 1), 3,
+        sequence=np.array([0, 0, 0, 1, 1, 2, 2, 2], dtype=np.int32), phase=np.full(8, DECODE, dtype=np.uint8),
+        present=np.array([True, True, False, True, True, False, True, True])[:, None],
+    )  # fmt: skip
+    steps = plan_steps(trace.sequence, trace.phase, batch=2)
+    setting = setting_of(trace, steps, "activation-aware", "batch")
+    manager = MemoryManager([1], 3, 2, EVICTION["activation-aware"], setting=setting)
+    reference = replay(trace, steps, manager)
+    outcome, evicted = COMPILED["activation-aware"](trace, steps, [2], [1], "batch", setting=setting)
+    assert outcome.ravel().tolist() == reference.outcome.ravel().tolist()
+    assert evicted == reference.evict
+    assert outcome.ravel().tolist() == [MISSED, FOUND, NOT_LOOKED_UP, MISSED, FOUND, NOT_LOOKED_UP, MISSED, MISSED]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(COMPILED.keys() - {"gate-weight"}))  # in Python where a step has many tokens
 def test_a_compiled_replay_equals_the_reference_on_a_real_trace_with_a_prompt(qwen: RoutingTrace, name: str) -> None:

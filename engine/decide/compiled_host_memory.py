@@ -6,8 +6,6 @@ from typing import Any
 
 from ..policies.compiled_eviction import (
     DEMANDED_AT,
-    EXTRA_ROWS,
-    admit,
 )
 from .compiled_rooms import (
     compiled,
@@ -15,6 +13,7 @@ from .compiled_rooms import (
     leave,
     make_room,
     note_admission,
+    note_admitted,
     note_use,
     pool_of,
     take_register,
@@ -23,7 +22,6 @@ from .compiled_rooms import (
 from .decision_words import (
     D_ASSIGNED,
     D_BACK_NS,
-    D_EVICTION,
     D_EXPERTS,
     D_FOUND,
     D_KEPT_FREE,
@@ -39,9 +37,7 @@ from .decision_words import (
     E_SIZE,
     E_WAVE,
     P_EXPERT,
-    P_EXPERTS,
     P_FREE_BYTES,
-    P_STATE,
     X_COPIED,
     X_TAKEN,
     Tables,
@@ -79,8 +75,7 @@ def settle_in(t: Tables, g: Word, expert: Word, reason: Word, copied: Words) -> 
     row[E_ROOM] = take_register(t, host)
     d[d[host + D_ROOMS] + row[E_ROOM]] = take_register(t, host)
     note_admission(t, host, expert, reason)
-    state = t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_EXPERTS] + EXTRA_ROWS]
-    admit(d[host + D_EVICTION], state, expert - d[p + P_EXPERT], int(reason == DEMANDED))
+    note_admitted(t, host, p, expert, int(reason == DEMANDED))
 
 
 @compiled

@@ -6,9 +6,7 @@ from typing import Any
 
 from ..policies.compiled_eviction import (
     DEMANDED_AT,
-    EXTRA_ROWS,
     SPENT,
-    admit,
 )
 from .compiled_host_memory import bring, hand_over, list_evicted
 from .compiled_rooms import (
@@ -18,6 +16,7 @@ from .compiled_rooms import (
     leave,
     make_room,
     note_admission,
+    note_admitted,
     pool_of,
     take_register,
     take_room,
@@ -51,10 +50,7 @@ from .decision_words import (
     E_UNTIL,
     E_WAVE,
     P_BUDGET,
-    P_EXPERT,
-    P_EXPERTS,
     P_FREE_BYTES,
-    P_STATE,
     R_COUNT,
     X_COPIED,
     X_SERVED,
@@ -142,8 +138,7 @@ def prefetch(t: Tables, g: Word, expert: Word, target: Word, at: Word) -> Word:
     if not claim(t, g, expert, -1, target, at):
         return False
     p, row = pool_of(t, g, expert), t.experts[d[g + D_EXPERTS] + expert]
-    state = t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_EXPERTS] + EXTRA_ROWS]
-    admit(d[g + D_EVICTION], state, expert - d[p + P_EXPERT], 0)
+    note_admitted(t, g, p, expert, 0)
     if d[g + D_PROTECTS]:
         row[E_UNTIL] = target
         if d[g + D_DROPS]:

@@ -11,18 +11,9 @@ from typing import Any
 
 from ...machine_code import compiled_once
 from ...machine_words import fetch_soon
-from ..policies.compiled_eviction import (
-    EXTRA_ROWS,
-    S3FIFO,
-    admit,
-    drop,
-    evict,
-    miss,
-    next_victim,
-    use,
-    victims,
-)
+from ..policies.compiled_eviction import next_victim
 from ..policies.compiled_orders import WAVE
+from ..policies.compiled_policies import LUCK_WORDS, REALS_BESIDE, admit, drop, evict, has_miss, miss, use, victims
 from .decision_words import (
     ADMITTED_WORDS,
     D_ADMITTED,
@@ -54,13 +45,17 @@ from .decision_words import (
     P_EXPERTS,
     P_FIRST,
     P_FREE_BYTES,
+    P_LUCK,
+    P_REALS,
     P_RING,
+    P_ROWS,
     P_STATE,
     R_AT,
     R_COUNT,
     TYPES,
     X_REGISTERS,
     X_TAKEN,
+    Reals,
     Table,
     Tables,
     Words,
@@ -186,11 +181,12 @@ def leave(t: Tables, g: Word, p: Word, expert: Word, found: Word) -> None:
     """Let an expert lose its room; `found`: `victims` has found it."""
     d, kind = t.words, t.words[g + D_EVICTION]
     row = t.experts[d[g + D_EXPERTS] + expert]
-    state = t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_EXPERTS] + EXTRA_ROWS]
+    state = t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_ROWS]]
     if found:
         evict(kind, state, expert - d[p + P_EXPERT])
     else:
-        drop(kind, state, expert - d[p + P_EXPERT])
+        reals = t.floats[d[p + P_REALS] : d[p + P_REALS] + d[p + P_EXPERTS] + REALS_BESIDE]
+        drop(kind, state, reals, expert - d[p + P_EXPERT])
     region = d[g + D_EVICTED]
     d[d[region + R_AT] + d[region + R_COUNT]] = row[E_COPY]
     d[region + R_COUNT] += 1
@@ -207,8 +203,10 @@ def evict_for(t: Tables, g: Word, p: Word, lacking_bytes: Word, at: Word) -> Wor
     d = t.words
     first = d[g + D_EXPERTS] + d[p + P_EXPERT]
     held = t.experts[first : first + d[p + P_EXPERTS]]
-    state = t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_EXPERTS] + EXTRA_ROWS]
-    count = victims(d[g + D_EVICTION], state, held, d[g + D_WAVE], at, lacking_bytes, t.leaving)
+    state = t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_ROWS]]
+    reals = t.floats[d[p + P_REALS] : d[p + P_REALS] + d[p + P_EXPERTS] + REALS_BESIDE]
+    luck = d[d[p + P_LUCK] : d[p + P_LUCK] + LUCK_WORDS]
+    count = victims(d[g + D_EVICTION], state, reals, luck, held, d[g + D_WAVE], at, lacking_bytes, t.leaving)
     for number in range(count):
         leave(t, g, p, d[p + P_EXPERT] + t.leaving[number], 1)
     coming = next_victim(state)
@@ -221,9 +219,10 @@ def evict_for(t: Tables, g: Word, p: Word, lacking_bytes: Word, at: Word) -> Wor
 def make_room(t: Tables, g: Word, p: Word, expert: Word, demanded: Word, at: Word) -> Word:
     """Make room for an absent expert in a memory, at visit `at`; False, and nobody leaves, if that cannot be."""
     d = t.words
-    if demanded and d[g + D_EVICTION] == S3FIFO:
-        state = t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_EXPERTS] + EXTRA_ROWS]
-        miss(d[g + D_EVICTION], state, expert - d[p + P_EXPERT])
+    if has_miss(d[g + D_EVICTION]):
+        state = t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_ROWS]]
+        reals = t.floats[d[p + P_REALS] : d[p + P_REALS] + d[p + P_EXPERTS] + REALS_BESIDE]
+        miss(d[g + D_EVICTION], state, reals, expert - d[p + P_EXPERT], demanded)
     lacking_bytes = t.experts[d[g + D_EXPERTS] + expert, E_SIZE] - d[p + P_FREE_BYTES]
     return lacking_bytes <= 0 or evict_for(t, g, p, lacking_bytes, at)
 
@@ -250,18 +249,28 @@ def note_saved(t: Tables, g: Word, copies: Word) -> None:
 
 
 @compiled
+def note_admitted(t: Tables, g: Word, p: Word, expert: Word, demanded: Word) -> None:
+    """Tell the policy that an expert has been given room, on demand or not."""
+    d = t.words
+    state = t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_ROWS]]
+    reals = t.floats[d[p + P_REALS] : d[p + P_REALS] + d[p + P_EXPERTS] + REALS_BESIDE]
+    admit(d[g + D_EVICTION], state, reals, expert - d[p + P_EXPERT], demanded)
+
+
+@compiled
 def note_use(t: Tables, g: Word, p: Word, expert: Word, found: Word) -> None:
     """Tell the policy that an expert was used: it was found, or admitted on demand."""
+    if not found:
+        note_admitted(t, g, p, expert, 1)
+        return
     d = t.words
-    state = t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_EXPERTS] + EXTRA_ROWS]
-    if found:
-        use(d[g + D_EVICTION], state, expert - d[p + P_EXPERT])
-    else:
-        admit(d[g + D_EVICTION], state, expert - d[p + P_EXPERT], 1)
+    state = t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_ROWS]]
+    reals = t.floats[d[p + P_REALS] : d[p + P_REALS] + d[p + P_EXPERTS] + REALS_BESIDE]
+    use(d[g + D_EVICTION], state, reals, expert - d[p + P_EXPERT])
 
 
 @entry
-def admit_preloaded(kind: Word, state: Table, experts: Words, count: Word) -> None:
+def admit_preloaded(kind: Word, state: Table, reals: Reals, experts: Words, count: Word) -> None:
     """Take note of so many experts that have room before the run, as if prefetches had brought them."""
     for number in range(count):
-        admit(kind, state, experts[number], 0)
+        admit(kind, state, reals, experts[number], 0)

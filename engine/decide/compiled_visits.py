@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from ...machine_words import fetch_soon
-from ..policies.compiled_eviction import BELADY, DEMANDED_AT, EXTRA_ROWS, begin
+from ..policies.compiled_eviction import BELADY, DEMANDED_AT, begin
+from ..policies.compiled_policies import HEAT, REALS_BESIDE, begin_visit, begins, warm
 from ..policies.miss import CPU as ON_CPU
 from ..policies.miss import DEFERRED
 from .compiled_memory import claim, drop_prefetched, unpin
@@ -51,6 +52,8 @@ from .decision_words import (
     E_WAVE,
     P_EXPERT,
     P_EXPERTS,
+    P_REALS,
+    P_ROWS,
     P_STATE,
     POPULARITY,
     Q_FIRST,
@@ -293,7 +296,7 @@ def note_next_uses(t: Tables, g: Word, p: Word) -> None:
     d = t.words
     if d[g + D_EVICTION] != BELADY:
         return
-    state = t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_EXPERTS] + EXTRA_ROWS]
+    state = t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_ROWS]]
     first = d[g + D_FOLLOWING] + d[g + D_FOLLOWED]
     for number in range(d[X_SERVED]):
         begin(state, t.served[number, S_EXPERT] - d[p + P_EXPERT], d[first + number])
@@ -301,12 +304,31 @@ def note_next_uses(t: Tables, g: Word, p: Word) -> None:
 
 
 @compiled
+def note_visit(t: Tables, g: Word, holder: Word, p: Word, layer: Word) -> None:
+    """Let the policy of a memory's pool, a GPU's or the host's below it, know of a visit and what it looks up."""
+    d = t.words
+    if not begins(d[holder + D_EVICTION]):
+        return
+    state = t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_ROWS]]
+    reals = t.floats[d[p + P_REALS] : d[p + P_REALS] + d[p + P_EXPERTS] + REALS_BESIDE]
+    begin_visit(state, d[g + D_VISIT] // d[g + D_LAYERS], layer - d[p + P_EXPERT] // d[g + D_LAYER_EXPERTS])
+    if d[holder + D_EVICTION] != HEAT:
+        return
+    for number in range(d[X_SERVED]):
+        expert = d[d[g + D_RECENCY] + number]
+        warm(state, reals, expert - d[p + P_EXPERT], t.experts[d[holder + D_EXPERTS] + expert, E_COPY] >= 0)
+
+
+@compiled
 def serve(t: Tables, g: Word, q: Word, layer: Word) -> None:
     """Serve a visit's look-ups, wave by wave; what the last wave holds stays pinned."""
     d, visit, p = t.words, t.words[X_VISIT], pool_of(t, g, layer * t.words[g + D_LAYER_EXPERTS])
     note_next_uses(t, g, p)
+    note_visit(t, g, g, p, layer)
     if d[g + D_TIER] >= 0:
-        note_next_uses(t, d[g + D_TIER], pool_of(t, d[g + D_TIER], np.int64(0)))
+        host, of_host = d[g + D_TIER], pool_of(t, d[g + D_TIER], np.int64(0))
+        note_next_uses(t, host, of_host)
+        note_visit(t, g, host, of_host, layer)
     lacking = find(t, g)
     on_cpu = lacking and d[g + D_ON_CPU] and (d[g + D_FETCH_FROM] < 0 or d[q + Q_ROWS] < d[g + D_FETCH_FROM])
     d[visit + V_CPU_TOKENS] = send_to_cpu(t, g, q, layer) if on_cpu else 0

@@ -6,7 +6,7 @@ leaves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,8 +16,10 @@ import numpy.typing as npt
 from ...machine_words import WordMemory, zeros
 from ...workloads.batches import Step, columns_of
 from ...workloads.stacks import next_visits
-from ..policies.compiled_eviction import BELADY, EXTRA_ROWS, begin_states
+from ..policies.compiled_eviction import BELADY
 from ..policies.compiled_orders import COLUMNS, NEXT
+from ..policies.compiled_policies import RANDOM, REALS_BESIDE, begin_state, luck, rows_beside
+from ..policies.eviction_base import Setting
 from ..policies.eviction_informed import Static
 from ..policies.prefetch import Popularity
 from . import decision_words as w
@@ -99,7 +101,10 @@ class Layout:
                 self.memories.append((at, part, part.source.host_memory.manager))
         firsts = np.cumsum([0, *(len(manager.size_of) for _, _, manager in self.memories)]).tolist()
         self.experts = zeros(firsts[-1] * w.E_COLUMNS).reshape(-1, w.E_COLUMNS)
-        pools = [len(manager.size_of) + EXTRA_ROWS * len(manager.pools) for _, _, manager in self.memories]
+        pools = [
+            len(manager.size_of) + rows_beside(_kind_of(manager), _layers_of(manager)) * len(manager.pools)
+            for _, _, manager in self.memories
+        ]
         self.states = zeros(sum(pools) * COLUMNS).reshape(-1, COLUMNS)
         rows = np.cumsum([0, *pools]).tolist()
         for number, part in enumerate(parts):
@@ -186,7 +191,8 @@ class Layout:
 
     def _lay_out_memory(self, at: int, part: Part, manager: MemoryManager, first: int, row: int) -> None:
         """Lay out a memory as it is: who has room, what is free, and what the policies know of it, from a row on."""
-        kind, sizes, count = EVICTIONS[type(manager.pools[0].policy)], manager.size_of, len(manager.pools)
+        kind, sizes, count = _kind_of(manager), manager.size_of, len(manager.pools)
+        layers = _layers_of(manager)
         own = self.experts[first : first + len(sizes)]
         own[:, w.E_WAVE : w.E_UNTIL + 1] = own[:, w.E_COPY : w.E_ROOM + 1] = -1
         own[:, w.E_SIZE] = sizes[0] if manager.uniform else sizes
@@ -194,13 +200,13 @@ class Layout:
             held, copies = list(manager.assigned), list(manager.assigned.values())
             own[held, w.E_COPY], own[held, w.E_ROOM] = copies, [part.gpu.rooms.of(copy).register for copy in copies]
         per_pool = len(sizes) // count
-        states = self.states[row : row + len(sizes) + EXTRA_ROWS * count].reshape(count, -1, COLUMNS)
-        begin_states(kind, states, [pool.policy.setting.capacity for pool in manager.pools])
+        states = self.states[row : row + len(sizes) + rows_beside(kind, layers) * count].reshape(count, -1, COLUMNS)
         most_copies = self.most_copies(part) + (self.most_demoted(part) if at in self.hosts else 0)
         most_evicted = len(sizes) + most_copies + 1
         capacity = 2 * most_evicted + 6
         pools = []
         for place, pool in enumerate(manager.pools):
+            reals, luck = self._begin_policy(kind, states[place], pool.policy.setting, layers, per_pool // layers)
             if isinstance(pool.policy, Static):
                 popular: Array = np.array(pool.policy.popularity, dtype=np.float64)
                 ranks = np.unique(popular, return_inverse=True)[1]
@@ -211,10 +217,10 @@ class Layout:
                 self.memory.words[ring + 2 * number + 1] = -1 if copy < 0 else part.gpu.rooms.of(copy).register
             pools.append(self.memory.put([
                 pool.budget_bytes, pool.free_bytes, ring, capacity, 0, len(pool.free), row + place * states.shape[1],
-                place * per_pool, per_pool,
+                place * per_pool, per_pool, states.shape[1], reals, luck,
             ]))  # fmt: skip
         if kind != BELADY:  # which needs to know the next uses first
-            _admit_preloaded(manager, kind, states, per_pool)
+            self._admit_preloaded(manager, kind, pools)
         self.memory.set(at, {
             w.D_EXPERTS: first, w.D_LAYER_EXPERTS: part.source.trace.num_experts, w.D_EVICTION: kind,
             w.D_POOLS: self.memory.put_list(pools), w.D_COPIES: manager.copies, w.D_WAVE: 1,
@@ -234,6 +240,26 @@ class Layout:
                 w.D_KEPT_FREE: host.free_bytes, w.D_BACK_NS: self.memory.put(part.gpu.host.back_ns),
             })  # fmt: skip
 
+    def _begin_policy(
+        self, kind: int, state: Array, setting: Setting, layers: int, experts: int
+    ) -> tuple[int, int]:  # fmt: skip
+        """Lay out what a policy knows at first of a pool's layers, of so many experts; return its reals and luck."""
+        count = layers * experts + REALS_BESIDE
+        reals = self.memory.allocate(count)
+        begin_state(kind, state, self.memory.floats[reals : reals + count], setting.capacity, layers, experts)
+        return reals, self.memory.put(luck(setting)) if kind == RANDOM else 0
+
+    def _admit_preloaded(self, manager: MemoryManager, kind: int, pools: Sequence[int]) -> None:
+        """Let a policy know who has room in its pools before the run."""
+        words, floats, held = self.memory.words, self.memory.floats, np.fromiter(manager.assigned, dtype=np.int64)
+        for p in pools:
+            row, rows, first, count, reals = (
+                int(words[p + field]) for field in (w.P_STATE, w.P_ROWS, w.P_EXPERT, w.P_EXPERTS, w.P_REALS)
+            )
+            own = held[(held >= first) & (held < first + count)] - first
+            states, beside = self.states[row : row + rows], floats[reals : reals + count + REALS_BESIDE]
+            admit_preloaded(kind, states, beside, own, len(own))
+
     def _next_uses(self, at: int, part: Part, manager: MemoryManager) -> Array | None:
         """Returns when each look-up's expert is used next, for the policy that knows, which is told the first uses."""
         words = self.memory.words
@@ -245,14 +271,11 @@ class Layout:
         first = np.full(count, len(lookups.starts) - 1)
         first[lookups.experts[::-1]] = visits[::-1]
         pools = int(words[at + w.D_POOLS])
-        states = []
-        for place in range(int(words[pools])):
-            p = int(words[pools + 1 + place])
+        places = words[pools + 1 : pools + 1 + words[pools]].tolist()
+        for p in places:
             row, expert, experts = (int(words[p + field]) for field in (w.P_STATE, w.P_EXPERT, w.P_EXPERTS))
-            state = self.states[row : row + experts + 4]
-            state[:experts, NEXT] = first[expert : expert + experts]
-            states.append(state)
-        _admit_preloaded(manager, BELADY, states, count // len(states))
+            self.states[row : row + experts, NEXT] = first[expert : expert + experts]
+        self._admit_preloaded(manager, BELADY, places)
         following = next_visits(lookups.experts, lookups.starts, count)
         return np.asarray(following)
 
@@ -268,9 +291,11 @@ class Layout:
         return lambda first, end: table[first:end]
 
 
-def _admit_preloaded(manager: MemoryManager, kind: int, states: Iterable[Array], per_pool: int) -> None:
-    """Let a policy know who has room before the run."""
-    pools, experts = np.divmod(np.fromiter(manager.assigned, dtype=np.int64), per_pool)
-    for pool, state in enumerate(states):
-        own = experts[pools == pool]
-        admit_preloaded(kind, state, own, len(own))
+def _layers_of(manager: MemoryManager) -> int:
+    """Returns how many layers each pool of a memory has: one, where layers share experts."""
+    return len(manager.size_of) // manager.experts // len(manager.pools)
+
+
+def _kind_of(manager: MemoryManager) -> int:
+    """Returns which policy a memory goes by, as compiled code knows it."""
+    return EVICTIONS[type(manager.pools[0].policy)]

@@ -92,8 +92,23 @@ X_REGISTERS, X_ROOM_FOR, X_ASKS, X_SERVED, X_COPIED, X_TAKEN, X_RESOLVED, X_VISI
 ) = range(86)  # fmt: skip
 
 #: A pool: its bytes, and what is free in the order in which it became free: a ring of (bytes, register of whose room it
-#: was, -1 for none); what its policy knows; its first expert on the GPU, and how many it has.
-P_BUDGET, P_FREE_BYTES, P_RING, P_CAPACITY, P_FIRST, P_COUNT, P_STATE, P_EXPERT, P_EXPERTS, P_WORDS = range(10)
+#: was, -1 for none); what its policy knows; its first expert on the GPU, and how many it has; of what the policy knows,
+#: how many rows, and where its reals and random words are, if it has some.
+(
+    P_BUDGET,
+    P_FREE_BYTES,
+    P_RING,
+    P_CAPACITY,
+    P_FIRST,
+    P_COUNT,
+    P_STATE,
+    P_EXPERT,
+    P_EXPERTS,
+    P_ROWS,
+    P_REALS,
+    P_LUCK,
+    P_WORDS,
+) = range(13)
 
 #: A record region: where it begins, how many there are, and how many have room.
 R_AT, R_COUNT, R_CAPACITY, REGION_WORDS = range(4)

@@ -9,8 +9,9 @@ from ...workloads.batches import Step
 from ...workloads.guesses import Guesses
 from ...workloads.trace import RoutingTrace
 from ..policies import compiled_eviction as compiled
+from ..policies import compiled_policies as policies
 from ..policies import eviction, eviction_queues, prefetch
-from ..policies.eviction_informed import Belady, Static
+from ..policies.eviction_informed import Belady, Heat, LeastStale, Static
 from ..policies.miss import Cpu, Miss
 from . import decision_words as words
 from .host_memory import HostMemory
@@ -26,7 +27,14 @@ EVICTIONS: dict[type, int] = {
     eviction.Sieve: compiled.SIEVE,
     eviction.Preloaded: compiled.PRELOADED,
     eviction.Spent: compiled.SPENT,
+    eviction.Lrfu: policies.LRFU,
+    eviction.Random: policies.RANDOM,
     eviction_queues.S3Fifo: compiled.S3FIFO,
+    eviction_queues.Arc: policies.ARC,
+    eviction_queues.TwoQ: policies.TWO_Q,
+    eviction_queues.Lfru: policies.LFRU,
+    Heat: policies.HEAT,
+    LeastStale: policies.LEAST_STALE,
     Belady: compiled.BELADY,
     Static: compiled.STATIC,
 }
@@ -104,7 +112,7 @@ def shared_in_python(sources: Sequence[Source], remote: str, *, spares: bool) ->
         return "parallel.remote"
     if spares:
         return "parallel.spare_bytes"
-    if any(type(pool.policy) is Belady for source in sources for pool in source.manager.pools):
+    if any(type(pool.policy) in (Belady, LeastStale) for source in sources for pool in source.manager.pools):
         return "memory.eviction"
     if any(isinstance(source.prefetch, prefetch.AdaptiveMemory | prefetch.AdaptiveLink) for source in sources):
         return "prefetch.policy"

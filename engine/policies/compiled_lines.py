@@ -1,6 +1,6 @@
-"""What compiled replays keep in lines and lists: the parts of `random`, `2q`, `arc` and `least-stale`.
+"""What compiled policies keep in lines and lists: the parts of `random`, `2q`, `arc` and `least-stale`.
 
-compiled_on_demand.py says when each is asked; the rules are those of the classes of policies/eviction.py.
+compiled_policies.py says when each is asked; the rules are those of the classes of policies/eviction.py.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from .compiled_orders import (
     PLACE,
     QUEUE,
     SIZE,
-    WAVE,
     Array,
     append,
     compiled,
+    stays,
     unlink,
 )
 
@@ -94,9 +94,9 @@ def length_of(state: Array, queue: int) -> int:
 
 
 @compiled
-def leave(state: Array, held: Array, wave: int, expert: int, count: int, leaving: Array) -> int:
+def leave(held: Array, wave: int, at: int, expert: int, count: int, leaving: Array) -> int:
     """Returns the bytes that an expert makes free if it may go, having put it into `leaving`; else 0."""
-    if held[expert, WAVE] == wave:
+    if stays(held, expert, wave, at):
         return 0
     leaving[count] = expert
     size_bytes: int = held[expert, SIZE]
@@ -107,7 +107,9 @@ def leave(state: Array, held: Array, wave: int, expert: int, count: int, leaving
 
 
 @compiled
-def walk_shuffled(state: Array, words: Array, held: Array, wave: int, lacking_bytes: int, leaving: Array) -> int:
+def walk_shuffled(
+    state: Array, words: Array, held: Array, wave: int, at: int, lacking_bytes: int, leaving: Array
+) -> int:
     """Shuffle as far as it is walked (Fisher & Yates)."""
     count, total = 0, state[len(state) - 1, COUNT]
     for first in range(total):
@@ -116,7 +118,7 @@ def walk_shuffled(state: Array, words: Array, held: Array, wave: int, lacking_by
         state[first, HEAP], state[one, PLACE] = one, first
         if drawn != first:
             state[drawn, HEAP], state[other, PLACE] = other, drawn
-        freed = leave(state, held, wave, one, count, leaving)
+        freed = leave(held, wave, at, one, count, leaving)
         count += int(freed > 0)
         lacking_bytes -= freed
         if lacking_bytes <= 0:
@@ -168,7 +170,7 @@ def evict_from_two(state: Array, expert: int) -> None:
 
 
 @compiled
-def walk_newcomers_first(state: Array, held: Array, wave: int, lacking_bytes: int, leaving: Array) -> int:
+def walk_newcomers_first(state: Array, held: Array, wave: int, at: int, lacking_bytes: int, leaving: Array) -> int:
     """Walk the newcomers beyond their part, then the main LRU, then the other newcomers."""
     newcomers, main = line_row(state, ONCE), line_row(state, MORE)
     excess = length_of(state, ONCE) - state[len(state) - 1, ROOM]
@@ -181,27 +183,28 @@ def walk_newcomers_first(state: Array, held: Array, wave: int, lacking_bytes: in
             expert, old = old, state[old, AFTER]
         else:
             return 0
-        freed = leave(state, held, wave, expert, count, leaving)
+        freed = leave(held, wave, at, expert, count, leaving)
         count += int(freed > 0)
         lacking_bytes -= freed
     return count
 
 
-# ARC: T1, T2, B1 and B2 are the lines ONCE, MORE, ONCE_GHOSTS and MORE_GHOSTS.
+# ARC: T1, T2, B1 and B2 are the lines ONCE, MORE, ONCE_GHOSTS and MORE_GHOSTS; who was prefetched, and is not used yet,
+# is marked.
 
 
 @compiled
-def move_target(state: Array, reals: Array, expert: int) -> None:
-    """Move the target towards the LRU that has forgotten this expert."""
+def move_target(state: Array, reals: Array, expert: int, demanded: int) -> None:
+    """Move the target towards the LRU that has forgotten this expert, if it is demanded."""
     numbers, target = len(state) - 1, all_experts(state) + TARGET
     once, more = length_of(state, ONCE_GHOSTS), length_of(state, MORE_GHOSTS)
-    if state[expert, QUEUE] == ONCE_GHOSTS:
+    if demanded and state[expert, QUEUE] == ONCE_GHOSTS:
         reals[target] = min(reals[target] + max(more / once, 1.0), float(state[numbers, ROOM]))
         move(state, expert, FROM_ONCE)
-    elif state[expert, QUEUE] == MORE_GHOSTS:
+    elif demanded and state[expert, QUEUE] == MORE_GHOSTS:
         reals[target] = max(reals[target] - max(once / more, 1.0), 0.0)
         move(state, expert, FROM_MORE)
-    state[numbers, IS_NEW] = state[expert, QUEUE] == NOWHERE
+    state[numbers, IS_NEW] = state[expert, QUEUE] < FROM_ONCE or state[expert, QUEUE] == NOWHERE
     state[numbers, FAVORS_MORE] = state[expert, QUEUE] == FROM_MORE
 
 
@@ -219,7 +222,7 @@ def trim(state: Array, coming: int) -> None:
 
 @compiled
 def evict_from_four(state: Array, expert: int) -> None:
-    """Take it out and remember it, unless the first LRU takes up all the capacity."""
+    """Take it out and remember it, unless nobody has used it or the first LRU takes up all the capacity."""
     is_new = state[len(state) - 1, IS_NEW]
     is_full = length_of(state, ONCE) >= state[len(state) - 1, ROOM]
     if is_new:
@@ -227,11 +230,14 @@ def evict_from_four(state: Array, expert: int) -> None:
     if state[expert, QUEUE] == MORE:
         move(state, expert, MORE_GHOSTS)
     else:
-        move(state, expert, NOWHERE if is_new and is_full else ONCE_GHOSTS)
+        move(state, expert, NOWHERE if state[expert, MARK] or (is_new and is_full) else ONCE_GHOSTS)
+        state[expert, MARK] = 0
 
 
 @compiled
-def walk_to_target(state: Array, reals: Array, held: Array, wave: int, lacking_bytes: int, leaving: Array) -> int:
+def walk_to_target(
+    state: Array, reals: Array, held: Array, wave: int, at: int, lacking_bytes: int, leaving: Array
+) -> int:
     """Walk the first LRU while it exceeds its target, else the second; then what is left (REPLACE)."""
     first, second = line_row(state, ONCE), line_row(state, MORE)
     target, favors_more = reals[all_experts(state) + TARGET], state[len(state) - 1, FAVORS_MORE]
@@ -245,7 +251,7 @@ def walk_to_target(state: Array, reals: Array, held: Array, wave: int, lacking_b
             expert, more = more, state[more, AFTER]
         else:
             return 0
-        freed = leave(state, held, wave, expert, count, leaving)
+        freed = leave(held, wave, at, expert, count, leaving)
         count += int(freed > 0)
         lacking_bytes -= freed
     return count
@@ -255,7 +261,7 @@ def walk_to_target(state: Array, reals: Array, held: Array, wave: int, lacking_b
 
 
 @compiled
-def walk_layers(state: Array, held: Array, wave: int, lacking_bytes: int, leaving: Array) -> int:
+def walk_layers(state: Array, held: Array, wave: int, at: int, lacking_bytes: int, leaving: Array) -> int:
     """Walk the stale, then the fresh; layer by layer, back from the one before this."""
     numbers, count = len(state) - 1, 0
     step, layers = state[numbers, STEP], state[numbers, LAYERS]
@@ -265,7 +271,7 @@ def walk_layers(state: Array, held: Array, wave: int, lacking_bytes: int, leavin
             expert = state[line, AFTER]
             while expert != line and (fresh or state[expert, MARK] != step):
                 if not fresh or state[expert, MARK] == step:
-                    freed = leave(state, held, wave, expert, count, leaving)
+                    freed = leave(held, wave, at, expert, count, leaving)
                     count += int(freed > 0)
                     lacking_bytes -= freed
                     if lacking_bytes <= 0:

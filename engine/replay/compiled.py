@@ -1,7 +1,7 @@
 """Compiled replays: the same decisions as the memory manager's, on demand only, at the speed of machine code.
 
 Each pool's look-ups, laid out flat, go through one loop that looks up, pins, makes room and serves in waves; a policy
-is what the loop asks of compiled_on_demand.py. LRU has a loop of its own for the common case. Every replay here equals
+is what the loop asks of compiled_policies.py. LRU has a loop of its own for the common case. Every replay here equals
 `replay.replay` with the policy of the same name to the last access; tests hold it to that.
 """
 
@@ -24,6 +24,7 @@ from ..decide.lookups import Lookups, in_file_order, list_lookups
 from ..policies.compiled_eviction import (
     BELADY,
     CLOCK,
+    DEMANDED_AT,
     FIFO,
     LFU,
     LFU_INCACHE,
@@ -33,7 +34,8 @@ from ..policies.compiled_eviction import (
     SIEVE,
     begin,
 )
-from ..policies.compiled_on_demand import (
+from ..policies.compiled_orders import NEXT, SIZE, WAVE, compiled
+from ..policies.compiled_policies import (
     ARC,
     LFRU,
     LRFU,
@@ -47,7 +49,6 @@ from ..policies.compiled_on_demand import (
     use,
     victims,
 )
-from ..policies.compiled_orders import NEXT, SIZE, WAVE, compiled
 from ..policies.eviction_base import NO_SETTING, Setting
 from .notes import NOTES, Notes, notes_of, takes_notes
 
@@ -335,13 +336,14 @@ def _replay(
         while True:
             while served < lacking:
                 expert = missing[served]
-                miss(kind, state, reals, expert)
+                miss(kind, state, reals, expert, 1)
                 if taken == most:
                     if marks(kind):  # the walk for room is in vain, but it clears marks
-                        victims(kind, state, reals, luck, held, wave, pool_bytes + 1, leaving)
+                        victims(kind, state, reals, luck, held, wave, DEMANDED_AT, pool_bytes + 1, leaving)
                     break
                 if free_bytes < size_bytes:
-                    count = victims(kind, state, reals, luck, held, wave, size_bytes - free_bytes, leaving)
+                    lacking_bytes = size_bytes - free_bytes
+                    count = victims(kind, state, reals, luck, held, wave, DEMANDED_AT, lacking_bytes, leaving)
                     for at in range(count):
                         victim = leaving[at]
                         evict(kind, state, victim)
@@ -358,7 +360,7 @@ def _replay(
                     if resident[expert]:
                         use(kind, state, reals, expert)
                     else:
-                        admit(kind, state, reals, expert)
+                        admit(kind, state, reals, expert, 1)
                         resident[expert] = True
             if served == lacking:
                 break

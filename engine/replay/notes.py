@@ -18,7 +18,7 @@ import numpy.typing as npt
 from ...machine_code import compiled
 from ...workloads.batches import Step, columns_of
 from ..decide.lookups import Lookups
-from ..policies import compiled_on_demand as kinds
+from ..policies import compiled_policies as kinds
 from ..policies.compiled_eviction import SCORED, STATIC
 from ..policies.eviction_base import Setting
 from ..policies.eviction_informed import GateWeight, Heat, PayBack, popularity
@@ -214,7 +214,20 @@ def _activations(lookups: Lookups, setting: Setting) -> Notes:
     routed = made[..., 0] if trace.routed is None else np.ascontiguousarray(trace.routed)
     stride = 0 if setting.shared else setting.experts
     total = trace.layers * setting.experts
-    given = (trace.experts, made, routed, trace.made is not None, rows, row_starts, sequence, last, in_flight)
+    # A batch visits a layer that it looks nobody up at, too: who ended before is forgotten then, and others later.
+    every_step = not setting.single
+    given = (
+        trace.experts,
+        made,
+        routed,
+        trace.made is not None,
+        rows,
+        row_starts,
+        sequence,
+        last,
+        in_flight,
+        every_step,
+    )
     return _counted(len(step), lambda *room: _activate(*given, step, layer, stride, total, *room))
 
 
@@ -229,6 +242,7 @@ def _activate(
     sequence: Array,
     last: Array,
     in_flight: int,
+    every_step: bool,
     step: Array,
     layer: Array,
     stride: int,
@@ -251,19 +265,20 @@ def _activate(
         if is_begun and layer[visit] == layer[visit - 1]:
             starts[visit + 1] = count
             continue
-        kept = 0
-        for at in range(flights if not is_begun else 0):
-            slot = slot_of[flying[at]]
-            if last[flying[at]] >= step[visit]:
-                flying[kept] = flying[at]
-                kept += 1
-                continue
-            gone = order[slot, : distinct[slot]]
-            count = _forget(used[slot], gone, tokens, writes, experts, values, count)
-            distinct[slot] = 0
-            free[spare] = slot
-            spare += 1
-        if not is_begun:
+        before = step[visit - 1] if visit > 0 and (every_step or is_begun) else step[visit] - 1
+        for until in range(before + 1, step[visit] + 1):  # none, if the step has begun
+            kept = 0
+            for at in range(flights):
+                slot = slot_of[flying[at]]
+                if last[flying[at]] >= until:
+                    flying[kept] = flying[at]
+                    kept += 1
+                    continue
+                gone = order[slot, : distinct[slot]]
+                count = _forget(used[slot], gone, tokens, writes, experts, values, count)
+                distinct[slot] = 0
+                free[spare] = slot
+                spare += 1
             flights = kept
         for at in range(row_starts[step[visit]], row_starts[step[visit] + 1]):
             row = rows[at]

@@ -1,9 +1,9 @@
-"""Eviction policies that only replays have in machine code: nothing is prefetched, and what is used is known before.
+"""Eviction policies for compiled code, all of them: those of compiled_eviction.py, and those that keep more.
 
 The same rules, by the same names, as the classes of policies/eviction.py. The functions are those of
-compiled_eviction.py, which they ask for all policies that are there. What a policy learns at the beginning of a visit
-that depends on no memory (guesses, tokens of sequences, scores, forward passes) is worked out once for all capacities,
-as notes (engine/replay/notes.py).
+compiled_eviction.py, which they ask for all policies that are there. For replays, what a policy learns at the beginning
+of a visit that depends on no memory (guesses, tokens of sequences, scores, forward passes) is worked out once for all
+capacities, as notes (engine/replay/notes.py).
 """
 
 from __future__ import annotations
@@ -72,36 +72,57 @@ from .compiled_orders import (
     unlink,
 )
 from .eviction_base import Setting
-from .eviction_informed import ActivationAware
+from .eviction_informed import ActivationAware, Heat
 
-RANDOM, TWO_Q, ARC, LFRU, LRFU, LEAST_STALE, ACTIVATION_AWARE, PREDICTIVE = range(SCORED + 1, SCORED + 9)
+RANDOM, TWO_Q, ARC, LFRU, LRFU, HEAT, LEAST_STALE, ACTIVATION_AWARE, PREDICTIVE = range(SCORED + 1, SCORED + 10)
 _FIRST = RANDOM
 
-_EPSILON = ActivationAware.EPSILON
+_EPSILON, _HALF_LIFE_STEPS = ActivationAware.EPSILON, Heat.HALF_LIFE_STEPS
+#: Below the bits of any number from 0 on.
+_BELOW_ALL = -1
 #: Above the stamps of all uses, and so far above that the visit of any guess may be taken from it.
 _EXPECTED = 1 << 62
+#: Reals beside those of the experts.
+REALS_BESIDE = 4
 _STALE_PRIORITY = -1.0  # of a layer whose lowest expert may be another: it has to be looked up
+
+
+def rows_beside(kind: int, layers: int) -> int:
+    """Returns how many rows a state has beside those of the experts."""
+    return common.EXTRA_ROWS if kind < _FIRST else max(layers, 4) + 1
 
 
 def make_state(kind: int, capacity: int, layers: int, experts: int) -> tuple[Array, Array]:
     """Returns what a policy knows at first: its state, and reals. `experts` are those of one layer."""
-    total, lines = layers * experts, max(layers, 4)
-    reals = np.zeros(total + 4, dtype=np.float64)
-    state = np.zeros((total + lines + 1, COLUMNS), dtype=np.int64)
+    reals = np.zeros(layers * experts + REALS_BESIDE, dtype=np.float64)
+    state = np.zeros((layers * experts + rows_beside(kind, layers), COLUMNS), dtype=np.int64)
+    begin_state(kind, state, reals, capacity, layers, experts)
+    return state, reals
+
+
+def begin_state(kind: int, state: Array, reals: Array, capacity: int, layers: int, experts: int) -> None:
+    """Lay out what a policy knows at first of a pool, in arrays that are all 0, as `make_state` makes them."""
     if kind < _FIRST:
-        state = state[: total + common.EXTRA_ROWS]
         common.begin_states(kind, state[None], [capacity])
-        return state, reals
+        return
+    total = layers * experts
     state[:total, QUEUE] = NOWHERE
-    for line in range(total, total + lines):
-        state[line, [BEFORE, AFTER]] = line
+    lines = np.arange(total, len(state) - 1)
+    state[lines, BEFORE] = state[lines, AFTER] = lines
     state[-1, [PER_LAYER, LAYERS]] = experts, layers
     if kind == TWO_Q:
         state[-1, [ROOM, GHOSTS]] = capacity // 4, capacity // 2
     else:
         state[-1, ROOM] = max(1, capacity // 2) if kind == LFRU else capacity
     reals[total + FADES], reals[total + BASE] = 1.0 / max(1, capacity), 2.0
-    return state, reals
+    if kind == HEAT:
+        reals[:total] = -math.inf
+    elif kind == LEAST_STALE:
+        state[-1, STEP] = -1
+
+
+#: How many words `luck` has.
+LUCK_WORDS = 625
 
 
 def luck(setting: Setting) -> npt.NDArray[np.int64]:
@@ -138,14 +159,44 @@ def note(kind: int, state: Array, reals: Array, expert: int, value: int, residen
 
 
 @compiled
-def miss(kind: int, state: Array, reals: Array, expert: int) -> None:
-    """Take note, before any victim is asked for, of an absent expert that wants room."""
-    if kind == TWO_Q:
+def begins(kind: int) -> bool:
+    """Whether `begin_visit` and `warm` are to be told of each visit."""
+    return kind in (HEAT, LEAST_STALE)
+
+
+@compiled
+def begin_visit(state: Array, step: int, layer: int) -> None:
+    """Take note, before its look-ups, of a visit at a layer of the pool."""
+    state[len(state) - 1, STEP] = step
+    state[len(state) - 1, LAYER] = layer
+
+
+@compiled
+def warm(state: Array, reals: Array, expert: int, resident: bool) -> None:
+    """Heat an expert that the visit which begins looks up: `add_decayed`, by forward passes."""
+    now = state[len(state) - 1, STEP] / _HALF_LIFE_STEPS
+    # The base is read, as in `_count_decayed`.
+    reals[expert] = math.log2(1.0 + reals[all_experts(state) + BASE] ** (reals[expert] - now)) + now
+    if resident:
+        state[expert, NEXT] = stamped(state, 0)
+        rank(state, 0, expert, _bits(reals[expert]))
+
+
+@compiled
+def has_miss(kind: int) -> bool:
+    """Whether a policy wants to know who wants room before it is asked for victims."""
+    return kind in (common.S3FIFO, TWO_Q, ARC)
+
+
+@compiled
+def miss(kind: int, state: Array, reals: Array, expert: int, demanded: int) -> None:
+    """Take note, before any victim is asked for, of an absent expert that wants room, on demand (1) or not (0)."""
+    if kind == ARC:
+        move_target(state, reals, expert, demanded)
+    elif demanded and kind == TWO_Q:
         if state[expert, QUEUE] == ONCE_GHOSTS:
             move(state, expert, FROM_ONCE)
-    elif kind == ARC:
-        move_target(state, reals, expert)
-    elif kind < _FIRST:
+    elif demanded and kind < _FIRST:
         common.miss(kind, state, expert)
 
 
@@ -158,7 +209,8 @@ def use(kind: int, state: Array, reals: Array, expert: int) -> None:
         if state[expert, QUEUE] == MORE:
             move(state, expert, MORE)
     elif kind == ARC:
-        move(state, expert, MORE)
+        move(state, expert, ONCE if state[expert, MARK] else MORE)
+        state[expert, MARK] = 0
     elif kind == LFRU:
         _privilege(state, expert)
     elif kind == LRFU:
@@ -173,11 +225,11 @@ def use(kind: int, state: Array, reals: Array, expert: int) -> None:
 
 
 @compiled
-def admit(kind: int, state: Array, reals: Array, expert: int) -> None:
-    """Take note of an expert that was given room on demand, which is its use."""
+def admit(kind: int, state: Array, reals: Array, expert: int, demanded: int) -> None:
+    """Take note of an expert that was given room, on demand (1), which is its use, or not (0)."""
     numbers = len(state) - 1
     if kind < _FIRST:
-        common.admit(kind, state, expert, 1)
+        common.admit(kind, state, expert, demanded)
     elif kind == RANDOM:
         state[state[numbers, COUNT], HEAP] = expert
         state[expert, PLACE] = state[numbers, COUNT]
@@ -186,15 +238,22 @@ def admit(kind: int, state: Array, reals: Array, expert: int) -> None:
         comes_back = state[expert, QUEUE] in (FROM_ONCE, FROM_MORE)
         move(state, expert, MORE if comes_back else ONCE)
         if kind == ARC and not comes_back:
+            state[expert, MARK] = 1 - demanded
             trim(state, 0)
     elif kind == LFRU:
-        state[expert, MARK] = 1
-        push(state, numbers, 0, expert, stamped(state, 1))
+        state[expert, MARK] = demanded
+        push(state, numbers, 0, expert, stamped(state, demanded))
     elif kind == LRFU:
-        reals[all_experts(state) + NOW] += reals[all_experts(state) + FADES]
-        reals[expert] = reals[all_experts(state) + NOW]
+        reals[expert], key = -math.inf, _BELOW_ALL
+        if demanded:
+            reals[all_experts(state) + NOW] += reals[all_experts(state) + FADES]
+            reals[expert] = reals[all_experts(state) + NOW]
+            key = _bits(reals[expert])
         state[expert, NEXT] = state[expert, TIE] = stamped(state, 0)
-        push(state, numbers, 0, expert, _bits(reals[expert]))
+        push(state, numbers, 0, expert, key)
+    elif kind == HEAT:
+        state[expert, NEXT] = state[expert, TIE] = stamped(state, 0)
+        push(state, numbers, 0, expert, _bits(reals[expert]) if reals[expert] >= 0.0 else _BELOW_ALL)
     elif kind == LEAST_STALE:
         append(state, line_of(state, expert), expert)
         state[expert, MARK] = state[numbers, STEP]
@@ -230,24 +289,40 @@ def evict(kind: int, state: Array, expert: int) -> None:
 
 
 @compiled
+def drop(kind: int, state: Array, reals: Array, expert: int) -> None:
+    """Forget an expert that loses its room without having been found by `victims`."""
+    if kind < _FIRST:
+        common.drop(kind, state, expert)
+        return
+    if kind in (LRFU, HEAT, PREDICTIVE) or (kind == LFRU and state[expert, QUEUE] != MORE):
+        take_out(state, len(state) - 1, 0, expert)
+    elif kind == ACTIVATION_AWARE:
+        line = line_of(state, expert)
+        take_out(state, line, first_place(state, expert), expert)
+        reals[line - all_experts(state)] = _STALE_PRIORITY
+    evict(kind, state, expert)
+
+
+@compiled
 def victims(
-    kind: int, state: Array, reals: Array, words: Array, held: Array, wave: int, lacking_bytes: int, leaving: Array
-) -> int:
+    kind: int, state: Array, reals: Array, words: Array, held: Array, wave: int, at: int, lacking_bytes: int,
+    leaving: Array,
+) -> int:  # fmt: skip
     """Put those into `leaving` (2 x experts,) that must go for `lacking_bytes` more, in order; return how many.
 
-    Whoever is pinned stays. 0 if there are not enough to make the room.
+    Whoever `stays` stays. 0 if there are not enough to make the room.
     """
     if kind < _FIRST:
-        return common.victims(kind, state, held, wave, common.DEMANDED_AT, lacking_bytes, leaving)
+        return common.victims(kind, state, held, wave, at, lacking_bytes, leaving)
     if kind == RANDOM:
-        return walk_shuffled(state, words, held, wave, lacking_bytes, leaving)
+        return walk_shuffled(state, words, held, wave, at, lacking_bytes, leaving)
     if kind == TWO_Q:
-        return walk_newcomers_first(state, held, wave, lacking_bytes, leaving)
+        return walk_newcomers_first(state, held, wave, at, lacking_bytes, leaving)
     if kind == ARC:
-        return walk_to_target(state, reals, held, wave, lacking_bytes, leaving)
+        return walk_to_target(state, reals, held, wave, at, lacking_bytes, leaving)
     if kind == LEAST_STALE:
-        return walk_layers(state, held, wave, lacking_bytes, leaving)
-    return _walk_heaps(kind, state, reals, held, wave, lacking_bytes, leaving)
+        return walk_layers(state, held, wave, at, lacking_bytes, leaving)
+    return _walk_heaps(kind, state, reals, held, wave, at, lacking_bytes, leaving)
 
 
 # Rankings: heaps of compiled_orders.py, one, or one for each layer, which the row of the layer's line counts.
@@ -342,7 +417,7 @@ def _push_back(kind: int, state: Array, reals: Array, expert: int) -> None:
 
 @compiled
 def _walk_heaps(
-    kind: int, state: Array, reals: Array, held: Array, wave: int, lacking_bytes: int, leaving: Array
+    kind: int, state: Array, reals: Array, held: Array, wave: int, at: int, lacking_bytes: int, leaving: Array
 ) -> int:
     """Take the lowest out of the heaps, one after the other, then LFRU's privileged; who stays is put back."""
     count = 0
@@ -351,7 +426,7 @@ def _walk_heaps(
         expert = _pop_lowest(kind, state, reals)
         if expert < 0:
             break
-        freed = leave(state, held, wave, expert, count, leaving)
+        freed = leave(held, wave, at, expert, count, leaving)
         count += int(freed > 0)
         lacking_bytes -= freed
         if freed == 0:
@@ -361,7 +436,7 @@ def _walk_heaps(
     privileged = line_row(state, MORE)
     expert = state[privileged, AFTER] if kind == LFRU else privileged
     while lacking_bytes > 0 and expert != privileged:
-        freed = leave(state, held, wave, expert, count, leaving)
+        freed = leave(held, wave, at, expert, count, leaving)
         count += int(freed > 0)
         lacking_bytes -= freed
         expert = state[expert, AFTER]
