@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -62,8 +63,7 @@ class DecidingEngine:
 
     def _tick(self) -> None:
         done = self._decisions.done()
-        for _ in islice(self._ticks, done - self._ticked):
-            pass
+        deque(islice(self._ticks, done - self._ticked), maxlen=0)
         self._ticked = done
 
     def _make_room(self) -> None:
