@@ -3,6 +3,7 @@
 Traces are written experts[token][layer][rank]; with four experts a layer, layer 1 has experts 4 to 7.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_scenario, tiny_trac
 from prestage.engine.decide.dispatch import Visit, launch_order, single_accesses, step_accesses, visits
 from prestage.engine.decide.memory_manager import MemoryManager
 from prestage.engine.loading.deciders import dispatched, make_manager, make_prefetch
+from prestage.engine.policies.prefetch import Moment, NextLayer, Options
 from prestage.workloads.batches import DECODE, PREFILL, Step, plan_steps
 from prestage.workloads.guesses import Guesses
 from prestage.workloads.trace import RoutingTrace
@@ -61,6 +63,23 @@ def test_experts_are_launched_in_the_order_of_access_or_those_that_were_found_fi
     assert list(launch_order(second, wave, True)) == [(1, 1, 1), (3, 1, 0), (0, 1, 2)]
     for resident_first in (False, True):
         assert list(launch_order(second, last, resident_first)) == [(2, 1, 3)]
+
+
+def test_a_policy_learns_of_misses_also_of_what_the_cpu_computes() -> None:
+    seen: list[tuple[int, float]] = []
+
+    class Watching(NextLayer):
+        def choose(self, ranked: Sequence[Sequence[int]], moment: Moment) -> Sequence[Sequence[int]]:
+            seen.append((moment.visit, moment.misses_per_visit))
+            return ()
+
+    # Nothing ever comes to the GPU: each of the two visits misses two experts, which the CPU computes.
+    scenario = tiny_scenario(miss={"policy": "cpu"}, workload={"batch": 2})
+    trace = tiny_trace([[[0]], [[0]], [[1]], [[1]]], sequence=np.array([0, 0, 1, 1]))
+    inputs = tiny_inputs(tiny_model(1), tiny_profile(), trace, scenario)
+    decided = list(dispatched(inputs, make_manager(inputs), Watching(Options(k=1, lookahead=1, experts=4))))
+    assert [len(visit.resolution.accesses) for visit in decided] == [2, 2]
+    assert seen == [(0, 2.0), (1, 2.0)]
 
 
 # Look-ups.

@@ -230,6 +230,8 @@ def test_balanced_deals_out_what_each_would_be_done_with_first() -> None:
     # One token each. CPU at 40, 70, 100; then 130 there against 120 for a copy: the link gets one; then 130 against
     # 220, the CPU again.
     assert MISS["balanced"](terms()).resolve(0, absent(1, 1, 1, 1, 1)) == [to_cpu(e, 1) for e in (0, 1, 2, 4)]
+    # At a tie, of 120 both ways, the copy.
+    assert MISS["balanced"](terms(there_and_back_ns=lambda layer, tokens: 90)).resolve(0, absent(1)) == []
 
 
 @pytest.mark.parametrize("name", ["cpu", "cost", "balanced"])

@@ -27,7 +27,7 @@ from tiny import (
 )
 
 from prestage.engine.costs.costs import part_costs
-from prestage.engine.measure.merge import makespan_ns, run_metrics
+from prestage.engine.measure.merge import Serving, makespan_ns, run_metrics, served
 from prestage.engine.measure.recording import Recording
 from prestage.engine.measure.time_split import time_split
 from prestage.engine.run import ENGINES, prepared, run_all
@@ -104,6 +104,18 @@ def test_activations_and_tokens_take_their_way_between_the_stages() -> None:
     parts = {"compute_ms": 40e-6, "stall_ms": 0, "host_ms": 0, "predictor_ms": 0}
     assert time_split(first, 135) == {**parts, "bubble_ms": 54e-6, "drain_ms": 41e-6}
     assert time_split(second, 135) == {**parts, "bubble_ms": 95e-6, "drain_ms": 0}
+
+
+def test_a_step_takes_as_long_as_its_sequences_wait_since_their_last_token() -> None:
+    # Three micro-batches on two stages: a step ends every 20 ns from 40 on. The first of a sequence takes from its
+    # start at stage 0 to its end, the next from the end of the one before, three steps ago.
+    inputs = tiny_pipeline(tiny_model(4), tiny_profile(gpus=2), sequences(3, 2, 4), staged(2, 3, 3))
+    recordings = run_resident(inputs)
+    found = served(recordings, serving_of(inputs))
+    assert found.end_ns.tolist() == [40, 60, 80, 100, 120, 140]
+    assert found.took_ns.tolist() == [40, 40, 40, 60, 60, 60]
+    # Where no step is told to continue another, each continues the one before.
+    assert served(recordings, Serving()).took_ns.tolist() == [40, 20, 20, 20, 20, 20]
 
 
 @pytest.mark.parametrize("engine", ENGINES)

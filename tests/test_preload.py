@@ -11,6 +11,7 @@ from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_run, tiny_scenario,
 from prestage.engine.loading.deciders import make_manager
 from prestage.engine.measure.metrics import metrics
 from prestage.engine.measure.recording import Recording
+from prestage.engine.policies.eviction_base import Setting
 from prestage.engine.policies.preload import PRELOAD
 from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.inputs import Inputs
@@ -47,6 +48,13 @@ def test_what_is_wanted_most_is_there_as_far_as_there_is_room(memory: dict[str, 
     manager = make_manager(inputs(**memory))
     assert list(manager.assigned) == there
     assert manager.assigned_bytes == 20 * len(there) <= manager.budget_bytes
+
+
+def test_whole_layers_begin_with_the_first_that_may_be_taken() -> None:
+    setting = Setting(experts=4, trace=tiny_trace([[[0], [0], [0]]]))
+    assert list(PRELOAD["front"](setting, 1)) == [4, 5, 6, 7, 8, 9, 10, 11]
+    assert list(PRELOAD["layers"](setting, 1)) == [8, 9, 10, 11, 4, 5, 6, 7]
+    assert list(PRELOAD["even"](setting, 1)) == [4, 8, 5, 9, 6, 10, 7, 11]
 
 
 def test_every_way_to_preload_is_told_apart_here() -> None:

@@ -375,6 +375,11 @@ def test_of_a_dtype_between_two_as_many_weights_are_computed() -> None:
     assert [stream.computed(dtype, 1) for dtype in ("int4", "bfloat16")] == pytest.approx([5e9, 20e9])
 
 
+def test_a_runtime_that_says_nothing_takes_what_the_machine_takes() -> None:
+    costs = RuntimeCosts(Runtime.model_validate({"name": "own"}), free=False)
+    assert (costs.gap_factor, costs.copy_rate, costs.launch_ns("dense", 70)) == (1.0, 1.0, 70)
+
+
 def test_a_share_of_stream_that_a_runtime_names_is_said_with_its_spread() -> None:
     share = {"share": 0.5, "spread": 0.2, "source": "assumed"}
     runtime = Runtime.model_validate({"name": "own", "costs": {"cpu_stream": share}})
