@@ -27,8 +27,9 @@ from tiny import (
 )
 
 from prestage.engine.costs.costs import part_costs
-from prestage.engine.measure.merge import Serving, makespan_ns, run_metrics, served
+from prestage.engine.measure.merge import makespan_ns, run_metrics, served
 from prestage.engine.measure.recording import Recording
+from prestage.engine.measure.speed import Serving
 from prestage.engine.measure.time_split import time_split
 from prestage.engine.run import ENGINES, prepared, run_all
 from prestage.engine.scenario.inputs import Inputs
