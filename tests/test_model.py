@@ -12,6 +12,7 @@ import pytest
 
 from prestage.dtypes import bits_of, dtype_of
 from prestage.workloads.model import Model, ModelError, load_model, preset_names
+from prestage.workloads.model_files.sources import read_shapes
 
 MIB = 2**20
 
@@ -466,3 +467,11 @@ def test_a_kv_cache_of_fewer_bits_takes_and_reads_as_much_less() -> None:
     assert after.key_bytes == before.key_bytes * 34 // 64 and after.heads == before.heads
     with pytest.raises(ModelError, match=r"model.kv_dtype = 'q9'"):
         load_model("mixtral-8x7b", kv_dtype="q9")
+
+
+@pytest.mark.parametrize(
+    ("name", "heads"), [("gpt-oss-20b", 64), ("mixtral-8x7b", 32), ("deepseek-v2-lite", 0), ("qwen3.8-flash-next", 0)]
+)
+def test_one_attention_is_that_of_all_blocks_over_windows_or_not(name: str, heads: int) -> None:
+    found = read_shapes(name).one_attention
+    assert (found.heads if found else 0) == heads

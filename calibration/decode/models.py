@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 from ...errors import InputError
 from ...workloads.model import preset_names
-from ...workloads.model_files.mixers import GroupedQuery
 from ...workloads.model_files.shapes import Shapes
 from ...workloads.model_files.sources import read_shapes
 from ...workloads.recorder import cache_name, family_of
@@ -221,14 +220,12 @@ def _widened(length: int, width: int) -> int:
 
 def _config_of(name: str, shapes: Shapes) -> tuple[str, dict[str, Any], str]:
     """Returns the model type of a preset, its configuration's options, and what they call an expert's width."""
-    mixer, moe = shapes.attention, shapes.moe
-    plain = isinstance(mixer, GroupedQuery) and not shapes.mixers and len(shapes.stacks) == 1
-    if not plain or shapes.dense or moe.shared_experts or moe.shared_ff or moe.latent or shapes.hidden <= 2:
+    mixer, moe = shapes.one_attention, shapes.moe
+    if mixer is None or shapes.dense or moe.shared_experts or moe.shared_ff or moe.latent or shapes.hidden <= 2:
         raise DecodeError(
             f"model {name!r}: random weights are made of mixtral-8x7b, qwen3-30b-a3b, olmoe-1b-7b, gpt-oss-20b and "
             "gpt-oss-120b; give the folder of another, with its weights"
         )
-    assert isinstance(mixer, GroupedQuery)
     options = {
         "vocab_size": shapes.vocabulary,
         "hidden_size": shapes.hidden,

@@ -186,15 +186,14 @@ def write_random(model: str, out: Path, *, experts: str = "q4_k", dense: str | N
 
 def _architecture(model: str, shapes: Shapes) -> tuple[GroupedQuery, Architecture]:
     """Returns a model's attention, and what llama.cpp calls it; InputError if this cannot write it."""
-    mixer = shapes.attention
+    mixer = shapes.one_attention
     parts = {part for stack in shapes.stacks for part in stack.feed_forward_of_block}
-    plain = isinstance(mixer, GroupedQuery) and parts == {"moe"} and not shapes.mixers and len(shapes.stacks) == 1
-    if not plain or shapes.moe.shared_experts or shapes.moe.shared_ff or shapes.moe.latent:
+    moe = shapes.moe
+    if mixer is None or parts != {"moe"} or moe.shared_experts or moe.shared_ff or moe.latent:
         raise InputError(
             f"model {model}: only models of one kind of grouped-query attention whose blocks are all MoE, without "
             "shared experts, are written: mixtral-8x7b, qwen3-30b-a3b, olmoe-1b-7b, gpt-oss-20b"
         )
-    assert isinstance(mixer, GroupedQuery)
     return mixer, _ARCHITECTURES[mixer.qk_norm, mixer.sinks]
 
 

@@ -269,6 +269,15 @@ class Shapes(Table):
         if self.attention is not None and ATTENTION not in named:
             raise InputError("attention: no stack names it in its mixers, so [attention] must be left out")
 
+    @property
+    def one_attention(self) -> GroupedQuery | None:
+        """The grouped-query attention of all blocks, in some of them over a window or not; None where they differ."""
+        first = self.attention
+        if not isinstance(first, GroupedQuery) or len(self.stacks) > 1:
+            return None
+        alike = (each.model_copy(update={"window": first.window}) == first for each in self.mixers.values())
+        return first if all(alike) and NO_MIXER not in self.stacks[0].mixer_of_block else None
+
     def mixer(self, name: str) -> AnyMixer | None:
         """Returns a mixer by the name that a stack gives it; None where a block has none."""
         return self.attention if name == ATTENTION else self.mixers.get(name)
