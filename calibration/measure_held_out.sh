@@ -9,7 +9,7 @@
 # Then, without a GPU, where OUT/runs.tar.gz was unpacked:
 #
 #   s=calibration/samples/h200
-#   prestage calibrate fit $s.json $s.surface.json.gz OUT/launches.json.gz --in-schedule runs/fit -o own.json
+#   prestage calibrate fit $s.json $s.surface.json.gz $s.attention.json.gz OUT/launches.json.gz --in-schedule runs/fit -o own.json
 #   prestage calibrate validate --profile own.json --measured runs/held-out-context --tolerance 0.08 -o report
 set -u
 seconds=$1 out=$(realpath -m "$2")

@@ -267,6 +267,7 @@ class HostCosts(Part):
 
     `launch` is that of a small kernel and `product_launches` that of a matrix product by dtype (else as any kernel's),
     `further_launch` that of each kernel beyond its first that a product's call launches (see `surface.LaunchTable`);
+    `attention_launch` that of attention over what is cached (None: as a product's);
     `copy_enqueue` that of a copy to the GPU and `readback_enqueue` that of the choice's (None: as any copy's).
     `event_record` and `event_wait` put an event, or a wait for one, on a stream. `readback` is from the end of the
     dense part to the choice being in host memory; `readback_late`, where the host asked for it only after that, from
@@ -287,6 +288,7 @@ class HostCosts(Part):
     synchronize: DurationBesideCopy
     product_launches: dict[str, Duration] = {}
     further_launch: Duration = NO_TIME
+    attention_launch: Duration | None = None
     readback_enqueue: Duration | None = None
     event_record: Duration = NO_TIME
     event_wait: Duration = NO_TIME

@@ -164,17 +164,37 @@ class SmallTable(_Table):
 
 
 class AttentionTable(_Table):
-    """Attention of one new token of each sequence: over KV heads of all sequences, their width, cached positions."""
+    """Attention of one new token of each sequence: over KV heads of all sequences, their width, cached positions.
+
+    A library shares the positions of a stream out over several blocks while there are few streams. Where it has been
+    seen to stop, more streams than `split_up_to` are told from the next two sizes, not from one on either side.
+    """
 
     dtype: Dtype
     streams: _Sizes
     head_dims: _Sizes
     positions: _Sizes
+    split_up_to: int | None = Field(default=None, ge=1)
 
     axes = (("streams", 1), ("head_dims", 1), ("positions", 1))
 
+    @model_validator(mode="after")
+    def _goes_on_behind(self) -> AttentionTable:
+        if self.split_up_to is not None and self.split_up_to not in self.streams[:-2]:
+            raise InputError(f"split_up_to = {self.split_up_to}: must be one of streams, and two more behind it")
+        return self
+
     def attention_ns(self, streams: float, head_dim: float, positions: float) -> float:
         """Returns what the attention of one layer takes, in ns; `streams` is sequences times KV heads."""
+        if self.split_up_to is not None and streams > self.split_up_to:
+            first, second = self.streams[self.streams.index(self.split_up_to) + 1 :][:2]
+            if streams < first:
+                nearest, further = (self._of(each, head_dim, positions) for each in (first, second))
+                power = max(0.0, min(1.0, log(further / nearest) / log(second / first)))
+                return nearest * float((streams / first) ** power)
+        return self._of(streams, head_dim, positions)
+
+    def _of(self, streams: float, head_dim: float, positions: float) -> float:
         return self._between(self._log_ns, streams, head_dim, positions)
 
 

@@ -27,6 +27,7 @@ from coverage_by_folder import coverage
 from day_figure import day_figure, drafts_figure
 from dependencies import dependencies_table
 from eviction_tables import layers, policies
+from host_tables import host_beside
 from new_user import path_table, ways_table
 from one_command import one_command
 from owned_tables import owned
@@ -534,6 +535,12 @@ def held_out_context() -> str:
     return f"{markdown(ours, every_row=False)}\n\n{markdown(pair, every_row=True)}"
 
 
+def held_out_today() -> str:
+    """All of these, with a context and without, in one session, with `h200` and with that session's own costs."""
+    ours, own = (_validation(f"h200-held-out-2026-12{name}") for name in ("", "-own"))
+    return f"{markdown(ours, every_row=False)}\n\n{markdown(own, every_row=True)}"
+
+
 def held_out_again() -> str:
     """Eager schedules among them, executed again on another day with more repeats, simulated with `h200`."""
     return markdown(_validation("h200-held-out-again"), every_row=True)
@@ -793,6 +800,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "held-out": held_out,
     "held-out-again": held_out_again,
     "held-out-context": held_out_context,
+    "held-out-2026-12": held_out_today,
+    "host-beside": host_beside,
     "whole": whole,
     "speed": speed,
     "replay-speed": replay_speed,

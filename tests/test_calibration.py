@@ -454,7 +454,10 @@ SAMPLES = Path(__file__).parent.parent / "calibration" / "samples"
 
 
 def committed_fit() -> Fit:
-    names = (".json", "-two-gpus.json", ".surface.json.gz", ".low-bit.json.gz", "-launches.json.gz")
+    names = (
+        *(".json", "-two-gpus.json", ".surface.json.gz", ".attention.json.gz", ".low-bit.json.gz"),
+        "-launches.json.gz",
+    )
     one, *more = (load_samples(SAMPLES / f"h200{name}") for name in names)
     return fit(one, "h200", load_schedule([SAMPLES / "h200.rows.json"]), more)
 

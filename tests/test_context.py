@@ -11,13 +11,14 @@ from test_surface import attention_data
 from tiny import ASSUMED, HIDDEN, tiny_model, tiny_profile, tiny_scenario, tiny_trace
 
 from prestage.engine.costs.costs import Costs
+from prestage.engine.costs.values import KernelCost
 from prestage.engine.load import load_inputs, steps_of
 from prestage.engine.loading.capacity import kv_cache_bytes
 from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.inputs import Inputs
-from prestage.engine.scenario.scenario import load_scenario
+from prestage.engine.scenario.scenario import load_scenario, make_scenario
 from prestage.engine.simulate import simulate
-from prestage.resources.profile import Profile, make_profile
+from prestage.resources.profile import Profile, load_profile, make_profile
 from prestage.resources.timeline import DENSE
 from prestage.testing import record
 from prestage.workloads.batches import DECODE, PREFILL, Step
@@ -166,6 +167,52 @@ def test_beside_a_copy_attention_takes_longer_by_what_it_reads() -> None:
     model = replace(MODEL, attention=((Attending(1, 1, 64, 1024),),))
     found = Costs(inputs(1023, model=model, profile=surfaced())).attention_in(0)[0]
     assert found.beside_copy_ns - found.ns == pytest.approx(1000, abs=1)  # 1,000 ns for the MiB that 1,024 keys are
+
+
+def eager(attends: bool, runtime: str = "prestage", **host: Any) -> KernelCost:
+    """What the dense part of a layer with one attention costs on `h200`, launched kernel by kernel."""
+    settings: dict[str, Any] = {
+        "model": {"preset": "mixtral-8x7b", "layers": 1}, "machine": {"profile": "h200"}, "runtime": {"name": runtime},
+        "dispatch": {"mode": "eager"}, "workload": {"synthetic": {"tokens": 1}, "prefill": "skip"},
+    }  # fmt: skip
+    settings["workload"] |= {"context": 100_000} if attends else {}
+    loaded = load_inputs(make_scenario(settings))
+    profile = loaded.profile.model_copy(update={"host": loaded.profile.host.model_copy(update=host)})
+    costs = Costs(replace(loaded, profile=profile))
+    return costs.attending(costs.dense(0, 1), 0, 0)
+
+
+def test_an_eager_call_of_attention_takes_the_host_what_a_products_does_or_what_was_measured() -> None:
+    host, plain = load_profile("h200").host, eager(attends=False)
+    call = host.product_launches["bfloat16"]
+    assert eager(attends=True).host_ns - plain.host_ns == call.ns - host.launch.ns > 0
+    assert eager(attends=True).launches == plain.launches, "it is among the kernels that the model counts"
+    measured = call.model_copy(update={"ns": 50_000})
+    assert eager(attends=True, attention_launch=measured).host_ns - plain.host_ns == 50_000 - host.launch.ns
+    # A runtime's own costs have it in them.
+    own = [eager(attends, "transformers").host_ns for attends in (False, True)]
+    assert own[0] == own[1]
+
+
+def test_a_long_kernel_in_the_middle_starts_when_what_is_launched_before_it_is_done() -> None:
+    # Ten kernels of 10 ns, whose calls take 100 ns each: the last call is the latest, and 90 ns are done before.
+    assert KernelCost(100, 1.0, 10, 1000).issue_ns == 1000 - 90
+    # One of 2,000 ns behind half of them: it begins behind 500 ns of calls, with 50 ns done before.
+    long = KernelCost(2100, 1.0, 10, 1000, long_ns=2000)
+    assert long.issue_ns == 500 - 50
+    assert KernelCost(2100, 1.0, 10, 1000).issue_ns == 100, "as if it were spread over all of them"
+    assert KernelCost(2100, 1.0, 1, 1000, 7, long_ns=2000).issue_ns == 1007, "a graph is one call"
+
+
+@pytest.mark.slow
+def test_both_engines_start_a_long_attention_alike() -> None:
+    data: dict[str, Any] = {
+        "model": {"preset": "mixtral-8x7b", "layers": 2}, "machine": {"profile": "h200"}, "dispatch": {"mode": "eager"},
+        "workload": {"synthetic": {"tokens": 6}, "prefill": "skip", "context": 200_000},
+    }  # fmt: skip
+    loaded = load_inputs(make_scenario(data))
+    spans = [record(loaded, engine=engine).spans.tolist() for engine in ("simpy", "compiled")]
+    assert spans[0] == spans[1] and any(span for span in spans[0])
 
 
 def test_measured_contexts_go_before_all_else() -> None:

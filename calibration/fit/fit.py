@@ -56,7 +56,9 @@ class Fit:
 
 
 def _surface_of(files: Sequence[Samples]) -> Samples | None:
-    """Returns the first samples of a surface, or None; with products of dtypes that only others have, and all launches.
+    """Returns the first samples of a surface, or None; with what others have beside it, and all launches.
+
+    That is products of dtypes, and attention of shapes, that only they have.
 
     Raises ProfileError if one is of another GPU than the first file, or launches were counted without a surface.
     """
@@ -72,8 +74,9 @@ def _surface_of(files: Sequence[Samples]) -> Samples | None:
     first, *others = measured
     series = [row for row in first.surface if row.what != "launch"]
     for other in others:
-        known = {row.dtype for row in series}
-        series += [row for row in other.surface if row.what == "product" and row.dtype not in known]
+        dtypes, shapes = {row.dtype for row in series}, {row.shape for row in series if row.what == "attention"}
+        series += [row for row in other.surface if row.what == "product" and row.dtype not in dtypes]
+        series += [row for row in other.surface if row.what == "attention" and row.shape not in shapes]
     return first.model_copy(update={"surface": (*series, *launches)})
 
 

@@ -18,6 +18,7 @@ from ...engine.costs.surface_costs import Kernels, SurfaceCosts, dense_kernels, 
 from ...resources.profile_costs import ProfileError
 from ...resources.surface import Surface
 from ..measure.samples import Samples, SurfaceSeries
+from .attention import attention_table
 from .evidence import MICRO, SCHEDULE, Evidence, Row
 
 #: Fewer samples than these inside schedules say little of a group.
@@ -128,11 +129,10 @@ class _Rows:
     def attention(self) -> Iterable[dict[str, Any]]:
         """Yields a table for each dtype: KV heads of all sequences count, query heads that share one do not."""
         for dtype in self._dtypes("attention"):
-            alike: dict[tuple[int, ...], list[float]] = {}
+            alike: dict[tuple[int, int, int], list[float]] = {}
             for (batch, kv_heads, _, head_dim, positions), ns in self._each("attention", dtype).items():
                 alike.setdefault((batch * kv_heads, head_dim, positions), []).append(ns)
-            medians = {shape: float(np.median(seen)) for shape, seen in alike.items()}
-            yield {"dtype": dtype, **_table(medians, ("streams", "head_dims", "positions"))}
+            yield attention_table(dtype, {shape: float(np.median(seen)) for shape, seen in alike.items()})
 
     def prompts(self) -> Iterable[dict[str, Any]]:
         """Yields a table for each dtype: query heads count, how many share a KV head does not."""

@@ -175,6 +175,7 @@ def host_probes(bench: Bench) -> Iterator[Probe]:
     calls: dict[str, tuple[Any, Calls]] = {
         "launch": (compute, _small_kernel(bench)),
         "product_launch": (compute, _small_product(bench)),
+        "attention_launch": (compute, _small_attention(bench)),
         "graph_launch": (compute, graph),
         "copy_enqueue": (copying, (gpu.use(copying), *copy, gpu.use(compute))),
         "readback_enqueue": (compute, back),
@@ -220,3 +221,13 @@ def _small_product(bench: Bench) -> Calls:
     x = bench.gpu.random(1, 256, dtype="bfloat16", scale=1.0, seed=3)
     weights = bench.gpu.random(256, 256, dtype="bfloat16", scale=0.06, seed=4)
     return ((partial(torch.mm, out=bench.gpu.empty(1, 256, dtype="bfloat16")), (x, weights)),)
+
+
+def _small_attention(bench: Bench) -> Calls:
+    import torch
+
+    cache = bench.gpu.random(2, 1, 8, 1024, 128, dtype="bfloat16", scale=1.0, seed=5)
+    query = bench.gpu.random(1, 32, 1, 128, dtype="bfloat16", scale=1.0, seed=6)
+    attend = partial(torch.nn.functional.scaled_dot_product_attention, enable_gqa=True)
+    attend(query, *cache)  # a library plans at the first call of a shape
+    return ((attend, (query, *cache)),)

@@ -114,7 +114,7 @@ FULL_GRID = Grid(
     ),
     elements=tuple(4**power for power in range(4, 14)),
     attention=Attention(
-        batches=(1, 4, 16), kv_heads=(1, 2, 4, 8, 16), groups=(1, 4, 8), head_dims=(64, 128, 256),
+        batches=(1, 4, 16), kv_heads=(1, 2, 4, 6, 8, 16), groups=(1, 8), head_dims=(64, 96, 128, 256),
         contexts=tuple(2**power for power in (7, *range(9, 18))), prompts=(128, 512, 2048, 8192, 32768),
     ),
 )  # fmt: skip

@@ -116,6 +116,12 @@ class Costs:
         #: What attention adds to the dense parts with what is cached, by step.
         own = self.runtime.attention_of(self.model)
         self.attention = Attention(inputs, profile, self._surface, dispatch, own)
+        #: What attention's call takes the host longer than a small kernel's: a runtime's own costs have it in them.
+        self._attends_ns = 0
+        if self._mode == "eager" and self.attention.counts and not inputs.runtime.costs.given():
+            call = profile.host.attention_launch
+            call_ns = self._product_launch(model.dense_dtype) if call is None else call.ns
+            self._attends_ns = max(0, call_ns - self.launch_ns)
         self.predict = KernelCost(self.predict_ns, 1.0, 1, self.launch_ns + self.records_ns, self._latency_ns)
         if self.copies_hold_host and scenario.prefetch.issued_by == "gpu":
             raise ProfileError(
@@ -280,7 +286,9 @@ class Costs:
 
     def dense(self, layer: int, tokens: int, phase: int = DECODE) -> KernelCost:
         """Returns the dense part of one layer over `tokens` tokens of a step of a phase, but for `attending`."""
-        return self._dense_part(layer, self.run_tokens(tokens, phase))
+        cost = self._dense_part(layer, self.run_tokens(tokens, phase))
+        attends_ns = len(self.model.attention_of(layer)) * self._attends_ns
+        return replace(cost, host_ns=cost.host_ns + attends_ns) if attends_ns else cost
 
     def attending(self, cost: KernelCost, layer: int, step: int) -> KernelCost:
         """Returns what a layer's dense part costs with what attention adds in a step."""
@@ -290,7 +298,8 @@ class Costs:
         if not added.ns:
             return cost
         ns = cost.ns + added.ns
-        return replace(cost, ns=ns, slowdown=max(1.0, (cost.ns * cost.slowdown + added.beside_copy_ns) / ns))
+        slowdown = max(1.0, (cost.ns * cost.slowdown + added.beside_copy_ns) / ns)
+        return replace(cost, ns=ns, long_ns=added.ns, slowdown=slowdown)
 
     def attention_in(self, step: int) -> list[Added]:
         """Returns what attention adds in a step, by kind of layer, and names how that is estimated."""

@@ -12,7 +12,8 @@ class KernelCost:
 
     `latency_ns` is from the return of the host's last call to the start on an idle lane; it may be below 0.
     `issue_ns` is from the host's first call to the start on an idle lane: several launches count as one piece of work,
-    as late as its last launch demands.
+    as late as its last launch demands. Kernels last alike, but for one of `long_ns` (attention) that is launched in the
+    middle: what is launched before it has to be done.
     """
 
     ns: int
@@ -20,12 +21,22 @@ class KernelCost:
     launches: int
     host_ns: int
     latency_ns: int = 0
+    long_ns: int = 0
     issue_ns: int = field(init=False)
 
     def __post_init__(self) -> None:
-        first_ns, before_last_ns = self.host_ns // self.launches, self.ns * (self.launches - 1) // self.launches
-        issue_ns = self.latency_ns + max(first_ns, self.host_ns - before_last_ns)
+        issue_ns = self.latency_ns + _issue_after_ns(self.ns, self.long_ns, self.launches, self.host_ns)
         object.__setattr__(self, "issue_ns", issue_ns)
+
+
+def _issue_after_ns(ns: int, long_ns: int, launches: int, host_ns: int) -> int:
+    """Returns how long after the host's first call a group of kernels starts on an idle lane, but for the latency."""
+    if launches == 1:
+        return host_ns
+    others_ns = max(0, ns - long_ns)
+    last_ns = host_ns - others_ns * (launches - 1) // launches - (ns - others_ns)
+    middle_ns = host_ns // 2 - others_ns // 2 if long_ns else 0
+    return max(host_ns // launches, middle_ns, last_ns)
 
 
 @dataclass(frozen=True, slots=True)

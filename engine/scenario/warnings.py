@@ -396,7 +396,8 @@ def _in_use(place: str, inputs: Inputs) -> bool:
     if mode != "free":
         used += ["host.copy_enqueue", "host.synchronize", "host.event_", "host.resume", "host.copy_resume"]
         used += [f"compute.{mode}_gap", "compute.event_wait_gap", "compute.launch_latency"]
-        used += ["host.graph_launch"] if mode == "graph" else ["host.launch", "host.product_launches.", "host.further_"]
+        eager = ["host.launch", "host.product_launches.", "host.further_", "host.attention_"]
+        used += ["host.graph_launch"] if mode == "graph" else eager
     return place.startswith(tuple(used))
 
 

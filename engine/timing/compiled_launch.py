@@ -158,9 +158,17 @@ def pay_waits(m: Words, gpu: Word) -> None:
 
 
 @compiled
-def issue_after(ns: Word, launches: Word, host: Word) -> Word:
-    """Returns how long after the host's first call a group of kernels starts on an idle lane, but for the latency."""
-    return max(host // launches, host - ns * (launches - 1) // launches)
+def issue_after(ns: Word, long: Word, launches: Word, host: Word) -> Word:
+    """Returns how long after the host's first call a group of kernels starts on an idle lane, but for the latency.
+
+    One of the kernels takes `long`, and is launched in the middle.
+    """
+    if launches == 1:
+        return host
+    others = max(0, ns - long)
+    last = host - others * (launches - 1) // launches - (ns - others)
+    middle = host // 2 - others // 2 if long else 0
+    return max(host // launches, max(middle, last))
 
 
 # The launch queue.
@@ -242,6 +250,7 @@ def launch_kernel(
 def launch(m: Words, f: Reals, thread: Word, row: Word) -> Word:
     """Launch what a command says; False if the launch queue is full."""
     gpu, kind, price = gpu_of(m, row), m[row + C_KIND], price_of(m, row)
+    long: Word = 0
     if price >= 0:
         ns, launches, host, issue = m[price + K_NS], m[price + K_LAUNCHES], m[price + K_HOST], m[price + K_ISSUE]
         slowdown = f[price + K_SLOWDOWN]
@@ -249,26 +258,26 @@ def launch(m: Words, f: Reals, thread: Word, row: Word) -> Word:
         if attention >= 0:
             kind_of = m[attention + AT_KINDS + m[row + C_LAYER]]
             added = attention + AT_KINDS + m[gpu + G_LAYERS] + kind_of * ADDED_WORDS
-            longer = ns + m[added + AN_NS]
-            if longer > ns:
-                slowdown = max(1.0, (ns * slowdown + f[added + AN_BESIDE]) / longer)
-                issue += issue_after(longer, launches, host) - issue_after(ns, launches, host)
-                ns = longer
+            long = m[added + AN_NS]
+            if long > 0:
+                slowdown = max(1.0, (ns * slowdown + f[added + AN_BESIDE]) / (ns + long))
+                issue += issue_after(ns + long, long, launches, host) - issue_after(ns, 0, launches, host)
+                ns += long
     else:
         saved = (m[gpu + G_MEMBERS] - 1) * m[gpu + G_GROUPED_SAVED]
         ns = max(m[gpu + G_MEMBER_NS] - saved, m[gpu + G_MOST_NS])
         launches, host, slowdown = m[gpu + G_MEMBER_LAUNCHES], m[gpu + G_MEMBER_HOST], f[gpu + G_MEMBER_SLOWDOWN]
-        issue = issue_after(ns, launches, host)
+        issue = issue_after(ns, 0, launches, host)
     if m[gpu + G_WATCHES] and not has_place(m, thread, gpu, launches):
         return False
     if m[gpu + G_SCATTER] >= 0 and kind != DECOMPRESS:
         part = F_DENSE if kind == DENSE else F_HEAD if kind == HEAD else F_EXPERT
-        exact = issue_after(ns, launches, host)
+        exact = issue_after(ns, long, launches, host)
         ns, host = times(ns, factor_of(m, f, gpu, part)), times(host, factor_of(m, f, gpu, F_HOST))
-        issue += issue_after(ns, launches, host) - exact
+        issue += issue_after(ns, long, launches, host) - exact
     held = m[gpu + G_HELD]
     if held:
-        issue += issue_after(ns + held, launches, host) - issue_after(ns, launches, host)
+        issue += issue_after(ns + held, long, launches, host) - issue_after(ns, long, launches, host)
         ns += held
         m[gpu + G_HELD] = 0
     m[gpu + G_MEMBERS], m[gpu + G_MEMBER_NS], m[gpu + G_MOST_NS], f[gpu + G_MEMBER_SLOWDOWN] = 0, 0, 0, 0.0
