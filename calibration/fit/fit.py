@@ -56,9 +56,7 @@ class Fit:
 
 
 def _surface_of(files: Sequence[Samples]) -> Samples | None:
-    """Returns the first samples of a surface, or None; with what others have beside it, and all launches.
-
-    That is products of dtypes, and attention of shapes, that only they have.
+    """Returns the first samples of a surface, or None; with dtypes and attention only others have, and all launches.
 
     Raises ProfileError if one is of another GPU than the first file, or launches were counted without a surface.
     """
