@@ -9,7 +9,7 @@ import pytest
 from test_surface import made_samples, made_series
 
 from prestage.calibration.fit.attention import Measured, attention_table
-from prestage.calibration.fit.fit import _surface_of
+from prestage.calibration.fit.surface import surface_of
 from prestage.calibration.measure.samples import SurfaceSeries
 from prestage.resources.surface import AttentionTable
 
@@ -56,6 +56,6 @@ def test_attention_of_a_second_file_joins_the_surface() -> None:
     rows = [SurfaceSeries("attention", "bfloat16", "graph", "none", shape, 2, (2000,)) for shape in shapes]
     first = main.model_copy(update={"surface": (*main.surface, rows[0])})
     second = main.model_copy(update={"surface": (rows[0]._replace(samples_ns=(9,)), rows[1])})
-    joined = _surface_of([first, second])
+    joined = surface_of([first, second])
     assert joined is not None
     assert [row for row in joined.surface if row.what == "attention"] == rows, "a shape of both is the first's"

@@ -38,7 +38,7 @@ from .evidence import (
 )
 from .host import FURTHER, further_launch_ns, launch_tables, solve_host
 from .kernels import KernelFitter
-from .surface import fit_surface
+from .surface import fit_surface, surface_of
 
 #: A list of whole numbers only, as it is written with one a line.
 _NUMBERS = re.compile(r"\[[\s\d,]+\]")
@@ -55,29 +55,6 @@ class Fit:
     noisy: list[Row]
 
 
-def _surface_of(files: Sequence[Samples]) -> Samples | None:
-    """Returns the first samples of a surface, or None; with dtypes and attention only others have, and all launches.
-
-    Raises ProfileError if one is of another GPU than the first file, or launches were counted without a surface.
-    """
-    for file in files:
-        if file.surface and file.device != files[0].device:
-            raise ProfileError(f"the surface is of an {file.device}, and the samples of an {files[0].device}")
-    launches = [row for file in files for row in file.surface if row.what == "launch"]
-    measured = [file for file in files if any(row.what != "launch" for row in file.surface)]
-    if not measured:
-        if launches:
-            raise ProfileError("samples: launches were counted without a surface: give its samples, too (--surface)")
-        return None
-    first, *others = measured
-    series = [row for row in first.surface if row.what != "launch"]
-    for other in others:
-        dtypes, shapes = {row.dtype for row in series}, {row.shape for row in series if row.what == "attention"}
-        series += [row for row in other.surface if row.what == "product" and row.dtype not in dtypes]
-        series += [row for row in other.surface if row.what == "attention" and row.shape not in shapes]
-    return first.model_copy(update={"surface": (*series, *launches)})
-
-
 def fit(
     samples: Samples,
     name: str,
@@ -91,7 +68,7 @@ def fit(
     ProfileError if something needed is missing.
     """
     evidence = Evidence(sample_rows([samples, *more]), schedule)
-    surface = _surface_of([samples, *more])
+    surface = surface_of([samples, *more])
     fitter = _Fitter(evidence, surface, typical_copies=topology is not None)
     host = fitter.host()
     data: dict[str, Any] = {

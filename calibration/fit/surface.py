@@ -39,6 +39,37 @@ _Key = tuple[str, str, str, str]
 _Points = Mapping[str, Sequence[dict[str, Any]]]
 
 
+def surface_of(files: Sequence[Samples]) -> Samples | None:
+    """Returns the first samples of a surface, or None; with dtypes and attention only others have, and all launches.
+
+    Raises ProfileError if one is of another GPU than the first file, or launches were counted without a surface.
+    """
+    for file in files:
+        if file.surface and file.device != files[0].device:
+            raise ProfileError(f"the surface is of an {file.device}, and the samples of an {files[0].device}")
+    launches = [row for file in files for row in file.surface if row.what == "launch"]
+    measured = [file for file in files if any(row.what != "launch" for row in file.surface)]
+    if not measured:
+        if launches:
+            raise ProfileError("samples: launches were counted without a surface: give its samples, too (--surface)")
+        return None
+    first, *others = measured
+    series = [row for row in first.surface if row.what != "launch"]
+    for other in others:
+        series += _only_in(other.surface, series)
+    return first.model_copy(update={"surface": (*series, *launches)})
+
+
+def _only_in(other: Sequence[SurfaceSeries], series: Sequence[SurfaceSeries]) -> list[SurfaceSeries]:
+    """Returns products of dtypes, and attention of shapes, that only the other series have."""
+    dtypes, shapes = {row.dtype for row in series}, {row.shape for row in series if row.what == "attention"}
+    return [
+        row
+        for row in other
+        if (row.what == "product" and row.dtype not in dtypes) or (row.what == "attention" and row.shape not in shapes)
+    ]
+
+
 def fit_surface(samples: Samples, evidence: Evidence, points: _Points) -> dict[str, Any]:
     """Returns the surface as plain data of a profile.
 

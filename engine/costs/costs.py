@@ -116,12 +116,7 @@ class Costs:
         #: What attention adds to the dense parts with what is cached, by step.
         own = self.runtime.attention_of(self.model)
         self.attention = Attention(inputs, profile, self._surface, dispatch, own)
-        #: What attention's call takes the host longer than a small kernel's: a runtime's own costs have it in them.
-        self._attends_ns = 0
-        if self._mode == "eager" and self.attention.counts and not inputs.runtime.costs.given():
-            call = profile.host.attention_launch
-            call_ns = self._product_launch(model.dense_dtype) if call is None else call.ns
-            self._attends_ns = max(0, call_ns - self.launch_ns)
+        self._attends_ns = self._attention_call_ns(profile.host)
         self.predict = KernelCost(self.predict_ns, 1.0, 1, self.launch_ns + self.records_ns, self._latency_ns)
         if self.copies_hold_host and scenario.prefetch.issued_by == "gpu":
             raise ProfileError(
@@ -289,6 +284,13 @@ class Costs:
         cost = self._dense_part(layer, self.run_tokens(tokens, phase))
         attends_ns = len(self.model.attention_of(layer)) * self._attends_ns
         return replace(cost, host_ns=cost.host_ns + attends_ns) if attends_ns else cost
+
+    def _attention_call_ns(self, host: HostCosts) -> int:
+        """Returns what attention's call takes longer than a small kernel's; a runtime's own costs have it in them."""
+        if self._mode != "eager" or not self.attention.counts or self.own.costs.given():
+            return 0
+        call = host.attention_launch
+        return max(0, (self._product_launch(self.model.dense_dtype) if call is None else call.ns) - self.launch_ns)
 
     def attending(self, cost: KernelCost, layer: int, step: int) -> KernelCost:
         """Returns what a layer's dense part costs with what attention adds in a step."""
