@@ -235,7 +235,7 @@ def test_low_precision_copies_have_their_share_of_the_least_that_a_total_leaves(
     result = simulate_inputs(inputs, baselines=False)
     assert result.recording.decoded.visits["budget_bytes"].tolist() == [60, 60, 40]  # in whole experts
     with pytest.raises(
-        ScenarioError, match=r"memory\.total_bytes = '63B'.*low-precision copies 0.01 KiB, too little is left"
+        ScenarioError, match=r"memory\.total_bytes = '63B'.*low-precision copies 15 bytes, too little is left"
     ):
         tiny_pipeline(model, tiny_profile(), trace, scenario.model_copy(
             update={"memory": scenario.memory.model_copy(update={"total_bytes": "63B"})}
