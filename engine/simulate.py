@@ -295,7 +295,7 @@ def _replicates(inputs: Inputs, count: int, progress: Progress | None) -> list[d
     # The same seed for all GPUs: what is drawn is how far the profile is off, and they share it.
     drawn = zip(*(replicate_costs(part, count) for part in inputs.parts), strict=True)
     for number, costs in enumerate(drawn, 1):
-        replicate = linked(inputs, costs)
+        replicate = linked(inputs, costs, timed=False)
         ready = prepared(replicate, costs)
         recordings = run_all(replicate, ready)
         serving = serving_of(_ran(inputs, ready))

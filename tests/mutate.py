@@ -98,6 +98,7 @@ WHOLE_RUNS = (
     "test_drawn", "test_composition", "test_accepted_runs", "test_engine_properties", "test_golden", "test_statistics",
     "test_inference", "test_show", "test_sweep", "test_capacity", "test_reality", "test_from_peer", "test_exclusive",
     "test_memory_total", "test_grouped_kernels", "test_request_load", "test_late", "test_drafting", "test_uncompiled",
+    "test_served", "test_spool",
 )  # fmt: skip
 _OTHER: dict[type[ast.AST], tuple[type[ast.AST], ...]] = {
     ast.Lt: (ast.LtE, ast.Gt), ast.LtE: (ast.Lt, ast.Gt), ast.Gt: (ast.GtE, ast.Lt), ast.GtE: (ast.Gt, ast.Lt),

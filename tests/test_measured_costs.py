@@ -200,7 +200,11 @@ def test_a_read_back_that_is_asked_for_late_takes_less_and_the_host_resumes_slow
     # Without a measured one, a late one takes what any takes.
     del host["readback_late"]
     profile = changed(tiny_profile(), host=host)
-    assert tiny_costs(tiny_model(1), profile, tiny_scenario(dispatch={"mode": "graph"})).readback_latency_ns == 0
+    costs = tiny_costs(tiny_model(1), profile, tiny_scenario(dispatch={"mode": "graph"}))
+    assert (costs.readback_ns, costs.readback_latency_ns, costs.readback_slowdown) == (6, 0, 1.0)
+    # Without any, it is a copy of no bytes, which nothing slows down.
+    plain = tiny_costs(tiny_model(1), tiny_profile(readback_ns=4), tiny_scenario(dispatch={"mode": "graph"}))
+    assert (plain.readback_ns, plain.readback_latency_ns, plain.readback_slowdown) == (4, 0, 1.0)
 
 
 def test_a_launch_may_begin_before_its_last_call_returns() -> None:

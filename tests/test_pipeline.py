@@ -86,6 +86,7 @@ def test_decode_takes_its_steps_times_the_larger_of_m_and_s_and_the_smaller_to_f
     most, least = max(micro_batches, stages), min(micro_batches, stages)
     assert makespan_ns(recordings) == (steps * most + least - 1) * T_NS
     data = run_metrics(recordings, [None] * stages, serving_of(inputs))
+    assert [gpu["layers"] for gpu in data["gpus"]] == [f"{2 * stage}-{2 * stage + 1}" for stage in range(stages)]
     # Every token but the first comes one round after the last.
     assert data["inter_token_latency_ms"]["p50"] == most * T_NS / 1e6
 
@@ -126,6 +127,8 @@ def test_each_stage_sends_to_the_next_and_the_last_to_the_first(engine: str) -> 
     trace = sequences(1, 2, 3)
     inputs = tiny_pipeline(tiny_model(3), tiny_profile(gpus=3, peer_latency_ns=5), trace, staged(3, 1, 1))
     recordings = run_all(inputs, prepared(inputs, part_costs(inputs)), engine=engine)
+    each = run_metrics(recordings, [None] * 3, serving_of(inputs))["gpus"]
+    assert [of_gpu["layers"] for of_gpu in each] == ["0", "1", "2"]
     assert [spans_of(recording, "activation") for recording in recordings] == [
         [(30, 51), (155, 176)], [(81, 102), (186, 207)], [(132, 145)],
     ]  # fmt: skip

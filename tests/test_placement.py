@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from random_cases import traces
 from tiny import tiny_trace
 
-from prestage.engine.policies.placement import OBJECTIVES, PLACEMENT, Owners, Request
+from prestage.engine.policies.placement import OBJECTIVES, PLACEMENT, Owners, Request, _load_after
 from prestage.testing.conformance import check_owners
 from prestage.workloads.trace import RoutingTrace
 
@@ -111,6 +111,24 @@ def busiest(owners: Owners, trace: RoutingTrace, batch: int) -> int:
         max(Counter(owners[0][e][0] for token in rows[first : first + batch] for e in token).values())
         for first in range(0, len(rows), batch)
     )
+
+
+@pytest.mark.parametrize("gpus", [2, 3, 4, 5])
+def test_what_a_swap_makes_of_the_busiest_gpu_is_what_counting_anew_says(gpus: int) -> None:
+    random = np.random.default_rng(gpus)
+    chosen = random.integers(0, 9, (6, 10))  # tokens of each of ten experts in six batches
+    owner = np.arange(10) % gpus
+
+    def on_gpu(owner: np.ndarray) -> np.ndarray:
+        return np.stack([chosen[:, owner == gpu].sum(axis=1) for gpu in range(gpus)], axis=1)
+
+    for expert in range(10):
+        counted = []
+        for other in range(10):
+            swapped = owner.copy()
+            swapped[[expert, other]] = owner[[other, expert]]
+            counted.append(on_gpu(swapped).max(axis=1).sum())
+        assert _load_after(chosen, owner, on_gpu(owner), expert).tolist() == counted
 
 
 @settings(max_examples=30)

@@ -22,7 +22,7 @@ from prestage.errors import InputError
 from prestage.resources.timeline import DENSE, EXPERT, KINDS
 from prestage.workloads.batches import DECODE, PulledSteps, Step, every_row
 from prestage.workloads.predictors import make_predictor
-from prestage.workloads.requests.request import Wait
+from prestage.workloads.requests.request import Part, RequestStep, Wait
 
 
 @dataclass
@@ -66,6 +66,34 @@ def served(
 def test_steps_that_are_pulled_are_taken_to_go_on_with_the_same_sequences() -> None:
     later = later_steps(tiny_trace([[[0]]]), PulledSteps(), 2)
     assert [list(later[step]) for step in (0, 7)] == [[0, 1, 2], [7, 8, 9]]
+
+
+def stall(engine: str, swap_in_bytes: int) -> tuple[list[tuple[int, int]], dict[str, float]]:
+    """When the dense parts run of two steps, of which the second has so many bytes of KV blocks come back before."""
+    steps = [
+        RequestStep(DECODE, np.array([row]), parts=(Part(0, row, 1, 1),), swap_in_bytes=row * swap_in_bytes)
+        for row in range(2)
+    ]
+
+    class Source:
+        def next_step(self, now_ns: int) -> Step | None:
+            return steps.pop(0) if steps else None
+
+        def ended(self, end_ns: int, link_busy_ns: int = 0) -> None:
+            pass
+
+    recording = served(by_hand(7), Source, engine)
+    dense = recording.spans[recording.spans["kind"] == DENSE]
+    split = {name: round(ms * 1e6) for name, ms in time_split(recording).items()}
+    return list(zip(dense["start_ns"].tolist(), dense["end_ns"].tolist(), strict=True)), split
+
+
+@pytest.mark.parametrize("engine", ["simpy", "compiled"])
+def test_a_dense_part_stalls_for_kv_blocks_that_come_back_before_it(engine: str) -> None:
+    # Dense 0-3, copy 3-23, expert 23-30, and so again. 50 bytes take 50 ns, which are stall as the experts' 20 are.
+    alone, behind = stall(engine, 0), stall(engine, 50)
+    assert (alone[0], alone[1]["stall_ms"]) == ([(0, 3), (30, 33)], 40)
+    assert (behind[0], behind[1]["stall_ms"], behind[1]["host_ms"]) == ([(0, 3), (80, 83)], 90, 0)
 
 
 def by_hand(expert_ns: int, **sections: Any) -> Inputs:

@@ -230,7 +230,8 @@ def test_a_replicate_draws_what_copies_and_exchanges_between_the_gpus_take() -> 
     changed = {"peer": peer.model_copy(update={"queued": queued}), "exchange": queued}
     inputs = with_profile(inputs, inputs.profile.model_copy(update=changed))
     assert inputs.links is not None
-    drawn = [linked(inputs, costs) for costs in zip(*(replicate_costs(part, 3) for part in inputs.parts), strict=True)]
+    each = zip(*(replicate_costs(part, 3) for part in inputs.parts), strict=True)
+    drawn = [linked(inputs, costs, timed=False) for costs in each]
     took = {one.links.peer(0, 1).queued_ns(10**9) for one in drawn if one.links is not None}
     assert len(took) == 3 and inputs.links.peer(0, 1).queued_ns(10**9) not in took
     took = {one.profile.exchange.ns(10**9) for one in drawn if one.profile.exchange is not None}

@@ -51,7 +51,7 @@ def replicate_costs(inputs: Inputs, count: int, *, timed: bool = False) -> Itera
         yield Costs(replace(inputs, profile=_drawn(profile, "profile", factors, ways)), timed=timed, scatter=scatter)
 
 
-def linked(inputs: Inputs, costs: Sequence[Costs], *, timed: bool = False) -> Inputs:
+def linked(inputs: Inputs, costs: Sequence[Costs], *, timed: bool) -> Inputs:
     """Returns the inputs of a replicate: what copies and exchanges between its GPUs take is drawn, too."""
     if inputs.links is None:
         return inputs
