@@ -68,7 +68,7 @@ def test_steps_that_are_pulled_are_taken_to_go_on_with_the_same_sequences() -> N
     assert [list(later[step]) for step in (0, 7)] == [[0, 1, 2], [7, 8, 9]]
 
 
-def stall(engine: str, swap_in_bytes: int) -> tuple[list[tuple[int, int]], dict[str, float]]:
+def stall(engine: str, swap_in_bytes: int) -> tuple[list[tuple[int, int]], dict[str, int]]:
     """When the dense parts run of two steps, of which the second has so many bytes of KV blocks come back before."""
     steps = [
         RequestStep(DECODE, np.array([row]), parts=(Part(0, row, 1, 1),), swap_in_bytes=row * swap_in_bytes)
