@@ -11,7 +11,7 @@ from typing import Any
 from ..engine.prediction import Range
 from ..engine.run import Progress
 from ..engine.scenario.amounts import ScenarioError
-from ..engine.scenario.scenario import Scenario, make_scenario
+from ..engine.scenario.scenario import Scenario, lay, make_scenario
 from ..engine.simulate import Result, simulate
 from ..workloads.model import load_model
 from ..workloads.model_files.checkpoint import weight_bytes
@@ -64,7 +64,7 @@ def _of(scenario: Scenario, prompt: int, generated: int) -> Scenario:
         raise ScenarioError(
             f"workload.trace = {workload['trace']!r}: a bench draws its routing: take it out (--set workload.trace=)"
         )
-    data.pop("requests", None)
+    lay(data, "requests", None)
     drawn = {**workload["synthetic"], "tokens": prompt + generated, "prefill_tokens": prompt, "sequences": 1}
     workload |= {"tokens": generated, "batch": 1, "prefill": "whole", "warmup": "0tokens", "synthetic": drawn}
     if workload["context"] is not None:

@@ -13,8 +13,9 @@ from pydantic import BaseModel
 
 from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.origins import origins
-from prestage.engine.scenario.scenario import load_scenario, make_scenario
+from prestage.engine.scenario.scenario import apply_setting, load_scenario, make_scenario
 from prestage.engine.simulate import simulate
+from prestage.experiments.grid import make_grid
 from prestage.resources.facts import Fact
 from prestage.resources.parts import reached
 from prestage.resources.parts.chosen import choose
@@ -378,6 +379,33 @@ def test_a_setting_of_several_gpus_is_shown_as_what_follows_from_it() -> None:
         update={"machine": scenario.machine}
     )
     assert next(key for key in keys if key.key == "parallel.stages")[1:] == (4, 1, "follows from others")
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "parallel"),
+    [
+        (["machine.gpu=rtx4090"], "machine.gpus=4", (4, 1)),
+        (["machine.gpu=4x rtx4090"], "machine.gpu=2x rtx4090", (2, 1)),
+        (["machine.gpu=4x rtx4090"], "machine.profile=h200-pcie5", (1, 1)),
+        (["machine.gpu=2x rtx4090"], "parallel.gpus=2", (1, 2)),
+        (["machine.gpu=2x rtx4090"], "requests.rate=1", (1, 1)),
+        (["machine.gpu=2x rtx4090", "copy.source=peer"], "copy.source=host", (2, 1)),
+        (["machine.gpu=4x rtx4090", "parallel.stages=2"], "machine.gpus=4", (2, 1)),
+        (["machine.gpu=4x rtx4090", "parallel.gpus=4"], "machine.gpu=8x rtx4090", (1, 4)),
+    ],
+)
+def test_what_gpus_do_is_worked_out_anew_over_a_whole_scenario(
+    first: list[str], then: str, parallel: tuple[int, int]
+) -> None:
+    whole = load_scenario("one-gpu", first).plain()  # as the base of a sweep has it, with all keys
+    apply_setting(whole, then)
+    section = make_scenario(whole).parallel
+    assert (section.stages, section.gpus) == parallel
+
+
+def test_a_grid_of_gpus_is_of_as_many_stages() -> None:
+    grid = make_grid("one-gpu", {"machine.gpus": [1, 2, 4]}, settings=["machine.gpu=rtx4090"])
+    assert [grid.scenario(point).parallel.stages for point in grid.points()] == [1, 2, 4]
 
 
 def test_a_setting_of_a_part_takes_a_profiles_place_and_leaves_other_parts() -> None:

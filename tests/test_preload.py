@@ -73,7 +73,7 @@ def test_layers_that_do_not_fit_are_refused_with_what_they_take() -> None:
         make_manager(inputs(preload="layers", gpu_budget="3experts", cpu_layers=1))
     assert str(error.value) == (
         "memory.cpu_layers = 1: the experts of the other layers take 80 bytes, and memory.gpu_budget = '3experts' is "
-        "60: leave more layers to the CPU, or give more budget"
+        "60 bytes: leave more layers to the CPU, or give more budget"
     )
 
 

@@ -54,6 +54,7 @@ CASES: dict[str, tuple[list[str], list[str] | None]] = {
     "estimated cost in use": ([], None),
     "uncalibrated cost in use": ([], ["dispatch.mode=free", "dispatch.router_readback=false"]),
     "idle GPUs": (["machine.profile=h200-hgx-x8", "parallel.stages=4"], [*PIPELINE]),
+    "unused keys": ([*PIPELINE, "parallel.placement=linear"], ["machine.profile=h200-x2", "parallel.gpus=2"]),
     "idle drive": ([f"{PARTS}, drive=7GB/s"], [f"{PARTS}, drive=7GB/s", "tiers.host_budget=50%"]),
     "idle CPU": ([f"{PARTS}, cpu=7950x"], [f"{PARTS}, cpu=7950x", "miss.policy=cpu"]),
     "prediction is free": ([], ["predictor.latency_us=5"]),
@@ -127,6 +128,16 @@ def test_idle_gpus_are_told_by_the_keys_that_put_them_to_work() -> None:
     served = warned([eight, "requests.rate=100", "requests.count=3", "requests.replicas=2"])["idle GPUs"]
     assert "2 of them are at work; set requests.replicas = 8" in served
     assert "idle GPUs" not in warned(["machine.profile=h200-x2", "copy.source=peer"])
+
+
+def test_keys_of_shared_experts_are_told_where_none_are_shared() -> None:
+    said = warned([*PIPELINE, "parallel.placement=linear", "parallel.remote=host"])["unused keys"]
+    assert said == (
+        "unused keys: no GPUs share experts, so that nothing comes of parallel.placement = linear, parallel.remote = "
+        "host; set parallel.gpus = 2 in place of parallel.stages to share them"
+    )
+    one = warned(["parallel.spare_bytes=1GiB"])["unused keys"]
+    assert one.endswith("; set parallel.gpus, of a machine with several, to share them")
 
 
 def test_a_processor_that_copies_wait_for_is_not_idle() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from itertools import accumulate
 
+from ...units import bytes_words
 from ...workloads.batches import DECODE, PREFILL
 from ..costs.costs import Costs
 from ..costs.offload_costs import CpuCosts
@@ -148,9 +149,9 @@ def preload(manager: MemoryManager, inputs: Inputs) -> None:
     if memory.cpu_layers is not None and len(fitting) < len(wanted):
         needed_bytes = sum(manager.size_of[expert] for expert in wanted)
         raise ScenarioError(
-            f"memory.cpu_layers = {memory.cpu_layers}: the experts of the other layers take {needed_bytes} bytes, and "
-            f"memory.gpu_budget = {memory.gpu_budget!r} is {manager.budget_bytes}: leave more layers to the CPU, or "
-            f"give more budget"
+            f"memory.cpu_layers = {memory.cpu_layers}: the experts of the other layers take "
+            f"{bytes_words(needed_bytes)}, and memory.gpu_budget = {memory.gpu_budget!r} is "
+            f"{bytes_words(manager.budget_bytes)}: leave more layers to the CPU, or give more budget"
         )
     manager.preload(fitting)
 
@@ -162,8 +163,9 @@ def _refuse_less_than_all(manager: MemoryManager, inputs: Inputs) -> None:
     if only is not None and needed_bytes > manager.budget_bytes:
         title = inputs.runtime.title or inputs.runtime.name
         raise ScenarioError(
-            f"runtime.name = {inputs.runtime.name!r}: {title} {only.why}: they take {needed_bytes} bytes, and there is "
-            f"room for {manager.budget_bytes}: give more memory, a smaller model.dtype, or another runtime.name"
+            f"runtime.name = {inputs.runtime.name!r}: {title} {only.why}: they take {bytes_words(needed_bytes)}, and "
+            f"there is room for {bytes_words(manager.budget_bytes)}: give more memory, a smaller model.dtype, or "
+            f"another runtime.name"
         )
 
 

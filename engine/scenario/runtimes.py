@@ -12,6 +12,9 @@ from ...resources.runtime import DEFAULT, Runtime, RuntimeFileError, load_runtim
 from ...words import problems, unknown_name
 from .section import Section
 
+#: Either says what a machine's GPUs do.
+_GPU_KEYS = frozenset({"stages", "gpus"})
+
 
 class RuntimeSection(Section):
     """The software that is predicted: a shipped runtime's name, or a TOML or JSON file's path.
@@ -45,13 +48,30 @@ def with_all_gpus(given: Mapping[str, Any]) -> Mapping[str, Any]:
     Where nothing says how, they are the stages of a pipeline, as runtimes give whole layers to GPUs; but [requests]
     are served by one GPU, and one that experts are copied from does nothing else.
     """
-    machine, parallel, copies = (_said(given, section) for section in ("machine", "parallel", "copy"))
-    if machine is None or parallel is None or {"stages", "gpus"} & parallel.keys():
+    parallel, stages = _said(given, "parallel"), _stages_of_gpus(given)
+    if parallel is None or _GPU_KEYS & parallel.keys() or stages == 1:
         return given
-    count = gpus_of(machine)
-    if count == 1 or given.get("requests") is not None or (copies or {}).get("source") == "peer":
-        return given
-    return {**given, "parallel": {**parallel, "stages": count}}
+    return {**given, "parallel": {**parallel, "stages": stages}}
+
+
+def take_out_all_gpus(data: dict[str, Any]) -> None:
+    """Take out of a scenario's plain data with all keys what `with_all_gpus` has laid there or left as it is.
+
+    Then it is worked out anew, of another machine or beside other keys.
+    """
+    parallel = data.get("parallel")
+    if not isinstance(parallel, Mapping) or not parallel.keys() >= _GPU_KEYS:
+        return
+    if (parallel["stages"], parallel["gpus"]) == (_stages_of_gpus(data), 1):
+        data["parallel"] = {key: value for key, value in parallel.items() if key not in _GPU_KEYS}
+
+
+def _stages_of_gpus(given: Mapping[str, Any]) -> int:
+    """Returns how many stages the GPUs of a scenario's plain data are where nothing says what they do."""
+    machine, copies = _said(given, "machine"), _said(given, "copy") or {}
+    if machine is None or given.get("requests") is not None or copies.get("source") == "peer":
+        return 1
+    return gpus_of(machine)
 
 
 def _said(given: Mapping[str, Any], section: str) -> Mapping[str, Any] | None:

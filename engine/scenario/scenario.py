@@ -33,7 +33,7 @@ from ...workloads.model import names_model, preset_names
 from ..policies.miss import MISS
 from .amounts import ScenarioError
 from .rows import find_row
-from .runtimes import RuntimeSection, refused_by, with_all_gpus, with_defaults
+from .runtimes import RuntimeSection, refused_by, take_out_all_gpus, with_all_gpus, with_defaults
 from .section import Section
 from .sections import (
     DRAWN_BY,
@@ -283,6 +283,7 @@ def lay(data: dict[str, Any], key: str, value: Any) -> None:
     field = _field(parts)
     if field is None and len(parts) == 1 and (meant := keys_named(key)):
         raise ScenarioError(f"{key}: no such key; did you mean {' or '.join(map(repr, meant))}?")
+    take_out_all_gpus(data)
     if parts[0] == "machine" and isinstance(data.get("machine"), dict):
         lay_machine(data["machine"], parts[-1], out=value in ("", None))
     if field is not None and (value in ("", None) or (value == "none" and _may_be_missing(field))):

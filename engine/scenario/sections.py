@@ -241,6 +241,10 @@ class DispatchSection(Section):
     launch_queue_depth: int = Field(default=1000, ge=1, le=1_000_000)
 
 
+#: What says how GPUs share the experts of every layer.
+SHARING = ("placement", "replicas", "replica_bytes", "objective", "remote", "spare_bytes")
+
+
 class ParallelSection(Section):
     """How a run is spread over several GPUs: stages of a pipeline, each on a GPU with what [memory] gives to one.
 

@@ -16,7 +16,7 @@ from ...resources.parts.section import serves_copies
 from ...resources.parts.written import is_of_parts, split_parts
 from ...units import bytes_words
 from .amounts import parse_bytes
-from .sections import ON_GPU
+from .sections import ON_GPU, SHARING
 
 if TYPE_CHECKING:
     from .inputs import Inputs
@@ -192,9 +192,14 @@ def _host_bound(inputs: Inputs, data: dict[str, Any]) -> str | None:
     )
 
 
+def _gpus_there(inputs: Inputs) -> int:
+    """Returns how many GPUs the machine has; 0 where its profile does not say."""
+    topology = inputs.profile.topology
+    return 0 if topology is None else sum(node.kind == "gpu" for node in topology.nodes)
+
+
 def _idle_gpus(inputs: Inputs, data: dict[str, Any]) -> str | None:
-    scenario, topology = inputs.scenario, inputs.profile.topology
-    there = 0 if topology is None else sum(node.kind == "gpu" for node in topology.nodes)
+    scenario, there = inputs.scenario, _gpus_there(inputs)
     replicas = 1 if scenario.requests is None else scenario.requests.replicas
     used = max(scenario.parallel.stages, scenario.parallel.gpus, replicas) + (scenario.copy_.source == "peer")
     if used >= there:
@@ -203,6 +208,18 @@ def _idle_gpus(inputs: Inputs, data: dict[str, Any]) -> str | None:
     ways = " or ".join(f"{key} = {there}" for key in keys)
     at_work = "one of them is" if used == 1 else f"{used} of them are"
     return f"idle GPUs: the machine has {there}, and {at_work} at work; set {ways} to use all"
+
+
+def _unused_sharing(inputs: Inputs, data: dict[str, Any]) -> str | None:
+    parallel = inputs.scenario.parallel
+    keys = [key for key in SHARING if getattr(parallel, key) != type(parallel).model_fields[key].default]
+    if parallel.gpus > 1 or not keys:
+        return None
+    said = ", ".join(f"parallel.{key} = {getattr(parallel, key)}" for key in keys)
+    there = _gpus_there(inputs)
+    count = f"parallel.gpus = {there}" if there > 1 else "parallel.gpus, of a machine with several,"
+    instead = " in place of parallel.stages" if parallel.stages > 1 else ""
+    return f"unused keys: no GPUs share experts, so that nothing comes of {said}; set {count}{instead} to share them"
 
 
 def _idle_drive(inputs: Inputs, data: dict[str, Any]) -> str | None:
@@ -441,6 +458,7 @@ WARNINGS: tuple[Warn, ...] = (
     _below_break_even,
     _host_bound,
     _idle_gpus,
+    _unused_sharing,
     _bubbles,
     _prefill_dominates,
     _slower_on_cpu,
@@ -454,7 +472,10 @@ WARNINGS: tuple[Warn, ...] = (
     _idle_cpu,
 )
 #: Those that need no run: of its metrics they look at `capacity` at most.
-_BEFORE = (_over_capacity, _idle_total, _capped_budget, _empty_places, _cliff, _idle_gpus, _idle_drive, _idle_cpu)
+_BEFORE = (
+    *(_over_capacity, _idle_total, _capped_budget, _empty_places, _cliff),
+    *(_idle_gpus, _unused_sharing, _idle_drive, _idle_cpu),
+)
 
 
 def warnings_of(inputs: Inputs, data: dict[str, Any]) -> list[str]:
