@@ -221,6 +221,10 @@ def test_both_engines_take_back_at_the_same_ns(case: Case) -> None:
     [
         (["tiers.host_budget=all"], "inclusion = 'exclusive': host memory has every expert; give a host_budget"),
         (["parallel.stages=2"], "tiers.inclusion = 'exclusive' with parallel.stages = 2: only what one GPU evicts"),
+        (
+            ["machine.gpu=2x rtx3090", "machine.drive=2TB 7GB/s"],
+            "with parallel.stages = 2 (as many as the machine's parts count GPUs: parallel.stages = 1 lets one of them",
+        ),
         (["memory.eviction=spent"], "tiers.inclusion = 'exclusive' with memory.eviction = 'spent'"),
         (
             ["copy.discipline=priority", "copy.drop_stale=true"],

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ...resources.parts.section import gpus_of
 from ..policies.copy_order import COPY_ORDERS, orders_by_rank
 from ..policies.eviction import EVICTION
 from ..policies.eviction_base import Eviction
@@ -328,4 +329,6 @@ def _value(scenario: Scenario, key: str) -> str:
     """Returns the value of a key, as it is written in TOML."""
     section, name = key.split(".")
     value: Any = getattr(getattr(scenario, "copy_" if section == "copy" else section), name)
+    if key == "parallel.stages" and value == gpus_of(scenario.machine.model_dump()):
+        return f"{value} (as many as the machine's parts count GPUs: parallel.stages = 1 lets one of them work)"
     return str(value).lower() if isinstance(value, bool) else repr(value)
