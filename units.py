@@ -51,7 +51,9 @@ def rate_words(value: float, units: Mapping[str, int]) -> str:
 def bytes_words(size_bytes: int) -> str:
     """Returns a number of bytes as people say it: '12.62 MiB', '-3.05 GiB', '20 bytes'."""
     power = min((abs(size_bytes).bit_length() - 1) // 10, len(_BINARY)) if size_bytes else 0
-    return f"{size_bytes / 1024**power:,.2f} {_BINARY[power - 1]}" if power else f"{size_bytes:,} bytes"
+    if power:
+        return f"{size_bytes / 1024**power:,.2f} {_BINARY[power - 1]}"
+    return f"{size_bytes} byte" if abs(size_bytes) == 1 else f"{size_bytes:,} bytes"
 
 
 def option_bytes(option: str, text: str) -> int:

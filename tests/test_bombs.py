@@ -466,6 +466,6 @@ def test_toml_of_long_texts_with_many_dots_is_read() -> None:
 
 
 def test_sizes_are_written_as_people_do() -> None:
-    assert [bytes_words(size) for size in (0, 1023, 1024, 1536, 4_724_464_026, 1 << 62)] == [
-        "0 bytes", "1,023 bytes", "1.00 KiB", "1.50 KiB", "4.40 GiB", "4,096.00 PiB",
+    assert [bytes_words(size) for size in (0, 1, 1023, 1024, 1536, 4_724_464_026, 1 << 62)] == [
+        "0 bytes", "1 byte", "1,023 bytes", "1.00 KiB", "1.50 KiB", "4.40 GiB", "4,096.00 PiB",
     ]  # fmt: skip

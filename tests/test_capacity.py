@@ -218,7 +218,7 @@ def test_a_memory_that_is_full_to_the_byte_fits_and_one_byte_less_does_not() -> 
     with pytest.raises(CapacityError) as error:
         tiny(profile=holding(127), memory={"gpu_budget": "4experts"})
     assert str(error.value).startswith(
-        "memory.gpu_budget = '4experts': gpu0 would keep 0.12 KiB, 1 B more than the 0.12"
+        "memory.gpu_budget = '4experts': gpu0 would keep 128 bytes, 1 byte more than the 127 bytes"
     )
 
 
@@ -228,7 +228,7 @@ BEYOND = {
         "memory.gpu_budget = '100%' of the experts: gpu0 would keep 60.77 GiB, 36.77 GiB more than the "
         "24.00 GiB that it holds (profile rtx3090, gpu_memory_bytes): experts 56.80 GiB + dense weights 1.81 GiB + "
         "head 1.08 GiB + input embedding 1.08 GiB + "
-        "KV cache 0.28 MiB; there is room for 20.04 GiB of them; or set memory.capacity = 'ignore'",
+        "KV cache 288.00 KiB; there is room for 20.04 GiB of them; or set memory.capacity = 'ignore'",
     ),
     "a budget of 500 GiB": (
         ["memory.gpu_budget=500GiB"],
@@ -289,7 +289,9 @@ def test_a_scenario_that_does_not_care_runs_and_is_told_that_it_does_not_fit(nam
 
 def test_a_drive_that_cannot_hold_all_experts_is_refused() -> None:
     nvme = {**tiny_profile().model_dump()["nvme"], "drive": {"capacity_bytes": 159, **ASSUMED}}
-    with pytest.raises(CapacityError, match=r"^model\.preset = 'mixtral-8x7b': drive would keep 0\.16 KiB, 1 B more"):
+    with pytest.raises(
+        CapacityError, match=r"^model\.preset = 'mixtral-8x7b': drive would keep 160 bytes, 1 byte more"
+    ):
         tiny(profile=holding(10**6, nvme=nvme), tiers={"host_budget": "3experts"})
 
 

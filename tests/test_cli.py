@@ -346,7 +346,7 @@ BAD_RUN: list[tuple[list[str], str]] = [
     (["--set", "prefetch.k=33"], "prefetch.k = 33: a layer has 32 experts"),
     (["--set", "memory.eviction=lrv"], "memory.eviction = 'lrv': choose one of "),
     (["--set", "memory.gpu_budget=lots"], "gpu_budget = 'lots': write it as '25%', '4GiB' or '512experts'"),
-    (["--set", "memory.gpu_budget=1B"], "the expert budget is 1 bytes: it must hold one expert"),
+    (["--set", "memory.gpu_budget=1B"], "the expert budget is 1 byte: it must hold one expert"),
     (["--set", "model.preset=gpt-oss-21b"], "model 'gpt-oss-21b': did you mean 'gpt-oss-"),
     (["--set", "model=gpt-oss-20b"], "model = 'gpt-oss-20b': must be a section, such as model.preset"),
     (["--set", "machine.profile=rtx309"], "machine.profile = 'rtx309': choose one of "),

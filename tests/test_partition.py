@@ -155,8 +155,8 @@ def test_belady_knows_the_future_in_every_scope(scope: str) -> None:
     [
         ([2, 3], 100, "benefit", ValueError, "scope = 'benefit' needs experts of one size in all layers"),
         ([2, 3], 100, "shared", ValueError, "scope = 'shared' needs experts of one size in all layers"),
-        ([2, 2], 3, "benefit", BudgetError, "a layer's share (1/2) of the expert budget is 1 bytes"),
-        ([2, 2], 1, "shared", BudgetError, "the expert budget is 1 bytes: it must hold one expert, 2 bytes"),
+        ([2, 2], 3, "benefit", BudgetError, "a layer's share (1/2) of the expert budget is 1 byte"),
+        ([2, 2], 1, "shared", BudgetError, "the expert budget is 1 byte: it must hold one expert, 2 bytes"),
         ([2, 2], 9, "world", ValueError, "scope = 'world': choose one of global, per-layer, benefit, shared"),
     ],
 )

@@ -279,7 +279,7 @@ def test_agreement_is_the_share_of_decode_look_ups_found_exactly_if_logged_as_th
         ("4GiB", {}, "budget '4GiB': the trace does not say how large an expert is; give --model or --expert-bytes"),
         ("much", {"expert_bytes": 1}, "budget 'much': write it as '25%', '4GiB' or '512experts'"),
         ("-4GiB", {"expert_bytes": 1}, "budget '-4GiB': write it as"),
-        ("1B", {"expert_bytes": 2}, "the expert budget is 1 bytes: it must hold one expert, 2 bytes"),
+        ("1B", {"expert_bytes": 2}, "the expert budget is 1 byte: it must hold one expert, 2 bytes"),
         ("1experts", {"scope": "per-layer"}, "a layer's share (1/2) of the expert budget is 0 bytes: it must hold one"),
         ("50%", {"eviction": "lrv"}, "eviction = 'lrv': choose one of "),
         ("50%", {"scope": "world"}, "scope = 'world': choose one of global, per-layer, benefit, shared"),

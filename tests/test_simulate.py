@@ -343,7 +343,7 @@ def test_recorded_predictions_run_from_the_trace(tmp_path: Path) -> None:
         (["predictor.name=recorded"], "predictions"),
         (["workload.prefill=skip", "workload.synthetic.prefill_tokens=10"], "workload.trace: no token is left to run"),
         (["prefetch.k=33"], "prefetch.k = 33: a layer has 32 experts"),
-        (["memory.gpu_budget=1B"], "the expert budget is 1 bytes: it must hold one expert, 12.62 MiB"),
+        (["memory.gpu_budget=1B"], "the expert budget is 1 byte: it must hold one expert, 12.62 MiB"),
     ],
 )
 def test_what_cannot_run_is_refused_before_it_runs(settings: list[str], message: str) -> None:
