@@ -257,7 +257,7 @@ def test_every_budget_and_lookahead_has_its_cell_whoever_searches_it(scenario: S
         (["prefetch.lookahead=0"], {}, "prefetch.lookahead = 0: nothing is prefetched"),
         ([], {"lookaheads": [0, 1]}, "lookahead 0: nothing is prefetched"),
         (["prefetch.policy=popularity"], {}, "prefetch.policy = 'popularity' asks no predictor"),
-        ([], {"budgets": ["1B"]}, "budget 1B, lookahead 1: the expert budget is 1 bytes"),
+        ([], {"budgets": ["1B"]}, "budget 1B, lookahead 1: the expert budget is 1 byte"),
         ([], {"budgets": ["lots"]}, "gpu_budget = 'lots'"),
     ],
 )

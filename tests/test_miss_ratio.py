@@ -129,7 +129,7 @@ def test_capacities_come_ascending_and_once() -> None:
         ({"scope": "world"}, "scope = 'world': choose one of global, per-layer"),
         ({"points": 0}, "points = 0: must be at least 1"),
         ({"capacities": ["4GiB"]}, "budget '4GiB': the trace does not say how large an expert is"),
-        ({"capacities": ["10%"]}, "the expert budget is 0 bytes: it must hold one expert, 1 bytes"),
+        ({"capacities": ["10%"]}, "the expert budget is 0 bytes: it must hold one expert, 1 byte"),
     ],
 )
 def test_bad_input_is_refused_in_one_clear_line(options: dict[str, Any], message: str) -> None:
