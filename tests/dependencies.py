@@ -60,11 +60,11 @@ def installed(name: str) -> bool:
 
 def licence(about: Message) -> str:
     """Returns a package's licence as it says it: an SPDX expression, its classifiers, or its first line."""
-    if about["License-Expression"]:
+    if about.get("License-Expression"):
         return str(about["License-Expression"])
     classified = [line.split(" :: ")[-1] for line in about.get_all("Classifier") or [] if line.startswith("License ::")]
     said = [one for one in classified if one not in ("OSI Approved", "DFSG approved")]
-    return " or ".join(said) or str(about["License"] or "").strip().splitlines()[0]
+    return " or ".join(said) or str(about.get("License", "")).strip().splitlines()[0]
 
 
 def dependencies_table() -> str:

@@ -129,7 +129,6 @@ def test_a_command_takes_this_machine_as_it_is_detected_but_for_what_is_given() 
     assert settings == [
         'model.preset="m.gguf"',
         'machine.profile="gpu=2x rtx3090, link=pcie4 x16, cpu=7950x, ram=64GB DDR5-5600"',
-        "parallel.stages=2",
     ]
     with patch("prestage.resources.parts.detect.detect", return_value=Detected({"ram": "32GB"}, [])):
         assert Own(gpu="detect").settings(None) == ['machine.profile="gpu=none, ram=32GB"']

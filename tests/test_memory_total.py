@@ -77,8 +77,8 @@ def test_a_total_that_cannot_hold_an_expert_to_the_end_is_refused_before_the_run
     )
     # 32 layers of attention and router take 2.50 GiB in 16 bits, head and input embedding 32000 x 4096 x 2 bytes each.
     told = (
-        "memory.total_bytes = '2GiB': less dense weights 2.50 GiB + head 0.24 GiB + input embedding 0.24 GiB + KV "
-        "cache 0.25 MiB, too little is left: the expert budget is "
+        "memory.total_bytes = '2GiB': less dense weights 2.50 GiB + head 250.01 MiB + input embedding 250.00 MiB + KV "
+        "cache 256.00 KiB, too little is left: the expert budget is "
     )
     with pytest.raises(ScenarioError, match=f"^{re.escape(told)}"):
         load_inputs(scenario)
