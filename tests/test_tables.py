@@ -116,6 +116,14 @@ def test_a_bench_is_llama_benchs_two_tests(capsys: pytest.CaptureFixture[str]) -
     assert lines[3].split(" | ")[-2].strip() == "pp8" and " to " in lines[3]
 
 
+def test_a_bench_without_the_scenarios_requests_is_of_all_its_gpus() -> None:
+    machine = ["machine.gpu=2x rtx4060", "machine.ram=64GB DDR5-5600"]
+    alone, beside = (
+        load_scenario("one-gpu", [*machine, "model.layers=4", *each]) for each in ([], ["requests.rate=1"])
+    )
+    assert bench(beside, prompt=8, generated=4)["rows"] == bench(alone, prompt=8, generated=4)["rows"]
+
+
 def test_a_bench_draws_its_routing() -> None:
     with pytest.raises(ScenarioError, match=r"workload.trace = 'guide': a bench draws its routing"):
         bench(load_scenario("guide"))
