@@ -106,6 +106,7 @@ def tiers(recordings: Sequence[Recording]) -> dict[str, Any] | None:
 
     An expert that the CPU computes counts as one that is copied. A hit is a copy whose expert was in host memory, or on
     its way there; a staged read is a prefetch into host memory alone; what is demoted comes back from the GPU.
+    Evicted is who leaves host memory for whatever reason: where it is exclusive, what is copied to the GPU, too.
     Utilization is the share of the makespan that the lanes were busy, on average; what is read after the end does not
     count.
     """
