@@ -72,7 +72,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "engine/measure/request_metrics.py": ("test_request_metrics",),
     "engine/measure/speed.py": ("test_speed",),
     "engine/measure/time_split.py": ("test_accounting", "test_by_layer", "test_decoder", "test_split"),
-    "engine/measure/traffic.py": ("test_expert_parallel",),
+    "engine/measure/traffic.py": ("test_expert_parallel", "test_lockstep"),
     "engine/costs/all_to_all.py": ("test_lockstep",),
     "engine/costs/attention.py": ("test_context", "test_beside_costs", "test_served"),
     "engine/costs/costs.py": ("test_beside_costs", "test_measured_costs", "test_context", "test_miss"),

@@ -28,7 +28,7 @@ from prestage.engine.decide.host_memory import HostRooms
 from prestage.engine.decide.memory_manager import MemoryManager
 from prestage.engine.decide.program import Gpu, Stage, stages_program
 from prestage.engine.decide.registers import Registers
-from prestage.engine.decide.sources import EVICTIONS, PREFETCHES, Source, decided_in_python
+from prestage.engine.decide.sources import EVICTIONS, PREFETCHES, Source, decided_in_python, stages_in_python
 from prestage.engine.decide.tables import Rooms
 from prestage.engine.load import load_inputs
 from prestage.engine.loading.deciders import dispatched, make_host_memory, make_manager, make_prefetch, source_of
@@ -158,6 +158,14 @@ def test_guesses_of_more_layers_than_are_fetched_ahead_are_decided_by_in_python(
     further = replace(source.guesses, experts=np.repeat(source.guesses.experts, 2, axis=2))
     assert decided_in_python(replace(source, guesses=further)) == "prefetch.lookahead"
     assert decided_in_python(replace(source, guesses=None)) == "prefetch.lookahead"
+
+
+def test_stages_are_decided_in_python_if_one_of_them_is_or_they_share_what_host_memory_holds() -> None:
+    plain = Played(load_inputs(load_scenario("guide", ["workload.tokens=2"]))).source()
+    tiered = Played(load_inputs(load_scenario("nvme", ["workload.tokens=2"]))).source()
+    assert stages_in_python([plain]) is stages_in_python([plain, plain]) is stages_in_python([tiered]) is None
+    assert stages_in_python([plain, tiered]) == "tiers.host_budget"
+    assert stages_in_python([plain, replace(plain, guesses=None), tiered]) == "prefetch.lookahead"
 
 
 def test_host_memory_by_a_policy_that_is_not_compiled_is_decided_in_python() -> None:

@@ -402,6 +402,19 @@ def test_a_bandwidth_takes_the_place_of_the_profile() -> None:
     assert costs.estimates["expert on the CPU"].startswith("weight bytes / 24.2 GB/s: 0.48 of 50 GB/s")
 
 
+def test_beside_a_bandwidth_many_tokens_take_the_operations_of_the_rule() -> None:
+    # 48.5 % of 2 GB/s read 2,000 bytes; 100 tokens of int8 are 400,000 operations, 8 bits a weight.
+    plain = tiny_profile().model_dump()
+    rule = {"constant_ns": 10, "bytes_per_second": 10**9, "flops_per_second": 10**10, "beside_copy_factor": 1.0}
+    plain["compute"].update(cpu_experts=[], cpu_rule={**rule, **ASSUMED})
+    scenario = tiny_scenario(miss={"policy": "cpu", "cpu_gb_per_s": 2.0})
+    costs = tiny_costs(tiny_model(1, copy_ns=2000), make_profile(plain, "by rule"), scenario)
+    one, many = (CpuCosts(costs, scenario).expert(0, tokens).ns for tokens in (1, 100))
+    assert one == round(2000 / (2 * math.sqrt(0.25 * 0.94)))
+    assert many == 2 * 100 * 2000 / 10
+    assert "or 2 x weights x tokens / 10 GFLOP/s if that is longer" in costs.estimates["expert on the CPU"]
+
+
 def test_what_the_cpu_did_is_told_with_its_time() -> None:
     # Two tokens, one after the other, each 3 + 16 + 2 x 30 + 16 + 5: the CPU computes for 60 of each 100 ns.
     trace, scenario = tiny_trace([[[0, 1]], [[0, 1]]]), tiny_scenario(miss={"policy": "cpu"})

@@ -99,6 +99,13 @@ def test_experts_chosen_together_are_owned_together() -> None:
     assert PLACEMENT["co-activated"](Request(2, trace, [1])) == [[(0,), (1,), (1,), (0,)]]
 
 
+def test_who_joins_two_experts_is_who_is_chosen_with_either() -> None:
+    # 0 is chosen most, and most with 1. With these, 2 is chosen 3 + 1 times and 3 is 0 + 2.
+    pairs = [[0, 1]] * 6 + [[0, 2]] * 3 + [[1, 2]] + [[1, 3]] * 2 + [[3, 4], [4, 5], [3, 5]] * 2
+    owners = PLACEMENT["co-activated"](Request(2, tiny_trace([[pair] for pair in pairs], 6), [1]))
+    assert owners == [[(0,), (0,), (0,), (1,), (1,), (1,)]]
+
+
 def visits(owners: Owners, trace: RoutingTrace) -> int:
     """The pairs of a token and a GPU that has any of its experts."""
     return sum(len({owners[0][e][0] for e in token}) for token in trace.experts[:, 0].tolist())

@@ -49,7 +49,6 @@ class ByTokens(dict[int, KernelCost]):
     """What something costs over so many tokens, asked for once."""
 
     def __init__(self, cost: Callable[[int], KernelCost]) -> None:
-        super().__init__()
         self._cost = cost
 
     def __missing__(self, tokens: int) -> KernelCost:
