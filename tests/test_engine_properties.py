@@ -30,6 +30,7 @@ from prestage.engine.scenario.sections import ON_GPU
 from prestage.engine.simulate import simulate_inputs
 from prestage.resources.timeline import (
     DEMAND,
+    DEMOTION,
     DENSE,
     EXPERT,
     GUESSES,
@@ -97,6 +98,7 @@ def test_each_kind_of_work_runs_on_its_lane(case: Case) -> None:
         DEMAND: {"h2d"},
         PREFETCH: {"h2d"},
         READBACK: {"d2h"},
+        DEMOTION: {"d2h"},
         GUESSES: {"d2h"},
         LAUNCH: {"host"},
         READ: {"nvme"},

@@ -167,7 +167,7 @@ def test_a_runtime_that_keeps_all_experts_is_refused_where_there_is_less_room() 
 
     settings = ["runtime.name=vllm", "memory.gpu_budget=100%", "prefetch.lookahead=0", "workload.tokens=4"]
     make_manager(inputs(14))  # 9.5 GiB of experts, 3.3 of the rest
-    with pytest.raises(ScenarioError, match="vLLM keeps every expert on the GPU: they take 10165616640 bytes"):
+    with pytest.raises(ScenarioError, match=r"vLLM keeps every expert on the GPU: they take 9\.47 GiB"):
         make_manager(inputs(12))
 
 
@@ -440,7 +440,7 @@ def test_how_far_software_is_off_is_what_the_committed_runs_were_off() -> None:
     prompts = validated("h200-llama.cpp-prompts")
     assert len(prompts) == 36 and pytest.approx(rms_of_logs(prompts), abs=0.005) == PROMPTS
     decoded = validated("h200-decode")
-    # The report's repeats are those that nobody disturbed; with the others it was .17.
-    assert len(decoded) == 31 and 0 < load_runtime("transformers").structure - rms_of_logs(decoded) < 0.1
     later = validated("h200-decode-2026-12-01")
-    assert len(later) == 31 and 0 < load_runtime("transformers").structure - rms_of_logs(later) < 0.1
+    off = max(rms_of_logs(decoded), rms_of_logs(later))
+    # These reports' repeats are those that nobody disturbed; its file says why it is larger.
+    assert len(decoded) == len(later) == 31 and 0 < load_runtime("transformers").structure - off < 0.1
