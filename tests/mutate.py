@@ -84,7 +84,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "engine/costs/surface_costs.py": ("test_surface",),
     "engine/costs/tiled_products.py": ("test_tiled_products",),
     "engine/costs/uncertainty.py": ("test_measured_costs", "test_prediction", "test_extends"),
-    "engine/timing/deciding.py": ("test_decode", "test_serving"),
+    "engine/timing/deciding.py": ("test_about", "test_pulled", "test_decode", "test_serving"),
     "engine/timing/host.py": ("test_copy_order", "test_lane", "test_engines", "test_simulate"),
     "engine/timing/host_state.py": ("test_copy_order", "test_engines"),
     "engine/timing/lanes.py": ("test_lane", "test_copy_order", "test_network"),

@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.machinery import SourceFileLoader
 from itertools import accumulate
 from pathlib import Path
@@ -102,6 +103,8 @@ def tried(
         def pytest_runtestloop(self, session: Any) -> bool:
             if session.testsfailed:
                 raise SystemExit("the tests cannot be collected")
+            for module in tests:  # also those that are imported when something needs them
+                import_module("prestage." + module.removesuffix(".py").replace("/", "."))
             first = _first_run(session, tests, log, kept)
             work(lambda module, tree, new: _noticed(session, (first, asked), tests[module], (module, tree, new), log))
             return True
