@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..policies.compiled_eviction import (
-    DEMANDED_AT,
-)
+from ..policies.compiled_eviction import DEMANDED_AT
 from .compiled_rooms import (
     compiled,
     evict_for,
@@ -66,6 +64,14 @@ Word = Any
 
 
 @compiled
+def begin_row(t: Tables, copied: Words, expert: Word, room: Word, wave: Word) -> None:
+    """Begin the row of what comes to host memory and is no copy to the GPU."""
+    d = t.words
+    copied[O_EXPERT], copied[O_COPY], copied[O_ROOM], copied[O_WAVE], copied[O_TARGET] = expert, -1, room, wave, -1
+    copied[O_FIRST], copied[O_LAST], copied[O_FREED] = d[X_TAKEN], d[X_TAKEN], d[X_TAKEN]
+
+
+@compiled
 def settle_in(t: Tables, g: Word, expert: Word, reason: Word, copied: Words) -> None:
     """Give an absent expert the room in host memory that has been made for it."""
     d, host = t.words, t.words[g + D_TIER]
@@ -114,8 +120,7 @@ def take_in(t: Tables, g: Word, expert: Word, room: Word, copied: Words) -> Word
     row = t.experts[d[host + D_EXPERTS] + expert]
     if row[E_COPY] >= 0 or not make_room(t, host, pool_of(t, host, expert), expert, 0, DEMANDED_AT):
         return False
-    copied[O_EXPERT], copied[O_COPY], copied[O_ROOM], copied[O_WAVE], copied[O_TARGET] = expert, -1, room, BACK, -1
-    copied[O_FIRST], copied[O_LAST], copied[O_FREED] = d[X_TAKEN], d[X_TAKEN], d[X_TAKEN]
+    begin_row(t, copied, expert, room, BACK)
     settle_in(t, g, expert, DEMOTED, copied)
     copied[O_REQUESTS] = d[d[host + D_BACK_NS] + expert // d[host + D_LAYER_EXPERTS]]
     note_place(t, host, row, copied)
@@ -162,7 +167,6 @@ def stage(t: Tables, g: Word, expert: Word) -> None:
         return
     copied = t.copies[d[X_COPIED]]
     d[X_COPIED] += 1
-    copied[O_EXPERT], copied[O_COPY], copied[O_ROOM], copied[O_WAVE], copied[O_TARGET] = expert, -1, -1, STAGED, -1
-    copied[O_FIRST], copied[O_LAST], copied[O_FREED] = d[X_TAKEN], d[X_TAKEN], d[X_TAKEN]
+    begin_row(t, copied, expert, -1, STAGED)
     read(t, g, expert, 0, copied)
     note_place(t, host, row, copied)

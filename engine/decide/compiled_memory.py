@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..policies.compiled_eviction import (
-    DEMANDED_AT,
-    SPENT,
-)
+from ..policies.compiled_eviction import DEMANDED_AT, SPENT
 from .compiled_host_memory import bring, hand_over, list_evicted
 from .compiled_rooms import (
     compiled,

@@ -110,6 +110,20 @@ def pool_of(t: Tables, g: Word, expert: Word) -> Word:
 
 
 @compiled
+def state_of(t: Tables, p: Word) -> Table:
+    """Returns the rows that hold what a pool's policy knows."""
+    d = t.words
+    return t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_ROWS]]
+
+
+@compiled
+def reals_of(t: Tables, p: Word) -> Reals:
+    """Returns the reals that a pool's policy keeps, by expert, and beside them."""
+    d = t.words
+    return t.floats[d[p + P_REALS] : d[p + P_REALS] + d[p + P_EXPERTS] + REALS_BESIDE]
+
+
+@compiled
 def give_room(t: Tables, g: Word, p: Word, size_bytes: Word, register: Word) -> None:
     """Put room at the end of what is free; -1: it was nobody's."""
     d = t.words
@@ -181,11 +195,11 @@ def leave(t: Tables, g: Word, p: Word, expert: Word, found: Word) -> None:
     """Let an expert lose its room; `found`: `victims` has found it."""
     d, kind = t.words, t.words[g + D_EVICTION]
     row = t.experts[d[g + D_EXPERTS] + expert]
-    state = t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_ROWS]]
+    state = state_of(t, p)
     if found:
         evict(kind, state, expert - d[p + P_EXPERT])
     else:
-        reals = t.floats[d[p + P_REALS] : d[p + P_REALS] + d[p + P_EXPERTS] + REALS_BESIDE]
+        reals = reals_of(t, p)
         drop(kind, state, reals, expert - d[p + P_EXPERT])
     region = d[g + D_EVICTED]
     d[d[region + R_AT] + d[region + R_COUNT]] = row[E_COPY]
@@ -203,8 +217,7 @@ def evict_for(t: Tables, g: Word, p: Word, lacking_bytes: Word, at: Word) -> Wor
     d = t.words
     first = d[g + D_EXPERTS] + d[p + P_EXPERT]
     held = t.experts[first : first + d[p + P_EXPERTS]]
-    state = t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_ROWS]]
-    reals = t.floats[d[p + P_REALS] : d[p + P_REALS] + d[p + P_EXPERTS] + REALS_BESIDE]
+    state, reals = state_of(t, p), reals_of(t, p)
     luck = d[d[p + P_LUCK] : d[p + P_LUCK] + LUCK_WORDS]
     count = victims(d[g + D_EVICTION], state, reals, luck, held, d[g + D_WAVE], at, lacking_bytes, t.leaving)
     for number in range(count):
@@ -220,8 +233,7 @@ def make_room(t: Tables, g: Word, p: Word, expert: Word, demanded: Word, at: Wor
     """Make room for an absent expert in a memory, at visit `at`; False, and nobody leaves, if that cannot be."""
     d = t.words
     if has_miss(d[g + D_EVICTION]):
-        state = t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_ROWS]]
-        reals = t.floats[d[p + P_REALS] : d[p + P_REALS] + d[p + P_EXPERTS] + REALS_BESIDE]
+        state, reals = state_of(t, p), reals_of(t, p)
         miss(d[g + D_EVICTION], state, reals, expert - d[p + P_EXPERT], demanded)
     lacking_bytes = t.experts[d[g + D_EXPERTS] + expert, E_SIZE] - d[p + P_FREE_BYTES]
     return lacking_bytes <= 0 or evict_for(t, g, p, lacking_bytes, at)
@@ -252,8 +264,7 @@ def note_saved(t: Tables, g: Word, copies: Word) -> None:
 def note_admitted(t: Tables, g: Word, p: Word, expert: Word, demanded: Word) -> None:
     """Tell the policy that an expert has been given room, on demand or not."""
     d = t.words
-    state = t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_ROWS]]
-    reals = t.floats[d[p + P_REALS] : d[p + P_REALS] + d[p + P_EXPERTS] + REALS_BESIDE]
+    state, reals = state_of(t, p), reals_of(t, p)
     admit(d[g + D_EVICTION], state, reals, expert - d[p + P_EXPERT], demanded)
 
 
@@ -264,8 +275,7 @@ def note_use(t: Tables, g: Word, p: Word, expert: Word, found: Word) -> None:
         note_admitted(t, g, p, expert, 1)
         return
     d = t.words
-    state = t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_ROWS]]
-    reals = t.floats[d[p + P_REALS] : d[p + P_REALS] + d[p + P_EXPERTS] + REALS_BESIDE]
+    state, reals = state_of(t, p), reals_of(t, p)
     use(d[g + D_EVICTION], state, reals, expert - d[p + P_EXPERT])
 
 

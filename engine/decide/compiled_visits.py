@@ -8,12 +8,12 @@ import numpy as np
 
 from ...machine_words import fetch_soon
 from ..policies.compiled_eviction import BELADY, DEMANDED_AT, begin
-from ..policies.compiled_policies import HEAT, REALS_BESIDE, begin_visit, begins, warm
+from ..policies.compiled_policies import HEAT, begin_visit, begins, warm
 from ..policies.miss import CPU as ON_CPU
 from ..policies.miss import DEFERRED
 from .compiled_memory import claim, drop_prefetched, unpin
 from .compiled_prefetch import count_tokens, prefetch_for
-from .compiled_rooms import compiled, first_use, note_use, pool_of
+from .compiled_rooms import compiled, first_use, note_use, pool_of, reals_of, state_of
 from .decision_words import (
     D_CHOSEN,
     D_CPU_MOST,
@@ -51,10 +51,6 @@ from .decision_words import (
     E_SEEN,
     E_WAVE,
     P_EXPERT,
-    P_EXPERTS,
-    P_REALS,
-    P_ROWS,
-    P_STATE,
     POPULARITY,
     Q_FIRST,
     Q_PHASE,
@@ -296,7 +292,7 @@ def note_next_uses(t: Tables, g: Word, p: Word) -> None:
     d = t.words
     if d[g + D_EVICTION] != BELADY:
         return
-    state = t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_ROWS]]
+    state = state_of(t, p)
     first = d[g + D_FOLLOWING] + d[g + D_FOLLOWED]
     for number in range(d[X_SERVED]):
         begin(state, t.served[number, S_EXPERT] - d[p + P_EXPERT], d[first + number])
@@ -309,8 +305,7 @@ def note_visit(t: Tables, g: Word, holder: Word, p: Word, layer: Word) -> None:
     d = t.words
     if not begins(d[holder + D_EVICTION]):
         return
-    state = t.states[d[p + P_STATE] : d[p + P_STATE] + d[p + P_ROWS]]
-    reals = t.floats[d[p + P_REALS] : d[p + P_REALS] + d[p + P_EXPERTS] + REALS_BESIDE]
+    state, reals = state_of(t, p), reals_of(t, p)
     begin_visit(state, d[g + D_VISIT] // d[g + D_LAYERS], layer - d[p + P_EXPERT] // d[g + D_LAYER_EXPERTS])
     if d[holder + D_EVICTION] != HEAT:
         return

@@ -240,9 +240,7 @@ class Layout:
                 w.D_KEPT_FREE: host.free_bytes, w.D_BACK_NS: self.memory.put(part.gpu.host.back_ns),
             })  # fmt: skip
 
-    def _begin_policy(
-        self, kind: int, state: Array, setting: Setting, layers: int, experts: int
-    ) -> tuple[int, int]:  # fmt: skip
+    def _begin_policy(self, kind: int, state: Array, setting: Setting, layers: int, experts: int) -> tuple[int, int]:
         """Lay out what a policy knows at first of a pool's layers, of so many experts; return its reals and luck."""
         count = layers * experts + REALS_BESIDE
         reals = self.memory.allocate(count)

@@ -95,20 +95,9 @@ X_REGISTERS, X_ROOM_FOR, X_ASKS, X_SERVED, X_COPIED, X_TAKEN, X_RESOLVED, X_VISI
 #: was, -1 for none); what its policy knows; its first expert on the GPU, and how many it has; of what the policy knows,
 #: how many rows, and where its reals and random words are, if it has some.
 (
-    P_BUDGET,
-    P_FREE_BYTES,
-    P_RING,
-    P_CAPACITY,
-    P_FIRST,
-    P_COUNT,
-    P_STATE,
-    P_EXPERT,
-    P_EXPERTS,
-    P_ROWS,
-    P_REALS,
-    P_LUCK,
+    P_BUDGET, P_FREE_BYTES, P_RING, P_CAPACITY, P_FIRST, P_COUNT, P_STATE, P_EXPERT, P_EXPERTS, P_ROWS, P_REALS, P_LUCK,
     P_WORDS,
-) = range(13)
+) = range(13)  # fmt: skip
 
 #: A record region: where it begins, how many there are, and how many have room.
 R_AT, R_COUNT, R_CAPACITY, REGION_WORDS = range(4)

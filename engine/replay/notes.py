@@ -217,17 +217,8 @@ def _activations(lookups: Lookups, setting: Setting) -> Notes:
     # A batch visits a layer that it looks nobody up at, too: who ended before is forgotten then, and others later.
     every_step = not setting.single
     given = (
-        trace.experts,
-        made,
-        routed,
-        trace.made is not None,
-        rows,
-        row_starts,
-        sequence,
-        last,
-        in_flight,
-        every_step,
-    )
+        trace.experts, made, routed, trace.made is not None, rows, row_starts, sequence, last, in_flight, every_step,
+    )  # fmt: skip
     return _counted(len(step), lambda *room: _activate(*given, step, layer, stride, total, *room))
 
 
