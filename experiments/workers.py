@@ -31,7 +31,10 @@ _LOOK_S = 1
 #: joblib starts a worker anew that was idle for long or has grown by 300 MB, as one does that reads machine code; it
 #: warns in a thread of its own, which ends, and with it every task, where warnings are errors. Nobody has to act.
 _STARTED_ANEW = "A worker stopped while some jobs were given to the executor"
-warnings.filterwarnings("ignore", message=_STARTED_ANEW)
+#: It also warns where nobody waits for the tasks that remain, as after Ctrl-C; whoever stopped them knows.
+_NOT_AWAITED = ".*iterator to limit unnecessary computation time"
+for _message in (_STARTED_ANEW, _NOT_AWAITED):
+    warnings.filterwarnings("ignore", message=_message)
 
 #: So many processes may be asked for, or four times the cores if that is more: each takes memory of its own.
 MOST_WORKERS = 64

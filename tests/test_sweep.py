@@ -291,7 +291,14 @@ def deadly(number: int) -> int:
 
 
 @pytest.mark.process
-@pytest.mark.filterwarnings("ignore:A worker stopped while some jobs:UserWarning")
+def test_tasks_that_nobody_waits_for_end_without_a_word() -> None:
+    few = "tasks = Workers(2).run(abs, range(50)); next(tasks); tasks.close()"
+    script = f"from prestage.experiments.workers import Workers; {few}"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
+@pytest.mark.process
 def test_a_task_that_kills_its_worker_is_found_out_and_the_rest_goes_on() -> None:
     with Workers(2) as workers:
         assert sorted(workers.run(deadly, range(30))) == [(n, None if n == 5 else n) for n in range(30)]
