@@ -75,13 +75,13 @@ def lines() -> str:
             text = (ROOT / path).read_text(encoding="utf-8")
             files[folder] += 1
             whole[folder] += text.count("\n")
-            code[folder] += len(_lines_of_code(text))
+            code[folder] += len(lines_of_code(text))
     rows = [[f"`{each}`", str(files[each]), f"{whole[each]:,}", f"{code[each]:,}"] for each in sorted(files)]
     total = ["all", str(files.total()), f"{whole.total():,}", f"{code.total():,}"]
     return table(["folder", "files", "lines", "of code"], [*rows, total])
 
 
-def _lines_of_code(text: str) -> set[int]:
+def lines_of_code(text: str) -> set[int]:
     """Returns the numbers of the lines that a statement other than a docstring stands on."""
     found: set[int] = set()
     for node in ast.walk(ast.parse(text)):

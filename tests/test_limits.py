@@ -6,9 +6,12 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-from test_architecture import MODULES, name_of, tree_of
+from sizes import lines_of_code
+from test_architecture import MODULES, ROOT, name_of, tree_of
 
 MOST_LINES, MOST_FUNCTION_LINES, MOST_BRANCHES, MOST_PARAMETERS = 500, 60, 20, 6
+#: The processes of the SimPy engine, in the order in which to read them, and of how many lines of code they may be.
+SIMPY_PROCESSES, MOST_OF_SIMPY = ("lanes.py", "host_state.py", "host.py"), 850
 #: Of functions in machine code, which take arrays and numbers one by one, parameters are not counted.
 MACHINE_CODE = {"compiled", "_compiled", "entry", "_entry"}
 _OPTIONS = "public: each parameter is an option by its name, with a default"
@@ -104,6 +107,11 @@ def is_machine_code(function: ast.FunctionDef) -> bool:
 def test_no_file_is_longer_than_can_be_read_in_one_sitting() -> None:
     long = {name_of(path) for path in MODULES if len(path.read_text(encoding="utf-8").splitlines()) > MOST_LINES}
     assert not long
+
+
+def test_the_processes_of_the_simpy_engine_can_be_read_in_one_sitting() -> None:
+    texts = [(ROOT / "engine" / "timing" / name).read_text(encoding="utf-8") for name in SIMPY_PROCESSES]
+    assert sum(len(lines_of_code(text)) for text in texts) <= MOST_OF_SIMPY
 
 
 def test_no_function_does_too_much() -> None:

@@ -1,7 +1,8 @@
-"""The host thread as a SimPy process: it carries out commands, each of which takes its time.
+"""The host thread as a SimPy process: it carries out commands, each of which takes host time.
 
-Its clock may run ahead of SimPy's: the calls between two decisions are handed to the lanes at once, each stamped with
-the instant at which it is issued. The clocks meet before every decision.
+Its clock, `GpuState.now_ns`, may run ahead of SimPy's. Between two decisions it submits work to the lanes without
+waiting, each piece stamped with the instant at which it is issued; before every decision it waits until SimPy's clock
+has caught up. `CARRY_OUT`, at the end, maps each command of `decide/commands.py` to the method that carries it out.
 """
 
 from __future__ import annotations
@@ -12,18 +13,22 @@ from typing import Any
 
 import numpy.typing as npt
 import simpy
+from simpy.events import ProcessGenerator
 
 from ...resources.timeline import ACTIVATION, CPU_EXPERT, DECOMPRESS, EXPERT, PEER, PREDICT, PREFETCH
 from ..costs.values import KernelCost
 from ..decide.commands import COMPUTE, FIXED_REGISTERS, H2D, SIDE, TOKENS, Command, Op
 from ..policies.copy_order import QueuedCopy
 from .host_state import Exchanges, Gate, GpuState
-from .lanes import HOSTS, Instant, Lane, QueueLane, Story, Work
+from .lanes import HOSTS, Instant, Lane, QueueLane, Work
 from .records import pack_access, pack_visit
 
 
 class Thread:
-    """A host thread that dispatches to some GPUs; `registers` are what commands name, for all threads of a run."""
+    """A host thread that dispatches to one GPU or several.
+
+    `registers` (what commands name), `exchanges` and `gate` are shared by the threads of a run.
+    """
 
     def __init__(
         self,
@@ -36,14 +41,15 @@ class Thread:
     ) -> None:
         self._exchanges, self._gate = exchanges, gate or Gate()
         self._env, self._instant, self._gpus, self._registers = env, instant, gpus, registers
-        self._number = min(gpus)
-        self._at: GpuState | None = None
-        # Of a thread that carries out a part: those beside it, how far it is, and who waits for it to come further.
-        self._beside: dict[int, Thread] = {}
+        self._number = min(gpus)  # its turn among host threads at one instant
+        self._current: GpuState | None = None  # the GPU that it is at
+        # Of a thread that carries out a part of a program: the threads of the other parts, by GPU; how many commands it
+        # has carried out; and what to wake when it has carried out another.
+        self._siblings: dict[int, Thread] = {}
         self._carried = 0
         self._watchers: list[simpy.Event] = []
 
-    def run(self, program: Iterable[Iterator[npt.NDArray[Any]]], ended: Callable[[], None]) -> Story:
+    def run(self, program: Iterable[Iterator[npt.NDArray[Any]]], ended: Callable[[], None]) -> ProcessGenerator:
         """Carry out a program, step by step, portion by portion; `ended` is called at the end of each step."""
         for step in program:
             for portion in step:
@@ -52,7 +58,8 @@ class Thread:
         for gpu in self._gpus.values():
             gpu.end_busy()
 
-    def _carry_out(self, commands: Sequence[Command]) -> Story:
+    def _carry_out(self, commands: Sequence[Command]) -> ProcessGenerator:
+        """Carry out commands in order; those of consecutive PARTs side by side, each by a thread of its own."""
         parts: dict[int, Thread] = {}
         processes: list[simpy.Process] = []
         at = 0
@@ -62,7 +69,7 @@ class Thread:
             if command.op == Op.PART:
                 own = {command.gpu: self._gpus[command.gpu]}
                 part = Thread(self._env, self._instant, own, self._registers, self._exchanges)
-                part._beside = parts
+                part._siblings = parts
                 parts[command.gpu] = part
                 processes.append(self._env.process(part._carry_out(commands[at : at + command.extra])))
                 at += command.extra
@@ -79,9 +86,9 @@ class Thread:
         if processes:
             yield self._env.all_of(processes)
 
-    def _behind(self, gpu: GpuState, command: Command) -> Story:
-        """Wait until the thread of another GPU has come so far in its part."""
-        other = self._beside[command.peer]
+    def _behind(self, gpu: GpuState, command: Command) -> ProcessGenerator:
+        """Wait until another GPU's thread has carried out the first `extra` commands of its part."""
+        other = self._siblings[command.peer]
         while other._carried < command.extra:
             moves = self._env.event()
             other._watchers.append(moves)
@@ -89,8 +96,8 @@ class Thread:
             yield self._instant.turn(HOSTS, self._number)
             gpu.now_ns = max(gpu.now_ns, int(self._env.now))
 
-    def _enter(self, gpu: GpuState, command: Command) -> Story:
-        """Wait until no other thread is at what this one comes to."""
+    def _enter(self, gpu: GpuState, command: Command) -> ProcessGenerator:
+        """Wait until no other thread is between ENTER and EXIT."""
         gate = self._gate
         while gate.taken:
             comes_out = self._env.event()
@@ -107,31 +114,31 @@ class Thread:
 
     # The clock.
 
-    def _catch_up(self, gpu: GpuState, command: Command) -> Story:
-        """Let SimPy's clock come up to the host's."""
+    def _catch_up(self, gpu: GpuState, command: Command) -> ProcessGenerator:
+        """Wait until SimPy's clock has caught up with the host's."""
         now_ns = min(gpu.now_ns for gpu in self._gpus.values()) if command.extra == 1 else gpu.now_ns
         if now_ns > self._env.now:
             yield self._env.timeout(now_ns - self._env.now)
         yield self._instant.turn(HOSTS, self._number)
 
     def _turn(self, gpu: GpuState, command: Command) -> None:
-        """Let a thread that has worked elsewhere go on at this GPU."""
-        at = self._at
+        """Turn to this GPU from another one; the clock goes along."""
+        at = self._current
         if at is not None and at is not gpu:
             at.end_busy()
             gpu.now_ns = gpu.busy_since_ns = at.now_ns
             gpu.now_ns += command.extra * gpu.lanes.costs.turn_ns
-        self._at = gpu
+        self._current = gpu
 
-    def _wait_for(self, gpu: GpuState, works: Iterable[Work]) -> Story:
+    def _wait_for(self, gpu: GpuState, works: Iterable[Work]) -> ProcessGenerator:
         for work in works:
             if work.end_ns is None:
                 yield work.done
                 yield self._instant.turn(HOSTS, self._number)
             gpu.now_ns = max(gpu.now_ns, work.end_ns or 0)
 
-    def _place_in_queue(self, gpu: GpuState, launches: int) -> Story:
-        """Block while the launch queue has no place for `launches` more, as the CUDA driver does."""
+    def _place_in_queue(self, gpu: GpuState, launches: int) -> ProcessGenerator:
+        """Block while the launch queue is too full for `launches` more, as the CUDA driver does."""
         while gpu.launched and gpu.launched_count + launches > gpu.queue_depth:
             work, count = gpu.launched.popleft()
             gpu.launched_count -= count
@@ -161,14 +168,14 @@ class Thread:
         self._join_register(command.register, gpu.last)
 
     def _join_register(self, register: int, work: Work) -> None:
-        """Let a register stand for a piece of work, too; of what has ended it keeps the last."""
+        """Let a register stand for one more piece of work; of those that have ended it keeps the last."""
         others = self._registers.get(register, ())
         ended = [other for other in others if other.end_ns is not None]
         kept = [other for other in others if other.end_ns is None]
         self._registers[register] = (*kept, *sorted(ended, key=lambda other: other.end_ns or 0)[-1:], work)
 
     def _leave(self, gpu: GpuState, command: Command) -> None:
-        """Let a room of host memory be free, as far as this copy goes, when it has ended or is given up."""
+        """Let a room of host memory wait for the last copy out of it, until that has ended or is cancelled."""
         copy = gpu.last
         assert copy is not None
         if isinstance(gpu.lanes.copies[H2D], QueueLane):
@@ -184,7 +191,10 @@ class Thread:
     def _submit(
         self, gpu: GpuState, lane: Lane, kind: int, ns: tuple[int, int], issued_ns: int, command: Command, **more: Any
     ) -> Work:
-        """Submit work of `ns`, behind other work and on an idle lane, behind what was waited for."""
+        """Submit work that starts after all that was waited for; the command's register, if any, then stands for it.
+
+        `ns` are its durations: right behind other work, and on an idle lane.
+        """
         work = Work(
             self._env.event(), *ns, issued_ns, tuple(gpu.after), kind, gpu.visit, command.expert, command.copy,
             timeline=gpu.lanes.timeline, **{"held_back": lane.serves_all, **more},
@@ -201,7 +211,7 @@ class Thread:
         gpu.calls = 0
 
     def _visit(self, gpu: GpuState, command: Command) -> None:
-        """Begin a visit; at the first of a forward pass, what other work has taken holds up the first kernel."""
+        """Begin a visit; at the first of a forward pass, other work that has had the GPU delays the next kernel."""
         gpu.visit += 1
         own = gpu.lanes.costs.runtime
         gpu.now_ns += own.layer_ns + (own.step_ns if command.extra == 1 else 0)
@@ -211,7 +221,7 @@ class Thread:
             gpu.interrupted_ns += due * other.every_ns
             gpu.held_ns = due * other.ns
 
-    def _launch(self, gpu: GpuState, command: Command) -> Story:
+    def _launch(self, gpu: GpuState, command: Command) -> ProcessGenerator:
         cost = self._kernel_cost(gpu, command)
         if gpu.watches_queue:
             yield from self._place_in_queue(gpu, cost.launches)
@@ -270,7 +280,7 @@ class Thread:
             queue.promote(work, command.extra)
 
     def _read(self, gpu: GpuState, command: Command) -> None:
-        """Order a request to the drive, on the I/O lane that has the least to do now."""
+        """Submit a request to the drive, on the I/O lane with the shortest backlog."""
         drive = gpu.lanes.drive
         assert drive is not None
         cost = gpu.lanes.read_cost(command.expert)
@@ -287,7 +297,7 @@ class Thread:
         else:
             self._join_register(command.register, request)
 
-    def _hold(self, gpu: GpuState, command: Command) -> Story:
+    def _hold(self, gpu: GpuState, command: Command) -> ProcessGenerator:
         yield from self._wait_for(gpu, self._registers[command.register])
 
     def _read_back(self, gpu: GpuState, command: Command) -> None:
@@ -297,8 +307,8 @@ class Thread:
         issued_ns, ns = gpu.now_ns + costs.readback_latency_ns, (costs.readback_ns, costs.readback_ns)
         self._submit(gpu, gpu.lanes.d2h, command.kind, ns, issued_ns, command, slowdown=costs.readback_slowdown)
 
-    def _notice(self, gpu: GpuState, command: Command) -> Story:
-        """Go on once the router's choice, or guesses, have been noticed."""
+    def _notice(self, gpu: GpuState, command: Command) -> ProcessGenerator:
+        """Wait for the router's choice, or for guesses, and pay what noticing takes (a synchronization)."""
         gpu.end_busy()
         yield from self._wait_for(gpu, self._registers[command.register])
         costs = gpu.lanes.costs
@@ -317,7 +327,7 @@ class Thread:
             costs = gpu.lanes.costs
             gpu.now_ns += costs.copy_resume_ns if command.tokens else costs.resume_ns
 
-    def _predict(self, gpu: GpuState, command: Command) -> Story:
+    def _predict(self, gpu: GpuState, command: Command) -> ProcessGenerator:
         lanes, cost = gpu.lanes, gpu.lanes.costs.predict
         ns = cost.ns
         if command.lane == COMPUTE:
@@ -365,7 +375,7 @@ class Thread:
     # Several GPUs.
 
     def _receive(self, gpu: GpuState, command: Command) -> None:
-        """Make the compute stream wait for what another GPU sends; its next kernel, of this kind, is behind it."""
+        """Let the next kernel, of this kind, wait for what another GPU sends."""
         if command.register >= 0:
             arrivals = self._registers[command.register]
         else:
@@ -377,7 +387,7 @@ class Thread:
         gpu.record_arrivals()
 
     def _send(self, gpu: GpuState, command: Command) -> None:
-        """Enqueue the copy of what was waited for to the next stage."""
+        """Copy what was waited for to the next stage."""
         way = gpu.sends
         assert way is not None
         costs, size_bytes = way.costs, way.size_bytes[command.extra]
@@ -392,7 +402,7 @@ class Thread:
         gpu.now_ns += gpu.lanes.costs.beside.exchange_call_ns
 
     def _exchange(self, gpu: GpuState, command: Command) -> None:
-        """Let all GPUs exchange tokens at once."""
+        """Exchange tokens between all GPUs: work on a lane of each, behind the same causes."""
         exchanges = self._exchanges
         assert exchanges is not None
         ns, after = exchanges.ns(), tuple(gpu.after)
@@ -403,7 +413,7 @@ class Thread:
             self._submit(each, exchanges.lanes[number], command.kind, (ns, ns), issued_ns, own)
 
     def _move(self, gpu: GpuState, source: int, target: int, command: Command) -> None:
-        """Enqueue a copy of an expert from one GPU to another, by this one's host thread."""
+        """Copy an expert from one GPU to another."""
         exchanges = self._exchanges
         assert exchanges is not None
         costs = exchanges.peer(source, target)
@@ -423,7 +433,7 @@ class Thread:
     # Steps of a scheduler.
 
     def _idle(self, gpu: GpuState, command: Command) -> None:
-        """Have nothing to do until an instant."""
+        """Let the host be idle until the instant `extra`."""
         gpu.end_busy()
         gpu.now_ns = gpu.busy_since_ns = max(gpu.now_ns, command.extra)
 
@@ -431,7 +441,7 @@ class Thread:
         gpu.now_ns += command.extra
 
     def _swap(self, gpu: GpuState, command: Command) -> None:
-        """Enqueue a copy of KV blocks to the host or back, as one that is demanded."""
+        """Copy KV blocks, or an evicted expert, to the host or back; in a queue by rank, for the next visit."""
         lanes, back = gpu.lanes, command.lane == H2D
         gpu.now_ns += lanes.costs.readback_enqueue_ns
         self._pay_waits(gpu)
@@ -443,8 +453,8 @@ class Thread:
         self._submit(gpu, lane, command.kind, ns, issued_ns, command, **more)
 
 
-Carry = Callable[[Thread, GpuState, Command], Story | None]
-#: What each command comes to: a call, or a story where it takes time.
+Carry = Callable[[Thread, GpuState, Command], ProcessGenerator | None]
+#: How each command is carried out: by a call, or by a generator where the thread has to wait.
 CARRY_OUT: dict[int, Carry] = {
     Op.VISIT: Thread._visit,
     Op.WAIT: Thread._wait,

@@ -1,4 +1,4 @@
-"""What a host thread knows of the GPUs that it dispatches to, and of what passes between them."""
+"""What a host thread keeps of each GPU that it dispatches to, and what passes between GPUs."""
 
 from __future__ import annotations
 
@@ -8,29 +8,30 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import simpy
+from simpy.events import ProcessGenerator
 
 from ...resources.links import PeerCosts
 from ...resources.timeline import ACTIVATION, LAUNCH
-from .lanes import Lane, Story, Work, until_ended
+from .lanes import Lane, Work, until_ended
 from .machine import GpuLanes
 from .records import pack_arrival
 
 
 class Arrivals:
-    """When what one stage sends for each step is at another, so much later than its copy ends."""
+    """What one stage of a pipeline sends to the next: for each step, work that ends `lag_ns` after the copy does."""
 
     def __init__(self, env: simpy.Environment, lag_ns: int) -> None:
         self._env, self._lag_ns = env, lag_ns
         self._of: dict[int, Work] = {}
 
     def of(self, step: int) -> Work:
-        """Returns work that ends when it is there."""
+        """Returns work that ends when what is sent for a step has arrived."""
         if step not in self._of:
             self._of[step] = Work(self._env.event(), 0, 0, 0, (), ACTIVATION, -1)
         return self._of[step]
 
-    def follow(self, step: int, sent: Work) -> Story:
-        """Let it be there when a copy has ended: known at that end, though it takes the lag."""
+    def follow(self, step: int, sent: Work) -> ProcessGenerator:
+        """End a step's arrival with its copy: its time, a lag later, is known as soon as the copy ends."""
         yield from until_ended([sent])
         arrival = self.of(step)
         arrival.end_ns = (sent.end_ns or 0) + self._lag_ns
@@ -63,7 +64,7 @@ class Exchanges:
 
 @dataclass(eq=False)
 class Gate:
-    """What one thread at a time is behind; those that wait for it to come out look again whenever one has."""
+    """A mutual exclusion of host threads: one is inside at a time, and all that wait look again when it comes out."""
 
     taken: bool = False
     waiting: list[simpy.Event] = field(default_factory=list)
@@ -71,31 +72,39 @@ class Gate:
 
 @dataclass(eq=False)
 class GpuState:
-    """One GPU as the host thread that dispatches to it sees it: its lanes, and its place in the program.
-
-    `now_ns` is the thread's clock while it is at this GPU.
-    """
+    """One GPU as the host thread that dispatches to it sees it: its lanes, and how far the program has come there."""
 
     lanes: GpuLanes
     queue_depth: int
     watches_queue: bool
+    # The thread's clock while it is at this GPU, and since when it has been busy.
     now_ns: int = 0
     busy_since_ns: int = 0
     visit: int = -1
-    last: Work | None = None  # the last work submitted, and the last kernel that serves the step
+    # The last work submitted, and the last kernel of the step's own (none that decompresses).
+    last: Work | None = None
     last_kernel: Work | None = None
-    after: list[Work] = field(default_factory=list)  # what the next work waits for, and by how many calls
+    # What the next work waits for, and the host's calls for these waits, not paid yet.
+    after: list[Work] = field(default_factory=list)
     calls: int = 0
-    kernel_after: list[Work] = field(default_factory=list)  # what the next kernel waits for besides
-    members: list[int] = field(default_factory=list)  # the tokens of the experts of a grouped kernel
+    # What the next kernel waits for besides.
+    kernel_after: list[Work] = field(default_factory=list)
+    # The tokens of each expert of the grouped kernel that is launched next.
+    members: list[int] = field(default_factory=list)
+    # The launch queue, if it is watched: work and its number of launches, and the sum of these.
     launched: deque[tuple[Work, int]] = field(default_factory=deque)
     launched_count: int = 0
-    interrupted_ns: int = 0  # when other work last took the compute stream, and how long it holds up the next kernel
+    # When other work last took the compute stream, and how long it holds up the next kernel.
+    interrupted_ns: int = 0
     held_ns: int = 0
-    assigned: tuple[int, int] = (0, 0)  # the bytes assigned of the budget, as the visit was decided
+    # The bytes assigned, and the budget, once the visit was decided.
+    assigned: tuple[int, int] = (0, 0)
+    # In a pipeline: to the next stage, and from the one before.
     sends: Sending | None = None
     receives: Arrivals | None = None
-    promised: deque[tuple[int, int, Work]] = field(default_factory=deque)  # arrivals that are not known yet
+    # Arrivals whose time is not known yet: (visit, kind of the kernel behind it, arrival).
+    promised: deque[tuple[int, int, Work]] = field(default_factory=deque)
+    # Records, packed as in `records`: accesses, visits, arrivals.
     accesses: Any = field(default_factory=bytearray)
     decided: Any = field(default_factory=bytearray)
     arrived: Any = field(default_factory=bytearray)

@@ -1,34 +1,35 @@
 """Lanes as SimPy processes: a copy engine's direction, a compute stream, the predictor's stream, the CPU, a queue.
 
-A lane takes one piece of work at a time from its queue, waits until it may start, and runs it; whatever slows it down
-meanwhile interrupts it, and it goes on with what is left. At one instant ends come first, then the host threads, then
-starts, in the order of the lanes' numbers: so equal instants never depend on who was created first.
+A lane takes one piece of work at a time from its queue, waits until it may start, and runs it. Whatever slows it down
+meanwhile interrupts it: it works out what is left and goes on at the new speed. At one instant ends come first, then
+the host threads, then starts, in the order of the lanes' numbers, so that no result depends on the order in which SimPy
+happens to run processes. Read `Work`, then `Lane`, then `QueueLane`; `host.py` submits the work.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import simpy
+from simpy.events import ProcessGenerator
 
 from ...resources.lags import NEVER, Lags
 from ...resources.network import CrowdShare, Share, Transfer
 from ...resources.timeline import DECOMPRESS, Timeline
 from ..policies.copy_order import QueuedCopy, Rank
 
-Story = Generator[simpy.Event, Any, Any]
-
-
-#: The order of what happens at one instant, after all that ends there: engines are kept or left, host threads go on,
-#: lanes start; of each kind in the order of their numbers.
+#: The order of what happens at one instant, after all that ends there: lanes keep or release a copy engine, host
+#: threads go on, lanes start work; of each kind in the order of their numbers.
 KEEPS, HOSTS, STARTS = range(3)
 
 
 class Instant:
-    """What is to happen once nothing else does at an instant, by kind and number."""
+    """Orders what happens at one instant: a process that yields its `turn` goes on after all that SimPy had for then.
+
+    Turns come one by one, by kind and then by number, and what one causes at this instant comes before the next.
+    """
 
     def __init__(self, env: simpy.Environment) -> None:
         self.env = env
@@ -39,7 +40,7 @@ class Instant:
         self.lanes: list[Lane] = []
 
     def put_last(self, lane: Lane) -> None:
-        """Let a lane start after all others that there are now, where several could start at one instant."""
+        """Let a lane start last of all lanes that exist now, where several could start at one instant."""
         self.lanes.remove(lane)
         self.lanes.append(lane)
         for order, one in enumerate(self.lanes):
@@ -55,7 +56,7 @@ class Instant:
             self.env.process(self._serve())
         return event
 
-    def _serve(self) -> Story:
+    def _serve(self) -> ProcessGenerator:
         env = self.env
         while self._waiting:
             while env.peek() <= env.now:
@@ -84,46 +85,50 @@ class Work:
     copy: int = -1
     slowdown: float = 1.0
     transfer: Transfer | None = None
-    #: Of a queue by rank: what is known of the copy, and its rank; smaller goes first, then in the order of numbers;
-    #: the pieces still to do.
+    #: In a `QueueLane`: what the copy is for, from which its rank follows. The smallest rank goes first, of equal ranks
+    #: the smallest number.
     wanted: QueuedCopy | None = None
     rank: Rank = (0, 0)
     number: int = 0
+    #: In how many pieces it is still to be done.
     pieces: int = 1
-    #: Whether it enters the queue only once it could start, lest it hold up what it waits for; whether it has entered.
+    #: In a `QueueLane`: whether it enters the queue only once all of `after` have ended, so that it cannot block them.
     held_back: bool = False
     entered: bool = False
     started: bool = False
     cancelled: bool = False
     end_ns: int | None = None
     lane: Lane | None = None
-    #: That of the GPU which it is for.
+    #: The timeline of the GPU that it is for, where several share the lane.
     timeline: Timeline | None = None
-    #: Of a copy that may be given up: work that ends when it has ended, or is.
+    #: Of a copy out of a room of host memory: stands for the room's release, when the copy ends or is cancelled.
     leaves: Work | None = None
 
     def ready_ns(self, after_other_ns: int, after_issue_ns: int = 0) -> int:
-        """Returns when it may start at the earliest, so long behind its cause, all of which have ended."""
+        """Returns when it may start at the earliest: so long after its issue, and after the last end of `after`.
+
+        All of `after` have ended.
+        """
         last_ns = max((work.end_ns or 0 for work in self.after), default=0)
         issued_ns = self.issued_ns + after_issue_ns
         return max(issued_ns, last_ns + after_other_ns) if last_ns else issued_ns
 
     def end(self, now_ns: int) -> None:
-        """Say that it has ended, to all who wait for it."""
+        """Note that it ended now, and wake all that wait for it."""
         self.end_ns = now_ns
         self.done.succeed()
         if self.leaves is not None and self.leaves.end_ns is None:
             self.leaves.end(now_ns)
 
     def cancel(self, now_ns: int) -> None:
-        """Say that no more of it is done."""
+        """Do no more of it."""
         self.cancelled = True
         if self.leaves is not None and self.leaves.end_ns is None:
             self.leaves.end(now_ns)
 
 
-def until_ended(works: Iterable[Work]) -> Story:
-    """Wait until all of some works have ended."""
+def until_ended(works: Iterable[Work]) -> ProcessGenerator:
+    """Wait until all of these have ended."""
     for work in works:
         if work.end_ns is None:
             yield work.done
@@ -138,8 +143,8 @@ class Lane:
     copy), and for each busy one in `slowed_by` the factor beside it (copies beside experts on the CPU, which read the
     same memory).
     With a `share` of a network, a transfer takes as many times as long as the links that it passes are shared. Work
-    does not start while one of the lanes in `turns` is busy (one engine, several streams), and the engine stays with a
-    lane as long as that has ready work: so it was seen on an H200, without exception, whichever stream had asked first.
+    does not start while one of the lanes in `turns` is busy (several streams on one copy engine), and a lane keeps the
+    engine as long as its next work is ready: measured on an H200, without exception, whichever stream had asked first.
     """
 
     env: simpy.Environment
@@ -153,7 +158,7 @@ class Lane:
     disturbers: list[Lane] = field(default_factory=list)
     slowed_by: list[tuple[Lane, float]] = field(default_factory=list)
     share: Share | CrowdShare | None = None
-    #: Whether GPUs share it: its spans are on the timelines of those that they are for.
+    #: Whether GPUs share it: each span is then recorded on the timeline of the GPU that the work is for.
     serves_all: bool = False
 
     def __post_init__(self) -> None:
@@ -162,17 +167,19 @@ class Lane:
         self.queue = simpy.Store(self.env)
         self.waiting: dict[Work, None] = {}  # in the queue, or taken from it and not started
         self.active: Work | None = None
-        self.neighbors: list[Lane] = []
-        self._left_ns = 0.0
-        self._start_ns = self._busy_ns = 0
-        self._stretch, self._since_ns, self._end_ns = 1.0, 0, NEVER
-        self._free_ns = NEVER
-        self._goes_on = False  # between two pieces of work that the engine does not leave this lane for
-        self._engine_free: simpy.Event | None = None
+        self.neighbors: list[Lane] = []  # those to retime when work starts or ends here (`couple`)
+        # Of the active work: its start, when its speed last changed, what was left then at full speed, how many times
+        # as long that takes now, and when it ends if nothing changes.
+        self._start_ns, self._since_ns, self._left_ns, self._stretch, self._end_ns = 0, 0, 0.0, 1.0, NEVER
+        self._busy_ns = 0
+        self._idle_since_ns = NEVER
+        # Among `turns`: whether it keeps the engine between two pieces of work, and what it waits for while it has not.
+        self._keeps_engine = False
+        self._engine_released: simpy.Event | None = None
         self._process = self.env.process(self._serve())
 
     def join(self, share: Share | CrowdShare) -> None:
-        """Let this lane's transfers take their part of a network, or its work of what a crowd shares."""
+        """Let its transfers share a network's links, or its work what a crowd of lanes shares."""
         self.share = share
         share.changed = self.retime
 
@@ -211,54 +218,54 @@ class Lane:
     def _queued(self) -> Iterable[Work]:
         return self.waiting
 
-    def _serve(self) -> Story:
+    def _serve(self) -> ProcessGenerator:
         while True:
             work = yield from self._take()
             ns = yield from self._may_start(work)
             yield from self._run(work, ns)
 
-    def _take(self) -> Story:
+    def _take(self) -> ProcessGenerator:
         work = yield self.queue.get()
         return work
 
-    def _may_start(self, work: Work) -> Story:
-        """Wait until work may start; return what it takes, as it starts at once behind other work or not."""
+    def _may_start(self, work: Work) -> ProcessGenerator:
+        """Wait until work may start; return its duration: right behind other work, or on an idle lane."""
         yield from until_ended(work.after)
         lags = self.lags
         while True:
             yield self.instant.turn(STARTS, self.order)
-            if any(lane.active is not None or lane._goes_on for lane in self.turns):
-                self._engine_free = self.env.event()
-                yield self._engine_free
+            if any(lane.active is not None or lane._keeps_engine for lane in self.turns):
+                self._engine_released = self.env.event()
+                yield self._engine_released
                 continue
-            ready_ns, next_ns = work.ready_ns(lags.after_other_ns), self._free_ns + lags.gap_ns
+            ready_ns, next_ns = work.ready_ns(lags.after_other_ns), self._idle_since_ns + lags.gap_ns
             start_ns = max(ready_ns, next_ns)
             if start_ns <= self.now_ns and lags.longer and self._was_disturbed(work):
                 ready_ns = work.ready_ns(lags.after_other_disturbed_ns, lags.after_issue_longer_ns)
-                next_ns = self._free_ns + lags.gap_disturbed_ns
+                next_ns = self._idle_since_ns + lags.gap_disturbed_ns
                 start_ns = max(start_ns, ready_ns, next_ns)
             if start_ns <= self.now_ns:
                 return work.alone_ns if ready_ns > next_ns else work.ns
             yield self.env.timeout(start_ns - self.now_ns)
 
     def _was_disturbed(self, work: Work) -> bool:
-        """Whether a disturber was busy between the last cause of work and now, when it would start undisturbed."""
-        caused_ns = max(work.ready_ns(0), self._free_ns)
+        """Whether a disturber was busy at any time from when the work could start to now."""
+        caused_ns = max(work.ready_ns(0), self._idle_since_ns)
         return any(
-            lane._free_ns > caused_ns or (lane.active is not None and lane._end_ns > caused_ns)
+            lane._idle_since_ns > caused_ns or (lane.active is not None and lane._end_ns > caused_ns)
             for lane in self.disturbers
         )
 
-    def _run(self, work: Work, ns: int) -> Story:
-        """Do work, at the speed that its neighbors leave, and tell them when it starts and ends."""
+    def _run(self, work: Work, ns: int) -> ProcessGenerator:
+        """Do work at the speed that its neighbors leave, and retime them when it starts and when it ends."""
         env = self.env
-        self._goes_on, self.active, work.started = False, work, True
+        self._keeps_engine, self.active, work.started = False, work, True
         self.waiting.pop(work, None)
         start_ns, self._left_ns = self.now_ns, float(ns)
         self._start_ns = start_ns
         if self.share is not None:
             self.share.begin(work.transfer, ns)
-        self._tell()
+        self._retime_neighbors()
         while True:
             self._since_ns, self._stretch = self.now_ns, self._stretch_of(work)
             left_ns = round(self._left_ns * self._stretch)
@@ -274,29 +281,29 @@ class Lane:
         if self.share is not None:
             self.share.end()
         for lane in (self, *self.turns):
-            lane._free_ns = self.now_ns
+            lane._idle_since_ns = self.now_ns
         timeline = work.timeline if self.serves_all and work.timeline is not None else self.timeline
         timeline.record(
             start_ns, self.now_ns, work.issued_ns, work.expert, work.visit, work.copy, self.number, work.kind
         )
         self._finish(work)
-        self._tell()
+        self._retime_neighbors()
         if self.turns:
-            self._goes_on = True
+            self._keeps_engine = True
             yield self.instant.turn(KEEPS, self.order)
-            self._goes_on = self._stays()
-            if not self._goes_on:
-                self._leave_engine()
+            self._keeps_engine = self._next_is_ready()
+            if not self._keeps_engine:
+                self._release_engine()
 
-    def _leave_engine(self) -> None:
+    def _release_engine(self) -> None:
         for lane in self.turns:
-            if lane._engine_free is not None and not lane._engine_free.triggered:
-                lane._engine_free.succeed()
+            if lane._engine_released is not None and not lane._engine_released.triggered:
+                lane._engine_released.succeed()
 
     def _finish(self, work: Work) -> None:
         work.end(self.now_ns)
 
-    def _stays(self) -> bool:
+    def _next_is_ready(self) -> bool:
         """Whether the next work may start as soon as the lane's gap has passed."""
         work: Work | None = self.queue.items[0] if self.queue.items else None
         if work is None or any(other.end_ns is None for other in work.after):
@@ -318,7 +325,7 @@ class Lane:
                 stretch *= factor
         return stretch
 
-    def _tell(self) -> None:
+    def _retime_neighbors(self) -> None:
         for lane in self.neighbors:
             lane.retime()
 
@@ -337,7 +344,7 @@ class ArrivalLane(Lane):
         self.env.process(self._enter(work))
         return work
 
-    def _enter(self, work: Work) -> Story:
+    def _enter(self, work: Work) -> ProcessGenerator:
         yield from until_ended(work.after)
         self._put(work)
 
@@ -345,17 +352,17 @@ class ArrivalLane(Lane):
 class QueueLane(Lane):
     """A host-side queue before a copy engine: the smallest `Work.rank` goes next, however late it came.
 
-    Started work is not interrupted, but work in several pieces lets another in between them; of equal ranks, what
-    came first goes on first. Cancelled work is marked and skipped when its turn comes.
+    Started work is not preempted, but work in several pieces lets other work in between two of them; of equal ranks,
+    what came first goes on first. Cancelled work is marked, and skipped when its turn comes.
     """
 
     def __post_init__(self) -> None:
         self._heap: list[tuple[tuple[int, int], int, Work]] = []
         self._count = 0
-        self._filled: simpy.Event | None = None
-        #: The rank of a copy, as a copy order says it.
+        self._filled: simpy.Event | None = None  # what the lane waits for while its heap is empty
+        #: The rank of a copy, given by the copy order.
         self.rank: Callable[[QueuedCopy], Rank]
-        self._next: Work | None = None  # taken from the queue, waiting for its start
+        self._next: Work | None = None  # taken from the heap, and not started
         #: Asked when work's turn comes; True drops it (a stale prefetch).
         self.is_stale: Callable[[Work], bool] = lambda work: False
         super().__post_init__()
@@ -372,9 +379,9 @@ class QueueLane(Lane):
         return work
 
     def promote(self, work: Work, visit: int) -> None:
-        """Let a visit demand a queued copy, or the one that work decompresses: all pieces that have not started yet.
+        """Let a visit demand a queued copy, or the copy that this work decompresses: all pieces not started yet.
 
-        Its rank may only get smaller.
+        Its rank can only become smaller.
         """
         work = self._copy_of(work) or work
         if work.lane is not self or work.wanted is None or work.end_ns is not None:
@@ -388,9 +395,9 @@ class QueueLane(Lane):
                 self._insert(work)
 
     def give_up(self, last: Work) -> tuple[Work, ...]:
-        """Begin no further piece of a copy whose room nobody has read; return what that room waits for then.
+        """Begin no further piece of a copy into a room that is reused unread; return what the next copy there awaits.
 
-        `last` is what touched the room last: if it is a kernel, or the lane is at the copy already, that is `last`.
+        `last` is the last work in the room: if it is a kernel, or a copy that the lane is at, the next copy awaits it.
         """
         work = self._copy_of(last)
         if work is None:
@@ -412,7 +419,7 @@ class QueueLane(Lane):
         self._count += 1
         work.number = self._count
 
-    def _enter(self, work: Work) -> Story:
+    def _enter(self, work: Work) -> ProcessGenerator:
         if work.held_back:
             yield from until_ended(work.after)
         if work.issued_ns > self.now_ns:
@@ -438,7 +445,7 @@ class QueueLane(Lane):
         active = self.active
         return super().backlog_ns() + (active.ns * (active.pieces - 1) if active is not None else 0)
 
-    def _take(self) -> Story:
+    def _take(self) -> ProcessGenerator:
         while True:
             if not self._heap:
                 self._filled = self.env.event()
@@ -451,11 +458,11 @@ class QueueLane(Lane):
                     self._next = work
                     return work
 
-    def _run(self, work: Work, ns: int) -> Story:
+    def _run(self, work: Work, ns: int) -> ProcessGenerator:
         self._next = None
         yield from super()._run(work, ns)
 
-    def _stays(self) -> bool:
+    def _next_is_ready(self) -> bool:
         # The host enqueues one copy at a time: between two, the engine is free for others.
         return False
 
@@ -468,7 +475,7 @@ class QueueLane(Lane):
 
 
 def couple(lanes: Iterable[Lane]) -> None:
-    """Tell each lane whom to retime, too, when it starts or ends: those that it shares with, or disturbs."""
+    """Make neighbors: each lane retimes those that it shares something with, or disturbs, when it starts and ends."""
     lanes = list(lanes)
     for lane in lanes:
         lane.neighbors += [
