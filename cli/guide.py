@@ -56,6 +56,7 @@ def reproduce(
 def _published(sources: list[str], out: Path | None, json: bool) -> None:
     """Predict published runs of real engines, and say how far off that is."""
     from ..calibration.published.rows import load_source, predictions, source_names, summary
+    from ..engine.timing.ready import make_ready
     from ..output.published import print_published
     from ..output.published_plot import check_picture, write_picture
     from ..words import unknown_name
@@ -67,6 +68,7 @@ def _published(sources: list[str], out: Path | None, json: bool) -> None:
         check_picture(out)
     total = sum(len(load_source(name).rows) for name in sources or source_names())
     with progress_shown() as progress:
+        make_ready(progress)
         rows = []
         for done, row in enumerate(predictions(sources), 1):
             rows.append(row)

@@ -22,6 +22,7 @@ from ..engine.scenario.amounts import ScenarioError
 from ..engine.scenario.inputs import Inputs
 from ..engine.scenario.scenario import Scenario
 from ..engine.simulate import serving_of, simulate_inputs
+from ..engine.timing.ready import make_ready
 from ..errors import InputError
 from ..resources.profile import Profile
 from .advice_goals import GOALS, Goal, Limits, Reading, check_goals, parse_limits, read_run, used_bytes
@@ -111,6 +112,7 @@ def advise(
     evaluator = Evaluator(space, list(dict.fromkeys([*goals, *limits.names, "memory"])), price)
     search = Search(space, goals, evaluator, limits, seed, None if journal is None else Path(journal))
     asked = _Asked(evaluator, limits, goals, max(1, trials // 3), progress)
+    make_ready(progress)  # a trial is short, but trials, upgrades and draws are many
     return asked.advised(search.run(trials, progress))
 
 

@@ -6,10 +6,12 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
 import prestage
+from prestage.engine.timing.ready import COMPILING
 from prestage.errors import InputError
 from prestage.experiments.advice_goals import GOALS, Limits, Reading, parse_limits
 from prestage.experiments.advice_result import best_trial, front
@@ -193,6 +195,16 @@ def test_settings_equal_within_the_scatter_of_runs_are_not_recommended() -> None
     found = prestage.advise("synthetic", settings=SMALL, over={"seed": [0]} | {"copy.discipline": ["fifo", "priority"]},
                             prompt=4, output=4, trials=2)  # fmt: skip
     assert found.verdict == "keep" and found.settings == {} and "scatter by 1%" in found.why
+
+
+def test_the_engine_is_compiled_before_the_first_trial() -> None:
+    told: list[str] = []
+    with patch("prestage.engine.timing.ready.is_ready", return_value=False):
+        prestage.advise(
+            "synthetic", settings=SMALL, over=OVER, prompt=2, output=2, trials=1,
+            progress=lambda what, done, total: told.append(what),
+        )  # fmt: skip
+    assert told[:2] == [COMPILING, COMPILING] and "trials" in told[2:]
 
 
 def test_a_gain_that_hangs_on_a_guess_names_the_measurement_that_would_settle_it() -> None:
