@@ -1,4 +1,4 @@
-"""Compiled functions, by Numba, whose machine code is kept where there is a place for it, and else compiled anew.
+"""Functions compiled by Numba: their machine code is cached where there is a place for it, else compiled again.
 
 Numba keeps it beside the sources, or in the user's cache folder (or NUMBA_CACHE_DIR); a function that has neither, as
 with an installation that cannot be written and no home, would stop the import. Here it then is kept in a folder of the
@@ -60,7 +60,9 @@ def within(function: Function, **options: Any) -> Function:
 
 
 #: What Numba is told by the annotations of parameters: a word, a float, addresses of words, of floats and of a table.
+#: A function of Python's own that compiled code calls, too, says int.
 _TYPES = {
+    "int": numba.int64,
     "Word": numba.int64,
     "Real": numba.float64,
     "Words": WORDS,
@@ -74,8 +76,8 @@ def compiled_once(
 ) -> Function:
     """Returns the function compiled for the types that its annotations name, and for no others.
 
-    Annotations are of `Word`, `Real`, `Words`, `Reals` and `Table`, or among `types`. Left to itself, Numba makes one
-    version after another: of literals, of views, of flags. An `entry`, which Python calls, is compiled now, or loaded.
+    Annotations are of the names in `_TYPES`, or among `types`. Left to itself, Numba makes one version after another:
+    of literals, of views, of flags. An `entry`, which Python calls, is compiled now, or loaded.
     Any other is called from compiled code alone: it is compiled when an entry that calls it is, is kept within that
     one's machine code, and costs no time where that was kept.
     """
@@ -106,6 +108,7 @@ def compiled_once(
 _SOURCES = (
     "machine_*.py",
     "resources/timeline.py",
+    "engine/costs/values.py",
     "engine/policies/*.py",
     "engine/decide/*.py",
     "engine/replay/*.py",

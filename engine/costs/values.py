@@ -25,12 +25,15 @@ class KernelCost:
     issue_ns: int = field(init=False)
 
     def __post_init__(self) -> None:
-        issue_ns = self.latency_ns + _issue_after_ns(self.ns, self.long_ns, self.launches, self.host_ns)
+        issue_ns = self.latency_ns + issue_after_ns(self.ns, self.long_ns, self.launches, self.host_ns)
         object.__setattr__(self, "issue_ns", issue_ns)
 
 
-def _issue_after_ns(ns: int, long_ns: int, launches: int, host_ns: int) -> int:
-    """Returns how long after the host's first call a group of kernels starts on an idle lane, but for the latency."""
+def issue_after_ns(ns: int, long_ns: int, launches: int, host_ns: int) -> int:
+    """Returns how long after the host's first call a group of kernels starts on an idle lane, without the latency.
+
+    Compiled code calls this function, too.
+    """
     if launches == 1:
         return host_ns
     others_ns = max(0, ns - long_ns)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ...resources.timeline import DECOMPRESS, DENSE, EXPERT, HEAD, LAUNCH, PREDICT
+from ..costs.values import issue_after_ns
 from ..decide.commands import COMPUTE, SIDE
 from .compiled_lanes import record_span
 from .compiled_prices import (
@@ -157,18 +158,7 @@ def pay_waits(m: Words, gpu: Word) -> None:
     m[gpu + G_CALLS] = 0
 
 
-@compiled
-def issue_after(ns: Word, long: Word, launches: Word, host: Word) -> Word:
-    """Returns how long after the host's first call a group of kernels starts on an idle lane, but for the latency.
-
-    One of the kernels takes `long`, and is launched in the middle.
-    """
-    if launches == 1:
-        return host
-    others = max(0, ns - long)
-    last = host - others * (launches - 1) // launches - (ns - others)
-    middle = host // 2 - others // 2 if long else 0
-    return max(host // launches, max(middle, last))
+issue_after = compiled(issue_after_ns)
 
 
 # The launch queue.
