@@ -48,11 +48,17 @@ def rate_words(value: float, units: Mapping[str, int]) -> str:
     return f"{value / units[unit]:.4g} {unit}"
 
 
+def binary_unit(size_bytes: float) -> tuple[int, str]:
+    """Returns the greatest binary unit that a number of bytes reaches, (2**20, 'MiB'); (1, 'B') below a KiB."""
+    power = min((int(abs(size_bytes)).bit_length() - 1) // 10, len(_BINARY)) if abs(size_bytes) >= 1 else 0
+    return 1024**power, _BINARY[power - 1] if power else "B"
+
+
 def bytes_words(size_bytes: int) -> str:
-    """Returns a number of bytes as people say it: '12.62 MiB', '-3.05 GiB', '20 bytes'."""
-    power = min((abs(size_bytes).bit_length() - 1) // 10, len(_BINARY)) if size_bytes else 0
-    if power:
-        return f"{size_bytes / 1024**power:,.2f} {_BINARY[power - 1]}"
+    """Returns a number of bytes for a sentence: '12.62 MiB', '-3.05 GiB', '20 bytes'. Tables have `layout.size_of`."""
+    unit_bytes, unit = binary_unit(size_bytes)
+    if unit_bytes > 1:
+        return f"{size_bytes / unit_bytes:,.2f} {unit}"
     return f"{size_bytes} byte" if abs(size_bytes) == 1 else f"{size_bytes:,} bytes"
 
 

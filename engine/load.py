@@ -301,8 +301,8 @@ def _check_pieces(scenario: Scenario, model: Model) -> None:
         pieces = pieces_of(largest_bytes, chunk_bytes)
         if pieces > MOST_PIECES:
             raise ScenarioError(
-                f"{key} = {chunk_bytes}: an expert of {largest_bytes:,} bytes would go in {pieces:,} pieces: must be "
-                f"at least {-(-largest_bytes // MOST_PIECES):,}, for {MOST_PIECES:,} pieces, or 0 for one"
+                f"{key} = {chunk_bytes}: an expert of {bytes_words(largest_bytes)} would go in {pieces:,} pieces: must "
+                f"be at least {-(-largest_bytes // MOST_PIECES):,}, for {MOST_PIECES:,} pieces, or 0 for one"
             )
 
 

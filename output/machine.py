@@ -22,6 +22,7 @@ from ..resources.parts.written import is_of_parts
 from ..resources.profile import Profile, load_profile, profile_names, unknown_machine
 from ..resources.profile_costs import ProfileError
 from ..resources.topology import Route, Topology
+from ..units import binary_unit
 from .tables.layout import plain_console
 
 #: Up to so many routes of a kind are named in a row; of more their number is given.
@@ -149,8 +150,8 @@ def share(part: float | None, digits: int) -> str:
 
 
 def size(size_bytes: int | None) -> str:
-    """Say a number of bytes in TiB, GiB or MiB."""
+    """Returns the bytes of a memory, in tenths of their unit where they are not whole: `80 GiB`, `7.6 GiB`."""
     if size_bytes is None:
         return "-"
-    unit, name = (2**40, "TiB") if size_bytes >= 2**40 else (2**30, "GiB") if size_bytes >= 2**30 else (2**20, "MiB")
-    return f"{size_bytes / unit:,.1f}".removesuffix(".0") + f" {name}"
+    unit_bytes, unit = binary_unit(size_bytes)
+    return f"{size_bytes / unit_bytes:,.1f}".removesuffix(".0") + f" {unit}"

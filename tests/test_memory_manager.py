@@ -352,7 +352,7 @@ def test_preloaded_experts_are_there_without_a_copy_and_leave_like_others() -> N
     manager.unpin()
     (wave,) = visit(manager, 1, 6)
     assert wave.admitted == [Admission(6, 2, (0,), evicted=((4, 0),))]
-    with pytest.raises(BudgetError, match=r"expert 3: 1 bytes to preload, 0 are free"):
+    with pytest.raises(BudgetError, match=r"expert 3: takes 1 byte to preload, and 0 bytes are free: preload fewer"):
         manager.preload([3])
 
 

@@ -1,4 +1,4 @@
-"""Sequences that join and leave, run through a model in one row: a KV cache by positions, and who sees whom.
+"""Sequences that join and leave, packed into one row: a KV cache by positions, and the attention mask over it.
 
 All rows of a step are one sequence to the model; a mask lets each see the positions of its own request alone, up to its
 own. What a position takes in the cache is a place of its own, given back when its request leaves.
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ...units import bytes_words
 from .models import DecodeError, Loaded
 
 Array = npt.NDArray[np.int64]
@@ -33,8 +34,9 @@ class PackedCache:
         size_bytes = 2 * config.num_hidden_layers * heads * places * width * loaded.layout.dtype.itemsize
         if size_bytes > gpu.free_bytes():
             raise DecodeError(
-                f"requests: {places:,} positions in the KV cache take {size_bytes:,} bytes, and {gpu.free_bytes():,} "
-                "of the GPU are free: cut the lengths, max_num_seqs or memory.gpu_budget"
+                f"requests: {places:,} positions in the KV cache take {bytes_words(size_bytes)}, and "
+                f"{bytes_words(gpu.free_bytes())} of the GPU are free: cut the lengths, max_num_seqs or "
+                "memory.gpu_budget"
             )
         self._layers = [
             tuple(gpu.empty(1, heads, places, width, dtype=dtype).zero_() for _ in range(2))

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from ...collector import collector_off
 from ...engine.decide.dispatch import Visit, launch_order
 from ...engine.decide.memory_manager import Admission, Wave
+from ...units import bytes_words
 from ...workloads.recorder import family_of
 from ..device.cuda import CudaError
 from .deciding import Filling, Ranked
@@ -88,8 +89,8 @@ class Runtime:
         size_bytes = self._slot_count * loaded.layout.expert_bytes
         if size_bytes > gpu.free_bytes():
             raise CudaError(
-                f"--gpu-budget: {self._slot_count} experts of {loaded.layout.expert_bytes} bytes: only "
-                f"{gpu.free_bytes()} bytes of the GPU are free"
+                f"--gpu-budget: {self._slot_count} experts of {bytes_words(loaded.layout.expert_bytes)}: only "
+                f"{bytes_words(gpu.free_bytes())} of the GPU are free"
             )
         self._rooms = [gpu.empty(loaded.layout.expert_bytes) for _ in range(self._slot_count)]
         self._weights = [loaded.layout.views(room) for room in self._rooms]

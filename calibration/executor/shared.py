@@ -69,7 +69,9 @@ class Shared:
         at = 0
         for size_bytes in sizes:
             if size_bytes > len(self.bytes):
-                raise InputError(f"an expert of {size_bytes} bytes is larger than the pool of {len(self.bytes)} bytes")
+                raise InputError(
+                    f"an expert of {bytes_words(size_bytes)} is larger than the pool, {bytes_words(len(self.bytes))}"
+                )
             if at + size_bytes > len(self.bytes):
                 at = 0
             views.append(self.bytes[at : at + size_bytes])

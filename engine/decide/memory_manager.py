@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from ...errors import InputError
 from ...resources.spool import Spool
+from ...units import bytes_words
 from ..policies.eviction import NO_SETTING, Eviction, Setting
 from ..policies.prefetch_share import FixedShare
 from .pools import BudgetError, Pool, pool_budgets
@@ -189,7 +190,10 @@ class MemoryManager:
         for expert in experts:
             pool, size_bytes = self._pools[expert // self.experts], self.size_of[expert]
             if size_bytes > pool.free_bytes:
-                raise BudgetError(f"expert {expert}: {size_bytes} bytes to preload, {pool.free_bytes} are free")
+                raise BudgetError(
+                    f"expert {expert}: takes {bytes_words(size_bytes)} to preload, and {bytes_words(pool.free_bytes)} "
+                    "are free: preload fewer, or give more budget"
+                )
             self._claim(expert, pool, PRELOADED, None)
             pool.policy.admit(expert, False)
 

@@ -1,4 +1,4 @@
-"""What a scenario makes of experts that are not simply fetched, before any clock starts.
+"""Experts that are not simply fetched: pinned, on the CPU, in low precision; decided before the clock starts.
 
 Their sizes, what lies in memory before the run, and the miss policy with what it goes by.
 """
@@ -105,8 +105,8 @@ def pinned_experts(inputs: Inputs) -> Collection[int]:
     left_bytes = parse_budget(memory.pinned, sizes, model.experts_by_layer)
     if left_bytes + max(sizes) > least_bytes:
         raise ScenarioError(
-            f"memory.pinned = {memory.pinned!r}: {left_bytes} bytes stay, the budget is {least_bytes}: there must be "
-            f"room for one more expert, {max(sizes)} bytes"
+            f"memory.pinned = {memory.pinned!r}: {bytes_words(left_bytes)} stay, the budget is "
+            f"{bytes_words(least_bytes)}: there must be room for one more expert, {bytes_words(max(sizes))}"
         )
     pinned = []
     for expert in _wanted(inputs):

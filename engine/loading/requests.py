@@ -1,4 +1,4 @@
-"""From [requests] to what serves them: the requests, room for KV blocks beside the experts, and a fresh server a run.
+"""From the section [requests] to the requests, the room for KV blocks beside the experts, and a server for each run.
 
 Nothing here runs: what can never be served is refused before the clock starts.
 """
@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from ...bounded import read_json
 from ...errors import InputError
+from ...units import bytes_words
 from ...words import shown
 from ...workloads.batches import Step
 from ...workloads.model import Model
@@ -286,7 +287,8 @@ def _kv_room(section: RequestsSection, model: Model, room_bytes: int | None) -> 
         blocks = _parsed(key, kv.budget, parse_bytes) // block_bytes
     if blocks < 1:
         raise ScenarioError(
-            f"{key} = {kv.budget!r}: less than a block of {kv.block_tokens} positions, {block_bytes:,} bytes: give more"
+            f"{key} = {kv.budget!r}: less than a block of {kv.block_tokens} positions, "
+            f"{bytes_words(block_bytes)}: give more"
         )
     return KvRoom(blocks, kv.block_tokens, block_bytes, host_blocks)
 

@@ -9,6 +9,8 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
+from ...units import binary_unit
+
 
 def plain_console() -> Console:
     """Returns the terminal, which takes words as they are: a name such as `[red]` or `:key:` is no markup."""
@@ -71,11 +73,9 @@ def time_of(ms: float | None, digits: int = 4) -> str:
 
 
 def size_of(size_bytes: float, digits: int = 3) -> str:
-    """Returns a number of bytes in the unit that people would use for it: `24 KiB`, `13.3 MiB`, `56.2 GiB`."""
-    for unit_bytes, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if abs(size_bytes) >= unit_bytes:
-            return f"{known_of(size_bytes / unit_bytes, digits)} {unit}"
-    return f"{size_bytes:,.0f} B"
+    """Returns a number of bytes for a table, in few digits: `24 KiB`, `13.3 MiB`, `56.2 GiB`."""
+    unit_bytes, unit = binary_unit(size_bytes)
+    return f"{known_of(size_bytes / unit_bytes, digits)} {unit}" if unit_bytes > 1 else f"{size_bytes:,.0f} B"
 
 
 def print_warnings(console: Console, warnings: Iterable[str], verbose: bool = False) -> None:
