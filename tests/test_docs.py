@@ -16,6 +16,7 @@ from docs_pages import DOCS, ROOT, RUNS, Block, blocks, make_folder, with_output
 
 from prestage import plugins
 from prestage.engine.decide.program import Stage
+from prestage.engine.decide.sources import EVICTIONS, PREFETCHES
 from prestage.engine.policies.copy_order import COPY_ORDERS
 from prestage.engine.policies.eviction import EVICTION
 from prestage.engine.policies.prefetch import PREFETCH
@@ -103,12 +104,20 @@ def test_the_code_map_has_every_folder_and_leads_to_every_recipe() -> None:
 
 def test_what_the_code_map_says_is_decided_somewhere_is_defined_there() -> None:
     text = (DOCS / "code-map.md").read_text(encoding="utf-8")
-    table = text.partition("## Where it is decided")[2].partition("\n## ")[0]
+    table = text.partition("## Where to look")[2].partition("\n## ")[0]
     rows = re.findall(r"`([\w.]+)` in `([\w/.]+)`", table)
     assert len(rows) > 8
     for name, file in rows:
         defined = rf"^ *(def|class) {name.rpartition('.')[2]}\b|^{name}\b"
         assert re.search(defined, (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE), (name, file)
+
+
+def test_the_page_of_engines_names_every_policy_that_is_decided_in_python() -> None:
+    section = (DOCS / "engines.md").read_text(encoding="utf-8").partition("## Decisions in compiled code")[2]
+    named = set(re.findall(r"`([\w-]+)`", section.partition("on GPUs that share experts:")[0]))
+    of_python = {name for name, kind in EVICTION.items() if kind not in EVICTIONS}
+    of_python |= {name for name, kind in PREFETCH.items() if kind not in PREFETCHES}
+    assert of_python == named & {*EVICTION, *PREFETCH} - {"next-layer"}  # which is so over some models alone
 
 
 @pytest.fixture(scope="module")
