@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import fidelity
 import numpy as np
 import pytest
+from published_tables import published_figures
 
 from prestage.calibration.executor.measured import load_measured
 from prestage.calibration.published.rows import load_source, predicted, source_names
@@ -34,6 +36,12 @@ def test_the_readme_tells_the_errors_of_the_committed_reports() -> None:
     assert f"{len(schedules)} schedules" in told
     assert f"time is {np.median(schedules):.1f} %, the 90th percentile {np.percentile(schedules, 90):.1f} %" in told
     assert f"off by {np.median(software):.0f} % in the median and {max(software):.0f} % at worst" in told
+
+
+def test_the_readme_tells_how_many_published_runs_lie_in_their_range() -> None:
+    told = " ".join((fidelity.ROOT / "README.md").read_text(encoding="utf-8").split())
+    (now,) = re.findall(r"^\| within p5 to p95 \| \S+ \| (\S+) \|$", published_figures(), re.MULTILINE)
+    assert f"{now} do)" in told
 
 
 def test_every_row_that_moved_since_the_last_release_is_told_in_the_changelog() -> None:
