@@ -1,4 +1,4 @@
-"""Reading what was given, however it was made: what it would take is known before memory is taken.
+"""Reading untrusted files: what a file would take in memory is bounded before the memory is allocated.
 
 A file may ask for far more than it is: compressed zeros, a header that names a huge shape, a few bytes of JSON that
 become an object each. Each function here takes a file's own size as the measure of what it may ask for, and refuses

@@ -1,4 +1,4 @@
-"""The garbage collector, which has nothing to do in a run, nor in compiling."""
+"""Switching off the garbage collector during runs and compiling, where it would find nothing to collect."""
 
 from __future__ import annotations
 

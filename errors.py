@@ -1,4 +1,4 @@
-"""The one refusal at the root of all: what a user gave cannot be used, and the message says what would do.
+"""The base of all errors about input: the message says what was given, and what would be right.
 
 Every error that blames input is an `InputError`; the command line prints those, and errors of the operating system, in
 one line. Any other exception is a fault of Prestage, and shows where it happened.

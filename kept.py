@@ -1,4 +1,4 @@
-"""What was worked out and is kept, for whoever asks for the same again: traces, weights, guesses.
+"""Caches of what was loaded or computed before: traces, weights, guesses.
 
 A key says all that a value was made of: a file by what tells one state of it from the next, numbers by their digest. So
 what is kept is what would be made, and nothing depends on whether it was; rows of a sweep, replicates and baselines

@@ -1,4 +1,4 @@
-"""Plain data, as JSON and TOML hold it: what of it cannot be used, whoever reads it and for what."""
+"""Checks of plain data, as JSON and TOML hold it: values that no reader could use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the command line begins: the table of all commands, and what becomes of whatever goes wrong in one.
+"""Where the command line begins: the table of all commands, and how errors in them are shown.
 
 To add a command: write a function in the file of its family and name it here; those of a group are named where they
 are written. Help lists commands in this order.

@@ -1,4 +1,4 @@
-"""`prestage list`: what there is by name, of what a scenario may name."""
+"""`prestage list`: the names that a scenario may use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model and a machine named by their parts on the command line, as settings of a scenario."""
+"""A model, and a machine by its parts, named on the command line: turned into settings of a scenario."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a program owes its terminal: streams that take any text, signals that let it clean up, a last line, a status.
+"""How commands behave in a terminal: streams that take any text, clean-up on signals, a last line, an exit status.
 
 Exit statuses: 0, it went well; 1, a fault of Prestage, whose traceback is shown (and `calibrate validate` beyond its
 tolerance); 2, what was given cannot be used, said in one line; 130, 143 and 141, as shells have it, after Ctrl-C, a

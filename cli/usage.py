@@ -1,4 +1,4 @@
-"""What is said of a command line that is not understood: one line that says what would be."""
+"""Usage errors: one line that says what was not understood, and what would be right."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What advice comes to: the settings, what they gain, and the trials that it follows from."""
+"""The result of advice: the settings, what they gain, and the trials behind it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What advice tries next: a Gaussian process over what was tried, made anew for each trial, so that none has a memory.
+"""What advice tries next: a Gaussian process over all trials so far, fitted anew each time, so that it keeps no state.
 
 A proposal follows from the space, the trials before, the seed and the trial's number, and from nothing else. The first
 ones are a Latin hypercube; then Optuna's sampler, which goes by expected improvement of the logarithms of the goals'

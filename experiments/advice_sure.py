@@ -1,4 +1,4 @@
-"""How sure advice is: the gain under draws of all costs that may be off, and which single cost could turn it around."""
+"""How sure advice is: the gain under draws of all uncertain costs, and which single cost could reverse it."""
 
 from __future__ import annotations
 

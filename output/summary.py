@@ -1,4 +1,4 @@
-"""What a timeline comes to, in numbers that a simulated and a profiled one both have: who was busy, and beside whom.
+"""A timeline in numbers that a simulated and a profiled one both have: how busy each lane was, and what overlapped.
 
 Nothing here knows of tokens or experts; busy time is that of the union of intervals, so that what runs beside itself
 counts once. Per GPU the split is HolisticTraceAnalysis's temporal breakdown: compute, what is not compute (copies and

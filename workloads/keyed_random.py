@@ -1,4 +1,4 @@
-"""Random numbers that are looked up, not drawn: the same keys give the same number, whoever asks and whenever.
+"""Counter-based random numbers: a function of their keys, independent of when and how often they are asked for.
 
 No state and no call order, so that two policies which ask in different orders, or about different tokens, meet
 the same luck.

@@ -1,4 +1,4 @@
-"""What is decoded: a transformers model of one of the recorder's families, its experts apart from the rest of it.
+"""The model that is decoded: a transformers model of one of the recorder's families, with its experts separated out.
 
 A model is a folder or a name on the hub, with its own weights; or a preset of this package or a TOML file of shapes, of
 which random weights are made. Random experts alias a pool of host memory, so that a model need not fit there: what a

@@ -1,4 +1,4 @@
-"""What was served in real time, held against the simulation: of the same steps, and of the same requests by its clock.
+"""What was served in real time against the simulation: of the same steps, and of the same requests by its own clock.
 
 *Replayed*: the simulation runs the very steps of a repeat, begun as soon as it can, and what each took is compared. *By
 itself*: it is given the scenario alone, and schedules by its own clock; the order of admissions and the waits of

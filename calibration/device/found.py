@@ -1,4 +1,4 @@
-"""Which CUDA GPUs there are, and why none, for whoever asks what is installed."""
+"""Which CUDA GPUs there are, or why there is none: for `prestage doctor` and the like."""
 
 from __future__ import annotations
 

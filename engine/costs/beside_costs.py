@@ -1,4 +1,4 @@
-"""What passes between the host's thread and what works beside it: the CPU that computes experts, and other GPUs."""
+"""Costs of what passes between the host thread and others: the CPU that computes experts, and other GPUs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What it takes to do without an expert's bytes: experts on the CPU, in low precision, decompressed.
+"""Costs of alternatives to copying an expert as it is: computed on the CPU, in low precision, compressed.
 
 Measured points are used as they stand; a shape that was not measured is estimated by a stated rule, which is named in
 the `estimates` of the run's costs, or refused where the profile says nothing of the CPU.

@@ -1,4 +1,4 @@
-"""How far a run's costs may be off: the same machine and runtime at costs drawn from what each says of itself.
+"""How far a run's costs may be off: the same machine and runtime, with each cost drawn from its stated uncertainty.
 
 Every cost has one factor a draw, log-normal, of the spread that it states, or that its source usually has. Of n draws
 each cost has one in every n-th of its distribution, in an order of its own: a Latin hypercube (McKay, Beckman and

@@ -1,4 +1,4 @@
-"""The scatter of single events: what each kernel, launch and copy of a run takes, times a factor of its own.
+"""The scatter of single events: each kernel, launch and copy of a run takes its cost times a random factor of its own.
 
 The n-th event of a kind on a GPU has the n-th factor, whichever engine asks, and whenever: factors are keyed by (seed,
 replicate, kind, n).

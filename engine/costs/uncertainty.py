@@ -1,4 +1,4 @@
-"""Replicates: the same run again and again, each with costs drawn from how far the profile says they can be off.
+"""Replicates: the same run many times, each with costs drawn from the uncertainty that the profile states.
 
 A replicate draws one factor for every cost, from its spread between runs and its error on held-back samples, and a
 small one for every kernel, launch and copy, from its scatter within a run. Decisions do not change: they never look at

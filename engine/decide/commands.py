@@ -1,4 +1,4 @@
-"""Commands: what a host thread orders next, as rows of integers, without a clock and without a price.
+"""Commands: what a host thread submits next, as rows of integers, without a clock and without durations.
 
 `visit_commands` and `program` write them; the SimPy engine, the compiled engine and the CUDA executor interpret them. A
 command names what it waits for by register: a number for something whose end matters later (a room in memory, the
@@ -19,7 +19,7 @@ class Op(IntEnum):
     VISIT = 0
     #: The next work waits for a register, too; the host makes `extra` calls for it.
     WAIT = 1
-    #: As WAIT, for a room that is to be written anew: a copy into it that is still queued, unread, need not be made.
+    #: As WAIT, for a room that is about to be overwritten: a copy into it that is still queued, unread, is given up.
     #: The register stands for nothing then, unless some of the room is left (`tokens` is 1).
     RECLAIM = 2
     #: The register stands for the last work, as well.
@@ -37,10 +37,10 @@ class Op(IntEnum):
     COPY = 8
     #: Copy the router's choice, or guesses, to the host.
     READBACK = 9
-    #: The host waits for a register, and notices that it has come: a choice (`extra` is -1) or guesses (1), behind
-    #: which it goes on as behind a choice. `tokens`: whether it fetches something then.
+    #: The host waits for a register (it synchronizes): the router's choice (`extra` is -1), or guesses (1), after which
+    #: it takes time to go on, as at DECIDE after a choice. `tokens` is 1 if it fetches something then.
     NOTICE = 10
-    #: The choice of visit `extra` is known: what follows was decided by it. `tokens`: whether the visit fetches.
+    #: The choice of visit `extra` is known: what follows was decided by it. `tokens` is 1 if the visit fetches any.
     DECIDE = 11
     #: The host waits for a register (a pageable copy).
     HOLD = 12
@@ -60,7 +60,7 @@ class Op(IntEnum):
     #: first of a read, which the host orders for all; the others wait for what that waits for, and the register stands
     #: for all of them.
     READ = 19
-    #: The simulation's clock comes up to the host's; `extra` is 1 where several threads go on together.
+    #: Wait until the simulation's clock has caught up with the host's; `extra` is 1 where threads go on together.
     CATCH_UP = 20
     #: The host thread turns to this GPU; `extra` is 1 where that takes it time.
     TURN = 21
@@ -73,8 +73,9 @@ class Op(IntEnum):
     CALL = 24
     #: All GPUs exchange tokens (`kind`) once what was waited for has ended.
     EXCHANGE = 25
-    #: Copy an expert from GPU `peer`, and what is evicted to it.
+    #: Copy an expert from GPU `peer`.
     FETCH = 26
+    #: Copy an evicted expert to GPU `peer`.
     STORE = 27
     #: The last work is a copy out of a room of host memory: the register stands for its end, too, or for the instant at
     #: which it is given up.
@@ -92,7 +93,7 @@ class Op(IntEnum):
     IDLE = 33
     #: The host takes `extra` ns to make the next step of what waits and runs.
     SCHEDULE = 34
-    #: Copy KV blocks, or an expert that is evicted, in `extra` ns, to host memory, or, on `lane` H2D, back.
+    #: Copy KV blocks, or an evicted expert, to host memory or (on `lane` H2D) back; it takes `extra` ns.
     SWAP = 35
 
 
@@ -115,8 +116,8 @@ class Command(NamedTuple):
 #: The lanes of a GPU that commands may name.
 H2D, PREFETCH_LANE, COMPUTE, SIDE, HOST = range(5)
 
-#: Registers that every GPU has, from the first of its own on (`first_register`): the router's choice, the last kernel
-#: that serves the step, the predictor's guesses, the CPU's results, what is decompressed for one use, the tokens that
-#: come from other GPUs, and what the CPU computes for the next layer. After those of all GPUs comes one for the last
-#: choice of all, then rooms.
+#: Registers that every GPU has, numbered from its `first_register`: the router's choice, the last kernel that serves
+#: the step, the predictor's guesses, the CPU's results, an expert decompressed for one use, the tokens that come from
+#: other GPUs, and what the CPU computes for the next layer. After those of all GPUs comes one for the last choice of
+#: all, then a register for each room.
 CHOICE, OUTPUT, GUESSES, RESULTS, UNPACKED, TOKENS, LATER, FIXED_REGISTERS = range(8)

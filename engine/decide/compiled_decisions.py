@@ -1,4 +1,4 @@
-"""Compiled decisions of a run: what is laid out as it goes, step by step, and what becomes of its counts.
+"""Compiled decisions of a run: Python's part, which lays out steps as the run goes and takes over what was counted.
 
 The memory manager, the prefetch policy and the trace are the run's own; what they know at first is laid out in words
 and tables (`decision_layout`), and what was decided is written back into the manager.

@@ -1,4 +1,4 @@
-"""What a cache misses by itself: decisions in compiled code whose commands nobody carries out."""
+"""The misses of a cache alone (a shadow run): compiled decisions whose commands are not carried out."""
 
 from __future__ import annotations
 

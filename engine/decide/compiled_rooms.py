@@ -1,4 +1,4 @@
-"""Rooms of memories, compiled: registers, what is free, who leaves, and who comes; of a GPU, or of the host.
+"""Rooms of a memory, of a GPU or the host, compiled: registers, free room, evictions and admissions.
 
 Where it says whose room is taken, it writes that into the tables of the visit, with the registers that `tables.Rooms`
 would give.

@@ -1,4 +1,4 @@
-"""What compiled decisions begin with, in words and tables: a scenario's terms, memories, and what policies know.
+"""What compiled decisions start from, laid out in words and tables: settings, memories, and what policies know.
 
 A memory is a GPU's, or the host's where that is a cache above a drive; both have rooms, and a policy that says who
 leaves.

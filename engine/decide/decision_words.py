@@ -1,4 +1,4 @@
-"""What compiled decisions are laid out in: words and tables, and the names of the places in them.
+"""The memory layout of compiled decisions: words and tables, and the names of the places in them.
 
 One array of words holds what is single, as `timing.memory` does: a GPU, a pool or a host thread is the address of its
 first word. What there is of every expert, and what eviction policies know, are tables for all GPUs of a run.

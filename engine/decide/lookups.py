@@ -1,4 +1,4 @@
-"""The look-ups of a run laid out flat, visit after visit: what compiled replays and stack algorithms read.
+"""The look-ups of a run as flat arrays, visit after visit: the input of compiled replays and stack algorithms.
 
 One pool's look-ups never touch another's, so each pool has its own and is replayed by itself.
 """

@@ -165,9 +165,9 @@ class Gpu:
     rooms: Rooms
     registers: Registers
     host: HostRooms | None = None
-    may_wait: bool = False  # whether its host thread may have to wait amid its commands
+    may_wait: bool = False  # whether its host thread may have to wait between its commands
     known: Array = field(default_factory=lambda: np.zeros(1024, dtype=np.int64))
-    results: bool = False  # whether the next kernel but an expert waits for the CPU's
+    results: bool = False  # whether the next dense part, or the head, waits for the CPU's results
 
     def __post_init__(self) -> None:
         self.number = int(self.settings[GPU])

@@ -1,4 +1,4 @@
-"""What the decisions of one GPU are made from, and whether compiled code makes them."""
+"""What the decisions of one GPU are based on, and whether compiled code can make them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a layer visit comes to: the commands that the host orders for it, written once.
+"""From a layer visit to commands: the calls that the host makes for it, in order. No other place knows them.
 
     launch the dense part, copy the choice to the host, notice it              (`order_dense`)
     decide; hand over what needs no copy; copy what is missing; launch the

@@ -1,4 +1,4 @@
-"""Who decides in a run, as its scenario wants it: memory managers, prefetch policies, and the visits they decide."""
+"""What decides in a run, made from its scenario: memory managers, prefetch policies, and the visits they decide."""
 
 from __future__ import annotations
 

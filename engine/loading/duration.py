@@ -1,4 +1,4 @@
-"""How long a run could last at most, told before it runs: its times are integers of ns, which end at 292 years.
+"""An upper bound of a run's duration, checked before it runs: times are 64-bit integers of ns, which end at 292 years.
 
 The bound is far above what any run takes: each visit has every copy, read and kernel that it may have, one by one.
 """

@@ -1,4 +1,4 @@
-"""Routing that knows the cache, worked out before a run: decisions need no clock, so the choices do not either.
+"""Cache-aware routing, computed before a run: as decisions need no clock, neither do the choices.
 
 The run's visits are decided once, each token's experts chosen again by who is in memory then; the trace of what was
 chosen is what every engine, metric and baseline goes by. So the run decides as this did, to the last access.

@@ -1,4 +1,4 @@
-"""What a recording comes to, on one GPU: every number is a function of it; docs/numbers.md has the formulas.
+"""Metrics of a recording on one GPU: every number is a function of it; docs/numbers.md has the formulas.
 
 Rates are fractions and None where undefined. All counts are cumulative, over prefill and decode. How fast it was is
 `speed`'s to say.

@@ -1,4 +1,4 @@
-"""What became of the misses of a run that were not fetched: how many, their gate weight, and what the CPU took."""
+"""The misses of a run that were not fetched: how many, their gate weight, and the time that the CPU took."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arrays as long as a run, made some at a time: where its records lie in files, in files without a name beside them."""
+"""Arrays as long as a run, computed in parts: where a run's records are in files, in temporary files beside them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run under load comes to: latencies of requests, rates, what stood by, and who was served as agreed.
+"""Metrics of a run under load: latencies of requests, rates, utilization, and which requests met their objectives.
 
 All is a function of what `workloads.requests.log` recorded. Left out at the beginning and at the end is what the window
 says; latencies are those of the requests in between, and rates are over the time from the first of these to arrive to

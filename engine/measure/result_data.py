@@ -1,4 +1,4 @@
-"""What a result.json must be, as far as comparisons, figures and reports read it: checked once, when it is read.
+"""The schema of result.json, as far as comparisons, figures and reports read it: checked when a file is read.
 
 Results of other versions have more keys, or fewer: what is there must be of the kind that it is written as, whatever it
 is called. A key's ending says what it is: `_ms` and the like are numbers, or tables of numbers by name.

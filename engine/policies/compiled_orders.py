@@ -1,4 +1,4 @@
-"""The orders in which compiled eviction policies keep experts: doubly linked lines, and heaps; who is held, by what.
+"""The orders in which compiled eviction policies keep experts: doubly linked lists, and heaps; and what each row holds.
 
 A policy's state is one int64 array. It has a row for each expert; one for each line, which stands before its first
 expert and after its last; and at last one of numbers.

@@ -1,4 +1,4 @@
-"""Eviction policies that part what was used once from what is used again, in queues that remember who left."""
+"""Eviction policies that separate experts used once from those used again, in queues with ghosts of evicted ones."""
 
 from __future__ import annotations
 

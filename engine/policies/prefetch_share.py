@@ -1,4 +1,4 @@
-"""How much of the memory prefetched experts may hold that nobody has used yet; the rest stays with cached ones.
+"""How much of the memory prefetched experts may take before their first use; the rest is for cached ones.
 
 Once memory is full, a prefetch at this limit may only take the room of another unused prefetch. To add one: write a
 class with these methods and name it in PREFETCH_SHARE.

@@ -1,4 +1,4 @@
-"""Routers: which of several replicas serves a request, by who it is and how many requests each of them has.
+"""Routers: which of several replicas serves a request, by the request and by how many requests each has.
 
 A router is asked for one request after the other, as they arrive. To add one: write a class with this method, name it
 in ROUTERS, and work a case by hand in tests/test_replicas.py.

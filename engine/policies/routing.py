@@ -1,4 +1,4 @@
-"""Routing that knows the cache: which experts a token uses, of those that its router ranked, given who is in memory.
+"""Cache-aware routing: which of the experts that its router ranked a token uses, given which are in memory.
 
 A way sees the gate weights of a token's candidates, the k chosen first and then the runners-up, and which of them are
 resident; it knows no clock. What it does to a model's answers no simulator says: how many choices it changed and how

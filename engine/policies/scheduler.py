@@ -1,4 +1,4 @@
-"""Schedulers: whose positions make up the next step, who is admitted, and who has to leave.
+"""Schedulers: which requests run in the next step, over how many positions; which are admitted, and which preempted.
 
 The queue owns requests, KV blocks and drafts; a scheduler's `plan` asks it to let running requests go on (`grow`), to
 admit waiting ones (`admit`) and to take one off the GPU (`preempt`). To add one: write a class with this method, name

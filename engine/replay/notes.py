@@ -1,4 +1,4 @@
-"""What policies learn of a pool's visits, whoever is in memory: the same at every capacity, so worked out once.
+"""What policies learn of a pool's visits whatever is in memory: the same at every capacity, so computed once.
 
 Scores of experts, expectations, tokens of the sequences in flight, forward passes: each policy's class learns them as a
 visit begins. Here they are notes, (expert, value) pairs by visit, which compiled replays read.

@@ -1,4 +1,4 @@
-"""Who predicts in a scenario, and what that costs the run: time for every layer visit, and memory where the lane is."""
+"""The predictor of a scenario, and what it costs the run: time in every layer visit, and memory where it runs."""
 
 from __future__ import annotations
 

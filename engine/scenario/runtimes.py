@@ -1,4 +1,4 @@
-"""What a scenario's runtime, or its machine's GPUs, set where nobody else does, and what a runtime cannot do."""
+"""Settings that a scenario's runtime, or its machine's GPUs, give where the user does not; what a runtime cannot do."""
 
 from __future__ import annotations
 

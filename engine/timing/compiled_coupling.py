@@ -1,4 +1,4 @@
-"""Who changes whom, compiled: lanes that slow each other down, share a link, or count alike."""
+"""Coupled lanes, compiled: those that slow each other down, or share a link or an engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The compiled loop: lanes and host threads run until a decision is due, which is made where they are, and they go on.
+"""The compiled loop: lanes and host threads run until a decision is due, compiled code decides, and they go on.
 
 Python is asked for what compiled code does not know: a price, a rate, the next steps, more room.
 """

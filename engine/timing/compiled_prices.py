@@ -1,4 +1,4 @@
-"""What commands take, compiled: rows of the tables of prices, which Python fills in as they are asked for."""
+"""What commands take, compiled: tables of costs, whose rows Python fills in when they are first needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The queue of a lane, compiled: in order, as work becomes ready, or by rank; and who is told when work has ended."""
+"""The queue of a lane, compiled: in order, as work becomes ready, or by rank; and what is woken when work has ended."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ class Place:
 
 
 class GpuLanes:
-    """What is busy by itself on one GPU, each a lane, and the costs of its work.
+    """The lanes of one GPU, and the costs of the work on them.
 
     `size_of` (layers * experts,) are the bytes of every expert where they differ within a layer.
     """

@@ -1,4 +1,4 @@
-"""Whether the machine code of the compiled engine is kept on this machine, so that a run need not wait for compiling.
+"""Whether the compiled engine's machine code is cached on this machine, so that a run need not wait for compiling.
 
 Compiling takes some tens of seconds, once after installation. A mark beside the machine code says that it was done for
 these very sources.

@@ -1,4 +1,4 @@
-"""What a run records on each GPU: spans, accesses, visits, arrivals, and what needed no copy."""
+"""What a run records on each GPU: spans, accesses, visits, arrivals, and accesses that needed no copy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run under load and a search for its capacity came to, as tables."""
+"""Runs under load, and searches for capacity, as tables."""
 
 from __future__ import annotations
 

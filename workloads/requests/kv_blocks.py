@@ -1,4 +1,4 @@
-"""KV blocks: who holds how many, and which of them hold a prefix that another request may go on from.
+"""KV blocks: how many each request holds, and which of them hold a prefix that other requests may share.
 
 A block holds so many positions of one request, or, shared, of several with the same prefix. Blocks that nobody holds
 are free; with prefix caching they keep what they hold until they are taken, the one that was freed first first, and of

@@ -1,4 +1,4 @@
-"""Speculative decoding: how many drafts of a step are accepted, by luck that is the same whoever asks.
+"""Speculative decoding: how many drafts of a step are accepted, by random numbers keyed on the request and position.
 
 A draft is accepted with a probability that is conditional on those before it, so d drafts of acceptance a yield
 1 + a + ... + a^d = (1 - a^(d + 1)) / (1 - a) tokens a step in the mean (Leviathan, Kalman, Matias, "Fast inference from
