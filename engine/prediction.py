@@ -72,12 +72,11 @@ def ranges(
     few, figures = _beginning(inputs), middles(figures)
     shorter = few is not inputs
     point = _figures(few, part_costs(few), serving) if shorter else figures
-    drawn = zip(*(drawn_costs(part, draws) for part in few.parts), strict=True)
     runs: list[dict[str, Any]] = []
-    for costs in drawn:
+    for costs in drawn_costs(few, draws):
         if progress is not None:
             progress("range", len(runs), draws)
-        runs.append(_figures(few, list(costs), serving))
+        runs.append(_figures(few, costs, serving))
     if progress is not None:
         progress("range", draws, draws)
     own = inputs.runtime.neutral

@@ -63,8 +63,7 @@ class Pair:
 
 def drawn_gains(pair: Pair) -> Range:
     """Returns how many times as good one run is as another, both at the same draws of what costs may be."""
-    ours, theirs = (zip(*(drawn_costs(part, DRAWS) for part in inputs.parts), strict=True)
-                    for inputs in (pair.ours, pair.theirs))  # fmt: skip
+    ours, theirs = (drawn_costs(inputs, DRAWS) for inputs in (pair.ours, pair.theirs))
     return percentiles([pair.gain(*costs) for costs in zip(ours, theirs, strict=True)])
 
 
@@ -90,7 +89,7 @@ def _at_end(pair: Pair, group: str, end: float) -> list[list[Costs]]:
     def draw(path: str, sigma: float) -> float:
         return math.exp(end * sigma) if _group(path) == group else 1.0
 
-    return [[costs_times(part, draw) for part in inputs.parts] for inputs in (pair.ours, pair.theirs)]
+    return [costs_times(inputs, draw) for inputs in (pair.ours, pair.theirs)]
 
 
 def _group(path: str) -> str:

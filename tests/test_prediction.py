@@ -40,7 +40,7 @@ def inputs_of(spread: float = 0.0, source: str = "measured", **runtime: Any) -> 
 
 
 def test_draws_of_a_cost_have_its_spread_and_middle() -> None:
-    copies = np.array([costs.copies[0].alone_ns for costs in drawn_costs(inputs_of(0.3), 200)], dtype=float)
+    copies = np.array([costs.copies[0].alone_ns for (costs,) in drawn_costs(inputs_of(0.3), 200)], dtype=float)
     logs = np.log(copies / 20)
     # The copy is 20 ns, so that rounding to whole ns is worth 2.5 %.
     assert np.median(logs) == pytest.approx(0.0, abs=0.03) and np.std(logs) == pytest.approx(0.3, rel=0.1)
@@ -56,7 +56,7 @@ def test_every_draw_of_a_cost_is_of_another_part_of_its_distribution() -> None:
 
 def test_a_runtimes_costs_are_drawn_too_and_a_share_is_never_more_than_all() -> None:
     costs = {"cpu_stream": {"share": 0.9, "source": "assumed"}, "copy_rate": {"share": 0.5, "source": "assumed"}}
-    drawn = [one.own.costs for one in drawn_costs(inputs_of(costs=costs), 50)]
+    drawn = [one.own.costs for (one,) in drawn_costs(inputs_of(costs=costs), 50)]
     shares = [cost.cpu_stream.share for cost in drawn if cost.cpu_stream is not None]
     rates = [cost.copy_rate.share for cost in drawn if cost.copy_rate is not None]
     assert max(shares) == 1.0 and len(set(rates)) > 30
@@ -89,7 +89,7 @@ def test_a_cost_that_says_nothing_is_as_far_off_as_its_source_usually_is() -> No
     inputs = Inputs(
         **{**{n: getattr(made, n) for n in made.__dataclass_fields__}, "profile": make_profile(data, "assumed")}
     )
-    logs = np.log([costs.copies[0].alone_ns / 20 for costs in drawn_costs(inputs, 100)])
+    logs = np.log([costs.copies[0].alone_ns / 20 for (costs,) in drawn_costs(inputs, 100)])
     assert float(np.std(logs)) == pytest.approx(UNSTATED["assumed"], rel=0.15)
 
 

@@ -326,7 +326,7 @@ def _together(row: Row, inputs: Inputs, costs: Costs) -> float:
 
 
 def _component(row: Row, source: str, inputs: Inputs, draws: int, of: Any) -> Predicted:
-    values = [of(row, inputs, costs) for costs in drawn_costs(inputs, draws)]
+    values = [of(row, inputs, costs) for (costs,) in drawn_costs(inputs, draws)]
     return Predicted(row, source, of(row, inputs, Costs(inputs)), percentiles(values))
 
 

@@ -12,7 +12,9 @@ import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import cache
 from statistics import NormalDist
+from types import NoneType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -34,21 +36,28 @@ _FOREIGN = 0.2
 _TIMES = {*TIMES, "factor", "count"}
 _RATES = {*RATES, "share", "of_float32"}
 
+#: What can hold no part.
+_LEAVES = (int, float, str, NoneType)
+
 _AnyPart = TypeVar("_AnyPart", bound=Part)
 #: The factor of a cost, by its path and spread.
 Draw = Callable[[str, float], float]
 
 
-def drawn_costs(inputs: Inputs, count: int, *, timed: bool = False) -> Iterator[Costs]:
-    """Yields the costs of each draw on one GPU; `timed` as `Costs` takes it."""
-    for number in range(count):
-        yield costs_times(inputs, _drawing(inputs.scenario.seed, number, count), timed=timed)
+def drawn_costs(inputs: Inputs, count: int) -> Iterator[list[Costs]]:
+    """Yields the costs of each GPU of a run, draw by draw."""
+    for draw in _drawings(inputs.scenario.seed, count):
+        yield costs_times(inputs, draw)
 
 
-def costs_times(inputs: Inputs, draw: Draw, *, timed: bool = False) -> Costs:
-    """Returns the costs of a run, each times what `draw` gives for its path and spread."""
-    profile, own = profile_times(inputs.profile, draw), _drawn(_with_share(inputs), "runtime", draw)
-    return Costs(replace(inputs, profile=profile, runtime=own), timed=timed)
+def costs_times(inputs: Inputs, draw: Draw) -> list[Costs]:
+    """Returns the costs of each GPU of a run, each times what `draw` gives for its path and spread."""
+    profiles = {id(part.profile): part.profile for part in inputs.parts}  # GPUs that are alike share one
+    drawn = {number: profile_times(profile, draw) for number, profile in profiles.items()}
+    return [
+        Costs(replace(part, profile=drawn[id(part.profile)], runtime=_drawn(_with_share(part), "runtime", draw)))
+        for part in inputs.parts
+    ]
 
 
 def profile_times(profile: Profile, draw: Draw) -> Profile:
@@ -80,7 +89,7 @@ def _collect(value: Any, path: str, found: dict[str, Fact | OwnCost]) -> None:
 
 def structure(seed: int, count: int, sigma: float) -> list[float]:
     """Returns a factor for each draw of what no cost stands for: that a runtime works otherwise than is thought."""
-    return [_drawing(seed, number, count)("structure", sigma) for number in range(count)]
+    return [draw("structure", sigma) for draw in _drawings(seed, count)]
 
 
 def _with_share(inputs: Inputs) -> Runtime:
@@ -92,17 +101,20 @@ def _with_share(inputs: Inputs) -> Runtime:
     return runtime.model_copy(update={"costs": runtime.costs.model_copy(update={"cpu_stream": share})})
 
 
-def _drawing(seed: int, number: int, count: int) -> Draw:
-    """Returns what gives each cost its factor in one of so many draws."""
-    strata = np.arange(count)
+def _drawings(seed: int, count: int) -> list[Draw]:
+    """Returns what gives each cost its factor, for each of so many draws."""
+    middles = [NormalDist().inv_cdf((place + 0.5) / count) for place in range(count)]
 
-    def draw(path: str, sigma: float) -> float:
-        if sigma == 0:
-            return 1.0
-        order = np.argsort(uniform(seed, zlib.crc32(path.encode()), strata), kind="stable")
-        return math.exp(sigma * NormalDist().inv_cdf((int(order[number]) + 0.5) / count))
+    @cache
+    def normals(path: str) -> list[float]:
+        """Returns the standard normal number of a cost in each draw."""
+        order = np.argsort(uniform(seed, zlib.crc32(path.encode()), np.arange(count)), kind="stable")
+        return [middles[place] for place in order]
 
-    return draw
+    def drawing(number: int) -> Draw:
+        return lambda path, sigma: math.exp(sigma * normals(path)[number]) if sigma else 1.0
+
+    return [drawing(number) for number in range(count)]
 
 
 def _is_cost(part: Part) -> bool:
@@ -132,7 +144,7 @@ def _drawn(part: _AnyPart, path: str, draw: Draw) -> _AnyPart:
     changed: dict[str, Any] = {}
     for name in type(part).model_fields:
         value = getattr(part, name)
-        new = _drawn_value(value, f"{path}.{name}", draw)
+        new = value if isinstance(value, _LEAVES) else _drawn_value(value, f"{path}.{name}", draw)
         if new is value and factor != 1:
             new = _scaled(name, value, factor)
         if new is not value:
