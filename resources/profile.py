@@ -205,6 +205,18 @@ class Profile(Part):
             stated, key = self.nvme.drive if self.nvme is not None else None, "nvme.drive"
         return (None, key) if stated is None else (stated.capacity_bytes, f"{key} ({stated.source})")
 
+    def copied_from(self, wanted: Literal["pinned", "pageable"] | None) -> Literal["pinned", "pageable"]:
+        """Returns the kind of host memory that copies are priced from: the wanted one, or pinned where none is wanted.
+
+        One memory for the host and the GPU is not copied from, whatever its kind. ProfileError if a kind has no costs.
+        """
+        found = wanted or ("pinned" if "pinned" in self.h2d else "pageable")
+        if found in self.h2d:
+            return found
+        if self.unified_memory:
+            return next(iter(self.h2d))
+        raise ProfileError(f"copy.host_memory = {found!r}: profile {self.name} has {', '.join(self.h2d)} only")
+
     @model_validator(mode="before")
     @classmethod
     def _own_costs_name_no_device(cls, data: object) -> object:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+import prestage
 from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.origins import origins
 from prestage.engine.scenario.scenario import apply_setting, load_scenario, make_scenario
@@ -25,6 +26,7 @@ from prestage.resources.parts.tables import cpus, drives, find_cpu, find_gpu, gp
 from prestage.resources.parts.written import parse_drive, parse_link, parse_ram, split_parts, times
 from prestage.resources.profile import load_profile
 from prestage.resources.profile_costs import KernelRule, ProfileError
+from prestage.workloads.model import load_model
 
 GIB = 2**30
 WORKLOAD = {"synthetic": {"tokens": 4}, "tokens": 4}
@@ -464,3 +466,22 @@ def test_experts_on_the_processor_go_at_what_its_memory_gives() -> None:
     slow, fast = (run(*settings, f"machine.ram=64GB {rate}GB/s") for rate in (20, 80))
     assert slow["miss"]["ways"]["cpu"] == fast["miss"]["ways"]["cpu"] > 0
     assert slow["makespan_ms"] > 1.5 * fast["makespan_ms"]
+
+
+@pytest.mark.parametrize("name", sorted(name for name, gpu in gpus().items() if gpu.unified))
+def test_a_gpu_that_has_the_hosts_memory_runs_llama_cpp_by_its_name_alone(name: str) -> None:
+    # llama.cpp copies from pageable memory and computes misses on the processor: here nothing is copied, and the
+    # processor reads the GPU's own memory.
+    result = prestage.simulate(
+        "one-gpu",
+        settings={"machine.profile": f"gpu={name}", "runtime.name": "llama.cpp"},
+        preset="deepseek-v2-lite", bits_per_weight=4.85, tokens=8, baselines=False,
+    )  # fmt: skip
+    assert result.data["hit_rate"] == 1.0
+    model, gpu = load_model("deepseek-v2-lite", bits_per_weight=4.85), gpus()[name]
+    assert model.active_parameters is not None
+    most = gpu.memory_bytes_per_second / (model.active_parameters * 4.85 / 8)
+    assert 0.2 * most < result.data["tokens_per_second"] < most
+    processor = load_profile(f"gpu={name}").processor
+    assert processor is not None
+    assert 0.5 * gpu.memory_bytes_per_second < processor.bytes_per_second < gpu.memory_bytes_per_second

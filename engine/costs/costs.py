@@ -89,10 +89,7 @@ class Costs:
         self._known_experts: dict[tuple[int, ...], KernelCost] = {}
         self.estimates: dict[str, str] = {}
         self._set_heads(scenario)
-        memory = scenario.copy_.host_memory or ("pinned" if "pinned" in profile.h2d else "pageable")
-        if memory not in profile.h2d:
-            known = ", ".join(profile.h2d)
-            raise ProfileError(f"copy.host_memory = {memory!r}: profile {profile.name} has {known} only")
+        memory = profile.copied_from(scenario.copy_.host_memory)
         self.h2d = h2d = profile.h2d[memory]
         self.copies_hold_host = memory == "pageable" or self.runtime.holds_host
         self.copy_slowdown = profile.contention.copy_beside_compute.factor if profile.contention else 1.0

@@ -420,7 +420,7 @@ def _in_use(place: str, inputs: Inputs) -> bool:
 
 def _host_memory(inputs: Inputs) -> str:
     """Returns the kind of host memory that experts are copied from."""
-    return inputs.scenario.copy_.host_memory or ("pinned" if "pinned" in inputs.profile.h2d else "pageable")
+    return inputs.profile.copied_from(inputs.scenario.copy_.host_memory)
 
 
 def _short_trace(inputs: Inputs, data: dict[str, Any]) -> str | None:

@@ -30,6 +30,8 @@ _FLOPS_A_CYCLE = {"avx2": 32, "sve2": 32, "avx512": 64, "amx": 2048}
 #: What of them kernels are assumed to reach; and the processor that is assumed where none is named.
 _FLOPS_SHARE = 0.5
 _DEFAULT_CORES, _DEFAULT_GHZ, _DEFAULT_INSTRUCTIONS = 8, 3.5, ("avx2",)
+#: A channel of 8 bytes of LPDDR5X-8533.
+_CHANNEL_BYTES_PER_SECOND = 68_264_000_000
 
 
 @dataclass(frozen=True)
@@ -105,13 +107,13 @@ def choose(name: str, without: Iterable[str] = ()) -> Chosen:
             f"machine {shown(name)}: gpu={NO_GPU} computes on the processor: give ram with its size and its kind, "
             "'64GB DDR5-5600'"
         )
-    ram_reach = None if ram.rate is None else _reach(ram.rate, ram_share(ram.channels or DESKTOP_CHANNELS))
-    if ram.rate is None:
-        cpu_reach = None
+    rate, channels = _read_by_processor(ram, gpu)
+    if rate is None:
+        ram_reach = cpu_reach = None
     else:
-        of = ram.rate.bytes_per_second
-        share = cpu_share()
-        cpu_reach = Reach(figures(of * share.middle), share.spread, f"{share.middle:.2f} of {ram.rate.words}", of)
+        ram_reach, share = _reach(rate, ram_share(channels)), cpu_share()
+        of = rate.bytes_per_second
+        cpu_reach = Reach(figures(of * share.middle), share.spread, f"{share.middle:.2f} of {rate.words}", of)
     link = None if gpu is None or gpu.unified else _reach(_link(given.get("link"), gpu, processor), link_share(without))
     if link is None and "link" in given:
         raise PartError(f"machine.link = {shown(given['link'])}: {given['gpu']} has the host's memory, and no link")
@@ -187,6 +189,14 @@ def _ram(text: str | None, filled: str | None) -> Ram:
     if ram.rate is None and filled is not None:
         return Ram(ram.capacity_bytes, parse_ram(filled).rate, channels)
     return ram
+
+
+def _read_by_processor(ram: Ram, gpu: Gpu | None) -> tuple[Rate | None, int]:
+    """Returns the rate and the channels of what the processor reads; a GPU with the host's memory states them, too."""
+    if ram.rate is not None or gpu is None or not gpu.unified:
+        return ram.rate, ram.channels or DESKTOP_CHANNELS
+    of = gpu.memory_bytes_per_second
+    return Rate(of, f"the {of / 1e9:,.0f} GB/s of {gpu.title}"), -(-of // _CHANNEL_BYTES_PER_SECOND)
 
 
 def _link(text: str | None, gpu: Gpu, processor: Processor) -> Rate:
