@@ -25,6 +25,7 @@ from prestage.experiments.compare import load_run
 from prestage.output.run_folder import write_result
 from prestage.output.tables.runs import print_result
 from prestage.resources.profile import load_profile, make_profile
+from prestage.resources.runtime import runtime_names
 from prestage.workloads.guesses import Guesses
 from prestage.workloads.model import load_model, preset_names
 
@@ -232,3 +233,34 @@ def test_pipelines_are_compared_gpu_by_gpu() -> None:
     for gpu in ("gpu0", "gpu1"):
         in_ns = [round(part["difference_ms"] * 1e6) for part in where[gpu].values()]
         assert sum(in_ns) == difference_ns[1] - difference_ns[0]
+
+
+@pytest.mark.parametrize("runtime", runtime_names())
+def test_one_sequence_is_no_faster_where_its_layers_are_on_several_gpus(runtime: str) -> None:
+    # All experts are resident, so that each layer takes what it takes on one GPU, and passes follow each other. The
+    # time of the host's for a pass is taken once, not once a GPU.
+    speeds = [
+        simulate(
+            load_scenario(
+                "one-gpu",
+                ["model.preset=olmoe-1b-7b", "model.bits_per_weight=4.85", "workload.tokens=6", "workload.prefill=skip",
+                 f"machine.gpu={gpus}x rtx3090", "machine.ram=64GB DDR5-5600", f"runtime.name={runtime}"],
+            ),
+            baselines=False,
+        ).data["tokens_per_second"]
+        for gpus in (1, 2, 4)
+    ]  # fmt: skip
+    own = runtime in ("prestage", "freetoken")  # threads of its own for each GPU, which are ready when their turn comes
+    assert speeds[0] * 0.93 < speeds[2] and speeds[0] * 0.93 < speeds[1] < speeds[0] * (1.35 if own else 1.0)
+
+
+def test_layers_whose_experts_stay_in_host_memory_weigh_nothing_where_memory_divides_them() -> None:
+    settings = ["model.preset=gpt-oss-120b", "machine.gpu=2x rtx3090", "machine.ram=128GB DDR5-5600"]
+    settings += ["runtime.name=llama.cpp", "memory.cpu_layers=14", "workload.tokens=4"]
+    # 14 of 36 layers stay, 22 are divided; of as heavy divisions that with most layers at the front.
+    inputs = load_inputs(load_scenario("one-gpu", [*settings, "parallel.split=memory"]))
+    assert [stage.model.layers for stage in inputs.stages] == [25, 11]
+    with pytest.raises(
+        ValueError, match=r"the stage on gpu1, layers 18-35: .*or this stage fewer layers \(parallel\.split"
+    ):
+        load_inputs(load_scenario("one-gpu", settings))

@@ -73,7 +73,9 @@ class Costs:
         model = self.model = launched_model(model, inputs.runtime)
         self.profile = profile
         self.own = inputs.runtime
-        self.runtime = RuntimeCosts(inputs.runtime, free=scenario.dispatch.mode == "free")
+        #: A thread that serves all stages has begun a pass when it comes to those behind the first.
+        begun = inputs.first_layer > 0 and scenario.parallel.dispatch_threads == "one"
+        self.runtime = RuntimeCosts(inputs.runtime, free=scenario.dispatch.mode == "free", begun=begun)
         #: What the copy of an expert of each layer moves.
         self.expert_bytes: Sequence[int] = [scenario.compression.copied_bytes(size) for size in model.expert_bytes]
         self._tiled = TiledProducts(inputs.runtime.costs.gpu_products, profile.device, inputs.steps)

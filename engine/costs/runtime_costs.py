@@ -22,12 +22,15 @@ class OwnAttention(NamedTuple):
 
 
 class RuntimeCosts:
-    """A runtime's own costs; with `free` dispatch the host's calls take nothing."""
+    """A runtime's own costs; with `free` dispatch the host's calls take nothing.
 
-    def __init__(self, runtime: Runtime, *, free: bool) -> None:
+    A forward pass that has `begun` elsewhere does not take the host's time of one again.
+    """
+
+    def __init__(self, runtime: Runtime, *, free: bool, begun: bool = False) -> None:
         self._costs, self.copies, self._free, self._moves = runtime.costs, runtime.copies, free, runtime.cache_moves
         #: The costs that count in every run: of the host thread, in ns.
-        self.layer_ns, self.step_ns = self._time("layer"), self._time("step")
+        self.layer_ns, self.step_ns = self._time("layer"), 0 if begun else self._time("step")
         self.cpu_submit_ns, self.cpu_return_ns = self._time("cpu_submit"), self._time("cpu_return")
         self.copy_call_ns, self._expert_ns = self._time("copy_call"), self._time("expert")
         #: Whether the host waits for the end of a forward pass, and is held while the CPU computes experts.

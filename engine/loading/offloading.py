@@ -152,6 +152,7 @@ def preload(manager: MemoryManager, inputs: Inputs) -> None:
             f"memory.cpu_layers = {memory.cpu_layers}: the experts of the other layers take "
             f"{bytes_words(needed_bytes)}, and memory.gpu_budget = {memory.gpu_budget!r} is "
             f"{bytes_words(manager.budget_bytes)}: leave more layers to the CPU, or give more budget"
+            + ("" if inputs.scenario.parallel.stages == 1 else ", or this stage fewer layers (parallel.split)")
         )
     manager.preload(fitting)
 

@@ -59,8 +59,10 @@ def stage_layers(whole: Inputs, makespan_ns: Callable[[tuple[int, ...]], int | N
     """
     costs = Costs(whole)
     weights = partial(compute_ns, costs, whole.model, whole.trace, whole.steps[:SAMPLE_STEPS])
-    parallel = whole.scenario.parallel
-    return divide(parallel.split, Layers(parallel.stages, whole.model.expert_bytes, weights, makespan_ns))
+    parallel, aside = whole.scenario.parallel, whole.scenario.memory.cpu_layers or 0
+    # Those of the first layers that the CPU computes lie on no GPU.
+    kept = [0 if layer < aside else size for layer, size in enumerate(whole.model.expert_bytes)]
+    return divide(parallel.split, Layers(parallel.stages, kept, weights, makespan_ns))
 
 
 def with_profile(inputs: Inputs, profile: Profile, *, timed: bool = False) -> Inputs:
