@@ -109,6 +109,13 @@ def test_layers_are_told_apart() -> None:
     assert (second["demand_bytes"], second["prefetch_bytes"]) == (0, 20)
 
 
+def test_a_prefetch_that_nobody_used_belongs_to_its_experts_layer_and_not_to_that_which_asked() -> None:
+    data = run([[[0], [0]]], 2, "8experts", [[[[3]], [[-1]]]], prefetch={"lookahead": 1})
+    first, second = data["by_layer"]
+    assert (first["prefetch_unused"], second["prefetch_unused"]) == (0, 1)
+    assert (first["prefetch_bytes"], second["prefetch_bytes"]) == (0, 20)
+
+
 def test_where_layers_share_experts_copies_belong_to_the_layer_that_used_them() -> None:
     # Two layers share experts 0 and 1, with room for one: token 0 uses 0 and 1, token 1 uses 1 (found) and 0.
     data = run([[[0], [1]], [[1], [0]]], 2, "1experts", scope="shared")

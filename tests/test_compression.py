@@ -26,7 +26,7 @@ from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.scenario import Scenario, load_scenario
 from prestage.engine.scenario.sections_memory import COMPRESSED, DECOMPRESS_LANES, shrunk
 from prestage.engine.simulate import simulate, simulate_inputs
-from prestage.resources.profile import Factor
+from prestage.resources.profile import Factor, Profile
 from prestage.resources.profile_costs import Duration
 from prestage.resources.timeline import DECOMPRESS, DEMAND, EXPERT
 
@@ -80,6 +80,16 @@ def test_the_side_stream_decompresses_beside_kernels_and_the_compute_stream_in_t
         assert stall_ns(recording) == waiting, lane
 
 
+def sharing(factors: dict[str, Any]) -> Profile:
+    """The machine, with what its profile says of kernels beside decompression."""
+    profile = tiny_profile()
+    measured = {
+        name: Duration(ns=value, **ASSUMED) if name == "unpacking_leaves" else Factor(factor=value, **ASSUMED)
+        for name, value in factors.items()
+    }
+    return profile.model_copy(update={"contention": profile.contention.model_copy(update=measured)})
+
+
 @pytest.mark.parametrize(
     ("factors", "decompressed", "kernels"),
     [
@@ -96,16 +106,18 @@ def test_the_side_stream_decompresses_beside_kernels_and_the_compute_stream_in_t
 def test_kernels_of_two_streams_share_the_gpu_where_the_profile_says_how(
     factors: dict[str, Any], decompressed: list[Any], kernels: list[Any], engine: str
 ) -> None:
-    profile = tiny_profile()
-    measured = {
-        name: Duration(ns=value, **ASSUMED) if name == "unpacking_leaves" else Factor(factor=value, **ASSUMED)
-        for name, value in factors.items()
-    }
-    profile = profile.model_copy(update={"contention": profile.contention.model_copy(update=measured)})
-    inputs = tiny_inputs(tiny_model(1, top_k=2), profile, tiny_trace([[[0, 1]]]), compressed("host"))
+    inputs = tiny_inputs(tiny_model(1, top_k=2), sharing(factors), tiny_trace([[[0, 1]]]), compressed("host"))
     (recording,) = run_all(inputs, prepared(inputs, part_costs(inputs)), engine=engine)
     assert spans_of(recording, DECOMPRESS) == decompressed
     assert spans_of(recording, EXPERT) == kernels
+
+
+def test_kernels_of_two_streams_run_as_if_alone_without_contention() -> None:
+    profile = sharing({"unpacking_leaves": 1, "unpacking_beside_kernels": 2.0})
+    alone = compressed("host", copy={"contention": False})
+    recording = tiny_run(tiny_model(1, top_k=2), profile, tiny_trace([[[0, 1]]]), alone)
+    assert spans_of(recording, DECOMPRESS) == [(13, 27), (27, 41)]
+    assert spans_of(recording, EXPERT) == [(27, 34), (41, 48)]
 
 
 @pytest.mark.parametrize("lane", DECOMPRESS_LANES)

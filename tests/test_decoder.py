@@ -166,6 +166,19 @@ def test_resident_first_computes_what_is_there_while_the_rest_is_copied() -> Non
     assert ends == {"router": 87, "resident_first": 80}
 
 
+def test_a_predictor_on_the_host_holds_its_thread_and_is_of_no_expert_and_no_copy() -> None:
+    # The choice is known at 3 and its kernel launched; then the host predicts for 5 ns, before it orders the prefetch
+    # (8) and launches the dense part of layer 1. That runs at 30-33, and the host predicts again.
+    scenario = tiny_scenario(prefetch={"lookahead": 1}, predictor={"latency_us": 0.005, "lane": "host"})
+    recording = tiny_run(tiny_model(2), tiny_profile(), one_token(2), scenario)
+    spans = recording.spans
+    predicted = spans[spans["kind"] == KINDS.index("predict")]
+    names = ["start_ns", "end_ns", "issued_ns", "expert", "visit", "copy"]
+    assert predicted[names].tolist() == [(3, 8, 3, -1, 0, -1), (33, 38, 33, -1, 1, -1)]
+    assert spans["issued_ns"][spans["kind"] == KINDS.index("prefetch")].tolist() == [8]
+    assert spans["issued_ns"][spans["kind"] == KINDS.index("dense")].tolist() == [0, 8]
+
+
 def test_a_grouped_kernel_waits_for_all_bytes() -> None:
     trace = tiny_trace([[[0, 1]]])
     scenario = tiny_scenario(dispatch={"expert_kernel": "grouped"})

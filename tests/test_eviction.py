@@ -13,7 +13,7 @@ from tiny import tiny_trace
 from prestage.engine.decide.memory_manager import MemoryManager
 from prestage.engine.policies.eviction import EVICTION, Lru, Setting
 from prestage.engine.policies.eviction_base import Chain, Ranking
-from prestage.engine.policies.eviction_queues import Arc
+from prestage.engine.policies.eviction_queues import Arc, S3Fifo
 from prestage.engine.replay.replay import FOUND, replay, replay_trace
 from prestage.testing.conformance import check_no_early_eviction, check_same_evictions, check_victims
 from prestage.workloads.batches import plan_steps
@@ -226,6 +226,14 @@ def test_arc_counts_uses_of_a_prefetched_expert_from_the_first_on() -> None:
     assert list(policy.victims()) == [2, 1]
 
 
+def test_arc_takes_a_prefetched_expert_for_the_latest_at_its_first_use() -> None:
+    policy = arc(2)
+    policy.admit(1, False)
+    policy.admit(2, True)
+    policy.use(1, 1.0)
+    assert list(policy.victims()) == [2, 1]
+
+
 def test_arc_remembers_as_many_as_it_has_room_for() -> None:
     # 1 was used twice; 2 left for 3 and is remembered, one in T1 and one in B1. It comes back: the target for T1 rises
     # to the one that is there, and of T2 it is that one leaves.
@@ -236,6 +244,41 @@ def test_arc_remembers_as_many_as_it_has_room_for() -> None:
     policy.admit(3, True)
     policy.miss(2, True)
     assert list(policy.victims()) == [1, 3]
+
+
+def comes(policy: S3Fifo, expert: int, demanded: bool = True) -> None:
+    policy.miss(expert, demanded)
+    policy.admit(expert, demanded)
+
+
+def newcomers_left(*experts: int) -> S3Fifo:
+    """A policy with room for ten, one of them a newcomer: these came one by one, and left before the next."""
+    policy = S3Fifo(Setting(capacity=10))
+    for expert in experts:
+        comes(policy, expert)
+        policy.evict(expert)
+    return policy
+
+
+def test_s3fifo_remembers_as_many_newcomers_as_nine_tenths_of_its_room() -> None:
+    # Ten have left, and the first of them, 0, is forgotten: it comes to the small queue, and 1 to the main one.
+    policy = newcomers_left(*range(10))
+    comes(policy, 1)
+    comes(policy, 0)
+    assert list(policy.victims()) == [0, 1]
+
+
+def test_s3fifo_remembers_who_left_twice_from_the_second_time_on() -> None:
+    # 0 to 8 are remembered. 0 is prefetched, which proves nothing, leaves again and is now the last; with 9, which is
+    # one too many, 1 is forgotten: 1 comes to the small queue, and 0 to the main one.
+    policy = newcomers_left(*range(9))
+    comes(policy, 0, demanded=False)
+    policy.evict(0)
+    comes(policy, 9)
+    policy.evict(9)
+    comes(policy, 0)
+    comes(policy, 1)
+    assert list(policy.victims()) == [1, 0]
 
 
 def test_every_policy_has_a_case_by_hand() -> None:
@@ -291,6 +334,19 @@ def test_activation_aware_goes_by_the_sequence_in_flight() -> None:
     sequence = np.array([0, 0, 0, 1, 1, 1])
     assert evicted("activation-aware", "AAABCD", 3, sequence=sequence) == "A"
     assert evicted("activation-aware", "AAABCD", 3) == "B"
+
+
+def test_activation_aware_evicts_of_late_layers_rather_than_of_early_ones() -> None:
+    # Two layers of two experts. Both of layer 0 had a token of two: (1/2 + 0.001) * 1. One of layer 1 had both, which
+    # comes to less: (1 + 0.001) * 1/2.
+    trace = tiny_trace([[[0], [0]], [[1], [0]]], num_experts=2)
+    steps = plan_steps(trace.sequence, trace.phase)
+    policy = EVICTION["activation-aware"](Setting(trace=trace, steps=steps, experts=2, layers=(0, 1), capacity=4))
+    for visit, expert in enumerate((0, 2, 1, 2)):
+        policy.begin(visit, visit % 2, [expert], [1.0])
+        if visit < 3:
+            policy.admit(expert, True)
+    assert list(policy.victims()) == [2, 0, 1]
 
 
 def test_predictive_keeps_whom_the_predictor_expects() -> None:

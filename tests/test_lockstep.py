@@ -33,8 +33,9 @@ from prestage.engine.loading.deciders import dispatched_together, make_manager, 
 from prestage.engine.loading.expert_parallel import place
 from prestage.engine.measure.recording import Recording
 from prestage.engine.measure.time_split import time_split
+from prestage.engine.measure.traffic import sharing_metrics
 from prestage.engine.policies.placement import PLACEMENT
-from prestage.engine.run import prepared, run_all
+from prestage.engine.run import ENGINES, prepared, run_all
 from prestage.engine.scenario.amounts import ScenarioError
 from prestage.engine.scenario.inputs import Inputs
 from prestage.engine.scenario.scenario import Scenario, load_scenario, make_scenario
@@ -158,6 +159,20 @@ def test_tokens_go_to_their_experts_and_back_in_lockstep() -> None:
     }  # fmt: skip
     assert time_split(second, 98) == {
         "compute_ms": 27e-6, "stall_ms": 53e-6, "host_ms": 0, "predictor_ms": 0, "bubble_ms": 18e-6, "drain_ms": 0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("profile", "way_ns"), [(machine(2), 18), (tiny_profile(gpus=2), 1)])
+def test_what_sharing_took_is_what_was_sent_and_how_long_exchanges_were(
+    profile: Profile, way_ns: int, engine: str
+) -> None:
+    # As above: one token goes to GPU 1 and back, 18 ns a way, or the least that there is. GPU 1 serves both pairs of
+    # layer 0, and each GPU one of layer 1's: 2 + 1 of the busiest, where the mean GPU has 1 + 1.
+    trace = tiny_trace([[[1], [0]], [[3], [1]]], sequence=np.array([0, 1], dtype=np.int32))
+    inputs = tiny_pipeline(tiny_model(2), profile, trace, shared(2, 2))
+    assert sharing_metrics(run_all(inputs, prepared(inputs, part_costs(inputs)), engine=engine)) == {
+        "tokens_sent": 1, "all_to_all_ms": 2 * way_ns / 1e6, "copied_bytes": 0, "imbalance": 1.5,
     }  # fmt: skip
 
 

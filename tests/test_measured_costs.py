@@ -24,7 +24,9 @@ from tiny import (
 )
 
 from prestage.engine.costs.runtime_costs import token_bucket
+from prestage.engine.costs.scatter import SCATTERED, Scatter, Scattering, box_muller
 from prestage.engine.costs.uncertainty import replicate_costs
+from prestage.engine.costs.values import CopyCost, KernelCost
 from prestage.engine.load import load_inputs
 from prestage.engine.measure.recording import Recording
 from prestage.engine.run import prepared, run_all
@@ -33,7 +35,7 @@ from prestage.engine.simulate import simulate_inputs
 from prestage.engine.timing.lanes import couple
 from prestage.resources.lags import Lags
 from prestage.resources.profile import Profile, make_profile
-from prestage.resources.timeline import DEMAND, DENSE, EXPERT, HEAD, PREFETCH
+from prestage.resources.timeline import DEMAND, DENSE, EXPERT, HEAD, PREDICT, PREFETCH
 from prestage.workloads.batches import plan_steps
 
 ONE_TOKEN = tiny_trace([[[0], [1]]])
@@ -332,6 +334,28 @@ def test_launches_scatter_as_those_of_their_dispatch(mode: str, scatter: float) 
     (costs,) = replicate_costs(inputs, 1)
     assert costs.scatter is not None
     assert costs.scatter.of["host"] == scatter
+
+
+def test_every_event_takes_the_next_factor_of_its_kind_in_all_that_it_takes() -> None:
+    scatter = Scatter(7, 1, dict.fromkeys(SCATTERED, 0.2))
+    events = Scattering(scatter)
+    for factor in scatter.factors("copy", 0, 3).tolist():
+        ns = [round(ns * factor) for ns in (1000, 2000, 300, 400)]
+        assert events.copy(CopyCost(1000, 2000, 300, 400, 4, 50)) == CopyCost(*ns, 4, 50)
+    calls = iter(scatter.factors("host", 0, 2).tolist())  # of launches of any kind
+    for kind, part in ((DENSE, "dense"), (EXPERT, "expert")):
+        (factor,), call = scatter.factors(part, 0, 1).tolist(), next(calls)
+        found = events.kernel(kind, KernelCost(5000, 1.5, 2, 700))
+        assert found == KernelCost(round(5000 * factor), 1.5, 2, round(700 * call))
+    predicting = KernelCost(5000, 1.0, 1, 700)
+    assert events.kernel(PREDICT, predicting) is predicting  # whose scatter nobody has measured
+
+
+def test_normal_numbers_are_those_of_box_and_muller() -> None:
+    # A radius of 1, along the circle: its cosine.
+    angles = np.array([0.0, 0.125, 0.25, 0.5, 0.75])
+    drawn = box_muller(np.full(5, 1 - np.exp(-0.5)), angles)
+    assert drawn == pytest.approx([1, 0.5**0.5, 0, -1, 0], abs=1e-12)
 
 
 def test_every_kernel_scatters_by_itself() -> None:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive import NaiveManager
+from tiny import tiny_trace
 
 from prestage.engine.decide.memory_manager import (
     DEMANDED,
@@ -20,8 +21,9 @@ from prestage.engine.decide.memory_manager import (
     Wave,
 )
 from prestage.engine.decide.pools import BudgetError, pool_budgets
-from prestage.engine.policies.eviction import Lru
+from prestage.engine.policies.eviction import EVICTION, Lru
 from prestage.engine.policies.eviction_base import Setting
+from prestage.workloads.batches import plan_steps
 
 
 def slots(budget: int, protect: str = "until_target", drop_after_visit: bool = False) -> MemoryManager:
@@ -116,6 +118,29 @@ def test_a_prefetched_expert_counts_as_the_latest_when_it_comes() -> None:
     use(manager, 1, 3)
     assert evicted(manager) == [1]
     assert bytes(manager.copy_reason) == bytes([DEMANDED, PREFETCHED, DEMANDED])
+
+
+def test_a_manager_of_a_budget_and_a_policy_alone_is_one_pool_that_keeps_and_protects() -> None:
+    # Two layers share the room: nobody leaves with its visit, and what is prefetched makes no room for another.
+    manager = MemoryManager([1, 1], 10, 2, Lru)
+    use(manager, 0, 1)
+    use(manager, 1, 12)
+    assert list(manager.assigned) == [1, 12]
+    assert manager.prefetch(3, 9) is not None
+    assert manager.prefetch(14, 9) is not None
+    assert manager.prefetch(5, 9) is None
+    assert list(manager.assigned) == [3, 14]
+    assert manager.unused_bytes == 0  # nobody asked to have it watched
+
+
+def test_who_is_looked_up_gets_room_also_where_the_policy_spares_others_from_prefetches() -> None:
+    # Host memory holds one: 0, which was used. A prefetch of 1, which nobody has used, passes through it all the same.
+    trace = tiny_trace([[[0]], [[1]]])
+    setting = Setting(trace=trace, steps=plan_steps(trace.sequence, trace.phase))
+    manager = MemoryManager([1], 4, 1, EVICTION["payback"], setting=setting)
+    manager.begin(0, 0, [0], [1.0])
+    assert manager.look_up(0, 1.0) == Admission(0, 0, ())
+    assert manager.look_up(1, None) == Admission(1, 1, (0,), evicted=((0, 0),))
 
 
 # Pins and protection.

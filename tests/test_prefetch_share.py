@@ -43,6 +43,15 @@ def test_at_its_share_a_prefetch_only_takes_the_room_of_another_unused_one() -> 
     assert sorted(manager.assigned) == [3, 5, 6, 7]
 
 
+def test_where_sizes_differ_what_is_demanded_takes_any_room_and_a_prefetch_beyond_its_share_none() -> None:
+    # Four bytes, one of them for unused prefetches; three hold experts of layer 0. One of layer 1 has two bytes.
+    manager = MemoryManager([1, 2], 10, 4, Lru, protect="none", prefetch_share=FixedShare(0.25, 4))
+    use(manager, 0, 1, 2)
+    assert manager.prefetch(10, 9) is None
+    manager.visit(0, 1, [10], [10], [1.0])
+    assert sorted(manager.assigned) == [1, 2, 10]
+
+
 def test_without_any_share_nothing_is_prefetched_into_a_full_cache() -> None:
     manager = manager_of(2, FixedShare(0.0, 2))
     use(manager, 0, 1)

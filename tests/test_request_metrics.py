@@ -10,11 +10,13 @@ from prestage.engine.measure.request_metrics import (
     ServiceLevel,
     Window,
     latencies,
+    level_of,
     little,
     overloaded,
     request_metrics,
 )
 from prestage.engine.policies.scheduler import SCHEDULERS, Chunked, Orca, Static
+from prestage.engine.scenario.sections_requests import SloSection
 from prestage.errors import InputError
 from prestage.testing import serve, tiny_requests, tiny_server
 from prestage.workloads.requests.arrivals import Process, arrival_instants
@@ -89,6 +91,10 @@ def test_goodput_counts_who_got_all_that_was_promised() -> None:
     assert (one["share"], one["met"], one["missed"]) == (0.5, True, {"ttft": 0.5, "itl": 0})
     none = request_metrics(log, NONE, ServiceLevel(ttft_ms=14, e2e_ms=29))["goodput"]
     assert (none["share"], none["met"], none["missed"]) == (0, False, {"ttft": 0.5, "e2e": 0.5})
+
+
+def test_a_promise_that_does_not_say_to_how_many_is_to_as_many_as_a_scenarios() -> None:
+    assert ServiceLevel() == level_of(SloSection()) == level_of(None)
 
 
 def test_the_window_leaves_out_the_first_and_the_last_to_arrive_and_their_time() -> None:

@@ -306,6 +306,10 @@ def test_a_scheduler_that_gives_nobody_a_part_is_said_so_and_not_run_for_ever() 
         serve(tiny_server(tiny_requests((0, 3, 2)), Idle), 1)
 
 
+def test_a_scheduler_that_does_not_say_when_its_next_step_is_known_is_asked_for_every_step() -> None:
+    assert not Idle(Limits()).goes_on(Queue(KvBlocks(1, 1)))
+
+
 def test_a_request_that_never_fits_is_said_so() -> None:
     with pytest.raises(InputError, match=r"request 0 \(9 \+ 1 tokens\) with 2 of 2 KV blocks free"):
         serve(tiny_server(tiny_requests((0, 9, 1)), Orca, KvBlocks(2, 4)), 1)

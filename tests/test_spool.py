@@ -6,7 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny import books, tiny_inputs, tiny_model, tiny_profile, tiny_scenario, tiny_trace
 
+from prestage.engine.costs.costs import part_costs
+from prestage.engine.run import ENGINES, prepared, run_all
 from prestage.resources.spool import HELD_BACK_BYTES, Column, Spool
 from prestage.resources.timeline import EXPERT, SPAN, Timeline
 
@@ -93,6 +96,18 @@ def test_a_timeline_in_a_file_is_that_in_memory(tmp_path: Path) -> None:
             column.flush()
     assert len(kept) == len(streamed) == 10
     assert (kept.spans() == streamed.spans()).all()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_run_that_is_written_to_files_is_that_in_memory(tmp_path: Path, engine: str) -> None:
+    # A copy is recorded when it is ordered and ends after kernels that are recorded later.
+    scenario = tiny_scenario(prefetch={"lookahead": 1}, copy={"contention": False})
+    inputs = tiny_inputs(tiny_model(3), tiny_profile(), tiny_trace([[[0], [1], [2]], [[3], [1], [0]]]), scenario)
+    costs = part_costs(inputs)
+    kept = run_all(inputs, prepared(inputs, costs), engine=engine)
+    written = run_all(inputs, prepared(inputs, costs, tmp_path), engine=engine)
+    assert books(written) == books(kept)
+    assert len(np.load(tmp_path / "gpu0" / "spans.npy")) == len(kept[0].spans) > 0
 
 
 @pytest.mark.parametrize("in_file", [False, True])

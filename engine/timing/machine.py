@@ -112,12 +112,12 @@ class Place:
     `most_tokens` tokens there.
     """
 
-    number: int = 0
-    host: str = "host"
-    link: HostLink | None = None
-    lends: bool = False
-    most_tokens: int = 1
-    shared: HostLanes | None = None
+    number: int
+    host: str
+    link: HostLink | None
+    lends: bool
+    most_tokens: int
+    shared: HostLanes
 
     @property
     def device(self) -> str:
@@ -156,12 +156,11 @@ class GpuLanes:
             kind = Lane if scenario.compression.where == "gpu" else ArrivalLane
             self.unpacking = kind(env, instant, timeline, timeline.add_lane(device, "side", _ASIDE))
         streams = list(dict.fromkeys(self.copies.values()))
-        shared = place.shared or HostLanes()
         if scenario.uses_cpu:
-            self.cpu = shared.add_cpu(env, instant, timeline, costs)
+            self.cpu = place.shared.add_cpu(env, instant, timeline, costs)
             self._add_results(env, instant, device, streams)
         self._couple(streams, link)
-        self.drive = None if costs.reads is None else shared.add_drive(env, instant, timeline, costs.reads)
+        self.drive = None if costs.reads is None else place.shared.add_drive(env, instant, timeline, costs.reads)
 
     def _add_copies(self, instant: Instant, number: dict[str, int]) -> None:
         """Make the streams of copies from the host, as the copy order has them."""
