@@ -107,6 +107,7 @@ def test_layers_are_told_apart() -> None:
     assert (first["prefetch_late"], second["prefetch_late"]) == (1, 1)
     assert (first["demand_bytes"], first["prefetch_bytes"]) == (20, 20)
     assert (second["demand_bytes"], second["prefetch_bytes"]) == (0, 20)
+    assert data["bytes"] == {"demand": 20, "prefetch": 40, "prefetch_not_used": 0}
 
 
 def test_a_prefetch_that_nobody_used_belongs_to_its_experts_layer_and_not_to_that_which_asked() -> None:

@@ -5,6 +5,7 @@ A copy of b bytes takes b ns here; decompressing an expert of 20 bytes takes 4 +
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_cases import Case, cases, decide
-from tiny import ASSUMED, tiny_inputs, tiny_model, tiny_profile, tiny_run, tiny_scenario, tiny_trace
+from tiny import ASSUMED, run_alike, tiny_inputs, tiny_model, tiny_profile, tiny_run, tiny_scenario, tiny_trace
 
 from prestage.engine.costs.costs import part_costs
 from prestage.engine.load import load_inputs
@@ -29,6 +30,7 @@ from prestage.engine.simulate import simulate, simulate_inputs
 from prestage.resources.profile import Factor, Profile
 from prestage.resources.profile_costs import Duration
 from prestage.resources.timeline import DECOMPRESS, DEMAND, EXPERT
+from prestage.workloads.guesses import Guesses
 
 TAKES = {"ratio": 0.5, "decompress_us": 0.004, "decompress_gb_per_s": 2.0}
 EXAMPLES = 30
@@ -118,6 +120,26 @@ def test_kernels_of_two_streams_run_as_if_alone_without_contention() -> None:
     recording = tiny_run(tiny_model(1, top_k=2), profile, tiny_trace([[[0, 1]]]), alone)
     assert spans_of(recording, DECOMPRESS) == [(13, 27), (27, 41)]
     assert spans_of(recording, EXPERT) == [(27, 34), (41, 48)]
+
+
+def test_the_side_stream_decompresses_what_is_there_first_whatever_was_ordered_first() -> None:
+    # Layer 1's experts take 40 to copy and 4 + 80 / 2 = 44 to decompress. Two wrong guesses for it are ordered behind
+    # layer 0's copy of 3-13; the first is copied 13-53. At 37 layer 1 demands another: copied 53-93, before the second
+    # guess, 93-133, and decompressed before it: after the first (53-97) until 141.
+    trace = tiny_trace([[[0], [1]]])
+    scenario = compressed("host", prefetch={"lookahead": 1, "k": 2}, copy={"discipline": "priority"})
+    wrong = Guesses(np.zeros(1, dtype=np.int64), np.array([[[[2, 3]], [[-1, -1]]]], dtype=np.int16))
+    plain = tiny_inputs(tiny_model(2, copy_ns=[20, 80]), tiny_profile(), trace, scenario)
+    (recording,) = run_alike(replace(plain, guesses=wrong))
+    assert spans_of(recording, DECOMPRESS) == [(13, 27), (53, 97), (97, 141), (141, 185)]
+    assert spans_of(recording, EXPERT) == [(27, 34), (141, 148)]
+
+
+def test_who_decompresses_nothing_has_no_stream_for_it() -> None:
+    recording = tiny_run(tiny_model(1), tiny_profile(), tiny_trace([[[0]]]), tiny_scenario())
+    assert [lane.title for lane in recording.decoded.timeline.lanes] == [
+        "host thread", "predictor (side stream)", "copy engine D2H", "copy engine H2D", "compute stream",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("lane", DECOMPRESS_LANES)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 from test_execute import small_inputs
 from tiny import tiny_inputs, tiny_model, tiny_profile, tiny_scenario, tiny_trace
@@ -21,6 +23,7 @@ from prestage.engine.scenario.scenario import load_scenario
 from prestage.engine.simulate import simulate
 from prestage.errors import InputError
 from prestage.resources.timeline import DEMAND, PREFETCH
+from prestage.workloads.guesses import Guesses
 
 
 class Deadline(ByRank):
@@ -72,6 +75,24 @@ def test_the_nearer_visit_goes_first(discipline: str) -> None:
 def test_an_order_of_ones_own_says_what_goes_next() -> None:
     # All are queued at 3: the farthest goes first, then, by rank, what is nearer; demand is last, so layer 0 waits.
     assert [layer for layer, *_ in copies(queueing("far_first"))] == [3, 2, 1, 0]
+
+
+@pytest.mark.parametrize("drop_stale", [False, True])
+def test_a_queued_prefetch_is_dropped_once_its_visit_has_gone_without_it_if_the_scenario_says_so(
+    drop_stale: bool,
+) -> None:
+    # Two wrong guesses for layer 1 wait behind layer 0's copy. The first runs until 43; at 33 layer 1 demands another
+    # expert, whose copy goes before the second, and the host goes on to layer 2: at 63 the second is for nothing.
+    # Expert 63-70, dense 70-73: layer 2's copy starts at once, or at 83.
+    trace = tiny_trace([[[0], [1], [0]]])
+    scenario = tiny_scenario(
+        prefetch={"lookahead": 1, "k": 2}, copy={"discipline": "priority", "drop_stale": drop_stale}
+    )
+    plain = tiny_inputs(tiny_model(3), tiny_profile(), trace, scenario)
+    wrong = Guesses(np.zeros(1, dtype=np.int64), np.array([[[[2, 3]], [[-1, -1]], [[-1, -1]]]], dtype=np.int16))
+    last = [(2, DEMAND, 73, 93)] if drop_stale else [(1, PREFETCH, 63, 83), (2, DEMAND, 83, 103)]
+    made = [(0, DEMAND, 3, 23), (1, PREFETCH, 23, 43), (1, DEMAND, 43, 63), *last]
+    assert copies(replace(plain, guesses=wrong)) == made
 
 
 def test_a_demanded_prefetch_takes_the_rank_of_a_demand() -> None:

@@ -56,6 +56,15 @@ def test_a_buffer_of_commands_has_room_for_what_was_asked_and_keeps_what_is_in_i
     assert [(row[0], row[1]) for row in rows.portion().tolist()] == [(Op.TURN, 7)]
 
 
+def test_a_visit_of_more_commands_than_a_thread_has_room_for_at_first_ends_alike() -> None:
+    # Each of 256 tokens has an expert of its own: a copy, a wait and a launch for each, where there is room for 512.
+    experts = np.arange(256, dtype=np.uint8).reshape(256, 1, 1)
+    trace = RoutingTrace(experts, 256, sequence=np.arange(256, dtype=np.int32))
+    scenario = tiny_scenario(workload={"batch": 256}, memory={"gpu_budget": "256experts"})
+    inputs = tiny_inputs(tiny_model(1, 256), tiny_profile(), trace, scenario)
+    assert played(inputs, "compiled") == played(inputs, "simpy")
+
+
 def test_spare_memory_of_less_than_an_expert_is_none_by_either_engine() -> None:
     inputs = load_inputs(load_scenario("placement-8", ["workload.tokens=8", "parallel.spare_bytes=1B"]))
     assert played(inputs, "compiled") == played(inputs, "simpy")

@@ -17,6 +17,7 @@ from tiny import (
     HIDDEN,
     check_books,
     peers,
+    run_alike,
     tiny_model,
     tiny_pipeline,
     tiny_profile,
@@ -31,6 +32,7 @@ from prestage.engine.decide.expert_parallel import REMOTE
 from prestage.engine.load import load_inputs
 from prestage.engine.loading.deciders import dispatched_together, make_manager, make_prefetch
 from prestage.engine.loading.expert_parallel import place
+from prestage.engine.measure.metrics import overlapped_ns
 from prestage.engine.measure.recording import Recording
 from prestage.engine.measure.time_split import time_split
 from prestage.engine.measure.traffic import sharing_metrics
@@ -160,6 +162,23 @@ def test_tokens_go_to_their_experts_and_back_in_lockstep() -> None:
     assert time_split(second, 98) == {
         "compute_ms": 27e-6, "stall_ms": 53e-6, "host_ms": 0, "predictor_ms": 0, "bubble_ms": 18e-6, "drain_ms": 0,
     }  # fmt: skip
+
+
+def test_a_gpu_that_computes_nothing_overlaps_nothing() -> None:
+    first, second = run(tiny_pipeline(tiny_model(1), machine(2), tiny_trace([[[0]]]), shared(2, 1, remote="host")))
+    assert overlapped_ns(first) == (0, 20)  # dense 0-3, copy 3-23, expert 23-30
+    assert overlapped_ns(second) == (0, 0)
+
+
+@pytest.mark.parametrize("threads", DISPATCH_THREADS)
+def test_the_choices_of_all_gpus_are_known_when_the_last_one_is_which_need_not_be_the_last_gpus(threads: str) -> None:
+    # Four sequences live on GPUs 0, 1, 2 and 0, and each GPU fetches what its own tokens use. Layer 0: dense 0-3,
+    # copies 3-23, experts 23-30; on GPU 0 another copy 23-43 and expert 43-50. Layer 1's dense parts end at 53, 33, 33.
+    trace = tiny_trace([[[expert], [expert]] for expert in range(4)], sequence=np.arange(4, dtype=np.int32))
+    scenario = shared(3, 4, remote="host", dispatch_threads=threads)
+    recordings = run_alike(tiny_pipeline(tiny_model(2), machine(3), trace, scenario))
+    assert [one.decoded.visits["choice_known_ns"].tolist() for one in recordings] == [[3, 53]] * 3
+    assert intervals(recordings[1], DENSE) == [(0, 3), (30, 33)]
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -209,6 +209,16 @@ def test_a_read_back_that_is_asked_for_late_takes_less_and_the_host_resumes_slow
     assert (plain.readback_ns, plain.readback_latency_ns, plain.readback_slowdown) == (4, 0, 1.0)
 
 
+@pytest.mark.parametrize(("mode", "start_ns"), [("graph", 8), ("free", 3)])
+def test_a_copy_starts_so_long_after_it_is_enqueued_where_dispatch_takes_time(mode: str, start_ns: int) -> None:
+    # The choice is known at 3.
+    data = tiny_profile().model_dump()
+    data["h2d"]["pinned"]["launch_latency"] = fixed(5)
+    profile = make_profile(data, "copies that start late")
+    recording = tiny_run(tiny_model(1), profile, tiny_trace([[[0]]]), tiny_scenario(dispatch={"mode": mode}))
+    assert recording.copy_spans["start_ns"].tolist() == [start_ns]
+
+
 def test_a_launch_may_begin_before_its_last_call_returns() -> None:
     points = {"experts": [expert_point(1, 7, "graph")], "dense": [dense_point(3, 30, "graph", launch_latency_ns=-4)]}
     profile = changed(tiny_profile(launch_ns=10), compute=points)

@@ -336,6 +336,14 @@ def threaded(*cores: tuple[str, int, int]) -> Runtime:
     return Runtime.model_validate({"name": "own", "cpu_cores": table, "costs": costs})
 
 
+def test_copies_and_experts_at_a_given_bandwidth_do_not_slow_each_other_down_without_contention() -> None:
+    miss = {"policy": "cpu", "cpu_gb_per_s": 2.0, "cpu_threads": 8}
+    scenario = tiny_scenario(miss=miss, copy={"contention": False})
+    made = tiny_inputs(tiny_model(1), tiny_profile(), tiny_trace([[[0]]]), scenario)
+    cpu = CpuCosts(Costs(replace(made, runtime=rates((1000, 8, 0.6)))), scenario)
+    assert (cpu.copy_slowdown, cpu.expert(0, 1).slowdown) == (1.0, 1.0)
+
+
 def test_reading_and_computing_in_part_hide_behind_each_other() -> None:
     runtime = threaded(("int8", 1, 10))
     # Equal times of 1: the 1.5-norm is 2 ** (2/3). Eight threads read 80 of 100 GB/s, sixteen all of it.

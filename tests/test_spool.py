@@ -100,9 +100,10 @@ def test_a_timeline_in_a_file_is_that_in_memory(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_run_that_is_written_to_files_is_that_in_memory(tmp_path: Path, engine: str) -> None:
-    # A copy is recorded when it is ordered and ends after kernels that are recorded later.
-    scenario = tiny_scenario(prefetch={"lookahead": 1}, copy={"contention": False})
-    inputs = tiny_inputs(tiny_model(3), tiny_profile(), tiny_trace([[[0], [1], [2]], [[3], [1], [0]]]), scenario)
+    # The host runs ahead of the lanes: its last span is recorded before that of a kernel that ends earlier.
+    scenario = tiny_scenario(prefetch={"lookahead": 1}, dispatch={"mode": "eager", "router_readback": False})
+    trace = tiny_trace([[[0], [1], [2]], [[3], [1], [0]]])
+    inputs = tiny_inputs(tiny_model(3), tiny_profile(launch_ns=15), trace, scenario)
     costs = part_costs(inputs)
     kept = run_all(inputs, prepared(inputs, costs), engine=engine)
     written = run_all(inputs, prepared(inputs, costs, tmp_path), engine=engine)

@@ -328,12 +328,12 @@ def counts(host: HostMemory | None) -> tuple[int, int, int]:
     return host.hits, host.misses, host.manager.evicted
 
 
-def test_host_memory_numbers_visits_by_the_layers_of_the_model() -> None:
+def test_host_memory_numbers_visits_by_the_layers_of_the_model_and_weighs_their_experts_as_the_gpu_does() -> None:
     class Watching(Lru):
         def begin(self, visit: int, layer: int, experts: Sequence[int], weights: Sequence[float]) -> None:
-            begun.append((visit, layer, list(experts)))
+            begun.append((visit, layer, list(experts), list(weights)))
 
-    begun: list[tuple[int, int, list[int]]] = []
+    begun: list[tuple[int, int, list[int], list[float]]] = []
     # A stage of layers 1 and 2 of a model of four layers of four experts, in which nothing is ever found.
     inputs = tiny_inputs(
         tiny_model(2), tiny_profile(), tiny_trace([[[0], [1]], [[2], [3]]]), tiny_scenario(memory={"caching": False})
@@ -341,7 +341,7 @@ def test_host_memory_numbers_visits_by_the_layers_of_the_model() -> None:
     decided = dispatched(inputs, make_manager(inputs), make_prefetch(inputs.scenario, inputs.model))
     host = HostMemory(MemoryManager([P] * 4, 4, 8 * P, Watching), [P] * 4)
     assert len(list(host.through(decided, first_layer=1))) == 4
-    assert begun == [(1, 1, [4]), (2, 2, [9]), (5, 1, [6]), (6, 2, [11])]
+    assert begun == [(1, 1, [4], [1.0]), (2, 2, [9], [1.0]), (5, 1, [6], [1.0]), (6, 2, [11], [1.0])]
 
 
 @pytest.mark.slow
