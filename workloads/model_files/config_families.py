@@ -28,6 +28,10 @@ def after_dense(config: Config) -> list[str]:
     pattern = config.get("moe_layer_freq")
     if isinstance(pattern, list):
         return ["moe" if each else "dense" for each in config.of_blocks("moe_layer_freq") or []]
+    enumerated = config.get("moe_layers_enum")  # Step's: "3,4,5"
+    if enumerated is not None:
+        moe = {each.strip() for each in str(enumerated).split(",")}
+        return ["moe" if str(i) in moe else "dense" for i in range(config.blocks)]
     first = config.count("first_k_dense_replace", "num_dense_layers", default=0, least=0)
     step = config.count("moe_layer_freq", default=1)
     return ["moe" if i >= first and i % step == 0 else "dense" for i in range(config.blocks)]
@@ -83,18 +87,17 @@ def shared_count(*names: str, width: str = "") -> Callable[[Config], dict[str, A
 
     def rule(config: Config) -> dict[str, Any]:
         count = config.count(*names, default=0, least=0)
-        if width and config.get(width) is not None:
-            return {"shared_ff": count * config.count(width)}
-        return {"shared_experts": count}
+        own = config.count(width, default=0, least=0) if width else 0
+        return {"shared_ff": count * own} if own else {"shared_experts": count}
 
     return rule
 
 
-def shared_width(name: str, gate: bool = False) -> Callable[[Config], dict[str, Any]]:
+def shared_width(*names: str, gate: bool = False) -> Callable[[Config], dict[str, Any]]:
     """Returns the rule of one shared expert, or of a dense part beside the routed ones, of a width."""
 
     def rule(config: Config) -> dict[str, Any]:
-        width = config.count(name, default=0, least=0)
+        width = config.count(*names, default=0, least=0)
         return {"shared_ff": width, "shared_gate": gate and width > 0}
 
     return rule
@@ -231,9 +234,11 @@ FAMILIES: dict[str, Family] = {
     "nemotron_h": _NEMOTRON,
     "nemotron_h_puzzle": _NEMOTRON._replace(prepare=unblocked),
     "step3p7": Family(
-        mixers.grouped(qk_norm="head", more={"gate": "head"}),
+        mixers.step,
         after_dense,
-        shared_width("share_expert_dim"),
+        shared_width("share_expert_dim", "share_expert_dims"),
+        experts=("num_experts", "n_routed_experts", "moe_num_experts"),
+        top_k=("num_experts_per_tok", "moe_top_k"),
         router_bias=True,
     ),
     "ernie4_5_moe": Family(
@@ -278,6 +283,19 @@ FAMILIES: dict[str, Family] = {
     "olmoe": Family(mixers.grouped(bias="attention_bias", qk_norm="whole"), expert_ff=_WIDE, kernels=56),
     "flex_olmo": Family(mixers.grouped(bias="attention_bias", qk_norm="whole"), expert_ff=_WIDE, kernels=56),
     "grok-1": Family(mixers.grouped(), expert_ff=("moe_intermediate_size", "intermediate_size"), tied=True, kernels=42),
+    "hy_v3": Family(mixers.grouped(bias="attention_bias", qk_norm="head"), after_dense, _SHARED, router_bias=True),
+    "exaone_moe": Family(mixers.grouped(qk_norm="head"), after_dense, _SHARED, router_bias=True),
+    "sarvam_moe": Family(
+        mixers.grouped(qkv_bias="attention_bias", qk_norm="head?"), after_dense, _SHARED, router_bias=True
+    ),
+    "mellum": Family(mixers.grouped(bias="attention_bias", qk_norm="head"), after_dense),
+    "mistral4": _DEEPSEEK._replace(router_bias=False),
+    "afmoe": Family(
+        mixers.grouped(bias="attention_bias", qk_norm="head", more={"gate": "channel"}),
+        after_dense,
+        _SHARED,
+        router_bias=True,
+    ),
     "dots1": Family(mixers.grouped(bias="attention_bias", qk_norm="head"), after_dense, _SHARED, router_bias=True),
     "solar_open": Family(
         mixers.grouped(qkv_bias="attention_bias", qk_norm="head?"), after_dense, _SHARED, router_bias=True
@@ -302,6 +320,7 @@ SAME: dict[str, str] = {
     "minimax_m3_vl_text": "minimax_m3",
     "minimax_m1": "minimax_text_01",
     "step3p7_text": "step3p7",
+    "step3p5": "step3p7",
     "grok1": "grok-1",
     "git": "grok-1",
     "hunyuan": "hunyuan_v1_moe",

@@ -13,12 +13,24 @@ _MOST = 2**40
 
 
 class Config:
-    """The facts of a config.json, or of a section of it; a field may go by several names, and null is none."""
+    """The facts of a config.json, or of a section of it; a field may go by several names, and null is none.
 
-    def __init__(self, where: str, data: Mapping[str, Any], outer: Config | None = None) -> None:
+    `usual` are the defaults of the family's class in transformers, for fields that are missing, and not for null ones.
+    A section has them for every field, for it is written without those that are the class's own. A whole file has them
+    only for fields that may be missing; without its sizes it is taken to be damaged.
+    """
+
+    def __init__(
+        self, where: str, data: Mapping[str, Any], outer: Config | None = None, usual: Mapping[str, Any] | None = None
+    ) -> None:
         self.where = where
         self.data = data
         self._outer = outer
+        self._usual = usual or {}
+
+    def with_usual(self, usual: Mapping[str, Any]) -> Config:
+        """Returns these facts with a class's defaults."""
+        return Config(self.where, self.data, self._outer, usual)
 
     def get(self, *names: str) -> Any:
         """Returns the first field that is given under one of these names, here or around this section; else None."""
@@ -27,9 +39,15 @@ class Config:
                 return self.data[name]
         return None if self._outer is None else self._outer.get(*names)
 
+    def _missing(self, names: tuple[str, ...], default: Any) -> Any:
+        """Returns what a field is that is not given: its class's default, unless it is null; else `default`."""
+        if any(name in self.data for name in names) or (default is None and not self.is_part):
+            return default
+        return next((self._usual[name] for name in names if name in self._usual), default)
+
     def count(self, *names: str, default: int | None = None, least: int = 1) -> int:
         """Returns a whole number; of a list of several that are all the same, that. ModelError if it is none."""
-        value = self.get(*names)
+        value, default = self.get(*names), self._missing(names, default)
         names = (next((name for name in names if self.get(name) is not None), names[0]),)
         if isinstance(value, list) and len(value) > 1 and value[0] is not None and all(v == value[0] for v in value):
             value = value[0]
@@ -58,13 +76,13 @@ class Config:
                     data[key] = value[moe_layer[0]]
                 elif len(value) >= block[1]:
                     data[key] = value[block[0]]
-        return Config(self.where, data, None if self._outer is None else self._outer.at(block, moe_layer))
+        return Config(self.where, data, None if self._outer is None else self._outer.at(block, moe_layer), self._usual)
 
     def flag(self, *names: str, default: bool = False) -> bool:
         """Returns true or false; ModelError for anything else."""
         value = self.get(*names)
         if value is None:
-            return default
+            return bool(self._missing(names, default))
         if type(value) is not bool:
             raise ModelError(f"{self.where}: {names[0]} = {shown(value)}: must be true or false")
         return value
@@ -82,6 +100,11 @@ class Config:
         if not isinstance(value, Mapping):
             raise ModelError(f"{self.where}: {name} = {shown(value)}: must be an object")
         return Config(f"{self.where}: {name}", value)
+
+    @property
+    def whole(self) -> Config:
+        """The whole file's, which for all parts says whether its head is the embedding."""
+        return self if self._outer is None else self._outer.whole
 
     @property
     def is_part(self) -> bool:

@@ -25,6 +25,8 @@ class Mixers(NamedTuple):
 Rule = Callable[[Config], Mixers]
 #: What families call a kind of block in `layer_types` and the like.
 _WINDOWS = ("sliding_attention", "chunked_attention", "sliding", "local")
+#: Fields of attention that single blocks may have of their own, and what a table calls them.
+_OVERRIDDEN = {"num_attention_heads": "heads", "num_key_value_heads": "kv_heads", "head_dim": "head_dim"}
 
 
 def attention(config: Config, **more: Any) -> dict[str, Any]:
@@ -33,7 +35,7 @@ def attention(config: Config, **more: Any) -> dict[str, Any]:
     table = {
         "kind": "gqa",
         "heads": heads,
-        "kv_heads": config.count("num_key_value_heads", "num_kv_heads", default=heads),
+        "kv_heads": config.count("num_key_value_heads", "num_kv_heads", "num_attention_groups", default=heads),
         "head_dim": config.count("head_dim", "attention_head_dim", default=max(1, config.hidden // heads)),
     }
     return table | more
@@ -82,10 +84,33 @@ def windowed(config: Config, full: dict[str, Any], windows: Mapping[str, Any] | 
     """Returns full attention, or attention over a window where `layer_types` says so."""
     kinds = config.of_blocks("layer_types")
     if kinds is None or not any(kind in _WINDOWS for kind in kinds):
-        return Mixers({"attention": full}, ["attention"] * config.blocks)
+        return overridden(config, Mixers({"attention": full}, ["attention"] * config.blocks))
     window = config.count("sliding_window", "attention_chunk_size", "sliding_window_size")
     tables = {"attention": full, "window": full | dict(windows or {}) | {"window": window}}
-    return used(tables, ["window" if kind in _WINDOWS else "attention" for kind in kinds])
+    return overridden(config, used(tables, ["window" if kind in _WINDOWS else "attention" for kind in kinds]))
+
+
+def overridden(config: Config, found: Mixers) -> Mixers:
+    """Returns mixers with the heads that `per_layer_config` gives single blocks (transformers 5 saves it)."""
+    given = config.get("per_layer_config")
+    if given is None:
+        return found
+    if not isinstance(given, Mapping):
+        raise ModelError(f"{config.where}: per_layer_config = {shown(given)}: must be an object, by the block's number")
+    tables, of_block = dict(found.tables), list(found.of_block)
+    for key, fields in given.items():
+        where = f"{config.where}: per_layer_config.{key}"
+        if not (isinstance(fields, Mapping) and key.isdecimal() and int(key) < config.blocks):
+            raise ModelError(f"{where} = {shown(fields)}: must be an object, of a block from 0 to {config.blocks - 1}")
+        own = Config(where, fields)
+        heads = {mine: own.count(name) for name, mine in _OVERRIDDEN.items() if fields.get(name) is not None}
+        name = of_block[int(key)]
+        changed = {mine: count for mine, count in heads.items() if tables[name][mine] != count}
+        if changed:
+            name += "".join(f"_{mine}_{count}" for mine, count in changed.items())
+            tables[name] = tables[of_block[int(key)]] | changed
+            of_block[int(key)] = name
+    return used(tables, of_block)
 
 
 def puzzled(config: Config) -> Mixers:
@@ -227,12 +252,15 @@ def granite_hybrid(config: Config) -> Mixers:
 
 #: The letters of Nemotron-H's pattern: state space, attention, MoE and feed-forward blocks.
 LETTERS = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
+#: What transformers 5 calls them.
+_SAVED = {"linear_attention": "mamba", "full_attention": "attention"}
 
 
 def nemotron_blocks(config: Config) -> list[str]:
     """Returns what each of Nemotron-H's blocks is: mamba, attention, moe or mlp, and nothing else."""
     pattern = config.get("hybrid_override_pattern")
     kinds = config.of_blocks("layers_block_type") if pattern is None else [LETTERS.get(s, s) for s in str(pattern)]
+    kinds = None if kinds is None else [_SAVED.get(kind, kind) for kind in kinds]
     if kinds is None or len(kinds) != config.blocks or set(kinds) - set(LETTERS.values()):
         raise ModelError(
             f"{config.where}: hybrid_override_pattern = {pattern!r}: must have one of {' '.join(LETTERS)} a layer, "
@@ -288,6 +316,19 @@ def mimo(config: Config) -> Mixers:
     return used({"attention": full, "window": window}, ["window" if each else "attention" for each in pattern])
 
 
+def step(config: Config) -> Mixers:
+    """Returns Step's attention, with a gate for each head, over a window with heads of its own in most blocks."""
+    full = attention(config, qk_norm="head", gate="head")
+    other = config.get("attention_other_setting")
+    aside = config if other is None else config.section("attention_other_setting")
+    heads = {
+        "heads": config.count("num_sliding_attention_heads", default=aside.count("num_attention_heads")),
+        "kv_heads": aside.count("num_attention_groups", "num_key_value_heads", default=full["kv_heads"]),
+        "head_dim": aside.count("head_dim", default=full["head_dim"]),
+    }
+    return windowed(config, full, heads)
+
+
 def minimax_sparse(config: Config) -> Mixers:
     """Returns MiniMax-M3's attention, in most blocks with an indexer of blocks of tokens."""
     full = attention(config, qk_norm="head")
@@ -301,6 +342,10 @@ def minimax_sparse(config: Config) -> Mixers:
     pattern = sparse.entries("sparse_attention_freq") or [1] * config.blocks
     of_block = ["indexed" if each else "attention" for each in pattern[: config.blocks]]
     return used({"attention": full, "indexed": full | index}, of_block)
+
+
+#: DeepSeek-V4's compressed attention, by what transformers 5 calls it, and how many tokens become one.
+_COMPRESSED = {"compressed_sparse": 4, "heavily_compressed": 128}
 
 
 def compressed(config: Config) -> Mixers:
@@ -320,13 +365,20 @@ def compressed(config: Config) -> Mixers:
         "index_dim": config.count("index_head_dim"),
         "index_top_k": config.count("index_topk", default=0, least=0),
     }
+    rates = Config(config.where, {}) if config.get("compress_rates") is None else config.section("compress_rates")
+    fine, coarse = (rates.count(f"{kind}_attention", default=usual) for kind, usual in _COMPRESSED.items())
     ratios = config.of_blocks("compress_ratios")
+    if ratios is None and config.get("layer_types") is not None:
+        saved = {
+            "sliding_attention": 0,
+            **dict(zip((f"{kind}_attention" for kind in _COMPRESSED), (fine, coarse), strict=True)),
+        }
+        ratios = [saved.get(kind, -1) for kind in config.of_blocks("layer_types") or []]
     if ratios is None or any(type(ratio) is not int or ratio < 0 for ratio in ratios):
         raise ModelError(f"{config.where}: compress_ratios = {shown(ratios)}: must be a list of integers of at least 0")
-    tables: Tables = {}
-    for ratio in dict.fromkeys(ratios):
-        # Only the finely compressed tokens are looked up by an indexer.
-        tables[f"compressed_{ratio}"] = (
-            base | {"ratio": ratio} | (index if 0 < ratio < config.count("sliding_window") else {})
-        )
+    # Only the finely compressed tokens are looked up by an indexer.
+    tables: Tables = {
+        f"compressed_{ratio}": base | {"ratio": ratio} | (index if ratio == fine else {})
+        for ratio in dict.fromkeys(ratios)
+    }
     return Mixers(tables, [f"compressed_{ratio}" for ratio in ratios])

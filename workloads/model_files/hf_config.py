@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def shapes_of_config(path: Path) -> dict[str, Any]:
         path = path / CONFIG
     config = language(_read(path))
     name, family = family_of(config)
-    config = family.prepare(config)
+    config = family.prepare(config.with_usual(class_defaults().get(name, {})))
     found, parts = family.mixers(config), family.feed_forward(config)
     if "moe" not in parts:
         raise ModelError(f"{path}: no block is a mixture of experts, and Prestage simulates those")
@@ -40,7 +41,9 @@ def shapes_of_config(path: Path) -> dict[str, Any]:
         "source": _source(path, name, config),
         "hidden": config.hidden,
         "vocabulary": config.count("vocab_size", "padded_vocab_size"),
-        "tied_embeddings": config.flag("tie_word_embeddings", default=family.tied),
+        "tied_embeddings": config.whole.flag(
+            "tie_word_embeddings", default=config.flag("tie_word_embeddings", default=family.tied)
+        ),
         "dtypes": dtypes_of(path.parent, config),
         "stacks": [_stack(found, parts)],
         "moe": _moe(config, family, [i for i, part in enumerate(parts) if part == "moe"]),
@@ -56,6 +59,13 @@ def shapes_of_config(path: Path) -> dict[str, Any]:
     if "dense" in parts:
         shapes["dense"] = {"ff": config.count(*family.dense_ff), "matrices": family.dense_matrices}
     return shapes
+
+
+@cache
+def class_defaults() -> dict[str, dict[str, Any]]:
+    """Returns the defaults of families' classes in transformers, of the fields that are read, by family."""
+    found: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "config_defaults.json").read_text("utf-8"))
+    return found
 
 
 def language(config: Config) -> Config:
