@@ -89,7 +89,8 @@ def sharing(factors: dict[str, Any]) -> Profile:
         name: Duration(ns=value, **ASSUMED) if name == "unpacking_leaves" else Factor(factor=value, **ASSUMED)
         for name, value in factors.items()
     }
-    return profile.model_copy(update={"contention": profile.contention.model_copy(update=measured)})
+    shared: Profile = profile.model_copy(update={"contention": profile.contention.model_copy(update=measured)})
+    return shared
 
 
 @pytest.mark.parametrize(

@@ -350,8 +350,9 @@ def test_every_event_takes_the_next_factor_of_its_kind_in_all_that_it_takes() ->
     scatter = Scatter(7, 1, dict.fromkeys(SCATTERED, 0.2))
     events = Scattering(scatter)
     for factor in scatter.factors("copy", 0, 3).tolist():
-        ns = [round(ns * factor) for ns in (1000, 2000, 300, 400)]
-        assert events.copy(CopyCost(1000, 2000, 300, 400, 4, 50)) == CopyCost(*ns, 4, 50)
+        queued_ns, alone_ns, piece_queued_ns, piece_alone_ns = (round(ns * factor) for ns in (1000, 2000, 300, 400))
+        taken = CopyCost(queued_ns, alone_ns, piece_queued_ns, piece_alone_ns, 4, 50)
+        assert events.copy(CopyCost(1000, 2000, 300, 400, 4, 50)) == taken
     calls = iter(scatter.factors("host", 0, 2).tolist())  # of launches of any kind
     for kind, part in ((DENSE, "dense"), (EXPERT, "expert")):
         (factor,), call = scatter.factors(part, 0, 1).tolist(), next(calls)

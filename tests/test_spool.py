@@ -108,6 +108,7 @@ def test_a_run_that_is_written_to_files_is_that_in_memory(tmp_path: Path, engine
     kept = run_all(inputs, prepared(inputs, costs), engine=engine)
     written = run_all(inputs, prepared(inputs, costs, tmp_path), engine=engine)
     assert books(written) == books(kept)
+    assert all((np.diff(one.spans["end_ns"]) >= 0).all() for one in (*kept, *written))
     assert len(np.load(tmp_path / "gpu0" / "spans.npy")) == len(kept[0].spans) > 0
 
 
