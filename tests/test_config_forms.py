@@ -149,3 +149,41 @@ def test_steps_own_names_are_read_and_windows_have_heads_of_their_own(tmp_path: 
 def test_what_single_blocks_have_is_refused_where_it_cannot_be_read(given: Any, told: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=told):
         read(tmp_path, data_of("Qwen3-30B-A3B") | {"per_layer_config": given})
+
+
+WEIGHTS = 3 * 2048 * 768
+
+
+@pytest.mark.parametrize(
+    ("key", "how", "bits", "dense"),
+    [
+        ("quantization", {"bits": 4, "group_size": 64, "mode": "affine"}, 4.5, "4.5bpw"),
+        ("quantization", {"bits": 4, "group_size": 32, "mode": "mxfp4"}, 4.25, "mxfp4"),
+        ("quantization", {"bits": 4, "group_size": 16, "mode": "nvfp4"}, 4.5, "nvfp4"),
+        ("quantization_config", {"quant_method": "exl3", "bits": 3.53, "head_bits": 6}, 3.53, "3.53bpw"),
+        (
+            "quantization_config",
+            {"quant_method": "bitsandbytes", "load_in_4bit": True, "llm_int8_skip_modules": ["lm_head", "self_attn"]},
+            4.5,
+            "bfloat16",
+        ),
+        (
+            "quantization_config",
+            {"quant_method": "gptq", "bits": 4, "group_size": 128, "dynamic": {"-:.*attn.*": {}, "+:.*9.*": {}}},
+            4 + 20 / 128,
+            "bfloat16",
+        ),
+    ],
+)
+def test_other_quantizations_are_read(key: str, how: dict[str, Any], bits: float, dense: str, tmp_path: Path) -> None:
+    model = read(tmp_path, data_of("Qwen3-30B-A3B") | {key: how})
+    assert set(model.expert_bytes) == {-(-round(WEIGHTS * bits * 1000) // 8000)}
+    assert model.dense_dtype == dense
+
+
+def test_bits_of_all_matrices_stand_in_for_a_quantization_that_is_not_known(tmp_path: Path) -> None:
+    data = data_of("Qwen3-30B-A3B") | {"quantization_config": {"quant_method": "quark"}}
+    with pytest.raises(ModelError, match=r"quant_method = 'quark': choose one of .*; or set model\.bits_per_weight"):
+        read(tmp_path, data)
+    model = load_model(tmp_path, bits_per_weight=4.85)
+    assert facts(model) == facts(load_model(CONFIGS / "Qwen3-30B-A3B.json", bits_per_weight=4.85))

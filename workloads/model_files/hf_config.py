@@ -15,7 +15,7 @@ from .config_families import SAME, Family, family_of
 from .config_fields import Config
 from .config_mixers import Mixers
 from .named import CONFIG
-from .quantization import dtypes_of
+from .quantization import UnknownQuantization, dtypes_of
 from .weights import bytes_of
 
 #: Where a config of several parts has its language model.
@@ -23,9 +23,10 @@ _LANGUAGE = ("text_config", "llm_config", "language_config", "thinker_config")
 _DRAFTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules")
 
 
-def shapes_of_config(path: Path) -> dict[str, Any]:
+def shapes_of_config(path: Path, *, stated: bool = False) -> dict[str, Any]:
     """Returns the shapes of a config.json, or of the folder of one, as plain data of a TOML file.
 
+    With `stated` bits of all matrices, a quantization that is not known does not matter.
     Raises ModelError, naming the file, the field, its value and what would be right.
     """
     if path.is_dir():
@@ -44,7 +45,7 @@ def shapes_of_config(path: Path) -> dict[str, Any]:
         "tied_embeddings": config.whole.flag(
             "tie_word_embeddings", default=config.flag("tie_word_embeddings", default=family.tied)
         ),
-        "dtypes": dtypes_of(path.parent, config),
+        "dtypes": _dtypes(path.parent, config, stated),
         "stacks": [_stack(found, parts)],
         "moe": _moe(config, family, [i for i, part in enumerate(parts) if part == "moe"]),
         "kernels": {"dense": family.kernels, "expert": family.expert_kernels},
@@ -75,6 +76,15 @@ def language(config: Config) -> Config:
         if isinstance(inner, dict):
             return language(Config(config.where, inner, config))
     return config
+
+
+def _dtypes(folder: Path, config: Config, stated: bool) -> dict[str, Any]:
+    try:
+        return dtypes_of(folder, config)
+    except UnknownQuantization:
+        if not stated:
+            raise
+        return dict.fromkeys(("expert", "dense"), "bfloat16")
 
 
 def draft_layers(config: Config) -> int:

@@ -29,6 +29,10 @@ _ATTENTION_NAMES = ("model.layers.9.self_attn.q_proj", "language_model.model.lay
 _EXPERT_NAMES = ("model.layers.9.mlp.experts.0.up_proj", "language_model.model.layers.9.mlp.experts.0.up_proj")
 
 
+class UnknownQuantization(ModelError):
+    """A config.json names a method that nothing here knows the bytes of."""
+
+
 def dtypes_of(folder: Path, config: Config) -> dict[str, Any]:
     """Returns the dtypes of a model as plain data of a TOML file's [dtypes]. Raises ModelError for unknown ones."""
     plain = _dtype(config, "dtype", config.get("dtype", "torch_dtype") or "bfloat16")
@@ -98,11 +102,22 @@ def _quantized(config: Config) -> str:
     if method == "compressed-tensors" or algorithm == "mixed_precision" or config.get("config_groups"):
         return _of_groups(config)
     if method in ("", "mlx") and config.get("bits") is not None:
-        return _integers(config.count("bits"), config.count("group_size", default=64))
-    raise ModelError(
+        return _mlx(config)
+    if method in ("exl2", "exl3") and config.get("bits") is not None:
+        return _dtype(config, "bits", f"{config.get('bits')}bpw")
+    raise UnknownQuantization(
         f"{config.where}: quant_method = {shown(config.get('quant_method'))}: choose one of fp8, mxfp4, nvfp4, awq, "
-        "gptq, bitsandbytes, compressed-tensors, modelopt; or set model.dtype"
+        "gptq, bitsandbytes, compressed-tensors, modelopt, exl2, exl3, mlx; or set model.bits_per_weight"
     )
+
+
+def _mlx(config: Config) -> str:
+    """Returns the dtype of MLX's weights: by its mode, or integers with a scale and a bias of 16 bits a group."""
+    mode = str(config.get("mode") or "affine").lower()
+    if mode != "affine":
+        return _dtype(config, "mode", mode)
+    bits, group = config.count("bits"), config.count("group_size", default=64)
+    return _dtype(config, "bits", f"{bits + 32 / group:g}bpw")
 
 
 def _of_groups(config: Config) -> str:
@@ -134,7 +149,10 @@ def _integers(bits: int, group: int) -> str:
 
 def _skipped(config: Config) -> list[str]:
     """Returns the patterns of modules that stay as they are."""
-    for name in ("modules_to_not_convert", "ignore", "exclude_modules", "ignored_layers"):
+    dynamic = config.get("dynamic")
+    if isinstance(dynamic, Mapping):  # GPTQModel's: regular expressions of modules, with "-:" those that are left out
+        return [f"re:{name[2:]}" for name in dynamic if name.startswith("-:")]
+    for name in ("modules_to_not_convert", "ignore", "exclude_modules", "ignored_layers", "llm_int8_skip_modules"):
         found = config.entries(name)
         if found is not None:
             return [str(each) for each in found]

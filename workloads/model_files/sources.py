@@ -30,14 +30,17 @@ def open_model(name: str, changes: Changes, dtype: str | None, all_dtype: str | 
     """
     if gguf := _gguf(name):
         return _of_tensors(read_gguf(gguf), changes, dtype or all_dtype)
-    return _of_shapes(read_shapes(name), changes, dtype, all_dtype)
+    return _of_shapes(read_shapes(name, stated=all_dtype is not None), changes, dtype, all_dtype)
 
 
-def read_shapes(name: str) -> Shapes:
-    """Returns the shapes of a preset, a TOML file, a config.json or the folder of one; ModelError if there are none."""
+def read_shapes(name: str, *, stated: bool = False) -> Shapes:
+    """Returns the shapes of a preset, a TOML file, a config.json or the folder of one; ModelError if there are none.
+
+    `stated` as of `shapes_of_config`.
+    """
     path = Path(name)
     if name.endswith(".json") or path.is_dir():
-        data = shapes_of_config(path)
+        data = shapes_of_config(path, stated=stated)
         return _valid(str(path), data)
     presets = preset_names()
     if name in presets:
