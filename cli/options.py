@@ -46,6 +46,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on sta
 Sequences = Annotated[
     str, typer.Option(metavar="FIRST:LAST", help="Which sequences, in file order: 61: or :10 or 3:5; all without it.")
 ]
+#: Whose guesses an eviction policy goes by, where nothing but the cache is replayed.
+Predictor = Annotated[str, typer.Option(help="Whose guesses an eviction policy goes by, if it goes by any.")]
+Lookahead = Annotated[
+    int | None, typer.Option(help="How many layers ahead it guesses; all, or as far as it knows, without it.")
+]
+Weights = Annotated[str | None, typer.Option(help="Those of predictor learned: a folder, a file or a shipped name.")]
+Recall = Annotated[float | None, typer.Option(help="That of predictor oracle, 0 to 1; 1 without it.")]
 
 
 def expert_bytes_of(size: str | None) -> int | None:

@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .console import print_json, progress_shown, say_replaced
-from .options import Json, ScenarioName, Settings, expert_bytes_of, listed, opened_trace
+from .options import (
+    Json,
+    Lookahead,
+    Predictor,
+    Recall,
+    ScenarioName,
+    Settings,
+    Weights,
+    expert_bytes_of,
+    listed,
+    opened_trace,
+)
 from .own import NOTHING, Own, takes_own
 
 if TYPE_CHECKING:
@@ -148,8 +159,10 @@ def replay(
     batch: Annotated[int, typer.Option(help="How many sequences decode together.")] = 1,
     model: Annotated[str | None, typer.Option(help="The model that gives their bytes: mixtral-8x7b …")] = None,
     expert_bytes: Annotated[str | None, typer.Option(help="Bytes of every expert: 28311552 or 27MiB.")] = None,
-    predictor: Annotated[str, typer.Option(help="Whose guesses an eviction policy goes by.")] = "transition",
-    lookahead: Annotated[int | None, typer.Option(help="How many layers ahead it guesses; all without it.")] = None,
+    predictor: Predictor = "transition",
+    lookahead: Lookahead = None,
+    weights: Weights = None,
+    recall: Recall = None,
     json: Json = False,
 ) -> None:
     """Replay a trace through the expert cache, without a clock: what is found, and how much is read.
@@ -174,6 +187,8 @@ def replay(
             expert_bytes=expert_bytes_of(expert_bytes),
             predictor=predictor,
             lookahead=lookahead,
+            weights=weights,
+            recall=recall,
         )
     if json:
         print_json(data)
@@ -202,6 +217,10 @@ def mrc(
     batch: Annotated[int, typer.Option(help="How many sequences decode together.")] = 1,
     model: Annotated[str | None, typer.Option(help="The model that gives the experts' bytes.")] = None,
     expert_bytes: Annotated[str | None, typer.Option(help="Bytes of every expert: 28311552 or 27MiB.")] = None,
+    predictor: Predictor = "transition",
+    lookahead: Lookahead = None,
+    weights: Weights = None,
+    recall: Recall = None,
     out: Annotated[
         list[Path] | None, typer.Option("--out", "-o", help="Write a .csv, .png, .pdf or .svg; repeat it.")
     ] = None,
@@ -211,6 +230,11 @@ def mrc(
 
     Is it the policy, or the working set? Where experts are of one size, and those of a visit fit, `belady` is the
     fewest misses that any policy could have on demand; where sizes differ, another one may have fewer.
+
+    \b
+    Examples:
+      prestage mrc trace.safetensors --policies lru,s3fifo,belady -o curves.png
+      prestage mrc trace.npz --policies lru,predictive,belady --predictor oracle --recall 0.8 --lookahead 3
     """
     from ..engine.replay.miss_ratio import DEFAULT_POLICIES, miss_ratio_curves
     from ..output.run_folder import check_miss_ratio_path, write_miss_ratios
@@ -230,6 +254,10 @@ def mrc(
                 batch=batch,
                 model=model,
                 expert_bytes=expert_bytes_of(expert_bytes),
+                predictor=predictor,
+                lookahead=lookahead,
+                weights=weights,
+                recall=recall,
                 progress=progress,
             )
         curves.append(data if len(traces) == 1 else {"trace": str(trace), **data})

@@ -84,6 +84,7 @@ def write_miss_ratios(curves: Sequence[dict[str, Any]], path: Path) -> None:
         first = curves[0]
         what = (first["model"] or "trace") if len(curves) == 1 else f"{len(curves)} traces"
         where = f"{first['scope']}, lookup {first['lookup']}, batch {first['batch']}"
+        where += "" if first["predictor"] is None else f", guesses of {first['predictor']}"
         save(plot_miss_ratios(*curves, title=f"{what} ({where})"), path)
         return
     text = io.StringIO()

@@ -28,6 +28,14 @@ from prestage.workloads.trace import RoutingTrace
 LAYERS, EXPERTS = 3, 5
 
 
+def guessed_trace() -> RoutingTrace:
+    """A random trace with guesses of two layers ahead, right or wrong."""
+    random = np.random.default_rng(3)
+    chosen = np.argsort(random.random((60, LAYERS, EXPERTS)), axis=2)[..., :2].astype(np.uint8)
+    guessed = np.argsort(random.random((60, LAYERS, 2, EXPERTS)), axis=3)[..., :2].astype(np.int16)
+    return RoutingTrace(chosen, EXPERTS, predictions=guessed)
+
+
 def sized(trace: RoutingTrace, sizes: list[int]) -> RoutingTrace:
     """The same trace, with bytes."""
     extra = {"expert_bytes": np.array(sizes)}
@@ -77,6 +85,61 @@ def test_gate_weights_of_a_batch_are_in_python_alone_and_have_a_curve_too() -> N
     assert curve["hits"] == replayed
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {},
+        {"lookahead": 1},
+        {"predictor": "oracle"},
+        {"predictor": "oracle", "recall": 0.3, "lookahead": 2},
+        {"predictor": "previous-token"},
+        {"predictor": "recorded"},
+        {"predictor": "recorded", "lookahead": 1},
+    ],
+)
+def test_a_policy_goes_by_the_guesses_that_are_asked_for(asked: dict[str, Any]) -> None:
+    trace = guessed_trace()
+    data = miss_ratio_curves(trace, capacities=["40%", "60%"], policies=["lru", "predictive"], **asked)
+    assert data["predictor"] == asked.get("predictor", "transition")
+    for policy, curve in data["policies"].items():
+        replayed = [replay_trace(trace, budget, eviction=policy, **asked)["hits"] for budget in ("40%", "60%")]
+        assert curve["hits"] == replayed
+
+
+def test_each_option_of_a_predictor_changes_what_is_found() -> None:
+    trace = guessed_trace()
+
+    def hits(**asked: Any) -> int:
+        data = miss_ratio_curves(trace, capacities=["50%"], policies=["predictive", "belady"], **asked)
+        found, best = (data["policies"][policy]["hits"][0] for policy in ("predictive", "belady"))
+        assert found <= best
+        return int(found)
+
+    sure, half, one_ahead = (
+        hits(predictor="oracle", **own) for own in ({}, {"recall": 0.5}, {"recall": 1, "lookahead": 1})
+    )
+    assert sure > half > hits(predictor="oracle", recall=0) and sure > one_ahead
+    # As far as the recorded guesses reach, which is all that there is.
+    assert hits(predictor="recorded") == hits(predictor="recorded", lookahead=2) != hits(predictor="transition")
+
+
+def test_trained_weights_guess_as_far_as_they_were_trained_to() -> None:
+    guide = open_trace("guide")
+    trace = guide.slice(sequences=guide.sequences_in(":2"))
+    asked: dict[str, Any] = {
+        "capacities": ["25%"],
+        "policies": ["predictive"],
+        "predictor": "learned",
+        "weights": "guide-predictor",
+    }
+    known = miss_ratio_curves(trace, **asked)
+    assert known == miss_ratio_curves(trace, **asked, lookahead=3) != miss_ratio_curves(trace, **asked, lookahead=1)
+
+
+def test_where_no_policy_goes_by_guesses_none_are_named() -> None:
+    assert miss_ratio_curves(guessed_trace(), points=2, policies=["lru"], predictor="recorded")["predictor"] is None
+
+
 def test_every_policy_has_a_compiled_replay() -> None:
     assert COMPILED.keys() == EVICTION.keys()
 
@@ -121,6 +184,24 @@ def test_capacities_come_ascending_and_once() -> None:
     assert data["policies"] == {"lru": {"hits": [0, 0], "miss_ratio": [1.0, 1.0]}}
 
 
+PREDICTORS: list[tuple[dict[str, Any], str]] = [
+    ({"predictor": "oracles"}, "predictor = 'oracles': choose one of oracle, "),
+    ({"lookahead": 0}, "lookahead = 0: must be at least 1"),
+    ({"recall": 0.5}, "recall = 0.5: goes with predictor = 'oracle' (given 'transition')"),
+    (
+        {"predictor": "learned"},
+        "predictor = 'learned', weights = None: weights (a folder of `prestage predictor train`)",
+    ),
+    ({"weights": "guide-predictor"}, "predictor = 'transition', weights = 'guide-predictor': weights (a folder"),
+    (
+        {"policies": ["predictive"], "predictor": "oracle", "recall": 2},
+        "predictor recall = 2: must lie between 0 and 1",
+    ),
+    ({"policies": ["predictive"], "predictor": "recorded"}, "the trace has no array predictions"),
+    ({"policies": ["predictive"], "lookahead": 2000}, "predictor horizons = 2,000: must be at most 1,024 layers ahead"),
+]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -130,6 +211,7 @@ def test_capacities_come_ascending_and_once() -> None:
         ({"points": 0}, "points = 0: must be at least 1"),
         ({"capacities": ["4GiB"]}, "budget '4GiB': the trace does not say how large an expert is"),
         ({"capacities": ["10%"]}, "the expert budget is 0 bytes: it must hold one expert, 1 byte"),
+        *PREDICTORS,
     ],
 )
 def test_bad_input_is_refused_in_one_clear_line(options: dict[str, Any], message: str) -> None:
@@ -152,6 +234,20 @@ def test_the_command_writes_a_table_and_a_picture_and_prints_json(tmp_path: Path
     assert [int(row["hits"]) for row in rows] == data["policies"]["lru"]["hits"] + data["policies"]["belady"]["hits"]
     assert picture.read_bytes()[:4] == b"\x89PNG"
     assert "belady" in CliRunner().invoke(app, arguments).stdout
+
+
+def test_the_command_takes_a_predictor_and_says_whose_guesses_they_are(tmp_path: Path) -> None:
+    file, arguments = tmp_path / "t.npz", ["--policies", "predictive", "--capacities", "50%", "--predictor", "oracle"]
+    guessed_trace().save(file)
+    arguments += ["--recall", "0.5", "--lookahead", "2", "-o", str(tmp_path / "m.png")]
+    run, found = (CliRunner().invoke(app, ["mrc", str(file), *arguments, *last]) for last in ([], ["--json"]))
+    asked: dict[str, Any] = {"predictor": "oracle", "recall": 0.5, "lookahead": 2}
+    data = miss_ratio_curves(guessed_trace(), capacities=["50%"], policies=["predictive"], **asked)
+    assert json.loads(found.stdout) == data and "Guesses are those of predictor oracle." in run.stdout
+    one = CliRunner().invoke(
+        app, ["replay", str(file), "--budget", "50%", "--eviction", "predictive", *arguments[4:10], "--json"]
+    )
+    assert json.loads(one.stdout)["hits"] == data["policies"]["predictive"]["hits"][0]
 
 
 def test_where_sizes_differ_the_table_says_that_belady_is_no_bound(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,9 +24,10 @@ from ..decide.dispatch import LOOKUPS
 from ..decide.lookups import Lookups, list_lookups
 from ..decide.memory_manager import MemoryManager
 from ..decide.partition import divider
-from ..policies.eviction import EVICTION
+from ..policies.eviction import EVICTION, Setting
 from ..scenario.amounts import parse_budget
 from .compiled import PoolPolicy, is_compiled, pool_policy, replay_pool
+from .guessing import Guessing, goes_by_guesses
 from .replay import FOUND, expert_sizes, replay, setting_of
 
 #: The policies that one pass serves, with the depths it finds.
@@ -55,12 +56,17 @@ def miss_ratio_curves(
     batch: int = 1,
     model: str | None = None,
     expert_bytes: int | None = None,
+    predictor: str = "transition",
+    lookahead: int | None = None,
+    weights: str | None = None,
+    recall: float | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Returns the curves as plain data for JSON: `capacities`, and each policy's `hits` and `miss_ratio` beside them.
 
     `capacities` are budgets such as '25%', '4GiB' or '512experts'; without any, `points` evenly spaced ones up to all
-    experts. Raises ValueError on bad input.
+    experts. `predictor`, `lookahead`, `weights` and `recall` are of `Guessing`, for policies that go by guesses; the
+    `predictor` of the data is None where no policy does. Raises ValueError on bad input.
     """
     policies = list(dict.fromkeys(policies))
     for policy in policies:
@@ -68,9 +74,10 @@ def miss_ratio_curves(
             raise InputError(unknown_name("policy", policy, EVICTION))
     if lookup not in LOOKUPS:
         raise InputError(unknown_name("lookup", lookup, LOOKUPS))
+    guessing = Guessing(predictor, lookahead, weights, recall)
     sizes = expert_sizes(trace, model, expert_bytes, capacities)
     steps = plan_steps(trace.sequence, trace.phase, batch=batch)
-    cache = _Cache(trace, steps, sizes or [1] * trace.layers, scope, lookup)
+    cache = _Cache(trace, steps, sizes or [1] * trace.layers, scope, lookup, guessing)
     budgets = _budgets(trace, capacities, points, cache.sizes, scope)
     hits, accesses = _hits(cache, budgets, policies, progress)
     total_bytes = parse_budget("100%", cache.sizes, trace.num_experts, scope)
@@ -80,6 +87,7 @@ def miss_ratio_curves(
         "scope": scope,
         "lookup": lookup,
         "batch": batch,
+        "predictor": predictor if any(goes_by_guesses(policy) for policy in policies) else None,
         "capacities": _described(list(budgets), cache.sizes, total_bytes, exact=bool(sizes)),
         "policies": {
             policy: {
@@ -100,6 +108,11 @@ class _Cache:
     sizes: Sequence[int]
     scope: str
     lookup: str
+    guessing: Guessing
+
+    def setting(self, policy: str) -> Setting:
+        """Returns what a policy may know beforehand."""
+        return setting_of(self.trace, self.steps, policy, self.lookup, self.guessing)
 
 
 def _hits(
@@ -113,7 +126,7 @@ def _hits(
     hits = {policy: np.zeros(len(pools), dtype=np.int64) for policy in policies}
     in_code = [policy for policy in policies if is_compiled(policy, cache.steps, cache.lookup)]
     in_python = [policy for policy in policies if policy not in in_code]
-    settings = {policy: setting_of(trace, cache.steps, policy, cache.lookup) for policy in in_code}
+    settings = {policy: cache.setting(policy) for policy in in_code}
     total = len(layers) * len(in_code) + len(pools) * len(in_python)
     accesses = 0
     for number, layer in enumerate(layers):
@@ -136,7 +149,7 @@ def _hits(
 def _managed_hits(policy: str, cache: _Cache, budgets: Sequence[int]) -> npt.NDArray[np.int64]:
     """Returns how many look-ups are found with each of these budgets in bytes, by the memory manager."""
     trace, sizes, scope = cache.trace, cache.sizes, cache.scope
-    setting, divide = setting_of(trace, cache.steps, policy, cache.lookup), divider(scope, sizes, trace)
+    setting, divide = cache.setting(policy), divider(scope, sizes, trace)
     managers = (
         MemoryManager(sizes, trace.num_experts, budget, EVICTION[policy], setting=setting, scope=scope, divide=divide)
         for budget in budgets

@@ -17,7 +17,6 @@ from ...errors import InputError
 from ...words import unknown_name
 from ...workloads.batches import DECODE, Step, plan_steps
 from ...workloads.model import load_model
-from ...workloads.predictors import PREDICTORS, make_predictor
 from ...workloads.trace import RoutingTrace
 from ..decide.dispatch import LOOKUPS, Visit, single_accesses, step_accesses
 from ..decide.memory_manager import MemoryManager
@@ -26,6 +25,7 @@ from ..policies.eviction import EVICTION, Setting
 from ..scenario.amounts import parse_budget
 from ..scenario.warnings import cliff_warning
 from .compiled import COMPILED, is_compiled
+from .guessing import USUAL, Guessing, goes_by_guesses
 
 #: What became of each (token, layer, rank): missed, found, or not looked up (a repeat within the batch, or not run).
 MISSED, FOUND, NOT_LOOKED_UP = 0, 1, 255
@@ -137,17 +137,18 @@ def replay_trace(
     expert_bytes: int | None = None,
     predictor: str = "transition",
     lookahead: int | None = None,
+    weights: str | None = None,
+    recall: float | None = None,
 ) -> dict[str, Any]:
     """Replay a whole trace and return plain data for JSON: the counts, rates and warnings.
 
     The bytes of an expert are `expert_bytes`, else the model's, else the trace's own. Where none is given, a budget
-    in percent or experts still has a meaning, and `bytes_read` is None. `predictor` and `lookahead` (all layers
-    without it) are for an eviction policy that goes by guesses. Raises ValueError on bad input.
+    in percent or experts still has a meaning, and `bytes_read` is None. `predictor`, `lookahead`, `weights` and
+    `recall` are of `Guessing`, for an eviction policy that goes by guesses. Raises ValueError on bad input.
     """
     if eviction not in EVICTION:
         raise InputError(unknown_name("eviction", eviction, EVICTION))
-    if predictor not in PREDICTORS:
-        raise InputError(unknown_name("predictor", predictor, PREDICTORS))
+    guessing = Guessing(predictor, lookahead, weights, recall)
     sizes = expert_sizes(trace, model, expert_bytes, [budget])
     known = sizes or [1] * trace.layers
     budget_bytes = parse_budget(budget, known, trace.num_experts, scope)
@@ -156,9 +157,7 @@ def replay_trace(
     steps = plan_steps(trace.sequence, trace.phase, batch=batch)
     if lookup not in LOOKUPS:
         raise InputError(unknown_name("lookup", lookup, LOOKUPS))
-    if lookahead is not None and lookahead < 1:
-        raise InputError(f"lookahead = {lookahead}: must be at least 1")
-    setting = setting_of(trace, steps, eviction, lookup, (predictor, lookahead))
+    setting = setting_of(trace, steps, eviction, lookup, guessing)
     if is_compiled(eviction, steps, lookup):
         shared = scope == "shared"
         outcome, evict = COMPILED[eviction](trace, steps, pools, known, lookup, shared=shared, setting=setting)
@@ -183,19 +182,10 @@ def replay_trace(
 
 
 def setting_of(
-    trace: RoutingTrace,
-    steps: Sequence[Step],
-    eviction: str,
-    lookup: str,
-    guessing: tuple[str, int | None] = ("transition", None),
+    trace: RoutingTrace, steps: Sequence[Step], eviction: str, lookup: str, guessing: Guessing = USUAL
 ) -> Setting:
-    """Returns what an eviction policy may know beforehand; with guesses, by a predictor so many layers ahead (None:
-    all), if it goes by them."""
-    guesses = None
-    if getattr(EVICTION[eviction], "needs_guesses", False):
-        predictor, lookahead = guessing
-        horizons = trace.layers if lookahead is None else lookahead
-        guesses = make_predictor(predictor).guess(trace, steps, horizons, trace.k)
+    """Returns what an eviction policy may know beforehand; with guesses, if it goes by them."""
+    guesses = guessing.guesses(trace, steps) if goes_by_guesses(eviction) else None
     return Setting(trace=trace, steps=steps, single=lookup == "single", guesses=guesses)
 
 

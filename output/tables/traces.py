@@ -45,6 +45,8 @@ def print_miss_ratios(data: dict[str, Any]) -> None:
         ratios = [share_of(curve["miss_ratio"][at], 1) for curve in data["policies"].values()]
         table.add_row(share_of(capacity["share"], 1), "-" if experts is None else f"{experts:,}", *ratios)
     console.print(table)
+    if data["predictor"] is not None:
+        console.print(f"Guesses are those of predictor {data['predictor']}.")
     sizes_differ = any(capacity["experts"] is None for capacity in data["capacities"])
     if "belady" in data["policies"] and sizes_differ and data["scope"] == "global":
         console.print("Experts differ in size: belady is no bound here, another policy may miss less.")
