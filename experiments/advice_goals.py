@@ -6,6 +6,7 @@ one: write a function of a `Reading`, name it in GOALS.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,20 +38,33 @@ class Reading:
 
     @property
     def ttft_ms(self) -> float:
-        """Time to the first token."""
-        return float(self.figures["time_to_first_token_ms"] or 0.0)
+        """Time to the first token; ScenarioError where no request has one."""
+        return self._known(
+            "time_to_first_token_ms", "no request's first token: give prompts, or another goal than ttft"
+        )
 
     @property
     def token_ms(self) -> float:
         """Time of one token of an answer."""
-        return 1e3 / float(self.figures["tokens_per_second"])
+        return 1e3 / self.tokens_per_second
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of answers a second, once prompts are done; ScenarioError where no answer has any."""
+        return self._known("tokens_per_second", "no token of an answer: let more tokens run (workload.tokens)")
+
+    def _known(self, name: str, lacks: str) -> float:
+        value = self.figures[name]
+        if value is None:
+            raise ScenarioError(f"the run has {lacks}")
+        return float(value)
 
 
 def tokens_per_second(reading: Reading) -> float:
     """Returns tokens of answers a second over the whole of a request, its prompt included."""
     request = reading.request
     if request is None:
-        return float(reading.figures.get("sustained_tokens_per_second") or reading.figures["tokens_per_second"])
+        return float(reading.figures.get("sustained_tokens_per_second") or reading.tokens_per_second)
     # The first token of an answer comes with the prompt.
     return request.output / (reading.ttft_ms + (request.output - 1) * reading.token_ms) * 1e3
 
@@ -93,8 +107,11 @@ class Goal:
         return value > other if self.more else value < other
 
     def gain(self, value: float, other: float) -> float:
-        """Returns how many times as good a value is as another."""
-        return value / other if self.more else other / value
+        """Returns how many times as good a value is as another; infinitely, where the worse one is nothing at all."""
+        above, below = (value, other) if self.more else (other, value)
+        if below == 0:  # as goodput is where no request has what was promised
+            return 1.0 if above == 0 else math.inf
+        return above / below
 
 
 #: By the names that --goal takes.
@@ -161,7 +178,9 @@ def parse_limits(options: Iterable[str]) -> Limits:
         try:
             value = float(text)
         except ValueError:
-            raise ScenarioError(f"--within {option!r}: write a number of {GOALS[name].unit}: {name}=500") from None
+            value = math.nan
+        if not 0 < value < math.inf:
+            raise ScenarioError(f"--within {option!r}: write a number of {GOALS[name].unit} above 0: {name}=500")
         (at_least if GOALS[name].more else at_most)[name] = value
     return Limits(memory, at_most, at_least)
 

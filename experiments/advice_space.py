@@ -27,7 +27,7 @@ from ..errors import InputError
 from ..resources.profile import load_profile
 from ..resources.runtime import DEFAULT, Runtime, load_runtime
 from ..workloads.model import Model, load_model
-from .grid import MOST_ROWS, Grid, GridError, Point, values_by_key
+from .grid import MOST_ROWS, MOST_VALUES, Grid, GridError, Point, values_by_key
 
 #: So many tokens of an answer are simulated at most.
 MOST_SIMULATED = 32
@@ -267,4 +267,6 @@ def _range(option: str, text: str) -> list[Any]:
         low, high, by = 1, 0, 1
     if by < 1 or high <= low:
         raise GridError(f"--over {option!r}: write a range as first..last or first..last:step, of whole numbers")
+    if (high - low) // by >= MOST_VALUES:
+        raise GridError(f"--over {option!r}: has {(high - low) // by + 1:,} values: must be at most {MOST_VALUES:,}")
     return [f"{number}{unit}" if unit else number for number in range(low, high + 1, by)]

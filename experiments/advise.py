@@ -7,6 +7,7 @@ measured.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -120,6 +121,8 @@ def _check_needs(names: Iterable[str], space: Space, price: float | None) -> Non
     """Refuse goals that lack what they are made of."""
     if "cost" in names and price is None:
         raise ScenarioError("goal cost: what does the machine cost an hour? Give price (--price)")
+    if price is not None and not 0 < price < math.inf:
+        raise ScenarioError(f"price = {price:g}: must be what an hour costs, above 0")
     requests = space.base().requests
     if "goodput" in names and (requests is None or not level_of(requests.slo).limits()):
         raise ScenarioError("goal goodput: is of requests under load: give a scenario with [requests] and its slo")
@@ -183,14 +186,16 @@ class _Asked:
             return replace(known, why=f"the scenario as it stands will not do: {known.base_refused}")
         name, goal, space = self.goals[0], self.goal, known.space
         gain = goal.gain(known.figures[name], known.base[name])
-        found = replace(known, gain=Range(gain, gain, gain))
+        found = replace(known, gain=Range(gain, gain, gain) if gain < math.inf else None)
         noise = NOISE[space.base().dispatch.mode]
         if gain <= 1 + noise:
             why = f"the best of {len(known.trials)} trials gains {gain - 1:+.1%}, and runs scatter by {noise:.0%}"
             return replace(found, verdict="keep", why=why, settings={}, figures=known.base)
         ours, theirs = (load_inputs(each) for each in (space.scenario(known.settings), space.base()))
         if ours.pulls is not None:
-            return replace(found, why=f"{gain - 1:+.0%} under load, costs as they stand")
+            now = f"{known.figures[name]:.4g} {goal.unit}, and none as it stands"
+            by = f"{gain - 1:+.0%}" if gain < math.inf else now
+            return replace(found, why=f"{by} under load, costs as they stand")
         return self._sure(found, Pair(self.evaluator.of_run, ours, theirs, goal, name))
 
     def _sure(self, known: Advised, pair: Pair) -> Advised:

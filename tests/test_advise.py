@@ -142,6 +142,19 @@ def test_the_front_holds_what_no_other_beats_in_both() -> None:
     assert [trial.number for trial in front(trials, ["tokens_per_second", "memory"])] == [0, 1, 4]
 
 
+def test_a_gain_over_nothing_is_endless_and_nothing_over_nothing_is_none() -> None:
+    # No request had what was promised, as it stands; at less is better, a figure of nothing is the best.
+    assert GOALS["goodput"].gain(0.5, 0.0) == math.inf and GOALS["goodput"].gain(0.0, 0.0) == 1
+    assert GOALS["ttft"].gain(0.0, 3.0) == math.inf and GOALS["ttft"].gain(2.0, 3.0) == 1.5
+
+
+@pytest.mark.parametrize(("goal", "lacks"), [("ttft", "no request's first token"), ("decode", "no token of an answer")])
+def test_a_goal_of_what_a_run_has_not_is_refused(goal: str, lacks: str) -> None:
+    reading = Reading({"tokens_per_second": None, "time_to_first_token_ms": None}, None)
+    with pytest.raises(InputError, match=lacks):
+        GOALS[goal].figure(reading)
+
+
 def test_limits_and_ranges_read_as_they_are_written() -> None:
     limits = parse_limits(["memory=20GiB", "ttft=500", "decode=20"])
     assert limits == Limits(f"{20 * 2**30}B", {"ttft": 500.0}, {"decode": 20.0})
@@ -159,8 +172,13 @@ def test_limits_and_ranges_read_as_they_are_written() -> None:
     ("options", "message"),
     [
         ({"goal": "speed"}, "goal = 'speed'"),
-        ({"within": ["ttft=soon"]}, "write a number of ms: ttft=500"),
+        ({"within": ["ttft=soon"]}, "write a number of ms above 0: ttft=500"),
+        ({"within": ["ttft=nan"]}, "write a number of ms above 0: ttft=500"),
+        ({"within": ["decode=-1"]}, "write a number of tokens/s above 0: decode=500"),
         ({"within": ["size=3"]}, "size"),
+        ({"over": ["memory.cpu_layers=0..999999999999"]}, "has 1,000,000,000,000 values: must be at most 10,000"),
+        ({"goal": "cost", "price": 0.0}, "price = 0: must be what an hour costs, above 0"),
+        ({"goal": "cost", "price": math.nan}, "price = nan: must be what an hour costs"),
         ({"over": ["memory.cpu_layers=9..3"]}, "write a range as first..last"),
         ({"over": ["memory.cpu_layer=1,2"]}, "cpu_layer"),
         ({"prompt": 0}, "must be at least 1 token"),
