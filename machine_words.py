@@ -321,7 +321,10 @@ def _field(context: Any, builder: Any, kind: Fields, value: Any, name: str) -> A
     own = kind.fields[number][1]
 
     def word(place: int) -> Any:
-        return builder.load(builder.gep(value, [_WORD(FIELD_WORDS * number + place)]))
+        loaded = builder.load(builder.gep(value, [_WORD(FIELD_WORDS * number + place)]))
+        # Nothing that is written, wherever that lies, changes it: it need not be looked up again.
+        loaded.set_metadata("invariant.load", builder.module.add_metadata([]))
+        return loaded
 
     at = builder.inttoptr(word(0), context.get_value_type(own if isinstance(own, Address) else WORDS))
     return at if isinstance(own, Address) else _table(context, builder, at, word(1), word(2))
