@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from math import log, prod
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,28 @@ def _must_fill(axes: Mapping[str, Sequence[int]], name: str, numbers: Sequence[i
     count = prod(map(len, axes.values()))
     if len(numbers) != count:
         raise InputError(f"{name}: {len(numbers)} numbers: {' x '.join(axes)} makes {count}")
+
+
+class Line(NamedTuple):
+    """Durations along one axis: the logarithms of its sizes and of the durations there.
+
+    To these `beyond` is added; beyond the last size a duration grows with that `power` of the size.
+    """
+
+    steps: Sequence[float]
+    logs: Sequence[float]
+    beyond: float
+    power: int
+
+    def ns(self, size: float) -> float:
+        """Returns the duration for a size, in ns; below the axis its smallest size counts."""
+        steps, logs = self.steps, self.logs
+        at = max(log(size), steps[0])
+        if at >= steps[-1]:
+            return float(np.exp(logs[-1] + (self.beyond + self.power * (at - steps[-1]))))
+        after = bisect_right(steps, at)
+        share = (at - steps[after - 1]) / (steps[after] - steps[after - 1])
+        return float(np.exp(logs[after - 1] * (1 - share) + logs[after] * share + self.beyond))
 
 
 class _Table(Part):
@@ -74,16 +96,18 @@ class _Table(Part):
         return logs
 
     @cached_property
-    def _lines(self) -> dict[tuple[float, ...], tuple[list[float], float]]:
-        """What `_line` has found, by all sizes but the last."""
+    def _lines(self) -> dict[tuple[float, ...], Line]:
+        """What `_along` has found, by all sizes but the last."""
         return {}
 
-    @cached_property
-    def _last_steps(self) -> list[float]:
-        return self._log_sizes[-1].tolist()  # type: ignore[no-any-return]
+    def _along(self, values: _Numbers, *sizes: float) -> Line:
+        """Returns the durations along the last axis, for a size along each other; below an axis the smallest counts.
 
-    def _line(self, values: _Numbers, sizes: Sequence[float]) -> tuple[list[float], float]:
-        """Returns logarithms of durations along the last axis, for a size along each other; and what to add to each."""
+        `values` are logarithms as of `_log_ns`, always the same for the same sizes.
+        """
+        line = self._lines.get(sizes)
+        if line is not None:
+            return line
         beyond = 0.0
         for size, steps, (_, power) in zip(sizes, self._log_sizes, self.axes, strict=False):
             at = max(log(size), float(steps[0]))
@@ -94,23 +118,8 @@ class _Table(Part):
             after = int(np.searchsorted(steps, at, side="right"))
             share = (at - steps[after - 1]) / (steps[after] - steps[after - 1])
             values = values[after - 1] * (1 - share) + values[after] * share
-        return values.tolist(), beyond
-
-    def _between(self, values: _Numbers, *sizes: float) -> float:
-        """Returns the duration for a size along each axis, in ns; below an axis the smallest size counts.
-
-        `values` are logarithms as of `_log_ns`, always the same for the same sizes but the last.
-        """
-        line = self._lines.get(sizes[:-1])
-        if line is None:
-            line = self._lines[sizes[:-1]] = self._line(values, sizes[:-1])
-        (along, beyond), steps = line, self._last_steps
-        at = max(log(sizes[-1]), steps[0])
-        if at >= steps[-1]:
-            return float(np.exp(along[-1] + (beyond + self.axes[-1][1] * (at - steps[-1]))))
-        after = bisect_right(steps, at)
-        share = (at - steps[after - 1]) / (steps[after] - steps[after - 1])
-        return float(np.exp(along[after - 1] * (1 - share) + along[after] * share + beyond))
+        line = self._lines[sizes] = Line(self._log_sizes[-1].tolist(), values.tolist(), beyond, self.axes[-1][1])
+        return line
 
 
 class ProductTable(_Table):
@@ -144,9 +153,13 @@ class ProductTable(_Table):
         ns = np.array(self.ns, dtype=np.float64)
         return float(np.divide(flops, ns, out=np.zeros_like(ns), where=ns > 0).max())
 
+    def over_tokens(self, rows: float, columns: float) -> Line:
+        """Returns what one product takes behind another, by its tokens."""
+        return self._along(self._log_ns if rows in self.rows else self._smooth, rows, columns)
+
     def product_ns(self, rows: float, columns: float, tokens: float) -> float:
         """Returns what one product takes behind another, in ns."""
-        return self._between(self._log_ns if rows in self.rows else self._smooth, rows, columns, tokens)
+        return self.over_tokens(rows, columns).ns(tokens)
 
 
 class SmallTable(_Table):
@@ -158,9 +171,10 @@ class SmallTable(_Table):
 
     axes = (("elements", 1),)
 
-    def small_ns(self, elements: float) -> float:
-        """Returns what one small kernel takes behind another, in ns."""
-        return self._between(self._log_ns, elements)
+    @cached_property
+    def over_elements(self) -> Line:
+        """What one small kernel takes behind another, by its elements."""
+        return self._along(self._log_ns)
 
 
 class AttentionTable(_Table):
@@ -195,7 +209,7 @@ class AttentionTable(_Table):
         return self._of(streams, head_dim, positions)
 
     def _of(self, streams: float, head_dim: float, positions: float) -> float:
-        return self._between(self._log_ns, streams, head_dim, positions)
+        return self._along(self._log_ns, streams, head_dim).ns(positions)
 
 
 class PromptTable(_Table):
@@ -210,7 +224,7 @@ class PromptTable(_Table):
 
     def prompt_ns(self, heads: float, head_dim: float, tokens: float) -> float:
         """Returns what the attention of one layer over a prompt takes, in ns."""
-        return self._between(self._log_ns, heads, head_dim, tokens)
+        return self._along(self._log_ns, heads, head_dim).ns(tokens)
 
 
 class LaunchTable(Part):

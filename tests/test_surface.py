@@ -339,7 +339,7 @@ def test_a_row_of_kernels_gives_its_start_and_what_each_takes() -> None:
     assert starts == {("graph", "none"): 50, ("graph", "h2d"): 57, ("eager", "none"): 53, ("eager", "h2d"): 59}
     surface = Surface.model_validate(fit_surface(made_samples(made_series()), Evidence([]), {}))
     assert surface.products[0].product_ns(64, 16, 8) == pytest.approx(64 * 16 * 8)
-    assert surface.small[0].small_ns(64) == pytest.approx(10)
+    assert surface.small[0].over_elements.ns(64) == pytest.approx(10)
     assert surface.groups["dense"].graph.start_ns == 50  # no group was seen: as of rows
     assert surface.groups["dense"].graph.start_beside_copy_ns == 57
 
@@ -505,7 +505,7 @@ def test_launches_are_those_counted_with_the_same_dtype_before_another_of_as_man
         for dtype, kernels in (("float16", 2), ("bfloat16", 3))
     ]
     for dtype, more in (("bfloat16", 2), ("float16", 1), ("float32", 0)):
-        assert further_launches(tables, Kernels("expert", dtype, [Product(16, 16)], [], 512), 1) == more
+        assert further_launches(tables, Kernels("expert", dtype, (Product(16, 16),), (), 512), 1) == more
 
 
 @pytest.mark.parametrize("kernels", [1, 3])

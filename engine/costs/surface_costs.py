@@ -13,11 +13,11 @@ weights, and a runtime whose own kernels are told beside 16-bit ones, have 16-bi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from math import log
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from ...dtypes import bits_of
 from ...resources.surface import (
@@ -40,8 +40,7 @@ _MIB = 2**20
 _Table = TypeVar("_Table")
 
 
-@dataclass(frozen=True, slots=True)
-class Product:
+class Product(NamedTuple):
     """A product of (tokens, columns) and (columns, rows)."""
 
     rows: int
@@ -57,8 +56,8 @@ class Kernels:
 
     part: Group
     dtype: str
-    products: Sequence[Product]
-    small: Sequence[tuple[str, int]]
+    products: tuple[Product, ...]
+    small: tuple[tuple[str, int], ...]
     weight_bytes: int
 
     @property
@@ -68,16 +67,16 @@ class Kernels:
 
     def of_experts(self, count: int) -> Kernels:
         """Returns grouped kernels over the weights of so many experts, each with its own tokens."""
-        products = [Product(each.rows * count, each.columns) for each in self.products]
-        small = [(what, elements * count) for what, elements in self.small]
+        products = tuple(Product(each.rows * count, each.columns) for each in self.products)
+        small = tuple((what, elements * count) for what, elements in self.small)
         return replace(self, products=products, small=small, weight_bytes=self.weight_bytes * count)
 
 
 def expert_kernels(hidden: int, inner: int, dtype: str, matrices: int, kernels: int, size_bytes: int) -> Kernels:
     """Returns the kernels of one expert of `size_bytes`."""
-    products = [Product(inner, hidden)] * (matrices - 1) + [Product(hidden, inner)]
-    small = [("negate", inner), ("multiply", inner)][: 2 if matrices > 2 else 1]
-    small += [("negate", hidden)] * (kernels - len(products) - len(small))
+    products = (Product(inner, hidden),) * (matrices - 1) + (Product(hidden, inner),)
+    small = (("negate", inner), ("multiply", inner))[: 2 if matrices > 2 else 1]
+    small += (("negate", hidden),) * (kernels - len(products) - len(small))
     products = products[:kernels]
     return Kernels("expert", dtype, products, small[: kernels - len(products)], size_bytes)
 
@@ -86,13 +85,13 @@ def dense_kernels(hidden: int, dtype: str, kernels: int, size_bytes: int) -> Ker
     """Returns the kernels of a layer's dense part, whose weights take `size_bytes`."""
     count = min(DENSE_PRODUCTS, kernels)
     width = product_width(hidden, dtype, count, size_bytes)
-    pair = [Product(width, hidden), Product(hidden, width)]
-    return Kernels("dense", dtype, (pair * count)[:count], [("negate", hidden)] * (kernels - count), size_bytes)
+    pair = (Product(width, hidden), Product(hidden, width))
+    return Kernels("dense", dtype, (pair * count)[:count], (("negate", hidden),) * (kernels - count), size_bytes)
 
 
 def head_kernels(hidden: int, dtype: str, size_bytes: int) -> Kernels:
     """Returns the one kernel of a head whose weights take `size_bytes`."""
-    return Kernels("head", dtype, [Product(product_width(hidden, dtype, 1, size_bytes), hidden)], [], size_bytes)
+    return Kernels("head", dtype, (Product(product_width(hidden, dtype, 1, size_bytes), hidden),), (), size_bytes)
 
 
 def product_width(hidden: int, dtype: str, products: int, size_bytes: int) -> int:
@@ -121,6 +120,25 @@ class GroupTime:
     latency_ns: int
 
 
+#: What a kernel takes, in ns, by its tokens, or its elements.
+_Price = Callable[[int], float]
+
+
+def _nothing(elements: int) -> float:
+    return 0.0
+
+
+class _Made(NamedTuple):
+    """What a group's kernels are priced by: each distinct product's `prices`, and which of these each product has.
+
+    `small` are how many there are of a small kernel, its price, and its elements for each token.
+    """
+
+    prices: Sequence[_Price]
+    numbers: Sequence[int]
+    small: Sequence[tuple[int, _Price, int]]
+
+
 class SurfaceCosts:
     """The kernels of any model on one GPU, in one way of dispatch, by its surface.
 
@@ -133,6 +151,7 @@ class SurfaceCosts:
         self._small: dict[tuple[str, str], SmallTable] = {(table.what, table.dtype): table for table in surface.small}
         self._stand_in = self._products.get(_STAND_IN) or surface.products[0]
         self._measured, self._named = cache(self._find_measured), cache(self._name)
+        self._made_of, self.described = cache(self._find_parts), cache(self._describe)
 
     def group(self, part: Group) -> GroupCosts:
         """Returns what a part's groups take beside their kernels."""
@@ -141,14 +160,10 @@ class SurfaceCosts:
 
     def time(self, kernels: Kernels, tokens: int) -> GroupTime:
         """Returns what a group of kernels over `tokens` tokens takes."""
-        group = self.group(kernels.part)
-        bits = kernels.weight_bytes * 8 / sum(each.rows * each.columns for each in kernels.products)
-        made = {each: self.product_ns(kernels.dtype, each, tokens, bits) for each in set(kernels.products)}
-        products_ns = sum(made[each] for each in kernels.products)
-        shapes = set(kernels.small)
-        small_ns = sum(
-            kernels.small.count(shape) * self.small_ns(shape[0], kernels.dtype, tokens * shape[1]) for shape in shapes
-        )
+        group, made = self.group(kernels.part), self._made_of(kernels)
+        each_ns = [price(tokens) for price in made.prices]
+        products_ns = sum(each_ns[number] for number in made.numbers)
+        small_ns = sum(count * price(tokens * elements) for count, price, elements in made.small)
         sum_ns, launches = group.factor * (products_ns + small_ns), kernels.launches
         longer_ns = group.factor * self._surface.beside_copy_ns_per_mib * kernels.weight_bytes / _MIB
         start_ns, start_beside_ns = self._starts * group.start_ns, self._starts * group.start_beside_copy_ns
@@ -156,25 +171,44 @@ class SurfaceCosts:
         beside_ns = start_beside_ns + launches * group.kernel_beside_copy_ns + sum_ns + longer_ns
         return GroupTime(quiet_ns, max(quiet_ns, beside_ns), group.launch_latency_ns)
 
+    def _find_parts(self, kernels: Kernels) -> _Made:
+        """Returns what prices a group's kernels, whatever their tokens."""
+        bits = kernels.weight_bytes * 8 / sum(each.rows * each.columns for each in kernels.products)
+        distinct = list(dict.fromkeys(kernels.products))
+        return _Made(
+            [self._product(kernels.dtype, each, bits) for each in distinct],
+            [distinct.index(each) for each in kernels.products],
+            [
+                (kernels.small.count(shape), self._small_kernel(shape[0], kernels.dtype), shape[1])
+                for shape in dict.fromkeys(kernels.small)
+            ],
+        )
+
+    def _product(self, dtype: str, product: Product, bits: float | None) -> _Price:
+        """Returns what prices one product by its tokens; `bits` a weight, if they are not the dtype's own."""
+        table, own_bits, nearest_bits = self._measured(dtype)
+        rows, columns = product.rows, product.columns
+        if own_bits is None:
+            line = table.over_tokens(rows, columns)
+            if dtype != _BOTH_SIDES:
+                return line.ns
+            quantizing = self._small_kernel("negate", _STAND_IN)
+            return lambda tokens: line.ns(tokens) + quantizing(tokens * columns)
+        shrunk = max(1.0, columns * ((own_bits if bits is None else bits) / nearest_bits))
+        fewer, flops, most = table.over_tokens(rows, shrunk), 2 * rows * columns, self._stand_in.most_flops_per_ns
+        if table is self._stand_in:
+            return lambda tokens: max(fewer.ns(tokens), flops * tokens / most)
+        wide, least_ns = self._stand_in.over_tokens(rows, columns), fewer.ns(1)
+        return lambda tokens: min(max(fewer.ns(tokens), flops * tokens / most), max(least_ns, wide.ns(tokens)))
+
     def product_ns(self, dtype: str, product: Product, tokens: int, bits: float | None = None) -> float:
         """Returns what one product takes; `bits` a weight, if they are not the dtype's own."""
-        table, own_bits, nearest_bits = self._measured(dtype)
-        if own_bits is None:
-            ns = table.product_ns(product.rows, product.columns, tokens)
-            return ns + (self.small_ns("negate", _STAND_IN, tokens * product.columns) if dtype == _BOTH_SIDES else 0.0)
-        nearest, share = table, (own_bits if bits is None else bits) / nearest_bits
-        shrunk = max(1.0, product.columns * share)
-        flops = 2 * product.rows * product.columns * tokens
-        ns = max(nearest.product_ns(product.rows, shrunk, tokens), flops / self._stand_in.most_flops_per_ns)
-        if nearest is self._stand_in:
-            return ns
-        wide_ns = self._stand_in.product_ns(product.rows, product.columns, tokens)
-        return min(ns, max(nearest.product_ns(product.rows, shrunk, 1), wide_ns))
+        return self._product(dtype, product, bits)(tokens)
 
-    def small_ns(self, what: str, dtype: str, elements: int) -> float:
-        """Returns what one small kernel over so many elements takes."""
+    def _small_kernel(self, what: str, dtype: str) -> _Price:
+        """Returns what prices one small kernel by its elements."""
         table = self._small.get((what, dtype)) or self._small.get((what, self._stand_in.dtype))
-        return 0.0 if table is None else table.small_ns(elements)
+        return _nothing if table is None else table.over_elements.ns
 
     @property
     def flops_per_ns(self) -> float:
@@ -233,11 +267,11 @@ class SurfaceCosts:
         group = self.group(kernels.part)
         least = self._stand_in
         floor_ns = least.product_ns(least.rows[0], least.columns[0], 1)
-        small_ns = sum(self.small_ns(what, kernels.dtype, width) for what, width in kernels.small)
+        small_ns = sum(self._small_kernel(what, kernels.dtype)(width) for what, width in kernels.small)
         kernels_ns = kernels.launches * group.kernel_ns + len(kernels.products) * floor_ns + small_ns
         return self._starts * group.start_ns + kernels_ns
 
-    def described(self, kernels: Kernels) -> str:
+    def _describe(self, kernels: Kernels) -> str:
         """Returns what a group's estimate is made of and how far such were off, in words."""
         surface, unsure = self._surface, self.group(kernels.part).uncertainty
         within = "" if unsure is None else f", within {unsure.held_back_error:.0%} (rms of measured ones)"
