@@ -189,7 +189,7 @@ def _only_fetching(inputs: Inputs) -> Inputs:
     """Returns the inputs with every miss fetched whole, and nothing lent between GPUs."""
     if not inputs.scenario.only_fetches:
         inputs = replace(inputs, scenario=plain(inputs.scenario))
-    if inputs.expert_parallel is not None:
+    if inputs.expert_parallel is not None and inputs.expert_parallel.spare_experts:
         inputs = replace(inputs, expert_parallel=replace(inputs.expert_parallel, spare_experts=0))
     return inputs
 

@@ -198,7 +198,7 @@ class Layout:
         own[:, w.E_SIZE] = sizes[0] if manager.uniform else sizes
         if manager.assigned:
             held, copies = list(manager.assigned), list(manager.assigned.values())
-            own[held, w.E_COPY], own[held, w.E_ROOM] = copies, [part.gpu.rooms.of(copy).register for copy in copies]
+            own[held, w.E_COPY], own[held, w.E_ROOM] = copies, part.gpu.rooms.registers_of(copies)
         per_pool = len(sizes) // count
         states = self.states[row : row + len(sizes) + rows_beside(kind, layers) * count].reshape(count, -1, COLUMNS)
         most_copies = self.most_copies(part) + (self.most_demoted(part) if at in self.hosts else 0)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -65,9 +66,9 @@ class ExpertParallel:
     def owned(self) -> Array:
         """Whether each GPU owns an expert (GPUs, layers * experts)."""
         owners = [gpus for of_layer in self.owners for gpus in of_layer]
-        experts = np.repeat(np.arange(len(owners)), [len(gpus) for gpus in owners])
+        experts = np.repeat(np.arange(len(owners)), list(map(len, owners)))
         owned = np.zeros((self.gpus, len(owners)), dtype=bool)
-        owned[[gpu for gpus in owners for gpu in gpus], experts] = True
+        owned[np.fromiter(chain.from_iterable(owners), dtype=np.int64), experts] = True
         return owned
 
     @cached_property

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain, repeat
 from typing import Any
 
 import numpy as np
@@ -96,7 +97,7 @@ class MemoryManager:
         self.experts = experts
         self.shared = scope == "shared"
         each_size, per_layer = (expert_bytes, 1) if size_of is None else (size_of, experts)
-        self.size_of = size_of or [size_bytes for size_bytes in expert_bytes for _ in range(experts)]
+        self.size_of = size_of or list(chain.from_iterable(repeat(size_bytes, experts) for size_bytes in expert_bytes))
         self.uniform = min(each_size) == max(each_size)
         self.divide = divide or partial(pool_budgets, expert_bytes, scope=scope)
         budgets = self.divide(budget_bytes)
@@ -186,16 +187,24 @@ class MemoryManager:
         return fit
 
     def preload(self, experts: Iterable[int]) -> None:
-        """Give room to experts before the run starts, without a copy."""
-        for expert in experts:
-            pool, size_bytes = self._pools[expert // self.experts], self.size_of[expert]
+        """Give room to absent experts before the run starts, without a copy."""
+        given, sizes = list(experts), self.size_of
+        for expert in given:
+            pool, size_bytes = self._pools[expert // self.experts], sizes[expert]
             if size_bytes > pool.free_bytes:
                 raise BudgetError(
                     f"expert {expert}: takes {bytes_words(size_bytes)} to preload, and {bytes_words(pool.free_bytes)} "
                     "are free: preload fewer, or give more budget"
                 )
-            self._claim(expert, pool, PRELOADED, None)
+            if pool.misses:
+                pool.policy.miss(expert, False)
+            pool.take(size_bytes)
             pool.policy.admit(expert, False)
+        self.assigned.update(zip(given, range(self._copies, self._copies + len(given)), strict=True))
+        self.assigned_bytes += sum(map(sizes.__getitem__, given))
+        self._copies += len(given)
+        self._copy_experts.buffer.extend(given)
+        self._copy_reasons.buffer.extend([PRELOADED] * len(given))
 
     def visit(
         self,

@@ -32,6 +32,12 @@ class Registers:
         self._count[0] += 1
         return self._count[0] - 1
 
+    def take_fresh(self, count: int) -> range:
+        """Returns so many that nobody has had before."""
+        first = self._count[0]
+        self._count[0] += count
+        return range(first, first + count)
+
     def give(self, register: int) -> None:
         """Let it be taken again."""
         self._free.append(register)

@@ -56,13 +56,18 @@ class Rooms:
 
     def __init__(self, registers: Registers, preloaded: Iterable[int] = (), *, lends: bool = False) -> None:
         self._registers, self._lends = registers, lends
-        self._of: dict[int, Room] = {}
-        for copy in preloaded:
-            self.admit(copy)
+        copies = list(preloaded)
+        taken = iter(registers.take_fresh((3 if lends else 1) * len(copies)))
+        rooms = map(Room, taken, taken, taken) if lends else map(Room, taken)
+        self._of: dict[int, Room] = dict(zip(copies, rooms, strict=True))
 
     def of(self, copy: int) -> Room:
         """Returns the room of a copy."""
         return self._of[copy]
+
+    def registers_of(self, copies: Iterable[int]) -> list[int]:
+        """Returns the register of each copy's room."""
+        return [self._of[copy].register for copy in copies]
 
     def admit(self, copy: int) -> Room:
         """Returns the room of a new copy."""

@@ -259,7 +259,8 @@ def _for_experts(memory: Memory) -> int:
 def _resident(part: Inputs, memory: Memory) -> Memory:
     """Returns a GPU's memory with all experts that it serves in place of its room for experts."""
     model = part.model
-    held_bytes = sum(model.expert_bytes[expert // model.experts] for expert in served_experts(part))
+    layer = np.fromiter(served_experts(part), dtype=np.int64) // model.experts
+    held_bytes = int(np.array(model.expert_bytes, dtype=np.int64)[layer].sum())
     if part.scenario.memory.scope == "shared":
         held_bytes = _all_experts(model, part.scenario)
     rest = {name: size for name, size in memory.parts.items() if name not in (*FOR_EXPERTS, NOT_GIVEN)}

@@ -160,8 +160,10 @@ def preload(manager: MemoryManager, inputs: Inputs) -> None:
 def _refuse_less_than_all(manager: MemoryManager, inputs: Inputs) -> None:
     """Raise ScenarioError where the runtime has one budget only, all experts, and other memory leaves less."""
     only = inputs.runtime.only.get("memory.gpu_budget")
+    if only is None:
+        return
     needed_bytes = sum(manager.size_of[expert] for expert in served_experts(inputs))
-    if only is not None and needed_bytes > manager.budget_bytes:
+    if needed_bytes > manager.budget_bytes:
         title = inputs.runtime.title or inputs.runtime.name
         raise ScenarioError(
             f"runtime.name = {inputs.runtime.name!r}: {title} {only.why}: they take {bytes_words(needed_bytes)}, and "
