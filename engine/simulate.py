@@ -344,8 +344,11 @@ def _misses_apart(inputs: Inputs, managers: Sequence[MemoryManager]) -> list[npt
     in_python = shared_in_python(sources, layout.remote, spares=layout.spare_experts > 0) is not None
     if in_python or layout.remote != "tokens" or layout.replicated:
         return None
-    from .decide.compiled_misses import missed  # which compiles at its first import
+    from .decide.compiled_lru import is_lru_alone, missed_by_lru  # which compile at their first import
+    from .decide.compiled_misses import missed
 
+    if all(map(is_lru_alone, sources)):
+        return missed_by_lru(sources, layout.first_owners)
     owners = layout.first_owners.astype(np.min_scalar_type(layout.gpus)).reshape(trace.layers, -1)
     owner = owners[np.arange(trace.layers)[:, None], trace.experts]
     return [
@@ -380,8 +383,11 @@ def _misses_alone(inputs: Inputs, manager: MemoryManager, engine: str) -> npt.ND
 
         source = source_of(inputs, manager, prefetch)
         if decided_in_python(source) is None:
-            from .decide.compiled_misses import missed  # which compiles at its first import
+            from .decide.compiled_lru import is_lru_alone, missed_by_lru  # which compile at their first import
+            from .decide.compiled_misses import missed
 
+            if is_lru_alone(source):
+                return missed_by_lru([source], np.zeros(total_experts, dtype=np.int64))[0]
             return missed(source, total_experts)
     return miss_keys(dispatched(inputs, manager, prefetch), total_experts)
 

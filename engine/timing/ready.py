@@ -32,7 +32,7 @@ def make_ready(progress: Progress | None = None) -> None:
         return
     if progress is not None:
         progress(COMPILING, 0, 1)
-    from ..decide import compiled_misses  # noqa: F401 - these compile when they are imported first
+    from ..decide import compiled_lru, compiled_misses  # noqa: F401 - these compile when they are imported first
     from . import deciding  # noqa: F401
 
     note_ready()
