@@ -194,12 +194,16 @@ def span_bytes(recording: Recording) -> Array:
     spans = recording.spans
     moved = np.zeros(len(spans), dtype=np.int64)
     copies = np.flatnonzero(np.isin(spans["kind"], (DEMAND, PREFETCH)) & (spans["copy"] >= 0))
-    copies = copies[np.lexsort((spans["start_ns"][copies], spans["copy"][copies]))]
-    numbers = spans["copy"][copies]
-    sizes, pieces = (of_each[numbers] for of_each in recording.whole_copies)
-    piece = np.arange(len(copies)) - np.searchsorted(numbers, numbers)
-    piece_bytes = -(-sizes // pieces)
-    moved[copies] = np.minimum(piece_bytes, sizes - piece * piece_bytes)
+    sizes, pieces = recording.whole_copies
+    if pieces.max(initial=1) == 1:
+        moved[copies] = sizes[spans["copy"][copies]]
+    else:
+        copies = copies[np.lexsort((spans["start_ns"][copies], spans["copy"][copies]))]
+        numbers = spans["copy"][copies]
+        sizes, pieces = sizes[numbers], pieces[numbers]
+        piece = np.arange(len(copies)) - np.searchsorted(numbers, numbers)
+        piece_bytes = -(-sizes // pieces)
+        moved[copies] = np.minimum(piece_bytes, sizes - piece * piece_bytes)
     between = spans["kind"] == PEER
     moved[between] = recording.bytes_of(spans["expert"][between])
     readbacks = spans["kind"] == READBACK
