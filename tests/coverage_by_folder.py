@@ -32,7 +32,9 @@ omit = {ROOT / "tests"}/*
 #: What coverage counts of a file: how many there are, and how many were run.
 _KEYS = ("num_statements", "covered_lines", "num_branches", "covered_branches")
 #: Tests of the compiled engine, of compiled decisions and of compiled replays.
-PLAIN = ("compiled_misses", "composition", "decisions", "engines", "lockstep", "miss_ratio", "replay")
+PLAIN = (
+    "compiled_lru", "compiled_misses", "composition", "decisions", "engines", "lockstep", "miss_ratio", "replay",
+)  # fmt: skip
 
 
 def measured(folder: Path) -> dict[str, dict[str, Any]]:

@@ -15,6 +15,7 @@ CHOSEN = (
     "test_engines.py::test_random_scenarios_of_all_sections_end_alike[40]",
     "test_composition.py::test_an_expert_read_in_a_hundred_requests_finds_room_for_all_that_waits_for_them",
     "test_compiled_misses.py::test_misses_are_those_of_the_memory_manager[waves]",
+    "test_compiled_lru.py::test_one_walk_misses_what_the_memory_manager_does[0-3-per-layer]",
     "test_miss_ratio.py::test_given_capacities_are_those_of_the_replay_in_layers_of_several_sizes",
 )
 
