@@ -460,7 +460,7 @@ def test_streamed_to_files_a_run_is_the_same(drawn: Spread) -> None:
         (["parallel.stages=2"], "gpus = 8 with stages = 2"),
         (["parallel.remote=peer", "parallel.spare_bytes=1GiB"], "needs remote = 'tokens'"),
         (["parallel.remote=peer", "copy.discipline=priority"], "choose fifo or two_streams"),
-        (["dispatch.router_readback=false"], "hosts meet at every choice"),
+        (["dispatch.router_readback=false"], "meet at every choice of the router"),
         (["memory.scope=shared"], "choose global or per-layer"),
         (["parallel.spare_bytes=many"], "parallel.spare_bytes = 'many'"),
     ],

@@ -167,8 +167,8 @@ def test_the_gpu_issues_no_copies_that_take_the_host(sections: dict[str, Any], s
     with pytest.raises(ScenarioError) as error:
         make_scenario({**data, **sections})
     assert str(error.value) == (
-        f"scenario: prefetch.issued_by = 'gpu' with {says}: the host orders or makes these, and the GPU issues copies "
-        "behind its own guesses alone: leave them out, or set prefetch.issued_by = 'host'"
+        f"scenario: prefetch.issued_by = 'gpu' with {says}: these are made by the host, and the GPU issues plain "
+        "copies behind its own guesses alone: leave them out, or set prefetch.issued_by = 'host'"
     )
 
 
@@ -192,7 +192,8 @@ def test_a_workload_is_a_trace_or_a_synthetic_one(tmp_path: Path, workload: str)
 def test_dropping_what_a_visit_brought_needs_to_know_the_visit(setting: str) -> None:
     load_scenario("synthetic", ["memory.caching=false"])
     with pytest.raises(
-        ScenarioError, match=r"memory\.caching = false with prefetch\.\w+ = '\w+': what is brought leaves"
+        ScenarioError,
+        match=r"memory\.caching = false with prefetch\.\w+ = '\w+': without caching, an expert is dropped",
     ):
         load_scenario("synthetic", ["memory.caching=false", setting])
 

@@ -206,84 +206,84 @@ _STREAMS = " or ".join(name for name in COPY_ORDERS if name not in orders_by_ran
 APART: tuple[Apart, ...] = (
     Apart(
         "`memory.scope = shared` with a miss policy, compression or `memory.preload`",
-        "an expert that all layers use has no layer of its own, by which these are worked out",
+        "these go by an expert's layer, and an expert that layers share has none of its own",
         "choose another scope, or leave them out",
         _shared_layers,
     ),
     Apart(
         "`memory.scope = shared` or `benefit` with `parallel.gpus`",
-        "a GPU has some of the experts of every layer, and these divide whole layers' room",
+        "these divide memory by whole layers, and each GPU has only some experts of every layer",
         "choose global or per-layer",
         _shared_on_several_gpus,
     ),
     Apart(
         "`compression.mixed` with another `memory.scope` than global, `tiers.host_budget` or several GPUs",
-        "experts of one layer differ in size there, and elsewhere a layer's are known by one size",
+        "in mixed precision the experts of a layer differ in size, which the others do not know yet",
         "choose memory.scope = 'global', tiers.host_budget = 'all' and one GPU",
         _sizes_in_a_layer,
     ),
     Apart(
         "`miss.policy = low_precision` with compression",
-        "what an expert in low precision takes is not known beside experts in fewer bytes",
+        "there is no cost for an expert that is compressed and has a copy in low precision",
         "give one of the two",
         _low_and_compressed,
     ),
     Apart(
         "`dispatch.expert_kernel = grouped` with `miss.policy = low_precision` or compression",
-        "what one kernel over experts in several forms takes is not known",
+        "there is no cost for one kernel over experts stored in several forms",
         "choose dispatch.expert_kernel = 'separate'",
         _grouped,
     ),
     Apart(
         "`memory.caching = false` with `prefetch.protect = none`, `prefetch.issue = before_launch`, "
         "`miss.fetch_behind` or `parallel.spare_bytes`",
-        "what is brought leaves after the visit that it was brought for",
+        "without caching, an expert is dropped after the visit that it was copied for",
         "set memory.caching = true, or leave them out",
         _nothing_kept,
     ),
     Apart(
         "`dispatch.router_readback = false` with `parallel.gpus`, or with `tiers.host_budget` and stages on threads of "
         "their own",
-        "hosts meet at every choice, and one that runs ahead of it could wait for room in host memory that another's "
-        "work is to leave, which waits for this one's",
+        "GPUs that share experts meet at every choice of the router; and a thread that runs ahead of it could wait for "
+        "room in host memory that another one frees only behind its own work, a deadlock",
         "set dispatch.router_readback = true, or for stages parallel.dispatch_threads = 'one'",
         _ahead_of_the_choice,
     ),
     Apart(
         "`tiers.host_policy` that goes by the order of visits with stages on threads of their own",
-        "visits come to host memory as threads come, not step by step",
+        "such a policy needs visits step by step, and threads of their own come in any order",
         "choose another tiers.host_policy, or parallel.dispatch_threads = 'one'",
         _in_order,
     ),
     Apart(
         "`tiers.inclusion = exclusive` with several GPUs, `memory.caching = false`, `memory.eviction = spent`, "
         "`copy.drop_stale` or `compression.where = host`",
-        "only what one GPU evicts for another expert comes back to host memory, as it lies on the GPU",
+        "only what one GPU evicts to make room for another expert is copied back, in the form that it has there",
         "set tiers.inclusion = 'inclusive', or leave them out",
         _comes_back,
     ),
     Apart(
         "`copy.discipline` by rank with copies between GPUs: `parallel.remote = peer` or `cost`, or "
         "`parallel.spare_bytes`",
-        "where GPUs copy experts from one another, one may be waiting for what another puts off",
+        "a GPU could wait for a copy that another GPU's queue puts off",
         f"choose {_STREAMS}",
         _put_off,
     ),
     Apart(
         "compression with copies between GPUs",
-        "an expert that comes from another GPU lies there as that one keeps it, perhaps decompressed already",
+        "the other GPU may have decompressed the expert already, so what is copied is not known",
         "choose parallel.remote = 'tokens' or 'host' and parallel.spare_bytes = '0B'",
         _in_fewer_bytes_elsewhere,
     ),
     Apart(
         "a miss policy with `parallel.remote = cost`",
-        "each says where a miss is served for the least cost, and not what the other would",
+        "both choose by cost where a miss is served, each without knowing what the other chooses",
         "choose another parallel.remote",
         _dealt_out_twice,
     ),
     Apart(
         "`miss.deferred_experts` with `parallel.gpus`",
-        "GPUs that share a layer's experts put its results together before the next layer, and of none later",
+        "GPUs that share a layer's experts combine its results before the next layer, so none can come later",
         "leave one of the two out",
         _deferred,
     ),
@@ -291,25 +291,25 @@ APART: tuple[Apart, ...] = (
         "`prefetch.issued_by = gpu` with guesses or copies of the host's: `predictor.lane = host` or `free`, "
         "`copy.discipline` by rank, `copy.host_memory = pageable`, `tiers.host_budget`, a miss policy, compression, "
         "copies between GPUs",
-        "the host orders or makes these, and the GPU issues copies behind its own guesses alone",
+        "these are made by the host, and the GPU issues plain copies behind its own guesses alone",
         "leave them out, or set prefetch.issued_by = 'host'",
         _ordered_by_the_host,
     ),
     Apart(
         "`copy.source = peer` with several GPUs at work, `tiers.host_budget`, misses on the CPU or compression",
-        "the GPU that holds all experts does nothing else, and none lies in host memory",
+        "the GPU that holds all experts does nothing else, and host memory holds none",
         "choose copy.source = 'host', or leave them out",
         _held_by_a_peer,
     ),
     Apart(
-        "`routing.policy` that knows the cache with several GPUs, `memory.scope = shared` or `[requests]`",
-        "choices are made again in the order in which one GPU's memory decides, all steps known",
+        "a cache-aware `routing.policy` with several GPUs, `memory.scope = shared` or `[requests]`",
+        "its choices are computed before the run, from the cache of one GPU and steps that are known",
         "set routing.policy = 'router'",
         _routed_again,
     ),
     Apart(
         "`[requests]` with `workload.batch`, `workload.tokens`, `workload.context` or several GPUs",
-        "with [requests], whose scheduler makes the steps of one GPU",
+        "with [requests] a scheduler makes the steps, on one GPU",
         "leave it out",
         _steps_of_its_own,
     ),
