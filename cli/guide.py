@@ -53,6 +53,10 @@ def reproduce(
     print_reproduction(data)
 
 
+#: So few rows have run by SimPy before the engine would be compiled.
+_FEW_ROWS = 8
+
+
 def _published(sources: list[str], out: Path | None, json: bool) -> None:
     """Predict published runs of real engines, and say how far off that is."""
     from ..calibration.published.rows import load_source, predictions, source_names, summary
@@ -68,7 +72,8 @@ def _published(sources: list[str], out: Path | None, json: bool) -> None:
         check_picture(out)
     total = sum(len(load_source(name).rows) for name in sources or source_names())
     with progress_shown() as progress:
-        make_ready(progress)
+        if total > _FEW_ROWS:
+            make_ready(progress)
         rows = []
         for done, row in enumerate(predictions(sources), 1):
             rows.append(row)

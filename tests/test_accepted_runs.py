@@ -12,7 +12,7 @@ from prestage.engine.scenario.scenario import Scenario, load_scenario
 from prestage.engine.simulate import simulate
 
 #: Scenarios in the suite; `python tests/random_scenarios.py --first 0 --count 5000` plays more.
-COUNT, PARTS = 300, 10
+COUNT, PARTS = 200, 5
 
 
 @pytest.mark.slow

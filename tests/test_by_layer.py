@@ -240,6 +240,7 @@ def config(tmp_path: Path, **changes: Any) -> Model:
         "vocab_size": 100,
         "num_hidden_layers": 3,
         "num_attention_heads": 2,
+        "num_key_value_heads": 2,
         "num_local_experts": 8,
         "num_experts_per_tok": 2,
         "intermediate_size": 32,

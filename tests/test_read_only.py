@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import ctypes
 import os
 import shutil
@@ -110,6 +111,7 @@ def restricted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Restricted]
     package = base / "lib" / "prestage"
     skipped = shutil.ignore_patterns("__pycache__", ".*", "tests", "docs", "samples", "validation", "build")
     shutil.copytree(ROOT, package, ignore=skipped)
+    compileall.compile_dir(package, quiet=1)  # as an installer does
     for name in ("work", "tmp"):
         (base / name).mkdir()
     (base / "home").mkdir()

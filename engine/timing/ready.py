@@ -6,9 +6,11 @@ these very sources.
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -32,12 +34,31 @@ def make_ready(progress: Progress | None = None) -> None:
         return
     if progress is not None:
         progress(COMPILING, 0, 1)
-    from ..decide import compiled_lru, compiled_misses  # noqa: F401 - these compile when they are imported first
+    # These compile when they are imported first.
+    with _imported_beside(f"{__package__}.compiled_clock"):
+        from ..decide import compiled_lru, compiled_misses, compiled_shared  # noqa: F401
     from . import deciding  # noqa: F401
 
     note_ready()
     if progress is not None:
         progress(COMPILING, 1, 1)
+
+
+@contextmanager
+def _imported_beside(module: str) -> Iterator[None]:
+    """Import a module in another process meanwhile, for the machine code that it keeps; where it cannot, do nothing."""
+    if _mark() is None or not sys.executable:
+        yield
+        return
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", f"import {module}"]
+    none = subprocess.DEVNULL
+    with subprocess.Popen(command, env=environment, stdin=none, stdout=none, stderr=none) as process:
+        try:
+            yield
+        except BaseException:
+            process.kill()
+            raise
 
 
 def note_ready() -> None:
