@@ -8,25 +8,20 @@ ago first; those that a visit finds are taken out of it, as many leave as are mi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ...machine_code import compiled_once
 from ...workloads.batches import columns_of, some_columns
 from ..policies.eviction import Lru
+from .compiled_rooms import compiled, entry
 from .sources import Source
 
 Array = npt.NDArray[Any]
 # What compiled functions take (see `machine_code`).
 Word = Any
 Words = npt.NDArray[Any]
-
-compiled = partial(compiled_once, error_model="numpy", _nrt=False)
-#: Those that Python calls.
-entry = partial(compiled, entry=True)
 
 #: An expert in its pool's ring, or the ring's own place, between its last and its first: its neighbors (-1: absent),
 #: and the visit that has looked it up last, by its number from 1 on; less than 0 once that visit has listed it.
